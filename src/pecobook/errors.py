@@ -1,0 +1,47 @@
+"""The errors a user can meet. Each says what is wrong, names the value, and says what to do.
+
+The command line prints them without a traceback and exits with code 2; in Python they are ordinary exceptions.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class PecobookError(Exception):
+    """A mistake that its user can mend. The message is one to three lines."""
+
+
+class ConfigError(PecobookError):
+    """A setting has a value that cannot work."""
+
+
+class DataError(PecobookError):
+    """A data source is missing, empty or unreadable."""
+
+
+class WeightsError(PecobookError):
+    """Weights are missing or do not fit the network they are meant for."""
+
+
+class RunFolderError(PecobookError):
+    """A run folder cannot be written, resumed or read."""
+
+
+class NonFiniteLossError(PecobookError):
+    """The loss or its gradient became infinite or not a number."""
+
+
+class PreflightError(PecobookError):
+    """Several problems found before a run started, one line each."""
+
+    def __init__(self, problems: Iterable[PecobookError]) -> None:
+        self.problems = tuple(problems)
+        super().__init__("\n".join(str(problem) for problem in self.problems))
+
+
+def did_you_mean(value: str, options: Iterable[str]) -> str:
+    """`" Did you mean 'x'?"` for the option nearest to `value`, or an empty string when none is near."""
+    near = difflib.get_close_matches(value, list(options), n=1, cutoff=0.6)
+    return f" Did you mean '{near[0]}'?" if near else ""
