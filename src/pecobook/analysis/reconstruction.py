@@ -1,0 +1,40 @@
+"""What a tokenizer keeps of an image: encode and decode it again, and the error in decibels.
+
+Shapes: images float (N, 3, H, W) in [0, 1], codes int64 (N, h, w).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from pecobook.analysis.arrays import Tokenizer, evaluating
+
+
+def psnr(x: Tensor, y: Tensor) -> Tensor:
+    """Peak signal-to-noise ratio of each image (B, ...) in [0, 1], float (B,) in dB; inf where equal."""
+    if x.shape != y.shape:
+        raise ValueError(f"psnr compares equal shapes, got {tuple(x.shape)} and {tuple(y.shape)}")
+    error = (x.double() - y.double()).square().flatten(1).mean(dim=1)
+    return (-10 * torch.log10(error)).float()
+
+
+def encode_all(tokenizer: Tokenizer, images: Tensor, batch_size: int = 64) -> Tensor:
+    """Codes of all `images`, int64 (N, h, w) on the host, `batch_size` at a time."""
+    device = tokenizer.codebook.device
+    with evaluating(tokenizer):
+        parts = [tokenizer.encode(part.to(device)).cpu() for part in torch.split(images, batch_size)]
+    return torch.cat(parts)  # outside, so that the result is an ordinary tensor
+
+
+def decode_all(tokenizer: Tokenizer, codes: Tensor, batch_size: int = 64) -> Tensor:
+    """Images of all `codes`, float (N, 3, H, W) in [0, 1] on the host."""
+    device = tokenizer.codebook.device
+    with evaluating(tokenizer):
+        parts = [tokenizer.decode(part.to(device)).float().cpu() for part in torch.split(codes, batch_size)]
+    return torch.cat(parts).clamp(0, 1)
+
+
+def reconstruct(tokenizer: Tokenizer, images: Tensor, batch_size: int = 64) -> Tensor:
+    """`images` through codes and back (paper, Figure 3), float (N, 3, H, W) in [0, 1] on the host."""
+    return decode_all(tokenizer, encode_all(tokenizer, images, batch_size), batch_size)

@@ -1,0 +1,154 @@
+"""`photos`: real images on a machine with no network, from the photographs that scikit-image and scikit-learn
+install.
+
+Each photograph is cut into tiles; a tile is an image and the photograph is its class. Files are read where
+they are installed and the libraries are not imported: it is quicker, and their loaders may try to download.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import importlib.util
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pecobook.data.decode import BadImage, decode
+from pecobook.data.images import ImageSource, Integers, Splits
+from pecobook.errors import DataError
+
+TILE = 48
+MAX_SHORT_SIDE = 512
+
+# Class name -> package and file. Of the stereo pair only the left: the right shows nearly the same pixels,
+# and a held-out region of one would be in the training half of the other. Scans of text are no photographs.
+_PHOTOS = {
+    "astronaut": ("skimage", "data/astronaut.png"),
+    "brick": ("skimage", "data/brick.png"),
+    "camera": ("skimage", "data/camera.png"),
+    "cell": ("skimage", "data/cell.png"),
+    "chelsea": ("skimage", "data/chelsea.png"),
+    "china": ("sklearn", "datasets/images/china.jpg"),
+    "coffee": ("skimage", "data/coffee.png"),
+    "coins": ("skimage", "data/coins.png"),
+    "flower": ("sklearn", "datasets/images/flower.jpg"),
+    "grass": ("skimage", "data/grass.png"),
+    "gravel": ("skimage", "data/gravel.png"),
+    "hubble_deep_field": ("skimage", "data/hubble_deep_field.jpg"),
+    "immunohistochemistry": ("skimage", "data/ihc.png"),
+    "moon": ("skimage", "data/moon.png"),
+    "motorcycle": ("skimage", "data/motorcycle_left.png"),
+    "retina": ("skimage", "data/retina.jpg"),
+    "rocket": ("skimage", "data/rocket.jpg"),
+}
+
+
+class PhotoStore:
+    """Tiles of all photographs, photograph by photograph, row by row.
+
+    Args:
+        grids: for each photograph in the order of their names, how many tiles it has (down, across).
+    """
+
+    def __init__(self, grids: dict[str, tuple[int, int]]) -> None:
+        self._grids = grids
+        self._names = list(grids)
+        self._starts = np.cumsum([0, *(down * across for down, across in grids.values())])
+
+    def __len__(self) -> int:
+        return int(self._starts[-1])
+
+    def _locate(self, row: int) -> tuple[str, int]:
+        photo = int(np.searchsorted(self._starts, row, side="right")) - 1
+        return self._names[photo], row - int(self._starts[photo])
+
+    def identify(self, row: int) -> str:
+        """The photograph and the number of the tile in it."""
+        return "{} tile {}".format(*self._locate(row))
+
+    def read(self, row: int) -> Tensor:
+        """The tile, uint8 (3, 48, 48)."""
+        name, tile = self._locate(row)
+        i, j = divmod(tile, self._grids[name][1])
+        return _photo(name)[:, i * TILE : (i + 1) * TILE, j * TILE : (j + 1) * TILE].clone()
+
+    def digest(self, rows: Integers) -> str:
+        """A hash of the photographs' names, their grids, and the rows."""
+        return hashlib.sha256(repr(self._grids).encode() + rows.astype("<i8").tobytes()).hexdigest()
+
+
+def open_photos() -> Splits:
+    """Open the embedded photographs: 48 x 48 px tiles of 17 photographs, reduced to a short side of at most
+    512 px.
+
+    Regions of 2 x 2 tiles, about a quarter, along diagonals, are held out for evaluation, in every
+    photograph; no training tile shares a pixel with them.
+
+    Raises:
+        DataError: an installed photograph is missing.
+    """
+    grids = {}
+    photo_of, held = [], []
+    for number, name in enumerate(_PHOTOS):
+        width, height = _reduced(*_size(name))
+        down, across = height // TILE, width // TILE
+        grids[name] = (down, across)
+        block_row, block_column = np.indices((down, across)) // 2
+        held.append(((block_row + block_column) % 4 == 2).ravel())
+        photo_of.append(np.full(down * across, number, dtype=np.int64))
+    store, labels, is_held = PhotoStore(grids), np.concatenate(photo_of), np.concatenate(held)
+    classes = tuple(_PHOTOS)
+    rows = {"train": np.flatnonzero(~is_held), "evaluation": np.flatnonzero(is_held)}
+    sources = {
+        split: ImageSource(store, name="photos", split=split, rows=mine, classes=classes, labels=labels[mine])
+        for split, mine in rows.items()
+    }
+    return Splits(sources["train"], sources["evaluation"], "held-out regions")
+
+
+def _path(name: str) -> Path:
+    package, relative = _PHOTOS[name]
+    spec = importlib.util.find_spec(package)
+    for folder in (spec.submodule_search_locations or ()) if spec else ():
+        path = Path(folder) / relative
+        if path.is_file():
+            return path
+    distribution = {"skimage": "scikit-image", "sklearn": "scikit-learn"}[package]
+    raise DataError(
+        f"--data photos: {distribution} came without the photograph '{name}' ({package}/{relative}).\n"
+        f"Reinstall it (pip install --force-reinstall {distribution}) or give a folder of images."
+    )
+
+
+def _size(name: str) -> tuple[int, int]:
+    """(width, height) from the header."""
+    from PIL import Image
+
+    with Image.open(_path(name)) as image:
+        return image.size
+
+
+def _reduced(width: int, height: int) -> tuple[int, int]:
+    scale = min(1.0, MAX_SHORT_SIDE / min(width, height))
+    return round(width * scale), round(height * scale)
+
+
+@functools.cache
+def _photo(name: str) -> Tensor:
+    """A whole photograph, uint8 (3, H, W); decoded once, and shared with processes forked after that."""
+    from PIL import Image
+
+    try:
+        pixels = decode(_path(name).read_bytes(), name=name)
+    except OSError as error:
+        raise BadImage(name, error.strerror or str(error)) from error
+    height, width = pixels.shape[1:]
+    if (width, height) == _reduced(width, height):
+        return pixels
+    # Pillow's resize, because its result is the same on every machine.
+    image = Image.fromarray(pixels.permute(1, 2, 0).numpy())
+    reduced = image.resize(_reduced(width, height), Image.Resampling.LANCZOS)
+    return torch.from_numpy(np.array(reduced)).permute(2, 0, 1).contiguous()

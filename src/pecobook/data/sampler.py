@@ -1,0 +1,89 @@
+"""The order of images and the randomness of views, as pure functions: no state, so resuming needs none.
+
+A training run reads one endless stream of positions 0, 1, 2, ... Step `s` with global batch size `B` takes the positions
+[s B, (s + 1) B), whatever the number of ranks, workers or accumulation steps. Position `p` names epoch `p // n` and the
+image `permute(p % n, n, key(seed, epoch))`; the epoch is also the number of the image's view.
+
+The permutation is computed, not stored: a four-round Feistel network over the next power of four, walked until it lands
+below `n` (Black and Rogaway, "Ciphers with arbitrary finite domains", 2002), so it also serves a billion images.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+_MASK = (1 << 64) - 1
+
+
+def mix(value: int) -> int:
+    """Hash a 64-bit integer to a 64-bit integer (the finaliser of splitmix64)."""
+    value = (value + 0x9E3779B97F4A7C15) & _MASK
+    value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
+    value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & _MASK
+    return value ^ (value >> 31)
+
+
+def key(*parts: int) -> int:
+    """Hash integers, in order, to one 64-bit key."""
+    value = 0
+    for part in parts:
+        value = mix(value ^ (part & _MASK))
+    return value
+
+
+def uniforms(seed_key: int, count: int) -> npt.NDArray[np.float64]:
+    """`count` numbers in [0, 1), shape (count,), a pure function of the key."""
+    value = np.uint64(seed_key) + np.arange(1, count + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+    value = (value ^ (value >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    value = (value ^ (value >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    value ^= value >> np.uint64(31)
+    return (value >> np.uint64(11)).astype(np.float64) * 2.0**-53
+
+
+def permute(index: int, size: int, permutation_key: int) -> int:
+    """Image of `index` under a keyed permutation of range(size)."""
+    if not 0 <= index < size:
+        raise IndexError(f"index {index} is outside range({size})")
+    half_bits = max(1, ((size - 1).bit_length() + 1) // 2)
+    half_mask = (1 << half_bits) - 1
+    while True:
+        left, right = index >> half_bits, index & half_mask
+        for round_number in range(4):
+            left, right = right, left ^ (mix(permutation_key ^ mix(right * 4 + round_number)) & half_mask)
+        index = (left << half_bits) | right
+        if index < size:
+            return index
+
+
+class BatchPositions(Sequence[list[int]]):
+    """The positions that one rank reads, one list a micro-batch, from `start_step` to `stop_step`.
+
+    A global batch is laid out micro-batch by micro-batch, and in each rank by rank, so its images are the same for any
+    number of ranks and accumulation steps. Usable as a DataLoader's `batch_sampler`.
+    """
+
+    def __init__(
+        self, *, start_step: int, stop_step: int, batch_size: int, micro_batch_size: int, rank: int, world_size: int
+    ) -> None:
+        if batch_size % (micro_batch_size * world_size):
+            raise ValueError(f"{batch_size} is not a multiple of {micro_batch_size} x {world_size}")
+        self.start_step, self.stop_step, self.batch_size = start_step, stop_step, batch_size
+        self.micro_batch_size, self.rank, self.world_size = micro_batch_size, rank, world_size
+        self.accumulation = batch_size // (micro_batch_size * world_size)
+
+    def __len__(self) -> int:
+        return (self.stop_step - self.start_step) * self.accumulation
+
+    def __getitem__(self, number: int) -> list[int]:  # type: ignore[override]
+        if not 0 <= number < len(self):
+            raise IndexError(number)
+        step, micro = divmod(number, self.accumulation)
+        first = (self.start_step + step) * self.batch_size
+        first += (micro * self.world_size + self.rank) * self.micro_batch_size
+        return list(range(first, first + self.micro_batch_size))
+
+    def __iter__(self) -> Iterator[list[int]]:
+        return (self[number] for number in range(len(self)))

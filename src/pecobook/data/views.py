@@ -1,0 +1,196 @@
+"""Views: what a stage sees of an image, each a pure function of a 64-bit key.
+
+Geometry (crop, resize, flip) runs image by image in the data workers, because images differ in size. Colour
+(`photometric`) runs on whole batches on the device, where it is cheap; its random numbers are drawn here, from the same
+key, and travel with the batch. So a view can be named by (seed, image, view number) and made again at any time.
+
+B batch, H W height and width in pixels, u uniform numbers in [0, 1).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+NUM_COLOUR_DRAWS = 9  # brightness, contrast, saturation, hue; then whether jitter, grey, blur, solarise; blur's width
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PhotometricConfig:
+    """Strength and probability of colour changes; MoCo v3's defaults (arXiv 2104.02057)."""
+
+    brightness: float = 0.4
+    """Largest relative change of brightness."""
+    contrast: float = 0.4
+    """Largest relative change of contrast."""
+    saturation: float = 0.2
+    """Largest relative change of saturation."""
+    hue: float = 0.1
+    """Largest shift of hue, in turns of the colour circle."""
+    jitter: float = 0.8
+    """Probability of the four changes above."""
+    grey: float = 0.2
+    """Probability of dropping colour."""
+    blur: float = 0.0
+    """Probability of a Gaussian blur."""
+    solarise: float = 0.0
+    """Probability of inverting the bright half."""
+
+
+def crop_box(
+    height: int, width: int, u: npt.NDArray[np.float64], *, min_area: float, max_aspect: float = 4 / 3
+) -> tuple[int, int, int, int]:
+    """Top, left, height and width of a random crop (the rule of torchvision's RandomResizedCrop).
+
+    Args:
+        height: of the image, pixels.
+        width: of the image, pixels.
+        u: 40 uniform numbers: ten tries of (area, aspect, top, left).
+        min_area: least share of the image's area.
+        max_aspect: widest aspect ratio; the narrowest is its inverse.
+    """
+    for area_draw, aspect_draw, top_draw, left_draw in u[:40].reshape(10, 4).tolist():
+        area = height * width * (min_area + area_draw * (1 - min_area))
+        aspect = math.exp((2 * aspect_draw - 1) * math.log(max_aspect))
+        crop_width, crop_height = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+        if 0 < crop_width <= width and 0 < crop_height <= height:
+            top = int(top_draw * (height - crop_height + 1))
+            left = int(left_draw * (width - crop_width + 1))
+            return top, left, crop_height, crop_width
+    crop_height, crop_width = height, width  # nothing fitted: the largest centred crop of a legal aspect
+    if width / height > max_aspect:
+        crop_width = max(round(height * max_aspect), 1)
+    elif height / width > max_aspect:
+        crop_height = max(round(width * max_aspect), 1)
+    return (height - crop_height) // 2, (width - crop_width) // 2, crop_height, crop_width
+
+
+def random_crop(image: Tensor, size: int, view_key: int, *, min_area: float) -> Tensor:
+    """Random resized crop with a horizontal flip: uint8 (C, H, W) to uint8 (C, size, size), bicubic, antialiased."""
+    from pecobook.data.sampler import uniforms
+
+    u = uniforms(view_key, 41)
+    top, left, height, width = crop_box(image.shape[1], image.shape[2], u, min_area=min_area)
+    crop = image[:, top : top + height, left : left + width]
+    return resize(crop.flip(2) if u[40] < 0.5 else crop, size, size)
+
+
+def center_crop(image: Tensor, size: int) -> Tensor:
+    """Shorter side resized to `size`, then the central square: uint8 (C, H, W) to uint8 (C, size, size)."""
+    height, width = image.shape[1:]
+    scale = size / min(height, width)
+    image = resize(image, max(size, round(height * scale)), max(size, round(width * scale)))
+    top, left = (image.shape[1] - size) // 2, (image.shape[2] - size) // 2
+    return image[:, top : top + size, left : left + size]
+
+
+def resize(image: Tensor, height: int, width: int) -> Tensor:
+    """Bicubic, antialiased: uint8 (C, H, W) to uint8 (C, height, width), contiguous."""
+    if image.shape[1:] == (height, width):
+        return image.contiguous()
+    return F.interpolate(image[None], (height, width), mode="bicubic", antialias=True, align_corners=False)[0]
+
+
+def colour_draws(view_key: int) -> Tensor:
+    """The random numbers of one view's colours: float32 (9,)."""
+    from pecobook.data.sampler import key, uniforms
+
+    return torch.from_numpy(uniforms(key(view_key, 1), NUM_COLOUR_DRAWS).astype(np.float32))
+
+
+# ------------------------------------------------------------------------------------------------- colour, on the device
+
+
+def to_float(images: Tensor) -> Tensor:
+    """uint8 in 0..255 to float32 in [0, 1]."""
+    return images.float().div_(255)
+
+
+def photometric(images: Tensor, draws: Tensor, config: PhotometricConfig) -> Tensor:
+    """Change the colours of every image by its own draws.
+
+    The changes run in one fixed order (brightness, contrast, saturation, hue, grey, blur, solarise).
+
+    Args:
+        images: float (B, 3, H, W) in [0, 1].
+        draws: float (B, 9) in [0, 1), from `colour_draws`.
+        config: strengths and probabilities.
+
+    Returns:
+        float (B, 3, H, W) in [0, 1].
+    """
+    strength = draws[:, :4] * 2 - 1  # (B, 4) in [-1, 1)
+    # A change that is not drawn has strength 0, which is the identity: no image leaves the batch.
+    strength = strength * (draws[:, 4:5] < config.jitter)
+    images = brightness(images, 1 + config.brightness * strength[:, 0])
+    images = contrast(images, 1 + config.contrast * strength[:, 1])
+    images = saturation(images, 1 + config.saturation * strength[:, 2])
+    if config.hue > 0:
+        images = hue(images, config.hue * strength[:, 3])
+    images = saturation(images, 1 - (draws[:, 5] < config.grey).float())
+    if config.blur > 0:
+        blurred = gaussian_blur(images, 0.1 + 1.9 * draws[:, 8])
+        images = torch.where((draws[:, 6] < config.blur)[:, None, None, None], blurred, images)
+    if config.solarise > 0:
+        chosen = (draws[:, 7] < config.solarise)[:, None, None, None]
+        images = torch.where(chosen & (images >= 0.5), 1 - images, images)
+    return images
+
+
+def brightness(images: Tensor, factor: Tensor) -> Tensor:
+    """Multiply by `factor` (B,), clamped to [0, 1]."""
+    return (images * factor[:, None, None, None]).clamp_(0, 1)
+
+
+def contrast(images: Tensor, factor: Tensor) -> Tensor:
+    """Blend with the image's mean grey by `factor` (B,); 0 is flat grey, 1 the image."""
+    mean = luma(images).mean((2, 3), keepdim=True)  # (B, 1, 1, 1)
+    return (mean + factor[:, None, None, None] * (images - mean)).clamp_(0, 1)
+
+
+def saturation(images: Tensor, factor: Tensor) -> Tensor:
+    """Blend with the grey image by `factor` (B,); 0 is grey, 1 the image."""
+    grey = luma(images)
+    return (grey + factor[:, None, None, None] * (images - grey)).clamp_(0, 1)
+
+
+def luma(images: Tensor) -> Tensor:
+    """ITU-R 601 grey: (B, 3, H, W) to (B, 1, H, W)."""
+    return images[:, :1] * 0.2989 + images[:, 1:2] * 0.587 + images[:, 2:3] * 0.114
+
+
+def hue(images: Tensor, shift: Tensor) -> Tensor:
+    """Turn the hue by `shift` (B,) turns, in HSV: (B, 3, H, W) in [0, 1] to the same."""
+    value, argmax = images.max(1)  # (B, H, W)
+    chroma = value - images.min(1).values
+    red, green, blue = images.unbind(1)
+    safe = chroma.clamp_min(1e-12)
+    angle = torch.where(
+        argmax == 0, (green - blue) / safe, torch.where(argmax == 1, 2 + (blue - red) / safe, 4 + (red - green) / safe)
+    )  # in sixths of a turn
+    angle = angle + 6 * shift[:, None, None]
+    # f(n) = V - C max(0, min(k, 4 - k, 1)) with k = (n + angle) mod 6, for n = 5, 3, 1: HSV to RGB without cases.
+    offsets = torch.tensor([5.0, 3.0, 1.0], device=images.device)[None, :, None, None]
+    k = (offsets + angle[:, None]) % 6
+    return value[:, None] - chroma[:, None] * torch.minimum(k, 4 - k).clamp(0, 1)
+
+
+def gaussian_blur(images: Tensor, sigma: Tensor) -> Tensor:
+    """Blur every image by its own `sigma` (B,), in pixels of a 224-pixel view scaled to this one's side."""
+    B, C, H, W = images.shape
+    sigma = (sigma * H / 224).clamp_min(1e-3)
+    radius = max(1, math.ceil(3 * 2.0 * H / 224))
+    radius = min(radius, H - 1, W - 1)
+    offsets = torch.arange(-radius, radius + 1, device=images.device)
+    kernel = torch.exp(-0.5 * (offsets[None] / sigma[:, None]) ** 2)  # (B, 2 radius + 1)
+    kernel = (kernel / kernel.sum(1, keepdim=True)).repeat_interleave(C, 0)
+    flat = images.reshape(1, B * C, H, W)
+    flat = F.conv2d(F.pad(flat, (radius, radius, 0, 0), "reflect"), kernel[:, None, None, :], groups=B * C)
+    flat = F.conv2d(F.pad(flat, (0, 0, radius, radius), "reflect"), kernel[:, None, :, None], groups=B * C)
+    return flat.view(B, C, H, W)

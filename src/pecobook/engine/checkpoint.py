@@ -1,0 +1,96 @@
+"""Checkpoints: weights, optimizer state and one integer, in one file that is there whole or not at all.
+
+`checkpoints/step-00001000/state.pt` is written under a temporary folder name, flushed and renamed; the last k are kept.
+The file holds full tensors whatever the strategy, so a run may resume on another number of devices.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_state_dict,
+    set_state_dict,
+)
+
+from pecobook.errors import RunFolderError
+from pecobook.files import sync_folder
+
+
+def save(folder: Path, *, step: int, stage: nn.Module, optimizer: torch.optim.Optimizer, keep: int) -> None:
+    """Write the checkpoint of `step` and delete all but the last `keep`. Called on all ranks; rank 0 writes."""
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    model_state, optimizer_state = get_state_dict(stage, optimizer, options=options)
+    if rank() == 0:
+        _write(folder, step, {"step": step, "model": model_state, "optimizer": optimizer_state})
+        for old in steps(folder)[:-keep]:
+            shutil.rmtree(folder / _name(old))
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def _write(folder: Path, step: int, state: dict[str, Any]) -> None:
+    temporary, final = folder / f".{_name(step)}.tmp", folder / _name(step)
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        temporary.mkdir(parents=True)
+        with (temporary / "state.pt").open("wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        sync_folder(temporary)
+        if final.exists():  # the same step again, after a resume from an older checkpoint
+            shutil.rmtree(final)
+        temporary.rename(final)
+        sync_folder(folder)
+    except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise RunFolderError(
+            f"The checkpoint of step {step} cannot be written to '{folder}': {str(error).splitlines()[0]}\n"
+            "Earlier checkpoints are whole. Make room, then go on with --resume."
+        ) from None
+
+
+def load(folder: Path, *, stage: nn.Module, optimizer: torch.optim.Optimizer) -> int:
+    """Load the newest checkpoint into `stage` and `optimizer`; returns its step, 0 when there is none.
+
+    Raises:
+        RunFolderError: the newest checkpoint is damaged or belongs to another model.
+    """
+    found = steps(folder)
+    if not found:
+        return 0
+    path = folder / _name(found[-1]) / "state.pt"
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+        set_state_dict(
+            stage, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"], options=options
+        )
+    except (OSError, EOFError, KeyError, RuntimeError, pickle.UnpicklingError) as error:
+        older = f" Delete that folder to go on from step {found[-2]}." if len(found) > 1 else ""
+        raise RunFolderError(f"'{path}' cannot be loaded: {str(error).splitlines()[0]}.{older}") from None
+    return int(state["step"])
+
+
+def steps(folder: Path) -> list[int]:
+    """Steps of the whole checkpoints in a folder, ascending."""
+    found = (path.name.removeprefix("step-") for path in folder.glob("step-*") if (path / "state.pt").is_file())
+    return sorted(int(name) for name in found if name.isdigit())
+
+
+def rank() -> int:
+    """This process's number among all that train together."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def _name(step: int) -> str:
+    return f"step-{step:08d}"

@@ -1,0 +1,108 @@
+"""Devices, precision and strategy: from settings to a running Fabric.
+
+`lightning-fabric` is imported here, when a run starts, and nowhere else at import time.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from pecobook.config import TrainConfig
+from pecobook.errors import ConfigError
+
+if TYPE_CHECKING:
+    from lightning_fabric import Fabric
+
+_PRECISIONS = {"fp32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}
+
+
+def is_leader() -> bool:
+    """Whether this process is the first of its run, known from the launcher's variables before anything starts."""
+    return all(os.environ.get(name, "0") == "0" for name in ("RANK", "LOCAL_RANK", "NODE_RANK", "SLURM_PROCID"))
+
+
+def device_count(config: TrainConfig) -> int:
+    """Processes of this run on each machine. Raises ConfigError when the machine cannot give that many."""
+    if "LOCAL_WORLD_SIZE" in os.environ:  # torchrun has already decided
+        return int(os.environ["LOCAL_WORLD_SIZE"])
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if config.devices == "auto":
+        return gpus or 1
+    wanted = int(config.devices)
+    if gpus and wanted > gpus:
+        raise ConfigError(f"--devices {wanted}: this machine has {gpus} GPU{'s' if gpus > 1 else ''}.")
+    return wanted
+
+
+def world_size(config: TrainConfig) -> int:
+    """Processes of the whole run."""
+    if "WORLD_SIZE" in os.environ and "LOCAL_WORLD_SIZE" in os.environ:
+        return int(os.environ["WORLD_SIZE"])
+    return device_count(config) * config.num_nodes
+
+
+def resolve_precision(config: TrainConfig) -> str:
+    """fp32, bf16 or fp16, with auto resolved. Raises ConfigError for fp16 without a GPU."""
+    cuda = torch.cuda.is_available()
+    if config.precision == "auto":
+        native = torch.cuda.is_bf16_supported(including_emulation=False) if cuda else torch.cpu._is_avx512_bf16_supported()
+        return "bf16" if native else "fp32"
+    if config.precision == "fp16" and not cuda:
+        raise ConfigError("--precision fp16 needs a GPU: use bf16 or fp32 here.")
+    return config.precision
+
+
+def micro_batch_size(config: TrainConfig) -> int:
+    """Images a device holds at once. Raises ConfigError when the global batch cannot be shared out evenly."""
+    world = world_size(config)
+    if config.batch_size % world:
+        raise ConfigError(f"--batch-size {config.batch_size} cannot be shared evenly by {world} devices.")
+    share = config.batch_size // world
+    largest = config.micro_batch_size or share
+    # The largest divisor of the share that fits: every accumulation step then holds equally many images.
+    return next(size for size in range(min(largest, share), 0, -1) if share % size == 0)
+
+
+def start(config: TrainConfig) -> Fabric:
+    """Start the processes and return their Fabric."""
+    from lightning_fabric import Fabric
+
+    fabric = Fabric(
+        accelerator="cuda" if torch.cuda.is_available() else "cpu",
+        devices=device_count(config),
+        num_nodes=max(1, world_size(config) // device_count(config)),
+        strategy=_strategy(config),
+        precision=_PRECISIONS[resolve_precision(config)],  # type: ignore[arg-type]
+    )
+    fabric.launch()
+    return fabric
+
+
+def _strategy(config: TrainConfig) -> Any:
+    if config.strategy == "fsdp":
+        from lightning_fabric.strategies import ModelParallelStrategy
+
+        return ModelParallelStrategy(_shard, data_parallel_size=world_size(config), tensor_parallel_size=1)
+    if world_size(config) == 1:
+        return "auto"
+    from lightning_fabric.strategies import DDPStrategy
+
+    # Buffers are kept equal by the stages that own them; DDP's broadcast would overwrite statistics of other ranks.
+    return DDPStrategy(broadcast_buffers=False, gradient_as_bucket_view=True)
+
+
+def _shard(module: nn.Module, mesh: Any) -> nn.Module:
+    """FSDP2: every transformer block and convolutional stage is a unit, the rest another."""
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = mesh["data_parallel"]
+    for blocks in [child for child in module.modules() if isinstance(child, nn.ModuleList | nn.Sequential)]:
+        if any(True for _ in blocks.parameters()) and blocks is not module:
+            for block in blocks:
+                if any(parameter.requires_grad for parameter in block.parameters()) and type(block).__name__ == "Block":
+                    fully_shard(block, mesh=mesh)
+    return fully_shard(module, mesh=mesh)

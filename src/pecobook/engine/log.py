@@ -1,0 +1,258 @@
+"""What a run says while it goes: metrics.jsonl, train.log, TensorBoard and friends, and progress on the screen.
+
+Only rank 0 writes. A resumed run first drops what it logged after the checkpoint, so no step stands twice.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+from pecobook.errors import ConfigError
+
+
+class Sink(Protocol):
+    """Somewhere metrics go."""
+
+    def log(self, metrics: Mapping[str, float], step: int) -> None:
+        """Record `metrics` of `step`."""
+
+    def picture(self, name: str, png: bytes, step: int) -> None:
+        """Record a picture."""
+
+    def close(self) -> None:
+        """Flush."""
+
+
+class JsonLines:
+    """metrics.jsonl: one JSON object a logged step."""
+
+    def __init__(self, path: Path, *, start_step: int) -> None:
+        _drop_after(path, start_step)
+        self._file = path.open("a", buffering=1)
+
+    def log(self, metrics: Mapping[str, float], step: int) -> None:
+        """Append one line."""
+        self._file.write(json.dumps({"step": step, **metrics}) + "\n")
+
+    def picture(self, name: str, png: bytes, step: int) -> None:
+        """Pictures lie in samples/."""
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
+def _drop_after(path: Path, step: int) -> None:
+    """Remove lines of steps after `step`, and a line cut off by a crash."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text().splitlines():
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line)
+        except (ValueError, KeyError, TypeError):
+            continue
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text("".join(line + "\n" for line in kept))
+    temporary.replace(path)
+
+
+class TensorBoard:
+    """TensorBoard events beside the log."""
+
+    def __init__(self, folder: Path, *, start_step: int) -> None:
+        from torch.utils.tensorboard.writer import SummaryWriter
+
+        self._writer = SummaryWriter(str(folder), purge_step=start_step + 1 if start_step else None)  # type: ignore[no-untyped-call]
+
+    def log(self, metrics: Mapping[str, float], step: int) -> None:
+        """Record scalars."""
+        for name, value in metrics.items():
+            self._writer.add_scalar(name, value, step)  # type: ignore[no-untyped-call]
+
+    def picture(self, name: str, png: bytes, step: int) -> None:
+        """Record an image."""
+        import io
+
+        import numpy as np
+        from PIL import Image
+
+        pixels = np.asarray(Image.open(io.BytesIO(png)).convert("RGB"))
+        self._writer.add_image(name, pixels, step, dataformats="HWC")  # type: ignore[no-untyped-call]
+
+    def close(self) -> None:
+        """Flush and close."""
+        self._writer.close()  # type: ignore[no-untyped-call]
+
+
+class WeightsAndBiases:
+    """A run in Weights & Biases."""
+
+    def __init__(self, folder: Path, config: dict[str, Any]) -> None:
+        import wandb
+
+        # The id is the folder's, so that a resumed run goes on in the same chart.
+        self._wandb = wandb
+        self._run = wandb.init(
+            project="pecobook", dir=folder, name=folder.name, id=_run_id(folder), resume="allow", config=config
+        )
+
+    def log(self, metrics: Mapping[str, float], step: int) -> None:
+        """Record scalars."""
+        self._run.log(dict(metrics), step=step)
+
+    def picture(self, name: str, png: bytes, step: int) -> None:
+        """Record an image."""
+        import io
+
+        from PIL import Image
+
+        self._run.log({name: self._wandb.Image(Image.open(io.BytesIO(png)))}, step=step)
+
+    def close(self) -> None:
+        """Finish the run."""
+        self._run.finish()
+
+
+class MLflow:
+    """A run in MLflow, where MLFLOW_TRACKING_URI says."""
+
+    def __init__(self, folder: Path, config: dict[str, Any]) -> None:
+        import mlflow
+
+        self._mlflow = mlflow
+        mlflow.set_experiment("pecobook")
+        known = mlflow.search_runs(filter_string=f"tags.pecobook_run = '{_run_id(folder)}'", output_format="list")
+        self._run = mlflow.start_run(run_id=known[0].info.run_id if known else None, run_name=folder.name)
+        if not known:
+            mlflow.set_tag("pecobook_run", _run_id(folder))
+            mlflow.log_dict(config, "config.json")
+
+    def log(self, metrics: Mapping[str, float], step: int) -> None:
+        """Record scalars."""
+        self._mlflow.log_metrics(dict(metrics), step=step)
+
+    def picture(self, name: str, png: bytes, step: int) -> None:
+        """Record an image."""
+        import io
+
+        from PIL import Image
+
+        self._mlflow.log_image(Image.open(io.BytesIO(png)), f"{name}/{step:08d}.png")
+
+    def close(self) -> None:
+        """End the run."""
+        self._mlflow.end_run()
+
+
+def _run_id(folder: Path) -> str:
+    import hashlib
+
+    return hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:12]
+
+
+def check_loggers(names: tuple[str, ...]) -> None:
+    """Raise ConfigError for a logger that is not installed."""
+    from importlib.util import find_spec
+
+    for name in names:
+        if find_spec(name) is None:
+            raise ConfigError(f"--loggers {name}: the package is not installed: pip install 'pecobook[{name}]'.")
+
+
+def open_sinks(names: tuple[str, ...], folder: Path, config: dict[str, Any], *, start_step: int) -> list[Sink]:
+    """metrics.jsonl, and every logger asked for."""
+    sinks: list[Sink] = [JsonLines(folder / "metrics.jsonl", start_step=start_step)]
+    if "tensorboard" in names:
+        sinks.append(TensorBoard(folder, start_step=start_step))
+    if "wandb" in names:
+        sinks.append(WeightsAndBiases(folder, config))
+    if "mlflow" in names:
+        sinks.append(MLflow(folder, config))
+    return sinks
+
+
+def open_text_log(folder: Path) -> logging.Logger:
+    """The logger that writes train.log; the screen belongs to `Progress`."""
+    logger = logging.getLogger(f"pecobook.{folder.resolve()}")
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
+    for handler in list(logger.handlers):
+        handler.close()
+        logger.removeHandler(handler)
+    handler = logging.FileHandler(folder / "train.log")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
+    logger.addHandler(handler)
+    return logger
+
+
+class Progress:
+    """Progress on standard error: a live bar in a terminal, plain lines elsewhere, nothing when `quiet`."""
+
+    def __init__(self, *, total: int, start: int, name: str, quiet: bool) -> None:
+        self.total, self.name, self.quiet = total, name, quiet
+        self._began, self._start, self._last_line = time.monotonic(), start, 0.0
+        self._bar: Any = None
+        if not quiet and sys.stderr.isatty():
+            from rich.console import Console
+            from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
+            from rich.progress import Progress as Bar
+
+            self._bar = Bar(
+                TextColumn("[bold]{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TextColumn("{task.fields[status]}"),
+                TimeElapsedColumn(),
+                console=Console(stderr=True),
+            )
+            self._bar.start()
+            self._task = self._bar.add_task(name, total=total, completed=start, status="")
+
+    def show(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Show that `step` steps are done."""
+        if self.quiet:
+            return
+        left = (time.monotonic() - self._began) / max(step - self._start, 1) * (self.total - step)
+        loss = f"loss {metrics['loss']:.4f}" if "loss" in metrics else ""
+        rate = f"{metrics.get('images_per_second', 0):.0f} img/s"
+        wait = f"data wait {100 * metrics.get('data_wait', 0):.0f}%"
+        status = f"{loss}  {rate}  {wait}  left {duration(left)}"
+        if self._bar is not None:
+            self._bar.update(self._task, completed=step, status=status)
+        elif time.monotonic() - self._last_line > 5 or step == self.total:
+            self._last_line = time.monotonic()
+            print(f"{self.name} {step}/{self.total}  {status}", file=sys.stderr, flush=True)
+
+    def say(self, text: str) -> None:
+        """Print a line above the bar."""
+        if self.quiet:
+            return
+        if self._bar is not None:
+            self._bar.console.print(text, highlight=False)
+        else:
+            print(text, file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        """Leave the bar as it stands."""
+        if self._bar is not None:
+            self._bar.stop()
+
+
+def duration(seconds: float) -> str:
+    """Seconds as a person says them: 45s, 3m20s, 5h02m, 3d04h."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole}s"
+    if whole < 3600:
+        return f"{whole // 60}m{whole % 60:02d}s"
+    if whole < 86400:
+        return f"{whole // 3600}h{whole % 3600 // 60:02d}m"
+    return f"{whole // 86400}d{whole % 86400 // 3600:02d}h"

@@ -1,0 +1,356 @@
+"""The only training loop. It never names a stage; a stage never names a rank, a device or a logger.
+
+Everything random follows from (seed, step), everything scheduled from the step, so a checkpoint is weights, optimizer
+state and one integer, and a run that was killed goes on bit for bit.
+"""
+
+from __future__ import annotations
+
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeAlias
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from pecobook.config import OptimConfig, TrainConfig, steps, to_dict
+from pecobook.data.sampler import BatchPositions, key
+from pecobook.data.stream import Batch, Stream, default_workers, load
+from pecobook.engine import checkpoint
+from pecobook.engine.launch import device_count, micro_batch_size
+from pecobook.engine.log import Progress, Sink, duration, open_sinks, open_text_log
+from pecobook.engine.optim import build_optimizer, set_learning_rate
+from pecobook.engine.schedule import is_time, warmup_cosine
+from pecobook.errors import NonFiniteLossError, PecobookError
+
+if TYPE_CHECKING:
+    from lightning_fabric import Fabric
+
+EVALUATION_IMAGES = 1024
+"""Most held-out images looked at each time the loop evaluates."""
+
+
+class StageOutput(NamedTuple):
+    """What a stage's forward returns."""
+
+    loss: Tensor
+    """() with gradient."""
+    metrics: dict[str, Tensor]
+    """() each, detached; the loop averages them over accumulation steps and ranks."""
+    pictures: dict[str, Tensor] = {}  # noqa: RUF012
+    """Float (B, 3, H, W) in [0, 1] each, in evaluation mode only; the loop draws the first few."""
+
+
+class Trainable(Protocol):
+    """What the loop asks of a stage, which is also an nn.Module."""
+
+    def parameter_groups(self, config: OptimConfig) -> list[dict[str, Any]]:
+        """Groups for the optimizer, with `lr_scale`."""
+
+    def after_step(self, step: int, total: int) -> None:
+        """Act once the optimizer has made step number `step` of `total`."""
+
+    def warning(self, metrics: dict[str, float], step: int) -> str | None:
+        """A sentence for the user when the metrics show an unhealthy run."""
+
+
+class Outcome(NamedTuple):
+    """How training ended."""
+
+    step: int
+    finished: bool
+    metrics: dict[str, float]
+    """Of the last evaluation."""
+
+
+def fit(
+    fabric: Fabric,
+    stage: nn.Module,
+    train: Stream,
+    evaluation: Stream,
+    *,
+    config: TrainConfig,
+    command: str,
+) -> Outcome:
+    """Train `stage` on `train` until its last step or a signal.
+
+    Raises:
+        NonFiniteLossError: before the optimizer step, on all ranks.
+    """
+    return _Loop(fabric, stage, train, evaluation, config, command).run()
+
+
+_Batches: TypeAlias = Iterator[Batch]
+
+
+class _Loop:
+    def __init__(
+        self,
+        fabric: Fabric,
+        stage: Any,
+        train: Stream,
+        evaluation: Stream,
+        config: TrainConfig,
+        command: str,
+    ) -> None:
+        self.fabric, self.stage, self.config, self.optim = fabric, stage, config, config.optim
+        self.train, self.evaluation, self.out = train, evaluation, Path(config.out)
+        count, batch = len(train), config.batch_size
+        self.total = steps(config.max_steps, num_images=count, batch_size=batch)
+        self.warmup = steps(config.optim.warmup, num_images=count, batch_size=batch, total=self.total, name="optim.warmup")
+        self.micro = micro_batch_size(config)
+        self.workers = default_workers(device_count(config)) if config.workers < 0 else config.workers
+        on_gpu = fabric.device.type == "cuda"
+        if on_gpu and fabric.world_size > 1:
+            stage = nn.SyncBatchNorm.convert_sync_batchnorm(stage)
+        if config.compile:
+            stage.compile()
+        self.model = fabric.setup_module(stage)
+        self.optimizer = build_optimizer(stage.parameter_groups(config.optim), config.optim, on_gpu=on_gpu)
+        self.stepper = fabric.setup_optimizers(self.optimizer)
+        self.start = checkpoint.load(self.out / "checkpoints", stage=stage, optimizer=self.optimizer) if config.resume else 0
+        quiet = fabric.global_rank > 0
+        self.progress = Progress(total=self.total, start=self.start, name=command, quiet=quiet)
+        self.sinks: list[Sink] = []
+        self.skipped: dict[str, None] = {}
+        self.last_metrics: dict[str, float] = {}
+        self._warned = False
+        if not quiet:
+            self.sinks = open_sinks(config.loggers, self.out, to_dict(config), start_step=self.start)
+            self.text = open_text_log(self.out)
+            self.text.info("%s from step %d to %d on %s", command, self.start, self.total, fabric.device)
+
+    def run(self) -> Outcome:
+        step = self.start
+        try:
+            with _Signals() as signals:
+                positions = self._positions(self.start, self.total)
+                batches = load(self.train, positions, workers=self.workers, pin=self.fabric.device.type == "cuda")
+                self._mark = time.monotonic()
+                self._saved_at, self._waited, self._marked_step = self._mark, 0.0, self.start
+                while step < self.total:
+                    stop = self._step(step, batches, signals)
+                    step += 1
+                    self._save_if_due(step, stop)
+                    if stop and step < self.total:
+                        self.progress.say(f"Stopped at step {step}; the checkpoint is written. Go on with --resume.")
+                        return Outcome(step, False, self.last_metrics)
+            if self.start == self.total:  # resumed after its end: only the export was missing
+                self._evaluate(step)
+            return Outcome(step, True, self.last_metrics)
+        except torch.OutOfMemoryError:
+            raise PecobookError(
+                f"Out of GPU memory with {self.micro} images on a device.\n"
+                f"Give --micro-batch-size {max(self.micro // 2, 1)}: the result stays the same."
+            ) from None
+        finally:
+            self._close()
+
+    def _step(self, step: int, batches: _Batches, signals: _Signals) -> bool:
+        """One optimizer step; returns whether to stop after it."""
+        lr = warmup_cosine(step, total=self.total, warmup=self.warmup, peak=self.optim.lr, final=self.optim.final_lr)
+        set_learning_rate(self.optimizer, lr)
+        self.model.train()
+        loss, metrics = self._forward_backward(step, batches)
+        stop = self._agree(step, loss, signals)
+        norm = self.fabric.clip_gradients(
+            self.model, self.stepper, max_norm=self.optim.clip_grad or float("inf"), error_if_nonfinite=False
+        )
+        self.stepper.step()
+        self.stepper.zero_grad()
+        self.stage.after_step(step + 1, self.total)
+        done = step + 1
+        if is_time(done, self.config.log_every, self.total):
+            self._log(done, {"loss": loss, **metrics}, {"lr": lr, "grad_norm": float(norm) if norm is not None else 0.0})
+        if is_time(done, self.config.sample_every, self.total):
+            self._evaluate(done)
+        return stop
+
+    def _forward_backward(self, step: int, batches: _Batches) -> tuple[Tensor, dict[str, Tensor]]:
+        accumulation = self.config.batch_size // (self.micro * self.fabric.world_size)
+        total: dict[str, Tensor] = {}
+        for micro in range(accumulation):
+            began = time.monotonic()
+            batch = self._to_device(next(batches))
+            self._waited += time.monotonic() - began
+            # Dropout, drop path and mixing follow from the place in the training, so no random state is kept.
+            torch.manual_seed(key(self.config.seed, step, micro, self.fabric.global_rank) >> 1)
+            with self.fabric.no_backward_sync(self.model, enabled=micro < accumulation - 1):  # type: ignore[arg-type]
+                output = self.model(batch)
+                self.fabric.backward(output.loss / accumulation)
+            for name, value in {"loss": output.loss.detach(), **output.metrics}.items():
+                total[name] = total.get(name, 0) + value / accumulation
+        return total.pop("loss"), total
+
+    def _agree(self, step: int, loss: Tensor, signals: _Signals) -> bool:
+        """Stop on all ranks when one must: at once when its loss is not finite, after this step when asked to."""
+        flags = torch.stack([~loss.isfinite(), loss.new_tensor(signals.received, dtype=torch.bool)]).float()
+        if self.fabric.world_size > 1:
+            dist.all_reduce(flags, dist.ReduceOp.MAX)
+        broken, stop = flags.tolist()
+        if broken:
+            raise NonFiniteLossError(
+                f"The loss of step {step + 1} is not finite ({float(loss):g} here); the weights were not touched.\n"
+                "Try a lower --optim.lr, a longer --optim.warmup, --optim.clip-grad 1, or --precision fp32;\n"
+                "then start again with --overwrite, or in a new --out."
+            )
+        return bool(stop)
+
+    def _log(self, step: int, metrics: dict[str, Tensor], more: dict[str, float]) -> None:
+        values = self._mean_over_ranks(metrics)
+        now = time.monotonic()
+        elapsed = max(now - self._mark, 1e-9)
+        speed = {
+            "images_per_second": (step - self._marked_step) * self.config.batch_size / elapsed,
+            "data_wait": min(self._waited / elapsed, 1.0),
+        }
+        self._mark, self._marked_step, self._waited = now, step, 0.0
+        values |= more | speed
+        for sink in self.sinks:
+            sink.log(values, step)
+        self.progress.show(step, values)
+        warning = self.stage.warning(values, step)
+        if warning and not self._warned:
+            self._warned = True
+            self._tell(warning)
+
+    def _mean_over_ranks(self, metrics: dict[str, Tensor]) -> dict[str, float]:
+        names = sorted(metrics)
+        stacked = torch.stack([metrics[name].float() for name in names])
+        if self.fabric.world_size > 1:
+            dist.all_reduce(stacked)
+            stacked /= self.fabric.world_size
+        return dict(zip(names, stacked.tolist(), strict=True))
+
+    @torch.no_grad()
+    def _evaluate(self, step: int) -> None:
+        """Mean metrics over held-out images, and pictures of the first few."""
+        self.model.eval()
+        total: dict[str, Tensor] = {}
+        pictures: dict[str, Tensor] = {}
+        count = min(EVALUATION_IMAGES, len(self.evaluation)) // self.fabric.world_size * self.fabric.world_size
+        share = min(self.micro, max(count // self.fabric.world_size, 1))
+        positions = BatchPositions(
+            start_step=0,
+            stop_step=max(count // (share * self.fabric.world_size), 1),
+            batch_size=share * self.fabric.world_size,
+            micro_batch_size=share,
+            rank=self.fabric.global_rank,
+            world_size=self.fabric.world_size,
+        )
+        for number, batch in enumerate(load(self.evaluation, positions, workers=0, pin=False)):
+            torch.manual_seed(key(self.config.seed, 2**32 + number) >> 1)
+            output = self.model(self._to_device(batch))
+            for name, value in {"loss": output.loss, **output.metrics}.items():
+                total[f"evaluation/{name}"] = total.get(f"evaluation/{name}", 0) + value / len(positions)
+            pictures = pictures or output.pictures
+        self.last_metrics = self._mean_over_ranks(total)
+        if self.sinks:
+            self._write_evaluation(step, pictures)
+        self._mark = time.monotonic()
+
+    def _write_evaluation(self, step: int, pictures: dict[str, Tensor]) -> None:
+        self.text.info("step %d: %s", step, ", ".join(f"{k} {v:.4g}" for k, v in self.last_metrics.items()))
+        for sink in self.sinks:
+            sink.log(self.last_metrics, step)
+        if pictures:
+            png = _grid(pictures)
+            (self.out / "samples" / f"step-{step:08d}.png").write_bytes(png)
+            for sink in self.sinks:
+                sink.picture("samples", png, step)
+
+    def _save_if_due(self, step: int, stop: bool) -> None:
+        due = stop or is_time(step, self.config.save_every, self.total)
+        if not due:
+            late = time.monotonic() - self._saved_at > 60 * self.config.save_minutes
+            if step % self.config.log_every == 0:  # clocks differ between ranks, so rank 0's decides
+                due = bool(self.fabric.broadcast(late)) if self.fabric.world_size > 1 else late
+        if due:
+            checkpoint.save(
+                self.out / "checkpoints",
+                step=step,
+                stage=self.stage,
+                optimizer=self.optimizer,
+                keep=self.config.keep_checkpoints,
+            )
+            self._saved_at = time.monotonic()
+
+    def _positions(self, start: int, stop: int) -> BatchPositions:
+        return BatchPositions(
+            start_step=start,
+            stop_step=stop,
+            batch_size=self.config.batch_size,
+            micro_batch_size=self.micro,
+            rank=self.fabric.global_rank,
+            world_size=self.fabric.world_size,
+        )
+
+    def _to_device(self, batch: Batch) -> Batch:
+        for name in batch.pop("skipped"):
+            if name not in self.skipped:
+                self.skipped[name] = None
+                if self.sinks:
+                    self.text.info("skipped: %s", name)
+        return {name: value.to(self.fabric.device, non_blocking=True) for name, value in batch.items()}
+
+    def _tell(self, text: str) -> None:
+        self.progress.say(text)
+        if self.sinks:
+            self.text.info(text)
+
+    def _close(self) -> None:
+        self.progress.close()
+        if self.skipped and self.sinks:
+            number = len(self.skipped)
+            self._tell(f"{number} image{'s' if number > 1 else ''} could not be read; {self.out / 'train.log'} lists them.")
+        for sink in self.sinks:
+            sink.close()
+        if self.sinks:
+            for handler in list(self.text.handlers):
+                handler.close()
+                self.text.removeHandler(handler)
+
+
+class _Signals:
+    """SIGINT and SIGTERM ask to stop after the step; a second one stops at once."""
+
+    def __init__(self) -> None:
+        self.received = False
+        self._before: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> _Signals:
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._before[number] = signal.signal(number, self._handle)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _handle(self, number: int, _frame: object) -> None:
+        if self.received:
+            raise KeyboardInterrupt
+        self.received = True
+
+
+def _grid(pictures: dict[str, Tensor], *, columns: int = 8) -> bytes:
+    """One PNG: a row for each name, a column for each of the first images."""
+    import io
+
+    from torchvision.transforms.functional import to_pil_image
+    from torchvision.utils import make_grid
+
+    rows = [value[:columns].float().cpu().clamp(0, 1) for value in pictures.values()]
+    zoom = max(1, 128 // rows[0].shape[-1])
+    grid = make_grid(torch.cat(rows), nrow=len(rows[0]), padding=2).repeat_interleave(zoom, 1).repeat_interleave(zoom, 2)
+    buffer = io.BytesIO()
+    to_pil_image(grid).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+__all__ = ["Outcome", "StageOutput", "Trainable", "duration", "fit"]

@@ -1,0 +1,46 @@
+"""Optimizers over parameter groups: weight decay where it belongs, learning rate by layer, both by timm's rules."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from pecobook.config import OptimConfig
+
+# Position tables and single tokens take no weight decay, beside every vector (biases, norms, LayerScale).
+NO_DECAY = ("*pos_embed", "*cls_token", "*mask_token", "*relative_position_bias_table")
+
+
+def parameter_groups(module: nn.Module, config: OptimConfig) -> list[dict[str, Any]]:
+    """Groups of the trainable parameters of `module`, ready for a torch optimizer."""
+    from timm.optim import param_groups_weight_decay
+
+    return list(param_groups_weight_decay(module, config.weight_decay, no_weight_decay_list=NO_DECAY))
+
+
+def layer_decay_groups(network: nn.Module, config: OptimConfig) -> list[dict[str, Any]]:
+    """The same for a timm network, with a learning rate that falls by `layer_decay` from each layer to the one below.
+
+    Layer l of L learns at lr x layer_decay^(L - l); timm's networks know their layers.
+    """
+    from timm.optim import param_groups_layer_decay
+
+    groups = param_groups_layer_decay(
+        network, config.weight_decay, no_weight_decay_list=NO_DECAY, layer_decay=config.layer_decay
+    )
+    return list(groups)
+
+
+def build_optimizer(groups: list[dict[str, Any]], config: OptimConfig, *, on_gpu: bool) -> torch.optim.Optimizer:
+    """The optimizer, one fused kernel a step on a GPU."""
+    kinds: dict[str, type[torch.optim.Adam] | type[torch.optim.AdamW]]
+    kinds = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam}
+    return kinds[config.name](groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=on_gpu)
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """Set every group's rate to `lr` times the group's `lr_scale`."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group.get("lr_scale", 1.0)

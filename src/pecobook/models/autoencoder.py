@@ -1,0 +1,156 @@
+"""Convolutional encoder and decoder of the tokenizer (PeCo section 3.1 and supplement).
+
+Two residual blocks a resolution, strided convolutions between, GroupNorm, swish, and one self-attention at the smallest
+resolution, in the manner of VQGAN (arXiv 2012.09841). With channels (64, 128, 256, 512, 512), 256 latent channels and
+8,192 codewords, encoder and codebook hold the 37.5M parameters of the paper's Table 2; with (32, 64, 128, 256, 512) the
+25.7M of its "lite" row.
+
+B batch, H W image side, h w latent grid, C channels, D latent channels.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pecobook.errors import ConfigError
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AutoencoderConfig:
+    """Shape of the encoder and, mirrored, of the decoder."""
+
+    channels: tuple[int, ...] = (64, 128, 256, 512, 512)
+    """Width at each resolution, from the image's to the latent grid's; each further one halves the side."""
+    latent_dim: int = 256
+    """D, the dimension of a codeword."""
+    num_blocks: int = 2
+    """Residual blocks at each resolution."""
+    latent_norm: bool = False
+    """Layer-normalise each latent vector, so that its scale, and with it the commitment loss, cannot drift."""
+
+    def __post_init__(self) -> None:
+        if not self.channels or min(self.channels) < 1 or self.latent_dim < 1 or self.num_blocks < 1:
+            raise ConfigError("--model.channels, --model.latent-dim and --model.num-blocks must be above 0.")
+
+    @property
+    def stride(self) -> int:
+        """Pixels of the image for one step of the latent grid."""
+        return 2 ** (len(self.channels) - 1)
+
+
+def group_norm(channels: int) -> nn.GroupNorm:
+    """GroupNorm with 32 groups, or as many as divide the width."""
+    return nn.GroupNorm(math.gcd(32, channels), channels, eps=1e-6)
+
+
+class ResidualBlock(nn.Module):
+    """Norm, swish, 3x3 convolution, twice, beside a shortcut: (B, C_in, H, W) to (B, C_out, H, W)."""
+
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__()
+        self.norm1, self.conv1 = group_norm(in_channels), nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        self.norm2, self.conv2 = group_norm(out_channels), nn.Conv2d(out_channels, out_channels, 3, padding=1)
+        self.shortcut = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C_in, H, W) to (B, C_out, H, W)."""
+        hidden = self.conv1(F.silu(self.norm1(x)))
+        hidden = self.conv2(F.silu(self.norm2(hidden)))
+        return self.shortcut(x) + hidden  # type: ignore[no-any-return]
+
+
+class SelfAttention(nn.Module):
+    """Single-head self-attention over positions, with a residual: (B, C, h, w) to the same."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.norm = group_norm(channels)
+        self.query, self.key, self.value, self.project = (nn.Conv2d(channels, channels, 1) for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, h, w) to the same."""
+        normed = self.norm(x)
+        query, key, value = (  # each (B, 1, h w, C): one head
+            layer(normed).flatten(2).transpose(1, 2).unsqueeze(1) for layer in (self.query, self.key, self.value)
+        )
+        mixed = F.scaled_dot_product_attention(query, key, value)  # (B, 1, h w, C)
+        return x + self.project(mixed.squeeze(1).transpose(1, 2).reshape(x.shape))  # type: ignore[no-any-return]
+
+
+class Downsample(nn.Conv2d):
+    """Halve the side with a strided 3x3 convolution, padded at the right and bottom only."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(channels, channels, 3, stride=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) to (B, C, H / 2, W / 2)."""
+        return super().forward(F.pad(x, (0, 1, 0, 1)))
+
+
+class Upsample(nn.Conv2d):
+    """Double the side by nearest neighbours, then a 3x3 convolution."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(channels, channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) to (B, C, 2 H, 2 W)."""
+        return super().forward(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+
+
+def _middle(channels: int) -> list[nn.Module]:
+    return [ResidualBlock(channels, channels), SelfAttention(channels), ResidualBlock(channels, channels)]
+
+
+class Encoder(nn.Sequential):
+    """Image (B, 3, H, W) in [-1, 1] to latent (B, D, h, w), with h = H / stride."""
+
+    def __init__(self, config: AutoencoderConfig, in_channels: int = 3) -> None:
+        channels = config.channels
+        layers: list[nn.Module] = [nn.Conv2d(in_channels, channels[0], 3, padding=1)]
+        width = channels[0]
+        for level, out in enumerate(channels):
+            if level > 0:
+                layers.append(Downsample(width))
+            for _ in range(config.num_blocks):
+                layers.append(ResidualBlock(width, out))
+                width = out
+        layers += [*_middle(width), group_norm(width), nn.SiLU()]
+        layers.append(nn.Conv2d(width, config.latent_dim, 3, padding=1))
+        if config.latent_norm:
+            layers.append(LatentNorm(config.latent_dim))
+        super().__init__(*layers)
+
+
+class LatentNorm(nn.Module):
+    """Normalise each position's vector to zero mean and unit variance: (B, D, h, w) to the same, in fp32."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.dim = dim
+
+    def forward(self, z: Tensor) -> Tensor:
+        """(B, D, h, w) to the same."""
+        return F.layer_norm(z.float().permute(0, 2, 3, 1), (self.dim,)).permute(0, 3, 1, 2)
+
+
+class Decoder(nn.Sequential):
+    """The encoder's mirror: quantised latent (B, D, h, w) to image (B, 3, H, W), about [-1, 1]."""
+
+    def __init__(self, config: AutoencoderConfig, out_channels: int = 3) -> None:
+        channels = config.channels[::-1]
+        width = channels[0]
+        layers: list[nn.Module] = [nn.Conv2d(config.latent_dim, width, 3, padding=1), *_middle(width)]
+        for level, out in enumerate(channels):
+            if level > 0:
+                layers.append(Upsample(width))
+            for _ in range(config.num_blocks):
+                layers.append(ResidualBlock(width, out))
+                width = out
+        layers += [group_norm(width), nn.SiLU(), nn.Conv2d(width, out_channels, 3, padding=1)]
+        super().__init__(*layers)

@@ -1,0 +1,232 @@
+"""The vector quantizer: nearest codeword, straight-through gradient, and a codebook that follows the data.
+
+B batch, D codeword dimension, h w latent grid, N = B h w vectors, K codewords.
+
+The codebook is learned by exponential moving averages (van den Oord et al., arXiv 1711.00937, appendix A.1), PeCo's
+default. Every training `forward` adds its statistics to a running total; `update`, called once an optimizer step, sums
+the totals over all ranks and moves the codebook. So accumulation steps and ranks change nothing but rounding, and a
+codebook is the same on every rank. Statistics, distances and loss are in fp32 under any autocast.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pecobook.models.nearest import nearest_codeword
+
+_KMEANS_ITERATIONS = 10
+_REVIVE_EVERY = 10  # updates between looks for dead codewords: each look costs one synchronisation with the device
+
+
+class Quantized(NamedTuple):
+    """What a quantizer returns."""
+
+    quantized: Tensor
+    """(B, D, h, w) codewords, with the gradient passed straight through to the input."""
+    codes: Tensor
+    """int64 (B, h, w), in [0, K)."""
+    commitment_loss: Tensor
+    """() mean over vectors and channels of ||sg[e] - z||^2, unweighted (equation 3's last term without beta)."""
+
+
+class VectorQuantizer(nn.Module):
+    """K codewords of dimension D, learned by moving averages.
+
+    The first training batch starts the codebook with k-means over its vectors, gathered from all ranks. A codeword that
+    no vector chose for `revive_after` updates is replaced by a vector of the current batch, and its statistics with
+    it, since otherwise the next update would pull it straight back.
+
+    Args:
+        num_codewords: K.
+        dim: D.
+        decay: of the moving averages.
+        eps: Laplace smoothing of the counts.
+        revive_after: updates without use after which a codeword is dead; 0 never revives.
+        seed: of the k-means start and of the choice of replacements; the same on all ranks.
+    """
+
+    codebook: Tensor  # (K, D)
+    ema_count: Tensor  # (K,)
+    ema_sum: Tensor  # (K, D)
+    idle: Tensor  # int64 (K,), updates since last chosen
+    num_updates: Tensor  # int64 ()
+    num_revived: Tensor  # int64 ()
+
+    def __init__(
+        self,
+        num_codewords: int,
+        dim: int,
+        *,
+        decay: float = 0.99,
+        eps: float = 1e-5,
+        revive_after: int = 100,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        self.num_codewords, self.dim = num_codewords, dim
+        self.decay, self.eps, self.revive_after, self.seed = decay, eps, revive_after, seed
+        self.register_buffer("codebook", torch.randn(num_codewords, dim) / dim**0.5)
+        self.register_buffer("ema_count", torch.zeros(num_codewords))
+        self.register_buffer("ema_sum", torch.zeros(num_codewords, dim))
+        self.register_buffer("idle", torch.zeros(num_codewords, dtype=torch.int64))
+        self.register_buffer("num_updates", torch.zeros((), dtype=torch.int64))
+        self.register_buffer("num_revived", torch.zeros((), dtype=torch.int64))
+        # Python mirrors of what the buffers say, so that no step has to ask the device.
+        self._started = False
+        self._steps = 0
+        self._pending: tuple[Tensor, Tensor] | None = None  # counts (K,), sums (K, D) since the last update
+        self._candidates: Tensor | None = None  # (M, D) vectors of the latest batch, to revive dead codewords with
+
+    def forward(self, z: Tensor) -> Quantized:
+        """Quantise z (B, D, h, w). In training mode, also collect statistics for the next `update`."""
+        B, _, h, w = z.shape
+        with torch.autocast(z.device.type, enabled=False):
+            z = z.float()
+            vectors = z.permute(0, 2, 3, 1).reshape(-1, self.dim)  # (N, D)
+            if self.training and not self._started:
+                self._start(vectors.detach())
+            codes = nearest_codeword(vectors, self.codebook)  # (N,)
+            if self.training:
+                self._collect(vectors.detach(), codes)
+            quantized = self.lookup(codes.view(B, h, w))  # (B, D, h, w)
+            commitment = F.mse_loss(z, quantized)
+            # Straight-through: forward is the codeword, backward is the identity.
+            quantized = z + (quantized - z).detach()
+        return Quantized(quantized, codes.view(B, h, w), commitment)
+
+    def lookup(self, codes: Tensor) -> Tensor:
+        """Codewords of codes: int64 (B, h, w) to (B, D, h, w). Without gradient, since codewords follow averages."""
+        return F.embedding(codes, self.codebook).permute(0, 3, 1, 2).contiguous()
+
+    # ------------------------------------------------------------------------------------------ learning the codebook
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """Move the codebook by the statistics since the last call, summed over all ranks. Once an optimizer step."""
+        if self._pending is None:
+            return
+        counts, sums = self._pending
+        self._pending = None
+        if _distributed():
+            dist.all_reduce(counts)
+            dist.all_reduce(sums)
+        self.ema_count.lerp_(counts, 1 - self.decay)
+        self.ema_sum.lerp_(sums, 1 - self.decay)
+        total = self.ema_count.sum()
+        smoothed = (self.ema_count + self.eps) / (total + self.num_codewords * self.eps) * total  # (K,)
+        # A codeword without any statistics keeps its place: 0 / 0 would send it to the origin.
+        seen = self.ema_count > self.eps
+        self.codebook.copy_(torch.where(seen[:, None], self.ema_sum / smoothed.clamp_min(1e-12)[:, None], self.codebook))
+        self.idle.add_(1).masked_fill_(counts > 0, 0)
+        self.num_updates.add_(1)
+        self._steps += 1
+        if self.revive_after and self._steps % _REVIVE_EVERY == 0:
+            self._revive()
+
+    def _collect(self, vectors: Tensor, codes: Tensor) -> None:
+        counts = torch.bincount(codes, minlength=self.num_codewords).float()
+        sums = torch.zeros_like(self.ema_sum).index_add_(0, codes, vectors)
+        if self._pending is not None:
+            counts, sums = counts + self._pending[0], sums + self._pending[1]
+        self._pending = counts, sums
+        # Every s-th vector, with s from the global count: two half batches offer what one whole batch offers.
+        stride = max(1, len(vectors) * _world_size() // self.num_codewords)
+        self._candidates = vectors[::stride]
+
+    def _start(self, vectors: Tensor) -> None:
+        """Start the codebook by k-means over the vectors of all ranks."""
+        pool = _gather(vectors)
+        # 32 vectors a codeword tell where its centre is; more only cost time.
+        stride = max(1, len(pool) // (32 * self.num_codewords))
+        codebook, counts = kmeans(pool[::stride], self.num_codewords, seed=self.seed)
+        if _distributed():  # equal input gives equal output, but a codebook must not hang on that
+            dist.broadcast(codebook, 0)
+            dist.broadcast(counts, 0)
+        # The averages begin as if the last batches had looked like this one.
+        counts = counts * (len(pool) / counts.sum().clamp_min(1))
+        self.codebook.copy_(codebook)
+        self.ema_count.copy_(counts)
+        self.ema_sum.copy_(codebook * counts[:, None])
+        self._started = True
+
+    def _revive(self) -> None:
+        dead = self.idle >= self.revive_after
+        number = int(dead.sum())
+        if number == 0 or self._candidates is None:
+            return
+        pool = _gather(self._candidates)
+        generator = torch.Generator().manual_seed(self.seed + 7919 * self._steps)
+        chosen = torch.randint(len(pool), (number,), generator=generator)
+        if number <= len(pool):  # without replacement where that is possible
+            chosen = torch.randperm(len(pool), generator=generator)[:number]
+        fresh = pool[chosen.to(pool.device)]
+        mean_count = self.ema_count.sum() / self.num_codewords
+        self.codebook[dead] = fresh
+        self.ema_count[dead] = mean_count
+        self.ema_sum[dead] = fresh * mean_count
+        self.idle[dead] = 0
+        self.num_revived.add_(number)
+
+    # ----------------------------------------------------------------------------------------------------- checkpoints
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        super()._load_from_state_dict(*args)
+        self._steps = int(self.num_updates)
+        self._started = bool(self.ema_count.sum() > 0)
+        self._pending = self._candidates = None
+
+
+def kmeans(vectors: Tensor, num_clusters: int, *, seed: int, iterations: int = _KMEANS_ITERATIONS) -> tuple[Tensor, Tensor]:
+    """Lloyd's algorithm from randomly chosen vectors; an empty cluster restarts at a random vector.
+
+    Args:
+        vectors: (N, D). With fewer than `num_clusters`, vectors repeat, each copy moved by a little noise.
+        num_clusters: K.
+        seed: of the choice; equal input and seed give equal output.
+        iterations: of assignment and mean.
+
+    Returns:
+        centres (K, D) and the number of vectors of each, float (K,).
+    """
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.randperm(len(vectors), generator=generator)
+    if len(vectors) < num_clusters:
+        extra = torch.randint(len(vectors), (num_clusters - len(vectors),), generator=generator)
+        order = torch.cat([order, extra])
+    centres = vectors[order[:num_clusters].to(vectors.device)].clone()
+    if len(vectors) < num_clusters:
+        noise = torch.randn(centres.shape, generator=generator).to(vectors)
+        centres += 0.01 * vectors.std().nan_to_num(1.0) * noise
+    counts = torch.zeros(num_clusters, device=vectors.device)
+    for _ in range(iterations):
+        codes = nearest_codeword(vectors, centres)
+        counts = torch.bincount(codes, minlength=num_clusters).float()
+        sums = torch.zeros_like(centres).index_add_(0, codes, vectors)
+        empty = counts == 0
+        centres = torch.where(empty[:, None], centres, sums / counts.clamp_min(1)[:, None])
+        if len(vectors) >= num_clusters and bool(empty.any()):
+            replacement = torch.randint(len(vectors), (int(empty.sum()),), generator=generator)
+            centres[empty] = vectors[replacement.to(vectors.device)]
+    return centres, counts
+
+
+def _distributed() -> bool:
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def _world_size() -> int:
+    return dist.get_world_size() if _distributed() else 1
+
+
+def _gather(vectors: Tensor) -> Tensor:
+    """Rows of all ranks, in rank order; every rank must hold equally many."""
+    if not _distributed():
+        return vectors
+    parts = [torch.empty_like(vectors) for _ in range(dist.get_world_size())]
+    dist.all_gather(parts, vectors.contiguous())
+    return torch.cat(parts)

@@ -1,0 +1,166 @@
+"""The tokenizer: encoder, codebook and decoder, and how it is saved and loaded."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from pecobook.config import replace, to_dict
+from pecobook.errors import ConfigError, WeightsError
+from pecobook.models.autoencoder import AutoencoderConfig, Decoder, Encoder
+from pecobook.models.quantizer import VectorQuantizer
+from pecobook.models.weights import read_export, write_export
+
+_CARD = """---
+library_name: pecobook
+tags: [vector-quantization, image-tokenizer, peco]
+---
+# A perceptual tokenizer
+
+{codewords} codewords of dimension {dim}; one token for {stride} x {stride} pixels; trained at {size} pixels.
+
+```python
+from pecobook import PerceptualTokenizer
+tokenizer = PerceptualTokenizer.from_pretrained("{path}")
+codes = tokenizer.encode(images)  # float (B, 3, H, W) in [0, 1] -> int64 (B, H / {stride}, W / {stride})
+```
+"""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TokenizerConfig:
+    """What is needed to build a tokenizer."""
+
+    model: AutoencoderConfig = AutoencoderConfig()
+    num_codewords: int = 8192
+    """K."""
+    image_size: int = 224
+    """Side of the images it was trained at, pixels."""
+
+
+class PerceptualTokenizer(nn.Module):
+    """Images to codes and back.
+
+    Args:
+        config: its shape.
+        quantizer: the codebook; None makes one with the default settings.
+    """
+
+    def __init__(self, config: TokenizerConfig, quantizer: VectorQuantizer | None = None) -> None:
+        super().__init__()
+        self.config = config
+        self.encoder = Encoder(config.model)
+        self.quantizer = quantizer or VectorQuantizer(config.num_codewords, config.model.latent_dim)
+        self.decoder = Decoder(config.model)
+
+    @property
+    def codebook(self) -> Tensor:
+        """Codewords, float (K, D)."""
+        return self.quantizer.codebook
+
+    @property
+    def stride(self) -> int:
+        """Pixels of the image for one token."""
+        return self.config.model.stride
+
+    @property
+    def image_size(self) -> int:
+        """Side of the images it was trained at, pixels."""
+        return self.config.image_size
+
+    def latent(self, images: Tensor) -> Tensor:
+        """Encoder output before quantisation: float (B, 3, H, W) in [0, 1] to (B, D, h, w)."""
+        height, width = images.shape[-2:]
+        if height % self.stride or width % self.stride:
+            raise ValueError(f"Images must be multiples of {self.stride} pixels, not {height} x {width}.")
+        return self.encoder(images * 2 - 1)  # type: ignore[no-any-return]
+
+    def render(self, quantized: Tensor) -> Tensor:
+        """Decoder output, not clamped: (B, D, h, w) to (B, 3, H, W), about [0, 1]."""
+        return (self.decoder(quantized) + 1) / 2  # type: ignore[no-any-return]
+
+    @torch.no_grad()
+    def encode(self, images: Tensor) -> Tensor:
+        """Codes of float (B, 3, H, W) in [0, 1]: int64 (B, H / f, W / f).
+
+        Raises:
+            ValueError: a side is no multiple of the stride f.
+        """
+        from pecobook.models.nearest import nearest_codeword
+
+        z = self.latent(images)
+        B, D, h, w = z.shape
+        vectors = z.permute(0, 2, 3, 1).reshape(-1, D)
+        return nearest_codeword(vectors, self.codebook).view(B, h, w)
+
+    @torch.no_grad()
+    def decode(self, codes: Tensor) -> Tensor:
+        """Images of codes int64 (B, h, w): float (B, 3, h f, w f) in [0, 1]."""
+        return self.render(self.quantizer.lookup(codes)).float().clamp(0, 1)
+
+    # ------------------------------------------------------------------------------------------------ saving, loading
+
+    def save_pretrained(self, folder: str | Path, *, shown_path: str = "path/to/this/folder") -> None:
+        """Write `model.safetensors`, `config.json` and a model card whose example loads from `shown_path`."""
+        state = {name: value for name, value in self.state_dict().items() if name not in _TRAINING_ONLY}
+        card = _CARD.format(
+            codewords=self.config.num_codewords,
+            dim=self.config.model.latent_dim,
+            stride=self.stride,
+            size=self.image_size,
+            path=shown_path,
+        )
+        write_export(Path(folder), {"kind": "tokenizer", **to_dict(self.config)}, state, card)
+
+    @classmethod
+    def from_pretrained(cls, source: str | Path) -> PerceptualTokenizer:
+        """Load from a run folder, an export folder, or `owner/name` on the Hugging Face hub; in evaluation mode.
+
+        Raises:
+            WeightsError: there is none, it is damaged, or it is not a tokenizer.
+        """
+        folder = Path(source)
+        if not folder.exists() and str(source).count("/") == 1 and not str(source).startswith((".", "/")):
+            folder = _download(str(source))
+        config, state = read_export(folder)
+        if config.pop("kind", None) != "tokenizer":
+            raise WeightsError(f"'{source}' is not a tokenizer: give the folder of a codebook run.")
+        try:
+            tokenizer = cls(replace(TokenizerConfig(), config))
+            missing, unknown = tokenizer.load_state_dict(state, strict=False)
+        except (ConfigError, RuntimeError) as error:
+            raise WeightsError(f"The tokenizer in '{source}' is damaged: {error}") from None
+        if unknown or set(missing) - _TRAINING_ONLY:
+            raise WeightsError(f"The tokenizer in '{source}' is damaged: {sorted(set(missing) - _TRAINING_ONLY) or unknown}")
+        return tokenizer.eval().requires_grad_(False)
+
+    def push_to_hub(self, repo_id: str, *, private: bool = False) -> str:
+        """Upload to the Hugging Face hub as `owner/name`; returns the address."""
+        import tempfile
+
+        from huggingface_hub import HfApi
+
+        api = HfApi()
+        url = api.create_repo(repo_id, private=private, exist_ok=True)
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder, shown_path=repo_id)
+            api.upload_folder(repo_id=repo_id, folder_path=folder)
+        return str(url)
+
+
+# Statistics that only training reads: an export holds the codebook alone.
+_TRAINING_ONLY = frozenset(f"quantizer.{name}" for name in ("ema_count", "ema_sum", "idle", "num_updates", "num_revived"))
+
+
+def _download(repo_id: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(repo_id, allow_patterns=["model.safetensors", "config.json"]))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise WeightsError(f"There is no run '{repo_id}' here, and the hub gives none ({first}).") from None

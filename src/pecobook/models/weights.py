@@ -1,0 +1,272 @@
+"""Networks by name: timm's, or a backbone that a run of pecobook exported; and what an export folder holds.
+
+An export folder is `model.safetensors`, `config.json` and `README.md`. Nothing here unpickles code.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pecobook.errors import WeightsError, did_you_mean
+
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # timm's default
+
+
+@dataclasses.dataclass(frozen=True)
+class Backbone:
+    """A network without its head, and the input it was made for."""
+
+    network: nn.Module
+    """A timm network with `forward_features` and `forward_intermediates`."""
+    name: str
+    args: dict[str, Any]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    image_size: int | None
+    """Side it was trained at, pixels; None when any will do."""
+
+
+def export_folder(path: str | Path) -> Path:
+    """The export folder of a run, or the folder itself. Raises WeightsError when there is none."""
+    folder = Path(path)
+    for candidate in (folder / "export", folder):
+        if (candidate / "model.safetensors").is_file() and (candidate / "config.json").is_file():
+            return candidate
+    if not folder.exists():
+        raise WeightsError(f"There is no run '{path}'. Give a run folder of pecobook or timm:NAME.")
+    raise WeightsError(f"'{path}' holds no export/model.safetensors: it is not a finished run. Finish it with --resume.")
+
+
+def read_export(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Settings and weights of an export folder. Raises WeightsError when it is missing or damaged."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    folder = export_folder(path)
+    try:
+        config = json.loads((folder / "config.json").read_text())
+        return config, load_file(folder / "model.safetensors")
+    except (OSError, ValueError, SafetensorError) as error:
+        raise WeightsError(f"The export in '{folder}' cannot be read: {error}") from None
+
+
+def write_tensors(file: Path, tensors: dict[str, Tensor]) -> None:
+    """Write a safetensors file, whole or not at all."""
+    from safetensors.torch import save
+
+    from pecobook.files import write_atomically
+
+    file.parent.mkdir(parents=True, exist_ok=True)
+    own = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
+    write_atomically(file, save(own, metadata={"format": "pt"}))
+
+
+def write_export(folder: Path, config: dict[str, Any], state: dict[str, Tensor], card: str) -> None:
+    """Write an export folder."""
+    from pecobook.files import write_atomically
+
+    write_tensors(folder / "model.safetensors", state)
+    write_atomically(folder / "README.md", card.encode())
+    # Last, since its presence makes the folder an export.
+    write_atomically(folder / "config.json", (json.dumps(config, indent=2) + "\n").encode())
+
+
+_CARD = """---
+library_name: timm
+tags: [pecobook, {origin_tag}]
+---
+# {name}, trained by {origin}
+
+A plain timm network, trained at {image_size} pixels. Input: RGB in [0, 1], minus mean {mean}, divided by std {std}.
+
+```python
+{lines}
+```
+"""
+
+
+def export_backbone(
+    folder: Path,
+    state: dict[str, Tensor],
+    *,
+    name: str,
+    args: dict[str, Any],
+    image_size: int,
+    origin: str,
+    classes: tuple[str, ...] | None = None,
+    mean: tuple[float, ...] = IMAGENET_MEAN,
+    std: tuple[float, ...] = IMAGENET_STD,
+) -> str:
+    """Write a timm network as an export folder.
+
+    Args:
+        folder: where to.
+        state: plain timm state dict.
+        name: timm's name of the network.
+        args: further arguments of timm.create_model.
+        image_size: side it was trained at, pixels.
+        origin: what trained it, for the card.
+        classes: names of the classes when it has a head.
+        mean: of the input's normalisation.
+        std: of the input's normalisation.
+
+    Returns:
+        The lines of Python that load it, with `{path}` where the run folder goes.
+    """
+    made = {"num_classes": len(classes) if classes else 0, **args}
+    arguments = "".join(f", {key}={value!r}" for key, value in made.items())
+    lines = (
+        "import timm, safetensors.torch\n"
+        f'model = timm.create_model("{name}"{arguments})\n'
+        'model.load_state_dict(safetensors.torch.load_file("{path}/export/model.safetensors"))'
+    )
+    config: dict[str, Any] = {"kind": "classifier" if classes else "backbone", "name": name, "args": args}
+    config |= {"mean": list(mean), "std": list(std), "image_size": image_size}
+    if classes:
+        config["classes"] = list(classes)
+    shown = lines.replace("{path}/export/", "")
+    tag = origin.lower().replace(" ", "-")
+    card = _CARD.format(name=name, origin=origin, origin_tag=tag, image_size=image_size, mean=mean, std=std, lines=shown)
+    write_export(folder, config, state, card)
+    return lines.replace("{", "{{").replace("}", "}}").replace("{{path}}", "{path}")
+
+
+def create(name: str, *, pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """`timm.create_model` with errors that a person can use. Raises WeightsError."""
+    import timm
+
+    bare = name.removeprefix("timm:")
+    if not timm.is_model(bare.partition(".")[0]):
+        raise WeightsError(f"timm has no network '{bare}'.{did_you_mean(bare, timm.list_models())}")
+    try:
+        network: nn.Module = timm.create_model(bare, pretrained=pretrained, **kwargs)
+    except TypeError as error:
+        raise WeightsError(f"timm's '{bare}' does not take these arguments: {error}") from None
+    except (OSError, RuntimeError, ValueError) as error:
+        if not pretrained:
+            raise WeightsError(f"timm cannot make '{bare}' with {kwargs}: {error}") from None
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise WeightsError(
+            f"The weights of timm's '{bare}' cannot be fetched ({first}).\n"
+            "Check the network, give a local file with weights, or ask for random ones."
+        ) from None
+    return network
+
+
+def load_backbone(
+    spec: str,
+    *,
+    weights: str | None = None,
+    image_size: int | None = None,
+    pool_mean: bool = False,
+    drop_path: float = 0.0,
+) -> Backbone:
+    """A backbone without head.
+
+    Args:
+        spec: `timm:NAME`, or a run folder of pecobook (contrast, pretrain or finetune).
+        weights: None for the network's own pre-trained weights, `random` for none, or a local file.
+        image_size: side of the images it will see; a transformer's position tables are interpolated to it.
+        pool_mean: make a transformer pool the mean of its patches instead of its class token.
+        drop_path: stochastic depth.
+
+    Raises:
+        WeightsError: unknown name, or weights missing or not fitting.
+    """
+    if spec.startswith("timm:"):
+        return _load_timm(spec.removeprefix("timm:"), weights, image_size, pool_mean, drop_path)
+    if not Path(spec).exists() and "/" not in spec:
+        raise WeightsError(f"'{spec}' is neither a run folder nor a network: networks of timm are written timm:NAME.")
+    config, state = read_export(spec)
+    if config.get("kind") not in ("backbone", "classifier"):
+        raise WeightsError(f"'{spec}' is a {config.get('kind')}, not a backbone: give a contrast or pretrain run.")
+    args = config["args"] | _pooling(config["name"], pool_mean)
+    network = create(config["name"], num_classes=0, drop_path_rate=drop_path, **args)
+    if weights != "random":
+        load_state(network, state if weights is None else read_weights(weights), source=weights or spec)
+    size = config["image_size"]
+    if image_size is not None and image_size != size and is_transformer(config["name"]):
+        network.set_input_size(img_size=image_size)  # type: ignore[operator]
+        args, size = args | {"img_size": image_size}, image_size
+    return Backbone(network, config["name"], args, tuple(config["mean"]), tuple(config["std"]), size)
+
+
+def _load_timm(
+    name: str, weights: str | None, image_size: int | None, pool_mean: bool, drop_path: float
+) -> Backbone:
+    args: dict[str, Any] = _pooling(name, pool_mean)
+    if image_size is not None and is_transformer(name):
+        args["img_size"] = image_size
+    network = create(name, pretrained=weights is None, num_classes=0, drop_path_rate=drop_path, **args)
+    if weights not in (None, "random"):
+        load_state(network, read_weights(weights), source=weights)
+    settings = getattr(network, "pretrained_cfg", None) or {}
+    size = image_size or settings.get("input_size", (3, 224, 224))[-1]
+    mean, std = settings.get("mean", IMAGENET_MEAN), settings.get("std", IMAGENET_STD)
+    return Backbone(network, name, args, tuple(mean), tuple(std), size)
+
+
+def is_transformer(name: str) -> bool:
+    """Whether timm's `name` is a ViT, which is made for one size of image."""
+    return name.startswith(("vit_", "beit", "deit", "eva"))
+
+
+def _pooling(name: str, pool_mean: bool) -> dict[str, Any]:
+    if not (pool_mean and is_transformer(name)):
+        return {}
+    return {"global_pool": "avg", **({"use_fc_norm": True} if name.startswith("beit") else {})}
+
+
+def read_weights(path: str) -> dict[str, Tensor]:
+    """A state dict from a safetensors file or a PyTorch file that holds only tensors. Raises WeightsError."""
+    file = Path(path)
+    if not file.is_file():
+        raise WeightsError(f"There is no file of weights '{path}'.")
+    if file.suffix == ".safetensors":
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+
+        try:
+            return load_file(file)
+        except (OSError, SafetensorError) as error:
+            raise WeightsError(f"'{path}' cannot be read as safetensors: {error}") from None
+    import pickle
+
+    try:
+        state = torch.load(file, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
+        first = str(error).strip().splitlines()[0]
+        raise WeightsError(
+            f"'{path}' cannot be read as weights alone, and pecobook never runs code from a file ({first}).\n"
+            "Convert it once, in a place you trust, to safetensors."
+        ) from None
+    for wrapper in ("state_dict", "model"):
+        if isinstance(state, dict) and isinstance(state.get(wrapper), dict):
+            state = state[wrapper]
+    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise WeightsError(f"'{path}' holds no state dict.")
+    return state
+
+
+def load_state(network: nn.Module, state: dict[str, Tensor], *, source: str) -> None:
+    """Load weights, all of them, heads aside. Raises WeightsError naming the keys that differ."""
+    own = network.state_dict()
+    state = dict(state)
+    for name in [name for name in state if name not in own and name.split(".")[0] in ("head", "fc", "classifier")]:
+        del state[name]  # a head of other classes is not part of a backbone
+    for old, new in (("norm.", "fc_norm."), ("fc_norm.", "norm.")):  # the same norm, before or after the mean
+        if f"{new}weight" in own and f"{new}weight" not in state and f"{old}weight" not in own:
+            state |= {new + name.removeprefix(old): state.pop(name) for name in list(state) if name.startswith(old)}
+    missing, unknown = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
+    wrong = sorted(name for name in own.keys() & state.keys() if own[name].shape != state[name].shape)
+    if missing or unknown or wrong:
+        parts = [("missing", missing), ("unknown", unknown), ("of another shape", wrong)]
+        told = "; ".join(f"{len(names)} {what} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})" for what, names in parts if names)
+        raise WeightsError(f"The weights of '{source}' do not fit this network: {told}.")
+    network.load_state_dict(state)

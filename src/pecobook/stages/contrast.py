@@ -1,0 +1,198 @@
+"""Train a feature network on your own images without labels: MoCo v3 (arXiv 2104.02057), the paper's perceptual network.
+
+B images of this rank, G of all ranks, F feature width of the backbone.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from functools import partial
+from pathlib import Path
+from typing import cast
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pecobook.config import BackboneConfig, OptimConfig, TrainConfig, between, positive
+from pecobook.data.images import ImageSource
+from pecobook.data.sampler import key
+from pecobook.data.stream import Batch, ViewFunction
+from pecobook.data.views import PhotometricConfig, colour_draws, photometric, random_crop, to_float
+from pecobook.engine.loop import StageOutput
+from pecobook.engine.schedule import cosine
+from pecobook.models.weights import IMAGENET_MEAN, IMAGENET_STD, create, export_backbone, is_transformer
+from pecobook.stages.stage import Stage, StageKind
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ContrastConfig(TrainConfig):
+    """Train a feature network on your images by MoCo v3."""
+
+    model: BackboneConfig = BackboneConfig(name="vit_base_patch16_224")
+    optim: OptimConfig = OptimConfig(lr=2.4e-3, weight_decay=0.1, warmup="40 epochs")
+    max_steps: str = "300 epochs"
+    """Length of the training: steps, "N epochs" or "N images"."""
+    batch_size: int = 4096
+    """Images in one optimizer step, over all devices and accumulation steps; every image gives two views."""
+    min_crop: float = 0.08
+    """Smallest share of an image's area that a random crop takes."""
+    momentum: float = 0.99
+    """Of the second encoder at the start; it rises to 1 by a half cosine."""
+    temperature: float = 0.2
+    """Of the contrastive softmax (the paper: 0.2 for ViT, 1.0 for ResNet-50)."""
+    hidden_dim: int = 4096
+    """Hidden width of the projector and the predictor."""
+    output_dim: int = 256
+    """Width of the space in which views are compared."""
+    freeze_patch_embed: bool = True
+    """Leave a ViT's patch projection at its random start (section 4 of the paper); networks without one ignore it."""
+    colour: PhotometricConfig = PhotometricConfig()
+    """Colour changes of both views; blur and solarise below are added."""
+    blur: tuple[float, float] = (1.0, 0.1)
+    """Probability of blur on view one and view two."""
+    solarise: tuple[float, float] = (0.0, 0.2)
+    """Probability of solarisation on view one and view two."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        positive(self, "temperature", "hidden_dim", "output_dim")
+        between(self, 0.0, 1.0, "momentum")
+
+
+def mlp(widths: list[int], *, final_norm: bool) -> nn.Sequential:
+    """Linear layers without bias, BatchNorm and ReLU between; the last BatchNorm has no weights."""
+    layers: list[nn.Module] = []
+    for number, (width_in, width_out) in enumerate(zip(widths[:-1], widths[1:], strict=True)):
+        last = number == len(widths) - 2
+        layers.append(nn.Linear(width_in, width_out, bias=False))
+        if not last:
+            layers += [nn.BatchNorm1d(width_out), nn.ReLU(inplace=True)]
+        elif final_norm:
+            layers.append(nn.BatchNorm1d(width_out, affine=False))
+    return nn.Sequential(*layers)
+
+
+class ContrastStage(Stage):
+    """Two views, two encoders, one of them a moving average of the other.
+
+    Args:
+        config: all settings.
+    """
+
+    def __init__(self, config: ContrastConfig) -> None:
+        super().__init__()
+        self.config = config
+        args = _backbone_args(config)
+        self.backbone = create(config.model.name, num_classes=0, **args)
+        width = int(self.backbone.num_features)  # type: ignore[arg-type]
+        is_vit = hasattr(self.backbone, "patch_embed")
+        hidden, out = config.hidden_dim, config.output_dim
+        self.projector = mlp([width, hidden, *([hidden] if is_vit else []), out], final_norm=True)
+        self.predictor = mlp([out, hidden, out], final_norm=is_vit)
+        if is_vit and config.freeze_patch_embed:
+            self.backbone.patch_embed.requires_grad_(False)
+        self.momentum_backbone = copy.deepcopy(self.backbone).requires_grad_(False)
+        self.momentum_projector = copy.deepcopy(self.projector).requires_grad_(False)
+        self.register_buffer("mean", torch.tensor(IMAGENET_MEAN)[:, None, None], persistent=False)
+        self.register_buffer("std", torch.tensor(IMAGENET_STD)[:, None, None], persistent=False)
+
+    def forward(self, batch: Batch) -> StageOutput:
+        """Symmetric contrastive loss of two views: uint8 (B, 3, H, W) each."""
+        views = [self._view(batch, number) for number in (0, 1)]
+        queries = [self.predictor(self.projector(self.backbone(view))) for view in views]  # (B, out) each
+        with torch.no_grad():
+            keys = [self.momentum_projector(self.momentum_backbone(view)) for view in views]
+        temperature = self.config.temperature
+        first, accuracy = contrastive_loss(queries[0], keys[1], temperature)
+        second, _ = contrastive_loss(queries[1], keys[0], temperature)
+        spread = F.normalize(queries[0].detach().float(), dim=1).std(0).mean() * self.config.output_dim**0.5
+        return StageOutput(first + second, {"accuracy": 100 * accuracy.detach(), "spread": spread})
+
+    def _view(self, batch: Batch, number: int) -> Tensor:
+        colour = dataclasses.replace(
+            self.config.colour, blur=self.config.blur[number], solarise=self.config.solarise[number]
+        )
+        images = photometric(to_float(batch[f"view{number}"]), batch[f"colour{number}"], colour)
+        return cast("Tensor", (images - self.mean) / self.std)
+
+    @torch.no_grad()
+    def after_step(self, step: int, total: int) -> None:
+        """Move the second encoder towards the first, ever less."""
+        momentum = cosine(step - 1, total=total, start=self.config.momentum, end=1.0)
+        pairs = [(self.backbone, self.momentum_backbone), (self.projector, self.momentum_projector)]
+        for online, average in pairs:
+            for source, target in zip(online.parameters(), average.parameters(), strict=True):
+                target.lerp_(source, 1 - momentum)
+
+    def warning(self, metrics: dict[str, float], step: int) -> str | None:
+        """Say when all images get one feature (a spread of 1 is uniform on the sphere)."""
+        if metrics["spread"] > 0.05 or step < 100:
+            return None
+        return "The features have collapsed to a point: try a lower --optim.lr or a longer --optim.warmup."
+
+    def export(self, folder: Path, state: dict[str, Tensor]) -> str:
+        """Write the backbone as a plain timm network."""
+        own = {name.removeprefix("backbone."): value for name, value in state.items() if name.startswith("backbone.")}
+        return export_backbone(
+            folder,
+            own,
+            name=self.config.model.name,
+            args=_backbone_args(self.config),
+            image_size=self.config.image_size,
+            origin="MoCo v3",
+        )
+
+
+def contrastive_loss(queries: Tensor, keys: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """2 x temperature x InfoNCE of queries (B, D) against the keys (B, D) of all ranks; returns loss and accuracy."""
+    with torch.autocast(queries.device.type, enabled=False):
+        queries, keys = F.normalize(queries.float(), dim=1), F.normalize(keys.float(), dim=1)
+        everyone, first = gather(keys)  # (G, D)
+        logits = queries @ everyone.t() / temperature  # (B, G)
+        labels = torch.arange(first, first + len(queries), device=queries.device)
+        loss = F.cross_entropy(logits, labels) * (2 * temperature)
+    return loss, (logits.argmax(1) == labels).float().mean()
+
+
+def gather(keys: Tensor) -> tuple[Tensor, int]:
+    """Keys of all ranks (G, D), without gradient, and the row where this rank's begin."""
+    keys = keys.detach().contiguous()
+    if not (dist.is_initialized() and dist.get_world_size() > 1):
+        return keys, 0
+    parts = [torch.empty_like(keys) for _ in range(dist.get_world_size())]
+    dist.all_gather(parts, keys)
+    return torch.cat(parts), dist.get_rank() * len(keys)
+
+
+def _backbone_args(config: ContrastConfig) -> dict[str, object]:
+    args = config.model.kwargs()
+    if is_transformer(config.model.name):
+        args = {"img_size": config.image_size, **args}
+    return args
+
+
+def _check(config: ContrastConfig) -> None:
+    create(config.model.name, num_classes=0, **_backbone_args(config))
+
+
+def _build(config: ContrastConfig, source: ImageSource) -> ContrastStage:  # noqa: ARG001
+    return ContrastStage(config)
+
+
+def _two_views(image: Tensor, view_key: int, *, size: int, min_area: float) -> dict[str, Tensor]:
+    sample = {}
+    for number in (0, 1):
+        own = key(view_key, 10 + number)
+        sample[f"view{number}"] = random_crop(image, size, own, min_area=min_area)
+        sample[f"colour{number}"] = colour_draws(own)
+    return sample
+
+
+def _view(config: ContrastConfig) -> ViewFunction:
+    return partial(_two_views, size=config.image_size, min_area=config.min_crop)
+
+
+KIND: StageKind[ContrastConfig] = StageKind("contrast", _check, _build, _view, _view)

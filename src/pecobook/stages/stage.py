@@ -1,0 +1,169 @@
+"""What a stage is, and how any stage is trained: check everything, then make the folder, train, export.
+
+A stage module (`codebook.py`, ...) offers one `StageKind`: how to check its settings, build its nn.Module, and turn an
+image into what that module reads. Everything else is common and stands here and in the engine.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from pecobook.config import OptimConfig, TrainConfig
+from pecobook.data.images import ImageSource, Splits, open_images
+from pecobook.data.stream import Batch, Stream, ViewFunction
+from pecobook.engine.loop import StageOutput
+from pecobook.engine.optim import parameter_groups
+from pecobook.errors import DataError, PecobookError, PreflightError
+
+C = TypeVar("C", bound=TrainConfig)
+
+
+class Stage(nn.Module):
+    """A trainable: forward returns the loss. Subclasses override what differs."""
+
+    def forward(self, batch: Batch) -> StageOutput:
+        """Loss and detached metrics of a batch; in evaluation mode also pictures."""
+        raise NotImplementedError
+
+    def parameter_groups(self, config: OptimConfig) -> list[dict[str, Any]]:
+        """Groups for the optimizer."""
+        return parameter_groups(self, config)
+
+    def after_step(self, step: int, total: int) -> None:
+        """Act once the optimizer has made step number `step` of `total`."""
+
+    def warning(self, metrics: dict[str, float], step: int) -> str | None:  # noqa: ARG002
+        """A sentence for the user when `metrics` show an unhealthy run."""
+        return None
+
+    def export(self, folder: Path, state: dict[str, Tensor]) -> str:
+        """Write the export folder from the full `state` of this stage; returns Python lines that load it."""
+        raise NotImplementedError
+
+
+@dataclasses.dataclass(frozen=True)
+class StageKind(Generic[C]):
+    """One stage's part in `train`."""
+
+    command: str
+    """Name on the command line."""
+    check: Callable[[C], None]
+    """Raise PecobookError for settings or weights that cannot work, before anything is written."""
+    build: Callable[[C, ImageSource], Stage]
+    """Make the stage, all random weights from torch's global generator."""
+    view: Callable[[C], ViewFunction]
+    """What the stage reads of an image in training."""
+    evaluation_view: Callable[[C], ViewFunction]
+    """What it reads of a held-out image; without randomness that changes from one evaluation to the next."""
+    needs_labels: bool = False
+    """Whether images without labels are of no use to it."""
+
+
+def train(kind: StageKind[C], config: C) -> Path:
+    """Run a stage from settings to export; returns the run folder.
+
+    Raises:
+        PreflightError: problems found before the run folder was made, all of them.
+        PecobookError: what went wrong later.
+    """
+    from pecobook.engine import launch, run_folder
+
+    splits = preflight(kind, config)
+    config = dataclasses.replace(config, precision=launch.resolve_precision(config))
+    held = run_folder.prepare(config, kind.command) if launch.is_leader() else None
+    fabric = launch.start(config)
+    torch.manual_seed(config.seed)
+    stage = kind.build(config, splits.train)
+    outcome = _fit(kind, config, fabric, stage, splits)
+    if outcome.finished:
+        _export(config, fabric, stage)
+    if held is not None:
+        import os
+
+        os.close(held)
+    if not outcome.finished:
+        raise SystemExit(130)
+    return Path(config.out)
+
+
+def preflight(kind: StageKind[C], config: C) -> Splits:
+    """Check everything that can be checked before anything is written. Raises PreflightError with all problems."""
+    from pecobook.engine import launch, log, run_folder
+
+    problems: list[PecobookError] = []
+    splits: list[Splits] = []
+
+    def look_at_data() -> None:
+        opened = open_images(config.data)
+        look_at_images(opened.train)
+        if kind.needs_labels and opened.train.labels is None:
+            raise DataError(f"--data '{config.data}' has no labels: put the images of each class in a subfolder of its own.")
+        splits.append(opened)
+
+    def look_at_folder() -> None:
+        if launch.is_leader():
+            run_folder.check(config, kind.command)
+
+    checks: list[Callable[[], object]] = [
+        look_at_folder,
+        look_at_data,
+        lambda: kind.check(config),
+        lambda: launch.resolve_precision(config),
+        lambda: launch.micro_batch_size(config),
+        lambda: log.check_loggers(config.loggers),
+    ]
+    for check in checks:
+        try:
+            check()
+        except PecobookError as error:
+            problems.append(error)
+    if problems:
+        raise PreflightError(problems)
+    return splits[0]
+
+
+def look_at_images(source: ImageSource, count: int = 8) -> None:
+    """Raise DataError when none of the first few images can be read."""
+    from pecobook.data.images import BadImage
+
+    reasons = []
+    for index in range(min(count, len(source))):
+        try:
+            source.read(index)
+        except BadImage as error:
+            reasons.append(str(error))
+        else:
+            return
+    raise DataError(f"None of the first {len(reasons)} images of '{source.name}' can be read; the first: {reasons[0]}.")
+
+
+def _fit(kind: StageKind[C], config: C, fabric: Any, stage: Stage, splits: Splits) -> Any:
+    from pecobook.engine.loop import fit
+
+    return fit(
+        fabric,
+        stage,
+        Stream(splits.train, kind.view(config), config.seed),
+        Stream(splits.evaluation, kind.evaluation_view(config), 0),
+        config=config,
+        command=kind.command,
+    )
+
+
+def _export(config: TrainConfig, fabric: Any, stage: Stage) -> None:
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+
+    state = get_model_state_dict(stage, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    if fabric.global_rank == 0:
+        import sys
+
+        folder = Path(config.out) / "export"
+        lines = stage.export(folder, state)
+        print(f"\nDone: {folder}\n\n{lines.format(path=config.out)}", file=sys.stderr)
+    fabric.barrier()

@@ -1,0 +1,118 @@
+"""Codeword measures against scikit-learn, closed forms and direct counting."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pecobook.analysis.codewords import (
+    bag_of_codes,
+    code_gallery,
+    code_labels_information,
+    code_usage,
+    mean_codewords,
+)
+
+
+def some_codes(number: int = 6, side: int = 4, k: int = 5, seed: int = 0) -> torch.Tensor:
+    return torch.randint(0, k, (number, side, side), generator=torch.Generator().manual_seed(seed))
+
+
+def test_usage_of_even_codes_is_their_number() -> None:
+    usage = code_usage(torch.tensor([[0, 1], [2, 3]]), 10)
+    assert usage.codes_used == 4
+    assert usage.perplexity == pytest.approx(4)
+    assert usage.counts.tolist() == [1, 1, 1, 1, 0, 0, 0, 0, 0, 0]
+
+
+def test_usage_of_uneven_codes() -> None:
+    usage = code_usage(np.array([0, 0, 0, 7]), 8)
+    assert usage.perplexity == pytest.approx(np.exp(-(0.75 * np.log(0.75) + 0.25 * np.log(0.25))))
+    assert usage.codes_used == 2
+
+
+@pytest.mark.parametrize("codes", [[], [8], [-1]])
+def test_usage_refuses_impossible_codes(codes: list[int]) -> None:
+    with pytest.raises(ValueError):
+        code_usage(np.array(codes, dtype=np.int64), 8)
+
+
+def test_mean_codewords_equals_a_loop() -> None:
+    codes, codebook = some_codes(), torch.randn(5, 3)
+    expected = torch.stack(
+        [torch.stack([codebook[int(c)] for c in image.flatten()]).mean(0) for image in codes]
+    )
+    torch.testing.assert_close(mean_codewords(codes, codebook), expected)
+
+
+def test_bag_of_codes_is_a_unit_vector_of_rooted_shares() -> None:
+    codes = some_codes()
+    bag = bag_of_codes(codes.numpy(), 5)
+    torch.testing.assert_close(bag.norm(dim=1), torch.ones(6))
+    assert float(bag[2, 3] ** 2) == pytest.approx(float((codes[2] == 3).float().mean()))
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.integers(0, 10_000), st.integers(1, 7), st.integers(1, 6))
+def test_information_equals_scikit_learn(seed: int, k: int, classes: int) -> None:
+    from sklearn.metrics import mutual_info_score
+
+    rng = np.random.default_rng(seed)
+    codes, labels = rng.integers(0, k, (9, 3, 3)), rng.integers(0, classes, 9) * 3
+    nats = mutual_info_score(codes.reshape(-1), np.repeat(labels, 9))
+    assert code_labels_information(codes, labels, k) == pytest.approx(nats / np.log(2), abs=1e-9)
+
+
+def test_gallery_holds_only_patches_whose_code_it_is() -> None:
+    codes = some_codes(8, 4, 5)
+    # Every pixel carries its patch's code, so a picture tells its code by itself.
+    images = (codes / 10).repeat_interleave(8, 1).repeat_interleave(8, 2)[:, None].expand(-1, 3, -1, -1)
+    gallery = code_gallery(images, codes, codewords=4, patches=6, seed=3)
+    assert len(gallery.rows) == 4
+    for row in gallery.rows:
+        assert row.count == int((codes == row.codeword).sum())
+        assert row.images == int((codes == row.codeword).flatten(1).any(1).sum())
+        for patch in row.patches:
+            assert int(codes[patch.image, patch.row, patch.column]) == row.codeword
+            top, left, height, width = (round(value) for value in patch.box)
+            assert (height, width) == (8, 8)
+            assert patch.window.shape == (3, 24, 24)
+            inside = patch.window[:, top : top + 8, left : left + 8]
+            torch.testing.assert_close(inside, torch.full_like(inside, row.codeword / 10))
+
+
+def test_gallery_takes_the_most_used_after_those_asked_for() -> None:
+    codes = torch.tensor([[[0, 0], [0, 1]], [[0, 2], [2, 1]]])
+    images = torch.rand(2, 3, 8, 8)
+    assert [row.codeword for row in code_gallery(images, codes, codewords=2).rows] == [0, 1]
+    asked = code_gallery(images, codes, codewords=3, chosen=[9, 2])
+    assert [row.codeword for row in asked.rows] == [9, 2, 0]
+    assert asked.rows[0].patches == ()
+    assert asked.rows[0].count == 0
+
+
+def test_gallery_shows_every_image_before_any_twice() -> None:
+    codes = torch.zeros(5, 4, 4, dtype=torch.long)
+    row = code_gallery(torch.rand(5, 3, 16, 16), codes, codewords=1, patches=10).rows[0]
+    assert sorted(patch.image for patch in row.patches[:5]) == [0, 1, 2, 3, 4]
+    assert sorted(patch.image for patch in row.patches[5:]) == [0, 1, 2, 3, 4]
+    assert len({(patch.image, patch.row, patch.column) for patch in row.patches}) == 10
+
+
+def test_gallery_is_deterministic_and_rows_do_not_depend_on_each_other() -> None:
+    codes, images = some_codes(8, 4, 5), torch.rand(8, 3, 16, 16)
+
+    def places(seed: int, number: int) -> list[list[tuple[int, int, int]]]:
+        gallery = code_gallery(images, codes, codewords=number, seed=seed)
+        return [[(p.image, p.row, p.column) for p in row.patches] for row in gallery.rows]
+
+    assert places(1, 5) == places(1, 5)
+    assert places(1, 5)[:2] == places(1, 2)
+    assert places(1, 5) != places(2, 5)
+
+
+def test_gallery_of_tiny_images_uses_the_whole_image() -> None:
+    row = code_gallery(torch.rand(1, 3, 4, 4), torch.zeros(1, 1, 1, dtype=torch.long), codewords=1).rows[0]
+    assert row.patches[0].window.shape == (3, 4, 4)
+    assert row.patches[0].box == (0, 0, 4, 4)

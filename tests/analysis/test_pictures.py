@@ -1,0 +1,71 @@
+"""Reconstruction and masked prediction with models whose right answer is known."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from pecobook.analysis.masked_prediction import decode_prediction, hide, predict_masked
+from pecobook.analysis.reconstruction import encode_all, psnr, reconstruct
+
+from .fakes import GreyTokenizer, Oracle
+
+
+def test_psnr_against_scikit_image_and_closed_form() -> None:
+    from skimage.metrics import peak_signal_noise_ratio
+
+    x, y = torch.rand(4, 3, 9, 9), torch.rand(4, 3, 9, 9)
+    expected = [
+        peak_signal_noise_ratio(a.numpy(), b.numpy(), data_range=1.0) for a, b in zip(x, y, strict=True)
+    ]
+    np.testing.assert_allclose(psnr(x, y).numpy(), expected, rtol=1e-5)
+    assert float(psnr(torch.zeros(1, 3, 2, 2), torch.full((1, 3, 2, 2), 0.1))) == pytest.approx(20)
+    assert math.isinf(float(psnr(x, x)[0]))
+    with pytest.raises(ValueError, match="equal shapes"):
+        psnr(x, y[:1])
+
+
+def test_reconstruct_goes_through_codes_in_batches_in_evaluation_mode() -> None:
+    tokenizer = GreyTokenizer().train()
+    images = torch.rand(7, 3, 16, 16)
+    codes = encode_all(tokenizer, images, batch_size=3)
+    assert codes.shape == (7, 4, 4)
+    again = reconstruct(tokenizer, images, batch_size=3)
+    torch.testing.assert_close(again, tokenizer.decode(codes))
+    torch.testing.assert_close(encode_all(tokenizer, again), codes)
+    again.add_(1)  # an ordinary tensor, not one of inference mode
+    assert tokenizer.training
+    assert not any(tokenizer.modes)
+
+
+@pytest.mark.parametrize(("shift", "accuracy"), [(0, 100.0), (3, 0.0)])
+def test_masked_prediction_keeps_what_is_visible(shift: int, accuracy: float) -> None:
+    tokenizer = GreyTokenizer()
+    images = torch.rand(3, 3, 16, 16)
+    mask = torch.rand(3, 4, 4, generator=torch.Generator().manual_seed(0)) < 0.5
+    prediction = predict_masked(Oracle(tokenizer, shift), tokenizer, images, mask)
+    target = tokenizer.encode(images)
+    torch.testing.assert_close(prediction.target, target)
+    torch.testing.assert_close(prediction.codes[~mask], target[~mask])
+    torch.testing.assert_close(prediction.codes[mask], (target[mask] + shift) % 8)
+    assert prediction.accuracy == accuracy
+    torch.testing.assert_close(decode_prediction(tokenizer, prediction), tokenizer.decode(prediction.codes))
+
+
+def test_masked_prediction_edges() -> None:
+    tokenizer = GreyTokenizer()
+    images = torch.rand(1, 3, 16, 16)
+    nothing = predict_masked(Oracle(tokenizer), tokenizer, images, torch.zeros(1, 4, 4, dtype=torch.bool))
+    assert math.isnan(nothing.accuracy)
+    with pytest.raises(ValueError, match="does not fit"):
+        predict_masked(Oracle(tokenizer), tokenizer, images, torch.ones(1, 2, 2, dtype=torch.bool))
+
+
+def test_hide_paints_masked_patches_only() -> None:
+    images = torch.rand(1, 3, 8, 8)
+    mask = torch.tensor([[[True, False], [False, False]]])
+    shown = hide(images, mask)
+    assert (shown[0, :, :4, :4] == 0.5).all()
+    torch.testing.assert_close(shown[0, :, 4:], images[0, :, 4:])
+    torch.testing.assert_close(shown[0, :, :, 4:], images[0, :, :, 4:])

@@ -1,0 +1,140 @@
+"""Probes against scikit-learn and a slow NumPy version of DINO's vote."""
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+
+from pecobook.analysis.probe import binomial_error, knn_probe, linear_probe, paired_difference
+from pecobook.errors import DataError
+
+
+def blobs(
+    number: int, classes: int, dim: int, seed: int, noise: float = 1.0
+) -> tuple[NDArray[Any], NDArray[Any]]:
+    centres = np.random.default_rng(7).normal(size=(classes, dim))
+    rng = np.random.default_rng(seed)
+    labels = rng.integers(0, classes, number)
+    return (centres[labels] + noise * rng.normal(size=(number, dim))).astype(np.float32), labels
+
+
+def knn_slowly(x: Any, y: Any, test: Any, k: int, temperature: float) -> NDArray[Any]:
+    out = []
+    for query in test:
+        cosine = [float(query @ row) / float(np.linalg.norm(query) * np.linalg.norm(row)) for row in x]
+        near = sorted(range(len(x)), key=lambda i: -cosine[i])[:k]
+        votes: dict[int, float] = {}
+        for i in near:
+            votes[int(y[i])] = votes.get(int(y[i]), 0.0) + math.exp(cosine[i] / temperature)
+        out.append(max(sorted(votes), key=lambda label: votes[label]))
+    return np.array(out)
+
+
+@pytest.mark.parametrize("k", [1, 5, 20, 500])
+def test_knn_equals_the_slow_version_and_scikit_learn(k: int) -> None:
+    from sklearn.neighbors import KNeighborsClassifier
+
+    x, y = blobs(120, 6, 5, 0, noise=2.0)
+    y = y * 10 - 3  # labels need not be 0..C-1
+    test, test_y = blobs(70, 6, 5, 1, noise=2.0)
+    test_y = test_y * 10 - 3
+    result = knn_probe(x, y, torch.from_numpy(test), test_y, k=k, chunk=16)
+    used = min(k, len(x))
+    slow = knn_slowly(x, y, test, used, 0.07)
+    peer = KNeighborsClassifier(
+        used, metric="cosine", algorithm="brute", weights=lambda distance: np.exp((1 - distance) / 0.07)
+    ).fit(x, y)
+    np.testing.assert_array_equal(result.correct, slow == test_y)
+    np.testing.assert_array_equal(result.correct, peer.predict(test) == test_y)
+    assert result.setting == {"k": used, "temperature": 0.07}
+    assert result.validation_accuracy is None
+    assert result.accuracy == pytest.approx(100 * (slow == test_y).mean())
+
+
+def test_linear_probe_finds_linear_classes_and_equals_scikit_learn_at_its_setting() -> None:
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
+    x, y = blobs(400, 5, 12, 0, noise=1.5)
+    test, test_y = blobs(300, 5, 12, 1, noise=1.5)
+    result = linear_probe(100 * x + 3, y, 100 * test + 3, test_y)
+    peer = make_pipeline(StandardScaler(), LogisticRegression(C=result.setting["C"], max_iter=200)).fit(x, y)
+    assert (result.correct == (peer.predict(test) == test_y)).mean() > 0.99
+    assert result.accuracy > 75
+    assert result.standard_error == pytest.approx(binomial_error(result.accuracy, 300))
+    assert result.setting["search_images"] == 400
+    assert result.validation_accuracy is not None
+
+
+def test_linear_probe_depends_on_its_seed_only_and_shows_its_subsample() -> None:
+    x, y = blobs(300, 4, 6, 0, noise=3.0)
+    first, again = (linear_probe(x, y, x, y, seed=1, search_images=100) for _ in range(2))
+    assert first.summary() == again.summary()
+    assert first.setting["search_images"] == 100
+
+
+def test_linear_probe_regularises_noise_and_scores_chance_on_it() -> None:
+    rng = np.random.default_rng(0)
+    x, test = rng.normal(size=(300, 100)), rng.normal(size=(1000, 100))
+    y, test_y = rng.integers(0, 4, 300), rng.integers(0, 4, 1000)
+    result = linear_probe(x, y, test, test_y)
+    assert abs(result.accuracy - 25) < 4 * result.standard_error
+
+
+@pytest.mark.parametrize(
+    "labels", [[0, 1, 2, 3, 4], [0, 0, 0, 1, 2], [3, 3, 3, 3, 3], [0, 0, 0, 0, 9], [0, 0, 1, 1, 2]]
+)
+def test_small_sets_with_single_samples_do_not_crash(labels: list[int]) -> None:
+    x = np.eye(5, 3)
+    for seed in range(4):
+        result = linear_probe(x, np.array(labels), x, np.array(labels), seed=seed)
+        assert 0 <= result.accuracy <= 100
+    assert 0 <= knn_probe(x, np.array(labels), x, np.array(labels)).accuracy <= 100
+
+
+def test_a_test_class_absent_from_training_counts_as_wrong() -> None:
+    x, y = blobs(60, 3, 6, 0, noise=0.1)
+    for probe in (linear_probe, knn_probe):
+        assert probe(x, y, x, np.full(60, 99)).accuracy == 0
+
+
+def test_constant_features_are_harmless() -> None:
+    x, y = blobs(100, 3, 4, 0, noise=0.1)
+    x[:, 1] = 1e6
+    assert linear_probe(x, y, x, y).accuracy > 90
+
+
+def test_bad_input_is_named() -> None:
+    x, y = blobs(10, 2, 3, 0)
+    with pytest.raises(DataError, match="test part"):
+        linear_probe(x, y, x, y[:-1])
+    x[0, 0] = np.nan
+    with pytest.raises(DataError, match="NaN"):
+        knn_probe(x, y, x, y)
+    with pytest.raises(ValueError, match="k=0"):
+        knn_probe(np.ones((2, 2)), np.ones(2), np.ones((2, 2)), np.ones(2), k=0)
+
+
+def test_paired_difference_against_its_closed_form_and_by_drawing_again() -> None:
+    rng = np.random.default_rng(0)
+    a = rng.random(2000) < 0.6
+    b = np.where(rng.random(2000) < 0.9, a, ~a)
+    difference, error = paired_difference(a, b)
+    only_a, only_b = (a & ~b).mean(), (b & ~a).mean()
+    assert difference == pytest.approx(100 * (only_a - only_b))
+    closed = 100 * math.sqrt((only_a + only_b - (only_a - only_b) ** 2) / 1999)  # McNemar
+    assert error == pytest.approx(closed)
+    draws = [rng.integers(0, 2000, 2000) for _ in range(500)]
+    drawn = np.std([100 * (a[i].mean() - b[i].mean()) for i in draws])
+    assert error == pytest.approx(drawn, rel=0.15)
+
+
+def test_paired_difference_edges() -> None:
+    assert paired_difference(np.array([True]), np.array([False])) == (100.0, 0.0)
+    assert paired_difference(torch.ones(5).bool(), torch.ones(5).bool()) == (0.0, 0.0)
+    with pytest.raises(ValueError, match="equally long"):
+        paired_difference(np.ones(3), np.ones(4))
