@@ -27,7 +27,15 @@ C = TypeVar("C")
 FREE_ON_RESUME = frozenset(
     {
         *("out", "resume", "overwrite", "devices", "num_nodes", "strategy", "micro_batch_size", "workers"),
-        *("loggers", "log_every", "save_every", "save_minutes", "keep_checkpoints", "sample_every", "compile"),
+        *(
+            "loggers",
+            "log_every",
+            "save_every",
+            "save_minutes",
+            "keep_checkpoints",
+            "sample_every",
+            "compile",
+        ),
     }
 )
 
@@ -174,9 +182,7 @@ def parse_duration(text: str, name: str) -> tuple[float, str]:
     """Split "100 epochs" into (100.0, "epochs"). Raises ConfigError naming the flag `name`."""
     match = _DURATION.match(str(text))
     if not match:
-        raise ConfigError(
-            f"--{name} is '{text}': give steps (5000), epochs ('100 epochs') or images ('25600 images')."
-        )
+        raise ConfigError(f"--{name} is '{text}': give steps (5000), epochs ('100 epochs') or images ('25600 images').")
     unit = match[2].lower()
     units = {"": "steps", "step": "steps", "epoch": "epochs", "ep": "epochs", "image": "images"}
     return float(match[1]), units.get(unit, unit)
@@ -266,7 +272,9 @@ def coerce(value: Any, kind: Any, name: str) -> Any:
         if value in get_args(kind):
             return value
         options = [str(option) for option in get_args(kind)]
-        raise ConfigError(f"--{flag(name)} is one of {', '.join(options)}, not '{value}'.{did_you_mean(str(value), options)}")
+        raise ConfigError(
+            f"--{flag(name)} is one of {', '.join(options)}, not '{value}'.{did_you_mean(str(value), options)}"
+        )
     if origin is tuple:
         items = [value] if isinstance(value, str | int | float) else list(value)
         inner = get_args(kind)

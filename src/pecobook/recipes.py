@@ -55,8 +55,14 @@ def contrast_cifar10() -> ContrastConfig:
     Result: not yet run.
     """
     return dataclasses.replace(
-        contrast_tiny(), batch_size=512, max_steps="100 epochs", optim=OptimConfig(lr=4e-3, weight_decay=1e-4, warmup="10 epochs"),
-        save_every=1000, sample_every=1000, hidden_dim=1024, output_dim=128,
+        contrast_tiny(),
+        batch_size=512,
+        max_steps="100 epochs",
+        optim=OptimConfig(lr=4e-3, weight_decay=1e-4, warmup="10 epochs"),
+        save_every=1000,
+        sample_every=1000,
+        hidden_dim=1024,
+        output_dim=128,
     )
 
 
@@ -67,16 +73,19 @@ def contrast_tiny_imagenet() -> ContrastConfig:
     Result: not yet run.
     """
     return dataclasses.replace(
-        contrast_cifar10(), model=BackboneConfig(name="resnet18", args='{"output_stride": 16}'), image_size=64,
-        max_steps="200 epochs", blur=(1.0, 0.1),
+        contrast_cifar10(),
+        model=BackboneConfig(name="resnet18", args='{"output_stride": 16}'),
+        image_size=64,
+        max_steps="200 epochs",
+        blur=(1.0, 0.1),
     )
 
 
 def contrast_paper() -> ContrastConfig:
     """ViT-B/16 at 224 pixels on ImageNet-1K by MoCo v3, 100 epochs: PeCo's default perceptual network.
 
-    Source: PeCo section 4 (100 epochs); MoCo v3, arXiv 2104.02057 (learning rate 1.5e-4 x batch / 256, weight decay 0.1,
-        warm-up 40 of 300 epochs).
+    Source: PeCo section 4 (100 epochs); MoCo v3, arXiv 2104.02057 (learning rate 1.5e-4 x batch / 256, weight
+        decay 0.1, warm-up 40 of 300 epochs).
     Command: pecobook contrast paper --data IMAGENET --out runs/contrast
     Result: not yet run. MoCo v3 reports 76.7% linear probe after 300 epochs.
     """
@@ -110,7 +119,11 @@ def codebook_cifar10() -> CodebookConfig:
     Result: not yet run.
     """
     return dataclasses.replace(
-        codebook_tiny(), batch_size=128, max_steps="30 epochs", save_every=1000, sample_every=1000,
+        codebook_tiny(),
+        batch_size=128,
+        max_steps="30 epochs",
+        save_every=1000,
+        sample_every=1000,
         perceptual=PerceptualConfig(layers=(3, 4), normalisation="layernorm"),
     )
 
@@ -122,13 +135,16 @@ def codebook_tiny_imagenet() -> CodebookConfig:
     Result: not yet run.
     """
     return dataclasses.replace(
-        codebook_cifar10(), model=AutoencoderConfig(channels=(32, 64, 128, 256), latent_dim=128, latent_norm=True),
-        quantizer=QuantizerConfig(num_codewords=2048), image_size=64, max_steps="50 epochs",
+        codebook_cifar10(),
+        model=AutoencoderConfig(channels=(32, 64, 128, 256), latent_dim=128, latent_norm=True),
+        quantizer=QuantizerConfig(num_codewords=2048),
+        image_size=64,
+        max_steps="50 epochs",
     )
 
 
 def codebook_paper() -> CodebookConfig:
-    """PeCo's tokenizer: 8,192 codewords, 14 x 14 tokens at 224 pixels, MoCo v3 ViT-B blocks 3, 6, 9, 12; 37.5M parameters.
+    """PeCo's tokenizer: 8,192 codewords, 14 x 14 tokens at 224 pixels, MoCo v3 ViT-B blocks 3, 6, 9, 12; 37.5M weights.
 
     Source: section 4 and Table 2 (84.1% after 300 epochs of pre-training). Batch 128, Adam (0.5, 0.95), lr 5e-5, 100
         epochs, warm-up 5,000 steps, lambda 1, beta 0.25. What the paper leaves open stands in docs/decisions.md.
@@ -176,7 +192,11 @@ def pretrain_cifar10() -> PretrainConfig:
     Result: not yet run.
     """
     return dataclasses.replace(
-        pretrain_tiny(), batch_size=512, max_steps="100 epochs", save_every=1000, sample_every=1000,
+        pretrain_tiny(),
+        batch_size=512,
+        max_steps="100 epochs",
+        save_every=1000,
+        sample_every=1000,
     )
 
 
@@ -187,8 +207,12 @@ def pretrain_tiny_imagenet() -> PretrainConfig:
     Result: not yet run.
     """
     return dataclasses.replace(
-        pretrain_cifar10(), image_size=64, mask=MaskConfig(num_masked=26, min_block=6), max_steps="200 epochs",
-        model=BackboneConfig(name="vit_tiny_patch16_224", args='{"patch_size": 8, "init_values": 0.1}'), drop_path=0.05,
+        pretrain_cifar10(),
+        image_size=64,
+        mask=MaskConfig(num_masked=26, min_block=6),
+        max_steps="200 epochs",
+        model=BackboneConfig(name="vit_tiny_patch16_224", args='{"patch_size": 8, "init_values": 0.1}'),
+        drop_path=0.05,
     )
 
 
@@ -232,7 +256,11 @@ def finetune_cifar10() -> FinetuneConfig:
     Result: not yet run.
     """
     return dataclasses.replace(
-        finetune_tiny(), batch_size=512, max_steps="50 epochs", save_every=1000, sample_every=1000,
+        finetune_tiny(),
+        batch_size=512,
+        max_steps="50 epochs",
+        save_every=1000,
+        sample_every=1000,
     )
 
 

@@ -40,9 +40,7 @@ def test_usage_refuses_impossible_codes(codes: list[int]) -> None:
 
 def test_mean_codewords_equals_a_loop() -> None:
     codes, codebook = some_codes(), torch.randn(5, 3)
-    expected = torch.stack(
-        [torch.stack([codebook[int(c)] for c in image.flatten()]).mean(0) for image in codes]
-    )
+    expected = torch.stack([torch.stack([codebook[int(c)] for c in image.flatten()]).mean(0) for image in codes])
     torch.testing.assert_close(mean_codewords(codes, codebook), expected)
 
 

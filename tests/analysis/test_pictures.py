@@ -16,9 +16,7 @@ def test_psnr_against_scikit_image_and_closed_form() -> None:
     from skimage.metrics import peak_signal_noise_ratio
 
     x, y = torch.rand(4, 3, 9, 9), torch.rand(4, 3, 9, 9)
-    expected = [
-        peak_signal_noise_ratio(a.numpy(), b.numpy(), data_range=1.0) for a, b in zip(x, y, strict=True)
-    ]
+    expected = [peak_signal_noise_ratio(a.numpy(), b.numpy(), data_range=1.0) for a, b in zip(x, y, strict=True)]
     np.testing.assert_allclose(psnr(x, y).numpy(), expected, rtol=1e-5)
     assert float(psnr(torch.zeros(1, 3, 2, 2), torch.full((1, 3, 2, 2), 0.1))) == pytest.approx(20)
     assert math.isinf(float(psnr(x, x)[0]))

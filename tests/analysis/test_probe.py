@@ -12,9 +12,7 @@ from pecobook.analysis.probe import binomial_error, knn_probe, linear_probe, pai
 from pecobook.errors import DataError
 
 
-def blobs(
-    number: int, classes: int, dim: int, seed: int, noise: float = 1.0
-) -> tuple[NDArray[Any], NDArray[Any]]:
+def blobs(number: int, classes: int, dim: int, seed: int, noise: float = 1.0) -> tuple[NDArray[Any], NDArray[Any]]:
     centres = np.random.default_rng(7).normal(size=(classes, dim))
     rng = np.random.default_rng(seed)
     labels = rng.integers(0, classes, number)

@@ -72,9 +72,7 @@ def png_16(samples: npt.NDArray[np.uint16], colour_type: int) -> bytes:
 @pytest.mark.parametrize("mode", ["RGB", "L"])
 def test_8_bits_in_every_format(format_name: str, mode: str) -> None:
     data = encode(Image.fromarray(picture()).convert(mode), format_name)
-    assert_close(
-        decode(data), Image.open(io.BytesIO(data)).convert("RGB"), levels=2 * (format_name == "JPEG")
-    )
+    assert_close(decode(data), Image.open(io.BytesIO(data)).convert("RGB"), levels=2 * (format_name == "JPEG"))
 
 
 @pytest.mark.parametrize("options", [{"progressive": True}, {"subsampling": 0}, {"quality": 30}])
@@ -288,9 +286,7 @@ def test_pillows_limit_does_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
     st.lists(st.tuples(st.floats(0, 0.999), st.integers(0, 255)), min_size=1, max_size=12),
     st.floats(0.1, 1),
 )
-def test_damage_is_an_image_or_a_bad_image(
-    format_name: str, changes: list[tuple[float, int]], kept: float
-) -> None:
+def test_damage_is_an_image_or_a_bad_image(format_name: str, changes: list[tuple[float, int]], kept: float) -> None:
     data = bytearray(valid(format_name))
     for place, value in changes:
         data[int(place * len(data))] = value

@@ -132,9 +132,7 @@ def test_split_folders(tmp_path: Path, folders: tuple[str, ...], evaluation_name
 def test_a_validation_class_that_training_lacks(tmp_path: Path) -> None:
     for name in ("train/cat", "train/dog", "val/cat", "val/dogs"):
         write(tmp_path / name / "x.png")
-    with pytest.raises(
-        DataError, match=r"class 'dogs' of validation is missing in train\. Did you mean 'dog'"
-    ):
+    with pytest.raises(DataError, match=r"class 'dogs' of validation is missing in train\. Did you mean 'dog'"):
         open_images(str(tmp_path))
 
 
@@ -168,6 +166,7 @@ def test_names_that_are_not_unicode(tmp_path: Path) -> None:
     splits = open_images(str(tmp_path))
     assert sorted(values(splits.train) + values(splits.evaluation)) == [0, 1, 2]
     assert splits.train.fingerprint
+    assert splits.train.identify(0).encode()
 
 
 _PATHS = st.lists(
@@ -345,9 +344,7 @@ def test_parquet_in_a_folder_that_looks_like_a_pattern(tmp_path: Path, folder: s
 
 
 def test_parquet_folder_with_splits_and_class_names(tmp_path: Path) -> None:
-    features = datasets.Features(
-        {"image": datasets.Image(), "label": datasets.ClassLabel(names=["zebra", "ant"])}
-    )
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["zebra", "ant"])})
     for split, numbers in {
         "train-0": [0, 1],
         "train-1": [2],
@@ -570,9 +567,7 @@ def test_hub_failures(monkeypatch: pytest.MonkeyPatch) -> None:
         raise ConnectionError("Couldn't reach the Hub\nmore")
 
     monkeypatch.setattr(datasets, "load_dataset", fail)
-    with pytest.raises(
-        DataError, match=r"(?s)'hf:x/y' cannot be loaded.*Couldn't reach.*Check the name.*network"
-    ):
+    with pytest.raises(DataError, match=r"(?s)'hf:x/y' cannot be loaded.*Couldn't reach.*Check the name.*network"):
         open_images("hf:x/y")
     text = datasets.DatasetDict({"train": datasets.Dataset.from_dict({"text": ["a"]})})
     monkeypatch.setattr(datasets, "load_dataset", lambda *_: text)
@@ -649,6 +644,7 @@ def test_unknown_sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
         "images/x.png": "'.png' files are no source by themselves; give the folder",
         "a.txt": "'.txt' files are no source",
         "": "A source is a folder",
+        "~no-such-user/x": "cannot be opened",
         "x" * 5000: "cannot be opened|does not exist",
     }
     for source, message in cases.items():

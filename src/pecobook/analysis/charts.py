@@ -49,9 +49,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return out
 
 
-def training_curves(
-    runs: Mapping[str, Metrics], *, metrics: Sequence[str] | None = None, x: str = "step"
-) -> bytes:
+def training_curves(runs: Mapping[str, Metrics], *, metrics: Sequence[str] | None = None, x: str = "step") -> bytes:
     """Small panels, one a metric, several runs in each; a noisy curve is drawn faintly under its running
     mean.
 
@@ -75,9 +73,7 @@ def training_curves(
         if place // columns == lines - 1:
             axes.set_xlabel(x, color=INK, fontsize=9.5)
     height = figure.get_figheight()
-    figure.subplots_adjust(
-        left=0.08, right=0.99, top=1 - 0.5 / height, bottom=0.3 / height, wspace=0.28, hspace=0.42
-    )
+    figure.subplots_adjust(left=0.08, right=0.99, top=1 - 0.5 / height, bottom=0.3 / height, wspace=0.28, hspace=0.42)
     _legend(figure, figure.axes[0], len(runs), 1 - 0.22 / height)
     return png(figure)
 
@@ -109,9 +105,7 @@ def code_usage_chart(counts: Mapping[str, Array]) -> bytes:
     return png(figure)
 
 
-def score_chart(
-    panels: Mapping[str, Sequence[Score]], *, chance: float | None = None, unit: str = "%"
-) -> bytes:
+def score_chart(panels: Mapping[str, Sequence[Score]], *, chance: float | None = None, unit: str = "%") -> bytes:
     """Points with bars of one standard error to each side, one panel a probe, chance as a dashed line.
 
     `panels` maps a panel's title to its scores, top row first: put the control, and the untrained network
@@ -131,9 +125,7 @@ def score_chart(
         if chance is not None:
             axes.axvline(chance, color=INK, linewidth=1.1, linestyle=(0, (4, 3)))
         axes.tick_params(axis="x", labelbottom=place == len(panels) - 1)
-    label = f"accuracy, {unit} · bars: ±1 standard error" + (
-        " · dashed: chance" if chance is not None else ""
-    )
+    label = f"accuracy, {unit} · bars: ±1 standard error" + (" · dashed: chance" if chance is not None else "")
     figure.axes[-1].set_xlabel(label, color=INK, fontsize=10)
     return png(figure)
 

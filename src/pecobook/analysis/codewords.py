@@ -108,9 +108,7 @@ def code_labels_information(codes: Array, labels: Array, num_codewords: int) -> 
     _, label = np.unique(as_numpy(labels), return_inverse=True)
     num_labels = int(label.max()) + 1
     cell = flat.astype(np.int64) * num_labels + label.reshape(-1, 1)
-    joint = np.bincount(cell.reshape(-1), minlength=num_codewords * num_labels).reshape(
-        num_codewords, num_labels
-    )
+    joint = np.bincount(cell.reshape(-1), minlength=num_codewords * num_labels).reshape(num_codewords, num_labels)
     share = joint / joint.sum()
     independent = share.sum(axis=1, keepdims=True) * share.sum(axis=0, keepdims=True)
     seen = share > 0
@@ -136,9 +134,7 @@ def code_gallery(
     """
     grid = as_numpy(codes)
     if grid.ndim != 3 or len(grid) != len(images):
-        raise ValueError(
-            f"code_gallery needs codes (N, h, w) for N images, got {grid.shape} for {len(images)}"
-        )
+        raise ValueError(f"code_gallery needs codes (N, h, w) for N images, got {grid.shape} for {len(images)}")
     counts = np.bincount(grid.reshape(-1), minlength=max(chosen, default=0) + 1)
     by_use = np.argsort(-counts, kind="stable")
     order = list(dict.fromkeys([*map(int, chosen), *(int(code) for code in by_use if counts[code] > 0)]))
@@ -147,8 +143,7 @@ def code_gallery(
         places = np.argwhere(grid == code)  # (count, 3): image, row, column
         picked = places[_one_per_image_first(places[:, 0], np.random.default_rng([seed, code]))[:patches]]
         crops = tuple(
-            _crop(images, grid.shape, int(image), int(row), int(column), context)
-            for image, row, column in picked
+            _crop(images, grid.shape, int(image), int(row), int(column), context) for image, row, column in picked
         )
         rows.append(GalleryRow(code, len(places), len(np.unique(places[:, 0])), crops))
     return Gallery(tuple(rows))
@@ -165,9 +160,7 @@ def _one_per_image_first(image: NDArray[np.int64], rng: np.random.Generator) -> 
     return order[np.argsort(turn, kind="stable")]
 
 
-def _crop(
-    images: Tensor, shape: tuple[int, ...], image: int, row: int, column: int, context: float
-) -> GalleryPatch:
+def _crop(images: Tensor, shape: tuple[int, ...], image: int, row: int, column: int, context: float) -> GalleryPatch:
     """The window around one patch of a code grid `shape` (N, h, w)."""
     height, width = images.shape[-2:]
     patch_h, patch_w = height / shape[1], width / shape[2]

@@ -73,6 +73,12 @@ class Comparison:
         """The size of the difference as text, without its sign: `5.9 ± 0.6 points`."""
         return f"{_one(abs(self.difference))} ± {_one(self.standard_error or 0.0)} points"
 
+    @property
+    def signed(self) -> str:
+        """Difference and standard error as text: `−0.3 ± 0.5`, with a question mark for an unknown error."""
+        error = "?" if self.standard_error is None else _one(self.standard_error)
+        return f"{round(self.difference, 1) + 0.0:+.1f} ± {error}".replace("-", "−")
+
     def words(self) -> str:
         """The verdict with its figures, to stand behind "against b:"."""
         if self.verdict is Verdict.UNKNOWN:
@@ -80,16 +86,15 @@ class Comparison:
                 return f"cannot be judged, {self.num_test} test images are too few"
             return "cannot be judged, its sampling error is not known"
         if self.verdict is Verdict.UNCLEAR:
-            signed = f"{self.difference:+.1f} ± {_one(self.standard_error or 0.0)} points".replace("-", "−")
-            return f"no difference that this test can show ({signed})"
+            return f"no difference that this test can show ({self.signed} points)"
         return f"{self.verdict.value} by {self.amount}"
 
 
 def compare(results: Mapping[str, Any], metric: str, a: str, b: str) -> Comparison | None:
-    """Difference a - b on `metric`: from `results["comparisons"]` where it stands there, else from the two accuracies.
+    """Difference a - b on `metric`, from `results["comparisons"]` or else from the two accuracies.
 
-    The second way treats the two as measured on different test images, so its error is too large rather than
-    too small. None where one of the two has no such accuracy.
+    The second way treats the two as measured on different test images, so its error is
+    rather too large than too small. None where one of the two has no such accuracy.
     """
     num_test = results.get("num_test")
     for entry in results.get("comparisons") or ():

@@ -32,9 +32,7 @@ def reconstruction_grid(
     return image_columns({original: images, **reconstructions}, rows=rows)
 
 
-def masked_prediction_grid(
-    images: Tensor, masked: Tensor, decoded: Mapping[str, Tensor], *, rows: int = 6
-) -> bytes:
+def masked_prediction_grid(images: Tensor, masked: Tensor, decoded: Mapping[str, Tensor], *, rows: int = 6) -> bytes:
     """Rows = images, columns = original, masked, and what each run believes is there (paper, Figures 4 and
     5).
 
@@ -45,9 +43,9 @@ def masked_prediction_grid(
 
 def image_columns(columns: Mapping[str, Tensor], *, rows: int = 6) -> bytes:
     """A grid of pictures with one titled column for each entry of `columns`, (N, 3, H, W) each."""
-    if not columns:
-        raise ValueError("image_columns needs at least one column")
-    rows = min(rows, *(len(images) for images in columns.values()))
+    rows = min([rows, *(len(images) for images in columns.values())])
+    if not columns or rows < 1:
+        raise ValueError("image_columns needs at least one column and one image in each")
     titles = [_wrapped(title, 54 // len(columns)) for title in columns]
     lines = max(title.count("\n") + 1 for title in titles)
     step = 1 + _GAP
@@ -116,9 +114,7 @@ def _place_patch(axes: Axes, patch: GalleryPatch, left: float, top: float, side:
     y = top + (side - height * scale) / 2 + box_top
     # White on black: one of the two shows on any picture.
     for colour, line in (("#000000", 2.2), ("#ffffff", 1.0)):
-        axes.add_patch(
-            Rectangle((x, y), box_width, box_height, fill=False, edgecolor=colour, linewidth=line, zorder=3)
-        )
+        axes.add_patch(Rectangle((x, y), box_width, box_height, fill=False, edgecolor=colour, linewidth=line, zorder=3))
 
 
 def _wrapped(title: str, width: int) -> str:

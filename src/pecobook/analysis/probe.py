@@ -109,9 +109,7 @@ def knn_probe(
         near, index = (queries[start : start + chunk] @ bank.T).topk(k, dim=1)  # (b, k) each
         # Subtracting 1, the greatest cosine, changes no vote's rank and keeps small temperatures finite.
         weight = torch.exp((near.double() - 1) / temperature)
-        votes = torch.zeros(len(near), len(classes), dtype=torch.float64).scatter_add_(
-            1, labels[index], weight
-        )
+        votes = torch.zeros(len(near), len(classes), dtype=torch.float64).scatter_add_(1, labels[index], weight)
         predicted[start : start + chunk] = votes.argmax(dim=1).numpy()
     return _result(classes[predicted] == data.test_y, {"k": k, "temperature": temperature}, None)
 
@@ -125,9 +123,7 @@ def paired_difference(correct_a: Array, correct_b: Array) -> tuple[float, float]
     """
     a, b = as_numpy(correct_a).astype(np.float64), as_numpy(correct_b).astype(np.float64)
     if a.shape != b.shape or a.ndim != 1 or len(a) == 0:
-        raise ValueError(
-            f"paired_difference needs two equally long, non-empty rows, got {a.shape} and {b.shape}"
-        )
+        raise ValueError(f"paired_difference needs two equally long, non-empty rows, got {a.shape} and {b.shape}")
     gain = a - b
     spread = math.sqrt(float(np.square(gain - gain.mean()).sum()) / max(len(gain) - 1, 1))
     return 100 * float(gain.mean()), 100 * spread / math.sqrt(len(gain))

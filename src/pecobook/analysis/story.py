@@ -38,8 +38,7 @@ ONE_SEED = "one seed; this is an illustration, not a result"
 
 _ROLES = {
     "pixel": "“pixel” is trained on the error of its pixels alone",
-    "control": "“control” adds a perceptual network with random weights, so it has the method but no "
-    "knowledge",
+    "control": "“control” adds a perceptual network with random weights, so it has the method but no knowledge",
     "perceptual": "“perceptual” adds the same network after training",
 }
 _NUMBERS = ("No", "One", "Two", "Three", "Four", "Five", "Six")
@@ -131,11 +130,7 @@ def _compared(results: Results) -> Section:
         "codes of hidden patches, so it can learn from them only what the codes hold."
     )
     if roles:
-        text += (
-            "\n\nThe codebooks here differ in one thing, what they are trained to keep: "
-            + "; ".join(roles)
-            + ". "
-        )
+        text += "\n\nThe codebooks here differ in one thing, what they are trained to keep: " + "; ".join(roles) + ". "
     if {"control", "perceptual"} <= set(_names(results)):
         text += (
             "The paper compares perceptual with pixel. The control tells how much of a gain comes from "
@@ -200,14 +195,12 @@ def _comparison_table(results: Results) -> Table | None:
         return None
     rows: list[tuple[str, str, str]] = []
     for item in found:
-        error = "?" if item.standard_error is None else f"{item.standard_error:.1f}"
-        value = f"{item.difference:+.1f} ± {error}".replace("-", "−")
         word = item.verdict.value if item.verdict in (Verdict.HIGHER, Verdict.LOWER) else "not shown"
         if item.verdict is Verdict.UNKNOWN:
             word = "cannot be judged"
         group = (PERCENT_METRICS[item.metric], "", "")
         rows += [group] if group not in rows else []
-        rows.append((f"{item.a} − {item.b}", value, word))
+        rows.append((f"{item.a} − {item.b}", item.signed, word))
     note = (
         "Differences in percent points ± their standard error. “Higher” and “lower” are said only beyond "
         "two standard errors; “not shown” means that this test cannot tell, not that there is no "
@@ -226,9 +219,7 @@ def _galleries(results: Results, pictures: Mapping[str, bytes]) -> Section | Non
     for name in dict.fromkeys(order):
         png = pictures.get(f"gallery:{name}")
         if png is not None:
-            shown.append(
-                Picture(png, "", f"Patches that share a codeword of the {name} codebook", title=name)
-            )
+            shown.append(Picture(png, "", f"Patches that share a codeword of the {name} codebook", title=name))
     if not shown:
         return None
     text = (
@@ -290,9 +281,7 @@ def _masked(results: Results, pictures: Mapping[str, bytes]) -> Section | None:
         mim = book.get("mim")
         if mim:
             scores = [with_error(mim.get(key), number) for key in ("linear", "knn")]
-            rows.append(
-                (str(book["name"]), fixed(mim.get("loss"), 2), fixed(mim.get("accuracy"), 1), *scores)
-            )
+            rows.append((str(book["name"]), fixed(mim.get("loss"), 2), fixed(mim.get("accuracy"), 1), *scores))
     floor = results.get("floor") or {}
     if floor and rows:
         rows.append((UNTRAINED, "–", "–", *(with_error(floor.get(key), number) for key in ("linear", "knn"))))
@@ -352,9 +341,7 @@ def _cost(results: Results, cost: Sequence[tuple[str, float]]) -> Section | None
     if not cost:
         return None
     total = sum(seconds for _, seconds in cost)
-    rows = [
-        (name, duration(seconds), f"{100 * seconds / total:.0f}%" if total else "–") for name, seconds in cost
-    ]
+    rows = [(name, duration(seconds), f"{100 * seconds / total:.0f}%" if total else "–") for name, seconds in cost]
     rows.append(("Sum", duration(total), ""))
     whole = results.get("seconds")
     note = f"The whole run took {duration(whole)}, loading and drawing included." if whole else ""
@@ -371,9 +358,7 @@ def _reading(results: Results, settings: Mapping[str, Any]) -> Section:
     )
     if results.get("seconds"):
         text = text.replace("made to run in minutes", f"made to run in about {duration(results['seconds'])}")
-    details = (
-        json.dumps(settings, indent=2, sort_keys=True, default=str, ensure_ascii=False) if settings else ""
-    )
+    details = json.dumps(settings, indent=2, sort_keys=True, default=str, ensure_ascii=False) if settings else ""
     return Section("How to read this", text, details=details, details_title="All settings")
 
 

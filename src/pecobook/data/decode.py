@@ -155,9 +155,7 @@ def _to_8_bits(image: Image) -> npt.NDArray[np.uint8]:
     low, high = (finite.min(), finite.max()) if finite.size else (0.0, 0.0)
     if image.mode == "F" and low >= 0 and high <= 1:
         low, high = 0.0, 1.0
-    scaled = (np.nan_to_num(values, nan=low, posinf=high, neginf=low) - low) / max(
-        high - low, np.finfo(float).tiny
-    )
+    scaled = (np.nan_to_num(values, nan=low, posinf=high, neginf=low) - low) / max(high - low, np.finfo(float).tiny)
     return np.rint(scaled * 255).astype(np.uint8)
 
 

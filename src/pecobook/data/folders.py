@@ -39,14 +39,18 @@ class FileStore:
         return len(self._paths)
 
     def identify(self, row: int) -> str:
-        """The path."""
-        return str(self.root / os.fsdecode(self._paths[row]["path"]))
+        """The path, as text that can be printed and logged even when its name is no Unicode."""
+        return os.fsencode(self._path(row)).decode(errors="replace")
+
+    def _path(self, row: int) -> Path:
+        return self.root / os.fsdecode(self._paths[row]["path"])
 
     def read(self, row: int) -> Tensor:
         """The image, uint8 (3, H, W)."""
-        name = self.identify(row)
+        path = self._path(row)
+        name = os.fsencode(path).decode(errors="replace")
         try:
-            data = Path(name).read_bytes()
+            data = path.read_bytes()
         except OSError as error:
             raise BadImage(name, error.strerror or str(error)) from error
         return decode(data, name=name)

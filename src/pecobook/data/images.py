@@ -103,9 +103,7 @@ class ImageSource:
         """The same source with only these images, in this order."""
         chosen = np.asarray(indices if isinstance(indices, np.ndarray) else list(indices), dtype=np.int64)
         if chosen.size and (chosen.min() < 0 or chosen.max() >= len(self)):
-            raise IndexError(
-                f"a subset of {len(self)} images asks for numbers {chosen.min()} to {chosen.max()}"
-            )
+            raise IndexError(f"a subset of {len(self)} images asks for numbers {chosen.min()} to {chosen.max()}")
         return ImageSource(
             self._store,
             name=self.name,
@@ -131,9 +129,7 @@ class ImageSource:
         return int(index if self._rows is None else self._rows[index])
 
     def __repr__(self) -> str:
-        return (
-            f"ImageSource({self.name!r}, {self.split}, {len(self)} images, {len(self.classes or ())} classes)"
-        )
+        return f"ImageSource({self.name!r}, {self.split}, {len(self)} images, {len(self.classes or ())} classes)"
 
 
 @dataclass(frozen=True)
@@ -170,15 +166,16 @@ def open_images(source: str) -> Splits:
         from pecobook.data.tables import open_hub
 
         return open_hub(source)
-    path = Path(source).expanduser()
     try:
+        path = Path(source).expanduser()
         if source and path.is_dir():
             from pecobook.data.folders import open_folder
 
             return open_folder(source, path)
         files = [path] if source and path.is_file() else expand_pattern(source)
-    except OSError as error:  # a name that is too long, a folder that may not be read
-        raise DataError(f"--data '{source}' cannot be opened: {error.strerror or error}.") from error
+    except (OSError, RuntimeError) as error:  # a name that is too long; "~nobody"
+        reason = getattr(error, "strerror", None) or error
+        raise DataError(f"--data '{source}' cannot be opened: {reason}.") from error
     return _open_files(source, files)
 
 
@@ -238,8 +235,7 @@ def expand_pattern(pattern: str) -> list[Path]:
             missing.append(name)
     if files and missing:
         raise DataError(
-            f"--data '{pattern}': {len(missing)} of the {len(names)} files do not exist, "
-            f"the first is '{missing[0]}'."
+            f"--data '{pattern}': {len(missing)} of the {len(names)} files do not exist, the first is '{missing[0]}'."
         )
     return files
 
@@ -327,9 +323,7 @@ def assemble(source: str, parts: Mapping[str, Part]) -> Splits:
         raise DataError(f"--data '{source}': the training split holds no image.")
     known = train.labels is not None and train.labels.codes.min() >= 0
     classes, labels = (train.labels.names, train.labels.codes) if train.labels and known else (None, None)
-    whole = ImageSource(
-        train.store, name=source, split="train", rows=train.rows, classes=classes, labels=labels
-    )
+    whole = ImageSource(train.store, name=source, split="train", rows=train.rows, classes=classes, labels=labels)
 
     candidates = [name for name in ("test", "validation") if name in parts and len(parts[name].rows)]
     if not candidates:
@@ -377,9 +371,7 @@ def hold_out(whole: ImageSource) -> Splits:
     """
     count = len(whole)
     if count < 2:
-        raise DataError(
-            f"--data '{whole.name}' holds one image; at least two are needed, one to evaluate on."
-        )
+        raise DataError(f"--data '{whole.name}' holds one image; at least two are needed, one to evaluate on.")
     mixed = np.arange(1, count + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
     for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
         mixed = (mixed ^ (mixed >> np.uint64(shift))) * np.uint64(factor)

@@ -1,7 +1,7 @@
 """The order of images and the randomness of views, as pure functions: no state, so resuming needs none.
 
-A training run reads one endless stream of positions 0, 1, 2, ... Step `s` with global batch size `B` takes the positions
-[s B, (s + 1) B), whatever the number of ranks, workers or accumulation steps. Position `p` names epoch `p // n` and the
+A training run reads one endless stream of positions 0, 1, 2, ... Step `s` with global batch size `B` takes the
+positions [s B, (s + 1) B), whatever the number of ranks, workers or accumulation steps. Position `p` names epoch `p // n` and the
 image `permute(p % n, n, key(seed, epoch))`; the epoch is also the number of the image's view.
 
 The permutation is computed, not stored: a four-round Feistel network over the next power of four, walked until it lands
@@ -66,7 +66,14 @@ class BatchPositions(Sequence[list[int]]):
     """
 
     def __init__(
-        self, *, start_step: int, stop_step: int, batch_size: int, micro_batch_size: int, rank: int, world_size: int
+        self,
+        *,
+        start_step: int,
+        stop_step: int,
+        batch_size: int,
+        micro_batch_size: int,
+        rank: int,
+        world_size: int,
     ) -> None:
         if batch_size % (micro_batch_size * world_size):
             raise ValueError(f"{batch_size} is not a multiple of {micro_batch_size} x {world_size}")

@@ -146,9 +146,7 @@ def _load_index(source: str, shards: list[Path]) -> Any:
             status = shard.stat()
         except OSError as error:
             raise DataError(f"--data '{source}': '{shard}' cannot be opened: {error.strerror}.") from error
-        key.update(
-            f"{shard.resolve()}\0{status.st_size}\0{status.st_mtime_ns}\n".encode(errors="surrogateescape")
-        )
+        key.update(f"{shard.resolve()}\0{status.st_size}\0{status.st_mtime_ns}\n".encode(errors="surrogateescape"))
     folder = Path(os.environ.get("PECOBOOK_CACHE") or Path.home() / ".cache" / "pecobook").expanduser()
     path = folder / f"shards-{key.hexdigest()[:32]}.parquet"
     with contextlib.suppress(Exception):  # absent, or damaged: then it is made again
@@ -189,9 +187,7 @@ def _make_index(source: str, shards: list[Path]) -> Any:
                 "Shards must be plain .tar files, not compressed ones."
             ) from error
     kinds = {"shard": pa.int32(), "member": pa.large_string(), "offset": pa.int64(), "size": pa.int64()}
-    return pa.table(
-        {name: pa.array(columns[name], kind) for name, kind in (kinds | {"label": pa.string()}).items()}
-    )
+    return pa.table({name: pa.array(columns[name], kind) for name, kind in (kinds | {"label": pa.string()}).items()})
 
 
 def _index_shard(shard: Path) -> Iterator[tuple[str, int, int, str | None]]:

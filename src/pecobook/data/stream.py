@@ -68,7 +68,7 @@ def collate(samples: list[dict[str, Any]]) -> Batch:
 
 
 def default_workers(devices: int) -> int:
-    """Data-loading processes for each device: the cores shared out, at most 16, none where there is one core to spare."""
+    """Data-loading processes for each device: the cores shared out, at most 16, none where only one is to spare."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     share = cores // max(devices, 1) - 1
     return min(share, 16) if share > 1 else 0
@@ -89,9 +89,7 @@ def load(stream: Stream, positions: BatchPositions, *, workers: int, pin: bool) 
     return iter(loader)
 
 
-def read_all(
-    source: ImageSource, size: int, *, limit: int | None = None
-) -> tuple[Tensor, Tensor | None, list[str]]:
+def read_all(source: ImageSource, size: int, *, limit: int | None = None) -> tuple[Tensor, Tensor | None, list[str]]:
     """Read a source (or the first `limit` images of a fixed permutation of it) as central crops.
 
     Returns:

@@ -89,18 +89,14 @@ def open_parquet(source: str, files: list[Path], *, root: Path | None = None) ->
             counts = [pq.read_metadata(file).num_rows for file in mine]
             schema = pq.read_schema(mine[0])
         except (OSError, pa.ArrowException) as error:
-            raise DataError(
-                f"--data '{source}': a parquet file cannot be read: {_first_line(error)}."
-            ) from error
+            raise DataError(f"--data '{source}': a parquet file cannot be read: {_first_line(error)}.") from error
         if "image" not in schema.names:
             raise DataError(_no_image_column(f"{source}' ('{mine[0].name}')", schema.names))
         try:
             paths = [glob.escape(str(file)) for file in mine]  # datasets takes them for patterns
             table = load_dataset("parquet", data_files={split: paths}, split=split)
         except Exception as error:  # datasets wraps whatever Arrow raises in errors of its own
-            raise DataError(
-                f"--data '{source}': the parquet files of {split}: {_first_line(error)}."
-            ) from error
+            raise DataError(f"--data '{source}': the parquet files of {split}: {_first_line(error)}.") from error
         identity = repr([(file.name, file.stat().st_size) for file in mine])
         rows = [(str(file), count) for file, count in zip(mine, counts, strict=True)]
         names = _class_names(mine[0].with_name("classes.txt"))
@@ -212,9 +208,7 @@ def number_labels(source: str, values: Sequence[Any], names: tuple[str, ...] | N
     known = {value for value, missing in zip(values, unknown, strict=True) if not missing}
     if names is not None and not any(isinstance(value, str) for value in known):
         if known and max(known) >= len(names):
-            raise DataError(
-                f"--data '{source}': label {max(known)}, but there are only {len(names)} class names."
-            )
+            raise DataError(f"--data '{source}': label {max(known)}, but there are only {len(names)} class names.")
         codes = {value: int(value) for value in known}
     else:
         ordered = sorted(known)
@@ -228,11 +222,7 @@ def _class_names(path: Path) -> tuple[str, ...] | None:
     """Lines of `classes.txt`, in label order; of "id<tab>name" the name, unless two ids share it."""
     if not path.is_file():
         return None
-    lines = [
-        line.strip()
-        for line in path.read_text(encoding="utf-8", errors="replace").splitlines()
-        if line.strip()
-    ]
+    lines = [line.strip() for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
     names = [line.rpartition("\t")[2] for line in lines]
     return tuple(names if len(set(names)) == len(names) else lines)
 

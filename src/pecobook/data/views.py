@@ -104,7 +104,7 @@ def colour_draws(view_key: int) -> Tensor:
     return torch.from_numpy(uniforms(key(view_key, 1), NUM_COLOUR_DRAWS).astype(np.float32))
 
 
-# ------------------------------------------------------------------------------------------------- colour, on the device
+# --------------------------------------------------------------------------------------- colour, on the device
 
 
 def to_float(images: Tensor) -> Tensor:
@@ -172,7 +172,9 @@ def hue(images: Tensor, shift: Tensor) -> Tensor:
     red, green, blue = images.unbind(1)
     safe = chroma.clamp_min(1e-12)
     angle = torch.where(
-        argmax == 0, (green - blue) / safe, torch.where(argmax == 1, 2 + (blue - red) / safe, 4 + (red - green) / safe)
+        argmax == 0,
+        (green - blue) / safe,
+        torch.where(argmax == 1, 2 + (blue - red) / safe, 4 + (red - green) / safe),
     )  # in sixths of a turn
     angle = angle + 6 * shift[:, None, None]
     # f(n) = V - C max(0, min(k, 4 - k, 1)) with k = (n + angle) mod 6, for n = 5, 3, 1: HSV to RGB without cases.

@@ -73,7 +73,11 @@ def load(folder: Path, *, stage: nn.Module, optimizer: torch.optim.Optimizer) ->
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         options = StateDictOptions(full_state_dict=True, cpu_offload=True)
         set_state_dict(
-            stage, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"], options=options
+            stage,
+            optimizer,
+            model_state_dict=state["model"],
+            optim_state_dict=state["optimizer"],
+            options=options,
         )
     except (OSError, EOFError, KeyError, RuntimeError, pickle.UnpicklingError) as error:
         older = f" Delete that folder to go on from step {found[-2]}." if len(found) > 1 else ""
@@ -88,7 +92,7 @@ def steps(folder: Path) -> list[int]:
 
 
 def rank() -> int:
-    """This process's number among all that train together."""
+    """Number of this process among all that train together."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 

@@ -49,7 +49,9 @@ def resolve_precision(config: TrainConfig) -> str:
     """fp32, bf16 or fp16, with auto resolved. Raises ConfigError for fp16 without a GPU."""
     cuda = torch.cuda.is_available()
     if config.precision == "auto":
-        native = torch.cuda.is_bf16_supported(including_emulation=False) if cuda else torch.cpu._is_avx512_bf16_supported()
+        native = (
+            torch.cuda.is_bf16_supported(including_emulation=False) if cuda else torch.cpu._is_avx512_bf16_supported()
+        )
         return "bf16" if native else "fp32"
     if config.precision == "fp16" and not cuda:
         raise ConfigError("--precision fp16 needs a GPU: use bf16 or fp32 here.")
@@ -84,12 +86,12 @@ def start(config: TrainConfig) -> Fabric:
 
 def _strategy(config: TrainConfig) -> Any:
     if config.strategy == "fsdp":
-        from lightning_fabric.strategies import ModelParallelStrategy
+        from lightning_fabric.strategies.model_parallel import ModelParallelStrategy
 
         return ModelParallelStrategy(_shard, data_parallel_size=world_size(config), tensor_parallel_size=1)
     if world_size(config) == 1:
         return "auto"
-    from lightning_fabric.strategies import DDPStrategy
+    from lightning_fabric.strategies.ddp import DDPStrategy
 
     # Buffers are kept equal by the stages that own them; DDP's broadcast would overwrite statistics of other ranks.
     return DDPStrategy(broadcast_buffers=False, gradient_as_bucket_view=True)
@@ -105,4 +107,5 @@ def _shard(module: nn.Module, mesh: Any) -> nn.Module:
             for block in blocks:
                 if any(parameter.requires_grad for parameter in block.parameters()) and type(block).__name__ == "Block":
                     fully_shard(block, mesh=mesh)
-    return fully_shard(module, mesh=mesh)
+    fully_shard(module, mesh=mesh)  # in place
+    return module

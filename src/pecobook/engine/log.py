@@ -70,12 +70,12 @@ class TensorBoard:
     def __init__(self, folder: Path, *, start_step: int) -> None:
         from torch.utils.tensorboard.writer import SummaryWriter
 
-        self._writer = SummaryWriter(str(folder), purge_step=start_step + 1 if start_step else None)  # type: ignore[no-untyped-call]
+        self._writer = SummaryWriter(str(folder), purge_step=start_step + 1 if start_step else None)
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
         """Record scalars."""
         for name, value in metrics.items():
-            self._writer.add_scalar(name, value, step)  # type: ignore[no-untyped-call]
+            self._writer.add_scalar(name, value, step)
 
     def picture(self, name: str, png: bytes, step: int) -> None:
         """Record an image."""
@@ -85,11 +85,11 @@ class TensorBoard:
         from PIL import Image
 
         pixels = np.asarray(Image.open(io.BytesIO(png)).convert("RGB"))
-        self._writer.add_image(name, pixels, step, dataformats="HWC")  # type: ignore[no-untyped-call]
+        self._writer.add_image(name, pixels, step, dataformats="HWC")
 
     def close(self) -> None:
         """Flush and close."""
-        self._writer.close()  # type: ignore[no-untyped-call]
+        self._writer.close()
 
 
 class WeightsAndBiases:
@@ -101,7 +101,12 @@ class WeightsAndBiases:
         # The id is the folder's, so that a resumed run goes on in the same chart.
         self._wandb = wandb
         self._run = wandb.init(
-            project="pecobook", dir=folder, name=folder.name, id=_run_id(folder), resume="allow", config=config
+            project="pecobook",
+            dir=folder,
+            name=folder.name,
+            id=_run_id(folder),
+            resume="allow",
+            config=config,
         )
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:

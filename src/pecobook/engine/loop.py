@@ -101,18 +101,22 @@ class _Loop:
         self.train, self.evaluation, self.out = train, evaluation, Path(config.out)
         count, batch = len(train), config.batch_size
         self.total = steps(config.max_steps, num_images=count, batch_size=batch)
-        self.warmup = steps(config.optim.warmup, num_images=count, batch_size=batch, total=self.total, name="optim.warmup")
+        self.warmup = steps(
+            config.optim.warmup, num_images=count, batch_size=batch, total=self.total, name="optim.warmup"
+        )
         self.micro = micro_batch_size(config)
         self.workers = default_workers(device_count(config)) if config.workers < 0 else config.workers
         on_gpu = fabric.device.type == "cuda"
         if on_gpu and fabric.world_size > 1:
-            stage = nn.SyncBatchNorm.convert_sync_batchnorm(stage)
+            stage = nn.SyncBatchNorm.convert_sync_batchnorm(stage)  # type: ignore[no-untyped-call]
         if config.compile:
             stage.compile()
         self.model = fabric.setup_module(stage)
         self.optimizer = build_optimizer(stage.parameter_groups(config.optim), config.optim, on_gpu=on_gpu)
-        self.stepper = fabric.setup_optimizers(self.optimizer)
-        self.start = checkpoint.load(self.out / "checkpoints", stage=stage, optimizer=self.optimizer) if config.resume else 0
+        self.stepper: Any = fabric.setup_optimizers(self.optimizer)
+        self.start = (
+            checkpoint.load(self.out / "checkpoints", stage=stage, optimizer=self.optimizer) if config.resume else 0
+        )
         quiet = fabric.global_rank > 0
         self.progress = Progress(total=self.total, start=self.start, name=command, quiet=quiet)
         self.sinks: list[Sink] = []
@@ -165,7 +169,11 @@ class _Loop:
         self.stage.after_step(step + 1, self.total)
         done = step + 1
         if is_time(done, self.config.log_every, self.total):
-            self._log(done, {"loss": loss, **metrics}, {"lr": lr, "grad_norm": float(norm) if norm is not None else 0.0})
+            self._log(
+                done,
+                {"loss": loss, **metrics},
+                {"lr": lr, "grad_norm": float(norm) if norm is not None else 0.0},
+            )
         if is_time(done, self.config.sample_every, self.total):
             self._evaluate(done)
         return stop
@@ -179,7 +187,7 @@ class _Loop:
             self._waited += time.monotonic() - began
             # Dropout, drop path and mixing follow from the place in the training, so no random state is kept.
             torch.manual_seed(key(self.config.seed, step, micro, self.fabric.global_rank) >> 1)
-            with self.fabric.no_backward_sync(self.model, enabled=micro < accumulation - 1):  # type: ignore[arg-type]
+            with self.fabric.no_backward_sync(self.model, enabled=micro < accumulation - 1):
                 output = self.model(batch)
                 self.fabric.backward(output.loss / accumulation)
             for name, value in {"loss": output.loss.detach(), **output.metrics}.items():
@@ -306,7 +314,9 @@ class _Loop:
         self.progress.close()
         if self.skipped and self.sinks:
             number = len(self.skipped)
-            self._tell(f"{number} image{'s' if number > 1 else ''} could not be read; {self.out / 'train.log'} lists them.")
+            self._tell(
+                f"{number} image{'s' if number > 1 else ''} could not be read; {self.out / 'train.log'} lists them."
+            )
         for sink in self.sinks:
             sink.close()
         if self.sinks:
@@ -332,7 +342,7 @@ class _Signals:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
-    def _handle(self, number: int, _frame: object) -> None:
+    def _handle(self, _number: int, _frame: object) -> None:
         if self.received:
             raise KeyboardInterrupt
         self.received = True
@@ -347,7 +357,9 @@ def _grid(pictures: dict[str, Tensor], *, columns: int = 8) -> bytes:
 
     rows = [value[:columns].float().cpu().clamp(0, 1) for value in pictures.values()]
     zoom = max(1, 128 // rows[0].shape[-1])
-    grid = make_grid(torch.cat(rows), nrow=len(rows[0]), padding=2).repeat_interleave(zoom, 1).repeat_interleave(zoom, 2)
+    grid = (
+        make_grid(torch.cat(rows), nrow=len(rows[0]), padding=2).repeat_interleave(zoom, 1).repeat_interleave(zoom, 2)
+    )
     buffer = io.BytesIO()
     to_pil_image(grid).save(buffer, "PNG")
     return buffer.getvalue()

@@ -1,6 +1,6 @@
 """The run folder: who may write it, and what stands in it before the first step.
 
-    config.json  environment.json  metrics.jsonl  train.log  samples/  checkpoints/  export/
+config.json  environment.json  metrics.jsonl  train.log  samples/  checkpoints/  export/
 """
 
 from __future__ import annotations
@@ -30,7 +30,9 @@ def check(config: TrainConfig, command: str) -> None:
         raise RunFolderError(f"--out '{out}' is a file: name a folder.")
     filled = out.is_dir() and any(out.iterdir())
     if filled and not (config.resume or config.overwrite):
-        raise RunFolderError(f"--out '{out}' is not empty: go on with --resume, delete it with --overwrite, or name another.")
+        raise RunFolderError(
+            f"--out '{out}' is not empty: go on with --resume, delete it with --overwrite, or name another."
+        )
     if config.resume:
         _check_resume(config, command, out)
     if config.overwrite and filled and not _is_run(out):

@@ -39,7 +39,7 @@ class AutoencoderConfig:
     @property
     def stride(self) -> int:
         """Pixels of the image for one step of the latent grid."""
-        return 2 ** (len(self.channels) - 1)
+        return int(2 ** (len(self.channels) - 1))
 
 
 def group_norm(channels: int) -> nn.GroupNorm:

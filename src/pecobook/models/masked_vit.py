@@ -1,8 +1,8 @@
 """Masked image modelling: a timm ViT that reads an image with patches hidden and names the hidden codes.
 
-PeCo, equations 6 and 7: masked patches are replaced by one learnable mask token, and a K-way linear classifier reads the
-last hidden vector at the masked positions. The transformer is timm's and stays timm's: the mask token takes its place in
-the output of `patch_embed`, so a pre-trained backbone is a plain timm state dict.
+PeCo, equations 6 and 7: masked patches are replaced by one learnable mask token, and a K-way linear classifier reads
+the last hidden vector at the masked positions. The transformer is timm's and stays timm's: the mask token takes its
+place in the output of `patch_embed`, so a pre-trained backbone is a plain timm state dict.
 
 B batch, N = h w patches, M masked patches in the whole batch, K codewords.
 """

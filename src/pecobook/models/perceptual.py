@@ -105,7 +105,7 @@ def normalise(feature: Tensor, how: Normalisation) -> Tensor:
 
 
 def feature_indices(network: nn.Module, layers: Sequence[int], name: str) -> list[int]:
-    """timm's feature indices of 1-based layers. Raises WeightsError for a layer the network lacks."""
+    """Timm's feature indices of 1-based layers. Raises WeightsError for a layer the network lacks."""
     if not hasattr(network, "forward_intermediates"):
         raise WeightsError(f"timm's '{name}' gives no intermediate features: choose another perceptual network.")
     if hasattr(network, "blocks") and hasattr(network, "patch_embed"):

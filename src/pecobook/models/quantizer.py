@@ -121,7 +121,9 @@ class VectorQuantizer(nn.Module):
         smoothed = (self.ema_count + self.eps) / (total + self.num_codewords * self.eps) * total  # (K,)
         # A codeword without any statistics keeps its place: 0 / 0 would send it to the origin.
         seen = self.ema_count > self.eps
-        self.codebook.copy_(torch.where(seen[:, None], self.ema_sum / smoothed.clamp_min(1e-12)[:, None], self.codebook))
+        self.codebook.copy_(
+            torch.where(seen[:, None], self.ema_sum / smoothed.clamp_min(1e-12)[:, None], self.codebook)
+        )
         self.idle.add_(1).masked_fill_(counts > 0, 0)
         self.num_updates.add_(1)
         self._steps += 1
@@ -181,7 +183,9 @@ class VectorQuantizer(nn.Module):
         self._pending = self._candidates = None
 
 
-def kmeans(vectors: Tensor, num_clusters: int, *, seed: int, iterations: int = _KMEANS_ITERATIONS) -> tuple[Tensor, Tensor]:
+def kmeans(
+    vectors: Tensor, num_clusters: int, *, seed: int, iterations: int = _KMEANS_ITERATIONS
+) -> tuple[Tensor, Tensor]:
     """Lloyd's algorithm from randomly chosen vectors; an empty cluster restarts at a random vector.
 
     Args:

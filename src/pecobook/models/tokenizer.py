@@ -134,7 +134,9 @@ class PerceptualTokenizer(nn.Module):
         except (ConfigError, RuntimeError) as error:
             raise WeightsError(f"The tokenizer in '{source}' is damaged: {error}") from None
         if unknown or set(missing) - _TRAINING_ONLY:
-            raise WeightsError(f"The tokenizer in '{source}' is damaged: {sorted(set(missing) - _TRAINING_ONLY) or unknown}")
+            raise WeightsError(
+                f"The tokenizer in '{source}' is damaged: {sorted(set(missing) - _TRAINING_ONLY) or unknown}"
+            )
         return tokenizer.eval().requires_grad_(False)
 
     def push_to_hub(self, repo_id: str, *, private: bool = False) -> str:
@@ -152,7 +154,9 @@ class PerceptualTokenizer(nn.Module):
 
 
 # Statistics that only training reads: an export holds the codebook alone.
-_TRAINING_ONLY = frozenset(f"quantizer.{name}" for name in ("ema_count", "ema_sum", "idle", "num_updates", "num_revived"))
+_TRAINING_ONLY = frozenset(
+    f"quantizer.{name}" for name in ("ema_count", "ema_sum", "idle", "num_updates", "num_revived")
+)
 
 
 def _download(repo_id: str) -> Path:

@@ -40,7 +40,9 @@ def export_folder(path: str | Path) -> Path:
             return candidate
     if not folder.exists():
         raise WeightsError(f"There is no run '{path}'. Give a run folder of pecobook or timm:NAME.")
-    raise WeightsError(f"'{path}' holds no export/model.safetensors: it is not a finished run. Finish it with --resume.")
+    raise WeightsError(
+        f"'{path}' holds no export/model.safetensors: it is not a finished run. Finish it with --resume."
+    )
 
 
 def read_export(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -132,7 +134,9 @@ def export_backbone(
         config["classes"] = list(classes)
     shown = lines.replace("{path}/export/", "")
     tag = origin.lower().replace(" ", "-")
-    card = _CARD.format(name=name, origin=origin, origin_tag=tag, image_size=image_size, mean=mean, std=std, lines=shown)
+    card = _CARD.format(
+        name=name, origin=origin, origin_tag=tag, image_size=image_size, mean=mean, std=std, lines=shown
+    )
     write_export(folder, config, state, card)
     return lines.replace("{", "{{").replace("}", "}}").replace("{{path}}", "{path}")
 
@@ -197,9 +201,7 @@ def load_backbone(
     return Backbone(network, config["name"], args, tuple(config["mean"]), tuple(config["std"]), size)
 
 
-def _load_timm(
-    name: str, weights: str | None, image_size: int | None, pool_mean: bool, drop_path: float
-) -> Backbone:
+def _load_timm(name: str, weights: str | None, image_size: int | None, pool_mean: bool, drop_path: float) -> Backbone:
     args: dict[str, Any] = _pooling(name, pool_mean)
     if image_size is not None and is_transformer(name):
         args["img_size"] = image_size
@@ -267,6 +269,10 @@ def load_state(network: nn.Module, state: dict[str, Tensor], *, source: str) -> 
     wrong = sorted(name for name in own.keys() & state.keys() if own[name].shape != state[name].shape)
     if missing or unknown or wrong:
         parts = [("missing", missing), ("unknown", unknown), ("of another shape", wrong)]
-        told = "; ".join(f"{len(names)} {what} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})" for what, names in parts if names)
+        told = "; ".join(
+            f"{len(names)} {what} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
+            for what, names in parts
+            if names
+        )
         raise WeightsError(f"The weights of '{source}' do not fit this network: {told}.")
     network.load_state_dict(state)

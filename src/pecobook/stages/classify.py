@@ -65,6 +65,9 @@ class ClassifyStage(Stage):
         classes: names of the classes.
     """
 
+    mean: Tensor
+    std: Tensor
+
     def __init__(self, config: FinetuneConfig, classes: tuple[str, ...]) -> None:
         super().__init__()
         self.config, self.classes = config, classes
@@ -109,8 +112,8 @@ class ClassifyStage(Stage):
             image_size=self.config.image_size,
             origin="classification",
             classes=self.classes,
-            mean=tuple(self.mean.flatten().tolist()),  # type: ignore[operator, union-attr]
-            std=tuple(self.std.flatten().tolist()),  # type: ignore[operator, union-attr]
+            mean=tuple(self.mean.flatten().tolist()),
+            std=tuple(self.std.flatten().tolist()),
         )
 
 

@@ -89,7 +89,10 @@ class CodebookConfig(TrainConfig):
         super().__post_init__()
         between(self, 0.0, float("inf"), "pixel_weight")
         if self.image_size % self.model.stride:
-            raise ConfigError(f"--image-size {self.image_size} must be a multiple of {self.model.stride}, the stride of --model.channels.")
+            raise ConfigError(
+                f"--image-size {self.image_size} must be a multiple of {self.model.stride}, "
+                "the stride that --model.channels gives."
+            )
         if self.pixel_weight == 0 and (self.perceptual.network == "none" or self.perceptual.weight == 0):
             raise ConfigError("There is nothing to learn: --pixel-weight is 0 and there is no perceptual network.")
 
@@ -149,7 +152,11 @@ class CodebookStage(Stage):
         share = quantizer.ema_count / quantizer.ema_count.sum().clamp_min(1e-12)  # (K,)
         alive = (quantizer.idle < max(quantizer.revive_after, 100)).sum()
         entropy = -(share * share.clamp_min(1e-12).log()).sum()
-        return {"codes_alive": alive.float(), "perplexity": entropy.exp(), "revived": quantizer.num_revived.float()}
+        return {
+            "codes_alive": alive.float(),
+            "perplexity": entropy.exp(),
+            "revived": quantizer.num_revived.float(),
+        }
 
     def after_step(self, step: int, total: int) -> None:  # noqa: ARG002
         """Move the codebook."""
@@ -170,10 +177,7 @@ class CodebookStage(Stage):
         own = {name.removeprefix("tokenizer."): value for name, value in state.items() if name.startswith("tokenizer.")}
         self.tokenizer.load_state_dict(own)
         self.tokenizer.save_pretrained(folder)
-        return (
-            "from pecobook import PerceptualTokenizer\n"
-            'tokenizer = PerceptualTokenizer.from_pretrained("{path}")'
-        )
+        return 'from pecobook import PerceptualTokenizer\ntokenizer = PerceptualTokenizer.from_pretrained("{path}")'
 
 
 def psnr(images: Tensor, restored: Tensor) -> Tensor:

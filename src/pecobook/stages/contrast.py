@@ -1,4 +1,4 @@
-"""Train a feature network on your own images without labels: MoCo v3 (arXiv 2104.02057), the paper's perceptual network.
+"""Train a feature network on your own images: MoCo v3 (arXiv 2104.02057), the paper's perceptual network.
 
 B images of this rank, G of all ranks, F feature width of the backbone.
 """
@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import itertools
 from functools import partial
 from pathlib import Path
-from typing import cast
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -65,7 +66,7 @@ class ContrastConfig(TrainConfig):
 def mlp(widths: list[int], *, final_norm: bool) -> nn.Sequential:
     """Linear layers without bias, BatchNorm and ReLU between; the last BatchNorm has no weights."""
     layers: list[nn.Module] = []
-    for number, (width_in, width_out) in enumerate(zip(widths[:-1], widths[1:], strict=True)):
+    for number, (width_in, width_out) in enumerate(itertools.pairwise(widths)):
         last = number == len(widths) - 2
         layers.append(nn.Linear(width_in, width_out, bias=False))
         if not last:
@@ -81,6 +82,9 @@ class ContrastStage(Stage):
     Args:
         config: all settings.
     """
+
+    mean: Tensor
+    std: Tensor
 
     def __init__(self, config: ContrastConfig) -> None:
         super().__init__()
@@ -116,7 +120,7 @@ class ContrastStage(Stage):
             self.config.colour, blur=self.config.blur[number], solarise=self.config.solarise[number]
         )
         images = photometric(to_float(batch[f"view{number}"]), batch[f"colour{number}"], colour)
-        return cast("Tensor", (images - self.mean) / self.std)
+        return (images - self.mean) / self.std
 
     @torch.no_grad()
     def after_step(self, step: int, total: int) -> None:
@@ -167,7 +171,7 @@ def gather(keys: Tensor) -> tuple[Tensor, int]:
     return torch.cat(parts), dist.get_rank() * len(keys)
 
 
-def _backbone_args(config: ContrastConfig) -> dict[str, object]:
+def _backbone_args(config: ContrastConfig) -> dict[str, Any]:
     args = config.model.kwargs()
     if is_transformer(config.model.name):
         args = {"img_size": config.image_size, **args}

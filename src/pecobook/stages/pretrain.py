@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from functools import partial
 from pathlib import Path
-from typing import Literal, cast
+from typing import Any, Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +16,14 @@ from pecobook.data.images import ImageSource
 from pecobook.data.masking import blockwise_mask, random_mask
 from pecobook.data.sampler import key
 from pecobook.data.stream import Batch, ViewFunction
-from pecobook.data.views import PhotometricConfig, center_crop, colour_draws, photometric, random_crop, to_float
+from pecobook.data.views import (
+    PhotometricConfig,
+    center_crop,
+    colour_draws,
+    photometric,
+    random_crop,
+    to_float,
+)
 from pecobook.engine.loop import StageOutput
 from pecobook.errors import ConfigError
 from pecobook.models.masked_vit import MaskedImageModel, initialise_beit
@@ -70,13 +77,14 @@ class PretrainStage(Stage):
         config: all settings.
     """
 
+    mean: Tensor
+    std: Tensor
+
     def __init__(self, config: PretrainConfig) -> None:
         super().__init__()
         self.config = config
         self.tokenizer = PerceptualTokenizer.from_pretrained(config.tokenizer)
-        backbone = create(
-            config.model.name, num_classes=0, drop_path_rate=config.drop_path, **backbone_args(config)
-        )
+        backbone = create(config.model.name, num_classes=0, drop_path_rate=config.drop_path, **backbone_args(config))
         initialise_beit(backbone)
         self.model = MaskedImageModel(backbone, self.tokenizer.config.num_codewords)
         self.register_buffer("mean", torch.tensor(IMAGENET_MEAN)[:, None, None], persistent=False)
@@ -101,7 +109,9 @@ class PretrainStage(Stage):
         pictures = {} if self.training else self._pictures(images, mask, codes, logits)
         return StageOutput(loss, {"accuracy": accuracy.detach()}, pictures)
 
-    def _pictures(self, images: Tensor, mask: Tensor, codes: Tensor, logits: Tensor, count: int = 8) -> dict[str, Tensor]:
+    def _pictures(
+        self, images: Tensor, mask: Tensor, codes: Tensor, logits: Tensor, count: int = 8
+    ) -> dict[str, Tensor]:
         """Images, what the ViT saw of them, and its prediction decoded (paper, figure 5), of the first few."""
         predicted = codes.clone()
         predicted[mask] = logits.argmax(1)
@@ -128,9 +138,9 @@ class PretrainStage(Stage):
         )
 
 
-def backbone_args(config: PretrainConfig) -> dict[str, object]:
+def backbone_args(config: PretrainConfig) -> dict[str, Any]:
     """Arguments of timm.create_model: the image's size, and a final norm that the head reads through."""
-    args: dict[str, object] = {"img_size": config.image_size, **config.model.kwargs()}
+    args: dict[str, Any] = {"img_size": config.image_size, **config.model.kwargs()}
     if config.model.name.startswith("beit"):
         args = {"use_fc_norm": False, **args}
     return args
@@ -165,7 +175,13 @@ def make_mask(view_key: int, grid: tuple[int, int], config: MaskConfig) -> Tenso
 
 
 def _masked_view(
-    image: Tensor, view_key: int, *, size: int, min_area: float | None, grid: tuple[int, int], mask: MaskConfig
+    image: Tensor,
+    view_key: int,
+    *,
+    size: int,
+    min_area: float | None,
+    grid: tuple[int, int],
+    mask: MaskConfig,
 ) -> dict[str, Tensor]:
     crop = center_crop(image, size) if min_area is None else random_crop(image, size, view_key, min_area=min_area)
     return {"image": crop, "colour": colour_draws(view_key), "mask": make_mask(view_key, grid, mask)}
@@ -177,9 +193,7 @@ def _grid(config: PretrainConfig) -> tuple[int, int]:
 
 
 def _view(config: PretrainConfig) -> ViewFunction:
-    return partial(
-        _masked_view, size=config.image_size, min_area=config.min_crop, grid=_grid(config), mask=config.mask
-    )
+    return partial(_masked_view, size=config.image_size, min_area=config.min_crop, grid=_grid(config), mask=config.mask)
 
 
 def _evaluation_view(config: PretrainConfig) -> ViewFunction:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -75,7 +75,7 @@ def train(kind: StageKind[C], config: C) -> Path:
     from pecobook.engine import launch, run_folder
 
     splits = preflight(kind, config)
-    config = dataclasses.replace(config, precision=launch.resolve_precision(config))
+    config = dataclasses.replace(config, precision=launch.resolve_precision(config))  # type: ignore[arg-type]
     held = run_folder.prepare(config, kind.command) if launch.is_leader() else None
     fabric = launch.start(config)
     torch.manual_seed(config.seed)
@@ -103,7 +103,9 @@ def preflight(kind: StageKind[C], config: C) -> Splits:
         opened = open_images(config.data)
         look_at_images(opened.train)
         if kind.needs_labels and opened.train.labels is None:
-            raise DataError(f"--data '{config.data}' has no labels: put the images of each class in a subfolder of its own.")
+            raise DataError(
+                f"--data '{config.data}' has no labels: put the images of each class in a subfolder of its own."
+            )
         splits.append(opened)
 
     def look_at_folder() -> None:
@@ -164,6 +166,6 @@ def _export(config: TrainConfig, fabric: Any, stage: Stage) -> None:
         import sys
 
         folder = Path(config.out) / "export"
-        lines = stage.export(folder, state)
+        lines = stage.export(folder, cast("dict[str, Tensor]", state))
         print(f"\nDone: {folder}\n\n{lines.format(path=config.out)}", file=sys.stderr)
     fabric.barrier()

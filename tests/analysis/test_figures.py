@@ -1,0 +1,81 @@
+"""Figures are PNGs of a sane size, transparent, the same twice, and survive awkward input."""
+
+import io
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from pecobook.analysis.canvas import styles
+from pecobook.analysis.charts import Score, code_usage_chart, read_metrics, score_chart, training_curves
+from pecobook.analysis.codewords import code_gallery
+from pecobook.analysis.figures import gallery_picture, masked_prediction_grid, reconstruction_grid
+
+
+def opened(png: bytes) -> Image.Image:
+    image = Image.open(io.BytesIO(png))
+    assert image.format == "PNG"
+    assert image.mode == "RGBA"
+    assert image.getpixel((0, 0))[3] == 0  # type: ignore[index]
+    assert 200 < image.width < 1400
+    assert image.height > 50
+    return image
+
+
+def test_reconstruction_grid_shows_the_pictures_in_their_columns() -> None:
+    images = torch.zeros(3, 3, 8, 8)
+    red, green = images.clone(), images.clone()
+    red[:, 0], green[:, 1] = 1, 1
+    picture = opened(reconstruction_grid(images, {"red": red, "a rather long name": green}, rows=2))
+    pixels = np.asarray(picture)
+    middle = pixels[round(pixels.shape[0] * 0.7)]
+    colours = [tuple(middle[round(pixels.shape[1] * share)].tolist()) for share in (1 / 6, 0.5, 5 / 6)]
+    assert colours == [(0, 0, 0, 255), (255, 0, 0, 255), (0, 255, 0, 255)]
+
+
+def test_grids_survive_nan_wide_images_and_few_rows() -> None:
+    images = torch.rand(1, 3, 6, 12)
+    broken = torch.full_like(images, float("nan"))
+    opened(masked_prediction_grid(images, images * 2 - 1, {"run": broken}, rows=5))
+    with pytest.raises(ValueError, match="image_columns needs"):
+        reconstruction_grid(torch.rand(0, 3, 4, 4), {})
+
+
+def test_gallery_picture_grows_with_its_rows() -> None:
+    images, codes = torch.rand(6, 3, 16, 16), torch.randint(0, 3, (6, 4, 4))
+    short = opened(gallery_picture(code_gallery(images, codes, codewords=1)))
+    tall = opened(gallery_picture(code_gallery(images, codes, codewords=3, chosen=[77]), title="pixel"))
+    assert tall.height > 2 * short.height
+
+
+def test_training_curves_of_runs_that_differ_in_length_and_metrics() -> None:
+    long = [{"step": i, "loss": 1 / (i + 1), "psnr": float(i), "lr": 0.1 * i, "note": "x"} for i in range(120)]
+    short = [{"step": 0, "loss": 1.0}, {"step": 5, "loss": float("nan")}, {"step": 9, "loss": 0.5}]
+    first = training_curves({"pixel": long, "other <run>": short})
+    opened(first)
+    assert first == training_curves({"pixel": long, "other <run>": short})
+    opened(training_curves({"one": short}, metrics=["loss"]))
+    with pytest.raises(ValueError, match="no metric"):
+        training_curves({"empty": []})
+
+
+def test_read_metrics_leaves_out_a_line_cut_by_a_crash(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(json.dumps({"step": 1, "loss": 2.0}) + "\n" + '{"step": 2, "lo', encoding="utf-8")
+    assert read_metrics(path) == [{"step": 1, "loss": 2.0}]
+
+
+def test_usage_and_score_charts() -> None:
+    opened(code_usage_chart({"pixel": np.array([5, 0, 100, 1]), "unused": np.zeros(4, dtype=np.int64)}))
+    scores = [Score("pixel", 27.0, 0.5), Score("control", 28.0, 0.0), Score("perceptual", 100.0, 0.0)]
+    opened(score_chart({"linear": scores, "k-NN": scores[:1]}, chance=10))
+    opened(score_chart({"linear": [Score("one", float("nan"), float("nan"))]}))
+
+
+def test_roles_keep_their_look_and_no_two_names_share_one() -> None:
+    alone, together = styles(["control"]), styles(["a", "perceptual", "control", "pixel", "b", "untrained"])
+    assert alone["control"] == together["control"]
+    assert len({(look["color"], look["marker"]) for look in together.values()}) == 6
