@@ -1,1 +1,63 @@
-"""pecobook."""
+"""pecobook: perceptual codebooks for BERT pre-training of vision transformers (PeCo, arXiv 2111.12710).
+
+The public names are those in `__all__`; each is imported when it is first used, so that `pecobook --help` is quick.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pecobook.api import codebook, contrast, finetune, pretrain
+    from pecobook.data.masking import blockwise_mask
+    from pecobook.demo import demo
+    from pecobook.errors import PecobookError
+    from pecobook.models.masked_vit import MaskedImageModel
+    from pecobook.models.nearest import nearest_codeword
+    from pecobook.models.perceptual import PerceptualDistance
+    from pecobook.models.quantizer import VectorQuantizer
+    from pecobook.models.tokenizer import PerceptualTokenizer
+    from pecobook.probe import probe
+
+__all__ = [
+    "MaskedImageModel",
+    "PecobookError",
+    "PerceptualDistance",
+    "PerceptualTokenizer",
+    "VectorQuantizer",
+    "blockwise_mask",
+    "codebook",
+    "contrast",
+    "demo",
+    "finetune",
+    "nearest_codeword",
+    "pretrain",
+    "probe",
+]
+
+_HOMES = {
+    "MaskedImageModel": "models.masked_vit",
+    "PecobookError": "errors",
+    "PerceptualDistance": "models.perceptual",
+    "PerceptualTokenizer": "models.tokenizer",
+    "VectorQuantizer": "models.quantizer",
+    "blockwise_mask": "data.masking",
+    "codebook": "api",
+    "contrast": "api",
+    "demo": "demo",
+    "finetune": "api",
+    "nearest_codeword": "models.nearest",
+    "pretrain": "api",
+    "probe": "probe",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'pecobook' has no attribute '{name}'")
+    return getattr(import_module(f"pecobook.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -103,6 +103,7 @@ def codebook_tiny() -> CodebookConfig:
     return CodebookConfig(
         model=AutoencoderConfig(channels=(32, 64, 64, 128), latent_dim=64, num_blocks=1, latent_norm=True),
         quantizer=QuantizerConfig(num_codewords=512),
+        perceptual=PerceptualConfig(network="none"),
         image_size=32,
         batch_size=64,
         max_steps="300",
@@ -313,12 +314,21 @@ RECIPES: dict[str, dict[str, Recipe]] = {
     },
 }
 
-DEFAULT_RECIPE = "tiny"
+DEFAULT_RECIPE = "paper"
 
 
-def recipe(command: str, name: str) -> Any:
+def recipe(command: str, name: str = DEFAULT_RECIPE) -> Any:
     """Settings of a recipe. Raises ConfigError for an unknown one."""
     known = RECIPES[command]
     if name not in known:
         raise ConfigError(f"'{command}' has no recipe '{name}': it has {', '.join(known)}.{did_you_mean(name, known)}")
     return known[name]()
+
+
+def claims() -> list[tuple[str, str, str]]:
+    """Command, name and claim (the docstring's first line) of every recipe."""
+    return [
+        (command, name, (function.__doc__ or "").strip().splitlines()[0])
+        for command, recipes in RECIPES.items()
+        for name, function in recipes.items()
+    ]

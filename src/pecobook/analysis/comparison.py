@@ -18,9 +18,9 @@ FEWEST_IMAGES = 100
 """With fewer test images than this the standard error itself is too unsure to judge by."""
 
 PERCENT_METRICS = {
-    "codeword_probe": "linear probe on codewords",
-    "bag_probe": "linear probe on code counts",
-    "mim.linear": "linear probe of the masked model",
+    "codeword_probe": "Linear probe on codewords",
+    "bag_probe": "Linear probe on code counts",
+    "mim.linear": "Linear probe of the masked model",
     "mim.knn": "k-NN of the masked model",
 }
 """Metrics that are accuracies on the same labelled test images, and what a reader calls them.

@@ -70,7 +70,7 @@ def demo_report(
         _training(pictures, curves or {}),
         _others(pictures),
         _cost(results, cost),
-        _reading(results, settings),
+        _reading(settings),
     )
     return Report(
         title=f"{number} {plural}, the same images",
@@ -348,16 +348,14 @@ def _cost(results: Results, cost: Sequence[tuple[str, float]]) -> Section | None
     return Section("What it cost", "", table=Table(("Step", "Time", "Share"), tuple(rows), note))
 
 
-def _reading(results: Results, settings: Mapping[str, Any]) -> Section:
+def _reading(settings: Mapping[str, Any]) -> Section:
     text = (
         "The standard errors count one source of chance only: which test images there happened to be. "
         "They do not count the seed, which sets the first weights and the order of images and can move a "
-        f"score by more than the bars show. This page is {ONE_SEED}.\n\nThe networks and the number of "
-        "steps are small here, made to run in minutes. The paper trains for hundreds of epochs on "
-        "ImageNet; nothing on this page confirms or refutes its numbers."
+        f"score by more than the bars show. This page comes from {ONE_SEED}.\n\n"
+        "The networks are small here and the steps few. The paper trains for hundreds of epochs "
+        "on ImageNet; nothing on this page confirms or refutes its numbers."
     )
-    if results.get("seconds"):
-        text = text.replace("made to run in minutes", f"made to run in about {duration(results['seconds'])}")
     details = json.dumps(settings, indent=2, sort_keys=True, default=str, ensure_ascii=False) if settings else ""
     return Section("How to read this", text, details=details, details_title="All settings")
 

@@ -1,8 +1,8 @@
 """The order of images and the randomness of views, as pure functions: no state, so resuming needs none.
 
 A training run reads one endless stream of positions 0, 1, 2, ... Step `s` with global batch size `B` takes the
-positions [s B, (s + 1) B), whatever the number of ranks, workers or accumulation steps. Position `p` names epoch `p // n` and the
-image `permute(p % n, n, key(seed, epoch))`; the epoch is also the number of the image's view.
+positions [s B, (s + 1) B), whatever the number of ranks, workers or accumulation steps. Position `p` names epoch
+`p // n` and the image `permute(p % n, n, key(seed, epoch))`; the epoch is also the number of the image's view.
 
 The permutation is computed, not stored: a four-round Feistel network over the next power of four, walked until it lands
 below `n` (Black and Rogaway, "Ciphers with arbitrary finite domains", 2002), so it also serves a billion images.

@@ -33,7 +33,7 @@ from pecobook.stages.stage import Stage, StageKind
 class PerceptualConfig:
     """The frozen network whose features the reconstruction must match."""
 
-    network: str = "none"
+    network: str = ""
     """timm:NAME, a contrast or pretrain run, or none for pixels alone."""
     weights: str = ""
     """A local file of weights, or random for the control; empty takes the network's own."""
@@ -201,6 +201,10 @@ def perceptual_distance(config: PerceptualConfig, seed: int) -> PerceptualDistan
 
 
 def _check(config: CodebookConfig) -> None:
+    if not config.perceptual.network:
+        raise ConfigError(
+            "--perceptual.network is missing: give a run of 'pecobook contrast', timm:NAME, or none for pixels alone."
+        )
     perceptual_distance(config.perceptual, config.seed)
 
 

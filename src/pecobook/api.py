@@ -1,0 +1,48 @@
+"""The commands as functions: `pecobook.codebook(recipe="cifar10", data=..., out=...)`.
+
+Settings are the flags' names: `perceptual={"network": "timm:resnet50"}` or `**{"perceptual.network": "timm:resnet50"}`.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from pecobook import recipes
+from pecobook.config import TrainConfig, replace
+from pecobook.recipes import DEFAULT_RECIPE
+
+
+def run(command: str, config: TrainConfig) -> Path:
+    """Train a stage with complete settings; returns the run folder."""
+    from pecobook.stages import classify, codebook, contrast, pretrain
+    from pecobook.stages.stage import StageKind, train
+
+    kinds: dict[str, StageKind[Any]] = {
+        kind.command: kind for kind in (contrast.KIND, codebook.KIND, pretrain.KIND, classify.KIND)
+    }
+    return train(kinds[command], config)
+
+
+def contrast(recipe: str = DEFAULT_RECIPE, **settings: Any) -> Path:
+    """Train a feature network by MoCo v3; returns the run folder. Raises PecobookError."""
+    return _run("contrast", recipe, settings)
+
+
+def codebook(recipe: str = DEFAULT_RECIPE, **settings: Any) -> Path:
+    """Train a perceptual codebook; returns the run folder. Raises PecobookError."""
+    return _run("codebook", recipe, settings)
+
+
+def pretrain(recipe: str = DEFAULT_RECIPE, **settings: Any) -> Path:
+    """Pre-train a ViT on tokens; returns the run folder. Raises PecobookError."""
+    return _run("pretrain", recipe, settings)
+
+
+def finetune(recipe: str = DEFAULT_RECIPE, **settings: Any) -> Path:
+    """Fine-tune a backbone for classification; returns the run folder. Raises PecobookError."""
+    return _run("finetune", recipe, settings)
+
+
+def _run(command: str, name: str, settings: dict[str, Any]) -> Path:
+    return run(command, replace(recipes.recipe(command, name), settings))

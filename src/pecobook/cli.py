@@ -1,0 +1,179 @@
+"""The command line: one short function a command. Nothing heavy is imported before a command needs it.
+
+Flags, Python keywords and config.json take one way to a setting (`pecobook.config.replace`), so they know the same names
+and give the same errors; tyro draws the help of each command from the settings' own explanations.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from pecobook.config import flags, load, replace
+from pecobook.errors import ConfigError, PecobookError, did_you_mean
+
+_TRAINING = {
+    "contrast": "train a feature network on your own images (MoCo v3)",
+    "codebook": "train a perceptual codebook (the PeCo tokenizer)",
+    "pretrain": "pre-train a ViT on the tokens of your images",
+    "finetune": "fine-tune a backbone for classification",
+}
+_OTHERS = {
+    "probe": "linear probe and k-NN of a backbone, or of a tokenizer's codewords",
+    "demo": "the whole story on built-in photographs, with a report, in minutes",
+    "recipes": "list the recipes and what each claims",
+}
+COMMANDS = {**_TRAINING, **_OTHERS}
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run a command. Exits with 2 after a user's mistake, without a traceback."""
+    args = list(sys.argv[1:] if argv is None else argv)
+    try:
+        _dispatch(args)
+    except PecobookError as error:
+        if os.environ.get("PECOBOOK_TRACEBACK"):
+            raise
+        print(f"pecobook: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("pecobook: interrupted.", file=sys.stderr)
+        sys.exit(130)
+
+
+def _dispatch(args: list[str]) -> None:
+    if not args or args[0] in ("-h", "--help", "help"):
+        print(_help())
+        return
+    if args[0] == "--version":
+        from importlib.metadata import version
+
+        print(f"pecobook {version('pecobook')}")
+        return
+    command, rest = args[0], args[1:]
+    if command not in COMMANDS:
+        raise ConfigError(f"Unknown command '{command}'.{did_you_mean(command, COMMANDS)} See pecobook --help.")
+    if command in _TRAINING:
+        _train(command, rest)
+    else:
+        {"probe": _probe, "demo": _demo, "recipes": _recipes}[command](rest)
+
+
+def _help() -> str:
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name:<{width}}  {text}" for name, text in COMMANDS.items()]
+    return (
+        "pecobook: perceptual codebooks for BERT pre-training of vision transformers (PeCo, arXiv 2111.12710)\n\n"
+        "  pecobook demo                                            see everything, in minutes\n"
+        "  pecobook COMMAND [RECIPE] --data SOURCE --out RUN [--flag value ...]\n"
+        "  pecobook COMMAND --help                                  all flags, explained\n\n"
+        + "\n".join(lines)
+        + "\n\nSOURCE: a folder of images, a parquet file or folder, tar shards, hf:owner/name, or photos (built in)."
+    )
+
+
+# ------------------------------------------------------------------------------------------------------------ commands
+
+
+def _train(command: str, args: list[str]) -> None:
+    from pecobook import api
+    from pecobook.recipes import DEFAULT_RECIPE, recipe
+
+    name = args.pop(0) if args and not args[0].startswith("-") else DEFAULT_RECIPE
+    api.run(command, parse(recipe(command, name), args, f"{command} {name}"))
+
+
+def _probe(args: list[str]) -> None:
+    from pecobook.probe import ProbeConfig, probe
+
+    probe(parse(ProbeConfig(), args, "probe"))
+
+
+def _demo(args: list[str]) -> None:
+    from pecobook.demo import DemoConfig, demo
+
+    demo(parse(DemoConfig(), args, "demo"))
+
+
+def _recipes(args: list[str]) -> None:
+    if args:
+        raise ConfigError(f"'recipes' takes nothing more, not '{args[0]}'.")
+    from pecobook.recipes import claims
+
+    for command, name, claim in claims():
+        print(f"{command + ' ' + name:<24} {claim}")
+
+
+# ------------------------------------------------------------------------------------------------------------- parsing
+
+
+def parse(config: Any, args: list[str], prog: str) -> Any:
+    """Settings `config` with the values that the flags in `args` give. Raises ConfigError."""
+    if "-h" in args or "--help" in args:
+        _explain(config, prog)
+    values = read_flags(args, {**flags(type(config)), "config": str}, prog.split()[0])
+    if "config" in values:
+        config = load(config, values.pop("config"))
+    return replace(config, values)
+
+
+def read_flags(args: list[str], known: dict[str, Any], command: str) -> dict[str, Any]:
+    """`--name value`, `--name=value`, `--switch` and `--no-switch` to {dotted field: text, list of texts or bool}."""
+    values: dict[str, Any] = {}
+    position = 0
+    while position < len(args):
+        token = args[position]
+        position += 1
+        if not token.startswith("--"):
+            raise ConfigError(f"'{token}' stands alone: flags are written --name value. See pecobook {command} --help.")
+        name, equals, text = token[2:].partition("=")
+        name = name.replace("_", "-")
+        head, _, leaf = name.rpartition(".")
+        positive = f"{head}.{leaf.removeprefix('no-')}".lstrip(".") if leaf.startswith("no-") else ""
+        if known.get(positive) is bool:
+            values[_field(positive)] = False
+            continue
+        if name not in known:
+            raise ConfigError(f"Unknown flag '--{name}'.{_suggest(name, known)} See pecobook {command} --help.")
+        found = [text] if equals else []
+        while not equals and position < len(args) and not args[position].startswith("--"):
+            found.append(args[position])
+            position += 1
+        values[_field(name)] = _value(name, found, known[name], explicit=bool(equals))
+    return values
+
+
+def _value(name: str, found: list[str], kind: Any, *, explicit: bool) -> Any:
+    if str(kind).startswith("tuple"):
+        return tuple(found[0].split(",")) if len(found) == 1 and "," in found[0] else tuple(found)
+    if kind is bool and not found and not explicit:
+        return True
+    if not found:
+        raise ConfigError(f"--{name} needs a value.")
+    if len(found) > 1:
+        raise ConfigError(f"--{name} takes one value, not {len(found)} ({' '.join(found)}): quote a value with spaces.")
+    return found[0]
+
+
+def _field(name: str) -> str:
+    return name.replace("-", "_")
+
+
+def _suggest(name: str, known: dict[str, Any]) -> str:
+    leaf = name.rpartition(".")[2]
+    nested = [option for option in known if option.rpartition(".")[2] == leaf]
+    if nested:  # --lr is --optim.lr
+        return f" Did you mean '--{nested[0]}'?"
+    return did_you_mean(f"--{name}", [f"--{option}" for option in known])
+
+
+def _explain(config: Any, prog: str) -> None:
+    import tyro
+
+    tyro.cli(type(config), default=config, args=["--help"], prog=f"pecobook {prog}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,60 @@
+"""What all tests share: one thread, caches of their own, no network, a folder of images, a pool of two processes."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests.distributed import TwoProcesses
+
+_CACHE = pytest.StashKey[Path]()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Set what libraries read when they are imported, so before any test is."""
+    cache = Path(tempfile.mkdtemp(prefix="pecobook-tests-"))
+    config.stash[_CACHE] = cache
+    os.environ.update(
+        HF_HOME=str(cache / "hf"), HF_HUB_OFFLINE="1", PECOBOOK_CACHE=str(cache / "pecobook"), OMP_NUM_THREADS="1"
+    )
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    shutil.rmtree(config.stash[_CACHE], ignore_errors=True)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _one_thread() -> None:
+    import torch
+
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def two_processes() -> Iterator[TwoProcesses]:
+    """`two_processes.run(function, *args)` calls `function(rank, 2, *args)` in two processes joined by gloo."""
+    pool = TwoProcesses()
+    yield pool
+    pool.close()
+
+
+@pytest.fixture(scope="session")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of 24 images, 8 in each of 3 classes that differ in colour, 40 x 48 pixels. Do not write into it."""
+    folder = tmp_path_factory.mktemp("images")
+    rng = np.random.default_rng(0)
+    rows, columns = np.mgrid[:40, :48]
+    for number, name in enumerate(("blue", "green", "red")):
+        (folder / name).mkdir()
+        for index in range(8):
+            pixels = rng.integers(0, 60, (40, 48, 3)) + 10 * index
+            pixels[..., 2 - number] += 80 + (40 * np.sin((rows + (index + 1) * columns) / 9)).astype(int)
+            Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(folder / name / f"{index}.png")
+    return folder

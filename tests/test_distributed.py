@@ -1,0 +1,80 @@
+"""The pool of two processes itself, since every test of a collective stands on it."""
+
+from __future__ import annotations
+
+import os
+import time
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from pecobook.errors import DataError, PreflightError
+from tests.distributed import TwoProcesses
+
+
+def add_up(rank: int, world_size: int, value: int) -> tuple[int, float]:
+    total = torch.tensor(float(value + rank))
+    dist.all_reduce(total)
+    return world_size, float(total)
+
+
+def fail(rank: int, world_size: int, error: Exception) -> None:
+    if rank == 1:
+        raise error
+
+
+def fail_before_collective(rank: int, world_size: int) -> None:
+    if rank == 1:
+        raise DataError("no data here")
+    dist.barrier()
+
+
+def hang(rank: int, world_size: int) -> None:
+    time.sleep(60)
+
+
+def die(rank: int, world_size: int) -> None:
+    os._exit(1)
+
+
+def draw(rank: int, world_size: int) -> float:
+    return torch.rand(()).item()
+
+
+def test_run__joins_two_ranks(two_processes: TwoProcesses) -> None:
+    assert two_processes.run(add_up, 3) == [(2, 7.0), (2, 7.0)]
+
+
+def test_run__begins_with_the_same_seed(two_processes: TwoProcesses) -> None:
+    assert two_processes.run(draw) == two_processes.run(draw)
+
+
+def test_run__raises_what_a_rank_raises_and_stays_usable(two_processes: TwoProcesses) -> None:
+    with pytest.raises(DataError, match="gone") as caught:
+        two_processes.run(fail, DataError("gone"))
+    assert "On rank 1" in caught.value.__notes__[0]
+    assert "raise error" in caught.value.__notes__[0]
+    assert two_processes.run(add_up, 0)[0] == (2, 1.0)
+
+
+def test_run__quotes_what_does_not_pickle(two_processes: TwoProcesses) -> None:
+    with pytest.raises(RuntimeError, match="PreflightError: first\nsecond"):
+        two_processes.run(fail_with_preflight)
+
+
+def fail_with_preflight(rank: int, world_size: int) -> None:
+    raise PreflightError([DataError("first"), DataError("second")])
+
+
+def test_run__ends_hangs_and_deaths_and_starts_again() -> None:
+    pool = TwoProcesses(straggler=0.5)
+    try:
+        with pytest.raises(DataError, match="no data here"):
+            pool.run(fail_before_collective)
+        with pytest.raises(TimeoutError, match="did not answer"):
+            pool.run(hang, limit=0.5)
+        with pytest.raises(RuntimeError, match="died"):
+            pool.run(die)
+    finally:
+        pool.close()
