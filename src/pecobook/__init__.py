@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from pecobook.api import codebook, contrast, finetune, pretrain
     from pecobook.data.masking import blockwise_mask
-    from pecobook.demo import demo
+    from pecobook.demonstration import demo
     from pecobook.errors import PecobookError
     from pecobook.models.masked_vit import MaskedImageModel
     from pecobook.models.nearest import nearest_codeword
     from pecobook.models.perceptual import PerceptualDistance
     from pecobook.models.quantizer import VectorQuantizer
     from pecobook.models.tokenizer import PerceptualTokenizer
-    from pecobook.probe import probe
+    from pecobook.probing import probe
 
 __all__ = [
     "MaskedImageModel",
@@ -45,11 +45,11 @@ _HOMES = {
     "blockwise_mask": "data.masking",
     "codebook": "api",
     "contrast": "api",
-    "demo": "demo",
+    "demo": "demonstration",
     "finetune": "api",
     "nearest_codeword": "models.nearest",
     "pretrain": "api",
-    "probe": "probe",
+    "probe": "probing",
 }
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable
 from typing import Any
 
 from pecobook.config import flags, load, replace
@@ -86,13 +85,13 @@ def _train(command: str, args: list[str]) -> None:
 
 
 def _probe(args: list[str]) -> None:
-    from pecobook.probe import ProbeConfig, probe
+    from pecobook.probing import ProbeConfig, probe
 
     probe(parse(ProbeConfig(), args, "probe"))
 
 
 def _demo(args: list[str]) -> None:
-    from pecobook.demo import DemoConfig, demo
+    from pecobook.demonstration import DemoConfig, demo
 
     demo(parse(DemoConfig(), args, "demo"))
 

@@ -21,9 +21,10 @@ def blockwise_mask(
 ) -> Tensor:
     """Mask rectangles until exactly `num_masked` patches are hidden (BEiT, arXiv 2106.08254, algorithm 1).
 
-    Each rectangle's area is uniform in [min_block, patches still to mask], its aspect ratio log-uniform in
-    [0.3, 1 / 0.3]. BEiT stops when ten tries in a row add nothing, which leaves 64 to 75 of 75 masked; here the few
-    missing patches are then drawn from the border of what is masked, so that the count is exact and blocks stay blocks.
+    Each rectangle's area is uniform between min_block and the patches still to mask (also when these are fewer than
+    min_block, as in BEiT's code), its aspect ratio log-uniform in [0.3, 1 / 0.3]. BEiT stops when ten tries in a row
+    add nothing, which leaves 64 to 75 of 75 masked; here the few missing patches are then drawn from the border of what
+    is masked, so that the count is exact and blocks stay blocks.
 
     Args:
         grid: rows and columns of patches.
@@ -67,7 +68,7 @@ def _add_block(mask: Tensor, remaining: int, min_block: int, generator: torch.Ge
     rows, columns = mask.shape
     draws = torch.rand(_TRIES, 4, generator=generator, dtype=torch.float64).tolist()
     for area_draw, aspect_draw, row_draw, column_draw in draws:
-        area = min_block + area_draw * (max(remaining, min_block) - min_block)
+        area = min_block + area_draw * (remaining - min_block)
         aspect = math.exp((2 * aspect_draw - 1) * math.log(1 / _ASPECT))
         height, width = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
         if not (0 < height < rows and 0 < width < columns):

@@ -85,8 +85,14 @@ def load(stream: Stream, positions: BatchPositions, *, workers: int, pin: bool) 
         pin_memory=pin,
         collate_fn=collate,
         prefetch_factor=4 if workers else None,
+        worker_init_fn=_stand_apart,
     )
     return iter(loader)
+
+
+def _stand_apart(_worker: int) -> None:
+    """Leave the process group: its Ctrl-C or SIGTERM is for the trainer, which saves before it ends its workers."""
+    os.setpgid(0, 0)
 
 
 def read_all(source: ImageSource, size: int, *, limit: int | None = None) -> tuple[Tensor, Tensor | None, list[str]]:

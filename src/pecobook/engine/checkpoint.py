@@ -39,7 +39,8 @@ def save(folder: Path, *, step: int, stage: nn.Module, optimizer: torch.optim.Op
 
 def _write(folder: Path, step: int, state: dict[str, Any]) -> None:
     temporary, final = folder / f".{_name(step)}.tmp", folder / _name(step)
-    shutil.rmtree(temporary, ignore_errors=True)
+    for left in folder.glob(".step-*.tmp"):  # half-written when a run was killed
+        shutil.rmtree(left, ignore_errors=True)
     try:
         temporary.mkdir(parents=True)
         with (temporary / "state.pt").open("wb") as file:
@@ -54,7 +55,7 @@ def _write(folder: Path, step: int, state: dict[str, Any]) -> None:
     except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
         shutil.rmtree(temporary, ignore_errors=True)
         raise RunFolderError(
-            f"The checkpoint of step {step} cannot be written to '{folder}': {str(error).splitlines()[0]}\n"
+            f"The checkpoint of step {step} cannot be written to '{folder}': {_first_line(error)}\n"
             "Earlier checkpoints are whole. Make room, then go on with --resume."
         ) from None
 
@@ -79,10 +80,10 @@ def load(folder: Path, *, stage: nn.Module, optimizer: torch.optim.Optimizer) ->
             optim_state_dict=state["optimizer"],
             options=options,
         )
-    except (OSError, EOFError, KeyError, RuntimeError, pickle.UnpicklingError) as error:
+        return int(state["step"])
+    except (OSError, EOFError, LookupError, RuntimeError, TypeError, ValueError, pickle.UnpicklingError) as error:
         older = f" Delete that folder to go on from step {found[-2]}." if len(found) > 1 else ""
-        raise RunFolderError(f"'{path}' cannot be loaded: {str(error).splitlines()[0]}.{older}") from None
-    return int(state["step"])
+        raise RunFolderError(f"'{path}' cannot be loaded: {_first_line(error)}.{older}") from None
 
 
 def steps(folder: Path) -> list[int]:
@@ -94,6 +95,10 @@ def steps(folder: Path) -> list[int]:
 def rank() -> int:
     """Number of this process among all that train together."""
     return dist.get_rank() if dist.is_initialized() else 0
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
 
 
 def _name(step: int) -> str:

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -64,6 +65,8 @@ def micro_batch_size(config: TrainConfig) -> int:
     if config.batch_size % world:
         raise ConfigError(f"--batch-size {config.batch_size} cannot be shared evenly by {world} devices.")
     share = config.batch_size // world
+    if config.micro_batch_size < 0:
+        raise ConfigError(f"--micro-batch-size must be 0 (the share whole) or above, not {config.micro_batch_size}.")
     largest = config.micro_batch_size or share
     # The largest divisor of the share that fits: every accumulation step then holds equally many images.
     return next(size for size in range(min(largest, share), 0, -1) if share % size == 0)
@@ -73,6 +76,8 @@ def start(config: TrainConfig) -> Fabric:
     """Start the processes and return their Fabric."""
     from lightning_fabric import Fabric
 
+    # PyTorch 2.15 renames an argument that Lightning's oldest PyTorch must still be given by its old name.
+    warnings.filterwarnings("ignore", message=".*`broadcast_buffers` is deprecated")
     fabric = Fabric(
         accelerator="cuda" if torch.cuda.is_available() else "cpu",
         devices=device_count(config),

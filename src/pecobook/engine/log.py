@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import sys
 import time
 from collections.abc import Mapping
@@ -38,7 +39,9 @@ class JsonLines:
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
         """Append one line."""
-        self._file.write(json.dumps({"step": step, **metrics}) + "\n")
+        # JSON knows no infinity: what is not finite (a gradient under fp16) becomes null.
+        values = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
+        self._file.write(json.dumps({"step": step, **values}) + "\n")
 
     def picture(self, name: str, png: bytes, step: int) -> None:
         """Pictures lie in samples/."""
@@ -53,7 +56,7 @@ def _drop_after(path: Path, step: int) -> None:
     if not path.exists():
         return
     kept = []
-    for line in path.read_text().splitlines():
+    for line in path.read_text(errors="replace").splitlines():
         try:
             if json.loads(line)["step"] <= step:
                 kept.append(line)
@@ -70,7 +73,7 @@ class TensorBoard:
     def __init__(self, folder: Path, *, start_step: int) -> None:
         from torch.utils.tensorboard.writer import SummaryWriter
 
-        self._writer = SummaryWriter(str(folder), purge_step=start_step + 1 if start_step else None)
+        self._writer = SummaryWriter(str(folder), purge_step=start_step + 1)
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
         """Record scalars."""

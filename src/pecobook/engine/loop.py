@@ -149,7 +149,7 @@ class _Loop:
         except torch.OutOfMemoryError:
             raise PecobookError(
                 f"Out of GPU memory with {self.micro} images on a device.\n"
-                f"Give --micro-batch-size {max(self.micro // 2, 1)}: the result stays the same."
+                f"Give --micro-batch-size {max(self.micro // 2, 1)}: the global batch stays the same."
             ) from None
         finally:
             self._close()
@@ -160,22 +160,21 @@ class _Loop:
         set_learning_rate(self.optimizer, lr)
         self.model.train()
         loss, metrics = self._forward_backward(step, batches)
-        stop = self._agree(step, loss, signals)
-        norm = self.fabric.clip_gradients(
-            self.model, self.stepper, max_norm=self.optim.clip_grad or float("inf"), error_if_nonfinite=False
-        )
+        norm = self._clip()
+        stop = self._agree(step, loss, norm, signals)
         self.stepper.step()
         self.stepper.zero_grad()
-        self.stage.after_step(step + 1, self.total)
         done = step + 1
+        self.stage.after_step(done, self.total)
+        values: dict[str, float] = {}
         if is_time(done, self.config.log_every, self.total):
-            self._log(
-                done,
-                {"loss": loss, **metrics},
-                {"lr": lr, "grad_norm": float(norm) if norm is not None else 0.0},
-            )
+            values = self._measure(done, {"loss": loss, **metrics}) | {"lr": lr, "grad_norm": float(norm)}
+            self._report(done, values)
         if is_time(done, self.config.sample_every, self.total):
-            self._evaluate(done)
+            values |= self._evaluate(done)
+        if values:  # in one piece, so that a step stands in the log once
+            for sink in self.sinks:
+                sink.log(values, done)
         return stop
 
     def _forward_backward(self, step: int, batches: _Batches) -> tuple[Tensor, dict[str, Tensor]]:
@@ -194,21 +193,32 @@ class _Loop:
                 total[name] = total.get(name, 0) + value / accumulation
         return total.pop("loss"), total
 
-    def _agree(self, step: int, loss: Tensor, signals: _Signals) -> bool:
-        """Stop on all ranks when one must: at once when its loss is not finite, after this step when asked to."""
-        flags = torch.stack([~loss.isfinite(), loss.new_tensor(signals.received, dtype=torch.bool)]).float()
+    def _clip(self) -> Tensor:
+        """Clip the gradient where asked to; returns its norm before, () and the same on all ranks."""
+        norm: Any = self.fabric.clip_gradients(
+            self.model, self.stepper, max_norm=self.optim.clip_grad or float("inf"), error_if_nonfinite=False
+        )
+        return norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # type: ignore[no-any-return]
+
+    def _agree(self, step: int, loss: Tensor, norm: Tensor, signals: _Signals) -> bool:
+        """Stop on all ranks when one must: at once when it is not finite, after this step when asked to."""
+        broken_here = ~loss.isfinite()
+        if self.config.precision != "fp16":  # there infinite gradients are usual, and the scaler leaves out such steps
+            broken_here |= ~norm.isfinite()
+        flags = torch.stack([broken_here, loss.new_tensor(signals.received, dtype=torch.bool)]).float()
         if self.fabric.world_size > 1:
             dist.all_reduce(flags, dist.ReduceOp.MAX)
         broken, stop = flags.tolist()
         if broken:
             raise NonFiniteLossError(
-                f"The loss of step {step + 1} is not finite ({float(loss):g} here); the weights were not touched.\n"
+                f"Step {step + 1} is not finite (loss {float(loss):g}, gradient norm {float(norm):g} here); "
+                "the weights were not touched.\n"
                 "Try a lower --optim.lr, a longer --optim.warmup, --optim.clip-grad 1, or --precision fp32;\n"
                 "then start again with --overwrite, or in a new --out."
             )
         return bool(stop)
 
-    def _log(self, step: int, metrics: dict[str, Tensor], more: dict[str, float]) -> None:
+    def _measure(self, step: int, metrics: dict[str, Tensor]) -> dict[str, float]:
         values = self._mean_over_ranks(metrics)
         now = time.monotonic()
         elapsed = max(now - self._mark, 1e-9)
@@ -217,9 +227,9 @@ class _Loop:
             "data_wait": min(self._waited / elapsed, 1.0),
         }
         self._mark, self._marked_step, self._waited = now, step, 0.0
-        values |= more | speed
-        for sink in self.sinks:
-            sink.log(values, step)
+        return values | speed
+
+    def _report(self, step: int, values: dict[str, float]) -> None:
         self.progress.show(step, values)
         warning = self.stage.warning(values, step)
         if warning and not self._warned:
@@ -235,7 +245,7 @@ class _Loop:
         return dict(zip(names, stacked.tolist(), strict=True))
 
     @torch.no_grad()
-    def _evaluate(self, step: int) -> None:
+    def _evaluate(self, step: int) -> dict[str, float]:
         """Mean metrics over held-out images, and pictures of the first few."""
         self.model.eval()
         total: dict[str, Tensor] = {}
@@ -260,11 +270,10 @@ class _Loop:
         if self.sinks:
             self._write_evaluation(step, pictures)
         self._mark = time.monotonic()
+        return self.last_metrics
 
     def _write_evaluation(self, step: int, pictures: dict[str, Tensor]) -> None:
         self.text.info("step %d: %s", step, ", ".join(f"{k} {v:.4g}" for k, v in self.last_metrics.items()))
-        for sink in self.sinks:
-            sink.log(self.last_metrics, step)
         if pictures:
             png = _grid(pictures)
             (self.out / "samples" / f"step-{step:08d}.png").write_bytes(png)
@@ -278,6 +287,7 @@ class _Loop:
             if step % self.config.log_every == 0:  # clocks differ between ranks, so rank 0's decides
                 due = bool(self.fabric.broadcast(late)) if self.fabric.world_size > 1 else late
         if due:
+            self._share_skipped()
             checkpoint.save(
                 self.out / "checkpoints",
                 step=step,
@@ -298,12 +308,23 @@ class _Loop:
         )
 
     def _to_device(self, batch: Batch) -> Batch:
-        for name in batch.pop("skipped"):
+        self._note_skipped(batch.pop("skipped"))
+        return {name: value.to(self.fabric.device, non_blocking=True) for name, value in batch.items()}
+
+    def _note_skipped(self, names: list[str]) -> None:
+        for name in names:
             if name not in self.skipped:
                 self.skipped[name] = None
                 if self.sinks:
                     self.text.info("skipped: %s", name)
-        return {name: value.to(self.fabric.device, non_blocking=True) for name, value in batch.items()}
+
+    def _share_skipped(self) -> None:
+        """Tell rank 0, which lists them, what other ranks could not read."""
+        if self.fabric.world_size > 1:
+            everyone: list[list[str]] = [[] for _ in range(self.fabric.world_size)]
+            dist.all_gather_object(everyone, list(self.skipped))
+            for names in everyone:
+                self._note_skipped(names)
 
     def _tell(self, text: str) -> None:
         self.progress.say(text)

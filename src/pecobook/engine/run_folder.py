@@ -38,6 +38,8 @@ def check(config: TrainConfig, command: str) -> None:
     if config.overwrite and filled and not _is_run(out):
         raise RunFolderError(f"--overwrite: '{out}' does not look like a run folder of pecobook, so it is not deleted.")
     parent = next(parent for parent in [out, *out.absolute().parents] if parent.exists())
+    if not parent.is_dir():
+        raise RunFolderError(f"--out '{out}' cannot be made: '{parent}' is a file.")
     if not os.access(parent, os.W_OK):
         raise RunFolderError(f"--out '{out}' cannot be written: no permission in '{parent}'.")
 
@@ -47,8 +49,8 @@ def _check_resume(config: TrainConfig, command: str, out: Path) -> None:
     if not file.is_file():
         raise RunFolderError(f"--resume: there is no run in '{out}'. Leave --resume out to start one.")
     try:
-        old = json.loads(file.read_text())
-    except ValueError as error:
+        old = dict(json.loads(file.read_text()))
+    except (OSError, TypeError, ValueError) as error:
         raise RunFolderError(f"--resume: '{file}' cannot be read ({error}).") from None
     if old.pop("command", command) != command:
         raise RunFolderError(f"--resume: '{out}' is not a run of 'pecobook {command}'.")
@@ -61,29 +63,58 @@ def _check_resume(config: TrainConfig, command: str, out: Path) -> None:
 
 
 def _is_run(out: Path) -> bool:
-    return (out / "config.json").is_file() or all(path.name in _OURS for path in out.iterdir())
+    try:  # many a folder holds a config.json; one of ours names its command
+        settings = json.loads((out / "config.json").read_text())
+    except (OSError, ValueError):
+        return all(path.name in _OURS for path in out.iterdir())
+    return isinstance(settings, dict) and {"command", "data", "out"} <= settings.keys()
+
+
+_held: set[int] = set()
+
+
+def _forget_locks() -> None:
+    for descriptor in _held:
+        os.close(descriptor)
+    _held.clear()
+
+
+# A data-loading process outlives a killed run by seconds, and must not keep its folder locked for the one that resumes.
+os.register_at_fork(after_in_child=_forget_locks)
 
 
 def lock(out: Path) -> int:
-    """Take the folder for this process until it ends, however it ends. Raises RunFolderError when another has it."""
+    """Take the folder until `release` or the end of this process, however it ends.
+
+    Raises:
+        RunFolderError: another process has it.
+    """
     descriptor = os.open(out, os.O_RDONLY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         os.close(descriptor)
         raise RunFolderError(f"Another process is writing '{out}': wait for it, or name another --out.") from None
+    _held.add(descriptor)
     return descriptor
+
+
+def release(descriptor: int) -> None:
+    """Give the folder back."""
+    _held.discard(descriptor)
+    os.close(descriptor)
 
 
 def prepare(config: TrainConfig, command: str) -> int:
     """Make the folder, lock it, and write config.json and environment.json. Returns the lock."""
     out = Path(config.out)
+    held = None
     try:
         out.mkdir(parents=True, exist_ok=True)
         held = lock(out)
         if config.overwrite:
             for path in out.iterdir():
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
+                shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
         (out / "checkpoints").mkdir(exist_ok=True)
         (out / "samples").mkdir(exist_ok=True)
         if not (config.resume and (out / "config.json").exists()):
@@ -91,6 +122,8 @@ def prepare(config: TrainConfig, command: str) -> int:
             write_atomically(out / "config.json", (json.dumps(settings, indent=2) + "\n").encode())
         write_atomically(out / "environment.json", (json.dumps(environment(), indent=2) + "\n").encode())
     except OSError as error:
+        if held is not None:
+            release(held)
         raise RunFolderError(f"--out '{out}' cannot be written: {error}") from None
     return held
 

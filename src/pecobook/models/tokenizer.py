@@ -12,7 +12,7 @@ from pecobook.config import replace, to_dict
 from pecobook.errors import ConfigError, WeightsError
 from pecobook.models.autoencoder import AutoencoderConfig, Decoder, Encoder
 from pecobook.models.quantizer import VectorQuantizer
-from pecobook.models.weights import read_export, write_export
+from pecobook.models.weights import first_line, read_export, write_export
 
 _CARD = """---
 library_name: pecobook
@@ -166,5 +166,4 @@ def _download(repo_id: str) -> Path:
     try:
         return Path(snapshot_download(repo_id, allow_patterns=["model.safetensors", "config.json"]))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise WeightsError(f"There is no run '{repo_id}' here, and the hub gives none ({first}).") from None
+        raise WeightsError(f"There is no run '{repo_id}' here, and the hub gives none ({first_line(error)}).") from None

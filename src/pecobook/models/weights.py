@@ -53,6 +53,8 @@ def read_export(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     folder = export_folder(path)
     try:
         config = json.loads((folder / "config.json").read_text())
+        if not isinstance(config, dict):
+            raise ValueError("config.json holds no JSON object")
         return config, load_file(folder / "model.safetensors")
     except (OSError, ValueError, SafetensorError) as error:
         raise WeightsError(f"The export in '{folder}' cannot be read: {error}") from None
@@ -152,12 +154,11 @@ def create(name: str, *, pretrained: bool = False, **kwargs: Any) -> nn.Module:
         network: nn.Module = timm.create_model(bare, pretrained=pretrained, **kwargs)
     except TypeError as error:
         raise WeightsError(f"timm's '{bare}' does not take these arguments: {error}") from None
-    except (OSError, RuntimeError, ValueError) as error:
+    except (OSError, RuntimeError, ValueError, AssertionError) as error:
         if not pretrained:
-            raise WeightsError(f"timm cannot make '{bare}' with {kwargs}: {error}") from None
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            raise WeightsError(f"timm cannot make '{bare}' with {kwargs}: {first_line(error)}") from None
         raise WeightsError(
-            f"The weights of timm's '{bare}' cannot be fetched ({first}).\n"
+            f"The weights of timm's '{bare}' cannot be fetched ({first_line(error)}).\n"
             "Check the network, give a local file with weights, or ask for random ones."
         ) from None
     return network
@@ -191,7 +192,7 @@ def load_backbone(
     if config.get("kind") not in ("backbone", "classifier"):
         raise WeightsError(f"'{spec}' is a {config.get('kind')}, not a backbone: give a contrast or pretrain run.")
     args = config["args"] | _pooling(config["name"], pool_mean)
-    network = create(config["name"], num_classes=0, drop_path_rate=drop_path, **args)
+    network = create(config["name"], num_classes=0, **_stochastic_depth(drop_path), **args)
     if weights != "random":
         load_state(network, state if weights is None else read_weights(weights), source=weights or spec)
     size = config["image_size"]
@@ -205,7 +206,7 @@ def _load_timm(name: str, weights: str | None, image_size: int | None, pool_mean
     args: dict[str, Any] = _pooling(name, pool_mean)
     if image_size is not None and is_transformer(name):
         args["img_size"] = image_size
-    network = create(name, pretrained=weights is None, num_classes=0, drop_path_rate=drop_path, **args)
+    network = create(name, pretrained=weights is None, num_classes=0, **_stochastic_depth(drop_path), **args)
     if weights not in (None, "random"):
         load_state(network, read_weights(weights), source=weights)
     settings = getattr(network, "pretrained_cfg", None) or {}
@@ -217,6 +218,10 @@ def _load_timm(name: str, weights: str | None, image_size: int | None, pool_mean
 def is_transformer(name: str) -> bool:
     """Whether timm's `name` is a ViT, which is made for one size of image."""
     return name.startswith(("vit_", "beit", "deit", "eva"))
+
+
+def _stochastic_depth(drop_path: float) -> dict[str, Any]:
+    return {"drop_path_rate": drop_path} if drop_path > 0 else {}  # VGG and DenseNet do not know the argument
 
 
 def _pooling(name: str, pool_mean: bool) -> dict[str, Any]:
@@ -238,14 +243,11 @@ def read_weights(path: str) -> dict[str, Tensor]:
             return load_file(file)
         except (OSError, SafetensorError) as error:
             raise WeightsError(f"'{path}' cannot be read as safetensors: {error}") from None
-    import pickle
-
     try:
         state = torch.load(file, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
-        first = str(error).strip().splitlines()[0]
+    except Exception as error:  # a damaged file can make the reader stumble in any way
         raise WeightsError(
-            f"'{path}' cannot be read as weights alone, and pecobook never runs code from a file ({first}).\n"
+            f"'{path}' is no plain file of weights ({first_line(error)}); pecobook runs no code from a file.\n"
             "Convert it once, in a place you trust, to safetensors."
         ) from None
     for wrapper in ("state_dict", "model"):
@@ -254,6 +256,11 @@ def read_weights(path: str) -> dict[str, Tensor]:
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         raise WeightsError(f"'{path}' holds no state dict.")
     return state
+
+
+def first_line(error: Exception) -> str:
+    """What another library says went wrong, in one line; its kind when it says nothing."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 def load_state(network: nn.Module, state: dict[str, Tensor], *, source: str) -> None:

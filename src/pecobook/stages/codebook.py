@@ -64,13 +64,10 @@ class QuantizerConfig:
     """Steps without use after which a codeword is dead and replaced; 0 never."""
     commitment: float = 0.25
     """Beta of equation 3."""
-    commitment_share: float = 0.0
-    """Instead of beta: the share of the whole loss that commitment is scaled to at each step, so that arms with
-    different reconstruction losses stay comparable. 0 uses beta."""
 
     def __post_init__(self) -> None:
         positive(self, "num_codewords", "eps")
-        between(self, 0.0, 1.0, "decay", "commitment_share")
+        between(self, 0.0, 1.0, "decay")
         between(self, 0.0, float("inf"), "commitment", "revive_after")
 
 
@@ -83,6 +80,10 @@ class CodebookConfig(TrainConfig):
     perceptual: PerceptualConfig = PerceptualConfig()
     pixel_weight: float = 1.0
     """Weight of the pixel loss, the mean squared error on [-1, 1]."""
+    balance: bool = False
+    """Divide pixel and perceptual loss together by their present value, so that commitment weighs against 1 in every
+    run. Without it a perceptual term, which is several times the pixel loss, drowns commitment, and runs with and
+    without one differ in two things at once."""
     optim: OptimConfig = OptimConfig(name="adam", lr=5e-5, betas=(0.5, 0.95), weight_decay=0.0, warmup="5000")
 
     def __post_init__(self) -> None:
@@ -134,17 +135,13 @@ class CodebookStage(Stage):
                 target = self.perceptual.features(images)
             metrics["perceptual"] = self.perceptual.to_target(target, restored).mean()
             loss = loss + self.config.perceptual.weight * metrics["perceptual"]
-        loss = loss + self.commitment_weight(loss, quantized.commitment_loss) * quantized.commitment_loss
+        metrics["reconstruction"] = loss
+        if self.config.balance:
+            loss = loss / loss.detach().clamp_min(1e-6)
+        loss = loss + self.config.quantizer.commitment * quantized.commitment_loss
         metrics |= self.health()
         pictures = {} if self.training else {"images": images, "reconstructions": restored}
         return StageOutput(loss, {name: value.detach() for name, value in metrics.items()}, pictures)
-
-    def commitment_weight(self, reconstruction: Tensor, commitment: Tensor) -> Tensor | float:
-        """Beta, or what makes commitment its share of the whole loss at this step."""
-        share = self.config.quantizer.commitment_share
-        if share == 0:
-            return self.config.quantizer.commitment
-        return share / (1 - share) * (reconstruction / commitment.clamp_min(1e-6)).detach()
 
     def health(self) -> dict[str, Tensor]:
         """Codewords in use within the last `revive_after` steps, and perplexity of the averaged usage."""
@@ -175,8 +172,9 @@ class CodebookStage(Stage):
     def export(self, folder: Path, state: dict[str, Tensor]) -> str:
         """Write the tokenizer."""
         own = {name.removeprefix("tokenizer."): value for name, value in state.items() if name.startswith("tokenizer.")}
-        self.tokenizer.load_state_dict(own)
-        self.tokenizer.save_pretrained(folder)
+        whole = PerceptualTokenizer(self.tokenizer.config)  # ours may hold this process's shard alone
+        whole.load_state_dict(own)
+        whole.save_pretrained(folder)
         return 'from pecobook import PerceptualTokenizer\ntokenizer = PerceptualTokenizer.from_pretrained("{path}")'
 
 

@@ -22,8 +22,10 @@ from pecobook.data.images import ImageSource
 from pecobook.data.sampler import key
 from pecobook.data.stream import Batch, ViewFunction
 from pecobook.data.views import PhotometricConfig, colour_draws, photometric, random_crop, to_float
+from pecobook.engine.launch import micro_batch_size
 from pecobook.engine.loop import StageOutput
 from pecobook.engine.schedule import cosine
+from pecobook.errors import ConfigError
 from pecobook.models.weights import IMAGENET_MEAN, IMAGENET_STD, create, export_backbone, is_transformer
 from pecobook.stages.stage import Stage, StageKind
 
@@ -180,6 +182,8 @@ def _backbone_args(config: ContrastConfig) -> dict[str, Any]:
 
 def _check(config: ContrastConfig) -> None:
     create(config.model.name, num_classes=0, **_backbone_args(config))
+    if micro_batch_size(config) < 2:
+        raise ConfigError("--batch-size: a device must hold at least 2 images at once, to tell them apart.")
 
 
 def _build(config: ContrastConfig, source: ImageSource) -> ContrastStage:  # noqa: ARG001

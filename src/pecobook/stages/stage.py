@@ -77,16 +77,16 @@ def train(kind: StageKind[C], config: C) -> Path:
     splits = preflight(kind, config)
     config = dataclasses.replace(config, precision=launch.resolve_precision(config))  # type: ignore[arg-type]
     held = run_folder.prepare(config, kind.command) if launch.is_leader() else None
-    fabric = launch.start(config)
-    torch.manual_seed(config.seed)
-    stage = kind.build(config, splits.train)
-    outcome = _fit(kind, config, fabric, stage, splits)
-    if outcome.finished:
-        _export(config, fabric, stage)
-    if held is not None:
-        import os
-
-        os.close(held)
+    try:
+        fabric = launch.start(config)
+        torch.manual_seed(config.seed)
+        stage = kind.build(config, splits.train)
+        outcome = _fit(kind, config, fabric, stage, splits)
+        if outcome.finished:
+            _export(config, fabric, stage)
+    finally:  # also after an error: in Python the process goes on, and may try again
+        if held is not None:
+            run_folder.release(held)
     if not outcome.finished:
         raise SystemExit(130)
     return Path(config.out)
@@ -99,6 +99,10 @@ def preflight(kind: StageKind[C], config: C) -> Splits:
     problems: list[PecobookError] = []
     splits: list[Splits] = []
 
+    def look_at_precision() -> None:
+        nonlocal config  # what a run is resumed with is compared with what auto came to
+        config = dataclasses.replace(config, precision=launch.resolve_precision(config))  # type: ignore[arg-type]
+
     def look_at_data() -> None:
         opened = open_images(config.data)
         look_at_images(opened.train)
@@ -106,6 +110,8 @@ def preflight(kind: StageKind[C], config: C) -> Splits:
             raise DataError(
                 f"--data '{config.data}' has no labels: put the images of each class in a subfolder of its own."
             )
+        if kind.needs_labels and opened.evaluation.labels is None:
+            raise DataError(f"--data '{config.data}' has no labels for its {opened.evaluation_name} images.")
         splits.append(opened)
 
     def look_at_folder() -> None:
@@ -113,10 +119,10 @@ def preflight(kind: StageKind[C], config: C) -> Splits:
             run_folder.check(config, kind.command)
 
     checks: list[Callable[[], object]] = [
+        look_at_precision,
         look_at_folder,
         look_at_data,
         lambda: kind.check(config),
-        lambda: launch.resolve_precision(config),
         lambda: launch.micro_batch_size(config),
         lambda: log.check_loggers(config.loggers),
     ]

@@ -1,0 +1,164 @@
+"""What the demo trains: a feature network, three codebooks of equal budget, two ViTs.
+
+The three codebooks differ in one thing. `pixel` learns from pixels alone. `perceptual` adds the distance in the
+features of a network that MoCo v3 trained on the same images. `control` adds the distance in the features of the same
+network with random weights: what it gains too is not owed to what the network learned, so no claim of semantics can
+rest on it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from pecobook.config import BackboneConfig, OptimConfig, TrainConfig, between, positive, replace
+
+if TYPE_CHECKING:
+    from pecobook.stages.codebook import CodebookConfig
+    from pecobook.stages.contrast import ContrastConfig
+    from pecobook.stages.pretrain import PretrainConfig
+
+ARMS = ("pixel", "control", "perceptual")
+PRETRAINED = ("pixel", "perceptual")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DemoConfig:
+    """The whole story on the built-in photographs or on your images, with a report."""
+
+    data: str = "photos"
+    """Images: a folder, a parquet file or folder, tar shards, hf:owner/name, or photos (built in)."""
+    out: str = "runs/demo"
+    """Folder to write. One that an interrupted demo left is gone on with."""
+    seed: int = 0
+    """Of every run."""
+    budget: Literal["auto", "cpu", "gpu"] = "auto"
+    """cpu: 32-pixel images, minutes on 2 cores. gpu: 64-pixel images, larger networks. auto: what this machine has."""
+    length: float = 1.0
+    """Factor on the number of steps of every run."""
+    max_train: int = 4000
+    """Most training images that the probes read."""
+    max_test: int = 4000
+    """Most held-out images that are measured."""
+
+    def __post_init__(self) -> None:
+        positive(self, "length", "max_train", "max_test")
+        between(self, 0, 2**31 - 1, "seed")
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """One run, and the runs that must be finished before it."""
+
+    command: str
+    config: TrainConfig
+    needs: tuple[str, ...] = ()
+
+
+def plan(config: DemoConfig) -> dict[str, Job]:
+    """The runs by name, in an order in which each can start when those before it are done."""
+    from pecobook.stages.codebook import PerceptualConfig
+
+    out = Path(config.out)
+    sizes = _gpu() if _budget(config) == "gpu" else _cpu()
+    common = {"data": config.data, "seed": config.seed, "loggers": (), "save_minutes": 1.0, "keep_checkpoints": 1}
+
+    def finish(base: TrainConfig, name: str) -> TrainConfig:
+        steps = max(round(int(base.max_steps) * config.length), 1)
+        every = max(steps // 3, 1)
+        settings = {
+            **common,
+            "out": str(out / name),
+            "max_steps": str(steps),
+            "sample_every": every,
+            "save_every": every,
+        }
+        return replace(base, settings)
+
+    contrast, codebook, pretrain = sizes
+    perceptual = codebook.perceptual
+    networks = {
+        "pixel": PerceptualConfig(network="none"),
+        "control": dataclasses.replace(perceptual, network=str(out / "contrast"), weights="random"),
+        "perceptual": dataclasses.replace(perceptual, network=str(out / "contrast")),
+    }
+    jobs = {"contrast": Job("contrast", finish(contrast, "contrast"))}
+    for arm in ARMS:
+        name = f"codebook-{arm}"
+        base = dataclasses.replace(codebook, perceptual=networks[arm])
+        jobs[name] = Job("codebook", finish(base, name), () if arm == "pixel" else ("contrast",))
+    for arm in PRETRAINED:
+        name, tokenizer = f"vit-{arm}", f"codebook-{arm}"
+        jobs[name] = Job("pretrain", finish(replace(pretrain, {"tokenizer": str(out / tokenizer)}), name), (tokenizer,))
+    # In this order two processes are busy to the end: the feature network beside the pixel codebook and its ViT.
+    order = ("contrast", "codebook-pixel", "vit-pixel", "codebook-perceptual", "codebook-control", "vit-perceptual")
+    return {name: jobs[name] for name in order}
+
+
+def _budget(config: DemoConfig) -> str:
+    import torch
+
+    if config.budget != "auto":
+        return config.budget
+    return "gpu" if torch.cuda.is_available() else "cpu"
+
+
+def _cpu() -> tuple[ContrastConfig, CodebookConfig, PretrainConfig]:
+    """32 pixels, 4 x 4 tokens of 8 x 8 pixels: few tokens and deep layers are where perceptual codes differ."""
+    from pecobook.models.autoencoder import AutoencoderConfig
+    from pecobook.recipes import codebook_tiny, contrast_tiny, pretrain_tiny
+    from pecobook.stages.codebook import PerceptualConfig, QuantizerConfig
+
+    contrast = dataclasses.replace(
+        contrast_tiny(), batch_size=256, max_steps="200", optim=OptimConfig(lr=2e-3, weight_decay=1e-4, warmup="10%")
+    )
+    codebook = dataclasses.replace(
+        codebook_tiny(),
+        model=AutoencoderConfig(channels=(16, 32, 64, 128), latent_dim=64, num_blocks=1, latent_norm=True),
+        quantizer=QuantizerConfig(num_codewords=512, decay=0.95, revive_after=20),
+        perceptual=PerceptualConfig(network="none", layers=(3, 4), normalisation="layernorm"),
+        balance=True,
+        max_steps="240",
+    )
+    pretrain = replace(
+        pretrain_tiny(),
+        {"model.args": '{"patch_size": 8, "depth": 6, "embed_dim": 128, "num_heads": 4, "init_values": 0.1}'},
+    )
+    return contrast, codebook, pretrain
+
+
+def _gpu() -> tuple[ContrastConfig, CodebookConfig, PretrainConfig]:
+    """64 pixels, 8 x 8 tokens, a ResNet-18 and a ViT-Ti of full depth, ten times as many images."""
+    from pecobook.models.autoencoder import AutoencoderConfig
+    from pecobook.stages.codebook import QuantizerConfig
+    from pecobook.stages.pretrain import MaskConfig
+
+    contrast, codebook, pretrain = _cpu()
+    contrast = replace(
+        contrast,
+        {
+            "model.name": "resnet18",
+            "model.args": '{"output_stride": 8}',
+            "image_size": 64,
+            "batch_size": 512,
+            "max_steps": "1500",
+        },
+    )
+    codebook = dataclasses.replace(
+        codebook,
+        model=AutoencoderConfig(channels=(64, 128, 128, 256), latent_dim=128, num_blocks=2, latent_norm=True),
+        quantizer=QuantizerConfig(num_codewords=1024, revive_after=50),
+        image_size=64,
+        batch_size=128,
+        max_steps="2000",
+    )
+    pretrain = dataclasses.replace(
+        pretrain,
+        model=BackboneConfig(name="vit_tiny_patch16_224", args='{"patch_size": 8, "init_values": 0.1}'),
+        mask=MaskConfig(num_masked=26, min_block=6),
+        image_size=64,
+        batch_size=256,
+        max_steps="2000",
+    )
+    return contrast, codebook, pretrain

@@ -1,0 +1,210 @@
+"""Masks: an exact count, BEiT's blocks."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from pecobook.data import masking
+from pecobook.data.masking import blockwise_mask, random_mask
+from pecobook.errors import ConfigError
+
+
+def seeded(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+@st.composite
+def requests(draw: st.DrawFn) -> tuple[tuple[int, int], int, int, int]:
+    """Grid, count, least block, seed."""
+    grid = draw(st.integers(4, 20)), draw(st.integers(4, 20))
+    return grid, draw(st.integers(1, grid[0] * grid[1] - 1)), draw(st.integers(1, 40)), draw(st.integers(0, 2**31))
+
+
+@settings(max_examples=150, deadline=None)
+@given(requests())
+def test_blockwise_mask__masks_exactly_as_many_as_asked(request: tuple[tuple[int, int], int, int, int]) -> None:
+    grid, num_masked, min_block, seed = request
+    mask = blockwise_mask(grid, num_masked=num_masked, min_block=min_block, generator=seeded(seed))
+    assert mask.dtype == torch.bool
+    assert tuple(mask.shape) == grid
+    assert mask.sum() == num_masked
+    again = blockwise_mask(grid, num_masked=num_masked, min_block=min_block, generator=seeded(seed))
+    assert torch.equal(mask, again)
+
+
+@settings(max_examples=50, deadline=None)
+@given(requests())
+def test_random_mask__masks_exactly_as_many_as_asked(request: tuple[tuple[int, int], int, int, int]) -> None:
+    grid, num_masked, _, seed = request
+    mask = random_mask(grid, num_masked=num_masked, generator=seeded(seed))
+    assert mask.dtype == torch.bool
+    assert tuple(mask.shape) == grid
+    assert mask.sum() == num_masked
+    assert torch.equal(mask, random_mask(grid, num_masked=num_masked, generator=seeded(seed)))
+
+
+@pytest.mark.parametrize("function", [blockwise_mask, random_mask])
+def test_masks__differ_by_draw_and_leave_torch_alone_with_a_generator(function: Callable[..., Tensor]) -> None:
+    before = torch.get_rng_state()
+    generator = seeded(0)
+    masks = {tuple(function((14, 14), num_masked=75, generator=generator).flatten().tolist()) for _ in range(20)}
+    assert len(masks) == 20
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("num_masked", [-1, 0, 196, 197])
+def test_masks__refuse_an_empty_or_a_full_one(num_masked: int) -> None:
+    for function in (blockwise_mask, random_mask):
+        with pytest.raises(ConfigError, match=f"--num-masked must lie between 1 and 195, not {num_masked}"):
+            function((14, 14), num_masked=num_masked)
+
+
+def test_random_mask__is_uniform() -> None:
+    generator = seeded(0)
+    share = torch.stack([random_mask((4, 5), num_masked=8, generator=generator) for _ in range(4000)]).float().mean(0)
+    torch.testing.assert_close(share, torch.full((4, 5), 0.4), atol=0.04, rtol=0)
+
+
+# ------------------------------------------------------------------------------------------ against BEiT's algorithm
+
+
+def beit_blocks(rng: random.Random, rows: int, columns: int, total: int, least: int) -> list[tuple[int, int, int]]:
+    """Blocks of algorithm 1 of BEiT (arXiv 2106.08254) as its code runs it: (newly masked, height, width)."""
+    hidden: set[tuple[int, int]] = set()
+    blocks: list[tuple[int, int, int]] = []
+    while len(hidden) < total:
+        left = total - len(hidden)
+        for _ in range(10):
+            area = rng.uniform(least, left)
+            aspect = math.exp(rng.uniform(math.log(0.3), math.log(1 / 0.3)))
+            height, width = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+            if height >= rows or width >= columns:
+                continue
+            top, start = rng.randint(0, rows - height), rng.randint(0, columns - width)
+            cells = {(r, c) for r in range(top, top + height) for c in range(start, start + width)} - hidden
+            if 0 < len(cells) <= left:
+                hidden |= cells
+                blocks.append((len(cells), height, width))
+                break
+        else:
+            break
+    return blocks
+
+
+def our_blocks(monkeypatch: pytest.MonkeyPatch, seed: int, number: int) -> list[list[tuple[int, int, int]]]:
+    """What `blockwise_mask` does before it fills up, seen from outside: (newly masked, height, width) of each block.
+
+    Height and width are those of the newly masked cells' bounding box, which is the block's own only for the first.
+    """
+    masks: list[list[tuple[int, int, int]]] = []
+    add = masking._add_block
+
+    def watched(mask: Tensor, remaining: int, min_block: int, generator: torch.Generator | None) -> int:
+        before = mask.clone()
+        added = add(mask, remaining, min_block, generator)
+        if added:
+            new = (mask & ~before).nonzero()
+            assert len(new) == added
+            height, width = (new.max(0).values - new.min(0).values + 1).tolist()
+            masks[-1].append((added, height, width))
+        return added
+
+    monkeypatch.setattr(masking, "_add_block", watched)
+    generator = seeded(seed)
+    for _ in range(number):
+        masks.append([])
+        blockwise_mask((14, 14), num_masked=75, min_block=16, generator=generator)
+    return masks
+
+
+def test_blockwise_mask__has_beits_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    number = 2500
+    rng = random.Random(0)
+    theirs = [beit_blocks(rng, 14, 14, 75, 16) for _ in range(number)]
+    ours = our_blocks(monkeypatch, 0, number)
+
+    def summary(masks: list[list[tuple[int, int, int]]]) -> dict[str, float]:
+        counts = np.array([sum(block[0] for block in blocks) for blocks in masks])
+        first = np.array([blocks[0] for blocks in masks])
+        return {
+            "complete": float((counts == 75).mean()),
+            "masked": float(counts.mean()),
+            "blocks": float(np.mean([len(blocks) for blocks in masks])),
+            "newly masked": float(np.mean([block[0] for blocks in masks for block in blocks])),
+            "last block": float(np.mean([blocks[-1][0] for blocks in masks])),
+            "first area": float(first[:, 0].mean()),
+            "first elongation": float(np.abs(np.log(first[:, 1] / first[:, 2])).mean()),
+            "first tall": float((first[:, 1] > first[:, 2]).mean()),
+        }
+
+    # Five standard errors of the difference of two means of 2,500.
+    tolerance = {
+        "complete": 0.07,
+        "masked": 0.15,
+        "blocks": 0.2,
+        "newly masked": 0.9,
+        "last block": 1.0,
+        "first area": 2.4,
+        "first elongation": 0.05,
+        "first tall": 0.07,
+    }
+    found, expected = summary(ours), summary(theirs)
+    for name, value in expected.items():
+        assert found[name] == pytest.approx(value, abs=tolerance[name]), name
+    # The published algorithm's own numbers, from a run of 100,000 masks.
+    assert found["complete"] == pytest.approx(0.666, abs=0.05)
+    assert found["masked"] == pytest.approx(74.47, abs=0.12)
+
+
+def test_blockwise_mask__no_block_spans_the_grid() -> None:
+    for seed in range(300):
+        mask = torch.zeros(3, 30, dtype=torch.bool)
+        masking._add_block(mask, 40, 4, seeded(seed))
+        assert mask.any(1).sum() < 3  # as in BEiT's code, which asks for height < rows
+        masking._add_block(mask.zero_().t(), 40, 4, seeded(seed))
+        assert mask.any(1).sum() < 3
+
+
+def test_blockwise_mask__fills_up_beside_what_is_masked(monkeypatch: pytest.MonkeyPatch) -> None:
+    fill = masking._add_border_patch
+    filled = 0
+
+    def watched(mask: Tensor, generator: torch.Generator | None) -> None:
+        nonlocal filled
+        before = mask.clone()
+        fill(mask, generator)
+        ((row, column),) = (mask & ~before).nonzero().tolist()
+        around = [(row - 1, column), (row + 1, column), (row, column - 1), (row, column + 1)]
+        assert any(before[r, c] for r, c in around if 0 <= r < 14 and 0 <= c < 14)
+        filled += 1
+
+    monkeypatch.setattr(masking, "_add_border_patch", watched)
+    generator = seeded(0)
+    for _ in range(100):
+        blockwise_mask((14, 14), num_masked=75, generator=generator)
+    assert filled > 10
+
+
+def test_blockwise_mask__starts_anywhere_when_no_block_fits() -> None:
+    # 16 patches never fit into 4 rows and 4 columns when one row and one column must stay free.
+    masks = [blockwise_mask((4, 4), num_masked=15, min_block=16, generator=seeded(seed)) for seed in range(200)]
+    visible = torch.stack(masks).logical_not().sum(0)
+    assert visible.sum() == 200
+    assert (visible > 0).all()
+
+
+def test_blockwise_mask__is_centred() -> None:
+    generator = seeded(1)
+    share = torch.stack([blockwise_mask((8, 8), num_masked=20, min_block=4, generator=generator) for _ in range(3000)])
+    share = share.float().mean(0)
+    for turned in (share.flip(0), share.flip(1), share.t()):
+        torch.testing.assert_close(share, turned, atol=0.06, rtol=0)

@@ -1,0 +1,165 @@
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from pecobook.engine import checkpoint
+from pecobook.errors import RunFolderError
+from tests.distributed import TwoProcesses
+
+
+def make(seed: int = 0, width: int = 3) -> tuple[nn.Module, torch.optim.Optimizer]:
+    torch.manual_seed(seed)
+    stage = nn.Sequential(nn.Linear(4, width), nn.BatchNorm1d(width))
+    decayed = {"params": [stage[0].weight], "weight_decay": 0.1, "lr_scale": 0.5}
+    rest = {"params": [stage[0].bias, *stage[1].parameters()], "weight_decay": 0.0, "lr_scale": 1.0}
+    return stage, torch.optim.AdamW([decayed, rest], lr=0.1)
+
+
+def step(stage: nn.Module, optimizer: torch.optim.Optimizer, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    stage(torch.randn(8, 4, generator=generator)).square().mean().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def same(a: nn.Module, b: nn.Module) -> bool:
+    return all(torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True))
+
+
+def test_save_load__training_goes_on_bit_for_bit(tmp_path: Path) -> None:
+    stage, optimizer = make()
+    for number in range(3):
+        step(stage, optimizer, number)
+    checkpoint.save(tmp_path, step=3, stage=stage, optimizer=optimizer, keep=2)
+    other, other_optimizer = make(seed=9)
+    assert checkpoint.load(tmp_path, stage=other, optimizer=other_optimizer) == 3
+    assert [group["lr_scale"] for group in other_optimizer.param_groups] == [0.5, 1.0]
+    assert [group["weight_decay"] for group in other_optimizer.param_groups] == [0.1, 0.0]
+    for number in range(3, 6):
+        step(stage, optimizer, number)
+        step(other, other_optimizer, number)
+    assert same(stage, other)
+
+
+def test_load__is_zero_and_changes_nothing_without_a_checkpoint(tmp_path: Path) -> None:
+    stage, optimizer = make()
+    assert checkpoint.load(tmp_path / "none", stage=stage, optimizer=optimizer) == 0
+    assert same(stage, make()[0])
+
+
+def test_save__keeps_the_last_k(tmp_path: Path) -> None:
+    stage, optimizer = make()
+    for number in (5, 10, 15, 20):
+        checkpoint.save(tmp_path, step=number, stage=stage, optimizer=optimizer, keep=2)
+    assert checkpoint.steps(tmp_path) == [15, 20]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000015", "step-00000020"]
+
+
+def test_save__ignores_and_clears_what_a_kill_left_half_written(tmp_path: Path) -> None:
+    stage, optimizer = make()
+    checkpoint.save(tmp_path, step=5, stage=stage, optimizer=optimizer, keep=2)
+    for left in (".step-00000007.tmp", "step-00000008"):  # the second without its file
+        (tmp_path / left).mkdir()
+    (tmp_path / ".step-00000007.tmp" / "state.pt").write_bytes(b"half")
+    assert checkpoint.steps(tmp_path) == [5]
+    assert checkpoint.load(tmp_path, stage=stage, optimizer=optimizer) == 5
+    checkpoint.save(tmp_path, step=8, stage=stage, optimizer=optimizer, keep=2)
+    assert checkpoint.steps(tmp_path) == [5, 8]
+    assert not list(tmp_path.glob(".*"))
+
+
+@pytest.mark.parametrize(
+    "error",
+    [OSError(28, "No space left on device"), RuntimeError("[enforce fail at inline_container.cc] . "), OSError()],
+)
+def test_save__full_disk_leaves_the_older_one_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    stage, optimizer = make()
+    checkpoint.save(tmp_path, step=5, stage=stage, optimizer=optimizer, keep=1)
+    before = (tmp_path / "step-00000005" / "state.pt").read_bytes()
+
+    def full(state: Any, file: Any) -> None:
+        file.write(b"the first half")
+        raise error
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "save", full)
+        with pytest.raises(RunFolderError, match="step 10 cannot be written") as caught:
+            checkpoint.save(tmp_path, step=10, stage=stage, optimizer=optimizer, keep=1)
+    assert "--resume" in str(caught.value)
+    assert len(str(caught.value).splitlines()) == 2
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000005"]
+    assert (tmp_path / "step-00000005" / "state.pt").read_bytes() == before
+    assert checkpoint.load(tmp_path, stage=stage, optimizer=optimizer) == 5
+
+
+class Payload:
+    """A pickle that would create a file when it is loaded."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> Any:
+        return Path.touch, (self.path,)
+
+
+def damage(file: Path, how: str) -> None:
+    if how == "cut":
+        file.write_bytes(file.read_bytes()[:-400])
+    elif how == "empty":
+        file.write_bytes(b"")
+    elif how == "noise":
+        file.write_bytes(bytes(range(256)) * 8)
+    elif how == "code":
+        torch.save({"step": 10, "model": Payload(file.parent / "ran"), "optimizer": {}}, file)
+    elif how == "bare pickle":
+        file.write_bytes(pickle.dumps(Payload(file.parent / "ran")))
+    elif how == "list":
+        torch.save([1, 2], file)
+    else:
+        torch.save({"step": 10}, file)
+
+
+@pytest.mark.parametrize("how", ["cut", "empty", "noise", "code", "bare pickle", "list", "without weights"])
+def test_load__damaged_is_told_and_its_code_never_run(tmp_path: Path, how: str) -> None:
+    stage, optimizer = make()
+    for number in (5, 10):
+        checkpoint.save(tmp_path, step=number, stage=stage, optimizer=optimizer, keep=2)
+    damage(tmp_path / "step-00000010" / "state.pt", how)
+    with pytest.raises(RunFolderError, match="cannot be loaded") as caught:
+        checkpoint.load(tmp_path, stage=stage, optimizer=optimizer)
+    assert "step-00000010" in str(caught.value)
+    assert "Delete that folder to go on from step 5." in str(caught.value)
+    assert len(str(caught.value).splitlines()) == 1
+    assert [path.name for path in (tmp_path / "step-00000010").iterdir()] == ["state.pt"]
+
+
+def test_load__of_another_model_is_told(tmp_path: Path) -> None:
+    stage, optimizer = make()
+    checkpoint.save(tmp_path, step=5, stage=stage, optimizer=optimizer, keep=2)
+    wider, its_optimizer = make(width=7)
+    with pytest.raises(RunFolderError, match="cannot be loaded"):
+        checkpoint.load(tmp_path, stage=wider, optimizer=its_optimizer)
+
+
+def save_on_each(rank: int, world_size: int, folder: str) -> int:
+    stage, optimizer = make()
+    step(stage, optimizer, 0)
+    checkpoint.save(Path(folder), step=1, stage=stage, optimizer=optimizer, keep=2)
+    return len(checkpoint.steps(Path(folder)))  # the barrier has passed: every rank sees it
+
+
+def test_save__one_rank_writes_and_the_other_waits(tmp_path: Path, two_processes: TwoProcesses) -> None:
+    assert two_processes.run(save_on_each, str(tmp_path)) == [1, 1]
+    stage, optimizer = make()
+    step(stage, optimizer, 0)
+    other, other_optimizer = make(seed=4)
+    assert checkpoint.load(tmp_path, stage=other, optimizer=other_optimizer) == 1
+    assert same(stage, other)

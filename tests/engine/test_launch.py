@@ -1,0 +1,67 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from pecobook.config import TrainConfig
+from pecobook.engine import launch
+from pecobook.errors import ConfigError
+
+
+@pytest.fixture(autouse=True)
+def _no_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("RANK", "LOCAL_RANK", "NODE_RANK", "SLURM_PROCID", "WORLD_SIZE", "LOCAL_WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+
+
+@pytest.mark.parametrize(
+    ("batch", "devices", "most", "micro"),
+    [(64, "1", 0, 64), (64, "2", 0, 32), (64, "2", 20, 16), (60, "1", 7, 6), (7, "1", 5, 1), (8, "1", 99, 8)],
+)
+def test_micro_batch_size__largest_even_share_that_fits(batch: int, devices: str, most: int, micro: int) -> None:
+    config = TrainConfig(batch_size=batch, devices=devices, micro_batch_size=most)
+    assert launch.micro_batch_size(config) == micro
+    assert batch % (micro * int(devices)) == 0
+
+
+def test_micro_batch_size__refuses_what_cannot_be_shared() -> None:
+    with pytest.raises(ConfigError, match="--batch-size 64 cannot be shared evenly by 3 devices"):
+        launch.micro_batch_size(TrainConfig(batch_size=64, devices="3"))
+    with pytest.raises(ConfigError, match=r"--micro-batch-size must be 0 .*, not -3"):
+        launch.micro_batch_size(TrainConfig(batch_size=64, micro_batch_size=-3))
+
+
+def test_world_size__from_flags_or_torchrun(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = TrainConfig(devices="3", num_nodes=2)
+    assert (launch.device_count(config), launch.world_size(config)) == (3, 6)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    assert (launch.device_count(config), launch.world_size(config)) == (4, 8)
+
+
+def test_device_count__auto_is_one_without_gpus_and_all_with(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert launch.device_count(TrainConfig()) == 1
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert launch.device_count(TrainConfig()) == 2
+    with pytest.raises(ConfigError, match="--devices 3: this machine has 2 GPUs"):
+        launch.device_count(TrainConfig(devices="3"))
+
+
+def test_resolve_precision__auto_is_what_the_hardware_multiplies(monkeypatch: pytest.MonkeyPatch) -> None:
+    for native, expected in ((True, "bf16"), (False, "fp32")):
+        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda native=native: native)
+        assert launch.resolve_precision(TrainConfig()) == expected
+    assert launch.resolve_precision(TrainConfig(precision="bf16")) == "bf16"
+    with pytest.raises(ConfigError, match="fp16 needs a GPU"):
+        launch.resolve_precision(TrainConfig(precision="fp16"))
+
+
+@pytest.mark.parametrize("name", ["RANK", "LOCAL_RANK", "NODE_RANK", "SLURM_PROCID"])
+def test_is_leader__only_the_first_process(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert launch.is_leader()
+    monkeypatch.setenv(name, "0")
+    assert launch.is_leader()
+    monkeypatch.setenv(name, "1")
+    assert not launch.is_leader()

@@ -1,0 +1,109 @@
+"""Which parameters decay, which learn slower, and what the optimizer is given."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import timm
+import torch
+from torch import nn
+
+from pecobook.config import OptimConfig
+from pecobook.engine.optim import build_optimizer, layer_decay_groups, parameter_groups, set_learning_rate
+from pecobook.models.masked_vit import MaskedImageModel
+
+SIZE: dict[str, Any] = {"img_size": 32, "patch_size": 8, "depth": 3, "embed_dim": 24, "num_heads": 2}
+
+
+def beit() -> nn.Module:
+    network: nn.Module = timm.create_model(
+        "beit_base_patch16_224", num_classes=5, init_values=0.1, use_abs_pos_emb=True, **SIZE
+    )
+    return network
+
+
+def by_parameter(module: nn.Module, groups: list[dict[str, Any]], what: str) -> dict[str, float]:
+    names = {id(parameter): name for name, parameter in module.named_parameters()}
+    found = [(names[id(p)], group.get(what, 1.0)) for group in groups for p in group["params"]]
+    assert len(found) == len(dict(found))  # each parameter once
+    return dict(found)
+
+
+def test_parameter_groups__decay_matrices_only() -> None:
+    model = MaskedImageModel(beit(), 7)
+    decay = by_parameter(model, parameter_groups(model, OptimConfig(weight_decay=0.3)), "weight_decay")
+    assert decay.keys() == dict(model.named_parameters()).keys()
+    tables = ("cls_token", "pos_embed", "mask_token", "relative_position_bias_table")
+    for name, parameter in model.named_parameters():
+        exempt = parameter.ndim <= 1 or name.endswith(tables)
+        assert decay[name] == (0.0 if exempt else 0.3), name
+    # All kinds are there, so the loop above met them.
+    assert {name.rpartition(".")[2] for name, value in decay.items() if value == 0} >= {*tables, "bias", "gamma_1"}
+    assert decay["head.weight"] == 0.3
+    assert decay["backbone.patch_embed.proj.weight"] == 0.3
+
+
+def test_parameter_groups__leave_out_what_is_frozen() -> None:
+    model = MaskedImageModel(beit(), 7)
+    model.head.requires_grad_(False)
+    found = by_parameter(model, parameter_groups(model, OptimConfig()), "weight_decay")
+    assert "head.weight" not in found
+    assert "mask_token" in found
+
+
+def test_layer_decay_groups__learn_slower_towards_the_input() -> None:
+    network = beit()
+    groups = layer_decay_groups(network, OptimConfig(layer_decay=0.5, weight_decay=0.1))
+    scale = by_parameter(network, groups, "lr_scale")
+    decay = by_parameter(network, groups, "weight_decay")
+    assert scale.keys() == dict(network.named_parameters()).keys()
+    # Layers: the embedding 0, the blocks 1 to 3, the head 4.
+    assert scale["head.weight"] == 1
+    for block in range(3):
+        assert scale[f"blocks.{block}.attn.qkv.weight"] == pytest.approx(0.5 ** (3 - block))
+        assert scale[f"blocks.{block}.norm1.bias"] == pytest.approx(0.5 ** (3 - block))
+    assert scale["patch_embed.proj.weight"] == scale["cls_token"] == pytest.approx(0.5**4)
+    assert decay["blocks.0.attn.qkv.weight"] == 0.1
+    assert decay["blocks.0.attn.relative_position_bias_table"] == decay["cls_token"] == decay["pos_embed"] == 0.0
+
+
+def test_layer_decay_groups__of_one_are_all_equal() -> None:
+    network = beit()
+    scale = by_parameter(network, layer_decay_groups(network, OptimConfig(layer_decay=1.0)), "lr_scale")
+    assert set(scale.values()) == {1.0}
+
+
+@pytest.mark.parametrize(("name", "kind"), [("adamw", torch.optim.AdamW), ("adam", torch.optim.Adam)])
+def test_build_optimizer__passes_every_setting_on(name: Any, kind: type[torch.optim.Optimizer]) -> None:
+    layer = nn.Linear(2, 2)
+    config = OptimConfig(name=name, lr=0.1, betas=(0.8, 0.7), eps=1e-3, weight_decay=0.2)
+    optimizer = build_optimizer(parameter_groups(layer, config), config, on_gpu=False)
+    assert type(optimizer) is kind
+    assert all(
+        (group["lr"], group["betas"], group["eps"]) == (0.1, (0.8, 0.7), 1e-3) for group in optimizer.param_groups
+    )
+    assert {group["weight_decay"] for group in optimizer.param_groups} == {0.0, 0.2}
+
+
+def test_build_optimizer__adamw_decays_apart_from_the_gradient() -> None:
+    layer = nn.Linear(3, 1, bias=False)
+    before = layer.weight.detach().clone()
+    config = OptimConfig(lr=0.1, weight_decay=0.5)
+    optimizer = build_optimizer(parameter_groups(layer, config), config, on_gpu=False)
+    layer.weight.grad = torch.zeros_like(layer.weight)
+    optimizer.step()
+    torch.testing.assert_close(layer.weight.detach(), before * (1 - 0.1 * 0.5))
+
+
+def test_set_learning_rate__scales_each_group() -> None:
+    network = beit()
+    config = OptimConfig(layer_decay=0.5, lr=1.0)
+    optimizer = build_optimizer(layer_decay_groups(network, config), config, on_gpu=False)
+    for lr in (0.3, 0.2):  # not cumulative
+        set_learning_rate(optimizer, lr)
+        for group in optimizer.param_groups:
+            assert group["lr"] == pytest.approx(lr * group["lr_scale"])
+    plain = build_optimizer(parameter_groups(network, config), config, on_gpu=False)
+    set_learning_rate(plain, 0.7)
+    assert {group["lr"] for group in plain.param_groups} == {0.7}

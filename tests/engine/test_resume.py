@@ -1,0 +1,232 @@
+"""A run that was interrupted ends with the same bytes as one that was not: every stage, every way of being stopped."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from pecobook import api
+from pecobook.engine import checkpoint
+from pecobook.errors import NonFiniteLossError
+from pecobook.models.quantizer import VectorQuantizer
+from pecobook.stages.codebook import CodebookStage
+from pecobook.stages.contrast import ContrastStage
+from pecobook.stages.stage import Stage
+from tests.distributed import TwoProcesses
+from tests.runs import SMALL, export_bytes, inputs, logged, losses, train
+
+COMMANDS = tuple(SMALL)
+
+
+def stop_after(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
+    """Ask the run to end once `step` steps are done, as `kill` would."""
+    ordinary = Stage.warning
+
+    def warning(self: Stage, metrics: dict[str, float], now: int) -> str | None:
+        if now == step:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return ordinary(self, metrics, now)
+
+    for kind in (Stage, CodebookStage, ContrastStage):
+        monkeypatch.setattr(kind, "warning", warning)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("command", COMMANDS)
+def test_train__eight_steps_are_four_and_four(
+    command: str,
+    precision: str,
+    images: Path,
+    codebook_run: Path,
+    vit_run: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    more: dict[str, Any] = {**inputs(command, codebook_run, vit_run), "precision": precision, "sample_every": 4}
+    straight = train(command, images, tmp_path / "straight", **more)
+    with monkeypatch.context() as patch:
+        stop_after(patch, 3)  # seen by the step after it, the fourth
+        with pytest.raises(SystemExit) as left:
+            train(command, images, tmp_path / "parts", **more)
+    assert left.value.code == 130
+    assert checkpoint.steps(tmp_path / "parts" / "checkpoints") == [4]
+    assert not (tmp_path / "parts" / "export").exists()
+    parts = train(command, images, tmp_path / "parts", **more, resume=True)
+    ours, theirs = export_bytes(parts), export_bytes(straight)
+    assert ours.keys() == theirs.keys() >= {"model.safetensors", "config.json", "README.md"}
+    assert all(ours[name] == theirs[name] for name in ours)
+    assert losses(parts) == losses(straight)
+    assert [line["step"] for line in logged(parts)] == list(range(1, 9))
+    a, b = (
+        torch.load(run / "checkpoints" / "step-00000008" / "state.pt", weights_only=True) for run in (parts, straight)
+    )
+    assert flatten(a) == flatten(b)  # also what an export leaves out: the optimizer, averages, the second encoder
+
+
+def flatten(value: Any, name: str = "") -> dict[str, Any]:
+    if isinstance(value, dict):
+        return {key: leaf for part, inner in value.items() for key, leaf in flatten(inner, f"{name}/{part}").items()}
+    if isinstance(value, list | tuple):
+        return flatten(dict(enumerate(value)), name)
+    return {name: value.cpu().flatten().tolist() if isinstance(value, torch.Tensor) else value}
+
+
+def test_train__resumed_on_the_last_step_writes_the_missing_export(images: Path, tmp_path: Path) -> None:
+    run = train("codebook", images, tmp_path / "run", max_steps="2")
+    before = export_bytes(run)
+    for file in (run / "export").iterdir():
+        file.unlink()
+    train("codebook", images, tmp_path / "run", max_steps="2", resume=True)
+    assert export_bytes(run) == before
+
+
+def test_train__with_auto_precision_can_be_resumed(images: Path, tmp_path: Path) -> None:
+    run = train("codebook", images, tmp_path / "run", max_steps="2", precision="auto")
+    assert re.search(r'"precision": "(fp32|bf16)"', (run / "config.json").read_text())
+    train("codebook", images, tmp_path / "run", max_steps="2", precision="auto", resume=True)
+
+
+def test_train__frees_the_folder_after_an_error(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr("torch.nn.functional.mse_loss", lambda a, b: (a - b).mean() * float("nan"))
+        with pytest.raises(NonFiniteLossError):
+            train("codebook", images, tmp_path / "run", max_steps="2")
+    train("codebook", images, tmp_path / "run", max_steps="1", overwrite=True)
+
+
+# ------------------------------------------------------------------------------------------------- as a user starts it
+
+# `tiny`, narrower: what matters here is who stops it.
+_SHAPE: dict[str, Any] = {"model.channels": (8, 16, 16, 32), "quantizer.num_codewords": 64, "batch_size": 8}
+_COURSE: dict[str, Any] = {"max_steps": "30", "save_every": 5, "log_every": 1}
+_FLAGS = [
+    word
+    for name, value in {**_SHAPE, **_COURSE}.items()
+    for word in (f"--{name}", *(map(str, value) if isinstance(value, tuple) else [str(value)]))
+]
+
+
+def command_line(images: Path, out: Path, *more: str) -> list[str]:
+    return ["-m", "pecobook", "codebook", "tiny", "--data", str(images), "--out", str(out), *_FLAGS, *more]
+
+
+def last_step(run: Path) -> int:
+    try:
+        return (run / "metrics.jsonl").read_bytes().count(b"\n")
+    except OSError:
+        return 0
+
+
+def wait_for_step(process: subprocess.Popen[str], run: Path, step: int) -> None:
+    stop = time.monotonic() + 200
+    while last_step(run) < step:
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < stop
+        time.sleep(0.005)
+    time.sleep(random.random() * 0.05)  # anywhere within a step
+
+
+@pytest.fixture(scope="module")
+def straight_run(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run of `command_line` that nobody disturbs."""
+    out = tmp_path_factory.mktemp("straight") / "run"
+    subprocess.run([sys.executable, *command_line(images, out)], check=True, capture_output=True)
+    return out
+
+
+def test_command__killed_at_any_moment_and_resumed_has_the_same_export(
+    images: Path, straight_run: Path, tmp_path: Path
+) -> None:
+    step = random.randrange(6, 25)
+    out = tmp_path / "run"
+    with subprocess.Popen([sys.executable, *command_line(images, out)], stderr=subprocess.PIPE, text=True) as process:
+        wait_for_step(process, out, step)
+        process.kill()
+    assert process.returncode == -signal.SIGKILL
+    assert not (out / "export").exists()
+    resumed = subprocess.run(
+        [sys.executable, *command_line(images, out, "--resume")], capture_output=True, text=True, check=False
+    )
+    assert resumed.returncode == 0, resumed.stderr
+    assert export_bytes(out) == export_bytes(straight_run), f"killed about step {step}"
+    assert [line["step"] for line in logged(out)] == list(range(1, 31))
+    assert losses(out) == losses(straight_run)
+
+
+def test_command__a_signal_to_the_whole_group_saves_also_with_data_workers(
+    images: Path, straight_run: Path, tmp_path: Path
+) -> None:
+    """Ctrl-C in a terminal, torchrun and `timeout` signal every process of the group, the data workers too."""
+    out = tmp_path / "run"
+    arguments = [sys.executable, *command_line(images, out, "--workers", "2")]
+    with subprocess.Popen(arguments, stderr=subprocess.PIPE, text=True, start_new_session=True) as process:
+        wait_for_step(process, out, 3)
+        os.killpg(process.pid, signal.SIGTERM)
+        said = process.communicate(timeout=200)[1]
+    assert process.returncode == 130, said
+    assert "Go on with --resume" in said
+    assert "Traceback" not in said
+    (stopped,) = checkpoint.steps(out / "checkpoints")[-1:]
+    assert 3 <= stopped < 30
+    assert losses(out) == losses(straight_run)[:stopped]
+
+
+def children(pid: int) -> list[int]:
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                parent = (entry / "stat").read_text().rpartition(")")[2].split()[1]
+            except OSError:
+                continue
+            if int(parent) == pid:
+                found.append(int(entry.name))
+    return found
+
+
+def train_in_pool(rank: int, world_size: int, images: str, out: str, resume: bool) -> tuple[int, str]:
+    """Train as one of two processes; returns how often its codebook moved, and a hash of what that ended as."""
+    mine: list[VectorQuantizer] = []
+    ordinary = VectorQuantizer.update
+
+    def update(self: VectorQuantizer) -> None:
+        ordinary(self)
+        mine.append(self)
+
+    VectorQuantizer.update = update  # type: ignore[method-assign]
+    try:
+        api.codebook("tiny", data=images, out=out, **_SHAPE, **_COURSE, resume=resume)
+    finally:
+        VectorQuantizer.update = ordinary  # type: ignore[method-assign]
+    return len(mine), hashlib.sha256(mine[-1].codebook.numpy().tobytes()).hexdigest()
+
+
+def test_command__two_processes_keep_one_codebook_and_resume_after_a_kill(
+    images: Path, tmp_path: Path, two_processes: TwoProcesses
+) -> None:
+    first, second = two_processes.run(train_in_pool, str(images), str(tmp_path / "straight"), False)
+    assert first == second
+    assert first[0] == 30
+    out, step = tmp_path / "run", random.randrange(6, 25)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0"]
+    torchrun += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"]
+    with subprocess.Popen([*torchrun, *command_line(images, out)], stderr=subprocess.PIPE, text=True) as process:
+        wait_for_step(process, out, step)
+        ranks = children(process.pid)
+        for pid in [process.pid, *ranks]:
+            os.kill(pid, signal.SIGKILL)
+    assert len(ranks) == 2
+    assert not (out / "export").exists()
+    assert two_processes.run(train_in_pool, str(images), str(out), True)[0][1] == first[1]
+    assert export_bytes(out) == export_bytes(tmp_path / "straight"), f"killed about step {step}"

@@ -1,0 +1,196 @@
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pecobook.config import OptimConfig, TrainConfig, load
+from pecobook.engine import run_folder
+from pecobook.errors import RunFolderError
+
+
+def config(out: Path, **more: Any) -> TrainConfig:
+    return TrainConfig(out=str(out), precision="fp32", **more)
+
+
+def make_run(out: Path, command: str = "codebook", **more: Any) -> None:
+    run_folder.release(run_folder.prepare(config(out, **more), command))
+
+
+def test_check__a_new_or_empty_folder_is_fine_and_nothing_is_made(tmp_path: Path) -> None:
+    run_folder.check(config(tmp_path / "deep" / "run"), "codebook")
+    (tmp_path / "empty").mkdir()
+    run_folder.check(config(tmp_path / "empty"), "codebook")
+    assert [path.name for path in tmp_path.rglob("*")] == ["empty"]
+
+
+def test_check__out_is_missing() -> None:
+    with pytest.raises(RunFolderError, match="--out is missing"):
+        run_folder.check(TrainConfig(), "codebook")
+
+
+def test_check__a_filled_folder_is_refused_with_the_two_ways_out(tmp_path: Path) -> None:
+    (tmp_path / "a").touch()
+    with pytest.raises(RunFolderError, match=r"is not empty: .*--resume.*--overwrite"):
+        run_folder.check(config(tmp_path), "codebook")
+
+
+def test_check__a_file_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "a").touch()
+    with pytest.raises(RunFolderError, match="is a file"):
+        run_folder.check(config(tmp_path / "a"), "codebook")
+
+
+@pytest.mark.parametrize("flag", ["resume", "overwrite", ""])
+def test_check__a_path_through_a_file_is_refused(tmp_path: Path, flag: str) -> None:
+    (tmp_path / "a").touch()
+    more = {flag: True} if flag else {}
+    with pytest.raises(RunFolderError, match=re.escape(str(tmp_path / "a"))):
+        run_folder.check(config(tmp_path / "a" / "b", **more), "codebook")
+
+
+def test_check__resume_without_a_run(tmp_path: Path) -> None:
+    with pytest.raises(RunFolderError, match=r"there is no run in .*Leave --resume out"):
+        run_folder.check(config(tmp_path / "none", resume=True), "codebook")
+
+
+def test_check__resume_of_another_command(tmp_path: Path) -> None:
+    make_run(tmp_path, "codebook")
+    with pytest.raises(RunFolderError, match="not a run of 'pecobook pretrain'"):
+        run_folder.check(config(tmp_path, resume=True), "pretrain")
+    run_folder.check(config(tmp_path, resume=True), "codebook")
+
+
+@pytest.mark.parametrize("text", ["{", "[1]", "3", "\x00"])
+def test_check__resume_of_a_broken_config(tmp_path: Path, text: str) -> None:
+    make_run(tmp_path)
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(RunFolderError, match=r"config\.json' cannot be read"):
+        run_folder.check(config(tmp_path, resume=True), "codebook")
+
+
+def test_check__resume_with_changed_settings_lists_them_all(tmp_path: Path) -> None:
+    make_run(tmp_path)
+    changed = config(tmp_path, resume=True, seed=5, batch_size=64, optim=OptimConfig(lr=0.5), save_every=3, workers=2)
+    with pytest.raises(RunFolderError) as caught:
+        run_folder.check(changed, "codebook")
+    first, second = str(caught.value).splitlines()
+    assert first.endswith("batch-size: 256 -> 64; optim.lr: 0.0015 -> 0.5; seed: 0 -> 5.")
+    assert "name another --out" in second
+    assert "save-every" not in first  # it changes nothing that is computed
+
+
+def test_check__resume_may_change_where_and_how_fast(tmp_path: Path) -> None:
+    make_run(tmp_path)
+    run_folder.check(config(tmp_path, resume=True, devices="2", micro_batch_size=4, log_every=1), "codebook")
+
+
+@pytest.mark.parametrize("content", ["holiday.jpg", "config.json"])
+def test_check__overwrite_of_a_folder_that_is_no_run_is_refused(tmp_path: Path, content: str) -> None:
+    (tmp_path / content).write_text('{"architectures": ["BertModel"]}')
+    with pytest.raises(RunFolderError, match="does not look like a run folder"):
+        run_folder.check(config(tmp_path, overwrite=True), "codebook")
+    assert (tmp_path / content).exists()
+
+
+def test_check__overwrite_of_a_run_also_one_cut_off_at_its_start(tmp_path: Path) -> None:
+    make_run(tmp_path / "whole")
+    (tmp_path / "cut" / "samples").mkdir(parents=True)
+    run_folder.check(config(tmp_path / "whole", overwrite=True), "pretrain")
+    run_folder.check(config(tmp_path / "cut", overwrite=True), "pretrain")
+
+
+def test_check__no_permission(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "access", lambda *_: False)  # the tests may run as root, whom nothing stops
+    with pytest.raises(RunFolderError, match="no permission"):
+        run_folder.check(config(tmp_path / "a" / "b"), "codebook")
+
+
+def test_prepare__writes_a_config_that_can_be_run_again(tmp_path: Path) -> None:
+    make_run(tmp_path, seed=3, max_steps="7 epochs", overwrite=True)
+    written = json.loads((tmp_path / "config.json").read_text())
+    assert written["command"] == "codebook"
+    assert load(TrainConfig(), tmp_path / "config.json") == config(tmp_path, seed=3, max_steps="7 epochs")
+    environment = json.loads((tmp_path / "environment.json").read_text())
+    assert set(environment) == {"command_line", "python", "platform", "cpus", "gpus", "versions"}
+    assert environment["versions"]["pecobook"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "checkpoints",
+        "config.json",
+        "environment.json",
+        "samples",
+    ]
+
+
+def test_prepare__overwrite_empties_and_resume_keeps(tmp_path: Path) -> None:
+    make_run(tmp_path, seed=1)
+    (tmp_path / "samples" / "a.png").touch()
+    (tmp_path / "link").symlink_to(tmp_path / "samples")
+    make_run(tmp_path, seed=1, resume=True, log_every=3)
+    assert (tmp_path / "samples" / "a.png").exists()
+    assert json.loads((tmp_path / "config.json").read_text())["log_every"] == 10
+    make_run(tmp_path, seed=2, overwrite=True)
+    assert not list((tmp_path / "samples").iterdir())
+    assert not (tmp_path / "link").exists()
+    assert json.loads((tmp_path / "config.json").read_text())["seed"] == 2
+
+
+def test_prepare__a_disk_error_is_told_and_frees_the_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(path: Path, data: bytes) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run_folder, "write_atomically", full)
+        with pytest.raises(RunFolderError, match=r"cannot be written: .*No space left"):
+            run_folder.prepare(config(tmp_path), "codebook")
+    make_run(tmp_path)
+
+
+_TAKE = """
+import sys
+from pathlib import Path
+from pecobook.engine import run_folder
+from pecobook.errors import RunFolderError
+try:
+    run_folder.lock(Path(sys.argv[1]))
+    print("taken")
+except RunFolderError as error:
+    print(error)
+"""
+
+
+def take_elsewhere(folder: Path) -> str:
+    return subprocess.run([sys.executable, "-c", _TAKE, str(folder)], capture_output=True, text=True).stdout
+
+
+def test_lock__keeps_a_second_process_out_until_released(tmp_path: Path) -> None:
+    held = run_folder.lock(tmp_path)
+    assert "Another process is writing" in take_elsewhere(tmp_path)
+    with pytest.raises(RunFolderError, match="Another process"):
+        run_folder.lock(tmp_path)
+    run_folder.release(held)
+    assert take_elsewhere(tmp_path) == "taken\n"
+
+
+def test_lock__is_not_kept_by_a_forked_data_worker(tmp_path: Path) -> None:
+    held = run_folder.lock(tmp_path)
+    said, told = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.write(told, b"here")
+        time.sleep(60)
+        os._exit(0)
+    os.read(said, 4)
+    try:
+        run_folder.release(held)  # what the kernel does for a trainer that is killed
+        run_folder.release(run_folder.lock(tmp_path))
+    finally:
+        os.kill(child, 9)
+        os.waitpid(child, 0)

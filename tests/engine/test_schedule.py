@@ -1,0 +1,55 @@
+"""Schedules as functions: their ends, their middles, their direction."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pecobook.engine.schedule import cosine, is_time, warmup_cosine
+
+
+def test_warmup_cosine__by_hand() -> None:
+    rates = [warmup_cosine(step, total=14, warmup=4, peak=8.0, final=2.0) for step in range(15)]
+    assert rates[:4] == [2.0, 4.0, 6.0, 8.0]  # the first step already moves, the last of the warm-up is at the peak
+    assert rates[4] == 8.0
+    assert rates[9] == pytest.approx(5.0)  # half-way, the mean of both ends
+    assert rates[14] == pytest.approx(2.0)
+    assert warmup_cosine(99, total=14, warmup=4, peak=8.0, final=2.0) == pytest.approx(2.0)
+
+
+def test_warmup_cosine__without_warm_up_starts_at_the_peak() -> None:
+    assert warmup_cosine(0, total=10, warmup=0, peak=3.0) == 3.0
+    assert warmup_cosine(10, total=10, warmup=0, peak=3.0) == pytest.approx(0)
+
+
+@given(st.integers(1, 500), st.integers(0, 600), st.floats(1e-6, 10), st.floats(0, 1))
+def test_warmup_cosine__rises_then_falls_and_stays_in_bounds(
+    total: int, warmup: int, peak: float, share: float
+) -> None:
+    final = share * peak
+    rates = [warmup_cosine(step, total=total, warmup=warmup, peak=peak, final=final) for step in range(total)]
+    tolerance = 1e-9 * peak
+    rise, fall = rates[:warmup], rates[warmup:]
+    assert all(later > earlier for earlier, later in itertools.pairwise(rise))
+    assert all(later <= earlier + tolerance for earlier, later in itertools.pairwise(fall))
+    assert all(0 < rate <= peak + tolerance for rate in rise)
+    assert all(final - tolerance <= rate <= peak + tolerance for rate in fall)
+
+
+def test_cosine__by_hand() -> None:
+    values = [cosine(step, total=4, start=0.99, end=1.0) for step in range(5)]
+    assert values[0] == pytest.approx(0.99)
+    assert values[1] == pytest.approx(0.99 + 0.01 * (1 - 2**-0.5) / 2)
+    assert values[2] == pytest.approx(0.995)
+    assert values[4] == pytest.approx(1.0)
+    assert cosine(9, total=4, start=0.99, end=1.0) == pytest.approx(1.0)
+    assert cosine(0, total=0, start=0.99, end=1.0) == pytest.approx(0.99)
+
+
+@given(st.integers(1, 1000), st.integers(1, 1000))
+def test_is_time__at_multiples_and_at_the_end(every: int, total: int) -> None:
+    due = [step for step in range(1, total + 1) if is_time(step, every, total)]
+    assert due == sorted({*range(every, total + 1, every), total})

@@ -1,0 +1,109 @@
+"""Encoder and decoder: the paper's sizes, shapes, fields of view."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from torch.testing import assert_close
+
+from pecobook.errors import ConfigError
+from pecobook.models.autoencoder import (
+    AutoencoderConfig,
+    Decoder,
+    Downsample,
+    Encoder,
+    LatentNorm,
+    SelfAttention,
+    Upsample,
+    group_norm,
+)
+
+SMALL = AutoencoderConfig(channels=(8, 16, 12), latent_dim=6, num_blocks=1)
+
+
+@pytest.mark.parametrize(
+    ("channels", "parameters"),
+    [((64, 128, 256, 512, 512), 37_521_600), ((32, 64, 128, 256, 512), 25_747_680)],
+    ids=["base", "lite"],
+)
+def test_encoder__has_the_papers_size(channels: tuple[int, ...], parameters: int) -> None:
+    config = AutoencoderConfig(channels=channels)
+    with torch.device("meta"):
+        encoder = Encoder(config)
+    codebook = 8192 * config.latent_dim
+    assert sum(p.numel() for p in encoder.parameters()) + codebook == parameters
+    assert config.stride == 16
+
+
+@pytest.mark.parametrize(("height", "width"), [(16, 16), (8, 20), (4, 4)])
+def test_encoder_and_decoder__shapes(height: int, width: int) -> None:
+    z = Encoder(SMALL)(torch.zeros(2, 3, height, width))
+    assert z.shape == (2, 6, height // 4, width // 4)
+    assert Decoder(SMALL)(z).shape == (2, 3, height, width)
+
+
+def test_encoder_and_decoder__of_one_resolution() -> None:
+    config = AutoencoderConfig(channels=(8,), latent_dim=4)
+    assert config.stride == 1
+    assert Decoder(config)(Encoder(config)(torch.zeros(1, 3, 5, 7))).shape == (1, 3, 5, 7)
+
+
+def test_encoder__treats_each_image_alone_and_reaches_every_weight() -> None:
+    torch.manual_seed(0)
+    encoder, images = Encoder(SMALL), torch.randn(3, 3, 16, 16)
+    together = encoder(images)
+    assert_close(together, torch.cat([encoder(image[None]) for image in images]), atol=1e-5, rtol=1e-5)
+    together.square().sum().backward()
+    assert all(p.grad is not None and p.grad.abs().max() > 0 for p in encoder.parameters() if p.ndim > 1)
+
+
+def test_latent_norm__has_mean_zero_and_variance_one_at_each_place() -> None:
+    torch.manual_seed(0)
+    config = AutoencoderConfig(channels=(8, 8), latent_dim=16, num_blocks=1, latent_norm=True)
+    z = Encoder(config)(torch.randn(2, 3, 8, 8))
+    assert_close(z.mean(1), torch.zeros(2, 4, 4), atol=1e-5, rtol=0)
+    assert_close(z.var(1, unbiased=False), torch.ones(2, 4, 4), atol=1e-2, rtol=0)
+    assert list(LatentNorm(16).parameters()) == []
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert Encoder(config)(torch.randn(2, 3, 8, 8)).dtype == torch.float32
+
+
+def test_self_attention__is_single_head_attention_over_positions() -> None:
+    torch.manual_seed(0)
+    layer, x = SelfAttention(8), torch.randn(2, 8, 3, 5)
+    tokens = layer.norm(x).flatten(2).transpose(1, 2)  # (B, N, C)
+
+    def apply(conv: nn.Module, t: torch.Tensor) -> torch.Tensor:
+        assert isinstance(conv, nn.Conv2d)
+        assert conv.bias is not None
+        return t @ conv.weight[:, :, 0, 0].T + conv.bias
+
+    scores = apply(layer.query, tokens) @ apply(layer.key, tokens).transpose(1, 2) / 8**0.5
+    mixed = apply(layer.project, scores.softmax(-1) @ apply(layer.value, tokens))
+    assert_close(layer(x), x + mixed.transpose(1, 2).view_as(x), atol=1e-5, rtol=1e-5)
+
+
+def test_downsample_and_upsample__halve_and_double() -> None:
+    x = torch.arange(16.0).view(1, 1, 4, 4)
+    down, up = Downsample(1), Upsample(1)
+    for layer in (down, up):
+        nn.init.zeros_(layer.weight)
+        assert layer.bias is not None
+        nn.init.zeros_(layer.bias)
+        with torch.no_grad():
+            layer.weight[0, 0, 1, 1] = 1
+    # Padded at the right and bottom only: the kernel's centre falls on the odd pixels.
+    assert down(x)[0, 0].tolist() == [[5.0, 7.0], [13.0, 15.0]]
+    assert torch.equal(up(x), x.repeat_interleave(2, 2).repeat_interleave(2, 3))
+
+
+@pytest.mark.parametrize(("channels", "groups"), [(64, 32), (48, 16), (6, 2), (5, 1)])
+def test_group_norm__has_32_groups_or_what_divides(channels: int, groups: int) -> None:
+    assert group_norm(channels).num_groups == groups
+
+
+@pytest.mark.parametrize("wrong", [{"channels": ()}, {"channels": (8, 0)}, {"latent_dim": 0}, {"num_blocks": 0}])
+def test_autoencoder_config__refuses_nothing(wrong: dict[str, object]) -> None:
+    with pytest.raises(ConfigError, match="must be above 0"):
+        AutoencoderConfig(**wrong)  # type: ignore[arg-type]

@@ -1,0 +1,174 @@
+"""The masked image model: what it sees, where it answers, and that the transformer stays timm's."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import timm
+import torch
+from torch import Tensor, nn
+from torch.testing import assert_close
+
+from pecobook.errors import WeightsError
+from pecobook.models.masked_vit import MaskedImageModel, initialise_beit
+
+SIZE: dict[str, Any] = {"img_size": (24, 32), "patch_size": 8, "depth": 3, "embed_dim": 24, "num_heads": 2}
+BACKBONES = {
+    "vit": ("vit_tiny_patch16_224", SIZE),
+    "vit without class token": ("vit_tiny_patch16_224", SIZE | {"class_token": False, "global_pool": "avg"}),
+    "vit with registers": ("vit_tiny_patch16_224", SIZE | {"reg_tokens": 4}),
+    "beit": ("beit_base_patch16_224", SIZE | {"init_values": 0.1}),
+}
+
+
+@pytest.fixture(params=list(BACKBONES))
+def model(request: pytest.FixtureRequest) -> MaskedImageModel:
+    name, args = BACKBONES[request.param]
+    torch.manual_seed(0)
+    return MaskedImageModel(timm.create_model(name, num_classes=0, **args), vocab_size=11).eval()
+
+
+def pictures(seed: int = 0) -> Tensor:
+    return torch.randn(2, 3, 24, 32, generator=torch.Generator().manual_seed(seed))
+
+
+def some_mask() -> Tensor:
+    """(2, 3, 4); five patches of the first image and three of the second are masked."""
+    mask = torch.zeros(2, 3, 4, dtype=torch.bool)
+    for row, column in ((0, 1), (0, 3), (1, 0), (2, 2), (2, 3)):
+        mask[0, row, column] = True
+    for row, column in ((0, 0), (1, 3), (2, 1)):
+        mask[1, row, column] = True
+    return mask
+
+
+def test_forward__answers_at_masked_positions_in_row_major_order(model: MaskedImageModel) -> None:
+    mask = some_mask()
+    logits = model(pictures(), mask)
+    assert model.grid == (3, 4)
+    assert logits.shape == (8, 11)
+    hidden = model.hidden(pictures(), mask)
+    positions = [(image, row * 4 + column) for image, row, column in mask.nonzero().tolist()]
+    assert positions == sorted(positions)
+    for number, (image, patch) in enumerate(positions):
+        assert_close(logits[number], model.head(hidden[image, patch]))
+    # And so does a target that is indexed by the same mask.
+    codes = torch.arange(24).view(2, 3, 4)
+    assert codes[mask].tolist() == [image * 12 + patch for image, patch in positions]
+
+
+def test_forward__does_not_see_masked_pixels(model: MaskedImageModel) -> None:
+    images, mask = pictures(), some_mask()
+    under = mask.repeat_interleave(8, 1).repeat_interleave(8, 2)[:, None]  # (B, 1, H, W)
+    logits = model(images, mask)
+    assert torch.equal(model(torch.where(under, 100 * pictures(1), images), mask), logits)
+    # But every pixel that is not masked counts: change one visible patch of the first image.
+    for row, column in ((0, 0), (2, 1)):
+        changed = images.clone()
+        changed[0, :, row * 8 : row * 8 + 8, column * 8 : column * 8 + 8] += 1
+        other = model(changed, mask)
+        assert ((other[:5] - logits[:5]).abs().amax(1) > 1e-6).all()
+        assert torch.equal(other[5:], logits[5:])  # the second image is another image
+
+
+def test_forward__the_mask_token_takes_the_place_of_patches(model: MaskedImageModel) -> None:
+    images, mask = pictures(), some_mask()
+    seen: list[Tensor] = []
+    handle = model.backbone.blocks[0].register_forward_pre_hook(  # type: ignore[index, union-attr]
+        lambda _module, inputs: seen.append(inputs[0].detach())
+    )
+    model(images, mask)
+    nn.init.constant_(model.mask_token, 3.0)
+    model(images, mask)
+    model.hidden(images, None)
+    handle.remove()
+    patches = [tokens[:, -12:] for tokens in seen]
+    changed = (patches[0] != patches[1]).any(2)
+    assert torch.equal(changed, mask.flatten(1))
+    # Position tables are added to the token too, so masked patches know where they are.
+    assert torch.equal((patches[0] != patches[2]).any(2), mask.flatten(1))
+
+
+def test_hidden__without_a_mask_is_timms(model: MaskedImageModel) -> None:
+    images = pictures()
+    model(images, some_mask())  # leaves nothing behind
+    prefix = model.backbone.num_prefix_tokens if hasattr(model.backbone, "num_prefix_tokens") else 1
+    plain = model.backbone.forward_features(images)[:, prefix:]  # type: ignore[operator]
+    hidden = model.hidden(images, None)
+    assert hidden.shape == (2, 12, 24)
+    assert torch.equal(hidden, plain)
+
+
+def test_hidden__forgets_the_mask_after_an_error(model: MaskedImageModel) -> None:
+    with pytest.raises(RuntimeError):
+        model(pictures(), torch.ones(2, 2, 2, dtype=torch.bool))
+    expected = model.hidden(pictures(), None)
+    assert torch.equal(model.backbone.forward_features(pictures())[:, -12:], expected)  # type: ignore[operator]
+
+
+@pytest.mark.parametrize("name", list(BACKBONES))
+def test_state_dict__loads_into_a_plain_timm_network(name: str) -> None:
+    architecture, args = BACKBONES[name]
+    model = MaskedImageModel(timm.create_model(architecture, num_classes=0, **args), 11).eval()
+    plain = timm.create_model(architecture, num_classes=0, **args).eval()
+    state = model.state_dict()
+    own = {key.removeprefix("backbone."): value for key, value in state.items() if key.startswith("backbone.")}
+    plain.load_state_dict(own)
+    assert state.keys() - {f"backbone.{key}" for key in own} == {"mask_token", "head.weight", "head.bias"}
+    assert torch.equal(plain.forward_features(pictures())[:, -12:], model.hidden(pictures(), None))
+
+
+def test_backward__reaches_every_part(model: MaskedImageModel) -> None:
+    torch.autograd.backward(nn.functional.cross_entropy(model(pictures(), some_mask()), torch.arange(8)))
+    for name in ("mask_token", "head.weight", "head.bias", "backbone.patch_embed.proj.weight"):
+        gradient = model.get_parameter(name).grad
+        assert gradient is not None
+        assert gradient.abs().max() > 0, name
+
+
+def test_forward__under_autocast(model: MaskedImageModel) -> None:
+    exact = model(pictures(), some_mask())
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        logits = model(pictures(), some_mask())
+    assert_close(logits.float(), exact, atol=0.05, rtol=0.1)
+
+
+def test_init__of_mask_token_and_head() -> None:
+    torch.manual_seed(0)
+    model = MaskedImageModel(timm.create_model("vit_tiny_patch16_224", num_classes=0, **SIZE), 500)
+    assert model.mask_token.shape == (24,)
+    assert model.head.weight.std().item() == pytest.approx(0.02, rel=0.05)
+    assert model.mask_token.std().item() == pytest.approx(0.02, rel=0.5)
+    assert model.head.bias.abs().max() == 0
+
+
+@pytest.mark.parametrize("name", ["test_resnet", "test_efficientnet"])
+def test_init__refuses_a_network_without_patches(name: str) -> None:
+    with pytest.raises(WeightsError, match="has no patches to mask: choose a ViT or BEiT of timm"):
+        MaskedImageModel(timm.create_model(name, num_classes=0), 8)
+
+
+@pytest.mark.parametrize("name", ["vit", "beit"])
+def test_initialise_beit__scales_the_output_projections(name: str) -> None:
+    architecture, args = BACKBONES[name]
+    torch.manual_seed(0)
+    network = timm.create_model(architecture, num_classes=0, **args | {"depth": 4, "embed_dim": 96})
+    for module in network.modules():
+        if isinstance(module, nn.Linear):
+            nn.init.constant_(module.weight, 7.0)
+            if module.bias is not None:
+                nn.init.constant_(module.bias, 7.0)
+    before = network.patch_embed.proj.weight.clone()
+    initialise_beit(network)
+    for number, block in enumerate(network.blocks, start=1):
+        for layer, expected in (
+            (block.attn.qkv, 0.02),
+            (block.mlp.fc1, 0.02),
+            (block.attn.proj, 0.02 / (2 * number) ** 0.5),
+            (block.mlp.fc2, 0.02 / (2 * number) ** 0.5),
+        ):
+            assert layer.weight.std().item() == pytest.approx(expected, rel=0.05)
+            assert layer.weight.mean().abs() < expected / 10
+            assert layer.bias is None or layer.bias.abs().max() == 0
+    assert torch.equal(network.patch_embed.proj.weight, before)  # a convolution keeps timm's start

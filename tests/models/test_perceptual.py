@@ -1,0 +1,291 @@
+"""The perceptual distance against equation 4, written out over hooked activations."""
+
+from __future__ import annotations
+
+import os
+import pickle
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+import timm
+import torch
+from safetensors.torch import save_file
+from timm.models.vgg import VGG
+from torch import Tensor, nn
+from torch.testing import assert_close
+
+from pecobook.errors import WeightsError
+from pecobook.models import perceptual
+from pecobook.models.perceptual import Normalisation, PerceptualDistance, feature_indices, normalise
+from pecobook.models.weights import IMAGENET_MEAN, IMAGENET_STD, Backbone, load_backbone
+
+VIT, RESNET = "timm:test_vit", "timm:test_resnet"
+Array = npt.NDArray[np.float64]
+
+
+def pictures(seed: int, side: int = 160) -> Tensor:
+    return torch.rand(2, 3, side, side, generator=torch.Generator().manual_seed(seed))
+
+
+@contextmanager
+def hooked(modules: list[nn.Module]) -> Iterator[list[Array]]:
+    """Collect what these modules put out, in the order of the list."""
+    found: list[Array] = [np.zeros(0) for _ in modules]
+
+    def hook_for(number: int) -> Any:
+        def hook(_module: nn.Module, _inputs: Any, output: Tensor) -> None:
+            found[number] = output.detach().double().numpy()
+
+        return hook
+
+    handles = [module.register_forward_hook(hook_for(number)) for number, module in enumerate(modules)]
+    yield found
+    for handle in handles:
+        handle.remove()
+
+
+def equation_4(a: Array, b: Array, how: Normalisation) -> float:
+    """1 / (C H W) || f(x) - f(y) ||^2 of one image and layer: two (C, H, W)."""
+
+    def unit(vector: Array) -> Array:
+        if how == "layernorm":
+            vector = vector - vector.mean()
+        if how == "none":
+            return vector
+        return np.asarray(vector / np.sqrt((vector**2).mean() + 1e-6))
+
+    C, H, W = a.shape
+    total = 0.0
+    for row in range(H):
+        for column in range(W):
+            total += float(((unit(a[:, row, column]) - unit(b[:, row, column])) ** 2).sum())
+    return float(total / (C * H * W))
+
+
+def as_maps(features: Array, prefix: int) -> Array:
+    """(B, 1 + N, C) of a transformer to (B, C, h, w); (B, C, h, w) stays."""
+    if features.ndim == 4:
+        return features
+    side = int((features.shape[1] - prefix) ** 0.5)
+    return features[:, prefix:].transpose(0, 2, 1).reshape(len(features), -1, side, side)
+
+
+@pytest.mark.parametrize("how", ["unit-rms", "layernorm", "none"])
+@pytest.mark.parametrize(
+    ("network", "layers", "names"),
+    [
+        (VIT, (1, 3, 6), ("blocks.0", "blocks.2", "blocks.5")),
+        (RESNET, (1, 2, 3, 4), ("layer1", "layer2", "layer3", "layer4")),
+    ],
+    ids=["vit", "resnet"],
+)
+def test_forward__is_equation_4(
+    network: str, layers: tuple[int, ...], names: tuple[str, ...], how: Normalisation
+) -> None:
+    distance = PerceptualDistance(network, layers, "random", normalisation=how)
+    x, y = pictures(0, 160 if network == VIT else 96), pictures(1, 160 if network == VIT else 96)
+    modules = [distance.network.get_submodule(name) for name in names]
+    # The networks' own normalisation of images: mean and deviation 0.5.
+    with hooked(modules) as of_x:
+        distance.network((x - 0.5) / 0.5)
+    with hooked(modules) as of_y:
+        distance.network((y - 0.5) / 0.5)
+    prefix = getattr(distance.network, "num_prefix_tokens", 0)
+    expected = np.array(
+        [
+            [equation_4(as_maps(a, prefix)[image], as_maps(b, prefix)[image], how) for image in range(2)]
+            for a, b in zip(of_x, of_y, strict=True)
+        ]
+    )  # (L, B)
+    assert_close(distance.per_layer(x, y).double(), torch.from_numpy(expected), rtol=1e-3, atol=1e-6)
+    assert_close(distance(x, y).double(), torch.from_numpy(expected.sum(0)), rtol=1e-3, atol=1e-6)
+    assert (expected > 1e-6).all()
+
+
+def test_to_target__is_the_distance_to_features_made_before() -> None:
+    distance = PerceptualDistance(VIT, (2, 5), "random")
+    x, y = pictures(0), pictures(1)
+    assert_close(distance.to_target(distance.features(x), y), distance(x, y))
+
+
+def test_forward__is_zero_for_equal_images_and_symmetric() -> None:
+    distance = PerceptualDistance(RESNET, (1, 4), "random")
+    x, y = pictures(0, 64), pictures(1, 64)
+    assert distance(x, x).tolist() == [0.0, 0.0]
+    assert_close(distance(x, y), distance(y, x))
+    assert distance(x, y).min() > 0
+    assert_close(distance(x, y)[1:], distance(x[1:], y[1:]), rtol=1e-4, atol=1e-6)
+
+
+def test_forward__sends_the_gradient_to_the_image_and_not_to_the_weights() -> None:
+    for network in (VIT, RESNET):
+        distance = PerceptualDistance(network, (1, 4), "random")
+        y = pictures(1).requires_grad_()
+        distance(pictures(0), y).sum().backward()
+        assert y.grad is not None
+        assert (y.grad.abs().amax((1, 2, 3)) > 0).all()
+        assert not any(parameter.requires_grad for parameter in distance.parameters())
+        assert all(parameter.grad is None for parameter in distance.parameters())
+
+
+def test_train__keeps_evaluation_mode() -> None:
+    distance = PerceptualDistance(RESNET, (1, 4), "random")
+    holder = nn.Sequential(distance).train()
+    assert holder.training
+    assert not any(module.training for module in distance.modules())
+    before = {name: value.clone() for name, value in distance.state_dict().items()}
+    distance(pictures(0, 64), pictures(1, 64))
+    assert all(torch.equal(value, before[name]) for name, value in distance.state_dict().items())
+
+
+def test_features__are_single_precision_under_autocast() -> None:
+    distance = PerceptualDistance(VIT, (1, 6), "random")
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert all(feature.dtype == torch.float32 for feature in distance.features(pictures(0)))
+        assert distance(pictures(0), pictures(1)).dtype == torch.float32
+
+
+def test_features__resizes_for_a_transformer_and_not_for_a_convolutional_network() -> None:
+    assert [f.shape for f in PerceptualDistance(VIT, (1,), "random").features(pictures(0, 32))] == [(2, 64, 10, 10)]
+    assert [f.shape for f in PerceptualDistance(RESNET, (4,), "random").features(pictures(0, 64))] == [(2, 96, 2, 2)]
+    larger = PerceptualDistance(RESNET, (4,), "random", input_size=128)
+    assert [f.shape for f in larger.features(pictures(0, 64))] == [(2, 96, 4, 4)]
+
+
+def test_random_weights__depend_on_the_seed_alone_and_leave_the_global_generator() -> None:
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    first = PerceptualDistance(VIT, (1,), "random", seed=3)
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.manual_seed(6)
+    again, other = (PerceptualDistance(VIT, (1,), "random", seed=seed) for seed in (3, 4))
+    weights = "network.blocks.0.attn.qkv.weight"
+    assert torch.equal(first.state_dict()[weights], again.state_dict()[weights])
+    assert not torch.equal(first.state_dict()[weights], other.state_dict()[weights])
+
+
+@pytest.mark.parametrize("how", ["unit-rms", "layernorm"])
+def test_normalise__ignores_the_scale_of_a_location(how: Normalisation) -> None:
+    feature = torch.randn(2, 8, 3, 3)
+    scaled = feature * (1 + 9 * torch.rand(2, 1, 3, 3))
+    assert_close(normalise(feature, how), normalise(scaled, how), atol=1e-3, rtol=1e-3)
+    assert_close(normalise(feature, how).square().mean(1), torch.ones(2, 3, 3), atol=1e-3, rtol=0)
+    assert normalise(torch.zeros(1, 4, 1, 1), how).tolist() == torch.zeros(1, 4, 1, 1).tolist()
+
+
+# ------------------------------------------------------------------------------------------------------------- layers
+
+
+def small_vgg() -> VGG:
+    """VGG-11's plan, narrow: five stages, each ended by a pooling."""
+    plan = [4, "M", 6, "M", 8, 8, "M", 10, 10, "M", 12, 12, "M"]
+    return VGG(cfg=plan, num_classes=0, mlp_ratio=1 / 512)
+
+
+def test_layers__of_a_vgg_are_its_stages_before_pooling(monkeypatch: pytest.MonkeyPatch) -> None:
+    def load(spec: str, *, weights: str | None) -> Backbone:
+        return Backbone(small_vgg(), "vgg", {}, IMAGENET_MEAN, IMAGENET_STD, 224)
+
+    monkeypatch.setattr(perceptual, "load_backbone", load)
+    distance = PerceptualDistance("timm:vgg11", (1, 2, 3, 4, 5), "random")
+    shapes = [tuple(feature.shape[1:]) for feature in distance.features(pictures(0, 64))]
+    assert shapes == [(4, 64, 64), (6, 32, 32), (8, 16, 16), (10, 8, 8), (12, 4, 4)]
+
+
+def test_load__a_vgg_of_timm() -> None:
+    # timm's VGG takes no drop_path_rate. On the meta device, since its weights are half a gigabyte.
+    with torch.device("meta"):
+        backbone = load_backbone("timm:vgg11", weights="random")
+    assert feature_indices(backbone.network, (1, 5), "vgg11") == [0, 4]
+
+
+@pytest.mark.parametrize(
+    ("name", "layers", "channels"),
+    [("test_resnet", (1, 4), [32, 96]), ("test_convnext", (1, 4), [24, 64]), ("test_efficientnet", (1, 5), [16, 64])],
+)
+def test_layers__of_convolutional_networks_are_stages(name: str, layers: tuple[int, ...], channels: list[int]) -> None:
+    distance = PerceptualDistance(f"timm:{name}", layers, "random")
+    assert [feature.shape[1] for feature in distance.features(pictures(0, 64))] == channels
+
+
+@pytest.mark.parametrize(
+    ("network", "layers", "count"),
+    [(VIT, (0,), 6), (VIT, (3, 7), 6), (VIT, (), 6), (VIT, (-1,), 6), (RESNET, (5,), 4), (RESNET, (0, 1), 4)],
+)
+def test_layers__that_a_network_lacks_are_refused(network: str, layers: tuple[int, ...], count: int) -> None:
+    with pytest.raises(WeightsError, match=f"'{network}' has layers 1 to {count}"):
+        PerceptualDistance(network, layers, "random")
+
+
+def test_feature_indices__refuses_a_network_without_features() -> None:
+    with pytest.raises(WeightsError, match="gives no intermediate features"):
+        feature_indices(nn.Linear(1, 1), (1,), "linear")
+
+
+# ------------------------------------------------------------------------------------------------------------ weights
+
+
+def test_init__of_an_unknown_network_suggests_one() -> None:
+    with pytest.raises(WeightsError, match=r"timm has no network 'resnet51'\. Did you mean 'resnet.*'\?"):
+        PerceptualDistance("timm:resnet51", (1,), "random")
+    with pytest.raises(WeightsError, match="networks of timm are written timm:NAME"):
+        PerceptualDistance("resnet50", (1,), "random")
+
+
+def test_init__without_the_hub_says_what_to_do() -> None:
+    with pytest.raises(WeightsError, match="The weights of timm's 'test_vit' cannot be fetched") as caught:
+        PerceptualDistance(VIT, (1,))
+    assert "give a local file with weights, or ask for random ones" in str(caught.value)
+
+
+@pytest.mark.parametrize("form", ["safetensors", "pth", "wrapped"])
+def test_init__reads_local_weights(tmp_path: Path, form: str) -> None:
+    torch.manual_seed(11)
+    state = timm.create_model("test_vit").state_dict()  # with a head, which is left out
+    file = tmp_path / ("weights.safetensors" if form == "safetensors" else "weights.pth")
+    if form == "safetensors":
+        save_file(state, file)
+    else:
+        torch.save({"model": state, "epoch": 3} if form == "wrapped" else state, file)
+    loaded = PerceptualDistance(VIT, (1,), str(file)).network.state_dict()
+    assert len(loaded) == len(state) - 2
+    assert all(torch.equal(value, state[name]) for name, value in loaded.items())
+
+
+def test_init__refuses_weights_of_another_network(tmp_path: Path) -> None:
+    torch.save(timm.create_model("test_resnet").state_dict(), tmp_path / "weights.pth")
+    with pytest.raises(WeightsError, match=r"weights.pth' do not fit this network: 78 missing \(blocks"):
+        PerceptualDistance(VIT, (1,), str(tmp_path / "weights.pth"))
+    with pytest.raises(WeightsError, match="There is no file of weights"):
+        PerceptualDistance(VIT, (1,), str(tmp_path / "missing.pth"))
+
+
+class Evil:
+    """What runs code when it is unpickled."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, (str(self.file),)
+
+
+@pytest.mark.parametrize("form", ["torch", "pickle"])
+def test_init__never_runs_code_from_a_file(tmp_path: Path, form: str) -> None:
+    proof, file = tmp_path / "code ran", tmp_path / "weights.pth"
+    state = {"cls_token": Evil(proof)}
+    if form == "torch":
+        torch.save(state, file)
+    else:
+        file.write_bytes(pickle.dumps(state))
+    with pytest.raises(WeightsError, match="pecobook runs no code from a file") as caught:
+        PerceptualDistance(VIT, (1,), str(file))
+    assert "Convert it once" in str(caught.value)
+    assert not proof.exists()
+    pickle.loads(pickle.dumps(state))
+    assert proof.exists()  # so the file would have

@@ -1,0 +1,316 @@
+"""Loading weights: what fits, what is refused, and what a person reads then."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torch.testing import assert_close
+
+from pecobook.errors import WeightsError
+from pecobook.models.weights import (
+    create,
+    export_backbone,
+    export_folder,
+    is_transformer,
+    load_backbone,
+    load_state,
+    read_export,
+    read_weights,
+    write_tensors,
+)
+
+VIT = {"img_size": 32, "patch_size": 8, "depth": 2, "embed_dim": 24, "num_heads": 2}
+NAME = "vit_tiny_patch16_224"
+BEIT = "beit_base_patch16_224"
+BEIT_ARGS = VIT | {"init_values": 0.1}
+
+
+def images(side: int = 32) -> Tensor:
+    return torch.randn(2, 3, side, side, generator=torch.Generator().manual_seed(0))
+
+
+def exported(folder: Path, name: str = NAME, args: dict[str, Any] = VIT, **more: Any) -> nn.Module:
+    """Write a run of a network with its head or without; returns the network."""
+    torch.manual_seed(1)
+    network: nn.Module = timm.create_model(name, num_classes=len(more.get("classes", ())), **args).eval()
+    for norm in (module for module in network.modules() if isinstance(module, nn.LayerNorm)):
+        nn.init.normal_(norm.weight)
+    export_backbone(
+        folder / "export", network.state_dict(), name=name, args=args, image_size=32, origin="a test", **more
+    )
+    return network
+
+
+# --------------------------------------------------------------------------------------------------------- load_state
+
+
+def two_layers() -> nn.Sequential:
+    return nn.Sequential(nn.Linear(2, 3), nn.LayerNorm(3))
+
+
+def test_load_state__names_the_keys_that_differ() -> None:
+    state = two_layers().state_dict()
+    state["0.weight"] = torch.zeros(5, 5)
+    state["2.bias"] = state.pop("1.bias")
+    with pytest.raises(WeightsError) as caught:
+        load_state(two_layers(), state, source="x.pth")
+    assert str(caught.value) == (
+        "The weights of 'x.pth' do not fit this network: "
+        "1 missing (1.bias); 1 unknown (2.bias); 1 of another shape (0.weight)."
+    )
+
+
+def test_load_state__shortens_long_lists_and_changes_nothing() -> None:
+    network = nn.Sequential(*(nn.Linear(1, 1) for _ in range(3)))
+    before = {name: value.clone() for name, value in network.state_dict().items()}
+    with pytest.raises(WeightsError, match=r"5 missing \(0\.bias, 1\.bias, 1\.weight, \.\.\.\)"):
+        load_state(network, {"0.weight": torch.full((1, 1), 9.0)}, source="x")
+    assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
+
+
+def test_load_state__leaves_heads_out_and_the_caller_its_dictionary() -> None:
+    state = two_layers().state_dict()
+    extra = {f"{head}.weight": torch.ones(1) for head in ("head", "fc", "classifier")}
+    given_state = {**state, **extra, "head.fc.bias": torch.ones(1)}
+    kept = dict(given_state)
+    network = two_layers()
+    load_state(network, given_state, source="x")
+    assert given_state.keys() == kept.keys()
+    assert all(torch.equal(network.state_dict()[name], value) for name, value in state.items())
+
+
+class Normed(nn.Module):
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.body = nn.Linear(2, 2)
+        self.add_module(name, nn.LayerNorm(2))
+
+
+@pytest.mark.parametrize(("old", "new"), [("norm", "fc_norm"), ("fc_norm", "norm"), ("norm", "norm")])
+def test_load_state__takes_the_norm_before_or_after_the_mean(old: str, new: str) -> None:
+    source, target = Normed(old), Normed(new)
+    nn.init.normal_(source.get_parameter(f"{old}.weight"))
+    load_state(target, source.state_dict(), source="x")
+    assert torch.equal(target.get_parameter(f"{new}.weight"), source.get_parameter(f"{old}.weight"))
+
+
+# ------------------------------------------------------------------------------------------------------- read_weights
+
+
+@pytest.mark.parametrize("content", [b"", b"not a pickle", b"\x80\x02", b"PK\x03\x04 half a zip", b"\x00" * 300])
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+def test_read_weights__refuses_what_is_no_file_of_weights(tmp_path: Path, content: bytes, suffix: str) -> None:
+    file = tmp_path / f"weights{suffix}"
+    file.write_bytes(content)
+    with pytest.raises(WeightsError, match=r"is no plain file of weights|cannot be read as safetensors"):
+        read_weights(str(file))
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.integers(0, 2**32))
+def test_read_weights__refuses_or_reads_a_damaged_file(tmp_path_factory: pytest.TempPathFactory, seed: int) -> None:
+    rng = random.Random(seed)
+    file = tmp_path_factory.mktemp("damaged") / "weights.pth"
+    torch.save({"a": torch.ones(3), "b": torch.zeros(2, 2)}, file, _use_new_zipfile_serialization=rng.random() < 0.5)
+    data = bytearray(file.read_bytes())
+    for _ in range(rng.randint(1, 4)):
+        data[rng.randrange(min(len(data), 400))] = rng.randrange(256)
+    file.write_bytes(data[: rng.randint(1, len(data))] if rng.random() < 0.3 else data)
+    try:
+        state = read_weights(str(file))
+    except WeightsError:
+        return
+    assert all(isinstance(value, Tensor) for value in state.values())
+
+
+@pytest.mark.parametrize("content", [[torch.ones(1)], {"a": 3}, {"state_dict": {"a": "text"}}, torch.ones(2)])
+def test_read_weights__refuses_what_is_no_state_dict(tmp_path: Path, content: Any) -> None:
+    torch.save(content, tmp_path / "weights.pth")
+    with pytest.raises(WeightsError, match="holds no state dict"):
+        read_weights(str(tmp_path / "weights.pth"))
+
+
+def test_write_tensors__is_read_back_whatever_the_layout(tmp_path: Path) -> None:
+    tensors = {"a": torch.arange(6.0).view(2, 3).t(), "b": torch.ones(1, requires_grad=True).expand(3)}
+    file = tmp_path / "new" / "folder" / "x.safetensors"
+    write_tensors(file, tensors)
+    found = load_file(file)
+    assert all(torch.equal(found[name], value) for name, value in tensors.items())
+    assert [path.name for path in file.parent.iterdir()] == ["x.safetensors"]
+
+
+# ------------------------------------------------------------------------------------------------------------- create
+
+
+def test_create__says_what_is_wrong() -> None:
+    with pytest.raises(WeightsError, match=r"timm has no network 'vit_tiny_patch16_225'\. Did you mean 'vit_tiny"):
+        create("timm:vit_tiny_patch16_225")
+    with pytest.raises(WeightsError, match=r"does not take these arguments.*colour"):
+        create(NAME, colour="red")
+    with pytest.raises(WeightsError, match="timm cannot make"):
+        create("test_resnet", output_stride=3)
+    with pytest.raises(WeightsError, match=r"timm cannot make .*divisible by num_heads"):
+        create(NAME, embed_dim=25, num_heads=2)
+    with pytest.raises(WeightsError, match="cannot be fetched"):
+        create("test_vit", pretrained=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"), [("vit_base_patch16_224", True), ("beit_base_patch16_224", True), ("resnet50", False)]
+)
+def test_is_transformer(name: str, expected: bool) -> None:
+    assert is_transformer(name) is expected
+
+
+# ------------------------------------------------------------------------------------------------------ load_backbone
+
+
+@pytest.mark.parametrize(("name", "args"), [(NAME, VIT), (BEIT, BEIT_ARGS)], ids=["vit", "beit"])
+def test_load_backbone__gives_back_what_was_exported(tmp_path: Path, name: str, args: dict[str, Any]) -> None:
+    network = exported(tmp_path, name, args)
+    backbone = load_backbone(str(tmp_path))
+    assert backbone.image_size == 32
+    assert backbone.mean == (0.485, 0.456, 0.406)
+    assert torch.equal(backbone.network.eval()(images()), network(images()))
+    other = load_backbone(str(tmp_path), weights="random").network.eval()
+    assert not torch.equal(other(images()), network(images()))
+
+
+@pytest.mark.parametrize("normed_first", [True, False])
+@pytest.mark.parametrize(("name", "args"), [(NAME, VIT), (BEIT, BEIT_ARGS)], ids=["vit", "beit"])
+def test_load_backbone__pools_the_mean_with_the_same_norm(
+    tmp_path: Path, name: str, args: dict[str, Any], normed_first: bool
+) -> None:
+    # Trained with the norm over all patches (as pre-training does), used with the norm after their mean, or after both.
+    if name == BEIT:
+        args = args | {"use_fc_norm": not normed_first}
+    elif not normed_first:
+        args = args | {"global_pool": "avg"}
+    network = exported(tmp_path, name, args)
+    pooled = load_backbone(str(tmp_path), pool_mean=True).network.eval()
+    tokens: list[Tensor] = []
+    network.get_submodule("blocks").get_submodule("1").register_forward_hook(lambda *call: tokens.append(call[2]))
+    network(images())
+    norm = network.get_submodule("norm" if normed_first else "fc_norm")
+    assert isinstance(norm, nn.LayerNorm)
+    assert_close(pooled(images()), norm(tokens[0][:, 1:].mean(1)), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("name", "args"), [(NAME, VIT), (BEIT, BEIT_ARGS)], ids=["vit", "beit"])
+def test_load_backbone__at_another_size_keeps_all_but_the_tables(
+    tmp_path: Path, name: str, args: dict[str, Any]
+) -> None:
+    network = exported(tmp_path, name, args)
+    backbone = load_backbone(str(tmp_path), image_size=64)
+    assert backbone.image_size == 64
+    assert backbone.args["img_size"] == 64
+    out = backbone.network.eval().forward_features(images(64))  # type: ignore[operator]
+    assert out.shape == (2, 65, 24)
+    assert out.isfinite().all()
+    old, new = network.state_dict(), backbone.network.state_dict()
+    assert old.keys() == new.keys()
+    changed = {name for name in old if old[name].shape != new[name].shape}
+    assert changed
+    assert all(name.endswith(("pos_embed", "relative_position_bias_table")) for name in changed)
+    assert all(torch.equal(old[name], new[name]) for name in old.keys() - changed if "relative_position" not in name)
+    # The arguments that it reports make a network that takes these weights.
+    again = create(backbone.name, num_classes=0, **backbone.args).eval()
+    again.load_state_dict(new)
+    assert torch.equal(again.forward_features(images(64)), out)  # type: ignore[operator]
+
+
+def test_load_backbone__interpolates_position_tables(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    network = timm.create_model(NAME, num_classes=0, **VIT)
+    ramp = torch.linspace(0, 1, 4).repeat_interleave(4)[:, None].expand(16, 24)  # from the first row to the last
+    network.pos_embed.data[0, 1:] = ramp
+    export_backbone(
+        tmp_path / "export", network.state_dict(), name=NAME, args=VIT, image_size=32, origin="x", mean=(0.5,) * 3
+    )
+    backbone = load_backbone(str(tmp_path), image_size=64)
+    table = backbone.network.get_parameter("pos_embed")[0, 1:, 0].view(8, 8)
+    assert backbone.mean == (0.5, 0.5, 0.5)
+    assert_close(table.std(1), torch.zeros(8), atol=1e-5, rtol=0)
+    assert (table[1:, 0] > table[:-1, 0] - 0.02).all()
+    assert table[-1, 0] - table[0, 0] > 0.9
+
+
+def test_load_backbone__of_a_classifier_leaves_its_head(tmp_path: Path) -> None:
+    network = exported(tmp_path, classes=("cat", "dog", "eel"))
+    assert read_export(tmp_path)[0]["classes"] == ["cat", "dog", "eel"]
+    backbone = load_backbone(str(tmp_path)).network.eval()
+    features = network.forward_features(images())  # type: ignore[operator]
+    assert torch.equal(backbone.forward_features(images()), features)  # type: ignore[operator]
+
+
+def test_load_backbone__of_a_convolutional_network_takes_any_size(tmp_path: Path) -> None:
+    network = timm.create_model("test_resnet", num_classes=0).eval()
+    export_backbone(tmp_path / "export", network.state_dict(), name="test_resnet", args={}, image_size=64, origin="x")
+    backbone = load_backbone(str(tmp_path), image_size=96)
+    assert "img_size" not in backbone.args
+    assert torch.equal(backbone.network.eval()(images(96)), network(images(96)))
+
+
+def test_load_backbone__stochastic_depth_reaches_the_network() -> None:
+    deep = load_backbone("timm:test_vit", weights="random", drop_path=0.3).network
+    assert max(getattr(module, "drop_prob", 0.0) or 0.0 for module in deep.modules()) == pytest.approx(0.3)
+    flat = load_backbone("timm:test_vit", weights="random").network
+    assert max(getattr(module, "drop_prob", 0.0) or 0.0 for module in flat.modules()) == 0
+
+
+def test_load_backbone__from_timm_at_a_size() -> None:
+    backbone = load_backbone("timm:vit_tiny_patch16_224", weights="random", image_size=64)
+    assert backbone.image_size == 64
+    assert backbone.network(torch.zeros(1, 3, 64, 64)).shape == (1, 192)
+    assert load_backbone("timm:test_resnet", weights="random").mean == (0.5, 0.5, 0.5)
+
+
+def test_load_backbone__refuses_what_is_none(tmp_path: Path) -> None:
+    exported(tmp_path)
+    file = tmp_path / "export" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"kind": "tokenizer"}))
+    with pytest.raises(WeightsError, match="is a tokenizer, not a backbone: give a contrast or pretrain run"):
+        load_backbone(str(tmp_path))
+    file.write_text("[]")
+    with pytest.raises(WeightsError, match=r"cannot be read: config\.json holds no JSON object"):
+        load_backbone(str(tmp_path))
+    with pytest.raises(WeightsError, match="There is no run"):
+        load_backbone(str(tmp_path / "missing"))
+    with pytest.raises(WeightsError, match="neither a run folder nor a network"):
+        load_backbone("resnet50")
+
+
+# ------------------------------------------------------------------------------------------------------------- export
+
+
+def test_export_folder__takes_a_run_or_its_export(tmp_path: Path) -> None:
+    exported(tmp_path)
+    assert export_folder(tmp_path) == tmp_path / "export" == export_folder(str(tmp_path / "export"))
+    (tmp_path / "export" / "config.json").unlink()  # it is written last, so without it an export is half written
+    with pytest.raises(WeightsError, match="it is not a finished run"):
+        export_folder(tmp_path)
+
+
+@pytest.mark.parametrize("classes", [None, ("cat", "dog")])
+def test_export_backbone__its_lines_of_python_work(tmp_path: Path, classes: tuple[str, ...] | None) -> None:
+    network = timm.create_model(NAME, num_classes=len(classes or ()), **VIT)
+    lines = export_backbone(
+        tmp_path / "export", network.state_dict(), name=NAME, args=VIT, image_size=32, origin="MoCo v3", classes=classes
+    )
+    scope: dict[str, Any] = {}
+    exec(lines.format(path=tmp_path), scope)
+    assert_close(scope["model"].eval()(images()), network.eval()(images()))
+    card = (tmp_path / "export" / "README.md").read_text()
+    assert "# vit_tiny_patch16_224, trained by MoCo v3" in card
+    assert "trained at 32 pixels" in card
+    assert 'load_file("model.safetensors")' in card

@@ -1,0 +1,125 @@
+"""Small runs of every stage, a second or two each, through the same functions as the command line."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+import torch
+from torch import Tensor
+
+from pecobook import api
+from pecobook.data.decode import BadImage
+from pecobook.data.images import ImageSource
+
+_COMMON: dict[str, Any] = {
+    "batch_size": 8,
+    "max_steps": "8",
+    "log_every": 1,
+    "save_every": 100,
+    "sample_every": 100,
+    "workers": 0,
+    "loggers": (),
+    "precision": "fp32",
+    "micro_batch_size": 0,
+}
+
+# On top of each command's `tiny` recipe: the same code on networks of a few thousand weights.
+SMALL: dict[str, dict[str, Any]] = {
+    "contrast": {
+        **_COMMON,
+        "model.args": '{"channels": [8, 16, 32, 64], "stem_width": 8}',
+        "hidden_dim": 32,
+        "output_dim": 16,
+        "blur": (1.0, 0.1),
+    },
+    "codebook": {
+        **_COMMON,
+        "image_size": 16,
+        "model.channels": (8, 16, 16),
+        "model.latent_dim": 8,
+        "quantizer.num_codewords": 24,
+        "quantizer.revive_after": 3,
+    },
+    "pretrain": {
+        **_COMMON,
+        "image_size": 16,
+        "model.args": '{"patch_size": 4, "depth": 2, "embed_dim": 32, "num_heads": 2, "init_values": 0.1}',
+        "drop_path": 0.1,
+    },
+    "finetune": {**_COMMON, "image_size": 16, "drop_path": 0.1, "cutmix": 1.0, "random_erasing": 0.25},
+}
+
+
+def train(command: str, data: Path | str, out: Path, **more: Any) -> Path:
+    """Train a small stage in this process; returns the run folder. Settings with a dot go in as `**{"optim.lr": 1}`."""
+    settings = {**SMALL[command], "data": str(data), "out": str(out), **more}
+    with contextlib.redirect_stderr(io.StringIO()):
+        run: Path = getattr(api, command)("tiny", **settings)
+    return run
+
+
+def export_bytes(run: Path) -> dict[str, bytes]:
+    """Every file of the export."""
+    return {path.name: path.read_bytes() for path in sorted((run / "export").iterdir())}
+
+
+def logged(run: Path) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl."""
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def losses(run: Path) -> list[float]:
+    """The training loss of every logged step."""
+    return [line["loss"] for line in logged(run) if "loss" in line]
+
+
+@pytest.fixture(scope="session")
+def codebook_run(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run of `codebook`, 16-pixel images in 4 x 4 tokens."""
+    return train("codebook", images, tmp_path_factory.mktemp("codebook"))
+
+
+@pytest.fixture(scope="session")
+def vit_run(images: Path, codebook_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run of `pretrain`."""
+    return train("pretrain", images, tmp_path_factory.mktemp("vit"), tokenizer=str(codebook_run))
+
+
+def inputs(command: str, codebook: Path, vit: Path) -> dict[str, str]:
+    """What a command needs beside images."""
+    return {"pretrain": {"tokenizer": str(codebook)}, "finetune": {"backbone": str(vit)}}.get(command, {})
+
+
+class Squares:
+    """A store of flat 8 x 8 images, each of its own colour, some of which cannot be read."""
+
+    def __init__(self, count: int, bad: tuple[int, ...] = ()) -> None:
+        self.count, self.bad = count, bad
+
+    def __len__(self) -> int:
+        return self.count
+
+    def read(self, row: int) -> Tensor:
+        if row in self.bad:
+            raise BadImage(self.identify(row), "truncated")
+        generator = torch.Generator().manual_seed(row)
+        return torch.randint(256, (3, 1, 1), dtype=torch.uint8, generator=generator).expand(3, 8, 8).contiguous()
+
+    def identify(self, row: int) -> str:
+        return f"square {row}"
+
+    def digest(self, rows: npt.NDArray[np.int64]) -> str:
+        return rows.tobytes().hex()
+
+
+def squares(count: int, bad: tuple[int, ...] = ()) -> ImageSource:
+    """Such a store as a source, with two classes."""
+    labels = np.arange(count, dtype=np.int64) % 2
+    return ImageSource(Squares(count, bad), name="squares", split="train", classes=("even", "odd"), labels=labels)

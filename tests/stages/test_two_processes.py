@@ -1,0 +1,91 @@
+"""Every stage in two processes: DDP and FSDP against one process, and what they leave on disk."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+from safetensors.torch import load_file
+
+from pecobook.engine import checkpoint
+from tests.distributed import TwoProcesses
+from tests.runs import SMALL, inputs, losses, train
+
+
+def train_on_each(rank: int, world_size: int, command: str, data: str, out: str, more: dict[str, Any]) -> None:
+    train(command, data, Path(out), **more)
+
+
+# Not contrast: on a CPU its BatchNorm sees the half batch of its process (on GPUs it is synchronised).
+@pytest.mark.parametrize("command", ["codebook", "pretrain", "finetune"])
+def test_train__ddp_equals_one_process(
+    command: str, images: Path, codebook_run: Path, vit_run: Path, tmp_path: Path, two_processes: TwoProcesses
+) -> None:
+    more: dict[str, Any] = {**inputs(command, codebook_run, vit_run), "max_steps": "3"}
+    if command != "codebook":
+        more["drop_path"] = 0.0  # it draws other numbers in each process
+    if command == "finetune":
+        more |= {"mixup": 0.0, "cutmix": 0.0}  # every process mixes its own half
+    alone = train(command, images, tmp_path / "one", **more)
+    two_processes.run(train_on_each, command, str(images), str(tmp_path / "two"), {**more, "devices": "2"})
+    assert losses(tmp_path / "two") == pytest.approx(losses(alone), rel=2e-4)
+    ours, theirs = export_of(tmp_path / "two"), export_of(alone)
+    assert ours.keys() == theirs.keys()
+    for name, value in ours.items():
+        torch.testing.assert_close(value, theirs[name], rtol=0.05, atol=3e-3)  # Adam's first steps enlarge rounding
+
+
+def export_of(run: Path) -> dict[str, torch.Tensor]:
+    return load_file(run / "export" / "model.safetensors")
+
+
+@pytest.mark.parametrize("command", list(SMALL))
+def test_train__fsdp_equals_ddp_and_resumes(
+    command: str, images: Path, codebook_run: Path, vit_run: Path, tmp_path: Path, two_processes: TwoProcesses
+) -> None:
+    more: dict[str, Any] = {**inputs(command, codebook_run, vit_run), "devices": "2", "max_steps": "4"}
+    more |= {"save_every": 2}
+    copied, sharded = tmp_path / "ddp", tmp_path / "fsdp"
+    two_processes.run(train_on_each, command, str(images), str(copied), {**more, "strategy": "ddp"})
+    two_processes.run(train_on_each, command, str(images), str(sharded), {**more, "strategy": "fsdp"})
+    assert losses(sharded) == pytest.approx(losses(copied), rel=1e-3)
+    before = export_of(sharded)
+    assert before.keys() == export_of(copied).keys()
+    assert {name: value.shape for name, value in before.items()} == {
+        name: value.shape for name, value in export_of(copied).items()
+    }
+    assert checkpoint.steps(sharded / "checkpoints") == [2, 4]
+    shutil.rmtree(sharded / "checkpoints" / "step-00000004")
+    shutil.rmtree(sharded / "export")
+    two_processes.run(train_on_each, command, str(images), str(sharded), {**more, "strategy": "fsdp", "resume": True})
+    after = export_of(sharded)
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_train__an_fsdp_checkpoint_goes_on_in_one_process(
+    images: Path, codebook_run: Path, tmp_path: Path, two_processes: TwoProcesses
+) -> None:
+    more: dict[str, Any] = {"tokenizer": str(codebook_run), "max_steps": "4", "save_every": 2, "drop_path": 0.0}
+    run = tmp_path / "run"
+    two_processes.run(train_on_each, "pretrain", str(images), str(run), {**more, "strategy": "fsdp", "devices": "2"})
+    shutil.rmtree(run / "checkpoints" / "step-00000004")
+    before = losses(run)
+    train("pretrain", images, run, **more, resume=True)
+    assert losses(run) == pytest.approx(before, rel=1e-3)
+    assert losses(run)[:2] == before[:2]
+
+    network = timm.create_model(
+        "vit_tiny_patch16_224",
+        num_classes=0,
+        img_size=16,
+        patch_size=4,
+        depth=2,
+        embed_dim=32,
+        num_heads=2,
+        init_values=0.1,
+    )
+    network.load_state_dict(export_of(run))

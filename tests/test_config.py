@@ -1,0 +1,347 @@
+"""Settings: durations, types, replacing, the round trip to disk, and what a person reads when one is wrong."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from pathlib import Path
+from typing import Any, Literal
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pecobook.config import (
+    FREE_ON_RESUME,
+    BackboneConfig,
+    OptimConfig,
+    TrainConfig,
+    between,
+    coerce,
+    differences,
+    dump,
+    flag,
+    flags,
+    load,
+    parse_duration,
+    positive,
+    replace,
+    steps,
+    to_dict,
+)
+from pecobook.errors import ConfigError
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Whole(TrainConfig):
+    """A configuration with a field of every kind."""
+
+    model: BackboneConfig = BackboneConfig()
+    layers: tuple[int, ...] = (3, 6)
+    limit: int | None = None
+    share: float = 0.5
+
+
+def refused(text: str) -> Any:
+    return pytest.raises(ConfigError, match=re.escape(text))
+
+
+# ---------------------------------------------------------------------------------------------------------- durations
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("5000", (5000.0, "steps")),
+        ("1 step", (1.0, "steps")),
+        ("100 epochs", (100.0, "epochs")),
+        ("1 epoch", (1.0, "epochs")),
+        ("2.5ep", (2.5, "epochs")),
+        (".5 Epochs", (0.5, "epochs")),
+        ("25600 images", (25600.0, "images")),
+        ("1 image", (1.0, "images")),
+        ("5%", (5.0, "%")),
+        (" 5 % ", (5.0, "%")),
+        ("1e6 images", (1e6, "images")),
+        ("0", (0.0, "steps")),
+    ],
+)
+def test_parse_duration__of_every_unit(text: str, expected: tuple[float, str]) -> None:
+    assert parse_duration(text, "max-steps") == expected
+
+
+@pytest.mark.parametrize("text", ["", "epochs", "-5", "5 weeks", "5 epochs and 3", "inf", "nan", "1,000", "5e", "0x10"])
+def test_parse_duration__refuses(text: str) -> None:
+    with refused(f"--warmup is '{text}': give steps (5000)"):
+        parse_duration(text, "warmup")
+
+
+@given(st.integers(0, 10**7), st.integers(1, 10**7), st.integers(1, 10**5))
+def test_steps__of_epochs_and_images_agree(epochs: int, num_images: int, batch_size: int) -> None:
+    in_epochs = steps(f"{epochs} epochs", num_images=num_images, batch_size=batch_size)
+    in_images = steps(f"{epochs * num_images} images", num_images=num_images, batch_size=batch_size)
+    assert in_epochs == in_images
+    assert abs(in_epochs - epochs * num_images / batch_size) <= max(0.5, 1e-9 * in_epochs) or in_epochs == 1
+    assert (in_epochs == 0) == (epochs == 0)
+    assert steps(f"{epochs}", num_images=num_images, batch_size=batch_size) == epochs
+
+
+@given(st.floats(0, 100, allow_subnormal=False), st.integers(1, 10**6))
+def test_steps__of_a_percentage(percent: float, total: int) -> None:
+    count = steps(f"{percent:.3f}%", num_images=7, batch_size=3, total=total)
+    exact = float(f"{percent:.3f}") / 100 * total
+    assert 0 <= count <= total
+    assert abs(count - exact) <= 0.5 or count == 1
+    assert (count > 0) == (exact > 0)
+
+
+def test_steps__refuses_a_percentage_of_nothing() -> None:
+    with refused("--max-steps cannot be a percentage"):
+        steps("5%", num_images=10, batch_size=2)
+
+
+# -------------------------------------------------------------------------------------------------------------- types
+
+
+@pytest.mark.parametrize(
+    ("value", "kind", "expected"),
+    [
+        (3, int, 3),
+        ("3", int, 3),
+        (3.0, int, 3),
+        ("3", float, 3.0),
+        (3, float, 3.0),
+        ("1e-4", float, 1e-4),
+        (True, bool, True),
+        ("False", bool, False),
+        ("true", bool, True),
+        ("text", str, "text"),
+        (5000, str, "5000"),
+        (Path("a/b"), str, "a/b"),
+        ("adam", Literal["adamw", "adam"], "adam"),
+        ([1, "2"], tuple[int, ...], (1, 2)),
+        (7, tuple[int, ...], (7,)),
+        ("tensorboard", tuple[str, ...], ("tensorboard",)),
+        ([], tuple[int, ...], ()),
+        ([0.9, 0.95], tuple[float, float], (0.9, 0.95)),
+        (None, int | None, None),
+        ("4", int | None, 4),
+    ],
+)
+def test_coerce__takes_values_of_json_python_and_flags(value: Any, kind: Any, expected: Any) -> None:
+    found = coerce(value, kind, "field_name")
+    assert found == expected
+    assert type(found) is type(expected)
+
+
+@pytest.mark.parametrize(
+    ("value", "kind", "told"),
+    [
+        (1.5, int, "--field-name takes a whole number, not '1.5'"),
+        ("1.5", int, "--field-name takes a whole number, not '1.5'"),
+        (True, int, "--field-name takes a whole number, not 'True'"),
+        ("many", float, "--field-name takes a number, not 'many'"),
+        (False, float, "--field-name takes a number, not 'False'"),
+        (None, float, "--field-name takes a number, not 'None'"),
+        (1, bool, "--field-name takes true or false, not '1'"),
+        ("yes", bool, "--field-name takes true or false, not 'yes'"),
+        (True, str, "--field-name takes a text, not 'True'"),
+        ([1], str, "--field-name takes a text, not '[1]'"),
+        ("adamx", Literal["adamw", "adam"], "--field-name is one of adamw, adam, not 'adamx'. Did you mean 'adam"),
+        ([0.9], tuple[float, float], "--field-name takes 2 values, not 1"),
+        (["a"], tuple[int, ...], "--field-name takes a whole number, not 'a'"),
+        ("x", int | None, "--field-name takes a whole number, not 'x'"),
+    ],
+)
+def test_coerce__says_which_flag_which_value_and_what_it_takes(value: Any, kind: Any, told: str) -> None:
+    with refused(told):
+        coerce(value, kind, "field_name")
+
+
+def test_flags__name_every_field_once() -> None:
+    found = flags(Whole)
+    assert found["optim.weight-decay"] is float
+    assert found["max-steps"] is str
+    assert found["model.args"] is str
+    assert found["limit"] == int | None
+    assert "optim" not in found
+    assert len(found) == len(dataclasses.fields(Whole)) - 2 + len(flags(OptimConfig)) + len(flags(BackboneConfig))
+    assert flag("max_steps") == "max-steps"
+
+
+# ---------------------------------------------------------------------------------------------------------- replacing
+
+
+def test_replace__by_nested_dictionaries_and_dotted_names() -> None:
+    config = Whole()
+    nested = replace(config, {"optim": {"lr": 1, "betas": [0.9, 0.95]}, "seed": "7"})
+    dotted = replace(config, {"optim.lr": 1.0, "optim.betas": (0.9, 0.95), "seed": 7})
+    mixed = replace(config, {"optim": {"lr": 1}, "optim.betas": [0.9, 0.95], "seed": 7})
+    assert nested == dotted == mixed
+    assert nested.optim == OptimConfig(lr=1.0, betas=(0.9, 0.95))
+    assert nested.optim.weight_decay == config.optim.weight_decay
+    assert config == Whole()
+    assert replace(config, {}) == config
+    assert type(nested) is Whole
+
+
+def test_replace__an_unknown_name_suggests_one() -> None:
+    with refused("Unknown setting 'batchsize'. Did you mean 'batch_size'?"):
+        replace(Whole(), {"batchsize": 3})
+    with refused("Unknown setting 'learning'"):
+        replace(Whole(), {"optim.learning": 3})
+    with refused("Unknown setting 'zzz'.") as caught:
+        replace(Whole(), {"zzz": 3})
+    assert "Did you mean" not in str(caught.value)
+
+
+def test_replace__checks_values_again() -> None:
+    with refused("--lr must be above 0, not -1.0"):
+        replace(Whole(), {"optim": {"lr": -1}})
+    with refused("--seed takes a whole number, not '0.5'"):
+        replace(Whole(), {"seed": 0.5})
+
+
+# --------------------------------------------------------------------------------------------------------- round trip
+
+
+INTEGERS = st.integers(-(2**53), 2**53)
+
+
+@st.composite
+def configs(draw: st.DrawFn) -> Whole:
+    positive_floats = st.floats(1e-12, 1e6)
+    return Whole(
+        data=draw(st.text()),
+        seed=draw(st.integers(0, 2**31 - 1)),
+        batch_size=draw(st.integers(1, 10**6)),
+        layers=tuple(draw(st.lists(INTEGERS))),
+        limit=draw(st.none() | INTEGERS),
+        share=draw(st.floats(allow_nan=False, allow_infinity=False)),
+        loggers=tuple(draw(st.lists(st.sampled_from(["tensorboard", "wandb", "mlflow"])))),
+        optim=OptimConfig(lr=draw(positive_floats), betas=(draw(st.floats(0, 1)), draw(st.floats(0, 1)))),
+        model=BackboneConfig(args=json.dumps(draw(st.dictionaries(st.text(), st.integers())))),
+    )
+
+
+@settings(max_examples=40, deadline=None)
+@given(configs())
+def test_dump_and_load__are_a_round_trip(tmp_path_factory: pytest.TempPathFactory, config: Whole) -> None:
+    folder = tmp_path_factory.getbasetemp()
+    dump(config, folder / "config.json")
+    assert load(Whole(), folder / "config.json") == config
+    assert load(Whole(seed=5), folder) == config  # a run folder will do
+    assert to_dict(config) == json.loads((folder / "config.json").read_text())
+
+
+def test_load__takes_a_part_and_drops_the_command(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"command": "codebook", "seed": 3, "optim": {"lr": 2}}')
+    assert load(Whole(batch_size=7), tmp_path) == Whole(batch_size=7, seed=3, optim=OptimConfig(lr=2.0))
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        (b"{", "cannot be read as a configuration"),
+        (b"\xff\xfe", "cannot be read as a configuration"),
+        (b"[1]", "must hold a JSON object"),
+        (b'{"colour": 1}', "Unknown setting 'colour'"),
+    ],
+)
+def test_load__refuses_a_broken_file(tmp_path: Path, content: bytes, told: str) -> None:
+    (tmp_path / "config.json").write_bytes(content)
+    with refused(told):
+        load(Whole(), tmp_path / "config.json")
+
+
+def test_load__refuses_a_missing_file(tmp_path: Path) -> None:
+    with refused("There is no configuration file"):
+        load(Whole(), tmp_path / "none.json")
+
+
+# ---------------------------------------------------------------------------------------------------------- comparing
+
+
+def test_differences__lists_what_a_resumed_run_may_not_change() -> None:
+    old, new = Whole(), Whole(seed=4, optim=OptimConfig(lr=0.5), batch_size=8, layers=(1,))
+    assert differences(to_dict(old), to_dict(new)) == [
+        "batch-size: 256 -> 8",
+        "layers: [3, 6] -> [1]",
+        "optim.lr: 0.0015 -> 0.5",
+        "seed: 0 -> 4",
+    ]
+    assert differences(to_dict(old), to_dict(old)) == []
+
+
+def test_differences__ignores_what_is_free() -> None:
+    changed = dict.fromkeys(FREE_ON_RESUME, "something else")
+    assert differences(to_dict(Whole()), to_dict(Whole()) | changed) == []
+    assert {field.name for field in dataclasses.fields(TrainConfig)} >= FREE_ON_RESUME  # no name is misspelt
+
+
+def test_differences__sees_what_only_one_has() -> None:
+    assert differences({"a": 1}, {"b": 2}) == ["a: 1 -> None", "b: None -> 2"]
+
+
+# ------------------------------------------------------------------------------------------------------------- checks
+
+
+@pytest.mark.parametrize(
+    ("values", "told"),
+    [
+        ({"batch_size": 0}, "--batch-size must be above 0, not 0"),
+        ({"image_size": -1}, "--image-size must be above 0, not -1"),
+        ({"min_crop": 1.5}, "--min-crop must lie in [0, 1], not 1.5"),
+        ({"min_crop": 0.0}, "--min-crop must be above 0, not 0.0"),
+        ({"seed": -1}, "--seed must lie in [0, 2.14748e+09], not -1"),
+        ({"devices": "0"}, "--devices must be a number above 0 or auto, not '0'"),
+        ({"devices": "two"}, "--devices must be a number above 0 or auto, not 'two'"),
+        ({"resume": True, "overwrite": True}, "--resume and --overwrite exclude each other"),
+        ({"loggers": ("tensorbord",)}, "--loggers knows tensorboard, wandb and mlflow, not 'tensorbord'"),
+        ({"max_steps": "ten"}, "--max-steps is 'ten'"),
+        ({"max_steps": "5%"}, "--max-steps is the whole training"),
+    ],
+)
+def test_train_config__refuses(values: dict[str, Any], told: str) -> None:
+    with refused(told):
+        TrainConfig(**values)
+
+
+@pytest.mark.parametrize(
+    ("values", "told"),
+    [({"lr": 0}, "--lr must be above 0"), ({"layer_decay": 1.1}, "--layer-decay"), ({"clip_grad": -1}, "--clip-grad")],
+)
+def test_optim_config__refuses(values: dict[str, Any], told: str) -> None:
+    with refused(told):
+        OptimConfig(**values)
+
+
+def test_backbone_config__reads_json() -> None:
+    assert BackboneConfig(args='{"depth": 6}').kwargs() == {"depth": 6}
+    with refused("--model.args is not JSON"):
+        BackboneConfig(args="{depth: 6}")
+    with refused("--model.args must be a JSON object"):
+        BackboneConfig(args="[6]")
+
+
+def test_positive_and_between__accept_their_borders() -> None:
+    config = OptimConfig(weight_decay=0.0, layer_decay=1.0)
+    positive(config, "lr")
+    between(config, 0.0, 1.0, "weight_decay", "layer_decay")
+    with refused("--weight-decay must be above 0, not 0.0"):
+        positive(config, "lr", "weight_decay")
+
+
+def test_every_field_explains_itself() -> None:
+    import ast
+    import inspect
+
+    from pecobook import config as module
+
+    tree = ast.parse(inspect.getsource(module))
+    for node in [node for node in tree.body if isinstance(node, ast.ClassDef)]:
+        for field, after in zip(node.body, node.body[1:], strict=False):
+            if isinstance(field, ast.AnnAssign) and ast.unparse(field.annotation) != "OptimConfig":
+                explained = isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant)
+                assert explained, f"{node.name}.{ast.unparse(field.target)}"
