@@ -10,9 +10,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import settings
 from PIL import Image
 
 from tests.distributed import TwoProcesses
+
+# The same examples in every run, and no clock: a busy machine is no failure.
+settings.register_profile("pecobook", deadline=None, derandomize=True)
+settings.load_profile("pecobook")
 
 _CACHE = pytest.StashKey[Path]()
 

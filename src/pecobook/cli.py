@@ -1,7 +1,7 @@
 """The command line: one short function a command. Nothing heavy is imported before a command needs it.
 
-Flags, Python keywords and config.json take one way to a setting (`pecobook.config.replace`), so they know the same names
-and give the same errors; tyro draws the help of each command from the settings' own explanations.
+Flags, Python keywords and config.json take one way to a setting (`pecobook.config.replace`), so they know the same
+names and give the same errors; tyro draws the help of each command from the settings' own explanations.
 """
 
 from __future__ import annotations

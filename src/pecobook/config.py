@@ -43,7 +43,7 @@ FREE_ON_RESUME = frozenset(
 def positive(config: object, *names: str) -> None:
     """Raise ConfigError for every named field of `config` that is not above zero."""
     for name in names:
-        if getattr(config, name) <= 0:
+        if not getattr(config, name) > 0:  # so that nan is refused too
             raise ConfigError(f"--{flag(name)} must be above 0, not {getattr(config, name)}.")
 
 
@@ -256,6 +256,8 @@ def replace(config: C, changes: dict[str, Any]) -> C:
         if name not in hints:
             raise ConfigError(f"Unknown setting '{name}'.{did_you_mean(name, hints)}")
         if dataclasses.is_dataclass(hints[name]):
+            if not isinstance(value, dict):
+                raise ConfigError(f"--{flag(name)} is a group of settings, not '{value}': set those in it.")
             values[name] = replace(getattr(config, name), value)
         else:
             values[name] = coerce(value, hints[name], name)
@@ -276,7 +278,7 @@ def coerce(value: Any, kind: Any, name: str) -> Any:
             f"--{flag(name)} is one of {', '.join(options)}, not '{value}'.{did_you_mean(str(value), options)}"
         )
     if origin is tuple:
-        items = [value] if isinstance(value, str | int | float) else list(value)
+        items = list(value) if isinstance(value, list | tuple) else [value]
         inner = get_args(kind)
         if inner[-1] is not Ellipsis and len(items) != len(inner):
             raise ConfigError(f"--{flag(name)} takes {len(inner)} values, not {len(items)}.")
@@ -299,7 +301,7 @@ def _coerce_scalar(value: Any, kind: Any, name: str) -> Any:
             return float(value)
         if kind is str and isinstance(value, str | int | float | Path) and not isinstance(value, bool):
             return str(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         pass
     raise ConfigError(f"--{flag(name)} takes {words.get(kind, str(kind))}, not '{value}'.")
 

@@ -90,11 +90,24 @@ def test_forward__the_mask_token_takes_the_place_of_patches(model: MaskedImageMo
     assert torch.equal((patches[0] != patches[2]).any(2), mask.flatten(1))
 
 
+def last_tokens(backbone: nn.Module, images: torch.Tensor) -> torch.Tensor:
+    """All tokens after the last norm, which timm holds back for after the pooling where it pools the mean."""
+    tokens = backbone.forward_features(images)  # type: ignore[operator]
+    has_norm = not isinstance(backbone.norm, nn.Identity)
+    return tokens if has_norm else backbone.fc_norm(tokens)  # type: ignore[operator, no-any-return]
+
+
+def test_hidden__reads_through_a_norm(model: MaskedImageModel) -> None:
+    hidden = model.hidden(pictures(), None)
+    assert torch.allclose(hidden.mean(-1), torch.zeros(()), atol=1e-4)
+    assert torch.allclose(hidden.std(-1, unbiased=False), torch.ones(()), atol=1e-2)
+
+
 def test_hidden__without_a_mask_is_timms(model: MaskedImageModel) -> None:
     images = pictures()
     model(images, some_mask())  # leaves nothing behind
     prefix = model.backbone.num_prefix_tokens if hasattr(model.backbone, "num_prefix_tokens") else 1
-    plain = model.backbone.forward_features(images)[:, prefix:]  # type: ignore[operator]
+    plain = last_tokens(model.backbone, images)[:, prefix:]
     hidden = model.hidden(images, None)
     assert hidden.shape == (2, 12, 24)
     assert torch.equal(hidden, plain)
@@ -104,7 +117,7 @@ def test_hidden__forgets_the_mask_after_an_error(model: MaskedImageModel) -> Non
     with pytest.raises(RuntimeError):
         model(pictures(), torch.ones(2, 2, 2, dtype=torch.bool))
     expected = model.hidden(pictures(), None)
-    assert torch.equal(model.backbone.forward_features(pictures())[:, -12:], expected)  # type: ignore[operator]
+    assert torch.equal(last_tokens(model.backbone, pictures())[:, -12:], expected)
 
 
 @pytest.mark.parametrize("name", list(BACKBONES))
@@ -116,7 +129,7 @@ def test_state_dict__loads_into_a_plain_timm_network(name: str) -> None:
     own = {key.removeprefix("backbone."): value for key, value in state.items() if key.startswith("backbone.")}
     plain.load_state_dict(own)
     assert state.keys() - {f"backbone.{key}" for key in own} == {"mask_token", "head.weight", "head.bias"}
-    assert torch.equal(plain.forward_features(pictures())[:, -12:], model.hidden(pictures(), None))
+    assert torch.equal(last_tokens(plain, pictures())[:, -12:], model.hidden(pictures(), None))
 
 
 def test_backward__reaches_every_part(model: MaskedImageModel) -> None:

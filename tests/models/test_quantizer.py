@@ -149,7 +149,7 @@ class SlowAverages:
             self.N[i] = self.decay * self.N[i] + (1 - self.decay) * n[i]
             self.m[i] = self.decay * self.m[i] + (1 - self.decay) * sums[i]
         total = self.N.sum()
-        for i in range(K):
+        for i in np.flatnonzero(n):  # ours: a codeword that nothing chose keeps its place
             self.e[i] = self.m[i] / ((self.N[i] + self.eps) / (total + K * self.eps) * total)
 
 

@@ -82,7 +82,7 @@ def test_mix__mixup_blends_images_and_targets_alike() -> None:
 
 
 def test_mix__cutmix_gives_the_area_that_was_pasted() -> None:
-    images, targets = numbered()
+    images, targets = numbered(size=16)
     areas = set()
     for seed in range(8):
         torch.manual_seed(seed)
@@ -99,7 +99,7 @@ def test_mix__cutmix_gives_the_area_that_was_pasted() -> None:
                 assert height * width == int(pasted[0].sum())
         areas.add(area)
     assert len(areas) > 3
-    assert torch.equal(images, numbered()[0])  # what was given is left alone
+    assert torch.equal(images, numbered(size=16)[0])  # what was given is left alone
 
 
 def test_mix__chooses_one_of_the_two_by_a_fair_coin() -> None:

@@ -73,7 +73,7 @@ def test_contrastive_loss__two_processes_see_each_others_keys(two_processes: Two
     loss.backward()
     assert whole.grad is not None
     halves = two_processes.run(half_loss, queries, keys)
-    assert sum(half[0] for half in halves) / 2 == pytest.approx(float(loss), rel=1e-5)
+    assert sum(half[0] for half in halves) / 2 == pytest.approx(loss.item(), rel=1e-5)
     assert sum(half[1] for half in halves) / 2 == pytest.approx(float(accuracy))
     # Each half's mean is over three, the whole's over six.
     assert [g / 2 for half in halves for g in half[2]] == pytest.approx(

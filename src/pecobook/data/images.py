@@ -226,10 +226,9 @@ def expand_pattern(pattern: str) -> list[Path]:
     missing: list[str] = []
     names = list(_expand_braces(str(Path(pattern).expanduser())))
     for name in names:
+        found = [name] if Path(name).is_file() else []
         if re.search(r"[*?\[]", name):
             found = sorted(glob.glob(name))  # noqa: PTH207 (Path.glob knows no absolute patterns)
-        else:
-            found = [name] if Path(name).is_file() else []
         files += map(Path, found)
         if not found:
             missing.append(name)

@@ -82,12 +82,11 @@ def random_crop(image: Tensor, size: int, view_key: int, *, min_area: float) -> 
 
 
 def center_crop(image: Tensor, size: int) -> Tensor:
-    """Shorter side resized to `size`, then the central square: uint8 (C, H, W) to uint8 (C, size, size)."""
+    """The central square, resized: uint8 (C, H, W) to uint8 (C, size, size)."""
     height, width = image.shape[1:]
-    scale = size / min(height, width)
-    image = resize(image, max(size, round(height * scale)), max(size, round(width * scale)))
-    top, left = (image.shape[1] - size) // 2, (image.shape[2] - size) // 2
-    return image[:, top : top + size, left : left + size]
+    side = min(height, width)
+    top, left = (height - side) // 2, (width - side) // 2
+    return resize(image[:, top : top + side, left : left + side], size, size)
 
 
 def resize(image: Tensor, height: int, width: int) -> Tensor:

@@ -63,6 +63,8 @@ class MaskedImageModel(nn.Module):
             tokens = self.backbone.forward_features(images)  # type: ignore[operator]
         finally:
             self._mask = None
+        if isinstance(self.backbone.norm, nn.Identity):  # timm then keeps the last norm for after the pooling
+            tokens = self.backbone.fc_norm(tokens)  # type: ignore[operator]
         return tokens[:, tokens.shape[1] - self.grid[0] * self.grid[1] :]  # type: ignore[no-any-return]
 
     def forward(self, images: Tensor, mask: Tensor) -> Tensor:

@@ -119,11 +119,9 @@ class VectorQuantizer(nn.Module):
         self.ema_sum.lerp_(sums, 1 - self.decay)
         total = self.ema_count.sum()
         smoothed = (self.ema_count + self.eps) / (total + self.num_codewords * self.eps) * total  # (K,)
-        # A codeword without any statistics keeps its place: 0 / 0 would send it to the origin.
-        seen = self.ema_count > self.eps
-        self.codebook.copy_(
-            torch.where(seen[:, None], self.ema_sum / smoothed.clamp_min(1e-12)[:, None], self.codebook)
-        )
+        # An unused codeword keeps its place: its sum and count fade alike, but smoothing would pull it to the origin.
+        used = (counts > 0)[:, None]
+        self.codebook.copy_(torch.where(used, self.ema_sum / smoothed.clamp_min(1e-12)[:, None], self.codebook))
         self.idle.add_(1).masked_fill_(counts > 0, 0)
         self.num_updates.add_(1)
         self._steps += 1

@@ -139,11 +139,8 @@ class PretrainStage(Stage):
 
 
 def backbone_args(config: PretrainConfig) -> dict[str, Any]:
-    """Arguments of timm.create_model: the image's size, and a final norm that the head reads through."""
-    args: dict[str, Any] = {"img_size": config.image_size, **config.model.kwargs()}
-    if config.model.name.startswith("beit"):
-        args = {"use_fc_norm": False, **args}
-    return args
+    """Arguments of timm.create_model: the image's size, and what the settings add."""
+    return {"img_size": config.image_size, **config.model.kwargs()}
 
 
 def _check(config: PretrainConfig) -> None:

@@ -1,0 +1,62 @@
+"""Twenty losses of every stage, against those on record: a refactoring must not move them.
+
+`PECOBOOK_UPDATE_GOLDEN=1 pytest tests/stages/test_golden.py` writes tests/golden/ anew. A change of a golden file is a
+change of what is computed, so it needs a line in CHANGELOG.md that says why.
+
+Full precision, one thread, small variants of `tiny` on the built-in photographs. Platforms round differently and twenty
+steps of Adam enlarge that, hence the tolerance of 1e-4.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.runs import losses, train
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+STEPS = 20
+# A large epsilon keeps Adam from blowing up the sign of gradients near zero, which is rounding.
+_COMMON: dict[str, Any] = {"max_steps": str(STEPS), "batch_size": 16, "seed": 1, "optim.eps": 1e-2}
+
+# Name of the file: command and settings.
+STAGES: dict[str, tuple[str, dict[str, Any]]] = {
+    "contrast": ("contrast", {}),
+    "codebook": ("codebook", {}),
+    "codebook_perceptual": (
+        "codebook",
+        {
+            "perceptual.network": "timm:resnet10t",
+            "perceptual.weights": "random",
+            "perceptual.layers": (1, 2),
+            "perceptual.weight": 0.5,
+        },
+    ),
+    "pretrain": ("pretrain", {}),
+    "finetune": ("finetune", {}),
+}
+
+
+@pytest.mark.parametrize("name", list(STAGES))
+def test_train__golden_losses(name: str, tmp_path: Path) -> None:
+    command, more = STAGES[name]
+    settings = {**_COMMON, **more}
+    if command == "pretrain":
+        settings["tokenizer"] = str(train("codebook", "photos", tmp_path / "codebook", **_COMMON))
+    if command == "finetune":  # from random weights: one stage's change must not move another's file
+        settings |= {"backbone": "timm:vit_tiny_patch16_224", "weights": "random", "image_size": 32}
+    assert torch.get_num_threads() == 1
+    found = losses(train(command, "photos", tmp_path / "run", **settings))
+    assert len(found) == STEPS
+    file = GOLDEN / f"{name}.json"
+    if os.environ.get("PECOBOOK_UPDATE_GOLDEN"):
+        file.write_text(json.dumps(found, indent=1) + "\n")
+    assert found == pytest.approx(json.loads(file.read_text()), rel=1e-4), (
+        "what is computed has changed; if that is meant: PECOBOOK_UPDATE_GOLDEN=1, and a line in CHANGELOG.md"
+    )
+    assert sum(found[-5:]) < sum(found[:5])  # it learns

@@ -1,0 +1,158 @@
+"""What all stages share: the checks before a run, and exports that others can load."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from pecobook import api
+from pecobook.config import replace
+from pecobook.data.images import ImageSource, Splits
+from pecobook.errors import DataError, PreflightError
+from pecobook.models.weights import load_backbone
+from pecobook.recipes import recipe
+from pecobook.stages import stage as stages
+from pecobook.stages.classify import KIND as FINETUNE
+from pecobook.stages.codebook import KIND as CODEBOOK
+from pecobook.stages.stage import look_at_images, preflight
+from tests.runs import SMALL, export_bytes, inputs, squares, train
+
+FILES = {
+    "contrast": {"model.safetensors", "config.json", "README.md"},
+    "codebook": {"model.safetensors", "config.json", "README.md"},
+    "pretrain": {"model.safetensors", "config.json", "README.md", "mim.safetensors"},
+    "finetune": {"model.safetensors", "config.json", "README.md"},
+}
+
+
+@pytest.mark.parametrize("command", list(FILES))
+def test_train__prints_lines_that_load_its_export_as_they_are(
+    command: str,
+    images: Path,
+    codebook_run: Path,
+    vit_run: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    out = tmp_path / "a run"
+    settings: dict[str, Any] = {**SMALL[command], **inputs(command, codebook_run, vit_run), "max_steps": "2"}
+    assert getattr(api, command)("tiny", data=str(images), out=str(out), **settings) == out
+    assert set(export_bytes(out)) == FILES[command]
+    said = capsys.readouterr().err
+    done, _, lines = said[said.index("Done: ") :].partition("\n\n")
+    assert done == f"Done: {out / 'export'}"
+    names: dict[str, Any] = {}
+    exec(lines, names)
+    exported = load_file(out / "export" / "model.safetensors")
+    loaded = names["tokenizer" if command == "codebook" else "model"]
+    state = loaded.state_dict()
+    assert all(torch.equal(state[name], value) for name, value in exported.items())
+    pictures = torch.rand(2, 3, loaded.image_size if command == "codebook" else settings.get("image_size", 32), 16)
+    if command == "codebook":
+        codes = loaded.encode(pictures[..., :16])
+        assert codes.shape == (2, 4, 4)
+        assert loaded.decode(codes).shape == (2, 3, 16, 16)
+    elif command == "finetune":
+        assert loaded(torch.rand(2, 3, 16, 16)).shape == (2, 3)
+        config = json.loads((out / "export" / "config.json").read_text())
+        assert config["classes"] == ["blue", "green", "red"]
+    else:
+        side = 32 if command == "contrast" else 16
+        assert loaded(torch.rand(2, 3, side, side)).shape[0] == 2
+
+
+@pytest.mark.parametrize("command", ["contrast", "pretrain", "finetune"])
+def test_train__its_run_is_a_backbone_for_others(
+    command: str, images: Path, codebook_run: Path, vit_run: Path, tmp_path: Path
+) -> None:
+    run = train(command, images, tmp_path / "run", max_steps="1", **inputs(command, codebook_run, vit_run))
+    backbone = load_backbone(str(run))
+    exported = load_file(run / "export" / "model.safetensors")
+    shared = backbone.network.state_dict()
+    assert shared
+    assert all(torch.equal(value, exported[name]) for name, value in shared.items())
+    card = (run / "export" / "README.md").read_text()
+    assert backbone.name in card
+    code = (
+        card.split("```python\n")[1].split("```")[0].replace('"model.safetensors"', f'"{run}/export/model.safetensors"')
+    )
+    exec(code, {})
+
+
+def test_train__what_was_trained_is_what_is_exported(images: Path, tmp_path: Path) -> None:
+    run = train("codebook", images, tmp_path / "run", max_steps="3")
+    state = torch.load(run / "checkpoints" / "step-00000003" / "state.pt", weights_only=True)["model"]
+    exported = load_file(run / "export" / "model.safetensors")
+    assert exported
+    assert all(torch.equal(state[f"tokenizer.{name}"], value) for name, value in exported.items())
+    assert not any("ema" in name for name in exported)
+
+
+# ------------------------------------------------------------------------------------------------------ before the run
+
+
+def config(**more: Any) -> Any:
+    return replace(recipe("codebook", "tiny"), {**SMALL["codebook"], **more})
+
+
+def test_preflight__reports_every_problem_and_makes_nothing(tmp_path: Path) -> None:
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "a").touch()
+    broken = config(
+        data=str(tmp_path / "none"), out=str(tmp_path / "full"), precision="fp32", loggers=("wandb",), devices="3"
+    )
+    broken = dataclasses.replace(broken, perceptual=dataclasses.replace(broken.perceptual, network="timm:nothing"))
+    with pytest.raises(PreflightError) as caught:
+        preflight(CODEBOOK, broken)
+    told = [str(problem) for problem in caught.value.problems]
+    for part in ("is not empty", "does not exist", "timm has no network 'nothing'", "3 devices", "--loggers wandb"):
+        assert sum(part in line for line in told) == 1, (part, told)
+    assert len(told) == 5
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["a", "full"]
+
+
+def test_preflight__other_ranks_leave_the_folder_to_the_first(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "metrics.jsonl").touch()  # the first rank has begun
+    filled = config(data=str(images), out=str(tmp_path))
+    with pytest.raises(PreflightError, match="is not empty"):
+        preflight(CODEBOOK, filled)
+    monkeypatch.setenv("RANK", "1")
+    assert len(preflight(CODEBOOK, filled).train) == 22
+
+
+def test_preflight__held_out_images_need_labels_too(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    whole = squares(10)
+    bare = ImageSource(whole._store, name="squares", split="evaluation")
+    monkeypatch.setattr(stages, "open_images", lambda _: Splits(whole, bare, "test"))
+    with pytest.raises(PreflightError, match="has no labels for its test images"):
+        preflight(FINETUNE, replace(recipe("finetune", "tiny"), {"out": str(tmp_path / "run")}))
+
+
+def test_look_at_images__one_that_can_be_read_is_enough(tmp_path: Path) -> None:
+    look_at_images(squares(20, bad=(0, 1, 2, 3, 4, 5, 6)))
+    with pytest.raises(DataError, match="None of the first 8 images of 'squares' can be read; the first: square 0"):
+        look_at_images(squares(20, bad=tuple(range(8))))
+
+
+def test_train__a_bad_image_ends_no_run(tmp_path: Path) -> None:
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for number in range(12):
+        Image.new("RGB", (20, 20), (20 * number, 0, 0)).save(folder / f"{number:02d}.png")
+    for number in (3, 4, 8, 9):
+        (folder / f"{number:02d}.png").write_bytes(b"broken")
+    run = train("codebook", folder, tmp_path / "run", max_steps="4")
+    log = (run / "train.log").read_text()
+    named = {number for number in range(12) if f"{number:02d}.png" in log}
+    assert named == {3, 4, 8, 9}
+    assert log.count("skipped: ") == 4
+    assert "4 images could not be read" in log

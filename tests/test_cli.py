@@ -1,0 +1,387 @@
+"""The command line as a person meets it: mistakes first."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from pecobook import cli
+from pecobook.config import flags
+from pecobook.errors import ConfigError
+from pecobook.recipes import recipe
+from pecobook.stages.codebook import CodebookConfig
+from tests.runs import SMALL, export_bytes, losses, train
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where the person stands: an empty folder, unreadable images, a text file, a run, a few configurations."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("PECOBOOK_TRACEBACK", raising=False)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "broken").mkdir()
+    for number in range(3):
+        (tmp_path / "broken" / f"{number}.jpg").write_bytes(b"no image at all")
+    (tmp_path / "notes.txt").write_text("hello")
+    (tmp_path / "photos-2024").mkdir()
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "thesis.doc").touch()
+    for name, text in {
+        "broken.json": '{"seed": ',
+        "list.json": "[1]",
+        "unknown.json": '{"bach_size": 8}',
+        "typed.json": '{"optim": {"lr": "fast"}}',
+        "flat.json": '{"optim": 3}',
+        "null.json": '{"perceptual": {"layers": null}}',
+    }.items():
+        (tmp_path / name).write_text(text)
+    return tmp_path
+
+
+def contents(folder: Path) -> dict[str, bytes | None]:
+    return {str(path): path.read_bytes() if path.is_file() else None for path in sorted(folder.rglob("*"))}
+
+
+def fail(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    """Run a command that must end with code 2; returns what it said, without its first word."""
+    with pytest.raises(SystemExit) as left:
+        cli.main(arguments)
+    out, err = capsys.readouterr()
+    assert left.value.code == 2
+    assert out == ""
+    assert "Traceback" not in err
+    assert err.startswith("pecobook: ")
+    return err.removeprefix("pecobook: ")
+
+
+DATA = ("--data", "photos")
+RUN = ("--data", "photos", "--out", "run")
+
+# What is typed, and what must be named: the value, then the remedy.
+MISTAKES: list[tuple[str, str, str]] = [
+    ("codebok tiny", "codebok", "Did you mean 'codebook'?"),
+    ("--data photos", "--data", "pecobook --help"),
+    ("recipes all", "all", "takes nothing more"),
+    ("codebook tinny --data photos --out run", "tinny", "Did you mean 'tiny'?"),
+    ("codebook nothing-like-it --data photos --out run", "nothing-like-it", "tiny, cifar10"),
+    ("codebook tiny more --data photos --out run", "'more' stands alone", "--name value"),
+    ("codebook tiny --dta photos --out run", "--dta", "Did you mean '--data'?"),
+    ("codebook tiny --data photos --out run --lr 1", "--lr", "Did you mean '--optim.lr'?"),
+    ("codebook tiny --data photos --out run --zzz 1", "--zzz", "pecobook codebook --help"),
+    ("codebook tiny --data photos --out run --batch-size many", "many", "a whole number"),
+    ("codebook tiny --data photos --out run --batch-size 7.5", "7.5", "a whole number"),
+    ("codebook tiny --data photos --out run --batch-size 0", "0", "above 0"),
+    ("codebook tiny --data photos --out run --optim.lr fast", "fast", "a number"),
+    ("codebook tiny --data photos --out run --optim.lr -1", "-1", "above 0"),
+    ("codebook tiny --data photos --out run --optim.betas 0.9", "--betas", "2 values"),
+    ("codebook tiny --data photos --out run --resume perhaps", "perhaps", "true or false"),
+    ("codebook tiny --data photos --out run --precision fp64", "fp64", "Did you mean"),
+    ("codebook tiny --data photos --out run --precision fp16", "fp16", "use bf16 or fp32"),
+    ("codebook tiny --data photos --out run --max-steps soon", "soon", "100 epochs"),
+    ("codebook tiny --data photos --out run --max-steps 5%", "5%", "give steps or epochs"),
+    ("codebook tiny --data photos --out run --max-steps 100 epochs", "100 epochs", "quote"),
+    ("codebook tiny --data photos --out run --devices none", "none", "or auto"),
+    ("codebook tiny --data photos --out run --devices 3", "64", "3 devices"),
+    ("codebook tiny --data photos --out run --micro-batch-size -3", "-3", "or above"),
+    ("codebook tiny --data photos --out run --loggers tensorbord", "tensorbord", "tensorboard, wandb and mlflow"),
+    ("codebook tiny --data photos --out run --resume --overwrite", "--resume and --overwrite", "one of them"),
+    ("codebook tiny --data photos --out run --image-size 33", "33", "multiple of 8"),
+    ("codebook tiny --data photos --out", "--out", "needs a value"),
+    ("codebook tiny --data= --out run", "--data ''", "A source is"),
+    ("codebook tiny --data photos", "--out is missing", "for example"),
+    ("codebook tiny --data nowhere --out run", "nowhere", "A source is"),
+    ("codebook tiny --data photos-2023 --out run", "photos-2023", "Did you mean 'photos-2024'?"),
+    ("codebook tiny --data empty --out run", "empty", "Extensions that are read"),
+    ("codebook tiny --data broken --out run", "broken", "can be read"),
+    ("codebook tiny --data notes.txt --out run", "notes.txt", "give the folder"),
+    ("codebook tiny --data photos --out full", "full", "--overwrite"),
+    ("codebook tiny --data photos --out full --overwrite", "full", "does not look like a run"),
+    ("codebook tiny --data photos --out full --resume", "full", "Leave --resume out"),
+    ("codebook tiny --data photos --out notes.txt", "notes.txt", "name a folder"),
+    ("codebook tiny --data photos --out notes.txt/run", "notes.txt", "is a file"),
+    ("codebook cifar10 --data photos --out run", "--perceptual.network is missing", "none for pixels alone"),
+    ("codebook tiny --data photos --out run --perceptual.network resnet50", "resnet50", "timm:NAME"),
+    ("codebook tiny --data photos --out run --perceptual.network timm:resnet51", "resnet51", "Did you mean 'resnet5"),
+    ("codebook tiny --data photos --out run --perceptual.network runs/none", "runs/none", "timm:NAME"),
+    ("codebook tiny --data photos --out run --perceptual.network empty", "empty", "not a finished run"),
+    (
+        "codebook tiny --data photos --out run --perceptual.network timm:resnet10t --perceptual.weights random",
+        "(3, 6, 9, 12)",
+        "layers 1 to 4",
+    ),
+    ("contrast tiny --data photos --out run --model.args {", "{", "not JSON"),
+    ("contrast tiny --data photos --out run --model.args 3", "3", "JSON object"),
+    ('contrast tiny --data photos --out run --model.args {"dept":3}', "dept", "does not take"),
+    ("contrast tiny --data photos --out run --batch-size 1", "--batch-size", "at least 2 images"),
+    ("pretrain tiny --data photos --out run", "--tokenizer is missing", "codebook run"),
+    ("pretrain tiny --data photos --out run --tokenizer full", "full", "not a finished run"),
+    ("finetune tiny --data photos --out run", "--backbone is missing", "timm:NAME"),
+    (
+        "finetune tiny --data photos --out run --backbone timm:vit_tiny_patch16_225",
+        "patch16_225",
+        "Did you mean 'vit_tiny_patch16_224'",
+    ),
+    ("codebook tiny --config gone.json --data photos --out run", "gone.json", "no configuration file"),
+    ("codebook tiny --config broken.json --data photos --out run", "broken.json", "cannot be read"),
+    ("codebook tiny --config list.json --data photos --out run", "list.json", "JSON object"),
+    ("codebook tiny --config unknown.json --data photos --out run", "bach_size", "Did you mean 'batch_size'?"),
+    ("codebook tiny --config typed.json --data photos --out run", "fast", "a number"),
+    ("codebook tiny --config flat.json --data photos --out run", "--optim", "not '3'"),
+    ("codebook tiny --config null.json --data photos --out run", "--layers", "not 'None'"),
+    ("codebook tiny --config empty --data photos --out run", "empty", "no configuration file"),
+    ("probe --data photos", "--backbone is missing", "timm:NAME"),
+]
+
+
+@pytest.mark.parametrize(("typed", "value", "remedy"), MISTAKES, ids=[mistake[0] for mistake in MISTAKES])
+def test_main__a_mistake_is_told_in_a_few_lines_and_nothing_is_made(
+    typed: str, value: str, remedy: str, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = contents(folder)
+    said = fail(typed.split(" ") if "100 epochs" not in typed else typed.split(), capsys)
+    assert 1 <= len(said.splitlines()) <= 3
+    assert value in said
+    assert remedy in said
+    assert contents(folder) == before
+
+
+def test_main__no_labels_to_learn_from(folder: Path, images: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = contents(folder)
+    typed = ["finetune", "tiny", "--data", str(images / "red"), "--out", "run", "--backbone", "timm:resnet10t"]
+    said = fail([*typed, "--weights", "random"], capsys)
+    assert "has no labels" in said
+    assert "subfolder" in said
+    assert contents(folder) == before
+
+
+def test_main__all_problems_at_once(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = contents(folder)
+    typed = "codebook tiny --data empty --out full --perceptual.network timm:resnet51 --devices 3"
+    lines = fail(typed.split(), capsys).splitlines()
+    assert len(lines) == 4
+    for part in ("'full' is not empty", "'empty'", "resnet51", "3 devices"):
+        assert sum(part in line for line in lines) == 1
+    assert contents(folder) == before
+
+
+def test_main__the_traceback_for_those_who_ask(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PECOBOOK_TRACEBACK", "1")
+    with pytest.raises(ConfigError, match="codebok"):
+        cli.main(["codebok"])
+
+
+def test_main__an_interruption_is_no_mistake(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupt(args: list[str]) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "_dispatch", interrupt)
+    with pytest.raises(SystemExit) as left:
+        cli.main([])
+    assert left.value.code == 130
+    assert capsys.readouterr().err == "pecobook: interrupted.\n"
+
+
+# ---------------------------------------------------------------------------------------------------------------- help
+
+
+@pytest.mark.parametrize("arguments", [[], ["--help"], ["-h"], ["help"]])
+def test_main__help_names_every_command(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    cli.main(arguments)
+    shown = capsys.readouterr().out
+    for command in cli.COMMANDS:
+        assert re.search(rf"^  {command} ", shown, re.MULTILINE)
+    assert max(map(len, shown.splitlines())) <= 120
+
+
+_LOOK = """
+import sys
+from pecobook import cli
+cli.main(["--help"])
+heavy = {"torch", "timm", "numpy", "tyro", "datasets", "lightning_fabric", "torchvision"} & set(sys.modules)
+assert not heavy, heavy
+"""
+
+
+def test_main__help_imports_nothing_heavy() -> None:
+    done = subprocess.run([sys.executable, "-c", _LOOK], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "pecobook COMMAND" in done.stdout
+
+
+@pytest.mark.parametrize("command", ["contrast", "codebook", "pretrain", "finetune"])
+def test_main__help_of_a_command_explains_every_flag(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as left:
+        cli.main([command, "tiny", "--help"])
+    assert left.value.code == 0
+    shown = capsys.readouterr().out
+    for flag in flags(type(recipe(command, "tiny"))):
+        assert f"--{flag}" in shown or f"--{flag.replace('.', '.no-')}" in shown, flag
+    assert "Images in one optimizer step" in re.sub(r"[\s│]+", " ", shown)
+
+
+@pytest.mark.parametrize("command", ["probe", "demo"])
+def test_main__help_of_the_other_commands(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as left:
+        cli.main([command, "--help"])
+    assert left.value.code == 0
+    assert "--data" in capsys.readouterr().out
+
+
+def test_main__version(capsys: pytest.CaptureFixture[str]) -> None:
+    cli.main(["--version"])
+    assert re.fullmatch(r"pecobook \d+\.\d+\.\d+\S*\n", capsys.readouterr().out)
+
+
+def test_main__recipes_lists_every_one(capsys: pytest.CaptureFixture[str]) -> None:
+    from pecobook.recipes import RECIPES
+
+    cli.main(["recipes"])
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == sum(map(len, RECIPES.values()))
+    for command, recipes in RECIPES.items():
+        for name in recipes:
+            assert any(re.match(rf"{command} {name}  +\S+", line) for line in lines)
+
+
+# ------------------------------------------------------------------------------------------------------------- parsing
+
+
+def parse(*arguments: str) -> CodebookConfig:
+    parsed: CodebookConfig = cli.parse(recipe("codebook", "tiny"), list(arguments), "codebook tiny")
+    return parsed
+
+
+@pytest.mark.parametrize(
+    "typed", [["--batch-size", "12"], ["--batch-size=12"], ["--batch_size", "12"], ["--batch_size=12"]]
+)
+def test_parse__ways_to_write_a_flag(typed: list[str]) -> None:
+    assert parse(*typed) == parse("--batch-size", "12") != parse()
+    assert parse(*typed).batch_size == 12
+
+
+@pytest.mark.parametrize(
+    ("typed", "compiled"),
+    [
+        (["--compile"], True),
+        (["--compile", "true"], True),
+        (["--compile=false"], False),
+        (["--no-compile"], False),
+        (["--no_compile"], False),
+        (["--compile", "--no-compile"], False),
+    ],
+)
+def test_parse__switches(typed: list[str], compiled: bool) -> None:
+    assert parse(*typed).compile is compiled
+
+
+@pytest.mark.parametrize("typed", ["--model.no-latent-norm", "--model.latent-norm=false"])
+def test_parse__a_switch_within_a_group(typed: str) -> None:
+    assert parse().model.latent_norm
+    assert not parse(typed).model.latent_norm
+
+
+@pytest.mark.parametrize(
+    "typed", [["--model.channels", "8", "16"], ["--model.channels", "8,16"], ["--model.channels=8,16"]]
+)
+def test_parse__several_values(typed: list[str]) -> None:
+    assert parse(*typed).model.channels == (8, 16)
+    assert parse(*typed).model.num_blocks == parse().model.num_blocks
+
+
+def test_parse__values_that_look_odd() -> None:
+    assert parse("--workers", "-1").workers == -1
+    assert parse("--data=a=b").data == "a=b"
+    assert parse("--max-steps", "3 epochs").max_steps == "3 epochs"
+    assert parse("--loggers").loggers == ()
+    assert parse("--out", "123").out == "123"
+
+
+def test_parse__flags_go_over_a_config_file_over_the_recipe(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"command": "codebook", "seed": 5, "optim": {"lr": 0.5}}))
+    config = parse("--config", str(tmp_path), "--seed", "7")
+    assert (config.seed, config.optim.lr, config.optim.name) == (7, 0.5, "adam")
+    assert config.image_size == 32  # the recipe's
+
+
+# ---------------------------------------------------------------------------------------------------------------- runs
+
+
+def small_flags(command: str, **more: Any) -> list[str]:
+    words: list[str] = []
+    for name, value in {**SMALL[command], **more}.items():
+        words += [f"--{name}", *(map(str, value) if isinstance(value, tuple) else [str(value)])]
+    return words
+
+
+def test_main__a_run_folder_holds_exactly_what_is_promised(
+    images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "run"
+    more = {"max_steps": "4", "save_every": 2, "sample_every": 2, "loggers": "tensorboard"}
+    cli.main(["codebook", "tiny", "--data", str(images), "--out", str(out), *small_flags("codebook", **more)])
+    events = [path.name for path in out.glob("events.out.tfevents.*")]
+    assert len(events) == 1
+    assert sorted(path.name for path in out.iterdir()) == sorted(
+        [*events, "checkpoints", "config.json", "environment.json", "export", "metrics.jsonl", "samples", "train.log"]
+    )
+    assert sorted(str(path.relative_to(out / "checkpoints")) for path in (out / "checkpoints").rglob("*")) == [
+        "step-00000002",
+        "step-00000002/state.pt",
+        "step-00000004",
+        "step-00000004/state.pt",
+    ]
+    assert sorted(path.name for path in (out / "samples").iterdir()) == ["step-00000002.png", "step-00000004.png"]
+    assert sorted(export_bytes(out)) == ["README.md", "config.json", "model.safetensors"]
+    assert "codebook 4/4" in capsys.readouterr().err
+
+
+def test_main__config_of_a_run_makes_the_same_run_again(images: Path, tmp_path: Path) -> None:
+    first = train("codebook", images, tmp_path / "first", max_steps="4", seed=3)
+    cli.main(["codebook", "--config", str(first / "config.json"), "--out", str(tmp_path / "second")])
+    assert export_bytes(tmp_path / "second") == export_bytes(first)
+    assert losses(tmp_path / "second") == losses(first)
+    ours, theirs = (json.loads((run / "config.json").read_text()) for run in (tmp_path / "second", first))
+    assert {**ours, "out": ""} == {**theirs, "out": ""}
+
+
+def test_main__a_signal_leaves_with_130_and_the_way_on(
+    images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import os
+    import signal
+
+    def stop(self: object, step: int, total: int) -> None:
+        if step == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr("pecobook.stages.contrast.ContrastStage.after_step", stop)
+    out = tmp_path / "run"
+    with pytest.raises(SystemExit) as left:
+        cli.main(["contrast", "tiny", "--data", str(images), "--out", str(out), *small_flags("contrast")])
+    assert left.value.code == 130
+    assert "Go on with --resume." in capsys.readouterr().err
+    assert torch.load(out / "checkpoints" / "step-00000003" / "state.pt", weights_only=True)["step"] == 3
+
+
+def test_main__resume_of_a_locked_folder_is_refused(
+    images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from pecobook.engine import run_folder
+
+    run = train("codebook", images, tmp_path / "run", max_steps="1")
+    held = run_folder.lock(run)
+    try:
+        typed = ["codebook", "tiny", "--data", str(images), "--out", str(run), "--resume"]
+        said = fail([*typed, *small_flags("codebook", max_steps="1")], capsys)
+    finally:
+        run_folder.release(held)
+    assert "Another process is writing" in said
