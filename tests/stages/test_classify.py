@@ -84,7 +84,7 @@ def test_mix__mixup_blends_images_and_targets_alike() -> None:
 def test_mix__cutmix_gives_the_area_that_was_pasted() -> None:
     images, targets = numbered(size=16)
     areas = set()
-    for seed in range(8):
+    for seed in range(12):
         torch.manual_seed(seed)
         mixed, soft = mix(images, targets, mixup=0.0, cutmix=1.0)
         for b in range(4):
@@ -98,7 +98,7 @@ def test_mix__cutmix_gives_the_area_that_was_pasted() -> None:
                 height, width = int(rows.max() - rows.min()) + 1, int(columns.max() - columns.min()) + 1
                 assert height * width == int(pasted[0].sum())
         areas.add(area)
-    assert len(areas) > 3
+    assert len(areas) >= 5
     assert torch.equal(images, numbered(size=16)[0])  # what was given is left alone
 
 

@@ -60,7 +60,7 @@ def half_loss(rank: int, world_size: int, queries: Tensor, keys: Tensor) -> tupl
     mine = slice(rank * 3, rank * 3 + 3)
     own = queries[mine].clone().requires_grad_()
     loss, accuracy = contrastive_loss(own, keys[mine], 0.2)
-    loss.backward()
+    loss.backward()  # type: ignore[no-untyped-call]
     assert own.grad is not None
     return float(loss), float(accuracy), own.grad.flatten().tolist()
 
@@ -70,7 +70,7 @@ def test_contrastive_loss__two_processes_see_each_others_keys(two_processes: Two
     queries, keys = torch.randn(6, 5, generator=generator), torch.randn(6, 5, generator=generator)
     whole = queries.clone().requires_grad_()
     loss, accuracy = contrastive_loss(whole, keys, 0.2)
-    loss.backward()
+    loss.backward()  # type: ignore[no-untyped-call]
     assert whole.grad is not None
     halves = two_processes.run(half_loss, queries, keys)
     assert sum(half[0] for half in halves) / 2 == pytest.approx(loss.item(), rel=1e-5)
@@ -108,7 +108,7 @@ def test_forward__the_second_encoder_never_gets_gradients(model: BackboneConfig 
 def test_forward__loss_is_symmetric_in_the_views() -> None:
     stage, given = make(blur=(0.0, 0.0), solarise=(0.0, 0.0)), batch()
     swapped = {name.translate({48: "1", 49: "0"}): value for name, value in given.items()}
-    assert float(stage(given).loss) == pytest.approx(float(stage(swapped).loss), rel=1e-5)
+    assert stage(given).loss.item() == pytest.approx(stage(swapped).loss.item(), rel=1e-5)
 
 
 def test_stage__freezes_the_patch_projection_where_asked() -> None:

@@ -12,7 +12,7 @@ import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from pecobook.config import BackboneConfig, OptimConfig, TrainConfig, between, positive, replace
+from pecobook.config import BackboneConfig, TrainConfig, between, positive, replace
 
 if TYPE_CHECKING:
     from pecobook.stages.codebook import CodebookConfig
@@ -106,26 +106,13 @@ def _budget(config: DemoConfig) -> str:
 
 def _cpu() -> tuple[ContrastConfig, CodebookConfig, PretrainConfig]:
     """32 pixels, 4 x 4 tokens of 8 x 8 pixels: few tokens and deep layers are where perceptual codes differ."""
-    from pecobook.models.autoencoder import AutoencoderConfig
     from pecobook.recipes import codebook_tiny, contrast_tiny, pretrain_tiny
-    from pecobook.stages.codebook import PerceptualConfig, QuantizerConfig
 
-    contrast = dataclasses.replace(
-        contrast_tiny(), batch_size=256, max_steps="200", optim=OptimConfig(lr=2e-3, weight_decay=1e-4, warmup="10%")
+    return (
+        dataclasses.replace(contrast_tiny(), batch_size=256, max_steps="180"),
+        dataclasses.replace(codebook_tiny(), max_steps="220"),
+        dataclasses.replace(pretrain_tiny(), max_steps="160"),
     )
-    codebook = dataclasses.replace(
-        codebook_tiny(),
-        model=AutoencoderConfig(channels=(16, 32, 64, 128), latent_dim=64, num_blocks=1, latent_norm=True),
-        quantizer=QuantizerConfig(num_codewords=512, decay=0.95, revive_after=20),
-        perceptual=PerceptualConfig(network="none", layers=(3, 4), normalisation="layernorm"),
-        balance=True,
-        max_steps="240",
-    )
-    pretrain = replace(
-        pretrain_tiny(),
-        {"model.args": '{"patch_size": 8, "depth": 6, "embed_dim": 128, "num_heads": 4, "init_values": 0.1}'},
-    )
-    return contrast, codebook, pretrain
 
 
 def _gpu() -> tuple[ContrastConfig, CodebookConfig, PretrainConfig]:

@@ -1,0 +1,125 @@
+"""Means and spread of several demos: `python benchmarks/summarise_demos.py runs/a runs/b ... --plot out.png`.
+
+Reads the `results.json` of each folder, groups them by data, and prints a Markdown table: mean over seeds, and after ±
+the standard deviation over seeds. Differences are paired: within a seed, on the same held-out images.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+ROWS: dict[str, Callable[[dict[str, Any]], float | None]] = {
+    "codewords used": lambda arm: arm["codes_used"],
+    "perplexity": lambda arm: arm["perplexity"],
+    "PSNR, dB": lambda arm: arm["psnr"],
+    "perceptual distance": lambda arm: arm["perceptual_distance"],
+    "**codeword probe, %**": lambda arm: arm["codeword_probe"],
+    "ViT: masked code accuracy, %": lambda arm: arm["mim"] and arm["mim"]["accuracy"],
+    "ViT: linear probe, %": lambda arm: arm["mim"] and arm["mim"]["linear"],
+    "ViT: k-NN, %": lambda arm: arm["mim"] and arm["mim"]["knn"],
+}
+ARMS = ("pixel", "control", "perceptual")
+PAIRS = [
+    ("codeword_probe", "perceptual", "control"),
+    ("codeword_probe", "perceptual", "pixel"),
+    ("codeword_probe", "control", "pixel"),
+    ("mim.linear", "perceptual", "pixel"),
+    ("mim.linear", "perceptual", "floor"),
+    ("mim.linear", "pixel", "floor"),
+    ("mim.knn", "perceptual", "pixel"),
+]
+
+
+def spread(values: list[float | None]) -> str:
+    """`mean ± standard deviation`, or a dash."""
+    known = [value for value in values if value is not None]
+    if not known:
+        return "–"
+    deviation = f" ± {np.std(known, ddof=1):.1f}" if len(known) > 1 else ""
+    return f"{np.mean(known):.1f}{deviation}"
+
+
+def difference(result: dict[str, Any], metric: str, a: str, b: str) -> float:
+    """a - b of one demo, percent points."""
+    for pair in result["comparisons"]:
+        if pair["metric"] == metric and {pair["a"], pair["b"]} == {a, b}:
+            return float(pair["difference"]) if pair["a"] == a else -float(pair["difference"])
+    raise KeyError(f"{metric}: {a} - {b}")
+
+
+def table(results: list[dict[str, Any]]) -> str:
+    """Markdown of all demos on one data set."""
+    first = results[0]
+    seeds = ", ".join(str(result["seed"]) for result in results)
+    minutes = np.mean([result["seconds"] for result in results]) / 60
+    lines = [
+        f"Seeds {seeds}; {first['num_train']:,} training and {first['num_test']:,} held-out images for the probes, "
+        f"{first['num_classes']} classes, always naming the most frequent class scores {first['chance']:.1f}%; "
+        f"{minutes:.1f} minutes a demo.\n",
+        "| | " + " | ".join(ARMS) + " | random ViT |",
+        "|---|" + "---|" * (len(ARMS) + 1),
+    ]
+    for name, read in ROWS.items():
+        by_arm = {arm: [read(c) for r in results for c in r["codebooks"] if c["name"] == arm] for arm in ARMS}
+        kind = {"ViT: linear probe, %": "linear", "ViT: k-NN, %": "knn"}.get(name)
+        floor = spread([r["floor"][kind] for r in results]) if kind else ""
+        lines.append(f"| {name} | " + " | ".join(spread(by_arm[arm]) for arm in ARMS) + f" | {floor} |")
+    lines += ["", "| difference, percent points | " + " | ".join(f"seed {r['seed']}" for r in results) + " | mean |"]
+    lines.append("|---|" + "---|" * (len(results) + 1))
+    for metric, a, b in PAIRS:
+        values = [difference(result, metric, a, b) for result in results]
+        cells = " | ".join(f"{value:+.1f}" for value in values)
+        lines.append(f"| {metric}: {a} − {b} | {cells} | {spread(list(values))} |")
+    return "\n".join(lines)
+
+
+def plot(groups: dict[str, list[dict[str, Any]]], path: Path) -> None:
+    """A panel a data set: each seed's codeword probe, the arms side by side."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(3.2 * len(groups), 3.0), layout="constrained")
+    panels = figure.subplots(1, len(groups), squeeze=False)[0]
+    for axes, (data, results) in zip(panels, groups.items(), strict=True):
+        for result in results:
+            scores = {c["name"]: c["codeword_probe"] for c in result["codebooks"]}
+            errors = [100 * (p / 100 * (1 - p / 100) / result["num_test"]) ** 0.5 for p in map(scores.get, ARMS)]  # type: ignore[operator]
+            axes.errorbar(
+                range(len(ARMS)),
+                [scores[a] for a in ARMS],
+                errors,
+                marker="o",
+                capsize=3,
+                label=f"seed {result['seed']}",
+            )
+        axes.set_xticks(range(len(ARMS)), ARMS)
+        axes.set_title(data)
+        axes.set_ylabel("codeword probe, %")
+        axes.spines[["top", "right"]].set_visible(False)
+    panels[0].legend(frameon=False)
+    figure.savefig(path, dpi=150)
+
+
+def main() -> None:
+    """Read, print, draw."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folders", nargs="+", type=Path, help="folders that 'pecobook demo' wrote")
+    parser.add_argument("--plot", type=Path, help="PNG of the codeword probes")
+    args = parser.parse_args()
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for folder in args.folders:
+        result = json.loads((folder / "results.json").read_text())
+        groups.setdefault(Path(result["data"]).name, []).append(result)
+    for data, results in groups.items():
+        print(f"### {data}\n\n{table(sorted(results, key=lambda r: r['seed']))}\n")
+    if args.plot:
+        plot(groups, args.plot)
+
+
+if __name__ == "__main__":
+    main()
