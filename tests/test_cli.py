@@ -112,8 +112,9 @@ MISTAKES: list[tuple[str, str, str]] = [
     ("codebook tiny --data photos --out run --perceptual.network runs/none", "runs/none", "timm:NAME"),
     ("codebook tiny --data photos --out run --perceptual.network empty", "empty", "not a finished run"),
     (
-        "codebook tiny --data photos --out run --perceptual.network timm:resnet10t --perceptual.weights random",
-        "(3, 6, 9, 12)",
+        "codebook tiny --data photos --out run --perceptual.network timm:resnet10t --perceptual.weights random "
+        "--perceptual.layers 3 6",
+        "(3, 6)",
         "layers 1 to 4",
     ),
     ("contrast tiny --data photos --out run --model.args {", "{", "not JSON"),

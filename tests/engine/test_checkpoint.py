@@ -163,3 +163,21 @@ def test_save__one_rank_writes_and_the_other_waits(tmp_path: Path, two_processes
     other, other_optimizer = make(seed=4)
     assert checkpoint.load(tmp_path, stage=other, optimizer=other_optimizer) == 1
     assert same(stage, other)
+
+
+def test_save_and_load__carry_the_loss_scale(tmp_path: Path) -> None:
+    class Scale:
+        value = 65536.0
+
+        def state_dict(self) -> dict[str, float]:
+            return {"scale": self.value}
+
+        def load_state_dict(self, state_dict: dict[str, float]) -> None:
+            self.value = state_dict["scale"]
+
+    stage, optimizer = make()
+    before, after = Scale(), Scale()
+    before.value = 128.0
+    checkpoint.save(tmp_path, step=1, stage=stage, optimizer=optimizer, keep=1, precision=before)
+    checkpoint.load(tmp_path, stage=stage, optimizer=optimizer, precision=after)
+    assert after.value == 128.0

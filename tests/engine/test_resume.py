@@ -17,8 +17,8 @@ import pytest
 import torch
 
 from pecobook import api
-from pecobook.engine import checkpoint
-from pecobook.errors import NonFiniteLossError
+from pecobook.engine import checkpoint, run_folder
+from pecobook.errors import NonFiniteLossError, RunFolderError
 from pecobook.models.quantizer import VectorQuantizer
 from pecobook.stages.codebook import CodebookStage
 from pecobook.stages.contrast import ContrastStage
@@ -182,17 +182,28 @@ def test_command__a_signal_to_the_whole_group_saves_also_with_data_workers(
     assert losses(out) == losses(straight_run)[:stopped]
 
 
-def state_and_parent(pid: int) -> tuple[str, int]:
-    try:
-        state, parent = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[:2]
-    except OSError:
-        return "gone", 0
-    return state, int(parent)
-
-
 def children(pid: int) -> list[int]:
-    everyone = [int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdigit()]
-    return [other for other in everyone if state_and_parent(other)[1] == pid]
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                parent = (entry / "stat").read_text().rpartition(")")[2].split()[1]
+            except OSError:
+                continue
+            if int(parent) == pid:
+                found.append(int(entry.name))
+    return found
+
+
+def wait_for_lock(run: Path) -> None:
+    """A process that is killed gives its lock back when its last thread is gone, which takes a moment."""
+    stop = time.monotonic() + 30
+    while True:
+        try:
+            return run_folder.release(run_folder.lock(run))
+        except RunFolderError:
+            assert time.monotonic() < stop
+            time.sleep(0.01)
 
 
 def train_in_pool(rank: int, world_size: int, images: str, out: str, resume: bool) -> tuple[int, str]:
@@ -227,8 +238,7 @@ def test_command__two_processes_keep_one_codebook_and_resume_after_a_kill(
         for pid in [process.pid, *ranks]:
             os.kill(pid, signal.SIGKILL)
     assert len(ranks) == 2
-    while any(state_and_parent(pid)[0] not in ("gone", "Z", "X") for pid in ranks):  # dying takes a moment
-        time.sleep(0.01)
+    wait_for_lock(out)
     assert not (out / "export").exists()
     assert two_processes.run(train_in_pool, str(images), str(out), True)[0][1] == first[1]
     assert export_bytes(out) == export_bytes(tmp_path / "straight"), f"killed about step {step}"

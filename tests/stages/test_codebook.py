@@ -41,7 +41,9 @@ def by_hand(stage: CodebookStage, images: Tensor) -> tuple[Tensor, Tensor, Tenso
 
 @pytest.mark.parametrize("network", [PerceptualConfig(network="none"), NETWORK])
 def test_forward__loss_is_equation_5(network: PerceptualConfig) -> None:
-    stage = make(perceptual=network, pixel_weight=0.6, quantizer=QuantizerConfig(num_codewords=24, commitment=0.3))
+    stage = make(
+        perceptual=network, pixel_weight=0.6, balance=False, quantizer=QuantizerConfig(num_codewords=24, commitment=0.3)
+    )
     with torch.no_grad():
         stage(batch())  # starts the codebook
         output = stage(batch())
@@ -65,7 +67,7 @@ def test_forward__loss_is_equation_5(network: PerceptualConfig) -> None:
 @pytest.mark.parametrize("network", [PerceptualConfig(network="none"), NETWORK])
 def test_forward__balance_weighs_commitment_against_one(network: PerceptualConfig) -> None:
     stage = make(perceptual=network, balance=True, quantizer=QuantizerConfig(num_codewords=24, commitment=0.3))
-    plain = make(perceptual=network, quantizer=QuantizerConfig(num_codewords=24, commitment=0.0))
+    plain = make(perceptual=network, balance=False, quantizer=QuantizerConfig(num_codewords=24, commitment=0.0))
     output, reference = stage(batch()), plain(batch())
     assert output.loss.item() == pytest.approx(1 + 0.3 * float(output.metrics["commitment"]), rel=1e-5)
     output.loss.backward()

@@ -1,7 +1,8 @@
 """Checkpoints: weights, optimizer state and one integer, in one file that is there whole or not at all.
 
 `checkpoints/step-00001000/state.pt` is written under a temporary folder name, flushed and renamed; the last k are kept.
-The file holds full tensors whatever the strategy, so a run may resume on another number of devices.
+The file holds full tensors whatever the strategy, so a run may resume on another number of devices. In
+fp16 it also holds the loss scale.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import os
 import pickle
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -25,12 +26,31 @@ from pecobook.errors import RunFolderError
 from pecobook.files import sync_folder
 
 
-def save(folder: Path, *, step: int, stage: nn.Module, optimizer: torch.optim.Optimizer, keep: int) -> None:
+class Stateful(Protocol):
+    """Something small that also has a state: fp16's loss scale."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Its state."""
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take the state back."""
+
+
+def save(
+    folder: Path,
+    *,
+    step: int,
+    stage: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    keep: int,
+    precision: Stateful | None = None,
+) -> None:
     """Write the checkpoint of `step` and delete all but the last `keep`. Called on all ranks; rank 0 writes."""
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
     model_state, optimizer_state = get_state_dict(stage, optimizer, options=options)
     if rank() == 0:
-        _write(folder, step, {"step": step, "model": model_state, "optimizer": optimizer_state})
+        scale = precision.state_dict() if precision else {}
+        _write(folder, step, {"step": step, "model": model_state, "optimizer": optimizer_state, "precision": scale})
         for old in steps(folder)[:-keep]:
             shutil.rmtree(folder / _name(old))
     if dist.is_initialized():
@@ -60,7 +80,7 @@ def _write(folder: Path, step: int, state: dict[str, Any]) -> None:
         ) from None
 
 
-def load(folder: Path, *, stage: nn.Module, optimizer: torch.optim.Optimizer) -> int:
+def load(folder: Path, *, stage: nn.Module, optimizer: torch.optim.Optimizer, precision: Stateful | None = None) -> int:
     """Load the newest checkpoint into `stage` and `optimizer`; returns its step, 0 when there is none.
 
     Raises:
@@ -80,6 +100,8 @@ def load(folder: Path, *, stage: nn.Module, optimizer: torch.optim.Optimizer) ->
             optim_state_dict=state["optimizer"],
             options=options,
         )
+        if precision and state["precision"]:
+            precision.load_state_dict(state["precision"])
         return int(state["step"])
     except (OSError, EOFError, LookupError, RuntimeError, TypeError, ValueError, pickle.UnpicklingError) as error:
         older = f" Delete that folder to go on from step {found[-2]}." if len(found) > 1 else ""

@@ -114,9 +114,11 @@ class _Loop:
         self.model = fabric.setup_module(stage)
         self.optimizer = build_optimizer(stage.parameter_groups(config.optim), config.optim, on_gpu=on_gpu)
         self.stepper: Any = fabric.setup_optimizers(self.optimizer)
-        self.start = (
-            checkpoint.load(self.out / "checkpoints", stage=stage, optimizer=self.optimizer) if config.resume else 0
-        )
+        self.precision: Any = fabric.strategy.precision
+        self.start = 0
+        if config.resume:
+            folder = self.out / "checkpoints"
+            self.start = checkpoint.load(folder, stage=stage, optimizer=self.optimizer, precision=self.precision)
         quiet = fabric.global_rank > 0
         self.progress = Progress(total=self.total, start=self.start, name=command, quiet=quiet)
         self.sinks: list[Sink] = []
@@ -295,6 +297,7 @@ class _Loop:
                 stage=self.stage,
                 optimizer=self.optimizer,
                 keep=self.config.keep_checkpoints,
+                precision=self.precision,
             )
             self._saved_at = time.monotonic()
 
