@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import re
 import subprocess
@@ -386,3 +387,18 @@ def test_main__resume_of_a_locked_folder_is_refused(
     finally:
         run_folder.release(held)
     assert "Another process is writing" in said
+
+
+def test_main__a_full_disk_is_told_in_two_lines(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(_args: list[str]) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", "runs/a/metrics.jsonl")
+
+    monkeypatch.setattr(cli, "_dispatch", full)
+    with pytest.raises(SystemExit) as leaving:
+        cli.main(["recipes"])
+    assert leaving.value.code == 2
+    told = capsys.readouterr().err
+    assert "the disk is full (runs/a/metrics.jsonl)" in told
+    assert "--resume" in told

@@ -6,6 +6,7 @@ names and give the same errors; tyro draws the help of each command from the set
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 from typing import Any
@@ -35,7 +36,14 @@ def main(argv: list[str] | None = None) -> None:
     except PecobookError as error:
         if os.environ.get("PECOBOOK_TRACEBACK"):
             raise
-        print(f"pecobook: {error}", file=sys.stderr)
+        if os.environ.get("RANK", "0") == "0":  # under torchrun all ranks find the same
+            print(f"pecobook: {error}", file=sys.stderr)
+        sys.exit(2)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        print(f"pecobook: the disk is full ({error.filename or error}).", file=sys.stderr)
+        print("What was finished is whole. Make room, then go on with --resume.", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("pecobook: interrupted.", file=sys.stderr)

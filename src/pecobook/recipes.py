@@ -104,7 +104,7 @@ def codebook_tiny() -> CodebookConfig:
     """
     return CodebookConfig(
         model=AutoencoderConfig(channels=(16, 32, 64, 128), latent_dim=64, num_blocks=1, latent_norm=True),
-        quantizer=QuantizerConfig(num_codewords=512, decay=0.95, revive_after=20),
+        quantizer=QuantizerConfig(num_codewords=512, decay=0.95, revive_after=20, start_after=30),
         perceptual=PerceptualConfig(network="none", layers=(3, 4), normalisation="layernorm"),
         balance=True,
         image_size=32,

@@ -109,9 +109,9 @@ def _cpu() -> tuple[ContrastConfig, CodebookConfig, PretrainConfig]:
     from pecobook.recipes import codebook_tiny, contrast_tiny, pretrain_tiny
 
     return (
-        dataclasses.replace(contrast_tiny(), batch_size=256, max_steps="180"),
-        dataclasses.replace(codebook_tiny(), max_steps="220"),
-        dataclasses.replace(pretrain_tiny(), max_steps="160"),
+        dataclasses.replace(contrast_tiny(), batch_size=256, max_steps="160"),
+        dataclasses.replace(codebook_tiny(), max_steps="160"),
+        dataclasses.replace(pretrain_tiny(), max_steps="140"),
     )
 
 

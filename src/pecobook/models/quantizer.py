@@ -47,6 +47,7 @@ class VectorQuantizer(nn.Module):
         decay: of the moving averages.
         eps: Laplace smoothing of the counts.
         revive_after: updates without use after which a codeword is dead; 0 never revives.
+        start_after: updates during which vectors pass unquantised, so that k-means finds features worth clustering.
         seed: of the k-means start and of the choice of replacements; the same on all ranks.
     """
 
@@ -65,11 +66,13 @@ class VectorQuantizer(nn.Module):
         decay: float = 0.99,
         eps: float = 1e-5,
         revive_after: int = 100,
+        start_after: int = 0,
         seed: int = 0,
     ) -> None:
         super().__init__()
         self.num_codewords, self.dim = num_codewords, dim
         self.decay, self.eps, self.revive_after, self.seed = decay, eps, revive_after, seed
+        self.start_after = start_after
         self.register_buffer("codebook", torch.randn(num_codewords, dim) / dim**0.5)
         self.register_buffer("ema_count", torch.zeros(num_codewords))
         self.register_buffer("ema_sum", torch.zeros(num_codewords, dim))
@@ -77,7 +80,7 @@ class VectorQuantizer(nn.Module):
         self.register_buffer("num_updates", torch.zeros((), dtype=torch.int64))
         self.register_buffer("num_revived", torch.zeros((), dtype=torch.int64))
         # Python mirrors of what the buffers say, so that no step has to ask the device.
-        self._started = False
+        self._started = self._warming = False
         self._steps = 0
         self._pending: tuple[Tensor, Tensor] | None = None  # counts (K,), sums (K, D) since the last update
         self._candidates: Tensor | None = None  # (M, D) vectors of the latest batch, to revive dead codewords with
@@ -87,6 +90,9 @@ class VectorQuantizer(nn.Module):
         B, _, h, w = z.shape
         with torch.autocast(z.device.type, enabled=False):
             z = z.float()
+            if self.training and self._steps < self.start_after:
+                self._warming = True
+                return Quantized(z, torch.zeros(B, h, w, dtype=torch.int64, device=z.device), z.new_zeros(()))
             vectors = z.permute(0, 2, 3, 1).reshape(-1, self.dim)  # (N, D)
             if self.training and not self._started:
                 self._start(vectors.detach())
@@ -108,6 +114,10 @@ class VectorQuantizer(nn.Module):
     @torch.no_grad()
     def update(self) -> None:
         """Move the codebook by the statistics since the last call, summed over all ranks. Once an optimizer step."""
+        if self._warming:
+            self._warming = False
+            self.num_updates.add_(1)
+            self._steps += 1
         if self._pending is None:
             return
         counts, sums = self._pending

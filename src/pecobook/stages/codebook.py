@@ -62,13 +62,16 @@ class QuantizerConfig:
     """Laplace smoothing of the counts."""
     revive_after: int = 100
     """Steps without use after which a codeword is dead and replaced; 0 never."""
+    start_after: int = 0
+    """Steps during which latent vectors pass unquantised; k-means then starts the codebook on features that mean
+    something. A short training gains much by it."""
     commitment: float = 0.25
     """Beta of equation 3."""
 
     def __post_init__(self) -> None:
         positive(self, "num_codewords", "eps")
         between(self, 0.0, 1.0, "decay")
-        between(self, 0.0, float("inf"), "commitment", "revive_after")
+        between(self, 0.0, float("inf"), "commitment", "revive_after", "start_after")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -114,6 +117,7 @@ class CodebookStage(Stage):
             decay=config.quantizer.decay,
             eps=config.quantizer.eps,
             revive_after=config.quantizer.revive_after,
+            start_after=config.quantizer.start_after,
             seed=config.seed,
         )
         shape = TokenizerConfig(
