@@ -46,6 +46,7 @@ SMALL: dict[str, dict[str, Any]] = {
         "model.latent_dim": 8,
         "quantizer.num_codewords": 24,
         "quantizer.revive_after": 3,
+        "quantizer.start_after": 2,  # so that eight steps see both ways of passing the quantizer
     },
     "pretrain": {
         **_COMMON,

@@ -108,7 +108,12 @@ def test_train__frees_the_folder_after_an_error(images: Path, tmp_path: Path, mo
 # ------------------------------------------------------------------------------------------------- as a user starts it
 
 # `tiny`, narrower: what matters here is who stops it.
-_SHAPE: dict[str, Any] = {"model.channels": (8, 16, 16, 32), "quantizer.num_codewords": 64, "batch_size": 8}
+_SHAPE: dict[str, Any] = {
+    "model.channels": (8, 16, 16, 32),
+    "quantizer.num_codewords": 64,
+    "quantizer.start_after": 3,
+    "batch_size": 8,
+}
 _COURSE: dict[str, Any] = {"max_steps": "30", "save_every": 5, "log_every": 1}
 _FLAGS = [
     word

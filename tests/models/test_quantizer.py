@@ -149,7 +149,7 @@ class SlowAverages:
             self.N[i] = self.decay * self.N[i] + (1 - self.decay) * n[i]
             self.m[i] = self.decay * self.m[i] + (1 - self.decay) * sums[i]
         total = self.N.sum()
-        for i in np.flatnonzero(n):  # ours: a codeword that nothing chose keeps its place
+        for i in (int(i) for i in np.flatnonzero(n)):  # ours: a codeword that nothing chose keeps its place
             self.e[i] = self.m[i] / ((self.N[i] + self.eps) / (total + K * self.eps) * total)
 
 
@@ -489,3 +489,22 @@ def test_two_processes__gradients_are_those_of_one(two_processes: TwoProcesses) 
     left, right = two_processes.run(gradient_rank, z)
     assert torch.equal(left, right)
     assert_close(left, gradient_rank(0, 1, z))
+
+
+def test_forward__passes_vectors_unquantised_until_the_start() -> None:
+    quantizer = VectorQuantizer(12, 3, start_after=2)
+    for number in range(2):
+        z = latents(2, 3, 6, number)
+        out = quantizer(z)
+        assert torch.equal(out.quantized, z)
+        assert out.commitment_loss == 0
+        quantizer.update()
+        assert not quantizer.ema_count.any()  # nothing learned yet
+    again = VectorQuantizer(12, 3, start_after=2)
+    again.load_state_dict(quantizer.state_dict())  # the count of steps is part of the state
+    z = latents(2, 3, 6, 2)
+    out, same = quantizer(z), again(z)
+    assert not torch.equal(out.quantized, z)
+    assert out.codes.unique().numel() == 12
+    assert torch.equal(out.codes, same.codes)
+    assert torch.equal(quantizer.codebook, again.codebook)

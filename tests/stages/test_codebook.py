@@ -16,7 +16,8 @@ NETWORK = PerceptualConfig(network="timm:resnet10t", weights="random", layers=(1
 
 
 def make(**more: object) -> CodebookStage:
-    config: CodebookConfig = replace(recipe("codebook", "tiny"), {**SMALL["codebook"], "out": "unused"})
+    small = {**SMALL["codebook"], "out": "unused", "quantizer.start_after": 0}
+    config: CodebookConfig = replace(recipe("codebook", "tiny"), small)
     torch.manual_seed(0)
     return CodebookStage(dataclasses.replace(config, **more))  # type: ignore[arg-type]
 
@@ -70,13 +71,15 @@ def test_forward__balance_weighs_commitment_against_one(network: PerceptualConfi
     plain = make(perceptual=network, balance=False, quantizer=QuantizerConfig(num_codewords=24, commitment=0.0))
     output, reference = stage(batch()), plain(batch())
     assert output.loss.item() == pytest.approx(1 + 0.3 * float(output.metrics["commitment"]), rel=1e-5)
+    shown = reference.loss + 0.3 * output.metrics["commitment"]
+    torch.testing.assert_close(output.metrics["loss"], shown.detach(), rtol=1e-4, atol=1e-6)
     output.loss.backward()
     reference.loss.backward()
     # The decoder hears of the reconstruction alone: its gradient is the plain one, divided by the reconstruction loss.
     for ours, theirs in zip(stage.tokenizer.decoder.parameters(), plain.tokenizer.decoder.parameters(), strict=True):
         assert ours.grad is not None
         assert theirs.grad is not None
-        scale = float(output.metrics["reconstruction"])
+        scale = float(output.metrics["loss"] - 0.3 * output.metrics["commitment"])
         torch.testing.assert_close(ours.grad * scale, theirs.grad, rtol=1e-3, atol=1e-6)
 
 

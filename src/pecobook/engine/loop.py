@@ -40,7 +40,8 @@ class StageOutput(NamedTuple):
     loss: Tensor
     """() with gradient."""
     metrics: dict[str, Tensor]
-    """() each, detached; the loop averages them over accumulation steps and ranks."""
+    """() each, detached; the loop averages them over accumulation steps and ranks. `loss` among them is shown instead
+    of the loss itself."""
     pictures: dict[str, Tensor] = {}  # noqa: RUF012
     """Float (B, 3, H, W) in [0, 1] each, in evaluation mode only; the loop draws the first few."""
 

@@ -139,10 +139,9 @@ class CodebookStage(Stage):
                 target = self.perceptual.features(images)
             metrics["perceptual"] = self.perceptual.to_target(target, restored).mean()
             loss = loss + self.config.perceptual.weight * metrics["perceptual"]
-        metrics["reconstruction"] = loss
-        if self.config.balance:
-            loss = loss / loss.detach().clamp_min(1e-6)
-        loss = loss + self.config.quantizer.commitment * quantized.commitment_loss
+        commitment = self.config.quantizer.commitment * quantized.commitment_loss
+        metrics["loss"] = loss + commitment  # what is shown, since a balanced loss is always near 1
+        loss = (loss / loss.detach().clamp_min(1e-6) if self.config.balance else loss) + commitment
         metrics |= self.health()
         pictures = {} if self.training else {"images": images, "reconstructions": restored}
         return StageOutput(loss, {name: value.detach() for name, value in metrics.items()}, pictures)
