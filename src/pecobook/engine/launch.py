@@ -103,14 +103,12 @@ def _strategy(config: TrainConfig) -> Any:
 
 
 def _shard(module: nn.Module, mesh: Any) -> nn.Module:
-    """FSDP2: every transformer block and convolutional stage is a unit, the rest another."""
+    """FSDP2: every trainable transformer block of timm is a unit, the rest another."""
     from torch.distributed.fsdp import fully_shard
 
     mesh = mesh["data_parallel"]
-    for blocks in [child for child in module.modules() if isinstance(child, nn.ModuleList | nn.Sequential)]:
-        if any(True for _ in blocks.parameters()) and blocks is not module:
-            for block in blocks:
-                if any(parameter.requires_grad for parameter in block.parameters()) and type(block).__name__ == "Block":
-                    fully_shard(block, mesh=mesh)
+    for child in module.modules():
+        if type(child).__name__ == "Block" and any(parameter.requires_grad for parameter in child.parameters()):
+            fully_shard(child, mesh=mesh)
     fully_shard(module, mesh=mesh)  # in place
     return module
