@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -60,7 +61,9 @@ def measure(
     backbones = {"floor": load_backbone(jobs["vit-pixel"].config.out, weights="random")}
     backbones |= {arm: load_backbone(jobs[f"vit-{arm}"].config.out) for arm in PRETRAINED}
     # Two threads of Python, one core each: the networks are small, and torch and SciPy let go of the interpreter.
-    with ThreadPoolExecutor(2, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+    # Filters of warnings are shared by threads, so the probe's own filter is set here once more, around both.
+    with warnings.catch_warnings(), ThreadPoolExecutor(2, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        warnings.filterwarnings("ignore", message="lbfgs failed to converge")
         looking = {arm: pool.submit(_look, tokenizers[arm], distance, images, config.seed) for arm in ARMS}
         probing = {arm: pool.submit(_probes, backbones[arm], images, config.seed) for arm in backbones}
         looks = {arm: future.result() for arm, future in looking.items()}

@@ -66,14 +66,8 @@ def plan(config: DemoConfig) -> dict[str, Job]:
 
     def finish(base: TrainConfig, name: str) -> TrainConfig:
         steps = max(round(int(base.max_steps) * config.length), 1)
-        every = max(steps // 3, 1)
-        settings = {
-            **common,
-            "out": str(out / name),
-            "max_steps": str(steps),
-            "sample_every": every,
-            "save_every": every,
-        }
+        settings = {**common, "out": str(out / name), "max_steps": str(steps), "sample_every": steps}
+        settings["save_every"] = max(steps // 3, 1)
         return replace(base, settings)
 
     contrast, codebook, pretrain = sizes
@@ -110,7 +104,7 @@ def _cpu() -> tuple[ContrastConfig, CodebookConfig, PretrainConfig]:
 
     return (
         dataclasses.replace(contrast_tiny(), batch_size=256, max_steps="160"),
-        dataclasses.replace(codebook_tiny(), max_steps="160"),
+        dataclasses.replace(codebook_tiny(), max_steps="220"),
         dataclasses.replace(pretrain_tiny(), max_steps="140"),
     )
 
