@@ -78,6 +78,8 @@ def start(config: TrainConfig) -> Fabric:
 
     # PyTorch 2.15 renames an argument that Lightning's oldest PyTorch must still be given by its old name.
     warnings.filterwarnings("ignore", message=".*`broadcast_buffers` is deprecated")
+    # Gradients of 1 x 1 convolutions come in another memory order than DDP's buckets: a copy, and no error.
+    warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
     fabric = Fabric(
         accelerator="cuda" if torch.cuda.is_available() else "cpu",
         devices=device_count(config),
