@@ -45,23 +45,21 @@ def spread(values: list[float | None]) -> str:
     return f"{np.mean(known):.1f}{deviation}"
 
 
-def difference(result: dict[str, Any], metric: str, a: str, b: str) -> float:
-    """a - b of one demo, percent points."""
+def difference(result: dict[str, Any], metric: str, a: str, b: str) -> float | None:
+    """a - b of one demo, percent points; None when it was not measured."""
     for pair in result["comparisons"]:
         if pair["metric"] == metric and {pair["a"], pair["b"]} == {a, b}:
             return float(pair["difference"]) if pair["a"] == a else -float(pair["difference"])
-    raise KeyError(f"{metric}: {a} - {b}")
+    return None
 
 
 def table(results: list[dict[str, Any]]) -> str:
     """Markdown of all demos on one data set."""
     first = results[0]
     seeds = ", ".join(str(result["seed"]) for result in results)
-    minutes = np.mean([result["seconds"] for result in results]) / 60
     lines = [
         f"Seeds {seeds}; {first['num_train']:,} training and {first['num_test']:,} held-out images for the probes, "
-        f"{first['num_classes']} classes, always naming the most frequent class scores {first['chance']:.1f}%; "
-        f"{minutes:.1f} minutes a demo.\n",
+        f"{first['num_classes']} classes, always naming the most frequent class scores {first['chance']:.1f}%.\n",
         "| | " + " | ".join(ARMS) + " | random ViT |",
         "|---|" + "---|" * (len(ARMS) + 1),
     ]
@@ -74,7 +72,7 @@ def table(results: list[dict[str, Any]]) -> str:
     lines.append("|---|" + "---|" * (len(results) + 1))
     for metric, a, b in PAIRS:
         values = [difference(result, metric, a, b) for result in results]
-        cells = " | ".join(f"{value:+.1f}" for value in values)
+        cells = " | ".join("–" if value is None else f"{value:+.1f}" for value in values)
         lines.append(f"| {metric}: {a} − {b} | {cells} | {spread(list(values))} |")
     return "\n".join(lines)
 

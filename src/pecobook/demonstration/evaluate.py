@@ -73,11 +73,11 @@ def measure(
         mim = _mim(jobs[f"vit-{arm}"], probes[arm]) if arm in PRETRAINED else None
         codebooks.append({"name": arm, **looks[arm].figures, "mim": mim})
     pictures = {f"gallery:{arm}": figures.gallery_picture(look.gallery) for arm, look in looks.items()}
-    pictures["reconstructions"] = figures.reconstruction_grid(
-        images.test, {a: look.restored for a, look in looks.items()}
-    )
+    shown = _spread(len(images.test))
+    restored = {arm: look.restored[shown] for arm, look in looks.items()}
+    pictures["reconstructions"] = figures.reconstruction_grid(images.test[shown], restored)
     pictures["usage"] = code_usage_chart({arm: look.counts for arm, look in looks.items()})
-    pictures["masked_prediction"] = _masked_pictures(jobs, tokenizers, images, config.seed)
+    pictures["masked_prediction"] = _masked_pictures(jobs, tokenizers, images.test[shown], config.seed)
     results = {
         "data": config.data,
         "seed": config.seed,
@@ -180,10 +180,14 @@ def _mim(job: Job, probes: dict[str, dict[str, Any]]) -> dict[str, Any]:
     }
 
 
+def _spread(count: int, rows: int = 6) -> Tensor:
+    """Indices of the images to show: evenly through the split, which is often sorted by class."""
+    return torch.linspace(0, count - 1, min(rows, count)).long()
+
+
 def _masked_pictures(
-    jobs: dict[str, Job], tokenizers: dict[str, PerceptualTokenizer], images: _Images, seed: int, rows: int = 6
+    jobs: dict[str, Job], tokenizers: dict[str, PerceptualTokenizer], shown: Tensor, seed: int
 ) -> bytes:
-    shown = images.test[:rows]
     decoded, masked = {}, shown
     for arm in PRETRAINED:
         model, config = _masked_model(jobs[f"vit-{arm}"], tokenizers[arm].config.num_codewords)
