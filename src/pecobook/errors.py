@@ -45,3 +45,8 @@ def did_you_mean(value: str, options: Iterable[str]) -> str:
     """`" Did you mean 'x'?"` for the option nearest to `value`, or an empty string when none is near."""
     near = difflib.get_close_matches(value, list(options), n=1, cutoff=0.6)
     return f" Did you mean '{near[0]}'?" if near else ""
+
+
+def first_line(error: BaseException) -> str:
+    """What another library says went wrong, in one line; its kind when it says nothing."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)

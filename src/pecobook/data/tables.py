@@ -18,7 +18,7 @@ from torch import Tensor
 
 from pecobook.data.decode import BadImage, decode
 from pecobook.data.images import Integers, Labels, Part, Splits, assemble, group_by_split, names_under
-from pecobook.errors import DataError, did_you_mean
+from pecobook.errors import DataError, did_you_mean, first_line
 
 
 class TableStore:
@@ -229,4 +229,4 @@ def _class_names(path: Path) -> tuple[str, ...] | None:
 
 def _first_line(error: Exception) -> str:
     cause = error.__cause__ if type(error).__name__ == "DatasetGenerationError" and error.__cause__ else error
-    return (str(cause).strip().split("\n")[0] or type(cause).__name__).rstrip(".")
+    return first_line(cause).rstrip(".")

@@ -89,6 +89,11 @@ def center_crop(image: Tensor, size: int) -> Tensor:
     return resize(image[:, top : top + side, left : left + side], size, size)
 
 
+def central_view(image: Tensor, view_key: int, *, size: int) -> dict[str, Tensor]:  # noqa: ARG001
+    """The view of a held-out image, the same for every key: {"image": uint8 (C, size, size)}."""
+    return {"image": center_crop(image, size)}
+
+
 def resize(image: Tensor, height: int, width: int) -> Tensor:
     """Bicubic, antialiased: uint8 (C, H, W) to uint8 (C, height, width), contiguous."""
     if image.shape[1:] == (height, width):

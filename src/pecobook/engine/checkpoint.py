@@ -22,7 +22,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_state_dict,
 )
 
-from pecobook.errors import RunFolderError
+from pecobook.errors import RunFolderError, first_line
 from pecobook.files import sync_folder
 
 
@@ -75,7 +75,7 @@ def _write(folder: Path, step: int, state: dict[str, Any]) -> None:
     except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
         shutil.rmtree(temporary, ignore_errors=True)
         raise RunFolderError(
-            f"The checkpoint of step {step} cannot be written to '{folder}': {_first_line(error)}\n"
+            f"The checkpoint of step {step} cannot be written to '{folder}': {first_line(error).rstrip('.')}\n"
             "Earlier checkpoints are whole. Make room, then go on with --resume."
         ) from None
 
@@ -105,7 +105,7 @@ def load(folder: Path, *, stage: nn.Module, optimizer: torch.optim.Optimizer, pr
         return int(state["step"])
     except (OSError, EOFError, LookupError, RuntimeError, TypeError, ValueError, pickle.UnpicklingError) as error:
         older = f" Delete that folder to go on from step {found[-2]}." if len(found) > 1 else ""
-        raise RunFolderError(f"'{path}' cannot be loaded: {_first_line(error)}.{older}") from None
+        raise RunFolderError(f"'{path}' cannot be loaded: {first_line(error).rstrip('.')}.{older}") from None
 
 
 def steps(folder: Path) -> list[int]:
@@ -117,10 +117,6 @@ def steps(folder: Path) -> list[int]:
 def rank() -> int:
     """Number of this process among all that train together."""
     return dist.get_rank() if dist.is_initialized() else 0
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
 
 
 def _name(step: int) -> str:

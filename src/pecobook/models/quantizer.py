@@ -17,6 +17,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pecobook.collectives import gather_rows, world_size
 from pecobook.models.nearest import nearest_codeword
 
 _KMEANS_ITERATIONS = 10
@@ -122,7 +123,7 @@ class VectorQuantizer(nn.Module):
             return
         counts, sums = self._pending
         self._pending = None
-        if _distributed():
+        if world_size() > 1:
             dist.all_reduce(counts)
             dist.all_reduce(sums)
         self.ema_count.lerp_(counts, 1 - self.decay)
@@ -145,16 +146,16 @@ class VectorQuantizer(nn.Module):
             counts, sums = counts + self._pending[0], sums + self._pending[1]
         self._pending = counts, sums
         # Every s-th vector, with s from the global count: two half batches offer what one whole batch offers.
-        stride = max(1, len(vectors) * _world_size() // self.num_codewords)
+        stride = max(1, len(vectors) * world_size() // self.num_codewords)
         self._candidates = vectors[::stride]
 
     def _start(self, vectors: Tensor) -> None:
         """Start the codebook by k-means over the vectors of all ranks."""
-        pool = _gather(vectors)
+        pool = gather_rows(vectors)
         # 32 vectors a codeword tell where its centre is; more only cost time.
         stride = max(1, len(pool) // (32 * self.num_codewords))
         codebook, counts = kmeans(pool[::stride], self.num_codewords, seed=self.seed)
-        if _distributed():  # equal input gives equal output, but a codebook must not hang on that
+        if world_size() > 1:  # equal input gives equal output, but a codebook must not hang on that
             dist.broadcast(codebook, 0)
             dist.broadcast(counts, 0)
         # The averages begin as if the last batches had looked like this one.
@@ -169,7 +170,7 @@ class VectorQuantizer(nn.Module):
         number = int(dead.sum())
         if number == 0 or self._candidates is None:
             return
-        pool = _gather(self._candidates)
+        pool = gather_rows(self._candidates)
         generator = torch.Generator().manual_seed(self.seed + 7919 * self._steps)
         chosen = torch.randint(len(pool), (number,), generator=generator)
         if number <= len(pool):  # without replacement where that is possible
@@ -225,20 +226,3 @@ def kmeans(
             replacement = torch.randint(len(vectors), (int(empty.sum()),), generator=generator)
             centres[empty] = vectors[replacement.to(vectors.device)]
     return centres, counts
-
-
-def _distributed() -> bool:
-    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
-
-
-def _world_size() -> int:
-    return dist.get_world_size() if _distributed() else 1
-
-
-def _gather(vectors: Tensor) -> Tensor:
-    """Rows of all ranks, in rank order; every rank must hold equally many."""
-    if not _distributed():
-        return vectors
-    parts = [torch.empty_like(vectors) for _ in range(dist.get_world_size())]
-    dist.all_gather(parts, vectors.contiguous())
-    return torch.cat(parts)

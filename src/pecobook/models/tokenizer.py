@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from pecobook.config import replace, to_dict
-from pecobook.errors import ConfigError, WeightsError
+from pecobook.errors import ConfigError, WeightsError, first_line
 from pecobook.models.autoencoder import AutoencoderConfig, Decoder, Encoder
 from pecobook.models.quantizer import VectorQuantizer
-from pecobook.models.weights import first_line, read_export, write_export
+from pecobook.models.weights import read_export, write_export
 
 _CARD = """---
 library_name: pecobook

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pecobook.errors import WeightsError, did_you_mean
+from pecobook.errors import WeightsError, did_you_mean, first_line
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # timm's default
 
@@ -256,11 +256,6 @@ def read_weights(path: str) -> dict[str, Tensor]:
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         raise WeightsError(f"'{path}' holds no state dict.")
     return state
-
-
-def first_line(error: Exception) -> str:
-    """What another library says went wrong, in one line; its kind when it says nothing."""
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 def load_state(network: nn.Module, state: dict[str, Tensor], *, source: str) -> None:

@@ -15,7 +15,7 @@ from pecobook.config import OptimConfig, TrainConfig, between
 from pecobook.data.images import ImageSource
 from pecobook.data.sampler import key
 from pecobook.data.stream import Batch, ViewFunction
-from pecobook.data.views import center_crop, random_crop, to_float
+from pecobook.data.views import central_view, random_crop, to_float
 from pecobook.engine.loop import StageOutput
 from pecobook.engine.optim import layer_decay_groups
 from pecobook.errors import ConfigError
@@ -190,10 +190,6 @@ def _augmented_view(
     return {"image": crop}
 
 
-def _central_view(image: Tensor, view_key: int, *, size: int) -> dict[str, Tensor]:  # noqa: ARG001
-    return {"image": center_crop(image, size)}
-
-
 def _view(config: FinetuneConfig) -> ViewFunction:
     return partial(
         _augmented_view,
@@ -205,7 +201,7 @@ def _view(config: FinetuneConfig) -> ViewFunction:
 
 
 def _evaluation_view(config: FinetuneConfig) -> ViewFunction:
-    return partial(_central_view, size=config.image_size)
+    return partial(central_view, size=config.image_size)
 
 
 KIND: StageKind[FinetuneConfig] = StageKind("finetune", _check, _build, _view, _evaluation_view, needs_labels=True)

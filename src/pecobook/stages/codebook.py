@@ -19,7 +19,7 @@ from torch import Tensor
 from pecobook.config import OptimConfig, TrainConfig, between, positive
 from pecobook.data.images import ImageSource
 from pecobook.data.stream import Batch, ViewFunction
-from pecobook.data.views import center_crop, random_crop, to_float
+from pecobook.data.views import central_view, random_crop, to_float
 from pecobook.engine.loop import StageOutput
 from pecobook.errors import ConfigError
 from pecobook.models.autoencoder import AutoencoderConfig
@@ -217,16 +217,12 @@ def _random_view(image: Tensor, view_key: int, *, size: int, min_area: float) ->
     return {"image": random_crop(image, size, view_key, min_area=min_area)}
 
 
-def _central_view(image: Tensor, view_key: int, *, size: int) -> dict[str, Tensor]:  # noqa: ARG001
-    return {"image": center_crop(image, size)}
-
-
 def _view(config: CodebookConfig) -> ViewFunction:
     return partial(_random_view, size=config.image_size, min_area=config.min_crop)
 
 
 def _evaluation_view(config: CodebookConfig) -> ViewFunction:
-    return partial(_central_view, size=config.image_size)
+    return partial(central_view, size=config.image_size)
 
 
 KIND: StageKind[CodebookConfig] = StageKind("codebook", _check, _build, _view, _evaluation_view)

@@ -17,6 +17,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pecobook.collectives import gather_rows
 from pecobook.config import BackboneConfig, OptimConfig, TrainConfig, between, positive
 from pecobook.data.images import ImageSource
 from pecobook.data.sampler import key
@@ -165,12 +166,8 @@ def contrastive_loss(queries: Tensor, keys: Tensor, temperature: float) -> tuple
 
 def gather(keys: Tensor) -> tuple[Tensor, int]:
     """Keys of all ranks (G, D), without gradient, and the row where this rank's begin."""
-    keys = keys.detach().contiguous()
-    if not (dist.is_initialized() and dist.get_world_size() > 1):
-        return keys, 0
-    parts = [torch.empty_like(keys) for _ in range(dist.get_world_size())]
-    dist.all_gather(parts, keys)
-    return torch.cat(parts), dist.get_rank() * len(keys)
+    rank = dist.get_rank() if dist.is_initialized() else 0
+    return gather_rows(keys.detach()), rank * len(keys)
 
 
 def _backbone_args(config: ContrastConfig) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -184,6 +184,7 @@ def _masked_view(
     return {"image": crop, "colour": colour_draws(view_key), "mask": make_mask(view_key, grid, mask)}
 
 
+@lru_cache(maxsize=1)  # a whole network is made to learn it, and both views ask
 def _grid(config: PretrainConfig) -> tuple[int, int]:
     network = create(config.model.name, num_classes=0, **backbone_args(config))
     return cast("tuple[int, int]", tuple(network.patch_embed.grid_size))  # type: ignore[union-attr, arg-type]
