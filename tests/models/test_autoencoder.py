@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from torch import nn
@@ -14,8 +16,10 @@ from pecobook.models.autoencoder import (
     Downsample,
     Encoder,
     LatentNorm,
+    ResidualBlock,
     SelfAttention,
     Upsample,
+    build,
     group_norm,
 )
 
@@ -107,3 +111,58 @@ def test_group_norm__has_32_groups_or_what_divides(channels: int, groups: int) -
 def test_autoencoder_config__refuses_nothing(wrong: dict[str, object]) -> None:
     with pytest.raises(ConfigError, match="must be above 0"):
         AutoencoderConfig(**wrong)  # type: ignore[arg-type]
+
+
+def parameters(module: nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters())
+
+
+def test_table_12__eight_fold_on_112_pixels_keeps_the_grid() -> None:
+    config = AutoencoderConfig(channels=(64, 128, 256, 512))
+    assert config.stride == 8
+    assert 112 // config.stride == 14
+    small = AutoencoderConfig(channels=(8, 8, 8, 8), latent_dim=4, num_blocks=1)
+    z = Encoder(small)(torch.zeros(1, 3, 112, 112))
+    assert z.shape == (1, 4, 14, 14)
+    assert Decoder(small)(z).shape == (1, 3, 112, 112)
+
+
+def test_table_12__half_the_decoder() -> None:
+    with torch.device("meta"):
+        whole = Decoder(AutoencoderConfig())
+        narrow = Decoder(AutoencoderConfig(decoder_width=0.5))
+        shallow = Decoder(AutoencoderConfig(decoder_blocks=1))
+        encoders = [
+            Encoder(AutoencoderConfig(**settings)) for settings in ({}, {"decoder_width": 0.5}, {"decoder_blocks": 1})
+        ]
+    convolutions = {name: p for name, p in narrow.named_parameters() if p.ndim == 4}
+    for name, p in whole.named_parameters():
+        if p.ndim == 4:
+            out, into = p.shape[:2]  # latent and image keep their channels
+            expected = (out if out == 3 else out // 2, into if name == "0.weight" else into // 2)
+            assert convolutions[name].shape[:2] == expected, name
+    blocks = [sum(isinstance(layer, ResidualBlock) for layer in decoder) for decoder in (whole, narrow, shallow)]
+    # Five levels of two blocks each, and the two around the attention.
+    assert blocks == [12, 12, 7]
+    assert len({parameters(encoder) for encoder in encoders}) == 1
+
+
+def test_decoder_side__is_the_config_itself_when_nothing_differs() -> None:
+    assert SMALL.decoder_side() is SMALL
+    half = dataclasses.replace(SMALL, decoder_width=0.5, decoder_blocks=3).decoder_side()
+    assert (half.channels, half.num_blocks, half.decoder_width) == ((4, 8, 6), 3, 1.0)
+
+
+@pytest.mark.parametrize("channels", [1, 4, 13])
+def test_encoder_and_decoder__of_other_channels(channels: int) -> None:
+    config = AutoencoderConfig(channels=(8, 16), latent_dim=4, num_blocks=1, in_channels=channels)
+    encoder, decoder = build(config)
+    assert decoder(encoder(torch.zeros(2, channels, 6, 10))).shape == (2, channels, 6, 10)
+
+
+@pytest.mark.parametrize(
+    "settings", [{"in_channels": 0}, {"decoder_width": 0.0}, {"decoder_blocks": -1}, {"num_heads": 0}]
+)
+def test_config__refuses_sizes_below_one(settings: dict[str, float]) -> None:
+    with pytest.raises(ConfigError):
+        AutoencoderConfig(**settings)  # type: ignore[arg-type]

@@ -1,16 +1,28 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
+from typing import Any, Literal
 
 import pytest
 import torch
 from torch import Tensor
 
-from pecobook.config import replace
-from pecobook.errors import ConfigError
+from pecobook.config import OptimConfig, replace
+from pecobook.errors import ConfigError, PreflightError
+from pecobook.models.autoencoder import AutoencoderConfig
+from pecobook.models.tokenizer import PerceptualTokenizer
 from pecobook.recipes import recipe
-from pecobook.stages.codebook import CodebookConfig, CodebookStage, PerceptualConfig, QuantizerConfig, psnr
-from tests.runs import SMALL
+from pecobook.stages.codebook import (
+    AdversarialConfig,
+    CodebookConfig,
+    CodebookStage,
+    ExplicitConfig,
+    PerceptualConfig,
+    QuantizerConfig,
+    psnr,
+)
+from tests.runs import SMALL, train
 
 NETWORK = PerceptualConfig(network="timm:resnet10t", weights="random", layers=(1, 2), weight=0.7)
 
@@ -19,7 +31,7 @@ def make(**more: object) -> CodebookStage:
     small = {**SMALL["codebook"], "out": "unused", "quantizer.start_after": 0}
     config: CodebookConfig = replace(recipe("codebook", "tiny"), small)
     torch.manual_seed(0)
-    return CodebookStage(dataclasses.replace(config, **more))  # type: ignore[arg-type]
+    return CodebookStage(dataclasses.replace(config, **more), num_classes=3)  # type: ignore[arg-type]
 
 
 def batch(count: int = 4, size: int = 16) -> dict[str, Tensor]:
@@ -87,7 +99,7 @@ def test_forward__trains_encoder_and_decoder_and_not_the_network() -> None:
     stage = make(perceptual=NETWORK)
     stage(batch()).loss.backward()
     for part in (stage.tokenizer.encoder, stage.tokenizer.decoder):
-        assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in part[0].parameters())
+        assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in part[0].parameters())  # type: ignore[index]
     assert stage.perceptual is not None
     assert all(parameter.grad is None for parameter in stage.perceptual.parameters())
     assert not stage.train().perceptual.training  # type: ignore[union-attr]
@@ -116,15 +128,21 @@ def test_health__perplexity_of_known_usage() -> None:
     health = stage.health()
     assert float(health["perplexity"]) == pytest.approx(8.0, rel=1e-4)
     assert float(health["codes_alive"]) == 24 - 3
+    assert float(health["codes_dead"]) == 3
 
 
 def test_warning__when_the_codebook_collapses() -> None:
     stage = make()
-    said = stage.warning({"perplexity": 1.0}, 200)
+    said = stage.warning({"codes_alive": 5.0, "perplexity": 1.0}, 200)
     assert said is not None
-    assert "of 24 codewords it uses about 1" in said
-    assert stage.warning({"perplexity": 1.0}, 199) is None
-    assert stage.warning({"perplexity": 12.0}, 200) is None
+    assert "Of 24 codewords 5 are in use (perplexity 1)" in said
+    assert "a lower --optim.lr" in said
+    assert "--quantizer.num-codewords 6" in said
+    assert "revive" not in said  # they are revived already
+    assert stage.warning({"codes_alive": 5.0, "perplexity": 1.0}, 199) is None
+    assert stage.warning({"codes_alive": 6.0, "perplexity": 1.0}, 200) is None
+    without = make(quantizer=QuantizerConfig(num_codewords=24, revive_after=0))
+    assert "--quantizer.revive-after 100" in (without.warning({"codes_alive": 5.0, "perplexity": 1.0}, 200) or "")
 
 
 def test_psnr__by_its_formula() -> None:
@@ -155,3 +173,136 @@ def test_loss__falls_when_trained_on_one_batch() -> None:
         optimizer.zero_grad()
         stage.after_step(step + 1, 30)
     assert float(stage(flat).metrics["pixel"]) < 0.6 * first
+
+
+# ------------------------------------------------------------------------------ what the paper compares this with
+
+
+def labelled(count: int = 4) -> dict[str, Tensor]:
+    return {**batch(count), "other": batch(count)["image"].flip(3), "label": torch.arange(count) % 3}
+
+
+def test_adversarial__is_added_to_equation_5_with_its_weight() -> None:
+    config = AdversarialConfig(weight=0.4, width=4, num_layers=1)
+    plain, stage = make(balance=False), make(balance=False, adversarial=config)
+    reference, output = plain(batch()), stage(batch())
+    torch.testing.assert_close(output.metrics["pixel"], reference.metrics["pixel"])
+    generator = reference.loss.detach() + 0.4 * output.metrics["adversarial"]
+    torch.testing.assert_close(output.loss.detach(), generator + output.metrics["discriminator"])
+    torch.testing.assert_close(output.metrics["loss"], generator)
+    output.loss.backward()
+    assert stage.discriminator is not None
+    assert all(p.grad is not None and p.grad.abs().max() > 0 for p in stage.discriminator.parameters() if p.ndim > 1)
+    assert "adversarial" not in stage.eval()(batch()).metrics
+
+
+def test_adversarial__discriminator_learns_from_its_own_term_alone() -> None:
+    config = AdversarialConfig(weight=0.4, width=4, num_layers=1)
+    gradients = []
+    for weight in (0.4, 40.0):
+        stage = make(balance=False, adversarial=dataclasses.replace(config, weight=weight))
+        stage(batch()).loss.backward()
+        assert stage.discriminator is not None
+        gradients.append([p.grad for p in stage.discriminator.parameters()])
+    for one, other in zip(*gradients, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize("kind", ["classification", "contrastive"])
+def test_explicit__is_added_with_its_weight_and_reaches_the_encoder(kind: Literal["classification"]) -> None:
+    explicit = ExplicitConfig(kind=kind, weight=0.7, hidden_dim=8, output_dim=4)
+    stage, plain = make(explicit=explicit, balance=False), make(balance=False)
+    stage.tokenizer.load_state_dict(plain.tokenizer.state_dict())
+    output, reference = stage(labelled()), plain(labelled())
+    torch.testing.assert_close(output.loss, reference.loss + 0.7 * output.metrics["explicit"])
+    assert 0 <= float(output.metrics["explicit_accuracy"]) <= 100
+    output.loss.backward()
+    reference.loss.backward()
+    changed = [
+        not torch.allclose(one.grad, other.grad)  # type: ignore[arg-type]
+        for one, other in zip(stage.tokenizer.encoder.parameters(), plain.tokenizer.encoder.parameters(), strict=True)
+    ]
+    assert any(changed)
+    assert "explicit" not in stage.eval()(labelled()).metrics
+
+
+def test_explicit__contrastive_keys_follow_the_encoder() -> None:
+    stage = make(explicit=ExplicitConfig(kind="contrastive", momentum=0.5, hidden_dim=8, output_dim=4))
+    assert stage.contrast is not None
+    before = [p.detach().clone() for p in stage.contrast.momentum_encoder.parameters()]
+    with torch.no_grad():
+        for parameter in stage.tokenizer.encoder.parameters():
+            parameter.add_(1.0)
+    stage.after_step(1, 10)
+    for copy, old in zip(stage.contrast.momentum_encoder.parameters(), before, strict=True):
+        torch.testing.assert_close(copy, old + 0.5)
+
+
+def test_gradient_codebook__adds_the_middle_term() -> None:
+    config = QuantizerConfig(num_codewords=24, commitment=0.25, learning="gradient")
+    stage = make(balance=False, quantizer=config)
+    output = stage(batch())
+    expected = output.metrics["pixel"] + 1.25 * output.metrics["commitment"]
+    torch.testing.assert_close(output.loss.detach(), expected)
+    output.loss.backward()
+    codebook = stage.tokenizer.codebook
+    assert codebook.grad is not None
+    assert codebook.grad.abs().max() > 0
+    groups = stage.parameter_groups(OptimConfig(weight_decay=0.1))
+    (group,) = [group for group in groups if any(p is codebook for p in group["params"])]
+    assert group["weight_decay"] == 0
+
+
+def test_grey_images__are_read_as_one_channel() -> None:
+    stage = make(model=dataclasses.replace(make().config.model, in_channels=1)).eval()
+    output = stage(batch())
+    weights = torch.tensor([0.2989, 0.587, 0.114])[:, None, None]
+    grey = (batch()["image"].float() / 255 * weights).sum(1, keepdim=True)
+    torch.testing.assert_close(output.pictures["images"], grey, rtol=1e-4, atol=1e-4)
+    assert output.pictures["reconstructions"].shape == (4, 1, 16, 16)
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"model": AutoencoderConfig(in_channels=4)}, "3 channels or 1"),
+        ({"quantizer": QuantizerConfig(learning="gradient"), "strategy": "fsdp"}, "use --strategy ddp"),
+        ({"adversarial": AdversarialConfig(weight=1, num_layers=7)}, "leaves nothing of 224 pixels"),
+    ],
+)
+def test_config__refuses(settings: dict[str, Any], said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        CodebookConfig(**settings)
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"adversarial.weight": 0.4, "adversarial.width": 4, "adversarial.num_layers": 1},
+        {"explicit.kind": "classification"},
+        {"explicit.kind": "contrastive", "explicit.hidden_dim": 8, "explicit.output_dim": 4},
+        {"quantizer.learning": "gradient"},
+        {"model.kind": "vit", "model.channels": (16, 4), "model.num_heads": 2},
+        {"model.in_channels": 1},
+    ],
+    ids=lambda more: next(iter(more)),
+)
+def test_train__every_variant_runs_and_exports(more: dict[str, Any], images: Path, tmp_path: Path) -> None:
+    run = train("codebook", images, tmp_path / "run", **more)
+    tokenizer = PerceptualTokenizer.from_pretrained(run)
+    channels = more.get("model.in_channels", 3)
+    codes = tokenizer.encode(torch.rand(2, channels, 16, 24))
+    assert codes.shape == (2, 4, 6)
+    assert tokenizer.decode(codes).shape == (2, channels, 16, 24)
+    names = tokenizer.state_dict().keys()
+    assert {name.split(".")[0] for name in names} == {"encoder", "decoder", "quantizer"}  # nothing of the training
+
+
+def test_check__classification_needs_labels(tmp_path: Path, images: Path) -> None:
+    flat = tmp_path / "flat"
+    flat.mkdir()
+    for number, file in enumerate(sorted(images.rglob("*.png"))):
+        (flat / f"{number}.png").write_bytes(file.read_bytes())
+    with pytest.raises(PreflightError, match="has no labels"):
+        train("codebook", flat, tmp_path / "run", **{"explicit.kind": "classification"})
+    assert not (tmp_path / "run").exists()

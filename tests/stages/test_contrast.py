@@ -4,17 +4,15 @@ import dataclasses
 import math
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from pecobook.config import BackboneConfig, replace
 from pecobook.data.views import colour_draws
 from pecobook.errors import ConfigError
 from pecobook.recipes import recipe
-from pecobook.stages.contrast import KIND, ContrastConfig, ContrastStage, contrastive_loss, gather, mlp
-from tests.distributed import TwoProcesses
+from pecobook.stages.contrast import KIND, ContrastConfig, ContrastStage
 from tests.runs import SMALL
 
 VIT = BackboneConfig(name="vit_tiny_patch16_224", args='{"patch_size": 8, "depth": 2, "embed_dim": 32, "num_heads": 2}')
@@ -31,62 +29,6 @@ def batch(count: int = 4) -> dict[str, Tensor]:
     views = torch.randint(256, (2, count, 3, 32, 32), dtype=torch.uint8, generator=generator)
     colours = [torch.stack([colour_draws(10 * number + index) for index in range(count)]) for number in (0, 1)]
     return {"view0": views[0], "view1": views[1], "colour0": colours[0], "colour1": colours[1]}
-
-
-def info_nce(queries: Tensor, keys: Tensor, temperature: float) -> float:
-    """Image by image, in NumPy."""
-    q, k = queries.double().numpy(), keys.double().numpy()
-    q, k = q / np.linalg.norm(q, axis=1, keepdims=True), k / np.linalg.norm(k, axis=1, keepdims=True)
-    total = 0.0
-    for i in range(len(q)):
-        scores = [math.exp(float(q[i] @ k[j]) / temperature) for j in range(len(k))]
-        total -= math.log(scores[i] / sum(scores))
-    return 2 * temperature * total / len(q)
-
-
-def test_contrastive_loss__by_its_formula() -> None:
-    generator = torch.Generator().manual_seed(1)
-    queries, keys = torch.randn(6, 5, generator=generator), torch.randn(6, 5, generator=generator)
-    for temperature in (0.2, 1.0):
-        loss, accuracy = contrastive_loss(queries, keys, temperature)
-        assert float(loss) == pytest.approx(info_nce(queries, keys, temperature), rel=1e-5)
-        cosine = torch.nn.functional.cosine_similarity(queries[:, None], keys[None], dim=2)  # (6, 6)
-        assert float(accuracy) == pytest.approx(sum(int(row.argmax()) == i for i, row in enumerate(cosine)) / 6)
-    assert float(contrastive_loss(keys, keys, 0.2)[1]) == 1.0
-    assert float(contrastive_loss(keys, keys.roll(1, 0), 0.2)[1]) == 0.0
-
-
-def half_loss(rank: int, world_size: int, queries: Tensor, keys: Tensor) -> tuple[float, float, list[float]]:
-    mine = slice(rank * 3, rank * 3 + 3)
-    own = queries[mine].clone().requires_grad_()
-    loss, accuracy = contrastive_loss(own, keys[mine], 0.2)
-    loss.backward()  # type: ignore[no-untyped-call]
-    assert own.grad is not None
-    return float(loss), float(accuracy), own.grad.flatten().tolist()
-
-
-def test_contrastive_loss__two_processes_see_each_others_keys(two_processes: TwoProcesses) -> None:
-    generator = torch.Generator().manual_seed(1)
-    queries, keys = torch.randn(6, 5, generator=generator), torch.randn(6, 5, generator=generator)
-    whole = queries.clone().requires_grad_()
-    loss, accuracy = contrastive_loss(whole, keys, 0.2)
-    loss.backward()  # type: ignore[no-untyped-call]
-    assert whole.grad is not None
-    halves = two_processes.run(half_loss, queries, keys)
-    assert sum(half[0] for half in halves) / 2 == pytest.approx(loss.item(), rel=1e-5)
-    assert sum(half[1] for half in halves) / 2 == pytest.approx(float(accuracy))
-    # Each half's mean is over three, the whole's over six.
-    assert [g / 2 for half in halves for g in half[2]] == pytest.approx(
-        whole.grad.flatten().tolist(), rel=1e-4, abs=1e-7
-    )
-
-
-def test_gather__alone_is_the_identity_without_gradient() -> None:
-    keys = torch.randn(3, 2, requires_grad=True)
-    everyone, first = gather(keys)
-    assert torch.equal(everyone, keys)
-    assert not everyone.requires_grad
-    assert first == 0
 
 
 @pytest.mark.parametrize("model", [None, VIT])
@@ -148,14 +90,6 @@ def test_after_step__the_first_step_takes_the_configured_momentum() -> None:
             parameter.fill_(3.0)
     stage.after_step(1, 10)
     assert all((parameter == 3).all() for parameter in stage.momentum_backbone.parameters())
-
-
-def test_mlp__shape_of_moco_v3() -> None:
-    layers = mlp([4, 8, 8, 2], final_norm=True)
-    kinds = [type(layer) for layer in layers]
-    assert kinds == [nn.Linear, nn.BatchNorm1d, nn.ReLU] * 2 + [nn.Linear, nn.BatchNorm1d]
-    assert all(layer.bias is None for layer in layers if isinstance(layer, nn.Linear))
-    assert list(layers[-1].parameters()) == []
 
 
 def test_warning__when_features_collapse() -> None:

@@ -26,9 +26,7 @@ def test_train__ddp_equals_one_process(
     command: str, images: Path, codebook_run: Path, vit_run: Path, tmp_path: Path, two_processes: TwoProcesses
 ) -> None:
     more: dict[str, Any] = {**inputs(command, codebook_run, vit_run), "max_steps": "3"}
-    if command == "codebook":
-        more["balance"] = False  # each process divides by the loss of its own half
-    else:
+    if command != "codebook":
         more["drop_path"] = 0.0  # it draws other numbers in each process
     if command == "finetune":
         more |= {"mixup": 0.0, "cutmix": 0.0}  # every process mixes its own half
@@ -39,6 +37,24 @@ def test_train__ddp_equals_one_process(
     assert ours.keys() == theirs.keys()
     for name, value in ours.items():
         torch.testing.assert_close(value, theirs[name], rtol=0.05, atol=3e-3)  # Adam's first steps enlarge rounding
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"adversarial.weight": 0.4, "adversarial.width": 4, "adversarial.num_layers": 1, "balance": True},
+        {"explicit.kind": "classification"},
+        {"quantizer.learning": "gradient"},
+    ],
+    ids=lambda more: next(iter(more)),
+)
+def test_train__variants_of_the_codebook_under_ddp_equal_one_process(
+    more: dict[str, Any], images: Path, tmp_path: Path, two_processes: TwoProcesses
+) -> None:
+    more = {**more, "max_steps": "4"}  # two before the codebook starts and two after
+    alone = train("codebook", images, tmp_path / "one", **more)
+    two_processes.run(train_on_each, "codebook", str(images), str(tmp_path / "two"), {**more, "devices": "2"})
+    assert losses(tmp_path / "two") == pytest.approx(losses(alone), rel=2e-4)
 
 
 def export_of(run: Path) -> dict[str, torch.Tensor]:

@@ -9,8 +9,8 @@ from torch import nn
 
 from pecobook.config import OptimConfig
 
-# Position tables and single tokens take no weight decay, beside every vector (biases, norms, LayerScale).
-NO_DECAY = ("*pos_embed", "*cls_token", "*mask_token", "*relative_position_bias_table")
+# Position tables, single tokens and codewords take no weight decay, beside every vector (biases, norms, LayerScale).
+NO_DECAY = ("*codebook", "*pos_embed", "*cls_token", "*mask_token", "*relative_position_bias_table")
 
 
 def parameter_groups(module: nn.Module, config: OptimConfig) -> list[dict[str, Any]]:

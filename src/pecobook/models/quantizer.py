@@ -6,11 +6,13 @@ The codebook is learned by exponential moving averages (van den Oord et al., arX
 default. Every training `forward` adds its statistics to a running total; `update`, called once an optimizer step, sums
 the totals over all ranks and moves the codebook. So accumulation steps and ranks change nothing but rounding, and a
 codebook is the same on every rank. Statistics, distances and loss are in fp32 under any autocast.
+
+With `learning="gradient"` the codebook is a parameter instead, and the middle term of equation 3 moves it.
 """
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -33,10 +35,13 @@ class Quantized(NamedTuple):
     """int64 (B, h, w), in [0, K)."""
     commitment_loss: Tensor
     """() mean over vectors and channels of ||sg[e] - z||^2, unweighted (equation 3's last term without beta)."""
+    codebook_loss: Tensor
+    """() the same number with its gradient to the codewords (equation 3's middle term); without any where the codebook
+    follows averages."""
 
 
 class VectorQuantizer(nn.Module):
-    """K codewords of dimension D, learned by moving averages.
+    """K codewords of dimension D, learned by moving averages, or by gradient.
 
     The first training batch starts the codebook with k-means over its vectors, gathered from all ranks. A codeword that
     no vector chose for `revive_after` updates is replaced by a vector of the current batch, and its statistics with
@@ -50,6 +55,8 @@ class VectorQuantizer(nn.Module):
         revive_after: updates without use after which a codeword is dead; 0 never revives.
         start_after: updates during which vectors pass unquantised, so that k-means finds features worth clustering.
         seed: of the k-means start and of the choice of replacements; the same on all ranks.
+        learning: `ema`, or `gradient` for equation 3 as printed: add `codebook_loss` to the loss, and give the module's
+            parameter to the optimizer. Counts then only tell what is used and what is dead.
     """
 
     codebook: Tensor  # (K, D)
@@ -69,12 +76,17 @@ class VectorQuantizer(nn.Module):
         revive_after: int = 100,
         start_after: int = 0,
         seed: int = 0,
+        learning: Literal["ema", "gradient"] = "ema",
     ) -> None:
         super().__init__()
-        self.num_codewords, self.dim = num_codewords, dim
+        self.num_codewords, self.dim, self.learning = num_codewords, dim, learning
         self.decay, self.eps, self.revive_after, self.seed = decay, eps, revive_after, seed
         self.start_after = start_after
-        self.register_buffer("codebook", torch.randn(num_codewords, dim) / dim**0.5)
+        start = torch.randn(num_codewords, dim) / dim**0.5
+        if learning == "gradient":
+            self.register_parameter("codebook", nn.Parameter(start))
+        else:
+            self.register_buffer("codebook", start)
         self.register_buffer("ema_count", torch.zeros(num_codewords))
         self.register_buffer("ema_sum", torch.zeros(num_codewords, dim))
         self.register_buffer("idle", torch.zeros(num_codewords, dtype=torch.int64))
@@ -93,7 +105,9 @@ class VectorQuantizer(nn.Module):
             z = z.float()
             if self.training and self._steps < self.start_after:
                 self._warming = True
-                return Quantized(z, torch.zeros(B, h, w, dtype=torch.int64, device=z.device), z.new_zeros(()))
+                # 0 x sum: every parameter takes part in every step, as DDP asks.
+                nothing = 0.0 * self.codebook.sum() if self.codebook.requires_grad else z.new_zeros(())
+                return Quantized(z, torch.zeros(B, h, w, dtype=torch.int64, device=z.device), z.new_zeros(()), nothing)
             vectors = z.permute(0, 2, 3, 1).reshape(-1, self.dim)  # (N, D)
             if self.training and not self._started:
                 self._start(vectors.detach())
@@ -101,13 +115,23 @@ class VectorQuantizer(nn.Module):
             if self.training:
                 self._collect(vectors.detach(), codes)
             quantized = self.lookup(codes.view(B, h, w))  # (B, D, h, w)
-            commitment = F.mse_loss(z, quantized)
+            commitment = F.mse_loss(z, quantized.detach())
+            codebook_loss = F.mse_loss(quantized, z.detach()) if self.learning == "gradient" else commitment.detach()
             # Straight-through: forward is the codeword, backward is the identity.
             quantized = z + (quantized - z).detach()
-        return Quantized(quantized, codes.view(B, h, w), commitment)
+        return Quantized(quantized, codes.view(B, h, w), commitment, codebook_loss)
+
+    @torch.no_grad()
+    def nearest(self, z: Tensor) -> Tensor:
+        """Codewords of z (B, D, h, w), without gradient or learning; z itself until the codebook is started."""
+        if self.training and self._steps < self.start_after:
+            return z.float()
+        B, D, h, w = z.shape
+        codes = nearest_codeword(z.permute(0, 2, 3, 1).reshape(-1, D), self.codebook)
+        return self.lookup(codes.view(B, h, w))
 
     def lookup(self, codes: Tensor) -> Tensor:
-        """Codewords of codes: int64 (B, h, w) to (B, D, h, w). Without gradient, since codewords follow averages."""
+        """Codewords of codes: int64 (B, h, w) to (B, D, h, w)."""
         return F.embedding(codes, self.codebook).permute(0, 3, 1, 2).contiguous()
 
     # ------------------------------------------------------------------------------------------ learning the codebook
@@ -128,11 +152,12 @@ class VectorQuantizer(nn.Module):
             dist.all_reduce(sums)
         self.ema_count.lerp_(counts, 1 - self.decay)
         self.ema_sum.lerp_(sums, 1 - self.decay)
-        total = self.ema_count.sum()
-        smoothed = (self.ema_count + self.eps) / (total + self.num_codewords * self.eps) * total  # (K,)
-        # An unused codeword keeps its place: its sum and count fade alike, but smoothing would pull it to the origin.
-        used = (counts > 0)[:, None]
-        self.codebook.copy_(torch.where(used, self.ema_sum / smoothed.clamp_min(1e-12)[:, None], self.codebook))
+        if self.learning == "ema":
+            total = self.ema_count.sum()
+            smoothed = (self.ema_count + self.eps) / (total + self.num_codewords * self.eps) * total  # (K,)
+            # An unused codeword keeps its place: its sum and count fade alike, but smoothing would pull it to 0.
+            used = (counts > 0)[:, None]
+            self.codebook.copy_(torch.where(used, self.ema_sum / smoothed.clamp_min(1e-12)[:, None], self.codebook))
         self.idle.add_(1).masked_fill_(counts > 0, 0)
         self.num_updates.add_(1)
         self._steps += 1
@@ -149,6 +174,7 @@ class VectorQuantizer(nn.Module):
         stride = max(1, len(vectors) * world_size() // self.num_codewords)
         self._candidates = vectors[::stride]
 
+    @torch.no_grad()
     def _start(self, vectors: Tensor) -> None:
         """Start the codebook by k-means over the vectors of all ranks."""
         pool = gather_rows(vectors)

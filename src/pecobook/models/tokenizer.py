@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from pecobook.config import replace, to_dict
 from pecobook.errors import ConfigError, WeightsError, first_line
-from pecobook.models.autoencoder import AutoencoderConfig, Decoder, Encoder
+from pecobook.models.autoencoder import AutoencoderConfig, build
 from pecobook.models.quantizer import VectorQuantizer
 from pecobook.models.weights import read_export, write_export
 
@@ -52,9 +52,8 @@ class PerceptualTokenizer(nn.Module):
     def __init__(self, config: TokenizerConfig, quantizer: VectorQuantizer | None = None) -> None:
         super().__init__()
         self.config = config
-        self.encoder = Encoder(config.model)
+        self.encoder, self.decoder = build(config.model)
         self.quantizer = quantizer or VectorQuantizer(config.num_codewords, config.model.latent_dim)
-        self.decoder = Decoder(config.model)
 
     @property
     def codebook(self) -> Tensor:

@@ -3,6 +3,8 @@
     loss = pixel_weight x L_pixel + lambda x L_percep + beta x commitment
 
 The codebook itself follows moving averages (`pecobook.models.quantizer`), which replaces equation 3's middle term.
+What the paper compares this with is here too: the adversarial term of equation 8 (Table 7), and losses on the codewords
+themselves (Table 6).
 """
 
 from __future__ import annotations
@@ -15,16 +17,21 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torchvision.transforms.functional import rgb_to_grayscale
 
+from pecobook.collectives import mean_over_ranks
 from pecobook.config import OptimConfig, TrainConfig, between, positive
 from pecobook.data.images import ImageSource
+from pecobook.data.sampler import key
 from pecobook.data.stream import Batch, ViewFunction
 from pecobook.data.views import central_view, random_crop, to_float
 from pecobook.engine.loop import StageOutput
 from pecobook.errors import ConfigError
 from pecobook.models.autoencoder import AutoencoderConfig
+from pecobook.models.discriminator import PatchDiscriminator, adversarial_losses
+from pecobook.models.explicit import CodewordClassifier, CodewordContrast
 from pecobook.models.perceptual import PerceptualDistance
-from pecobook.models.quantizer import VectorQuantizer
+from pecobook.models.quantizer import Quantized, VectorQuantizer
 from pecobook.models.tokenizer import PerceptualTokenizer, TokenizerConfig
 from pecobook.stages.stage import Stage, StageKind
 
@@ -67,11 +74,52 @@ class QuantizerConfig:
     something. A short training gains much by it."""
     commitment: float = 0.25
     """Beta of equation 3."""
+    learning: Literal["ema", "gradient"] = "ema"
+    """Moving averages, or equation 3 as printed, whose middle term moves the codewords by gradient."""
 
     def __post_init__(self) -> None:
         positive(self, "num_codewords", "eps")
         between(self, 0.0, 1.0, "decay")
         between(self, 0.0, float("inf"), "commitment", "revive_after", "start_after")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AdversarialConfig:
+    """A patch discriminator that learns to tell reconstructions from images (equation 8)."""
+
+    weight: float = 0.0
+    """Of the term; Table 7 uses 0.4. 0 leaves it out."""
+    width: int = 64
+    """Channels of the discriminator's first layer."""
+    num_layers: int = 3
+    """Strided layers; 3 see patches of 70 pixels."""
+
+    def __post_init__(self) -> None:
+        between(self, 0.0, float("inf"), "weight")
+        positive(self, "width", "num_layers")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ExplicitConfig:
+    """A loss on the codewords themselves (Table 6), in place of or beside the perceptual loss on images."""
+
+    kind: Literal["none", "classification", "contrastive"] = "none"
+    """classification needs labels; contrastive compares averaged codewords of two views, with a momentum encoder."""
+    weight: float = 1.0
+    """Of the term."""
+    temperature: float = 0.2
+    """Of the contrastive softmax."""
+    momentum: float = 0.99
+    """Of the contrastive keys' encoder."""
+    hidden_dim: int = 2048
+    """Hidden width of the contrastive heads."""
+    output_dim: int = 256
+    """Width of the space in which the contrastive loss compares."""
+
+    def __post_init__(self) -> None:
+        between(self, 0.0, float("inf"), "weight")
+        between(self, 0.0, 1.0, "momentum")
+        positive(self, "temperature", "hidden_dim", "output_dim")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -81,6 +129,8 @@ class CodebookConfig(TrainConfig):
     model: AutoencoderConfig = AutoencoderConfig()
     quantizer: QuantizerConfig = QuantizerConfig()
     perceptual: PerceptualConfig = PerceptualConfig()
+    adversarial: AdversarialConfig = AdversarialConfig()
+    explicit: ExplicitConfig = ExplicitConfig()
     pixel_weight: float = 1.0
     """Weight of the pixel loss, the mean squared error on [-1, 1]."""
     balance: bool = False
@@ -97,6 +147,17 @@ class CodebookConfig(TrainConfig):
                 f"--image-size {self.image_size} must be a multiple of {self.model.stride}, "
                 "the stride that --model.channels gives."
             )
+        if self.model.in_channels not in (1, 3):
+            raise ConfigError(
+                f"--model.in-channels {self.model.in_channels}: images are read as 3 channels or 1 (grey)."
+            )
+        if self.quantizer.learning == "gradient" and self.strategy == "fsdp":
+            raise ConfigError("--quantizer.learning gradient moves whole codewords: use --strategy ddp.")
+        if self.adversarial.weight > 0 and self.image_size < 3 * 2**self.adversarial.num_layers:
+            raise ConfigError(
+                f"--adversarial.num-layers {self.adversarial.num_layers} leaves nothing of {self.image_size} pixels: "
+                "give fewer."
+            )
         if self.pixel_weight == 0 and (self.perceptual.network == "none" or self.perceptual.weight == 0):
             raise ConfigError("There is nothing to learn: --pixel-weight is 0 and there is no perceptual network.")
 
@@ -106,45 +167,91 @@ class CodebookStage(Stage):
 
     Args:
         config: all settings.
+        num_classes: of the labels, for the classification of Table 6.
     """
 
-    def __init__(self, config: CodebookConfig) -> None:
+    def __init__(self, config: CodebookConfig, num_classes: int = 0) -> None:
         super().__init__()
         self.config = config
-        quantizer = VectorQuantizer(
-            config.quantizer.num_codewords,
-            config.model.latent_dim,
-            decay=config.quantizer.decay,
-            eps=config.quantizer.eps,
-            revive_after=config.quantizer.revive_after,
-            start_after=config.quantizer.start_after,
-            seed=config.seed,
-        )
-        shape = TokenizerConfig(
-            model=config.model, num_codewords=config.quantizer.num_codewords, image_size=config.image_size
-        )
-        self.tokenizer = PerceptualTokenizer(shape, quantizer)
+        self.tokenizer = _tokenizer(config)
         self.perceptual = perceptual_distance(config.perceptual, config.seed)
+        self.discriminator = self.classifier = self.contrast = None
+        if config.adversarial.weight > 0:
+            own = config.adversarial
+            self.discriminator = PatchDiscriminator(config.model.in_channels, own.width, own.num_layers)
+        if config.explicit.kind == "classification":
+            self.classifier = CodewordClassifier(config.model.latent_dim, num_classes)
+        elif config.explicit.kind == "contrastive":
+            self.contrast = CodewordContrast(
+                self.tokenizer.encoder,
+                config.model.latent_dim,
+                hidden_dim=config.explicit.hidden_dim,
+                output_dim=config.explicit.output_dim,
+                temperature=config.explicit.temperature,
+                momentum=config.explicit.momentum,
+            )
 
     def forward(self, batch: Batch) -> StageOutput:
-        """Equation 5 on a batch of uint8 images."""
-        images = to_float(batch["image"])  # (B, 3, H, W) in [0, 1]
-        quantized = self.tokenizer.quantizer(self.tokenizer.latent(images))
-        restored = self.tokenizer.render(quantized.quantized).float()
+        """Equation 5, and what is added to it, on a batch of uint8 images."""
+        images = self._images(batch["image"])
+        coded = self.tokenizer.quantizer(self.tokenizer.latent(images))
+        restored = self.tokenizer.render(coded.quantized).float()
+        loss, metrics = self.reconstruction(images, restored)
+        beta = self.config.quantizer.commitment
+        rest = beta * coded.commitment_loss
+        if self.config.quantizer.learning == "gradient":
+            rest = rest + coded.codebook_loss
+        metrics["commitment"] = coded.commitment_loss
+        fooled, own = self._adversarial(images, restored, metrics)
+        loss, rest = loss + self.config.adversarial.weight * fooled, rest + self._explicit(batch, coded, metrics)
+        metrics["loss"] = loss + rest  # what is shown, since a balanced loss is always near 1
+        if self.config.balance:
+            # The mean over ranks, so that many devices learn what one would.
+            loss = loss / mean_over_ranks(loss.detach()).clamp_min(1e-6)
+        metrics |= self.health()
+        pictures = {}
+        if not self.training:
+            metrics["ssim"] = ssim(images, restored)
+            pictures = {"images": images, "reconstructions": restored}
+        return StageOutput(loss + rest + own, {name: value.detach() for name, value in metrics.items()}, pictures)
+
+    def _images(self, pixels: Tensor) -> Tensor:
+        """uint8 (B, 3, H, W) to what the tokenizer reads, (B, C, H, W) in [0, 1]."""
+        images = to_float(pixels)
+        return rgb_to_grayscale(images) if self.config.model.in_channels == 1 else images
+
+    def reconstruction(self, images: Tensor, restored: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """Pixel and perceptual loss, weighted, and their metrics; both images float (B, C, H, W) in [0, 1]."""
         pixel = 4 * F.mse_loss(restored, images)  # 4: the error is meant on [-1, 1]
-        metrics = {"pixel": pixel, "commitment": quantized.commitment_loss, "psnr": psnr(images, restored)}
+        metrics = {"pixel": pixel, "psnr": psnr(images, restored)}
         loss = self.config.pixel_weight * pixel
         if self.perceptual is not None:
             with torch.no_grad():
                 target = self.perceptual.features(images)
             metrics["perceptual"] = self.perceptual.to_target(target, restored).mean()
             loss = loss + self.config.perceptual.weight * metrics["perceptual"]
-        commitment = self.config.quantizer.commitment * quantized.commitment_loss
-        metrics["loss"] = loss + commitment  # what is shown, since a balanced loss is always near 1
-        loss = (loss / loss.detach().clamp_min(1e-6) if self.config.balance else loss) + commitment
-        metrics |= self.health()
-        pictures = {} if self.training else {"images": images, "reconstructions": restored}
-        return StageOutput(loss, {name: value.detach() for name, value in metrics.items()}, pictures)
+        return loss, metrics
+
+    def _adversarial(self, images: Tensor, restored: Tensor, metrics: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """Equation 8, unweighted: what the autoencoder minimises, and what the discriminator does. () each."""
+        if self.discriminator is None or not self.training:
+            return images.new_zeros(()), images.new_zeros(())
+        fooled, own = adversarial_losses(self.discriminator, images, restored)
+        metrics |= {"adversarial": fooled, "discriminator": own}
+        return fooled, own
+
+    def _explicit(self, batch: Batch, coded: Quantized, metrics: dict[str, Tensor]) -> Tensor:
+        """Table 6's loss on codewords, weighted: ()."""
+        if not self.training or self.config.explicit.kind == "none":
+            return coded.commitment_loss.new_zeros(())
+        if self.classifier is not None:
+            loss, accuracy = self.classifier.loss(coded.quantized, batch["label"])
+        else:
+            assert self.contrast is not None
+            other = self._images(batch["other"]) * 2 - 1
+            loss, accuracy = self.contrast.loss(coded.quantized, other, self.tokenizer.quantizer)
+        metrics |= {"explicit": loss, "explicit_accuracy": 100 * accuracy}
+        return self.config.explicit.weight * loss
 
     def health(self) -> dict[str, Tensor]:
         """Codewords in use within the last `revive_after` steps, and perplexity of the averaged usage."""
@@ -154,22 +261,29 @@ class CodebookStage(Stage):
         entropy = -(share * share.clamp_min(1e-12).log()).sum()
         return {
             "codes_alive": alive.float(),
+            "codes_dead": quantizer.num_codewords - alive.float(),
             "perplexity": entropy.exp(),
             "revived": quantizer.num_revived.float(),
         }
 
     def after_step(self, step: int, total: int) -> None:  # noqa: ARG002
-        """Move the codebook."""
+        """Move the codebook, and the contrastive loss's second encoder."""
         self.tokenizer.quantizer.update()
+        if self.contrast is not None:
+            self.contrast.after_step(self.tokenizer.encoder)
 
     def warning(self, metrics: dict[str, float], step: int) -> str | None:
-        """Say when the codebook is collapsing."""
-        K = self.config.quantizer.num_codewords
-        if metrics["perplexity"] >= 0.05 * K or step < 200:
+        """Say when less than a quarter of the codebook is in use."""
+        own, K = self.config.quantizer, self.config.quantizer.num_codewords
+        # Before, every codeword counts as alive or is just being started.
+        if metrics["codes_alive"] >= K / 4 or step < own.start_after + 2 * max(own.revive_after, 100):
             return None
+        remedy = "a lower --optim.lr, or --model.latent-norm true"
+        if own.revive_after == 0 or own.revive_after > 100:
+            remedy = f"--quantizer.revive-after 100, {remedy}"
         return (
-            f"The codebook is collapsing: of {K} codewords it uses about {metrics['perplexity']:.0f} (perplexity).\n"
-            "Try fewer --quantizer.num-codewords, a shorter --quantizer.revive-after, or a lower --optim.lr."
+            f"Of {K} codewords {metrics['codes_alive']:.0f} are in use (perplexity {metrics['perplexity']:.0f}).\n"
+            f"Try {remedy}; or fewer codewords: --quantizer.num-codewords {max(K // 4, 1)}."
         )
 
     def export(self, folder: Path, state: dict[str, Tensor]) -> str:
@@ -181,10 +295,35 @@ class CodebookStage(Stage):
         return 'from pecobook import PerceptualTokenizer\ntokenizer = PerceptualTokenizer.from_pretrained("{path}")'
 
 
+def _tokenizer(config: CodebookConfig) -> PerceptualTokenizer:
+    own = config.quantizer
+    quantizer = VectorQuantizer(
+        own.num_codewords,
+        config.model.latent_dim,
+        decay=own.decay,
+        eps=own.eps,
+        revive_after=own.revive_after,
+        start_after=own.start_after,
+        seed=config.seed,
+        learning=own.learning,
+    )
+    shape = TokenizerConfig(model=config.model, num_codewords=own.num_codewords, image_size=config.image_size)
+    return PerceptualTokenizer(shape, quantizer)
+
+
 def psnr(images: Tensor, restored: Tensor) -> Tensor:
-    """Mean peak signal-to-noise ratio, dB: float (B, 3, H, W) in [0, 1], and about [0, 1], to ()."""
+    """Mean peak signal-to-noise ratio, dB: float (B, C, H, W) in [0, 1], and about [0, 1], to ()."""
     error = (restored.clamp(0, 1) - images).square().mean((1, 2, 3)).clamp_min(1e-10)
     return -10 * error.log10().mean()
+
+
+def ssim(images: Tensor, restored: Tensor) -> Tensor:
+    """Mean structural similarity (Wang et al., 2004; 11-pixel Gaussian), in [-1, 1]: arguments as `psnr`, to ()."""
+    from torchmetrics.functional.image import structural_similarity_index_measure
+
+    value = structural_similarity_index_measure(restored.clamp(0, 1), images, data_range=1.0)
+    assert isinstance(value, Tensor)
+    return value
 
 
 def perceptual_distance(config: PerceptualConfig, seed: int) -> PerceptualDistance | None:
@@ -209,20 +348,31 @@ def _check(config: CodebookConfig) -> None:
     perceptual_distance(config.perceptual, config.seed)
 
 
-def _build(config: CodebookConfig, source: ImageSource) -> CodebookStage:  # noqa: ARG001
-    return CodebookStage(config)
+def _build(config: CodebookConfig, source: ImageSource) -> CodebookStage:
+    return CodebookStage(config, len(source.classes or ()))
 
 
-def _random_view(image: Tensor, view_key: int, *, size: int, min_area: float) -> dict[str, Tensor]:
-    return {"image": random_crop(image, size, view_key, min_area=min_area)}
+def _random_view(image: Tensor, view_key: int, *, size: int, min_area: float, other: bool) -> dict[str, Tensor]:
+    sample = {"image": random_crop(image, size, view_key, min_area=min_area)}
+    if other:
+        sample["other"] = random_crop(image, size, key(view_key, 1), min_area=min_area)
+    return sample
 
 
 def _view(config: CodebookConfig) -> ViewFunction:
-    return partial(_random_view, size=config.image_size, min_area=config.min_crop)
+    other = config.explicit.kind == "contrastive"
+    return partial(_random_view, size=config.image_size, min_area=config.min_crop, other=other)
 
 
 def _evaluation_view(config: CodebookConfig) -> ViewFunction:
     return partial(central_view, size=config.image_size)
 
 
-KIND: StageKind[CodebookConfig] = StageKind("codebook", _check, _build, _view, _evaluation_view)
+KIND: StageKind[CodebookConfig] = StageKind(
+    "codebook",
+    _check,
+    _build,
+    _view,
+    _evaluation_view,
+    needs_labels=lambda config: config.explicit.kind == "classification",
+)

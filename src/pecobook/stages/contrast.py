@@ -7,17 +7,14 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import itertools
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from pecobook.collectives import gather_rows
 from pecobook.config import BackboneConfig, OptimConfig, TrainConfig, between, positive
 from pecobook.data.images import ImageSource
 from pecobook.data.sampler import key
@@ -27,6 +24,7 @@ from pecobook.engine.launch import micro_batch_size
 from pecobook.engine.loop import StageOutput
 from pecobook.engine.schedule import cosine
 from pecobook.errors import ConfigError
+from pecobook.models.contrastive import contrastive_loss, follow, mlp
 from pecobook.models.weights import IMAGENET_MEAN, IMAGENET_STD, create, export_backbone, is_transformer
 from pecobook.stages.stage import Stage, StageKind
 
@@ -64,19 +62,6 @@ class ContrastConfig(TrainConfig):
         super().__post_init__()
         positive(self, "temperature", "hidden_dim", "output_dim")
         between(self, 0.0, 1.0, "momentum")
-
-
-def mlp(widths: list[int], *, final_norm: bool) -> nn.Sequential:
-    """Linear layers without bias, BatchNorm and ReLU between; the last BatchNorm has no weights."""
-    layers: list[nn.Module] = []
-    for number, (width_in, width_out) in enumerate(itertools.pairwise(widths)):
-        last = number == len(widths) - 2
-        layers.append(nn.Linear(width_in, width_out, bias=False))
-        if not last:
-            layers += [nn.BatchNorm1d(width_out), nn.ReLU(inplace=True)]
-        elif final_norm:
-            layers.append(nn.BatchNorm1d(width_out, affine=False))
-    return nn.Sequential(*layers)
 
 
 class ContrastStage(Stage):
@@ -131,8 +116,7 @@ class ContrastStage(Stage):
         momentum = cosine(step - 1, total=total, start=self.config.momentum, end=1.0)
         pairs = [(self.backbone, self.momentum_backbone), (self.projector, self.momentum_projector)]
         for online, average in pairs:
-            for source, target in zip(online.parameters(), average.parameters(), strict=True):
-                target.lerp_(source, 1 - momentum)
+            follow(average, online, momentum)
 
     def warning(self, metrics: dict[str, float], step: int) -> str | None:
         """Say when all images get one feature (a spread of 1 is uniform on the sphere)."""
@@ -151,23 +135,6 @@ class ContrastStage(Stage):
             image_size=self.config.image_size,
             origin="MoCo v3",
         )
-
-
-def contrastive_loss(queries: Tensor, keys: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """2 x temperature x InfoNCE of queries (B, D) against the keys (B, D) of all ranks; returns loss and accuracy."""
-    with torch.autocast(queries.device.type, enabled=False):
-        queries, keys = F.normalize(queries.float(), dim=1), F.normalize(keys.float(), dim=1)
-        everyone, first = gather(keys)  # (G, D)
-        logits = queries @ everyone.t() / temperature  # (B, G)
-        labels = torch.arange(first, first + len(queries), device=queries.device)
-        loss = F.cross_entropy(logits, labels) * (2 * temperature)
-    return loss, (logits.argmax(1) == labels).float().mean()
-
-
-def gather(keys: Tensor) -> tuple[Tensor, int]:
-    """Keys of all ranks (G, D), without gradient, and the row where this rank's begin."""
-    rank = dist.get_rank() if dist.is_initialized() else 0
-    return gather_rows(keys.detach()), rank * len(keys)
 
 
 def _backbone_args(config: ContrastConfig) -> dict[str, Any]:

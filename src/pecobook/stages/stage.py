@@ -61,7 +61,7 @@ class StageKind(Generic[C]):
     """What the stage reads of an image in training."""
     evaluation_view: Callable[[C], ViewFunction]
     """What it reads of a held-out image; without randomness that changes from one evaluation to the next."""
-    needs_labels: bool = False
+    needs_labels: Callable[[C], bool] = lambda _config: False
     """Whether images without labels are of no use to it."""
 
 
@@ -106,11 +106,11 @@ def preflight(kind: StageKind[C], config: C) -> Splits:
     def look_at_data() -> None:
         opened = open_images(config.data)
         look_at_images(opened.train)
-        if kind.needs_labels and opened.train.labels is None:
+        if kind.needs_labels(config) and opened.train.labels is None:
             raise DataError(
                 f"--data '{config.data}' has no labels: put the images of each class in a subfolder of its own."
             )
-        if kind.needs_labels and opened.evaluation.labels is None:
+        if kind.needs_labels(config) and opened.evaluation.labels is None:
             raise DataError(f"--data '{config.data}' has no labels for its {opened.evaluation_name} images.")
         splits.append(opened)
 

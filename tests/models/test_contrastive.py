@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.testing import assert_close
 
-from pecobook.stages.contrast import contrastive_loss, gather
+from pecobook.models.contrastive import contrastive_loss, follow, gather, mlp
 from tests.distributed import TwoProcesses
 
 
@@ -113,3 +113,20 @@ def test_gather__of_one_process_is_the_input() -> None:
     keys, first = gather(features(0))
     assert torch.equal(keys, features(0))
     assert first == 0
+
+
+def test_mlp__shape_of_moco_v3() -> None:
+    layers = mlp([4, 8, 8, 2], final_norm=True)
+    kinds = [type(layer) for layer in layers]
+    assert kinds == [nn.Linear, nn.BatchNorm1d, nn.ReLU] * 2 + [nn.Linear, nn.BatchNorm1d]
+    assert all(layer.bias is None for layer in layers if isinstance(layer, nn.Linear))
+    assert list(layers[-1].parameters()) == []
+    assert [type(layer) for layer in mlp([4, 8, 2], final_norm=False)][-1] is nn.Linear
+
+
+def test_follow__is_an_average_of_parameters() -> None:
+    slow, fast = nn.Linear(3, 2), nn.Linear(3, 2)
+    before = [parameter.detach().clone() for parameter in slow.parameters()]
+    follow(slow, fast, 0.9)
+    for own, old, other in zip(slow.parameters(), before, fast.parameters(), strict=True):
+        assert_close(own.detach(), 0.9 * old + 0.1 * other.detach())

@@ -1,0 +1,78 @@
+"""Semantics put into codewords explicitly, for the comparison in Table 6: a loss on codewords instead of on images.
+
+B images, D latent channels, h w latent grid. Both losses see the image's codewords averaged over positions, as the
+codeword probe of Table 4 does. What else these losses are, the paper does not say: docs/decisions.md.
+"""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pecobook.models.contrastive import contrastive_loss, follow, mlp
+from pecobook.models.quantizer import VectorQuantizer
+
+
+class CodewordClassifier(nn.Linear):
+    """Cross-entropy of a linear classifier on averaged codewords.
+
+    Args:
+        dim: D.
+        num_classes: of the labels.
+    """
+
+    def loss(self, quantized: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Loss and accuracy, () each, of codewords (B, D, h, w) with their gradient; labels int64 (B,)."""
+        logits = self(quantized.mean((2, 3))).float()  # (B, classes)
+        return F.cross_entropy(logits, labels), (logits.argmax(1) == labels).float().mean()
+
+
+class CodewordContrast(nn.Module):
+    """MoCo v3's loss on averaged codewords: an image's must find those of another view of it among all images'.
+
+    The keys come from an encoder that is a moving average of the trained one, through the same codebook.
+
+    Args:
+        encoder: the trained one, of which a copy is taken.
+        dim: D.
+        hidden_dim: hidden width of projector and predictor.
+        output_dim: width of the space in which views are compared.
+        temperature: of the softmax.
+        momentum: of the moving average.
+    """
+
+    def __init__(
+        self,
+        encoder: nn.Module,
+        dim: int,
+        *,
+        hidden_dim: int = 2048,
+        output_dim: int = 256,
+        temperature: float = 0.2,
+        momentum: float = 0.99,
+    ) -> None:
+        super().__init__()
+        self.temperature, self.momentum = temperature, momentum
+        self.projector = mlp([dim, hidden_dim, output_dim], final_norm=True)
+        self.predictor = mlp([output_dim, hidden_dim, output_dim], final_norm=False)
+        self.momentum_encoder = copy.deepcopy(encoder).requires_grad_(False)
+        self.momentum_projector = copy.deepcopy(self.projector).requires_grad_(False)
+
+    def loss(self, quantized: Tensor, other: Tensor, quantizer: VectorQuantizer) -> tuple[Tensor, Tensor]:
+        """Loss and accuracy, () each, of codewords (B, D, h, w) with their straight-through gradient.
+
+        `other` is another view of the same images, (B, C, H, W) in [-1, 1].
+        """
+        queries = self.predictor(self.projector(quantized.mean((2, 3))))
+        with torch.no_grad():
+            codewords = quantizer.nearest(self.momentum_encoder(other))  # (B, D, h, w)
+            keys = self.momentum_projector(codewords.mean((2, 3)))
+        return contrastive_loss(queries, keys, self.temperature)
+
+    def after_step(self, encoder: nn.Module) -> None:
+        """Move encoder and projector of the keys towards the trained ones."""
+        follow(self.momentum_encoder, encoder, self.momentum)
+        follow(self.momentum_projector, self.projector, self.momentum)

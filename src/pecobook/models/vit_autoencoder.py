@@ -1,0 +1,72 @@
+"""A plain transformer as encoder and as decoder of the tokenizer (PeCo, Table 12's ViT-B / ViT-B row).
+
+timm's blocks, and fixed two-dimensional sine and cosine positions, made for the grid at hand: so any image that the
+patch divides will do. B batch, N = h w patches, C width, P side of a patch, D latent channels.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from pecobook.models.autoencoder import AutoencoderConfig, LatentNorm
+
+
+class _Trunk(nn.Sequential):
+    """Transformer blocks and a last norm over tokens with positions: (B, C, h, w) to the same."""
+
+    def __init__(self, config: AutoencoderConfig) -> None:
+        from timm.models.vision_transformer import Block
+
+        width = config.channels[0]
+        blocks = [Block(width, config.num_heads, qkv_bias=True) for _ in range(config.num_blocks)]
+        super().__init__(*blocks, nn.LayerNorm(width, eps=1e-6))
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, h, w) to the same."""
+        _, C, h, w = x.shape
+        tokens = x.flatten(2).transpose(1, 2) + positions(h, w, C, device=x.device).to(x.dtype)  # (B, N, C)
+        for layer in self:
+            tokens = layer(tokens)
+        return tokens.transpose(1, 2).reshape(len(x), C, h, w)
+
+
+class ViTEncoder(nn.Sequential):
+    """Image (B, 3, H, W) in [-1, 1] to latent (B, D, h, w), with h = H / P."""
+
+    def __init__(self, config: AutoencoderConfig) -> None:
+        width, patch = config.channels
+        layers = [
+            nn.Conv2d(config.in_channels, width, patch, stride=patch),
+            _Trunk(config),
+            nn.Conv2d(width, config.latent_dim, 1),
+        ]
+        super().__init__(*layers, *([LatentNorm(config.latent_dim)] if config.latent_norm else []))
+
+
+class ViTDecoder(nn.Sequential):
+    """Quantised latent (B, D, h, w) to image (B, 3, h P, w P), about [-1, 1]."""
+
+    def __init__(self, config: AutoencoderConfig) -> None:
+        config = config.decoder_side()
+        width, patch = config.channels
+        super().__init__(
+            nn.Conv2d(config.latent_dim, width, 1),
+            _Trunk(config),
+            nn.Conv2d(width, config.in_channels * patch**2, 1),
+            nn.PixelShuffle(patch),
+        )
+
+
+def positions(height: int, width: int, channels: int, *, device: torch.device) -> Tensor:
+    """Sines and cosines of row and column, wavelengths 2 pi to 20,000 pi: (height x width, channels), fp32.
+
+    `channels` must be a multiple of 4: a quarter each for the sine and the cosine of the column and of the row.
+    """
+    from timm.layers import build_sincos2d_pos_embed
+
+    return build_sincos2d_pos_embed([height, width], dim=channels, device=device)  # type: ignore[no-any-return]
