@@ -9,6 +9,7 @@ Durations (`max_steps`, `warmup`) are written in the unit people think in: "5000
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import re
@@ -283,8 +284,12 @@ def coerce(value: Any, kind: Any, name: str) -> Any:
         if inner[-1] is not Ellipsis and len(items) != len(inner):
             raise ConfigError(f"--{flag(name)} takes {len(inner)} values, not {len(items)}.")
         return tuple(coerce(item, inner[0], name) for item in items)
-    if origin in (typing.Union, types.UnionType):
-        return None if value is None else coerce(value, next(a for a in get_args(kind) if a is not type(None)), name)
+    if origin in (typing.Union, types.UnionType):  # the first kind that takes the value; the last one's error
+        *others, last = [a for a in get_args(kind) if a is not type(None)]
+        for other in others:
+            with contextlib.suppress(ConfigError):
+                return coerce(value, other, name)
+        return None if value is None and type(None) in get_args(kind) else coerce(value, last, name)
     return _coerce_scalar(value, kind, name)
 
 

@@ -15,14 +15,11 @@ import pytest
 import timm
 import torch
 from safetensors.torch import save_file
-from timm.models.vgg import VGG
 from torch import Tensor, nn
 from torch.testing import assert_close
 
 from pecobook.errors import WeightsError
-from pecobook.models import perceptual
-from pecobook.models.perceptual import Normalisation, PerceptualDistance, feature_indices, normalise
-from pecobook.models.weights import IMAGENET_MEAN, IMAGENET_STD, Backbone, load_backbone
+from pecobook.models.perceptual import Normalisation, PerceptualDistance, normalise
 
 VIT, RESNET = "timm:test_vit", "timm:test_resnet"
 Array = npt.NDArray[np.float64]
@@ -89,13 +86,14 @@ def test_forward__is_equation_4(
 ) -> None:
     distance = PerceptualDistance(network, layers, "random", normalisation=how)
     x, y = pictures(0, 160 if network == VIT else 96), pictures(1, 160 if network == VIT else 96)
-    modules = [distance.network.get_submodule(name) for name in names]
+    network_of_timm: Any = distance.network.network
+    modules = [network_of_timm.get_submodule(name) for name in names]
     # The networks' own normalisation of images: mean and deviation 0.5.
     with hooked(modules) as of_x:
         distance.network((x - 0.5) / 0.5)
     with hooked(modules) as of_y:
         distance.network((y - 0.5) / 0.5)
-    prefix = getattr(distance.network, "num_prefix_tokens", 0)
+    prefix = getattr(network_of_timm, "num_prefix_tokens", 0)
     expected = np.array(
         [
             [equation_4(as_maps(a, prefix)[image], as_maps(b, prefix)[image], how) for image in range(2)]
@@ -164,7 +162,7 @@ def test_random_weights__depend_on_the_seed_alone_and_leave_the_global_generator
     assert torch.equal(torch.get_rng_state(), before)
     torch.manual_seed(6)
     again, other = (PerceptualDistance(VIT, (1,), "random", seed=seed) for seed in (3, 4))
-    weights = "network.blocks.0.attn.qkv.weight"
+    weights = "network.network.blocks.0.attn.qkv.weight"
     assert torch.equal(first.state_dict()[weights], again.state_dict()[weights])
     assert not torch.equal(first.state_dict()[weights], other.state_dict()[weights])
 
@@ -176,55 +174,6 @@ def test_normalise__ignores_the_scale_of_a_location(how: Normalisation) -> None:
     assert_close(normalise(feature, how), normalise(scaled, how), atol=1e-3, rtol=1e-3)
     assert_close(normalise(feature, how).square().mean(1), torch.ones(2, 3, 3), atol=1e-3, rtol=0)
     assert normalise(torch.zeros(1, 4, 1, 1), how).tolist() == torch.zeros(1, 4, 1, 1).tolist()
-
-
-# ------------------------------------------------------------------------------------------------------------- layers
-
-
-def small_vgg() -> VGG:
-    """VGG-11's plan, narrow: five stages, each ended by a pooling."""
-    plan = [4, "M", 6, "M", 8, 8, "M", 10, 10, "M", 12, 12, "M"]
-    return VGG(cfg=plan, num_classes=0, mlp_ratio=1 / 512)
-
-
-def test_layers__of_a_vgg_are_its_stages_before_pooling(monkeypatch: pytest.MonkeyPatch) -> None:
-    def load(spec: str, *, weights: str | None) -> Backbone:
-        return Backbone(small_vgg(), "vgg", {}, IMAGENET_MEAN, IMAGENET_STD, 224)
-
-    monkeypatch.setattr(perceptual, "load_backbone", load)
-    distance = PerceptualDistance("timm:vgg11", (1, 2, 3, 4, 5), "random")
-    shapes = [tuple(feature.shape[1:]) for feature in distance.features(pictures(0, 64))]
-    assert shapes == [(4, 64, 64), (6, 32, 32), (8, 16, 16), (10, 8, 8), (12, 4, 4)]
-
-
-def test_load__a_vgg_of_timm() -> None:
-    # timm's VGG takes no drop_path_rate. On the meta device, since its weights are half a gigabyte.
-    with torch.device("meta"):
-        backbone = load_backbone("timm:vgg11", weights="random")
-    assert feature_indices(backbone.network, (1, 5), "vgg11") == [0, 4]
-
-
-@pytest.mark.parametrize(
-    ("name", "layers", "channels"),
-    [("test_resnet", (1, 4), [32, 96]), ("test_convnext", (1, 4), [24, 64]), ("test_efficientnet", (1, 5), [16, 64])],
-)
-def test_layers__of_convolutional_networks_are_stages(name: str, layers: tuple[int, ...], channels: list[int]) -> None:
-    distance = PerceptualDistance(f"timm:{name}", layers, "random")
-    assert [feature.shape[1] for feature in distance.features(pictures(0, 64))] == channels
-
-
-@pytest.mark.parametrize(
-    ("network", "layers", "count"),
-    [(VIT, (0,), 6), (VIT, (3, 7), 6), (VIT, (), 6), (VIT, (-1,), 6), (RESNET, (5,), 4), (RESNET, (0, 1), 4)],
-)
-def test_layers__that_a_network_lacks_are_refused(network: str, layers: tuple[int, ...], count: int) -> None:
-    with pytest.raises(WeightsError, match=f"'{network}' has layers 1 to {count}"):
-        PerceptualDistance(network, layers, "random")
-
-
-def test_feature_indices__refuses_a_network_without_features() -> None:
-    with pytest.raises(WeightsError, match="gives no intermediate features"):
-        feature_indices(nn.Linear(1, 1), (1,), "linear")
 
 
 # ------------------------------------------------------------------------------------------------------------ weights
@@ -252,9 +201,9 @@ def test_init__reads_local_weights(tmp_path: Path, form: str) -> None:
         save_file(state, file)
     else:
         torch.save({"model": state, "epoch": 3} if form == "wrapped" else state, file)
-    loaded = PerceptualDistance(VIT, (1,), str(file)).network.state_dict()
-    assert len(loaded) == len(state) - 2
-    assert all(torch.equal(value, state[name]) for name, value in loaded.items())
+    loaded = PerceptualDistance(VIT, (6,), str(file)).network.state_dict()
+    assert len(loaded) == len(state) - 4  # neither head nor last norm
+    assert all(torch.equal(value, state[name.removeprefix("network.")]) for name, value in loaded.items())
 
 
 def test_init__refuses_weights_of_another_network(tmp_path: Path) -> None:

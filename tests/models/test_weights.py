@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import json
-import random
 from pathlib import Path
 from typing import Any
 
 import pytest
 import timm
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.testing import assert_close
@@ -23,9 +20,7 @@ from pecobook.models.weights import (
     export_folder,
     is_transformer,
     load_backbone,
-    load_state,
     read_export,
-    read_weights,
     write_tensors,
 )
 
@@ -49,104 +44,6 @@ def exported(folder: Path, name: str = NAME, args: dict[str, Any] = VIT, **more:
         folder / "export", network.state_dict(), name=name, args=args, image_size=32, origin="a test", **more
     )
     return network
-
-
-# --------------------------------------------------------------------------------------------------------- load_state
-
-
-def two_layers() -> nn.Sequential:
-    return nn.Sequential(nn.Linear(2, 3), nn.LayerNorm(3))
-
-
-def test_load_state__names_the_keys_that_differ() -> None:
-    state = two_layers().state_dict()
-    state["0.weight"] = torch.zeros(5, 5)
-    state["2.bias"] = state.pop("1.bias")
-    with pytest.raises(WeightsError) as caught:
-        load_state(two_layers(), state, source="x.pth")
-    assert str(caught.value) == (
-        "The weights of 'x.pth' do not fit this network: "
-        "1 missing (1.bias); 1 unknown (2.bias); 1 of another shape (0.weight)."
-    )
-
-
-def test_load_state__shortens_long_lists_and_changes_nothing() -> None:
-    network = nn.Sequential(*(nn.Linear(1, 1) for _ in range(3)))
-    before = {name: value.clone() for name, value in network.state_dict().items()}
-    with pytest.raises(WeightsError, match=r"5 missing \(0\.bias, 1\.bias, 1\.weight, \.\.\.\)"):
-        load_state(network, {"0.weight": torch.full((1, 1), 9.0)}, source="x")
-    assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
-
-
-def test_load_state__leaves_heads_out_and_the_caller_its_dictionary() -> None:
-    state = two_layers().state_dict()
-    extra = {f"{head}.weight": torch.ones(1) for head in ("head", "fc", "classifier")}
-    given_state = {**state, **extra, "head.fc.bias": torch.ones(1)}
-    kept = dict(given_state)
-    network = two_layers()
-    load_state(network, given_state, source="x")
-    assert given_state.keys() == kept.keys()
-    assert all(torch.equal(network.state_dict()[name], value) for name, value in state.items())
-
-
-class Normed(nn.Module):
-    def __init__(self, name: str) -> None:
-        super().__init__()
-        self.body = nn.Linear(2, 2)
-        self.add_module(name, nn.LayerNorm(2))
-
-
-@pytest.mark.parametrize(("old", "new"), [("norm", "fc_norm"), ("fc_norm", "norm"), ("norm", "norm")])
-def test_load_state__takes_the_norm_before_or_after_the_mean(old: str, new: str) -> None:
-    source, target = Normed(old), Normed(new)
-    nn.init.normal_(source.get_parameter(f"{old}.weight"))
-    load_state(target, source.state_dict(), source="x")
-    assert torch.equal(target.get_parameter(f"{new}.weight"), source.get_parameter(f"{old}.weight"))
-
-
-# ------------------------------------------------------------------------------------------------------- read_weights
-
-
-@pytest.mark.parametrize("content", [b"", b"not a pickle", b"\x80\x02", b"PK\x03\x04 half a zip", b"\x00" * 300])
-@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
-def test_read_weights__refuses_what_is_no_file_of_weights(tmp_path: Path, content: bytes, suffix: str) -> None:
-    file = tmp_path / f"weights{suffix}"
-    file.write_bytes(content)
-    with pytest.raises(WeightsError, match=r"is no plain file of weights|cannot be read as safetensors"):
-        read_weights(str(file))
-
-
-@settings(max_examples=150, deadline=None)
-@given(st.integers(0, 2**32))
-def test_read_weights__refuses_or_reads_a_damaged_file(tmp_path_factory: pytest.TempPathFactory, seed: int) -> None:
-    rng = random.Random(seed)
-    file = tmp_path_factory.mktemp("damaged") / "weights.pth"
-    torch.save({"a": torch.ones(3), "b": torch.zeros(2, 2)}, file, _use_new_zipfile_serialization=rng.random() < 0.5)
-    data = bytearray(file.read_bytes())
-    for _ in range(rng.randint(1, 4)):
-        data[rng.randrange(min(len(data), 400))] = rng.randrange(256)
-    file.write_bytes(data[: rng.randint(1, len(data))] if rng.random() < 0.3 else data)
-    try:
-        state = read_weights(str(file))
-    except WeightsError:
-        return
-    assert all(isinstance(value, Tensor) for value in state.values())
-
-
-@pytest.mark.parametrize("content", [[torch.ones(1)], {"a": 3}, {"state_dict": {"a": "text"}}, torch.ones(2)])
-def test_read_weights__refuses_what_is_no_state_dict(tmp_path: Path, content: Any) -> None:
-    torch.save(content, tmp_path / "weights.pth")
-    with pytest.raises(WeightsError, match="holds no state dict"):
-        read_weights(str(tmp_path / "weights.pth"))
-
-
-def test_write_tensors__is_read_back_whatever_the_layout(tmp_path: Path) -> None:
-    tensors = {"a": torch.arange(6.0).view(2, 3).t(), "b": torch.ones(1, requires_grad=True).expand(3)}
-    file = tmp_path / "new" / "folder" / "x.safetensors"
-    write_tensors(file, tensors)
-    found = load_file(file)
-    assert all(torch.equal(found[name], value) for name, value in tensors.items())
-    assert [path.name for path in file.parent.iterdir()] == ["x.safetensors"]
 
 
 # ------------------------------------------------------------------------------------------------------------- create
@@ -314,3 +211,12 @@ def test_export_backbone__its_lines_of_python_work(tmp_path: Path, classes: tupl
     assert "# vit_tiny_patch16_224, trained by MoCo v3" in card
     assert "trained at 32 pixels" in card
     assert 'load_file("model.safetensors")' in card
+
+
+def test_write_tensors__is_read_back_whatever_the_layout(tmp_path: Path) -> None:
+    tensors = {"a": torch.arange(6.0).view(2, 3).t(), "b": torch.ones(1, requires_grad=True).expand(3)}
+    file = tmp_path / "new" / "folder" / "x.safetensors"
+    write_tensors(file, tensors)
+    found = load_file(file)
+    assert all(torch.equal(found[name], value) for name, value in tensors.items())
+    assert [path.name for path in file.parent.iterdir()] == ["x.safetensors"]

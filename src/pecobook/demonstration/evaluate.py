@@ -30,10 +30,11 @@ from pecobook.data.sampler import key
 from pecobook.data.stream import read_all
 from pecobook.data.views import to_float
 from pecobook.demonstration.plan import ARMS, PRETRAINED, DemoConfig, Job
+from pecobook.models.checkpoints import read_weights
 from pecobook.models.masked_vit import MaskedImageModel
 from pecobook.models.perceptual import PerceptualDistance
 from pecobook.models.tokenizer import PerceptualTokenizer
-from pecobook.models.weights import Backbone, load_backbone, read_weights
+from pecobook.models.weights import Backbone, load_backbone
 from pecobook.probing import probe_features
 from pecobook.stages.codebook import CodebookConfig
 from pecobook.stages.pretrain import PretrainConfig, make_mask

@@ -18,8 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pecobook.errors import WeightsError
-from pecobook.models.weights import load_backbone
+from pecobook.errors import WeightsError, first_line
+from pecobook.models.feature_networks import check_maps, open_features
 
 Normalisation: TypeAlias = Literal["unit-rms", "layernorm", "none"]
 
@@ -28,14 +28,17 @@ class PerceptualDistance(nn.Module):
     """Distance between images in the features of a frozen network.
 
     Args:
-        network: `timm:NAME`, or a pecobook run (contrast or pretrain).
-        layers: 1-based: blocks of a transformer, stages of a convolutional network. The paper's are 3, 6, 9, 12 of a
-            ViT-B, and all stages of a ResNet or VGG.
+        network: `timm:NAME`, `torchvision:NAME`, a pecobook run (contrast, pretrain or finetune), or a module of yours.
+        layers: numbers from 1: blocks of a transformer, stages of a convolutional network (the paper's are 3, 6, 9, 12
+            of a ViT-B, and all stages of a ResNet or VGG); or names of nodes of a torchvision network or a module.
         weights: None for the network's own weights, a local file, or `random` for the control that shows what the
             architecture alone brings.
         normalisation: of the activations, see above.
         input_size: side to which images are resized first; None keeps their size, or takes the network's where it
             works at one size only.
+        mean: of the input's normalisation, RGB in [0, 1]; None takes the network's own.
+        std: the same.
+        bgr: turn the channels around after the normalisation, for networks of Caffe's times.
         seed: of random weights.
 
     Raises:
@@ -47,25 +50,28 @@ class PerceptualDistance(nn.Module):
 
     def __init__(
         self,
-        network: str,
-        layers: Sequence[int] = (3, 6, 9, 12),
+        network: str | nn.Module,
+        layers: Sequence[int | str] = (3, 6, 9, 12),
         weights: str | None = None,
         *,
         normalisation: Normalisation = "unit-rms",
         input_size: int | None = None,
+        mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
+        bgr: bool = False,
         seed: int = 0,
     ) -> None:
         super().__init__()
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            backbone = load_backbone(network, weights=weights)
-        self.network = backbone.network.eval().requires_grad_(False)
-        self.layers, self.normalisation = tuple(layers), normalisation
-        self.indices = feature_indices(self.network, self.layers, network)
-        is_vit = hasattr(self.network, "blocks") and hasattr(self.network, "patch_embed")
-        self.input_size = input_size or (backbone.image_size if is_vit else None)
-        self.register_buffer("mean", torch.tensor(backbone.mean)[:, None, None], persistent=False)
-        self.register_buffer("std", torch.tensor(backbone.std)[:, None, None], persistent=False)
+            opened = open_features(network, layers, weights)
+        # Convolutions are faster with channels last; a transformer's patches do not care.
+        self.network = opened.network.to(memory_format=torch.channels_last)
+        self.network.eval().requires_grad_(False)
+        self.layers, self.normalisation, self.bgr = tuple(layers), normalisation, bgr
+        self.input_size = input_size or opened.input_size
+        self.register_buffer("mean", torch.tensor(mean or opened.mean)[:, None, None], persistent=False)
+        self.register_buffer("std", torch.tensor(std or opened.std)[:, None, None], persistent=False)
 
     def train(self, mode: bool = True) -> PerceptualDistance:  # noqa: ARG002
         """A frozen network never leaves evaluation mode: its batch statistics must not follow our images."""
@@ -73,12 +79,26 @@ class PerceptualDistance(nn.Module):
 
     def features(self, images: Tensor) -> list[Tensor]:
         """Normalised activations of float (B, 3, H, W) in [0, 1]: L tensors (B, C_l, H_l, W_l)."""
-        if self.input_size is not None and images.shape[-2:] != (self.input_size, self.input_size):
-            images = F.interpolate(images, (self.input_size,) * 2, mode="bicubic", antialias=True, align_corners=False)
-        found = self.network.forward_intermediates(  # type: ignore[operator]
-            (images - self.mean) / self.std, indices=self.indices, intermediates_only=True, output_fmt="NCHW"
-        )
+        shape = self._input_shape(*images.shape[-2:])
+        if images.shape[-2:] != shape:
+            images = F.interpolate(images, shape, mode="bicubic", antialias=True, align_corners=False)
+        images = (images - self.mean) / self.std  # grey (B, 1, H, W) becomes (B, 3, H, W) here
+        found = self.network(images.flip(1) if self.bgr else images)
         return [normalise(feature.float(), self.normalisation) for feature in found]
+
+    @torch.no_grad()
+    def check(self, height: int, width: int) -> None:
+        """Raise WeightsError when images of this size give no features (too small, or of a layer without place)."""
+        try:
+            check_maps(self.network(torch.zeros(1, 3, *self._input_shape(height, width))), self.layers)
+        except RuntimeError as error:
+            raise WeightsError(
+                f"The perceptual network cannot read images of {height} x {width} pixels ({first_line(error)}): "
+                "give --perceptual.input-size 224, or earlier layers."
+            ) from None
+
+    def _input_shape(self, height: int, width: int) -> tuple[int, int]:
+        return (self.input_size, self.input_size) if self.input_size else (height, width)
 
     def per_layer(self, x: Tensor, y: Tensor) -> Tensor:
         """The terms of equation 4: two float (B, 3, H, W) in [0, 1] to (L, B). Gradients reach both."""
@@ -102,20 +122,3 @@ def normalise(feature: Tensor, how: Normalisation) -> Tensor:
     if how == "layernorm":
         feature = feature - feature.mean(1, keepdim=True)
     return feature * torch.rsqrt(feature.square().mean(1, keepdim=True) + 1e-6)
-
-
-def feature_indices(network: nn.Module, layers: Sequence[int], name: str) -> list[int]:
-    """Timm's feature indices of 1-based layers. Raises WeightsError for a layer the network lacks."""
-    if not hasattr(network, "forward_intermediates"):
-        raise WeightsError(f"timm's '{name}' gives no intermediate features: choose another perceptual network.")
-    if hasattr(network, "blocks") and hasattr(network, "patch_embed"):
-        count, first = len(network.blocks), 0  # type: ignore[arg-type]
-    else:
-        modules = [str(info["module"]) for info in network.feature_info]  # type: ignore[union-attr]
-        # timm counts a ResNet's stem as a feature of its own; the paper's stage 1 comes after it.
-        first = 0 if modules[0].startswith(("stages", "layer", "features", "blocks")) else 1
-        count = len(modules) - first
-    wrong = [layer for layer in layers if not 1 <= layer <= count]
-    if wrong or not layers:
-        raise WeightsError(f"--perceptual.layers {tuple(layers)}: '{name}' has layers 1 to {count}.")
-    return [layer - 1 + first for layer in layers]

@@ -10,10 +10,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from pecobook.errors import WeightsError, did_you_mean, first_line
+from pecobook.models.checkpoints import is_moco, load_state, read_weights
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # timm's default
 
@@ -204,15 +204,21 @@ def load_backbone(
 
 def _load_timm(name: str, weights: str | None, image_size: int | None, pool_mean: bool, drop_path: float) -> Backbone:
     args: dict[str, Any] = _pooling(name, pool_mean)
-    if image_size is not None and is_transformer(name):
-        args["img_size"] = image_size
-    network = create(name, pretrained=weights is None, num_classes=0, **_stochastic_depth(drop_path), **args)
-    if weights not in (None, "random"):
-        load_state(network, read_weights(weights), source=weights)
+    sized = {"img_size": image_size} if image_size is not None and is_transformer(name) else {}
+    from_file = weights not in (None, "random")
+    made = args if from_file else args | sized  # a file's position tables are of the network's own size
+    network = create(name, pretrained=weights is None, num_classes=0, **_stochastic_depth(drop_path), **made)
     settings = getattr(network, "pretrained_cfg", None) or {}
+    if from_file:
+        state = read_weights(str(weights))
+        load_state(network, state, source=str(weights))
+        if sized:
+            network.set_input_size(**sized)  # type: ignore[operator]
+        if is_moco(state):  # timm's own weights of the same network may want another normalisation
+            settings = {**settings, "mean": IMAGENET_MEAN, "std": IMAGENET_STD}
     size = image_size or settings.get("input_size", (3, 224, 224))[-1]
     mean, std = settings.get("mean", IMAGENET_MEAN), settings.get("std", IMAGENET_STD)
-    return Backbone(network, name, args, tuple(mean), tuple(std), size)
+    return Backbone(network, name, args | sized, tuple(mean), tuple(std), size)
 
 
 def is_transformer(name: str) -> bool:
@@ -228,53 +234,3 @@ def _pooling(name: str, pool_mean: bool) -> dict[str, Any]:
     if not (pool_mean and is_transformer(name)):
         return {}
     return {"global_pool": "avg", **({"use_fc_norm": True} if name.startswith("beit") else {})}
-
-
-def read_weights(path: str) -> dict[str, Tensor]:
-    """A state dict from a safetensors file or a PyTorch file that holds only tensors. Raises WeightsError."""
-    file = Path(path)
-    if not file.is_file():
-        raise WeightsError(f"There is no file of weights '{path}'.")
-    if file.suffix == ".safetensors":
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
-
-        try:
-            return load_file(file)
-        except (OSError, SafetensorError) as error:
-            raise WeightsError(f"'{path}' cannot be read as safetensors: {error}") from None
-    try:
-        state = torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:  # a damaged file can make the reader stumble in any way
-        raise WeightsError(
-            f"'{path}' is no plain file of weights ({first_line(error)}); pecobook runs no code from a file.\n"
-            "Convert it once, in a place you trust, to safetensors."
-        ) from None
-    for wrapper in ("state_dict", "model"):
-        if isinstance(state, dict) and isinstance(state.get(wrapper), dict):
-            state = state[wrapper]
-    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise WeightsError(f"'{path}' holds no state dict.")
-    return state
-
-
-def load_state(network: nn.Module, state: dict[str, Tensor], *, source: str) -> None:
-    """Load weights, all of them, heads aside. Raises WeightsError naming the keys that differ."""
-    own = network.state_dict()
-    state = dict(state)
-    for name in [name for name in state if name not in own and name.split(".")[0] in ("head", "fc", "classifier")]:
-        del state[name]  # a head of other classes is not part of a backbone
-    for old, new in (("norm.", "fc_norm."), ("fc_norm.", "norm.")):  # the same norm, before or after the mean
-        if f"{new}weight" in own and f"{new}weight" not in state and f"{old}weight" not in own:
-            state |= {new + name.removeprefix(old): state.pop(name) for name in list(state) if name.startswith(old)}
-    missing, unknown = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
-    wrong = sorted(name for name in own.keys() & state.keys() if own[name].shape != state[name].shape)
-    if missing or unknown or wrong:
-        parts = [("missing", missing), ("unknown", unknown), ("of another shape", wrong)]
-        told = "; ".join(
-            f"{len(names)} {what} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
-            for what, names in parts
-            if names
-        )
-        raise WeightsError(f"The weights of '{source}' do not fit this network: {told}.")
-    network.load_state_dict(state)

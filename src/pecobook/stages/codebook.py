@@ -41,20 +41,30 @@ class PerceptualConfig:
     """The frozen network whose features the reconstruction must match."""
 
     network: str = ""
-    """timm:NAME, a contrast or pretrain run, or none for pixels alone."""
+    """timm:NAME, torchvision:NAME, a contrast or pretrain run, or none for pixels alone."""
     weights: str = ""
     """A local file of weights, or random for the control; empty takes the network's own."""
-    layers: tuple[int, ...] = (3, 6, 9, 12)
-    """Layers compared, from 1: blocks of a transformer, stages of a convolutional network."""
+    layers: tuple[int | str, ...] = (3, 6, 9, 12)
+    """Layers compared, from 1: blocks of a transformer, stages of a convolutional network; of torchvision's networks
+    also names of nodes, such as features.12."""
     weight: float = 1.0
     """Lambda of equation 5."""
     normalisation: Literal["unit-rms", "layernorm", "none"] = "unit-rms"
     """How activations are normalised before they are compared."""
     input_size: int = 0
     """Side to which images are resized for the network, pixels; 0 keeps theirs (or takes a fixed-size network's)."""
+    mean: tuple[float, ...] = ()
+    """Of the network's input, three numbers for RGB in [0, 1]; empty takes the network's own."""
+    std: tuple[float, ...] = ()
+    """The same."""
+    bgr: bool = False
+    """Give the network its normalised input as BGR, as those that come from Caffe want it."""
 
     def __post_init__(self) -> None:
         between(self, 0.0, float("inf"), "weight")
+        between(self, 0, 4096, "input_size")
+        if len(self.mean) not in (0, 3) or len(self.std) not in (0, 3) or min(self.std, default=1) <= 0:
+            raise ConfigError("--perceptual.mean and --perceptual.std take three numbers each, std above 0.")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -336,6 +346,9 @@ def perceptual_distance(config: PerceptualConfig, seed: int) -> PerceptualDistan
         config.weights or None,
         normalisation=config.normalisation,
         input_size=config.input_size or None,
+        mean=config.mean or None,
+        std=config.std or None,
+        bgr=config.bgr,
         seed=seed,
     )
 
@@ -345,7 +358,9 @@ def _check(config: CodebookConfig) -> None:
         raise ConfigError(
             "--perceptual.network is missing: give a run of 'pecobook contrast', timm:NAME, or none for pixels alone."
         )
-    perceptual_distance(config.perceptual, config.seed)
+    distance = perceptual_distance(config.perceptual, config.seed)
+    if distance is not None:
+        distance.check(config.image_size, config.image_size)
 
 
 def _build(config: CodebookConfig, source: ImageSource) -> CodebookStage:
