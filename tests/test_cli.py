@@ -115,7 +115,7 @@ MISTAKES: list[tuple[str, str, str]] = [
     (
         "codebook tiny --data photos --out run --perceptual.network timm:resnet10t --perceptual.weights random "
         "--perceptual.layers 3 6",
-        "(3, 6)",
+        "3 6",
         "layers 1 to 4",
     ),
     ("contrast tiny --data photos --out run --model.args {", "{", "not JSON"),
