@@ -6,6 +6,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -66,8 +68,8 @@ def test_nearest_codeword__does_not_depend_on_chunks(monkeypatch: pytest.MonkeyP
 def test_nearest_codeword__never_holds_all_distances(monkeypatch: pytest.MonkeyPatch) -> None:
     number, size = 8192, 100
     monkeypatch.setattr(nearest, "_CHUNK_ELEMENTS", 2048 * size)
-    with LargestTensor() as largest:
-        nearest_codeword(vectors(number, 4, 0), vectors(size, 4, 1))
+    with LargestTensor() as largest:  # inside the operator, which is one thing from outside
+        nearest._nearest_by_chunks(vectors(number, 4, 0), vectors(size, 4, 1))
     assert largest.elements == 2048 * size  # so the counter sees the chunks
     assert number * size > nearest._CHUNK_ELEMENTS
 
@@ -101,3 +103,121 @@ def test_nearest_codeword__reads_a_transposed_view() -> None:
 def test_nearest_codeword__refuses_shapes_that_do_not_fit(z: tuple[int, ...], codebook: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match=r"z must be \(N, D\) and codebook \(K, D\), not"):
         nearest_codeword(torch.zeros(z), torch.zeros(codebook))
+
+
+# ------------------------------------------------------------------------- search in bfloat16, decision in fp32
+
+
+def gap(z: Tensor, codebook: Tensor, codes: Tensor) -> float:
+    """How much farther the chosen codewords are than the nearest, as a share of what fp32 can resolve."""
+    distances = torch.cdist(z.double(), codebook.double(), compute_mode="donot_use_mm_for_euclid_dist").square()
+    chosen = distances.gather(1, codes[:, None])[:, 0]
+    scale = (z.double() - codebook.double().mean(0)).norm(dim=1) * codebook.double().norm(dim=1).max()
+    return float(((chosen - distances.amin(1)) / (scale + 1e-30)).max())
+
+
+@pytest.mark.parametrize(("number", "size", "dim"), [(1, 1024, 8), (5, 1025, 16), (600, 2000, 40), (3000, 1500, 256)])
+def test_search__is_exact(number: int, size: int, dim: int) -> None:
+    z, codebook = vectors(number, dim, 0), vectors(size, dim, 1)
+    assert torch.equal(nearest._nearest_by_search(z, codebook), oracle(z, codebook))
+    assert torch.equal(nearest._nearest_by_search(codebook, codebook), torch.arange(size))
+
+
+@given(
+    scale=st.floats(-3, 3),
+    spread=st.floats(-3, 1),
+    offset=st.floats(-100, 100),
+    clusters=st.integers(1, 50),
+    seed=st.integers(0, 10_000),
+)
+@settings(max_examples=60)
+def test_search__of_any_data_is_as_near_as_fp32_can_tell(
+    scale: float, spread: float, offset: float, clusters: int, seed: int
+) -> None:
+    """Clustered codebooks, whose codewords bfloat16 alone cannot tell apart, at any scale and place."""
+    generator = torch.Generator().manual_seed(seed)
+    centres = torch.randn(clusters, 24, generator=generator) + offset
+
+    def draw(count: int) -> Tensor:
+        own = centres[torch.randint(clusters, (count,), generator=generator)]
+        return 10**scale * (own + 10**spread * torch.randn(count, 24, generator=generator))
+
+    z, codebook = draw(200), draw(1100)
+    codebook[7] = 1e4 * 10**scale  # a dead codeword, far from everything, must not spoil the bounds
+    codes = nearest._nearest_by_search(z, codebook)
+    assert int(codes.min()) >= 0
+    assert int(codes.max()) < 1100
+    # fp32 resolves about 2^-22 of the products involved, the outlier's offset included.
+    assert gap(z, codebook, codes) < 2**-18
+
+
+def test_search__breaks_ties_by_the_smallest_index() -> None:
+    codebook = vectors(700, 16, 2).repeat(2, 1)
+    assert torch.equal(nearest._nearest_by_search(codebook, codebook), torch.arange(700).repeat(2))
+
+
+def test_search__of_codewords_that_bfloat16_cannot_tell_apart_falls_back() -> None:
+    codebook = 1 + 1e-4 * vectors(1200, 8, 0)
+    codebook[0] = -1.0  # keeps the centre away from the crowd
+    codebook[1] = 40.0
+    z = codebook[2:300] + 1e-6
+    assert torch.equal(nearest._nearest_by_search(z, codebook), torch.arange(2, 300))
+
+
+def test_search__of_numbers_that_are_none_still_gives_codes() -> None:
+    z = vectors(300, 8, 0)
+    z[3], z[5] = float("nan"), float("inf")
+    codebook = vectors(1100, 8, 1)
+    codes = nearest._nearest_by_search(z, codebook)
+    assert ((codes >= 0) & (codes < 1100)).all()
+    fine = torch.ones(300, dtype=torch.bool)
+    fine[[3, 5]] = False
+    assert torch.equal(codes[fine], oracle(z[fine], codebook))
+
+
+def test_search__never_holds_all_distances(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(nearest, "_SEARCH_ELEMENTS", 512 * 2048)
+    with LargestTensor() as largest:
+        nearest._nearest_by_search(vectors(8192, 4, 0), vectors(2048, 4, 1))
+    assert largest.elements == 512 * 2048
+
+
+def test_search__is_what_a_large_codebook_gets_on_a_cpu_with_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+
+    def search(z: Tensor, codebook: Tensor) -> Tensor:
+        asked.append(len(codebook))
+        return torch.zeros(len(z), dtype=torch.int64)
+
+    monkeypatch.setattr(nearest, "_nearest_by_search", search)
+    for able in (False, True):
+        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda able=able: able)
+        for size in (64, 1024):
+            nearest_codeword(vectors(3, 2, 0), vectors(size, 2, 1))
+    assert asked == [1024]
+
+
+def test_nearest_codeword__is_one_operator_to_the_compiler() -> None:
+    z, codebook = vectors(40, 8, 0), vectors(1100, 8, 1)
+    graphs: list[Any] = []
+
+    def look(module: Any, _inputs: Any) -> Any:
+        graphs.append(module)
+        return module.forward
+
+    compiled = torch.compile(nearest_codeword, backend=look, fullgraph=True)
+    assert torch.equal(compiled(z, codebook), oracle(z, codebook))
+    (graph,) = graphs
+    assert any("nearest_codeword" in str(node.target) for node in graph.graph.nodes)
+
+
+def test_nearest_codeword__exports_for_any_number_of_vectors() -> None:
+    class Search(torch.nn.Module):
+        def forward(self, z: Tensor, codebook: Tensor) -> Tensor:
+            return nearest_codeword(z, codebook)
+
+    number = torch.export.Dim("number", min=2)
+    example = (vectors(5, 4, 0), vectors(30, 4, 1))
+    exported = torch.export.export(Search(), example, dynamic_shapes=({0: number}, None))
+    z = vectors(77, 4, 3)
+    assert torch.equal(exported.module()(z, example[1]), oracle(z, example[1]))

@@ -576,3 +576,36 @@ def test_nearest__is_the_codeword_without_learning() -> None:
     assert_same(before, state_of(quantizer))
     waiting = VectorQuantizer(16, 4, start_after=3)
     assert torch.equal(waiting.nearest(z), z)
+
+
+# ----------------------------------------------------------------------------------------- beside a peer library
+
+
+@pytest.mark.parametrize("decay", [0.8, 0.99])
+def test_update__is_that_of_vector_quantize_pytorch(decay: float) -> None:
+    """The same codebook, batches and averages through a well-known implementation, without revival on either side."""
+    from vector_quantize_pytorch import VectorQuantize
+
+    ours = VectorQuantizer(24, 4, decay=decay, eps=1e-5, revive_after=0)
+    step(ours, latents(8, 4, 4, 0))
+    theirs = VectorQuantize(dim=4, codebook_size=24, decay=decay, eps=1e-5, commitment_weight=1.0).train()
+    book = theirs._codebook
+    book.embed.data.copy_(ours.codebook[None])
+    book.embed_avg.data.copy_(ours.ema_sum[None])
+    book.cluster_size.data.copy_(ours.ema_count[None])
+    book.initted.fill_(True)
+    for seed in range(1, 6):
+        z = latents(8, 4, 4, seed)
+        out = ours(z)
+        ours.update()
+        quantized, codes, loss = theirs(rows(z)[None])
+        assert torch.equal(out.codes.flatten(), codes[0])
+        assert_close(rows(out.quantized), quantized[0])
+        assert_close(out.commitment_loss, loss.squeeze())
+        # A codeword that nothing chose stays where it is with us; theirs is smoothed towards the origin.
+        used = torch.bincount(codes[0], minlength=24) > 0
+        assert int(used.sum()) > 16
+        assert_close(ours.codebook[used], book.embed[0][used], atol=1e-5, rtol=1e-5)
+        assert_close(ours.ema_count, book.cluster_size[0], atol=1e-4, rtol=1e-5)
+        assert_close(ours.ema_sum, book.embed_avg[0], atol=1e-4, rtol=1e-5)
+        book.embed.data.copy_(ours.codebook[None])

@@ -1,0 +1,267 @@
+"""What each term of the codebook's loss brings, arm by arm, at equal budgets and over several seeds.
+
+    python benchmarks/codebook_study.py --data CIFAR10 --out runs/study --judge JUDGE --squeezenet FILE
+    python benchmarks/codebook_study.py --out runs/study --table
+
+Every arm is `pecobook codebook tiny` with the settings of ARMS and those after --set, of equal length, on the feature
+network that `pecobook contrast tiny` trained on the same seed. What is done is not done again: stop it, go on. Figures
+are of held-out images. To choose settings, give a training file alone as --data: a tenth of it is then held out, and
+the test images stay unseen.
+
+The judge is independent of all arms (benchmarks/judges.py). SqueezeNet is a file of weights under torchvision's names;
+with --caffe it wants BGR from 0 to 255, as its original release does.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.judges import Judge
+
+MOCO = ("--perceptual.network", "MOCO", "--perceptual.layers", "3", "4")
+SQUEEZENET = ("--perceptual.network", "torchvision:squeezenet1_1", "SQUEEZENET")
+ARMS: dict[str, tuple[str, ...]] = {
+    "pixel": ("--perceptual.network", "none"),
+    "random ResNet": (*MOCO, "--perceptual.weights", "random"),
+    "MoCo v3": MOCO,
+    "MoCo v3, lambda 0.3": (*MOCO, "--perceptual.weight", "0.3"),
+    "MoCo v3, lambda 3": (*MOCO, "--perceptual.weight", "3"),
+    "MoCo v3, lambda 10": (*MOCO, "--perceptual.weight", "10"),
+    "MoCo v3, adversarial": (*MOCO, "--adversarial.weight", "0.4", "--adversarial.num-layers", "2"),
+    "random SqueezeNet": (*SQUEEZENET, "--perceptual.weights", "random"),
+    "SqueezeNet": SQUEEZENET,
+    "SqueezeNet, lambda 0.3": (*SQUEEZENET, "--perceptual.weight", "0.3"),
+    "SqueezeNet, lambda 3": (*SQUEEZENET, "--perceptual.weight", "3"),
+    "SqueezeNet, lambda 10": (*SQUEEZENET, "--perceptual.weight", "10"),
+    "SqueezeNet, adversarial": (*SQUEEZENET, "--adversarial.weight", "0.4", "--adversarial.num-layers", "2"),
+    "classification on codewords": ("--perceptual.network", "none", "--explicit.kind", "classification"),
+    "contrastive on codewords": ("--perceptual.network", "none", "--explicit.kind", "contrastive"),
+}
+TITLES = {
+    "codeword_probe": "codeword probe, %",
+    "bag_probe": "bag of codes, %",
+    "judged": "reconstructions classified, %",
+    "psnr": "PSNR, dB",
+    "distance_moco": "MoCo distance",
+    "distance_squeezenet": "SqueezeNet distance",
+    "codes_used": "codes used",
+    "perplexity": "perplexity",
+}
+
+
+def settings(arm: str, arguments: argparse.Namespace, seed: int) -> list[str]:
+    """Flags of an arm."""
+    found: list[str] = []
+    given = ARMS[arm]
+    for part in given:
+        if part == "MOCO":
+            found.append(str(_contrast_folder(arguments, seed)))
+        elif part == "SQUEEZENET":
+            found += ["--perceptual.layers", *arguments.squeezenet_layers]
+            found += ["--perceptual.input-size", str(arguments.squeezenet_size)]
+            found += [] if "--perceptual.weights" in given else ["--perceptual.weights", arguments.squeezenet]
+            found += CAFFE if arguments.caffe else []
+        else:
+            found.append(part)
+    return found
+
+
+# RGB means of the release, over 255; a deviation of 1 / 255 keeps its range.
+CAFFE = [
+    "--perceptual.mean",
+    "0.4823",
+    "0.4588",
+    "0.4078",
+    "--perceptual.std",
+    "0.003922",
+    "0.003922",
+    "0.003922",
+    "--perceptual.bgr",
+    "true",
+]
+
+
+def command(*words: str) -> None:
+    """Run a pecobook command in a one-thread process."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
+    done = subprocess.run(
+        [sys.executable, "-m", "pecobook", *words], env=environment, capture_output=True, text=True, check=False
+    )
+    if done.returncode:
+        raise SystemExit(f"pecobook {' '.join(words)} failed:\n{done.stderr[-2000:]}")
+
+
+def measure(run: Path, arguments: argparse.Namespace, seed: int) -> dict[str, Any]:
+    """Figures of one codebook on held-out images."""
+    from pecobook.analysis.codewords import bag_of_codes, code_usage, mean_codewords
+    from pecobook.analysis.probe import linear_probe
+    from pecobook.analysis.reconstruction import decode_all, encode_all, psnr
+    from pecobook.data.images import open_images
+    from pecobook.data.stream import read_all
+    from pecobook.data.views import to_float
+    from pecobook.models.tokenizer import PerceptualTokenizer
+
+    tokenizer = PerceptualTokenizer.from_pretrained(run)
+    K, splits = tokenizer.config.num_codewords, open_images(arguments.data)
+    train, train_labels, _ = read_all(splits.train, tokenizer.image_size, limit=arguments.images)
+    test, test_labels, _ = read_all(splits.evaluation, tokenizer.image_size, limit=arguments.images)
+    if train_labels is None or test_labels is None:
+        raise SystemExit(f"--data {arguments.data} has no labels.")
+    images = to_float(test)
+    seen, codes = encode_all(tokenizer, to_float(train)), encode_all(tokenizer, images)
+    restored = decode_all(tokenizer, codes)
+    usage = code_usage(codes, K)
+    features = {
+        "codeword_probe": [mean_codewords(part, tokenizer.codebook) for part in (seen, codes)],
+        "bag_probe": [bag_of_codes(part, K) for part in (seen, codes)],
+    }
+    figures: dict[str, Any] = {
+        name: linear_probe(pair[0], train_labels, pair[1], test_labels, seed=seed).accuracy
+        for name, pair in features.items()
+    }
+    if arguments.judge:
+        judge = Judge(arguments.judge)
+        figures["judged"] = judge.accuracy(restored, test_labels)
+        figures["originals_judged"] = judge.accuracy(images, test_labels)
+    figures |= {"psnr": float(psnr(images, restored).mean()), **distances(images, restored, arguments, seed)}
+    return figures | {"codes_used": usage.codes_used, "perplexity": usage.perplexity}
+
+
+@torch.inference_mode()
+def distances(images: Tensor, restored: Tensor, arguments: argparse.Namespace, seed: int) -> dict[str, float]:
+    """Mean distance between images and reconstructions in two networks, whatever trained the codebook."""
+    from pecobook.models.perceptual import PerceptualDistance
+
+    networks = {"moco": PerceptualDistance(str(_contrast_folder(arguments, seed)), (3, 4), normalisation="layernorm")}
+    if arguments.squeezenet:
+        caffe = (
+            {"mean": (123 / 255, 117 / 255, 104 / 255), "std": (1 / 255,) * 3, "bgr": True} if arguments.caffe else {}
+        )
+        networks["squeezenet"] = PerceptualDistance(
+            "torchvision:squeezenet1_1", (1, 2, 3, 4), arguments.squeezenet, input_size=64, **caffe
+        )
+    pairs = list(zip(images.split(250), restored.split(250), strict=True))
+    return {
+        f"distance_{name}": float(torch.cat([network(x, y) for x, y in pairs]).mean())
+        for name, network in networks.items()
+    }
+
+
+def run_arm(arm: str, seed: int, length: int, arguments: argparse.Namespace) -> None:
+    """Train and measure one arm, unless it is done."""
+    name = arm.replace(", ", "-").replace(" ", "-")
+    out = Path(arguments.out) / f"{name}-{length}-{seed}"
+    result = out.with_name(out.name + ".json")
+    if result.exists():
+        return
+    every = [
+        "--max-steps",
+        str(length),
+        "--sample-every",
+        str(length),
+        "--save-every",
+        str(length),
+        "--seed",
+        str(seed),
+    ]
+    common = ["--data", arguments.data, "--overwrite", "--out", str(out), "--loggers", "tensorboard"]
+    began = time.monotonic()
+    command("codebook", "tiny", *common, *every, *settings(arm, arguments, seed), *arguments.set)
+    seconds = time.monotonic() - began
+    job = json.dumps({"arm": arm, "length": length, "seed": seed, "seconds": round(seconds), "run": str(out)})
+    forward = ["data", "out", "judge", "images", "squeezenet"]
+    flags = [word for name in forward for word in (f"--{name}", str(getattr(arguments, name)))]
+    flags += ["--caffe"] if arguments.caffe else []
+    subprocess.run(
+        [sys.executable, "-m", "benchmarks.codebook_study", "--measure", job, *flags],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        check=True,
+    )
+    for folder in ("checkpoints",):
+        subprocess.run(["rm", "-rf", str(out / folder)], check=True)
+
+
+def _contrast_folder(arguments: argparse.Namespace, seed: int) -> Path:
+    return Path(arguments.out) / f"contrast-{seed}"
+
+
+def _contrast(seed: int, arguments: argparse.Namespace) -> None:
+    out = _contrast_folder(arguments, seed)
+    if not (out / "export" / "config.json").exists():
+        length = ["--batch-size", "256", "--max-steps", str(arguments.contrast_steps), "--overwrite"]
+        own = ["--data", arguments.data, "--seed", str(seed), "--out", str(out), *arguments.contrast_set]
+        command("contrast", "tiny", *own, *length)
+
+
+def table(out: Path) -> str:
+    """Markdown: mean and standard deviation over seeds of every arm and length."""
+    found: dict[tuple[int, str], list[dict[str, Any]]] = {}
+    for file in sorted(out.glob("*.json")):
+        record = json.loads(file.read_text())
+        found.setdefault((record["length"], record["arm"]), []).append(record)
+    lines = [f"| steps | arm | seeds | {' | '.join(TITLES.values())} |", "|" + "---|" * (3 + len(TITLES))]
+    order = list(ARMS)
+    for (length, arm), records in sorted(found.items(), key=lambda item: (item[0][0], order.index(item[0][1]))):
+        cells = [_cell([record.get(name) for record in records]) for name in TITLES]
+        lines.append(f"| {length} | {arm} | {len(records)} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _cell(values: list[float | None]) -> str:
+    numbers = [value for value in values if value is not None]
+    if not numbers:
+        return "-"
+    spread = f" ± {statistics.stdev(numbers):.2f}" if len(numbers) > 1 else ""
+    return f"{statistics.mean(numbers):.2f}{spread}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", default="photos")
+    parser.add_argument("--out", default="runs/study")
+    parser.add_argument("--judge", default="", help="a finetune run, or weights of a CIFAR ResNet")
+    parser.add_argument("--squeezenet", default="", help="weights of torchvision's squeezenet1_1")
+    parser.add_argument("--caffe", action="store_true", help="the SqueezeNet wants Caffe's input")
+    parser.add_argument("--squeezenet-layers", nargs="+", default=["features.10", "features.12"])
+    parser.add_argument("--squeezenet-size", type=int, default=64, help="pixels to which it sees images resized")
+    parser.add_argument("--images", type=int, default=10_000, help="most images read of each split")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--lengths", type=int, nargs="+", default=[220], help="steps of a codebook")
+    parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=list(ARMS))
+    parser.add_argument("--contrast-steps", type=int, default=300)
+    parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--set", default="", type=str.split, help="further flags of every codebook, in one string")
+    parser.add_argument("--contrast-set", default="", type=str.split, help="the same of the feature network")
+    parser.add_argument("--table", action="store_true", help="print what is there, train nothing")
+    parser.add_argument("--measure", default="", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    out = Path(arguments.out)
+    if arguments.measure:
+        job = json.loads(arguments.measure)
+        run = Path(job.pop("run"))
+        record = {**job, **measure(run, arguments, job["seed"])}
+        run.with_name(run.name + ".json").write_text(json.dumps(record) + "\n")
+        return
+    if not arguments.table:
+        out.mkdir(parents=True, exist_ok=True)
+        with ThreadPoolExecutor(arguments.processes) as pool:
+            _ = [f.result() for f in [pool.submit(_contrast, seed, arguments) for seed in arguments.seeds]]
+            jobs = [(a, s, n) for n in arguments.lengths for s in arguments.seeds for a in arguments.arms]
+            _ = [f.result() for f in [pool.submit(run_arm, *job, arguments) for job in jobs]]
+    print(table(out))
+
+
+if __name__ == "__main__":
+    main()

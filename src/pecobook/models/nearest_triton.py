@@ -1,0 +1,100 @@
+"""Nearest codeword on CUDA in one kernel: distances live in registers, and only N indices are written.
+
+Each program takes BLOCK_N vectors and walks over the codebook BLOCK_K codewords at a time, as attention kernels walk
+over keys; products run over D in pieces of BLOCK_D. It keeps the least score and its index of each vector.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _nearest_kernel(  # type: ignore[no-untyped-def]
+    z_ptr,
+    codebook_ptr,
+    half_norms_ptr,
+    codes_ptr,
+    N,
+    K,
+    D,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    PRECISION: tl.constexpr,
+    LOW: tl.constexpr,
+    INTERPRETED: tl.constexpr,
+):
+    # 64-bit offsets: N D can pass 2^31 when a whole data set is encoded at once.
+    row = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)  # (BLOCK_N,)
+    offset = tl.arange(0, BLOCK_D)
+    best = tl.full((BLOCK_N,), float("inf"), tl.float32)
+    code = tl.zeros((BLOCK_N,), tl.int32)
+    for start in range(0, K, BLOCK_K):
+        column = start + tl.arange(0, BLOCK_K)  # (BLOCK_K,)
+        product = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
+        for d in range(0, D, BLOCK_D):
+            inside = (d + offset) < D
+            left = tl.load(
+                z_ptr + row[:, None] * D + (d + offset)[None, :],
+                mask=(row < N)[:, None] & inside[None, :],
+                other=0.0,
+            )  # (BLOCK_N, BLOCK_D)
+            right = tl.load(
+                codebook_ptr + column[None, :].to(tl.int64) * D + (d + offset)[:, None],
+                mask=(column < K)[None, :] & inside[:, None],
+                other=0.0,
+            )  # (BLOCK_D, BLOCK_K)
+            if LOW:
+                left, right = left.to(tl.bfloat16), right.to(tl.bfloat16)
+                if INTERPRETED:  # Triton's interpreter multiplies the bits of bfloat16 as if they were integers
+                    left, right = left.to(tl.float32), right.to(tl.float32)
+            product = tl.dot(left, right, product, input_precision=PRECISION)
+        norms = tl.load(half_norms_ptr + column, mask=column < K, other=float("inf"))
+        score = norms[None, :] - product  # (BLOCK_N, BLOCK_K)
+        least, place = tl.min(score, 1, return_indices=True)  # ties go left, so to the smallest index
+        better = least < best
+        best = tl.where(better, least, best)
+        code = tl.where(better, start + place.to(tl.int32), code)
+    tl.store(codes_ptr + row, code.to(tl.int64), mask=row < N)
+
+
+# Rows, codewords and channels of a tile, warps and stages. fp32 runs outside the tensor cores and wants small tiles.
+_TILES: dict[str, dict[str, int]] = {
+    "fp32": {"BLOCK_N": 64, "BLOCK_K": 128, "BLOCK_D": 32, "num_warps": 8, "num_stages": 3},
+    "tf32": {"BLOCK_N": 128, "BLOCK_K": 128, "BLOCK_D": 32, "num_warps": 8, "num_stages": 3},
+    "bf16": {"BLOCK_N": 128, "BLOCK_K": 128, "BLOCK_D": 64, "num_warps": 8, "num_stages": 3},
+}
+
+
+def nearest_fused(z: Tensor, codebook: Tensor, precision: str, tiles: dict[str, int] | None = None) -> Tensor:
+    """Codes int64 (N,) of fp32 z (N, D) among the codewords (K, D); see `pecobook.models.nearest`.
+
+    `tiles` are the kernel's block sizes, for tuning and for the interpreter, which prefers few large ones.
+    """
+    z, codebook = z.contiguous(), codebook.contiguous()
+    N, D = z.shape
+    codes = torch.empty(N, dtype=torch.int64, device=z.device)
+    if N == 0:
+        return codes
+    half_norms = codebook.square().sum(1).mul_(0.5)  # (K,)
+    settings: dict[str, Any] = tiles or _TILES[precision]
+    _nearest_kernel[(triton.cdiv(N, settings["BLOCK_N"]),)](
+        z,
+        codebook,
+        half_norms,
+        codes,
+        N,
+        len(codebook),
+        D,
+        PRECISION="tf32" if precision == "tf32" else "ieee",
+        LOW=precision == "bf16",
+        INTERPRETED=not z.is_cuda,
+        **settings,
+    )
+    return codes

@@ -1,0 +1,69 @@
+"""The CUDA kernel, through Triton's interpreter here and on a GPU where there is one."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from pecobook.models.nearest import Precision, nearest_codeword
+
+# The interpreter is chosen by the environment before Triton is imported, so it has a process of its own.
+_PROGRAM = """
+import torch
+from pecobook.models.nearest_triton import nearest_fused
+
+def draw(number, dim, seed):
+    return torch.randn(number, dim, generator=torch.Generator().manual_seed(seed))
+
+tiles = {"BLOCK_N": 256, "BLOCK_K": 1024, "BLOCK_D": 64}
+for N, K, D in ((1, 1, 1), (0, 3, 2), (70, 33, 5), (257, 1025, 65), (300, 1000, 40), (256, 8192, 256)):
+    z, codebook = draw(N, D, 0), draw(K, D, 1)
+    distances = torch.cdist(z.double(), codebook.double(), compute_mode="donot_use_mm_for_euclid_dist")
+    exact = distances.argmin(1)
+    for own in ((tiles, None) if N * K < 10_000 else (tiles,)):
+        found = nearest_fused(z, codebook, "fp32", own)
+        assert found.dtype == torch.int64 and torch.equal(found, exact), (N, K, D, own)
+        near = nearest_fused(z, codebook, "bf16", own)
+        # What bfloat16 chose is nearly as near.
+        least = distances.gather(1, exact[:, None]).square()
+        chosen = distances.gather(1, near[:, None]).square()
+        slack = 2 ** -6 * z.norm(dim=1, keepdim=True) * codebook.norm(dim=1).max()
+        assert (chosen <= least + slack).all(), (N, K, D, own)
+        assert not len(near) or (near == exact).float().mean() > 0.95, (N, K, D, own)
+        assert torch.equal(nearest_fused(z, codebook, "tf32", own), exact)
+
+twice = draw(40, 8, 2).repeat(2, 1)
+assert torch.equal(nearest_fused(twice[:40], twice, "fp32", tiles), torch.arange(40))  # ties go to the smallest index
+strided = draw(8, 90, 3).t()
+assert torch.equal(nearest_fused(strided, draw(33, 8, 4), "fp32", tiles),
+                   nearest_fused(strided.contiguous(), draw(33, 8, 4), "fp32", tiles))
+print("done")
+"""
+
+
+def test_kernel__in_the_interpreter() -> None:
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", _PROGRAM], env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.strip() == "done"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("number", "size", "dim"), [(1, 1, 1), (257, 1025, 65), (12_544, 8192, 256), (1000, 8192, 32)])
+@pytest.mark.parametrize(("precision", "agreement"), [("fp32", 0.9999), ("tf32", 0.99), ("bf16", 0.95)])
+def test_kernel__on_a_gpu(number: int, size: int, dim: int, precision: Precision, agreement: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+    z, codebook = torch.randn(number, dim, generator=generator), torch.randn(size, dim, generator=generator)
+    exact = nearest_codeword(z, codebook)
+    torch.cuda.reset_peak_memory_stats()
+    z, codebook = z.cuda(), codebook.cuda()
+    before = torch.cuda.memory_allocated()
+    found = nearest_codeword(z, codebook, precision=precision)
+    assert (found.cpu() == exact).float().mean() >= agreement
+    assert torch.cuda.max_memory_allocated() - before < 16 * (number + size * (dim + 2)) + 2**20  # and not N x K
