@@ -31,6 +31,7 @@ from pecobook.config import (
     to_dict,
 )
 from pecobook.errors import ConfigError
+from pecobook.stages.contrast import ContrastConfig
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -277,7 +278,10 @@ def test_differences__lists_what_a_resumed_run_may_not_change() -> None:
 def test_differences__ignores_what_is_free() -> None:
     changed = dict.fromkeys(FREE_ON_RESUME, "something else")
     assert differences(to_dict(Whole()), to_dict(Whole()) | changed) == []
-    assert {field.name for field in dataclasses.fields(TrainConfig)} >= FREE_ON_RESUME  # no name is misspelt
+    # No name is misspelt.
+    assert {
+        field.name for kind in (TrainConfig, ContrastConfig) for field in dataclasses.fields(kind)
+    } >= FREE_ON_RESUME
 
 
 def test_differences__sees_what_only_one_has() -> None:

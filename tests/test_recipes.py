@@ -70,8 +70,7 @@ def test_tiny__the_whole_path_from_images_to_a_classifier(tmp_path: Path, monkey
     assert len(open_images("photos").train) > 1000
     for command in ("contrast", "codebook", "pretrain", "finetune"):
         (line,) = re.findall(r"^Command: (.+)$", docstring(command, "tiny"), re.MULTILINE)
-        few = "--max-steps 3 --batch-size 8 --log-every 1 --sample-every 3 --loggers"
-        monkeypatch.setattr("pecobook.engine.loop.EVALUATION_IMAGES", 16)
+        few = "--max-steps 3 --batch-size 8 --log-every 1 --sample-every 3 --evaluation-images 16 --loggers"
         cli.main(shlex.split(line)[1:] + few.split())
     for run in ("contrast", "codebook", "vit", "classifier"):
         lines = logged(Path("runs") / run)

@@ -35,6 +35,8 @@ FREE_ON_RESUME = frozenset(
             "save_minutes",
             "keep_checkpoints",
             "sample_every",
+            "evaluation_images",
+            "knn_images",
             "compile",
         ),
     }
@@ -59,8 +61,8 @@ def between(config: object, low: float, high: float, *names: str) -> None:
 class OptimConfig:
     """Optimizer and its schedule."""
 
-    name: Literal["adamw", "adam"] = "adamw"
-    """Optimizer."""
+    name: Literal["adamw", "adam", "lars"] = "adamw"
+    """Optimizer. lars (You et al., arXiv 1708.03888) is for convolutional networks at very large batches."""
     lr: float = 1.5e-3
     """Peak learning rate at the configured global batch size."""
     final_lr: float = 0.0
@@ -70,7 +72,7 @@ class OptimConfig:
     weight_decay: float = 0.05
     """Decoupled weight decay; never on biases, norms, position tables or the mask token."""
     betas: tuple[float, float] = (0.9, 0.999)
-    """Decay rates of Adam's two moments."""
+    """Decay rates of Adam's two moments; of lars, the first is the momentum."""
     eps: float = 1e-8
     """Adam's epsilon."""
     clip_grad: float = 0.0
@@ -126,6 +128,8 @@ class TrainConfig:
     """Checkpoints kept; older ones are deleted."""
     sample_every: int = 1000
     """Steps between evaluations and pictures in samples/."""
+    evaluation_images: int = 1024
+    """Most held-out images looked at in each evaluation."""
     compile: bool = False
     """Compile the stage with torch.compile."""
     optim: OptimConfig = OptimConfig()
@@ -136,7 +140,7 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         positive(self, "num_nodes", "batch_size", "image_size", "log_every", "save_every", "save_minutes")
-        positive(self, "keep_checkpoints", "sample_every", "min_crop")
+        positive(self, "keep_checkpoints", "sample_every", "min_crop", "evaluation_images")
         between(self, 0.0, 1.0, "min_crop")
         between(self, 0, 2**31 - 1, "seed")
         if self.devices != "auto" and not (self.devices.isdigit() and int(self.devices) > 0):

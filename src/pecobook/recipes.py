@@ -13,8 +13,10 @@ from typing import Any
 from pecobook.config import BackboneConfig, OptimConfig, TrainConfig
 from pecobook.errors import ConfigError, did_you_mean
 from pecobook.models.autoencoder import AutoencoderConfig
+from pecobook.models.perceptual import PerceptualConfig
+from pecobook.models.quantizer import QuantizerConfig
 from pecobook.stages.classify import FinetuneConfig
-from pecobook.stages.codebook import CodebookConfig, PerceptualConfig, QuantizerConfig
+from pecobook.stages.codebook import CodebookConfig
 from pecobook.stages.contrast import ContrastConfig
 from pecobook.stages.pretrain import MaskConfig, PretrainConfig
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from pecobook.analysis.masked_prediction import decode_prediction, hide, predict_masked
-from pecobook.analysis.reconstruction import encode_all, psnr, reconstruct
+from pecobook.analysis.reconstruction import encode_all, psnr, reconstruct, ssim
 
 from .fakes import GreyTokenizer, Oracle
 
@@ -67,3 +67,26 @@ def test_hide_paints_masked_patches_only() -> None:
     assert (shown[0, :, :4, :4] == 0.5).all()
     torch.testing.assert_close(shown[0, :, 4:], images[0, :, 4:])
     torch.testing.assert_close(shown[0, :, :, 4:], images[0, :, :, 4:])
+
+
+def test_ssim_against_scikit_image() -> None:
+    from skimage.metrics import structural_similarity
+
+    generator = torch.Generator().manual_seed(0)
+    x = torch.rand(2, 3, 40, 48, generator=generator)
+    y = (x + 0.2 * torch.rand(2, 3, 40, 48, generator=generator)).clamp(0, 1)
+    expected = [
+        structural_similarity(
+            a.numpy(),
+            b.numpy(),
+            channel_axis=0,
+            data_range=1.0,
+            gaussian_weights=True,
+            sigma=1.5,
+            use_sample_covariance=False,
+        )
+        for a, b in zip(x, y, strict=True)
+    ]
+    np.testing.assert_allclose(ssim(x, y).numpy(), expected, atol=0.01)  # their borders differ
+    assert float(ssim(x, x)[0]) == pytest.approx(1)
+    assert ssim(x[:1], y[:1]).shape == (1,)

@@ -41,7 +41,7 @@ class Toy(Stage):
         error = (self.linear(images.mean((2, 3)))[:, 0] - index / 10).square().mean()
         metrics = {"mean_index": index.float().mean()}
         if not self.training:
-            return StageOutput(error, metrics, {"images": images})
+            return StageOutput(error, metrics, {"images": images}, {"number": index, "colour": images.mean((2, 3))})
         self.seen.append(index.tolist())
         self.noise.append(torch.rand(()).item())
         if self.at in index.tolist():

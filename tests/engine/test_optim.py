@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -107,3 +108,25 @@ def test_set_learning_rate__scales_each_group() -> None:
     plain = build_optimizer(parameter_groups(network, config), config, on_gpu=False)
     set_learning_rate(plain, 0.7)
     assert {group["lr"] for group in plain.param_groups} == {0.7}
+
+
+def test_build_optimizer__lars_is_layer_wise_adaptive_with_momentum() -> None:
+    """MoCo v3's rule for ResNets: each matrix moves by its own norm, vectors by plain momentum without decay."""
+    module = nn.Linear(3, 2)
+    config = OptimConfig(name="lars", lr=0.7, betas=(0.9, 0.0), weight_decay=0.01)
+    optimizer = build_optimizer(parameter_groups(module, config), config, on_gpu=False)
+    weight, bias = (p.detach().double().numpy().copy() for p in (module.weight, module.bias))
+    momentum = [np.zeros_like(weight), np.zeros_like(bias)]
+    for step in range(4):
+        gradients = [
+            np.random.default_rng([step, which]).normal(size=v.shape) for which, v in enumerate((weight, bias))
+        ]
+        for parameter, gradient in zip((module.weight, module.bias), gradients, strict=True):
+            parameter.grad = torch.from_numpy(gradient).float()
+        optimizer.step()
+        decayed = gradients[0] + 0.01 * weight
+        decayed *= 0.001 * np.linalg.norm(weight) / np.linalg.norm(decayed)
+        momentum = [0.9 * momentum[0] + decayed, 0.9 * momentum[1] + gradients[1]]
+        weight, bias = weight - 0.7 * momentum[0], bias - 0.7 * momentum[1]
+    torch.testing.assert_close(module.weight.detach().double(), torch.from_numpy(weight), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(module.bias.detach().double(), torch.from_numpy(bias), rtol=1e-4, atol=1e-6)

@@ -6,6 +6,7 @@ import hashlib
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -72,6 +73,17 @@ def test_train__eight_steps_are_four_and_four(
         torch.load(run / "checkpoints" / "step-00000008" / "state.pt", weights_only=True) for run in (parts, straight)
     )
     assert flatten(a) == flatten(b)  # also what an export leaves out: the optimizer, averages, the second encoder
+
+
+def test_train__lars_resumes_exactly_too(images: Path, tmp_path: Path) -> None:
+    more: dict[str, Any] = {"optim.name": "lars", "optim.lr": 0.3, "max_steps": "4", "save_every": 2}
+    straight = train("contrast", images, tmp_path / "straight", **more)
+    parts = train("contrast", images, tmp_path / "parts", **more)
+    shutil.rmtree(parts / "checkpoints" / "step-00000004")
+    shutil.rmtree(parts / "export")
+    train("contrast", images, parts, **more, resume=True)
+    assert export_bytes(parts) == export_bytes(straight)
+    assert losses(parts) == losses(straight)
 
 
 def flatten(value: Any, name: str = "") -> dict[str, Any]:

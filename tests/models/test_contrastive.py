@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.testing import assert_close
 
-from pecobook.models.contrastive import contrastive_loss, follow, gather, mlp
+from pecobook.models.contrastive import contrastive_loss, follow, gather, initialise_moco, mlp
 from tests.distributed import TwoProcesses
 
 
@@ -130,3 +130,42 @@ def test_follow__is_an_average_of_parameters() -> None:
     follow(slow, fast, 0.9)
     for own, old, other in zip(slow.parameters(), before, fast.parameters(), strict=True):
         assert_close(own.detach(), 0.9 * old + 0.1 * other.detach())
+
+
+def test_initialise_moco__of_a_vit() -> None:
+    import timm
+
+    torch.manual_seed(0)
+    network = timm.create_model("vit_tiny_patch16_224", num_classes=0, img_size=(32, 48), patch_size=8, depth=2)
+    initialise_moco(network)
+    width = 192
+    block = network.blocks[1]
+    for weight, fan in (
+        (block.attn.qkv.weight, width + width),  # not 3 width: each of the three is a matrix of its own
+        (block.attn.proj.weight, width + width),
+        (block.mlp.fc1.weight, width + 4 * width),
+        (network.patch_embed.proj.weight, 3 * 8 * 8 + width),
+    ):
+        bound = math.sqrt(6 / fan)
+        assert 0.97 * bound < weight.abs().max() <= bound
+        assert float(weight.detach().std()) == pytest.approx(bound / math.sqrt(3), rel=0.03)
+    assert not any(layer.bias.any() for layer in (block.attn.qkv, block.mlp.fc2, network.patch_embed.proj))
+    assert network.cls_token.abs().max() < 1e-4
+    table = network.pos_embed[0]  # (1 + 4 x 6, 192)
+    assert not network.pos_embed.requires_grad
+    assert not table[0].any()
+    row, column, quarter = 2, 5, width // 4
+    place = table[1 + row * 6 + column].double()
+    frequencies = 10000.0 ** -(torch.arange(quarter, dtype=torch.float64) / quarter)
+    expected = [f(frequencies * at) for at in (row, column) for f in (torch.sin, torch.cos)]
+    assert_close(place.sort().values, torch.cat(expected).sort().values, atol=1e-5, rtol=0)
+
+
+def test_initialise_moco__leaves_relative_positions_alone() -> None:
+    import timm
+
+    network = timm.create_model(
+        "beit_base_patch16_224", num_classes=0, img_size=32, patch_size=8, depth=1, embed_dim=24, num_heads=2
+    )
+    initialise_moco(network)  # no table of absolute positions, no bias of keys
+    assert not network.blocks[0].attn.relative_position_bias_table.any()

@@ -11,17 +11,13 @@ from torch import Tensor
 from pecobook.config import OptimConfig, replace
 from pecobook.errors import ConfigError, PreflightError
 from pecobook.models.autoencoder import AutoencoderConfig
+from pecobook.models.discriminator import AdversarialConfig
+from pecobook.models.explicit import ExplicitConfig
+from pecobook.models.perceptual import PerceptualConfig
+from pecobook.models.quantizer import QuantizerConfig
 from pecobook.models.tokenizer import PerceptualTokenizer
 from pecobook.recipes import recipe
-from pecobook.stages.codebook import (
-    AdversarialConfig,
-    CodebookConfig,
-    CodebookStage,
-    ExplicitConfig,
-    PerceptualConfig,
-    QuantizerConfig,
-    psnr,
-)
+from pecobook.stages.codebook import CodebookConfig, CodebookStage
 from tests.runs import SMALL, train
 
 NETWORK = PerceptualConfig(network="timm:resnet10t", weights="random", layers=(1, 2), weight=0.7)
@@ -143,12 +139,6 @@ def test_warning__when_the_codebook_collapses() -> None:
     assert stage.warning({"codes_alive": 6.0, "perplexity": 1.0}, 200) is None
     without = make(quantizer=QuantizerConfig(num_codewords=24, revive_after=0))
     assert "--quantizer.revive-after 100" in (without.warning({"codes_alive": 5.0, "perplexity": 1.0}, 200) or "")
-
-
-def test_psnr__by_its_formula() -> None:
-    images = torch.zeros(2, 3, 4, 4)
-    restored = torch.stack([torch.full((3, 4, 4), 0.1), torch.full((3, 4, 4), 0.01)])
-    assert float(psnr(images, restored)) == pytest.approx((20 + 40) / 2, rel=1e-4)
 
 
 def test_config__image_size_must_fit_the_stride() -> None:
@@ -306,3 +296,11 @@ def test_check__classification_needs_labels(tmp_path: Path, images: Path) -> Non
     with pytest.raises(PreflightError, match="has no labels"):
         train("codebook", flat, tmp_path / "run", **{"explicit.kind": "classification"})
     assert not (tmp_path / "run").exists()
+
+
+def test_summarise__usage_over_all_held_out_images() -> None:
+    stage = make().eval()
+    codes = stage(batch()).rows["codes"]
+    assert codes.shape == (4, 4, 4)
+    found = stage.summarise({"codes": torch.tensor([[[0, 1], [2, 3]], [[0, 1], [2, 3]]])}, {})
+    assert found == pytest.approx({"codes_used": 4, "codes_perplexity": 4.0})

@@ -84,6 +84,15 @@ def test_train__fsdp_equals_ddp_and_resumes(
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
+def test_train__lars_under_fsdp_equals_ddp(images: Path, tmp_path: Path, two_processes: TwoProcesses) -> None:
+    """Its trust ratios are of whole matrices, also where each process holds half of one."""
+    more: dict[str, Any] = {"optim.name": "lars", "optim.lr": 0.3, "devices": "2", "max_steps": "4"}
+    for strategy in ("ddp", "fsdp"):
+        settings = {**more, "strategy": strategy}
+        two_processes.run(train_on_each, "contrast", str(images), str(tmp_path / strategy), settings)
+    assert losses(tmp_path / "fsdp") == pytest.approx(losses(tmp_path / "ddp"), rel=1e-4)
+
+
 def test_train__an_fsdp_checkpoint_goes_on_in_one_process(
     images: Path, codebook_run: Path, tmp_path: Path, two_processes: TwoProcesses
 ) -> None:

@@ -12,11 +12,29 @@ from pecobook.analysis.arrays import Tokenizer, evaluating
 
 
 def psnr(x: Tensor, y: Tensor) -> Tensor:
-    """Peak signal-to-noise ratio of each image (B, ...) in [0, 1], float (B,) in dB; inf where equal."""
+    """Peak signal-to-noise ratio of each image (B, C, H, W) in [0, 1], float (B,) in dB; inf where equal."""
+    from torchmetrics.functional.image import peak_signal_noise_ratio
+
+    _same_shape(x, y)
+    return peak_signal_noise_ratio(x.double(), y.double(), data_range=1.0, reduction="none", dim=(1, 2, 3)).float()
+
+
+def ssim(x: Tensor, y: Tensor) -> Tensor:
+    """Structural similarity of each image (B, C, H, W) in [0, 1], float (B,) in [-1, 1]; 1 where equal.
+
+    Wang et al., 2004: Gaussian windows of 11 pixels, deviation 1.5.
+    """
+    from torchmetrics.functional.image import structural_similarity_index_measure
+
+    _same_shape(x, y)
+    value = structural_similarity_index_measure(x.float(), y.float(), data_range=1.0, reduction="none")
+    assert isinstance(value, Tensor)
+    return value.reshape(len(x))  # torchmetrics drops the dimension of a single image
+
+
+def _same_shape(x: Tensor, y: Tensor) -> None:
     if x.shape != y.shape:
-        raise ValueError(f"psnr compares equal shapes, got {tuple(x.shape)} and {tuple(y.shape)}")
-    error = (x.double() - y.double()).square().flatten(1).mean(dim=1)
-    return (-10 * torch.log10(error)).float()
+        raise ValueError(f"images of equal shapes are compared, not {tuple(x.shape)} and {tuple(y.shape)}")
 
 
 def encode_all(tokenizer: Tokenizer, images: Tensor, batch_size: int = 64) -> Tensor:

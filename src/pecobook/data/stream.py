@@ -7,7 +7,7 @@ processes. An image that cannot be read is replaced by the next one in the permu
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeAlias
 
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from pecobook.data.images import BadImage, ImageSource
-from pecobook.data.sampler import BatchPositions, key, permute
+from pecobook.data.sampler import key, permute
 from pecobook.errors import DataError
 
 # A view function maps (uint8 image (C, H, W), key of this view) to named tensors.
@@ -74,8 +74,8 @@ def default_workers(devices: int) -> int:
     return min(share, 16) if share > 1 else 0
 
 
-def load(stream: Stream, positions: BatchPositions, *, workers: int, pin: bool) -> Iterator[Batch]:
-    """Batches of this rank, in order."""
+def load(stream: Stream, positions: Sequence[list[int]], *, workers: int, pin: bool) -> Iterator[Batch]:
+    """Batches of this rank, in order, of the positions that each list names."""
     if len(positions) == 0:
         return iter(())
     loader: DataLoader[dict[str, Any]] = DataLoader(

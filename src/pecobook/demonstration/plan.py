@@ -58,7 +58,7 @@ class Job:
 
 def plan(config: DemoConfig) -> dict[str, Job]:
     """The runs by name, in an order in which each can start when those before it are done."""
-    from pecobook.stages.codebook import PerceptualConfig
+    from pecobook.models.perceptual import PerceptualConfig
 
     out = Path(config.out)
     sizes = _gpu() if _budget(config) == "gpu" else _cpu()
@@ -112,7 +112,7 @@ def _cpu() -> tuple[ContrastConfig, CodebookConfig, PretrainConfig]:
 def _gpu() -> tuple[ContrastConfig, CodebookConfig, PretrainConfig]:
     """64 pixels, 8 x 8 tokens, a ResNet-18 and a ViT-Ti of full depth, ten times as many images."""
     from pecobook.models.autoencoder import AutoencoderConfig
-    from pecobook.stages.codebook import QuantizerConfig
+    from pecobook.models.quantizer import QuantizerConfig
     from pecobook.stages.pretrain import MaskConfig
 
     contrast, codebook, pretrain = _cpu()

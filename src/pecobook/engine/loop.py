@@ -21,6 +21,7 @@ from pecobook.config import OptimConfig, TrainConfig, steps, to_dict
 from pecobook.data.sampler import BatchPositions, key
 from pecobook.data.stream import Batch, Stream, default_workers, load
 from pecobook.engine import checkpoint
+from pecobook.engine.evaluation import evaluate, mean_over_ranks
 from pecobook.engine.launch import device_count, micro_batch_size
 from pecobook.engine.log import Progress, Sink, duration, open_sinks, open_text_log
 from pecobook.engine.optim import build_optimizer, set_learning_rate
@@ -29,9 +30,6 @@ from pecobook.errors import NonFiniteLossError, PecobookError
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
-
-EVALUATION_IMAGES = 1024
-"""Most held-out images looked at each time the loop evaluates."""
 
 
 class StageOutput(NamedTuple):
@@ -44,6 +42,8 @@ class StageOutput(NamedTuple):
     of the loss itself."""
     pictures: dict[str, Tensor] = {}  # noqa: RUF012
     """Float (B, 3, H, W) in [0, 1] each, in evaluation mode only; the loop draws the first few."""
+    rows: dict[str, Tensor] = {}  # noqa: RUF012
+    """(B, ...) each, in evaluation mode only: what the stage sums up over all images evaluated."""
 
 
 class Trainable(Protocol):
@@ -57,6 +57,9 @@ class Trainable(Protocol):
 
     def warning(self, metrics: dict[str, float], step: int) -> str | None:
         """A sentence for the user when the metrics show an unhealthy run."""
+
+    def summarise(self, rows: dict[str, Tensor], known: dict[str, Tensor]) -> dict[str, float]:
+        """Metrics of the rows of all evaluated images, given those of training images."""
 
 
 class Outcome(NamedTuple):
@@ -76,13 +79,16 @@ def fit(
     *,
     config: TrainConfig,
     command: str,
+    reference: Stream | None = None,
 ) -> Outcome:
     """Train `stage` on `train` until its last step or a signal.
+
+    `reference` holds training images that evaluation compares with, all of which it reads.
 
     Raises:
         NonFiniteLossError: before the optimizer step, on all ranks.
     """
-    return _Loop(fabric, stage, train, evaluation, config, command).run()
+    return _Loop(fabric, stage, train, evaluation, reference, config, command).run()
 
 
 _Batches: TypeAlias = Iterator[Batch]
@@ -95,11 +101,13 @@ class _Loop:
         stage: Any,
         train: Stream,
         evaluation: Stream,
+        reference: Stream | None,
         config: TrainConfig,
         command: str,
     ) -> None:
         self.fabric, self.stage, self.config, self.optim = fabric, stage, config, config.optim
-        self.train, self.evaluation, self.out = train, evaluation, Path(config.out)
+        self.train, self.evaluation, self.reference = train, evaluation, reference
+        self.out = Path(config.out)
         count, batch = len(train), config.batch_size
         self.total = steps(config.max_steps, num_images=count, batch_size=batch)
         self.warmup = steps(
@@ -222,7 +230,7 @@ class _Loop:
         return bool(stop)
 
     def _measure(self, step: int, metrics: dict[str, Tensor]) -> dict[str, float]:
-        values = self._mean_over_ranks(metrics)
+        values = mean_over_ranks(self.fabric, metrics)
         now = time.monotonic()
         elapsed = max(now - self._mark, 1e-9)
         speed = {
@@ -239,45 +247,28 @@ class _Loop:
             self._warned = True
             self._tell(warning)
 
-    def _mean_over_ranks(self, metrics: dict[str, Tensor]) -> dict[str, float]:
-        names = sorted(metrics)
-        stacked = torch.stack([metrics[name].float() for name in names])
-        if self.fabric.world_size > 1:
-            dist.all_reduce(stacked)
-            stacked /= self.fabric.world_size
-        return dict(zip(names, stacked.tolist(), strict=True))
-
-    @torch.no_grad()
     def _evaluate(self, step: int) -> dict[str, float]:
-        """Mean metrics over held-out images, and pictures of the first few."""
+        """Metrics over held-out images; pictures of the first few go to samples/."""
         began = time.monotonic()
-        self.model.eval()
-        total: dict[str, Tensor] = {}
-        pictures: dict[str, Tensor] = {}
-        count = min(EVALUATION_IMAGES, len(self.evaluation)) // self.fabric.world_size * self.fabric.world_size
-        share = min(self.micro, max(count // self.fabric.world_size, 1))
-        positions = BatchPositions(
-            start_step=0,
-            stop_step=max(count // (share * self.fabric.world_size), 1),
-            batch_size=share * self.fabric.world_size,
-            micro_batch_size=share,
-            rank=self.fabric.global_rank,
-            world_size=self.fabric.world_size,
+        found = evaluate(
+            self.fabric,
+            self.model,
+            self.stage,
+            self.evaluation,
+            self.reference,
+            num_images=self.config.evaluation_images,
+            batch_size=self.micro,
+            seed=self.config.seed,
         )
-        for number, batch in enumerate(load(self.evaluation, positions, workers=0, pin=False)):
-            torch.manual_seed(key(self.config.seed, 2**32 + number) >> 1)
-            output = self.model(self._to_device(batch))
-            for name, value in {"loss": output.loss, **output.metrics}.items():
-                total[f"evaluation/{name}"] = total.get(f"evaluation/{name}", 0) + value / len(positions)
-            pictures = pictures or output.pictures
-        self.last_metrics = self._mean_over_ranks(total)
+        self.last_metrics = found.metrics
         if self.sinks:
-            self._write_evaluation(step, pictures)
+            self._write_evaluation(step, found.pictures)
         self._mark += time.monotonic() - began  # the speed shown is that of training
         return self.last_metrics
 
     def _write_evaluation(self, step: int, pictures: dict[str, Tensor]) -> None:
-        self.text.info("step %d: %s", step, ", ".join(f"{k} {v:.4g}" for k, v in self.last_metrics.items()))
+        shown = ", ".join(f"{name.partition('/')[2]} {value:.4g}" for name, value in self.last_metrics.items())
+        self._tell(f"step {step}, held-out images: {shown}")
         if pictures:
             png = _grid(pictures)
             (self.out / "samples" / f"step-{step:08d}.png").write_bytes(png)

@@ -35,6 +35,12 @@ def layer_decay_groups(network: nn.Module, config: OptimConfig) -> list[dict[str
 
 def build_optimizer(groups: list[dict[str, Any]], config: OptimConfig, *, on_gpu: bool) -> torch.optim.Optimizer:
     """The optimizer, one fused kernel a step on a GPU."""
+    if config.name == "lars":
+        from timm.optim import Lars
+
+        # Groups without weight decay (biases, norms) are not scaled by their trust ratio, as in MoCo v3.
+        lars: torch.optim.Optimizer = Lars(groups, lr=config.lr, momentum=config.betas[0], trust_coeff=0.001)
+        return lars
     kinds: dict[str, type[torch.optim.Adam] | type[torch.optim.AdamW]]
     kinds = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam}
     return kinds[config.name](groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=on_gpu)

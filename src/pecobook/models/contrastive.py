@@ -6,6 +6,7 @@ B images of this rank, G of all ranks.
 from __future__ import annotations
 
 import itertools
+import math
 
 import torch
 import torch.distributed as dist
@@ -43,6 +44,37 @@ def gather(keys: Tensor) -> tuple[Tensor, int]:
     """Keys of all ranks (G, D), without gradient, and the row where this rank's begin."""
     rank = dist.get_rank() if dist.is_initialized() else 0
     return gather_rows(keys.detach()), rank * len(keys)
+
+
+@torch.no_grad()
+def initialise_moco(network: nn.Module) -> None:
+    """MoCo v3's start of a ViT (section 4 and its public code): fixed positions, Xavier-uniform weights.
+
+    Positions are sines and cosines of row and column and take no gradient; the query, key and value parts of a layer
+    are each initialised as a matrix of their own; the patch projection as the linear map that it is.
+    """
+    from timm.layers import build_sincos2d_pos_embed
+
+    for name, module in network.named_modules():
+        if isinstance(module, nn.Linear):
+            fan_out = module.out_features // 3 if name.endswith("qkv") else module.out_features
+            bound = math.sqrt(6 / (fan_out + module.in_features))
+            nn.init.uniform_(module.weight, -bound, bound)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+    projection: nn.Conv2d = network.patch_embed.proj  # type: ignore[union-attr, assignment]
+    width = projection.out_channels
+    bound = math.sqrt(6 / (projection.weight[0].numel() + width))
+    nn.init.uniform_(projection.weight, -bound, bound)
+    if projection.bias is not None:
+        nn.init.zeros_(projection.bias)
+    if getattr(network, "cls_token", None) is not None:
+        nn.init.normal_(network.cls_token, std=1e-6)  # type: ignore[arg-type]
+    table = getattr(network, "pos_embed", None)
+    if isinstance(table, nn.Parameter):
+        rows, columns = network.patch_embed.grid_size  # type: ignore[union-attr, misc]
+        table.zero_()[0, table.shape[1] - rows * columns :] = build_sincos2d_pos_embed([rows, columns], dim=width)
+        table.requires_grad_(False)
 
 
 @torch.no_grad()

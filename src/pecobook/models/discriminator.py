@@ -2,11 +2,30 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from pecobook.config import between, positive
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AdversarialConfig:
+    """A patch discriminator that learns to tell reconstructions from images (equation 8)."""
+
+    weight: float = 0.0
+    """Of the term; Table 7 uses 0.4. 0 leaves it out."""
+    width: int = 64
+    """Channels of the discriminator's first layer."""
+    num_layers: int = 3
+    """Strided layers; 3 see patches of 70 pixels."""
+
+    def __post_init__(self) -> None:
+        between(self, 0.0, float("inf"), "weight")
+        positive(self, "width", "num_layers")
 
 
 class PatchDiscriminator(nn.Sequential):

@@ -11,6 +11,7 @@ B batch, H W image side, L layers, C_l H_l W_l shape of layer l's features.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Literal, TypeAlias
 
@@ -18,10 +19,42 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pecobook.errors import WeightsError, first_line
+from pecobook.config import between
+from pecobook.errors import ConfigError, WeightsError, first_line
 from pecobook.models.feature_networks import check_maps, open_features
 
 Normalisation: TypeAlias = Literal["unit-rms", "layernorm", "none"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PerceptualConfig:
+    """The frozen network whose features the reconstruction must match."""
+
+    network: str = ""
+    """timm:NAME, torchvision:NAME, a contrast or pretrain run, or none for pixels alone."""
+    weights: str = ""
+    """A local file of weights, or random for the control; empty takes the network's own."""
+    layers: tuple[int | str, ...] = (3, 6, 9, 12)
+    """Layers compared, from 1: blocks of a transformer, stages of a convolutional network; of torchvision's networks
+    also names of nodes, such as features.12."""
+    weight: float = 1.0
+    """Lambda of equation 5."""
+    normalisation: Normalisation = "unit-rms"
+    """How activations are normalised before they are compared."""
+    input_size: int = 0
+    """Side to which images are resized for the network, pixels; 0 keeps theirs (or takes a fixed-size network's)."""
+    mean: tuple[float, ...] = ()
+    """Of the network's input, three numbers for RGB in [0, 1]; empty takes the network's own."""
+    std: tuple[float, ...] = ()
+    """The same."""
+    bgr: bool = False
+    """Give the network its normalised input as BGR, as those that come from Caffe want it."""
+
+    def __post_init__(self) -> None:
+        between(self, 0.0, float("inf"), "weight")
+        between(self, 0, 4096, "input_size")
+        if len(self.mean) not in (0, 3) or len(self.std) not in (0, 3) or min(self.std, default=1) <= 0:
+            raise ConfigError("--perceptual.mean and --perceptual.std take three numbers each, std above 0.")
 
 
 class PerceptualDistance(nn.Module):
@@ -122,3 +155,20 @@ def normalise(feature: Tensor, how: Normalisation) -> Tensor:
     if how == "layernorm":
         feature = feature - feature.mean(1, keepdim=True)
     return feature * torch.rsqrt(feature.square().mean(1, keepdim=True) + 1e-6)
+
+
+def perceptual_distance(config: PerceptualConfig, seed: int) -> PerceptualDistance | None:
+    """The distance that the settings name, None for none."""
+    if config.network == "none" or config.weight == 0:
+        return None
+    return PerceptualDistance(
+        config.network,
+        config.layers,
+        config.weights or None,
+        normalisation=config.normalisation,
+        input_size=config.input_size or None,
+        mean=config.mean or None,
+        std=config.std or None,
+        bgr=config.bgr,
+        seed=seed,
+    )

@@ -12,15 +12,16 @@ from __future__ import annotations
 import dataclasses
 from functools import partial
 from pathlib import Path
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torchvision.transforms.functional import rgb_to_grayscale
 
+from pecobook.analysis.codewords import code_usage
+from pecobook.analysis.reconstruction import psnr, ssim
 from pecobook.collectives import mean_over_ranks
-from pecobook.config import OptimConfig, TrainConfig, between, positive
+from pecobook.config import OptimConfig, TrainConfig, between
 from pecobook.data.images import ImageSource
 from pecobook.data.sampler import key
 from pecobook.data.stream import Batch, ViewFunction
@@ -28,108 +29,12 @@ from pecobook.data.views import central_view, random_crop, to_float
 from pecobook.engine.loop import StageOutput
 from pecobook.errors import ConfigError
 from pecobook.models.autoencoder import AutoencoderConfig
-from pecobook.models.discriminator import PatchDiscriminator, adversarial_losses
-from pecobook.models.explicit import CodewordClassifier, CodewordContrast
-from pecobook.models.perceptual import PerceptualDistance
-from pecobook.models.quantizer import Quantized, VectorQuantizer
+from pecobook.models.discriminator import AdversarialConfig, PatchDiscriminator, adversarial_losses
+from pecobook.models.explicit import CodewordClassifier, CodewordContrast, ExplicitConfig
+from pecobook.models.perceptual import PerceptualConfig, perceptual_distance
+from pecobook.models.quantizer import Quantized, QuantizerConfig, VectorQuantizer
 from pecobook.models.tokenizer import PerceptualTokenizer, TokenizerConfig
 from pecobook.stages.stage import Stage, StageKind
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class PerceptualConfig:
-    """The frozen network whose features the reconstruction must match."""
-
-    network: str = ""
-    """timm:NAME, torchvision:NAME, a contrast or pretrain run, or none for pixels alone."""
-    weights: str = ""
-    """A local file of weights, or random for the control; empty takes the network's own."""
-    layers: tuple[int | str, ...] = (3, 6, 9, 12)
-    """Layers compared, from 1: blocks of a transformer, stages of a convolutional network; of torchvision's networks
-    also names of nodes, such as features.12."""
-    weight: float = 1.0
-    """Lambda of equation 5."""
-    normalisation: Literal["unit-rms", "layernorm", "none"] = "unit-rms"
-    """How activations are normalised before they are compared."""
-    input_size: int = 0
-    """Side to which images are resized for the network, pixels; 0 keeps theirs (or takes a fixed-size network's)."""
-    mean: tuple[float, ...] = ()
-    """Of the network's input, three numbers for RGB in [0, 1]; empty takes the network's own."""
-    std: tuple[float, ...] = ()
-    """The same."""
-    bgr: bool = False
-    """Give the network its normalised input as BGR, as those that come from Caffe want it."""
-
-    def __post_init__(self) -> None:
-        between(self, 0.0, float("inf"), "weight")
-        between(self, 0, 4096, "input_size")
-        if len(self.mean) not in (0, 3) or len(self.std) not in (0, 3) or min(self.std, default=1) <= 0:
-            raise ConfigError("--perceptual.mean and --perceptual.std take three numbers each, std above 0.")
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class QuantizerConfig:
-    """The codebook."""
-
-    num_codewords: int = 8192
-    """K."""
-    decay: float = 0.99
-    """Of the moving averages."""
-    eps: float = 1e-5
-    """Laplace smoothing of the counts."""
-    revive_after: int = 100
-    """Steps without use after which a codeword is dead and replaced; 0 never."""
-    start_after: int = 0
-    """Steps during which latent vectors pass unquantised; k-means then starts the codebook on features that mean
-    something. A short training gains much by it."""
-    commitment: float = 0.25
-    """Beta of equation 3."""
-    learning: Literal["ema", "gradient"] = "ema"
-    """Moving averages, or equation 3 as printed, whose middle term moves the codewords by gradient."""
-
-    def __post_init__(self) -> None:
-        positive(self, "num_codewords", "eps")
-        between(self, 0.0, 1.0, "decay")
-        between(self, 0.0, float("inf"), "commitment", "revive_after", "start_after")
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class AdversarialConfig:
-    """A patch discriminator that learns to tell reconstructions from images (equation 8)."""
-
-    weight: float = 0.0
-    """Of the term; Table 7 uses 0.4. 0 leaves it out."""
-    width: int = 64
-    """Channels of the discriminator's first layer."""
-    num_layers: int = 3
-    """Strided layers; 3 see patches of 70 pixels."""
-
-    def __post_init__(self) -> None:
-        between(self, 0.0, float("inf"), "weight")
-        positive(self, "width", "num_layers")
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class ExplicitConfig:
-    """A loss on the codewords themselves (Table 6), in place of or beside the perceptual loss on images."""
-
-    kind: Literal["none", "classification", "contrastive"] = "none"
-    """classification needs labels; contrastive compares averaged codewords of two views, with a momentum encoder."""
-    weight: float = 1.0
-    """Of the term."""
-    temperature: float = 0.2
-    """Of the contrastive softmax."""
-    momentum: float = 0.99
-    """Of the contrastive keys' encoder."""
-    hidden_dim: int = 2048
-    """Hidden width of the contrastive heads."""
-    output_dim: int = 256
-    """Width of the space in which the contrastive loss compares."""
-
-    def __post_init__(self) -> None:
-        between(self, 0.0, float("inf"), "weight")
-        between(self, 0.0, 1.0, "momentum")
-        positive(self, "temperature", "hidden_dim", "output_dim")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -219,11 +124,16 @@ class CodebookStage(Stage):
             # The mean over ranks, so that many devices learn what one would.
             loss = loss / mean_over_ranks(loss.detach()).clamp_min(1e-6)
         metrics |= self.health()
-        pictures = {}
+        pictures, rows = {}, {}
         if not self.training:
-            metrics["ssim"] = ssim(images, restored)
-            pictures = {"images": images, "reconstructions": restored}
-        return StageOutput(loss + rest + own, {name: value.detach() for name, value in metrics.items()}, pictures)
+            metrics["ssim"] = ssim(restored.clamp(0, 1), images).mean()
+            pictures, rows = {"images": images, "reconstructions": restored}, {"codes": coded.codes}
+        return StageOutput(loss + rest + own, {name: value.detach() for name, value in metrics.items()}, pictures, rows)
+
+    def summarise(self, rows: dict[str, Tensor], known: dict[str, Tensor]) -> dict[str, float]:  # noqa: ARG002
+        """How many codewords all held-out images together use, and how evenly."""
+        usage = code_usage(rows["codes"], self.config.quantizer.num_codewords)
+        return {"codes_used": usage.codes_used, "codes_perplexity": usage.perplexity}
 
     def _images(self, pixels: Tensor) -> Tensor:
         """uint8 (B, 3, H, W) to what the tokenizer reads, (B, C, H, W) in [0, 1]."""
@@ -233,7 +143,7 @@ class CodebookStage(Stage):
     def reconstruction(self, images: Tensor, restored: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Pixel and perceptual loss, weighted, and their metrics; both images float (B, C, H, W) in [0, 1]."""
         pixel = 4 * F.mse_loss(restored, images)  # 4: the error is meant on [-1, 1]
-        metrics = {"pixel": pixel, "psnr": psnr(images, restored)}
+        metrics = {"pixel": pixel, "psnr": psnr(restored.clamp(0, 1), images).mean()}
         loss = self.config.pixel_weight * pixel
         if self.perceptual is not None:
             with torch.no_grad():
@@ -319,38 +229,6 @@ def _tokenizer(config: CodebookConfig) -> PerceptualTokenizer:
     )
     shape = TokenizerConfig(model=config.model, num_codewords=own.num_codewords, image_size=config.image_size)
     return PerceptualTokenizer(shape, quantizer)
-
-
-def psnr(images: Tensor, restored: Tensor) -> Tensor:
-    """Mean peak signal-to-noise ratio, dB: float (B, C, H, W) in [0, 1], and about [0, 1], to ()."""
-    error = (restored.clamp(0, 1) - images).square().mean((1, 2, 3)).clamp_min(1e-10)
-    return -10 * error.log10().mean()
-
-
-def ssim(images: Tensor, restored: Tensor) -> Tensor:
-    """Mean structural similarity (Wang et al., 2004; 11-pixel Gaussian), in [-1, 1]: arguments as `psnr`, to ()."""
-    from torchmetrics.functional.image import structural_similarity_index_measure
-
-    value = structural_similarity_index_measure(restored.clamp(0, 1), images, data_range=1.0)
-    assert isinstance(value, Tensor)
-    return value
-
-
-def perceptual_distance(config: PerceptualConfig, seed: int) -> PerceptualDistance | None:
-    """The distance that the settings name, None for none."""
-    if config.network == "none" or config.weight == 0:
-        return None
-    return PerceptualDistance(
-        config.network,
-        config.layers,
-        config.weights or None,
-        normalisation=config.normalisation,
-        input_size=config.input_size or None,
-        mean=config.mean or None,
-        std=config.std or None,
-        bgr=config.bgr,
-        seed=seed,
-    )
 
 
 def _check(config: CodebookConfig) -> None:

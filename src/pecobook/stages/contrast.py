@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import math
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,12 +20,12 @@ from pecobook.config import BackboneConfig, OptimConfig, TrainConfig, between, p
 from pecobook.data.images import ImageSource
 from pecobook.data.sampler import key
 from pecobook.data.stream import Batch, ViewFunction
-from pecobook.data.views import PhotometricConfig, colour_draws, photometric, random_crop, to_float
+from pecobook.data.views import PhotometricConfig, central_view, colour_draws, photometric, random_crop, to_float
 from pecobook.engine.launch import micro_batch_size
 from pecobook.engine.loop import StageOutput
 from pecobook.engine.schedule import cosine
 from pecobook.errors import ConfigError
-from pecobook.models.contrastive import contrastive_loss, follow, mlp
+from pecobook.models.contrastive import contrastive_loss, follow, initialise_moco, mlp
 from pecobook.models.weights import IMAGENET_MEAN, IMAGENET_STD, create, export_backbone, is_transformer
 from pecobook.stages.stage import Stage, StageKind
 
@@ -51,16 +52,22 @@ class ContrastConfig(TrainConfig):
     """Width of the space in which views are compared."""
     freeze_patch_embed: bool = True
     """Leave a ViT's patch projection at its random start (section 4 of the paper); networks without one ignore it."""
+    fixed_positions: bool = True
+    """Give a ViT with a position table fixed sines and cosines of row and column, and MoCo v3's initialisation."""
     colour: PhotometricConfig = PhotometricConfig()
     """Colour changes of both views; blur and solarise below are added."""
     blur: tuple[float, float] = (1.0, 0.1)
     """Probability of blur on view one and view two."""
     solarise: tuple[float, float] = (0.0, 0.2)
     """Probability of solarisation on view one and view two."""
+    knn_images: int = 4096
+    """Labelled training images among which each evaluation finds the neighbours of held-out ones (k-NN accuracy, an
+    early sign of whether the features learn something); 0 leaves it out. Data without labels has none."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         positive(self, "temperature", "hidden_dim", "output_dim")
+        between(self, 0, math.inf, "knn_images")
         between(self, 0.0, 1.0, "momentum")
 
 
@@ -84,6 +91,8 @@ class ContrastStage(Stage):
         hidden, out = config.hidden_dim, config.output_dim
         self.projector = mlp([width, hidden, *([hidden] if is_vit else []), out], final_norm=True)
         self.predictor = mlp([out, hidden, out], final_norm=is_vit)
+        if is_vit and config.fixed_positions:
+            initialise_moco(self.backbone)
         if is_vit and config.freeze_patch_embed:
             self.backbone.patch_embed.requires_grad_(False)
         self.momentum_backbone = copy.deepcopy(self.backbone).requires_grad_(False)
@@ -92,7 +101,10 @@ class ContrastStage(Stage):
         self.register_buffer("std", torch.tensor(IMAGENET_STD)[:, None, None], persistent=False)
 
     def forward(self, batch: Batch) -> StageOutput:
-        """Symmetric contrastive loss of two views: uint8 (B, 3, H, W) each."""
+        """Symmetric contrastive loss of two views: uint8 (B, 3, H, W) each; in evaluation also features of images."""
+        rows = {} if self.training else self._rows(batch)
+        if "view0" not in batch:  # training images that evaluation compares with
+            return StageOutput(self.mean.new_zeros(()), {}, rows=rows)
         views = [self._view(batch, number) for number in (0, 1)]
         queries = [self.predictor(self.projector(self.backbone(view))) for view in views]  # (B, out) each
         with torch.no_grad():
@@ -101,7 +113,24 @@ class ContrastStage(Stage):
         first, accuracy = contrastive_loss(queries[0], keys[1], temperature)
         second, _ = contrastive_loss(queries[1], keys[0], temperature)
         spread = F.normalize(queries[0].detach().float(), dim=1).std(0).mean() * self.config.output_dim**0.5
-        return StageOutput(first + second, {"accuracy": 100 * accuracy.detach(), "spread": spread})
+        metrics = {"accuracy": 100 * accuracy.detach(), "spread": spread}
+        return StageOutput(first + second, metrics, rows=rows)
+
+    def _rows(self, batch: Batch) -> dict[str, Tensor]:
+        """Features (B, F) and labels (B,) of central crops."""
+        if "label" not in batch or self.config.knn_images == 0:
+            return {}
+        features = self.backbone((to_float(batch["image"]) - self.mean) / self.std)
+        return {"features": features.float(), "labels": batch["label"]}
+
+    def summarise(self, rows: dict[str, Tensor], known: dict[str, Tensor]) -> dict[str, float]:
+        """k-NN accuracy of held-out images among training images, in percent."""
+        if not known:
+            return {}
+        from pecobook.analysis.probe import knn_probe
+
+        result = knn_probe(known["features"], known["labels"], rows["features"], rows["labels"])
+        return {"knn": result.accuracy}
 
     def _view(self, batch: Batch, number: int) -> Tensor:
         colour = dataclasses.replace(
@@ -167,4 +196,18 @@ def _view(config: ContrastConfig) -> ViewFunction:
     return partial(_two_views, size=config.image_size, min_area=config.min_crop)
 
 
-KIND: StageKind[ContrastConfig] = StageKind("contrast", _check, _build, _view, _view)
+def _evaluated(image: Tensor, view_key: int, *, size: int, min_area: float) -> dict[str, Tensor]:
+    return _two_views(image, view_key, size=size, min_area=min_area) | central_view(image, view_key, size=size)
+
+
+def _evaluation_view(config: ContrastConfig) -> ViewFunction:
+    return partial(_evaluated, size=config.image_size, min_area=config.min_crop)
+
+
+def _reference_view(config: ContrastConfig) -> ViewFunction:
+    return partial(central_view, size=config.image_size)
+
+
+KIND: StageKind[ContrastConfig] = StageKind(
+    "contrast", _check, _build, _view, _evaluation_view, reference_view=_reference_view
+)

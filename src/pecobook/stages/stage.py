@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from pecobook.config import OptimConfig, TrainConfig
 from pecobook.data.images import ImageSource, Splits, open_images
+from pecobook.data.sampler import key, permute
 from pecobook.data.stream import Batch, Stream, ViewFunction
 from pecobook.engine.loop import StageOutput
 from pecobook.engine.optim import parameter_groups
@@ -42,6 +43,10 @@ class Stage(nn.Module):
         """A sentence for the user when `metrics` show an unhealthy run."""
         return None
 
+    def summarise(self, rows: dict[str, Tensor], known: dict[str, Tensor]) -> dict[str, float]:  # noqa: ARG002
+        """Metrics of the rows that evaluation gathered, given the same rows of training images (empty without)."""
+        return {}
+
     def export(self, folder: Path, state: dict[str, Tensor]) -> str:
         """Write the export folder from the full `state` of this stage; returns Python lines that load it."""
         raise NotImplementedError
@@ -61,6 +66,8 @@ class StageKind(Generic[C]):
     """What the stage reads of an image in training."""
     evaluation_view: Callable[[C], ViewFunction]
     """What it reads of a held-out image; without randomness that changes from one evaluation to the next."""
+    reference_view: Callable[[C], ViewFunction] | None = None
+    """What it reads of labelled training images that evaluation compares with, `--knn-images` of them."""
     needs_labels: Callable[[C], bool] = lambda _config: False
     """Whether images without labels are of no use to it."""
 
@@ -154,6 +161,11 @@ def look_at_images(source: ImageSource, count: int = 8) -> None:
 def _fit(kind: StageKind[C], config: C, fabric: Any, stage: Stage, splits: Splits) -> Any:
     from pecobook.engine.loop import fit
 
+    reference = None
+    count = min(getattr(config, "knn_images", 0), len(splits.train))
+    if kind.reference_view is not None and count and splits.train.labels is not None:
+        chosen = splits.train.subset(permute(i, len(splits.train), key(0, 1)) for i in range(count))
+        reference = Stream(chosen, kind.reference_view(config), 0)
     return fit(
         fabric,
         stage,
@@ -161,6 +173,7 @@ def _fit(kind: StageKind[C], config: C, fabric: Any, stage: Stage, splits: Split
         Stream(splits.evaluation, kind.evaluation_view(config), 0),
         config=config,
         command=kind.command,
+        reference=reference,
     )
 
 

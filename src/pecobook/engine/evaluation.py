@@ -1,0 +1,111 @@
+"""Evaluation in the middle of training: means of metrics over held-out images, pictures, and what rows of images tell.
+
+A stage in evaluation mode may return rows, one a image (codes, features). They are gathered over batches and ranks,
+beside the same rows of some training images where the stage compares with those, and the stage sums them up.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from pecobook.collectives import gather_rows
+from pecobook.data.sampler import key
+from pecobook.data.stream import Batch, Stream, load
+
+if TYPE_CHECKING:
+    from lightning_fabric import Fabric
+
+
+class Evaluation(NamedTuple):
+    """What one evaluation found, the same on all ranks but for the pictures."""
+
+    metrics: dict[str, float]
+    """Names begin with `evaluation/`."""
+    pictures: dict[str, Tensor]
+    """Of this rank's first batch."""
+
+
+@torch.no_grad()
+def evaluate(
+    fabric: Fabric,
+    model: Any,
+    stage: Any,
+    held_out: Stream,
+    reference: Stream | None,
+    *,
+    num_images: int,
+    batch_size: int,
+    seed: int,
+) -> Evaluation:
+    """Look at held-out images, and at all of `reference`.
+
+    Args:
+        fabric: of the run.
+        model: the wrapped stage.
+        stage: the stage itself.
+        held_out: images to evaluate on.
+        reference: training images that the stage compares with; None for none.
+        num_images: most held-out images looked at.
+        batch_size: most images at once on a device.
+        seed: of what is random in a forward pass.
+    """
+    model.eval()
+    found = _look(fabric, model, held_out, num_images=num_images, batch_size=batch_size, seed=seed)
+    metrics = mean_over_ranks(fabric, found.metrics)
+    if found.rows:
+        known: dict[str, Tensor] = {}
+        if reference is not None:
+            known = _look(fabric, model, reference, num_images=len(reference), batch_size=batch_size, seed=seed).rows
+        metrics |= {f"evaluation/{name}": value for name, value in stage.summarise(found.rows, known).items()}
+    return Evaluation(metrics, found.pictures)
+
+
+class _Look(NamedTuple):
+    metrics: dict[str, Tensor]
+    rows: dict[str, Tensor]
+    pictures: dict[str, Tensor]
+
+
+def _look(fabric: Fabric, model: Any, stream: Stream, *, num_images: int, batch_size: int, seed: int) -> _Look:
+    """Means of metrics over this rank's images; rows of all ranks, on the host."""
+    count = max(min(num_images, len(stream)) // fabric.world_size, 1)  # of each rank
+    batches = list(_batches(count, batch_size, fabric.global_rank, fabric.world_size))
+    metrics: dict[str, Tensor] = {}
+    rows: dict[str, list[Tensor]] = {}
+    pictures: dict[str, Tensor] = {}
+    for number, batch in enumerate(load(stream, batches, workers=0, pin=False)):
+        torch.manual_seed(key(seed, 2**32 + number) >> 1)
+        output = model(_to_device(batch, fabric.device))
+        for name, value in {"loss": output.loss, **output.metrics}.items():
+            metrics[f"evaluation/{name}"] = metrics.get(f"evaluation/{name}", 0) + value * len(batches[number]) / count
+        for name, value in output.rows.items():
+            rows.setdefault(name, []).append(gather_rows(value).cpu())
+        pictures = pictures or output.pictures
+    return _Look(metrics, {name: torch.cat(parts) for name, parts in rows.items()}, pictures)
+
+
+def _batches(count: int, batch_size: int, rank: int, world_size: int) -> Iterator[list[int]]:
+    """Positions of this rank's `count` images; together the ranks read positions 0, 1, 2, ... in order."""
+    for begin in range(0, count, batch_size):
+        size = min(batch_size, count - begin)
+        first = begin * world_size + rank * size
+        yield list(range(first, first + size))
+
+
+def _to_device(batch: Batch, device: torch.device) -> Batch:
+    return {name: value.to(device) for name, value in batch.items() if name != "skipped"}
+
+
+def mean_over_ranks(fabric: Fabric, metrics: dict[str, Tensor]) -> dict[str, float]:
+    """Metrics () as numbers, averaged over ranks."""
+    names = sorted(metrics)
+    stacked = torch.stack([metrics[name].float() for name in names])
+    if fabric.world_size > 1:
+        dist.all_reduce(stacked)
+        stacked /= fabric.world_size
+    return dict(zip(names, stacked.tolist(), strict=True))
