@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from pecobook.models.perceptual import PerceptualDistance
     from pecobook.models.quantizer import VectorQuantizer
     from pecobook.models.tokenizer import PerceptualTokenizer
+    from pecobook.models.tokenizers import load_tokenizer
     from pecobook.probing import probe
 
 __all__ = [
@@ -31,6 +32,7 @@ __all__ = [
     "contrast",
     "demo",
     "finetune",
+    "load_tokenizer",
     "nearest_codeword",
     "pretrain",
     "probe",
@@ -47,6 +49,7 @@ _HOMES = {
     "contrast": "api",
     "demo": "demonstration",
     "finetune": "api",
+    "load_tokenizer": "models.tokenizers",
     "nearest_codeword": "models.nearest",
     "pretrain": "api",
     "probe": "probing",

@@ -25,7 +25,8 @@ class ProbeConfig:
     data: str = "photos"
     """Labelled images: a folder of class folders, a parquet file or folder, tar shards, hf:owner/name, or photos."""
     backbone: str = ""
-    """A contrast, pretrain or finetune run, timm:NAME, or a codebook run (its codewords are probed)."""
+    """A contrast, pretrain or finetune run, or timm:NAME; or a tokenizer, whose codewords are probed: a codebook run,
+    dalle:FOLDER, diffusers:FOLDER."""
     weights: str = ""
     """A local file of weights, or random for the floor; empty takes the network's own."""
     out: str = ""
@@ -89,15 +90,15 @@ def _open(config: ProbeConfig) -> tuple[Any, int]:
     import torch
 
     from pecobook.analysis.features import backbone_features, tokenizer_features
-    from pecobook.models.tokenizer import PerceptualTokenizer
+    from pecobook.models.tokenizers import load_tokenizer
     from pecobook.models.weights import load_backbone, read_export
 
     if not config.backbone:
         raise ConfigError("--backbone is missing: give a run of pecobook, or timm:NAME.")
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    is_run = not config.backbone.startswith("timm:") and Path(config.backbone).exists()
-    if is_run and read_export(config.backbone)[0].get("kind") == "tokenizer":
-        tokenizer = PerceptualTokenizer.from_pretrained(config.backbone).to(device)
+    is_run = Path(config.backbone).exists() and read_export(config.backbone)[0].get("kind") == "tokenizer"
+    if is_run or config.backbone.startswith(("dalle:", "diffusers:")):
+        tokenizer = load_tokenizer(config.backbone).to(device)
         return lambda images: tokenizer_features(tokenizer, images.to(device)), tokenizer.image_size
     torch.manual_seed(config.seed)
     backbone = load_backbone(config.backbone, weights=config.weights or None, image_size=config.image_size or None)

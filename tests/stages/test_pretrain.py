@@ -13,7 +13,7 @@ from pecobook.data.views import colour_draws
 from pecobook.errors import ConfigError
 from pecobook.recipes import recipe
 from pecobook.stages.pretrain import KIND, MaskConfig, PretrainConfig, PretrainStage, make_mask
-from tests.runs import SMALL
+from tests.runs import SMALL, losses, train
 
 
 def settings(codebook: Path, **more: Any) -> PretrainConfig:
@@ -131,3 +131,21 @@ def test_check__grid_and_tokens_must_agree(codebook_run: Path) -> None:
         KIND.check(settings(codebook_run, mask=MaskConfig(num_masked=16)))
     with pytest.raises(ConfigError, match="--tokenizer is missing"):
         KIND.check(dataclasses.replace(settings(codebook_run), tokenizer=""))
+
+
+def test_train__on_the_tokens_of_dalle(images: Path, tmp_path: Path) -> None:
+    """BEiT's own arrangement; its probe reads the decoder's embeddings of tokens."""
+    from pecobook.models.dalle import DalleTokenizer
+    from pecobook.probing import probe
+
+    torch.manual_seed(0)
+    theirs = DalleTokenizer(width=8, num_codewords=24, embedding=6)
+    (tmp_path / "dalle").mkdir()
+    for part in ("encoder", "decoder"):
+        torch.save(getattr(theirs, part).state_dict(), tmp_path / "dalle" / f"{part}.pt")
+    spec = f"dalle:{tmp_path / 'dalle'}"
+    more = {"image_size": 32, "model.args": '{"patch_size": 8, "depth": 1, "embed_dim": 16, "num_heads": 2}'}
+    run = train("pretrain", images, tmp_path / "vit", tokenizer=spec, max_steps="2", **more)
+    assert len(losses(run)) == 2
+    found = probe(data=str(images), backbone=spec, image_size=32)
+    assert found["linear"]["features"] in ("mean codeword", "bag of codes")

@@ -8,9 +8,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from pecobook.analysis.arrays import Tokenizer
 from pecobook.analysis.codewords import bag_of_codes, mean_codewords
 from pecobook.analysis.reconstruction import encode_all
-from pecobook.models.tokenizer import PerceptualTokenizer
 from pecobook.models.weights import Backbone
 
 
@@ -50,10 +50,10 @@ def _layers(network: nn.Module, images: Tensor) -> dict[str, Tensor]:
     return {f"block {index + 1}": layer.mean(1) for index, layer in zip(indices, layers, strict=True)}
 
 
-def tokenizer_features(tokenizer: PerceptualTokenizer, images: Tensor) -> dict[str, Tensor]:
+def tokenizer_features(tokenizer: Tokenizer, images: Tensor) -> dict[str, Tensor]:
     """Average-pooled codewords (paper, Table 4) and bags of codes of float (N, 3, H, W) in [0, 1]."""
     codes = encode_all(tokenizer, images)
     return {
         "mean codeword": mean_codewords(codes, tokenizer.codebook),
-        "bag of codes": bag_of_codes(codes, tokenizer.config.num_codewords),
+        "bag of codes": bag_of_codes(codes, len(tokenizer.codebook)),
     }

@@ -193,7 +193,8 @@ class VectorQuantizer(nn.Module):
             self._revive()
 
     def _collect(self, vectors: Tensor, codes: Tensor) -> None:
-        counts = torch.bincount(codes, minlength=self.num_codewords).float()
+        # Never a one-hot matrix (N, K). bincount would do for the counts, but torch.compile cannot see its shape.
+        counts = torch.zeros_like(self.ema_count).index_add_(0, codes, vectors.new_ones(len(codes)))
         sums = torch.zeros_like(self.ema_sum).index_add_(0, codes, vectors)
         if self._pending is not None:
             counts, sums = counts + self._pending[0], sums + self._pending[1]

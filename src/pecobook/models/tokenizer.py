@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from pecobook.config import replace, to_dict
 from pecobook.errors import ConfigError, WeightsError, first_line
 from pecobook.models.autoencoder import AutoencoderConfig, build
+from pecobook.models.nearest import nearest_codeword
 from pecobook.models.quantizer import VectorQuantizer
 from pecobook.models.weights import read_export, write_export
 
@@ -21,11 +23,11 @@ tags: [vector-quantization, image-tokenizer, peco]
 # A perceptual tokenizer
 
 {codewords} codewords of dimension {dim}; one token for {stride} x {stride} pixels; trained at {size} pixels.
-
+{origin}
 ```python
 from pecobook import PerceptualTokenizer
 tokenizer = PerceptualTokenizer.from_pretrained("{path}")
-codes = tokenizer.encode(images)  # float (B, 3, H, W) in [0, 1] -> int64 (B, H / {stride}, W / {stride})
+codes = tokenizer.encode(images)  # float (B, {channels}, H, W) in [0, 1] -> int64 (B, H / {stride}, W / {stride})
 ```
 """
 
@@ -61,6 +63,16 @@ class PerceptualTokenizer(nn.Module):
         return self.quantizer.codebook
 
     @property
+    def num_codewords(self) -> int:
+        """K."""
+        return self.config.num_codewords
+
+    @property
+    def in_channels(self) -> int:
+        """Channels of its images."""
+        return self.config.model.in_channels
+
+    @property
     def stride(self) -> int:
         """Pixels of the image for one token."""
         return self.config.model.stride
@@ -72,7 +84,9 @@ class PerceptualTokenizer(nn.Module):
 
     def latent(self, images: Tensor) -> Tensor:
         """Encoder output before quantisation: float (B, 3, H, W) in [0, 1] to (B, D, h, w)."""
-        height, width = images.shape[-2:]
+        channels, height, width = images.shape[-3:]
+        if channels != self.in_channels:
+            raise ValueError(f"Images must have {self.in_channels} channels, not {channels}.")
         if height % self.stride or width % self.stride:
             raise ValueError(f"Images must be multiples of {self.stride} pixels, not {height} x {width}.")
         return self.encoder(images * 2 - 1)  # type: ignore[no-any-return]
@@ -82,28 +96,46 @@ class PerceptualTokenizer(nn.Module):
         return (self.decoder(quantized) + 1) / 2  # type: ignore[no-any-return]
 
     @torch.no_grad()
-    def encode(self, images: Tensor) -> Tensor:
-        """Codes of float (B, 3, H, W) in [0, 1]: int64 (B, H / f, W / f).
+    def encode(self, images: Tensor, *, batch_size: int = 256) -> Tensor:
+        """Codes of float (B, C, H, W) in [0, 1]: int64 (B, H / f, W / f).
+
+        Args:
+            images: on any device; codes come back to it.
+            batch_size: images at once on the tokenizer's device.
 
         Raises:
-            ValueError: a side is no multiple of the stride f.
+            ValueError: a side is no multiple of the stride f, or the number of channels is another.
         """
-        from pecobook.models.nearest import nearest_codeword
+        return self._in_parts(self._encode, images, batch_size)
 
+    @torch.no_grad()
+    def decode(self, codes: Tensor, *, batch_size: int = 256) -> Tensor:
+        """Images of codes int64 (B, h, w): float (B, C, h f, w f) in [0, 1]. Arguments as `encode`'s."""
+        return self._in_parts(self._decode, codes, batch_size)
+
+    def _encode(self, images: Tensor) -> Tensor:
         z = self.latent(images)
         B, D, h, w = z.shape
         vectors = z.permute(0, 2, 3, 1).reshape(-1, D)
         return nearest_codeword(vectors, self.codebook).view(B, h, w)
 
-    @torch.no_grad()
-    def decode(self, codes: Tensor) -> Tensor:
-        """Images of codes int64 (B, h, w): float (B, 3, h f, w f) in [0, 1]."""
+    def _decode(self, codes: Tensor) -> Tensor:
         return self.render(self.quantizer.lookup(codes)).float().clamp(0, 1)
+
+    def _in_parts(self, function: Callable[[Tensor], Tensor], rows: Tensor, batch_size: int) -> Tensor:
+        if torch.compiler.is_exporting():  # the number of rows stays open
+            return function(rows)
+        device = self.codebook.device
+        parts = [function(part.to(device)) for part in torch.split(rows, batch_size)]
+        return (parts[0] if len(parts) == 1 else torch.cat(parts)).to(rows.device)
 
     # ------------------------------------------------------------------------------------------------ saving, loading
 
-    def save_pretrained(self, folder: str | Path, *, shown_path: str = "path/to/this/folder") -> None:
-        """Write `model.safetensors`, `config.json` and a model card whose example loads from `shown_path`."""
+    def save_pretrained(self, folder: str | Path, *, shown_path: str = "path/to/this/folder", origin: str = "") -> None:
+        """Write `model.safetensors`, `config.json` and a model card.
+
+        The card's example loads from `shown_path`, and `origin` is a paragraph on how it was trained.
+        """
         state = {name: value for name, value in self.state_dict().items() if name not in _TRAINING_ONLY}
         card = _CARD.format(
             codewords=self.config.num_codewords,
@@ -111,6 +143,8 @@ class PerceptualTokenizer(nn.Module):
             stride=self.stride,
             size=self.image_size,
             path=shown_path,
+            channels=self.in_channels,
+            origin=f"\n{origin}\n" if origin else "",
         )
         write_export(Path(folder), {"kind": "tokenizer", **to_dict(self.config)}, state, card)
 
@@ -137,6 +171,12 @@ class PerceptualTokenizer(nn.Module):
                 f"The tokenizer in '{source}' is damaged: {sorted(set(missing) - _TRAINING_ONLY) or unknown}"
             )
         return tokenizer.eval().requires_grad_(False)
+
+    def export_onnx(self, folder: str | Path) -> tuple[Path, Path]:
+        """Write `encoder.onnx` and `decoder.onnx`; see `pecobook.models.onnx`. Raises PecobookError."""
+        from pecobook.models.onnx import export_onnx
+
+        return export_onnx(self, folder)
 
     def push_to_hub(self, repo_id: str, *, private: bool = False) -> str:
         """Upload to the Hugging Face hub as `owner/name`; returns the address."""

@@ -28,11 +28,11 @@ class _Trunk(nn.Sequential):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, h, w) to the same."""
-        _, C, h, w = x.shape
+        B, C, h, w = x.shape
         tokens = x.flatten(2).transpose(1, 2) + positions(h, w, C, device=x.device).to(x.dtype)  # (B, N, C)
         for layer in self:
             tokens = layer(tokens)
-        return tokens.transpose(1, 2).reshape(len(x), C, h, w)
+        return tokens.transpose(1, 2).reshape(B, C, h, w)
 
 
 class ViTEncoder(nn.Sequential):

@@ -211,8 +211,20 @@ class CodebookStage(Stage):
         own = {name.removeprefix("tokenizer."): value for name, value in state.items() if name.startswith("tokenizer.")}
         whole = PerceptualTokenizer(self.tokenizer.config)  # ours may hold this process's shard alone
         whole.load_state_dict(own)
-        whole.save_pretrained(folder)
+        whole.save_pretrained(folder, origin=_origin(self.config))
         return 'from pecobook import PerceptualTokenizer\ntokenizer = PerceptualTokenizer.from_pretrained("{path}")'
+
+
+def _origin(config: CodebookConfig) -> str:
+    """How a tokenizer was trained, for its card."""
+    own = config.perceptual
+    features = "pixels alone"
+    if own.network != "none" and own.weight > 0:
+        layers = ", ".join(map(str, own.layers))
+        weights = f" ({own.weights})" if own.weights else ""
+        features = f"pixels and layers {layers} of {own.network}{weights}, lambda {own.weight:g}"
+    length = f"{config.max_steps} steps" if config.max_steps.isdigit() else config.max_steps
+    return f"`pecobook codebook`, on `{config.data}` for {length} at batch {config.batch_size}, under {features}."
 
 
 def _tokenizer(config: CodebookConfig) -> PerceptualTokenizer:

@@ -27,7 +27,7 @@ from pecobook.data.views import (
 from pecobook.engine.loop import StageOutput
 from pecobook.errors import ConfigError
 from pecobook.models.masked_vit import MaskedImageModel, initialise_beit
-from pecobook.models.tokenizer import PerceptualTokenizer
+from pecobook.models.tokenizers import load_tokenizer
 from pecobook.models.weights import IMAGENET_MEAN, IMAGENET_STD, create, export_backbone, write_tensors
 from pecobook.stages.stage import Stage, StageKind
 
@@ -52,7 +52,7 @@ class PretrainConfig(TrainConfig):
     """Pre-train a ViT on the tokens of your images."""
 
     tokenizer: str = ""
-    """Run folder of `pecobook codebook`, or owner/name on the Hugging Face hub."""
+    """Run folder of `pecobook codebook`, owner/name on the Hugging Face hub, dalle:FOLDER, or diffusers:FOLDER."""
     model: BackboneConfig = BackboneConfig(name="beit_base_patch16_224", args='{"init_values": 0.1}')
     drop_path: float = 0.1
     """Stochastic depth: probability of skipping the last block; the first ones less."""
@@ -83,10 +83,10 @@ class PretrainStage(Stage):
     def __init__(self, config: PretrainConfig) -> None:
         super().__init__()
         self.config = config
-        self.tokenizer = PerceptualTokenizer.from_pretrained(config.tokenizer)
+        self.tokenizer = load_tokenizer(config.tokenizer)
         backbone = create(config.model.name, num_classes=0, drop_path_rate=config.drop_path, **backbone_args(config))
         initialise_beit(backbone)
-        self.model = MaskedImageModel(backbone, self.tokenizer.config.num_codewords)
+        self.model = MaskedImageModel(backbone, self.tokenizer.num_codewords)
         self.register_buffer("mean", torch.tensor(IMAGENET_MEAN)[:, None, None], persistent=False)
         self.register_buffer("std", torch.tensor(IMAGENET_STD)[:, None, None], persistent=False)
 
@@ -146,7 +146,7 @@ def backbone_args(config: PretrainConfig) -> dict[str, Any]:
 def _check(config: PretrainConfig) -> None:
     if not config.tokenizer:
         raise ConfigError("--tokenizer is missing: give the folder of a codebook run.")
-    tokenizer = PerceptualTokenizer.from_pretrained(config.tokenizer)
+    tokenizer = load_tokenizer(config.tokenizer)
     model = MaskedImageModel(create(config.model.name, num_classes=0, **backbone_args(config)), 2)
     rows, columns = model.grid
     if config.image_size != rows * tokenizer.stride or config.image_size != columns * tokenizer.stride:

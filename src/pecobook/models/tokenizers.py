@@ -1,0 +1,113 @@
+"""Any tokenizer by name, behind one interface: ours, DALL-E's, and those of diffusers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pecobook.errors import WeightsError, first_line
+from pecobook.models.nearest import nearest_codeword
+from pecobook.models.tokenizer import PerceptualTokenizer
+
+
+def load_tokenizer(source: str | Path) -> Any:
+    """A tokenizer in evaluation mode, an nn.Module.
+
+    Whatever it is, it has `encode` (float (B, 3, H, W) in [0, 1] to int64 (B, H / f, W / f)) and `decode` (back), and
+    the attributes `codebook` (K, D), `num_codewords` K, `stride` f and `image_size`, the side it was trained at.
+
+    Args:
+        source: a codebook run, an export folder or `owner/name` on the hub; `dalle:FOLDER` for DALL-E's discrete VAE;
+            `diffusers:FOLDER` or `diffusers:owner/name` for a VQModel of diffusers.
+
+    Raises:
+        WeightsError: there is none, it is damaged, or it is no tokenizer.
+    """
+    kind, _, place = str(source).partition(":")
+    if kind == "dalle":
+        from pecobook.models.dalle import DalleTokenizer
+
+        return DalleTokenizer.from_pretrained(place)
+    if kind == "diffusers":
+        return DiffusersTokenizer.from_pretrained(place)
+    return PerceptualTokenizer.from_pretrained(source)
+
+
+class DiffusersTokenizer(nn.Module):
+    """A VQModel of diffusers, such as the VQGANs of latent diffusion.
+
+    Args:
+        model: the diffusers model; its images are RGB in [-1, 1].
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model: Any = model
+
+    @property
+    def codebook(self) -> Tensor:
+        """Codewords, float (K, D)."""
+        return self.model.quantize.embedding.weight  # type: ignore[no-any-return]
+
+    @property
+    def num_codewords(self) -> int:
+        """K."""
+        return len(self.codebook)
+
+    @property
+    def stride(self) -> int:
+        """Pixels of the image for one token."""
+        return int(2 ** (len(self.model.config.block_out_channels) - 1))
+
+    @property
+    def image_size(self) -> int:
+        """Side of the images it was trained at, pixels."""
+        return int(self.model.config.sample_size)
+
+    @torch.no_grad()
+    def encode(self, images: Tensor) -> Tensor:
+        """Codes of float (B, 3, H, W) in [0, 1]: int64 (B, H / f, W / f).
+
+        Raises:
+            ValueError: a side is no multiple of the stride f.
+        """
+        height, width = images.shape[-2:]
+        if height % self.stride or width % self.stride:
+            raise ValueError(f"Images must be multiples of {self.stride} pixels, not {height} x {width}.")
+        latents = self.model.encode(images * 2 - 1).latents  # (B, D, h, w)
+        B, D, h, w = latents.shape
+        return nearest_codeword(latents.permute(0, 2, 3, 1).reshape(-1, D), self.codebook).view(B, h, w)
+
+    @torch.no_grad()
+    def decode(self, codes: Tensor) -> Tensor:
+        """Images of codes int64 (B, h, w): float (B, 3, h f, w f) in [0, 1]."""
+        codewords = F.embedding(codes, self.codebook).permute(0, 3, 1, 2)
+        spatial = self.model.config.norm_type == "spatial"  # MoVQ's decoder also reads the codewords themselves
+        images = self.model.decoder(self.model.post_quant_conv(codewords), codewords if spatial else None)
+        return cast("Tensor", ((images.float() + 1) / 2).clamp(0, 1))
+
+    @classmethod
+    def from_pretrained(cls, source: str) -> DiffusersTokenizer:
+        """Load a VQModel from a folder or from `owner/name` on the hub (also its subfolder `vqvae` or `vqmodel`).
+
+        Raises:
+            WeightsError: diffusers is not installed, or gives no VQModel there.
+        """
+        try:
+            from diffusers import VQModel
+        except ImportError:
+            raise WeightsError(
+                "Tokenizers of diffusers need that package: pip install 'pecobook[diffusers]'."
+            ) from None
+        load: Any = VQModel.from_pretrained
+        problem: Exception | None = None
+        for subfolder in (None, "vqvae", "vqmodel", "movq"):
+            try:
+                return cls(load(source, subfolder=subfolder)).eval().requires_grad_(False)
+            except (OSError, ValueError) as error:
+                problem = problem or error
+        raise WeightsError(f"diffusers finds no VQModel at '{source}' ({first_line(problem or ValueError())}).")

@@ -1,0 +1,182 @@
+"""Tokenizers of others behind our interface, and all of them for other runtimes."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.testing import assert_close
+
+from pecobook.errors import PecobookError, WeightsError
+from pecobook.models.autoencoder import AutoencoderConfig
+from pecobook.models.dalle import DalleTokenizer
+from pecobook.models.onnx import export_onnx
+from pecobook.models.tokenizer import PerceptualTokenizer, TokenizerConfig
+from pecobook.models.tokenizers import DiffusersTokenizer, load_tokenizer
+
+CNN = AutoencoderConfig(channels=(8, 16, 16), latent_dim=8, num_blocks=1)
+VIT = AutoencoderConfig(kind="vit", channels=(16, 4), num_heads=2, num_blocks=1, latent_dim=8)
+
+
+def pictures(height: int = 16, width: int = 24, channels: int = 3) -> Tensor:
+    return torch.rand(3, channels, height, width, generator=torch.Generator().manual_seed(1))
+
+
+def ours(model: AutoencoderConfig = CNN) -> PerceptualTokenizer:
+    torch.manual_seed(0)
+    return PerceptualTokenizer(TokenizerConfig(model=model, num_codewords=32, image_size=16)).eval()
+
+
+def vq_model() -> Any:
+    from diffusers import VQModel
+
+    torch.manual_seed(0)
+    settings: dict[str, Any] = {
+        "down_block_types": ("DownEncoderBlock2D",) * 3,
+        "up_block_types": ("UpDecoderBlock2D",) * 3,
+        "block_out_channels": (8, 8, 8),
+        "norm_num_groups": 4,
+        "latent_channels": 5,
+        "num_vq_embeddings": 32,
+        "vq_embed_dim": 6,
+        "sample_size": 16,
+    }
+    model = VQModel(**settings).eval()
+    nn.init.normal_(model.quantize.embedding.weight)
+    return model
+
+
+def everyone() -> dict[str, Any]:
+    torch.manual_seed(0)
+    return {
+        "ours": ours(),
+        "ours, ViT": ours(VIT),
+        "dalle": DalleTokenizer(width=8, num_codewords=32, embedding=6).eval(),
+        "diffusers": DiffusersTokenizer(vq_model()).eval(),
+    }
+
+
+@pytest.mark.parametrize("name", list(everyone()))
+def test_interface__is_one(name: str) -> None:
+    tokenizer = everyone()[name]
+    f = tokenizer.stride
+    codes = tokenizer.encode(pictures())
+    assert codes.shape == (3, 16 // f, 24 // f)
+    assert codes.dtype == torch.int64
+    assert 0 <= int(codes.min()) <= int(codes.max()) < tokenizer.num_codewords == len(tokenizer.codebook) == 32
+    images = tokenizer.decode(codes)
+    assert images.shape == (3, 3, 16, 24)
+    assert 0 <= float(images.min()) <= float(images.max()) <= 1
+    assert tokenizer.image_size > 0
+    assert torch.equal(tokenizer.encode(pictures()[1:]), codes[1:])
+    with pytest.raises(ValueError, match=f"multiples of {f} pixels"):
+        tokenizer.encode(torch.rand(1, 3, 16, 17))
+
+
+# ------------------------------------------------------------------------------------------------------ diffusers
+
+
+def test_diffusers__codes_and_images_are_the_models_own() -> None:
+    model = vq_model()
+    tokenizer, images = DiffusersTokenizer(model), pictures()
+    with torch.no_grad():
+        latents = model.encode(images * 2 - 1).latents
+        quantized, _, (_, _, codes) = model.quantize(latents)
+        restored = model.decode(latents).sample
+    assert torch.equal(tokenizer.encode(images).flatten(), codes)
+    assert_close(tokenizer.decode(codes.view(3, 4, 6)), ((restored + 1) / 2).clamp(0, 1), atol=1e-5, rtol=1e-4)
+    assert_close(tokenizer.codebook[tokenizer.encode(images)].permute(0, 3, 1, 2), quantized)
+
+
+@pytest.mark.parametrize("subfolder", ["", "vqvae"])
+def test_diffusers__is_loaded_from_its_folder(tmp_path: Path, subfolder: str) -> None:
+    model = vq_model()
+    model.save_pretrained(tmp_path / subfolder)
+    tokenizer = load_tokenizer(f"diffusers:{tmp_path}")
+    assert torch.equal(tokenizer.encode(pictures()), DiffusersTokenizer(model).encode(pictures()))
+    assert not any(p.requires_grad for p in tokenizer.parameters())
+
+
+def test_diffusers__that_is_missing_or_not_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(WeightsError, match="diffusers finds no VQModel at"):
+        load_tokenizer(f"diffusers:{tmp_path}")
+    monkeypatch.setitem(sys.modules, "diffusers", None)
+    with pytest.raises(WeightsError, match=r"pip install 'pecobook\[diffusers\]'"):
+        load_tokenizer(f"diffusers:{tmp_path}")
+
+
+def test_load_tokenizer__by_kind(tmp_path: Path) -> None:
+    mine = ours()
+    mine.save_pretrained(tmp_path / "ours")
+    assert torch.equal(load_tokenizer(tmp_path / "ours").encode(pictures()), mine.encode(pictures()))
+    theirs = DalleTokenizer(width=8, num_codewords=32, embedding=6)
+    (tmp_path / "dalle").mkdir()
+    for part in ("encoder", "decoder"):
+        torch.save(getattr(theirs, part).state_dict(), tmp_path / "dalle" / f"{part}.pt")
+    assert torch.equal(load_tokenizer(f"dalle:{tmp_path / 'dalle'}").encode(pictures()), theirs.encode(pictures()))
+
+
+# ------------------------------------------------------------------------------------------------------- batches
+
+
+def test_encode__in_batches_is_encode_at_once() -> None:
+    tokenizer, images = ours(), pictures()
+    codes = tokenizer.encode(images, batch_size=2)
+    assert torch.equal(codes, tokenizer.encode(images))
+    assert_close(tokenizer.decode(codes, batch_size=1), tokenizer.decode(codes))
+    assert tokenizer.encode(images[:0]).shape == (0, 4, 6)
+
+
+def test_encode__refuses_other_channels() -> None:
+    with pytest.raises(ValueError, match="must have 3 channels, not 1"):
+        ours().encode(pictures(channels=1))
+
+
+@pytest.mark.gpu
+def test_encode__reads_images_from_the_host() -> None:
+    tokenizer = ours()
+    codes = tokenizer.encode(pictures())
+    found = tokenizer.cuda().encode(pictures())
+    assert found.device.type == "cpu"
+    assert (found == codes).float().mean() > 0.99
+
+
+# ------------------------------------------------------------------------------------------------- other runtimes
+
+
+@pytest.mark.parametrize("name", list(everyone()))
+def test_export_onnx__computes_the_same_at_any_size(name: str, tmp_path: Path) -> None:
+    import onnxruntime
+
+    tokenizer = everyone()[name]
+    encoder, decoder = (onnxruntime.InferenceSession(str(path)) for path in export_onnx(tokenizer, tmp_path / "onnx"))
+    assert sorted(path.name for path in (tmp_path / "onnx").glob("*.onnx")) == ["decoder.onnx", "encoder.onnx"]
+    f = tokenizer.stride
+    for count, rows, columns in ((1, 2, 3), (3, 4, 2)):
+        images = torch.rand(count, 3, rows * f, columns * f)
+        (codes,) = encoder.run(None, {"images": images.numpy()})
+        assert codes.dtype == np.int64
+        assert codes.tolist() == tokenizer.encode(images).tolist()
+        (restored,) = decoder.run(None, {"codes": codes})
+        assert_close(torch.from_numpy(restored), tokenizer.decode(torch.from_numpy(codes)), atol=1e-4, rtol=1e-3)
+
+
+def test_export_onnx__says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "onnxscript", None)
+    with pytest.raises(PecobookError, match=r"pip install 'pecobook\[onnx\]'"):
+        ours().export_onnx(tmp_path / "onnx")
+    assert not (tmp_path / "onnx").exists()
+
+
+def test_encode__compiles_in_one_graph() -> None:
+    tokenizer = ours()
+    compiled = torch.compile(tokenizer.encode, backend="eager", fullgraph=True)
+    assert torch.equal(compiled(pictures()), tokenizer.encode(pictures()))
+    again = torch.compile(tokenizer.decode, backend="eager", fullgraph=True)
+    codes = tokenizer.encode(pictures())
+    assert_close(again(codes), tokenizer.decode(codes))
