@@ -37,7 +37,7 @@ def test_recipe__loads_and_its_documented_command_is_itself(command: str, name: 
     if needed:
         assert getattr(parsed, needed).startswith("runs/")
     if command == "codebook":
-        assert parsed.perceptual.network in ("none", "runs/contrast")
+        assert parsed.perceptual.network in ("none", "runs/contrast", "torchvision:vgg16")
 
 
 @pytest.mark.parametrize(("command", "name"), [pair for pair in EVERY if pair[1] != "tiny"])
@@ -45,6 +45,8 @@ def test_recipe__says_whether_it_was_run(command: str, name: str) -> None:
     assert re.search(r"^Result: \S", docstring(command, name), re.MULTILINE)
     if name.startswith("paper"):
         assert re.search(r"^Source: \S", docstring(command, name), re.MULTILINE)
+    if command in ("contrast", "codebook"):
+        assert re.search(r"^Cost: \S", docstring(command, name), re.MULTILINE)
 
 
 def test_recipe__every_command_has_a_tiny_and_the_default() -> None:

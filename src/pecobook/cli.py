@@ -110,7 +110,7 @@ def _recipes(args: list[str]) -> None:
     from pecobook.recipes import claims
 
     for command, name, claim in claims():
-        print(f"{command + ' ' + name:<24} {claim}")
+        print(f"{command + ' ' + name:<26} {claim}")
 
 
 # ------------------------------------------------------------------------------------------------------------- parsing

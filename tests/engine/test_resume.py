@@ -259,3 +259,25 @@ def test_command__two_processes_keep_one_codebook_and_resume_after_a_kill(
     assert not (out / "export").exists()
     assert two_processes.run(train_in_pool, str(images), str(out), True)[0][1] == first[1]
     assert export_bytes(out) == export_bytes(tmp_path / "straight"), f"killed about step {step}"
+
+
+def test_command__a_run_of_one_process_goes_on_in_three(images: Path, tmp_path: Path) -> None:
+    """Codewords die and are revived after the two newcomers have joined; all three must choose the same ones."""
+    words = ["--batch-size", "12", "--max-steps", "24", "--save-every", "12", "--quantizer.revive-after", "4"]
+    words += ["--precision", "fp32", "--optim.eps", "0.1"]  # else Adam makes rounding grow
+    alone, run = tmp_path / "alone", tmp_path / "run"
+    subprocess.run([sys.executable, *command_line(images, alone, *words)], check=True, capture_output=True)
+    shutil.copytree(alone, run)
+    shutil.rmtree(run / "checkpoints" / "step-00000024")
+    shutil.rmtree(run / "export")
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "3", "--master-port", "0"]
+    torchrun += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"]
+    done = subprocess.run(
+        [*torchrun, *command_line(images, run, *words, "--resume")], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert losses(run)[:12] == losses(alone)[:12]
+    assert losses(run) == pytest.approx(losses(alone), rel=1e-3)
+    revived = [line["revived"] for line in logged(run)]
+    assert revived == [line["revived"] for line in logged(alone)]
+    assert revived[-1] > revived[11]

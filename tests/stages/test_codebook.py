@@ -18,7 +18,7 @@ from pecobook.models.quantizer import QuantizerConfig
 from pecobook.models.tokenizer import PerceptualTokenizer
 from pecobook.recipes import recipe
 from pecobook.stages.codebook import CodebookConfig, CodebookStage
-from tests.runs import SMALL, train
+from tests.runs import SMALL, losses, train
 
 NETWORK = PerceptualConfig(network="timm:resnet10t", weights="random", layers=(1, 2), weight=0.7)
 
@@ -304,3 +304,11 @@ def test_summarise__usage_over_all_held_out_images() -> None:
     assert codes.shape == (4, 4, 4)
     found = stage.summarise({"codes": torch.tensor([[[0, 1], [2, 3]], [[0, 1], [2, 3]]])}, {})
     assert found == pytest.approx({"codes_used": 4, "codes_perplexity": 4.0})
+
+
+@pytest.mark.slow
+def test_compile__changes_nothing_but_rounding(images: Path, tmp_path: Path) -> None:
+    network = {"perceptual.network": "timm:resnet10t", "perceptual.weights": "random", "perceptual.layers": (1, 2)}
+    plain = train("codebook", images, tmp_path / "plain", **network)
+    compiled = train("codebook", images, tmp_path / "compiled", **network, compile=True)
+    assert losses(compiled) == pytest.approx(losses(plain), rel=1e-3)

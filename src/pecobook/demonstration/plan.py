@@ -100,12 +100,12 @@ def _budget(config: DemoConfig) -> str:
 
 def _cpu() -> tuple[ContrastConfig, CodebookConfig, PretrainConfig]:
     """32 pixels, 4 x 4 tokens of 8 x 8 pixels: few tokens and deep layers are where perceptual codes differ."""
-    from pecobook.recipes import codebook_tiny, contrast_tiny, pretrain_tiny
+    from pecobook.recipes import codebook, contrast, pretrain
 
     return (
-        dataclasses.replace(contrast_tiny(), batch_size=256, max_steps="160"),
-        dataclasses.replace(codebook_tiny(), max_steps="220"),
-        dataclasses.replace(pretrain_tiny(), max_steps="140"),
+        dataclasses.replace(contrast.tiny(), batch_size=256, max_steps="160"),
+        dataclasses.replace(codebook.tiny(), max_steps="220"),
+        dataclasses.replace(pretrain.tiny(), max_steps="140"),
     )
 
 

@@ -49,12 +49,12 @@ def nearest_codeword(z: Tensor, codebook: Tensor, *, precision: Precision = "fp3
         z, codebook = z.detach().float(), codebook.detach().float()
         if torch.compiler.is_exporting():  # one expression for any N, which other runtimes know
             return _scores(z, codebook, _half_norms(codebook)).argmin(1)
-        codes: Tensor = _nearest(z, codebook, precision)
-        return codes
+        if torch.compiler.is_compiling():
+            codes: Tensor = _operator(z, codebook, precision)
+            return codes
+        return _nearest(z, codebook, precision)
 
 
-# One operator to torch.compile, whose graphs it does not break.
-@torch.library.custom_op("pecobook::nearest_codeword", mutates_args=())
 def _nearest(z: Tensor, codebook: Tensor, precision: str) -> Tensor:
     if z.is_cuda and find_spec("triton") is not None:
         from pecobook.models.nearest_triton import nearest_fused
@@ -65,7 +65,12 @@ def _nearest(z: Tensor, codebook: Tensor, precision: str) -> Tensor:
     return _nearest_by_chunks(z, codebook)
 
 
-@_nearest.register_fake
+# One operator to torch.compile, whose graphs it does not break. Not called otherwise, since it takes half a millisecond
+# to call and a second to call first.
+_operator = torch.library.custom_op("pecobook::nearest_codeword", _nearest, mutates_args=())
+
+
+@_operator.register_fake
 def _(z: Tensor, codebook: Tensor, precision: str) -> Tensor:  # noqa: ARG001
     return z.new_empty(len(z), dtype=torch.int64)
 

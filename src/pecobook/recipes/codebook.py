@@ -1,0 +1,119 @@
+"""Tokenizers: the paper's, and smaller ones of the same code."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from pecobook.config import OptimConfig
+from pecobook.models.autoencoder import AutoencoderConfig
+from pecobook.models.perceptual import PerceptualConfig
+from pecobook.models.quantizer import QuantizerConfig
+from pecobook.stages.codebook import CodebookConfig
+
+
+def tiny() -> CodebookConfig:
+    """512 codewords, 16 tokens for a 32-pixel image, 150 steps of 64: about a minute on 2 cores.
+
+    Averages and revival are faster than the paper's, to fit so few steps.
+
+    Command: pecobook codebook tiny --data photos --out runs/codebook
+    """
+    return CodebookConfig(
+        model=AutoencoderConfig(channels=(16, 32, 64, 128), latent_dim=64, num_blocks=1, latent_norm=True),
+        quantizer=QuantizerConfig(num_codewords=512, decay=0.95, revive_after=20, start_after=30),
+        perceptual=PerceptualConfig(network="none", layers=(3, 4), normalisation="layernorm"),
+        balance=True,
+        image_size=32,
+        batch_size=64,
+        max_steps="150",
+        optim=OptimConfig(name="adam", lr=1e-3, betas=(0.9, 0.99), weight_decay=0.0, warmup="5%"),
+        save_every=50,
+        sample_every=50,
+    )
+
+
+def cifar10() -> CodebookConfig:
+    """CIFAR-10, 16 tokens an image, 30 epochs, perceptual weight above the pixels'.
+
+    Command: pecobook codebook cifar10 --data CIFAR10 --perceptual.network runs/contrast --out runs/codebook
+    Result: not yet run.
+    """
+    return dataclasses.replace(
+        tiny(),
+        model=AutoencoderConfig(channels=(32, 64, 64, 128), latent_dim=64, num_blocks=1, latent_norm=True),
+        quantizer=QuantizerConfig(num_codewords=512),
+        batch_size=128,
+        max_steps="30 epochs",
+        save_every=1000,
+        sample_every=1000,
+        perceptual=PerceptualConfig(layers=(3, 4), normalisation="layernorm"),
+    )
+
+
+def tiny_imagenet() -> CodebookConfig:
+    """Tiny-ImageNet at 64 pixels, 64 tokens an image, 2,048 codewords, 50 epochs.
+
+    Command: pecobook codebook tiny-imagenet --data TINY_IMAGENET --perceptual.network runs/contrast --out runs/codebook
+    Result: not yet run.
+    """
+    return dataclasses.replace(
+        cifar10(),
+        model=AutoencoderConfig(channels=(32, 64, 128, 256), latent_dim=128, latent_norm=True),
+        quantizer=QuantizerConfig(num_codewords=2048),
+        image_size=64,
+        max_steps="50 epochs",
+    )
+
+
+def paper() -> CodebookConfig:
+    """PeCo's tokenizer: 8,192 codewords, 14 x 14 tokens at 224 pixels, MoCo v3 ViT-B blocks 3, 6, 9, 12.
+
+    37.5M parameters in encoder and codebook, as Table 2 counts them.
+
+    Source: section 4 and Table 2 (84.1% after 300 epochs of pre-training). Batch 128, Adam (0.5, 0.95), lr 5e-5, 100
+        epochs, warm-up 5,000 steps, lambda 1, beta 0.25. What the paper leaves open stands in docs/decisions.md.
+    Command: pecobook codebook paper --data IMAGENET --perceptual.network runs/contrast --out runs/codebook
+    Cost: 690 GFLOP an image, counted (tokenizer 588, perceptual network 101), so 8.8e19 for ImageNet-1K:
+        about 120 hours of one H100 at 200 TFLOP/s. Estimated, not measured.
+    Result: not yet run.
+    """
+    return CodebookConfig(batch_size=128, max_steps="100 epochs")
+
+
+def paper_lite() -> CodebookConfig:
+    """PeCo_lite: half the width, 25.7M parameters.
+
+    Source: Table 2 (84.0% after 300 epochs of pre-training).
+    Command: pecobook codebook paper-lite --data IMAGENET --perceptual.network runs/contrast --out runs/codebook
+    Cost: 296 GFLOP an image, counted (tokenizer 195), so 3.8e19: about 55 hours of one H100 at 200 TFLOP/s. Estimated.
+    Result: not yet run.
+    """
+    return dataclasses.replace(paper(), model=AutoencoderConfig(channels=(32, 64, 128, 256, 512)))
+
+
+def paper_resnet50() -> CodebookConfig:
+    """PeCo's tokenizer under a self-supervised ResNet-50, the ends of its four stages.
+
+    MoCo v3's public checkpoint fits: --perceptual.network timm:resnet50 --perceptual.weights r-50-1000ep.pth.tar.
+
+    Source: Table 5 (84.0% after 300 epochs of pre-training). Which method trained the network, the paper does not say.
+    Command: pecobook codebook paper-resnet50 --data IMAGENET --perceptual.network runs/contrast --out runs/codebook
+    Cost: 613 GFLOP an image, counted, so 7.9e19: about 110 hours of one H100 at 200 TFLOP/s. Estimated.
+    Result: not yet run.
+    """
+    return dataclasses.replace(paper(), perceptual=PerceptualConfig(layers=(1, 2, 3, 4)))
+
+
+def paper_vgg16() -> CodebookConfig:
+    """PeCo's tokenizer under a supervised VGG-16, the ends of its five stages.
+
+    Without a network the weights come from torchvision's server; --perceptual.weights takes a local vgg16-397923af.pth.
+
+    Source: Table 5 (84.1% after 300 epochs of pre-training). The depth of the VGG is not given; 16 is ours.
+    Command: pecobook codebook paper-vgg16 --data IMAGENET --out runs/codebook
+    Cost: 680 GFLOP an image, counted, so 8.7e19: about 120 hours of one H100 at 200 TFLOP/s. Estimated.
+    Result: not yet run.
+    """
+    return dataclasses.replace(
+        paper(), perceptual=PerceptualConfig(network="torchvision:vgg16", layers=(1, 2, 3, 4, 5))
+    )
