@@ -2,6 +2,7 @@
 
     python -m benchmarks.nearest                          # a batch of 64 images of 14 x 14 tokens, K 8192, D 256
     python -m benchmarks.nearest --device cuda
+    python -m benchmarks.nearest --device cuda --tune     # block sizes, for pecobook.models.nearest_triton
 
 Each method runs in a process of its own. Time is the least of --repeats calls; memory is what the process (or the GPU's
 allocator) needed at its peak beyond inputs and libraries; agreement is with fp64 distances on the first 512 vectors.
@@ -11,12 +12,14 @@ vector-quantize-pytorch comes with pip install -e ".[dev]".
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import resource
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -92,6 +95,37 @@ def measure(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
     return {"name": name, "ms": 1000 * min(seconds), "mib": extra / 2**20, "agreement": agreement}
 
 
+def tune(arguments: argparse.Namespace) -> None:
+    """Time the CUDA kernel with many block sizes."""
+    from pecobook.models.nearest_triton import nearest_fused
+
+    z, codebook = (torch.randn(n, arguments.dim, device="cuda") for n in (arguments.vectors, arguments.codewords))
+    print("| precision | BLOCK_N | BLOCK_K | BLOCK_D | warps | stages | ms |\n|---|---|---|---|---|---|---|")
+    for precision in ("fp32", "tf32", "bf16"):
+        rows = []
+        for n, k, d, warps, stages in itertools.product((32, 64, 128), (64, 128, 256), (16, 32, 64), (4, 8), (2, 3)):
+            tiles = {"BLOCK_N": n, "BLOCK_K": k, "BLOCK_D": d, "num_warps": warps, "num_stages": stages}
+            try:
+                seconds = _time(partial(nearest_fused, z, codebook, precision, tiles), arguments.repeats)
+            except Exception:  # too much shared memory, or a shape the compiler refuses
+                continue
+            rows.append((seconds, tiles))
+        for seconds, tiles in sorted(rows, key=lambda row: row[0])[:5]:
+            print(f"| {precision} | {' | '.join(map(str, tiles.values()))} | {1000 * seconds:.3f} |", flush=True)
+
+
+def _time(function: Callable[[], object], repeats: int) -> float:
+    function()
+    seconds = []
+    for _ in range(repeats):
+        torch.cuda.synchronize()
+        began = time.perf_counter()
+        function()
+        torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - began)
+    return min(seconds)
+
+
 def _peak(device: torch.device) -> int:
     """Bytes at the peak so far; on a GPU, since the last call."""
     if device.type != "cuda":
@@ -108,8 +142,12 @@ def main() -> None:
     parser.add_argument("--codewords", type=int, default=8192)
     parser.add_argument("--dim", type=int, default=256)
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--tune", action="store_true")
     parser.add_argument("--method", default="", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    if arguments.tune:
+        tune(arguments)
+        return
     if arguments.method:
         print(json.dumps(measure(arguments.method, arguments)))
         return
