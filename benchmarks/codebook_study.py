@@ -41,6 +41,7 @@ ARMS: dict[str, tuple[str, ...]] = {
     "MoCo v3, lambda 10": (*MOCO, "--perceptual.weight", "10"),
     "MoCo v3, adversarial": (*MOCO, "--adversarial.weight", "0.4", "--adversarial.num-layers", "2"),
     "random SqueezeNet": (*SQUEEZENET, "--perceptual.weights", "random"),
+    "random SqueezeNet, lambda 0.3": (*SQUEEZENET, "--perceptual.weights", "random", "--perceptual.weight", "0.3"),
     "SqueezeNet": SQUEEZENET,
     "SqueezeNet, lambda 0.3": (*SQUEEZENET, "--perceptual.weight", "0.3"),
     "SqueezeNet, lambda 3": (*SQUEEZENET, "--perceptual.weight", "3"),
