@@ -47,6 +47,9 @@ ARMS: dict[str, tuple[str, ...]] = {
     "SqueezeNet, lambda 3": (*SQUEEZENET, "--perceptual.weight", "3"),
     "SqueezeNet, lambda 10": (*SQUEEZENET, "--perceptual.weight", "10"),
     "SqueezeNet, adversarial": (*SQUEEZENET, "--adversarial.weight", "0.4", "--adversarial.num-layers", "2"),
+    "random SqueezeNet, warm-up": (*SQUEEZENET, "--perceptual.weights", "random", "--perceptual.warmup", "HALF"),
+    "SqueezeNet, warm-up": (*SQUEEZENET, "--perceptual.warmup", "HALF"),
+    "MoCo v3, warm-up": (*MOCO, "--perceptual.warmup", "HALF"),
     "classification on codewords": ("--perceptual.network", "none", "--explicit.kind", "classification"),
     "contrastive on codewords": ("--perceptual.network", "none", "--explicit.kind", "contrastive"),
 }
@@ -62,7 +65,7 @@ TITLES = {
 }
 
 
-def settings(arm: str, arguments: argparse.Namespace, seed: int) -> list[str]:
+def settings(arm: str, arguments: argparse.Namespace, seed: int, length: int) -> list[str]:
     """Flags of an arm."""
     found: list[str] = []
     given = ARMS[arm]
@@ -75,7 +78,7 @@ def settings(arm: str, arguments: argparse.Namespace, seed: int) -> list[str]:
             found += [] if "--perceptual.weights" in given else ["--perceptual.weights", arguments.squeezenet]
             found += CAFFE if arguments.caffe else []
         else:
-            found.append(part)
+            found.append(str(length // 2) if part == "HALF" else part)
     return found
 
 
@@ -179,7 +182,7 @@ def run_arm(arm: str, seed: int, length: int, arguments: argparse.Namespace) -> 
     ]
     common = ["--data", arguments.data, "--overwrite", "--out", str(out), "--loggers", "tensorboard"]
     began = time.monotonic()
-    command("codebook", "tiny", *common, *every, *settings(arm, arguments, seed), *arguments.set)
+    command("codebook", "tiny", *common, *every, *settings(arm, arguments, seed, length), *arguments.set)
     seconds = time.monotonic() - began
     job = json.dumps({"arm": arm, "length": length, "seed": seed, "seconds": round(seconds), "run": str(out)})
     forward = ["data", "out", "judge", "images", "squeezenet"]

@@ -91,6 +91,20 @@ def test_forward__balance_weighs_commitment_against_one(network: PerceptualConfi
         torch.testing.assert_close(ours.grad * scale, theirs.grad, rtol=1e-3, atol=1e-6)
 
 
+def test_forward__lambda_rises_over_its_warm_up() -> None:
+    stage = make(perceptual=dataclasses.replace(NETWORK, weight=0.8, warmup=3), balance=False)
+    weights = []
+    for step in range(6):
+        output = stage(batch())
+        rest = output.metrics["pixel"] + 0.25 * output.metrics["commitment"]
+        weights.append(float((output.loss.detach() - rest) / output.metrics["perceptual"]))
+        stage.after_step(step + 1, 6)
+    assert weights == pytest.approx([0.2, 0.4, 0.6, 0.8, 0.8, 0.8], rel=1e-3)
+    again = make(perceptual=dataclasses.replace(NETWORK, weight=0.8, warmup=3), balance=False)
+    again.load_state_dict(stage.state_dict())  # a resumed run is where the other one was
+    assert again._lambda() == pytest.approx(0.8)
+
+
 def test_forward__trains_encoder_and_decoder_and_not_the_network() -> None:
     stage = make(perceptual=NETWORK)
     stage(batch()).loss.backward()

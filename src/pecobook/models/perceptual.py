@@ -39,6 +39,9 @@ class PerceptualConfig:
     also names of nodes, such as features.12."""
     weight: float = 1.0
     """Lambda of equation 5."""
+    warmup: int = 0
+    """Steps over which lambda rises from 0 in equal parts. Deep features of a supervised network teach a random decoder
+    little, and latent vectors then shrink to one; pixels first keep them apart."""
     normalisation: Normalisation = "unit-rms"
     """How activations are normalised before they are compared."""
     input_size: int = 0
@@ -51,7 +54,7 @@ class PerceptualConfig:
     """Give the network its normalised input as BGR, as those that come from Caffe want it."""
 
     def __post_init__(self) -> None:
-        between(self, 0.0, float("inf"), "weight")
+        between(self, 0.0, float("inf"), "weight", "warmup")
         between(self, 0, 4096, "input_size")
         if len(self.mean) not in (0, 3) or len(self.std) not in (0, 3) or min(self.std, default=1) <= 0:
             raise ConfigError("--perceptual.mean and --perceptual.std take three numbers each, std above 0.")

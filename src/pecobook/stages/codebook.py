@@ -149,8 +149,13 @@ class CodebookStage(Stage):
             with torch.no_grad():
                 target = self.perceptual.features(images)
             metrics["perceptual"] = self.perceptual.to_target(target, restored).mean()
-            loss = loss + self.config.perceptual.weight * metrics["perceptual"]
+            loss = loss + self._lambda() * metrics["perceptual"]
         return loss, metrics
+
+    def _lambda(self) -> float:
+        """Weight of the perceptual loss at this step, equation 5's lambda after its warm-up."""
+        own = self.config.perceptual
+        return own.weight * min((self.tokenizer.quantizer.steps + 1) / (own.warmup + 1), 1.0)
 
     def _adversarial(self, images: Tensor, restored: Tensor, metrics: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         """Equation 8, unweighted: what the autoencoder minimises, and what the discriminator does. () each."""
