@@ -9,7 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from pecobook.api import codebook, contrast, finetune, pretrain
+    from pecobook.api import codebook, contrast, finetune, pretrain, tokenize
     from pecobook.data.masking import blockwise_mask
     from pecobook.demonstration import demo
     from pecobook.errors import PecobookError
@@ -36,6 +36,7 @@ __all__ = [
     "nearest_codeword",
     "pretrain",
     "probe",
+    "tokenize",
 ]
 
 _HOMES = {
@@ -53,6 +54,7 @@ _HOMES = {
     "nearest_codeword": "models.nearest",
     "pretrain": "api",
     "probe": "probing",
+    "tokenize": "api",
 }
 
 

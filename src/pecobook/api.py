@@ -44,5 +44,12 @@ def finetune(recipe: str = DEFAULT_RECIPE, **settings: Any) -> Path:
     return _run("finetune", recipe, settings)
 
 
+def tokenize(recipe: str = DEFAULT_RECIPE, **settings: Any) -> Path:
+    """Write a token bank whose views are those of a `pretrain` recipe; returns its folder. Raises PecobookError."""
+    from pecobook import tokenizing
+
+    return tokenizing.tokenize(replace(tokenizing.default_config(recipe), settings))
+
+
 def _run(command: str, name: str, settings: dict[str, Any]) -> Path:
     return run(command, replace(recipes.recipe(command, name), settings))

@@ -21,6 +21,7 @@ _TRAINING = {
     "finetune": "fine-tune a backbone for classification",
 }
 _OTHERS = {
+    "tokenize": "the tokens of named views of your images, once, for pretrain --tokens",
     "probe": "linear probe and k-NN of a backbone, or of a tokenizer's codewords",
     "demo": "the whole story on built-in photographs, with a report, in minutes",
     "recipes": "list the recipes and what each claims",
@@ -65,7 +66,7 @@ def _dispatch(args: list[str]) -> None:
     if command in _TRAINING:
         _train(command, rest)
     else:
-        {"probe": _probe, "demo": _demo, "recipes": _recipes}[command](rest)
+        {"tokenize": _tokenize, "probe": _probe, "demo": _demo, "recipes": _recipes}[command](rest)
 
 
 def _help() -> str:
@@ -90,6 +91,14 @@ def _train(command: str, args: list[str]) -> None:
 
     name = args.pop(0) if args and not args[0].startswith("-") else DEFAULT_RECIPE
     api.run(command, parse(recipe(command, name), args, f"{command} {name}"))
+
+
+def _tokenize(args: list[str]) -> None:
+    from pecobook.recipes import DEFAULT_RECIPE
+    from pecobook.tokenizing import default_config, tokenize
+
+    name = args.pop(0) if args and not args[0].startswith("-") else DEFAULT_RECIPE
+    tokenize(parse(default_config(name), args, f"tokenize {name}"))
 
 
 def _probe(args: list[str]) -> None:

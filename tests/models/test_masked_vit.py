@@ -11,7 +11,13 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 from pecobook.errors import WeightsError
-from pecobook.models.masked_vit import MaskedImageModel, initialise_beit
+from pecobook.models.masked_vit import (
+    MaskedImageModel,
+    VisibleOnlyModel,
+    at_positions,
+    initialise_beit,
+    masked_positions,
+)
 
 SIZE: dict[str, Any] = {"img_size": (24, 32), "patch_size": 8, "depth": 3, "embed_dim": 24, "num_heads": 2}
 BACKBONES = {
@@ -185,3 +191,88 @@ def test_initialise_beit__scales_the_output_projections(name: str) -> None:
             assert layer.weight.mean().abs() < expected / 10
             assert layer.bias is None or layer.bias.abs().max() == 0
     assert torch.equal(network.patch_embed.proj.weight, before)  # a convolution keeps timm's start
+
+
+# ------------------------------------------------------------------------------------------------- static shapes
+
+
+def even_mask() -> Tensor:
+    """(2, 3, 4) with five masked patches in each image."""
+    mask = some_mask()
+    mask[1, 0, 1] = mask[1, 2, 3] = True
+    return mask
+
+
+def test_positions__are_the_masked_ones_in_row_major_order() -> None:
+    mask = even_mask()
+    positions = masked_positions(mask, 5)
+    assert positions.tolist() == [row.nonzero()[:, 0].tolist() for row in mask.flatten(1)]
+    values = torch.randn(2, 12, 3)
+    assert torch.equal(at_positions(values, positions), values[mask.flatten(1)])
+    assert torch.equal(at_positions(values[..., 0], positions), values[..., 0][mask.flatten(1)])
+
+
+def test_forward__with_a_known_count_is_forward_with_a_counted_one(model: MaskedImageModel) -> None:
+    mask = even_mask()
+    assert_close(model(pictures(), mask, 5), model(pictures(), mask))
+
+
+# ------------------------------------------------------------------------------------------- the accelerated form
+
+
+def accelerated(**more: Any) -> VisibleOnlyModel:
+    torch.manual_seed(0)
+    backbone = timm.create_model("vit_tiny_patch16_224", num_classes=0, **{**SIZE, **more})
+    return VisibleOnlyModel(backbone, 11, depth=2, width=16, num_heads=2).eval()
+
+
+@pytest.mark.parametrize("more", [{}, {"reg_tokens": 4}, {"class_token": False, "global_pool": "avg"}])
+def test_visible_only__reads_what_is_visible_and_nothing_else(more: dict[str, Any]) -> None:
+    model, images, mask = accelerated(**more), pictures(), even_mask()
+    seen: list[Tensor] = []
+    model.backbone.blocks[0].register_forward_pre_hook(  # type: ignore[index, union-attr]
+        lambda _module, inputs: seen.append(inputs[0].detach())
+    )
+    logits = model(images, mask, 5)
+    assert logits.shape == (10, 11)
+    prefix = {"{}": 1, "reg_tokens": 5, "class_token": 0}[next(iter(more), "{}")]
+    assert seen[0].shape == (2, prefix + 7, 24)  # 12 patches, 5 hidden
+    backbone = model.backbone
+    patches = backbone._pos_embed(backbone.patch_embed(images))  # type: ignore[operator]
+    visible = ~mask.flatten(1)
+    for image in range(2):
+        assert_close(seen[0][image, prefix:], patches[image, prefix:][visible[image]])
+    under = mask.repeat_interleave(8, 1).repeat_interleave(8, 2)[:, None]
+    assert torch.equal(model(torch.where(under, 100 * pictures(1), images), mask, 5), logits)
+    assert not torch.allclose(model(torch.where(under, images, pictures(1)), mask, 5), logits)
+    assert_close(model(images, mask), logits)
+
+
+def test_visible_only__answers_in_row_major_order() -> None:
+    """Two images alike but for the mask: what is asked of the same place among the same visible patches is the same."""
+    model, images, mask = accelerated(), pictures(), even_mask()
+    logits = model(images, mask, 5)
+    swapped = model(images.flip(0), mask.flip(0), 5)
+    assert_close(logits[:5], swapped[5:], atol=1e-5, rtol=1e-4)
+    # The decoder's guesses differ by nothing but their place.
+    assert (logits[0] - logits[1]).abs().max() > 1e-4
+
+
+def test_visible_only__leaves_the_backbone_a_plain_one() -> None:
+    model = accelerated()
+    plain = timm.create_model("vit_tiny_patch16_224", num_classes=0, **SIZE)
+    plain.load_state_dict(model.backbone.state_dict())
+    assert_close(model.backbone(pictures()), plain.eval()(pictures()))
+
+
+def test_visible_only__every_weight_learns() -> None:
+    model = accelerated().train()
+    model(pictures(), even_mask(), 5).square().mean().backward()
+    missing = {name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()}
+    assert missing == set()
+
+
+def test_visible_only__refuses_relative_positions() -> None:
+    backbone = timm.create_model("beit_base_patch16_224", num_classes=0, **SIZE)
+    with pytest.raises(WeightsError, match="positions are relative: choose a plain ViT"):
+        VisibleOnlyModel(backbone, 4)

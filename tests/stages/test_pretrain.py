@@ -8,11 +8,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from pecobook.config import replace
+from pecobook.config import BackboneConfig, replace
 from pecobook.data.views import colour_draws
 from pecobook.errors import ConfigError
+from pecobook.models.masked_vit import MaskedImageModel
+from pecobook.models.weights import load_backbone
 from pecobook.recipes import recipe
-from pecobook.stages.pretrain import KIND, MaskConfig, PretrainConfig, PretrainStage, make_mask
+from pecobook.stages.pretrain import KIND, MaskConfig, PretrainConfig, PretrainStage, make_mask, patch_pixels
 from tests.runs import SMALL, losses, train
 
 
@@ -43,6 +45,7 @@ def test_forward__loss_is_the_cross_entropy_at_masked_positions_only(codebook_ru
         output = stage(given)
         images = given["image"].float() / 255
         codes = stage.tokenizer.encode(images)
+        assert isinstance(stage.model, MaskedImageModel)
         hidden = stage.model.hidden((images - stage.mean) / stage.std, given["mask"])  # (B, 16, D)
         scores = stage.model.head(hidden).log_softmax(-1)  # every position
     terms, right = [], 0
@@ -84,12 +87,13 @@ def test_forward__the_tokenizer_stays_frozen(codebook_run: Path) -> None:
 
 
 def test_forward__both_see_the_same_colours(codebook_run: Path) -> None:
-    stage, seen = make(codebook_run).train(), []
-    stage.tokenizer.encoder.register_forward_pre_hook(lambda _, inputs: seen.append((inputs[0] + 1) / 2))
-    stage.model.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    stage = make(codebook_run).train()
+    seen: dict[str, Tensor] = {}
+    stage.tokenizer.encoder.register_forward_pre_hook(lambda _, inputs: seen.update(codes=(inputs[0] + 1) / 2))
+    stage.model.register_forward_pre_hook(lambda _, inputs: seen.update(vit=inputs[0]))
     stage(batch())
-    torch.testing.assert_close((seen[0] - stage.mean) / stage.std, seen[1])
-    assert not torch.equal(seen[0], batch()["image"].float() / 255)
+    torch.testing.assert_close((seen["codes"] - stage.mean) / stage.std, seen["vit"])
+    assert not torch.equal(seen["codes"], batch()["image"].float() / 255)
 
 
 def test_forward__pictures_show_the_mask(codebook_run: Path) -> None:
@@ -118,7 +122,7 @@ def test_view__evaluation_is_the_same_whenever_it_is_asked(codebook_run: Path) -
     image = torch.arange(3 * 20 * 24, dtype=torch.int64).remainder(256).to(torch.uint8).view(3, 20, 24)
     for view in (KIND.view(config), KIND.evaluation_view(config)):
         one, two = view(image, 5), view(image, 5)
-        assert one.keys() == two.keys() == {"image", "colour", "mask"}
+        assert one.keys() == two.keys() == {"image", "colour"}
         assert all(torch.equal(one[name], two[name]) for name in one)
     assert torch.equal(KIND.evaluation_view(config)(image, 1)["image"], KIND.evaluation_view(config)(image, 2)["image"])
 
@@ -149,3 +153,91 @@ def test_train__on_the_tokens_of_dalle(images: Path, tmp_path: Path) -> None:
     assert len(losses(run)) == 2
     found = probe(data=str(images), backbone=spec, image_size=32)
     assert found["linear"]["features"] in ("mean codeword", "bag of codes")
+
+
+# ---------------------------------------------------------------------------------------------------- other targets
+
+
+def test_pixels__are_normalised_patch_by_patch() -> None:
+    images = torch.rand(2, 3, 8, 12, generator=torch.Generator().manual_seed(0))
+    found = patch_pixels(images, 4)
+    assert found.shape == (2, 6, 48)
+    for number in range(6):
+        row, column = divmod(number, 3)
+        patch = images[:, :, 4 * row : 4 * row + 4, 4 * column : 4 * column + 4].flatten(1)
+        expected = (patch - patch.mean(1, keepdim=True)) / (patch.var(1, keepdim=True) + 1e-6).sqrt()
+        torch.testing.assert_close(found[:, number], expected, rtol=1e-4, atol=1e-5)
+
+
+def test_pixels__loss_is_the_squared_error_at_masked_patches(codebook_run: Path) -> None:
+    stage, given = make(codebook_run, target="pixels", tokenizer="").eval(), batch()
+    assert stage.tokenizer is None
+    images = given["image"].float() / 255
+    with torch.no_grad():
+        found = stage(given)
+        predicted = stage.model((images - stage.mean) / stage.std, given["mask"])  # (18, 48)
+    targets = patch_pixels(images, 4)[given["mask"].flatten(1)]
+    torch.testing.assert_close(found.loss, (predicted - targets).square().mean())
+    KIND.check(settings(codebook_run, target="pixels", tokenizer=""))
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"target": "pixels"},
+        {"visible_only": True, "decoder.depth": 1, "decoder.width": 16, "decoder.num_heads": 2},
+        {"mask.kind": "random"},
+    ],
+    ids=lambda more: next(iter(more)),
+)
+def test_train__every_variant_exports_a_plain_backbone(
+    more: dict[str, Any], images: Path, codebook_run: Path, tmp_path: Path
+) -> None:
+    tokenizer = {} if "target" in more else {"tokenizer": str(codebook_run)}
+    run = train("pretrain", images, tmp_path / "run", **tokenizer, **more)
+    assert len(losses(run)) == 8
+    backbone = load_backbone(str(run))
+    assert backbone.network(torch.rand(1, 3, 16, 16)).shape == (1, 32)
+
+
+# --------------------------------------------------------------------------------------------------- BEiT's positions
+
+_BEIT = {
+    "model.name": "beit_base_patch16_224",
+    "model.args": '{"patch_size": 4, "depth": 2, "embed_dim": 24, "num_heads": 2, "init_values": 0.1, '
+    '"use_rel_pos_bias": false, "use_shared_rel_pos_bias": true}',
+}
+
+
+def test_export__copies_beits_one_table_into_every_block(images: Path, codebook_run: Path, tmp_path: Path) -> None:
+    run = train("pretrain", images, tmp_path / "run", tokenizer=str(codebook_run), **_BEIT)
+    state = torch.load(run / "checkpoints" / "step-00000008" / "state.pt", weights_only=True)["model"]
+    table = state["model.backbone.rel_pos_bias.relative_position_bias_table"]
+    assert table.abs().max() > 0  # it starts at zero and learns
+    backbone = load_backbone(str(run))
+    for block in backbone.network.blocks:  # type: ignore[union-attr]
+        assert torch.equal(block.attn.relative_position_bias_table, table)
+    assert not {"use_rel_pos_bias", "use_shared_rel_pos_bias"} & backbone.args.keys()
+    stage = PretrainStage(
+        settings(codebook_run, model=BackboneConfig(name=_BEIT["model.name"], args=_BEIT["model.args"]))
+    )
+    stage.load_state_dict(state, strict=False)
+    shared = stage.eval().model.backbone
+    picture = torch.rand(2, 3, 16, 16)
+    torch.testing.assert_close(backbone.network.eval()(picture), shared(picture))
+
+
+def test_check__tells_both_grids_and_what_would_fit(codebook_run: Path) -> None:
+    """A tokenizer of 4 pixels a code and a ViT of 8 a patch: as with DALL-E's 8 and a ViT-B/16."""
+    model = BackboneConfig(
+        name="vit_tiny_patch16_224", args='{"patch_size": 8, "depth": 1, "embed_dim": 16, "num_heads": 2}'
+    )
+    config = settings(codebook_run, image_size=32, model=model)
+    with pytest.raises(ConfigError, match=r"4 x 4 patches of 8 pixels out of 32.*8 x 8 out of 32") as caught:
+        KIND.check(config)
+    assert "--tokenizer-size 16, a ViT with patches of 4, or --image-size 16" in str(caught.value)
+    KIND.check(dataclasses.replace(config, tokenizer_size=16))
+    stage = PretrainStage(dataclasses.replace(config, tokenizer_size=16)).eval()
+    given = {**batch(2), "image": torch.randint(256, (2, 3, 32, 32), dtype=torch.uint8)}
+    with torch.no_grad():
+        assert stage(given).pictures["predicted"].shape == (2, 3, 32, 32)

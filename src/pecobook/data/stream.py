@@ -20,6 +20,8 @@ from pecobook.errors import DataError
 
 # A view function maps (uint8 image (C, H, W), key of this view) to named tensors.
 ViewFunction: TypeAlias = Callable[[Tensor, int], dict[str, Tensor]]
+# What goes with a sample beside its view: (number of the image, epoch) to named tensors.
+Companion: TypeAlias = Callable[[int, int], dict[str, Tensor]]
 Batch: TypeAlias = dict[str, Any]
 
 _GIVE_UP_AFTER = 100
@@ -28,12 +30,22 @@ _GIVE_UP_AFTER = 100
 class Stream(Dataset[dict[str, Any]]):
     """Samples by position.
 
-    A sample holds what `view` returns, `index` (the image's number), `label` when the source has labels, and `skipped`
-    (what could not be read on the way, as text). Keys of views: (seed, image index, epoch), so a view has a name.
+    A sample holds what `view` and `companion` return, `index` (the image's number), `label` when the source has labels,
+    and `skipped` (what could not be read on the way, as text). Keys of views: (seed, image index, view number), so a
+    view has a name; the view number is the epoch, or, with `num_views`, the epoch modulo that.
     """
 
-    def __init__(self, source: ImageSource, view: ViewFunction, seed: int) -> None:
+    def __init__(
+        self,
+        source: ImageSource,
+        view: ViewFunction,
+        seed: int,
+        *,
+        companion: Companion | None = None,
+        num_views: int = 0,
+    ) -> None:
         self.source, self.view, self.seed = source, view, seed
+        self.companion, self.num_views = companion, num_views
 
     def __len__(self) -> int:
         return len(self.source)
@@ -50,7 +62,10 @@ class Stream(Dataset[dict[str, Any]]):
                 skipped.append(str(error))
                 place = (place + 1) % size
                 continue
-            sample: dict[str, Any] = dict(self.view(image, key(self.seed, index, epoch)))
+            number = epoch % self.num_views if self.num_views else epoch
+            sample: dict[str, Any] = dict(self.view(image, key(self.seed, index, number)))
+            if self.companion is not None:
+                sample |= self.companion(index, epoch)
             sample["index"] = torch.tensor(index)
             if self.source.labels is not None:
                 sample["label"] = torch.tensor(int(self.source.labels[index]))

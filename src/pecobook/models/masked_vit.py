@@ -4,7 +4,10 @@ PeCo, equations 6 and 7: masked patches are replaced by one learnable mask token
 the last hidden vector at the masked positions. The transformer is timm's and stays timm's: the mask token takes its
 place in the output of `patch_embed`, so a pre-trained backbone is a plain timm state dict.
 
-B batch, N = h w patches, M masked patches in the whole batch, K codewords.
+`VisibleOnlyModel` is Table 8's accelerated form, after MAE: the transformer reads the visible patches alone, and a
+light decoder puts the mask tokens in.
+
+B batch, N = h w patches, M masked patches of each image, K codewords.
 """
 
 from __future__ import annotations
@@ -17,13 +20,27 @@ from torch import Tensor, nn
 from pecobook.errors import WeightsError
 
 
+def masked_positions(mask: Tensor, num_masked: int) -> Tensor:
+    """Positions of the masked patches in row-major order: bool (B, h, w) with M True each, to int64 (B, M).
+
+    Unlike indexing by the mask, this has a shape that is known beforehand, so no step waits for the device.
+    """
+    return mask.flatten(1).to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, :num_masked]
+
+
+def at_positions(values: Tensor, positions: Tensor) -> Tensor:
+    """Values (B, N, ...) at positions int64 (B, M): (B M, ...), images in order."""
+    rows = torch.arange(len(values), device=values.device)[:, None]
+    return values[rows, positions].flatten(0, 1)
+
+
 class MaskedImageModel(nn.Module):
     """A timm ViT with a mask token and a K-way head.
 
     Args:
         backbone: a timm vision transformer without head (`num_classes=0`), with `patch_embed`, `blocks` and
             `forward_features`.
-        vocab_size: K, codewords of the tokenizer.
+        vocab_size: K, codewords of the tokenizer; for other targets, the numbers of one patch.
 
     Raises:
         WeightsError: the backbone is no transformer of patches.
@@ -46,8 +63,7 @@ class MaskedImageModel(nn.Module):
     @property
     def grid(self) -> tuple[int, int]:
         """Rows and columns of patches."""
-        rows, columns = self.backbone.patch_embed.grid_size  # type: ignore[union-attr, misc]
-        return int(rows), int(columns)
+        return patch_grid(self.backbone)
 
     def _hide(self, _module: nn.Module, _inputs: Any, patches: Tensor) -> Tensor:
         """Put the mask token where the mask is True: (B, N, D) or (B, h, w, D) to the same."""
@@ -67,18 +83,107 @@ class MaskedImageModel(nn.Module):
             tokens = self.backbone.fc_norm(tokens)  # type: ignore[operator]
         return tokens[:, tokens.shape[1] - self.grid[0] * self.grid[1] :]  # type: ignore[no-any-return]
 
-    def forward(self, images: Tensor, mask: Tensor) -> Tensor:
+    def forward(self, images: Tensor, mask: Tensor, num_masked: int | None = None) -> Tensor:
         """Logits at masked positions.
 
         Args:
             images: (B, 3, H, W), normalised as the backbone expects.
             mask: bool (B, h, w), True where masked.
+            num_masked: M when it is the same for all images, which spares a wait for the device; None counts.
 
         Returns:
-            (M, K), images in order, positions row by row.
+            (number masked, K), images in order, positions row by row.
         """
         hidden = self.hidden(images, mask)  # (B, N, D)
-        return self.head(hidden[mask.flatten(1)])  # type: ignore[no-any-return]
+        if num_masked is None:
+            return self.head(hidden[mask.flatten(1)])  # type: ignore[no-any-return]
+        return self.head(at_positions(hidden, masked_positions(mask, num_masked)))  # type: ignore[no-any-return]
+
+
+class VisibleOnlyModel(nn.Module):
+    """The accelerated form: a timm ViT over visible patches, a light transformer over all, a K-way head.
+
+    Args:
+        backbone: a timm ViT with absolute positions and without head. Relative positions (BEiT's) are of a full grid.
+        vocab_size: K, or the numbers of one patch.
+        depth: blocks of the decoder.
+        width: of the decoder.
+        num_heads: of the decoder.
+
+    Raises:
+        WeightsError: the backbone has no absolute positions.
+    """
+
+    def __init__(
+        self, backbone: nn.Module, vocab_size: int, *, depth: int = 8, width: int = 512, num_heads: int = 16
+    ) -> None:
+        super().__init__()
+        from timm.layers import build_sincos2d_pos_embed
+        from timm.models.vision_transformer import Block
+
+        if not hasattr(backbone, "patch_drop") or getattr(backbone, "pos_embed", None) is None:
+            raise WeightsError(
+                f"{type(backbone).__name__} cannot read visible patches alone, since its positions are relative: "
+                "choose a plain ViT (vit_base_patch16_224)."
+            )
+        self.backbone = backbone
+        self._keep = _Keep(int(backbone.num_prefix_tokens))  # type: ignore[arg-type]
+        backbone.patch_drop = self._keep
+        self.embed = nn.Linear(int(backbone.embed_dim), width)  # type: ignore[arg-type]
+        self.mask_token = nn.Parameter(torch.zeros(width))
+        self.decoder = nn.Sequential(*(Block(width, num_heads, qkv_bias=True) for _ in range(depth)))
+        self.norm = nn.LayerNorm(width)
+        self.head = nn.Linear(width, vocab_size)
+        self.register_buffer("positions", build_sincos2d_pos_embed(list(self.grid), dim=width), persistent=False)
+        nn.init.trunc_normal_(self.mask_token, std=0.02)
+        nn.init.trunc_normal_(self.head.weight, std=0.02)
+        nn.init.zeros_(self.head.bias)
+
+    positions: Tensor  # (N, width)
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of patches."""
+        return patch_grid(self.backbone)
+
+    def forward(self, images: Tensor, mask: Tensor, num_masked: int | None = None) -> Tensor:
+        """Logits at masked positions; arguments and result as `MaskedImageModel`'s, but every image hides M patches."""
+        M = int(mask[0].sum()) if num_masked is None else num_masked
+        hidden, visible = masked_positions(mask, M), masked_positions(~mask, mask[0].numel() - M)  # (B, M), (B, N - M)
+        self._keep.visible = visible
+        try:
+            tokens = self.backbone.forward_features(images)  # type: ignore[operator]
+        finally:
+            self._keep.visible = None
+        tokens = self.embed(tokens)  # (B, prefix + N - M, width)
+        prefix = tokens.shape[1] - visible.shape[1]
+        seen = tokens[:, prefix:] + self.positions[visible]
+        guesses = self.mask_token + self.positions[hidden]  # (B, M, width)
+        # Attention does not care for the order, so nothing needs to be put back in its place.
+        decoded = self.decoder(torch.cat([tokens[:, :prefix], seen, guesses.to(tokens.dtype)], 1))
+        return self.head(self.norm(decoded[:, -M:]).flatten(0, 1))  # type: ignore[no-any-return]
+
+
+class _Keep(nn.Module):
+    """In the place of timm's patch dropout: keeps the prefix tokens and the patches at `visible`, int64 (B, V)."""
+
+    def __init__(self, num_prefix: int) -> None:
+        super().__init__()
+        self.num_prefix = num_prefix
+        self.visible: Tensor | None = None
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """(B, prefix + N, D) to (B, prefix + V, D)."""
+        if self.visible is None:
+            return tokens
+        rows = torch.arange(len(tokens), device=tokens.device)[:, None]
+        return torch.cat([tokens[:, : self.num_prefix], tokens[rows, self.num_prefix + self.visible]], 1)
+
+
+def patch_grid(backbone: nn.Module) -> tuple[int, int]:
+    """Rows and columns of a transformer's patches."""
+    rows, columns = backbone.patch_embed.grid_size  # type: ignore[union-attr, misc]
+    return int(rows), int(columns)
 
 
 def initialise_beit(backbone: nn.Module) -> None:

@@ -136,7 +136,7 @@ class PerceptualTokenizer(nn.Module):
 
         The card's example loads from `shown_path`, and `origin` is a paragraph on how it was trained.
         """
-        state = {name: value for name, value in self.state_dict().items() if name not in _TRAINING_ONLY}
+        state = {name: value for name, value in self.state_dict().items() if name not in TRAINING_ONLY}
         card = _CARD.format(
             codewords=self.config.num_codewords,
             dim=self.config.model.latent_dim,
@@ -166,9 +166,9 @@ class PerceptualTokenizer(nn.Module):
             missing, unknown = tokenizer.load_state_dict(state, strict=False)
         except (ConfigError, RuntimeError) as error:
             raise WeightsError(f"The tokenizer in '{source}' is damaged: {error}") from None
-        if unknown or set(missing) - _TRAINING_ONLY:
+        if unknown or set(missing) - TRAINING_ONLY:
             raise WeightsError(
-                f"The tokenizer in '{source}' is damaged: {sorted(set(missing) - _TRAINING_ONLY) or unknown}"
+                f"The tokenizer in '{source}' is damaged: {sorted(set(missing) - TRAINING_ONLY) or unknown}"
             )
         return tokenizer.eval().requires_grad_(False)
 
@@ -193,7 +193,7 @@ class PerceptualTokenizer(nn.Module):
 
 
 # Statistics that only training reads: an export holds the codebook alone.
-_TRAINING_ONLY = frozenset(
+TRAINING_ONLY = frozenset(
     f"quantizer.{name}" for name in ("ema_count", "ema_sum", "idle", "num_updates", "num_revived")
 )
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from pecobook.errors import WeightsError, first_line
 from pecobook.models.nearest import nearest_codeword
-from pecobook.models.tokenizer import PerceptualTokenizer
+from pecobook.models.tokenizer import TRAINING_ONLY, PerceptualTokenizer
 
 
 def load_tokenizer(source: str | Path) -> Any:
@@ -35,6 +35,18 @@ def load_tokenizer(source: str | Path) -> Any:
     if kind == "diffusers":
         return DiffusersTokenizer.from_pretrained(place)
     return PerceptualTokenizer.from_pretrained(source)
+
+
+def fingerprint(tokenizer: nn.Module) -> str:
+    """16 hexadecimal digits that change when the tokenizer's weights do."""
+    import hashlib
+
+    digest = hashlib.sha256()
+    for name, value in sorted(tokenizer.state_dict().items()):
+        if name not in TRAINING_ONLY:
+            digest.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
+            digest.update(value.cpu().contiguous().view(torch.uint8).numpy().tobytes() if value.ndim else b"")
+    return digest.hexdigest()[:16]
 
 
 class DiffusersTokenizer(nn.Module):

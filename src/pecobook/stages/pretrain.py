@@ -1,4 +1,7 @@
-"""Pre-train a ViT: hide patches, name the hidden codes (PeCo, equations 6 and 7)."""
+"""Pre-train a ViT: hide patches, name the hidden codes (PeCo, equations 6 and 7), or restore hidden pixels (MAE).
+
+Codes come from a tokenizer that looks at every crop, or from a token bank that holds them already.
+"""
 
 from __future__ import annotations
 
@@ -12,10 +15,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pecobook.config import BackboneConfig, OptimConfig, TrainConfig, between, positive
-from pecobook.data.images import ImageSource
+from pecobook.data.images import ImageSource, Splits
 from pecobook.data.masking import blockwise_mask, random_mask
 from pecobook.data.sampler import key
-from pecobook.data.stream import Batch, ViewFunction
+from pecobook.data.stream import Batch, Companion, ViewFunction
+from pecobook.data.tokens import TokenBank, differences
 from pecobook.data.views import (
     PhotometricConfig,
     center_crop,
@@ -25,9 +29,16 @@ from pecobook.data.views import (
     to_float,
 )
 from pecobook.engine.loop import StageOutput
-from pecobook.errors import ConfigError
-from pecobook.models.masked_vit import MaskedImageModel, initialise_beit
-from pecobook.models.tokenizers import load_tokenizer
+from pecobook.errors import ConfigError, DataError
+from pecobook.models.masked_vit import (
+    MaskedImageModel,
+    VisibleOnlyModel,
+    at_positions,
+    initialise_beit,
+    masked_positions,
+    patch_grid,
+)
+from pecobook.models.tokenizers import fingerprint, load_tokenizer
 from pecobook.models.weights import IMAGENET_MEAN, IMAGENET_STD, create, export_backbone, write_tensors
 from pecobook.stages.stage import Stage, StageKind
 
@@ -48,12 +59,41 @@ class MaskConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class DecoderConfig:
+    """The light decoder of the accelerated form (Table 8); MAE's."""
+
+    depth: int = 8
+    """Blocks."""
+    width: int = 512
+    """Channels."""
+    num_heads: int = 16
+    """Attention heads."""
+
+    def __post_init__(self) -> None:
+        positive(self, "depth", "width", "num_heads")
+        if self.width % (4 * self.num_heads):
+            raise ConfigError(f"--decoder.width must be a multiple of {4 * self.num_heads} (4 x --decoder.num-heads).")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class PretrainConfig(TrainConfig):
     """Pre-train a ViT on the tokens of your images."""
 
     tokenizer: str = ""
     """Run folder of `pecobook codebook`, owner/name on the Hugging Face hub, dalle:FOLDER, or diffusers:FOLDER."""
-    model: BackboneConfig = BackboneConfig(name="beit_base_patch16_224", args='{"init_values": 0.1}')
+    tokens: str = ""
+    """Token bank of `pecobook tokenize`, whose views are replayed; the tokenizer then never runs in training."""
+    target: Literal["tokens", "pixels"] = "tokens"
+    """What is predicted of a hidden patch: its code, or its normalised pixels (MAE), which need no tokenizer."""
+    tokenizer_size: int = 0
+    """Side to which crops are resized for the tokenizer, pixels; 0 keeps theirs."""
+    visible_only: bool = False
+    """The accelerated form of Table 8: the ViT reads visible patches alone, and a light decoder predicts the rest."""
+    decoder: DecoderConfig = DecoderConfig()
+    model: BackboneConfig = BackboneConfig(
+        name="beit_base_patch16_224",
+        args='{"init_values": 0.1, "use_rel_pos_bias": false, "use_shared_rel_pos_bias": true}',
+    )
     drop_path: float = 0.1
     """Stochastic depth: probability of skipping the last block; the first ones less."""
     mask: MaskConfig = MaskConfig()
@@ -68,10 +108,13 @@ class PretrainConfig(TrainConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         between(self, 0.0, 1.0, "drop_path")
+        between(self, 0, 4096, "tokenizer_size")
+        if self.tokens and self.target == "pixels":
+            raise ConfigError("--tokens is of no use to --target pixels: leave one of them out.")
 
 
 class PretrainStage(Stage):
-    """Frozen tokenizer, masked image model, cross-entropy.
+    """Masked image model and its targets.
 
     Args:
         config: all settings.
@@ -83,30 +126,43 @@ class PretrainStage(Stage):
     def __init__(self, config: PretrainConfig) -> None:
         super().__init__()
         self.config = config
-        self.tokenizer = load_tokenizer(config.tokenizer)
+        self.tokenizer: Any = load_tokenizer(config.tokenizer) if config.target == "tokens" else None
         backbone = create(config.model.name, num_classes=0, drop_path_rate=config.drop_path, **backbone_args(config))
         initialise_beit(backbone)
-        self.model = MaskedImageModel(backbone, self.tokenizer.num_codewords)
+        self.patch = int(config.image_size // patch_grid(backbone)[0])
+        size = 3 * self.patch**2 if self.tokenizer is None else self.tokenizer.num_codewords
+        own = config.decoder
+        self.model: MaskedImageModel | VisibleOnlyModel
+        if config.visible_only:
+            self.model = VisibleOnlyModel(backbone, size, depth=own.depth, width=own.width, num_heads=own.num_heads)
+        else:
+            self.model = MaskedImageModel(backbone, size)
         self.register_buffer("mean", torch.tensor(IMAGENET_MEAN)[:, None, None], persistent=False)
         self.register_buffer("std", torch.tensor(IMAGENET_STD)[:, None, None], persistent=False)
 
     def train(self, mode: bool = True) -> PretrainStage:
         """The tokenizer stays in evaluation mode."""
         super().train(mode)
-        self.tokenizer.eval()
+        if self.tokenizer is not None:
+            self.tokenizer.eval()
         return self
 
     def forward(self, batch: Batch) -> StageOutput:
-        """Equation 7 on uint8 images (B, 3, H, W) with bool masks (B, h, w)."""
-        images, mask = to_float(batch["image"]), batch["mask"]
-        if self.training:
-            images = photometric(images, batch["colour"], self.config.colour)
-        codes = self.tokenizer.encode(images)  # (B, h, w)
-        logits = self.model((images - self.mean) / self.std, mask).float()  # (M, K)
-        targets = codes[mask]  # (M,), in the same order: images, then rows
-        loss = F.cross_entropy(logits, targets)
-        accuracy = 100 * (logits.argmax(1) == targets).float().mean()
-        pictures = {} if self.training else self._pictures(images, mask, codes, logits)
+        """Equation 7 on uint8 images (B, 3, H, W) with bool masks (B, h, w), and their codes where a bank has them."""
+        mask, M = batch["mask"], self.config.mask.num_masked
+        images = coloured(batch["image"], batch["colour"] if self.training else None, self.config.colour)
+        predicted = self.model((images - self.mean) / self.std, mask, M).float()  # (B M, K)
+        positions = masked_positions(mask, M)  # (B, M)
+        if self.tokenizer is None:
+            targets = at_positions(patch_pixels(images, self.patch), positions)  # (B M, 3 P^2)
+            return StageOutput(F.mse_loss(predicted, targets), {})
+        codes = batch.get("codes")
+        if codes is None:
+            codes = encode_views(self.tokenizer, images, self.config.tokenizer_size)  # (B, h, w)
+        targets = at_positions(codes.flatten(1), positions)  # (B M,), in the same order: images, then rows
+        loss = F.cross_entropy(predicted, targets)
+        accuracy = 100 * (predicted.argmax(1) == targets).float().mean()
+        pictures = {} if self.training else self._pictures(images, mask, codes, predicted)
         return StageOutput(loss, {"accuracy": accuracy.detach()}, pictures)
 
     def _pictures(
@@ -117,10 +173,11 @@ class PretrainStage(Stage):
         predicted[mask] = logits.argmax(1)
         scale = images.shape[-1] // mask.shape[-1]
         hidden = mask[:count, None].repeat_interleave(scale, 2).repeat_interleave(scale, 3)
+        restored = self.tokenizer.decode(predicted[:count])
         return {
             "images": images[:count],
             "masked": torch.where(hidden, 0.5, images[:count]),
-            "predicted": self.tokenizer.decode(predicted[:count]),
+            "predicted": resized(restored, images.shape[-1]),
         }
 
     def export(self, folder: Path, state: dict[str, Tensor]) -> str:
@@ -128,14 +185,46 @@ class PretrainStage(Stage):
         own = {name.removeprefix("model."): value for name, value in state.items() if name.startswith("model.")}
         write_tensors(folder / "mim.safetensors", {n: v for n, v in own.items() if not n.startswith("backbone.")})
         backbone = {n.removeprefix("backbone."): v for n, v in own.items() if n.startswith("backbone.")}
+        backbone, args = unshared(backbone, backbone_args(self.config))
         return export_backbone(
             folder,
             backbone,
             name=self.config.model.name,
-            args=backbone_args(self.config),
+            args=args,
             image_size=self.config.image_size,
             origin="PeCo masked image modelling",
         )
+
+
+# -------------------------------------------------------------------------------------------------------------- targets
+
+
+def coloured(images: Tensor, draws: Tensor | None, config: PhotometricConfig) -> Tensor:
+    """uint8 (B, 3, H, W) to float in [0, 1], its colours changed by draws (B, 9); None leaves them."""
+    pixels = to_float(images)
+    return pixels if draws is None else photometric(pixels, draws, config)
+
+
+def encode_views(tokenizer: Any, images: Tensor, size: int) -> Tensor:
+    """Codes int64 (B, h, w) of float (B, 3, S, S) in [0, 1], which the tokenizer sees at `size` pixels; 0 keeps S."""
+    return tokenizer.encode(resized(images, size or images.shape[-1]))  # type: ignore[no-any-return]
+
+
+def resized(images: Tensor, size: int) -> Tensor:
+    """Square images at another size, bicubic and antialiased, in [0, 1]."""
+    if images.shape[-1] == size:
+        return images
+    return F.interpolate(images, (size, size), mode="bicubic", antialias=True, align_corners=False).clamp(0, 1)
+
+
+def patch_pixels(images: Tensor, patch: int) -> Tensor:
+    """Each patch's pixels, normalised by its own mean and deviation (MAE, section 3): (B, C, H, W) to (B, N, C P^2)."""
+    pixels = F.unfold(images, patch, stride=patch).transpose(1, 2)  # (B, N, C P^2)
+    variance, mean = torch.var_mean(pixels, 2, keepdim=True)
+    return (pixels - mean) * torch.rsqrt(variance + 1e-6)
+
+
+# ------------------------------------------------------------------------------------------------------------- backbone
 
 
 def backbone_args(config: PretrainConfig) -> dict[str, Any]:
@@ -143,24 +232,95 @@ def backbone_args(config: PretrainConfig) -> dict[str, Any]:
     return {"img_size": config.image_size, **config.model.kwargs()}
 
 
+_SHARED = "rel_pos_bias.relative_position_bias_table"
+
+
+def unshared(state: dict[str, Tensor], args: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """A BEiT's weights with its one table of relative positions copied into every block, as timm's BEiT has them.
+
+    Fine-tuning learns a table a block (BEiT does the same). Other networks pass unchanged.
+    """
+    if _SHARED not in state:
+        return state, args
+    table = state[_SHARED]
+    state = {name: value for name, value in state.items() if not name.startswith("rel_pos_bias.")}
+    blocks = {name.split(".")[1] for name in state if name.startswith("blocks.")}
+    state |= {f"blocks.{block}.attn.relative_position_bias_table": table.clone() for block in blocks}
+    plain = {name: value for name, value in args.items() if name not in ("use_rel_pos_bias", "use_shared_rel_pos_bias")}
+    return state, plain
+
+
+# ---------------------------------------------------------------------------------------------------------------- check
+
+
 def _check(config: PretrainConfig) -> None:
-    if not config.tokenizer:
-        raise ConfigError("--tokenizer is missing: give the folder of a codebook run.")
-    tokenizer = load_tokenizer(config.tokenizer)
-    model = MaskedImageModel(create(config.model.name, num_classes=0, **backbone_args(config)), 2)
+    backbone = create(config.model.name, num_classes=0, **backbone_args(config))
+    model = MaskedImageModel(backbone, 2)
     rows, columns = model.grid
-    if config.image_size != rows * tokenizer.stride or config.image_size != columns * tokenizer.stride:
-        raise ConfigError(
-            f"The ViT makes {rows} x {columns} patches of {config.image_size} pixels, the tokenizer one code for "
-            f"{tokenizer.stride} x {tokenizer.stride}: give a ViT with patches of {tokenizer.stride}, or --image-size "
-            f"{rows * tokenizer.stride}."
-        )
     if config.mask.num_masked >= rows * columns:
         raise ConfigError(f"--mask.num-masked {config.mask.num_masked} must be below {rows * columns}, all patches.")
+    if config.visible_only:
+        VisibleOnlyModel(backbone, 2, depth=1, width=64, num_heads=1)
+    if config.target == "tokens":
+        _check_tokens(config, rows, columns)
+
+
+def _check_tokens(config: PretrainConfig, rows: int, columns: int) -> None:
+    if not config.tokenizer:
+        raise ConfigError("--tokenizer is missing: give the folder of a codebook run, or --target pixels.")
+    tokenizer = load_tokenizer(config.tokenizer)
+    f, side = tokenizer.stride, config.tokenizer_size or config.image_size
+    if (rows * f, columns * f) != (side, side):
+        patch = config.image_size // rows
+        raise ConfigError(
+            f"The ViT makes {rows} x {columns} patches of {patch} pixels out of {config.image_size}; "
+            f"the tokenizer makes one code for {f} x {f}, {side / f:g} x {side / f:g} out of {side}.\n"
+            f"Give --tokenizer-size {rows * f}, a ViT with patches of {f}, or --image-size {rows * f}."
+        )
+    if config.tokens:
+        _check_bank(config, tokenizer, (rows, columns))
+
+
+def _check_bank(config: PretrainConfig, tokenizer: Any, grid: tuple[int, int]) -> None:
+    bank = TokenBank(config.tokens)
+    wrong = differences(bank.config, {"tokenizer": fingerprint(tokenizer), "grid": list(grid), **view_settings(config)})
+    if wrong:
+        raise DataError(
+            f"The token bank '{config.tokens}' is of other views or another tokenizer: {'; '.join(wrong)}.\n"
+            "Make one with 'pecobook tokenize' and these settings, or leave --tokens out."
+        )
+
+
+def view_settings(config: Any) -> dict[str, Any]:
+    """What names a view, of a pretrain or a tokenize configuration."""
+    return {
+        "seed": config.seed,
+        "image_size": config.image_size,
+        "tokenizer_size": config.tokenizer_size or config.image_size,
+        "min_crop": config.min_crop,
+        "colour": dataclasses.asdict(config.colour),
+    }
+
+
+def _check_data(config: PretrainConfig, splits: Splits) -> None:
+    """Refuse a bank of other images."""
+    if not config.tokens:
+        return
+    bank = TokenBank(config.tokens)
+    now = {"data": splits.train.fingerprint, "evaluation_data": splits.evaluation.fingerprint}
+    wrong = differences(bank.config, now)
+    if wrong:
+        raise DataError(
+            f"The token bank '{config.tokens}' is of other images than --data '{config.data}': {'; '.join(wrong)}.\n"
+            "Make one of these with 'pecobook tokenize', or leave --tokens out."
+        )
 
 
 def _build(config: PretrainConfig, source: ImageSource) -> PretrainStage:  # noqa: ARG001
     return PretrainStage(config)
+
+
+# ---------------------------------------------------------------------------------------------------- views and masks
 
 
 def make_mask(view_key: int, grid: tuple[int, int], config: MaskConfig) -> Tensor:
@@ -171,17 +331,9 @@ def make_mask(view_key: int, grid: tuple[int, int], config: MaskConfig) -> Tenso
     return blockwise_mask(grid, num_masked=config.num_masked, min_block=config.min_block, generator=generator)
 
 
-def _masked_view(
-    image: Tensor,
-    view_key: int,
-    *,
-    size: int,
-    min_area: float | None,
-    grid: tuple[int, int],
-    mask: MaskConfig,
-) -> dict[str, Tensor]:
+def _crop(image: Tensor, view_key: int, *, size: int, min_area: float | None) -> dict[str, Tensor]:
     crop = center_crop(image, size) if min_area is None else random_crop(image, size, view_key, min_area=min_area)
-    return {"image": crop, "colour": colour_draws(view_key), "mask": make_mask(view_key, grid, mask)}
+    return {"image": crop, "colour": colour_draws(view_key)}
 
 
 @lru_cache(maxsize=1)  # a whole network is made to learn it, and both views ask
@@ -191,11 +343,50 @@ def _grid(config: PretrainConfig) -> tuple[int, int]:
 
 
 def _view(config: PretrainConfig) -> ViewFunction:
-    return partial(_masked_view, size=config.image_size, min_area=config.min_crop, grid=_grid(config), mask=config.mask)
+    return partial(_crop, size=config.image_size, min_area=config.min_crop)
 
 
 def _evaluation_view(config: PretrainConfig) -> ViewFunction:
-    return partial(_masked_view, size=config.image_size, min_area=None, grid=_grid(config), mask=config.mask)
+    return partial(_crop, size=config.image_size, min_area=None)
 
 
-KIND: StageKind[PretrainConfig] = StageKind("pretrain", _check, _build, _view, _evaluation_view)
+@dataclasses.dataclass(frozen=True)
+class _MaskAndCodes:
+    """The mask of an image in an epoch, which does not repeat as a bank's views do, and its codes in the bank."""
+
+    config: PretrainConfig
+    grid: tuple[int, int]
+    seed: int
+    split: str
+    bank: TokenBank | None
+
+    def __call__(self, image: int, epoch: int) -> dict[str, Tensor]:
+        sample = {"mask": make_mask(key(self.seed, image, epoch), self.grid, self.config.mask)}
+        if self.bank is not None:
+            sample["codes"] = self.bank.read(self.split, image, epoch % self.bank.layouts[self.split].num_views)
+        return sample
+
+
+def _companions(config: PretrainConfig) -> tuple[Companion, Companion]:
+    bank = TokenBank(config.tokens) if config.tokens else None
+    grid = _grid(config)
+    return (
+        _MaskAndCodes(config, grid, config.seed, "train", bank),
+        _MaskAndCodes(config, grid, 0, "evaluation", bank),
+    )
+
+
+def _num_views(config: PretrainConfig) -> int:
+    return TokenBank(config.tokens).num_views if config.tokens else 0
+
+
+KIND: StageKind[PretrainConfig] = StageKind(
+    "pretrain",
+    _check,
+    _build,
+    _view,
+    _evaluation_view,
+    companions=_companions,
+    num_views=_num_views,
+    check_data=_check_data,
+)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from pecobook.config import OptimConfig, TrainConfig
 from pecobook.data.images import ImageSource, Splits, open_images
 from pecobook.data.sampler import key, permute
-from pecobook.data.stream import Batch, Stream, ViewFunction
+from pecobook.data.stream import Batch, Companion, Stream, ViewFunction
 from pecobook.engine.loop import StageOutput
 from pecobook.engine.optim import parameter_groups
 from pecobook.errors import DataError, PecobookError, PreflightError
@@ -68,6 +68,12 @@ class StageKind(Generic[C]):
     """What it reads of a held-out image; without randomness that changes from one evaluation to the next."""
     reference_view: Callable[[C], ViewFunction] | None = None
     """What it reads of labelled training images that evaluation compares with, `--knn-images` of them."""
+    companions: Callable[[C], tuple[Companion, Companion]] | None = None
+    """What goes with a training and with a held-out image beside its view, by (number of the image, epoch)."""
+    num_views: Callable[[C], int] = lambda _config: 0
+    """Views of each image that training repeats; 0 makes a new one every epoch."""
+    check_data: Callable[[C, Splits], None] = lambda _config, _splits: None
+    """Raise PecobookError when these images do not go with the settings."""
     needs_labels: Callable[[C], bool] = lambda _config: False
     """Whether images without labels are of no use to it."""
 
@@ -119,6 +125,7 @@ def preflight(kind: StageKind[C], config: C) -> Splits:
             )
         if kind.needs_labels(config) and opened.evaluation.labels is None:
             raise DataError(f"--data '{config.data}' has no labels for its {opened.evaluation_name} images.")
+        kind.check_data(config, opened)
         splits.append(opened)
 
     def look_at_folder() -> None:
@@ -166,11 +173,13 @@ def _fit(kind: StageKind[C], config: C, fabric: Any, stage: Stage, splits: Split
     if kind.reference_view is not None and count and splits.train.labels is not None:
         chosen = splits.train.subset(permute(i, len(splits.train), key(0, 1)) for i in range(count))
         reference = Stream(chosen, kind.reference_view(config), 0)
+    train, held_out = kind.companions(config) if kind.companions else (None, None)
+    views = kind.num_views(config)
     return fit(
         fabric,
         stage,
-        Stream(splits.train, kind.view(config), config.seed),
-        Stream(splits.evaluation, kind.evaluation_view(config), 0),
+        Stream(splits.train, kind.view(config), config.seed, companion=train, num_views=views),
+        Stream(splits.evaluation, kind.evaluation_view(config), 0, companion=held_out),
         config=config,
         command=kind.command,
         reference=reference,

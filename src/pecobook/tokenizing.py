@@ -1,0 +1,325 @@
+"""`pecobook tokenize`: the tokens of V views of every image, written to a token bank that `pretrain --tokens` replays.
+
+Each process takes whole shards, so any number of them writes at once, and one that was killed loses at most a shard.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pecobook.config import Precision, Strategy, between, positive
+from pecobook.data.views import PhotometricConfig
+from pecobook.errors import ConfigError, PecobookError, PreflightError, RunFolderError
+
+if TYPE_CHECKING:
+    from pecobook.data.images import ImageSource, Splits
+    from pecobook.data.tokens import BankLayout
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TokenizeConfig:
+    """Tokenize named views of your images once, for any number of pre-training runs."""
+
+    data: str = "photos"
+    """Images: a folder, a parquet file or folder, tar shards, hf:owner/name, or photos (embedded)."""
+    tokenizer: str = ""
+    """Run folder of `pecobook codebook`, owner/name on the Hugging Face hub, dalle:FOLDER, or diffusers:FOLDER."""
+    out: str = ""
+    """Folder of the bank. It must be new or empty, unless --resume or --overwrite is given."""
+    views: int = 1
+    """Views of every image; epoch e of pre-training replays view e modulo this."""
+    seed: int = 0
+    """Of the crops and colours; pre-training must have the same."""
+    image_size: int = 224
+    """Side of the crops that the ViT will see, pixels."""
+    tokenizer_size: int = 0
+    """Side to which crops are resized for the tokenizer, pixels; 0 keeps theirs."""
+    min_crop: float = 0.2
+    """Smallest share of an image's area that a random crop takes."""
+    colour: PhotometricConfig = PhotometricConfig()
+    """Colour changes of the crops."""
+    batch_size: int = 256
+    """Views at once on a device."""
+    workers: int = -1
+    """Data-loading processes of each device; -1 chooses from the number of cores."""
+    devices: str = "auto"
+    """Devices on each machine: a number, or auto for every GPU (one process on a machine without one)."""
+    num_nodes: int = 1
+    """Machines."""
+    strategy: Strategy = "auto"
+    """Left at auto."""
+    precision: Precision = "auto"
+    """fp32, bf16 or fp16 autocast of the tokenizer; what pre-training will have gives the tokens that it would."""
+    resume: bool = False
+    """Go on with an unfinished bank."""
+    overwrite: bool = False
+    """Delete what is in --out first."""
+
+    def __post_init__(self) -> None:
+        positive(self, "views", "image_size", "min_crop", "batch_size", "num_nodes")
+        between(self, 0.0, 1.0, "min_crop")
+        between(self, 0, 2**31 - 1, "seed", "tokenizer_size")
+        if self.resume and self.overwrite:
+            raise ConfigError("--resume and --overwrite exclude each other: give one of them.")
+
+
+def default_config(recipe_name: str) -> TokenizeConfig:
+    """Settings whose views are those of a recipe of `pecobook pretrain`. Raises ConfigError for an unknown one."""
+    from pecobook.recipes import recipe
+
+    base = recipe("pretrain", recipe_name)
+    names = ("seed", "image_size", "tokenizer_size", "min_crop", "colour")
+    return TokenizeConfig(**{name: getattr(base, name) for name in names})
+
+
+def tokenize(config: TokenizeConfig) -> Path:
+    """Write a token bank; returns its folder.
+
+    Raises:
+        PreflightError: problems found before anything was written, all of them.
+        PecobookError: what went wrong later.
+    """
+    from pecobook.data.tokens import layouts, missing_shards
+    from pecobook.engine import launch, run_folder
+    from pecobook.models.tokenizers import load_tokenizer
+
+    splits, described = _preflight(config)
+    out, held = Path(config.out), None
+    if launch.is_leader():
+        held = _prepare(config, described)
+    try:
+        fabric = launch.start(config)  # type: ignore[arg-type]  # it reads devices, nodes and precision alone
+        fabric.barrier()  # the folder is there
+        layout = layouts(described)
+        todo = fabric.broadcast(sorted(map(str, missing_shards(out, layout))))
+        mine = [Path(file) for file in todo][fabric.global_rank :: fabric.world_size]
+        tokenizer = load_tokenizer(config.tokenizer).to(fabric.device)
+        skipped = _write(config, splits, tokenizer, fabric, layout, mine)
+        fabric.barrier()
+        if launch.is_leader():
+            _finish(out, skipped)
+    finally:
+        if held is not None:
+            run_folder.release(held)
+    return out
+
+
+def _preflight(config: TokenizeConfig) -> tuple[Splits, dict[str, Any]]:
+    """Check everything before anything is written; returns the images and the bank's config."""
+    from pecobook.data.images import open_images
+    from pecobook.engine import launch
+    from pecobook.stages.pretrain import view_settings
+    from pecobook.stages.stage import look_at_images
+
+    problems: list[PecobookError] = []
+    found: list[Any] = []
+
+    def look_at_data() -> None:
+        splits = open_images(config.data)
+        look_at_images(splits.train)
+        found.append(splits)
+
+    def look_at_tokenizer() -> None:
+        found.append(_describe_tokenizer(config))
+
+    def look_at_folder() -> None:
+        out = Path(config.out)
+        if not config.out:
+            raise RunFolderError("--out is missing: name the folder of the bank, for example --out banks/first.")
+        filled = out.is_dir() and any(out.iterdir())
+        if launch.is_leader() and filled and not (config.resume or config.overwrite):
+            raise RunFolderError(
+                f"--out '{out}' is not empty: go on with --resume, delete it with --overwrite, or name another."
+            )
+        if config.overwrite and filled and not (out / "config.json").is_file():
+            raise RunFolderError(f"--overwrite: '{out}' does not look like a token bank, so it is not deleted.")
+        if config.resume and not (out / "config.json").is_file():
+            raise RunFolderError(f"--resume: there is no token bank in '{out}'. Leave --resume out to start one.")
+
+    for check in (look_at_folder, look_at_data, look_at_tokenizer):
+        try:
+            check()
+        except PecobookError as error:
+            problems.append(error)
+    if problems:
+        raise PreflightError(problems)
+    splits, tokenizer = found
+    described = {
+        "kind": "token bank",
+        **tokenizer,
+        "data": splits.train.fingerprint,
+        "evaluation_data": splits.evaluation.fingerprint,
+        **view_settings(config),
+        "views": config.views,
+        "num_images": len(splits.train),
+        "num_evaluation_images": len(splits.evaluation),
+        "source": config.data,
+        "precision": launch.resolve_precision(config),  # type: ignore[arg-type]
+    }
+    if config.resume:
+        _check_resume(Path(config.out), described)
+    return splits, described
+
+
+def _describe_tokenizer(config: TokenizeConfig) -> dict[str, Any]:
+    from pecobook.data.tokens import MOST_CODEWORDS
+    from pecobook.models.tokenizers import fingerprint, load_tokenizer
+
+    if not config.tokenizer:
+        raise ConfigError("--tokenizer is missing: give the folder of a codebook run.")
+    tokenizer = load_tokenizer(config.tokenizer)
+    if tokenizer.num_codewords > MOST_CODEWORDS:
+        raise ConfigError(f"A bank holds tokens of at most {MOST_CODEWORDS} codewords, not {tokenizer.num_codewords}.")
+    side, stride = config.tokenizer_size or config.image_size, tokenizer.stride
+    if side % stride:
+        near = max(round(side / stride), 1) * stride
+        raise ConfigError(f"The tokenizer reads multiples of {stride} pixels, not {side}: give --image-size {near}.")
+    return {"tokenizer": fingerprint(tokenizer), "grid": [side // stride, side // stride]}
+
+
+def _check_resume(out: Path, described: dict[str, Any]) -> None:
+    from pecobook.data.tokens import differences, read_bank_config
+
+    changed = differences(read_bank_config(out), described)
+    if changed:
+        raise RunFolderError(
+            f"--resume: the token bank '{out}' was begun otherwise: {'; '.join(changed)}.\n"
+            "Give the same data, tokenizer and settings, or name another --out."
+        )
+
+
+def _prepare(config: TokenizeConfig, described: dict[str, Any]) -> int:
+    from pecobook.engine import run_folder
+    from pecobook.files import write_atomically
+
+    out = Path(config.out)
+    out.mkdir(parents=True, exist_ok=True)
+    held = run_folder.lock(out)
+    if config.overwrite:
+        for path in out.iterdir():
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    write_atomically(out / "config.json", (json.dumps(described, indent=2) + "\n").encode())
+    return held
+
+
+# ----------------------------------------------------------------------------------------------- reading and writing
+
+
+class _Views:
+    """All views of an image, for a DataLoader: (split, number) to uint8 (V, 3, S, S) and colour draws (V, 9)."""
+
+    def __init__(self, config: TokenizeConfig, splits: Splits) -> None:
+        self.config, self.splits = config, splits
+
+    def __getitem__(self, item: tuple[str, int]) -> dict[str, Any]:
+        import torch
+
+        from pecobook.data.images import BadImage
+        from pecobook.data.sampler import key
+        from pecobook.data.views import center_crop, colour_draws, random_crop
+
+        split, index = item
+        source: ImageSource = self.splits.train if split == "train" else self.splits.evaluation
+        size = self.config.image_size
+        try:
+            image = source.read(index)
+        except BadImage as error:  # its tokens are never asked for, since pre-training skips it too
+            return {"skipped": str(error)}
+        if split == "evaluation":
+            return {"image": center_crop(image, size)[None], "colour": None}
+        keys = [key(self.config.seed, index, view) for view in range(self.config.views)]
+        crops = [random_crop(image, size, k, min_area=self.config.min_crop) for k in keys]
+        return {"image": torch.stack(crops), "colour": torch.stack([colour_draws(k) for k in keys])}
+
+
+def _write(
+    config: TokenizeConfig,
+    splits: Splits,
+    tokenizer: Any,
+    fabric: Any,
+    layout: dict[str, BankLayout],
+    files: list[Path],
+) -> list[str]:
+    """Write these shards; returns what could not be read."""
+    import numpy as np
+
+    from pecobook.data.tokens import write_shard
+    from pecobook.engine.log import Progress
+
+    shards = [(layout[file.parent.name], int(file.stem.rpartition("-")[2]), file) for file in files]
+    total = sum(len(own.images_of(shard)) for own, shard, _ in shards)
+    progress = Progress(total=total, start=0, name="tokenize", quiet=fabric.global_rank > 0)
+    read = _read(config, splits, [(own.split, i) for own, shard, _ in shards for i in own.images_of(shard)])
+    skipped: list[str] = []
+    done, began = 0, time.monotonic()
+    pending: list[Any] = []  # codes (V, h, w) of the images read and not yet written
+    try:
+        for own, shard, file in shards:
+            count = len(own.images_of(shard))
+            while len(pending) < count:
+                samples = next(read)
+                pending += _encode(config, tokenizer, fabric, samples, own)
+                skipped += [sample["skipped"] for sample in samples if "skipped" in sample]
+                done += len(samples)
+                speed = done / max(time.monotonic() - began, 1e-9)
+                progress.show(min(done, total), {"images_per_second": speed})
+            write_shard(file, np.stack(pending[:count]))
+            pending = pending[count:]
+    finally:
+        progress.close()
+    return skipped
+
+
+def _read(config: TokenizeConfig, splits: Splits, items: list[tuple[str, int]]) -> Iterator[Any]:
+    """Lists of samples, in order; a list never crosses from one split to the other."""
+    from torch.utils.data import DataLoader
+
+    from pecobook.data.stream import default_workers
+    from pecobook.engine.launch import device_count
+
+    size = max(config.batch_size // config.views, 1)
+    batches: list[list[tuple[str, int]]] = []
+    for item in items:
+        if not batches or len(batches[-1]) == size or batches[-1][0][0] != item[0]:
+            batches.append([])
+        batches[-1].append(item)
+    workers = default_workers(device_count(config)) if config.workers < 0 else config.workers  # type: ignore[arg-type]
+    if not batches:
+        return iter(())
+    views: Any = _Views(config, splits)
+    return iter(DataLoader(views, batch_sampler=batches, num_workers=workers, collate_fn=list))
+
+
+def _encode(config: TokenizeConfig, tokenizer: Any, fabric: Any, samples: list[Any], layout: BankLayout) -> list[Any]:
+    """Codes uint16 (V, h, w) of each sample; of one that could not be read, zeros."""
+    import numpy as np
+    import torch
+
+    from pecobook.stages.pretrain import coloured, encode_views
+
+    good = [sample for sample in samples if "skipped" not in sample]
+    codes = iter(())
+    if good:
+        images = torch.cat([sample["image"] for sample in good]).to(fabric.device)
+        draws = None if good[0]["colour"] is None else torch.cat([s["colour"] for s in good]).to(fabric.device)
+        with torch.inference_mode(), fabric.autocast():
+            found = encode_views(tokenizer, coloured(images, draws, config.colour), config.tokenizer_size)
+        shaped = found.cpu().numpy().astype(np.uint16).reshape(len(good), layout.num_views, *layout.grid)
+        codes = iter(shaped)
+    zeros = np.zeros((layout.num_views, *layout.grid), dtype=np.uint16)
+    return [zeros if "skipped" in sample else next(codes) for sample in samples]
+
+
+def _finish(out: Path, skipped: list[str]) -> None:
+    import sys
+
+    if skipped:
+        (out / "skipped.txt").write_text("\n".join(skipped) + "\n")
+        print(f"{len(skipped)} images could not be read; {out / 'skipped.txt'} lists them.", file=sys.stderr)
+    print(f"\nDone: {out}\n\npecobook pretrain ... --tokens {out}", file=sys.stderr)

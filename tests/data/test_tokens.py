@@ -1,0 +1,115 @@
+"""The bank's files: layout, reading, what is unfinished or damaged."""
+
+from __future__ import annotations
+
+import json
+import pickle
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pecobook.data import tokens
+from pecobook.data.tokens import BankLayout, TokenBank, differences, write_shard
+from pecobook.errors import DataError
+
+
+def write_bank(folder: Path, *, images: int = 7, views: int = 3, held_out: int = 2, **more: Any) -> dict[str, Any]:
+    """A bank whose code at (image, view, row, column) tells where it is."""
+    config = {"kind": "token bank", "grid": [2, 3], "views": views, "num_images": images}
+    config |= {"num_evaluation_images": held_out, **more}
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(config))
+    for layout in tokens.layouts(config).values():
+        for shard in range(layout.num_shards):
+            codes = [
+                [[[where(i, v, r, c) for c in range(3)] for r in range(2)] for v in range(layout.num_views)]
+                for i in layout.images_of(shard)
+            ]
+            write_shard(layout.file(folder, shard), np.array(codes, dtype=np.uint16))
+    return config
+
+
+def where(image: int, view: int, row: int, column: int) -> int:
+    return 1000 * image + 100 * view + 10 * row + column
+
+
+@pytest.mark.parametrize("per_shard", [1, 3, 7, 100])
+def test_read__gives_each_view_from_its_shard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, per_shard: int) -> None:
+    monkeypatch.setattr(tokens, "_SHARD_IMAGES", per_shard)
+    write_bank(tmp_path)
+    bank = TokenBank(tmp_path)
+    assert bank.num_views == 3
+    bank = pickle.loads(pickle.dumps(bank))  # as to a data worker
+    for image in range(7):
+        for view in range(3):
+            codes = bank.read("train", image, view)
+            assert codes.dtype == torch.int64
+            assert codes.tolist() == [[where(image, view, r, c) for c in range(3)] for r in range(2)]
+    assert int(bank.read("evaluation", 1, 0)[1, 2]) == where(1, 0, 1, 2)
+
+
+def test_read__keeps_all_sixteen_bits(tmp_path: Path) -> None:
+    write_bank(tmp_path, images=1, views=1)
+    write_shard(tmp_path / "train" / "codes-00000.npy", np.full((1, 1, 2, 3), 65_535, dtype=np.uint16))
+    assert int(TokenBank(tmp_path).read("train", 0, 0).max()) == 65_535
+
+
+@given(st.integers(1, 3_000_000), st.integers(1, 64), st.integers(1, 28), st.integers(1, 28))
+def test_layout__covers_every_image_once(images: int, views: int, rows: int, columns: int) -> None:
+    layout = BankLayout("train", images, views, (rows, columns))
+    assert layout.shard_images * views * rows * columns * 2 <= 2**26 or layout.shard_images == 1
+    ends = [layout.images_of(0).start, layout.images_of(layout.num_shards - 1).stop]
+    assert ends == [0, images]
+    for shard in {0, layout.num_shards // 2, layout.num_shards - 1} - {0}:
+        assert layout.images_of(shard).start == layout.images_of(shard - 1).stop
+        assert len(layout.images_of(shard)) > 0
+
+
+def test_open__refuses_an_unfinished_bank(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tokens, "_SHARD_IMAGES", 2)
+    write_bank(tmp_path)
+    (tmp_path / "train" / "codes-00002.npy").rename(tmp_path / "train" / ".codes-00002.npy.tmp")
+    with pytest.raises(
+        DataError, match=r"unfinished: 1 of its files are missing, the first is 'train/codes-00002.npy'"
+    ):
+        TokenBank(tmp_path)
+
+
+def test_open__refuses_what_is_no_bank(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="is no token bank: make one"):
+        TokenBank(tmp_path)
+    for text, said in (("{", "cannot be read"), ("[]", "is no token bank"), ('{"kind": "run"}', "is no token bank")):
+        (tmp_path / "config.json").write_text(text)
+        with pytest.raises(DataError, match=said):
+            TokenBank(tmp_path)
+
+
+@pytest.mark.parametrize("damage", ["cut", "text", "shape", "type", "pickle"])
+def test_read__refuses_a_damaged_file(tmp_path: Path, damage: str) -> None:
+    write_bank(tmp_path)
+    file = tmp_path / "train" / "codes-00000.npy"
+    if damage == "cut":
+        file.write_bytes(file.read_bytes()[:60])
+    elif damage == "text":
+        file.write_text("nothing")
+    elif damage == "shape":
+        write_shard(file, np.zeros((7, 2, 2, 3), dtype=np.uint16))
+    elif damage == "type":
+        np.save(file, np.zeros((7, 3, 2, 3)))
+    else:
+        np.save(file, np.array([print], dtype=object), allow_pickle=True)
+    bank = TokenBank(tmp_path)
+    with pytest.raises(DataError, match=r"codes-00000\.npy' of the token bank"):
+        bank.read("train", 0, 0)
+
+
+def test_differences__names_both_sides() -> None:
+    assert differences({"seed": 0, "more": 1}, {"seed": 4, "size": 2}) == [
+        "seed: 0 of the bank, 4 now",
+        "size: None of the bank, 2 now",
+    ]

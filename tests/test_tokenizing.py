@@ -1,0 +1,258 @@
+"""`pecobook tokenize` and `pretrain --tokens`, as a user has them: the same tokens, and never another's."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from pecobook import api
+from pecobook.data import tokens
+from pecobook.data.images import open_images
+from pecobook.data.stream import Stream, collate
+from pecobook.data.tokens import TokenBank
+from pecobook.errors import DataError, PecobookError, PreflightError, RunFolderError
+from pecobook.models.tokenizers import load_tokenizer
+from pecobook.recipes import recipe
+from pecobook.stages.pretrain import KIND, PretrainConfig, coloured, encode_views
+from tests.distributed import TwoProcesses
+from tests.runs import SMALL, codebook_run, export_bytes, losses, train
+
+__all__ = ["codebook_run"]  # the fixture
+
+_VIEWS: dict[str, Any] = {"image_size": 16, "min_crop": 0.3, "seed": 5}
+_COMMON: dict[str, Any] = {"precision": "fp32", "workers": 0, "batch_size": 7}
+
+
+def make_bank(data: Path | str, tokenizer: Path | str, out: Path, **more: Any) -> Path:
+    with contextlib.redirect_stderr(io.StringIO()):
+        return api.tokenize(
+            "tiny", data=str(data), tokenizer=str(tokenizer), out=str(out), **{**_VIEWS, **_COMMON, "views": 3, **more}
+        )
+
+
+@pytest.fixture(scope="module")
+def bank(images: Path, codebook_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_bank(images, codebook_run, tmp_path_factory.mktemp("banks") / "bank")
+
+
+def test_tokenize__every_banked_view_is_the_online_one(bank: Path, images: Path, codebook_run: Path) -> None:
+    config = pretraining(images, codebook_run)
+    assert KIND.companions is not None
+    tokenizer, splits = load_tokenizer(codebook_run), open_images(str(images))
+    opened = TokenBank(bank)
+    stream = Stream(splits.train, KIND.view(config), config.seed, companion=KIND.companions(config)[0])
+    count, compared = len(splits.train), 0
+    for epoch in range(3):
+        batch = collate([stream[epoch * count + place] for place in range(count)])
+        codes = encode_views(tokenizer, coloured(batch["image"], batch["colour"], config.colour), 0)
+        for index, online in zip(batch["index"].tolist(), codes, strict=True):
+            assert torch.equal(opened.read("train", index, epoch), online)
+            compared += 1
+    assert compared == 3 * count
+    assert opened.config["num_images"] == count
+    held_out = Stream(splits.evaluation, KIND.evaluation_view(config), 0)
+    for place in range(len(splits.evaluation)):
+        sample = held_out[place]
+        online = encode_views(tokenizer, coloured(sample["image"][None], None, config.colour), 0)[0]
+        assert torch.equal(opened.read("evaluation", int(sample["index"]), 0), online)
+
+
+def pretraining(images: Path, codebook: Path, **more: Any) -> PretrainConfig:
+    from pecobook.config import replace
+
+    config: PretrainConfig = replace(
+        recipe("pretrain", "tiny"),
+        {**SMALL["pretrain"], "data": str(images), "tokenizer": str(codebook), **_VIEWS, **more},
+    )
+    return config
+
+
+def pretrain(images: Path, codebook: Path, out: Path, **more: Any) -> Path:
+    return train("pretrain", images, out, tokenizer=str(codebook), **{**_VIEWS, **more})
+
+
+def test_pretrain__from_the_bank_is_pretraining_online(
+    bank: Path, images: Path, codebook_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As long as views do not repeat, to the bit; and the tokenizer never runs."""
+    online = pretrain(images, codebook_run, tmp_path / "online")
+
+    def never(*_: object, **__: object) -> None:
+        raise AssertionError("the tokenizer ran")
+
+    monkeypatch.setattr("pecobook.models.tokenizer.PerceptualTokenizer.encode", never)
+    banked = pretrain(images, codebook_run, tmp_path / "banked", tokens=str(bank))
+    assert losses(banked) == losses(online)
+    assert export_bytes(banked) == export_bytes(online)
+
+
+def test_pretrain__repeats_views_but_not_masks(bank: Path, images: Path, codebook_run: Path) -> None:
+    config = pretraining(images, codebook_run, tokens=str(bank))
+    assert KIND.companions is not None
+    splits = open_images(str(images))
+    stream = Stream(
+        splits.train,
+        KIND.view(config),
+        config.seed,
+        companion=KIND.companions(config)[0],
+        num_views=KIND.num_views(config),
+    )
+    count = len(splits.train)
+    seen: dict[int, list[dict[str, Any]]] = {}
+    for position in range(4 * count):
+        sample = stream[position]
+        seen.setdefault(int(sample["index"]), []).append(sample)
+    for samples in seen.values():
+        first, second, _, fourth = samples  # three views: the fourth epoch shows the first again
+        assert torch.equal(first["image"], fourth["image"])
+        assert torch.equal(first["codes"], fourth["codes"])
+        assert not torch.equal(first["image"], second["image"])
+    assert any(not torch.equal(samples[0]["mask"], samples[3]["mask"]) for samples in seen.values())
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        ({"seed": 6}, "seed: 5 of the bank, 6 now"),
+        ({"min_crop": 0.5}, "min_crop: 0.3 of the bank, 0.5 now"),
+        ({"colour.hue": 0.1}, "colour: "),
+    ],
+)
+def test_pretrain__refuses_a_bank_of_other_views(
+    bank: Path, images: Path, codebook_run: Path, tmp_path: Path, more: dict[str, Any], said: str
+) -> None:
+    with pytest.raises(PreflightError, match=said) as caught:
+        pretrain(images, codebook_run, tmp_path / "run", tokens=str(bank), **more)
+    assert "leave --tokens out" in str(caught.value)
+    assert not (tmp_path / "run").exists()
+
+
+def test_pretrain__refuses_a_bank_of_other_data_or_another_tokenizer(
+    bank: Path, images: Path, codebook_run: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(PreflightError, match=r"of other images than --data .* data: "):
+        train("pretrain", "photos", tmp_path / "run", tokenizer=str(codebook_run), tokens=str(bank), **_VIEWS)
+    other = train("codebook", images, tmp_path / "other", seed=9)
+    with pytest.raises(PreflightError, match="another tokenizer: tokenizer: "):
+        pretrain(images, other, tmp_path / "run", tokens=str(bank))
+    with pytest.raises(PreflightError, match="is no token bank"):
+        pretrain(images, codebook_run, tmp_path / "run", tokens=str(images))
+    with pytest.raises(PecobookError, match="of no use to --target pixels"):
+        pretrain(images, codebook_run, tmp_path / "run", tokens=str(bank), target="pixels")
+
+
+# ------------------------------------------------------------------------------------------------------- writing
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def make_on_each(rank: int, world_size: int, data: str, tokenizer: str, out: str, shard: int) -> None:
+    tokens._SHARD_IMAGES = shard
+    make_bank(data, tokenizer, Path(out), devices="2")
+
+
+def test_tokenize__two_processes_write_what_one_does(
+    images: Path, codebook_run: Path, tmp_path: Path, two_processes: TwoProcesses, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tokens, "_SHARD_IMAGES", 3)
+    alone = make_bank(images, codebook_run, tmp_path / "alone")
+    assert len(list((alone / "train").iterdir())) > 4
+    two_processes.run(make_on_each, str(images), str(codebook_run), str(tmp_path / "two"), 3)
+    assert files(tmp_path / "two") == files(alone)
+
+
+def test_tokenize__resumes_with_what_is_missing(
+    images: Path, codebook_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tokens, "_SHARD_IMAGES", 4)
+    out = make_bank(images, codebook_run, tmp_path / "bank")
+    whole = files(out)
+    kept = out / "train" / "codes-00000.npy"
+    before = kept.stat().st_mtime_ns
+    (out / "train" / "codes-00002.npy").unlink()
+    (out / "evaluation" / "codes-00000.npy").unlink()
+    with pytest.raises(PreflightError, match="is not empty: go on with --resume"):
+        make_bank(images, codebook_run, out)
+    make_bank(images, codebook_run, out, resume=True)
+    assert files(out) == whole
+    assert kept.stat().st_mtime_ns == before
+    with pytest.raises(RunFolderError, match=r"was begun otherwise: .*views: 3 of the bank, 2 now"):
+        make_bank(images, codebook_run, out, resume=True, views=2)
+    make_bank(images, codebook_run, out, overwrite=True, views=2)
+    assert TokenBank(out).num_views == 2
+
+
+def test_tokenize__leaves_out_bad_images_and_lists_them(images: Path, codebook_run: Path, tmp_path: Path) -> None:
+    import shutil
+
+    shutil.copytree(images, tmp_path / "images")
+    (tmp_path / "images" / "red" / "0.png").write_bytes(b"no image")
+    out = make_bank(tmp_path / "images", codebook_run, tmp_path / "bank")
+    assert "red/0.png" in (out / "skipped.txt").read_text()
+    run = pretrain(tmp_path / "images", codebook_run, tmp_path / "run", tokens=str(out))
+    online = pretrain(tmp_path / "images", codebook_run, tmp_path / "online")
+    assert losses(run) == losses(online)
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        ({"tokenizer": ""}, "--tokenizer is missing"),
+        ({"tokenizer": "nowhere"}, "There is no run 'nowhere'"),
+        ({"data": "nowhere"}, "does not exist"),
+        ({"out": ""}, "--out is missing"),
+        ({"image_size": 18}, "multiples of 4 pixels, not 18: give --image-size 16"),
+        ({"resume": True}, "there is no token bank"),
+    ],
+)
+def test_tokenize__refuses(images: Path, codebook_run: Path, tmp_path: Path, more: dict[str, Any], said: str) -> None:
+    settings = {"data": str(images), "tokenizer": str(codebook_run), "out": str(tmp_path / "bank"), **_VIEWS, **more}
+    with pytest.raises((PreflightError, DataError), match=said):
+        api.tokenize("tiny", **settings)
+    assert not (tmp_path / "bank").exists()
+
+
+def test_tokenize__does_not_delete_what_is_no_bank(images: Path, codebook_run: Path, tmp_path: Path) -> None:
+    (tmp_path / "thesis.txt").write_text("years of work")
+    with pytest.raises(PreflightError, match="does not look like a token bank"):
+        make_bank(images, codebook_run, tmp_path, overwrite=True)
+    assert (tmp_path / "thesis.txt").exists()
+
+
+def test_command__killed_and_resumed_writes_the_same_bank(images: Path, codebook_run: Path, tmp_path: Path) -> None:
+    program = "from pecobook.data import tokens; tokens._SHARD_IMAGES = 2; from pecobook.cli import main; main()"
+    words = ["tokenize", "tiny", "--data", str(images), "--tokenizer", str(codebook_run), "--image-size", "16"]
+    words += ["--views", "40", "--batch-size", "8", "--precision", "fp32", "--workers", "0"]
+
+    def command(out: Path, *more: str) -> list[str]:
+        return [sys.executable, "-c", program, *words, "--out", str(out), *more]
+
+    subprocess.run(command(tmp_path / "whole"), check=True, capture_output=True)
+    out = tmp_path / "killed"
+    with subprocess.Popen(command(out), stderr=subprocess.PIPE) as process:
+        stop = time.monotonic() + 120
+        while len(list(out.glob("train/codes-*.npy"))) < 2:
+            assert process.poll() is None
+            assert time.monotonic() < stop
+            time.sleep(0.002)
+        os.kill(process.pid, signal.SIGKILL)
+    written = len(list(out.glob("train/codes-*.npy")))
+    assert written < len(list((tmp_path / "whole" / "train").iterdir()))
+    done = subprocess.run(command(out, "--resume"), capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "pecobook pretrain ... --tokens" in done.stderr
+    assert files(out) == files(tmp_path / "whole")
+    assert json.loads((out / "config.json").read_text())["views"] == 40
