@@ -9,7 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from pecobook.api import codebook, contrast, finetune, pretrain, tokenize
+    from pecobook.api import codebook, contrast, export, finetune, pretrain, tokenize
     from pecobook.data.masking import blockwise_mask
     from pecobook.demonstration import demo
     from pecobook.errors import PecobookError
@@ -31,6 +31,7 @@ __all__ = [
     "codebook",
     "contrast",
     "demo",
+    "export",
     "finetune",
     "load_tokenizer",
     "nearest_codeword",
@@ -49,6 +50,7 @@ _HOMES = {
     "codebook": "api",
     "contrast": "api",
     "demo": "demonstration",
+    "export": "api",
     "finetune": "api",
     "load_tokenizer": "models.tokenizers",
     "nearest_codeword": "models.nearest",

@@ -51,5 +51,12 @@ def tokenize(recipe: str = DEFAULT_RECIPE, **settings: Any) -> Path:
     return tokenizing.tokenize(replace(tokenizing.default_config(recipe), settings))
 
 
+def export(run: str, format: str = "timm", *, out: str) -> Path:  # noqa: A002
+    """Write a run's weights for timm, transformers (hf) or ONNX (onnx); returns the folder. Raises PecobookError."""
+    from pecobook import exporting
+
+    return exporting.export(replace(exporting.ExportConfig(), {"run": run, "format": format, "out": out}))
+
+
 def _run(command: str, name: str, settings: dict[str, Any]) -> Path:
     return run(command, replace(recipes.recipe(command, name), settings))

@@ -22,6 +22,7 @@ _TRAINING = {
 }
 _OTHERS = {
     "tokenize": "the tokens of named views of your images, once, for pretrain --tokens",
+    "export": "a run's weights for timm, transformers or ONNX",
     "probe": "linear probe and k-NN of a backbone, or of a tokenizer's codewords",
     "demo": "the whole story on built-in photographs, with a report, in minutes",
     "recipes": "list the recipes and what each claims",
@@ -66,7 +67,7 @@ def _dispatch(args: list[str]) -> None:
     if command in _TRAINING:
         _train(command, rest)
     else:
-        {"tokenize": _tokenize, "probe": _probe, "demo": _demo, "recipes": _recipes}[command](rest)
+        {"tokenize": _tokenize, "export": _export, "probe": _probe, "demo": _demo, "recipes": _recipes}[command](rest)
 
 
 def _help() -> str:
@@ -99,6 +100,13 @@ def _tokenize(args: list[str]) -> None:
 
     name = args.pop(0) if args and not args[0].startswith("-") else DEFAULT_RECIPE
     tokenize(parse(default_config(name), args, f"tokenize {name}"))
+
+
+def _export(args: list[str]) -> None:
+    from pecobook.exporting import ExportConfig, export
+
+    run = ["--run", args.pop(0)] if args and not args[0].startswith("-") else []
+    export(parse(ExportConfig(), [*run, *args], "export"))
 
 
 def _probe(args: list[str]) -> None:

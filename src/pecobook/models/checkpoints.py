@@ -8,10 +8,14 @@ import torch
 from torch import Tensor, nn
 
 from pecobook.errors import WeightsError, first_line
+from pecobook.models.huggingface import beit_from_huggingface, is_huggingface_beit
 
 # What others put before the names of a backbone. MoCo v3's files hold two encoders and the heads; its authors transfer
 # the first.
 _PREFIXES = ("module.base_encoder.", "base_encoder.", "module.backbone.", "backbone.", "module.", "model.")
+
+
+_HEADS = ("head", "fc", "classifier", "lm_head", "mask_token")  # the last two: BEiT's pre-training
 
 
 def read_weights(path: str) -> dict[str, Tensor]:
@@ -47,6 +51,16 @@ def is_moco(state: dict[str, Tensor]) -> bool:
     return any(name.startswith(_PREFIXES[:2]) for name in state)
 
 
+def _expand_beit(state: dict[str, Tensor], own: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A checkpoint of BEiT's authors for timm: one table of relative positions goes into every block that wants one."""
+    shared = "rel_pos_bias.relative_position_bias_table"
+    tables = [name for name in own if name.endswith(".attn.relative_position_bias_table")]
+    if shared in state and shared not in own and tables:
+        state = {**state, **dict.fromkeys(tables, state[shared])}
+        del state[shared]
+    return {name: value for name, value in state.items() if not name.endswith("relative_position_index")}
+
+
 def load_state(network: nn.Module, state: dict[str, Tensor], *, source: str) -> None:
     """Load weights, all of them, heads aside. Raises WeightsError naming the keys that differ."""
     own = network.state_dict()
@@ -66,6 +80,8 @@ def load_state(network: nn.Module, state: dict[str, Tensor], *, source: str) -> 
 
 def _translate(state: dict[str, Tensor], own: dict[str, Tensor]) -> dict[str, Tensor]:
     """The same weights under the names of `own`, as far as they have one there; heads of other classes left out."""
+    if is_huggingface_beit(state):
+        state = beit_from_huggingface(state)
     prefix = max(("", *_PREFIXES), key=lambda p: sum(p + name in state for name in own))  # the first of the best
     state = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
     if "pre_logits.fc1.weight" in own and "classifier.0.weight" in state:  # torchvision's VGG: timm convolves instead
@@ -75,7 +91,8 @@ def _translate(state: dict[str, Tensor], own: dict[str, Tensor]) -> dict[str, Te
             if value is not None:
                 fits = value.numel() == target.numel()
                 state[f"{names[old]}.{part}"] = value.reshape(target.shape) if fits else value
-    for name in [name for name in state if name not in own and name.split(".")[0] in ("head", "fc", "classifier")]:
+    state = _expand_beit(state, own)
+    for name in [name for name in state if name not in own and name.split(".")[0] in _HEADS]:
         del state[name]  # a head of other classes is not part of a backbone
     # Files from before PyTorch 0.4.1 do not count batches, and nothing here reads the count.
     state |= {name: own[name] for name in own if name.endswith("num_batches_tracked") and name not in state}

@@ -42,11 +42,7 @@ def export_onnx(tokenizer: Any, folder: str | Path) -> tuple[Path, Path]:
     Raises:
         PecobookError: the packages that write ONNX are not installed.
     """
-    try:
-        import onnx  # noqa: F401
-        import onnxscript  # noqa: F401
-    except ImportError:
-        raise PecobookError("ONNX files need two more packages: pip install 'pecobook[onnx]'.") from None
+    require_onnx()
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     channels, stride = getattr(tokenizer, "in_channels", 3), tokenizer.stride
@@ -56,19 +52,31 @@ def export_onnx(tokenizer: Any, folder: str | Path) -> tuple[Path, Path]:
     batch, rows, columns = (torch.export.Dim(name, min=1, max=2**16) for name in ("batch", "rows", "columns"))
     paths = folder / "encoder.onnx", folder / "decoder.onnx"
     shapes = {0: batch, 2: stride * rows, 3: stride * columns}, {0: batch, 1: rows, 2: columns}
-    names = ("images", "codes")
-    for module, example, shape, path, (given, made) in zip(
-        (_Encode(tokenizer), _Decode(tokenizer)), (images, codes), shapes, paths, (names, names[::-1]), strict=True
-    ):
-        program = torch.onnx.export(
-            module.eval(),
-            (example,),
-            dynamo=True,
-            dynamic_shapes=(shape,),
-            input_names=[given],
-            output_names=[made],
-            verbose=False,
-        )
-        assert program is not None
-        program.save(str(path))
+    write_onnx(_Encode(tokenizer), images, shapes[0], paths[0], "images", "codes")
+    write_onnx(_Decode(tokenizer), codes, shapes[1], paths[1], "codes", "images")
     return paths
+
+
+def require_onnx() -> None:
+    """Raise PecobookError when the packages that write ONNX are not installed."""
+    try:
+        import onnx  # noqa: F401
+        import onnxscript  # noqa: F401
+    except ImportError:
+        raise PecobookError("ONNX files need two more packages: pip install 'pecobook[onnx]'.") from None
+
+
+def write_onnx(module: nn.Module, example: Tensor, shape: dict[int, Any], path: Path, given: str, made: str) -> None:
+    """Write one module of one input `given` and one output `made`; `shape` names the example's open dimensions."""
+    require_onnx()
+    program = torch.onnx.export(
+        module.eval(),
+        (example,),
+        dynamo=True,
+        dynamic_shapes=(shape,),
+        input_names=[given],
+        output_names=[made],
+        verbose=False,
+    )
+    assert program is not None
+    program.save(str(path))

@@ -72,7 +72,7 @@ class ClassifyStage(Stage):
         super().__init__()
         self.config, self.classes = config, classes
         backbone = load_for_classification(config)
-        self.name, self.args = backbone.name, backbone.args
+        self.name, self.args, self.statistics = backbone.name, backbone.args, (backbone.mean, backbone.std)
         self.network = backbone.network
         self.network.reset_classifier(len(classes))  # type: ignore[operator]
         head = self.network.get_classifier()  # type: ignore[operator]
@@ -112,8 +112,8 @@ class ClassifyStage(Stage):
             image_size=self.config.image_size,
             origin="classification",
             classes=self.classes,
-            mean=tuple(self.mean.flatten().tolist()),
-            std=tuple(self.std.flatten().tolist()),
+            mean=self.statistics[0],
+            std=self.statistics[1],
         )
 
 

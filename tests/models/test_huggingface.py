@@ -1,0 +1,113 @@
+"""BEiT in timm and in transformers, the same weights, mask and labels: logits, loss and gradients."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.testing import assert_close
+
+from pecobook.errors import WeightsError
+from pecobook.models.checkpoints import load_state
+from pecobook.models.huggingface import beit_config, beit_from_huggingface, beit_to_huggingface
+from pecobook.models.masked_vit import MaskedImageModel
+
+SIZE: dict[str, Any] = {
+    "img_size": 32,
+    "patch_size": 8,
+    "depth": 3,
+    "embed_dim": 24,
+    "num_heads": 2,
+    "init_values": 0.1,
+}
+SHARED = {"use_rel_pos_bias": False, "use_shared_rel_pos_bias": True}
+
+
+def beit(**more: Any) -> nn.Module:
+    torch.manual_seed(0)
+    network: nn.Module = timm.create_model("beit_base_patch16_224", num_classes=0, **{**SIZE, **more})
+    for parameter in network.parameters():
+        nn.init.normal_(parameter, std=0.1)
+    return network
+
+
+def theirs(model: MaskedImageModel) -> Any:
+    """transformers' masked image model with the same weights."""
+    from transformers import BeitConfig, BeitForMaskedImageModeling
+
+    state = model.backbone.state_dict()
+    described = beit_config(state, image_size=32, patch_size=8, num_heads=2)
+    described.pop("model_type")
+    found = BeitForMaskedImageModeling(BeitConfig(**described, use_mask_token=True, vocab_size=11, drop_path_rate=0.0))
+    own = {
+        (name if name.startswith("layernorm.") else f"beit.{name}"): value
+        for name, value in beit_to_huggingface(state).items()
+    }
+    own |= {"beit.embeddings.mask_token": model.mask_token[None, None]}
+    own |= {"lm_head.weight": model.head.weight, "lm_head.bias": model.head.bias}
+    found.load_state_dict({name: value.detach().clone() for name, value in own.items()})
+    return found
+
+
+def masks() -> Tensor:
+    mask = torch.zeros(2, 4, 4, dtype=torch.bool)
+    for image, row, column in ((0, 0, 1), (0, 1, 3), (0, 2, 2), (1, 0, 0), (1, 3, 1), (1, 3, 3)):
+        mask[image, row, column] = True
+    return mask
+
+
+@pytest.mark.parametrize("more", [SHARED, {}], ids=["one table", "a table a block"])
+def test_masked_model__is_transformers_masked_model(more: dict[str, Any]) -> None:
+    ours = MaskedImageModel(beit(**more), 11)
+    peer = theirs(ours)
+    images, mask, labels = torch.randn(2, 3, 32, 32), masks(), torch.tensor([3, 10, 0, 7, 7, 2])
+    logits = ours(images, mask, 3)
+    output = peer(images, bool_masked_pos=mask.flatten(1), labels=labels)
+    assert_close(logits, output.logits[mask.flatten(1)], atol=1e-5, rtol=1e-5)
+    loss = F.cross_entropy(logits, labels)
+    assert_close(loss, output.loss, atol=1e-6, rtol=1e-6)
+    loss.backward()  # type: ignore[no-untyped-call]
+    output.loss.backward()
+    gradients = beit_from_huggingface({n: p.grad for n, p in peer.named_parameters() if p.grad is not None})
+    own = {name: p.grad for name, p in ours.backbone.named_parameters()}
+    compared = 0
+    for name, gradient in own.items():
+        # timm's last norm of this BEiT is called fc_norm.
+        assert_close(gradient, gradients[name.replace("fc_norm", "norm")], atol=1e-6, rtol=1e-4)
+        compared += 1
+    assert compared == len(list(ours.backbone.parameters())) > 40
+    assert_close(ours.mask_token.grad, peer.beit.embeddings.mask_token.grad.flatten(), atol=1e-6, rtol=1e-4)
+    assert_close(ours.head.weight.grad, peer.lm_head.weight.grad, atol=1e-6, rtol=1e-4)
+
+
+def test_there_and_back__loads_into_timm() -> None:
+    network = beit()
+    state = beit_to_huggingface(network.state_dict())
+    for prefix in ("", "beit."):
+        again = beit()
+        nn.init.zeros_(again.patch_embed.proj.weight)  # type: ignore[union-attr, arg-type]
+        load_state(again, {prefix + name: value for name, value in state.items()}, source="hf")
+        images = torch.randn(2, 3, 32, 32)
+        assert_close(again.eval()(images), network.eval()(images))
+
+
+def test_to_huggingface__refuses_what_has_no_place() -> None:
+    with pytest.raises(WeightsError, match=r"no place for 'blocks.0.attn.q_norm.weight'"):
+        beit_to_huggingface({"blocks.0.attn.q_norm.weight": torch.zeros(1)})
+
+
+def test_official_checkpoints__load_into_timms_beit() -> None:
+    """What BEiT's own pre-training writes: one shared table, a table of places, a mask token and a head."""
+    source = MaskedImageModel(beit(**SHARED), 11)
+    state = {name.replace("fc_norm.", "norm."): v for name, v in source.backbone.state_dict().items()}
+    state = {name: v for name, v in state.items() if "relative_position_index" not in name and "k_bias" not in name}
+    state |= {"mask_token": source.mask_token[None, None], "lm_head.weight": source.head.weight}
+    state |= {"lm_head.bias": source.head.bias, "rel_pos_bias.relative_position_index": torch.zeros(17, 17)}
+    target = beit()
+    load_state(target, state, source="beit_base_patch16_224_pt22k.pth")
+    images = torch.randn(2, 3, 32, 32)
+    assert_close(target.eval()(images), source.backbone.eval()(images))
