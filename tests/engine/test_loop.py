@@ -348,3 +348,20 @@ def test_fit__resumes_on_another_number_of_processes(tmp_path: Path, two_process
     assert run(tmp_path / "back", rest, resume=True).finished
     assert rest.seen == straight.seen[3:]
     torch.testing.assert_close(rest.linear.weight, straight.linear.weight, rtol=1e-5, atol=1e-6)
+
+
+def test_fit__reading_the_answer_late_saves_nothing_broken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU: the step after has begun when it is known."""
+    from pecobook.engine.agreement import Agreement
+
+    monkeypatch.setattr(loop, "Agreement", lambda world_size, **_: Agreement(world_size, late=True))
+    stage = Toy("nan", at=first_image_of(3))
+    with pytest.raises(NonFiniteLossError, match="Step 4 is not finite"):
+        run(tmp_path, stage, save_every=2, log_every=100, sample_every=100)
+    assert checkpoint.steps(tmp_path / "checkpoints") == [2]
+    state = torch.load(tmp_path / "checkpoints" / "step-00000002" / "state.pt", weights_only=True)["model"]
+    assert all(value.isfinite().all() for value in state.values())
+    stopped = Toy("SIGTERM", at=first_image_of(2))
+    outcome = run(tmp_path / "stopped", stopped, save_every=100, log_every=100, sample_every=100)
+    assert (outcome.step, outcome.finished) == (4, False)  # asked for in the third step, known in the fourth
+    assert checkpoint.steps(tmp_path / "stopped" / "checkpoints") == [4]

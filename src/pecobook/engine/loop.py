@@ -21,12 +21,13 @@ from pecobook.config import OptimConfig, TrainConfig, steps, to_dict
 from pecobook.data.sampler import BatchPositions, key
 from pecobook.data.stream import Batch, Stream, default_workers, load
 from pecobook.engine import checkpoint
+from pecobook.engine.agreement import Agreement
 from pecobook.engine.evaluation import evaluate, mean_over_ranks
 from pecobook.engine.launch import device_count, micro_batch_size
 from pecobook.engine.log import Progress, Sink, duration, open_sinks, open_text_log
 from pecobook.engine.optim import build_optimizer, set_learning_rate
 from pecobook.engine.schedule import is_time, warmup_cosine
-from pecobook.errors import NonFiniteLossError, PecobookError
+from pecobook.errors import PecobookError
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
@@ -128,6 +129,7 @@ class _Loop:
         if config.resume:
             folder = self.out / "checkpoints"
             self.start = checkpoint.load(folder, stage=stage, optimizer=self.optimizer, precision=self.precision)
+        self.agreement = Agreement(fabric.world_size, late=on_gpu)
         quiet = fabric.global_rank > 0
         self.progress = Progress(total=self.total, start=self.start, name=command, quiet=quiet)
         self.sinks: list[Sink] = []
@@ -172,11 +174,20 @@ class _Loop:
         self.model.train()
         loss, metrics = self._forward_backward(step, batches)
         norm = self._clip()
-        stop = self._agree(step, loss, norm, signals)
+        stop = self.agreement.after_backward(
+            step + 1,
+            loss,
+            norm,
+            may_overflow=self.config.precision == "fp16",
+            stop=signals.received,
+        )
         self.stepper.step()
         self.stepper.zero_grad()
         done = step + 1
         self.stage.after_step(done, self.total)
+        every = (self.config.log_every, self.config.sample_every, self.config.save_every)
+        if stop or any(is_time(done, n, self.total) for n in every):
+            stop |= self.agreement.settle()  # before this step is measured or saved
         values: dict[str, float] = {}
         if is_time(done, self.config.log_every, self.total):
             values = self._measure(done, {"loss": loss, **metrics}) | {"lr": lr, "grad_norm": float(norm)}
@@ -210,24 +221,6 @@ class _Loop:
             self.model, self.stepper, max_norm=self.optim.clip_grad or float("inf"), error_if_nonfinite=False
         )
         return norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # type: ignore[no-any-return]
-
-    def _agree(self, step: int, loss: Tensor, norm: Tensor, signals: _Signals) -> bool:
-        """Stop on all ranks when one must: at once when it is not finite, after this step when asked to."""
-        broken_here = ~loss.isfinite()
-        if self.config.precision != "fp16":  # there infinite gradients are usual, and the scaler leaves out such steps
-            broken_here |= ~norm.isfinite()
-        flags = torch.stack([broken_here, loss.new_tensor(signals.received, dtype=torch.bool)]).float()
-        if self.fabric.world_size > 1:
-            dist.all_reduce(flags, dist.ReduceOp.MAX)
-        broken, stop = flags.tolist()
-        if broken:
-            raise NonFiniteLossError(
-                f"Step {step + 1} is not finite (loss {float(loss):g}, gradient norm {float(norm):g} here); "
-                "the weights were not touched.\n"
-                "Try a lower --optim.lr, a longer --optim.warmup, --optim.clip-grad 1, or --precision fp32;\n"
-                "then start again with --overwrite, or in a new --out."
-            )
-        return bool(stop)
 
     def _measure(self, step: int, metrics: dict[str, Tensor]) -> dict[str, float]:
         values = mean_over_ranks(self.fabric, metrics)

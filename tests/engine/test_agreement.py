@@ -1,0 +1,93 @@
+"""Stopping and breaking off: on every rank alike, at once or one step late."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from pecobook.engine.agreement import Agreement
+from pecobook.errors import NonFiniteLossError
+from tests.distributed import TwoProcesses
+
+
+def ask(agreement: Agreement, step: int, loss: float = 1.0, norm: float = 1.0, **more: bool) -> bool:
+    flags = {"may_overflow": False, "stop": False, **more}
+    return agreement.after_backward(step, torch.tensor(loss), torch.tensor(norm), **flags)
+
+
+def test_at_once__stops_in_the_step_that_was_asked() -> None:
+    agreement = Agreement(1, late=False)
+    assert [ask(agreement, step, stop=step == 2) for step in (1, 2, 3)] == [False, True, False]
+    assert agreement.settle() is False
+
+
+@pytest.mark.parametrize(("loss", "norm"), [(float("nan"), 1.0), (1.0, float("inf")), (float("inf"), float("nan"))])
+def test_at_once__breaks_off_before_the_optimizer_step(loss: float, norm: float) -> None:
+    agreement = Agreement(1, late=False)
+    ask(agreement, 1)
+    with pytest.raises(NonFiniteLossError, match=r"Step 2 is not finite .* the weights were not touched"):
+        ask(agreement, 2, loss, norm)
+
+
+def test_fp16__may_overflow_in_its_gradient_but_not_in_its_loss() -> None:
+    agreement = Agreement(1, late=False)
+    assert not ask(agreement, 1, 1.0, float("inf"), may_overflow=True)
+    with pytest.raises(NonFiniteLossError):
+        ask(agreement, 2, float("nan"), 1.0, may_overflow=True)
+
+
+def test_late__stops_one_step_later_or_when_settled() -> None:
+    agreement = Agreement(1, late=True)
+    assert [ask(agreement, step, stop=step == 2) for step in (1, 2, 3)] == [False, False, True]
+    ask(agreement, 4, stop=True)
+    assert agreement.settle() is True
+    assert agreement.settle() is False
+
+
+def test_late__breaks_off_one_step_later_or_when_settled() -> None:
+    agreement = Agreement(1, late=True)
+    ask(agreement, 1)
+    assert not ask(agreement, 2, float("nan"))
+    with pytest.raises(NonFiniteLossError, match=r"Step 2 is not finite \(loss nan.* its last checkpoint is whole"):
+        ask(agreement, 3)
+    agreement = Agreement(1, late=True)
+    ask(agreement, 1, float("nan"))
+    with pytest.raises(NonFiniteLossError, match="Step 1"):
+        agreement.settle()
+
+
+def on_each(rank: int, world_size: int, late: bool) -> tuple[list[bool], str]:
+    agreement = Agreement(world_size, late=late)
+    stops = [ask(agreement, step, stop=rank == 1 and step == 2) for step in (1, 2, 3)]
+    try:
+        ask(agreement, 4, float("nan") if rank == 0 else 1.0)
+        agreement.settle()
+    except NonFiniteLossError as error:
+        return stops, str(error).splitlines()[0]
+    return stops, ""
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_two_processes__do_the_same(two_processes: TwoProcesses, late: bool) -> None:
+    (left, left_said), (right, right_said) = two_processes.run(on_each, late)
+    assert left == right == ([False, False, True] if late else [False, True, False])
+    assert "Step 4 is not finite (loss nan" in left_said
+    assert "Step 4 is not finite (loss 1" in right_said
+
+
+@pytest.mark.gpu
+def test_gpu__reads_the_answer_without_waiting_for_the_step() -> None:
+    agreement, value = Agreement(1, late=True), torch.ones((), device="cuda")
+
+    def one(step: int, loss: Tensor) -> bool:
+        return agreement.after_backward(step, loss, value, may_overflow=False, stop=False)
+
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        one(1, value)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    one(2, value * float("nan"))
+    with pytest.raises(NonFiniteLossError, match="Step 2"):
+        one(3, value)
