@@ -64,7 +64,9 @@ class OptimConfig:
     name: Literal["adamw", "adam", "lars"] = "adamw"
     """Optimizer. lars (You et al., arXiv 1708.03888) is for convolutional networks at very large batches."""
     lr: float = 1.5e-3
-    """Peak learning rate at the configured global batch size."""
+    """Peak learning rate, after the warm-up."""
+    lr_batch_size: int = 0
+    """Global batch that lr is meant for: with another --batch-size it changes in proportion. 0 takes lr as it is."""
     final_lr: float = 0.0
     """Learning rate at the last step, reached by a half cosine after the warm-up."""
     warmup: str = "5%"
@@ -82,6 +84,7 @@ class OptimConfig:
 
     def __post_init__(self) -> None:
         positive(self, "lr", "eps")
+        between(self, 0, float("inf"), "lr_batch_size")
         between(self, 0.0, 1.0, "layer_decay")
         between(self, 0.0, float("inf"), "final_lr", "weight_decay", "clip_grad")
 

@@ -11,7 +11,13 @@ import torch
 from torch import nn
 
 from pecobook.config import OptimConfig
-from pecobook.engine.optim import build_optimizer, layer_decay_groups, parameter_groups, set_learning_rate
+from pecobook.engine.optim import (
+    build_optimizer,
+    layer_decay_groups,
+    parameter_groups,
+    peak_learning_rate,
+    set_learning_rate,
+)
 from pecobook.models.masked_vit import MaskedImageModel
 
 SIZE: dict[str, Any] = {"img_size": 32, "patch_size": 8, "depth": 3, "embed_dim": 24, "num_heads": 2}
@@ -108,6 +114,11 @@ def test_set_learning_rate__scales_each_group() -> None:
     plain = build_optimizer(parameter_groups(network, config), config, on_gpu=False)
     set_learning_rate(plain, 0.7)
     assert {group["lr"] for group in plain.param_groups} == {0.7}
+
+
+def test_peak_learning_rate__scales_with_the_batch_where_it_is_meant_for_one() -> None:
+    assert peak_learning_rate(OptimConfig(lr=1e-3), 64) == 1e-3
+    assert peak_learning_rate(OptimConfig(lr=1.5e-3, lr_batch_size=2048), 512) == pytest.approx(1.5e-3 / 4)
 
 
 def test_build_optimizer__lars_is_layer_wise_adaptive_with_momentum() -> None:

@@ -25,7 +25,7 @@ from pecobook.engine.agreement import Agreement
 from pecobook.engine.evaluation import evaluate, mean_over_ranks
 from pecobook.engine.launch import device_count, micro_batch_size
 from pecobook.engine.log import Progress, Sink, duration, open_sinks, open_text_log
-from pecobook.engine.optim import build_optimizer, set_learning_rate
+from pecobook.engine.optim import build_optimizer, peak_learning_rate, set_learning_rate
 from pecobook.engine.schedule import is_time, warmup_cosine
 from pecobook.errors import PecobookError
 
@@ -114,6 +114,7 @@ class _Loop:
         self.warmup = steps(
             config.optim.warmup, num_images=count, batch_size=batch, total=self.total, name="optim.warmup"
         )
+        self.peak = peak_learning_rate(config.optim, batch)
         self.micro = micro_batch_size(config)
         self.workers = default_workers(device_count(config)) if config.workers < 0 else config.workers
         on_gpu = fabric.device.type == "cuda"
@@ -169,7 +170,7 @@ class _Loop:
 
     def _step(self, step: int, batches: _Batches, signals: _Signals) -> bool:
         """One optimizer step; returns whether to stop after it."""
-        lr = warmup_cosine(step, total=self.total, warmup=self.warmup, peak=self.optim.lr, final=self.optim.final_lr)
+        lr = warmup_cosine(step, total=self.total, warmup=self.warmup, peak=self.peak, final=self.optim.final_lr)
         set_learning_rate(self.optimizer, lr)
         self.model.train()
         loss, metrics = self._forward_backward(step, batches)

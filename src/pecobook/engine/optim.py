@@ -46,6 +46,11 @@ def build_optimizer(groups: list[dict[str, Any]], config: OptimConfig, *, on_gpu
     return kinds[config.name](groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=on_gpu)
 
 
+def peak_learning_rate(config: OptimConfig, batch_size: int) -> float:
+    """The rate after the warm-up: lr, in proportion to the global batch where lr is meant for another."""
+    return config.lr * (batch_size / config.lr_batch_size if config.lr_batch_size else 1.0)
+
+
 def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
     """Set every group's rate to `lr` times the group's `lr_scale`."""
     for group in optimizer.param_groups:

@@ -37,12 +37,17 @@ RECIPES: dict[str, dict[str, Recipe]] = {
         "cifar10": pretrain.cifar10,
         "tiny-imagenet": pretrain.tiny_imagenet,
         "paper": pretrain.paper,
+        "paper-vit-b-300": pretrain.paper_vit_b_300,
+        "paper-vit-b-800": pretrain.paper,
+        "paper-vit-l": pretrain.paper_vit_l,
+        "paper-vit-h": pretrain.paper_vit_h,
     },
     "finetune": {
         "tiny": finetune.tiny,
         "cifar10": finetune.cifar10,
         "tiny-imagenet": finetune.tiny_imagenet,
         "paper": finetune.paper,
+        "paper-vit-l": finetune.paper_vit_l,
     },
 }
 

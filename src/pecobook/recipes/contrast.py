@@ -75,7 +75,9 @@ def paper() -> ContrastConfig:
     Cost: 140 GFLOP an image (two views, two encoders), so 1.8e19: about 25 hours of one H100 at 200 TFLOP/s. Estimated.
     Result: not yet run. MoCo v3 reports 76.7% linear probe after 300 epochs.
     """
-    return ContrastConfig(max_steps="100 epochs", optim=OptimConfig(lr=2.4e-3, weight_decay=0.1, warmup="13 epochs"))
+    return ContrastConfig(
+        max_steps="100 epochs", optim=OptimConfig(lr=2.4e-3, lr_batch_size=4096, weight_decay=0.1, warmup="13 epochs")
+    )
 
 
 def paper_resnet50() -> ContrastConfig:
@@ -92,5 +94,5 @@ def paper_resnet50() -> ContrastConfig:
         temperature=1.0,
         min_crop=0.2,
         max_steps="100 epochs",
-        optim=OptimConfig(name="lars", lr=9.6, weight_decay=1e-6, warmup="10 epochs"),
+        optim=OptimConfig(name="lars", lr=9.6, lr_batch_size=4096, weight_decay=1e-6, warmup="10 epochs"),
     )

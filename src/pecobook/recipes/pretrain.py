@@ -7,6 +7,8 @@ import dataclasses
 from pecobook.config import BackboneConfig, OptimConfig
 from pecobook.stages.pretrain import MaskConfig, PretrainConfig
 
+_BEIT = OptimConfig(lr=1.5e-3, lr_batch_size=2048, final_lr=1e-5, warmup="10 epochs", clip_grad=3.0)
+
 _SMALL_VIT = BackboneConfig(
     name="vit_tiny_patch16_224",
     args='{"patch_size": 8, "depth": 6, "embed_dim": 128, "num_heads": 4, "init_values": 0.1}',
@@ -65,9 +67,55 @@ def tiny_imagenet() -> PretrainConfig:
 def paper() -> PretrainConfig:
     """PeCo ViT-B/16, 800 epochs of ImageNet-1K at batch 2,048: 75 of 196 patches masked in blocks.
 
-    Source: section 4 and Table 1 (84.5% after fine-tuning). Learning rate 1.5e-3, weight decay 0.05, drop path 0.1;
-        warm-up, clipping and LayerScale are BEiT's.
+    Source: section 4 and Table 1 (84.5% after fine-tuning). Learning rate 1.5e-3 at batch 2,048, weight decay 0.05,
+        drop path 0.1; warm-up, clipping, relative positions and LayerScale are BEiT's. Another batch scales the rate in
+        proportion.
     Command: pecobook pretrain paper --data IMAGENET --tokenizer runs/codebook --out runs/vit
+    Cost: 56 GFLOP an image from a token bank, counted, so 5.7e19: about 55 hours of one H100 at 300 TFLOP/s. With the
+        tokenizer in each step 123 GFLOP. Estimated.
     Result: not yet run.
     """
-    return PretrainConfig(max_steps="800 epochs")
+    return PretrainConfig(max_steps="800 epochs", optim=_BEIT)
+
+
+def paper_vit_b_300() -> PretrainConfig:
+    """PeCo ViT-B/16, 300 epochs: what all of the paper's comparisons between tokenizers are made with.
+
+    Source: Table 2 (84.1% after fine-tuning), Tables 5 to 7, 10 and 12.
+    Command: pecobook pretrain paper-vit-b-300 --data IMAGENET --tokenizer runs/codebook --out runs/vit
+    Cost: 56 GFLOP an image from a token bank, counted, so 2.1e19: about 20 hours of one H100 at 300 TFLOP/s. Estimated.
+    Result: not yet run.
+    """
+    return dataclasses.replace(paper(), max_steps="300 epochs")
+
+
+def paper_vit_l() -> PretrainConfig:
+    """PeCo ViT-L/16, 800 epochs; the paper gives no settings of its own for it.
+
+    Source: Table 1 (86.5% after fine-tuning). LayerScale 1e-5 is BEiT's for this size; the rest is ViT-B's, which is
+        our choice.
+    Command: pecobook pretrain paper-vit-l --data IMAGENET --tokenizer runs/codebook --out runs/vit
+    Cost: 190 GFLOP an image from a token bank, so 1.9e20: about 180 hours of one H100 at 300 TFLOP/s. Estimated.
+    Result: not yet run.
+    """
+    args = '{"init_values": 1e-05, "use_rel_pos_bias": false, "use_shared_rel_pos_bias": true}'
+    return dataclasses.replace(paper(), model=BackboneConfig(name="beit_large_patch16_224", args=args))
+
+
+def paper_vit_h() -> PretrainConfig:
+    """PeCo ViT-H/14, 800 epochs; the paper gives neither settings nor patch size for it.
+
+    Source: Table 1 (87.5% after fine-tuning). Ours: patches of 14, so 16 x 16 tokens, for which the tokenizer sees
+        crops resized to 256 pixels; 98 of 256 masked, the same share; absolute positions, LayerScale 1e-5, drop path
+        0.2.
+    Command: pecobook pretrain paper-vit-h --data IMAGENET --tokenizer runs/codebook --out runs/vit
+    Cost: 510 GFLOP an image from a token bank, so 5.2e20: about 480 hours of one H100 at 300 TFLOP/s. Estimated.
+    Result: not yet run.
+    """
+    return dataclasses.replace(
+        paper(),
+        model=BackboneConfig(name="vit_huge_patch14_224", args='{"init_values": 1e-05}'),
+        tokenizer_size=256,
+        mask=MaskConfig(num_masked=98),
+        drop_path=0.2,
+    )
