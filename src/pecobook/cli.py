@@ -22,6 +22,7 @@ _TRAINING = {
 }
 _OTHERS = {
     "tokenize": "the tokens of named views of your images, once, for pretrain --tokens",
+    "bench": "how fast pre-training runs here, and where time goes",
     "export": "a run's weights for timm, transformers or ONNX",
     "probe": "linear probe and k-NN of a backbone, or of a tokenizer's codewords",
     "demo": "the whole story on built-in photographs, with a report, in minutes",
@@ -67,7 +68,14 @@ def _dispatch(args: list[str]) -> None:
     if command in _TRAINING:
         _train(command, rest)
     else:
-        {"tokenize": _tokenize, "export": _export, "probe": _probe, "demo": _demo, "recipes": _recipes}[command](rest)
+        {
+            "tokenize": _tokenize,
+            "export": _export,
+            "bench": _bench,
+            "probe": _probe,
+            "demo": _demo,
+            "recipes": _recipes,
+        }[command](rest)
 
 
 def _help() -> str:
@@ -107,6 +115,16 @@ def _export(args: list[str]) -> None:
 
     run = ["--run", args.pop(0)] if args and not args[0].startswith("-") else []
     export(parse(ExportConfig(), [*run, *args], "export"))
+
+
+def _bench(args: list[str]) -> None:
+    from pecobook.benching import BenchConfig, bench
+
+    if not args or args[0] not in ("pretrain", "-h", "--help"):
+        raise ConfigError("'bench' measures pretrain: pecobook bench pretrain [RECIPE] [--flag value ...]")
+    rest = args[1:] if args[0] == "pretrain" else args
+    recipe = ["--recipe", rest.pop(0)] if rest and not rest[0].startswith("-") else []
+    bench(parse(BenchConfig(), [*recipe, *rest], "bench pretrain"))
 
 
 def _probe(args: list[str]) -> None:

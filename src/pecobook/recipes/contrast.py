@@ -72,7 +72,7 @@ def paper() -> ContrastConfig:
     Source: PeCo section 4 (100 epochs); MoCo v3, arXiv 2104.02057 (learning rate 1.5e-4 x batch / 256, weight
         decay 0.1, warm-up 40 of 300 epochs).
     Command: pecobook contrast paper --data IMAGENET --out runs/contrast
-    Cost: 140 GFLOP an image (two views, two encoders), so 1.8e19: about 25 hours of one H100 at 200 TFLOP/s. Estimated.
+    Cost: 280 GFLOP an image (two views, two encoders), so 3.6e19: about 50 hours of one H100 at 200 TFLOP/s. Estimated.
     Result: not yet run. MoCo v3 reports 76.7% linear probe after 300 epochs.
     """
     return ContrastConfig(
@@ -86,7 +86,7 @@ def paper_resnet50() -> ContrastConfig:
     Source: MoCo v3's public configuration: LARS, lr 0.6 x batch / 256 at batch 4,096, weight decay 1e-6, temperature 1,
         smallest crop 0.2, warm-up 10 epochs, momentum 0.99 to 1.
     Command: pecobook contrast paper-resnet50 --data IMAGENET --out runs/contrast
-    Cost: 33 GFLOP an image, so 4.2e18: about 12 hours of one H100 at 100 TFLOP/s. Estimated.
+    Cost: 66 GFLOP an image, so 8.4e18: about 24 hours of one H100 at 100 TFLOP/s. Estimated.
     Result: not yet run. MoCo v3 reports 68.9% linear probe.
     """
     return ContrastConfig(

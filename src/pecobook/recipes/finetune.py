@@ -56,7 +56,7 @@ def paper() -> FinetuneConfig:
 
     Source: section 4; mixup, CutMix, RandAugment, smoothing, erasing and batch are BEiT's.
     Command: pecobook finetune paper --data IMAGENET --backbone runs/vit --out runs/classifier
-    Cost: 53 GFLOP an image, so 6.8e18: about 7 hours of one H100 at 300 TFLOP/s. Estimated.
+    Cost: 106 GFLOP an image, so 1.4e19: about 13 hours of one H100 at 300 TFLOP/s. Estimated.
     Result: not yet run. The paper: 84.5% from 800 epochs of pre-training, 84.1% from 300.
     """
     return FinetuneConfig(optim=OptimConfig(lr=4e-3, lr_batch_size=1024, warmup="20 epochs", layer_decay=0.65))
@@ -67,7 +67,7 @@ def paper_vit_l() -> FinetuneConfig:
 
     Source: Table 1 (86.5%); the paper gives no settings for it, these are BEiT's.
     Command: pecobook finetune paper-vit-l --data IMAGENET --backbone runs/vit --out runs/classifier
-    Cost: 185 GFLOP an image, so 1.2e19: about 11 hours of one H100 at 300 TFLOP/s. Estimated.
+    Cost: 370 GFLOP an image, so 2.4e19: about 22 hours of one H100 at 300 TFLOP/s. Estimated.
     Result: not yet run.
     """
     return dataclasses.replace(

@@ -71,8 +71,8 @@ def paper() -> PretrainConfig:
         drop path 0.1; warm-up, clipping, relative positions and LayerScale are BEiT's. Another batch scales the rate in
         proportion.
     Command: pecobook pretrain paper --data IMAGENET --tokenizer runs/codebook --out runs/vit
-    Cost: 56 GFLOP an image from a token bank, counted, so 5.7e19: about 55 hours of one H100 at 300 TFLOP/s. With the
-        tokenizer in each step 123 GFLOP. Estimated.
+    Cost: 108 GFLOP an image from a token bank, counted, so 1.1e20: about 100 hours of one H100 at 300 TFLOP/s. With the
+        tokenizer in each step 175 GFLOP. Estimated.
     Result: not yet run.
     """
     return PretrainConfig(max_steps="800 epochs", optim=_BEIT)
@@ -83,7 +83,8 @@ def paper_vit_b_300() -> PretrainConfig:
 
     Source: Table 2 (84.1% after fine-tuning), Tables 5 to 7, 10 and 12.
     Command: pecobook pretrain paper-vit-b-300 --data IMAGENET --tokenizer runs/codebook --out runs/vit
-    Cost: 56 GFLOP an image from a token bank, counted, so 2.1e19: about 20 hours of one H100 at 300 TFLOP/s. Estimated.
+    Cost: 108 GFLOP an image from a token bank, counted, so 4.2e19: about 40 hours of one H100 at 300 TFLOP/s.
+        Estimated.
     Result: not yet run.
     """
     return dataclasses.replace(paper(), max_steps="300 epochs")
@@ -95,7 +96,7 @@ def paper_vit_l() -> PretrainConfig:
     Source: Table 1 (86.5% after fine-tuning). LayerScale 1e-5 is BEiT's for this size; the rest is ViT-B's, which is
         our choice.
     Command: pecobook pretrain paper-vit-l --data IMAGENET --tokenizer runs/codebook --out runs/vit
-    Cost: 190 GFLOP an image from a token bank, so 1.9e20: about 180 hours of one H100 at 300 TFLOP/s. Estimated.
+    Cost: 375 GFLOP an image from a token bank, so 3.8e20: about 360 hours of one H100 at 300 TFLOP/s. Estimated.
     Result: not yet run.
     """
     args = '{"init_values": 1e-05, "use_rel_pos_bias": false, "use_shared_rel_pos_bias": true}'
@@ -109,7 +110,7 @@ def paper_vit_h() -> PretrainConfig:
         crops resized to 256 pixels; 98 of 256 masked, the same share; absolute positions, LayerScale 1e-5, drop path
         0.2.
     Command: pecobook pretrain paper-vit-h --data IMAGENET --tokenizer runs/codebook --out runs/vit
-    Cost: 510 GFLOP an image from a token bank, so 5.2e20: about 480 hours of one H100 at 300 TFLOP/s. Estimated.
+    Cost: 1.0 TFLOP an image from a token bank, so 1.0e21: about 950 hours of one H100 at 300 TFLOP/s. Estimated.
     Result: not yet run.
     """
     return dataclasses.replace(

@@ -118,15 +118,18 @@ class PretrainStage(Stage):
 
     Args:
         config: all settings.
+        tokenizer: the tokenizer; None loads the one that the settings name.
     """
 
     mean: Tensor
     std: Tensor
 
-    def __init__(self, config: PretrainConfig) -> None:
+    def __init__(self, config: PretrainConfig, tokenizer: Any = None) -> None:
         super().__init__()
         self.config = config
-        self.tokenizer: Any = load_tokenizer(config.tokenizer) if config.target == "tokens" else None
+        self.tokenizer: Any = None
+        if config.target == "tokens":
+            self.tokenizer = tokenizer or load_tokenizer(config.tokenizer)
         backbone = create(config.model.name, num_classes=0, drop_path_rate=config.drop_path, **backbone_args(config))
         initialise_beit(backbone)
         self.patch = int(config.image_size // patch_grid(backbone)[0])

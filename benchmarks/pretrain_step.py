@@ -1,0 +1,148 @@
+"""One pre-training step of ViT-B/16 beside transformers' BeitForMaskedImageModeling: equal model, batch, masks.
+
+    python -m benchmarks.pretrain_step --batch-size 8          # on a CPU
+    python -m benchmarks.pretrain_step --batch-size 128        # on a GPU
+
+Each row is a process of its own: forward, backward, AdamW. The last rows are whole arrangements: BEiT's, with DALL-E's
+tokenizer looking at 112-pixel crops in every step and everything in fp32; and ours from a token bank. Images are random
+and on the device; weights are random, which costs the same.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+SHARED = {"init_values": 0.1, "use_rel_pos_bias": False, "use_shared_rel_pos_bias": True}
+NUM_MASKED, VOCABULARY = 75, 8192
+
+
+def ours(images: Tensor, mask: Tensor, codes: Tensor) -> tuple[nn.Module, Callable[[], Tensor]]:
+    import timm
+
+    from pecobook.models.masked_vit import MaskedImageModel, at_positions, masked_positions
+
+    backbone = timm.create_model("beit_base_patch16_224", num_classes=0, drop_path_rate=0.1, **SHARED)
+    model = MaskedImageModel(backbone, VOCABULARY)
+
+    def loss() -> Tensor:
+        targets = at_positions(codes.flatten(1), masked_positions(mask, NUM_MASKED))
+        return nn.functional.cross_entropy(model(images, mask, NUM_MASKED).float(), targets)
+
+    return model, loss
+
+
+def transformers(images: Tensor, mask: Tensor, codes: Tensor) -> tuple[nn.Module, Callable[[], Tensor]]:
+    from transformers import BeitConfig, BeitForMaskedImageModeling
+
+    config = BeitConfig(
+        vocab_size=VOCABULARY,
+        use_mask_token=True,
+        use_shared_relative_position_bias=True,
+        layer_scale_init_value=0.1,
+        drop_path_rate=0.1,
+    )
+    model = BeitForMaskedImageModeling(config)
+    flat = mask.flatten(1)
+
+    def loss() -> Tensor:
+        found: Tensor = model(images, bool_masked_pos=flat, labels=codes[mask]).loss
+        return found
+
+    return model, loss
+
+
+def beit(images: Tensor, mask: Tensor, codes: Tensor) -> tuple[nn.Module, Callable[[], Tensor]]:
+    from pecobook.models.dalle import DalleTokenizer
+
+    tokenizer = DalleTokenizer().eval().requires_grad_(False).to(images.device)
+    small = nn.functional.interpolate(images.clamp(0, 1), (112, 112), mode="bicubic", antialias=True)
+    model, ready = transformers(images, mask, codes)
+
+    def loss() -> Tensor:
+        codes.copy_(tokenizer.encode(small))
+        return ready()
+
+    return model, loss
+
+
+ROWS: dict[str, tuple[Callable[..., Any], str, bool]] = {
+    "pecobook, fp32": (ours, "fp32", False),
+    "transformers, fp32": (transformers, "fp32", False),
+    "pecobook, bf16": (ours, "bf16", False),
+    "transformers, bf16": (transformers, "bf16", False),
+    "pecobook, bf16, compiled": (ours, "bf16", True),
+    "transformers, bf16, compiled": (transformers, "bf16", True),
+    "BEiT's arrangement: DALL-E's tokenizer in each step, transformers, fp32": (beit, "fp32", False),
+}
+
+
+def measure(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
+    from pecobook.data.masking import blockwise_mask
+
+    make, precision, compiled = ROWS[name]
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    torch.manual_seed(0)
+    B = arguments.batch_size
+    images = torch.randn(B, 3, 224, 224, device=device)
+    generator = torch.Generator().manual_seed(0)
+    masks = [blockwise_mask((14, 14), num_masked=NUM_MASKED, min_block=16, generator=generator) for _ in range(B)]
+    codes = torch.randint(VOCABULARY, (B, 14, 14), device=device)
+    model, loss = make(images, torch.stack(masks).to(device), codes)
+    model.to(device).train()
+    if compiled:
+        model.compile()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=device.type == "cuda")
+    wait: Callable[[], object] = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+
+    def step() -> float:
+        began = time.perf_counter()
+        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+            value = loss()
+        value.backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+        optimizer.zero_grad()
+        wait()
+        return time.perf_counter() - began
+
+    for _ in range(3 if device.type == "cuda" else 1):
+        step()
+    seconds = sorted(step() for _ in range(arguments.repeats))
+    memory = torch.cuda.max_memory_allocated() / 2**20 if device.type == "cuda" else 0.0
+    return {"seconds": seconds[len(seconds) // 2], "mib": memory}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--rows", nargs="+", default=list(ROWS), choices=list(ROWS))
+    parser.add_argument("--row", default="", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.row:
+        print(json.dumps(measure(arguments.row, arguments)))
+        return
+    print("| | images/s | s/step | MiB |\n|---|---|---|---|")
+    for name in arguments.rows:
+        words = ["--batch-size", str(arguments.batch_size), "--repeats", str(arguments.repeats), "--row", name]
+        done = subprocess.run(
+            [sys.executable, "-m", "benchmarks.pretrain_step", *words], capture_output=True, text=True, check=False
+        )
+        if done.returncode:
+            print(f"| {name} | failed: {done.stderr.strip().splitlines()[-1]} | | |", flush=True)
+            continue
+        row = json.loads(done.stdout.splitlines()[-1])
+        speed = arguments.batch_size / row["seconds"]
+        print(f"| {name} | {speed:.2f} | {row['seconds']:.2f} | {row['mib'] or '-'} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
