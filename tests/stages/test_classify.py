@@ -1,23 +1,31 @@
 from __future__ import annotations
 
 import dataclasses
+import random
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
 from torch import Tensor
 
+from pecobook.analysis.confusion import confusion_matrix, confusion_picture
 from pecobook.config import OptimConfig, replace
+from pecobook.data.augment import random_erasing
+from pecobook.data.images import open_images
 from pecobook.errors import ConfigError
 from pecobook.recipes import recipe
 from pecobook.stages.classify import KIND, ClassifyStage, FinetuneConfig, mix
-from tests.runs import SMALL
+from tests.runs import SMALL, logged, train
 
 
 def settings(vit: Path, **more: Any) -> FinetuneConfig:
     config: FinetuneConfig = replace(recipe("finetune", "tiny"), {**SMALL["finetune"], "backbone": str(vit)})
-    return dataclasses.replace(config, **{"drop_path": 0.0, "mixup": 0.0, "cutmix": 0.0, **more})
+    return dataclasses.replace(config, **{"drop_path": 0.0, "mixup": 0.0, "cutmix": 0.0, "random_erasing": 0.0, **more})
 
 
 def make(vit: Path, classes: int = 3, **more: Any) -> ClassifyStage:
@@ -32,6 +40,7 @@ def batch(count: int = 6, classes: int = 3) -> dict[str, Tensor]:
     return {
         "image": torch.randint(256, (count, 3, 16, 16), dtype=torch.uint8, generator=generator),
         "label": torch.arange(count) % classes,
+        "index": torch.arange(count),
     }
 
 
@@ -46,18 +55,21 @@ def test_forward__smoothed_cross_entropy_in_training(vit_run: Path) -> None:
         exact = -scores[range(6), given["label"].tolist()].mean()
         output = stage.eval()(given)
     assert float(output.loss) == pytest.approx(float(exact), rel=1e-5)
-    assert float(output.metrics["top1"]) == pytest.approx(
-        100 * float((scores.argmax(1) == given["label"]).float().mean())
-    )
-    assert "top5" not in output.metrics
+    found = stage.summarise(output.rows, {})
+    assert found == pytest.approx({"top1": 100 * float((scores.argmax(1) == given["label"]).float().mean())})
 
 
 def test_forward__top5_with_enough_classes(vit_run: Path) -> None:
     stage = make(vit_run, classes=7).eval()
     with torch.no_grad():
-        metrics = stage(batch(7, 7)).metrics
-    assert metrics["top1"] <= metrics["top5"] < 100.1
-    assert float(metrics["top5"]) * 7 / 100 == pytest.approx(round(float(metrics["top5"]) * 7 / 100), abs=1e-4)
+        rows = stage(batch(7, 7)).rows
+        images = (batch(7, 7)["image"].float() / 255 - stage.mean) / stage.std
+        order = stage.network(images).argsort(1, descending=True)
+    assert torch.equal(rows["classes"], order[:, :5])
+    labels = torch.arange(7)[:, None]
+    expected = {"top1": (order[:, :1] == labels).any(1), "top5": (order[:, :5] == labels).any(1)}
+    found = stage.summarise(rows, {})
+    assert found == pytest.approx({name: 100 * float(hit.float().mean()) for name, hit in expected.items()})
 
 
 def numbered(count: int = 4, size: int = 8) -> tuple[Tensor, Tensor]:
@@ -134,8 +146,6 @@ def test_parameter_groups__rates_fall_by_layer_and_hold_every_weight_once(vit_ru
 
 
 def test_stage__begins_with_the_weights_of_its_backbone_and_a_quiet_head(vit_run: Path) -> None:
-    from safetensors.torch import load_file
-
     stage = ClassifyStage(settings(vit_run), ("a", "b"))
     exported = load_file(vit_run / "export" / "model.safetensors")
     own = stage.network.state_dict()
@@ -148,16 +158,97 @@ def test_stage__begins_with_the_weights_of_its_backbone_and_a_quiet_head(vit_run
 
 
 def test_view__augmentation_is_a_function_of_the_key_and_leaves_the_generator(vit_run: Path) -> None:
-    view = KIND.view(settings(vit_run, rand_augment=9, random_erasing=0.5))
+    view = KIND.view(settings(vit_run, rand_augment="rand-m9-mstd0.5-inc1"))
     image = torch.randint(256, (3, 40, 48), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    torch.manual_seed(3)
+    random.seed(3)
+    np.random.seed(3)
+    drawn = random.random(), np.random.random()
+    random.seed(3)
+    np.random.seed(3)
     first = [view(image, key)["image"] for key in range(6)]
-    drawn = torch.rand(2)
-    torch.manual_seed(3)
-    assert torch.equal(torch.rand(2), drawn)
+    assert (random.random(), np.random.random()) == drawn
     assert all(torch.equal(view(image, key)["image"], first[key]) for key in range(6))
     assert len({crop.numpy().tobytes() for crop in first}) == 6
     assert all(crop.shape == (3, 16, 16) and crop.dtype == torch.uint8 for crop in first)
+
+
+def test_random_erasing__fills_rectangles_by_torchs_generator() -> None:
+    images = torch.full((40, 3, 16, 16), 7.0)
+    torch.manual_seed(2)
+    erased = random_erasing(images.clone(), 0.5)
+    torch.manual_seed(2)
+    assert torch.equal(random_erasing(images.clone(), 0.5), erased)
+    touched = (erased != 7).all(1)  # (40, 16, 16)
+    share = float(touched.any((1, 2)).float().mean())
+    assert 0.25 < share < 0.75
+    for mask in touched[touched.any((1, 2))]:
+        rows, columns = mask.any(1).nonzero(), mask.any(0).nonzero()
+        assert bool(mask[rows.min() : rows.max() + 1, columns.min() : columns.max() + 1].all())  # one rectangle
+    assert torch.equal(random_erasing(images.clone(), 0.0), images)
+
+
+def test_average__follows_the_weights_and_is_what_is_evaluated_and_exported(vit_run: Path, tmp_path: Path) -> None:
+    stage = make(vit_run, average=0.9)
+    assert stage.averaged is not None
+    stage.averaged.load_state_dict(stage.network.state_dict())
+    before = {name: value.clone() for name, value in stage.network.state_dict().items()}
+    with torch.no_grad():
+        for parameter in stage.network.parameters():
+            parameter.add_(1.0)
+    stage.after_step(1, 100)  # decay 2 / 11 at first
+    for name, value in stage.averaged.named_parameters():
+        torch.testing.assert_close(value.detach(), before[name] + 9 / 11)
+    stage.after_step(1000, 2000)
+    for name, value in stage.averaged.named_parameters():
+        torch.testing.assert_close(value.detach(), before[name] + 1 - 0.9 * (2 / 11))
+    with torch.no_grad():
+        given = batch()
+        images = (given["image"].float() / 255 - stage.mean) / stage.std
+        expected = F.cross_entropy(stage.averaged.eval()(images), given["label"])
+        assert float(stage.eval()(given).loss) == pytest.approx(float(expected), rel=1e-5)
+    stage.export(tmp_path, stage.state_dict())
+    exported = load_file(tmp_path / "model.safetensors")
+    assert all(torch.equal(value, exported[name]) for name, value in stage.averaged.state_dict().items())
+    grouped = {id(p) for group in stage.parameter_groups(OptimConfig()) for p in group["params"]}
+    assert grouped == {id(p) for p in stage.network.parameters()}
+
+
+def test_train__leaves_predictions_and_a_confusion_picture(images: Path, vit_run: Path, tmp_path: Path) -> None:
+    run = train("finetune", images, tmp_path / "run", backbone=str(vit_run), average=0.5)
+    table = pq.read_table(run / "predictions.parquet").to_pylist()
+    held_out = open_images(str(images)).evaluation
+    assert [row["image"] for row in table] == [held_out.identify(index) for index in range(len(held_out))]
+    assert held_out.labels is not None
+    assert held_out.classes is not None
+    right = 0
+    for row, label in zip(table, held_out.labels, strict=True):
+        assert row["label"] == held_out.classes[label]
+        assert row["prediction"] == row["best"][0]
+        assert row["correct"] == (row["label"] == row["prediction"])
+        assert row["probabilities"] == sorted(row["probabilities"], reverse=True)
+        assert sum(row["probabilities"]) == pytest.approx(1, abs=1e-4)
+        right += row["correct"]
+    assert logged(run)[-1]["evaluation/top1"] == pytest.approx(100 * right / len(table))
+    assert (run / "samples" / "confusion.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_confusion_matrix__counts_rows_by_label() -> None:
+    found = confusion_matrix(torch.tensor([0, 0, 1, 2, 2, 2]), torch.tensor([0, 1, 1, 2, 0, 2]), 3)
+    assert found.tolist() == [[1, 1, 0], [0, 1, 0], [1, 0, 2]]
+    assert confusion_picture([0, 1], [1, 1], ("$a_", "<b>")).startswith(b"\x89PNG")  # type: ignore[arg-type]
+
+
+def test_evaluation__takes_the_middle_of_the_image(vit_run: Path) -> None:
+    image = torch.zeros(3, 32, 48, dtype=torch.uint8)
+    image[:, 8:24, 16:32] = 200
+    view = KIND.evaluation_view(settings(vit_run, eval_crop=0.5))(image, 0)["image"]
+    assert torch.equal(view, torch.full((3, 16, 16), 200, dtype=torch.uint8))
+
+
+@pytest.mark.parametrize("policy", ["m9", "rand-x9"])
+def test_check__refuses_a_policy_that_timm_does_not_know(policy: str, vit_run: Path) -> None:
+    with pytest.raises(ConfigError, match="is not in timm's words"):
+        KIND.check(settings(vit_run, rand_augment=policy))
 
 
 def test_check__needs_a_backbone() -> None:

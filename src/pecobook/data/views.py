@@ -81,17 +81,17 @@ def random_crop(image: Tensor, size: int, view_key: int, *, min_area: float) -> 
     return resize(crop.flip(2) if u[40] < 0.5 else crop, size, size)
 
 
-def center_crop(image: Tensor, size: int) -> Tensor:
-    """The central square, resized: uint8 (C, H, W) to uint8 (C, size, size)."""
+def center_crop(image: Tensor, size: int, *, share: float = 1.0) -> Tensor:
+    """The central square, `share` of the shorter side, resized: uint8 (C, H, W) to uint8 (C, size, size)."""
     height, width = image.shape[1:]
-    side = min(height, width)
+    side = max(round(min(height, width) * share), 1)
     top, left = (height - side) // 2, (width - side) // 2
     return resize(image[:, top : top + side, left : left + side], size, size)
 
 
-def central_view(image: Tensor, view_key: int, *, size: int) -> dict[str, Tensor]:  # noqa: ARG001
+def central_view(image: Tensor, view_key: int, *, size: int, share: float = 1.0) -> dict[str, Tensor]:  # noqa: ARG001
     """The view of a held-out image, the same for every key: {"image": uint8 (C, size, size)}."""
-    return {"image": center_crop(image, size)}
+    return {"image": center_crop(image, size, share=share)}
 
 
 def resize(image: Tensor, height: int, width: int) -> Tensor:

@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     from lightning_fabric import Fabric
 
 
+_WITHOUT_WORKERS = 2048  # images of a rank
+
+
 class Evaluation(NamedTuple):
     """What one evaluation found, the same on all ranks but for the pictures."""
 
@@ -28,6 +31,8 @@ class Evaluation(NamedTuple):
     """Names begin with `evaluation/`."""
     pictures: dict[str, Tensor]
     """Of this rank's first batch."""
+    rows: dict[str, Tensor]
+    """Of all held-out images looked at, on the host."""
 
 
 @torch.no_grad()
@@ -41,6 +46,7 @@ def evaluate(
     num_images: int,
     batch_size: int,
     seed: int,
+    workers: int = 0,
 ) -> Evaluation:
     """Look at held-out images, and at all of `reference`.
 
@@ -53,16 +59,18 @@ def evaluate(
         num_images: most held-out images looked at.
         batch_size: most images at once on a device.
         seed: of what is random in a forward pass.
+        workers: data-loading processes; they are not started for a few images.
     """
     model.eval()
-    found = _look(fabric, model, held_out, num_images=num_images, batch_size=batch_size, seed=seed)
+    how = {"batch_size": batch_size, "seed": seed, "workers": workers}
+    found = _look(fabric, model, held_out, num_images=num_images, **how)
     metrics = mean_over_ranks(fabric, found.metrics)
     if found.rows:
         known: dict[str, Tensor] = {}
         if reference is not None:
-            known = _look(fabric, model, reference, num_images=len(reference), batch_size=batch_size, seed=seed).rows
+            known = _look(fabric, model, reference, num_images=len(reference), **how).rows
         metrics |= {f"evaluation/{name}": value for name, value in stage.summarise(found.rows, known).items()}
-    return Evaluation(metrics, found.pictures)
+    return Evaluation(metrics, found.pictures, found.rows)
 
 
 class _Look(NamedTuple):
@@ -71,14 +79,17 @@ class _Look(NamedTuple):
     pictures: dict[str, Tensor]
 
 
-def _look(fabric: Fabric, model: Any, stream: Stream, *, num_images: int, batch_size: int, seed: int) -> _Look:
+def _look(
+    fabric: Fabric, model: Any, stream: Stream, *, num_images: int, batch_size: int, seed: int, workers: int
+) -> _Look:
     """Means of metrics over this rank's images; rows of all ranks, on the host."""
     count = max(min(num_images, len(stream)) // fabric.world_size, 1)  # of each rank
     batches = list(_batches(count, batch_size, fabric.global_rank, fabric.world_size))
     metrics: dict[str, Tensor] = {}
     rows: dict[str, list[Tensor]] = {}
     pictures: dict[str, Tensor] = {}
-    for number, batch in enumerate(load(stream, batches, workers=0, pin=False)):
+    workers = workers if count > _WITHOUT_WORKERS else 0
+    for number, batch in enumerate(load(stream, batches, workers=workers, pin=False)):
         torch.manual_seed(key(seed, 2**32 + number) >> 1)
         output = model(_to_device(batch, fabric.device))
         for name, value in {"loss": output.loss, **output.metrics}.items():

@@ -32,6 +32,8 @@ from pecobook.errors import PecobookError
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
 
+    from pecobook.data.images import ImageSource
+
 
 class StageOutput(NamedTuple):
     """What a stage's forward returns."""
@@ -61,6 +63,9 @@ class Trainable(Protocol):
 
     def summarise(self, rows: dict[str, Tensor], known: dict[str, Tensor]) -> dict[str, float]:
         """Metrics of the rows of all evaluated images, given those of training images."""
+
+    def report(self, folder: Path, rows: dict[str, Tensor], source: ImageSource) -> None:
+        """Write what the rows of the last evaluation are good for; `source` names the images."""
 
 
 class Outcome(NamedTuple):
@@ -253,10 +258,13 @@ class _Loop:
             num_images=self.config.evaluation_images,
             batch_size=self.micro,
             seed=self.config.seed,
+            workers=self.workers,
         )
         self.last_metrics = found.metrics
         if self.sinks:
             self._write_evaluation(step, found.pictures)
+            if step == self.total and found.rows:
+                self.stage.report(self.out, found.rows, self.evaluation.source)
         self._mark += time.monotonic() - began  # the speed shown is that of training
         return self.last_metrics
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from functools import partial
 from pathlib import Path
@@ -11,7 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pecobook.config import OptimConfig, TrainConfig, between
+from pecobook.config import OptimConfig, TrainConfig, between, positive
+from pecobook.data.augment import check_policy, rand_augment, random_erasing
 from pecobook.data.images import ImageSource
 from pecobook.data.sampler import key
 from pecobook.data.stream import Batch, ViewFunction
@@ -19,6 +21,7 @@ from pecobook.data.views import central_view, random_crop, to_float
 from pecobook.engine.loop import StageOutput
 from pecobook.engine.optim import layer_decay_groups
 from pecobook.errors import ConfigError
+from pecobook.models.contrastive import follow
 from pecobook.models.weights import Backbone, export_backbone, load_backbone
 from pecobook.stages.stage import Stage, StageKind
 
@@ -39,10 +42,16 @@ class FinetuneConfig(TrainConfig):
     """Alpha of CutMix; 0 leaves it out. Every batch gets one of the two, by a fair coin."""
     label_smoothing: float = 0.1
     """Probability mass spread over all classes."""
-    rand_augment: int = 9
-    """Magnitude of RandAugment, of 31, with two operations; 0 leaves it out."""
+    rand_augment: str = "rand-m9-mstd0.5-inc1"
+    """RandAugment in timm's words: magnitude, its spread, increasing severity; empty leaves it out."""
     random_erasing: float = 0.25
-    """Probability of erasing a rectangle."""
+    """Probability of filling a rectangle with noise."""
+    average: float = 0.0
+    """Decay of an average of the weights, which is then evaluated and exported (BootMAE: 0.9998); 0 for none."""
+    eval_crop: float = 0.875
+    """Share of an image's shorter side that the central crop of evaluation takes (224 of 256)."""
+    evaluation_images: int = 50_000
+    """Most held-out images looked at in each evaluation."""
     min_crop: float = 0.08
     """Smallest share of an image's area that a random crop takes."""
     optim: OptimConfig = OptimConfig(lr=4e-3, warmup="20 epochs", layer_decay=0.65)
@@ -53,8 +62,8 @@ class FinetuneConfig(TrainConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        between(self, 0.0, 1.0, "drop_path", "label_smoothing", "random_erasing")
-        between(self, 0, 30, "rand_augment")
+        between(self, 0.0, 1.0, "drop_path", "label_smoothing", "random_erasing", "average", "eval_crop")
+        positive(self, "eval_crop")
 
 
 class ClassifyStage(Stage):
@@ -79,23 +88,50 @@ class ClassifyStage(Stage):
         if isinstance(head, nn.Linear):  # BEiT: a head that starts near zero leaves the backbone alone at first
             nn.init.trunc_normal_(head.weight, std=0.02 * 1e-3)
             nn.init.zeros_(head.bias)
+        self.averaged = copy.deepcopy(self.network).requires_grad_(False) if config.average else None
         self.register_buffer("mean", torch.tensor(backbone.mean)[:, None, None], persistent=False)
         self.register_buffer("std", torch.tensor(backbone.std)[:, None, None], persistent=False)
 
     def forward(self, batch: Batch) -> StageOutput:
-        """Cross-entropy of uint8 images (B, 3, H, W) and labels (B,)."""
+        """Cross-entropy of uint8 images (B, 3, H, W) and labels (B,); in evaluation also the five best classes."""
         images = (to_float(batch["image"]) - self.mean) / self.std
         labels = batch["label"]
         targets = F.one_hot(labels, len(self.classes)).float()
+        network = self.network if self.training or self.averaged is None else self.averaged
         if self.training:
+            images = random_erasing(images, self.config.random_erasing) if self.config.random_erasing else images
             images, targets = mix(images, targets, mixup=self.config.mixup, cutmix=self.config.cutmix)
-        logits = self.network(images).float()
+        logits = network(images).float()
         smoothing = self.config.label_smoothing if self.training else 0.0
         loss = F.cross_entropy(logits, targets, label_smoothing=smoothing)
-        metrics = {"top1": _top(logits, labels, 1)}
+        if self.training:
+            return StageOutput(loss, {"top1": _top(logits, labels, 1)})
+        best = logits.softmax(1).topk(min(5, len(self.classes)), 1)
+        rows = {"index": batch["index"], "label": labels, "classes": best.indices, "probabilities": best.values}
+        return StageOutput(loss, {}, rows=rows)
+
+    def summarise(self, rows: dict[str, Tensor], known: dict[str, Tensor]) -> dict[str, float]:  # noqa: ARG002
+        """Accuracy over all held-out images, in percent."""
+        hits = rows["classes"] == rows["label"][:, None]  # (N, 5)
+        found = {"top1": 100 * float(hits[:, 0].float().mean())}
         if len(self.classes) > 5:
-            metrics["top5"] = _top(logits, labels, 5)
-        return StageOutput(loss, metrics)
+            found["top5"] = 100 * float(hits.any(1).float().mean())
+        return found
+
+    def after_step(self, step: int, total: int) -> None:  # noqa: ARG002
+        """Move the average, quickly at first."""
+        if self.averaged is not None:
+            follow(self.averaged, self.network, min(self.config.average, (1 + step) / (10 + step)))
+            for own, other in zip(self.averaged.buffers(), self.network.buffers(), strict=True):
+                own.copy_(other)
+
+    def report(self, folder: Path, rows: dict[str, Tensor], source: ImageSource) -> None:
+        """Write predictions.parquet, and a picture of which classes are taken for which."""
+        from pecobook.analysis.confusion import confusion_picture, write_predictions
+
+        write_predictions(folder / "predictions.parquet", rows, self.classes, source)
+        picture = confusion_picture(rows["label"], rows["classes"][:, 0], self.classes)
+        (folder / "samples" / "confusion.png").write_bytes(picture)
 
     def parameter_groups(self, config: OptimConfig) -> list[dict[str, Any]]:
         """Groups with layer-wise learning rates."""
@@ -103,7 +139,8 @@ class ClassifyStage(Stage):
 
     def export(self, folder: Path, state: dict[str, Tensor]) -> str:
         """Write the classifier as a plain timm network with its classes."""
-        own = {name.removeprefix("network."): value for name, value in state.items() if name.startswith("network.")}
+        prefix = "network." if self.averaged is None else "averaged."
+        own = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
         return export_backbone(
             folder,
             own,
@@ -162,6 +199,7 @@ def _top(logits: Tensor, labels: Tensor, k: int) -> Tensor:
 
 
 def _check(config: FinetuneConfig) -> None:
+    check_policy(config.rand_augment)
     if not config.backbone:
         raise ConfigError("--backbone is missing: give a pretrain or contrast run, or timm:NAME.")
     load_for_classification(config)
@@ -171,37 +209,17 @@ def _build(config: FinetuneConfig, source: ImageSource) -> ClassifyStage:
     return ClassifyStage(config, source.classes or ())
 
 
-def _augmented_view(
-    image: Tensor, view_key: int, *, size: int, min_area: float, magnitude: int, erasing: float
-) -> dict[str, Tensor]:
-    from torchvision.transforms import v2
-
+def _augmented_view(image: Tensor, view_key: int, *, size: int, min_area: float, policy: str) -> dict[str, Tensor]:
     crop = random_crop(image, size, view_key, min_area=min_area)
-    operations: list[nn.Module] = []
-    if magnitude:
-        operations.append(v2.RandAugment(num_ops=2, magnitude=magnitude))
-    if erasing:
-        operations.append(v2.RandomErasing(p=erasing))
-    # torchvision draws from the global generator: give it this view's key, then put back what was there.
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(key(view_key, 3) >> 1)
-        for operation in operations:
-            crop = operation(crop)
-    return {"image": crop}
+    return {"image": rand_augment(crop, policy, key(view_key, 3)) if policy else crop}
 
 
 def _view(config: FinetuneConfig) -> ViewFunction:
-    return partial(
-        _augmented_view,
-        size=config.image_size,
-        min_area=config.min_crop,
-        magnitude=config.rand_augment,
-        erasing=config.random_erasing,
-    )
+    return partial(_augmented_view, size=config.image_size, min_area=config.min_crop, policy=config.rand_augment)
 
 
 def _evaluation_view(config: FinetuneConfig) -> ViewFunction:
-    return partial(central_view, size=config.image_size)
+    return partial(central_view, size=config.image_size, share=config.eval_crop)
 
 
 KIND: StageKind[FinetuneConfig] = StageKind(

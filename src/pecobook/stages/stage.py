@@ -47,6 +47,9 @@ class Stage(nn.Module):
         """Metrics of the rows that evaluation gathered, given the same rows of training images (empty without)."""
         return {}
 
+    def report(self, folder: Path, rows: dict[str, Tensor], source: ImageSource) -> None:
+        """Write into the run folder what the rows of the last evaluation are good for; on the first rank alone."""
+
     def export(self, folder: Path, state: dict[str, Tensor]) -> str:
         """Write the export folder from the full `state` of this stage; returns Python lines that load it."""
         raise NotImplementedError
