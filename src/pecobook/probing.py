@@ -8,14 +8,17 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
-
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from pecobook.config import positive
 from pecobook.errors import ConfigError, DataError, RunFolderError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from pecobook.data.images import ImageSource
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -44,16 +47,8 @@ class ProbeConfig:
         positive(self, "max_train", "max_test")
 
 
-@dataclasses.dataclass(frozen=True)
-class Labelled:
-    """Images and labels of both splits, read once."""
-
-    train_images: Tensor
-    """float (N, 3, S, S) in [0, 1]."""
-    train_labels: Tensor
-    test_images: Tensor
-    test_labels: Tensor
-    classes: tuple[str, ...]
+Features = Callable[["Tensor"], "dict[str, Tensor]"]
+"""Float images (B, 3, S, S) in [0, 1] to named features (B, F) on the host."""
 
 
 def probe(config: ProbeConfig | None = None, **settings: Any) -> dict[str, Any]:
@@ -63,20 +58,22 @@ def probe(config: ProbeConfig | None = None, **settings: Any) -> dict[str, Any]:
         PecobookError: no labels, no such network, or a file that cannot be written.
     """
     from pecobook.config import replace
+    from pecobook.data.images import open_images
 
     config = replace(config or ProbeConfig(), settings)
-    network, size = _open(config)
+    features, size = _open(config)
     if config.out and Path(config.out).exists():
         raise RunFolderError(f"--out '{config.out}' exists already: name another file.")
-    data = read_labelled(config.data, config.image_size or size, config.max_train, config.max_test)
-    _say(
-        f"{len(data.train_labels):,} training and {len(data.test_labels):,} test images of {len(data.classes)} classes"
-    )
-    results = probe_features(
-        network(data.train_images), network(data.test_images), data.train_labels, data.test_labels, seed=config.seed
-    )
-    for name, result in results.items():
-        _say(f"{name:<7} {result['accuracy']:.1f} ± {result['standard_error']:.1f} %   ({result['features']})")
+    splits = open_images(config.data)
+    if splits.train.labels is None or splits.evaluation.labels is None:
+        raise DataError(
+            f"--data '{config.data}' has no labels: put the images of each class in a subfolder of its own."
+        )
+    side = config.image_size or size
+    train, train_labels = extract(splits.train, side, config.max_train, features, "training")
+    test, test_labels = extract(splits.evaluation, side, config.max_test, features, splits.evaluation_name)
+    results = probe_features(train, test, train_labels, test_labels, seed=config.seed)
+    _show(results, len(splits.train.classes or ()))
     if config.out:
         from pecobook.files import write_atomically
 
@@ -85,7 +82,7 @@ def probe(config: ProbeConfig | None = None, **settings: Any) -> dict[str, Any]:
     return results
 
 
-def _open(config: ProbeConfig) -> tuple[Any, int]:
+def _open(config: ProbeConfig) -> tuple[Features, int]:
     """What turns images into named features, and the side of the images it takes."""
     import torch
 
@@ -103,27 +100,56 @@ def _open(config: ProbeConfig) -> tuple[Any, int]:
     torch.manual_seed(config.seed)
     backbone = load_backbone(config.backbone, weights=config.weights or None, image_size=config.image_size or None)
     backbone.network.to(device)
-    return lambda images: backbone_features(backbone, images), backbone.image_size or 224
+    return lambda images: backbone_features(backbone, images, every_layer=True), backbone.image_size or 224
 
 
-def read_labelled(source: str, size: int, max_train: int, max_test: int) -> Labelled:
-    """Labelled images of both splits as central crops. Raises DataError when there are no labels."""
-    from pecobook.data.images import open_images
-    from pecobook.data.stream import read_all
-    from pecobook.data.views import to_float
+def extract(
+    source: ImageSource, size: int, limit: int, features: Features, what: str
+) -> tuple[dict[str, Tensor], Tensor]:
+    """Features of central crops, batch by batch, so that no more than a batch of pixels is held.
 
-    splits = open_images(source)
-    train, train_labels, _ = read_all(splits.train, size, limit=max_train)
-    test, test_labels, _ = read_all(splits.evaluation, size, limit=max_test)
-    if train_labels is None or test_labels is None:
-        raise DataError(f"--data '{source}' has no labels: put the images of each class in a subfolder of its own.")
-    return Labelled(to_float(train), train_labels, to_float(test), test_labels, splits.train.classes or ())
+    Args:
+        source: labelled images.
+        size: side of the crops, pixels.
+        limit: most images; a fixed permutation chooses them.
+        features: of a batch.
+        what: the images are, for the progress line.
+
+    Returns:
+        name to (N, F) in half precision, and labels int64 (N,).
+    """
+    from functools import partial
+
+    import torch
+
+    from pecobook.data.sampler import key, permute
+    from pecobook.data.stream import Stream, default_workers, load
+    from pecobook.data.views import central_view, to_float
+    from pecobook.engine.log import Progress
+
+    count = min(limit, len(source))
+    chosen = source.subset(permute(i, len(source), key(0, 1)) for i in range(count))
+    stream = Stream(chosen, partial(central_view, size=size), 0)
+    batches = [list(range(start, min(start + 256, count))) for start in range(0, count, 256)]
+    found: dict[str, list[Tensor]] = {}
+    labels: list[Tensor] = []
+    progress = Progress(total=count, start=0, name=f"features of {what} images", quiet=False)
+    workers = default_workers(1) if count > 2048 else 0
+    for number, batch in enumerate(load(stream, batches, workers=workers, pin=False)):
+        for name, value in features(to_float(batch["image"])).items():
+            found.setdefault(name, []).append(value.half() if value.abs().max() < 6e4 else value)
+        labels.append(batch["label"])
+        progress.show(batches[number][-1] + 1, {})
+    progress.close()
+    return {name: torch.cat(parts) for name, parts in found.items()}, torch.cat(labels)
 
 
 def probe_features(
     train: Mapping[str, Tensor], test: Mapping[str, Tensor], train_labels: Tensor, test_labels: Tensor, *, seed: int
 ) -> dict[str, dict[str, Any]]:
-    """Linear probe and k-NN; among several sets of features, the one with the best validation accuracy is reported.
+    """Linear probe and k-NN of the set of features, among several, that does best on a validation part of training.
+
+    Where a set `... mean` has a set `... class` beside it, both together are tried too, as `... mean + class`.
 
     Args:
         train: name to (N, F) features of training images.
@@ -133,18 +159,50 @@ def probe_features(
         seed: of the validation part.
 
     Returns:
-        {"linear", "knn"}, each with accuracy and standard_error (percent), features (the chosen set) and correct (a
-        list of M booleans).
+        {"linear", "knn"}, each with accuracy and standard_error (percent), features (the chosen set), correct
+        (M booleans) and, in linear, layers (name to validation accuracy).
     """
-    from pecobook.analysis.probe import knn_probe, linear_probe
+    from pecobook.analysis.probe import knn_probe, linear_probe, validation_accuracy
 
-    linear = {name: linear_probe(train[name], train_labels, test[name], test_labels, seed=seed) for name in train}
-    best = max(linear, key=lambda name: linear[name].validation_accuracy or 0.0)
-    knn = knn_probe(train[best], train_labels, test[best], test_labels)
-    return {
+    sets = _sets(list(train))
+    layers = {name: validation_accuracy(_joined(train, parts), train_labels, seed=seed) for name, parts in sets.items()}
+    best = max(layers, key=lambda name: layers[name])
+    own, other = (_joined(features, sets[best]) for features in (train, test))
+    linear = linear_probe(own, train_labels, other, test_labels, seed=seed)
+    knn = knn_probe(own, train_labels, other, test_labels)
+    found = {
         kind: {**result.summary(), "features": best, "correct": result.correct.tolist()}
-        for kind, result in (("linear", linear[best]), ("knn", knn))
+        for kind, result in (("linear", linear), ("knn", knn))
     }
+    found["linear"]["layers"] = {name: round(value, 2) for name, value in layers.items()}
+    return found
+
+
+def _sets(names: list[str]) -> dict[str, list[str]]:
+    """Every set by itself, and mean and class token of a layer together."""
+    found = {name: [name] for name in names}
+    for name in names:
+        layer = name.removesuffix(" mean")
+        if layer != name and f"{layer} class" in names:
+            found[f"{layer} mean + class"] = [name, f"{layer} class"]
+    return found
+
+
+def _joined(features: Mapping[str, Tensor], names: list[str]) -> Tensor:
+    import torch
+
+    return torch.cat([features[name].float() for name in names], 1)
+
+
+def _show(results: dict[str, dict[str, Any]], num_classes: int) -> None:
+    layers = results["linear"]["layers"]
+    if len(layers) > 1:
+        _say("validation accuracy of a quick linear probe, by which the features are chosen:")
+        for name, value in layers.items():
+            _say(f"  {name:<24} {value:5.1f} %{'  <' if name == results['linear']['features'] else ''}")
+    for name, result in results.items():
+        _say(f"{name:<7} {result['accuracy']:.1f} ± {result['standard_error']:.1f} %   ({result['features']})")
+    _say(f"{num_classes} classes, {len(results['linear']['correct']):,} held-out images")
 
 
 def _say(text: str) -> None:
