@@ -42,7 +42,7 @@ def measure(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
     stage.tokenizer.quantizer._started = True  # the codebook's start is not part of a step
     if arguments.compile:
         stage.compile()
-    optimizer = build_optimizer(stage.parameter_groups(config.optim), config.optim, on_gpu=device.type == "cuda")
+    optimizer = build_optimizer(stage.parameter_groups(config.optim), config.optim)
     side = config.image_size
     batch = {"image": torch.randint(256, (arguments.batch_size, 3, side, side), dtype=torch.uint8, device=device)}
     wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None

@@ -100,7 +100,7 @@ def measure(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
     model.to(device).train()
     if compiled:
         model.compile()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=device.type == "cuda")
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
     wait: Callable[[], object] = torch.cuda.synchronize if device.type == "cuda" else lambda: None
 
     def step() -> float:

@@ -122,7 +122,7 @@ class _Bench:
         if config.compile:
             stage.model.compile()
         groups = stage.parameter_groups(settings.optim)
-        self.optimizer = build_optimizer(groups, settings.optim, on_gpu=device.type == "cuda")
+        self.optimizer = build_optimizer(groups, settings.optim)
         self.batch = _random_batch(stage, settings, device)
 
     @contextmanager

@@ -85,7 +85,7 @@ def test_layer_decay_groups__of_one_are_all_equal() -> None:
 def test_build_optimizer__passes_every_setting_on(name: Any, kind: type[torch.optim.Optimizer]) -> None:
     layer = nn.Linear(2, 2)
     config = OptimConfig(name=name, lr=0.1, betas=(0.8, 0.7), eps=1e-3, weight_decay=0.2)
-    optimizer = build_optimizer(parameter_groups(layer, config), config, on_gpu=False)
+    optimizer = build_optimizer(parameter_groups(layer, config), config)
     assert type(optimizer) is kind
     assert all(
         (group["lr"], group["betas"], group["eps"]) == (0.1, (0.8, 0.7), 1e-3) for group in optimizer.param_groups
@@ -97,7 +97,7 @@ def test_build_optimizer__adamw_decays_apart_from_the_gradient() -> None:
     layer = nn.Linear(3, 1, bias=False)
     before = layer.weight.detach().clone()
     config = OptimConfig(lr=0.1, weight_decay=0.5)
-    optimizer = build_optimizer(parameter_groups(layer, config), config, on_gpu=False)
+    optimizer = build_optimizer(parameter_groups(layer, config), config)
     layer.weight.grad = torch.zeros_like(layer.weight)
     optimizer.step()
     torch.testing.assert_close(layer.weight.detach(), before * (1 - 0.1 * 0.5))
@@ -106,12 +106,12 @@ def test_build_optimizer__adamw_decays_apart_from_the_gradient() -> None:
 def test_set_learning_rate__scales_each_group() -> None:
     network = beit()
     config = OptimConfig(layer_decay=0.5, lr=1.0)
-    optimizer = build_optimizer(layer_decay_groups(network, config), config, on_gpu=False)
+    optimizer = build_optimizer(layer_decay_groups(network, config), config)
     for lr in (0.3, 0.2):  # not cumulative
         set_learning_rate(optimizer, lr)
         for group in optimizer.param_groups:
             assert group["lr"] == pytest.approx(lr * group["lr_scale"])
-    plain = build_optimizer(parameter_groups(network, config), config, on_gpu=False)
+    plain = build_optimizer(parameter_groups(network, config), config)
     set_learning_rate(plain, 0.7)
     assert {group["lr"] for group in plain.param_groups} == {0.7}
 
@@ -126,7 +126,7 @@ def test_build_optimizer__lars_is_layer_wise_adaptive_with_momentum() -> None:
     torch.manual_seed(0)
     module = nn.Linear(3, 2)
     config = OptimConfig(name="lars", lr=0.7, betas=(0.9, 0.0), weight_decay=0.01)
-    optimizer = build_optimizer(parameter_groups(module, config), config, on_gpu=False)
+    optimizer = build_optimizer(parameter_groups(module, config), config)
     weight, bias = (p.detach().double().numpy().copy() for p in (module.weight, module.bias))
     momentum = [np.zeros_like(weight), np.zeros_like(bias)]
     for step in range(4):

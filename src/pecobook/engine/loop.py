@@ -128,7 +128,8 @@ class _Loop:
         if config.compile:
             stage.compile()
         self.model = fabric.setup_module(stage)
-        self.optimizer = build_optimizer(stage.parameter_groups(config.optim), config.optim, on_gpu=on_gpu)
+        fused = config.precision != "fp16"
+        self.optimizer = build_optimizer(stage.parameter_groups(config.optim), config.optim, fused=fused)
         self.stepper: Any = fabric.setup_optimizers(self.optimizer)
         self.precision: Any = fabric.strategy.precision
         self.start = 0
