@@ -37,6 +37,7 @@ def cifar10() -> ContrastConfig:
     """The small ResNet on CIFAR-10's 50,000 images, 100 epochs at batch 512.
 
     Command: pecobook contrast cifar10 --data CIFAR10 --out runs/contrast
+    Cost: 0.36 GFLOP an image, counted; 590 images/s on 2 CPU cores, measured, so 2.4 hours there.
     Result: not yet run.
     """
     return dataclasses.replace(
@@ -55,6 +56,8 @@ def tiny_imagenet() -> ContrastConfig:
     """A ResNet-18 on 64-pixel images, 200 epochs at batch 512.
 
     Command: pecobook contrast tiny-imagenet --data TINY_IMAGENET --out runs/contrast
+    Cost: 4.0 GFLOP an image, counted; 73 images/s on 2 CPU cores, measured: for 38,000 images 29 hours there, so this
+        one wants a GPU.
     Result: not yet run.
     """
     return dataclasses.replace(
