@@ -217,6 +217,30 @@ def test_forward__with_a_known_count_is_forward_with_a_counted_one(model: Masked
     assert_close(model(pictures(), mask, 5), model(pictures(), mask))
 
 
+def test_forward__with_a_known_count_runs_the_last_perceptron_on_masked_positions_alone(
+    model: MaskedImageModel,
+) -> None:
+    seen: list[tuple[int, ...]] = []
+    for block in model.backbone.blocks:  # type: ignore[union-attr]
+        block.mlp.register_forward_pre_hook(lambda _module, inputs: seen.append(tuple(inputs[0].shape[:2])))
+    total = model.backbone.num_prefix_tokens + 12  # type: ignore[operator]
+    model(pictures(), even_mask(), 5)
+    assert seen == [(2, total), (2, total), (2, 5)]
+    seen.clear()
+    model.hidden(pictures(), even_mask())
+    assert seen == [(2, total)] * 3
+
+
+def test_forward__with_a_known_count_has_the_same_gradients(model: MaskedImageModel) -> None:
+    mask, gradients = even_mask(), []
+    for more in ((), (5,)):
+        model.zero_grad()
+        model(pictures(), mask, *more).square().mean().backward()
+        gradients.append({name: p.grad for name, p in model.named_parameters()})
+    for name, gradient in gradients[0].items():
+        assert_close(gradient, gradients[1][name], atol=1e-6, rtol=1e-4)
+
+
 # ------------------------------------------------------------------------------------------- the accelerated form
 
 

@@ -59,6 +59,7 @@ class MaskedImageModel(nn.Module):
         nn.init.zeros_(self.head.bias)
         self._mask: Tensor | None = None
         backbone.patch_embed.register_forward_hook(self._hide)  # type: ignore[union-attr]
+        self._last = _LastBlock(backbone)
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -74,6 +75,14 @@ class MaskedImageModel(nn.Module):
 
     def hidden(self, images: Tensor, mask: Tensor | None) -> Tensor:
         """Last hidden vectors of all patches, (B, N, D); no patch is hidden when `mask` is None."""
+        return self._run(images, mask)[:, self._num_prefix :]
+
+    @property
+    def _num_prefix(self) -> int:
+        return int(self.backbone.num_prefix_tokens)  # type: ignore[arg-type]
+
+    def _run(self, images: Tensor, mask: Tensor | None) -> Tensor:
+        """Normed last hidden vectors (B, prefix + N, D), or (B, M, D) of those that the last block was asked for."""
         self._mask = mask
         try:
             tokens = self.backbone.forward_features(images)  # type: ignore[operator]
@@ -81,7 +90,7 @@ class MaskedImageModel(nn.Module):
             self._mask = None
         if isinstance(self.backbone.norm, nn.Identity):  # timm then keeps the last norm for after the pooling
             tokens = self.backbone.fc_norm(tokens)  # type: ignore[operator]
-        return tokens[:, tokens.shape[1] - self.grid[0] * self.grid[1] :]  # type: ignore[no-any-return]
+        return tokens  # type: ignore[no-any-return]
 
     def forward(self, images: Tensor, mask: Tensor, num_masked: int | None = None) -> Tensor:
         """Logits at masked positions.
@@ -94,10 +103,56 @@ class MaskedImageModel(nn.Module):
         Returns:
             (number masked, K), images in order, positions row by row.
         """
-        hidden = self.hidden(images, mask)  # (B, N, D)
-        if num_masked is None:
-            return self.head(hidden[mask.flatten(1)])  # type: ignore[no-any-return]
-        return self.head(at_positions(hidden, masked_positions(mask, num_masked)))  # type: ignore[no-any-return]
+        if num_masked is None or not self._last.known:
+            return self.head(self.hidden(images, mask)[mask.flatten(1)])  # type: ignore[no-any-return]
+        self._last.positions = masked_positions(mask, num_masked) + self._num_prefix  # (B, M)
+        try:
+            hidden = self._run(images, mask)  # (B, M, D)
+        finally:
+            self._last.positions = None
+        return self.head(hidden.flatten(0, 1))  # type: ignore[no-any-return]
+
+
+class _LastBlock:
+    """Takes the place of the last block's forward, and leaves out what nobody reads.
+
+    Only masked positions are read of the last block, and its multi-layer perceptron works on each token by itself: so
+    it runs on M of N tokens, which spares 3 to 4% of a ViT-B's step. Attention needs all of them.
+    """
+
+    def __init__(self, backbone: nn.Module) -> None:
+        from timm.models import beit, vision_transformer
+
+        self.positions: Tensor | None = None
+        block: Any = backbone.blocks[-1]  # type: ignore[index]
+        self.block = block
+        kinds = {beit.Block: self._beit, vision_transformer.Block: self._vit}
+        run = kinds.get(type(block))
+        self.known = run is not None
+        if run is not None:
+            self._whole = block.forward
+            block.forward = run
+
+    def _rows(self, x: Tensor) -> Tensor:
+        """Tokens (B, N, D) at the positions: (B, M, D)."""
+        assert self.positions is not None
+        rows = torch.arange(len(x), device=x.device)[:, None]
+        return x[rows, self.positions]
+
+    def _vit(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if self.positions is None:
+            return self._whole(x, *args, **kwargs)  # type: ignore[no-any-return]
+        own = self.block
+        x = self._rows(x + own.drop_path1(own.ls1(own.attn(own.norm1(x), *args, **kwargs))))
+        return x + own.drop_path2(own.ls2(own.mlp(own.norm2(x))))  # type: ignore[no-any-return]
+
+    def _beit(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if self.positions is None:
+            return self._whole(x, *args, **kwargs)  # type: ignore[no-any-return]
+        own = self.block
+        scale1, scale2 = (1.0, 1.0) if own.gamma_1 is None else (own.gamma_1, own.gamma_2)
+        x = self._rows(x + own.drop_path1(scale1 * own.attn(own.norm1(x), *args, **kwargs)))
+        return x + own.drop_path2(scale2 * own.mlp(own.norm2(x)))  # type: ignore[no-any-return]
 
 
 class VisibleOnlyModel(nn.Module):
