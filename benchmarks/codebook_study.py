@@ -16,12 +16,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import statistics
+import shutil
 import subprocess
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +28,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.judges import Judge
+from benchmarks.runs import ONE_THREAD, command, records, side_by_side, table
 
 MOCO = ("--perceptual.network", "MOCO", "--perceptual.layers", "3", "4")
 SQUEEZENET = ("--perceptual.network", "torchvision:squeezenet1_1", "SQUEEZENET")
@@ -95,16 +95,6 @@ CAFFE = [
     "--perceptual.bgr",
     "true",
 ]
-
-
-def command(*words: str) -> None:
-    """Run a pecobook command in a one-thread process."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
-    done = subprocess.run(
-        [sys.executable, "-m", "pecobook", *words], env=environment, capture_output=True, text=True, check=False
-    )
-    if done.returncode:
-        raise SystemExit(f"pecobook {' '.join(words)} failed:\n{done.stderr[-2000:]}")
 
 
 def measure(run: Path, arguments: argparse.Namespace, seed: int) -> dict[str, Any]:
@@ -190,11 +180,10 @@ def run_arm(arm: str, seed: int, length: int, arguments: argparse.Namespace) -> 
     flags += ["--caffe"] if arguments.caffe else []
     subprocess.run(
         [sys.executable, "-m", "benchmarks.codebook_study", "--measure", job, *flags],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        env=ONE_THREAD,
         check=True,
     )
-    for folder in ("checkpoints",):
-        subprocess.run(["rm", "-rf", str(out / folder)], check=True)
+    shutil.rmtree(out / "checkpoints")
 
 
 def _contrast_folder(arguments: argparse.Namespace, seed: int) -> Path:
@@ -209,26 +198,10 @@ def _contrast(seed: int, arguments: argparse.Namespace) -> None:
         command("contrast", "tiny", *own, *length)
 
 
-def table(out: Path) -> str:
-    """Markdown: mean and standard deviation over seeds of every arm and length."""
-    found: dict[tuple[int, str], list[dict[str, Any]]] = {}
-    for file in sorted(out.glob("*.json")):
-        record = json.loads(file.read_text())
-        found.setdefault((record["length"], record["arm"]), []).append(record)
-    lines = [f"| steps | arm | seeds | {' | '.join(TITLES.values())} |", "|" + "---|" * (3 + len(TITLES))]
+def show(out: Path) -> str:
+    """The table of everything that is done."""
     order = list(ARMS)
-    for (length, arm), records in sorted(found.items(), key=lambda item: (item[0][0], order.index(item[0][1]))):
-        cells = [_cell([record.get(name) for record in records]) for name in TITLES]
-        lines.append(f"| {length} | {arm} | {len(records)} | {' | '.join(cells)} |")
-    return "\n".join(lines)
-
-
-def _cell(values: list[float | None]) -> str:
-    numbers = [value for value in values if value is not None]
-    if not numbers:
-        return "-"
-    spread = f" ± {statistics.stdev(numbers):.2f}" if len(numbers) > 1 else ""
-    return f"{statistics.mean(numbers):.2f}{spread}"
+    return table(records(out), ["length", "arm"], TITLES, lambda key: (key[0], order.index(key[1])))
 
 
 def main() -> None:
@@ -260,11 +233,10 @@ def main() -> None:
         return
     if not arguments.table:
         out.mkdir(parents=True, exist_ok=True)
-        with ThreadPoolExecutor(arguments.processes) as pool:
-            _ = [f.result() for f in [pool.submit(_contrast, seed, arguments) for seed in arguments.seeds]]
-            jobs = [(a, s, n) for n in arguments.lengths for s in arguments.seeds for a in arguments.arms]
-            _ = [f.result() for f in [pool.submit(run_arm, *job, arguments) for job in jobs]]
-    print(table(out))
+        side_by_side((partial(_contrast, seed, arguments) for seed in arguments.seeds), arguments.processes)
+        jobs = [(a, s, n) for n in arguments.lengths for s in arguments.seeds for a in arguments.arms]
+        side_by_side((partial(run_arm, *job, arguments) for job in jobs), arguments.processes)
+    print(show(out))
 
 
 if __name__ == "__main__":
