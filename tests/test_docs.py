@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import shlex
 from pathlib import Path
@@ -10,28 +11,61 @@ import pytest
 
 from pecobook import cli
 from pecobook.config import flags
-from pecobook.recipes import recipe
+from pecobook.errors import ConfigError
+from pecobook.exporting import ExportConfig
+from pecobook.probing import ProbeConfig
+from pecobook.recipes import RECIPES, recipe
+from pecobook.tokenizing import default_config
 
 DOCS = Path(__file__).parent.parent / "docs"
 
 
-def flags_in(text: str) -> list[str]:
-    """Pieces of code that begin with a flag of `pecobook codebook`."""
-    pieces = re.findall(r"`(--[^`]+)`", text)
-    return [
-        piece for piece in pieces if piece.startswith(("--perceptual", "--quantizer", "--model", "--adv", "--expl"))
+def pieces_in(page: str) -> list[list[str]]:
+    """Words of every piece of code that begins with a flag."""
+    return [shlex.split(piece) for piece in re.findall(r"`(--[^`]+)`", (DOCS / page).read_text())]
+
+
+def understood(words: list[str]) -> bool:
+    """Whether some training command takes these flags; a flag alone is only spoken of."""
+    for command in RECIPES:
+        config = recipe(command, "paper")
+        known = {"resume": bool, **flags(type(config))}
+        if len(words) == 1 and words[0].removeprefix("--") in known:
+            return True
+        if len(words) > 1:
+            with contextlib.suppress(ConfigError):
+                cli.parse(config, words, f"{command} paper")
+                return True
+    return False
+
+
+@pytest.mark.parametrize(("page", "least"), [("codebook.md", 25), ("pretraining.md", 15)])
+def test_guides__every_flag_is_understood(page: str, least: int) -> None:
+    pieces = pieces_in(page)
+    assert len(pieces) >= least
+    assert [words for words in pieces if not understood(words)] == []
+    assert not understood(["--perceptual.network"[:-1], "x"])
+
+
+@pytest.mark.parametrize("page", ["pretraining.md"])
+def test_guides__every_command_is_understood(page: str) -> None:
+    lines = [
+        line
+        for block in re.findall(r"```sh\n(.*?)```", (DOCS / page).read_text(), flags=re.DOTALL)
+        for line in block.splitlines()
     ]
-
-
-def test_codebook__every_flag_is_understood() -> None:
-    pieces = flags_in((DOCS / "codebook.md").read_text())
-    assert len(pieces) > 20
-    for piece in pieces:
-        name, *values = shlex.split(piece)
-        if values:  # a flag alone is only spoken of
-            cli.parse(recipe("codebook", "paper"), [name, *values], "codebook paper")
+    assert len(lines) >= 7
+    for line in lines:
+        program, command, *words = shlex.split(line)
+        assert program == "pecobook"
+        name = words.pop(0) if not words[0].startswith("-") else ""
+        if command in RECIPES:
+            cli.parse(recipe(command, name), words, f"{command} {name}")
+        elif command == "tokenize":
+            cli.parse(default_config(name), words, "tokenize")
         else:
-            assert name.removeprefix("--") in flags(type(recipe("codebook", "paper"))), name
+            kind = {"probe": ProbeConfig, "export": ExportConfig}[command]
+            cli.parse(kind(), words, command)
 
 
 @pytest.mark.parametrize("page", sorted(DOCS.glob("*.md")), ids=lambda page: page.name)

@@ -18,7 +18,7 @@ from pecobook.models.quantizer import QuantizerConfig
 from pecobook.models.tokenizer import PerceptualTokenizer
 from pecobook.recipes import recipe
 from pecobook.stages.codebook import CodebookConfig, CodebookStage
-from tests.runs import SMALL, losses, train
+from tests.runs import SMALL, inputs, logged, losses, train
 
 NETWORK = PerceptualConfig(network="timm:resnet10t", weights="random", layers=(1, 2), weight=0.7)
 
@@ -326,3 +326,18 @@ def test_compile__changes_nothing_but_rounding(images: Path, tmp_path: Path) -> 
     plain = train("codebook", images, tmp_path / "plain", **network)
     compiled = train("codebook", images, tmp_path / "compiled", **network, compile=True)
     assert losses(compiled) == pytest.approx(losses(plain), rel=1e-3)
+
+
+@pytest.mark.parametrize(("command", "layers"), [("contrast", (3, 4)), ("pretrain", (1, 2))])
+def test_train__under_a_run_of_ours(
+    command: str, layers: tuple[int, ...], images: Path, codebook_run: Path, tmp_path: Path
+) -> None:
+    network = train(command, images, tmp_path / "network", **inputs(command, codebook_run, codebook_run))
+    run = train(
+        "codebook",
+        images,
+        tmp_path / "run",
+        **{"perceptual.network": str(network), "perceptual.layers": layers, "max_steps": "3"},
+    )
+    assert logged(run)[-1]["perceptual"] > 0
+    assert logged(run)[-1]["evaluation/perceptual"] > 0
