@@ -3,13 +3,10 @@
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from pecobook.analysis.codewords import (
     bag_of_codes,
     code_gallery,
-    code_labels_information,
     code_usage,
     mean_codewords,
 )
@@ -49,17 +46,6 @@ def test_bag_of_codes_is_a_unit_vector_of_rooted_shares() -> None:
     bag = bag_of_codes(codes.numpy(), 5)
     torch.testing.assert_close(bag.norm(dim=1), torch.ones(6))
     assert float(bag[2, 3] ** 2) == pytest.approx(float((codes[2] == 3).float().mean()))
-
-
-@settings(deadline=None, max_examples=30)
-@given(st.integers(0, 10_000), st.integers(1, 7), st.integers(1, 6))
-def test_information_equals_scikit_learn(seed: int, k: int, classes: int) -> None:
-    from sklearn.metrics import mutual_info_score
-
-    rng = np.random.default_rng(seed)
-    codes, labels = rng.integers(0, k, (9, 3, 3)), rng.integers(0, classes, 9) * 3
-    nats = mutual_info_score(codes.reshape(-1), np.repeat(labels, 9))
-    assert code_labels_information(codes, labels, k) == pytest.approx(nats / np.log(2), abs=1e-9)
 
 
 def test_gallery_holds_only_patches_whose_code_it_is() -> None:

@@ -97,24 +97,6 @@ def bag_of_codes(codes: Array, num_codewords: int) -> Tensor:
     return (bag / index.shape[1]).sqrt()
 
 
-def code_labels_information(codes: Array, labels: Array, num_codewords: int) -> float:
-    """Mutual information in bits between the code of a patch and the class of its image.
-
-    `codes` int (N, ...), `labels` int (N,). 0 when codes say nothing, at most log2 of the number of classes.
-    The plug-in estimate is biased upwards by about K C / (1.39 x number of patches) bits: compare codebooks
-    of one size on the same images only.
-    """
-    flat = as_numpy(codes).reshape(len(as_numpy(labels)), -1)
-    _, label = np.unique(as_numpy(labels), return_inverse=True)
-    num_labels = int(label.max()) + 1
-    cell = flat.astype(np.int64) * num_labels + label.reshape(-1, 1)
-    joint = np.bincount(cell.reshape(-1), minlength=num_codewords * num_labels).reshape(num_codewords, num_labels)
-    share = joint / joint.sum()
-    independent = share.sum(axis=1, keepdims=True) * share.sum(axis=0, keepdims=True)
-    seen = share > 0
-    return float(max((share[seen] * np.log2(share[seen] / independent[seen])).sum(), 0.0))
-
-
 def code_gallery(
     images: Tensor,
     codes: Array,

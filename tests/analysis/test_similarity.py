@@ -1,0 +1,127 @@
+"""Stability, two-alternative judgements and the map of the codebook."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+from pecobook.analysis.codebook_map import flatten, map_picture, neighbours
+from pecobook.analysis.similarity import (
+    agreement,
+    code_distance,
+    judge,
+    pixel_distance,
+    read_bapps,
+    shifted_and_blurred,
+)
+from pecobook.analysis.stability import blur, changes, jitter, jpeg, shift, stability
+from pecobook.errors import DataError
+from tests.analysis.fakes import GreyTokenizer
+
+
+def pictures(count: int = 4, side: int = 16) -> Tensor:
+    return torch.rand(count, 3, side, side, generator=torch.Generator().manual_seed(0))
+
+
+def test_stability_of_what_changes_nothing_is_whole() -> None:
+    tokenizer, images = GreyTokenizer(), pictures()
+    found = stability(tokenizer, images, tokenizer.encode(images), 4)
+    assert set(found) == set(changes(4))
+    assert found["none"] == 100
+    assert found["flip"] == 100  # means of patches do not know left from right
+    assert 0 <= found["blur, sigma 1"] < 100
+    flat = torch.full((2, 3, 16, 16), 0.5)
+    assert stability(tokenizer, flat, tokenizer.encode(flat), 4)["shift by 1 pixel"] == 100
+
+
+def test_changes_by_hand() -> None:
+    images = pictures()
+    moved = shift(images, 3)
+    assert torch.equal(moved[..., 3:, 3:], images[..., :-3, :-3])
+    assert torch.equal(moved[..., 0, 3:], images[..., 0, :-3])
+    assert blur(images, 2.0).var() < 0.2 * images.var()
+    grey = images[:, :1].expand(-1, 3, -1, -1)  # JPEG halves the resolution of colour
+    assert float((jpeg(grey, 95) - grey).abs().mean()) < 0.03
+    assert jpeg(images).shape == images.shape
+    torch.testing.assert_close(jitter(torch.full((1, 3, 4, 4), 0.4), 0.2), torch.full((1, 3, 4, 4), 0.48))
+
+
+def test_judge_counts_who_finds_the_shifted_copy_nearer() -> None:
+    images = pictures(6, 56)
+    shifted, blurred = shifted_and_blurred(images)
+    assert torch.equal(shifted, shift(images, 1))
+    found = judge(images, pixel_distance)
+    expected = ((images - shifted).flatten(1).norm(dim=1) < (images - blurred).flatten(1).norm(dim=1)).float()
+    assert found.right == pytest.approx(100 * float(expected.mean()))
+    assert judge(images, lambda _, y: (y - blurred).flatten(1).norm(dim=1)).right == 0
+    assert judge(images, lambda _, y: (y - shifted).flatten(1).norm(dim=1)).right == 100
+
+
+def test_code_distance_is_the_mean_distance_of_codewords() -> None:
+    tokenizer, x, y = GreyTokenizer(), pictures(3), 1 - pictures(3)
+    found = code_distance(tokenizer)(x, y)
+    first, second = tokenizer.encode(x), tokenizer.encode(y)
+    for image in range(3):
+        total = [
+            float((tokenizer.codebook[first[image, r, c]] - tokenizer.codebook[second[image, r, c]]).norm())
+            for r in range(4)
+            for c in range(4)
+        ]
+        assert float(found[image]) == pytest.approx(sum(total) / 16, rel=1e-5)
+    assert code_distance(tokenizer)(x, x).tolist() == [0, 0, 0]
+
+
+def write_triplets(folder: Path) -> None:
+    """Two triplets: people all prefer the second of the first, and a quarter of them the second of the other."""
+    for part, levels in {"ref": (100, 100), "p0": (200, 90), "p1": (101, 200)}.items():
+        (folder / part).mkdir(parents=True)
+        for number, level in enumerate(levels):
+            Image.fromarray(np.full((12, 16, 3), level, dtype=np.uint8)).save(folder / part / f"{number:06d}.png")
+    (folder / "judge").mkdir()
+    for number, share in enumerate((1.0, 0.25)):
+        np.save(folder / "judge" / f"{number:06d}.npy", np.array([share], dtype=np.float32))
+
+
+def test_bapps_scores_by_the_share_of_people(tmp_path: Path) -> None:
+    write_triplets(tmp_path / "val" / "cnn")
+    triplets = read_bapps(tmp_path, 8)
+    assert triplets.reference.shape == (2, 3, 8, 8)
+    assert triplets.prefer_second.tolist() == [1.0, 0.25]
+    # Pixels choose the second, then the first: all people agree, then three quarters.
+    assert agreement(triplets, pixel_distance) == pytest.approx(100 * (1.0 + 0.75) / 2)
+    assert agreement(triplets, lambda x, y: -pixel_distance(x, y)) == pytest.approx(100 * (0.0 + 0.25) / 2)
+
+
+def test_bapps_refuses_what_is_none(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="not in the layout of BAPPS"):
+        read_bapps(tmp_path, 8)
+    write_triplets(tmp_path)
+    (tmp_path / "p1" / "000001.png").unlink()
+    with pytest.raises(DataError, match=r"p1/000001\.png' of the judgements cannot be read"):
+        read_bapps(tmp_path, 8)
+
+
+def test_neighbours_are_the_nearest_others() -> None:
+    book = torch.tensor([[0.0, 0.0], [1.0, 0.0], [0.0, 3.0], [10.0, 0.0]])
+    assert neighbours(book, torch.tensor([0, 3]), 2).tolist() == [[1, 2], [1, 0]]
+    assert neighbours(book, torch.tensor([2]), 9).shape == (1, 3)
+
+
+@pytest.mark.parametrize("kind", ["tsne", "pca"])
+def test_flatten_keeps_clusters_together(kind: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    book = torch.cat([torch.randn(30, 8, generator=generator) + 40 * k for k in range(2)])
+    plane = flatten(book, kind=kind)  # type: ignore[arg-type]
+    assert plane.shape == (60, 2)
+    first, second = plane[:30].mean(0), plane[30:].mean(0)
+    assert np.linalg.norm(first - second) > 2 * np.linalg.norm(plane[:30] - first, axis=1).mean()
+    assert np.array_equal(flatten(book, kind=kind), plane)  # type: ignore[arg-type]
+    usage = np.arange(60) - 3
+    assert map_picture(plane, usage, title="usage").startswith(b"\x89PNG")
+    assert map_picture(plane, usage % 3, title="classes", labels=("a", "b", "c")).startswith(b"\x89PNG")
+    assert flatten(torch.randn(3, 1)).shape == (3, 2)
