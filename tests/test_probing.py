@@ -10,14 +10,14 @@ import torch
 from torch import Tensor
 
 from pecobook import cli
-from pecobook.analysis.features import backbone_features
+from pecobook.analysis.features import backbone_features, extract
 from pecobook.analysis.probe import linear_probe
 from pecobook.data.images import open_images
 from pecobook.data.stream import read_all
 from pecobook.data.views import to_float
 from pecobook.errors import DataError
 from pecobook.models.weights import load_backbone
-from pecobook.probing import extract, probe, probe_features
+from pecobook.probing import probe, probe_features
 from tests.runs import codebook_run, vit_run
 
 __all__ = ["codebook_run", "vit_run"]  # the fixtures
@@ -29,6 +29,7 @@ def test_extract__is_features_of_all_images(images: Path, vit_run: Path) -> None
         source, 16, 10_000, lambda pixels: backbone_features(backbone, pixels, every_layer=True), "training"
     )
     assert source.labels is not None
+    assert labels is not None
     assert len(labels) == len(source)
     pixels, own, _ = read_all(source, 16)
     expected = backbone_features(backbone, to_float(pixels), every_layer=True)

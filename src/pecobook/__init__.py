@@ -9,6 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from pecobook.analyzing import analyze
     from pecobook.api import codebook, contrast, export, finetune, pretrain, tokenize
     from pecobook.data.masking import blockwise_mask
     from pecobook.demonstration import demo
@@ -27,6 +28,7 @@ __all__ = [
     "PerceptualDistance",
     "PerceptualTokenizer",
     "VectorQuantizer",
+    "analyze",
     "blockwise_mask",
     "codebook",
     "contrast",
@@ -46,6 +48,7 @@ _HOMES = {
     "PerceptualDistance": "models.perceptual",
     "PerceptualTokenizer": "models.tokenizer",
     "VectorQuantizer": "models.quantizer",
+    "analyze": "analyzing",
     "blockwise_mask": "data.masking",
     "codebook": "api",
     "contrast": "api",

@@ -22,6 +22,7 @@ _TRAINING = {
 }
 _OTHERS = {
     "tokenize": "the tokens of named views of your images, once, for pretrain --tokens",
+    "analyze": "what the codewords of tokenizers mean: figures, galleries, a report",
     "bench": "how fast pre-training runs here, and where time goes",
     "export": "a run's weights for timm, transformers or ONNX",
     "probe": "linear probe and k-NN of a backbone, or of a tokenizer's codewords",
@@ -72,6 +73,7 @@ def _dispatch(args: list[str]) -> None:
             "tokenize": _tokenize,
             "export": _export,
             "bench": _bench,
+            "analyze": _analyze,
             "probe": _probe,
             "demo": _demo,
             "recipes": _recipes,
@@ -125,6 +127,12 @@ def _bench(args: list[str]) -> None:
     rest = args[1:] if args[0] == "pretrain" else args
     recipe = ["--recipe", rest.pop(0)] if rest and not rest[0].startswith("-") else []
     bench(parse(BenchConfig(), [*recipe, *rest], "bench pretrain"))
+
+
+def _analyze(args: list[str]) -> None:
+    from pecobook.analyzing import AnalyzeConfig, analyze
+
+    analyze(parse(AnalyzeConfig(), args, "analyze"))
 
 
 def _probe(args: list[str]) -> None:

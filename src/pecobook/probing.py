@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +18,7 @@ from pecobook.errors import ConfigError, DataError, RunFolderError
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from pecobook.data.images import ImageSource
+    from pecobook.analysis.features import Features
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -47,16 +47,13 @@ class ProbeConfig:
         positive(self, "max_train", "max_test")
 
 
-Features = Callable[["Tensor"], "dict[str, Tensor]"]
-"""Float images (B, 3, S, S) in [0, 1] to named features (B, F) on the host."""
-
-
 def probe(config: ProbeConfig | None = None, **settings: Any) -> dict[str, Any]:
     """Run both probes; prints a table and returns the figures (accuracies in percent).
 
     Raises:
         PecobookError: no labels, no such network, or a file that cannot be written.
     """
+    from pecobook.analysis.features import extract
     from pecobook.config import replace
     from pecobook.data.images import open_images
 
@@ -70,8 +67,11 @@ def probe(config: ProbeConfig | None = None, **settings: Any) -> dict[str, Any]:
             f"--data '{config.data}' has no labels: put the images of each class in a subfolder of its own."
         )
     side = config.image_size or size
-    train, train_labels = extract(splits.train, side, config.max_train, features, "training")
-    test, test_labels = extract(splits.evaluation, side, config.max_test, features, splits.evaluation_name)
+    train, train_labels = extract(splits.train, side, config.max_train, features, "features of training images")
+    name = f"features of {splits.evaluation_name} images"
+    test, test_labels = extract(splits.evaluation, side, config.max_test, features, name)
+    assert train_labels is not None
+    assert test_labels is not None
     results = probe_features(train, test, train_labels, test_labels, seed=config.seed)
     _show(results, len(splits.train.classes or ()))
     if config.out:
@@ -101,47 +101,6 @@ def _open(config: ProbeConfig) -> tuple[Features, int]:
     backbone = load_backbone(config.backbone, weights=config.weights or None, image_size=config.image_size or None)
     backbone.network.to(device)
     return lambda images: backbone_features(backbone, images, every_layer=True), backbone.image_size or 224
-
-
-def extract(
-    source: ImageSource, size: int, limit: int, features: Features, what: str
-) -> tuple[dict[str, Tensor], Tensor]:
-    """Features of central crops, batch by batch, so that no more than a batch of pixels is held.
-
-    Args:
-        source: labelled images.
-        size: side of the crops, pixels.
-        limit: most images; a fixed permutation chooses them.
-        features: of a batch.
-        what: the images are, for the progress line.
-
-    Returns:
-        name to (N, F) in half precision, and labels int64 (N,).
-    """
-    from functools import partial
-
-    import torch
-
-    from pecobook.data.sampler import key, permute
-    from pecobook.data.stream import Stream, default_workers, load
-    from pecobook.data.views import central_view, to_float
-    from pecobook.engine.log import Progress
-
-    count = min(limit, len(source))
-    chosen = source.subset(permute(i, len(source), key(0, 1)) for i in range(count))
-    stream = Stream(chosen, partial(central_view, size=size), 0)
-    batches = [list(range(start, min(start + 256, count))) for start in range(0, count, 256)]
-    found: dict[str, list[Tensor]] = {}
-    labels: list[Tensor] = []
-    progress = Progress(total=count, start=0, name=f"features of {what} images", quiet=False)
-    workers = default_workers(1) if count > 2048 else 0
-    for number, batch in enumerate(load(stream, batches, workers=workers, pin=False)):
-        for name, value in features(to_float(batch["image"])).items():
-            found.setdefault(name, []).append(value.half() if value.abs().max() < 6e4 else value)
-        labels.append(batch["label"])
-        progress.show(batches[number][-1] + 1, {})
-    progress.close()
-    return {name: torch.cat(parts) for name, parts in found.items()}, torch.cat(labels)
 
 
 def probe_features(

@@ -123,5 +123,5 @@ def test_flatten_keeps_clusters_together(kind: str) -> None:
     assert np.array_equal(flatten(book, kind=kind), plane)  # type: ignore[arg-type]
     usage = np.arange(60) - 3
     assert map_picture(plane, usage, title="usage").startswith(b"\x89PNG")
-    assert map_picture(plane, usage % 3, title="classes", labels=("a", "b", "c")).startswith(b"\x89PNG")
+    assert map_picture(plane, usage % 3, title="classes", num_classes=3).startswith(b"\x89PNG")
     assert flatten(torch.randn(3, 1)).shape == (3, 2)

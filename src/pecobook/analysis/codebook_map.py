@@ -5,7 +5,7 @@ Shapes: codebook float (K, D).
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -43,9 +43,9 @@ def flatten(codebook: Tensor, *, kind: Literal["tsne", "pca"] = "tsne", seed: in
     )
 
 
-def map_picture(plane: NDArray[np.float32], values: Array, *, title: str, labels: tuple[str, ...] = ()) -> bytes:
-    """Codewords (K, 2) as points, coloured by `values` (K,): usage on a logarithmic scale, or, with `labels`, the
-    number of a class; negative values are codewords that nothing uses, drawn as faint crosses. PNG.
+def map_picture(plane: NDArray[np.float32], values: Array, *, title: str, num_classes: int = 0) -> bytes:
+    """Codewords (K, 2) as points, coloured by `values` (K,): usage on a logarithmic scale, or, with
+    `num_classes`, the number of a class; negative values are codewords that nothing uses, drawn as faint crosses. PNG.
     """
     figure = new_figure(4.6, 4.2)
     axes = figure.add_subplot()
@@ -54,12 +54,16 @@ def map_picture(plane: NDArray[np.float32], values: Array, *, title: str, labels
     given = as_numpy(values).astype(np.float64)
     dead = given < 0
     axes.scatter(plane[dead, 0], plane[dead, 1], s=7, marker="x", color=INK, alpha=0.35, linewidths=0.6)
-    colour = given[~dead] if labels else np.log10(np.maximum(given[~dead], 1))
-    shown = axes.scatter(
-        plane[~dead, 0], plane[~dead, 1], s=9, c=colour, cmap="tab20" if labels else "viridis", linewidths=0
-    )
-    if not labels and (~dead).any():
+    colour = given[~dead] if num_classes else np.log10(np.maximum(given[~dead], 1))
+    colours = _class_colours(num_classes) if num_classes else {"cmap": "viridis"}
+    shown = axes.scatter(plane[~dead, 0], plane[~dead, 1], s=9, c=colour, linewidths=0, **colours)
+    if not num_classes and (~dead).any():
         bar = figure.colorbar(shown, ax=axes, fraction=0.04, pad=0.02)
         bar.set_label("patches, powers of ten", color=INK, fontsize=9)
         bar.ax.tick_params(colors=INK, labelcolor=INK, labelsize=8.5)
     return png(figure)
+
+
+def _class_colours(num_classes: int) -> dict[str, Any]:
+    """A colour of its own for each of a few classes; of many, neighbours in number share a hue."""
+    return {"cmap": "tab20" if num_classes <= 20 else "hsv", "vmin": 0, "vmax": max(num_classes - 1, 19)}

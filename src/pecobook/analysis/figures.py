@@ -81,6 +81,21 @@ def gallery_picture(gallery: Gallery, *, per_line: int = 6, title: str | None = 
     return png(axes.figure)  # type: ignore[arg-type]
 
 
+def position_map(codes: Tensor, num_codewords: int) -> bytes:
+    """How many different codewords occur at each place of the grid, as a share of what could: codes int (N, h, w)."""
+    N, h, w = codes.shape
+    different = codes.sort(0).values.diff(dim=0).ne(0).sum(0) + 1  # (h, w)
+    share = different.float() / min(N, num_codewords)
+    figure = new_figure(3.1, 3.1 * h / w + 0.4)
+    axes = figure.add_subplot()
+    axes.set_axis_off()
+    axes.set_title("different codewords at each place", color=INK, fontsize=10, loc="left")
+    shown = axes.imshow(share.numpy(), vmin=0, vmax=1, cmap="viridis")
+    bar = figure.colorbar(shown, ax=axes, fraction=0.046, pad=0.03)
+    bar.ax.tick_params(colors=INK, labelcolor=INK, labelsize=8.5)
+    return png(figure)
+
+
 def _sheet(width: float, height: float, unit: float) -> Axes:
     """Axes without any ink over a whole figure, in units of pictures, the origin at the top left."""
     figure = new_figure(width * unit, height * unit)

@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from pecobook.data.images import BadImage, ImageSource
 from pecobook.data.sampler import key, permute
+from pecobook.data.views import center_crop
 from pecobook.errors import DataError
 
 # A view function maps (uint8 image (C, H, W), key of this view) to named tensors.
@@ -110,25 +111,70 @@ def _stand_apart(_worker: int) -> None:
     os.setpgid(0, 0)
 
 
+class _CentralCrops(Dataset[dict[str, Any]]):
+    """Central crops of images by number; one that cannot be read has no image, only its name in `skipped`."""
+
+    def __init__(self, source: ImageSource, size: int) -> None:
+        self.source, self.size = source, size
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        try:
+            sample: dict[str, Any] = {"image": center_crop(self.source.read(index), self.size), "skipped": []}
+        except BadImage as error:
+            return {"skipped": [str(error)]}
+        if self.source.labels is not None:
+            sample["label"] = torch.tensor(int(self.source.labels[index]))
+        return sample
+
+
+def _collate_whole(samples: list[dict[str, Any]]) -> Batch:
+    whole = collate([sample for sample in samples if "image" in sample] or [{"skipped": []}])
+    return {**whole, "skipped": [name for sample in samples for name in sample["skipped"]]}
+
+
+def central_crops(
+    source: ImageSource, size: int, *, limit: int | None = None, batch_size: int = 128
+) -> Iterator[tuple[int, Batch]]:
+    """Read a source once (or the first `limit` images of a fixed permutation of it), without what cannot be read.
+
+    Yields:
+        how many images were asked for so far, and the batch: image uint8 (B, C, size, size), label int64 (B,) when the
+        source has labels, and what was skipped, alone where nothing of a batch could be read.
+
+    Raises:
+        DataError: none of the images can be read.
+    """
+    count = len(source) if limit is None else min(limit, len(source))
+    order = list(range(count))
+    if count < len(source):
+        order = [permute(i, len(source), key(0, 1)) for i in order]
+    loader: DataLoader[dict[str, Any]] = DataLoader(
+        _CentralCrops(source, size),
+        batch_sampler=[order[start : start + batch_size] for start in range(0, count, batch_size)],
+        num_workers=default_workers(1) if count > 2048 else 0,
+        collate_fn=_collate_whole,
+        worker_init_fn=_stand_apart,
+    )
+    read, first = 0, ""
+    for number, batch in enumerate(loader, start=1):
+        first = first or next(iter(batch["skipped"]), "")
+        read += len(batch.get("image", ()))
+        yield min(number * batch_size, count), batch
+    if not read:
+        raise DataError(f"None of the {count} images of '{source.name}' can be read; the first: {first}.")
+
+
 def read_all(source: ImageSource, size: int, *, limit: int | None = None) -> tuple[Tensor, Tensor | None, list[str]]:
-    """Read a source (or the first `limit` images of a fixed permutation of it) as central crops.
+    """All that `central_crops` yields, at once.
 
     Returns:
         images uint8 (N, C, size, size), labels int64 (N,) or None, and what could not be read.
     """
-    from pecobook.data.views import center_crop
-
-    count = len(source) if limit is None else min(limit, len(source))
-    order = range(count) if count == len(source) else [permute(i, len(source), key(0, 1)) for i in range(count)]
-    images, labels, skipped = [], [], []
-    for index in order:
-        try:
-            images.append(center_crop(source.read(index), size))
-        except BadImage as error:
-            skipped.append(str(error))
-            continue
-        if source.labels is not None:
-            labels.append(int(source.labels[index]))
-    if not images:
-        raise DataError(f"None of the {count} images of '{source.name}' can be read; the first: {skipped[0]}.")
-    return torch.stack(images), torch.tensor(labels) if source.labels is not None else None, skipped
+    batches = [batch for _, batch in central_crops(source, size, limit=limit)]
+    skipped = [name for batch in batches for name in batch["skipped"]]
+    whole = [batch for batch in batches if "image" in batch]
+    labels = torch.cat([batch["label"] for batch in whole]) if source.labels is not None else None
+    return torch.cat([batch["image"] for batch in whole]), labels, skipped

@@ -30,14 +30,13 @@ from pecobook.data.sampler import key
 from pecobook.data.stream import read_all
 from pecobook.data.views import to_float
 from pecobook.demonstration.plan import ARMS, PRETRAINED, DemoConfig, Job
-from pecobook.models.checkpoints import read_weights
-from pecobook.models.masked_vit import MaskedImageModel
 from pecobook.models.perceptual import PerceptualDistance
 from pecobook.models.tokenizer import PerceptualTokenizer
 from pecobook.models.weights import Backbone, load_backbone
 from pecobook.probing import probe_features
 from pecobook.stages.codebook import CodebookConfig
-from pecobook.stages.pretrain import PretrainConfig, make_mask
+from pecobook.stages.pretrain import make_mask
+from pecobook.stages.pretrained import load_masked_run
 
 Correct = npt.NDArray[np.bool_]
 
@@ -78,7 +77,7 @@ def measure(
     restored = {arm: look.restored[shown] for arm, look in looks.items()}
     pictures["reconstructions"] = figures.reconstruction_grid(images.test[shown], restored)
     pictures["usage"] = code_usage_chart({arm: look.counts for arm, look in looks.items()})
-    pictures["masked_prediction"] = _masked_pictures(jobs, tokenizers, images.test[shown], config.seed)
+    pictures["masked_prediction"] = _masked_pictures(jobs, images.test[shown], config.seed)
     results = {
         "data": config.data,
         "seed": config.seed,
@@ -186,34 +185,14 @@ def _spread(count: int, rows: int = 6) -> Tensor:
     return torch.linspace(0, count - 1, min(rows, count)).long()
 
 
-def _masked_pictures(
-    jobs: dict[str, Job], tokenizers: dict[str, PerceptualTokenizer], shown: Tensor, seed: int
-) -> bytes:
+def _masked_pictures(jobs: dict[str, Job], shown: Tensor, seed: int) -> bytes:
     decoded, masked = {}, shown
     for arm in PRETRAINED:
-        model, config = _masked_model(jobs[f"vit-{arm}"], tokenizers[arm].config.num_codewords)
-        grid = model.grid
-        mask = torch.stack([make_mask(key(seed, row), grid, config.mask) for row in range(len(shown))])
-        backbone = load_backbone(config.out)
-        mean, std = (torch.tensor(v)[:, None, None] for v in (backbone.mean, backbone.std))
-
-        def normalised(x: Tensor, m: Tensor, model: Any = model, mean: Tensor = mean, std: Tensor = std) -> Tensor:
-            device = _device()
-            return model((x.to(device) - mean.to(device)) / std.to(device), m.to(device))  # type: ignore[no-any-return]
-
-        prediction = predict_masked(normalised, tokenizers[arm], shown, mask)
-        decoded[arm] = decode_prediction(tokenizers[arm], prediction)
+        run = load_masked_run(jobs[f"vit-{arm}"].config.out).to(_device())
+        mask = torch.stack([make_mask(key(seed, row), run.grid, run.config.mask) for row in range(len(shown))])
+        decoded[arm] = decode_prediction(run, predict_masked(run, run, shown, mask))
         masked = hide(shown, mask)
     return figures.masked_prediction_grid(shown, masked, decoded)
-
-
-def _masked_model(job: Job, vocabulary: int) -> tuple[MaskedImageModel, PretrainConfig]:
-    config = job.config
-    assert isinstance(config, PretrainConfig)
-    model = MaskedImageModel(load_backbone(config.out).network, vocabulary)
-    head = read_weights(str(Path(config.out) / "export" / "mim.safetensors"))
-    model.load_state_dict(head, strict=False)
-    return model.eval().to(_device()), config
 
 
 def _comparisons(looks: dict[str, _Look], probes: dict[str, dict[str, dict[str, Any]]]) -> list[dict[str, Any]]:

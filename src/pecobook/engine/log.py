@@ -229,10 +229,12 @@ class Progress:
         if self.quiet:
             return
         left = (time.monotonic() - self._began) / max(step - self._start, 1) * (self.total - step)
-        loss = f"loss {metrics['loss']:.4f}" if "loss" in metrics else ""
-        rate = f"{metrics.get('images_per_second', 0):.0f} img/s"
-        wait = f"data wait {100 * metrics.get('data_wait', 0):.0f}%"
-        status = f"{loss}  {rate}  {wait}  left {duration(left)}"
+        parts = [
+            f"loss {metrics['loss']:.4f}" if "loss" in metrics else "",
+            f"{metrics['images_per_second']:.0f} img/s" if "images_per_second" in metrics else "",
+            f"data wait {100 * metrics['data_wait']:.0f}%" if "data_wait" in metrics else "",
+        ]
+        status = "  ".join([part for part in parts if part] + [f"left {duration(left)}"])
         if self._bar is not None:
             self._bar.update(self._task, completed=step, status=status)
         elif time.monotonic() - self._last_line > 5 or step == self.total:

@@ -1,0 +1,169 @@
+"""`pecobook analyze`: what the codewords of one or more tokenizers mean, in numbers, pictures and one page.
+
+subjects.py    what is analysed, opened and checked
+measure.py     figures of a tokenizer, on the same images as all others
+pictures.py    its pictures
+classifier.py  who classifies reconstructions
+masked.py      what pre-trained ViTs predict behind a mask
+page.py        the report
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from pecobook.config import between, positive, replace
+from pecobook.errors import ConfigError, PecobookError, PreflightError, RunFolderError
+
+__all__ = ["AnalyzeConfig", "analyze"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AnalyzeConfig:
+    """Find out what the codewords of one or more tokenizers mean, on your images."""
+
+    tokenizer: str = ""
+    """A codebook run, owner/name on the hub, dalle:FOLDER, or diffusers:FOLDER."""
+    against: tuple[str, ...] = ()
+    """More tokenizers, measured on the same images beside the first."""
+    backbone: tuple[str, ...] = ()
+    """Pretrain runs, whose predictions behind masks are shown side by side."""
+    data: str = "photos"
+    """Images: a folder, a parquet file or folder, tar shards, hf:owner/name, or photos (embedded)."""
+    out: str = ""
+    """Folder for analysis.json, report.html and pictures/. It must be new or empty, unless --overwrite is given."""
+    overwrite: bool = False
+    """Delete what is in --out first."""
+    classifier: str = ""
+    """A finetune run or timm:NAME that classifies reconstructions and originals; empty leaves it out."""
+    classifier_weights: str = ""
+    """A local file of weights for timm:NAME; empty takes the hub's."""
+    perceptual: str = ""
+    """A network (as codebook's --perceptual.network) whose distance is measured too; empty leaves it out."""
+    perceptual_layers: tuple[int | str, ...] = (3, 6, 9, 12)
+    """Its layers."""
+    perceptual_weights: str = ""
+    """A local file of its weights."""
+    judgements: str = ""
+    """A folder in the layout of BAPPS's two-alternative judgements; empty leaves it out."""
+    codewords: tuple[int, ...] = ()
+    """Codewords that get a gallery beside random and most-used ones."""
+    max_train: int = 10_000
+    """Most training images, whose codes the probes learn from."""
+    max_test: int = 2000
+    """Most held-out images, on which everything is measured."""
+    seed: int = 0
+    """Of what is drawn at random: codewords and patches of galleries, masks."""
+
+    def __post_init__(self) -> None:
+        positive(self, "max_train", "max_test")
+        between(self, 0, 2**31 - 1, "seed")
+
+
+def analyze(config: AnalyzeConfig | None = None, **settings: Any) -> Path:
+    """Measure everything and write the report; returns its path.
+
+    Raises:
+        PreflightError: problems found before anything was written, all of them.
+    """
+    from threadpoolctl import threadpool_limits
+
+    from pecobook.analysis.report import write_report
+    from pecobook.analyzing.masked import predict
+    from pecobook.analyzing.measure import look
+    from pecobook.analyzing.names import file_part
+    from pecobook.analyzing.page import compose
+    from pecobook.analyzing.pictures import side_by_side
+    from pecobook.files import write_atomically
+
+    config = replace(config or AnalyzeConfig(), settings)
+    began = time.monotonic()
+    subjects = _preflight(config)
+    out = Path(config.out)
+    _prepare(out)
+    cost: list[tuple[str, float]] = []
+    looks = []
+    pictures: dict[str, bytes] = {}
+    total = len(subjects.tokenizers) + bool(subjects.runs)
+    for number, subject in enumerate(subjects.tokenizers, start=1):
+        say(f"[{number}/{total}] {subject.name}")
+        mark = time.monotonic()
+        found = look(config, subject, subjects)
+        cost.append((subject.name, time.monotonic() - mark))
+        files = {kind: f"{kind}-{file_part(number, subject.name)}.png" for kind in found.pictures}
+        found.figures["pictures"] = {kind: f"pictures/{file}" for kind, file in files.items()}
+        pictures |= {files[kind]: png for kind, png in found.pictures.items()}
+        looks.append(found)
+    pictures |= side_by_side(looks)
+    results: dict[str, Any] = {
+        "data": config.data,
+        "evaluation": subjects.splits.evaluation_name,
+        "num_classes": len(subjects.splits.train.classes or ()),
+        "tokenizers": [found.figures for found in looks],
+    }
+    if subjects.runs:
+        say(f"[{total}/{total}] predictions behind masks")
+        mark = time.monotonic()
+        predictions = predict(subjects.runs, subjects.splits.evaluation, config.seed)
+        cost.append(("masked prediction", time.monotonic() - mark))
+        results["masked_prediction"] = predictions.figures
+        pictures |= predictions.pictures
+    with threadpool_limits(1):
+        for name, png in pictures.items():
+            write_atomically(out / "pictures" / name, png)
+        results["seconds"] = round(time.monotonic() - began, 1)
+        write_atomically(out / "analysis.json", (json.dumps(results, indent=2) + "\n").encode())
+        report = write_report(out, compose(results, pictures, cost, dataclasses.asdict(config)))
+    say(f"\nDone: open {report}")
+    return report
+
+
+def _preflight(config: AnalyzeConfig) -> Any:
+    from pecobook.analyzing.subjects import open_subjects
+
+    problems: list[PecobookError] = []
+    try:
+        if not config.tokenizer:
+            raise ConfigError("--tokenizer is missing: give a codebook run, dalle:FOLDER or diffusers:FOLDER.")
+        if not config.out:
+            raise RunFolderError("--out is missing: name the folder to write, for example --out runs/analysis.")
+        out = Path(config.out)
+        filled = out.is_dir() and any(out.iterdir())
+        if out.is_file() or (filled and not config.overwrite):
+            raise RunFolderError(f"--out '{out}' is not empty: delete it with --overwrite, or name another folder.")
+        if filled and not (out / "analysis.json").is_file():
+            raise RunFolderError(f"--overwrite: '{out}' does not look like an analysis, so it is not deleted.")
+    except PecobookError as error:
+        problems.append(error)
+    if config.tokenizer:
+        try:
+            found = open_subjects(config)
+        except PreflightError as error:
+            problems += error.problems
+        except PecobookError as error:
+            problems.append(error)
+    if problems:
+        raise PreflightError(problems)
+    return found
+
+
+def _prepare(out: Path) -> None:
+    import shutil
+
+    try:
+        if out.is_dir():
+            for path in out.iterdir():
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+        (out / "pictures").mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RunFolderError(f"--out '{out}' cannot be written: {error}") from None
+
+
+def say(text: str) -> None:
+    """Tell the user."""
+    print(text, file=sys.stderr, flush=True)

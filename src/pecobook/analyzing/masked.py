@@ -1,0 +1,86 @@
+"""What pre-trained ViTs predict behind a mask (paper, Figures 4 and 5), in pictures and by share of masked patches."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from pecobook.analysis import figures as draw
+from pecobook.analysis.masked_prediction import decode_prediction, hide, predict_masked
+from pecobook.analyzing.names import device, unique_names
+from pecobook.analyzing.pictures import SHOWN, at_side
+from pecobook.data.masking import blockwise_mask
+from pecobook.data.stream import read_all
+from pecobook.data.views import to_float
+from pecobook.stages.pretrained import load_masked_run
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from torch import Tensor
+
+    from pecobook.data.images import ImageSource
+    from pecobook.stages.pretrained import MaskedRun
+
+SHARES = (45 / 196, 75 / 196, 120 / 196)
+"""Masked patches in the paper's Figure 5, of a 14 x 14 grid."""
+_MEASURED = 256  # images
+
+
+@dataclasses.dataclass(frozen=True)
+class Predictions:
+    """What was found."""
+
+    figures: list[dict[str, Any]]
+    pictures: dict[str, bytes]
+
+
+def open_runs(sources: Sequence[str]) -> dict[str, MaskedRun]:
+    """Name to run. Raises WeightsError for one that is no finished run of `pretrain` on codes."""
+    return {name: load_masked_run(run) for name, run in zip(unique_names(sources), sources, strict=True)}
+
+
+def predict(runs: dict[str, MaskedRun], source: ImageSource, seed: int) -> Predictions:
+    """Predict behind masks with every run; runs on grids of one size see the same masks, and share a picture."""
+    figures: list[dict[str, Any]] = []
+    # (share, grid) to original, masked and each run's prediction, by column
+    columns: dict[tuple[float, tuple[int, int]], dict[str, Tensor]] = {}
+    for name, run in runs.items():
+        run = run.to(device())
+        images = to_float(read_all(source, run.image_size, limit=_MEASURED)[0])
+        rows = torch.linspace(0, len(images) - 1, min(SHOWN, len(images))).long()
+        record: dict[str, Any] = {"name": name, "by_share": []}
+        for share in SHARES:
+            mask = _masks(run.grid, share, len(images), run.config.mask.min_block, seed)
+            accuracy, perplexity = run.score(images, mask)
+            count = int(mask[0].sum())
+            record["by_share"].append(
+                {"masked": count, "share": round(share, 3), "accuracy": accuracy, "perplexity": perplexity}
+            )
+            shown = columns.setdefault(
+                (share, run.grid), {"original": images[rows], "masked": hide(images[rows], mask[rows])}
+            )
+            decoded = decode_prediction(run, predict_masked(run, run, images[rows], mask[rows]))
+            shown[name] = at_side(decoded, shown["original"].shape[-1])
+        figures.append(record)
+        run.cpu()
+    grids = {grid for _, grid in columns}
+    pictures = {
+        f"masked-{round(100 * share)}" + (f"-{grid[0]}x{grid[1]}" if len(grids) > 1 else "") + ".png": (
+            draw.image_columns(own)
+        )
+        for (share, grid), own in columns.items()
+    }
+    return Predictions(figures, pictures)
+
+
+def _masks(grid: tuple[int, int], share: float, count: int, min_block: int, seed: int) -> Tensor:
+    """The same masks for every run of this grid: bool (N, h, w)."""
+    hidden = min(max(round(share * grid[0] * grid[1]), 1), grid[0] * grid[1] - 1)
+    generator = torch.Generator().manual_seed(seed)
+    block = min(min_block, hidden)
+    return torch.stack(
+        [blockwise_mask(grid, num_masked=hidden, min_block=block, generator=generator) for _ in range(count)]
+    )

@@ -1,0 +1,171 @@
+"""Figures of one tokenizer; every tokenizer sees the same images, each at its own size.
+
+N images, codes int64 (N, h, w), K codewords.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pecobook.analysis.arrays import Array
+from pecobook.analysis.codewords import CodeUsage, bag_of_codes, code_usage, mean_codewords
+from pecobook.analysis.features import extract
+from pecobook.analysis.probe import linear_probe
+from pecobook.analysis.reconstruction import decode_all, encode_all, psnr, ssim
+from pecobook.analysis.semantics import information, patch_colours, patch_edges, patch_labels
+from pecobook.analysis.similarity import Triplets, agreement, code_distance, judge, pixel_distance, read_bapps
+from pecobook.analysis.stability import stability
+from pecobook.analyzing.names import device
+from pecobook.analyzing.pictures import SHOWN, pictures_of
+from pecobook.data.stream import read_all
+from pecobook.data.views import to_float
+
+if TYPE_CHECKING:
+    from pecobook.analyzing import AnalyzeConfig
+    from pecobook.analyzing.subjects import Subject, Subjects
+    from pecobook.models.perceptual import PerceptualDistance
+
+_STABLE = 500  # images whose codes are compared with those of their distorted copies
+_JUDGED = 200  # images whose shifted and blurred copies are compared
+
+
+@dataclasses.dataclass(frozen=True)
+class Look:
+    """What was found of one tokenizer."""
+
+    name: str
+    figures: dict[str, Any]
+    images: Tensor
+    """The images shown, float (n, 3, S, S)."""
+    restored: Tensor
+    usage: CodeUsage
+    pictures: dict[str, bytes]
+    """By kind."""
+
+
+def look(config: AnalyzeConfig, subject: Subject, subjects: Subjects) -> Look:
+    """Everything about one tokenizer."""
+    tokenizer = subject.tokenizer.to(device()).eval()
+    K, stride = tokenizer.num_codewords, tokenizer.stride
+    pixels, labels, skipped = read_all(subjects.splits.evaluation, tokenizer.image_size, limit=config.max_test)
+    images = to_float(pixels)
+    _say(f"{len(images)} images to codes and back" + (f", {len(skipped)} could not be read" if skipped else ""))
+    codes = encode_all(tokenizer, images)
+    restored = decode_all(tokenizer, codes)
+    usage = code_usage(codes, K)
+    found: dict[str, Any] = {
+        "name": subject.name,
+        "source": subject.source,
+        "num_codewords": K,
+        "stride": stride,
+        "image_size": tokenizer.image_size,
+        "num_images": len(images),
+        "codes_used": usage.codes_used,
+        "perplexity": round(usage.perplexity, 2),
+        "psnr": _rounded(psnr(images, restored).mean()),
+        "ssim": _rounded(ssim(images, restored).mean(), 4),
+        "perceptual_distance": None,
+    }
+    distance = subjects.distance
+    if distance is not None:
+        found["perceptual_distance"] = _rounded(_distances(distance, images, restored).mean(), 4)
+    found |= _probes(config, subject, subjects, codes, labels)
+    _say("classes, colours and edges that codes go with")
+    found["information"] = _information(config, K, images, codes, labels)
+    if subjects.classifier is not None:
+        given = subjects.classifier
+        found["classifier"] = {
+            "originals": given.accuracy(images, labels),
+            "reconstructions": given.accuracy(restored, labels),
+        }
+    _say("codes of distorted images")
+    kept = stability(tokenizer, images[:_STABLE], codes[:_STABLE], stride)
+    found["stability"] = {name: round(value, 2) for name, value in kept.items()}
+    found["similarity"] = _similarity(config, distance, tokenizer, images)
+    _say("pictures")
+    pictures = pictures_of(tokenizer, images, codes, labels, usage, asked=config.codewords, seed=config.seed)
+    shown = torch.linspace(0, len(images) - 1, min(SHOWN, len(images))).long()
+    subject.tokenizer.cpu()
+    return Look(subject.name, found, images[shown], restored[shown], usage, pictures)
+
+
+def _say(text: str) -> None:
+    print(f"  {text}", file=sys.stderr, flush=True)
+
+
+def _rounded(value: Any, digits: int = 3) -> float | None:
+    number = float(value)
+    return round(number, digits) if np.isfinite(number) else None
+
+
+@torch.inference_mode()
+def _distances(distance: PerceptualDistance, x: Tensor, y: Tensor) -> Tensor:
+    """Of pairs of images (N, 3, S, S), a batch at a time: float (N,) on the host."""
+    pairs = zip(torch.split(x, 64), torch.split(y, 64), strict=True)
+    return torch.cat([distance(a.to(device()), b.to(device())).cpu() for a, b in pairs])
+
+
+def _probes(
+    config: AnalyzeConfig, subject: Subject, subjects: Subjects, codes: Tensor, labels: Tensor | None
+) -> dict[str, Any]:
+    """Linear probes of mean codewords and of bags of codes (paper, Table 4, left); None without labels."""
+    found: dict[str, Any] = dict.fromkeys(
+        ("codeword_probe", "codeword_probe_error", "bag_probe", "bag_probe_error", "num_train")
+    )
+    tokenizer, train = subject.tokenizer, subjects.splits.train
+    if labels is None or train.labels is None:
+        return found
+    codes_of = partial(encode_all, tokenizer)
+    seen, own = extract(
+        train,
+        tokenizer.image_size,
+        config.max_train,
+        lambda images: {"codes": codes_of(images)},
+        f"codes of {subject.name}",
+    )
+    assert own is not None
+    book, K = tokenizer.codebook.detach().float().cpu(), tokenizer.num_codewords
+    for name, pair in (
+        ("codeword_probe", [mean_codewords(part, book) for part in (seen["codes"], codes)]),
+        ("bag_probe", [bag_of_codes(part, K) for part in (seen["codes"], codes)]),
+    ):
+        result = linear_probe(pair[0], own, pair[1], labels, seed=config.seed)
+        found[name], found[f"{name}_error"] = round(result.accuracy, 3), round(result.standard_error, 3)
+    return found | {"num_train": len(own)}
+
+
+def _information(
+    config: AnalyzeConfig, num_codewords: int, images: Tensor, codes: Tensor, labels: Tensor | None
+) -> dict[str, dict[str, float]]:
+    """What codes tell of classes, where there are labels, and of colours and edges beside them."""
+    grid = (codes.shape[1], codes.shape[2])
+    values: dict[str, Array] = {} if labels is None else {"label": patch_labels(labels, grid)}
+    values |= {"colour": patch_colours(images, grid), "edges": patch_edges(images, grid)}
+    told = {what: information(codes, value, num_codewords, seed=config.seed) for what, value in values.items()}
+    return {
+        what: {name: round(value, 4) for name, value in dataclasses.asdict(one).items()} for what, one in told.items()
+    }
+
+
+def _similarity(
+    config: AnalyzeConfig, distance: PerceptualDistance | None, tokenizer: Any, images: Tensor
+) -> dict[str, Any]:
+    """Two-alternative judgements of pixels, of this tokenizer's codewords and of the perceptual distance."""
+    compared: dict[str, Any] = {"pixels": pixel_distance, "codewords": code_distance(tokenizer)}
+    if distance is not None:
+        compared["perceptual"] = partial(_distances, distance)
+    found: dict[str, Any] = {
+        "shifted_over_blurred": {name: round(judge(images[:_JUDGED], d).right, 2) for name, d in compared.items()}
+    }
+    if config.judgements:
+        triplets: Triplets = read_bapps(Path(config.judgements), tokenizer.image_size)
+        found["agreement_with_people"] = {name: round(agreement(triplets, d), 2) for name, d in compared.items()}
+    return found

@@ -1,0 +1,95 @@
+"""Pictures of an analysis: of one tokenizer, and of all side by side. PNG bytes by name."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pecobook.analysis import figures as draw
+from pecobook.analysis.charts import code_usage_chart
+from pecobook.analysis.codebook_map import flatten, map_picture, neighbours
+from pecobook.analysis.codewords import CodeUsage, code_gallery
+from pecobook.analysis.semantics import joint_counts, patch_labels
+
+if TYPE_CHECKING:
+    from pecobook.analyzing.measure import Look
+
+SHOWN = 6
+"""Images in grids of pictures."""
+_ON_MAP = 2048
+"""Codewords on a map, the most used ones: t-SNE of 8,192 takes minutes, and so many points hide each other."""
+
+
+def pictures_of(
+    tokenizer: Any,
+    images: Tensor,
+    codes: Tensor,
+    labels: Tensor | None,
+    usage: CodeUsage,
+    *,
+    asked: Sequence[int],
+    seed: int,
+) -> dict[str, bytes]:
+    """Galleries, map of places, and maps of the codebook, by kind.
+
+    Args:
+        tokenizer: the tokenizer.
+        images: float (N, 3, S, S) in [0, 1].
+        codes: of them, int64 (N, h, w).
+        labels: int64 (N,), or None.
+        usage: of the codes.
+        asked: codewords that get a gallery in any case.
+        seed: of the codewords and patches that are drawn at random.
+    """
+    book = tokenizer.codebook.detach().float().cpu()
+    used = np.flatnonzero(usage.counts)
+    random = np.random.default_rng(seed).permutation(used)[:4].tolist()
+    chosen = list(dict.fromkeys([*asked, *random]))
+    gallery = code_gallery(images, codes, codewords=len(chosen) + 4, patches=12, seed=seed, chosen=chosen)
+    found = {
+        "gallery": draw.gallery_picture(gallery),
+        "positions": draw.position_map(codes, tokenizer.num_codewords),
+    }
+    most = int(usage.counts.argmax())
+    near = [int(code) for code in neighbours(book, torch.tensor([most]), 64)[0] if usage.counts[code] > 0][:4]
+    if near:
+        row = [most, *near]
+        alike = code_gallery(images, codes, codewords=len(row), patches=6, seed=seed, chosen=row)
+        found["neighbours"] = draw.gallery_picture(alike)
+    kept = np.sort(np.argsort(-usage.counts, kind="stable")[:_ON_MAP])
+    plane = flatten(book[torch.from_numpy(kept)], seed=seed)
+    counts = np.where(usage.counts > 0, usage.counts, -1)[kept]
+    found["map-usage"] = map_picture(plane, counts, title="coloured by use")
+    if labels is not None:
+        classes = _dominant_class(codes, labels, tokenizer.num_codewords)[kept]
+        found["map-classes"] = map_picture(
+            plane, classes, title="coloured by most frequent class", num_classes=int(labels.max()) + 1
+        )
+    return found
+
+
+def _dominant_class(codes: Tensor, labels: Tensor, num_codewords: int) -> np.ndarray[Any, Any]:
+    """The most frequent class of each codeword, -1 where nothing uses it: (K,)."""
+    own = patch_labels(labels, (codes.shape[1], codes.shape[2]))
+    joint = joint_counts(codes, own, num_codewords, int(own.max()) + 1)
+    return np.where(joint.sum(1) > 0, joint.argmax(1), -1)
+
+
+def side_by_side(looks: Sequence[Look]) -> dict[str, bytes]:
+    """Reconstructions and frequencies of all tokenizers together."""
+    originals = max((look.images for look in looks), key=lambda images: images.shape[-1])
+    columns = {look.name: at_side(look.restored, originals.shape[-1]) for look in looks}
+    return {
+        "reconstructions.png": draw.reconstruction_grid(originals, columns, rows=SHOWN),
+        "usage.png": code_usage_chart({look.name: look.usage.counts for look in looks}),
+    }
+
+
+def at_side(images: Tensor, side: int) -> Tensor:
+    """Square images at another size without inventing pixels, so that each is seen as it is."""
+    return images if images.shape[-1] == side else F.interpolate(images, (side, side), mode="nearest")

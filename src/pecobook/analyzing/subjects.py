@@ -1,0 +1,81 @@
+"""All that an analysis looks at, opened and checked before anything is written."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from functools import partial
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from pecobook.analyzing.classifier import Classifier, open_classifier
+from pecobook.analyzing.masked import open_runs
+from pecobook.analyzing.names import device, unique_names
+from pecobook.data.images import Splits, open_images
+from pecobook.errors import ConfigError, PecobookError, PreflightError
+from pecobook.models.perceptual import PerceptualDistance
+from pecobook.models.tokenizers import load_tokenizer
+
+if TYPE_CHECKING:
+    from pecobook.analyzing import AnalyzeConfig
+    from pecobook.stages.pretrained import MaskedRun
+
+T = TypeVar("T")
+
+
+@dataclasses.dataclass(frozen=True)
+class Subject:
+    """A tokenizer and what it is called."""
+
+    name: str
+    source: str
+    tokenizer: Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Subjects:
+    """All that is analysed."""
+
+    splits: Splits
+    tokenizers: list[Subject]
+    runs: dict[str, MaskedRun]
+    classifier: Classifier | None
+    distance: PerceptualDistance | None
+
+
+def open_subjects(config: AnalyzeConfig) -> Subjects:
+    """Open everything that is named. Raises PreflightError with all problems, not only the first."""
+    problems: list[PecobookError] = []
+
+    def tried(function: Callable[[], T]) -> T | None:
+        try:
+            return function()
+        except PecobookError as error:
+            problems.append(error)
+            return None
+
+    splits = tried(lambda: open_images(config.data))
+    sources = (config.tokenizer, *config.against)
+    tokenizers = []
+    for name, source in zip(unique_names(sources), sources, strict=True):
+        subject = tried(partial(_open, config, name, source))
+        tokenizers += [subject] if subject is not None else []
+    runs = tried(lambda: open_runs(config.backbone))
+    classifier = tried(lambda: open_classifier(config, splits)) if config.classifier and splits is not None else None
+    distance = tried(lambda: _distance(config)) if config.perceptual else None
+    if problems or splits is None or runs is None:
+        raise PreflightError(problems)
+    return Subjects(splits, tokenizers, runs, classifier, distance)
+
+
+def _open(config: AnalyzeConfig, name: str, source: str) -> Subject:
+    tokenizer = load_tokenizer(source)
+    K = tokenizer.num_codewords
+    for codeword in config.codewords:
+        if not 0 <= codeword < K:
+            raise ConfigError(f"--codewords {codeword}: '{name}' has codewords 0 to {K - 1}.")
+    return Subject(name, source, tokenizer)
+
+
+def _distance(config: AnalyzeConfig) -> PerceptualDistance:
+    own = PerceptualDistance(config.perceptual, config.perceptual_layers, config.perceptual_weights or None)
+    return own.to(device())
