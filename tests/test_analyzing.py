@@ -28,7 +28,7 @@ from pecobook.data.stream import read_all
 from pecobook.data.views import to_float
 from pecobook.errors import ConfigError, DataError, PecobookError, PreflightError
 from pecobook.models.tokenizer import PerceptualTokenizer
-from pecobook.stages.pretrained import load_masked_run
+from pecobook.pretrained import load_masked_run
 from tests.runs import codebook_run, train, vit_run
 
 __all__ = ["codebook_run", "vit_run"]  # the fixtures

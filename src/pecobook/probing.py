@@ -18,7 +18,7 @@ from pecobook.errors import ConfigError, DataError, RunFolderError
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from pecobook.analysis.features import Features
+    from pecobook.extracting import Features
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -53,9 +53,9 @@ def probe(config: ProbeConfig | None = None, **settings: Any) -> dict[str, Any]:
     Raises:
         PecobookError: no labels, no such network, or a file that cannot be written.
     """
-    from pecobook.analysis.features import extract
     from pecobook.config import replace
     from pecobook.data.images import open_images
+    from pecobook.extracting import extract
 
     config = replace(config or ProbeConfig(), settings)
     features, size = _open(config)

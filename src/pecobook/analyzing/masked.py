@@ -14,7 +14,7 @@ from pecobook.analyzing.pictures import SHOWN, at_side
 from pecobook.data.masking import blockwise_mask
 from pecobook.data.stream import read_all
 from pecobook.data.views import to_float
-from pecobook.stages.pretrained import load_masked_run
+from pecobook.pretrained import load_masked_run
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from pecobook.data.images import ImageSource
-    from pecobook.stages.pretrained import MaskedRun
+    from pecobook.pretrained import MaskedRun
 
 SHARES = (45 / 196, 75 / 196, 120 / 196)
 """Masked patches in the paper's Figure 5, of a 14 x 14 grid."""

@@ -17,7 +17,6 @@ from torch import Tensor
 
 from pecobook.analysis.arrays import Array
 from pecobook.analysis.codewords import CodeUsage, bag_of_codes, code_usage, mean_codewords
-from pecobook.analysis.features import extract
 from pecobook.analysis.probe import linear_probe
 from pecobook.analysis.reconstruction import decode_all, encode_all, psnr, ssim
 from pecobook.analysis.semantics import information, patch_colours, patch_edges, patch_labels
@@ -27,6 +26,7 @@ from pecobook.analyzing.names import device
 from pecobook.analyzing.pictures import SHOWN, pictures_of
 from pecobook.data.stream import read_all
 from pecobook.data.views import to_float
+from pecobook.extracting import extract
 
 if TYPE_CHECKING:
     from pecobook.analyzing import AnalyzeConfig

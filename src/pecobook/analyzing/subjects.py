@@ -17,7 +17,7 @@ from pecobook.models.tokenizers import load_tokenizer
 
 if TYPE_CHECKING:
     from pecobook.analyzing import AnalyzeConfig
-    from pecobook.stages.pretrained import MaskedRun
+    from pecobook.pretrained import MaskedRun
 
 T = TypeVar("T")
 

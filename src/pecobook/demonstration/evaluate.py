@@ -33,10 +33,10 @@ from pecobook.demonstration.plan import ARMS, PRETRAINED, DemoConfig, Job
 from pecobook.models.perceptual import PerceptualDistance
 from pecobook.models.tokenizer import PerceptualTokenizer
 from pecobook.models.weights import Backbone, load_backbone
+from pecobook.pretrained import load_masked_run
 from pecobook.probing import probe_features
 from pecobook.stages.codebook import CodebookConfig
 from pecobook.stages.pretrain import make_mask
-from pecobook.stages.pretrained import load_masked_run
 
 Correct = npt.NDArray[np.bool_]
 
