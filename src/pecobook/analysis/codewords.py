@@ -70,8 +70,12 @@ def code_usage(codes: Array, num_codewords: int) -> CodeUsage:
         raise ValueError("code_usage needs at least one code")
     if flat.min() < 0 or flat.max() >= num_codewords:
         raise ValueError(f"codes run from {flat.min()} to {flat.max()}, outside [0, {num_codewords})")
-    counts = np.bincount(flat, minlength=num_codewords).astype(np.int64)
-    share = counts[counts > 0] / flat.size
+    return usage_of_counts(np.bincount(flat, minlength=num_codewords).astype(np.int64))
+
+
+def usage_of_counts(counts: NDArray[np.int64]) -> CodeUsage:
+    """Usage of a codebook whose codewords occur so often, (K,)."""
+    share = counts[counts > 0] / counts.sum()
     return CodeUsage(len(share), float(np.exp(-(share * np.log(share)).sum())), counts)
 
 
@@ -125,7 +129,8 @@ def code_gallery(
         places = np.argwhere(grid == code)  # (count, 3): image, row, column
         picked = places[_one_per_image_first(places[:, 0], np.random.default_rng([seed, code]))[:patches]]
         crops = tuple(
-            _crop(images, grid.shape, int(image), int(row), int(column), context) for image, row, column in picked
+            GalleryPatch(image, row, column, *patch_window(images[image], grid.shape[1:], row, column, context))
+            for image, row, column in picked.tolist()
         )
         rows.append(GalleryRow(code, len(places), len(np.unique(places[:, 0])), crops))
     return Gallery(tuple(rows))
@@ -142,14 +147,15 @@ def _one_per_image_first(image: NDArray[np.int64], rng: np.random.Generator) -> 
     return order[np.argsort(turn, kind="stable")]
 
 
-def _crop(images: Tensor, shape: tuple[int, ...], image: int, row: int, column: int, context: float) -> GalleryPatch:
-    """The window around one patch of a code grid `shape` (N, h, w)."""
-    height, width = images.shape[-2:]
-    patch_h, patch_w = height / shape[1], width / shape[2]
+def patch_window(
+    image: Tensor, grid: tuple[int, ...], row: int, column: int, context: float
+) -> tuple[Tensor, tuple[float, float, float, float]]:
+    """The window around one patch of an image (3, H, W) with a code grid (h, w), and the patch's box within it."""
+    height, width = image.shape[-2:]
+    patch_h, patch_w = height / grid[0], width / grid[1]
     side_h = min(round(patch_h * (1 + 2 * context)), height)
     side_w = min(round(patch_w * (1 + 2 * context)), width)
     top = min(max(round((row + 0.5) * patch_h - side_h / 2), 0), height - side_h)
     left = min(max(round((column + 0.5) * patch_w - side_w / 2), 0), width - side_w)
-    window = images[image, :, top : top + side_h, left : left + side_w].detach().float().cpu().clone()
-    box = (row * patch_h - top, column * patch_w - left, patch_h, patch_w)
-    return GalleryPatch(image, row, column, window, box)
+    window = image[:, top : top + side_h, left : left + side_w].detach().float().cpu().clone()
+    return window, (row * patch_h - top, column * patch_w - left, patch_h, patch_w)

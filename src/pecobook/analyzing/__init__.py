@@ -3,6 +3,7 @@
 subjects.py    what is analysed, opened and checked
 measure.py     figures of a tokenizer, on the same images as all others
 pictures.py    its pictures
+bank.py        usage and galleries of a whole token bank
 classifier.py  who classifies reconstructions
 masked.py      what pre-trained ViTs predict behind a mask
 page.py        the report
@@ -31,6 +32,8 @@ class AnalyzeConfig:
     """A codebook run, owner/name on the hub, dalle:FOLDER, or diffusers:FOLDER."""
     against: tuple[str, ...] = ()
     """More tokenizers, measured on the same images beside the first."""
+    tokens: tuple[str, ...] = ()
+    """Token banks of --data, each of one of the tokenizers: usage and galleries over all training images."""
     backbone: tuple[str, ...] = ()
     """Pretrain runs, whose predictions behind masks are shown side by side."""
     data: str = "photos"

@@ -17,13 +17,15 @@ from torch import Tensor
 
 from pecobook.analysis.arrays import Array
 from pecobook.analysis.codewords import CodeUsage, bag_of_codes, code_usage, mean_codewords
+from pecobook.analysis.figures import gallery_picture
 from pecobook.analysis.probe import linear_probe
 from pecobook.analysis.reconstruction import decode_all, encode_all, psnr, ssim
 from pecobook.analysis.semantics import information, patch_colours, patch_edges, patch_labels
 from pecobook.analysis.similarity import Triplets, agreement, code_distance, judge, pixel_distance, read_bapps
 from pecobook.analysis.stability import stability
+from pecobook.analyzing.bank import bank_gallery, bank_usage, find_places
 from pecobook.analyzing.names import device
-from pecobook.analyzing.pictures import SHOWN, pictures_of
+from pecobook.analyzing.pictures import PATCHES, SHOWN, pictures_of, shown_codewords
 from pecobook.data.stream import read_all
 from pecobook.data.views import to_float
 from pecobook.extracting import extract
@@ -31,6 +33,8 @@ from pecobook.extracting import extract
 if TYPE_CHECKING:
     from pecobook.analyzing import AnalyzeConfig
     from pecobook.analyzing.subjects import Subject, Subjects
+    from pecobook.data.images import ImageSource
+    from pecobook.data.tokens import TokenBank
     from pecobook.models.perceptual import PerceptualDistance
 
 _STABLE = 500  # images whose codes are compared with those of their distorted copies
@@ -70,6 +74,7 @@ def look(config: AnalyzeConfig, subject: Subject, subjects: Subjects) -> Look:
         "num_images": len(images),
         "codes_used": usage.codes_used,
         "perplexity": round(usage.perplexity, 2),
+        "unused": np.flatnonzero(usage.counts == 0).tolist(),
         "psnr": _rounded(psnr(images, restored).mean()),
         "ssim": _rounded(ssim(images, restored).mean(), 4),
         "perceptual_distance": None,
@@ -92,9 +97,29 @@ def look(config: AnalyzeConfig, subject: Subject, subjects: Subjects) -> Look:
     found["similarity"] = _similarity(config, distance, tokenizer, images)
     _say("pictures")
     pictures = pictures_of(tokenizer, images, codes, labels, usage, asked=config.codewords, seed=config.seed)
+    if subject.bank is not None:
+        _say(f"the token bank {subject.bank.folder}")
+        found["bank"], pictures["bank-gallery"] = _bank(config, subject.bank, K, subjects.splits.train)
     shown = torch.linspace(0, len(images) - 1, min(SHOWN, len(images))).long()
     subject.tokenizer.cpu()
     return Look(subject.name, found, images[shown], restored[shown], usage, pictures)
+
+
+def _bank(
+    config: AnalyzeConfig, bank: TokenBank, num_codewords: int, train: ImageSource
+) -> tuple[dict[str, Any], bytes]:
+    """Usage over all training images, and a gallery drawn from all of them."""
+    usage = bank_usage(bank, num_codewords)
+    chosen = shown_codewords(usage, config.codewords, config.seed)
+    places = find_places(bank, chosen, num_codewords, patches=PATCHES, seed=config.seed)
+    figures = {
+        "folder": str(bank.folder),
+        "num_images": bank.layouts["train"].num_images,
+        "num_views": bank.num_views,
+        "codes_used": usage.codes_used,
+        "perplexity": round(usage.perplexity, 2),
+    }
+    return figures, gallery_picture(bank_gallery(bank, train, places))
 
 
 def _say(text: str) -> None:

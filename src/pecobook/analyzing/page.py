@@ -90,6 +90,7 @@ def _overview(results: Mapping[str, Any]) -> Section:
         ("image size, pixels", lambda one: str(one["image_size"])),
         ("codewords used", lambda one: out_of(one["codes_used"], one["num_codewords"])),
         ("perplexity", lambda one: fixed(one["perplexity"], 0)),
+        *_of_banks(results["tokenizers"]),
         ("PSNR, dB", lambda one: fixed(one["psnr"], 2)),
         ("SSIM", lambda one: fixed(one["ssim"], 3)),
         ("perceptual distance", lambda one: fixed(one["perceptual_distance"], 3)),
@@ -99,6 +100,21 @@ def _overview(results: Mapping[str, Any]) -> Section:
         "was trained for. Tokenizers with another stride spend another number of tokens on an image."
     )
     return Section("At a glance", "", table=_columns(results["tokenizers"], rows, note))
+
+
+def _of_banks(tokenizers: Tokenizers) -> list[tuple[str, Callable[[Mapping[str, Any]], str]]]:
+    """Rows on all training images, where a token bank was given."""
+
+    def cell(tell: Callable[[Mapping[str, Any]], str]) -> Callable[[Mapping[str, Any]], str]:
+        return lambda one: tell(one["bank"]) if "bank" in one else "–"
+
+    if not any("bank" in one for one in tokenizers):
+        return []
+    return [
+        ("token bank: images", cell(lambda bank: thousands(bank["num_images"]))),
+        ("token bank: codewords used", cell(lambda bank: thousands(bank["codes_used"]))),
+        ("token bank: perplexity", cell(lambda bank: fixed(bank["perplexity"], 0))),
+    ]
 
 
 def _semantics(results: Mapping[str, Any]) -> Section:
@@ -146,9 +162,10 @@ def _purity(told: Mapping[str, float]) -> str:
 
 def _galleries(tokenizers: Tokenizers, pictures: Mapping[str, bytes]) -> Section:
     shown = [
-        Picture(png, "", f"Patches that share a codeword of {one['name']}", title=str(one["name"]))
+        Picture(png, "", f"Patches that share a codeword of {one['name']}", title=f"{one['name']}{where}")
+        for kind, where in (("gallery", ""), ("bank-gallery", ", all training images"))
         for one in tokenizers
-        if (png := _of(pictures, "gallery", one)) is not None
+        if (png := _of(pictures, kind, one)) is not None
     ]
     text = (
         "Each block holds patches with the same codeword, outlined in their surroundings: first the codewords that "

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 SHOWN = 6
 """Images in grids of pictures."""
+PATCHES = 12
+"""Patches of a codeword in a gallery."""
 _ON_MAP = 2048
 """Codewords on a map, the most used ones: t-SNE of 8,192 takes minutes, and so many points hide each other."""
 
@@ -47,10 +49,8 @@ def pictures_of(
         seed: of the codewords and patches that are drawn at random.
     """
     book = tokenizer.codebook.detach().float().cpu()
-    used = np.flatnonzero(usage.counts)
-    random = np.random.default_rng(seed).permutation(used)[:4].tolist()
-    chosen = list(dict.fromkeys([*asked, *random]))
-    gallery = code_gallery(images, codes, codewords=len(chosen) + 4, patches=12, seed=seed, chosen=chosen)
+    chosen = shown_codewords(usage, asked, seed)
+    gallery = code_gallery(images, codes, codewords=len(chosen), patches=PATCHES, seed=seed, chosen=chosen)
     found = {
         "gallery": draw.gallery_picture(gallery),
         "positions": draw.position_map(codes, tokenizer.num_codewords),
@@ -71,6 +71,15 @@ def pictures_of(
             plane, classes, title="coloured by most frequent class", num_classes=int(labels.max()) + 1
         )
     return found
+
+
+def shown_codewords(usage: CodeUsage, asked: Sequence[int], seed: int) -> list[int]:
+    """Codewords that get a gallery: those asked for, four drawn at random from those in use, the four most used."""
+    used = np.flatnonzero(usage.counts)
+    random = np.random.default_rng(seed).permutation(used)[:4].tolist()
+    first = list(dict.fromkeys([*asked, *random]))
+    by_use = np.argsort(-usage.counts, kind="stable")[: len(used)].tolist()
+    return first + [code for code in by_use if code not in first][:4]
 
 
 def _dominant_class(codes: Tensor, labels: Tensor, num_codewords: int) -> np.ndarray[Any, Any]:

@@ -11,9 +11,10 @@ from pecobook.analyzing.classifier import Classifier, open_classifier
 from pecobook.analyzing.masked import open_runs
 from pecobook.analyzing.names import device, unique_names
 from pecobook.data.images import Splits, open_images
-from pecobook.errors import ConfigError, PecobookError, PreflightError
+from pecobook.data.tokens import TokenBank, differences
+from pecobook.errors import ConfigError, DataError, PecobookError, PreflightError
 from pecobook.models.perceptual import PerceptualDistance
-from pecobook.models.tokenizers import load_tokenizer
+from pecobook.models.tokenizers import fingerprint, load_tokenizer
 
 if TYPE_CHECKING:
     from pecobook.analyzing import AnalyzeConfig
@@ -29,6 +30,7 @@ class Subject:
     name: str
     source: str
     tokenizer: Any
+    bank: TokenBank | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,6 +61,8 @@ def open_subjects(config: AnalyzeConfig) -> Subjects:
     for name, source in zip(unique_names(sources), sources, strict=True):
         subject = tried(partial(_open, config, name, source))
         tokenizers += [subject] if subject is not None else []
+    if splits is not None and not problems:
+        tokenizers = tried(partial(_with_banks, config, tokenizers, splits)) or tokenizers
     runs = tried(lambda: open_runs(config.backbone))
     classifier = tried(lambda: open_classifier(config, splits)) if config.classifier and splits is not None else None
     distance = tried(lambda: _distance(config)) if config.perceptual else None
@@ -74,6 +78,21 @@ def _open(config: AnalyzeConfig, name: str, source: str) -> Subject:
         if not 0 <= codeword < K:
             raise ConfigError(f"--codewords {codeword}: '{name}' has codewords 0 to {K - 1}.")
     return Subject(name, source, tokenizer)
+
+
+def _with_banks(config: AnalyzeConfig, subjects: list[Subject], splits: Splits) -> list[Subject]:
+    """Give each tokenizer the bank that it made. Raises DataError for one of another tokenizer or of other images."""
+    prints = [fingerprint(subject.tokenizer) for subject in subjects] if config.tokens else []
+    for folder in config.tokens:
+        bank = TokenBank(folder)
+        wrong = differences(bank.config, {"data": splits.train.fingerprint})
+        if wrong:
+            raise DataError(f"--tokens '{folder}' is of other images than --data '{config.data}': {wrong[0]}.")
+        if bank.config["tokenizer"] not in prints:
+            raise DataError(f"--tokens '{folder}' was made by none of the tokenizers: give its tokenizer too.")
+        number = prints.index(bank.config["tokenizer"])
+        subjects = [*subjects[:number], dataclasses.replace(subjects[number], bank=bank), *subjects[number + 1 :]]
+    return subjects
 
 
 def _distance(config: AnalyzeConfig) -> PerceptualDistance:

@@ -34,12 +34,17 @@ def key(*parts: int) -> int:
     return value
 
 
-def uniforms(seed_key: int, count: int) -> npt.NDArray[np.float64]:
-    """`count` numbers in [0, 1), shape (count,), a pure function of the key."""
-    value = np.uint64(seed_key) + np.arange(1, count + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+def mix_all(values: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
+    """`mix` of each of an array."""
+    value = values + np.uint64(0x9E3779B97F4A7C15)
     value = (value ^ (value >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     value = (value ^ (value >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    value ^= value >> np.uint64(31)
+    return value ^ (value >> np.uint64(31))
+
+
+def uniforms(seed_key: int, count: int) -> npt.NDArray[np.float64]:
+    """`count` numbers in [0, 1), shape (count,), a pure function of the key."""
+    value = mix_all(np.uint64(seed_key) + np.arange(count, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15))
     return (value >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 

@@ -101,12 +101,17 @@ class TokenBank:
 
     def read(self, split: str, image: int, view: int) -> Tensor:
         """Codes of one view: int64 (h, w). Raises DataError when its file is damaged."""
-        layout = self.layouts[split]
-        shard, row = divmod(image, layout.shard_images)
-        file = layout.file(self.folder, shard)
+        shard, row = divmod(image, self.layouts[split].shard_images)
+        file = self.layouts[split].file(self.folder, shard)
         if file not in self._open:
-            self._open[file] = _map(file, (len(layout.images_of(shard)), layout.num_views, *layout.grid))
+            self._open[file] = self.shard(split, shard)
         return torch.from_numpy(self._open[file][row, view].astype(np.int64))
+
+    def shard(self, split: str, number: int) -> Codes:
+        """Codes of the images of one file, mapped: uint16 (n, V, h, w). Raises DataError when it is damaged."""
+        layout = self.layouts[split]
+        shape = (len(layout.images_of(number)), layout.num_views, *layout.grid)
+        return _map(layout.file(self.folder, number), shape)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_open": {}}
