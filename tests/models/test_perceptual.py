@@ -72,6 +72,20 @@ def as_maps(features: Array, prefix: int) -> Array:
     return features[:, prefix:].transpose(0, 2, 1).reshape(len(features), -1, side, side)
 
 
+def test_shuffle__keeps_the_values_of_each_tensor_and_no_order() -> None:
+    own = PerceptualDistance("timm:resnet10t", (1, 2), "random")
+    shuffled = [PerceptualDistance("timm:resnet10t", (1, 2), "random", shuffle=True, seed=0) for _ in range(2)]
+    changed = 0
+    for (name, a), (_, b) in zip(own.network.named_parameters(), shuffled[0].network.named_parameters(), strict=True):
+        assert torch.equal(a.flatten().sort().values, b.flatten().sort().values), name
+        changed += not torch.equal(a, b)
+        assert torch.equal(a, b) or a.ndim >= 2
+    assert changed == sum(parameter.ndim >= 2 for parameter in own.network.parameters())
+    x, y = torch.rand(2, 3, 32, 32), torch.rand(2, 3, 32, 32)
+    assert torch.equal(shuffled[0](x, y), shuffled[1](x, y))
+    assert not torch.allclose(shuffled[0](x, y), own(x, y))
+
+
 @pytest.mark.parametrize("how", ["unit-rms", "layernorm", "none"])
 @pytest.mark.parametrize(
     ("network", "layers", "names"),

@@ -34,6 +34,9 @@ class PerceptualConfig:
     """timm:NAME, torchvision:NAME, a contrast or pretrain run, or none for pixels alone."""
     weights: str = ""
     """A local file of weights, or random for the control; empty takes the network's own."""
+    shuffle: bool = False
+    """Permute the entries of each weight tensor: a control that keeps how large weights are and forgets what they
+    learned."""
     layers: tuple[int | str, ...] = (3, 6, 9, 12)
     """Layers compared, from 1: blocks of a transformer, stages of a convolutional network; of torchvision's networks
     also names of nodes, such as features.12."""
@@ -69,13 +72,15 @@ class PerceptualDistance(nn.Module):
             of a ViT-B, and all stages of a ResNet or VGG); or names of nodes of a torchvision network or a module.
         weights: None for the network's own weights, a local file, or `random` for the control that shows what the
             architecture alone brings.
+        shuffle: permute the entries of each matrix and kernel of the weights; the other control, which keeps how their
+            values are distributed, and biases, norms and statistics.
         normalisation: of the activations, see above.
         input_size: side to which images are resized first; None keeps their size, or takes the network's where it
             works at one size only.
         mean: of the input's normalisation, RGB in [0, 1]; None takes the network's own.
         std: the same.
         bgr: turn the channels around after the normalisation, for networks of Caffe's times.
-        seed: of random weights.
+        seed: of random weights and of the permutation.
 
     Raises:
         WeightsError: unknown network, missing weights, or a layer that the network lacks.
@@ -90,6 +95,7 @@ class PerceptualDistance(nn.Module):
         layers: Sequence[int | str] = (3, 6, 9, 12),
         weights: str | None = None,
         *,
+        shuffle: bool = False,
         normalisation: Normalisation = "unit-rms",
         input_size: int | None = None,
         mean: Sequence[float] | None = None,
@@ -101,6 +107,8 @@ class PerceptualDistance(nn.Module):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             opened = open_features(network, layers, weights)
+            if shuffle:
+                shuffle_weights(opened.network)
         # Convolutions are faster with channels last; a transformer's patches do not care.
         self.network = opened.network.to(memory_format=torch.channels_last)
         self.network.eval().requires_grad_(False)
@@ -151,6 +159,15 @@ class PerceptualDistance(nn.Module):
         return torch.stack(terms).sum(0)
 
 
+@torch.no_grad()
+def shuffle_weights(network: nn.Module) -> None:
+    """Permute the entries of each parameter of two dimensions or more, in place, by torch's global generator."""
+    for parameter in network.parameters():
+        if parameter.ndim >= 2:
+            flat = parameter.flatten()
+            parameter.copy_(flat[torch.randperm(len(flat), device="cpu").to(flat.device)].view_as(parameter))
+
+
 def normalise(feature: Tensor, how: Normalisation) -> Tensor:
     """Normalise each location over its channels: (B, C, H, W) to the same."""
     if how == "none":
@@ -168,6 +185,7 @@ def perceptual_distance(config: PerceptualConfig, seed: int) -> PerceptualDistan
         config.network,
         config.layers,
         config.weights or None,
+        shuffle=config.shuffle,
         normalisation=config.normalisation,
         input_size=config.input_size or None,
         mean=config.mean or None,
