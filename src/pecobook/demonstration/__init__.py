@@ -1,7 +1,6 @@
 """`pecobook demo`: the paper's story, with its control, on any images, in minutes.
 
 plan.py      what is trained, with which settings and in which order
-runner.py    the runs, side by side as processes, with progress; an interrupted demo goes on
 evaluate.py  what is measured on held-out images, and the pictures
 """
 
@@ -13,7 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from pecobook.config import replace
-from pecobook.demonstration.plan import DemoConfig, Job, plan
+from pecobook.demonstration.plan import DemoConfig, plan
+from pecobook.errors import RunFolderError
+from pecobook.jobs import Job, run_all, say
 
 __all__ = ["DemoConfig", "demo"]
 
@@ -28,16 +29,17 @@ def demo(config: DemoConfig | None = None, **settings: Any) -> Path:
 
     from pecobook.analysis.report import write_report
     from pecobook.analysis.story import demo_report
-    from pecobook.demonstration import evaluate, runner
+    from pecobook.demonstration import evaluate
+    from pecobook.engine.log import duration
     from pecobook.files import write_atomically
 
     config = replace(config or DemoConfig(), settings)
     out = Path(config.out)
-    runner.check(config)
+    _check(config)
     began = time.monotonic()
     jobs = plan(config)
-    cost = runner.train_all(jobs, out)
-    runner.say("measuring on held-out images")
+    cost = run_all(jobs, out)
+    say("measuring on held-out images")
     measuring = time.monotonic()
     # One thread: small matrices gain nothing from more, and lose much where another process is busy.
     with threadpool_limits(1):
@@ -49,8 +51,30 @@ def demo(config: DemoConfig | None = None, **settings: Any) -> Path:
         (out / "pictures" / f"{name.replace(':', '-')}.png").write_bytes(png)
     write_atomically(out / "results.json", (json.dumps(results, indent=2) + "\n").encode())
     report = write_report(out, demo_report(results, pictures, list(cost.items()), _settings(config, jobs), curves))
-    runner.say(f"\nDone in {runner.duration(results['seconds'])}: open {report}")
+    say(f"\nDone in {duration(results['seconds'])}: open {report}")
     return report
+
+
+def _check(config: DemoConfig) -> None:
+    """Look at the data and the output folder before anything is written. Raises PecobookError."""
+    from pecobook.config import dump, to_dict
+    from pecobook.data.images import open_images
+    from pecobook.stages.stage import look_at_images
+
+    out = Path(config.out)
+    if out.is_file():
+        raise RunFolderError(f"--out '{out}' is a file: name a folder.")
+    mark = out / "demo.json"
+    if out.is_dir() and any(out.iterdir()) and not mark.exists():
+        raise RunFolderError(f"--out '{out}' is not empty and holds no demo: name another folder.")
+    if mark.exists() and json.loads(mark.read_text()) != to_dict(config):
+        raise RunFolderError(f"--out '{out}' holds a demo with other settings: name another folder, or delete it.")
+    look_at_images(open_images(config.data).train)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        dump(config, mark)
+    except OSError as error:
+        raise RunFolderError(f"--out '{out}' cannot be written: {error}") from None
 
 
 def _settings(config: DemoConfig, jobs: dict[str, Job]) -> dict[str, Any]:

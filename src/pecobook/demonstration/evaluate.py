@@ -29,7 +29,8 @@ from pecobook.data.images import open_images
 from pecobook.data.sampler import key
 from pecobook.data.stream import read_all
 from pecobook.data.views import to_float
-from pecobook.demonstration.plan import ARMS, PRETRAINED, DemoConfig, Job
+from pecobook.demonstration.plan import ARMS, PRETRAINED, DemoConfig
+from pecobook.jobs import Job
 from pecobook.models.perceptual import PerceptualDistance
 from pecobook.models.tokenizer import PerceptualTokenizer
 from pecobook.models.weights import Backbone, load_backbone

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from pecobook.config import BackboneConfig, TrainConfig, between, positive, replace
+from pecobook.jobs import Job
 
 if TYPE_CHECKING:
     from pecobook.stages.codebook import CodebookConfig
@@ -47,15 +48,6 @@ class DemoConfig:
         between(self, 0, 2**31 - 1, "seed")
 
 
-@dataclasses.dataclass(frozen=True)
-class Job:
-    """One run, and the runs that must be finished before it."""
-
-    command: str
-    config: TrainConfig
-    needs: tuple[str, ...] = ()
-
-
 def plan(config: DemoConfig) -> dict[str, Job]:
     """The runs by name, in an order in which each can start when those before it are done."""
     from pecobook.models.perceptual import PerceptualConfig
@@ -87,7 +79,15 @@ def plan(config: DemoConfig) -> dict[str, Job]:
         jobs[name] = Job("pretrain", finish(replace(pretrain, {"tokenizer": str(out / tokenizer)}), name), (tokenizer,))
     # In this order two processes are busy to the end: the feature network beside the pixel codebook and its ViT.
     order = ("contrast", "codebook-pixel", "vit-pixel", "codebook-perceptual", "codebook-control", "vit-perceptual")
-    return {name: jobs[name] for name in order}
+    return {name: dataclasses.replace(jobs[name], work=_work(jobs[name])) for name in order}
+
+
+# Relative cost of one image: measured on one core at the CPU's sizes.
+_COST = {"contrast": 1.0, "codebook": 3.5, "pretrain": 1.6}
+
+
+def _work(job: Job) -> float:
+    return _COST[job.command] * int(job.config.max_steps) * int(job.config.batch_size)
 
 
 def _budget(config: DemoConfig) -> str:

@@ -1,53 +1,65 @@
-"""The demo's runs as processes, side by side, each the real command; what is finished is kept.
+"""Commands as processes, side by side, in the order of what they need; what is finished is kept, what was interrupted
+goes on.
 
 On a CPU two one-thread processes are far faster than one process with two threads beside another busy one.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
-from pecobook.config import dump, to_dict
-from pecobook.demonstration.plan import DemoConfig, Job
+from pecobook.config import dump
 from pecobook.engine.log import duration
-from pecobook.errors import PecobookError, RunFolderError
+from pecobook.errors import PecobookError
 
 
-def check(config: DemoConfig) -> None:
-    """Look at the data and the output folder before anything is written. Raises PecobookError."""
-    from pecobook.data.images import open_images
-    from pecobook.stages.stage import look_at_images
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """One run of a command, and the jobs that must be finished before it."""
 
-    out = Path(config.out)
-    if out.is_file():
-        raise RunFolderError(f"--out '{out}' is a file: name a folder.")
-    mark = out / "demo.json"
-    if out.is_dir() and any(out.iterdir()) and not mark.exists():
-        raise RunFolderError(f"--out '{out}' is not empty and holds no demo: name another folder.")
-    if mark.exists() and json.loads(mark.read_text()) != to_dict(config):
-        raise RunFolderError(f"--out '{out}' holds a demo with other settings: name another folder, or delete it.")
-    look_at_images(open_images(config.data).train)
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        dump(config, mark)
-    except OSError as error:
-        raise RunFolderError(f"--out '{out}' cannot be written: {error}") from None
+    command: str
+    """A training command, whose length is in steps, or analyze."""
+    config: Any
+    """Its settings; `out` says where."""
+    needs: tuple[str, ...] = ()
+    work: float = 1.0
+    """How long it takes beside other jobs; only used to say how long is left."""
+
+    @property
+    def out(self) -> Path:
+        """Folder that it writes."""
+        return Path(self.config.out)
+
+    @property
+    def finished(self) -> bool:
+        """Whether all of it is there."""
+        return (self.out / ("analysis.json" if self.command == "analyze" else "export/config.json")).exists()
+
+    @property
+    def share(self) -> float:
+        """How much of it is done, in [0, 1]."""
+        if self.finished:
+            return 1.0
+        return 0.0 if self.command == "analyze" else last_step(self.out) / int(self.config.max_steps)
 
 
-def train_all(jobs: dict[str, Job], out: Path) -> dict[str, float]:
-    """Train every run that is not finished; returns the seconds of each. Raises PecobookError when one fails."""
+def run_all(jobs: Mapping[str, Job], out: Path) -> dict[str, float]:
+    """Run every job that is not finished; returns the seconds of each. Raises PecobookError when one fails."""
     import torch
 
     slots = 1 if torch.cuda.is_available() else min(2, os.cpu_count() or 1)
     logs = out / "logs"
     logs.mkdir(exist_ok=True)
-    waiting = {name: job for name, job in jobs.items() if not _finished(job)}
+    waiting = {name: job for name, job in jobs.items() if not job.finished}
     running: dict[str, _Running] = {}
     progress = _Progress(jobs)
     try:
@@ -55,7 +67,7 @@ def train_all(jobs: dict[str, Job], out: Path) -> dict[str, float]:
             for name in [name for name, run in running.items() if run.process.poll() is not None]:
                 running.pop(name).finish(name, logs)
             for name, job in list(waiting.items()):
-                ready = all(_finished(jobs[need]) for need in job.needs)
+                ready = all(jobs[need].finished for need in job.needs)
                 if ready and len(running) < slots:
                     running[name] = _Running(name, waiting.pop(name), out)
             progress.show()
@@ -76,9 +88,10 @@ class _Running:
         (out / "settings").mkdir(exist_ok=True)
         settings = out / "settings" / f"{name}.json"
         dump(job.config, settings)
-        run = Path(job.config.out)
-        command = [sys.executable, "-m", "pecobook", job.command, "tiny", "--config", str(settings)]
-        if (run / "config.json").exists():
+        command = [sys.executable, "-m", "pecobook", job.command, "--config", str(settings)]
+        if job.command == "analyze":
+            shutil.rmtree(job.out, ignore_errors=True)  # what an interrupted one left
+        elif (job.out / "config.json").exists():
             command.append("--resume")
         self.log: TextIO = (out / "logs" / f"{name}.log").open("a")
         threads = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "MKL_NUM_THREADS": "1"}
@@ -96,11 +109,11 @@ class _Running:
 
 
 class _Progress:
-    """One line for the whole demo: what runs, how far, how long still."""
+    """One line for all jobs: what runs, how far, how long still."""
 
-    def __init__(self, jobs: dict[str, Job]) -> None:
+    def __init__(self, jobs: Mapping[str, Job]) -> None:
         self.jobs, self.began, self.printed = jobs, time.monotonic(), -100.0
-        self.total = sum(_work(job) for job in jobs.values())
+        self.total = sum(job.work for job in jobs.values())
         self.before = self._done()
         self.status: Any = None
         if sys.stderr.isatty():
@@ -116,7 +129,7 @@ class _Progress:
             return
         self.printed = now
         done = self._done()
-        going = [f"{name} {step}/{job.config.max_steps}" for name, job in self.jobs.items() if (step := _step(job))]
+        going = [f"{name} {100 * part:.0f}%" for name, job in self.jobs.items() if 0 < (part := job.share) < 1]
         speed = (done - self.before) / max(now - self.began, 1e-9)
         left = f", {duration((self.total - done) / speed)} left" if done > self.before else ""
         line = f"{100 * done / self.total:3.0f}%{left}: " + ("; ".join(going) or "starting")
@@ -131,40 +144,23 @@ class _Progress:
             self.status.stop()
 
     def _done(self) -> float:
-        shares = (
-            (_work(job), 1.0 if _finished(job) else _step(job) / int(job.config.max_steps))
-            for job in self.jobs.values()
-        )
-        return sum(work * share for work, share in shares)
+        return sum(job.work * job.share for job in self.jobs.values())
 
 
-# Relative cost of one image: measured on one core at the CPU's sizes, only used to say how long is left.
-_COST = {"contrast": 1.0, "codebook": 3.5, "pretrain": 1.6}
-
-
-def _work(job: Job) -> float:
-    return _COST[job.command] * int(job.config.max_steps) * job.config.batch_size
-
-
-def _finished(job: Job) -> bool:
-    return (Path(job.config.out) / "export" / "config.json").exists()
-
-
-def _step(job: Job) -> int:
-    """Last logged step of a run that is going, 0 when it is not."""
-    if _finished(job):
-        return 0
+def last_step(run: Path) -> int:
+    """Last logged step of a run, 0 before the first."""
     try:
-        lines = (Path(job.config.out) / "metrics.jsonl").read_text().splitlines()
+        lines = (run / "metrics.jsonl").read_text().splitlines()
         return int(json.loads(lines[-1])["step"]) if lines else 0
     except (OSError, ValueError, KeyError):
         return 0
 
 
 def _seconds(job: Job) -> float:
-    """Wall-clock seconds from a run's start to its export, from the times of its files."""
-    run = Path(job.config.out)
-    return max((run / "export" / "config.json").stat().st_mtime - (run / "config.json").stat().st_mtime, 0.0)
+    """Wall-clock seconds from a job's start to its end, from the times of its files."""
+    if job.command == "analyze":
+        return float(json.loads((job.out / "analysis.json").read_text())["seconds"])
+    return max((job.out / "export" / "config.json").stat().st_mtime - (job.out / "config.json").stat().st_mtime, 0.0)
 
 
 def _has_gpu() -> bool:
@@ -176,6 +172,3 @@ def _has_gpu() -> bool:
 def say(text: str) -> None:
     """Tell the user."""
     print(text, file=sys.stderr, flush=True)
-
-
-__all__ = ["check", "duration", "say", "train_all"]
