@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from pecobook.models.tokenizer import PerceptualTokenizer
     from pecobook.models.tokenizers import load_tokenizer
     from pecobook.probing import probe
+    from pecobook.reproducing import reproduce
 
 __all__ = [
     "MaskedImageModel",
@@ -39,6 +40,7 @@ __all__ = [
     "nearest_codeword",
     "pretrain",
     "probe",
+    "reproduce",
     "tokenize",
 ]
 
@@ -59,6 +61,7 @@ _HOMES = {
     "nearest_codeword": "models.nearest",
     "pretrain": "api",
     "probe": "probing",
+    "reproduce": "reproducing",
     "tokenize": "api",
 }
 

@@ -23,6 +23,7 @@ _TRAINING = {
 _OTHERS = {
     "tokenize": "the tokens of named views of your images, once, for pretrain --tokens",
     "analyze": "what the codewords of tokenizers mean: figures, galleries, a report",
+    "reproduce": "the paper's tables, trained again at a budget of yours, with controls, over seeds",
     "bench": "how fast pre-training runs here, and where time goes",
     "export": "a run's weights for timm, transformers or ONNX",
     "probe": "linear probe and k-NN of a backbone, or of a tokenizer's codewords",
@@ -74,6 +75,7 @@ def _dispatch(args: list[str]) -> None:
             "export": _export,
             "bench": _bench,
             "analyze": _analyze,
+            "reproduce": _reproduce,
             "probe": _probe,
             "demo": _demo,
             "recipes": _recipes,
@@ -133,6 +135,14 @@ def _analyze(args: list[str]) -> None:
     from pecobook.analyzing import AnalyzeConfig, analyze
 
     analyze(parse(AnalyzeConfig(), args, "analyze"))
+
+
+def _reproduce(args: list[str]) -> None:
+    from pecobook.reproducing import ReproduceConfig, reproduce
+
+    count = next((place for place, word in enumerate(args) if word.startswith("-")), len(args))
+    tables = ["--tables", *args[:count]] if count else []
+    reproduce(parse(ReproduceConfig(), [*tables, *args[count:]], "reproduce"))
 
 
 def _probe(args: list[str]) -> None:

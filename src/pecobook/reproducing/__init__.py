@@ -1,0 +1,187 @@
+"""`pecobook reproduce`: the paper's tables, trained again on your images, at a budget of yours, over seeds.
+
+paper.py      the tables: rows and the paper's numbers
+budgets.py    how large and how long everything is trained
+plan.py       what is trained for which row, each run once
+rehearsal.py  a few steps of each kind of run first
+tables.py     the tables as Markdown, CSV and plots
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from pecobook.config import positive, replace
+from pecobook.errors import ConfigError, PecobookError, PreflightError, RunFolderError
+
+if TYPE_CHECKING:
+    from pecobook.reproducing.plan import Plan
+    from pecobook.reproducing.tables import Measured
+
+__all__ = ["ReproduceConfig", "reproduce"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ReproduceConfig:
+    """Train what the paper's tables compare, with controls, and print them beside the paper's numbers."""
+
+    tables: tuple[str, ...] = ()
+    """Any of tables1-2, table4, table5, table6, table7, table10, table12, v1-table7."""
+    data: str = "photos"
+    """Images: a folder, a parquet file or folder, tar shards, hf:owner/name, or photos (embedded)."""
+    out: str = ""
+    """Folder to write. One that was interrupted is gone on with; more tables go into the same."""
+    budget: Literal["tiny", "small", "paper"] = "tiny"
+    """tiny: 32 pixels, minutes a run on 2 cores. small: five times as long. paper: the paper's recipes."""
+    length: float = 1.0
+    """Factor on the number of steps of every run."""
+    seeds: tuple[int, ...] = (0, 1, 2)
+    """Of every run; each row is trained once for each."""
+    transfer: bool = True
+    """Also pre-train and fine-tune a ViT on every tokenizer; without, tokenizers alone are measured."""
+    network: str = ""
+    """A perceptual network in place of one that is trained here, as codebook's --perceptual.network."""
+    network_layers: tuple[int | str, ...] = (3, 6, 9, 12)
+    """Its layers."""
+    network_weights: str = ""
+    """A local file of its weights; empty takes its own."""
+    supervised: str = ""
+    """A supervised network for Table 5; empty trains one on the labels of --data, or takes VGG-16 at budget paper."""
+    classifier: str = ""
+    """Who classifies reconstructions, as analyze's --classifier; empty takes the supervised network trained here."""
+    dalle: str = ""
+    """Folder of DALL-E's public tokenizer, for its rows."""
+    more_data: str = ""
+    """More images, for version 1's Table 7."""
+    dry_run: bool = False
+    """Say what would be trained, and stop."""
+
+    def __post_init__(self) -> None:
+        positive(self, "length")
+        if len(set(self.seeds)) != len(self.seeds) or not self.seeds or min(self.seeds) < 0:
+            raise ConfigError(f"--seeds must be different numbers from 0, not {self.seeds}.")
+
+
+def reproduce(config: ReproduceConfig | None = None, **settings: Any) -> Path:
+    """Train what is missing, and write `tables.md`, `tables.csv`, pictures and `report.html`; returns the Markdown.
+
+    Raises:
+        PreflightError: problems found before anything was written, all of them.
+        PecobookError: a run that failed.
+    """
+    from pecobook.engine.log import duration
+    from pecobook.jobs import run_all, say
+    from pecobook.reproducing.paper import chosen_tables
+    from pecobook.reproducing.rehearsal import describe, rehearse, work
+    from pecobook.reproducing.tables import measured
+
+    config = replace(config or ReproduceConfig(), settings)
+    plan = _preflight(config)
+    say(describe(plan))
+    if config.dry_run:
+        return Path(config.out) / "tables.md"
+    out = Path(config.out)
+    _prepare(config, out)
+    seconds = rehearse(plan, out)
+    jobs = {name: dataclasses.replace(job, work=work(job, name, seconds)) for name, job in plan.jobs.items()}
+    left = sum(job.work * (1 - job.share) for job in jobs.values())
+    say(f"about {duration(left)} of computing, one run at a time")
+    cost = run_all(jobs, out)
+    return write(config, measured(plan, chosen_tables(config.tables)), cost, out)
+
+
+def _preflight(config: ReproduceConfig) -> Plan:
+    from pecobook.data.images import open_images
+    from pecobook.reproducing.paper import TABLES, chosen_tables
+    from pecobook.reproducing.plan import Plan
+    from pecobook.stages.stage import look_at_images
+
+    problems: list[PecobookError] = []
+    if not config.tables:
+        problems.append(ConfigError(f"Name tables: pecobook reproduce table4 ... Known: {', '.join(TABLES)}."))
+    if not config.out:
+        problems.append(RunFolderError("--out is missing: name the folder to write, for example --out runs/tables."))
+    plan = None
+    try:
+        tables = chosen_tables(config.tables)
+        splits = open_images(config.data)
+        look_at_images(splits.train)
+        plan = Plan(config, tables, splits)
+    except PecobookError as error:
+        problems.append(error)
+    out = Path(config.out)
+    if config.out and out.exists() and not out.is_dir():
+        problems.append(RunFolderError(f"--out '{out}' is a file: name a folder."))
+    mark = out / "reproduce.json"
+    if config.out and out.is_dir() and any(out.iterdir()):
+        if not mark.exists():
+            problems.append(RunFolderError(f"--out '{out}' is not empty and holds no tables: name another folder."))
+        else:
+            problems += _changed(json.loads(mark.read_text()), config)
+    if problems or plan is None:
+        raise PreflightError(problems)
+    return plan
+
+
+def _fixed(config: ReproduceConfig) -> dict[str, Any]:
+    """What must stay as it is when a folder is gone on with."""
+    from pecobook.config import to_dict
+
+    free = ("tables", "out", "seeds", "transfer", "dry_run")
+    return {name: value for name, value in to_dict(config).items() if name not in free}
+
+
+def _changed(old: dict[str, Any], config: ReproduceConfig) -> list[PecobookError]:
+    from pecobook.config import differences
+
+    changed = differences(old, _fixed(config))
+    told = f"--out '{config.out}' was begun with other settings: {'; '.join(changed)}. Name another folder."
+    return [RunFolderError(told)] if changed else []
+
+
+def _prepare(config: ReproduceConfig, out: Path) -> None:
+    from pecobook.files import write_atomically
+
+    try:
+        (out / "runs").mkdir(parents=True, exist_ok=True)
+        write_atomically(out / "reproduce.json", (json.dumps(_fixed(config), indent=2) + "\n").encode())
+    except OSError as error:
+        raise RunFolderError(f"--out '{out}' cannot be written: {error}") from None
+
+
+def write(config: ReproduceConfig, found: list[Measured], cost: dict[str, float], out: Path) -> Path:
+    """Write all tables; returns the Markdown."""
+    from pecobook.analysis.report import Picture, Report, Section, Table, write_report
+    from pecobook.analysis.wording import duration
+    from pecobook.files import write_atomically
+    from pecobook.jobs import say
+    from pecobook.reproducing import tables
+
+    length = "" if config.length == 1 else f" --length {config.length}"
+    about = (
+        f"`pecobook reproduce {' '.join(config.tables)} --data {config.data} --budget {config.budget}{length}`, seeds "
+        f"{', '.join(map(str, config.seeds))}. After ± stands the standard deviation over seeds. The paper's numbers "
+        "are of ImageNet-1K and its full budget: compare differences and orders, not values."
+    )
+    text = tables.markdown(found, about)
+    write_atomically(out / "tables.md", text.encode())
+    write_atomically(out / "tables.csv", tables.comma_separated(found).encode())
+    sections = []
+    (out / "pictures").mkdir(exist_ok=True)
+    for one in found:
+        header, rows = tables.lines_of(one)
+        picture = tables.plot(one)
+        write_atomically(out / "pictures" / f"{one.name}.png", picture)
+        words = "\n\n".join([one.table.note, *tables.differences(one)])
+        shown = Picture(picture, "Points: mean over seeds; bars: its standard deviation.", one.table.title)
+        sections.append(Section(one.table.title, words, (shown,), Table(header, tuple(rows))))
+    total = sum(cost.values())
+    spent = Table(("Run", "Time"), tuple((name, duration(value)) for name, value in cost.items()))
+    sections.append(Section("Cost", f"All runs together: {duration(total)}.", table=spent))
+    write_report(out, Report("The paper's tables, measured again", config.data, (about,), (), tuple(sections)))
+    say(text)
+    say(f"Done: {out / 'tables.md'}, tables.csv, report.html")
+    return out / "tables.md"

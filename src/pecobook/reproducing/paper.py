@@ -1,0 +1,157 @@
+"""The paper's tables: what each row trains, and the number beside it.
+
+Numbers are those of arXiv 2111.12710v3, ImageNet-1K, ViT-B/16. An arm is a tokenizer, or another way to a backbone,
+that plan.py knows how to train; a row names one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+from pecobook.errors import ConfigError, did_you_mean
+
+PROBE = ("codeword_probe", "linear probe of codewords, %")
+CLASSIFIED = ("classified", "reconstructions classified, %")
+FINETUNED = ("finetuned", "fine-tuned, %")
+MORE = (("codes_used", "codewords used"), ("psnr", "PSNR, dB"))
+"""Measured beside the paper's figures; the paper gives none of them."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """A row of a table."""
+
+    label: str
+    arm: str
+    paper: tuple[float | None, ...] = ()
+    """In the order of the table's figures; None, or nothing, where the paper has no number."""
+    control: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class PaperTable:
+    """A table of the paper."""
+
+    title: str
+    figures: tuple[tuple[str, str], ...]
+    """(figure, heading)."""
+    rows: tuple[Row, ...]
+    controls: tuple[str, ...] = ("perceptual",)
+    """Arms whose perceptual network is also tried with random and with shuffled weights."""
+    note: str = ""
+
+    @property
+    def all_rows(self) -> tuple[Row, ...]:
+        """The paper's rows, and the controls that it lacks."""
+        named = {row.arm: row.label for row in self.rows}
+        found = list(self.rows)
+        for arm in self.controls:
+            label = named.get(arm, "perceptual loss")
+            found += [Row(f"{label}, {how} weights", f"{arm}-{how}", control=True) for how in ("random", "shuffled")]
+        return tuple(found)
+
+
+TABLES = {
+    "tables1-2": PaperTable(
+        "Tables 1 and 2: classification, by what the ViT was pre-trained on",
+        (FINETUNED,),
+        (
+            Row("ViT from scratch", "scratch", (82.3,)),
+            Row("MoCo v3", "vit-contrast", (83.2,)),
+            Row("pixels as targets (MAE)", "pixels", (83.6,)),
+            Row("DALL-E's tokens (BEiT)", "dalle", (83.2,)),
+            Row("tokens of a pixel codebook", "pixel"),
+            Row("PeCo lite", "lite", (84.5,)),
+            Row("PeCo", "perceptual", (84.5,)),
+        ),
+        note="The paper's numbers are of 800 epochs of pre-training (MAE: 1,600, MoCo v3: 300).",
+    ),
+    "table4": PaperTable(
+        "Table 4: what codewords say of classes",
+        (PROBE, CLASSIFIED),
+        (
+            Row("DALL-E", "dalle", (6.1, 18.2)),
+            Row("pixel loss alone", "pixel", (10.2, 17.9)),
+            Row("perceptual loss", "perceptual", (29.7, 51.7)),
+        ),
+        note="The paper classifies reconstructions with a DeiT-T, which has 72.2% on originals.",
+    ),
+    "table5": PaperTable(
+        "Table 5: the perceptual network",
+        (FINETUNED, PROBE),
+        (
+            Row("pixel loss alone", "pixel", (82.9,)),
+            Row("self-supervised ResNet", "resnet", (84.0,)),
+            Row("self-supervised ViT", "vit", (84.1,)),
+            Row("supervised network", "supervised", (84.1,)),
+        ),
+        controls=("resnet", "vit", "supervised"),
+        note="The paper's supervised network is a VGG.",
+    ),
+    "table6": PaperTable(
+        "Table 6: semantics put into codewords by a loss on them, or on images",
+        (FINETUNED, PROBE),
+        (
+            Row("classification loss on codewords", "classification", (82.9,)),
+            Row("contrastive loss on codewords", "contrastive", (82.9,)),
+            Row("perceptual loss on images", "perceptual", (84.1,)),
+        ),
+    ),
+    "table7": PaperTable(
+        "Table 7: terms of the loss",
+        (FINETUNED, PROBE),
+        (
+            Row("pixel loss", "pixel", (82.9,)),
+            Row("and perceptual loss", "perceptual", (84.1,)),
+            Row("and adversarial loss", "adversarial", (83.9,)),
+        ),
+    ),
+    "table10": PaperTable(
+        "Table 10: weight of the perceptual loss",
+        (FINETUNED, PROBE),
+        (
+            Row("lambda 0", "pixel", (82.9,)),
+            Row("lambda 0.3", "lambda-0.3", (84.1,)),
+            Row("lambda 1", "perceptual", (84.1,)),
+            Row("lambda 3", "lambda-3", (83.6,)),
+            Row("lambda 10", "lambda-10", (83.5,)),
+        ),
+    ),
+    "table12": PaperTable(
+        "Table 12: the tokenizer's architecture",
+        (FINETUNED, PROBE),
+        (
+            Row("transformers", "transformers", (83.6,)),
+            Row("half the stride, on half the pixels", "half-stride", (83.8,)),
+            Row("convolutions", "perceptual", (84.1,)),
+            Row("convolutions, decoder of half the width", "half-width", (84.0,)),
+            Row("convolutions, decoder of half the depth", "half-depth", (84.1,)),
+        ),
+    ),
+    "v1-table7": PaperTable(
+        "Table 7 of version 1: more data for the tokenizer",
+        (FINETUNED, PROBE),
+        (Row("tokenizer trained on the same images", "perceptual"), Row("on more images", "more-data")),
+        note="The paper's numbers are in a picture; its text says that more data does not help.",
+    ),
+}
+ALIASES = {
+    "table1": "tables1-2",
+    "table2": "tables1-2",
+    "v1-table1": "tables1-2",
+    "v1-table5": "table4",
+    "v1-table6": "table5",
+}
+
+
+def chosen_tables(names: tuple[str, ...]) -> dict[str, PaperTable]:
+    """Tables by name, of version 3 unless `v1-` says otherwise. Raises ConfigError for one that is not there."""
+    found = {}
+    for name in names:
+        plain = name.lower().removeprefix("v3-")
+        plain = ALIASES.get(plain, plain)
+        if plain not in TABLES:
+            known = [*TABLES, *ALIASES]
+            raise ConfigError(f"There is no table '{name}'.{did_you_mean(name, known)} Known: {', '.join(TABLES)}.")
+        found[plain] = TABLES[plain]
+    return found

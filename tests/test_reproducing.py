@@ -1,0 +1,242 @@
+"""`pecobook reproduce`: what it plans is what the paper's tables compare, and what it prints is what was measured."""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import dataclasses
+import io
+import json
+import statistics
+import subprocess
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+import pecobook
+from pecobook import cli
+from pecobook.config import replace, to_dict
+from pecobook.data.images import open_images
+from pecobook.errors import ConfigError, PreflightError
+from pecobook.jobs import Job
+from pecobook.reproducing import ReproduceConfig
+from pecobook.reproducing.budgets import Budget, budget
+from pecobook.reproducing.paper import TABLES, PaperTable, Row, chosen_tables
+from pecobook.reproducing.plan import Plan
+from pecobook.reproducing.rehearsal import _moved, kind_of, work
+from pecobook.reproducing.tables import Measured, comma_separated, differences, lines_of, markdown, plot
+from pecobook.stages.codebook import CodebookStage
+from tests.runs import SMALL
+
+
+def make_plan(images: Path, *tables: str, **settings: Any) -> Plan:
+    config = ReproduceConfig(tables=tables, data=str(images), out="unused", seeds=(0, 1), **settings)
+    return Plan(config, chosen_tables(tables), open_images(str(images)))
+
+
+def test_tables__have_the_papers_numbers() -> None:
+    told = {name: {row.arm: row.paper for row in table.rows} for name, table in TABLES.items()}
+    assert told["table4"] == {"dalle": (6.1, 18.2), "pixel": (10.2, 17.9), "perceptual": (29.7, 51.7)}
+    assert [paper for (paper,) in told["table5"].values()] == [82.9, 84.0, 84.1, 84.1]
+    assert [paper for (paper,) in told["table6"].values()] == [82.9, 82.9, 84.1]
+    assert [paper for (paper,) in told["table7"].values()] == [82.9, 84.1, 83.9]
+    assert [paper for (paper,) in told["table10"].values()] == [82.9, 84.1, 84.1, 83.6, 83.5]
+    assert [paper for (paper,) in told["table12"].values()] == [83.6, 83.8, 84.1, 84.0, 84.1]
+    assert told["tables1-2"]["perceptual"] == told["tables1-2"]["lite"] == (84.5,)
+
+
+def test_chosen_tables__knows_both_versions() -> None:
+    assert list(chosen_tables(("v1-table6", "table4", "v3-table4"))) == ["table5", "table4"]
+    assert list(chosen_tables(("v1-table7", "table7"))) == ["v1-table7", "table7"]
+    with pytest.raises(ConfigError, match=r"no table 'table44'.*table4"):
+        chosen_tables(("table44",))
+
+
+def test_plan__trains_each_run_once_and_in_order(images: Path) -> None:
+    plan = make_plan(images, *TABLES, dalle="folder", more_data="photos")
+    done: set[str] = set()
+    for name, job in plan.jobs.items():
+        assert set(job.needs) <= done, name
+        done.add(name)
+    codebooks = [to_dict(job.config) for name, job in plan.jobs.items() if name.startswith("codebook-")]
+    bare = [json.dumps({**one, "out": ""}, sort_keys=True) for one in codebooks]
+    assert len(set(bare)) == len(bare)  # no two train the same
+    assert {job.config.seed for job in plan.jobs.values()} == {0, 1}
+    for table in TABLES:  # each table alone is part of all
+        for name in make_plan(images, table, dalle="folder", more_data="photos").jobs:
+            assert name in plan.jobs or name.replace("analysis-", "judged-") in plan.jobs
+
+
+def test_plan__controls_differ_in_weights_alone(images: Path) -> None:
+    plan = make_plan(images, "table5")
+    for network in ("perceptual", "vit", "supervised"):
+        own = to_dict(plan.codebook_settings(network, 1)[0])
+        for how, changed in (("random", {"weights": "random"}), ("shuffled", {"shuffle": True})):
+            other = to_dict(plan.codebook_settings(f"{network}-{how}", 1)[0])
+            assert other == {**own, "perceptual": {**own["perceptual"], **changed}}
+    assert plan.canonical("resnet-random") == "perceptual-random"  # the ResNet is this budget's network of all rows
+    assert plan.canonical("lambda-0.3") == "lambda-0.3"
+
+
+def test_plan__arms_are_what_their_rows_say(images: Path) -> None:
+    plan = make_plan(images, "table6", "table7", "table10", "table12", "tables1-2")
+    arm = {name: plan.codebook_settings(name, 0)[0] for name in (
+        "pixel", "perceptual", "classification", "contrastive", "adversarial", "lambda-0.3", "transformers",
+        "half-stride", "half-width", "lite",
+    )}  # fmt: skip
+    assert arm["pixel"].perceptual.network == "none"
+    assert arm["classification"].explicit.kind == "classification"
+    assert arm["contrastive"].explicit.kind == "contrastive"
+    assert arm["adversarial"].adversarial.weight == 0.4
+    assert arm["lambda-0.3"].perceptual.weight == 0.3
+    assert arm["transformers"].model.kind == "vit"
+    assert arm["half-width"].model.decoder_width == 0.5
+    assert arm["half-stride"].image_size * 2 == arm["perceptual"].image_size
+    assert {one.image_size // one.model.stride for one in arm.values()} == {4}
+    assert plan.jobs["vit-half-stride-0"].config.tokenizer_size == 16
+    assert plan.jobs["vit-perceptual-0"].config.tokenizer_size == 0
+    assert plan.jobs["vit-pixels-0"].config.target == "pixels"
+    assert plan.jobs["classifier-scratch-0"].config.weights == "random"
+    assert plan.jobs["classifier-vit-contrast-0"].config.backbone == plan.jobs["network-vit-0"].config.out
+
+
+@pytest.mark.parametrize("name", ["tiny", "small"])
+def test_plan__every_tokenizer_can_be_built(images: Path, name: str) -> None:
+    plan = make_plan(
+        images, *TABLES, budget=name, network="timm:resnet10t", network_layers=(1, 2), network_weights="random"
+    )
+    for arm in ("perceptual", "classification", "contrastive", "adversarial", "transformers", "half-stride", "lite"):
+        settings, needs = plan.codebook_settings(arm, 0)
+        assert needs == ()
+        CodebookStage(settings, num_classes=3)
+
+
+def test_plan__at_the_papers_budget_is_the_papers(images: Path) -> None:
+    own = budget("paper")
+    plan = make_plan(images, *TABLES, budget="paper", dalle="folder")
+    assert own.default == "vit"
+    assert plan.codebook_settings("perceptual", 0)[0].perceptual.layers == (3, 6, 9, 12)
+    assert plan.codebook_settings("supervised", 0)[0].perceptual.network == "torchvision:vgg16"
+    assert plan.codebook_settings("half-depth", 0)[0].model.decoder_blocks == 1
+    assert plan.jobs["vit-half-stride-0"].config.tokenizer_size == 112
+    assert plan.jobs["vit-dalle-0"].config.tokenizer_size == 112
+    assert plan.jobs["vit-dalle-0"].config.tokenizer == "dalle:folder"
+
+
+def test_plan__leaves_out_what_it_cannot_train(images: Path, tmp_path: Path) -> None:
+    plan = make_plan(images, "table4", "table12", "v1-table7")
+    assert plan.missing("dalle") == "--dalle FOLDER"
+    assert plan.missing("more-data") == "--more-data SOURCE"
+    assert not any("dalle" in name or "more-data" in name or "half-depth" in name for name in plan.jobs)
+    for number, file in enumerate(sorted(images.rglob("*.png"))):
+        (tmp_path / f"{number}.png").write_bytes(file.read_bytes())
+    bare = make_plan(tmp_path, "table6")
+    assert bare.missing("classification") == "labels"
+    assert not any(name.startswith("classifier-") for name in bare.jobs)
+
+
+def measured() -> Measured:
+    rows = (Row("pixel loss", "pixel", (82.9,)), Row("perceptual | loss", "perceptual", (84.1,)))
+    table = PaperTable("Table 7", (("finetuned", "fine-tuned, %"), ("codeword_probe", "probe, %")), rows)
+    pixel, own, control = [20.0, 22.0, 21.0], [30.0, 31.0, 35.0], [25.0, 24.0, 23.0]
+    return Measured("table7", table, tuple(
+        (row, {"finetuned": values, "codes_used": [512.0] * 3}, "") for row, values in zip(
+            table.all_rows, (pixel, own, control, []), strict=True)
+    ))  # fmt: skip
+
+
+def test_tables__show_means_spread_and_the_paper() -> None:
+    one = measured()
+    header, rows = lines_of(one)
+    assert header == ("", "fine-tuned, %", "paper", "codewords used")
+    spread = statistics.stdev([30.0, 31.0, 35.0])
+    assert rows[1] == ("perceptual | loss", f"32.0 ± {spread:.1f}", "84.1", "512.0 ± 0.0")
+    assert rows[2][0] == "perceptual | loss, random weights (control)"
+    assert rows[3][1:3] == ("–", "–")
+    told = differences(one)
+    assert told[0] == "fine-tuned, %: perceptual | loss minus pixel loss: 11.0 ± 2.6 (seeds: +10.0, +9.0, +14.0)"
+    assert len(told) == 2  # nothing was measured of the shuffled control
+    text = markdown([one], "how")
+    assert all(line.count(" | ") <= 4 for line in text.splitlines())
+    assert plot(one).startswith(b"\x89PNG")
+    lines = list(csv.DictReader(io.StringIO(comma_separated([one]))))
+    found = {(line["arm"], line["figure"]): line for line in lines}
+    assert float(found["perceptual", "finetuned"]["mean"]) == 32.0
+    assert found["perceptual", "finetuned"]["paper"] == "84.1"
+    assert found["perceptual-random", "finetuned"]["paper"] == ""
+
+
+def test_rehearsal__knows_what_takes_alike() -> None:
+    assert kind_of("network-resnet-0") == "network-resnet"
+    assert kind_of("codebook-lambda-0.3-12") == "codebook"
+    assert kind_of("judged-pixel-0") == kind_of("analysis-pixel-0") == "analysis"
+    job = Job("codebook", dataclasses.replace(budget("tiny").codebook, max_steps="50"))
+    assert work(job, "codebook-pixel-0", {"codebook": 2.0}) == 100.0
+    moved = _moved({"a": "/x/runs/one", "b": ["/x/runs"], "c": {"d": "/y"}}, Path("/x/runs"), Path("/z"))
+    assert moved == {"a": "/z/one", "b": ["/x/runs"], "c": {"d": "/y"}}
+
+
+def small_budget() -> Budget:
+    """The tiny budget with networks of a few thousand weights."""
+    own = budget("tiny")
+    return dataclasses.replace(
+        own,
+        contrast={name: replace(one, SMALL["contrast"]) for name, one in own.contrast.items()},
+        codebook=replace(own.codebook, SMALL["codebook"]),
+        layers={**own.layers, "resnet": (1, 2)},
+    )
+
+
+class InThisProcess:
+    """Stands for a process that runs pecobook, and spares its imports; jobs as processes are tested with the demo."""
+
+    returncode = 0
+
+    def __init__(self, command: list[str], **_: object) -> None:
+        assert command[1:3] == ["-m", "pecobook"]
+        with contextlib.redirect_stderr(io.StringIO()):
+            cli.main(command[3:])
+
+    def poll(self) -> int:
+        return 0
+
+
+def test_reproduce__goes_on_and_refuses_other_settings(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("pecobook.reproducing.plan.budget", lambda _: small_budget())
+    monkeypatch.setattr("pecobook.jobs.subprocess", SimpleNamespace(Popen=InThisProcess, STDOUT=subprocess.STDOUT))
+    out = ["--out", str(tmp_path / "r"), "--seeds", "0", "--no-transfer"]
+    words = ["reproduce", "v1-table7", "--data", str(images), *out]
+    cli.main([*words, "--dry-run"])
+    assert "7 runs for 1 seeds" in capsys.readouterr().err
+    assert not (tmp_path / "r").exists()
+    cli.main(words)
+    told = capsys.readouterr().err
+    assert "rehearsing" in told
+    assert "about" in told
+    (line, *_) = [one for one in csv.DictReader((tmp_path / "r" / "tables.csv").open()) if one["arm"] == "perceptual"]
+    analysis = json.loads((tmp_path / "r" / "runs" / "analysis-perceptual-0" / "analysis.json").read_text())
+    assert float(line["mean"]) == analysis["tokenizers"][0]["codeword_probe"]
+    assert "(needs --more-data SOURCE)" in (tmp_path / "r" / "tables.md").read_text()
+    assert (tmp_path / "r" / "report.html").read_text().count("<table") >= 2
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "r" / "runs").rglob("*.safetensors")}
+    with contextlib.redirect_stderr(io.StringIO()):
+        cli.main(words)  # nothing is left to do
+    assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "r" / "runs").rglob("*.safetensors")}
+    with pytest.raises(SystemExit):
+        cli.main([*words, "--length", "2"])
+    assert "begun with other settings: length: 1.0 -> 2.0" in capsys.readouterr().err
+
+
+def test_reproduce__tells_all_problems(tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").write_text("years")
+    with pytest.raises(PreflightError) as caught:
+        pecobook.reproduce(tables=("table99",), out=str(tmp_path))
+    told = "\n".join(map(str, caught.value.problems))
+    assert "no table 'table99'" in told
+    assert "is not empty" in told
+    with pytest.raises(ConfigError, match="different numbers"):
+        ReproduceConfig(seeds=(0, 0))
