@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from pecobook.data.masking import blockwise_mask
     from pecobook.demonstration import demo
     from pecobook.errors import PecobookError
+    from pecobook.exploring import explore
     from pecobook.models.masked_vit import MaskedImageModel
     from pecobook.models.nearest import nearest_codeword
     from pecobook.models.perceptual import PerceptualDistance
@@ -34,6 +35,7 @@ __all__ = [
     "codebook",
     "contrast",
     "demo",
+    "explore",
     "export",
     "finetune",
     "load_tokenizer",
@@ -55,6 +57,7 @@ _HOMES = {
     "codebook": "api",
     "contrast": "api",
     "demo": "demonstration",
+    "explore": "exploring",
     "export": "api",
     "finetune": "api",
     "load_tokenizer": "models.tokenizers",

@@ -23,6 +23,7 @@ _TRAINING = {
 _OTHERS = {
     "tokenize": "the tokens of named views of your images, once, for pretrain --tokens",
     "analyze": "what the codewords of tokenizers mean: figures, galleries, a report",
+    "explore": "a page to play with codewords and masks, on this machine",
     "reproduce": "the paper's tables, trained again at a budget of yours, with controls, over seeds",
     "bench": "how fast pre-training runs here, and where time goes",
     "export": "a run's weights for timm, transformers or ONNX",
@@ -75,6 +76,7 @@ def _dispatch(args: list[str]) -> None:
             "export": _export,
             "bench": _bench,
             "analyze": _analyze,
+            "explore": _explore,
             "reproduce": _reproduce,
             "probe": _probe,
             "demo": _demo,
@@ -140,9 +142,19 @@ def _analyze(args: list[str]) -> None:
 def _reproduce(args: list[str]) -> None:
     from pecobook.reproducing import ReproduceConfig, reproduce
 
+    reproduce(parse(ReproduceConfig(), _first_as("--tables", args), "reproduce"))
+
+
+def _explore(args: list[str]) -> None:
+    from pecobook.exploring import ExploreConfig, explore
+
+    explore(parse(ExploreConfig(), _first_as("--runs", args), "explore"))
+
+
+def _first_as(name: str, args: list[str]) -> list[str]:
+    """Give the words before the first flag to a flag."""
     count = next((place for place, word in enumerate(args) if word.startswith("-")), len(args))
-    tables = ["--tables", *args[:count]] if count else []
-    reproduce(parse(ReproduceConfig(), [*tables, *args[count:]], "reproduce"))
+    return [name, *args] if count else args
 
 
 def _probe(args: list[str]) -> None:

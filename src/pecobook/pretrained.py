@@ -74,6 +74,11 @@ class MaskedRun(nn.Module):
         return 100 * right / count, float((total / count).exp())
 
 
+def is_masked_run(source: str | Path) -> bool:
+    """Whether this is a finished run of `pretrain`."""
+    return (Path(source) / "export" / "mim.safetensors").is_file() or (Path(source) / "mim.safetensors").is_file()
+
+
 def load_masked_run(run: str | Path) -> MaskedRun:
     """A finished run, in evaluation mode, on the CPU.
 

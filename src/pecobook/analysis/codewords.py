@@ -113,7 +113,7 @@ def code_gallery(
 ) -> Gallery:
     """Patches that share a codeword: rows for the `chosen` ones, then the most used, `codewords` in all.
 
-    `images` float (N, 3, H, W) in [0, 1]; `codes` int (N, h, w). Patches are drawn by `(seed, codeword)`,
+    `images` float (N, 3, H, W) in [0, 1], or uint8; `codes` int (N, h, w). Patches are drawn by `(seed, codeword)`,
     one per image first, so that a row is not one image over and over and does not change when other rows do.
     Each comes with `context` patch sides of surroundings on every side, less at a border of the image, where
     the window moves inwards.
@@ -150,7 +150,9 @@ def _one_per_image_first(image: NDArray[np.int64], rng: np.random.Generator) -> 
 def patch_window(
     image: Tensor, grid: tuple[int, ...], row: int, column: int, context: float
 ) -> tuple[Tensor, tuple[float, float, float, float]]:
-    """The window around one patch of an image (3, H, W) with a code grid (h, w), and the patch's box within it."""
+    """The window, float in [0, 1], around one patch of an image (3, H, W), float or uint8, with a code grid (h, w); and
+    the patch's box within it.
+    """
     height, width = image.shape[-2:]
     patch_h, patch_w = height / grid[0], width / grid[1]
     side_h = min(round(patch_h * (1 + 2 * context)), height)
@@ -158,4 +160,6 @@ def patch_window(
     top = min(max(round((row + 0.5) * patch_h - side_h / 2), 0), height - side_h)
     left = min(max(round((column + 0.5) * patch_w - side_w / 2), 0), width - side_w)
     window = image[:, top : top + side_h, left : left + side_w].detach().float().cpu().clone()
+    if image.dtype == torch.uint8:
+        window /= 255
     return window, (row * patch_h - top, column * patch_w - left, patch_h, patch_w)

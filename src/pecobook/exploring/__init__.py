@@ -1,0 +1,141 @@
+"""`pecobook explore`: a page on this machine to play with codewords.
+
+model.py  what the page asks, without the page
+page.py   the page (Gradio)
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import sys
+import tempfile
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
+
+from pecobook.config import between, positive, replace
+from pecobook.errors import ConfigError, PecobookError, PreflightError
+
+if TYPE_CHECKING:
+    from pecobook.data.images import Splits
+    from pecobook.exploring.model import Indexed
+    from pecobook.pretrained import MaskedRun
+
+__all__ = ["ExploreConfig", "explore"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ExploreConfig:
+    """Look at token maps, click codewords, paint masks: a page on this machine."""
+
+    runs: tuple[str, ...] = ()
+    """Tokenizers (a codebook run, owner/name on the hub, dalle:FOLDER, diffusers:FOLDER) and pretrain runs, which bring
+    theirs."""
+    data: str = "photos"
+    """Images: a folder, a parquet file or folder, tar shards, hf:owner/name, or photos (embedded)."""
+    images: int = 1000
+    """Most held-out images that are looked through for patches."""
+    host: str = "127.0.0.1"
+    """Address to listen on; the default is seen by this machine alone."""
+    port: int = 7860
+    """Port to listen on."""
+    share: bool = False
+    """Also open a public address through Gradio's servers, for 72 hours: whoever knows it sees your images."""
+    upload_mb: int = 20
+    """Largest image that the page takes, MB."""
+
+    def __post_init__(self) -> None:
+        positive(self, "images", "upload_mb")
+        between(self, 1, 65535, "port")
+
+
+def explore(config: ExploreConfig | None = None, *, block: bool = True, **settings: Any) -> Any:
+    """Serve the page until Ctrl-C; with `block=False` returns Gradio's blocks, whose `close()` ends it.
+
+    Raises:
+        PreflightError: problems found before anything was served, all of them.
+        ConfigError: the port is taken, or Gradio is not installed.
+    """
+    config = replace(config or ExploreConfig(), settings)
+    os.environ.update(GRADIO_ANALYTICS_ENABLED="False", HF_HUB_DISABLE_TELEMETRY="1")  # read when Gradio is imported
+    try:
+        import gradio
+    except ImportError:
+        raise ConfigError("The explorer needs Gradio: pip install 'pecobook[explore]'.") from None
+    from pecobook.exploring.page import Page
+
+    _check_port(config)
+    indexed, runs, splits = _open(config)
+    os.environ["GRADIO_TEMP_DIR"] = _uploads().name
+    blocks = Page(indexed, runs, splits).blocks()
+    try:
+        blocks.queue(default_concurrency_limit=1).launch(
+            server_name=config.host,
+            server_port=config.port,
+            share=config.share,
+            prevent_thread_lock=True,
+            quiet=True,
+            show_error=True,
+            footer_links=[],
+            max_file_size=f"{config.upload_mb}mb",
+            ssr_mode=False,
+            theme=gradio.themes.Base(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]),
+        )
+    except OSError as error:
+        raise ConfigError(f"The page cannot be served on port {config.port} ({error}): give another --port.") from None
+    print(f"\nOpen http://{config.host}:{config.port} (Ctrl-C ends it)", file=sys.stderr, flush=True)
+    if block:
+        blocks.block_thread()
+    return blocks
+
+
+@lru_cache(maxsize=1)
+def _uploads() -> tempfile.TemporaryDirectory[str]:
+    """Where Gradio keeps what is uploaded and shown: a folder that is deleted when this process ends."""
+    return tempfile.TemporaryDirectory(prefix="pecobook-uploads-")
+
+
+def _check_port(config: ExploreConfig) -> None:
+    """Refuse a port that is taken, before anything slow. Raises ConfigError."""
+    import socket
+
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((config.host, config.port))
+        except OSError as error:
+            raise ConfigError(
+                f"Port {config.port} of {config.host} cannot be used ({error.strerror}), perhaps by another explorer: "
+                "give another --port."
+            ) from None
+
+
+def _open(config: ExploreConfig) -> tuple[list[Indexed], dict[str, MaskedRun], Splits]:
+    from pecobook.analyzing.names import device, unique_names
+    from pecobook.data.images import open_images
+    from pecobook.exploring.model import index
+    from pecobook.models.tokenizers import load_tokenizer
+    from pecobook.pretrained import is_masked_run, load_masked_run
+
+    problems: list[PecobookError] = []
+    if not config.runs:
+        problems.append(ConfigError("Name what to explore: pecobook explore RUN [RUN ...] --data SOURCE."))
+    tokenizers: dict[str, Any] = {}
+    runs: dict[str, MaskedRun] = {}
+    splits = None
+    try:
+        splits = open_images(config.data)
+    except PecobookError as error:
+        problems.append(error)
+    for name, source in zip(unique_names(config.runs), config.runs, strict=True):
+        try:
+            if is_masked_run(source):
+                runs[name] = load_masked_run(source).to(device())
+                tokenizers[f"tokenizer of {name}"] = runs[name].tokenizer
+            else:
+                tokenizers[name] = load_tokenizer(source).to(device()).eval()
+        except PecobookError as error:
+            problems.append(error)
+    if problems or splits is None:
+        raise PreflightError(problems)
+    return [index(name, one, splits, config.images) for name, one in tokenizers.items()], runs, splits
