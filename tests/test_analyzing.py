@@ -88,6 +88,9 @@ def test_analyze__keeps_the_contract(analysis: tuple[Path, dict[str, Any], str],
         "masked-38.png",
         "masked-61.png",
     }
+    assert "How they were trained" in page
+    assert (out / "pictures" / "curves-tokenizers.png").is_file()
+    assert (out / "pictures" / "curves-vits.png").is_file()
     assert len(page) < 10e6
     assert "http://" not in page.replace("http://www.w3.org", "")
 
@@ -188,6 +191,11 @@ def test_analyze__classifies_originals_and_reconstructions(
     assert told["originals"] == own.accuracy(to_float(x), labels)
     assert told["reconstructions"] == own.accuracy(reconstruct(tokenizer, to_float(x)), labels)
     assert own.accuracy(to_float(x), None) is None
+    file = open_classifier(
+        AnalyzeConfig(data=str(images), classifier=str(classifier / "export" / "model.safetensors")),
+        open_images(str(images)),
+    )
+    assert file.accuracy(to_float(x), labels) == told["originals"]
 
 
 def test_open_classifier__refuses_one_of_other_classes(images: Path, vit_run: Path, tmp_path: Path) -> None:

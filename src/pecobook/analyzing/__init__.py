@@ -43,7 +43,8 @@ class AnalyzeConfig:
     overwrite: bool = False
     """Delete what is in --out first."""
     classifier: str = ""
-    """A finetune run or timm:NAME that classifies reconstructions and originals; empty leaves it out."""
+    """Who classifies originals and reconstructions: a finetune run, its exported model.safetensors, or timm:NAME; empty
+    leaves it out."""
     classifier_weights: str = ""
     """A local file of weights for timm:NAME; empty takes the hub's."""
     perceptual: str = ""
@@ -81,7 +82,7 @@ def analyze(config: AnalyzeConfig | None = None, **settings: Any) -> Path:
     from pecobook.analyzing.measure import look
     from pecobook.analyzing.names import file_part
     from pecobook.analyzing.page import compose
-    from pecobook.analyzing.pictures import side_by_side
+    from pecobook.analyzing.pictures import curves_of, side_by_side
     from pecobook.files import write_atomically
 
     config = replace(config or AnalyzeConfig(), settings)
@@ -103,6 +104,8 @@ def analyze(config: AnalyzeConfig | None = None, **settings: Any) -> Path:
         pictures |= {files[kind]: png for kind, png in found.pictures.items()}
         looks.append(found)
     pictures |= side_by_side(looks)
+    pictures |= curves_of("tokenizers", {subject.name: subject.source for subject in subjects.tokenizers})
+    pictures |= curves_of("vits", dict(zip(subjects.runs, config.backbone, strict=True)))
     results: dict[str, Any] = {
         "data": config.data,
         "evaluation": subjects.splits.evaluation_name,

@@ -83,7 +83,7 @@ def open_classifier(config: AnalyzeConfig, splits: Splits) -> Classifier:
         size, columns = settings.get("input_size", (3, 224, 224))[-1], torch.arange(count)
         mean, std = settings.get("mean", IMAGENET_MEAN), settings.get("std", IMAGENET_STD)
     else:
-        exported, state = read_export(name)
+        exported, state = read_export(Path(name).parent if Path(name).is_file() else name)
         if "classes" not in exported:
             raise ConfigError(f"--classifier '{name}' is no run of pecobook finetune: it has no classes.")
         known = {label: number for number, label in enumerate(exported["classes"])}

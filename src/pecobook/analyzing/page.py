@@ -31,6 +31,7 @@ def compose(
         _usage(tokenizers, pictures),
         _maps(tokenizers, pictures),
         _masked(results, pictures),
+        _training(pictures),
         _cost(cost, settings),
     )
     return Report(
@@ -274,6 +275,16 @@ def _masked(results: Mapping[str, Any], pictures: Mapping[str, bytes]) -> Sectio
     )
     table = Table(("Run", "Codes right, %", "Perplexity"), rows)
     return Section("Behind the mask", text, tuple(shown), table)
+
+
+def _training(pictures: Mapping[str, bytes]) -> Section | None:
+    shown = [
+        Picture(pictures[file], "", f"Training curves of the {words}", title=words)
+        for file, words in (("curves-tokenizers.png", "tokenizers"), ("curves-vits.png", "transformers"))
+        if file in pictures
+    ]
+    text = "From the logs of the runs. Losses of runs with other terms or other networks are on other scales."
+    return Section("How they were trained", text, tuple(shown), side_by_side=True) if shown else None
 
 
 def _cost(cost: Sequence[tuple[str, float]], settings: Mapping[str, Any]) -> Section:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -11,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pecobook.analysis import figures as draw
-from pecobook.analysis.charts import code_usage_chart
+from pecobook.analysis.charts import code_usage_chart, read_metrics, training_curves
 from pecobook.analysis.codebook_map import flatten, map_picture, neighbours
 from pecobook.analysis.codewords import CodeUsage, code_gallery
 from pecobook.analysis.semantics import joint_counts, patch_labels
@@ -97,6 +98,16 @@ def side_by_side(looks: Sequence[Look]) -> dict[str, bytes]:
         "reconstructions.png": draw.reconstruction_grid(originals, columns, rows=SHOWN),
         "usage.png": code_usage_chart({look.name: look.usage.counts for look in looks}),
     }
+
+
+def curves_of(kind: str, sources: Mapping[str, str]) -> dict[str, bytes]:
+    """Training curves of the runs among these, in one picture; nothing where none has a log of two steps."""
+    logs = {name: Path(source) / "metrics.jsonl" for name, source in sources.items()}
+    runs = {name: read_metrics(file) for name, file in logs.items() if file.is_file()}
+    try:
+        return {f"curves-{kind}.png": training_curves(runs)}
+    except ValueError:
+        return {}
 
 
 def at_side(images: Tensor, side: int) -> Tensor:
