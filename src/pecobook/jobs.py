@@ -115,6 +115,7 @@ class _Progress:
         self.jobs, self.began, self.printed = jobs, time.monotonic(), -100.0
         self.total = sum(job.work for job in jobs.values())
         self.before = self._done()
+        self.told: tuple[float, list[str]] | None = None
         self.status: Any = None
         if sys.stderr.isatty():
             from rich.console import Console
@@ -135,8 +136,9 @@ class _Progress:
         line = f"{100 * done / self.total:3.0f}%{left}: " + ("; ".join(going) or "starting")
         if self.status is not None:
             self.status.update(line)
-        else:
+        elif (done, going) != self.told:  # a log of hours wants no line that says nothing new
             say(line)
+        self.told = (done, going)
 
     def close(self) -> None:
         """Leave the line."""
