@@ -198,6 +198,14 @@ def test_analyze__classifies_originals_and_reconstructions(
     assert file.accuracy(to_float(x), labels) == told["originals"]
 
 
+def test_analyze__of_a_grey_tokenizer_and_a_vit_on_it(images: Path, tmp_path: Path) -> None:
+    grey = train("codebook", images, tmp_path / "grey", **{"model.in_channels": 1})
+    vit = train("pretrain", images, tmp_path / "vit", tokenizer=str(grey))
+    results, _ = run(tmp_path / "out", tokenizer=str(grey), backbone=(str(vit),), data=str(images))
+    assert results["tokenizers"][0]["codes_used"] > 0
+    assert results["masked_prediction"][0]["by_share"][0]["masked"] == 4
+
+
 def test_open_classifier__refuses_one_of_other_classes(images: Path, vit_run: Path, tmp_path: Path) -> None:
     splits = open_images(str(images))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from pecobook.models.autoencoder import AutoencoderConfig
 from pecobook.models.dalle import DalleTokenizer
 from pecobook.models.onnx import export_onnx
 from pecobook.models.tokenizer import PerceptualTokenizer, TokenizerConfig
-from pecobook.models.tokenizers import DiffusersTokenizer, load_tokenizer
+from pecobook.models.tokenizers import DiffusersTokenizer, GreyTokenizer, load_tokenizer
 
 CNN = AutoencoderConfig(channels=(8, 16, 16), latent_dim=8, num_blocks=1)
 VIT = AutoencoderConfig(kind="vit", channels=(16, 4), num_heads=2, num_blocks=1, latent_dim=8)
@@ -56,6 +57,7 @@ def everyone() -> dict[str, Any]:
     return {
         "ours": ours(),
         "ours, ViT": ours(VIT),
+        "ours, grey": GreyTokenizer(ours(replace(CNN, in_channels=1))).eval(),
         "dalle": DalleTokenizer(width=8, num_codewords=32, embedding=6).eval(),
         "diffusers": DiffusersTokenizer(vq_model()).eval(),
     }
@@ -110,10 +112,21 @@ def test_diffusers__that_is_missing_or_not_installed(tmp_path: Path, monkeypatch
         load_tokenizer(f"diffusers:{tmp_path}")
 
 
+def test_load_tokenizer__refuses_channels_that_no_image_has(tmp_path: Path) -> None:
+    ours(replace(CNN, in_channels=5)).save_pretrained(tmp_path / "five")
+    with pytest.raises(WeightsError, match="has 5 channels"):
+        load_tokenizer(tmp_path / "five")
+
+
 def test_load_tokenizer__by_kind(tmp_path: Path) -> None:
     mine = ours()
     mine.save_pretrained(tmp_path / "ours")
     assert torch.equal(load_tokenizer(tmp_path / "ours").encode(pictures()), mine.encode(pictures()))
+    grey = ours(replace(CNN, in_channels=1))
+    grey.save_pretrained(tmp_path / "grey")
+    red, green, blue = pictures().unbind(1)
+    luma = (0.2989 * red + 0.587 * green + 0.114 * blue)[:, None]
+    assert torch.equal(load_tokenizer(tmp_path / "grey").encode(pictures()), grey.encode(luma))
     theirs = DalleTokenizer(width=8, num_codewords=32, embedding=6)
     (tmp_path / "dalle").mkdir()
     for part in ("encoder", "decoder"):

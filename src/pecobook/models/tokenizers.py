@@ -34,7 +34,42 @@ def load_tokenizer(source: str | Path) -> Any:
         return DalleTokenizer.from_pretrained(place)
     if kind == "diffusers":
         return DiffusersTokenizer.from_pretrained(place)
-    return PerceptualTokenizer.from_pretrained(source)
+    tokenizer = PerceptualTokenizer.from_pretrained(source)
+    return tokenizer if tokenizer.in_channels == 3 else GreyTokenizer(tokenizer).eval().requires_grad_(False)
+
+
+class GreyTokenizer(nn.Module):
+    """A tokenizer of grey images behind the interface of all others: it reads RGB by its luma, and shows grey as RGB.
+
+    Args:
+        tokenizer: one of 1 channel.
+
+    Raises:
+        WeightsError: it has more channels.
+    """
+
+    def __init__(self, tokenizer: PerceptualTokenizer) -> None:
+        super().__init__()
+        if tokenizer.in_channels != 1:
+            raise WeightsError(f"Images are read as RGB or grey; this tokenizer has {tokenizer.in_channels} channels.")
+        self.tokenizer = tokenizer
+        self.num_codewords, self.stride = tokenizer.num_codewords, tokenizer.stride
+        self.image_size = tokenizer.image_size
+
+    @property
+    def codebook(self) -> Tensor:
+        """Codewords, float (K, D)."""
+        return self.tokenizer.codebook
+
+    def encode(self, images: Tensor) -> Tensor:
+        """Codes of float (B, 3, H, W) in [0, 1]: int64 (B, H / f, W / f)."""
+        from torchvision.transforms.functional import rgb_to_grayscale  # as in training
+
+        return self.tokenizer.encode(rgb_to_grayscale(images))
+
+    def decode(self, codes: Tensor) -> Tensor:
+        """Images of codes int64 (B, h, w): float (B, 3, h f, w f) in [0, 1], all channels equal."""
+        return self.tokenizer.decode(codes).expand(-1, 3, -1, -1)
 
 
 def fingerprint(tokenizer: nn.Module) -> str:
