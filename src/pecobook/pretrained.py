@@ -15,7 +15,7 @@ from pecobook.models.checkpoints import read_weights
 from pecobook.models.masked_vit import MaskedImageModel, VisibleOnlyModel
 from pecobook.models.tokenizers import load_tokenizer
 from pecobook.models.weights import IMAGENET_MEAN, IMAGENET_STD, export_folder, load_backbone
-from pecobook.stages.pretrain import PretrainConfig, encode_views
+from pecobook.stages.pretrain import PretrainConfig, encode_views, masked_model
 
 
 class MaskedRun(nn.Module):
@@ -93,12 +93,7 @@ def load_masked_run(run: str | Path) -> MaskedRun:
         raise WeightsError(f"'{run}' predicts pixels, not codes: give a run with --target tokens.")
     backbone = load_backbone(str(run)).network
     head = read_weights(str(folder / "mim.safetensors"))
-    vocabulary, own = len(head["head.weight"]), config.decoder
-    model: MaskedImageModel | VisibleOnlyModel
-    if config.visible_only:
-        model = VisibleOnlyModel(backbone, vocabulary, depth=own.depth, width=own.width, num_heads=own.num_heads)
-    else:
-        model = MaskedImageModel(backbone, vocabulary)
+    model = masked_model(config, backbone, len(head["head.weight"]))
     missing = [name for name in model.load_state_dict(head, strict=False).missing_keys if "backbone." not in name]
     if missing:
         raise WeightsError(f"'{folder / 'mim.safetensors'}' lacks {', '.join(missing[:5])}: it is of another model.")

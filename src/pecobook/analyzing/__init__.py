@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -84,6 +83,7 @@ def analyze(config: AnalyzeConfig | None = None, **settings: Any) -> Path:
     from pecobook.analyzing.page import compose
     from pecobook.analyzing.pictures import curves_of, side_by_side
     from pecobook.files import write_atomically
+    from pecobook.jobs import say
 
     config = replace(config or AnalyzeConfig(), settings)
     began = time.monotonic()
@@ -168,8 +168,3 @@ def _prepare(out: Path) -> None:
         (out / "pictures").mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise RunFolderError(f"--out '{out}' cannot be written: {error}") from None
-
-
-def say(text: str) -> None:
-    """Tell the user."""
-    print(text, file=sys.stderr, flush=True)

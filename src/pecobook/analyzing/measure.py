@@ -6,7 +6,6 @@ N images, codes int64 (N, h, w), K codewords.
 from __future__ import annotations
 
 import dataclasses
-import sys
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,6 +28,7 @@ from pecobook.analyzing.pictures import PATCHES, SHOWN, pictures_of, shown_codew
 from pecobook.data.stream import read_all
 from pecobook.data.views import to_float
 from pecobook.extracting import extract
+from pecobook.jobs import say
 
 if TYPE_CHECKING:
     from pecobook.analyzing import AnalyzeConfig
@@ -61,7 +61,7 @@ def look(config: AnalyzeConfig, subject: Subject, subjects: Subjects) -> Look:
     K, stride = tokenizer.num_codewords, tokenizer.stride
     pixels, labels, skipped = read_all(subjects.splits.evaluation, tokenizer.image_size, limit=config.max_test)
     images = to_float(pixels)
-    _say(f"{len(images)} images to codes and back" + (f", {len(skipped)} could not be read" if skipped else ""))
+    say(f"  {len(images)} images to codes and back" + (f", {len(skipped)} could not be read" if skipped else ""))
     codes = encode_all(tokenizer, images)
     restored = decode_all(tokenizer, codes)
     usage = code_usage(codes, K)
@@ -83,7 +83,7 @@ def look(config: AnalyzeConfig, subject: Subject, subjects: Subjects) -> Look:
     if distance is not None:
         found["perceptual_distance"] = _rounded(_distances(distance, images, restored).mean(), 4)
     found |= _probes(config, subject, subjects, codes, labels)
-    _say("classes, colours and edges that codes go with")
+    say("  classes, colours and edges that codes go with")
     found["information"] = _information(config, K, images, codes, labels)
     if subjects.classifier is not None:
         given = subjects.classifier
@@ -91,14 +91,14 @@ def look(config: AnalyzeConfig, subject: Subject, subjects: Subjects) -> Look:
             "originals": given.accuracy(images, labels),
             "reconstructions": given.accuracy(restored, labels),
         }
-    _say("codes of distorted images")
+    say("  codes of distorted images")
     kept = stability(tokenizer, images[:_STABLE], codes[:_STABLE], stride)
     found["stability"] = {name: round(value, 2) for name, value in kept.items()}
     found["similarity"] = _similarity(config, distance, tokenizer, images)
-    _say("pictures")
+    say("  pictures")
     pictures = pictures_of(tokenizer, images, codes, labels, usage, asked=config.codewords, seed=config.seed)
     if subject.bank is not None:
-        _say(f"the token bank {subject.bank.folder}")
+        say(f"  the token bank {subject.bank.folder}")
         found["bank"], pictures["bank-gallery"] = _bank(config, subject.bank, K, subjects.splits.train)
     shown = torch.linspace(0, len(images) - 1, min(SHOWN, len(images))).long()
     subject.tokenizer.cpu()
@@ -120,10 +120,6 @@ def _bank(
         "perplexity": round(usage.perplexity, 2),
     }
     return figures, gallery_picture(bank_gallery(bank, train, places))
-
-
-def _say(text: str) -> None:
-    print(f"  {text}", file=sys.stderr, flush=True)
 
 
 def _rounded(value: Any, digits: int = 3) -> float | None:

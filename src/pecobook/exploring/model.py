@@ -19,9 +19,8 @@ from pecobook.analysis.codewords import code_gallery, code_usage
 from pecobook.analysis.masked_prediction import decode_prediction, hide, predict_masked
 from pecobook.analysis.reconstruction import decode_all, encode_all, psnr
 from pecobook.data.images import Splits
-from pecobook.data.stream import central_crops
 from pecobook.data.views import center_crop, resize, to_float
-from pecobook.engine.log import Progress
+from pecobook.extracting import extract
 from pecobook.pretrained import MaskedRun
 
 Picture = NDArray[np.uint8]
@@ -69,26 +68,21 @@ class Code:
     patches: list[Picture]
     classes: list[tuple[str, int, float]]
     """(class, patches, percent), the most frequent first; empty without labels."""
-    near: list[tuple[int, list[Picture]]]
-    """Nearest codewords in use, each with patches."""
+    near: list[tuple[int, Picture]]
+    """Nearest codewords in use, each with a patch."""
 
 
 def index(name: str, tokenizer: Any, splits: Splits, limit: int) -> Indexed:
     """Encode at most `limit` held-out images, with progress."""
-    source, size = splits.evaluation, tokenizer.image_size
-    progress = Progress(total=min(limit, len(source)), start=0, name=f"codes of {name}", quiet=False)
-    images, codes, labels = [], [], []
-    for done, batch in central_crops(source, size, limit=limit):
-        if "image" in batch:
-            images.append(batch["image"])
-            codes.append(encode_all(tokenizer, to_float(batch["image"])))
-            labels += [batch["label"]] if "label" in batch else []
-        progress.show(done, {})
-    progress.close()
-    book, found = tokenizer.codebook.detach().float().cpu(), torch.cat(codes)
-    usage = code_usage(found, tokenizer.num_codewords)
-    classes = torch.cat(labels) if labels else None
-    return Indexed(name, tokenizer, torch.cat(images), found, classes, usage.counts, code_colours(book))
+
+    def features(x: Tensor) -> dict[str, Tensor]:
+        return {"images": (255 * x).round().to(torch.uint8), "codes": encode_all(tokenizer, x)}
+
+    found, labels = extract(splits.evaluation, tokenizer.image_size, limit, features, f"codes of {name}")
+    images, codes = found["images"], found["codes"]
+    counts = code_usage(codes, tokenizer.num_codewords).counts
+    colours = code_colours(tokenizer.codebook.detach().float().cpu())
+    return Indexed(name, tokenizer, images, codes, labels, counts, colours)
 
 
 def code_colours(codebook: Tensor) -> Tensor:
@@ -138,7 +132,7 @@ def about(one: Indexed, code: int, classes: tuple[str, ...], *, patches: int = 1
     book = one.tokenizer.codebook.detach().float().cpu()
     near = neighbours(book, torch.tensor([code]), min(32, len(book) - 1))[0].tolist()
     used = [other for other in near if one.counts[other] > 0][:4]
-    return Code(code, total, int((where > 0).sum()), row, told, [(other, _patches(one, other, 4)) for other in used])
+    return Code(code, total, int((where > 0).sum()), row, told, [(other, _patches(one, other, 1)[0]) for other in used])
 
 
 def _patches(one: Indexed, code: int, count: int) -> list[Picture]:

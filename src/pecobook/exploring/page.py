@@ -135,7 +135,7 @@ class Page:
         code = model.code_at(model.see(one, _tensor(image)), int(x), int(y))
         told = model.about(one, code, self.classes)
         line = f"**Codeword {told.number}**: {told.count} patches in {told.images} of {len(one.images)} images."
-        near = [(patch, f"codeword {other}") for other, patches in told.near for patch in patches[:1]]
+        near = [(patch, f"codeword {other}") for other, patch in told.near]
         rows = [[name, count, round(share, 1)] for name, count, share in told.classes]
         return line, told.patches, rows, near
 

@@ -12,7 +12,7 @@ from typing import Any, Literal, cast
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from pecobook.config import BackboneConfig, OptimConfig, TrainConfig, between, positive
 from pecobook.data.images import ImageSource, Splits
@@ -134,12 +134,7 @@ class PretrainStage(Stage):
         initialise_beit(backbone)
         self.patch = int(config.image_size // patch_grid(backbone)[0])
         size = 3 * self.patch**2 if self.tokenizer is None else self.tokenizer.num_codewords
-        own = config.decoder
-        self.model: MaskedImageModel | VisibleOnlyModel
-        if config.visible_only:
-            self.model = VisibleOnlyModel(backbone, size, depth=own.depth, width=own.width, num_heads=own.num_heads)
-        else:
-            self.model = MaskedImageModel(backbone, size)
+        self.model = masked_model(config, backbone, size)
         self.register_buffer("mean", torch.tensor(IMAGENET_MEAN)[:, None, None], persistent=False)
         self.register_buffer("std", torch.tensor(IMAGENET_STD)[:, None, None], persistent=False)
 
@@ -200,6 +195,14 @@ class PretrainStage(Stage):
 
 
 # -------------------------------------------------------------------------------------------------------------- targets
+
+
+def masked_model(config: PretrainConfig, backbone: nn.Module, size: int) -> MaskedImageModel | VisibleOnlyModel:
+    """The masked model of the settings around a backbone, with `size` outputs for each masked patch."""
+    own = config.decoder
+    if config.visible_only:
+        return VisibleOnlyModel(backbone, size, depth=own.depth, width=own.width, num_heads=own.num_heads)
+    return MaskedImageModel(backbone, size)
 
 
 def coloured(images: Tensor, draws: Tensor | None, config: PhotometricConfig) -> Tensor:
