@@ -104,8 +104,8 @@ def measure(run: Path, arguments: argparse.Namespace, seed: int) -> dict[str, An
     from pecobook.analysis.reconstruction import decode_all, encode_all, psnr
     from pecobook.data.images import open_images
     from pecobook.data.stream import read_all
-    from pecobook.data.views import to_float
     from pecobook.models.tokenizer import PerceptualTokenizer
+    from pecobook.pixels import to_float
 
     tokenizer = PerceptualTokenizer.from_pretrained(run)
     K, splits = tokenizer.config.num_codewords, open_images(arguments.data)

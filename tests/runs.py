@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ from torch import Tensor
 from pecobook import api
 from pecobook.data.decode import BadImage
 from pecobook.data.images import ImageSource
+from tests.shapes import write_shapes
 
 _COMMON: dict[str, Any] = {
     "batch_size": 8,
@@ -55,10 +58,11 @@ SMALL: dict[str, dict[str, Any]] = {
         "drop_path": 0.1,
     },
     "finetune": {**_COMMON, "image_size": 16, "drop_path": 0.1, "cutmix": 1.0, "random_erasing": 0.25},
+    "segment": {**_COMMON, "image_size": 24, "drop_path": 0.1, "head_width": 8, "auxiliary_width": 8},
 }
 
 
-def train(command: str, data: Path | str, out: Path, **more: Any) -> Path:
+def train(command: str, data: Path | str, out: Path, /, **more: Any) -> Path:
     """Train a small stage in this process; returns the run folder. Settings with a dot go in as `**{"optim.lr": 1}`."""
     settings = {**SMALL[command], "data": str(data), "out": str(out), **more}
     with contextlib.redirect_stderr(io.StringIO()):
@@ -94,8 +98,19 @@ def vit_run(images: Path, codebook_run: Path, tmp_path_factory: pytest.TempPathF
 
 
 def inputs(command: str, codebook: Path, vit: Path) -> dict[str, str]:
-    """What a command needs beside images."""
-    return {"pretrain": {"tokenizer": str(codebook)}, "finetune": {"backbone": str(vit)}}.get(command, {})
+    """What a command needs beside images, or in their place."""
+    needs = {
+        "pretrain": lambda: {"tokenizer": str(codebook)},
+        "finetune": lambda: {"backbone": str(vit)},
+        "segment": lambda: {"backbone": str(vit), "data": str(shapes())},
+    }
+    return needs[command]() if command in needs else {}
+
+
+@functools.cache
+def shapes() -> Path:
+    """A folder of images with masks, once for all tests."""
+    return write_shapes(Path(os.environ["PECOBOOK_CACHE"]).parent / "shapes")
 
 
 class Squares:

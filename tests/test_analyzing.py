@@ -25,9 +25,9 @@ from pecobook.analyzing.classifier import open_classifier
 from pecobook.analyzing.names import file_part, unique_names
 from pecobook.data.images import open_images
 from pecobook.data.stream import read_all
-from pecobook.data.views import to_float
 from pecobook.errors import ConfigError, DataError, PecobookError, PreflightError
 from pecobook.models.tokenizer import PerceptualTokenizer
+from pecobook.pixels import to_float
 from pecobook.pretrained import load_masked_run
 from tests.runs import codebook_run, train, vit_run
 

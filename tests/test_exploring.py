@@ -22,10 +22,10 @@ import pecobook
 from pecobook import cli
 from pecobook.analysis.reconstruction import reconstruct
 from pecobook.data.images import open_images
-from pecobook.data.views import to_float
 from pecobook.errors import ConfigError, PreflightError
 from pecobook.exploring import model
 from pecobook.models.tokenizer import PerceptualTokenizer
+from pecobook.pixels import to_float
 from pecobook.pretrained import load_masked_run
 from tests.runs import codebook_run, vit_run
 

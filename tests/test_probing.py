@@ -14,10 +14,10 @@ from pecobook.analysis.features import backbone_features
 from pecobook.analysis.probe import linear_probe
 from pecobook.data.images import open_images
 from pecobook.data.stream import read_all
-from pecobook.data.views import to_float
 from pecobook.errors import DataError
 from pecobook.extracting import extract
 from pecobook.models.weights import load_backbone
+from pecobook.pixels import to_float
 from pecobook.probing import probe, probe_features
 from tests.runs import codebook_run, vit_run
 

@@ -51,9 +51,10 @@ def test_recipe__says_whether_it_was_run(command: str, name: str) -> None:
 
 
 def test_recipe__every_command_has_a_tiny_and_the_default() -> None:
-    assert set(RECIPES) == {"contrast", "codebook", "pretrain", "finetune"}
-    for recipes in RECIPES.values():
-        assert {"tiny", "cifar10", "tiny-imagenet", DEFAULT_RECIPE} <= set(recipes)
+    dense = {"segment": {"camvid"}, "detect": {"nuclei"}}
+    assert set(RECIPES) == {"contrast", "codebook", "pretrain", "finetune", *dense}
+    for command, recipes in RECIPES.items():
+        assert {"tiny", DEFAULT_RECIPE} | dense.get(command, {"cifar10", "tiny-imagenet"}) <= set(recipes)
 
 
 def test_recipe__an_unknown_one_is_told_with_the_known() -> None:

@@ -15,11 +15,11 @@ from pecobook.recipes import DEFAULT_RECIPE
 
 def run(command: str, config: TrainConfig) -> Path:
     """Train a stage with complete settings; returns the run folder."""
-    from pecobook.stages import classify, codebook, contrast, pretrain
+    from pecobook.stages import classify, codebook, contrast, pretrain, segment
     from pecobook.stages.stage import StageKind, train
 
     kinds: dict[str, StageKind[Any]] = {
-        kind.command: kind for kind in (contrast.KIND, codebook.KIND, pretrain.KIND, classify.KIND)
+        kind.command: kind for kind in (contrast.KIND, codebook.KIND, pretrain.KIND, classify.KIND, segment.KIND)
     }
     return train(kinds[command], config)
 
@@ -42,6 +42,11 @@ def pretrain(recipe: str = DEFAULT_RECIPE, **settings: Any) -> Path:
 def finetune(recipe: str = DEFAULT_RECIPE, **settings: Any) -> Path:
     """Fine-tune a backbone for classification; returns the run folder. Raises PecobookError."""
     return _run("finetune", recipe, settings)
+
+
+def segment(recipe: str = DEFAULT_RECIPE, **settings: Any) -> Path:
+    """Train semantic segmentation; returns the run folder. Raises PecobookError."""
+    return _run("segment", recipe, settings)
 
 
 def tokenize(recipe: str = DEFAULT_RECIPE, **settings: Any) -> Path:

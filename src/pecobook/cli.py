@@ -19,6 +19,7 @@ _TRAINING = {
     "codebook": "train a perceptual codebook (the PeCo tokenizer)",
     "pretrain": "pre-train a ViT on the tokens of your images",
     "finetune": "fine-tune a backbone for classification",
+    "segment": "train semantic segmentation on a backbone (UperNet)",
 }
 _OTHERS = {
     "tokenize": "the tokens of named views of your images, once, for pretrain --tokens",

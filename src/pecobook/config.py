@@ -68,7 +68,13 @@ class OptimConfig:
     lr_batch_size: int = 0
     """Global batch that lr is meant for: with another --batch-size it changes in proportion. 0 takes lr as it is."""
     final_lr: float = 0.0
-    """Learning rate at the last step, reached by a half cosine after the warm-up."""
+    """Learning rate at the last step of a cosine or poly schedule."""
+    schedule: Literal["cosine", "poly", "steps"] = "cosine"
+    """After the warm-up: half a cosine, the share left to --optim.power, or a tenth at each of --optim.milestones."""
+    power: float = 1.0
+    """Of the poly schedule; 1 falls in a straight line."""
+    milestones: tuple[str, ...] = ()
+    """Where the steps schedule divides the learning rate by ten: steps, "N epochs", "N images" or "N%"."""
     warmup: str = "5%"
     """Length of the linear warm-up from 0: steps, "N epochs", "N images" or "N%" of the training."""
     weight_decay: float = 0.05
@@ -83,8 +89,10 @@ class OptimConfig:
     """Factor on the learning rate from each layer to the one below it; 1 gives all layers the same."""
 
     def __post_init__(self) -> None:
-        positive(self, "lr", "eps")
+        positive(self, "lr", "eps", "power")
         between(self, 0, float("inf"), "lr_batch_size")
+        for text in self.milestones:
+            parse_duration(text, "optim.milestones")
         between(self, 0.0, 1.0, "layer_decay")
         between(self, 0.0, float("inf"), "final_lr", "weight_decay", "clip_grad")
 

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from pecobook.data.images import ImageSource
 from pecobook.data.stream import central_crops
-from pecobook.data.views import to_float
 from pecobook.engine.log import Progress
+from pecobook.pixels import to_float
 
 Features = Callable[[Tensor], dict[str, Tensor]]
 """Float images (B, 3, S, S) in [0, 1] to named features (B, ...) on the host."""

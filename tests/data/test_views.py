@@ -24,9 +24,8 @@ from pecobook.data.views import (
     crop_box,
     photometric,
     random_crop,
-    resize,
-    to_float,
 )
+from pecobook.pixels import resize, to_float
 
 SIDES = st.one_of(st.integers(1, 5), st.integers(1, 1000))
 NOTHING = PhotometricConfig(jitter=0, grey=0, blur=0, solarise=0)

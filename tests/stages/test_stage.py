@@ -29,6 +29,7 @@ FILES = {
     "codebook": {"model.safetensors", "config.json", "README.md"},
     "pretrain": {"model.safetensors", "config.json", "README.md", "mim.safetensors"},
     "finetune": {"model.safetensors", "config.json", "README.md"},
+    "segment": {"model.safetensors", "config.json", "README.md"},
 }
 
 
@@ -42,8 +43,8 @@ def test_train__prints_lines_that_load_its_export_as_they_are(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     out = tmp_path / "a run"
-    settings: dict[str, Any] = {**SMALL[command], **inputs(command, codebook_run, vit_run), "max_steps": "2"}
-    assert getattr(api, command)("tiny", data=str(images), out=str(out), **settings) == out
+    settings: dict[str, Any] = {"data": str(images), **SMALL[command], **inputs(command, codebook_run, vit_run)}
+    assert getattr(api, command)("tiny", out=str(out), **{**settings, "max_steps": "2"}) == out
     assert set(export_bytes(out)) == FILES[command]
     said = capsys.readouterr().err
     done, _, lines = said[said.index("Done: ") :].partition("\n\n")
@@ -54,6 +55,9 @@ def test_train__prints_lines_that_load_its_export_as_they_are(
     loaded = names["tokenizer" if command == "codebook" else "model"]
     state = loaded.state_dict()
     assert all(torch.equal(state[name], value) for name, value in exported.items())
+    if command == "segment":
+        assert loaded.predict(torch.zeros(3, 20, 30, dtype=torch.uint8)).shape == (20, 30)
+        return
     pictures = torch.rand(2, 3, loaded.image_size if command == "codebook" else settings.get("image_size", 32), 16)
     if command == "codebook":
         codes = loaded.encode(pictures[..., :16])

@@ -27,8 +27,13 @@ def confusion_matrix(labels: Array, predictions: Array, num_classes: int) -> NDA
 
 
 def confusion_picture(labels: Array, predictions: Array, classes: tuple[str, ...]) -> bytes:
-    """The confusion matrix as a PNG, each row as shares of its class; with names where there are few classes."""
-    matrix = confusion_matrix(labels, predictions, len(classes))
+    """The confusion matrix of images as a PNG."""
+    return matrix_picture(confusion_matrix(labels, predictions, len(classes)), classes)
+
+
+def matrix_picture(counts: Array, classes: tuple[str, ...], what: str = "images") -> bytes:
+    """Counts (C, C) as a PNG, each row as shares of its class; with names where there are few classes."""
+    matrix = as_numpy(counts)
     shares = matrix / np.maximum(matrix.sum(1, keepdims=True), 1)
     named = len(classes) <= _MOST_NAMES
     side = 2.5 + (0.28 * len(classes) if named else 6.0)
@@ -36,7 +41,7 @@ def confusion_picture(labels: Array, predictions: Array, classes: tuple[str, ...
     axes = figure.subplots()
     shown = axes.imshow(shares, vmin=0, vmax=1, cmap="Blues", interpolation="nearest")
     right = 100 * float(np.trace(matrix)) / max(int(matrix.sum()), 1)
-    axes.set_title(f"{right:.1f}% of {int(matrix.sum()):,} images are right", fontsize=10)
+    axes.set_title(f"{right:.1f}% of {int(matrix.sum()):,} {what} are right", fontsize=10)
     axes.set_xlabel("predicted")
     axes.set_ylabel("labelled")
     if named:

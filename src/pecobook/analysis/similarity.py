@@ -91,7 +91,8 @@ def read_bapps(folder: Path, size: int, *, limit: int = 1000) -> Triplets:
         DataError: there is no such layout, or a file is missing or unreadable.
     """
     from pecobook.data.decode import BadImage, decode
-    from pecobook.data.views import center_crop, to_float
+    from pecobook.data.views import center_crop
+    from pecobook.pixels import to_float
 
     found = sorted(path for judges in folder.rglob("judge") for path in judges.glob("*.npy"))[:limit]
     if not found:

@@ -13,7 +13,7 @@ from pecobook.analyzing.names import device, unique_names
 from pecobook.analyzing.pictures import SHOWN, at_side
 from pecobook.data.masking import blockwise_mask
 from pecobook.data.stream import read_all
-from pecobook.data.views import to_float
+from pecobook.pixels import to_float
 from pecobook.pretrained import load_masked_run
 
 if TYPE_CHECKING:

@@ -26,9 +26,9 @@ from pecobook.analyzing.bank import bank_gallery, bank_usage, find_places
 from pecobook.analyzing.names import device
 from pecobook.analyzing.pictures import PATCHES, SHOWN, pictures_of, shown_codewords
 from pecobook.data.stream import read_all
-from pecobook.data.views import to_float
 from pecobook.extracting import extract
 from pecobook.jobs import say
+from pecobook.pixels import to_float
 
 if TYPE_CHECKING:
     from pecobook.analyzing import AnalyzeConfig

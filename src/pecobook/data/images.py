@@ -18,7 +18,7 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -94,6 +94,10 @@ class ImageSource:
     def read(self, index: int) -> Tensor:
         """Read and decode image `index`: uint8 (3, H, W), RGB. Raises BadImage when it cannot be."""
         return self._store.read(self._row(index))
+
+    def sample(self, index: int) -> tuple[Any, ...]:
+        """What a view is made of: the image alone; a source with masks or boxes gives these too. Raises BadImage."""
+        return (self.read(index),)
 
     def identify(self, index: int) -> str:
         """A name by which a person finds image `index`: a path, "x.parquet row 12", "x.tar/member"."""

@@ -19,8 +19,9 @@ from pecobook.data.sampler import key, permute
 from pecobook.data.views import center_crop
 from pecobook.errors import DataError
 
-# A view function maps (uint8 image (C, H, W), key of this view) to named tensors.
-ViewFunction: TypeAlias = Callable[[Tensor, int], dict[str, Tensor]]
+# A view function maps (uint8 image (C, H, W), key of this view) to named tensors; where the source has more of an image
+# than its pixels, (image, mask or boxes, key). A list of tensors marks what differs in shape from image to image.
+ViewFunction: TypeAlias = Callable[..., dict[str, Any]]
 # What goes with a sample beside its view: (number of the image, epoch) to named tensors.
 Companion: TypeAlias = Callable[[int, int], dict[str, Tensor]]
 Batch: TypeAlias = dict[str, Any]
@@ -58,13 +59,13 @@ class Stream(Dataset[dict[str, Any]]):
         for _ in range(min(size, _GIVE_UP_AFTER)):
             index = permute(place, size, key(self.seed, epoch))
             try:
-                image = self.source.read(index)
+                whole = self.source.sample(index)
             except BadImage as error:
                 skipped.append(str(error))
                 place = (place + 1) % size
                 continue
             number = epoch % self.num_views if self.num_views else epoch
-            sample: dict[str, Any] = dict(self.view(image, key(self.seed, index, number)))
+            sample: dict[str, Any] = dict(self.view(*whole, key(self.seed, index, number)))
             if self.companion is not None:
                 sample |= self.companion(index, epoch)
             sample["index"] = torch.tensor(index)
@@ -75,12 +76,23 @@ class Stream(Dataset[dict[str, Any]]):
 
 
 def collate(samples: list[dict[str, Any]]) -> Batch:
-    """Stack tensors; join what was skipped."""
-    batch: Batch = {"skipped": [name for sample in samples for name in sample["skipped"]]}
-    for name in samples[0]:
-        if name != "skipped":
-            batch[name] = torch.stack([sample[name] for sample in samples])
+    """Stack tensors; join lists: what was skipped, and tensors of different shapes."""
+    batch: Batch = {"skipped": []}
+    for name, first in samples[0].items():
+        parts = [sample[name] for sample in samples]
+        batch[name] = [item for part in parts for item in part] if isinstance(first, list) else torch.stack(parts)
     return batch
+
+
+def to_device(batch: Batch, device: torch.device) -> Batch:
+    """All tensors of a batch on a device, without what was skipped."""
+
+    def move(value: Any) -> Any:
+        if isinstance(value, list):
+            return [item.to(device, non_blocking=True) for item in value]
+        return value.to(device, non_blocking=True)
+
+    return {name: move(value) for name, value in batch.items() if name != "skipped"}
 
 
 def default_workers(devices: int) -> int:

@@ -18,6 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pecobook.pixels import resize
+
 NUM_COLOUR_DRAWS = 9  # brightness, contrast, saturation, hue; then whether jitter, grey, blur, solarise; blur's width
 
 
@@ -94,13 +96,6 @@ def central_view(image: Tensor, view_key: int, *, size: int, share: float = 1.0)
     return {"image": center_crop(image, size, share=share)}
 
 
-def resize(image: Tensor, height: int, width: int) -> Tensor:
-    """Bicubic, antialiased: uint8 (C, H, W) to uint8 (C, height, width), contiguous."""
-    if image.shape[1:] == (height, width):
-        return image.contiguous()
-    return F.interpolate(image[None], (height, width), mode="bicubic", antialias=True, align_corners=False)[0]
-
-
 def colour_draws(view_key: int) -> Tensor:
     """The random numbers of one view's colours: float32 (9,)."""
     from pecobook.data.sampler import key, uniforms
@@ -109,11 +104,6 @@ def colour_draws(view_key: int) -> Tensor:
 
 
 # --------------------------------------------------------------------------------------- colour, on the device
-
-
-def to_float(images: Tensor) -> Tensor:
-    """uint8 in 0..255 to float32 in [0, 1]."""
-    return images.float().div_(255)
 
 
 def photometric(images: Tensor, draws: Tensor, config: PhotometricConfig) -> Tensor:

@@ -28,12 +28,12 @@ from pecobook.analysis.reconstruction import decode_all, encode_all, psnr
 from pecobook.data.images import open_images
 from pecobook.data.sampler import key
 from pecobook.data.stream import read_all
-from pecobook.data.views import to_float
 from pecobook.demonstration.plan import ARMS, PRETRAINED, DemoConfig
 from pecobook.jobs import Job
 from pecobook.models.perceptual import PerceptualDistance
 from pecobook.models.tokenizer import PerceptualTokenizer
 from pecobook.models.weights import Backbone, load_backbone
+from pecobook.pixels import to_float
 from pecobook.pretrained import load_masked_run
 from pecobook.probing import probe_features
 from pecobook.stages.codebook import CodebookConfig

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from pecobook.collectives import gather_rows
 from pecobook.data.sampler import key
-from pecobook.data.stream import Batch, Stream, load
+from pecobook.data.stream import Stream, load, to_device
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
@@ -91,8 +91,9 @@ def _look(
     workers = workers if count > _WITHOUT_WORKERS else 0
     for number, batch in enumerate(load(stream, batches, workers=workers, pin=False)):
         torch.manual_seed(key(seed, 2**32 + number) >> 1)
-        output = model(_to_device(batch, fabric.device))
-        for name, value in {"loss": output.loss, **output.metrics}.items():
+        output = model(to_device(batch, fabric.device))
+        losses = {} if output.loss is None else {"loss": output.loss}
+        for name, value in {**losses, **output.metrics}.items():
             metrics[f"evaluation/{name}"] = metrics.get(f"evaluation/{name}", 0) + value * len(batches[number]) / count
         for name, value in output.rows.items():
             rows.setdefault(name, []).append(gather_rows(value).cpu())
@@ -108,12 +109,10 @@ def _batches(count: int, batch_size: int, rank: int, world_size: int) -> Iterato
         yield list(range(first, first + size))
 
 
-def _to_device(batch: Batch, device: torch.device) -> Batch:
-    return {name: value.to(device) for name, value in batch.items() if name != "skipped"}
-
-
 def mean_over_ranks(fabric: Fabric, metrics: dict[str, Tensor]) -> dict[str, float]:
     """Metrics () as numbers, averaged over ranks."""
+    if not metrics:
+        return {}
     names = sorted(metrics)
     stacked = torch.stack([metrics[name].float() for name in names])
     if fabric.world_size > 1:

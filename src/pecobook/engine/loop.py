@@ -19,14 +19,14 @@ from torch import Tensor, nn
 
 from pecobook.config import OptimConfig, TrainConfig, steps, to_dict
 from pecobook.data.sampler import BatchPositions, key
-from pecobook.data.stream import Batch, Stream, default_workers, load
+from pecobook.data.stream import Batch, Stream, default_workers, load, to_device
 from pecobook.engine import checkpoint
 from pecobook.engine.agreement import Agreement
 from pecobook.engine.evaluation import evaluate, mean_over_ranks
 from pecobook.engine.launch import device_count, micro_batch_size
 from pecobook.engine.log import Progress, Sink, duration, open_sinks, open_text_log
-from pecobook.engine.optim import build_optimizer, peak_learning_rate, set_learning_rate
-from pecobook.engine.schedule import is_time, warmup_cosine
+from pecobook.engine.optim import build_optimizer, learning_rates, set_learning_rate
+from pecobook.engine.schedule import is_time
 from pecobook.errors import PecobookError
 
 if TYPE_CHECKING:
@@ -38,15 +38,15 @@ if TYPE_CHECKING:
 class StageOutput(NamedTuple):
     """What a stage's forward returns."""
 
-    loss: Tensor
-    """() with gradient."""
+    loss: Tensor | None
+    """() with gradient; None in evaluation mode where a stage has no loss then."""
     metrics: dict[str, Tensor]
     """() each, detached; the loop averages them over accumulation steps and ranks. `loss` among them is shown instead
     of the loss itself."""
     pictures: dict[str, Tensor] = {}  # noqa: RUF012
     """Float (B, 3, H, W) in [0, 1] each, in evaluation mode only; the loop draws the first few."""
     rows: dict[str, Tensor] = {}  # noqa: RUF012
-    """(B, ...) each, in evaluation mode only: what the stage sums up over all images evaluated."""
+    """(B, ...) each, or (1, ...) of a whole batch, in evaluation mode only: what the stage sums up at the end."""
 
 
 class Trainable(Protocol):
@@ -116,10 +116,7 @@ class _Loop:
         self.out = Path(config.out)
         count, batch = len(train), config.batch_size
         self.total = steps(config.max_steps, num_images=count, batch_size=batch)
-        self.warmup = steps(
-            config.optim.warmup, num_images=count, batch_size=batch, total=self.total, name="optim.warmup"
-        )
-        self.peak = peak_learning_rate(config.optim, batch)
+        self.schedule = learning_rates(config.optim, total=self.total, num_images=count, batch_size=batch)
         self.micro = micro_batch_size(config)
         self.workers = default_workers(device_count(config)) if config.workers < 0 else config.workers
         on_gpu = fabric.device.type == "cuda"
@@ -176,7 +173,7 @@ class _Loop:
 
     def _step(self, step: int, batches: _Batches, signals: _Signals) -> bool:
         """One optimizer step; returns whether to stop after it."""
-        lr = warmup_cosine(step, total=self.total, warmup=self.warmup, peak=self.peak, final=self.optim.final_lr)
+        lr = self.schedule(step)
         set_learning_rate(self.optimizer, lr)
         self.model.train()
         loss, metrics = self._forward_backward(step, batches)
@@ -217,6 +214,7 @@ class _Loop:
             torch.manual_seed(key(self.config.seed, step, micro, self.fabric.global_rank) >> 1)
             with self.fabric.no_backward_sync(self.model, enabled=micro < accumulation - 1):
                 output = self.model(batch)
+                assert output.loss is not None
                 self.fabric.backward(output.loss / accumulation)
             for name, value in {"loss": output.loss.detach(), **output.metrics}.items():
                 total[name] = total.get(name, 0) + value / accumulation
@@ -307,8 +305,8 @@ class _Loop:
         )
 
     def _to_device(self, batch: Batch) -> Batch:
-        self._note_skipped(batch.pop("skipped"))
-        return {name: value.to(self.fabric.device, non_blocking=True) for name, value in batch.items()}
+        self._note_skipped(batch["skipped"])
+        return to_device(batch, self.fabric.device)
 
     def _note_skipped(self, names: list[str]) -> None:
         for name in names:

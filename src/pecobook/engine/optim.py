@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import nn
 
-from pecobook.config import OptimConfig
+from pecobook.config import OptimConfig, steps
+from pecobook.engine.schedule import warmup_cosine, warmup_poly, warmup_steps
 
 # Position tables, single tokens and codewords take no weight decay, beside every vector (biases, norms, LayerScale).
 NO_DECAY = ("*codebook", "*pos_embed", "*cls_token", "*mask_token", "*relative_position_bias_table")
@@ -33,6 +35,24 @@ def layer_decay_groups(network: nn.Module, config: OptimConfig) -> list[dict[str
     return list(groups)
 
 
+def dense_groups(
+    network: nn.Module, above: Iterable[nn.Module], config: OptimConfig, *, frozen: bool = False
+) -> list[dict[str, Any]]:
+    """Groups of a backbone with layer-wise rates, its last layer one decay below what stands on it (BEiT's rule).
+
+    Args:
+        network: a timm network.
+        above: what learns at the full rate.
+        config: rates and decay.
+        frozen: whether the network does not learn.
+    """
+    groups = parameter_groups(nn.ModuleList(above), config)
+    if not frozen:
+        own = layer_decay_groups(network, config)
+        groups += [{**group, "lr_scale": group.get("lr_scale", 1.0) * config.layer_decay} for group in own]
+    return [group for group in groups if group["params"]]
+
+
 def build_optimizer(groups: list[dict[str, Any]], config: OptimConfig, *, fused: bool = True) -> torch.optim.Optimizer:
     """The optimizer. `fused` makes it one kernel, which takes a third of the time; under fp16 it cannot be clipped."""
     if config.name == "lars":
@@ -49,6 +69,27 @@ def build_optimizer(groups: list[dict[str, Any]], config: OptimConfig, *, fused:
 def peak_learning_rate(config: OptimConfig, batch_size: int) -> float:
     """The rate after the warm-up: lr, in proportion to the global batch where lr is meant for another."""
     return config.lr * (batch_size / config.lr_batch_size if config.lr_batch_size else 1.0)
+
+
+def learning_rates(config: OptimConfig, *, total: int, num_images: int, batch_size: int) -> Callable[[int], float]:
+    """The learning rate as a function of the step.
+
+    Args:
+        config: the schedule, and durations of its parts.
+        total: steps of the training.
+        num_images: images in one epoch.
+        batch_size: images in one step, over all devices.
+    """
+    how = {"num_images": num_images, "batch_size": batch_size, "total": total}
+    warmup = steps(config.warmup, **how, name="optim.warmup")
+    peak, final = peak_learning_rate(config, batch_size), config.final_lr
+    if config.schedule == "steps":
+        falls = tuple(steps(text, **how, name="optim.milestones") for text in config.milestones)
+        return lambda step: warmup_steps(step, warmup=warmup, peak=peak, falls=falls)
+    if config.schedule == "poly":
+        power = config.power
+        return lambda step: warmup_poly(step, total=total, warmup=warmup, peak=peak, final=final, power=power)
+    return lambda step: warmup_cosine(step, total=total, warmup=warmup, peak=peak, final=final)
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:

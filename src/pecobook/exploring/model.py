@@ -19,8 +19,9 @@ from pecobook.analysis.codewords import code_gallery, code_usage
 from pecobook.analysis.masked_prediction import decode_prediction, hide, predict_masked
 from pecobook.analysis.reconstruction import decode_all, encode_all, psnr
 from pecobook.data.images import Splits
-from pecobook.data.views import center_crop, resize, to_float
+from pecobook.data.views import center_crop
 from pecobook.extracting import extract
+from pecobook.pixels import resize, to_float
 from pecobook.pretrained import MaskedRun
 
 Picture = NDArray[np.uint8]

@@ -13,9 +13,10 @@ from torch import Tensor
 
 from pecobook.data.decode import BadImage, decode
 from pecobook.data.images import Splits
-from pecobook.data.views import center_crop, resize, to_float
+from pecobook.data.views import center_crop
 from pecobook.exploring import model
 from pecobook.exploring.model import Indexed, Picture
+from pecobook.pixels import resize, to_float
 from pecobook.pretrained import MaskedRun
 
 _HELP = (

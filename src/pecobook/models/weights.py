@@ -171,6 +171,7 @@ def load_backbone(
     image_size: int | None = None,
     pool_mean: bool = False,
     drop_path: float = 0.0,
+    any_size: bool = False,
 ) -> Backbone:
     """A backbone without head.
 
@@ -180,19 +181,21 @@ def load_backbone(
         image_size: side of the images it will see; a transformer's position tables are interpolated to it.
         pool_mean: make a transformer pool the mean of its patches instead of its class token.
         drop_path: stochastic depth.
+        any_size: make a transformer of absolute positions interpolate them to whatever image it sees.
 
     Raises:
         WeightsError: unknown name, or weights missing or not fitting.
     """
     if spec.startswith("timm:"):
-        return _load_timm(spec.removeprefix("timm:"), weights, image_size, pool_mean, drop_path)
+        name = spec.removeprefix("timm:")
+        return _load_timm(name, weights, image_size, pool_mean, _further(name, drop_path, any_size))
     if not Path(spec).exists() and "/" not in spec:
         raise WeightsError(f"'{spec}' is neither a run folder nor a network: networks of timm are written timm:NAME.")
     config, state = read_export(spec)
     if config.get("kind") not in ("backbone", "classifier"):
         raise WeightsError(f"'{spec}' is a {config.get('kind')}, not a backbone: give a contrast or pretrain run.")
     args = config["args"] | _pooling(config["name"], pool_mean)
-    network = create(config["name"], num_classes=0, **_stochastic_depth(drop_path), **args)
+    network = create(config["name"], num_classes=0, **_further(config["name"], drop_path, any_size), **args)
     if weights != "random":
         load_state(network, state if weights is None else read_weights(weights), source=weights or spec)
     size = config["image_size"]
@@ -202,12 +205,14 @@ def load_backbone(
     return Backbone(network, config["name"], args, tuple(config["mean"]), tuple(config["std"]), size)
 
 
-def _load_timm(name: str, weights: str | None, image_size: int | None, pool_mean: bool, drop_path: float) -> Backbone:
+def _load_timm(
+    name: str, weights: str | None, image_size: int | None, pool_mean: bool, further: dict[str, Any]
+) -> Backbone:
     args: dict[str, Any] = _pooling(name, pool_mean)
     sized = {"img_size": image_size} if image_size is not None and is_transformer(name) else {}
     from_file = weights not in (None, "random")
     made = args if from_file else args | sized  # a file's position tables are of the network's own size
-    network = create(name, pretrained=weights is None, num_classes=0, **_stochastic_depth(drop_path), **made)
+    network = create(name, pretrained=weights is None, num_classes=0, **further, **made)
     settings = getattr(network, "pretrained_cfg", None) or {}
     if from_file:
         state = read_weights(str(weights))
@@ -226,8 +231,16 @@ def is_transformer(name: str) -> bool:
     return name.startswith(("vit_", "beit", "deit", "eva"))
 
 
-def _stochastic_depth(drop_path: float) -> dict[str, Any]:
-    return {"drop_path_rate": drop_path} if drop_path > 0 else {}  # VGG and DenseNet do not know the argument
+def _further(name: str, drop_path: float, any_size: bool) -> dict[str, Any]:
+    """Arguments that change how a network runs, not what its weights are."""
+    depth = {"drop_path_rate": drop_path} if drop_path > 0 else {}  # VGG and DenseNet do not know the argument
+    return {**depth, **(any_size_args(name) if any_size else {})}
+
+
+def any_size_args(name: str) -> dict[str, Any]:
+    """Arguments with which timm's `name` reads images of any size; BEiT knows none (see `pecobook.models.pyramid`)."""
+    dynamic = is_transformer(name) and not name.startswith("beit")
+    return {"dynamic_img_size": True, "dynamic_img_pad": True} if dynamic else {}
 
 
 def _pooling(name: str, pool_mean: bool) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from typing import Any, TypeAlias
 
 from pecobook.config import TrainConfig
 from pecobook.errors import ConfigError, did_you_mean
-from pecobook.recipes import codebook, contrast, finetune, pretrain
+from pecobook.recipes import codebook, contrast, finetune, pretrain, segment
 
 Recipe: TypeAlias = Callable[[], TrainConfig]
 
@@ -48,6 +48,12 @@ RECIPES: dict[str, dict[str, Recipe]] = {
         "tiny-imagenet": finetune.tiny_imagenet,
         "paper": finetune.paper,
         "paper-vit-l": finetune.paper_vit_l,
+    },
+    "segment": {
+        "tiny": segment.tiny,
+        "camvid": segment.camvid,
+        "paper": segment.paper_ade20k,
+        "paper-ade20k": segment.paper_ade20k,
     },
 }
 

@@ -14,15 +14,16 @@ from torch import Tensor, nn
 
 from pecobook.config import OptimConfig, TrainConfig, between, positive
 from pecobook.data.augment import check_policy, rand_augment, random_erasing
-from pecobook.data.images import ImageSource
+from pecobook.data.images import ImageSource, Splits
 from pecobook.data.sampler import key
 from pecobook.data.stream import Batch, ViewFunction
-from pecobook.data.views import central_view, random_crop, to_float
+from pecobook.data.views import central_view, random_crop
 from pecobook.engine.loop import StageOutput
 from pecobook.engine.optim import layer_decay_groups
 from pecobook.errors import ConfigError
 from pecobook.models.contrastive import follow
 from pecobook.models.weights import Backbone, export_backbone, load_backbone
+from pecobook.pixels import to_float
 from pecobook.stages.stage import Stage, StageKind
 
 
@@ -205,8 +206,8 @@ def _check(config: FinetuneConfig) -> None:
     load_for_classification(config)
 
 
-def _build(config: FinetuneConfig, source: ImageSource) -> ClassifyStage:
-    return ClassifyStage(config, source.classes or ())
+def _build(config: FinetuneConfig, splits: Splits) -> ClassifyStage:
+    return ClassifyStage(config, splits.train.classes or ())
 
 
 def _augmented_view(image: Tensor, view_key: int, *, size: int, min_area: float, policy: str) -> dict[str, Tensor]:

@@ -22,10 +22,10 @@ from pecobook.analysis.codewords import code_usage
 from pecobook.analysis.reconstruction import psnr, ssim
 from pecobook.collectives import mean_over_ranks
 from pecobook.config import OptimConfig, TrainConfig, between
-from pecobook.data.images import ImageSource
+from pecobook.data.images import Splits
 from pecobook.data.sampler import key
 from pecobook.data.stream import Batch, ViewFunction
-from pecobook.data.views import central_view, random_crop, to_float
+from pecobook.data.views import central_view, random_crop
 from pecobook.engine.loop import StageOutput
 from pecobook.errors import ConfigError
 from pecobook.models.autoencoder import AutoencoderConfig
@@ -34,6 +34,7 @@ from pecobook.models.explicit import CodewordClassifier, CodewordContrast, Expli
 from pecobook.models.perceptual import PerceptualConfig, perceptual_distance
 from pecobook.models.quantizer import Quantized, QuantizerConfig, VectorQuantizer
 from pecobook.models.tokenizer import PerceptualTokenizer, TokenizerConfig
+from pecobook.pixels import to_float
 from pecobook.stages.stage import Stage, StageKind
 
 
@@ -258,8 +259,8 @@ def _check(config: CodebookConfig) -> None:
         distance.check(config.image_size, config.image_size)
 
 
-def _build(config: CodebookConfig, source: ImageSource) -> CodebookStage:
-    return CodebookStage(config, len(source.classes or ()))
+def _build(config: CodebookConfig, splits: Splits) -> CodebookStage:
+    return CodebookStage(config, len(splits.train.classes or ()))
 
 
 def _random_view(image: Tensor, view_key: int, *, size: int, min_area: float, other: bool) -> dict[str, Tensor]:

@@ -17,16 +17,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pecobook.config import BackboneConfig, OptimConfig, TrainConfig, between, positive
-from pecobook.data.images import ImageSource
+from pecobook.data.images import Splits
 from pecobook.data.sampler import key
 from pecobook.data.stream import Batch, ViewFunction
-from pecobook.data.views import PhotometricConfig, central_view, colour_draws, photometric, random_crop, to_float
+from pecobook.data.views import PhotometricConfig, central_view, colour_draws, photometric, random_crop
 from pecobook.engine.launch import micro_batch_size
 from pecobook.engine.loop import StageOutput
 from pecobook.engine.schedule import cosine
 from pecobook.errors import ConfigError
 from pecobook.models.contrastive import contrastive_loss, follow, initialise_moco, mlp
 from pecobook.models.weights import IMAGENET_MEAN, IMAGENET_STD, create, export_backbone, is_transformer
+from pecobook.pixels import to_float
 from pecobook.stages.stage import Stage, StageKind
 
 
@@ -179,7 +180,7 @@ def _check(config: ContrastConfig) -> None:
         raise ConfigError("--batch-size: a device must hold at least 2 images at once, to tell them apart.")
 
 
-def _build(config: ContrastConfig, source: ImageSource) -> ContrastStage:  # noqa: ARG001
+def _build(config: ContrastConfig, splits: Splits) -> ContrastStage:  # noqa: ARG001
     return ContrastStage(config)
 
 

@@ -15,19 +15,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pecobook.config import BackboneConfig, OptimConfig, TrainConfig, between, positive
-from pecobook.data.images import ImageSource, Splits
+from pecobook.data.images import Splits
 from pecobook.data.masking import blockwise_mask, random_mask
 from pecobook.data.sampler import key
 from pecobook.data.stream import Batch, Companion, ViewFunction
 from pecobook.data.tokens import TokenBank, differences
-from pecobook.data.views import (
-    PhotometricConfig,
-    center_crop,
-    colour_draws,
-    photometric,
-    random_crop,
-    to_float,
-)
+from pecobook.data.views import PhotometricConfig, center_crop, colour_draws, photometric, random_crop
 from pecobook.engine.loop import StageOutput
 from pecobook.errors import ConfigError, DataError
 from pecobook.models.masked_vit import (
@@ -40,6 +33,7 @@ from pecobook.models.masked_vit import (
 )
 from pecobook.models.tokenizers import fingerprint, load_tokenizer
 from pecobook.models.weights import IMAGENET_MEAN, IMAGENET_STD, create, export_backbone, write_tensors
+from pecobook.pixels import to_float
 from pecobook.stages.stage import Stage, StageKind
 
 
@@ -322,7 +316,7 @@ def _check_data(config: PretrainConfig, splits: Splits) -> None:
         )
 
 
-def _build(config: PretrainConfig, source: ImageSource) -> PretrainStage:  # noqa: ARG001
+def _build(config: PretrainConfig, splits: Splits) -> PretrainStage:  # noqa: ARG001
     return PretrainStage(config)
 
 

@@ -63,7 +63,7 @@ class StageKind(Generic[C]):
     """Name on the command line."""
     check: Callable[[C], None]
     """Raise PecobookError for settings or weights that cannot work, before anything is written."""
-    build: Callable[[C, ImageSource], Stage]
+    build: Callable[[C, Splits], Stage]
     """Make the stage, all random weights from torch's global generator."""
     view: Callable[[C], ViewFunction]
     """What the stage reads of an image in training."""
@@ -73,6 +73,8 @@ class StageKind(Generic[C]):
     """What it reads of labelled training images that evaluation compares with, `--knn-images` of them."""
     companions: Callable[[C], tuple[Companion, Companion]] | None = None
     """What goes with a training and with a held-out image beside its view, by (number of the image, epoch)."""
+    open: Callable[[C], Splits] = lambda config: open_images(config.data)
+    """Open `--data`."""
     num_views: Callable[[C], int] = lambda _config: 0
     """Views of each image that training repeats; 0 makes a new one every epoch."""
     check_data: Callable[[C, Splits], None] = lambda _config, _splits: None
@@ -96,7 +98,7 @@ def train(kind: StageKind[C], config: C) -> Path:
     try:
         fabric = launch.start(config)
         torch.manual_seed(config.seed)
-        stage = kind.build(config, splits.train)
+        stage = kind.build(config, splits)
         outcome = _fit(kind, config, fabric, stage, splits)
         if outcome.finished:
             _export(config, fabric, stage)
@@ -120,7 +122,7 @@ def preflight(kind: StageKind[C], config: C) -> Splits:
         config = dataclasses.replace(config, precision=launch.resolve_precision(config))  # type: ignore[arg-type]
 
     def look_at_data() -> None:
-        opened = open_images(config.data)
+        opened = kind.open(config)
         look_at_images(opened.train)
         if kind.needs_labels(config) and opened.train.labels is None:
             raise DataError(

@@ -1,0 +1,72 @@
+"""Scores and pictures of semantic segmentation."""
+
+from __future__ import annotations
+
+import colorsys
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from pecobook.data.segmentation import IGNORE
+
+Picture = npt.NDArray[np.uint8]
+
+
+def count_pixels(predicted: Tensor, truth: Tensor, num_classes: int) -> Tensor:
+    """How many pixels of each class were taken for each: int64 (C, C), rows are the truth.
+
+    Args:
+        predicted: int64 (H, W).
+        truth: of the same shape; `IGNORE` counts nowhere.
+        num_classes: C.
+    """
+    from torchmetrics.functional.classification import multiclass_confusion_matrix
+
+    counts: Tensor = multiclass_confusion_matrix(
+        predicted, truth.long(), num_classes=num_classes, ignore_index=IGNORE, validate_args=False
+    )
+    return counts.long()
+
+
+def intersection_over_union(counts: Tensor) -> Tensor:
+    """Of every class: (C, C) to float64 (C,) in [0, 1]; not-a-number for a class that is nowhere."""
+    hits = counts.diagonal().double()
+    return hits / (counts.sum(0) + counts.sum(1) - hits)
+
+
+def scores(counts: Tensor) -> dict[str, float]:
+    """Mean IoU and mean accuracy over classes that occur, and the share of pixels that are right, in percent."""
+    hits, truth = counts.diagonal().double(), counts.sum(1)
+    return {
+        "miou": 100 * float(intersection_over_union(counts).nanmean()),
+        "mean_accuracy": 100 * float((hits / truth).nanmean()),
+        "pixel_accuracy": 100 * float(hits.sum() / truth.sum()),
+    }
+
+
+def palette(count: int) -> Picture:
+    """Colours that differ: uint8 (count, 3). Hues a golden ratio apart, in three brightnesses."""
+    colours = [
+        colorsys.hsv_to_rgb((number * 0.61803398875) % 1.0, 0.85 - 0.3 * (number % 2), (1.0, 0.75, 0.55)[number % 3])
+        for number in range(count)
+    ]
+    return np.round(255 * np.array(colours)).astype(np.uint8).reshape(count, 3)
+
+
+def overlay(image: Tensor, classes: Tensor, strength: float = 0.55) -> Tensor:
+    """A picture with its classes as colours over it.
+
+    Args:
+        image: uint8 (3, H, W).
+        classes: (H, W), anything below 0 stays as it is.
+        strength: of the colours, in [0, 1].
+
+    Returns:
+        uint8 (3, H, W).
+    """
+    colours = torch.from_numpy(palette(int(classes.max().clamp_min(0)) + 1)).float()
+    painted = colours[classes.long().clamp_min(0)].permute(2, 0, 1)  # (3, H, W)
+    mixed = image.float().lerp(painted, strength)
+    return torch.where(classes[None] < 0, image.float(), mixed).round().to(torch.uint8)

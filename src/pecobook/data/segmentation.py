@@ -1,0 +1,492 @@
+"""Images with a class for every pixel: what `pecobook segment --data` names.
+
+    ROOT/train/images + ROOT/train/masks, and the same under val/, validation/ or test/
+    ROOT/images/training + ROOT/annotations/training, and validation/      ADE20K's layout
+    ROOT/images + ROOT/masks                                               a tenth of them is held out
+    hf:owner/name                                                          an image column and a mask column
+
+A mask is named as its image, but for the extension. Its pixels are class numbers (grey or palette), or colours that
+the class file names. Everything wrong with a pair is found before training starts (`verify`), and said by file.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import io
+import os
+import re
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, Protocol, cast
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from pecobook.data.decode import BadImage, decode
+from pecobook.data.images import IMAGE_EXTENSIONS, ImageSource, Integers, Splits, Store, group_by_split, hold_out
+from pecobook.errors import ConfigError, DataError, first_line
+
+IGNORE = -1
+"""Class of a pixel that counts neither in the loss nor in a score."""
+_IMAGE_FOLDERS = ("images", "image", "img", "imgs", "leftImg8bit", "JPEGImages")
+_MASK_FOLDERS = ("masks", "mask", "annotations", "labels", "label", "gtFine", "SegmentationClass")
+_MASK_COLUMNS = ("mask", "annotation", "label", "segmentation", "segmentation_mask", "annotations", "labels", "gt")
+
+
+@dataclasses.dataclass(frozen=True)
+class Classes:
+    """What the pixels of masks mean.
+
+    Attributes:
+        names: of the classes, in the order of their numbers 0, 1, ...
+        values: pixel value of each class.
+        ignored: pixel values that mean nothing.
+        colours: uint8 (n, 3), the colour of pixel value 0, 1, ... where masks are colour pictures, else None.
+    """
+
+    names: tuple[str, ...]
+    values: tuple[int, ...]
+    ignored: tuple[int, ...]
+    colours: npt.NDArray[np.uint8] | None = None
+
+    def __post_init__(self) -> None:
+        if len(self.names) != len(self.values) or len(set(self.values)) != len(self.values):
+            raise ConfigError(
+                f"--mask-values names {len(self.values)} pixel values for {len(self.names)} classes: "
+                "give one value for each class, each once."
+            )
+
+    def table(self) -> npt.NDArray[np.int16]:
+        """Pixel value to class: `IGNORE` for what is ignored, `IGNORE` - 1 for what no class has; int16 (65537,)."""
+        table = np.full(65_537, IGNORE - 1, np.int16)
+        table[list(self.ignored)] = IGNORE
+        table[list(self.values)] = np.arange(len(self.values))
+        return table
+
+
+class MaskStore(Store, Protocol):
+    """Images and, at the same rows, masks."""
+
+    def read_mask(self, row: int) -> bytes:
+        """The encoded mask; raises BadImage."""
+
+    def identify_mask(self, row: int) -> str:
+        """A name by which a person finds the mask."""
+
+
+class PairStore:
+    """Files of images and of masks under one folder."""
+
+    def __init__(self, root: Path, pairs: Sequence[tuple[str, str]]) -> None:
+        self.root, self.pairs = root, pairs
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def identify(self, row: int) -> str:
+        """The image's relative path."""
+        return self.pairs[row][0]
+
+    def identify_mask(self, row: int) -> str:
+        """The mask's relative path."""
+        return self.pairs[row][1]
+
+    def _bytes(self, name: str) -> bytes:
+        try:
+            return (self.root / name).read_bytes()
+        except OSError as error:
+            raise BadImage(name, error.strerror or str(error)) from error
+
+    def read(self, row: int) -> Tensor:
+        """The image, uint8 (3, H, W)."""
+        return decode(self._bytes(self.pairs[row][0]), name=self.pairs[row][0])
+
+    def read_mask(self, row: int) -> bytes:
+        """The encoded mask."""
+        return self._bytes(self.pairs[row][1])
+
+    def digest(self, rows: Integers) -> str:
+        """A hash of the relative paths."""
+        return hashlib.sha256(repr([self.pairs[row] for row in rows.tolist()]).encode()).hexdigest()
+
+
+class _TableStore:
+    """Rows of a `datasets` table with two columns of encoded images."""
+
+    def __init__(self, table: Any, image: str, mask: str, name: str) -> None:
+        self._table, self._image, self._mask, self._name = table, image, mask, name
+
+    def __len__(self) -> int:
+        return len(self._table)
+
+    def identify(self, row: int) -> str:
+        return f"{self._name} row {row}"
+
+    def identify_mask(self, row: int) -> str:
+        return f"{self._name} row {row} ({self._mask})"
+
+    def _bytes(self, row: int, column: str) -> bytes:
+        data = self._table[row][column]
+        data = data.get("bytes") if isinstance(data, dict) else data
+        if data is None:
+            raise BadImage(self.identify(row), f"nothing in '{column}'")
+        return cast("bytes", data)
+
+    def read(self, row: int) -> Tensor:
+        return decode(self._bytes(row, self._image), name=self.identify(row))
+
+    def read_mask(self, row: int) -> bytes:
+        return self._bytes(row, self._mask)
+
+    def digest(self, rows: Integers) -> str:
+        return hashlib.sha256(f"{self._name} {self._image} {self._mask}".encode() + rows.tobytes()).hexdigest()
+
+
+class SegmentationSource(ImageSource):
+    """Images and masks; `sample` gives both."""
+
+    def __init__(self, store: MaskStore, meaning: Classes, *, name: str, split: str, rows: Integers) -> None:
+        super().__init__(store, name=name, split=split, rows=rows)
+        self.meaning, self._masks = meaning, store
+        self.mask_classes = meaning.names
+
+    def read_mask(self, index: int) -> Tensor:
+        """Class of every pixel, int16 (H, W), `IGNORE` where none counts. Raises BadImage."""
+        row = self._row(index)
+        values = decode_mask(self._masks.read_mask(row), self.meaning.colours, name=self._masks.identify_mask(row))
+        classes = self.meaning.table()[values]
+        if classes.min() < IGNORE:
+            raise BadImage(self._masks.identify_mask(row), "a pixel has no class")
+        return torch.from_numpy(classes)
+
+    def sample(self, index: int) -> tuple[Any, ...]:
+        """Image uint8 (3, H, W) and classes int16 (H, W). Raises BadImage."""
+        image, mask = self.read(index), self.read_mask(index)
+        if image.shape[1:] != mask.shape:
+            raise BadImage(self._masks.identify_mask(self._row(index)), "the mask is not of its image's size")
+        return image, mask
+
+    def subset(self, indices: Iterable[int] | Integers) -> SegmentationSource:
+        """The same source with only these images, in this order."""
+        chosen = super().subset(indices)
+        rows = cast("Integers", chosen._rows)
+        return SegmentationSource(self._masks, self.meaning, name=self.name, split=self.split, rows=rows)
+
+    def with_classes(self, meaning: Classes) -> SegmentationSource:
+        """The same images, their pixels read in another way."""
+        rows = cast("Integers", self._rows)
+        return SegmentationSource(self._masks, meaning, name=self.name, split=self.split, rows=rows)
+
+    def values_of(self, index: int) -> tuple[npt.NDArray[np.int64], tuple[int, int]]:
+        """Pixel values of a mask, as they are, (H, W), and the size of its image as its header says."""
+        row = self._row(index)
+        name = self._masks.identify_mask(row)
+        values = decode_mask(self._masks.read_mask(row), self.meaning.colours, name=name)
+        return values, tuple(self.read(index).shape[1:])  # type: ignore[return-value]
+
+    def mask_name(self, index: int) -> str:
+        """A name by which a person finds the mask."""
+        return self._masks.identify_mask(self._row(index))
+
+
+def decode_mask(data: bytes, colours: npt.NDArray[np.uint8] | None, *, name: str) -> npt.NDArray[np.int64]:
+    """Pixel values of an encoded mask, int64 (H, W) in 0..65536.
+
+    Grey, palette and 1-bit pictures hold numbers. Colour pictures need `colours` (n, 3): the value is the row of the
+    pixel's colour, 65536 where it has none.
+
+    Raises:
+        BadImage: not an image, or a colour picture without colours.
+    """
+    from PIL import Image, UnidentifiedImageError
+
+    try:
+        with Image.open(io.BytesIO(data), formats=("PNG", "BMP", "GIF", "TIFF", "JPEG", "PPM")) as picture:
+            if colours is None and picture.mode not in ("1", "L", "P", "I", "I;16", "I;16B"):
+                raise BadImage(name, f"a mask of mode {picture.mode}; colours of classes need --classes FILE")
+            array = np.asarray(picture if colours is None else picture.convert("RGB"))
+    except UnidentifiedImageError:
+        raise BadImage(name, "not an image") from None
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise BadImage(name, first_line(error)) from None
+    if colours is None:
+        return np.clip(array.astype(np.int64), 0, 65_536)
+    weights = np.array([65_536, 256, 1])
+    packed, known = array.astype(np.int64) @ weights, colours.astype(np.int64) @ weights  # (H, W), (n,)
+    order = np.argsort(known)
+    place = np.searchsorted(known[order], packed).clip(0, len(known) - 1)
+    return np.asarray(np.where(known[order][place] == packed, order[place], 65_536))
+
+
+# ------------------------------------------------------------------------------------------------------------- classes
+
+
+def read_classes(path: Path) -> tuple[tuple[str, ...], npt.NDArray[np.uint8] | None]:
+    """Lines `name`, or `name R G B` (also with commas or tabs), in the order of pixel values.
+
+    Raises:
+        ConfigError: no such file, or colours on some lines alone.
+    """
+    try:
+        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"--classes '{path}' cannot be read: {first_line(error)}.") from None
+    lines = [line for line in lines if not re.fullmatch(r"name\W+r\W+g\W+b", line, re.IGNORECASE)]
+    found = [re.fullmatch(r"(.*?)[\s,;]+(\d{1,3})[\s,;]+(\d{1,3})[\s,;]+(\d{1,3})", line) for line in lines]
+    if not any(found):
+        return tuple(lines), None
+    for line, match in zip(lines, found, strict=True):
+        if match is None or max(int(match[part]) for part in (2, 3, 4)) > 255:
+            raise ConfigError(f"--classes '{path}': the line '{line}' is no 'name R G B' as others are.")
+    matches = [match for match in found if match is not None]
+    colours = np.array([[int(match[part]) for part in (2, 3, 4)] for match in matches], np.uint8)
+    return tuple(match[1] for match in matches), colours
+
+
+def parse_values(texts: Iterable[str]) -> tuple[int, ...]:
+    """`("0", "255")` or `("1-150",)` to numbers. Raises ConfigError."""
+    found: list[int] = []
+    for text in texts:
+        match = re.fullmatch(r"(\d+)(?:-(\d+))?", text.strip())
+        if match is None or int(match[2] or match[1]) > 65_535:
+            raise ConfigError(f"--mask-values takes pixel values and ranges of them, such as 1-150, not '{text}'.")
+        found += range(int(match[1]), int(match[2] or match[1]) + 1)
+    return tuple(found)
+
+
+def make_classes(
+    names: tuple[str, ...] | None, colours: Any, *, mask_values: Sequence[str], ignore: Sequence[str]
+) -> Classes | None:
+    """What pixels mean, as far as settings say; None when neither a class file nor --mask-values is there."""
+    values = parse_values(mask_values)
+    if names is None and not values:
+        return None
+    names = names or tuple(f"class {value}" for value in values)
+    values = values or tuple(range(len(names)))
+    numbers = {int(text) for text in ignore if text.isdigit()} - (set(values) if mask_values else set())
+    unknown = [text for text in ignore if not text.isdigit() and text not in names]
+    if unknown:
+        raise ConfigError(f"--ignore '{unknown[0]}' is neither a pixel value nor the name of a class.")
+    by_name = {value for name, value in zip(names, values, strict=False) if name in ignore}
+    ignored = numbers | by_name
+    if len(names) == len(values):
+        kept = [(name, value) for name, value in zip(names, values, strict=True) if value not in ignored]
+        names, values = tuple(name for name, _ in kept), tuple(value for _, value in kept)
+    return Classes(names, values, tuple(sorted(ignored)), colours)
+
+
+# -------------------------------------------------------------------------------------------------------------- opening
+
+
+def open_segmentation(
+    data: str, *, classes: str = "", mask_values: Sequence[str] = (), ignore: Sequence[str] = ("255",)
+) -> Splits:
+    """Open a source of images with masks; see the top of this file.
+
+    Without a class file and values, the classes are not known before all masks were looked at: `verify` does that.
+
+    Args:
+        data: a folder, or hf:owner/name.
+        classes: file of class names; empty takes classes.txt in the folder, where it is.
+        mask_values: pixel value of each class, where they are not 0, 1, 2, ...
+        ignore: pixel values, or names of classes, that count neither in the loss nor in a score.
+
+    Raises:
+        DataError: no such source, or an image without a mask or the other way round; says which.
+        ConfigError: settings that do not go together.
+    """
+    root = Path(data).expanduser()
+    file = Path(classes).expanduser() if classes else root / "classes.txt"
+    names, colours = read_classes(file) if classes or file.is_file() else (None, None)
+    meaning = make_classes(names, colours, mask_values=mask_values, ignore=ignore)
+    known = meaning or Classes((), (), tuple(int(text) for text in ignore if text.isdigit()), None)
+
+    def source(store: MaskStore, rows: Iterable[int], split: str) -> SegmentationSource:
+        return SegmentationSource(store, known, name=data, split=split, rows=np.array(list(rows), np.int64))
+
+    stores = _hub_stores(data) if data.startswith("hf:") else _folder_stores(data, root)
+    train = source(stores["train"], range(len(stores["train"])), "train")
+    for name in ("validation", "test"):
+        if name in stores:
+            return Splits(train, source(stores[name], range(len(stores[name])), "evaluation"), name)
+    return hold_out(train)
+
+
+def _folder_stores(data: str, root: Path) -> dict[str, MaskStore]:
+    if not root.is_dir():
+        raise DataError(f"--data '{data}' is no folder. Give one with images/ and masks/, or hf:owner/name.")
+    images, masks = _files(root, _IMAGE_FOLDERS), _files(root, _MASK_FOLDERS)
+    if not images or not masks:
+        missing = "images" if not images else "masks"
+        raise DataError(
+            f"--data '{data}' holds no {missing}: it needs images/ and masks/ (or annotations/), by themselves, under "
+            "train/ and val/, or with training/ and validation/ in them."
+        )
+    alone = sorted(images.keys() ^ masks.keys())
+    if alone:
+        lines = [f"{images.get(key) or masks[key]} has no {'mask' if key in images else 'image'}" for key in alone]
+        raise DataError(f"--data '{data}':\n{listed(lines)}\nGive every image a mask of its name, or take it away.")
+    pairs = [(images[key], masks[key]) for key in sorted(images)]
+    groups = group_by_split([_split_name(image) for image, _ in pairs])
+    return {split: PairStore(root, [pairs[number] for number in numbers]) for split, numbers in groups.items()}
+
+
+def _files(root: Path, folders: tuple[str, ...]) -> dict[str, str]:
+    """Path without the folder's name and the extension, to the path, for every picture under one of `folders`."""
+    found: dict[str, str] = {}
+    for top, inner, names in os.walk(root):
+        inner.sort()
+        parts = Path(top).relative_to(root).parts
+        place = next((number for number, part in enumerate(parts) if part in folders), None)
+        if place is None:
+            continue
+        rest = (*parts[:place], *parts[place + 1 :])
+        for name in sorted(names):
+            stem, _, extension = name.rpartition(".")
+            if stem and not name.startswith(".") and extension.lower() in IMAGE_EXTENSIONS:
+                found["/".join((*rest, stem))] = "/".join((*parts, name))
+    return found
+
+
+def _split_name(image: str) -> str:
+    """The folders of an image alone, since names of files often begin with test or train by chance."""
+    return image.rpartition("/")[0] + "/x"
+
+
+def _hub_stores(data: str) -> dict[str, MaskStore]:
+    from datasets import Image, load_dataset
+
+    name, _, config = data.removeprefix("hf:").partition(":")
+    try:
+        loaded = load_dataset(name, config or None)
+    except Exception as error:  # network, hub, gated, unknown name, builder: each library raises its own
+        raise DataError(f"--data '{data}' cannot be loaded from the Hugging Face hub: {first_line(error)}") from error
+    found: dict[str, MaskStore] = {}
+    names = list(loaded)
+    for split, numbers in group_by_split(names).items():
+        declared = min((names[number] for number in numbers), key=len)
+        table = loaded[declared]
+        pictures = [column for column, kind in table.features.items() if isinstance(kind, Image)]
+        mask = next((column for column in _MASK_COLUMNS if column in pictures), None)
+        image = "image" if "image" in pictures else next((column for column in pictures if column != mask), None)
+        if mask is None or image is None:
+            raise DataError(
+                f"--data '{data}' has the image columns {', '.join(pictures) or 'none'}: one must be 'image', "
+                f"one {' or '.join(_MASK_COLUMNS[:4])}."
+            )
+        for column in (image, mask):
+            table = table.cast_column(column, Image(decode=False))
+        found[split] = _TableStore(table, image, mask, f"{name} {declared}")
+    return found
+
+
+# ------------------------------------------------------------------------------------------------------------ verifying
+
+
+def listed(lines: Sequence[str], most: int = 10) -> str:
+    """The first lines, and how many more there are."""
+    more = [f"... and {len(lines) - most} more"] if len(lines) > most else []
+    return "\n".join([*lines[:most], *more])
+
+
+@dataclasses.dataclass(frozen=True)
+class Verified:
+    """What a look at every pair found.
+
+    Attributes:
+        splits: the source, its classes known, without what is wrong.
+        problems: what is wrong, a line for each pair.
+        unreadable: images and masks that cannot be read, a line for each.
+    """
+
+    splits: Splits
+    problems: tuple[str, ...]
+    unreadable: tuple[str, ...]
+
+
+def verify(splits: Splits, show: Callable[[int], None] = lambda _done: None) -> Verified:
+    """Read every image and mask once, on all cores: sizes that differ, values without a class, what cannot be read.
+
+    Args:
+        splits: of `open_segmentation`.
+        show: called with how many pairs are done.
+    """
+    from concurrent.futures import ThreadPoolExecutor
+
+    sources = [cast("SegmentationSource", part) for part in (splits.train, splits.evaluation)]
+    reports: list[list[_Look]] = []
+    done = 0
+    with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
+        for source in sources:
+            looks = []
+            for look in pool.map(partial(_look, source), range(len(source))):
+                looks.append(look)
+                show(done := done + 1)
+            reports.append(looks)
+    meaning = sources[0].meaning
+    if not meaning.names:
+        meaning = _infer(splits, reports)
+    known = {*meaning.values, *meaning.ignored}
+    problems, unreadable = [], []
+    good: list[SegmentationSource] = []
+    for source, looks in zip(sources, reports, strict=True):
+        wrong = {number: reason for number, look in enumerate(looks) if (reason := look.problem(known, meaning))}
+        problems += [f"{source.mask_name(number)} {reason}" for number, reason in wrong.items()]
+        unreadable += [look.unreadable for look in looks if look.unreadable]
+        good += [source.subset(n for n, look in enumerate(looks) if n not in wrong and not look.unreadable)]
+    train, held_out = (source.with_classes(meaning) for source in good)
+    return Verified(Splits(train, held_out, splits.evaluation_name), tuple(problems), tuple(unreadable))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Look:
+    """What one mask holds."""
+
+    values: frozenset[int] = frozenset()
+    reason: str = ""
+    unreadable: str = ""
+
+    def problem(self, known: set[int], meaning: Classes) -> str:
+        strange = sorted(self.values - known)
+        if self.reason or not strange:
+            return self.reason
+        if meaning.colours is not None:
+            return "has colours that --classes does not name"
+        last = max(meaning.values, default=0)
+        return (
+            f"holds the value {strange[0]}, and the {len(meaning.names)} classes have {min(meaning.values)} to {last}"
+        )
+
+
+def _look(source: SegmentationSource, number: int) -> _Look:
+    try:
+        values, size = source.values_of(number)
+    except BadImage as error:
+        return _Look(unreadable=str(error))
+    if values.shape != size:
+        height, width = values.shape
+        return _Look(reason=f"is {width} x {height}, and its image {size[1]} x {size[0]}")
+    return _Look(frozenset(np.flatnonzero(np.bincount(values.ravel(), minlength=1)).tolist()))
+
+
+def _infer(splits: Splits, reports: list[list[_Look]]) -> Classes:
+    """Classes 0 to the largest value of any training mask."""
+    ignored = cast("SegmentationSource", splits.train).meaning.ignored
+    seen = {value for look in reports[0] for value in look.values}
+    if seen and seen <= {0, 255} and 255 in seen and 255 in ignored:
+        raise ConfigError(
+            f"--data '{splits.train.name}': masks hold 0 and 255 alone, and 255 is ignored. If 255 marks the object, "
+            "give --mask-values 0 255."
+        )
+    largest = max(seen - set(ignored), default=0)
+    if largest < 1 or largest > 1023:
+        raise DataError(
+            f"--data '{splits.train.name}': classes cannot be told from masks whose values go up to {largest}. Give "
+            "--classes FILE with a name on each line, or --mask-values."
+        )
+    values = tuple(value for value in range(largest + 1) if value not in ignored)
+    return Classes(tuple(f"class {value}" for value in values), values, ignored)

@@ -1,0 +1,275 @@
+"""Semantic segmentation: UperNet on a backbone's pyramid, trained on crops (PeCo, supplement; BEiT's recipe)."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from functools import partial
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pecobook.analysis.segments import count_pixels, intersection_over_union, overlay, scores
+from pecobook.config import OptimConfig, TrainConfig, between
+from pecobook.data.images import ImageSource, Splits
+from pecobook.data.segmentation import (
+    IGNORE,
+    SegmentationSource,
+    listed,
+    open_segmentation,
+    verify,
+)
+from pecobook.data.segmentation_views import training_view, whole_view
+from pecobook.data.stream import Batch, ViewFunction
+from pecobook.data.views import PhotometricConfig, photometric
+from pecobook.engine.loop import StageOutput
+from pecobook.engine.optim import dense_groups
+from pecobook.errors import ConfigError, DataError
+from pecobook.models.pyramid import PyramidConfig, describe_pyramid, load_pyramid
+from pecobook.models.segmenter import Segmenter, SegmentTestConfig, export_segmenter, stretch
+from pecobook.pixels import resize, to_float
+from pecobook.stages.stage import Stage, StageKind
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SegmentConfig(TrainConfig):
+    """Train semantic segmentation on images with masks."""
+
+    data: str = ""
+    """A folder of images/ and masks/ (alone, under train/ and val/, or as in ADE20K), or hf:owner/name."""
+    classes: str = ""
+    """File with a class on each line, and its R G B where masks are colour pictures; empty takes classes.txt."""
+    mask_values: tuple[str, ...] = ()
+    """Pixel value of each class where they are not 0, 1, 2, ...: "0 255", or "1-150" as in ADE20K."""
+    ignore: tuple[str, ...] = ("255",)
+    """Pixel values or names of classes that count neither in the loss nor in the score."""
+    verify: bool = True
+    """Look at every mask before training. Without, --classes or --mask-values must say what the classes are."""
+    skip_bad: bool = False
+    """Leave out pairs whose mask has another size or an unknown value, in place of refusing to start."""
+    backbone: str = ""
+    """A pretrain, contrast or finetune run, or timm:NAME."""
+    weights: str = ""
+    """A local file of weights, or random to train from scratch; empty takes the backbone's own."""
+    pyramid: PyramidConfig = PyramidConfig()
+    drop_path: float = 0.1
+    """Stochastic depth: probability of skipping the last block; the first ones less."""
+    head_width: int = 0
+    """Channels of UperNet; 0 takes the backbone's width."""
+    auxiliary_width: int = 256
+    """Channels of the auxiliary head; 0 for none."""
+    auxiliary_weight: float = 0.4
+    """Of the auxiliary head's loss."""
+    scales: tuple[float, float] = (0.5, 2.0)
+    """Least and largest random scale of a training image, beside that of the test."""
+    max_share: float = 0.75
+    """Most of a training crop that one class may fill; 1 does not care."""
+    colours: PhotometricConfig = PhotometricConfig(
+        brightness=0.125, contrast=0.5, saturation=0.5, hue=0.05, jitter=0.75, grey=0.0
+    )
+    test: SegmentTestConfig = SegmentTestConfig()
+    evaluation_images: int = 5000
+    """Most held-out images looked at in each evaluation."""
+    optim: OptimConfig = OptimConfig(lr=3e-4, warmup="1500", layer_decay=0.65, schedule="poly")
+    image_size: int = 512
+    """Side of the training crops, and short side of the images in the test, pixels."""
+    max_steps: str = "160000"
+    """Length of the training: steps, "N epochs" or "N images"."""
+    batch_size: int = 16
+    """Images in one optimizer step, over all devices and accumulation steps."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        between(self, 0.0, 1.0, "drop_path", "max_share")
+        between(self, 0, 65_536, "head_width", "auxiliary_width", "auxiliary_weight")
+        if not 0 < self.scales[0] <= self.scales[1]:
+            raise ConfigError(f"--scales takes the least and the largest factor, not {self.scales}.")
+
+
+class SegmentStage(Stage):
+    """A segmenter and its loss.
+
+    Args:
+        config: all settings.
+        classes: names of the classes.
+    """
+
+    def __init__(self, config: SegmentConfig, classes: tuple[str, ...]) -> None:
+        super().__init__()
+        self.config, self.classes = config, classes
+        pyramid, backbone = _pyramid(config)
+        self.described = describe_pyramid(backbone, config.pyramid, config.image_size)
+        self.model = Segmenter(
+            pyramid,
+            classes,
+            image_size=config.image_size,
+            width=config.head_width,
+            auxiliary=config.auxiliary_width if config.auxiliary_weight else 0,
+            mean=backbone.mean,
+            std=backbone.std,
+        )
+
+    def forward(self, batch: Batch) -> StageOutput:
+        """Cross-entropy of uint8 images (B, 3, S, S) and masks int16 (B, S, S); in evaluation, pixels counted."""
+        if not self.training:
+            return self._evaluate(batch)
+        images = photometric(to_float(batch["image"]), batch["colour"], self.config.colours)
+        main, auxiliary = self.model(images)
+        truth = batch["mask"].long()
+        loss, right = _loss(main, truth)
+        metrics = {"pixel_accuracy": 100 * right}
+        if auxiliary is not None:
+            extra = _loss(auxiliary, truth)[0]
+            metrics["auxiliary"] = extra.detach()
+            loss = loss + self.config.auxiliary_weight * extra
+        return StageOutput(loss, metrics)
+
+    def _evaluate(self, batch: Batch) -> StageOutput:
+        """Lists of images uint8 (3, h, w) and masks int16 (H, W), each at its own size."""
+        count = len(self.classes)
+        total = torch.zeros(1, count, count, dtype=torch.int64, device=batch["image"][0].device)
+        losses: list[Tensor] = []
+        shown: list[tuple[Tensor, Tensor, Tensor]] = []
+        for image, truth in zip(batch["image"], batch["mask"], strict=True):
+            size = (int(truth.shape[0]), int(truth.shape[1]))
+            probabilities = self.model.probabilities(image, size, self.config.test)  # (C, H, W)
+            loss = F.nll_loss(probabilities.clamp_min(1e-12).log()[None], truth.long()[None], ignore_index=IGNORE)
+            losses.append(loss.nan_to_num())  # a mask without a class that counts
+            predicted = probabilities.argmax(0)
+            total += count_pixels(predicted, truth, count)
+            if len(shown) < 8:
+                shown.append(_three(image, truth, predicted, self.config.image_size))
+        pictures = {name: torch.stack(parts) for name, parts in zip(_SHOWN, zip(*shown, strict=True), strict=True)}
+        return StageOutput(torch.stack(losses).mean(), {}, pictures, {"counts": total})
+
+    def summarise(self, rows: dict[str, Tensor], known: dict[str, Tensor]) -> dict[str, float]:  # noqa: ARG002
+        """Mean IoU and accuracy over all held-out images, in percent."""
+        return scores(rows["counts"].sum(0))
+
+    def report(self, folder: Path, rows: dict[str, Tensor], source: ImageSource) -> None:  # noqa: ARG002
+        """Write classes.json, the IoU of every class, and a picture of which are taken for which."""
+        from pecobook.analysis.confusion import matrix_picture
+
+        counts = rows["counts"].sum(0)
+        each = [None if value != value else round(100 * value, 3) for value in intersection_over_union(counts).tolist()]
+        found = {"scores": scores(counts), "iou": dict(zip(self.classes, each, strict=True))}
+        (folder / "classes.json").write_text(json.dumps(found, indent=2) + "\n")
+        (folder / "samples" / "confusion.png").write_bytes(matrix_picture(counts, self.classes, "pixels"))
+
+    def parameter_groups(self, config: OptimConfig) -> list[dict[str, Any]]:
+        """The heads at the full rate, the backbone with layer-wise ones."""
+        own = self.model
+        above = [own.pyramid.scale, own.head, *([own.auxiliary] if own.auxiliary else [])]
+        return dense_groups(own.pyramid.network, above, config, frozen=self.config.pyramid.frozen)
+
+    def export(self, folder: Path, state: dict[str, Tensor]) -> str:
+        """Write the segmenter, complete."""
+        own = {name.removeprefix("model."): value for name, value in state.items()}
+        return export_segmenter(
+            folder,
+            own,
+            pyramid=self.described,
+            classes=self.classes,
+            size=self.config.image_size,
+            width=self.config.head_width,
+        )
+
+
+def _loss(logits: Tensor, truth: Tensor) -> tuple[Tensor, Tensor]:
+    """Cross-entropy of logits (B, C, h, w) against classes int64 (B, S, S), and the share that is right, ()."""
+    logits = stretch(logits.float(), truth.shape[1:])
+    counted = truth != IGNORE
+    total = counted.sum().clamp_min(1)
+    # By hand, since the mean over nothing is not a number.
+    loss = F.cross_entropy(logits, truth, ignore_index=IGNORE, reduction="sum") / total
+    return loss, ((logits.detach().argmax(1) == truth) & counted).sum() / total
+
+
+_SHOWN = ("image", "truth", "predicted")
+
+
+def _three(image: Tensor, truth: Tensor, predicted: Tensor, side: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The image alone, under the truth and under what was predicted: float (3, side, side) in [0, 1] each."""
+    height, width = truth.shape
+    whole = resize(image.cpu(), height, width)
+    painted = (whole, overlay(whole, truth.cpu()), overlay(whole, predicted.cpu()))
+    return tuple(to_float(resize(picture, side, side)) for picture in painted)  # type: ignore[return-value]
+
+
+# ------------------------------------------------------------------------------------------------------------- the kind
+
+
+def _pyramid(config: SegmentConfig) -> Any:
+    return load_pyramid(
+        config.backbone,
+        weights=config.weights,
+        image_size=config.image_size,
+        config=config.pyramid,
+        drop_path=config.drop_path,
+    )
+
+
+def _open(config: SegmentConfig) -> Splits:
+    """The source, every pair of it looked at."""
+    from pecobook.engine.log import Progress
+
+    if not config.data:
+        raise DataError("--data is missing: give a folder of images/ and masks/, or hf:owner/name.")
+    how = {"classes": config.classes, "mask_values": config.mask_values, "ignore": config.ignore}
+    splits = open_segmentation(config.data, **how)  # type: ignore[arg-type]
+    if not config.verify:
+        if not cast("SegmentationSource", splits.train).meaning.names:
+            raise ConfigError("--no-verify needs to be told the classes: give --classes FILE or --mask-values.")
+        return splits
+    progress = Progress(total=len(splits.train) + len(splits.evaluation), start=0, name="masks", quiet=False)
+    try:
+        found = verify(splits, lambda done: progress.show(done, {}))
+    finally:
+        progress.close()
+    if found.problems and not config.skip_bad:
+        raise DataError(
+            f"--data '{config.data}':\n{listed(found.problems)}\n"
+            "Mend them, name the value in --ignore if it means nothing, or leave these pairs out with --skip-bad."
+        )
+    for source in (found.splits.train, found.splits.evaluation):
+        if not len(source):
+            wrong = listed([*found.unreadable, *found.problems])
+            raise DataError(f"--data '{config.data}' has no pair that can be used to {_USE[source.split]}:\n{wrong}")
+    for lines, what in ((found.problems, "do not fit"), (found.unreadable, "cannot be read")):
+        if lines:
+            print(f"{len(lines)} of the pairs {what} and are left out:\n{listed(lines)}", file=sys.stderr)
+    return found.splits
+
+
+_USE = {"train": "train", "evaluation": "evaluate"}
+
+
+def _check(config: SegmentConfig) -> None:
+    if not config.backbone:
+        raise ConfigError("--backbone is missing: give a pretrain or contrast run, or timm:NAME.")
+    _pyramid(config)
+
+
+def _build(config: SegmentConfig, splits: Splits) -> SegmentStage:
+    return SegmentStage(config, cast("SegmentationSource", splits.train).meaning.names)
+
+
+def _view(config: SegmentConfig) -> ViewFunction:
+    return partial(
+        training_view,
+        size=config.image_size,
+        most=config.test.max_side,
+        scales=config.scales,
+        max_share=config.max_share,
+    )
+
+
+def _evaluation_view(config: SegmentConfig) -> ViewFunction:
+    return partial(whole_view, size=config.image_size, most=config.test.max_side)
+
+
+KIND: StageKind[SegmentConfig] = StageKind("segment", _check, _build, _view, _evaluation_view, open=_open)

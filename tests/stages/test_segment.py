@@ -1,0 +1,187 @@
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+from pecobook.config import replace
+from pecobook.data.images import Splits
+from pecobook.data.segmentation import IGNORE
+from pecobook.errors import ConfigError, DataError, PreflightError, WeightsError
+from pecobook.models.segmenter import Segmenter
+from pecobook.recipes import recipe
+from pecobook.stages.segment import KIND, SegmentConfig, SegmentStage
+from pecobook.stages.stage import preflight
+from tests.runs import SMALL, losses, shapes, train
+from tests.shapes import write_shapes
+
+
+def settings(vit: Path, **more: Any) -> SegmentConfig:
+    given = {**SMALL["segment"], "backbone": str(vit), "data": str(shapes()), "out": "run", **more}
+    config: SegmentConfig = replace(recipe("segment", "tiny"), given)
+    return config
+
+
+def make(vit: Path, **more: Any) -> tuple[SegmentStage, Splits]:
+    config = settings(vit, **{"drop_path": 0.0, **more})
+    torch.manual_seed(0)
+    with contextlib.redirect_stderr(io.StringIO()):
+        splits = KIND.open(config)
+    stage = KIND.build(config, splits)
+    assert isinstance(stage, SegmentStage)
+    return stage, splits
+
+
+def batch(stage: SegmentStage, splits: Splits, count: int = 3) -> dict[str, Any]:
+    view = KIND.view(stage.config)
+    samples = [view(*splits.train.sample(number), number) for number in range(count)]
+    return {name: torch.stack([sample[name] for sample in samples]) for name in samples[0]}
+
+
+def test_forward__cross_entropy_of_pixels_that_count_and_of_the_auxiliary_head(vit_run: Path) -> None:
+    stage, splits = make(vit_run, **{"colours.jitter": 0.0})
+    given = batch(stage, splits)
+    given["mask"][:, :5] = IGNORE
+    output = stage.train()(given)
+    main, auxiliary = stage.model(given["image"].float() / 255)
+    expected = []
+    for logits in (main, auxiliary):
+        scores = F.interpolate(logits, (24, 24), mode="bilinear").log_softmax(1)
+        picked = scores.gather(1, given["mask"].clamp_min(0).long()[:, None])[:, 0]
+        expected.append(-picked[given["mask"] != IGNORE].mean())
+    assert float(output.loss) == pytest.approx(float(expected[0] + 0.4 * expected[1]), rel=1e-4)
+    assert float(output.metrics["auxiliary"]) == pytest.approx(float(expected[1]), rel=1e-4)
+
+
+def test_forward__a_batch_in_which_nothing_counts(vit_run: Path) -> None:
+    stage, splits = make(vit_run)
+    given = batch(stage, splits)
+    given["mask"][:] = IGNORE
+    output = stage.train()(given)
+    output.loss.backward()
+    assert float(output.loss) == 0
+
+
+def test_evaluate__counts_pixels_at_each_masks_own_size(vit_run: Path) -> None:
+    stage, splits = make(vit_run)
+    stage.eval()
+    image, mask = splits.evaluation.sample(0)
+    with torch.no_grad():
+        output = stage({"image": [image, image[:, :30]], "mask": [mask, mask[:30]]})
+        predicted = stage.model.probabilities(image, (40, 56), stage.config.test).argmax(0)
+    counts = output.rows["counts"][0]
+    assert int(counts.sum()) == int((mask != IGNORE).sum() + (mask[:30] != IGNORE).sum())
+    one = torch.zeros(3, 3, dtype=torch.int64)
+    for true, taken in zip(mask.flatten().tolist(), predicted.flatten().tolist(), strict=True):
+        if true != IGNORE:
+            one[true, taken] += 1
+    with torch.no_grad():
+        assert torch.equal(stage({"image": [image], "mask": [mask]}).rows["counts"][0], one)
+    assert {name: tuple(value.shape) for name, value in output.pictures.items()} == {
+        name: (2, 3, 24, 24) for name in ("image", "truth", "predicted")
+    }
+    found = stage.summarise({"counts": torch.stack([one, one])}, {})
+    assert found["pixel_accuracy"] == pytest.approx(100 * float(one.diagonal().sum() / one.sum()))
+
+
+def test_parameter_groups__every_weight_once_the_heads_at_the_full_rate(vit_run: Path) -> None:
+    stage, _ = make(vit_run, **{"optim.layer_decay": 0.5})
+    groups = stage.parameter_groups(stage.config.optim)
+    scale = {id(value): group.get("lr_scale", 1.0) for group in groups for value in group["params"]}
+    assert len(scale) == sum(len(group["params"]) for group in groups) == len(list(stage.parameters()))
+    assert all(scale[id(value)] == 1.0 for value in stage.model.head.parameters())
+    assert scale[id(stage.model.pyramid.network.blocks[-1].attn.qkv.weight)] == 0.5  # type: ignore
+
+
+def test_train__learns_shapes_and_writes_what_it_found(vit_run: Path, tmp_path: Path) -> None:
+    more: dict[str, Any] = {"max_steps": "60", "head_width": 16, "optim.lr": 0.004, "scales": (0.8, 1.25)}
+    run = train("segment", shapes(), tmp_path / "run", backbone=str(vit_run), **more)
+    found = losses(run)
+    assert sum(found[-5:]) < 0.5 * sum(found[:5])
+    scores = json.loads((run / "classes.json").read_text())
+    assert scores["scores"]["pixel_accuracy"] > 85
+    assert list(scores["iou"]) == ["ground", "red", "green"]
+    assert {"confusion.png", "step-00000060.png"} <= {file.name for file in (run / "samples").iterdir()}
+    model = Segmenter.from_pretrained(run)
+    picture = torch.full((3, 30, 40), 60, dtype=torch.uint8)
+    assert float((model.predict(picture) == 0).float().mean()) > 0.9
+
+
+def test_train__frozen_and_in_windows(vit_run: Path, tmp_path: Path) -> None:
+    more: dict[str, Any] = {"max_steps": "2", "pyramid.window": 2, "pyramid.frozen": True}
+    run = train("segment", shapes(), tmp_path / "run", backbone=str(vit_run), **more)
+    own = Segmenter.from_pretrained(run).pyramid.network.state_dict()
+    before = Segmenter.from_pretrained(
+        train("segment", shapes(), tmp_path / "one", backbone=str(vit_run), **{**more, "max_steps": "1"})
+    ).pyramid.network.state_dict()
+    assert all(torch.equal(value, before[name]) for name, value in own.items())
+
+
+# ----------------------------------------------------------------------------------------------------- before the run
+
+
+def test_preflight__says_what_is_wrong_with_pairs_and_leaves_them_out_when_asked(
+    vit_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = write_shapes(tmp_path / "data")
+    Image.fromarray(np.full((40, 56), 9, np.uint8)).save(root / "train/masks/2.png")
+    (root / "train/masks/3.png").write_bytes(b"")
+    out = str(tmp_path / "run")
+    with pytest.raises(PreflightError, match=r"train/masks/2.png holds the value 9.*\n.*--ignore.*--skip-bad"):
+        preflight(KIND, settings(vit_run, data=str(root), out=out))
+    assert not (tmp_path / "run").exists()
+    capsys.readouterr()
+    splits = preflight(KIND, settings(vit_run, data=str(root), out=out, skip_bad=True))
+    assert len(splits.train) == 10
+    said = capsys.readouterr().err
+    assert said.count("train/masks/2.png") == said.count("train/masks/3.png") == 1
+    splits = preflight(KIND, settings(vit_run, data=str(root), out=out, ignore=("9", "255")))
+    assert len(splits.train) == 11
+
+
+def test_preflight__nothing_left(vit_run: Path, tmp_path: Path) -> None:
+    root = write_shapes(tmp_path / "data")
+    for file in (root / "val" / "masks").iterdir():
+        file.write_bytes(b"broken")
+    with pytest.raises(PreflightError, match="no pair that can be used to evaluate"):
+        preflight(KIND, settings(vit_run, data=str(root), out=str(tmp_path / "run")))
+
+
+def test_open__without_a_look_at_masks_the_classes_must_be_told(vit_run: Path, tmp_path: Path) -> None:
+    root = write_shapes(tmp_path / "data")
+    assert len(KIND.open(settings(vit_run, data=str(root), verify=False)).train) == 12
+    (root / "classes.txt").unlink()
+    with pytest.raises(ConfigError, match="--no-verify"):
+        KIND.open(settings(vit_run, data=str(root), verify=False))
+    with pytest.raises(DataError, match="--data is missing"):
+        KIND.open(settings(vit_run, data=""))
+
+
+@pytest.mark.parametrize(
+    ("more", "error", "says"),
+    [
+        ({"backbone": ""}, ConfigError, "--backbone is missing"),
+        ({"backbone": "timm:efficientvit_m0", "weights": "random", "drop_path": 0.0}, WeightsError, "four strides"),
+        ({"pyramid.window": -1}, ConfigError, "--pyramid.window"),
+        ({"scales": (2.0, 0.5)}, ConfigError, "--scales"),
+    ],
+)
+def test_check__refuses(vit_run: Path, more: dict[str, Any], error: type[Exception], says: str) -> None:
+    with pytest.raises(error, match=says):
+        KIND.check(settings(vit_run, **more))
+
+
+def test_recipes__load() -> None:
+    paper = recipe("segment", "paper-ade20k")
+    assert (paper.image_size, paper.batch_size, paper.max_steps, paper.drop_path) == (512, 16, "160000", 0.2)
+    assert (paper.optim.lr, paper.optim.layer_decay, paper.optim.schedule, paper.optim.warmup) == (
+        3e-4, 0.65, "poly", "1500"
+    )  # fmt: skip
