@@ -16,9 +16,10 @@ from torch.testing import assert_close
 from pecobook import cli
 from pecobook.errors import ConfigError, RunFolderError, WeightsError
 from pecobook.exporting import ExportConfig, export
+from pecobook.models.segmenter import Segmenter, stretch
 from pecobook.models.tokenizers import load_tokenizer
 from pecobook.models.weights import load_backbone, read_export
-from tests.runs import codebook_run, train, vit_run
+from tests.runs import codebook_run, shapes, train, vit_run
 
 __all__ = ["codebook_run", "vit_run"]  # the fixtures
 
@@ -148,3 +149,22 @@ def test_export__refuses(vit_run: Path, codebook_run: Path, tmp_path: Path) -> N
     (tmp_path / "full" / "file").touch()
     with pytest.raises(RunFolderError, match="is not empty"):
         ExportConfig(run=str(vit_run), out=str(tmp_path / "full"))
+
+
+@pytest.mark.parametrize("kind", ["vit", "beit"])
+def test_segmenter__onnx_scores_pixels_as_it_does(kind: str, vit_run: Path, beit_run: Path, tmp_path: Path) -> None:
+    """At another size than the backbone's own, so that its positions were interpolated."""
+    import onnxruntime
+
+    backbone = str(vit_run if kind == "vit" else beit_run)
+    run = train("segment", shapes(), tmp_path / "run", backbone=backbone, max_steps="2", image_size=32)
+    out = run_export(run, tmp_path / "onnx", "onnx")
+    model = Segmenter.from_pretrained(run)
+    images = torch.rand(3, 3, 32, 32)
+    session = onnxruntime.InferenceSession(out / "model.onnx")
+    with torch.no_grad():
+        expected = stretch(model(images)[0], (32, 32))
+    assert_close(torch.from_numpy(session.run(None, {"images": images.numpy()})[0]), expected, atol=1e-4, rtol=1e-4)
+    assert json.loads((out / "config.json").read_text()) == {"image_size": 32, "classes": ["ground", "red", "green"]}
+    with pytest.raises(ConfigError, match="is a segmenter"):
+        export(ExportConfig(run=str(run), format="timm", out=str(tmp_path / "timm")))

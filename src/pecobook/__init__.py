@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from pecobook.analyzing import analyze
-    from pecobook.api import codebook, contrast, export, finetune, pretrain, tokenize
+    from pecobook.api import codebook, contrast, detect, export, finetune, predict, pretrain, segment, tokenize
     from pecobook.data.masking import blockwise_mask
     from pecobook.demonstration import demo
     from pecobook.errors import PecobookError
@@ -35,14 +35,17 @@ __all__ = [
     "codebook",
     "contrast",
     "demo",
+    "detect",
     "explore",
     "export",
     "finetune",
     "load_tokenizer",
     "nearest_codeword",
+    "predict",
     "pretrain",
     "probe",
     "reproduce",
+    "segment",
     "tokenize",
 ]
 
@@ -57,14 +60,17 @@ _HOMES = {
     "codebook": "api",
     "contrast": "api",
     "demo": "demonstration",
+    "detect": "api",
     "explore": "exploring",
     "export": "api",
     "finetune": "api",
     "load_tokenizer": "models.tokenizers",
     "nearest_codeword": "models.nearest",
+    "predict": "api",
     "pretrain": "api",
     "probe": "probing",
     "reproduce": "reproducing",
+    "segment": "api",
     "tokenize": "api",
 }
 

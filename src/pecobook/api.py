@@ -63,5 +63,14 @@ def export(run: str, format: str = "timm", *, out: str) -> Path:  # noqa: A002
     return exporting.export(replace(exporting.ExportConfig(), {"run": run, "format": format, "out": out}))
 
 
+def predict(run: str, images: str, *, out: str, **settings: Any) -> Path:
+    """What a run of finetune, segment or detect says of images; returns the folder. Raises PecobookError."""
+    from pecobook import predicting
+
+    return predicting.predict(
+        replace(predicting.PredictConfig(), {"run": run, "images": images, "out": out, **settings})
+    )
+
+
 def _run(command: str, name: str, settings: dict[str, Any]) -> Path:
     return run(command, replace(recipes.recipe(command, name), settings))

@@ -28,6 +28,7 @@ _OTHERS = {
     "reproduce": "the paper's tables, trained again at a budget of yours, with controls, over seeds",
     "bench": "how fast pre-training runs here, and where time goes",
     "export": "a run's weights for timm, transformers or ONNX",
+    "predict": "what a trained classifier, segmenter or detector says of images",
     "probe": "linear probe and k-NN of a backbone, or of a tokenizer's codewords",
     "demo": "the whole story on built-in photographs, with a report, in minutes",
     "recipes": "list the recipes and what each claims",
@@ -75,6 +76,7 @@ def _dispatch(args: list[str]) -> None:
         {
             "tokenize": _tokenize,
             "export": _export,
+            "predict": _predict,
             "bench": _bench,
             "analyze": _analyze,
             "explore": _explore,
@@ -122,6 +124,14 @@ def _export(args: list[str]) -> None:
 
     run = ["--run", args.pop(0)] if args and not args[0].startswith("-") else []
     export(parse(ExportConfig(), [*run, *args], "export"))
+
+
+def _predict(args: list[str]) -> None:
+    from pecobook.predicting import PredictConfig, predict
+
+    words = [args.pop(0) for _ in range(2) if args and not args[0].startswith("-")]
+    named = [text for name, word in zip(("--run", "--images"), words, strict=False) for text in (name, word)]
+    predict(parse(PredictConfig(), [*named, *args], "predict"))
 
 
 def _bench(args: list[str]) -> None:

@@ -21,7 +21,7 @@ class ExportConfig:
     run: str = ""
     """A run of pecobook, or its export folder. On the command line it may stand first, without the flag."""
     format: Literal["timm", "hf", "onnx"] = "timm"
-    """timm; transformers (BEiT's); or ONNX. A tokenizer knows onnx alone."""
+    """timm; transformers (BEiT's); or ONNX. A tokenizer and a segmenter know onnx alone."""
     out: str = ""
     """Folder to write; it must be new or empty."""
 
@@ -51,6 +51,12 @@ def export(config: ExportConfig) -> Path:
 
         export_onnx(load_tokenizer(config.run), out)
         return _say(out, 'import onnxruntime\nsession = onnxruntime.InferenceSession("{path}/encoder.onnx")')
+    if settings.get("kind") in ("segmenter", "detector"):
+        if config.format != "onnx" or settings["kind"] == "detector":
+            raise ConfigError(
+                f"'{config.run}' is a {settings['kind']}: a segmenter can be exported to onnx, a detector not."
+            )
+        return _say(out, _segmenter_to_onnx(config))
     network = _network(settings, state, config.run)
     write = {"timm": _to_timm, "hf": _to_huggingface, "onnx": _to_onnx}[config.format]
     return _say(out, write(config, settings, state, network))
@@ -85,7 +91,7 @@ def _to_timm(config: ExportConfig, settings: dict[str, Any], state: dict[str, Te
             "mean": settings["mean"],
             "std": settings["std"],
             "interpolation": "bicubic",
-            "crop_pct": 1.0,
+            "crop_pct": settings.get("crop", 1.0),
             "num_classes": len(classes),
         },
         **({"label_names": classes} if classes else {}),
@@ -171,11 +177,37 @@ def _to_onnx(config: ExportConfig, settings: dict[str, Any], state: dict[str, Te
     side = settings["image_size"]
     out = Path(config.out)
     out.mkdir(parents=True, exist_ok=True)
-    for module in network.modules():
-        if hasattr(module, "fused_attn"):  # other runtimes fuse for themselves
-            module.fused_attn = False  # type: ignore[assignment]
+    _unfuse(network)
     batch = torch.export.Dim("batch", min=1, max=2**16)
     write_onnx(network, torch.zeros(2, 3, side, side), {0: batch}, out / "model.onnx", "images", "output")
-    described = {name: settings[name] for name in ("name", "image_size", "mean", "std", "classes") if name in settings}
+    described = {
+        name: settings[name] for name in ("name", "image_size", "mean", "std", "classes", "crop") if name in settings
+    }
     (out / "config.json").write_text(json.dumps(described, indent=2) + "\n")
     return 'import onnxruntime\nsession = onnxruntime.InferenceSession("{path}/model.onnx")'
+
+
+def _segmenter_to_onnx(config: ExportConfig) -> str:
+    """model.onnx: `images` (B, 3, S, S) in [0, 1] to `scores` of classes (B, C, S, S), S the side of its training."""
+    import torch
+
+    from pecobook.models.onnx import write_onnx
+    from pecobook.models.segmenter import Segmenter, SegmenterAtOneSize
+
+    model = Segmenter.from_pretrained(config.run)
+    side, out = model.image_size, Path(config.out)
+    out.mkdir(parents=True, exist_ok=True)
+    _unfuse(model)
+    batch = torch.export.Dim("batch", min=1, max=2**16)
+    fixed = SegmenterAtOneSize(model)
+    write_onnx(fixed, torch.zeros(2, 3, side, side), {0: batch}, out / "model.onnx", "images", "scores")
+    described = {"image_size": side, "classes": list(model.classes)}
+    (out / "config.json").write_text(json.dumps(described, indent=2) + "\n")
+    return 'import onnxruntime\nsession = onnxruntime.InferenceSession("{path}/model.onnx")'
+
+
+def _unfuse(network: nn.Module) -> None:
+    """Attention in its parts: other runtimes fuse for themselves."""
+    for module in network.modules():
+        if hasattr(module, "fused_attn"):
+            module.fused_attn = False  # type: ignore[assignment]

@@ -54,9 +54,9 @@ class Job:
 
 def run_all(jobs: Mapping[str, Job], out: Path) -> dict[str, float]:
     """Run every job that is not finished; returns the seconds of each. Raises PecobookError when one fails."""
-    import torch
+    from pecobook.devices import device
 
-    slots = 1 if torch.cuda.is_available() else min(2, os.cpu_count() or 1)
+    slots = 1 if device().type == "cuda" else min(2, os.cpu_count() or 1)
     logs = out / "logs"
     logs.mkdir(exist_ok=True)
     waiting = {name: job for name, job in jobs.items() if not job.finished}
@@ -85,6 +85,8 @@ class _Running:
     """A run that is going."""
 
     def __init__(self, name: str, job: Job, out: Path) -> None:
+        from pecobook.devices import device
+
         (out / "settings").mkdir(exist_ok=True)
         settings = out / "settings" / f"{name}.json"
         dump(job.config, settings)
@@ -95,7 +97,7 @@ class _Running:
             command.append("--resume")
         self.log: TextIO = (out / "logs" / f"{name}.log").open("a")
         threads = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "MKL_NUM_THREADS": "1"}
-        environment = {**os.environ, **({} if _has_gpu() else threads)}
+        environment = {**os.environ, **(threads if device().type == "cpu" else {})}
         self.process = subprocess.Popen(command, stdout=self.log, stderr=subprocess.STDOUT, env=environment)
 
     def finish(self, name: str, logs: Path) -> None:
@@ -163,12 +165,6 @@ def _seconds(job: Job) -> float:
     if job.command == "analyze":
         return float(json.loads((job.out / "analysis.json").read_text())["seconds"])
     return max((job.out / "export" / "config.json").stat().st_mtime - (job.out / "config.json").stat().st_mtime, 0.0)
-
-
-def _has_gpu() -> bool:
-    import torch
-
-    return torch.cuda.is_available()
 
 
 def say(text: str) -> None:

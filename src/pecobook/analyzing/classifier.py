@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pecobook.analyzing.names import device
 from pecobook.data.images import Splits
+from pecobook.devices import device
 from pecobook.errors import ConfigError, DataError
 from pecobook.models.checkpoints import load_state, read_weights
 from pecobook.models.weights import IMAGENET_MEAN, IMAGENET_STD, create, read_export

@@ -9,10 +9,11 @@ import torch
 
 from pecobook.analysis import figures as draw
 from pecobook.analysis.masked_prediction import decode_prediction, hide, predict_masked
-from pecobook.analyzing.names import device, unique_names
+from pecobook.analyzing.names import unique_names
 from pecobook.analyzing.pictures import SHOWN, at_side
 from pecobook.data.masking import blockwise_mask
 from pecobook.data.stream import read_all
+from pecobook.devices import device
 from pecobook.pixels import to_float
 from pecobook.pretrained import load_masked_run
 

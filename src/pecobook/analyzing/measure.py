@@ -23,9 +23,9 @@ from pecobook.analysis.semantics import information, patch_colours, patch_edges,
 from pecobook.analysis.similarity import Triplets, agreement, code_distance, judge, pixel_distance, read_bapps
 from pecobook.analysis.stability import stability
 from pecobook.analyzing.bank import bank_gallery, bank_usage, find_places
-from pecobook.analyzing.names import device
 from pecobook.analyzing.pictures import PATCHES, SHOWN, pictures_of, shown_codewords
 from pecobook.data.stream import read_all
+from pecobook.devices import device
 from pecobook.extracting import extract
 from pecobook.jobs import say
 from pecobook.pixels import to_float

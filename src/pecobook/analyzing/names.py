@@ -1,10 +1,8 @@
-"""What tokenizers and runs are called in tables and in names of files, and where models run."""
+"""What tokenizers and runs are called in tables and in names of files."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-
-import torch
 
 
 def unique_names(sources: Sequence[str]) -> list[str]:
@@ -23,8 +21,3 @@ def file_part(number: int, name: str) -> str:
     """
     plain = "".join(letter if letter.isascii() and (letter.isalnum() or letter in "-._") else "-" for letter in name)
     return f"{number}-{plain[-60:]}"
-
-
-def device() -> torch.device:
-    """Where models run."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")

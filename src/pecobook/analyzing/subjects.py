@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from pecobook.analyzing.classifier import Classifier, open_classifier
 from pecobook.analyzing.masked import open_runs
-from pecobook.analyzing.names import device, unique_names
+from pecobook.analyzing.names import unique_names
 from pecobook.data.images import Splits, open_images
 from pecobook.data.tokens import TokenBank, differences
+from pecobook.devices import device
 from pecobook.errors import ConfigError, DataError, PecobookError, PreflightError
 from pecobook.models.perceptual import PerceptualDistance
 from pecobook.models.tokenizers import fingerprint, load_tokenizer

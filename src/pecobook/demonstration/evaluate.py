@@ -29,6 +29,7 @@ from pecobook.data.images import open_images
 from pecobook.data.sampler import key
 from pecobook.data.stream import read_all
 from pecobook.demonstration.plan import ARMS, PRETRAINED, DemoConfig
+from pecobook.devices import device
 from pecobook.jobs import Job
 from pecobook.models.perceptual import PerceptualDistance
 from pecobook.models.tokenizer import PerceptualTokenizer
@@ -126,13 +127,13 @@ def _distance(job: Job) -> PerceptualDistance:
     assert isinstance(config, CodebookConfig)
     perceptual = config.perceptual
     distance = PerceptualDistance(perceptual.network, perceptual.layers, normalisation=perceptual.normalisation)
-    return distance.to(_device())
+    return distance.to(device())
 
 
 def _look(tokenizer: PerceptualTokenizer, distance: PerceptualDistance, images: _Images, seed: int) -> _Look:
-    tokenizer = tokenizer.to(_device())
+    tokenizer = tokenizer.to(device())
     codes = encode_all(tokenizer, images.test).cpu()
-    restored = decode_all(tokenizer, codes.to(_device())).cpu()
+    restored = decode_all(tokenizer, codes.to(device())).cpu()
     usage = code_usage(codes, tokenizer.config.num_codewords)
     score, correct = None, None
     if images.train_labels is not None and images.test_labels is not None:
@@ -154,15 +155,15 @@ def _look(tokenizer: PerceptualTokenizer, distance: PerceptualDistance, images: 
 @torch.inference_mode()
 def _mean_distance(distance: PerceptualDistance, images: Tensor, restored: Tensor) -> float:
     pairs = zip(torch.split(images, 256), torch.split(restored, 256), strict=True)
-    device = _device()
-    return float(torch.cat([distance(x.to(device), y.to(device)).cpu() for x, y in pairs]).mean())
+    where = device()
+    return float(torch.cat([distance(x.to(where), y.to(where)).cpu() for x, y in pairs]).mean())
 
 
 def _probes(backbone: Backbone, images: _Images, seed: int) -> dict[str, dict[str, Any]]:
     """Linear probe and k-NN of a backbone; empty without labels."""
     if images.train_labels is None or images.test_labels is None:
         return {}
-    backbone.network.to(_device())
+    backbone.network.to(device())
     train, test = (backbone_features(backbone, split) for split in (images.train, images.test))
     return probe_features(train, test, images.train_labels, images.test_labels, seed=seed)
 
@@ -189,7 +190,7 @@ def _spread(count: int, rows: int = 6) -> Tensor:
 def _masked_pictures(jobs: dict[str, Job], shown: Tensor, seed: int) -> bytes:
     decoded, masked = {}, shown
     for arm in PRETRAINED:
-        run = load_masked_run(jobs[f"vit-{arm}"].config.out).to(_device())
+        run = load_masked_run(jobs[f"vit-{arm}"].config.out).to(device())
         mask = torch.stack([make_mask(key(seed, row), run.grid, run.config.mask) for row in range(len(shown))])
         decoded[arm] = decode_prediction(run, predict_masked(run, run, shown, mask))
         masked = hide(shown, mask)
@@ -226,7 +227,3 @@ def _curves(jobs: dict[str, Job]) -> dict[str, dict[str, list[dict[str, Any]]]]:
         records = [record for record in read_metrics(Path(job.config.out) / "metrics.jsonl") if "loss" in record]
         curves.setdefault(titles[job.command], {})[arm] = records
     return curves
-
-
-def _device() -> str:
-    return "cuda" if torch.cuda.is_available() else "cpu"

@@ -111,8 +111,9 @@ def _check_port(config: ExploreConfig) -> None:
 
 
 def _open(config: ExploreConfig) -> tuple[list[Indexed], dict[str, MaskedRun], Splits]:
-    from pecobook.analyzing.names import device, unique_names
+    from pecobook.analyzing.names import unique_names
     from pecobook.data.images import open_images
+    from pecobook.devices import device
     from pecobook.exploring.model import index
     from pecobook.models.tokenizers import load_tokenizer
     from pecobook.pretrained import is_masked_run, load_masked_run

@@ -81,6 +81,24 @@ class FeaturePyramid(nn.Module):
             maps = self.body(images)
         return [scale(features) for scale, features in zip(self.scale, maps, strict=True)]
 
+    @torch.no_grad()
+    def settle(self, image_size: int) -> None:
+        """Interpolate absolute positions once, for squares of this size, in place of at every image."""
+        from timm.layers import resample_abs_pos_embed
+
+        body, own = self.body, self.network
+        if isinstance(body, _Stages) or getattr(own, "pos_embed", None) is None:
+            return
+        side = -(-image_size // body.patch)
+        table: Any = own.pos_embed
+        prefix = 0 if getattr(own, "no_embed_class", False) else body.num_prefix
+        resized = resample_abs_pos_embed(
+            table, new_size=[side, side], old_size=list(body.own_grid), num_prefix_tokens=prefix
+        )
+        own.pos_embed = nn.Parameter(resized, requires_grad=table.requires_grad)
+        own.patch_embed.set_input_size(img_size=side * body.patch)  # type: ignore[operator, union-attr]
+        body.own_grid = (side, side)
+
     def train(self, mode: bool = True) -> FeaturePyramid:
         """A frozen backbone stays in evaluation mode, so that its statistics do not move."""
         super().train(mode)
@@ -179,7 +197,7 @@ class _Transformer(nn.Module):
             )
         else:
             tokens = self._beit(images)
-            found = [x[:, self.num_prefix :].transpose(1, 2).reshape(len(x), -1, h, w) for x in tokens]
+            found = [x[:, self.num_prefix :].transpose(1, 2).reshape(x.shape[0], -1, h, w) for x in tokens]
         return [found[self.indices.index(level)] for level in self.levels]
 
     def _beit(self, images: Tensor) -> list[Tensor]:
@@ -190,7 +208,7 @@ class _Transformer(nn.Module):
         own, relative = self.network, self.relative
         assert relative is not None
         x = own.patch_embed.norm(own.patch_embed.proj(images).flatten(2).transpose(1, 2))  # (B, N, D)
-        x = torch.cat([own.cls_token.expand(len(x), -1, -1), x], 1)
+        x = torch.cat([own.cls_token.expand(x.shape[0], -1, -1), x], 1)
         if own.pos_embed is not None:
             x = x + resample_abs_pos_embed(
                 own.pos_embed, new_size=list(self.grid), old_size=list(self.own_grid), num_prefix_tokens=1
@@ -232,7 +250,7 @@ def from_windows(x: Tensor, grid: tuple[int, int], window: int, num_prefix: int)
     """The way back; the prefix is the mean over windows."""
     (h, w), D = grid, x.shape[2]
     R, C = -(-h // window), -(-w // window)
-    B = len(x) // (R * C)
+    B = x.shape[0] // (R * C)
     prefix = x[:, :num_prefix].reshape(B, R * C, num_prefix, D).mean(1)
     patches = x[:, num_prefix:].reshape(B, R, C, window, window, D).transpose(2, 3)
     patches = patches.reshape(B, R * window, C * window, D)[:, :h, :w]
@@ -258,15 +276,17 @@ class _RelativePositions:
                 table.set_window_size((target, target))
         self.tables = [(table, windowed, tuple(table.window_size)) for table, windowed in tables]
         self.indices: dict[Any, Tensor] = {}
+        self.current: tuple[int, int] | None = None  # grid that the tables read now
 
     def prepare(self, grid: tuple[int, int]) -> dict[bool, Tensor | None]:
         """Set every table to read offsets of `grid`; returns the bias shared by blocks, for windowed and other ones."""
         window = (self.body.window,) * 2
-        for table, windowed, size in self.tables:
+        for table, windowed, size in self.tables if grid != self.current else ():
             seen = window if windowed else grid
             device = table.relative_position_bias_table.device
             table.relative_position_index = self._index(seen, size, device)
             table.window_size, table.window_area = seen, seen[0] * seen[1]
+        self.current = grid
         if self.shared is None:
             return {False: None, True: None}
         whole = self.shared().unsqueeze(0)  # (1, heads, 1 + N, 1 + N)

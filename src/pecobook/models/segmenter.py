@@ -168,10 +168,10 @@ class Segmenter(nn.Module):
 
     @torch.no_grad()
     def predict(self, image: Tensor, test: SegmentTestConfig = SegmentTestConfig()) -> Tensor:
-        """Class of every pixel of one picture: uint8 (3, H, W) to int64 (H, W)."""
+        """Class of every pixel of one picture: uint8 (3, H, W) to int64 (H, W), on the host."""
         height, width = int(image.shape[1]), int(image.shape[2])
         scaled = resize(image, *fitted_size(height, width, self.image_size, test.max_side))
-        return self.probabilities(scaled, (height, width), test).argmax(0)
+        return self.probabilities(scaled.to(self.mean.device), (height, width), test).argmax(0).cpu()
 
     def probabilities(self, image: Tensor, size: tuple[int, int], test: SegmentTestConfig) -> Tensor:
         """Probabilities of classes, float (C, *size), of one scaled picture uint8 (3, h, w)."""
@@ -200,6 +200,21 @@ class Segmenter(nn.Module):
                 total[region] += stretch(self(window)[0].float(), window.shape[2:])
                 count[region] += 1
         return total / count
+
+
+class SegmenterAtOneSize(nn.Module):
+    """A segmenter for squares of its training's size alone, for other runtimes; changes the model it is given."""
+
+    def __init__(self, model: Segmenter) -> None:
+        super().__init__()
+        self.model = model.eval()
+        model.pyramid.settle(model.image_size)
+        with torch.no_grad():  # what is made once for a size is made now
+            model(model.mean.new_zeros(1, 3, model.image_size, model.image_size))
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Float (B, 3, S, S) in [0, 1] to scores (B, C, S, S)."""
+        return stretch(self.model(images)[0], images.shape[2:])
 
 
 def starts(length: int, side: int, step: int) -> list[int]:

@@ -104,6 +104,7 @@ def export_backbone(
     image_size: int,
     origin: str,
     classes: tuple[str, ...] | None = None,
+    crop: float = 1.0,
     mean: tuple[float, ...] = IMAGENET_MEAN,
     std: tuple[float, ...] = IMAGENET_STD,
 ) -> str:
@@ -117,6 +118,7 @@ def export_backbone(
         image_size: side it was trained at, pixels.
         origin: what trained it, for the card.
         classes: names of the classes when it has a head.
+        crop: share of an image's shorter side that a classifier was evaluated on.
         mean: of the input's normalisation.
         std: of the input's normalisation.
 
@@ -133,7 +135,7 @@ def export_backbone(
     config: dict[str, Any] = {"kind": "classifier" if classes else "backbone", "name": name, "args": args}
     config |= {"mean": list(mean), "std": list(std), "image_size": image_size}
     if classes:
-        config["classes"] = list(classes)
+        config |= {"classes": list(classes), "crop": crop}
     shown = lines.replace("{path}/export/", "")
     tag = origin.lower().replace(" ", "-")
     card = _CARD.format(

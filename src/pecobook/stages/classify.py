@@ -150,6 +150,7 @@ class ClassifyStage(Stage):
             image_size=self.config.image_size,
             origin="classification",
             classes=self.classes,
+            crop=self.config.eval_crop,
             mean=self.statistics[0],
             std=self.statistics[1],
         )

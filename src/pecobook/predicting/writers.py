@@ -1,0 +1,191 @@
+"""What is written for images by each kind of model."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from pecobook.analysis.segments import overlay, palette
+from pecobook.devices import device
+from pecobook.files import write_atomically
+from pecobook.models.detector import Detections
+from pecobook.pixels import to_float
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from pecobook.predicting import PredictConfig
+
+_BEST = 5
+
+
+class ClassifierWriter:
+    """predictions.csv: a row an image, its five best classes and their probabilities."""
+
+    def __init__(self, config: PredictConfig, out: Path) -> None:
+        from pecobook.models.checkpoints import load_state
+        from pecobook.models.weights import create, read_export
+
+        settings, state = read_export(config.run)
+        self.out, self.pictures = out, config.pictures
+        self.classes: list[str] = settings["classes"]
+        self.network = create(settings["name"], num_classes=len(self.classes), **settings["args"])
+        load_state(self.network, state, source=config.run)
+        self.network.eval().to(device())
+        self.size, self.crop = settings["image_size"], settings.get("crop", 1.0)
+        self.mean, self.std = (torch.tensor(settings[name], device=device())[:, None, None] for name in ("mean", "std"))
+        self.rows: list[list[str]] = []
+        self.count = min(_BEST, len(self.classes))
+
+    @torch.inference_mode()
+    def add(self, name: str, file: str, image: Tensor) -> None:
+        """Classify the central square of an image."""
+        from pecobook.data.views import center_crop
+
+        square = to_float(center_crop(image, self.size, share=self.crop)[None].to(device()))
+        best = self.network((square - self.mean) / self.std).float().softmax(1)[0].topk(self.count)
+        names = [self.classes[place] for place in best.indices.tolist()]
+        shares = [f"{value:.5f}" for value in best.values.tolist()]
+        self.rows.append([name, *(text for pair in zip(names, shares, strict=True) for text in pair)])
+        if self.pictures:
+            _save(captioned(image, f"{names[0]}  {100 * float(shares[0]):.0f}%"), self.out / "pictures" / f"{file}.jpg")
+
+    def finish(self) -> str:
+        """Write predictions.csv."""
+        text = io.StringIO()
+        lines = csv.writer(text)
+        columns = [["class", "probability"], *([f"class_{n}", f"probability_{n}"] for n in range(2, self.count + 1))]
+        lines.writerow(["image", *(name for pair in columns for name in pair)])
+        lines.writerows(self.rows)
+        write_atomically(self.out / "predictions.csv", text.getvalue().encode())
+        return f"predictions.csv: {len(self.rows)} images."
+
+
+class SegmenterWriter:
+    """masks/: a palette PNG an image, whose values are the class numbers of classes.txt."""
+
+    def __init__(self, config: PredictConfig, out: Path) -> None:
+        from pecobook.models.segmenter import Segmenter
+
+        self.out, self.pictures, self.test = out, config.pictures, config.test
+        self.model = Segmenter.from_pretrained(config.run).to(device())
+        self.colours = palette(len(self.model.classes))
+        self.count = torch.zeros(len(self.model.classes), dtype=torch.int64)
+        self.images = 0
+
+    def add(self, name: str, file: str, image: Tensor) -> None:  # noqa: ARG002
+        """Segment an image at its own size."""
+        from PIL import Image
+
+        classes = self.model.predict(image, self.test)  # (H, W)
+        self.count += torch.bincount(classes.flatten(), minlength=len(self.count))
+        self.images += 1
+        if len(self.count) <= 256:
+            mask = Image.fromarray(classes.to(torch.uint8).numpy(), "L")
+            mask.putpalette(self.colours.tobytes())
+        else:
+            mask = Image.fromarray(classes.numpy().astype("uint16"))
+        _save(mask, self.out / "masks" / f"{file}.png")
+        if self.pictures:
+            _save(_picture(overlay(image, classes)), self.out / "pictures" / f"{file}.jpg")
+
+    def finish(self) -> str:
+        """Write classes.txt."""
+        write_atomically(self.out / "classes.txt", ("\n".join(self.model.classes) + "\n").encode())
+        shares = self.count / self.count.sum()
+        order = shares.argsort(descending=True)[:5].tolist()
+        most = ", ".join(f"{self.model.classes[place]} {100 * float(shares[place]):.0f}%" for place in order)
+        return f"masks/: {self.images} masks. Most pixels: {most}."
+
+
+class DetectorWriter:
+    """detections.json in COCO's format of results; images.json says which number an image has."""
+
+    def __init__(self, config: PredictConfig, out: Path) -> None:
+        from pecobook.models.detector import Detector
+
+        self.out, self.pictures, self.score = out, config.pictures, config.score
+        self.model = Detector.from_pretrained(config.run).to(device())
+        self.images: list[dict[str, Any]] = []
+        self.results: list[dict[str, Any]] = []
+
+    def add(self, name: str, file: str, image: Tensor) -> None:
+        """Find the objects of an image."""
+        from pecobook.analysis.detections import coco_results
+
+        found = self.model.predict(image)
+        height, width = int(image.shape[1]), int(image.shape[2])
+        self.images.append({"id": len(self.images) + 1, "file_name": name, "width": width, "height": height})
+        self.results += coco_results(len(self.images), (height, width), found, self.model.category_ids)
+        if self.pictures:
+            _save(
+                _picture(with_objects(image, found, self.model.classes, self.score)),
+                self.out / "pictures" / f"{file}.jpg",
+            )
+
+    def finish(self) -> str:
+        """Write detections.json and images.json."""
+        pairs = zip(self.model.category_ids, self.model.classes, strict=True)
+        categories = [{"id": number, "name": name} for number, name in pairs]
+        listing = {"images": self.images, "categories": categories}
+        write_atomically(self.out / "images.json", (json.dumps(listing, indent=1) + "\n").encode())
+        write_atomically(self.out / "detections.json", json.dumps(self.results).encode())
+        good = sum(one["score"] >= self.score for one in self.results)
+        return (
+            f"detections.json: {len(self.results)} on {len(self.images)} images, {good} of them above {self.score:g}."
+        )
+
+
+def with_objects(image: Tensor, found: Detections, classes: Sequence[str], score: float) -> Tensor:
+    """A picture uint8 (3, H, W) with boxes, masks, names and scores of what was found with at least `score`."""
+    from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
+
+    good = found.scores >= score
+    if not good.any():
+        return image
+    labels, boxes = found.labels[good] - 1, found.boxes[good]
+    colours = [tuple(palette(len(classes))[label].tolist()) for label in labels.tolist()]
+    if found.masks is not None:
+        own = Detections(boxes, found.scores[good], found.labels[good], found.masks[good])
+        image = draw_segmentation_masks(image, own.pasted(image.shape[1], image.shape[2]), alpha=0.45, colors=colours)
+    texts = [
+        f"{classes[label]} {100 * value:.0f}%"
+        for label, value in zip(labels.tolist(), found.scores[good].tolist(), strict=True)
+    ]
+    # torchvision wants boxes that are at least a pixel wide.
+    boxes = torch.cat([boxes[:, :2], torch.maximum(boxes[:, 2:], boxes[:, :2] + 1)], 1)
+    line = max(min(image.shape[1:]) // 250, 1)
+    return draw_bounding_boxes(image, boxes, labels=texts, colors=colours, width=line)  # type: ignore[no-any-return]
+
+
+def captioned(image: Tensor, text: str) -> Image.Image:
+    """A picture with a line of text under it."""
+    from PIL import Image, ImageDraw, ImageFont
+
+    picture = _picture(image)
+    size = max(min(picture.width // 24, 40), 12)
+    font = ImageFont.load_default(size)
+    whole = Image.new("RGB", (max(picture.width, 8 * size), picture.height + 2 * size), "white")
+    whole.paste(picture, (0, 0))
+    ImageDraw.Draw(whole).text((size // 2, picture.height + size // 3), text, fill="black", font=font)
+    return whole
+
+
+def _picture(image: Tensor) -> Image.Image:
+    from PIL import Image
+
+    return Image.fromarray(image.permute(1, 2, 0).contiguous().numpy())
+
+
+def _save(picture: Image.Image, file: Path) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    buffer = io.BytesIO()
+    picture.save(buffer, "PNG" if file.suffix == ".png" else "JPEG", quality=92)
+    write_atomically(file, buffer.getvalue())
