@@ -19,6 +19,7 @@ from torch import Tensor
 from pecobook import api
 from pecobook.data.decode import BadImage
 from pecobook.data.images import ImageSource
+from tests.coco import make_coco
 from tests.shapes import write_shapes
 
 _COMMON: dict[str, Any] = {
@@ -59,6 +60,15 @@ SMALL: dict[str, dict[str, Any]] = {
     },
     "finetune": {**_COMMON, "image_size": 16, "drop_path": 0.1, "cutmix": 1.0, "random_erasing": 0.25},
     "segment": {**_COMMON, "image_size": 24, "drop_path": 0.1, "head_width": 8, "auxiliary_width": 8},
+    "detect": {
+        **_COMMON,
+        "batch_size": 4,
+        "image_size": 48,
+        "scales": (40,),
+        "max_size": 48,
+        "drop_path": 0.1,
+        "detector": {"width": 16, "head_width": 32, "proposals": 60, "samples": 32, "detections": 10},
+    },
 }
 
 
@@ -103,6 +113,7 @@ def inputs(command: str, codebook: Path, vit: Path) -> dict[str, str]:
         "pretrain": lambda: {"tokenizer": str(codebook)},
         "finetune": lambda: {"backbone": str(vit)},
         "segment": lambda: {"backbone": str(vit), "data": str(shapes())},
+        "detect": lambda: {"backbone": str(vit), "data": str(objects())},
     }
     return needs[command]() if command in needs else {}
 
@@ -111,6 +122,12 @@ def inputs(command: str, codebook: Path, vit: Path) -> dict[str, str]:
 def shapes() -> Path:
     """A folder of images with masks, once for all tests."""
     return write_shapes(Path(os.environ["PECOBOOK_CACHE"]).parent / "shapes")
+
+
+@functools.cache
+def objects() -> Path:
+    """A folder in COCO's format, once for all tests."""
+    return make_coco(Path(os.environ["PECOBOOK_CACHE"]).parent / "objects")
 
 
 class Squares:

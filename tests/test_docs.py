@@ -13,6 +13,7 @@ from pecobook import cli
 from pecobook.config import flags
 from pecobook.errors import ConfigError
 from pecobook.exporting import ExportConfig
+from pecobook.predicting import PredictConfig
 from pecobook.probing import ProbeConfig
 from pecobook.recipes import RECIPES, recipe
 from pecobook.tokenizing import default_config
@@ -26,11 +27,11 @@ def pieces_in(page: str) -> list[list[str]]:
 
 
 def understood(words: list[str]) -> bool:
-    """Whether some training command takes these flags; a flag alone is only spoken of."""
-    for command in RECIPES:
-        config = recipe(command, "paper")
+    """Whether some training command, or predict, takes these flags; a flag alone is only spoken of."""
+    configs = {command: recipe(command, "paper") for command in RECIPES}
+    for command, config in {**configs, "predict": PredictConfig()}.items():
         known = {"resume": bool, **flags(type(config))}
-        if len(words) == 1 and words[0].removeprefix("--") in known:
+        if len(words) == 1 and words[0].removeprefix("--").removeprefix("no-") in known:
             return True
         if len(words) > 1:
             with contextlib.suppress(ConfigError):
@@ -39,7 +40,7 @@ def understood(words: list[str]) -> bool:
     return False
 
 
-@pytest.mark.parametrize(("page", "least"), [("codebook.md", 25), ("pretraining.md", 15)])
+@pytest.mark.parametrize(("page", "least"), [("codebook.md", 25), ("pretraining.md", 15), ("dense.md", 15)])
 def test_guides__every_flag_is_understood(page: str, least: int) -> None:
     pieces = pieces_in(page)
     assert len(pieces) >= least
@@ -47,20 +48,23 @@ def test_guides__every_flag_is_understood(page: str, least: int) -> None:
     assert not understood(["--perceptual.network"[:-1], "x"])
 
 
-@pytest.mark.parametrize("page", ["pretraining.md"])
-def test_guides__every_command_is_understood(page: str) -> None:
+@pytest.mark.parametrize(("page", "least"), [("pretraining.md", 7), ("dense.md", 5)])
+def test_guides__every_command_is_understood(page: str, least: int) -> None:
     lines = [
         line
         for block in re.findall(r"```sh\n(.*?)```", (DOCS / page).read_text(), flags=re.DOTALL)
         for line in block.splitlines()
     ]
-    assert len(lines) >= 7
+    assert len(lines) >= least
     for line in lines:
         program, command, *words = shlex.split(line)
         assert program == "pecobook"
         name = words.pop(0) if not words[0].startswith("-") else ""
         if command in RECIPES:
             cli.parse(recipe(command, name), words, f"{command} {name}")
+        elif command == "predict":
+            assert not words.pop(0).startswith("-")  # the images
+            cli.parse(PredictConfig(), words, command)
         elif command == "tokenize":
             cli.parse(default_config(name), words, "tokenize")
         else:

@@ -15,12 +15,11 @@ from pecobook.recipes import DEFAULT_RECIPE
 
 def run(command: str, config: TrainConfig) -> Path:
     """Train a stage with complete settings; returns the run folder."""
-    from pecobook.stages import classify, codebook, contrast, pretrain, segment
+    from pecobook.stages import classify, codebook, contrast, detect, pretrain, segment
     from pecobook.stages.stage import StageKind, train
 
-    kinds: dict[str, StageKind[Any]] = {
-        kind.command: kind for kind in (contrast.KIND, codebook.KIND, pretrain.KIND, classify.KIND, segment.KIND)
-    }
+    stages = (contrast, codebook, pretrain, classify, segment, detect)
+    kinds: dict[str, StageKind[Any]] = {stage.KIND.command: stage.KIND for stage in stages}
     return train(kinds[command], config)
 
 
@@ -47,6 +46,11 @@ def finetune(recipe: str = DEFAULT_RECIPE, **settings: Any) -> Path:
 def segment(recipe: str = DEFAULT_RECIPE, **settings: Any) -> Path:
     """Train semantic segmentation; returns the run folder. Raises PecobookError."""
     return _run("segment", recipe, settings)
+
+
+def detect(recipe: str = DEFAULT_RECIPE, **settings: Any) -> Path:
+    """Train a detector of boxes and masks; returns the run folder. Raises PecobookError."""
+    return _run("detect", recipe, settings)
 
 
 def tokenize(recipe: str = DEFAULT_RECIPE, **settings: Any) -> Path:

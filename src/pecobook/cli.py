@@ -20,6 +20,7 @@ _TRAINING = {
     "pretrain": "pre-train a ViT on the tokens of your images",
     "finetune": "fine-tune a backbone for classification",
     "segment": "train semantic segmentation on a backbone (UperNet)",
+    "detect": "train boxes and instance masks on a backbone (Mask R-CNN)",
 }
 _OTHERS = {
     "tokenize": "the tokens of named views of your images, once, for pretrain --tokens",

@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 import timm
 import torch
-from scipy import interpolate  # type: ignore[import-untyped]
+from scipy import interpolate
 from torch import Tensor, nn
 
 from pecobook.config import OptimConfig
+from pecobook.engine.optim import dense_groups
 from pecobook.errors import WeightsError
 from pecobook.models.pyramid import (
     FeaturePyramid,
@@ -159,10 +160,10 @@ def test_every_parameter_has_a_gradient(kind: str) -> None:
     """Or data-parallel training would wait for it."""
     made = timm.create_model("resnet18", num_classes=0) if kind == "resnet" else network(kind)
     own = FeaturePyramid(made, 48).train()
-    sum(found.square().mean() for found in own(pictures(48, 40))).backward()  # type: ignore[union-attr]
+    sum(found.square().mean() for found in own(pictures(48, 40))).backward()
     assert [name for name, value in own.named_parameters() if value.grad is None] == []
-    held = {id(value) for group in own.parameter_groups(OptimConfig()) for value in group["params"]}
-    assert held == {id(value) for value in own.parameters()}
+    groups = dense_groups(own.network, [own.scale], OptimConfig())
+    assert {id(value) for group in groups for value in group["params"]} == {id(value) for value in own.parameters()}
 
 
 def test_resnet__its_own_four_stages() -> None:
@@ -178,7 +179,7 @@ def test_checkpointing__changes_nothing(kind: str) -> None:
     results = []
     for checkpointing in (False, True):
         own = pyramid(kind, checkpointing=checkpointing, window=4).train()
-        sum(found.square().mean() for found in own(pictures())).backward()  # type: ignore[union-attr]
+        sum(found.square().mean() for found in own(pictures())).backward()
         results.append([value.grad for value in own.parameters()])
     for first, second in zip(*results, strict=True):
         torch.testing.assert_close(first, second)
@@ -189,16 +190,16 @@ def test_frozen__stays_as_it_is() -> None:
     before = {name: value.clone() for name, value in own.state_dict().items()}
     own(pictures(64, 64))
     assert all(torch.equal(value, before[name]) for name, value in own.state_dict().items())  # BatchNorm too
-    assert own.parameter_groups(OptimConfig()) == []
+    assert dense_groups(own.network, [own.scale], OptimConfig(), frozen=True) == []
     vit = FeaturePyramid(network("vit"), 32, PyramidConfig(frozen=True)).train()
-    sum(found.mean() for found in vit(pictures())).backward()  # type: ignore[union-attr]
+    sum(found.mean() for found in vit(pictures())).backward()
     assert all(value.grad is None for value in vit.network.parameters())
     assert all(value.grad is not None for value in vit.scale.parameters())
 
 
 def test_parameter_groups__the_backbone_learns_slower_from_layer_to_layer() -> None:
     own = pyramid("vit")
-    groups = own.parameter_groups(OptimConfig(layer_decay=0.5))
+    groups = dense_groups(own.network, [own.scale], OptimConfig(layer_decay=0.5))
     scales = {id(value): group.get("lr_scale", 1.0) for group in groups for value in group["params"]}
     blocks: Any = own.network.blocks
     rates = [scales[id(block.attn.qkv.weight)] for block in blocks]

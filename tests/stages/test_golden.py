@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.runs import losses, shapes, train
+from tests.runs import losses, objects, shapes, train
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 STEPS = 20
@@ -40,6 +40,7 @@ STAGES: dict[str, tuple[str, dict[str, Any]]] = {
     "pretrain": ("pretrain", {}),
     "finetune": ("finetune", {}),
     "segment": ("segment", {}),
+    "detect": ("detect", {"batch_size": 4}),
 }
 
 
@@ -49,10 +50,20 @@ def test_train__golden_losses(name: str, tmp_path: Path) -> None:
     settings = {**_COMMON, **more}
     if command == "pretrain":
         settings["tokenizer"] = str(train("codebook", "photos", tmp_path / "codebook", **_COMMON))
-    if command in ("finetune", "segment"):  # from random weights: one stage's change must not move another's file
-        settings |= {"backbone": "timm:vit_tiny_patch16_224", "weights": "random", "image_size": 32}
+    if command in (
+        "finetune",
+        "segment",
+        "detect",
+    ):  # from random weights: one stage's change must not move another's file
+        settings |= {
+            "backbone": "timm:vit_tiny_patch16_224",
+            "weights": "random",
+            "image_size": 48 if command == "detect" else 32,
+        }
     if command == "segment":
         settings["data"] = str(shapes())
+    if command == "detect":
+        settings["data"] = str(objects())
     assert torch.get_num_threads() == 1
     found = losses(train(command, "photos", tmp_path / "run", **settings))
     assert len(found) == STEPS

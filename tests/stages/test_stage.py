@@ -30,6 +30,7 @@ FILES = {
     "pretrain": {"model.safetensors", "config.json", "README.md", "mim.safetensors"},
     "finetune": {"model.safetensors", "config.json", "README.md"},
     "segment": {"model.safetensors", "config.json", "README.md"},
+    "detect": {"model.safetensors", "config.json", "README.md"},
 }
 
 
@@ -57,6 +58,9 @@ def test_train__prints_lines_that_load_its_export_as_they_are(
     assert all(torch.equal(state[name], value) for name, value in exported.items())
     if command == "segment":
         assert loaded.predict(torch.zeros(3, 20, 30, dtype=torch.uint8)).shape == (20, 30)
+        return
+    if command == "detect":
+        assert loaded.predict(torch.zeros(3, 20, 30, dtype=torch.uint8)).boxes.shape[1] == 4
         return
     pictures = torch.rand(2, 3, loaded.image_size if command == "codebook" else settings.get("image_size", 32), 16)
     if command == "codebook":

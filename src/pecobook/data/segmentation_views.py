@@ -86,4 +86,5 @@ def whole_view(image: Tensor, mask: Tensor, view_key: int, *, size: int, most: i
     Returns:
         image uint8 (3, h, w), its short side `size` unless the long one would exceed `most`; mask int16 (H, W).
     """
-    return {"image": [resize(image, *fitted_size(*mask.shape, size, most))], "mask": [mask]}
+    height, width = mask.shape
+    return {"image": [resize(image, *fitted_size(height, width, size, most))], "mask": [mask]}

@@ -18,7 +18,7 @@ from pecobook.errors import ConfigError
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
 
-_PRECISIONS = {"fp32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}
+_PRECISIONS = {"bf16": "bf16-mixed", "fp16": "16-mixed"}
 
 
 def is_leader() -> bool:
@@ -85,10 +85,27 @@ def start(config: TrainConfig) -> Fabric:
         devices=device_count(config),
         num_nodes=max(1, world_size(config) // device_count(config)),
         strategy=_strategy(config),
-        precision=_PRECISIONS[resolve_precision(config)],  # type: ignore[arg-type]
+        plugins=[_precision(resolve_precision(config))],
     )
     fabric.launch()
     return fabric
+
+
+def _precision(name: str) -> Any:
+    """Fabric's precision, but for one thing: a batch keeps its numbers.
+
+    Fabric turns every float of a batch into half precision. Images come as integers and networks choose for themselves,
+    so that would only round what must not be: the draws that name a view, and the corners of boxes.
+    """
+    from lightning_fabric.plugins.precision import MixedPrecision, Precision
+
+    class Autocast(MixedPrecision):
+        def convert_input(self, data: Any) -> Any:
+            return data
+
+    if name == "fp32":
+        return Precision()
+    return Autocast(_PRECISIONS[name], "cuda" if torch.cuda.is_available() else "cpu")  # type: ignore[arg-type]
 
 
 def _strategy(config: TrainConfig) -> Any:

@@ -25,8 +25,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pecobook.config import OptimConfig
-from pecobook.engine.optim import layer_decay_groups, parameter_groups
 from pecobook.errors import ConfigError, WeightsError
 from pecobook.models.weights import Backbone, create, load_backbone
 
@@ -105,14 +103,6 @@ class FeaturePyramid(nn.Module):
         if self.config.frozen:
             self.network.eval()
         return self
-
-    def parameter_groups(self, config: OptimConfig) -> list[dict[str, Any]]:
-        """Groups for the optimizer: the scales at the full rate, the backbone's last layer one decay below it."""
-        groups = parameter_groups(self.scale, config)
-        if not self.config.frozen:
-            own = layer_decay_groups(self.network, config)
-            groups += [{**group, "lr_scale": group.get("lr_scale", 1.0) * config.layer_decay} for group in own]
-        return [group for group in groups if group["params"]]
 
 
 def _scales(width: int) -> list[nn.Module]:

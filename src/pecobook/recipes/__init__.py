@@ -11,7 +11,7 @@ from typing import Any, TypeAlias
 
 from pecobook.config import TrainConfig
 from pecobook.errors import ConfigError, did_you_mean
-from pecobook.recipes import codebook, contrast, finetune, pretrain, segment
+from pecobook.recipes import codebook, contrast, detect, finetune, pretrain, segment
 
 Recipe: TypeAlias = Callable[[], TrainConfig]
 
@@ -54,6 +54,12 @@ RECIPES: dict[str, dict[str, Recipe]] = {
         "camvid": segment.camvid,
         "paper": segment.paper_ade20k,
         "paper-ade20k": segment.paper_ade20k,
+    },
+    "detect": {
+        "tiny": detect.tiny,
+        "nuclei": detect.nuclei,
+        "paper": detect.paper_coco,
+        "paper-coco": detect.paper_coco,
     },
 }
 

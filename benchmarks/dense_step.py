@@ -1,0 +1,172 @@
+"""A training step of segmentation at 512 pixels and of detection at 800, ViT-B/16: time and memory.
+
+    python -m benchmarks.dense_step --batch-size 1 --repeats 2       # on a CPU
+    python -m benchmarks.dense_step --batch-size 8 --repeats 10      # on a GPU
+
+Segmentation stands beside transformers' BeitForSemanticSegmentation: equal blocks, heads, batch and classes, a table of
+relative positions in every block. Detection has no such peer; its rows say what windows and checkpointing change. Each
+row is a process of its own: forward, backward, AdamW; images and weights are random. Memory is the largest the process
+held (on a GPU: that was allocated).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+CLASSES, SIDE = 150, 512
+MEAN = STD = (0.5, 0.5, 0.5)
+Made = tuple[nn.Module, Callable[[], Tensor]]
+
+
+def pyramid(size: int, **config: Any) -> Any:
+    import timm
+
+    from pecobook.models.pyramid import FeaturePyramid, PyramidConfig
+
+    network = timm.create_model("beit_base_patch16_224", num_classes=0, drop_path_rate=0.1)
+    return FeaturePyramid(network, size, PyramidConfig(**config))
+
+
+def segment(batch: int, device: torch.device, **config: Any) -> Made:
+    from pecobook.models.segmenter import Segmenter, stretch
+
+    names = tuple(str(number) for number in range(CLASSES))
+    model = Segmenter(pyramid(SIDE, **config), names, image_size=SIDE, mean=MEAN, std=STD)
+    images = torch.rand(batch, 3, SIDE, SIDE, device=device)
+    truth = torch.randint(CLASSES, (batch, SIDE, SIDE), device=device)
+
+    def loss() -> Tensor:
+        main, extra = model(images)
+        parts = [nn.functional.cross_entropy(stretch(x.float(), truth.shape[1:]), truth) for x in (main, extra)]
+        return parts[0] + 0.4 * parts[1]
+
+    return model, loss
+
+
+def transformers(batch: int, device: torch.device) -> Made:
+    from transformers import BeitConfig, BeitForSemanticSegmentation
+
+    # Its maps are numbered from the embedding, and the last block cannot be one of them: one idle block more.
+    config: Any = BeitConfig(
+        image_size=SIDE,
+        num_hidden_layers=12,
+        out_indices=[4, 6, 8, 12],
+        use_relative_position_bias=True,
+        layer_scale_init_value=0.1,
+        drop_path_rate=0.1,
+        num_labels=CLASSES,
+        pool_scales=[1, 2, 3, 6],
+    )
+    model = BeitForSemanticSegmentation(config)
+    images = torch.randn(batch, 3, SIDE, SIDE, device=device)
+    truth = torch.randint(CLASSES, (batch, SIDE, SIDE), device=device)
+
+    def loss() -> Tensor:
+        found: Tensor = model(pixel_values=images, labels=truth).loss
+        return found
+
+    return model, loss
+
+
+def detect(batch: int, device: torch.device, **config: Any) -> Made:
+    from pecobook.models.detector import Detector
+
+    described = {"name": "beit_base_patch16_224", "mean": MEAN, "std": STD}
+    names = [str(number) for number in range(80)]
+    body = pyramid(1344, **config)
+    model = Detector(body, described, classes=names, category_ids=range(80), masks=True, sides=(800, 1333))
+    height, width, count = 800, 1066, 7  # COCO's usual shape and number of objects
+    images = [torch.randint(256, (3, height, width), dtype=torch.uint8, device=device) for _ in range(batch)]
+    corners = torch.rand(count, 2, device=device) * 500
+    boxes = torch.cat([corners, corners + 200], 1)
+    masks = torch.zeros(count, height, width, dtype=torch.uint8, device=device)
+    for mask, (left, top, right, bottom) in zip(masks, boxes.int().tolist(), strict=True):
+        mask[top:bottom, left:right] = 1
+    target = {"boxes": boxes, "labels": torch.arange(count, device=device) + 1, "masks": masks}
+
+    def loss() -> Tensor:
+        return torch.stack(list(model(images, [target] * batch).values())).sum()
+
+    return model, loss
+
+
+ROWS: dict[str, Callable[[int, torch.device], Made]] = {
+    "segment 512: pecobook": segment,
+    "segment 512: transformers": transformers,
+    "segment 512: pecobook, checkpointing": lambda b, d: segment(b, d, checkpointing=True),
+    "detect 800: global attention": detect,
+    "detect 800: windows of 14": lambda b, d: detect(b, d, window=14),
+    "detect 800: windows of 14, checkpointing": lambda b, d: detect(b, d, window=14, checkpointing=True),
+}
+
+
+def measure(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    torch.manual_seed(0)
+    model, loss = ROWS[name](arguments.batch_size, device)
+    model.to(device).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+    wait: Callable[[], object] = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+
+    def step() -> float:
+        began = time.perf_counter()
+        with torch.autocast(device.type, torch.bfloat16, enabled=arguments.precision == "bf16"):
+            value = loss()
+        value.backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+        optimizer.zero_grad()
+        wait()
+        return time.perf_counter() - began
+
+    step()
+    seconds = sorted(step() for _ in range(arguments.repeats))
+    if device.type == "cuda":
+        memory = torch.cuda.max_memory_allocated() / 2**30
+    else:
+        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    return {"seconds": seconds[len(seconds) // 2], "gib": memory}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--batch-size", type=int, default=1)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--precision", choices=["fp32", "bf16"], default="bf16")
+    parser.add_argument("--rows", nargs="+", default=list(ROWS))
+    parser.add_argument("--row", default="", help="measure this row alone, and print JSON")
+    arguments = parser.parse_args()
+    if arguments.row:
+        print(json.dumps(measure(arguments.row, arguments)))
+        return
+    print(f"| {arguments.precision}, batch {arguments.batch_size} | s a step | images/s | GiB |\n|---|---|---|---|")
+    for name in arguments.rows:
+        same = [
+            "--batch-size",
+            arguments.batch_size,
+            "--repeats",
+            arguments.repeats,
+            "--precision",
+            arguments.precision,
+        ]
+        command = [sys.executable, "-m", "benchmarks.dense_step", "--row", name, *map(str, same)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode:
+            print(f"| {name} | {(done.stderr.strip().splitlines() or ['no memory'])[-1][:80]} | | |", flush=True)
+            continue
+        found = json.loads(done.stdout.strip().splitlines()[-1])
+        speed = arguments.batch_size / found["seconds"]
+        print(f"| {name} | {found['seconds']:.2f} | {speed:.3f} | {found['gib']:.1f} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()

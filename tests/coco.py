@@ -1,0 +1,95 @@
+"""A small data set of images with objects in COCO's format: ellipses and rectangles, coloured by class.
+
+Category ids have gaps and stand in disorder; masks are polygons, run lengths or compressed run lengths; one image has
+no object, another a crowd.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+CATEGORIES = [{"id": 17, "name": "square $x_"}, {"id": 3, "name": "disc"}, {"id": 90, "name": "never"}]
+
+
+def compressed(mask: Any) -> dict[str, Any]:
+    """Run lengths of a mask (H, W) as COCO's text."""
+    from pycocotools import mask as coco
+
+    runs = coco.encode(np.asfortranarray(mask.astype(np.uint8)))
+    return {"size": runs["size"], "counts": runs["counts"].decode()}
+
+
+def uncompressed(mask: Any) -> dict[str, Any]:
+    """Run lengths of a mask (H, W) as a list, zeros first, column by column."""
+    flat = mask.astype(np.uint8).T.reshape(-1)
+    changes = np.flatnonzero(np.diff(flat)) + 1
+    counts = np.diff(np.r_[0, changes, flat.size]).tolist()
+    return {"size": list(mask.shape), "counts": [0, *counts] if flat[0] else counts}
+
+
+def write_coco(folder: Path, content: dict[str, Any]) -> Path:
+    """Write instances.json into a folder; returns the file."""
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / "instances.json"
+    file.write_text(json.dumps(content))
+    return file
+
+
+def read_coco(folder: Path) -> dict[str, Any]:
+    """Read instances.json of a folder."""
+    content: dict[str, Any] = json.loads((folder / "instances.json").read_text())
+    return content
+
+
+def make_split(folder: Path, count: int, *, seed: int, first_id: int = 100, masks: bool = True) -> dict[str, Any]:
+    """`count` images of about 48 pixels, up to three objects on each; the first has none, the second a crowd."""
+    rng = np.random.default_rng(seed)
+    (folder / "images").mkdir(parents=True)
+    images: list[dict[str, Any]] = []
+    objects: list[dict[str, Any]] = []
+    for number in range(count):
+        width, height = (48, 40) if number % 2 else (40, 52)
+        picture = Image.fromarray(rng.integers(0, 40, (height, width, 3), dtype=np.uint8))
+        draw = ImageDraw.Draw(picture)
+        image = {"id": first_id + 7 * number, "file_name": f"{seed}-{number}.png", "width": width, "height": height}
+        for place in range(0 if number == 0 else 1 + number % 3):
+            disc = bool((number + place) % 2)
+            w, h = (int(side) for side in rng.integers(8, 15, 2))
+            x, y = 2 + 12 * place, int(rng.integers(2, height - h - 2))
+            w = min(w, 11)
+            mask = Image.new("1", (width, height))
+            corners = (x, y, x + w - 1, y + h - 1)
+            for canvas, ink in ((draw, (230, 60, 50) if disc else (60, 90, 240)), (ImageDraw.Draw(mask), 1)):
+                (canvas.ellipse if disc else canvas.rectangle)(corners, fill=ink)
+            inside = np.array(mask)
+            rows, columns = np.flatnonzero(inside.any(1)), np.flatnonzero(inside.any(0))
+            box = [int(columns[0]), int(rows[0]), int(columns[-1] - columns[0] + 1), int(rows[-1] - rows[0] + 1)]
+            segment: Any = [[x, y, x + w, y, x + w, y + h, x, y + h]]
+            if disc:
+                segment = compressed(inside) if number % 3 else uncompressed(inside)
+            one: dict[str, Any] = {
+                "id": len(objects) + 1,
+                "image_id": image["id"],
+                "category_id": 3 if disc else 17,
+                "bbox": box,
+                "area": int(inside.sum()),
+                "iscrowd": int(number == 1 and place == 1),
+            }
+            objects.append({**one, "segmentation": segment} if masks else one)
+        picture.save(folder / "images" / str(image["file_name"]))
+        images.append(image)
+    content = {"images": images, "annotations": objects, "categories": CATEGORIES}
+    write_coco(folder, content)
+    return content
+
+
+def make_coco(root: Path, *, train: int = 10, val: int = 4, masks: bool = True) -> Path:
+    """Both splits; returns `root`."""
+    make_split(root / "train", train, seed=1, masks=masks)
+    make_split(root / "val", val, seed=2, first_id=5, masks=masks)
+    return root

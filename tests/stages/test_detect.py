@@ -1,0 +1,267 @@
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import io
+import json
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+import torch
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+from torch import Tensor
+
+from pecobook.config import OptimConfig, replace
+from pecobook.data.detection import DetectionSource, open_detection
+from pecobook.data.images import Splits
+from pecobook.data.stream import Stream, collate
+from pecobook.engine import launch
+from pecobook.errors import ConfigError, DataError, PreflightError, WeightsError
+from pecobook.models.detector import Detections, Detector, DetectorConfig
+from pecobook.models.weights import create, export_backbone
+from pecobook.recipes import detect as recipes
+from pecobook.stages.detect import KIND, DetectConfig, DetectStage, _row, _unpack
+from pecobook.stages.stage import train
+from tests.coco import make_coco, read_coco, write_coco
+from tests.runs import logged, losses
+
+SETTINGS: dict[str, Any] = {
+    "batch_size": 4,
+    "max_steps": "6",
+    "log_every": 1,
+    "save_every": 100,
+    "sample_every": 6,
+    "workers": 0,
+    "loggers": (),
+    "precision": "fp32",
+    "image_size": 48,
+    "scales": (40,),
+    "max_size": 48,
+    "drop_path": 0.1,
+    "detector": {"width": 16, "head_width": 32, "proposals": 60, "samples": 32, "detections": 10},
+}
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_coco(tmp_path_factory.mktemp("coco") / "data")
+
+
+@pytest.fixture(scope="module")
+def vit(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A backbone of random weights, four blocks of width 32 on patches of 8 pixels."""
+    folder = tmp_path_factory.mktemp("vit")
+    name = "vit_tiny_patch16_224"
+    args: dict[str, Any] = {"img_size": 32, "patch_size": 8, "depth": 4, "embed_dim": 32, "num_heads": 2}
+    torch.manual_seed(0)
+    state = create(name, num_classes=0, **args).state_dict()
+    export_backbone(folder / "export", state, name=name, args=args, image_size=32, origin="pre-training")
+    return folder
+
+
+def settings(root: Path, vit: Path, **more: Any) -> DetectConfig:
+    config: DetectConfig = replace(recipes.tiny(), {**SETTINGS, "data": str(root), "backbone": str(vit), **more})
+    return config
+
+
+def run(config: DetectConfig, out: Path) -> Path:
+    with contextlib.redirect_stderr(io.StringIO()):
+        return train(KIND, dataclasses.replace(config, out=str(out)))
+
+
+def make(config: DetectConfig) -> tuple[DetectStage, Splits]:
+    splits = KIND.open(config)
+    torch.manual_seed(0)
+    return cast("DetectStage", KIND.build(config, splits)), splits
+
+
+def batch(config: DetectConfig, splits: Splits, count: int, *, training: bool) -> dict[str, Any]:
+    source, view = (splits.train, KIND.view(config)) if training else (splits.evaluation, KIND.evaluation_view(config))
+    stream = Stream(source, view, 0)
+    return collate([stream[position] for position in range(count)])
+
+
+def test_train__leaves_results_that_pycocotools_reads_and_a_detector(root: Path, vit: Path, tmp_path: Path) -> None:
+    out = run(settings(root, vit, **{"detector.score_threshold": 0.0}), tmp_path / "run")
+    assert sorted(path.name for path in out.iterdir()) == [
+        "average_precision.json",
+        "checkpoints",
+        "config.json",
+        "detections.json",
+        "environment.json",
+        "export",
+        "metrics.jsonl",
+        "samples",
+        "train.log",
+    ]
+    assert [path.name for path in (out / "samples").iterdir()] == ["detections.png"]
+    last = logged(out)[-1]
+    parts = ["box", "class", "mask", "objectness", "proposal_box"]
+    assert last["loss"] == pytest.approx(sum(last[f"loss_{part}"] for part in parts), rel=1e-5)
+    figures = json.loads((out / "average_precision.json").read_text())
+    for kind, name in (("bbox", "box"), ("segm", "mask")):
+        with contextlib.redirect_stdout(io.StringIO()):
+            reference = COCO(str(root / "val" / "instances.json"))
+            results = json.loads((out / "detections.json").read_text())
+            assert len(results) == 40  # ten of each image
+            kept = [{key: value for key, value in one.items() if kind == "bbox" or key != "bbox"} for one in results]
+            job = COCOeval(reference, reference.loadRes(kept), kind)
+            job.evaluate()
+            job.accumulate()
+            job.summarize()
+        assert last[f"evaluation/{name}_ap"] == pytest.approx(100 * job.stats[0])
+        assert last[f"evaluation/{name}_ar"] == figures[f"{name}_ar"] == pytest.approx(100 * job.stats[8])
+        assert figures[f"{name}_ar_10"] == pytest.approx(100 * job.stats[7])
+
+    detector = Detector.from_pretrained(out)
+    evaluation = cast("DetectionSource", open_detection(str(root)).evaluation)
+    for index in range(len(evaluation)):
+        found = detector.predict(evaluation.read(index))
+        own = [one for one in results if one["image_id"] == evaluation.image_id(index)]
+        corners = torch.tensor([one["bbox"] for one in own])
+        corners[:, 2:] += corners[:, :2]
+        torch.testing.assert_close(found.boxes, corners, atol=0.02, rtol=0)
+        assert [detector.category_ids[label - 1] for label in found.labels.tolist()] == [o["category_id"] for o in own]
+
+
+def test_train__the_same_twice_and_learns(root: Path, vit: Path, tmp_path: Path) -> None:
+    config = settings(root, vit, max_steps="16", sample_every=100)
+    first, second = (losses(run(config, tmp_path / name)) for name in ("a", "b"))
+    assert first == second
+    assert len(first) == 16
+    assert sum(first[-4:]) < sum(first[:4])
+
+
+@pytest.mark.parametrize("jitter", [(), (0.5, 1.5)])
+def test_train__boxes_alone_without_masks(jitter: tuple[float, ...], vit: Path, tmp_path: Path) -> None:
+    data = make_coco(tmp_path / "data", masks=False)
+    out = run(settings(data, vit, max_steps="2", sample_every=2, jitter=jitter, precision="bf16"), tmp_path / "run")
+    assert not Detector.from_pretrained(out).has_masks
+    last = logged(out)[-1]
+    assert "evaluation/box_ap" in last
+    assert not any("mask" in name for name in last)
+
+
+def test_forward__boxes_come_through_mixed_precision_unharmed(root: Path, vit: Path) -> None:
+    config = settings(root, vit)
+    stage, splits = make(config)
+    given = batch(config, splits, 4, training=True)
+    seen = launch._precision("bf16").convert_input(given)
+    kept: list[Any] = []
+    stage.detector.register_forward_pre_hook(lambda _module, arguments: kept.append(arguments))
+    stage.train()(seen)
+    source = cast("DetectionSource", splits.train)
+    for number, target in enumerate(kept[0][1]):
+        image = given["image"][number]
+        assert target["boxes"].dtype == torch.float32
+        assert target["masks"].shape[1:] == image.shape[1:]
+        own = source.objects(int(given["index"][number]))
+        sides = (own.boxes[:, 3] - own.boxes[:, 1]) * (image.shape[1] / own.size[0])
+        torch.testing.assert_close(target["boxes"][:, 3] - target["boxes"][:, 1], sides)
+
+
+def test_forward__rows_are_in_pixels_of_the_image(root: Path, vit: Path) -> None:
+    config = settings(root, vit)
+    stage, splits = make(config)
+    given = batch(config, splits, 3, training=False)
+    boxes = torch.tensor([[2.0, 4.0, 20.0, 24.0]])
+    found = Detections(boxes, torch.tensor([0.75]), torch.tensor([2]), torch.full((1, 28, 28), 0.4))
+    stage.detector.forward = lambda *_: [found]  # type: ignore[method-assign]
+    output = stage.eval()(given)
+    assert output.loss is None
+    assert output.rows["boxes"].shape == (3, 10, 4)
+    assert output.rows["masks"].shape == (3, 10, 28, 28)
+    assert output.rows["masks"].dtype == torch.uint8
+    for place, (number, one) in enumerate(_unpack({**output.rows, "index": torch.arange(3)})):
+        assert number == place
+        height, width = (int(side) for side in given["size"][place])
+        shown = given["image"][place].shape
+        scale = torch.tensor([width / shown[2], height / shown[1]]).repeat(2)
+        torch.testing.assert_close(one.boxes, boxes * scale)
+        assert (one.scores.tolist(), one.labels.tolist()) == ([0.75], [2])
+        assert one.masks is not None
+        torch.testing.assert_close(one.masks, torch.full((1, 28, 28), 0.4))
+
+
+def test_summarise__counts_every_image_once_and_perfect_ones_fully(root: Path, vit: Path) -> None:
+    stage, splits = make(settings(root, vit))
+    source = cast("DetectionSource", splits.evaluation)
+    rows: list[dict[str, Tensor]] = []
+    order = [3, 1, 0, 2, 3]
+    for index in order:
+        objects, size = source.objects(index), source.size(index)
+        count = len(objects.labels)
+        found = Detections(objects.boxes, torch.full((count,), 0.9), objects.labels, torch.ones(count, 28, 28))
+        rows.append(_row(found, size, size, 10))
+    whole = {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
+    metrics = stage.summarise({**whole, "index": torch.tensor(order)}, {})
+    assert metrics["box_ap"] == metrics["box_ar"] == pytest.approx(100)
+    names = {f"{kind}_{what}" for kind in ("box", "mask") for what in ("ap", "ap50", "ap75", "ap_small", "ar")}
+    assert set(metrics) == names
+
+
+def test_preflight__tells_of_bad_data_with_all_else(root: Path, vit: Path, tmp_path: Path) -> None:
+    data = make_coco(tmp_path / "data")
+    content = read_coco(data / "train")
+    content["annotations"][2]["category_id"] = 5
+    write_coco(data / "train", content)
+    config = dataclasses.replace(settings(data, vit, max_steps="2"), backbone="")
+    with pytest.raises(PreflightError) as caught:
+        train(KIND, dataclasses.replace(config, out=str(tmp_path / "run")))
+    assert "annotation 3 is of category 5, which is not there" in str(caught.value)
+    assert "--backbone is missing" in str(caught.value)
+    assert not (tmp_path / "run").exists()
+    told = io.StringIO()
+    with contextlib.redirect_stderr(told):
+        config = settings(data, vit, max_steps="2", skip_bad=True, out=str(tmp_path / "run"))
+        train(KIND, config)
+    assert "--skip-bad left out: 1, the first: " in told.getvalue()
+
+
+def test_parameter_groups__rates_fall_by_layer(root: Path, vit: Path) -> None:
+    stage, _ = make(settings(root, vit))
+    groups = stage.parameter_groups(OptimConfig(layer_decay=0.5))
+    assert len({id(p) for group in groups for p in group["params"]}) == len(list(stage.parameters()))
+    assert min(group.get("lr_scale", 1.0) for group in groups) < 0.5
+
+
+def test_check__settings_that_cannot_work(root: Path, vit: Path) -> None:
+    with pytest.raises(ConfigError, match="--backbone is missing"):
+        KIND.check(DetectConfig())
+    with pytest.raises(ConfigError, match="--compile does not go with detect"):
+        KIND.check(settings(root, vit, compile=True))
+    with pytest.raises(WeightsError):
+        KIND.check(settings(root, Path("timm:no_such_network")))
+    with pytest.raises(ConfigError, match="--jitter takes two numbers"):
+        DetectConfig(jitter=(2.0, 1.0))
+    with pytest.raises(ConfigError, match="--scales takes one or more"):
+        DetectConfig(scales=())
+    with pytest.raises(DataError, match="--data is missing"):
+        KIND.open(DetectConfig())
+    assert DetectConfig(jitter=(0.1, 2.0), image_size=64).sides == (64, 64)
+
+
+def test_recipes__the_papers_schedule() -> None:
+    paper = recipes.paper_coco()
+    assert (paper.optim.lr, paper.optim.layer_decay, paper.optim.weight_decay) == (4e-4, 0.75, 0.05)
+    assert (paper.optim.schedule, paper.optim.milestones) == ("steps", ("8 epochs", "11 epochs"))
+    assert (paper.max_steps, paper.batch_size, paper.drop_path, paper.sides) == ("12 epochs", 16, 0.1, (800, 1333))
+    assert dataclasses.asdict(recipes.nuclei().detector) == dataclasses.asdict(
+        DetectorConfig(width=64, head_width=256, proposals=500, samples=128, detections=200)
+    )
+
+
+def test_parameter_groups__hold_every_weight_once_at_its_rate(root: Path, vit: Path) -> None:
+    stage, _ = make(settings(root, vit))
+    groups = stage.parameter_groups(OptimConfig(layer_decay=0.5, weight_decay=0.1))
+    scale = {id(p): group.get("lr_scale", 1.0) for group in groups for p in group["params"]}
+    assert len(scale) == sum(len(group["params"]) for group in groups) == len(list(stage.parameters()))
+    names = dict(stage.detector.named_parameters())
+    assert {scale[id(p)] for name, p in names.items() if not name.startswith("pyramid.network.")} == {1.0}
+    assert scale[id(names["pyramid.network.blocks.3.mlp.fc1.weight"])] == 0.5
+    frozen, _ = make(settings(root, vit, **{"pyramid.frozen": True}))
+    held = {id(p) for group in frozen.parameter_groups(OptimConfig()) for p in group["params"]}
+    assert held == {id(p) for p in frozen.parameters() if p.requires_grad}
+    assert not any(p.requires_grad for p in frozen.detector.pyramid.network.parameters())
