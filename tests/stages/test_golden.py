@@ -50,16 +50,9 @@ def test_train__golden_losses(name: str, tmp_path: Path) -> None:
     settings = {**_COMMON, **more}
     if command == "pretrain":
         settings["tokenizer"] = str(train("codebook", "photos", tmp_path / "codebook", **_COMMON))
-    if command in (
-        "finetune",
-        "segment",
-        "detect",
-    ):  # from random weights: one stage's change must not move another's file
-        settings |= {
-            "backbone": "timm:vit_tiny_patch16_224",
-            "weights": "random",
-            "image_size": 48 if command == "detect" else 32,
-        }
+    if command in ("finetune", "segment", "detect"):  # random weights: one stage's change must not move another's file
+        side = 48 if command == "detect" else 32
+        settings |= {"backbone": "timm:vit_tiny_patch16_224", "weights": "random", "image_size": side}
     if command == "segment":
         settings["data"] = str(shapes())
     if command == "detect":
