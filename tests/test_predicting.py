@@ -14,7 +14,7 @@ from PIL import Image
 
 from pecobook import cli, predict
 from pecobook.data.decode import decode
-from pecobook.data.segmentation import decode_mask
+from pecobook.data.segmentation_classes import decode_mask
 from pecobook.errors import ConfigError, DataError, RunFolderError, WeightsError
 from pecobook.models.segmenter import Segmenter
 from pecobook.models.weights import load_backbone

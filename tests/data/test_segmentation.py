@@ -15,18 +15,8 @@ from PIL import Image
 
 from pecobook.data.decode import BadImage
 from pecobook.data.images import Splits
-from pecobook.data.segmentation import (
-    IGNORE,
-    Classes,
-    SegmentationSource,
-    decode_mask,
-    listed,
-    make_classes,
-    open_segmentation,
-    parse_values,
-    read_classes,
-    verify,
-)
+from pecobook.data.segmentation import SegmentationSource, listed, open_segmentation, verify
+from pecobook.data.segmentation_classes import IGNORE, Classes, decode_mask, make_classes, parse_values, read_classes
 from pecobook.errors import ConfigError, DataError
 from tests.shapes import COLOURS, shape, write_pairs, write_shapes
 

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pecobook.data.segmentation import IGNORE
+from pecobook.data.segmentation_classes import IGNORE
 from pecobook.data.segmentation_views import resize_mask, training_view, whole_view
 
 HOW: dict[str, Any] = {"size": 32, "most": 128, "scales": (0.5, 2.0), "max_share": 0.75}

@@ -14,7 +14,7 @@ from PIL import Image
 
 from pecobook.config import replace
 from pecobook.data.images import Splits
-from pecobook.data.segmentation import IGNORE
+from pecobook.data.segmentation_classes import IGNORE
 from pecobook.errors import ConfigError, DataError, PreflightError, WeightsError
 from pecobook.models.segmenter import Segmenter
 from pecobook.recipes import recipe

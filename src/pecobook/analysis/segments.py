@@ -9,7 +9,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from pecobook.data.segmentation import IGNORE
+from pecobook.data.segmentation_classes import IGNORE
 
 Picture = npt.NDArray[np.uint8]
 

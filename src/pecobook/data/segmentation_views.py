@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pecobook.data.segmentation import IGNORE
+from pecobook.data.segmentation_classes import IGNORE
 from pecobook.data.views import colour_draws
 from pecobook.pixels import fitted_size, resize
 

@@ -16,13 +16,8 @@ from torch import Tensor
 from pecobook.analysis.segments import count_pixels, intersection_over_union, overlay, scores
 from pecobook.config import OptimConfig, TrainConfig, between
 from pecobook.data.images import ImageSource, Splits
-from pecobook.data.segmentation import (
-    IGNORE,
-    SegmentationSource,
-    listed,
-    open_segmentation,
-    verify,
-)
+from pecobook.data.segmentation import SegmentationSource, listed, open_segmentation, verify
+from pecobook.data.segmentation_classes import IGNORE
 from pecobook.data.segmentation_views import training_view, whole_view
 from pecobook.data.stream import Batch, ViewFunction
 from pecobook.data.views import PhotometricConfig, photometric

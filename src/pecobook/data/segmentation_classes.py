@@ -1,0 +1,133 @@
+"""What the pixels of a mask mean: numbers or colours to classes."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from pecobook.data.decode import BadImage
+from pecobook.errors import ConfigError, first_line
+
+IGNORE = -1
+"""Class of a pixel that counts neither in the loss nor in a score."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Classes:
+    """What the pixels of masks mean.
+
+    Attributes:
+        names: of the classes, in the order of their numbers 0, 1, ...
+        values: pixel value of each class.
+        ignored: pixel values that mean nothing.
+        colours: uint8 (n, 3), the colour of pixel value 0, 1, ... where masks are colour pictures, else None.
+    """
+
+    names: tuple[str, ...]
+    values: tuple[int, ...]
+    ignored: tuple[int, ...]
+    colours: npt.NDArray[np.uint8] | None = None
+
+    def __post_init__(self) -> None:
+        if len(self.names) != len(self.values) or len(set(self.values)) != len(self.values):
+            raise ConfigError(
+                f"--mask-values names {len(self.values)} pixel values for {len(self.names)} classes: "
+                "give one value for each class, each once."
+            )
+
+    def table(self) -> npt.NDArray[np.int16]:
+        """Pixel value to class: `IGNORE` for what is ignored, `IGNORE` - 1 for what no class has; int16 (65537,)."""
+        table = np.full(65_537, IGNORE - 1, np.int16)
+        table[list(self.ignored)] = IGNORE
+        table[list(self.values)] = np.arange(len(self.values))
+        return table
+
+
+def decode_mask(data: bytes, colours: npt.NDArray[np.uint8] | None, *, name: str) -> npt.NDArray[np.int64]:
+    """Pixel values of an encoded mask, int64 (H, W) in 0..65536.
+
+    Grey, palette and 1-bit pictures hold numbers. Colour pictures need `colours` (n, 3): the value is the row of the
+    pixel's colour, 65536 where it has none.
+
+    Raises:
+        BadImage: not an image, or a colour picture without colours.
+    """
+    from PIL import Image, UnidentifiedImageError
+
+    try:
+        with Image.open(io.BytesIO(data), formats=("PNG", "BMP", "GIF", "TIFF", "JPEG", "PPM")) as picture:
+            if colours is None and picture.mode not in ("1", "L", "P", "I", "I;16", "I;16B"):
+                raise BadImage(name, f"a mask of mode {picture.mode}; colours of classes need --classes FILE")
+            array = np.asarray(picture if colours is None else picture.convert("RGB"))
+    except UnidentifiedImageError:
+        raise BadImage(name, "not an image") from None
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise BadImage(name, first_line(error)) from None
+    if colours is None:
+        return np.clip(array.astype(np.int64), 0, 65_536)
+    weights = np.array([65_536, 256, 1])
+    packed, known = array.astype(np.int64) @ weights, colours.astype(np.int64) @ weights  # (H, W), (n,)
+    order = np.argsort(known)
+    place = np.searchsorted(known[order], packed).clip(0, len(known) - 1)
+    return np.asarray(np.where(known[order][place] == packed, order[place], 65_536))
+
+
+def read_classes(path: Path) -> tuple[tuple[str, ...], npt.NDArray[np.uint8] | None]:
+    """Lines `name`, or `name R G B` (also with commas or tabs), in the order of pixel values.
+
+    Raises:
+        ConfigError: no such file, or colours on some lines alone.
+    """
+    try:
+        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"--classes '{path}' cannot be read: {first_line(error)}.") from None
+    lines = [line for line in lines if not re.fullmatch(r"name\W+r\W+g\W+b", line, re.IGNORECASE)]
+    found = [re.fullmatch(r"(.*?)[\s,;]+(\d{1,3})[\s,;]+(\d{1,3})[\s,;]+(\d{1,3})", line) for line in lines]
+    if not any(found):
+        return tuple(lines), None
+    for line, match in zip(lines, found, strict=True):
+        if match is None or max(int(match[part]) for part in (2, 3, 4)) > 255:
+            raise ConfigError(f"--classes '{path}': the line '{line}' is no 'name R G B' as others are.")
+    matches = [match for match in found if match is not None]
+    colours = np.array([[int(match[part]) for part in (2, 3, 4)] for match in matches], np.uint8)
+    return tuple(match[1] for match in matches), colours
+
+
+def parse_values(texts: Iterable[str]) -> tuple[int, ...]:
+    """`("0", "255")` or `("1-150",)` to numbers. Raises ConfigError."""
+    found: list[int] = []
+    for text in texts:
+        match = re.fullmatch(r"(\d+)(?:-(\d+))?", text.strip())
+        if match is None or int(match[2] or match[1]) > 65_535:
+            raise ConfigError(f"--mask-values takes pixel values and ranges of them, such as 1-150, not '{text}'.")
+        found += range(int(match[1]), int(match[2] or match[1]) + 1)
+    return tuple(found)
+
+
+def make_classes(
+    names: tuple[str, ...] | None, colours: Any, *, mask_values: Sequence[str], ignore: Sequence[str]
+) -> Classes | None:
+    """What pixels mean, as far as settings say; None when neither a class file nor --mask-values is there."""
+    values = parse_values(mask_values)
+    if names is None and not values:
+        return None
+    names = names or tuple(f"class {value}" for value in values)
+    values = values or tuple(range(len(names)))
+    numbers = {int(text) for text in ignore if text.isdigit()} - (set(values) if mask_values else set())
+    unknown = [text for text in ignore if not text.isdigit() and text not in names]
+    if unknown:
+        raise ConfigError(f"--ignore '{unknown[0]}' is neither a pixel value nor the name of a class.")
+    by_name = {value for name, value in zip(names, values, strict=False) if name in ignore}
+    ignored = numbers | by_name
+    if len(names) == len(values):
+        kept = [(name, value) for name, value in zip(names, values, strict=True) if value not in ignored]
+        names, values = tuple(name for name, _ in kept), tuple(value for _, value in kept)
+    return Classes(names, values, tuple(sorted(ignored)), colours)
