@@ -20,7 +20,7 @@ from pecobook import cli
 from pecobook.analysis.codewords import mean_codewords
 from pecobook.analysis.probe import linear_probe
 from pecobook.analysis.reconstruction import encode_all, psnr, reconstruct
-from pecobook.analyzing import AnalyzeConfig
+from pecobook.analyzing import AnalyzeConfig, _preflight
 from pecobook.analyzing.classifier import open_classifier
 from pecobook.analyzing.names import file_part, unique_names
 from pecobook.data.images import open_images
@@ -262,6 +262,12 @@ def test_analyze__deletes_only_what_is_an_analysis(images: Path, codebook_run: P
     with pytest.raises(PreflightError, match="does not look like an analysis"):
         pecobook.analyze(**common, overwrite=True)
     assert (tmp_path / "thesis.tex").read_text() == "years"
+    killed = tmp_path / "killed"  # before it wrote its figures
+    (killed / "pictures").mkdir(parents=True)
+    assert _preflight(AnalyzeConfig(**{**common, "out": str(killed)}, overwrite=True))
+    (killed / "pictures").rename(killed / "photos")
+    with pytest.raises(PreflightError, match="does not look like an analysis"):
+        pecobook.analyze(**{**common, "out": str(killed)}, overwrite=True)
 
 
 def test_cli__analyzes(images: Path, codebook_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

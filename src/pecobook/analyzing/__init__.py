@@ -23,6 +23,9 @@ from pecobook.errors import ConfigError, PecobookError, PreflightError, RunFolde
 __all__ = ["AnalyzeConfig", "analyze"]
 
 
+_FILES = {"analysis.json", "report.html", "pictures"}
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AnalyzeConfig:
     """Find out what the codewords of one or more tokenizers mean, on your images."""
@@ -142,7 +145,9 @@ def _preflight(config: AnalyzeConfig) -> Any:
         filled = out.is_dir() and any(out.iterdir())
         if out.is_file() or (filled and not config.overwrite):
             raise RunFolderError(f"--out '{out}' is not empty: delete it with --overwrite, or name another folder.")
-        if filled and not (out / "analysis.json").is_file():
+        # One that was killed has pictures alone.
+        own = (out / "analysis.json").is_file() or (filled and {file.name for file in out.iterdir()} <= _FILES)
+        if filled and not own:
             raise RunFolderError(f"--overwrite: '{out}' does not look like an analysis, so it is not deleted.")
     except PecobookError as error:
         problems.append(error)
