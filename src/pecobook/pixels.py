@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -10,6 +11,10 @@ def resize(image: Tensor, height: int, width: int) -> Tensor:
     """Bicubic, antialiased: uint8 (C, H, W) to uint8 (C, height, width), contiguous."""
     if image.shape[1:] == (height, width):
         return image.contiguous()
+    if image.is_cuda:  # whose kernel knows floats alone
+        image = image.float()
+        stretched = F.interpolate(image[None], (height, width), mode="bicubic", antialias=True, align_corners=False)[0]
+        return stretched.round_().clamp_(0, 255).to(torch.uint8)
     return F.interpolate(image[None], (height, width), mode="bicubic", antialias=True, align_corners=False)[0]
 
 

@@ -16,7 +16,15 @@ from PIL import Image
 from pecobook.data.decode import BadImage
 from pecobook.data.images import Splits
 from pecobook.data.segmentation import SegmentationSource, listed, open_segmentation, verify
-from pecobook.data.segmentation_classes import IGNORE, Classes, decode_mask, make_classes, parse_values, read_classes
+from pecobook.data.segmentation_classes import (
+    IGNORE,
+    Classes,
+    WrongMask,
+    decode_mask,
+    make_classes,
+    parse_values,
+    read_classes,
+)
 from pecobook.errors import ConfigError, DataError
 from tests.shapes import COLOURS, shape, write_pairs, write_shapes
 
@@ -121,6 +129,37 @@ def test_open__says_which_image_has_no_mask_and_which_mask_no_image(tmp_path: Pa
     assert "val/masks/101.png has no image" in str(error.value)
 
 
+def test_open__leaves_out_what_has_no_partner_when_asked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    root = write_shapes(tmp_path)
+    (root / "train/masks/3.png").unlink()
+    assert len(open_segmentation(str(root), skip_bad=True).train) == 11
+    assert "1 images or masks have no partner" in capsys.readouterr().err
+
+
+def test_open__two_pictures_of_one_name(tmp_path: Path) -> None:
+    root = write_shapes(tmp_path)
+    Image.fromarray(shape(1)[0]).save(root / "train/images/3.png")
+    with pytest.raises(DataError, match=r"train/images/3\.jpg and train/images/3\.png have one name"):
+        open_segmentation(str(root))
+
+
+def test_open__linked_and_capital_folders_and_masks_with_an_ending(tmp_path: Path) -> None:
+    real = tmp_path / "real"
+    write_pairs(real / "one", range(4))
+    write_pairs(real / "two", range(9, 11))
+    for file in list(real.rglob("masks/*.png")):
+        file.rename(file.with_name(f"{file.stem}_mask.png"))
+    root = tmp_path / "root"
+    for split, name in (("train", "one"), ("val", "two")):
+        (root / split).mkdir(parents=True)
+        (root / split / "Images").symlink_to(real / name / "images")
+        (root / split / "Masks").symlink_to(real / name / "masks")
+    (root / "train" / "again").symlink_to(root)
+    splits = open_segmentation(str(root), mask_values=("0-2",))
+    assert (len(splits.train), len(splits.evaluation)) == (4, 2)
+    assert splits.train.sample(0)[1].shape == (40, 56)
+
+
 @pytest.mark.parametrize("missing", ["images", "masks", "everything"])
 def test_open__says_what_a_folder_lacks(tmp_path: Path, missing: str) -> None:
     if missing == "everything":
@@ -173,19 +212,25 @@ def test_decode_mask__colours_to_their_rows(count: int, random: Any) -> None:
 def test_decode_mask__refuses() -> None:
     with pytest.raises(BadImage, match="not an image"):
         decode_mask(b"nothing", None, name="x")
-    with pytest.raises(BadImage, match="mode RGB; colours"):
+    with pytest.raises(WrongMask, match="colour picture"):
         decode_mask(encoded(COLOURS[None]), None, name="x")
+    grey = np.array([[3, 7], [0, 255]], np.uint8)
+    assert np.array_equal(decode_mask(encoded(np.stack([grey] * 3, -1)), None, name="x"), grey)
     with pytest.raises(BadImage):
         decode_mask(encoded(np.random.default_rng(0).integers(0, 9, (40, 40), np.uint8))[:300], None, name="x")
 
 
 def test_read_classes__names_and_colours(tmp_path: Path) -> None:
     file = tmp_path / "classes.txt"
-    file.write_text("sky\n\nroad sign\n")
+    file.write_text("sky \nroad sign\n\n")
     assert read_classes(file) == (("sky", "road sign"), None)
     file.write_text("name,r,g,b\nsky,1,2,3\nroad sign\t255 0 9\n")
     names, colours = read_classes(file)
     assert names == ("sky", "road sign")
+    assert colours is not None
+    file.write_bytes(b"\xef\xbb\xbf1 2 3\tsky\r\n255 0 9\troad sign\r\n")  # as CamVid's own, and as Windows writes it
+    assert read_classes(file)[0] == names
+    assert np.array_equal(read_classes(file)[1], colours)  # type: ignore[arg-type]
     assert colours is not None
     assert colours.tolist() == [[1, 2, 3], [255, 0, 9]]
     for text in ("sky 1 2 3\nroad\n", "sky 1 2 300\nroad 1 2 3\n"):
@@ -194,6 +239,9 @@ def test_read_classes__names_and_colours(tmp_path: Path) -> None:
             read_classes(file)
     with pytest.raises(ConfigError, match="cannot be read"):
         read_classes(tmp_path / "none.txt")
+    file.write_text("sky\n\nroad\n")
+    with pytest.raises(ConfigError, match="line 2 is blank"):
+        read_classes(file)
 
 
 def test_make_classes__what_is_ignored_is_no_class() -> None:
@@ -206,6 +254,14 @@ def test_make_classes__what_is_ignored_is_no_class() -> None:
     assert made is not None
     assert made.table()[[0, 255, 7]].tolist() == [0, 1, IGNORE - 1]
     assert make_classes(None, None, mask_values=(), ignore=("255",)) is None
+    many = make_classes(tuple(f"c{n}" for n in range(300)), None, mask_values=(), ignore=("255",))
+    assert many is not None
+    assert len(many.names) == 300  # the 256th is one of them
+    with pytest.raises(ConfigError, match="Two classes are called 'sky'"):
+        make_classes(("sky", "sky"), None, mask_values=(), ignore=())
+    for text in ("70000", "²"):
+        with pytest.raises(ConfigError, match="--ignore"):
+            make_classes(names, None, mask_values=(), ignore=(text,))
     with pytest.raises(ConfigError, match="--ignore 'nothing'"):
         make_classes(names, None, mask_values=(), ignore=("nothing",))
     with pytest.raises(ConfigError, match="2 pixel values for 3 classes"):
@@ -258,6 +314,14 @@ def test_verify__says_each_thing_once_by_file_and_leaves_it_out(tmp_path: Path) 
     assert len(found.splits.evaluation) == 3
 
 
+def test_verify__colour_pictures_in_the_place_of_numbers_are_a_problem(tmp_path: Path) -> None:
+    root = write_shapes(tmp_path)
+    Image.fromarray(COLOURS[np.ones((40, 56), int)]).save(root / "val/masks/100.png")
+    found = verify(open_segmentation(str(root)))
+    assert found.unreadable == ()
+    assert "val/masks/100.png is a colour picture" in found.problems[0]
+
+
 def test_verify__an_image_that_was_turned_fits_its_mask(tmp_path: Path) -> None:
     root = write_shapes(tmp_path)
     picture, _ = shape(0)
@@ -286,12 +350,14 @@ def test_verify__a_mask_of_0_and_255_is_a_question(tmp_path: Path) -> None:
     assert set(found.splits.train.sample(0)[1].unique().tolist()) == {0, 1}
 
 
-@pytest.mark.parametrize("value", [0, 5000])
-def test_verify__refuses_to_guess_classes(tmp_path: Path, value: int) -> None:
+@pytest.mark.parametrize(("value", "other"), [(0, 0), (5000, 0), (128, 40), (20, 20)])
+def test_verify__refuses_to_guess_classes(tmp_path: Path, value: int, other: int) -> None:
     write_pairs(tmp_path, range(4))
     for file in tmp_path.rglob("masks/*.png"):
-        Image.fromarray(np.full((40, 56), value, np.uint16)).save(file)
-    with pytest.raises(DataError, match=f"up to {value}"):
+        array = np.full((40, 56), value, np.uint16)
+        array[:5] = other
+        Image.fromarray(array).save(file)
+    with pytest.raises(DataError, match=f"up to {value}, which tells no classes"):
         verify(open_segmentation(str(tmp_path)))
 
 

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pecobook.data.segmentation_classes import IGNORE
-from pecobook.data.segmentation_views import resize_mask, training_view, whole_view
+from pecobook.data.segmentation_views import resize_mask, training_view
 
 HOW: dict[str, Any] = {"size": 32, "most": 128, "scales": (0.5, 2.0), "max_share": 0.75}
 
@@ -80,17 +80,6 @@ def test_views__of_strange_sizes(height: int, width: int) -> None:
     image, mask = torch.zeros(3, height, width, dtype=torch.uint8), torch.zeros(height, width, dtype=torch.int16)
     for key in range(5):
         assert training_view(image, mask, key, **HOW)["mask"].shape == (32, 32)
-    whole = whole_view(image, mask, 0, size=32, most=128)["image"][0]
-    assert max(whole.shape[1:]) <= 128
-    assert min(whole.shape[1:]) >= 1
-
-
-def test_whole_view__short_side_or_long_side_and_the_mask_untouched() -> None:
-    image, mask = marked()
-    view = whole_view(image, mask, 3, size=80, most=1000)
-    assert view["image"][0].shape == (3, 80, 112)
-    assert torch.equal(view["mask"][0], mask)
-    assert whole_view(image, mask, 3, size=80, most=56)["image"][0].shape == (3, 40, 56)
 
 
 def test_resize_mask__nearest() -> None:

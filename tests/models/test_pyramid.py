@@ -79,7 +79,7 @@ def test_forward__a_larger_size_as_timm_resizes_positions_for_it(kind: str) -> N
 @pytest.mark.parametrize("window", [0, 3])
 def test_forward__any_size_and_shape(kind: str, window: int) -> None:
     own = pyramid(kind, 48, window=window)
-    for height, width in ((48, 48), (20, 44), (45, 31), (64, 24)):
+    for height, width in ((48, 48), (20, 44), (45, 31), (64, 24), (3, 50)):
         shapes = [tuple(found.shape[2:]) for found in own(pictures(height, width, 1))]
         rows, columns = -(-height // 4), -(-width // 4)
         assert shapes[2] == (rows, columns)
@@ -155,10 +155,10 @@ def test_window__blocks_see_their_own_window_alone(kind: str) -> None:
     assert not torch.allclose(a[:, 4:], b[:, 4:])
 
 
-@pytest.mark.parametrize("kind", [*KINDS, "resnet"])
+@pytest.mark.parametrize("kind", [*KINDS, "resnet18", "convnext_atto", "efficientnet_b0", "mobilenetv3_small_050"])
 def test_every_parameter_has_a_gradient(kind: str) -> None:
     """Or data-parallel training would wait for it."""
-    made = timm.create_model("resnet18", num_classes=0) if kind == "resnet" else network(kind)
+    made = network(kind) if kind in KINDS else timm.create_model(kind, num_classes=0)
     own = FeaturePyramid(made, 48).train()
     sum(found.square().mean() for found in own(pictures(48, 40))).backward()
     assert [name for name, value in own.named_parameters() if value.grad is None] == []
@@ -213,6 +213,7 @@ def test_parameter_groups__the_backbone_learns_slower_from_layer_to_layer() -> N
         ("vit_tiny_patch16_224", {**VIT, "patch_size": 2}, {}, "patches of 2"),
         ("vit_tiny_patch16_224", {**VIT, "depth": 1}, {}, "1 blocks"),
         ("resnet18", {}, {"window": 4}, "no attention"),
+        ("vit_small_patch16_rope_224", {}, {"window": 4}, "rotary"),
         ("efficientvit_m0", {}, {}, "four strides"),
     ],
 )

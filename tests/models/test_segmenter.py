@@ -11,8 +11,18 @@ from torch import Tensor, nn
 from pecobook.errors import ConfigError, WeightsError
 from pecobook.models.huggingface import beit_to_huggingface
 from pecobook.models.pyramid import FeaturePyramid, PyramidConfig, describe_pyramid
-from pecobook.models.segmenter import POOLS, Segmenter, SegmentTestConfig, UperNet, export_segmenter, starts
+from pecobook.models.segmenter import (
+    POOLS,
+    Segmenter,
+    SegmentTestConfig,
+    UperNet,
+    best_classes,
+    export_segmenter,
+    scaled_pictures,
+    starts,
+)
 from pecobook.models.weights import Backbone, write_export
+from pecobook.pixels import resize
 
 MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.3, 0.4)
 ARGS = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 4, "num_heads": 2}
@@ -122,9 +132,10 @@ def test_starts__cover_the_line(length: int, side: int, step: int, expected: lis
     assert starts(length, side, step) == expected
 
 
-def test_probabilities__slide_is_the_mean_over_windows() -> None:
+def test_scores__slide_is_the_mean_over_windows() -> None:
     own, x = segmenter(16), torch.randint(256, (3, 20, 28), dtype=torch.uint8)
-    found = own.probabilities(x, (20, 28), SegmentTestConfig(mode="slide", stride=0.5))
+    with torch.no_grad():
+        found = own.scores([x], SegmentTestConfig(mode="slide", stride=0.5))
     total, count = torch.zeros(5, 20, 28), torch.zeros(20, 28)
     with torch.no_grad():
         for top in (0, 4):
@@ -133,24 +144,42 @@ def test_probabilities__slide_is_the_mean_over_windows() -> None:
                 scores = nn.functional.interpolate(own(window)[0], (16, 16), mode="bilinear")[0]
                 total[:, top : top + 16, left : left + 16] += scores
                 count[top : top + 16, left : left + 16] += 1
-    torch.testing.assert_close(found, (total / count).softmax(0), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(found, total / count, rtol=1e-4, atol=1e-5)
 
 
-def test_probabilities__sum_to_one_at_any_size_and_flip_with_the_picture() -> None:
+def test_scores__of_several_sizes_are_mean_probabilities_and_flip_with_the_picture() -> None:
     own, x = segmenter(), torch.randint(256, (3, 40, 52), dtype=torch.uint8)
+    test = SegmentTestConfig(scales=(1.0, 0.5, 1.5), flip=True)
     with torch.no_grad():
-        test = SegmentTestConfig(scales=(0.5, 1.0, 1.5), flip=True)
-        found = own.probabilities(x, (33, 21), test)
-        mirrored = own.probabilities(x.flip(2), (33, 21), test)
-    torch.testing.assert_close(found.sum(0), torch.ones(33, 21))
+        found = own.scores(scaled_pictures(x, 32, test), test)
+        mirrored = own.scores(scaled_pictures(x.flip(2), 32, test), test)
+        plain = own.scores(scaled_pictures(x, 32, SegmentTestConfig()), SegmentTestConfig())
+    assert found.shape == plain.shape == (5, 32, 42)
+    torch.testing.assert_close(found.sum(0), torch.ones(32, 42))
     torch.testing.assert_close(mirrored.flip(2), found, rtol=1e-4, atol=1e-5)
-    plain = own.probabilities(x, (33, 21), SegmentTestConfig())
-    assert not torch.allclose(plain, found, atol=1e-3)
+    assert not torch.allclose(plain.softmax(0), found, atol=1e-3)
+
+
+def test_scaled_pictures__are_all_made_of_the_original() -> None:
+    x = torch.randint(256, (3, 120, 90), dtype=torch.uint8)
+    small, large, narrow = scaled_pictures(x, 30, SegmentTestConfig(scales=(1.0, 3.0, 0.5)))
+    assert torch.equal(large, x)  # nothing was lost on the way
+    assert torch.equal(small, resize(x, 40, 30))
+    assert narrow.shape == (3, 20, 15)
+    assert scaled_pictures(x, 30, SegmentTestConfig(max_side=20))[0].shape == (3, 20, 15)
+
+
+@pytest.mark.parametrize("most", [1, 200, 10**9])
+def test_best_classes__a_few_at_a_time(most: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    scores = torch.randn(7, 5, 6, generator=torch.Generator().manual_seed(0))
+    expected = nn.functional.interpolate(scores[None], (11, 9), mode="bilinear")[0].argmax(0)
+    monkeypatch.setattr("pecobook.models.segmenter._MOST_SCORES", most)
+    assert torch.equal(best_classes(scores, (11, 9)), expected)
 
 
 def test_predict__a_class_for_every_pixel_of_the_picture() -> None:
     own = segmenter()
-    for height, width in ((1, 1), (7, 90), (64, 48)):
+    for height, width in ((1, 1), (7, 90), (64, 48), (3, 1500)):
         classes = own.predict(torch.randint(256, (3, height, width), dtype=torch.uint8))
         assert classes.shape == (height, width)
         assert 0 <= int(classes.min()) <= int(classes.max()) < 5

@@ -16,7 +16,7 @@ from pecobook.config import replace
 from pecobook.data.images import Splits
 from pecobook.data.segmentation_classes import IGNORE
 from pecobook.errors import ConfigError, DataError, PreflightError, WeightsError
-from pecobook.models.segmenter import Segmenter
+from pecobook.models.segmenter import Segmenter, best_classes
 from pecobook.recipes import recipe
 from pecobook.stages.segment import KIND, SegmentConfig, SegmentStage
 from pecobook.stages.stage import preflight
@@ -76,7 +76,7 @@ def test_evaluate__counts_pixels_at_each_masks_own_size(vit_run: Path) -> None:
     image, mask = splits.evaluation.sample(0)
     with torch.no_grad():
         output = stage({"image": [image, image[:, :30]], "mask": [mask, mask[:30]]})
-        predicted = stage.model.probabilities(image, (40, 56), stage.config.test).argmax(0)
+        predicted = best_classes(stage.model.scores([image], stage.config.test), (40, 56))
     counts = output.rows["counts"][0]
     assert int(counts.sum()) == int((mask != IGNORE).sum() + (mask[:30] != IGNORE).sum())
     one = torch.zeros(3, 3, dtype=torch.int64)
@@ -87,8 +87,29 @@ def test_evaluate__counts_pixels_at_each_masks_own_size(vit_run: Path) -> None:
         assert torch.equal(stage({"image": [image], "mask": [mask]}).rows["counts"][0], one)
     assert list(output.pictures) == ["image", "truth", "predicted"]
     assert all(value.shape == (2, 3, 24, 24) for value in output.pictures.values())
+    given = {"image": [image, image], "mask": [mask, mask], "repeated": torch.tensor([False, True])}
+    with torch.no_grad():
+        assert torch.equal(stage(given).rows["counts"][0], one)  # an image that another rank counts too
     found = stage.summarise({"counts": torch.stack([one, one])}, {})
     assert found["pixel_accuracy"] == pytest.approx(100 * float(one.diagonal().sum() / one.sum()))
+
+
+def test_evaluate__at_several_sizes(vit_run: Path) -> None:
+    stage, splits = make(vit_run, **{"test.scales": (1.0, 0.5, 2.0), "test.flip": True})
+    view = KIND.evaluation_view(stage.config)
+    samples = [view(*splits.evaluation.sample(number), 0) for number in range(2)]
+    given = {name: [item for sample in samples for item in sample[name]] for name in ("image", "mask")}
+    assert len(given["image"]) == 6
+    with torch.no_grad():
+        output = stage.eval()(given)
+    assert int(output.rows["counts"].sum()) == sum(int((mask != IGNORE).sum()) for mask in given["mask"])
+    assert 0 < float(output.loss) < 10
+
+
+@pytest.mark.slow
+def test_train__compiled(vit_run: Path, tmp_path: Path) -> None:
+    run = train("segment", shapes(), tmp_path / "run", backbone=str(vit_run), compile=True, max_steps="2")
+    assert len(losses(run)) == 2
 
 
 def test_parameter_groups__every_weight_once_the_heads_at_the_full_rate(vit_run: Path) -> None:
@@ -170,6 +191,8 @@ def test_open__without_a_look_at_masks_the_classes_must_be_told(vit_run: Path, t
         ({"backbone": ""}, ConfigError, "--backbone is missing"),
         ({"backbone": "timm:efficientvit_m0", "weights": "random", "drop_path": 0.0}, WeightsError, "four strides"),
         ({"pyramid.window": -1}, ConfigError, "--pyramid.window"),
+        ({"micro_batch_size": 1}, ConfigError, "must hold 2 images"),
+        ({"backbone": "timm:swin_tiny_patch4_window7_224", "weights": "random"}, WeightsError, "makes no pyramid"),
         ({"scales": (2.0, 0.5)}, ConfigError, "--scales"),
     ],
 )

@@ -20,7 +20,7 @@ import numpy.typing as npt
 from torch import Tensor
 
 from pecobook.data.coco_masks import check_segment, encode, find_box, is_number, is_whole, segment_area, shape_text
-from pecobook.data.decode import BadImage, decode
+from pecobook.data.decode import BadImage, decode, header_size
 from pecobook.data.images import Integers
 from pecobook.errors import first_line
 
@@ -290,18 +290,3 @@ class _Object:
     crowd: bool
     area: float
     segment: bytes | None
-
-
-def header_size(path: Path) -> tuple[int, int] | None:
-    """Height and width of an image as it will be decoded, from its header; None when that cannot be read."""
-    from PIL import Image
-
-    try:
-        with Image.open(path) as image:
-            width, height = image.size
-            # Pillow would decode a PNG to look for an orientation behind its pixels.
-            known = image.format != "PNG" or "exif" in image.info
-            turned = known and image.getexif().get(0x0112, 1) in (5, 6, 7, 8)
-    except Exception:  # a header of arbitrary bytes may raise anything
-        return None
-    return (width, height) if turned else (height, width)

@@ -75,6 +75,8 @@ def check_segment(segment: Any, height: int, width: int) -> bool:
             raise ValueError(f"has a polygon of {count} numbers: it takes pairs, three or more")
         if not all(is_number(value) for value in polygon):
             raise ValueError("has a polygon with something that is no number")
+        if max(map(abs, polygon)) > 10 * max(width, height):  # pycocotools' memory grows with it
+            raise ValueError("has a polygon far outside its image")
         left, top, right, bottom = min(polygon[::2]), min(polygon[1::2]), max(polygon[::2]), max(polygon[1::2])
         seen += left < width and top < height and right > 0 and bottom > 0
         inside += left >= -0.01 and top >= -0.01 and right <= width + 0.01 and bottom <= height + 0.01
@@ -120,8 +122,8 @@ def decompress(text: str) -> Integers:
 
 
 def is_whole(value: Any) -> TypeGuard[int]:
-    """Whether a value from JSON is a whole number."""
-    return isinstance(value, int) and not isinstance(value, bool)
+    """Whether a value from JSON is a whole number of 64 bits."""
+    return isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**63
 
 
 def is_number(value: Any) -> TypeGuard[float]:

@@ -20,6 +20,8 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from PIL.Image import Image
 
 # Twice Pillow's own warning limit, which is where Pillow raises, too: 512 MiB of RGB.
@@ -172,3 +174,18 @@ def _reason(error: Exception) -> str:
 
 def _too_large(width: int, height: int) -> str:
     return f"{width} x {height} is more than {MAX_PIXELS:,} pixels"
+
+
+def header_size(file: Path | bytes) -> tuple[int, int] | None:
+    """Height and width of an image as it will be decoded, from its header; None when that cannot be read."""
+    from PIL import Image
+
+    try:
+        with Image.open(io.BytesIO(file) if isinstance(file, bytes) else file) as image:
+            width, height = image.size
+            # Pillow would decode a PNG to look for an orientation behind its pixels.
+            known = image.format != "PNG" or "exif" in image.info
+            turned = known and image.getexif().get(0x0112, 1) in (5, 6, 7, 8)
+    except Exception:  # a header of arbitrary bytes may raise anything
+        return None
+    return (width, height) if turned else (height, width)

@@ -14,6 +14,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import os
+import sys
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
@@ -24,18 +25,30 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from pecobook.data.decode import BadImage, decode
+from pecobook.data.decode import BadImage, decode, header_size
 from pecobook.data.images import IMAGE_EXTENSIONS, ImageSource, Integers, Splits, Store, group_by_split, hold_out
-from pecobook.data.segmentation_classes import IGNORE, Classes, decode_mask, make_classes, read_classes
+from pecobook.data.segmentation_classes import (
+    IGNORE,
+    Classes,
+    WrongMask,
+    decode_mask,
+    ignored_values,
+    make_classes,
+    read_classes,
+)
 from pecobook.errors import ConfigError, DataError, first_line
 
-_IMAGE_FOLDERS = ("images", "image", "img", "imgs", "leftImg8bit", "JPEGImages")
-_MASK_FOLDERS = ("masks", "mask", "annotations", "labels", "label", "gtFine", "SegmentationClass")
+_IMAGE_FOLDERS = ("images", "image", "img", "imgs", "jpegimages")
+_MASK_FOLDERS = ("masks", "mask", "annotations", "labels", "label", "segmentationclass")
+_MASK_ENDINGS = ("_mask", "_masks", "_label", "_labels", "_seg", "_gt")
 _MASK_COLUMNS = ("mask", "annotation", "label", "segmentation", "segmentation_mask", "annotations", "labels", "gt")
 
 
 class MaskStore(Store, Protocol):
     """Images and, at the same rows, masks."""
+
+    def read_image(self, row: int) -> bytes:
+        """The encoded image; raises BadImage."""
 
     def read_mask(self, row: int) -> bytes:
         """The encoded mask; raises BadImage."""
@@ -67,9 +80,13 @@ class PairStore:
         except OSError as error:
             raise BadImage(name, error.strerror or str(error)) from error
 
+    def read_image(self, row: int) -> bytes:
+        """The encoded image."""
+        return self._bytes(self.pairs[row][0])
+
     def read(self, row: int) -> Tensor:
         """The image, uint8 (3, H, W)."""
-        return decode(self._bytes(self.pairs[row][0]), name=self.pairs[row][0])
+        return decode(self.read_image(row), name=self.pairs[row][0])
 
     def read_mask(self, row: int) -> bytes:
         """The encoded mask."""
@@ -102,8 +119,11 @@ class _TableStore:
             raise BadImage(self.identify(row), f"nothing in '{column}'")
         return cast("bytes", data)
 
+    def read_image(self, row: int) -> bytes:
+        return self._bytes(row, self._image)
+
     def read(self, row: int) -> Tensor:
-        return decode(self._bytes(row, self._image), name=self.identify(row))
+        return decode(self.read_image(row), name=self.identify(row))
 
     def read_mask(self, row: int) -> bytes:
         return self._bytes(row, self._mask)
@@ -148,11 +168,14 @@ class SegmentationSource(ImageSource):
         return SegmentationSource(self._masks, meaning, name=self.name, split=self.split, rows=rows)
 
     def values_of(self, index: int) -> tuple[npt.NDArray[np.int64], tuple[int, int]]:
-        """Pixel values of a mask, as they are, (H, W), and the size of its image as its header says."""
+        """Pixel values of a mask (H, W), and the size of its image as its header says. Raises BadImage."""
         row = self._row(index)
         name = self._masks.identify_mask(row)
         values = decode_mask(self._masks.read_mask(row), self.meaning.colours, name=name)
-        return values, tuple(self.read(index).shape[1:])  # type: ignore[return-value]
+        size = header_size(self._masks.read_image(row))
+        if size is None:
+            raise BadImage(self.identify(index), "not an image")
+        return values, size
 
     def mask_name(self, index: int) -> str:
         """A name by which a person finds the mask."""
@@ -163,7 +186,12 @@ class SegmentationSource(ImageSource):
 
 
 def open_segmentation(
-    data: str, *, classes: str = "", mask_values: Sequence[str] = (), ignore: Sequence[str] = ("255",)
+    data: str,
+    *,
+    classes: str = "",
+    mask_values: Sequence[str] = (),
+    ignore: Sequence[str] = ("255",),
+    skip_bad: bool = False,
 ) -> Splits:
     """Open a source of images with masks; see the top of this file.
 
@@ -174,6 +202,7 @@ def open_segmentation(
         classes: file of class names; empty takes classes.txt in the folder, where it is.
         mask_values: pixel value of each class, where they are not 0, 1, 2, ...
         ignore: pixel values, or names of classes, that count neither in the loss nor in a score.
+        skip_bad: leave out images without a mask and masks without an image, and say how many.
 
     Raises:
         DataError: no such source, or an image without a mask or the other way round; says which.
@@ -183,12 +212,12 @@ def open_segmentation(
     file = Path(classes).expanduser() if classes else root / "classes.txt"
     names, colours = read_classes(file) if classes or file.is_file() else (None, None)
     meaning = make_classes(names, colours, mask_values=mask_values, ignore=ignore)
-    known = meaning or Classes((), (), tuple(int(text) for text in ignore if text.isdigit()), None)
+    known = meaning or Classes((), (), ignored_values(ignore), None)
 
     def source(store: MaskStore, rows: Iterable[int], split: str) -> SegmentationSource:
         return SegmentationSource(store, known, name=data, split=split, rows=np.array(list(rows), np.int64))
 
-    stores = _hub_stores(data) if data.startswith("hf:") else _folder_stores(data, root)
+    stores = _hub_stores(data) if data.startswith("hf:") else _folder_stores(data, root, skip_bad)
     train = source(stores["train"], range(len(stores["train"])), "train")
     for name in ("validation", "test"):
         if name in stores:
@@ -196,10 +225,12 @@ def open_segmentation(
     return hold_out(train)
 
 
-def _folder_stores(data: str, root: Path) -> dict[str, MaskStore]:
+def _folder_stores(data: str, root: Path, skip_bad: bool) -> dict[str, MaskStore]:
     if not root.is_dir():
         raise DataError(f"--data '{data}' is no folder. Give one with images/ and masks/, or hf:owner/name.")
-    images, masks = _files(root, _IMAGE_FOLDERS), _files(root, _MASK_FOLDERS)
+    images, masks = _files(data, root, _IMAGE_FOLDERS), _files(data, root, _MASK_FOLDERS)
+    if not images.keys() & masks.keys():
+        masks = {_without_ending(key): file for key, file in masks.items()}
     if not images or not masks:
         missing = "images" if not images else "masks"
         raise DataError(
@@ -207,29 +238,52 @@ def _folder_stores(data: str, root: Path) -> dict[str, MaskStore]:
             "train/ and val/, or with training/ and validation/ in them."
         )
     alone = sorted(images.keys() ^ masks.keys())
-    if alone:
+    both = sorted(images.keys() & masks.keys())
+    if alone and skip_bad and both:
+        print(f"{len(alone)} images or masks have no partner and are left out.", file=sys.stderr)
+    elif alone:
         lines = [f"{images.get(key) or masks[key]} has no {'mask' if key in images else 'image'}" for key in alone]
-        raise DataError(f"--data '{data}':\n{listed(lines)}\nGive every image a mask of its name, or take it away.")
-    pairs = [(images[key], masks[key]) for key in sorted(images)]
+        raise DataError(f"--data '{data}':\n{listed(lines)}\nGive every image a mask, or leave these out (--skip-bad).")
+    pairs = [(images[key], masks[key]) for key in both]
     groups = group_by_split([_split_name(image) for image, _ in pairs])
     return {split: PairStore(root, [pairs[number] for number in numbers]) for split, numbers in groups.items()}
 
 
-def _files(root: Path, folders: tuple[str, ...]) -> dict[str, str]:
-    """Path without the folder's name and the extension, to the path, for every picture under one of `folders`."""
+def _files(data: str, root: Path, folders: tuple[str, ...]) -> dict[str, str]:
+    """Path without the folder's name and the extension, to the path, for every picture under one of `folders`.
+
+    Links to folders are followed, each folder once. Raises DataError for two pictures of one name.
+    """
     found: dict[str, str] = {}
-    for top, inner, names in os.walk(root):
-        inner.sort()
+    twice: list[str] = []
+    seen: set[str] = set()
+    for top, inner, names in os.walk(root, followlinks=True):
+        inner[:] = sorted(name for name in inner if not name.startswith("."))
         parts = Path(top).relative_to(root).parts
-        place = next((number for number, part in enumerate(parts) if part in folders), None)
+        place = next((number for number, part in enumerate(parts) if part.lower() in folders), None)
+        own = os.path.realpath(top)
+        if own in seen:
+            inner.clear()  # a link that leads back
+            continue
+        seen.add(own)
         if place is None:
             continue
         rest = (*parts[:place], *parts[place + 1 :])
         for name in sorted(names):
             stem, _, extension = name.rpartition(".")
             if stem and not name.startswith(".") and extension.lower() in IMAGE_EXTENSIONS:
-                found["/".join((*rest, stem))] = "/".join((*parts, name))
+                key, file = "/".join((*rest, stem)), "/".join((*parts, name))
+                if key in found:
+                    twice.append(f"{found[key]} and {file} have one name")
+                found[key] = file
+    if twice:
+        raise DataError(f"--data '{data}':\n{listed(twice)}\nAn image and its mask are found by their names: keep one.")
     return found
+
+
+def _without_ending(key: str) -> str:
+    """A mask's name as its image has it."""
+    return next((key.removesuffix(ending) for ending in _MASK_ENDINGS if key.endswith(ending)), key)
 
 
 def _split_name(image: str) -> str:
@@ -289,7 +343,8 @@ class Verified:
 
 
 def verify(splits: Splits, show: Callable[[int], None] = lambda _done: None) -> Verified:
-    """Read every image and mask once, on all cores: sizes that differ, values without a class, what cannot be read.
+    """Read every mask and the header of its image once, on all cores: sizes that differ, values without a class, what
+    cannot be read.
 
     Args:
         splits: of `open_segmentation`.
@@ -345,6 +400,8 @@ class _Look:
 def _look(source: SegmentationSource, number: int) -> _Look:
     try:
         values, size = source.values_of(number)
+    except WrongMask as error:
+        return _Look(reason=error.reason)
     except BadImage as error:
         return _Look(unreadable=str(error))
     if values.shape != size:
@@ -362,11 +419,13 @@ def _infer(splits: Splits, reports: list[list[_Look]]) -> Classes:
             f"--data '{splits.train.name}': masks hold 0 and 255 alone, and 255 is ignored. If 255 marks the object, "
             "give --mask-values 0 255."
         )
-    largest = max(seen - set(ignored), default=0)
-    if largest < 1 or largest > 1023:
+    used = seen - set(ignored)
+    largest = max(used, default=0)
+    if largest < 1 or largest > 191 or len(used) < (largest + 1) / 2:
         raise DataError(
-            f"--data '{splits.train.name}': classes cannot be told from masks whose values go up to {largest}. Give "
-            "--classes FILE with a name on each line, or --mask-values."
+            f"--data '{splits.train.name}': masks hold {len(used)} values up to {largest}, which tells no classes. "
+            "Give --classes FILE with a name on each line, or --mask-values. Masks that were smoothed or saved as JPEG "
+            "hold values of no class: save them as PNG, without interpolation."
         )
     values = tuple(value for value in range(largest + 1) if value not in ignored)
     return Classes(tuple(f"class {value}" for value in values), values, ignored)

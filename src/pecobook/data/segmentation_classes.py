@@ -17,6 +17,11 @@ from pecobook.errors import ConfigError, first_line
 
 IGNORE = -1
 """Class of a pixel that counts neither in the loss nor in a score."""
+_NUMBERS = re.compile(r"(\d+)(?:-(\d+))?", re.ASCII)
+
+
+class WrongMask(BadImage):
+    """A mask that can be read and means nothing."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,6 +41,11 @@ class Classes:
     colours: npt.NDArray[np.uint8] | None = None
 
     def __post_init__(self) -> None:
+        for name in self.names:
+            if self.names.count(name) > 1:
+                raise ConfigError(f"Two classes are called '{name}': give each a name of its own in --classes.")
+        if self.colours is not None and len(np.unique(self.colours, axis=0)) < len(self.colours):
+            raise ConfigError("Two classes of --classes have one colour.")
         if len(self.names) != len(self.values) or len(set(self.values)) != len(self.values):
             raise ConfigError(
                 f"--mask-values names {len(self.values)} pixel values for {len(self.names)} classes: "
@@ -57,15 +67,17 @@ def decode_mask(data: bytes, colours: npt.NDArray[np.uint8] | None, *, name: str
     pixel's colour, 65536 where it has none.
 
     Raises:
-        BadImage: not an image, or a colour picture without colours.
+        WrongMask: a colour picture without colours.
+        BadImage: not an image.
     """
     from PIL import Image, UnidentifiedImageError
 
     try:
         with Image.open(io.BytesIO(data), formats=("PNG", "BMP", "GIF", "TIFF", "JPEG", "PPM")) as picture:
-            if colours is None and picture.mode not in ("1", "L", "P", "I", "I;16", "I;16B"):
-                raise BadImage(name, f"a mask of mode {picture.mode}; colours of classes need --classes FILE")
-            array = np.asarray(picture if colours is None else picture.convert("RGB"))
+            if colours is not None or picture.mode in ("1", "L", "P", "I", "I;16", "I;16B"):
+                array = np.asarray(picture if colours is None else picture.convert("RGB"))
+            else:
+                array = _grey(np.asarray(picture.convert("RGB")), name)
     except UnidentifiedImageError:
         raise BadImage(name, "not an image") from None
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
@@ -79,16 +91,26 @@ def decode_mask(data: bytes, colours: npt.NDArray[np.uint8] | None, *, name: str
     return np.asarray(np.where(known[order][place] == packed, order[place], 65_536))
 
 
+def _grey(array: npt.NDArray[np.uint8], name: str) -> npt.NDArray[np.uint8]:
+    """A colour picture (H, W, 3) whose three channels are alike, as numbers (H, W)."""
+    if (array == array[..., :1]).all():
+        return array[..., 0]
+    raise WrongMask(name, "is a colour picture: --classes FILE must give each class its R G B")
+
+
 def read_classes(path: Path) -> tuple[tuple[str, ...], npt.NDArray[np.uint8] | None]:
-    """Lines `name`, or `name R G B` (also with commas or tabs), in the order of pixel values.
+    """Lines `name`, `name R G B` or `R G B name` (also with commas or tabs), in the order of pixel values.
 
     Raises:
-        ConfigError: no such file, or colours on some lines alone.
+        ConfigError: no such file, a blank line in between, or colours on some lines alone.
     """
     try:
-        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").strip().splitlines()]
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"--classes '{path}' cannot be read: {first_line(error)}.") from None
+    if "" in lines:
+        raise ConfigError(f"--classes '{path}': line {lines.index('') + 1} is blank, and every line is a class.")
+    lines = [re.sub(r"^(\d{1,3}[\s,;]+\d{1,3}[\s,;]+\d{1,3})[\s,;]+(.+)$", r"\2 \1", line) for line in lines]
     lines = [line for line in lines if not re.fullmatch(r"name\W+r\W+g\W+b", line, re.IGNORECASE)]
     found = [re.fullmatch(r"(.*?)[\s,;]+(\d{1,3})[\s,;]+(\d{1,3})[\s,;]+(\d{1,3})", line) for line in lines]
     if not any(found):
@@ -101,13 +123,18 @@ def read_classes(path: Path) -> tuple[tuple[str, ...], npt.NDArray[np.uint8] | N
     return tuple(match[1] for match in matches), colours
 
 
-def parse_values(texts: Iterable[str]) -> tuple[int, ...]:
+def ignored_values(ignore: Iterable[str]) -> tuple[int, ...]:
+    """The pixel values among what is ignored; the rest are names. Raises ConfigError."""
+    return parse_values((text for text in ignore if _NUMBERS.fullmatch(text)), flag="--ignore")
+
+
+def parse_values(texts: Iterable[str], flag: str = "--mask-values") -> tuple[int, ...]:
     """`("0", "255")` or `("1-150",)` to numbers. Raises ConfigError."""
     found: list[int] = []
     for text in texts:
-        match = re.fullmatch(r"(\d+)(?:-(\d+))?", text.strip())
+        match = _NUMBERS.fullmatch(text.strip())
         if match is None or int(match[2] or match[1]) > 65_535:
-            raise ConfigError(f"--mask-values takes pixel values and ranges of them, such as 1-150, not '{text}'.")
+            raise ConfigError(f"{flag} takes pixel values and ranges of them, such as 1-150, not '{text}'.")
         found += range(int(match[1]), int(match[2] or match[1]) + 1)
     return tuple(found)
 
@@ -121,8 +148,11 @@ def make_classes(
         return None
     names = names or tuple(f"class {value}" for value in values)
     values = values or tuple(range(len(names)))
-    numbers = {int(text) for text in ignore if text.isdigit()} - (set(values) if mask_values else set())
-    unknown = [text for text in ignore if not text.isdigit() and text not in names]
+    # A value that was named is a class, and so is the 256th of a file, whatever the usual meaning of 255.
+    numbers = set(ignored_values(ignore)) - (set(values) if mask_values else set())
+    if tuple(ignore) == ("255",) and len(names) > 255:
+        numbers = set()
+    unknown = [text for text in ignore if not _NUMBERS.fullmatch(text) and text not in names]
     if unknown:
         raise ConfigError(f"--ignore '{unknown[0]}' is neither a pixel value nor the name of a class.")
     by_name = {value for name, value in zip(names, values, strict=False) if name in ignore}

@@ -78,13 +78,3 @@ def resize_mask(mask: Tensor, height: int, width: int) -> Tensor:
     rows = ((torch.arange(height) + 0.5) * mask.shape[-2] / height).long()
     columns = ((torch.arange(width) + 0.5) * mask.shape[-1] / width).long()
     return mask[..., rows[:, None], columns]
-
-
-def whole_view(image: Tensor, mask: Tensor, view_key: int, *, size: int, most: int) -> dict[str, list[Tensor]]:  # noqa: ARG001
-    """A held-out image, scaled for the test, and its mask as it is: lists of one, since sizes differ.
-
-    Returns:
-        image uint8 (3, h, w), its short side `size` unless the long one would exceed `most`; mask int16 (H, W).
-    """
-    height, width = mask.shape
-    return {"image": [resize(image, *fitted_size(height, width, size, most))], "mask": [mask]}

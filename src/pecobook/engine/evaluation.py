@@ -82,21 +82,30 @@ class _Look(NamedTuple):
 def _look(
     fabric: Fabric, model: Any, stream: Stream, *, num_images: int, batch_size: int, seed: int, workers: int
 ) -> _Look:
-    """Means of metrics over this rank's images; rows of all ranks, on the host."""
-    count = max(min(num_images, len(stream)) // fabric.world_size, 1)  # of each rank
-    batches = list(_batches(count, batch_size, fabric.global_rank, fabric.world_size))
+    """Means of metrics over this rank's images; rows of all ranks, on the host, each image once.
+
+    Ranks look at equally many images, so where they do not divide evenly the last ones look at some a second time: a
+    stage finds these marked as `repeated`, and their rows are dropped.
+    """
+    most = min(num_images, len(stream))
+    count = -(-most // fabric.world_size)  # of each rank
+    places = list(_batches(count, batch_size, fabric.global_rank, fabric.world_size))
+    batches = [[place % most for place in batch] for batch in places]
     metrics: dict[str, Tensor] = {}
     rows: dict[str, list[Tensor]] = {}
     pictures: dict[str, Tensor] = {}
     workers = workers if count > _WITHOUT_WORKERS else 0
     for number, batch in enumerate(load(stream, batches, workers=workers, pin=False)):
         torch.manual_seed(key(seed, 2**32 + number) >> 1)
-        output = model(to_device(batch, fabric.device))
+        repeated = torch.tensor([place >= most for place in places[number]], device=fabric.device)
+        output = model({**to_device(batch, fabric.device), "repeated": repeated})
+        kept = ~gather_rows(repeated)
         losses = {} if output.loss is None else {"loss": output.loss}
         for name, value in {**losses, **output.metrics}.items():
             metrics[f"evaluation/{name}"] = metrics.get(f"evaluation/{name}", 0) + value * len(batches[number]) / count
         for name, value in output.rows.items():
-            rows.setdefault(name, []).append(gather_rows(value).cpu())
+            whole = gather_rows(value)
+            rows.setdefault(name, []).append((whole[kept] if len(whole) == len(kept) else whole).cpu())
         pictures = pictures or output.pictures
     return _Look(metrics, {name: torch.cat(parts) for name, parts in rows.items()}, pictures)
 

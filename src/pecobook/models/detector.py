@@ -189,7 +189,7 @@ class Detector(nn.Module):
             place[:, : image.shape[1], : image.shape[2]] = (image.float() / 255 - self.mean) / self.std
         return ImageList(batch, sizes)
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def predict(self, image: Tensor) -> Detections:
         """What is on an image uint8 (3, H, W), in its pixels, on the host. The detector must be in evaluation mode."""
         height, width = image.shape[1:]

@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pecobook.errors import ConfigError, WeightsError
+from pecobook.errors import ConfigError, WeightsError, first_line
 from pecobook.models.weights import Backbone, create, load_backbone
 
 
@@ -112,7 +112,7 @@ def _scales(width: int) -> list[nn.Module]:
         return nn.ConvTranspose2d(width, width, kernel_size=2, stride=2)
 
     up = nn.Sequential(double(), nn.BatchNorm2d(width), nn.GELU(), double())
-    return [up, double(), nn.Identity(), nn.MaxPool2d(kernel_size=2, stride=2)]
+    return [up, double(), nn.Identity(), nn.MaxPool2d(kernel_size=2, stride=2, ceil_mode=True)]
 
 
 class _Stages(nn.Module):
@@ -127,6 +127,8 @@ class _Stages(nn.Module):
         if config.window:
             raise WeightsError(f"{type(network).__name__} has no attention: leave --pyramid.window out.")
         self.indices = list(range(len(levels) - 4, len(levels)))
+        if hasattr(network, "prune_intermediate_layers"):  # what no map needs would wait for a gradient
+            network.prune_intermediate_layers(self.indices, prune_norm=True, prune_head=True)  # type: ignore[operator]
         self.channels = tuple(int(level["num_chs"]) for level in levels[-4:])
         self.strides = tuple(int(level["reduction"]) for level in levels[-4:])
         if config.checkpointing:
@@ -171,8 +173,8 @@ class _Transformer(nn.Module):
                 block.attn.register_forward_pre_hook(self._enter)
                 block.attn.register_forward_hook(self._leave)
         self.relative = _RelativePositions(own, self, image_size // patch) if _is_beit(network) else None
-        if config.window and self.relative is None and not hasattr(own, "pos_embed"):
-            raise WeightsError(f"{type(network).__name__} cannot attend in windows: leave --pyramid.window out.")
+        if config.window and getattr(own, "rope", None) is not None:
+            raise WeightsError("A ViT of rotary positions cannot attend in windows: leave --pyramid.window out.")
 
     network: Any
 
@@ -292,23 +294,28 @@ class _RelativePositions:
         if place not in self.indices:
             if len(self.indices) > 8:  # images of many shapes: the oldest is the least likely to come again
                 self.indices.pop(next(iter(self.indices)))
-            self.indices[place] = relative_position_index(grid, table).to(device)
+            with torch.inference_mode(False):  # what is kept serves training too
+                self.indices[place] = relative_position_index(grid, table, device)
         return self.indices[place]
 
 
-def relative_position_index(grid: tuple[int, int], table: tuple[int, ...]) -> Tensor:
+def relative_position_index(
+    grid: tuple[int, int], table: tuple[int, ...], device: torch.device | None = None
+) -> Tensor:
     """Where each pair of tokens of `grid` finds its bias in the table of a grid `table`: int64 (1 + h w, 1 + h w).
 
     Token 0 is the class token, whose three entries (to it, from it, to itself) stand at the table's end. Offsets beyond
     the table take its farthest.
     """
     (h, w), (rows, columns) = grid, table
-    places = torch.stack(torch.meshgrid(torch.arange(h), torch.arange(w), indexing="ij")).flatten(1)  # (2, N)
+    places = torch.stack(
+        torch.meshgrid(torch.arange(h, device=device), torch.arange(w, device=device), indexing="ij")
+    ).flatten(1)  # (2, N)
     offsets = places[:, :, None] - places[:, None, :]  # (2, N, N)
     dy = offsets[0].clamp(1 - rows, rows - 1) + rows - 1
     dx = offsets[1].clamp(1 - columns, columns - 1) + columns - 1
     count = (2 * rows - 1) * (2 * columns - 1)
-    index = torch.empty(1 + h * w, 1 + h * w, dtype=torch.int64)
+    index = torch.empty(1 + h * w, 1 + h * w, dtype=torch.int64, device=device)
     index[1:, 1:] = dy * (2 * columns - 1) + dx
     index[0], index[:, 0], index[0, 0] = count, count + 1, count + 2
     return index
@@ -339,7 +346,18 @@ def load_pyramid(
         WeightsError: unknown name, weights that do not fit, or a network without a pyramid.
     """
     backbone = load_backbone(spec, weights=weights or None, drop_path=drop_path, any_size=True)
-    return FeaturePyramid(backbone.network, image_size, config), backbone
+    pyramid = FeaturePyramid(backbone.network, image_size, config)
+    side = 2 * pyramid.strides[-1]
+    try:  # networks of one size of image, and whatever else timm has
+        with torch.no_grad():
+            maps = pyramid.eval()(torch.zeros(1, 3, side, side))
+        levels = zip(maps, pyramid.channels, pyramid.strides, strict=True)
+        fits = [x.shape == (1, channels, side // stride, side // stride) for x, channels, stride in levels]
+    except (RuntimeError, AssertionError, AttributeError, ValueError, TypeError) as error:
+        raise WeightsError(f"'{spec}' makes no pyramid of images of any size: {first_line(error)}") from None
+    if not all(fits):
+        raise WeightsError(f"'{spec}' makes no pyramid: its maps are not (B, C, H, W) at its strides.")
+    return pyramid.train(), backbone
 
 
 def describe_pyramid(backbone: Backbone, config: PyramidConfig, image_size: int) -> dict[str, Any]:

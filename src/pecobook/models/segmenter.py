@@ -25,6 +25,7 @@ from pecobook.models.weights import read_export, write_export
 from pecobook.pixels import fitted_size, resize, to_float
 
 POOLS = (1, 2, 3, 6)
+_MOST_SCORES = 50_000_000  # of a stretched picture held at once
 
 
 def convolution(channels: int, width: int, size: int) -> nn.Sequential:
@@ -90,7 +91,8 @@ class SegmentTestConfig:
     max_side: int = 2048
     """Longest side of the scaled picture, pixels; the short one becomes --image-size unless that makes more."""
     scales: tuple[float, ...] = (1.0,)
-    """Sizes that are averaged, as factors. The paper tests at one; 0.5 0.75 1 1.25 1.5 1.75 is usual for several."""
+    """Sizes that are averaged, as factors, the first being that of the mean. The paper tests at one; for several, 1 0.5
+    0.75 1.25 1.5 1.75 is usual."""
     flip: bool = False
     """Also average with the picture's mirror image."""
 
@@ -169,26 +171,35 @@ class Segmenter(nn.Module):
     @torch.no_grad()
     def predict(self, image: Tensor, test: SegmentTestConfig = SegmentTestConfig()) -> Tensor:
         """Class of every pixel of one picture: uint8 (3, H, W) to int64 (H, W), on the host."""
-        height, width = int(image.shape[1]), int(image.shape[2])
-        scaled = resize(image, *fitted_size(height, width, self.image_size, test.max_side))
-        return self.probabilities(scaled.to(self.mean.device), (height, width), test).argmax(0).cpu()
+        size = int(image.shape[1]), int(image.shape[2])
+        scaled = [x.to(self.mean.device) for x in scaled_pictures(image, self.image_size, test)]
+        return best_classes(self.scores(scaled, test), size).cpu()
 
-    def probabilities(self, image: Tensor, size: tuple[int, int], test: SegmentTestConfig) -> Tensor:
-        """Probabilities of classes, float (C, *size), of one scaled picture uint8 (3, h, w)."""
-        total = torch.zeros((), device=image.device)
-        for factor in test.scales:
-            h, w = (max(round(side * factor), 1) for side in image.shape[1:])
-            scaled = to_float(resize(image, h, w))[None]
+    def scores(self, pictures: list[Tensor], test: SegmentTestConfig) -> Tensor:
+        """Scores of classes, float (C, h, w), of one picture.
+
+        Args:
+            pictures: of `scaled_pictures`, uint8 (3, h_i, w_i).
+            test: what is averaged.
+
+        Returns:
+            at the size of the first one: scores, or, where several are averaged, their mean probabilities.
+        """
+        size = pictures[0].shape[1:]
+        if len(pictures) == 1 and not test.flip:
+            return stretch(self._scores(to_float(pictures[0])[None], test), size)[0]
+        total = torch.zeros((), device=self.mean.device)
+        for picture in pictures:
+            scaled = to_float(picture)[None]
             for flip in (False, True) if test.flip else (False,):
-                scores = self._scores(scaled.flip(3) if flip else scaled, test)
-                scores = scores.flip(3) if flip else scores
-                total = total + stretch(scores, size).softmax(1)[0]
-        return total / (len(test.scales) * (1 + test.flip))
+                found = self._scores(scaled.flip(3) if flip else scaled, test)
+                total = total + stretch(found.flip(3) if flip else found, size).softmax(1)[0]
+        return total / (len(pictures) * (1 + test.flip))
 
     def _scores(self, image: Tensor, test: SegmentTestConfig) -> Tensor:
-        """Scores (1, C, h, w) of a picture (1, 3, h, w), at its own size."""
+        """Scores (1, C, h', w') of a picture (1, 3, h, w), finer or coarser than it."""
         if test.mode == "whole":
-            return stretch(self(image)[0].float(), image.shape[2:])
+            return self(image)[0].float()  # type: ignore[no-any-return]
         side, (h, w) = self.image_size, (int(length) for length in image.shape[2:])
         step = max(round(side * test.stride), 1)
         total = torch.zeros(1, len(self.classes), h, w, device=image.device)
@@ -200,6 +211,28 @@ class Segmenter(nn.Module):
                 total[region] += stretch(self(window)[0].float(), window.shape[2:])
                 count[region] += 1
         return total / count
+
+
+def scaled_pictures(image: Tensor, side: int, test: SegmentTestConfig) -> list[Tensor]:
+    """A picture uint8 (3, H, W) at each of the test's sizes, every one made of the original: (3, h_i, w_i)."""
+    height, width = int(image.shape[1]), int(image.shape[2])
+    sizes = [fitted_size(height, width, side * factor, test.max_side * factor) for factor in test.scales]
+    return [resize(image, *size) for size in sizes]
+
+
+def best_classes(scores: Tensor, size: tuple[int, int]) -> Tensor:
+    """The best class at every pixel of a picture: scores (C, h, w) to int64 (*size).
+
+    A few classes are stretched at a time: all of 150 on a photograph of 12 megapixels would take 14 GB.
+    """
+    step = max(_MOST_SCORES // max(size[0] * size[1], 1), 1)
+    best = scores.new_full(size, -torch.inf)
+    classes = torch.zeros(size, dtype=torch.int64, device=scores.device)
+    for first in range(0, len(scores), step):
+        value, place = stretch(scores[None, first : first + step], size)[0].max(0)
+        classes = torch.where(value > best, place + first, classes)
+        best = torch.maximum(best, value)
+    return classes
 
 
 class SegmenterAtOneSize(nn.Module):

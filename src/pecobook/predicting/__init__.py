@@ -168,7 +168,7 @@ def file_name(name: str, taken: set[str]) -> str:
 
     Nothing in it leads out of the folder; two images that differ in their extension alone keep theirs.
     """
-    parts = [re.sub(r"[^\w.+@=-]+", "_", part) for part in name.split("/")]
+    parts = [re.sub(r"[\x00-\x1f\x7f\\]+", "_", part) for part in name.split("/")]
     parts = [part for part in parts if part.strip(".")]
     whole = "/".join(parts) or "image"
     stem = re.sub(r"\.\w{2,4}$", "", whole)

@@ -18,14 +18,22 @@ from pecobook.config import OptimConfig, TrainConfig, between
 from pecobook.data.images import ImageSource, Splits
 from pecobook.data.segmentation import SegmentationSource, listed, open_segmentation, verify
 from pecobook.data.segmentation_classes import IGNORE
-from pecobook.data.segmentation_views import training_view, whole_view
+from pecobook.data.segmentation_views import resize_mask, training_view
 from pecobook.data.stream import Batch, ViewFunction
 from pecobook.data.views import PhotometricConfig, photometric
+from pecobook.engine.launch import is_leader, micro_batch_size, world_size
 from pecobook.engine.loop import StageOutput
 from pecobook.engine.optim import dense_groups
 from pecobook.errors import ConfigError, DataError
 from pecobook.models.pyramid import PyramidConfig, describe_pyramid, load_pyramid
-from pecobook.models.segmenter import Segmenter, SegmentTestConfig, export_segmenter, stretch
+from pecobook.models.segmenter import (
+    Segmenter,
+    SegmentTestConfig,
+    best_classes,
+    export_segmenter,
+    scaled_pictures,
+    stretch,
+)
 from pecobook.pixels import resize, to_float
 from pecobook.stages.stage import Stage, StageKind
 
@@ -111,7 +119,7 @@ class SegmentStage(Stage):
     def forward(self, batch: Batch) -> StageOutput:
         """Cross-entropy of uint8 images (B, 3, S, S) and masks int16 (B, S, S); in evaluation, pixels counted."""
         if not self.training:
-            return self._evaluate(batch)
+            return self._evaluate(batch)  # type: ignore[no-any-return]
         images = photometric(to_float(batch["image"]), batch["colour"], self.config.colours)
         main, auxiliary = self.model(images)
         truth = batch["mask"].long()
@@ -123,23 +131,32 @@ class SegmentStage(Stage):
             loss = loss + self.config.auxiliary_weight * extra
         return StageOutput(loss, metrics)
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # every picture has another shape
     def _evaluate(self, batch: Batch) -> StageOutput:
-        """Lists of images uint8 (3, h, w) and masks int16 (H, W), each at its own size."""
-        count = len(self.classes)
+        """Of each image, pictures uint8 (3, h, w) at the test's sizes, one after the other; masks int16 (H, W)."""
+        sizes, count = len(self.config.test.scales), len(self.classes)
         total = torch.zeros(1, count, count, dtype=torch.int64, device=batch["image"][0].device)
         losses: list[Tensor] = []
         shown: list[tuple[Tensor, Tensor, Tensor]] = []
-        for image, truth in zip(batch["image"], batch["mask"], strict=True):
-            size = (int(truth.shape[0]), int(truth.shape[1]))
-            probabilities = self.model.probabilities(image, size, self.config.test)  # (C, H, W)
-            loss = F.nll_loss(probabilities.clamp_min(1e-12).log()[None], truth.long()[None], ignore_index=IGNORE)
-            losses.append(loss.nan_to_num())  # a mask without a class that counts
-            predicted = probabilities.argmax(0)
-            total += count_pixels(predicted, truth, count)
+        repeated = batch["repeated"].tolist() if "repeated" in batch else [False] * len(batch["mask"])
+        for number, truth in enumerate(batch["mask"]):
+            pictures = batch["image"][number * sizes : (number + 1) * sizes]
+            found = self.model.scores(pictures, self.config.test)  # (C, h, w)
+            losses.append(self._held_out_loss(found, truth))
+            predicted = best_classes(found, (int(truth.shape[0]), int(truth.shape[1])))
+            if not repeated[number]:
+                total += count_pixels(predicted, truth, count)
             if len(shown) < 8:
-                shown.append(_three(image, truth, predicted, self.config.image_size))
-        pictures = {name: torch.stack(parts) for name, parts in zip(_SHOWN, zip(*shown, strict=True), strict=True)}
-        return StageOutput(torch.stack(losses).mean(), {}, pictures, {"counts": total})
+                shown.append(_three(pictures[0], truth, predicted, self.config.image_size))
+        drawn = {name: torch.stack(parts) for name, parts in zip(_SHOWN, zip(*shown, strict=True), strict=True)}
+        return StageOutput(torch.stack(losses).mean(), {}, drawn, {"counts": total})
+
+    def _held_out_loss(self, found: Tensor, truth: Tensor) -> Tensor:
+        """Cross-entropy at the size of the scores (C, h, w), (); 0 where nothing counts."""
+        averaged = len(self.config.test.scales) > 1 or self.config.test.flip
+        logits = found.clamp_min(1e-12).log() if averaged else found
+        small = resize_mask(truth, int(found.shape[1]), int(found.shape[2])).long()
+        return F.cross_entropy(logits[None], small[None], ignore_index=IGNORE).nan_to_num()
 
     def summarise(self, rows: dict[str, Tensor], known: dict[str, Tensor]) -> dict[str, float]:  # noqa: ARG002
         """Mean IoU and accuracy over all held-out images, in percent."""
@@ -214,13 +231,18 @@ def _open(config: SegmentConfig) -> Splits:
 
     if not config.data:
         raise DataError("--data is missing: give a folder of images/ and masks/, or hf:owner/name.")
-    how = {"classes": config.classes, "mask_values": config.mask_values, "ignore": config.ignore}
-    splits = open_segmentation(config.data, **how)  # type: ignore[arg-type]
+    splits = open_segmentation(
+        config.data,
+        classes=config.classes,
+        mask_values=config.mask_values,
+        ignore=config.ignore,
+        skip_bad=config.skip_bad,
+    )
     if not config.verify:
         if not cast("SegmentationSource", splits.train).meaning.names:
             raise ConfigError("--no-verify needs to be told the classes: give --classes FILE or --mask-values.")
         return splits
-    progress = Progress(total=len(splits.train) + len(splits.evaluation), start=0, name="masks", quiet=False)
+    progress = Progress(total=len(splits.train) + len(splits.evaluation), start=0, name="masks", quiet=not is_leader())
     try:
         found = verify(splits, lambda done: progress.show(done, {}))
     finally:
@@ -235,7 +257,7 @@ def _open(config: SegmentConfig) -> Splits:
             wrong = listed([*found.unreadable, *found.problems])
             raise DataError(f"--data '{config.data}' has no pair that can be used to {_USE[source.split]}:\n{wrong}")
     for lines, what in ((found.problems, "do not fit"), (found.unreadable, "cannot be read")):
-        if lines:
+        if lines and is_leader():
             print(f"{len(lines)} of the pairs {what} and are left out:\n{listed(lines)}", file=sys.stderr)
     return found.splits
 
@@ -246,6 +268,12 @@ _USE = {"train": "train", "evaluation": "evaluate"}
 def _check(config: SegmentConfig) -> None:
     if not config.backbone:
         raise ConfigError("--backbone is missing: give a pretrain or contrast run, or timm:NAME.")
+    synchronised = torch.cuda.is_available() and world_size(config) > 1
+    if micro_batch_size(config) < 2 and not synchronised:
+        raise ConfigError(
+            "UperNet normalises over a batch, so a device must hold 2 images or more; --pyramid.checkpointing true a "
+            "smaller --image-size save memory."
+        )
     _pyramid(config)
 
 
@@ -263,8 +291,20 @@ def _view(config: SegmentConfig) -> ViewFunction:
     )
 
 
+def _whole_view(
+    image: Tensor,
+    mask: Tensor,
+    view_key: int,  # noqa: ARG001
+    *,
+    size: int,
+    test: SegmentTestConfig,
+) -> dict[str, list[Tensor]]:
+    """A held-out image at the test's sizes, and its mask as it is: lists, since sizes differ."""
+    return {"image": scaled_pictures(image, size, test), "mask": [mask]}
+
+
 def _evaluation_view(config: SegmentConfig) -> ViewFunction:
-    return partial(whole_view, size=config.image_size, most=config.test.max_side)
+    return partial(_whole_view, size=config.image_size, test=config.test)
 
 
 KIND: StageKind[SegmentConfig] = StageKind("segment", _check, _build, _view, _evaluation_view, open=_open)
