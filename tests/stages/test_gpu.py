@@ -1,0 +1,45 @@
+"""Every stage on a CUDA device: it trains, evaluates, goes on where it stopped, and exports what loads on a CPU."""
+
+from __future__ import annotations
+
+import math
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from pecobook.models.segmenter import Segmenter, SegmentTestConfig
+from tests.runs import SMALL, inputs, losses, train
+
+pytestmark = pytest.mark.gpu
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("command", list(SMALL))
+def test_train__on_a_gpu(
+    command: str, precision: str, images: Path, codebook_run: Path, vit_run: Path, tmp_path: Path
+) -> None:
+    more: dict[str, Any] = {**inputs(command, codebook_run, vit_run), "precision": precision, "devices": "1"}
+    more |= {"max_steps": "6", "save_every": 3, "sample_every": 3}
+    run = train(command, images, tmp_path / "run", **more)
+    found = losses(run)
+    assert len(found) == 6
+    assert all(map(math.isfinite, found))
+    shutil.rmtree(run / "checkpoints" / "step-00000006")
+    shutil.rmtree(run / "export")
+    train(command, images, run, **more, resume=True)
+    weights = load_file(run / "export" / "model.safetensors")
+    assert all(bool(value.isfinite().all()) for value in weights.values() if value.is_floating_point())
+
+
+def test_segmenter__predicts_on_a_gpu_what_it_does_on_a_cpu(vit_run: Path, tmp_path: Path, images: Path) -> None:
+    more: dict[str, Any] = {**inputs("segment", vit_run, vit_run), "max_steps": "2", "devices": "1"}
+    model = Segmenter.from_pretrained(train("segment", images, tmp_path / "run", **more))
+    picture = torch.randint(256, (3, 70, 90), dtype=torch.uint8)
+    for test in (SegmentTestConfig(), SegmentTestConfig(mode="slide", scales=(1.0, 1.5), flip=True)):
+        here = model.cpu().predict(picture, test)
+        assert float((model.cuda().predict(picture, test) == here).float().mean()) > 0.99
+        assert float((model.predict(picture.cuda(), test) == here).float().mean()) > 0.98
