@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 OUT    ?= runs/demo
+# Processes that share out the tests. Each holds about 3 GB.
+WORKERS ?= 2
 
 .PHONY: demo test test-all check format clean
 
@@ -10,7 +12,7 @@ demo: $(VENV)/.run
 	$(BIN)/pecobook demo --out $(OUT)
 
 test: $(VENV)/.dev
-	$(BIN)/pytest -m "not gpu and not slow"
+	$(BIN)/pytest -n $(WORKERS) --dist worksteal -m "not gpu and not slow"
 
 test-all: $(VENV)/.dev
 	$(BIN)/pytest
