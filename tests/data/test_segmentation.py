@@ -15,7 +15,8 @@ from PIL import Image
 
 from pecobook.data.decode import BadImage
 from pecobook.data.images import Splits
-from pecobook.data.segmentation import SegmentationSource, listed, open_segmentation, verify
+from pecobook.data.segmentation import SegmentationSource, listed, open_segmentation
+from pecobook.data.segmentation_check import verify
 from pecobook.data.segmentation_classes import (
     IGNORE,
     Classes,
