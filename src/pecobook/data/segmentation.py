@@ -192,7 +192,7 @@ def open_segmentation(
 ) -> Splits:
     """Open a source of images with masks; see the top of this file.
 
-    Without a class file and values, the classes are not known before all masks were looked at: `segmentation_check.verify` does that.
+    Without a class file and values, classes are not known before all masks were looked at (segmentation_check.py).
 
     Args:
         data: a folder, or hf:owner/name.
