@@ -16,12 +16,13 @@ import json
 import resource
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from benchmarks.runs import median_step
 
 CLASSES, SIDE = 150, 512
 MEAN = STD = (0.5, 0.5, 0.5)
@@ -115,26 +116,12 @@ def measure(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
     torch.manual_seed(0)
     model, loss = ROWS[name](arguments.batch_size, device)
     model.to(device).train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
-    wait: Callable[[], object] = torch.cuda.synchronize if device.type == "cuda" else lambda: None
-
-    def step() -> float:
-        began = time.perf_counter()
-        with torch.autocast(device.type, torch.bfloat16, enabled=arguments.precision == "bf16"):
-            value = loss()
-        value.backward()  # type: ignore[no-untyped-call]
-        optimizer.step()
-        optimizer.zero_grad()
-        wait()
-        return time.perf_counter() - began
-
-    step()
-    seconds = sorted(step() for _ in range(arguments.repeats))
+    seconds = median_step(model, loss, precision=arguments.precision, warmup=1, repeats=arguments.repeats)
     if device.type == "cuda":
         memory = torch.cuda.max_memory_allocated() / 2**30
     else:
         memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    return {"seconds": seconds[len(seconds) // 2], "gib": memory}
+    return {"seconds": seconds, "gib": memory}
 
 
 def main() -> None:

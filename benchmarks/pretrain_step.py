@@ -14,12 +14,13 @@ import argparse
 import json
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from benchmarks.runs import median_step
 
 SHARED = {"init_values": 0.1, "use_rel_pos_bias": False, "use_shared_rel_pos_bias": True}
 NUM_MASKED, VOCABULARY = 75, 8192
@@ -100,24 +101,11 @@ def measure(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
     model.to(device).train()
     if compiled:
         model.compile()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
-    wait: Callable[[], object] = torch.cuda.synchronize if device.type == "cuda" else lambda: None
-
-    def step() -> float:
-        began = time.perf_counter()
-        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
-            value = loss()
-        value.backward()  # type: ignore[no-untyped-call]
-        optimizer.step()
-        optimizer.zero_grad()
-        wait()
-        return time.perf_counter() - began
-
-    for _ in range(3 if device.type == "cuda" else 1):
-        step()
-    seconds = sorted(step() for _ in range(arguments.repeats))
+    seconds = median_step(
+        model, loss, precision=precision, warmup=3 if device.type == "cuda" else 1, repeats=arguments.repeats
+    )
     memory = torch.cuda.max_memory_allocated() / 2**20 if device.type == "cuda" else 0.0
-    return {"seconds": seconds[len(seconds) // 2], "mib": memory}
+    return {"seconds": seconds, "mib": memory}
 
 
 def main() -> None:

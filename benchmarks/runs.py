@@ -7,10 +7,14 @@ import os
 import statistics
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
+
+import torch
+from torch import Tensor, nn
 
 ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
 
@@ -58,3 +62,33 @@ def cell(values: list[float | None]) -> str:
         return "-"
     spread = f" ± {statistics.stdev(numbers):.2f}" if len(numbers) > 1 else ""
     return f"{statistics.mean(numbers):.2f}{spread}"
+
+
+def median_step(model: nn.Module, loss: Callable[[], Tensor], *, precision: str, warmup: int, repeats: int) -> float:
+    """Seconds of a forward, a backward and an AdamW step, the median of `repeats` after `warmup` steps.
+
+    Args:
+        model: on its device.
+        loss: of the model on inputs that are there already, ().
+        precision: fp32 or bf16.
+        warmup: steps that are not counted.
+        repeats: steps that are.
+    """
+    device = next(model.parameters()).device
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+    wait: Callable[[], object] = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+
+    def step() -> float:
+        began = time.perf_counter()
+        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+            value = loss()
+        value.backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+        optimizer.zero_grad()
+        wait()
+        return time.perf_counter() - began
+
+    for _ in range(warmup):
+        step()
+    seconds = sorted(step() for _ in range(repeats))
+    return seconds[len(seconds) // 2]

@@ -27,6 +27,7 @@ from pecobook.data.images import open_images
 from pecobook.data.stream import read_all
 from pecobook.errors import ConfigError, DataError, PecobookError, PreflightError
 from pecobook.models.tokenizer import PerceptualTokenizer
+from pecobook.models.weights import write_export
 from pecobook.pixels import to_float
 from pecobook.pretrained import load_masked_run
 from tests.runs import codebook_run, train, vit_run
@@ -287,3 +288,10 @@ def test_unique_names__are_run_folders_names() -> None:
 @pytest.mark.parametrize("name", ["a", "../../etc/passwd", "😀", "<script>", "x" * 300, ""])
 def test_file_part__is_safe(name: str) -> None:
     assert re.fullmatch(r"3-[\w.-]{0,60}", file_part(3, name), flags=re.ASCII)
+
+
+def test_open_classifier__a_segmenter_has_classes_and_is_none(images: Path, tmp_path: Path) -> None:
+    write_export(tmp_path, {"kind": "segmenter", "classes": ["blue", "green", "red"]}, {"x": torch.zeros(1)}, "")
+    config = AnalyzeConfig(data=str(images), classifier=str(tmp_path))
+    with pytest.raises(ConfigError, match="no run of pecobook finetune: it is a segmenter"):
+        open_classifier(config, open_images(str(images)))

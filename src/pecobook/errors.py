@@ -6,7 +6,7 @@ The command line prints them without a traceback and exits with code 2; in Pytho
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 
 class PecobookError(Exception):
@@ -50,3 +50,9 @@ def did_you_mean(value: str, options: Iterable[str]) -> str:
 def first_line(error: BaseException) -> str:
     """What another library says went wrong, in one line; its kind when it says nothing."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
+def listed(lines: Sequence[str], most: int = 10) -> str:
+    """The first lines, and how many more there are."""
+    more = [f"... and {len(lines) - most:,} more"] if len(lines) > most else []
+    return "\n".join([*lines[:most], *more])

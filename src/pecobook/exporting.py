@@ -8,7 +8,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from pecobook.errors import ConfigError, RunFolderError, WeightsError
+from pecobook.errors import ConfigError, WeightsError
+from pecobook.files import require_empty
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -26,8 +27,7 @@ class ExportConfig:
     """Folder to write; it must be new or empty."""
 
     def __post_init__(self) -> None:
-        if self.out and Path(self.out).exists() and (not Path(self.out).is_dir() or any(Path(self.out).iterdir())):
-            raise RunFolderError(f"--out '{self.out}' is not empty: name another folder.")
+        require_empty(self.out)
 
 
 def export(config: ExportConfig) -> Path:
@@ -36,14 +36,14 @@ def export(config: ExportConfig) -> Path:
     Raises:
         PecobookError: no such run, or the format cannot hold it.
     """
-    from pecobook.models.weights import read_export
+    from pecobook.models.weights import exported_network, read_export, read_settings
 
     if not config.run or not config.out:
         missing = "out" if config.run else "run"
         raise ConfigError(f"--{missing} is missing: pecobook export RUN --format timm --out DIR.")
     out = Path(config.out)
-    settings, state = read_export(config.run)
-    if settings.get("kind") == "tokenizer":
+    kind = read_settings(config.run).get("kind")
+    if kind == "tokenizer":
         if config.format != "onnx":
             raise ConfigError(f"'{config.run}' is a tokenizer: --format onnx is what it can be exported to.")
         from pecobook.models.onnx import export_onnx
@@ -51,24 +51,14 @@ def export(config: ExportConfig) -> Path:
 
         export_onnx(load_tokenizer(config.run), out)
         return _say(out, 'import onnxruntime\nsession = onnxruntime.InferenceSession("{path}/encoder.onnx")')
-    if settings.get("kind") in ("segmenter", "detector"):
-        if config.format != "onnx" or settings["kind"] == "detector":
-            raise ConfigError(
-                f"'{config.run}' is a {settings['kind']}: a segmenter can be exported to onnx, a detector not."
-            )
+    if kind in ("segmenter", "detector"):
+        if config.format != "onnx" or kind == "detector":
+            raise ConfigError(f"'{config.run}' is a {kind}: a segmenter can be exported to onnx, a detector not.")
         return _say(out, _segmenter_to_onnx(config))
-    network = _network(settings, state, config.run)
+    settings, state = read_export(config.run)
+    network = exported_network(settings, state, config.run)
     write = {"timm": _to_timm, "hf": _to_huggingface, "onnx": _to_onnx}[config.format]
     return _say(out, write(config, settings, state, network))
-
-
-def _network(settings: dict[str, Any], state: dict[str, Tensor], run: str) -> nn.Module:
-    from pecobook.models.checkpoints import load_state
-    from pecobook.models.weights import create
-
-    network = create(settings["name"], num_classes=len(settings.get("classes", ())), **settings["args"])
-    load_state(network, state, source=run)
-    return network.eval()
 
 
 def _say(out: Path, lines: str) -> Path:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from pecobook.errors import RunFolderError
+
 
 def write_atomically(path: Path, data: bytes) -> None:
     """Write `data` under a temporary name in the same folder, flush it to the disk, and rename it to `path`."""
@@ -28,3 +30,10 @@ def sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def require_empty(out: str) -> None:
+    """Raise RunFolderError unless the folder that `--out` names, if it names one, is new or empty."""
+    folder = Path(out)
+    if out and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise RunFolderError(f"--out '{out}' is not empty: name another folder.")

@@ -15,7 +15,7 @@ from PIL import Image
 
 from pecobook.data.decode import BadImage
 from pecobook.data.images import Splits
-from pecobook.data.segmentation import SegmentationSource, listed, open_segmentation
+from pecobook.data.segmentation import SegmentationSource, open_segmentation
 from pecobook.data.segmentation_check import verify
 from pecobook.data.segmentation_classes import (
     IGNORE,
@@ -26,7 +26,7 @@ from pecobook.data.segmentation_classes import (
     parse_values,
     read_classes,
 )
-from pecobook.errors import ConfigError, DataError
+from pecobook.errors import ConfigError, DataError, listed
 from tests.shapes import COLOURS, shape, write_pairs, write_shapes
 
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pecobook.engine.schedule import cosine, is_time, warmup_cosine
+from pecobook.config import OptimConfig
+from pecobook.engine.optim import learning_rates
+from pecobook.engine.schedule import cosine, is_time, warmup_cosine, warmup_poly, warmup_steps
 
 
 def test_warmup_cosine__by_hand() -> None:
@@ -53,3 +56,32 @@ def test_cosine__by_hand() -> None:
 def test_is_time__at_multiples_and_at_the_end(every: int, total: int) -> None:
     due = [step for step in range(1, total + 1) if is_time(step, every, total)]
     assert due == sorted({*range(every, total + 1, every), total})
+
+
+def test_warmup_poly__by_hand() -> None:
+    rates = [warmup_poly(step, total=14, warmup=4, peak=8.0, final=2.0) for step in range(15)]
+    assert rates[:5] == [2.0, 4.0, 6.0, 8.0, 8.0]
+    assert rates[9] == pytest.approx(5.0)  # a straight line
+    assert rates[14] == pytest.approx(2.0)
+    assert warmup_poly(99, total=14, warmup=4, peak=8.0, final=2.0) == pytest.approx(2.0)
+    assert warmup_poly(5, total=10, warmup=0, peak=4.0, power=2.0) == pytest.approx(1.0)
+
+
+def test_warmup_steps__by_hand() -> None:
+    rates = [warmup_steps(step, warmup=2, peak=4.0, falls=(5, 7)) for step in range(9)]
+    assert rates == pytest.approx([2.0, 4.0, 4.0, 4.0, 4.0, 0.4, 0.4, 0.04, 0.04])
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({"schedule": "cosine", "final_lr": 0.1}, [0.5, 1.0, 1.0, 0.55, 0.1]),
+        ({"schedule": "poly", "power": 2.0}, [0.5, 1.0, 1.0, 0.25, 0.0]),
+        ({"schedule": "steps", "milestones": ("1 epochs", "80%")}, [0.5, 1.0, 1.0, 0.1, 0.01]),
+    ],
+)
+def test_learning_rates__by_their_settings(settings: dict[str, Any], expected: list[float]) -> None:
+    """Ten steps of which two warm up, an epoch being five: at steps 0, 1, 2, 6 and 10."""
+    config = OptimConfig(lr=1.0, warmup="20%", **settings)
+    rates = learning_rates(config, total=10, num_images=20, batch_size=4)
+    assert [rates(step) for step in (0, 1, 2, 6, 10)] == pytest.approx(expected)

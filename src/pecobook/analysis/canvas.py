@@ -76,6 +76,11 @@ def tidy(axes: Axes, *, grid: str = "both") -> None:
     axes.set_axisbelow(True)
 
 
+def plain(text: str) -> str:
+    """Text that matplotlib draws as it stands: a dollar sign would begin a formula."""
+    return text.replace("$", r"\$")
+
+
 def png(figure: Figure) -> bytes:
     """The figure as PNG, cut to its contents, without a time stamp so that equal figures give equal bytes."""
     buffer = io.BytesIO()

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from torch import Tensor
 
-from pecobook.analysis.canvas import new_figure, png
+from pecobook.analysis.canvas import new_figure, plain, png
 from pecobook.models.detector import Detections, paste_masks
 
 if TYPE_CHECKING:
@@ -153,27 +153,23 @@ def draw_detections(axes: Axes, image: Tensor, found: Detections, classes: Seque
     pixels = image.permute(1, 2, 0).float().numpy() / 255
     for mask, label in zip(_whole_masks(found, height, width), found.labels.tolist(), strict=False):
         inside = mask.numpy().astype(bool)
-        pixels[inside] = 0.55 * pixels[inside] + 0.45 * np.array(to_rgb(_colour(label)))
+        pixels[inside] = 0.55 * pixels[inside] + 0.45 * np.array(to_rgb(colour_of(label)))
     axes.set_axis_off()
     axes.imshow(pixels, interpolation="nearest")
     told = len(found.boxes) <= _TOLD  # more words would hide what they name
     for box, score, label in zip(found.boxes.tolist(), found.scores.tolist(), found.labels.tolist(), strict=True):
         left, top, right, bottom = box
         corner = (left - 0.5, top - 0.5)
-        edge = {"edgecolor": _colour(label), "linewidth": 0.9}
+        edge = {"edgecolor": colour_of(label), "linewidth": 0.9}
         axes.add_patch(Rectangle(corner, right - left, bottom - top, fill=False, **edge))  # type: ignore[arg-type]
         text = (classes[label - 1] if len(classes) > 1 else "") + ("" if score >= 1 else f" {score:.2f}")
         if told and text.strip():
-            ground = {"facecolor": _colour(label), "edgecolor": "none", "pad": 0.6}
+            ground = {"facecolor": colour_of(label), "edgecolor": "none", "pad": 0.6}
             axes.text(*corner, plain(text.strip()), fontsize=4.5, color="white", va="bottom", bbox=ground, clip_on=True)
 
 
-def plain(text: str) -> str:
-    """Text that matplotlib draws as it stands: a dollar sign would begin a formula."""
-    return text.replace("$", r"\$")
-
-
-def _colour(label: int) -> str:
+def colour_of(label: int) -> str:
+    """Of a class, the same in every picture."""
     return _COLOURS[(label - 1) % len(_COLOURS)]
 
 

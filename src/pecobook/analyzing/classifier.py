@@ -13,7 +13,7 @@ from pecobook.data.images import Splits
 from pecobook.devices import device
 from pecobook.errors import ConfigError, DataError
 from pecobook.models.checkpoints import load_state, read_weights
-from pecobook.models.weights import IMAGENET_MEAN, IMAGENET_STD, create, read_export
+from pecobook.models.weights import IMAGENET_MEAN, IMAGENET_STD, create, exported_network, read_export
 
 if TYPE_CHECKING:
     from pecobook.analyzing import AnalyzeConfig
@@ -84,8 +84,8 @@ def open_classifier(config: AnalyzeConfig, splits: Splits) -> Classifier:
         mean, std = settings.get("mean", IMAGENET_MEAN), settings.get("std", IMAGENET_STD)
     else:
         exported, state = read_export(Path(name).parent if Path(name).is_file() else name)
-        if "classes" not in exported:
-            raise ConfigError(f"--classifier '{name}' is no run of pecobook finetune: it has no classes.")
+        if exported.get("kind") != "classifier":  # segmenters and detectors have classes, too
+            raise ConfigError(f"--classifier '{name}' is no run of pecobook finetune: it is a {exported.get('kind')}.")
         known = {label: number for number, label in enumerate(exported["classes"])}
         missing = [label for label in classes if label not in known]
         if missing:
@@ -93,8 +93,7 @@ def open_classifier(config: AnalyzeConfig, splits: Splits) -> Classifier:
                 f"--classifier '{Path(name)}' does not know the class '{missing[0]}' of --data '{config.data}'"
                 f"{f' (and {len(missing) - 1} more)' if len(missing) > 1 else ''}."
             )
-        network = create(exported["name"], num_classes=len(known), **exported["args"])
-        load_state(network, state, source=name)
+        network = exported_network(exported, state, name)
         size, columns = exported["image_size"], torch.tensor([known[label] for label in classes])
         mean, std = exported["mean"], exported["std"]
     return Classifier(network.eval(), size, tuple(mean), tuple(std), columns).eval().to(device())

@@ -33,7 +33,8 @@ from pecobook.data.segmentation_classes import (
     make_classes,
     read_classes,
 )
-from pecobook.errors import DataError, first_line
+from pecobook.data.tables import TableStore, hub_tables
+from pecobook.errors import DataError, listed
 
 _IMAGE_FOLDERS = ("images", "image", "img", "imgs", "jpegimages")
 _MASK_FOLDERS = ("masks", "mask", "annotations", "labels", "label", "segmentationclass")
@@ -94,39 +95,44 @@ class PairStore:
         return hashlib.sha256(repr([self.pairs[row] for row in rows.tolist()]).encode()).hexdigest()
 
 
-class _TableStore:
-    """Rows of a `datasets` table with two columns of encoded images."""
+class TablePairStore:
+    """Two columns of one table.
 
-    def __init__(self, table: Any, image: str, mask: str, name: str) -> None:
-        self._table, self._image, self._mask, self._name = table, image, mask, name
+    Args:
+        images: the one.
+        masks: the other.
+        column: its name.
+    """
+
+    def __init__(self, images: TableStore, masks: TableStore, column: str) -> None:
+        self._images, self._masks, self._column = images, masks, column
 
     def __len__(self) -> int:
-        return len(self._table)
+        return len(self._images)
 
     def identify(self, row: int) -> str:
-        return f"{self._name} row {row}"
+        """The split and the row in it."""
+        return self._images.identify(row)
 
     def identify_mask(self, row: int) -> str:
-        return f"{self._name} row {row} ({self._mask})"
-
-    def _bytes(self, row: int, column: str) -> bytes:
-        data = self._table[row][column]
-        data = data.get("bytes") if isinstance(data, dict) else data
-        if data is None:
-            raise BadImage(self.identify(row), f"nothing in '{column}'")
-        return cast("bytes", data)
+        """The same, and the mask's column."""
+        return f"{self.identify(row)} ({self._column})"
 
     def read_image(self, row: int) -> bytes:
-        return self._bytes(row, self._image)
+        """The encoded image."""
+        return self._images.encoded(row)
 
     def read(self, row: int) -> Tensor:
-        return decode(self.read_image(row), name=self.identify(row))
+        """The image, uint8 (3, H, W)."""
+        return self._images.read(row)
 
     def read_mask(self, row: int) -> bytes:
-        return self._bytes(row, self._mask)
+        """The encoded mask."""
+        return self._masks.encoded(row)
 
     def digest(self, rows: Integers) -> str:
-        return hashlib.sha256(f"{self._name} {self._image} {self._mask}".encode() + rows.tobytes()).hexdigest()
+        """A hash of what both columns are and of the rows' numbers."""
+        return self._images.digest(rows) + self._masks.digest(rows)
 
 
 class SegmentationSource(ImageSource):
@@ -134,14 +140,13 @@ class SegmentationSource(ImageSource):
 
     def __init__(self, store: MaskStore, meaning: Classes, *, name: str, split: str, rows: Integers) -> None:
         super().__init__(store, name=name, split=split, rows=rows)
-        self.meaning, self._masks = meaning, store
-        self.mask_classes = meaning.names
+        self.meaning, self._masks, self._table = meaning, store, meaning.table()
 
     def read_mask(self, index: int) -> Tensor:
         """Class of every pixel, int16 (H, W), `IGNORE` where none counts. Raises BadImage."""
         row = self._row(index)
         values = decode_mask(self._masks.read_mask(row), self.meaning.colours, name=self._masks.identify_mask(row))
-        classes = self.meaning.table()[values]
+        classes = self._table[values]
         if classes.min() < IGNORE:
             raise BadImage(self._masks.identify_mask(row), "a pixel has no class")
         return torch.from_numpy(classes)
@@ -289,18 +294,10 @@ def _split_name(image: str) -> str:
 
 
 def _hub_stores(data: str) -> dict[str, MaskStore]:
-    from datasets import Image, load_dataset
+    from datasets import Image
 
-    name, _, config = data.removeprefix("hf:").partition(":")
-    try:
-        loaded = load_dataset(name, config or None)
-    except Exception as error:  # network, hub, gated, unknown name, builder: each library raises its own
-        raise DataError(f"--data '{data}' cannot be loaded from the Hugging Face hub: {first_line(error)}") from error
     found: dict[str, MaskStore] = {}
-    names = list(loaded)
-    for split, numbers in group_by_split(names).items():
-        declared = min((names[number] for number in numbers), key=len)
-        table = loaded[declared]
+    for split, (name, config, declared, table) in hub_tables(data).items():
         pictures = [column for column, kind in table.features.items() if isinstance(kind, Image)]
         mask = next((column for column in _MASK_COLUMNS if column in pictures), None)
         image = "image" if "image" in pictures else next((column for column in pictures if column != mask), None)
@@ -309,13 +306,15 @@ def _hub_stores(data: str) -> dict[str, MaskStore]:
                 f"--data '{data}' has the image columns {', '.join(pictures) or 'none'}: one must be 'image', "
                 f"one {' or '.join(_MASK_COLUMNS[:4])}."
             )
-        for column in (image, mask):
-            table = table.cast_column(column, Image(decode=False))
-        found[split] = _TableStore(table, image, mask, f"{name} {declared}")
+        files = [(f"{name} {declared}", len(table))]
+        images, masks = (
+            TableStore(
+                table.select_columns([column]).cast_column(column, Image(decode=False)),
+                column,
+                files,
+                repr((name, config, declared, len(table), column)),
+            )
+            for column in (image, mask)
+        )
+        found[split] = TablePairStore(images, masks, mask)
     return found
-
-
-def listed(lines: Sequence[str], most: int = 10) -> str:
-    """The first lines, and how many more there are."""
-    more = [f"... and {len(lines) - most} more"] if len(lines) > most else []
-    return "\n".join([*lines[:most], *more])

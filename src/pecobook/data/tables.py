@@ -11,7 +11,7 @@ import glob
 import hashlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from torch import Tensor
@@ -46,6 +46,10 @@ class TableStore:
 
     def read(self, row: int) -> Tensor:
         """The image, uint8 (3, H, W)."""
+        return decode(self.encoded(row), name=self.identify(row))
+
+    def encoded(self, row: int) -> bytes:
+        """The image's bytes as they are stored; raises BadImage."""
         value = self._images[row][self._column]
         if isinstance(value, dict):
             data = value.get("bytes")
@@ -55,7 +59,7 @@ class TableStore:
             data = value
         if data is None:
             raise BadImage(self.identify(row), "no image in this row")
-        return decode(data, name=self.identify(row))
+        return cast("bytes", data)
 
     def _read_file(self, row: int, path: str) -> bytes:
         try:
@@ -111,6 +115,20 @@ def open_hub(source: str) -> Splits:
     Raises:
         DataError: the data set cannot be had, whatever the reason, or has no image column.
     """
+    parts: dict[str, Part] = {}
+    for split, (name, config, declared, table) in hub_tables(source).items():
+        column = _image_column(source, table.features)
+        identity = repr((name, config, declared, len(table), sorted(table.features)))
+        parts[split] = _part(source, table, column, [(f"{name} {declared}", len(table))], identity, None)
+    return assemble(source, parts)
+
+
+def hub_tables(source: str) -> dict[str, tuple[str, str, str, Any]]:
+    """Of `hf:owner/name[:config]`, by split: owner/name, config, the hub's name of the split, and its table.
+
+    Raises:
+        DataError: the data set cannot be had, whatever the reason.
+    """
     from datasets import load_dataset
 
     name, _, config = source.removeprefix("hf:").partition(":")
@@ -122,15 +140,12 @@ def open_hub(source: str) -> Splits:
             "Check the name (hf:owner/name or hf:owner/name:config), the network, and access if it is gated."
         ) from error
     names = list(loaded)
-    parts: dict[str, Part] = {}
+    found = {}
     for split, numbers in group_by_split(names).items():
         # "train" and not "train_extra": splits that may overlap must not be joined.
         declared = min((names[number] for number in numbers), key=len)
-        table = loaded[declared]
-        column = _image_column(source, table.features)
-        identity = repr((name, config, declared, len(table), sorted(table.features)))
-        parts[split] = _part(source, table, column, [(f"{name} {declared}", len(table))], identity, None)
-    return assemble(source, parts)
+        found[split] = (name, config, declared, loaded[declared])
+    return found
 
 
 def _part(

@@ -84,6 +84,12 @@ class Detections:
     masks: Tensor | None
     """Float (D, 28, 28) in [0, 1], stretched over their boxes; None without masks."""
 
+    def above(self, score: float) -> Detections:
+        """Those of at least this score."""
+        kept = self.scores >= score
+        masks = None if self.masks is None else self.masks[kept]
+        return Detections(self.boxes[kept], self.scores[kept], self.labels[kept], masks)
+
     def pasted(self, height: int, width: int) -> Tensor:
         """Masks on an image of this size, bool (D, height, width)."""
         masks = self.masks if self.masks is not None else self.boxes.new_zeros(0, MASK_SIDE, MASK_SIDE)

@@ -19,14 +19,14 @@ B batch, h w rows and columns of patches, N = h w, P prefix tokens, D width.
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pecobook.errors import ConfigError, WeightsError, first_line
-from pecobook.models.weights import Backbone, create, load_backbone
+from pecobook.models.weights import Backbone, any_size_args, create, load_backbone
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -360,6 +360,34 @@ def load_pyramid(
     return pyramid.train(), backbone
 
 
+class WithBackbone(Protocol):
+    """Settings of a stage that stands on a pyramid."""
+
+    @property
+    def backbone(self) -> str: ...  # noqa: D102
+    @property
+    def weights(self) -> str: ...  # noqa: D102
+    @property
+    def image_size(self) -> int: ...  # noqa: D102
+    @property
+    def pyramid(self) -> PyramidConfig: ...  # noqa: D102
+    @property
+    def drop_path(self) -> float: ...  # noqa: D102
+
+
+def pyramid_of(config: WithBackbone) -> tuple[FeaturePyramid, Backbone]:
+    """The pyramid that the settings of a stage name. Raises ConfigError without --backbone, and as `load_pyramid`."""
+    if not config.backbone:
+        raise ConfigError("--backbone is missing: give a pretrain, contrast or finetune run, or timm:NAME.")
+    return load_pyramid(
+        config.backbone,
+        weights=config.weights,
+        image_size=config.image_size,
+        config=config.pyramid,
+        drop_path=config.drop_path,
+    )
+
+
 def describe_pyramid(backbone: Backbone, config: PyramidConfig, image_size: int) -> dict[str, Any]:
     """What `rebuild_pyramid` makes the same network of, as plain values."""
     own = {"name": backbone.name, "args": backbone.args, "mean": list(backbone.mean), "std": list(backbone.std)}
@@ -368,8 +396,6 @@ def describe_pyramid(backbone: Backbone, config: PyramidConfig, image_size: int)
 
 def rebuild_pyramid(settings: dict[str, Any]) -> FeaturePyramid:
     """The pyramid that `describe_pyramid` describes, with random weights."""
-    from pecobook.models.weights import any_size_args
-
     further = any_size_args(settings["name"])
     network = create(settings["name"], num_classes=0, **further, **settings["args"])
     return FeaturePyramid(network, settings["image_size"], PyramidConfig(window=settings["window"]))

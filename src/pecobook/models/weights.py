@@ -45,19 +45,39 @@ def export_folder(path: str | Path) -> Path:
     )
 
 
-def read_export(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Settings and weights of an export folder. Raises WeightsError when it is missing or damaged."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
+def read_settings(path: str | Path) -> dict[str, Any]:
+    """Settings of an export folder, without its weights. Raises WeightsError when it is missing or damaged."""
     folder = export_folder(path)
     try:
         config = json.loads((folder / "config.json").read_text())
         if not isinstance(config, dict):
             raise ValueError("config.json holds no JSON object")
-        return config, load_file(folder / "model.safetensors")
-    except (OSError, ValueError, SafetensorError) as error:
+    except (OSError, ValueError) as error:
         raise WeightsError(f"The export in '{folder}' cannot be read: {error}") from None
+    return config
+
+
+def read_export(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Settings and weights of an export folder. Raises WeightsError when it is missing or damaged."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    config, folder = read_settings(path), export_folder(path)
+    try:
+        return config, load_file(folder / "model.safetensors")
+    except (OSError, SafetensorError) as error:
+        raise WeightsError(f"The export in '{folder}' cannot be read: {error}") from None
+
+
+def exported_network(settings: dict[str, Any], state: dict[str, Tensor], source: str) -> nn.Module:
+    """The timm network of an export, with its head where it has one, in evaluation mode.
+
+    Raises:
+        WeightsError: the weights are of another network; says so of `source`.
+    """
+    network = create(settings["name"], num_classes=len(settings.get("classes", ())), **settings["args"])
+    load_state(network, state, source=source)
+    return network.eval()
 
 
 def write_tensors(file: Path, tensors: dict[str, Tensor]) -> None:

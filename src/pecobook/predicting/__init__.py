@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from pecobook.config import between
-from pecobook.errors import ConfigError, DataError, RunFolderError, WeightsError
+from pecobook.errors import ConfigError, DataError, WeightsError
+from pecobook.files import require_empty, write_atomically
 from pecobook.models.segmenter import SegmentTestConfig
 
 if TYPE_CHECKING:
@@ -45,8 +46,7 @@ class PredictConfig:
 
     def __post_init__(self) -> None:
         between(self, 0.0, 1.0, "score")
-        if self.out and Path(self.out).exists() and (not Path(self.out).is_dir() or any(Path(self.out).iterdir())):
-            raise RunFolderError(f"--out '{self.out}' is not empty: name another folder.")
+        require_empty(self.out)
 
 
 class Writer(Protocol):
@@ -72,7 +72,6 @@ def predict(config: PredictConfig) -> Path:
         PecobookError: no such run or images, or none that can be read.
     """
     from pecobook.engine.log import Progress
-    from pecobook.files import write_atomically
 
     missing = [name for name in ("run", "images", "out") if not getattr(config, name)]
     if missing:
@@ -181,10 +180,10 @@ def file_name(name: str, taken: set[str]) -> str:
 
 
 def _writer(config: PredictConfig, out: Path) -> Writer:
-    from pecobook.models.weights import read_export
+    from pecobook.models.weights import read_settings
     from pecobook.predicting import writers
 
-    kind = read_export(config.run)[0].get("kind")
+    kind = read_settings(config.run).get("kind")
     makers: dict[str, Callable[[PredictConfig, Path], Writer]] = {
         "classifier": writers.ClassifierWriter,
         "segmenter": writers.SegmenterWriter,

@@ -30,15 +30,12 @@ class ClassifierWriter:
     """predictions.csv: a row an image, its five best classes and their probabilities."""
 
     def __init__(self, config: PredictConfig, out: Path) -> None:
-        from pecobook.models.checkpoints import load_state
-        from pecobook.models.weights import create, read_export
+        from pecobook.models.weights import exported_network, read_export
 
         settings, state = read_export(config.run)
         self.out, self.pictures = out, config.pictures
         self.classes: list[str] = settings["classes"]
-        self.network = create(settings["name"], num_classes=len(self.classes), **settings["args"])
-        load_state(self.network, state, source=config.run)
-        self.network.eval().to(device())
+        self.network = exported_network(settings, state, config.run).to(device())
         self.size, self.crop = settings["image_size"], settings.get("crop", 1.0)
         self.mean, self.std = (torch.tensor(settings[name], device=device())[:, None, None] for name in ("mean", "std"))
         self.rows: list[list[str]] = []
@@ -147,20 +144,20 @@ def with_objects(image: Tensor, found: Detections, classes: Sequence[str], score
     """A picture uint8 (3, H, W) with boxes, masks, names and scores of what was found with at least `score`."""
     from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
 
-    good = found.scores >= score
-    if not good.any():
+    from pecobook.analysis.detections import colour_of
+
+    found = found.above(score)
+    if not len(found.labels):
         return image
-    labels, boxes = found.labels[good] - 1, found.boxes[good]
-    colours = [tuple(palette(len(classes))[label].tolist()) for label in labels.tolist()]
+    labels = found.labels.tolist()
+    colours = [colour_of(label) for label in labels]
     if found.masks is not None:
-        own = Detections(boxes, found.scores[good], found.labels[good], found.masks[good])
-        image = draw_segmentation_masks(image, own.pasted(image.shape[1], image.shape[2]), alpha=0.45, colors=colours)
-    texts = [
-        f"{classes[label]} {100 * value:.0f}%"
-        for label, value in zip(labels.tolist(), found.scores[good].tolist(), strict=True)
-    ]
+        image = draw_segmentation_masks(image, found.pasted(image.shape[1], image.shape[2]), alpha=0.45, colors=colours)
+    pairs = zip(labels, found.scores.tolist(), strict=True)
+    texts = [f"{classes[label - 1]} {100 * value:.0f}%" for label, value in pairs]
     # torchvision wants boxes that are at least a pixel wide.
-    boxes = torch.cat([boxes[:, :2], torch.maximum(boxes[:, 2:], boxes[:, :2] + 1)], 1)
+    corner = found.boxes[:, :2]
+    boxes = torch.cat([corner, torch.maximum(found.boxes[:, 2:], corner + 1)], 1)
     line = max(min(image.shape[1:]) // 250, 1)
     return draw_bounding_boxes(image, boxes, labels=texts, colors=colours, width=line)  # type: ignore[no-any-return]
 

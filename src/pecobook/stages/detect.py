@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import sys
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -22,8 +23,8 @@ from pecobook.engine.launch import is_leader
 from pecobook.engine.loop import StageOutput
 from pecobook.engine.optim import dense_groups
 from pecobook.errors import ConfigError
-from pecobook.models.detector import MASK_SIDE, Detections, Detector, DetectorConfig, export_detector, rescale
-from pecobook.models.pyramid import PyramidConfig, describe_pyramid, load_pyramid
+from pecobook.models.detector import Detections, Detector, DetectorConfig, export_detector, rescale
+from pecobook.models.pyramid import PyramidConfig, describe_pyramid, pyramid_of
 from pecobook.stages.stage import Stage, StageKind
 
 _DRAWN = 4  # images in samples/detections.png
@@ -95,7 +96,7 @@ class DetectStage(Stage):
     def __init__(self, config: DetectConfig, train: DetectionSource, evaluation: DetectionSource) -> None:
         super().__init__()
         self.config, self.evaluation = config, evaluation
-        pyramid, backbone = _pyramid(config)
+        pyramid, backbone = pyramid_of(config)
         self.detector = Detector(
             pyramid,
             describe_pyramid(backbone, config.pyramid, config.image_size),
@@ -161,7 +162,7 @@ class DetectStage(Stage):
                 continue
             certain = torch.ones(len(objects.labels))
             labelled.append((image, Detections(objects.boxes, certain, objects.labels, objects.masks())))
-            detected.append((image, _above(found, _DRAWN_SCORE)))
+            detected.append((image, found.above(_DRAWN_SCORE)))
             if len(labelled) == _DRAWN:
                 break
         if not labelled:
@@ -204,41 +205,19 @@ def _unpack(rows: dict[str, Tensor]) -> Iterator[tuple[int, Detections]]:
         yield number, Detections(boxes, scores, labels, masks)
 
 
-def _above(found: Detections, score: float) -> Detections:
-    kept = found.scores >= score
-    masks = None if found.masks is None else found.masks[kept]
-    return Detections(found.boxes[kept], found.scores[kept], found.labels[kept], masks)
-
-
-def _pyramid(config: DetectConfig) -> Any:
-    return load_pyramid(
-        config.backbone,
-        weights=config.weights,
-        image_size=config.image_size,
-        config=config.pyramid,
-        drop_path=config.drop_path,
-    )
-
-
 def _check(config: DetectConfig) -> None:
     if config.compile:
         raise ConfigError("--compile does not go with detect: the number of objects differs from image to image.")
-    if not config.backbone:
-        raise ConfigError("--backbone is missing: give a pretrain, contrast or finetune run, or timm:NAME.")
-    _pyramid(config)
+    pyramid_of(config)
 
 
 def _open(config: DetectConfig) -> Splits:
-    return open_detection(config.data, skip_bad=config.skip_bad, masks=config.masks)
-
-
-def _check_data(config: DetectConfig, splits: Splits) -> None:  # noqa: ARG001
-    """Nothing is left to refuse; what was mended is told."""
-    import sys
-
+    """The source; what was mended in it is told."""
+    splits = open_detection(config.data, skip_bad=config.skip_bad, masks=config.masks)
     if is_leader():
         for note in cast("DetectionSource", splits.train).notes:
             print(note, file=sys.stderr)
+    return splits
 
 
 def _build(config: DetectConfig, splits: Splits) -> DetectStage:
@@ -261,8 +240,4 @@ def _evaluation_view(config: DetectConfig) -> ViewFunction:
     return partial(evaluation_view, short=short, long=long)
 
 
-KIND: StageKind[DetectConfig] = StageKind(
-    "detect", _check, _build, _view, _evaluation_view, open=_open, check_data=_check_data
-)
-
-__all__ = ["KIND", "MASK_SIDE", "DetectConfig", "DetectStage"]
+KIND: StageKind[DetectConfig] = StageKind("detect", _check, _build, _view, _evaluation_view, open=_open)

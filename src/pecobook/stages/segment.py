@@ -16,7 +16,7 @@ from torch import Tensor
 from pecobook.analysis.segments import count_pixels, intersection_over_union, overlay, scores
 from pecobook.config import OptimConfig, TrainConfig, between
 from pecobook.data.images import ImageSource, Splits
-from pecobook.data.segmentation import SegmentationSource, listed, open_segmentation
+from pecobook.data.segmentation import SegmentationSource, open_segmentation
 from pecobook.data.segmentation_check import verify
 from pecobook.data.segmentation_classes import IGNORE
 from pecobook.data.segmentation_views import resize_mask, training_view
@@ -25,8 +25,8 @@ from pecobook.data.views import PhotometricConfig, photometric
 from pecobook.engine.launch import is_leader, micro_batch_size, world_size
 from pecobook.engine.loop import StageOutput
 from pecobook.engine.optim import dense_groups
-from pecobook.errors import ConfigError, DataError
-from pecobook.models.pyramid import PyramidConfig, describe_pyramid, load_pyramid
+from pecobook.errors import ConfigError, DataError, listed
+from pecobook.models.pyramid import PyramidConfig, describe_pyramid, pyramid_of
 from pecobook.models.segmenter import (
     Segmenter,
     SegmentTestConfig,
@@ -105,7 +105,7 @@ class SegmentStage(Stage):
     def __init__(self, config: SegmentConfig, classes: tuple[str, ...]) -> None:
         super().__init__()
         self.config, self.classes = config, classes
-        pyramid, backbone = _pyramid(config)
+        pyramid, backbone = pyramid_of(config)
         self.described = describe_pyramid(backbone, config.pyramid, config.image_size)
         self.model = Segmenter(
             pyramid,
@@ -207,23 +207,12 @@ _SHOWN = ("image", "truth", "predicted")
 
 def _three(image: Tensor, truth: Tensor, predicted: Tensor, side: int) -> tuple[Tensor, Tensor, Tensor]:
     """The image alone, under the truth and under what was predicted: float (3, side, side) in [0, 1] each."""
-    height, width = truth.shape
-    whole = resize(image.cpu(), height, width)
-    painted = (whole, overlay(whole, truth.cpu()), overlay(whole, predicted.cpu()))
-    return tuple(to_float(resize(picture, side, side)) for picture in painted)  # type: ignore[return-value]
+    small = resize(image.cpu(), side, side)
+    painted = [overlay(small, resize_mask(classes.cpu(), side, side)) for classes in (truth, predicted)]
+    return to_float(small), to_float(painted[0]), to_float(painted[1])
 
 
 # ------------------------------------------------------------------------------------------------------------- the kind
-
-
-def _pyramid(config: SegmentConfig) -> Any:
-    return load_pyramid(
-        config.backbone,
-        weights=config.weights,
-        image_size=config.image_size,
-        config=config.pyramid,
-        drop_path=config.drop_path,
-    )
 
 
 def _open(config: SegmentConfig) -> Splits:
@@ -267,15 +256,13 @@ _USE = {"train": "train", "evaluation": "evaluate"}
 
 
 def _check(config: SegmentConfig) -> None:
-    if not config.backbone:
-        raise ConfigError("--backbone is missing: give a pretrain or contrast run, or timm:NAME.")
     synchronised = torch.cuda.is_available() and world_size(config) > 1
     if micro_batch_size(config) < 2 and not synchronised:
         raise ConfigError(
-            "UperNet normalises over a batch, so a device must hold 2 images or more; --pyramid.checkpointing true a "
-            "smaller --image-size save memory."
+            "UperNet normalises over a batch, so a device must hold 2 images or more; --pyramid.checkpointing true or "
+            "a smaller --image-size save memory."
         )
-    _pyramid(config)
+    pyramid_of(config)
 
 
 def _build(config: SegmentConfig, splits: Splits) -> SegmentStage:
