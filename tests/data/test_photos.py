@@ -1,0 +1,57 @@
+"""The embedded photographs."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from pecobook.data import photos
+from pecobook.data.images import open_images
+from pecobook.errors import DataError
+
+
+def test_photos() -> None:
+    splits = open_images("photos")
+    train, evaluation = splits.train, splits.evaluation
+    assert splits.evaluation_name == "held-out regions"
+    assert train.name == "photos"
+    assert train.classes == evaluation.classes
+    assert train.classes is not None
+    assert train.labels is not None
+    assert evaluation.labels is not None
+    for source in (train.labels, evaluation.labels):
+        assert set(source.tolist()) == set(range(len(train.classes)))
+    assert len(train) + len(evaluation) > 1500
+    assert 0.2 < len(evaluation) / (len(train) + len(evaluation)) < 0.3
+    assert train.read(0).shape == (3, photos.TILE, photos.TILE)
+    assert train.identify(0) == "astronaut tile 0"
+
+
+def test_photo_tiles_are_regions_of_the_photographs() -> None:
+    from skimage.data import astronaut
+
+    whole = torch.from_numpy(astronaut()).permute(2, 0, 1)
+    splits = open_images("photos")
+    held = {}
+    for source in (splits.train, splits.evaluation):
+        for index in range(120):
+            name, _, tile = source.identify(index).split(" ")
+            if name == "astronaut":
+                row, column = divmod(int(tile), 10)
+                held[row, column] = source is splits.evaluation
+                top, left = row * 48, column * 48
+                assert torch.equal(source.read(index), whole[:, top : top + 48, left : left + 48])
+    assert len(held) == 100
+    for (row, column), value in held.items():  # a block of 2 x 2 tiles is held out as one
+        assert held[row // 2 * 2, column // 2 * 2] == value
+
+
+def test_large_photos_are_reduced() -> None:
+    assert photos._photo("retina").shape == (3, 512, 512)
+    assert photos._photo("rocket").shape == (3, 427, 640)
+
+
+def test_a_missing_photo(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(photos._PHOTOS, "moon", ("skimage", "data/green_cheese.png"))
+    with pytest.raises(DataError, match="scikit-image came without the photograph 'moon'"):
+        open_images("photos")
