@@ -169,7 +169,8 @@ class LatentNorm(nn.Module):
 
     def forward(self, z: Tensor) -> Tensor:
         """(B, D, h, w) to the same."""
-        return F.layer_norm(z.float().permute(0, 2, 3, 1), (self.dim,)).permute(0, 3, 1, 2)
+        normed = F.layer_norm(z.float().permute(0, 2, 3, 1), (self.dim,)).permute(0, 3, 1, 2)
+        return normed.contiguous()  # else the whole decoder runs channels last, where bf16 GroupNorm is slow on CPUs
 
 
 class Decoder(nn.Sequential):
