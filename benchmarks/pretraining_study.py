@@ -54,9 +54,11 @@ def run_arm(arm: str, seed: int, arguments: argparse.Namespace, views: int | Non
     if arm == "scratch":
         vit = out / f"pixels-{seed}"  # its network with random weights: run after it
     else:
-        pretrain(arm, seed, vit, arguments, views)
+        if not (vit / "export").exists():  # written last
+            pretrain(arm, seed, vit, arguments, views)
         record |= {"mim_loss": last(vit, "evaluation/loss"), "mim_accuracy": last(vit, "evaluation/accuracy")}
         record |= {"images_per_second": last(vit, "images_per_second")}
+    (out / f"{name}.probe").unlink(missing_ok=True)  # of a study that was interrupted
     probe = ["--out", str(out / f"{name}.probe"), "--max-train", str(arguments.images), *weights]
     command("probe", *common, "--backbone", str(vit), *probe)
     figures = json.loads((out / f"{name}.probe").read_text())

@@ -7,6 +7,7 @@ import io
 import json
 import math
 import re
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from pecobook.analysis.probe import linear_probe
 from pecobook.analysis.reconstruction import encode_all, psnr, reconstruct
 from pecobook.analyzing import AnalyzeConfig, _preflight
 from pecobook.analyzing.classifier import open_classifier
+from pecobook.analyzing.measure import _few
 from pecobook.analyzing.names import file_part, unique_names
 from pecobook.data.images import open_images
 from pecobook.data.stream import read_all
@@ -30,6 +32,7 @@ from pecobook.models.tokenizer import PerceptualTokenizer
 from pecobook.models.weights import write_export
 from pecobook.pixels import to_float
 from pecobook.pretrained import load_masked_run
+from tests.analysis.test_similarity import write_triplets
 from tests.runs import codebook_run, train, vit_run
 
 __all__ = ["codebook_run", "vit_run"]  # the fixtures
@@ -205,6 +208,80 @@ def test_analyze__of_a_grey_tokenizer_and_a_vit_on_it(images: Path, tmp_path: Pa
     results, _ = run(tmp_path / "out", tokenizer=str(grey), backbone=(str(vit),), data=str(images))
     assert results["tokenizers"][0]["codes_used"] > 0
     assert results["masked_prediction"][0]["by_share"][0]["masked"] == 4
+
+
+def test_analyze__says_what_it_measured_and_what_it_could_not_read(
+    images: Path, codebook_run: Path, tmp_path: Path
+) -> None:
+    data = tmp_path / "data"
+    for split in ("train", "test"):
+        for label in ("one", "two"):
+            (data / split / label).mkdir(parents=True)
+            for number, file in enumerate(sorted(images.rglob("*.png"))[:4]):
+                (data / split / label / f"{number}.png").write_bytes(file.read_bytes())
+    (data / "test" / "one" / "broken.png").write_bytes(b"\x89PNG nonsense")
+    results, page = run(tmp_path / "out", tokenizer=str(codebook_run), data=str(data), seed=3)
+    splits = open_images(str(data))
+    assert results["seed"] == 3
+    assert results["pecobook"] == version("pecobook")
+    assert results["fingerprints"] == {"train": splits.train.fingerprint, "evaluation": splits.evaluation.fingerprint}
+    assert results["skipped"]["count"] == 1
+    assert "broken.png" in results["skipped"]["names"][0]
+    assert results["tokenizers"][0]["num_images"] == 8
+    assert len(results["tokenizers"][0]["unused"]) == 24 - results["tokenizers"][0]["codes_used"]
+    assert _few(list(range(51))) is None
+    assert "could not be read" in page
+
+
+def test_analyze__keeps_figures_when_a_picture_fails(
+    images: Path, codebook_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: Any, **__: Any) -> dict[str, bytes]:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr("pecobook.analyzing.measure.pictures_of", fails)
+    with pytest.raises(ZeroDivisionError):
+        run(tmp_path / "out", tokenizer=str(codebook_run), data=str(images))
+    (found,) = json.loads((tmp_path / "out" / "analysis.json").read_text())["tokenizers"]
+    assert set(found) >= CONTRACT
+
+
+def test_analyze__scores_judgements_of_people(images: Path, codebook_run: Path, tmp_path: Path) -> None:
+    write_triplets(tmp_path / "judged" / "cnn")
+    common: dict[str, Any] = {"tokenizer": str(codebook_run), "data": str(images)}
+    results, page = run(tmp_path / "out", **common, judgements=str(tmp_path / "judged"))
+    told = results["tokenizers"][0]["similarity"]
+    assert told["judgements"] == 2
+    assert told["agreement_with_people"]["pixels"] == 87.5
+    assert "over 2 judgements" in page
+    (tmp_path / "judged" / "cnn" / "judge" / "000001.npy").write_bytes(b"")
+    with pytest.raises(PreflightError) as caught:
+        run(
+            tmp_path / "other",
+            **common,
+            judgements=str(tmp_path / "judged"),
+            perceptual="timm:vit_tiny_patch16_224",
+            perceptual_layers=(99,),
+            perceptual_weights="random",
+        )
+    told = "\n".join(map(str, caught.value.problems))
+    assert "000001.npy' of the judgements cannot be read" in told
+    assert "99" in told
+    assert not (tmp_path / "other").exists()
+
+
+def test_analyze__refuses_a_perceptual_network_of_larger_images(
+    images: Path, codebook_run: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(PreflightError, match=r"nothing to compare of the 16 x 16 pixels.*--perceptual-layers"):
+        run(
+            tmp_path / "out",
+            tokenizer=str(codebook_run),
+            data=str(images),
+            perceptual="torchvision:vgg11",
+            perceptual_layers=(5, "avgpool"),
+            perceptual_weights="random",
+        )
 
 
 def test_open_classifier__refuses_one_of_other_classes(images: Path, vit_run: Path, tmp_path: Path) -> None:

@@ -64,6 +64,21 @@ def test_bank_usage__counts_every_code(simulated: tuple[TokenBank, np.ndarray[An
         bank_usage(bank, 4)
 
 
+def test_bank__leaves_out_images_that_could_not_be_read(
+    simulated: tuple[TokenBank, np.ndarray[Any, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bank, codes = simulated
+    skipped = np.array([0, 8, 49])
+    monkeypatch.setattr(bank, "skipped", skipped)
+    kept = np.delete(codes, skipped, axis=0)
+    assert bank_usage(bank, K).counts.tolist() == np.bincount(kept.reshape(-1), minlength=K).tolist()
+    (places,) = find_places(bank, [3], K, patches=1000, seed=5)
+    expected = set(np.flatnonzero((codes == 3).any((1, 2, 3)))) - set(skipped)
+    assert {image for image, *_ in places.drawn} == expected
+    for image, view, row, column in places.drawn:
+        assert codes[image, view, row, column] == 3
+
+
 def test_find_places__draws_images_of_least_rank(simulated: tuple[TokenBank, np.ndarray[Any, Any]]) -> None:
     bank, codes = simulated
     found = {one.codeword: one for one in find_places(bank, [5, 3, 11], K, patches=6, seed=1)}

@@ -39,6 +39,20 @@ def test_bench__measures_every_part(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert "from a token bank" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("name", ["tiny", "cifar10", "tiny-imagenet"])
+def test_bench__without_a_tokenizer_takes_one_that_fits_the_recipe(name: str) -> None:
+    figures = bench(BenchConfig(recipe=name, batch_size=1, steps=1, data_steps=0, precision="fp32"))
+    assert figures["images_per_second_online"] > 0
+
+
+def test_bench__refuses_a_tokenizer_of_another_grid_before_it_measures(
+    codebook_run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pecobook.benching._Bench.seconds", lambda *_: pytest.fail("something was measured"))
+    with pytest.raises(ConfigError, match="one code for 4 x 4"):
+        bench(BenchConfig(recipe="tiny", batch_size=1, data_steps=0, tokenizer=str(codebook_run)))
+
+
 def test_bench__measures_nothing_else() -> None:
     with pytest.raises(SystemExit):
         cli.main(["bench", "codebook"])

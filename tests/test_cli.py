@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import io
 import json
 import re
 import subprocess
@@ -15,9 +17,10 @@ import torch
 
 from pecobook import cli
 from pecobook.config import flags
-from pecobook.errors import ConfigError
+from pecobook.errors import ConfigError, NonFiniteLossError, PecobookError
 from pecobook.recipes import recipe
 from pecobook.stages.codebook import CodebookConfig
+from tests.distributed import TwoProcesses
 from tests.runs import SMALL, export_bytes, losses, train
 
 
@@ -396,9 +399,36 @@ def test_main__a_full_disk_is_told_in_two_lines(
         raise OSError(errno.ENOSPC, "No space left on device", "runs/a/metrics.jsonl")
 
     monkeypatch.setattr(cli, "_dispatch", full)
-    with pytest.raises(SystemExit) as leaving:
-        cli.main(["recipes"])
-    assert leaving.value.code == 2
-    told = capsys.readouterr().err
-    assert "the disk is full (runs/a/metrics.jsonl)" in told
-    assert "--resume" in told
+    for command, way in (("pretrain", "go on with --resume."), ("tokenize", "--resume."), ("predict", "start again.")):
+        with pytest.raises(SystemExit) as leaving:
+            cli.main([command])
+        assert leaving.value.code == 2
+        told = capsys.readouterr().err
+        assert "the disk is full (runs/a/metrics.jsonl)" in told
+        assert told.endswith(f"{way}\n")
+
+
+def tell_on_each(rank: int, world_size: int, error: Exception) -> str:
+    def fail(_args: list[str]) -> None:
+        raise error
+
+    ordinary = cli._dispatch
+    cli._dispatch = fail  # type: ignore[assignment]
+    try:
+        with contextlib.redirect_stderr(io.StringIO()) as told, contextlib.suppress(SystemExit):
+            cli.main(["codebook"])
+    finally:
+        cli._dispatch = ordinary
+    return told.getvalue()
+
+
+def test_main__after_the_launch_a_rank_tells_what_it_alone_met(
+    two_processes: TwoProcesses, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    alone, shared = PecobookError("out of memory"), NonFiniteLossError("not finite")
+    assert two_processes.run(tell_on_each, alone) == ["pecobook: out of memory\n", "pecobook: rank 1: out of memory\n"]
+    assert two_processes.run(tell_on_each, shared) == ["pecobook: not finite\n", ""]
+    monkeypatch.setenv("RANK", "1")  # before it, all find the same
+    with pytest.raises(SystemExit):
+        cli.main(["codebok"])
+    assert capsys.readouterr().err == ""

@@ -12,6 +12,7 @@ import urllib.parse
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -21,12 +22,14 @@ import torch
 import pecobook
 from pecobook import cli
 from pecobook.analysis.reconstruction import reconstruct
+from pecobook.data.decode import decode
 from pecobook.data.images import open_images
 from pecobook.errors import ConfigError, PreflightError
 from pecobook.exploring import model
 from pecobook.models.tokenizer import PerceptualTokenizer
 from pecobook.pixels import to_float
 from pecobook.pretrained import load_masked_run
+from tests.analysis.fakes import GreyTokenizer
 from tests.runs import codebook_run, vit_run
 
 __all__ = ["codebook_run", "vit_run"]  # the fixtures
@@ -77,6 +80,15 @@ def test_about__counts_images_classes_and_neighbours(indexed: model.Indexed) -> 
     unused = int(np.flatnonzero(indexed.counts == 0)[0]) if (indexed.counts == 0).any() else None
     if unused is not None:
         assert model.about(indexed, unused, ()).patches == []
+
+
+def test_about__looks_for_neighbours_in_use_among_all_codewords() -> None:
+    codes = torch.zeros(2, 4, 4, dtype=torch.long)
+    codes[0, 0, 0] = 63  # all that lies between is unused
+    counts = torch.bincount(codes.flatten(), minlength=64).numpy()
+    pixels = torch.zeros(2, 3, 16, 16, dtype=torch.uint8)
+    one = model.Indexed("grey", GreyTokenizer(levels=64), pixels, codes, None, counts, torch.zeros(64, 3))
+    assert [other for other, _ in model.about(one, 0, ()).near] == [63]
 
 
 def test_code_colours__are_alike_for_codewords_that_are_alike() -> None:
@@ -146,6 +158,33 @@ def test_page__gives_away_no_file(page: tuple[str, Any], images: Path) -> None:
         "../../etc/passwd",
     ):
         assert status(f"{address}/gradio_api/file={urllib.parse.quote(path)}") in (403, 404)
+
+
+def test_page__a_chosen_image_is_the_one_of_the_source(images: Path, tmp_path: Path) -> None:
+    pytest.importorskip("gradio")
+    from pecobook.exploring.page import Page
+
+    files = sorted(images.rglob("*.png"))[:3]
+    for split in ("train", "test"):
+        (tmp_path / split).mkdir()
+        for number, file in enumerate(files):
+            (tmp_path / split / f"{number}.png").write_bytes(file.read_bytes())
+    (tmp_path / "test" / "3.png").write_bytes(b"\x89PNG nonsense")
+    splits = open_images(str(tmp_path))
+    small, large = (GreyTokenizer(levels=64, stride=4, image_size=size) for size in (8, 32))
+    nothing = torch.zeros(1, 3, 8, 8, dtype=torch.uint8), torch.zeros(1, 2, 2, dtype=torch.long)
+    indexed = [
+        model.Indexed(name, one, *nothing, None, np.zeros(64, dtype=np.int64), torch.zeros(64, 3))
+        for name, one in (("small", small), ("large", large))
+    ]
+    shown = Page(indexed, {}, splits)
+    assert len(shown.known) == 3
+    for place, number in enumerate(shown.known):
+        uploaded = decode((tmp_path / "test" / f"{number}.png").read_bytes(), name="x")
+        given = shown.chosen(SimpleNamespace(index=place))
+        assert np.array_equal(given, uploaded.permute(1, 2, 0).numpy())
+        seen = model.see(indexed[1], torch.from_numpy(given).permute(2, 0, 1))
+        assert torch.equal(seen.codes, model.see(indexed[1], uploaded).codes)
 
 
 def test_page__refuses_a_large_upload(page: tuple[str, Any]) -> None:

@@ -68,6 +68,32 @@ def test_timm__loads_it_in_two_lines(which: str, request: pytest.FixtureRequest,
     assert_close(again.eval()(pictures()), expected(pictures()), atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("which", ["vit_run", "classifier_run"])
+@pytest.mark.parametrize("num_classes", [0, 10])
+def test_timm__loads_it_with_other_classes(
+    which: str, num_classes: int, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    run: Path = request.getfixturevalue(which)
+    out = run_export(run, tmp_path / "timm", "timm")
+    network = timm.create_model(f"local-dir:{out}", pretrained=True, num_classes=num_classes).eval()
+    assert network(pictures()).shape == (2, num_classes or 32 if which == "vit_run" else num_classes or 24)
+    ours = load_backbone(str(run)).network.eval()
+    assert_close(network.forward_features(pictures()), ours.forward_features(pictures()))  # type: ignore[operator]
+
+
+def test_hf__of_pixels_is_a_body(images: Path, tmp_path: Path) -> None:
+    from transformers import BeitModel
+
+    run = train("pretrain", images, tmp_path / "run", target="pixels", **_BEIT)
+    assert read_export(run)[0]["target"] == "pixels"
+    out = run_export(run, tmp_path / "hf", "hf")
+    assert "vocab_size" not in json.loads((out / "config.json").read_text())
+    theirs, told = BeitModel.from_pretrained(out, output_loading_info=True)
+    assert not any(told[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    hidden = load_backbone(str(run)).network.eval().forward_features(pictures())  # type: ignore[operator]
+    assert hidden.shape == theirs.eval()(pictures()).last_hidden_state.shape
+
+
 def test_hf__a_pretrained_run_is_a_masked_image_model(beit_run: Path, tmp_path: Path) -> None:
     from transformers import AutoImageProcessor, BeitForMaskedImageModeling, BeitModel
 

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import csv
 import json
+import tarfile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
+from torch import Tensor
 
 from pecobook import cli, predict
 from pecobook.data.decode import decode
@@ -18,8 +22,8 @@ from pecobook.data.segmentation_classes import decode_mask
 from pecobook.errors import ConfigError, DataError, RunFolderError, WeightsError
 from pecobook.models.segmenter import Segmenter
 from pecobook.models.weights import load_backbone
-from pecobook.predicting import file_name
-from tests.runs import codebook_run, shapes, train, vit_run
+from pecobook.predicting import file_name, list_images, writers
+from tests.runs import codebook_run, objects, shapes, train, vit_run
 
 __all__ = ["codebook_run", "vit_run"]  # the fixtures
 
@@ -32,6 +36,11 @@ def segment_run(vit_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
 @pytest.fixture(scope="module")
 def classifier_run(images: Path, vit_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return train("finetune", images, tmp_path_factory.mktemp("classifier"), backbone=str(vit_run), max_steps="4")
+
+
+@pytest.fixture(scope="module")
+def detect_run(vit_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return train("detect", objects(), tmp_path_factory.mktemp("detect"), backbone=str(vit_run), max_steps="2")
 
 
 @pytest.fixture
@@ -111,11 +120,81 @@ def test_classifier__the_best_classes_of_every_image(classifier_run: Path, pictu
     assert float(rows[0]["probability"]) == pytest.approx(float(shares.max()), abs=1e-4)
 
 
+def stop_after(monkeypatch: pytest.MonkeyPatch, writer: type[Any], images: int) -> None:
+    """Fail once so many images are done."""
+    ordinary, seen = writer.add, list[int]()
+
+    def add(self: Any, name: str, file: str, image: Tensor) -> None:
+        if len(seen) == images:
+            raise RuntimeError("stopped")
+        seen.append(len(seen))
+        ordinary(self, name, file, image)
+
+    monkeypatch.setattr(writer, "add", add)
+
+
+def test_classifier__a_row_is_on_disk_as_it_comes(
+    classifier_run: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = predict(str(classifier_run), str(pictures), out=str(tmp_path / "whole"), pictures=False)
+    lines = (whole / "predictions.csv").read_bytes().splitlines(keepends=True)
+    stop_after(monkeypatch, writers.ClassifierWriter, 2)
+    monkeypatch.setattr(writers.ClassifierWriter, "finish", lambda _: pytest.fail("as if killed"))
+    with pytest.raises(pytest.fail.Exception):
+        predict(str(classifier_run), str(pictures), out=str(tmp_path / "out"), pictures=False)
+    assert (tmp_path / "out" / "predictions.csv").read_bytes() == b"".join(lines[:3])
+
+
+def test_detector__what_is_done_outlives_a_kill_and_is_finished_after_an_interruption(
+    detect_run: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = predict(str(detect_run), str(pictures), out=str(tmp_path / "whole"), pictures=False)
+    assert files(whole) == {"detections.json", "images.json", "skipped.txt"}
+    expected, listing = (json.loads((whole / name).read_text()) for name in ("detections.json", "images.json"))
+    assert [image["id"] for image in listing["images"]] == [1, 2, 3, 4]
+    with monkeypatch.context() as patch:
+        stop_after(patch, writers.DetectorWriter, 2)
+        with pytest.raises(RuntimeError, match="stopped"):
+            predict(str(detect_run), str(pictures), out=str(tmp_path / "part"), pictures=False)
+    part = json.loads((tmp_path / "part" / "detections.json").read_text())
+    assert part == [one for one in expected if one["image_id"] <= 2] != []
+    assert json.loads((tmp_path / "part" / "images.json").read_text())["images"] == listing["images"][:2]
+    stop_after(monkeypatch, writers.DetectorWriter, 2)
+    monkeypatch.setattr(writers.DetectorWriter, "finish", lambda _: pytest.fail("as if killed"))
+    with pytest.raises(pytest.fail.Exception):
+        predict(str(detect_run), str(pictures), out=str(tmp_path / "killed"), pictures=False)
+    assert {"detections.jsonl", "images.jsonl"} <= files(tmp_path / "killed")
+    lines = (tmp_path / "killed" / "detections.jsonl").read_text().splitlines()
+    assert [json.loads(line) for line in lines] == part
+
+
 def test_predict__one_image_and_a_set_with_splits(segment_run: Path, images: Path, tmp_path: Path) -> None:
     out = predict(str(segment_run), str(images / "red" / "3.png"), out=str(tmp_path / "one"), pictures=False)
     assert files(out) == {"masks/3.png", "classes.txt"}
     out = predict(str(segment_run), "photos", out=str(tmp_path / "two"), pictures=False)
     assert len(files(out / "masks")) > 10
+
+
+def write_parquet(file: Path, sources: list[Path]) -> None:
+    table = {"image": [{"bytes": source.read_bytes(), "path": source.name} for source in sources]}
+    pq.write_table(pa.table(table), file)
+
+
+def test_list_images__every_split_of_a_set_and_one_image_alone(images: Path, tmp_path: Path) -> None:
+    (tmp_path / "set").mkdir()
+    for number, split in enumerate(("train", "validation", "test")):
+        write_parquet(tmp_path / "set" / f"{split}.parquet", [images / "red" / f"{n}.png" for n in range(number + 1)])
+    with tarfile.open(tmp_path / "one.tar", "w") as tar:
+        tar.add(images / "red" / "0.png", "0.png")
+    write_parquet(tmp_path / "one.parquet", [images / "red" / "0.png"])
+    for source, count in (("set", 6), ("one.parquet", 1), ("one.tar", 1)):
+        sources = list_images(str(tmp_path / source))
+        assert sum(len(one) for one, _ in sources) == count
+        names = [one.identify(index) for one, _ in sources for index in range(len(one))]
+        assert len(set(names)) == count
+    write_parquet(tmp_path / "none.parquet", [])
+    with pytest.raises(DataError, match=r"none\.parquet'"):
+        list_images(str(tmp_path / "none.parquet"))
 
 
 def test_predict__refuses(segment_run: Path, vit_run: Path, pictures: Path, tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from pecobook.analysis.features import backbone_features
 from pecobook.analysis.probe import linear_probe
 from pecobook.data.images import open_images
 from pecobook.data.stream import read_all
-from pecobook.errors import DataError
+from pecobook.errors import ConfigError, DataError
 from pecobook.extracting import extract
 from pecobook.models.weights import load_backbone
 from pecobook.pixels import to_float
@@ -105,6 +105,11 @@ def test_probe__needs_labels(images: Path, vit_run: Path, tmp_path: Path) -> Non
         (tmp_path / f"{number}.png").write_bytes(file.read_bytes())
     with pytest.raises(DataError, match="has no labels"):
         probe(data=str(tmp_path), backbone=str(vit_run))
+
+
+def test_probe__of_a_file_of_weights_asks_for_its_network(images: Path, vit_run: Path) -> None:
+    with pytest.raises(ConfigError, match="a file of weights, which needs its network: --backbone timm:NAME --weights"):
+        probe(data=str(images), backbone=str(vit_run / "export" / "model.safetensors"))
 
 
 def test_probe__of_a_tokenizer_reads_its_codewords(images: Path, codebook_run: Path) -> None:

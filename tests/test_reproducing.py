@@ -7,6 +7,7 @@ import csv
 import dataclasses
 import io
 import json
+import os
 import statistics
 import subprocess
 from pathlib import Path
@@ -20,13 +21,14 @@ from pecobook import cli
 from pecobook.config import replace, to_dict
 from pecobook.data.images import open_images
 from pecobook.errors import ConfigError, PreflightError
-from pecobook.jobs import Job
+from pecobook.jobs import Job, _seconds
 from pecobook.reproducing import ReproduceConfig
 from pecobook.reproducing.budgets import Budget, budget
 from pecobook.reproducing.paper import TABLES, PaperTable, Row, chosen_tables
 from pecobook.reproducing.plan import Plan
-from pecobook.reproducing.rehearsal import _moved, kind_of, work
-from pecobook.reproducing.tables import Measured, comma_separated, differences, lines_of, markdown, plot
+from pecobook.reproducing.rehearsal import _moved, describe, how_long, kind_of, rehearsed, work
+from pecobook.reproducing.tables import Measured, comma_separated, differences, lines_of, markdown, plot, remarks
+from pecobook.reproducing.tables import measured as gather
 from pecobook.stages.codebook import CodebookStage
 from tests.runs import SMALL
 
@@ -99,7 +101,11 @@ def test_plan__arms_are_what_their_rows_say(images: Path) -> None:
     assert plan.jobs["vit-perceptual-0"].config.tokenizer_size == 0
     assert plan.jobs["vit-pixels-0"].config.target == "pixels"
     assert plan.jobs["classifier-scratch-0"].config.weights == "random"
-    assert plan.jobs["classifier-vit-contrast-0"].config.backbone == plan.jobs["network-vit-0"].config.out
+    assert plan.jobs["classifier-scratch-0"].config.optim.layer_decay == 1
+    assert plan.jobs["classifier-pixels-0"].config.optim.layer_decay == 0.75
+    moco = plan.jobs["network-backbone-0"].config
+    assert plan.jobs["classifier-vit-contrast-0"].config.backbone == moco.out
+    assert moco.model == plan.jobs["vit-pixels-0"].config.model  # all rows of Table 1 fine-tune one architecture
 
 
 @pytest.mark.parametrize("name", ["tiny", "small"])
@@ -123,6 +129,7 @@ def test_plan__at_the_papers_budget_is_the_papers(images: Path) -> None:
     assert plan.jobs["vit-half-stride-0"].config.tokenizer_size == 112
     assert plan.jobs["vit-dalle-0"].config.tokenizer_size == 112
     assert plan.jobs["vit-dalle-0"].config.tokenizer == "dalle:folder"
+    assert plan.jobs["classifier-vit-contrast-0"].config.backbone == plan.jobs["network-vit-0"].config.out
 
 
 def test_plan__leaves_out_what_it_cannot_train(images: Path, tmp_path: Path) -> None:
@@ -150,16 +157,16 @@ def measured() -> Measured:
 def test_tables__show_means_spread_and_the_paper() -> None:
     one = measured()
     header, rows = lines_of(one)
-    assert header == ("", "fine-tuned, %", "paper", "codewords used")
+    assert header == ("", "fine-tuned, %", "paper", "probe, %", "codewords used")
     spread = statistics.stdev([30.0, 31.0, 35.0])
-    assert rows[1] == ("perceptual | loss", f"32.0 ± {spread:.1f}", "84.1", "512.0 ± 0.0")
+    assert rows[1] == ("perceptual | loss", f"32.0 ± {spread:.1f}", "84.1", "–", "512.0 ± 0.0")
     assert rows[2][0] == "perceptual | loss, random weights (control)"
     assert rows[3][1:3] == ("–", "–")
     told = differences(one)
     assert told[0] == "fine-tuned, %: perceptual | loss minus pixel loss: 11.0 ± 2.6 (seeds: +10.0, +9.0, +14.0)"
     assert len(told) == 2  # nothing was measured of the shuffled control
     text = markdown([one], "how")
-    assert all(line.count(" | ") <= 4 for line in text.splitlines())
+    assert all(line.count(" | ") <= 5 for line in text.splitlines())
     assert plot(one).startswith(b"\x89PNG")
     lines = list(csv.DictReader(io.StringIO(comma_separated([one]))))
     found = {(line["arm"], line["figure"]): line for line in lines}
@@ -168,12 +175,45 @@ def test_tables__show_means_spread_and_the_paper() -> None:
     assert found["perceptual-random", "finetuned"]["paper"] == ""
 
 
+def test_tables__say_why_figures_are_missing(images: Path, tmp_path: Path) -> None:
+    assert make_plan(images, "table4").unmeasured(TABLES["table4"].figures) == []
+    paper = make_plan(images, "table4", "table7", budget="paper", transfer=False)
+    classified = "Not measured: reconstructions classified, % (needs --classifier)."
+    assert paper.unmeasured(TABLES["table4"].figures) == [classified]
+    described = describe(paper)
+    assert classified in described
+    assert "Not measured: fine-tuned, % (needs --transfer)." in described
+    for number, file in enumerate(sorted(images.rglob("*.png"))):
+        (tmp_path / f"{number}.png").write_bytes(file.read_bytes())
+    bare = make_plan(tmp_path, "table4", classifier="runs/classifier")
+    assert len(bare.unmeasured(TABLES["table4"].figures)) == 2
+    assert not any(name.startswith("judged-") for name in bare.jobs)
+    (one,) = gather(bare, chosen_tables(("table4",)))
+    header, rows = lines_of(one)
+    assert header[:5] == ("", "linear probe of codewords, %", "paper", "reconstructions classified, %", "paper")
+    assert rows[2][1:5] == ("–", "29.7", "–", "51.7")
+    assert "reconstructions classified, % (needs labels)" in markdown([one], "how")
+    assert plot(one).startswith(b"\x89PNG")
+
+
+def test_tables__tell_how_well_the_classifier_does_on_originals() -> None:
+    row, other = TABLES["table4"].rows[1:]
+    values = {"classified": [20.0, 22.0], "originals": [70.0, 72.0]}
+    alike = Measured("table4", TABLES["table4"], ((row, values, ""), (other, values, "")))
+    assert remarks(alike) == ["Our classifier, on originals: 71.0 ± 1.4%."]
+    assert not any("originals" in heading for heading in lines_of(alike)[0])
+    apart = Measured("table4", TABLES["table4"], ((row, values, ""), (other, {**values, "originals": [60.0]}, "")))
+    (told,) = remarks(apart)
+    assert told == "Our classifier, on originals: 71.0 ± 1.4% (pixel loss alone), 60.0% (perceptual loss)."
+
+
 def test_rehearsal__knows_what_takes_alike() -> None:
     assert kind_of("network-resnet-0") == "network-resnet"
-    assert kind_of("codebook-lambda-0.3-12") == "codebook"
+    assert kind_of("codebook-lambda-0.3-12") == "codebook-lambda-0.3"
+    assert kind_of("vit-vit-contrast-1") == "vit-vit-contrast"
     assert kind_of("judged-pixel-0") == kind_of("analysis-pixel-0") == "analysis"
     job = Job("codebook", dataclasses.replace(budget("tiny").codebook, max_steps="50"))
-    assert work(job, "codebook-pixel-0", {"codebook": 2.0}) == 100.0
+    assert work(job, "codebook-pixel-0", {"codebook-pixel": 2.0}) == 100.0
     moved = _moved({"a": "/x/runs/one", "b": ["/x/runs"], "c": {"d": "/y"}}, Path("/x/runs"), Path("/z"))
     assert moved == {"a": "/z/one", "b": ["/x/runs"], "c": {"d": "/y"}}
 
@@ -217,7 +257,14 @@ def test_reproduce__goes_on_and_refuses_other_settings(
     told = capsys.readouterr().err
     assert "rehearsing" in told
     assert "about" in told
-    (line, *_) = [one for one in csv.DictReader((tmp_path / "r" / "tables.csv").open()) if one["arm"] == "perceptual"]
+    cli.main([*words, "--dry-run"])
+    assert "about 0s of computing" in capsys.readouterr().err
+    rehearsal = json.loads((tmp_path / "r" / "rehearsal.json").read_text())
+    arms = ("perceptual", "perceptual-random", "perceptual-shuffled")
+    assert set(rehearsal) == {"network-resnet", "analysis", *(f"codebook-{arm}" for arm in arms)}
+    lines = {(one["arm"], one["figure"]): one for one in csv.DictReader((tmp_path / "r" / "tables.csv").open())}
+    line = lines["perceptual", "codeword_probe"]
+    assert lines["perceptual", "finetuned"]["mean"] == ""
     analysis = json.loads((tmp_path / "r" / "runs" / "analysis-perceptual-0" / "analysis.json").read_text())
     assert float(line["mean"]) == analysis["tokenizers"][0]["codeword_probe"]
     assert "(needs --more-data SOURCE)" in (tmp_path / "r" / "tables.md").read_text()
@@ -229,6 +276,45 @@ def test_reproduce__goes_on_and_refuses_other_settings(
     with pytest.raises(SystemExit):
         cli.main([*words, "--length", "2"])
     assert "begun with other settings: length: 1.0 -> 2.0" in capsys.readouterr().err
+
+
+def test_reproduce__says_before_anything_is_trained_what_a_network_lacks(
+    images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["reproduce", "table7", "--data", str(images), "--out", str(tmp_path / "r"), "--dry-run"]
+    words += ["--network", "timm:resnet10t", "--network-weights", "random"]
+    with pytest.raises(SystemExit):
+        cli.main([*words, "--network-layers", "9"])
+    assert "--network-layers 9: 'timm:resnet10t' has layers 1 to 4" in capsys.readouterr().err
+    cli.main([*words, "--network-layers", "1", "2"])
+    assert "will be known after a few steps" in capsys.readouterr().err
+
+
+def test_how_long__is_known_of_a_rehearsed_folder(images: Path, tmp_path: Path) -> None:
+    plan = make_plan(images, "table7")
+    seconds = {kind_of(name): 0.1 for name in plan.jobs}
+    assert how_long(plan, seconds).startswith("about")
+    (tmp_path / "rehearsal.json").write_text(json.dumps({"codebook": 1.0, "analysis": 2.0}))  # of an earlier version
+    assert "will be known" in how_long(plan, rehearsed(tmp_path))
+    assert rehearsed(tmp_path / "none") == {}
+
+
+def test_cost__leaves_out_the_time_between_an_interruption_and_its_resumption(tmp_path: Path) -> None:
+    config = dataclasses.replace(budget("tiny").codebook, out=str(tmp_path))
+    (tmp_path / "export").mkdir()
+    for name, time in {"config.json": 1000, "environment.json": 1001, "export/config.json": 1300}.items():
+        (tmp_path / name).write_text(json.dumps({"batch_size": 8}))
+        os.utime(tmp_path / name, (time, time))
+    lines = [
+        {"step": 10, "images_per_second": 4.0},
+        {"step": 10, "evaluation/psnr": 1},
+        {"step": 20, "images_per_second": 2},
+    ]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert _seconds(Job("codebook", config)) == 300
+    os.utime(tmp_path / "environment.json", (9000, 9000))  # written again by the process that resumed
+    os.utime(tmp_path / "export" / "config.json", (9100, 9100))
+    assert _seconds(Job("codebook", config)) == 10 * 8 / 4 + 10 * 8 / 2
 
 
 def test_reproduce__tells_all_problems(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import contextlib
 import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -159,6 +160,13 @@ def files(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
+def broken_copy(images: Path, folder: Path, *names: str) -> Path:
+    shutil.copytree(images, folder)
+    for name in names:
+        (folder / name).write_bytes(b"no image")
+    return folder
+
+
 def make_on_each(rank: int, world_size: int, data: str, tokenizer: str, out: str, shard: int) -> None:
     tokens._SHARD_IMAGES = shard
     make_bank(data, tokenizer, Path(out), devices="2")
@@ -168,10 +176,14 @@ def test_tokenize__two_processes_write_what_one_does(
     images: Path, codebook_run: Path, tmp_path: Path, two_processes: TwoProcesses, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(tokens, "_SHARD_IMAGES", 3)
-    alone = make_bank(images, codebook_run, tmp_path / "alone")
-    assert len(list((alone / "train").iterdir())) > 4
-    two_processes.run(make_on_each, str(images), str(codebook_run), str(tmp_path / "two"), 3)
+    bad = [f"{name}/{index}.png" for name in ("blue", "green", "red") for index in (1, 5)]
+    data = broken_copy(images, tmp_path / "images", *bad)
+    alone = make_bank(data, codebook_run, tmp_path / "alone")
+    assert len(list((alone / "train").glob("codes-*"))) > 4
+    assert len(list((alone / "train").glob("skipped-*"))) > 2
+    two_processes.run(make_on_each, str(data), str(codebook_run), str(tmp_path / "two"), 3)
     assert files(tmp_path / "two") == files(alone)
+    assert len((alone / "skipped.txt").read_text().splitlines()) == len(bad)
 
 
 def test_tokenize__resumes_with_what_is_missing(
@@ -195,16 +207,46 @@ def test_tokenize__resumes_with_what_is_missing(
     assert TokenBank(out).num_views == 2
 
 
-def test_tokenize__leaves_out_bad_images_and_lists_them(images: Path, codebook_run: Path, tmp_path: Path) -> None:
-    import shutil
-
-    shutil.copytree(images, tmp_path / "images")
-    (tmp_path / "images" / "red" / "0.png").write_bytes(b"no image")
-    out = make_bank(tmp_path / "images", codebook_run, tmp_path / "bank")
-    assert "red/0.png" in (out / "skipped.txt").read_text()
-    run = pretrain(tmp_path / "images", codebook_run, tmp_path / "run", tokens=str(out))
-    online = pretrain(tmp_path / "images", codebook_run, tmp_path / "online")
+def test_tokenize__lists_bad_images_and_pretraining_leaves_them_out(
+    images: Path, codebook_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where only the tokenizing could not read them; and a resume keeps the list."""
+    monkeypatch.setattr(tokens, "_SHARD_IMAGES", 4)
+    data = broken_copy(images, tmp_path / "images", "red/0.png", "blue/2.png")
+    online = pretrain(data, codebook_run, tmp_path / "online")
+    out = make_bank(data, codebook_run, tmp_path / "bank")
+    listed = (out / "skipped.txt").read_text()
+    assert "red/0.png" in listed
+    assert "blue/2.png" in listed  # held out
+    assert len(TokenBank(out).skipped) == 1
+    (out / "train" / "codes-00004.npy").unlink()
+    make_bank(data, codebook_run, out, resume=True)
+    assert (out / "skipped.txt").read_text() == listed
+    for name in ("red/0.png", "blue/2.png"):
+        shutil.copy(images / name, data / name)
+    run = pretrain(data, codebook_run, tmp_path / "run", tokens=str(out))
     assert losses(run) == losses(online)
+
+
+_FEW_FILES = """
+import resource, sys
+from pecobook.cli import main
+resource.setrlimit(resource.RLIMIT_NOFILE, (100, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
+main()
+"""
+
+
+def test_tokenize__workers_hold_few_files_open(images: Path, codebook_run: Path, tmp_path: Path) -> None:
+    """A batch crosses from a worker as a few tensors, not as some for each image, of which each is an open file."""
+    data = tmp_path / "images"
+    for index in range(10):
+        shutil.copytree(images / "red", data / str(index))
+    words = ["tokenize", "tiny", "--data", str(data), "--tokenizer", str(codebook_run), "--image-size", "16"]
+    words += ["--batch-size", "64", "--precision", "fp32", "--workers", "2", "--out", str(tmp_path / "bank")]
+    done = subprocess.run(
+        [sys.executable, "-c", _FEW_FILES, *words], capture_output=True, text=True, check=False, timeout=100
+    )
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize(

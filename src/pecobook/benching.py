@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+    from pecobook.models.tokenizer import PerceptualTokenizer
     from pecobook.stages.pretrain import PretrainConfig, PretrainStage
 
 
@@ -29,7 +30,7 @@ class BenchConfig:
     data: str = "photos"
     """Images that the data part reads; the other parts work on random ones that are on the device already."""
     tokenizer: str = ""
-    """A tokenizer; empty takes the paper's with random weights, which costs the same."""
+    """A tokenizer; empty takes the one that goes with the recipe, with random weights, which costs the same."""
     batch_size: int = 0
     """Images on one device; 0 takes 128 on a GPU and 8 on a CPU."""
     precision: str = "auto"
@@ -104,12 +105,22 @@ def _settings(config: BenchConfig) -> PretrainConfig:
 def _stage(config: BenchConfig, settings: PretrainConfig) -> PretrainStage:
     import torch
 
-    from pecobook.models.tokenizer import PerceptualTokenizer, TokenizerConfig
-    from pecobook.stages.pretrain import PretrainStage
+    from pecobook.stages.pretrain import PretrainStage, check_grids
 
     torch.manual_seed(0)
-    tokenizer = None if config.tokenizer else PerceptualTokenizer(TokenizerConfig()).eval().requires_grad_(False)
-    return PretrainStage(settings, tokenizer)
+    stage = PretrainStage(settings, None if config.tokenizer else _stand_in(config.recipe))
+    check_grids(settings, stage.model.backbone, stage.tokenizer)
+    return stage
+
+
+def _stand_in(recipe_name: str) -> PerceptualTokenizer:
+    """A random tokenizer of the codebook recipe of this name, or of the paper's where there is none."""
+    from pecobook.models.tokenizer import PerceptualTokenizer, TokenizerConfig
+    from pecobook.recipes import DEFAULT_RECIPE, RECIPES, recipe
+
+    own = recipe("codebook", recipe_name if recipe_name in RECIPES["codebook"] else DEFAULT_RECIPE)
+    shape = TokenizerConfig(model=own.model, num_codewords=own.quantizer.num_codewords, image_size=own.image_size)
+    return PerceptualTokenizer(shape).eval().requires_grad_(False)
 
 
 class _Bench:

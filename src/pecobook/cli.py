@@ -45,18 +45,32 @@ def main(argv: list[str] | None = None) -> None:
     except PecobookError as error:
         if os.environ.get("PECOBOOK_TRACEBACK"):
             raise
-        if os.environ.get("RANK", "0") == "0":  # under torchrun all ranks find the same
-            print(f"pecobook: {error}", file=sys.stderr)
+        _tell(error)
         sys.exit(2)
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         print(f"pecobook: the disk is full ({error.filename or error}).", file=sys.stderr)
-        print("What was finished is whole. Make room, then go on with --resume.", file=sys.stderr)
+        resumes = bool(args) and args[0] in (*_TRAINING, "tokenize")
+        print(
+            f"What was finished is whole. Make room, then {'go on with --resume' if resumes else 'start again'}.",
+            file=sys.stderr,
+        )
         sys.exit(2)
     except KeyboardInterrupt:
         print("pecobook: interrupted.", file=sys.stderr)
         sys.exit(130)
+
+
+def _tell(error: PecobookError) -> None:
+    """Print what went wrong: once where all ranks find the same, with the rank where one of them alone met it."""
+    distributed = sys.modules.get("torch.distributed")  # importing it takes long, and a run has done so
+    together = distributed is not None and distributed.is_available() and distributed.is_initialized()
+    rank = distributed.get_rank() if distributed is not None and together else int(os.environ.get("RANK", "0"))
+    if rank == 0:
+        print(f"pecobook: {error}", file=sys.stderr)
+    elif together and not error.on_all_ranks:
+        print(f"pecobook: rank {rank}: {error}", file=sys.stderr)
 
 
 def _dispatch(args: list[str]) -> None:

@@ -39,6 +39,8 @@ FREE_ON_RESUME = frozenset(
             "knn_images",
             "compile",
         ),
+        *("test.mode", "test.stride", "test.scales", "test.flip"),  # not test.max_side, which training images follow
+        "pyramid.checkpointing",
     }
 )
 
@@ -350,9 +352,9 @@ def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> l
     """Lines such as `optim.lr: 0.001 -> 0.01` for every setting that a resumed run may not change."""
     lines: list[str] = []
     for name in sorted(old.keys() | new.keys()):
-        before, after = old.get(name), new.get(name)
+        before, after, full = old.get(name), new.get(name), prefix + name
         if isinstance(before, dict) and isinstance(after, dict):
-            lines += differences(before, after, f"{prefix}{flag(name)}.")
-        elif before != after and name not in FREE_ON_RESUME:
-            lines.append(f"{prefix}{flag(name)}: {before} -> {after}")
+            lines += differences(before, after, f"{full}.")
+        elif before != after and full not in FREE_ON_RESUME:
+            lines.append(f"{flag(full)}: {before} -> {after}")
     return lines

@@ -12,6 +12,9 @@ from collections.abc import Iterable, Sequence
 class PecobookError(Exception):
     """A mistake that its user can mend. The message is one to three lines."""
 
+    on_all_ranks = False
+    """Whether every process of a run raises it, so that one of them tells it for all."""
+
 
 class ConfigError(PecobookError):
     """A setting has a value that cannot work."""
@@ -31,6 +34,8 @@ class RunFolderError(PecobookError):
 
 class NonFiniteLossError(PecobookError):
     """The loss or its gradient became infinite or not a number."""
+
+    on_all_ranks = True
 
 
 class PreflightError(PecobookError):

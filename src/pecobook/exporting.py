@@ -71,6 +71,7 @@ def _to_timm(config: ExportConfig, settings: dict[str, Any], state: dict[str, Te
     from pecobook.models.weights import write_export
 
     side, classes = settings["image_size"], settings.get("classes", [])
+    layers: Any = network.pretrained_cfg  # which ones another number of classes or of channels replaces
     described = {
         "architecture": settings["name"],
         "num_classes": len(classes),
@@ -83,6 +84,7 @@ def _to_timm(config: ExportConfig, settings: dict[str, Any], state: dict[str, Te
             "interpolation": "bicubic",
             "crop_pct": settings.get("crop", 1.0),
             "num_classes": len(classes),
+            **{name: layers[name] for name in ("classifier", "first_conv") if name in layers},
         },
         **({"label_names": classes} if classes else {}),
     }
@@ -130,7 +132,8 @@ def _architecture(
         head = {f"classifier.{part}": state[f"head.{part}"] for part in ("weight", "bias")}
         return "BeitForImageClassification", body | pooled | head
     file = export_folder(config.run) / "mim.safetensors"
-    mim = read_weights(str(file)) if file.is_file() else {}
+    names_codes = settings.get("target") != "pixels"  # transformers has no model that restores pixels
+    mim = read_weights(str(file)) if names_codes and file.is_file() else {}
     if mim.keys() == {"mask_token", "head.weight", "head.bias"}:
         masked = {
             "beit.embeddings.mask_token": mim["mask_token"][None, None],

@@ -41,8 +41,8 @@ class Job:
 
     @property
     def finished(self) -> bool:
-        """Whether all of it is there."""
-        return (self.out / ("analysis.json" if self.command == "analyze" else "export/config.json")).exists()
+        """Whether all of it is there: its last file is."""
+        return (self.out / ("report.html" if self.command == "analyze" else "export/config.json")).exists()
 
     @property
     def share(self) -> float:
@@ -161,10 +161,27 @@ def last_step(run: Path) -> int:
 
 
 def _seconds(job: Job) -> float:
-    """Wall-clock seconds from a job's start to its end, from the times of its files."""
+    """What a job took, from its start to its end by the times of its files; of one that was resumed, what its logged
+    steps took, since the time in which nothing ran is no cost.
+    """
     if job.command == "analyze":
         return float(json.loads((job.out / "analysis.json").read_text())["seconds"])
-    return max((job.out / "export" / "config.json").stat().st_mtime - (job.out / "config.json").stat().st_mtime, 0.0)
+    first, last, end = (
+        (job.out / name).stat().st_mtime for name in ("config.json", "environment.json", "export/config.json")
+    )
+    return _logged_seconds(job.out) if last - first > 60 else max(end - first, 0.0)
+
+
+def _logged_seconds(run: Path) -> float:
+    from pecobook.analysis.charts import read_metrics
+
+    batch_size = json.loads((run / "config.json").read_text())["batch_size"]
+    total, before = 0.0, 0
+    for line in read_metrics(run / "metrics.jsonl"):
+        if line.get("images_per_second"):
+            total += (line["step"] - before) * batch_size / line["images_per_second"]
+            before = line["step"]
+    return total
 
 
 def say(text: str) -> None:

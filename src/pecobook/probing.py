@@ -93,7 +93,7 @@ def _open(config: ProbeConfig) -> tuple[Features, int]:
     if not config.backbone:
         raise ConfigError("--backbone is missing: give a run of pecobook, or timm:NAME.")
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    is_run = Path(config.backbone).exists() and read_export(config.backbone)[0].get("kind") == "tokenizer"
+    is_run = Path(config.backbone).is_dir() and read_export(config.backbone)[0].get("kind") == "tokenizer"
     if is_run or config.backbone.startswith(("dalle:", "diffusers:")):
         tokenizer = load_tokenizer(config.backbone).to(device)
         return lambda images: tokenizer_features(tokenizer, images.to(device)), tokenizer.image_size

@@ -100,10 +100,10 @@ def tokenize(config: TokenizeConfig) -> Path:
         todo = fabric.broadcast(sorted(map(str, missing_shards(out, layout))))
         mine = [Path(file) for file in todo][fabric.global_rank :: fabric.world_size]
         tokenizer = load_tokenizer(config.tokenizer).to(fabric.device)
-        skipped = _write(config, splits, tokenizer, fabric, layout, mine)
+        _write(config, splits, tokenizer, fabric, layout, mine)
         fabric.barrier()
         if launch.is_leader():
-            _finish(out, skipped)
+            _finish(out, layout)
     finally:
         if held is not None:
             run_folder.release(held)
@@ -229,13 +229,30 @@ class _Views:
         size = self.config.image_size
         try:
             image = source.read(index)
-        except BadImage as error:  # its tokens are never asked for, since pre-training skips it too
-            return {"skipped": str(error)}
+        except BadImage as error:  # pre-training skips it too
+            return {"skipped": error}
         if split == "evaluation":
             return {"image": center_crop(image, size)[None], "colour": None}
         keys = [key(self.config.seed, index, view) for view in range(self.config.views)]
         crops = [random_crop(image, size, k, min_area=self.config.min_crop) for k in keys]
         return {"image": torch.stack(crops), "colour": torch.stack([colour_draws(k) for k in keys])}
+
+
+def _collate(samples: list[dict[str, Any]]) -> dict[str, Any]:
+    """One tensor of images uint8 (n V, 3, S, S), one of draws (n V, 9), and by its place each image that has none.
+
+    Stacked by the worker: every tensor on its way to the trainer holds a file open.
+    """
+    import torch
+
+    good = [sample for sample in samples if "skipped" not in sample]
+    drawn = [sample["colour"] for sample in good if sample["colour"] is not None]
+    return {
+        "count": len(samples),
+        "image": torch.cat([sample["image"] for sample in good]) if good else None,
+        "colour": torch.cat(drawn) if drawn else None,
+        "skipped": {place: sample["skipped"] for place, sample in enumerate(samples) if "skipped" in sample},
+    }
 
 
 def _write(
@@ -245,8 +262,8 @@ def _write(
     fabric: Any,
     layout: dict[str, BankLayout],
     files: list[Path],
-) -> list[str]:
-    """Write these shards; returns what could not be read."""
+) -> None:
+    """Write these shards."""
     import numpy as np
 
     from pecobook.data.tokens import write_shard
@@ -255,32 +272,32 @@ def _write(
     shards = [(layout[file.parent.name], int(file.stem.rpartition("-")[2]), file) for file in files]
     total = sum(len(own.images_of(shard)) for own, shard, _ in shards)
     progress = Progress(total=total, start=0, name="tokenize", quiet=fabric.global_rank > 0)
-    read = _read(config, splits, [(own.split, i) for own, shard, _ in shards for i in own.images_of(shard)])
-    skipped: list[str] = []
+    items = [(own.split, i) for own, shard, _ in shards for i in own.images_of(shard)]
+    read = _read(config, splits, items, pin=fabric.device.type == "cuda")
     done, began = 0, time.monotonic()
-    pending: list[Any] = []  # codes (V, h, w) of the images read and not yet written
+    pending: list[Any] = []  # codes (V, h, w) of the images read and not yet written, and why one has none
     try:
         for own, shard, file in shards:
             count = len(own.images_of(shard))
             while len(pending) < count:
-                samples = next(read)
-                pending += _encode(config, tokenizer, fabric, samples, own)
-                skipped += [sample["skipped"] for sample in samples if "skipped" in sample]
-                done += len(samples)
+                batch = next(read)
+                pending += _encode(config, tokenizer, fabric, batch, own)
+                done += batch["count"]
                 speed = done / max(time.monotonic() - began, 1e-9)
                 progress.show(min(done, total), {"images_per_second": speed})
-            write_shard(file, np.stack(pending[:count]))
+            part = zip(own.images_of(shard), pending[:count], strict=True)
+            skipped = {number: error for number, (_, error) in part if error is not None}
+            write_shard(file, np.stack([codes for codes, _ in pending[:count]]), skipped)
             pending = pending[count:]
     finally:
         progress.close()
-    return skipped
 
 
-def _read(config: TokenizeConfig, splits: Splits, items: list[tuple[str, int]]) -> Iterator[Any]:
-    """Lists of samples, in order; a list never crosses from one split to the other."""
+def _read(config: TokenizeConfig, splits: Splits, items: list[tuple[str, int]], *, pin: bool) -> Iterator[Any]:
+    """Batches, in order; none crosses from one split to the other."""
     from torch.utils.data import DataLoader
 
-    from pecobook.data.stream import default_workers
+    from pecobook.data.stream import default_workers, stand_apart
     from pecobook.engine.launch import device_count
 
     size = max(config.batch_size // config.views, 1)
@@ -293,33 +310,48 @@ def _read(config: TokenizeConfig, splits: Splits, items: list[tuple[str, int]]) 
     if not batches:
         return iter(())
     views: Any = _Views(config, splits)
-    return iter(DataLoader(views, batch_sampler=batches, num_workers=workers, collate_fn=list))
+    loader = DataLoader(
+        views,
+        batch_sampler=batches,
+        num_workers=workers,
+        pin_memory=pin,
+        collate_fn=_collate,
+        worker_init_fn=stand_apart,
+    )
+    return iter(loader)
 
 
-def _encode(config: TokenizeConfig, tokenizer: Any, fabric: Any, samples: list[Any], layout: BankLayout) -> list[Any]:
-    """Codes uint16 (V, h, w) of each sample; of one that could not be read, zeros."""
+def _encode(
+    config: TokenizeConfig, tokenizer: Any, fabric: Any, batch: dict[str, Any], layout: BankLayout
+) -> list[tuple[Any, Any]]:
+    """Codes uint16 (V, h, w) of each image and None; of one that could not be read, zeros and the BadImage."""
     import numpy as np
     import torch
 
     from pecobook.stages.pretrain import coloured, encode_views
 
-    good = [sample for sample in samples if "skipped" not in sample]
+    skipped = batch["skipped"]
     codes = iter(())
-    if good:
-        images = torch.cat([sample["image"] for sample in good]).to(fabric.device)
-        draws = None if good[0]["colour"] is None else torch.cat([s["colour"] for s in good]).to(fabric.device)
+    if batch["image"] is not None:
+        images = batch["image"].to(fabric.device, non_blocking=True)
+        draws = None if batch["colour"] is None else batch["colour"].to(fabric.device, non_blocking=True)
         with torch.inference_mode(), fabric.autocast():
             found = encode_views(tokenizer, coloured(images, draws, config.colour), config.tokenizer_size)
-        shaped = found.cpu().numpy().astype(np.uint16).reshape(len(good), layout.num_views, *layout.grid)
-        codes = iter(shaped)
+        codes = iter(found.cpu().numpy().astype(np.uint16).reshape(-1, layout.num_views, *layout.grid))
     zeros = np.zeros((layout.num_views, *layout.grid), dtype=np.uint16)
-    return [zeros if "skipped" in sample else next(codes) for sample in samples]
+    return [(zeros, skipped[i]) if i in skipped else (next(codes), None) for i in range(batch["count"])]
 
 
-def _finish(out: Path, skipped: list[str]) -> None:
+def _finish(out: Path, layout: dict[str, BankLayout]) -> None:
+    """List what could not be read, by all processes and before a resume too, and say what to do next."""
     import sys
 
+    from pecobook.data.tokens import read_skipped
+    from pecobook.files import write_atomically
+
+    skipped = [str(error) for own in layout.values() for _, error in sorted(read_skipped(out, own).items())]
+    (out / "skipped.txt").unlink(missing_ok=True)  # of before a resume, which may have read them
     if skipped:
-        (out / "skipped.txt").write_text("\n".join(skipped) + "\n")
+        write_atomically(out / "skipped.txt", ("\n".join(skipped) + "\n").encode())
         print(f"{len(skipped)} images could not be read; {out / 'skipped.txt'} lists them.", file=sys.stderr)
     print(f"\nDone: {out}\n\npecobook pretrain ... --tokens {out}", file=sys.stderr)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from pecobook.analysis.canvas import styles
+from pecobook.analysis.canvas import plain, styles
 from pecobook.analysis.charts import Score, code_usage_chart, read_metrics, score_chart, training_curves
 from pecobook.analysis.codewords import code_gallery
 from pecobook.analysis.figures import gallery_picture, masked_prediction_grid, reconstruction_grid
@@ -34,6 +34,18 @@ def test_reconstruction_grid_shows_the_pictures_in_their_columns() -> None:
     middle = pixels[round(pixels.shape[0] * 0.7)]
     colours = [tuple(middle[round(pixels.shape[1] * share)].tolist()) for share in (1 / 6, 0.5, 5 / 6)]
     assert colours == [(0, 0, 0, 255), (255, 0, 0, 255), (0, 255, 0, 255)]
+
+
+def test_names_are_drawn_as_they_stand() -> None:
+    images, hostile = torch.zeros(2, 3, 8, 8), r"a$\frac{$"
+    alone, beside = (
+        opened(reconstruction_grid(images, columns)) for columns in ({}, {"original": images, hostile: images})
+    )
+    assert beside.height < alone.height  # three columns, not two that are larger, nor one
+    opened(code_usage_chart({"_first": np.array([5, 1]), hostile: np.array([1, 2])}))
+    steps = [{"step": step, "loss": float(step)} for step in range(5)]
+    opened(training_curves({"_a": steps, hostile: steps}))
+    assert plain("_a$") == r" _a\$"
 
 
 def test_grids_survive_nan_wide_images_and_few_rows() -> None:

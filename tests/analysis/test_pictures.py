@@ -1,6 +1,7 @@
 """Reconstruction and masked prediction with models whose right answer is known."""
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -22,6 +23,25 @@ def test_psnr_against_scikit_image_and_closed_form() -> None:
     assert math.isinf(float(psnr(x, x)[0]))
     with pytest.raises(ValueError, match="equal shapes"):
         psnr(x, y[:1])
+
+
+def test_psnr_and_ssim__hold_64_images_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    import torchmetrics.functional.image as library
+
+    x, y = torch.rand(2, 70, 3, 12, 12)
+    seen: list[int] = []
+    for name in ("peak_signal_noise_ratio", "structural_similarity_index_measure"):
+        own = getattr(library, name)
+
+        def noted(a: torch.Tensor, b: torch.Tensor, own: Any = own, **settings: Any) -> Any:
+            seen.append(len(a))
+            return own(a, b, **settings)
+
+        monkeypatch.setattr(library, name, noted)
+    for measure in (psnr, ssim):
+        each = torch.cat([measure(a[None], b[None]) for a, b in zip(x, y, strict=True)])
+        torch.testing.assert_close(measure(x, y), each)
+    assert max(seen) == 64
 
 
 def test_reconstruct_goes_through_codes_in_batches_in_evaluation_mode() -> None:

@@ -48,6 +48,20 @@ def test_information_of_codes_that_know_everything_and_nothing() -> None:
     assert information(codes, values, 500).share < 0.03
 
 
+def test_information__of_codes_that_keep_together_within_images() -> None:
+    rng = np.random.default_rng(0)
+    labels = np.broadcast_to(rng.integers(0, 5, (200, 1, 1)), (200, 4, 4))
+    own = rng.integers(0, 64, (200, 3))  # each image has three codes of its own
+    codes = np.take_along_axis(own[:, None], rng.integers(0, 3, (200, 4, 4)), axis=2)
+    assert information(codes, labels, 64).share < 0.03
+    told = information(labels * 10 + rng.integers(0, 10, labels.shape), labels, 50)
+    assert told.share == pytest.approx(1)
+    assert told.purity == 100
+    assert told.chance <= told.null_purity < 60
+    one_each = np.broadcast_to(np.arange(200)[:, None, None], labels.shape)  # a code of its own for every image
+    assert information(one_each, labels, 200).share == 0
+
+
 def test_entropy_in_bits() -> None:
     assert entropy(np.array([4, 4, 4, 4, 0])) == pytest.approx(2)
     assert entropy(np.array([9])) == 0
@@ -73,10 +87,18 @@ def test_patch_edges_are_ranked_and_evenly_filled() -> None:
     for image in range(2):
         for row in range(4):
             for column in range(4):
-                stripes = (torch.arange(8) % 2).float() * (16 * image + 4 * row + column + 1) / 40
+                stripes = (torch.arange(8) // 2 % 2).float() * (16 * image + 4 * row + column + 1) / 40
                 images[image, :, 8 * row : 8 * row + 8, 8 * column : 8 * column + 8] = stripes.repeat_interleave(1)
     levels = patch_edges(images, (4, 4))
     assert torch.bincount(levels.flatten(), minlength=8).tolist() == [4] * 8
     flat = torch.full((1, 3, 16, 16), 0.5)
     flat[..., 8:, 8:] = torch.rand(8, 8, generator=torch.Generator().manual_seed(0))
     assert int(patch_edges(flat, (2, 2))[0].argmax()) == 3
+
+
+def test_patch_edges__flat_patches_are_alike() -> None:
+    levels = torch.linspace(0.1, 0.9, 70).view(70, 1, 1, 1)
+    images = levels.expand(70, 3, 16, 16).clone()
+    assert set(patch_edges(images, (4, 4)).flatten().tolist()) == {0}
+    images[0] = torch.rand(3, 16, 16, generator=torch.Generator().manual_seed(0))
+    assert set(patch_edges(images, (4, 4)).flatten().tolist()) == {0, 7}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from pecobook.analysis.codebook_map import flatten, map_picture, neighbours
 from pecobook.analysis.similarity import (
     agreement,
     code_distance,
+    find_bapps,
     judge,
     pixel_distance,
     read_bapps,
@@ -60,6 +62,7 @@ def test_judge_counts_who_finds_the_shifted_copy_nearer() -> None:
     assert found.right == pytest.approx(100 * float(expected.mean()))
     assert judge(images, lambda _, y: (y - blurred).flatten(1).norm(dim=1)).right == 0
     assert judge(images, lambda _, y: (y - shifted).flatten(1).norm(dim=1)).right == 100
+    assert judge(images, lambda x, _: x.flatten(1).norm(dim=1)).right == 50
 
 
 def test_code_distance_is_the_mean_distance_of_codewords() -> None:
@@ -89,21 +92,38 @@ def write_triplets(folder: Path) -> None:
 
 def test_bapps_scores_by_the_share_of_people(tmp_path: Path) -> None:
     write_triplets(tmp_path / "val" / "cnn")
-    triplets = read_bapps(tmp_path, 8)
+    triplets = read_bapps(find_bapps(tmp_path), 8)
     assert triplets.reference.shape == (2, 3, 8, 8)
     assert triplets.prefer_second.tolist() == [1.0, 0.25]
     # Pixels choose the second, then the first: all people agree, then three quarters.
     assert agreement(triplets, pixel_distance) == pytest.approx(100 * (1.0 + 0.75) / 2)
     assert agreement(triplets, lambda x, y: -pixel_distance(x, y)) == pytest.approx(100 * (0.0 + 0.25) / 2)
+    # Who cannot tell is right half of the time, as LPIPS counts it.
+    assert agreement(triplets, lambda x, y: 0 * pixel_distance(x, y)) == 50
+
+
+def test_find_bapps__takes_of_every_folder_and_names_a_bad_file(tmp_path: Path) -> None:
+    for part in ("cnn", "traditional"):
+        write_triplets(tmp_path / part)
+    found = find_bapps(tmp_path, limit=2)
+    assert [file.relative_to(tmp_path).parts[0] for file in found] == ["cnn", "traditional"]
+    assert list(found.values()) == [1.0, 0.25]
+    for content in (b"", b"no numbers"):
+        (tmp_path / "cnn" / "judge" / "000001.npy").write_bytes(content)
+        with pytest.raises(DataError, match=r"cnn/judge/000001\.npy' of the judgements cannot be read"):
+            find_bapps(tmp_path)
 
 
 def test_bapps_refuses_what_is_none(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="not in the layout of BAPPS"):
-        read_bapps(tmp_path, 8)
+        find_bapps(tmp_path)
     write_triplets(tmp_path)
+    found = find_bapps(tmp_path)
     (tmp_path / "p1" / "000001.png").unlink()
     with pytest.raises(DataError, match=r"p1/000001\.png' of the judgements cannot be read"):
-        read_bapps(tmp_path, 8)
+        find_bapps(tmp_path)
+    with pytest.raises(DataError, match=r"p1/000001\.png' of the judgements cannot be read"):
+        read_bapps(found, 8)
 
 
 def test_neighbours_are_the_nearest_others() -> None:
@@ -123,5 +143,10 @@ def test_flatten_keeps_clusters_together(kind: str) -> None:
     assert np.array_equal(flatten(book, kind=kind), plane)  # type: ignore[arg-type]
     usage = np.arange(60) - 3
     assert map_picture(plane, usage, title="usage").startswith(b"\x89PNG")
-    assert map_picture(plane, usage % 3, title="classes", num_classes=3).startswith(b"\x89PNG")
+    classes = usage % 3 - (usage < 3)
+    few, many = (
+        Image.open(io.BytesIO(map_picture(plane, classes, title="classes", classes=names)))
+        for names in (("cat", "_dog$", "cow"), [f"class {number}" for number in range(21)])
+    )
+    assert few.height > many.height + 20  # names of a few classes stand below the map
     assert flatten(torch.randn(3, 1)).shape == (3, 2)

@@ -263,6 +263,10 @@ def test_make_classes__what_is_ignored_is_no_class() -> None:
     for text in ("70000", "²"):
         with pytest.raises(ConfigError, match="--ignore"):
             make_classes(names, None, mask_values=(), ignore=(text,))
+    with pytest.raises(ConfigError, match="--ignore 'void' is a name, and there are no names: give --classes FILE"):
+        make_classes(None, None, mask_values=(), ignore=("255", "void"))
+    made = make_classes(None, None, mask_values=("0-2",), ignore=("class 1",))  # named by their values
+    assert made == Classes(("class 0", "class 2"), (0, 2), (1,))
     with pytest.raises(ConfigError, match="--ignore 'nothing'"):
         make_classes(names, None, mask_values=(), ignore=("nothing",))
     with pytest.raises(ConfigError, match="2 pixel values for 3 classes"):

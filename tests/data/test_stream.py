@@ -180,6 +180,19 @@ def test_load__gives_up_in_a_worker_too() -> None:
         wrapped.reraise()
 
 
+def test_stream__an_image_whose_companion_is_missing_is_replaced_as_one_that_cannot_be_read() -> None:
+    def companion(image: int, epoch: int) -> dict[str, Tensor]:
+        if image in (2, 3):
+            raise BadImage(str(image), "bad")
+        return {"beside": torch.tensor([image, epoch])}
+
+    lacking = Stream(squares(7), view, seed=0, companion=companion)
+    unread = Stream(squares(7, frozenset({2, 3})), view, seed=0, companion=companion)
+    for position in range(14):
+        assert_equal([lacking[position]], [unread[position]])
+        assert lacking[position]["beside"].tolist() == [int(lacking[position]["index"]), position // 7]
+
+
 def test_collate__stacks_tensors_and_joins_what_was_skipped() -> None:
     batch = collate([{"a": torch.tensor([1, 2]), "skipped": ["x"]}, {"a": torch.tensor([3, 4]), "skipped": ["y", "z"]}])
     assert batch["a"].tolist() == [[1, 2], [3, 4]]

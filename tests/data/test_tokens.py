@@ -14,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pecobook.data import tokens
+from pecobook.data.decode import BadImage
 from pecobook.data.tokens import BankLayout, TokenBank, differences, write_shard
 from pecobook.errors import DataError
 
@@ -106,6 +107,34 @@ def test_read__refuses_a_damaged_file(tmp_path: Path, damage: str) -> None:
     bank = TokenBank(tmp_path)
     with pytest.raises(DataError, match=r"codes-00000\.npy' of the token bank"):
         bank.read("train", 0, 0)
+
+
+def test_skipped__are_listed_and_have_no_codes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tokens, "_SHARD_IMAGES", 3)
+    write_bank(tmp_path)
+    assert TokenBank(tmp_path).skipped.tolist() == []
+    codes = np.zeros((3, 3, 2, 3), dtype=np.uint16)
+    for shard, bad in (
+        (0, {2: BadImage("two", "truncated")}),
+        (1, {5: BadImage("five", "empty"), 3: BadImage("x", "")}),
+    ):
+        write_shard(tmp_path / "train" / f"codes-{shard:05d}.npy", codes, bad)
+    bank = pickle.loads(pickle.dumps(TokenBank(tmp_path)))
+    assert bank.skipped.dtype == np.int64
+    assert bank.skipped.tolist() == [2, 3, 5]
+    with pytest.raises(BadImage, match="two: truncated"):
+        bank.read("train", 2, 1)
+    assert int(bank.read("evaluation", 1, 0)[0, 0]) == where(1, 0, 0, 0)
+    write_shard(tmp_path / "train" / "codes-00001.npy", codes)  # read after all
+    assert TokenBank(tmp_path).skipped.tolist() == [2]
+
+
+@pytest.mark.parametrize("text", ["{", "[1]", '{"a": 1}'])
+def test_skipped__refuses_a_damaged_list(tmp_path: Path, text: str) -> None:
+    write_bank(tmp_path)
+    (tmp_path / "train" / "skipped-00000.json").write_text(text)
+    with pytest.raises(DataError, match=r"skipped-00000\.json' of the token bank cannot be read"):
+        TokenBank(tmp_path)
 
 
 def test_differences__names_both_sides() -> None:

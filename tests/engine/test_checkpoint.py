@@ -165,6 +165,28 @@ def test_save__one_rank_writes_and_the_other_waits(tmp_path: Path, two_processes
     assert same(stage, other)
 
 
+def save_on_a_full_disk(rank: int, world_size: int, folder: str) -> str:
+    def full(_state: Any, _file: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    stage, optimizer = make()
+    step(stage, optimizer, 0)
+    ordinary = torch.save
+    torch.save = full  # type: ignore[assignment]
+    try:
+        with pytest.raises(RunFolderError) as caught:
+            checkpoint.save(Path(folder), step=1, stage=stage, optimizer=optimizer, keep=2)
+    finally:
+        torch.save = ordinary
+    return str(caught.value) if caught.value.on_all_ranks else ""
+
+
+def test_save__a_full_disk_ends_both_ranks(tmp_path: Path, two_processes: TwoProcesses) -> None:
+    first, second = two_processes.run(save_on_a_full_disk, str(tmp_path))
+    assert "step 1 cannot be written" in first
+    assert first == second
+
+
 def test_save_and_load__carry_the_loss_scale(tmp_path: Path) -> None:
     class Scale:
         value = 65536.0

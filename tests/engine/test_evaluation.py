@@ -14,6 +14,7 @@ from pecobook.data.stream import Batch, Stream
 from pecobook.engine import launch
 from pecobook.engine.evaluation import Evaluation, evaluate
 from pecobook.engine.loop import StageOutput
+from pecobook.stages.stage import mean_of_counted
 from tests.distributed import TwoProcesses
 from tests.runs import squares
 
@@ -29,7 +30,7 @@ class Names(nn.Module):
         assert not self.training
         assert not torch.is_grad_enabled()
         index = batch["index"]
-        mean = index.double().mean()
+        mean = mean_of_counted(index.double(), batch)
         return StageOutput(
             mean, {"twice": 2 * mean}, {"images": batch["image"]}, {"number": index, "pair": index[:, None] + 1}
         )
@@ -43,12 +44,12 @@ def whole(image: Tensor, _key: int) -> dict[str, Tensor]:
     return {"image": image}
 
 
-def look(held_out: int, known: int | None, **more: Any) -> tuple[Evaluation, Names]:
+def look(held_out: int, known: int | None, bad: tuple[int, ...] = (), **more: Any) -> tuple[Evaluation, Names]:
     model = Names().train()
     fabric = launch.start(TrainConfig(out="unused", precision="fp32", devices=str(more.pop("devices", 1))))
     settings: dict[str, Any] = {"num_images": 100, "batch_size": 2, "seed": 0, **more}
-    reference = None if known is None else Stream(squares(known), whole, 0)
-    found = evaluate(fabric, model, model, Stream(squares(held_out), whole, 0), reference, **settings)
+    reference = None if known is None else Stream(squares(known, bad), whole, 0)
+    found = evaluate(fabric, model, model, Stream(squares(held_out, bad), whole, 0), reference, **settings)
     return found, model
 
 
@@ -68,8 +69,27 @@ def test_evaluate__looks_at_no_more_than_asked() -> None:
     assert model.asked[1] == {}
 
 
-def on_each(rank: int, world_size: int) -> tuple[dict[str, float], list[int], list[int]]:
-    found, model = look(8, 6, devices=world_size, batch_size=1)
+@pytest.mark.parametrize("batch_size", [1, 2, 3, 6])
+def test_evaluate__an_image_that_cannot_be_read_is_named_and_the_next_counts_once(batch_size: int) -> None:
+    found, model = look(6, 3, bad=(1, 4), batch_size=batch_size)
+    rows, known = model.asked
+    assert sorted(rows["number"].tolist()) == [0, 2, 3, 5]
+    assert sorted(known["number"].tolist()) == [0, 2]
+    assert found.metrics == pytest.approx({"evaluation/loss": 2.5, "evaluation/twice": 5.0, "evaluation/sum": 10.0})
+    assert {name.partition(":")[0].partition(" (")[0] for name in found.skipped} == {"square 1", "square 4"}
+
+
+def test_evaluate__of_nothing_that_can_be_read_tells_nothing() -> None:
+    first = int(Stream(squares(6), whole, 0)[0]["index"])
+    found, model = look(6, None, bad=(first,), num_images=1)
+    assert (found.metrics, found.rows, model.asked) == ({}, {}, ({}, {}))
+    assert len(found.skipped) == 1
+
+
+def on_each(
+    rank: int, world_size: int, bad: tuple[int, ...] = (), batch_size: int = 1
+) -> tuple[dict[str, float], list[int], list[int]]:
+    found, model = look(8 - len(bad) // 2, 6, bad, devices=world_size, batch_size=batch_size)
     rows, known = model.asked
     return found.metrics, rows["number"].tolist(), known["number"].tolist()
 
@@ -81,6 +101,15 @@ def test_evaluate__two_processes_gather_the_rows_of_both(two_processes: TwoProce
     assert rows == model.asked[0]["number"].tolist()
     assert known == model.asked[1]["number"].tolist()
     assert left == pytest.approx(alone.metrics)
+
+
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_evaluate__two_processes_count_what_can_be_read_once(batch_size: int, two_processes: TwoProcesses) -> None:
+    bad = (0, 2, 5)  # of seven, which two processes cannot share evenly
+    (left, rows, known), right = two_processes.run(on_each, bad, batch_size)
+    assert (left, rows, known) == right
+    assert sorted(rows) == [1, 3, 4, 6]
+    assert left == pytest.approx({"evaluation/loss": 3.5, "evaluation/twice": 7.0, "evaluation/sum": 14.0})
 
 
 def test_contrast__knn_accuracy_is_that_of_its_exported_features(images: Path, tmp_path: Path) -> None:

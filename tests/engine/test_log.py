@@ -53,6 +53,26 @@ def test_json_lines__no_step_twice_after_a_resume(tmp_path: Path) -> None:
     assert [file.name for file in tmp_path.iterdir()] == ["metrics.jsonl"]
 
 
+def test_json_lines__what_comes_later_of_a_step_goes_on_in_its_line_also_after_a_resume(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    first = JsonLines(path, start_step=0)
+    first.log({"loss": 1.0}, 1)
+    first.log({"loss": 2.0}, 2)
+    first.log({"accuracy": 3.0}, 2)
+    first.close()
+    again = JsonLines(path, start_step=2)
+    again.log({"accuracy": 9.0, "iou": 4.0}, 2)
+    again.log({"accuracy": 9.0}, 2)
+    again.log({"loss": 5.0}, 3)
+    again.close()
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    assert lines == [
+        {"step": 1, "loss": 1.0},
+        {"step": 2, "loss": 2.0, "accuracy": 3.0, "iou": 4.0},
+        {"step": 3, "loss": 5.0},
+    ]
+
+
 def test_json_lines__drops_what_a_crash_cut_off(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_bytes(b'{"step": 1, "loss": 2.0}\n[3]\n{"loss": 1}\n\xff\xfe\n\x00\x00\n{"step": 2, "lo')

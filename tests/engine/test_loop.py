@@ -296,6 +296,29 @@ def test_fit__resumed_after_its_end_only_evaluates(tmp_path: Path) -> None:
     assert logged(tmp_path) == lines
 
 
+def test_fit__an_evaluation_that_fails_loses_no_step_and_is_not_met_again(tmp_path: Path) -> None:
+    class Fails(Toy):
+        def forward(self, batch: Batch) -> StageOutput:
+            if not self.training:
+                raise RuntimeError("evaluation")
+            return super().forward(batch)
+
+    straight, stage, again = Toy(), Fails(), Toy()
+    run(tmp_path / "straight", straight)
+    with pytest.raises(RuntimeError, match="evaluation"):
+        run(tmp_path / "run", stage, save_every=3)
+    assert checkpoint.steps(tmp_path / "run" / "checkpoints") == [3]
+    with pytest.raises(RuntimeError, match="evaluation"):
+        run(tmp_path / "run", Fails(), save_every=3, resume=True)
+    assert checkpoint.steps(tmp_path / "run" / "checkpoints") == [3, 6]
+    assert run(tmp_path / "run", again, resume=True).finished
+    assert torch.equal(again.linear.weight, straight.linear.weight)
+    lines, expected = logged(tmp_path / "run"), logged(tmp_path / "straight")
+    assert [(line["step"], line["loss"]) for line in lines] == [(line["step"], line["loss"]) for line in expected]
+    assert "evaluation/loss" not in lines[2]
+    assert lines[5]["evaluation/loss"] == expected[5]["evaluation/loss"]  # made up for
+
+
 def test_fit__a_full_gpu_is_told_with_the_remedy(tmp_path: Path) -> None:
     stage = Toy("memory", at=first_image_of(0))
     with pytest.raises(PecobookError) as caught:

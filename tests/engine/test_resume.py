@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from pecobook import api
 from pecobook.engine import checkpoint, run_folder
@@ -111,7 +112,8 @@ def test_train__with_auto_precision_can_be_resumed(images: Path, tmp_path: Path)
 
 def test_train__frees_the_folder_after_an_error(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr("torch.nn.functional.mse_loss", lambda a, b: (a - b).mean() * float("nan"))
+        measure = F.mse_loss
+        patch.setattr(F, "mse_loss", lambda *pair, **how: measure(*pair, **how) * float("nan"))
         with pytest.raises(NonFiniteLossError):
             train("codebook", images, tmp_path / "run", max_steps="2")
     train("codebook", images, tmp_path / "run", max_steps="1", overwrite=True)

@@ -14,6 +14,8 @@ import pytest
 from pecobook.config import OptimConfig, TrainConfig, load
 from pecobook.engine import run_folder
 from pecobook.errors import RunFolderError
+from pecobook.models.segmenter import SegmentTestConfig
+from pecobook.stages.segment import SegmentConfig
 
 
 def config(out: Path, **more: Any) -> TrainConfig:
@@ -92,6 +94,19 @@ def test_check__resume_may_change_where_and_how_fast(tmp_path: Path) -> None:
     run_folder.check(config(tmp_path, resume=True, devices="2", micro_batch_size=4, log_every=1), "codebook")
 
 
+def test_check__resume_may_change_how_a_segmenter_is_tested_but_not_what_training_sees(tmp_path: Path) -> None:
+    def settings(**more: Any) -> SegmentConfig:
+        return SegmentConfig(out=str(tmp_path), precision="fp32", **more)
+
+    run_folder.release(run_folder.prepare(settings(), "segment"))
+    free = SegmentTestConfig(mode="slide", stride=0.5, scales=(1.0, 0.5), flip=True)
+    run_folder.check(settings(test=free, resume=True), "segment")
+    with pytest.raises(RunFolderError, match=r"test\.max-side: 2048 -> 512"):
+        run_folder.check(settings(test=SegmentTestConfig(max_side=512), resume=True), "segment")
+    with pytest.raises(RunFolderError, match=r"scales: .*0\.5, 2\.0.* -> "):
+        run_folder.check(settings(scales=(1.0, 1.0), resume=True), "segment")
+
+
 @pytest.mark.parametrize("content", ["holiday.jpg", "config.json"])
 def test_check__overwrite_of_a_folder_that_is_no_run_is_refused(tmp_path: Path, content: str) -> None:
     (tmp_path / content).write_text('{"architectures": ["BertModel"]}')
@@ -142,6 +157,23 @@ def test_prepare__overwrite_empties_and_resume_keeps(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "config.json").read_text())["seed"] == 2
 
 
+@pytest.mark.parametrize("change", [{}, {"overwrite": True}])
+def test_prepare__looks_again_at_what_came_between_preflight_and_the_lock(tmp_path: Path, change: Any) -> None:
+    out = tmp_path / "run"
+    mine = config(out, seed=1, **change)
+    run_folder.check(mine, "codebook")
+    if change:
+        out.mkdir()
+        (out / "thesis.doc").touch()
+    else:
+        make_run(out, seed=2)  # another run begins and ends
+    before = {path: path.read_bytes() for path in out.iterdir() if path.is_file()}
+    with pytest.raises(RunFolderError, match=r"is not empty|does not look like a run folder"):
+        run_folder.prepare(mine, "codebook")
+    assert {path: path.read_bytes() for path in out.iterdir() if path.is_file()} == before
+    run_folder.release(run_folder.lock(out))
+
+
 def test_prepare__a_disk_error_is_told_and_frees_the_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(path: Path, data: bytes) -> None:
         raise OSError(28, "No space left on device")
@@ -150,7 +182,7 @@ def test_prepare__a_disk_error_is_told_and_frees_the_folder(tmp_path: Path, monk
         patch.setattr(run_folder, "write_atomically", full)
         with pytest.raises(RunFolderError, match=r"cannot be written: .*No space left"):
             run_folder.prepare(config(tmp_path), "codebook")
-    make_run(tmp_path)
+    make_run(tmp_path, overwrite=True)
 
 
 _TAKE = """

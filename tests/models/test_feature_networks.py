@@ -159,6 +159,7 @@ def test_distance__takes_a_module_and_names_of_its_nodes() -> None:
         (SQUEEZENET, ("feature.12",), "Did you mean 'features.2"),
         (SQUEEZENET, (5,), "has stages 1 to 4"),
         ("torchvision:convnext_tiny", (1,), "no numbered stages: give names of nodes"),
+        ("torchvision:densenet121", (1,), "no numbered stages: give names of nodes"),
         ("torchvision:squeezenet", (1,), "torchvision has no network 'squeezenet'. Did you mean 'squeezenet1_"),
         ("torchvision:deeplabv3_resnet50", (1,), "torchvision has no network"),
         (VIT, (), "is empty"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -33,6 +34,9 @@ def model(request: pytest.FixtureRequest) -> MaskedImageModel:
     name, args = BACKBONES[request.param]
     torch.manual_seed(0)
     return MaskedImageModel(timm.create_model(name, num_classes=0, **args), vocab_size=11).eval()
+
+
+_BEIT_STD = 0.5396 * 0.02  # of a normal of 0.02 that is cut at one deviation
 
 
 def pictures(seed: int = 0) -> Tensor:
@@ -157,8 +161,8 @@ def test_init__of_mask_token_and_head() -> None:
     torch.manual_seed(0)
     model = MaskedImageModel(timm.create_model("vit_tiny_patch16_224", num_classes=0, **SIZE), 500)
     assert model.mask_token.shape == (24,)
-    assert model.head.weight.std().item() == pytest.approx(0.02, rel=0.05)
-    assert model.mask_token.std().item() == pytest.approx(0.02, rel=0.5)
+    assert model.head.weight.std().item() == pytest.approx(_BEIT_STD, rel=0.05)
+    assert model.mask_token.std().item() == pytest.approx(_BEIT_STD, rel=0.5)
     assert model.head.bias.abs().max() == 0
 
 
@@ -168,29 +172,71 @@ def test_init__refuses_a_network_without_patches(name: str) -> None:
         MaskedImageModel(timm.create_model(name, num_classes=0), 8)
 
 
+@pytest.mark.parametrize("make", [lambda b: MaskedImageModel(b, 8), lambda b: VisibleOnlyModel(b, 8)])
+def test_init__refuses_a_pooling_that_would_not_learn(make: Callable[[nn.Module], nn.Module]) -> None:
+    name = "vit_base_patch16_siglip_224"
+    with pytest.raises(WeightsError, match=r'pools patches by attention.*--model\.args .*"global_pool": "avg"'):
+        make(timm.create_model(name, num_classes=0, **SIZE))
+    make(timm.create_model(name, num_classes=0, **SIZE, global_pool="avg"))
+
+
+# Beside those above: other last blocks, norms after the pooling, positions.
+ARRANGEMENTS = {
+    **BACKBONES,
+    "siglip": ("vit_base_patch16_siglip_224", SIZE | {"global_pool": "avg"}),
+    "beit, shared positions": (
+        "beit_base_patch16_224",
+        SIZE | {"init_values": 0.1, "use_rel_pos_bias": False, "use_shared_rel_pos_bias": True},
+    ),
+    "eva02": ("eva02_tiny_patch14_224", SIZE),
+    "dinov3": ("vit_small_patch16_dinov3", SIZE),
+    "relative positions": ("vit_relpos_small_patch16_224", SIZE),
+    "distilled": ("deit_tiny_distilled_patch16_224", SIZE),
+}
+
+
+@pytest.mark.parametrize("name", list(ARRANGEMENTS))
+def test_backward__gives_every_weight_a_gradient(name: str) -> None:
+    """Without, DDP waits for it, and a resumed optimizer lacks its state."""
+    architecture, args = ARRANGEMENTS[name]
+    model = MaskedImageModel(timm.create_model(architecture, num_classes=0, **args), 11)
+    model(pictures(), even_mask(), 5).square().mean().backward()
+    assert {name for name, p in model.named_parameters() if p.requires_grad and p.grad is None} == set()
+
+
 @pytest.mark.parametrize("name", ["vit", "beit"])
-def test_initialise_beit__scales_the_output_projections(name: str) -> None:
+def test_initialise_beit__is_beits(name: str) -> None:
     architecture, args = BACKBONES[name]
     torch.manual_seed(0)
     network = timm.create_model(architecture, num_classes=0, **args | {"depth": 4, "embed_dim": 96})
     for module in network.modules():
-        if isinstance(module, nn.Linear):
+        if isinstance(module, (nn.Linear, nn.Conv2d)):
             nn.init.constant_(module.weight, 7.0)
             if module.bias is not None:
                 nn.init.constant_(module.bias, 7.0)
-    before = network.patch_embed.proj.weight.clone()
     initialise_beit(network)
     for number, block in enumerate(network.blocks, start=1):
         for layer, expected in (
-            (block.attn.qkv, 0.02),
-            (block.mlp.fc1, 0.02),
-            (block.attn.proj, 0.02 / (2 * number) ** 0.5),
-            (block.mlp.fc2, 0.02 / (2 * number) ** 0.5),
+            (network.patch_embed.proj, _BEIT_STD),
+            (block.attn.qkv, _BEIT_STD),
+            (block.mlp.fc1, _BEIT_STD),
+            (block.attn.proj, _BEIT_STD / (2 * number) ** 0.5),
+            (block.mlp.fc2, _BEIT_STD / (2 * number) ** 0.5),
         ):
             assert layer.weight.std().item() == pytest.approx(expected, rel=0.05)
             assert layer.weight.mean().abs() < expected / 10
             assert layer.bias is None or layer.bias.abs().max() == 0
-    assert torch.equal(network.patch_embed.proj.weight, before)  # a convolution keeps timm's start
+            assert layer.weight.abs().max() <= 0.02
+    for token in (network.cls_token, network.pos_embed):
+        assert token is None or token.std().item() == pytest.approx(_BEIT_STD, rel=0.2)
+
+
+def test_initialise_beit__leaves_fixed_positions() -> None:
+    network = timm.create_model("vit_tiny_patch16_224", num_classes=0, **SIZE)
+    network.pos_embed.requires_grad_(False)
+    before = network.pos_embed.clone()
+    initialise_beit(network)
+    assert torch.equal(network.pos_embed, before)
 
 
 # ------------------------------------------------------------------------------------------------- static shapes
@@ -215,6 +261,16 @@ def test_positions__are_the_masked_ones_in_row_major_order() -> None:
 def test_forward__with_a_known_count_is_forward_with_a_counted_one(model: MaskedImageModel) -> None:
     mask = even_mask()
     assert_close(model(pictures(), mask, 5), model(pictures(), mask))
+
+
+@pytest.mark.parametrize("name", list(ARRANGEMENTS))
+def test_forward__with_a_known_count_never_waits_for_the_device(name: str) -> None:
+    """Also where the last block is none that it knows: no shape depends on the mask."""
+    architecture, args = ARRANGEMENTS[name]
+    model = MaskedImageModel(timm.create_model(architecture, num_classes=0, **args), 11).eval()
+    assert_close(model(pictures(), even_mask(), 5), model(pictures(), even_mask()))
+    model.to("meta")  # where tensors have no values that could be counted
+    assert model(pictures().to("meta"), even_mask().to("meta"), 5).shape == (10, 11)
 
 
 def test_forward__with_a_known_count_runs_the_last_perceptron_on_masked_positions_alone(
@@ -289,14 +345,16 @@ def test_visible_only__leaves_the_backbone_a_plain_one() -> None:
     assert_close(model.backbone(pictures()), plain.eval()(pictures()))
 
 
-def test_visible_only__every_weight_learns() -> None:
-    model = accelerated().train()
+@pytest.mark.parametrize("more", [{}, {"class_token": False, "global_pool": "avg"}])
+def test_visible_only__every_weight_learns(more: dict[str, Any]) -> None:
+    model = accelerated(**more).train()
     model(pictures(), even_mask(), 5).square().mean().backward()
     missing = {name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()}
     assert missing == set()
 
 
-def test_visible_only__refuses_relative_positions() -> None:
-    backbone = timm.create_model("beit_base_patch16_224", num_classes=0, **SIZE)
+@pytest.mark.parametrize("name", ["beit_base_patch16_224", "eva02_tiny_patch14_224"])
+def test_visible_only__refuses_relative_positions(name: str) -> None:
+    backbone = timm.create_model(name, num_classes=0, **SIZE)
     with pytest.raises(WeightsError, match="positions are relative: choose a plain ViT"):
         VisibleOnlyModel(backbone, 4)

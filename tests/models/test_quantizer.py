@@ -118,7 +118,7 @@ class SlowAverages:
 def test_update__is_van_den_oords(decay: float, eps: float) -> None:
     quantizer = VectorQuantizer(12, 3, decay=decay, eps=eps, revive_after=0)
     quantizer(latents(2, 3, 6, 0))
-    quantizer._pending = None  # only the start counts so far
+    quantizer._seen = None  # only the start counts so far
     slow = SlowAverages(state_of(quantizer), decay, eps)
     for seed in range(1, 9):
         z = latents(2, 3, 6, seed)

@@ -77,10 +77,9 @@ def test_two_processes__kmeans_starts_from_all_vectors(two_processes: TwoProcess
 
 def accumulate_rank(rank: int, world_size: int, batches: list[Tensor], parts: int) -> State:
     quantizer = VectorQuantizer(16, 4, revive_after=0)
-    for number, z in enumerate(batches):
-        micro = [z] if number == 0 else list(z.chunk(parts))  # the start sees the first micro-batch only
-        for one in micro:
-            quantizer(one.chunk(world_size)[rank])
+    for z in batches:
+        for one in z.chunk(world_size)[rank].chunk(parts):  # k-means starts from all vectors in one order
+            quantizer(one)
         quantizer.update()
     return state_of(quantizer)
 
@@ -92,6 +91,18 @@ def test_two_processes__accumulation_changes_only_rounding(two_processes: TwoPro
     assert_same(left, right)
     for name in whole:
         assert_close(left[name], whole[name], atol=1e-5, rtol=1e-5)
+
+
+def test_update__starts_from_all_micro_batches() -> None:
+    whole, parts = VectorQuantizer(16, 4), VectorQuantizer(16, 4)
+    for seed in range(3):
+        z = latents(8, 4, 4, seed)
+        whole(z)
+        for one in z.chunk(4):
+            parts(one)
+        whole.update()
+        parts.update()
+    assert_same(state_of(whole), state_of(parts))
 
 
 def gradient_rank(rank: int, world_size: int, z: Tensor) -> Tensor:

@@ -76,6 +76,8 @@ def test_interface__is_one(name: str) -> None:
     assert 0 <= float(images.min()) <= float(images.max()) <= 1
     assert tokenizer.image_size > 0
     assert torch.equal(tokenizer.encode(pictures()[1:]), codes[1:])
+    assert torch.equal(tokenizer.encode(pictures(), batch_size=2), codes)
+    assert_close(tokenizer.decode(codes, batch_size=2), images)
     with pytest.raises(ValueError, match=f"multiples of {f} pixels"):
         tokenizer.encode(torch.rand(1, 3, 16, 17))
 

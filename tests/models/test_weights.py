@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.testing import assert_close
 
-from pecobook.errors import WeightsError
+from pecobook.errors import ConfigError, WeightsError
 from pecobook.models.weights import (
     create,
     export_backbone,
@@ -172,6 +173,29 @@ def test_load_backbone__from_timm_at_a_size() -> None:
     assert load_backbone("timm:test_resnet", weights="random").mean == (0.5, 0.5, 0.5)
 
 
+@pytest.mark.parametrize("num_classes", [0, 1000], ids=["self-supervised", "classifier"])
+@pytest.mark.parametrize("name", [NAME, "vit_base_patch16_siglip_224"], ids=["token", "attention"])
+def test_load_backbone__from_timm_keeps_the_last_norm_where_it_pools_the_mean(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, num_classes: int
+) -> None:
+    small = {"depth": 1, "embed_dim": 24, "num_heads": 2}
+    network = timm.create_model(name, num_classes=num_classes, **small)
+    nn.init.normal_(network.norm.weight)
+    torch.save(network.state_dict(), tmp_path / "weights.pth")
+    make: Callable[..., nn.Module] = timm.create_model
+
+    def from_file(name: str, *, pretrained: bool, **more: Any) -> nn.Module:
+        overlay = {"file": str(tmp_path / "weights.pth"), "num_classes": num_classes}
+        return make(name, pretrained=pretrained, pretrained_cfg_overlay=overlay, **small, **more)
+
+    monkeypatch.setattr(timm, "create_model", from_file)
+    pooled = load_backbone(f"timm:{name}", pool_mean=True, image_size=64, drop_path=0.1)
+    assert torch.equal(pooled.network.get_parameter("fc_norm.weight"), network.norm.weight)
+    assert torch.equal(pooled.network.get_parameter("patch_embed.proj.weight"), network.patch_embed.proj.weight)
+    assert pooled.args == {"global_pool": "avg", "img_size": 64}
+    assert pooled.network(torch.zeros(1, 3, 64, 64)).shape == (1, 24)
+
+
 def test_load_backbone__refuses_what_is_none(tmp_path: Path) -> None:
     exported(tmp_path)
     file = tmp_path / "export" / "config.json"
@@ -183,6 +207,10 @@ def test_load_backbone__refuses_what_is_none(tmp_path: Path) -> None:
         load_backbone(str(tmp_path))
     with pytest.raises(WeightsError, match="There is no run"):
         load_backbone(str(tmp_path / "missing"))
+    with pytest.raises(
+        ConfigError, match=r"a file of weights, which needs its network: --backbone timm:NAME --weights"
+    ):
+        load_backbone(str(tmp_path / "export" / "model.safetensors"))
     with pytest.raises(WeightsError, match="neither a run folder nor a network"):
         load_backbone("resnet50")
 

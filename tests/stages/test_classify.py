@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import dataclasses
 import random
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -230,6 +231,33 @@ def test_train__leaves_predictions_and_a_confusion_picture(images: Path, vit_run
         right += row["correct"]
     assert logged(run)[-1]["evaluation/top1"] == pytest.approx(100 * right / len(table))
     assert (run / "samples" / "confusion.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_train__an_unreadable_held_out_image_is_listed_and_no_other_counts_for_it(
+    images: Path, vit_run: Path, tmp_path: Path
+) -> None:
+    for split in ("train", "test"):
+        shutil.copytree(images, tmp_path / "data" / split)
+    broken = tmp_path / "data" / "test" / "green" / "3.png"
+    broken.write_bytes(broken.read_bytes()[:200])
+    run = train("finetune", tmp_path / "data", tmp_path / "run", backbone=str(vit_run), max_steps="2")
+    table = pq.read_table(run / "predictions.parquet").to_pylist()
+    assert len(table) == 23
+    assert not any(row["image"].endswith("green/3.png") for row in table)
+    right = sum(row["correct"] for row in table)
+    assert logged(run)[-1]["evaluation/top1"] == pytest.approx(100 * right / 23)
+    log = (run / "train.log").read_text()
+    assert log.count("skipped: ") == 1
+    assert "1 image could not be read" in log
+
+
+def test_evaluate__the_loss_leaves_out_what_is_repeated(vit_run: Path) -> None:
+    stage, given = make(vit_run).eval(), batch()
+    once = {name: value[:2] for name, value in given.items()}
+    with torch.no_grad():
+        expected = float(stage(once).loss)
+        marked = {**given, "repeated": torch.arange(len(given["label"])) > 1}
+        assert float(stage(marked).loss) == pytest.approx(expected)
 
 
 def test_confusion_matrix__counts_rows_by_label() -> None:

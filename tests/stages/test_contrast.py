@@ -47,6 +47,12 @@ def test_forward__the_second_encoder_never_gets_gradients(model: BackboneConfig 
     assert 0 <= float(output.metrics["accuracy"]) <= 100
 
 
+def test_forward__of_a_network_that_widens_after_pooling() -> None:
+    stage = make(model=BackboneConfig(name="mobilenetv3_small_050"))
+    assert stage.backbone.num_features != stage.backbone.head_hidden_size
+    assert stage(batch()).loss.isfinite()
+
+
 def test_forward__loss_is_symmetric_in_the_views() -> None:
     stage, given = make(blur=(0.0, 0.0), solarise=(0.0, 0.0)), batch()
     swapped = {name.translate({48: "1", 49: "0"}): value for name, value in given.items()}

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from pathlib import Path
 from typing import Any
 
@@ -227,6 +228,45 @@ def test_export__copies_beits_one_table_into_every_block(images: Path, codebook_
     torch.testing.assert_close(backbone.network.eval()(picture), shared(picture))
 
 
+@pytest.mark.parametrize("use_rel_pos_bias", ["false", "true"])
+def test_export__adds_beits_one_table_to_those_of_blocks(
+    codebook_run: Path, tmp_path: Path, use_rel_pos_bias: str
+) -> None:
+    args = _BEIT["model.args"].replace('"use_rel_pos_bias": false', f'"use_rel_pos_bias": {use_rel_pos_bias}')
+    stage = make(codebook_run, model=BackboneConfig(name=_BEIT["model.name"], args=args)).eval()
+    backbone = stage.model.backbone
+    for name, parameter in backbone.named_parameters():
+        if name.endswith("relative_position_bias_table"):
+            torch.nn.init.normal_(parameter)
+    stage.export(tmp_path, stage.state_dict())
+    picture = torch.rand(2, 3, 16, 16)
+    torch.testing.assert_close(load_backbone(str(tmp_path)).network.eval()(picture), backbone(picture))
+
+
+@pytest.mark.parametrize(
+    ("image_size", "patch", "tokenizer_size"),
+    [(32, 8, 0), (30, 8, 0), (18, 4, 0), (48, 6, 0), (32, 8, 24), (32, 8, 18)],
+)
+def test_check__every_way_out_is_one(codebook_run: Path, image_size: int, patch: int, tokenizer_size: int) -> None:
+    def config(image_size: int, patch: int, tokenizer_size: int) -> PretrainConfig:
+        args = f'{{"patch_size": {patch}, "depth": 1, "embed_dim": 16, "num_heads": 2}}'
+        model = BackboneConfig(name="vit_tiny_patch16_224", args=args)
+        return settings(codebook_run, image_size=image_size, model=model, tokenizer_size=tokenizer_size)
+
+    with pytest.raises(ConfigError) as caught:
+        KIND.check(config(image_size, patch, tokenizer_size))
+    offers = dict(re.findall(r"(--tokenizer-size|--image-size|patches of) (\d+)", str(caught.value).splitlines()[1]))
+    assert "--tokenizer-size" in offers
+    for name, value in offers.items():
+        KIND.check(
+            config(
+                int(value) if name == "--image-size" else image_size,
+                int(value) if name == "patches of" else patch,
+                int(value) if name == "--tokenizer-size" else tokenizer_size,
+            )
+        )
+
+
 def test_check__tells_both_grids_and_what_would_fit(codebook_run: Path) -> None:
     """A tokenizer of 4 pixels a code and a ViT of 8 a patch: as with DALL-E's 8 and a ViT-B/16."""
     model = BackboneConfig(
@@ -235,7 +275,7 @@ def test_check__tells_both_grids_and_what_would_fit(codebook_run: Path) -> None:
     config = settings(codebook_run, image_size=32, model=model)
     with pytest.raises(ConfigError, match=r"4 x 4 patches of 8 pixels out of 32.*8 x 8 out of 32") as caught:
         KIND.check(config)
-    assert "--tokenizer-size 16, a ViT with patches of 4, or --image-size 16" in str(caught.value)
+    assert "Give --tokenizer-size 16 or a ViT with patches of 4." in str(caught.value)
     KIND.check(dataclasses.replace(config, tokenizer_size=16))
     stage = PretrainStage(dataclasses.replace(config, tokenizer_size=16)).eval()
     given = {**batch(2), "image": torch.randint(256, (2, 3, 32, 32), dtype=torch.uint8)}

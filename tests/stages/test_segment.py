@@ -20,7 +20,7 @@ from pecobook.models.segmenter import Segmenter, best_classes
 from pecobook.recipes import recipe
 from pecobook.stages.segment import KIND, SegmentConfig, SegmentStage
 from pecobook.stages.stage import preflight
-from tests.runs import SMALL, losses, shapes, train
+from tests.runs import SMALL, logged, losses, shapes, train
 from tests.shapes import write_shapes
 
 
@@ -92,6 +92,36 @@ def test_evaluate__counts_pixels_at_each_masks_own_size(vit_run: Path) -> None:
         assert torch.equal(stage(given).rows["counts"][0], one)  # an image that another rank counts too
     found = stage.summarise({"counts": torch.stack([one, one])}, {})
     assert found["pixel_accuracy"] == pytest.approx(100 * float(one.diagonal().sum() / one.sum()))
+
+
+def test_check__sharded_weights_and_windows_exclude_each_other(vit_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    windows = settings(vit_run, strategy="fsdp", devices="2", **{"test.mode": "slide"})
+    with pytest.raises(ConfigError, match=r"--strategy fsdp .* give --strategy ddp or --test\.mode whole") as caught:
+        KIND.check(windows)
+    assert len(str(caught.value).splitlines()) == 1
+    for change in ({"strategy": "ddp"}, {"devices": "1"}, {"test.mode": "whole"}):
+        KIND.check(replace(windows, change))
+
+
+def test_train__an_unreadable_held_out_image_is_listed_and_no_other_counts_for_it(
+    vit_run: Path, tmp_path: Path
+) -> None:
+    root = write_shapes(tmp_path / "shapes", val=3)
+    broken = root / "val" / "images" / "101.jpg"
+    broken.write_bytes(broken.read_bytes()[:200])
+    more: dict[str, Any] = {"verify": False, "classes": str(root / "classes.txt"), "max_steps": "2"}
+    run = train("segment", root, tmp_path / "run", backbone=str(vit_run), **more)
+    log = (run / "train.log").read_text()
+    assert log.count("skipped: ") == 1
+    assert "101" in log
+    for folder in ("images", "masks"):
+        next((root / "val" / folder).glob("101.*")).unlink()
+    without = train("segment", root, tmp_path / "without", backbone=str(vit_run), **more)
+    last, expected = (
+        {name: value for name, value in logged(one)[-1].items() if name.startswith("evaluation/")}
+        for one in (run, without)
+    )
+    assert last == pytest.approx(expected)
 
 
 def test_evaluate__at_several_sizes(vit_run: Path) -> None:

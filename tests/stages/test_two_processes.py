@@ -12,6 +12,8 @@ import torch
 from safetensors.torch import load_file
 
 from pecobook.engine import checkpoint
+from pecobook.errors import RunFolderError
+from pecobook.stages.codebook import CodebookStage
 from tests.distributed import TwoProcesses
 from tests.runs import SMALL, inputs, losses, train
 
@@ -57,6 +59,30 @@ def test_train__variants_of_the_codebook_under_ddp_equal_one_process(
     assert losses(tmp_path / "two") == pytest.approx(losses(alone), rel=2e-4)
 
 
+def export_to_a_full_disk(rank: int, world_size: int, data: str, out: str) -> str:
+    def full(*_: Any) -> str:
+        raise OSError(28, "No space left on device")
+
+    ordinary = CodebookStage.export
+    CodebookStage.export = full  # type: ignore[method-assign, assignment]
+    try:
+        train("codebook", data, Path(out), max_steps="1", devices="2")
+    except RunFolderError as error:
+        return str(error)
+    finally:
+        CodebookStage.export = ordinary  # type: ignore[method-assign]
+    return ""
+
+
+def test_train__an_export_that_cannot_be_written_ends_both_ranks(
+    images: Path, tmp_path: Path, two_processes: TwoProcesses
+) -> None:
+    first, second = two_processes.run(export_to_a_full_disk, str(images), str(tmp_path))
+    assert "No space left" in first
+    assert "--resume" in first
+    assert first == second
+
+
 def export_of(run: Path) -> dict[str, torch.Tensor]:
     return load_file(run / "export" / "model.safetensors")
 
@@ -91,6 +117,18 @@ def test_train__lars_under_fsdp_equals_ddp(images: Path, tmp_path: Path, two_pro
         settings = {**more, "strategy": strategy}
         two_processes.run(train_on_each, "contrast", str(images), str(tmp_path / strategy), settings)
     assert losses(tmp_path / "fsdp") == pytest.approx(losses(tmp_path / "ddp"), rel=1e-4)
+
+
+def test_train__a_process_joins_a_codebook_by_resume(images: Path, tmp_path: Path, two_processes: TwoProcesses) -> None:
+    more: dict[str, Any] = {"max_steps": "8", "save_every": 4}
+    run = train("codebook", images, tmp_path / "run", **more)
+    before, alone = losses(run), export_of(run)
+    shutil.rmtree(run / "checkpoints" / "step-00000008")
+    two_processes.run(train_on_each, "codebook", str(images), str(run), {**more, "devices": "2", "resume": True})
+    assert losses(run)[:4] == before[:4]
+    assert losses(run) == pytest.approx(before, rel=2e-4)
+    joined = export_of(run)["quantizer.codebook"]
+    torch.testing.assert_close(joined, alone["quantizer.codebook"], rtol=0.05, atol=3e-3)
 
 
 def test_train__an_fsdp_checkpoint_goes_on_in_one_process(

@@ -77,8 +77,8 @@ def tidy(axes: Axes, *, grid: str = "both") -> None:
 
 
 def plain(text: str) -> str:
-    """Text that matplotlib draws as it stands: a dollar sign would begin a formula."""
-    return text.replace("$", r"\$")
+    """Text that matplotlib draws as it stands: a dollar sign would begin a formula, and legends leave out `_name`."""
+    return (" " if text.startswith("_") else "") + text.replace("$", r"\$")
 
 
 def png(figure: Figure) -> bytes:

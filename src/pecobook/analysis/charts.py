@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from pecobook.analysis.arrays import Array, as_numpy
-from pecobook.analysis.canvas import INK, new_figure, png, styles, tidy
+from pecobook.analysis.canvas import INK, new_figure, plain, png, styles, tidy
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -94,7 +94,7 @@ def code_usage_chart(counts: Mapping[str, Array]) -> bytes:
         label = f"{name}: {len(used)} of {len(ranked)} used"
         rank = np.arange(1, len(used) + 1)
         style = look[name]
-        axes.plot(rank, used, label=label, linewidth=1.9, color=style["color"], linestyle=style["linestyle"])
+        axes.plot(rank, used, label=plain(label), linewidth=1.9, color=style["color"], linestyle=style["linestyle"])
         axes.plot(rank[-1:], used[-1:], marker=style["marker"], color=style["color"], markersize=4)
     axes.set_yscale("log")
     axes.yaxis.set_major_formatter("{x:g}")
@@ -119,7 +119,7 @@ def score_chart(panels: Mapping[str, Sequence[Score]], *, chance: float | None =
     for place, (title, scores) in enumerate(panels.items()):
         axes = figure.add_subplot(grid[place])
         tidy(axes, grid="x")
-        axes.set_title(title, color=INK, fontsize=10.5, loc="left")
+        axes.set_title(plain(title), color=INK, fontsize=10.5, loc="left")
         axes.set_xlim(low, high)
         _points(axes, scores, look, unit)
         if chance is not None:
@@ -132,7 +132,7 @@ def score_chart(panels: Mapping[str, Sequence[Score]], *, chance: float | None =
 
 def _points(axes: Axes, scores: Sequence[Score], look: Mapping[str, Mapping[str, Any]], unit: str) -> None:
     axes.set_ylim(len(scores) - 0.4, -0.6)
-    axes.set_yticks(range(len(scores)), [score.name for score in scores])
+    axes.set_yticks(range(len(scores)), [plain(score.name) for score in scores])
     axes.spines["left"].set_visible(False)
     axes.tick_params(axis="y", labelsize=10.5)
     for row, score in enumerate(scores):
@@ -162,14 +162,14 @@ def _curve(axes: Axes, x: Sequence[float], y: Sequence[float], name: str, style:
         return
     line = {"color": style["color"], "linestyle": style["linestyle"]}
     if len(y) < 40:
-        axes.plot(x, y, label=name, linewidth=1.7, marker=style["marker"], markersize=2.6, **line)
+        axes.plot(x, y, label=plain(name), linewidth=1.7, marker=style["marker"], markersize=2.6, **line)
         return
     width = max(len(y) // 25, 3)
     summed = np.cumsum(np.concatenate([[0.0], np.asarray(y, dtype=np.float64)]))
     first = np.maximum(np.arange(1, len(y) + 1) - width, 0)
     mean = (summed[1:] - summed[first]) / (np.arange(1, len(y) + 1) - first)
     axes.plot(x, y, linewidth=0.8, alpha=0.28, color=style["color"])
-    axes.plot(x, mean, label=name, linewidth=1.8, **line)
+    axes.plot(x, mean, label=plain(name), linewidth=1.8, **line)
 
 
 def _series(records: Metrics, x: str, metric: str) -> tuple[list[float], list[float]]:

@@ -7,12 +7,12 @@ Every function returns PNG bytes on a transparent ground (see `canvas`). Images 
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from pecobook.analysis.canvas import INK, new_figure, picture_array, png
+from pecobook.analysis.canvas import INK, new_figure, picture_array, plain, png
 from pecobook.analysis.codewords import Gallery, GalleryPatch
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ def reconstruction_grid(
 
     `images` (N, 3, H, W); `reconstructions` maps a column title to (N, 3, H, W). The first `rows` are shown.
     """
-    return image_columns({original: images, **reconstructions}, rows=rows)
+    return image_columns([(original, images), *reconstructions.items()], rows=rows)
 
 
 def masked_prediction_grid(images: Tensor, masked: Tensor, decoded: Mapping[str, Tensor], *, rows: int = 6) -> bytes:
@@ -38,23 +38,23 @@ def masked_prediction_grid(images: Tensor, masked: Tensor, decoded: Mapping[str,
 
     All are (N, 3, H, W); `masked` comes from `masked_prediction.hide`, `decoded` from `decode_prediction`.
     """
-    return image_columns({"original": images, "masked": masked, **decoded}, rows=rows)
+    return image_columns([("original", images), ("masked", masked), *decoded.items()], rows=rows)
 
 
-def image_columns(columns: Mapping[str, Tensor], *, rows: int = 6) -> bytes:
-    """A grid of pictures with one titled column for each entry of `columns`, (N, 3, H, W) each."""
-    rows = min([rows, *(len(images) for images in columns.values())])
+def image_columns(columns: Sequence[tuple[str, Tensor]], *, rows: int = 6) -> bytes:
+    """A grid of pictures with one titled column for each of `columns`, (N, 3, H, W) each; titles may be alike."""
+    rows = min([rows, *(len(images) for _, images in columns)])
     if not columns or rows < 1:
         raise ValueError("image_columns needs at least one column and one image in each")
-    titles = [_wrapped(title, 54 // len(columns)) for title in columns]
+    titles = [_wrapped(title, 54 // len(columns)) for title, _ in columns]
     lines = max(title.count("\n") + 1 for title in titles)
     step = 1 + _GAP
     unit = _WIDTH / (len(columns) * step)  # inches of one picture
     head = 0.24 * lines / unit
     axes = _sheet(len(columns) * step, head + rows * step, unit)
-    for column, (title, images) in enumerate(zip(titles, columns.values(), strict=True)):
+    for column, (title, (_, images)) in enumerate(zip(titles, columns, strict=True)):
         left = column * step
-        axes.text(left + 0.5, head - 0.1 / unit, title, ha="center", va="bottom", color=INK, fontsize=10.5)
+        axes.text(left + 0.5, head - 0.1 / unit, plain(title), ha="center", va="bottom", color=INK, fontsize=10.5)
         for row in range(rows):
             _place(axes, images[row], left, head + row * step, 1.0)
     return png(axes.figure)  # type: ignore[arg-type]
@@ -69,7 +69,7 @@ def gallery_picture(gallery: Gallery, *, per_line: int = 6, title: str | None = 
     height = head + sum(label + line * step + 0.12 for line in lines)
     axes = _sheet(per_line * step, max(height, 1.0), unit)
     if title:
-        axes.text(0, 0.0, title, ha="left", va="top", color=INK, fontsize=11.5, weight="bold")
+        axes.text(0, 0.0, plain(title), ha="left", va="top", color=INK, fontsize=11.5, weight="bold")
     top = head
     for row, line in zip(gallery.rows, lines, strict=True):
         use = f"codeword {row.codeword}  ·  {_count(row.count, 'patch', 'patches')}"

@@ -5,6 +5,8 @@ Shapes: images float (N, 3, H, W) in [0, 1], codes int64 (N, h, w).
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -15,8 +17,10 @@ def psnr(x: Tensor, y: Tensor) -> Tensor:
     """Peak signal-to-noise ratio of each image (B, C, H, W) in [0, 1], float (B,) in dB; inf where equal."""
     from torchmetrics.functional.image import peak_signal_noise_ratio
 
-    _same_shape(x, y)
-    return peak_signal_noise_ratio(x.double(), y.double(), data_range=1.0, reduction="none", dim=(1, 2, 3)).float()
+    def measure(a: Tensor, b: Tensor) -> Tensor:
+        return peak_signal_noise_ratio(a.double(), b.double(), data_range=1.0, reduction="none", dim=(1, 2, 3)).float()
+
+    return _by_parts(measure, x, y)
 
 
 def ssim(x: Tensor, y: Tensor) -> Tensor:
@@ -26,15 +30,20 @@ def ssim(x: Tensor, y: Tensor) -> Tensor:
     """
     from torchmetrics.functional.image import structural_similarity_index_measure
 
-    _same_shape(x, y)
-    value = structural_similarity_index_measure(x.float(), y.float(), data_range=1.0, reduction="none")
-    assert isinstance(value, Tensor)
-    return value.reshape(len(x))  # torchmetrics drops the dimension of a single image
+    def measure(a: Tensor, b: Tensor) -> Tensor:
+        value = structural_similarity_index_measure(a.float(), b.float(), data_range=1.0, reduction="none")
+        assert isinstance(value, Tensor)
+        return value.reshape(len(a))  # torchmetrics drops the dimension of a single image
+
+    return _by_parts(measure, x, y)
 
 
-def _same_shape(x: Tensor, y: Tensor) -> None:
+def _by_parts(measure: Callable[[Tensor, Tensor], Tensor], x: Tensor, y: Tensor) -> Tensor:
+    """What is measured of each image, (B,); 64 at a time, since both metrics hold several copies of all they see."""
     if x.shape != y.shape:
         raise ValueError(f"images of equal shapes are compared, not {tuple(x.shape)} and {tuple(y.shape)}")
+    pairs = zip(torch.split(x, 64), torch.split(y, 64), strict=True)
+    return torch.cat([measure(a, b) for a, b in pairs])
 
 
 def encode_all(tokenizer: Tokenizer, images: Tensor, batch_size: int = 64) -> Tensor:

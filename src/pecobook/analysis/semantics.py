@@ -19,7 +19,9 @@ from pecobook.analysis.arrays import Array, as_numpy
 COLOUR_LEVELS = 3
 """Levels of each of red, green and blue; 27 colours."""
 EDGE_LEVELS = 8
-"""Equally filled levels of edge energy."""
+"""Levels of edge energy, equally filled but for patches that are alike."""
+_PERMUTATIONS = 5
+"""Of the images, over which the bias is averaged."""
 
 
 @dataclass(frozen=True)
@@ -27,11 +29,13 @@ class Information:
     """How much a patch's code says about something else of that patch."""
 
     bits: float
-    """Mutual information, plug-in estimate, minus what codes shuffled over patches would give: its bias."""
+    """Mutual information, plug-in estimate, minus what codes of other images would give: its bias."""
     share: float
-    """Of the entropy of the other thing, in [0, 1]; 1 when the code tells it exactly."""
+    """Of what there is to know above that bias, in [0, 1]; 1 when the code tells it exactly."""
     purity: float
     """Percent of patches that have the most frequent value of their code."""
+    null_purity: float
+    """The same of codes of other images."""
     chance: float
     """Percent of patches that have the most frequent value of all."""
 
@@ -57,23 +61,34 @@ def entropy(counts: NDArray[np.int64]) -> float:
 
 
 def information(codes: Array, values: Array, num_codes: int, *, seed: int = 0) -> Information:
-    """What codes say about values; both int of one shape, values from 0.
+    """What codes say about values; both int of one shape, images first, values from 0.
 
-    With many codes and few patches the plug-in estimate is far too high. Codes that are shuffled over the patches know
-    nothing, so what they seem to know is taken off.
+    With many codes and few images the plug-in estimate is far too high, all the more as the patches of an image have
+    codes and values in common. Codes of whole images that are given to other images know nothing, so what they seem to
+    know is taken off. The same seed and number of images give the same permutations, whatever the values are.
     """
-    flat = as_numpy(values).reshape(-1)
-    num_values = int(flat.max()) + 1
-    joint = joint_counts(codes, flat, num_codes, num_values)
-    shuffled = np.random.default_rng(seed).permutation(as_numpy(codes).reshape(-1))
-    bias = mutual_information(joint_counts(shuffled, flat, num_codes, num_values))
-    bits, whole = max(mutual_information(joint) - bias, 0.0), entropy(joint.sum(0))
+    own, other = as_numpy(codes), as_numpy(values)
+    num_values = int(other.max()) + 1
+    joint = joint_counts(own, other, num_codes, num_values)
+    rng = np.random.default_rng(seed)
+    nulls = []  # (bits, purity)
+    for _ in range(_PERMUTATIONS):
+        null = joint_counts(rng.permutation(own), other, num_codes, num_values)
+        nulls.append((mutual_information(null), _purity(null)))
+    bias, null_purity = (float(value) for value in np.mean(nulls, axis=0))
+    bits, room = max(mutual_information(joint) - bias, 0.0), entropy(joint.sum(0)) - bias
     return Information(
         bits=bits,
-        share=bits / whole if whole > 0 else 0.0,
-        purity=100 * float(joint.max(1).sum() / joint.sum()),
+        share=min(bits / room, 1.0) if room > 1e-9 else 0.0,
+        purity=_purity(joint),
+        null_purity=null_purity,
         chance=100 * float(joint.sum(0).max() / joint.sum()),
     )
+
+
+def _purity(joint: NDArray[np.int64]) -> float:
+    """Percent of counts (K, V) that are the largest of their code."""
+    return 100 * float(joint.max(1).sum() / joint.sum())
 
 
 def patch_labels(labels: Array, grid: tuple[int, int]) -> NDArray[np.int64]:
@@ -91,14 +106,20 @@ def patch_colours(images: Tensor, grid: tuple[int, int]) -> Tensor:
 
 
 def patch_edges(images: Tensor, grid: tuple[int, int]) -> Tensor:
-    """How strong a patch's edges are, in eight equally filled levels: int64 (N, h, w).
+    """How strong a patch's edges are, in eight levels: int64 (N, h, w).
 
-    Mean magnitude of the gradient of brightness (Sobel's filter) within the patch.
+    Mean magnitude of the gradient of brightness (Sobel's filter) within the patch. Levels are equally filled, but equal
+    patches share the lowest of theirs: all flat ones are alike.
     """
+    energy = torch.cat([_edge_energy(part, grid) for part in torch.split(images, 64)])  # (N, h, w)
+    energy = (energy * 1e6).round()  # a flat patch is not quite 0 after rounding
+    ranks = torch.searchsorted(energy.flatten().sort().values, energy)
+    return ranks * EDGE_LEVELS // ranks.numel()
+
+
+def _edge_energy(images: Tensor, grid: tuple[int, int]) -> Tensor:
     grey = images.mean(1, keepdim=True)
     sobel = torch.tensor([[1.0, 0.0, -1.0], [2.0, 0.0, -2.0], [1.0, 0.0, -1.0]]) / 8
     kernels = torch.stack([sobel, sobel.t()])[:, None].to(images)
     gradient = F.conv2d(F.pad(grey, (1, 1, 1, 1), "replicate"), kernels)
-    energy = F.adaptive_avg_pool2d(gradient.norm(dim=1, keepdim=True), grid)[:, 0]  # (N, h, w)
-    ranks = energy.flatten().argsort(stable=True).argsort(stable=True)
-    return (ranks * EDGE_LEVELS // ranks.numel()).view(energy.shape)
+    return F.adaptive_avg_pool2d(gradient.norm(dim=1, keepdim=True), grid)[:, 0]

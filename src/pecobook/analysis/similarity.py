@@ -8,7 +8,7 @@ Shapes: images float (N, 3, H, W) in [0, 1].
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,7 +19,7 @@ from torch import Tensor
 from pecobook.analysis.arrays import Tokenizer
 from pecobook.analysis.reconstruction import encode_all
 from pecobook.analysis.stability import blur, shift
-from pecobook.errors import DataError
+from pecobook.errors import DataError, first_line
 
 Distance = Callable[[Tensor, Tensor], Tensor]
 """Two batches of images to (N,), smaller for more alike."""
@@ -48,7 +48,7 @@ class Judgements:
     """How often a distance finds the shifted copy more alike than the blurred one."""
 
     right: float
-    """Percent."""
+    """Percent; where both are as near, a half."""
     shifted: Tensor
     """Distances (N,) to the shifted copies."""
     blurred: Tensor
@@ -65,10 +65,17 @@ def judge(images: Tensor, distance: Distance) -> Judgements:
     """Two-alternative judgements of a distance on shifted and blurred copies."""
     shifted, blurred = shifted_and_blurred(images)
     to_shifted, to_blurred = distance(images, shifted), distance(images, blurred)
-    return Judgements(100 * float((to_shifted < to_blurred).float().mean()), to_shifted, to_blurred)
+    return Judgements(100 * float(_nearer(to_shifted, to_blurred).mean()), to_shifted, to_blurred)
+
+
+def _nearer(a: Tensor, b: Tensor) -> Tensor:
+    """1 where distance `a` is the smaller, 0 where `b` is, and a half where they are equal (LPIPS's rule): (N,)."""
+    return 0.5 + 0.5 * (b - a).sign()
 
 
 # ------------------------------------------------------------------------------------------------- people's judgements
+
+_PARTS = ("ref", "p0", "p1")
 
 
 @dataclass(frozen=True)
@@ -82,36 +89,55 @@ class Triplets:
     """(N,) in [0, 1]."""
 
 
-def read_bapps(folder: Path, size: int, *, limit: int = 1000) -> Triplets:
-    """A folder in the layout of BAPPS's 2AFC part: `ref/`, `p0/`, `p1/` with PNGs and `judge/` with .npy of one name.
+def find_bapps(folder: Path, *, limit: int = 1000) -> dict[Path, float]:
+    """Judgements in a folder in the layout of BAPPS's 2AFC part, and the share of people who prefer the second.
 
-    The folder may also hold such folders (`cnn/`, `traditional/`), at any depth.
+    That is `ref/`, `p0/`, `p1/` with PNGs and `judge/` with .npy of one name. The folder may also hold such folders
+    (`cnn/`, `traditional/`), at any depth; of more than `limit` judgements evenly spaced ones are taken from all.
 
     Raises:
-        DataError: there is no such layout, or a file is missing or unreadable.
+        DataError: there is no such layout, or a file is missing, or no judgement can be read from it.
     """
+    files = sorted(path for judges in folder.rglob("judge") for path in judges.glob("*.npy"))
+    if not files:
+        raise DataError(f"'{folder}' is not in the layout of BAPPS: ref/, p0/, p1/ with pictures and judge/ with .npy.")
+    found = {}
+    for place in np.linspace(0, len(files) - 1, min(limit, len(files))).round().astype(int):
+        file = files[place]
+        for part in _PARTS:
+            if not _picture(file, part).is_file():
+                raise DataError(f"'{_picture(file, part)}' of the judgements cannot be read: it is not there.")
+        try:
+            found[file] = float(np.load(file, allow_pickle=False).reshape(-1)[0])
+        except (OSError, EOFError, ValueError, IndexError, TypeError) as error:
+            raise DataError(f"'{file}' of the judgements cannot be read: {first_line(error)}") from None
+    return found
+
+
+def read_bapps(judgements: Mapping[Path, float], size: int) -> Triplets:
+    """The pictures of judgements, central crops of a size. Raises DataError when one cannot be read."""
     from pecobook.data.decode import BadImage, decode
     from pecobook.data.views import center_crop
     from pecobook.pixels import to_float
 
-    found = sorted(path for judges in folder.rglob("judge") for path in judges.glob("*.npy"))[:limit]
-    if not found:
-        raise DataError(f"'{folder}' is not in the layout of BAPPS: ref/, p0/, p1/ with pictures and judge/ with .npy.")
-    images: dict[str, list[Tensor]] = {"ref": [], "p0": [], "p1": []}
-    answers = []
-    for file in found:
+    images: dict[str, list[Tensor]] = {part: [] for part in _PARTS}
+    for file in judgements:
         for part, taken in images.items():
-            picture = file.parent.parent / part / f"{file.stem}.png"
+            picture = _picture(file, part)
             try:
                 taken.append(center_crop(decode(picture.read_bytes(), name=str(picture)), size))
             except (OSError, BadImage) as error:
                 raise DataError(f"'{picture}' of the judgements cannot be read: {error}") from None
-        answers.append(float(np.load(file, allow_pickle=False).reshape(-1)[0]))
     stacked = {part: to_float(torch.stack(taken)) for part, taken in images.items()}
-    return Triplets(stacked["ref"], stacked["p0"], stacked["p1"], torch.tensor(answers))
+    return Triplets(stacked["ref"], stacked["p0"], stacked["p1"], torch.tensor(list(judgements.values())))
+
+
+def _picture(judgement: Path, part: str) -> Path:
+    return judgement.parent.parent / part / f"{judgement.stem}.png"
 
 
 def agreement(triplets: Triplets, distance: Distance) -> float:
     """Percent of people with whom a distance agrees, on average over triplets (LPIPS, arXiv 1801.03924, section 4)."""
-    second = distance(triplets.reference, triplets.second) < distance(triplets.reference, triplets.first)
-    return 100 * float(torch.where(second, triplets.prefer_second, 1 - triplets.prefer_second).mean())
+    to_first, to_second = (distance(triplets.reference, other) for other in (triplets.first, triplets.second))
+    second = _nearer(to_second, to_first)
+    return 100 * float((second * triplets.prefer_second + (1 - second) * (1 - triplets.prefer_second)).mean())

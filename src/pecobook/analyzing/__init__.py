@@ -15,10 +15,13 @@ import dataclasses
 import json
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pecobook.config import between, positive, replace
 from pecobook.errors import ConfigError, PecobookError, PreflightError, RunFolderError
+
+if TYPE_CHECKING:
+    from pecobook.analyzing.subjects import Subjects
 
 __all__ = ["AnalyzeConfig", "analyze"]
 
@@ -93,6 +96,7 @@ def analyze(config: AnalyzeConfig | None = None, **settings: Any) -> Path:
     subjects = _preflight(config)
     out = Path(config.out)
     _prepare(out)
+    results = _about(config, subjects)
     cost: list[tuple[str, float]] = []
     looks = []
     pictures: dict[str, bytes] = {}
@@ -100,42 +104,64 @@ def analyze(config: AnalyzeConfig | None = None, **settings: Any) -> Path:
     for number, subject in enumerate(subjects.tokenizers, start=1):
         say(f"[{number}/{total}] {subject.name}")
         mark = time.monotonic()
-        found = look(config, subject, subjects)
+        found, draw = look(config, subject, subjects)
+        results["tokenizers"].append(found.figures)
+        results["skipped"] = {"count": len(found.skipped), "names": found.skipped}
+        _write(results, out, began)  # before pictures, so that none of them can cost the figures
+        drawn = draw()
         cost.append((subject.name, time.monotonic() - mark))
-        files = {kind: f"{kind}-{file_part(number, subject.name)}.png" for kind in found.pictures}
+        files = {kind: f"{kind}-{file_part(number, subject.name)}.png" for kind in drawn}
         found.figures["pictures"] = {kind: f"pictures/{file}" for kind, file in files.items()}
-        pictures |= {files[kind]: png for kind, png in found.pictures.items()}
+        pictures |= {files[kind]: png for kind, png in drawn.items()}
         looks.append(found)
-    pictures |= side_by_side(looks)
-    pictures |= curves_of("tokenizers", {subject.name: subject.source for subject in subjects.tokenizers})
-    pictures |= curves_of("vits", dict(zip(subjects.runs, config.backbone, strict=True)))
-    results: dict[str, Any] = {
-        "data": config.data,
-        "evaluation": subjects.splits.evaluation_name,
-        "num_classes": len(subjects.splits.train.classes or ()),
-        "tokenizers": [found.figures for found in looks],
-    }
     if subjects.runs:
         say(f"[{total}/{total}] predictions behind masks")
         mark = time.monotonic()
         predictions = predict(subjects.runs, subjects.splits.evaluation, config.seed)
         cost.append(("masked prediction", time.monotonic() - mark))
         results["masked_prediction"] = predictions.figures
-        pictures |= predictions.pictures
+        _write(results, out, began)
+        pictures |= predictions.draw()
+    pictures |= side_by_side(looks)
+    pictures |= curves_of("tokenizers", {subject.name: subject.source for subject in subjects.tokenizers})
+    pictures |= curves_of("vits", dict(zip(subjects.runs, config.backbone, strict=True)))
     with threadpool_limits(1):
         for name, png in pictures.items():
             write_atomically(out / "pictures" / name, png)
-        results["seconds"] = round(time.monotonic() - began, 1)
-        write_atomically(out / "analysis.json", (json.dumps(results, indent=2) + "\n").encode())
+        _write(results, out, began)
         report = write_report(out, compose(results, pictures, cost, dataclasses.asdict(config)))
     say(f"\nDone: open {report}")
     return report
 
 
-def _preflight(config: AnalyzeConfig) -> Any:
+def _about(config: AnalyzeConfig, subjects: Subjects) -> dict[str, Any]:
+    """What is measured, on what, by what; the beginning of `analysis.json`."""
+    from importlib.metadata import version
+
+    splits = subjects.splits
+    return {
+        "pecobook": version("pecobook"),
+        "seed": config.seed,
+        "data": config.data,
+        "fingerprints": {"train": splits.train.fingerprint, "evaluation": splits.evaluation.fingerprint},
+        "evaluation": splits.evaluation_name,
+        "num_classes": len(splits.train.classes or ()),
+        "tokenizers": [],
+    }
+
+
+def _write(results: dict[str, Any], out: Path, began: float) -> None:
+    from pecobook.files import write_atomically
+
+    results["seconds"] = round(time.monotonic() - began, 1)
+    write_atomically(out / "analysis.json", (json.dumps(results, indent=2) + "\n").encode())
+
+
+def _preflight(config: AnalyzeConfig) -> Subjects:
     from pecobook.analyzing.subjects import open_subjects
 
     problems: list[PecobookError] = []
+    found = None
     try:
         if not config.tokenizer:
             raise ConfigError("--tokenizer is missing: give a codebook run, dalle:FOLDER or diffusers:FOLDER.")
@@ -158,7 +184,7 @@ def _preflight(config: AnalyzeConfig) -> Any:
             problems += error.problems
         except PecobookError as error:
             problems.append(error)
-    if problems:
+    if problems or found is None:
         raise PreflightError(problems)
     return found
 

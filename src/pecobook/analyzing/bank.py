@@ -34,15 +34,18 @@ class Places:
     """(image, view, row, column), one an image, in random order."""
 
 
-def _chunks(bank: TokenBank) -> Iterator[tuple[int, NDArray[np.uint16]]]:
-    """The number of the first image, and codes (n, V h w)."""
+def _chunks(bank: TokenBank) -> Iterator[tuple[NDArray[np.int64], NDArray[np.uint16]]]:
+    """Numbers (n,) of images, and codes (n, V h w); without images that could not be read, whose codes mean nothing."""
     layout = bank.layouts["train"]
     each = layout.num_views * layout.grid[0] * layout.grid[1]
     step = max(_CHUNK // each, 1)
     for shard in range(layout.num_shards):
         codes, first = bank.shard("train", shard), layout.images_of(shard).start
         for start in range(0, len(codes), step):
-            yield first + start, codes[start : start + step].reshape(-1, each)
+            part = codes[start : start + step].reshape(-1, each)
+            numbers = np.arange(first + start, first + start + len(part))
+            whole = np.isin(numbers, bank.skipped, invert=True)
+            yield numbers[whole], part[whole]
 
 
 def bank_usage(bank: TokenBank, num_codewords: int) -> CodeUsage:
@@ -75,13 +78,13 @@ def find_places(
     numbers = np.full(num_codewords, len(codewords), dtype=np.uint16)
     numbers[list(codewords)] = np.arange(len(codewords))
     found = [_Draw(key(seed, codeword), patches) for codeword in codewords]
-    for first, codes in _chunks(bank):
+    for images, codes in _chunks(bank):
         number = numbers[codes]
         rows, places = np.nonzero(number < len(codewords))
         which = number[rows, places]
         for index, draw in enumerate(found):
             mine = which == index
-            draw.add(first + rows[mine], places[mine])
+            draw.add(images[rows[mine]], places[mine])
     return [
         Places(
             codeword, draw.count, draw.images, tuple((image, *_unravel(place, shape)) for _, image, place in draw.kept)

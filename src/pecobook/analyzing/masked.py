@@ -35,7 +35,18 @@ class Predictions:
     """What was found."""
 
     figures: list[dict[str, Any]]
-    pictures: dict[str, bytes]
+    columns: dict[tuple[float, tuple[int, int]], list[tuple[str, Tensor]]]
+    """(share, grid) to original, masked and each run's prediction, with their titles."""
+
+    def draw(self) -> dict[str, bytes]:
+        """A picture for each share of masked patches, and each grid where they differ."""
+        grids = {grid for _, grid in self.columns}
+        return {
+            f"masked-{round(100 * share)}" + (f"-{grid[0]}x{grid[1]}" if len(grids) > 1 else "") + ".png": (
+                draw.image_columns(own)
+            )
+            for (share, grid), own in self.columns.items()
+        }
 
 
 def open_runs(sources: Sequence[str]) -> dict[str, MaskedRun]:
@@ -46,8 +57,7 @@ def open_runs(sources: Sequence[str]) -> dict[str, MaskedRun]:
 def predict(runs: dict[str, MaskedRun], source: ImageSource, seed: int) -> Predictions:
     """Predict behind masks with every run; runs on grids of one size see the same masks, and share a picture."""
     figures: list[dict[str, Any]] = []
-    # (share, grid) to original, masked and each run's prediction, by column
-    columns: dict[tuple[float, tuple[int, int]], dict[str, Tensor]] = {}
+    columns: dict[tuple[float, tuple[int, int]], list[tuple[str, Tensor]]] = {}
     for name, run in runs.items():
         run = run.to(device())
         images = to_float(read_all(source, run.image_size, limit=_MEASURED)[0])
@@ -60,21 +70,13 @@ def predict(runs: dict[str, MaskedRun], source: ImageSource, seed: int) -> Predi
             record["by_share"].append(
                 {"masked": count, "share": round(share, 3), "accuracy": accuracy, "perplexity": perplexity}
             )
-            shown = columns.setdefault(
-                (share, run.grid), {"original": images[rows], "masked": hide(images[rows], mask[rows])}
-            )
+            seen = [("original", images[rows]), ("masked", hide(images[rows], mask[rows]))]
+            shown = columns.setdefault((share, run.grid), seen)
             decoded = decode_prediction(run, predict_masked(run, run, images[rows], mask[rows]))
-            shown[name] = at_side(decoded, shown["original"].shape[-1])
+            shown.append((name, at_side(decoded, shown[0][1].shape[-1])))
         figures.append(record)
         run.cpu()
-    grids = {grid for _, grid in columns}
-    pictures = {
-        f"masked-{round(100 * share)}" + (f"-{grid[0]}x{grid[1]}" if len(grids) > 1 else "") + ".png": (
-            draw.image_columns(own)
-        )
-        for (share, grid), own in columns.items()
-    }
-    return Predictions(figures, pictures)
+    return Predictions(figures, columns)
 
 
 def _masks(grid: tuple[int, int], share: float, count: int, min_block: int, seed: int) -> Tensor:

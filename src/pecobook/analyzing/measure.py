@@ -6,8 +6,8 @@ N images, codes int64 (N, h, w), K codewords.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -20,7 +20,7 @@ from pecobook.analysis.figures import gallery_picture
 from pecobook.analysis.probe import linear_probe
 from pecobook.analysis.reconstruction import decode_all, encode_all, psnr, ssim
 from pecobook.analysis.semantics import information, patch_colours, patch_edges, patch_labels
-from pecobook.analysis.similarity import Triplets, agreement, code_distance, judge, pixel_distance, read_bapps
+from pecobook.analysis.similarity import agreement, code_distance, judge, pixel_distance, read_bapps
 from pecobook.analysis.stability import stability
 from pecobook.analyzing.bank import bank_gallery, bank_usage, find_places
 from pecobook.analyzing.pictures import PATCHES, SHOWN, pictures_of, shown_codewords
@@ -51,12 +51,16 @@ class Look:
     """The images shown, float (n, 3, S, S)."""
     restored: Tensor
     usage: CodeUsage
-    pictures: dict[str, bytes]
-    """By kind."""
+    skipped: list[str]
+    """Images that could not be read."""
 
 
-def look(config: AnalyzeConfig, subject: Subject, subjects: Subjects) -> Look:
-    """Everything about one tokenizer."""
+Draw = Callable[[], dict[str, bytes]]
+"""Makes pictures, by kind."""
+
+
+def look(config: AnalyzeConfig, subject: Subject, subjects: Subjects) -> tuple[Look, Draw]:
+    """Everything about one tokenizer, and what draws its pictures."""
     tokenizer = subject.tokenizer.to(device()).eval()
     K, stride = tokenizer.num_codewords, tokenizer.stride
     pixels, labels, skipped = read_all(subjects.splits.evaluation, tokenizer.image_size, limit=config.max_test)
@@ -74,7 +78,7 @@ def look(config: AnalyzeConfig, subject: Subject, subjects: Subjects) -> Look:
         "num_images": len(images),
         "codes_used": usage.codes_used,
         "perplexity": round(usage.perplexity, 2),
-        "unused": np.flatnonzero(usage.counts == 0).tolist(),
+        "unused": _few(np.flatnonzero(usage.counts == 0).tolist()),
         "psnr": _rounded(psnr(images, restored).mean()),
         "ssim": _rounded(ssim(images, restored).mean(), 4),
         "perceptual_distance": None,
@@ -94,32 +98,54 @@ def look(config: AnalyzeConfig, subject: Subject, subjects: Subjects) -> Look:
     say("  codes of distorted images")
     kept = stability(tokenizer, images[:_STABLE], codes[:_STABLE], stride)
     found["stability"] = {name: round(value, 2) for name, value in kept.items()}
-    found["similarity"] = _similarity(config, distance, tokenizer, images)
-    say("  pictures")
-    pictures = pictures_of(tokenizer, images, codes, labels, usage, asked=config.codewords, seed=config.seed)
+    found["similarity"] = _similarity(subjects, tokenizer, images)
+    drawn: list[Draw] = [partial(_pictures, config, subjects, tokenizer, images, codes, labels, usage)]
     if subject.bank is not None:
         say(f"  the token bank {subject.bank.folder}")
-        found["bank"], pictures["bank-gallery"] = _bank(config, subject.bank, K, subjects.splits.train)
+        found["bank"], draw_bank = _bank(config, subject.bank, K, subjects.splits.train)
+        drawn.append(draw_bank)
     shown = torch.linspace(0, len(images) - 1, min(SHOWN, len(images))).long()
     subject.tokenizer.cpu()
-    return Look(subject.name, found, images[shown], restored[shown], usage, pictures)
+    what = Look(subject.name, found, images[shown], restored[shown], usage, skipped)
+    return what, lambda: {kind: png for draw in drawn for kind, png in draw().items()}
+
+
+def _few(codewords: list[int]) -> list[int] | None:
+    """Numbers that a person may read; None for more than fifty."""
+    return codewords if len(codewords) <= 50 else None
+
+
+def _pictures(
+    config: AnalyzeConfig,
+    subjects: Subjects,
+    tokenizer: Any,
+    images: Tensor,
+    codes: Tensor,
+    labels: Tensor | None,
+    usage: CodeUsage,
+) -> dict[str, bytes]:
+    say("  pictures")
+    classes = subjects.splits.evaluation.classes or ()
+    return pictures_of(
+        tokenizer, images, codes, labels, usage, classes=classes, asked=config.codewords, seed=config.seed
+    )
 
 
 def _bank(
     config: AnalyzeConfig, bank: TokenBank, num_codewords: int, train: ImageSource
-) -> tuple[dict[str, Any], bytes]:
-    """Usage over all training images, and a gallery drawn from all of them."""
+) -> tuple[dict[str, Any], Draw]:
+    """Usage over all training images, and what draws a gallery of places among all of them."""
     usage = bank_usage(bank, num_codewords)
     chosen = shown_codewords(usage, config.codewords, config.seed)
     places = find_places(bank, chosen, num_codewords, patches=PATCHES, seed=config.seed)
     figures = {
         "folder": str(bank.folder),
-        "num_images": bank.layouts["train"].num_images,
+        "num_images": bank.layouts["train"].num_images - len(bank.skipped),
         "num_views": bank.num_views,
         "codes_used": usage.codes_used,
         "perplexity": round(usage.perplexity, 2),
     }
-    return figures, gallery_picture(bank_gallery(bank, train, places))
+    return figures, lambda: {"bank-gallery": gallery_picture(bank_gallery(bank, train, places))}
 
 
 def _rounded(value: Any, digits: int = 3) -> float | None:
@@ -176,17 +202,16 @@ def _information(
     }
 
 
-def _similarity(
-    config: AnalyzeConfig, distance: PerceptualDistance | None, tokenizer: Any, images: Tensor
-) -> dict[str, Any]:
+def _similarity(subjects: Subjects, tokenizer: Any, images: Tensor) -> dict[str, Any]:
     """Two-alternative judgements of pixels, of this tokenizer's codewords and of the perceptual distance."""
     compared: dict[str, Any] = {"pixels": pixel_distance, "codewords": code_distance(tokenizer)}
-    if distance is not None:
-        compared["perceptual"] = partial(_distances, distance)
+    if subjects.distance is not None:
+        compared["perceptual"] = partial(_distances, subjects.distance)
     found: dict[str, Any] = {
         "shifted_over_blurred": {name: round(judge(images[:_JUDGED], d).right, 2) for name, d in compared.items()}
     }
-    if config.judgements:
-        triplets: Triplets = read_bapps(Path(config.judgements), tokenizer.image_size)
+    if subjects.judgements:
+        triplets = read_bapps(subjects.judgements, tokenizer.image_size)
         found["agreement_with_people"] = {name: round(agreement(triplets, d), 2) for name, d in compared.items()}
+        found["judgements"] = len(triplets.prefer_second)
     return found

@@ -72,6 +72,8 @@ _TOLD = (("label", "the image's class"), ("colour", "the patch's colour"), ("edg
 def _facts(results: Mapping[str, Any]) -> tuple[tuple[str, str], ...]:
     facts = [("Images from", str(results["data"])), ("Measured on", str(results["evaluation"]))]
     facts += [("Images measured", thousands(results["tokenizers"][0]["num_images"]))]
+    if results["skipped"]["count"]:
+        facts += [("Images that could not be read", thousands(results["skipped"]["count"]))]
     if results["num_classes"]:
         facts += [("Classes", thousands(results["num_classes"]))]
     return (*facts, ("Time", duration(results["seconds"])))
@@ -124,8 +126,8 @@ def _semantics(results: Mapping[str, Any]) -> Section:
     text = (
         "Codes are compared with three things: the class of the image, the colour of the patch (27 coarse ones) and "
         "the strength of its edges (eight levels). Mutual information is given as a share of what there is to know of "
-        "each, after taking off what shuffled codes seem to know. A codebook is semantic rather than one of texture "
-        "when the share of the class is large beside those of colour and edges, not when it is large alone."
+        "each, after taking off what codes of other images seem to know. A codebook is semantic rather than one of "
+        "texture when the share of the class is large beside those of colour and edges, not when it is large alone."
     )
     if tokenizers[0]["codeword_probe"] is None:
         text += "\n\nThe images have no labels: what is said of classes needs them and is left out."
@@ -146,8 +148,8 @@ def _semantics(results: Mapping[str, Any]) -> Section:
                 ("   purity, %", lambda one, what=what: _purity(one["information"][what])),  # type: ignore[misc]
             ]
     note = (
-        "Purity: percent of patches that have the most frequent value of their code; in brackets, what one code for "
-        "all would have. Errors are sampling errors of the probe on these images."
+        "Purity: percent of patches that have the most frequent value of their code; in brackets, what codes of other "
+        "images have. Errors are sampling errors of the probe on these images."
     )
     return Section("Semantic, or texture?", text, table=_columns(tokenizers, rows, note))
 
@@ -158,7 +160,7 @@ def _with_error(one: Mapping[str, Any], name: str) -> str:
 
 
 def _purity(told: Mapping[str, float]) -> str:
-    return f"{told['purity']:.1f} ({told['chance']:.1f})"
+    return f"{told['purity']:.1f} ({told['null_purity']:.1f})"
 
 
 def _galleries(tokenizers: Tokenizers, pictures: Mapping[str, bytes]) -> Section:
@@ -218,7 +220,8 @@ def _similarity(tokenizers: Tokenizers) -> Section:
         "of codewords at each place, and of the perceptual network where one is given."
     )
     if any(title.startswith("people") for title, _ in rows):
-        text += " Below, the percentage of people with whom a distance agrees."
+        number = thousands(tokenizers[0]["similarity"]["judgements"])
+        text += f" Below, the percentage of people with whom a distance agrees, over {number} judgements."
     return Section("What looks alike", text, table=_columns(tokenizers, rows))
 
 

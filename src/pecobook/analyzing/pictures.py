@@ -15,7 +15,7 @@ from pecobook.analysis import figures as draw
 from pecobook.analysis.charts import code_usage_chart, read_metrics, training_curves
 from pecobook.analysis.codebook_map import flatten, map_picture, neighbours
 from pecobook.analysis.codewords import CodeUsage, code_gallery
-from pecobook.analysis.semantics import joint_counts, patch_labels
+from pecobook.analysis.semantics import joint_counts
 
 if TYPE_CHECKING:
     from pecobook.analyzing.measure import Look
@@ -35,6 +35,7 @@ def pictures_of(
     labels: Tensor | None,
     usage: CodeUsage,
     *,
+    classes: Sequence[str],
     asked: Sequence[int],
     seed: int,
 ) -> dict[str, bytes]:
@@ -46,6 +47,7 @@ def pictures_of(
         codes: of them, int64 (N, h, w).
         labels: int64 (N,), or None.
         usage: of the codes.
+        classes: names of the labels.
         asked: codewords that get a gallery in any case.
         seed: of the codewords and patches that are drawn at random.
     """
@@ -57,7 +59,8 @@ def pictures_of(
         "positions": draw.position_map(codes, tokenizer.num_codewords),
     }
     most = int(usage.counts.argmax())
-    near = [int(code) for code in neighbours(book, torch.tensor([most]), 64)[0] if usage.counts[code] > 0][:4]
+    others = neighbours(book, torch.tensor([most]), len(book))[0].tolist()
+    near = [code for code in others if usage.counts[code] > 0][:4]
     if near:
         row = [most, *near]
         alike = code_gallery(images, codes, codewords=len(row), patches=6, seed=seed, chosen=row)
@@ -65,12 +68,12 @@ def pictures_of(
     kept = np.sort(np.argsort(-usage.counts, kind="stable")[:_ON_MAP])
     plane = flatten(book[torch.from_numpy(kept)], seed=seed)
     counts = np.where(usage.counts > 0, usage.counts, -1)[kept]
-    found["map-usage"] = map_picture(plane, counts, title="coloured by use")
+    part = f"\nthe {len(kept)} most used of {len(book)} codewords" if len(kept) < len(book) else ""
+    found["map-usage"] = map_picture(plane, counts, title=f"coloured by use{part}")
     if labels is not None:
-        classes = _dominant_class(codes, labels, tokenizer.num_codewords)[kept]
-        found["map-classes"] = map_picture(
-            plane, classes, title="coloured by most frequent class", num_classes=int(labels.max()) + 1
-        )
+        dominant = _dominant_class(codes, labels, tokenizer.num_codewords)[kept]
+        title = f"coloured by most frequent class{part}"
+        found["map-classes"] = map_picture(plane, dominant, title=title, classes=classes)
     return found
 
 
@@ -84,9 +87,9 @@ def shown_codewords(usage: CodeUsage, asked: Sequence[int], seed: int) -> list[i
 
 
 def _dominant_class(codes: Tensor, labels: Tensor, num_codewords: int) -> np.ndarray[Any, Any]:
-    """The most frequent class of each codeword, -1 where nothing uses it: (K,)."""
-    own = patch_labels(labels, (codes.shape[1], codes.shape[2]))
-    joint = joint_counts(codes, own, num_codewords, int(own.max()) + 1)
+    """The label that most patches of each codeword have, -1 where nothing uses it: (K,)."""
+    own = labels[:, None, None].expand(codes.shape)
+    joint = joint_counts(codes, own, num_codewords, int(labels.max()) + 1)
     return np.where(joint.sum(1) > 0, joint.argmax(1), -1)
 
 

@@ -5,15 +5,17 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from pecobook.analysis.similarity import find_bapps
 from pecobook.analyzing.classifier import Classifier, open_classifier
 from pecobook.analyzing.masked import open_runs
 from pecobook.analyzing.names import unique_names
 from pecobook.data.images import Splits, open_images
 from pecobook.data.tokens import TokenBank, differences
 from pecobook.devices import device
-from pecobook.errors import ConfigError, DataError, PecobookError, PreflightError
+from pecobook.errors import ConfigError, DataError, PecobookError, PreflightError, WeightsError
 from pecobook.models.perceptual import PerceptualDistance
 from pecobook.models.tokenizers import fingerprint, load_tokenizer
 
@@ -43,6 +45,8 @@ class Subjects:
     runs: dict[str, MaskedRun]
     classifier: Classifier | None
     distance: PerceptualDistance | None
+    judgements: dict[Path, float]
+    """Of people, as `find_bapps` tells them; empty where none were asked for."""
 
 
 def open_subjects(config: AnalyzeConfig) -> Subjects:
@@ -66,10 +70,11 @@ def open_subjects(config: AnalyzeConfig) -> Subjects:
         tokenizers = tried(partial(_with_banks, config, tokenizers, splits)) or tokenizers
     runs = tried(lambda: open_runs(config.backbone))
     classifier = tried(lambda: open_classifier(config, splits)) if config.classifier and splits is not None else None
-    distance = tried(lambda: _distance(config)) if config.perceptual else None
+    distance = tried(lambda: _distance(config, tokenizers)) if config.perceptual else None
+    judgements = tried(lambda: find_bapps(Path(config.judgements))) if config.judgements else None
     if problems or splits is None or runs is None:
         raise PreflightError(problems)
-    return Subjects(splits, tokenizers, runs, classifier, distance)
+    return Subjects(splits, tokenizers, runs, classifier, distance, judgements or {})
 
 
 def _open(config: AnalyzeConfig, name: str, source: str) -> Subject:
@@ -96,6 +101,15 @@ def _with_banks(config: AnalyzeConfig, subjects: list[Subject], splits: Splits) 
     return subjects
 
 
-def _distance(config: AnalyzeConfig) -> PerceptualDistance:
+def _distance(config: AnalyzeConfig, subjects: list[Subject]) -> PerceptualDistance:
     own = PerceptualDistance(config.perceptual, config.perceptual_layers, config.perceptual_weights or None)
+    for subject in subjects:
+        size = subject.tokenizer.image_size
+        try:
+            own.check(size, size)
+        except WeightsError:
+            raise WeightsError(
+                f"--perceptual '{config.perceptual}' gives nothing to compare of the {size} x {size} pixels of "
+                f"'{subject.name}': name earlier layers by --perceptual-layers, or another network."
+            ) from None
     return own.to(device())

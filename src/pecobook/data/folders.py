@@ -18,7 +18,7 @@ import numpy as np
 from torch import Tensor
 
 from pecobook.data.decode import BadImage, decode
-from pecobook.data.images import IMAGE_EXTENSIONS, Integers, Labels, Part, Splits, assemble
+from pecobook.data.images import IMAGE_EXTENSIONS, Integers, Labels, Part
 from pecobook.errors import DataError
 
 _EXTENSIONS = frozenset(extension.encode() for extension in IMAGE_EXTENSIONS)
@@ -83,8 +83,8 @@ class Listing:
     shards: list[Path] = field(default_factory=list)
 
 
-def open_folder(source: str, root: Path) -> Splits:
-    """Open a folder of images, of parquet files or of tar shards, whichever files are most; images win a tie.
+def folder_parts(source: str, root: Path) -> dict[str, Part]:
+    """The splits of a folder of images, of parquet files or of tar shards, whichever files are most; images win a tie.
 
     Hidden files and folders (a leading dot) are left out, and folders behind symbolic links are not entered.
     Files come in the order of their names, those of a folder before its subfolders. Labels are given by class
@@ -101,12 +101,12 @@ def open_folder(source: str, root: Path) -> Splits:
     images = len(found.group_of)
     if images < max(len(found.shards), len(found.tables)):
         if len(found.shards) >= len(found.tables):  # a table beside each shard is the shard's metadata
-            from pecobook.data.shards import open_shards
+            from pecobook.data.shards import shard_parts
 
-            return open_shards(source, found.shards, root=root)
-        from pecobook.data.tables import open_parquet
+            return shard_parts(source, found.shards, root=root)
+        from pecobook.data.tables import parquet_parts
 
-        return open_parquet(source, found.tables, root=root)
+        return parquet_parts(source, found.tables, root=root)
     if images == 0:
         raise DataError(
             f"--data '{source}': this folder holds no images, at no depth. Extensions that are read: "
@@ -115,7 +115,7 @@ def open_folder(source: str, root: Path) -> Splits:
     from datasets import concatenate_datasets
 
     store = FileStore(root, concatenate_datasets(found.chunks))
-    return assemble(source, _parts(store, found))
+    return _parts(store, found)
 
 
 def walk(root: Path) -> Listing:

@@ -166,33 +166,46 @@ def open_images(source: str) -> Splits:
         from pecobook.data.photos import open_photos
 
         return open_photos()
-    if source.startswith("hf:"):
-        from pecobook.data.tables import open_hub
+    return assemble(source, _parts(source))
 
-        return open_hub(source)
+
+def open_every(source: str) -> list[ImageSource]:
+    """All images of what `--data` names, a source for each of its splits. Raises DataError as `open_images`."""
+    if source == "photos":
+        splits = open_images(source)
+        return [splits.train, splits.evaluation]
+    found = _parts(source).items()
+    return [ImageSource(part.store, name=source, split=name, rows=part.rows) for name, part in found if len(part.rows)]
+
+
+def _parts(source: str) -> Mapping[str, Part]:
+    if source.startswith("hf:"):
+        from pecobook.data.tables import hub_parts
+
+        return hub_parts(source)
     try:
         path = Path(source).expanduser()
         if source and path.is_dir():
-            from pecobook.data.folders import open_folder
+            from pecobook.data.folders import folder_parts
 
-            return open_folder(source, path)
+            return folder_parts(source, path)
         files = [path] if source and path.is_file() else expand_pattern(source)
     except (OSError, RuntimeError) as error:  # a name that is too long; "~nobody"
         reason = getattr(error, "strerror", None) or error
         raise DataError(f"--data '{source}' cannot be opened: {reason}.") from error
-    return _open_files(source, files)
+    return _file_parts(source, files)
 
 
-def _open_files(source: str, files: list[Path]) -> Splits:
+def _file_parts(source: str, files: list[Path]) -> Mapping[str, Part]:
     extensions = {file.suffix.lower() for file in files}
     if extensions == {".parquet"}:
-        from pecobook.data.tables import open_parquet
+        from pecobook.data.tables import parquet_parts
 
-        return open_parquet(source, files)
+        return parquet_parts(source, files)
     if extensions == {".tar"}:
-        from pecobook.data.shards import open_shards
+        from pecobook.data.shards import shard_parts
 
-        return open_shards(source, files)
+        return shard_parts(source, files)
     if files:
         kind = f"'{files[0].suffix}' files are no source by themselves; give the folder that holds them."
         raise DataError(f"--data '{source}': {kind}\n{SOURCE_FORMS}")

@@ -145,6 +145,9 @@ def make_classes(
     """What pixels mean, as far as settings say; None when neither a class file nor --mask-values is there."""
     values = parse_values(mask_values)
     if names is None and not values:
+        named = next((text for text in ignore if not _NUMBERS.fullmatch(text)), None)
+        if named is not None:
+            raise ConfigError(f"--ignore '{named}' is a name, and there are no names: give --classes FILE.")
         return None
     names = names or tuple(f"class {value}" for value in values)
     values = values or tuple(range(len(names)))

@@ -25,8 +25,6 @@ from pecobook.data.images import (
     IMAGE_EXTENSIONS,
     Integers,
     Part,
-    Splits,
-    assemble,
     group_by_split,
     names_under,
 )
@@ -99,8 +97,8 @@ class ShardStore:
         return digest.hexdigest()
 
 
-def open_shards(source: str, shards: list[Path], *, root: Path | None = None) -> Splits:
-    """Open tar files; each image member is an image, labelled by a `.cls` or a `.json` {"label"} of the same
+def shard_parts(source: str, shards: list[Path], *, root: Path | None = None) -> dict[str, Part]:
+    """The splits of tar files; each image member is an image, labelled by a `.cls` or a `.json` {"label"} of the same
     name.
 
     The names of the shards, and of their folders under `root`, declare splits as those of parquet files do.
@@ -125,7 +123,7 @@ def open_shards(source: str, shards: list[Path], *, root: Path | None = None) ->
         mine = [values[row] for row in rows]
         labels = None if all(value is None for value in mine) else number_labels(source, mine)
         parts[split] = Part(store, rows, labels)
-    return assemble(source, parts)
+    return parts
 
 
 def _numbers_if_all(labels: list[str | None]) -> list[Any]:

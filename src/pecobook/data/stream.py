@@ -22,7 +22,7 @@ from pecobook.errors import DataError
 # A view function maps (uint8 image (C, H, W), key of this view) to named tensors; where the source has more of an image
 # than its pixels, (image, mask or boxes, key). A list of tensors marks what differs in shape from image to image.
 ViewFunction: TypeAlias = Callable[..., dict[str, Any]]
-# What goes with a sample beside its view: (number of the image, epoch) to named tensors.
+# What goes with a sample beside its view: (number of the image, epoch) to named tensors. It may raise BadImage too.
 Companion: TypeAlias = Callable[[int, int], dict[str, Tensor]]
 Batch: TypeAlias = dict[str, Any]
 
@@ -33,8 +33,9 @@ class Stream(Dataset[dict[str, Any]]):
     """Samples by position.
 
     A sample holds what `view` and `companion` return, `index` (the image's number), `label` when the source has labels,
-    and `skipped` (what could not be read on the way, as text). Keys of views: (seed, image index, view number), so a
-    view has a name; the view number is the epoch, or, with `num_views`, the epoch modulo that.
+    `replaced` (bool, whether it stands in for another image) and `skipped` (what could not be read on the way, as
+    text). Keys of views: (seed, image index, view number), so a view has a name; the view number is the epoch, or, with
+    `num_views`, the epoch modulo that.
     """
 
     def __init__(
@@ -59,19 +60,18 @@ class Stream(Dataset[dict[str, Any]]):
         for _ in range(min(size, _GIVE_UP_AFTER)):
             index = permute(place, size, key(self.seed, epoch))
             try:
+                beside = {} if self.companion is None else self.companion(index, epoch)
                 whole = self.source.sample(index)
             except BadImage as error:
                 skipped.append(str(error))
                 place = (place + 1) % size
                 continue
             number = epoch % self.num_views if self.num_views else epoch
-            sample: dict[str, Any] = dict(self.view(*whole, key(self.seed, index, number)))
-            if self.companion is not None:
-                sample |= self.companion(index, epoch)
+            sample: dict[str, Any] = {**self.view(*whole, key(self.seed, index, number)), **beside}
             sample["index"] = torch.tensor(index)
             if self.source.labels is not None:
                 sample["label"] = torch.tensor(int(self.source.labels[index]))
-            return {**sample, "skipped": skipped}
+            return {**sample, "replaced": torch.tensor(bool(skipped)), "skipped": skipped}
         raise DataError(f"{len(skipped)} images in a row cannot be read, the last is {skipped[-1]}.")
 
 
@@ -113,12 +113,12 @@ def load(stream: Stream, positions: Sequence[list[int]], *, workers: int, pin: b
         pin_memory=pin,
         collate_fn=collate,
         prefetch_factor=4 if workers else None,
-        worker_init_fn=_stand_apart,
+        worker_init_fn=stand_apart,
     )
     return iter(loader)
 
 
-def _stand_apart(_worker: int) -> None:
+def stand_apart(_worker: int) -> None:
     """Leave the process group: its Ctrl-C or SIGTERM is for the trainer, which saves before it ends its workers."""
     os.setpgid(0, 0)
 
@@ -168,7 +168,7 @@ def central_crops(
         batch_sampler=[order[start : start + batch_size] for start in range(0, count, batch_size)],
         num_workers=default_workers(1) if count > 2048 else 0,
         collate_fn=_collate_whole,
-        worker_init_fn=_stand_apart,
+        worker_init_fn=stand_apart,
     )
     read, first = 0, ""
     for number, batch in enumerate(loader, start=1):

@@ -17,7 +17,7 @@ import numpy as np
 from torch import Tensor
 
 from pecobook.data.decode import BadImage, decode
-from pecobook.data.images import Integers, Labels, Part, Splits, assemble, group_by_split, names_under
+from pecobook.data.images import Integers, Labels, Part, group_by_split, names_under
 from pecobook.errors import DataError, did_you_mean, first_line
 
 
@@ -72,8 +72,8 @@ class TableStore:
         return hashlib.sha256(self._identity.encode() + rows.astype("<i8").tobytes()).hexdigest()
 
 
-def open_parquet(source: str, files: list[Path], *, root: Path | None = None) -> Splits:
-    """Open parquet files: column `image` ({bytes, path} or binary), optional `label`.
+def parquet_parts(source: str, files: list[Path], *, root: Path | None = None) -> dict[str, Part]:
+    """The splits of parquet files: column `image` ({bytes, path} or binary), optional `label`.
 
     Labels take their names from the Hugging Face schema metadata, else from the lines of a `classes.txt`
     beside the first file, else they are the sorted values themselves. Names of files, and of their
@@ -86,7 +86,7 @@ def open_parquet(source: str, files: list[Path], *, root: Path | None = None) ->
     import pyarrow.parquet as pq
     from datasets import load_dataset
 
-    parts = {}
+    parts: dict[str, Part] = {}
     for split, numbers in group_by_split(names_under(files, root)).items():
         mine = [files[number] for number in numbers]
         try:
@@ -105,11 +105,11 @@ def open_parquet(source: str, files: list[Path], *, root: Path | None = None) ->
         rows = [(str(file), count) for file, count in zip(mine, counts, strict=True)]
         names = _class_names(mine[0].with_name("classes.txt"))
         parts[split] = _part(source, table, "image", rows, identity, names)
-    return assemble(source, parts)
+    return parts
 
 
-def open_hub(source: str) -> Splits:
-    """Open `hf:owner/name[:config]`: the column `image` or the first image column, `label` or the first
+def hub_parts(source: str) -> dict[str, Part]:
+    """The splits of `hf:owner/name[:config]`: the column `image` or the first image column, `label` or the first
     ClassLabel.
 
     Raises:
@@ -120,7 +120,7 @@ def open_hub(source: str) -> Splits:
         column = _image_column(source, table.features)
         identity = repr((name, config, declared, len(table), sorted(table.features)))
         parts[split] = _part(source, table, column, [(f"{name} {declared}", len(table))], identity, None)
-    return assemble(source, parts)
+    return parts
 
 
 def hub_tables(source: str) -> dict[str, tuple[str, str, str, Any]]:

@@ -1,8 +1,9 @@
 """The token bank: the tokens of named views of every image, made once and read in place of running the tokenizer.
 
-    bank/config.json            what was tokenized, by which tokenizer, how views are made
-    bank/train/codes-00000.npy  uint16 (n, V, h, w): V views of n images, in the order of the source
-    bank/evaluation/...         the one central view of the held-out images
+    bank/config.json              what was tokenized, by which tokenizer, how views are made
+    bank/train/codes-00000.npy    uint16 (n, V, h, w): V views of n images, in the order of the source
+    bank/train/skipped-00000.json where some could not be read, by number: name and reason; their codes are 0
+    bank/evaluation/...           the one central view of the held-out images
 
 A view is named by (seed, image, view number), so a bank of V views serves any training with that seed and those crops:
 epoch e replays view e mod V. Shards are written whole or not at all, by any number of processes, and memory-mapped.
@@ -24,6 +25,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from pecobook.data.decode import BadImage
 from pecobook.errors import DataError, first_line
 from pecobook.files import write_atomically
 
@@ -64,9 +66,20 @@ class BankLayout:
         return bank / self.split / f"codes-{shard:05d}.npy"
 
 
-def write_shard(file: Path, codes: Codes) -> None:
-    """Write the codes (n, V, h, w) of a shard, whole or not at all."""
+def _list_of(file: Path) -> Path:
+    """Where the unreadable images of a shard are listed."""
+    return file.with_name(f"skipped-{file.stem.rpartition('-')[2]}.json")
+
+
+def write_shard(file: Path, codes: Codes, skipped: dict[int, BadImage] | None = None) -> None:
+    """Write the codes (n, V, h, w) of a shard, whole or not at all, and the numbers of its images that have none."""
     file.parent.mkdir(parents=True, exist_ok=True)
+    # The list first: a shard that is there has its list too, and one that is not is made again with another.
+    if skipped:
+        listed = {str(number): [error.name, error.reason] for number, error in skipped.items()}
+        write_atomically(_list_of(file), (json.dumps(listed, indent=1) + "\n").encode())
+    else:
+        _list_of(file).unlink(missing_ok=True)
     buffer = io.BytesIO()
     np.save(buffer, codes)
     write_atomically(file, buffer.getvalue())
@@ -74,6 +87,9 @@ def write_shard(file: Path, codes: Codes) -> None:
 
 class TokenBank:
     """A finished bank, opened for reading. It can be pickled and forked: each process maps files when it reads them.
+
+    Attributes:
+        skipped: numbers of the training images that could not be read, in order, int64; their codes mean nothing.
 
     Args:
         folder: the bank.
@@ -92,6 +108,8 @@ class TokenBank:
                 f"The token bank '{folder}' is unfinished: {len(missing)} of its files are missing, the first is "
                 f"'{missing[0].relative_to(self.folder)}'.\nGo on with the same command and --resume."
             )
+        self._skipped = {split: read_skipped(self.folder, layout) for split, layout in self.layouts.items()}
+        self.skipped = np.array(sorted(self._skipped["train"]), dtype=np.int64)
         self._open: dict[Path, Codes] = {}
 
     @property
@@ -100,7 +118,14 @@ class TokenBank:
         return self.layouts["train"].num_views
 
     def read(self, split: str, image: int, view: int) -> Tensor:
-        """Codes of one view: int64 (h, w). Raises DataError when its file is damaged."""
+        """Codes of one view: int64 (h, w).
+
+        Raises:
+            BadImage: the image could not be read when the bank was made.
+            DataError: its file is damaged.
+        """
+        if image in self._skipped[split]:
+            raise self._skipped[split][image]
         shard, row = divmod(image, self.layouts[split].shard_images)
         file = self.layouts[split].file(self.folder, shard)
         if file not in self._open:
@@ -144,6 +169,18 @@ def missing_shards(folder: Path, splits: dict[str, BankLayout]) -> Iterator[Path
         there = {path.name for path in (folder / layout.split).glob("codes-*.npy")}
         files = (layout.file(folder, shard) for shard in range(layout.num_shards))
         yield from (file for file in files if file.name not in there)
+
+
+def read_skipped(folder: Path, layout: BankLayout) -> dict[int, BadImage]:
+    """Images of a split that could not be read, by number. Raises DataError when a list is damaged."""
+    found: dict[int, BadImage] = {}
+    for file in sorted((folder / layout.split).glob("skipped-*.json")):
+        try:
+            listed = json.loads(file.read_text())
+            found |= {int(number): BadImage(name, reason) for number, (name, reason) in listed.items()}
+        except (OSError, ValueError, TypeError, AttributeError) as error:
+            raise DataError(f"'{file}' of the token bank cannot be read: {first_line(error)}.") from None
+    return found
 
 
 def read_bank_config(folder: Path) -> dict[str, Any]:

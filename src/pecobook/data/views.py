@@ -172,7 +172,7 @@ def hue(images: Tensor, shift: Tensor) -> Tensor:
     )  # in sixths of a turn
     angle = angle + 6 * shift[:, None, None]
     # f(n) = V - C max(0, min(k, 4 - k, 1)) with k = (n + angle) mod 6, for n = 5, 3, 1: HSV to RGB without cases.
-    offsets = torch.tensor([5.0, 3.0, 1.0], device=images.device)[None, :, None, None]
+    offsets = 5.0 - 2.0 * torch.arange(3, device=images.device)[None, :, None, None]  # made there: a copy would wait
     k = (offsets + angle[:, None]) % 6
     return value[:, None] - chroma[:, None] * torch.minimum(k, 4 - k).clamp(0, 1)
 

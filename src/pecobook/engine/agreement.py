@@ -49,7 +49,9 @@ class Agreement:
             NonFiniteLossError: on all ranks, when any has seen a loss or gradient that is not finite.
         """
         broken = ~loss.isfinite() if may_overflow else ~(loss.isfinite() & norm.isfinite())
-        flags = torch.stack([broken.float(), loss.new_tensor(stop, dtype=torch.float32)])
+        # Filled on the device: a tensor made from a number is copied there, and the host waits for all that runs.
+        asked = torch.full_like(loss, float(stop), dtype=torch.float32)
+        flags = torch.stack([broken.float(), asked])
         if self.world_size > 1:
             dist.all_reduce(flags, dist.ReduceOp.MAX)
         answer = torch.cat([flags, torch.stack([loss.float(), norm.float()])])

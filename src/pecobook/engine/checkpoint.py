@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-import torch.distributed as dist
 from torch import nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -22,6 +21,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_state_dict,
 )
 
+from pecobook.collectives import on_first_rank
 from pecobook.errors import RunFolderError, first_line
 from pecobook.files import sync_folder
 
@@ -45,16 +45,22 @@ def save(
     keep: int,
     precision: Stateful | None = None,
 ) -> None:
-    """Write the checkpoint of `step` and delete all but the last `keep`. Called on all ranks; rank 0 writes."""
+    """Write the checkpoint of `step` and delete all but the last `keep`. Called on all ranks; rank 0 writes.
+
+    Raises:
+        RunFolderError: on all ranks, when it cannot be written.
+    """
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
     model_state, optimizer_state = get_state_dict(stage, optimizer, options=options)
-    if rank() == 0:
-        scale = precision.state_dict() if precision else {}
-        _write(folder, step, {"step": step, "model": model_state, "optimizer": optimizer_state, "precision": scale})
+    scale = precision.state_dict() if precision else {}
+    state = {"step": step, "model": model_state, "optimizer": optimizer_state, "precision": scale}
+
+    def write() -> None:
+        _write(folder, step, state)
         for old in steps(folder)[:-keep]:
             shutil.rmtree(folder / _name(old))
-    if dist.is_initialized():
-        dist.barrier()
+
+    on_first_rank(write)
 
 
 def _write(folder: Path, step: int, state: dict[str, Any]) -> None:
@@ -112,11 +118,6 @@ def steps(folder: Path) -> list[int]:
     """Steps of the whole checkpoints in a folder, ascending."""
     found = (path.name.removeprefix("step-") for path in folder.glob("step-*") if (path / "state.pt").is_file())
     return sorted(int(name) for name in found if name.isdigit())
-
-
-def rank() -> int:
-    """Number of this process among all that train together."""
-    return dist.get_rank() if dist.is_initialized() else 0
 
 
 def _name(step: int) -> str:

@@ -33,6 +33,8 @@ class Evaluation(NamedTuple):
     """Of this rank's first batch."""
     rows: dict[str, Tensor]
     """Of all held-out images looked at, on the host."""
+    skipped: list[str]
+    """What this rank could not read."""
 
 
 @torch.no_grad()
@@ -64,19 +66,21 @@ def evaluate(
     model.eval()
     how = {"batch_size": batch_size, "seed": seed, "workers": workers}
     found = _look(fabric, model, held_out, num_images=num_images, **how)
-    metrics = mean_over_ranks(fabric, found.metrics)
+    metrics, skipped = mean_over_ranks(fabric, found.metrics), found.skipped
     if found.rows:
         known: dict[str, Tensor] = {}
         if reference is not None:
-            known = _look(fabric, model, reference, num_images=len(reference), **how).rows
+            compared = _look(fabric, model, reference, num_images=len(reference), **how)
+            known, skipped = compared.rows, skipped + compared.skipped
         metrics |= {f"evaluation/{name}": value for name, value in stage.summarise(found.rows, known).items()}
-    return Evaluation(metrics, found.pictures, found.rows)
+    return Evaluation(metrics, found.pictures, found.rows, skipped)
 
 
 class _Look(NamedTuple):
     metrics: dict[str, Tensor]
     rows: dict[str, Tensor]
     pictures: dict[str, Tensor]
+    skipped: list[str]
 
 
 def _look(
@@ -84,8 +88,9 @@ def _look(
 ) -> _Look:
     """Means of metrics over this rank's images; rows of all ranks, on the host, each image once.
 
-    Ranks look at equally many images, so where they do not divide evenly the last ones look at some a second time: a
-    stage finds these marked as `repeated`, and their rows are dropped.
+    Ranks look at equally many images, so where they do not divide evenly the last ones look at some a second time, as
+    they do where the next image stands in for one that cannot be read: a stage finds these marked as `repeated` and
+    leaves them out of its means, a batch weighs as many images as are left, and their rows are dropped.
     """
     most = min(num_images, len(stream))
     count = -(-most // fabric.world_size)  # of each rank
@@ -94,20 +99,29 @@ def _look(
     metrics: dict[str, Tensor] = {}
     rows: dict[str, list[Tensor]] = {}
     pictures: dict[str, Tensor] = {}
+    skipped: list[str] = []
+    counted = 0  # images of all ranks
     workers = workers if count > _WITHOUT_WORKERS else 0
     for number, batch in enumerate(load(stream, batches, workers=workers, pin=False)):
         torch.manual_seed(key(seed, 2**32 + number) >> 1)
-        repeated = torch.tensor([place >= most for place in places[number]], device=fabric.device)
+        skipped += batch["skipped"]
+        repeated = (torch.tensor([place >= most for place in places[number]]) | batch["replaced"]).to(fabric.device)
         output = model({**to_device(batch, fabric.device), "repeated": repeated})
         kept = ~gather_rows(repeated)
+        counted += int(kept.sum())
         losses = {} if output.loss is None else {"loss": output.loss}
         for name, value in {**losses, **output.metrics}.items():
-            metrics[f"evaluation/{name}"] = metrics.get(f"evaluation/{name}", 0) + value * len(batches[number]) / count
+            weighed = value.double() * (~repeated).sum()
+            metrics[f"evaluation/{name}"] = metrics.get(f"evaluation/{name}", 0) + weighed
         for name, value in output.rows.items():
             whole = gather_rows(value)
             rows.setdefault(name, []).append((whole[kept] if len(whole) == len(kept) else whole).cpu())
         pictures = pictures or output.pictures
-    return _Look(metrics, {name: torch.cat(parts) for name, parts in rows.items()}, pictures)
+    if not counted:  # the few images asked for are all unreadable
+        return _Look({}, {}, pictures, skipped)
+    share = counted / fabric.world_size  # so that the mean over ranks is that over images
+    means = {name: value / share for name, value in metrics.items()}
+    return _Look(means, {name: torch.cat(parts) for name, parts in rows.items()}, pictures, skipped)
 
 
 def _batches(count: int, batch_size: int, rank: int, world_size: int) -> Iterator[list[int]]:

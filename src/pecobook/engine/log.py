@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import os
 import sys
 import time
 from collections.abc import Mapping
@@ -34,14 +35,23 @@ class JsonLines:
     """metrics.jsonl: one JSON object a logged step."""
 
     def __init__(self, path: Path, *, start_step: int) -> None:
-        _drop_after(path, start_step)
-        self._file = path.open("a", buffering=1)
+        self._last = _drop_after(path, start_step)
+        path.touch()
+        self._file = path.open("r+b")
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
-        """Append one line."""
+        """Append one line; what comes later of the same step goes on in its line, and what is there stays."""
         # JSON knows no infinity: what is not finite (a gradient under fp16) becomes null.
         values = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
-        self._file.write(json.dumps({"step": step, **values}) + "\n")
+        known = self._last if self._last.get("step") == step else {}
+        added = {name: value for name, value in {"step": step, **values}.items() if name not in known}
+        if not added:
+            return
+        # Over the brace that closes the line, in one write: a crash cannot take what stands before it.
+        self._file.seek(-len("}\n") if known else 0, os.SEEK_END)
+        self._file.write(((", " if known else "{") + json.dumps(added)[1:] + "\n").encode())
+        self._file.flush()
+        self._last = {**known, **added}
 
     def picture(self, name: str, png: bytes, step: int) -> None:
         """Pictures lie in samples/."""
@@ -51,20 +61,24 @@ class JsonLines:
         self._file.close()
 
 
-def _drop_after(path: Path, step: int) -> None:
-    """Remove lines of steps after `step`, and a line cut off by a crash."""
+def _drop_after(path: Path, step: int) -> dict[str, Any]:
+    """Remove lines of steps after `step`, and a line cut off by a crash; returns the last line left, or nothing."""
+    kept: list[str] = []
+    last: dict[str, Any] = {}
     if not path.exists():
-        return
-    kept = []
+        return last
     for line in path.read_text(errors="replace").splitlines():
         try:
-            if json.loads(line)["step"] <= step:
+            found = json.loads(line)
+            if found["step"] <= step:
                 kept.append(line)
+                last = found
         except (ValueError, KeyError, TypeError):
             continue
     temporary = path.with_name(f".{path.name}.tmp")
     temporary.write_text("".join(line + "\n" for line in kept))
     temporary.replace(path)
+    return last
 
 
 class TensorBoard:

@@ -17,14 +17,16 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from pecobook.collectives import on_first_rank
 from pecobook.config import OptimConfig, TrainConfig, steps, to_dict
 from pecobook.data.sampler import BatchPositions, key
 from pecobook.data.stream import Batch, Stream, default_workers, load, to_device
 from pecobook.engine import checkpoint
 from pecobook.engine.agreement import Agreement
-from pecobook.engine.evaluation import evaluate, mean_over_ranks
+from pecobook.engine.evaluation import Evaluation, evaluate, mean_over_ranks
 from pecobook.engine.launch import device_count, micro_batch_size
 from pecobook.engine.log import Progress, Sink, duration, open_sinks, open_text_log
+from pecobook.engine.memory import advice
 from pecobook.engine.optim import build_optimizer, learning_rates, set_learning_rate
 from pecobook.engine.schedule import is_time
 from pecobook.errors import PecobookError
@@ -51,6 +53,9 @@ class StageOutput(NamedTuple):
 
 class Trainable(Protocol):
     """What the loop asks of a stage, which is also an nn.Module."""
+
+    least_images: int
+    """Fewest images that it takes at once."""
 
     def parameter_groups(self, config: OptimConfig) -> list[dict[str, Any]]:
         """Groups for the optimizer, with `lr_scale`."""
@@ -121,7 +126,10 @@ class _Loop:
         self.workers = default_workers(device_count(config)) if config.workers < 0 else config.workers
         on_gpu = fabric.device.type == "cuda"
         if on_gpu and fabric.world_size > 1:
-            stage = nn.SyncBatchNorm.convert_sync_batchnorm(stage)  # type: ignore[no-untyped-call]
+            from timm.layers import convert_sync_batchnorm
+
+            # timm's, since torch's takes the activation out of timm's norms that hold one.
+            stage = convert_sync_batchnorm(stage)
         if config.compile:
             stage.compile()
         self.model = fabric.setup_module(stage)
@@ -139,7 +147,7 @@ class _Loop:
         self.sinks: list[Sink] = []
         self.skipped: dict[str, None] = {}
         self.last_metrics: dict[str, float] = {}
-        self._warned = False
+        self._warned = self._evaluating = False
         if not quiet:
             self.sinks = open_sinks(config.loggers, self.out, to_dict(config), start_step=self.start)
             self.text = open_text_log(self.out)
@@ -156,18 +164,18 @@ class _Loop:
                 while step < self.total:
                     stop = self._step(step, batches, signals)
                     step += 1
-                    self._save_if_due(step, stop)
+                    self._save_if_due(step, stop)  # before an evaluation, which may fail
+                    if is_time(step, self.config.sample_every, self.total):
+                        self._evaluate(step)
                     if stop and step < self.total:
                         self.progress.say(f"Stopped at step {step}; the checkpoint is written. Go on with --resume.")
                         return Outcome(step, False, self.last_metrics)
-            if self.start == self.total:  # resumed after its end: only the export was missing
+            if self.start == self.total:  # resumed after its end: the evaluation or the export was missing
                 self._evaluate(step)
             return Outcome(step, True, self.last_metrics)
         except torch.OutOfMemoryError:
-            raise PecobookError(
-                f"Out of GPU memory with {self.micro} images on a device.\n"
-                f"Give --micro-batch-size {max(self.micro // 2, 1)}: the global batch stays the same."
-            ) from None
+            told = advice(self.config, least=self.stage.least_images, evaluating=self._evaluating)
+            raise PecobookError(told) from None
         finally:
             self._close()
 
@@ -192,15 +200,9 @@ class _Loop:
         every = (self.config.log_every, self.config.sample_every, self.config.save_every)
         if stop or any(is_time(done, n, self.total) for n in every):
             stop |= self.agreement.settle()  # before this step is measured or saved
-        values: dict[str, float] = {}
         if is_time(done, self.config.log_every, self.total):
             values = self._measure(done, {"loss": loss, **metrics}) | {"lr": lr, "grad_norm": float(norm)}
             self._report(done, values)
-        if is_time(done, self.config.sample_every, self.total):
-            values |= self._evaluate(done)
-        if values:  # in one piece, so that a step stands in the log once
-            for sink in self.sinks:
-                sink.log(values, done)
         return stop
 
     def _forward_backward(self, step: int, batches: _Batches) -> tuple[Tensor, dict[str, Tensor]]:
@@ -240,14 +242,16 @@ class _Loop:
 
     def _report(self, step: int, values: dict[str, float]) -> None:
         self.progress.show(step, values)
+        for sink in self.sinks:
+            sink.log(values, step)
         warning = self.stage.warning(values, step)
         if warning and not self._warned:
             self._warned = True
             self._tell(warning)
 
-    def _evaluate(self, step: int) -> dict[str, float]:
+    def _evaluate(self, step: int) -> None:
         """Metrics over held-out images; pictures of the first few go to samples/."""
-        began = time.monotonic()
+        began, self._evaluating = time.monotonic(), True
         found = evaluate(
             self.fabric,
             self.model,
@@ -260,21 +264,24 @@ class _Loop:
             workers=self.workers,
         )
         self.last_metrics = found.metrics
-        if self.sinks:
-            self._write_evaluation(step, found.pictures)
-            if step == self.total and found.rows:
-                self.stage.report(self.out, found.rows, self.evaluation.source)
+        self._note_skipped(found.skipped)
+        self._share_skipped()
+        on_first_rank(lambda: self._write_evaluation(step, found))
+        self._evaluating = False
         self._mark += time.monotonic() - began  # the speed shown is that of training
-        return self.last_metrics
 
-    def _write_evaluation(self, step: int, pictures: dict[str, Tensor]) -> None:
-        shown = ", ".join(f"{name.partition('/')[2]} {value:.4g}" for name, value in self.last_metrics.items())
+    def _write_evaluation(self, step: int, found: Evaluation) -> None:
+        shown = ", ".join(f"{name.partition('/')[2]} {value:.4g}" for name, value in found.metrics.items())
         self._tell(f"step {step}, held-out images: {shown}")
-        if pictures:
-            png = _grid(pictures)
+        for sink in self.sinks:
+            sink.log(found.metrics, step)
+        if found.pictures:
+            png = _grid(found.pictures)
             (self.out / "samples" / f"step-{step:08d}.png").write_bytes(png)
             for sink in self.sinks:
                 sink.picture("samples", png, step)
+        if step == self.total and found.rows:
+            self.stage.report(self.out, found.rows, self.evaluation.source)
 
     def _save_if_due(self, step: int, stop: bool) -> None:
         due = stop or is_time(step, self.config.save_every, self.total)

@@ -112,6 +112,7 @@ def prepare(config: TrainConfig, command: str) -> int:
     try:
         out.mkdir(parents=True, exist_ok=True)
         held = lock(out)
+        check(config, command)  # again: another run may have begun or ended here since preflight
         if config.overwrite:
             for path in out.iterdir():
                 shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
@@ -121,9 +122,11 @@ def prepare(config: TrainConfig, command: str) -> int:
             settings = {"command": command, **to_dict(config), "resume": False, "overwrite": False}
             write_atomically(out / "config.json", (json.dumps(settings, indent=2) + "\n").encode())
         write_atomically(out / "environment.json", (json.dumps(environment(), indent=2) + "\n").encode())
-    except OSError as error:
+    except (OSError, RunFolderError) as error:
         if held is not None:
             release(held)
+        if isinstance(error, RunFolderError):
+            raise
         raise RunFolderError(f"--out '{out}' cannot be written: {error}") from None
     return held
 

@@ -18,10 +18,11 @@ from pecobook.analysis.codebook_map import neighbours
 from pecobook.analysis.codewords import code_gallery, code_usage
 from pecobook.analysis.masked_prediction import decode_prediction, hide, predict_masked
 from pecobook.analysis.reconstruction import decode_all, encode_all, psnr
-from pecobook.data.images import Splits
+from pecobook.data.images import BadImage, ImageSource, Splits
+from pecobook.data.sampler import key, permute
 from pecobook.data.views import center_crop
 from pecobook.extracting import extract
-from pecobook.pixels import resize, to_float
+from pecobook.pixels import to_float
 from pecobook.pretrained import MaskedRun
 
 Picture = NDArray[np.uint8]
@@ -131,7 +132,7 @@ def about(one: Indexed, code: int, classes: tuple[str, ...], *, patches: int = 1
         order = by_class.argsort(descending=True, stable=True)[:8].tolist()
         told = [(classes[c], int(by_class[c]), 100 * float(by_class[c]) / total) for c in order if by_class[c] > 0]
     book = one.tokenizer.codebook.detach().float().cpu()
-    near = neighbours(book, torch.tensor([code]), min(32, len(book) - 1))[0].tolist()
+    near = neighbours(book, torch.tensor([code]), len(book))[0].tolist()
     used = [other for other in near if one.counts[other] > 0][:4]
     return Code(code, total, int((where > 0).sum()), row, told, [(other, _patches(one, other, 1)[0]) for other in used])
 
@@ -174,6 +175,16 @@ def picture(image: Tensor) -> Picture:
     return np.ascontiguousarray(pixels.permute(1, 2, 0).numpy())
 
 
-def thumbnails(one: Indexed, count: int = 24) -> list[Picture]:
-    """The first images of the source."""
-    return [np.ascontiguousarray(resize(image, 96, 96).permute(1, 2, 0).numpy()) for image in one.images[:count]]
+def thumbnails(source: ImageSource, count: int = 24) -> dict[int, Picture]:
+    """Small pictures of images of a source, by number: the first of a fixed permutation, without unreadable ones."""
+    found: dict[int, Picture] = {}
+    for place in range(len(source)):
+        number = permute(place, len(source), key(0, 1))
+        try:
+            crop = center_crop(source.read(number), 96)
+        except BadImage:
+            continue
+        found[number] = np.ascontiguousarray(crop.permute(1, 2, 0).numpy())
+        if len(found) == count:
+            break
+    return found

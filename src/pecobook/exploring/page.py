@@ -38,19 +38,20 @@ class Page:
     def __init__(self, indexed: list[Indexed], runs: dict[str, MaskedRun], splits: Splits) -> None:
         self.indexed = {one.name: one for one in indexed}
         self.runs, self.classes = runs, splits.train.classes or ()
-        self.first = indexed[0]
+        self.source = splits.evaluation
+        self.known = model.thumbnails(self.source)
 
     def blocks(self) -> gr.Blocks:
         """The page."""
         names = list(self.indexed)
         with gr.Blocks(title="pecobook explore", analytics_enabled=False, delete_cache=(600, 600)) as blocks:
-            image = gr.State(_array(self.first.images[0]))
+            image = gr.State(self._original(0))
             gr.Markdown("# Codewords\n\n" + _HELP)
             with gr.Row():
                 with gr.Column(scale=1):
                     upload = gr.File(label="Your image", file_types=["image"], elem_id="upload", height=120)
                     known = gr.Gallery(
-                        [(thumb, "") for thumb in model.thumbnails(self.first)], label="Held-out images", columns=3,
+                        [(thumb, "") for thumb in self.known.values()], label="Held-out images", columns=3,
                         height=240, allow_preview=False, elem_id="known",
                     )  # fmt: skip
                     tokenizer = gr.Radio(names, value=names[0], label="Tokenizer", visible=len(names) > 1)
@@ -119,8 +120,15 @@ class Page:
             raise gr.Error(f"This image cannot be read: {error}", print_exception=False) from None
 
     def chosen(self, event: gr.SelectData) -> Picture:
-        """A held-out image."""
-        return _array(self.first.images[int(event.index)])
+        """A held-out image as the source has it: each tokenizer makes its own crop of it."""
+        return self._original(int(event.index))
+
+    def _original(self, place: int) -> Picture:
+        """The image behind a thumbnail."""
+        try:
+            return _array(self.source.read(list(self.known)[place]))
+        except BadImage as error:
+            raise gr.Error(f"This image cannot be read: {error}", print_exception=False) from None
 
     def look(self, image: Picture, name: str) -> tuple[Any, ...]:
         """The four pictures, and a line."""

@@ -15,7 +15,8 @@ from pecobook.models.huggingface import beit_from_huggingface, is_huggingface_be
 _PREFIXES = ("module.base_encoder.", "base_encoder.", "module.backbone.", "backbone.", "module.", "model.")
 
 
-_HEADS = ("head", "fc", "classifier", "lm_head", "mask_token")  # the last two: BEiT's pre-training
+# lm_head and mask_token: BEiT's pre-training; attn_pool: SigLIP's, which pools where we take the mean.
+_HEADS = ("head", "fc", "classifier", "lm_head", "mask_token", "attn_pool")
 
 
 def read_weights(path: str) -> dict[str, Tensor]:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from pecobook.errors import WeightsError
 from pecobook.models.checkpoints import load_state, read_weights
+from pecobook.models.tokenizer import in_parts
 
 _NUM_BLOCKS = 8  # four groups of two; the residual paths are scaled by its square
 
@@ -71,17 +72,20 @@ class DalleTokenizer(nn.Module):
         return encoder.output(x)  # type: ignore[no-any-return]
 
     @torch.no_grad()
-    def encode(self, images: Tensor) -> Tensor:
+    def encode(self, images: Tensor, *, batch_size: int = 64) -> Tensor:
         """Codes of float (B, 3, H, W) in [0, 1]: int64 (B, H / 8, W / 8).
 
         Raises:
             ValueError: a side is no multiple of 8.
         """
-        return self.logits(images).argmax(1)
+        return in_parts(lambda part: self.logits(part).argmax(1), images, batch_size, self.codebook.device)
 
     @torch.no_grad()
-    def decode(self, codes: Tensor) -> Tensor:
+    def decode(self, codes: Tensor, *, batch_size: int = 64) -> Tensor:
         """Images of codes int64 (B, h, w): float (B, 3, 8 h, 8 w) in [0, 1]."""
+        return in_parts(self._decode, codes, batch_size, self.codebook.device)
+
+    def _decode(self, codes: Tensor) -> Tensor:
         # The 1 x 1 convolution of a one-hot map, without the map.
         x = F.embedding(codes, self.codebook).permute(0, 3, 1, 2) + self._decoder.input.b[:, None, None]
         for number, group in enumerate(self._decoder.groups()):

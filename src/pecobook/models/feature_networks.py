@@ -148,10 +148,12 @@ def stage_nodes(network: nn.Module, layers: Sequence[int | str], name: str) -> l
     features: Any = getattr(network, "features", None)
     stages = [f"layer{number}" for number in range(1, 9) if hasattr(network, f"layer{number}")]
     if not stages and isinstance(features, nn.Sequential):
+        names = list(features._modules)
         pools = [number for number, layer in enumerate(features) if isinstance(layer, nn.MaxPool2d)]
         # SqueezeNet pools right after its first activation, VGG and AlexNet end with a pooling.
         ends = [pool - 1 for pool in pools] + ([len(features) - 1] if pools and pools[-1] < len(features) - 1 else [])
-        stages = [f"features.{end}" for end in ends]
+        # DenseNet names its layers, and pools between its blocks in other ways.
+        stages = [f"features.{names[end]}" for end in ends] if names[0] == "0" else []
     nodes = []
     for layer in layers:
         if isinstance(layer, str) and not layer.isdigit():

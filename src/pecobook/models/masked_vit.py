@@ -43,19 +43,20 @@ class MaskedImageModel(nn.Module):
         vocab_size: K, codewords of the tokenizer; for other targets, the numbers of one patch.
 
     Raises:
-        WeightsError: the backbone is no transformer of patches.
+        WeightsError: the backbone is no transformer of patches, or pools them by attention.
     """
 
     def __init__(self, backbone: nn.Module, vocab_size: int) -> None:
         super().__init__()
         if not (hasattr(backbone, "patch_embed") and hasattr(backbone, "blocks")):
             raise WeightsError(f"{type(backbone).__name__} has no patches to mask: choose a ViT or BEiT of timm.")
+        _refuse_attention_pool(backbone)
         width = int(backbone.embed_dim)  # type: ignore[arg-type]
         self.backbone = backbone
         self.mask_token = nn.Parameter(torch.zeros(width))
         self.head = nn.Linear(width, vocab_size)
-        nn.init.trunc_normal_(self.mask_token, std=0.02)
-        nn.init.trunc_normal_(self.head.weight, std=0.02)
+        _beit_normal(self.mask_token)
+        _beit_normal(self.head.weight)
         nn.init.zeros_(self.head.bias)
         self._mask: Tensor | None = None
         backbone.patch_embed.register_forward_hook(self._hide)  # type: ignore[union-attr]
@@ -88,9 +89,7 @@ class MaskedImageModel(nn.Module):
             tokens = self.backbone.forward_features(images)  # type: ignore[operator]
         finally:
             self._mask = None
-        if isinstance(self.backbone.norm, nn.Identity):  # timm then keeps the last norm for after the pooling
-            tokens = self.backbone.fc_norm(tokens)  # type: ignore[operator]
-        return tokens  # type: ignore[no-any-return]
+        return _normed(self.backbone, tokens)
 
     def forward(self, images: Tensor, mask: Tensor, num_masked: int | None = None) -> Tensor:
         """Logits at masked positions.
@@ -103,8 +102,11 @@ class MaskedImageModel(nn.Module):
         Returns:
             (number masked, K), images in order, positions row by row.
         """
-        if num_masked is None or not self._last.known:
+        if num_masked is None:
             return self.head(self.hidden(images, mask)[mask.flatten(1)])  # type: ignore[no-any-return]
+        if not self._last.known:
+            hidden = at_positions(self.hidden(images, mask), masked_positions(mask, num_masked))  # (B M, D)
+            return self.head(hidden)  # type: ignore[no-any-return]
         self._last.positions = masked_positions(mask, num_masked) + self._num_prefix  # (B, M)
         try:
             hidden = self._run(images, mask)  # (B, M, D)
@@ -166,7 +168,7 @@ class VisibleOnlyModel(nn.Module):
         num_heads: of the decoder.
 
     Raises:
-        WeightsError: the backbone has no absolute positions.
+        WeightsError: the backbone has no absolute positions, or pools by attention.
     """
 
     def __init__(
@@ -176,11 +178,13 @@ class VisibleOnlyModel(nn.Module):
         from timm.layers import build_sincos2d_pos_embed
         from timm.models.vision_transformer import Block
 
-        if not hasattr(backbone, "patch_drop") or getattr(backbone, "pos_embed", None) is None:
+        absolute = getattr(backbone, "pos_embed", None) is not None and getattr(backbone, "rope", None) is None
+        if not hasattr(backbone, "patch_drop") or not absolute:
             raise WeightsError(
                 f"{type(backbone).__name__} cannot read visible patches alone, since its positions are relative: "
                 "choose a plain ViT (vit_base_patch16_224)."
             )
+        _refuse_attention_pool(backbone)
         self.backbone = backbone
         self._keep = _Keep(int(backbone.num_prefix_tokens))  # type: ignore[arg-type]
         backbone.patch_drop = self._keep
@@ -210,7 +214,7 @@ class VisibleOnlyModel(nn.Module):
             tokens = self.backbone.forward_features(images)  # type: ignore[operator]
         finally:
             self._keep.visible = None
-        tokens = self.embed(tokens)  # (B, prefix + N - M, width)
+        tokens = self.embed(_normed(self.backbone, tokens))  # (B, prefix + N - M, width)
         prefix = tokens.shape[1] - visible.shape[1]
         seen = tokens[:, prefix:] + self.positions[visible]
         guesses = self.mask_token + self.positions[hidden]  # (B, M, width)
@@ -241,14 +245,58 @@ def patch_grid(backbone: nn.Module) -> tuple[int, int]:
     return int(rows), int(columns)
 
 
+def _normed(backbone: nn.Module, tokens: Tensor) -> Tensor:
+    """What `forward_features` returned, through the last norm, which timm may keep for after the pooling."""
+    if isinstance(backbone.norm, nn.Identity):
+        tokens = backbone.fc_norm(tokens)  # type: ignore[operator]
+    return tokens
+
+
+def _refuse_attention_pool(backbone: nn.Module) -> None:
+    """Raise WeightsError for weights that no patch passes through: without gradients they end DDP, and a resume."""
+    if getattr(backbone, "attn_pool", None) is not None:
+        raise WeightsError(
+            f"This {type(backbone).__name__} pools patches by attention, which masked modelling does not train: "
+            'make it with --model.args \'{"global_pool": "avg"}\'.'
+        )
+
+
+def _beit_normal(weight: Tensor) -> None:
+    """BEiT's start of a weight: a normal of deviation 0.02 cut at one deviation, so of 0.0108 in the end."""
+    nn.init.trunc_normal_(weight, std=0.02, a=-0.02, b=0.02)
+
+
 def initialise_beit(backbone: nn.Module) -> None:
-    """BEiT's initialisation: truncated normals of 0.02, and block i's output projections divided by sqrt(2 i)."""
+    """BEiT's initialisation: its normals in all but norms, and block i's output projections divided by sqrt(2 i)."""
     for module in backbone.modules():
-        if isinstance(module, nn.Linear):
-            nn.init.trunc_normal_(module.weight, std=0.02)
+        if isinstance(module, (nn.Linear, nn.Conv2d)):
+            _beit_normal(module.weight)
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
+    for name in ("cls_token", "pos_embed"):
+        token = getattr(backbone, name, None)
+        if isinstance(token, nn.Parameter) and token.requires_grad:
+            _beit_normal(token)
     for number, block in enumerate(backbone.blocks, start=1):  # type: ignore[arg-type]
         with torch.no_grad():
             block.attn.proj.weight.div_((2.0 * number) ** 0.5)
             block.mlp.fc2.weight.div_((2.0 * number) ** 0.5)
+
+
+_SHARED = "rel_pos_bias.relative_position_bias_table"
+
+
+def unshared(state: dict[str, Tensor], args: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """A BEiT's weights with its one table of relative positions added to every block's, as timm's BEiT has them.
+
+    Fine-tuning learns a table a block (BEiT does the same). Other networks pass unchanged.
+    """
+    if _SHARED not in state:
+        return state, args
+    table = state[_SHARED]
+    state = {name: value for name, value in state.items() if not name.startswith("rel_pos_bias.")}
+    blocks = {name.split(".")[1] for name in state if name.startswith("blocks.")}
+    for name in [f"blocks.{block}.attn.relative_position_bias_table" for block in sorted(blocks)]:
+        state[name] = table + state[name] if name in state else table.clone()
+    plain = {name: value for name, value in args.items() if name not in ("use_rel_pos_bias", "use_shared_rel_pos_bias")}
+    return state, plain

@@ -6,6 +6,7 @@ over keys; products run over D in pieces of BLOCK_D. It keeps the least score an
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -84,17 +85,19 @@ def nearest_fused(z: Tensor, codebook: Tensor, precision: str, tiles: dict[str, 
         return codes
     half_norms = codebook.square().sum(1).mul_(0.5)  # (K,)
     settings: dict[str, Any] = tiles or _TILES[precision]
-    _nearest_kernel[(triton.cdiv(N, settings["BLOCK_N"]),)](
-        z,
-        codebook,
-        half_norms,
-        codes,
-        N,
-        len(codebook),
-        D,
-        PRECISION="tf32" if precision == "tf32" else "ieee",
-        LOW=precision == "bf16",
-        INTERPRETED=not z.is_cuda,
-        **settings,
-    )
+    # Triton starts kernels on the current device, which need not be the tensors'.
+    with torch.cuda.device(z.device) if z.is_cuda else nullcontext():
+        _nearest_kernel[(triton.cdiv(N, settings["BLOCK_N"]),)](
+            z,
+            codebook,
+            half_norms,
+            codes,
+            N,
+            len(codebook),
+            D,
+            PRECISION="tf32" if precision == "tf32" else "ieee",
+            LOW=precision == "bf16",
+            INTERPRETED=not z.is_cuda,
+            **settings,
+        )
     return codes

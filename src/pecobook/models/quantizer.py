@@ -3,9 +3,10 @@
 B batch, D codeword dimension, h w latent grid, N = B h w vectors, K codewords.
 
 The codebook is learned by exponential moving averages (van den Oord et al., arXiv 1711.00937, appendix A.1), PeCo's
-default. Every training `forward` adds its statistics to a running total; `update`, called once an optimizer step, sums
-the totals over all ranks and moves the codebook. So accumulation steps and ranks change nothing but rounding, and a
-codebook is the same on every rank. Statistics, distances and loss are in fp32 under any autocast.
+default. Every training `forward` remembers its vectors; `update`, called once an optimizer step, sums their statistics
+over all ranks and moves the codebook. So accumulation steps and ranks change nothing but rounding (and, by the order of
+the vectors, from which of them k-means starts), and a codebook is the same on every rank. Statistics, distances and
+loss are in fp32 under any autocast.
 
 With `learning="gradient"` the codebook is a parameter instead, and the middle term of equation 3 moves it.
 """
@@ -22,7 +23,7 @@ from torch import Tensor, nn
 
 from pecobook.collectives import gather_rows, world_size
 from pecobook.config import between, positive
-from pecobook.models.nearest import nearest_codeword
+from pecobook.models.nearest import Precision, nearest_codeword
 
 _KMEANS_ITERATIONS = 10
 _REVIVE_EVERY = 10  # updates between looks for dead codewords: each look costs one synchronisation with the device
@@ -41,12 +42,15 @@ class QuantizerConfig:
     revive_after: int = 100
     """Steps without use after which a codeword is dead and replaced; 0 never."""
     start_after: int = 0
-    """Steps during which latent vectors pass unquantised; k-means then starts the codebook on features that mean
-    something. A short training gains much by it."""
+    """Steps during which latent vectors pass unquantised, at most half of the training; k-means then starts the
+    codebook on features that mean something. A short training gains much by it."""
     commitment: float = 0.25
     """Beta of equation 3."""
     learning: Literal["ema", "gradient"] = "ema"
     """Moving averages, or equation 3 as printed, whose middle term moves the codewords by gradient."""
+    precision: Precision = "fp32"
+    """Of the search for the nearest codeword in training. fp32 is exact; tf32 and bf16 are faster on a GPU and miss
+    where two codewords are about equally near."""
 
     def __post_init__(self) -> None:
         positive(self, "num_codewords", "eps")
@@ -71,7 +75,7 @@ class Quantized(NamedTuple):
 class VectorQuantizer(nn.Module):
     """K codewords of dimension D, learned by moving averages, or by gradient.
 
-    The first training batch starts the codebook with k-means over its vectors, gathered from all ranks. A codeword that
+    The first training step starts the codebook with k-means over its vectors, gathered from all ranks. A codeword that
     no vector chose for `revive_after` updates is replaced by a vector of the current batch, and its statistics with
     it, since otherwise the next update would pull it straight back.
 
@@ -85,12 +89,15 @@ class VectorQuantizer(nn.Module):
         seed: of the k-means start and of the choice of replacements; the same on all ranks.
         learning: `ema`, or `gradient` for equation 3 as printed: add `codebook_loss` to the loss, and give the module's
             parameter to the optimizer. Counts then only tell what is used and what is dead.
+        precision: of the search in training, as `nearest_codeword`'s.
     """
 
     codebook: Tensor  # (K, D)
     ema_count: Tensor  # (K,)
     ema_sum: Tensor  # (K, D)
-    idle: Tensor  # int64 (K,), updates since last chosen
+    idle: Tensor  # int64 (K,), updates since last chosen or revived
+    usage: Tensor  # (K,) moving average of the counts, which revival does not touch: what vectors really chose
+    unused: Tensor  # int64 (K,), updates since really chosen
     num_updates: Tensor  # int64 ()
     num_revived: Tensor  # int64 ()
 
@@ -105,11 +112,12 @@ class VectorQuantizer(nn.Module):
         start_after: int = 0,
         seed: int = 0,
         learning: Literal["ema", "gradient"] = "ema",
+        precision: Precision = "fp32",
     ) -> None:
         super().__init__()
         self.num_codewords, self.dim, self.learning = num_codewords, dim, learning
         self.decay, self.eps, self.revive_after, self.seed = decay, eps, revive_after, seed
-        self.start_after = start_after
+        self.start_after, self.precision = start_after, precision
         start = torch.randn(num_codewords, dim) / dim**0.5
         if learning == "gradient":
             self.register_parameter("codebook", nn.Parameter(start))
@@ -118,20 +126,23 @@ class VectorQuantizer(nn.Module):
         self.register_buffer("ema_count", torch.zeros(num_codewords))
         self.register_buffer("ema_sum", torch.zeros(num_codewords, dim))
         self.register_buffer("idle", torch.zeros(num_codewords, dtype=torch.int64))
+        self.register_buffer("usage", torch.zeros(num_codewords))
+        self.register_buffer("unused", torch.zeros(num_codewords, dtype=torch.int64))
         self.register_buffer("num_updates", torch.zeros((), dtype=torch.int64))
         self.register_buffer("num_revived", torch.zeros((), dtype=torch.int64))
         # Python mirrors of what the buffers say, so that no step has to ask the device.
         self._started = self._warming = False
         self._steps = 0
-        self._pending: tuple[Tensor, Tensor] | None = None  # counts (K,), sums (K, D) since the last update
-        self._candidates: Tensor | None = None  # (M, D) vectors of the latest batch, to revive dead codewords with
+        self._unquantised = start_after > 0  # `forward` reads no count: torch.compile would compile anew at each step
+        self._start_rows = 0  # vectors that the start has seen, in the step that starts
+        self._seen: tuple[Tensor, Tensor] | None = None  # vectors (N, D) and codes (N,) since the last update
 
     def forward(self, z: Tensor) -> Quantized:
         """Quantise z (B, D, h, w). In training mode, also collect statistics for the next `update`."""
         B, _, h, w = z.shape
         with torch.autocast(z.device.type, enabled=False):
             z = z.float()
-            if self.training and self._steps < self.start_after:
+            if self.training and self._unquantised:
                 self._warming = True
                 # 0 x sum: every parameter takes part in every step, as DDP asks.
                 nothing = 0.0 * self.codebook.sum() if self.codebook.requires_grad else z.new_zeros(())
@@ -139,9 +150,9 @@ class VectorQuantizer(nn.Module):
             vectors = z.permute(0, 2, 3, 1).reshape(-1, self.dim)  # (N, D)
             if self.training and not self._started:
                 self._start(vectors.detach())
-            codes = nearest_codeword(vectors, self.codebook)  # (N,)
+            codes = nearest_codeword(vectors, self.codebook, precision=self.precision)  # (N,)
             if self.training:
-                self._collect(vectors.detach(), codes)
+                self._remember(vectors.detach(), codes)
             quantized = self.lookup(codes.view(B, h, w))  # (B, D, h, w)
             commitment = F.mse_loss(z, quantized.detach())
             codebook_loss = F.mse_loss(quantized, z.detach()) if self.learning == "gradient" else commitment.detach()
@@ -157,10 +168,10 @@ class VectorQuantizer(nn.Module):
     @torch.no_grad()
     def nearest(self, z: Tensor) -> Tensor:
         """Codewords of z (B, D, h, w), without gradient or learning; z itself until the codebook is started."""
-        if self.training and self._steps < self.start_after:
+        if self.training and self._unquantised:
             return z.float()
         B, D, h, w = z.shape
-        codes = nearest_codeword(z.permute(0, 2, 3, 1).reshape(-1, D), self.codebook)
+        codes = nearest_codeword(z.permute(0, 2, 3, 1).reshape(-1, D), self.codebook, precision=self.precision)
         return self.lookup(codes.view(B, h, w))
 
     def lookup(self, codes: Tensor) -> Tensor:
@@ -171,15 +182,23 @@ class VectorQuantizer(nn.Module):
 
     @torch.no_grad()
     def update(self) -> None:
-        """Move the codebook by the statistics since the last call, summed over all ranks. Once an optimizer step."""
+        """Move the codebook by the vectors since the last call, on all ranks. Once an optimizer step."""
         if self._warming:
             self._warming = False
             self.num_updates.add_(1)
             self._steps += 1
-        if self._pending is None:
+            self._unquantised = self._steps < self.start_after
+        if self._seen is None:
             return
-        counts, sums = self._pending
-        self._pending = None
+        vectors, codes = self._seen
+        self._seen = None
+        if 0 < self._start_rows < len(vectors):  # the start saw the first of several micro-batches: now it sees all
+            self._start(vectors)
+            codes = nearest_codeword(vectors, self.codebook, precision=self.precision)
+        self._start_rows = 0
+        # Never a one-hot matrix (N, K).
+        counts = torch.zeros_like(self.ema_count).index_add_(0, codes, vectors.new_ones(len(codes)))
+        sums = torch.zeros_like(self.ema_sum).index_add_(0, codes, vectors)
         if world_size() > 1:
             dist.all_reduce(counts)
             dist.all_reduce(sums)
@@ -191,23 +210,20 @@ class VectorQuantizer(nn.Module):
             # An unused codeword keeps its place: its sum and count fade alike, but smoothing would pull it to 0.
             used = (counts > 0)[:, None]
             self.codebook.copy_(torch.where(used, self.ema_sum / smoothed.clamp_min(1e-12)[:, None], self.codebook))
-        self.idle.add_(1).masked_fill_(counts > 0, 0)
+        self.usage.lerp_(counts, 1 - self.decay)
+        for since in (self.idle, self.unused):
+            since.add_(1).masked_fill_(counts > 0, 0)
         self.num_updates.add_(1)
         self._steps += 1
         if self.revive_after and self._steps % _REVIVE_EVERY == 0:
-            self._revive()
+            self._revive(vectors)
 
-    def _collect(self, vectors: Tensor, codes: Tensor) -> None:
-        # Never a one-hot matrix (N, K). bincount would do for the counts, but torch.compile cannot see its shape.
-        counts = torch.zeros_like(self.ema_count).index_add_(0, codes, vectors.new_ones(len(codes)))
-        sums = torch.zeros_like(self.ema_sum).index_add_(0, codes, vectors)
-        if self._pending is not None:
-            counts, sums = counts + self._pending[0], sums + self._pending[1]
-        self._pending = counts, sums
-        # Every s-th vector, with s from the global count: two half batches offer what one whole batch offers.
-        stride = max(1, len(vectors) * world_size() // self.num_codewords)
-        self._candidates = vectors[::stride]
+    def _remember(self, vectors: Tensor, codes: Tensor) -> None:
+        if self._seen is not None:
+            vectors, codes = torch.cat([self._seen[0], vectors]), torch.cat([self._seen[1], codes])
+        self._seen = vectors, codes
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # once in a training
     @torch.no_grad()
     def _start(self, vectors: Tensor) -> None:
         """Start the codebook by k-means over the vectors of all ranks."""
@@ -223,14 +239,17 @@ class VectorQuantizer(nn.Module):
         self.codebook.copy_(codebook)
         self.ema_count.copy_(counts)
         self.ema_sum.copy_(codebook * counts[:, None])
-        self._started = True
+        self._started, self._start_rows = True, len(vectors)
 
-    def _revive(self) -> None:
+    def _revive(self, vectors: Tensor) -> None:
+        """Replace dead codewords by vectors of this step."""
         dead = self.idle >= self.revive_after
         number = int(dead.sum())
-        if number == 0 or self._candidates is None:
+        if number == 0:
             return
-        pool = gather_rows(self._candidates)
+        # Every s-th vector, with s from the global count: two half batches offer what one whole batch offers.
+        stride = max(1, len(vectors) * world_size() // self.num_codewords)
+        pool = gather_rows(vectors[::stride])
         generator = torch.Generator().manual_seed(self.seed + 7919 * self._steps)
         chosen = torch.randint(len(pool), (number,), generator=generator)
         if number <= len(pool):  # without replacement where that is possible
@@ -248,8 +267,9 @@ class VectorQuantizer(nn.Module):
     def _load_from_state_dict(self, *args: Any) -> None:
         super()._load_from_state_dict(*args)
         self._steps = int(self.num_updates)
-        self._started = bool(self.ema_count.sum() > 0)
-        self._pending = self._candidates = None
+        self._unquantised = self._steps < self.start_after
+        self._started, self._start_rows = bool(self.ema_count.sum() > 0), 0
+        self._seen = None
 
 
 def kmeans(

@@ -106,12 +106,12 @@ class PerceptualTokenizer(nn.Module):
         Raises:
             ValueError: a side is no multiple of the stride f, or the number of channels is another.
         """
-        return self._in_parts(self._encode, images, batch_size)
+        return in_parts(self._encode, images, batch_size, self.codebook.device)
 
     @torch.no_grad()
     def decode(self, codes: Tensor, *, batch_size: int = 256) -> Tensor:
         """Images of codes int64 (B, h, w): float (B, C, h f, w f) in [0, 1]. Arguments as `encode`'s."""
-        return self._in_parts(self._decode, codes, batch_size)
+        return in_parts(self._decode, codes, batch_size, self.codebook.device)
 
     def _encode(self, images: Tensor) -> Tensor:
         z = self.latent(images)
@@ -121,13 +121,6 @@ class PerceptualTokenizer(nn.Module):
 
     def _decode(self, codes: Tensor) -> Tensor:
         return self.render(self.quantizer.lookup(codes)).float().clamp(0, 1)
-
-    def _in_parts(self, function: Callable[[Tensor], Tensor], rows: Tensor, batch_size: int) -> Tensor:
-        if torch.compiler.is_exporting():  # the number of rows stays open
-            return function(rows)
-        device = self.codebook.device
-        parts = [function(part.to(device)) for part in torch.split(rows, batch_size)]
-        return (parts[0] if len(parts) == 1 else torch.cat(parts)).to(rows.device)
 
     # ------------------------------------------------------------------------------------------------ saving, loading
 
@@ -193,8 +186,16 @@ class PerceptualTokenizer(nn.Module):
 
 
 # Statistics that only training reads: an export holds the codebook alone.
+def in_parts(function: Callable[[Tensor], Tensor], rows: Tensor, batch_size: int, device: torch.device) -> Tensor:
+    """`function` of rows (N, ...) on any device, `batch_size` of them at a time on `device`; back where rows are."""
+    if torch.compiler.is_exporting():  # the number of rows stays open
+        return function(rows)
+    parts = [function(part.to(device)) for part in torch.split(rows, batch_size)]
+    return (parts[0] if len(parts) == 1 else torch.cat(parts)).to(rows.device)
+
+
 TRAINING_ONLY = frozenset(
-    f"quantizer.{name}" for name in ("ema_count", "ema_sum", "idle", "num_updates", "num_revived")
+    f"quantizer.{name}" for name in ("ema_count", "ema_sum", "idle", "usage", "unused", "num_updates", "num_revived")
 )
 
 

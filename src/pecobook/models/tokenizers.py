@@ -11,14 +11,15 @@ from torch import Tensor, nn
 
 from pecobook.errors import WeightsError, first_line
 from pecobook.models.nearest import nearest_codeword
-from pecobook.models.tokenizer import TRAINING_ONLY, PerceptualTokenizer
+from pecobook.models.tokenizer import TRAINING_ONLY, PerceptualTokenizer, in_parts
 
 
 def load_tokenizer(source: str | Path) -> Any:
     """A tokenizer in evaluation mode, an nn.Module.
 
-    Whatever it is, it has `encode` (float (B, 3, H, W) in [0, 1] to int64 (B, H / f, W / f)) and `decode` (back), and
-    the attributes `codebook` (K, D), `num_codewords` K, `stride` f and `image_size`, the side it was trained at.
+    Whatever it is, it has `encode` (float (B, 3, H, W) in [0, 1] to int64 (B, H / f, W / f)) and `decode` (back), both
+    with `batch_size`, the images at once on its device, wherever those that are given lie; and the attributes
+    `codebook` (K, D), `num_codewords` K, `stride` f and `image_size`, the side it was trained at.
 
     Args:
         source: a codebook run, an export folder or `owner/name` on the hub; `dalle:FOLDER` for DALL-E's discrete VAE;
@@ -61,15 +62,15 @@ class GreyTokenizer(nn.Module):
         """Codewords, float (K, D)."""
         return self.tokenizer.codebook
 
-    def encode(self, images: Tensor) -> Tensor:
+    def encode(self, images: Tensor, *, batch_size: int = 256) -> Tensor:
         """Codes of float (B, 3, H, W) in [0, 1]: int64 (B, H / f, W / f)."""
         from torchvision.transforms.functional import rgb_to_grayscale  # as in training
 
-        return self.tokenizer.encode(rgb_to_grayscale(images))
+        return self.tokenizer.encode(rgb_to_grayscale(images), batch_size=batch_size)
 
-    def decode(self, codes: Tensor) -> Tensor:
+    def decode(self, codes: Tensor, *, batch_size: int = 256) -> Tensor:
         """Images of codes int64 (B, h, w): float (B, 3, h f, w f) in [0, 1], all channels equal."""
-        return self.tokenizer.decode(codes).expand(-1, 3, -1, -1)
+        return self.tokenizer.decode(codes, batch_size=batch_size).expand(-1, 3, -1, -1)
 
 
 def fingerprint(tokenizer: nn.Module) -> str:
@@ -116,7 +117,7 @@ class DiffusersTokenizer(nn.Module):
         return int(self.model.config.sample_size)
 
     @torch.no_grad()
-    def encode(self, images: Tensor) -> Tensor:
+    def encode(self, images: Tensor, *, batch_size: int = 64) -> Tensor:
         """Codes of float (B, 3, H, W) in [0, 1]: int64 (B, H / f, W / f).
 
         Raises:
@@ -125,13 +126,19 @@ class DiffusersTokenizer(nn.Module):
         height, width = images.shape[-2:]
         if height % self.stride or width % self.stride:
             raise ValueError(f"Images must be multiples of {self.stride} pixels, not {height} x {width}.")
+        return in_parts(self._encode, images, batch_size, self.codebook.device)
+
+    @torch.no_grad()
+    def decode(self, codes: Tensor, *, batch_size: int = 64) -> Tensor:
+        """Images of codes int64 (B, h, w): float (B, 3, h f, w f) in [0, 1]."""
+        return in_parts(self._decode, codes, batch_size, self.codebook.device)
+
+    def _encode(self, images: Tensor) -> Tensor:
         latents = self.model.encode(images * 2 - 1).latents  # (B, D, h, w)
         B, D, h, w = latents.shape
         return nearest_codeword(latents.permute(0, 2, 3, 1).reshape(-1, D), self.codebook).view(B, h, w)
 
-    @torch.no_grad()
-    def decode(self, codes: Tensor) -> Tensor:
-        """Images of codes int64 (B, h, w): float (B, 3, h f, w f) in [0, 1]."""
+    def _decode(self, codes: Tensor) -> Tensor:
         codewords = F.embedding(codes, self.codebook).permute(0, 3, 1, 2)
         spatial = self.model.config.norm_type == "spatial"  # MoVQ's decoder also reads the codewords themselves
         images = self.model.decoder(self.model.post_quant_conv(codewords), codewords if spatial else None)

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from pecobook.errors import WeightsError, did_you_mean, first_line
+from pecobook.errors import ConfigError, WeightsError, did_you_mean, first_line
 from pecobook.models.checkpoints import is_moco, load_state, read_weights
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # timm's default
@@ -125,6 +125,7 @@ def export_backbone(
     origin: str,
     classes: tuple[str, ...] | None = None,
     crop: float = 1.0,
+    target: str = "",
     mean: tuple[float, ...] = IMAGENET_MEAN,
     std: tuple[float, ...] = IMAGENET_STD,
 ) -> str:
@@ -139,6 +140,7 @@ def export_backbone(
         origin: what trained it, for the card.
         classes: names of the classes when it has a head.
         crop: share of an image's shorter side that a classifier was evaluated on.
+        target: what it predicted of hidden patches, where it was pre-trained so.
         mean: of the input's normalisation.
         std: of the input's normalisation.
 
@@ -156,6 +158,8 @@ def export_backbone(
     config |= {"mean": list(mean), "std": list(std), "image_size": image_size}
     if classes:
         config |= {"classes": list(classes), "crop": crop}
+    if target:
+        config["target"] = target
     shown = lines.replace("{path}/export/", "")
     tag = origin.lower().replace(" ", "-")
     card = _CARD.format(
@@ -206,8 +210,14 @@ def load_backbone(
         any_size: make a transformer of absolute positions interpolate them to whatever image it sees.
 
     Raises:
+        ConfigError: a file of weights, without its network.
         WeightsError: unknown name, or weights missing or not fitting.
     """
+    if Path(spec).is_file():
+        raise ConfigError(
+            f"'{spec}' is a file of weights, which needs its network: --backbone timm:NAME --weights {spec} "
+            "(or --perceptual.network and --perceptual.weights)."
+        )
     if spec.startswith("timm:"):
         name = spec.removeprefix("timm:")
         return _load_timm(name, weights, image_size, pool_mean, _further(name, drop_path, any_size))
@@ -234,7 +244,11 @@ def _load_timm(
     sized = {"img_size": image_size} if image_size is not None and is_transformer(name) else {}
     from_file = weights not in (None, "random")
     made = args if from_file else args | sized  # a file's position tables are of the network's own size
-    network = create(name, pretrained=weights is None, num_classes=0, **further, **made)
+    # Where the mean is pooled, timm has the last norm under another name, so its own weights are read without that.
+    renamed = weights is None and bool(args)
+    network = create(name, pretrained=weights is None and not renamed, num_classes=0, **further, **made)
+    if renamed:
+        load_state(network, create(name, pretrained=True, num_classes=0, **sized).state_dict(), source=f"timm:{name}")
     settings = getattr(network, "pretrained_cfg", None) or {}
     if from_file:
         state = read_weights(str(weights))

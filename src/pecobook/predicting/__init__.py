@@ -5,7 +5,8 @@
     detector     detections.json (COCO's format of results), images.json          and pictures/, boxes, masks, names
 
 Images are read by worker processes and go through the model one by one, each at its own size. One that cannot be read
-is skipped, counted and listed in skipped.txt.
+is skipped, counted and listed in skipped.txt. What is found is on the disk as it comes, a detector's in two .jsonl
+files that become its .json at the end; after an error or Ctrl-C the files hold what was done.
 """
 
 from __future__ import annotations
@@ -84,22 +85,31 @@ def predict(config: PredictConfig) -> Path:
     skipped: list[str] = []
     taken: set[str] = set()
     out.mkdir(parents=True, exist_ok=True)
-    done = 0
-    for name, image in read(sources):
-        if isinstance(image, str):
-            skipped.append(image)
-        else:
-            writer.add(name, file_name(name, taken), image)
-        progress.show(done := done + 1, {})
-    progress.close()
-    if len(skipped) == total:
+    done, said = 0, ""
+    try:
+        for name, image in read(sources):
+            if isinstance(image, str):
+                skipped.append(image)
+            else:
+                writer.add(name, file_name(name, taken), image)
+                done += 1
+            progress.show(done + len(skipped), {})
+    finally:  # what is done is kept, whatever ended it
+        progress.close()
+        if done:
+            said = _finish(writer, skipped, out, total)
+    if not done:
         raise DataError(f"None of the {total} images of '{config.images}' can be read; the first: {skipped[0]}.")
+    print(f"\nDone: {out}\n{said}", file=sys.stderr)
+    return out
+
+
+def _finish(writer: Writer, skipped: list[str], out: Path, total: int) -> str:
     said = writer.finish()
     if skipped:
         write_atomically(out / "skipped.txt", ("\n".join(skipped) + "\n").encode())
         said += f"\n{len(skipped)} of {total} images could not be read; {out / 'skipped.txt'} lists them."
-    print(f"\nDone: {out}\n{said}", file=sys.stderr)
-    return out
+    return said
 
 
 def list_images(source: str) -> list[tuple[ImageSource, str]]:
@@ -109,7 +119,7 @@ def list_images(source: str) -> list[tuple[ImageSource, str]]:
         DataError: there is no such source.
     """
     from pecobook.data.folders import FileStore, walk
-    from pecobook.data.images import IMAGE_EXTENSIONS, ImageSource, open_images
+    from pecobook.data.images import IMAGE_EXTENSIONS, ImageSource, open_every
 
     path = Path(source).expanduser()
     if path.is_dir():
@@ -125,10 +135,12 @@ def list_images(source: str) -> list[tuple[ImageSource, str]]:
         paths = Dataset.from_dict({"path": [path.name.encode()]})
         return [(ImageSource(FileStore(path.parent, paths), name=source, split="train"), f"{path.parent}/")]
     try:
-        splits = open_images(source)
+        every = open_every(source)
     except DataError as error:
         raise DataError(str(error).replace("--data '", "'")) from None
-    return [(splits.train, ""), (splits.evaluation, "")]
+    if not every:
+        raise DataError(f"'{source}' holds no image.")
+    return [(part, "") for part in every]
 
 
 def read(sources: list[tuple[ImageSource, str]]) -> Iterator[tuple[str, Tensor | str]]:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -38,7 +38,7 @@ class ClassifierWriter:
         self.network = exported_network(settings, state, config.run).to(device())
         self.size, self.crop = settings["image_size"], settings.get("crop", 1.0)
         self.mean, self.std = (torch.tensor(settings[name], device=device())[:, None, None] for name in ("mean", "std"))
-        self.rows: list[list[str]] = []
+        self.images = 0
         self.count = min(_BEST, len(self.classes))
 
     @torch.inference_mode()
@@ -50,19 +50,23 @@ class ClassifierWriter:
         best = self.network((square - self.mean) / self.std).float().softmax(1)[0].topk(self.count)
         names = [self.classes[place] for place in best.indices.tolist()]
         shares = [f"{value:.5f}" for value in best.values.tolist()]
-        self.rows.append([name, *(text for pair in zip(names, shares, strict=True) for text in pair)])
+        self._write([name, *(text for pair in zip(names, shares, strict=True) for text in pair)])
         if self.pictures:
             _save(captioned(image, f"{names[0]}  {100 * float(shares[0]):.0f}%"), self.out / "pictures" / f"{file}.jpg")
 
-    def finish(self) -> str:
-        """Write predictions.csv."""
+    def _write(self, row: list[str]) -> None:
         text = io.StringIO()
         lines = csv.writer(text)
-        columns = [["class", "probability"], *([f"class_{n}", f"probability_{n}"] for n in range(2, self.count + 1))]
-        lines.writerow(["image", *(name for pair in columns for name in pair)])
-        lines.writerows(self.rows)
-        write_atomically(self.out / "predictions.csv", text.getvalue().encode())
-        return f"predictions.csv: {len(self.rows)} images."
+        if not self.images:
+            further = ((f"class_{n}", f"probability_{n}") for n in range(2, self.count + 1))
+            lines.writerow(["image", "class", "probability", *(name for pair in further for name in pair)])
+        lines.writerow(row)
+        _append(self.out / "predictions.csv", text.getvalue())
+        self.images += 1
+
+    def finish(self) -> str:
+        """All is written."""
+        return f"predictions.csv: {self.images} images."
 
 
 class SegmenterWriter:
@@ -110,8 +114,7 @@ class DetectorWriter:
 
         self.out, self.pictures, self.score = out, config.pictures, config.score
         self.model = Detector.from_pretrained(config.run).to(device())
-        self.images: list[dict[str, Any]] = []
-        self.results: list[dict[str, Any]] = []
+        self.images = self.found = self.good = 0
 
     def add(self, name: str, file: str, image: Tensor) -> None:
         """Find the objects of an image."""
@@ -119,8 +122,13 @@ class DetectorWriter:
 
         found = self.model.predict(image)
         height, width = int(image.shape[1]), int(image.shape[2])
-        self.images.append({"id": len(self.images) + 1, "file_name": name, "width": width, "height": height})
-        self.results += coco_results(len(self.images), (height, width), found, self.model.category_ids)
+        self.images += 1
+        results = coco_results(self.images, (height, width), found, self.model.category_ids)
+        self.found += len(results)
+        self.good += sum(one["score"] >= self.score for one in results)
+        own = {"id": self.images, "file_name": name, "width": width, "height": height}
+        _append(self.out / "images.jsonl", json.dumps(own) + "\n")
+        _append(self.out / "detections.jsonl", "".join(json.dumps(one) + "\n" for one in results))
         if self.pictures:
             _save(
                 _picture(with_objects(image, found, self.model.classes, self.score)),
@@ -131,13 +139,15 @@ class DetectorWriter:
         """Write detections.json and images.json."""
         pairs = zip(self.model.category_ids, self.model.classes, strict=True)
         categories = [{"id": number, "name": name} for number, name in pairs]
-        listing = {"images": self.images, "categories": categories}
+        images, detections = self.out / "images.jsonl", self.out / "detections.jsonl"
+        with images.open() as lines:
+            listing = {"images": [json.loads(line) for line in lines], "categories": categories}
         write_atomically(self.out / "images.json", (json.dumps(listing, indent=1) + "\n").encode())
-        write_atomically(self.out / "detections.json", json.dumps(self.results).encode())
-        good = sum(one["score"] >= self.score for one in self.results)
-        return (
-            f"detections.json: {len(self.results)} on {len(self.images)} images, {good} of them above {self.score:g}."
-        )
+        with detections.open("rb") as found:
+            write_atomically(self.out / "detections.json", _as_list(found))
+        images.unlink()
+        detections.unlink()
+        return f"detections.json: {self.found} on {self.images} images, {self.good} of them above {self.score:g}."
 
 
 def with_objects(image: Tensor, found: Detections, classes: Sequence[str], score: float) -> Tensor:
@@ -173,6 +183,19 @@ def captioned(image: Tensor, text: str) -> Image.Image:
     whole.paste(picture, (0, 0))
     ImageDraw.Draw(whole).text((size // 2, picture.height + size // 3), text, fill="black", font=font)
     return whole
+
+
+def _append(file: Path, text: str) -> None:
+    with file.open("a", encoding="utf-8", newline="") as lines:
+        lines.write(text)
+
+
+def _as_list(lines: Iterable[bytes]) -> Iterator[bytes]:
+    """One JSON list of the values on lines, never all of them in memory."""
+    yield b"["
+    for number, line in enumerate(lines):
+        yield (b", " if number else b"") + line.rstrip(b"\n")
+    yield b"]"
 
 
 def _picture(image: Tensor) -> Image.Image:

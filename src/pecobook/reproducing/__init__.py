@@ -72,23 +72,22 @@ def reproduce(config: ReproduceConfig | None = None, **settings: Any) -> Path:
         PreflightError: problems found before anything was written, all of them.
         PecobookError: a run that failed.
     """
-    from pecobook.engine.log import duration
     from pecobook.jobs import run_all, say
     from pecobook.reproducing.paper import chosen_tables
-    from pecobook.reproducing.rehearsal import describe, rehearse, work
+    from pecobook.reproducing.rehearsal import describe, how_long, rehearse, rehearsed, work
     from pecobook.reproducing.tables import measured
 
     config = replace(config or ReproduceConfig(), settings)
     plan = _preflight(config)
     say(describe(plan))
-    if config.dry_run:
-        return Path(config.out) / "tables.md"
     out = Path(config.out)
+    if config.dry_run:
+        say(how_long(plan, rehearsed(out)))
+        return out / "tables.md"
     _prepare(config, out)
     seconds = rehearse(plan, out)
     jobs = {name: dataclasses.replace(job, work=work(job, name, seconds)) for name, job in plan.jobs.items()}
-    left = sum(job.work * (1 - job.share) for job in jobs.values())
-    say(f"about {duration(left)} of computing, one run at a time")
+    say(how_long(plan, seconds))
     cost = run_all(jobs, out)
     return write(config, measured(plan, chosen_tables(config.tables)), cost, out)
 
@@ -110,6 +109,7 @@ def _preflight(config: ReproduceConfig) -> Plan:
         splits = open_images(config.data)
         look_at_images(splits.train)
         plan = Plan(config, tables, splits)
+        problems += _perceptual_problems(plan)
     except PecobookError as error:
         problems.append(error)
     out = Path(config.out)
@@ -124,6 +124,26 @@ def _preflight(config: ReproduceConfig) -> Plan:
     if problems or plan is None:
         raise PreflightError(problems)
     return plan
+
+
+def _perceptual_problems(plan: Plan) -> list[PecobookError]:
+    """Why given perceptual networks cannot look at the images of their codebooks; those that are trained here can."""
+    from pecobook.stages.codebook import KIND
+
+    checked = {}
+    for job in plan.jobs.values():
+        if job.command == "codebook" and not job.needs and not job.finished:
+            seen = job.config.perceptual
+            checked[seen.network, seen.layers, seen.weights, job.config.image_size] = job.config
+    told: dict[str, PecobookError] = {}
+    for settings in checked.values():
+        try:
+            KIND.check(settings)
+        except PecobookError as error:
+            # Said of codebook's flags, whose names are others here.
+            text = str(error).replace("--perceptual.layers", "--network-layers")
+            told[text] = ConfigError(text.replace("--perceptual.weights", "--network-weights"))
+    return list(told.values())
 
 
 def _fixed(config: ReproduceConfig) -> dict[str, Any]:
@@ -175,7 +195,7 @@ def write(config: ReproduceConfig, found: list[Measured], cost: dict[str, float]
         header, rows = tables.lines_of(one)
         picture = tables.plot(one)
         write_atomically(out / "pictures" / f"{one.name}.png", picture)
-        words = "\n\n".join([one.table.note, *tables.differences(one)])
+        words = "\n\n".join([one.table.note, *tables.remarks(one), *tables.differences(one)])
         shown = Picture(picture, "Points: mean over seeds; bars: its standard deviation.", one.table.title)
         sections.append(Section(one.table.title, words, (shown,), Table(header, tuple(rows))))
     total = sum(cost.values())

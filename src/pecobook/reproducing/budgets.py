@@ -19,7 +19,7 @@ class Budget:
     """Settings of every kind of run."""
 
     contrast: dict[str, ContrastConfig]
-    """By architecture: resnet and vit."""
+    """By architecture: resnet and vit; backbone is a ViT like the masked ones, where vit is another."""
     layers: dict[str, tuple[int, ...]]
     """Of each perceptual network: resnet, vit and supervised."""
     default: str
@@ -52,6 +52,7 @@ def _tiny(factor: int) -> Budget:
     vit = BackboneConfig(
         name="vit_tiny_patch16_224", args='{"patch_size": 4, "depth": 6, "embed_dim": 128, "num_heads": 4}'
     )
+    masked = dataclasses.replace(pretrain.tiny(), max_steps=times(200))
     tokenizer = dataclasses.replace(codebook.tiny(), max_steps=times(220))
     transfer = dataclasses.replace(finetune.tiny(), max_steps=times(200))
     supervised = dataclasses.replace(
@@ -62,7 +63,11 @@ def _tiny(factor: int) -> Budget:
     )
     channels = tokenizer.model.channels
     return Budget(
-        contrast={"resnet": resnet, "vit": dataclasses.replace(resnet, model=vit)},
+        contrast={
+            "resnet": resnet,
+            "vit": dataclasses.replace(resnet, model=vit),
+            "backbone": dataclasses.replace(resnet, model=masked.model),
+        },
         layers={"resnet": (3, 4), "vit": (2, 4, 6), "supervised": (3, 4)},
         default="resnet",
         supervised=supervised,
@@ -73,7 +78,7 @@ def _tiny(factor: int) -> Budget:
         ),
         lite=dataclasses.replace(tokenizer.model, channels=tuple(width // 2 for width in channels)),
         discriminator_layers=2,
-        pretrain=dataclasses.replace(pretrain.tiny(), max_steps=times(200)),
+        pretrain=masked,
         finetune=transfer,
     )
 

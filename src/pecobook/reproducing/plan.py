@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,7 +35,7 @@ class Plan:
     """
 
     def __init__(self, config: ReproduceConfig, tables: dict[str, PaperTable], splits: Splits) -> None:
-        self.config, self.splits, self.own = config, splits, budget(config.budget)
+        self.config, self.tables, self.splits, self.own = config, tables, splits, budget(config.budget)
         self.labelled = splits.train.labels is not None
         self.jobs: dict[str, Job] = {}
         for seed in config.seeds:
@@ -55,10 +56,25 @@ class Plan:
             return "labels"
         return ""
 
+    def lacking(self, figure: str) -> str:
+        """What a figure cannot be measured without, nothing when it is there."""
+        if not self.labelled and figure in ("finetuned", "classified", "codeword_probe"):
+            return "labels"
+        if figure == "finetuned" and not self.config.transfer:
+            return "--transfer"
+        if figure == "classified" and not self.config.classifier and self.own.supervised is None:
+            return "--classifier"
+        return ""
+
+    def unmeasured(self, figures: Iterable[tuple[str, str]]) -> list[str]:
+        """A line for each of these (figure, heading) that cannot be measured."""
+        lacking = [(heading, self.lacking(figure)) for figure, heading in dict.fromkeys(figures)]
+        return [f"Not measured: {heading} (needs {lacks})." for heading, lacks in lacking if lacks]
+
     def canonical(self, arm: str) -> str:
         """One name for what is the same training: the network of all rows is also a row of Table 5."""
         head, dash, how = arm.partition("-")
-        return f"perceptual{dash}{how}" if head == self.own.default else arm
+        return f"perceptual{dash}{how}" if head == self.own.default and arm not in NO_TOKENIZER else arm
 
     def add(self, arm: str, seed: int, *, judged: bool) -> None:
         """Add everything that an arm needs."""
@@ -85,7 +101,7 @@ class Plan:
     # ---------------------------------------------------------------------------------------- networks and codebooks
 
     def network(self, kind: str, seed: int) -> tuple[str, str]:
-        """The network `resnet`, `vit` or `supervised`, and the job that trains it, `` when none does."""
+        """The network `resnet`, `vit`, `backbone` or `supervised`, and the job that trains it, `` when none does."""
         own, config = self.own, self.config
         if kind == own.default and config.network:
             return config.network, ""
@@ -130,7 +146,8 @@ class Plan:
         tokenizer, job, _ = self.codebook(arm, seed)
         needs = (job,) if job else ()
         classifier = self.config.classifier
-        if judged and self.labelled and not classifier and self.own.supervised is not None:
+        judged = judged and self.labelled
+        if judged and not classifier and self.own.supervised is not None:
             classifier, own = self.network("supervised", seed)
             needs = (*needs, own)
         judged = judged and bool(classifier)
@@ -148,7 +165,8 @@ class Plan:
     def _transfer(self, arm: str, seed: int) -> None:
         backbone, job = self.backbone(arm, seed)
         name = f"classifier-{arm}-{seed}"
-        more = {"weights": "random"} if arm == "scratch" else {}
+        # Random weights have no layers that were pre-trained and should change little.
+        more = {"weights": "random", "optim.layer_decay": 1.0} if arm == "scratch" else {}
         settings = self.finish(self.own.finetune, name, seed, backbone=backbone, **more)
         self.add_job(name, "finetune", settings, (job,) if job else ())
 
@@ -157,7 +175,7 @@ class Plan:
         if arm == "scratch":
             return self.backbone("pixels", seed)  # its architecture, with random weights
         if arm == "vit-contrast":
-            return self.network("vit", seed)
+            return self.network("backbone" if "backbone" in self.own.contrast else "vit", seed)
         name = f"vit-{arm}-{seed}"
         own = self.own.pretrain
         if arm == "pixels":

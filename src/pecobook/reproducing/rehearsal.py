@@ -8,6 +8,7 @@ from typing import Any
 
 from pecobook.analysis.charts import read_metrics
 from pecobook.config import replace, to_dict
+from pecobook.engine.log import duration
 from pecobook.files import write_atomically
 from pecobook.jobs import Job, run_all, say
 from pecobook.reproducing.plan import Plan
@@ -19,35 +20,60 @@ _ANALYSIS_FACTOR = 10
 
 
 def kind_of(name: str) -> str:
-    """Jobs that take alike: `network-resnet` of `network-resnet-0`, `codebook` of `codebook-pixel-0`."""
-    head, _, rest = name.partition("-")
-    if head == "network":
-        return f"{head}-{rest.rpartition('-')[0]}"
-    return "analysis" if head == "judged" else head
+    """Jobs that take alike, those that differ in the seed alone, and all analyses: `codebook-pixel` of
+    `codebook-pixel-0`, `analysis` of `judged-pixel-0`.
+    """
+    command, arm = _parts(name)
+    return command if command == "analysis" else f"{command}-{arm}"
+
+
+def _parts(name: str) -> tuple[str, str]:
+    """Command and arm of a job's name."""
+    command, _, arm = name.rpartition("-")[0].partition("-")
+    return "analysis" if command == "judged" else command, arm
 
 
 def describe(plan: Plan) -> str:
     """What will be trained, and what is there already."""
-    kinds: dict[str, list[bool]] = {}
-    for name, job in plan.jobs.items():
-        kinds.setdefault(kind_of(name), []).append(job.finished)
+    groups: dict[str, list[str]] = {}
+    for name in plan.jobs:
+        groups.setdefault(_parts(name)[0], []).append(name)
     lines = [f"{len(plan.jobs)} runs for {len(plan.config.seeds)} seeds:"]
-    for kind, done in kinds.items():
-        lines.append(f"  {len(done):4d} x {kind}" + (f", {sum(done)} of them done" if any(done) else ""))
-    return "\n".join(lines)
+    for command, names in groups.items():
+        done = sum(plan.jobs[name].finished for name in names)
+        arms = ", ".join(dict.fromkeys(_parts(name)[1] for name in names))
+        lines.append(f"  {len(names):4d} x {command}" + (f", {done} of them done" if done else "") + f": {arms}")
+    figures = [pair for table in plan.tables.values() for pair in table.figures]
+    return "\n".join([*lines, *plan.unmeasured(figures)])
+
+
+def how_long(plan: Plan, seconds: dict[str, float]) -> str:
+    """What is left to compute, in words."""
+    kinds = {kind_of(name) for name, job in plan.jobs.items() if not job.finished}
+    if kinds - seconds.keys():
+        return "how long it takes will be known after a few steps of each kind of run"
+    left = sum(work(job, name, seconds) * (1 - job.share) for name, job in plan.jobs.items() if not job.finished)
+    return f"about {duration(left)} of computing, one run at a time"
+
+
+def rehearsed(out: Path) -> dict[str, float]:
+    """What `rehearse` measured before, by kind."""
+    file = out / "rehearsal.json"
+    found: dict[str, float] = json.loads(file.read_text()) if file.exists() else {}
+    return found
 
 
 def rehearse(plan: Plan, out: Path) -> dict[str, float]:
-    """Run one job of each kind for a few steps; returns the seconds of a step, or of a small analysis, by kind.
+    """Run one job of each unfinished kind for a few steps; returns the seconds of a step, or of a small analysis, by
+    kind.
 
     Raises:
         PecobookError: a kind of run does not work.
     """
-    file = out / "rehearsal.json"
-    known: dict[str, float] = json.loads(file.read_text()) if file.exists() else {}
+    known = rehearsed(out)
     chosen: dict[str, str] = {}
-    for name in plan.jobs:
-        if kind_of(name) not in known:
+    for name, job in plan.jobs.items():
+        if kind_of(name) not in known and not job.finished:
             chosen.setdefault(kind_of(name), name)
     if not chosen:
         return known
@@ -61,13 +87,13 @@ def rehearse(plan: Plan, out: Path) -> dict[str, float]:
     cost = run_all(short, folder)
     for kind, name in chosen.items():
         known[kind] = cost[name] if short[name].command == "analyze" else _seconds_a_step(short[name].out)
-    write_atomically(file, (json.dumps(known, indent=2) + "\n").encode())
+    write_atomically(out / "rehearsal.json", (json.dumps(known, indent=2) + "\n").encode())
     return known
 
 
 def work(job: Job, name: str, seconds: dict[str, float]) -> float:
-    """Seconds that a job will take, by the rehearsal."""
-    each = seconds[kind_of(name)]
+    """Seconds that a job will take, by the rehearsal; 0 of a finished one that had none."""
+    each = seconds.get(kind_of(name), 0.0)
     return each * (_ANALYSIS_FACTOR if job.command == "analyze" else int(job.config.max_steps))
 
 

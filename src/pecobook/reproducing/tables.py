@@ -29,12 +29,17 @@ class Measured:
     table: PaperTable
     rows: tuple[tuple[Row, Values, str], ...]
     """Row, values, and what it lacks."""
+    lacks: tuple[str, ...] = ()
+    """Lines on the figures that could not be measured."""
 
     @property
     def figures(self) -> tuple[tuple[str, str], ...]:
-        """Those of the paper that were measured, and more."""
-        there = {figure for _, values, _ in self.rows for figure in values}
-        return tuple(pair for pair in (*self.table.figures, *MORE) if pair[0] in there)
+        """Those of the paper, and more that were measured."""
+        return (*self.table.figures, *(pair for pair in MORE if self.has(pair[0])))
+
+    def has(self, figure: str) -> bool:
+        """Whether a figure was measured of any row."""
+        return any(figure in values for _, values, _ in self.rows)
 
 
 def measured(plan: Plan, tables: Mapping[str, PaperTable]) -> list[Measured]:
@@ -49,7 +54,7 @@ def measured(plan: Plan, tables: Mapping[str, PaperTable]) -> list[Measured]:
                 for figure, value in _figures(plan, plan.canonical(row.arm), seed).items():
                     values.setdefault(figure, []).append(value)
             rows.append((row, values, lacks))
-        found.append(Measured(name, table, tuple(rows)))
+        found.append(Measured(name, table, tuple(rows), tuple(plan.unmeasured(table.figures))))
     return found
 
 
@@ -60,7 +65,8 @@ def _figures(plan: Plan, arm: str, seed: int) -> dict[str, float]:
     if job is not None and job.finished:
         (told,) = json.loads((job.out / "analysis.json").read_text())["tokenizers"]
         found |= {figure: told[figure] for figure in ("codeword_probe", "codes_used", "psnr")}
-        found["classified"] = told.get("classifier", {}).get("reconstructions")
+        judged = told.get("classifier", {})
+        found |= {"classified": judged.get("reconstructions"), "originals": judged.get("originals")}
     job = jobs.get(f"classifier-{arm}-{seed}")
     if job is not None and job.finished:
         told = [
@@ -120,6 +126,17 @@ def differences(one: Measured) -> list[str]:
     return told
 
 
+def remarks(one: Measured) -> list[str]:
+    """What stands below a table: how well the classifier does on originals, and why figures are missing."""
+    told = {row.label: cell(values["originals"]) for row, values, _ in one.rows if "originals" in values}
+    lines = []
+    if "classified" in dict(one.table.figures) and told:
+        alike = len(set(told.values())) == 1
+        each = next(iter(told.values())) + "%" if alike else ", ".join(f"{own}% ({row})" for row, own in told.items())
+        lines.append(f"Our classifier, on originals: {each}.")
+    return [*lines, *one.lacks]
+
+
 def markdown(found: Sequence[Measured], about: str) -> str:
     """All tables."""
     parts = ["# The paper's tables, measured again", about]
@@ -127,7 +144,7 @@ def markdown(found: Sequence[Measured], about: str) -> str:
         header, rows = lines_of(one)
         lines = [f"| {' | '.join(line)} |" for line in (header, ["---"] * len(header), *rows)]
         told = "\n".join(f"- {line}" for line in differences(one))
-        parts += [f"## {one.table.title}", "\n".join(lines), one.table.note, told]
+        parts += [f"## {one.table.title}", "\n".join(lines), one.table.note, *remarks(one), told]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
@@ -151,7 +168,7 @@ def comma_separated(found: Sequence[Measured]) -> str:
 
 def plot(one: Measured) -> bytes:
     """Rows of a table as points with their spread, a panel a figure; the paper's, on its own scale, beside each."""
-    shown = [(figure, heading) for figure, heading in one.figures if figure in dict(one.table.figures)]
+    shown = [(figure, heading) for figure, heading in one.table.figures if one.has(figure)]
     panels = [(figure, heading, source) for figure, heading in shown for source in ("ours", "paper")]
     panels = [panel for panel in panels if panel[2] == "ours" or _has_paper(one.table, panel[0])]
     figure_ = new_figure(2.1 + 2.6 * max(len(panels), 1), 0.34 * len(one.rows) + 1.0)

@@ -24,7 +24,7 @@ from pecobook.errors import ConfigError
 from pecobook.models.contrastive import follow
 from pecobook.models.weights import Backbone, export_backbone, load_backbone
 from pecobook.pixels import to_float
-from pecobook.stages.stage import Stage, StageKind
+from pecobook.stages.stage import Stage, StageKind, mean_of_counted
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -100,16 +100,21 @@ class ClassifyStage(Stage):
         targets = F.one_hot(labels, len(self.classes)).float()
         network = self.network if self.training or self.averaged is None else self.averaged
         if self.training:
-            images = random_erasing(images, self.config.random_erasing) if self.config.random_erasing else images
-            images, targets = mix(images, targets, mixup=self.config.mixup, cutmix=self.config.cutmix)
+            images, targets = self._augmented(images, targets)
         logits = network(images).float()
-        smoothing = self.config.label_smoothing if self.training else 0.0
-        loss = F.cross_entropy(logits, targets, label_smoothing=smoothing)
         if self.training:
+            loss = F.cross_entropy(logits, targets, label_smoothing=self.config.label_smoothing)
             return StageOutput(loss, {"top1": _top(logits, labels, 1)})
+        loss = mean_of_counted(F.cross_entropy(logits, targets, reduction="none"), batch)
         best = logits.softmax(1).topk(min(5, len(self.classes)), 1)
         rows = {"index": batch["index"], "label": labels, "classes": best.indices, "probabilities": best.values}
         return StageOutput(loss, {}, rows=rows)
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # its draws are numbers, which graphs would be built for
+    def _augmented(self, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """Normalised images (B, 3, H, W) and targets (B, classes), partly erased and mixed."""
+        images = random_erasing(images, self.config.random_erasing) if self.config.random_erasing else images
+        return mix(images, targets, mixup=self.config.mixup, cutmix=self.config.cutmix)
 
     def summarise(self, rows: dict[str, Tensor], known: dict[str, Tensor]) -> dict[str, float]:  # noqa: ARG002
         """Accuracy over all held-out images, in percent."""

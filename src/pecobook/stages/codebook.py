@@ -21,11 +21,12 @@ from torchvision.transforms.functional import rgb_to_grayscale
 from pecobook.analysis.codewords import code_usage
 from pecobook.analysis.reconstruction import psnr, ssim
 from pecobook.collectives import mean_over_ranks
-from pecobook.config import OptimConfig, TrainConfig, between
+from pecobook.config import OptimConfig, TrainConfig, between, steps
 from pecobook.data.images import Splits
 from pecobook.data.sampler import key
 from pecobook.data.stream import Batch, ViewFunction
 from pecobook.data.views import central_view, random_crop
+from pecobook.engine.launch import micro_batch_size
 from pecobook.engine.loop import StageOutput
 from pecobook.errors import ConfigError
 from pecobook.models.autoencoder import AutoencoderConfig
@@ -127,7 +128,8 @@ class CodebookStage(Stage):
         metrics |= self.health()
         pictures, rows = {}, {}
         if not self.training:
-            metrics["ssim"] = ssim(restored.clamp(0, 1), images).mean()
+            shown = restored.clamp(0, 1)
+            metrics |= {"psnr": psnr(shown, images).mean(), "ssim": ssim(shown, images).mean()}
             pictures, rows = {"images": images, "reconstructions": restored}, {"codes": coded.codes}
         return StageOutput(loss + rest + own, {name: value.detach() for name, value in metrics.items()}, pictures, rows)
 
@@ -144,7 +146,9 @@ class CodebookStage(Stage):
     def reconstruction(self, images: Tensor, restored: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Pixel and perceptual loss, weighted, and their metrics; both images float (B, C, H, W) in [0, 1]."""
         pixel = 4 * F.mse_loss(restored, images)  # 4: the error is meant on [-1, 1]
-        metrics = {"pixel": pixel, "psnr": psnr(restored.clamp(0, 1), images).mean()}
+        # In training not torchmetrics', which waits for the device; evaluation measures with it.
+        error = F.mse_loss(restored.detach().clamp(0, 1), images, reduction="none").flatten(1).mean(1)  # (B,)
+        metrics = {"pixel": pixel, "psnr": -10 * error.log10().mean()}
         loss = self.config.pixel_weight * pixel
         if self.perceptual is not None:
             with torch.no_grad():
@@ -153,10 +157,13 @@ class CodebookStage(Stage):
             loss = loss + self._lambda() * metrics["perceptual"]
         return loss, metrics
 
-    def _lambda(self) -> float:
+    def _lambda(self) -> float | Tensor:
         """Weight of the perceptual loss at this step, equation 5's lambda after its warm-up."""
         own = self.config.perceptual
-        return own.weight * min((self.tokenizer.quantizer.steps + 1) / (own.warmup + 1), 1.0)
+        if own.warmup == 0:
+            return own.weight
+        # From the buffer, not from a Python count: torch.compile would compile anew at each step.
+        return own.weight * ((self.tokenizer.quantizer.num_updates + 1) / (own.warmup + 1)).clamp_max(1.0)
 
     def _adversarial(self, images: Tensor, restored: Tensor, metrics: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         """Equation 8, unweighted: what the autoencoder minimises, and what the discriminator does. () each."""
@@ -180,10 +187,12 @@ class CodebookStage(Stage):
         return self.config.explicit.weight * loss
 
     def health(self) -> dict[str, Tensor]:
-        """Codewords in use within the last `revive_after` steps, and perplexity of the averaged usage."""
+        """Codewords that vectors chose within the last `revive_after` steps (100 at least), and perplexity of the
+        averaged usage; a codeword that was revived and not chosen since counts in neither.
+        """
         quantizer = self.tokenizer.quantizer
-        share = quantizer.ema_count / quantizer.ema_count.sum().clamp_min(1e-12)  # (K,)
-        alive = (quantizer.idle < max(quantizer.revive_after, 100)).sum()
+        share = quantizer.usage / quantizer.usage.sum().clamp_min(1e-12)  # (K,)
+        alive = (quantizer.unused < max(quantizer.revive_after, 100)).sum()
         entropy = -(share * share.clamp_min(1e-12).log()).sum()
         return {
             "codes_alive": alive.float(),
@@ -199,10 +208,13 @@ class CodebookStage(Stage):
             self.contrast.after_step(self.tokenizer.encoder)
 
     def warning(self, metrics: dict[str, float], step: int) -> str | None:
-        """Say when less than a quarter of the codebook is in use."""
+        """Say when less than a quarter of the codebook is in use, or next to all vectors choose a few codewords."""
         own, K = self.config.quantizer, self.config.quantizer.num_codewords
         # Before, every codeword counts as alive or is just being started.
-        if metrics["codes_alive"] >= K / 4 or step < own.start_after + 2 * max(own.revive_after, 100):
+        if step < own.start_after + 2 * max(own.revive_after, 100):
+            return None
+        # A revived codeword, being a vector of the batch, is chosen once or twice even when all else has collapsed.
+        if metrics["codes_alive"] >= K / 4 and metrics["perplexity"] >= K / 16:
             return None
         remedy = "a lower --optim.lr, or --model.latent-norm true"
         if own.revive_after == 0 or own.revive_after > 100:
@@ -244,6 +256,7 @@ def _tokenizer(config: CodebookConfig) -> PerceptualTokenizer:
         start_after=own.start_after,
         seed=config.seed,
         learning=own.learning,
+        precision=own.precision,
     )
     shape = TokenizerConfig(model=config.model, num_codewords=own.num_codewords, image_size=config.image_size)
     return PerceptualTokenizer(shape, quantizer)
@@ -254,13 +267,18 @@ def _check(config: CodebookConfig) -> None:
         raise ConfigError(
             "--perceptual.network is missing: give a run of 'pecobook contrast', timm:NAME, or none for pixels alone."
         )
+    if config.explicit.kind == "contrastive" and micro_batch_size(config) < 2:
+        raise ConfigError("--micro-batch-size: the contrastive loss needs at least 2 images at once on a device.")
     distance = perceptual_distance(config.perceptual, config.seed)
     if distance is not None:
         distance.check(config.image_size, config.image_size)
 
 
 def _build(config: CodebookConfig, splits: Splits) -> CodebookStage:
-    return CodebookStage(config, len(splits.train.classes or ()))
+    total = steps(config.max_steps, num_images=len(splits.train), batch_size=config.batch_size)
+    # A training that ends before its codebook starts would export a random one.
+    own = dataclasses.replace(config.quantizer, start_after=min(config.quantizer.start_after, total // 2))
+    return CodebookStage(dataclasses.replace(config, quantizer=own), len(splits.train.classes or ()))
 
 
 def _random_view(image: Tensor, view_key: int, *, size: int, min_area: float, other: bool) -> dict[str, Tensor]:

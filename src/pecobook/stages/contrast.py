@@ -79,6 +79,7 @@ class ContrastStage(Stage):
         config: all settings.
     """
 
+    least_images = 2  # they are contrasted with each other, and normalised together
     mean: Tensor
     std: Tensor
 
@@ -87,7 +88,7 @@ class ContrastStage(Stage):
         self.config = config
         args = _backbone_args(config)
         self.backbone = create(config.model.name, num_classes=0, **args)
-        width = int(self.backbone.num_features)  # type: ignore[arg-type]
+        width = int(self.backbone.head_hidden_size)  # type: ignore[arg-type]  # VGG and MobileNet widen after pooling
         is_vit = hasattr(self.backbone, "patch_embed")
         hidden, out = config.hidden_dim, config.output_dim
         self.projector = mlp([width, hidden, *([hidden] if is_vit else []), out], final_norm=True)

@@ -30,6 +30,7 @@ from pecobook.models.masked_vit import (
     initialise_beit,
     masked_positions,
     patch_grid,
+    unshared,
 )
 from pecobook.models.tokenizers import fingerprint, load_tokenizer
 from pecobook.models.weights import IMAGENET_MEAN, IMAGENET_STD, create, export_backbone, write_tensors
@@ -185,6 +186,7 @@ class PretrainStage(Stage):
             args=args,
             image_size=self.config.image_size,
             origin="PeCo masked image modelling",
+            target=self.config.target,
         )
 
 
@@ -232,24 +234,6 @@ def backbone_args(config: PretrainConfig) -> dict[str, Any]:
     return {"img_size": config.image_size, **config.model.kwargs()}
 
 
-_SHARED = "rel_pos_bias.relative_position_bias_table"
-
-
-def unshared(state: dict[str, Tensor], args: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """A BEiT's weights with its one table of relative positions copied into every block, as timm's BEiT has them.
-
-    Fine-tuning learns a table a block (BEiT does the same). Other networks pass unchanged.
-    """
-    if _SHARED not in state:
-        return state, args
-    table = state[_SHARED]
-    state = {name: value for name, value in state.items() if not name.startswith("rel_pos_bias.")}
-    blocks = {name.split(".")[1] for name in state if name.startswith("blocks.")}
-    state |= {f"blocks.{block}.attn.relative_position_bias_table": table.clone() for block in blocks}
-    plain = {name: value for name, value in args.items() if name not in ("use_rel_pos_bias", "use_shared_rel_pos_bias")}
-    return state, plain
-
-
 # ---------------------------------------------------------------------------------------------------------------- check
 
 
@@ -262,23 +246,45 @@ def _check(config: PretrainConfig) -> None:
     if config.visible_only:
         VisibleOnlyModel(backbone, 2, depth=1, width=64, num_heads=1)
     if config.target == "tokens":
-        _check_tokens(config, rows, columns)
+        _check_tokens(config, backbone)
 
 
-def _check_tokens(config: PretrainConfig, rows: int, columns: int) -> None:
+def _check_tokens(config: PretrainConfig, backbone: nn.Module) -> None:
     if not config.tokenizer:
         raise ConfigError("--tokenizer is missing: give the folder of a codebook run, or --target pixels.")
     tokenizer = load_tokenizer(config.tokenizer)
-    f, side = tokenizer.stride, config.tokenizer_size or config.image_size
-    if (rows * f, columns * f) != (side, side):
-        patch = config.image_size // rows
-        raise ConfigError(
-            f"The ViT makes {rows} x {columns} patches of {patch} pixels out of {config.image_size}; "
-            f"the tokenizer makes one code for {f} x {f}, {side / f:g} x {side / f:g} out of {side}.\n"
-            f"Give --tokenizer-size {rows * f}, a ViT with patches of {f}, or --image-size {rows * f}."
-        )
+    check_grids(config, backbone, tokenizer)
     if config.tokens:
-        _check_bank(config, tokenizer, (rows, columns))
+        _check_bank(config, tokenizer, patch_grid(backbone))
+
+
+def check_grids(config: PretrainConfig, backbone: nn.Module, tokenizer: Any) -> None:
+    """Raise ConfigError unless the ViT makes as many patches of an image as the tokenizer makes codes."""
+    rows, columns = patch_grid(backbone)
+    f, side = tokenizer.stride, config.tokenizer_size or config.image_size
+    if (rows * f, columns * f) == (side, side):
+        return
+    patch = int(backbone.patch_embed.patch_size[0])  # type: ignore[union-attr, index]
+    *others, last = _fitting(config, rows, patch, f)
+    raise ConfigError(
+        f"The ViT makes {rows} x {columns} patches of {patch} pixels out of {config.image_size}; "
+        f"the tokenizer makes one code for {f} x {f}, {side / f:g} x {side / f:g} out of {side}.\n"
+        f"Give {', '.join(others)}{' or ' if others else ''}{last}."
+    )
+
+
+def _fitting(config: PretrainConfig, rows: int, patch: int, f: int) -> list[str]:
+    """Settings each of which, alone, makes both grids equal: `rows` patches a side, and a code for f x f pixels."""
+    size, resized_to = config.image_size, config.tokenizer_size
+    found = [f"--tokenizer-size {rows * f}"]
+    codes, left = divmod(resized_to or size, f)
+    if not left and codes and size % codes == 0:
+        found.append(f"a ViT with patches of {size // codes}")
+    if resized_to and not left:  # the tokenizer keeps its grid, whatever the images' size
+        found.append(f"--image-size {codes * patch}")
+    if not resized_to and patch == f:
+        found.append(f"--image-size {rows * f}")
+    return found
 
 
 def _check_bank(config: PretrainConfig, tokenizer: Any, grid: tuple[int, int]) -> None:

@@ -36,7 +36,7 @@ from pecobook.models.segmenter import (
     stretch,
 )
 from pecobook.pixels import resize, to_float
-from pecobook.stages.stage import Stage, StageKind
+from pecobook.stages.stage import Stage, StageKind, mean_of_counted
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -104,7 +104,7 @@ class SegmentStage(Stage):
 
     def __init__(self, config: SegmentConfig, classes: tuple[str, ...]) -> None:
         super().__init__()
-        self.config, self.classes = config, classes
+        self.config, self.classes, self.least_images = config, classes, _least_images(config)
         pyramid, backbone = pyramid_of(config)
         self.described = describe_pyramid(backbone, config.pyramid, config.image_size)
         self.model = Segmenter(
@@ -150,7 +150,7 @@ class SegmentStage(Stage):
             if len(shown) < 8:
                 shown.append(_three(pictures[0], truth, predicted, self.config.image_size))
         drawn = {name: torch.stack(parts) for name, parts in zip(_SHOWN, zip(*shown, strict=True), strict=True)}
-        return StageOutput(torch.stack(losses).mean(), {}, drawn, {"counts": total})
+        return StageOutput(mean_of_counted(torch.stack(losses), batch), {}, drawn, {"counts": total})
 
     def _held_out_loss(self, found: Tensor, truth: Tensor) -> Tensor:
         """Cross-entropy at the size of the scores (C, h, w), (); 0 where nothing counts."""
@@ -255,9 +255,18 @@ def _open(config: SegmentConfig) -> Splits:
 _USE = {"train": "train", "evaluation": "evaluate"}
 
 
+def _least_images(config: SegmentConfig) -> int:
+    """Fewest images of a device: UperNet normalises over a batch, that of all GPUs where there are several."""
+    return 1 if torch.cuda.is_available() and world_size(config) > 1 else 2
+
+
 def _check(config: SegmentConfig) -> None:
-    synchronised = torch.cuda.is_available() and world_size(config) > 1
-    if micro_batch_size(config) < 2 and not synchronised:
+    if config.strategy == "fsdp" and config.test.mode == "slide" and world_size(config) > 1:
+        raise ConfigError(
+            "--strategy fsdp and --test.mode slide exclude each other, since devices would wait for windows that "
+            "others do not have: give --strategy ddp or --test.mode whole."
+        )
+    if micro_batch_size(config) < _least_images(config):
         raise ConfigError(
             "UperNet normalises over a batch, so a device must hold 2 images or more; --pyramid.checkpointing true or "
             "a smaller --image-size save memory."

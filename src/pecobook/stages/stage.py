@@ -7,6 +7,7 @@ image into what that module reads. Everything else is common and stands here and
 from __future__ import annotations
 
 import dataclasses
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Generic, TypeVar, cast
@@ -14,19 +15,23 @@ from typing import Any, Generic, TypeVar, cast
 import torch
 from torch import Tensor, nn
 
+from pecobook.collectives import on_first_rank
 from pecobook.config import OptimConfig, TrainConfig
 from pecobook.data.images import ImageSource, Splits, open_images
 from pecobook.data.sampler import key, permute
 from pecobook.data.stream import Batch, Companion, Stream, ViewFunction
 from pecobook.engine.loop import StageOutput
 from pecobook.engine.optim import parameter_groups
-from pecobook.errors import DataError, PecobookError, PreflightError
+from pecobook.errors import DataError, PecobookError, PreflightError, RunFolderError, first_line
 
 C = TypeVar("C", bound=TrainConfig)
 
 
 class Stage(nn.Module):
     """A trainable: forward returns the loss. Subclasses override what differs."""
+
+    least_images = 1
+    """Fewest images that it learns from at once."""
 
     def forward(self, batch: Batch) -> StageOutput:
         """Loss and detached metrics of a batch; in evaluation mode also pictures."""
@@ -53,6 +58,14 @@ class Stage(nn.Module):
     def export(self, folder: Path, state: dict[str, Tensor]) -> str:
         """Write the export folder from the full `state` of this stage; returns Python lines that load it."""
         raise NotImplementedError
+
+
+def mean_of_counted(values: Tensor, batch: Batch) -> Tensor:
+    """Mean () of one value an image, (B,), without those that evaluation marked as `repeated`; 0 of none."""
+    if "repeated" not in batch:
+        return values.mean()
+    repeated: Tensor = batch["repeated"]
+    return values.masked_fill(repeated, 0).sum() / (~repeated).sum().clamp_min(1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,7 +114,7 @@ def train(kind: StageKind[C], config: C) -> Path:
         stage = kind.build(config, splits)
         outcome = _fit(kind, config, fabric, stage, splits)
         if outcome.finished:
-            _export(config, fabric, stage)
+            _export(config, stage)
     finally:  # also after an error: in Python the process goes on, and may try again
         if held is not None:
             run_folder.release(held)
@@ -191,14 +204,20 @@ def _fit(kind: StageKind[C], config: C, fabric: Any, stage: Stage, splits: Split
     )
 
 
-def _export(config: TrainConfig, fabric: Any, stage: Stage) -> None:
+def _export(config: TrainConfig, stage: Stage) -> None:
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
     state = get_model_state_dict(stage, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
-    if fabric.global_rank == 0:
-        import sys
+    folder = Path(config.out) / "export"
 
-        folder = Path(config.out) / "export"
-        lines = stage.export(folder, cast("dict[str, Tensor]", state))
+    def write() -> None:
+        try:
+            lines = stage.export(folder, cast("dict[str, Tensor]", state))
+        except OSError as error:
+            raise RunFolderError(
+                f"The export cannot be written to '{folder}': {first_line(error).rstrip('.')}.\n"
+                "The last checkpoint is whole. Make room, then go on with --resume."
+            ) from None
         print(f"\nDone: {folder}\n\n{lines.format(path=config.out)}", file=sys.stderr)
-    fabric.barrier()
+
+    on_first_rank(write)

@@ -1,0 +1,65 @@
+"""A compiled stage is compiled once: what changes from step to step must not be built into its graphs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch._dynamo.utils import counters
+
+from pecobook.engine import loop
+from tests.runs import inputs, train
+
+STEPS = 8
+NETWORK = {"perceptual.network": "timm:resnet10t", "perceptual.weights": "random", "perceptual.layers": (1, 2)}
+
+
+@pytest.fixture
+def compilations(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
+    """Graphs made so far at the end of each step, by a backend that runs them as they are."""
+    compile_module, step = nn.Module.compile, loop._Loop._step
+    made: list[int] = []
+
+    def count(self: loop._Loop, *arguments: Any) -> bool:
+        stop = step(self, *arguments)
+        made.append(counters["stats"]["unique_graphs"])
+        return stop
+
+    torch._dynamo.reset()
+    counters.clear()
+    monkeypatch.setattr(nn.Module, "compile", lambda self: compile_module(self, backend="eager"))
+    monkeypatch.setattr(loop._Loop, "_step", count)
+    yield made
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize(
+    ("command", "more"),
+    [
+        ("codebook", {**NETWORK, "perceptual.warmup": 5, "quantizer.start_after": 3}),
+        ("codebook", {"quantizer.learning": "gradient", "adversarial.weight": 0.4, "adversarial.num_layers": 1}),
+        ("codebook", {"micro_batch_size": 4}),
+        ("contrast", {}),
+        ("pretrain", {}),
+        ("finetune", {}),
+        ("segment", {}),
+    ],
+)
+def test_train__compiles_no_step_anew(
+    command: str,
+    more: dict[str, Any],
+    images: Path,
+    codebook_run: Path,
+    vit_run: Path,
+    tmp_path: Path,
+    compilations: list[int],
+) -> None:
+    settings = {"data": str(images), **inputs(command, codebook_run, vit_run), **more}
+    train(command, settings.pop("data"), tmp_path / "run", **settings, compile=True, max_steps=str(STEPS))
+    assert compilations[0] > 0
+    # The codebook's start, at the fourth step at the latest, makes new graphs; the last step evaluates.
+    assert compilations[4] == compilations[STEPS - 2]
