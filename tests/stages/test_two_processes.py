@@ -27,14 +27,15 @@ def train_on_each(rank: int, world_size: int, command: str, data: str, out: str,
 def test_train__ddp_equals_one_process(
     command: str, images: Path, codebook_run: Path, vit_run: Path, tmp_path: Path, two_processes: TwoProcesses
 ) -> None:
-    more: dict[str, Any] = {**inputs(command, codebook_run, vit_run), "max_steps": "3"}
+    # A large epsilon keeps Adam from blowing up the sign of gradients near zero, which is rounding.
+    more: dict[str, Any] = {**inputs(command, codebook_run, vit_run), "max_steps": "3", "optim.eps": 1e-3}
     if command != "codebook":
         more["drop_path"] = 0.0  # it draws other numbers in each process
     if command == "finetune":
-        more |= {"mixup": 0.0, "cutmix": 0.0}  # every process mixes its own half
+        more |= {"mixup": 0.0, "cutmix": 0.0, "random_erasing": 0.0}  # every process changes its own half
     alone = train(command, images, tmp_path / "one", **more)
     two_processes.run(train_on_each, command, str(images), str(tmp_path / "two"), {**more, "devices": "2"})
-    assert losses(tmp_path / "two") == pytest.approx(losses(alone), rel=2e-4)
+    assert losses(tmp_path / "two") == pytest.approx(losses(alone), rel=2e-5)
     ours, theirs = export_of(tmp_path / "two"), export_of(alone)
     assert ours.keys() == theirs.keys()
     for name, value in ours.items():
