@@ -4,9 +4,10 @@
     segmenter    masks/ (PNG, pixel values are class numbers), classes.txt        and pictures/, classes as colours
     detector     detections.json (COCO's format of results), images.json          and pictures/, boxes, masks, names
 
-Images are read by worker processes and go through the model one by one, each at its own size. One that cannot be read
-is skipped, counted and listed in skipped.txt. What is found is on the disk as it comes, a detector's in two .jsonl
-files that become its .json at the end; after an error or Ctrl-C the files hold what was done.
+Images are read by worker processes; a segmenter and a detector see them one by one, each at its own size, a classifier
+several squares at once. One that cannot be read is skipped, counted and listed in skipped.txt. What is found is on the
+disk as it comes, a detector's in two .jsonl files that become its .json at the end; after an error or Ctrl-C the files
+hold what was done.
 """
 
 from __future__ import annotations

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from pecobook.predicting import PredictConfig
 
 _BEST = 5
+_BATCH = 16
+"""Images that are classified at once."""
 
 
 class ClassifierWriter:
@@ -40,19 +42,29 @@ class ClassifierWriter:
         self.mean, self.std = (torch.tensor(settings[name], device=device())[:, None, None] for name in ("mean", "std"))
         self.images = 0
         self.count = min(_BEST, len(self.classes))
+        self.waiting: list[tuple[str, str, Tensor, Tensor]] = []  # name, file, image, its central square
 
-    @torch.inference_mode()
     def add(self, name: str, file: str, image: Tensor) -> None:
-        """Classify the central square of an image."""
+        """Classify the central square of an image, together with those after it."""
         from pecobook.data.views import center_crop
 
-        square = to_float(center_crop(image, self.size, share=self.crop)[None].to(device()))
-        best = self.network((square - self.mean) / self.std).float().softmax(1)[0].topk(self.count)
-        names = [self.classes[place] for place in best.indices.tolist()]
-        shares = [f"{value:.5f}" for value in best.values.tolist()]
-        self._write([name, *(text for pair in zip(names, shares, strict=True) for text in pair)])
-        if self.pictures:
-            _save(captioned(image, f"{names[0]}  {100 * float(shares[0]):.0f}%"), self.out / "pictures" / f"{file}.jpg")
+        self.waiting.append((name, file, image, center_crop(image, self.size, share=self.crop)))
+        if len(self.waiting) == _BATCH:
+            self._classify()
+
+    @torch.inference_mode()
+    def _classify(self) -> None:
+        batch, self.waiting = self.waiting, []
+        squares = to_float(torch.stack([square for *_, square in batch]).to(device()))
+        best = self.network((squares - self.mean) / self.std).float().softmax(1).topk(self.count)
+        for (name, file, image, _), places, values in zip(
+            batch, best.indices.tolist(), best.values.tolist(), strict=True
+        ):
+            found = [(self.classes[place], f"{value:.5f}") for place, value in zip(places, values, strict=True)]
+            self._write([name, *(text for pair in found for text in pair)])
+            if self.pictures:
+                caption = f"{found[0][0]}  {100 * values[0]:.0f}%"
+                _save(captioned(image, caption), self.out / "pictures" / f"{file}.jpg")
 
     def _write(self, row: list[str]) -> None:
         text = io.StringIO()
@@ -65,7 +77,9 @@ class ClassifierWriter:
         self.images += 1
 
     def finish(self) -> str:
-        """All is written."""
+        """Classify those that still wait."""
+        if self.waiting:
+            self._classify()
         return f"predictions.csv: {self.images} images."
 
 
