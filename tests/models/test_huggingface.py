@@ -100,9 +100,13 @@ def test_to_huggingface__refuses_what_has_no_place() -> None:
         beit_to_huggingface({"blocks.0.attn.q_norm.weight": torch.zeros(1)})
 
 
-def test_official_checkpoints__load_into_timms_beit() -> None:
+@pytest.mark.parametrize("tables", [SHARED, {"use_shared_rel_pos_bias": True}])  # one; one and those of blocks
+def test_official_checkpoints__load_into_timms_beit(tables: dict[str, bool]) -> None:
     """What BEiT's own pre-training writes: one shared table, a table of places, a mask token and a head."""
-    source = MaskedImageModel(beit(**SHARED), 11)
+    source = MaskedImageModel(beit(**tables), 11)
+    for name, parameter in source.named_parameters():
+        if name.endswith("relative_position_bias_table"):
+            nn.init.normal_(parameter)
     state = {name.replace("fc_norm.", "norm."): v for name, v in source.backbone.state_dict().items()}
     state = {name: v for name, v in state.items() if "relative_position_index" not in name and "k_bias" not in name}
     state |= {"mask_token": source.mask_token[None, None], "lm_head.weight": source.head.weight}

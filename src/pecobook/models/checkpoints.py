@@ -53,11 +53,15 @@ def is_moco(state: dict[str, Tensor]) -> bool:
 
 
 def _expand_beit(state: dict[str, Tensor], own: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A checkpoint of BEiT's authors for timm: one table of relative positions goes into every block that wants one."""
+    """A checkpoint of BEiT's authors for timm: one table of relative positions goes into every block that wants one.
+
+    Where blocks have tables of their own beside it, both are added up, as attention does.
+    """
     shared = "rel_pos_bias.relative_position_bias_table"
     tables = [name for name in own if name.endswith(".attn.relative_position_bias_table")]
     if shared in state and shared not in own and tables:
-        state = {**state, **dict.fromkeys(tables, state[shared])}
+        table = state[shared]
+        state = {**state, **{name: table + state[name] if name in state else table for name in tables}}
         del state[shared]
     return {name: value for name, value in state.items() if not name.endswith("relative_position_index")}
 
