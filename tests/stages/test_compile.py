@@ -16,6 +16,7 @@ from tests.runs import inputs, train
 
 STEPS = 8
 NETWORK = {"perceptual.network": "timm:resnet10t", "perceptual.weights": "random", "perceptual.layers": (1, 2)}
+ADVERSARIAL = {"quantizer.learning": "gradient", "adversarial.weight": 0.4, "adversarial.num_layers": 1}
 
 
 @pytest.fixture
@@ -41,12 +42,12 @@ def compilations(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
     ("command", "more"),
     [
         ("codebook", {**NETWORK, "perceptual.warmup": 5, "quantizer.start_after": 3}),
-        ("codebook", {"quantizer.learning": "gradient", "adversarial.weight": 0.4, "adversarial.num_layers": 1}),
-        ("codebook", {"micro_batch_size": 4}),
-        ("contrast", {}),
         ("pretrain", {}),
         ("finetune", {}),
-        ("segment", {}),
+        pytest.param("codebook", ADVERSARIAL, marks=pytest.mark.slow),
+        pytest.param("codebook", {"micro_batch_size": 4}, marks=pytest.mark.slow),
+        pytest.param("contrast", {}, marks=pytest.mark.slow),
+        pytest.param("segment", {}, marks=pytest.mark.slow),
     ],
 )
 def test_train__compiles_no_step_anew(
