@@ -19,7 +19,6 @@ from pecobook import cli
 from pecobook.config import flags
 from pecobook.errors import ConfigError, NonFiniteLossError, PecobookError
 from pecobook.recipes import recipe
-from pecobook.stages.codebook import CodebookConfig
 from tests.distributed import TwoProcesses
 from tests.runs import SMALL, export_bytes, losses, train
 
@@ -255,66 +254,6 @@ def test_main__recipes_lists_every_one(capsys: pytest.CaptureFixture[str]) -> No
     for command, recipes in RECIPES.items():
         for name in recipes:
             assert any(re.match(rf"{command} {name}  +\S+", line) for line in lines)
-
-
-# ------------------------------------------------------------------------------------------------------------- parsing
-
-
-def parse(*arguments: str) -> CodebookConfig:
-    parsed: CodebookConfig = cli.parse(recipe("codebook", "tiny"), list(arguments), "codebook tiny")
-    return parsed
-
-
-@pytest.mark.parametrize(
-    "typed", [["--batch-size", "12"], ["--batch-size=12"], ["--batch_size", "12"], ["--batch_size=12"]]
-)
-def test_parse__ways_to_write_a_flag(typed: list[str]) -> None:
-    assert parse(*typed) == parse("--batch-size", "12") != parse()
-    assert parse(*typed).batch_size == 12
-
-
-@pytest.mark.parametrize(
-    ("typed", "compiled"),
-    [
-        (["--compile"], True),
-        (["--compile", "true"], True),
-        (["--compile=false"], False),
-        (["--no-compile"], False),
-        (["--no_compile"], False),
-        (["--compile", "--no-compile"], False),
-    ],
-)
-def test_parse__switches(typed: list[str], compiled: bool) -> None:
-    assert parse(*typed).compile is compiled
-
-
-@pytest.mark.parametrize("typed", ["--model.no-latent-norm", "--model.latent-norm=false"])
-def test_parse__a_switch_within_a_group(typed: str) -> None:
-    assert parse().model.latent_norm
-    assert not parse(typed).model.latent_norm
-
-
-@pytest.mark.parametrize(
-    "typed", [["--model.channels", "8", "16"], ["--model.channels", "8,16"], ["--model.channels=8,16"]]
-)
-def test_parse__several_values(typed: list[str]) -> None:
-    assert parse(*typed).model.channels == (8, 16)
-    assert parse(*typed).model.num_blocks == parse().model.num_blocks
-
-
-def test_parse__values_that_look_odd() -> None:
-    assert parse("--workers", "-1").workers == -1
-    assert parse("--data=a=b").data == "a=b"
-    assert parse("--max-steps", "3 epochs").max_steps == "3 epochs"
-    assert parse("--loggers").loggers == ()
-    assert parse("--out", "123").out == "123"
-
-
-def test_parse__flags_go_over_a_config_file_over_the_recipe(tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text(json.dumps({"command": "codebook", "seed": 5, "optim": {"lr": 0.5}}))
-    config = parse("--config", str(tmp_path), "--seed", "7")
-    assert (config.seed, config.optim.lr, config.optim.name) == (7, 0.5, "adam")
-    assert config.image_size == 32  # the recipe's
 
 
 # ---------------------------------------------------------------------------------------------------------------- runs

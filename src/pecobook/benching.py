@@ -115,12 +115,11 @@ def _stage(config: BenchConfig, settings: PretrainConfig) -> PretrainStage:
 
 def _stand_in(recipe_name: str) -> PerceptualTokenizer:
     """A random tokenizer of the codebook recipe of this name, or of the paper's where there is none."""
-    from pecobook.models.tokenizer import PerceptualTokenizer, TokenizerConfig
     from pecobook.recipes import DEFAULT_RECIPE, RECIPES, recipe
+    from pecobook.stages.codebook import build_tokenizer
 
     own = recipe("codebook", recipe_name if recipe_name in RECIPES["codebook"] else DEFAULT_RECIPE)
-    shape = TokenizerConfig(model=own.model, num_codewords=own.quantizer.num_codewords, image_size=own.image_size)
-    return PerceptualTokenizer(shape).eval().requires_grad_(False)
+    return build_tokenizer(own).eval().requires_grad_(False)
 
 
 class _Bench:

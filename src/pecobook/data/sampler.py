@@ -63,6 +63,11 @@ def permute(index: int, size: int, permutation_key: int) -> int:
             return index
 
 
+def fixed_place(place: int, size: int) -> int:
+    """The image at a place of the one shuffled order that no seed changes: the first few stand for all."""
+    return permute(place, size, key(0, 1))
+
+
 class BatchPositions(Sequence[list[int]]):
     """The positions that one rank reads, one list a micro-batch, from `start_step` to `stop_step`.
 

@@ -19,7 +19,7 @@ from pecobook.analysis.codewords import code_gallery, code_usage
 from pecobook.analysis.masked_prediction import decode_prediction, hide, predict_masked
 from pecobook.analysis.reconstruction import decode_all, encode_all, psnr
 from pecobook.data.images import BadImage, ImageSource, Splits
-from pecobook.data.sampler import key, permute
+from pecobook.data.sampler import fixed_place
 from pecobook.data.views import center_crop
 from pecobook.extracting import extract
 from pecobook.pixels import to_float
@@ -179,7 +179,7 @@ def thumbnails(source: ImageSource, count: int = 24) -> dict[int, Picture]:
     """Small pictures of images of a source, by number: the first of a fixed permutation, without unreadable ones."""
     found: dict[int, Picture] = {}
     for place in range(len(source)):
-        number = permute(place, len(source), key(0, 1))
+        number = fixed_place(place, len(source))
         try:
             crop = center_crop(source.read(number), 96)
         except BadImage:

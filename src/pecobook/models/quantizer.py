@@ -160,11 +160,6 @@ class VectorQuantizer(nn.Module):
             quantized = z + (quantized - z).detach()
         return Quantized(quantized, codes.view(B, h, w), commitment, codebook_loss)
 
-    @property
-    def steps(self) -> int:
-        """Updates so far."""
-        return self._steps
-
     @torch.no_grad()
     def nearest(self, z: Tensor) -> Tensor:
         """Codewords of z (B, D, h, w), without gradient or learning; z itself until the codebook is started."""

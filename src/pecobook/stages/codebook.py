@@ -90,7 +90,7 @@ class CodebookStage(Stage):
     def __init__(self, config: CodebookConfig, num_classes: int = 0) -> None:
         super().__init__()
         self.config = config
-        self.tokenizer = _tokenizer(config)
+        self.tokenizer = build_tokenizer(config)
         self.perceptual = perceptual_distance(config.perceptual, config.seed)
         self.discriminator = self.classifier = self.contrast = None
         if config.adversarial.weight > 0:
@@ -245,7 +245,8 @@ def _origin(config: CodebookConfig) -> str:
     return f"`pecobook codebook`, on `{config.data}` for {length} at batch {config.batch_size}, under {features}."
 
 
-def _tokenizer(config: CodebookConfig) -> PerceptualTokenizer:
+def build_tokenizer(config: CodebookConfig) -> PerceptualTokenizer:
+    """The tokenizer that these settings train, with random weights."""
     own = config.quantizer
     quantizer = VectorQuantizer(
         own.num_codewords,

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from pecobook.collectives import on_first_rank
 from pecobook.config import OptimConfig, TrainConfig
 from pecobook.data.images import ImageSource, Splits, open_images
-from pecobook.data.sampler import key, permute
+from pecobook.data.sampler import fixed_place
 from pecobook.data.stream import Batch, Companion, Stream, ViewFunction
 from pecobook.engine.loop import StageOutput
 from pecobook.engine.optim import parameter_groups
@@ -189,7 +189,7 @@ def _fit(kind: StageKind[C], config: C, fabric: Any, stage: Stage, splits: Split
     reference = None
     count = min(getattr(config, "knn_images", 0), len(splits.train))
     if kind.reference_view is not None and count and splits.train.labels is not None:
-        chosen = splits.train.subset(permute(i, len(splits.train), key(0, 1)) for i in range(count))
+        chosen = splits.train.subset(fixed_place(i, len(splits.train)) for i in range(count))
         reference = Stream(chosen, kind.reference_view(config), 0)
     train, held_out = kind.companions(config) if kind.companions else (None, None)
     views = kind.num_views(config)
