@@ -10,11 +10,14 @@ import sys
 import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from pecobook.engine.attention import trainable_attention
 
 ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
 
@@ -73,16 +76,20 @@ def median_step(model: nn.Module, loss: Callable[[], Tensor], *, precision: str,
         precision: fp32 or bf16.
         warmup: steps that are not counted.
         repeats: steps that are.
+
+    pecobook's models train as its loop trains them; others as PyTorch does.
     """
+    own = type(model).__module__.partition(".")[0] == "pecobook"
     device = next(model.parameters()).device
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
     wait: Callable[[], object] = torch.cuda.synchronize if device.type == "cuda" else lambda: None
 
     def step() -> float:
         began = time.perf_counter()
-        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
-            value = loss()
-        value.backward()  # type: ignore[no-untyped-call]
+        with trainable_attention(device) if own else nullcontext():
+            with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+                value = loss()
+            value.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         optimizer.zero_grad()
         wait()

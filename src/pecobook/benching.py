@@ -57,12 +57,15 @@ def bench(config: BenchConfig) -> dict[str, Any]:
     """
     import torch
 
+    from pecobook.engine.attention import trainable_attention
+
     settings = _settings(config)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     stage = _stage(config, settings).to(device).train()
     bench = _Bench(config, settings, stage, device)
-    parts = bench.parts()
-    whole, memory = bench.whole()
+    with trainable_attention(device):
+        parts = bench.parts()
+        whole, memory = bench.whole()
     flops = bench.flops()
     peak = matmul_peak(device, settings.precision)
     figures = {

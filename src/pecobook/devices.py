@@ -1,6 +1,8 @@
-"""Where models run outside of training."""
+"""What a process may compute on."""
 
 from __future__ import annotations
+
+import os
 
 import torch
 
@@ -8,3 +10,17 @@ import torch
 def device() -> torch.device:
     """The GPU, where there is one."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def cores() -> tuple[int, ...]:
+    """Numbers of the cores that this process may use, which can be fewer than the machine has."""
+    if hasattr(os, "sched_getaffinity"):
+        return tuple(sorted(os.sched_getaffinity(0)))
+    return tuple(range(os.cpu_count() or 1))
+
+
+def gpus() -> tuple[str, ...]:
+    """The GPUs that this process sees, as CUDA_VISIBLE_DEVICES would name them for a child; empty without any."""
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    named = [name.strip() for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name.strip()]
+    return tuple(named[:count] if named else map(str, range(count)))

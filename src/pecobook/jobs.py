@@ -1,11 +1,13 @@
 """Commands as processes, side by side, in the order of what they need; what is finished is kept, what was interrupted
 goes on.
 
-On a CPU two one-thread processes are far faster than one process with two threads beside another busy one.
+Runs that do not need one another share the machine out: one for each GPU, or, on CPUs, one for every few cores, since
+short trainings use one core each far better than many cores together.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -52,11 +54,39 @@ class Job:
         return 0.0 if self.command == "analyze" else last_step(self.out) / int(self.config.max_steps)
 
 
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """What one run may compute on."""
+
+    cores: tuple[int, ...]
+    gpu: str = ""
+    """As CUDA_VISIBLE_DEVICES names it; empty where there is none."""
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """Variables that keep a run to its place."""
+        if self.gpu:
+            return {"CUDA_VISIBLE_DEVICES": self.gpu}
+        threads = str(len(self.cores))
+        return {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads, "OMP_WAIT_POLICY": "PASSIVE"}
+
+
+def places(cores: tuple[int, ...], gpus: tuple[str, ...] = ()) -> list[Place]:
+    """The machine shared out: a place for each GPU, else for every four cores, at least two where there are two cores.
+
+    All places have equally many cores; where GPUs outnumber cores, each may use all.
+    """
+    count = len(gpus) or max(min(2, len(cores)), len(cores) // 4)
+    share = len(cores) // count
+    parts = [cores[number * share : (number + 1) * share] if share else cores for number in range(count)]
+    return [Place(part, gpu) for part, gpu in zip(parts, gpus or [""] * count, strict=True)]
+
+
 def run_all(jobs: Mapping[str, Job], out: Path) -> dict[str, float]:
     """Run every job that is not finished; returns the seconds of each. Raises PecobookError when one fails."""
-    from pecobook.devices import device
+    from pecobook.devices import cores, gpus
 
-    slots = 1 if device().type == "cuda" else min(2, os.cpu_count() or 1)
+    free = places(cores(), gpus())
     logs = out / "logs"
     logs.mkdir(exist_ok=True)
     waiting = {name: job for name, job in jobs.items() if not job.finished}
@@ -65,11 +95,13 @@ def run_all(jobs: Mapping[str, Job], out: Path) -> dict[str, float]:
     try:
         while waiting or running:
             for name in [name for name, run in running.items() if run.process.poll() is not None]:
-                running.pop(name).finish(name, logs)
+                ended = running.pop(name)
+                ended.finish(name, logs)
+                free.append(ended.place)
             for name, job in list(waiting.items()):
                 ready = all(jobs[need].finished for need in job.needs)
-                if ready and len(running) < slots:
-                    running[name] = _Running(name, waiting.pop(name), out)
+                if ready and free:
+                    running[name] = _Running(name, waiting.pop(name), out, free.pop(0))
             progress.show()
             time.sleep(0.2)
     finally:
@@ -84,9 +116,8 @@ def run_all(jobs: Mapping[str, Job], out: Path) -> dict[str, float]:
 class _Running:
     """A run that is going."""
 
-    def __init__(self, name: str, job: Job, out: Path) -> None:
-        from pecobook.devices import device
-
+    def __init__(self, name: str, job: Job, out: Path, place: Place) -> None:
+        self.place = place
         (out / "settings").mkdir(exist_ok=True)
         settings = out / "settings" / f"{name}.json"
         dump(job.config, settings)
@@ -96,9 +127,11 @@ class _Running:
         elif (job.out / "config.json").exists():
             command.append("--resume")
         self.log: TextIO = (out / "logs" / f"{name}.log").open("a")
-        threads = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "MKL_NUM_THREADS": "1"}
-        environment = {**os.environ, **(threads if device().type == "cpu" else {})}
+        environment = {**os.environ, **place.environment}
         self.process = subprocess.Popen(command, stdout=self.log, stderr=subprocess.STDOUT, env=environment)
+        if hasattr(os, "sched_setaffinity"):  # its threads and data-loading processes will keep to them, too
+            with contextlib.suppress(ProcessLookupError):
+                os.sched_setaffinity(self.process.pid, place.cores)
 
     def finish(self, name: str, logs: Path) -> None:
         """Raise PecobookError unless the run ended well."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 from collections.abc import Callable
 from functools import partial
 from typing import cast
@@ -14,6 +13,7 @@ from pecobook.data.decode import BadImage
 from pecobook.data.images import Splits
 from pecobook.data.segmentation import SegmentationSource
 from pecobook.data.segmentation_classes import Classes, WrongMask
+from pecobook.devices import cores
 from pecobook.errors import ConfigError, DataError
 
 
@@ -45,7 +45,7 @@ def verify(splits: Splits, show: Callable[[int], None] = lambda _done: None) -> 
     sources = [cast("SegmentationSource", part) for part in (splits.train, splits.evaluation)]
     reports: list[list[_Look]] = []
     done = 0
-    with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
+    with ThreadPoolExecutor(max_workers=len(cores())) as pool:
         for source in sources:
             looks = []
             for look in pool.map(partial(_look, source), range(len(source))):

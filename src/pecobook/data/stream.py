@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 from pecobook.data.images import BadImage, ImageSource
 from pecobook.data.sampler import fixed_place, key, permute
 from pecobook.data.views import center_crop
+from pecobook.devices import cores
 from pecobook.errors import DataError
 
 # A view function maps (uint8 image (C, H, W), key of this view) to named tensors; where the source has more of an image
@@ -97,8 +98,7 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
 
 def default_workers(devices: int) -> int:
     """Data-loading processes for each device: the cores shared out, at most 16, none where only one is to spare."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    share = cores // max(devices, 1) - 1
+    share = len(cores()) // max(devices, 1) - 1
     return min(share, 16) if share > 1 else 0
 
 

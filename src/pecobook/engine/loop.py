@@ -23,6 +23,7 @@ from pecobook.data.sampler import BatchPositions, key
 from pecobook.data.stream import Batch, Stream, default_workers, load, to_device
 from pecobook.engine import checkpoint
 from pecobook.engine.agreement import Agreement
+from pecobook.engine.attention import trainable_attention
 from pecobook.engine.evaluation import Evaluation, evaluate, mean_over_ranks
 from pecobook.engine.launch import device_count, micro_batch_size
 from pecobook.engine.log import Progress, Sink, duration, open_sinks, open_text_log
@@ -214,7 +215,8 @@ class _Loop:
             self._waited += time.monotonic() - began
             # Dropout, drop path and mixing follow from the place in the training, so no random state is kept.
             torch.manual_seed(key(self.config.seed, step, micro, self.fabric.global_rank) >> 1)
-            with self.fabric.no_backward_sync(self.model, enabled=micro < accumulation - 1):
+            unfinished = micro < accumulation - 1
+            with trainable_attention(self.fabric.device), self.fabric.no_backward_sync(self.model, enabled=unfinished):
                 output = self.model(batch)
                 assert output.loss is not None
                 self.fabric.backward(output.loss / accumulation)

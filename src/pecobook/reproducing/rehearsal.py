@@ -10,7 +10,7 @@ from pecobook.analysis.charts import read_metrics
 from pecobook.config import replace, to_dict
 from pecobook.engine.log import duration
 from pecobook.files import write_atomically
-from pecobook.jobs import Job, run_all, say
+from pecobook.jobs import Job, places, run_all, say
 from pecobook.reproducing.plan import Plan
 
 _STEPS = 4
@@ -49,11 +49,16 @@ def describe(plan: Plan) -> str:
 
 def how_long(plan: Plan, seconds: dict[str, float]) -> str:
     """What is left to compute, in words."""
+    from pecobook.devices import cores, gpus
+
     kinds = {kind_of(name) for name, job in plan.jobs.items() if not job.finished}
     if kinds - seconds.keys():
         return "how long it takes will be known after a few steps of each kind of run"
     left = sum(work(job, name, seconds) * (1 - job.share) for name, job in plan.jobs.items() if not job.finished)
-    return f"about {duration(left)} of computing, one run at a time"
+    beside = len(places(cores(), gpus()))
+    return f"about {duration(left)} of computing, " + (
+        f"{beside} runs at a time" if beside > 1 else "one run at a time"
+    )
 
 
 def rehearsed(out: Path) -> dict[str, float]:
