@@ -5,7 +5,10 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import signal
 import sys
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -61,13 +64,14 @@ out = pathlib.Path(json.loads(pathlib.Path(sys.argv[5]).read_text())["out"])
 time.sleep(0.5)  # until the parent has given it its cores
 (out / "export").mkdir(parents=True)
 (out / "seen.json").write_text(json.dumps({{
-    "began": time.time(), "gpu": os.environ.get("CUDA_VISIBLE_DEVICES"), "cores": sorted(os.sched_getaffinity(0)),
+    "process": os.getpid(), "began": time.time(),
+    "gpu": os.environ.get("CUDA_VISIBLE_DEVICES"), "cores": sorted(os.sched_getaffinity(0)),
 }}))
 for name in ("config.json", "environment.json"):
     (out / name).write_text("{{}}")
 if "fails" in out.name:
     sys.exit("no luck")
-time.sleep(0.5)
+time.sleep(60 if "long" in out.name else 0.5)
 (out / "export" / "config.json").write_text("{{}}")
 """
 
@@ -103,6 +107,25 @@ def test_run_all__gives_each_run_a_place_of_its_own(
     if len(given) > 1:
         assert seen["a"]["cores"] != seen["b"]["cores"]
     assert seen["d"]["began"] > max(seen[name]["began"] for name in "abc") + 0.5, "not before all that it needs"
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_run_all__ends_its_runs_when_it_is_ended(runs: Path, number: signal.Signals) -> None:
+    def end() -> None:
+        while not (runs / "long" / "seen.json").exists():
+            time.sleep(0.1)
+        os.kill(os.getpid(), number)
+
+    before, began = signal.getsignal(number), time.monotonic()
+    threading.Thread(target=end, daemon=True).start()
+    with pytest.raises(SystemExit) as ended:
+        run_all({"long": job(runs, "long")}, runs)
+    assert ended.value.code == 128 + number
+    assert time.monotonic() - began < 30, "the run was not waited for"
+    assert signal.getsignal(number) == before
+    process = json.loads((runs / "long" / "seen.json").read_text())["process"]
+    with pytest.raises(ProcessLookupError):
+        os.kill(process, 0)
 
 
 def test_run_all__says_which_run_failed_and_ends_the_others(runs: Path) -> None:

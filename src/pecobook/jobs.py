@@ -12,10 +12,12 @@ import dataclasses
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -82,6 +84,25 @@ def places(cores: tuple[int, ...], gpus: tuple[str, ...] = ()) -> list[Place]:
     return [Place(part, gpu) for part, gpu in zip(parts, gpus or [""] * count, strict=True)]
 
 
+@contextlib.contextmanager
+def _ended_by_signals() -> Iterator[None]:
+    """Within, SIGTERM and SIGHUP end the process as Ctrl-C does, with what must be done at its end."""
+    if threading.current_thread() is not threading.main_thread():  # only there Python hears signals
+        yield
+        return
+
+    def end(number: int, _frame: object) -> None:
+        raise SystemExit(128 + number)
+
+    before = {number: signal.signal(number, end) for number in (signal.SIGTERM, signal.SIGHUP)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@_ended_by_signals()
 def run_all(jobs: Mapping[str, Job], out: Path) -> dict[str, float]:
     """Run every job that is not finished; returns the seconds of each. Raises PecobookError when one fails."""
     from pecobook.devices import cores, gpus
