@@ -14,18 +14,24 @@ from pathlib import Path
 import pytest
 
 from pecobook import devices
-from pecobook.devices import cores, gpus
+from pecobook.devices import gpus
 from pecobook.errors import PecobookError
 from pecobook.jobs import Job, Place, places, run_all
 from pecobook.recipes import codebook
+
+
+def machine(monkeypatch: pytest.MonkeyPatch, num_cores: int, *gpu_names: str) -> None:
+    monkeypatch.setattr(devices, "cores", lambda: tuple(range(num_cores)))
+    monkeypatch.setattr(devices, "gpus", lambda: gpu_names)
 
 
 @pytest.mark.parametrize(
     ("count", "shares"),
     [(1, [1]), (2, [1, 1]), (3, [1, 1]), (4, [2, 2]), (8, [4, 4]), (16, [4] * 4), (18, [4] * 4), (64, [4] * 16)],
 )
-def test_places__share_out_the_cores(count: int, shares: list[int]) -> None:
-    found = places(tuple(range(count)))
+def test_places__share_out_the_cores(monkeypatch: pytest.MonkeyPatch, count: int, shares: list[int]) -> None:
+    machine(monkeypatch, count)
+    found = places(gpus_per_run=2)  # which only counts where there are some
     assert [len(place.cores) for place in found] == shares
     used = [core for place in found for core in place.cores]
     assert len(set(used)) == len(used)
@@ -33,11 +39,21 @@ def test_places__share_out_the_cores(count: int, shares: list[int]) -> None:
     assert not any("CUDA_VISIBLE_DEVICES" in place.environment for place in found)
 
 
-def test_places__are_one_for_each_gpu() -> None:
-    found = places(tuple(range(16)), ("0", "3"))
-    assert found == [Place(tuple(range(8)), "0"), Place(tuple(range(8, 16)), "3")]
+def test_places__are_one_for_each_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    machine(monkeypatch, 16, "0", "3")
+    found = places()
+    assert found == [Place(tuple(range(8)), ("0",)), Place(tuple(range(8, 16)), ("3",))]
     assert [place.environment for place in found] == [{"CUDA_VISIBLE_DEVICES": "0"}, {"CUDA_VISIBLE_DEVICES": "3"}]
-    assert places((4, 5), ("0", "1", "2"))[2] == Place((4, 5), "2"), "with fewer cores than GPUs all may use all"
+    machine(monkeypatch, 2, "0", "1", "2")
+    assert places()[2] == Place((0, 1), ("2",)), "with fewer cores than GPUs all may use all"
+
+
+def test_places__hold_as_many_gpus_as_a_run_is_to_have(monkeypatch: pytest.MonkeyPatch) -> None:
+    machine(monkeypatch, 10, *"01234")
+    pairs = places(gpus_per_run=2)
+    assert [place.gpus for place in pairs] == [("0", "1"), ("2", "3")], "the fifth is not enough for a run"
+    assert pairs[0].environment == {"CUDA_VISIBLE_DEVICES": "0,1"}
+    assert places(gpus_per_run=sys.maxsize) == [Place(tuple(range(10)), tuple("01234"))]
 
 
 @pytest.mark.parametrize(
@@ -96,14 +112,13 @@ def test_run_all__gives_each_run_a_place_of_its_own(
     runs: Path, monkeypatch: pytest.MonkeyPatch, gpu_names: tuple[str, ...]
 ) -> None:
     monkeypatch.setattr(devices, "gpus", lambda: gpu_names)
-    given = places(cores(), gpu_names)
+    given = places()
     jobs = {name: job(runs, name) for name in ("a", "b", "c")} | {"d": job(runs, "d", "a", "b", "c")}
     cost = run_all(jobs, runs)
     assert cost.keys() == jobs.keys()
     seen = {name: json.loads((runs / name / "seen.json").read_text()) for name in jobs}
-    assert {(tuple(run["cores"]), run["gpu"] or "") for run in seen.values()} <= {
-        (place.cores, place.gpu) for place in given
-    }
+    found = {(tuple(run["cores"]), run["gpu"]) for run in seen.values()}
+    assert found <= {(place.cores, place.gpus[0] if place.gpus else None) for place in given}
     if len(given) > 1:
         assert seen["a"]["cores"] != seen["b"]["cores"]
     assert seen["d"]["began"] > max(seen[name]["began"] for name in "abc") + 0.5, "not before all that it needs"

@@ -61,27 +61,34 @@ class Place:
     """What one run may compute on."""
 
     cores: tuple[int, ...]
-    gpu: str = ""
-    """As CUDA_VISIBLE_DEVICES names it; empty where there is none."""
+    gpus: tuple[str, ...] = ()
+    """As CUDA_VISIBLE_DEVICES names them; none where there are none."""
 
     @property
     def environment(self) -> dict[str, str]:
         """Variables that keep a run to its place."""
-        if self.gpu:
-            return {"CUDA_VISIBLE_DEVICES": self.gpu}
+        if self.gpus:
+            return {"CUDA_VISIBLE_DEVICES": ",".join(self.gpus)}
         threads = str(len(self.cores))
         return {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads, "OMP_WAIT_POLICY": "PASSIVE"}
 
 
-def places(cores: tuple[int, ...], gpus: tuple[str, ...] = ()) -> list[Place]:
-    """The machine shared out: a place for each GPU, else for every four cores, at least two where there are two cores.
+def places(gpus_per_run: int = 1) -> list[Place]:
+    """The machine shared out: a place for so many GPUs each, all of them in one where it has fewer; without GPUs for
+    every four cores, at least two where there are two cores.
 
-    All places have equally many cores; where GPUs outnumber cores, each may use all.
+    All places have equally many cores; where they outnumber cores, each may use all.
     """
-    count = len(gpus) or max(min(2, len(cores)), len(cores) // 4)
+    from pecobook import devices
+
+    cores, gpus = devices.cores(), devices.gpus()
+    each = min(gpus_per_run, len(gpus))
+    count = len(gpus) // each if gpus else max(min(2, len(cores)), len(cores) // 4)
     share = len(cores) // count
-    parts = [cores[number * share : (number + 1) * share] if share else cores for number in range(count)]
-    return [Place(part, gpu) for part, gpu in zip(parts, gpus or [""] * count, strict=True)]
+    return [
+        Place(cores[i * share : (i + 1) * share] if share else cores, gpus[i * each : (i + 1) * each])
+        for i in range(count)
+    ]
 
 
 @contextlib.contextmanager
@@ -103,11 +110,9 @@ def _ended_by_signals() -> Iterator[None]:
 
 
 @_ended_by_signals()
-def run_all(jobs: Mapping[str, Job], out: Path) -> dict[str, float]:
+def run_all(jobs: Mapping[str, Job], out: Path, gpus_per_run: int = 1) -> dict[str, float]:
     """Run every job that is not finished; returns the seconds of each. Raises PecobookError when one fails."""
-    from pecobook.devices import cores, gpus
-
-    free = places(cores(), gpus())
+    free = places(gpus_per_run)
     logs = out / "logs"
     logs.mkdir(exist_ok=True)
     waiting = {name: job for name, job in jobs.items() if not job.finished}

@@ -161,7 +161,7 @@ class DiffusersTokenizer(nn.Module):
         problem: Exception | None = None
         for subfolder in (None, "vqvae", "vqmodel", "movq"):
             try:
-                return cls(load(source, subfolder=subfolder)).eval().requires_grad_(False)
+                return cls(load(source, subfolder=subfolder, low_cpu_mem_usage=False)).eval().requires_grad_(False)
             except (OSError, ValueError) as error:
                 problem = problem or error
         raise WeightsError(f"diffusers finds no VQModel at '{source}' ({first_line(problem or ValueError())}).")

@@ -14,7 +14,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from pecobook.config import positive, replace
+from pecobook.config import between, positive, replace
 from pecobook.errors import ConfigError, PecobookError, PreflightError, RunFolderError
 
 if TYPE_CHECKING:
@@ -56,11 +56,18 @@ class ReproduceConfig:
     """Folder of DALL-E's public tokenizer, for its rows."""
     more_data: str = ""
     """More images, for version 1's Table 7."""
+    gpus_per_run: int = 0
+    """GPUs of each run; runs go side by side on the others. 0: one, at budget paper all of them."""
+    micro_batch_size: int = 0
+    """As of every training; 0 takes a device's share of the batch whole."""
+    compile: bool = False
+    """Compile every training."""
     dry_run: bool = False
     """Say what would be trained, and stop."""
 
     def __post_init__(self) -> None:
         positive(self, "length")
+        between(self, 0, 1e9, "gpus_per_run", "micro_batch_size")
         if len(set(self.seeds)) != len(self.seeds) or not self.seeds or min(self.seeds) < 0:
             raise ConfigError(f"--seeds must be different numbers from 0, not {self.seeds}.")
 
@@ -88,7 +95,7 @@ def reproduce(config: ReproduceConfig | None = None, **settings: Any) -> Path:
     seconds = rehearse(plan, out)
     jobs = {name: dataclasses.replace(job, work=work(job, name, seconds)) for name, job in plan.jobs.items()}
     say(how_long(plan, seconds))
-    cost = run_all(jobs, out)
+    cost = run_all(jobs, out, plan.gpus_per_run)
     return write(config, measured(plan, chosen_tables(config.tables)), cost, out)
 
 
@@ -150,7 +157,7 @@ def _fixed(config: ReproduceConfig) -> dict[str, Any]:
     """What must stay as it is when a folder is gone on with."""
     from pecobook.config import to_dict
 
-    free = ("tables", "out", "seeds", "transfer", "dry_run")
+    free = ("tables", "out", "seeds", "transfer", "dry_run", "gpus_per_run", "micro_batch_size", "compile")
     return {name: value for name, value in to_dict(config).items() if name not in free}
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 
 from pecobook.config import BackboneConfig, replace
 from pecobook.models.autoencoder import AutoencoderConfig
@@ -18,6 +19,8 @@ from pecobook.stages.pretrain import PretrainConfig
 class Budget:
     """Settings of every kind of run."""
 
+    gpus_per_run: int
+    """Small trainings go side by side, large ones need the memory of many GPUs."""
     contrast: dict[str, ContrastConfig]
     """By architecture: resnet and vit; backbone is a ViT like the masked ones, where vit is another."""
     layers: dict[str, tuple[int, ...]]
@@ -63,6 +66,7 @@ def _tiny(factor: int) -> Budget:
     )
     channels = tokenizer.model.channels
     return Budget(
+        gpus_per_run=1,
         contrast={
             "resnet": resnet,
             "vit": dataclasses.replace(resnet, model=vit),
@@ -87,6 +91,7 @@ def _paper() -> Budget:
     """The paper's recipes; 300 epochs of pre-training, as its ablations have."""
     tokenizer = codebook.paper()
     return Budget(
+        gpus_per_run=sys.maxsize,
         contrast={"resnet": contrast.paper_resnet50(), "vit": contrast.paper()},
         layers={"resnet": (1, 2, 3, 4), "vit": (3, 6, 9, 12), "supervised": (1, 2, 3, 4, 5)},
         default="vit",

@@ -37,6 +37,7 @@ class Plan:
     def __init__(self, config: ReproduceConfig, tables: dict[str, PaperTable], splits: Splits) -> None:
         self.config, self.tables, self.splits, self.own = config, tables, splits, budget(config.budget)
         self.labelled = splits.train.labels is not None
+        self.gpus_per_run = config.gpus_per_run or self.own.gpus_per_run
         self.jobs: dict[str, Job] = {}
         for seed in config.seeds:
             for table in tables.values():
@@ -95,6 +96,7 @@ class Plan:
         length = steps(base.max_steps, num_images=count, batch_size=base.batch_size) * self.config.length
         length = max(round(length), 1)
         common = {"data": self.config.data, "seed": seed, "out": str(Path(self.config.out) / "runs" / name)}
+        common |= {"micro_batch_size": self.config.micro_batch_size, "compile": self.config.compile}
         saving = {"loggers": (), "save_minutes": 5.0, "keep_checkpoints": 1, "save_every": max(length // 3, 1)}
         return replace(base, {**common, **saving, "max_steps": str(length), "sample_every": length, **more})
 

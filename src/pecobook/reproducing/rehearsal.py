@@ -49,13 +49,11 @@ def describe(plan: Plan) -> str:
 
 def how_long(plan: Plan, seconds: dict[str, float]) -> str:
     """What is left to compute, in words."""
-    from pecobook.devices import cores, gpus
-
     kinds = {kind_of(name) for name, job in plan.jobs.items() if not job.finished}
     if kinds - seconds.keys():
         return "how long it takes will be known after a few steps of each kind of run"
     left = sum(work(job, name, seconds) * (1 - job.share) for name, job in plan.jobs.items() if not job.finished)
-    beside = len(places(cores(), gpus()))
+    beside = len(places(plan.gpus_per_run))
     return f"about {duration(left)} of computing, " + (
         f"{beside} runs at a time" if beside > 1 else "one run at a time"
     )
@@ -89,7 +87,7 @@ def rehearse(plan: Plan, out: Path) -> dict[str, float]:
     folder = out / "rehearsal"
     folder.mkdir(parents=True, exist_ok=True)
     short = {name: _short(job, out / "runs", folder / "runs") for name, job in plan.jobs.items() if name in names}
-    cost = run_all(short, folder)
+    cost = run_all(short, folder, plan.gpus_per_run)
     for kind, name in chosen.items():
         known[kind] = cost[name] if short[name].command == "analyze" else _seconds_a_step(short[name].out)
     write_atomically(out / "rehearsal.json", (json.dumps(known, indent=2) + "\n").encode())
