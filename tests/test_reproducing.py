@@ -18,7 +18,7 @@ import pytest
 
 import pecobook
 from pecobook import cli
-from pecobook.config import replace, to_dict
+from pecobook.config import BackboneConfig, replace, to_dict
 from pecobook.data.images import open_images
 from pecobook.errors import ConfigError, PreflightError
 from pecobook.jobs import Job, _seconds
@@ -36,6 +36,26 @@ from tests.runs import SMALL
 def make_plan(images: Path, *tables: str, **settings: Any) -> Plan:
     config = ReproduceConfig(tables=tables, data=str(images), out="unused", seeds=(0, 1), **settings)
     return Plan(config, chosen_tables(tables), open_images(str(images)))
+
+
+@pytest.mark.parametrize("name", ["tiny", "paper"])
+def test_plan__takes_another_backbone(images: Path, name: str) -> None:
+    given = BackboneConfig(name="vit_small_patch16_224", args='{"init_values": 0.1}')
+    settings = {"budget": name, "backbone": given, "micro_batch_size": 64, "compile": True}
+    plan = make_plan(images, "tables1-2", **settings)
+    for arm, command in {
+        "vit-pixel-0": "pretrain",
+        "vit-pixels-1": "pretrain",
+        "network-backbone-0": "contrast",
+    }.items():
+        assert plan.jobs[arm].command == command
+        assert plan.jobs[arm].config.model == given
+    assert plan.jobs["classifier-vit-contrast-0"].config.backbone == plan.jobs["network-backbone-0"].config.out
+    kind = "resnet" if name == "tiny" else "vit"
+    assert plan.jobs[f"network-{kind}-0"].config.model != given, "it looks at images for the codebook, and stays"
+    for job in plan.jobs.values():
+        if job.command != "analyze":
+            assert (job.config.micro_batch_size, job.config.compile) == (64, True)
 
 
 def test_tables__have_the_papers_numbers() -> None:
@@ -238,6 +258,8 @@ class InThisProcess:
         assert command[1:3] == ["-m", "pecobook"]
         with contextlib.redirect_stderr(io.StringIO()):
             cli.main(command[3:])
+
+    pid = 2**30  # of no process, so none is kept to some cores
 
     def poll(self) -> int:
         return 0

@@ -14,7 +14,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from pecobook.config import between, positive, replace
+from pecobook.config import BackboneConfig, between, positive, replace
 from pecobook.errors import ConfigError, PecobookError, PreflightError, RunFolderError
 
 if TYPE_CHECKING:
@@ -42,6 +42,8 @@ class ReproduceConfig:
     """Of every run; each row is trained once for each."""
     transfer: bool = True
     """Also pre-train and fine-tune a ViT on every tokenizer; without, tokenizers alone are measured."""
+    backbone: BackboneConfig = BackboneConfig(name="")
+    """The ViT that is pre-trained and fine-tuned; without a name the budget's."""
     network: str = ""
     """A perceptual network in place of one that is trained here, as codebook's --perceptual.network."""
     network_layers: tuple[int | str, ...] = (3, 6, 9, 12)
@@ -164,7 +166,8 @@ def _fixed(config: ReproduceConfig) -> dict[str, Any]:
 def _changed(old: dict[str, Any], config: ReproduceConfig) -> list[PecobookError]:
     from pecobook.config import differences
 
-    changed = differences(old, _fixed(config))
+    known = _fixed(ReproduceConfig())  # settings that there were not yet when the folder was begun
+    changed = differences(known | old, _fixed(config))
     told = f"--out '{config.out}' was begun with other settings: {'; '.join(changed)}. Name another folder."
     return [RunFolderError(told)] if changed else []
 

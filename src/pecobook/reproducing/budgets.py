@@ -106,6 +106,14 @@ def _paper() -> Budget:
     )
 
 
+def with_backbone(own: Budget, model: BackboneConfig) -> Budget:
+    """The same with another ViT, pre-trained on tokens and, for Table 1, by MoCo v3."""
+    contrasted = dataclasses.replace(own.contrast.get("backbone", own.contrast["vit"]), model=model)
+    return dataclasses.replace(
+        own, pretrain=dataclasses.replace(own.pretrain, model=model), contrast={**own.contrast, "backbone": contrasted}
+    )
+
+
 def perceptual(
     own: Budget, network: str, layers: tuple[int | str, ...], weights: str, *, shuffle: bool
 ) -> PerceptualConfig:

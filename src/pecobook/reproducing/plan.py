@@ -13,7 +13,7 @@ from pecobook.jobs import Job
 from pecobook.models.discriminator import AdversarialConfig
 from pecobook.models.explicit import ExplicitConfig
 from pecobook.models.perceptual import PerceptualConfig
-from pecobook.reproducing.budgets import Budget, budget, perceptual
+from pecobook.reproducing.budgets import Budget, budget, perceptual, with_backbone
 
 if TYPE_CHECKING:
     from pecobook.data.images import Splits
@@ -35,7 +35,9 @@ class Plan:
     """
 
     def __init__(self, config: ReproduceConfig, tables: dict[str, PaperTable], splits: Splits) -> None:
-        self.config, self.tables, self.splits, self.own = config, tables, splits, budget(config.budget)
+        self.config, self.tables, self.splits = config, tables, splits
+        own = budget(config.budget)
+        self.own = with_backbone(own, config.backbone) if config.backbone.name else own
         self.labelled = splits.train.labels is not None
         self.gpus_per_run = config.gpus_per_run or self.own.gpus_per_run
         self.jobs: dict[str, Job] = {}
