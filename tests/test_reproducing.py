@@ -8,6 +8,7 @@ import dataclasses
 import io
 import json
 import os
+import shlex
 import statistics
 import subprocess
 from pathlib import Path
@@ -22,7 +23,7 @@ from pecobook.config import BackboneConfig, replace, to_dict
 from pecobook.data.images import open_images
 from pecobook.errors import ConfigError, PreflightError
 from pecobook.jobs import Job, _seconds
-from pecobook.reproducing import ReproduceConfig
+from pecobook.reproducing import ReproduceConfig, command_line
 from pecobook.reproducing.budgets import Budget, budget
 from pecobook.reproducing.paper import TABLES, PaperTable, Row, chosen_tables
 from pecobook.reproducing.plan import Plan
@@ -36,6 +37,30 @@ from tests.runs import SMALL
 def make_plan(images: Path, *tables: str, **settings: Any) -> Plan:
     config = ReproduceConfig(tables=tables, data=str(images), out="unused", seeds=(0, 1), **settings)
     return Plan(config, chosen_tables(tables), open_images(str(images)))
+
+
+def test_command_line__gives_the_same_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = ReproduceConfig(
+        tables=("table4", "table5"),
+        data="two words",
+        out="r",
+        budget="small",
+        length=0.25,
+        seeds=(0, 3),
+        transfer=False,
+        network="timm:resnet50",
+        network_layers=(1, "layer2"),
+        backbone=BackboneConfig(name="vit_small_patch16_224", args='{"init_values": 0.1}'),
+        compile=True,
+    )
+    found: list[ReproduceConfig] = []
+    monkeypatch.setattr("pecobook.reproducing.reproduce", found.append)
+    words = shlex.split(command_line(asked))
+    assert words[:2] == ["pecobook", "reproduce"]
+    cli.main([*words[1:], "--out", "r"])
+    assert found == [asked]
+    told = command_line(ReproduceConfig(tables=("table7",), out="r", dry_run=True))
+    assert told == "pecobook reproduce table7 --data photos --budget tiny --seeds 0 1 2"
 
 
 @pytest.mark.parametrize("name", ["tiny", "paper"])

@@ -11,10 +11,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shlex
+from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from pecobook.config import BackboneConfig, between, positive, replace
+from pecobook.config import BackboneConfig, between, flags, positive, replace
 from pecobook.errors import ConfigError, PecobookError, PreflightError, RunFolderError
 
 if TYPE_CHECKING:
@@ -163,6 +165,21 @@ def _fixed(config: ReproduceConfig) -> dict[str, Any]:
     return {name: value for name, value in to_dict(config).items() if name not in free}
 
 
+def command_line(config: ReproduceConfig) -> str:
+    """The command that gives these tables, but for its folder."""
+    words = ["pecobook reproduce", *config.tables]
+    for name in flags(ReproduceConfig):
+        value, usual = (attrgetter(name.replace("-", "_"))(one) for one in (config, ReproduceConfig()))
+        if name in ("tables", "out", "dry-run") or (value == usual and name not in ("data", "budget", "seeds")):
+            continue
+        if isinstance(value, bool):
+            words.append(f"--{name}" if value else f"--no-{name}")
+        else:
+            values = value if isinstance(value, tuple) else (value,)
+            words += [f"--{name}", *(shlex.quote(str(one)) for one in values)]
+    return " ".join(words)
+
+
 def _changed(old: dict[str, Any], config: ReproduceConfig) -> list[PecobookError]:
     from pecobook.config import differences
 
@@ -190,11 +207,9 @@ def write(config: ReproduceConfig, found: list[Measured], cost: dict[str, float]
     from pecobook.jobs import say
     from pecobook.reproducing import tables
 
-    length = "" if config.length == 1 else f" --length {config.length}"
     about = (
-        f"`pecobook reproduce {' '.join(config.tables)} --data {config.data} --budget {config.budget}{length}`, seeds "
-        f"{', '.join(map(str, config.seeds))}. After ± stands the standard deviation over seeds. The paper's numbers "
-        "are of ImageNet-1K and its full budget: compare differences and orders, not values."
+        f"`{command_line(config)}`. After ± stands the standard deviation over seeds. The paper's numbers are of "
+        "ImageNet-1K and its full budget: compare differences and orders, not values."
     )
     text = tables.markdown(found, about)
     write_atomically(out / "tables.md", text.encode())
