@@ -19,6 +19,7 @@ from pecobook.config import (
     TrainConfig,
     between,
     coerce,
+    complete,
     differences,
     dump,
     flag,
@@ -286,6 +287,14 @@ def test_differences__ignores_what_is_free() -> None:
 
 def test_differences__sees_what_only_one_has() -> None:
     assert differences({"a": 1}, {"b": 2}) == ["a: 1 -> None", "b: None -> 2"]
+
+
+def test_complete__knows_what_an_earlier_version_did_not() -> None:
+    now = {"a": 0, "part": {"b": 1, "c": 2}, "new": {"d": 3}}
+    old = {"a": 5, "part": {"b": 6}, "gone": 7}
+    assert complete(old, now) == {"a": 5, "part": {"b": 6, "c": 2}, "new": {"d": 3}, "gone": 7}
+    assert complete(now, now) == now
+    assert old == {"a": 5, "part": {"b": 6}, "gone": 7}
 
 
 # ------------------------------------------------------------------------------------------------------------- checks

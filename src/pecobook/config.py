@@ -348,6 +348,15 @@ def load(default: C, path: str | Path) -> C:
     return replace(default, values)
 
 
+def complete(old: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
+    """Settings that an earlier version wrote, with the defaults of those that it did not know."""
+    found = defaults | old
+    for name, value in defaults.items():
+        if isinstance(value, dict) and isinstance(old.get(name), dict):
+            found[name] = complete(old[name], value)
+    return found
+
+
 def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
     """Lines such as `optim.lr: 0.001 -> 0.01` for every setting that a resumed run may not change."""
     lines: list[str] = []

@@ -11,10 +11,11 @@ from typing import Any
 
 import pytest
 
-from pecobook.config import OptimConfig, TrainConfig, load
+from pecobook.config import OptimConfig, TrainConfig, load, replace, to_dict
 from pecobook.engine import run_folder
 from pecobook.errors import RunFolderError
 from pecobook.models.segmenter import SegmentTestConfig
+from pecobook.stages.codebook import CodebookConfig
 from pecobook.stages.segment import SegmentConfig
 
 
@@ -87,6 +88,17 @@ def test_check__resume_with_changed_settings_lists_them_all(tmp_path: Path) -> N
     assert first.endswith("batch-size: 256 -> 64; optim.lr: 0.0015 -> 0.5; seed: 0 -> 5.")
     assert "name another --out" in second
     assert "save-every" not in first  # it changes nothing that is computed
+
+
+def test_check__resume_of_a_run_that_an_earlier_version_began(tmp_path: Path) -> None:
+    now = CodebookConfig(out=str(tmp_path), resume=True)
+    settings = {**to_dict(now), "command": "codebook"}
+    del settings["pixel_weight"], settings["adversarial"]["start"]
+    (tmp_path / "config.json").write_text(json.dumps(settings))
+    run_folder.check(now, "codebook")
+    later = replace(now, {"adversarial.start": 5})
+    with pytest.raises(RunFolderError, match=r"began with: adversarial\.start: 0 -> 5\."):
+        run_folder.check(later, "codebook")
 
 
 def test_check__resume_may_change_where_and_how_fast(tmp_path: Path) -> None:

@@ -213,6 +213,18 @@ def test_adversarial__is_added_to_equation_5_with_its_weight() -> None:
     assert "adversarial" not in stage.eval()(batch()).metrics
 
 
+def test_adversarial__begins_after_its_start() -> None:
+    config = AdversarialConfig(weight=0.4, width=4, num_layers=1, start=2)
+    plain, stage = make(balance=False), make(balance=False, adversarial=config)
+    for step in range(4):
+        reference, output = plain(batch()), stage(batch())
+        own = output.loss.detach() - output.metrics["discriminator"]
+        expected = reference.loss.detach() + (0.4 * output.metrics["adversarial"] if step >= 2 else 0.0)
+        torch.testing.assert_close(own, expected)
+        for one in (plain, stage):  # no optimizer step, so both stay alike
+            one.after_step(step + 1, 4)
+
+
 def test_adversarial__discriminator_learns_from_its_own_term_alone() -> None:
     config = AdversarialConfig(weight=0.4, width=4, num_layers=1)
     gradients = []

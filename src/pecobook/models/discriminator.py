@@ -22,9 +22,11 @@ class AdversarialConfig:
     """Channels of the discriminator's first layer."""
     num_layers: int = 3
     """Strided layers; 3 see patches of 70 pixels."""
+    start: int = 0
+    """Steps before the autoencoder learns from it, so that it can draw first; the discriminator learns at once."""
 
     def __post_init__(self) -> None:
-        between(self, 0.0, float("inf"), "weight")
+        between(self, 0.0, float("inf"), "weight", "start")
         positive(self, "width", "num_layers")
 
 

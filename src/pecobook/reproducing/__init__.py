@@ -181,10 +181,9 @@ def command_line(config: ReproduceConfig) -> str:
 
 
 def _changed(old: dict[str, Any], config: ReproduceConfig) -> list[PecobookError]:
-    from pecobook.config import differences
+    from pecobook.config import complete, differences
 
-    known = _fixed(ReproduceConfig())  # settings that there were not yet when the folder was begun
-    changed = differences(known | old, _fixed(config))
+    changed = differences(complete(old, _fixed(ReproduceConfig())), _fixed(config))
     told = f"--out '{config.out}' was begun with other settings: {'; '.join(changed)}. Name another folder."
     return [RunFolderError(told)] if changed else []
 

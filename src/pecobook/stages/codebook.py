@@ -120,7 +120,7 @@ class CodebookStage(Stage):
             rest = rest + coded.codebook_loss
         metrics["commitment"] = coded.commitment_loss
         fooled, own = self._adversarial(images, restored, metrics)
-        loss, rest = loss + self.config.adversarial.weight * fooled, rest + self._explicit(batch, coded, metrics)
+        loss, rest = loss + self._adversarial_weight() * fooled, rest + self._explicit(batch, coded, metrics)
         metrics["loss"] = loss + rest  # what is shown, since a balanced loss is always near 1
         if self.config.balance:
             # The mean over ranks, so that many devices learn what one would.
@@ -164,6 +164,11 @@ class CodebookStage(Stage):
             return own.weight
         # From the buffer, not from a Python count: torch.compile would compile anew at each step.
         return own.weight * ((self.tokenizer.quantizer.num_updates + 1) / (own.warmup + 1)).clamp_max(1.0)
+
+    def _adversarial_weight(self) -> float | Tensor:
+        """Weight of equation 8's term at this step."""
+        own = self.config.adversarial
+        return own.weight if own.start == 0 else own.weight * (self.tokenizer.quantizer.num_updates >= own.start)
 
     def _adversarial(self, images: Tensor, restored: Tensor, metrics: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         """Equation 8, unweighted: what the autoencoder minimises, and what the discriminator does. () each."""
