@@ -18,8 +18,6 @@ from __future__ import annotations
 import argparse
 import json
 import resource
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from typing import Any
@@ -28,7 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.runs import median_step
+from benchmarks.runs import median_step, rows_apart
 
 WIDTHS, SIDE, K, D = (64, 128, 256, 512, 512), 224, 8192, 256
 
@@ -183,14 +181,9 @@ def main() -> None:
         return
     columns = "images/s", "s/step", *PARTS, "peak GiB", "parameters", "GFLOP/image"
     print(f"| | {' | '.join(columns)} |\n|{'---|' * (len(columns) + 1)}")
-    for name in arguments.rows:
-        words = ["--batch-size", str(arguments.batch_size), "--repeats", str(arguments.repeats), "--row", name]
-        command = [sys.executable, "-m", "benchmarks.codebook_peer", *words]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        if done.returncode:
-            print(f"| {name} | failed: {done.stderr.strip().splitlines()[-1]} |" + " |" * 8, flush=True)
-            continue
-        print(_line(name, json.loads(done.stdout.splitlines()[-1]), arguments.batch_size), flush=True)
+    words = "--batch-size", arguments.batch_size, "--repeats", arguments.repeats
+    for name, row in rows_apart("benchmarks.codebook_peer", arguments.rows, *words):
+        print(_line(name, row, arguments.batch_size), flush=True)
 
 
 def _line(name: str, row: dict[str, Any], batch_size: int) -> str:

@@ -14,15 +14,13 @@ from __future__ import annotations
 import argparse
 import json
 import resource
-import subprocess
-import sys
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from benchmarks.runs import median_step
+from benchmarks.runs import median_step, rows_apart
 
 CLASSES, SIDE = 150, 512
 MEAN = STD = (0.5, 0.5, 0.5)
@@ -136,21 +134,8 @@ def main() -> None:
         print(json.dumps(measure(arguments.row, arguments)))
         return
     print(f"| {arguments.precision}, batch {arguments.batch_size} | s a step | images/s | GiB |\n|---|---|---|---|")
-    for name in arguments.rows:
-        same = [
-            "--batch-size",
-            arguments.batch_size,
-            "--repeats",
-            arguments.repeats,
-            "--precision",
-            arguments.precision,
-        ]
-        command = [sys.executable, "-m", "benchmarks.dense_step", "--row", name, *map(str, same)]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        if done.returncode:
-            print(f"| {name} | {(done.stderr.strip().splitlines() or ['no memory'])[-1][:80]} | | |", flush=True)
-            continue
-        found = json.loads(done.stdout.strip().splitlines()[-1])
+    words = "--batch-size", arguments.batch_size, "--repeats", arguments.repeats, "--precision", arguments.precision
+    for name, found in rows_apart("benchmarks.dense_step", arguments.rows, *words):
         speed = arguments.batch_size / found["seconds"]
         print(f"| {name} | {found['seconds']:.2f} | {speed:.3f} | {found['gib']:.1f} |", flush=True)
 

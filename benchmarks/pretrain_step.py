@@ -12,15 +12,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
-import sys
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from benchmarks.runs import median_step
+from benchmarks.runs import median_step, rows_apart
 
 SHARED = {"init_values": 0.1, "use_rel_pos_bias": False, "use_shared_rel_pos_bias": True}
 NUM_MASKED, VOCABULARY = 75, 8192
@@ -119,15 +117,8 @@ def main() -> None:
         print(json.dumps(measure(arguments.row, arguments)))
         return
     print("| | images/s | s/step | MiB |\n|---|---|---|---|")
-    for name in arguments.rows:
-        words = ["--batch-size", str(arguments.batch_size), "--repeats", str(arguments.repeats), "--row", name]
-        done = subprocess.run(
-            [sys.executable, "-m", "benchmarks.pretrain_step", *words], capture_output=True, text=True, check=False
-        )
-        if done.returncode:
-            print(f"| {name} | failed: {done.stderr.strip().splitlines()[-1]} | | |", flush=True)
-            continue
-        row = json.loads(done.stdout.splitlines()[-1])
+    words = "--batch-size", arguments.batch_size, "--repeats", arguments.repeats
+    for name, row in rows_apart("benchmarks.pretrain_step", arguments.rows, *words):
         speed = arguments.batch_size / row["seconds"]
         print(f"| {name} | {speed:.2f} | {row['seconds']:.2f} | {row['mib'] or '-'} |", flush=True)
 

@@ -8,7 +8,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from pathlib import Path
@@ -65,6 +65,20 @@ def cell(values: list[float | None]) -> str:
         return "-"
     spread = f" ± {statistics.stdev(numbers):.2f}" if len(numbers) > 1 else ""
     return f"{statistics.mean(numbers):.2f}{spread}"
+
+
+def rows_apart(module: str, rows: Iterable[str], *words: object) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Each row of a benchmark, measured by `module --row ROW` in a process of its own; a row that fails is told of and
+    left out.
+    """
+    for name in rows:
+        command = [sys.executable, "-m", module, *map(str, words), "--row", name]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        lines = (done.stderr if done.returncode else done.stdout).strip().splitlines() or ["no memory"]
+        if done.returncode:
+            print(f"| {name} | failed: {lines[-1][:120]} |", flush=True)
+        else:
+            yield name, json.loads(lines[-1])
 
 
 def median_step(model: nn.Module, loss: Callable[[], Tensor], *, precision: str, warmup: int, repeats: int) -> float:
