@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
 import time
 from collections.abc import Callable
 from typing import Any
@@ -26,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.runs import median_step, rows_apart
+from benchmarks.runs import median_step, peak_bytes, rows_apart, rows_parser
 
 WIDTHS, SIDE, K, D = (64, 128, 256, 512, 512), 224, 8192, 256
 
@@ -106,7 +105,7 @@ def measure(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
     count = {"precision": ROWS[name], "warmup": 3 if device.type == "cuda" else 1, "repeats": arguments.repeats}
     model, loss, quantizer = step_of(name, images, perceptual=True)
     whole = median_step(model, loss, **count)
-    peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else 1024 * _peak_kib()
+    peak = peak_bytes(device)
     trained = [p for p in model.parameters() if p.requires_grad]
     row = {
         "seconds": whole,
@@ -165,17 +164,8 @@ def _seconds(call: Callable[[], object], device: torch.device) -> float:
     return best
 
 
-def _peak_kib() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--batch-size", type=int, default=2)
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--rows", nargs="+", default=list(ROWS), choices=list(ROWS))
-    parser.add_argument("--row", default="", help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
+    arguments = rows_parser(__doc__, ROWS, batch_size=2, repeats=3).parse_args()
     if arguments.row:
         print(json.dumps(measure(arguments.row, arguments)))
         return

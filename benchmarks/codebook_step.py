@@ -11,13 +11,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
-import subprocess
 import sys
 import time
 from typing import Any
 
 import torch
+
+from benchmarks.runs import peak_bytes, rows_apart
 
 NETWORKS = {
     "none": ("none", ("1",)),
@@ -63,12 +63,7 @@ def measure(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     seconds = min(step() for _ in range(arguments.repeats))
-    peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else 1024 * _peak_kib()
-    return {"name": name, "seconds": seconds, "mib": peak / 2**20}
-
-
-def _peak_kib() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return {"seconds": seconds, "mib": peak_bytes(device) / 2**20}
 
 
 def main() -> None:
@@ -79,20 +74,14 @@ def main() -> None:
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--warmup", type=int, default=1)
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--network", default="", help=argparse.SUPPRESS)
+    parser.add_argument("--row", default="", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    if arguments.network:
-        print(json.dumps(measure(arguments.network, arguments)))
+    if arguments.row:
+        print(json.dumps(measure(arguments.row, arguments)))
         return
     print("| perceptual network | s/step | images/s | perceptual | peak MiB |\n|---|---|---|---|---|")
     plain = 0.0
-    for name in NETWORKS:
-        command = [sys.executable, "-m", "benchmarks.codebook_step", *sys.argv[1:], "--network", name]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        if done.returncode:
-            print(f"| {name} | failed: {done.stderr.strip().splitlines()[-1]} | | | |", flush=True)
-            continue
-        row = json.loads(done.stdout.splitlines()[-1])
+    for name, row in rows_apart("benchmarks.codebook_step", NETWORKS, *sys.argv[1:]):
         plain = plain or row["seconds"]
         share = 1 - plain / row["seconds"]
         speed = arguments.batch_size / row["seconds"]

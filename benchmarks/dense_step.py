@@ -13,14 +13,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from benchmarks.runs import median_step, rows_apart
+from benchmarks.runs import median_step, peak_bytes, rows_apart, rows_parser
 
 CLASSES, SIDE = 150, 512
 MEAN = STD = (0.5, 0.5, 0.5)
@@ -115,20 +114,12 @@ def measure(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
     model, loss = ROWS[name](arguments.batch_size, device)
     model.to(device).train()
     seconds = median_step(model, loss, precision=arguments.precision, warmup=1, repeats=arguments.repeats)
-    if device.type == "cuda":
-        memory = torch.cuda.max_memory_allocated() / 2**30
-    else:
-        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    return {"seconds": seconds, "gib": memory}
+    return {"seconds": seconds, "gib": peak_bytes(device) / 2**30}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--batch-size", type=int, default=1)
-    parser.add_argument("--repeats", type=int, default=3)
+    parser = rows_parser(__doc__, ROWS, batch_size=1, repeats=3)
     parser.add_argument("--precision", choices=["fp32", "bf16"], default="bf16")
-    parser.add_argument("--rows", nargs="+", default=list(ROWS))
-    parser.add_argument("--row", default="", help="measure this row alone, and print JSON")
     arguments = parser.parse_args()
     if arguments.row:
         print(json.dumps(measure(arguments.row, arguments)))

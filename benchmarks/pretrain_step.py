@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.runs import median_step, rows_apart
+from benchmarks.runs import median_step, rows_apart, rows_parser
 
 SHARED = {"init_values": 0.1, "use_rel_pos_bias": False, "use_shared_rel_pos_bias": True}
 NUM_MASKED, VOCABULARY = 75, 8192
@@ -107,12 +107,7 @@ def measure(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--batch-size", type=int, default=8)
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--rows", nargs="+", default=list(ROWS), choices=list(ROWS))
-    parser.add_argument("--row", default="", help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
+    arguments = rows_parser(__doc__, ROWS, batch_size=8, repeats=5).parse_args()
     if arguments.row:
         print(json.dumps(measure(arguments.row, arguments)))
         return

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
+import resource
 import statistics
 import subprocess
 import sys
@@ -65,6 +67,23 @@ def cell(values: list[float | None]) -> str:
         return "-"
     spread = f" ± {statistics.stdev(numbers):.2f}" if len(numbers) > 1 else ""
     return f"{statistics.mean(numbers):.2f}{spread}"
+
+
+def rows_parser(doc: str | None, rows: Iterable[str], *, batch_size: int, repeats: int) -> argparse.ArgumentParser:
+    """What a benchmark of steps is asked: a batch, repeats, rows; with --row it measures that one and prints JSON."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--batch-size", type=int, default=batch_size)
+    parser.add_argument("--repeats", type=int, default=repeats)
+    parser.add_argument("--rows", nargs="+", default=list(rows), choices=list(rows))
+    parser.add_argument("--row", default="", help=argparse.SUPPRESS)
+    return parser
+
+
+def peak_bytes(device: torch.device) -> int:
+    """The most that was held: by the GPU's allocator, or by this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated()
+    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def rows_apart(module: str, rows: Iterable[str], *words: object) -> Iterator[tuple[str, dict[str, Any]]]:

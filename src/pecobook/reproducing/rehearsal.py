@@ -54,9 +54,8 @@ def how_long(plan: Plan, seconds: dict[str, float]) -> str:
         return "how long it takes will be known after a few steps of each kind of run"
     left = sum(work(job, name, seconds) * (1 - job.share) for name, job in plan.jobs.items() if not job.finished)
     beside = len(places(plan.gpus_per_run))
-    return f"about {duration(left)} of computing, " + (
-        f"{beside} runs at a time" if beside > 1 else "one run at a time"
-    )
+    runs = f"{beside} runs" if beside > 1 else "one run"
+    return f"about {duration(left)} of computing, {runs} at a time"
 
 
 def rehearsed(out: Path) -> dict[str, float]:
