@@ -32,6 +32,7 @@ from benchmarks.runs import ONE_THREAD, command, records, side_by_side, table
 
 MOCO = ("--perceptual.network", "MOCO", "--perceptual.layers", "3", "4")
 SQUEEZENET = ("--perceptual.network", "torchvision:squeezenet1_1", "SQUEEZENET")
+ADVERSARIAL = ("--adversarial.weight", "0.4", "--adversarial.num-layers", "2")
 ARMS: dict[str, tuple[str, ...]] = {
     "pixel": ("--perceptual.network", "none"),
     "random ResNet": (*MOCO, "--perceptual.weights", "random"),
@@ -39,14 +40,15 @@ ARMS: dict[str, tuple[str, ...]] = {
     "MoCo v3, lambda 0.3": (*MOCO, "--perceptual.weight", "0.3"),
     "MoCo v3, lambda 3": (*MOCO, "--perceptual.weight", "3"),
     "MoCo v3, lambda 10": (*MOCO, "--perceptual.weight", "10"),
-    "MoCo v3, adversarial": (*MOCO, "--adversarial.weight", "0.4", "--adversarial.num-layers", "2"),
+    "MoCo v3, adversarial": (*MOCO, *ADVERSARIAL),
+    "MoCo v3, adversarial from half": (*MOCO, *ADVERSARIAL, "--adversarial.start", "HALF"),
     "random SqueezeNet": (*SQUEEZENET, "--perceptual.weights", "random"),
     "random SqueezeNet, lambda 0.3": (*SQUEEZENET, "--perceptual.weights", "random", "--perceptual.weight", "0.3"),
     "SqueezeNet": SQUEEZENET,
     "SqueezeNet, lambda 0.3": (*SQUEEZENET, "--perceptual.weight", "0.3"),
     "SqueezeNet, lambda 3": (*SQUEEZENET, "--perceptual.weight", "3"),
     "SqueezeNet, lambda 10": (*SQUEEZENET, "--perceptual.weight", "10"),
-    "SqueezeNet, adversarial": (*SQUEEZENET, "--adversarial.weight", "0.4", "--adversarial.num-layers", "2"),
+    "SqueezeNet, adversarial": (*SQUEEZENET, *ADVERSARIAL),
     "random SqueezeNet, warm-up": (*SQUEEZENET, "--perceptual.weights", "random", "--perceptual.warmup", "HALF"),
     "SqueezeNet, warm-up": (*SQUEEZENET, "--perceptual.warmup", "HALF"),
     "MoCo v3, warm-up": (*MOCO, "--perceptual.warmup", "HALF"),

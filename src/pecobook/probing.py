@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pecobook.config import positive
+from pecobook.config import positive, replace
 from pecobook.errors import ConfigError, DataError, RunFolderError
 
 if TYPE_CHECKING:
@@ -53,7 +53,6 @@ def probe(config: ProbeConfig | None = None, **settings: Any) -> dict[str, Any]:
     Raises:
         PecobookError: no labels, no such network, or a file that cannot be written.
     """
-    from pecobook.config import replace
     from pecobook.data.images import open_images
     from pecobook.extracting import extract
 

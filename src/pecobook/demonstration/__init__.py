@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from pecobook.config import replace
+from pecobook.config import complete, dump, replace, to_dict
 from pecobook.demonstration.plan import DemoConfig, plan
 from pecobook.errors import RunFolderError
 from pecobook.jobs import Job, run_all, say
@@ -57,7 +57,6 @@ def demo(config: DemoConfig | None = None, **settings: Any) -> Path:
 
 def _check(config: DemoConfig) -> None:
     """Look at the data and the output folder before anything is written. Raises PecobookError."""
-    from pecobook.config import dump, to_dict
     from pecobook.data.images import open_images
     from pecobook.stages.stage import look_at_images
 
@@ -67,7 +66,7 @@ def _check(config: DemoConfig) -> None:
     mark = out / "demo.json"
     if out.is_dir() and any(out.iterdir()) and not mark.exists():
         raise RunFolderError(f"--out '{out}' is not empty and holds no demo: name another folder.")
-    if mark.exists() and json.loads(mark.read_text()) != to_dict(config):
+    if mark.exists() and complete(json.loads(mark.read_text()), to_dict(DemoConfig())) != to_dict(config):
         raise RunFolderError(f"--out '{out}' holds a demo with other settings: name another folder, or delete it.")
     look_at_images(open_images(config.data).train)
     try:
@@ -78,6 +77,4 @@ def _check(config: DemoConfig) -> None:
 
 
 def _settings(config: DemoConfig, jobs: dict[str, Job]) -> dict[str, Any]:
-    from pecobook.config import to_dict
-
     return {"demo": to_dict(config), **{name: to_dict(job.config) for name, job in jobs.items()}}

@@ -16,7 +16,7 @@ from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from pecobook.config import BackboneConfig, between, flags, positive, replace
+from pecobook.config import BackboneConfig, between, complete, differences, flags, positive, replace, to_dict
 from pecobook.errors import ConfigError, PecobookError, PreflightError, RunFolderError
 
 if TYPE_CHECKING:
@@ -159,8 +159,6 @@ def _perceptual_problems(plan: Plan) -> list[PecobookError]:
 
 def _fixed(config: ReproduceConfig) -> dict[str, Any]:
     """What must stay as it is when a folder is gone on with."""
-    from pecobook.config import to_dict
-
     free = ("tables", "out", "seeds", "transfer", "dry_run", "gpus_per_run", "micro_batch_size", "compile")
     return {name: value for name, value in to_dict(config).items() if name not in free}
 
@@ -181,8 +179,6 @@ def command_line(config: ReproduceConfig) -> str:
 
 
 def _changed(old: dict[str, Any], config: ReproduceConfig) -> list[PecobookError]:
-    from pecobook.config import complete, differences
-
     changed = differences(complete(old, _fixed(ReproduceConfig())), _fixed(config))
     told = f"--out '{config.out}' was begun with other settings: {'; '.join(changed)}. Name another folder."
     return [RunFolderError(told)] if changed else []
