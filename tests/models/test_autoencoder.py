@@ -20,7 +20,6 @@ from pecobook.models.autoencoder import (
     SelfAttention,
     Upsample,
     build,
-    group_norm,
 )
 
 SMALL = AutoencoderConfig(channels=(8, 16, 12), latent_dim=6, num_blocks=1)
@@ -100,11 +99,6 @@ def test_downsample_and_upsample__halve_and_double() -> None:
     # Padded at the right and bottom only: the kernel's centre falls on the odd pixels.
     assert down(x)[0, 0].tolist() == [[5.0, 7.0], [13.0, 15.0]]
     assert torch.equal(up(x), x.repeat_interleave(2, 2).repeat_interleave(2, 3))
-
-
-@pytest.mark.parametrize(("channels", "groups"), [(64, 32), (48, 16), (6, 2), (5, 1)])
-def test_group_norm__has_32_groups_or_what_divides(channels: int, groups: int) -> None:
-    assert group_norm(channels).num_groups == groups
 
 
 @pytest.mark.parametrize("wrong", [{"channels": ()}, {"channels": (8, 0)}, {"latent_dim": 0}, {"num_blocks": 0}])

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from pecobook.config import between, positive
 from pecobook.errors import ConfigError
+from pecobook.models.group_norm import GroupNorm, convolution_layout
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -75,18 +76,13 @@ class AutoencoderConfig:
         return dataclasses.replace(self, channels=widths, num_blocks=blocks, decoder_width=1.0, decoder_blocks=0)
 
 
-def group_norm(channels: int) -> nn.GroupNorm:
-    """GroupNorm with 32 groups, or as many as divide the width."""
-    return nn.GroupNorm(math.gcd(32, channels), channels, eps=1e-6)
-
-
 class ResidualBlock(nn.Module):
     """Norm, swish, 3x3 convolution, twice, beside a shortcut: (B, C_in, H, W) to (B, C_out, H, W)."""
 
     def __init__(self, in_channels: int, out_channels: int) -> None:
         super().__init__()
-        self.norm1, self.conv1 = group_norm(in_channels), nn.Conv2d(in_channels, out_channels, 3, padding=1)
-        self.norm2, self.conv2 = group_norm(out_channels), nn.Conv2d(out_channels, out_channels, 3, padding=1)
+        self.norm1, self.conv1 = GroupNorm(in_channels), nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        self.norm2, self.conv2 = GroupNorm(out_channels), nn.Conv2d(out_channels, out_channels, 3, padding=1)
         self.shortcut = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -101,7 +97,7 @@ class SelfAttention(nn.Module):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.norm = group_norm(channels)
+        self.norm = GroupNorm(channels)
         self.query, self.key, self.value, self.project = (nn.Conv2d(channels, channels, 1) for _ in range(4))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -153,11 +149,15 @@ class Encoder(nn.Sequential):
             for _ in range(config.num_blocks):
                 layers.append(ResidualBlock(width, out))
                 width = out
-        layers += [*_middle(width), group_norm(width), nn.SiLU()]
+        layers += [*_middle(width), GroupNorm(width), nn.SiLU()]
         layers.append(nn.Conv2d(width, config.latent_dim, 3, padding=1))
         if config.latent_norm:
             layers.append(LatentNorm(config.latent_dim))
         super().__init__(*layers)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) to (B, D, h, w)."""
+        return super().forward(convolution_layout(x))  # type: ignore[no-any-return, no-untyped-call]
 
 
 class LatentNorm(nn.Module):
@@ -169,8 +169,7 @@ class LatentNorm(nn.Module):
 
     def forward(self, z: Tensor) -> Tensor:
         """(B, D, h, w) to the same."""
-        normed = F.layer_norm(z.float().permute(0, 2, 3, 1), (self.dim,)).permute(0, 3, 1, 2)
-        return normed.contiguous()  # else the whole decoder runs channels last, where bf16 GroupNorm is slow on CPUs
+        return F.layer_norm(z.float().permute(0, 2, 3, 1), (self.dim,)).permute(0, 3, 1, 2)
 
 
 class Decoder(nn.Sequential):
@@ -187,8 +186,12 @@ class Decoder(nn.Sequential):
             for _ in range(config.num_blocks):
                 layers.append(ResidualBlock(width, out))
                 width = out
-        layers += [group_norm(width), nn.SiLU(), nn.Conv2d(width, config.in_channels, 3, padding=1)]
+        layers += [GroupNorm(width), nn.SiLU(), nn.Conv2d(width, config.in_channels, 3, padding=1)]
         super().__init__(*layers)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, D, h, w) to (B, C, H, W)."""
+        return super().forward(convolution_layout(x))  # type: ignore[no-any-return, no-untyped-call]
 
 
 def build(config: AutoencoderConfig) -> tuple[nn.Module, nn.Module]:

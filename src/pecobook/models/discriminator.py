@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pecobook.config import between, positive
+from pecobook.models.group_norm import GroupNorm, convolution_layout
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -49,9 +49,13 @@ class PatchDiscriminator(nn.Sequential):
         for level in range(1, num_layers + 1):
             out, stride = width * min(2**level, 8), 2 if level < num_layers else 1
             layers.append(nn.Conv2d(channels, out, 4, stride=stride, padding=1, bias=False))
-            layers += [nn.GroupNorm(math.gcd(32, out), out), nn.LeakyReLU(0.2)]
+            layers += [GroupNorm(out, eps=1e-5), nn.LeakyReLU(0.2)]
             channels = out
         super().__init__(*layers, nn.Conv2d(channels, 1, 4, padding=1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) to (B, 1, H', W')."""
+        return super().forward(convolution_layout(x))  # type: ignore[no-any-return, no-untyped-call]
 
 
 def adversarial_losses(discriminator: nn.Module, images: Tensor, restored: Tensor) -> tuple[Tensor, Tensor]:
