@@ -23,6 +23,11 @@ def to_float(images: Tensor) -> Tensor:
     return images.float().div_(255)
 
 
+def channels_last(images: Tensor) -> Tensor:
+    """(B, C, H, W) in the memory layout in which convolutions are fast; shape and values are the same."""
+    return images.contiguous(memory_format=torch.channels_last)
+
+
 def fitted_size(height: int, width: int, short: float, long: float) -> tuple[int, int]:
     """Height and width with the short side `short`, unless the long one would be above `long`."""
     scale = min(short / min(height, width), long / max(height, width))

@@ -14,12 +14,14 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from pecobook.pixels import channels_last
+
 _LARGE = 1024  # pixels, from which PyTorch's forward reads whole rows of channels
 
 
 def convolution_layout(x: Tensor) -> Tensor:
-    """(B, C, H, W) as convolutions of its device like it: channels last on a CPU, unchanged elsewhere."""
-    return x.contiguous(memory_format=torch.channels_last) if x.device.type == "cpu" else x
+    """(B, C, H, W) for convolutions with GroupNorm: channels last on a CPU; on a GPU PyTorch's GroupNorm undoes it."""
+    return channels_last(x) if x.device.type == "cpu" else x
 
 
 class GroupNorm(nn.GroupNorm):
@@ -35,8 +37,8 @@ class GroupNorm(nn.GroupNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) to the same, in the layout of x."""
-        channels_last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
-        if x.device.type != "cpu" or not channels_last or torch.compiler.is_compiling():  # compilers write their own
+        usual = x.device.type != "cpu" or x.is_contiguous() or not x.is_contiguous(memory_format=torch.channels_last)
+        if torch.compiler.is_compiling() or usual:  # compilers write their own
             return super().forward(x)
         return _ChannelsLast.apply(x, self.weight, self.bias, self.num_groups, self.eps)  # type: ignore[no-any-return]
 
@@ -52,7 +54,7 @@ class _ChannelsLast(torch.autograd.Function):
         seen = x.contiguous() if H * W < _LARGE else x
         y, mean, rstd = torch.native_group_norm(seen, weight, bias, B, C, H * W, groups, eps)
         ctx.save_for_backward(x, weight, mean, rstd)  # mean and rstd are (B, groups)
-        return y.contiguous(memory_format=torch.channels_last)
+        return channels_last(y)
 
     @staticmethod
     @once_differentiable
@@ -61,7 +63,7 @@ class _ChannelsLast(torch.autograd.Function):
         (B, C, H, W), groups = x.shape, mean.shape[1]
         exact, count = torch.promote_types(x.dtype, torch.float32), C * H * W // groups
         mean, rstd, w = mean.to(exact), rstd.to(exact), weight.to(exact)
-        dy = dy.contiguous(memory_format=torch.channels_last)
+        dy = channels_last(dy)
         sum_dy = dy.sum((2, 3), dtype=exact)  # (B, C)
         sum_dy_x = (dy * x).sum((2, 3), dtype=exact)  # (B, C)
         group_dy, group_dy_x = ((one * w).view(B, groups, -1).sum(2) for one in (sum_dy, sum_dy_x))

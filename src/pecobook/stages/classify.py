@@ -23,7 +23,7 @@ from pecobook.engine.optim import layer_decay_groups
 from pecobook.errors import ConfigError
 from pecobook.models.contrastive import follow
 from pecobook.models.weights import Backbone, export_backbone, load_backbone
-from pecobook.pixels import to_float
+from pecobook.pixels import channels_last, to_float
 from pecobook.stages.stage import Stage, StageKind, mean_of_counted
 
 
@@ -101,7 +101,7 @@ class ClassifyStage(Stage):
         network = self.network if self.training or self.averaged is None else self.averaged
         if self.training:
             images, targets = self._augmented(images, targets)
-        logits = network(images).float()
+        logits = network(channels_last(images)).float()
         if self.training:
             loss = F.cross_entropy(logits, targets, label_smoothing=self.config.label_smoothing)
             return StageOutput(loss, {"top1": _top(logits, labels, 1)})

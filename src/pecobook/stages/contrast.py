@@ -27,7 +27,7 @@ from pecobook.engine.schedule import cosine
 from pecobook.errors import ConfigError
 from pecobook.models.contrastive import contrastive_loss, follow, initialise_moco, mlp
 from pecobook.models.weights import IMAGENET_MEAN, IMAGENET_STD, create, export_backbone, is_transformer
-from pecobook.pixels import to_float
+from pecobook.pixels import channels_last, to_float
 from pecobook.stages.stage import Stage, StageKind
 
 
@@ -122,7 +122,7 @@ class ContrastStage(Stage):
         """Features (B, F) and labels (B,) of central crops."""
         if "label" not in batch or self.config.knn_images == 0:
             return {}
-        features = self.backbone((to_float(batch["image"]) - self.mean) / self.std)
+        features = self.backbone(channels_last((to_float(batch["image"]) - self.mean) / self.std))
         return {"features": features.float(), "labels": batch["label"]}
 
     def summarise(self, rows: dict[str, Tensor], known: dict[str, Tensor]) -> dict[str, float]:
@@ -139,7 +139,7 @@ class ContrastStage(Stage):
             self.config.colour, blur=self.config.blur[number], solarise=self.config.solarise[number]
         )
         images = photometric(to_float(batch[f"view{number}"]), batch[f"colour{number}"], colour)
-        return (images - self.mean) / self.std
+        return channels_last((images - self.mean) / self.std)
 
     @torch.no_grad()
     def after_step(self, step: int, total: int) -> None:
