@@ -164,7 +164,13 @@ def test_encode__reads_images_from_the_host() -> None:
 # ------------------------------------------------------------------------------------------------- other runtimes
 
 
-@pytest.mark.parametrize("name", list(everyone()))
+# A grey tokenizer, and diffusers' model, run what the others run; an export takes ten seconds and more.
+_LIKE_OTHERS = "ours, grey", "diffusers"
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow if name in _LIKE_OTHERS else ()) for name in everyone()]
+)
 def test_export_onnx__computes_the_same_at_any_size(name: str, tmp_path: Path) -> None:
     import onnxruntime
 
