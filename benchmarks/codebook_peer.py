@@ -30,15 +30,21 @@ from benchmarks.runs import median_step, peak_bytes, rows_apart, rows_parser
 WIDTHS, SIDE, K, D = (64, 128, 256, 512, 512), 224, 8192, 256
 
 
-def ours(*, perceptual: bool) -> nn.Module:
+def stage_of(recipe_name: str, settings: dict[str, Any]) -> Any:
+    """The codebook stage of a recipe with other settings; its codebook's start, which is no part of a step, is over."""
     from pecobook.config import replace
     from pecobook.recipes import recipe
     from pecobook.stages.codebook import CodebookStage
 
+    stage = CodebookStage(replace(recipe("codebook", recipe_name), settings))
+    stage.tokenizer.quantizer._started = True
+    return stage
+
+
+def ours(*, perceptual: bool) -> nn.Module:
     seen = {"network": "torchvision:vgg16", "layers": ("1", "2", "3", "4", "5"), "weights": "random"}
     chosen = {f"perceptual.{name}": value for name, value in (seen if perceptual else {"network": "none"}).items()}
-    stage = CodebookStage(replace(recipe("codebook", "paper"), {**chosen, "model.decoder_blocks": 3}))
-    stage.tokenizer.quantizer._started = True  # the codebook's start is not part of a step
+    stage: nn.Module = stage_of("paper", {**chosen, "model.decoder_blocks": 3})
     return stage
 
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.codebook_peer import loss_of_ours
+from benchmarks.codebook_peer import loss_of_ours, stage_of
 from benchmarks.runs import median_step, peak_bytes, rows_apart, rows_parser
 
 NETWORKS = {
@@ -28,20 +28,14 @@ NETWORKS = {
 
 
 def measure(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
-    from pecobook.config import replace
-    from pecobook.recipes import recipe
-    from pecobook.stages.codebook import CodebookStage
-
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     network, layers = NETWORKS[name]
     chosen = {"perceptual.network": network, "perceptual.layers": layers, "perceptual.weights": "random"}
-    config = replace(recipe("codebook", arguments.recipe), {**chosen, "quantizer.revive_after": 0})
     torch.manual_seed(0)
-    stage = CodebookStage(config).to(device).train()
-    stage.tokenizer.quantizer._started = True  # the codebook's start is not part of a step
+    stage = stage_of(arguments.recipe, {**chosen, "quantizer.revive_after": 0}).to(device).train()
     if arguments.compile:
         stage.compile()
-    side = config.image_size
+    side = stage.config.image_size
     images = torch.randint(256, (arguments.batch_size, 3, side, side), dtype=torch.uint8, device=device)
     count = {"precision": arguments.precision, "warmup": arguments.warmup, "repeats": arguments.repeats}
     seconds = median_step(stage, loss_of_ours(stage, images), **count)

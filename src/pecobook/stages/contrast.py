@@ -122,7 +122,7 @@ class ContrastStage(Stage):
         """Features (B, F) and labels (B,) of central crops."""
         if "label" not in batch or self.config.knn_images == 0:
             return {}
-        features = self.backbone(channels_last((to_float(batch["image"]) - self.mean) / self.std))
+        features = self.backbone(self._normalised(to_float(batch["image"])))
         return {"features": features.float(), "labels": batch["label"]}
 
     def summarise(self, rows: dict[str, Tensor], known: dict[str, Tensor]) -> dict[str, float]:
@@ -139,6 +139,10 @@ class ContrastStage(Stage):
             self.config.colour, blur=self.config.blur[number], solarise=self.config.solarise[number]
         )
         images = photometric(to_float(batch[f"view{number}"]), batch[f"colour{number}"], colour)
+        return self._normalised(images)
+
+    def _normalised(self, images: Tensor) -> Tensor:
+        """Float (B, 3, H, W) in [0, 1], as the backbone wants them."""
         return channels_last((images - self.mean) / self.std)
 
     @torch.no_grad()
