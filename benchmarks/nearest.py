@@ -18,7 +18,7 @@ import resource
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -95,22 +95,37 @@ def measure(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
     return {"name": name, "ms": 1000 * min(seconds), "mib": extra / 2**20, "agreement": agreement}
 
 
+def candidates(precision: str) -> list[dict[str, Any]]:
+    """Settings of the CUDA kernel worth a try."""
+    names = "PRECISION", "BLOCK_N", "BLOCK_K", "BLOCK_D", "num_warps", "num_stages"
+    grids: dict[str, list[tuple[Sequence[Any], ...]]] = {
+        "fp32": [
+            (("ieee",), (32, 64, 128), (64, 128), (16, 32), (4, 8), (2, 3)),
+            (("tf32x3",), (64, 128), (64, 128), (32, 64), (4, 8), (2, 3)),
+        ],
+        "tf32": [(("tf32",), (64, 128), (128, 256), (32, 64), (4, 8), (3, 4))],
+        "bf16": [(("ieee",), (64, 128), (128, 256), (64, 128), (4, 8), (3, 4))],
+    }
+    return [dict(zip(names, chosen, strict=True)) for grid in grids[precision] for chosen in itertools.product(*grid)]
+
+
 def tune(arguments: argparse.Namespace) -> None:
     """Time the CUDA kernel with many block sizes."""
     from pecobook.models.nearest_triton import nearest_fused
 
     z, codebook = (torch.randn(n, arguments.dim, device="cuda") for n in (arguments.vectors, arguments.codewords))
-    print("| precision | BLOCK_N | BLOCK_K | BLOCK_D | warps | stages | ms |\n|---|---|---|---|---|---|---|")
+    print(
+        "| precision | products | BLOCK_N | BLOCK_K | BLOCK_D | warps | stages | ms |\n|---|---|---|---|---|---|---|---|"
+    )
     for precision in ("fp32", "tf32", "bf16"):
         rows = []
-        for n, k, d, warps, stages in itertools.product((32, 64, 128), (64, 128, 256), (16, 32, 64), (4, 8), (2, 3)):
-            tiles = {"BLOCK_N": n, "BLOCK_K": k, "BLOCK_D": d, "num_warps": warps, "num_stages": stages}
+        for tiles in candidates(precision):
             try:
                 seconds = _time(partial(nearest_fused, z, codebook, precision, tiles), arguments.repeats)
             except Exception:  # too much shared memory, or a shape the compiler refuses
                 continue
             rows.append((seconds, tiles))
-        for seconds, tiles in sorted(rows, key=lambda row: row[0])[:5]:
+        for seconds, tiles in sorted(rows, key=lambda row: row[0])[:8]:
             print(f"| {precision} | {' | '.join(map(str, tiles.values()))} | {1000 * seconds:.3f} |", flush=True)
 
 
@@ -162,7 +177,7 @@ def main() -> None:
             continue
         row = json.loads(done.stdout.splitlines()[-1])
         agreement = "-" if row["agreement"] is None else f"{row['agreement']:.4f}"
-        print(f"| {row['name']} | {row['ms']:.0f} | {row['mib']:.0f} | {agreement} |", flush=True)
+        print(f"| {row['name']} | {row['ms']:.3g} | {row['mib']:.0f} | {agreement} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What a process may compute on."""
+"""What a process may compute on, and how."""
 
 from __future__ import annotations
 
@@ -24,3 +24,8 @@ def gpus() -> tuple[str, ...]:
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     named = [name.strip() for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name.strip()]
     return tuple(named[:count] if named else map(str, range(count)))
+
+
+def exporting() -> bool:
+    """Whether torch.export traces, as for ONNX. PyTorch before 2.14 says so of itself in torch.compile, too."""
+    return torch.compiler.is_exporting() and not torch.compiler.is_dynamo_compiling()

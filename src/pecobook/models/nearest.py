@@ -16,6 +16,8 @@ from typing import Literal, TypeAlias
 import torch
 from torch import Tensor
 
+from pecobook.devices import exporting
+
 Precision: TypeAlias = Literal["fp32", "tf32", "bf16"]
 
 # Elements of a distance matrix held at once. On 2 cores 4,096 rows of 8,192 were fastest in fp32, and 256 rows
@@ -47,7 +49,7 @@ def nearest_codeword(z: Tensor, codebook: Tensor, *, precision: Precision = "fp3
         raise ValueError(f"z must be (N, D) and codebook (K, D), not {tuple(z.shape)} and {tuple(codebook.shape)}.")
     with torch.no_grad(), torch.autocast(z.device.type, enabled=False):
         z, codebook = z.detach().float(), codebook.detach().float()
-        if torch.compiler.is_exporting():  # one expression for any N, which other runtimes know
+        if exporting():  # one expression for any N, which other runtimes know
             return _scores(z, codebook, _half_norms(codebook)).argmin(1)
         if torch.compiler.is_compiling():
             codes: Tensor = _operator(z, codebook, precision)

@@ -28,7 +28,6 @@ def _nearest_kernel(  # type: ignore[no-untyped-def]
     BLOCK_K: tl.constexpr,
     BLOCK_D: tl.constexpr,
     PRECISION: tl.constexpr,
-    LOW: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ):
     # 64-bit offsets: N D can pass 2^31 when a whole data set is encoded at once.
@@ -51,10 +50,8 @@ def _nearest_kernel(  # type: ignore[no-untyped-def]
                 mask=(column < K)[None, :] & inside[:, None],
                 other=0.0,
             )  # (BLOCK_D, BLOCK_K)
-            if LOW:
-                left, right = left.to(tl.bfloat16), right.to(tl.bfloat16)
-                if INTERPRETED:  # Triton's interpreter multiplies the bits of bfloat16 as if they were integers
-                    left, right = left.to(tl.float32), right.to(tl.float32)
+            if INTERPRETED:  # Triton's interpreter multiplies the bits of bfloat16 as if they were integers
+                left, right = left.to(tl.float32), right.to(tl.float32)
             product = tl.dot(left, right, product, input_precision=PRECISION)
         norms = tl.load(half_norms_ptr + column, mask=column < K, other=float("inf"))
         score = norms[None, :] - product  # (BLOCK_N, BLOCK_K)
@@ -71,6 +68,7 @@ _TILES: dict[str, dict[str, int]] = {
     "tf32": {"BLOCK_N": 128, "BLOCK_K": 128, "BLOCK_D": 32, "num_warps": 8, "num_stages": 3},
     "bf16": {"BLOCK_N": 128, "BLOCK_K": 128, "BLOCK_D": 64, "num_warps": 8, "num_stages": 3},
 }
+_PRODUCTS = {"fp32": "ieee", "tf32": "tf32", "bf16": "ieee"}
 
 
 def nearest_fused(z: Tensor, codebook: Tensor, precision: str, tiles: dict[str, int] | None = None) -> Tensor:
@@ -84,7 +82,9 @@ def nearest_fused(z: Tensor, codebook: Tensor, precision: str, tiles: dict[str, 
     if N == 0:
         return codes
     half_norms = codebook.square().sum(1).mul_(0.5)  # (K,)
-    settings: dict[str, Any] = tiles or _TILES[precision]
+    settings: dict[str, Any] = {"PRECISION": _PRODUCTS[precision], **(tiles or _TILES[precision])}
+    if precision == "bf16":
+        z, codebook = z.bfloat16(), codebook.bfloat16()
     # Triton starts kernels on the current device, which need not be the tensors'.
     with torch.cuda.device(z.device) if z.is_cuda else nullcontext():
         _nearest_kernel[(triton.cdiv(N, settings["BLOCK_N"]),)](
@@ -95,8 +95,6 @@ def nearest_fused(z: Tensor, codebook: Tensor, precision: str, tiles: dict[str, 
             N,
             len(codebook),
             D,
-            PRECISION="tf32" if precision == "tf32" else "ieee",
-            LOW=precision == "bf16",
             INTERPRETED=not z.is_cuda,
             **settings,
         )

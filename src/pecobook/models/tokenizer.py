@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from pecobook.config import replace, to_dict
+from pecobook.devices import exporting
 from pecobook.errors import ConfigError, WeightsError, first_line
 from pecobook.models.autoencoder import AutoencoderConfig, build
 from pecobook.models.nearest import nearest_codeword
@@ -185,15 +186,15 @@ class PerceptualTokenizer(nn.Module):
         return str(url)
 
 
-# Statistics that only training reads: an export holds the codebook alone.
 def in_parts(function: Callable[[Tensor], Tensor], rows: Tensor, batch_size: int, device: torch.device) -> Tensor:
     """`function` of rows (N, ...) on any device, `batch_size` of them at a time on `device`; back where rows are."""
-    if torch.compiler.is_exporting():  # the number of rows stays open
+    if exporting():  # the number of rows stays open
         return function(rows)
     parts = [function(part.to(device)) for part in torch.split(rows, batch_size)]
     return (parts[0] if len(parts) == 1 else torch.cat(parts)).to(rows.device)
 
 
+# Statistics that only training reads: an export holds the codebook alone.
 TRAINING_ONLY = frozenset(
     f"quantizer.{name}" for name in ("ema_count", "ema_sum", "idle", "usage", "unused", "num_updates", "num_revived")
 )
