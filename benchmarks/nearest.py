@@ -114,9 +114,8 @@ def tune(arguments: argparse.Namespace) -> None:
     from pecobook.models.nearest_triton import nearest_fused
 
     z, codebook = (torch.randn(n, arguments.dim, device="cuda") for n in (arguments.vectors, arguments.codewords))
-    print(
-        "| precision | products | BLOCK_N | BLOCK_K | BLOCK_D | warps | stages | ms |\n|---|---|---|---|---|---|---|---|"
-    )
+    columns = "precision", "products", "BLOCK_N", "BLOCK_K", "BLOCK_D", "warps", "stages", "ms"
+    print(f"| {' | '.join(columns)} |\n{'|---' * len(columns)}|")
     for precision in ("fp32", "tf32", "bf16"):
         rows = []
         for tiles in candidates(precision):
