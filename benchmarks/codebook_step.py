@@ -58,7 +58,7 @@ def main() -> None:
         plain = row["seconds"] if name == "none" else plain
         share = f"{1 - plain / row['seconds']:.0%}" if plain else "-"
         speed = arguments.batch_size / row["seconds"]
-        print(f"| {name} | {row['seconds']:.2f} | {speed:.2f} | {share} | {row['mib']:.0f} |", flush=True)
+        print(f"| {name} | {row['seconds']:.3g} | {speed:.3g} | {share} | {row['mib']:.0f} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -128,7 +128,7 @@ def main() -> None:
     words = "--batch-size", arguments.batch_size, "--repeats", arguments.repeats, "--precision", arguments.precision
     for name, found in rows_apart("benchmarks.dense_step", arguments.rows, *words):
         speed = arguments.batch_size / found["seconds"]
-        print(f"| {name} | {found['seconds']:.2f} | {speed:.3f} | {found['gib']:.1f} |", flush=True)
+        print(f"| {name} | {found['seconds']:.3g} | {speed:.3g} | {found['gib']:.1f} |", flush=True)
 
 
 if __name__ == "__main__":

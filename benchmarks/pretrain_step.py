@@ -115,7 +115,7 @@ def main() -> None:
     words = "--batch-size", arguments.batch_size, "--repeats", arguments.repeats
     for name, row in rows_apart("benchmarks.pretrain_step", arguments.rows, *words):
         speed = arguments.batch_size / row["seconds"]
-        print(f"| {name} | {speed:.2f} | {row['seconds']:.2f} | {row['mib'] or '-'} |", flush=True)
+        print(f"| {name} | {speed:.3g} | {row['seconds']:.3g} | {round(row['mib']) or '-'} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -23,7 +23,12 @@ _CACHE = pytest.StashKey[Path]()
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Set what libraries read when they are imported, so before any test is."""
+    """Set what libraries read when they are imported, so before any test is.
+
+    GPUs are hidden unless tests are asked for that want one (`-m gpu`): all others pass on CPUs, where CI runs them.
+    """
+    if config.option.markexpr != "gpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
     cache = Path(tempfile.mkdtemp(prefix="pecobook-tests-"))
     config.stash[_CACHE] = cache
     os.environ.update(
@@ -37,7 +42,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if not torch.cuda.is_available():
         for item in items:
             if item.get_closest_marker("gpu"):
-                item.add_marker(pytest.mark.skip(reason="there is no CUDA device"))
+                item.add_marker(pytest.mark.skip(reason="there is no CUDA device, or -m gpu was not given"))
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:

@@ -145,6 +145,9 @@ class TrainConfig:
     """Most held-out images looked at in each evaluation."""
     compile: bool = False
     """Compile the stage with torch.compile."""
+    deterministic: bool = False
+    """On a GPU, take only kernels that give the same bits each time, as far as PyTorch has them, so that a run can be
+    repeated and resumed to the same weights; slower. A CPU always does."""
     optim: OptimConfig = OptimConfig()
     resume: bool = False
     """Go on from the last checkpoint in --out."""

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from pecobook.models.segmenter import Segmenter, SegmentTestConfig
-from tests.runs import SMALL, inputs, losses, train
+from tests.runs import SMALL, export_bytes, inputs, losses, train
 
 pytestmark = pytest.mark.gpu
 
@@ -33,6 +33,33 @@ def test_train__on_a_gpu(
     train(command, images, run, **more, resume=True)
     weights = load_file(run / "export" / "model.safetensors")
     assert all(bool(value.isfinite().all()) for value in weights.values() if value.is_floating_point())
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("command", list(SMALL))
+def test_resume__to_the_same_bits_on_a_gpu_when_asked_to(
+    command: str, precision: str, images: Path, codebook_run: Path, vit_run: Path, tmp_path: Path
+) -> None:
+    more: dict[str, Any] = {**inputs(command, codebook_run, vit_run), "precision": precision, "devices": "1"}
+    more |= {"max_steps": "6", "save_every": 3, "deterministic": True}
+    straight = train(command, images, tmp_path / "straight", **more)
+    parts = train(command, images, tmp_path / "parts", **more)
+    assert losses(parts) == losses(straight)
+    shutil.rmtree(parts / "checkpoints" / "step-00000006")
+    shutil.rmtree(parts / "export")
+    train(command, images, parts, **more, resume=True)
+    assert export_bytes(parts) == export_bytes(straight)
+    assert not torch.are_deterministic_algorithms_enabled()
+
+
+@pytest.mark.parametrize("command", ["codebook", "pretrain"])
+def test_train__compiled_on_a_gpu(
+    command: str, images: Path, codebook_run: Path, vit_run: Path, tmp_path: Path
+) -> None:
+    more: dict[str, Any] = {**inputs(command, codebook_run, vit_run), "precision": "bf16", "devices": "1"}
+    plain = losses(train(command, images, tmp_path / "plain", **more))
+    compiled = losses(train(command, images, tmp_path / "compiled", **more, compile=True))
+    assert compiled == pytest.approx(plain, rel=0.05)
 
 
 def test_segmenter__predicts_on_a_gpu_what_it_does_on_a_cpu(vit_run: Path, tmp_path: Path, images: Path) -> None:

@@ -5,8 +5,11 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -76,10 +79,9 @@ def start(config: TrainConfig) -> Fabric:
     """Start the processes and return their Fabric."""
     from lightning_fabric import Fabric
 
-    # PyTorch 2.15 renames an argument that Lightning's oldest PyTorch must still be given by its old name.
-    warnings.filterwarnings("ignore", message=".*`broadcast_buffers` is deprecated")
-    # Gradients of 1 x 1 convolutions come in another memory order than DDP's buckets: a copy, and no error.
-    warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
+    _quieten()
+    if config.deterministic:  # read when the GPU's libraries start, here or in the processes that this one starts
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     fabric = Fabric(
         accelerator="cuda" if torch.cuda.is_available() else "cpu",
         devices=device_count(config),
@@ -89,6 +91,31 @@ def start(config: TrainConfig) -> Fabric:
     )
     fabric.launch()
     return fabric
+
+
+@contextmanager
+def repeatable(device: torch.device, wanted: bool) -> Iterator[None]:
+    """To train within: kernels of a GPU that give the same bits each time. PyTorch warns of those that have none."""
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    if wanted and device.type == "cuda":
+        torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+
+
+def _quieten() -> None:
+    """Keep from the screen what libraries say that no user can act on."""
+    # PyTorch 2.15 renames an argument that Lightning's oldest PyTorch must still be given by its old name.
+    warnings.filterwarnings("ignore", message=".*`broadcast_buffers` is deprecated")
+    # Gradients of 1 x 1 convolutions come in another memory order than DDP's buckets: a copy, and no error.
+    warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
+    # Before PyTorch 2.14: `engine.attention` is meant to take the place of a rule.
+    warnings.filterwarnings("ignore", message="Warning only once for all operators")
+    # What is fp32 under autocast is meant to be: losses, averages, distances.
+    warnings.filterwarnings("ignore", message="TensorFloat32 tensor cores")
+    logging.getLogger("lightning_fabric.utilities.rank_zero").setLevel(logging.WARNING)
 
 
 def _precision(name: str) -> Any:

@@ -25,7 +25,7 @@ from pecobook.engine import checkpoint
 from pecobook.engine.agreement import Agreement
 from pecobook.engine.attention import trainable_attention
 from pecobook.engine.evaluation import Evaluation, evaluate, mean_over_ranks
-from pecobook.engine.launch import device_count, micro_batch_size
+from pecobook.engine.launch import device_count, micro_batch_size, repeatable
 from pecobook.engine.log import Progress, Sink, duration, open_sinks, open_text_log
 from pecobook.engine.memory import advice
 from pecobook.engine.optim import build_optimizer, learning_rates, set_learning_rate
@@ -157,7 +157,7 @@ class _Loop:
     def run(self) -> Outcome:
         step = self.start
         try:
-            with _Signals() as signals:
+            with _Signals() as signals, repeatable(self.fabric.device, self.config.deterministic):
                 positions = self._positions(self.start, self.total)
                 batches = load(self.train, positions, workers=self.workers, pin=self.fabric.device.type == "cuda")
                 self._mark = time.monotonic()

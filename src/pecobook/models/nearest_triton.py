@@ -62,19 +62,36 @@ def _nearest_kernel(  # type: ignore[no-untyped-def]
     tl.store(codes_ptr + row, code.to(tl.int64), mask=row < N)
 
 
-# Rows, codewords and channels of a tile, warps and stages. fp32 runs outside the tensor cores and wants small tiles.
-_TILES: dict[str, dict[str, int]] = {
-    "fp32": {"BLOCK_N": 64, "BLOCK_K": 128, "BLOCK_D": 32, "num_warps": 8, "num_stages": 3},
-    "tf32": {"BLOCK_N": 128, "BLOCK_K": 128, "BLOCK_D": 32, "num_warps": 8, "num_stages": 3},
-    "bf16": {"BLOCK_N": 128, "BLOCK_K": 128, "BLOCK_D": 64, "num_warps": 8, "num_stages": 3},
+# Rows, codewords and channels of a tile, warps and stages: the fastest on an H200 (`benchmarks.nearest --tune`), and
+# what GPUs with less shared memory hold.
+_TILES: dict[str, tuple[tuple[int, int, int, int, int], ...]] = {
+    "fp32": ((128, 128, 64, 8, 3), (64, 128, 32, 4, 3), (64, 64, 32, 4, 2)),
+    "tf32": ((128, 256, 32, 8, 3), (128, 128, 32, 8, 2), (64, 64, 32, 4, 2)),
+    "bf16": ((128, 256, 64, 8, 3), (128, 128, 64, 8, 2), (64, 64, 64, 4, 2)),
 }
-_PRODUCTS = {"fp32": "ieee", "tf32": "tf32", "bf16": "ieee"}
+_NAMES = "BLOCK_N", "BLOCK_K", "BLOCK_D", "num_warps", "num_stages"
+_ANY_MEMORY = 2**30  # of the interpreter
+
+# fp32 is split in three products of tensor cores, which keep as much of it as a sum in fp32 does: on an H200 a fifth
+# of the time of products outside of them.
+_PRODUCTS = {"fp32": "tf32x3", "tf32": "tf32", "bf16": "ieee"}
+
+
+def _tiles(precision: str, device: torch.device) -> dict[str, int]:
+    """The first whose stages the shared memory holds; the last fits every GPU that Triton knows."""
+    memory = _ANY_MEMORY
+    if device.type == "cuda":
+        memory = getattr(torch.cuda.get_device_properties(device), "shared_memory_per_block_optin", 2**16)
+    width = 2 if precision == "bf16" else 4
+    fitting = (tile for tile in _TILES[precision] if (tile[0] + tile[1]) * tile[2] * tile[4] * width < memory)
+    return dict(zip(_NAMES, next(fitting, _TILES[precision][-1]), strict=True))
 
 
 def nearest_fused(z: Tensor, codebook: Tensor, precision: str, tiles: dict[str, int] | None = None) -> Tensor:
     """Codes int64 (N,) of fp32 z (N, D) among the codewords (K, D); see `pecobook.models.nearest`.
 
-    `tiles` are the kernel's block sizes, for tuning and for the interpreter, which prefers few large ones.
+    `tiles` are the kernel's block sizes, and its products if other, for tuning and for the interpreter, which prefers
+    few large ones.
     """
     z, codebook = z.contiguous(), codebook.contiguous()
     N, D = z.shape
@@ -82,7 +99,7 @@ def nearest_fused(z: Tensor, codebook: Tensor, precision: str, tiles: dict[str, 
     if N == 0:
         return codes
     half_norms = codebook.square().sum(1).mul_(0.5)  # (K,)
-    settings: dict[str, Any] = {"PRECISION": _PRODUCTS[precision], **(tiles or _TILES[precision])}
+    settings: dict[str, Any] = {"PRECISION": _PRODUCTS[precision], **(tiles or _tiles(precision, z.device))}
     if precision == "bf16":
         z, codebook = z.bfloat16(), codebook.bfloat16()
     # Triton starts kernels on the current device, which need not be the tensors'.
