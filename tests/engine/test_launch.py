@@ -5,6 +5,7 @@ import torch
 
 from pecobook.config import TrainConfig
 from pecobook.engine import launch
+from pecobook.engine.launch import repeatable
 from pecobook.errors import ConfigError
 
 
@@ -65,3 +66,11 @@ def test_is_leader__only_the_first_process(name: str, monkeypatch: pytest.Monkey
     assert launch.is_leader()
     monkeypatch.setenv(name, "1")
     assert not launch.is_leader()
+
+
+@pytest.mark.parametrize(("device", "wanted"), [("cuda", True), ("cuda", False), ("cpu", True)])
+def test_repeatable__asks_for_kernels_that_repeat_and_puts_it_back(device: str, wanted: bool) -> None:
+    with repeatable(torch.device(device), wanted):
+        assert torch.are_deterministic_algorithms_enabled() == (wanted and device == "cuda")
+        assert torch.is_deterministic_algorithms_warn_only_enabled() == (wanted and device == "cuda")
+    assert not torch.are_deterministic_algorithms_enabled()

@@ -8,6 +8,7 @@ import sys
 
 import pytest
 import torch
+from torch import Tensor
 
 from pecobook.models.nearest import Precision, nearest_codeword
 
@@ -52,6 +53,29 @@ def test_kernel__in_the_interpreter() -> None:
     )
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.strip() == "done"
+
+
+def tf32(x: Tensor) -> Tensor:
+    """What a tensor core keeps of fp32: ten bits after the first."""
+    return ((x.view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32)
+
+
+@pytest.mark.parametrize(("dim", "offset", "spread"), [(256, 0.0, 1.0), (32, 0.0, 1.0), (256, 5.0, 0.3)])
+def test_three_products__miss_no_more_than_fp32(dim: int, offset: float, spread: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+    centre = offset * torch.randn(1, dim, generator=generator)
+    z, codebook = (centre + spread * torch.randn(n, dim, generator=generator) for n in (1024, 4096))
+    half_norms = codebook.square().sum(1) / 2
+
+    def misses(products: Tensor) -> int:
+        return int(((half_norms - products).argmin(1) != exact).sum())
+
+    exact = (codebook.double().square().sum(1) / 2 - z.double() @ codebook.double().t()).argmin(1)
+    high, high_codebook = tf32(z), tf32(codebook)
+    low, low_codebook = tf32(z - high), tf32(codebook - high_codebook)
+    three = low @ high_codebook.t() + high @ low_codebook.t() + high @ high_codebook.t()
+    assert misses(three) <= misses(z @ codebook.t()) + 2
+    assert offset == 0 or misses(high @ high_codebook.t()) > 20  # while one product alone does
 
 
 @pytest.mark.gpu

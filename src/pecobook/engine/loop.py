@@ -162,6 +162,8 @@ class _Loop:
                 batches = load(self.train, positions, workers=self.workers, pin=self.fabric.device.type == "cuda")
                 self._mark = time.monotonic()
                 self._saved_at, self._waited, self._marked_step = self._mark, 0.0, self.start
+                if self.config.compile:
+                    self.progress.say("Compiling: the first step can take minutes.")
                 while step < self.total:
                     stop = self._step(step, batches, signals)
                     step += 1

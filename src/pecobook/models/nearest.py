@@ -2,8 +2,9 @@
 
     argmin_k ||z - e_k||^2 = argmin_k s_k,   s_k = ||e_k||^2 / 2 - z . e_k,   since ||z||^2 is the same for all k
 
-Three ways to the same indices: a Triton kernel on CUDA (`nearest_triton`), a bfloat16 search whose few candidates are
-compared again in fp32 on CPUs that multiply bfloat16, and chunks of fp32 distances everywhere else.
+Three ways to the same indices: a Triton kernel on CUDA (`nearest_triton`, whose fp32 is three products of TF32), a
+bfloat16 search whose few candidates are compared again in fp32 on CPUs that multiply bfloat16, and chunks of fp32
+distances everywhere else.
 
 N vectors, K codewords, D dimension.
 """

@@ -75,9 +75,10 @@ def paper() -> CodebookConfig:
 
     Source: section 4 and Table 2 (84.1% after 300 epochs of pre-training). Batch 128, Adam (0.5, 0.95), lr 5e-5, 100
         epochs, warm-up 5,000 steps, lambda 1, beta 0.25. What the paper leaves open stands in docs/decisions.md.
-    Command: pecobook codebook paper --data IMAGENET --perceptual.network runs/contrast --out runs/codebook
-    Cost: 690 GFLOP an image, counted (tokenizer 588, perceptual network 101), so 8.8e19 for ImageNet-1K:
-        about 120 hours of one H100 at 200 TFLOP/s. Estimated, not measured.
+    Command: pecobook codebook paper --data IMAGENET --perceptual.network runs/contrast --compile --out runs/codebook
+    Cost: 690 GFLOP an image, counted (tokenizer 588, perceptual network 101), so 8.8e19 for ImageNet-1K: about 110
+        hours of one H200 at the 227 TFLOP/s that a step under VGG-16 reached there with --compile, 170 without.
+        Estimated.
     Result: not yet run.
     """
     return CodebookConfig(batch_size=128, max_steps="100 epochs")
