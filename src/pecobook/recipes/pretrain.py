@@ -71,8 +71,8 @@ def paper() -> PretrainConfig:
         drop path 0.1; warm-up, clipping, relative positions and LayerScale are BEiT's. Another batch scales the rate in
         proportion.
     Command: pecobook pretrain paper --data IMAGENET --tokenizer runs/codebook --out runs/vit
-    Cost: 108 GFLOP an image from a token bank, counted, so 1.1e20: about 100 hours of one H100 at 300 TFLOP/s. With the
-        tokenizer in each step 175 GFLOP. Estimated.
+    Cost: 108 GFLOP an image from a token bank, counted, so 1.1e20: about 110 hours of one H200 at the 280 TFLOP/s that
+        steps reached there with --compile. With the tokenizer in each step 175 GFLOP. Estimated.
     Result: not yet run.
     """
     return PretrainConfig(max_steps="800 epochs", optim=_BEIT)
@@ -83,8 +83,8 @@ def paper_vit_b_300() -> PretrainConfig:
 
     Source: Table 2 (84.1% after fine-tuning), Tables 5 to 7, 10 and 12.
     Command: pecobook pretrain paper-vit-b-300 --data IMAGENET --tokenizer runs/codebook --out runs/vit
-    Cost: 108 GFLOP an image from a token bank, counted, so 4.2e19: about 40 hours of one H100 at 300 TFLOP/s.
-        Estimated.
+    Cost: 108 GFLOP an image from a token bank, counted, so 4.2e19: about 42 hours of one H200 at the 280 TFLOP/s that
+        steps reached there with --compile. Estimated.
     Result: not yet run.
     """
     return dataclasses.replace(paper(), max_steps="300 epochs")
