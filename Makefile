@@ -6,7 +6,7 @@ OUT    ?= runs/demo
 # Processes that share out the tests. Each holds about 3 GB.
 WORKERS ?= 2
 
-.PHONY: demo test test-all check format clean
+.PHONY: demo test test-all test-gpu check format clean
 
 demo: $(VENV)/.run
 	$(BIN)/pecobook demo --out $(OUT)
@@ -16,6 +16,9 @@ test: $(VENV)/.dev
 
 test-all: $(VENV)/.dev
 	$(BIN)/pytest
+
+test-gpu: $(VENV)/.dev
+	$(BIN)/pytest -m gpu
 
 check: $(VENV)/.dev
 	$(BIN)/ruff check .
