@@ -112,6 +112,7 @@ def test_run_all__gives_each_run_a_place_of_its_own(
     runs: Path, monkeypatch: pytest.MonkeyPatch, gpu_names: tuple[str, ...]
 ) -> None:
     monkeypatch.setattr(devices, "gpus", lambda: gpu_names)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)  # which hides a GPU from tests
     given = places()
     jobs = {name: job(runs, name) for name in ("a", "b", "c")} | {"d": job(runs, "d", "a", "b", "c")}
     cost = run_all(jobs, runs)

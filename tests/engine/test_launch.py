@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
 
@@ -69,8 +71,12 @@ def test_is_leader__only_the_first_process(name: str, monkeypatch: pytest.Monkey
 
 
 @pytest.mark.parametrize(("device", "wanted"), [("cuda", True), ("cuda", False), ("cpu", True)])
-def test_repeatable__asks_for_kernels_that_repeat_and_puts_it_back(device: str, wanted: bool) -> None:
+def test_repeatable__asks_for_kernels_that_repeat_and_puts_it_back(
+    device: str, wanted: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":16:8")  # what is there stays, and no test sees another
     with repeatable(torch.device(device), wanted):
         assert torch.are_deterministic_algorithms_enabled() == (wanted and device == "cuda")
         assert torch.is_deterministic_algorithms_warn_only_enabled() == (wanted and device == "cuda")
+    assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":16:8"
     assert not torch.are_deterministic_algorithms_enabled()

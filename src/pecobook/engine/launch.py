@@ -80,8 +80,6 @@ def start(config: TrainConfig) -> Fabric:
     from lightning_fabric import Fabric
 
     _quieten()
-    if config.deterministic:  # read when the GPU's libraries start, here or in the processes that this one starts
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     fabric = Fabric(
         accelerator="cuda" if torch.cuda.is_available() else "cpu",
         devices=device_count(config),
@@ -98,6 +96,7 @@ def repeatable(device: torch.device, wanted: bool) -> Iterator[None]:
     """To train within: kernels of a GPU that give the same bits each time. PyTorch warns of those that have none."""
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     if wanted and device.type == "cuda":
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read at the first product
         torch.use_deterministic_algorithms(True, warn_only=True)
     try:
         yield
