@@ -19,6 +19,7 @@ import argparse
 import json
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -87,13 +88,18 @@ class Peer(nn.Module):
 def step_of(name: str, images: Tensor, *, perceptual: bool) -> tuple[nn.Module, Callable[[], Tensor], nn.Module]:
     """The model, its loss, and the quantizer in it."""
     torch.manual_seed(0)
+    model: Any
     if name.startswith("pecobook"):
-        stage: Any = ours(perceptual=perceptual).to(images.device).train()
-        return stage, loss_of_ours(stage, images), stage.tokenizer.quantizer
-    peer: Any = Peer(perceptual=perceptual).to(images.device).train()
-    if peer.lpips is not None:
-        peer.lpips.eval()  # it has dropout, for training LPIPS itself
-    return peer, lambda: peer(images), peer.model.quantize
+        model = ours(perceptual=perceptual).to(images.device).train()
+        loss, quantizer = loss_of_ours(model, images), model.tokenizer.quantizer
+    else:
+        model = Peer(perceptual=perceptual).to(images.device).train()
+        if model.lpips is not None:
+            model.lpips.eval()  # it has dropout, for training LPIPS itself
+        loss, quantizer = partial(model, images), model.model.quantize
+    if name.endswith(COMPILED):
+        model.compile()
+    return model, loss, quantizer
 
 
 PARTS = "autoencoder", "perceptual", "quantizer", "optimizer"
@@ -113,8 +119,6 @@ def measure(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
     images = torch.randint(256, (arguments.batch_size, 3, SIDE, SIDE), dtype=torch.uint8, device=device)
     count = {"precision": ROWS[name], "warmup": 3 if device.type == "cuda" else 1, "repeats": arguments.repeats}
     model, loss, quantizer = step_of(name, images, perceptual=True)
-    if name.endswith(COMPILED):
-        model.compile()
     whole = median_step(model, loss, **count)
     peak = peak_bytes(device)
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -127,10 +131,7 @@ def measure(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
         "optimizer": _optimizer_seconds(trained),
     }
     del model, loss, quantizer, trained
-    model, loss, _ = step_of(name, images, perceptual=False)
-    if name.endswith(COMPILED):
-        model.compile()
-    row["perceptual"] = whole - median_step(model, loss, **count)
+    row["perceptual"] = whole - median_step(*step_of(name, images, perceptual=False)[:2], **count)
     return row
 
 

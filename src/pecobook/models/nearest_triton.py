@@ -70,7 +70,6 @@ _TILES: dict[str, tuple[tuple[int, int, int, int, int], ...]] = {
     "bf16": ((128, 256, 64, 8, 3), (128, 128, 64, 8, 2), (64, 64, 64, 4, 2)),
 }
 _NAMES = "BLOCK_N", "BLOCK_K", "BLOCK_D", "num_warps", "num_stages"
-_ANY_MEMORY = 2**30  # of the interpreter
 
 # fp32 is split in three products of tensor cores, which keep as much of it as a sum in fp32 does: on an H200 a fifth
 # of the time of products outside of them.
@@ -79,7 +78,7 @@ _PRODUCTS = {"fp32": "tf32x3", "tf32": "tf32", "bf16": "ieee"}
 
 def _tiles(precision: str, device: torch.device) -> dict[str, int]:
     """The first whose stages the shared memory holds; the last fits every GPU that Triton knows."""
-    memory = _ANY_MEMORY
+    memory = float("inf")  # of the interpreter
     if device.type == "cuda":
         memory = getattr(torch.cuda.get_device_properties(device), "shared_memory_per_block_optin", 2**16)
     width = 2 if precision == "bf16" else 4
