@@ -1,19 +1,22 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
+import shutil
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from pecobook.config import BackboneConfig, replace
 from pecobook.data.views import colour_draws
 from pecobook.errors import ConfigError
 from pecobook.recipes import recipe
 from pecobook.stages.contrast import KIND, ContrastConfig, ContrastStage
-from tests.runs import SMALL
+from tests.runs import SMALL, export_bytes, logged, losses, train
 
 VIT = BackboneConfig(name="vit_tiny_patch16_224", args='{"patch_size": 8, "depth": 2, "embed_dim": 32, "num_heads": 2}')
 
@@ -57,6 +60,31 @@ def test_forward__loss_is_symmetric_in_the_views() -> None:
     stage, given = make(blur=(0.0, 0.0), solarise=(0.0, 0.0)), batch()
     swapped = {name.translate({48: "1", 49: "0"}): value for name, value in given.items()}
     assert stage(given).loss.item() == pytest.approx(stage(swapped).loss.item(), rel=1e-5)
+
+
+def test_train__micro_batches_learn_as_the_whole_batch(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def without_norm(widths: list[int], *, final_norm: bool) -> nn.Sequential:
+        return nn.Sequential(*(nn.Linear(*pair, bias=False) for pair in itertools.pairwise(widths)))
+
+    monkeypatch.setattr("pecobook.stages.contrast.mlp", without_norm)  # it sees only what a device holds at once
+    # A large epsilon keeps Adam from blowing up the sign of gradients near zero, which is rounding.
+    more: dict[str, Any] = {"model.name": VIT.name, "model.args": VIT.args, "optim.eps": 1e-3}
+    whole = train("contrast", images, tmp_path / "whole", **more)
+    parts = train("contrast", images, tmp_path / "parts", **more, micro_batch_size=2)
+    assert losses(parts) == pytest.approx(losses(whole), rel=1e-5)
+    shown = [[line["accuracy"] for line in logged(run) if "accuracy" in line] for run in (parts, whole)]
+    assert shown[0] == pytest.approx(shown[1])
+
+
+def test_train__micro_batches_resume_bit_for_bit(images: Path, tmp_path: Path) -> None:
+    more: dict[str, Any] = {"micro_batch_size": 2, "save_every": 4}
+    run = train("contrast", images, tmp_path / "run", **more)
+    before = export_bytes(run)
+    shutil.rmtree(run / "checkpoints" / "step-00000008")
+    train("contrast", images, run, **more, resume=True)
+    assert export_bytes(run) == before
 
 
 def test_stage__freezes_the_patch_projection_where_asked() -> None:

@@ -42,6 +42,18 @@ def test_train__ddp_equals_one_process(
         torch.testing.assert_close(value, theirs[name], rtol=0.05, atol=3e-3)  # Adam's first steps enlarge rounding
 
 
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_train__contrast_in_micro_batches_equals_one_process(
+    strategy: str, images: Path, tmp_path: Path, two_processes: TwoProcesses
+) -> None:
+    """BatchNorm sees the same two images everywhere; all eight are told apart."""
+    more: dict[str, Any] = {"max_steps": "3", "optim.eps": 1e-3, "micro_batch_size": 2}
+    alone = train("contrast", images, tmp_path / "one", **more)
+    settings = {**more, "devices": "2", "strategy": strategy}
+    two_processes.run(train_on_each, "contrast", str(images), str(tmp_path / "two"), settings)
+    assert losses(tmp_path / "two") == pytest.approx(losses(alone), rel=1e-4)
+
+
 @pytest.mark.parametrize(
     "more",
     [

@@ -6,8 +6,6 @@ state and one integer, and a run that was killed goes on bit for bit.
 
 from __future__ import annotations
 
-import signal
-import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -30,6 +28,7 @@ from pecobook.engine.log import Progress, Sink, duration, open_sinks, open_text_
 from pecobook.engine.memory import advice
 from pecobook.engine.optim import build_optimizer, learning_rates, set_learning_rate
 from pecobook.engine.schedule import is_time
+from pecobook.engine.signals import Signals
 from pecobook.errors import PecobookError
 
 if TYPE_CHECKING:
@@ -49,7 +48,8 @@ class StageOutput(NamedTuple):
     pictures: dict[str, Tensor] = {}  # noqa: RUF012
     """Float (B, 3, H, W) in [0, 1] each, in evaluation mode only; the loop draws the first few."""
     rows: dict[str, Tensor] = {}  # noqa: RUF012
-    """(B, ...) each, or (1, ...) of a whole batch, in evaluation mode only: what the stage sums up at the end."""
+    """(B, ...) each, or (1, ...) of a whole batch: in evaluation mode what the stage sums up at the end, in training
+    what it looks ahead for."""
 
 
 class Trainable(Protocol):
@@ -57,6 +57,9 @@ class Trainable(Protocol):
 
     least_images: int
     """Fewest images that it takes at once."""
+    looks_ahead: bool
+    """Whether it sees every micro-batch of a step before it learns from the first: without gradient, marked as `ahead`.
+    The rows that it returns then come with each micro-batch, (B x micro-batches, ...), its own first."""
 
     def parameter_groups(self, config: OptimConfig) -> list[dict[str, Any]]:
         """Groups for the optimizer, with `lr_scale`."""
@@ -157,7 +160,7 @@ class _Loop:
     def run(self) -> Outcome:
         step = self.start
         try:
-            with _Signals() as signals, repeatable(self.fabric.device, self.config.deterministic):
+            with Signals() as signals, repeatable(self.fabric.device, self.config.deterministic):
                 positions = self._positions(self.start, self.total)
                 batches = load(self.train, positions, workers=self.workers, pin=self.fabric.device.type == "cuda")
                 self._mark = time.monotonic()
@@ -182,7 +185,7 @@ class _Loop:
         finally:
             self._close()
 
-    def _step(self, step: int, batches: _Batches, signals: _Signals) -> bool:
+    def _step(self, step: int, batches: _Batches, signals: Signals) -> bool:
         """One optimizer step; returns whether to stop after it."""
         lr = self.schedule(step)
         set_learning_rate(self.optimizer, lr)
@@ -211,12 +214,8 @@ class _Loop:
     def _forward_backward(self, step: int, batches: _Batches) -> tuple[Tensor, dict[str, Tensor]]:
         accumulation = self.config.batch_size // (self.micro * self.fabric.world_size)
         total: dict[str, Tensor] = {}
-        for micro in range(accumulation):
-            began = time.monotonic()
-            batch = self._to_device(next(batches))
-            self._waited += time.monotonic() - began
-            # Dropout, drop path and mixing follow from the place in the training, so no random state is kept.
-            torch.manual_seed(key(self.config.seed, step, micro, self.fabric.global_rank) >> 1)
+        for micro, batch in enumerate(self._micro_batches(step, batches, accumulation)):
+            self._seed(step, micro)
             unfinished = micro < accumulation - 1
             with trainable_attention(self.fabric.device), self.fabric.no_backward_sync(self.model, enabled=unfinished):
                 output = self.model(batch)
@@ -225,6 +224,27 @@ class _Loop:
             for name, value in {"loss": output.loss.detach(), **output.metrics}.items():
                 total[name] = total.get(name, 0) + value / accumulation
         return total.pop("loss"), total
+
+    def _micro_batches(self, step: int, batches: _Batches, count: int) -> Iterator[Batch]:
+        """A step's micro-batches, on the device one by one, each with what the stage saw when it looked ahead."""
+        if count == 1 or not self.stage.looks_ahead:
+            for _ in range(count):
+                yield self._to_device(self._next(batches))
+            return
+        whole = [self._next(batches) for _ in range(count)]
+        seen = []
+        for micro, batch in enumerate(whole):
+            self._seed(step, micro)
+            with torch.no_grad():
+                seen.append(self.model({**self._to_device(batch), "ahead": True}).rows)
+        for micro, batch in enumerate(whole):
+            order = [micro, *range(micro), *range(micro + 1, count)]
+            ahead = {name: torch.cat([seen[number][name] for number in order]) for name in seen[0]}
+            yield {**self._to_device(batch), **ahead}
+
+    def _seed(self, step: int, micro: int) -> None:
+        """Dropout, drop path and mixing follow from the place in the training, so no random state is kept."""
+        torch.manual_seed(key(self.config.seed, step, micro, self.fabric.global_rank) >> 1)
 
     def _clip(self) -> Tensor:
         """Clip the gradient where asked to; returns its norm before, () and the same on all ranks."""
@@ -315,8 +335,14 @@ class _Loop:
             world_size=self.fabric.world_size,
         )
 
-    def _to_device(self, batch: Batch) -> Batch:
+    def _next(self, batches: _Batches) -> Batch:
+        began = time.monotonic()
+        batch = next(batches)
+        self._waited += time.monotonic() - began
         self._note_skipped(batch["skipped"])
+        return batch
+
+    def _to_device(self, batch: Batch) -> Batch:
         return to_device(batch, self.fabric.device)
 
     def _note_skipped(self, names: list[str]) -> None:
@@ -352,29 +378,6 @@ class _Loop:
             for handler in list(self.text.handlers):
                 handler.close()
                 self.text.removeHandler(handler)
-
-
-class _Signals:
-    """SIGINT and SIGTERM ask to stop after the step; a second one stops at once."""
-
-    def __init__(self) -> None:
-        self.received = False
-        self._before: dict[signal.Signals, Any] = {}
-
-    def __enter__(self) -> _Signals:
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self._before[number] = signal.signal(number, self._handle)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _handle(self, _number: int, _frame: object) -> None:
-        if self.received:
-            raise KeyboardInterrupt
-        self.received = True
 
 
 def _grid(pictures: dict[str, Tensor], *, columns: int = 8) -> bytes:

@@ -30,7 +30,10 @@ def mlp(widths: list[int], *, final_norm: bool) -> nn.Sequential:
 
 
 def contrastive_loss(queries: Tensor, keys: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """2 x temperature x InfoNCE of queries (B, D) against the keys (B, D) of all ranks; returns loss and accuracy."""
+    """2 x temperature x InfoNCE of queries (B, D) against the keys of all ranks; returns loss and accuracy.
+
+    The first B of the keys (N, D) belong to the queries; the others are of images that the rank's step holds beside.
+    """
     with torch.autocast(queries.device.type, enabled=False):
         queries, keys = F.normalize(queries.float(), dim=1), F.normalize(keys.float(), dim=1)
         everyone, first = gather(keys)  # (G, D)

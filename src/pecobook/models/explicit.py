@@ -24,7 +24,8 @@ class ExplicitConfig:
     """A loss on the codewords themselves (Table 6), in place of or beside the perceptual loss on images."""
 
     kind: Literal["none", "classification", "contrastive"] = "none"
-    """classification needs labels; contrastive compares averaged codewords of two views, with a momentum encoder."""
+    """classification needs labels; contrastive tells images apart by averaged codewords of two views, with a momentum
+    encoder, among those that all devices hold at once."""
     weight: float = 1.0
     """Of the term."""
     temperature: float = 0.2

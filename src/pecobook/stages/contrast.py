@@ -40,7 +40,7 @@ class ContrastConfig(TrainConfig):
     max_steps: str = "300 epochs"
     """Length of the training: steps, "N epochs" or "N images"."""
     batch_size: int = 4096
-    """Images in one optimizer step, over all devices and accumulation steps; every image gives two views."""
+    """Images told apart in one optimizer step, over all devices and accumulation steps; every image gives two views."""
     min_crop: float = 0.08
     """Smallest share of an image's area that a random crop takes."""
     momentum: float = 0.99
@@ -80,6 +80,7 @@ class ContrastStage(Stage):
     """
 
     least_images = 2  # they are contrasted with each other, and normalised together
+    looks_ahead = True  # an image is told from all images of a step, however few a device holds at once
     mean: Tensor
     std: Tensor
 
@@ -108,15 +109,21 @@ class ContrastStage(Stage):
         if "view0" not in batch:  # training images that evaluation compares with
             return StageOutput(self.mean.new_zeros(()), {}, rows=rows)
         views = [self._view(batch, number) for number in (0, 1)]
+        if "ahead" in batch:
+            return StageOutput(None, {}, rows=self._keys(views))
         queries = [self.predictor(self.projector(self.backbone(view))) for view in views]  # (B, out) each
-        with torch.no_grad():
-            keys = [self.momentum_projector(self.momentum_backbone(view)) for view in views]
+        keys = batch if "keys0" in batch else self._keys(views)
         temperature = self.config.temperature
-        first, accuracy = contrastive_loss(queries[0], keys[1], temperature)
-        second, _ = contrastive_loss(queries[1], keys[0], temperature)
+        first, accuracy = contrastive_loss(queries[0], keys["keys1"], temperature)
+        second, _ = contrastive_loss(queries[1], keys["keys0"], temperature)
         spread = F.normalize(queries[0].detach().float(), dim=1).std(0).mean() * self.config.output_dim**0.5
         metrics = {"accuracy": 100 * accuracy.detach(), "spread": spread}
         return StageOutput(first + second, metrics, rows=rows)
+
+    @torch.no_grad()
+    def _keys(self, views: list[Tensor]) -> dict[str, Tensor]:
+        """What the queries of the other view are told apart by, (B, out) of each view."""
+        return {f"keys{n}": self.momentum_projector(self.momentum_backbone(view)) for n, view in enumerate(views)}
 
     def _rows(self, batch: Batch) -> dict[str, Tensor]:
         """Features (B, F) and labels (B,) of central crops."""

@@ -32,6 +32,8 @@ class Stage(nn.Module):
 
     least_images = 1
     """Fewest images that it learns from at once."""
+    looks_ahead = False
+    """Whether it sees all micro-batches of a step before it learns from the first."""
 
     def forward(self, batch: Batch) -> StageOutput:
         """Loss and detached metrics of a batch; in evaluation mode also pictures."""
