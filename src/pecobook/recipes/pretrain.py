@@ -70,7 +70,7 @@ def paper() -> PretrainConfig:
     Source: section 4 and Table 1 (84.5% after fine-tuning). Learning rate 1.5e-3 at batch 2,048, weight decay 0.05,
         drop path 0.1; warm-up, clipping, relative positions and LayerScale are BEiT's. Another batch scales the rate in
         proportion.
-    Command: pecobook pretrain paper --data IMAGENET --tokenizer runs/codebook --out runs/vit
+    Command: pecobook pretrain paper --data IMAGENET --tokenizer runs/codebook --compile --out runs/vit
     Cost: 108 GFLOP an image from a token bank, counted, so 1.1e20: about 110 hours of one H200 at the 280 TFLOP/s that
         steps reached there with --compile. With the tokenizer in each step 175 GFLOP. Estimated.
     Result: not yet run.
@@ -82,7 +82,7 @@ def paper_vit_b_300() -> PretrainConfig:
     """PeCo ViT-B/16, 300 epochs: what all of the paper's comparisons between tokenizers are made with.
 
     Source: Table 2 (84.1% after fine-tuning), Tables 5 to 7, 10 and 12.
-    Command: pecobook pretrain paper-vit-b-300 --data IMAGENET --tokenizer runs/codebook --out runs/vit
+    Command: pecobook pretrain paper-vit-b-300 --data IMAGENET --tokenizer runs/codebook --compile --out runs/vit
     Cost: 108 GFLOP an image from a token bank, counted, so 4.2e19: about 42 hours of one H200 at the 280 TFLOP/s that
         steps reached there with --compile. Estimated.
     Result: not yet run.
@@ -95,7 +95,7 @@ def paper_vit_l() -> PretrainConfig:
 
     Source: Table 1 (86.5% after fine-tuning). LayerScale 1e-5 is BEiT's for this size; the rest is ViT-B's, which is
         our choice.
-    Command: pecobook pretrain paper-vit-l --data IMAGENET --tokenizer runs/codebook --out runs/vit
+    Command: pecobook pretrain paper-vit-l --data IMAGENET --tokenizer runs/codebook --compile --out runs/vit
     Cost: 375 GFLOP an image from a token bank, so 3.8e20: about 360 hours of one H100 at 300 TFLOP/s. Estimated.
     Result: not yet run.
     """
@@ -109,7 +109,7 @@ def paper_vit_h() -> PretrainConfig:
     Source: Table 1 (87.5% after fine-tuning). Ours: patches of 14, so 16 x 16 tokens, for which the tokenizer sees
         crops resized to 256 pixels; 98 of 256 masked, the same share; absolute positions, LayerScale 1e-5, drop path
         0.2.
-    Command: pecobook pretrain paper-vit-h --data IMAGENET --tokenizer runs/codebook --out runs/vit
+    Command: pecobook pretrain paper-vit-h --data IMAGENET --tokenizer runs/codebook --compile --out runs/vit
     Cost: 1.0 TFLOP an image from a token bank, so 1.0e21: about 950 hours of one H100 at 300 TFLOP/s. Estimated.
     Result: not yet run.
     """
