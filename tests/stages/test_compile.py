@@ -47,6 +47,7 @@ def compilations(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
         pytest.param("codebook", ADVERSARIAL, marks=pytest.mark.slow),
         pytest.param("codebook", {"micro_batch_size": 4}, marks=pytest.mark.slow),
         pytest.param("contrast", {}, marks=pytest.mark.slow),
+        pytest.param("contrast", {"micro_batch_size": 2}, marks=pytest.mark.slow),
         pytest.param("segment", {}, marks=pytest.mark.slow),
     ],
 )
