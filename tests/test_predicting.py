@@ -133,10 +133,11 @@ def stop_after(monkeypatch: pytest.MonkeyPatch, writer: type[Any], images: int) 
     monkeypatch.setattr(writer, "add", add)
 
 
+@pytest.mark.parametrize("limit", ["_BATCH", "_HELD"])
 def test_classifier__a_row_is_on_disk_as_it_comes(
-    classifier_run: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    limit: str, classifier_run: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(writers, "_BATCH", 1)
+    monkeypatch.setattr(writers, limit, 1)
     whole = predict(str(classifier_run), str(pictures), out=str(tmp_path / "whole"), pictures=False)
     lines = (whole / "predictions.csv").read_bytes().splitlines(keepends=True)
     stop_after(monkeypatch, writers.ClassifierWriter, 2)

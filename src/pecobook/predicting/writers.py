@@ -25,7 +25,9 @@ if TYPE_CHECKING:
 
 _BEST = 5
 _BATCH = 16
-"""Images that are classified at once."""
+"""Most images that are classified at once."""
+_HELD = 2**28
+"""Bytes of whole images after which no more are waited for."""
 
 
 class ClassifierWriter:
@@ -49,7 +51,8 @@ class ClassifierWriter:
         from pecobook.data.views import center_crop
 
         self.waiting.append((name, file, image, center_crop(image, self.size, share=self.crop)))
-        if len(self.waiting) == _BATCH:
+        held = sum(waiting.numel() for _, _, waiting, _ in self.waiting)
+        if len(self.waiting) == _BATCH or held > _HELD:
             self._classify()
 
     @torch.inference_mode()
