@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import io
+import itertools
 import json
 import os
 from pathlib import Path
@@ -14,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from pecobook import api
 from pecobook.data.decode import BadImage
@@ -93,6 +94,11 @@ def logged(run: Path) -> list[dict[str, Any]]:
 def losses(run: Path) -> list[float]:
     """The training loss of every logged step."""
     return [line["loss"] for line in logged(run) if "loss" in line]
+
+
+def without_norm(widths: list[int], *, final_norm: bool) -> nn.Sequential:
+    """In place of `models.contrastive.mlp`, whose BatchNorm sees only the images that a device holds at once."""
+    return nn.Sequential(*(nn.Linear(*pair, bias=False) for pair in itertools.pairwise(widths)))
 
 
 @pytest.fixture(scope="session")

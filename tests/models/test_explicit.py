@@ -43,7 +43,7 @@ def test_contrast__compares_codewords_with_those_of_the_other_view() -> None:
     encoder, quantizer, head = contrast()
     images, other = (torch.rand(6, 3, 8, 8, generator=torch.Generator().manual_seed(s)) for s in (1, 2))
     coded = quantizer(encoder(images))
-    loss, accuracy = head.loss(coded.quantized, other, quantizer)
+    loss, accuracy = head.loss(coded.quantized, head.keys(other, quantizer))
     queries = head.predictor(head.projector(coded.quantized.mean((2, 3))))
     keys = head.projector(quantizer(encoder(other)).quantized.mean((2, 3)))  # the copies are still equal
     expected, hits = contrastive_loss(queries, keys, 0.2)
@@ -53,7 +53,8 @@ def test_contrast__compares_codewords_with_those_of_the_other_view() -> None:
 
 def test_contrast__teaches_the_encoder_and_not_its_copy() -> None:
     encoder, quantizer, head = contrast()
-    loss, _ = head.loss(quantizer(encoder(torch.rand(6, 3, 8, 8))).quantized, torch.rand(6, 3, 8, 8), quantizer)
+    keys = head.keys(torch.rand(6, 3, 8, 8), quantizer)
+    loss, _ = head.loss(quantizer(encoder(torch.rand(6, 3, 8, 8))).quantized, keys)
     loss.backward()  # type: ignore[no-untyped-call]
     assert all(p.grad is not None for p in encoder.parameters())
     copies = [*head.momentum_encoder.parameters(), *head.momentum_projector.parameters()]

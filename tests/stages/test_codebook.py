@@ -18,7 +18,7 @@ from pecobook.models.quantizer import QuantizerConfig
 from pecobook.models.tokenizer import PerceptualTokenizer
 from pecobook.recipes import recipe
 from pecobook.stages.codebook import CodebookConfig, CodebookStage
-from tests.runs import SMALL, inputs, logged, losses, train
+from tests.runs import SMALL, inputs, logged, losses, train, without_norm
 
 NETWORK = PerceptualConfig(network="timm:resnet10t", weights="random", layers=(1, 2), weight=0.7)
 
@@ -253,6 +253,21 @@ def test_explicit__is_added_with_its_weight_and_reaches_the_encoder(kind: Litera
     ]
     assert any(changed)
     assert "explicit" not in stage.eval()(labelled()).metrics
+
+
+def test_explicit__contrastive_micro_batches_learn_as_the_whole_batch(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pecobook.models.explicit.mlp", without_norm)
+    more: dict[str, Any] = {"explicit.kind": "contrastive", "balance": False, "quantizer.start_after": 4}
+    more |= {"optim.eps": 1e-3}
+    whole = train("codebook", images, tmp_path / "whole", **more)
+    parts = train("codebook", images, tmp_path / "parts", **more, micro_batch_size=2)
+    shown = [[line["explicit"] for line in logged(run) if "explicit" in line] for run in (parts, whole)]
+    assert len(shown[0]) == 8
+    # In the fifth step k-means starts the codebook, for which a micro-batch cannot wait for those after it.
+    assert shown[0][:4] == pytest.approx(shown[1][:4], rel=1e-5)
+    assert shown[0][5:] == pytest.approx(shown[1][5:], rel=0.1)
 
 
 def test_explicit__contrastive_keys_follow_the_encoder() -> None:

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import math
 import shutil
 from pathlib import Path
@@ -9,14 +8,14 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from pecobook.config import BackboneConfig, replace
 from pecobook.data.views import colour_draws
 from pecobook.errors import ConfigError
 from pecobook.recipes import recipe
 from pecobook.stages.contrast import KIND, ContrastConfig, ContrastStage
-from tests.runs import SMALL, export_bytes, logged, losses, train
+from tests.runs import SMALL, export_bytes, logged, losses, train, without_norm
 
 VIT = BackboneConfig(name="vit_tiny_patch16_224", args='{"patch_size": 8, "depth": 2, "embed_dim": 32, "num_heads": 2}')
 
@@ -65,10 +64,7 @@ def test_forward__loss_is_symmetric_in_the_views() -> None:
 def test_train__micro_batches_learn_as_the_whole_batch(
     images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def without_norm(widths: list[int], *, final_norm: bool) -> nn.Sequential:
-        return nn.Sequential(*(nn.Linear(*pair, bias=False) for pair in itertools.pairwise(widths)))
-
-    monkeypatch.setattr("pecobook.stages.contrast.mlp", without_norm)  # it sees only what a device holds at once
+    monkeypatch.setattr("pecobook.stages.contrast.mlp", without_norm)
     # A large epsilon keeps Adam from blowing up the sign of gradients near zero, which is rounding.
     more: dict[str, Any] = {"model.name": VIT.name, "model.args": VIT.args, "optim.eps": 1e-3}
     whole = train("contrast", images, tmp_path / "whole", **more)

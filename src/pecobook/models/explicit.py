@@ -25,7 +25,7 @@ class ExplicitConfig:
 
     kind: Literal["none", "classification", "contrastive"] = "none"
     """classification needs labels; contrastive tells images apart by averaged codewords of two views, with a momentum
-    encoder, among those that all devices hold at once."""
+    encoder."""
     weight: float = 1.0
     """Of the term."""
     temperature: float = 0.2
@@ -88,15 +88,19 @@ class CodewordContrast(nn.Module):
         self.momentum_encoder = copy.deepcopy(encoder).requires_grad_(False)
         self.momentum_projector = copy.deepcopy(self.projector).requires_grad_(False)
 
-    def loss(self, quantized: Tensor, other: Tensor, quantizer: VectorQuantizer) -> tuple[Tensor, Tensor]:
+    @torch.no_grad()
+    def keys(self, other: Tensor, quantizer: VectorQuantizer) -> Tensor:
+        """What images are told apart by, (B, out), of another view of them: (B, C, H, W) in [-1, 1]."""
+        codewords = quantizer.nearest(self.momentum_encoder(other))  # (B, D, h, w)
+        keys: Tensor = self.momentum_projector(codewords.mean((2, 3)))
+        return keys
+
+    def loss(self, quantized: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
         """Loss and accuracy, () each, of codewords (B, D, h, w) with their straight-through gradient.
 
-        `other` is another view of the same images, (B, C, H, W) in [-1, 1].
+        The first B of the keys (N, out) belong to them.
         """
         queries = self.predictor(self.projector(quantized.mean((2, 3))))
-        with torch.no_grad():
-            codewords = quantizer.nearest(self.momentum_encoder(other))  # (B, D, h, w)
-            keys = self.momentum_projector(codewords.mean((2, 3)))
         return contrastive_loss(queries, keys, self.temperature)
 
     def after_step(self, encoder: nn.Module) -> None:

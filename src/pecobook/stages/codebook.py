@@ -99,6 +99,7 @@ class CodebookStage(Stage):
         if config.explicit.kind == "classification":
             self.classifier = CodewordClassifier(config.model.latent_dim, num_classes)
         elif config.explicit.kind == "contrastive":
+            self.least_images, self.looks_ahead = 2, True  # an image is told from all images of a step
             self.contrast = CodewordContrast(
                 self.tokenizer.encoder,
                 config.model.latent_dim,
@@ -110,6 +111,10 @@ class CodebookStage(Stage):
 
     def forward(self, batch: Batch) -> StageOutput:
         """Equation 5, and what is added to it, on a batch of uint8 images."""
+        if "ahead" in batch:
+            return StageOutput(None, {}, rows={"keys": self._keys(batch)})
+        if self.contrast is not None and self.training and "keys" not in batch:
+            batch = {**batch, "keys": self._keys(batch)}
         images = self._images(batch["image"])
         coded = self.tokenizer.quantizer(self.tokenizer.latent(images))
         restored = self.tokenizer.render(coded.quantized).float()
@@ -186,10 +191,14 @@ class CodebookStage(Stage):
             loss, accuracy = self.classifier.loss(coded.quantized, batch["label"])
         else:
             assert self.contrast is not None
-            other = self._images(batch["other"]) * 2 - 1
-            loss, accuracy = self.contrast.loss(coded.quantized, other, self.tokenizer.quantizer)
+            loss, accuracy = self.contrast.loss(coded.quantized, batch["keys"])
         metrics |= {"explicit": loss, "explicit_accuracy": 100 * accuracy}
         return self.config.explicit.weight * loss
+
+    def _keys(self, batch: Batch) -> Tensor:
+        """Keys (B, out) of the other view of each image."""
+        assert self.contrast is not None
+        return self.contrast.keys(self._images(batch["other"]) * 2 - 1, self.tokenizer.quantizer)
 
     def health(self) -> dict[str, Tensor]:
         """Codewords that vectors chose within the last `revive_after` steps (100 at least), and perplexity of the
