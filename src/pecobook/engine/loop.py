@@ -21,6 +21,7 @@ from pecobook.data.sampler import BatchPositions, key
 from pecobook.data.stream import Batch, Stream, default_workers, load, to_device
 from pecobook.engine import checkpoint
 from pecobook.engine.agreement import Agreement
+from pecobook.engine.ahead import look_ahead
 from pecobook.engine.attention import trainable_attention
 from pecobook.engine.evaluation import Evaluation, evaluate, mean_over_ranks
 from pecobook.engine.launch import device_count, micro_batch_size, repeatable
@@ -58,8 +59,8 @@ class Trainable(Protocol):
     least_images: int
     """Fewest images that it takes at once."""
     looks_ahead: bool
-    """Whether it sees every micro-batch of a step before it learns from the first: without gradient, marked as `ahead`.
-    The rows that it returns then come with each micro-batch, (B x micro-batches, ...), its own first."""
+    """Whether it sees all images of a step, marked as `ahead` and without gradient, before it learns from the first
+    micro-batch; the rows that it returns then come with each (`engine.ahead`)."""
 
     def parameter_groups(self, config: OptimConfig) -> list[dict[str, Any]]:
         """Groups for the optimizer, with `lr_scale`."""
@@ -226,21 +227,11 @@ class _Loop:
         return total.pop("loss"), total
 
     def _micro_batches(self, step: int, batches: _Batches, count: int) -> Iterator[Batch]:
-        """A step's micro-batches, on the device one by one, each with what the stage saw when it looked ahead."""
-        if count == 1 or not self.stage.looks_ahead:
-            for _ in range(count):
-                yield self._to_device(self._next(batches))
-            return
-        whole = [self._next(batches) for _ in range(count)]
-        seen = []
-        for micro, batch in enumerate(whole):
-            self._seed(step, micro)
-            with torch.no_grad():
-                seen.append(self.model({**self._to_device(batch), "ahead": True}).rows)
-        for micro, batch in enumerate(whole):
-            order = [micro, *range(micro), *range(micro + 1, count)]
-            ahead = {name: torch.cat([seen[number][name] for number in order]) for name in seen[0]}
-            yield {**self._to_device(batch), **ahead}
+        """A step's micro-batches, on the device one by one, but where a stage looks ahead."""
+        parts = (self._to_device(self._next(batches)) for _ in range(count))
+        if count > 1 and self.stage.looks_ahead:
+            return look_ahead(self.model, list(parts), lambda micro: self._seed(step, micro))
+        return parts
 
     def _seed(self, step: int, micro: int) -> None:
         """Dropout, drop path and mixing follow from the place in the training, so no random state is kept."""

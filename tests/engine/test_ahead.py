@@ -1,0 +1,37 @@
+from __future__ import annotations
+
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pecobook.data.stream import Batch
+from pecobook.engine.ahead import look_ahead
+from pecobook.engine.loop import StageOutput
+
+
+@given(st.integers(2, 7), st.integers(1, 6))
+def test_look_ahead__every_micro_batch_gets_all_rows_its_own_first(count: int, size: int) -> None:
+    numbers = torch.arange(count * size).view(count, size).unbind()
+    passes: list[list[int]] = []
+    seeds: list[int] = []
+
+    def model(batch: Batch) -> StageOutput:
+        assert batch["ahead"]
+        assert not torch.is_grad_enabled()
+        passes.append(batch["image"].tolist())
+        return StageOutput(None, {}, rows={"keys": 10 * batch["image"][:, None]})
+
+    given_out = [{"image": part, "label": part % 3} for part in numbers]
+    found = list(look_ahead(model, given_out, seeds.append))
+    assert seeds == list(range(count))
+    for number, (batch, part) in enumerate(zip(found, numbers, strict=True)):
+        assert torch.equal(batch["image"], part)
+        assert torch.equal(batch["label"], part % 3)
+        keys = batch["keys"].flatten().tolist()
+        assert keys[:size] == (10 * part).tolist(), number
+        assert sorted(keys) == [10 * image for image in range(count * size)]
+    # As few as can be of one forward pass came together in a micro-batch.
+    most = -(-size // count)
+    for images in passes:
+        assert len(images) == size
+        assert max(sum(image // size == number for image in images) for number in range(count)) <= most
