@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from pecobook.data.stream import Batch
 
@@ -13,23 +14,30 @@ from pecobook.data.stream import Batch
 def look_ahead(model: Any, batches: list[Batch], seed: Callable[[int], None]) -> Iterator[Batch]:
     """Micro-batches with the rows of all images of this rank's step, (count x B, ...), each with its own first.
 
-    The images are mixed for it, every count-th in one forward pass, since BatchNorm would let those know each other
-    that came together: MoCo's shuffled BatchNorm (arXiv 1911.05722, section 3.3).
-
     Args:
         model: returns rows of a batch marked as `ahead`.
         batches: of tensors (B, ...), on the model's device.
         seed: called with the number of each forward pass before it.
     """
-    count, size = len(batches), len(next(iter(batches[0].values())))
-    every = {name: torch.cat([batch[name] for batch in batches]) for name in batches[0]}
-    mixed = torch.arange(count * size, device=next(iter(every.values())).device).view(size, count).t()  # (count, B)
+    size = len(next(iter(batches[0].values())))
+    rows = _rows_of_all(model, batches, seed)
+    for number, batch in enumerate(batches):
+        yield {**batch, **{name: value.roll(-number * size, 0) for name, value in rows.items()}}
+
+
+@torch.no_grad()
+def _rows_of_all(model: Any, batches: list[Batch], seed: Callable[[int], None]) -> dict[str, Tensor]:
+    """Rows (count x B, ...) in the order of the images.
+
+    The images are mixed for it, every count-th in one forward pass, since BatchNorm would let those know each other
+    that came together: MoCo's shuffled BatchNorm (arXiv 1911.05722, section 3.3).
+    """
+    whole = {name: torch.cat([batch[name] for batch in batches]) for name in batches[0]}
+    first = next(iter(whole.values()))
+    mixed = torch.arange(len(first), device=first.device).view(-1, len(batches)).t()  # (count, B)
     seen = []
     for number, chosen in enumerate(mixed):
         seed(number)
-        with torch.no_grad():
-            seen.append(model({**{name: value[chosen] for name, value in every.items()}, "ahead": True}).rows)
+        seen.append(model({**{name: value[chosen] for name, value in whole.items()}, "ahead": True}).rows)
     order = mixed.flatten().argsort()
-    rows = {name: torch.cat([one[name] for one in seen])[order] for name in seen[0]}
-    for number, batch in enumerate(batches):
-        yield {**batch, **{name: value.roll(-number * size, 0) for name, value in rows.items()}}
+    return {name: torch.cat([rows[name] for rows in seen])[order] for name in seen[0]}
