@@ -40,7 +40,7 @@ class ContrastConfig(TrainConfig):
     max_steps: str = "300 epochs"
     """Length of the training: steps, "N epochs" or "N images"."""
     batch_size: int = 4096
-    """Images told apart in one optimizer step, over all devices and accumulation steps; every image gives two views."""
+    """Images in one optimizer step, over all devices and accumulation steps; each, in two views, is told from all."""
     min_crop: float = 0.08
     """Smallest share of an image's area that a random crop takes."""
     momentum: float = 0.99
