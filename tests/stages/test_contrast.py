@@ -130,6 +130,7 @@ def test_warning__when_features_collapse() -> None:
 
 
 def test_check__one_image_has_nothing_to_be_told_from() -> None:
-    config: ContrastConfig = replace(recipe("contrast", "tiny"), {**SMALL["contrast"], "micro_batch_size": 1})
-    with pytest.raises(ConfigError, match="at least 2 images"):
-        KIND.check(config)
+    for name in ("batch_size", "micro_batch_size"):
+        config: ContrastConfig = replace(recipe("contrast", "tiny"), {**SMALL["contrast"], name: 1})
+        with pytest.raises(ConfigError, match=f"--{name.replace('_', '-')}: .* at least 2 images"):
+            KIND.check(config)

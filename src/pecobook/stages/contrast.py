@@ -189,7 +189,8 @@ def _backbone_args(config: ContrastConfig) -> dict[str, Any]:
 def _check(config: ContrastConfig) -> None:
     create(config.model.name, num_classes=0, **_backbone_args(config))
     if micro_batch_size(config) < 2:
-        raise ConfigError("--batch-size: a device must hold at least 2 images at once, to tell them apart.")
+        flag = "--micro-batch-size" if config.micro_batch_size == 1 else "--batch-size"
+        raise ConfigError(f"{flag}: a device must hold at least 2 images at once, to tell them apart.")
 
 
 def _build(config: ContrastConfig, splits: Splits) -> ContrastStage:  # noqa: ARG001
