@@ -53,7 +53,7 @@ def test_train__contrast_in_micro_batches_equals_one_process(
     strategy: str, images: Path, tmp_path: Path, two_processes: TwoProcesses
 ) -> None:
     more: dict[str, Any] = {"max_steps": "3", "optim.eps": 1e-3, "model.name": "vit_tiny_patch16_224"}
-    more |= {"model.args": '{"patch_size": 8, "depth": 2, "embed_dim": 32, "num_heads": 2}'}
+    more["model.args"] = SMALL["pretrain"]["model.args"]
     contrast_on_each(0, 1, str(images), str(tmp_path / "one"), more)
     more |= {"micro_batch_size": 2, "devices": "2", "strategy": strategy}
     two_processes.run(contrast_on_each, str(images), str(tmp_path / "two"), more)

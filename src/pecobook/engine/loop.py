@@ -228,7 +228,7 @@ class _Loop:
 
     def _micro_batches(self, step: int, batches: _Batches, count: int) -> Iterator[Batch]:
         """A step's micro-batches, on the device one by one, but where a stage looks ahead."""
-        parts = (self._to_device(self._next(batches)) for _ in range(count))
+        parts = (self._next(batches) for _ in range(count))
         if count > 1 and self.stage.looks_ahead:
             return look_ahead(self.model, list(parts), lambda micro: self._seed(step, micro))
         return parts
@@ -327,14 +327,13 @@ class _Loop:
         )
 
     def _next(self, batches: _Batches) -> Batch:
+        """The next micro-batch, on the device."""
         began = time.monotonic()
         batch = next(batches)
-        self._waited += time.monotonic() - began
         self._note_skipped(batch["skipped"])
+        batch = to_device(batch, self.fabric.device)
+        self._waited += time.monotonic() - began
         return batch
-
-    def _to_device(self, batch: Batch) -> Batch:
-        return to_device(batch, self.fabric.device)
 
     def _note_skipped(self, names: list[str]) -> None:
         for name in names:

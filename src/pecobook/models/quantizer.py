@@ -163,7 +163,7 @@ class VectorQuantizer(nn.Module):
     @torch.no_grad()
     def nearest(self, z: Tensor) -> Tensor:
         """Codewords of z (B, D, h, w), without gradient or learning; z itself until the codebook is started."""
-        if self.training and (self._unquantised or not self._started):
+        if self.training and not self._started:
             return z.float()
         B, D, h, w = z.shape
         codes = nearest_codeword(z.permute(0, 2, 3, 1).reshape(-1, D), self.codebook, precision=self.precision)

@@ -26,7 +26,7 @@ from pecobook.data.images import Splits
 from pecobook.data.sampler import key
 from pecobook.data.stream import Batch, ViewFunction
 from pecobook.data.views import central_view, random_crop
-from pecobook.engine.launch import micro_batch_size
+from pecobook.engine.launch import check_told_apart
 from pecobook.engine.loop import StageOutput
 from pecobook.errors import ConfigError
 from pecobook.models.autoencoder import AutoencoderConfig
@@ -282,8 +282,8 @@ def _check(config: CodebookConfig) -> None:
         raise ConfigError(
             "--perceptual.network is missing: give a run of 'pecobook contrast', timm:NAME, or none for pixels alone."
         )
-    if config.explicit.kind == "contrastive" and micro_batch_size(config) < 2:
-        raise ConfigError("--micro-batch-size: the contrastive loss needs at least 2 images at once on a device.")
+    if config.explicit.kind == "contrastive":
+        check_told_apart(config)
     distance = perceptual_distance(config.perceptual, config.seed)
     if distance is not None:
         distance.check(config.image_size, config.image_size)

@@ -21,10 +21,9 @@ from pecobook.data.images import Splits
 from pecobook.data.sampler import key
 from pecobook.data.stream import Batch, ViewFunction
 from pecobook.data.views import PhotometricConfig, central_view, colour_draws, photometric, random_crop
-from pecobook.engine.launch import micro_batch_size
+from pecobook.engine.launch import check_told_apart
 from pecobook.engine.loop import StageOutput
 from pecobook.engine.schedule import cosine
-from pecobook.errors import ConfigError
 from pecobook.models.contrastive import contrastive_loss, follow, initialise_moco, mlp
 from pecobook.models.weights import IMAGENET_MEAN, IMAGENET_STD, create, export_backbone, is_transformer
 from pecobook.pixels import channels_last, to_float
@@ -188,9 +187,7 @@ def _backbone_args(config: ContrastConfig) -> dict[str, Any]:
 
 def _check(config: ContrastConfig) -> None:
     create(config.model.name, num_classes=0, **_backbone_args(config))
-    if micro_batch_size(config) < 2:
-        flag = "--micro-batch-size" if config.micro_batch_size == 1 else "--batch-size"
-        raise ConfigError(f"{flag}: a device must hold at least 2 images at once, to tell them apart.")
+    check_told_apart(config)
 
 
 def _build(config: ContrastConfig, splits: Splits) -> ContrastStage:  # noqa: ARG001
