@@ -354,7 +354,7 @@ def test_check__classification_needs_labels(tmp_path: Path, images: Path) -> Non
 
 def test_check__one_image_has_nothing_to_be_told_from(tmp_path: Path, images: Path) -> None:
     more: dict[str, Any] = {"explicit.kind": "contrastive", "micro_batch_size": 1}
-    with pytest.raises(PreflightError, match="--micro-batch-size: .* at least 2 images"):
+    with pytest.raises(PreflightError, match=r"--micro-batch-size: .* at least 2 images"):
         train("codebook", images, tmp_path / "run", **more)
     assert not (tmp_path / "run").exists()
 
