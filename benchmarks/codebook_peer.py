@@ -33,8 +33,8 @@ WIDTHS, SIDE, K, D = (64, 128, 256, 512, 512), 224, 8192, 256
 
 def stage_of(recipe_name: str, settings: dict[str, Any]) -> Any:
     """The codebook stage of a recipe with other settings; its codebook's start, which is no part of a step, is over."""
-    from pecobook.config import replace
     from pecobook.recipes import recipe
+    from pecobook.settings.values import replace
     from pecobook.stages.codebook import CodebookStage
 
     stage = CodebookStage(replace(recipe("codebook", recipe_name), settings))

@@ -29,7 +29,8 @@ Made = tuple[nn.Module, Callable[[], Tensor]]
 def pyramid(size: int, **config: Any) -> Any:
     import timm
 
-    from pecobook.models.pyramid import FeaturePyramid, PyramidConfig
+    from pecobook.models.pyramid import FeaturePyramid
+    from pecobook.settings.dense import PyramidConfig
 
     network = timm.create_model("beit_base_patch16_224", num_classes=0, drop_path_rate=0.1)
     return FeaturePyramid(network, size, PyramidConfig(**config))

@@ -21,7 +21,7 @@ from pecobook import cli
 from pecobook.analysis.codewords import mean_codewords
 from pecobook.analysis.probe import linear_probe
 from pecobook.analysis.reconstruction import encode_all, psnr, reconstruct
-from pecobook.analyzing import AnalyzeConfig, _preflight
+from pecobook.analyzing import _preflight
 from pecobook.analyzing.classifier import open_classifier
 from pecobook.analyzing.measure import _few
 from pecobook.analyzing.names import file_part, unique_names
@@ -32,6 +32,7 @@ from pecobook.models.tokenizer import PerceptualTokenizer
 from pecobook.models.weights import write_export
 from pecobook.pixels import to_float
 from pecobook.pretrained import load_masked_run
+from pecobook.settings.analyze import AnalyzeConfig
 from tests.analysis.test_similarity import write_triplets
 from tests.runs import codebook_run, train, vit_run
 

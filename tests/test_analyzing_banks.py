@@ -139,8 +139,9 @@ def test_analyze__refuses_a_bank_of_others(images: Path, codebook_run: Path, tmp
 
 def test_view_of__is_the_view_that_pretraining_sees(images: Path) -> None:
     from pecobook.data.stream import Stream
-    from pecobook.data.views import PhotometricConfig
-    from pecobook.stages.pretrain import KIND, PretrainConfig, coloured
+    from pecobook.settings.images import PhotometricConfig
+    from pecobook.settings.pretrain import PretrainConfig
+    from pecobook.stages.pretrain import KIND, coloured
 
     config = PretrainConfig(image_size=16, min_crop=0.3, seed=5, colour=PhotometricConfig(jitter=1.0))
     source = open_images(str(images)).train

@@ -10,9 +10,10 @@ import pytest
 import torch
 
 from pecobook import cli
-from pecobook.benching import BenchConfig, bench, matmul_peak
+from pecobook.benching import bench, matmul_peak
 from pecobook.errors import ConfigError
 from pecobook.recipes import RECIPES, pretrain
+from pecobook.settings.bench import BenchConfig
 from tests.runs import codebook_run
 
 __all__ = ["codebook_run"]  # the fixture

@@ -16,9 +16,9 @@ import pytest
 import torch
 
 from pecobook import cli
-from pecobook.config import flags
 from pecobook.errors import ConfigError, NonFiniteLossError, PecobookError
 from pecobook.recipes import recipe
+from pecobook.settings.values import flags
 from tests.distributed import TwoProcesses
 from tests.runs import SMALL, export_bytes, losses, train
 

@@ -9,7 +9,7 @@ import pytest
 
 from pecobook import cli
 from pecobook.recipes import recipe
-from pecobook.stages.codebook import CodebookConfig
+from pecobook.settings.codebook import CodebookConfig
 
 
 def parse(*arguments: str) -> CodebookConfig:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import json
 import re
@@ -12,11 +13,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pecobook.config import (
+import pecobook.settings
+from pecobook.errors import ConfigError
+from pecobook.settings.contrast import ContrastConfig
+from pecobook.settings.durations import parse_duration, steps
+from pecobook.settings.segment import SegmentConfig
+from pecobook.settings.training import BackboneConfig, OptimConfig, TrainConfig
+from pecobook.settings.values import (
     FREE_ON_RESUME,
-    BackboneConfig,
-    OptimConfig,
-    TrainConfig,
     between,
     coerce,
     complete,
@@ -25,15 +29,10 @@ from pecobook.config import (
     flag,
     flags,
     load,
-    parse_duration,
     positive,
     replace,
-    steps,
     to_dict,
 )
-from pecobook.errors import ConfigError
-from pecobook.stages.contrast import ContrastConfig
-from pecobook.stages.segment import SegmentConfig
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -346,15 +345,13 @@ def test_positive_and_between__accept_their_borders() -> None:
         positive(config, "lr", "weight_decay")
 
 
-def test_every_field_explains_itself() -> None:
-    import ast
-    import inspect
-
-    from pecobook import config as module
-
-    tree = ast.parse(inspect.getsource(module))
+@pytest.mark.parametrize(
+    "file", sorted(Path(pecobook.settings.__file__).parent.glob("*.py")), ids=lambda file: file.stem
+)
+def test_every_field_explains_itself(file: Path) -> None:
+    tree = ast.parse(file.read_text())
     for node in [node for node in tree.body if isinstance(node, ast.ClassDef)]:
-        for field, after in zip(node.body, node.body[1:], strict=False):
-            if isinstance(field, ast.AnnAssign) and ast.unparse(field.annotation) != "OptimConfig":
+        for field, after in zip(node.body, [*node.body[1:], None], strict=True):
+            if isinstance(field, ast.AnnAssign) and not ast.unparse(field.annotation).endswith("Config"):
                 explained = isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant)
                 assert explained, f"{node.name}.{ast.unparse(field.target)}"

@@ -9,14 +9,13 @@ from pathlib import Path
 
 import pytest
 
-from pecobook import cli
-from pecobook.config import flags
+from pecobook import cli, recipes
 from pecobook.errors import ConfigError
-from pecobook.exporting import ExportConfig
-from pecobook.predicting import PredictConfig
-from pecobook.probing import ProbeConfig
 from pecobook.recipes import RECIPES, recipe
-from pecobook.tokenizing import default_config
+from pecobook.settings.export import ExportConfig
+from pecobook.settings.predict import PredictConfig
+from pecobook.settings.probe import ProbeConfig
+from pecobook.settings.values import flags
 
 DOCS = Path(__file__).parent.parent / "docs"
 
@@ -66,7 +65,7 @@ def test_guides__every_command_is_understood(page: str, least: int) -> None:
             assert not words.pop(0).startswith("-")  # the images
             cli.parse(PredictConfig(), words, command)
         elif command == "tokenize":
-            cli.parse(default_config(name), words, "tokenize")
+            cli.parse(recipes.tokenize(name), words, "tokenize")
         else:
             kind = {"probe": ProbeConfig, "export": ExportConfig}[command]
             cli.parse(kind(), words, command)

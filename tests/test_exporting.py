@@ -15,10 +15,11 @@ from torch.testing import assert_close
 
 from pecobook import cli
 from pecobook.errors import ConfigError, RunFolderError, WeightsError
-from pecobook.exporting import ExportConfig, export
+from pecobook.exporting import export
 from pecobook.models.segmenter import Segmenter, stretch
 from pecobook.models.tokenizers import load_tokenizer
 from pecobook.models.weights import load_backbone, read_export
+from pecobook.settings.export import ExportConfig
 from tests.runs import codebook_run, shapes, train, vit_run
 
 __all__ = ["codebook_run", "vit_run"]  # the fixtures

@@ -78,6 +78,13 @@ def test_imports__stages_know_neither_each_other_nor_the_command_line() -> None:
     assert importers("pecobook.cli", *stages, within="pecobook.stages.stage") == {}
 
 
+def test_imports__settings_know_errors_and_each_other_alone() -> None:
+    assert len(SETTINGS) > 20
+    allowed = ("pecobook.errors", "pecobook.settings", "pecobook.files")
+    for name, wrong in importers("pecobook", within="pecobook.settings").items():
+        assert {one for one in wrong if one != "pecobook" and not one.startswith(allowed)} == set(), name
+
+
 def test_imports__analysis_knows_no_training() -> None:
     assert importers("pecobook.stages", "pecobook.engine", "pecobook.cli", within="pecobook.analysis") == {}
 
@@ -98,10 +105,11 @@ def loaded_by(module: str) -> set[str]:
     return set(done.stdout.split())
 
 
-@pytest.mark.parametrize("module", ["pecobook.cli", "pecobook"])
-def test_imports__the_command_line_starts_without_torch(module: str) -> None:
-    if not (ROOT / f"{module.removeprefix('pecobook.')}.py").exists() and module != "pecobook":
-        pytest.skip(f"there is no {module} yet")
+SETTINGS = [module_name(file) for file in FILES if file.parent.name in ("settings", "recipes")]
+
+
+@pytest.mark.parametrize("module", ["pecobook.cli", "pecobook", ", ".join(SETTINGS)])
+def test_imports__the_command_line_its_settings_and_recipes_do_without_torch(module: str) -> None:
     heavy = {"torch", "timm", "torchvision", "lightning_fabric", "datasets", "sklearn", "matplotlib", "pandas"}
     loaded = loaded_by(module)
     assert "pecobook" in loaded

@@ -8,11 +8,12 @@ from pathlib import Path
 import pytest
 
 from pecobook import cli
-from pecobook.config import TrainConfig, steps
 from pecobook.data.images import open_images
 from pecobook.engine import launch
 from pecobook.errors import ConfigError
 from pecobook.recipes import DEFAULT_RECIPE, RECIPES, claims, recipe
+from pecobook.settings.durations import steps
+from pecobook.settings.training import TrainConfig
 from tests.runs import export_bytes, logged
 
 EVERY = [(command, name) for command, recipes in RECIPES.items() for name in recipes]

@@ -19,17 +19,19 @@ import pytest
 
 import pecobook
 from pecobook import cli
-from pecobook.config import BackboneConfig, replace, to_dict
 from pecobook.data.images import open_images
 from pecobook.errors import ConfigError, PreflightError
 from pecobook.jobs import Job, _seconds
-from pecobook.reproducing import ReproduceConfig, command_line
+from pecobook.reproducing import command_line
 from pecobook.reproducing.budgets import Budget, budget
 from pecobook.reproducing.paper import TABLES, PaperTable, Row, chosen_tables
 from pecobook.reproducing.plan import Plan
 from pecobook.reproducing.rehearsal import _moved, describe, how_long, kind_of, rehearsed, work
 from pecobook.reproducing.tables import Measured, comma_separated, differences, lines_of, markdown, plot, remarks
 from pecobook.reproducing.tables import measured as gather
+from pecobook.settings.reproduce import ReproduceConfig
+from pecobook.settings.training import BackboneConfig
+from pecobook.settings.values import replace, to_dict
 from pecobook.stages.codebook import CodebookStage
 from tests.runs import SMALL
 

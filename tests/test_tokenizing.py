@@ -25,7 +25,8 @@ from pecobook.data.tokens import TokenBank
 from pecobook.errors import DataError, PecobookError, PreflightError, RunFolderError
 from pecobook.models.tokenizers import load_tokenizer
 from pecobook.recipes import recipe
-from pecobook.stages.pretrain import KIND, PretrainConfig, coloured, encode_views
+from pecobook.settings.pretrain import PretrainConfig
+from pecobook.stages.pretrain import KIND, coloured, encode_views
 from tests.distributed import TwoProcesses
 from tests.runs import SMALL, codebook_run, export_bytes, losses, train
 
@@ -70,7 +71,7 @@ def test_tokenize__every_banked_view_is_the_online_one(bank: Path, images: Path,
 
 
 def pretraining(images: Path, codebook: Path, **more: Any) -> PretrainConfig:
-    from pecobook.config import replace
+    from pecobook.settings.values import replace
 
     config: PretrainConfig = replace(
         recipe("pretrain", "tiny"),

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from pecobook import recipes
-from pecobook.config import TrainConfig, replace
 from pecobook.recipes import DEFAULT_RECIPE
+from pecobook.settings.training import TrainConfig
+from pecobook.settings.values import replace
 
 
 def run(command: str, config: TrainConfig) -> Path:
@@ -55,25 +56,25 @@ def detect(recipe: str = DEFAULT_RECIPE, **settings: Any) -> Path:
 
 def tokenize(recipe: str = DEFAULT_RECIPE, **settings: Any) -> Path:
     """Write a token bank whose views are those of a `pretrain` recipe; returns its folder. Raises PecobookError."""
-    from pecobook import tokenizing
+    from pecobook.tokenizing import tokenize as write
 
-    return tokenizing.tokenize(replace(tokenizing.default_config(recipe), settings))
+    return write(replace(recipes.tokenize(recipe), settings))
 
 
 def export(run: str, format: str = "timm", *, out: str) -> Path:  # noqa: A002
     """Write a run's weights for timm, transformers (hf) or ONNX (onnx); returns the folder. Raises PecobookError."""
-    from pecobook import exporting
+    from pecobook.exporting import export as write
+    from pecobook.settings.export import ExportConfig
 
-    return exporting.export(replace(exporting.ExportConfig(), {"run": run, "format": format, "out": out}))
+    return write(replace(ExportConfig(), {"run": run, "format": format, "out": out}))
 
 
 def predict(run: str, images: str, *, out: str, **settings: Any) -> Path:
     """What a run of finetune, segment or detect says of images; returns the folder. Raises PecobookError."""
-    from pecobook import predicting
+    from pecobook.predicting import predict as write
+    from pecobook.settings.predict import PredictConfig
 
-    return predicting.predict(
-        replace(predicting.PredictConfig(), {"run": run, "images": images, "out": out, **settings})
-    )
+    return write(replace(PredictConfig(), {"run": run, "images": images, "out": out, **settings}))
 
 
 def _run(command: str, name: str, settings: dict[str, Any]) -> Path:

@@ -1,7 +1,7 @@
 """The command line: one short function a command. Nothing heavy is imported before a command needs it.
 
-Flags, Python keywords and config.json take one way to a setting (`pecobook.config.replace`), so they know the same
-names and give the same errors; tyro draws the help of each command from the settings' own explanations.
+Flags, Python keywords and config.json take one way to a setting (`pecobook.settings.values.replace`), so they know the
+same names and give the same errors; tyro draws the help of each command from the settings' own explanations.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ import os
 import sys
 from typing import Any
 
-from pecobook.config import flags, load, replace
 from pecobook.errors import ConfigError, PecobookError, did_you_mean
+from pecobook.settings.values import flags, load, replace
 
 _TRAINING = {
     "contrast": "train a feature network on your own images (MoCo v3)",
@@ -119,62 +119,84 @@ def _help() -> str:
 
 
 def _train(command: str, args: list[str]) -> None:
-    from pecobook import api
     from pecobook.recipes import DEFAULT_RECIPE, recipe
 
     name = args.pop(0) if args and not args[0].startswith("-") else DEFAULT_RECIPE
-    api.run(command, parse(recipe(command, name), args, f"{command} {name}"))
+    config = parse(recipe(command, name), args, f"{command} {name}")
+    from pecobook.api import run
+
+    run(command, config)
 
 
 def _tokenize(args: list[str]) -> None:
-    from pecobook.recipes import DEFAULT_RECIPE
-    from pecobook.tokenizing import default_config, tokenize
+    from pecobook import recipes
 
-    name = args.pop(0) if args and not args[0].startswith("-") else DEFAULT_RECIPE
-    tokenize(parse(default_config(name), args, f"tokenize {name}"))
+    name = args.pop(0) if args and not args[0].startswith("-") else recipes.DEFAULT_RECIPE
+    config = parse(recipes.tokenize(name), args, f"tokenize {name}")
+    from pecobook.tokenizing import tokenize
+
+    tokenize(config)
 
 
 def _export(args: list[str]) -> None:
-    from pecobook.exporting import ExportConfig, export
+    from pecobook.settings.export import ExportConfig
 
     run = ["--run", args.pop(0)] if args and not args[0].startswith("-") else []
-    export(parse(ExportConfig(), [*run, *args], "export"))
+    config = parse(ExportConfig(), [*run, *args], "export")
+    from pecobook.exporting import export
+
+    export(config)
 
 
 def _predict(args: list[str]) -> None:
-    from pecobook.predicting import PredictConfig, predict
+    from pecobook.settings.predict import PredictConfig
 
     words = [args.pop(0) for _ in range(2) if args and not args[0].startswith("-")]
     named = [text for name, word in zip(("--run", "--images"), words, strict=False) for text in (name, word)]
-    predict(parse(PredictConfig(), [*named, *args], "predict"))
+    config = parse(PredictConfig(), [*named, *args], "predict")
+    from pecobook.predicting import predict
+
+    predict(config)
 
 
 def _bench(args: list[str]) -> None:
-    from pecobook.benching import BenchConfig, bench
+    from pecobook.settings.bench import BenchConfig
 
     if not args or args[0] not in ("pretrain", "-h", "--help"):
         raise ConfigError("'bench' measures pretrain: pecobook bench pretrain [RECIPE] [--flag value ...]")
     rest = args[1:] if args[0] == "pretrain" else args
     recipe = ["--recipe", rest.pop(0)] if rest and not rest[0].startswith("-") else []
-    bench(parse(BenchConfig(), [*recipe, *rest], "bench pretrain"))
+    config = parse(BenchConfig(), [*recipe, *rest], "bench pretrain")
+    from pecobook.benching import bench
+
+    bench(config)
 
 
 def _analyze(args: list[str]) -> None:
-    from pecobook.analyzing import AnalyzeConfig, analyze
+    from pecobook.settings.analyze import AnalyzeConfig
 
-    analyze(parse(AnalyzeConfig(), args, "analyze"))
+    config = parse(AnalyzeConfig(), args, "analyze")
+    from pecobook.analyzing import analyze
+
+    analyze(config)
 
 
 def _reproduce(args: list[str]) -> None:
-    from pecobook.reproducing import ReproduceConfig, reproduce
+    from pecobook.settings.reproduce import ReproduceConfig
 
-    reproduce(parse(ReproduceConfig(), _first_as("--tables", args), "reproduce"))
+    config = parse(ReproduceConfig(), _first_as("--tables", args), "reproduce")
+    from pecobook.reproducing import reproduce
+
+    reproduce(config)
 
 
 def _explore(args: list[str]) -> None:
-    from pecobook.exploring import ExploreConfig, explore
+    from pecobook.settings.explore import ExploreConfig
 
-    explore(parse(ExploreConfig(), _first_as("--runs", args), "explore"))
+    config = parse(ExploreConfig(), _first_as("--runs", args), "explore")
+    from pecobook.exploring import explore
+
+    explore(config)
 
 
 def _first_as(name: str, args: list[str]) -> list[str]:
@@ -184,15 +206,21 @@ def _first_as(name: str, args: list[str]) -> list[str]:
 
 
 def _probe(args: list[str]) -> None:
-    from pecobook.probing import ProbeConfig, probe
+    from pecobook.settings.probe import ProbeConfig
 
-    probe(parse(ProbeConfig(), args, "probe"))
+    config = parse(ProbeConfig(), args, "probe")
+    from pecobook.probing import probe
+
+    probe(config)
 
 
 def _demo(args: list[str]) -> None:
-    from pecobook.demonstration import DemoConfig, demo
+    from pecobook.settings.demo import DemoConfig
 
-    demo(parse(DemoConfig(), args, "demo"))
+    config = parse(DemoConfig(), args, "demo")
+    from pecobook.demonstration import demo
+
+    demo(config)
 
 
 def _recipes(args: list[str]) -> None:

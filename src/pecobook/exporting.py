@@ -2,32 +2,16 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from pecobook.errors import ConfigError, WeightsError
-from pecobook.files import require_empty
+from pecobook.settings.export import ExportConfig
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class ExportConfig:
-    """Write a run's weights for another library."""
-
-    run: str = ""
-    """A run of pecobook, or its export folder. On the command line it may stand first, without the flag."""
-    format: Literal["timm", "hf", "onnx"] = "timm"
-    """timm; transformers (BEiT's); or ONNX. A tokenizer and a segmenter know onnx alone."""
-    out: str = ""
-    """Folder to write; it must be new or empty."""
-
-    def __post_init__(self) -> None:
-        require_empty(self.out)
 
 
 def export(config: ExportConfig) -> Path:

@@ -21,9 +21,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
-from pecobook.config import dump
 from pecobook.engine.log import duration
 from pecobook.errors import PecobookError
+from pecobook.settings.values import dump
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,13 +9,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pecobook.config import load
 from pecobook.errors import WeightsError
 from pecobook.models.checkpoints import read_weights
 from pecobook.models.masked_vit import MaskedImageModel, VisibleOnlyModel
 from pecobook.models.tokenizers import load_tokenizer
 from pecobook.models.weights import IMAGENET_MEAN, IMAGENET_STD, export_folder, load_backbone
-from pecobook.stages.pretrain import PretrainConfig, encode_views, masked_model
+from pecobook.settings.pretrain import PretrainConfig
+from pecobook.settings.values import load
+from pecobook.stages.pretrain import encode_views, masked_model
 
 
 class MaskedRun(nn.Module):

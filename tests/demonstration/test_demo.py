@@ -8,13 +8,14 @@ from pathlib import Path
 
 import pytest
 
-from pecobook.demonstration import DemoConfig, demo
+from pecobook.demonstration import demo
 from pecobook.demonstration.plan import plan
 from pecobook.errors import RunFolderError
+from pecobook.settings.demo import DemoConfig
 
 
 def test_plan__arms_differ_in_the_perceptual_network_alone(tmp_path: Path) -> None:
-    from pecobook.config import to_dict
+    from pecobook.settings.values import to_dict
 
     jobs = plan(DemoConfig(out=str(tmp_path), budget="cpu"))
     pixel, control, perceptual = (to_dict(jobs[f"codebook-{a}"].config) for a in ("pixel", "control", "perceptual"))
@@ -31,7 +32,7 @@ def test_plan__arms_differ_in_the_perceptual_network_alone(tmp_path: Path) -> No
 @pytest.mark.parametrize("budget", ["cpu", "gpu"])
 def test_plan__every_need_comes_before(tmp_path: Path, budget: str) -> None:
     seen: set[str] = set()
-    from pecobook.config import replace
+    from pecobook.settings.values import replace
 
     for name, job in plan(replace(DemoConfig(out=str(tmp_path)), {"budget": budget, "length": 0.5})).items():
         assert set(job.needs) <= seen

@@ -9,11 +9,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from pecobook.config import TrainConfig
 from pecobook.data.stream import Batch, Stream
 from pecobook.engine import launch
 from pecobook.engine.evaluation import Evaluation, evaluate
 from pecobook.engine.loop import StageOutput
+from pecobook.settings.training import TrainConfig
 from pecobook.stages.stage import mean_of_counted
 from tests.distributed import TwoProcesses
 from tests.runs import squares

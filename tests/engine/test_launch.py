@@ -5,10 +5,10 @@ import os
 import pytest
 import torch
 
-from pecobook.config import TrainConfig
 from pecobook.engine import launch
 from pecobook.engine.launch import repeatable
 from pecobook.errors import ConfigError
+from pecobook.settings.training import TrainConfig
 
 
 @pytest.fixture(autouse=True)

@@ -12,12 +12,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from pecobook.config import OptimConfig, TrainConfig
 from pecobook.data.stream import Batch, Stream
 from pecobook.data.views import random_crop
 from pecobook.engine import checkpoint, launch, loop, run_folder
 from pecobook.engine.loop import Outcome, StageOutput
 from pecobook.errors import NonFiniteLossError, PecobookError
+from pecobook.settings.training import OptimConfig, TrainConfig
 from pecobook.stages.stage import Stage
 from tests.distributed import TwoProcesses
 from tests.runs import logged, squares

@@ -6,13 +6,13 @@ from typing import Any
 
 import pytest
 
-from pecobook.config import TrainConfig, flags
 from pecobook.engine.memory import advice
-from pecobook.models.pyramid import PyramidConfig
-from pecobook.models.segmenter import SegmentTestConfig
-from pecobook.stages.codebook import CodebookConfig
-from pecobook.stages.detect import DetectConfig
-from pecobook.stages.segment import SegmentConfig
+from pecobook.settings.codebook import CodebookConfig
+from pecobook.settings.dense import PyramidConfig
+from pecobook.settings.detect import DetectConfig
+from pecobook.settings.segment import SegmentConfig, SegmentTestConfig
+from pecobook.settings.training import TrainConfig
+from pecobook.settings.values import flags
 
 
 def told(config: TrainConfig, *, least: int = 1, evaluating: bool = False) -> str:

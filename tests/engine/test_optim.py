@@ -10,7 +10,6 @@ import timm
 import torch
 from torch import nn
 
-from pecobook.config import OptimConfig
 from pecobook.engine.optim import (
     build_optimizer,
     layer_decay_groups,
@@ -19,6 +18,7 @@ from pecobook.engine.optim import (
     set_learning_rate,
 )
 from pecobook.models.masked_vit import MaskedImageModel
+from pecobook.settings.training import OptimConfig
 
 SIZE: dict[str, Any] = {"img_size": 32, "patch_size": 8, "depth": 3, "embed_dim": 24, "num_heads": 2}
 

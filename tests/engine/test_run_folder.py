@@ -11,12 +11,12 @@ from typing import Any
 
 import pytest
 
-from pecobook.config import OptimConfig, TrainConfig, load, replace, to_dict
 from pecobook.engine import run_folder
 from pecobook.errors import RunFolderError
-from pecobook.models.segmenter import SegmentTestConfig
-from pecobook.stages.codebook import CodebookConfig
-from pecobook.stages.segment import SegmentConfig
+from pecobook.settings.codebook import CodebookConfig
+from pecobook.settings.segment import SegmentConfig, SegmentTestConfig
+from pecobook.settings.training import OptimConfig, TrainConfig
+from pecobook.settings.values import load, replace, to_dict
 
 
 def config(out: Path, **more: Any) -> TrainConfig:

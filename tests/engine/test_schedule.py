@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pecobook.config import OptimConfig
 from pecobook.engine.optim import learning_rates
 from pecobook.engine.schedule import cosine, is_time, warmup_cosine, warmup_poly, warmup_steps
+from pecobook.settings.training import OptimConfig
 
 
 def test_warmup_cosine__by_hand() -> None:

@@ -11,7 +11,6 @@ from torch.testing import assert_close
 
 from pecobook.errors import ConfigError
 from pecobook.models.autoencoder import (
-    AutoencoderConfig,
     Decoder,
     Downsample,
     Encoder,
@@ -21,6 +20,7 @@ from pecobook.models.autoencoder import (
     Upsample,
     build,
 )
+from pecobook.settings.tokenizer import AutoencoderConfig
 
 SMALL = AutoencoderConfig(channels=(8, 16, 12), latent_dim=6, num_blocks=1)
 

@@ -17,7 +17,6 @@ from pecobook.errors import ConfigError, WeightsError
 from pecobook.models.detector import (
     Detections,
     Detector,
-    DetectorConfig,
     _Anchors,
     _pool,
     export_detector,
@@ -25,16 +24,18 @@ from pecobook.models.detector import (
     paste_masks,
     rescale,
 )
-from pecobook.models.pyramid import FeaturePyramid, PyramidConfig, describe_pyramid
+from pecobook.models.pyramid import FeaturePyramid, describe_pyramid
 from pecobook.models.weights import Backbone, create, export_backbone
 from pecobook.pixels import fitted_size, resize
+from pecobook.settings.dense import PyramidConfig
+from pecobook.settings.detect import DetectorConfig
 
 SMALL = DetectorConfig(width=16, head_width=32, proposals=60, samples=32, detections=10)
 VIT: dict[str, Any] = {"img_size": 32, "patch_size": 8, "depth": 4, "embed_dim": 32, "num_heads": 2}
 LOSSES = ["box", "class", "mask", "objectness", "proposal_box"]
 
 
-def make(*, masks: bool = True, config: DetectorConfig = SMALL, pyramid: PyramidConfig = PyramidConfig()) -> Detector:  # noqa: B008
+def make(*, masks: bool = True, config: DetectorConfig = SMALL, pyramid: PyramidConfig = PyramidConfig()) -> Detector:
     torch.manual_seed(0)
     network = create("vit_tiny_patch16_224", num_classes=0, dynamic_img_size=True, dynamic_img_pad=True, **VIT)
     backbone = Backbone(network, "vit_tiny_patch16_224", VIT, (0.5, 0.4, 0.3), (0.2, 0.3, 0.4), 32)

@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from pecobook.models.nearest import Precision, nearest_codeword
+from pecobook.models.nearest import nearest_codeword
+from pecobook.settings.tokenizer import SearchPrecision
 
 # The interpreter is chosen by the environment before Triton is imported, so it has a process of its own.
 _PROGRAM = """
@@ -81,7 +82,7 @@ def test_three_products__miss_no_more_than_fp32(dim: int, offset: float, spread:
 @pytest.mark.gpu
 @pytest.mark.parametrize(("number", "size", "dim"), [(1, 1, 1), (257, 1025, 65), (12_544, 8192, 256), (1000, 8192, 32)])
 @pytest.mark.parametrize(("precision", "agreement"), [("fp32", 0.9999), ("tf32", 0.99), ("bf16", 0.95)])
-def test_kernel__on_a_gpu(number: int, size: int, dim: int, precision: Precision, agreement: float) -> None:
+def test_kernel__on_a_gpu(number: int, size: int, dim: int, precision: SearchPrecision, agreement: float) -> None:
     generator = torch.Generator().manual_seed(0)
     z, codebook = torch.randn(number, dim, generator=generator), torch.randn(size, dim, generator=generator)
     exact = nearest_codeword(z, codebook)

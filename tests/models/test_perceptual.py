@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 from pecobook.errors import WeightsError
-from pecobook.models.perceptual import Normalisation, PerceptualDistance, normalise
+from pecobook.models.perceptual import PerceptualDistance, normalise
+from pecobook.settings.perceptual import Normalisation
 
 VIT, RESNET = "timm:test_vit", "timm:test_resnet"
 Array = npt.NDArray[np.float64]

@@ -9,12 +9,10 @@ import torch
 from scipy import interpolate
 from torch import Tensor, nn
 
-from pecobook.config import OptimConfig
 from pecobook.engine.optim import dense_groups
 from pecobook.errors import WeightsError
 from pecobook.models.pyramid import (
     FeaturePyramid,
-    PyramidConfig,
     describe_pyramid,
     from_windows,
     load_pyramid,
@@ -23,6 +21,8 @@ from pecobook.models.pyramid import (
     to_windows,
 )
 from pecobook.models.weights import Backbone, any_size_args
+from pecobook.settings.dense import PyramidConfig
+from pecobook.settings.training import OptimConfig
 
 VIT = {"img_size": 32, "patch_size": 4, "embed_dim": 24, "depth": 6, "num_heads": 2}
 SHARED = {"use_shared_rel_pos_bias": True, "use_rel_pos_bias": False}

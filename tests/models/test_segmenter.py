@@ -10,19 +10,12 @@ from torch import Tensor, nn
 
 from pecobook.errors import ConfigError, WeightsError
 from pecobook.models.huggingface import beit_to_huggingface
-from pecobook.models.pyramid import FeaturePyramid, PyramidConfig, describe_pyramid
-from pecobook.models.segmenter import (
-    POOLS,
-    Segmenter,
-    SegmentTestConfig,
-    UperNet,
-    best_classes,
-    export_segmenter,
-    scaled_pictures,
-    starts,
-)
+from pecobook.models.pyramid import FeaturePyramid, describe_pyramid
+from pecobook.models.segmenter import POOLS, Segmenter, UperNet, best_classes, export_segmenter, scaled_pictures, starts
 from pecobook.models.weights import Backbone, write_export
 from pecobook.pixels import resize
+from pecobook.settings.dense import PyramidConfig
+from pecobook.settings.segment import SegmentTestConfig
 
 MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.3, 0.4)
 ARGS = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 4, "num_heads": 2}

@@ -17,9 +17,9 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from pecobook.errors import WeightsError
-from pecobook.models.autoencoder import AutoencoderConfig
 from pecobook.models.quantizer import VectorQuantizer
-from pecobook.models.tokenizer import PerceptualTokenizer, TokenizerConfig
+from pecobook.models.tokenizer import PerceptualTokenizer
+from pecobook.settings.tokenizer import AutoencoderConfig, TokenizerConfig
 
 CONFIG = TokenizerConfig(
     model=AutoencoderConfig(channels=(8, 16, 16), latent_dim=4, num_blocks=1, latent_norm=True),

@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 from pecobook.errors import PecobookError, WeightsError
-from pecobook.models.autoencoder import AutoencoderConfig
 from pecobook.models.dalle import DalleTokenizer
 from pecobook.models.onnx import export_onnx
-from pecobook.models.tokenizer import PerceptualTokenizer, TokenizerConfig
+from pecobook.models.tokenizer import PerceptualTokenizer
 from pecobook.models.tokenizers import DiffusersTokenizer, GreyTokenizer, load_tokenizer
+from pecobook.settings.tokenizer import AutoencoderConfig, TokenizerConfig
 
 CNN = AutoencoderConfig(channels=(8, 16, 16), latent_dim=8, num_blocks=1)
 VIT = AutoencoderConfig(kind="vit", channels=(16, 4), num_heads=2, num_blocks=1, latent_dim=8)

@@ -9,8 +9,9 @@ import torch
 from torch.testing import assert_close
 
 from pecobook.errors import ConfigError
-from pecobook.models.autoencoder import AutoencoderConfig, build
+from pecobook.models.autoencoder import build
 from pecobook.models.vit_autoencoder import ViTDecoder, ViTEncoder, positions
+from pecobook.settings.tokenizer import AutoencoderConfig
 
 SMALL = AutoencoderConfig(kind="vit", channels=(16, 4), num_heads=2, num_blocks=2, latent_dim=6)
 

@@ -15,12 +15,14 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from pecobook.analysis.confusion import confusion_matrix, confusion_picture
-from pecobook.config import OptimConfig, replace
 from pecobook.data.augment import random_erasing
 from pecobook.data.images import open_images
 from pecobook.errors import ConfigError
 from pecobook.recipes import recipe
-from pecobook.stages.classify import KIND, ClassifyStage, FinetuneConfig, mix
+from pecobook.settings.finetune import FinetuneConfig
+from pecobook.settings.training import OptimConfig
+from pecobook.settings.values import replace
+from pecobook.stages.classify import KIND, ClassifyStage, mix
 from tests.runs import SMALL, logged, train
 
 

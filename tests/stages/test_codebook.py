@@ -8,16 +8,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from pecobook.config import OptimConfig, replace
 from pecobook.errors import ConfigError, PreflightError
-from pecobook.models.autoencoder import AutoencoderConfig
-from pecobook.models.discriminator import AdversarialConfig
-from pecobook.models.explicit import ExplicitConfig
-from pecobook.models.perceptual import PerceptualConfig
-from pecobook.models.quantizer import QuantizerConfig
 from pecobook.models.tokenizer import PerceptualTokenizer
 from pecobook.recipes import recipe
-from pecobook.stages.codebook import CodebookConfig, CodebookStage
+from pecobook.settings.codebook import AdversarialConfig, CodebookConfig, ExplicitConfig
+from pecobook.settings.perceptual import PerceptualConfig
+from pecobook.settings.tokenizer import AutoencoderConfig, QuantizerConfig
+from pecobook.settings.training import OptimConfig
+from pecobook.settings.values import replace
+from pecobook.stages.codebook import CodebookStage
 from tests.runs import SMALL, inputs, logged, losses, train, without_norm
 
 NETWORK = PerceptualConfig(network="timm:resnet10t", weights="random", layers=(1, 2), weight=0.7)

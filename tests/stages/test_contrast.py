@@ -10,11 +10,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from pecobook.config import BackboneConfig, replace
 from pecobook.data.views import colour_draws
 from pecobook.errors import ConfigError
 from pecobook.recipes import recipe
-from pecobook.stages.contrast import KIND, ContrastConfig, ContrastStage
+from pecobook.settings.contrast import ContrastConfig
+from pecobook.settings.training import BackboneConfig
+from pecobook.settings.values import replace
+from pecobook.stages.contrast import KIND, ContrastStage
 from tests.runs import SMALL, export_bytes, logged, losses, train, without_norm
 
 VIT = BackboneConfig(name="vit_tiny_patch16_224", args='{"patch_size": 8, "depth": 2, "embed_dim": 32, "num_heads": 2}')

@@ -13,16 +13,18 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from torch import Tensor
 
-from pecobook.config import OptimConfig, replace
 from pecobook.data.detection import DetectionSource, open_detection
 from pecobook.data.images import Splits
 from pecobook.data.stream import Stream, collate
 from pecobook.engine import launch
 from pecobook.errors import ConfigError, DataError, PreflightError, WeightsError
-from pecobook.models.detector import Detections, Detector, DetectorConfig
+from pecobook.models.detector import Detections, Detector
 from pecobook.models.weights import create, export_backbone
 from pecobook.recipes import detect as recipes
-from pecobook.stages.detect import KIND, DetectConfig, DetectStage, _row, _unpack
+from pecobook.settings.detect import DetectConfig, DetectorConfig
+from pecobook.settings.training import OptimConfig
+from pecobook.settings.values import replace
+from pecobook.stages.detect import KIND, DetectStage, _row, _unpack
 from pecobook.stages.stage import train
 from tests.coco import make_coco, read_coco, write_coco
 from tests.runs import logged, losses

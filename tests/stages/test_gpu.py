@@ -11,7 +11,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from pecobook.models.segmenter import Segmenter, SegmentTestConfig
+from pecobook.models.segmenter import Segmenter
+from pecobook.settings.segment import SegmentTestConfig
 from tests.runs import SMALL, export_bytes, inputs, losses, train
 
 pytestmark = pytest.mark.gpu

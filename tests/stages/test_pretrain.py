@@ -9,13 +9,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from pecobook.config import BackboneConfig, replace
 from pecobook.data.views import colour_draws
 from pecobook.errors import ConfigError
 from pecobook.models.masked_vit import MaskedImageModel
 from pecobook.models.weights import load_backbone
 from pecobook.recipes import recipe
-from pecobook.stages.pretrain import KIND, MaskConfig, PretrainConfig, PretrainStage, make_mask, patch_pixels
+from pecobook.settings.pretrain import MaskConfig, PretrainConfig
+from pecobook.settings.training import BackboneConfig
+from pecobook.settings.values import replace
+from pecobook.stages.pretrain import KIND, PretrainStage, make_mask, patch_pixels
 from tests.runs import SMALL, losses, train
 
 

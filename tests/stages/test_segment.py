@@ -12,13 +12,14 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from pecobook.config import replace
 from pecobook.data.images import Splits
 from pecobook.data.segmentation_classes import IGNORE
 from pecobook.errors import ConfigError, DataError, PreflightError, WeightsError
 from pecobook.models.segmenter import Segmenter, best_classes
 from pecobook.recipes import recipe
-from pecobook.stages.segment import KIND, SegmentConfig, SegmentStage
+from pecobook.settings.segment import SegmentConfig
+from pecobook.settings.values import replace
+from pecobook.stages.segment import KIND, SegmentStage
 from pecobook.stages.stage import preflight
 from tests.runs import SMALL, logged, losses, shapes, train
 from tests.shapes import write_shapes

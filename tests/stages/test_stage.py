@@ -13,11 +13,11 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from pecobook import api
-from pecobook.config import replace
 from pecobook.data.images import ImageSource, Splits
 from pecobook.errors import DataError, PreflightError
 from pecobook.models.weights import load_backbone
 from pecobook.recipes import recipe
+from pecobook.settings.values import replace
 from pecobook.stages import stage as stages
 from pecobook.stages.classify import KIND as FINETUNE
 from pecobook.stages.codebook import KIND as CODEBOOK

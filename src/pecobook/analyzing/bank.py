@@ -16,8 +16,9 @@ from pecobook.analysis.codewords import CodeUsage, Gallery, GalleryPatch, Galler
 from pecobook.data.images import BadImage, ImageSource
 from pecobook.data.sampler import key, mix_all
 from pecobook.data.tokens import TokenBank
-from pecobook.data.views import PhotometricConfig, colour_draws, random_crop
+from pecobook.data.views import colour_draws, random_crop
 from pecobook.errors import DataError
+from pecobook.settings.images import PhotometricConfig
 from pecobook.stages.pretrain import coloured
 
 _CHUNK = 2**22  # codes looked at together

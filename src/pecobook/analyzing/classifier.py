@@ -16,7 +16,7 @@ from pecobook.models.checkpoints import load_state, read_weights
 from pecobook.models.weights import IMAGENET_MEAN, IMAGENET_STD, create, exported_network, read_export
 
 if TYPE_CHECKING:
-    from pecobook.analyzing import AnalyzeConfig
+    from pecobook.settings.analyze import AnalyzeConfig
 
 
 class Classifier(nn.Module):

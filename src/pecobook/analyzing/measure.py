@@ -31,11 +31,11 @@ from pecobook.jobs import say
 from pecobook.pixels import to_float
 
 if TYPE_CHECKING:
-    from pecobook.analyzing import AnalyzeConfig
     from pecobook.analyzing.subjects import Subject, Subjects
     from pecobook.data.images import ImageSource
     from pecobook.data.tokens import TokenBank
     from pecobook.models.perceptual import PerceptualDistance
+    from pecobook.settings.analyze import AnalyzeConfig
 
 _STABLE = 500  # images whose codes are compared with those of their distorted copies
 _JUDGED = 200  # images whose shifted and blurred copies are compared

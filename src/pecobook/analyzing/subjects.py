@@ -20,8 +20,8 @@ from pecobook.models.perceptual import PerceptualDistance
 from pecobook.models.tokenizers import fingerprint, load_tokenizer
 
 if TYPE_CHECKING:
-    from pecobook.analyzing import AnalyzeConfig
     from pecobook.pretrained import MaskedRun
+    from pecobook.settings.analyze import AnalyzeConfig
 
 T = TypeVar("T")
 

@@ -9,7 +9,6 @@ B batch, H W height and width in pixels, u uniform numbers in [0, 1).
 
 from __future__ import annotations
 
-import dataclasses
 import math
 
 import numpy as np
@@ -19,30 +18,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pecobook.pixels import resize
+from pecobook.settings.images import PhotometricConfig
 
 NUM_COLOUR_DRAWS = 9  # brightness, contrast, saturation, hue; then whether jitter, grey, blur, solarise; blur's width
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class PhotometricConfig:
-    """Strength and probability of colour changes; MoCo v3's defaults (arXiv 2104.02057)."""
-
-    brightness: float = 0.4
-    """Largest relative change of brightness."""
-    contrast: float = 0.4
-    """Largest relative change of contrast."""
-    saturation: float = 0.2
-    """Largest relative change of saturation."""
-    hue: float = 0.1
-    """Largest shift of hue, in turns of the colour circle."""
-    jitter: float = 0.8
-    """Probability of the four changes above."""
-    grey: float = 0.2
-    """Probability of dropping colour."""
-    blur: float = 0.0
-    """Probability of a Gaussian blur."""
-    solarise: float = 0.0
-    """Probability of inverting the bright half."""
 
 
 def crop_box(

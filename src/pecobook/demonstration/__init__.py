@@ -11,10 +11,11 @@ import time
 from pathlib import Path
 from typing import Any
 
-from pecobook.config import complete, dump, replace, to_dict
-from pecobook.demonstration.plan import DemoConfig, plan
+from pecobook.demonstration.plan import plan
 from pecobook.errors import RunFolderError
 from pecobook.jobs import Job, run_all, say
+from pecobook.settings.demo import DemoConfig
+from pecobook.settings.values import complete, dump, replace, to_dict
 
 __all__ = ["DemoConfig", "demo"]
 

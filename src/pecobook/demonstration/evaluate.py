@@ -28,7 +28,7 @@ from pecobook.analysis.reconstruction import decode_all, encode_all, psnr
 from pecobook.data.images import open_images
 from pecobook.data.sampler import key
 from pecobook.data.stream import read_all
-from pecobook.demonstration.plan import ARMS, PRETRAINED, DemoConfig
+from pecobook.demonstration.plan import ARMS, PRETRAINED
 from pecobook.devices import device
 from pecobook.jobs import Job
 from pecobook.models.perceptual import PerceptualDistance
@@ -37,7 +37,8 @@ from pecobook.models.weights import Backbone, load_backbone
 from pecobook.pixels import to_float
 from pecobook.pretrained import load_masked_run
 from pecobook.probing import probe_features
-from pecobook.stages.codebook import CodebookConfig
+from pecobook.settings.codebook import CodebookConfig
+from pecobook.settings.demo import DemoConfig
 from pecobook.stages.pretrain import make_mask
 
 Correct = npt.NDArray[np.bool_]

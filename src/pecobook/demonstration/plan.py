@@ -10,47 +10,25 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
-from pecobook.config import BackboneConfig, TrainConfig, between, positive, replace
 from pecobook.jobs import Job
+from pecobook.settings.demo import DemoConfig
+from pecobook.settings.training import BackboneConfig, TrainConfig
+from pecobook.settings.values import replace
 
 if TYPE_CHECKING:
-    from pecobook.stages.codebook import CodebookConfig
-    from pecobook.stages.contrast import ContrastConfig
-    from pecobook.stages.pretrain import PretrainConfig
+    from pecobook.settings.codebook import CodebookConfig
+    from pecobook.settings.contrast import ContrastConfig
+    from pecobook.settings.pretrain import PretrainConfig
 
 ARMS = ("pixel", "control", "perceptual")
 PRETRAINED = ("pixel", "perceptual")
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class DemoConfig:
-    """The whole story on the built-in photographs or on your images, with a report."""
-
-    data: str = "photos"
-    """Images: a folder, a parquet file or folder, tar shards, hf:owner/name, or photos (built in)."""
-    out: str = "runs/demo"
-    """Folder to write. One that an interrupted demo left is gone on with."""
-    seed: int = 0
-    """Of every run."""
-    budget: Literal["auto", "cpu", "gpu"] = "auto"
-    """cpu: 32-pixel images, minutes on 2 cores. gpu: 64-pixel images, larger networks. auto: what this machine has."""
-    length: float = 1.0
-    """Factor on the number of steps of every run."""
-    max_train: int = 4000
-    """Most training images that the probes read."""
-    max_test: int = 4000
-    """Most held-out images that are measured."""
-
-    def __post_init__(self) -> None:
-        positive(self, "length", "max_train", "max_test")
-        between(self, 0, 2**31 - 1, "seed")
-
-
 def plan(config: DemoConfig) -> dict[str, Job]:
     """The runs by name, in an order in which each can start when those before it are done."""
-    from pecobook.models.perceptual import PerceptualConfig
+    from pecobook.settings.perceptual import PerceptualConfig
 
     out = Path(config.out)
     sizes = _gpu() if _budget(config) == "gpu" else _cpu()
@@ -111,9 +89,8 @@ def _cpu() -> tuple[ContrastConfig, CodebookConfig, PretrainConfig]:
 
 def _gpu() -> tuple[ContrastConfig, CodebookConfig, PretrainConfig]:
     """64 pixels, 8 x 8 tokens, a ResNet-18 and a ViT-Ti of full depth, ten times as many images."""
-    from pecobook.models.autoencoder import AutoencoderConfig
-    from pecobook.models.quantizer import QuantizerConfig
-    from pecobook.stages.pretrain import MaskConfig
+    from pecobook.settings.pretrain import MaskConfig
+    from pecobook.settings.tokenizer import AutoencoderConfig, QuantizerConfig
 
     contrast, codebook, pretrain = _cpu()
     contrast = replace(

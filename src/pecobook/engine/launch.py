@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from pecobook.config import TrainConfig
 from pecobook.errors import ConfigError
+from pecobook.settings.training import TrainConfig
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric

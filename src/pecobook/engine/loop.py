@@ -16,7 +16,6 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from pecobook.collectives import on_first_rank
-from pecobook.config import OptimConfig, TrainConfig, steps, to_dict
 from pecobook.data.sampler import BatchPositions, key
 from pecobook.data.stream import Batch, Stream, default_workers, load, to_device
 from pecobook.engine import checkpoint
@@ -31,6 +30,9 @@ from pecobook.engine.optim import build_optimizer, learning_rates, set_learning_
 from pecobook.engine.schedule import is_time
 from pecobook.engine.signals import Signals
 from pecobook.errors import PecobookError
+from pecobook.settings.durations import steps
+from pecobook.settings.training import OptimConfig, TrainConfig
+from pecobook.settings.values import to_dict
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric

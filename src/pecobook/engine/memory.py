@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from pecobook.config import TrainConfig, flags
 from pecobook.engine.launch import micro_batch_size, world_size
+from pecobook.settings.training import TrainConfig
+from pecobook.settings.values import flags
 
 
 def advice(config: TrainConfig, *, least: int, evaluating: bool) -> str:

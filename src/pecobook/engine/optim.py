@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from pecobook.config import OptimConfig, steps
 from pecobook.engine.schedule import warmup_cosine, warmup_poly, warmup_steps
+from pecobook.settings.durations import steps
+from pecobook.settings.training import OptimConfig
 
 # Position tables, single tokens and codewords take no weight decay, beside every vector (biases, norms, LayerScale).
 NO_DECAY = ("*codebook", "*pos_embed", "*cls_token", "*mask_token", "*relative_position_bias_table")

@@ -14,9 +14,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from pecobook.config import TrainConfig, complete, differences, to_dict
 from pecobook.errors import RunFolderError
 from pecobook.files import write_atomically
+from pecobook.settings.training import TrainConfig
+from pecobook.settings.values import complete, differences, to_dict
 
 _OURS = ("config.json", "environment.json", "metrics.jsonl", "train.log", "samples", "checkpoints", "export")
 

@@ -10,70 +10,11 @@ B batch, H W image side, h w latent grid, C channels, D latent channels.
 
 from __future__ import annotations
 
-import dataclasses
-import math
-from typing import Literal
-
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pecobook.config import between, positive
-from pecobook.errors import ConfigError
 from pecobook.models.group_norm import GroupNorm, convolution_layout
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class AutoencoderConfig:
-    """Shape of the encoder and, mirrored, of the decoder."""
-
-    channels: tuple[int, ...] = (64, 128, 256, 512, 512)
-    """Width at each resolution, from the image's to the latent grid's; each further one halves the side."""
-    latent_dim: int = 256
-    """D, the dimension of a codeword."""
-    num_blocks: int = 2
-    """Residual blocks at each resolution; of a transformer, all its blocks."""
-    in_channels: int = 3
-    """Channels of the images; training reads 3 or 1 (grey), Python takes any number."""
-    kind: Literal["cnn", "vit"] = "cnn"
-    """Convolutions, or a plain transformer on both sides (Table 12's ViT-B row), which reads channels as
-    (width, patch side)."""
-    num_heads: int = 12
-    """Attention heads of a transformer."""
-    decoder_width: float = 1.0
-    """Factor on the decoder's channels (Table 12: 0.5)."""
-    decoder_blocks: int = 0
-    """Blocks of the decoder, as num_blocks; 0 takes that many (Table 12's half depth: 1)."""
-    latent_norm: bool = False
-    """Layer-normalise each latent vector, so that its scale, and with it the commitment loss, cannot drift."""
-
-    def __post_init__(self) -> None:
-        if not self.channels or min(self.channels) < 1 or self.latent_dim < 1 or self.num_blocks < 1:
-            raise ConfigError("--model.channels, --model.latent-dim and --model.num-blocks must be above 0.")
-        positive(self, "in_channels", "num_heads", "decoder_width")
-        between(self, 0, math.inf, "decoder_blocks")
-        if self.kind == "vit" and len(self.channels) != 2:
-            raise ConfigError(f"--model.kind vit reads --model.channels as WIDTH PATCH, not {self.channels}.")
-        for width in (self.channels[0], self.decoder_side().channels[0]) if self.kind == "vit" else ():
-            if width % (4 * self.num_heads):
-                raise ConfigError(
-                    f"--model.channels: a transformer's width, {width}, must be a multiple of "
-                    f"{4 * self.num_heads} (4 x --model.num-heads)."
-                )
-
-    @property
-    def stride(self) -> int:
-        """Pixels of the image for one step of the latent grid."""
-        return self.channels[1] if self.kind == "vit" else int(2 ** (len(self.channels) - 1))
-
-    def decoder_side(self) -> AutoencoderConfig:
-        """The shape that the decoder mirrors: this one with the decoder's own width and depth."""
-        if self.decoder_width == 1.0 and self.decoder_blocks == 0:
-            return self
-        widths = tuple(max(round(width * self.decoder_width), 1) for width in self.channels)
-        if self.kind == "vit":
-            widths = (widths[0], self.channels[1])  # the second number is the patch's side
-        blocks = self.decoder_blocks or self.num_blocks
-        return dataclasses.replace(self, channels=widths, num_blocks=blocks, decoder_width=1.0, decoder_blocks=0)
+from pecobook.settings.tokenizer import AutoencoderConfig
 
 
 class ResidualBlock(nn.Module):

@@ -30,11 +30,11 @@ from torchvision.ops import FeaturePyramidNetwork, MultiScaleRoIAlign
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 from torchvision.ops.poolers import LevelMapper
 
-from pecobook.config import between, positive
 from pecobook.errors import WeightsError, first_line
 from pecobook.models.pyramid import FeaturePyramid, rebuild_pyramid
 from pecobook.models.weights import read_export, write_export
 from pecobook.pixels import fitted_size, resize
+from pecobook.settings.detect import DetectorConfig
 
 MASK_SIDE = 28
 _ANCHOR = 8  # side of an anchor in strides of its level
@@ -47,28 +47,6 @@ _LOSSES = {
     "loss_box_reg": "box",
     "loss_mask": "mask",
 }
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class DetectorConfig:
-    """Heads of the detector."""
-
-    width: int = 256
-    """Channels of the feature pyramid network and of the mask head."""
-    head_width: int = 1024
-    """Width of the two layers that classify a box."""
-    proposals: int = 1000
-    """Most regions of an image that the first stage proposes."""
-    samples: int = 512
-    """Most regions of an image that the second stage learns from, a quarter of them objects."""
-    detections: int = 100
-    """Most detections on an image."""
-    score_threshold: float = 0.05
-    """Lowest score of a detection."""
-
-    def __post_init__(self) -> None:
-        positive(self, "width", "head_width", "proposals", "samples", "detections")
-        between(self, 0.0, 1.0, "score_threshold")
 
 
 @dataclasses.dataclass(frozen=True)

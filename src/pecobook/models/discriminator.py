@@ -2,32 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pecobook.config import between, positive
 from pecobook.models.group_norm import GroupNorm, convolution_layout
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class AdversarialConfig:
-    """A patch discriminator that learns to tell reconstructions from images (equation 8)."""
-
-    weight: float = 0.0
-    """Of the term; Table 7 uses 0.4. 0 leaves it out."""
-    width: int = 64
-    """Channels of the discriminator's first layer."""
-    num_layers: int = 3
-    """Strided layers; 3 see patches of 70 pixels."""
-    start: int = 0
-    """Steps before the autoencoder learns from it, so that it can draw first; the discriminator learns at once."""
-
-    def __post_init__(self) -> None:
-        between(self, 0.0, float("inf"), "weight", "start")
-        positive(self, "width", "num_layers")
 
 
 class PatchDiscriminator(nn.Sequential):

@@ -7,40 +7,13 @@ codeword probe of Table 4 does. What else these losses are, the paper does not s
 from __future__ import annotations
 
 import copy
-import dataclasses
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pecobook.config import between, positive
 from pecobook.models.contrastive import contrastive_loss, follow, mlp
 from pecobook.models.quantizer import VectorQuantizer
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class ExplicitConfig:
-    """A loss on the codewords themselves (Table 6), in place of or beside the perceptual loss on images."""
-
-    kind: Literal["none", "classification", "contrastive"] = "none"
-    """classification needs labels; contrastive tells images apart by averaged codewords of two views, with a momentum
-    encoder."""
-    weight: float = 1.0
-    """Of the term."""
-    temperature: float = 0.2
-    """Of the contrastive softmax."""
-    momentum: float = 0.99
-    """Of the contrastive keys' encoder."""
-    hidden_dim: int = 2048
-    """Hidden width of the contrastive heads."""
-    output_dim: int = 256
-    """Width of the space in which the contrastive loss compares."""
-
-    def __post_init__(self) -> None:
-        between(self, 0.0, float("inf"), "weight")
-        between(self, 0.0, 1.0, "momentum")
-        positive(self, "temperature", "hidden_dim", "output_dim")
 
 
 class CodewordClassifier(nn.Linear):

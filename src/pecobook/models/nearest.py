@@ -12,14 +12,12 @@ N vectors, K codewords, D dimension.
 from __future__ import annotations
 
 from importlib.util import find_spec
-from typing import Literal, TypeAlias
 
 import torch
 from torch import Tensor
 
 from pecobook.devices import exporting
-
-Precision: TypeAlias = Literal["fp32", "tf32", "bf16"]
+from pecobook.settings.tokenizer import SearchPrecision
 
 # Elements of a distance matrix held at once. On 2 cores 4,096 rows of 8,192 were fastest in fp32, and 256 rows
 # fragmented the heap; of the bfloat16 search, whose pieces should stay in the cache, 1,024.
@@ -31,7 +29,7 @@ _MOST_CANDIDATES = 8  # a row, on average over a chunk, before the chunk is done
 _ROUNDOFF = 2.0**-8  # of bfloat16, relative
 
 
-def nearest_codeword(z: Tensor, codebook: Tensor, *, precision: Precision = "fp32") -> Tensor:
+def nearest_codeword(z: Tensor, codebook: Tensor, *, precision: SearchPrecision = "fp32") -> Tensor:
     """Index of the codeword nearest to each vector.
 
     Args:

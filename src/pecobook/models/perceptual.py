@@ -11,56 +11,15 @@ B batch, H W image side, L layers, C_l H_l W_l shape of layer l's features.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
-from typing import Literal, TypeAlias
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pecobook.config import between
-from pecobook.errors import ConfigError, WeightsError, first_line
+from pecobook.errors import WeightsError, first_line
 from pecobook.models.feature_networks import check_maps, open_features
-
-Normalisation: TypeAlias = Literal["unit-rms", "layernorm", "none"]
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class PerceptualConfig:
-    """The frozen network whose features the reconstruction must match."""
-
-    network: str = ""
-    """timm:NAME, torchvision:NAME, a contrast or pretrain run, or none for pixels alone."""
-    weights: str = ""
-    """A local file of weights, or random for the control; empty takes the network's own."""
-    shuffle: bool = False
-    """Permute the entries of each weight tensor: a control that keeps how large weights are and forgets what they
-    learned."""
-    layers: tuple[int | str, ...] = (3, 6, 9, 12)
-    """Layers compared, from 1: blocks of a transformer, stages of a convolutional network; of torchvision's networks
-    also names of nodes, such as features.12."""
-    weight: float = 1.0
-    """Lambda of equation 5."""
-    warmup: int = 0
-    """Steps over which lambda rises from 0 in equal parts. Deep features of a supervised network teach a random decoder
-    little, and latent vectors then shrink to one; pixels first keep them apart."""
-    normalisation: Normalisation = "unit-rms"
-    """How activations are normalised before they are compared."""
-    input_size: int = 0
-    """Side to which images are resized for the network, pixels; 0 keeps theirs (or takes a fixed-size network's)."""
-    mean: tuple[float, ...] = ()
-    """Of the network's input, three numbers for RGB in [0, 1]; empty takes the network's own."""
-    std: tuple[float, ...] = ()
-    """The same."""
-    bgr: bool = False
-    """Give the network its normalised input as BGR, as those that come from Caffe want it."""
-
-    def __post_init__(self) -> None:
-        between(self, 0.0, float("inf"), "weight", "warmup")
-        between(self, 0, 4096, "input_size")
-        if len(self.mean) not in (0, 3) or len(self.std) not in (0, 3) or min(self.std, default=1) <= 0:
-            raise ConfigError("--perceptual.mean and --perceptual.std take three numbers each, std above 0.")
+from pecobook.settings.perceptual import Normalisation, PerceptualConfig
 
 
 class PerceptualDistance(nn.Module):

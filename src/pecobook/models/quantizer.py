@@ -13,7 +13,6 @@ With `learning="gradient"` the codebook is a parameter instead, and the middle t
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -22,40 +21,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pecobook.collectives import gather_rows, world_size
-from pecobook.config import between, positive
-from pecobook.models.nearest import Precision, nearest_codeword
+from pecobook.models.nearest import nearest_codeword
+from pecobook.settings.tokenizer import SearchPrecision
 
 _KMEANS_ITERATIONS = 10
 _REVIVE_EVERY = 10  # updates between looks for dead codewords: each look costs one synchronisation with the device
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class QuantizerConfig:
-    """The codebook."""
-
-    num_codewords: int = 8192
-    """K."""
-    decay: float = 0.99
-    """Of the moving averages."""
-    eps: float = 1e-5
-    """Laplace smoothing of the counts."""
-    revive_after: int = 100
-    """Steps without use after which a codeword is dead and replaced; 0 never."""
-    start_after: int = 0
-    """Steps during which latent vectors pass unquantised, at most half of the training; k-means then starts the
-    codebook on features that mean something. A short training gains much by it."""
-    commitment: float = 0.25
-    """Beta of equation 3."""
-    learning: Literal["ema", "gradient"] = "ema"
-    """Moving averages, or equation 3 as printed, whose middle term moves the codewords by gradient."""
-    precision: Precision = "fp32"
-    """Of the search for the nearest codeword in training. fp32 is exact; tf32 and bf16 are faster on a GPU and miss
-    where two codewords are about equally near."""
-
-    def __post_init__(self) -> None:
-        positive(self, "num_codewords", "eps")
-        between(self, 0.0, 1.0, "decay")
-        between(self, 0.0, float("inf"), "commitment", "revive_after", "start_after")
 
 
 class Quantized(NamedTuple):
@@ -112,7 +82,7 @@ class VectorQuantizer(nn.Module):
         start_after: int = 0,
         seed: int = 0,
         learning: Literal["ema", "gradient"] = "ema",
-        precision: Precision = "fp32",
+        precision: SearchPrecision = "fp32",
     ) -> None:
         super().__init__()
         self.num_codewords, self.dim, self.learning = num_codewords, dim, learning

@@ -9,7 +9,6 @@ B batch, C classes, H W height and width in pixels.
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +16,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pecobook.config import between, positive
-from pecobook.errors import ConfigError, WeightsError
+from pecobook.errors import WeightsError
 from pecobook.models.checkpoints import load_state
 from pecobook.models.pyramid import FeaturePyramid, rebuild_pyramid
 from pecobook.models.weights import read_export, write_export
 from pecobook.pixels import fitted_size, resize, to_float
+from pecobook.settings.segment import SegmentTestConfig
 
 POOLS = (1, 2, 3, 6)
 _MOST_SCORES = 50_000_000  # of a stretched picture held at once
@@ -78,31 +77,6 @@ class FCNHead(nn.Sequential):
 
     def __init__(self, channels: int, width: int, num_classes: int) -> None:
         super().__init__(convolution(channels, width, 3), nn.Conv2d(width, num_classes, 1))
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class SegmentTestConfig:
-    """How a picture of any size is segmented."""
-
-    mode: str = "whole"
-    """whole sends the picture through at once; slide averages windows of --image-size."""
-    stride: float = 2 / 3
-    """Step from window to window, as a share of its side."""
-    max_side: int = 2048
-    """Longest side of the scaled picture, pixels; the short one becomes --image-size unless that makes more."""
-    scales: tuple[float, ...] = (1.0,)
-    """Sizes that are averaged, as factors, the first being that of the mean. The paper tests at one; for several, 1 0.5
-    0.75 1.25 1.5 1.75 is usual."""
-    flip: bool = False
-    """Also average with the picture's mirror image."""
-
-    def __post_init__(self) -> None:
-        if self.mode not in ("whole", "slide"):
-            raise ConfigError(f"--test.mode is whole or slide, not '{self.mode}'.")
-        between(self, 0.0, 1.0, "stride")
-        positive(self, "stride", "max_side")
-        if not self.scales or min(self.scales) <= 0:
-            raise ConfigError("--test.scales takes factors above 0.")
 
 
 class Segmenter(nn.Module):

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from pecobook.config import replace, to_dict
 from pecobook.devices import exporting
 from pecobook.errors import ConfigError, WeightsError, first_line
-from pecobook.models.autoencoder import AutoencoderConfig, build
+from pecobook.models.autoencoder import build
 from pecobook.models.nearest import nearest_codeword
 from pecobook.models.quantizer import VectorQuantizer
 from pecobook.models.weights import read_export, write_export
+from pecobook.settings.tokenizer import TokenizerConfig
+from pecobook.settings.values import replace, to_dict
 
 _CARD = """---
 library_name: pecobook
@@ -31,17 +31,6 @@ tokenizer = PerceptualTokenizer.from_pretrained("{path}")
 codes = tokenizer.encode(images)  # float (B, {channels}, H, W) in [0, 1] -> int64 (B, H / {stride}, W / {stride})
 ```
 """
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class TokenizerConfig:
-    """What is needed to build a tokenizer."""
-
-    model: AutoencoderConfig = AutoencoderConfig()
-    num_codewords: int = 8192
-    """K."""
-    image_size: int = 224
-    """Side of the images it was trained at, pixels."""
 
 
 class PerceptualTokenizer(nn.Module):

@@ -9,7 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from pecobook.models.autoencoder import AutoencoderConfig, LatentNorm
+from pecobook.models.autoencoder import LatentNorm
+from pecobook.settings.tokenizer import AutoencoderConfig
 
 
 class _Trunk(nn.Sequential):

@@ -12,43 +12,20 @@ hold what was done.
 
 from __future__ import annotations
 
-import dataclasses
 import re
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from pecobook.config import between
 from pecobook.errors import ConfigError, DataError, WeightsError
-from pecobook.files import require_empty, write_atomically
-from pecobook.models.segmenter import SegmentTestConfig
+from pecobook.files import write_atomically
+from pecobook.settings.predict import PredictConfig
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from pecobook.data.images import ImageSource
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class PredictConfig:
-    """Use a trained classifier, segmenter or detector on images."""
-
-    run: str = ""
-    """A run of finetune, segment or detect, or its export folder. On the command line it may stand first."""
-    images: str = ""
-    """An image, a folder of them at any depth, or another source of images. On the command line it may stand second."""
-    out: str = ""
-    """Folder to write; it must be new or empty."""
-    pictures: bool = True
-    """Also write every image with what was found on it."""
-    score: float = 0.5
-    """Least score of a detection that is drawn; detections.json holds all."""
-    test: SegmentTestConfig = SegmentTestConfig()
-
-    def __post_init__(self) -> None:
-        between(self, 0.0, 1.0, "score")
-        require_empty(self.out)
 
 
 class Writer(Protocol):

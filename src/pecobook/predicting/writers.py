@@ -21,7 +21,7 @@ from pecobook.pixels import to_float
 if TYPE_CHECKING:
     from PIL import Image
 
-    from pecobook.predicting import PredictConfig
+    from pecobook.settings.predict import PredictConfig
 
 _BEST = 5
 _BATCH = 16

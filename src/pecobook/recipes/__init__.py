@@ -9,9 +9,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, TypeAlias
 
-from pecobook.config import TrainConfig
 from pecobook.errors import ConfigError, did_you_mean
 from pecobook.recipes import codebook, contrast, detect, finetune, pretrain, segment
+from pecobook.settings.tokenize import TokenizeConfig
+from pecobook.settings.training import TrainConfig
 
 Recipe: TypeAlias = Callable[[], TrainConfig]
 
@@ -72,6 +73,13 @@ def recipe(command: str, name: str = DEFAULT_RECIPE) -> Any:
     if name not in known:
         raise ConfigError(f"'{command}' has no recipe '{name}': it has {', '.join(known)}.{did_you_mean(name, known)}")
     return known[name]()
+
+
+def tokenize(name: str = DEFAULT_RECIPE) -> TokenizeConfig:
+    """Settings of a token bank whose views are those of a `pretrain` recipe. Raises ConfigError for an unknown one."""
+    base = recipe("pretrain", name)
+    names = ("seed", "image_size", "tokenizer_size", "min_crop", "colour")
+    return TokenizeConfig(**{name: getattr(base, name) for name in names})
 
 
 def claims() -> list[tuple[str, str, str]]:

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 
-from pecobook.config import OptimConfig
-from pecobook.models.autoencoder import AutoencoderConfig
-from pecobook.models.perceptual import PerceptualConfig
-from pecobook.models.quantizer import QuantizerConfig
-from pecobook.stages.codebook import CodebookConfig
+from pecobook.settings.codebook import CodebookConfig
+from pecobook.settings.perceptual import PerceptualConfig
+from pecobook.settings.tokenizer import AutoencoderConfig, QuantizerConfig
+from pecobook.settings.training import OptimConfig
 
 
 def tiny() -> CodebookConfig:

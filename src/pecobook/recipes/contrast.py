@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 
-from pecobook.config import BackboneConfig, OptimConfig
-from pecobook.stages.contrast import ContrastConfig
+from pecobook.settings.contrast import ContrastConfig
+from pecobook.settings.training import BackboneConfig, OptimConfig
 
 _SMALL_RESNET = BackboneConfig(
     name="resnet10t", args='{"channels": [32, 64, 128, 256], "stem_width": 16, "output_stride": 8}'

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 
-from pecobook.config import OptimConfig
-from pecobook.models.detector import DetectorConfig
-from pecobook.stages.detect import DetectConfig
+from pecobook.settings.detect import DetectConfig, DetectorConfig
+from pecobook.settings.training import OptimConfig
 
 
 def tiny() -> DetectConfig:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 
-from pecobook.config import OptimConfig
-from pecobook.stages.classify import FinetuneConfig
+from pecobook.settings.finetune import FinetuneConfig
+from pecobook.settings.training import OptimConfig
 
 
 def tiny() -> FinetuneConfig:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 
-from pecobook.config import BackboneConfig, OptimConfig
-from pecobook.stages.pretrain import MaskConfig, PretrainConfig
+from pecobook.settings.pretrain import MaskConfig, PretrainConfig
+from pecobook.settings.training import BackboneConfig, OptimConfig
 
 _BEIT = OptimConfig(lr=1.5e-3, lr_batch_size=2048, final_lr=1e-5, warmup="10 epochs", clip_grad=3.0)
 

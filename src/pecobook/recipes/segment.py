@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 
-from pecobook.config import OptimConfig
-from pecobook.stages.segment import SegmentConfig
+from pecobook.settings.segment import SegmentConfig
+from pecobook.settings.training import OptimConfig
 
 
 def tiny() -> SegmentConfig:

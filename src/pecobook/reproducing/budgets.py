@@ -5,14 +5,15 @@ from __future__ import annotations
 import dataclasses
 import sys
 
-from pecobook.config import BackboneConfig, replace
-from pecobook.models.autoencoder import AutoencoderConfig
-from pecobook.models.perceptual import PerceptualConfig
 from pecobook.recipes import codebook, contrast, finetune, pretrain
-from pecobook.stages.classify import FinetuneConfig
-from pecobook.stages.codebook import CodebookConfig
-from pecobook.stages.contrast import ContrastConfig
-from pecobook.stages.pretrain import PretrainConfig
+from pecobook.settings.codebook import CodebookConfig
+from pecobook.settings.contrast import ContrastConfig
+from pecobook.settings.finetune import FinetuneConfig
+from pecobook.settings.perceptual import PerceptualConfig
+from pecobook.settings.pretrain import PretrainConfig
+from pecobook.settings.tokenizer import AutoencoderConfig
+from pecobook.settings.training import BackboneConfig
+from pecobook.settings.values import replace
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,19 +7,20 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pecobook.analyzing import AnalyzeConfig
-from pecobook.config import TrainConfig, replace, steps
 from pecobook.jobs import Job
-from pecobook.models.discriminator import AdversarialConfig
-from pecobook.models.explicit import ExplicitConfig
-from pecobook.models.perceptual import PerceptualConfig
 from pecobook.reproducing.budgets import Budget, budget, perceptual, with_backbone
+from pecobook.settings.analyze import AnalyzeConfig
+from pecobook.settings.codebook import AdversarialConfig, ExplicitConfig
+from pecobook.settings.durations import steps
+from pecobook.settings.perceptual import PerceptualConfig
+from pecobook.settings.training import TrainConfig
+from pecobook.settings.values import replace
 
 if TYPE_CHECKING:
     from pecobook.data.images import Splits
-    from pecobook.reproducing import ReproduceConfig
     from pecobook.reproducing.paper import PaperTable
-    from pecobook.stages.codebook import CodebookConfig
+    from pecobook.settings.codebook import CodebookConfig
+    from pecobook.settings.reproduce import ReproduceConfig
 
 NO_TOKENIZER = ("scratch", "vit-contrast", "pixels")
 """Arms that are other ways to a backbone."""

@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from pecobook.analysis.charts import read_metrics
-from pecobook.config import replace, to_dict
 from pecobook.engine.log import duration
 from pecobook.files import write_atomically
 from pecobook.jobs import Job, places, run_all, say
 from pecobook.reproducing.plan import Plan
+from pecobook.settings.values import replace, to_dict
 
 _STEPS = 4
 _ANALYSIS = {"max_train": 200, "max_test": 100}

@@ -21,7 +21,6 @@ from torchvision.transforms.functional import rgb_to_grayscale
 from pecobook.analysis.codewords import code_usage
 from pecobook.analysis.reconstruction import psnr, ssim
 from pecobook.collectives import mean_over_ranks
-from pecobook.config import OptimConfig, TrainConfig, between, steps
 from pecobook.data.images import Splits
 from pecobook.data.sampler import key
 from pecobook.data.stream import Batch, ViewFunction
@@ -29,54 +28,16 @@ from pecobook.data.views import central_view, random_crop
 from pecobook.engine.launch import check_told_apart
 from pecobook.engine.loop import StageOutput
 from pecobook.errors import ConfigError
-from pecobook.models.autoencoder import AutoencoderConfig
-from pecobook.models.discriminator import AdversarialConfig, PatchDiscriminator, adversarial_losses
-from pecobook.models.explicit import CodewordClassifier, CodewordContrast, ExplicitConfig
-from pecobook.models.perceptual import PerceptualConfig, perceptual_distance
-from pecobook.models.quantizer import Quantized, QuantizerConfig, VectorQuantizer
-from pecobook.models.tokenizer import PerceptualTokenizer, TokenizerConfig
+from pecobook.models.discriminator import PatchDiscriminator, adversarial_losses
+from pecobook.models.explicit import CodewordClassifier, CodewordContrast
+from pecobook.models.perceptual import perceptual_distance
+from pecobook.models.quantizer import Quantized, VectorQuantizer
+from pecobook.models.tokenizer import PerceptualTokenizer
 from pecobook.pixels import to_float
+from pecobook.settings.codebook import CodebookConfig
+from pecobook.settings.durations import steps
+from pecobook.settings.tokenizer import TokenizerConfig
 from pecobook.stages.stage import Stage, StageKind
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class CodebookConfig(TrainConfig):
-    """Train a perceptual codebook on your images."""
-
-    model: AutoencoderConfig = AutoencoderConfig()
-    quantizer: QuantizerConfig = QuantizerConfig()
-    perceptual: PerceptualConfig = PerceptualConfig()
-    adversarial: AdversarialConfig = AdversarialConfig()
-    explicit: ExplicitConfig = ExplicitConfig()
-    pixel_weight: float = 1.0
-    """Weight of the pixel loss, the mean squared error on [-1, 1]."""
-    balance: bool = False
-    """Divide pixel and perceptual loss together by their present value, so that commitment weighs against 1 in every
-    run. Without it a perceptual term, which is several times the pixel loss, drowns commitment, and runs with and
-    without one differ in two things at once."""
-    optim: OptimConfig = OptimConfig(name="adam", lr=5e-5, betas=(0.5, 0.95), weight_decay=0.0, warmup="5000")
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        between(self, 0.0, float("inf"), "pixel_weight")
-        if self.image_size % self.model.stride:
-            raise ConfigError(
-                f"--image-size {self.image_size} must be a multiple of {self.model.stride}, "
-                "the stride that --model.channels gives."
-            )
-        if self.model.in_channels not in (1, 3):
-            raise ConfigError(
-                f"--model.in-channels {self.model.in_channels}: images are read as 3 channels or 1 (grey)."
-            )
-        if self.quantizer.learning == "gradient" and self.strategy == "fsdp":
-            raise ConfigError("--quantizer.learning gradient moves whole codewords: use --strategy ddp.")
-        if self.adversarial.weight > 0 and self.image_size < 3 * 2**self.adversarial.num_layers:
-            raise ConfigError(
-                f"--adversarial.num-layers {self.adversarial.num_layers} leaves nothing of {self.image_size} pixels: "
-                "give fewer."
-            )
-        if self.pixel_weight == 0 and (self.perceptual.network == "none" or self.perceptual.weight == 0):
-            raise ConfigError("There is nothing to learn: --pixel-weight is 0 and there is no perceptual network.")
 
 
 class CodebookStage(Stage):

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import math
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,59 +15,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pecobook.config import BackboneConfig, OptimConfig, TrainConfig, between, positive
 from pecobook.data.images import Splits
 from pecobook.data.sampler import key
 from pecobook.data.stream import Batch, ViewFunction
-from pecobook.data.views import PhotometricConfig, central_view, colour_draws, photometric, random_crop
+from pecobook.data.views import central_view, colour_draws, photometric, random_crop
 from pecobook.engine.launch import check_told_apart
 from pecobook.engine.loop import StageOutput
 from pecobook.engine.schedule import cosine
 from pecobook.models.contrastive import contrastive_loss, follow, initialise_moco, mlp
 from pecobook.models.weights import IMAGENET_MEAN, IMAGENET_STD, create, export_backbone, is_transformer
 from pecobook.pixels import channels_last, to_float
+from pecobook.settings.contrast import ContrastConfig
 from pecobook.stages.stage import Stage, StageKind
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class ContrastConfig(TrainConfig):
-    """Train a feature network on your images by MoCo v3."""
-
-    model: BackboneConfig = BackboneConfig(name="vit_base_patch16_224")
-    optim: OptimConfig = OptimConfig(lr=2.4e-3, weight_decay=0.1, warmup="40 epochs")
-    max_steps: str = "300 epochs"
-    """Length of the training: steps, "N epochs" or "N images"."""
-    batch_size: int = 4096
-    """Images in one optimizer step, over all devices and accumulation steps; each, in two views, is told from all."""
-    min_crop: float = 0.08
-    """Smallest share of an image's area that a random crop takes."""
-    momentum: float = 0.99
-    """Of the second encoder at the start; it rises to 1 by a half cosine."""
-    temperature: float = 0.2
-    """Of the contrastive softmax (the paper: 0.2 for ViT, 1.0 for ResNet-50)."""
-    hidden_dim: int = 4096
-    """Hidden width of the projector and the predictor."""
-    output_dim: int = 256
-    """Width of the space in which views are compared."""
-    freeze_patch_embed: bool = True
-    """Leave a ViT's patch projection at its random start (section 4 of the paper); networks without one ignore it."""
-    fixed_positions: bool = True
-    """Give a ViT with a position table fixed sines and cosines of row and column, and MoCo v3's initialisation."""
-    colour: PhotometricConfig = PhotometricConfig()
-    """Colour changes of both views; blur and solarise below are added."""
-    blur: tuple[float, float] = (1.0, 0.1)
-    """Probability of blur on view one and view two."""
-    solarise: tuple[float, float] = (0.0, 0.2)
-    """Probability of solarisation on view one and view two."""
-    knn_images: int = 4096
-    """Labelled training images among which each evaluation finds the neighbours of held-out ones (k-NN accuracy, an
-    early sign of whether the features learn something); 0 leaves it out. Data without labels has none."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        positive(self, "temperature", "hidden_dim", "output_dim")
-        between(self, 0, math.inf, "knn_images")
-        between(self, 0.0, 1.0, "momentum")
 
 
 class ContrastStage(Stage):

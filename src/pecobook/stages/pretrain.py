@@ -8,19 +8,18 @@ from __future__ import annotations
 import dataclasses
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pecobook.config import BackboneConfig, OptimConfig, TrainConfig, between, positive
 from pecobook.data.images import Splits
 from pecobook.data.masking import blockwise_mask, random_mask
 from pecobook.data.sampler import key
 from pecobook.data.stream import Batch, Companion, ViewFunction
 from pecobook.data.tokens import TokenBank, differences
-from pecobook.data.views import PhotometricConfig, center_crop, colour_draws, photometric, random_crop
+from pecobook.data.views import center_crop, colour_draws, photometric, random_crop
 from pecobook.engine.loop import StageOutput
 from pecobook.errors import ConfigError, DataError
 from pecobook.models.masked_vit import (
@@ -35,77 +34,9 @@ from pecobook.models.masked_vit import (
 from pecobook.models.tokenizers import fingerprint, load_tokenizer
 from pecobook.models.weights import IMAGENET_MEAN, IMAGENET_STD, create, export_backbone, write_tensors
 from pecobook.pixels import to_float
+from pecobook.settings.images import PhotometricConfig
+from pecobook.settings.pretrain import MaskConfig, PretrainConfig
 from pecobook.stages.stage import Stage, StageKind
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class MaskConfig:
-    """Which patches the ViT does not see."""
-
-    kind: Literal["block", "random"] = "block"
-    """Rectangles as in BEiT, or single patches."""
-    num_masked: int = 75
-    """Patches hidden in every image (the paper: 75 of 196)."""
-    min_block: int = 16
-    """Least area of a rectangle, in patches."""
-
-    def __post_init__(self) -> None:
-        positive(self, "num_masked", "min_block")
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class DecoderConfig:
-    """The light decoder of the accelerated form (Table 8); MAE's."""
-
-    depth: int = 8
-    """Blocks."""
-    width: int = 512
-    """Channels."""
-    num_heads: int = 16
-    """Attention heads."""
-
-    def __post_init__(self) -> None:
-        positive(self, "depth", "width", "num_heads")
-        if self.width % (4 * self.num_heads):
-            raise ConfigError(f"--decoder.width must be a multiple of {4 * self.num_heads} (4 x --decoder.num-heads).")
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class PretrainConfig(TrainConfig):
-    """Pre-train a ViT on the tokens of your images."""
-
-    tokenizer: str = ""
-    """Run folder of `pecobook codebook`, owner/name on the Hugging Face hub, dalle:FOLDER, or diffusers:FOLDER."""
-    tokens: str = ""
-    """Token bank of `pecobook tokenize`, whose views are replayed; the tokenizer then never runs in training."""
-    target: Literal["tokens", "pixels"] = "tokens"
-    """What is predicted of a hidden patch: its code, or its normalised pixels (MAE), which need no tokenizer."""
-    tokenizer_size: int = 0
-    """Side to which crops are resized for the tokenizer, pixels; 0 keeps theirs."""
-    visible_only: bool = False
-    """The accelerated form of Table 8: the ViT reads visible patches alone, and a light decoder predicts the rest."""
-    decoder: DecoderConfig = DecoderConfig()
-    model: BackboneConfig = BackboneConfig(
-        name="beit_base_patch16_224",
-        args='{"init_values": 0.1, "use_rel_pos_bias": false, "use_shared_rel_pos_bias": true}',
-    )
-    drop_path: float = 0.1
-    """Stochastic depth: probability of skipping the last block; the first ones less."""
-    mask: MaskConfig = MaskConfig()
-    colour: PhotometricConfig = PhotometricConfig(saturation=0.4, hue=0.0, jitter=1.0, grey=0.0)
-    """Colour changes of the crop, before both the tokenizer and the ViT see it (BEiT)."""
-    optim: OptimConfig = OptimConfig(lr=1.5e-3, final_lr=1e-5, warmup="10 epochs", clip_grad=3.0)
-    max_steps: str = "300 epochs"
-    """Length of the training: steps, "N epochs" or "N images"."""
-    batch_size: int = 2048
-    """Images in one optimizer step, over all devices and accumulation steps."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        between(self, 0.0, 1.0, "drop_path")
-        between(self, 0, 4096, "tokenizer_size")
-        if self.tokens and self.target == "pixels":
-            raise ConfigError("--tokens is of no use to --target pixels: leave one of them out.")
 
 
 class PretrainStage(Stage):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import sys
 from functools import partial
@@ -14,84 +13,23 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pecobook.analysis.segments import count_pixels, intersection_over_union, overlay, scores
-from pecobook.config import OptimConfig, TrainConfig, between
 from pecobook.data.images import ImageSource, Splits
 from pecobook.data.segmentation import SegmentationSource, open_segmentation
 from pecobook.data.segmentation_check import verify
 from pecobook.data.segmentation_classes import IGNORE
 from pecobook.data.segmentation_views import resize_mask, training_view
 from pecobook.data.stream import Batch, ViewFunction
-from pecobook.data.views import PhotometricConfig, photometric
+from pecobook.data.views import photometric
 from pecobook.engine.launch import is_leader, micro_batch_size, world_size
 from pecobook.engine.loop import StageOutput
 from pecobook.engine.optim import dense_groups
 from pecobook.errors import ConfigError, DataError, listed
-from pecobook.models.pyramid import PyramidConfig, describe_pyramid, pyramid_of
-from pecobook.models.segmenter import (
-    Segmenter,
-    SegmentTestConfig,
-    best_classes,
-    export_segmenter,
-    scaled_pictures,
-    stretch,
-)
+from pecobook.models.pyramid import describe_pyramid, pyramid_of
+from pecobook.models.segmenter import Segmenter, best_classes, export_segmenter, scaled_pictures, stretch
 from pecobook.pixels import resize, to_float
+from pecobook.settings.segment import SegmentConfig, SegmentTestConfig
+from pecobook.settings.training import OptimConfig
 from pecobook.stages.stage import Stage, StageKind, mean_of_counted
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class SegmentConfig(TrainConfig):
-    """Train semantic segmentation on images with masks."""
-
-    data: str = ""
-    """A folder of images/ and masks/ (alone, under train/ and val/, or as in ADE20K), or hf:owner/name."""
-    classes: str = ""
-    """File with a class on each line, and its R G B where masks are colour pictures; empty takes classes.txt."""
-    mask_values: tuple[str, ...] = ()
-    """Pixel value of each class where they are not 0, 1, 2, ...: "0 255", or "1-150" as in ADE20K."""
-    ignore: tuple[str, ...] = ("255",)
-    """Pixel values or names of classes that count neither in the loss nor in the score."""
-    verify: bool = True
-    """Look at every mask before training. Without, --classes or --mask-values must say what the classes are."""
-    skip_bad: bool = False
-    """Leave out pairs whose mask has another size or an unknown value, in place of refusing to start."""
-    backbone: str = ""
-    """A pretrain, contrast or finetune run, or timm:NAME."""
-    weights: str = ""
-    """A local file of weights, or random to train from scratch; empty takes the backbone's own."""
-    pyramid: PyramidConfig = PyramidConfig()
-    drop_path: float = 0.1
-    """Stochastic depth: probability of skipping the last block; the first ones less."""
-    head_width: int = 0
-    """Channels of UperNet; 0 takes the backbone's width."""
-    auxiliary_width: int = 256
-    """Channels of the auxiliary head; 0 for none."""
-    auxiliary_weight: float = 0.4
-    """Of the auxiliary head's loss."""
-    scales: tuple[float, float] = (0.5, 2.0)
-    """Least and largest random scale of a training image, beside that of the test."""
-    max_share: float = 0.75
-    """Most of a training crop that one class may fill; 1 does not care."""
-    colours: PhotometricConfig = PhotometricConfig(
-        brightness=0.125, contrast=0.5, saturation=0.5, hue=0.05, jitter=0.75, grey=0.0
-    )
-    test: SegmentTestConfig = SegmentTestConfig()
-    evaluation_images: int = 5000
-    """Most held-out images looked at in each evaluation."""
-    optim: OptimConfig = OptimConfig(lr=3e-4, warmup="1500", layer_decay=0.65, schedule="poly")
-    image_size: int = 512
-    """Side of the training crops, and short side of the images in the test, pixels."""
-    max_steps: str = "160000"
-    """Length of the training: steps, "N epochs" or "N images"."""
-    batch_size: int = 16
-    """Images in one optimizer step, over all devices and accumulation steps."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        between(self, 0.0, 1.0, "drop_path", "max_share")
-        between(self, 0, 65_536, "head_width", "auxiliary_width", "auxiliary_weight")
-        if not 0 < self.scales[0] <= self.scales[1]:
-            raise ConfigError(f"--scales takes the least and the largest factor, not {self.scales}.")
 
 
 class SegmentStage(Stage):

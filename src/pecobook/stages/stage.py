@@ -16,13 +16,13 @@ import torch
 from torch import Tensor, nn
 
 from pecobook.collectives import on_first_rank
-from pecobook.config import OptimConfig, TrainConfig
 from pecobook.data.images import ImageSource, Splits, open_images
 from pecobook.data.sampler import fixed_place
 from pecobook.data.stream import Batch, Companion, Stream, ViewFunction
 from pecobook.engine.loop import StageOutput
 from pecobook.engine.optim import parameter_groups
 from pecobook.errors import DataError, PecobookError, PreflightError, RunFolderError, first_line
+from pecobook.settings.training import OptimConfig, TrainConfig
 
 C = TypeVar("C", bound=TrainConfig)
 

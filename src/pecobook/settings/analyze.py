@@ -1,0 +1,52 @@
+"""`pecobook analyze`: what codewords mean."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from pecobook.settings.values import between, positive
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AnalyzeConfig:
+    """Find out what the codewords of one or more tokenizers mean, on your images."""
+
+    tokenizer: str = ""
+    """A codebook run, owner/name on the hub, dalle:FOLDER, or diffusers:FOLDER."""
+    against: tuple[str, ...] = ()
+    """More tokenizers, measured on the same images beside the first."""
+    tokens: tuple[str, ...] = ()
+    """Token banks of --data, each of one of the tokenizers: usage and galleries over all training images."""
+    backbone: tuple[str, ...] = ()
+    """Pretrain runs, whose predictions behind masks are shown side by side."""
+    data: str = "photos"
+    """Images: a folder, a parquet file or folder, tar shards, hf:owner/name, or photos (embedded)."""
+    out: str = ""
+    """Folder for analysis.json, report.html and pictures/. It must be new or empty, unless --overwrite is given."""
+    overwrite: bool = False
+    """Delete what is in --out first."""
+    classifier: str = ""
+    """Who classifies originals and reconstructions: a finetune run, its exported model.safetensors, or timm:NAME; empty
+    leaves it out."""
+    classifier_weights: str = ""
+    """A local file of weights for timm:NAME; empty takes the hub's."""
+    perceptual: str = ""
+    """A network (as codebook's --perceptual.network) whose distance is measured too; empty leaves it out."""
+    perceptual_layers: tuple[int | str, ...] = (3, 6, 9, 12)
+    """Its layers."""
+    perceptual_weights: str = ""
+    """A local file of its weights."""
+    judgements: str = ""
+    """A folder in the layout of BAPPS's two-alternative judgements; empty leaves it out."""
+    codewords: tuple[int, ...] = ()
+    """Codewords that get a gallery beside random and most-used ones."""
+    max_train: int = 10_000
+    """Most training images, whose codes the probes learn from."""
+    max_test: int = 2000
+    """Most held-out images, on which everything is measured."""
+    seed: int = 0
+    """Of what is drawn at random: codewords and patches of galleries, masks."""
+
+    def __post_init__(self) -> None:
+        positive(self, "max_train", "max_test")
+        between(self, 0, 2**31 - 1, "seed")

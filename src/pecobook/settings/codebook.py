@@ -1,0 +1,94 @@
+"""`pecobook codebook`: the tokenizer under a perceptual loss, and what the paper compares it with."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Literal
+
+from pecobook.errors import ConfigError
+from pecobook.settings.perceptual import PerceptualConfig
+from pecobook.settings.tokenizer import AutoencoderConfig, QuantizerConfig
+from pecobook.settings.training import OptimConfig, TrainConfig
+from pecobook.settings.values import between, positive
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AdversarialConfig:
+    """A patch discriminator that learns to tell reconstructions from images (equation 8)."""
+
+    weight: float = 0.0
+    """Of the term; Table 7 uses 0.4. 0 leaves it out."""
+    width: int = 64
+    """Channels of the discriminator's first layer."""
+    num_layers: int = 3
+    """Strided layers; 3 see patches of 70 pixels."""
+    start: int = 0
+    """Steps before the autoencoder learns from it, so that it can draw first; the discriminator learns at once."""
+
+    def __post_init__(self) -> None:
+        between(self, 0.0, float("inf"), "weight", "start")
+        positive(self, "width", "num_layers")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ExplicitConfig:
+    """A loss on the codewords themselves (Table 6), in place of or beside the perceptual loss on images."""
+
+    kind: Literal["none", "classification", "contrastive"] = "none"
+    """classification needs labels; contrastive tells images apart by averaged codewords of two views, with a momentum
+    encoder."""
+    weight: float = 1.0
+    """Of the term."""
+    temperature: float = 0.2
+    """Of the contrastive softmax."""
+    momentum: float = 0.99
+    """Of the contrastive keys' encoder."""
+    hidden_dim: int = 2048
+    """Hidden width of the contrastive heads."""
+    output_dim: int = 256
+    """Width of the space in which the contrastive loss compares."""
+
+    def __post_init__(self) -> None:
+        between(self, 0.0, float("inf"), "weight")
+        between(self, 0.0, 1.0, "momentum")
+        positive(self, "temperature", "hidden_dim", "output_dim")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CodebookConfig(TrainConfig):
+    """Train a perceptual codebook on your images."""
+
+    model: AutoencoderConfig = AutoencoderConfig()
+    quantizer: QuantizerConfig = QuantizerConfig()
+    perceptual: PerceptualConfig = PerceptualConfig()
+    adversarial: AdversarialConfig = AdversarialConfig()
+    explicit: ExplicitConfig = ExplicitConfig()
+    pixel_weight: float = 1.0
+    """Weight of the pixel loss, the mean squared error on [-1, 1]."""
+    balance: bool = False
+    """Divide pixel and perceptual loss together by their present value, so that commitment weighs against 1 in every
+    run. Without it a perceptual term, which is several times the pixel loss, drowns commitment, and runs with and
+    without one differ in two things at once."""
+    optim: OptimConfig = OptimConfig(name="adam", lr=5e-5, betas=(0.5, 0.95), weight_decay=0.0, warmup="5000")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        between(self, 0.0, float("inf"), "pixel_weight")
+        if self.image_size % self.model.stride:
+            raise ConfigError(
+                f"--image-size {self.image_size} must be a multiple of {self.model.stride}, "
+                "the stride that --model.channels gives."
+            )
+        if self.model.in_channels not in (1, 3):
+            raise ConfigError(
+                f"--model.in-channels {self.model.in_channels}: images are read as 3 channels or 1 (grey)."
+            )
+        if self.quantizer.learning == "gradient" and self.strategy == "fsdp":
+            raise ConfigError("--quantizer.learning gradient moves whole codewords: use --strategy ddp.")
+        if self.adversarial.weight > 0 and self.image_size < 3 * 2**self.adversarial.num_layers:
+            raise ConfigError(
+                f"--adversarial.num-layers {self.adversarial.num_layers} leaves nothing of {self.image_size} pixels: "
+                "give fewer."
+            )
+        if self.pixel_weight == 0 and (self.perceptual.network == "none" or self.perceptual.weight == 0):
+            raise ConfigError("There is nothing to learn: --pixel-weight is 0 and there is no perceptual network.")

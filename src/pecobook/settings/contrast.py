@@ -1,0 +1,51 @@
+"""`pecobook contrast`: a feature network by MoCo v3."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+from pecobook.settings.images import PhotometricConfig
+from pecobook.settings.training import BackboneConfig, OptimConfig, TrainConfig
+from pecobook.settings.values import between, positive
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ContrastConfig(TrainConfig):
+    """Train a feature network on your images by MoCo v3."""
+
+    model: BackboneConfig = BackboneConfig(name="vit_base_patch16_224")
+    optim: OptimConfig = OptimConfig(lr=2.4e-3, weight_decay=0.1, warmup="40 epochs")
+    max_steps: str = "300 epochs"
+    """Length of the training: steps, "N epochs" or "N images"."""
+    batch_size: int = 4096
+    """Images in one optimizer step, over all devices and accumulation steps; each, in two views, is told from all."""
+    min_crop: float = 0.08
+    """Smallest share of an image's area that a random crop takes."""
+    momentum: float = 0.99
+    """Of the second encoder at the start; it rises to 1 by a half cosine."""
+    temperature: float = 0.2
+    """Of the contrastive softmax (the paper: 0.2 for ViT, 1.0 for ResNet-50)."""
+    hidden_dim: int = 4096
+    """Hidden width of the projector and the predictor."""
+    output_dim: int = 256
+    """Width of the space in which views are compared."""
+    freeze_patch_embed: bool = True
+    """Leave a ViT's patch projection at its random start (section 4 of the paper); networks without one ignore it."""
+    fixed_positions: bool = True
+    """Give a ViT with a position table fixed sines and cosines of row and column, and MoCo v3's initialisation."""
+    colour: PhotometricConfig = PhotometricConfig()
+    """Colour changes of both views; blur and solarise below are added."""
+    blur: tuple[float, float] = (1.0, 0.1)
+    """Probability of blur on view one and view two."""
+    solarise: tuple[float, float] = (0.0, 0.2)
+    """Probability of solarisation on view one and view two."""
+    knn_images: int = 4096
+    """Labelled training images among which each evaluation finds the neighbours of held-out ones (k-NN accuracy, an
+    early sign of whether the features learn something); 0 leaves it out. Data without labels has none."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        positive(self, "temperature", "hidden_dim", "output_dim")
+        between(self, 0, math.inf, "knn_images")
+        between(self, 0.0, 1.0, "momentum")

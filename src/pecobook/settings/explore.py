@@ -1,0 +1,32 @@
+"""`pecobook explore`: a page to play with codewords."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from pecobook.settings.values import between, positive
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ExploreConfig:
+    """Look at token maps, click codewords, paint masks: a page on this machine."""
+
+    runs: tuple[str, ...] = ()
+    """Tokenizers (a codebook run, owner/name on the hub, dalle:FOLDER, diffusers:FOLDER) and pretrain runs, which bring
+    theirs."""
+    data: str = "photos"
+    """Images: a folder, a parquet file or folder, tar shards, hf:owner/name, or photos (embedded)."""
+    images: int = 1000
+    """Most held-out images that are looked through for patches."""
+    host: str = "127.0.0.1"
+    """Address to listen on; the default is seen by this machine alone."""
+    port: int = 7860
+    """Port to listen on."""
+    share: bool = False
+    """Also open a public address through Gradio's servers, for 72 hours: whoever knows it sees your images."""
+    upload_mb: int = 20
+    """Largest image that the page takes, MB."""
+
+    def __post_init__(self) -> None:
+        positive(self, "images", "upload_mb")
+        between(self, 1, 65535, "port")

@@ -1,0 +1,23 @@
+"""`pecobook export`: weights for another library."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Literal
+
+from pecobook.files import require_empty
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ExportConfig:
+    """Write a run's weights for another library."""
+
+    run: str = ""
+    """A run of pecobook, or its export folder. On the command line it may stand first, without the flag."""
+    format: Literal["timm", "hf", "onnx"] = "timm"
+    """timm; transformers (BEiT's); or ONNX. A tokenizer and a segmenter know onnx alone."""
+    out: str = ""
+    """Folder to write; it must be new or empty."""
+
+    def __post_init__(self) -> None:
+        require_empty(self.out)

@@ -1,0 +1,48 @@
+"""`pecobook finetune`: classification."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from pecobook.settings.training import OptimConfig, TrainConfig
+from pecobook.settings.values import between, positive
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FinetuneConfig(TrainConfig):
+    """Fine-tune a backbone on labelled images."""
+
+    backbone: str = ""
+    """A pretrain or contrast run, or timm:NAME."""
+    weights: str = ""
+    """A local file of weights, or random to train from scratch; empty takes the backbone's own."""
+    drop_path: float = 0.1
+    """Stochastic depth: probability of skipping the last block; the first ones less."""
+    mixup: float = 0.8
+    """Alpha of mixup; 0 leaves it out."""
+    cutmix: float = 1.0
+    """Alpha of CutMix; 0 leaves it out. Every batch gets one of the two, by a fair coin."""
+    label_smoothing: float = 0.1
+    """Probability mass spread over all classes."""
+    rand_augment: str = "rand-m9-mstd0.5-inc1"
+    """RandAugment in timm's words: magnitude, its spread, increasing severity; empty leaves it out."""
+    random_erasing: float = 0.25
+    """Probability of filling a rectangle with noise."""
+    average: float = 0.0
+    """Decay of an average of the weights, which is then evaluated and exported (BootMAE: 0.9998); 0 for none."""
+    eval_crop: float = 0.875
+    """Share of an image's shorter side that the central crop of evaluation takes (224 of 256)."""
+    evaluation_images: int = 50_000
+    """Most held-out images looked at in each evaluation."""
+    min_crop: float = 0.08
+    """Smallest share of an image's area that a random crop takes."""
+    optim: OptimConfig = OptimConfig(lr=4e-3, warmup="20 epochs", layer_decay=0.65)
+    max_steps: str = "100 epochs"
+    """Length of the training: steps, "N epochs" or "N images"."""
+    batch_size: int = 1024
+    """Images in one optimizer step, over all devices and accumulation steps."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        between(self, 0.0, 1.0, "drop_path", "label_smoothing", "random_erasing", "average", "eval_crop")
+        positive(self, "eval_crop")

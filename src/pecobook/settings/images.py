@@ -1,0 +1,27 @@
+"""Colour changes of a view."""
+
+from __future__ import annotations
+
+import dataclasses
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PhotometricConfig:
+    """Strength and probability of colour changes; MoCo v3's defaults (arXiv 2104.02057)."""
+
+    brightness: float = 0.4
+    """Largest relative change of brightness."""
+    contrast: float = 0.4
+    """Largest relative change of contrast."""
+    saturation: float = 0.2
+    """Largest relative change of saturation."""
+    hue: float = 0.1
+    """Largest shift of hue, in turns of the colour circle."""
+    jitter: float = 0.8
+    """Probability of the four changes above."""
+    grey: float = 0.2
+    """Probability of dropping colour."""
+    blur: float = 0.0
+    """Probability of a Gaussian blur."""
+    solarise: float = 0.0
+    """Probability of inverting the bright half."""

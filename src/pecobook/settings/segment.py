@@ -1,0 +1,91 @@
+"""`pecobook segment`: semantic segmentation."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from pecobook.errors import ConfigError
+from pecobook.settings.dense import PyramidConfig
+from pecobook.settings.images import PhotometricConfig
+from pecobook.settings.training import OptimConfig, TrainConfig
+from pecobook.settings.values import between, positive
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SegmentTestConfig:
+    """How a picture of any size is segmented."""
+
+    mode: str = "whole"
+    """whole sends the picture through at once; slide averages windows of --image-size."""
+    stride: float = 2 / 3
+    """Step from window to window, as a share of its side."""
+    max_side: int = 2048
+    """Longest side of the scaled picture, pixels; the short one becomes --image-size unless that makes more."""
+    scales: tuple[float, ...] = (1.0,)
+    """Sizes that are averaged, as factors, the first being that of the mean. The paper tests at one; for several, 1 0.5
+    0.75 1.25 1.5 1.75 is usual."""
+    flip: bool = False
+    """Also average with the picture's mirror image."""
+
+    def __post_init__(self) -> None:
+        if self.mode not in ("whole", "slide"):
+            raise ConfigError(f"--test.mode is whole or slide, not '{self.mode}'.")
+        between(self, 0.0, 1.0, "stride")
+        positive(self, "stride", "max_side")
+        if not self.scales or min(self.scales) <= 0:
+            raise ConfigError("--test.scales takes factors above 0.")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SegmentConfig(TrainConfig):
+    """Train semantic segmentation on images with masks."""
+
+    data: str = ""
+    """A folder of images/ and masks/ (alone, under train/ and val/, or as in ADE20K), or hf:owner/name."""
+    classes: str = ""
+    """File with a class on each line, and its R G B where masks are colour pictures; empty takes classes.txt."""
+    mask_values: tuple[str, ...] = ()
+    """Pixel value of each class where they are not 0, 1, 2, ...: "0 255", or "1-150" as in ADE20K."""
+    ignore: tuple[str, ...] = ("255",)
+    """Pixel values or names of classes that count neither in the loss nor in the score."""
+    verify: bool = True
+    """Look at every mask before training. Without, --classes or --mask-values must say what the classes are."""
+    skip_bad: bool = False
+    """Leave out pairs whose mask has another size or an unknown value, in place of refusing to start."""
+    backbone: str = ""
+    """A pretrain, contrast or finetune run, or timm:NAME."""
+    weights: str = ""
+    """A local file of weights, or random to train from scratch; empty takes the backbone's own."""
+    pyramid: PyramidConfig = PyramidConfig()
+    drop_path: float = 0.1
+    """Stochastic depth: probability of skipping the last block; the first ones less."""
+    head_width: int = 0
+    """Channels of UperNet; 0 takes the backbone's width."""
+    auxiliary_width: int = 256
+    """Channels of the auxiliary head; 0 for none."""
+    auxiliary_weight: float = 0.4
+    """Of the auxiliary head's loss."""
+    scales: tuple[float, float] = (0.5, 2.0)
+    """Least and largest random scale of a training image, beside that of the test."""
+    max_share: float = 0.75
+    """Most of a training crop that one class may fill; 1 does not care."""
+    colours: PhotometricConfig = PhotometricConfig(
+        brightness=0.125, contrast=0.5, saturation=0.5, hue=0.05, jitter=0.75, grey=0.0
+    )
+    test: SegmentTestConfig = SegmentTestConfig()
+    evaluation_images: int = 5000
+    """Most held-out images looked at in each evaluation."""
+    optim: OptimConfig = OptimConfig(lr=3e-4, warmup="1500", layer_decay=0.65, schedule="poly")
+    image_size: int = 512
+    """Side of the training crops, and short side of the images in the test, pixels."""
+    max_steps: str = "160000"
+    """Length of the training: steps, "N epochs" or "N images"."""
+    batch_size: int = 16
+    """Images in one optimizer step, over all devices and accumulation steps."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        between(self, 0.0, 1.0, "drop_path", "max_share")
+        between(self, 0, 65_536, "head_width", "auxiliary_width", "auxiliary_weight")
+        if not 0 < self.scales[0] <= self.scales[1]:
+            raise ConfigError(f"--scales takes the least and the largest factor, not {self.scales}.")

@@ -1,0 +1,57 @@
+"""`pecobook tokenize`: a token bank."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from pecobook.errors import ConfigError
+from pecobook.settings.images import PhotometricConfig
+from pecobook.settings.training import Precision, Strategy
+from pecobook.settings.values import between, positive
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TokenizeConfig:
+    """Tokenize named views of your images once, for any number of pre-training runs."""
+
+    data: str = "photos"
+    """Images: a folder, a parquet file or folder, tar shards, hf:owner/name, or photos (embedded)."""
+    tokenizer: str = ""
+    """Run folder of `pecobook codebook`, owner/name on the Hugging Face hub, dalle:FOLDER, or diffusers:FOLDER."""
+    out: str = ""
+    """Folder of the bank. It must be new or empty, unless --resume or --overwrite is given."""
+    views: int = 1
+    """Views of every image; epoch e of pre-training replays view e modulo this."""
+    seed: int = 0
+    """Of the crops and colours; pre-training must have the same."""
+    image_size: int = 224
+    """Side of the crops that the ViT will see, pixels."""
+    tokenizer_size: int = 0
+    """Side to which crops are resized for the tokenizer, pixels; 0 keeps theirs."""
+    min_crop: float = 0.2
+    """Smallest share of an image's area that a random crop takes."""
+    colour: PhotometricConfig = PhotometricConfig()
+    """Colour changes of the crops."""
+    batch_size: int = 256
+    """Views at once on a device."""
+    workers: int = -1
+    """Data-loading processes of each device; -1 chooses from the number of cores."""
+    devices: str = "auto"
+    """Devices on each machine: a number, or auto for every GPU (one process on a machine without one)."""
+    num_nodes: int = 1
+    """Machines."""
+    strategy: Strategy = "auto"
+    """Left at auto."""
+    precision: Precision = "auto"
+    """fp32, bf16 or fp16 autocast of the tokenizer; what pre-training will have gives the tokens that it would."""
+    resume: bool = False
+    """Go on with an unfinished bank."""
+    overwrite: bool = False
+    """Delete what is in --out first."""
+
+    def __post_init__(self) -> None:
+        positive(self, "views", "image_size", "min_crop", "batch_size", "num_nodes")
+        between(self, 0.0, 1.0, "min_crop")
+        between(self, 0, 2**31 - 1, "seed", "tokenizer_size")
+        if self.resume and self.overwrite:
+            raise ConfigError("--resume and --overwrite exclude each other: give one of them.")

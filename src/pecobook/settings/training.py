@@ -1,0 +1,149 @@
+"""What every training command has, and its optimizer."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from typing import Any, Literal
+
+from pecobook.errors import ConfigError
+from pecobook.settings.durations import parse_duration
+from pecobook.settings.values import between, positive
+
+Precision = Literal["auto", "fp32", "bf16", "fp16"]
+Strategy = Literal["auto", "ddp", "fsdp"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+    """Optimizer and its schedule."""
+
+    name: Literal["adamw", "adam", "lars"] = "adamw"
+    """Optimizer. lars (You et al., arXiv 1708.03888) is for convolutional networks at very large batches."""
+    lr: float = 1.5e-3
+    """Peak learning rate, after the warm-up."""
+    lr_batch_size: int = 0
+    """Global batch that lr is meant for: with another --batch-size it changes in proportion. 0 takes lr as it is."""
+    final_lr: float = 0.0
+    """Learning rate at the last step of a cosine or poly schedule."""
+    schedule: Literal["cosine", "poly", "steps"] = "cosine"
+    """After the warm-up: half a cosine, the share left to --optim.power, or a tenth at each of --optim.milestones."""
+    power: float = 1.0
+    """Of the poly schedule; 1 falls in a straight line."""
+    milestones: tuple[str, ...] = ()
+    """Where the steps schedule divides the learning rate by ten: steps, "N epochs", "N images" or "N%"."""
+    warmup: str = "5%"
+    """Length of the linear warm-up from 0: steps, "N epochs", "N images" or "N%" of the training."""
+    weight_decay: float = 0.05
+    """Decoupled weight decay; never on biases, norms, position tables or the mask token."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """Decay rates of Adam's two moments; of lars, the first is the momentum."""
+    eps: float = 1e-8
+    """Adam's epsilon."""
+    clip_grad: float = 0.0
+    """Largest norm of the whole gradient; 0 does not clip."""
+    layer_decay: float = 1.0
+    """Factor on the learning rate from each layer to the one below it; 1 gives all layers the same."""
+
+    def __post_init__(self) -> None:
+        positive(self, "lr", "eps", "power")
+        between(self, 0, float("inf"), "lr_batch_size")
+        for text in self.milestones:
+            parse_duration(text, "optim.milestones")
+        between(self, 0.0, 1.0, "layer_decay")
+        between(self, 0.0, float("inf"), "final_lr", "weight_decay", "clip_grad")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """What every training command has."""
+
+    data: str = "photos"
+    """Images: a folder, a parquet file or folder, tar shards, hf:owner/name, or photos (embedded)."""
+    out: str = ""
+    """Run folder to write. It must be new or empty, unless --resume or --overwrite is given."""
+    seed: int = 0
+    """Everything random follows from it: weights, order, crops, masks, dropout."""
+    devices: str = "auto"
+    """Devices on each machine: a number, or auto for every GPU (one process on a machine without one)."""
+    num_nodes: int = 1
+    """Machines."""
+    strategy: Strategy = "auto"
+    """How processes share the model: ddp copies it, fsdp shards it. auto is ddp when there are several."""
+    precision: Precision = "auto"
+    """fp32, bf16 or fp16 autocast. auto is bf16 where the hardware multiplies it natively, else fp32."""
+    batch_size: int = 256
+    """Images in one optimizer step, over all devices and accumulation steps."""
+    micro_batch_size: int = 0
+    """Most images a device holds at once; the rest of its share is accumulated. 0 takes the share whole."""
+    max_steps: str = "100 epochs"
+    """Length of the training: steps, "N epochs" or "N images"."""
+    image_size: int = 224
+    """Side of the square views that the model sees, in pixels."""
+    min_crop: float = 0.2
+    """Smallest share of an image's area that a random crop takes."""
+    workers: int = -1
+    """Data-loading processes of each device; -1 chooses from the number of cores."""
+    loggers: tuple[str, ...] = ("tensorboard",)
+    """Where metrics go beside metrics.jsonl: any of tensorboard, wandb, mlflow."""
+    log_every: int = 10
+    """Steps between logged metrics."""
+    save_every: int = 1000
+    """Steps between checkpoints."""
+    save_minutes: float = 15.0
+    """Minutes after which a checkpoint is written in any case."""
+    keep_checkpoints: int = 2
+    """Checkpoints kept; older ones are deleted."""
+    sample_every: int = 1000
+    """Steps between evaluations and pictures in samples/."""
+    evaluation_images: int = 1024
+    """Most held-out images looked at in each evaluation."""
+    compile: bool = False
+    """Compile the stage with torch.compile."""
+    deterministic: bool = False
+    """On a GPU, take only kernels that give the same bits each time, as far as PyTorch has them, so that a run can be
+    repeated and resumed to the same weights; slower. A CPU always does."""
+    optim: OptimConfig = OptimConfig()
+    resume: bool = False
+    """Go on from the last checkpoint in --out."""
+    overwrite: bool = False
+    """Delete what is in --out first."""
+
+    def __post_init__(self) -> None:
+        positive(self, "num_nodes", "batch_size", "image_size", "log_every", "save_every", "save_minutes")
+        positive(self, "keep_checkpoints", "sample_every", "min_crop", "evaluation_images")
+        between(self, 0.0, 1.0, "min_crop")
+        between(self, 0, 2**31 - 1, "seed")
+        if self.devices != "auto" and not (self.devices.isdigit() and int(self.devices) > 0):
+            raise ConfigError(f"--devices must be a number above 0 or auto, not '{self.devices}'.")
+        if self.resume and self.overwrite:
+            raise ConfigError("--resume and --overwrite exclude each other: give one of them.")
+        for name in self.loggers:
+            if name not in ("tensorboard", "wandb", "mlflow"):
+                raise ConfigError(f"--loggers knows tensorboard, wandb and mlflow, not '{name}'.")
+        parse_duration(self.max_steps, "max-steps")
+        if self.max_steps.strip().endswith("%"):
+            raise ConfigError(f"--max-steps is the whole training: give steps or epochs, not {self.max_steps}.")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BackboneConfig:
+    """A network of timm, by name and arguments."""
+
+    name: str = "beit_base_patch16_224"
+    """Name of a timm network."""
+    args: str = "{}"
+    """Further arguments of timm.create_model, as a JSON object."""
+
+    def __post_init__(self) -> None:
+        self.kwargs()
+
+    def kwargs(self) -> dict[str, Any]:
+        """The arguments as a dictionary. Raises ConfigError when they are no JSON object."""
+        try:
+            value = json.loads(self.args)
+        except json.JSONDecodeError as error:
+            raise ConfigError(f"--model.args is not JSON ({error}): {self.args}") from None
+        if not isinstance(value, dict):
+            raise ConfigError(f'--model.args must be a JSON object such as {{"depth": 6}}, not {self.args}')
+        return value
