@@ -71,11 +71,11 @@ def test_imports__data_and_models_know_no_engine() -> None:
 
 def test_imports__stages_know_neither_each_other_nor_the_command_line() -> None:
     stages = {module_name(file) for file in (ROOT / "stages").glob("*.py")}
-    stages -= {"pecobook.stages", "pecobook.stages.stage"}  # what a stage is, all may know
+    stages -= {"pecobook.stages", "pecobook.stages.training"}
     assert len(stages) >= 4
     for stage in stages:
         assert importers("pecobook.cli", *(stages - {stage}), within=stage) == {}, stage
-    assert importers("pecobook.cli", *stages, within="pecobook.stages.stage") == {}
+    assert importers("pecobook.cli", *stages, within="pecobook.stages.training") == {}
 
 
 def test_imports__settings_know_errors_and_each_other_alone() -> None:

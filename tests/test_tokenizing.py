@@ -26,7 +26,7 @@ from pecobook.errors import DataError, PecobookError, PreflightError, RunFolderE
 from pecobook.models.tokenizers import load_tokenizer
 from pecobook.recipes import recipe
 from pecobook.settings.pretrain import PretrainConfig
-from pecobook.stages.pretrain import KIND, coloured, encode_views
+from pecobook.stages.pretrain import PretrainStage, coloured, encode_views
 from tests.distributed import TwoProcesses
 from tests.runs import SMALL, codebook_run, export_bytes, losses, train
 
@@ -50,10 +50,11 @@ def bank(images: Path, codebook_run: Path, tmp_path_factory: pytest.TempPathFact
 
 def test_tokenize__every_banked_view_is_the_online_one(bank: Path, images: Path, codebook_run: Path) -> None:
     config = pretraining(images, codebook_run)
-    assert KIND.companions is not None
     tokenizer, splits = load_tokenizer(codebook_run), open_images(str(images))
     opened = TokenBank(bank)
-    stream = Stream(splits.train, KIND.view(config), config.seed, companion=KIND.companions(config)[0])
+    stream = Stream(
+        splits.train, PretrainStage.view(config), config.seed, companion=PretrainStage.companions(config)[0]
+    )
     count, compared = len(splits.train), 0
     for epoch in range(3):
         batch = collate([stream[epoch * count + place] for place in range(count)])
@@ -63,7 +64,7 @@ def test_tokenize__every_banked_view_is_the_online_one(bank: Path, images: Path,
             compared += 1
     assert compared == 3 * count
     assert opened.config["num_images"] == count
-    held_out = Stream(splits.evaluation, KIND.evaluation_view(config), 0)
+    held_out = Stream(splits.evaluation, PretrainStage.evaluation_view(config), 0)
     for place in range(len(splits.evaluation)):
         sample = held_out[place]
         online = encode_views(tokenizer, coloured(sample["image"][None], None, config.colour), 0)[0]
@@ -101,14 +102,13 @@ def test_pretrain__from_the_bank_is_pretraining_online(
 
 def test_pretrain__repeats_views_but_not_masks(bank: Path, images: Path, codebook_run: Path) -> None:
     config = pretraining(images, codebook_run, tokens=str(bank))
-    assert KIND.companions is not None
     splits = open_images(str(images))
     stream = Stream(
         splits.train,
-        KIND.view(config),
+        PretrainStage.view(config),
         config.seed,
-        companion=KIND.companions(config)[0],
-        num_views=KIND.num_views(config),
+        companion=PretrainStage.companions(config)[0],
+        num_views=PretrainStage.num_views(config),
     )
     count = len(splits.train)
     seen: dict[int, list[dict[str, Any]]] = {}

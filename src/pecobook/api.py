@@ -16,12 +16,19 @@ from pecobook.settings.values import replace
 
 def run(command: str, config: TrainConfig) -> Path:
     """Train a stage with complete settings; returns the run folder."""
-    from pecobook.stages import classify, codebook, contrast, detect, pretrain, segment
-    from pecobook.stages.stage import StageKind, train
+    from pecobook.engine.stage import Stage
+    from pecobook.stages.classify import ClassifyStage
+    from pecobook.stages.codebook import CodebookStage
+    from pecobook.stages.contrast import ContrastStage
+    from pecobook.stages.detect import DetectStage
+    from pecobook.stages.pretrain import PretrainStage
+    from pecobook.stages.segment import SegmentStage
+    from pecobook.stages.training import train
 
-    stages = (contrast, codebook, pretrain, classify, segment, detect)
-    kinds: dict[str, StageKind[Any]] = {stage.KIND.command: stage.KIND for stage in stages}
-    return train(kinds[command], config)
+    stages: tuple[type[Stage[Any]], ...]
+    stages = (ContrastStage, CodebookStage, PretrainStage, ClassifyStage, SegmentStage, DetectStage)
+    by_command: dict[str, type[Stage[Any]]] = {stage.command: stage for stage in stages}
+    return train(by_command[command], config)
 
 
 def contrast(recipe: str = DEFAULT_RECIPE, **settings: Any) -> Path:

@@ -216,12 +216,11 @@ class _Bench:
         from pecobook.data.images import open_images
         from pecobook.data.sampler import BatchPositions
         from pecobook.data.stream import Stream, default_workers, load
-        from pecobook.stages.pretrain import KIND
+        from pecobook.stages.pretrain import PretrainStage
 
         own = self.settings
-        assert KIND.companions is not None
-        companion = KIND.companions(own)[0]
-        stream = Stream(open_images(own.data).train, KIND.view(own), own.seed, companion=companion)
+        companion = PretrainStage.companions(own)[0]
+        stream = Stream(open_images(own.data).train, PretrainStage.view(own), own.seed, companion=companion)
         count, size = self.config.data_steps + 1, own.batch_size
         positions = BatchPositions(
             start_step=0, stop_step=count, batch_size=size, micro_batch_size=size, rank=0, world_size=1

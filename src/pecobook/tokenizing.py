@@ -57,14 +57,14 @@ def _preflight(config: TokenizeConfig) -> tuple[Splits, dict[str, Any]]:
     from pecobook.data.images import open_images
     from pecobook.engine import launch
     from pecobook.stages.pretrain import view_settings
-    from pecobook.stages.stage import look_at_images
+    from pecobook.stages.training import check_readable
 
     problems: list[PecobookError] = []
     found: list[Any] = []
 
     def look_at_data() -> None:
         splits = open_images(config.data)
-        look_at_images(splits.train)
+        check_readable(splits.train)
         found.append(splits)
 
     def look_at_tokenizer() -> None:

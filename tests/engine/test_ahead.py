@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from pecobook.data.stream import Batch
 from pecobook.engine.ahead import look_ahead
-from pecobook.engine.loop import StageOutput
+from pecobook.engine.stage import StageOutput
 
 
 @given(st.integers(2, 7), st.integers(1, 6))

@@ -12,9 +12,8 @@ from torch import Tensor, nn
 from pecobook.data.stream import Batch, Stream
 from pecobook.engine import launch
 from pecobook.engine.evaluation import Evaluation, evaluate
-from pecobook.engine.loop import StageOutput
+from pecobook.engine.stage import StageOutput, mean_of_counted
 from pecobook.settings.training import TrainConfig
-from pecobook.stages.stage import mean_of_counted
 from tests.distributed import TwoProcesses
 from tests.runs import squares
 

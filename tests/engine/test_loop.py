@@ -15,15 +15,15 @@ from torch import Tensor, nn
 from pecobook.data.stream import Batch, Stream
 from pecobook.data.views import random_crop
 from pecobook.engine import checkpoint, launch, loop, run_folder
-from pecobook.engine.loop import Outcome, StageOutput
+from pecobook.engine.loop import Outcome
+from pecobook.engine.stage import Stage, StageOutput
 from pecobook.errors import NonFiniteLossError, PecobookError
 from pecobook.settings.training import OptimConfig, TrainConfig
-from pecobook.stages.stage import Stage
 from tests.distributed import TwoProcesses
 from tests.runs import logged, squares
 
 
-class Toy(Stage):
+class Toy(Stage[TrainConfig]):
     """A linear map from mean colour to the image's number; `trouble` happens at image `at`."""
 
     def __init__(self, trouble: str = "", at: int = -1) -> None:

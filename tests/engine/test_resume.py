@@ -20,11 +20,12 @@ import torch.nn.functional as F
 
 from pecobook import api
 from pecobook.engine import checkpoint, run_folder
+from pecobook.engine.stage import Stage
 from pecobook.errors import NonFiniteLossError, RunFolderError
 from pecobook.models.quantizer import VectorQuantizer
+from pecobook.settings.training import TrainConfig
 from pecobook.stages.codebook import CodebookStage
 from pecobook.stages.contrast import ContrastStage
-from pecobook.stages.stage import Stage
 from tests.distributed import TwoProcesses
 from tests.runs import SMALL, export_bytes, inputs, logged, losses, train
 
@@ -35,7 +36,7 @@ def stop_after(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
     """Ask the run to end once `step` steps are done, as `kill` would."""
     ordinary = Stage.warning
 
-    def warning(self: Stage, metrics: dict[str, float], now: int) -> str | None:
+    def warning(self: Stage[TrainConfig], metrics: dict[str, float], now: int) -> str | None:
         if now == step:
             os.kill(os.getpid(), signal.SIGTERM)
         return ordinary(self, metrics, now)

@@ -22,7 +22,7 @@ from pecobook.recipes import recipe
 from pecobook.settings.finetune import FinetuneConfig
 from pecobook.settings.training import OptimConfig
 from pecobook.settings.values import replace
-from pecobook.stages.classify import KIND, ClassifyStage, mix
+from pecobook.stages.classify import ClassifyStage, mix
 from tests.runs import SMALL, logged, train
 
 
@@ -161,7 +161,7 @@ def test_stage__begins_with_the_weights_of_its_backbone_and_a_quiet_head(vit_run
 
 
 def test_view__augmentation_is_a_function_of_the_key_and_leaves_the_generator(vit_run: Path) -> None:
-    view = KIND.view(settings(vit_run, rand_augment="rand-m9-mstd0.5-inc1"))
+    view = ClassifyStage.view(settings(vit_run, rand_augment="rand-m9-mstd0.5-inc1"))
     image = torch.randint(256, (3, 40, 48), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     random.seed(3)
     np.random.seed(3)
@@ -271,16 +271,16 @@ def test_confusion_matrix__counts_rows_by_label() -> None:
 def test_evaluation__takes_the_middle_of_the_image(vit_run: Path) -> None:
     image = torch.zeros(3, 32, 48, dtype=torch.uint8)
     image[:, 8:24, 16:32] = 200
-    view = KIND.evaluation_view(settings(vit_run, eval_crop=0.5))(image, 0)["image"]
+    view = ClassifyStage.evaluation_view(settings(vit_run, eval_crop=0.5))(image, 0)["image"]
     assert torch.equal(view, torch.full((3, 16, 16), 200, dtype=torch.uint8))
 
 
 @pytest.mark.parametrize("policy", ["m9", "rand-x9"])
 def test_check__refuses_a_policy_that_timm_does_not_know(policy: str, vit_run: Path) -> None:
     with pytest.raises(ConfigError, match="is not in timm's words"):
-        KIND.check(settings(vit_run, rand_augment=policy))
+        ClassifyStage.check(settings(vit_run, rand_augment=policy))
 
 
 def test_check__needs_a_backbone() -> None:
     with pytest.raises(ConfigError, match="--backbone is missing"):
-        KIND.check(FinetuneConfig())
+        ClassifyStage.check(FinetuneConfig())

@@ -16,7 +16,7 @@ from pecobook.recipes import recipe
 from pecobook.settings.contrast import ContrastConfig
 from pecobook.settings.training import BackboneConfig
 from pecobook.settings.values import replace
-from pecobook.stages.contrast import KIND, ContrastStage
+from pecobook.stages.contrast import ContrastStage
 from tests.runs import SMALL, export_bytes, logged, losses, train, without_norm
 
 VIT = BackboneConfig(name="vit_tiny_patch16_224", args='{"patch_size": 8, "depth": 2, "embed_dim": 32, "num_heads": 2}')
@@ -135,4 +135,4 @@ def test_check__one_image_has_nothing_to_be_told_from() -> None:
     for name in ("batch_size", "micro_batch_size"):
         config: ContrastConfig = replace(recipe("contrast", "tiny"), {**SMALL["contrast"], name: 1})
         with pytest.raises(ConfigError, match=f"--{name.replace('_', '-')}: .* at least 2 images"):
-            KIND.check(config)
+            ContrastStage.check(config)

@@ -24,8 +24,8 @@ from pecobook.recipes import detect as recipes
 from pecobook.settings.detect import DetectConfig, DetectorConfig
 from pecobook.settings.training import OptimConfig
 from pecobook.settings.values import replace
-from pecobook.stages.detect import KIND, DetectStage, _row, _unpack
-from pecobook.stages.stage import train
+from pecobook.stages.detect import DetectStage, _row, _unpack
+from pecobook.stages.training import train
 from tests.coco import make_coco, read_coco, write_coco
 from tests.runs import logged, losses
 
@@ -70,17 +70,21 @@ def settings(root: Path, vit: Path, **more: Any) -> DetectConfig:
 
 def run(config: DetectConfig, out: Path) -> Path:
     with contextlib.redirect_stderr(io.StringIO()):
-        return train(KIND, dataclasses.replace(config, out=str(out)))
+        return train(DetectStage, dataclasses.replace(config, out=str(out)))
 
 
 def make(config: DetectConfig) -> tuple[DetectStage, Splits]:
-    splits = KIND.open(config)
+    splits = DetectStage.open(config)
     torch.manual_seed(0)
-    return cast("DetectStage", KIND.build(config, splits)), splits
+    return DetectStage.build(config, splits), splits
 
 
 def batch(config: DetectConfig, splits: Splits, count: int, *, training: bool) -> dict[str, Any]:
-    source, view = (splits.train, KIND.view(config)) if training else (splits.evaluation, KIND.evaluation_view(config))
+    source, view = (
+        (splits.train, DetectStage.view(config))
+        if training
+        else (splits.evaluation, DetectStage.evaluation_view(config))
+    )
     stream = Stream(source, view, 0)
     return collate([stream[position] for position in range(count)])
 
@@ -211,14 +215,14 @@ def test_preflight__tells_of_bad_data_with_all_else(root: Path, vit: Path, tmp_p
     write_coco(data / "train", content)
     config = dataclasses.replace(settings(data, vit, max_steps="2"), backbone="")
     with pytest.raises(PreflightError) as caught:
-        train(KIND, dataclasses.replace(config, out=str(tmp_path / "run")))
+        train(DetectStage, dataclasses.replace(config, out=str(tmp_path / "run")))
     assert "annotation 3 is of category 5, which is not there" in str(caught.value)
     assert "--backbone is missing" in str(caught.value)
     assert not (tmp_path / "run").exists()
     told = io.StringIO()
     with contextlib.redirect_stderr(told):
         config = settings(data, vit, max_steps="2", skip_bad=True, out=str(tmp_path / "run"))
-        train(KIND, config)
+        train(DetectStage, config)
     assert "--skip-bad left out: 1, the first: " in told.getvalue()
 
 
@@ -231,17 +235,17 @@ def test_parameter_groups__rates_fall_by_layer(root: Path, vit: Path) -> None:
 
 def test_check__settings_that_cannot_work(root: Path, vit: Path) -> None:
     with pytest.raises(ConfigError, match="--backbone is missing"):
-        KIND.check(DetectConfig())
+        DetectStage.check(DetectConfig())
     with pytest.raises(ConfigError, match="--compile does not go with detect"):
-        KIND.check(settings(root, vit, compile=True))
+        DetectStage.check(settings(root, vit, compile=True))
     with pytest.raises(WeightsError):
-        KIND.check(settings(root, Path("timm:no_such_network")))
+        DetectStage.check(settings(root, Path("timm:no_such_network")))
     with pytest.raises(ConfigError, match="--jitter takes two numbers"):
         DetectConfig(jitter=(2.0, 1.0))
     with pytest.raises(ConfigError, match="--scales takes one or more"):
         DetectConfig(scales=())
     with pytest.raises(DataError, match="--data is missing"):
-        KIND.open(DetectConfig())
+        DetectStage.open(DetectConfig())
     assert DetectConfig(jitter=(0.1, 2.0), image_size=64).sides == (64, 64)
 
 

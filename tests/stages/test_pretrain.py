@@ -17,7 +17,7 @@ from pecobook.recipes import recipe
 from pecobook.settings.pretrain import MaskConfig, PretrainConfig
 from pecobook.settings.training import BackboneConfig
 from pecobook.settings.values import replace
-from pecobook.stages.pretrain import KIND, PretrainStage, make_mask, patch_pixels
+from pecobook.stages.pretrain import PretrainStage, make_mask, patch_pixels
 from tests.runs import SMALL, losses, train
 
 
@@ -123,21 +123,24 @@ def test_make_mask__is_a_function_of_the_view(kind: str) -> None:
 def test_view__evaluation_is_the_same_whenever_it_is_asked(codebook_run: Path) -> None:
     config = settings(codebook_run)
     image = torch.arange(3 * 20 * 24, dtype=torch.int64).remainder(256).to(torch.uint8).view(3, 20, 24)
-    for view in (KIND.view(config), KIND.evaluation_view(config)):
+    for view in (PretrainStage.view(config), PretrainStage.evaluation_view(config)):
         one, two = view(image, 5), view(image, 5)
         assert one.keys() == two.keys() == {"image", "colour"}
         assert all(torch.equal(one[name], two[name]) for name in one)
-    assert torch.equal(KIND.evaluation_view(config)(image, 1)["image"], KIND.evaluation_view(config)(image, 2)["image"])
+    assert torch.equal(
+        PretrainStage.evaluation_view(config)(image, 1)["image"],
+        PretrainStage.evaluation_view(config)(image, 2)["image"],
+    )
 
 
 def test_check__grid_and_tokens_must_agree(codebook_run: Path) -> None:
-    KIND.check(settings(codebook_run))
+    PretrainStage.check(settings(codebook_run))
     with pytest.raises(ConfigError, match="one code for 4 x 4"):
-        KIND.check(settings(codebook_run, image_size=32, model=recipe("pretrain", "tiny").model))
+        PretrainStage.check(settings(codebook_run, image_size=32, model=recipe("pretrain", "tiny").model))
     with pytest.raises(ConfigError, match=r"--mask\.num-masked 16 must be below 16"):
-        KIND.check(settings(codebook_run, mask=MaskConfig(num_masked=16)))
+        PretrainStage.check(settings(codebook_run, mask=MaskConfig(num_masked=16)))
     with pytest.raises(ConfigError, match="--tokenizer is missing"):
-        KIND.check(dataclasses.replace(settings(codebook_run), tokenizer=""))
+        PretrainStage.check(dataclasses.replace(settings(codebook_run), tokenizer=""))
 
 
 def test_train__on_the_tokens_of_dalle(images: Path, tmp_path: Path) -> None:
@@ -181,7 +184,7 @@ def test_pixels__loss_is_the_squared_error_at_masked_patches(codebook_run: Path)
         predicted = stage.model((images - stage.mean) / stage.std, given["mask"])  # (18, 48)
     targets = patch_pixels(images, 4)[given["mask"].flatten(1)]
     torch.testing.assert_close(found.loss, (predicted - targets).square().mean())
-    KIND.check(settings(codebook_run, target="pixels", tokenizer=""))
+    PretrainStage.check(settings(codebook_run, target="pixels", tokenizer=""))
 
 
 @pytest.mark.parametrize(
@@ -256,11 +259,11 @@ def test_check__every_way_out_is_one(codebook_run: Path, image_size: int, patch:
         return settings(codebook_run, image_size=image_size, model=model, tokenizer_size=tokenizer_size)
 
     with pytest.raises(ConfigError) as caught:
-        KIND.check(config(image_size, patch, tokenizer_size))
+        PretrainStage.check(config(image_size, patch, tokenizer_size))
     offers = dict(re.findall(r"(--tokenizer-size|--image-size|patches of) (\d+)", str(caught.value).splitlines()[1]))
     assert "--tokenizer-size" in offers
     for name, value in offers.items():
-        KIND.check(
+        PretrainStage.check(
             config(
                 int(value) if name == "--image-size" else image_size,
                 int(value) if name == "patches of" else patch,
@@ -276,9 +279,9 @@ def test_check__tells_both_grids_and_what_would_fit(codebook_run: Path) -> None:
     )
     config = settings(codebook_run, image_size=32, model=model)
     with pytest.raises(ConfigError, match=r"4 x 4 patches of 8 pixels out of 32.*8 x 8 out of 32") as caught:
-        KIND.check(config)
+        PretrainStage.check(config)
     assert "Give --tokenizer-size 16 or a ViT with patches of 4." in str(caught.value)
-    KIND.check(dataclasses.replace(config, tokenizer_size=16))
+    PretrainStage.check(dataclasses.replace(config, tokenizer_size=16))
     stage = PretrainStage(dataclasses.replace(config, tokenizer_size=16)).eval()
     given = {**batch(2), "image": torch.randint(256, (2, 3, 32, 32), dtype=torch.uint8)}
     with torch.no_grad():

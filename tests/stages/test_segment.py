@@ -19,8 +19,8 @@ from pecobook.models.segmenter import Segmenter, best_classes
 from pecobook.recipes import recipe
 from pecobook.settings.segment import SegmentConfig
 from pecobook.settings.values import replace
-from pecobook.stages.segment import KIND, SegmentStage
-from pecobook.stages.stage import preflight
+from pecobook.stages.segment import SegmentStage
+from pecobook.stages.training import preflight
 from tests.runs import SMALL, logged, losses, shapes, train
 from tests.shapes import write_shapes
 
@@ -35,14 +35,14 @@ def make(vit: Path, **more: Any) -> tuple[SegmentStage, Splits]:
     config = settings(vit, **{"drop_path": 0.0, **more})
     torch.manual_seed(0)
     with contextlib.redirect_stderr(io.StringIO()):
-        splits = KIND.open(config)
-    stage = KIND.build(config, splits)
+        splits = SegmentStage.open(config)
+    stage = SegmentStage.build(config, splits)
     assert isinstance(stage, SegmentStage)
     return stage, splits
 
 
 def batch(stage: SegmentStage, splits: Splits, count: int = 3) -> dict[str, Any]:
-    view = KIND.view(stage.config)
+    view = SegmentStage.view(stage.config)
     samples = [view(*splits.train.sample(number), number) for number in range(count)]
     return {name: torch.stack([sample[name] for sample in samples]) for name in samples[0]}
 
@@ -98,10 +98,10 @@ def test_evaluate__counts_pixels_at_each_masks_own_size(vit_run: Path) -> None:
 def test_check__sharded_weights_and_windows_exclude_each_other(vit_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     windows = settings(vit_run, strategy="fsdp", devices="2", **{"test.mode": "slide"})
     with pytest.raises(ConfigError, match=r"--strategy fsdp .* give --strategy ddp or --test\.mode whole") as caught:
-        KIND.check(windows)
+        SegmentStage.check(windows)
     assert len(str(caught.value).splitlines()) == 1
     for change in ({"strategy": "ddp"}, {"devices": "1"}, {"test.mode": "whole"}):
-        KIND.check(replace(windows, change))
+        SegmentStage.check(replace(windows, change))
 
 
 def test_train__an_unreadable_held_out_image_is_listed_and_no_other_counts_for_it(
@@ -127,7 +127,7 @@ def test_train__an_unreadable_held_out_image_is_listed_and_no_other_counts_for_i
 
 def test_evaluate__at_several_sizes(vit_run: Path) -> None:
     stage, splits = make(vit_run, **{"test.scales": (1.0, 0.5, 2.0), "test.flip": True})
-    view = KIND.evaluation_view(stage.config)
+    view = SegmentStage.evaluation_view(stage.config)
     samples = [view(*splits.evaluation.sample(number), 0) for number in range(2)]
     given = {name: [item for sample in samples for item in sample[name]] for name in ("image", "mask")}
     assert len(given["image"]) == 6
@@ -187,14 +187,14 @@ def test_preflight__says_what_is_wrong_with_pairs_and_leaves_them_out_when_asked
     (root / "train/masks/3.png").write_bytes(b"")
     out = str(tmp_path / "run")
     with pytest.raises(PreflightError, match=r"train/masks/2.png holds the value 9.*\n.*--ignore.*--skip-bad"):
-        preflight(KIND, settings(vit_run, data=str(root), out=out))
+        preflight(SegmentStage, settings(vit_run, data=str(root), out=out))
     assert not (tmp_path / "run").exists()
     capsys.readouterr()
-    splits = preflight(KIND, settings(vit_run, data=str(root), out=out, skip_bad=True))
+    splits = preflight(SegmentStage, settings(vit_run, data=str(root), out=out, skip_bad=True))
     assert len(splits.train) == 10
     said = capsys.readouterr().err
     assert said.count("train/masks/2.png") == said.count("train/masks/3.png") == 1
-    splits = preflight(KIND, settings(vit_run, data=str(root), out=out, ignore=("9", "255")))
+    splits = preflight(SegmentStage, settings(vit_run, data=str(root), out=out, ignore=("9", "255")))
     assert len(splits.train) == 11
 
 
@@ -203,17 +203,17 @@ def test_preflight__nothing_left(vit_run: Path, tmp_path: Path) -> None:
     for file in (root / "val" / "masks").iterdir():
         file.write_bytes(b"broken")
     with pytest.raises(PreflightError, match="no pair that can be used to evaluate"):
-        preflight(KIND, settings(vit_run, data=str(root), out=str(tmp_path / "run")))
+        preflight(SegmentStage, settings(vit_run, data=str(root), out=str(tmp_path / "run")))
 
 
 def test_open__without_a_look_at_masks_the_classes_must_be_told(vit_run: Path, tmp_path: Path) -> None:
     root = write_shapes(tmp_path / "data")
-    assert len(KIND.open(settings(vit_run, data=str(root), verify=False)).train) == 12
+    assert len(SegmentStage.open(settings(vit_run, data=str(root), verify=False)).train) == 12
     (root / "classes.txt").unlink()
     with pytest.raises(ConfigError, match="--no-verify"):
-        KIND.open(settings(vit_run, data=str(root), verify=False))
+        SegmentStage.open(settings(vit_run, data=str(root), verify=False))
     with pytest.raises(DataError, match="--data is missing"):
-        KIND.open(settings(vit_run, data=""))
+        SegmentStage.open(settings(vit_run, data=""))
 
 
 @pytest.mark.parametrize(
@@ -229,7 +229,7 @@ def test_open__without_a_look_at_masks_the_classes_must_be_told(vit_run: Path, t
 )
 def test_check__refuses(vit_run: Path, more: dict[str, Any], error: type[Exception], says: str) -> None:
     with pytest.raises(error, match=says):
-        KIND.check(settings(vit_run, **more))
+        SegmentStage.check(settings(vit_run, **more))
 
 
 def test_recipes__load() -> None:

@@ -14,14 +14,14 @@ from safetensors.torch import load_file
 
 from pecobook import api
 from pecobook.data.images import ImageSource, Splits
+from pecobook.engine import stage as contract
 from pecobook.errors import DataError, PreflightError
 from pecobook.models.weights import load_backbone
 from pecobook.recipes import recipe
 from pecobook.settings.values import replace
-from pecobook.stages import stage as stages
-from pecobook.stages.classify import KIND as FINETUNE
-from pecobook.stages.codebook import KIND as CODEBOOK
-from pecobook.stages.stage import look_at_images, preflight
+from pecobook.stages.classify import ClassifyStage
+from pecobook.stages.codebook import CodebookStage
+from pecobook.stages.training import check_readable, preflight
 from tests.runs import SMALL, export_bytes, inputs, squares, train
 
 FILES = {
@@ -118,7 +118,7 @@ def test_preflight__reports_every_problem_and_makes_nothing(tmp_path: Path) -> N
     )
     broken = dataclasses.replace(broken, perceptual=dataclasses.replace(broken.perceptual, network="timm:nothing"))
     with pytest.raises(PreflightError) as caught:
-        preflight(CODEBOOK, broken)
+        preflight(CodebookStage, broken)
     told = [str(problem) for problem in caught.value.problems]
     for part in ("is not empty", "does not exist", "timm has no network 'nothing'", "3 devices", "--loggers wandb"):
         assert sum(part in line for line in told) == 1, (part, told)
@@ -132,23 +132,23 @@ def test_preflight__other_ranks_leave_the_folder_to_the_first(
     (tmp_path / "metrics.jsonl").touch()  # the first rank has begun
     filled = config(data=str(images), out=str(tmp_path))
     with pytest.raises(PreflightError, match="is not empty"):
-        preflight(CODEBOOK, filled)
+        preflight(CodebookStage, filled)
     monkeypatch.setenv("RANK", "1")
-    assert len(preflight(CODEBOOK, filled).train) == 22
+    assert len(preflight(CodebookStage, filled).train) == 22
 
 
 def test_preflight__held_out_images_need_labels_too(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     whole = squares(10)
     bare = ImageSource(whole._store, name="squares", split="evaluation")
-    monkeypatch.setattr(stages, "open_images", lambda _: Splits(whole, bare, "test"))
+    monkeypatch.setattr(contract, "open_images", lambda _: Splits(whole, bare, "test"))
     with pytest.raises(PreflightError, match="has no labels for its test images"):
-        preflight(FINETUNE, replace(recipe("finetune", "tiny"), {"out": str(tmp_path / "run")}))
+        preflight(ClassifyStage, replace(recipe("finetune", "tiny"), {"out": str(tmp_path / "run")}))
 
 
-def test_look_at_images__one_that_can_be_read_is_enough(tmp_path: Path) -> None:
-    look_at_images(squares(20, bad=(0, 1, 2, 3, 4, 5, 6)))
+def test_check_readable__one_that_can_be_read_is_enough(tmp_path: Path) -> None:
+    check_readable(squares(20, bad=(0, 1, 2, 3, 4, 5, 6)))
     with pytest.raises(DataError, match="None of the first 8 images of 'squares' can be read; the first: square 0"):
-        look_at_images(squares(20, bad=tuple(range(8))))
+        check_readable(squares(20, bad=tuple(range(8))))
 
 
 def test_train__a_bad_image_ends_no_run(tmp_path: Path) -> None:

@@ -59,7 +59,7 @@ def demo(config: DemoConfig | None = None, **settings: Any) -> Path:
 def _check(config: DemoConfig) -> None:
     """Look at the data and the output folder before anything is written. Raises PecobookError."""
     from pecobook.data.images import open_images
-    from pecobook.stages.stage import look_at_images
+    from pecobook.stages.training import check_readable
 
     out = Path(config.out)
     if out.is_file():
@@ -69,7 +69,7 @@ def _check(config: DemoConfig) -> None:
         raise RunFolderError(f"--out '{out}' is not empty and holds no demo: name another folder.")
     if mark.exists() and complete(json.loads(mark.read_text()), to_dict(DemoConfig())) != to_dict(config):
         raise RunFolderError(f"--out '{out}' holds a demo with other settings: name another folder, or delete it.")
-    look_at_images(open_images(config.data).train)
+    check_readable(open_images(config.data).train)
     try:
         out.mkdir(parents=True, exist_ok=True)
         dump(config, mark)

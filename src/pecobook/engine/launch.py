@@ -75,7 +75,7 @@ def micro_batch_size(config: TrainConfig) -> int:
     return next(size for size in range(min(largest, share), 0, -1) if share % size == 0)
 
 
-def check_told_apart(config: TrainConfig) -> None:
+def check_min_batch(config: TrainConfig) -> None:
     """Raise ConfigError where a device holds one image at once, which a contrastive loss has nothing to tell from."""
     if micro_batch_size(config) < 2:
         flag = "--micro-batch-size" if config.micro_batch_size else "--batch-size"

@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import torch
 import torch.distributed as dist
@@ -24,60 +24,18 @@ from pecobook.engine.ahead import look_ahead
 from pecobook.engine.attention import trainable_attention
 from pecobook.engine.evaluation import Evaluation, evaluate, mean_over_ranks
 from pecobook.engine.launch import device_count, micro_batch_size, repeatable
-from pecobook.engine.log import Progress, Sink, duration, open_sinks, open_text_log
+from pecobook.engine.log import Progress, Sink, open_sinks, open_text_log
 from pecobook.engine.memory import advice
 from pecobook.engine.optim import build_optimizer, learning_rates, set_learning_rate
 from pecobook.engine.schedule import is_time
 from pecobook.engine.signals import Signals
 from pecobook.errors import PecobookError
 from pecobook.settings.durations import steps
-from pecobook.settings.training import OptimConfig, TrainConfig
+from pecobook.settings.training import TrainConfig
 from pecobook.settings.values import to_dict
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
-
-    from pecobook.data.images import ImageSource
-
-
-class StageOutput(NamedTuple):
-    """What a stage's forward returns."""
-
-    loss: Tensor | None
-    """() with gradient; None in evaluation mode where a stage has no loss then."""
-    metrics: dict[str, Tensor]
-    """() each, detached; the loop averages them over accumulation steps and ranks. `loss` among them is shown instead
-    of the loss itself."""
-    pictures: dict[str, Tensor] = {}  # noqa: RUF012
-    """Float (B, 3, H, W) in [0, 1] each, in evaluation mode only; the loop draws the first few."""
-    rows: dict[str, Tensor] = {}  # noqa: RUF012
-    """(B, ...) each, or (1, ...) of a whole batch: in evaluation mode what the stage sums up at the end, in training
-    what it looks ahead for."""
-
-
-class Trainable(Protocol):
-    """What the loop asks of a stage, which is also an nn.Module."""
-
-    least_images: int
-    """Fewest images that it takes at once."""
-    looks_ahead: bool
-    """Whether it sees all images of a step, marked as `ahead` and without gradient, before it learns from the first
-    micro-batch; the rows that it returns then come with each (`engine.ahead`)."""
-
-    def parameter_groups(self, config: OptimConfig) -> list[dict[str, Any]]:
-        """Groups for the optimizer, with `lr_scale`."""
-
-    def after_step(self, step: int, total: int) -> None:
-        """Act once the optimizer has made step number `step` of `total`."""
-
-    def warning(self, metrics: dict[str, float], step: int) -> str | None:
-        """A sentence for the user when the metrics show an unhealthy run."""
-
-    def summarise(self, rows: dict[str, Tensor], known: dict[str, Tensor]) -> dict[str, float]:
-        """Metrics of the rows of all evaluated images, given those of training images."""
-
-    def report(self, folder: Path, rows: dict[str, Tensor], source: ImageSource) -> None:
-        """Write what the rows of the last evaluation are good for; `source` names the images."""
 
 
 class Outcome(NamedTuple):
@@ -183,7 +141,7 @@ class _Loop:
                 self._evaluate(step)
             return Outcome(step, True, self.last_metrics)
         except torch.OutOfMemoryError:
-            told = advice(self.config, least=self.stage.least_images, evaluating=self._evaluating)
+            told = advice(self.config, least=self.stage.min_batch_size, evaluating=self._evaluating)
             raise PecobookError(told) from None
         finally:
             self._close()
@@ -231,7 +189,7 @@ class _Loop:
     def _micro_batches(self, step: int, batches: _Batches, count: int) -> Iterator[Batch]:
         """A step's micro-batches, on the device one by one, but where a stage looks ahead."""
         parts = (self._next(batches) for _ in range(count))
-        if count > 1 and self.stage.looks_ahead:
+        if count > 1 and self.stage.needs_full_batch_keys:
             return look_ahead(self.model, list(parts), lambda micro: self._seed(step, micro))
         return parts
 
@@ -387,6 +345,3 @@ def _grid(pictures: dict[str, Tensor], *, columns: int = 8) -> bytes:
     buffer = io.BytesIO()
     to_pil_image(grid).save(buffer, "PNG")
     return buffer.getvalue()
-
-
-__all__ = ["Outcome", "StageOutput", "Trainable", "duration", "fit"]

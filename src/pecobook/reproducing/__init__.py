@@ -58,7 +58,7 @@ def _preflight(config: ReproduceConfig) -> Plan:
     from pecobook.data.images import open_images
     from pecobook.reproducing.paper import TABLES, chosen_tables
     from pecobook.reproducing.plan import Plan
-    from pecobook.stages.stage import look_at_images
+    from pecobook.stages.training import check_readable
 
     problems: list[PecobookError] = []
     if not config.tables:
@@ -69,7 +69,7 @@ def _preflight(config: ReproduceConfig) -> Plan:
     try:
         tables = chosen_tables(config.tables)
         splits = open_images(config.data)
-        look_at_images(splits.train)
+        check_readable(splits.train)
         plan = Plan(config, tables, splits)
         problems += _perceptual_problems(plan)
     except PecobookError as error:
@@ -90,7 +90,7 @@ def _preflight(config: ReproduceConfig) -> Plan:
 
 def _perceptual_problems(plan: Plan) -> list[PecobookError]:
     """Why given perceptual networks cannot look at the images of their codebooks; those that are trained here can."""
-    from pecobook.stages.codebook import KIND
+    from pecobook.stages.codebook import CodebookStage
 
     checked = {}
     for job in plan.jobs.values():
@@ -100,7 +100,7 @@ def _perceptual_problems(plan: Plan) -> list[PecobookError]:
     told: dict[str, PecobookError] = {}
     for settings in checked.values():
         try:
-            KIND.check(settings)
+            CodebookStage.check(settings)
         except PecobookError as error:
             # Said of codebook's flags, whose names are others here.
             text = str(error).replace("--perceptual.layers", "--network-layers")

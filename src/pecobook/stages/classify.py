@@ -16,24 +16,25 @@ from pecobook.data.images import ImageSource, Splits
 from pecobook.data.sampler import key
 from pecobook.data.stream import Batch, ViewFunction
 from pecobook.data.views import central_view, random_crop
-from pecobook.engine.loop import StageOutput
 from pecobook.engine.optim import layer_decay_groups
+from pecobook.engine.stage import Stage, StageOutput, mean_of_counted
 from pecobook.errors import ConfigError
 from pecobook.models.contrastive import follow
 from pecobook.models.weights import Backbone, export_backbone, load_backbone
 from pecobook.pixels import channels_last, to_float
 from pecobook.settings.finetune import FinetuneConfig
 from pecobook.settings.training import OptimConfig
-from pecobook.stages.stage import Stage, StageKind, mean_of_counted
 
 
-class ClassifyStage(Stage):
+class ClassifyStage(Stage[FinetuneConfig]):
     """Backbone with a linear head over its mean-pooled patches.
 
     Args:
         config: all settings.
         classes: names of the classes.
     """
+
+    command = "finetune"
 
     mean: Tensor
     std: Tensor
@@ -76,7 +77,7 @@ class ClassifyStage(Stage):
         images = random_erasing(images, self.config.random_erasing) if self.config.random_erasing else images
         return mix(images, targets, mixup=self.config.mixup, cutmix=self.config.cutmix)
 
-    def summarise(self, rows: dict[str, Tensor], known: dict[str, Tensor]) -> dict[str, float]:  # noqa: ARG002
+    def summarise(self, rows: dict[str, Tensor], known: dict[str, Tensor]) -> dict[str, float]:
         """Accuracy over all held-out images, in percent."""
         hits = rows["classes"] == rows["label"][:, None]  # (N, 5)
         found = {"top1": 100 * float(hits[:, 0].float().mean())}
@@ -84,7 +85,7 @@ class ClassifyStage(Stage):
             found["top5"] = 100 * float(hits.any(1).float().mean())
         return found
 
-    def after_step(self, step: int, total: int) -> None:  # noqa: ARG002
+    def after_step(self, step: int, total: int) -> None:
         """Move the average, quickly at first."""
         if self.averaged is not None:
             follow(self.averaged, self.network, min(self.config.average, (1 + step) / (10 + step)))
@@ -119,6 +120,34 @@ class ClassifyStage(Stage):
             mean=self.statistics[0],
             std=self.statistics[1],
         )
+
+    @classmethod
+    def check(cls, config: FinetuneConfig) -> None:
+        """Raise PecobookError for settings, or weights, that cannot be used."""
+        check_policy(config.rand_augment)
+        if not config.backbone:
+            raise ConfigError("--backbone is missing: give a pretrain or contrast run, or timm:NAME.")
+        load_for_classification(config)
+
+    @classmethod
+    def needs_labels(cls, config: FinetuneConfig) -> bool:
+        """Whether images without labels are of no use."""
+        return True
+
+    @classmethod
+    def build(cls, config: FinetuneConfig, splits: Splits) -> ClassifyStage:
+        """The stage with random weights."""
+        return cls(config, splits.train.classes or ())
+
+    @classmethod
+    def view(cls, config: FinetuneConfig) -> ViewFunction:
+        """What training reads of an image."""
+        return partial(_augmented_view, size=config.image_size, min_area=config.min_crop, policy=config.rand_augment)
+
+    @classmethod
+    def evaluation_view(cls, config: FinetuneConfig) -> ViewFunction:
+        """What evaluation reads of a held-out image."""
+        return partial(central_view, size=config.image_size, share=config.eval_crop)
 
 
 def mix(images: Tensor, targets: Tensor, *, mixup: float, cutmix: float) -> tuple[Tensor, Tensor]:
@@ -165,30 +194,6 @@ def _top(logits: Tensor, labels: Tensor, k: int) -> Tensor:
     return 100 * (logits.topk(k, 1).indices == labels[:, None]).any(1).float().mean()
 
 
-def _check(config: FinetuneConfig) -> None:
-    check_policy(config.rand_augment)
-    if not config.backbone:
-        raise ConfigError("--backbone is missing: give a pretrain or contrast run, or timm:NAME.")
-    load_for_classification(config)
-
-
-def _build(config: FinetuneConfig, splits: Splits) -> ClassifyStage:
-    return ClassifyStage(config, splits.train.classes or ())
-
-
 def _augmented_view(image: Tensor, view_key: int, *, size: int, min_area: float, policy: str) -> dict[str, Tensor]:
     crop = random_crop(image, size, view_key, min_area=min_area)
     return {"image": rand_augment(crop, policy, key(view_key, 3)) if policy else crop}
-
-
-def _view(config: FinetuneConfig) -> ViewFunction:
-    return partial(_augmented_view, size=config.image_size, min_area=config.min_crop, policy=config.rand_augment)
-
-
-def _evaluation_view(config: FinetuneConfig) -> ViewFunction:
-    return partial(central_view, size=config.image_size, share=config.eval_crop)
-
-
-KIND: StageKind[FinetuneConfig] = StageKind(
-    "finetune", _check, _build, _view, _evaluation_view, needs_labels=lambda _config: True
-)

@@ -25,8 +25,8 @@ from pecobook.data.images import Splits
 from pecobook.data.sampler import key
 from pecobook.data.stream import Batch, ViewFunction
 from pecobook.data.views import central_view, random_crop
-from pecobook.engine.launch import check_told_apart
-from pecobook.engine.loop import StageOutput
+from pecobook.engine.launch import check_min_batch
+from pecobook.engine.stage import Stage, StageOutput
 from pecobook.errors import ConfigError
 from pecobook.models.discriminator import PatchDiscriminator, adversarial_losses
 from pecobook.models.explicit import CodewordClassifier, CodewordContrast
@@ -37,16 +37,17 @@ from pecobook.pixels import to_float
 from pecobook.settings.codebook import CodebookConfig
 from pecobook.settings.durations import steps
 from pecobook.settings.tokenizer import TokenizerConfig
-from pecobook.stages.stage import Stage, StageKind
 
 
-class CodebookStage(Stage):
+class CodebookStage(Stage[CodebookConfig]):
     """Tokenizer, frozen perceptual network and loss.
 
     Args:
         config: all settings.
         num_classes: of the labels, for the classification of Table 6.
     """
+
+    command = "codebook"
 
     def __init__(self, config: CodebookConfig, num_classes: int = 0) -> None:
         super().__init__()
@@ -60,7 +61,7 @@ class CodebookStage(Stage):
         if config.explicit.kind == "classification":
             self.classifier = CodewordClassifier(config.model.latent_dim, num_classes)
         elif config.explicit.kind == "contrastive":
-            self.least_images, self.looks_ahead = 2, True  # an image is told from all images of a step
+            self.min_batch_size, self.needs_full_batch_keys = 2, True  # an image is told from all images of a step
             self.contrast = CodewordContrast(
                 self.tokenizer.encoder,
                 config.model.latent_dim,
@@ -99,7 +100,7 @@ class CodebookStage(Stage):
             pictures, rows = {"images": images, "reconstructions": restored}, {"codes": coded.codes}
         return StageOutput(loss + rest + own, {name: value.detach() for name, value in metrics.items()}, pictures, rows)
 
-    def summarise(self, rows: dict[str, Tensor], known: dict[str, Tensor]) -> dict[str, float]:  # noqa: ARG002
+    def summarise(self, rows: dict[str, Tensor], known: dict[str, Tensor]) -> dict[str, float]:
         """How many codewords all held-out images together use, and how evenly."""
         usage = code_usage(rows["codes"], self.config.quantizer.num_codewords)
         return {"codes_used": usage.codes_used, "codes_perplexity": usage.perplexity}
@@ -176,7 +177,7 @@ class CodebookStage(Stage):
             "revived": quantizer.num_revived.float(),
         }
 
-    def after_step(self, step: int, total: int) -> None:  # noqa: ARG002
+    def after_step(self, step: int, total: int) -> None:
         """Move the codebook, and the contrastive loss's second encoder."""
         self.tokenizer.quantizer.update()
         if self.contrast is not None:
@@ -206,6 +207,44 @@ class CodebookStage(Stage):
         whole.load_state_dict(own)
         whole.save_pretrained(folder, origin=_origin(self.config))
         return 'from pecobook import PerceptualTokenizer\ntokenizer = PerceptualTokenizer.from_pretrained("{path}")'
+
+    @classmethod
+    def check(cls, config: CodebookConfig) -> None:
+        """Raise PecobookError for settings, or weights, that cannot be used."""
+        if not config.perceptual.network:
+            raise ConfigError(
+                "--perceptual.network is missing: give a run of 'pecobook contrast', timm:NAME, or none for pixels "
+                "alone."
+            )
+        if config.explicit.kind == "contrastive":
+            check_min_batch(config)
+        distance = perceptual_distance(config.perceptual, config.seed)
+        if distance is not None:
+            distance.check(config.image_size, config.image_size)
+
+    @classmethod
+    def needs_labels(cls, config: CodebookConfig) -> bool:
+        """Whether images without labels are of no use."""
+        return config.explicit.kind == "classification"
+
+    @classmethod
+    def build(cls, config: CodebookConfig, splits: Splits) -> CodebookStage:
+        """The stage with random weights."""
+        total = steps(config.max_steps, num_images=len(splits.train), batch_size=config.batch_size)
+        # A training that ends before its codebook starts would export a random one.
+        own = dataclasses.replace(config.quantizer, start_after=min(config.quantizer.start_after, total // 2))
+        return cls(dataclasses.replace(config, quantizer=own), len(splits.train.classes or ()))
+
+    @classmethod
+    def view(cls, config: CodebookConfig) -> ViewFunction:
+        """What training reads of an image."""
+        other = config.explicit.kind == "contrastive"
+        return partial(_random_view, size=config.image_size, min_area=config.min_crop, other=other)
+
+    @classmethod
+    def evaluation_view(cls, config: CodebookConfig) -> ViewFunction:
+        """What evaluation reads of a held-out image."""
+        return partial(central_view, size=config.image_size)
 
 
 def _origin(config: CodebookConfig) -> str:
@@ -238,46 +277,8 @@ def build_tokenizer(config: CodebookConfig) -> PerceptualTokenizer:
     return PerceptualTokenizer(shape, quantizer)
 
 
-def _check(config: CodebookConfig) -> None:
-    if not config.perceptual.network:
-        raise ConfigError(
-            "--perceptual.network is missing: give a run of 'pecobook contrast', timm:NAME, or none for pixels alone."
-        )
-    if config.explicit.kind == "contrastive":
-        check_told_apart(config)
-    distance = perceptual_distance(config.perceptual, config.seed)
-    if distance is not None:
-        distance.check(config.image_size, config.image_size)
-
-
-def _build(config: CodebookConfig, splits: Splits) -> CodebookStage:
-    total = steps(config.max_steps, num_images=len(splits.train), batch_size=config.batch_size)
-    # A training that ends before its codebook starts would export a random one.
-    own = dataclasses.replace(config.quantizer, start_after=min(config.quantizer.start_after, total // 2))
-    return CodebookStage(dataclasses.replace(config, quantizer=own), len(splits.train.classes or ()))
-
-
 def _random_view(image: Tensor, view_key: int, *, size: int, min_area: float, other: bool) -> dict[str, Tensor]:
     sample = {"image": random_crop(image, size, view_key, min_area=min_area)}
     if other:
         sample["other"] = random_crop(image, size, key(view_key, 1), min_area=min_area)
     return sample
-
-
-def _view(config: CodebookConfig) -> ViewFunction:
-    other = config.explicit.kind == "contrastive"
-    return partial(_random_view, size=config.image_size, min_area=config.min_crop, other=other)
-
-
-def _evaluation_view(config: CodebookConfig) -> ViewFunction:
-    return partial(central_view, size=config.image_size)
-
-
-KIND: StageKind[CodebookConfig] = StageKind(
-    "codebook",
-    _check,
-    _build,
-    _view,
-    _evaluation_view,
-    needs_labels=lambda config: config.explicit.kind == "classification",
-)

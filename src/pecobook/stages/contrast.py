@@ -19,25 +19,26 @@ from pecobook.data.images import Splits
 from pecobook.data.sampler import key
 from pecobook.data.stream import Batch, ViewFunction
 from pecobook.data.views import central_view, colour_draws, photometric, random_crop
-from pecobook.engine.launch import check_told_apart
-from pecobook.engine.loop import StageOutput
+from pecobook.engine.launch import check_min_batch
 from pecobook.engine.schedule import cosine
+from pecobook.engine.stage import Stage, StageOutput
 from pecobook.models.contrastive import contrastive_loss, follow, initialise_moco, mlp
 from pecobook.models.weights import IMAGENET_MEAN, IMAGENET_STD, create, export_backbone, is_transformer
 from pecobook.pixels import channels_last, to_float
 from pecobook.settings.contrast import ContrastConfig
-from pecobook.stages.stage import Stage, StageKind
 
 
-class ContrastStage(Stage):
+class ContrastStage(Stage[ContrastConfig]):
     """Two views, two encoders, one of them a moving average of the other.
 
     Args:
         config: all settings.
     """
 
-    least_images = 2  # they are contrasted with each other, and normalised together
-    looks_ahead = True  # an image is told from all images of a step, however few a device holds at once
+    command = "contrast"
+
+    min_batch_size = 2  # they are contrasted with each other, and normalised together
+    needs_full_batch_keys = True  # an image is told from all images of a step, however few a device holds at once
     mean: Tensor
     std: Tensor
 
@@ -135,21 +136,38 @@ class ContrastStage(Stage):
             origin="MoCo v3",
         )
 
+    @classmethod
+    def check(cls, config: ContrastConfig) -> None:
+        """Raise PecobookError for settings, or weights, that cannot be used."""
+        create(config.model.name, num_classes=0, **_backbone_args(config))
+        check_min_batch(config)
+
+    @classmethod
+    def build(cls, config: ContrastConfig, splits: Splits) -> ContrastStage:
+        """The stage with random weights."""
+        return cls(config)
+
+    @classmethod
+    def view(cls, config: ContrastConfig) -> ViewFunction:
+        """What training reads of an image."""
+        return partial(_two_views, size=config.image_size, min_area=config.min_crop)
+
+    @classmethod
+    def evaluation_view(cls, config: ContrastConfig) -> ViewFunction:
+        """What evaluation reads of a held-out image."""
+        return partial(_evaluated, size=config.image_size, min_area=config.min_crop)
+
+    @classmethod
+    def reference_view(cls, config: ContrastConfig) -> ViewFunction:
+        """What evaluation reads of a labelled training image."""
+        return partial(central_view, size=config.image_size)
+
 
 def _backbone_args(config: ContrastConfig) -> dict[str, Any]:
     args = config.model.kwargs()
     if is_transformer(config.model.name):
         args = {"img_size": config.image_size, **args}
     return args
-
-
-def _check(config: ContrastConfig) -> None:
-    create(config.model.name, num_classes=0, **_backbone_args(config))
-    check_told_apart(config)
-
-
-def _build(config: ContrastConfig, splits: Splits) -> ContrastStage:  # noqa: ARG001
-    return ContrastStage(config)
 
 
 def _two_views(image: Tensor, view_key: int, *, size: int, min_area: float) -> dict[str, Tensor]:
@@ -161,22 +179,5 @@ def _two_views(image: Tensor, view_key: int, *, size: int, min_area: float) -> d
     return sample
 
 
-def _view(config: ContrastConfig) -> ViewFunction:
-    return partial(_two_views, size=config.image_size, min_area=config.min_crop)
-
-
 def _evaluated(image: Tensor, view_key: int, *, size: int, min_area: float) -> dict[str, Tensor]:
     return _two_views(image, view_key, size=size, min_area=min_area) | central_view(image, view_key, size=size)
-
-
-def _evaluation_view(config: ContrastConfig) -> ViewFunction:
-    return partial(_evaluated, size=config.image_size, min_area=config.min_crop)
-
-
-def _reference_view(config: ContrastConfig) -> ViewFunction:
-    return partial(central_view, size=config.image_size)
-
-
-KIND: StageKind[ContrastConfig] = StageKind(
-    "contrast", _check, _build, _view, _evaluation_view, reference_view=_reference_view
-)

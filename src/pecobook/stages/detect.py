@@ -18,20 +18,19 @@ from pecobook.data.detection_views import evaluation_view, training_view
 from pecobook.data.images import ImageSource, Splits
 from pecobook.data.stream import Batch, ViewFunction
 from pecobook.engine.launch import is_leader
-from pecobook.engine.loop import StageOutput
 from pecobook.engine.optim import dense_groups
+from pecobook.engine.stage import Stage, StageOutput
 from pecobook.errors import ConfigError
 from pecobook.models.detector import Detections, Detector, export_detector, rescale
 from pecobook.models.pyramid import describe_pyramid, pyramid_of
 from pecobook.settings.detect import DetectConfig
 from pecobook.settings.training import OptimConfig
-from pecobook.stages.stage import Stage, StageKind
 
 _DRAWN = 4  # images in samples/detections.png
 _DRAWN_SCORE = 0.3
 
 
-class DetectStage(Stage):
+class DetectStage(Stage[DetectConfig]):
     """A detector, its losses, and how well it finds what is on the held-out images.
 
     Args:
@@ -39,6 +38,8 @@ class DetectStage(Stage):
         train: the images to learn from.
         evaluation: the held-out ones.
     """
+
+    command = "detect"
 
     def __init__(self, config: DetectConfig, train: DetectionSource, evaluation: DetectionSource) -> None:
         super().__init__()
@@ -78,7 +79,7 @@ class DetectStage(Stage):
         above = (own.pyramid.scale, own.fpn, own.proposals, own.heads)
         return dense_groups(own.pyramid.network, above, config, frozen=self.config.pyramid.frozen)
 
-    def summarise(self, rows: dict[str, Tensor], known: dict[str, Tensor]) -> dict[str, float]:  # noqa: ARG002
+    def summarise(self, rows: dict[str, Tensor], known: dict[str, Tensor]) -> dict[str, float]:
         """Average precision over all held-out images, in percent."""
         from pecobook.analysis.detections import evaluate_detections
 
@@ -86,7 +87,7 @@ class DetectStage(Stage):
         self._precision, self._results = evaluate_detections(self.evaluation, _unpack(rows), detections=count)
         return {name: value for name, value in self._precision.items() if "ar_" not in name}
 
-    def report(self, folder: Path, rows: dict[str, Tensor], source: ImageSource) -> None:  # noqa: ARG002
+    def report(self, folder: Path, rows: dict[str, Tensor], source: ImageSource) -> None:
         """Write detections.json (COCO's format of results), average_precision.json, and images with both sides."""
         from pecobook.files import write_atomically
 
@@ -121,6 +122,45 @@ class DetectStage(Stage):
         own = {name.removeprefix("detector."): value for name, value in state.items()}
         return export_detector(folder, own, self.detector)
 
+    @classmethod
+    def open(cls, config: DetectConfig) -> Splits:
+        """The source; what was mended in it is told."""
+        splits = open_detection(config.data, skip_bad=config.skip_bad, masks=config.masks)
+        if is_leader():
+            for note in cast("DetectionSource", splits.train).notes:
+                print(note, file=sys.stderr)
+        return splits
+
+    @classmethod
+    def check(cls, config: DetectConfig) -> None:
+        """Raise PecobookError for settings, or weights, that cannot be used."""
+        if config.compile:
+            raise ConfigError("--compile does not go with detect: the number of objects differs from image to image.")
+        pyramid_of(config)
+
+    @classmethod
+    def build(cls, config: DetectConfig, splits: Splits) -> DetectStage:
+        """The stage with random weights."""
+        train, evaluation = cast("DetectionSource", splits.train), cast("DetectionSource", splits.evaluation)
+        return cls(config, train, evaluation)
+
+    @classmethod
+    def view(cls, config: DetectConfig) -> ViewFunction:
+        """What training reads of an image."""
+        return partial(
+            training_view,
+            scales=config.scales,
+            max_size=config.max_size,
+            jitter=config.jitter,
+            canvas=config.image_size if config.jitter else 0,
+        )
+
+    @classmethod
+    def evaluation_view(cls, config: DetectConfig) -> ViewFunction:
+        """What evaluation reads of a held-out image."""
+        short, long = config.sides
+        return partial(evaluation_view, short=short, long=long)
+
 
 def _targets(batch: Batch) -> list[dict[str, Tensor]]:
     """Boxes float32 (n, 4), labels int64 (n,) and, where there are any, masks uint8 (n, h, w), of each image."""
@@ -150,41 +190,3 @@ def _unpack(rows: dict[str, Tensor]) -> Iterator[tuple[int, Detections]]:
         masks = rows["masks"][place, :count].float() / 255 if "masks" in rows else None
         boxes, scores, labels = (rows[name][place, :count] for name in ("boxes", "scores", "labels"))
         yield number, Detections(boxes, scores, labels, masks)
-
-
-def _check(config: DetectConfig) -> None:
-    if config.compile:
-        raise ConfigError("--compile does not go with detect: the number of objects differs from image to image.")
-    pyramid_of(config)
-
-
-def _open(config: DetectConfig) -> Splits:
-    """The source; what was mended in it is told."""
-    splits = open_detection(config.data, skip_bad=config.skip_bad, masks=config.masks)
-    if is_leader():
-        for note in cast("DetectionSource", splits.train).notes:
-            print(note, file=sys.stderr)
-    return splits
-
-
-def _build(config: DetectConfig, splits: Splits) -> DetectStage:
-    train, evaluation = cast("DetectionSource", splits.train), cast("DetectionSource", splits.evaluation)
-    return DetectStage(config, train, evaluation)
-
-
-def _view(config: DetectConfig) -> ViewFunction:
-    return partial(
-        training_view,
-        scales=config.scales,
-        max_size=config.max_size,
-        jitter=config.jitter,
-        canvas=config.image_size if config.jitter else 0,
-    )
-
-
-def _evaluation_view(config: DetectConfig) -> ViewFunction:
-    short, long = config.sides
-    return partial(evaluation_view, short=short, long=long)
-
-
-KIND: StageKind[DetectConfig] = StageKind("detect", _check, _build, _view, _evaluation_view, open=_open)

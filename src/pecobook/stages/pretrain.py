@@ -20,7 +20,7 @@ from pecobook.data.sampler import key
 from pecobook.data.stream import Batch, Companion, ViewFunction
 from pecobook.data.tokens import TokenBank, differences
 from pecobook.data.views import center_crop, colour_draws, photometric, random_crop
-from pecobook.engine.loop import StageOutput
+from pecobook.engine.stage import Stage, StageOutput
 from pecobook.errors import ConfigError, DataError
 from pecobook.models.masked_vit import (
     MaskedImageModel,
@@ -36,16 +36,17 @@ from pecobook.models.weights import IMAGENET_MEAN, IMAGENET_STD, create, export_
 from pecobook.pixels import to_float
 from pecobook.settings.images import PhotometricConfig
 from pecobook.settings.pretrain import MaskConfig, PretrainConfig
-from pecobook.stages.stage import Stage, StageKind
 
 
-class PretrainStage(Stage):
+class PretrainStage(Stage[PretrainConfig]):
     """Masked image model and its targets.
 
     Args:
         config: all settings.
         tokenizer: the tokenizer; None loads the one that the settings name.
     """
+
+    command = "pretrain"
 
     mean: Tensor
     std: Tensor
@@ -120,6 +121,66 @@ class PretrainStage(Stage):
             target=self.config.target,
         )
 
+    @classmethod
+    def check(cls, config: PretrainConfig) -> None:
+        """Raise PecobookError for settings, or weights, that cannot be used."""
+        backbone = create(config.model.name, num_classes=0, **backbone_args(config))
+        model = MaskedImageModel(backbone, 2)
+        rows, columns = model.grid
+        if config.mask.num_masked >= rows * columns:
+            raise ConfigError(
+                f"--mask.num-masked {config.mask.num_masked} must be below {rows * columns}, all patches."
+            )
+        if config.visible_only:
+            VisibleOnlyModel(backbone, 2, depth=1, width=64, num_heads=1)
+        if config.target == "tokens":
+            _check_tokens(config, backbone)
+
+    @classmethod
+    def check_data(cls, config: PretrainConfig, splits: Splits) -> None:
+        """Refuse a bank of other images."""
+        if not config.tokens:
+            return
+        bank = TokenBank(config.tokens)
+        now = {"data": splits.train.fingerprint, "evaluation_data": splits.evaluation.fingerprint}
+        wrong = differences(bank.config, now)
+        if wrong:
+            raise DataError(
+                f"The token bank '{config.tokens}' is of other images than --data '{config.data}': "
+                f"{'; '.join(wrong)}.\n"
+                "Make one of these with 'pecobook tokenize', or leave --tokens out."
+            )
+
+    @classmethod
+    def build(cls, config: PretrainConfig, splits: Splits) -> PretrainStage:
+        """The stage with random weights."""
+        return cls(config)
+
+    @classmethod
+    def view(cls, config: PretrainConfig) -> ViewFunction:
+        """What training reads of an image."""
+        return partial(_crop, size=config.image_size, min_area=config.min_crop)
+
+    @classmethod
+    def evaluation_view(cls, config: PretrainConfig) -> ViewFunction:
+        """What evaluation reads of a held-out image."""
+        return partial(_crop, size=config.image_size, min_area=None)
+
+    @classmethod
+    def companions(cls, config: PretrainConfig) -> tuple[Companion, Companion]:
+        """The mask of an image and, from a bank, its codes."""
+        bank = TokenBank(config.tokens) if config.tokens else None
+        grid = _grid(config)
+        return (
+            _MaskAndCodes(config, grid, config.seed, "train", bank),
+            _MaskAndCodes(config, grid, 0, "evaluation", bank),
+        )
+
+    @classmethod
+    def num_views(cls, config: PretrainConfig) -> int:
+        """Views that a token bank holds of each image; 0 without a bank."""
+        return TokenBank(config.tokens).num_views if config.tokens else 0
+
 
 # -------------------------------------------------------------------------------------------------------------- targets
 
@@ -166,18 +227,6 @@ def backbone_args(config: PretrainConfig) -> dict[str, Any]:
 
 
 # ---------------------------------------------------------------------------------------------------------------- check
-
-
-def _check(config: PretrainConfig) -> None:
-    backbone = create(config.model.name, num_classes=0, **backbone_args(config))
-    model = MaskedImageModel(backbone, 2)
-    rows, columns = model.grid
-    if config.mask.num_masked >= rows * columns:
-        raise ConfigError(f"--mask.num-masked {config.mask.num_masked} must be below {rows * columns}, all patches.")
-    if config.visible_only:
-        VisibleOnlyModel(backbone, 2, depth=1, width=64, num_heads=1)
-    if config.target == "tokens":
-        _check_tokens(config, backbone)
 
 
 def _check_tokens(config: PretrainConfig, backbone: nn.Module) -> None:
@@ -239,24 +288,6 @@ def view_settings(config: Any) -> dict[str, Any]:
     }
 
 
-def _check_data(config: PretrainConfig, splits: Splits) -> None:
-    """Refuse a bank of other images."""
-    if not config.tokens:
-        return
-    bank = TokenBank(config.tokens)
-    now = {"data": splits.train.fingerprint, "evaluation_data": splits.evaluation.fingerprint}
-    wrong = differences(bank.config, now)
-    if wrong:
-        raise DataError(
-            f"The token bank '{config.tokens}' is of other images than --data '{config.data}': {'; '.join(wrong)}.\n"
-            "Make one of these with 'pecobook tokenize', or leave --tokens out."
-        )
-
-
-def _build(config: PretrainConfig, splits: Splits) -> PretrainStage:  # noqa: ARG001
-    return PretrainStage(config)
-
-
 # ---------------------------------------------------------------------------------------------------- views and masks
 
 
@@ -279,14 +310,6 @@ def _grid(config: PretrainConfig) -> tuple[int, int]:
     return cast("tuple[int, int]", tuple(network.patch_embed.grid_size))  # type: ignore[union-attr, arg-type]
 
 
-def _view(config: PretrainConfig) -> ViewFunction:
-    return partial(_crop, size=config.image_size, min_area=config.min_crop)
-
-
-def _evaluation_view(config: PretrainConfig) -> ViewFunction:
-    return partial(_crop, size=config.image_size, min_area=None)
-
-
 @dataclasses.dataclass(frozen=True)
 class _MaskAndCodes:
     """The mask of an image in an epoch, which does not repeat as a bank's views do, and its codes in the bank."""
@@ -302,28 +325,3 @@ class _MaskAndCodes:
         if self.bank is not None:
             sample["codes"] = self.bank.read(self.split, image, epoch % self.bank.layouts[self.split].num_views)
         return sample
-
-
-def _companions(config: PretrainConfig) -> tuple[Companion, Companion]:
-    bank = TokenBank(config.tokens) if config.tokens else None
-    grid = _grid(config)
-    return (
-        _MaskAndCodes(config, grid, config.seed, "train", bank),
-        _MaskAndCodes(config, grid, 0, "evaluation", bank),
-    )
-
-
-def _num_views(config: PretrainConfig) -> int:
-    return TokenBank(config.tokens).num_views if config.tokens else 0
-
-
-KIND: StageKind[PretrainConfig] = StageKind(
-    "pretrain",
-    _check,
-    _build,
-    _view,
-    _evaluation_view,
-    companions=_companions,
-    num_views=_num_views,
-    check_data=_check_data,
-)

@@ -21,18 +21,17 @@ from pecobook.data.segmentation_views import resize_mask, training_view
 from pecobook.data.stream import Batch, ViewFunction
 from pecobook.data.views import photometric
 from pecobook.engine.launch import is_leader, micro_batch_size, world_size
-from pecobook.engine.loop import StageOutput
 from pecobook.engine.optim import dense_groups
+from pecobook.engine.stage import Stage, StageOutput, mean_of_counted
 from pecobook.errors import ConfigError, DataError, listed
 from pecobook.models.pyramid import describe_pyramid, pyramid_of
 from pecobook.models.segmenter import Segmenter, best_classes, export_segmenter, scaled_pictures, stretch
 from pecobook.pixels import resize, to_float
 from pecobook.settings.segment import SegmentConfig, SegmentTestConfig
 from pecobook.settings.training import OptimConfig
-from pecobook.stages.stage import Stage, StageKind, mean_of_counted
 
 
-class SegmentStage(Stage):
+class SegmentStage(Stage[SegmentConfig]):
     """A segmenter and its loss.
 
     Args:
@@ -40,9 +39,11 @@ class SegmentStage(Stage):
         classes: names of the classes.
     """
 
+    command = "segment"
+
     def __init__(self, config: SegmentConfig, classes: tuple[str, ...]) -> None:
         super().__init__()
-        self.config, self.classes, self.least_images = config, classes, _least_images(config)
+        self.config, self.classes, self.min_batch_size = config, classes, _min_batch_size(config)
         pyramid, backbone = pyramid_of(config)
         self.described = describe_pyramid(backbone, config.pyramid, config.image_size)
         self.model = Segmenter(
@@ -97,11 +98,11 @@ class SegmentStage(Stage):
         small = resize_mask(truth, int(found.shape[1]), int(found.shape[2])).long()
         return F.cross_entropy(logits[None], small[None], ignore_index=IGNORE).nan_to_num()
 
-    def summarise(self, rows: dict[str, Tensor], known: dict[str, Tensor]) -> dict[str, float]:  # noqa: ARG002
+    def summarise(self, rows: dict[str, Tensor], known: dict[str, Tensor]) -> dict[str, float]:
         """Mean IoU and accuracy over all held-out images, in percent."""
         return scores(rows["counts"].sum(0))
 
-    def report(self, folder: Path, rows: dict[str, Tensor], source: ImageSource) -> None:  # noqa: ARG002
+    def report(self, folder: Path, rows: dict[str, Tensor], source: ImageSource) -> None:
         """Write classes.json, the IoU of every class, and a picture of which are taken for which."""
         from pecobook.analysis.confusion import matrix_picture
 
@@ -129,6 +130,83 @@ class SegmentStage(Stage):
             width=self.config.head_width,
         )
 
+    @classmethod
+    def open(cls, config: SegmentConfig) -> Splits:
+        """The source, every pair of it looked at."""
+        from pecobook.engine.log import Progress
+
+        if not config.data:
+            raise DataError("--data is missing: give a folder of images/ and masks/, or hf:owner/name.")
+        splits = open_segmentation(
+            config.data,
+            classes=config.classes,
+            mask_values=config.mask_values,
+            ignore=config.ignore,
+            skip_bad=config.skip_bad,
+        )
+        if not config.verify:
+            if not cast("SegmentationSource", splits.train).meaning.names:
+                raise ConfigError("--no-verify needs to be told the classes: give --classes FILE or --mask-values.")
+            return splits
+        progress = Progress(
+            total=len(splits.train) + len(splits.evaluation), start=0, name="masks", quiet=not is_leader()
+        )
+        try:
+            found = verify(splits, lambda done: progress.show(done, {}))
+        finally:
+            progress.close()
+        if found.problems and not config.skip_bad:
+            raise DataError(
+                f"--data '{config.data}':\n{listed(found.problems)}\n"
+                "Mend them, name the value in --ignore if it means nothing, or leave these pairs out with --skip-bad."
+            )
+        for source in (found.splits.train, found.splits.evaluation):
+            if not len(source):
+                wrong = listed([*found.unreadable, *found.problems])
+                raise DataError(
+                    f"--data '{config.data}' has no pair that can be used to {_USE[source.split]}:\n{wrong}"
+                )
+        for lines, what in ((found.problems, "do not fit"), (found.unreadable, "cannot be read")):
+            if lines and is_leader():
+                print(f"{len(lines)} of the pairs {what} and are left out:\n{listed(lines)}", file=sys.stderr)
+        return found.splits
+
+    @classmethod
+    def check(cls, config: SegmentConfig) -> None:
+        """Raise PecobookError for settings, or weights, that cannot be used."""
+        if config.strategy == "fsdp" and config.test.mode == "slide" and world_size(config) > 1:
+            raise ConfigError(
+                "--strategy fsdp and --test.mode slide exclude each other, since devices would wait for windows that "
+                "others do not have: give --strategy ddp or --test.mode whole."
+            )
+        if micro_batch_size(config) < _min_batch_size(config):
+            raise ConfigError(
+                "UperNet normalises over a batch, so a device must hold 2 images or more; --pyramid.checkpointing true "
+                "or a smaller --image-size save memory."
+            )
+        pyramid_of(config)
+
+    @classmethod
+    def build(cls, config: SegmentConfig, splits: Splits) -> SegmentStage:
+        """The stage with random weights."""
+        return cls(config, cast("SegmentationSource", splits.train).meaning.names)
+
+    @classmethod
+    def view(cls, config: SegmentConfig) -> ViewFunction:
+        """What training reads of an image."""
+        return partial(
+            training_view,
+            size=config.image_size,
+            most=config.test.max_side,
+            scales=config.scales,
+            max_share=config.max_share,
+        )
+
+    @classmethod
+    def evaluation_view(cls, config: SegmentConfig) -> ViewFunction:
+        """What evaluation reads of a held-out image."""
+        return partial(_whole_view, size=config.image_size, test=config.test)
+
 
 def _loss(logits: Tensor, truth: Tensor) -> tuple[Tensor, Tensor]:
     """Cross-entropy of logits (B, C, h, w) against classes int64 (B, S, S), and the share that is right, ()."""
@@ -153,77 +231,12 @@ def _three(image: Tensor, truth: Tensor, predicted: Tensor, side: int) -> tuple[
 # ------------------------------------------------------------------------------------------------------------- the kind
 
 
-def _open(config: SegmentConfig) -> Splits:
-    """The source, every pair of it looked at."""
-    from pecobook.engine.log import Progress
-
-    if not config.data:
-        raise DataError("--data is missing: give a folder of images/ and masks/, or hf:owner/name.")
-    splits = open_segmentation(
-        config.data,
-        classes=config.classes,
-        mask_values=config.mask_values,
-        ignore=config.ignore,
-        skip_bad=config.skip_bad,
-    )
-    if not config.verify:
-        if not cast("SegmentationSource", splits.train).meaning.names:
-            raise ConfigError("--no-verify needs to be told the classes: give --classes FILE or --mask-values.")
-        return splits
-    progress = Progress(total=len(splits.train) + len(splits.evaluation), start=0, name="masks", quiet=not is_leader())
-    try:
-        found = verify(splits, lambda done: progress.show(done, {}))
-    finally:
-        progress.close()
-    if found.problems and not config.skip_bad:
-        raise DataError(
-            f"--data '{config.data}':\n{listed(found.problems)}\n"
-            "Mend them, name the value in --ignore if it means nothing, or leave these pairs out with --skip-bad."
-        )
-    for source in (found.splits.train, found.splits.evaluation):
-        if not len(source):
-            wrong = listed([*found.unreadable, *found.problems])
-            raise DataError(f"--data '{config.data}' has no pair that can be used to {_USE[source.split]}:\n{wrong}")
-    for lines, what in ((found.problems, "do not fit"), (found.unreadable, "cannot be read")):
-        if lines and is_leader():
-            print(f"{len(lines)} of the pairs {what} and are left out:\n{listed(lines)}", file=sys.stderr)
-    return found.splits
-
-
 _USE = {"train": "train", "evaluation": "evaluate"}
 
 
-def _least_images(config: SegmentConfig) -> int:
+def _min_batch_size(config: SegmentConfig) -> int:
     """Fewest images of a device: UperNet normalises over a batch, that of all GPUs where there are several."""
     return 1 if torch.cuda.is_available() and world_size(config) > 1 else 2
-
-
-def _check(config: SegmentConfig) -> None:
-    if config.strategy == "fsdp" and config.test.mode == "slide" and world_size(config) > 1:
-        raise ConfigError(
-            "--strategy fsdp and --test.mode slide exclude each other, since devices would wait for windows that "
-            "others do not have: give --strategy ddp or --test.mode whole."
-        )
-    if micro_batch_size(config) < _least_images(config):
-        raise ConfigError(
-            "UperNet normalises over a batch, so a device must hold 2 images or more; --pyramid.checkpointing true or "
-            "a smaller --image-size save memory."
-        )
-    pyramid_of(config)
-
-
-def _build(config: SegmentConfig, splits: Splits) -> SegmentStage:
-    return SegmentStage(config, cast("SegmentationSource", splits.train).meaning.names)
-
-
-def _view(config: SegmentConfig) -> ViewFunction:
-    return partial(
-        training_view,
-        size=config.image_size,
-        most=config.test.max_side,
-        scales=config.scales,
-        max_share=config.max_share,
-    )
 
 
 def _whole_view(
@@ -236,10 +249,3 @@ def _whole_view(
 ) -> dict[str, list[Tensor]]:
     """A held-out image at the test's sizes, and its mask as it is: lists, since sizes differ."""
     return {"image": scaled_pictures(image, size, test), "mask": [mask]}
-
-
-def _evaluation_view(config: SegmentConfig) -> ViewFunction:
-    return partial(_whole_view, size=config.image_size, test=config.test)
-
-
-KIND: StageKind[SegmentConfig] = StageKind("segment", _check, _build, _view, _evaluation_view, open=_open)
