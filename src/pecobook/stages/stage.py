@@ -22,7 +22,7 @@ from pecobook.data.stream import Batch, Companion, Stream, ViewFunction
 from pecobook.engine.loop import StageOutput
 from pecobook.engine.optim import parameter_groups
 from pecobook.errors import DataError, PecobookError, PreflightError, RunFolderError, first_line
-from pecobook.settings.training import OptimConfig, TrainConfig
+from pecobook.settings.training import BaseOptimConfig, TrainConfig
 
 C = TypeVar("C", bound=TrainConfig)
 
@@ -39,7 +39,7 @@ class Stage(nn.Module):
         """Loss and detached metrics of a batch; in evaluation mode also pictures."""
         raise NotImplementedError
 
-    def parameter_groups(self, config: OptimConfig) -> list[dict[str, Any]]:
+    def parameter_groups(self, config: BaseOptimConfig) -> list[dict[str, Any]]:
         """Groups for the optimizer."""
         return parameter_groups(self, config)
 
