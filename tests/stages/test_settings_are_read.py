@@ -68,7 +68,7 @@ def recording(config_type: type) -> Iterator[Reads]:
 
     watched = [kind for kind in groups(config_type) if "__getattribute__" not in vars(kind)]
     for kind in watched:
-        kind.__getattribute__ = read  # type: ignore[method-assign, assignment]
+        kind.__getattribute__ = read
     try:
         yield reads
     finally:
@@ -91,7 +91,7 @@ def groups(config_type: Any) -> list[Any]:
     found = [config_type]
     for kind in typing.get_type_hints(config_type).values():
         if dataclasses.is_dataclass(kind):
-            found += [*groups(kind), *kind.__subclasses__()]  # type: ignore[arg-type, union-attr]
+            found += [*groups(kind), *kind.__subclasses__()]  # type: ignore[union-attr]
     return found
 
 

@@ -13,7 +13,7 @@ import dataclasses
 import json
 import types
 import typing
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args, get_origin
 
@@ -146,10 +146,8 @@ def _replace(config: C, changes: dict[str, Any], prefix: str, told: list[str]) -
                 values[name] = coerce(value, hints[name], full)
             except ConfigError as error:
                 told.append(str(error))
-    changed = config
-    with _telling(prefix, told, others=len(told) > before):
-        changed = dataclasses.replace(config, **values)  # type: ignore[type-var]
-    return changed
+    others = len(told) > before
+    return _made(lambda: dataclasses.replace(config, **values), prefix, told, others=others) or config  # type: ignore[type-var]
 
 
 def _nested(changes: dict[str, Any]) -> dict[str, Any]:
@@ -165,25 +163,28 @@ def _nested(changes: dict[str, Any]) -> dict[str, Any]:
     return nested
 
 
-@contextlib.contextmanager
-def _telling(prefix: str, told: list[str], *, others: bool) -> Iterator[None]:
-    """Add to `told` what settings made within refuse of themselves.
+def _made(make: Callable[[], C], prefix: str, told: list[str], *, others: bool) -> C | None:
+    """The settings that `make` makes, or None with lines added to `told` that say what they refuse of themselves.
 
     With `others` wrong already, what does not go together is left to the next try: it may follow from those.
     """
     found: list[tuple[str, str]] = []
     token = _gathered.set(found)
     try:
-        yield
+        made = make()
     except ConfigError as error:
         if not (found or others):
             told.append(str(error))
     except Exception:
         if not (found or others):
-            raise  # otherwise what followed from values already refused
+            raise  # otherwise it followed from values already refused
+    else:
+        if not found:
+            return made
     finally:
         _gathered.reset(token)
         told += [f"--{flag(prefix + name)} {text}" for name, text in found]
+    return None
 
 
 def coerce(value: Any, kind: Any, name: str) -> Any:
