@@ -18,7 +18,7 @@ from pecobook.errors import ConfigError
 from pecobook.settings.contrast import ContrastConfig
 from pecobook.settings.durations import parse_duration, steps
 from pecobook.settings.segment import SegmentConfig
-from pecobook.settings.training import BackboneConfig, OptimConfig, TrainConfig
+from pecobook.settings.training import BackboneConfig, BaseOptimConfig, CropTrainConfig, OptimConfig
 from pecobook.settings.values import (
     FREE_ON_RESUME,
     between,
@@ -36,7 +36,7 @@ from pecobook.settings.values import (
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Whole(TrainConfig):
+class Whole(CropTrainConfig):
     """A configuration with a field of every kind."""
 
     model: BackboneConfig = BackboneConfig()
@@ -168,7 +168,7 @@ def test_flags__name_every_field_once() -> None:
     assert found["model.args"] is str
     assert found["limit"] == int | None
     assert "optim" not in found
-    assert len(found) == len(dataclasses.fields(Whole)) - 2 + len(flags(OptimConfig)) + len(flags(BackboneConfig))
+    assert len(found) == len(dataclasses.fields(Whole)) - 2 + len(flags(BaseOptimConfig)) + len(flags(BackboneConfig))
     assert flag("max_steps") == "max-steps"
 
 
@@ -181,7 +181,7 @@ def test_replace__by_nested_dictionaries_and_dotted_names() -> None:
     dotted = replace(config, {"optim.lr": 1.0, "optim.betas": (0.9, 0.95), "seed": 7})
     mixed = replace(config, {"optim": {"lr": 1}, "optim.betas": [0.9, 0.95], "seed": 7})
     assert nested == dotted == mixed
-    assert nested.optim == OptimConfig(lr=1.0, betas=(0.9, 0.95))
+    assert nested.optim == BaseOptimConfig(lr=1.0, betas=(0.9, 0.95))
     assert nested.optim.weight_decay == config.optim.weight_decay
     assert config == Whole()
     assert replace(config, {}) == config
@@ -191,7 +191,7 @@ def test_replace__by_nested_dictionaries_and_dotted_names() -> None:
 def test_replace__an_unknown_name_suggests_one() -> None:
     with refused("Unknown setting 'batchsize'. Did you mean 'batch_size'?"):
         replace(Whole(), {"batchsize": 3})
-    with refused("Unknown setting 'learning'"):
+    with refused("Unknown setting 'optim.learning'"):
         replace(Whole(), {"optim.learning": 3})
     with refused("Unknown setting 'zzz'.") as caught:
         replace(Whole(), {"zzz": 3})
@@ -199,7 +199,7 @@ def test_replace__an_unknown_name_suggests_one() -> None:
 
 
 def test_replace__checks_values_again() -> None:
-    with refused("--lr must be above 0, not -1.0"):
+    with refused("--optim.lr must be above 0, not -1.0"):
         replace(Whole(), {"optim": {"lr": -1}})
     with refused("--seed takes a whole number, not '0.5'"):
         replace(Whole(), {"seed": 0.5})
@@ -317,7 +317,7 @@ def test_complete__knows_what_an_earlier_version_did_not() -> None:
 )
 def test_train_config__refuses(values: dict[str, Any], told: str) -> None:
     with refused(told):
-        TrainConfig(**values)
+        CropTrainConfig(**values)
 
 
 @pytest.mark.parametrize(

@@ -144,6 +144,16 @@ def test_fit__warmup_is_in_the_log(tmp_path: Path) -> None:
     assert [line["lr"] for line in logged(tmp_path)] == pytest.approx([0.5, 1.0, 1.0, 0.5])
 
 
+def test_fit__says_once_that_the_warmup_is_longer_than_the_training(tmp_path: Path) -> None:
+    run(tmp_path / "long", Toy(), max_steps="2 epochs", optim=OptimConfig(lr=1.0, warmup="4 epochs"))
+    told = (
+        "The learning rate never reaches its peak: --optim.warmup 4 epochs makes 20 steps and the training 10, so it "
+        "ends at 50% of it. Give a shorter warm-up (--optim.warmup 5%) or a longer training (--max-steps)."
+    )
+    assert (tmp_path / "long" / "train.log").read_text().count(told) == 1
+    assert logged(tmp_path / "long")[-1]["lr"] == pytest.approx(0.5)
+
+
 @pytest.mark.parametrize("micro", [1, 2])
 def test_fit__accumulation_equals_the_whole_batch(tmp_path: Path, micro: int) -> None:
     whole, parts = Toy(), Toy()

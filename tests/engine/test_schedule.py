@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pecobook.engine.optim import learning_rates
+from pecobook.engine.optim import learning_rates, warmup_warning
 from pecobook.engine.schedule import cosine, is_time, warmup_cosine, warmup_poly, warmup_steps
 from pecobook.settings.training import OptimConfig
 
@@ -85,3 +85,16 @@ def test_learning_rates__by_their_settings(settings: dict[str, Any], expected: l
     config = OptimConfig(lr=1.0, warmup="20%", **settings)
     rates = learning_rates(config, total=10, num_images=20, batch_size=4)
     assert [rates(step) for step in (0, 1, 2, 6, 10)] == pytest.approx(expected)
+
+
+def test_learning_rates__the_final_one_would_come_a_step_after_the_last() -> None:
+    config = OptimConfig(lr=1.0, final_lr=0.1, warmup="0")
+    rates = learning_rates(config, total=4, num_images=10, batch_size=2)
+    assert rates(3) == pytest.approx(0.2318, abs=1e-4)
+    assert rates(4) == pytest.approx(0.1)
+
+
+def test_warmup_warning__only_of_a_warmup_that_does_not_end() -> None:
+    how = {"total": 10, "num_images": 20, "batch_size": 4}
+    assert warmup_warning(OptimConfig(warmup="2 epochs"), **how) is None
+    assert "makes 11 steps and the training 10" in str(warmup_warning(OptimConfig(warmup="11"), **how))

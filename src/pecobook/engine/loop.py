@@ -26,7 +26,7 @@ from pecobook.engine.evaluation import Evaluation, evaluate, mean_over_ranks
 from pecobook.engine.launch import device_count, micro_batch_size, repeatable
 from pecobook.engine.log import Progress, Sink, open_sinks, open_text_log
 from pecobook.engine.memory import advice
-from pecobook.engine.optim import build_optimizer, learning_rates, set_learning_rate
+from pecobook.engine.optim import build_optimizer, learning_rates, set_learning_rate, warmup_warning
 from pecobook.engine.schedule import is_time
 from pecobook.engine.signals import Signals
 from pecobook.errors import PecobookError
@@ -87,6 +87,7 @@ class _Loop:
         count, batch = len(train), config.batch_size
         self.total = steps(config.max_steps, num_images=count, batch_size=batch)
         self.schedule = learning_rates(config.optim, total=self.total, num_images=count, batch_size=batch)
+        self.told_first = warmup_warning(config.optim, total=self.total, num_images=count, batch_size=batch)
         self.micro = micro_batch_size(config)
         self.workers = default_workers(device_count(config)) if config.workers < 0 else config.workers
         on_gpu = fabric.device.type == "cuda"
@@ -120,6 +121,8 @@ class _Loop:
 
     def run(self) -> Outcome:
         step = self.start
+        if self.told_first and step < self.total:
+            self._tell(self.told_first)
         try:
             with Signals() as signals, repeatable(self.fabric.device, self.config.deterministic):
                 positions = self._positions(self.start, self.total)

@@ -10,20 +10,20 @@ from torch import nn
 
 from pecobook.engine.schedule import warmup_cosine, warmup_poly, warmup_steps
 from pecobook.settings.durations import steps
-from pecobook.settings.training import OptimConfig
+from pecobook.settings.training import BaseOptimConfig
 
 # Position tables, single tokens and codewords take no weight decay, beside every vector (biases, norms, LayerScale).
 NO_DECAY = ("*codebook", "*pos_embed", "*cls_token", "*mask_token", "*relative_position_bias_table")
 
 
-def parameter_groups(module: nn.Module, config: OptimConfig) -> list[dict[str, Any]]:
+def parameter_groups(module: nn.Module, config: BaseOptimConfig) -> list[dict[str, Any]]:
     """Groups of the trainable parameters of `module`, ready for a torch optimizer."""
     from timm.optim import param_groups_weight_decay
 
     return list(param_groups_weight_decay(module, config.weight_decay, no_weight_decay_list=NO_DECAY))
 
 
-def layer_decay_groups(network: nn.Module, config: OptimConfig) -> list[dict[str, Any]]:
+def layer_decay_groups(network: nn.Module, config: BaseOptimConfig) -> list[dict[str, Any]]:
     """The same for a timm network, with a learning rate that falls by `layer_decay` from each layer to the one below.
 
     Layer l of L learns at lr x layer_decay^(L - l); timm's networks know their layers.
@@ -37,7 +37,7 @@ def layer_decay_groups(network: nn.Module, config: OptimConfig) -> list[dict[str
 
 
 def dense_groups(
-    network: nn.Module, above: Iterable[nn.Module], config: OptimConfig, *, frozen: bool = False
+    network: nn.Module, above: Iterable[nn.Module], config: BaseOptimConfig, *, frozen: bool = False
 ) -> list[dict[str, Any]]:
     """Groups of a backbone with layer-wise rates, its last layer one decay below what stands on it (BEiT's rule).
 
@@ -54,7 +54,9 @@ def dense_groups(
     return [group for group in groups if group["params"]]
 
 
-def build_optimizer(groups: list[dict[str, Any]], config: OptimConfig, *, fused: bool = True) -> torch.optim.Optimizer:
+def build_optimizer(
+    groups: list[dict[str, Any]], config: BaseOptimConfig, *, fused: bool = True
+) -> torch.optim.Optimizer:
     """The optimizer. `fused` makes it one kernel, which takes a third of the time; under fp16 it cannot be clipped."""
     if config.name == "lars":
         from timm.optim import Lars
@@ -67,12 +69,12 @@ def build_optimizer(groups: list[dict[str, Any]], config: OptimConfig, *, fused:
     return kinds[config.name](groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=fused)
 
 
-def peak_learning_rate(config: OptimConfig, batch_size: int) -> float:
+def peak_learning_rate(config: BaseOptimConfig, batch_size: int) -> float:
     """The rate after the warm-up: lr, in proportion to the global batch where lr is meant for another."""
     return config.lr * (batch_size / config.lr_batch_size if config.lr_batch_size else 1.0)
 
 
-def learning_rates(config: OptimConfig, *, total: int, num_images: int, batch_size: int) -> Callable[[int], float]:
+def learning_rates(config: BaseOptimConfig, *, total: int, num_images: int, batch_size: int) -> Callable[[int], float]:
     """The learning rate as a function of the step.
 
     Args:
@@ -91,6 +93,18 @@ def learning_rates(config: OptimConfig, *, total: int, num_images: int, batch_si
         power = config.power
         return lambda step: warmup_poly(step, total=total, warmup=warmup, peak=peak, final=final, power=power)
     return lambda step: warmup_cosine(step, total=total, warmup=warmup, peak=peak, final=final)
+
+
+def warmup_warning(config: BaseOptimConfig, *, total: int, num_images: int, batch_size: int) -> str | None:
+    """A line for the user when the training ends before the warm-up does. Arguments as of `learning_rates`."""
+    warmup = steps(config.warmup, num_images=num_images, batch_size=batch_size, total=total, name="optim.warmup")
+    if warmup <= total:
+        return None
+    return (
+        f"The learning rate never reaches its peak: --optim.warmup {config.warmup} makes {warmup:,} steps and the "
+        f"training {total:,}, so it ends at {total / warmup:.0%} of it. Give a shorter warm-up (--optim.warmup 5%) "
+        "or a longer training (--max-steps)."
+    )
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from pecobook.data.images import ImageSource, Splits, open_images
 from pecobook.data.stream import Batch, Companion, ViewFunction
 from pecobook.engine.optim import parameter_groups
-from pecobook.settings.training import OptimConfig, TrainConfig
+from pecobook.settings.training import BaseOptimConfig, TrainConfig
 
 C = TypeVar("C", bound=TrainConfig)
 
@@ -101,7 +101,7 @@ class Stage(nn.Module, Generic[C]):
         """Loss and detached metrics of a batch; in evaluation mode also pictures and rows."""
         raise NotImplementedError
 
-    def parameter_groups(self, config: OptimConfig) -> list[dict[str, Any]]:
+    def parameter_groups(self, config: BaseOptimConfig) -> list[dict[str, Any]]:
         """Groups for the optimizer, with `lr_scale` where a rate differs."""
         return parameter_groups(self, config)
 

@@ -8,7 +8,7 @@ from typing import Literal
 from pecobook.errors import ConfigError
 from pecobook.settings.perceptual import PerceptualConfig
 from pecobook.settings.tokenizer import AutoencoderConfig, QuantizerConfig
-from pecobook.settings.training import OptimConfig, TrainConfig
+from pecobook.settings.training import BaseOptimConfig, CropTrainConfig
 from pecobook.settings.values import between, positive
 
 
@@ -55,7 +55,7 @@ class ExplicitConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class CodebookConfig(TrainConfig):
+class CodebookConfig(CropTrainConfig):
     """Train a perceptual codebook on your images."""
 
     model: AutoencoderConfig = AutoencoderConfig()
@@ -69,7 +69,7 @@ class CodebookConfig(TrainConfig):
     """Divide pixel and perceptual loss together by their present value, so that commitment weighs against 1 in every
     run. Without it a perceptual term, which is several times the pixel loss, drowns commitment, and runs with and
     without one differ in two things at once."""
-    optim: OptimConfig = OptimConfig(name="adam", lr=5e-5, betas=(0.5, 0.95), weight_decay=0.0, warmup="5000")
+    optim: BaseOptimConfig = BaseOptimConfig(name="adam", lr=5e-5, betas=(0.5, 0.95), weight_decay=0.0, warmup="5000")
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -5,17 +5,17 @@ from __future__ import annotations
 import dataclasses
 import math
 
-from pecobook.settings.images import PhotometricConfig
-from pecobook.settings.training import BackboneConfig, OptimConfig, TrainConfig
+from pecobook.settings.images import JitterConfig, PhotometricConfig
+from pecobook.settings.training import BackboneConfig, BaseOptimConfig, CropTrainConfig
 from pecobook.settings.values import between, positive
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ContrastConfig(TrainConfig):
+class ContrastConfig(CropTrainConfig):
     """Train a feature network on your images by MoCo v3."""
 
     model: BackboneConfig = BackboneConfig(name="vit_base_patch16_224")
-    optim: OptimConfig = OptimConfig(lr=2.4e-3, weight_decay=0.1, warmup="40 epochs")
+    optim: BaseOptimConfig = BaseOptimConfig(lr=2.4e-3, weight_decay=0.1, warmup="40 epochs")
     max_steps: str = "300 epochs"
     """Length of the training: steps, "N epochs" or "N images"."""
     batch_size: int = 4096
@@ -34,7 +34,7 @@ class ContrastConfig(TrainConfig):
     """Leave a ViT's patch projection at its random start (section 4 of the paper); networks without one ignore it."""
     fixed_positions: bool = True
     """Give a ViT with a position table fixed sines and cosines of row and column, and MoCo v3's initialisation."""
-    colour: PhotometricConfig = PhotometricConfig()
+    colour: JitterConfig = JitterConfig()
     """Colour changes of both views; blur and solarise below are added."""
     blur: tuple[float, float] = (1.0, 0.1)
     """Probability of blur on view one and view two."""
@@ -49,3 +49,7 @@ class ContrastConfig(TrainConfig):
         positive(self, "temperature", "hidden_dim", "output_dim")
         between(self, 0, math.inf, "knn_images")
         between(self, 0.0, 1.0, "momentum")
+
+    def view_colour(self, number: int) -> PhotometricConfig:
+        """All colour changes of view 0 or 1."""
+        return PhotometricConfig(**vars(self.colour), blur=self.blur[number], solarise=self.solarise[number])

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 
-from pecobook.settings.training import OptimConfig, TrainConfig
+from pecobook.settings.training import CropTrainConfig, OptimConfig
 from pecobook.settings.values import between, positive
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class FinetuneConfig(TrainConfig):
+class FinetuneConfig(CropTrainConfig):
     """Fine-tune a backbone on labelled images."""
 
     backbone: str = ""

@@ -6,8 +6,8 @@ import dataclasses
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class PhotometricConfig:
-    """Strength and probability of colour changes; MoCo v3's defaults (arXiv 2104.02057)."""
+class JitterConfig:
+    """Strength and probability of changes of brightness and colour; MoCo v3's defaults (arXiv 2104.02057)."""
 
     brightness: float = 0.4
     """Largest relative change of brightness."""
@@ -21,6 +21,12 @@ class PhotometricConfig:
     """Probability of the four changes above."""
     grey: float = 0.2
     """Probability of dropping colour."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PhotometricConfig(JitterConfig):
+    """The same, with blur and solarisation."""
+
     blur: float = 0.0
     """Probability of a Gaussian blur."""
     solarise: float = 0.0

@@ -7,7 +7,7 @@ from typing import Literal
 
 from pecobook.errors import ConfigError
 from pecobook.settings.images import PhotometricConfig
-from pecobook.settings.training import BackboneConfig, OptimConfig, TrainConfig
+from pecobook.settings.training import BackboneConfig, BaseOptimConfig, CropTrainConfig
 from pecobook.settings.values import between, positive
 
 
@@ -44,7 +44,7 @@ class DecoderConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class PretrainConfig(TrainConfig):
+class PretrainConfig(CropTrainConfig):
     """Pre-train a ViT on the tokens of your images."""
 
     tokenizer: str = ""
@@ -67,7 +67,7 @@ class PretrainConfig(TrainConfig):
     mask: MaskConfig = MaskConfig()
     colour: PhotometricConfig = PhotometricConfig(saturation=0.4, hue=0.0, jitter=1.0, grey=0.0)
     """Colour changes of the crop, before both the tokenizer and the ViT see it (BEiT)."""
-    optim: OptimConfig = OptimConfig(lr=1.5e-3, final_lr=1e-5, warmup="10 epochs", clip_grad=3.0)
+    optim: BaseOptimConfig = BaseOptimConfig(lr=1.5e-3, final_lr=1e-5, warmup="10 epochs", clip_grad=3.0)
     max_steps: str = "300 epochs"
     """Length of the training: steps, "N epochs" or "N images"."""
     batch_size: int = 2048

@@ -6,7 +6,7 @@ import dataclasses
 
 from pecobook.errors import ConfigError
 from pecobook.settings.images import PhotometricConfig
-from pecobook.settings.training import Precision, Strategy
+from pecobook.settings.training import Precision
 from pecobook.settings.values import between, positive
 
 
@@ -40,8 +40,6 @@ class TokenizeConfig:
     """Devices on each machine: a number, or auto for every GPU (one process on a machine without one)."""
     num_nodes: int = 1
     """Machines."""
-    strategy: Strategy = "auto"
-    """Left at auto."""
     precision: Precision = "auto"
     """fp32, bf16 or fp16 autocast of the tokenizer; what pre-training will have gives the tokens that it would."""
     resume: bool = False
@@ -55,3 +53,8 @@ class TokenizeConfig:
         between(self, 0, 2**31 - 1, "seed", "tokenizer_size")
         if self.resume and self.overwrite:
             raise ConfigError("--resume and --overwrite exclude each other: give one of them.")
+
+    @property
+    def strategy(self) -> str:
+        """How processes share a model, which `engine.launch` asks: nothing learns here, so each has its own."""
+        return "auto"

@@ -8,14 +8,14 @@ from typing import Any, Literal
 
 from pecobook.errors import ConfigError
 from pecobook.settings.durations import parse_duration
-from pecobook.settings.values import between, positive
+from pecobook.settings.values import between, narrow, positive, refuse
 
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
 Strategy = Literal["auto", "ddp", "fsdp"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class OptimConfig:
+class BaseOptimConfig:
     """Optimizer and its schedule."""
 
     name: Literal["adamw", "adam", "lars"] = "adamw"
@@ -25,7 +25,8 @@ class OptimConfig:
     lr_batch_size: int = 0
     """Global batch that lr is meant for: with another --batch-size it changes in proportion. 0 takes lr as it is."""
     final_lr: float = 0.0
-    """Learning rate at the last step of a cosine or poly schedule."""
+    """Where a cosine or poly schedule ends: it would reach this one step after the last, so the last step still takes a
+    little more."""
     schedule: Literal["cosine", "poly", "steps"] = "cosine"
     """After the warm-up: half a cosine, the share left to --optim.power, or a tenth at each of --optim.milestones."""
     power: float = 1.0
@@ -35,23 +36,38 @@ class OptimConfig:
     warmup: str = "5%"
     """Length of the linear warm-up from 0: steps, "N epochs", "N images" or "N%" of the training."""
     weight_decay: float = 0.05
-    """Decoupled weight decay; never on biases, norms, position tables or the mask token."""
+    """Weight decay: of adamw decoupled from the gradient; adam and lars add it to the gradient. Never on biases, norms,
+    position tables or the mask token."""
     betas: tuple[float, float] = (0.9, 0.999)
     """Decay rates of Adam's two moments; of lars, the first is the momentum."""
     eps: float = 1e-8
     """Adam's epsilon."""
     clip_grad: float = 0.0
     """Largest norm of the whole gradient; 0 does not clip."""
-    layer_decay: float = 1.0
-    """Factor on the learning rate from each layer to the one below it; 1 gives all layers the same."""
 
     def __post_init__(self) -> None:
         positive(self, "lr", "eps", "power")
         between(self, 0, float("inf"), "lr_batch_size")
-        for text in self.milestones:
-            parse_duration(text, "optim.milestones")
-        between(self, 0.0, 1.0, "layer_decay")
         between(self, 0.0, float("inf"), "final_lr", "weight_decay", "clip_grad")
+        for text in (self.warmup, *self.milestones):
+            parse_duration(text, "optim.warmup" if text is self.warmup else "optim.milestones")
+
+    @property
+    def layer_decay(self) -> float:
+        """Factor on the learning rate from each layer to the one below it: all layers learn at the same."""
+        return 1.0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OptimConfig(BaseOptimConfig):
+    """Optimizer and its schedule, with rates by layer for a backbone that has learned already."""
+
+    layer_decay: float = 1.0
+    """Factor on the learning rate from each layer to the one below it; 1 gives all layers the same."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        between(self, 0.0, 1.0, "layer_decay")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -80,8 +96,6 @@ class TrainConfig:
     """Length of the training: steps, "N epochs" or "N images"."""
     image_size: int = 224
     """Side of the square views that the model sees, in pixels."""
-    min_crop: float = 0.2
-    """Smallest share of an image's area that a random crop takes."""
     workers: int = -1
     """Data-loading processes of each device; -1 chooses from the number of cores."""
     loggers: tuple[str, ...] = ("tensorboard",)
@@ -103,27 +117,40 @@ class TrainConfig:
     deterministic: bool = False
     """On a GPU, take only kernels that give the same bits each time, as far as PyTorch has them, so that a run can be
     repeated and resumed to the same weights; slower. A CPU always does."""
-    optim: OptimConfig = OptimConfig()
+    optim: BaseOptimConfig = BaseOptimConfig()
     resume: bool = False
     """Go on from the last checkpoint in --out."""
     overwrite: bool = False
     """Delete what is in --out first."""
 
     def __post_init__(self) -> None:
+        narrow(self)
         positive(self, "num_nodes", "batch_size", "image_size", "log_every", "save_every", "save_minutes")
-        positive(self, "keep_checkpoints", "sample_every", "min_crop", "evaluation_images")
-        between(self, 0.0, 1.0, "min_crop")
+        positive(self, "keep_checkpoints", "sample_every", "evaluation_images")
         between(self, 0, 2**31 - 1, "seed")
         if self.devices != "auto" and not (self.devices.isdigit() and int(self.devices) > 0):
-            raise ConfigError(f"--devices must be a number above 0 or auto, not '{self.devices}'.")
+            refuse("devices", f"must be a number above 0 or auto, not '{self.devices}'.")
         if self.resume and self.overwrite:
             raise ConfigError("--resume and --overwrite exclude each other: give one of them.")
         for name in self.loggers:
             if name not in ("tensorboard", "wandb", "mlflow"):
-                raise ConfigError(f"--loggers knows tensorboard, wandb and mlflow, not '{name}'.")
+                refuse("loggers", f"knows tensorboard, wandb and mlflow, not '{name}'.")
         parse_duration(self.max_steps, "max-steps")
         if self.max_steps.strip().endswith("%"):
-            raise ConfigError(f"--max-steps is the whole training: give steps or epochs, not {self.max_steps}.")
+            refuse("max_steps", f"is the whole training: give steps or epochs, not {self.max_steps}.")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CropTrainConfig(TrainConfig):
+    """What every training command has that learns from random crops."""
+
+    min_crop: float = 0.2
+    """Smallest share of an image's area that a random crop takes."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        positive(self, "min_crop")
+        between(self, 0.0, 1.0, "min_crop")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -8,10 +8,12 @@ string.
 from __future__ import annotations
 
 import contextlib
+import contextvars
 import dataclasses
 import json
 import types
 import typing
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args, get_origin
 
@@ -39,18 +41,53 @@ FREE_ON_RESUME = frozenset(
 )
 
 
+# Settings that commands once had and did not read: files of earlier versions may hold them.
+RETIRED = frozenset({"min_crop", "optim.layer_decay", "colour.blur", "colour.solarise"})
+
+_gathered: contextvars.ContextVar[list[tuple[str, str]] | None] = contextvars.ContextVar("gathered", default=None)
+
+
+def refuse(name: str, told: str) -> None:
+    """Refuse the value of field `name` of the settings that check themselves: "--NAME told".
+
+    Raises ConfigError; while `replace` makes the settings, it is told by that, with all others and its full name.
+    """
+    found = _gathered.get()
+    if found is None:
+        raise ConfigError(f"--{flag(name)} {told}")
+    found.append((name, told))
+
+
 def positive(config: object, *names: str) -> None:
-    """Raise ConfigError for every named field of `config` that is not above zero."""
+    """Refuse every named field of `config` that is not above zero."""
     for name in names:
         if not getattr(config, name) > 0:  # so that nan is refused too
-            raise ConfigError(f"--{flag(name)} must be above 0, not {getattr(config, name)}.")
+            refuse(name, f"must be above 0, not {getattr(config, name)}.")
 
 
 def between(config: object, low: float, high: float, *names: str) -> None:
-    """Raise ConfigError for every named field of `config` outside [low, high]."""
+    """Refuse every named field of `config` outside [low, high]."""
     for name in names:
         if not low <= getattr(config, name) <= high:
-            raise ConfigError(f"--{flag(name)} must lie in [{low:g}, {high:g}], not {getattr(config, name)}.")
+            refuse(name, f"must lie in [{low:g}, {high:g}], not {getattr(config, name)}.")
+
+
+def narrow(config: Any) -> None:
+    """Give each group of `config` the very type that its field declares, where Python code gave a wider one.
+
+    Refuses a value other than its default of a setting that this command would not read.
+    """
+    hints = typing.get_type_hints(type(config))
+    for field in dataclasses.fields(config):
+        kind, given = hints[field.name], getattr(config, field.name)
+        if not dataclasses.is_dataclass(kind) or type(given) is kind:
+            continue
+        own = {part.name for part in dataclasses.fields(kind)}
+        for part in dataclasses.fields(given):
+            if part.name not in own and getattr(given, part.name) != part.default:
+                refuse(f"{field.name}.{part.name}", "is not a setting of this command, which would not read it.")
+        values = {name: getattr(given, name) for name in own}
+        object.__setattr__(config, field.name, typing.cast("type[Any]", kind)(**values))
 
 
 def flag(name: str) -> str:
@@ -80,8 +117,41 @@ def to_dict(config: Any) -> dict[str, Any]:
 def replace(config: C, changes: dict[str, Any]) -> C:
     """A copy of `config` with `changes`: nested dictionaries and dotted names both work.
 
-    Raises ConfigError for an unknown name or a value of the wrong type.
+    Raises ConfigError for unknown names and values of the wrong type or out of range: all of them, one line each.
     """
+    told: list[str] = []
+    changed = _replace(config, changes, "", told)
+    if told:
+        raise ConfigError("\n".join(dict.fromkeys(told)))
+    return changed
+
+
+def _replace(config: C, changes: dict[str, Any], prefix: str, told: list[str]) -> C:
+    """The copy, or `config` itself where `told` got lines that say what is wrong; `prefix` leads to this group."""
+    hints = typing.get_type_hints(type(config))
+    known = {field.name for field in dataclasses.fields(config)}  # type: ignore[arg-type]
+    values: dict[str, Any] = {}
+    before = len(told)
+    for name, value in _nested(changes).items():
+        full = prefix + name
+        if name not in known:
+            told.append(f"Unknown setting '{full}'.{did_you_mean(name, known)}")
+        elif dataclasses.is_dataclass(hints[name]):
+            if isinstance(value, dict):
+                values[name] = _replace(getattr(config, name), value, full + ".", told)
+            else:
+                told.append(f"--{flag(full)} is a group of settings, not '{value}': set those in it.")
+        else:
+            try:
+                values[name] = coerce(value, hints[name], full)
+            except ConfigError as error:
+                told.append(str(error))
+    others = len(told) > before
+    return _made(lambda: dataclasses.replace(config, **values), prefix, told, others=others) or config  # type: ignore[type-var]
+
+
+def _nested(changes: dict[str, Any]) -> dict[str, Any]:
+    """The same with a dictionary for each group, no dotted names."""
     nested: dict[str, Any] = {}
     for key, value in changes.items():
         head, _, rest = key.partition(".")
@@ -90,18 +160,31 @@ def replace(config: C, changes: dict[str, Any]) -> C:
         if isinstance(value, dict) and isinstance(nested.get(head), dict):
             value = {**nested[head], **value}
         nested[head] = value
-    hints = typing.get_type_hints(type(config))
-    values: dict[str, Any] = {}
-    for name, value in nested.items():
-        if name not in hints:
-            raise ConfigError(f"Unknown setting '{name}'.{did_you_mean(name, hints)}")
-        if dataclasses.is_dataclass(hints[name]):
-            if not isinstance(value, dict):
-                raise ConfigError(f"--{flag(name)} is a group of settings, not '{value}': set those in it.")
-            values[name] = replace(getattr(config, name), value)
-        else:
-            values[name] = coerce(value, hints[name], name)
-    return dataclasses.replace(config, **values)  # type: ignore[type-var]
+    return nested
+
+
+def _made(make: Callable[[], C], prefix: str, told: list[str], *, others: bool) -> C | None:
+    """The settings that `make` makes, or None with lines added to `told` that say what they refuse of themselves.
+
+    With `others` wrong already, what does not go together is left to the next try: it may follow from those.
+    """
+    found: list[tuple[str, str]] = []
+    token = _gathered.set(found)
+    try:
+        made = make()
+    except ConfigError as error:
+        if not (found or others):
+            told.append(str(error))
+    except Exception:
+        if not (found or others):
+            raise  # otherwise it followed from values already refused
+    else:
+        if not found:
+            return made
+    finally:
+        _gathered.reset(token)
+        told += [f"--{flag(prefix + name)} {text}" for name, text in found]
+    return None
 
 
 def coerce(value: Any, kind: Any, name: str) -> Any:
@@ -167,7 +250,17 @@ def load(default: C, path: str | Path) -> C:
     if not isinstance(values, dict):
         raise ConfigError(f"'{file}' is not a configuration: it must hold a JSON object.")
     values.pop("command", None)
-    return replace(default, values)
+    return replace(default, _without_retired(values, default))
+
+
+def _without_retired(values: dict[str, Any], default: Any, prefix: str = "") -> dict[str, Any]:
+    """The same without settings that `default`'s command has no more."""
+    known = {field.name for field in dataclasses.fields(default)}
+    kept = {name: value for name, value in values.items() if name in known or prefix + name not in RETIRED}
+    for name, value in kept.items():
+        if isinstance(value, dict) and dataclasses.is_dataclass(getattr(default, name, None)):
+            kept[name] = _without_retired(value, getattr(default, name), f"{prefix}{name}.")
+    return kept
 
 
 def complete(old: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
@@ -184,6 +277,8 @@ def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> l
     lines: list[str] = []
     for name in sorted(old.keys() | new.keys()):
         before, after, full = old.get(name), new.get(name), prefix + name
+        if full in RETIRED and name not in new:
+            continue
         if isinstance(before, dict) and isinstance(after, dict):
             lines += differences(before, after, f"{full}.")
         elif before != after and full not in FREE_ON_RESUME:

@@ -23,7 +23,7 @@ from pecobook.models.contrastive import follow
 from pecobook.models.weights import Backbone, export_backbone, load_backbone
 from pecobook.pixels import channels_last, to_float
 from pecobook.settings.finetune import FinetuneConfig
-from pecobook.settings.training import OptimConfig
+from pecobook.settings.training import BaseOptimConfig
 
 
 class ClassifyStage(Stage[FinetuneConfig]):
@@ -100,7 +100,7 @@ class ClassifyStage(Stage[FinetuneConfig]):
         picture = confusion_picture(rows["label"], rows["classes"][:, 0], self.classes)
         (folder / "samples" / "confusion.png").write_bytes(picture)
 
-    def parameter_groups(self, config: OptimConfig) -> list[dict[str, Any]]:
+    def parameter_groups(self, config: BaseOptimConfig) -> list[dict[str, Any]]:
         """Groups with layer-wise learning rates."""
         return layer_decay_groups(self.network, config)
 

@@ -6,7 +6,6 @@ B images of this rank, G of all ranks, F feature width of the backbone.
 from __future__ import annotations
 
 import copy
-import dataclasses
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -100,9 +99,7 @@ class ContrastStage(Stage[ContrastConfig]):
         return {"knn": result.accuracy}
 
     def _view(self, batch: Batch, number: int) -> Tensor:
-        colour = dataclasses.replace(
-            self.config.colour, blur=self.config.blur[number], solarise=self.config.solarise[number]
-        )
+        colour = self.config.view_colour(number)
         images = photometric(to_float(batch[f"view{number}"]), batch[f"colour{number}"], colour)
         return self._normalised(images)
 

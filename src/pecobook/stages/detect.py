@@ -24,7 +24,7 @@ from pecobook.errors import ConfigError
 from pecobook.models.detector import Detections, Detector, export_detector, rescale
 from pecobook.models.pyramid import describe_pyramid, pyramid_of
 from pecobook.settings.detect import DetectConfig
-from pecobook.settings.training import OptimConfig
+from pecobook.settings.training import BaseOptimConfig
 
 _DRAWN = 4  # images in samples/detections.png
 _DRAWN_SCORE = 0.3
@@ -73,7 +73,7 @@ class DetectStage(Stage[DetectConfig]):
         whole = {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
         return StageOutput(None, {}, rows={"index": batch["index"], **whole})
 
-    def parameter_groups(self, config: OptimConfig) -> list[dict[str, Any]]:
+    def parameter_groups(self, config: BaseOptimConfig) -> list[dict[str, Any]]:
         """Groups for the optimizer, with rates by layer of the backbone."""
         own = self.detector
         above = (own.pyramid.scale, own.fpn, own.proposals, own.heads)

@@ -28,7 +28,7 @@ from pecobook.models.pyramid import describe_pyramid, pyramid_of
 from pecobook.models.segmenter import Segmenter, best_classes, export_segmenter, scaled_pictures, stretch
 from pecobook.pixels import resize, to_float
 from pecobook.settings.segment import SegmentConfig, SegmentTestConfig
-from pecobook.settings.training import OptimConfig
+from pecobook.settings.training import BaseOptimConfig
 
 
 class SegmentStage(Stage[SegmentConfig]):
@@ -112,7 +112,7 @@ class SegmentStage(Stage[SegmentConfig]):
         (folder / "classes.json").write_text(json.dumps(found, indent=2) + "\n")
         (folder / "samples" / "confusion.png").write_bytes(matrix_picture(counts, self.classes, "pixels"))
 
-    def parameter_groups(self, config: OptimConfig) -> list[dict[str, Any]]:
+    def parameter_groups(self, config: BaseOptimConfig) -> list[dict[str, Any]]:
         """The heads at the full rate, the backbone with layer-wise ones."""
         own = self.model
         above = [own.pyramid.scale, own.head, *([own.auxiliary] if own.auxiliary else [])]

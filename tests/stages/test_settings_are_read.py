@@ -1,0 +1,160 @@
+"""A setting that nobody reads says nothing and changes nothing: every field of every command is read in a real run.
+
+The runs differ in switches, since some fields count only beside another value of one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import io
+import sys
+import typing
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pecobook import api
+from pecobook.recipes import recipe
+from pecobook.recipes import tokenize as tokenize_recipe
+from pecobook.settings import values
+from pecobook.settings.finetune import FinetuneConfig
+from pecobook.settings.values import flag, replace
+from tests.runs import SMALL, inputs
+
+Reads = set[tuple[type, str]]
+
+_POLY: dict[str, Any] = {"optim.schedule": "poly"}
+_STEPS: dict[str, Any] = {"optim.schedule": "steps", "optim.milestones": ("1",)}
+_VIT = {
+    "model.name": "vit_tiny_patch16_224",
+    "model.args": '{"patch_size": 8, "depth": 1, "embed_dim": 32, "num_heads": 2}',
+}
+_NETWORK = {"network": "timm:resnet10t", "weights": "random", "layers": (1,)}
+_TRANSFORMER = {"kind": "vit", "channels": (32, 4), "num_heads": 2, "num_blocks": 1}
+_ADVERSARIAL = {"weight": 0.1, "num_layers": 1, "width": 8}
+_DECODER = {"depth": 1, "width": 16, "num_heads": 2}
+
+# What each command is run with, beside its small settings.
+RUNS: dict[str, tuple[dict[str, Any], ...]] = {
+    "contrast": (_POLY, {**_STEPS, **_VIT, "solarise": (0.5, 0.5)}),
+    "codebook": (
+        {**_POLY, "perceptual": _NETWORK, "adversarial": _ADVERSARIAL, "explicit.kind": "contrastive"},
+        {**_STEPS, "model": _TRANSFORMER, "quantizer.start_after": 0},
+    ),
+    "pretrain": (_POLY, {**_STEPS, "visible_only": True, "decoder": _DECODER, "target": "pixels"}),
+    "finetune": (_POLY, _STEPS),
+    "segment": (_POLY, {**_STEPS, "test.mode": "slide"}),
+    "detect": (_POLY, {**_STEPS, "jitter": (0.5, 1.0)}),
+}
+
+# Fields that need not be read, each with its reason.
+EXCEPTIONS: dict[str, dict[str, str]] = {}
+
+
+@contextlib.contextmanager
+def recording(config_type: type) -> Iterator[Reads]:
+    """Collect (class, field) of what is read of settings while they are used, not where they are checked or copied."""
+    reads: Reads = set()
+    library = {dataclasses.__file__, values.__file__, "<string>"}  # the last is what dataclasses generate
+
+    def read(self: Any, name: str) -> Any:
+        value = object.__getattribute__(self, name)
+        if name in type(self).__dataclass_fields__ and _in_use(sys._getframe(1), library):
+            reads.update((kind, name) for kind in type(self).__mro__)
+        return value
+
+    watched = [kind for kind in groups(config_type) if "__getattribute__" not in vars(kind)]
+    for kind in watched:
+        kind.__getattribute__ = read
+    try:
+        yield reads
+    finally:
+        for kind in watched:
+            del kind.__getattribute__
+
+
+def _in_use(frame: Any, library: set[str]) -> bool:
+    if frame.f_code.co_filename in library:
+        return False
+    while frame is not None:
+        if frame.f_code.co_name == "__post_init__":
+            return False
+        frame = frame.f_back
+    return True
+
+
+def groups(config_type: Any) -> list[Any]:
+    """The settings' class, those of its groups, and what stands below one (PhotometricConfig of JitterConfig)."""
+    found = [config_type]
+    for kind in typing.get_type_hints(config_type).values():
+        if dataclasses.is_dataclass(kind):
+            found += [*groups(kind), *kind.__subclasses__()]  # type: ignore[union-attr]
+    return found
+
+
+def unread(config_type: Any, reads: Reads, prefix: str = "") -> list[str]:
+    """Flags whose field nobody read."""
+    missing = []
+    hints = typing.get_type_hints(config_type)
+    for field in dataclasses.fields(config_type):
+        name = prefix + flag(field.name)
+        if dataclasses.is_dataclass(hints[field.name]):
+            missing += unread(hints[field.name], reads, name + ".")
+        elif (config_type, field.name) not in reads:
+            missing.append(name)
+    return missing
+
+
+def run(command: str, config: Any) -> None:
+    with contextlib.redirect_stderr(io.StringIO()):
+        api.run(command, config)
+
+
+def settings(command: str, out: Path, images: Path, codebook_run: Path, vit_run: Path, **more: Any) -> Any:
+    own = {"max_steps": "2", "out": str(out), "data": str(images), **inputs(command, codebook_run, vit_run)}
+    return replace(recipe(command, "tiny"), {**SMALL[command], **own, **more})
+
+
+@pytest.mark.parametrize("command", list(RUNS))
+def test_every_setting_is_read(command: str, images: Path, codebook_run: Path, vit_run: Path, tmp_path: Path) -> None:
+    config_type = type(recipe(command, "tiny"))
+    with recording(config_type) as reads:
+        for number, more in enumerate(RUNS[command]):
+            run(command, settings(command, tmp_path / str(number), images, codebook_run, vit_run, **more))
+    assert unread(config_type, reads) == list(EXCEPTIONS.get(command, {}))
+
+
+def test_every_setting_of_tokenize_is_read(images: Path, codebook_run: Path, tmp_path: Path) -> None:
+    config = replace(
+        tokenize_recipe("tiny"),
+        {"data": str(images), "tokenizer": str(codebook_run), "out": str(tmp_path / "bank"), "image_size": 16},
+    )
+    from pecobook.tokenizing import tokenize
+
+    with recording(type(config)) as reads, contextlib.redirect_stderr(io.StringIO()):
+        tokenize(replace(config, {"workers": 0}))
+    assert unread(type(config), reads) == []
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Planted(FinetuneConfig):
+    """Settings with one that nobody reads, though it is checked, compared and written to config.json."""
+
+    dead: int = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        values.between(self, 0, 1, "dead")
+
+
+def test_a_planted_dead_setting_is_found(images: Path, codebook_run: Path, vit_run: Path, tmp_path: Path) -> None:
+    config = settings("finetune", tmp_path / "run", images, codebook_run, vit_run)
+    planted = Planted(**vars(config))
+    with recording(Planted) as reads:
+        run("finetune", planted)
+    assert "dead" in unread(Planted, reads)
+    assert (FinetuneConfig, "mixup") in reads
+    assert not {"batch-size", "mixup", "optim.lr"} & set(unread(Planted, reads))

@@ -1,0 +1,117 @@
+"""What settings refuse and how they tell it; what each command has no more."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pecobook.errors import ConfigError
+from pecobook.settings.codebook import CodebookConfig
+from pecobook.settings.contrast import ContrastConfig
+from pecobook.settings.detect import DetectConfig
+from pecobook.settings.finetune import FinetuneConfig
+from pecobook.settings.images import JitterConfig, PhotometricConfig
+from pecobook.settings.pretrain import PretrainConfig
+from pecobook.settings.segment import SegmentConfig
+from pecobook.settings.tokenize import TokenizeConfig
+from pecobook.settings.training import BaseOptimConfig, OptimConfig
+from pecobook.settings.values import complete, differences, flags, load, replace, to_dict
+
+
+def refused(text: str) -> Any:
+    return pytest.raises(ConfigError, match=re.escape(text))
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"optim.lr": "two"}, "--optim.lr takes a number, not 'two'."),
+        ({"optim.betas": ("0.9",)}, "--optim.betas takes 2 values, not 1."),
+        ({"optim.clip_grad": -1}, "--optim.clip-grad must lie in [0, inf], not -1.0."),
+        ({"optim.warmup": "soon"}, "--optim.warmup is 'soon': give steps (5000), epochs ('100 epochs') or images"),
+        ({"quantizer.num_codewords": 0}, "--quantizer.num-codewords must be above 0, not 0."),
+        ({"quantizer": {"decay": 2}}, "--quantizer.decay must lie in [0, 1], not 2.0."),
+        ({"explicit.kind": "both"}, "--explicit.kind is one of none, classification, contrastive, not 'both'."),
+    ],
+)
+def test_replace__names_the_whole_flag(changes: dict[str, Any], told: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        replace(CodebookConfig(), changes)
+    assert str(caught.value).startswith(told)
+    assert "\n" not in str(caught.value)
+
+
+def test_replace__tells_all_wrong_values_one_a_line() -> None:
+    wrong = {
+        "batch_size": "many",
+        "optim.lr": "two",
+        "optim.eps": 0,
+        "quantizer": {"decay": 2, "num_codewords": 0},
+        "model.num_heads": 0,  # what follows from it is no matter
+        "model.kind": "vit",
+        "model.channels": (64, 8),
+        "devices": "none",
+        "image_size": 0,
+        "nothing": 1,
+    }
+    with pytest.raises(ConfigError) as caught:
+        replace(CodebookConfig(), wrong)
+    assert set(str(caught.value).splitlines()) == {
+        "--batch-size takes a whole number, not 'many'.",
+        "--optim.lr takes a number, not 'two'.",
+        "--optim.eps must be above 0, not 0.0.",
+        "--quantizer.decay must lie in [0, 1], not 2.0.",
+        "--quantizer.num-codewords must be above 0, not 0.",
+        "--model.num-heads must be above 0, not 0.",
+        "--devices must be a number above 0 or auto, not 'none'.",
+        "--image-size must be above 0, not 0.",
+        "Unknown setting 'nothing'.",
+    }
+
+
+def test_replace__tells_what_does_not_go_together_when_all_else_is_right() -> None:
+    with refused("--image-size 20 must be a multiple of 16"):
+        replace(CodebookConfig(), {"image_size": 20})
+    with pytest.raises(ConfigError) as caught:  # which may follow from another mistake
+        replace(CodebookConfig(), {"image_size": 20, "model.channels": "two"})
+    assert str(caught.value) == "--model.channels takes a whole number, not 'two'."
+
+
+def test_flags__commands_have_no_setting_that_they_would_not_read() -> None:
+    for kind in (ContrastConfig, CodebookConfig, PretrainConfig):
+        assert "optim.layer-decay" not in flags(kind)
+    for dense in (SegmentConfig, DetectConfig):
+        assert "min-crop" not in flags(dense)
+        assert "optim.layer-decay" in flags(dense)
+    assert not {"colour.blur", "colour.solarise"} & flags(ContrastConfig).keys()
+    assert {"colour.blur", "colour.solarise"} <= flags(PretrainConfig).keys()
+    assert "strategy" not in flags(TokenizeConfig)
+    crops = [kind().min_crop for kind in (CodebookConfig, PretrainConfig, ContrastConfig, FinetuneConfig)]
+    assert crops == [0.2, 0.2, 0.08, 0.08]
+
+
+def test_narrow__takes_a_wider_group_and_refuses_what_would_not_be_read() -> None:
+    config = ContrastConfig(optim=OptimConfig(lr=2.0), colour=PhotometricConfig(hue=0.3))
+    assert config == ContrastConfig(optim=BaseOptimConfig(lr=2.0), colour=JitterConfig(hue=0.3))
+    with refused("--optim.layer-decay is not a setting of this command"):
+        PretrainConfig(optim=OptimConfig(layer_decay=0.5))
+    with refused("--colour.blur is not a setting of this command"):
+        ContrastConfig(colour=PhotometricConfig(blur=0.5))
+    assert FinetuneConfig(optim=OptimConfig(layer_decay=0.5)).optim.layer_decay == 0.5
+
+
+def test_load_and_differences__of_files_that_hold_settings_which_are_no_more(tmp_path: Path) -> None:
+    now = to_dict(ContrastConfig(seed=3))
+    old = {**now, "optim": {**now["optim"], "layer_decay": 0.5}, "colour": {**now["colour"], "blur": 1, "solarise": 1}}
+    (tmp_path / "config.json").write_text(json.dumps(old))
+    assert load(ContrastConfig(), tmp_path) == ContrastConfig(seed=3)
+    assert differences(complete(old, to_dict(ContrastConfig())), now) == []
+    (tmp_path / "config.json").write_text('{"min_crop": 0.5, "optim": {"layer_decay": 0.5}}')
+    assert load(SegmentConfig(), tmp_path).optim.layer_decay == 0.5
+    assert load(FinetuneConfig(), tmp_path).min_crop == 0.5
+    one, other = (to_dict(FinetuneConfig(min_crop=share)) for share in (0.1, 0.2))
+    assert differences(one, other) == ["min-crop: 0.1 -> 0.2"]
