@@ -18,7 +18,7 @@ from pecobook.data.views import PhotometricConfig
 from pecobook.errors import ConfigError, PecobookError, PreflightError, RunFolderError
 
 if TYPE_CHECKING:
-    from pecobook.data.images import ImageSource, Splits
+    from pecobook.data.source import ImageSource, Splits
     from pecobook.data.tokens import BankLayout
 
 
@@ -220,7 +220,7 @@ class _Views:
     def __getitem__(self, item: tuple[str, int]) -> dict[str, Any]:
         import torch
 
-        from pecobook.data.images import BadImage
+        from pecobook.data.decode import BadImage
         from pecobook.data.sampler import key
         from pecobook.data.views import center_crop, colour_draws, random_crop
 

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from pecobook import api
 from pecobook.config import replace
-from pecobook.data.images import ImageSource, Splits
+from pecobook.data.source import ImageSource, Splits
 from pecobook.errors import DataError, PreflightError
 from pecobook.models.weights import load_backbone
 from pecobook.recipes import recipe

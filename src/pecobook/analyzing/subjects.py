@@ -12,7 +12,8 @@ from pecobook.analysis.similarity import find_bapps
 from pecobook.analyzing.classifier import Classifier, open_classifier
 from pecobook.analyzing.masked import open_runs
 from pecobook.analyzing.names import unique_names
-from pecobook.data.images import Splits, open_images
+from pecobook.data.images import open_images
+from pecobook.data.source import Splits
 from pecobook.data.tokens import TokenBank, differences
 from pecobook.devices import device
 from pecobook.errors import ConfigError, DataError, PecobookError, PreflightError, WeightsError

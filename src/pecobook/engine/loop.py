@@ -35,7 +35,7 @@ from pecobook.errors import PecobookError
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
 
-    from pecobook.data.images import ImageSource
+    from pecobook.data.source import ImageSource
 
 
 class StageOutput(NamedTuple):

@@ -17,7 +17,7 @@ from pecobook.config import between, positive, replace
 from pecobook.errors import ConfigError, PecobookError, PreflightError
 
 if TYPE_CHECKING:
-    from pecobook.data.images import Splits
+    from pecobook.data.source import Splits
     from pecobook.exploring.model import Indexed
     from pecobook.pretrained import MaskedRun
 

@@ -16,7 +16,7 @@ from pecobook.models.perceptual import PerceptualConfig
 from pecobook.reproducing.budgets import Budget, budget, perceptual, with_backbone
 
 if TYPE_CHECKING:
-    from pecobook.data.images import Splits
+    from pecobook.data.source import Splits
     from pecobook.reproducing import ReproduceConfig
     from pecobook.reproducing.paper import PaperTable
     from pecobook.stages.codebook import CodebookConfig

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from pecobook.config import OptimConfig, TrainConfig, between, positive
 from pecobook.data.augment import check_policy, rand_augment, random_erasing
-from pecobook.data.images import ImageSource, Splits
 from pecobook.data.sampler import key
+from pecobook.data.source import ImageSource, Splits
 from pecobook.data.stream import Batch, ViewFunction
 from pecobook.data.views import central_view, random_crop
 from pecobook.engine.loop import StageOutput

@@ -17,8 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pecobook.config import BackboneConfig, OptimConfig, TrainConfig, between, positive
-from pecobook.data.images import Splits
 from pecobook.data.sampler import key
+from pecobook.data.source import Splits
 from pecobook.data.stream import Batch, ViewFunction
 from pecobook.data.views import PhotometricConfig, central_view, colour_draws, photometric, random_crop
 from pecobook.engine.launch import check_told_apart

@@ -15,9 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pecobook.config import BackboneConfig, OptimConfig, TrainConfig, between, positive
-from pecobook.data.images import Splits
 from pecobook.data.masking import blockwise_mask, random_mask
 from pecobook.data.sampler import key
+from pecobook.data.source import Splits
 from pecobook.data.stream import Batch, Companion, ViewFunction
 from pecobook.data.tokens import TokenBank, differences
 from pecobook.data.views import PhotometricConfig, center_crop, colour_draws, photometric, random_crop

@@ -17,8 +17,9 @@ from torch import Tensor, nn
 
 from pecobook.collectives import on_first_rank
 from pecobook.config import OptimConfig, TrainConfig
-from pecobook.data.images import ImageSource, Splits, open_images
+from pecobook.data.images import open_images
 from pecobook.data.sampler import fixed_place
+from pecobook.data.source import ImageSource, Splits
 from pecobook.data.stream import Batch, Companion, Stream, ViewFunction
 from pecobook.engine.loop import StageOutput
 from pecobook.engine.optim import parameter_groups
@@ -172,7 +173,7 @@ def preflight(kind: StageKind[C], config: C) -> Splits:
 
 def look_at_images(source: ImageSource, count: int = 8) -> None:
     """Raise DataError when none of the first few images can be read."""
-    from pecobook.data.images import BadImage
+    from pecobook.data.decode import BadImage
 
     reasons = []
     for index in range(min(count, len(source))):
