@@ -184,9 +184,9 @@ def _describe_tokenizer(config: TokenizeConfig) -> dict[str, Any]:
 
 
 def _check_resume(out: Path, described: dict[str, Any]) -> None:
-    from pecobook.data.tokens import differences, read_bank_config
+    from pecobook.data.tokens import bank_differences, read_bank_config
 
-    changed = differences(read_bank_config(out), described)
+    changed = bank_differences(read_bank_config(out), described)
     if changed:
         raise RunFolderError(
             f"--resume: the token bank '{out}' was begun otherwise: {'; '.join(changed)}.\n"

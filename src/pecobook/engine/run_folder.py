@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from pecobook.config import TrainConfig, complete, differences, to_dict
+from pecobook.config import TrainConfig, changed_settings, complete, to_dict
 from pecobook.errors import RunFolderError
 from pecobook.files import write_atomically
 
@@ -54,7 +54,7 @@ def _check_resume(config: TrainConfig, command: str, out: Path) -> None:
         raise RunFolderError(f"--resume: '{file}' cannot be read ({error}).") from None
     if old.pop("command", command) != command:
         raise RunFolderError(f"--resume: '{out}' is not a run of 'pecobook {command}'.")
-    changed = differences(complete(old, to_dict(type(config)())), to_dict(config))
+    changed = changed_settings(complete(old, to_dict(type(config)())), to_dict(config))
     if changed:
         raise RunFolderError(
             f"--resume: settings differ from those the run in '{out}' began with: {'; '.join(changed)}.\n"

@@ -19,7 +19,7 @@ from pecobook.data.masking import blockwise_mask, random_mask
 from pecobook.data.sampler import key
 from pecobook.data.source import Splits
 from pecobook.data.stream import Batch, Companion, ViewFunction
-from pecobook.data.tokens import TokenBank, differences
+from pecobook.data.tokens import TokenBank, bank_differences
 from pecobook.data.views import PhotometricConfig, center_crop, colour_draws, photometric, random_crop
 from pecobook.engine.loop import StageOutput
 from pecobook.errors import ConfigError, DataError
@@ -289,7 +289,9 @@ def _fitting(config: PretrainConfig, rows: int, patch: int, f: int) -> list[str]
 
 def _check_bank(config: PretrainConfig, tokenizer: Any, grid: tuple[int, int]) -> None:
     bank = TokenBank(config.tokens)
-    wrong = differences(bank.config, {"tokenizer": fingerprint(tokenizer), "grid": list(grid), **view_settings(config)})
+    wrong = bank_differences(
+        bank.config, {"tokenizer": fingerprint(tokenizer), "grid": list(grid), **view_settings(config)}
+    )
     if wrong:
         raise DataError(
             f"The token bank '{config.tokens}' is of other views or another tokenizer: {'; '.join(wrong)}.\n"
@@ -314,7 +316,7 @@ def _check_data(config: PretrainConfig, splits: Splits) -> None:
         return
     bank = TokenBank(config.tokens)
     now = {"data": splits.train.fingerprint, "evaluation_data": splits.evaluation.fingerprint}
-    wrong = differences(bank.config, now)
+    wrong = bank_differences(bank.config, now)
     if wrong:
         raise DataError(
             f"The token bank '{config.tokens}' is of other images than --data '{config.data}': {'; '.join(wrong)}.\n"
