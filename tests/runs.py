@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from pecobook import api
 from pecobook.data.decode import BadImage
-from pecobook.data.images import ImageSource
+from pecobook.data.source import ImageSource
 from tests.coco import make_coco
 from tests.shapes import write_shapes
 

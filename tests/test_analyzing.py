@@ -20,7 +20,7 @@ import pecobook
 from pecobook import cli
 from pecobook.analysis.codewords import mean_codewords
 from pecobook.analysis.probe import linear_probe
-from pecobook.analysis.reconstruction import encode_all, psnr, reconstruct
+from pecobook.analysis.reconstruction import decode_all, encode_all, psnr
 from pecobook.analyzing import _preflight
 from pecobook.analyzing.classifier import open_classifier
 from pecobook.analyzing.measure import _few
@@ -109,7 +109,9 @@ def test_analyze__figures_are_those_of_the_functions(
     x, labels = to_float(read_all(splits.evaluation, 16)[0]), read_all(splits.evaluation, 16)[1]
     train_images, train_labels, _ = read_all(splits.train, 16)
     codes, seen = encode_all(tokenizer, x), encode_all(tokenizer, to_float(train_images))
-    assert found["psnr"] == pytest.approx(float(psnr(x, reconstruct(tokenizer, x)).mean()), abs=1e-3)
+    assert found["psnr"] == pytest.approx(
+        float(psnr(x, decode_all(tokenizer, encode_all(tokenizer, x))).mean()), abs=1e-3
+    )
     assert found["codes_used"] == len(set(codes.flatten().tolist()))
     share = torch.bincount(codes.flatten()).double() / codes.numel()
     assert found["perplexity"] == pytest.approx(math.exp(-float(torch.special.xlogy(share, share).sum())), abs=0.01)
@@ -194,7 +196,7 @@ def test_analyze__classifies_originals_and_reconstructions(
     x, labels, _ = read_all(open_images(str(images)).evaluation, 16)
     tokenizer = PerceptualTokenizer.from_pretrained(codebook_run)
     assert told["originals"] == own.accuracy(to_float(x), labels)
-    assert told["reconstructions"] == own.accuracy(reconstruct(tokenizer, to_float(x)), labels)
+    assert told["reconstructions"] == own.accuracy(decode_all(tokenizer, encode_all(tokenizer, to_float(x))), labels)
     assert own.accuracy(to_float(x), None) is None
     file = open_classifier(
         AnalyzeConfig(data=str(images), classifier=str(classifier / "export" / "model.safetensors")),

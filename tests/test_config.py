@@ -22,9 +22,9 @@ from pecobook.settings.training import BackboneConfig, BaseOptimConfig, CropTrai
 from pecobook.settings.values import (
     FREE_ON_RESUME,
     between,
+    changed_settings,
     coerce,
     complete,
-    differences,
     dump,
     flag,
     flags,
@@ -267,25 +267,25 @@ def test_load__refuses_a_missing_file(tmp_path: Path) -> None:
 
 def test_differences__lists_what_a_resumed_run_may_not_change() -> None:
     old, new = Whole(), Whole(seed=4, optim=OptimConfig(lr=0.5), batch_size=8, layers=(1,))
-    assert differences(to_dict(old), to_dict(new)) == [
+    assert changed_settings(to_dict(old), to_dict(new)) == [
         "batch-size: 256 -> 8",
         "layers: [3, 6] -> [1]",
         "optim.lr: 0.0015 -> 0.5",
         "seed: 0 -> 4",
     ]
-    assert differences(to_dict(old), to_dict(old)) == []
+    assert changed_settings(to_dict(old), to_dict(old)) == []
 
 
 def test_differences__ignores_what_is_free() -> None:
     changed = dict.fromkeys(FREE_ON_RESUME, "something else")
-    assert differences(to_dict(Whole()), to_dict(Whole()) | changed) == []
+    assert changed_settings(to_dict(Whole()), to_dict(Whole()) | changed) == []
     # No name is misspelt.
     known = {name for kind in (ContrastConfig, SegmentConfig) for name in flags(kind)}
     assert known >= {flag(name) for name in FREE_ON_RESUME}
 
 
 def test_differences__sees_what_only_one_has() -> None:
-    assert differences({"a": 1}, {"b": 2}) == ["a: 1 -> None", "b: None -> 2"]
+    assert changed_settings({"a": 1}, {"b": 2}) == ["a: 1 -> None", "b: None -> 2"]
 
 
 def test_complete__knows_what_an_earlier_version_did_not() -> None:

@@ -21,7 +21,7 @@ import torch
 
 import pecobook
 from pecobook import cli
-from pecobook.analysis.reconstruction import reconstruct
+from pecobook.analysis.reconstruction import decode_all, encode_all
 from pecobook.data.decode import decode
 from pecobook.data.images import open_images
 from pecobook.errors import ConfigError, PreflightError
@@ -53,7 +53,7 @@ def test_see__is_what_the_tokenizer_makes(indexed: model.Indexed) -> None:
     seen = model.see(indexed, indexed.images[1])
     assert torch.equal(seen.codes, indexed.codes[1])
     x = to_float(indexed.images[1])[None]
-    restored = model.picture(reconstruct(indexed.tokenizer, x)[0])
+    restored = model.picture(decode_all(indexed.tokenizer, encode_all(indexed.tokenizer, x))[0])
     assert np.array_equal(seen.restored, restored)
     assert seen.original.shape == seen.tokens.shape == seen.restored.shape == (448, 448, 3)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pytest
@@ -20,11 +21,29 @@ def module_name(file: Path) -> str:
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
-def imports(file: Path) -> set[str]:
-    """Full names of all modules a file imports, wherever in it."""
+MODULES = {module_name(file) for file in FILES}
+
+
+def is_for_types_alone(node: ast.AST) -> bool:
+    """Whether `node` is an `if TYPE_CHECKING:`, whose imports never happen."""
+    return isinstance(node, ast.If) and ast.unparse(node.test) in ("TYPE_CHECKING", "typing.TYPE_CHECKING")
+
+
+def walk(node: ast.AST, *, types: bool) -> Iterator[ast.AST]:
+    """All nodes below `node`; without `types`, not those that stand under `if TYPE_CHECKING:`."""
+    for child in ast.iter_child_nodes(node):
+        if types or not is_for_types_alone(child):
+            yield child
+            yield from walk(child, types=types)
+        elif isinstance(child, ast.If):
+            yield from (node for other in child.orelse for node in (other, *walk(other, types=types)))
+
+
+def imports(file: Path, *, types: bool = True) -> set[str]:
+    """Full names of all modules a file imports, wherever in it; without `types`, only imports that happen."""
     found: set[str] = set()
     package = module_name(file) if file.name == "__init__.py" else module_name(file).rpartition(".")[0]
-    for node in ast.walk(ast.parse(file.read_text())):
+    for node in walk(ast.parse(file.read_text()), types=types):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
@@ -33,7 +52,8 @@ def imports(file: Path) -> set[str]:
                 above = package.split(".")[: len(package.split(".")) - node.level + 1]
                 base = ".".join([*above, *([node.module] if node.module else [])])
             # `from pecobook import cli` imports a module too; a name that is none does no harm here.
-            found |= {base, *(f"{base}.{alias.name}" for alias in node.names)}
+            full = {f"{base}.{alias.name}" for alias in node.names}
+            found |= full if full <= MODULES else {base, *full}
     return found
 
 
@@ -96,6 +116,51 @@ def test_imports__analysis_knows_no_training() -> None:
 def test_imports__a_library_stays_where_it_belongs(library: str, only: set[str]) -> None:
     users = importers(library, within="pecobook")
     assert {name for name in users if not any(name == one or name.startswith(one + ".") for one in only)} == set()
+
+
+def circle(graph: Mapping[str, set[str]]) -> list[str]:
+    """A chain of modules each of which imports the next, from a module to itself; empty when there is none."""
+    finished: set[str] = set()
+
+    def search(path: list[str]) -> list[str]:
+        for after in sorted(graph.get(path[-1], ())):
+            if after in path:
+                return [*path[path.index(after) :], after]
+            if after not in finished and (found := search([*path, after])):
+                return found
+        finished.add(path[-1])
+        return []
+
+    return next((found for module in sorted(graph) if (found := search([module]))), [])
+
+
+@pytest.mark.parametrize(
+    ("graph", "found"),
+    [
+        ({}, []),
+        ({"a": {"b", "c"}, "b": {"c"}, "c": {"outside"}}, []),
+        ({"a": {"a"}}, ["a", "a"]),
+        ({"a": {"b"}, "b": {"a"}}, ["a", "b", "a"]),
+        ({"a": {"b"}, "b": {"c", "d"}, "c": set(), "d": {"e"}, "e": {"b"}}, ["b", "d", "e", "b"]),
+    ],
+)
+def test_circle__finds_a_planted_one(graph: Mapping[str, set[str]], found: list[str]) -> None:
+    assert circle(graph) == found
+
+
+def test_imports__leaves_out_what_is_imported_for_types_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "module.py"
+    file.write_text("if TYPE_CHECKING:\n    import a\nelse:\n    import b\n\ndef f():\n    from c import d\n")
+    monkeypatch.setattr("tests.test_imports.ROOT", tmp_path)
+    assert imports(file, types=False) == {"c", "c.d", "b"}
+    assert imports(file) == {"a", "b", "c", "c.d"}
+
+
+def test_imports__run_in_no_circle() -> None:
+    """Lazy imports count: one inside a function hides a circle and does not undo it."""
+    graph = {module_name(file): imports(file, types=False) & MODULES for file in FILES}
+    assert "pecobook.data.folders" in graph["pecobook.data.images"]  # a lazy one, so lazy ones are seen
+    assert circle(graph) == []
 
 
 def loaded_by(module: str) -> set[str]:

@@ -27,7 +27,15 @@ from pecobook.reproducing.budgets import Budget, budget
 from pecobook.reproducing.paper import TABLES, PaperTable, Row, chosen_tables
 from pecobook.reproducing.plan import Plan
 from pecobook.reproducing.rehearsal import _moved, describe, how_long, kind_of, rehearsed, work
-from pecobook.reproducing.tables import Measured, comma_separated, differences, lines_of, markdown, plot, remarks
+from pecobook.reproducing.tables import (
+    Measured,
+    comma_separated,
+    gains_over_controls,
+    lines_of,
+    markdown,
+    plot,
+    remarks,
+)
 from pecobook.reproducing.tables import measured as gather
 from pecobook.settings.reproduce import ReproduceConfig
 from pecobook.settings.training import BackboneConfig
@@ -209,7 +217,7 @@ def test_tables__show_means_spread_and_the_paper() -> None:
     assert rows[1] == ("perceptual | loss", f"32.0 ± {spread:.1f}", "84.1", "–", "512.0 ± 0.0")
     assert rows[2][0] == "perceptual | loss, random weights (control)"
     assert rows[3][1:3] == ("–", "–")
-    told = differences(one)
+    told = gains_over_controls(one)
     assert told[0] == "fine-tuned, %: perceptual | loss minus pixel loss: 11.0 ± 2.6 (seeds: +10.0, +9.0, +14.0)"
     assert len(told) == 2  # nothing was measured of the shuffled control
     text = markdown([one], "how")

@@ -19,7 +19,7 @@ from pecobook.settings.pretrain import PretrainConfig
 from pecobook.settings.segment import SegmentConfig
 from pecobook.settings.tokenize import TokenizeConfig
 from pecobook.settings.training import BaseOptimConfig, OptimConfig
-from pecobook.settings.values import complete, differences, flags, load, replace, to_dict
+from pecobook.settings.values import changed_settings, complete, flags, load, replace, to_dict
 
 
 def refused(text: str) -> Any:
@@ -109,9 +109,9 @@ def test_load_and_differences__of_files_that_hold_settings_which_are_no_more(tmp
     old = {**now, "optim": {**now["optim"], "layer_decay": 0.5}, "colour": {**now["colour"], "blur": 1, "solarise": 1}}
     (tmp_path / "config.json").write_text(json.dumps(old))
     assert load(ContrastConfig(), tmp_path) == ContrastConfig(seed=3)
-    assert differences(complete(old, to_dict(ContrastConfig())), now) == []
+    assert changed_settings(complete(old, to_dict(ContrastConfig())), now) == []
     (tmp_path / "config.json").write_text('{"min_crop": 0.5, "optim": {"layer_decay": 0.5}}')
     assert load(SegmentConfig(), tmp_path).optim.layer_decay == 0.5
     assert load(FinetuneConfig(), tmp_path).min_crop == 0.5
     one, other = (to_dict(FinetuneConfig(min_crop=share)) for share in (0.1, 0.2))
-    assert differences(one, other) == ["min-crop: 0.1 -> 0.2"]
+    assert changed_settings(one, other) == ["min-crop: 0.1 -> 0.2"]

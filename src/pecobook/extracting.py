@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from pecobook.data.images import ImageSource
+from pecobook.data.source import ImageSource
 from pecobook.data.stream import central_crops
 from pecobook.engine.log import Progress
 from pecobook.pixels import to_float

@@ -21,7 +21,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
-from pecobook.engine.log import duration
+from pecobook.engine.log import compact_duration
 from pecobook.errors import PecobookError
 from pecobook.settings.values import dump
 
@@ -193,7 +193,7 @@ class _Progress:
         done = self._done()
         going = [f"{name} {100 * part:.0f}%" for name, job in self.jobs.items() if 0 < (part := job.share) < 1]
         speed = (done - self.before) / max(now - self.began, 1e-9)
-        left = f", {duration((self.total - done) / speed)} left" if done > self.before else ""
+        left = f", {compact_duration((self.total - done) / speed)} left" if done > self.before else ""
         line = f"{100 * done / self.total:3.0f}%{left}: " + ("; ".join(going) or "starting")
         if self.status is not None:
             self.status.update(line)

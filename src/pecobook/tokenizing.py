@@ -16,7 +16,7 @@ from pecobook.errors import ConfigError, PecobookError, PreflightError, RunFolde
 from pecobook.settings.tokenize import TokenizeConfig
 
 if TYPE_CHECKING:
-    from pecobook.data.images import ImageSource, Splits
+    from pecobook.data.source import ImageSource, Splits
     from pecobook.data.tokens import BankLayout
 
 
@@ -126,9 +126,9 @@ def _describe_tokenizer(config: TokenizeConfig) -> dict[str, Any]:
 
 
 def _check_resume(out: Path, described: dict[str, Any]) -> None:
-    from pecobook.data.tokens import differences, read_bank_config
+    from pecobook.data.tokens import bank_differences, read_bank_config
 
-    changed = differences(read_bank_config(out), described)
+    changed = bank_differences(read_bank_config(out), described)
     if changed:
         raise RunFolderError(
             f"--resume: the token bank '{out}' was begun otherwise: {'; '.join(changed)}.\n"
@@ -162,7 +162,7 @@ class _Views:
     def __getitem__(self, item: tuple[str, int]) -> dict[str, Any]:
         import torch
 
-        from pecobook.data.images import BadImage
+        from pecobook.data.decode import BadImage
         from pecobook.data.sampler import key
         from pecobook.data.views import center_crop, colour_draws, random_crop
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from pecobook.analysis.masked_prediction import decode_prediction, hide, predict_masked
-from pecobook.analysis.reconstruction import encode_all, psnr, reconstruct, ssim
+from pecobook.analysis.reconstruction import decode_all, encode_all, psnr, ssim
 
 from .fakes import GreyTokenizer, Oracle
 
@@ -49,7 +49,7 @@ def test_reconstruct_goes_through_codes_in_batches_in_evaluation_mode() -> None:
     images = torch.rand(7, 3, 16, 16)
     codes = encode_all(tokenizer, images, batch_size=3)
     assert codes.shape == (7, 4, 4)
-    again = reconstruct(tokenizer, images, batch_size=3)
+    again = decode_all(tokenizer, encode_all(tokenizer, images, batch_size=3), batch_size=3)
     torch.testing.assert_close(again, tokenizer.decode(codes))
     torch.testing.assert_close(encode_all(tokenizer, again), codes)
     again.add_(1)  # an ordinary tensor, not one of inference mode

@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
-from pecobook.data.images import ImageSource
+from pecobook.data.source import ImageSource
 
 
 def png(value: int) -> bytes:

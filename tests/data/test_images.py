@@ -13,7 +13,9 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from pecobook.data.images import BadImage, ImageSource, Splits, group_by_split, open_images, split_of
+from pecobook.data.decode import BadImage
+from pecobook.data.images import open_images
+from pecobook.data.source import ImageSource, Splits, group_by_split, split_of
 from pecobook.errors import DataError
 from tests.data.sources import make_parquet, make_tar, names, samples, write
 

@@ -14,7 +14,6 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from pecobook.data.decode import BadImage
-from pecobook.data.images import Splits
 from pecobook.data.segmentation import SegmentationSource, open_segmentation
 from pecobook.data.segmentation_check import verify
 from pecobook.data.segmentation_classes import (
@@ -26,6 +25,7 @@ from pecobook.data.segmentation_classes import (
     parse_values,
     read_classes,
 )
+from pecobook.data.source import Splits
 from pecobook.errors import ConfigError, DataError, listed
 from tests.shapes import COLOURS, shape, write_pairs, write_shapes
 

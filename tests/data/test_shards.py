@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from pecobook.data import shards
-from pecobook.data.images import BadImage, open_images
+from pecobook.data.decode import BadImage
+from pecobook.data.images import open_images
 from pecobook.errors import DataError
 from tests.data.sources import labels, make_tar, names, png, samples, values
 

@@ -13,8 +13,10 @@ import torch
 from torch import Tensor
 from torch._utils import ExceptionWrapper
 
-from pecobook.data.images import BadImage, ImageSource, open_images
+from pecobook.data.decode import BadImage
+from pecobook.data.images import open_images
 from pecobook.data.sampler import BatchPositions, key, permute
+from pecobook.data.source import ImageSource
 from pecobook.data.stream import Batch, Stream, collate, default_workers, load, read_all
 from pecobook.data.views import random_crop
 from pecobook.errors import DataError

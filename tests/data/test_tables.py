@@ -10,7 +10,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pecobook.data.images import BadImage, open_images
+from pecobook.data.decode import BadImage
+from pecobook.data.images import open_images
 from pecobook.errors import DataError
 from tests.data.sources import labels, make_parquet, names, png, values
 

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from pecobook.data import tokens
 from pecobook.data.decode import BadImage
-from pecobook.data.tokens import BankLayout, TokenBank, differences, write_shard
+from pecobook.data.tokens import BankLayout, TokenBank, bank_differences, write_shard
 from pecobook.errors import DataError
 
 
@@ -138,7 +138,7 @@ def test_skipped__refuses_a_damaged_list(tmp_path: Path, text: str) -> None:
 
 
 def test_differences__names_both_sides() -> None:
-    assert differences({"seed": 0, "more": 1}, {"seed": 4, "size": 2}) == [
+    assert bank_differences({"seed": 0, "more": 1}, {"seed": 4, "size": 2}) == [
         "seed: 0 of the bank, 4 now",
         "size: None of the bank, 2 now",
     ]

@@ -18,7 +18,7 @@ from pecobook.engine.log import (
     TensorBoard,
     WeightsAndBiases,
     check_loggers,
-    duration,
+    compact_duration,
     open_sinks,
     open_text_log,
 )
@@ -259,4 +259,4 @@ def test_progress__a_bar_in_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     ("seconds", "said"), [(0, "0s"), (59.4, "59s"), (200, "3m20s"), (18120, "5h02m"), (273600, "3d04h")]
 )
 def test_duration__as_a_person_says_it(seconds: float, said: str) -> None:
-    assert duration(seconds) == said
+    assert compact_duration(seconds) == said

@@ -18,8 +18,8 @@ from pecobook.models.autoencoder import (
     ResidualBlock,
     SelfAttention,
     Upsample,
-    build,
 )
+from pecobook.models.tokenizer import build_autoencoder
 from pecobook.settings.tokenizer import AutoencoderConfig
 
 SMALL = AutoencoderConfig(channels=(8, 16, 12), latent_dim=6, num_blocks=1)
@@ -150,7 +150,7 @@ def test_decoder_side__is_the_config_itself_when_nothing_differs() -> None:
 @pytest.mark.parametrize("channels", [1, 4, 13])
 def test_encoder_and_decoder__of_other_channels(channels: int) -> None:
     config = AutoencoderConfig(channels=(8, 16), latent_dim=4, num_blocks=1, in_channels=channels)
-    encoder, decoder = build(config)
+    encoder, decoder = build_autoencoder(config)
     assert decoder(encoder(torch.zeros(2, channels, 6, 10))).shape == (2, channels, 6, 10)
 
 

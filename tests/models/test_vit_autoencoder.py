@@ -9,7 +9,7 @@ import torch
 from torch.testing import assert_close
 
 from pecobook.errors import ConfigError
-from pecobook.models.autoencoder import build
+from pecobook.models.tokenizer import build_autoencoder
 from pecobook.models.vit_autoencoder import ViTDecoder, ViTEncoder, positions
 from pecobook.settings.tokenizer import AutoencoderConfig
 
@@ -18,7 +18,7 @@ SMALL = AutoencoderConfig(kind="vit", channels=(16, 4), num_heads=2, num_blocks=
 
 @pytest.mark.parametrize(("height", "width"), [(16, 16), (8, 20), (4, 4)])
 def test_shapes(height: int, width: int) -> None:
-    encoder, decoder = build(SMALL)
+    encoder, decoder = build_autoencoder(SMALL)
     z = encoder(torch.zeros(2, 3, height, width))
     assert z.shape == (2, 6, height // 4, width // 4)
     assert decoder(z).shape == (2, 3, height, width)
@@ -31,7 +31,7 @@ def test_vit_base__is_one_at_both_ends() -> None:
 
     config = AutoencoderConfig(kind="vit", channels=(768, 16), num_blocks=12)
     with torch.device("meta"):
-        encoder, decoder = build(config)
+        encoder, decoder = build_autoencoder(config)
         blocks = timm.create_model("vit_base_patch16_224", num_classes=0).blocks
     count = sum(p.numel() for p in blocks.parameters())
     for side in (encoder, decoder):
@@ -72,7 +72,7 @@ def test_decoder__may_be_narrower_and_shallower() -> None:
     config = AutoencoderConfig(
         kind="vit", channels=(16, 4), num_heads=2, num_blocks=2, latent_dim=6, decoder_width=0.5, decoder_blocks=1
     )
-    encoder, decoder = build(config)
+    encoder, decoder = build_autoencoder(config)
     assert decoder(encoder(torch.zeros(1, 3, 8, 8))).shape == (1, 3, 8, 8)
     assert len(decoder[1]) == 2  # type: ignore[index]  # one block and the norm
 

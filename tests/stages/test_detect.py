@@ -14,7 +14,7 @@ from pycocotools.cocoeval import COCOeval
 from torch import Tensor
 
 from pecobook.data.detection import DetectionSource, open_detection
-from pecobook.data.images import Splits
+from pecobook.data.source import Splits
 from pecobook.data.stream import Stream, collate
 from pecobook.engine import launch
 from pecobook.errors import ConfigError, DataError, PreflightError, WeightsError

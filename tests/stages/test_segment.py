@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from pecobook.data.images import Splits
 from pecobook.data.segmentation_classes import IGNORE
+from pecobook.data.source import Splits
 from pecobook.errors import ConfigError, DataError, PreflightError, WeightsError
 from pecobook.models.segmenter import Segmenter, best_classes
 from pecobook.recipes import recipe

@@ -13,7 +13,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from pecobook import api
-from pecobook.data.images import ImageSource, Splits
+from pecobook.data.source import ImageSource, Splits
 from pecobook.engine import stage as contract
 from pecobook.errors import DataError, PreflightError
 from pecobook.models.weights import load_backbone

@@ -15,7 +15,7 @@ from pecobook.analysis.canvas import new_figure, plain, png
 from pecobook.files import write_atomically
 
 if TYPE_CHECKING:
-    from pecobook.data.images import ImageSource
+    from pecobook.data.source import ImageSource
 
 _MOST_NAMES = 40
 

@@ -60,8 +60,3 @@ def decode_all(tokenizer: Tokenizer, codes: Tensor, batch_size: int = 64) -> Ten
     with evaluating(tokenizer):
         parts = [tokenizer.decode(part.to(device)).float().cpu() for part in torch.split(codes, batch_size)]
     return torch.cat(parts).clamp(0, 1)
-
-
-def reconstruct(tokenizer: Tokenizer, images: Tensor, batch_size: int = 64) -> Tensor:
-    """`images` through codes and back (paper, Figure 3), float (N, 3, H, W) in [0, 1] on the host."""
-    return decode_all(tokenizer, encode_all(tokenizer, images, batch_size), batch_size)

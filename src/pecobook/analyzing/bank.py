@@ -13,8 +13,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pecobook.analysis.codewords import CodeUsage, Gallery, GalleryPatch, GalleryRow, patch_window, usage_of_counts
-from pecobook.data.images import BadImage, ImageSource
+from pecobook.data.decode import BadImage
 from pecobook.data.sampler import key, mix_all
+from pecobook.data.source import ImageSource
 from pecobook.data.tokens import TokenBank
 from pecobook.data.views import colour_draws, random_crop
 from pecobook.errors import DataError

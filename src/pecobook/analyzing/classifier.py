@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pecobook.data.images import Splits
+from pecobook.data.source import Splits
 from pecobook.devices import device
 from pecobook.errors import ConfigError, DataError
 from pecobook.models.checkpoints import load_state, read_weights

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from pecobook.data.images import ImageSource
+    from pecobook.data.source import ImageSource
     from pecobook.pretrained import MaskedRun
 
 SHARES = (45 / 196, 75 / 196, 120 / 196)

@@ -32,7 +32,7 @@ from pecobook.pixels import to_float
 
 if TYPE_CHECKING:
     from pecobook.analyzing.subjects import Subject, Subjects
-    from pecobook.data.images import ImageSource
+    from pecobook.data.source import ImageSource
     from pecobook.data.tokens import TokenBank
     from pecobook.models.perceptual import PerceptualDistance
     from pecobook.settings.analyze import AnalyzeConfig

@@ -12,8 +12,9 @@ from pecobook.analysis.similarity import find_bapps
 from pecobook.analyzing.classifier import Classifier, open_classifier
 from pecobook.analyzing.masked import open_runs
 from pecobook.analyzing.names import unique_names
-from pecobook.data.images import Splits, open_images
-from pecobook.data.tokens import TokenBank, differences
+from pecobook.data.images import open_images
+from pecobook.data.source import Splits
+from pecobook.data.tokens import TokenBank, bank_differences
 from pecobook.devices import device
 from pecobook.errors import ConfigError, DataError, PecobookError, PreflightError, WeightsError
 from pecobook.models.perceptual import PerceptualDistance
@@ -91,7 +92,7 @@ def _with_banks(config: AnalyzeConfig, subjects: list[Subject], splits: Splits) 
     prints = [fingerprint(subject.tokenizer) for subject in subjects] if config.tokens else []
     for folder in config.tokens:
         bank = TokenBank(folder)
-        wrong = differences(bank.config, {"data": splits.train.fingerprint})
+        wrong = bank_differences(bank.config, {"data": splits.train.fingerprint})
         if wrong:
             raise DataError(f"--tokens '{folder}' is of other images than --data '{config.data}': {wrong[0]}.")
         if bank.config["tokenizer"] not in prints:

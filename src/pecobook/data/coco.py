@@ -21,7 +21,7 @@ from torch import Tensor
 
 from pecobook.data.coco_masks import check_segment, encode, find_box, is_number, is_whole, segment_area, shape_text
 from pecobook.data.decode import BadImage, decode, header_size
-from pecobook.data.images import Integers
+from pecobook.data.source import Integers
 from pecobook.errors import first_line
 
 Floats = npt.NDArray[np.float64]

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pecobook.data.images import Integers
+from pecobook.data.source import Integers
 
 
 def decode_masks(segments: Sequence[bytes], height: int, width: int) -> Tensor:

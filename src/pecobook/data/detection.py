@@ -21,7 +21,7 @@ from torch import Tensor
 
 from pecobook.data.coco import Annotations, Findings, Packed, read_annotations
 from pecobook.data.coco_masks import decode_masks
-from pecobook.data.images import ImageSource, Integers, Splits, hold_out, split_of
+from pecobook.data.source import ImageSource, Integers, Splits, hold_out, split_of
 from pecobook.errors import DataError, did_you_mean
 
 _FILES = ("instances.json", "_annotations.coco.json", "annotations.json")

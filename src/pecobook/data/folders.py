@@ -18,7 +18,7 @@ import numpy as np
 from torch import Tensor
 
 from pecobook.data.decode import BadImage, decode
-from pecobook.data.images import IMAGE_EXTENSIONS, Integers, Labels, Part
+from pecobook.data.source import IMAGE_EXTENSIONS, Integers, Labels, Part
 from pecobook.errors import DataError
 
 _EXTENSIONS = frozenset(extension.encode() for extension in IMAGE_EXTENSIONS)

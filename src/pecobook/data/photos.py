@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from pecobook.data.decode import BadImage, decode
-from pecobook.data.images import ImageSource, Integers, Splits
+from pecobook.data.source import ImageSource, Integers, Splits
 from pecobook.errors import DataError
 
 TILE = 48

@@ -24,7 +24,6 @@ import torch
 from torch import Tensor
 
 from pecobook.data.decode import BadImage, decode, header_size
-from pecobook.data.images import IMAGE_EXTENSIONS, ImageSource, Integers, Splits, Store, group_by_split, hold_out
 from pecobook.data.segmentation_classes import (
     IGNORE,
     Classes,
@@ -33,6 +32,7 @@ from pecobook.data.segmentation_classes import (
     make_classes,
     read_classes,
 )
+from pecobook.data.source import IMAGE_EXTENSIONS, ImageSource, Integers, Splits, Store, group_by_split, hold_out
 from pecobook.data.tables import TableStore, hub_tables
 from pecobook.errors import DataError, listed
 

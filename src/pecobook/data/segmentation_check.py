@@ -10,9 +10,9 @@ from typing import cast
 import numpy as np
 
 from pecobook.data.decode import BadImage
-from pecobook.data.images import Splits
 from pecobook.data.segmentation import SegmentationSource
 from pecobook.data.segmentation_classes import Classes, WrongMask
+from pecobook.data.source import Splits
 from pecobook.devices import cores
 from pecobook.errors import ConfigError, DataError
 

@@ -21,13 +21,7 @@ import numpy as np
 from torch import Tensor
 
 from pecobook.data.decode import BadImage, decode
-from pecobook.data.images import (
-    IMAGE_EXTENSIONS,
-    Integers,
-    Part,
-    group_by_split,
-    names_under,
-)
+from pecobook.data.source import IMAGE_EXTENSIONS, Integers, Part, group_by_split, names_under
 from pecobook.errors import DataError
 
 _FORMAT = 1  # of the index; a new number makes old indices unused

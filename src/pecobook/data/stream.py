@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from pecobook.data.images import BadImage, ImageSource
+from pecobook.data.decode import BadImage
 from pecobook.data.sampler import fixed_place, key, permute
+from pecobook.data.source import ImageSource
 from pecobook.data.views import center_crop
 from pecobook.devices import cores
 from pecobook.errors import DataError

@@ -17,7 +17,7 @@ import numpy as np
 from torch import Tensor
 
 from pecobook.data.decode import BadImage, decode
-from pecobook.data.images import Integers, Labels, Part, group_by_split, names_under
+from pecobook.data.source import Integers, Labels, Part, group_by_split, names_under
 from pecobook.errors import DataError, did_you_mean, first_line
 
 

@@ -197,7 +197,7 @@ def read_bank_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def differences(have: dict[str, Any], want: dict[str, Any]) -> list[str]:
+def bank_differences(have: dict[str, Any], want: dict[str, Any]) -> list[str]:
     """`tokenizer: 1a2b of the bank, 3c4d now` for everything that `want` names and a bank's config has otherwise."""
     return [
         f"{name}: {have.get(name)} of the bank, {value} now" for name, value in want.items() if have.get(name) != value

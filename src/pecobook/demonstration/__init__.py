@@ -31,7 +31,7 @@ def demo(config: DemoConfig | None = None, **settings: Any) -> Path:
     from pecobook.analysis.report import write_report
     from pecobook.analysis.story import demo_report
     from pecobook.demonstration import evaluate
-    from pecobook.engine.log import duration
+    from pecobook.engine.log import compact_duration
     from pecobook.files import write_atomically
 
     config = replace(config or DemoConfig(), settings)
@@ -52,7 +52,7 @@ def demo(config: DemoConfig | None = None, **settings: Any) -> Path:
         (out / "pictures" / f"{name.replace(':', '-')}.png").write_bytes(png)
     write_atomically(out / "results.json", (json.dumps(results, indent=2) + "\n").encode())
     report = write_report(out, demo_report(results, pictures, list(cost.items()), _settings(config, jobs), curves))
-    say(f"\nDone in {duration(results['seconds'])}: open {report}")
+    say(f"\nDone in {compact_duration(results['seconds'])}: open {report}")
     return report
 
 

@@ -66,7 +66,7 @@ def evaluate(
     model.eval()
     how = {"batch_size": batch_size, "seed": seed, "workers": workers}
     found = _look(fabric, model, held_out, num_images=num_images, **how)
-    metrics, skipped = mean_over_ranks(fabric, found.metrics), found.skipped
+    metrics, skipped = average_metrics(fabric, found.metrics), found.skipped
     if found.rows:
         known: dict[str, Tensor] = {}
         if reference is not None:
@@ -132,7 +132,7 @@ def _batches(count: int, batch_size: int, rank: int, world_size: int) -> Iterato
         yield list(range(first, first + size))
 
 
-def mean_over_ranks(fabric: Fabric, metrics: dict[str, Tensor]) -> dict[str, float]:
+def average_metrics(fabric: Fabric, metrics: dict[str, Tensor]) -> dict[str, float]:
     """Metrics () as numbers, averaged over ranks."""
     if not metrics:
         return {}

@@ -248,7 +248,7 @@ class Progress:
             f"{metrics['images_per_second']:.0f} img/s" if "images_per_second" in metrics else "",
             f"data wait {100 * metrics['data_wait']:.0f}%" if "data_wait" in metrics else "",
         ]
-        status = "  ".join([part for part in parts if part] + [f"left {duration(left)}"])
+        status = "  ".join([part for part in parts if part] + [f"left {compact_duration(left)}"])
         if self._bar is not None:
             self._bar.update(self._task, completed=step, status=status)
         elif time.monotonic() - self._last_line > 5 or step == self.total:
@@ -270,7 +270,7 @@ class Progress:
             self._bar.stop()
 
 
-def duration(seconds: float) -> str:
+def compact_duration(seconds: float) -> str:
     """Seconds as a person says them: 45s, 3m20s, 5h02m, 3d04h."""
     whole = round(seconds)
     if whole < 60:

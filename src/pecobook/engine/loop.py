@@ -22,7 +22,7 @@ from pecobook.engine import checkpoint
 from pecobook.engine.agreement import Agreement
 from pecobook.engine.ahead import look_ahead
 from pecobook.engine.attention import trainable_attention
-from pecobook.engine.evaluation import Evaluation, evaluate, mean_over_ranks
+from pecobook.engine.evaluation import Evaluation, average_metrics, evaluate
 from pecobook.engine.launch import device_count, micro_batch_size, repeatable
 from pecobook.engine.log import Progress, Sink, open_sinks, open_text_log
 from pecobook.engine.memory import advice
@@ -208,7 +208,7 @@ class _Loop:
         return norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # type: ignore[no-any-return]
 
     def _measure(self, step: int, metrics: dict[str, Tensor]) -> dict[str, float]:
-        values = mean_over_ranks(self.fabric, metrics)
+        values = average_metrics(self.fabric, metrics)
         now = time.monotonic()
         elapsed = max(now - self._mark, 1e-9)
         speed = {

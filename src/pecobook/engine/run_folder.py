@@ -17,7 +17,7 @@ from typing import Any
 from pecobook.errors import RunFolderError
 from pecobook.files import write_atomically
 from pecobook.settings.training import TrainConfig
-from pecobook.settings.values import complete, differences, to_dict
+from pecobook.settings.values import changed_settings, complete, to_dict
 
 _OURS = ("config.json", "environment.json", "metrics.jsonl", "train.log", "samples", "checkpoints", "export")
 
@@ -55,7 +55,7 @@ def _check_resume(config: TrainConfig, command: str, out: Path) -> None:
         raise RunFolderError(f"--resume: '{file}' cannot be read ({error}).") from None
     if old.pop("command", command) != command:
         raise RunFolderError(f"--resume: '{out}' is not a run of 'pecobook {command}'.")
-    changed = differences(complete(old, to_dict(type(config)())), to_dict(config))
+    changed = changed_settings(complete(old, to_dict(type(config)())), to_dict(config))
     if changed:
         raise RunFolderError(
             f"--resume: settings differ from those the run in '{out}' began with: {'; '.join(changed)}.\n"

@@ -17,7 +17,7 @@ from pecobook.settings.explore import ExploreConfig
 from pecobook.settings.values import replace
 
 if TYPE_CHECKING:
-    from pecobook.data.images import Splits
+    from pecobook.data.source import Splits
     from pecobook.exploring.model import Indexed
     from pecobook.pretrained import MaskedRun
 

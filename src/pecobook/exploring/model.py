@@ -18,8 +18,9 @@ from pecobook.analysis.codebook_map import neighbours
 from pecobook.analysis.codewords import code_gallery, code_usage
 from pecobook.analysis.masked_prediction import decode_prediction, hide, predict_masked
 from pecobook.analysis.reconstruction import decode_all, encode_all, psnr
-from pecobook.data.images import BadImage, ImageSource, Splits
+from pecobook.data.decode import BadImage
 from pecobook.data.sampler import fixed_place
+from pecobook.data.source import ImageSource, Splits
 from pecobook.data.views import center_crop
 from pecobook.extracting import extract
 from pecobook.pixels import to_float

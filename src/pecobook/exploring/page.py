@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from pecobook.data.decode import BadImage, decode
-from pecobook.data.images import Splits
+from pecobook.data.source import Splits
 from pecobook.data.views import center_crop
 from pecobook.exploring import model
 from pecobook.exploring.model import Indexed, Picture

@@ -133,12 +133,3 @@ class Decoder(nn.Sequential):
     def forward(self, x: Tensor) -> Tensor:
         """(B, D, h, w) to (B, C, H, W)."""
         return super().forward(convolution_layout(x))  # type: ignore[no-any-return, no-untyped-call]
-
-
-def build(config: AutoencoderConfig) -> tuple[nn.Module, nn.Module]:
-    """Encoder and decoder of the kind that `config` names."""
-    if config.kind == "cnn":
-        return Encoder(config), Decoder(config)
-    from pecobook.models.vit_autoencoder import ViTDecoder, ViTEncoder
-
-    return ViTEncoder(config), ViTDecoder(config)

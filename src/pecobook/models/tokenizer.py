@@ -10,11 +10,12 @@ from torch import Tensor, nn
 
 from pecobook.devices import exporting
 from pecobook.errors import ConfigError, WeightsError, first_line
-from pecobook.models.autoencoder import build
+from pecobook.models.autoencoder import Decoder, Encoder
 from pecobook.models.nearest import nearest_codeword
 from pecobook.models.quantizer import VectorQuantizer
+from pecobook.models.vit_autoencoder import ViTDecoder, ViTEncoder
 from pecobook.models.weights import read_export, write_export
-from pecobook.settings.tokenizer import TokenizerConfig
+from pecobook.settings.tokenizer import AutoencoderConfig, TokenizerConfig
 from pecobook.settings.values import replace, to_dict
 
 _CARD = """---
@@ -44,7 +45,7 @@ class PerceptualTokenizer(nn.Module):
     def __init__(self, config: TokenizerConfig, quantizer: VectorQuantizer | None = None) -> None:
         super().__init__()
         self.config = config
-        self.encoder, self.decoder = build(config.model)
+        self.encoder, self.decoder = build_autoencoder(config.model)
         self.quantizer = quantizer or VectorQuantizer(config.num_codewords, config.model.latent_dim)
 
     @property
@@ -197,3 +198,10 @@ def _download(repo_id: str) -> Path:
         return Path(snapshot_download(repo_id, allow_patterns=["model.safetensors", "config.json"]))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise WeightsError(f"There is no run '{repo_id}' here, and the hub gives none ({first_line(error)}).") from None
+
+
+def build_autoencoder(config: AutoencoderConfig) -> tuple[nn.Module, nn.Module]:
+    """Encoder and decoder of the kind that `config` names."""
+    if config.kind == "vit":
+        return ViTEncoder(config), ViTDecoder(config)
+    return Encoder(config), Decoder(config)

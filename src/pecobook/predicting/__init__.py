@@ -25,7 +25,7 @@ from pecobook.settings.predict import PredictConfig
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from pecobook.data.images import ImageSource
+    from pecobook.data.source import ImageSource
 
 
 class Writer(Protocol):
@@ -97,7 +97,8 @@ def list_images(source: str) -> list[tuple[ImageSource, str]]:
         DataError: there is no such source.
     """
     from pecobook.data.folders import FileStore, walk
-    from pecobook.data.images import IMAGE_EXTENSIONS, ImageSource, open_every
+    from pecobook.data.images import open_every
+    from pecobook.data.source import IMAGE_EXTENSIONS, ImageSource
 
     path = Path(source).expanduser()
     if path.is_dir():
@@ -144,7 +145,7 @@ class _Whole:
         return len(self.source)
 
     def __getitem__(self, index: int) -> tuple[int, Tensor | str]:
-        from pecobook.data.images import BadImage
+        from pecobook.data.decode import BadImage
 
         try:
             return index, self.source.read(index)

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from pecobook.errors import ConfigError, PecobookError, PreflightError, RunFolderError
 from pecobook.settings.reproduce import ReproduceConfig
-from pecobook.settings.values import complete, differences, flags, replace, to_dict
+from pecobook.settings.values import changed_settings, complete, flags, replace, to_dict
 
 if TYPE_CHECKING:
     from pecobook.reproducing.plan import Plan
@@ -130,7 +130,7 @@ def command_line(config: ReproduceConfig) -> str:
 
 
 def _changed(old: dict[str, Any], config: ReproduceConfig) -> list[PecobookError]:
-    changed = differences(complete(old, _fixed(ReproduceConfig())), _fixed(config))
+    changed = changed_settings(complete(old, _fixed(ReproduceConfig())), _fixed(config))
     told = f"--out '{config.out}' was begun with other settings: {'; '.join(changed)}. Name another folder."
     return [RunFolderError(told)] if changed else []
 
@@ -166,7 +166,7 @@ def write(config: ReproduceConfig, found: list[Measured], cost: dict[str, float]
         header, rows = tables.lines_of(one)
         picture = tables.plot(one)
         write_atomically(out / "pictures" / f"{one.name}.png", picture)
-        words = "\n\n".join([one.table.note, *tables.remarks(one), *tables.differences(one)])
+        words = "\n\n".join([one.table.note, *tables.remarks(one), *tables.gains_over_controls(one)])
         shown = Picture(picture, "Points: mean over seeds; bars: its standard deviation.", one.table.title)
         sections.append(Section(one.table.title, words, (shown,), Table(header, tuple(rows))))
     total = sum(cost.values())

@@ -17,7 +17,7 @@ from pecobook.settings.training import TrainConfig
 from pecobook.settings.values import replace
 
 if TYPE_CHECKING:
-    from pecobook.data.images import Splits
+    from pecobook.data.source import Splits
     from pecobook.reproducing.paper import PaperTable
     from pecobook.settings.codebook import CodebookConfig
     from pecobook.settings.reproduce import ReproduceConfig

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from pecobook.analysis.charts import read_metrics
-from pecobook.engine.log import duration
+from pecobook.engine.log import compact_duration
 from pecobook.files import write_atomically
 from pecobook.jobs import Job, places, run_all, say
 from pecobook.reproducing.plan import Plan
@@ -55,7 +55,7 @@ def how_long(plan: Plan, seconds: dict[str, float]) -> str:
     left = sum(work(job, name, seconds) * (1 - job.share) for name, job in plan.jobs.items() if not job.finished)
     beside = len(places(plan.gpus_per_run))
     runs = f"{beside} runs" if beside > 1 else "one run"
-    return f"about {duration(left)} of computing, {runs} at a time"
+    return f"about {compact_duration(left)} of computing, {runs} at a time"
 
 
 def rehearsed(out: Path) -> dict[str, float]:

@@ -107,7 +107,7 @@ def _has_paper(table: PaperTable, figure: str) -> bool:
     return place >= 0 and any(len(row.paper) > place for row in table.rows)
 
 
-def differences(one: Measured) -> list[str]:
+def gains_over_controls(one: Measured) -> list[str]:
     """What the perceptual loss of each network brings over its controls, seed by seed."""
     by_arm = {row.arm: (row, values) for row, values, _ in one.rows}
     told = []
@@ -143,7 +143,7 @@ def markdown(found: Sequence[Measured], about: str) -> str:
     for one in found:
         header, rows = lines_of(one)
         lines = [f"| {' | '.join(line)} |" for line in (header, ["---"] * len(header), *rows)]
-        told = "\n".join(f"- {line}" for line in differences(one))
+        told = "\n".join(f"- {line}" for line in gains_over_controls(one))
         parts += [f"## {one.table.title}", "\n".join(lines), one.table.note, *remarks(one), told]
     return "\n\n".join(part for part in parts if part) + "\n"
 

@@ -272,7 +272,7 @@ def complete(old: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
-def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
+def changed_settings(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
     """Lines such as `optim.lr: 0.001 -> 0.01` for every setting that a resumed run may not change."""
     lines: list[str] = []
     for name in sorted(old.keys() | new.keys()):
@@ -280,7 +280,7 @@ def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> l
         if full in RETIRED and name not in new:
             continue
         if isinstance(before, dict) and isinstance(after, dict):
-            lines += differences(before, after, f"{full}.")
+            lines += changed_settings(before, after, f"{full}.")
         elif before != after and full not in FREE_ON_RESUME:
             lines.append(f"{flag(full)}: {before} -> {after}")
     return lines

@@ -21,8 +21,8 @@ from torchvision.transforms.functional import rgb_to_grayscale
 from pecobook.analysis.codewords import code_usage
 from pecobook.analysis.reconstruction import psnr, ssim
 from pecobook.collectives import mean_over_ranks
-from pecobook.data.images import Splits
 from pecobook.data.sampler import key
+from pecobook.data.source import Splits
 from pecobook.data.stream import Batch, ViewFunction
 from pecobook.data.views import central_view, random_crop
 from pecobook.engine.launch import check_min_batch

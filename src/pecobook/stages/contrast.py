@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pecobook.data.images import Splits
 from pecobook.data.sampler import key
+from pecobook.data.source import Splits
 from pecobook.data.stream import Batch, ViewFunction
 from pecobook.data.views import central_view, colour_draws, photometric, random_crop
 from pecobook.engine.launch import check_min_batch

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from pecobook.data.detection import DetectionSource, open_detection
 from pecobook.data.detection_views import evaluation_view, training_view
-from pecobook.data.images import ImageSource, Splits
+from pecobook.data.source import ImageSource, Splits
 from pecobook.data.stream import Batch, ViewFunction
 from pecobook.engine.launch import is_leader
 from pecobook.engine.optim import dense_groups
@@ -100,7 +100,7 @@ class DetectStage(Stage[DetectConfig]):
 
     def _picture(self, rows: dict[str, Tensor]) -> bytes:
         from pecobook.analysis.detections import detections_picture
-        from pecobook.data.images import BadImage
+        from pecobook.data.decode import BadImage
 
         labelled, detected = [], []
         for index, found in _unpack(rows):

@@ -14,11 +14,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pecobook.data.images import Splits
 from pecobook.data.masking import blockwise_mask, random_mask
 from pecobook.data.sampler import key
+from pecobook.data.source import Splits
 from pecobook.data.stream import Batch, Companion, ViewFunction
-from pecobook.data.tokens import TokenBank, differences
+from pecobook.data.tokens import TokenBank, bank_differences
 from pecobook.data.views import center_crop, colour_draws, photometric, random_crop
 from pecobook.engine.stage import Stage, StageOutput
 from pecobook.errors import ConfigError, DataError
@@ -143,7 +143,7 @@ class PretrainStage(Stage[PretrainConfig]):
             return
         bank = TokenBank(config.tokens)
         now = {"data": splits.train.fingerprint, "evaluation_data": splits.evaluation.fingerprint}
-        wrong = differences(bank.config, now)
+        wrong = bank_differences(bank.config, now)
         if wrong:
             raise DataError(
                 f"The token bank '{config.tokens}' is of other images than --data '{config.data}': "
@@ -269,7 +269,9 @@ def _fitting(config: PretrainConfig, rows: int, patch: int, f: int) -> list[str]
 
 def _check_bank(config: PretrainConfig, tokenizer: Any, grid: tuple[int, int]) -> None:
     bank = TokenBank(config.tokens)
-    wrong = differences(bank.config, {"tokenizer": fingerprint(tokenizer), "grid": list(grid), **view_settings(config)})
+    wrong = bank_differences(
+        bank.config, {"tokenizer": fingerprint(tokenizer), "grid": list(grid), **view_settings(config)}
+    )
     if wrong:
         raise DataError(
             f"The token bank '{config.tokens}' is of other views or another tokenizer: {'; '.join(wrong)}.\n"

@@ -13,11 +13,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pecobook.analysis.segments import count_pixels, intersection_over_union, overlay, scores
-from pecobook.data.images import ImageSource, Splits
 from pecobook.data.segmentation import SegmentationSource, open_segmentation
 from pecobook.data.segmentation_check import verify
 from pecobook.data.segmentation_classes import IGNORE
 from pecobook.data.segmentation_views import resize_mask, training_view
+from pecobook.data.source import ImageSource, Splits
 from pecobook.data.stream import Batch, ViewFunction
 from pecobook.data.views import photometric
 from pecobook.engine.launch import is_leader, micro_batch_size, world_size

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from pecobook.collectives import on_first_rank
-from pecobook.data.images import ImageSource, Splits
 from pecobook.data.sampler import fixed_place
+from pecobook.data.source import ImageSource, Splits
 from pecobook.data.stream import Stream
 from pecobook.engine.stage import Stage
 from pecobook.errors import DataError, PecobookError, PreflightError, RunFolderError, first_line
@@ -96,7 +96,7 @@ def preflight(stage_type: type[Stage[C]], config: C) -> Splits:
 
 def check_readable(source: ImageSource, count: int = 8) -> None:
     """Raise DataError when none of the first few images can be read."""
-    from pecobook.data.images import BadImage
+    from pecobook.data.decode import BadImage
 
     reasons = []
     for index in range(min(count, len(source))):
