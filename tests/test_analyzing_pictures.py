@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from pecobook.analysis.codewords import code_usage
+from pecobook.analysis.codewords import Gallery, code_usage
 from pecobook.analyzing import pictures as module
 from pecobook.analyzing.pictures import pictures_of
 from tests.runs import codebook_run, vit_run
@@ -47,8 +47,27 @@ def pictures(labels: Tensor | None = None, classes: tuple[str, ...] = ()) -> dic
     return pictures_of(tokenizer, torch.rand(8, 3, 8, 8), codes, labels, usage, classes=classes, asked=(), seed=0)
 
 
-def test_pictures_of__looks_for_neighbours_in_use_among_all() -> None:
-    assert "neighbours" in pictures()
+def test_pictures_of__looks_for_neighbours_in_use_among_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[list[tuple[int, int, int, list[tuple[int, int, int]]]]] = []
+
+    def noted(found: Gallery) -> bytes:
+        drawn.append(
+            [
+                (row.codeword, row.count, row.images, [(p.image, p.row, p.column) for p in row.patches])
+                for row in found.rows
+            ]
+        )
+        return b""
+
+    monkeypatch.setattr("pecobook.analysis.figures.gallery_picture", noted)
+    assert set(pictures()) == {"gallery", "positions", "neighbours", "map-usage"}
+    first, near = drawn
+    assert {row[:3] for row in first} == {(0, 31, 8), (99, 1, 1)}
+    assert [row[:3] for row in near] == [(0, 31, 8), (99, 1, 1)]  # the most used, then its only neighbour in use
+    assert near[1][3] == [(0, 0, 0)]
+    assert len(near[0][3]) == 6
+    assert len({image for image, _, _ in near[0][3]}) == 6
+    assert (0, 0, 0) not in near[0][3]
 
 
 def test_pictures_of__maps_say_what_they_leave_out_and_name_classes(monkeypatch: pytest.MonkeyPatch) -> None:

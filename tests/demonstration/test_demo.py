@@ -65,6 +65,7 @@ def test_demo__writes_what_it_promises(tmp_path: Path, images: Path) -> None:
     assert not re.search(r"(src|href)=[\"']?https?://", html)
     assert html.count("data:image/png;base64") >= 6
     assert {path.stem for path in (out / "pictures").iterdir()} >= {"reconstructions", "gallery-control", "usage"}
+    assert [entry["name"] for entry in results["masked_prediction"]] == ["pixel", "perceptual"]
 
     # What is finished is not trained again: the second call only measures, and says the same.
     before = (out / "codebook-pixel" / "export" / "model.safetensors").stat().st_mtime_ns

@@ -115,7 +115,7 @@ def accuracy(results: Mapping[str, Any], metric: str, name: str) -> float | None
 
     `untrained` is the floor of the masked model's probes. None where it was not measured.
     """
-    place: Any = next((book for book in results.get("codebooks") or () if book.get("name") == name), None)
+    place: Any = next((one for one in results.get("tokenizers") or () if one.get("name") == name), None)
     if place is None and name == UNTRAINED:
         place = {"mim": results.get("floor")}
     for key in metric.split("."):

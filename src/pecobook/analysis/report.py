@@ -1,7 +1,7 @@
 """A report as one HTML file that needs nothing else: no network, no script, all pictures inside.
 
 `Report` is what it says, `write_report` how it looks. All text is plain: it is escaped, and a blank line in a
-section's text starts a new paragraph. Nothing here knows what PeCo is; `story` does.
+section's text starts a new paragraph. Nothing here knows what PeCo is.
 """
 
 from __future__ import annotations

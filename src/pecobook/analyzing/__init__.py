@@ -6,7 +6,8 @@ pictures.py    its pictures
 bank.py        usage and galleries of a whole token bank
 classifier.py  who classifies reconstructions
 masked.py      what pre-trained ViTs predict behind a mask
-page.py        the report
+page.py        the report, also of `pecobook demo`
+comparing.py   its sections on paired comparisons and on pre-trained ViTs, with the errors of both
 """
 
 from __future__ import annotations
@@ -60,9 +61,9 @@ def analyze(config: AnalyzeConfig | None = None, **settings: Any) -> Path:
     for number, subject in enumerate(subjects.tokenizers, start=1):
         say(f"[{number}/{total}] {subject.name}")
         mark = time.monotonic()
-        found, draw = look(config, subject, subjects)
+        found, skipped, draw = look(config, subject, subjects)
         results["tokenizers"].append(found.figures)
-        results["skipped"] = {"count": len(found.skipped), "names": found.skipped}
+        results["skipped"] = {"count": len(skipped), "names": skipped}
         _write(results, out, began)  # before pictures, so that none of them can cost the figures
         drawn = draw()
         cost.append((subject.name, time.monotonic() - mark))

@@ -10,7 +10,7 @@ import torch
 from pecobook.analysis import figures as draw
 from pecobook.analysis.masked_prediction import decode_prediction, hide, predict_masked
 from pecobook.analyzing.names import unique_names
-from pecobook.analyzing.pictures import SHOWN, at_side
+from pecobook.analyzing.pictures import at_side, spread
 from pecobook.data.masking import blockwise_mask
 from pecobook.data.stream import read_all
 from pecobook.devices import device
@@ -61,7 +61,7 @@ def predict(runs: dict[str, MaskedRun], source: ImageSource, seed: int) -> Predi
     for name, run in runs.items():
         run = run.to(device())
         images = to_float(read_all(source, run.image_size, limit=_MEASURED)[0])
-        rows = torch.linspace(0, len(images) - 1, min(SHOWN, len(images))).long()
+        rows = spread(len(images))
         record: dict[str, Any] = {"name": name, "by_share": []}
         for share in SHARES:
             mask = _masks(run.grid, share, len(images), run.config.mask.min_block, seed)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from pecobook.analysis.arrays import Array
@@ -23,7 +24,7 @@ from pecobook.analysis.semantics import information, patch_colours, patch_edges,
 from pecobook.analysis.similarity import agreement, code_distance, judge, pixel_distance, read_bapps
 from pecobook.analysis.stability import stability
 from pecobook.analyzing.bank import bank_gallery, bank_usage, find_places
-from pecobook.analyzing.pictures import PATCHES, SHOWN, pictures_of, shown_codewords
+from pecobook.analyzing.pictures import PATCHES, pictures_of, shown_codewords, spread
 from pecobook.data.stream import read_all
 from pecobook.devices import device
 from pecobook.extracting import extract
@@ -51,29 +52,49 @@ class Look:
     """The images shown, float (n, 3, S, S)."""
     restored: Tensor
     usage: CodeUsage
-    skipped: list[str]
-    """Images that could not be read."""
+    correct: dict[str, NDArray[np.bool_]]
+    """By probe, which held-out images it classified correctly; empty without labels."""
 
 
 Draw = Callable[[], dict[str, bytes]]
 """Makes pictures, by kind."""
+TrainCodes = Callable[[], tuple[Tensor, Tensor] | None]
+"""Codes and labels of the training images; None where there are no labels."""
 
 
-def look(config: AnalyzeConfig, subject: Subject, subjects: Subjects) -> tuple[Look, Draw]:
-    """Everything about one tokenizer, and what draws its pictures."""
-    tokenizer = subject.tokenizer.to(device()).eval()
-    K, stride = tokenizer.num_codewords, tokenizer.stride
-    pixels, labels, skipped = read_all(subjects.splits.evaluation, tokenizer.image_size, limit=config.max_test)
-    images = to_float(pixels)
-    say(f"  {len(images)} images to codes and back" + (f", {len(skipped)} could not be read" if skipped else ""))
+def evaluate_tokenizer(
+    name: str,
+    tokenizer: Any,
+    images: Tensor,
+    labels: Tensor | None,
+    train: TrainCodes,
+    distance: PerceptualDistance | None,
+    *,
+    seed: int,
+) -> tuple[Look, Tensor, Tensor]:
+    """How a tokenizer uses its codewords, what it keeps of held-out images, and how well its codes tell classes apart.
+
+    Args:
+        name: what the tokenizer is called.
+        tokenizer: the tokenizer, which is moved to the device.
+        images: held out, float (N, 3, S, S) in [0, 1], of the tokenizer's size.
+        labels: of the images, int64 (N,), or None, and then `train` is not called.
+        train: gives codes and labels of training images.
+        distance: measured between images and reconstructions, where it is given.
+        seed: of the probes' validation part.
+
+    Returns:
+        what was found, the codes int64 (N, h, w) and the reconstructions (N, 3, S, S), all on the host.
+    """
+    tokenizer = tokenizer.to(device()).eval()
+    K = tokenizer.num_codewords
     codes = encode_all(tokenizer, images)
     restored = decode_all(tokenizer, codes)
     usage = code_usage(codes, K)
     found: dict[str, Any] = {
-        "name": subject.name,
-        "source": subject.source,
+        "name": name,
         "num_codewords": K,
-        "stride": stride,
+        "stride": tokenizer.stride,
         "image_size": tokenizer.image_size,
         "num_images": len(images),
         "codes_used": usage.codes_used,
@@ -83,10 +104,25 @@ def look(config: AnalyzeConfig, subject: Subject, subjects: Subjects) -> tuple[L
         "ssim": _rounded(ssim(images, restored).mean(), 4),
         "perceptual_distance": None,
     }
-    distance = subjects.distance
     if distance is not None:
         found["perceptual_distance"] = _rounded(_distances(distance, images, restored).mean(), 4)
-    found |= _probes(config, subject, subjects, codes, labels)
+    probed, correct = _probes(tokenizer, codes, labels, train, seed)
+    shown = spread(len(images))
+    return Look(name, found | probed, images[shown], restored[shown], usage, correct), codes, restored
+
+
+def look(config: AnalyzeConfig, subject: Subject, subjects: Subjects) -> tuple[Look, list[str], Draw]:
+    """Everything about one tokenizer, the images that could not be read, and what draws its pictures."""
+    tokenizer = subject.tokenizer
+    pixels, labels, skipped = read_all(subjects.splits.evaluation, tokenizer.image_size, limit=config.max_test)
+    images = to_float(pixels)
+    say(f"  {len(images)} images to codes and back" + (f", {len(skipped)} could not be read" if skipped else ""))
+    train = partial(_train_codes, config, subject, subjects)
+    what, codes, restored = evaluate_tokenizer(
+        subject.name, tokenizer, images, labels, train, subjects.distance, seed=config.seed
+    )
+    K, found, usage = tokenizer.num_codewords, what.figures, what.usage
+    found["source"] = subject.source
     say("  classes, colours and edges that codes go with")
     found["information"] = _information(config, K, images, codes, labels)
     if subjects.classifier is not None:
@@ -96,7 +132,7 @@ def look(config: AnalyzeConfig, subject: Subject, subjects: Subjects) -> tuple[L
             "reconstructions": given.accuracy(restored, labels),
         }
     say("  codes of distorted images")
-    kept = stability(tokenizer, images[:_STABLE], codes[:_STABLE], stride)
+    kept = stability(tokenizer, images[:_STABLE], codes[:_STABLE], tokenizer.stride)
     found["stability"] = {name: round(value, 2) for name, value in kept.items()}
     found["similarity"] = _similarity(subjects, tokenizer, images)
     drawn: list[Draw] = [partial(_pictures, config, subjects, tokenizer, images, codes, labels, usage)]
@@ -104,10 +140,8 @@ def look(config: AnalyzeConfig, subject: Subject, subjects: Subjects) -> tuple[L
         say(f"  the token bank {subject.bank.folder}")
         found["bank"], draw_bank = _bank(config, subject.bank, K, subjects.splits.train)
         drawn.append(draw_bank)
-    shown = torch.linspace(0, len(images) - 1, min(SHOWN, len(images))).long()
     subject.tokenizer.cpu()
-    what = Look(subject.name, found, images[shown], restored[shown], usage, skipped)
-    return what, lambda: {kind: png for draw in drawn for kind, png in draw().items()}
+    return what, skipped, lambda: {kind: png for draw in drawn for kind, png in draw().items()}
 
 
 def _few(codewords: list[int]) -> list[int] | None:
@@ -160,33 +194,42 @@ def _distances(distance: PerceptualDistance, x: Tensor, y: Tensor) -> Tensor:
     return torch.cat([distance(a.to(device()), b.to(device())).cpu() for a, b in pairs])
 
 
+def _train_codes(config: AnalyzeConfig, subject: Subject, subjects: Subjects) -> tuple[Tensor, Tensor] | None:
+    train, tokenizer = subjects.splits.train, subject.tokenizer
+    if train.labels is None:
+        return None
+    seen, labels = extract(
+        train,
+        tokenizer.image_size,
+        config.max_train,
+        lambda images: {"codes": encode_all(tokenizer, images)},
+        f"codes of {subject.name}",
+    )
+    assert labels is not None
+    return seen["codes"], labels
+
+
 def _probes(
-    config: AnalyzeConfig, subject: Subject, subjects: Subjects, codes: Tensor, labels: Tensor | None
-) -> dict[str, Any]:
+    tokenizer: Any, codes: Tensor, labels: Tensor | None, train: TrainCodes, seed: int
+) -> tuple[dict[str, Any], dict[str, NDArray[np.bool_]]]:
     """Linear probes of mean codewords and of bags of codes (paper, Table 4, left); None without labels."""
     found: dict[str, Any] = dict.fromkeys(
         ("codeword_probe", "codeword_probe_error", "bag_probe", "bag_probe_error", "num_train")
     )
-    tokenizer, train = subject.tokenizer, subjects.splits.train
-    if labels is None or train.labels is None:
-        return found
-    codes_of = partial(encode_all, tokenizer)
-    seen, own = extract(
-        train,
-        tokenizer.image_size,
-        config.max_train,
-        lambda images: {"codes": codes_of(images)},
-        f"codes of {subject.name}",
-    )
-    assert own is not None
+    correct: dict[str, NDArray[np.bool_]] = {}
+    given = train() if labels is not None else None
+    if labels is None or given is None:
+        return found, correct
+    seen, own = given
     book, K = tokenizer.codebook.detach().float().cpu(), tokenizer.num_codewords
     for name, pair in (
-        ("codeword_probe", [mean_codewords(part, book) for part in (seen["codes"], codes)]),
-        ("bag_probe", [bag_of_codes(part, K) for part in (seen["codes"], codes)]),
+        ("codeword_probe", [mean_codewords(part, book) for part in (seen, codes)]),
+        ("bag_probe", [bag_of_codes(part, K) for part in (seen, codes)]),
     ):
-        result = linear_probe(pair[0], own, pair[1], labels, seed=config.seed)
+        result = linear_probe(pair[0], own, pair[1], labels, seed=seed)
         found[name], found[f"{name}_error"] = round(result.accuracy, 3), round(result.standard_error, 3)
-    return found | {"num_train": len(own)}
+        correct[name] = result.correct
+    return found | {"num_train": len(own)}, correct
 
 
 def _information(

@@ -1,4 +1,7 @@
-"""The report of an analysis: what was measured, in tables and pictures, and how to read them."""
+"""The report of an analysis: what was measured, in tables and pictures, and how to read them.
+
+`pecobook analyze` and `pecobook demo` write it. Each section is there when the results hold what it shows.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,13 @@ from typing import Any
 
 from pecobook.analysis.report import Picture, Report, Section, Table
 from pecobook.analysis.wording import duration, fixed, out_of, thousands
+from pecobook.analyzing.comparing import (
+    how_to_read,
+    pretrained_vits,
+    probe_comparisons,
+    summary_of_comparisons,
+    what_was_compared,
+)
 
 Tokenizers = Sequence[Mapping[str, Any]]
 
@@ -17,12 +27,27 @@ def compose(
     pictures: Mapping[str, bytes],
     cost: Sequence[tuple[str, float]],
     settings: Mapping[str, Any],
+    *,
+    title: str = "",
+    subtitle: str = "",
 ) -> Report:
-    """The page of `analysis.json` and its pictures."""
+    """The page of `analysis.json` and its pictures, by name of their file.
+
+    Args:
+        results: as `analysis.json` holds them; with `comparisons`, those of `pecobook demo` (see `comparing`).
+        pictures: PNG.
+        cost: each step of the run and its seconds.
+        settings: shown as JSON.
+        title: of the page; empty says how many tokenizers there are.
+        subtitle: empty names the tokenizers.
+    """
     tokenizers: Tokenizers = results["tokenizers"]
     number = len(tokenizers)
+    in_pairs = "comparisons" in results
     parts = (
+        what_was_compared(results) if in_pairs else None,
         _overview(results),
+        probe_comparisons(results) if in_pairs else None,
         _semantics(results),
         _galleries(tokenizers, pictures),
         _reconstructions(pictures),
@@ -30,14 +55,17 @@ def compose(
         _similarity(tokenizers),
         _usage(tokenizers, pictures),
         _maps(tokenizers, pictures),
+        pretrained_vits(results),
         _masked(results, pictures),
         _training(pictures),
-        _cost(cost, settings),
+        how_to_read() if in_pairs else None,
+        _cost(results, cost, settings),
     )
+    whole = "What the codewords mean" if number == 1 else f"What the codewords of {number} tokenizers mean"
     return Report(
-        title="What the codewords mean" if number == 1 else f"What the codewords of {number} tokenizers mean",
-        subtitle=", ".join(str(one["name"]) for one in tokenizers),
-        summary=_summary(results),
+        title=title or whole,
+        subtitle=subtitle or ", ".join(str(one["name"]) for one in tokenizers),
+        summary=summary_of_comparisons(results) if in_pairs else _summary(results),
         facts=_facts(results),
         sections=tuple(part for part in parts if part is not None),
         footer="Made by pecobook, an open implementation of PeCo (arXiv 2111.12710). "
@@ -70,13 +98,22 @@ _TOLD = (("label", "the image's class"), ("colour", "the patch's colour"), ("edg
 
 
 def _facts(results: Mapping[str, Any]) -> tuple[tuple[str, str], ...]:
-    facts = [("Images from", str(results["data"])), ("Measured on", str(results["evaluation"]))]
-    facts += [("Images measured", thousands(results["tokenizers"][0]["num_images"]))]
-    if results["skipped"]["count"]:
-        facts += [("Images that could not be read", thousands(results["skipped"]["count"]))]
-    if results["num_classes"]:
-        facts += [("Classes", thousands(results["num_classes"]))]
-    return (*facts, ("Time", duration(results["seconds"])))
+    measured = [one["num_images"] for one in results["tokenizers"] if "num_images" in one]
+    facts = (
+        ("Images from", results.get("data")),
+        ("Measured on", results.get("evaluation")),
+        ("Images measured", measured and thousands(measured[0])),
+        ("Images that could not be read", _count(results.get("skipped", {}).get("count"))),
+        ("Training images", _count(results.get("num_train"))),
+        ("Classes", _count(results.get("num_classes"))),
+        ("Seed", results.get("seed")),
+        ("Time", duration(results["seconds"]) if results.get("seconds") else None),
+    )
+    return tuple((label, str(value)) for label, value in facts if value or value == 0)
+
+
+def _count(value: float | None) -> str | None:
+    return thousands(value) if value else None
 
 
 def _columns(
@@ -88,21 +125,25 @@ def _columns(
 
 
 def _overview(results: Mapping[str, Any]) -> Section:
+    tokenizers: Tokenizers = results["tokenizers"]
+    probes = [] if any("information" in one for one in tokenizers) else _PROBES  # else they stand beside it
     rows: list[tuple[str, Callable[[Mapping[str, Any]], str]]] = [
-        ("pixels a token", lambda one: f"{one['stride']} x {one['stride']}"),
-        ("image size, pixels", lambda one: str(one["image_size"])),
-        ("codewords used", lambda one: out_of(one["codes_used"], one["num_codewords"])),
-        ("perplexity", lambda one: fixed(one["perplexity"], 0)),
-        *_of_banks(results["tokenizers"]),
-        ("PSNR, dB", lambda one: fixed(one["psnr"], 2)),
-        ("SSIM", lambda one: fixed(one["ssim"], 3)),
-        ("perceptual distance", lambda one: fixed(one["perceptual_distance"], 3)),
+        ("pixels a token", lambda one: f"{one['stride']} x {one['stride']}" if "stride" in one else "–"),
+        ("image size, pixels", lambda one: str(one.get("image_size", "–"))),
+        ("codewords used", lambda one: out_of(one.get("codes_used"), one.get("num_codewords"))),
+        ("perplexity", lambda one: fixed(one.get("perplexity"), 0)),
+        *_of_banks(tokenizers),
+        ("PSNR, dB", lambda one: fixed(one.get("psnr"), 2)),
+        ("SSIM", lambda one: fixed(one.get("ssim"), 3)),
+        ("perceptual distance", lambda one: fixed(one.get("perceptual_distance"), 3)),
+        *probes,
     ]
     note = (
         "PSNR rewards equal pixels and a perceptual distance equal features, so each tokenizer does well on what it "
-        "was trained for. Tokenizers with another stride spend another number of tokens on an image."
+        "was trained for. Tokenizers with another stride spend another number of tokens on an image. A dash means not "
+        "measured."
     )
-    return Section("At a glance", "", table=_columns(results["tokenizers"], rows, note))
+    return Section("At a glance", "", table=_columns(tokenizers, rows, note))
 
 
 def _of_banks(tokenizers: Tokenizers) -> list[tuple[str, Callable[[Mapping[str, Any]], str]]]:
@@ -120,8 +161,10 @@ def _of_banks(tokenizers: Tokenizers) -> list[tuple[str, Callable[[Mapping[str, 
     ]
 
 
-def _semantics(results: Mapping[str, Any]) -> Section:
+def _semantics(results: Mapping[str, Any]) -> Section | None:
     tokenizers: Tokenizers = results["tokenizers"]
+    if not any("information" in one for one in tokenizers):
+        return None
     rows: list[tuple[str, Callable[[Mapping[str, Any]], str]]] = []
     text = (
         "Codes are compared with three things: the class of the image, the colour of the patch (27 coarse ones) and "
@@ -132,10 +175,7 @@ def _semantics(results: Mapping[str, Any]) -> Section:
     if tokenizers[0]["codeword_probe"] is None:
         text += "\n\nThe images have no labels: what is said of classes needs them and is left out."
     else:
-        rows += [
-            ("linear probe of mean codewords, %", lambda one: _with_error(one, "codeword_probe")),
-            ("linear probe of bags of codes, %", lambda one: _with_error(one, "bag_probe")),
-        ]
+        rows += _PROBES
     if "classifier" in tokenizers[0]:
         rows += [
             ("originals classified rightly, %", lambda one: fixed(one["classifier"]["originals"], 1)),
@@ -159,11 +199,17 @@ def _with_error(one: Mapping[str, Any], name: str) -> str:
     return f"{value:.1f} ± {error:.1f}" if value is not None and error is not None else "–"
 
 
+_PROBES: list[tuple[str, Callable[[Mapping[str, Any]], str]]] = [
+    ("linear probe of mean codewords, %", lambda one: _with_error(one, "codeword_probe")),
+    ("linear probe of bags of codes, %", lambda one: _with_error(one, "bag_probe")),
+]
+
+
 def _purity(told: Mapping[str, float]) -> str:
     return f"{told['purity']:.1f} ({told['null_purity']:.1f})"
 
 
-def _galleries(tokenizers: Tokenizers, pictures: Mapping[str, bytes]) -> Section:
+def _galleries(tokenizers: Tokenizers, pictures: Mapping[str, bytes]) -> Section | None:
     shown = [
         Picture(png, "", f"Patches that share a codeword of {one['name']}", title=f"{one['name']}{where}")
         for kind, where in (("gallery", ""), ("bank-gallery", ", all training images"))
@@ -176,24 +222,32 @@ def _galleries(tokenizers: Tokenizers, pictures: Mapping[str, bytes]) -> Section
         "random, one from each image first. Look for what a block has in common: a colour, a texture, an edge, a part "
         "of a thing."
     )
-    return Section("What shares a codeword", text, tuple(shown), side_by_side=True)
+    return Section("What shares a codeword", text, tuple(shown), side_by_side=True) if shown else None
 
 
 def _of(pictures: Mapping[str, bytes], kind: str, one: Mapping[str, Any]) -> bytes | None:
-    file = one["pictures"].get(kind)
+    file = one.get("pictures", {}).get(kind)
     return None if file is None else pictures[file.removeprefix("pictures/")]
 
 
-def _reconstructions(pictures: Mapping[str, bytes]) -> Section:
+def _reconstructions(pictures: Mapping[str, bytes]) -> Section | None:
+    if "reconstructions.png" not in pictures:
+        return None
     picture = Picture(
         pictures["reconstructions.png"],
         "Held-out images, and what each tokenizer makes of them from codes alone.",
         "Grid of originals and reconstructions",
     )
-    return Section("What the codes keep of an image", "", (picture,))
+    text = (
+        "Codes are a narrow passage: what does not fit is lost, and the loss that trains the codebook decides what "
+        "goes first. A blurred picture is not a worse codebook for pre-training, nor a sharp one a better."
+    )
+    return Section("What the codes keep of an image", text, (picture,))
 
 
-def _stability(tokenizers: Tokenizers) -> Section:
+def _stability(tokenizers: Tokenizers) -> Section | None:
+    if not any("stability" in one for one in tokenizers):
+        return None
     names = list(tokenizers[0]["stability"])
     rows: list[tuple[str, Callable[[Mapping[str, Any]], str]]] = [
         (name, lambda one, name=name: fixed(one["stability"].get(name), 1))  # type: ignore[misc]
@@ -207,7 +261,9 @@ def _stability(tokenizers: Tokenizers) -> Section:
     return Section("How stable codes are", text, table=_columns(tokenizers, rows))
 
 
-def _similarity(tokenizers: Tokenizers) -> Section:
+def _similarity(tokenizers: Tokenizers) -> Section | None:
+    if not any("similarity" in one for one in tokenizers):
+        return None
     rows: list[tuple[str, Callable[[Mapping[str, Any]], str]]] = []
     for kind, title in (("shifted_over_blurred", "shifted"), ("agreement_with_people", "people")):
         rows += [
@@ -225,7 +281,9 @@ def _similarity(tokenizers: Tokenizers) -> Section:
     return Section("What looks alike", text, table=_columns(tokenizers, rows))
 
 
-def _usage(tokenizers: Tokenizers, pictures: Mapping[str, bytes]) -> Section:
+def _usage(tokenizers: Tokenizers, pictures: Mapping[str, bytes]) -> Section | None:
+    if "usage.png" not in pictures:
+        return None
     shown = [
         Picture(
             pictures["usage.png"],
@@ -241,7 +299,7 @@ def _usage(tokenizers: Tokenizers, pictures: Mapping[str, bytes]) -> Section:
     return Section("How the codebook is used", "", tuple(shown), side_by_side=True)
 
 
-def _maps(tokenizers: Tokenizers, pictures: Mapping[str, bytes]) -> Section:
+def _maps(tokenizers: Tokenizers, pictures: Mapping[str, bytes]) -> Section | None:
     shown = []
     for one in tokenizers:
         for kind in ("map-usage", "map-classes"):
@@ -253,7 +311,7 @@ def _maps(tokenizers: Tokenizers, pictures: Mapping[str, bytes]) -> Section:
             caption = f"{one['name']}: the most used codeword and its nearest neighbours among the codewords."
             shown.append(Picture(near, caption, f"Neighbouring codewords of {one['name']}"))
     text = "Codewords on a plane by t-SNE: near ones are alike. Crosses are codewords that these images do not use."
-    return Section("The codebook as a landscape", text, tuple(shown), side_by_side=True)
+    return Section("The codebook as a landscape", text, tuple(shown), side_by_side=True) if shown else None
 
 
 def _masked(results: Mapping[str, Any], pictures: Mapping[str, bytes]) -> Section | None:
@@ -280,18 +338,29 @@ def _masked(results: Mapping[str, Any], pictures: Mapping[str, bytes]) -> Sectio
     return Section("Behind the mask", text, tuple(shown), table)
 
 
+_CURVES = {
+    "curves-contrast.png": "feature network",
+    "curves-tokenizers.png": "tokenizers",
+    "curves-vits.png": "transformers",
+}
+
+
 def _training(pictures: Mapping[str, bytes]) -> Section | None:
     shown = [
         Picture(pictures[file], "", f"Training curves of the {words}", title=words)
-        for file, words in (("curves-tokenizers.png", "tokenizers"), ("curves-vits.png", "transformers"))
+        for file, words in _CURVES.items()
         if file in pictures
     ]
     text = "From the logs of the runs. Losses of runs with other terms or other networks are on other scales."
     return Section("How they were trained", text, tuple(shown), side_by_side=True) if shown else None
 
 
-def _cost(cost: Sequence[tuple[str, float]], settings: Mapping[str, Any]) -> Section:
-    table = Table(("Step", "Time"), tuple((name, duration(seconds)) for name, seconds in cost))
-    return Section(
-        "Cost and settings", "", table=table, details=json.dumps(settings, indent=2), details_title="Settings"
-    )
+def _cost(results: Mapping[str, Any], cost: Sequence[tuple[str, float]], settings: Mapping[str, Any]) -> Section:
+    total = sum(seconds for _, seconds in cost)
+    rows = [(name, duration(seconds), f"{100 * seconds / total:.0f}%" if total else "–") for name, seconds in cost]
+    rows.append(("Sum", duration(total), ""))
+    whole = results.get("seconds")
+    note = f"The whole run took {duration(whole)}, loading and drawing included." if whole else ""
+    table = Table(("Step", "Time", "Share"), tuple(rows), note)
+    details = json.dumps(settings, indent=2, default=str, ensure_ascii=False)
+    return Section("Cost and settings", "", table=table, details=details, details_title="Settings")

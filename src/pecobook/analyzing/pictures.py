@@ -52,10 +52,8 @@ def pictures_of(
         seed: of the codewords and patches that are drawn at random.
     """
     book = tokenizer.codebook.detach().float().cpu()
-    chosen = shown_codewords(usage, asked, seed)
-    gallery = code_gallery(images, codes, codewords=len(chosen), patches=PATCHES, seed=seed, chosen=chosen)
     found = {
-        "gallery": draw.gallery_picture(gallery),
+        "gallery": gallery(images, codes, usage, asked=asked, seed=seed),
         "positions": draw.position_map(codes, tokenizer.num_codewords),
     }
     most = int(usage.counts.argmax())
@@ -75,6 +73,18 @@ def pictures_of(
         title = f"coloured by most frequent class{part}"
         found["map-classes"] = map_picture(plane, dominant, title=title, classes=classes)
     return found
+
+
+def gallery(images: Tensor, codes: Tensor, usage: CodeUsage, *, asked: Sequence[int] = (), seed: int) -> bytes:
+    """Patches of `shown_codewords`."""
+    chosen = shown_codewords(usage, asked, seed)
+    rows = code_gallery(images, codes, codewords=len(chosen), patches=PATCHES, seed=seed, chosen=chosen)
+    return draw.gallery_picture(rows)
+
+
+def spread(count: int) -> Tensor:
+    """Numbers of the images to show: evenly through the split, which is often sorted by class."""
+    return torch.linspace(0, count - 1, min(SHOWN, count)).long()
 
 
 def shown_codewords(usage: CodeUsage, asked: Sequence[int], seed: int) -> list[int]:

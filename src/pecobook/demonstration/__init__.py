@@ -1,7 +1,7 @@
 """`pecobook demo`: the paper's story, with its control, on any images, in minutes.
 
-plan.py      what is trained, with which settings and in which order
-evaluate.py  what is measured on held-out images, and the pictures
+plan.py     what is trained, with which settings and in which order
+measure.py  what is measured on held-out images, by the functions of `pecobook analyze`, which also write the page
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ def demo(config: DemoConfig | None = None, **settings: Any) -> Path:
     from threadpoolctl import threadpool_limits
 
     from pecobook.analysis.report import write_report
-    from pecobook.analysis.story import demo_report
-    from pecobook.demonstration import evaluate
+    from pecobook.analyzing.page import compose
+    from pecobook.demonstration.measure import measure
     from pecobook.engine.log import compact_duration
     from pecobook.files import write_atomically
 
@@ -44,14 +44,24 @@ def demo(config: DemoConfig | None = None, **settings: Any) -> Path:
     measuring = time.monotonic()
     # One thread: small matrices gain nothing from more, and lose much where another process is busy.
     with threadpool_limits(1):
-        results, pictures, curves = evaluate.measure(config, jobs)
+        results, pictures = measure(config, jobs)
     cost["measuring"] = time.monotonic() - measuring
     results["seconds"] = round(time.monotonic() - began, 1)
     (out / "pictures").mkdir(exist_ok=True)
     for name, png in pictures.items():
-        (out / "pictures" / f"{name.replace(':', '-')}.png").write_bytes(png)
-    write_atomically(out / "results.json", (json.dumps(results, indent=2) + "\n").encode())
-    report = write_report(out, demo_report(results, pictures, list(cost.items()), _settings(config, jobs), curves))
+        (out / "pictures" / name).write_bytes(png)
+    written = {"codebooks" if key == "tokenizers" else key: value for key, value in results.items()}
+    write_atomically(out / "results.json", (json.dumps(written, indent=2) + "\n").encode())
+    page = compose(
+        results,
+        pictures,
+        list(cost.items()),
+        _settings(config, jobs),
+        title="Three codebooks, the same images",
+        subtitle="What image tokens stand for when a codebook learns from pixels, "
+        "and when a network judges what it has drawn.",
+    )
+    report = write_report(out, page)
     say(f"\nDone in {compact_duration(results['seconds'])}: open {report}")
     return report
 
