@@ -83,7 +83,7 @@ MISTAKES: list[tuple[str, str, str]] = [
     ("codebook tiny --data photos --out run --batch-size 0", "0", "above 0"),
     ("codebook tiny --data photos --out run --optim.lr fast", "fast", "a number"),
     ("codebook tiny --data photos --out run --optim.lr -1", "-1", "above 0"),
-    ("codebook tiny --data photos --out run --optim.betas 0.9", "--betas", "2 values"),
+    ("codebook tiny --data photos --out run --optim.betas 0.9", "--optim.betas", "2 values"),
     ("codebook tiny --data photos --out run --resume perhaps", "perhaps", "true or false"),
     ("codebook tiny --data photos --out run --precision fp64", "fp64", "Did you mean"),
     ("codebook tiny --data photos --out run --precision fp16", "fp16", "use bf16 or fp32"),
@@ -138,7 +138,7 @@ MISTAKES: list[tuple[str, str, str]] = [
     ("codebook tiny --config unknown.json --data photos --out run", "bach_size", "Did you mean 'batch_size'?"),
     ("codebook tiny --config typed.json --data photos --out run", "fast", "a number"),
     ("codebook tiny --config flat.json --data photos --out run", "--optim", "not '3'"),
-    ("codebook tiny --config null.json --data photos --out run", "--layers", "not 'None'"),
+    ("codebook tiny --config null.json --data photos --out run", "--perceptual.layers", "not 'None'"),
     ("codebook tiny --config empty --data photos --out run", "empty", "no configuration file"),
     ("probe --data photos", "--backbone is missing", "timm:NAME"),
 ]
