@@ -6,7 +6,21 @@ OUT    ?= runs/demo
 # Processes that share out the tests. Each holds about 3 GB.
 WORKERS ?= 2
 
-.PHONY: demo test test-all test-gpu check format clean
+# Further arguments of pip, for example where to find PyTorch's wheels without CUDA.
+PIP_ARGS ?=
+
+define INSTALLING
+Installing pecobook and what it needs into $(VENV): about 6 GB the first time, since PyTorch's wheels carry CUDA.
+On a machine without a GPU PyTorch's CPU wheels are a tenth of that: see "On a CPU alone" in README.md.
+endef
+export INSTALLING
+
+# What a small processor computes: AVX2 alone, without AVX-512 and bfloat16.
+SMALL_CPU := ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 OPENBLAS_CORETYPE=Haswell
+SENSITIVE := tests/stages/test_golden.py tests/stages/test_classify.py tests/models/test_nearest.py \
+	tests/models/test_nearest_triton.py tests/models/test_quantizer.py
+
+.PHONY: demo test test-all test-gpu test-portable check format clean
 
 demo: $(VENV)/.run
 	$(BIN)/pecobook demo --out $(OUT)
@@ -16,6 +30,10 @@ test: $(VENV)/.dev
 
 test-all: $(VENV)/.dev
 	$(BIN)/pytest
+
+test-portable: $(VENV)/.dev
+	$(SMALL_CPU) $(BIN)/pytest -n $(WORKERS) -m "not gpu and not slow" $(SENSITIVE)
+	$(SMALL_CPU) ATEN_CPU_CAPABILITY=default $(BIN)/pytest -n $(WORKERS) -m "not gpu and not slow" $(SENSITIVE)
 
 test-gpu: $(VENV)/.dev
 	$(BIN)/pytest -m gpu
@@ -36,11 +54,12 @@ $(VENV)/bin/python:
 	$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 11) <= v < (3, 14) else "pecobook needs Python 3.11 to 3.13, this is %d.%d: make PYTHON=python3.12 ..." % v)'
 	$(PYTHON) -m venv $(VENV)
 
-# About 6 GB are downloaded here the first time: PyTorch's wheels carry CUDA.
 $(VENV)/.run: pyproject.toml | $(VENV)/bin/python
-	$(BIN)/pip install --disable-pip-version-check --quiet --editable .
+	@echo "$$INSTALLING"
+	$(BIN)/pip install --disable-pip-version-check $(PIP_ARGS) --editable .
 	touch $@
 
 $(VENV)/.dev: pyproject.toml | $(VENV)/bin/python
-	$(BIN)/pip install --disable-pip-version-check --quiet --editable ".[dev]"
+	@echo "$$INSTALLING"
+	$(BIN)/pip install --disable-pip-version-check $(PIP_ARGS) --editable ".[dev]"
 	touch $@ $(VENV)/.run

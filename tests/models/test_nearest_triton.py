@@ -38,8 +38,12 @@ for N, K, D in ((1, 1, 1), (0, 3, 2), (70, 33, 5), (257, 1025, 65), (300, 1000, 
         assert not len(near) or (near == exact).float().mean() > 0.95, (N, K, D, own)
         assert torch.equal(nearest_fused(z, codebook, "tf32", own), exact)
 
-twice = draw(40, 8, 2).repeat(2, 1)
-assert torch.equal(nearest_fused(twice[:40], twice, "fp32", tiles), torch.arange(40))  # ties go to the smallest index
+# Ties go to the smallest index, within a block and from block to block. Quarters are exact in fp32, in any order of
+# sums; of other numbers some processors' matrix products give equal columns other last bits.
+twice = draw(40, 8, 2).mul(4).round().div(4).repeat(2, 1)
+assert twice[:40].unique(dim=0).shape[0] == 40
+for own in (tiles, {**tiles, "BLOCK_K": 16}):
+    assert torch.equal(nearest_fused(twice[:40], twice, "fp32", own), torch.arange(40)), own
 strided = draw(8, 90, 3).t()
 assert torch.equal(nearest_fused(strided, draw(33, 8, 4), "fp32", tiles),
                    nearest_fused(strided.contiguous(), draw(33, 8, 4), "fp32", tiles))

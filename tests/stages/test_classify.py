@@ -197,13 +197,13 @@ def test_average__follows_the_weights_and_is_what_is_evaluated_and_exported(vit_
     before = {name: value.clone() for name, value in stage.network.state_dict().items()}
     with torch.no_grad():
         for parameter in stage.network.parameters():
-            parameter.add_(1.0)
+            parameter.add_(0.1)  # a large shift makes the logits so ill-conditioned that processors differ in them
     stage.after_step(1, 100)  # decay 2 / 11 at first
     for name, value in stage.averaged.named_parameters():
-        torch.testing.assert_close(value.detach(), before[name] + 9 / 11)
+        torch.testing.assert_close(value.detach(), before[name] + 0.1 * 9 / 11)
     stage.after_step(1000, 2000)
     for name, value in stage.averaged.named_parameters():
-        torch.testing.assert_close(value.detach(), before[name] + 1 - 0.9 * (2 / 11))
+        torch.testing.assert_close(value.detach(), before[name] + 0.1 * (1 - 0.9 * (2 / 11)))
     with torch.no_grad():
         given = batch()
         images = (given["image"].float() / 255 - stage.mean) / stage.std

@@ -45,6 +45,11 @@ STAGES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
+# Steps before a processor's rounding is enlarged: contrast normalises few images at once, and a perceptual codebook may
+# choose another of two near codewords. Later steps differ by up to 1e-2 between processors, the first ones by 3e-5.
+SHARP = {"contrast": 4, "codebook_perceptual": 11}
+
+
 @pytest.mark.parametrize("name", list(STAGES))
 def test_train__golden_losses(name: str, tmp_path: Path) -> None:
     command, more = STAGES[name]
@@ -64,7 +69,8 @@ def test_train__golden_losses(name: str, tmp_path: Path) -> None:
     file = GOLDEN / f"{name}.json"
     if os.environ.get("PECOBOOK_UPDATE_GOLDEN"):
         file.write_text(json.dumps(found, indent=1) + "\n")
-    assert found == pytest.approx(json.loads(file.read_text()), rel=1e-4), (
-        "what is computed has changed; if that is meant: PECOBOOK_UPDATE_GOLDEN=1, and a line in CHANGELOG.md"
-    )
+    golden, sharp = json.loads(file.read_text()), SHARP.get(name, STEPS)
+    said = "what is computed has changed; if that is meant: PECOBOOK_UPDATE_GOLDEN=1, and a line in CHANGELOG.md"
+    assert found[:sharp] == pytest.approx(golden[:sharp], rel=1e-4), said
+    assert found == pytest.approx(golden, rel=2e-2), said
     assert sum(found[-5:]) < sum(found[:5])  # it learns
