@@ -18,8 +18,8 @@ from pathlib import Path
 
 import numpy as np
 
-from pecobook.analyzing.bank import bank_usage, find_places
-from pecobook.analyzing.pictures import PATCHES, shown_codewords
+from pecobook.commands.analyze.bank import bank_usage, find_places
+from pecobook.commands.analyze.pictures import PATCHES, shown_codewords
 from pecobook.data.tokens import TokenBank, layouts, write_shard
 
 

@@ -107,7 +107,7 @@ def measure(run: Path, arguments: argparse.Namespace, seed: int) -> dict[str, An
     from pecobook.data.images import open_images
     from pecobook.data.stream import read_all
     from pecobook.models.tokenizer import PerceptualTokenizer
-    from pecobook.pixels import to_float
+    from pecobook.utils.images import to_float
 
     tokenizer = PerceptualTokenizer.from_pretrained(run)
     K, splits = tokenizer.config.num_codewords, open_images(arguments.data)

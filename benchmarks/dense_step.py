@@ -29,7 +29,7 @@ Made = tuple[nn.Module, Callable[[], Tensor]]
 def pyramid(size: int, **config: Any) -> Any:
     import timm
 
-    from pecobook.models.pyramid import FeaturePyramid
+    from pecobook.models.dense.pyramid import FeaturePyramid
     from pecobook.settings.dense import PyramidConfig
 
     network = timm.create_model("beit_base_patch16_224", num_classes=0, drop_path_rate=0.1)
@@ -37,7 +37,7 @@ def pyramid(size: int, **config: Any) -> Any:
 
 
 def segment(batch: int, device: torch.device, **config: Any) -> Made:
-    from pecobook.models.segmenter import Segmenter, stretch
+    from pecobook.models.dense.segmenter import Segmenter, stretch
 
     names = tuple(str(number) for number in range(CLASSES))
     model = Segmenter(pyramid(SIDE, **config), names, image_size=SIDE, mean=MEAN, std=STD)
@@ -78,7 +78,7 @@ def transformers(batch: int, device: torch.device) -> Made:
 
 
 def detect(batch: int, device: torch.device, **config: Any) -> Made:
-    from pecobook.models.detector import Detector
+    from pecobook.models.dense.detector import Detector
 
     described = {"name": "beit_base_patch16_224", "mean": MEAN, "std": STD}
     names = [str(number) for number in range(80)]

@@ -307,7 +307,7 @@ def test_main__a_signal_leaves_with_130_and_the_way_on(
         if step == 2:
             os.kill(os.getpid(), signal.SIGINT)
 
-    monkeypatch.setattr("pecobook.stages.contrast.ContrastStage.after_step", stop)
+    monkeypatch.setattr("pecobook.stages.moco.MocoStage.after_step", stop)
     out = tmp_path / "run"
     with pytest.raises(SystemExit) as left:
         cli.main(["contrast", "tiny", "--data", str(images), "--out", str(out), *small_flags("contrast")])

@@ -100,7 +100,7 @@ def test_imports__stages_know_neither_each_other_nor_the_command_line() -> None:
 
 def test_imports__settings_know_errors_and_each_other_alone() -> None:
     assert len(SETTINGS) > 20
-    allowed = ("pecobook.errors", "pecobook.settings", "pecobook.files")
+    allowed = ("pecobook.errors", "pecobook.settings", "pecobook.utils.files")
     for name, wrong in importers("pecobook", within="pecobook.settings").items():
         assert {one for one in wrong if one != "pecobook" and not one.startswith(allowed)} == set(), name
 

@@ -9,20 +9,20 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from pecobook.analyzing import analyze
     from pecobook.api import codebook, contrast, detect, export, finetune, predict, pretrain, segment, tokenize
+    from pecobook.commands.analyze import analyze
+    from pecobook.commands.demo import demo
+    from pecobook.commands.explore import explore
+    from pecobook.commands.probe import probe
+    from pecobook.commands.reproduce import reproduce
     from pecobook.data.masking import blockwise_mask
-    from pecobook.demonstration import demo
     from pecobook.errors import PecobookError
-    from pecobook.exploring import explore
     from pecobook.models.masked_vit import MaskedImageModel
     from pecobook.models.nearest import nearest_codeword
     from pecobook.models.perceptual import PerceptualDistance
     from pecobook.models.quantizer import VectorQuantizer
     from pecobook.models.tokenizer import PerceptualTokenizer
     from pecobook.models.tokenizers import load_tokenizer
-    from pecobook.probing import probe
-    from pecobook.reproducing import reproduce
 
 __all__ = [
     "MaskedImageModel",
@@ -55,21 +55,21 @@ _HOMES = {
     "PerceptualDistance": "models.perceptual",
     "PerceptualTokenizer": "models.tokenizer",
     "VectorQuantizer": "models.quantizer",
-    "analyze": "analyzing",
+    "analyze": "commands.analyze",
     "blockwise_mask": "data.masking",
     "codebook": "api",
     "contrast": "api",
-    "demo": "demonstration",
+    "demo": "commands.demo",
     "detect": "api",
-    "explore": "exploring",
+    "explore": "commands.explore",
     "export": "api",
     "finetune": "api",
     "load_tokenizer": "models.tokenizers",
     "nearest_codeword": "models.nearest",
     "predict": "api",
     "pretrain": "api",
-    "probe": "probing",
-    "reproduce": "reproducing",
+    "probe": "commands.probe",
+    "reproduce": "commands.reproduce",
     "segment": "api",
     "tokenize": "api",
 }

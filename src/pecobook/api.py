@@ -19,14 +19,14 @@ def run(command: str, config: TrainConfig) -> Path:
     from pecobook.engine.stage import Stage
     from pecobook.stages.classify import ClassifyStage
     from pecobook.stages.codebook import CodebookStage
-    from pecobook.stages.contrast import ContrastStage
     from pecobook.stages.detect import DetectStage
+    from pecobook.stages.moco import MocoStage
     from pecobook.stages.pretrain import PretrainStage
     from pecobook.stages.segment import SegmentStage
     from pecobook.stages.training import train
 
     stages: tuple[type[Stage[Any]], ...]
-    stages = (ContrastStage, CodebookStage, PretrainStage, ClassifyStage, SegmentStage, DetectStage)
+    stages = (MocoStage, CodebookStage, PretrainStage, ClassifyStage, SegmentStage, DetectStage)
     by_command: dict[str, type[Stage[Any]]] = {stage.command: stage for stage in stages}
     return train(by_command[command], config)
 
@@ -63,14 +63,14 @@ def detect(recipe: str = DEFAULT_RECIPE, **settings: Any) -> Path:
 
 def tokenize(recipe: str = DEFAULT_RECIPE, **settings: Any) -> Path:
     """Write a token bank whose views are those of a `pretrain` recipe; returns its folder. Raises PecobookError."""
-    from pecobook.tokenizing import tokenize as write
+    from pecobook.commands.tokenize import tokenize as write
 
     return write(replace(recipes.tokenize(recipe), settings))
 
 
 def export(run: str, format: str = "timm", *, out: str) -> Path:  # noqa: A002
     """Write a run's weights for timm, transformers (hf) or ONNX (onnx); returns the folder. Raises PecobookError."""
-    from pecobook.exporting import export as write
+    from pecobook.commands.export import export as write
     from pecobook.settings.export import ExportConfig
 
     return write(replace(ExportConfig(), {"run": run, "format": format, "out": out}))
@@ -78,7 +78,7 @@ def export(run: str, format: str = "timm", *, out: str) -> Path:  # noqa: A002
 
 def predict(run: str, images: str, *, out: str, **settings: Any) -> Path:
     """What a run of finetune, segment or detect says of images; returns the folder. Raises PecobookError."""
-    from pecobook.predicting import predict as write
+    from pecobook.commands.predict import predict as write
     from pecobook.settings.predict import PredictConfig
 
     return write(replace(PredictConfig(), {"run": run, "images": images, "out": out, **settings}))

@@ -133,7 +133,7 @@ def _tokenize(args: list[str]) -> None:
 
     name = args.pop(0) if args and not args[0].startswith("-") else recipes.DEFAULT_RECIPE
     config = parse(recipes.tokenize(name), args, f"tokenize {name}")
-    from pecobook.tokenizing import tokenize
+    from pecobook.commands.tokenize import tokenize
 
     tokenize(config)
 
@@ -143,7 +143,7 @@ def _export(args: list[str]) -> None:
 
     run = ["--run", args.pop(0)] if args and not args[0].startswith("-") else []
     config = parse(ExportConfig(), [*run, *args], "export")
-    from pecobook.exporting import export
+    from pecobook.commands.export import export
 
     export(config)
 
@@ -154,7 +154,7 @@ def _predict(args: list[str]) -> None:
     words = [args.pop(0) for _ in range(2) if args and not args[0].startswith("-")]
     named = [text for name, word in zip(("--run", "--images"), words, strict=False) for text in (name, word)]
     config = parse(PredictConfig(), [*named, *args], "predict")
-    from pecobook.predicting import predict
+    from pecobook.commands.predict import predict
 
     predict(config)
 
@@ -167,7 +167,7 @@ def _bench(args: list[str]) -> None:
     rest = args[1:] if args[0] == "pretrain" else args
     recipe = ["--recipe", rest.pop(0)] if rest and not rest[0].startswith("-") else []
     config = parse(BenchConfig(), [*recipe, *rest], "bench pretrain")
-    from pecobook.benching import bench
+    from pecobook.commands.bench import bench
 
     bench(config)
 
@@ -176,7 +176,7 @@ def _analyze(args: list[str]) -> None:
     from pecobook.settings.analyze import AnalyzeConfig
 
     config = parse(AnalyzeConfig(), args, "analyze")
-    from pecobook.analyzing import analyze
+    from pecobook.commands.analyze import analyze
 
     analyze(config)
 
@@ -185,7 +185,7 @@ def _reproduce(args: list[str]) -> None:
     from pecobook.settings.reproduce import ReproduceConfig
 
     config = parse(ReproduceConfig(), _first_as("--tables", args), "reproduce")
-    from pecobook.reproducing import reproduce
+    from pecobook.commands.reproduce import reproduce
 
     reproduce(config)
 
@@ -194,7 +194,7 @@ def _explore(args: list[str]) -> None:
     from pecobook.settings.explore import ExploreConfig
 
     config = parse(ExploreConfig(), _first_as("--runs", args), "explore")
-    from pecobook.exploring import explore
+    from pecobook.commands.explore import explore
 
     explore(config)
 
@@ -209,7 +209,7 @@ def _probe(args: list[str]) -> None:
     from pecobook.settings.probe import ProbeConfig
 
     config = parse(ProbeConfig(), args, "probe")
-    from pecobook.probing import probe
+    from pecobook.commands.probe import probe
 
     probe(config)
 
@@ -218,7 +218,7 @@ def _demo(args: list[str]) -> None:
     from pecobook.settings.demo import DemoConfig
 
     config = parse(DemoConfig(), args, "demo")
-    from pecobook.demonstration import demo
+    from pecobook.commands.demo import demo
 
     demo(config)
 

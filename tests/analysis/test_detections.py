@@ -14,8 +14,8 @@ from pycocotools.cocoeval import COCOeval
 from torchvision.models.detection.roi_heads import project_masks_on_boxes
 
 from pecobook.analysis.detections import average_precision, coco_results, detections_picture, evaluate_detections
-from pecobook.data.detection import DetectionSource, open_detection
-from pecobook.models.detector import Detections, half_pixel
+from pecobook.data.dense.detection import DetectionSource, open_detection
+from pecobook.models.dense.detector import Detections, half_pixel
 from tests.coco import make_coco, read_coco
 
 

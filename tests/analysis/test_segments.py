@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from torchmetrics.classification import MulticlassJaccardIndex
 
 from pecobook.analysis.segments import count_pixels, intersection_over_union, overlay, palette, scores
-from pecobook.data.segmentation_classes import IGNORE
+from pecobook.data.dense.segmentation_classes import IGNORE
 
 
 def test_scores__by_hand() -> None:

@@ -17,8 +17,8 @@ from torch.testing import assert_close
 from pecobook.data import views
 from pecobook.data.sampler import key, uniforms
 from pecobook.data.views import NUM_COLOUR_DRAWS, center_crop, colour_draws, crop_box, photometric, random_crop
-from pecobook.pixels import resize, to_float
 from pecobook.settings.images import PhotometricConfig
+from pecobook.utils.images import resize, to_float
 
 SIDES = st.one_of(st.integers(1, 5), st.integers(1, 1000))
 NOTHING = PhotometricConfig(jitter=0, grey=0, blur=0, solarise=0)

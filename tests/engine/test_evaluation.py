@@ -118,7 +118,7 @@ def test_contrast__knn_accuracy_is_that_of_its_exported_features(images: Path, t
     from pecobook.data.sampler import key, permute
     from pecobook.data.stream import read_all
     from pecobook.models.weights import load_backbone
-    from pecobook.pixels import to_float
+    from pecobook.utils.images import to_float
     from tests.runs import logged, train
 
     run = train("contrast", images, tmp_path / "run", knn_images=15, micro_batch_size=4)

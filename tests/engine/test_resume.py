@@ -25,7 +25,7 @@ from pecobook.errors import NonFiniteLossError, RunFolderError
 from pecobook.models.quantizer import VectorQuantizer
 from pecobook.settings.training import TrainConfig
 from pecobook.stages.codebook import CodebookStage
-from pecobook.stages.contrast import ContrastStage
+from pecobook.stages.moco import MocoStage
 from tests.distributed import TwoProcesses
 from tests.runs import SMALL, export_bytes, inputs, logged, losses, train
 
@@ -41,7 +41,7 @@ def stop_after(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
             os.kill(os.getpid(), signal.SIGTERM)
         return ordinary(self, metrics, now)
 
-    for kind in (Stage, CodebookStage, ContrastStage):
+    for kind in (Stage, CodebookStage, MocoStage):
         monkeypatch.setattr(kind, "warning", warning)
 
 

@@ -13,12 +13,12 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from torch import Tensor
 
-from pecobook.data.detection import DetectionSource, open_detection
+from pecobook.data.dense.detection import DetectionSource, open_detection
 from pecobook.data.source import Splits
 from pecobook.data.stream import Stream, collate
 from pecobook.engine import launch
 from pecobook.errors import ConfigError, DataError, PreflightError, WeightsError
-from pecobook.models.detector import Detections, Detector
+from pecobook.models.dense.detector import Detections, Detector
 from pecobook.models.weights import create, export_backbone
 from pecobook.recipes import detect as recipes
 from pecobook.settings.detect import DetectConfig, DetectorConfig

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from pecobook.models.segmenter import Segmenter
+from pecobook.models.dense.segmenter import Segmenter
 from pecobook.settings.segment import SegmentTestConfig
 from tests.runs import SMALL, export_bytes, inputs, losses, train
 

@@ -145,8 +145,8 @@ def test_check__grid_and_tokens_must_agree(codebook_run: Path) -> None:
 
 def test_train__on_the_tokens_of_dalle(images: Path, tmp_path: Path) -> None:
     """BEiT's own arrangement; its probe reads the decoder's embeddings of tokens."""
+    from pecobook.commands.probe import probe
     from pecobook.models.dalle import DalleTokenizer
-    from pecobook.probing import probe
 
     torch.manual_seed(0)
     theirs = DalleTokenizer(width=8, num_codewords=24, embedding=6)

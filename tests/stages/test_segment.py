@@ -12,10 +12,10 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from pecobook.data.segmentation_classes import IGNORE
+from pecobook.data.dense.segmentation_classes import IGNORE
 from pecobook.data.source import Splits
 from pecobook.errors import ConfigError, DataError, PreflightError, WeightsError
-from pecobook.models.segmenter import Segmenter, best_classes
+from pecobook.models.dense.segmenter import Segmenter, best_classes
 from pecobook.recipes import recipe
 from pecobook.settings.segment import SegmentConfig
 from pecobook.settings.values import replace

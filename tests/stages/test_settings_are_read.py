@@ -132,7 +132,7 @@ def test_every_setting_of_tokenize_is_read(images: Path, codebook_run: Path, tmp
         tokenize_recipe("tiny"),
         {"data": str(images), "tokenizer": str(codebook_run), "out": str(tmp_path / "bank"), "image_size": 16},
     )
-    from pecobook.tokenizing import tokenize
+    from pecobook.commands.tokenize import tokenize
 
     with recording(type(config)) as reads, contextlib.redirect_stderr(io.StringIO()):
         tokenize(replace(config, {"workers": 0}))

@@ -44,7 +44,7 @@ def test_train__ddp_equals_one_process(
 
 def contrast_on_each(rank: int, world_size: int, data: str, out: str, more: dict[str, Any]) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("pecobook.stages.contrast.mlp", without_norm)
+        patch.setattr("pecobook.stages.moco.mlp", without_norm)
         train("contrast", data, Path(out), **more)
 
 

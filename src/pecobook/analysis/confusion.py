@@ -12,7 +12,7 @@ from torch import Tensor
 
 from pecobook.analysis.arrays import Array, as_numpy
 from pecobook.analysis.canvas import new_figure, plain, png
-from pecobook.files import write_atomically
+from pecobook.utils.files import write_atomically
 
 if TYPE_CHECKING:
     from pecobook.data.source import ImageSource

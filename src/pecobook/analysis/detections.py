@@ -11,12 +11,12 @@ import numpy as np
 from torch import Tensor
 
 from pecobook.analysis.canvas import new_figure, plain, png
-from pecobook.models.detector import Detections, paste_masks
+from pecobook.models.dense.detector import Detections, paste_masks
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-    from pecobook.data.detection import DetectionSource
+    from pecobook.data.dense.detection import DetectionSource
 
 _COLOURS = (
     "#e6550d",

@@ -9,7 +9,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from pecobook.data.segmentation_classes import IGNORE
+from pecobook.data.dense.segmentation_classes import IGNORE
 
 Picture = npt.NDArray[np.uint8]
 

@@ -118,7 +118,7 @@ def read_bapps(judgements: Mapping[Path, float], size: int) -> Triplets:
     """The pictures of judgements, central crops of a size. Raises DataError when one cannot be read."""
     from pecobook.data.decode import BadImage, decode
     from pecobook.data.views import center_crop
-    from pecobook.pixels import to_float
+    from pecobook.utils.images import to_float
 
     images: dict[str, list[Tensor]] = {part: [] for part in _PARTS}
     for file in judgements:

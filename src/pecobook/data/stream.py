@@ -18,8 +18,8 @@ from pecobook.data.decode import BadImage
 from pecobook.data.sampler import fixed_place, key, permute
 from pecobook.data.source import ImageSource
 from pecobook.data.views import center_crop
-from pecobook.devices import cores
 from pecobook.errors import DataError
+from pecobook.utils.devices import cores
 
 # A view function maps (uint8 image (C, H, W), key of this view) to named tensors; where the source has more of an image
 # than its pixels, (image, mask or boxes, key). A list of tensors marks what differs in shape from image to image.

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from pecobook.data.decode import BadImage
 from pecobook.errors import DataError, first_line
-from pecobook.files import write_atomically
+from pecobook.utils.files import write_atomically
 
 MOST_CODEWORDS = 2**16
 _SHARD_IMAGES = 8192

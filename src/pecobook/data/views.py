@@ -17,8 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pecobook.pixels import resize
 from pecobook.settings.images import PhotometricConfig
+from pecobook.utils.images import resize
 
 NUM_COLOUR_DRAWS = 9  # brightness, contrast, saturation, hue; then whether jitter, grey, blur, solarise; blur's width
 

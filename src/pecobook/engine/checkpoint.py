@@ -21,9 +21,9 @@ from torch.distributed.checkpoint.state_dict import (
     set_state_dict,
 )
 
-from pecobook.collectives import on_first_rank
 from pecobook.errors import RunFolderError, first_line
-from pecobook.files import sync_folder
+from pecobook.utils.distributed import on_first_rank
+from pecobook.utils.files import sync_folder
 
 
 class Stateful(Protocol):

@@ -13,9 +13,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from pecobook.collectives import gather_rows
 from pecobook.data.sampler import key
 from pecobook.data.stream import Stream, load, to_device
+from pecobook.utils.distributed import gather_rows
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric

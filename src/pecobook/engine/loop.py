@@ -15,7 +15,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from pecobook.collectives import on_first_rank
 from pecobook.data.sampler import BatchPositions, key
 from pecobook.data.stream import Batch, Stream, default_workers, load, to_device
 from pecobook.engine import checkpoint
@@ -33,6 +32,7 @@ from pecobook.errors import PecobookError
 from pecobook.settings.durations import steps
 from pecobook.settings.training import TrainConfig
 from pecobook.settings.values import to_dict
+from pecobook.utils.distributed import on_first_rank
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric

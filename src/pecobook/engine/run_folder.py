@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from pecobook.errors import RunFolderError
-from pecobook.files import write_atomically
 from pecobook.settings.training import TrainConfig
 from pecobook.settings.values import changed_settings, complete, to_dict
+from pecobook.utils.files import write_atomically
 
 _OURS = ("config.json", "environment.json", "metrics.jsonl", "train.log", "samples", "checkpoints", "export")
 

@@ -13,7 +13,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pecobook.collectives import gather_rows
+from pecobook.utils.distributed import gather_rows
 
 
 def mlp(widths: list[int], *, final_norm: bool) -> nn.Sequential:

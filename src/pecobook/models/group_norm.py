@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from pecobook.pixels import channels_last
+from pecobook.utils.images import channels_last
 
 _LARGE = 1024  # pixels, from which PyTorch's forward reads whole rows of channels
 

@@ -44,7 +44,7 @@ def beit_to_huggingface(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """The weights of a timm BEiT under the names of a transformers BeitModel.
 
     The last norm, `norm` or `fc_norm`, comes out as `layernorm`; a head as `head`. What goes where depends on the
-    model: see `pecobook.exporting`.
+    model: see `pecobook.commands.export`.
 
     Raises:
         WeightsError: a weight has no counterpart.

@@ -16,8 +16,8 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
-from pecobook.devices import exporting
 from pecobook.settings.tokenizer import SearchPrecision
+from pecobook.utils.devices import exporting
 
 # Elements of a distance matrix held at once. On 2 cores 4,096 rows of 8,192 were fastest in fp32, and 256 rows
 # fragmented the heap; of the bfloat16 search, whose pieces should stay in the cache, 1,024.

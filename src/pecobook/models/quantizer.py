@@ -20,9 +20,9 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pecobook.collectives import gather_rows, world_size
 from pecobook.models.nearest import nearest_codeword
 from pecobook.settings.tokenizer import SearchPrecision
+from pecobook.utils.distributed import gather_rows, world_size
 
 _KMEANS_ITERATIONS = 10
 _REVIVE_EVERY = 10  # updates between looks for dead codewords: each look costs one synchronisation with the device

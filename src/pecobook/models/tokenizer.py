@@ -8,7 +8,6 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from pecobook.devices import exporting
 from pecobook.errors import ConfigError, WeightsError, first_line
 from pecobook.models.autoencoder import Decoder, Encoder
 from pecobook.models.nearest import nearest_codeword
@@ -17,6 +16,7 @@ from pecobook.models.vit_autoencoder import ViTDecoder, ViTEncoder
 from pecobook.models.weights import read_export, write_export
 from pecobook.settings.tokenizer import AutoencoderConfig, TokenizerConfig
 from pecobook.settings.values import replace, to_dict
+from pecobook.utils.devices import exporting
 
 _CARD = """---
 library_name: pecobook

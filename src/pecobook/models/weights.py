@@ -84,7 +84,7 @@ def write_tensors(file: Path, tensors: dict[str, Tensor]) -> None:
     """Write a safetensors file, whole or not at all."""
     from safetensors.torch import save
 
-    from pecobook.files import write_atomically
+    from pecobook.utils.files import write_atomically
 
     file.parent.mkdir(parents=True, exist_ok=True)
     own = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
@@ -93,7 +93,7 @@ def write_tensors(file: Path, tensors: dict[str, Tensor]) -> None:
 
 def write_export(folder: Path, config: dict[str, Any], state: dict[str, Tensor], card: str) -> None:
     """Write an export folder."""
-    from pecobook.files import write_atomically
+    from pecobook.utils.files import write_atomically
 
     write_tensors(folder / "model.safetensors", state)
     write_atomically(folder / "README.md", card.encode())
@@ -274,7 +274,7 @@ def _further(name: str, drop_path: float, any_size: bool) -> dict[str, Any]:
 
 
 def any_size_args(name: str) -> dict[str, Any]:
-    """Arguments with which timm's `name` reads images of any size; BEiT knows none (see `pecobook.models.pyramid`)."""
+    """Arguments with which timm's `name` reads images of any size; BEiT knows none (see `models.dense.pyramid`)."""
     dynamic = is_transformer(name) and not name.startswith("beit")
     return {"dynamic_img_size": True, "dynamic_img_pad": True} if dynamic else {}
 

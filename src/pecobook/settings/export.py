@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Literal
 
-from pecobook.files import require_empty
+from pecobook.utils.files import require_empty
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 
-from pecobook.files import require_empty
 from pecobook.settings.segment import SegmentTestConfig
 from pecobook.settings.values import between
+from pecobook.utils.files import require_empty
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

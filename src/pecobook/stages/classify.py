@@ -21,9 +21,9 @@ from pecobook.engine.stage import Stage, StageOutput, mean_of_counted
 from pecobook.errors import ConfigError
 from pecobook.models.contrastive import follow
 from pecobook.models.weights import Backbone, export_backbone, load_backbone
-from pecobook.pixels import channels_last, to_float
 from pecobook.settings.finetune import FinetuneConfig
 from pecobook.settings.training import BaseOptimConfig
+from pecobook.utils.images import channels_last, to_float
 
 
 class ClassifyStage(Stage[FinetuneConfig]):

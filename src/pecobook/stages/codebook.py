@@ -20,7 +20,6 @@ from torchvision.transforms.functional import rgb_to_grayscale
 
 from pecobook.analysis.codewords import code_usage
 from pecobook.analysis.reconstruction import psnr, ssim
-from pecobook.collectives import mean_over_ranks
 from pecobook.data.sampler import key
 from pecobook.data.source import Splits
 from pecobook.data.stream import Batch, ViewFunction
@@ -33,10 +32,11 @@ from pecobook.models.explicit import CodewordClassifier, CodewordContrast
 from pecobook.models.perceptual import perceptual_distance
 from pecobook.models.quantizer import Quantized, VectorQuantizer
 from pecobook.models.tokenizer import PerceptualTokenizer
-from pecobook.pixels import to_float
 from pecobook.settings.codebook import CodebookConfig
 from pecobook.settings.durations import steps
 from pecobook.settings.tokenizer import TokenizerConfig
+from pecobook.utils.distributed import mean_over_ranks
+from pecobook.utils.images import to_float
 
 
 class CodebookStage(Stage[CodebookConfig]):

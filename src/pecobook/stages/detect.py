@@ -13,16 +13,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pecobook.data.detection import DetectionSource, open_detection
-from pecobook.data.detection_views import evaluation_view, training_view
+from pecobook.data.dense.detection import DetectionSource, open_detection
+from pecobook.data.dense.detection_views import evaluation_view, training_view
 from pecobook.data.source import ImageSource, Splits
 from pecobook.data.stream import Batch, ViewFunction
 from pecobook.engine.launch import is_leader
 from pecobook.engine.optim import dense_groups
 from pecobook.engine.stage import Stage, StageOutput
 from pecobook.errors import ConfigError
-from pecobook.models.detector import Detections, Detector, export_detector, rescale
-from pecobook.models.pyramid import describe_pyramid, pyramid_of
+from pecobook.models.dense.detector import Detections, Detector, export_detector, rescale
+from pecobook.models.dense.pyramid import describe_pyramid, pyramid_of
 from pecobook.settings.detect import DetectConfig
 from pecobook.settings.training import BaseOptimConfig
 
@@ -89,7 +89,7 @@ class DetectStage(Stage[DetectConfig]):
 
     def report(self, folder: Path, rows: dict[str, Tensor], source: ImageSource) -> None:
         """Write detections.json (COCO's format of results), average_precision.json, and images with both sides."""
-        from pecobook.files import write_atomically
+        from pecobook.utils.files import write_atomically
 
         write_atomically(folder / "detections.json", (json.dumps(self._results) + "\n").encode())
         write_atomically(folder / "average_precision.json", (json.dumps(self._precision, indent=2) + "\n").encode())

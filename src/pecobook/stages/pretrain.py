@@ -33,9 +33,9 @@ from pecobook.models.masked_vit import (
 )
 from pecobook.models.tokenizers import fingerprint, load_tokenizer
 from pecobook.models.weights import IMAGENET_MEAN, IMAGENET_STD, create, export_backbone, write_tensors
-from pecobook.pixels import to_float
 from pecobook.settings.images import PhotometricConfig
 from pecobook.settings.pretrain import MaskConfig, PretrainConfig
+from pecobook.utils.images import to_float
 
 
 class PretrainStage(Stage[PretrainConfig]):

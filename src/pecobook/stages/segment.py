@@ -13,10 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pecobook.analysis.segments import count_pixels, intersection_over_union, overlay, scores
-from pecobook.data.segmentation import SegmentationSource, open_segmentation
-from pecobook.data.segmentation_check import verify
-from pecobook.data.segmentation_classes import IGNORE
-from pecobook.data.segmentation_views import resize_mask, training_view
+from pecobook.data.dense.segmentation import SegmentationSource, open_segmentation
+from pecobook.data.dense.segmentation_check import verify
+from pecobook.data.dense.segmentation_classes import IGNORE
+from pecobook.data.dense.segmentation_views import resize_mask, training_view
 from pecobook.data.source import ImageSource, Splits
 from pecobook.data.stream import Batch, ViewFunction
 from pecobook.data.views import photometric
@@ -24,11 +24,11 @@ from pecobook.engine.launch import is_leader, micro_batch_size, world_size
 from pecobook.engine.optim import dense_groups
 from pecobook.engine.stage import Stage, StageOutput, mean_of_counted
 from pecobook.errors import ConfigError, DataError, listed
-from pecobook.models.pyramid import describe_pyramid, pyramid_of
-from pecobook.models.segmenter import Segmenter, best_classes, export_segmenter, scaled_pictures, stretch
-from pecobook.pixels import resize, to_float
+from pecobook.models.dense.pyramid import describe_pyramid, pyramid_of
+from pecobook.models.dense.segmenter import Segmenter, best_classes, export_segmenter, scaled_pictures, stretch
 from pecobook.settings.segment import SegmentConfig, SegmentTestConfig
 from pecobook.settings.training import BaseOptimConfig
+from pecobook.utils.images import resize, to_float
 
 
 class SegmentStage(Stage[SegmentConfig]):

@@ -11,13 +11,13 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import Tensor
 
-from pecobook.collectives import on_first_rank
 from pecobook.data.sampler import fixed_place
 from pecobook.data.source import ImageSource, Splits
 from pecobook.data.stream import Stream
 from pecobook.engine.stage import Stage
 from pecobook.errors import DataError, PecobookError, PreflightError, RunFolderError, first_line
 from pecobook.settings.training import TrainConfig
+from pecobook.utils.distributed import on_first_rank
 
 C = TypeVar("C", bound=TrainConfig)
 

@@ -1,0 +1,1 @@
+"""What a user types beside training: a file or a folder each."""

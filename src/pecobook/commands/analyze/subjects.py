@@ -1,0 +1,116 @@
+"""All that an analysis looks at, opened and checked before anything is written."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from pecobook.analysis.similarity import find_bapps
+from pecobook.commands.analyze.classifier import Classifier, open_classifier
+from pecobook.commands.analyze.masked import open_runs
+from pecobook.commands.analyze.names import unique_names
+from pecobook.data.images import open_images
+from pecobook.data.source import Splits
+from pecobook.data.tokens import TokenBank, bank_differences
+from pecobook.errors import ConfigError, DataError, PecobookError, PreflightError, WeightsError
+from pecobook.models.perceptual import PerceptualDistance
+from pecobook.models.tokenizers import fingerprint, load_tokenizer
+from pecobook.utils.devices import device
+
+if TYPE_CHECKING:
+    from pecobook.commands.masked_run import MaskedRun
+    from pecobook.settings.analyze import AnalyzeConfig
+
+T = TypeVar("T")
+
+
+@dataclasses.dataclass(frozen=True)
+class Subject:
+    """A tokenizer and what it is called."""
+
+    name: str
+    source: str
+    tokenizer: Any
+    bank: TokenBank | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Subjects:
+    """All that is analysed."""
+
+    splits: Splits
+    tokenizers: list[Subject]
+    runs: dict[str, MaskedRun]
+    classifier: Classifier | None
+    distance: PerceptualDistance | None
+    judgements: dict[Path, float]
+    """Of people, as `find_bapps` tells them; empty where none were asked for."""
+
+
+def open_subjects(config: AnalyzeConfig) -> Subjects:
+    """Open everything that is named. Raises PreflightError with all problems, not only the first."""
+    problems: list[PecobookError] = []
+
+    def tried(function: Callable[[], T]) -> T | None:
+        try:
+            return function()
+        except PecobookError as error:
+            problems.append(error)
+            return None
+
+    splits = tried(lambda: open_images(config.data))
+    sources = (config.tokenizer, *config.against)
+    tokenizers = []
+    for name, source in zip(unique_names(sources), sources, strict=True):
+        subject = tried(partial(_open, config, name, source))
+        tokenizers += [subject] if subject is not None else []
+    if splits is not None and not problems:
+        tokenizers = tried(partial(_with_banks, config, tokenizers, splits)) or tokenizers
+    runs = tried(lambda: open_runs(config.backbone))
+    classifier = tried(lambda: open_classifier(config, splits)) if config.classifier and splits is not None else None
+    distance = tried(lambda: _distance(config, tokenizers)) if config.perceptual else None
+    judgements = tried(lambda: find_bapps(Path(config.judgements))) if config.judgements else None
+    if problems or splits is None or runs is None:
+        raise PreflightError(problems)
+    return Subjects(splits, tokenizers, runs, classifier, distance, judgements or {})
+
+
+def _open(config: AnalyzeConfig, name: str, source: str) -> Subject:
+    tokenizer = load_tokenizer(source)
+    K = tokenizer.num_codewords
+    for codeword in config.codewords:
+        if not 0 <= codeword < K:
+            raise ConfigError(f"--codewords {codeword}: '{name}' has codewords 0 to {K - 1}.")
+    return Subject(name, source, tokenizer)
+
+
+def _with_banks(config: AnalyzeConfig, subjects: list[Subject], splits: Splits) -> list[Subject]:
+    """Give each tokenizer the bank that it made. Raises DataError for one of another tokenizer or of other images."""
+    prints = [fingerprint(subject.tokenizer) for subject in subjects] if config.tokens else []
+    for folder in config.tokens:
+        bank = TokenBank(folder)
+        wrong = bank_differences(bank.config, {"data": splits.train.fingerprint})
+        if wrong:
+            raise DataError(f"--tokens '{folder}' is of other images than --data '{config.data}': {wrong[0]}.")
+        if bank.config["tokenizer"] not in prints:
+            raise DataError(f"--tokens '{folder}' was made by none of the tokenizers: give its tokenizer too.")
+        number = prints.index(bank.config["tokenizer"])
+        subjects = [*subjects[:number], dataclasses.replace(subjects[number], bank=bank), *subjects[number + 1 :]]
+    return subjects
+
+
+def _distance(config: AnalyzeConfig, subjects: list[Subject]) -> PerceptualDistance:
+    own = PerceptualDistance(config.perceptual, config.perceptual_layers, config.perceptual_weights or None)
+    for subject in subjects:
+        size = subject.tokenizer.image_size
+        try:
+            own.check(size, size)
+        except WeightsError:
+            raise WeightsError(
+                f"--perceptual '{config.perceptual}' gives nothing to compare of the {size} x {size} pixels of "
+                f"'{subject.name}': name earlier layers by --perceptual-layers, or another network."
+            ) from None
+    return own.to(device())

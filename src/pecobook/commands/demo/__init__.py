@@ -1,0 +1,91 @@
+"""`pecobook demo`: the paper's story, with its control, on any images, in minutes.
+
+plan.py     what is trained, with which settings and in which order
+measure.py  what is measured on held-out images, by the functions of `pecobook analyze`, which also write the page
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+from pecobook.commands.demo.plan import plan
+from pecobook.commands.jobs import Job, run_all, say
+from pecobook.errors import RunFolderError
+from pecobook.settings.demo import DemoConfig
+from pecobook.settings.values import complete, dump, replace, to_dict
+
+__all__ = ["DemoConfig", "demo"]
+
+
+def demo(config: DemoConfig | None = None, **settings: Any) -> Path:
+    """Train everything, measure it, write `results.json`, `pictures/` and `report.html`; returns the report's path.
+
+    Raises:
+        PecobookError: bad data or output folder, before anything is written; or a run that failed.
+    """
+    from threadpoolctl import threadpool_limits
+
+    from pecobook.analysis.report import write_report
+    from pecobook.commands.analyze.page import compose
+    from pecobook.commands.demo.measure import measure
+    from pecobook.engine.log import compact_duration
+    from pecobook.utils.files import write_atomically
+
+    config = replace(config or DemoConfig(), settings)
+    out = Path(config.out)
+    _check(config)
+    began = time.monotonic()
+    jobs = plan(config)
+    cost = run_all(jobs, out)
+    say("measuring on held-out images")
+    measuring = time.monotonic()
+    # One thread: small matrices gain nothing from more, and lose much where another process is busy.
+    with threadpool_limits(1):
+        results, pictures = measure(config, jobs)
+    cost["measuring"] = time.monotonic() - measuring
+    results["seconds"] = round(time.monotonic() - began, 1)
+    (out / "pictures").mkdir(exist_ok=True)
+    for name, png in pictures.items():
+        (out / "pictures" / name).write_bytes(png)
+    written = {"codebooks" if key == "tokenizers" else key: value for key, value in results.items()}
+    write_atomically(out / "results.json", (json.dumps(written, indent=2) + "\n").encode())
+    page = compose(
+        results,
+        pictures,
+        list(cost.items()),
+        _settings(config, jobs),
+        title="Three codebooks, the same images",
+        subtitle="What image tokens stand for when a codebook learns from pixels, "
+        "and when a network judges what it has drawn.",
+    )
+    report = write_report(out, page)
+    say(f"\nDone in {compact_duration(results['seconds'])}: open {report}")
+    return report
+
+
+def _check(config: DemoConfig) -> None:
+    """Look at the data and the output folder before anything is written. Raises PecobookError."""
+    from pecobook.data.images import open_images
+    from pecobook.stages.training import check_readable
+
+    out = Path(config.out)
+    if out.is_file():
+        raise RunFolderError(f"--out '{out}' is a file: name a folder.")
+    mark = out / "demo.json"
+    if out.is_dir() and any(out.iterdir()) and not mark.exists():
+        raise RunFolderError(f"--out '{out}' is not empty and holds no demo: name another folder.")
+    if mark.exists() and complete(json.loads(mark.read_text()), to_dict(DemoConfig())) != to_dict(config):
+        raise RunFolderError(f"--out '{out}' holds a demo with other settings: name another folder, or delete it.")
+    check_readable(open_images(config.data).train)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        dump(config, mark)
+    except OSError as error:
+        raise RunFolderError(f"--out '{out}' cannot be written: {error}") from None
+
+
+def _settings(config: DemoConfig, jobs: dict[str, Job]) -> dict[str, Any]:
+    return {"demo": to_dict(config), **{name: to_dict(job.config) for name, job in jobs.items()}}

@@ -1,0 +1,173 @@
+"""What the demo measures on held-out images: the figures of `pecobook analyze`, and probes of the ViTs beside them.
+
+Everything is computed on one fixed sample of the held-out split, the same for all arms, so differences between arms are
+paired.
+"""
+
+from __future__ import annotations
+
+import itertools
+import warnings
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from pecobook.analysis.charts import read_metrics
+from pecobook.analysis.features import backbone_features
+from pecobook.analysis.probe import paired_difference
+from pecobook.analysis.reconstruction import encode_all
+from pecobook.commands.analyze.masked import predict
+from pecobook.commands.analyze.measure import Look, evaluate_tokenizer
+from pecobook.commands.analyze.pictures import curves_of, gallery, side_by_side
+from pecobook.commands.demo.plan import ARMS, PRETRAINED
+from pecobook.commands.jobs import Job
+from pecobook.commands.masked_run import load_masked_run
+from pecobook.commands.probe import probe_features
+from pecobook.data.images import open_images
+from pecobook.data.source import Splits
+from pecobook.data.stream import read_all
+from pecobook.models.perceptual import PerceptualDistance
+from pecobook.models.tokenizer import PerceptualTokenizer
+from pecobook.models.weights import Backbone, load_backbone
+from pecobook.settings.demo import DemoConfig
+from pecobook.utils.devices import device
+from pecobook.utils.images import to_float
+
+Probes = dict[str, dict[str, Any]]
+"""What `probe_features` returns; empty without labels."""
+
+
+class _Images(NamedTuple):
+    train: Tensor
+    train_labels: Tensor | None
+    test: Tensor
+    test_labels: Tensor | None
+
+
+def measure(config: DemoConfig, jobs: dict[str, Job]) -> tuple[dict[str, Any], dict[str, bytes]]:
+    """Results, in the form of `analysis.json` and more, and pictures by name of their file."""
+    splits = open_images(config.data)
+    images = _read(splits, config, jobs["codebook-pixel"].config.image_size)
+    looks, galleries, probes = _evaluate(config, jobs, images)
+    runs = {arm: load_masked_run(jobs[f"vit-{arm}"].out) for arm in PRETRAINED}
+    predictions = predict(runs, splits.evaluation, config.seed)
+    tokenizers = []
+    for arm, look in looks.items():
+        mim = _mim(jobs[f"vit-{arm}"], probes[arm]) if arm in PRETRAINED else None
+        shown = {"gallery": f"pictures/gallery-{arm}.png"}
+        tokenizers.append({**look.figures, "mim": mim, "pictures": shown})
+    pictures = {f"gallery-{arm}.png": png for arm, png in galleries.items()}
+    pictures |= side_by_side(list(looks.values())) | predictions.draw()
+    pictures |= curves_of("contrast", {"MoCo v3": str(jobs["contrast"].out)})
+    pictures |= curves_of("tokenizers", {arm: str(jobs[f"codebook-{arm}"].out) for arm in ARMS})
+    pictures |= curves_of("vits", {arm: str(jobs[f"vit-{arm}"].out) for arm in PRETRAINED})
+    results = {
+        "data": config.data,
+        "seed": config.seed,
+        "seconds": 0.0,
+        "evaluation": splits.evaluation_name,
+        "floor": {kind: _accuracy(probes["floor"], kind) for kind in ("linear", "knn")},
+        "tokenizers": tokenizers,
+        "num_train": len(images.train),
+        "num_test": len(images.test),
+        "num_classes": len(splits.train.classes or ()) if images.train_labels is not None else 0,
+        "chance": _chance(images.test_labels),
+        "num_codewords": tokenizers[0]["num_codewords"],
+        "comparisons": _comparisons(looks, probes),
+        "masked_prediction": predictions.figures,
+    }
+    return results, pictures
+
+
+def _read(splits: Splits, config: DemoConfig, size: int) -> _Images:
+    """All images at once, since every codebook and every ViT sees them."""
+    train, train_labels, _ = read_all(splits.train, size, limit=config.max_train)
+    test, test_labels, _ = read_all(splits.evaluation, size, limit=config.max_test)
+    if train_labels is None or test_labels is None:
+        train_labels = test_labels = None
+    return _Images(to_float(train), train_labels, to_float(test), test_labels)
+
+
+def _evaluate(
+    config: DemoConfig, jobs: dict[str, Job], images: _Images
+) -> tuple[dict[str, Look], dict[str, bytes], dict[str, Probes]]:
+    """What was found of each codebook, its gallery, and probes of each ViT and of an untrained one, the floor."""
+    perceptual = jobs["codebook-perceptual"].config.perceptual
+    distance = PerceptualDistance(perceptual.network, perceptual.layers, normalisation=perceptual.normalisation)
+    distance.to(device())  # of the trained network: all arms are measured by it
+    torch.manual_seed(config.seed)
+    backbones = {"floor": load_backbone(jobs["vit-pixel"].config.out, weights="random")}
+    backbones |= {arm: load_backbone(jobs[f"vit-{arm}"].config.out) for arm in PRETRAINED}
+    # Two threads of Python, one core each: the networks are small, and torch and SciPy let go of the interpreter.
+    # Filters of warnings are shared by threads, so the probe's own filter is set here once more, around both.
+    with warnings.catch_warnings(), ThreadPoolExecutor(2, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        warnings.filterwarnings("ignore", message="lbfgs failed to converge")
+        looking = {arm: pool.submit(_look, arm, jobs[f"codebook-{arm}"], images, distance, config.seed) for arm in ARMS}
+        probing = {arm: pool.submit(_probes, backbones[arm], images, config.seed) for arm in backbones}
+        found = {arm: future.result() for arm, future in looking.items()}
+        probes = {arm: future.result() for arm, future in probing.items()}
+    galleries = {arm: gallery(images.test, codes, look.usage, seed=config.seed) for arm, (look, codes) in found.items()}
+    return {arm: look for arm, (look, _) in found.items()}, galleries, probes
+
+
+def _look(arm: str, job: Job, images: _Images, distance: PerceptualDistance, seed: int) -> tuple[Look, Tensor]:
+    tokenizer = PerceptualTokenizer.from_pretrained(job.config.out)
+    train = partial(_train_codes, tokenizer, images)
+    look, codes, _ = evaluate_tokenizer(arm, tokenizer, images.test, images.test_labels, train, distance, seed=seed)
+    return look, codes
+
+
+def _train_codes(tokenizer: PerceptualTokenizer, images: _Images) -> tuple[Tensor, Tensor] | None:
+    return None if images.train_labels is None else (encode_all(tokenizer, images.train), images.train_labels)
+
+
+def _probes(backbone: Backbone, images: _Images, seed: int) -> Probes:
+    """Linear probe and k-NN of a backbone; empty without labels."""
+    if images.train_labels is None or images.test_labels is None:
+        return {}
+    backbone.network.to(device())
+    train, test = (backbone_features(backbone, split) for split in (images.train, images.test))
+    return probe_features(train, test, images.train_labels, images.test_labels, seed=seed)
+
+
+def _accuracy(probes: Probes, kind: str) -> float | None:
+    return round(probes[kind]["accuracy"], 3) if probes else None
+
+
+def _mim(job: Job, probes: Probes) -> dict[str, Any]:
+    logged = [record for record in read_metrics(Path(job.config.out) / "metrics.jsonl") if "evaluation/loss" in record]
+    return {
+        "loss": round(logged[-1]["evaluation/loss"], 4),
+        "accuracy": round(logged[-1]["evaluation/accuracy"], 3),
+        "linear": _accuracy(probes, "linear"),
+        "knn": _accuracy(probes, "knn"),
+    }
+
+
+def _comparisons(looks: dict[str, Look], probes: dict[str, Probes]) -> list[dict[str, Any]]:
+    """Paired differences, in percent points, on the same held-out images."""
+    metrics: dict[str, dict[str, Any]] = {
+        kind: {arm: look.correct[kind] for arm, look in looks.items() if look.correct}
+        for kind in ("codeword_probe", "bag_probe")
+    }
+    metrics |= {
+        f"mim.{kind}": {arm: p[kind]["correct"] for arm, p in probes.items() if p} for kind in ("linear", "knn")
+    }
+    found = []
+    for metric, arms in metrics.items():
+        for second, first in itertools.combinations(arms, 2):
+            difference, error = paired_difference(arms[first], arms[second])
+            pair = {"metric": metric, "a": first, "b": second}
+            found.append({**pair, "difference": round(difference, 3), "standard_error": round(error, 3)})
+    return found
+
+
+def _chance(labels: Tensor | None) -> float | None:
+    """Percent right by always naming the most frequent class."""
+    if labels is None:
+        return None
+    return round(100 * float(torch.bincount(labels).max()) / len(labels), 3)

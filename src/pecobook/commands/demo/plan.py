@@ -1,0 +1,122 @@
+"""What the demo trains: a feature network, three codebooks of equal budget, two ViTs.
+
+The three codebooks differ in one thing. `pixel` learns from pixels alone. `perceptual` adds the distance in the
+features of a network that MoCo v3 trained on the same images. `control` adds the distance in the features of the same
+network with random weights: what it gains too is not owed to what the network learned, so no claim of semantics can
+rest on it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pecobook.commands.jobs import Job
+from pecobook.settings.demo import DemoConfig
+from pecobook.settings.training import BackboneConfig, TrainConfig
+from pecobook.settings.values import replace
+
+if TYPE_CHECKING:
+    from pecobook.settings.codebook import CodebookConfig
+    from pecobook.settings.contrast import ContrastConfig
+    from pecobook.settings.pretrain import PretrainConfig
+
+ARMS = ("pixel", "control", "perceptual")
+PRETRAINED = ("pixel", "perceptual")
+
+
+def plan(config: DemoConfig) -> dict[str, Job]:
+    """The runs by name, in an order in which each can start when those before it are done."""
+    from pecobook.settings.perceptual import PerceptualConfig
+
+    out = Path(config.out)
+    sizes = _gpu() if _budget(config) == "gpu" else _cpu()
+    common = {"data": config.data, "seed": config.seed, "loggers": (), "save_minutes": 1.0, "keep_checkpoints": 1}
+
+    def finish(base: TrainConfig, name: str) -> TrainConfig:
+        steps = max(round(int(base.max_steps) * config.length), 1)
+        settings = {**common, "out": str(out / name), "max_steps": str(steps), "sample_every": steps}
+        settings["save_every"] = max(steps // 3, 1)
+        return replace(base, settings)
+
+    contrast, codebook, pretrain = sizes
+    perceptual = codebook.perceptual
+    networks = {
+        "pixel": PerceptualConfig(network="none"),
+        "control": dataclasses.replace(perceptual, network=str(out / "contrast"), weights="random"),
+        "perceptual": dataclasses.replace(perceptual, network=str(out / "contrast")),
+    }
+    jobs = {"contrast": Job("contrast", finish(contrast, "contrast"))}
+    for arm in ARMS:
+        name = f"codebook-{arm}"
+        base = dataclasses.replace(codebook, perceptual=networks[arm])
+        jobs[name] = Job("codebook", finish(base, name), () if arm == "pixel" else ("contrast",))
+    for arm in PRETRAINED:
+        name, tokenizer = f"vit-{arm}", f"codebook-{arm}"
+        jobs[name] = Job("pretrain", finish(replace(pretrain, {"tokenizer": str(out / tokenizer)}), name), (tokenizer,))
+    # In this order two processes are busy to the end: the feature network beside the pixel codebook and its ViT.
+    order = ("contrast", "codebook-pixel", "vit-pixel", "codebook-perceptual", "codebook-control", "vit-perceptual")
+    return {name: dataclasses.replace(jobs[name], work=_work(jobs[name])) for name in order}
+
+
+# Relative cost of one image: measured on one core at the CPU's sizes.
+_COST = {"contrast": 1.0, "codebook": 3.5, "pretrain": 1.6}
+
+
+def _work(job: Job) -> float:
+    return _COST[job.command] * int(job.config.max_steps) * int(job.config.batch_size)
+
+
+def _budget(config: DemoConfig) -> str:
+    import torch
+
+    if config.budget != "auto":
+        return config.budget
+    return "gpu" if torch.cuda.is_available() else "cpu"
+
+
+def _cpu() -> tuple[ContrastConfig, CodebookConfig, PretrainConfig]:
+    """32 pixels, 4 x 4 tokens of 8 x 8 pixels: few tokens and deep layers are where perceptual codes differ."""
+    from pecobook.recipes import codebook, contrast, pretrain
+
+    return (
+        dataclasses.replace(contrast.tiny(), batch_size=256, max_steps="160"),
+        dataclasses.replace(codebook.tiny(), max_steps="220"),
+        dataclasses.replace(pretrain.tiny(), max_steps="140"),
+    )
+
+
+def _gpu() -> tuple[ContrastConfig, CodebookConfig, PretrainConfig]:
+    """64 pixels, 8 x 8 tokens, a ResNet-18 and a ViT-Ti of full depth, ten times as many images."""
+    from pecobook.settings.pretrain import MaskConfig
+    from pecobook.settings.tokenizer import AutoencoderConfig, QuantizerConfig
+
+    contrast, codebook, pretrain = _cpu()
+    contrast = replace(
+        contrast,
+        {
+            "model.name": "resnet18",
+            "model.args": '{"output_stride": 8}',
+            "image_size": 64,
+            "batch_size": 512,
+            "max_steps": "1500",
+        },
+    )
+    codebook = dataclasses.replace(
+        codebook,
+        model=AutoencoderConfig(channels=(64, 128, 128, 256), latent_dim=128, num_blocks=2, latent_norm=True),
+        quantizer=QuantizerConfig(num_codewords=1024, revive_after=50),
+        image_size=64,
+        batch_size=128,
+        max_steps="2000",
+    )
+    pretrain = dataclasses.replace(
+        pretrain,
+        model=BackboneConfig(name="vit_tiny_patch16_224", args='{"patch_size": 8, "init_values": 0.1}'),
+        mask=MaskConfig(num_masked=26, min_block=6),
+        image_size=64,
+        batch_size=256,
+        max_steps="2000",
+    )
+    return contrast, codebook, pretrain

@@ -1,0 +1,117 @@
+"""`pecobook explore`: a page on this machine to play with codewords.
+
+model.py  what the page asks, without the page
+page.py   the page (Gradio)
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import tempfile
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
+
+from pecobook.errors import ConfigError, PecobookError, PreflightError
+from pecobook.settings.explore import ExploreConfig
+from pecobook.settings.values import replace
+
+if TYPE_CHECKING:
+    from pecobook.commands.explore.model import Indexed
+    from pecobook.commands.masked_run import MaskedRun
+    from pecobook.data.source import Splits
+
+__all__ = ["ExploreConfig", "explore"]
+
+
+def explore(config: ExploreConfig | None = None, *, block: bool = True, **settings: Any) -> Any:
+    """Serve the page until Ctrl-C; with `block=False` returns Gradio's blocks, whose `close()` ends it.
+
+    Raises:
+        PreflightError: problems found before anything was served, all of them.
+        ConfigError: the port is taken, or Gradio is not installed.
+    """
+    config = replace(config or ExploreConfig(), settings)
+    os.environ.update(GRADIO_ANALYTICS_ENABLED="False", HF_HUB_DISABLE_TELEMETRY="1")  # read when Gradio is imported
+    try:
+        import gradio
+    except ImportError:
+        raise ConfigError("The explorer needs Gradio: pip install 'pecobook[explore]'.") from None
+    from pecobook.commands.explore.page import Page
+
+    _check_port(config)
+    indexed, runs, splits = _open(config)
+    os.environ["GRADIO_TEMP_DIR"] = _uploads().name
+    blocks = Page(indexed, runs, splits).blocks()
+    try:
+        blocks.queue(default_concurrency_limit=1).launch(
+            server_name=config.host,
+            server_port=config.port,
+            share=config.share,
+            prevent_thread_lock=True,
+            quiet=True,
+            show_error=True,
+            footer_links=[],
+            max_file_size=f"{config.upload_mb}mb",
+            ssr_mode=False,
+            theme=gradio.themes.Base(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]),
+        )
+    except OSError as error:
+        raise ConfigError(f"The page cannot be served on port {config.port} ({error}): give another --port.") from None
+    print(f"\nOpen http://{config.host}:{config.port} (Ctrl-C ends it)", file=sys.stderr, flush=True)
+    if block:
+        blocks.block_thread()
+    return blocks
+
+
+@lru_cache(maxsize=1)
+def _uploads() -> tempfile.TemporaryDirectory[str]:
+    """Where Gradio keeps what is uploaded and shown: a folder that is deleted when this process ends."""
+    return tempfile.TemporaryDirectory(prefix="pecobook-uploads-")
+
+
+def _check_port(config: ExploreConfig) -> None:
+    """Refuse a port that is taken, before anything slow. Raises ConfigError."""
+    import socket
+
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((config.host, config.port))
+        except OSError as error:
+            raise ConfigError(
+                f"Port {config.port} of {config.host} cannot be used ({error.strerror}), perhaps by another explorer: "
+                "give another --port."
+            ) from None
+
+
+def _open(config: ExploreConfig) -> tuple[list[Indexed], dict[str, MaskedRun], Splits]:
+    from pecobook.commands.analyze.names import unique_names
+    from pecobook.commands.explore.model import index
+    from pecobook.commands.masked_run import is_masked_run, load_masked_run
+    from pecobook.data.images import open_images
+    from pecobook.models.tokenizers import load_tokenizer
+    from pecobook.utils.devices import device
+
+    problems: list[PecobookError] = []
+    if not config.runs:
+        problems.append(ConfigError("Name what to explore: pecobook explore RUN [RUN ...] --data SOURCE."))
+    tokenizers: dict[str, Any] = {}
+    runs: dict[str, MaskedRun] = {}
+    splits = None
+    try:
+        splits = open_images(config.data)
+    except PecobookError as error:
+        problems.append(error)
+    for name, source in zip(unique_names(config.runs), config.runs, strict=True):
+        try:
+            if is_masked_run(source):
+                runs[name] = load_masked_run(source).to(device())
+                tokenizers[f"tokenizer of {name}"] = runs[name].tokenizer
+            else:
+                tokenizers[name] = load_tokenizer(source).to(device()).eval()
+        except PecobookError as error:
+            problems.append(error)
+    if problems or splits is None:
+        raise PreflightError(problems)
+    return [index(name, one, splits, config.images) for name, one in tokenizers.items()], runs, splits

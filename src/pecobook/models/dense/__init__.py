@@ -1,0 +1,1 @@
+"""A pyramid of a backbone's features, and what stands on it."""

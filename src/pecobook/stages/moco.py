@@ -1,0 +1,180 @@
+"""Train a feature network on your own images: MoCo v3 (arXiv 2104.02057), the paper's perceptual network.
+
+B images of this rank, G of all ranks, F feature width of the backbone.
+"""
+
+from __future__ import annotations
+
+import copy
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pecobook.data.sampler import key
+from pecobook.data.source import Splits
+from pecobook.data.stream import Batch, ViewFunction
+from pecobook.data.views import central_view, colour_draws, photometric, random_crop
+from pecobook.engine.launch import check_min_batch
+from pecobook.engine.schedule import cosine
+from pecobook.engine.stage import Stage, StageOutput
+from pecobook.models.contrastive import contrastive_loss, follow, initialise_moco, mlp
+from pecobook.models.weights import IMAGENET_MEAN, IMAGENET_STD, create, export_backbone, is_transformer
+from pecobook.settings.contrast import ContrastConfig
+from pecobook.utils.images import channels_last, to_float
+
+
+class MocoStage(Stage[ContrastConfig]):
+    """Two views, two encoders, one of them a moving average of the other.
+
+    Args:
+        config: all settings.
+    """
+
+    command = "contrast"
+
+    min_batch_size = 2  # they are contrasted with each other, and normalised together
+    needs_full_batch_keys = True  # an image is told from all images of a step, however few a device holds at once
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, config: ContrastConfig) -> None:
+        super().__init__()
+        self.config = config
+        args = _backbone_args(config)
+        self.backbone = create(config.model.name, num_classes=0, **args)
+        width = int(self.backbone.head_hidden_size)  # type: ignore[arg-type]  # VGG and MobileNet widen after pooling
+        is_vit = hasattr(self.backbone, "patch_embed")
+        hidden, out = config.hidden_dim, config.output_dim
+        self.projector = mlp([width, hidden, *([hidden] if is_vit else []), out], final_norm=True)
+        self.predictor = mlp([out, hidden, out], final_norm=is_vit)
+        if is_vit and config.fixed_positions:
+            initialise_moco(self.backbone)
+        if is_vit and config.freeze_patch_embed:
+            self.backbone.patch_embed.requires_grad_(False)
+        self.momentum_backbone = copy.deepcopy(self.backbone).requires_grad_(False)
+        self.momentum_projector = copy.deepcopy(self.projector).requires_grad_(False)
+        self.register_buffer("mean", torch.tensor(IMAGENET_MEAN)[:, None, None], persistent=False)
+        self.register_buffer("std", torch.tensor(IMAGENET_STD)[:, None, None], persistent=False)
+
+    def forward(self, batch: Batch) -> StageOutput:
+        """Symmetric contrastive loss of two views: uint8 (B, 3, H, W) each; in evaluation also features of images."""
+        rows = {} if self.training else self._rows(batch)
+        if "view0" not in batch:  # training images that evaluation compares with
+            return StageOutput(self.mean.new_zeros(()), {}, rows=rows)
+        views = [self._view(batch, number) for number in (0, 1)]
+        if "ahead" in batch:
+            return StageOutput(None, {}, rows=self._keys(views))
+        queries = [self.predictor(self.projector(self.backbone(view))) for view in views]  # (B, out) each
+        keys = batch if "keys0" in batch else self._keys(views)
+        temperature = self.config.temperature
+        first, accuracy = contrastive_loss(queries[0], keys["keys1"], temperature)
+        second, _ = contrastive_loss(queries[1], keys["keys0"], temperature)
+        spread = F.normalize(queries[0].detach().float(), dim=1).std(0).mean() * self.config.output_dim**0.5
+        metrics = {"accuracy": 100 * accuracy.detach(), "spread": spread}
+        return StageOutput(first + second, metrics, rows=rows)
+
+    @torch.no_grad()
+    def _keys(self, views: list[Tensor]) -> dict[str, Tensor]:
+        """What the queries of the other view are told apart by, (B, out) of each view."""
+        return {f"keys{n}": self.momentum_projector(self.momentum_backbone(view)) for n, view in enumerate(views)}
+
+    def _rows(self, batch: Batch) -> dict[str, Tensor]:
+        """Features (B, F) and labels (B,) of central crops."""
+        if "label" not in batch or self.config.knn_images == 0:
+            return {}
+        features = self.backbone(self._normalised(to_float(batch["image"])))
+        return {"features": features.float(), "labels": batch["label"]}
+
+    def summarise(self, rows: dict[str, Tensor], known: dict[str, Tensor]) -> dict[str, float]:
+        """k-NN accuracy of held-out images among training images, in percent."""
+        if not known:
+            return {}
+        from pecobook.analysis.probe import knn_probe
+
+        result = knn_probe(known["features"], known["labels"], rows["features"], rows["labels"])
+        return {"knn": result.accuracy}
+
+    def _view(self, batch: Batch, number: int) -> Tensor:
+        colour = self.config.view_colour(number)
+        images = photometric(to_float(batch[f"view{number}"]), batch[f"colour{number}"], colour)
+        return self._normalised(images)
+
+    def _normalised(self, images: Tensor) -> Tensor:
+        """Float (B, 3, H, W) in [0, 1], as the backbone wants them."""
+        return channels_last((images - self.mean) / self.std)
+
+    @torch.no_grad()
+    def after_step(self, step: int, total: int) -> None:
+        """Move the second encoder towards the first, ever less."""
+        momentum = cosine(step - 1, total=total, start=self.config.momentum, end=1.0)
+        pairs = [(self.backbone, self.momentum_backbone), (self.projector, self.momentum_projector)]
+        for online, average in pairs:
+            follow(average, online, momentum)
+
+    def warning(self, metrics: dict[str, float], step: int) -> str | None:
+        """Say when all images get one feature (a spread of 1 is uniform on the sphere)."""
+        if metrics["spread"] > 0.05 or step < 100:
+            return None
+        return "The features have collapsed to a point: try a lower --optim.lr or a longer --optim.warmup."
+
+    def export(self, folder: Path, state: dict[str, Tensor]) -> str:
+        """Write the backbone as a plain timm network."""
+        own = {name.removeprefix("backbone."): value for name, value in state.items() if name.startswith("backbone.")}
+        return export_backbone(
+            folder,
+            own,
+            name=self.config.model.name,
+            args=_backbone_args(self.config),
+            image_size=self.config.image_size,
+            origin="MoCo v3",
+        )
+
+    @classmethod
+    def check(cls, config: ContrastConfig) -> None:
+        """Raise PecobookError for settings, or weights, that cannot be used."""
+        create(config.model.name, num_classes=0, **_backbone_args(config))
+        check_min_batch(config)
+
+    @classmethod
+    def build(cls, config: ContrastConfig, splits: Splits) -> MocoStage:
+        """The stage with random weights."""
+        return cls(config)
+
+    @classmethod
+    def view(cls, config: ContrastConfig) -> ViewFunction:
+        """What training reads of an image."""
+        return partial(_two_views, size=config.image_size, min_area=config.min_crop)
+
+    @classmethod
+    def evaluation_view(cls, config: ContrastConfig) -> ViewFunction:
+        """What evaluation reads of a held-out image."""
+        return partial(_evaluated, size=config.image_size, min_area=config.min_crop)
+
+    @classmethod
+    def reference_view(cls, config: ContrastConfig) -> ViewFunction:
+        """What evaluation reads of a labelled training image."""
+        return partial(central_view, size=config.image_size)
+
+
+def _backbone_args(config: ContrastConfig) -> dict[str, Any]:
+    args = config.model.kwargs()
+    if is_transformer(config.model.name):
+        args = {"img_size": config.image_size, **args}
+    return args
+
+
+def _two_views(image: Tensor, view_key: int, *, size: int, min_area: float) -> dict[str, Tensor]:
+    sample = {}
+    for number in (0, 1):
+        own = key(view_key, 10 + number)
+        sample[f"view{number}"] = random_crop(image, size, own, min_area=min_area)
+        sample[f"colour{number}"] = colour_draws(own)
+    return sample
+
+
+def _evaluated(image: Tensor, view_key: int, *, size: int, min_area: float) -> dict[str, Tensor]:
+    return _two_views(image, view_key, size=size, min_area=min_area) | central_view(image, view_key, size=size)

@@ -1,0 +1,1 @@
+"""What any part may use: processes, devices, files, sizes of images."""

@@ -1,0 +1,353 @@
+"""The page that `analyze` and `demo` write: each figure in its own cell, and no words that the figures do not show."""
+
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pecobook.analysis.comparison import PERCENT_METRICS, Comparison, Verdict, claim, compare
+from pecobook.analysis.report import Report, render, write_report
+from pecobook.analysis.wording import duration
+from pecobook.commands.analyze.comparing import ONE_SEED, comparisons, probe_chart
+from pecobook.commands.analyze.page import compose
+from tests.analysis.test_report import EVIL, png, read
+
+Number = float | None
+
+
+def results(
+    pixel: Number = 27.0,
+    control: Number = 28.0,
+    perceptual: Number = 34.0,
+    *,
+    num_test: int | None = 10_000,
+    **more: Any,
+) -> dict[str, Any]:
+    probes = {"pixel": pixel, "control": control, "perceptual": perceptual}
+    books = [
+        {
+            "name": name, "codes_used": 400, "perplexity": 250.0, "psnr": 19.0, "perceptual_distance": 0.5,
+            "codeword_probe": probe, "mim": {"loss": 5.0, "accuracy": 10.0, "linear": probe + 7, "knn": probe},
+        }
+        for name, probe in probes.items()
+        if probe is not None
+    ]  # fmt: skip
+    floor = {"linear": 33.0, "knn": 27.0}
+    return {
+        "data": "photos", "seed": 0, "seconds": 400.0, "floor": floor, "comparisons": (), "tokenizers": books,
+        "num_test": num_test, "num_classes": 10, **more,
+    }  # fmt: skip
+
+
+class Cells(HTMLParser):
+    """The rows of every table of a page, each row a list of texts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tables: list[list[list[str]]] = []
+        self.inside = False
+
+    def handle_starttag(self, tag: str, _attrs: list[tuple[str, str | None]]) -> None:
+        if tag == "table":
+            self.tables.append([])
+        elif tag == "tr":
+            self.tables[-1].append([])
+        elif tag in ("td", "th"):
+            self.tables[-1][-1].append("")
+            self.inside = True
+
+    def handle_endtag(self, tag: str) -> None:
+        self.inside = self.inside and tag not in ("td", "th")
+
+    def handle_data(self, data: str) -> None:
+        if self.inside:
+            self.tables[-1][-1][-1] += data
+
+
+def cells(report: Report, corner: str, column: str) -> dict[tuple[str, str], str]:
+    """(row, column) to text, of the page's table whose header begins with `corner` and holds `column`."""
+    reader = Cells()
+    reader.feed(render(report))
+    (table,) = [rows for rows in reader.tables if rows[0][0].strip() == corner and column in rows[0]]
+    header, *rows = table
+    return {(row[0].strip(), name): text for row in rows for name, text in zip(header[1:], row[1:], strict=False)}
+
+
+def distinct() -> dict[str, Any]:
+    """Results in which no two figures are alike, as they are printed."""
+    names, tokenizers = ("pixel", "control", "perceptual"), []
+    for i, name in enumerate(names):
+        tokenizers.append(
+            {
+                "name": name, "num_codewords": 512, "stride": 8 + i, "image_size": 32 + i, "num_images": 400,
+                "codes_used": 401 + i, "perplexity": 211.0 + i, "psnr": 13.25 + i, "ssim": 0.125 + i / 10,
+                "perceptual_distance": 3.5 + i, "codeword_probe": 20.5 + i, "codeword_probe_error": 2.5 + i,
+                "bag_probe": 30.5 + i, "bag_probe_error": 5.5 + i,
+                "mim": {"loss": 4.25 + i, "accuracy": 17.5 + i, "linear": 50.0 + i, "knn": 60.0 + i},
+            }
+        )  # fmt: skip
+    pairs = [
+        {
+            "metric": metric,
+            "a": "perceptual",
+            "b": b,
+            "difference": 10.0 * (j + 1) + k,
+            "standard_error": 1.1 + j + k / 2,
+        }
+        for j, metric in enumerate(("codeword_probe", "bag_probe", "mim.linear", "mim.knn"))
+        for k, b in enumerate(("control", "pixel", "floor"))
+    ]
+    return {
+        "data": "photos", "evaluation": "test", "seed": 0, "seconds": 400.0, "num_test": 400, "num_train": 900,
+        "num_classes": 10, "tokenizers": tokenizers, "comparisons": pairs, "floor": {"linear": 41.5, "knn": 42.5},
+        "masked_prediction": [
+            {"name": "vit", "by_share": [{"masked": 6, "accuracy": 12.5, "perplexity": 90.0}]},
+        ],
+    }  # fmt: skip
+
+
+def test_each_figure_of_a_tokenizer_stands_in_its_row() -> None:
+    table = cells(compose(distinct(), {}, [], {}), "", "pixel")
+    for i, name in enumerate(("pixel", "control", "perceptual")):
+        assert {row: text for (row, column), text in table.items() if column == name} == {
+            "pixels a token": f"{8 + i} x {8 + i}",
+            "image size, pixels": f"{32 + i}",
+            "codewords used": f"{401 + i} of 512",
+            "perplexity": f"{211 + i}",
+            "PSNR, dB": f"{13.25 + i:.2f}",
+            "SSIM": f"{0.125 + i / 10:.3f}",
+            "perceptual distance": f"{3.5 + i:.3f}",
+            "linear probe of mean codewords, %": f"{20.5 + i:.1f} ± {2.5 + i:.1f}",
+            "linear probe of bags of codes, %": f"{30.5 + i:.1f} ± {5.5 + i:.1f}",
+        }
+
+
+def test_each_figure_of_a_transformer_stands_in_its_column() -> None:
+    data = distinct()
+    data["tokenizers"][1]["mim"] = None
+    table = cells(compose(data, {}, [], {}), "Trained on codes of", "Loss")
+    expected = {("untrained", "Loss"): "–", ("untrained", "Codes right, %"): "–"}
+    expected |= {("untrained", "Linear, %"): "41.5 ± 2.5", ("untrained", "k-NN, %"): "42.5 ± 2.5"}
+    for i, name in ((0, "pixel"), (2, "perceptual")):
+        expected |= {
+            (name, "Loss"): f"{4.25 + i:.2f}",
+            (name, "Codes right, %"): f"{17.5 + i:.1f}",
+            (name, "Linear, %"): f"{50 + i:.1f} ± 2.5",
+            (name, "k-NN, %"): f"{60 + i:.1f} ± 2.4",
+        }
+    assert table == expected
+
+
+def test_each_prediction_behind_a_mask_stands_in_its_column() -> None:
+    table = cells(compose(distinct(), {}, [], {}), "Run", "Perplexity")
+    assert table == {("vit, 6 hidden", "Codes right, %"): "12.5", ("vit, 6 hidden", "Perplexity"): "90.0"}
+
+
+def test_each_difference_stands_below_its_metric() -> None:
+    (section,) = [
+        s for s in compose(distinct(), {}, [], {}).sections if s.title == "Does a codeword stand for something?"
+    ]
+    assert section.table is not None
+    assert section.table.header == ("Compared", "Points", "Reads as")
+    rows, metric = {}, ""
+    for first, points, _ in section.table.rows:
+        metric = metric if points else first
+        rows[metric, first] = points
+    for j, title in enumerate(PERCENT_METRICS.values()):
+        for k, b in enumerate(("control", "pixel", "untrained")):
+            expected = f"+{10 * (j + 1) + k:.1f} ± {1.1 + j + k / 2:.1f}"
+            if b != "untrained" or title.endswith("masked model"):
+                assert rows[title, f"perceptual − {b}"] == expected
+
+
+def test_the_chart_draws_each_score_in_its_panel(monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[dict[str, list[tuple[str, float]]]] = []
+
+    def noted(panels: Any, *, chance: float | None) -> bytes:
+        drawn.append({title: [(score.name, score.value) for score in scores] for title, scores in panels.items()})
+        return png()
+
+    monkeypatch.setattr("pecobook.commands.analyze.comparing.score_chart", noted)
+    probe_chart(distinct())
+    names = ("pixel", "control", "perceptual")
+    assert drawn == [
+        {
+            "Linear probe on codewords": [(name, 20.5 + i) for i, name in enumerate(names)],
+            "Linear probe on code counts": [(name, 30.5 + i) for i, name in enumerate(names)],
+            "Linear probe of the masked model": [
+                *((name, 50 + i) for i, name in enumerate(names)),
+                ("untrained", 41.5),
+            ],
+            "k-NN of the masked model": [*((name, 60 + i) for i, name in enumerate(names)), ("untrained", 42.5)],
+        }
+    ]
+
+
+def test_cost_stands_beside_its_step() -> None:
+    table = cells(compose(distinct(), {}, [("train", 30.0), ("probe", 10.0)], {}), "Step", "Share")
+    assert (table["train", "Time"], table["train", "Share"]) == ("30 s", "75%")
+    assert table["Sum", "Time"] == "40 s"
+
+
+def said(report: Report) -> str:
+    """All prose of a report, as a reader sees it."""
+    return " ".join(" ".join(read(render(report)).text).replace("\u00a0", " ").replace("’", "'").split())
+
+
+@pytest.mark.parametrize(
+    ("difference", "error", "verdict", "words"),
+    [
+        (5.9, 0.6, Verdict.HIGHER, "higher by 5.9 ± 0.6 points"),
+        (-5.9, 0.6, Verdict.LOWER, "lower by 5.9 ± 0.6 points"),
+        (1.0, 0.5, Verdict.UNCLEAR, "no difference that this test can show (+1.0 ± 0.5 points)"),
+        (1.001, 0.5, Verdict.HIGHER, "higher by 1.0 ± 0.5 points"),
+        (-0.3, 0.5, Verdict.UNCLEAR, "no difference that this test can show (−0.3 ± 0.5 points)"),
+        (-0.01, 0.5, Verdict.UNCLEAR, "no difference that this test can show (+0.0 ± 0.5 points)"),
+        (0.0, 0.0, Verdict.UNCLEAR, "no difference that this test can show (+0.0 ± 0.0 points)"),
+        (0.2, 0.03, Verdict.HIGHER, "higher by 0.2 ± under 0.1 points"),
+        (9.0, None, Verdict.UNKNOWN, "cannot be judged, its sampling error is not known"),
+        (9.0, 0.0, Verdict.UNKNOWN, "cannot be judged, its sampling error is not known"),
+        (9.0, float("nan"), Verdict.UNKNOWN, "cannot be judged, its sampling error is not known"),
+        (float("nan"), 0.5, Verdict.UNKNOWN, "cannot be judged, its sampling error is not known"),
+    ],
+)
+def test_a_difference_is_called_higher_only_beyond_two_standard_errors(
+    difference: float, error: float | None, verdict: Verdict, words: str
+) -> None:
+    comparison = Comparison("codeword_probe", "perceptual", "control", difference, error, True, 10_000)
+    assert comparison.verdict is verdict
+    assert comparison.words() == words
+
+
+def test_few_test_images_judge_nothing() -> None:
+    comparison = Comparison("codeword_probe", "perceptual", "control", 30.0, 5.0, True, 40)
+    assert comparison.words() == "cannot be judged, 40 test images are too few"
+
+
+@pytest.mark.parametrize(
+    ("pixel", "control", "perceptual", "contains", "never"),
+    [
+        (27, 28, 34, "the direction that the paper claims", "no difference"),
+        (27, 33.8, 34, "The gain can therefore not be called semantic", "direction that the paper claims"),
+        (33.9, 33.8, 34, "This run does not show the paper's claim", "semantic"),
+        (36, 33.8, 34, "Against the pixel codebook's: lower by 2.0", "higher"),
+        (27, 40, 34, "speaks against the paper's claim", "higher"),
+        (34, 28, 34, "The paper's claim is not shown here", "direction"),
+        (40, 28, 34, "it is lower, by 6.0", "direction"),
+        (None, 28, 34, "without a pixel codebook the paper's claim itself is not tested", "direction"),
+        (27, None, 34, "This run has no control", "higher"),
+        (27, 28, None, "This run has no control", "higher"),
+    ],
+)
+def test_the_claim_rests_on_the_control(
+    pixel: Number, control: Number, perceptual: Number, contains: str, never: str
+) -> None:
+    text = claim(results(pixel, control, perceptual))
+    assert contains in text
+    assert never not in text
+    assert compose(results(pixel, control, perceptual), {}, [], {}).summary[0] == text
+
+
+def test_without_the_number_of_test_images_nothing_is_claimed() -> None:
+    data = results(num_test=None)
+    assert "cannot be judged" in claim(data)
+    assert probe_chart(data) is None
+    words = said(compose(data, {}, [], {}))
+    assert "higher by" not in words
+    assert "± ?" in words
+
+
+def test_recorded_comparisons_win_and_may_stand_in_either_direction() -> None:
+    entry = {
+        "metric": "codeword_probe",
+        "a": "control",
+        "b": "perceptual",
+        "difference": -0.4,
+        "standard_error": 0.3,
+    }
+    data = results(comparisons=[entry])
+    found = compare(data, "codeword_probe", "perceptual", "control")
+    assert found is not None
+    assert (found.difference, found.standard_error, found.paired) == (0.4, 0.3, True)
+    assert "can therefore not be called semantic" in claim(data)
+    floor = {"metric": "mim.linear", "a": "pixel", "b": "floor", "difference": 9.0, "standard_error": 0.3}
+    against = compare(results(comparisons=[floor]), "mim.linear", "pixel", "untrained")
+    assert against is not None
+    assert against.difference == 9.0
+
+
+def test_unpaired_error_is_that_of_two_independent_samples() -> None:
+    found = compare(results(20.0, 50.0, 50.0, num_test=400), "codeword_probe", "perceptual", "pixel")
+    assert found is not None
+    assert found.standard_error == pytest.approx((2.5**2 + 2.0**2) ** 0.5)
+
+
+def test_the_page_says_that_one_seed_is_an_illustration() -> None:
+    words = said(compose(results(), {}, [], {}))
+    assert words.count(ONE_SEED) >= 2
+    assert "with random weights" in words
+
+
+def test_words_of_rank_never_stand_beside_figures_without_an_error() -> None:
+    report = compose(results(), {}, [("codebook", 61.0)], {"seed": 0})
+    prose = [*report.summary, *(paragraph for section in report.sections for paragraph in section.paragraphs)]
+    for sentence in re.split(r"(?<=[.:;]) ", " ".join(prose)):
+        if re.search(r"\b(higher|lower|better than|best|worse than|outperform\w*|improve\w*)\b", sentence):
+            assert "±" in sentence, sentence
+
+
+def test_every_part_of_a_full_report_is_there(tmp_path: Path) -> None:
+    names = ("reconstructions", "usage", "masked-38", "curves-contrast", "curves-tokenizers", "curves-vits", "patches")
+    pictures = {f"{name}.png": png() for name in names}
+    masked = [{"name": "vit", "by_share": [{"masked": 6, "accuracy": 12.5, "perplexity": 90.0}]}]
+    data = results(masked_prediction=masked)
+    data["tokenizers"][0]["pictures"] = {"gallery": "pictures/patches.png"}
+    report = compose(data, pictures, [("codebook", 61.0), ("probe", 30.0)], {"seed": 0})
+    titles = [section.title for section in report.sections]
+    assert titles == [
+        "What was compared",
+        "At a glance",
+        "Does a codeword stand for something?",
+        "What shares a codeword",
+        "What the codes keep of an image",
+        "How the codebook is used",
+        "What the transformers have learnt",
+        "Behind the mask",
+        "How they were trained",
+        "How to read this",
+        "Cost and settings",
+    ]
+    assert len([picture for section in report.sections for picture in section.pictures]) == len(names) + 1
+    assert len(comparisons(results())) == 2 + 2 * 5
+    assert write_report(tmp_path, report).stat().st_size < 10_000_000
+
+
+def test_missing_parts_are_left_out() -> None:
+    bare = {"tokenizers": [{"name": "pixel", "psnr": None, "codeword_probe": 30.0, "mim": None}], "comparisons": ()}
+    report = compose(bare, {}, [], {})
+    assert [section.title for section in report.sections] == [
+        "What was compared",
+        "At a glance",
+        "Does a codeword stand for something?",
+        "How to read this",
+        "Cost and settings",
+    ]
+    assert "–" in said(report)
+    render(compose({"tokenizers": [], "comparisons": ()}, {}, [], {}))
+
+
+def test_names_from_outside_are_escaped() -> None:
+    data = results(data=EVIL)
+    data["tokenizers"][0] |= {"name": EVIL, "pictures": {"gallery": f"pictures/{EVIL}"}}
+    report = compose(data, {EVIL: png()}, [(EVIL, 3.0)], {EVIL: EVIL}, title=EVIL, subtitle=EVIL)
+    assert "script" not in read(render(report)).tags
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(0.4, "0 s"), (89, "89 s"), (90, "1 min 30 s"), (120, "2 min"), (5400, "1 h 30 min")],
+)
+def test_duration(seconds: float, text: str) -> None:
+    assert duration(seconds) == text

@@ -1,0 +1,85 @@
+"""The demo, whole, with few steps; and its plan."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from pecobook.commands.demo import demo
+from pecobook.commands.demo.plan import plan
+from pecobook.errors import RunFolderError
+from pecobook.settings.demo import DemoConfig
+
+
+def test_plan__arms_differ_in_the_perceptual_network_alone(tmp_path: Path) -> None:
+    from pecobook.settings.values import to_dict
+
+    jobs = plan(DemoConfig(out=str(tmp_path), budget="cpu"))
+    pixel, control, perceptual = (to_dict(jobs[f"codebook-{a}"].config) for a in ("pixel", "control", "perceptual"))
+    for settings in (pixel, control, perceptual):
+        settings.pop("out")
+    assert control["perceptual"].pop("weights") == "random"
+    assert perceptual["perceptual"].pop("weights") == ""
+    assert control == perceptual
+    assert pixel.pop("perceptual")["network"] == "none"
+    perceptual.pop("perceptual")
+    assert pixel == perceptual
+
+
+@pytest.mark.parametrize("budget", ["cpu", "gpu"])
+def test_plan__every_need_comes_before(tmp_path: Path, budget: str) -> None:
+    seen: set[str] = set()
+    from pecobook.settings.values import replace
+
+    for name, job in plan(replace(DemoConfig(out=str(tmp_path)), {"budget": budget, "length": 0.5})).items():
+        assert set(job.needs) <= seen
+        seen.add(name)
+    assert len(seen) == 6
+
+
+def test_demo__writes_what_it_promises(tmp_path: Path, images: Path) -> None:
+    out = tmp_path / "demo"
+    config = DemoConfig(data=str(images), out=str(out), length=0.02, max_train=16, max_test=8, budget="cpu")
+    report = demo(config)
+
+    results = json.loads((out / "results.json").read_text())
+    assert {"data", "seed", "seconds", "floor", "codebooks"} <= results.keys()
+    assert results["floor"].keys() == {"linear", "knn"}
+    assert [entry["name"] for entry in results["codebooks"]] == ["pixel", "control", "perceptual"]
+    for entry in results["codebooks"]:
+        assert {"codes_used", "perplexity", "psnr", "perceptual_distance", "codeword_probe", "mim"} <= entry.keys()
+        assert 1 <= entry["perplexity"] <= entry["codes_used"] <= 512
+        if entry["name"] == "control":
+            assert entry["mim"] is None
+        else:
+            assert entry["mim"].keys() == {"loss", "accuracy", "linear", "knn"}
+            assert all(0 <= entry["mim"][name] <= 100 for name in ("accuracy", "linear", "knn"))
+    pairs = {(c["metric"], c["a"], c["b"]) for c in results["comparisons"]}
+    assert ("codeword_probe", "perceptual", "control") in pairs
+
+    html = report.read_text()
+    assert report == out / "report.html"
+    assert not re.search(r"(src|href)=[\"']?https?://", html)
+    assert html.count("data:image/png;base64") >= 6
+    assert {path.stem for path in (out / "pictures").iterdir()} >= {"reconstructions", "gallery-control", "usage"}
+    assert [entry["name"] for entry in results["masked_prediction"]] == ["pixel", "perceptual"]
+
+    # What is finished is not trained again: the second call only measures, and says the same.
+    before = (out / "codebook-pixel" / "export" / "model.safetensors").stat().st_mtime_ns
+    demo(config)
+    again = json.loads((out / "results.json").read_text())
+    assert (out / "codebook-pixel" / "export" / "model.safetensors").stat().st_mtime_ns == before
+    assert {**again, "seconds": 0} == {**results, "seconds": 0}
+
+    with pytest.raises(RunFolderError, match="other settings"):
+        demo(config, seed=1)
+
+
+def test_demo__refuses_a_folder_that_is_not_its_own(tmp_path: Path) -> None:
+    (tmp_path / "precious.txt").write_text("mine")
+    with pytest.raises(RunFolderError, match="holds no demo"):
+        demo(DemoConfig(out=str(tmp_path)))
+    assert [path.name for path in tmp_path.iterdir()] == ["precious.txt"]

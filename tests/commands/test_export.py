@@ -1,0 +1,197 @@
+"""`pecobook export`: what each library makes of a run is what the run makes of an image."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import timm
+import torch
+from torch import Tensor
+from torch.testing import assert_close
+
+from pecobook import cli
+from pecobook.commands.export import export
+from pecobook.errors import ConfigError, RunFolderError, WeightsError
+from pecobook.models.dense.segmenter import Segmenter, stretch
+from pecobook.models.tokenizers import load_tokenizer
+from pecobook.models.weights import load_backbone, read_export
+from pecobook.settings.export import ExportConfig
+from tests.runs import codebook_run, shapes, train, vit_run
+
+__all__ = ["codebook_run", "vit_run"]  # the fixtures
+
+_BEIT: dict[str, Any] = {
+    "model.name": "beit_base_patch16_224",
+    "model.args": '{"patch_size": 4, "depth": 2, "embed_dim": 24, "num_heads": 2, "init_values": 0.1, '
+    '"use_rel_pos_bias": false, "use_shared_rel_pos_bias": true}',
+}
+
+
+@pytest.fixture(scope="module")
+def beit_run(images: Path, codebook_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return train("pretrain", images, tmp_path_factory.mktemp("beit"), tokenizer=str(codebook_run), **_BEIT)
+
+
+@pytest.fixture(scope="module")
+def classifier_run(images: Path, beit_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return train("finetune", images, tmp_path_factory.mktemp("classifier"), backbone=str(beit_run))
+
+
+def pictures() -> Tensor:
+    return torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+
+
+def run_export(run: Path, out: Path, kind: str) -> Path:
+    cli.main(["export", str(run), "--format", kind, "--out", str(out)])
+    return out
+
+
+@pytest.mark.parametrize("which", ["vit_run", "beit_run", "classifier_run"])
+def test_timm__loads_it_in_two_lines(which: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
+    run: Path = request.getfixturevalue(which)
+    out = run_export(run, tmp_path / "timm", "timm")
+    network = timm.create_model(f"local-dir:{out}", pretrained=True).eval()
+    config, state = read_export(run)
+    expected = timm.create_model(config["name"], num_classes=len(config.get("classes", ())), **config["args"])
+    expected.load_state_dict(state)
+    assert_close(network(pictures()), expected.eval()(pictures()), atol=1e-5, rtol=1e-5)
+    assert list(network.pretrained_cfg["mean"]) == config["mean"] == [0.485, 0.456, 0.406]
+    again = timm.create_model(
+        config["name"],
+        num_classes=len(config.get("classes", ())),
+        checkpoint_path=str(out / "model.safetensors"),
+        **config["args"],
+    )
+    assert_close(again.eval()(pictures()), expected(pictures()), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("which", ["vit_run", "classifier_run"])
+@pytest.mark.parametrize("num_classes", [0, 10])
+def test_timm__loads_it_with_other_classes(
+    which: str, num_classes: int, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    run: Path = request.getfixturevalue(which)
+    out = run_export(run, tmp_path / "timm", "timm")
+    network = timm.create_model(f"local-dir:{out}", pretrained=True, num_classes=num_classes).eval()
+    assert network(pictures()).shape == (2, num_classes or 32 if which == "vit_run" else num_classes or 24)
+    ours = load_backbone(str(run)).network.eval()
+    assert_close(network.forward_features(pictures()), ours.forward_features(pictures()))  # type: ignore[operator]
+
+
+def test_hf__of_pixels_is_a_body(images: Path, tmp_path: Path) -> None:
+    from transformers import BeitModel
+
+    run = train("pretrain", images, tmp_path / "run", target="pixels", **_BEIT)
+    assert read_export(run)[0]["target"] == "pixels"
+    out = run_export(run, tmp_path / "hf", "hf")
+    assert "vocab_size" not in json.loads((out / "config.json").read_text())
+    theirs, told = BeitModel.from_pretrained(out, output_loading_info=True)
+    assert not any(told[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    hidden = load_backbone(str(run)).network.eval().forward_features(pictures())  # type: ignore[operator]
+    assert hidden.shape == theirs.eval()(pictures()).last_hidden_state.shape
+
+
+def test_hf__a_pretrained_run_is_a_masked_image_model(beit_run: Path, tmp_path: Path) -> None:
+    from transformers import AutoImageProcessor, BeitForMaskedImageModeling, BeitModel
+
+    from pecobook.models.checkpoints import read_weights
+    from pecobook.models.masked_vit import MaskedImageModel
+
+    out = run_export(beit_run, tmp_path / "hf", "hf")
+    theirs, told = BeitForMaskedImageModeling.from_pretrained(out, output_loading_info=True)
+    assert not any(told[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    ours = MaskedImageModel(load_backbone(str(beit_run)).network, 24).eval()
+    ours.load_state_dict(read_weights(str(beit_run / "export" / "mim.safetensors")), strict=False)
+    mask = torch.zeros(2, 4, 4, dtype=torch.bool)
+    mask[:, 1, 2] = mask[:, 3, 0] = True
+    expected = ours(pictures(), mask, 2)
+    found = theirs.eval()(pictures(), bool_masked_pos=mask.flatten(1)).logits[mask.flatten(1)]
+    assert_close(found, expected, atol=1e-5, rtol=1e-5)
+    body = BeitModel.from_pretrained(out, add_pooling_layer=False).eval()
+    assert body(pictures()).last_hidden_state.shape == (2, 17, 24)
+    processor = AutoImageProcessor.from_pretrained(out)
+    pixels = np.zeros((16, 16, 3), dtype=np.uint8)
+    mean, std = (np.array(read_export(beit_run)[0][name]) for name in ("mean", "std"))
+    assert_close(
+        torch.as_tensor(processor(pixels, return_tensors="pt")["pixel_values"])[0, :, 0, 0].double(),
+        torch.from_numpy(-mean / std),
+        atol=1e-4,
+        rtol=1e-4,
+    )
+
+
+def test_hf__a_classifier_is_a_classifier(classifier_run: Path, tmp_path: Path) -> None:
+    from transformers import BeitForImageClassification
+
+    out = run_export(classifier_run, tmp_path / "hf", "hf")
+    theirs, told = BeitForImageClassification.from_pretrained(out, output_loading_info=True)
+    assert not any(told[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    config, state = read_export(classifier_run)
+    ours = timm.create_model(config["name"], num_classes=3, **config["args"])
+    ours.load_state_dict(state)
+    assert_close(theirs.eval()(pictures()).logits, ours.eval()(pictures()), atol=1e-5, rtol=1e-5)
+    assert theirs.config.id2label == dict(enumerate(config["classes"]))
+
+
+@pytest.mark.parametrize("which", ["vit_run", "classifier_run"])
+def test_onnx__computes_the_same(which: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
+    import onnxruntime
+
+    run: Path = request.getfixturevalue(which)
+    out = run_export(run, tmp_path / "onnx", "onnx")
+    session = onnxruntime.InferenceSession(str(out / "model.onnx"))
+    config, state = read_export(run)
+    network = timm.create_model(config["name"], num_classes=len(config.get("classes", ())), **config["args"])
+    network.load_state_dict(state)
+    for count in (1, 2):
+        (found,) = session.run(None, {"images": pictures()[:count].numpy()})
+        assert_close(torch.from_numpy(found), network.eval()(pictures()[:count]), atol=1e-5, rtol=1e-4)
+    assert json.loads((out / "config.json").read_text())["mean"] == config["mean"]
+
+
+def test_onnx__of_a_tokenizer(codebook_run: Path, tmp_path: Path) -> None:
+    import onnxruntime
+
+    out = run_export(codebook_run, tmp_path / "onnx", "onnx")
+    images = torch.rand(2, 3, 16, 16)
+    (codes,) = onnxruntime.InferenceSession(str(out / "encoder.onnx")).run(None, {"images": images.numpy()})
+    assert codes.tolist() == load_tokenizer(codebook_run).encode(images).tolist()
+
+
+def test_export__refuses(vit_run: Path, codebook_run: Path, tmp_path: Path) -> None:
+    with pytest.raises(WeightsError, match="is a vit_tiny_patch16_224: use --format timm"):
+        export(ExportConfig(run=str(vit_run), format="hf", out=str(tmp_path / "x")))
+    with pytest.raises(ConfigError, match="is a tokenizer: --format onnx"):
+        export(ExportConfig(run=str(codebook_run), format="timm", out=str(tmp_path / "x")))
+    with pytest.raises(WeightsError, match="There is no run 'nowhere'"):
+        export(ExportConfig(run="nowhere", out=str(tmp_path / "x")))
+    with pytest.raises(ConfigError, match="--out is missing"):
+        export(ExportConfig(run=str(vit_run)))
+    assert not (tmp_path / "x").exists()
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "file").touch()
+    with pytest.raises(RunFolderError, match="is not empty"):
+        ExportConfig(run=str(vit_run), out=str(tmp_path / "full"))
+
+
+@pytest.mark.parametrize("kind", ["vit", "beit"])
+def test_segmenter__onnx_scores_pixels_as_it_does(kind: str, vit_run: Path, beit_run: Path, tmp_path: Path) -> None:
+    """At another size than the backbone's own, so that its positions were interpolated."""
+    import onnxruntime
+
+    backbone = str(vit_run if kind == "vit" else beit_run)
+    run = train("segment", shapes(), tmp_path / "run", backbone=backbone, max_steps="2", image_size=32)
+    out = run_export(run, tmp_path / "onnx", "onnx")
+    model = Segmenter.from_pretrained(run)
+    images = torch.rand(3, 3, 32, 32)
+    session = onnxruntime.InferenceSession(out / "model.onnx")
+    with torch.no_grad():
+        expected = stretch(model(images)[0], (32, 32))
+    assert_close(torch.from_numpy(session.run(None, {"images": images.numpy()})[0]), expected, atol=1e-4, rtol=1e-4)
+    assert json.loads((out / "config.json").read_text()) == {"image_size": 32, "classes": ["ground", "red", "green"]}
+    with pytest.raises(ConfigError, match="is a segmenter"):
+        export(ExportConfig(run=str(run), format="timm", out=str(tmp_path / "timm")))
