@@ -37,7 +37,7 @@ class Slow(Toy):
 
 def test_fit__speed_and_waiting_are_those_of_training_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     clock = Clock()
-    read = loop.load
+    read: Any = vars(loop)["load"]
 
     def slow_load(*given: Any, **more: Any) -> Iterator[Batch]:
         for batch in read(*given, **more):
