@@ -34,7 +34,7 @@ from pecobook.models.masked_vit import (
 from pecobook.models.tokenizers import fingerprint, load_tokenizer
 from pecobook.models.weights import IMAGENET_MEAN, IMAGENET_STD, create, export_backbone, write_tensors
 from pecobook.settings.images import PhotometricConfig
-from pecobook.settings.pretrain import MaskConfig, PretrainConfig
+from pecobook.settings.pretrain import DecoderConfig, MaskConfig, PretrainConfig
 from pecobook.utils.images import to_float
 
 
@@ -132,7 +132,7 @@ class PretrainStage(Stage[PretrainConfig]):
                 f"--mask.num-masked {config.mask.num_masked} must be below {rows * columns}, all patches."
             )
         if config.visible_only:
-            VisibleOnlyModel(backbone, 2, depth=1, width=64, num_heads=1)
+            VisibleOnlyModel(backbone, 2, DecoderConfig(depth=1, width=64, num_heads=1))
         if config.target == "tokens":
             _check_tokens(config, backbone)
 
@@ -187,9 +187,8 @@ class PretrainStage(Stage[PretrainConfig]):
 
 def masked_model(config: PretrainConfig, backbone: nn.Module, size: int) -> MaskedImageModel | VisibleOnlyModel:
     """The masked model of the settings around a backbone, with `size` outputs for each masked patch."""
-    own = config.decoder
     if config.visible_only:
-        return VisibleOnlyModel(backbone, size, depth=own.depth, width=own.width, num_heads=own.num_heads)
+        return VisibleOnlyModel(backbone, size, config.decoder)
     return MaskedImageModel(backbone, size)
 
 

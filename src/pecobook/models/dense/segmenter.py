@@ -20,7 +20,7 @@ from pecobook.errors import WeightsError
 from pecobook.models.checkpoints import load_state
 from pecobook.models.dense.pyramid import FeaturePyramid, rebuild_pyramid
 from pecobook.models.weights import read_export, write_export
-from pecobook.settings.segment import SegmentTestConfig
+from pecobook.settings.segment import SegmenterConfig, SegmentTestConfig
 from pecobook.utils.images import fitted_size, resize, to_float
 
 POOLS = (1, 2, 3, 6)
@@ -84,12 +84,10 @@ class Segmenter(nn.Module):
 
     Args:
         pyramid: maps of images.
-        classes: names of the classes.
-        image_size: side of the squares it was trained on, pixels.
-        width: channels of the head; 0 takes the backbone's.
-        auxiliary: channels of the auxiliary head, 0 for none.
-        mean: of the input's normalisation.
-        std: of the input's normalisation.
+        described: what `describe_pyramid` says of it: the side of the squares it is trained on, and the mean and
+            deviation that normalise images.
+        classes: their names.
+        config: heads.
     """
 
     mean: Tensor
@@ -98,23 +96,21 @@ class Segmenter(nn.Module):
     def __init__(
         self,
         pyramid: FeaturePyramid,
-        classes: tuple[str, ...],
+        described: dict[str, Any],
         *,
-        image_size: int,
-        width: int = 0,
-        auxiliary: int = 256,
-        mean: tuple[float, ...],
-        std: tuple[float, ...],
+        classes: tuple[str, ...],
+        config: SegmenterConfig = SegmenterConfig(),
     ) -> None:
         super().__init__()
-        self.pyramid, self.classes, self.image_size = pyramid, classes, image_size
-        width = width or pyramid.channels[-1]
-        self.head = UperNet(pyramid.channels, width, len(classes))
-        self.auxiliary = FCNHead(pyramid.channels[2], auxiliary, len(classes)) if auxiliary else None
+        self.pyramid, self.described, self.classes, self.config = pyramid, described, classes, config
+        self.image_size = int(described["image_size"])
+        self.head = UperNet(pyramid.channels, config.head_width or pyramid.channels[-1], len(classes))
+        extra = config.auxiliary_width if config.auxiliary_weight else 0
+        self.auxiliary = FCNHead(pyramid.channels[2], extra, len(classes)) if extra else None
         for module in (self.head, self.auxiliary):
             _initialise(module)
-        self.register_buffer("mean", torch.tensor(mean)[:, None, None], persistent=False)
-        self.register_buffer("std", torch.tensor(std)[:, None, None], persistent=False)
+        self.register_buffer("mean", torch.tensor(described["mean"])[:, None, None], persistent=False)
+        self.register_buffer("std", torch.tensor(described["std"])[:, None, None], persistent=False)
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
         """Float images (B, 3, H, W) in [0, 1] to scores (B, C, H / s, W / s), and in training the auxiliary ones."""
@@ -132,15 +128,22 @@ class Segmenter(nn.Module):
             )
         made = cls(
             rebuild_pyramid(settings["pyramid"]),
-            tuple(settings["classes"]),
-            image_size=settings["image_size"],
-            width=settings["width"],
-            auxiliary=0,
-            mean=tuple(settings["pyramid"]["mean"]),
-            std=tuple(settings["pyramid"]["std"]),
+            settings["pyramid"],
+            classes=tuple(settings["classes"]),
+            config=SegmenterConfig(head_width=settings["width"], auxiliary_width=0),
         )
         load_state(made, state, source=str(path))
         return made.eval()
+
+    def settings(self) -> dict[str, Any]:
+        """What an export says of it; `from_pretrained` makes the same segmenter of it, but for the auxiliary head."""
+        return {
+            "kind": "segmenter",
+            "classes": list(self.classes),
+            "image_size": self.image_size,
+            "width": self.config.head_width,
+            "pyramid": self.described,
+        }
 
     @torch.no_grad()
     def predict(self, image: Tensor, test: SegmentTestConfig = SegmentTestConfig()) -> Tensor:
@@ -255,18 +258,8 @@ tags: [pecobook, semantic-segmentation]
 """
 
 
-def export_segmenter(
-    folder: Path, state: dict[str, Tensor], *, pyramid: dict[str, Any], classes: tuple[str, ...], size: int, width: int
-) -> str:
-    """Write a segmenter as an export folder.
-
-    Args:
-        folder: where to.
-        state: of a `Segmenter`; the auxiliary head is left out.
-        pyramid: of `describe_pyramid`.
-        classes: their names.
-        size: side of the squares it was trained on, pixels.
-        width: channels of the head, as it was asked for.
+def export_segmenter(folder: Path, state: dict[str, Tensor], segmenter: Segmenter) -> str:
+    """Write an export folder from a segmenter's state dict, without the auxiliary head.
 
     Returns:
         The lines of Python that load it, with `{path}` where the run folder goes.
@@ -275,8 +268,12 @@ def export_segmenter(
         "from pecobook.models.dense.segmenter import Segmenter\n"
         'model = Segmenter.from_pretrained("{path}")  # model.predict(image): uint8 (3, H, W) to classes (H, W)'
     )
-    config = {"kind": "segmenter", "classes": list(classes), "image_size": size, "width": width, "pyramid": pyramid}
-    card = _CARD.format(name=pyramid["name"], count=len(classes), size=size, lines=lines.replace("{path}", "."))
+    card = _CARD.format(
+        name=segmenter.described["name"],
+        count=len(segmenter.classes),
+        size=segmenter.image_size,
+        lines=lines.replace("{path}", "."),
+    )
     own = {name: value for name, value in state.items() if not name.startswith("auxiliary.")}
-    write_export(folder, config, own, card)
+    write_export(folder, segmenter.settings(), own, card)
     return lines
