@@ -82,8 +82,20 @@ def test_help_all__explains_every_flag(
 def test_explanations__are_those_under_the_fields_the_nearest_class_first() -> None:
     found = explanations(type(recipe("contrast", "tiny")))
     assert set(flags(type(recipe("contrast", "tiny")))) <= set(found)
-    assert "each, in two views" in found["batch-size"]  # contrast's own, not that of all trainings
+    assert "each image, in two views" in found["batch-size"]  # contrast's own, not that of all trainings
     assert found["optim.clip-grad"].startswith("Largest norm of the whole gradient")
+
+
+@pytest.mark.parametrize("command", PAGES)
+def test_explanations__name_what_they_explain(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    kind = type(settings_of(shlex.split(PAGES[command].examples[0]), monkeypatch))
+    known = flags(kind)
+    for name, text in explanations(kind).items():
+        if name in known:
+            words = text.split()
+            assert len(words) >= 3, name
+            assert words[0] not in ("Of", "Its", "Their", "As", "Who", "Most", "Least"), name
+            assert "the same." not in text.lower(), name
 
 
 def test_page__shows_the_values_of_the_recipe() -> None:
