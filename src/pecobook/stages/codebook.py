@@ -195,10 +195,8 @@ class CodebookStage(Stage[CodebookConfig]):
     def export(self, folder: Path, state: dict[str, Tensor]) -> str:
         """Write the tokenizer."""
         own = {name.removeprefix("tokenizer."): value for name, value in state.items() if name.startswith("tokenizer.")}
-        whole = PerceptualTokenizer(self.tokenizer.config)  # ours may hold this process's shard alone
-        whole.load_state_dict(own)
-        whole.save_pretrained(folder, origin=_origin(self.config))
-        return 'from pecobook import PerceptualTokenizer\ntokenizer = PerceptualTokenizer.from_pretrained("{path}")'
+        self.tokenizer.save_pretrained(folder, state=own, origin=_origin(self.config))
+        return self.tokenizer.lines(self.config.out)
 
     @classmethod
     def check(cls, config: CodebookConfig) -> None:

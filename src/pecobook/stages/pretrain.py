@@ -22,6 +22,7 @@ from pecobook.data.tokens import TokenBank, bank_differences
 from pecobook.data.views import center_crop, colour_draws, photometric, random_crop
 from pecobook.engine.stage import Stage, StageOutput
 from pecobook.errors import ConfigError, DataError
+from pecobook.models.export import write_tensors
 from pecobook.models.masked_vit import (
     MaskedImageModel,
     VisibleOnlyModel,
@@ -32,7 +33,7 @@ from pecobook.models.masked_vit import (
     unshared,
 )
 from pecobook.models.tokenizers import fingerprint, load_tokenizer
-from pecobook.models.weights import IMAGENET_MEAN, IMAGENET_STD, create, export_backbone, write_tensors
+from pecobook.models.weights import IMAGENET_MEAN, IMAGENET_STD, Backbone, create
 from pecobook.settings.images import PhotometricConfig
 from pecobook.settings.pretrain import DecoderConfig, MaskConfig, PretrainConfig
 from pecobook.utils.images import to_float
@@ -111,15 +112,10 @@ class PretrainStage(Stage[PretrainConfig]):
         write_tensors(folder / "mim.safetensors", {n: v for n, v in own.items() if not n.startswith("backbone.")})
         backbone = {n.removeprefix("backbone."): v for n, v in own.items() if n.startswith("backbone.")}
         backbone, args = unshared(backbone, backbone_args(self.config))
-        return export_backbone(
-            folder,
-            backbone,
-            name=self.config.model.name,
-            args=args,
-            image_size=self.config.image_size,
-            origin="PeCo masked image modelling",
-            target=self.config.target,
-        )
+        name, size = self.config.model.name, self.config.image_size
+        whole = Backbone(self.model.backbone, name, args, IMAGENET_MEAN, IMAGENET_STD, size, target=self.config.target)
+        whole.save_pretrained(folder, state=backbone, origin="PeCo masked image modelling")
+        return whole.lines(str(folder))
 
     @classmethod
     def check(cls, config: PretrainConfig) -> None:

@@ -25,7 +25,7 @@ from pecobook.engine.optim import dense_groups
 from pecobook.engine.stage import Stage, StageOutput, mean_of_counted
 from pecobook.errors import ConfigError, DataError, listed
 from pecobook.models.dense.pyramid import describe_pyramid, pyramid_of
-from pecobook.models.dense.segmenter import Segmenter, best_classes, export_segmenter, scaled_pictures, stretch
+from pecobook.models.dense.segmenter import Segmenter, best_classes, scaled_pictures, stretch
 from pecobook.settings.segment import SegmentConfig, SegmentTestConfig
 from pecobook.settings.training import BaseOptimConfig
 from pecobook.utils.images import resize, to_float
@@ -113,7 +113,8 @@ class SegmentStage(Stage[SegmentConfig]):
     def export(self, folder: Path, state: dict[str, Tensor]) -> str:
         """Write the segmenter, complete."""
         own = {name.removeprefix("model."): value for name, value in state.items()}
-        return export_segmenter(folder, own, self.model)
+        self.model.save_pretrained(folder, state=own)
+        return self.model.lines(self.config.out)
 
     @classmethod
     def open(cls, config: SegmentConfig) -> Splits:

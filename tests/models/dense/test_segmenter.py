@@ -15,12 +15,12 @@ from pecobook.models.dense.segmenter import (
     Segmenter,
     UperNet,
     best_classes,
-    export_segmenter,
     scaled_pictures,
     starts,
 )
+from pecobook.models.export import write_export
 from pecobook.models.huggingface import beit_to_huggingface
-from pecobook.models.weights import Backbone, write_export
+from pecobook.models.weights import Backbone
 from pecobook.settings.dense import PyramidConfig
 from pecobook.settings.segment import SegmenterConfig, SegmentTestConfig
 from pecobook.utils.images import resize
@@ -197,10 +197,8 @@ def test_test_config__refuses(settings: dict[str, Any]) -> None:
 
 def test_export__and_back(tmp_path: Path) -> None:
     own = segmenter(48)
-    lines = export_segmenter(tmp_path / "export", own.state_dict(), own)
-    space: dict[str, Any] = {}
-    exec(lines.format(path=tmp_path), space)
-    again: Segmenter = space["model"]
+    own.save_pretrained(tmp_path / "export")
+    again = Segmenter.from_pretrained(tmp_path)
     x = torch.randint(256, (3, 50, 60), dtype=torch.uint8)
     assert torch.equal(again.predict(x), own.predict(x))
     assert again.classes == own.classes

@@ -9,17 +9,14 @@ B batch, C classes, H W height and width in pixels.
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pecobook.errors import WeightsError
-from pecobook.models.checkpoints import load_state
 from pecobook.models.dense.pyramid import FeaturePyramid, rebuild_pyramid
-from pecobook.models.weights import read_export, write_export
+from pecobook.models.export import Card, Exported
 from pecobook.settings.segment import SegmenterConfig, SegmentTestConfig
 from pecobook.utils.images import fitted_size, resize, to_float
 
@@ -79,7 +76,7 @@ class FCNHead(nn.Sequential):
         super().__init__(convolution(channels, width, 3), nn.Conv2d(width, num_classes, 1))
 
 
-class Segmenter(nn.Module):
+class Segmenter(Exported):
     """A pyramid with UperNet on it.
 
     Args:
@@ -90,6 +87,8 @@ class Segmenter(nn.Module):
         config: heads.
     """
 
+    kind = "segmenter"
+    comes_from = "segment"
     mean: Tensor
     std: Tensor
 
@@ -118,32 +117,45 @@ class Segmenter(nn.Module):
         auxiliary = self.auxiliary(maps[2]) if self.training and self.auxiliary is not None else None
         return self.head(maps), auxiliary
 
-    @classmethod
-    def from_pretrained(cls, path: str | Path) -> Segmenter:
-        """The model that a `segment` run exported, in evaluation mode. Raises WeightsError."""
-        settings, state = read_export(path)
-        if settings.get("kind") != "segmenter":
-            raise WeightsError(
-                f"'{path}' is a {settings.get('kind')}, not a segmenter: give a run of pecobook segment."
-            )
-        made = cls(
-            rebuild_pyramid(settings["pyramid"]),
-            settings["pyramid"],
-            classes=tuple(settings["classes"]),
-            config=SegmenterConfig(head_width=settings["width"], auxiliary_width=0),
-        )
-        load_state(made, state, source=str(path))
-        return made.eval()
-
     def settings(self) -> dict[str, Any]:
-        """What an export says of it; `from_pretrained` makes the same segmenter of it, but for the auxiliary head."""
+        """All that `rebuild` makes the same segmenter of, but for the auxiliary head."""
         return {
-            "kind": "segmenter",
             "classes": list(self.classes),
             "image_size": self.image_size,
             "width": self.config.head_width,
             "pyramid": self.described,
         }
+
+    @classmethod
+    def rebuild(cls, settings: dict[str, Any]) -> Self:
+        """The segmenter that `settings` describes, with random weights."""
+        return cls(
+            rebuild_pyramid(settings["pyramid"]),
+            settings["pyramid"],
+            classes=tuple(settings["classes"]),
+            config=SegmenterConfig(head_width=settings["width"], auxiliary_width=0),
+        )
+
+    @classmethod
+    def is_exported(cls, name: str) -> bool:
+        """Whether more than training reads it."""
+        return not name.startswith("auxiliary.")
+
+    def lines(self, source: str) -> str:
+        """Python that loads it from the folder `source`, or from the hub's repository of that name."""
+        return (
+            f'from pecobook import Segmenter\nmodel = Segmenter.from_pretrained("{source}")'
+            "  # model.predict(image): uint8 (3, H, W) to classes (H, W)"
+        )
+
+    def card(self, origin: str) -> Card:  # noqa: ARG002
+        """Its backbone, classes and size."""
+        return Card(
+            title=f"UperNet on {self.described['name']}",
+            text=f"{len(self.classes)} classes, trained on squares of {self.image_size} pixels.",
+            tags=("pecobook", "semantic-segmentation"),
+            pipeline="image-segmentation",
+        )
 
     @torch.no_grad()
     def predict(self, image: Tensor, test: SegmentTestConfig = SegmentTestConfig()) -> Tensor:
@@ -242,38 +254,3 @@ def _initialise(module: nn.Module | None) -> None:
             else:
                 nn.init.normal_(layer.weight, std=0.01)
                 nn.init.zeros_(layer.bias)
-
-
-_CARD = """---
-library_name: pecobook
-tags: [pecobook, semantic-segmentation]
----
-# UperNet on {name}
-
-{count} classes, trained on squares of {size} pixels.
-
-```python
-{lines}
-```
-"""
-
-
-def export_segmenter(folder: Path, state: dict[str, Tensor], segmenter: Segmenter) -> str:
-    """Write an export folder from a segmenter's state dict, without the auxiliary head.
-
-    Returns:
-        The lines of Python that load it, with `{path}` where the run folder goes.
-    """
-    lines = (
-        "from pecobook.models.dense.segmenter import Segmenter\n"
-        'model = Segmenter.from_pretrained("{path}")  # model.predict(image): uint8 (3, H, W) to classes (H, W)'
-    )
-    card = _CARD.format(
-        name=segmenter.described["name"],
-        count=len(segmenter.classes),
-        size=segmenter.image_size,
-        lines=lines.replace("{path}", "."),
-    )
-    own = {name: value for name, value in state.items() if not name.startswith("auxiliary.")}
-    write_export(folder, segmenter.settings(), own, card)
-    return lines
