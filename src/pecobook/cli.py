@@ -42,9 +42,15 @@ def main(argv: list[str] | None = None) -> None:
     """Run a command. Exits with 2 after a user's mistake, without a traceback."""
     args = list(sys.argv[1:] if argv is None else argv)
     try:
-        _dispatch(args)
+        try:
+            _dispatch(args)
+        except SystemExit:  # after a help page
+            sys.stdout.flush()  # here, since an error in Python's own flush at the end cannot be caught
+            raise
         sys.stdout.flush()
-    except BrokenPipeError:  # as of `pecobook recipes | head -1`: nobody reads on
+    except BrokenPipeError:
+        if not _reader_left():
+            raise
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except PecobookError as error:
@@ -65,6 +71,15 @@ def main(argv: list[str] | None = None) -> None:
     except KeyboardInterrupt:
         print("pecobook: interrupted.", file=sys.stderr)
         sys.exit(130)
+
+
+def _reader_left() -> bool:
+    """Whether nobody reads what is printed any more, as after `pecobook recipes | head -1`."""
+    try:
+        print(flush=True)
+    except BrokenPipeError:
+        return True
+    return False
 
 
 def _tell(error: PecobookError) -> None:
