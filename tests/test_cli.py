@@ -287,15 +287,15 @@ def test_main__a_signal_leaves_with_130_and_the_way_on(
 def test_main__resume_of_a_locked_folder_is_refused(
     images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from pecobook.engine import run_folder
+    from pecobook.utils.folder_lock import FolderLock
 
     run = train("codebook", images, tmp_path / "run", max_steps="1")
-    held = run_folder.lock(run)
+    held = FolderLock(run)
     try:
         typed = ["codebook", "tiny", "--data", str(images), "--out", str(run), "--resume"]
         said = fail([*typed, *small_flags("codebook", max_steps="1")], capsys)
     finally:
-        run_folder.release(held)
+        held.release()
     assert "Another process is writing" in said
 
 

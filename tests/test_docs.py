@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ast
 import contextlib
+import importlib
 import re
 import shlex
 from pathlib import Path
@@ -92,3 +94,14 @@ def test_links_exist(page: Path) -> None:
     for link in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
         if "://" not in link:
             assert (page.parent / link).exists(), link
+
+
+@pytest.mark.parametrize("page", sorted([*DOCS.glob("*.md"), DOCS.parent / "README.md"]), ids=lambda page: page.name)
+def test_python_blocks__import_what_is_there(page: Path) -> None:
+    for block in re.findall(r"```python\n(.*?)```", page.read_text(), flags=re.DOTALL):
+        imported = [node for node in ast.parse(block).body if isinstance(node, ast.ImportFrom)]
+        assert imported
+        for node in imported:
+            assert node.module is not None
+            found = importlib.import_module(node.module)
+            assert all(hasattr(found, alias.name) for alias in node.names), ast.unparse(node)

@@ -17,18 +17,25 @@ if TYPE_CHECKING:
     from pecobook.commands.reproduce import reproduce
     from pecobook.data.masking import blockwise_mask
     from pecobook.errors import PecobookError
+    from pecobook.models.dense.detector import Detector
+    from pecobook.models.dense.segmenter import Segmenter
     from pecobook.models.masked_vit import MaskedImageModel
     from pecobook.models.nearest import nearest_codeword
     from pecobook.models.perceptual import PerceptualDistance
     from pecobook.models.quantizer import VectorQuantizer
     from pecobook.models.tokenizer import PerceptualTokenizer
     from pecobook.models.tokenizers import load_tokenizer
+    from pecobook.models.weights import Backbone, Classifier
 
 __all__ = [
+    "Backbone",
+    "Classifier",
+    "Detector",
     "MaskedImageModel",
     "PecobookError",
     "PerceptualDistance",
     "PerceptualTokenizer",
+    "Segmenter",
     "VectorQuantizer",
     "analyze",
     "blockwise_mask",
@@ -50,10 +57,14 @@ __all__ = [
 ]
 
 _HOMES = {
+    "Backbone": "models.weights",
+    "Classifier": "models.weights",
+    "Detector": "models.dense.detector",
     "MaskedImageModel": "models.masked_vit",
     "PecobookError": "errors",
     "PerceptualDistance": "models.perceptual",
     "PerceptualTokenizer": "models.tokenizer",
+    "Segmenter": "models.dense.segmenter",
     "VectorQuantizer": "models.quantizer",
     "analyze": "commands.analyze",
     "blockwise_mask": "data.masking",

@@ -95,7 +95,7 @@ def run(out: Path, stage: Toy, *, bad: tuple[int, ...] = (), count: int = 20, **
         )
     finally:
         if held is not None:
-            run_folder.release(held)
+            held.release()
 
 
 def first_image_of(step: int, *, batch_size: int = 4, place: int = 0) -> int:

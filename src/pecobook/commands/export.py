@@ -20,7 +20,8 @@ def export(config: ExportConfig) -> Path:
     Raises:
         PecobookError: no such run, or the format cannot hold it.
     """
-    from pecobook.models.weights import exported_network, read_export, read_settings
+    from pecobook.models.export import read_export, read_settings
+    from pecobook.models.weights import exported_network
 
     if not config.run or not config.out:
         missing = "out" if config.run else "run"
@@ -52,7 +53,7 @@ def _say(out: Path, lines: str) -> Path:
 
 def _to_timm(config: ExportConfig, settings: dict[str, Any], state: dict[str, Tensor], network: nn.Module) -> str:
     """Timm's own folder format, which `timm.create_model("local-dir:...")` and the Hugging Face hub read."""
-    from pecobook.models.weights import write_export
+    from pecobook.models.export import write_export
 
     side, classes = settings["image_size"], settings.get("classes", [])
     layers: Any = network.pretrained_cfg  # which ones another number of classes or of channels replaces
@@ -79,8 +80,8 @@ def _to_timm(config: ExportConfig, settings: dict[str, Any], state: dict[str, Te
 
 
 def _to_huggingface(config: ExportConfig, settings: dict[str, Any], state: dict[str, Tensor], network: Any) -> str:
+    from pecobook.models.export import write_export
     from pecobook.models.huggingface import beit_config, beit_to_huggingface
-    from pecobook.models.weights import write_export
 
     if not settings["name"].startswith("beit_"):
         raise WeightsError(
@@ -107,7 +108,7 @@ def _architecture(
 ) -> tuple[str, dict[str, Tensor]]:
     """Which of transformers' models the weights are, and their names in it."""
     from pecobook.models.checkpoints import read_weights
-    from pecobook.models.weights import export_folder
+    from pecobook.models.export import export_folder
 
     norm = {name: value for name, value in own.items() if name.startswith("layernorm.")}
     body = {f"beit.{name}": value for name, value in own.items() if name not in norm}

@@ -18,6 +18,7 @@ from pecobook.settings.tokenize import TokenizeConfig
 if TYPE_CHECKING:
     from pecobook.data.source import ImageSource, Splits
     from pecobook.data.tokens import BankLayout
+    from pecobook.utils.folder_lock import FolderLock
 
 
 def tokenize(config: TokenizeConfig) -> Path:
@@ -28,7 +29,7 @@ def tokenize(config: TokenizeConfig) -> Path:
         PecobookError: what went wrong later.
     """
     from pecobook.data.tokens import layouts, missing_shards
-    from pecobook.engine import launch, run_folder
+    from pecobook.engine import launch
     from pecobook.models.tokenizers import load_tokenizer
 
     splits, described = _preflight(config)
@@ -48,7 +49,7 @@ def tokenize(config: TokenizeConfig) -> Path:
             _finish(out, layout)
     finally:
         if held is not None:
-            run_folder.release(held)
+            held.release()
     return out
 
 
@@ -58,6 +59,7 @@ def _preflight(config: TokenizeConfig) -> tuple[Splits, dict[str, Any]]:
     from pecobook.engine import launch
     from pecobook.stages.pretrain import view_settings
     from pecobook.stages.training import check_readable
+    from pecobook.utils.folder_lock import LOCK_FILES
 
     problems: list[PecobookError] = []
     found: list[Any] = []
@@ -74,7 +76,7 @@ def _preflight(config: TokenizeConfig) -> tuple[Splits, dict[str, Any]]:
         out = Path(config.out)
         if not config.out:
             raise RunFolderError("--out is missing: name the folder of the bank, for example --out banks/first.")
-        filled = out.is_dir() and any(out.iterdir())
+        filled = out.is_dir() and any(path.name not in LOCK_FILES for path in out.iterdir())
         if launch.is_leader() and filled and not (config.resume or config.overwrite):
             raise RunFolderError(
                 f"--out '{out}' is not empty: go on with --resume, delete it with --overwrite, or name another."
@@ -136,15 +138,15 @@ def _check_resume(out: Path, described: dict[str, Any]) -> None:
         )
 
 
-def _prepare(config: TokenizeConfig, described: dict[str, Any]) -> int:
-    from pecobook.engine import run_folder
+def _prepare(config: TokenizeConfig, described: dict[str, Any]) -> FolderLock:
     from pecobook.utils.files import write_atomically
+    from pecobook.utils.folder_lock import LOCK_FILES, FolderLock
 
     out = Path(config.out)
     out.mkdir(parents=True, exist_ok=True)
-    held = run_folder.lock(out)
+    held = FolderLock(out)
     if config.overwrite:
-        for path in out.iterdir():
+        for path in [path for path in out.iterdir() if path.name not in LOCK_FILES]:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
     write_atomically(out / "config.json", (json.dumps(described, indent=2) + "\n").encode())
     return held

@@ -5,7 +5,6 @@ config.json  environment.json  metrics.jsonl  train.log  samples/  checkpoints/ 
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import platform
@@ -18,6 +17,7 @@ from pecobook.errors import RunFolderError
 from pecobook.settings.training import TrainConfig
 from pecobook.settings.values import changed_settings, complete, to_dict
 from pecobook.utils.files import write_atomically
+from pecobook.utils.folder_lock import LOCK_FILES, FolderLock
 
 _OURS = ("config.json", "environment.json", "metrics.jsonl", "train.log", "samples", "checkpoints", "export")
 
@@ -29,7 +29,7 @@ def check(config: TrainConfig, command: str) -> None:
     out = Path(config.out)
     if out.exists() and not out.is_dir():
         raise RunFolderError(f"--out '{out}' is a file: name a folder.")
-    filled = out.is_dir() and any(out.iterdir())
+    filled = out.is_dir() and any(path.name not in LOCK_FILES for path in out.iterdir())
     if filled and not (config.resume or config.overwrite):
         raise RunFolderError(
             f"--out '{out}' is not empty: go on with --resume, delete it with --overwrite, or name another."
@@ -67,55 +67,20 @@ def _is_run(out: Path) -> bool:
     try:  # many a folder holds a config.json; one of ours names its command
         settings = json.loads((out / "config.json").read_text())
     except (OSError, ValueError):
-        return all(path.name in _OURS for path in out.iterdir())
+        return all(path.name in _OURS or path.name in LOCK_FILES for path in out.iterdir())
     return isinstance(settings, dict) and {"command", "data", "out"} <= settings.keys()
 
 
-_held: set[int] = set()
-
-
-def _forget_locks() -> None:
-    for descriptor in _held:
-        os.close(descriptor)
-    _held.clear()
-
-
-# A data-loading process outlives a killed run by seconds, and must not keep its folder locked for the one that resumes.
-os.register_at_fork(after_in_child=_forget_locks)
-
-
-def lock(out: Path) -> int:
-    """Take the folder until `release` or the end of this process, however it ends.
-
-    Raises:
-        RunFolderError: another process has it.
-    """
-    descriptor = os.open(out, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(descriptor)
-        raise RunFolderError(f"Another process is writing '{out}': wait for it, or name another --out.") from None
-    _held.add(descriptor)
-    return descriptor
-
-
-def release(descriptor: int) -> None:
-    """Give the folder back."""
-    _held.discard(descriptor)
-    os.close(descriptor)
-
-
-def prepare(config: TrainConfig, command: str) -> int:
+def prepare(config: TrainConfig, command: str) -> FolderLock:
     """Make the folder, lock it, and write config.json and environment.json. Returns the lock."""
     out = Path(config.out)
     held = None
     try:
         out.mkdir(parents=True, exist_ok=True)
-        held = lock(out)
+        held = FolderLock(out)
         check(config, command)  # again: another run may have begun or ended here since preflight
         if config.overwrite:
-            for path in out.iterdir():
+            for path in [path for path in out.iterdir() if path.name not in LOCK_FILES]:
                 shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
         (out / "checkpoints").mkdir(exist_ok=True)
         (out / "samples").mkdir(exist_ok=True)
@@ -125,7 +90,7 @@ def prepare(config: TrainConfig, command: str) -> int:
         write_atomically(out / "environment.json", (json.dumps(environment(), indent=2) + "\n").encode())
     except (OSError, RunFolderError) as error:
         if held is not None:
-            release(held)
+            held.release()
         if isinstance(error, RunFolderError):
             raise
         raise RunFolderError(f"--out '{out}' cannot be written: {error}") from None

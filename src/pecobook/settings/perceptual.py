@@ -12,8 +12,8 @@ Normalisation = Literal["unit-rms", "layernorm", "none"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class PerceptualConfig:
-    """The frozen network whose features the reconstruction must match."""
+class PerceptualDistanceConfig:
+    """A frozen network and how images are compared in it: what `PerceptualDistance` takes."""
 
     network: str = ""
     """The perceptual network: timm:NAME, torchvision:NAME, a contrast or pretrain run, or none for pixels alone."""
@@ -25,11 +25,6 @@ class PerceptualConfig:
     layers: tuple[int | str, ...] = (3, 6, 9, 12)
     """Layers whose features are compared, from 1: blocks of a transformer, stages of a convolutional network; of
     torchvision's networks also names of nodes, such as features.12."""
-    weight: float = 1.0
-    """Weight of the perceptual loss, lambda in equation 5."""
-    warmup: int = 0
-    """Steps over which lambda rises from 0 in equal parts. Deep features of a supervised network teach a random decoder
-    little, and all latent vectors then shrink to one; a start on pixels alone keeps them apart."""
     normalisation: Normalisation = "unit-rms"
     """How activations are normalised before they are compared."""
     input_size: int = 0
@@ -43,7 +38,21 @@ class PerceptualConfig:
     """Give the network its normalised input as BGR, as networks from Caffe want it."""
 
     def __post_init__(self) -> None:
-        between(self, 0.0, float("inf"), "weight", "warmup")
         between(self, 0, 4096, "input_size")
         if len(self.mean) not in (0, 3) or len(self.std) not in (0, 3) or min(self.std, default=1) <= 0:
             raise ConfigError("--perceptual.mean and --perceptual.std take three numbers each, std above 0.")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PerceptualConfig(PerceptualDistanceConfig):
+    """The frozen network whose features the reconstruction must match."""
+
+    weight: float = 1.0
+    """Weight of the perceptual loss, lambda in equation 5."""
+    warmup: int = 0
+    """Steps over which lambda rises from 0 in equal parts. Deep features of a supervised network teach a random decoder
+    little, and all latent vectors then shrink to one; a start on pixels alone keeps them apart."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        between(self, 0.0, float("inf"), "weight", "warmup")

@@ -38,7 +38,22 @@ class SegmentTestConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class SegmentConfig(TrainConfig):
+class SegmenterConfig:
+    """Heads of the segmenter."""
+
+    head_width: int = 0
+    """Number of channels of UperNet; 0 takes the backbone\'s width."""
+    auxiliary_width: int = 256
+    """Number of channels of the auxiliary head; 0 for no such head."""
+    auxiliary_weight: float = 0.4
+    """Weight of the auxiliary head\'s loss."""
+
+    def __post_init__(self) -> None:
+        between(self, 0, 65_536, "head_width", "auxiliary_width", "auxiliary_weight")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SegmentConfig(TrainConfig, SegmenterConfig):
     """Train semantic segmentation on images with masks."""
 
     data: str = ""
@@ -61,12 +76,6 @@ class SegmentConfig(TrainConfig):
     pyramid: PyramidConfig = PyramidConfig()
     drop_path: float = 0.1
     """Stochastic depth: probability of skipping the last block; earlier blocks are skipped less."""
-    head_width: int = 0
-    """Number of channels of UperNet; 0 takes the backbone's width."""
-    auxiliary_width: int = 256
-    """Number of channels of the auxiliary head; 0 for no such head."""
-    auxiliary_weight: float = 0.4
-    """Weight of the auxiliary head's loss."""
     scales: tuple[float, float] = (0.5, 2.0)
     """Smallest and largest random scale of a training image, as factors on its size in the test."""
     max_share: float = 0.75
@@ -86,8 +95,8 @@ class SegmentConfig(TrainConfig):
     """Images in one optimizer step, over all devices and accumulation steps."""
 
     def __post_init__(self) -> None:
-        super().__post_init__()
+        TrainConfig.__post_init__(self)
+        SegmenterConfig.__post_init__(self)
         between(self, 0.0, 1.0, "drop_path", "max_share")
-        between(self, 0, 65_536, "head_width", "auxiliary_width", "auxiliary_weight")
         if not 0 < self.scales[0] <= self.scales[1]:
             raise ConfigError(f"--scales takes the least and the largest factor, not {self.scales}.")

@@ -67,8 +67,8 @@ class AutoencoderConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class QuantizerConfig:
-    """The codebook."""
+class VectorQuantizerConfig:
+    """Codewords and how they are learned: what `VectorQuantizer` takes."""
 
     num_codewords: int = 8192
     """Number of codewords K in the codebook."""
@@ -81,8 +81,6 @@ class QuantizerConfig:
     start_after: int = 0
     """Steps during which latent vectors pass unquantised, at most half of the training; k-means then starts the
     codebook on features that mean something. A short training gains much by it."""
-    commitment: float = 0.25
-    """Weight of the commitment loss, beta in equation 3."""
     learning: Literal["ema", "gradient"] = "ema"
     """How codewords learn: by moving averages, or by gradient, from the middle term of equation 3 as printed."""
     precision: SearchPrecision = "fp32"
@@ -92,7 +90,19 @@ class QuantizerConfig:
     def __post_init__(self) -> None:
         positive(self, "num_codewords", "eps")
         between(self, 0.0, 1.0, "decay")
-        between(self, 0.0, float("inf"), "commitment", "revive_after", "start_after")
+        between(self, 0.0, float("inf"), "revive_after", "start_after")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class QuantizerConfig(VectorQuantizerConfig):
+    """The codebook."""
+
+    commitment: float = 0.25
+    """Weight of the commitment loss, beta in equation 3."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        between(self, 0.0, float("inf"), "commitment")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

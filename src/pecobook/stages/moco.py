@@ -22,7 +22,7 @@ from pecobook.engine.launch import check_min_batch
 from pecobook.engine.schedule import cosine
 from pecobook.engine.stage import Stage, StageOutput
 from pecobook.models.contrastive import contrastive_loss, ema_update, initialise_moco, mlp
-from pecobook.models.weights import IMAGENET_MEAN, IMAGENET_STD, create, export_backbone, is_transformer
+from pecobook.models.weights import IMAGENET_MEAN, IMAGENET_STD, Backbone, create, is_transformer
 from pecobook.settings.contrast import ContrastConfig
 from pecobook.utils.images import channels_last, to_float
 
@@ -124,14 +124,10 @@ class MocoStage(Stage[ContrastConfig]):
     def export(self, folder: Path, state: dict[str, Tensor]) -> str:
         """Write the backbone as a plain timm network."""
         own = {name.removeprefix("backbone."): value for name, value in state.items() if name.startswith("backbone.")}
-        return export_backbone(
-            folder,
-            own,
-            name=self.config.model.name,
-            args=_backbone_args(self.config),
-            image_size=self.config.image_size,
-            origin="MoCo v3",
-        )
+        args, size = _backbone_args(self.config), self.config.image_size
+        whole = Backbone(self.backbone, self.config.model.name, args, IMAGENET_MEAN, IMAGENET_STD, size)
+        whole.save_pretrained(folder, state=own, origin="MoCo v3")
+        return whole.lines(str(folder))
 
     @classmethod
     def check(cls, config: ContrastConfig) -> None:
