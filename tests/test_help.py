@@ -41,8 +41,8 @@ def settings_of(words: list[str], monkeypatch: pytest.MonkeyPatch) -> Any:
     return config
 
 
-def test_pages__every_command_but_recipes_has_one() -> None:
-    assert {*PAGES, "recipes"} == set(cli.COMMANDS)
+def test_pages__every_command_with_flags_has_one() -> None:
+    assert {*PAGES, "recipes", "completion"} == set(cli.COMMANDS)
 
 
 @pytest.mark.parametrize("command", PAGES)
@@ -118,7 +118,8 @@ assert not heavy, heavy
 
 
 @pytest.mark.parametrize(
-    "words", [["codebook", "--help"], ["detect", "tiny", "--help-all"], ["recipes"], ["demo", "-h"]]
+    "words",
+    [["codebook", "--help"], ["detect", "tiny", "--help-all"], ["recipes"], ["demo", "-h"], ["completion", "zsh"]],
 )
 def test_help__loads_no_torch(words: list[str]) -> None:
     code = _WITHOUT_TORCH.format(words=words)
