@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 import subprocess
@@ -40,8 +41,8 @@ def settings_of(words: list[str], monkeypatch: pytest.MonkeyPatch) -> Any:
     return config
 
 
-def test_pages__every_command_but_recipes_has_one() -> None:
-    assert {*PAGES, "recipes"} == set(cli.COMMANDS)
+def test_pages__every_command_with_flags_has_one() -> None:
+    assert {*PAGES, "recipes", "completion"} == set(cli.COMMANDS)
 
 
 @pytest.mark.parametrize("command", PAGES)
@@ -117,7 +118,8 @@ assert not heavy, heavy
 
 
 @pytest.mark.parametrize(
-    "words", [["codebook", "--help"], ["detect", "tiny", "--help-all"], ["recipes"], ["demo", "-h"]]
+    "words",
+    [["codebook", "--help"], ["detect", "tiny", "--help-all"], ["recipes"], ["demo", "-h"], ["completion", "zsh"]],
 )
 def test_help__loads_no_torch(words: list[str]) -> None:
     code = _WITHOUT_TORCH.format(words=words)
@@ -159,10 +161,25 @@ def test_recipes__an_unknown_name_is_told_with_a_near_one(capsys: pytest.Capture
     assert "There is no recipe 'codebook papr'. Did you mean 'paper'?" in capsys.readouterr().err
 
 
-def test_recipes__a_reader_that_leaves_early_is_no_error() -> None:
-    code = "import sys; from pecobook import cli; cli.main(['recipes'])"
-    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+@pytest.mark.parametrize("words", [["recipes"], ["codebook", "--help"], ["probe", "--help-all"], ["--help"]])
+def test_main__a_reader_that_leaves_early_is_no_error(words: list[str], unbuffered: str) -> None:
+    code = f"from pecobook import cli; cli.main({words})"
+    environment = {**os.environ, "PYTHONUNBUFFERED": unbuffered}  # empty counts as not set
+    with subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment
+    ) as process:
         assert process.stdout is not None
         assert process.stderr is not None
         process.stdout.close()  # before anything is written
         assert process.stderr.read() == b""
+    assert process.returncode == 1
+
+
+def test_main__another_broken_pipe_is_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
+    def break_off(args: list[str]) -> None:
+        raise BrokenPipeError("a worker's pipe")
+
+    monkeypatch.setattr(cli, "_dispatch", break_off)
+    with pytest.raises(BrokenPipeError, match="a worker's pipe"):
+        cli.main(["recipes"])

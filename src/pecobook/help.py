@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import functools
 import inspect
 import textwrap
 import typing
@@ -158,7 +159,7 @@ def page(command: str, config: Any, recipe: str = "") -> str:
     for name in shown.flags.split():
         value = attrgetter(name.replace("-", "_"))(config)
         ending = f" ({'on' if value is True else _words(value)})" if value not in ("", (), False) else ""
-        lines.append(_cut(f"  --{name:<24} {_first_sentence(explained[name])}", ending))
+        lines.append(_cut(f"  --{name:<24} {first_sentence(explained[name])}", ending))
     lines.append("  --config FILE              Read settings from the config.json of a run; flags change single ones.")
     return "\n".join([*lines, "", f"--help-all explains all {len(known) + 1} flags."])
 
@@ -172,7 +173,8 @@ def _cut(text: str, ending: str = "") -> str:
     return (text if len(text) <= room else text[: room - 3].rstrip() + "...") + ending
 
 
-def _first_sentence(text: str) -> str:
+def first_sentence(text: str) -> str:
+    """The text up to its first full stop that a space follows."""
     head, dot, _ = text.partition(". ")
     return head + "." if dot else text
 
@@ -181,15 +183,23 @@ def explanations(config_type: type[Any], prefix: str = "") -> dict[str, str]:
     """What the text under each field of a settings class says, by the name of its flag, nested ones with dots."""
     found: dict[str, str] = {}
     for base in reversed(config_type.__mro__[:-1]):
-        body = ast.parse(textwrap.dedent(inspect.getsource(base))).body[0]
-        assert isinstance(body, ast.ClassDef)
-        for field, after in zip(body.body, body.body[1:], strict=False):
-            is_text = isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant)
-            if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name) and is_text:
-                text = ast.literal_eval(after.value)  # type: ignore[attr-defined]
-                found[prefix + field.target.id.replace("_", "-")] = " ".join(str(text).split())
+        found |= {prefix + name: text for name, text in _of_one_class(base).items()}
     for name, kind in _groups(config_type).items():
         found |= explanations(kind, f"{prefix}{name}.")
+    return found
+
+
+@functools.cache
+def _of_one_class(kind: type[Any]) -> dict[str, str]:
+    """The explanations that stand in the source of a class, without those of its bases."""
+    body = ast.parse(textwrap.dedent(inspect.getsource(kind))).body[0]
+    assert isinstance(body, ast.ClassDef)
+    found: dict[str, str] = {}
+    for field, after in zip(body.body, body.body[1:], strict=False):
+        is_text = isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant)
+        if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name) and is_text:
+            text = ast.literal_eval(after.value)  # type: ignore[attr-defined]
+            found[field.target.id.replace("_", "-")] = " ".join(str(text).split())
     return found
 
 
