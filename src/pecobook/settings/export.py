@@ -5,8 +5,6 @@ from __future__ import annotations
 import dataclasses
 from typing import Literal
 
-from pecobook.utils.files import require_empty
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ExportConfig:
@@ -18,6 +16,3 @@ class ExportConfig:
     """timm; transformers (BEiT's); or ONNX. A tokenizer and a segmenter know onnx alone."""
     out: str = ""
     """Folder to write; it must be new or empty."""
-
-    def __post_init__(self) -> None:
-        require_empty(self.out)
