@@ -128,7 +128,7 @@ def test_check__resume_may_change_how_a_segmenter_is_tested_but_not_what_trainin
 @pytest.mark.parametrize("content", ["holiday.jpg", "config.json"])
 def test_check__overwrite_of_a_folder_that_is_no_run_is_refused(tmp_path: Path, content: str) -> None:
     (tmp_path / content).write_text('{"architectures": ["BertModel"]}')
-    with pytest.raises(RunFolderError, match="does not look like a run folder"):
+    with pytest.raises(RunFolderError, match="does not look like a run,"):
         run_folder.check(config(tmp_path, overwrite=True), "codebook")
     assert (tmp_path / content).exists()
 
@@ -186,7 +186,7 @@ def test_prepare__looks_again_at_what_came_between_preflight_and_the_lock(tmp_pa
     else:
         make_run(out, seed=2)  # another run begins and ends
     before = {path: path.read_bytes() for path in out.iterdir() if path.is_file()}
-    with pytest.raises(RunFolderError, match=r"is not empty|does not look like a run folder"):
+    with pytest.raises(RunFolderError, match=r"is not empty|does not look like a run,"):
         run_folder.prepare(mine, "codebook")
     assert {path: path.read_bytes() for path in out.iterdir() if path.is_file()} == before
     FolderLock(out).release()

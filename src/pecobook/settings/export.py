@@ -5,8 +5,6 @@ from __future__ import annotations
 import dataclasses
 from typing import Literal
 
-from pecobook.utils.files import require_empty
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ExportConfig:
@@ -19,6 +17,3 @@ class ExportConfig:
     alone."""
     out: str = ""
     """Folder to write; it must be new or empty."""
-
-    def __post_init__(self) -> None:
-        require_empty(self.out)

@@ -6,7 +6,6 @@ import dataclasses
 
 from pecobook.settings.segment import SegmentTestConfig
 from pecobook.settings.values import between
-from pecobook.utils.files import require_empty
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -28,4 +27,3 @@ class PredictConfig:
 
     def __post_init__(self) -> None:
         between(self, 0.0, 1.0, "score")
-        require_empty(self.out)

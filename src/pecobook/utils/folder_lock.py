@@ -8,9 +8,14 @@ from pathlib import Path
 from pecobook.errors import RunFolderError
 
 LOCK_FILES = frozenset({".lock", ".soft-lock"})
-"""What lies in a folder while it is locked, and in one whose process was killed. It is no content."""
+"""What lies in a folder while it is locked, and in one whose process was killed."""
 
 _NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP}
+
+
+def content(folder: Path) -> list[Path]:
+    """All that lies in a folder but its lock; nothing where there is no folder."""
+    return [path for path in folder.iterdir() if path.name not in LOCK_FILES] if folder.is_dir() else []
 
 
 class FolderLock:
@@ -49,6 +54,12 @@ class FolderLock:
                     f"{refused}\nThis file system has no locks that end with their process: if none is, delete "
                     f"'{marker}'."
                 ) from None
+
+    def __enter__(self) -> FolderLock:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.release()
 
     def release(self) -> None:
         """Give the folder back, without a trace of the lock."""

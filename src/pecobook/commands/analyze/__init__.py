@@ -18,12 +18,13 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pecobook.errors import ConfigError, PecobookError, PreflightError, RunFolderError
+from pecobook.errors import ConfigError, PecobookError, PreflightError
 from pecobook.settings.analyze import AnalyzeConfig
 from pecobook.settings.values import replace
 
 if TYPE_CHECKING:
     from pecobook.commands.analyze.inputs import AnalysisInputs
+    from pecobook.utils.output_folder import OutputFolder
 
 __all__ = ["AnalyzeConfig", "analyze"]
 
@@ -37,6 +38,14 @@ def analyze(config: AnalyzeConfig | None = None, **settings: Any) -> Path:
     Raises:
         PreflightError: problems found before anything was written, all of them.
     """
+    config = replace(config or AnalyzeConfig(), settings)
+    began = time.monotonic()
+    inputs = _preflight(config)
+    with _folder(config).begin(_write_first):
+        return _write_all(config, inputs, began)
+
+
+def _write_all(config: AnalyzeConfig, inputs: AnalysisInputs, began: float) -> Path:
     from threadpoolctl import threadpool_limits
 
     from pecobook.analysis.report import write_report
@@ -48,11 +57,7 @@ def analyze(config: AnalyzeConfig | None = None, **settings: Any) -> Path:
     from pecobook.commands.jobs import say
     from pecobook.utils.files import write_atomically
 
-    config = replace(config or AnalyzeConfig(), settings)
-    began = time.monotonic()
-    inputs = _preflight(config)
     out = Path(config.out)
-    _prepare(out)
     results = _about(config, inputs)
     cost: list[tuple[str, float]] = []
     measured = []
@@ -124,16 +129,7 @@ def _preflight(config: AnalyzeConfig) -> AnalysisInputs:
     try:
         if not config.tokenizer:
             raise ConfigError("--tokenizer is missing: give a codebook run, dalle:FOLDER or diffusers:FOLDER.")
-        if not config.out:
-            raise RunFolderError("--out is missing: name the folder to write, for example --out runs/analysis.")
-        out = Path(config.out)
-        filled = out.is_dir() and any(out.iterdir())
-        if out.is_file() or (filled and not config.overwrite):
-            raise RunFolderError(f"--out '{out}' is not empty: delete it with --overwrite, or name another folder.")
-        # One that was killed has pictures alone.
-        own = (out / "analysis.json").is_file() or (filled and {file.name for file in out.iterdir()} <= _FILES)
-        if filled and not own:
-            raise RunFolderError(f"--overwrite: '{out}' does not look like an analysis, so it is not deleted.")
+        _folder(config).check()
     except PecobookError as error:
         problems.append(error)
     if config.tokenizer:
@@ -148,13 +144,25 @@ def _preflight(config: AnalyzeConfig) -> AnalysisInputs:
     return found
 
 
-def _prepare(out: Path) -> None:
-    import shutil
+def _folder(config: AnalyzeConfig) -> OutputFolder:
+    from pecobook.utils.output_folder import OutputFolder
 
-    try:
-        if out.is_dir():
-            for path in out.iterdir():
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
-        (out / "pictures").mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise RunFolderError(f"--out '{out}' cannot be written: {error}") from None
+    return OutputFolder(
+        config.out,
+        example="runs/analysis",
+        kind="an analysis",
+        mark="analysis.json",
+        is_own=_is_analysis,
+        overwrite=config.overwrite,
+    )
+
+
+def _is_analysis(out: Path) -> bool:
+    from pecobook.utils.folder_lock import content
+
+    # One that was killed has pictures alone.
+    return (out / "analysis.json").is_file() or {file.name for file in content(out)} <= _FILES
+
+
+def _write_first(out: Path) -> None:
+    (out / "pictures").mkdir(exist_ok=True)
