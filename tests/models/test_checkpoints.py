@@ -17,7 +17,7 @@ from torch.testing import assert_close
 
 from pecobook.errors import WeightsError
 from pecobook.models.checkpoints import _translate, load_state, read_weights
-from pecobook.models.weights import IMAGENET_MEAN, create, load_backbone
+from pecobook.models.weights import IMAGENET_MEAN, create_network, load_backbone
 
 # --------------------------------------------------------------------------------------------------------- load_state
 
@@ -183,9 +183,9 @@ def test_torchvision__vgg_convolves_what_was_a_matrix(monkeypatch: pytest.Monkey
 
 @pytest.mark.parametrize("prefix", ["", "module.", "backbone.", "module.backbone.", "model."])
 def test_prefixes__of_wrappers_are_taken_off(prefix: str, tmp_path: Path) -> None:
-    network = create("test_resnet", num_classes=0)
+    network = create_network("test_resnet", num_classes=0)
     state = {prefix + name: value for name, value in network.state_dict().items()}
-    other = create("test_resnet", num_classes=0)
+    other = create_network("test_resnet", num_classes=0)
     load_state(other, state, source="x")
     assert all(
         torch.equal(a, b) for a, b in zip(network.state_dict().values(), other.state_dict().values(), strict=True)
@@ -206,10 +206,10 @@ def test_load_backbone__a_files_positions_are_interpolated_to_the_size(tmp_path:
 
 
 def test_load_state__old_files_do_not_count_batches() -> None:
-    state = create("test_resnet", num_classes=0).state_dict()
+    state = create_network("test_resnet", num_classes=0).state_dict()
     old = {name: value for name, value in state.items() if not name.endswith("num_batches_tracked")}
     assert len(old) < len(state)
-    network = create("test_resnet", num_classes=0)
+    network = create_network("test_resnet", num_classes=0)
     load_state(network, old, source="old.pth")
     assert all(torch.equal(value, network.state_dict()[name]) for name, value in old.items())
 
@@ -218,4 +218,4 @@ def test_load_state__of_a_foreign_layout_names_what_is_missing() -> None:
     encoder = timm.create_model("test_vit", num_classes=0)
     state = moco_v3(encoder, "head")["state_dict"]
     with pytest.raises(WeightsError, match=r"'moco.pth' do not fit this network: \d+ missing \(bn1.bias"):
-        load_state(create("test_resnet", num_classes=0), state, source="moco.pth")
+        load_state(create_network("test_resnet", num_classes=0), state, source="moco.pth")

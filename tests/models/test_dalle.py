@@ -18,7 +18,7 @@ from pecobook.models.dalle import DalleTokenizer
 
 def small() -> DalleTokenizer:
     torch.manual_seed(0)
-    tokenizer = DalleTokenizer(width=8, num_codewords=32, embedding=6).eval()
+    tokenizer = DalleTokenizer(width=8, num_codewords=32, embedding_dim=6).eval()
     for parameter in tokenizer.parameters():
         if parameter.ndim == 1:
             torch.nn.init.normal_(parameter, std=0.1)

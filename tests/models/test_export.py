@@ -19,7 +19,7 @@ from pecobook import Backbone, Classifier, Detector, PerceptualTokenizer, Segmen
 from pecobook.errors import WeightsError
 from pecobook.models.dense.pyramid import FeaturePyramid, describe_pyramid
 from pecobook.models.export import Exported
-from pecobook.models.weights import create
+from pecobook.models.weights import create_network
 from pecobook.settings.dense import PyramidConfig
 from pecobook.settings.detect import DetectorConfig
 from pecobook.settings.segment import SegmenterConfig
@@ -37,15 +37,15 @@ def tokenizer() -> PerceptualTokenizer:
 
 
 def backbone() -> Backbone:
-    return Backbone(create(NAME, num_classes=0, **ARGS), NAME, ARGS, *INPUT, target="tokens")
+    return Backbone(create_network(NAME, num_classes=0, **ARGS), NAME, ARGS, *INPUT, target="tokens")
 
 
 def classifier() -> Classifier:
-    return Classifier(create(NAME, num_classes=2, **ARGS), NAME, ARGS, *INPUT, classes=("cat", "dög"), crop=0.9)
+    return Classifier(create_network(NAME, num_classes=2, **ARGS), NAME, ARGS, *INPUT, classes=("cat", "dög"), crop=0.9)
 
 
 def pyramid() -> tuple[FeaturePyramid, dict[str, Any]]:
-    network = create(NAME, num_classes=0, dynamic_img_size=True, dynamic_img_pad=True, **ARGS)
+    network = create_network(NAME, num_classes=0, dynamic_img_size=True, dynamic_img_pad=True, **ARGS)
     described = describe_pyramid(Backbone(network, NAME, ARGS, *INPUT), PyramidConfig(), 32)
     return FeaturePyramid(network, 32, PyramidConfig()), described
 
@@ -125,7 +125,7 @@ def test_state__is_plain_and_without_what_only_training_reads(tmp_path: Path) ->
     for kind in KINDS:
         made(kind).save_pretrained(tmp_path / kind)
     names = {kind: set(load_file(tmp_path / kind / "model.safetensors")) for kind in KINDS}
-    assert names["backbone"] == set(create(NAME, num_classes=0, **ARGS).state_dict())
+    assert names["backbone"] == set(create_network(NAME, num_classes=0, **ARGS).state_dict())
     assert names["classifier"] - names["backbone"] == {"head.weight", "head.bias"}
     assert not any(name.startswith("auxiliary.") for name in names["segmenter"])
     assert names["detector"] == set(detector().state_dict())
@@ -137,14 +137,14 @@ def test_lines__of_python_load_it(kind: str, tmp_path: Path) -> None:
     own = made(kind)
     own.save_pretrained(tmp_path / "export", origin="a test")
     scope: dict[str, Any] = {}
-    exec(own.lines(str(tmp_path / "export")), scope)
+    exec(own.loading_code(str(tmp_path / "export")), scope)
     loaded = scope["tokenizer" if kind == "tokenizer" else "model"].eval()
     state = loaded.state_dict()
     assert all(
         torch.equal(state[name], value) for name, value in load_file(tmp_path / "export/model.safetensors").items()
     )
     card = (tmp_path / "export" / "README.md").read_text()
-    assert own.lines("path/to/this/folder") in card
+    assert own.loading_code("path/to/this/folder") in card
     assert card.startswith("---\nlibrary_name: ")
     told = {"tokenizer": "a test", "backbone": "trained by a test", "classifier": "trained by a test"}
     assert told.get(kind, "on vit_tiny_patch16_224") in card
@@ -188,7 +188,7 @@ def test_from_pretrained__refuses_another_kind_and_a_damaged_one(kind: str, tmp_
     own.save_pretrained(tmp_path)
     other = Segmenter if kind == "detector" else Detector
     with pytest.raises(
-        WeightsError, match=f"is a {kind}, not a {other.kind}: give a run of pecobook {other.comes_from}"
+        WeightsError, match=f"is a {kind}, not a {other.kind}: give a run of pecobook {other.trained_by}"
     ):
         other.from_pretrained(tmp_path)
     state, file = load_file(tmp_path / "model.safetensors"), tmp_path / "model.safetensors"

@@ -14,7 +14,7 @@ from torch.testing import assert_close
 
 from pecobook.errors import WeightsError
 from pecobook.models import feature_networks
-from pecobook.models.feature_networks import Nodes, feature_indices, open_features, stage_nodes
+from pecobook.models.feature_networks import NodeFeatures, feature_indices, load_feature_network, stage_nodes
 from pecobook.models.perceptual import PerceptualDistance
 from pecobook.models.weights import IMAGENET_MEAN, IMAGENET_STD, Backbone, load_backbone
 
@@ -110,8 +110,8 @@ def test_torchvision__resnet_features_are_timms() -> None:
     theirs = torchvision.models.resnet18()
     ours = timm.create_model("resnet18", num_classes=0)
     ours.load_state_dict({name: value for name, value in theirs.state_dict().items() if not name.startswith("fc.")})
-    by_node = Nodes(theirs, stage_nodes(theirs, [1, 4], "resnet18"))
-    by_index = feature_networks.Intermediates(ours.eval(), feature_indices(ours, [1, 4], "resnet18"))
+    by_node = NodeFeatures(theirs, stage_nodes(theirs, [1, 4], "resnet18"))
+    by_index = feature_networks.TimmFeatures(ours.eval(), feature_indices(ours, [1, 4], "resnet18"))
     for a, b in zip(by_node(pictures(0)), by_index(pictures(0)), strict=True):
         assert_close(a, b, atol=1e-4, rtol=1e-4)
 
@@ -119,7 +119,7 @@ def test_torchvision__resnet_features_are_timms() -> None:
 def test_nodes__see_what_an_in_place_activation_would_overwrite() -> None:
     torch.manual_seed(0)
     network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(inplace=True), nn.Conv2d(4, 2, 1))
-    before, after = Nodes(network, ["0", "1"])(pictures(0))
+    before, after = NodeFeatures(network, ["0", "1"])(pictures(0))
     assert before.min() < 0
     assert torch.equal(before.relu(), after)
 
@@ -167,7 +167,7 @@ def test_distance__takes_a_module_and_names_of_its_nodes() -> None:
 )
 def test_open__refuses(network: str, layers: tuple[Any, ...], said: str) -> None:
     with pytest.raises(WeightsError, match=said.replace("(", r"\(")):
-        open_features(network, layers, "random")
+        load_feature_network(network, layers, "random")
 
 
 def test_open__torchvision_without_the_hub_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -177,7 +177,7 @@ def test_open__torchvision_without_the_hub_says_what_to_do(monkeypatch: pytest.M
     monkeypatch.setattr(torch.hub, "load_state_dict_from_url", fail)
     monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", fail)
     with pytest.raises(WeightsError, match=r"cannot be fetched \(no route to host\)") as caught:
-        open_features(SQUEEZENET, (1,), None)
+        load_feature_network(SQUEEZENET, (1,), None)
     assert "--perceptual.weights" in str(caught.value)
 
 
@@ -185,13 +185,13 @@ def test_open__torchvision_reads_its_own_file(tmp_path: Any) -> None:
     torch.manual_seed(4)
     network = torchvision.models.squeezenet1_1()
     torch.save(network.state_dict(), tmp_path / "squeezenet.pth")
-    opened = open_features(SQUEEZENET, ("features.12",), str(tmp_path / "squeezenet.pth"))
+    opened = load_feature_network(SQUEEZENET, ("features.12",), str(tmp_path / "squeezenet.pth"))
     assert_close(opened.network(pictures(0))[0], network.eval().features(pictures(0)))
     assert (opened.mean, opened.std, opened.input_size) == (IMAGENET_MEAN, IMAGENET_STD, None)
     other = torchvision.models.squeezenet1_0().state_dict()
     torch.save(other, tmp_path / "other.pth")
     with pytest.raises(WeightsError, match=r"other.pth' do not fit this network: .*of another shape"):
-        open_features(SQUEEZENET, ("features.12",), str(tmp_path / "other.pth"))
+        load_feature_network(SQUEEZENET, ("features.12",), str(tmp_path / "other.pth"))
 
 
 def test_bgr__turns_the_channels_after_the_normalisation() -> None:
@@ -207,12 +207,12 @@ def test_bgr__turns_the_channels_after_the_normalisation() -> None:
 
 def test_check__refuses_images_too_small_and_features_that_are_no_maps() -> None:
     distance = PerceptualDistance(SQUEEZENET, ("features.12",), "random")
-    distance.check(32, 48)
+    distance.check_image_size(32, 48)
     with pytest.raises(WeightsError, match="cannot read images of 8 x 8 pixels"):
-        distance.check(8, 8)
-    PerceptualDistance(SQUEEZENET, ("features.12",), "random", input_size=64).check(8, 8)
+        distance.check_image_size(8, 8)
+    PerceptualDistance(SQUEEZENET, ("features.12",), "random", input_size=64).check_image_size(8, 8)
     with pytest.raises(WeightsError, match=r"gives \(1, 1000\), not maps"):
-        PerceptualDistance(SQUEEZENET, ("flatten",), "random").check(64, 64)
+        PerceptualDistance(SQUEEZENET, ("flatten",), "random").check_image_size(64, 64)
 
 
 def test_features__of_grey_images_are_those_of_three_equal_channels() -> None:

@@ -120,10 +120,10 @@ def test_forward__is_equation_4(
     assert (expected > 1e-6).all()
 
 
-def test_to_target__is_the_distance_to_features_made_before() -> None:
+def test_distance_to_features__is_the_distance_to_features_made_before() -> None:
     distance = PerceptualDistance(VIT, (2, 5), "random")
     x, y = pictures(0), pictures(1)
-    assert_close(distance.to_target(distance.features(x), y), distance(x, y))
+    assert_close(distance.distance_to_features(distance.features(x), y), distance(x, y))
 
 
 def test_forward__is_zero_for_equal_images_and_symmetric() -> None:

@@ -60,9 +60,9 @@ def test_encode__gives_codes_of_the_grid() -> None:
 def test_encode__is_what_the_quantizer_says() -> None:
     tokenizer = make()
     codes = tokenizer.encode(pictures())
-    assert torch.equal(codes, tokenizer.quantizer(tokenizer.latent(pictures())).codes)
+    assert torch.equal(codes, tokenizer.quantizer(tokenizer.encode_latents(pictures())).codes)
     # The encoder reads [-1, 1].
-    assert_close(tokenizer.latent(pictures()), tokenizer.encoder(pictures() * 2 - 1))
+    assert_close(tokenizer.encode_latents(pictures()), tokenizer.encoder(pictures() * 2 - 1))
 
 
 def test_encode__learns_nothing_even_in_training() -> None:
@@ -123,7 +123,9 @@ def test_from_pretrained__gives_back_what_was_saved(run: Path, inside: str) -> N
 def test_save_pretrained__writes_the_same_bytes_for_the_same_weights(run: Path, tmp_path: Path) -> None:
     PerceptualTokenizer.from_pretrained(run).save_pretrained(tmp_path / "again")
     trained = make()
-    trained.quantizer.train()(trained.latent(pictures()).detach())  # statistics of training are not exported ...
+    trained.quantizer.train()(
+        trained.encode_latents(pictures()).detach()
+    )  # statistics of training are not exported ...
     trained.quantizer.codebook.copy_(make().codebook)
     trained.save_pretrained(tmp_path / "trained")
     names = ["README.md", "config.json", "model.safetensors"]
@@ -147,7 +149,7 @@ def test_save_pretrained__keeps_a_codebook_learned_by_averages(tmp_path: Path) -
     quantizer = VectorQuantizer(32, 4, decay=0.5)
     tokenizer = PerceptualTokenizer(CONFIG, quantizer).train()
     for _ in range(3):
-        quantizer(tokenizer.latent(pictures()).detach())
+        quantizer(tokenizer.encode_latents(pictures()).detach())
         quantizer.update()
     tokenizer.save_pretrained(tmp_path)
     assert torch.equal(PerceptualTokenizer.from_pretrained(tmp_path).codebook, quantizer.codebook)

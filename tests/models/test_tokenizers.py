@@ -58,7 +58,7 @@ def everyone() -> dict[str, Any]:
         "ours": ours(),
         "ours, ViT": ours(VIT),
         "ours, grey": GreyTokenizer(ours(replace(CNN, in_channels=1))).eval(),
-        "dalle": DalleTokenizer(width=8, num_codewords=32, embedding=6).eval(),
+        "dalle": DalleTokenizer(width=8, num_codewords=32, embedding_dim=6).eval(),
         "diffusers": DiffusersTokenizer(vq_model()).eval(),
     }
 
@@ -129,7 +129,7 @@ def test_load_tokenizer__by_kind(tmp_path: Path) -> None:
     red, green, blue = pictures().unbind(1)
     luma = (0.2989 * red + 0.587 * green + 0.114 * blue)[:, None]
     assert torch.equal(load_tokenizer(tmp_path / "grey").encode(pictures()), grey.encode(luma))
-    theirs = DalleTokenizer(width=8, num_codewords=32, embedding=6)
+    theirs = DalleTokenizer(width=8, num_codewords=32, embedding_dim=6)
     (tmp_path / "dalle").mkdir()
     for part in ("encoder", "decoder"):
         torch.save(getattr(theirs, part).state_dict(), tmp_path / "dalle" / f"{part}.pt")

@@ -21,7 +21,7 @@ from pecobook.models.weights import (
     IMAGENET_STD,
     Backbone,
     Classifier,
-    create,
+    create_network,
     is_transformer,
     load_backbone,
 )
@@ -53,15 +53,15 @@ def exported(folder: Path, name: str = NAME, args: dict[str, Any] = VIT, *, clas
 
 def test_create__says_what_is_wrong() -> None:
     with pytest.raises(WeightsError, match=r"timm has no network 'vit_tiny_patch16_225'\. Did you mean 'vit_tiny"):
-        create("timm:vit_tiny_patch16_225")
+        create_network("timm:vit_tiny_patch16_225")
     with pytest.raises(WeightsError, match=r"does not take these arguments.*colour"):
-        create(NAME, colour="red")
+        create_network(NAME, colour="red")
     with pytest.raises(WeightsError, match="timm cannot make"):
-        create("test_resnet", output_stride=3)
+        create_network("test_resnet", output_stride=3)
     with pytest.raises(WeightsError, match=r"timm cannot make .*divisible by num_heads"):
-        create(NAME, embed_dim=25, num_heads=2)
+        create_network(NAME, embed_dim=25, num_heads=2)
     with pytest.raises(WeightsError, match="cannot be fetched"):
-        create("test_vit", pretrained=True)
+        create_network("test_vit", pretrained=True)
 
 
 @pytest.mark.parametrize(
@@ -123,7 +123,7 @@ def test_load_backbone__at_another_size_keeps_all_but_the_tables(
     assert all(name.endswith(("pos_embed", "relative_position_bias_table")) for name in changed)
     assert all(torch.equal(old[name], new[name]) for name in old.keys() - changed if "relative_position" not in name)
     # The arguments that it reports make a network that takes these weights.
-    again = create(backbone.name, num_classes=0, **backbone.args).eval()
+    again = create_network(backbone.name, num_classes=0, **backbone.args).eval()
     again.load_state_dict(new)
     assert torch.equal(again.forward_features(images(64)), out)  # type: ignore[operator]
 

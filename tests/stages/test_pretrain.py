@@ -149,7 +149,7 @@ def test_train__on_the_tokens_of_dalle(images: Path, tmp_path: Path) -> None:
     from pecobook.models.dalle import DalleTokenizer
 
     torch.manual_seed(0)
-    theirs = DalleTokenizer(width=8, num_codewords=24, embedding=6)
+    theirs = DalleTokenizer(width=8, num_codewords=24, embedding_dim=6)
     (tmp_path / "dalle").mkdir()
     for part in ("encoder", "decoder"):
         torch.save(getattr(theirs, part).state_dict(), tmp_path / "dalle" / f"{part}.pt")

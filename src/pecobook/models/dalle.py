@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from pecobook.errors import WeightsError
 from pecobook.models.checkpoints import load_state, read_weights
-from pecobook.models.tokenizer import in_parts
+from pecobook.models.tokenizer import apply_in_batches
 
 _NUM_BLOCKS = 8  # four groups of two; the residual paths are scaled by its square
 
@@ -33,12 +33,12 @@ class DalleTokenizer(nn.Module):
         embedding: D, the decoder's first width; 128.
     """
 
-    def __init__(self, width: int = 256, num_codewords: int = 8192, embedding: int = 128) -> None:
+    def __init__(self, width: int = 256, num_codewords: int = 8192, embedding_dim: int = 128) -> None:
         super().__init__()
         widths = [width, 2 * width, 4 * width, 8 * width]
         encoder = _Stack(_Conv(3, width, 7), [width, *widths], _Conv(widths[-1], num_codewords, 1), (3, 3, 3, 1))
-        first = _Conv(num_codewords, embedding, 1)
-        decoder = _Stack(first, [embedding, *widths[::-1]], _Conv(width, 6, 1), (1, 3, 3, 3))
+        first = _Conv(num_codewords, embedding_dim, 1)
+        decoder = _Stack(first, [embedding_dim, *widths[::-1]], _Conv(width, 6, 1), (1, 3, 3, 3))
         self.encoder = nn.Sequential(OrderedDict(blocks=encoder))
         self.decoder = nn.Sequential(OrderedDict(blocks=decoder))
 
@@ -78,12 +78,12 @@ class DalleTokenizer(nn.Module):
         Raises:
             ValueError: a side is no multiple of 8.
         """
-        return in_parts(lambda part: self.logits(part).argmax(1), images, batch_size, self.codebook.device)
+        return apply_in_batches(lambda part: self.logits(part).argmax(1), images, batch_size, self.codebook.device)
 
     @torch.no_grad()
     def decode(self, codes: Tensor, *, batch_size: int = 64) -> Tensor:
         """Images of codes int64 (B, h, w): float (B, 3, 8 h, 8 w) in [0, 1]."""
-        return in_parts(self._decode, codes, batch_size, self.codebook.device)
+        return apply_in_batches(self._decode, codes, batch_size, self.codebook.device)
 
     def _decode(self, codes: Tensor) -> Tensor:
         # The 1 x 1 convolution of a one-hot map, without the map.

@@ -91,13 +91,13 @@ class Card:
     library: str = "pecobook"
     """What loads it."""
 
-    def render(self, lines: str) -> str:
+    def render(self, loading_code: str) -> str:
         """The whole card, with `lines` of Python."""
         task = f"pipeline_tag: {self.pipeline}\n" if self.pipeline else ""
         head = f"---\nlibrary_name: {self.library}\n{task}tags: [{', '.join(self.tags)}]\n---\n"
         after = f"\n{self.more}\n" if self.more else ""
         usage = f"\n{self.usage}" if self.usage else ""
-        return f"{head}# {self.title}\n\n{self.text}\n\n```python\n{lines}{usage}\n```\n{after}"
+        return f"{head}# {self.title}\n\n{self.text}\n\n```python\n{loading_code}{usage}\n```\n{after}"
 
 
 class Exported(nn.Module):
@@ -105,7 +105,7 @@ class Exported(nn.Module):
 
     kind: ClassVar[str]
     """What `config.json` calls it."""
-    comes_from: ClassVar[str]
+    trained_by: ClassVar[str]
     """The commands whose runs hold one."""
 
     def settings(self) -> dict[str, Any]:
@@ -117,13 +117,13 @@ class Exported(nn.Module):
         """The network that `settings` describes, with random weights."""
         raise NotImplementedError
 
-    def lines(self, source: str) -> str:
+    def loading_code(self, source: str) -> str:
         """Python that loads it from the folder `source`."""
         raise NotImplementedError
 
-    def hub_lines(self, repo_id: str) -> str:
+    def hub_loading_code(self, repo_id: str) -> str:
         """Python that loads it from the hub's repository `repo_id`."""
-        return self.lines(repo_id)
+        return self.loading_code(repo_id)
 
     def card(self, origin: str) -> Card:
         """The model card; `origin` tells what trained it, as far as that is known."""
@@ -159,8 +159,8 @@ class Exported(nn.Module):
         """
         state = self.body.state_dict() if state is None else state
         own = {name: value for name, value in state.items() if self.is_exported(name)}
-        lines = self.hub_lines(repo_id) if repo_id else self.lines("path/to/this/folder")
-        write_export(Path(folder), {"kind": self.kind, **self.settings()}, own, self.card(origin).render(lines))
+        loading_code = self.hub_loading_code(repo_id) if repo_id else self.loading_code("path/to/this/folder")
+        write_export(Path(folder), {"kind": self.kind, **self.settings()}, own, self.card(origin).render(loading_code))
 
     @classmethod
     def from_pretrained(cls, source: str | Path) -> Self:
@@ -169,12 +169,12 @@ class Exported(nn.Module):
         Raises:
             WeightsError: there is none, it is damaged, or it is of another kind.
         """
-        config, state = read_export(_place(source))
+        config, state = read_export(_resolve_source(source))
         kind = config.pop("kind", None)
         if kind != cls.kind:
             raise WeightsError(
                 f"'{source}' is {f'a {kind}' if kind else 'no export of pecobook'}, not a {cls.kind}: give a run of "
-                f"pecobook {cls.comes_from}."
+                f"pecobook {cls.trained_by}."
             )
         try:
             network = cls.rebuild(config)
@@ -195,7 +195,7 @@ class Exported(nn.Module):
         return str(url)
 
 
-def _place(source: str | Path) -> Path:
+def _resolve_source(source: str | Path) -> Path:
     """The folder, fetched from the hub where there is none of this name and it could be one of the hub's."""
     if Path(source).exists() or str(source).count("/") != 1 or str(source).startswith((".", "/")):
         return Path(source)

@@ -29,7 +29,7 @@ class FeatureNetwork:
     """Side it works at, pixels; None when any will do."""
 
 
-def open_features(network: str | nn.Module, layers: Sequence[int | str], weights: str | None) -> FeatureNetwork:
+def load_feature_network(network: str | nn.Module, layers: Sequence[int | str], weights: str | None) -> FeatureNetwork:
     """Open a feature network; random weights come from torch's global generator.
 
     Args:
@@ -45,16 +45,18 @@ def open_features(network: str | nn.Module, layers: Sequence[int | str], weights
     if not layers:
         raise WeightsError("--perceptual.layers is empty: name at least one layer.")
     if isinstance(network, nn.Module):
-        return FeatureNetwork(Nodes(network, [str(layer) for layer in layers]), IMAGENET_MEAN, IMAGENET_STD, None)
+        return FeatureNetwork(
+            NodeFeatures(network, [str(layer) for layer in layers]), IMAGENET_MEAN, IMAGENET_STD, None
+        )
     if network.startswith("torchvision:"):
         return _open_torchvision(network.removeprefix("torchvision:"), layers, weights)
     backbone = load_backbone(network, weights=weights)
     is_vit = hasattr(backbone.network, "blocks") and hasattr(backbone.network, "patch_embed")
-    features = Intermediates(backbone.network, feature_indices(backbone.network, layers, network))
+    features = TimmFeatures(backbone.network, feature_indices(backbone.network, layers, network))
     return FeatureNetwork(features, backbone.mean, backbone.std, backbone.image_size if is_vit else None)
 
 
-class Intermediates(nn.Module):
+class TimmFeatures(nn.Module):
     """Intermediate features of a timm network, which loses what comes after the last of them.
 
     Args:
@@ -77,7 +79,7 @@ class Intermediates(nn.Module):
         return [by_index[index] for index in self.indices]
 
 
-class Nodes(nn.Module):
+class NodeFeatures(nn.Module):
     """Features of any traceable network at named nodes (torchvision.models.feature_extraction).
 
     Args:
@@ -136,7 +138,7 @@ def _open_torchvision(name: str, layers: Sequence[int | str], weights: str | Non
         from pecobook.models.checkpoints import load_state
 
         load_state(network, read_weights(weights), source=weights)
-    return FeatureNetwork(Nodes(network, stage_nodes(network, layers, name)), mean, std, None)
+    return FeatureNetwork(NodeFeatures(network, stage_nodes(network, layers, name)), mean, std, None)
 
 
 def stage_nodes(network: nn.Module, layers: Sequence[int | str], name: str) -> list[str]:
@@ -185,7 +187,7 @@ def feature_indices(network: nn.Module, layers: Sequence[int | str], name: str) 
     return [int(layer) - 1 + first for layer in layers]
 
 
-def check_maps(features: Sequence[Tensor], layers: Sequence[int | str]) -> None:
+def check_feature_maps(features: Sequence[Tensor], layers: Sequence[int | str]) -> None:
     """Raise WeightsError unless every feature is a map (B, C, H, W)."""
     for layer, feature in zip(layers, features, strict=True):
         if not isinstance(feature, torch.Tensor) or feature.ndim != 4:

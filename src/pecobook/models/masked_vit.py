@@ -284,7 +284,7 @@ def initialise_beit(backbone: nn.Module) -> None:
 _SHARED = "rel_pos_bias.relative_position_bias_table"
 
 
-def unshared(state: dict[str, Tensor], args: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def unshare_positions(state: dict[str, Tensor], args: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """A BEiT's weights with its one table of relative positions added to every block's, as timm's BEiT has them.
 
     Fine-tuning learns a table a block (BEiT does the same). Other networks pass unchanged.

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pecobook.errors import WeightsError, first_line
-from pecobook.models.feature_networks import check_maps, open_features
+from pecobook.models.feature_networks import check_feature_maps, load_feature_network
 from pecobook.settings.perceptual import Normalisation, PerceptualConfig, PerceptualDistanceConfig
 
 
@@ -64,7 +64,7 @@ class PerceptualDistance(nn.Module):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             source = network if isinstance(network, nn.Module) else config.network
-            opened = open_features(source, config.layers, config.weights or None)
+            opened = load_feature_network(source, config.layers, config.weights or None)
             if config.shuffle:
                 shuffle_weights(opened.network)
         # Convolutions are faster with channels last; a transformer's patches do not care.
@@ -88,10 +88,10 @@ class PerceptualDistance(nn.Module):
         return [normalise(feature.float(), self.config.normalisation) for feature in found]
 
     @torch.no_grad()
-    def check(self, height: int, width: int) -> None:
+    def check_image_size(self, height: int, width: int) -> None:
         """Raise WeightsError when images of this size give no features (too small, or of a layer without place)."""
         try:
-            check_maps(self.network(torch.zeros(1, 3, *self._input_shape(height, width))), self.config.layers)
+            check_feature_maps(self.network(torch.zeros(1, 3, *self._input_shape(height, width))), self.config.layers)
         except RuntimeError as error:
             raise WeightsError(
                 f"The perceptual network cannot read images of {height} x {width} pixels ({first_line(error)}): "
@@ -110,7 +110,7 @@ class PerceptualDistance(nn.Module):
         """Equation 4: two float (B, 3, H, W) in [0, 1] to (B,)."""
         return self.per_layer(x, y).sum(0)
 
-    def to_target(self, target: Sequence[Tensor], y: Tensor) -> Tensor:
+    def distance_to_features(self, target: Sequence[Tensor], y: Tensor) -> Tensor:
         """Equation 4 against features made before (without gradient): float (B, 3, H, W) in [0, 1] to (B,)."""
         terms = [(a - b).square().mean((1, 2, 3)) for a, b in zip(target, self.features(y), strict=True)]
         return torch.stack(terms).sum(0)
@@ -134,6 +134,6 @@ def normalise(feature: Tensor, how: Normalisation) -> Tensor:
     return feature * torch.rsqrt(feature.square().mean(1, keepdim=True) + 1e-6)
 
 
-def perceptual_distance(config: PerceptualConfig, seed: int) -> PerceptualDistance | None:
+def build_perceptual_distance(config: PerceptualConfig, seed: int) -> PerceptualDistance | None:
     """The distance that the settings name, None for none."""
     return None if config.network == "none" or config.weight == 0 else PerceptualDistance(config, seed=seed)

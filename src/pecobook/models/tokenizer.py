@@ -28,7 +28,7 @@ class PerceptualTokenizer(Exported):
     """
 
     kind = "tokenizer"
-    comes_from = "codebook"
+    trained_by = "codebook"
 
     def __init__(self, config: TokenizerConfig, quantizer: VectorQuantizer | None = None) -> None:
         super().__init__()
@@ -61,7 +61,7 @@ class PerceptualTokenizer(Exported):
         """Side of the images it was trained at, pixels."""
         return self.config.image_size
 
-    def latent(self, images: Tensor) -> Tensor:
+    def encode_latents(self, images: Tensor) -> Tensor:
         """Encoder output before quantisation: float (B, 3, H, W) in [0, 1] to (B, D, h, w)."""
         channels, height, width = images.shape[-3:]
         if channels != self.in_channels:
@@ -70,7 +70,7 @@ class PerceptualTokenizer(Exported):
             raise ValueError(f"Images must be multiples of {self.stride} pixels, not {height} x {width}.")
         return self.encoder(images * 2 - 1)  # type: ignore[no-any-return]
 
-    def render(self, quantized: Tensor) -> Tensor:
+    def decode_latents(self, quantized: Tensor) -> Tensor:
         """Decoder output, not clamped: (B, D, h, w) to (B, 3, H, W), about [0, 1]."""
         return (self.decoder(quantized) + 1) / 2  # type: ignore[no-any-return]
 
@@ -85,21 +85,21 @@ class PerceptualTokenizer(Exported):
         Raises:
             ValueError: a side is no multiple of the stride f, or the number of channels is another.
         """
-        return in_parts(self._encode, images, batch_size, self.codebook.device)
+        return apply_in_batches(self._encode, images, batch_size, self.codebook.device)
 
     @torch.no_grad()
     def decode(self, codes: Tensor, *, batch_size: int = 256) -> Tensor:
         """Images of codes int64 (B, h, w): float (B, C, h f, w f) in [0, 1]. Arguments as `encode`'s."""
-        return in_parts(self._decode, codes, batch_size, self.codebook.device)
+        return apply_in_batches(self._decode, codes, batch_size, self.codebook.device)
 
     def _encode(self, images: Tensor) -> Tensor:
-        z = self.latent(images)
+        z = self.encode_latents(images)
         B, D, h, w = z.shape
         vectors = z.permute(0, 2, 3, 1).reshape(-1, D)
         return nearest_codeword(vectors, self.codebook).view(B, h, w)
 
     def _decode(self, codes: Tensor) -> Tensor:
-        return self.render(self.quantizer.lookup(codes)).float().clamp(0, 1)
+        return self.decode_latents(self.quantizer.lookup(codes)).float().clamp(0, 1)
 
     # ------------------------------------------------------------------------------------------------ saving, loading
 
@@ -115,7 +115,7 @@ class PerceptualTokenizer(Exported):
     @classmethod
     def is_exported(cls, name: str) -> bool:
         """Whether more than training reads it."""
-        return name not in TRAINING_ONLY
+        return name not in TRAINING_ONLY_BUFFERS
 
     @classmethod
     def from_pretrained(cls, source: str | Path) -> Self:
@@ -128,7 +128,7 @@ class PerceptualTokenizer(Exported):
         """
         return super().from_pretrained(source).requires_grad_(False)
 
-    def lines(self, source: str) -> str:
+    def loading_code(self, source: str) -> str:
         """Python that loads it from the folder `source`, or from the hub's repository of that name."""
         return f'from pecobook import PerceptualTokenizer\ntokenizer = PerceptualTokenizer.from_pretrained("{source}")'
 
@@ -153,7 +153,9 @@ class PerceptualTokenizer(Exported):
         return export_onnx(self, folder)
 
 
-def in_parts(function: Callable[[Tensor], Tensor], rows: Tensor, batch_size: int, device: torch.device) -> Tensor:
+def apply_in_batches(
+    function: Callable[[Tensor], Tensor], rows: Tensor, batch_size: int, device: torch.device
+) -> Tensor:
     """`function` of rows (N, ...) on any device, `batch_size` of them at a time on `device`; back where rows are."""
     if exporting():  # the number of rows stays open
         return function(rows)
@@ -162,7 +164,7 @@ def in_parts(function: Callable[[Tensor], Tensor], rows: Tensor, batch_size: int
 
 
 # Statistics that only training reads: an export holds the codebook alone.
-TRAINING_ONLY = frozenset(
+TRAINING_ONLY_BUFFERS = frozenset(
     f"quantizer.{name}" for name in ("ema_count", "ema_sum", "idle", "usage", "unused", "num_updates", "num_revived")
 )
 

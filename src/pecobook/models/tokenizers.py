@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from pecobook.errors import WeightsError, first_line
 from pecobook.models.nearest import nearest_codeword
-from pecobook.models.tokenizer import TRAINING_ONLY, PerceptualTokenizer, in_parts
+from pecobook.models.tokenizer import TRAINING_ONLY_BUFFERS, PerceptualTokenizer, apply_in_batches
 
 
 def load_tokenizer(source: str | Path) -> Any:
@@ -79,7 +79,7 @@ def fingerprint(tokenizer: nn.Module) -> str:
 
     digest = hashlib.sha256()
     for name, value in sorted(tokenizer.state_dict().items()):
-        if name not in TRAINING_ONLY:
+        if name not in TRAINING_ONLY_BUFFERS:
             digest.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
             digest.update(value.cpu().contiguous().view(torch.uint8).numpy().tobytes() if value.ndim else b"")
     return digest.hexdigest()[:16]
@@ -126,12 +126,12 @@ class DiffusersTokenizer(nn.Module):
         height, width = images.shape[-2:]
         if height % self.stride or width % self.stride:
             raise ValueError(f"Images must be multiples of {self.stride} pixels, not {height} x {width}.")
-        return in_parts(self._encode, images, batch_size, self.codebook.device)
+        return apply_in_batches(self._encode, images, batch_size, self.codebook.device)
 
     @torch.no_grad()
     def decode(self, codes: Tensor, *, batch_size: int = 64) -> Tensor:
         """Images of codes int64 (B, h, w): float (B, 3, h f, w f) in [0, 1]."""
-        return in_parts(self._decode, codes, batch_size, self.codebook.device)
+        return apply_in_batches(self._decode, codes, batch_size, self.codebook.device)
 
     def _encode(self, images: Tensor) -> Tensor:
         latents = self.model.encode(images * 2 - 1).latents  # (B, D, h, w)

@@ -28,7 +28,7 @@ class Backbone(Exported):
     """
 
     kind = "backbone"
-    comes_from = "contrast or pretrain"
+    trained_by = "contrast or pretrain"
 
     def __init__(
         self,
@@ -63,7 +63,7 @@ class Backbone(Exported):
     @classmethod
     def rebuild(cls, settings: dict[str, Any]) -> Self:
         """The network that `settings` describes, with random weights."""
-        network = create(settings["name"], num_classes=len(settings.get("classes", ())), **settings["args"])
+        network = create_network(settings["name"], num_classes=len(settings.get("classes", ())), **settings["args"])
         values: dict[str, Any] = {
             name: tuple(value) if isinstance(value, list) else value for name, value in settings.items()
         }
@@ -76,11 +76,11 @@ class Backbone(Exported):
     def _num_classes(self) -> int:
         return 0
 
-    def lines(self, source: str) -> str:
+    def loading_code(self, source: str) -> str:
         """Python that loads the plain timm network from the export folder `source`."""
         return "import timm, safetensors.torch\n" + self._timm_lines(f'"{source}/model.safetensors"')
 
-    def hub_lines(self, repo_id: str) -> str:
+    def hub_loading_code(self, repo_id: str) -> str:
         """Python that loads the plain timm network from the hub's repository `repo_id`."""
         file = f'huggingface_hub.hf_hub_download("{repo_id}", "model.safetensors")'
         return "import huggingface_hub, timm, safetensors.torch\n" + self._timm_lines(file)
@@ -121,7 +121,7 @@ class Classifier(Backbone):
     """
 
     kind = "classifier"
-    comes_from = "finetune"
+    trained_by = "finetune"
 
     def __init__(
         self,
@@ -152,12 +152,12 @@ def exported_network(settings: dict[str, Any], state: dict[str, Tensor], source:
     Raises:
         WeightsError: the weights are of another network; says so of `source`.
     """
-    network = create(settings["name"], num_classes=len(settings.get("classes", ())), **settings["args"])
+    network = create_network(settings["name"], num_classes=len(settings.get("classes", ())), **settings["args"])
     load_state(network, state, source=source)
     return network.eval()
 
 
-def create(name: str, *, pretrained: bool = False, **kwargs: Any) -> nn.Module:
+def create_network(name: str, *, pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """`timm.create_model` with errors that a person can use. Raises WeightsError."""
     import timm
 
@@ -215,7 +215,7 @@ def load_backbone(
     if config.get("kind") not in ("backbone", "classifier"):
         raise WeightsError(f"'{spec}' is a {config.get('kind')}, not a backbone: give a contrast or pretrain run.")
     args = config["args"] | _pooling(config["name"], pool_mean)
-    network = create(config["name"], num_classes=0, **_further(config["name"], drop_path, any_size), **args)
+    network = create_network(config["name"], num_classes=0, **_further(config["name"], drop_path, any_size), **args)
     if weights != "random":
         load_state(network, state if weights is None else read_weights(weights), source=weights or spec)
     size = config["image_size"]
@@ -234,9 +234,11 @@ def _load_timm(
     made = args if from_file else args | sized  # a file's position tables are of the network's own size
     # Where the mean is pooled, timm has the last norm under another name, so its own weights are read without that.
     renamed = weights is None and bool(args)
-    network = create(name, pretrained=weights is None and not renamed, num_classes=0, **further, **made)
+    network = create_network(name, pretrained=weights is None and not renamed, num_classes=0, **further, **made)
     if renamed:
-        load_state(network, create(name, pretrained=True, num_classes=0, **sized).state_dict(), source=f"timm:{name}")
+        load_state(
+            network, create_network(name, pretrained=True, num_classes=0, **sized).state_dict(), source=f"timm:{name}"
+        )
     settings = getattr(network, "pretrained_cfg", None) or {}
     if from_file:
         state = read_weights(str(weights))

@@ -110,7 +110,7 @@ class ClassifyStage(Stage[FinetuneConfig]):
         own = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
         whole = Classifier(self.network, *self.described, classes=self.classes, crop=self.config.eval_crop)
         whole.save_pretrained(folder, state=own, origin="classification")
-        return whole.lines(str(folder))
+        return whole.loading_code(str(folder))
 
     @classmethod
     def check(cls, config: FinetuneConfig) -> None:

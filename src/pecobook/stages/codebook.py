@@ -29,7 +29,7 @@ from pecobook.engine.stage import Stage, StageOutput
 from pecobook.errors import ConfigError
 from pecobook.models.discriminator import PatchDiscriminator, adversarial_losses
 from pecobook.models.explicit import CodewordClassifier, CodewordContrast
-from pecobook.models.perceptual import perceptual_distance
+from pecobook.models.perceptual import build_perceptual_distance
 from pecobook.models.quantizer import Quantized, VectorQuantizer
 from pecobook.models.tokenizer import PerceptualTokenizer
 from pecobook.settings.codebook import CodebookConfig
@@ -53,7 +53,7 @@ class CodebookStage(Stage[CodebookConfig]):
         super().__init__()
         self.config = config
         self.tokenizer = build_tokenizer(config)
-        self.perceptual = perceptual_distance(config.perceptual, config.seed)
+        self.perceptual = build_perceptual_distance(config.perceptual, config.seed)
         self.discriminator = self.classifier = self.contrast = None
         if config.adversarial.weight > 0:
             self.discriminator = PatchDiscriminator(config.adversarial, config.model.in_channels)
@@ -70,8 +70,8 @@ class CodebookStage(Stage[CodebookConfig]):
         if self.contrast is not None and self.training and "keys" not in batch:
             batch = {**batch, "keys": self._keys(batch)}
         images = self._images(batch["image"])
-        coded = self.tokenizer.quantizer(self.tokenizer.latent(images))
-        restored = self.tokenizer.render(coded.quantized).float()
+        coded = self.tokenizer.quantizer(self.tokenizer.encode_latents(images))
+        restored = self.tokenizer.decode_latents(coded.quantized).float()
         loss, metrics = self.reconstruction(images, restored)
         beta = self.config.quantizer.commitment
         rest = beta * coded.commitment_loss
@@ -112,7 +112,7 @@ class CodebookStage(Stage[CodebookConfig]):
         if self.perceptual is not None:
             with torch.no_grad():
                 target = self.perceptual.features(images)
-            metrics["perceptual"] = self.perceptual.to_target(target, restored).mean()
+            metrics["perceptual"] = self.perceptual.distance_to_features(target, restored).mean()
             loss = loss + self._lambda() * metrics["perceptual"]
         return loss, metrics
 
@@ -200,7 +200,7 @@ class CodebookStage(Stage[CodebookConfig]):
         """Write the tokenizer."""
         own = {name.removeprefix("tokenizer."): value for name, value in state.items() if name.startswith("tokenizer.")}
         self.tokenizer.save_pretrained(folder, state=own, origin=_origin(self.config))
-        return self.tokenizer.lines(self.config.out)
+        return self.tokenizer.loading_code(self.config.out)
 
     @classmethod
     def check(cls, config: CodebookConfig) -> None:
@@ -212,9 +212,9 @@ class CodebookStage(Stage[CodebookConfig]):
             )
         if config.explicit.kind == "contrastive":
             check_min_batch(config)
-        distance = perceptual_distance(config.perceptual, config.seed)
+        distance = build_perceptual_distance(config.perceptual, config.seed)
         if distance is not None:
-            distance.check(config.image_size, config.image_size)
+            distance.check_image_size(config.image_size, config.image_size)
 
     @classmethod
     def needs_labels(cls, config: CodebookConfig) -> bool:

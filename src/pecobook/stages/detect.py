@@ -21,8 +21,8 @@ from pecobook.engine.launch import is_leader
 from pecobook.engine.optim import dense_groups
 from pecobook.engine.stage import Stage, StageOutput
 from pecobook.errors import ConfigError
-from pecobook.models.dense.detector import Detections, Detector, rescale
-from pecobook.models.dense.pyramid import describe_pyramid, pyramid_of
+from pecobook.models.dense.detector import Detections, Detector, rescale_boxes
+from pecobook.models.dense.pyramid import build_pyramid, describe_pyramid
 from pecobook.settings.detect import DetectConfig
 from pecobook.settings.training import BaseOptimConfig
 
@@ -44,7 +44,7 @@ class DetectStage(Stage[DetectConfig]):
     def __init__(self, config: DetectConfig, train: DetectionSource, evaluation: DetectionSource) -> None:
         super().__init__()
         self.config, self.evaluation = config, evaluation
-        pyramid, backbone = pyramid_of(config)
+        pyramid, backbone = build_pyramid(config)
         self.detector = Detector(
             pyramid,
             describe_pyramid(backbone, config.pyramid, config.image_size),
@@ -121,7 +121,7 @@ class DetectStage(Stage[DetectConfig]):
         """Write the detector."""
         own = {name.removeprefix("detector."): value for name, value in state.items()}
         self.detector.save_pretrained(folder, state=own)
-        return self.detector.lines(self.config.out)
+        return self.detector.loading_code(self.config.out)
 
     @classmethod
     def open(cls, config: DetectConfig) -> Splits:
@@ -137,7 +137,7 @@ class DetectStage(Stage[DetectConfig]):
         """Raise PecobookError for settings, or weights, that cannot be used."""
         if config.compile:
             raise ConfigError("--compile does not go with detect: the number of objects differs from image to image.")
-        pyramid_of(config)
+        build_pyramid(config)
 
     @classmethod
     def build(cls, config: DetectConfig, splits: Splits) -> DetectStage:
@@ -173,7 +173,7 @@ def _row(found: Detections, view: tuple[int, int], size: tuple[int, int], count:
     """Detections as tensors of `count` entries, those without a score being none; boxes in the image's own pixels."""
     missing = count - len(found.scores)
     row = {
-        "boxes": F.pad(rescale(found.boxes, view, size), (0, 0, 0, missing)),
+        "boxes": F.pad(rescale_boxes(found.boxes, view, size), (0, 0, 0, missing)),
         "scores": F.pad(found.scores, (0, missing)),
         "labels": F.pad(found.labels, (0, missing)),
     }

@@ -22,7 +22,7 @@ from pecobook.engine.launch import check_min_batch
 from pecobook.engine.schedule import cosine
 from pecobook.engine.stage import Stage, StageOutput
 from pecobook.models.contrastive import contrastive_loss, ema_update, initialise_moco, mlp
-from pecobook.models.weights import IMAGENET_MEAN, IMAGENET_STD, Backbone, create, is_transformer
+from pecobook.models.weights import IMAGENET_MEAN, IMAGENET_STD, Backbone, create_network, is_transformer
 from pecobook.settings.contrast import ContrastConfig
 from pecobook.utils.images import channels_last, to_float
 
@@ -45,7 +45,7 @@ class MocoStage(Stage[ContrastConfig]):
         super().__init__()
         self.config = config
         args = _backbone_args(config)
-        self.backbone = create(config.model.name, num_classes=0, **args)
+        self.backbone = create_network(config.model.name, num_classes=0, **args)
         width = int(self.backbone.head_hidden_size)  # type: ignore[arg-type]  # VGG and MobileNet widen after pooling
         is_vit = hasattr(self.backbone, "patch_embed")
         hidden, out = config.hidden_dim, config.output_dim
@@ -127,12 +127,12 @@ class MocoStage(Stage[ContrastConfig]):
         args, size = _backbone_args(self.config), self.config.image_size
         whole = Backbone(self.backbone, self.config.model.name, args, IMAGENET_MEAN, IMAGENET_STD, size)
         whole.save_pretrained(folder, state=own, origin="MoCo v3")
-        return whole.lines(str(folder))
+        return whole.loading_code(str(folder))
 
     @classmethod
     def check(cls, config: ContrastConfig) -> None:
         """Raise PecobookError for settings, or weights, that cannot be used."""
-        create(config.model.name, num_classes=0, **_backbone_args(config))
+        create_network(config.model.name, num_classes=0, **_backbone_args(config))
         check_min_batch(config)
 
     @classmethod

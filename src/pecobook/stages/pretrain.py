@@ -30,10 +30,10 @@ from pecobook.models.masked_vit import (
     initialise_beit,
     masked_positions,
     patch_grid,
-    unshared,
+    unshare_positions,
 )
 from pecobook.models.tokenizers import fingerprint, load_tokenizer
-from pecobook.models.weights import IMAGENET_MEAN, IMAGENET_STD, Backbone, create
+from pecobook.models.weights import IMAGENET_MEAN, IMAGENET_STD, Backbone, create_network
 from pecobook.settings.images import PhotometricConfig
 from pecobook.settings.pretrain import DecoderConfig, MaskConfig, PretrainConfig
 from pecobook.utils.images import to_float
@@ -58,7 +58,9 @@ class PretrainStage(Stage[PretrainConfig]):
         self.tokenizer: Any = None
         if config.target == "tokens":
             self.tokenizer = tokenizer or load_tokenizer(config.tokenizer)
-        backbone = create(config.model.name, num_classes=0, drop_path_rate=config.drop_path, **backbone_args(config))
+        backbone = create_network(
+            config.model.name, num_classes=0, drop_path_rate=config.drop_path, **backbone_args(config)
+        )
         initialise_beit(backbone)
         self.patch = int(config.image_size // patch_grid(backbone)[0])
         size = 3 * self.patch**2 if self.tokenizer is None else self.tokenizer.num_codewords
@@ -111,16 +113,16 @@ class PretrainStage(Stage[PretrainConfig]):
         own = {name.removeprefix("model."): value for name, value in state.items() if name.startswith("model.")}
         write_tensors(folder / "mim.safetensors", {n: v for n, v in own.items() if not n.startswith("backbone.")})
         backbone = {n.removeprefix("backbone."): v for n, v in own.items() if n.startswith("backbone.")}
-        backbone, args = unshared(backbone, backbone_args(self.config))
+        backbone, args = unshare_positions(backbone, backbone_args(self.config))
         name, size = self.config.model.name, self.config.image_size
         whole = Backbone(self.model.backbone, name, args, IMAGENET_MEAN, IMAGENET_STD, size, target=self.config.target)
         whole.save_pretrained(folder, state=backbone, origin="PeCo masked image modelling")
-        return whole.lines(str(folder))
+        return whole.loading_code(str(folder))
 
     @classmethod
     def check(cls, config: PretrainConfig) -> None:
         """Raise PecobookError for settings, or weights, that cannot be used."""
-        backbone = create(config.model.name, num_classes=0, **backbone_args(config))
+        backbone = create_network(config.model.name, num_classes=0, **backbone_args(config))
         model = MaskedImageModel(backbone, 2)
         rows, columns = model.grid
         if config.mask.num_masked >= rows * columns:
@@ -303,7 +305,7 @@ def _crop(image: Tensor, view_key: int, *, size: int, min_area: float | None) ->
 
 @lru_cache(maxsize=1)  # a whole network is made to learn it, and both views ask
 def _grid(config: PretrainConfig) -> tuple[int, int]:
-    network = create(config.model.name, num_classes=0, **backbone_args(config))
+    network = create_network(config.model.name, num_classes=0, **backbone_args(config))
     return cast("tuple[int, int]", tuple(network.patch_embed.grid_size))  # type: ignore[union-attr, arg-type]
 
 

@@ -24,8 +24,8 @@ from pecobook.engine.launch import is_leader, micro_batch_size, world_size
 from pecobook.engine.optim import dense_groups
 from pecobook.engine.stage import Stage, StageOutput, mean_of_counted
 from pecobook.errors import ConfigError, DataError, listed
-from pecobook.models.dense.pyramid import describe_pyramid, pyramid_of
-from pecobook.models.dense.segmenter import Segmenter, best_classes, scaled_pictures, stretch
+from pecobook.models.dense.pyramid import build_pyramid, describe_pyramid
+from pecobook.models.dense.segmenter import Segmenter, best_classes, rescaled_images, resize_maps
 from pecobook.settings.segment import SegmentConfig, SegmentTestConfig
 from pecobook.settings.training import BaseOptimConfig
 from pecobook.utils.images import resize, to_float
@@ -44,9 +44,9 @@ class SegmentStage(Stage[SegmentConfig]):
     def __init__(self, config: SegmentConfig, classes: tuple[str, ...]) -> None:
         super().__init__()
         self.config, self.classes, self.min_batch_size = config, classes, _min_batch_size(config)
-        pyramid, backbone = pyramid_of(config)
-        described = describe_pyramid(backbone, config.pyramid, config.image_size)
-        self.model = Segmenter(pyramid, described, classes=classes, config=config)
+        pyramid, backbone = build_pyramid(config)
+        pyramid_settings = describe_pyramid(backbone, config.pyramid, config.image_size)
+        self.model = Segmenter(pyramid, pyramid_settings, classes=classes, config=config)
 
     def forward(self, batch: Batch) -> StageOutput:
         """Cross-entropy of uint8 images (B, 3, S, S) and masks int16 (B, S, S); in evaluation, pixels counted."""
@@ -114,7 +114,7 @@ class SegmentStage(Stage[SegmentConfig]):
         """Write the segmenter, complete."""
         own = {name.removeprefix("model."): value for name, value in state.items()}
         self.model.save_pretrained(folder, state=own)
-        return self.model.lines(self.config.out)
+        return self.model.loading_code(self.config.out)
 
     @classmethod
     def open(cls, config: SegmentConfig) -> Splits:
@@ -170,7 +170,7 @@ class SegmentStage(Stage[SegmentConfig]):
                 "UperNet normalises over a batch, so a device must hold 2 images or more; --pyramid.checkpointing true "
                 "or a smaller --image-size save memory."
             )
-        pyramid_of(config)
+        build_pyramid(config)
 
     @classmethod
     def build(cls, config: SegmentConfig, splits: Splits) -> SegmentStage:
@@ -196,7 +196,7 @@ class SegmentStage(Stage[SegmentConfig]):
 
 def _loss(logits: Tensor, truth: Tensor) -> tuple[Tensor, Tensor]:
     """Cross-entropy of logits (B, C, h, w) against classes int64 (B, S, S), and the share that is right, ()."""
-    logits = stretch(logits.float(), truth.shape[1:])
+    logits = resize_maps(logits.float(), truth.shape[1:])
     counted = truth != IGNORE
     total = counted.sum().clamp_min(1)
     # By hand, since the mean over nothing is not a number.
@@ -234,4 +234,4 @@ def _whole_view(
     test: SegmentTestConfig,
 ) -> dict[str, list[Tensor]]:
     """A held-out image at the test's sizes, and its mask as it is: lists, since sizes differ."""
-    return {"image": scaled_pictures(image, size, test), "mask": [mask]}
+    return {"image": rescaled_images(image, size, test), "mask": [mask]}

@@ -18,13 +18,13 @@ from pecobook.models.dense.detector import (
     Detections,
     Detector,
     _Anchors,
-    _pool,
-    half_pixel,
+    _roi_align,
     paste_masks,
-    rescale,
+    rescale_boxes,
+    shift_half_pixel,
 )
 from pecobook.models.dense.pyramid import FeaturePyramid, describe_pyramid
-from pecobook.models.weights import Backbone, create
+from pecobook.models.weights import Backbone, create_network
 from pecobook.settings.dense import PyramidConfig
 from pecobook.settings.detect import DetectorConfig
 from pecobook.utils.images import fitted_size, resize
@@ -36,7 +36,7 @@ LOSSES = ["box", "class", "mask", "objectness", "proposal_box"]
 
 def make(*, masks: bool = True, config: DetectorConfig = SMALL, pyramid: PyramidConfig = PyramidConfig()) -> Detector:
     torch.manual_seed(0)
-    network = create("vit_tiny_patch16_224", num_classes=0, dynamic_img_size=True, dynamic_img_pad=True, **VIT)
+    network = create_network("vit_tiny_patch16_224", num_classes=0, dynamic_img_size=True, dynamic_img_pad=True, **VIT)
     backbone = Backbone(network, "vit_tiny_patch16_224", VIT, (0.5, 0.4, 0.3), (0.2, 0.3, 0.4), 32)
     return Detector(
         FeaturePyramid(network, 32, pyramid),
@@ -172,7 +172,7 @@ def test_pool__is_torchvisions_at_strides_4_to_32() -> None:
     corners = torch.rand(50, 2, generator=generator) * 200
     boxes = [torch.cat([corners, corners + 4 + 300 * torch.rand(50, 2, generator=generator)], 1)]
     other = MultiScaleRoIAlign(list(levels), 7, sampling_ratio=2)(levels, boxes, [(512, 512)])
-    torch.testing.assert_close(_pool((4, 8, 16, 32), 7)(levels, boxes, [(300, 512)]), other)
+    torch.testing.assert_close(_roi_align((4, 8, 16, 32), 7)(levels, boxes, [(300, 512)]), other)
 
 
 def test_predict__gives_pixels_of_the_image() -> None:
@@ -185,7 +185,7 @@ def test_predict__gives_pixels_of_the_image() -> None:
         other = detector([view])[0]
     torch.testing.assert_close(found.boxes, other.boxes * torch.tensor([100 / 64, 60 / 38, 100 / 64, 60 / 38]))
     assert float(found.boxes[:, 2].max()) <= 100.01
-    masks = found.pasted(60, 100)
+    masks = found.pasted_masks(60, 100)
     assert masks.shape == (len(found.boxes), 60, 100)
     assert masks.dtype == torch.bool
 
@@ -202,12 +202,14 @@ def test_paste_masks__fills_its_box() -> None:
     beyond, nothing = paste_masks(torch.ones(2, 28, 28), torch.tensor([[-5.0, 20, 50, 40], [3, 3, 3, 9]]), 30, 40)
     assert int(beyond.sum()) == int(beyond[20:].sum()) == 400
     assert not nothing.any()
-    assert Detections(boxes[:0], boxes[:0, 0], torch.zeros(0, dtype=torch.int64), masks[:0]).pasted(3, 4).shape == (
+    assert Detections(boxes[:0], boxes[:0, 0], torch.zeros(0, dtype=torch.int64), masks[:0]).pasted_masks(
+        3, 4
+    ).shape == (
         0,
         3,
         4,
     )
-    assert rescale(torch.tensor([[1.0, 2, 3, 4]]), (10, 20), (30, 10)).tolist() == [[0.5, 6, 1.5, 12]]
+    assert rescale_boxes(torch.tensor([[1.0, 2, 3, 4]]), (10, 20), (30, 10)).tolist() == [[0.5, 6, 1.5, 12]]
 
 
 def test_paste_masks__of_what_is_learned_gives_the_mask_again() -> None:
@@ -215,7 +217,7 @@ def test_paste_masks__of_what_is_learned_gives_the_mask_again() -> None:
     discs = [(rows - y) ** 2 + (columns - x) ** 2 < r**2 for y, x, r in ((12, 15, 9.5), (20.5, 40.3, 15), (30, 8, 4))]
     masks = torch.stack(discs).to(torch.uint8)
     boxes = mask_boxes(masks)
-    targets = project_masks_on_boxes(half_pixel(masks), boxes, torch.arange(3), 28)
+    targets = project_masks_on_boxes(shift_half_pixel(masks), boxes, torch.arange(3), 28)
     for found, mask in zip(paste_masks(targets, boxes, 40, 60), masks > 0, strict=True):
         assert int((found & mask).sum()) >= 0.98 * int((found | mask).sum())
 

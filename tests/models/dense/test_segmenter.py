@@ -11,12 +11,12 @@ from torch import Tensor, nn
 from pecobook.errors import ConfigError, WeightsError
 from pecobook.models.dense.pyramid import FeaturePyramid, describe_pyramid
 from pecobook.models.dense.segmenter import (
-    POOLS,
+    POOL_SIZES,
     Segmenter,
     UperNet,
     best_classes,
-    scaled_pictures,
-    starts,
+    rescaled_images,
+    window_starts,
 )
 from pecobook.models.export import write_export
 from pecobook.models.huggingface import beit_to_huggingface
@@ -64,7 +64,7 @@ def test_forward__is_that_of_transformers_given_the_same_weights() -> None:
         layer_norm_eps=1e-6,
         num_labels=5,
         out_indices=[2, 3, 4, 5],
-        pool_scales=list(POOLS),
+        pool_scales=list(POOL_SIZES),
         auxiliary_channels=16,
         use_auxiliary_head=True,
     )
@@ -132,8 +132,8 @@ def test_upernet__maps_of_odd_sizes_and_many_channels() -> None:
     ("length", "side", "step", "expected"),
     [(10, 4, 3, [0, 3, 6]), (10, 4, 4, [0, 4, 6]), (4, 4, 2, [0]), (3, 4, 2, [0]), (9, 4, 9, [0, 5])],
 )
-def test_starts__cover_the_line(length: int, side: int, step: int, expected: list[int]) -> None:
-    assert starts(length, side, step) == expected
+def test_window_starts__cover_the_line(length: int, side: int, step: int, expected: list[int]) -> None:
+    assert window_starts(length, side, step) == expected
 
 
 def test_scores__slide_is_the_mean_over_windows() -> None:
@@ -155,29 +155,29 @@ def test_scores__of_several_sizes_are_mean_probabilities_and_flip_with_the_pictu
     own, x = segmenter(), torch.randint(256, (3, 40, 52), dtype=torch.uint8)
     test = SegmentTestConfig(scales=(1.0, 0.5, 1.5), flip=True)
     with torch.no_grad():
-        found = own.scores(scaled_pictures(x, 32, test), test)
-        mirrored = own.scores(scaled_pictures(x.flip(2), 32, test), test)
-        plain = own.scores(scaled_pictures(x, 32, SegmentTestConfig()), SegmentTestConfig())
+        found = own.scores(rescaled_images(x, 32, test), test)
+        mirrored = own.scores(rescaled_images(x.flip(2), 32, test), test)
+        plain = own.scores(rescaled_images(x, 32, SegmentTestConfig()), SegmentTestConfig())
     assert found.shape == plain.shape == (5, 32, 42)
     torch.testing.assert_close(found.sum(0), torch.ones(32, 42))
     torch.testing.assert_close(mirrored.flip(2), found, rtol=1e-4, atol=1e-5)
     assert not torch.allclose(plain.softmax(0), found, atol=1e-3)
 
 
-def test_scaled_pictures__are_all_made_of_the_original() -> None:
+def test_rescaled_images__are_all_made_of_the_original() -> None:
     x = torch.randint(256, (3, 120, 90), dtype=torch.uint8)
-    small, large, narrow = scaled_pictures(x, 30, SegmentTestConfig(scales=(1.0, 3.0, 0.5)))
+    small, large, narrow = rescaled_images(x, 30, SegmentTestConfig(scales=(1.0, 3.0, 0.5)))
     assert torch.equal(large, x)  # nothing was lost on the way
     assert torch.equal(small, resize(x, 40, 30))
     assert narrow.shape == (3, 20, 15)
-    assert scaled_pictures(x, 30, SegmentTestConfig(max_side=20))[0].shape == (3, 20, 15)
+    assert rescaled_images(x, 30, SegmentTestConfig(max_side=20))[0].shape == (3, 20, 15)
 
 
 @pytest.mark.parametrize("most", [1, 200, 10**9])
 def test_best_classes__a_few_at_a_time(most: int, monkeypatch: pytest.MonkeyPatch) -> None:
     scores = torch.randn(7, 5, 6, generator=torch.Generator().manual_seed(0))
     expected = nn.functional.interpolate(scores[None], (11, 9), mode="bilinear")[0].argmax(0)
-    monkeypatch.setattr("pecobook.models.dense.segmenter._MOST_SCORES", most)
+    monkeypatch.setattr("pecobook.models.dense.segmenter._MAX_SCORES", most)
     assert torch.equal(best_classes(scores, (11, 9)), expected)
 
 

@@ -107,7 +107,7 @@ def _distance(config: AnalyzeConfig, inputs: list[TokenizerInput]) -> Perceptual
     for tokenizer_input in inputs:
         size = tokenizer_input.tokenizer.image_size
         try:
-            own.check(size, size)
+            own.check_image_size(size, size)
         except WeightsError:
             raise WeightsError(
                 f"--perceptual '{config.perceptual}' gives nothing to compare of the {size} x {size} pixels of "

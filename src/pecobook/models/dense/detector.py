@@ -66,7 +66,7 @@ class Detections:
         masks = None if self.masks is None else self.masks[kept]
         return Detections(self.boxes[kept], self.scores[kept], self.labels[kept], masks)
 
-    def pasted(self, height: int, width: int) -> Tensor:
+    def pasted_masks(self, height: int, width: int) -> Tensor:
         """Masks on an image of this size, bool (D, height, width)."""
         masks = self.masks if self.masks is not None else self.boxes.new_zeros(0, MASK_SIDE, MASK_SIDE)
         found = list(paste_masks(masks, self.boxes, height, width))
@@ -93,7 +93,7 @@ def paste_masks(masks: Tensor, boxes: Tensor, height: int, width: int) -> Iterat
         yield found
 
 
-def half_pixel(masks: Tensor) -> Tensor:
+def shift_half_pixel(masks: Tensor) -> Tensor:
     """Masks uint8 (n, h, w) moved by half a pixel to the right and down, as float16, which holds their quarters.
 
     torchvision makes the targets of masks with a RoIAlign that takes a pixel's corner for its centre; from masks moved
@@ -117,14 +117,14 @@ class Detector(Exported):
     """
 
     kind = "detector"
-    comes_from = "detect"
+    trained_by = "detect"
     mean: Tensor
     std: Tensor
 
     def __init__(
         self,
         pyramid: FeaturePyramid,
-        described: dict[str, Any],
+        pyramid_settings: dict[str, Any],
         *,
         classes: Sequence[str],
         category_ids: Sequence[int],
@@ -133,14 +133,14 @@ class Detector(Exported):
         config: DetectorConfig = DetectorConfig(),
     ) -> None:
         super().__init__()
-        self.described, self.config, self.sides = described, config, sides
+        self.pyramid_settings, self.config, self.sides = pyramid_settings, config, sides
         self.classes, self.category_ids, self.has_masks = tuple(classes), tuple(category_ids), masks
         self.pyramid = pyramid
         self.fpn = FeaturePyramidNetwork(list(pyramid.channels), config.width, extra_blocks=LastLevelMaxPool())
-        self.proposals = _proposals((*pyramid.strides, 2 * pyramid.strides[-1]), config)
-        self.heads = _heads(pyramid.strides, len(self.classes) + 1, masks, config)
-        self.register_buffer("mean", torch.tensor(described["mean"])[:, None, None], persistent=False)
-        self.register_buffer("std", torch.tensor(described["std"])[:, None, None], persistent=False)
+        self.proposals = _build_proposal_network((*pyramid.strides, 2 * pyramid.strides[-1]), config)
+        self.heads = _build_heads(pyramid.strides, len(self.classes) + 1, masks, config)
+        self.register_buffer("mean", torch.tensor(pyramid_settings["mean"])[:, None, None], persistent=False)
+        self.register_buffer("std", torch.tensor(pyramid_settings["std"])[:, None, None], persistent=False)
 
     def forward(self, images: list[Tensor], targets: list[dict[str, Tensor]] | None = None) -> Any:
         """Losses in training, detections in evaluation mode.
@@ -154,14 +154,14 @@ class Detector(Exported):
         """
         batch = self._batch(images)
         if targets is not None and self.has_masks:
-            targets = [{**target, "masks": half_pixel(target["masks"])} for target in targets]
+            targets = [{**target, "masks": shift_half_pixel(target["masks"])} for target in targets]
         levels = self.fpn(OrderedDict((str(level), x) for level, x in enumerate(self.pyramid(batch.tensors))))
         levels = OrderedDict((name, x.float()) for name, x in levels.items())
         boxes, losses = self.proposals(batch, levels, targets)
         found, further = self.heads(levels, boxes, batch.image_sizes, targets)
         if self.training:
             return {_LOSSES[name]: loss for name, loss in {**losses, **further}.items()}
-        return [_detections(one) for one in found]
+        return [_to_detections(one) for one in found]
 
     def _batch(self, images: list[Tensor]) -> Any:
         """Normalised images in one tensor, zeros at the right and the bottom, sides multiples of the largest stride."""
@@ -179,14 +179,14 @@ class Detector(Exported):
         height, width = image.shape[1:]
         view = resize(image, *fitted_size(height, width, *self.sides))
         found: Detections = self([view.to(self.mean.device)])[0]
-        boxes = rescale(found.boxes, (view.shape[1], view.shape[2]), (height, width)).cpu()
+        boxes = rescale_boxes(found.boxes, (view.shape[1], view.shape[2]), (height, width)).cpu()
         masks = None if found.masks is None else found.masks.cpu()
         return Detections(boxes, found.scores.cpu(), found.labels.cpu(), masks)
 
     def settings(self) -> dict[str, Any]:
         """All that `rebuild` makes the same detector of."""
         return {
-            "pyramid": self.described,
+            "pyramid": self.pyramid_settings,
             "classes": list(self.classes),
             "category_ids": list(self.category_ids),
             "masks": self.has_masks,
@@ -207,7 +207,7 @@ class Detector(Exported):
             config=DetectorConfig(**settings["heads"]),
         )
 
-    def lines(self, source: str) -> str:
+    def loading_code(self, source: str) -> str:
         """Python that loads it from the folder `source`, or from the hub's repository of that name."""
         return f'from pecobook import Detector\nmodel = Detector.from_pretrained("{source}")'
 
@@ -215,23 +215,24 @@ class Detector(Exported):
         """Its backbone, classes and what it returns."""
         classes = ", ".join(json.dumps(name, ensure_ascii=False) for name in self.classes)
         short, long = self.sides
+        mask_text = "; `.pasted_masks(H, W)` of the result returns masks" if self.has_masks else ""
         return Card(
-            title=f"{'Mask' if self.has_masks else 'Faster'} R-CNN on {self.described['name']}",
+            title=f"{'Mask' if self.has_masks else 'Faster'} R-CNN on {self.pyramid_settings['name']}",
             text=f"{len(self.classes)} classes: {classes}. Images of any size, RGB in 0..255; "
             f"the short side is resized to {short} pixels, the long one to at most {long}.",
-            more="`model.predict(image)` of a uint8 tensor (3, H, W) gives boxes (left, top, right, bottom), "
-            f"scores and labels (1 for the first class){'; `.pasted(H, W)` gives masks' if self.has_masks else ''}.",
+            more="`model.predict(image)` takes a uint8 tensor (3, H, W) and returns boxes (left, top, right, bottom), "
+            f"scores and labels (1 for the first class){mask_text}.",
             tags=("pecobook",),
             pipeline="object-detection",
         )
 
 
-def rescale(boxes: Tensor, size: tuple[int, int], target: tuple[int, int]) -> Tensor:
+def rescale_boxes(boxes: Tensor, size: tuple[int, int], target: tuple[int, int]) -> Tensor:
     """Boxes (n, 4) of an image of `size` on the same image of height and width `target`."""
     return boxes * boxes.new_tensor([target[1] / size[1], target[0] / size[0]]).repeat(2)
 
 
-def _detections(found: dict[str, Tensor]) -> Detections:
+def _to_detections(found: dict[str, Tensor]) -> Detections:
     masks = found["masks"][:, 0] if "masks" in found else None
     return Detections(found["boxes"], found["scores"], found["labels"], masks)
 
@@ -239,7 +240,7 @@ def _detections(found: dict[str, Tensor]) -> Detections:
 # -------------------------------------------------------------------------------------------------- torchvision's parts
 
 
-def _proposals(strides: tuple[int, ...], config: DetectorConfig) -> nn.Module:
+def _build_proposal_network(strides: tuple[int, ...], config: DetectorConfig) -> nn.Module:
     """The region proposal network."""
     network: nn.Module = RegionProposalNetwork(
         _Anchors(strides),
@@ -255,17 +256,17 @@ def _proposals(strides: tuple[int, ...], config: DetectorConfig) -> nn.Module:
     return network
 
 
-def _heads(strides: tuple[int, ...], num_classes: int, masks: bool, config: DetectorConfig) -> nn.Module:
+def _build_heads(strides: tuple[int, ...], num_classes: int, masks: bool, config: DetectorConfig) -> nn.Module:
     """Class, box and mask of every region; `num_classes` counts the background."""
     width, further = config.width, {}
     if masks:
         further = {
-            "mask_roi_pool": _pool(strides, MASK_SIDE // 2),
+            "mask_roi_pool": _roi_align(strides, MASK_SIDE // 2),
             "mask_head": MaskRCNNHeads(width, (width,) * 4, 1),
             "mask_predictor": _MaskPredictor(width, width, num_classes),
         }
     heads: nn.Module = RoIHeads(
-        _pool(strides, 7),
+        _roi_align(strides, 7),
         TwoMLPHead(width * 49, config.head_width),
         _BoxPredictor(config.head_width, num_classes),
         fg_iou_thresh=0.5,
@@ -281,7 +282,7 @@ def _heads(strides: tuple[int, ...], num_classes: int, masks: bool, config: Dete
     return heads
 
 
-def _pool(strides: tuple[int, ...], side: int) -> Any:
+def _roi_align(strides: tuple[int, ...], side: int) -> Any:
     """RoIAlign from the level that suits a box's size (arXiv 1612.03144, eq. 1), with scales known beforehand."""
     pool = MultiScaleRoIAlign([str(level) for level in range(len(strides))], side, sampling_ratio=2)
     pool.scales = [1 / stride for stride in strides]

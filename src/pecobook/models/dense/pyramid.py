@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pecobook.errors import ConfigError, WeightsError, first_line
-from pecobook.models.weights import Backbone, any_size_args, create, load_backbone
+from pecobook.models.weights import Backbone, any_size_args, create_network, load_backbone
 from pecobook.settings.dense import PyramidConfig
 
 
@@ -344,7 +344,7 @@ def load_pyramid(
     return pyramid.train(), backbone
 
 
-class WithBackbone(Protocol):
+class PyramidStageConfig(Protocol):
     """Settings of a stage that stands on a pyramid."""
 
     @property
@@ -359,7 +359,7 @@ class WithBackbone(Protocol):
     def drop_path(self) -> float: ...  # noqa: D102
 
 
-def pyramid_of(config: WithBackbone) -> tuple[FeaturePyramid, Backbone]:
+def build_pyramid(config: PyramidStageConfig) -> tuple[FeaturePyramid, Backbone]:
     """The pyramid that the settings of a stage name. Raises ConfigError without --backbone, and as `load_pyramid`."""
     if not config.backbone:
         raise ConfigError("--backbone is missing: give a pretrain, contrast or finetune run, or timm:NAME.")
@@ -381,5 +381,5 @@ def describe_pyramid(backbone: Backbone, config: PyramidConfig, image_size: int)
 def rebuild_pyramid(settings: dict[str, Any]) -> FeaturePyramid:
     """The pyramid that `describe_pyramid` describes, with random weights."""
     further = any_size_args(settings["name"])
-    network = create(settings["name"], num_classes=0, **further, **settings["args"])
+    network = create_network(settings["name"], num_classes=0, **further, **settings["args"])
     return FeaturePyramid(network, settings["image_size"], PyramidConfig(window=settings["window"]))

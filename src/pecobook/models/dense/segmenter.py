@@ -20,18 +20,18 @@ from pecobook.models.export import Card, Exported
 from pecobook.settings.segment import SegmenterConfig, SegmentTestConfig
 from pecobook.utils.images import fitted_size, resize, to_float
 
-POOLS = (1, 2, 3, 6)
-_MOST_SCORES = 50_000_000  # of a stretched picture held at once
+POOL_SIZES = (1, 2, 3, 6)
+_MAX_SCORES = 50_000_000  # of a stretched picture held at once
 
 
-def convolution(channels: int, width: int, size: int) -> nn.Sequential:
+def conv_norm_relu(channels: int, width: int, size: int) -> nn.Sequential:
     """Convolution without bias, batch normalisation, ReLU."""
     return nn.Sequential(
         nn.Conv2d(channels, width, size, padding=size // 2, bias=False), nn.BatchNorm2d(width), nn.ReLU(inplace=True)
     )
 
 
-def stretch(x: Tensor, size: torch.Size | tuple[int, ...]) -> Tensor:
+def resize_maps(x: Tensor, size: torch.Size | tuple[int, ...]) -> Tensor:
     """Bilinear: (B, C, h, w) to (B, C, *size)."""
     return F.interpolate(x, size=tuple(size), mode="bilinear", align_corners=False)
 
@@ -48,24 +48,24 @@ class UperNet(nn.Module):
     def __init__(self, channels: tuple[int, ...], width: int, num_classes: int) -> None:
         super().__init__()
         self.pools = nn.ModuleList(
-            nn.Sequential(nn.AdaptiveAvgPool2d(cells), convolution(channels[-1], width, 1)) for cells in POOLS
+            nn.Sequential(nn.AdaptiveAvgPool2d(cells), conv_norm_relu(channels[-1], width, 1)) for cells in POOL_SIZES
         )
-        self.pooled = convolution(channels[-1] + len(POOLS) * width, width, 3)
-        self.lateral = nn.ModuleList(convolution(own, width, 1) for own in channels[:-1])
-        self.smooth = nn.ModuleList(convolution(width, width, 3) for _ in channels[:-1])
-        self.joined = convolution(len(channels) * width, width, 3)
+        self.pooled = conv_norm_relu(channels[-1] + len(POOL_SIZES) * width, width, 3)
+        self.lateral = nn.ModuleList(conv_norm_relu(own, width, 1) for own in channels[:-1])
+        self.smooth = nn.ModuleList(conv_norm_relu(width, width, 3) for _ in channels[:-1])
+        self.joined = conv_norm_relu(len(channels) * width, width, 3)
         self.classifier = nn.Conv2d(width, num_classes, 1)
 
     def forward(self, maps: list[Tensor]) -> Tensor:
         """Maps (B, C_l, h_l, w_l) to scores (B, C, h_0, w_0)."""
         coarse = maps[-1]
-        pooled = [stretch(pool(coarse), coarse.shape[2:]) for pool in self.pools]
+        pooled = [resize_maps(pool(coarse), coarse.shape[2:]) for pool in self.pools]
         levels = [lateral(x) for lateral, x in zip(self.lateral, maps[:-1], strict=True)]
         levels.append(self.pooled(torch.cat([coarse, *pooled], 1)))
         for number in range(len(levels) - 1, 0, -1):
-            levels[number - 1] = levels[number - 1] + stretch(levels[number], levels[number - 1].shape[2:])
+            levels[number - 1] = levels[number - 1] + resize_maps(levels[number], levels[number - 1].shape[2:])
         out = [smooth(x) for smooth, x in zip(self.smooth, levels[:-1], strict=True)] + levels[-1:]
-        out = [out[0], *(stretch(x, out[0].shape[2:]) for x in out[1:])]
+        out = [out[0], *(resize_maps(x, out[0].shape[2:]) for x in out[1:])]
         return self.classifier(self.joined(torch.cat(out, 1)))  # type: ignore[no-any-return]
 
 
@@ -73,7 +73,7 @@ class FCNHead(nn.Sequential):
     """One convolution and a classifier: (B, channels, h, w) to (B, C, h, w). Helps training alone."""
 
     def __init__(self, channels: int, width: int, num_classes: int) -> None:
-        super().__init__(convolution(channels, width, 3), nn.Conv2d(width, num_classes, 1))
+        super().__init__(conv_norm_relu(channels, width, 3), nn.Conv2d(width, num_classes, 1))
 
 
 class Segmenter(Exported):
@@ -88,28 +88,28 @@ class Segmenter(Exported):
     """
 
     kind = "segmenter"
-    comes_from = "segment"
+    trained_by = "segment"
     mean: Tensor
     std: Tensor
 
     def __init__(
         self,
         pyramid: FeaturePyramid,
-        described: dict[str, Any],
+        pyramid_settings: dict[str, Any],
         *,
         classes: tuple[str, ...],
         config: SegmenterConfig = SegmenterConfig(),
     ) -> None:
         super().__init__()
-        self.pyramid, self.described, self.classes, self.config = pyramid, described, classes, config
-        self.image_size = int(described["image_size"])
+        self.pyramid, self.pyramid_settings, self.classes, self.config = pyramid, pyramid_settings, classes, config
+        self.image_size = int(pyramid_settings["image_size"])
         self.head = UperNet(pyramid.channels, config.head_width or pyramid.channels[-1], len(classes))
         extra = config.auxiliary_width if config.auxiliary_weight else 0
         self.auxiliary = FCNHead(pyramid.channels[2], extra, len(classes)) if extra else None
         for module in (self.head, self.auxiliary):
             _initialise(module)
-        self.register_buffer("mean", torch.tensor(described["mean"])[:, None, None], persistent=False)
-        self.register_buffer("std", torch.tensor(described["std"])[:, None, None], persistent=False)
+        self.register_buffer("mean", torch.tensor(pyramid_settings["mean"])[:, None, None], persistent=False)
+        self.register_buffer("std", torch.tensor(pyramid_settings["std"])[:, None, None], persistent=False)
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
         """Float images (B, 3, H, W) in [0, 1] to scores (B, C, H / s, W / s), and in training the auxiliary ones."""
@@ -123,7 +123,7 @@ class Segmenter(Exported):
             "classes": list(self.classes),
             "image_size": self.image_size,
             "width": self.config.head_width,
-            "pyramid": self.described,
+            "pyramid": self.pyramid_settings,
         }
 
     @classmethod
@@ -141,7 +141,7 @@ class Segmenter(Exported):
         """Whether more than training reads it."""
         return not name.startswith("auxiliary.")
 
-    def lines(self, source: str) -> str:
+    def loading_code(self, source: str) -> str:
         """Python that loads it from the folder `source`, or from the hub's repository of that name."""
         return (
             f'from pecobook import Segmenter\nmodel = Segmenter.from_pretrained("{source}")'
@@ -151,7 +151,7 @@ class Segmenter(Exported):
     def card(self, origin: str) -> Card:  # noqa: ARG002
         """Its backbone, classes and size."""
         return Card(
-            title=f"UperNet on {self.described['name']}",
+            title=f"UperNet on {self.pyramid_settings['name']}",
             text=f"{len(self.classes)} classes, trained on squares of {self.image_size} pixels.",
             tags=("pecobook", "semantic-segmentation"),
             pipeline="image-segmentation",
@@ -161,7 +161,7 @@ class Segmenter(Exported):
     def predict(self, image: Tensor, test: SegmentTestConfig = SegmentTestConfig()) -> Tensor:
         """Class of every pixel of one picture: uint8 (3, H, W) to int64 (H, W), on the host."""
         size = int(image.shape[1]), int(image.shape[2])
-        scaled = [x.to(self.mean.device) for x in scaled_pictures(image, self.image_size, test)]
+        scaled = [x.to(self.mean.device) for x in rescaled_images(image, self.image_size, test)]
         return best_classes(self.scores(scaled, test), size).cpu()
 
     def scores(self, pictures: list[Tensor], test: SegmentTestConfig) -> Tensor:
@@ -176,13 +176,13 @@ class Segmenter(Exported):
         """
         size = pictures[0].shape[1:]
         if len(pictures) == 1 and not test.flip:
-            return stretch(self._scores(to_float(pictures[0])[None], test), size)[0]
+            return resize_maps(self._scores(to_float(pictures[0])[None], test), size)[0]
         total = torch.zeros((), device=self.mean.device)
         for picture in pictures:
             scaled = to_float(picture)[None]
             for flip in (False, True) if test.flip else (False,):
                 found = self._scores(scaled.flip(3) if flip else scaled, test)
-                total = total + stretch(found.flip(3) if flip else found, size).softmax(1)[0]
+                total = total + resize_maps(found.flip(3) if flip else found, size).softmax(1)[0]
         return total / (len(pictures) * (1 + test.flip))
 
     def _scores(self, image: Tensor, test: SegmentTestConfig) -> Tensor:
@@ -193,16 +193,16 @@ class Segmenter(Exported):
         step = max(round(side * test.stride), 1)
         total = torch.zeros(1, len(self.classes), h, w, device=image.device)
         count = torch.zeros(1, 1, h, w, device=image.device)
-        for top in starts(h, side, step):
-            for left in starts(w, side, step):
+        for top in window_starts(h, side, step):
+            for left in window_starts(w, side, step):
                 region = (..., slice(top, min(top + side, h)), slice(left, min(left + side, w)))
                 window = image[region]
-                total[region] += stretch(self(window)[0].float(), window.shape[2:])
+                total[region] += resize_maps(self(window)[0].float(), window.shape[2:])
                 count[region] += 1
         return total / count
 
 
-def scaled_pictures(image: Tensor, side: int, test: SegmentTestConfig) -> list[Tensor]:
+def rescaled_images(image: Tensor, side: int, test: SegmentTestConfig) -> list[Tensor]:
     """A picture uint8 (3, H, W) at each of the test's sizes, every one made of the original: (3, h_i, w_i)."""
     height, width = int(image.shape[1]), int(image.shape[2])
     sizes = [fitted_size(height, width, side * factor, test.max_side * factor) for factor in test.scales]
@@ -214,17 +214,17 @@ def best_classes(scores: Tensor, size: tuple[int, int]) -> Tensor:
 
     A few classes are stretched at a time: all of 150 on a photograph of 12 megapixels would take 14 GB.
     """
-    step = max(_MOST_SCORES // max(size[0] * size[1], 1), 1)
+    step = max(_MAX_SCORES // max(size[0] * size[1], 1), 1)
     best = scores.new_full(size, -torch.inf)
     classes = torch.zeros(size, dtype=torch.int64, device=scores.device)
     for first in range(0, len(scores), step):
-        value, place = stretch(scores[None, first : first + step], size)[0].max(0)
+        value, place = resize_maps(scores[None, first : first + step], size)[0].max(0)
         classes = torch.where(value > best, place + first, classes)
         best = torch.maximum(best, value)
     return classes
 
 
-class SegmenterAtOneSize(nn.Module):
+class FixedSizeSegmenter(nn.Module):
     """A segmenter for squares of its training's size alone, for other runtimes; changes the model it is given."""
 
     def __init__(self, model: Segmenter) -> None:
@@ -236,10 +236,10 @@ class SegmenterAtOneSize(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Float (B, 3, S, S) in [0, 1] to scores (B, C, S, S)."""
-        return stretch(self.model(images)[0], images.shape[2:])
+        return resize_maps(self.model(images)[0], images.shape[2:])
 
 
-def starts(length: int, side: int, step: int) -> list[int]:
+def window_starts(length: int, side: int, step: int) -> list[int]:
     """Where windows of `side` begin on a line of `length`, `step` apart; the last one ends where the line does."""
     last = max(length - side, 0)
     return [*range(0, last, step), last]
