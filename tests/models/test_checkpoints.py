@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 from pecobook.errors import WeightsError
-from pecobook.models.checkpoints import _translate, load_state, read_weights
+from pecobook.models.checkpoints import _to_timm_names, load_state, read_weights
 from pecobook.models.weights import IMAGENET_MEAN, create_network, load_backbone
 
 # --------------------------------------------------------------------------------------------------------- load_state
@@ -80,7 +80,7 @@ def test_load_state__takes_the_norm_before_or_after_the_mean(old: str, new: str)
 def test_read_weights__refuses_what_is_no_file_of_weights(tmp_path: Path, content: bytes, suffix: str) -> None:
     file = tmp_path / f"weights{suffix}"
     file.write_bytes(content)
-    with pytest.raises(WeightsError, match=r"is no plain file of weights|cannot be read as safetensors"):
+    with pytest.raises(WeightsError, match=r"is not a plain file of weights|cannot be read as safetensors"):
         read_weights(str(file))
 
 
@@ -104,7 +104,7 @@ def test_read_weights__refuses_or_reads_a_damaged_file(tmp_path_factory: pytest.
 @pytest.mark.parametrize("content", [[torch.ones(1)], {"a": 3}, {"state_dict": {"a": "text"}}, torch.ones(2)])
 def test_read_weights__refuses_what_is_no_state_dict(tmp_path: Path, content: Any) -> None:
     torch.save(content, tmp_path / "weights.pth")
-    with pytest.raises(WeightsError, match="holds no state dict"):
+    with pytest.raises(WeightsError, match="contains no state dict"):
         read_weights(str(tmp_path / "weights.pth"))
 
 
@@ -153,7 +153,7 @@ def test_torchvision__state_dicts_fit_timms_networks(name: str) -> None:
     with torch.device("meta"):  # VGG's weights are half a gigabyte
         theirs = getattr(torchvision.models, name)().state_dict()
         ours = timm.create_model(name, num_classes=0).state_dict()
-    found = _translate(theirs, ours)
+    found = _to_timm_names(theirs, ours)
     assert {key: value.shape for key, value in found.items()} == {key: value.shape for key, value in ours.items()}
 
 

@@ -74,7 +74,7 @@ def test_layers__that_a_network_lacks_are_refused(network: str, layers: tuple[in
 
 
 def test_feature_indices__refuses_a_network_without_features() -> None:
-    with pytest.raises(WeightsError, match="gives no intermediate features"):
+    with pytest.raises(WeightsError, match="returns no intermediate features"):
         feature_indices(nn.Linear(1, 1), (1,), "linear")
 
 
@@ -176,7 +176,7 @@ def test_open__torchvision_without_the_hub_says_what_to_do(monkeypatch: pytest.M
 
     monkeypatch.setattr(torch.hub, "load_state_dict_from_url", fail)
     monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", fail)
-    with pytest.raises(WeightsError, match=r"cannot be fetched \(no route to host\)") as caught:
+    with pytest.raises(WeightsError, match=r"cannot be downloaded \(no route to host\)") as caught:
         load_feature_network(SQUEEZENET, (1,), None)
     assert "--perceptual.weights" in str(caught.value)
 
@@ -211,7 +211,7 @@ def test_check__refuses_images_too_small_and_features_that_are_no_maps() -> None
     with pytest.raises(WeightsError, match="cannot read images of 8 x 8 pixels"):
         distance.check_image_size(8, 8)
     PerceptualDistance(SQUEEZENET, ("features.12",), "random", input_size=64).check_image_size(8, 8)
-    with pytest.raises(WeightsError, match=r"gives \(1, 1000\), not maps"):
+    with pytest.raises(WeightsError, match=r"returns \(1, 1000\), not a map"):
         PerceptualDistance(SQUEEZENET, ("flatten",), "random").check_image_size(64, 64)
 
 

@@ -202,9 +202,9 @@ def test_init__of_an_unknown_network_suggests_one() -> None:
 
 
 def test_init__without_the_hub_says_what_to_do() -> None:
-    with pytest.raises(WeightsError, match="The weights of timm's 'test_vit' cannot be fetched") as caught:
+    with pytest.raises(WeightsError, match="The weights of timm's 'test_vit' cannot be downloaded") as caught:
         PerceptualDistance(VIT, (1,))
-    assert "give a local file with weights, or ask for random ones" in str(caught.value)
+    assert "give a local file of weights, or use random weights" in str(caught.value)
 
 
 @pytest.mark.parametrize("form", ["safetensors", "pth", "wrapped"])

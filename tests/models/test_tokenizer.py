@@ -222,7 +222,7 @@ def test_from_pretrained__never_unpickles(run: Path, tmp_path: Path) -> None:
         PerceptualTokenizer.from_pretrained(run)
     # The old format beside, or instead: it is not even looked at.
     (run / "export" / "model.safetensors").rename(run / "export" / "pytorch_model.bin")
-    with pytest.raises(WeightsError, match=r"holds no export/model.safetensors"):
+    with pytest.raises(WeightsError, match=r"contains no export/model.safetensors"):
         PerceptualTokenizer.from_pretrained(run)
     assert not proof.exists()
 
@@ -244,15 +244,17 @@ def test_from_pretrained__says_that_the_hub_gives_none(monkeypatch: pytest.Monke
         raise error
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
-    with pytest.raises(WeightsError, match="There is no run 'me/mine' here, and the hub gives none") as caught:
+    with pytest.raises(
+        WeightsError, match="There is no run 'me/mine' here, and the Hugging Face hub returned none"
+    ) as caught:
         PerceptualTokenizer.from_pretrained("me/mine")
     assert "\n" not in str(caught.value)
 
 
 def test_from_pretrained__really_offline() -> None:
-    with pytest.raises(WeightsError, match="the hub gives none"):
+    with pytest.raises(WeightsError, match="hub returned none"):
         PerceptualTokenizer.from_pretrained("me/mine")
-    with pytest.raises(WeightsError, match="the hub gives none"):
+    with pytest.raises(WeightsError, match="hub returned none"):
         PerceptualTokenizer.from_pretrained("not a/valid name!")
     assert issubclass(HfHubHTTPError, Exception)
 

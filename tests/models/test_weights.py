@@ -54,13 +54,13 @@ def exported(folder: Path, name: str = NAME, args: dict[str, Any] = VIT, *, clas
 def test_create__says_what_is_wrong() -> None:
     with pytest.raises(WeightsError, match=r"timm has no network 'vit_tiny_patch16_225'\. Did you mean 'vit_tiny"):
         create_network("timm:vit_tiny_patch16_225")
-    with pytest.raises(WeightsError, match=r"does not take these arguments.*colour"):
+    with pytest.raises(WeightsError, match=r"does not accept these arguments.*colour"):
         create_network(NAME, colour="red")
-    with pytest.raises(WeightsError, match="timm cannot make"):
+    with pytest.raises(WeightsError, match="timm cannot build"):
         create_network("test_resnet", output_stride=3)
-    with pytest.raises(WeightsError, match=r"timm cannot make .*divisible by num_heads"):
+    with pytest.raises(WeightsError, match=r"timm cannot build .*divisible by num_heads"):
         create_network(NAME, embed_dim=25, num_heads=2)
-    with pytest.raises(WeightsError, match="cannot be fetched"):
+    with pytest.raises(WeightsError, match="cannot be downloaded"):
         create_network("test_vit", pretrained=True)
 
 
@@ -202,13 +202,11 @@ def test_load_backbone__refuses_what_is_none(tmp_path: Path) -> None:
     with pytest.raises(WeightsError, match="is a tokenizer, not a backbone: give a contrast or pretrain run"):
         load_backbone(str(tmp_path))
     file.write_text("[]")
-    with pytest.raises(WeightsError, match=r"cannot be read: config\.json holds no JSON object"):
+    with pytest.raises(WeightsError, match=r"cannot be read: config\.json contains no JSON object"):
         load_backbone(str(tmp_path))
     with pytest.raises(WeightsError, match="There is no run"):
         load_backbone(str(tmp_path / "missing"))
-    with pytest.raises(
-        ConfigError, match=r"a file of weights, which needs its network: --backbone timm:NAME --weights"
-    ):
+    with pytest.raises(ConfigError, match=r"a file of weights; also name the network: --backbone timm:NAME --weights"):
         load_backbone(str(tmp_path / "export" / "model.safetensors"))
     with pytest.raises(WeightsError, match="neither a run folder nor a network"):
         load_backbone("resnet50")
