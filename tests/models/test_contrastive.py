@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.testing import assert_close
 
-from pecobook.models.contrastive import contrastive_loss, ema_update, gather, initialise_moco, mlp
+from pecobook.models.contrastive import contrastive_loss, ema_update, gather_keys, initialise_moco, mlp
 from tests.distributed import TwoProcesses
 
 
@@ -97,10 +97,10 @@ def test_contrastive_loss__two_processes_are_one(two_processes: TwoProcesses) ->
 
 def gather_rank(rank: int, world_size: int) -> tuple[Tensor, int]:
     keys = torch.arange(6.0).view(2, 3).t() + 10 * rank  # (3, 2), not contiguous
-    return gather(keys.requires_grad_())
+    return gather_keys(keys.requires_grad_())
 
 
-def test_gather__keeps_the_order_of_ranks(two_processes: TwoProcesses) -> None:
+def test_gather_keys__keeps_the_order_of_ranks(two_processes: TwoProcesses) -> None:
     (left, left_first), (right, right_first) = two_processes.run(gather_rank)
     own = torch.arange(6.0).view(2, 3).t()
     assert torch.equal(left, torch.cat([own, own + 10]))
@@ -109,8 +109,8 @@ def test_gather__keeps_the_order_of_ranks(two_processes: TwoProcesses) -> None:
     assert not left.requires_grad
 
 
-def test_gather__of_one_process_is_the_input() -> None:
-    keys, first = gather(features(0))
+def test_gather_keys__of_one_process_is_the_input() -> None:
+    keys, first = gather_keys(features(0))
     assert torch.equal(keys, features(0))
     assert first == 0
 
@@ -124,7 +124,7 @@ def test_mlp__shape_of_moco_v3() -> None:
     assert [type(layer) for layer in mlp([4, 8, 2], final_norm=False)][-1] is nn.Linear
 
 
-def test_follow__is_an_average_of_parameters() -> None:
+def test_ema_update__is_an_average_of_parameters() -> None:
     slow, fast = nn.Linear(3, 2), nn.Linear(3, 2)
     before = [parameter.detach().clone() for parameter in slow.parameters()]
     ema_update(slow, fast, 0.9)

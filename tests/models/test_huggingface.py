@@ -96,7 +96,7 @@ def test_there_and_back__loads_into_timm() -> None:
 
 
 def test_to_huggingface__refuses_what_has_no_place() -> None:
-    with pytest.raises(WeightsError, match=r"no place for 'blocks.0.attn.q_norm.weight'"):
+    with pytest.raises(WeightsError, match=r"no weight that corresponds to 'blocks.0.attn.q_norm.weight'"):
         beit_to_huggingface({"blocks.0.attn.q_norm.weight": torch.zeros(1)})
 
 

@@ -10,7 +10,7 @@ from torch.testing import assert_close
 
 from pecobook.errors import ConfigError
 from pecobook.models.tokenizer import build_autoencoder
-from pecobook.models.vit_autoencoder import ViTDecoder, ViTEncoder, positions
+from pecobook.models.vit_autoencoder import ViTDecoder, ViTEncoder, sincos_positions
 from pecobook.settings.tokenizer import AutoencoderConfig
 
 SMALL = AutoencoderConfig(kind="vit", channels=(16, 4), num_heads=2, num_blocks=2, latent_dim=6)
@@ -77,8 +77,8 @@ def test_decoder__may_be_narrower_and_shallower() -> None:
     assert len(decoder[1]) == 2  # type: ignore[index]  # one block and the norm
 
 
-def test_positions__are_sines_and_cosines_of_row_and_column() -> None:
-    table = positions(3, 5, 8, device=torch.device("cpu"))
+def test_sincos_positions__are_sines_and_cosines_of_row_and_column() -> None:
+    table = sincos_positions(3, 5, 8, device=torch.device("cpu"))
     for row in range(3):
         for column in range(5):
             expected = []
