@@ -223,7 +223,7 @@ def test_open__without_a_look_at_masks_the_classes_must_be_told(vit_run: Path, t
         ({"backbone": "timm:efficientvit_m0", "weights": "random", "drop_path": 0.0}, WeightsError, "four strides"),
         ({"pyramid.window": -1}, ConfigError, "--pyramid.window"),
         ({"micro_batch_size": 1}, ConfigError, "must hold 2 images"),
-        ({"backbone": "timm:swin_tiny_patch4_window7_224", "weights": "random"}, WeightsError, "makes no pyramid"),
+        ({"backbone": "timm:swin_tiny_patch4_window7_224", "weights": "random"}, WeightsError, "cannot form a pyramid"),
         ({"scales": (2.0, 0.5)}, ConfigError, "--scales"),
     ],
 )
