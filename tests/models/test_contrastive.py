@@ -74,15 +74,15 @@ def test_contrastive_loss__sends_no_gradient_into_keys() -> None:
 def loss_and_gradient(rank: int, world_size: int, x: Tensor, keys: Tensor) -> tuple[float, float, Tensor]:
     """Mean over ranks of loss, accuracy and gradient with respect to a weight, as DDP would have them."""
     weight = torch.eye(x.shape[1]).requires_grad_()
-    mine = slice(rank * len(x) // world_size, (rank + 1) * len(x) // world_size)
-    loss, accuracy = contrastive_loss(x[mine] @ weight, keys[mine], 0.2)
+    own_rows = slice(rank * len(x) // world_size, (rank + 1) * len(x) // world_size)
+    loss, accuracy = contrastive_loss(x[own_rows] @ weight, keys[own_rows], 0.2)
     torch.autograd.backward(loss)
     assert weight.grad is not None
-    told = torch.stack([loss.detach(), accuracy])
+    metrics = torch.stack([loss.detach(), accuracy])
     if world_size > 1:
         dist.all_reduce(weight.grad)
-        dist.all_reduce(told)
-    return float(told[0]) / world_size, float(told[1]) / world_size, weight.grad / world_size
+        dist.all_reduce(metrics)
+    return float(metrics[0]) / world_size, float(metrics[1]) / world_size, weight.grad / world_size
 
 
 def test_contrastive_loss__two_processes_are_one(two_processes: TwoProcesses) -> None:
@@ -102,8 +102,8 @@ def gather_rank(rank: int, world_size: int) -> tuple[Tensor, int]:
 
 def test_gather_keys__keeps_the_order_of_ranks(two_processes: TwoProcesses) -> None:
     (left, left_first), (right, right_first) = two_processes.run(gather_rank)
-    own = torch.arange(6.0).view(2, 3).t()
-    assert torch.equal(left, torch.cat([own, own + 10]))
+    first_keys = torch.arange(6.0).view(2, 3).t()
+    assert torch.equal(left, torch.cat([first_keys, first_keys + 10]))
     assert torch.equal(left, right)
     assert (left_first, right_first) == (0, 3)
     assert not left.requires_grad
@@ -128,8 +128,8 @@ def test_ema_update__is_an_average_of_parameters() -> None:
     slow, fast = nn.Linear(3, 2), nn.Linear(3, 2)
     before = [parameter.detach().clone() for parameter in slow.parameters()]
     ema_update(slow, fast, 0.9)
-    for own, old, other in zip(slow.parameters(), before, fast.parameters(), strict=True):
-        assert_close(own.detach(), 0.9 * old + 0.1 * other.detach())
+    for updated, previous, target in zip(slow.parameters(), before, fast.parameters(), strict=True):
+        assert_close(updated.detach(), 0.9 * previous + 0.1 * target.detach())
 
 
 def test_initialise_moco__of_a_vit() -> None:

@@ -99,19 +99,21 @@ def test_stage_nodes__of_torchvision(name: str, stages: list[str]) -> None:
 
 def test_torchvision__vgg_stages_are_timms() -> None:
     with torch.device("meta"):
-        theirs, ours = torchvision.models.vgg16(), timm.create_model("vgg16")
-    ends = [str(info["module"]) for info in ours.feature_info][:5]
-    assert stage_nodes(theirs, [1, 2, 3, 4, 5], "vgg16") == ends
+        torchvision_network, timm_network = torchvision.models.vgg16(), timm.create_model("vgg16")
+    ends = [str(info["module"]) for info in timm_network.feature_info][:5]
+    assert stage_nodes(torchvision_network, [1, 2, 3, 4, 5], "vgg16") == ends
 
 
 def test_torchvision__resnet_features_are_timms() -> None:
     """The same weights through both libraries."""
     torch.manual_seed(0)
-    theirs = torchvision.models.resnet18()
-    ours = timm.create_model("resnet18", num_classes=0)
-    ours.load_state_dict({name: value for name, value in theirs.state_dict().items() if not name.startswith("fc.")})
-    by_node = NodeFeatures(theirs, stage_nodes(theirs, [1, 4], "resnet18"))
-    by_index = feature_networks.TimmFeatures(ours.eval(), feature_indices(ours, [1, 4], "resnet18"))
+    torchvision_network = torchvision.models.resnet18()
+    timm_network = timm.create_model("resnet18", num_classes=0)
+    timm_network.load_state_dict(
+        {name: value for name, value in torchvision_network.state_dict().items() if not name.startswith("fc.")}
+    )
+    by_node = NodeFeatures(torchvision_network, stage_nodes(torchvision_network, [1, 4], "resnet18"))
+    by_index = feature_networks.TimmFeatures(timm_network.eval(), feature_indices(timm_network, [1, 4], "resnet18"))
     for a, b in zip(by_node(pictures(0)), by_index(pictures(0)), strict=True):
         assert_close(a, b, atol=1e-4, rtol=1e-4)
 
@@ -153,7 +155,7 @@ def test_distance__takes_a_module_and_names_of_its_nodes() -> None:
 
 
 @pytest.mark.parametrize(
-    ("network", "layers", "said"),
+    ("network", "layers", "message"),
     [
         (SQUEEZENET, ("features.99",), "SqueezeNet has no node 'features.99'"),
         (SQUEEZENET, ("feature.12",), "Did you mean 'features.2"),
@@ -165,8 +167,8 @@ def test_distance__takes_a_module_and_names_of_its_nodes() -> None:
         (VIT, (), "is empty"),
     ],
 )
-def test_open__refuses(network: str, layers: tuple[Any, ...], said: str) -> None:
-    with pytest.raises(WeightsError, match=said.replace("(", r"\(")):
+def test_open__refuses(network: str, layers: tuple[Any, ...], message: str) -> None:
+    with pytest.raises(WeightsError, match=message.replace("(", r"\(")):
         load_feature_network(network, layers, "random")
 
 
@@ -185,9 +187,13 @@ def test_open__torchvision_reads_its_own_file(tmp_path: Any) -> None:
     torch.manual_seed(4)
     network = torchvision.models.squeezenet1_1()
     torch.save(network.state_dict(), tmp_path / "squeezenet.pth")
-    opened = load_feature_network(SQUEEZENET, ("features.12",), str(tmp_path / "squeezenet.pth"))
-    assert_close(opened.network(pictures(0))[0], network.eval().features(pictures(0)))
-    assert (opened.mean, opened.std, opened.input_size) == (IMAGENET_MEAN, IMAGENET_STD, None)
+    feature_network = load_feature_network(SQUEEZENET, ("features.12",), str(tmp_path / "squeezenet.pth"))
+    assert_close(feature_network.network(pictures(0))[0], network.eval().features(pictures(0)))
+    assert (feature_network.mean, feature_network.std, feature_network.input_size) == (
+        IMAGENET_MEAN,
+        IMAGENET_STD,
+        None,
+    )
     other = torchvision.models.squeezenet1_0().state_dict()
     torch.save(other, tmp_path / "other.pth")
     with pytest.raises(WeightsError, match=r"other.pth' do not fit this network: .*of another shape"):

@@ -33,16 +33,16 @@ def pictures(seed: int, side: int = 160) -> Tensor:
 @contextmanager
 def hooked(modules: list[nn.Module]) -> Iterator[list[Array]]:
     """Collect what these modules put out, in the order of the list."""
-    found: list[Array] = [np.zeros(0) for _ in modules]
+    outputs: list[Array] = [np.zeros(0) for _ in modules]
 
     def hook_for(number: int) -> Any:
         def hook(_module: nn.Module, _inputs: Any, output: Tensor) -> None:
-            found[number] = output.detach().double().numpy()
+            outputs[number] = output.detach().double().numpy()
 
         return hook
 
     handles = [module.register_forward_hook(hook_for(number)) for number, module in enumerate(modules)]
-    yield found
+    yield outputs
     for handle in handles:
         handle.remove()
 
@@ -74,17 +74,19 @@ def as_maps(features: Array, prefix: int) -> Array:
 
 
 def test_shuffle__keeps_the_values_of_each_tensor_and_no_order() -> None:
-    own = PerceptualDistance("timm:resnet10t", (1, 2), "random")
+    unshuffled = PerceptualDistance("timm:resnet10t", (1, 2), "random")
     shuffled = [PerceptualDistance("timm:resnet10t", (1, 2), "random", shuffle=True, seed=0) for _ in range(2)]
     changed = 0
-    for (name, a), (_, b) in zip(own.network.named_parameters(), shuffled[0].network.named_parameters(), strict=True):
+    for (name, a), (_, b) in zip(
+        unshuffled.network.named_parameters(), shuffled[0].network.named_parameters(), strict=True
+    ):
         assert torch.equal(a.flatten().sort().values, b.flatten().sort().values), name
         changed += not torch.equal(a, b)
         assert torch.equal(a, b) or a.ndim >= 2
-    assert changed == sum(parameter.ndim >= 2 for parameter in own.network.parameters())
+    assert changed == sum(parameter.ndim >= 2 for parameter in unshuffled.network.parameters())
     x, y = torch.rand(2, 3, 32, 32), torch.rand(2, 3, 32, 32)
     assert torch.equal(shuffled[0](x, y), shuffled[1](x, y))
-    assert not torch.allclose(shuffled[0](x, y), own(x, y))
+    assert not torch.allclose(shuffled[0](x, y), unshuffled(x, y))
 
 
 @pytest.mark.parametrize("how", ["unit-rms", "layernorm", "none"])

@@ -81,9 +81,9 @@ def test_forward__in_evaluation_changes_nothing_even_if_never_started() -> None:
 def test_lookup__gives_codewords() -> None:
     quantizer = VectorQuantizer(9, 4)
     codes = torch.tensor([[[0, 1, 2], [8, 8, 3]]])
-    found = quantizer.lookup(codes)
-    assert found.shape == (1, 4, 2, 3)
-    assert torch.equal(found[0, :, 1, 2], quantizer.codebook[3])
+    codewords = quantizer.lookup(codes)
+    assert codewords.shape == (1, 4, 2, 3)
+    assert torch.equal(codewords[0, :, 1, 2], quantizer.codebook[3])
 
 
 # ------------------------------------------------------------------------------------------------------------- update

@@ -184,10 +184,10 @@ def test_from_pretrained__refuses_a_damaged_config(run: Path, text: str) -> None
         PerceptualTokenizer.from_pretrained(run)
 
 
-@pytest.mark.parametrize("kept", [0, 7, 100, 5000])
-def test_from_pretrained__refuses_a_cut_off_file(run: Path, kept: int) -> None:
+@pytest.mark.parametrize("num_bytes", [0, 7, 100, 5000])
+def test_from_pretrained__refuses_a_cut_off_file(run: Path, num_bytes: int) -> None:
     file = run / "export" / "model.safetensors"
-    file.write_bytes(file.read_bytes()[:kept])
+    file.write_bytes(file.read_bytes()[:num_bytes])
     with pytest.raises(WeightsError, match=r"The export in .* cannot be read"):
         PerceptualTokenizer.from_pretrained(run)
 
@@ -260,13 +260,13 @@ def test_from_pretrained__really_offline() -> None:
 
 
 def test_from_pretrained__loads_from_the_hub(monkeypatch: pytest.MonkeyPatch, run: Path) -> None:
-    asked: list[str] = []
+    requested_ids: list[str] = []
 
     def download(repo_id: str, **options: Any) -> str:
-        asked.append(repo_id)
+        requested_ids.append(repo_id)
         assert options["allow_patterns"] == ["model.safetensors", "config.json"]  # no pickles, no code
         return str(run / "export")
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     assert torch.equal(PerceptualTokenizer.from_pretrained("me/mine").codebook, make().codebook)
-    assert asked == ["me/mine"]
+    assert requested_ids == ["me/mine"]

@@ -42,9 +42,9 @@ def exported(folder: Path, name: str = NAME, args: dict[str, Any] = VIT, *, clas
     network: nn.Module = timm.create_model(name, num_classes=len(classes), **args).eval()
     for norm in (module for module in network.modules() if isinstance(module, nn.LayerNorm)):
         nn.init.normal_(norm.weight)
-    own = network, name, args, IMAGENET_MEAN, IMAGENET_STD, 32
-    whole = Classifier(*own, classes=classes) if classes else Backbone(*own)
-    whole.save_pretrained(folder / "export", origin="a test")
+    arguments = network, name, args, IMAGENET_MEAN, IMAGENET_STD, 32
+    exported_model = Classifier(*arguments, classes=classes) if classes else Backbone(*arguments)
+    exported_model.save_pretrained(folder / "export", origin="a test")
     return network
 
 
@@ -227,6 +227,6 @@ def test_write_tensors__is_read_back_whatever_the_layout(tmp_path: Path) -> None
     tensors = {"a": torch.arange(6.0).view(2, 3).t(), "b": torch.ones(1, requires_grad=True).expand(3)}
     file = tmp_path / "new" / "folder" / "x.safetensors"
     write_tensors(file, tensors)
-    found = load_file(file)
-    assert all(torch.equal(found[name], value) for name, value in tensors.items())
+    loaded = load_file(file)
+    assert all(torch.equal(loaded[name], value) for name, value in tensors.items())
     assert [path.name for path in file.parent.iterdir()] == ["x.safetensors"]
