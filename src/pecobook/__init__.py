@@ -87,6 +87,10 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("pecobook")
     if name not in _HOMES:
         raise AttributeError(f"module 'pecobook' has no attribute '{name}'")
     return getattr(import_module(f"pecobook.{_HOMES[name]}"), name)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import os
 import sys
+import textwrap
 from typing import Any
 
 from pecobook.errors import ConfigError, PecobookError, did_you_mean
@@ -33,6 +34,7 @@ _OTHERS = {
     "probe": "linear probe and k-NN of a backbone, or of a tokenizer's codewords",
     "demo": "the whole story on built-in photographs, with a report, in minutes",
     "recipes": "list the recipes and what each claims",
+    "completion": "a script with which bash, zsh or fish completes commands, recipes and flags",
 }
 COMMANDS = {**_TRAINING, **_OTHERS}
 
@@ -41,7 +43,17 @@ def main(argv: list[str] | None = None) -> None:
     """Run a command. Exits with 2 after a user's mistake, without a traceback."""
     args = list(sys.argv[1:] if argv is None else argv)
     try:
-        _dispatch(args)
+        try:
+            _dispatch(args)
+        except SystemExit:  # after a help page
+            sys.stdout.flush()  # here, since an error in Python's own flush at the end cannot be caught
+            raise
+        sys.stdout.flush()
+    except BrokenPipeError:
+        if not _reader_left():
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
     except PecobookError as error:
         if os.environ.get("PECOBOOK_TRACEBACK"):
             raise
@@ -60,6 +72,15 @@ def main(argv: list[str] | None = None) -> None:
     except KeyboardInterrupt:
         print("pecobook: interrupted.", file=sys.stderr)
         sys.exit(130)
+
+
+def _reader_left() -> bool:
+    """Whether nobody reads what is printed any more, as after `pecobook recipes | head -1`."""
+    try:
+        print(flush=True)
+    except BrokenPipeError:
+        return True
+    return False
 
 
 def _tell(error: PecobookError) -> None:
@@ -99,6 +120,7 @@ def _dispatch(args: list[str]) -> None:
             "probe": _probe,
             "demo": _demo,
             "recipes": _recipes,
+            "completion": _completion,
         }[command](rest)
 
 
@@ -109,7 +131,8 @@ def _help() -> str:
         "pecobook: perceptual codebooks for BERT pre-training of vision transformers (PeCo, arXiv 2111.12710)\n\n"
         "  pecobook demo                                            see everything, in minutes\n"
         "  pecobook COMMAND [RECIPE] --data SOURCE --out RUN [--flag value ...]\n"
-        "  pecobook COMMAND --help                                  all flags, explained\n\n"
+        "  pecobook COMMAND --help                                  usage, recipes, examples, the flags people use\n"
+        "  pecobook COMMAND --help-all                              all flags, explained\n\n"
         + "\n".join(lines)
         + "\n\nSOURCE: a folder of images, a parquet file or folder, tar shards, hf:owner/name, or photos (built in)."
     )
@@ -162,7 +185,7 @@ def _predict(args: list[str]) -> None:
 def _bench(args: list[str]) -> None:
     from pecobook.settings.bench import BenchConfig
 
-    if not args or args[0] not in ("pretrain", "-h", "--help"):
+    if not args or args[0] not in ("pretrain", "-h", "--help", "--help-all"):
         raise ConfigError("'bench' measures pretrain: pecobook bench pretrain [RECIPE] [--flag value ...]")
     rest = args[1:] if args[0] == "pretrain" else args
     recipe = ["--recipe", rest.pop(0)] if rest and not rest[0].startswith("-") else []
@@ -224,12 +247,52 @@ def _demo(args: list[str]) -> None:
 
 
 def _recipes(args: list[str]) -> None:
-    if args:
-        raise ConfigError(f"'recipes' takes nothing more, not '{args[0]}'.")
-    from pecobook.recipes import claims
+    from pecobook.recipes import RECIPES, claims, story
 
-    for command, name, claim in claims():
-        print(f"{command + ' ' + name:<26} {claim}")
+    if args and args[0] in ("-h", "--help", "--help-all"):
+        print(_RECIPES_HELP)
+        return
+    chosen = [(command, name, claim) for command, name, claim in claims() if set(args) <= {command, name}]
+    if not chosen:
+        known = [*RECIPES, *(name for recipes in RECIPES.values() for name in recipes)]
+        told = did_you_mean(args[-1], known)
+        raise ConfigError(f"There is no recipe '{' '.join(args)}'.{told} 'pecobook recipes' lists them.")
+    if not args or set(args) <= set(RECIPES):
+        for command, name, claim in chosen:
+            print(f"{command + ' ' + name:<26} {claim}")
+        return
+    for command, name, _ in chosen:
+        print(f"{command} {name}\n\n{textwrap.indent(story(command, name), '    ')}\n")
+
+
+_RECIPES_HELP = """usage: pecobook recipes [COMMAND] [NAME]
+
+List the recipes and what each claims; with a NAME tell all of it: source, command, cost, result.
+
+examples
+  pecobook recipes codebook
+  pecobook recipes codebook paper"""
+
+
+def _completion(args: list[str]) -> None:
+    if not args or args[0] in ("-h", "--help", "--help-all"):
+        print(_COMPLETION_HELP)
+        return
+    if len(args) > 1:
+        raise ConfigError(f"'completion' takes one shell, not {len(args)} words. See pecobook completion --help.")
+    from pecobook.completion import script
+
+    print(script(args[0], COMMANDS), end="")
+
+
+_COMPLETION_HELP = """usage: pecobook completion bash|zsh|fish
+
+Print a script with which the shell completes commands, recipes, flags and the values they choose from.
+
+examples
+  eval "$(pecobook completion bash)"                                          in ~/.bashrc
+  eval "$(pecobook completion zsh)"                                           in ~/.zshrc, after compinit
+  pecobook completion fish > ~/.config/fish/completions/pecobook.fish         once"""
 
 
 # ------------------------------------------------------------------------------------------------------------- parsing
@@ -237,8 +300,15 @@ def _recipes(args: list[str]) -> None:
 
 def parse(config: Any, args: list[str], prog: str) -> Any:
     """Settings `config` with the values that the flags in `args` give. Raises ConfigError."""
-    if "-h" in args or "--help" in args:
+    if "--help-all" in args:
         _explain(config, prog)
+    if "-h" in args or "--help" in args:
+        from pecobook.help import page
+        from pecobook.recipes import RECIPES
+
+        command, _, recipe = prog.partition(" ")
+        print(page(command, config, recipe if command in (*RECIPES, "tokenize") else ""))
+        sys.exit(0)
     values = read_flags(args, {**flags(type(config)), "config": str}, prog.split()[0])
     if "config" in values:
         config = load(config, values.pop("config"))
@@ -298,7 +368,11 @@ def _suggest(name: str, known: dict[str, Any]) -> str:
 def _explain(config: Any, prog: str) -> None:
     import tyro
 
-    tyro.cli(type(config), default=config, args=["--help"], prog=f"pecobook {prog}")
+    try:
+        tyro.cli(type(config), default=config, args=["--help"], prog=f"pecobook {prog}")
+    except SystemExit:
+        print("--config FILE: read settings from the config.json of a run; flags change single ones.")
+        raise
 
 
 if __name__ == "__main__":

@@ -176,7 +176,7 @@ def test_export__refuses(vit_run: Path, codebook_run: Path, tmp_path: Path) -> N
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "file").touch()
     with pytest.raises(RunFolderError, match="is not empty"):
-        ExportConfig(run=str(vit_run), out=str(tmp_path / "full"))
+        export(ExportConfig(run=str(vit_run), out=str(tmp_path / "full")))
 
 
 @pytest.mark.parametrize("kind", ["vit", "beit"])

@@ -273,6 +273,9 @@ def test_tokenize__does_not_delete_what_is_no_bank(images: Path, codebook_run: P
     with pytest.raises(PreflightError, match="does not look like a token bank"):
         make_bank(images, codebook_run, tmp_path, overwrite=True)
     assert (tmp_path / "thesis.txt").exists()
+    with pytest.raises(PreflightError, match="does not look like a token bank"):
+        make_bank(images, codebook_run, codebook_run, overwrite=True)  # a run has a config.json too
+    assert (codebook_run / "export" / "model.safetensors").exists()
 
 
 def test_command__killed_and_resumed_writes_the_same_bank(images: Path, codebook_run: Path, tmp_path: Path) -> None:

@@ -37,8 +37,7 @@ class Toy(Stage[TrainConfig]):
         self.steps: list[tuple[int, int]] = []
 
     def forward(self, batch: Batch) -> StageOutput:
-        images = batch["image"].float() / 255  # (B, 3, 8, 8)
-        index = batch["index"]
+        images, index = batch["image"].float() / 255, batch["index"]  # (B, 3, 8, 8), (B,)
         error = (self.linear(images.mean((2, 3)))[:, 0] - index / 10).square().mean()
         metrics = {"mean_index": index.float().mean()}
         if not self.training:
@@ -96,7 +95,7 @@ def run(out: Path, stage: Toy, *, bad: tuple[int, ...] = (), count: int = 20, **
         )
     finally:
         if held is not None:
-            run_folder.release(held)
+            held.release()
 
 
 def first_image_of(step: int, *, batch_size: int = 4, place: int = 0) -> int:
@@ -386,9 +385,9 @@ def test_fit__resumes_on_another_number_of_processes(tmp_path: Path, two_process
 
 def test_fit__reading_the_answer_late_saves_nothing_broken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a GPU: the step after has begun when it is known."""
-    from pecobook.engine.agreement import Agreement
+    from pecobook.engine.finite_check import FiniteCheck
 
-    monkeypatch.setattr(loop, "Agreement", lambda world_size, **_: Agreement(world_size, late=True))
+    monkeypatch.setattr(loop, "FiniteCheck", lambda world_size, **_: FiniteCheck(world_size, late=True))
     stage = Toy("nan", at=first_image_of(3))
     with pytest.raises(NonFiniteLossError, match="Step 4 is not finite"):
         run(tmp_path, stage, save_every=2, log_every=100, sample_every=100)

@@ -3,9 +3,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import subprocess
-import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +14,7 @@ from pecobook.settings.codebook import CodebookConfig
 from pecobook.settings.segment import SegmentConfig, SegmentTestConfig
 from pecobook.settings.training import OptimConfig, TrainConfig
 from pecobook.settings.values import load, replace, to_dict
+from pecobook.utils.folder_lock import FolderLock
 
 
 def config(out: Path, **more: Any) -> TrainConfig:
@@ -24,7 +22,7 @@ def config(out: Path, **more: Any) -> TrainConfig:
 
 
 def make_run(out: Path, command: str = "codebook", **more: Any) -> None:
-    run_folder.release(run_folder.prepare(config(out, **more), command))
+    run_folder.prepare(config(out, **more), command).release()
 
 
 def test_check__a_new_or_empty_folder_is_fine_and_nothing_is_made(tmp_path: Path) -> None:
@@ -32,6 +30,14 @@ def test_check__a_new_or_empty_folder_is_fine_and_nothing_is_made(tmp_path: Path
     (tmp_path / "empty").mkdir()
     run_folder.check(config(tmp_path / "empty"), "codebook")
     assert [path.name for path in tmp_path.rglob("*")] == ["empty"]
+
+
+@pytest.mark.parametrize("more", [{}, {"overwrite": True}])
+def test_check__what_a_killed_process_locked_is_no_content(tmp_path: Path, more: Any) -> None:
+    (tmp_path / ".lock").touch()
+    run_folder.check(config(tmp_path, **more), "codebook")
+    make_run(tmp_path, **more)
+    assert not (tmp_path / ".lock").exists()
 
 
 def test_check__out_is_missing() -> None:
@@ -110,7 +116,7 @@ def test_check__resume_may_change_how_a_segmenter_is_tested_but_not_what_trainin
     def settings(**more: Any) -> SegmentConfig:
         return SegmentConfig(out=str(tmp_path), precision="fp32", **more)
 
-    run_folder.release(run_folder.prepare(settings(), "segment"))
+    run_folder.prepare(settings(), "segment").release()
     free = SegmentTestConfig(mode="slide", stride=0.5, scales=(1.0, 0.5), flip=True)
     run_folder.check(settings(test=free, resume=True), "segment")
     with pytest.raises(RunFolderError, match=r"test\.max-side: 2048 -> 512"):
@@ -122,7 +128,7 @@ def test_check__resume_may_change_how_a_segmenter_is_tested_but_not_what_trainin
 @pytest.mark.parametrize("content", ["holiday.jpg", "config.json"])
 def test_check__overwrite_of_a_folder_that_is_no_run_is_refused(tmp_path: Path, content: str) -> None:
     (tmp_path / content).write_text('{"architectures": ["BertModel"]}')
-    with pytest.raises(RunFolderError, match="does not look like a run folder"):
+    with pytest.raises(RunFolderError, match="does not look like a run,"):
         run_folder.check(config(tmp_path, overwrite=True), "codebook")
     assert (tmp_path / content).exists()
 
@@ -180,10 +186,10 @@ def test_prepare__looks_again_at_what_came_between_preflight_and_the_lock(tmp_pa
     else:
         make_run(out, seed=2)  # another run begins and ends
     before = {path: path.read_bytes() for path in out.iterdir() if path.is_file()}
-    with pytest.raises(RunFolderError, match=r"is not empty|does not look like a run folder"):
+    with pytest.raises(RunFolderError, match=r"is not empty|does not look like a run,"):
         run_folder.prepare(mine, "codebook")
     assert {path: path.read_bytes() for path in out.iterdir() if path.is_file()} == before
-    run_folder.release(run_folder.lock(out))
+    FolderLock(out).release()
 
 
 def test_prepare__a_disk_error_is_told_and_frees_the_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -195,46 +201,3 @@ def test_prepare__a_disk_error_is_told_and_frees_the_folder(tmp_path: Path, monk
         with pytest.raises(RunFolderError, match=r"cannot be written: .*No space left"):
             run_folder.prepare(config(tmp_path), "codebook")
     make_run(tmp_path, overwrite=True)
-
-
-_TAKE = """
-import sys
-from pathlib import Path
-from pecobook.engine import run_folder
-from pecobook.errors import RunFolderError
-try:
-    run_folder.lock(Path(sys.argv[1]))
-    print("taken")
-except RunFolderError as error:
-    print(error)
-"""
-
-
-def take_elsewhere(folder: Path) -> str:
-    return subprocess.run([sys.executable, "-c", _TAKE, str(folder)], capture_output=True, text=True).stdout
-
-
-def test_lock__keeps_a_second_process_out_until_released(tmp_path: Path) -> None:
-    held = run_folder.lock(tmp_path)
-    assert "Another process is writing" in take_elsewhere(tmp_path)
-    with pytest.raises(RunFolderError, match="Another process"):
-        run_folder.lock(tmp_path)
-    run_folder.release(held)
-    assert take_elsewhere(tmp_path) == "taken\n"
-
-
-def test_lock__is_not_kept_by_a_forked_data_worker(tmp_path: Path) -> None:
-    held = run_folder.lock(tmp_path)
-    said, told = os.pipe()
-    child = os.fork()
-    if child == 0:
-        os.write(told, b"here")
-        time.sleep(60)
-        os._exit(0)
-    os.read(said, 4)
-    try:
-        run_folder.release(held)  # what the kernel does for a trainer that is killed
-        run_folder.release(run_folder.lock(tmp_path))
-    finally:
-        os.kill(child, 9)
-        os.waitpid(child, 0)

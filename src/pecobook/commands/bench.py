@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from pecobook.settings.bench import BenchConfig
 from pecobook.settings.values import replace
+from pecobook.utils.output_folder import check_new_file
 
 if TYPE_CHECKING:
     import torch
@@ -27,12 +28,13 @@ def bench(config: BenchConfig) -> dict[str, Any]:
     """Measure and print; returns the figures: seconds a step by part, images a second, MiB, FLOP/s, share of peak.
 
     Raises:
-        PecobookError: an unknown recipe, tokenizer or data.
+        PecobookError: an unknown recipe, tokenizer or data, or a file that is there already.
     """
     import torch
 
     from pecobook.engine.attention import trainable_attention
 
+    check_new_file(config.out)
     settings = _settings(config)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     stage = _stage(config, settings).to(device).train()

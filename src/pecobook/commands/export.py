@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,35 +22,55 @@ def export(config: ExportConfig) -> Path:
     Raises:
         PecobookError: no such run, or the format cannot hold it.
     """
-    from pecobook.models.export import read_export, read_settings
-    from pecobook.models.weights import exported_network
+    from pecobook.models.onnx import require_onnx
+    from pecobook.utils.output_folder import OutputFolder
 
     if not config.run or not config.out:
         missing = "out" if config.run else "run"
         raise ConfigError(f"--{missing} is missing: pecobook export RUN --format timm --out DIR.")
+    folder = OutputFolder(config.out)
+    folder.check()
+    write = _writer(config)
+    if config.format == "onnx":
+        require_onnx()
+    with folder.begin():
+        lines = write()
     out = Path(config.out)
+    print(f"\nDone: {out}\n\n{lines.replace('{path}', str(out))}", file=sys.stderr)
+    return out
+
+
+def _writer(config: ExportConfig) -> Callable[[], str]:
+    """What writes the files and returns Python lines that load them. Raises PecobookError."""
+    from pecobook.models.export import read_export, read_settings
+    from pecobook.models.weights import exported_network
+
     kind = read_settings(config.run).get("kind")
     if kind == "tokenizer":
         if config.format != "onnx":
             raise ConfigError(f"'{config.run}' is a tokenizer: --format onnx is what it can be exported to.")
-        from pecobook.models.onnx import export_onnx
         from pecobook.models.tokenizers import load_tokenizer
 
-        export_onnx(load_tokenizer(config.run), out)
-        return _say(out, 'import onnxruntime\nsession = onnxruntime.InferenceSession("{path}/encoder.onnx")')
+        return partial(_tokenizer_to_onnx, load_tokenizer(config.run), Path(config.out))
     if kind in ("segmenter", "detector"):
         if config.format != "onnx" or kind == "detector":
             raise ConfigError(f"'{config.run}' is a {kind}: a segmenter can be exported to onnx, a detector not.")
-        return _say(out, _segmenter_to_onnx(config))
+        return partial(_segmenter_to_onnx, config)
     settings, state = read_export(config.run)
+    if config.format == "hf" and not settings["name"].startswith("beit_"):
+        raise WeightsError(
+            f"--format hf writes transformers' BEiT, and '{config.run}' is a {settings['name']}: use --format timm."
+        )
     network = exported_network(settings, state, config.run)
     write = {"timm": _to_timm, "hf": _to_huggingface, "onnx": _to_onnx}[config.format]
-    return _say(out, write(config, settings, state, network))
+    return partial(write, config, settings, state, network)
 
 
-def _say(out: Path, lines: str) -> Path:
-    print(f"\nDone: {out}\n\n{lines.replace('{path}', str(out))}", file=sys.stderr)
-    return out
+def _tokenizer_to_onnx(tokenizer: Any, out: Path) -> str:
+    from pecobook.models.onnx import export_onnx
+
+    export_onnx(tokenizer, out)
+    return 'import onnxruntime\nsession = onnxruntime.InferenceSession("{path}/encoder.onnx")'
 
 
 def _to_timm(config: ExportConfig, settings: dict[str, Any], state: dict[str, Tensor], network: nn.Module) -> str:
@@ -83,10 +105,6 @@ def _to_huggingface(config: ExportConfig, settings: dict[str, Any], state: dict[
     from pecobook.models.export import write_export
     from pecobook.models.huggingface import beit_config, beit_to_huggingface
 
-    if not settings["name"].startswith("beit_"):
-        raise WeightsError(
-            f"--format hf writes transformers' BEiT, and '{config.run}' is a {settings['name']}: use --format timm."
-        )
     patch, heads = network.patch_embed.patch_size[0], network.blocks[0].attn.num_heads
     described = beit_config(state, image_size=settings["image_size"], patch_size=patch, num_heads=heads)
     own = beit_to_huggingface({name: value for name, value in state.items() if not name.startswith("head.")})
@@ -154,7 +172,6 @@ def _to_onnx(config: ExportConfig, settings: dict[str, Any], state: dict[str, Te
 
     side = settings["image_size"]
     out = Path(config.out)
-    out.mkdir(parents=True, exist_ok=True)
     _unfuse(network)
     batch = torch.export.Dim("batch", min=1, max=2**16)
     write_onnx(network, torch.zeros(2, 3, side, side), {0: batch}, out / "model.onnx", "images", "output")
@@ -174,7 +191,6 @@ def _segmenter_to_onnx(config: ExportConfig) -> str:
 
     model = Segmenter.from_pretrained(config.run)
     side, out = model.image_size, Path(config.out)
-    out.mkdir(parents=True, exist_ok=True)
     _unfuse(model)
     batch = torch.export.Dim("batch", min=1, max=2**16)
     fixed = SegmenterAtOneSize(model)

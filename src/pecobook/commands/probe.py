@@ -11,9 +11,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pecobook.errors import ConfigError, DataError, RunFolderError
+from pecobook.errors import ConfigError, DataError
 from pecobook.settings.probe import ProbeConfig
 from pecobook.settings.values import replace
+from pecobook.utils.output_folder import check_new_file
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -31,9 +32,8 @@ def probe(config: ProbeConfig | None = None, **settings: Any) -> dict[str, Any]:
     from pecobook.data.images import open_images
 
     config = replace(config or ProbeConfig(), settings)
+    check_new_file(config.out)
     features, size = _open(config)
-    if config.out and Path(config.out).exists():
-        raise RunFolderError(f"--out '{config.out}' exists already: name another file.")
     splits = open_images(config.data)
     if splits.train.labels is None or splits.evaluation.labels is None:
         raise DataError(

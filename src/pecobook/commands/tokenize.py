@@ -6,18 +6,19 @@ Each process takes whole shards, so any number of them writes at once, and one t
 from __future__ import annotations
 
 import json
-import shutil
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pecobook.errors import ConfigError, PecobookError, PreflightError, RunFolderError
+from pecobook.errors import ConfigError, DataError, PecobookError, PreflightError, RunFolderError
 from pecobook.settings.tokenize import TokenizeConfig
 
 if TYPE_CHECKING:
     from pecobook.data.source import ImageSource, Splits
     from pecobook.data.tokens import BankLayout
+    from pecobook.utils.output_folder import OutputFolder
 
 
 def tokenize(config: TokenizeConfig) -> Path:
@@ -28,13 +29,13 @@ def tokenize(config: TokenizeConfig) -> Path:
         PecobookError: what went wrong later.
     """
     from pecobook.data.tokens import layouts, missing_shards
-    from pecobook.engine import launch, run_folder
+    from pecobook.engine import launch
     from pecobook.models.tokenizers import load_tokenizer
 
     splits, described = _preflight(config)
     out, held = Path(config.out), None
     if launch.is_leader():
-        held = _prepare(config, described)
+        held = _folder(config).begin(partial(_write_first, described))
     try:
         fabric = launch.start(config)  # type: ignore[arg-type]  # it reads devices, nodes and precision alone
         fabric.barrier()  # the folder is there
@@ -48,7 +49,7 @@ def tokenize(config: TokenizeConfig) -> Path:
             _finish(out, layout)
     finally:
         if held is not None:
-            run_folder.release(held)
+            held.release()
     return out
 
 
@@ -71,18 +72,8 @@ def _preflight(config: TokenizeConfig) -> tuple[Splits, dict[str, Any]]:
         found.append(_describe_tokenizer(config))
 
     def look_at_folder() -> None:
-        out = Path(config.out)
-        if not config.out:
-            raise RunFolderError("--out is missing: name the folder of the bank, for example --out banks/first.")
-        filled = out.is_dir() and any(out.iterdir())
-        if launch.is_leader() and filled and not (config.resume or config.overwrite):
-            raise RunFolderError(
-                f"--out '{out}' is not empty: go on with --resume, delete it with --overwrite, or name another."
-            )
-        if config.overwrite and filled and not (out / "config.json").is_file():
-            raise RunFolderError(f"--overwrite: '{out}' does not look like a token bank, so it is not deleted.")
-        if config.resume and not (out / "config.json").is_file():
-            raise RunFolderError(f"--resume: there is no token bank in '{out}'. Leave --resume out to start one.")
+        if launch.is_leader():
+            _folder(config).check()
 
     for check in (look_at_folder, look_at_data, look_at_tokenizer):
         try:
@@ -136,18 +127,33 @@ def _check_resume(out: Path, described: dict[str, Any]) -> None:
         )
 
 
-def _prepare(config: TokenizeConfig, described: dict[str, Any]) -> int:
-    from pecobook.engine import run_folder
+def _folder(config: TokenizeConfig) -> OutputFolder:
+    from pecobook.utils.output_folder import OutputFolder
+
+    return OutputFolder(
+        config.out,
+        example="banks/first",
+        kind="a token bank",
+        mark="config.json",
+        is_own=_is_bank,
+        resume=config.resume,
+        overwrite=config.overwrite,
+    )
+
+
+def _is_bank(out: Path) -> bool:
+    from pecobook.data.tokens import read_bank_config
+
+    try:  # many a folder holds a config.json, a training run among them
+        return bool(read_bank_config(out))
+    except DataError:
+        return False
+
+
+def _write_first(described: dict[str, Any], out: Path) -> None:
     from pecobook.utils.files import write_atomically
 
-    out = Path(config.out)
-    out.mkdir(parents=True, exist_ok=True)
-    held = run_folder.lock(out)
-    if config.overwrite:
-        for path in out.iterdir():
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
     write_atomically(out / "config.json", (json.dumps(described, indent=2) + "\n").encode())
-    return held
 
 
 # ----------------------------------------------------------------------------------------------- reading and writing
@@ -239,7 +245,7 @@ def _read(config: TokenizeConfig, splits: Splits, items: list[tuple[str, int]], 
     """Batches, in order; none crosses from one split to the other."""
     from torch.utils.data import DataLoader
 
-    from pecobook.data.stream import default_workers, stand_apart
+    from pecobook.data.stream import default_workers, new_process_group
     from pecobook.engine.launch import device_count
 
     size = max(config.batch_size // config.views, 1)
@@ -258,7 +264,7 @@ def _read(config: TokenizeConfig, splits: Splits, items: list[tuple[str, int]], 
         num_workers=workers,
         pin_memory=pin,
         collate_fn=_collate,
-        worker_init_fn=stand_apart,
+        worker_init_fn=new_process_group,
     )
     return iter(loader)
 

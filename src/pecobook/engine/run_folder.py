@@ -5,12 +5,11 @@ config.json  environment.json  metrics.jsonl  train.log  samples/  checkpoints/ 
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import platform
-import shutil
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,41 +17,36 @@ from pecobook.errors import RunFolderError
 from pecobook.settings.training import TrainConfig
 from pecobook.settings.values import changed_settings, complete, to_dict
 from pecobook.utils.files import write_atomically
+from pecobook.utils.folder_lock import FolderLock, content
+from pecobook.utils.output_folder import OutputFolder
 
 _OURS = ("config.json", "environment.json", "metrics.jsonl", "train.log", "samples", "checkpoints", "export")
 
 
 def check(config: TrainConfig, command: str) -> None:
     """Raise RunFolderError when `config.out` cannot be used as asked. Changes nothing."""
-    if not config.out:
-        raise RunFolderError("--out is missing: name the run folder to write, for example --out runs/first.")
+    _folder(config, command).check()
+
+
+def prepare(config: TrainConfig, command: str) -> FolderLock:
+    """Make the folder, lock it, and write config.json and environment.json. Returns the lock."""
+    return _folder(config, command).begin(partial(_write_first, config, command))
+
+
+def _folder(config: TrainConfig, command: str) -> OutputFolder:
+    return OutputFolder(
+        config.out,
+        kind="a run",
+        mark="config.json",
+        is_own=_is_run,
+        resume=config.resume,
+        overwrite=config.overwrite,
+        may_go_on=partial(_check_resume, config, command),
+    )
+
+
+def _check_resume(config: TrainConfig, command: str, old: dict[str, Any]) -> None:
     out = Path(config.out)
-    if out.exists() and not out.is_dir():
-        raise RunFolderError(f"--out '{out}' is a file: name a folder.")
-    filled = out.is_dir() and any(out.iterdir())
-    if filled and not (config.resume or config.overwrite):
-        raise RunFolderError(
-            f"--out '{out}' is not empty: go on with --resume, delete it with --overwrite, or name another."
-        )
-    if config.resume:
-        _check_resume(config, command, out)
-    if config.overwrite and filled and not _is_run(out):
-        raise RunFolderError(f"--overwrite: '{out}' does not look like a run folder of pecobook, so it is not deleted.")
-    parent = next(parent for parent in [out, *out.absolute().parents] if parent.exists())
-    if not parent.is_dir():
-        raise RunFolderError(f"--out '{out}' cannot be made: '{parent}' is a file.")
-    if not os.access(parent, os.W_OK):
-        raise RunFolderError(f"--out '{out}' cannot be written: no permission in '{parent}'.")
-
-
-def _check_resume(config: TrainConfig, command: str, out: Path) -> None:
-    file = out / "config.json"
-    if not file.is_file():
-        raise RunFolderError(f"--resume: there is no run in '{out}'. Leave --resume out to start one.")
-    try:
-        old = dict(json.loads(file.read_text()))
-    except (OSError, TypeError, ValueError) as error:
-        raise RunFolderError(f"--resume: '{file}' cannot be read ({error}).") from None
     if old.pop("command", command) != command:
         raise RunFolderError(f"--resume: '{out}' is not a run of 'pecobook {command}'.")
     changed = changed_settings(complete(old, to_dict(type(config)())), to_dict(config))
@@ -67,69 +61,17 @@ def _is_run(out: Path) -> bool:
     try:  # many a folder holds a config.json; one of ours names its command
         settings = json.loads((out / "config.json").read_text())
     except (OSError, ValueError):
-        return all(path.name in _OURS for path in out.iterdir())
+        return all(path.name in _OURS for path in content(out))
     return isinstance(settings, dict) and {"command", "data", "out"} <= settings.keys()
 
 
-_held: set[int] = set()
-
-
-def _forget_locks() -> None:
-    for descriptor in _held:
-        os.close(descriptor)
-    _held.clear()
-
-
-# A data-loading process outlives a killed run by seconds, and must not keep its folder locked for the one that resumes.
-os.register_at_fork(after_in_child=_forget_locks)
-
-
-def lock(out: Path) -> int:
-    """Take the folder until `release` or the end of this process, however it ends.
-
-    Raises:
-        RunFolderError: another process has it.
-    """
-    descriptor = os.open(out, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(descriptor)
-        raise RunFolderError(f"Another process is writing '{out}': wait for it, or name another --out.") from None
-    _held.add(descriptor)
-    return descriptor
-
-
-def release(descriptor: int) -> None:
-    """Give the folder back."""
-    _held.discard(descriptor)
-    os.close(descriptor)
-
-
-def prepare(config: TrainConfig, command: str) -> int:
-    """Make the folder, lock it, and write config.json and environment.json. Returns the lock."""
-    out = Path(config.out)
-    held = None
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        held = lock(out)
-        check(config, command)  # again: another run may have begun or ended here since preflight
-        if config.overwrite:
-            for path in out.iterdir():
-                shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
-        (out / "checkpoints").mkdir(exist_ok=True)
-        (out / "samples").mkdir(exist_ok=True)
-        if not (config.resume and (out / "config.json").exists()):
-            settings = {"command": command, **to_dict(config), "resume": False, "overwrite": False}
-            write_atomically(out / "config.json", (json.dumps(settings, indent=2) + "\n").encode())
-        write_atomically(out / "environment.json", (json.dumps(environment(), indent=2) + "\n").encode())
-    except (OSError, RunFolderError) as error:
-        if held is not None:
-            release(held)
-        if isinstance(error, RunFolderError):
-            raise
-        raise RunFolderError(f"--out '{out}' cannot be written: {error}") from None
-    return held
+def _write_first(config: TrainConfig, command: str, out: Path) -> None:
+    (out / "checkpoints").mkdir(exist_ok=True)
+    (out / "samples").mkdir(exist_ok=True)
+    if not (config.resume and (out / "config.json").exists()):
+        settings = {"command": command, **to_dict(config), "resume": False, "overwrite": False}
+        write_atomically(out / "config.json", (json.dumps(settings, indent=2) + "\n").encode())
+    write_atomically(out / "environment.json", (json.dumps(environment(), indent=2) + "\n").encode())
 
 
 def environment() -> dict[str, Any]:

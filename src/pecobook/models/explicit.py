@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pecobook.models.contrastive import contrastive_loss, follow, mlp
+from pecobook.models.contrastive import contrastive_loss, ema_update, mlp
 from pecobook.models.quantizer import VectorQuantizer
 from pecobook.settings.codebook import ExplicitConfig
 
@@ -68,5 +68,5 @@ class CodewordContrast(nn.Module):
 
     def after_step(self, encoder: nn.Module) -> None:
         """Move encoder and projector of the keys towards the trained ones."""
-        follow(self.momentum_encoder, encoder, self.config.momentum)
-        follow(self.momentum_projector, self.projector, self.config.momentum)
+        ema_update(self.momentum_encoder, encoder, self.config.momentum)
+        ema_update(self.momentum_projector, self.projector, self.config.momentum)

@@ -20,7 +20,7 @@ from pecobook.data.views import central_view, random_crop
 from pecobook.engine.optim import layer_decay_groups
 from pecobook.engine.stage import Stage, StageOutput, mean_of_counted
 from pecobook.errors import ConfigError
-from pecobook.models.contrastive import follow
+from pecobook.models.contrastive import ema_update
 from pecobook.models.weights import Backbone, Classifier, load_backbone
 from pecobook.settings.finetune import FinetuneConfig
 from pecobook.settings.training import BaseOptimConfig
@@ -89,7 +89,7 @@ class ClassifyStage(Stage[FinetuneConfig]):
     def after_step(self, step: int, total: int) -> None:
         """Move the average, quickly at first."""
         if self.averaged is not None:
-            follow(self.averaged, self.network, min(self.config.average, (1 + step) / (10 + step)))
+            ema_update(self.averaged, self.network, min(self.config.average, (1 + step) / (10 + step)))
             for own, other in zip(self.averaged.buffers(), self.network.buffers(), strict=True):
                 own.copy_(other)
 

@@ -22,7 +22,7 @@ from pecobook.data.views import central_view, colour_draws, photometric, random_
 from pecobook.engine.launch import check_min_batch
 from pecobook.engine.schedule import cosine
 from pecobook.engine.stage import Stage, StageOutput
-from pecobook.models.contrastive import contrastive_loss, follow, initialise_moco, mlp
+from pecobook.models.contrastive import contrastive_loss, ema_update, initialise_moco, mlp
 from pecobook.models.weights import IMAGENET_MEAN, IMAGENET_STD, Backbone, create, is_transformer
 from pecobook.settings.contrast import ContrastConfig
 from pecobook.utils.images import channels_last, to_float
@@ -114,7 +114,7 @@ class MocoStage(Stage[ContrastConfig]):
         momentum = cosine(step - 1, total=total, start=self.config.momentum, end=1.0)
         pairs = [(self.backbone, self.momentum_backbone), (self.projector, self.momentum_projector)]
         for online, average in pairs:
-            follow(average, online, momentum)
+            ema_update(average, online, momentum)
 
     def warning(self, metrics: dict[str, float], step: int) -> str | None:
         """Say when all images get one feature (a spread of 1 is uniform on the sphere)."""

@@ -43,7 +43,7 @@ def train(stage_type: type[Stage[C]], config: C) -> Path:
             _export(config, stage)
     finally:  # also after an error: in Python the process goes on, and may try again
         if held is not None:
-            run_folder.release(held)
+            held.release()
     if not outcome.finished:
         raise SystemExit(130)
     return Path(config.out)

@@ -6,8 +6,6 @@ import os
 from collections.abc import Iterable
 from pathlib import Path
 
-from pecobook.errors import RunFolderError
-
 
 def write_atomically(path: Path, data: bytes | Iterable[bytes]) -> None:
     """Write `data` or its parts under a temporary name in the same folder, flush to the disk, and rename to `path`."""
@@ -31,10 +29,3 @@ def sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def require_empty(out: str) -> None:
-    """Raise RunFolderError unless the folder that `--out` names, if it names one, is new or empty."""
-    folder = Path(out)
-    if out and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise RunFolderError(f"--out '{out}' is not empty: name another folder.")

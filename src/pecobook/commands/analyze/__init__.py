@@ -1,6 +1,6 @@
 """`pecobook analyze`: what the codewords of one or more tokenizers mean, in numbers, pictures and one page.
 
-subjects.py    what is analysed, opened and checked
+inputs.py      what is analysed, opened and checked
 measure.py     figures of a tokenizer, on the same images as all others
 pictures.py    its pictures
 bank.py        usage and galleries of a whole token bank
@@ -18,12 +18,13 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pecobook.errors import ConfigError, PecobookError, PreflightError, RunFolderError
+from pecobook.errors import ConfigError, PecobookError, PreflightError
 from pecobook.settings.analyze import AnalyzeConfig
 from pecobook.settings.values import replace
 
 if TYPE_CHECKING:
-    from pecobook.commands.analyze.subjects import Subjects
+    from pecobook.commands.analyze.inputs import AnalysisInputs
+    from pecobook.utils.output_folder import OutputFolder
 
 __all__ = ["AnalyzeConfig", "analyze"]
 
@@ -37,51 +38,57 @@ def analyze(config: AnalyzeConfig | None = None, **settings: Any) -> Path:
     Raises:
         PreflightError: problems found before anything was written, all of them.
     """
+    config = replace(config or AnalyzeConfig(), settings)
+    began = time.monotonic()
+    inputs = _preflight(config)
+    with _folder(config).begin(_write_first):
+        return _write_all(config, inputs, began)
+
+
+def _write_all(config: AnalyzeConfig, inputs: AnalysisInputs, began: float) -> Path:
     from threadpoolctl import threadpool_limits
 
     from pecobook.analysis.report import write_report
     from pecobook.commands.analyze.masked import predict
-    from pecobook.commands.analyze.measure import look
+    from pecobook.commands.analyze.measure import analyze_tokenizer
     from pecobook.commands.analyze.names import file_part
     from pecobook.commands.analyze.page import compose
     from pecobook.commands.analyze.pictures import curves_of, side_by_side
     from pecobook.commands.jobs import say
     from pecobook.utils.files import write_atomically
 
-    config = replace(config or AnalyzeConfig(), settings)
-    began = time.monotonic()
-    subjects = _preflight(config)
     out = Path(config.out)
-    _prepare(out)
-    results = _about(config, subjects)
+    results = _about(config, inputs)
     cost: list[tuple[str, float]] = []
-    looks = []
+    measured = []
     pictures: dict[str, bytes] = {}
-    total = len(subjects.tokenizers) + bool(subjects.runs)
-    for number, subject in enumerate(subjects.tokenizers, start=1):
-        say(f"[{number}/{total}] {subject.name}")
+    total = len(inputs.tokenizers) + bool(inputs.runs)
+    for number, tokenizer_input in enumerate(inputs.tokenizers, start=1):
+        say(f"[{number}/{total}] {tokenizer_input.name}")
         mark = time.monotonic()
-        found, skipped, draw = look(config, subject, subjects)
+        found, skipped, draw = analyze_tokenizer(config, tokenizer_input, inputs)
         results["tokenizers"].append(found.figures)
         results["skipped"] = {"count": len(skipped), "names": skipped}
         _write(results, out, began)  # before pictures, so that none of them can cost the figures
         drawn = draw()
-        cost.append((subject.name, time.monotonic() - mark))
-        files = {kind: f"{kind}-{file_part(number, subject.name)}.png" for kind in drawn}
+        cost.append((tokenizer_input.name, time.monotonic() - mark))
+        files = {kind: f"{kind}-{file_part(number, tokenizer_input.name)}.png" for kind in drawn}
         found.figures["pictures"] = {kind: f"pictures/{file}" for kind, file in files.items()}
         pictures |= {files[kind]: png for kind, png in drawn.items()}
-        looks.append(found)
-    if subjects.runs:
+        measured.append(found)
+    if inputs.runs:
         say(f"[{total}/{total}] predictions behind masks")
         mark = time.monotonic()
-        predictions = predict(subjects.runs, subjects.splits.evaluation, config.seed)
+        predictions = predict(inputs.runs, inputs.splits.evaluation, config.seed)
         cost.append(("masked prediction", time.monotonic() - mark))
         results["masked_prediction"] = predictions.figures
         _write(results, out, began)
         pictures |= predictions.draw()
-    pictures |= side_by_side(looks)
-    pictures |= curves_of("tokenizers", {subject.name: subject.source for subject in subjects.tokenizers})
-    pictures |= curves_of("vits", dict(zip(subjects.runs, config.backbone, strict=True)))
+    pictures |= side_by_side(measured)
+    pictures |= curves_of(
+        "tokenizers", {tokenizer_input.name: tokenizer_input.source for tokenizer_input in inputs.tokenizers}
+    )
+    pictures |= curves_of("vits", dict(zip(inputs.runs, config.backbone, strict=True)))
     with threadpool_limits(1):
         for name, png in pictures.items():
             write_atomically(out / "pictures" / name, png)
@@ -91,11 +98,11 @@ def analyze(config: AnalyzeConfig | None = None, **settings: Any) -> Path:
     return report
 
 
-def _about(config: AnalyzeConfig, subjects: Subjects) -> dict[str, Any]:
+def _about(config: AnalyzeConfig, inputs: AnalysisInputs) -> dict[str, Any]:
     """What is measured, on what, by what; the beginning of `analysis.json`."""
     from importlib.metadata import version
 
-    splits = subjects.splits
+    splits = inputs.splits
     return {
         "pecobook": version("pecobook"),
         "seed": config.seed,
@@ -114,29 +121,20 @@ def _write(results: dict[str, Any], out: Path, began: float) -> None:
     write_atomically(out / "analysis.json", (json.dumps(results, indent=2) + "\n").encode())
 
 
-def _preflight(config: AnalyzeConfig) -> Subjects:
-    from pecobook.commands.analyze.subjects import open_subjects
+def _preflight(config: AnalyzeConfig) -> AnalysisInputs:
+    from pecobook.commands.analyze.inputs import open_inputs
 
     problems: list[PecobookError] = []
     found = None
     try:
         if not config.tokenizer:
             raise ConfigError("--tokenizer is missing: give a codebook run, dalle:FOLDER or diffusers:FOLDER.")
-        if not config.out:
-            raise RunFolderError("--out is missing: name the folder to write, for example --out runs/analysis.")
-        out = Path(config.out)
-        filled = out.is_dir() and any(out.iterdir())
-        if out.is_file() or (filled and not config.overwrite):
-            raise RunFolderError(f"--out '{out}' is not empty: delete it with --overwrite, or name another folder.")
-        # One that was killed has pictures alone.
-        own = (out / "analysis.json").is_file() or (filled and {file.name for file in out.iterdir()} <= _FILES)
-        if filled and not own:
-            raise RunFolderError(f"--overwrite: '{out}' does not look like an analysis, so it is not deleted.")
+        _folder(config).check()
     except PecobookError as error:
         problems.append(error)
     if config.tokenizer:
         try:
-            found = open_subjects(config)
+            found = open_inputs(config)
         except PreflightError as error:
             problems += error.problems
         except PecobookError as error:
@@ -146,13 +144,25 @@ def _preflight(config: AnalyzeConfig) -> Subjects:
     return found
 
 
-def _prepare(out: Path) -> None:
-    import shutil
+def _folder(config: AnalyzeConfig) -> OutputFolder:
+    from pecobook.utils.output_folder import OutputFolder
 
-    try:
-        if out.is_dir():
-            for path in out.iterdir():
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
-        (out / "pictures").mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise RunFolderError(f"--out '{out}' cannot be written: {error}") from None
+    return OutputFolder(
+        config.out,
+        example="runs/analysis",
+        kind="an analysis",
+        mark="analysis.json",
+        is_own=_is_analysis,
+        overwrite=config.overwrite,
+    )
+
+
+def _is_analysis(out: Path) -> bool:
+    from pecobook.utils.folder_lock import content
+
+    # One that was killed has pictures alone.
+    return (out / "analysis.json").is_file() or {file.name for file in content(out)} <= _FILES
+
+
+def _write_first(out: Path) -> None:
+    (out / "pictures").mkdir(exist_ok=True)

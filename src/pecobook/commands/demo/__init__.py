@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,11 @@ from pecobook.commands.jobs import Job, run_all, say
 from pecobook.errors import RunFolderError
 from pecobook.settings.demo import DemoConfig
 from pecobook.settings.values import complete, dump, replace, to_dict
+from pecobook.utils.output_folder import OutputFolder
 
 __all__ = ["DemoConfig", "demo"]
+
+_MARK = "demo.json"
 
 
 def demo(config: DemoConfig | None = None, **settings: Any) -> Path:
@@ -26,6 +30,18 @@ def demo(config: DemoConfig | None = None, **settings: Any) -> Path:
     Raises:
         PecobookError: bad data or output folder, before anything is written; or a run that failed.
     """
+    from pecobook.data.images import open_images
+    from pecobook.stages.training import check_readable
+
+    config = replace(config or DemoConfig(), settings)
+    folder = _folder(config)
+    folder.check()
+    check_readable(open_images(config.data).train)
+    with folder.begin(lambda out: dump(config, out / _MARK)):
+        return _write_all(config)
+
+
+def _write_all(config: DemoConfig) -> Path:
     from threadpoolctl import threadpool_limits
 
     from pecobook.analysis.report import write_report
@@ -34,9 +50,7 @@ def demo(config: DemoConfig | None = None, **settings: Any) -> Path:
     from pecobook.engine.log import compact_duration
     from pecobook.utils.files import write_atomically
 
-    config = replace(config or DemoConfig(), settings)
     out = Path(config.out)
-    _check(config)
     began = time.monotonic()
     jobs = plan(config)
     cost = run_all(jobs, out)
@@ -66,25 +80,22 @@ def demo(config: DemoConfig | None = None, **settings: Any) -> Path:
     return report
 
 
-def _check(config: DemoConfig) -> None:
-    """Look at the data and the output folder before anything is written. Raises PecobookError."""
-    from pecobook.data.images import open_images
-    from pecobook.stages.training import check_readable
+def _folder(config: DemoConfig) -> OutputFolder:
+    return OutputFolder(
+        config.out,
+        example="runs/demo",
+        kind="a demo",
+        mark=_MARK,
+        goes_on=True,
+        may_go_on=partial(_check_unchanged, config),
+    )
 
-    out = Path(config.out)
-    if out.is_file():
-        raise RunFolderError(f"--out '{out}' is a file: name a folder.")
-    mark = out / "demo.json"
-    if out.is_dir() and any(out.iterdir()) and not mark.exists():
-        raise RunFolderError(f"--out '{out}' is not empty and holds no demo: name another folder.")
-    if mark.exists() and complete(json.loads(mark.read_text()), to_dict(DemoConfig())) != to_dict(config):
-        raise RunFolderError(f"--out '{out}' holds a demo with other settings: name another folder, or delete it.")
-    check_readable(open_images(config.data).train)
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        dump(config, mark)
-    except OSError as error:
-        raise RunFolderError(f"--out '{out}' cannot be written: {error}") from None
+
+def _check_unchanged(config: DemoConfig, old: dict[str, Any]) -> None:
+    if complete(old, to_dict(DemoConfig())) != to_dict(config):
+        raise RunFolderError(
+            f"--out '{config.out}' holds a demo with other settings: name another folder, or delete it."
+        )
 
 
 def _settings(config: DemoConfig, jobs: dict[str, Job]) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from pecobook.errors import ConfigError, DataError, WeightsError
 from pecobook.settings.predict import PredictConfig
 from pecobook.utils.files import write_atomically
+from pecobook.utils.output_folder import OutputFolder
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -50,19 +51,28 @@ def predict(config: PredictConfig) -> Path:
     Raises:
         PecobookError: no such run or images, or none that can be read.
     """
-    from pecobook.engine.log import Progress
-
     missing = [name for name in ("run", "images", "out") if not getattr(config, name)]
     if missing:
         raise ConfigError(f"--{missing[0]} is missing: pecobook predict RUN IMAGES --out DIR.")
+    folder = OutputFolder(config.out)
+    folder.check()
     sources = list_images(config.images)
     out = Path(config.out)
     writer = _writer(config, out)
+    with folder.begin():
+        said = _write(config, sources, writer, out)
+    print(f"\nDone: {out}\n{said}", file=sys.stderr)
+    return out
+
+
+def _write(config: PredictConfig, sources: list[tuple[ImageSource, str]], writer: Writer, out: Path) -> str:
+    """Predict all images; says what was written. Raises DataError when none can be read."""
+    from pecobook.engine.log import Progress
+
     total = sum(len(source) for source, _ in sources)
     progress = Progress(total=total, start=0, name="predict", quiet=False)
     skipped: list[str] = []
     taken: set[str] = set()
-    out.mkdir(parents=True, exist_ok=True)
     done, said = 0, ""
     try:
         for name, image in read(sources):
@@ -78,8 +88,7 @@ def predict(config: PredictConfig) -> Path:
             said = _finish(writer, skipped, out, total)
     if not done:
         raise DataError(f"None of the {total} images of '{config.images}' can be read; the first: {skipped[0]}.")
-    print(f"\nDone: {out}\n{said}", file=sys.stderr)
-    return out
+    return said
 
 
 def _finish(writer: Writer, skipped: list[str], out: Path, total: int) -> str:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import shlex
+from functools import partial
 from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,6 +24,7 @@ from pecobook.settings.values import changed_settings, complete, flags, replace,
 if TYPE_CHECKING:
     from pecobook.commands.reproduce.plan import Plan
     from pecobook.commands.reproduce.tables import Measured
+    from pecobook.utils.output_folder import OutputFolder
 
 __all__ = ["ReproduceConfig", "reproduce"]
 
@@ -46,12 +48,12 @@ def reproduce(config: ReproduceConfig | None = None, **settings: Any) -> Path:
     if config.dry_run:
         say(how_long(plan, rehearsed(out)))
         return out / "tables.md"
-    _prepare(config, out)
-    seconds = rehearse(plan, out)
-    jobs = {name: dataclasses.replace(job, work=work(job, name, seconds)) for name, job in plan.jobs.items()}
-    say(how_long(plan, seconds))
-    cost = run_all(jobs, out, plan.gpus_per_run)
-    return write(config, measured(plan, chosen_tables(config.tables)), cost, out)
+    with _folder(config).begin(partial(_write_first, config)):
+        seconds = rehearse(plan, out)
+        jobs = {name: dataclasses.replace(job, work=work(job, name, seconds)) for name, job in plan.jobs.items()}
+        say(how_long(plan, seconds))
+        cost = run_all(jobs, out, plan.gpus_per_run)
+        return write(config, measured(plan, chosen_tables(config.tables)), cost, out)
 
 
 def _preflight(config: ReproduceConfig) -> Plan:
@@ -63,8 +65,6 @@ def _preflight(config: ReproduceConfig) -> Plan:
     problems: list[PecobookError] = []
     if not config.tables:
         problems.append(ConfigError(f"Name tables: pecobook reproduce table4 ... Known: {', '.join(TABLES)}."))
-    if not config.out:
-        problems.append(RunFolderError("--out is missing: name the folder to write, for example --out runs/tables."))
     plan = None
     try:
         tables = chosen_tables(config.tables)
@@ -74,15 +74,10 @@ def _preflight(config: ReproduceConfig) -> Plan:
         problems += _perceptual_problems(plan)
     except PecobookError as error:
         problems.append(error)
-    out = Path(config.out)
-    if config.out and out.exists() and not out.is_dir():
-        problems.append(RunFolderError(f"--out '{out}' is a file: name a folder."))
-    mark = out / "reproduce.json"
-    if config.out and out.is_dir() and any(out.iterdir()):
-        if not mark.exists():
-            problems.append(RunFolderError(f"--out '{out}' is not empty and holds no tables: name another folder."))
-        else:
-            problems += _changed(json.loads(mark.read_text()), config)
+    try:
+        _folder(config).check()
+    except PecobookError as error:
+        problems.append(error)
     if problems or plan is None:
         raise PreflightError(problems)
     return plan
@@ -129,20 +124,32 @@ def command_line(config: ReproduceConfig) -> str:
     return " ".join(words)
 
 
-def _changed(old: dict[str, Any], config: ReproduceConfig) -> list[PecobookError]:
+def _folder(config: ReproduceConfig) -> OutputFolder:
+    from pecobook.utils.output_folder import OutputFolder
+
+    return OutputFolder(
+        config.out,
+        example="runs/tables",
+        kind="tables",
+        mark="reproduce.json",
+        goes_on=True,
+        may_go_on=partial(_check_unchanged, config),
+    )
+
+
+def _check_unchanged(config: ReproduceConfig, old: dict[str, Any]) -> None:
     changed = changed_settings(complete(old, _fixed(ReproduceConfig())), _fixed(config))
-    told = f"--out '{config.out}' was begun with other settings: {'; '.join(changed)}. Name another folder."
-    return [RunFolderError(told)] if changed else []
+    if changed:
+        raise RunFolderError(
+            f"--out '{config.out}' was begun with other settings: {'; '.join(changed)}. Name another folder."
+        )
 
 
-def _prepare(config: ReproduceConfig, out: Path) -> None:
+def _write_first(config: ReproduceConfig, out: Path) -> None:
     from pecobook.utils.files import write_atomically
 
-    try:
-        (out / "runs").mkdir(parents=True, exist_ok=True)
-        write_atomically(out / "reproduce.json", (json.dumps(_fixed(config), indent=2) + "\n").encode())
-    except OSError as error:
-        raise RunFolderError(f"--out '{out}' cannot be written: {error}") from None
+    (out / "runs").mkdir(exist_ok=True)
+    write_atomically(out / "reproduce.json", (json.dumps(_fixed(config), indent=2) + "\n").encode())
 
 
 def write(config: ReproduceConfig, found: list[Measured], cost: dict[str, float], out: Path) -> Path:

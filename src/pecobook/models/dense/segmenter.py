@@ -230,7 +230,7 @@ class SegmenterAtOneSize(nn.Module):
     def __init__(self, model: Segmenter) -> None:
         super().__init__()
         self.model = model.eval()
-        model.pyramid.settle(model.image_size)
+        model.pyramid.set_image_size(model.image_size)
         with torch.no_grad():  # what is made once for a size is made now
             model(model.mean.new_zeros(1, 3, model.image_size, model.image_size))
 

@@ -1,0 +1,100 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pecobook.errors import RunFolderError
+from pecobook.utils.folder_lock import FolderLock
+from pecobook.utils.output_folder import OutputFolder, check_new_file
+
+BANK: dict[str, Any] = {"kind": "a token bank", "mark": "config.json", "resume": False, "overwrite": False}
+DEMO: dict[str, Any] = {"kind": "a demo", "mark": "demo.json", "goes_on": True}
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("more", "told"),
+    [
+        ({}, "is not empty: name another folder."),
+        ({"overwrite": False}, "is not empty: delete it with --overwrite, or name another folder."),
+        (BANK, "is not empty: go on with --resume, delete it with --overwrite, or name another folder."),
+        (DEMO, "is not empty and holds no demo: name another folder."),
+        ({**BANK, "resume": True}, "there is no token bank in"),
+        ({**BANK, "overwrite": True}, "does not look like a token bank, so it is not deleted."),
+    ],
+)
+def test_check__a_filled_folder_is_refused_with_its_ways_out(tmp_path: Path, more: dict[str, Any], told: str) -> None:
+    (tmp_path / "thesis.tex").touch()
+    folder = OutputFolder(str(tmp_path), **more)
+    with pytest.raises(RunFolderError) as caught:
+        folder.check()
+    assert told in str(caught.value)
+    with pytest.raises(RunFolderError):
+        folder.begin()
+    assert names(tmp_path) == ["thesis.tex"]
+
+
+@pytest.mark.parametrize("more", [{}, {"overwrite": False}, {**BANK, "overwrite": True}, DEMO])
+@pytest.mark.parametrize("left", [[], [".lock"], [".lock", ".soft-lock"]])
+def test_check__a_new_or_empty_folder_serves_everyone(tmp_path: Path, more: dict[str, Any], left: list[str]) -> None:
+    OutputFolder(str(tmp_path / "a" / "b"), **more).check()
+    for name in left:  # of a command that was killed
+        (tmp_path / name).touch()
+    OutputFolder(str(tmp_path), **more).check()
+    assert names(tmp_path) == left
+
+
+def test_begin__goes_on_with_its_own_by_what_it_began_with(tmp_path: Path) -> None:
+    asked: list[dict[str, Any]] = []
+    (tmp_path / "demo.json").write_text('{"seed": 1}')
+    (tmp_path / "run").mkdir()
+    OutputFolder(str(tmp_path), **DEMO, may_go_on=asked.append).begin().release()
+    assert asked == [{"seed": 1}]
+    assert names(tmp_path) == ["demo.json", "run"]
+    (tmp_path / "demo.json").write_text("{")
+    with pytest.raises(RunFolderError, match=r"demo.json' cannot be read"):
+        OutputFolder(str(tmp_path), **DEMO, may_go_on=asked.append).check()
+
+
+def test_begin__deletes_only_what_is_its_own(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "train").mkdir()
+    (tmp_path / "train" / "codes").touch()
+    foreign = OutputFolder(str(tmp_path), **{**BANK, "overwrite": True}, is_own=lambda _: False)
+    with pytest.raises(RunFolderError, match="not deleted"):
+        foreign.begin()
+    assert (tmp_path / "train" / "codes").exists()
+    OutputFolder(str(tmp_path), **{**BANK, "overwrite": True}).begin(lambda out: (out / "new").touch()).release()
+    assert names(tmp_path) == ["new"]
+
+
+def test_begin__holds_the_folder_until_it_is_left(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with OutputFolder(str(out)).begin(), pytest.raises(RunFolderError, match="Another process is writing"):
+        FolderLock(out)
+    assert names(out) == []
+    FolderLock(out).release()
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])
+def test_begin__an_error_frees_the_folder(tmp_path: Path, error: BaseException) -> None:
+    def write(_: Path) -> None:
+        raise error
+
+    with pytest.raises((RunFolderError, KeyboardInterrupt), match=r"cannot be written: .*No space|^$"):
+        OutputFolder(str(tmp_path)).begin(write)
+    FolderLock(tmp_path).release()
+
+
+def test_check_new_file__refuses_one_that_is_there(tmp_path: Path) -> None:
+    check_new_file("")
+    check_new_file(str(tmp_path / "figures.json"))
+    (tmp_path / "figures.json").write_text(json.dumps({}))
+    with pytest.raises(RunFolderError, match="exists already: name another file"):
+        check_new_file(str(tmp_path / "figures.json"))
