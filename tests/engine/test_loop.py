@@ -12,7 +12,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from pecobook.data.stream import Batch, Stream
+from pecobook.data.batch import Batch
+from pecobook.data.stream import Stream
 from pecobook.data.views import random_crop
 from pecobook.engine import checkpoint, launch, loop, run_folder
 from pecobook.engine.loop import Outcome
