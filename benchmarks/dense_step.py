@@ -40,7 +40,7 @@ def segment(batch: int, device: torch.device, **config: Any) -> Made:
     from pecobook.models.dense.segmenter import Segmenter, stretch
 
     names = tuple(str(number) for number in range(CLASSES))
-    model = Segmenter(pyramid(SIDE, **config), names, image_size=SIDE, mean=MEAN, std=STD)
+    model = Segmenter(pyramid(SIDE, **config), {"image_size": SIDE, "mean": MEAN, "std": STD}, classes=names)
     images = torch.rand(batch, 3, SIDE, SIDE, device=device)
     truth = torch.randint(CLASSES, (batch, SIDE, SIDE), device=device)
 

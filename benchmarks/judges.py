@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pecobook.models.checkpoints import load_state, read_weights
-from pecobook.models.weights import IMAGENET_MEAN, IMAGENET_STD, create, read_export
+from pecobook.models.export import read_export
+from pecobook.models.weights import IMAGENET_MEAN, IMAGENET_STD, create
 
 
 class CifarResNet(nn.Module):

@@ -2,22 +2,38 @@
 
 from __future__ import annotations
 
+import ast
 import contextlib
+import importlib
 import re
 import shlex
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from pecobook import cli, recipes
 from pecobook.errors import ConfigError
 from pecobook.recipes import RECIPES, recipe
+from pecobook.settings.analyze import AnalyzeConfig
+from pecobook.settings.explore import ExploreConfig
 from pecobook.settings.export import ExportConfig
 from pecobook.settings.predict import PredictConfig
 from pecobook.settings.probe import ProbeConfig
+from pecobook.settings.reproduce import ReproduceConfig
+from pecobook.settings.tokenize import TokenizeConfig
 from pecobook.settings.values import flags
 
 DOCS = Path(__file__).parent.parent / "docs"
+OTHERS: dict[str, Any] = {
+    "analyze": AnalyzeConfig,
+    "explore": ExploreConfig,
+    "export": ExportConfig,
+    "predict": PredictConfig,
+    "probe": ProbeConfig,
+    "reproduce": ReproduceConfig,
+    "tokenize": TokenizeConfig,
+}
 
 
 def pieces_in(page: str) -> list[list[str]]:
@@ -28,7 +44,7 @@ def pieces_in(page: str) -> list[list[str]]:
 def understood(words: list[str]) -> bool:
     """Whether some training command, or predict, takes these flags; a flag alone is only spoken of."""
     configs = {command: recipe(command, "paper") for command in RECIPES}
-    for command, config in {**configs, "predict": PredictConfig()}.items():
+    for command, config in {**configs, **{name: kind() for name, kind in OTHERS.items()}}.items():
         known = {"resume": bool, **flags(type(config))}
         if len(words) == 1 and words[0].removeprefix("--").removeprefix("no-") in known:
             return True
@@ -39,7 +55,9 @@ def understood(words: list[str]) -> bool:
     return False
 
 
-@pytest.mark.parametrize(("page", "least"), [("codebook.md", 25), ("pretraining.md", 15), ("dense.md", 15)])
+@pytest.mark.parametrize(
+    ("page", "least"), [("codebook.md", 25), ("pretraining.md", 15), ("dense.md", 15), ("analysis.md", 10)]
+)
 def test_guides__every_flag_is_understood(page: str, least: int) -> None:
     pieces = pieces_in(page)
     assert len(pieces) >= least
@@ -47,7 +65,7 @@ def test_guides__every_flag_is_understood(page: str, least: int) -> None:
     assert not understood(["--perceptual.network"[:-1], "x"])
 
 
-@pytest.mark.parametrize(("page", "least"), [("pretraining.md", 7), ("dense.md", 5)])
+@pytest.mark.parametrize(("page", "least"), [("pretraining.md", 7), ("dense.md", 5), ("analysis.md", 3)])
 def test_guides__every_command_is_understood(page: str, least: int) -> None:
     lines = [
         line
@@ -57,18 +75,18 @@ def test_guides__every_command_is_understood(page: str, least: int) -> None:
     assert len(lines) >= least
     for line in lines:
         program, command, *words = shlex.split(line)
+        if program == "pip":
+            continue
         assert program == "pecobook"
-        name = words.pop(0) if not words[0].startswith("-") else ""
+        first = next((place for place, word in enumerate(words) if word.startswith("-")), len(words))
+        positional, flagged = words[:first], words[first:]
         if command in RECIPES:
-            cli.parse(recipe(command, name), words, f"{command} {name}")
-        elif command == "predict":
-            assert not words.pop(0).startswith("-")  # the images
-            cli.parse(PredictConfig(), words, command)
+            cli.parse(recipe(command, *positional), flagged, f"{command} {positional}")
         elif command == "tokenize":
-            cli.parse(recipes.tokenize(name), words, "tokenize")
+            cli.parse(recipes.tokenize(*positional), flagged, "tokenize")
         else:
-            kind = {"probe": ProbeConfig, "export": ExportConfig}[command]
-            cli.parse(kind(), words, command)
+            assert bool(positional) == (command in ("export", "predict", "reproduce", "explore")), line
+            cli.parse(OTHERS[command](), flagged, command)
 
 
 @pytest.mark.parametrize("page", sorted(DOCS.glob("*.md")), ids=lambda page: page.name)
@@ -76,3 +94,14 @@ def test_links_exist(page: Path) -> None:
     for link in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
         if "://" not in link:
             assert (page.parent / link).exists(), link
+
+
+@pytest.mark.parametrize("page", sorted([*DOCS.glob("*.md"), DOCS.parent / "README.md"]), ids=lambda page: page.name)
+def test_python_blocks__import_what_is_there(page: Path) -> None:
+    for block in re.findall(r"```python\n(.*?)```", page.read_text(), flags=re.DOTALL):
+        imported = [node for node in ast.parse(block).body if isinstance(node, ast.ImportFrom)]
+        assert imported
+        for node in imported:
+            assert node.module is not None
+            found = importlib.import_module(node.module)
+            assert all(hasattr(found, alias.name) for alias in node.names), ast.unparse(node)

@@ -1,9 +1,11 @@
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import re
 import shlex
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -12,8 +14,12 @@ from pecobook.data.images import open_images
 from pecobook.engine import launch
 from pecobook.errors import ConfigError
 from pecobook.recipes import DEFAULT_RECIPE, RECIPES, claims, recipe
+from pecobook.settings.codebook import AdversarialConfig, ExplicitConfig
 from pecobook.settings.durations import steps
-from pecobook.settings.training import TrainConfig
+from pecobook.settings.pretrain import DecoderConfig, PretrainConfig
+from pecobook.settings.tokenizer import AutoencoderConfig
+from pecobook.settings.training import BaseOptimConfig, OptimConfig, TrainConfig
+from pecobook.settings.values import to_dict
 from tests.runs import export_bytes, logged
 
 EVERY = [(command, name) for command, recipes in RECIPES.items() for name in recipes]
@@ -43,12 +49,57 @@ def test_recipe__loads_and_its_documented_command_is_itself(command: str, name: 
 
 
 @pytest.mark.parametrize(("command", "name"), [pair for pair in EVERY if pair[1] != "tiny"])
-def test_recipe__says_whether_it_was_run(command: str, name: str) -> None:
-    assert re.search(r"^Result: \S", docstring(command, name), re.MULTILINE)
+def test_recipe__says_where_it_comes_from_and_what_it_costs(command: str, name: str) -> None:
+    assert "not yet run." not in docstring(command, name)
     if name.startswith("paper"):
         assert re.search(r"^Source: \S", docstring(command, name), re.MULTILINE)
     if command in ("contrast", "codebook"):
         assert re.search(r"^Cost: \S", docstring(command, name), re.MULTILINE)
+
+
+# What a paper recipe leaves to its user or to the machine,
+NOT_THE_PAPERS = {
+    *("data", "out", "seed", "devices", "num_nodes", "strategy", "precision", "micro_batch_size", "workers", "loggers"),
+    *("log_every", "save_every", "save_minutes", "keep_checkpoints", "sample_every", "evaluation_images", "knn_images"),
+    *("compile", "deterministic", "resume", "overwrite", "backbone", "weights", "tokenizer", "tokens", "network"),
+    *("classes", "verify", "skip_bad", "shuffle", "mean", "std", "bgr"),
+}
+# and what does nothing under its settings.
+INERT = {
+    *((AdversarialConfig, name) for name in ("width", "num_layers", "start")),  # weight 0
+    *((ExplicitConfig, name) for name in ("weight", "temperature", "momentum", "hidden_dim", "output_dim")),  # none
+    *((DecoderConfig, name) for name in ("depth", "width", "num_heads")),  # not visible_only
+    *((PretrainConfig, "decoder"), (AutoencoderConfig, "num_heads")),
+    *((BaseOptimConfig, name) for name in ("power", "milestones", "final_lr")),  # of some schedules only
+    *((OptimConfig, name) for name in ("power", "milestones", "final_lr")),
+}
+
+
+class Moved:
+    """A default that somebody edited."""
+
+
+@pytest.mark.parametrize(("command", "name"), [pair for pair in EVERY if pair[1].startswith("paper")])
+def test_paper_recipe__no_edit_of_a_default_changes_it(
+    command: str, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    function = RECIPES[command][name]
+    before = to_dict(function())
+    kinds: list[Any] = [
+        type(function()),
+        *(type(value) for value in vars(function()).values() if dataclasses.is_dataclass(value)),
+    ]
+    tried = 0
+    for kind in kinds:
+        for field in dataclasses.fields(kind):
+            if field.name in NOT_THE_PAPERS or (kind, field.name) in INERT:
+                continue
+            init: Any = kind.__init__
+            with monkeypatch.context() as edited:
+                edited.setitem(init.__kwdefaults__, field.name, Moved())
+                assert to_dict(function()) == before, f"{kind.__name__}.{field.name} is left to its default"
+            tried += 1
+    assert tried > 15
 
 
 def test_recipe__every_command_has_a_tiny_and_the_default() -> None:

@@ -17,18 +17,25 @@ if TYPE_CHECKING:
     from pecobook.commands.reproduce import reproduce
     from pecobook.data.masking import blockwise_mask
     from pecobook.errors import PecobookError
+    from pecobook.models.dense.detector import Detector
+    from pecobook.models.dense.segmenter import Segmenter
     from pecobook.models.masked_vit import MaskedImageModel
     from pecobook.models.nearest import nearest_codeword
     from pecobook.models.perceptual import PerceptualDistance
     from pecobook.models.quantizer import VectorQuantizer
     from pecobook.models.tokenizer import PerceptualTokenizer
     from pecobook.models.tokenizers import load_tokenizer
+    from pecobook.models.weights import Backbone, Classifier
 
 __all__ = [
+    "Backbone",
+    "Classifier",
+    "Detector",
     "MaskedImageModel",
     "PecobookError",
     "PerceptualDistance",
     "PerceptualTokenizer",
+    "Segmenter",
     "VectorQuantizer",
     "analyze",
     "blockwise_mask",
@@ -50,10 +57,14 @@ __all__ = [
 ]
 
 _HOMES = {
+    "Backbone": "models.weights",
+    "Classifier": "models.weights",
+    "Detector": "models.dense.detector",
     "MaskedImageModel": "models.masked_vit",
     "PecobookError": "errors",
     "PerceptualDistance": "models.perceptual",
     "PerceptualTokenizer": "models.tokenizer",
+    "Segmenter": "models.dense.segmenter",
     "VectorQuantizer": "models.quantizer",
     "analyze": "commands.analyze",
     "blockwise_mask": "data.masking",
@@ -76,6 +87,10 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("pecobook")
     if name not in _HOMES:
         raise AttributeError(f"module 'pecobook' has no attribute '{name}'")
     return getattr(import_module(f"pecobook.{_HOMES[name]}"), name)

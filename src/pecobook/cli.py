@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import os
 import sys
+import textwrap
 from typing import Any
 
 from pecobook.errors import ConfigError, PecobookError, did_you_mean
@@ -42,6 +43,10 @@ def main(argv: list[str] | None = None) -> None:
     args = list(sys.argv[1:] if argv is None else argv)
     try:
         _dispatch(args)
+        sys.stdout.flush()
+    except BrokenPipeError:  # as of `pecobook recipes | head -1`: nobody reads on
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
     except PecobookError as error:
         if os.environ.get("PECOBOOK_TRACEBACK"):
             raise
@@ -109,7 +114,8 @@ def _help() -> str:
         "pecobook: perceptual codebooks for BERT pre-training of vision transformers (PeCo, arXiv 2111.12710)\n\n"
         "  pecobook demo                                            see everything, in minutes\n"
         "  pecobook COMMAND [RECIPE] --data SOURCE --out RUN [--flag value ...]\n"
-        "  pecobook COMMAND --help                                  all flags, explained\n\n"
+        "  pecobook COMMAND --help                                  usage, recipes, examples, the flags people use\n"
+        "  pecobook COMMAND --help-all                              all flags, explained\n\n"
         + "\n".join(lines)
         + "\n\nSOURCE: a folder of images, a parquet file or folder, tar shards, hf:owner/name, or photos (built in)."
     )
@@ -162,7 +168,7 @@ def _predict(args: list[str]) -> None:
 def _bench(args: list[str]) -> None:
     from pecobook.settings.bench import BenchConfig
 
-    if not args or args[0] not in ("pretrain", "-h", "--help"):
+    if not args or args[0] not in ("pretrain", "-h", "--help", "--help-all"):
         raise ConfigError("'bench' measures pretrain: pecobook bench pretrain [RECIPE] [--flag value ...]")
     rest = args[1:] if args[0] == "pretrain" else args
     recipe = ["--recipe", rest.pop(0)] if rest and not rest[0].startswith("-") else []
@@ -224,12 +230,31 @@ def _demo(args: list[str]) -> None:
 
 
 def _recipes(args: list[str]) -> None:
-    if args:
-        raise ConfigError(f"'recipes' takes nothing more, not '{args[0]}'.")
-    from pecobook.recipes import claims
+    from pecobook.recipes import RECIPES, claims, story
 
-    for command, name, claim in claims():
-        print(f"{command + ' ' + name:<26} {claim}")
+    if args and args[0] in ("-h", "--help", "--help-all"):
+        print(_RECIPES_HELP)
+        return
+    chosen = [(command, name, claim) for command, name, claim in claims() if set(args) <= {command, name}]
+    if not chosen:
+        known = [*RECIPES, *(name for recipes in RECIPES.values() for name in recipes)]
+        told = did_you_mean(args[-1], known)
+        raise ConfigError(f"There is no recipe '{' '.join(args)}'.{told} 'pecobook recipes' lists them.")
+    if not args or set(args) <= set(RECIPES):
+        for command, name, claim in chosen:
+            print(f"{command + ' ' + name:<26} {claim}")
+        return
+    for command, name, _ in chosen:
+        print(f"{command} {name}\n\n{textwrap.indent(story(command, name), '    ')}\n")
+
+
+_RECIPES_HELP = """usage: pecobook recipes [COMMAND] [NAME]
+
+List the recipes and what each claims; with a NAME tell all of it: source, command, cost, result.
+
+examples
+  pecobook recipes codebook
+  pecobook recipes codebook paper"""
 
 
 # ------------------------------------------------------------------------------------------------------------- parsing
@@ -237,8 +262,15 @@ def _recipes(args: list[str]) -> None:
 
 def parse(config: Any, args: list[str], prog: str) -> Any:
     """Settings `config` with the values that the flags in `args` give. Raises ConfigError."""
-    if "-h" in args or "--help" in args:
+    if "--help-all" in args:
         _explain(config, prog)
+    if "-h" in args or "--help" in args:
+        from pecobook.help import page
+        from pecobook.recipes import RECIPES
+
+        command, _, recipe = prog.partition(" ")
+        print(page(command, config, recipe if command in (*RECIPES, "tokenize") else ""))
+        sys.exit(0)
     values = read_flags(args, {**flags(type(config)), "config": str}, prog.split()[0])
     if "config" in values:
         config = load(config, values.pop("config"))
@@ -298,7 +330,11 @@ def _suggest(name: str, known: dict[str, Any]) -> str:
 def _explain(config: Any, prog: str) -> None:
     import tyro
 
-    tyro.cli(type(config), default=config, args=["--help"], prog=f"pecobook {prog}")
+    try:
+        tyro.cli(type(config), default=config, args=["--help"], prog=f"pecobook {prog}")
+    except SystemExit:
+        print("--config FILE: read settings from the config.json of a run; flags change single ones.")
+        raise
 
 
 if __name__ == "__main__":

@@ -29,8 +29,8 @@ from pecobook.commands.masked_run import load_masked_run
 from pecobook.data.images import open_images
 from pecobook.data.stream import read_all
 from pecobook.errors import ConfigError, DataError, PecobookError, PreflightError
+from pecobook.models.export import write_export
 from pecobook.models.tokenizer import PerceptualTokenizer
-from pecobook.models.weights import write_export
 from pecobook.settings.analyze import AnalyzeConfig
 from pecobook.utils.images import to_float
 from tests.analysis.test_similarity import write_triplets

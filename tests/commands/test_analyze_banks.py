@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import pecobook
-from pecobook.commands.analyze.bank import bank_gallery, bank_usage, find_places, view_of
+from pecobook.commands.analyze.bank import bank_gallery, bank_usage, find_occurrences, view_of
 from pecobook.data import tokens
 from pecobook.data.images import open_images
 from pecobook.data.sampler import mix, mix_all
@@ -72,7 +72,7 @@ def test_bank__leaves_out_images_that_could_not_be_read(
     monkeypatch.setattr(bank, "skipped", skipped)
     kept = np.delete(codes, skipped, axis=0)
     assert bank_usage(bank, K).counts.tolist() == np.bincount(kept.reshape(-1), minlength=K).tolist()
-    (places,) = find_places(bank, [3], K, patches=1000, seed=5)
+    (places,) = find_occurrences(bank, [3], K, patches=1000, seed=5)
     expected = set(np.flatnonzero((codes == 3).any((1, 2, 3)))) - set(skipped)
     assert {image for image, *_ in places.drawn} == expected
     for image, view, row, column in places.drawn:
@@ -81,7 +81,7 @@ def test_bank__leaves_out_images_that_could_not_be_read(
 
 def test_find_places__draws_images_of_least_rank(simulated: tuple[TokenBank, np.ndarray[Any, Any]]) -> None:
     bank, codes = simulated
-    found = {one.codeword: one for one in find_places(bank, [5, 3, 11], K, patches=6, seed=1)}
+    found = {one.codeword: one for one in find_occurrences(bank, [5, 3, 11], K, patches=6, seed=1)}
     for codeword, one in found.items():
         where = np.argwhere(codes == codeword)
         assert one.count == len(where)
@@ -90,10 +90,10 @@ def test_find_places__draws_images_of_least_rank(simulated: tuple[TokenBank, np.
         assert all(codes[place] == codeword for place in one.drawn)
     assert found[3].drawn == ((17, 1, 2, 3),)
     assert found[11].drawn == ()
-    alone = find_places(bank, [5], K, patches=6, seed=1)[0]
+    alone = find_occurrences(bank, [5], K, patches=6, seed=1)[0]
     assert alone == found[5]  # whatever else was asked for
-    assert find_places(bank, [5], K, patches=3, seed=1)[0].drawn == alone.drawn[:3]
-    assert find_places(bank, [5], K, patches=6, seed=2)[0].drawn != alone.drawn
+    assert find_occurrences(bank, [5], K, patches=3, seed=1)[0].drawn == alone.drawn[:3]
+    assert find_occurrences(bank, [5], K, patches=6, seed=2)[0].drawn != alone.drawn
 
 
 @given(st.lists(st.integers(0, 2**64 - 1), min_size=1, max_size=8))
@@ -115,7 +115,7 @@ def test_analyze__reads_a_bank_and_makes_its_views_again(images: Path, codebook_
     assert (tmp_path / "a" / told["pictures"]["bank-gallery"]).is_file()
     assert "token bank: images" in (tmp_path / "a" / "report.html").read_text()
     most = int(bank_usage(opened, 24).counts.argmax())
-    places = find_places(opened, [most], 24, patches=4, seed=0)
+    places = find_occurrences(opened, [most], 24, patches=4, seed=0)
     for image, view, row, column in places[0].drawn:  # what is shown has the code that it is shown for
         again = encode_views(tokenizer, view_of(opened.config, source, image, view)[None], 0)
         assert int(again[0, row, column]) == most

@@ -17,8 +17,9 @@ from pecobook import cli
 from pecobook.commands.export import export
 from pecobook.errors import ConfigError, RunFolderError, WeightsError
 from pecobook.models.dense.segmenter import Segmenter, stretch
+from pecobook.models.export import read_export
 from pecobook.models.tokenizers import load_tokenizer
-from pecobook.models.weights import load_backbone, read_export
+from pecobook.models.weights import load_backbone
 from pecobook.settings.export import ExportConfig
 from tests.runs import codebook_run, shapes, train, vit_run
 

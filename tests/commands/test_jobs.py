@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from pecobook.commands.jobs import Job, Place, places, run_all
+from pecobook.commands.jobs import GpuSlot, Job, gpu_slots, run_all
 from pecobook.errors import PecobookError
 from pecobook.recipes import codebook
 from pecobook.utils import devices
@@ -31,29 +31,29 @@ def machine(monkeypatch: pytest.MonkeyPatch, num_cores: int, *gpu_names: str) ->
 )
 def test_places__share_out_the_cores(monkeypatch: pytest.MonkeyPatch, count: int, shares: list[int]) -> None:
     machine(monkeypatch, count)
-    found = places(gpus_per_run=2)  # which only counts where there are some
-    assert [len(place.cores) for place in found] == shares
-    used = [core for place in found for core in place.cores]
+    found = gpu_slots(gpus_per_run=2)  # which only counts where there are some
+    assert [len(slot.cores) for slot in found] == shares
+    used = [core for slot in found for core in slot.cores]
     assert len(set(used)) == len(used)
-    assert {place.environment["OMP_NUM_THREADS"] for place in found} == {str(shares[0])}
-    assert not any("CUDA_VISIBLE_DEVICES" in place.environment for place in found)
+    assert {slot.environment["OMP_NUM_THREADS"] for slot in found} == {str(shares[0])}
+    assert not any("CUDA_VISIBLE_DEVICES" in slot.environment for slot in found)
 
 
 def test_places__are_one_for_each_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     machine(monkeypatch, 16, "0", "3")
-    found = places()
-    assert found == [Place(tuple(range(8)), ("0",)), Place(tuple(range(8, 16)), ("3",))]
-    assert [place.environment for place in found] == [{"CUDA_VISIBLE_DEVICES": "0"}, {"CUDA_VISIBLE_DEVICES": "3"}]
+    found = gpu_slots()
+    assert found == [GpuSlot(tuple(range(8)), ("0",)), GpuSlot(tuple(range(8, 16)), ("3",))]
+    assert [slot.environment for slot in found] == [{"CUDA_VISIBLE_DEVICES": "0"}, {"CUDA_VISIBLE_DEVICES": "3"}]
     machine(monkeypatch, 2, "0", "1", "2")
-    assert places()[2] == Place((0, 1), ("2",)), "with fewer cores than GPUs all may use all"
+    assert gpu_slots()[2] == GpuSlot((0, 1), ("2",)), "with fewer cores than GPUs all may use all"
 
 
 def test_places__hold_as_many_gpus_as_a_run_is_to_have(monkeypatch: pytest.MonkeyPatch) -> None:
     machine(monkeypatch, 10, *"01234")
-    pairs = places(gpus_per_run=2)
-    assert [place.gpus for place in pairs] == [("0", "1"), ("2", "3")], "the fifth is not enough for a run"
+    pairs = gpu_slots(gpus_per_run=2)
+    assert [slot.gpus for slot in pairs] == [("0", "1"), ("2", "3")], "the fifth is not enough for a run"
     assert pairs[0].environment == {"CUDA_VISIBLE_DEVICES": "0,1"}
-    assert places(gpus_per_run=sys.maxsize) == [Place(tuple(range(10)), tuple("01234"))]
+    assert gpu_slots(gpus_per_run=sys.maxsize) == [GpuSlot(tuple(range(10)), tuple("01234"))]
 
 
 @pytest.mark.parametrize(
@@ -113,13 +113,13 @@ def test_run_all__gives_each_run_a_place_of_its_own(
 ) -> None:
     monkeypatch.setattr(devices, "gpus", lambda: gpu_names)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)  # which hides a GPU from tests
-    given = places()
+    given = gpu_slots()
     jobs = {name: job(runs, name) for name in ("a", "b", "c")} | {"d": job(runs, "d", "a", "b", "c")}
     cost = run_all(jobs, runs)
     assert cost.keys() == jobs.keys()
     seen = {name: json.loads((runs / name / "seen.json").read_text()) for name in jobs}
     found = {(tuple(run["cores"]), run["gpu"]) for run in seen.values()}
-    assert found <= {(place.cores, place.gpus[0] if place.gpus else None) for place in given}
+    assert found <= {(slot.cores, slot.gpus[0] if slot.gpus else None) for slot in given}
     if len(given) > 1:
         assert seen["a"]["cores"] != seen["b"]["cores"]
     assert seen["d"]["began"] > max(seen[name]["began"] for name in "abc") + 0.5, "not before all that it needs"

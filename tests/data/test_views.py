@@ -185,7 +185,7 @@ FACTORS = (0.0, 0.3, 1.0, 1.4, 2.5, 0.9)
     ("ours", "theirs", "amounts"),
     [
         (views.brightness, tv.adjust_brightness, FACTORS),
-        (views.contrast, tv.adjust_contrast, FACTORS),
+        (views.adjust_contrast, tv.adjust_contrast, FACTORS),
         (views.saturation, tv.adjust_saturation, FACTORS),
         (views.hue, tv.adjust_hue, (0.0, -0.5, 0.5, 0.1, -0.07, 0.31)),
     ],

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from pecobook.engine import launch
-from pecobook.engine.launch import repeatable
+from pecobook.engine.launch import deterministic
 from pecobook.errors import ConfigError
 from pecobook.settings.training import TrainConfig
 
@@ -75,7 +75,7 @@ def test_repeatable__asks_for_kernels_that_repeat_and_puts_it_back(
     device: str, wanted: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":16:8")  # what is there stays, and no test sees another
-    with repeatable(torch.device(device), wanted):
+    with deterministic(torch.device(device), wanted):
         assert torch.are_deterministic_algorithms_enabled() == (wanted and device == "cuda")
         assert torch.is_deterministic_algorithms_warn_only_enabled() == (wanted and device == "cuda")
     assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":16:8"

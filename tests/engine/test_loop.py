@@ -385,9 +385,9 @@ def test_fit__resumes_on_another_number_of_processes(tmp_path: Path, two_process
 
 def test_fit__reading_the_answer_late_saves_nothing_broken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a GPU: the step after has begun when it is known."""
-    from pecobook.engine.agreement import Agreement
+    from pecobook.engine.finite_check import FiniteCheck
 
-    monkeypatch.setattr(loop, "Agreement", lambda world_size, **_: Agreement(world_size, late=True))
+    monkeypatch.setattr(loop, "FiniteCheck", lambda world_size, **_: FiniteCheck(world_size, late=True))
     stage = Toy("nan", at=first_image_of(3))
     with pytest.raises(NonFiniteLossError, match="Step 4 is not finite"):
         run(tmp_path, stage, save_every=2, log_every=100, sample_every=100)

@@ -46,7 +46,7 @@ def clustered(number: int, dim: int, per_cluster: int, seed: int = 0) -> Tensor:
 
 
 def started(learning: str, **more: Any) -> VectorQuantizer:
-    quantizer = VectorQuantizer(16, 4, learning=learning, **more)  # type: ignore[arg-type]
+    quantizer = VectorQuantizer(16, 4, learning=learning, **more)
     quantizer(latents(4, 4, 4, 0))
     quantizer.update()
     return quantizer

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.testing import assert_close
 
-from pecobook.models.contrastive import contrastive_loss, follow, gather, initialise_moco, mlp
+from pecobook.models.contrastive import contrastive_loss, ema_update, gather, initialise_moco, mlp
 from tests.distributed import TwoProcesses
 
 
@@ -127,7 +127,7 @@ def test_mlp__shape_of_moco_v3() -> None:
 def test_follow__is_an_average_of_parameters() -> None:
     slow, fast = nn.Linear(3, 2), nn.Linear(3, 2)
     before = [parameter.detach().clone() for parameter in slow.parameters()]
-    follow(slow, fast, 0.9)
+    ema_update(slow, fast, 0.9)
     for own, old, other in zip(slow.parameters(), before, fast.parameters(), strict=True):
         assert_close(own.detach(), 0.9 * old + 0.1 * other.detach())
 

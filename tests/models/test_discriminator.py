@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 from pecobook.models.discriminator import PatchDiscriminator, adversarial_losses
+from pecobook.settings.codebook import AdversarialConfig
 
 
 def pictures(seed: int, side: int = 32) -> Tensor:
@@ -18,7 +19,7 @@ def pictures(seed: int, side: int = 32) -> Tensor:
 
 def small() -> PatchDiscriminator:
     torch.manual_seed(0)
-    return PatchDiscriminator(width=8, num_layers=2)
+    return PatchDiscriminator(AdversarialConfig(width=8, num_layers=2))
 
 
 def test_adversarial_losses__are_equation_8() -> None:
@@ -59,7 +60,7 @@ def test_adversarial_losses__a_step_along_each_gradient_lowers_it() -> None:
 def test_discriminator__sees_patches(num_layers: int, field: int) -> None:
     """The field of view, by the gradient of one logit; GroupNorm, which sees everything, taken out."""
     torch.manual_seed(0)
-    judge = PatchDiscriminator(width=4, num_layers=num_layers)
+    judge = PatchDiscriminator(AdversarialConfig(width=4, num_layers=num_layers))
     plain = nn.Sequential(*(layer for layer in judge if not isinstance(layer, nn.GroupNorm)))
     image = torch.randn(1, 3, 128, 128, requires_grad=True)
     logits = plain(image)
@@ -71,4 +72,5 @@ def test_discriminator__sees_patches(num_layers: int, field: int) -> None:
 
 
 def test_discriminator__of_other_channels_and_small_images() -> None:
-    assert PatchDiscriminator(1, width=8, num_layers=3)(torch.rand(2, 1, 24, 24)).shape == (2, 1, 1, 1)
+    judge = PatchDiscriminator(AdversarialConfig(width=8, num_layers=3), in_channels=1)
+    assert judge(torch.rand(2, 1, 24, 24)).shape == (2, 1, 1, 1)

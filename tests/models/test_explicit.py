@@ -11,6 +11,7 @@ from torch.testing import assert_close
 from pecobook.models.contrastive import contrastive_loss
 from pecobook.models.explicit import CodewordClassifier, CodewordContrast
 from pecobook.models.quantizer import VectorQuantizer
+from pecobook.settings.codebook import ExplicitConfig
 
 
 def latents(seed: int, count: int = 6, dim: int = 4) -> Tensor:
@@ -36,7 +37,11 @@ def test_classifier__is_cross_entropy_of_averaged_codewords() -> None:
 def contrast() -> tuple[nn.Module, VectorQuantizer, CodewordContrast]:
     torch.manual_seed(0)
     encoder, quantizer = nn.Conv2d(3, 4, 4, stride=4), VectorQuantizer(8, 4)
-    return encoder, quantizer.eval(), CodewordContrast(encoder, 4, hidden_dim=16, output_dim=5, momentum=0.8)
+    return (
+        encoder,
+        quantizer.eval(),
+        CodewordContrast(encoder, 4, ExplicitConfig(hidden_dim=16, output_dim=5, momentum=0.8)),
+    )
 
 
 def test_contrast__compares_codewords_with_those_of_the_other_view() -> None:

@@ -19,6 +19,7 @@ from pecobook.models.masked_vit import (
     initialise_beit,
     masked_positions,
 )
+from pecobook.settings.pretrain import DecoderConfig
 
 SIZE: dict[str, Any] = {"img_size": (24, 32), "patch_size": 8, "depth": 3, "embed_dim": 24, "num_heads": 2}
 BACKBONES = {
@@ -303,7 +304,7 @@ def test_forward__with_a_known_count_has_the_same_gradients(model: MaskedImageMo
 def accelerated(**more: Any) -> VisibleOnlyModel:
     torch.manual_seed(0)
     backbone = timm.create_model("vit_tiny_patch16_224", num_classes=0, **{**SIZE, **more})
-    return VisibleOnlyModel(backbone, 11, depth=2, width=16, num_heads=2).eval()
+    return VisibleOnlyModel(backbone, 11, DecoderConfig(depth=2, width=16, num_heads=2)).eval()
 
 
 @pytest.mark.parametrize("more", [{}, {"reg_tokens": 4}, {"class_token": False, "global_pool": "avg"}])

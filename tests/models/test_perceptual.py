@@ -20,7 +20,7 @@ from torch.testing import assert_close
 
 from pecobook.errors import WeightsError
 from pecobook.models.perceptual import PerceptualDistance, normalise
-from pecobook.settings.perceptual import Normalisation
+from pecobook.settings.perceptual import Normalisation, PerceptualConfig
 
 VIT, RESNET = "timm:test_vit", "timm:test_resnet"
 Array = npt.NDArray[np.float64]
@@ -253,3 +253,12 @@ def test_init__never_runs_code_from_a_file(tmp_path: Path, form: str) -> None:
     assert not proof.exists()
     pickle.loads(pickle.dumps(state))
     assert proof.exists()  # so the file would have
+
+
+def test_init__takes_settings_by_name_or_as_one_object() -> None:
+    config = PerceptualConfig(network=RESNET, layers=(1, 4), weights="random", normalisation="layernorm", weight=3.0)
+    named = PerceptualDistance(RESNET, [1, 4], "random", normalisation="layernorm", input_size=None, mean=None)
+    x, y = pictures(0, 64), pictures(1, 64)
+    assert torch.equal(PerceptualDistance(config)(x, y), named(x, y))
+    with pytest.raises(TypeError, match="weight"):  # lambda, which weighs the loss outside: it would change nothing
+        PerceptualDistance(RESNET, (1, 4), "random", weight=2.0)

@@ -8,7 +8,9 @@ import torch
 from torch import Tensor, nn
 from torch.testing import assert_close
 
+from pecobook.errors import ConfigError
 from pecobook.models.quantizer import VectorQuantizer
+from pecobook.settings.tokenizer import QuantizerConfig, VectorQuantizerConfig
 from tests.models.quantizing import State, assert_same, latents, rows, state_of, step
 
 # ------------------------------------------------------------------------------------------------------------ forward
@@ -318,3 +320,14 @@ def test_update__is_that_of_vector_quantize_pytorch(decay: float) -> None:
         assert_close(ours.ema_count, book.cluster_size[0], atol=1e-4, rtol=1e-5)
         assert_close(ours.ema_sum, book.embed_avg[0], atol=1e-4, rtol=1e-5)
         book.embed.data.copy_(ours.codebook[None])
+
+
+def test_init__takes_settings_by_name_or_as_one_object() -> None:
+    named = VectorQuantizer(num_codewords=16, dim=4, decay=0.5, learning="gradient")
+    whole = VectorQuantizer(QuantizerConfig(num_codewords=16, decay=0.5, learning="gradient"), 4)
+    assert named.config == VectorQuantizerConfig(num_codewords=16, decay=0.5, learning="gradient")
+    assert {k: v.shape for k, v in named.state_dict().items()} == {k: v.shape for k, v in whole.state_dict().items()}
+    with pytest.raises(ConfigError, match=r"--decay must lie in \[0, 1\]"):
+        VectorQuantizer(16, 4, decay=2.0)
+    with pytest.raises(TypeError, match="commitment"):  # which weighs the loss outside: it would change nothing
+        VectorQuantizer(16, 4, commitment=0.5)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import pickle
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -138,10 +137,10 @@ def test_save_pretrained__writes_the_same_bytes_for_the_same_weights(run: Path, 
 
 
 def test_save_pretrained__writes_a_card_that_says_how_to_load(tmp_path: Path) -> None:
-    make().save_pretrained(tmp_path, shown_path="me/mine")
+    make().save_pretrained(tmp_path, origin="By hand.", repo_id="me/mine")
     card = (tmp_path / "README.md").read_text()
     assert 'PerceptualTokenizer.from_pretrained("me/mine")' in card
-    assert "32 codewords of dimension 4; one token for 4 x 4 pixels; trained at 24 pixels" in card
+    assert "32 codewords of dimension 4; one token for 4 x 4 pixels; trained at 24 pixels.\n\nBy hand.\n" in card
 
 
 def test_save_pretrained__keeps_a_codebook_learned_by_averages(tmp_path: Path) -> None:
@@ -161,7 +160,7 @@ def edit(run: Path, **changes: Any) -> None:
 
 def test_from_pretrained__refuses_another_kind(run: Path) -> None:
     edit(run, kind="backbone")
-    with pytest.raises(WeightsError, match="is not a tokenizer: give the folder of a codebook run"):
+    with pytest.raises(WeightsError, match="is a backbone, not a tokenizer: give a run of pecobook codebook"):
         PerceptualTokenizer.from_pretrained(run)
 
 
@@ -267,18 +266,3 @@ def test_from_pretrained__loads_from_the_hub(monkeypatch: pytest.MonkeyPatch, ru
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     assert torch.equal(PerceptualTokenizer.from_pretrained("me/mine").codebook, make().codebook)
     assert asked == ["me/mine"]
-
-
-def test_push_to_hub__uploads_an_export(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    class Api:
-        def create_repo(self, repo_id: str, **options: Any) -> str:
-            assert options == {"private": True, "exist_ok": True}
-            return f"https://hub/{repo_id}"
-
-        def upload_folder(self, *, repo_id: str, folder_path: str) -> None:
-            shutil.copytree(folder_path, tmp_path / repo_id)
-
-    monkeypatch.setattr(huggingface_hub, "HfApi", Api)
-    assert make().push_to_hub("me/mine", private=True) == "https://hub/me/mine"
-    assert torch.equal(PerceptualTokenizer.from_pretrained(tmp_path / "me" / "mine").codebook, make().codebook)
-    assert 'from_pretrained("me/mine")' in (tmp_path / "me" / "mine" / "README.md").read_text()

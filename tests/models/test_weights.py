@@ -15,14 +15,15 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 from pecobook.errors import ConfigError, WeightsError
+from pecobook.models.export import export_folder, read_export, write_tensors
 from pecobook.models.weights import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    Backbone,
+    Classifier,
     create,
-    export_backbone,
-    export_folder,
     is_transformer,
     load_backbone,
-    read_export,
-    write_tensors,
 )
 
 VIT = {"img_size": 32, "patch_size": 8, "depth": 2, "embed_dim": 24, "num_heads": 2}
@@ -35,15 +36,15 @@ def images(side: int = 32) -> Tensor:
     return torch.randn(2, 3, side, side, generator=torch.Generator().manual_seed(0))
 
 
-def exported(folder: Path, name: str = NAME, args: dict[str, Any] = VIT, **more: Any) -> nn.Module:
+def exported(folder: Path, name: str = NAME, args: dict[str, Any] = VIT, *, classes: tuple[str, ...] = ()) -> nn.Module:
     """Write a run of a network with its head or without; returns the network."""
     torch.manual_seed(1)
-    network: nn.Module = timm.create_model(name, num_classes=len(more.get("classes", ())), **args).eval()
+    network: nn.Module = timm.create_model(name, num_classes=len(classes), **args).eval()
     for norm in (module for module in network.modules() if isinstance(module, nn.LayerNorm)):
         nn.init.normal_(norm.weight)
-    export_backbone(
-        folder / "export", network.state_dict(), name=name, args=args, image_size=32, origin="a test", **more
-    )
+    own = network, name, args, IMAGENET_MEAN, IMAGENET_STD, 32
+    whole = Classifier(*own, classes=classes) if classes else Backbone(*own)
+    whole.save_pretrained(folder / "export", origin="a test")
     return network
 
 
@@ -132,9 +133,7 @@ def test_load_backbone__interpolates_position_tables(tmp_path: Path) -> None:
     network = timm.create_model(NAME, num_classes=0, **VIT)
     ramp = torch.linspace(0, 1, 4).repeat_interleave(4)[:, None].expand(16, 24)  # from the first row to the last
     network.pos_embed.data[0, 1:] = ramp
-    export_backbone(
-        tmp_path / "export", network.state_dict(), name=NAME, args=VIT, image_size=32, origin="x", mean=(0.5,) * 3
-    )
+    Backbone(network, NAME, VIT, (0.5,) * 3, IMAGENET_STD, 32).save_pretrained(tmp_path / "export")
     backbone = load_backbone(str(tmp_path), image_size=64)
     table = backbone.network.get_parameter("pos_embed")[0, 1:, 0].view(8, 8)
     assert backbone.mean == (0.5, 0.5, 0.5)
@@ -153,7 +152,7 @@ def test_load_backbone__of_a_classifier_leaves_its_head(tmp_path: Path) -> None:
 
 def test_load_backbone__of_a_convolutional_network_takes_any_size(tmp_path: Path) -> None:
     network = timm.create_model("test_resnet", num_classes=0).eval()
-    export_backbone(tmp_path / "export", network.state_dict(), name="test_resnet", args={}, image_size=64, origin="x")
+    Backbone(network, "test_resnet", {}, IMAGENET_MEAN, IMAGENET_STD, 64).save_pretrained(tmp_path / "export")
     backbone = load_backbone(str(tmp_path), image_size=96)
     assert "img_size" not in backbone.args
     assert torch.equal(backbone.network.eval()(images(96)), network(images(96)))
@@ -224,21 +223,6 @@ def test_export_folder__takes_a_run_or_its_export(tmp_path: Path) -> None:
     (tmp_path / "export" / "config.json").unlink()  # it is written last, so without it an export is half written
     with pytest.raises(WeightsError, match="it is not a finished run"):
         export_folder(tmp_path)
-
-
-@pytest.mark.parametrize("classes", [None, ("cat", "dog")])
-def test_export_backbone__its_lines_of_python_work(tmp_path: Path, classes: tuple[str, ...] | None) -> None:
-    network = timm.create_model(NAME, num_classes=len(classes or ()), **VIT)
-    lines = export_backbone(
-        tmp_path / "export", network.state_dict(), name=NAME, args=VIT, image_size=32, origin="MoCo v3", classes=classes
-    )
-    scope: dict[str, Any] = {}
-    exec(lines.format(path=tmp_path), scope)
-    assert_close(scope["model"].eval()(images()), network.eval()(images()))
-    card = (tmp_path / "export" / "README.md").read_text()
-    assert "# vit_tiny_patch16_224, trained by MoCo v3" in card
-    assert "trained at 32 pixels" in card
-    assert 'load_file("model.safetensors")' in card
 
 
 def test_write_tensors__is_read_back_whatever_the_layout(tmp_path: Path) -> None:

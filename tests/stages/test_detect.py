@@ -19,7 +19,7 @@ from pecobook.data.stream import Stream, collate
 from pecobook.engine import launch
 from pecobook.errors import ConfigError, DataError, PreflightError, WeightsError
 from pecobook.models.dense.detector import Detections, Detector
-from pecobook.models.weights import create, export_backbone
+from pecobook.models.weights import IMAGENET_MEAN, IMAGENET_STD, Backbone, create
 from pecobook.recipes import detect as recipes
 from pecobook.settings.detect import DetectConfig, DetectorConfig
 from pecobook.settings.training import OptimConfig
@@ -58,8 +58,8 @@ def vit(tmp_path_factory: pytest.TempPathFactory) -> Path:
     name = "vit_tiny_patch16_224"
     args: dict[str, Any] = {"img_size": 32, "patch_size": 8, "depth": 4, "embed_dim": 32, "num_heads": 2}
     torch.manual_seed(0)
-    state = create(name, num_classes=0, **args).state_dict()
-    export_backbone(folder / "export", state, name=name, args=args, image_size=32, origin="pre-training")
+    network = create(name, num_classes=0, **args)
+    Backbone(network, name, args, IMAGENET_MEAN, IMAGENET_STD, 32).save_pretrained(folder / "export")
     return folder
 
 

@@ -88,9 +88,7 @@ def test_train__its_run_is_a_backbone_for_others(
     assert all(torch.equal(value, exported[name]) for name, value in shared.items())
     card = (run / "export" / "README.md").read_text()
     assert backbone.name in card
-    code = (
-        card.split("```python\n")[1].split("```")[0].replace('"model.safetensors"', f'"{run}/export/model.safetensors"')
-    )
+    code = card.split("```python\n")[1].split("```")[0].replace("path/to/this/folder", f"{run}/export")
     exec(code, {})
 
 

@@ -61,13 +61,13 @@ def training_curves(runs: Mapping[str, Metrics], *, metrics: Sequence[str] | Non
     columns = min(2, len(chosen))
     lines = -(-len(chosen) // columns)
     figure = new_figure(_WIDTH, 1.75 * lines + 0.35)
-    look = styles(list(runs))
+    style_of = styles(list(runs))
     for place, metric in enumerate(chosen):
         axes = figure.add_subplot(lines, columns, place + 1)
         tidy(axes, grid="y")
         axes.set_title(metric.replace("_", " "), color=INK, fontsize=10, loc="left")
         for name, records in runs.items():
-            _curve(axes, *_series(records, x, metric), name, look[name])
+            _curve(axes, *_series(records, x, metric), name, style_of[name])
         axes.locator_params(nbins=4)
         axes.margins(x=0.02)
         if place // columns == lines - 1:
@@ -87,13 +87,13 @@ def code_usage_chart(counts: Mapping[str, Array]) -> bytes:
     figure = new_figure(_WIDTH, 2.7)
     axes = figure.add_subplot()
     tidy(axes)
-    look = styles(list(counts))
+    style_of = styles(list(counts))
     for name, values in counts.items():
         ranked = np.sort(as_numpy(values))[::-1]
         used = ranked[ranked > 0]
         label = f"{name}: {len(used)} of {len(ranked)} used"
         rank = np.arange(1, len(used) + 1)
-        style = look[name]
+        style = style_of[name]
         axes.plot(rank, used, label=plain(label), linewidth=1.9, color=style["color"], linestyle=style["linestyle"])
         axes.plot(rank[-1:], used[-1:], marker=style["marker"], color=style["color"], markersize=4)
     axes.set_yscale("log")
@@ -114,14 +114,14 @@ def score_chart(panels: Mapping[str, Sequence[Score]], *, chance: float | None =
     sizes = [max(len(scores), 1) for scores in panels.values()]
     figure = new_figure(_WIDTH, sum(0.36 * size + 0.55 for size in sizes) + 0.3)
     grid = figure.add_gridspec(len(panels), 1, height_ratios=[size + 0.4 for size in sizes], hspace=0.55)
-    look = styles([score.name for scores in panels.values() for score in scores])
+    style_of = styles([score.name for scores in panels.values() for score in scores])
     low, high = _span([score for scores in panels.values() for score in scores], chance)
     for place, (title, scores) in enumerate(panels.items()):
         axes = figure.add_subplot(grid[place])
         tidy(axes, grid="x")
         axes.set_title(plain(title), color=INK, fontsize=10.5, loc="left")
         axes.set_xlim(low, high)
-        _points(axes, scores, look, unit)
+        _points(axes, scores, style_of, unit)
         if chance is not None:
             axes.axvline(chance, color=INK, linewidth=1.1, linestyle=(0, (4, 3)))
         axes.tick_params(axis="x", labelbottom=place == len(panels) - 1)
@@ -130,13 +130,13 @@ def score_chart(panels: Mapping[str, Sequence[Score]], *, chance: float | None =
     return png(figure)
 
 
-def _points(axes: Axes, scores: Sequence[Score], look: Mapping[str, Mapping[str, Any]], unit: str) -> None:
+def _points(axes: Axes, scores: Sequence[Score], style_of: Mapping[str, Mapping[str, Any]], unit: str) -> None:
     axes.set_ylim(len(scores) - 0.4, -0.6)
     axes.set_yticks(range(len(scores)), [plain(score.name) for score in scores])
     axes.spines["left"].set_visible(False)
     axes.tick_params(axis="y", labelsize=10.5)
     for row, score in enumerate(scores):
-        style = look[score.name]
+        style = style_of[score.name]
         axes.errorbar(
             score.value, row, xerr=score.standard_error, color=style["color"], marker=style["marker"],
             markersize=5.5, linewidth=2, capsize=3.5, capthick=1.6,

@@ -42,7 +42,8 @@ def export(config: ExportConfig) -> Path:
 
 def _writer(config: ExportConfig) -> Callable[[], str]:
     """What writes the files and returns Python lines that load them. Raises PecobookError."""
-    from pecobook.models.weights import exported_network, read_export, read_settings
+    from pecobook.models.export import read_export, read_settings
+    from pecobook.models.weights import exported_network
 
     kind = read_settings(config.run).get("kind")
     if kind == "tokenizer":
@@ -74,7 +75,7 @@ def _tokenizer_to_onnx(tokenizer: Any, out: Path) -> str:
 
 def _to_timm(config: ExportConfig, settings: dict[str, Any], state: dict[str, Tensor], network: nn.Module) -> str:
     """Timm's own folder format, which `timm.create_model("local-dir:...")` and the Hugging Face hub read."""
-    from pecobook.models.weights import write_export
+    from pecobook.models.export import write_export
 
     side, classes = settings["image_size"], settings.get("classes", [])
     layers: Any = network.pretrained_cfg  # which ones another number of classes or of channels replaces
@@ -101,8 +102,8 @@ def _to_timm(config: ExportConfig, settings: dict[str, Any], state: dict[str, Te
 
 
 def _to_huggingface(config: ExportConfig, settings: dict[str, Any], state: dict[str, Tensor], network: Any) -> str:
+    from pecobook.models.export import write_export
     from pecobook.models.huggingface import beit_config, beit_to_huggingface
-    from pecobook.models.weights import write_export
 
     patch, heads = network.patch_embed.patch_size[0], network.blocks[0].attn.num_heads
     described = beit_config(state, image_size=settings["image_size"], patch_size=patch, num_heads=heads)
@@ -125,7 +126,7 @@ def _architecture(
 ) -> tuple[str, dict[str, Tensor]]:
     """Which of transformers' models the weights are, and their names in it."""
     from pecobook.models.checkpoints import read_weights
-    from pecobook.models.weights import export_folder
+    from pecobook.models.export import export_folder
 
     norm = {name: value for name, value in own.items() if name.startswith("layernorm.")}
     body = {f"beit.{name}": value for name, value in own.items() if name not in norm}

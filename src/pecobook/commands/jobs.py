@@ -57,7 +57,7 @@ class Job:
 
 
 @dataclasses.dataclass(frozen=True)
-class Place:
+class GpuSlot:
     """What one run may compute on."""
 
     cores: tuple[int, ...]
@@ -73,7 +73,7 @@ class Place:
         return {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads, "OMP_WAIT_POLICY": "PASSIVE"}
 
 
-def places(gpus_per_run: int = 1) -> list[Place]:
+def gpu_slots(gpus_per_run: int = 1) -> list[GpuSlot]:
     """The machine shared out: a place for so many GPUs each, all of them in one where it has fewer; without GPUs for
     every four cores, at least two where there are two cores.
 
@@ -86,7 +86,7 @@ def places(gpus_per_run: int = 1) -> list[Place]:
     count = len(gpus) // each if gpus else max(min(2, len(cores)), len(cores) // 4)
     share = len(cores) // count
     return [
-        Place(cores[i * share : (i + 1) * share] if share else cores, gpus[i * each : (i + 1) * each])
+        GpuSlot(cores[i * share : (i + 1) * share] if share else cores, gpus[i * each : (i + 1) * each])
         for i in range(count)
     ]
 
@@ -112,7 +112,7 @@ def _ended_by_signals() -> Iterator[None]:
 @_ended_by_signals()
 def run_all(jobs: Mapping[str, Job], out: Path, gpus_per_run: int = 1) -> dict[str, float]:
     """Run every job that is not finished; returns the seconds of each. Raises PecobookError when one fails."""
-    free = places(gpus_per_run)
+    free = gpu_slots(gpus_per_run)
     logs = out / "logs"
     logs.mkdir(exist_ok=True)
     waiting = {name: job for name, job in jobs.items() if not job.finished}
@@ -123,7 +123,7 @@ def run_all(jobs: Mapping[str, Job], out: Path, gpus_per_run: int = 1) -> dict[s
             for name in [name for name, run in running.items() if run.process.poll() is not None]:
                 ended = running.pop(name)
                 ended.finish(name, logs)
-                free.append(ended.place)
+                free.append(ended.slot)
             for name, job in list(waiting.items()):
                 ready = all(jobs[need].finished for need in job.needs)
                 if ready and free:
@@ -142,8 +142,8 @@ def run_all(jobs: Mapping[str, Job], out: Path, gpus_per_run: int = 1) -> dict[s
 class _Running:
     """A run that is going."""
 
-    def __init__(self, name: str, job: Job, out: Path, place: Place) -> None:
-        self.place = place
+    def __init__(self, name: str, job: Job, out: Path, slot: GpuSlot) -> None:
+        self.slot = slot
         (out / "settings").mkdir(exist_ok=True)
         settings = out / "settings" / f"{name}.json"
         dump(job.config, settings)
@@ -153,11 +153,11 @@ class _Running:
         elif (job.out / "config.json").exists():
             command.append("--resume")
         self.log: TextIO = (out / "logs" / f"{name}.log").open("a")
-        environment = {**os.environ, **place.environment}
+        environment = {**os.environ, **slot.environment}
         self.process = subprocess.Popen(command, stdout=self.log, stderr=subprocess.STDOUT, env=environment)
         if hasattr(os, "sched_setaffinity"):  # its threads and data-loading processes will keep to them, too
             with contextlib.suppress(ProcessLookupError):
-                os.sched_setaffinity(self.process.pid, place.cores)
+                os.sched_setaffinity(self.process.pid, slot.cores)
 
     def finish(self, name: str, logs: Path) -> None:
         """Raise PecobookError unless the run ended well."""

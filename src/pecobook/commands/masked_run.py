@@ -11,9 +11,10 @@ from torch import Tensor, nn
 
 from pecobook.errors import WeightsError
 from pecobook.models.checkpoints import read_weights
+from pecobook.models.export import export_folder
 from pecobook.models.masked_vit import MaskedImageModel, VisibleOnlyModel
 from pecobook.models.tokenizers import load_tokenizer
-from pecobook.models.weights import IMAGENET_MEAN, IMAGENET_STD, export_folder, load_backbone
+from pecobook.models.weights import IMAGENET_MEAN, IMAGENET_STD, load_backbone
 from pecobook.settings.pretrain import PretrainConfig
 from pecobook.settings.values import load
 from pecobook.stages.pretrain import encode_views, masked_model

@@ -60,8 +60,9 @@ def _open(config: ProbeConfig) -> tuple[Features, int]:
     import torch
 
     from pecobook.analysis.features import backbone_features, tokenizer_features
+    from pecobook.models.export import read_export
     from pecobook.models.tokenizers import load_tokenizer
-    from pecobook.models.weights import load_backbone, read_export
+    from pecobook.models.weights import load_backbone
 
     if not config.backbone:
         raise ConfigError("--backbone is missing: give a run of pecobook, or timm:NAME.")

@@ -245,7 +245,7 @@ def _read(config: TokenizeConfig, splits: Splits, items: list[tuple[str, int]], 
     """Batches, in order; none crosses from one split to the other."""
     from torch.utils.data import DataLoader
 
-    from pecobook.data.stream import default_workers, stand_apart
+    from pecobook.data.stream import default_workers, new_process_group
     from pecobook.engine.launch import device_count
 
     size = max(config.batch_size // config.views, 1)
@@ -264,7 +264,7 @@ def _read(config: TokenizeConfig, splits: Splits, items: list[tuple[str, int]], 
         num_workers=workers,
         pin_memory=pin,
         collate_fn=_collate,
-        worker_init_fn=stand_apart,
+        worker_init_fn=new_process_group,
     )
     return iter(loader)
 

@@ -114,12 +114,12 @@ def load(stream: Stream, positions: Sequence[list[int]], *, workers: int, pin: b
         pin_memory=pin,
         collate_fn=collate,
         prefetch_factor=4 if workers else None,
-        worker_init_fn=stand_apart,
+        worker_init_fn=new_process_group,
     )
     return iter(loader)
 
 
-def stand_apart(_worker: int) -> None:
+def new_process_group(_worker: int) -> None:
     """Leave the process group: its Ctrl-C or SIGTERM is for the trainer, which saves before it ends its workers."""
     os.setpgid(0, 0)
 
@@ -169,7 +169,7 @@ def central_crops(
         batch_sampler=[order[start : start + batch_size] for start in range(0, count, batch_size)],
         num_workers=default_workers(1) if count > 2048 else 0,
         collate_fn=_collate_whole,
-        worker_init_fn=stand_apart,
+        worker_init_fn=new_process_group,
     )
     read, first = 0, ""
     for number, batch in enumerate(loader, start=1):

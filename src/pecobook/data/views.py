@@ -101,7 +101,7 @@ def photometric(images: Tensor, draws: Tensor, config: PhotometricConfig) -> Ten
     # A change that is not drawn has strength 0, which is the identity: no image leaves the batch.
     strength = strength * (draws[:, 4:5] < config.jitter)
     images = brightness(images, 1 + config.brightness * strength[:, 0])
-    images = contrast(images, 1 + config.contrast * strength[:, 1])
+    images = adjust_contrast(images, 1 + config.contrast * strength[:, 1])
     images = saturation(images, 1 + config.saturation * strength[:, 2])
     if config.hue > 0:
         images = hue(images, config.hue * strength[:, 3])
@@ -120,7 +120,7 @@ def brightness(images: Tensor, factor: Tensor) -> Tensor:
     return (images * factor[:, None, None, None]).clamp_(0, 1)
 
 
-def contrast(images: Tensor, factor: Tensor) -> Tensor:
+def adjust_contrast(images: Tensor, factor: Tensor) -> Tensor:
     """Blend with the image's mean grey by `factor` (B,); 0 is flat grey, 1 the image."""
     mean = luma(images).mean((2, 3), keepdim=True)  # (B, 1, 1, 1)
     return (mean + factor[:, None, None, None] * (images - mean)).clamp_(0, 1)

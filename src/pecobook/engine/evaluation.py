@@ -65,27 +65,27 @@ def evaluate(
     """
     model.eval()
     how = {"batch_size": batch_size, "seed": seed, "workers": workers}
-    found = _look(fabric, model, held_out, num_images=num_images, **how)
+    found = _evaluate_stream(fabric, model, held_out, num_images=num_images, **how)
     metrics, skipped = average_metrics(fabric, found.metrics), found.skipped
     if found.rows:
         known: dict[str, Tensor] = {}
         if reference is not None:
-            compared = _look(fabric, model, reference, num_images=len(reference), **how)
+            compared = _evaluate_stream(fabric, model, reference, num_images=len(reference), **how)
             known, skipped = compared.rows, skipped + compared.skipped
         metrics |= {f"evaluation/{name}": value for name, value in stage.summarise(found.rows, known).items()}
     return Evaluation(metrics, found.pictures, found.rows, skipped)
 
 
-class _Look(NamedTuple):
+class _StreamResult(NamedTuple):
     metrics: dict[str, Tensor]
     rows: dict[str, Tensor]
     pictures: dict[str, Tensor]
     skipped: list[str]
 
 
-def _look(
+def _evaluate_stream(
     fabric: Fabric, model: Any, stream: Stream, *, num_images: int, batch_size: int, seed: int, workers: int
-) -> _Look:
+) -> _StreamResult:
     """Means of metrics over this rank's images; rows of all ranks, on the host, each image once.
 
     Ranks look at equally many images, so where they do not divide evenly the last ones look at some a second time, as
@@ -118,10 +118,10 @@ def _look(
             rows.setdefault(name, []).append((whole[kept] if len(whole) == len(kept) else whole).cpu())
         pictures = pictures or output.pictures
     if not counted:  # the few images asked for are all unreadable
-        return _Look({}, {}, pictures, skipped)
+        return _StreamResult({}, {}, pictures, skipped)
     share = counted / fabric.world_size  # so that the mean over ranks is that over images
     means = {name: value / share for name, value in metrics.items()}
-    return _Look(means, {name: torch.cat(parts) for name, parts in rows.items()}, pictures, skipped)
+    return _StreamResult(means, {name: torch.cat(parts) for name, parts in rows.items()}, pictures, skipped)
 
 
 def _batches(count: int, batch_size: int, rank: int, world_size: int) -> Iterator[list[int]]:

@@ -86,7 +86,7 @@ def start(config: TrainConfig) -> Fabric:
     """Start the processes and return their Fabric."""
     from lightning_fabric import Fabric
 
-    _quieten()
+    _filter_warnings()
     fabric = Fabric(
         accelerator="cuda" if torch.cuda.is_available() else "cpu",
         devices=device_count(config),
@@ -99,7 +99,7 @@ def start(config: TrainConfig) -> Fabric:
 
 
 @contextmanager
-def repeatable(device: torch.device, wanted: bool) -> Iterator[None]:
+def deterministic(device: torch.device, wanted: bool) -> Iterator[None]:
     """To train within: kernels of a GPU that give the same bits each time. PyTorch warns of those that have none."""
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     if wanted and device.type == "cuda":
@@ -111,7 +111,7 @@ def repeatable(device: torch.device, wanted: bool) -> Iterator[None]:
         torch.use_deterministic_algorithms(before[0], warn_only=before[1])
 
 
-def _quieten() -> None:
+def _filter_warnings() -> None:
     """Keep from the screen what libraries say that no user can act on."""
     # PyTorch 2.15 renames an argument that Lightning's oldest PyTorch must still be given by its old name.
     warnings.filterwarnings("ignore", message=".*`broadcast_buffers` is deprecated")

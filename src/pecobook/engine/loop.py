@@ -18,11 +18,11 @@ from torch import Tensor, nn
 from pecobook.data.sampler import BatchPositions, key
 from pecobook.data.stream import Batch, Stream, default_workers, load, to_device
 from pecobook.engine import checkpoint
-from pecobook.engine.agreement import Agreement
 from pecobook.engine.ahead import look_ahead
 from pecobook.engine.attention import trainable_attention
 from pecobook.engine.evaluation import Evaluation, average_metrics, evaluate
-from pecobook.engine.launch import device_count, micro_batch_size, repeatable
+from pecobook.engine.finite_check import FiniteCheck
+from pecobook.engine.launch import deterministic, device_count, micro_batch_size
 from pecobook.engine.log import Progress, Sink, open_sinks, open_text_log
 from pecobook.engine.memory import advice
 from pecobook.engine.optim import build_optimizer, learning_rates, set_learning_rate, warmup_warning
@@ -107,7 +107,7 @@ class _Loop:
         if config.resume:
             folder = self.out / "checkpoints"
             self.start = checkpoint.load(folder, stage=stage, optimizer=self.optimizer, precision=self.precision)
-        self.agreement = Agreement(fabric.world_size, late=on_gpu)
+        self.finite_check = FiniteCheck(fabric.world_size, late=on_gpu)
         quiet = fabric.global_rank > 0
         self.progress = Progress(total=self.total, start=self.start, name=command, quiet=quiet)
         self.sinks: list[Sink] = []
@@ -124,7 +124,7 @@ class _Loop:
         if self.told_first and step < self.total:
             self._tell(self.told_first)
         try:
-            with Signals() as signals, repeatable(self.fabric.device, self.config.deterministic):
+            with Signals() as signals, deterministic(self.fabric.device, self.config.deterministic):
                 positions = self._positions(self.start, self.total)
                 batches = load(self.train, positions, workers=self.workers, pin=self.fabric.device.type == "cuda")
                 self._mark = time.monotonic()
@@ -156,7 +156,7 @@ class _Loop:
         self.model.train()
         loss, metrics = self._forward_backward(step, batches)
         norm = self._clip()
-        stop = self.agreement.after_backward(
+        stop = self.finite_check.after_backward(
             step + 1,
             loss,
             norm,
@@ -169,7 +169,7 @@ class _Loop:
         self.stage.after_step(done, self.total)
         every = (self.config.log_every, self.config.sample_every, self.config.save_every)
         if stop or any(is_time(done, n, self.total) for n in every):
-            stop |= self.agreement.settle()  # before this step is measured or saved
+            stop |= self.finite_check.wait()  # before this step is measured or saved
         if is_time(done, self.config.log_every, self.total):
             values = self._measure(done, {"loss": loss, **metrics}) | {"lr": lr, "grad_norm": float(norm)}
             self._report(done, values)

@@ -125,7 +125,7 @@ class Stage(nn.Module, Generic[C]):
     # ---------------------------------------------------------------------------------------------------- at the end
 
     def export(self, folder: Path, state: dict[str, Tensor]) -> str:
-        """Write the export folder from the full `state` of this stage; returns Python lines that load it."""
+        """Write the export folder from the full `state` of this stage; returns lines of Python that load it."""
         raise NotImplementedError
 
 

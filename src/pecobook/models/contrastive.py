@@ -81,7 +81,7 @@ def initialise_moco(network: nn.Module) -> None:
 
 
 @torch.no_grad()
-def follow(slow: nn.Module, fast: nn.Module, momentum: float) -> None:
+def ema_update(slow: nn.Module, fast: nn.Module, momentum: float) -> None:
     """Move every parameter of `slow` to momentum x its own + (1 - momentum) x that of `fast`."""
     for own, other in zip(slow.parameters(), fast.parameters(), strict=True):
         own.lerp_(other, 1 - momentum)

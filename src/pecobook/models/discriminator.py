@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pecobook.models.group_norm import GroupNorm, convolution_layout
+from pecobook.settings.codebook import AdversarialConfig
 
 
 class PatchDiscriminator(nn.Sequential):
@@ -16,13 +17,13 @@ class PatchDiscriminator(nn.Sequential):
     devices equal to the same batch on one.
 
     Args:
+        config: width, which each further layer doubles up to eight times; and the number of strided layers: a logit
+            sees 16, 34 or 70 pixels with 1, 2 or 3. Images need 3 x 2^num_layers pixels a side.
         in_channels: C.
-        width: channels of the first layer; each further one doubles them, up to eight times.
-        num_layers: strided layers; a logit sees 16, 34 or 70 pixels with 1, 2 or 3. Images need
-            3 x 2^num_layers pixels a side.
     """
 
-    def __init__(self, in_channels: int = 3, width: int = 64, num_layers: int = 3) -> None:
+    def __init__(self, config: AdversarialConfig, in_channels: int = 3) -> None:
+        width, num_layers = config.width, config.num_layers
         layers: list[nn.Module] = [nn.Conv2d(in_channels, width, 4, stride=2, padding=1), nn.LeakyReLU(0.2)]
         channels = width
         for level in range(1, num_layers + 1):

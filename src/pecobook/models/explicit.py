@@ -12,8 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pecobook.models.contrastive import contrastive_loss, follow, mlp
+from pecobook.models.contrastive import contrastive_loss, ema_update, mlp
 from pecobook.models.quantizer import VectorQuantizer
+from pecobook.settings.codebook import ExplicitConfig
 
 
 class CodewordClassifier(nn.Linear):
@@ -38,26 +39,15 @@ class CodewordContrast(nn.Module):
     Args:
         encoder: the trained one, of which a copy is taken.
         dim: D.
-        hidden_dim: hidden width of projector and predictor.
-        output_dim: width of the space in which views are compared.
-        temperature: of the softmax.
-        momentum: of the moving average.
+        config: widths of the heads, temperature and momentum.
     """
 
-    def __init__(
-        self,
-        encoder: nn.Module,
-        dim: int,
-        *,
-        hidden_dim: int = 2048,
-        output_dim: int = 256,
-        temperature: float = 0.2,
-        momentum: float = 0.99,
-    ) -> None:
+    def __init__(self, encoder: nn.Module, dim: int, config: ExplicitConfig) -> None:
         super().__init__()
-        self.temperature, self.momentum = temperature, momentum
-        self.projector = mlp([dim, hidden_dim, output_dim], final_norm=True)
-        self.predictor = mlp([output_dim, hidden_dim, output_dim], final_norm=False)
+        self.config = config
+        hidden, out = config.hidden_dim, config.output_dim
+        self.projector = mlp([dim, hidden, out], final_norm=True)
+        self.predictor = mlp([out, hidden, out], final_norm=False)
         self.momentum_encoder = copy.deepcopy(encoder).requires_grad_(False)
         self.momentum_projector = copy.deepcopy(self.projector).requires_grad_(False)
 
@@ -74,9 +64,9 @@ class CodewordContrast(nn.Module):
         The first B of the keys (N, out) belong to them.
         """
         queries = self.predictor(self.projector(quantized.mean((2, 3))))
-        return contrastive_loss(queries, keys, self.temperature)
+        return contrastive_loss(queries, keys, self.config.temperature)
 
     def after_step(self, encoder: nn.Module) -> None:
         """Move encoder and projector of the keys towards the trained ones."""
-        follow(self.momentum_encoder, encoder, self.momentum)
-        follow(self.momentum_projector, self.projector, self.momentum)
+        ema_update(self.momentum_encoder, encoder, self.config.momentum)
+        ema_update(self.momentum_projector, self.projector, self.config.momentum)

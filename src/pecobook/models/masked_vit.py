@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from pecobook.errors import WeightsError
+from pecobook.settings.pretrain import DecoderConfig
 
 
 def masked_positions(mask: Tensor, num_masked: int) -> Tensor:
@@ -163,17 +164,13 @@ class VisibleOnlyModel(nn.Module):
     Args:
         backbone: a timm ViT with absolute positions and without head. Relative positions (BEiT's) are of a full grid.
         vocab_size: K, or the numbers of one patch.
-        depth: blocks of the decoder.
-        width: of the decoder.
-        num_heads: of the decoder.
+        config: the decoder.
 
     Raises:
         WeightsError: the backbone has no absolute positions, or pools by attention.
     """
 
-    def __init__(
-        self, backbone: nn.Module, vocab_size: int, *, depth: int = 8, width: int = 512, num_heads: int = 16
-    ) -> None:
+    def __init__(self, backbone: nn.Module, vocab_size: int, config: DecoderConfig = DecoderConfig()) -> None:
         super().__init__()
         from timm.layers import build_sincos2d_pos_embed
         from timm.models.vision_transformer import Block
@@ -188,9 +185,10 @@ class VisibleOnlyModel(nn.Module):
         self.backbone = backbone
         self._keep = _Keep(int(backbone.num_prefix_tokens))  # type: ignore[arg-type]
         backbone.patch_drop = self._keep
+        width = config.width
         self.embed = nn.Linear(int(backbone.embed_dim), width)  # type: ignore[arg-type]
         self.mask_token = nn.Parameter(torch.zeros(width))
-        self.decoder = nn.Sequential(*(Block(width, num_heads, qkv_bias=True) for _ in range(depth)))
+        self.decoder = nn.Sequential(*(Block(width, config.num_heads, qkv_bias=True) for _ in range(config.depth)))
         self.norm = nn.LayerNorm(width)
         self.head = nn.Linear(width, vocab_size)
         self.register_buffer("positions", build_sincos2d_pos_embed(list(self.grid), dim=width), persistent=False)

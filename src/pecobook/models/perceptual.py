@@ -11,7 +11,9 @@ B batch, H W image side, L layers, C_l H_l W_l shape of layer l's features.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -19,30 +21,25 @@ from torch import Tensor, nn
 
 from pecobook.errors import WeightsError, first_line
 from pecobook.models.feature_networks import check_maps, open_features
-from pecobook.settings.perceptual import Normalisation, PerceptualConfig
+from pecobook.settings.perceptual import Normalisation, PerceptualConfig, PerceptualDistanceConfig
 
 
 class PerceptualDistance(nn.Module):
     """Distance between images in the features of a frozen network.
 
     Args:
-        network: `timm:NAME`, `torchvision:NAME`, a pecobook run (contrast, pretrain or finetune), or a module of yours.
-        layers: numbers from 1: blocks of a transformer, stages of a convolutional network (the paper's are 3, 6, 9, 12
-            of a ViT-B, and all stages of a ResNet or VGG); or names of nodes of a torchvision network or a module.
+        network: `timm:NAME`, `torchvision:NAME`, a pecobook run (contrast, pretrain or finetune), or a module of yours;
+            or all settings in one object.
+        layers: numbers from 1 (the paper's are 3, 6, 9, 12 of a ViT-B, and all stages of a ResNet or VGG), or names of
+            nodes of a torchvision network or a module.
         weights: None for the network's own weights, a local file, or `random` for the control that shows what the
             architecture alone brings.
-        shuffle: permute the entries of each matrix and kernel of the weights; the other control, which keeps how their
-            values are distributed, and biases, norms and statistics.
-        normalisation: of the activations, see above.
-        input_size: side to which images are resized first; None keeps their size, or takes the network's where it
-            works at one size only.
-        mean: of the input's normalisation, RGB in [0, 1]; None takes the network's own.
-        std: the same.
-        bgr: turn the channels around after the normalisation, for networks of Caffe's times.
         seed: of random weights and of the permutation.
+        settings: further fields of `PerceptualDistanceConfig`, by name; None leaves one as it is.
 
     Raises:
         WeightsError: unknown network, missing weights, or a layer that the network lacks.
+        ConfigError: a setting out of its range.
     """
 
     mean: Tensor
@@ -50,31 +47,32 @@ class PerceptualDistance(nn.Module):
 
     def __init__(
         self,
-        network: str | nn.Module,
-        layers: Sequence[int | str] = (3, 6, 9, 12),
+        network: str | nn.Module | PerceptualDistanceConfig,
+        layers: Sequence[int | str] | None = None,
         weights: str | None = None,
         *,
-        shuffle: bool = False,
-        normalisation: Normalisation = "unit-rms",
-        input_size: int | None = None,
-        mean: Sequence[float] | None = None,
-        std: Sequence[float] | None = None,
-        bgr: bool = False,
         seed: int = 0,
+        **settings: Any,
     ) -> None:
         super().__init__()
+        if isinstance(network, PerceptualDistanceConfig):
+            config = network
+        else:
+            config = PerceptualDistanceConfig(network=network if isinstance(network, str) else "")
+        given = {"layers": layers and tuple(layers), "weights": weights, **settings}
+        self.config = config = dataclasses.replace(config, **{k: v for k, v in given.items() if v is not None})
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            opened = open_features(network, layers, weights)
-            if shuffle:
+            source = network if isinstance(network, nn.Module) else config.network
+            opened = open_features(source, config.layers, config.weights or None)
+            if config.shuffle:
                 shuffle_weights(opened.network)
         # Convolutions are faster with channels last; a transformer's patches do not care.
         self.network = opened.network.to(memory_format=torch.channels_last)
         self.network.eval().requires_grad_(False)
-        self.layers, self.normalisation, self.bgr = tuple(layers), normalisation, bgr
-        self.input_size = input_size or opened.input_size
-        self.register_buffer("mean", torch.tensor(mean or opened.mean)[:, None, None], persistent=False)
-        self.register_buffer("std", torch.tensor(std or opened.std)[:, None, None], persistent=False)
+        self.input_size = config.input_size or opened.input_size
+        self.register_buffer("mean", torch.tensor(config.mean or opened.mean)[:, None, None], persistent=False)
+        self.register_buffer("std", torch.tensor(config.std or opened.std)[:, None, None], persistent=False)
 
     def train(self, mode: bool = True) -> PerceptualDistance:  # noqa: ARG002
         """A frozen network never leaves evaluation mode: its batch statistics must not follow our images."""
@@ -86,14 +84,14 @@ class PerceptualDistance(nn.Module):
         if images.shape[-2:] != shape:
             images = F.interpolate(images, shape, mode="bicubic", antialias=True, align_corners=False)
         images = (images - self.mean) / self.std  # grey (B, 1, H, W) becomes (B, 3, H, W) here
-        found = self.network(images.flip(1) if self.bgr else images)
-        return [normalise(feature.float(), self.normalisation) for feature in found]
+        found = self.network(images.flip(1) if self.config.bgr else images)
+        return [normalise(feature.float(), self.config.normalisation) for feature in found]
 
     @torch.no_grad()
     def check(self, height: int, width: int) -> None:
         """Raise WeightsError when images of this size give no features (too small, or of a layer without place)."""
         try:
-            check_maps(self.network(torch.zeros(1, 3, *self._input_shape(height, width))), self.layers)
+            check_maps(self.network(torch.zeros(1, 3, *self._input_shape(height, width))), self.config.layers)
         except RuntimeError as error:
             raise WeightsError(
                 f"The perceptual network cannot read images of {height} x {width} pixels ({first_line(error)}): "
@@ -138,17 +136,4 @@ def normalise(feature: Tensor, how: Normalisation) -> Tensor:
 
 def perceptual_distance(config: PerceptualConfig, seed: int) -> PerceptualDistance | None:
     """The distance that the settings name, None for none."""
-    if config.network == "none" or config.weight == 0:
-        return None
-    return PerceptualDistance(
-        config.network,
-        config.layers,
-        config.weights or None,
-        shuffle=config.shuffle,
-        normalisation=config.normalisation,
-        input_size=config.input_size or None,
-        mean=config.mean or None,
-        std=config.std or None,
-        bgr=config.bgr,
-        seed=seed,
-    )
+    return None if config.network == "none" or config.weight == 0 else PerceptualDistance(config, seed=seed)

@@ -13,7 +13,8 @@ With `learning="gradient"` the codebook is a parameter instead, and the middle t
 
 from __future__ import annotations
 
-from typing import Any, Literal, NamedTuple
+import dataclasses
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -21,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pecobook.models.nearest import nearest_codeword
-from pecobook.settings.tokenizer import SearchPrecision
+from pecobook.settings.tokenizer import VectorQuantizerConfig
 from pecobook.utils.distributed import gather_rows, world_size
 
 _KMEANS_ITERATIONS = 10
@@ -50,16 +51,15 @@ class VectorQuantizer(nn.Module):
     it, since otherwise the next update would pull it straight back.
 
     Args:
-        num_codewords: K.
+        num_codewords: K; or all settings in one object.
         dim: D.
-        decay: of the moving averages.
-        eps: Laplace smoothing of the counts.
-        revive_after: updates without use after which a codeword is dead; 0 never revives.
-        start_after: updates during which vectors pass unquantised, so that k-means finds features worth clustering.
         seed: of the k-means start and of the choice of replacements; the same on all ranks.
-        learning: `ema`, or `gradient` for equation 3 as printed: add `codebook_loss` to the loss, and give the module's
-            parameter to the optimizer. Counts then only tell what is used and what is dead.
-        precision: of the search in training, as `nearest_codeword`'s.
+        settings: further fields of `VectorQuantizerConfig`, by name. With `learning="gradient"` add `codebook_loss` to
+            the loss, and give the module's parameter to the optimizer; counts then only tell what is used and what is
+            dead.
+
+    Raises:
+        ConfigError: a setting out of its range.
     """
 
     codebook: Tensor  # (K, D)
@@ -71,39 +71,28 @@ class VectorQuantizer(nn.Module):
     num_updates: Tensor  # int64 ()
     num_revived: Tensor  # int64 ()
 
-    def __init__(
-        self,
-        num_codewords: int,
-        dim: int,
-        *,
-        decay: float = 0.99,
-        eps: float = 1e-5,
-        revive_after: int = 100,
-        start_after: int = 0,
-        seed: int = 0,
-        learning: Literal["ema", "gradient"] = "ema",
-        precision: SearchPrecision = "fp32",
-    ) -> None:
+    def __init__(self, num_codewords: int | VectorQuantizerConfig, dim: int, *, seed: int = 0, **settings: Any) -> None:
         super().__init__()
-        self.num_codewords, self.dim, self.learning = num_codewords, dim, learning
-        self.decay, self.eps, self.revive_after, self.seed = decay, eps, revive_after, seed
-        self.start_after, self.precision = start_after, precision
-        start = torch.randn(num_codewords, dim) / dim**0.5
-        if learning == "gradient":
+        if not isinstance(num_codewords, VectorQuantizerConfig):
+            num_codewords = VectorQuantizerConfig(num_codewords=num_codewords)
+        self.config = dataclasses.replace(num_codewords, **settings)
+        self.num_codewords, self.dim, self.seed = self.config.num_codewords, dim, seed
+        start = torch.randn(self.num_codewords, dim) / dim**0.5
+        if self.config.learning == "gradient":
             self.register_parameter("codebook", nn.Parameter(start))
         else:
             self.register_buffer("codebook", start)
-        self.register_buffer("ema_count", torch.zeros(num_codewords))
-        self.register_buffer("ema_sum", torch.zeros(num_codewords, dim))
-        self.register_buffer("idle", torch.zeros(num_codewords, dtype=torch.int64))
-        self.register_buffer("usage", torch.zeros(num_codewords))
-        self.register_buffer("unused", torch.zeros(num_codewords, dtype=torch.int64))
+        self.register_buffer("ema_count", torch.zeros(self.num_codewords))
+        self.register_buffer("ema_sum", torch.zeros(self.num_codewords, dim))
+        self.register_buffer("idle", torch.zeros(self.num_codewords, dtype=torch.int64))
+        self.register_buffer("usage", torch.zeros(self.num_codewords))
+        self.register_buffer("unused", torch.zeros(self.num_codewords, dtype=torch.int64))
         self.register_buffer("num_updates", torch.zeros((), dtype=torch.int64))
         self.register_buffer("num_revived", torch.zeros((), dtype=torch.int64))
         # Python mirrors of what the buffers say, so that no step has to ask the device.
         self._started = self._warming = False
         self._steps = 0
-        self._unquantised = start_after > 0  # `forward` reads no count: torch.compile would compile anew at each step
+        self._unquantised = self.config.start_after > 0  # `forward` reads no count: each step would be compiled anew
         self._start_rows = 0  # vectors that the start has seen, in the step that starts
         self._seen: tuple[Tensor, Tensor] | None = None  # vectors (N, D) and codes (N,) since the last update
 
@@ -120,12 +109,13 @@ class VectorQuantizer(nn.Module):
             vectors = z.permute(0, 2, 3, 1).reshape(-1, self.dim)  # (N, D)
             if self.training and not self._started:
                 self._start(vectors.detach())
-            codes = nearest_codeword(vectors, self.codebook, precision=self.precision)  # (N,)
+            codes = nearest_codeword(vectors, self.codebook, precision=self.config.precision)  # (N,)
             if self.training:
                 self._remember(vectors.detach(), codes)
             quantized = self.lookup(codes.view(B, h, w))  # (B, D, h, w)
             commitment = F.mse_loss(z, quantized.detach())
-            codebook_loss = F.mse_loss(quantized, z.detach()) if self.learning == "gradient" else commitment.detach()
+            by_gradient = self.config.learning == "gradient"
+            codebook_loss = F.mse_loss(quantized, z.detach()) if by_gradient else commitment.detach()
             # Straight-through: forward is the codeword, backward is the identity.
             quantized = z + (quantized - z).detach()
         return Quantized(quantized, codes.view(B, h, w), commitment, codebook_loss)
@@ -136,7 +126,7 @@ class VectorQuantizer(nn.Module):
         if self.training and not self._started:
             return z.float()
         B, D, h, w = z.shape
-        codes = nearest_codeword(z.permute(0, 2, 3, 1).reshape(-1, D), self.codebook, precision=self.precision)
+        codes = nearest_codeword(z.permute(0, 2, 3, 1).reshape(-1, D), self.codebook, precision=self.config.precision)
         return self.lookup(codes.view(B, h, w))
 
     def lookup(self, codes: Tensor) -> Tensor:
@@ -148,18 +138,19 @@ class VectorQuantizer(nn.Module):
     @torch.no_grad()
     def update(self) -> None:
         """Move the codebook by the vectors since the last call, on all ranks. Once an optimizer step."""
+        own = self.config
         if self._warming:
             self._warming = False
             self.num_updates.add_(1)
             self._steps += 1
-            self._unquantised = self._steps < self.start_after
+            self._unquantised = self._steps < own.start_after
         if self._seen is None:
             return
         vectors, codes = self._seen
         self._seen = None
         if 0 < self._start_rows < len(vectors):  # the start saw the first of several micro-batches: now it sees all
             self._start(vectors)
-            codes = nearest_codeword(vectors, self.codebook, precision=self.precision)
+            codes = nearest_codeword(vectors, self.codebook, precision=own.precision)
         self._start_rows = 0
         # Never a one-hot matrix (N, K).
         counts = torch.zeros_like(self.ema_count).index_add_(0, codes, vectors.new_ones(len(codes)))
@@ -167,20 +158,20 @@ class VectorQuantizer(nn.Module):
         if world_size() > 1:
             dist.all_reduce(counts)
             dist.all_reduce(sums)
-        self.ema_count.lerp_(counts, 1 - self.decay)
-        self.ema_sum.lerp_(sums, 1 - self.decay)
-        if self.learning == "ema":
+        self.ema_count.lerp_(counts, 1 - own.decay)
+        self.ema_sum.lerp_(sums, 1 - own.decay)
+        if own.learning == "ema":
             total = self.ema_count.sum()
-            smoothed = (self.ema_count + self.eps) / (total + self.num_codewords * self.eps) * total  # (K,)
+            smoothed = (self.ema_count + own.eps) / (total + self.num_codewords * own.eps) * total  # (K,)
             # An unused codeword keeps its place: its sum and count fade alike, but smoothing would pull it to 0.
             used = (counts > 0)[:, None]
             self.codebook.copy_(torch.where(used, self.ema_sum / smoothed.clamp_min(1e-12)[:, None], self.codebook))
-        self.usage.lerp_(counts, 1 - self.decay)
+        self.usage.lerp_(counts, 1 - own.decay)
         for since in (self.idle, self.unused):
             since.add_(1).masked_fill_(counts > 0, 0)
         self.num_updates.add_(1)
         self._steps += 1
-        if self.revive_after and self._steps % _REVIVE_EVERY == 0:
+        if own.revive_after and self._steps % _REVIVE_EVERY == 0:
             self._revive(vectors)
 
     def _remember(self, vectors: Tensor, codes: Tensor) -> None:
@@ -208,7 +199,7 @@ class VectorQuantizer(nn.Module):
 
     def _revive(self, vectors: Tensor) -> None:
         """Replace dead codewords by vectors of this step."""
-        dead = self.idle >= self.revive_after
+        dead = self.idle >= self.config.revive_after
         number = int(dead.sum())
         if number == 0:
             return
@@ -232,7 +223,7 @@ class VectorQuantizer(nn.Module):
     def _load_from_state_dict(self, *args: Any) -> None:
         super()._load_from_state_dict(*args)
         self._steps = int(self.num_updates)
-        self._unquantised = self._steps < self.start_after
+        self._unquantised = self._steps < self.config.start_after
         self._started, self._start_rows = bool(self.ema_count.sum() > 0), 0
         self._seen = None
 

@@ -4,43 +4,31 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
-from pecobook.errors import ConfigError, WeightsError, first_line
 from pecobook.models.autoencoder import Decoder, Encoder
+from pecobook.models.export import Card, Exported
 from pecobook.models.nearest import nearest_codeword
 from pecobook.models.quantizer import VectorQuantizer
 from pecobook.models.vit_autoencoder import ViTDecoder, ViTEncoder
-from pecobook.models.weights import read_export, write_export
 from pecobook.settings.tokenizer import AutoencoderConfig, TokenizerConfig
 from pecobook.settings.values import replace, to_dict
 from pecobook.utils.devices import exporting
 
-_CARD = """---
-library_name: pecobook
-tags: [vector-quantization, image-tokenizer, peco]
----
-# A perceptual tokenizer
 
-{codewords} codewords of dimension {dim}; one token for {stride} x {stride} pixels; trained at {size} pixels.
-{origin}
-```python
-from pecobook import PerceptualTokenizer
-tokenizer = PerceptualTokenizer.from_pretrained("{path}")
-codes = tokenizer.encode(images)  # float (B, {channels}, H, W) in [0, 1] -> int64 (B, H / {stride}, W / {stride})
-```
-"""
-
-
-class PerceptualTokenizer(nn.Module):
+class PerceptualTokenizer(Exported):
     """Images to codes and back.
 
     Args:
         config: its shape.
         quantizer: the codebook; None makes one with the default settings.
     """
+
+    kind = "tokenizer"
+    comes_from = "codebook"
 
     def __init__(self, config: TokenizerConfig, quantizer: VectorQuantizer | None = None) -> None:
         super().__init__()
@@ -115,65 +103,54 @@ class PerceptualTokenizer(nn.Module):
 
     # ------------------------------------------------------------------------------------------------ saving, loading
 
-    def save_pretrained(self, folder: str | Path, *, shown_path: str = "path/to/this/folder", origin: str = "") -> None:
-        """Write `model.safetensors`, `config.json` and a model card.
-
-        The card's example loads from `shown_path`, and `origin` is a paragraph on how it was trained.
-        """
-        state = {name: value for name, value in self.state_dict().items() if name not in TRAINING_ONLY}
-        card = _CARD.format(
-            codewords=self.config.num_codewords,
-            dim=self.config.model.latent_dim,
-            stride=self.stride,
-            size=self.image_size,
-            path=shown_path,
-            channels=self.in_channels,
-            origin=f"\n{origin}\n" if origin else "",
-        )
-        write_export(Path(folder), {"kind": "tokenizer", **to_dict(self.config)}, state, card)
+    def settings(self) -> dict[str, Any]:
+        """Its shape, as plain values."""
+        return to_dict(self.config)
 
     @classmethod
-    def from_pretrained(cls, source: str | Path) -> PerceptualTokenizer:
-        """Load from a run folder, an export folder, or `owner/name` on the Hugging Face hub; in evaluation mode.
+    def rebuild(cls, settings: dict[str, Any]) -> Self:
+        """The tokenizer of this shape, with random weights. Raises ConfigError."""
+        return cls(replace(TokenizerConfig(), settings))
+
+    @classmethod
+    def is_exported(cls, name: str) -> bool:
+        """Whether more than training reads it."""
+        return name not in TRAINING_ONLY
+
+    @classmethod
+    def from_pretrained(cls, source: str | Path) -> Self:
+        """Load from a run folder, an export folder, or `owner/name` on the Hugging Face hub.
+
+        It is in evaluation mode, and its parameters take no gradient.
 
         Raises:
             WeightsError: there is none, it is damaged, or it is not a tokenizer.
         """
-        folder = Path(source)
-        if not folder.exists() and str(source).count("/") == 1 and not str(source).startswith((".", "/")):
-            folder = _download(str(source))
-        config, state = read_export(folder)
-        if config.pop("kind", None) != "tokenizer":
-            raise WeightsError(f"'{source}' is not a tokenizer: give the folder of a codebook run.")
-        try:
-            tokenizer = cls(replace(TokenizerConfig(), config))
-            missing, unknown = tokenizer.load_state_dict(state, strict=False)
-        except (ConfigError, RuntimeError) as error:
-            raise WeightsError(f"The tokenizer in '{source}' is damaged: {error}") from None
-        if unknown or set(missing) - TRAINING_ONLY:
-            raise WeightsError(
-                f"The tokenizer in '{source}' is damaged: {sorted(set(missing) - TRAINING_ONLY) or unknown}"
-            )
-        return tokenizer.eval().requires_grad_(False)
+        return super().from_pretrained(source).requires_grad_(False)
+
+    def lines(self, source: str) -> str:
+        """Python that loads it from the folder `source`, or from the hub's repository of that name."""
+        return f'from pecobook import PerceptualTokenizer\ntokenizer = PerceptualTokenizer.from_pretrained("{source}")'
+
+    def card(self, origin: str) -> Card:
+        """Its size, and how it was trained."""
+        size = (
+            f"{self.num_codewords} codewords of dimension {self.config.model.latent_dim}; "
+            f"one token for {self.stride} x {self.stride} pixels; trained at {self.image_size} pixels."
+        )
+        return Card(
+            title="A perceptual tokenizer",
+            text=f"{size}\n\n{origin}" if origin else size,
+            usage=f"codes = tokenizer.encode(images)  # float (B, {self.in_channels}, H, W) in [0, 1] -> "
+            f"int64 (B, H / {self.stride}, W / {self.stride})",
+            tags=("vector-quantization", "image-tokenizer", "peco"),
+        )
 
     def export_onnx(self, folder: str | Path) -> tuple[Path, Path]:
         """Write `encoder.onnx` and `decoder.onnx`; see `pecobook.models.onnx`. Raises PecobookError."""
         from pecobook.models.onnx import export_onnx
 
         return export_onnx(self, folder)
-
-    def push_to_hub(self, repo_id: str, *, private: bool = False) -> str:
-        """Upload to the Hugging Face hub as `owner/name`; returns the address."""
-        import tempfile
-
-        from huggingface_hub import HfApi
-
-        api = HfApi()
-        url = api.create_repo(repo_id, private=private, exist_ok=True)
-        with tempfile.TemporaryDirectory() as folder:
-            self.save_pretrained(folder, shown_path=repo_id)
-            api.upload_folder(repo_id=repo_id, folder_path=folder)
-        return str(url)
 
 
 def in_parts(function: Callable[[Tensor], Tensor], rows: Tensor, batch_size: int, device: torch.device) -> Tensor:
@@ -188,16 +165,6 @@ def in_parts(function: Callable[[Tensor], Tensor], rows: Tensor, batch_size: int
 TRAINING_ONLY = frozenset(
     f"quantizer.{name}" for name in ("ema_count", "ema_sum", "idle", "usage", "unused", "num_updates", "num_revived")
 )
-
-
-def _download(repo_id: str) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    try:
-        return Path(snapshot_download(repo_id, allow_patterns=["model.safetensors", "config.json"]))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        raise WeightsError(f"There is no run '{repo_id}' here, and the hub gives none ({first_line(error)}).") from None
 
 
 def build_autoencoder(config: AutoencoderConfig) -> tuple[nn.Module, nn.Module]:

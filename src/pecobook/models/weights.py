@@ -1,72 +1,149 @@
-"""Networks by name: timm's, or a backbone that a run of pecobook exported; and what an export folder holds.
-
-An export folder is `model.safetensors`, `config.json` and `README.md`. Nothing here unpickles code.
-"""
+"""Networks by name: timm's, or a backbone that a run of pecobook exported. Nothing here unpickles code."""
 
 from __future__ import annotations
 
-import dataclasses
-import json
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from torch import Tensor, nn
 
 from pecobook.errors import ConfigError, WeightsError, did_you_mean, first_line
 from pecobook.models.checkpoints import is_moco, load_state, read_weights
+from pecobook.models.export import Card, Exported, read_export
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # timm's default
 
 
-@dataclasses.dataclass(frozen=True)
-class Backbone:
-    """A network without its head, and the input it was made for."""
+class Backbone(Exported):
+    """A network without its head, and the input it was made for.
 
-    network: nn.Module
-    """A timm network with `forward_features` and `forward_intermediates`."""
-    name: str
-    args: dict[str, Any]
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-    image_size: int | None
-    """Side it was trained at, pixels; None when any will do."""
+    Args:
+        network: a timm network with `forward_features` and `forward_intermediates`.
+        name: timm's.
+        args: further arguments of timm.create_model.
+        mean: of the input's normalisation, RGB in [0, 1].
+        std: the same.
+        image_size: side it was trained at, pixels; None when any will do.
+        target: what it predicted of hidden patches, where it was pre-trained so.
+    """
+
+    kind = "backbone"
+    comes_from = "contrast or pretrain"
+
+    def __init__(
+        self,
+        network: nn.Module,
+        name: str,
+        args: dict[str, Any],
+        mean: tuple[float, ...],
+        std: tuple[float, ...],
+        image_size: int | None,
+        *,
+        target: str = "",
+    ) -> None:
+        super().__init__()
+        self.network, self.name, self.args, self.target = network, name, args, target
+        self.mean, self.std, self.image_size = mean, std, image_size
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Float images (B, 3, H, W) in [0, 1] to pooled features (B, F), or to logits of a classifier."""
+        mean, std = (images.new_tensor(values)[:, None, None] for values in (self.mean, self.std))
+        return self.network((images - mean) / std)  # type: ignore[no-any-return]
+
+    @property
+    def body(self) -> nn.Module:
+        """The network: an export is a plain timm state dict."""
+        return self.network
+
+    def settings(self) -> dict[str, Any]:
+        """Its name, arguments and input."""
+        own = {"name": self.name, "args": self.args, "mean": list(self.mean), "std": list(self.std)}
+        return {**own, "image_size": self.image_size, **({"target": self.target} if self.target else {})}
+
+    @classmethod
+    def rebuild(cls, settings: dict[str, Any]) -> Self:
+        """The network that `settings` describes, with random weights."""
+        network = create(settings["name"], num_classes=len(settings.get("classes", ())), **settings["args"])
+        values: dict[str, Any] = {
+            name: tuple(value) if isinstance(value, list) else value for name, value in settings.items()
+        }
+        return cls(network, **values)
+
+    def load_exported(self, state: dict[str, Tensor]) -> None:
+        """Take the weights of an export. Raises WeightsError when they do not fit."""
+        load_state(self.network, state, source="model.safetensors")
+
+    def _num_classes(self) -> int:
+        return 0
+
+    def lines(self, source: str) -> str:
+        """Python that loads the plain timm network from the export folder `source`."""
+        return "import timm, safetensors.torch\n" + self._timm_lines(f'"{source}/model.safetensors"')
+
+    def hub_lines(self, repo_id: str) -> str:
+        """Python that loads the plain timm network from the hub's repository `repo_id`."""
+        file = f'huggingface_hub.hf_hub_download("{repo_id}", "model.safetensors")'
+        return "import huggingface_hub, timm, safetensors.torch\n" + self._timm_lines(file)
+
+    def _timm_lines(self, file: str) -> str:
+        made = {"num_classes": self._num_classes(), **self.args}
+        arguments = "".join(f", {key}={value!r}" for key, value in made.items())
+        return (
+            f'model = timm.create_model("{self.name}"{arguments})\n'
+            f"model.load_state_dict(safetensors.torch.load_file({file}))"
+        )
+
+    def card(self, origin: str) -> Card:
+        """Its name, origin and input."""
+        tag = origin.lower().replace(" ", "-")
+        return Card(
+            title=f"{self.name}, trained by {origin or 'pecobook'}",
+            text=f"A plain timm network, trained at {self.image_size} pixels. Input: RGB in [0, 1], minus mean "
+            f"{self.mean}, divided by std {self.std}.",
+            tags=("pecobook", tag) if tag else ("pecobook",),
+            pipeline="image-classification" if self._num_classes() else "image-feature-extraction",
+            library="timm",
+        )
 
 
-def export_folder(path: str | Path) -> Path:
-    """The export folder of a run, or the folder itself. Raises WeightsError when there is none."""
-    folder = Path(path)
-    for candidate in (folder / "export", folder):
-        if (candidate / "model.safetensors").is_file() and (candidate / "config.json").is_file():
-            return candidate
-    if not folder.exists():
-        raise WeightsError(f"There is no run '{path}'. Give a run folder of pecobook or timm:NAME.")
-    raise WeightsError(
-        f"'{path}' holds no export/model.safetensors: it is not a finished run. Finish it with --resume."
-    )
+class Classifier(Backbone):
+    """A network with its head: images to logits of classes.
 
+    Args:
+        network: a timm network.
+        name: timm's.
+        args: further arguments of timm.create_model.
+        mean: of the input's normalisation, RGB in [0, 1].
+        std: the same.
+        image_size: side it was trained at, pixels.
+        classes: their names.
+        crop: share of an image's shorter side that it was evaluated on.
+    """
 
-def read_settings(path: str | Path) -> dict[str, Any]:
-    """Settings of an export folder, without its weights. Raises WeightsError when it is missing or damaged."""
-    folder = export_folder(path)
-    try:
-        config = json.loads((folder / "config.json").read_text())
-        if not isinstance(config, dict):
-            raise ValueError("config.json holds no JSON object")
-    except (OSError, ValueError) as error:
-        raise WeightsError(f"The export in '{folder}' cannot be read: {error}") from None
-    return config
+    kind = "classifier"
+    comes_from = "finetune"
 
+    def __init__(
+        self,
+        network: nn.Module,
+        name: str,
+        args: dict[str, Any],
+        mean: tuple[float, ...],
+        std: tuple[float, ...],
+        image_size: int | None,
+        *,
+        classes: tuple[str, ...],
+        crop: float = 1.0,
+    ) -> None:
+        super().__init__(network, name, args, mean, std, image_size)
+        self.classes, self.crop = classes, crop
 
-def read_export(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Settings and weights of an export folder. Raises WeightsError when it is missing or damaged."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
+    def settings(self) -> dict[str, Any]:
+        """Its name, arguments, input and classes."""
+        return {**super().settings(), "classes": list(self.classes), "crop": self.crop}
 
-    config, folder = read_settings(path), export_folder(path)
-    try:
-        return config, load_file(folder / "model.safetensors")
-    except (OSError, SafetensorError) as error:
-        raise WeightsError(f"The export in '{folder}' cannot be read: {error}") from None
+    def _num_classes(self) -> int:
+        return len(self.classes)
 
 
 def exported_network(settings: dict[str, Any], state: dict[str, Tensor], source: str) -> nn.Module:
@@ -78,95 +155,6 @@ def exported_network(settings: dict[str, Any], state: dict[str, Tensor], source:
     network = create(settings["name"], num_classes=len(settings.get("classes", ())), **settings["args"])
     load_state(network, state, source=source)
     return network.eval()
-
-
-def write_tensors(file: Path, tensors: dict[str, Tensor]) -> None:
-    """Write a safetensors file, whole or not at all."""
-    from safetensors.torch import save
-
-    from pecobook.utils.files import write_atomically
-
-    file.parent.mkdir(parents=True, exist_ok=True)
-    own = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
-    write_atomically(file, save(own, metadata={"format": "pt"}))
-
-
-def write_export(folder: Path, config: dict[str, Any], state: dict[str, Tensor], card: str) -> None:
-    """Write an export folder."""
-    from pecobook.utils.files import write_atomically
-
-    write_tensors(folder / "model.safetensors", state)
-    write_atomically(folder / "README.md", card.encode())
-    # Last, since its presence makes the folder an export.
-    write_atomically(folder / "config.json", (json.dumps(config, indent=2) + "\n").encode())
-
-
-_CARD = """---
-library_name: timm
-tags: [pecobook, {origin_tag}]
----
-# {name}, trained by {origin}
-
-A plain timm network, trained at {image_size} pixels. Input: RGB in [0, 1], minus mean {mean}, divided by std {std}.
-
-```python
-{lines}
-```
-"""
-
-
-def export_backbone(
-    folder: Path,
-    state: dict[str, Tensor],
-    *,
-    name: str,
-    args: dict[str, Any],
-    image_size: int,
-    origin: str,
-    classes: tuple[str, ...] | None = None,
-    crop: float = 1.0,
-    target: str = "",
-    mean: tuple[float, ...] = IMAGENET_MEAN,
-    std: tuple[float, ...] = IMAGENET_STD,
-) -> str:
-    """Write a timm network as an export folder.
-
-    Args:
-        folder: where to.
-        state: plain timm state dict.
-        name: timm's name of the network.
-        args: further arguments of timm.create_model.
-        image_size: side it was trained at, pixels.
-        origin: what trained it, for the card.
-        classes: names of the classes when it has a head.
-        crop: share of an image's shorter side that a classifier was evaluated on.
-        target: what it predicted of hidden patches, where it was pre-trained so.
-        mean: of the input's normalisation.
-        std: of the input's normalisation.
-
-    Returns:
-        The lines of Python that load it, with `{path}` where the run folder goes.
-    """
-    made = {"num_classes": len(classes) if classes else 0, **args}
-    arguments = "".join(f", {key}={value!r}" for key, value in made.items())
-    lines = (
-        "import timm, safetensors.torch\n"
-        f'model = timm.create_model("{name}"{arguments})\n'
-        'model.load_state_dict(safetensors.torch.load_file("{path}/export/model.safetensors"))'
-    )
-    config: dict[str, Any] = {"kind": "classifier" if classes else "backbone", "name": name, "args": args}
-    config |= {"mean": list(mean), "std": list(std), "image_size": image_size}
-    if classes:
-        config |= {"classes": list(classes), "crop": crop}
-    if target:
-        config["target"] = target
-    shown = lines.replace("{path}/export/", "")
-    tag = origin.lower().replace(" ", "-")
-    card = _CARD.format(
-        name=name, origin=origin, origin_tag=tag, image_size=image_size, mean=mean, std=std, lines=shown
-    )
-    write_export(folder, config, state, card)
-    return lines.replace("{", "{{").replace("}", "}}").replace("{{path}}", "{path}")
 
 
 def create(name: str, *, pretrained: bool = False, **kwargs: Any) -> nn.Module:

@@ -6,6 +6,7 @@ say. `tiny` is the same code with smaller numbers: about a minute on 2 cores, an
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any, TypeAlias
 
@@ -82,10 +83,17 @@ def tokenize(name: str = DEFAULT_RECIPE) -> TokenizeConfig:
     return TokenizeConfig(**{name: getattr(base, name) for name in names})
 
 
+def claim(command: str, name: str) -> str:
+    """What a recipe claims, in one sentence."""
+    return story(command, name).splitlines()[0]
+
+
+def story(command: str, name: str) -> str:
+    """All that a recipe says of itself: claim, source, command, cost, result. Raises ConfigError for an unknown one."""
+    recipe(command, name)
+    return inspect.getdoc(RECIPES[command][name]) or ""
+
+
 def claims() -> list[tuple[str, str, str]]:
-    """Command, name and claim (the docstring's first line) of every recipe."""
-    return [
-        (command, name, (function.__doc__ or "").strip().splitlines()[0])
-        for command, recipes in RECIPES.items()
-        for name, function in recipes.items()
-    ]
+    """Command, name and claim of every recipe."""
+    return [(command, name, claim(command, name)) for command, recipes in RECIPES.items() for name in recipes]

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 
-from pecobook.settings.codebook import CodebookConfig
+from pecobook.settings.codebook import AdversarialConfig, CodebookConfig, ExplicitConfig
 from pecobook.settings.perceptual import PerceptualConfig
 from pecobook.settings.tokenizer import AutoencoderConfig, QuantizerConfig
-from pecobook.settings.training import OptimConfig
+from pecobook.settings.training import BaseOptimConfig
 
 
 def tiny() -> CodebookConfig:
@@ -18,16 +18,16 @@ def tiny() -> CodebookConfig:
     Command: pecobook codebook tiny --data photos --out runs/codebook
     """
     return CodebookConfig(
-        model=AutoencoderConfig(channels=(16, 32, 64, 128), latent_dim=64, num_blocks=1, latent_norm=True),
-        quantizer=QuantizerConfig(num_codewords=512, decay=0.95, revive_after=20, start_after=30),
-        perceptual=PerceptualConfig(network="none", layers=(3, 4), normalisation="layernorm"),
-        balance=True,
-        image_size=32,
         batch_size=64,
         max_steps="150",
-        optim=OptimConfig(name="adam", lr=1e-3, betas=(0.9, 0.99), weight_decay=0.0, warmup="5%"),
+        image_size=32,
         save_every=50,
         sample_every=50,
+        optim=BaseOptimConfig(name="adam", lr=1e-3, warmup="5%", weight_decay=0.0, betas=(0.9, 0.99)),
+        model=AutoencoderConfig(channels=(16, 32, 64, 128), latent_dim=64, num_blocks=1, latent_norm=True),
+        quantizer=QuantizerConfig(num_codewords=512, decay=0.95, revive_after=20, start_after=30),
+        perceptual=PerceptualConfig(network="none", layers=(3, 4), warmup=0, normalisation="layernorm"),
+        balance=True,
     )
 
 
@@ -36,17 +36,16 @@ def cifar10() -> CodebookConfig:
 
     Command: pecobook codebook cifar10 --data CIFAR10 --perceptual.network runs/contrast --out runs/codebook
     Cost: 1.2 GFLOP an image, counted, without the network; 140 images/s on 2 CPU cores, measured, so 3 hours there.
-    Result: not yet run.
     """
-    return dataclasses.replace(
-        tiny(),
-        model=AutoencoderConfig(channels=(32, 64, 64, 128), latent_dim=64, num_blocks=1, latent_norm=True),
-        quantizer=QuantizerConfig(num_codewords=512),
+    return CodebookConfig(
         batch_size=128,
         max_steps="30 epochs",
-        save_every=1000,
-        sample_every=1000,
-        perceptual=PerceptualConfig(layers=(3, 4), normalisation="layernorm"),
+        image_size=32,
+        optim=BaseOptimConfig(name="adam", lr=1e-3, warmup="5%", weight_decay=0.0, betas=(0.9, 0.99)),
+        model=AutoencoderConfig(channels=(32, 64, 64, 128), latent_dim=64, num_blocks=1, latent_norm=True),
+        quantizer=QuantizerConfig(num_codewords=512),
+        perceptual=PerceptualConfig(layers=(3, 4), warmup=0, normalisation="layernorm"),
+        balance=True,
     )
 
 
@@ -56,14 +55,16 @@ def tiny_imagenet() -> CodebookConfig:
     Command: pecobook codebook tiny-imagenet --data TINY_IMAGENET --perceptual.network runs/contrast --out runs/codebook
     Cost: 13 GFLOP an image, counted, without the network; 17 images/s on 2 CPU cores, measured: for 38,000 images 31
         hours there, so this one wants a GPU.
-    Result: not yet run.
     """
-    return dataclasses.replace(
-        cifar10(),
+    return CodebookConfig(
+        batch_size=128,
+        max_steps="50 epochs",
+        image_size=64,
+        optim=BaseOptimConfig(name="adam", lr=1e-3, warmup="5%", weight_decay=0.0, betas=(0.9, 0.99)),
         model=AutoencoderConfig(channels=(32, 64, 128, 256), latent_dim=128, latent_norm=True),
         quantizer=QuantizerConfig(num_codewords=2048),
-        image_size=64,
-        max_steps="50 epochs",
+        perceptual=PerceptualConfig(layers=(3, 4), warmup=0, normalisation="layernorm"),
+        balance=True,
     )
 
 
@@ -78,9 +79,50 @@ def paper() -> CodebookConfig:
     Cost: 690 GFLOP an image, counted (tokenizer 588, perceptual network 101), so 8.8e19 for ImageNet-1K: about 110
         hours of one H200 at the 227 TFLOP/s that a step under VGG-16 reached there with --compile, 170 without.
         Estimated.
-    Result: not yet run.
     """
-    return CodebookConfig(batch_size=128, max_steps="100 epochs")
+    return CodebookConfig(
+        batch_size=128,
+        max_steps="100 epochs",
+        image_size=224,
+        optim=BaseOptimConfig(
+            name="adam",
+            lr=5e-5,
+            lr_batch_size=0,
+            final_lr=0.0,
+            schedule="cosine",
+            warmup="5000",
+            weight_decay=0.0,
+            betas=(0.5, 0.95),
+            eps=1e-8,
+            clip_grad=0.0,
+        ),
+        min_crop=0.2,
+        model=AutoencoderConfig(
+            channels=(64, 128, 256, 512, 512),
+            latent_dim=256,
+            num_blocks=2,
+            in_channels=3,
+            kind="cnn",
+            decoder_width=1.0,
+            decoder_blocks=0,
+            latent_norm=False,
+        ),
+        quantizer=QuantizerConfig(
+            num_codewords=8192,
+            decay=0.99,
+            eps=1e-5,
+            revive_after=100,
+            start_after=0,
+            commitment=0.25,
+            learning="ema",
+            precision="fp32",
+        ),
+        perceptual=PerceptualConfig(layers=(3, 6, 9, 12), weight=1.0, warmup=0, normalisation="unit-rms", input_size=0),
+        adversarial=AdversarialConfig(weight=0.0),
+        explicit=ExplicitConfig(kind="none"),
+        pixel_weight=1.0,
+        balance=False,
+    )
 
 
 def paper_lite() -> CodebookConfig:
@@ -89,9 +131,8 @@ def paper_lite() -> CodebookConfig:
     Source: Table 2 (84.0% after 300 epochs of pre-training).
     Command: pecobook codebook paper-lite --data IMAGENET --perceptual.network runs/contrast --out runs/codebook
     Cost: 296 GFLOP an image, counted (tokenizer 195), so 3.8e19: about 55 hours of one H100 at 200 TFLOP/s. Estimated.
-    Result: not yet run.
     """
-    return dataclasses.replace(paper(), model=AutoencoderConfig(channels=(32, 64, 128, 256, 512)))
+    return dataclasses.replace(paper(), model=dataclasses.replace(paper().model, channels=(32, 64, 128, 256, 512)))
 
 
 def paper_resnet50() -> CodebookConfig:
@@ -102,9 +143,8 @@ def paper_resnet50() -> CodebookConfig:
     Source: Table 5 (84.0% after 300 epochs of pre-training). Which method trained the network, the paper does not say.
     Command: pecobook codebook paper-resnet50 --data IMAGENET --perceptual.network runs/contrast --out runs/codebook
     Cost: 613 GFLOP an image, counted, so 7.9e19: about 110 hours of one H100 at 200 TFLOP/s. Estimated.
-    Result: not yet run.
     """
-    return dataclasses.replace(paper(), perceptual=PerceptualConfig(layers=(1, 2, 3, 4)))
+    return dataclasses.replace(paper(), perceptual=dataclasses.replace(paper().perceptual, layers=(1, 2, 3, 4)))
 
 
 def paper_vgg16() -> CodebookConfig:
@@ -115,8 +155,7 @@ def paper_vgg16() -> CodebookConfig:
     Source: Table 5 (84.1% after 300 epochs of pre-training). The depth of the VGG is not given; 16 is ours.
     Command: pecobook codebook paper-vgg16 --data IMAGENET --out runs/codebook
     Cost: 680 GFLOP an image, counted, so 8.7e19: about 120 hours of one H100 at 200 TFLOP/s. Estimated.
-    Result: not yet run.
     """
     return dataclasses.replace(
-        paper(), perceptual=PerceptualConfig(network="torchvision:vgg16", layers=(1, 2, 3, 4, 5))
+        paper(), perceptual=dataclasses.replace(paper().perceptual, network="torchvision:vgg16", layers=(1, 2, 3, 4, 5))
     )

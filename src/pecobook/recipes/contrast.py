@@ -5,11 +5,8 @@ from __future__ import annotations
 import dataclasses
 
 from pecobook.settings.contrast import ContrastConfig
-from pecobook.settings.training import BackboneConfig, OptimConfig
-
-_SMALL_RESNET = BackboneConfig(
-    name="resnet10t", args='{"channels": [32, 64, 128, 256], "stem_width": 16, "output_stride": 8}'
-)
+from pecobook.settings.images import JitterConfig
+from pecobook.settings.training import BackboneConfig, BaseOptimConfig
 
 
 def tiny() -> ContrastConfig:
@@ -18,18 +15,19 @@ def tiny() -> ContrastConfig:
     Command: pecobook contrast tiny --data photos --out runs/contrast
     """
     return ContrastConfig(
-        model=_SMALL_RESNET,
-        image_size=32,
-        min_crop=0.2,
         batch_size=128,
         max_steps="200",
-        temperature=0.2,
+        image_size=32,
+        save_every=100,
+        sample_every=200,
+        optim=BaseOptimConfig(lr=2e-3, warmup="10%", weight_decay=1e-4),
+        min_crop=0.2,
+        model=BackboneConfig(
+            name="resnet10t", args='{"channels": [32, 64, 128, 256], "stem_width": 16, "output_stride": 8}'
+        ),
         hidden_dim=512,
         output_dim=64,
         blur=(0.0, 0.0),
-        optim=OptimConfig(lr=2e-3, weight_decay=1e-4, warmup="10%"),
-        save_every=100,
-        sample_every=200,
     )
 
 
@@ -38,17 +36,19 @@ def cifar10() -> ContrastConfig:
 
     Command: pecobook contrast cifar10 --data CIFAR10 --out runs/contrast
     Cost: 0.36 GFLOP an image, counted; 590 images/s on 2 CPU cores, measured, so 2.4 hours there.
-    Result: not yet run.
     """
-    return dataclasses.replace(
-        tiny(),
+    return ContrastConfig(
         batch_size=512,
         max_steps="100 epochs",
-        optim=OptimConfig(lr=4e-3, weight_decay=1e-4, warmup="10 epochs"),
-        save_every=1000,
-        sample_every=1000,
+        image_size=32,
+        optim=BaseOptimConfig(lr=4e-3, warmup="10 epochs", weight_decay=1e-4),
+        min_crop=0.2,
+        model=BackboneConfig(
+            name="resnet10t", args='{"channels": [32, 64, 128, 256], "stem_width": 16, "output_stride": 8}'
+        ),
         hidden_dim=1024,
         output_dim=128,
+        blur=(0.0, 0.0),
     )
 
 
@@ -58,14 +58,16 @@ def tiny_imagenet() -> ContrastConfig:
     Command: pecobook contrast tiny-imagenet --data TINY_IMAGENET --out runs/contrast
     Cost: 4.0 GFLOP an image, counted; 73 images/s on 2 CPU cores, measured: for 38,000 images 29 hours there, so this
         one wants a GPU.
-    Result: not yet run.
     """
-    return dataclasses.replace(
-        cifar10(),
-        model=BackboneConfig(name="resnet18", args='{"output_stride": 16}'),
-        image_size=64,
+    return ContrastConfig(
+        batch_size=512,
         max_steps="200 epochs",
-        blur=(1.0, 0.1),
+        image_size=64,
+        optim=BaseOptimConfig(lr=4e-3, warmup="10 epochs", weight_decay=1e-4),
+        min_crop=0.2,
+        model=BackboneConfig(name="resnet18", args='{"output_stride": 16}'),
+        hidden_dim=1024,
+        output_dim=128,
     )
 
 
@@ -76,10 +78,35 @@ def paper() -> ContrastConfig:
         decay 0.1, warm-up 40 of 300 epochs).
     Command: pecobook contrast paper --data IMAGENET --out runs/contrast
     Cost: 280 GFLOP an image (two views, two encoders), so 3.6e19: about 50 hours of one H100 at 200 TFLOP/s. Estimated.
-    Result: not yet run. MoCo v3 reports 76.7% linear probe after 300 epochs.
+    Result of MoCo v3: 76.7% linear probe after 300 epochs.
     """
     return ContrastConfig(
-        max_steps="100 epochs", optim=OptimConfig(lr=2.4e-3, lr_batch_size=4096, weight_decay=0.1, warmup="13 epochs")
+        batch_size=4096,
+        max_steps="100 epochs",
+        image_size=224,
+        optim=BaseOptimConfig(
+            name="adamw",
+            lr=2.4e-3,
+            lr_batch_size=4096,
+            final_lr=0.0,
+            schedule="cosine",
+            warmup="13 epochs",
+            weight_decay=0.1,
+            betas=(0.9, 0.999),
+            eps=1e-8,
+            clip_grad=0.0,
+        ),
+        min_crop=0.08,
+        model=BackboneConfig(name="vit_base_patch16_224", args="{}"),
+        momentum=0.99,
+        temperature=0.2,
+        hidden_dim=4096,
+        output_dim=256,
+        freeze_patch_embed=True,
+        fixed_positions=True,
+        colour=JitterConfig(brightness=0.4, contrast=0.4, saturation=0.2, hue=0.1, jitter=0.8, grey=0.2),
+        blur=(1.0, 0.1),
+        solarise=(0.0, 0.2),
     )
 
 
@@ -90,12 +117,12 @@ def paper_resnet50() -> ContrastConfig:
         smallest crop 0.2, warm-up 10 epochs, momentum 0.99 to 1.
     Command: pecobook contrast paper-resnet50 --data IMAGENET --out runs/contrast
     Cost: 66 GFLOP an image, so 8.4e18: about 24 hours of one H100 at 100 TFLOP/s. Estimated.
-    Result: not yet run. MoCo v3 reports 68.9% linear probe.
+    Result of MoCo v3: 68.9% linear probe.
     """
-    return ContrastConfig(
-        model=BackboneConfig(name="resnet50"),
-        temperature=1.0,
+    return dataclasses.replace(
+        paper(),
+        optim=dataclasses.replace(paper().optim, name="lars", lr=9.6, warmup="10 epochs", weight_decay=1e-6),
         min_crop=0.2,
-        max_steps="100 epochs",
-        optim=OptimConfig(name="lars", lr=9.6, lr_batch_size=4096, weight_decay=1e-6, warmup="10 epochs"),
+        model=dataclasses.replace(paper().model, name="resnet50"),
+        temperature=1.0,
     )

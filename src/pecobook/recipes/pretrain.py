@@ -4,15 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 
+from pecobook.settings.images import PhotometricConfig
 from pecobook.settings.pretrain import MaskConfig, PretrainConfig
-from pecobook.settings.training import BackboneConfig, OptimConfig
-
-_BEIT = OptimConfig(lr=1.5e-3, lr_batch_size=2048, final_lr=1e-5, warmup="10 epochs", clip_grad=3.0)
-
-_SMALL_VIT = BackboneConfig(
-    name="vit_tiny_patch16_224",
-    args='{"patch_size": 8, "depth": 6, "embed_dim": 128, "num_heads": 4, "init_values": 0.1}',
-)
+from pecobook.settings.training import BackboneConfig, BaseOptimConfig
 
 
 def tiny() -> PretrainConfig:
@@ -21,15 +15,18 @@ def tiny() -> PretrainConfig:
     Command: pecobook pretrain tiny --data photos --tokenizer runs/codebook --out runs/vit
     """
     return PretrainConfig(
-        model=_SMALL_VIT,
-        mask=MaskConfig(num_masked=6, min_block=2),
-        image_size=32,
         batch_size=128,
         max_steps="200",
-        drop_path=0.0,
-        optim=OptimConfig(lr=1.5e-3, final_lr=1e-5, warmup="10%", clip_grad=3.0),
+        image_size=32,
         save_every=100,
         sample_every=200,
+        optim=BaseOptimConfig(lr=1.5e-3, final_lr=1e-5, warmup="10%", clip_grad=3.0),
+        model=BackboneConfig(
+            name="vit_tiny_patch16_224",
+            args='{"patch_size": 8, "depth": 6, "embed_dim": 128, "num_heads": 4, "init_values": 0.1}',
+        ),
+        drop_path=0.0,
+        mask=MaskConfig(num_masked=6, min_block=2),
     )
 
 
@@ -37,14 +34,18 @@ def cifar10() -> PretrainConfig:
     """CIFAR-10, 100 epochs at batch 512.
 
     Command: pecobook pretrain cifar10 --data CIFAR10 --tokenizer runs/codebook --out runs/vit
-    Result: not yet run.
     """
-    return dataclasses.replace(
-        tiny(),
+    return PretrainConfig(
         batch_size=512,
         max_steps="100 epochs",
-        save_every=1000,
-        sample_every=1000,
+        image_size=32,
+        optim=BaseOptimConfig(lr=1.5e-3, final_lr=1e-5, warmup="10%", clip_grad=3.0),
+        model=BackboneConfig(
+            name="vit_tiny_patch16_224",
+            args='{"patch_size": 8, "depth": 6, "embed_dim": 128, "num_heads": 4, "init_values": 0.1}',
+        ),
+        drop_path=0.0,
+        mask=MaskConfig(num_masked=6, min_block=2),
     )
 
 
@@ -52,15 +53,15 @@ def tiny_imagenet() -> PretrainConfig:
     """Tiny-ImageNet at 64 pixels, ViT-Ti with 8-pixel patches, 26 of 64 masked, 200 epochs.
 
     Command: pecobook pretrain tiny-imagenet --data TINY_IMAGENET --tokenizer runs/codebook --out runs/vit
-    Result: not yet run.
     """
-    return dataclasses.replace(
-        cifar10(),
-        image_size=64,
-        mask=MaskConfig(num_masked=26, min_block=6),
+    return PretrainConfig(
+        batch_size=512,
         max_steps="200 epochs",
+        image_size=64,
+        optim=BaseOptimConfig(lr=1.5e-3, final_lr=1e-5, warmup="10%", clip_grad=3.0),
         model=BackboneConfig(name="vit_tiny_patch16_224", args='{"patch_size": 8, "init_values": 0.1}'),
         drop_path=0.05,
+        mask=MaskConfig(num_masked=26, min_block=6),
     )
 
 
@@ -73,9 +74,37 @@ def paper() -> PretrainConfig:
     Command: pecobook pretrain paper --data IMAGENET --tokenizer runs/codebook --compile --out runs/vit
     Cost: 108 GFLOP an image from a token bank, counted, so 1.1e20: about 110 hours of one H200 at the 280 TFLOP/s that
         steps reached there with --compile. With the tokenizer in each step 175 GFLOP. Estimated.
-    Result: not yet run.
     """
-    return PretrainConfig(max_steps="800 epochs", optim=_BEIT)
+    return PretrainConfig(
+        batch_size=2048,
+        max_steps="800 epochs",
+        image_size=224,
+        optim=BaseOptimConfig(
+            name="adamw",
+            lr=1.5e-3,
+            lr_batch_size=2048,
+            final_lr=1e-5,
+            schedule="cosine",
+            warmup="10 epochs",
+            weight_decay=0.05,
+            betas=(0.9, 0.999),
+            eps=1e-8,
+            clip_grad=3.0,
+        ),
+        min_crop=0.2,
+        target="tokens",
+        tokenizer_size=0,
+        visible_only=False,
+        model=BackboneConfig(
+            name="beit_base_patch16_224",
+            args='{"init_values": 0.1, "use_rel_pos_bias": false, "use_shared_rel_pos_bias": true}',
+        ),
+        drop_path=0.1,
+        mask=MaskConfig(kind="block", num_masked=75, min_block=16),
+        colour=PhotometricConfig(
+            brightness=0.4, contrast=0.4, saturation=0.4, hue=0.0, jitter=1.0, grey=0.0, blur=0.0, solarise=0.0
+        ),
+    )
 
 
 def paper_vit_b_300() -> PretrainConfig:
@@ -85,7 +114,6 @@ def paper_vit_b_300() -> PretrainConfig:
     Command: pecobook pretrain paper-vit-b-300 --data IMAGENET --tokenizer runs/codebook --compile --out runs/vit
     Cost: 108 GFLOP an image from a token bank, counted, so 4.2e19: about 42 hours of one H200 at the 280 TFLOP/s that
         steps reached there with --compile. Estimated.
-    Result: not yet run.
     """
     return dataclasses.replace(paper(), max_steps="300 epochs")
 
@@ -97,10 +125,15 @@ def paper_vit_l() -> PretrainConfig:
         our choice.
     Command: pecobook pretrain paper-vit-l --data IMAGENET --tokenizer runs/codebook --compile --out runs/vit
     Cost: 375 GFLOP an image from a token bank, so 3.8e20: about 360 hours of one H100 at 300 TFLOP/s. Estimated.
-    Result: not yet run.
     """
-    args = '{"init_values": 1e-05, "use_rel_pos_bias": false, "use_shared_rel_pos_bias": true}'
-    return dataclasses.replace(paper(), model=BackboneConfig(name="beit_large_patch16_224", args=args))
+    return dataclasses.replace(
+        paper(),
+        model=dataclasses.replace(
+            paper().model,
+            name="beit_large_patch16_224",
+            args='{"init_values": 1e-05, "use_rel_pos_bias": false, "use_shared_rel_pos_bias": true}',
+        ),
+    )
 
 
 def paper_vit_h() -> PretrainConfig:
@@ -111,12 +144,11 @@ def paper_vit_h() -> PretrainConfig:
         0.2.
     Command: pecobook pretrain paper-vit-h --data IMAGENET --tokenizer runs/codebook --compile --out runs/vit
     Cost: 1.0 TFLOP an image from a token bank, so 1.0e21: about 950 hours of one H100 at 300 TFLOP/s. Estimated.
-    Result: not yet run.
     """
     return dataclasses.replace(
         paper(),
-        model=BackboneConfig(name="vit_huge_patch14_224", args='{"init_values": 1e-05}'),
         tokenizer_size=256,
-        mask=MaskConfig(num_masked=98),
+        model=dataclasses.replace(paper().model, name="vit_huge_patch14_224", args='{"init_values": 1e-05}'),
         drop_path=0.2,
+        mask=dataclasses.replace(paper().mask, num_masked=98),
     )

@@ -16,7 +16,8 @@ class AnalyzeConfig:
     against: tuple[str, ...] = ()
     """More tokenizers, measured on the same images beside the first."""
     tokens: tuple[str, ...] = ()
-    """Token banks of --data, each of one of the tokenizers: usage and galleries over all training images."""
+    """Token banks of --data, each made by one of the tokenizers: they give usage and galleries over all training
+    images."""
     backbone: tuple[str, ...] = ()
     """Pretrain runs, whose predictions behind masks are shown side by side."""
     data: str = "photos"
@@ -24,28 +25,29 @@ class AnalyzeConfig:
     out: str = ""
     """Folder for analysis.json, report.html and pictures/. It must be new or empty, unless --overwrite is given."""
     overwrite: bool = False
-    """Delete what is in --out first."""
+    """Delete the contents of --out first."""
     classifier: str = ""
-    """Who classifies originals and reconstructions: a finetune run, its exported model.safetensors, or timm:NAME; empty
-    leaves it out."""
+    """The classifier for originals and reconstructions: a finetune run, its exported model.safetensors, or timm:NAME;
+    empty leaves this measurement out."""
     classifier_weights: str = ""
-    """A local file of weights for timm:NAME; empty takes the hub's."""
+    """A local file of weights for the classifier timm:NAME; empty takes the weights of the hub."""
     perceptual: str = ""
-    """A network (as codebook's --perceptual.network) whose distance is measured too; empty leaves it out."""
+    """A network (as codebook's --perceptual.network) whose distance between an image and its reconstruction is measured
+    too; empty leaves this out."""
     perceptual_layers: tuple[int | str, ...] = (3, 6, 9, 12)
-    """Its layers."""
+    """Layers of the network of --perceptual, as codebook's --perceptual.layers."""
     perceptual_weights: str = ""
-    """A local file of its weights."""
+    """A local file of weights for the network of --perceptual; empty takes the network's own."""
     judgements: str = ""
-    """A folder in the layout of BAPPS's two-alternative judgements; empty leaves it out."""
+    """A folder in the layout of BAPPS's two-alternative judgements; empty leaves this comparison out."""
     codewords: tuple[int, ...] = ()
-    """Codewords that get a gallery beside random and most-used ones."""
+    """Codewords that get a gallery, beside random codewords and the most used ones."""
     max_train: int = 10_000
-    """Most training images, whose codes the probes learn from."""
+    """Largest number of training images, whose codes the probes learn from."""
     max_test: int = 2000
-    """Most held-out images, on which everything is measured."""
+    """Largest number of held-out images, on which everything is measured."""
     seed: int = 0
-    """Of what is drawn at random: codewords and patches of galleries, masks."""
+    """Seed of what is drawn at random: codewords and patches of the galleries, and masks."""
 
     def __post_init__(self) -> None:
         positive(self, "max_train", "max_test")

@@ -17,13 +17,14 @@ class AdversarialConfig:
     """A patch discriminator that learns to tell reconstructions from images (equation 8)."""
 
     weight: float = 0.0
-    """Of the term; Table 7 uses 0.4. 0 leaves it out."""
+    """Weight of the adversarial term in the loss; Table 7 uses 0.4, and 0 leaves the term out."""
     width: int = 64
-    """Channels of the discriminator's first layer."""
+    """Number of channels of the discriminator's first layer."""
     num_layers: int = 3
-    """Strided layers; 3 see patches of 70 pixels."""
+    """Number of strided layers of the discriminator; with 3 it judges patches of 70 pixels."""
     start: int = 0
-    """Steps before the autoencoder learns from it, so that it can draw first; the discriminator learns at once."""
+    """Step at which the autoencoder begins to learn from the adversarial term, so that it can draw first; the
+    discriminator learns from step 0."""
 
     def __post_init__(self) -> None:
         between(self, 0.0, float("inf"), "weight", "start")
@@ -35,18 +36,18 @@ class ExplicitConfig:
     """A loss on the codewords themselves (Table 6), in place of or beside the perceptual loss on images."""
 
     kind: Literal["none", "classification", "contrastive"] = "none"
-    """classification needs labels; contrastive tells images apart by averaged codewords of two views, with a momentum
-    encoder."""
+    """Kind of the loss on codewords: classification needs labels; contrastive tells images apart by the averaged
+    codewords of two views, with a momentum encoder."""
     weight: float = 1.0
-    """Of the term."""
+    """Weight of the loss on codewords."""
     temperature: float = 0.2
-    """Of the contrastive softmax."""
+    """Temperature of the contrastive softmax."""
     momentum: float = 0.99
-    """Of the contrastive keys' encoder."""
+    """Momentum of the moving average of the encoder that computes the contrastive keys."""
     hidden_dim: int = 2048
-    """Hidden width of the contrastive heads."""
+    """Width of the hidden layers of the contrastive heads."""
     output_dim: int = 256
-    """Width of the space in which the contrastive loss compares."""
+    """Width of the space in which the contrastive loss compares images."""
 
     def __post_init__(self) -> None:
         between(self, 0.0, float("inf"), "weight")

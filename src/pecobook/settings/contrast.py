@@ -19,30 +19,31 @@ class ContrastConfig(CropTrainConfig):
     max_steps: str = "300 epochs"
     """Length of the training: steps, "N epochs" or "N images"."""
     batch_size: int = 4096
-    """Images in one optimizer step, over all devices and accumulation steps; each, in two views, is told from all."""
+    """Images in one optimizer step, over all devices and accumulation steps; each image, in two views, is told from all
+    others."""
     min_crop: float = 0.08
     """Smallest share of an image's area that a random crop takes."""
     momentum: float = 0.99
-    """Of the second encoder at the start; it rises to 1 by a half cosine."""
+    """Momentum of the key encoder's moving average at the start; it rises to 1 by a half cosine."""
     temperature: float = 0.2
-    """Of the contrastive softmax (the paper: 0.2 for ViT, 1.0 for ResNet-50)."""
+    """Temperature of the contrastive softmax (MoCo v3: 0.2 for ViT, 1.0 for ResNet-50)."""
     hidden_dim: int = 4096
-    """Hidden width of the projector and the predictor."""
+    """Width of the hidden layers of projector and predictor."""
     output_dim: int = 256
     """Width of the space in which views are compared."""
     freeze_patch_embed: bool = True
-    """Leave a ViT's patch projection at its random start (section 4 of the paper); networks without one ignore it."""
+    """Leave a ViT's patch projection at its random start (MoCo v3, section 4); other networks ignore this."""
     fixed_positions: bool = True
     """Give a ViT with a position table fixed sines and cosines of row and column, and MoCo v3's initialisation."""
     colour: JitterConfig = JitterConfig()
-    """Colour changes of both views; blur and solarise below are added."""
+    """Colour changes of both views; --blur and --solarise are added to them."""
     blur: tuple[float, float] = (1.0, 0.1)
     """Probability of blur on view one and view two."""
     solarise: tuple[float, float] = (0.0, 0.2)
     """Probability of solarisation on view one and view two."""
     knn_images: int = 4096
     """Labelled training images among which each evaluation finds the neighbours of held-out ones (k-NN accuracy, an
-    early sign of whether the features learn something); 0 leaves it out. Data without labels has none."""
+    early sign of whether the features learn something); 0 leaves the k-NN accuracy out, as do data without labels."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

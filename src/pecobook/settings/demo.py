@@ -15,17 +15,18 @@ class DemoConfig:
     data: str = "photos"
     """Images: a folder, a parquet file or folder, tar shards, hf:owner/name, or photos (built in)."""
     out: str = "runs/demo"
-    """Folder to write. One that an interrupted demo left is gone on with."""
+    """Folder to write. In the folder of an interrupted demo the demo resumes."""
     seed: int = 0
-    """Of every run."""
+    """Seed of every run."""
     budget: Literal["auto", "cpu", "gpu"] = "auto"
-    """cpu: 32-pixel images, minutes on 2 cores. gpu: 64-pixel images, larger networks. auto: what this machine has."""
+    """Size of the demo. cpu: 32-pixel images, minutes on 2 cores. gpu: 64-pixel images, larger networks. auto: gpu
+    where there is one."""
     length: float = 1.0
     """Factor on the number of steps of every run."""
     max_train: int = 4000
-    """Most training images that the probes read."""
+    """Largest number of training images that the probes read."""
     max_test: int = 4000
-    """Most held-out images that are measured."""
+    """Largest number of held-out images that are measured."""
 
     def __post_init__(self) -> None:
         positive(self, "length", "max_train", "max_test")

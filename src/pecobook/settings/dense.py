@@ -12,11 +12,11 @@ class PyramidConfig:
     """How a backbone reads images larger than its own."""
 
     window: int = 0
-    """Side of attention windows in patches, in all blocks but four; 0 attends over the whole image everywhere."""
+    """Side of the attention windows in patches, in all blocks but four; 0 attends over the whole image everywhere."""
     checkpointing: bool = False
-    """Keep no activations of the blocks and compute them again: much less memory for a third more time."""
+    """Recompute the blocks' activations in the backward pass: much less memory for a third more time."""
     frozen: bool = False
-    """Leave the backbone as it is and train what comes after it."""
+    """Freeze the backbone and train only the pyramid and the heads after it."""
 
     def __post_init__(self) -> None:
         if self.window < 0:

@@ -15,15 +15,15 @@ class DetectorConfig:
     """Heads of the detector."""
 
     width: int = 256
-    """Channels of the feature pyramid network and of the mask head."""
+    """Number of channels of the feature pyramid network and of the mask head."""
     head_width: int = 1024
     """Width of the two layers that classify a box."""
     proposals: int = 1000
-    """Most regions of an image that the first stage proposes."""
+    """Largest number of regions that the first stage proposes in an image."""
     samples: int = 512
-    """Most regions of an image that the second stage learns from, a quarter of them objects."""
+    """Largest number of regions of an image that the second stage learns from, a quarter of them objects."""
     detections: int = 100
-    """Most detections on an image."""
+    """Largest number of detections on an image."""
     score_threshold: float = 0.05
     """Lowest score of a detection."""
 
@@ -42,26 +42,27 @@ class DetectConfig(TrainConfig):
     skip_bad: bool = False
     """Leave out images and objects that cannot be used, instead of refusing them."""
     masks: bool = True
-    """Learn masks, where the objects have any."""
+    """Learn instance masks beside boxes, where the objects have masks."""
     backbone: str = ""
-    """A pretrain, contrast or finetune run, or timm:NAME."""
+    """The backbone to start from: a pretrain, contrast or finetune run, or timm:NAME."""
     weights: str = ""
-    """A local file of weights, or random to train from scratch; empty takes the backbone's own."""
+    """A local file of weights for the backbone, or random to train from scratch; empty takes the backbone's own."""
     drop_path: float = 0.1
-    """Stochastic depth: probability of skipping the last block; the first ones less."""
+    """Stochastic depth: probability of skipping the last block; earlier blocks are skipped less."""
     pyramid: PyramidConfig = PyramidConfig()
     detector: DetectorConfig = DetectorConfig()
     scales: tuple[int, ...] = (800,)
     """Lengths of an image's short side in pixels, one of which is drawn; evaluation takes the largest."""
     max_size: int = 1333
-    """Longest side of an image, pixels."""
+    """Largest length of an image's long side, pixels."""
     jitter: tuple[float, ...] = ()
     """Large-scale jitter (arXiv 2012.07177) in place of --scales: two numbers, the smallest and the largest size of an
     image as a share of --image-size, the side of the square that is cut out of it or padded to. For example 0.1 2.0."""
     image_size: int = 1344
-    """Side of the images that the backbone's positions are made for, pixels: the longest side, or that of --jitter."""
+    """Side of the images that the backbone's positions are made for, pixels: the longest side, or the square of
+    --jitter."""
     evaluation_images: int = 5000
-    """Most held-out images looked at in each evaluation."""
+    """Largest number of held-out images in each evaluation."""
     optim: OptimConfig = OptimConfig(
         lr=4e-4, layer_decay=0.75, warmup="500", schedule="steps", milestones=("8 epochs", "11 epochs")
     )

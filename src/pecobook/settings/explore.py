@@ -13,19 +13,19 @@ class ExploreConfig:
 
     runs: tuple[str, ...] = ()
     """Tokenizers (a codebook run, owner/name on the hub, dalle:FOLDER, diffusers:FOLDER) and pretrain runs, which bring
-    theirs."""
+    their tokenizer. On the command line they may stand first, without the flag."""
     data: str = "photos"
     """Images: a folder, a parquet file or folder, tar shards, hf:owner/name, or photos (embedded)."""
     images: int = 1000
-    """Most held-out images that are looked through for patches."""
+    """Largest number of held-out images that are searched for patches."""
     host: str = "127.0.0.1"
-    """Address to listen on; the default is seen by this machine alone."""
+    """Address to listen on; the default is reachable from this machine alone."""
     port: int = 7860
     """Port to listen on."""
     share: bool = False
-    """Also open a public address through Gradio's servers, for 72 hours: whoever knows it sees your images."""
+    """Also open a public address through Gradio's servers, for 72 hours: whoever knows the address sees your images."""
     upload_mb: int = 20
-    """Largest image that the page takes, MB."""
+    """Largest size of an image that the page takes, MB."""
 
     def __post_init__(self) -> None:
         positive(self, "images", "upload_mb")

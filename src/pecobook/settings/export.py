@@ -13,6 +13,7 @@ class ExportConfig:
     run: str = ""
     """A run of pecobook, or its export folder. On the command line it may stand first, without the flag."""
     format: Literal["timm", "hf", "onnx"] = "timm"
-    """timm; transformers (BEiT's); or ONNX. A tokenizer and a segmenter know onnx alone."""
+    """Library to write for: timm, transformers (hf, as its BEiT) or ONNX. Tokenizers and segmenters are written as onnx
+    alone."""
     out: str = ""
     """Folder to write; it must be new or empty."""

@@ -13,27 +13,28 @@ class FinetuneConfig(CropTrainConfig):
     """Fine-tune a backbone on labelled images."""
 
     backbone: str = ""
-    """A pretrain or contrast run, or timm:NAME."""
+    """The backbone to start from: a pretrain or contrast run, or timm:NAME."""
     weights: str = ""
-    """A local file of weights, or random to train from scratch; empty takes the backbone's own."""
+    """A local file of weights for the backbone, or random to train from scratch; empty takes the backbone's own."""
     drop_path: float = 0.1
-    """Stochastic depth: probability of skipping the last block; the first ones less."""
+    """Stochastic depth: probability of skipping the last block; earlier blocks are skipped less."""
     mixup: float = 0.8
-    """Alpha of mixup; 0 leaves it out."""
+    """Alpha of mixup; 0 leaves mixup out."""
     cutmix: float = 1.0
-    """Alpha of CutMix; 0 leaves it out. Every batch gets one of the two, by a fair coin."""
+    """Alpha of CutMix; 0 leaves CutMix out. Every batch gets mixup or CutMix, by a fair coin."""
     label_smoothing: float = 0.1
-    """Probability mass spread over all classes."""
+    """Share of the target's probability that label smoothing spreads over all classes."""
     rand_augment: str = "rand-m9-mstd0.5-inc1"
-    """RandAugment in timm's words: magnitude, its spread, increasing severity; empty leaves it out."""
+    """Policy of RandAugment as timm writes it: magnitude, its spread, increasing severity; empty leaves RandAugment
+    out."""
     random_erasing: float = 0.25
-    """Probability of filling a rectangle with noise."""
+    """Probability of random erasing, which fills a rectangle of the image with noise."""
     average: float = 0.0
-    """Decay of an average of the weights, which is then evaluated and exported (BootMAE: 0.9998); 0 for none."""
+    """Decay of a moving average of the weights, which is evaluated and exported (BootMAE: 0.9998); 0 for no average."""
     eval_crop: float = 0.875
     """Share of an image's shorter side that the central crop of evaluation takes (224 of 256)."""
     evaluation_images: int = 50_000
-    """Most held-out images looked at in each evaluation."""
+    """Largest number of held-out images in each evaluation."""
     min_crop: float = 0.08
     """Smallest share of an image's area that a random crop takes."""
     optim: OptimConfig = OptimConfig(lr=4e-3, warmup="20 epochs", layer_decay=0.65)

@@ -18,16 +18,16 @@ class JitterConfig:
     hue: float = 0.1
     """Largest shift of hue, in turns of the colour circle."""
     jitter: float = 0.8
-    """Probability of the four changes above."""
+    """Probability of the changes of brightness, contrast, saturation and hue."""
     grey: float = 0.2
-    """Probability of dropping colour."""
+    """Probability of turning the image grey."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PhotometricConfig(JitterConfig):
-    """The same, with blur and solarisation."""
+    """Strength and probability of changes of brightness and colour, of blur and of solarisation."""
 
     blur: float = 0.0
     """Probability of a Gaussian blur."""
     solarise: float = 0.0
-    """Probability of inverting the bright half."""
+    """Probability of solarisation, which inverts the bright half of the values."""

@@ -13,15 +13,16 @@ class PredictConfig:
     """Use a trained classifier, segmenter or detector on images."""
 
     run: str = ""
-    """A run of finetune, segment or detect, or its export folder. On the command line it may stand first."""
+    """A run of finetune, segment or detect, or its export folder. On the command line the run may stand first."""
     images: str = ""
-    """An image, a folder of them at any depth, or another source of images. On the command line it may stand second."""
+    """An image, a folder of them at any depth, or another source of images. On the command line they may stand
+    second."""
     out: str = ""
     """Folder to write; it must be new or empty."""
     pictures: bool = True
-    """Also write every image with what was found on it."""
+    """Also write every image with the predictions drawn on it."""
     score: float = 0.5
-    """Least score of a detection that is drawn; detections.json holds all."""
+    """Smallest score of a detection that is drawn; detections.json holds all detections."""
     test: SegmentTestConfig = SegmentTestConfig()
 
     def __post_init__(self) -> None:

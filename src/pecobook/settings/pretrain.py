@@ -16,11 +16,11 @@ class MaskConfig:
     """Which patches the ViT does not see."""
 
     kind: Literal["block", "random"] = "block"
-    """Rectangles as in BEiT, or single patches."""
+    """Shape of the mask: rectangular blocks as in BEiT, or single patches at random."""
     num_masked: int = 75
-    """Patches hidden in every image (the paper: 75 of 196)."""
+    """Number of patches hidden in every image (the paper: 75 of 196)."""
     min_block: int = 16
-    """Least area of a rectangle, in patches."""
+    """Smallest area of a block of the mask, in patches."""
 
     def __post_init__(self) -> None:
         positive(self, "num_masked", "min_block")
@@ -28,14 +28,14 @@ class MaskConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DecoderConfig:
-    """The light decoder of the accelerated form (Table 8); MAE's."""
+    """The light decoder of the accelerated form (Table 8), as MAE has it."""
 
     depth: int = 8
-    """Blocks."""
+    """Number of blocks of the decoder."""
     width: int = 512
-    """Channels."""
+    """Width of the decoder, in channels."""
     num_heads: int = 16
-    """Attention heads."""
+    """Number of attention heads of the decoder."""
 
     def __post_init__(self) -> None:
         positive(self, "depth", "width", "num_heads")
@@ -48,22 +48,24 @@ class PretrainConfig(CropTrainConfig):
     """Pre-train a ViT on the tokens of your images."""
 
     tokenizer: str = ""
-    """Run folder of `pecobook codebook`, owner/name on the Hugging Face hub, dalle:FOLDER, or diffusers:FOLDER."""
+    """The tokenizer: a codebook run, owner/name on the Hugging Face hub, dalle:FOLDER, or diffusers:FOLDER."""
     tokens: str = ""
-    """Token bank of `pecobook tokenize`, whose views are replayed; the tokenizer then never runs in training."""
+    """A token bank of `pecobook tokenize`, whose views are replayed; the tokenizer then never runs in training."""
     target: Literal["tokens", "pixels"] = "tokens"
-    """What is predicted of a hidden patch: its code, or its normalised pixels (MAE), which need no tokenizer."""
+    """Target that is predicted for a hidden patch: its code, or its normalised pixels (MAE), which need no
+    tokenizer."""
     tokenizer_size: int = 0
-    """Side to which crops are resized for the tokenizer, pixels; 0 keeps theirs."""
+    """Side to which crops are resized for the tokenizer, pixels; 0 keeps the crops' side."""
     visible_only: bool = False
-    """The accelerated form of Table 8: the ViT reads visible patches alone, and a light decoder predicts the rest."""
+    """Train the accelerated form of Table 8: the ViT reads visible patches alone, and a light decoder predicts the
+    rest."""
     decoder: DecoderConfig = DecoderConfig()
     model: BackboneConfig = BackboneConfig(
         name="beit_base_patch16_224",
         args='{"init_values": 0.1, "use_rel_pos_bias": false, "use_shared_rel_pos_bias": true}',
     )
     drop_path: float = 0.1
-    """Stochastic depth: probability of skipping the last block; the first ones less."""
+    """Stochastic depth: probability of skipping the last block; earlier blocks are skipped less."""
     mask: MaskConfig = MaskConfig()
     colour: PhotometricConfig = PhotometricConfig(saturation=0.4, hue=0.0, jitter=1.0, grey=0.0)
     """Colour changes of the crop, before both the tokenizer and the ViT see it (BEiT)."""

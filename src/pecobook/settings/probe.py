@@ -14,20 +14,20 @@ class ProbeConfig:
     data: str = "photos"
     """Labelled images: a folder of class folders, a parquet file or folder, tar shards, hf:owner/name, or photos."""
     backbone: str = ""
-    """A contrast, pretrain or finetune run, or timm:NAME; or a tokenizer, whose codewords are probed: a codebook run,
-    dalle:FOLDER, diffusers:FOLDER."""
+    """The backbone to probe: a contrast, pretrain or finetune run, or timm:NAME; or a tokenizer, whose codewords are
+    probed: a codebook run, dalle:FOLDER, diffusers:FOLDER."""
     weights: str = ""
-    """A local file of weights, or random for the floor; empty takes the network's own."""
+    """A local file of weights for the backbone, or random for the floor; empty takes the backbone's own."""
     out: str = ""
-    """JSON file for the figures; empty only prints them."""
+    """JSON file to write the figures to; empty only prints them."""
     image_size: int = 0
-    """Side of the images, pixels; 0 takes the network's."""
+    """Side of the images, pixels; 0 takes that of the backbone."""
     max_train: int = 50_000
-    """Most training images; a fixed permutation chooses them."""
+    """Largest number of training images; a fixed permutation chooses them."""
     max_test: int = 50_000
-    """Most test images."""
+    """Largest number of test images."""
     seed: int = 0
-    """Of the validation part, and of random weights."""
+    """Seed of the choice of validation images, and of random weights."""
 
     def __post_init__(self) -> None:
         positive(self, "max_train", "max_test")

@@ -15,43 +15,46 @@ class ReproduceConfig:
     """Train what the paper's tables compare, with controls, and print them beside the paper's numbers."""
 
     tables: tuple[str, ...] = ()
-    """Any of tables1-2, table4, table5, table6, table7, table10, table12, v1-table7."""
+    """Tables of the paper: any of tables1-2, table4, table5, table6, table7, table10, table12, v1-table7. On the
+    command line they may stand first, without the flag."""
     data: str = "photos"
     """Images: a folder, a parquet file or folder, tar shards, hf:owner/name, or photos (embedded)."""
     out: str = ""
-    """Folder to write. One that was interrupted is gone on with; more tables go into the same."""
+    """Folder to write. An interrupted reproduction resumes there; more tables go into the same folder."""
     budget: Literal["tiny", "small", "paper"] = "tiny"
-    """tiny: 32 pixels, minutes a run on 2 cores. small: five times as long. paper: the paper's recipes."""
+    """Size of the runs. tiny: 32 pixels, minutes a run on 2 cores. small: five times as long. paper: the paper's
+    recipes."""
     length: float = 1.0
     """Factor on the number of steps of every run."""
     seeds: tuple[int, ...] = (0, 1, 2)
-    """Of every run; each row is trained once for each."""
+    """Seeds; each row of a table is trained once for each seed."""
     transfer: bool = True
-    """Also pre-train and fine-tune a ViT on every tokenizer; without, tokenizers alone are measured."""
+    """Also pre-train and fine-tune a ViT on every tokenizer; with --no-transfer tokenizers alone are measured."""
     backbone: BackboneConfig = BackboneConfig(name="")
-    """The ViT that is pre-trained and fine-tuned; without a name the budget's."""
+    """The ViT that is pre-trained and fine-tuned; without a name it is the budget's."""
     network: str = ""
-    """A perceptual network in place of one that is trained here, as codebook's --perceptual.network."""
+    """A perceptual network in place of a network that is trained here, as codebook's --perceptual.network."""
     network_layers: tuple[int | str, ...] = (3, 6, 9, 12)
-    """Its layers."""
+    """Layers of the network of --network, as codebook's --perceptual.layers."""
     network_weights: str = ""
-    """A local file of its weights; empty takes its own."""
+    """A local file of weights for the network of --network; empty takes the network's own."""
     supervised: str = ""
     """A supervised network for Table 5; empty trains one on the labels of --data, or takes VGG-16 at budget paper."""
     classifier: str = ""
-    """Who classifies reconstructions, as analyze's --classifier; empty takes the supervised network trained here."""
+    """The classifier for reconstructions, as analyze's --classifier; empty takes the supervised network trained
+    here."""
     dalle: str = ""
-    """Folder of DALL-E's public tokenizer, for its rows."""
+    """Folder of DALL-E's public tokenizer, for the rows of DALL-E."""
     more_data: str = ""
-    """More images, for version 1's Table 7."""
+    """More images, for Table 7 of the paper's first version."""
     gpus_per_run: int = 0
-    """GPUs of each run; runs go side by side on the others. 0: one, at budget paper all of them."""
+    """Number of GPUs of each run; other runs use the other GPUs. 0: one GPU, at budget paper all of them."""
     micro_batch_size: int = 0
-    """As of every training; 0 takes a device's share of the batch whole."""
+    """Largest number of images that a device holds at once in every training; 0 takes its share of the batch whole."""
     compile: bool = False
-    """Compile every training."""
+    """Compile every training with torch.compile."""
     dry_run: bool = False
-    """Say what would be trained, and stop."""
+    """Print what would be trained, and stop."""
 
     def __post_init__(self) -> None:
         positive(self, "length")

@@ -13,19 +13,20 @@ from pecobook.settings.values import between, positive
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SegmentTestConfig:
-    """How a picture of any size is segmented."""
+    """How an image of any size is segmented."""
 
     mode: str = "whole"
-    """whole sends the picture through at once; slide averages windows of --image-size."""
+    """How the network reads an image: whole at once, or slide, which averages windows of --image-size."""
     stride: float = 2 / 3
-    """Step from window to window, as a share of its side."""
+    """Step from window to window, as a share of the window's side."""
     max_side: int = 2048
-    """Longest side of the scaled picture, pixels; the short one becomes --image-size unless that makes more."""
+    """Largest long side of the scaled image, pixels; the short side becomes --image-size where the long side stays
+    below."""
     scales: tuple[float, ...] = (1.0,)
-    """Sizes that are averaged, as factors, the first being that of the mean. The paper tests at one; for several, 1 0.5
-    0.75 1.25 1.5 1.75 is usual."""
+    """Scales over which the prediction is averaged, as factors on the image's size; the average has the size of the
+    first. The paper tests at one scale; for several, 1 0.5 0.75 1.25 1.5 1.75 is usual."""
     flip: bool = False
-    """Also average with the picture's mirror image."""
+    """Also average with the prediction for the mirrored image."""
 
     def __post_init__(self) -> None:
         if self.mode not in ("whole", "slide"):
@@ -37,11 +38,27 @@ class SegmentTestConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class SegmentConfig(TrainConfig):
+class SegmenterConfig:
+    """Heads of the segmenter."""
+
+    head_width: int = 0
+    """Number of channels of UperNet; 0 takes the backbone\'s width."""
+    auxiliary_width: int = 256
+    """Number of channels of the auxiliary head; 0 for no such head."""
+    auxiliary_weight: float = 0.4
+    """Weight of the auxiliary head\'s loss."""
+
+    def __post_init__(self) -> None:
+        between(self, 0, 65_536, "head_width", "auxiliary_width", "auxiliary_weight")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SegmentConfig(TrainConfig, SegmenterConfig):
     """Train semantic segmentation on images with masks."""
 
     data: str = ""
-    """A folder of images/ and masks/ (alone, under train/ and val/, or as in ADE20K), or hf:owner/name."""
+    """Images and masks: a folder of images/ and masks/ (alone, under train/ and val/, or as in ADE20K), or
+    hf:owner/name."""
     classes: str = ""
     """File with a class on each line, and its R G B where masks are colour pictures; empty takes classes.txt."""
     mask_values: tuple[str, ...] = ()
@@ -49,32 +66,26 @@ class SegmentConfig(TrainConfig):
     ignore: tuple[str, ...] = ("255",)
     """Pixel values or names of classes that count neither in the loss nor in the score."""
     verify: bool = True
-    """Look at every mask before training. Without, --classes or --mask-values must say what the classes are."""
+    """Read every mask before training. With --no-verify, --classes or --mask-values must say what the classes are."""
     skip_bad: bool = False
-    """Leave out pairs whose mask has another size or an unknown value, in place of refusing to start."""
+    """Leave out images whose mask has another size or an unknown value, in place of refusing to start."""
     backbone: str = ""
-    """A pretrain, contrast or finetune run, or timm:NAME."""
+    """The backbone to start from: a pretrain, contrast or finetune run, or timm:NAME."""
     weights: str = ""
-    """A local file of weights, or random to train from scratch; empty takes the backbone's own."""
+    """A local file of weights for the backbone, or random to train from scratch; empty takes the backbone's own."""
     pyramid: PyramidConfig = PyramidConfig()
     drop_path: float = 0.1
-    """Stochastic depth: probability of skipping the last block; the first ones less."""
-    head_width: int = 0
-    """Channels of UperNet; 0 takes the backbone's width."""
-    auxiliary_width: int = 256
-    """Channels of the auxiliary head; 0 for none."""
-    auxiliary_weight: float = 0.4
-    """Of the auxiliary head's loss."""
+    """Stochastic depth: probability of skipping the last block; earlier blocks are skipped less."""
     scales: tuple[float, float] = (0.5, 2.0)
-    """Least and largest random scale of a training image, beside that of the test."""
+    """Smallest and largest random scale of a training image, as factors on its size in the test."""
     max_share: float = 0.75
-    """Most of a training crop that one class may fill; 1 does not care."""
+    """Largest share of a training crop that one class may fill; 1 for no limit."""
     colours: PhotometricConfig = PhotometricConfig(
         brightness=0.125, contrast=0.5, saturation=0.5, hue=0.05, jitter=0.75, grey=0.0
     )
     test: SegmentTestConfig = SegmentTestConfig()
     evaluation_images: int = 5000
-    """Most held-out images looked at in each evaluation."""
+    """Largest number of held-out images in each evaluation."""
     optim: OptimConfig = OptimConfig(lr=3e-4, warmup="1500", layer_decay=0.65, schedule="poly")
     image_size: int = 512
     """Side of the training crops, and short side of the images in the test, pixels."""
@@ -84,8 +95,8 @@ class SegmentConfig(TrainConfig):
     """Images in one optimizer step, over all devices and accumulation steps."""
 
     def __post_init__(self) -> None:
-        super().__post_init__()
+        TrainConfig.__post_init__(self)
+        SegmenterConfig.__post_init__(self)
         between(self, 0.0, 1.0, "drop_path", "max_share")
-        between(self, 0, 65_536, "head_width", "auxiliary_width", "auxiliary_weight")
         if not 0 < self.scales[0] <= self.scales[1]:
             raise ConfigError(f"--scales takes the least and the largest factor, not {self.scales}.")

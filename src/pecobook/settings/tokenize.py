@@ -17,35 +17,36 @@ class TokenizeConfig:
     data: str = "photos"
     """Images: a folder, a parquet file or folder, tar shards, hf:owner/name, or photos (embedded)."""
     tokenizer: str = ""
-    """Run folder of `pecobook codebook`, owner/name on the Hugging Face hub, dalle:FOLDER, or diffusers:FOLDER."""
+    """The tokenizer: a codebook run, owner/name on the Hugging Face hub, dalle:FOLDER, or diffusers:FOLDER."""
     out: str = ""
-    """Folder of the bank. It must be new or empty, unless --resume or --overwrite is given."""
+    """Folder of the token bank to write. It must be new or empty, unless --resume or --overwrite is given."""
     views: int = 1
-    """Views of every image; epoch e of pre-training replays view e modulo this."""
+    """Number of views of every image; epoch e of pre-training replays view e modulo this number."""
     seed: int = 0
-    """Of the crops and colours; pre-training must have the same."""
+    """Seed of the crops and colours; pre-training must have the same seed."""
     image_size: int = 224
     """Side of the crops that the ViT will see, pixels."""
     tokenizer_size: int = 0
-    """Side to which crops are resized for the tokenizer, pixels; 0 keeps theirs."""
+    """Side to which crops are resized for the tokenizer, pixels; 0 keeps the crops' side."""
     min_crop: float = 0.2
     """Smallest share of an image's area that a random crop takes."""
     colour: PhotometricConfig = PhotometricConfig()
     """Colour changes of the crops."""
     batch_size: int = 256
-    """Views at once on a device."""
+    """Number of views that a device encodes at once."""
     workers: int = -1
-    """Data-loading processes of each device; -1 chooses from the number of cores."""
+    """Number of data-loading processes of each device; -1 chooses from the number of cores."""
     devices: str = "auto"
-    """Devices on each machine: a number, or auto for every GPU (one process on a machine without one)."""
+    """Devices on each machine: a number, or auto for every GPU (one process on a machine without a GPU)."""
     num_nodes: int = 1
-    """Machines."""
+    """Number of machines."""
     precision: Precision = "auto"
-    """fp32, bf16 or fp16 autocast of the tokenizer; what pre-training will have gives the tokens that it would."""
+    """Autocast of the tokenizer: fp32, bf16 or fp16. The precision of pre-training gives the tokens that it would
+    compute."""
     resume: bool = False
-    """Go on with an unfinished bank."""
+    """Resume an unfinished token bank."""
     overwrite: bool = False
-    """Delete what is in --out first."""
+    """Delete the contents of --out first."""
 
     def __post_init__(self) -> None:
         positive(self, "views", "image_size", "min_crop", "batch_size", "num_nodes")

@@ -17,22 +17,22 @@ class AutoencoderConfig:
     """Shape of the encoder and, mirrored, of the decoder."""
 
     channels: tuple[int, ...] = (64, 128, 256, 512, 512)
-    """Width at each resolution, from the image's to the latent grid's; each further one halves the side."""
+    """Width at each resolution, from the image's to the latent grid's; each further width halves the side."""
     latent_dim: int = 256
-    """D, the dimension of a codeword."""
+    """Dimension D of a codeword."""
     num_blocks: int = 2
-    """Residual blocks at each resolution; of a transformer, all its blocks."""
+    """Number of residual blocks at each resolution; of a transformer, the number of all its blocks."""
     in_channels: int = 3
-    """Channels of the images; training reads 3 or 1 (grey), Python takes any number."""
+    """Number of channels of the images; training reads 3 or 1 (grey), Python takes any number."""
     kind: Literal["cnn", "vit"] = "cnn"
-    """Convolutions, or a plain transformer on both sides (Table 12's ViT-B row), which reads channels as
-    (width, patch side)."""
+    """Kind of network: convolutions, or a plain transformer on both sides (Table 12's ViT-B row), which reads channels
+    as (width, patch side)."""
     num_heads: int = 12
-    """Attention heads of a transformer."""
+    """Number of attention heads of a transformer."""
     decoder_width: float = 1.0
     """Factor on the decoder's channels (Table 12: 0.5)."""
     decoder_blocks: int = 0
-    """Blocks of the decoder, as num_blocks; 0 takes that many (Table 12's half depth: 1)."""
+    """Number of blocks of the decoder; 0 takes --model.num-blocks (Table 12's half depth: 1)."""
     latent_norm: bool = False
     """Layer-normalise each latent vector, so that its scale, and with it the commitment loss, cannot drift."""
 
@@ -67,32 +67,42 @@ class AutoencoderConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class QuantizerConfig:
-    """The codebook."""
+class VectorQuantizerConfig:
+    """Codewords and how they are learned: what `VectorQuantizer` takes."""
 
     num_codewords: int = 8192
-    """K."""
+    """Number of codewords K in the codebook."""
     decay: float = 0.99
-    """Of the moving averages."""
+    """Decay of the moving averages from which codewords are computed."""
     eps: float = 1e-5
-    """Laplace smoothing of the counts."""
+    """Laplace smoothing of the codewords' counts."""
     revive_after: int = 100
-    """Steps without use after which a codeword is dead and replaced; 0 never."""
+    """Number of steps without use after which a codeword is dead and is replaced; 0 never replaces one."""
     start_after: int = 0
     """Steps during which latent vectors pass unquantised, at most half of the training; k-means then starts the
     codebook on features that mean something. A short training gains much by it."""
-    commitment: float = 0.25
-    """Beta of equation 3."""
     learning: Literal["ema", "gradient"] = "ema"
-    """Moving averages, or equation 3 as printed, whose middle term moves the codewords by gradient."""
+    """How codewords learn: by moving averages, or by gradient, from the middle term of equation 3 as printed."""
     precision: SearchPrecision = "fp32"
-    """Of the search for the nearest codeword in training. fp32 is exact; tf32 and bf16 are faster on a GPU and miss
-    where two codewords are about equally near."""
+    """Precision of the search for the nearest codeword in training. fp32 is exact; tf32 and bf16 are faster on a GPU
+    and may take another codeword that is about equally near."""
 
     def __post_init__(self) -> None:
         positive(self, "num_codewords", "eps")
         between(self, 0.0, 1.0, "decay")
-        between(self, 0.0, float("inf"), "commitment", "revive_after", "start_after")
+        between(self, 0.0, float("inf"), "revive_after", "start_after")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class QuantizerConfig(VectorQuantizerConfig):
+    """The codebook."""
+
+    commitment: float = 0.25
+    """Weight of the commitment loss, beta in equation 3."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        between(self, 0.0, float("inf"), "commitment")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -101,6 +111,6 @@ class TokenizerConfig:
 
     model: AutoencoderConfig = AutoencoderConfig()
     num_codewords: int = 8192
-    """K."""
+    """Number of codewords K in the codebook."""
     image_size: int = 224
-    """Side of the images it was trained at, pixels."""
+    """Side of the images that the tokenizer was trained at, pixels."""

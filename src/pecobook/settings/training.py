@@ -19,31 +19,33 @@ class BaseOptimConfig:
     """Optimizer and its schedule."""
 
     name: Literal["adamw", "adam", "lars"] = "adamw"
-    """Optimizer. lars (You et al., arXiv 1708.03888) is for convolutional networks at very large batches."""
+    """Name of the optimizer. lars (You et al., arXiv 1708.03888) is for convolutional networks at very large
+    batches."""
     lr: float = 1.5e-3
     """Peak learning rate, after the warm-up."""
     lr_batch_size: int = 0
-    """Global batch that lr is meant for: with another --batch-size it changes in proportion. 0 takes lr as it is."""
+    """Global batch that lr is meant for: another --batch-size changes lr in proportion. 0 takes lr as it is."""
     final_lr: float = 0.0
-    """Where a cosine or poly schedule ends: it would reach this one step after the last, so the last step still takes a
-    little more."""
+    """Learning rate at which a cosine or poly schedule ends: it would be reached one step after the last, so the last
+    step takes a little more."""
     schedule: Literal["cosine", "poly", "steps"] = "cosine"
-    """After the warm-up: half a cosine, the share left to --optim.power, or a tenth at each of --optim.milestones."""
+    """Learning rate after the warm-up: half a cosine, the share of steps left to the power of --optim.power, or a tenth
+    at each of --optim.milestones."""
     power: float = 1.0
-    """Of the poly schedule; 1 falls in a straight line."""
+    """Exponent of the poly schedule; with 1 the learning rate falls in a straight line."""
     milestones: tuple[str, ...] = ()
     """Where the steps schedule divides the learning rate by ten: steps, "N epochs", "N images" or "N%"."""
     warmup: str = "5%"
     """Length of the linear warm-up from 0: steps, "N epochs", "N images" or "N%" of the training."""
     weight_decay: float = 0.05
-    """Weight decay: of adamw decoupled from the gradient; adam and lars add it to the gradient. Never on biases, norms,
-    position tables or the mask token."""
+    """Weight decay: adamw decouples it from the gradient, adam and lars add it to the gradient. Biases, norms, position
+    tables and the mask token have none."""
     betas: tuple[float, float] = (0.9, 0.999)
-    """Decay rates of Adam's two moments; of lars, the first is the momentum."""
+    """Decay rates of Adam's two moments; for lars the first number is the momentum."""
     eps: float = 1e-8
-    """Adam's epsilon."""
+    """Epsilon that Adam adds to the root of the second moment."""
     clip_grad: float = 0.0
-    """Largest norm of the whole gradient; 0 does not clip."""
+    """Largest norm of the whole gradient, to which it is clipped; 0 does not clip."""
 
     def __post_init__(self) -> None:
         positive(self, "lr", "eps", "power")
@@ -54,7 +56,7 @@ class BaseOptimConfig:
 
     @property
     def layer_decay(self) -> float:
-        """Factor on the learning rate from each layer to the one below it: all layers learn at the same."""
+        """Factor on the learning rate from each layer to the layer below: 1, so all layers learn at the same rate."""
         return 1.0
 
 
@@ -63,7 +65,7 @@ class OptimConfig(BaseOptimConfig):
     """Optimizer and its schedule, with rates by layer for a backbone that has learned already."""
 
     layer_decay: float = 1.0
-    """Factor on the learning rate from each layer to the one below it; 1 gives all layers the same."""
+    """Factor on the learning rate from each layer to the layer below; 1 gives all layers the same rate."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -79,49 +81,50 @@ class TrainConfig:
     out: str = ""
     """Run folder to write. It must be new or empty, unless --resume or --overwrite is given."""
     seed: int = 0
-    """Everything random follows from it: weights, order, crops, masks, dropout."""
+    """Seed from which everything random follows: weights, order, crops, masks, dropout."""
     devices: str = "auto"
-    """Devices on each machine: a number, or auto for every GPU (one process on a machine without one)."""
+    """Devices on each machine: a number, or auto for every GPU (one process on a machine without a GPU)."""
     num_nodes: int = 1
-    """Machines."""
+    """Number of machines."""
     strategy: Strategy = "auto"
-    """How processes share the model: ddp copies it, fsdp shards it. auto is ddp when there are several."""
+    """How processes share the model: ddp copies it, fsdp shards it. auto is ddp for several processes."""
     precision: Precision = "auto"
-    """fp32, bf16 or fp16 autocast. auto is bf16 where the hardware multiplies it natively, else fp32."""
+    """Precision of autocast: fp32, bf16 or fp16. auto is bf16 where the hardware multiplies it natively, else fp32."""
     batch_size: int = 256
     """Images in one optimizer step, over all devices and accumulation steps."""
     micro_batch_size: int = 0
-    """Most images a device holds at once; the rest of its share is accumulated. 0 takes the share whole."""
+    """Largest number of images that a device holds at once; the rest of its share is accumulated. 0 takes the share
+    whole."""
     max_steps: str = "100 epochs"
     """Length of the training: steps, "N epochs" or "N images"."""
     image_size: int = 224
     """Side of the square views that the model sees, in pixels."""
     workers: int = -1
-    """Data-loading processes of each device; -1 chooses from the number of cores."""
+    """Number of data-loading processes of each device; -1 chooses from the number of cores."""
     loggers: tuple[str, ...] = ("tensorboard",)
-    """Where metrics go beside metrics.jsonl: any of tensorboard, wandb, mlflow."""
+    """Loggers beside metrics.jsonl: any of tensorboard, wandb, mlflow."""
     log_every: int = 10
-    """Steps between logged metrics."""
+    """Number of steps between logged metrics."""
     save_every: int = 1000
-    """Steps between checkpoints."""
+    """Number of steps between checkpoints."""
     save_minutes: float = 15.0
-    """Minutes after which a checkpoint is written in any case."""
+    """Number of minutes after which a checkpoint is written in any case."""
     keep_checkpoints: int = 2
-    """Checkpoints kept; older ones are deleted."""
+    """Number of checkpoints kept; older checkpoints are deleted."""
     sample_every: int = 1000
-    """Steps between evaluations and pictures in samples/."""
+    """Number of steps between evaluations, which also draw pictures into samples/."""
     evaluation_images: int = 1024
-    """Most held-out images looked at in each evaluation."""
+    """Largest number of held-out images in each evaluation."""
     compile: bool = False
-    """Compile the stage with torch.compile."""
+    """Compile the training step with torch.compile."""
     deterministic: bool = False
-    """On a GPU, take only kernels that give the same bits each time, as far as PyTorch has them, so that a run can be
-    repeated and resumed to the same weights; slower. A CPU always does."""
+    """Take only kernels of a GPU that give the same bits each time, as far as PyTorch has them, so that a run can be
+    repeated and resumed to the same weights; this is slower. A CPU always does so."""
     optim: BaseOptimConfig = BaseOptimConfig()
     resume: bool = False
-    """Go on from the last checkpoint in --out."""
+    """Resume from the last checkpoint in --out."""
     overwrite: bool = False
-    """Delete what is in --out first."""
+    """Delete the contents of --out first."""
 
     def __post_init__(self) -> None:
         narrow(self)

@@ -19,8 +19,8 @@ from pecobook.data.views import central_view, random_crop
 from pecobook.engine.optim import layer_decay_groups
 from pecobook.engine.stage import Stage, StageOutput, mean_of_counted
 from pecobook.errors import ConfigError
-from pecobook.models.contrastive import follow
-from pecobook.models.weights import Backbone, export_backbone, load_backbone
+from pecobook.models.contrastive import ema_update
+from pecobook.models.weights import Backbone, Classifier, load_backbone
 from pecobook.settings.finetune import FinetuneConfig
 from pecobook.settings.training import BaseOptimConfig
 from pecobook.utils.images import channels_last, to_float
@@ -43,7 +43,7 @@ class ClassifyStage(Stage[FinetuneConfig]):
         super().__init__()
         self.config, self.classes = config, classes
         backbone = load_for_classification(config)
-        self.name, self.args, self.statistics = backbone.name, backbone.args, (backbone.mean, backbone.std)
+        self.described = backbone.name, backbone.args, backbone.mean, backbone.std, config.image_size
         self.network = backbone.network
         self.network.reset_classifier(len(classes))  # type: ignore[operator]
         head = self.network.get_classifier()  # type: ignore[operator]
@@ -88,7 +88,7 @@ class ClassifyStage(Stage[FinetuneConfig]):
     def after_step(self, step: int, total: int) -> None:
         """Move the average, quickly at first."""
         if self.averaged is not None:
-            follow(self.averaged, self.network, min(self.config.average, (1 + step) / (10 + step)))
+            ema_update(self.averaged, self.network, min(self.config.average, (1 + step) / (10 + step)))
             for own, other in zip(self.averaged.buffers(), self.network.buffers(), strict=True):
                 own.copy_(other)
 
@@ -108,18 +108,9 @@ class ClassifyStage(Stage[FinetuneConfig]):
         """Write the classifier as a plain timm network with its classes."""
         prefix = "network." if self.averaged is None else "averaged."
         own = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
-        return export_backbone(
-            folder,
-            own,
-            name=self.name,
-            args=self.args,
-            image_size=self.config.image_size,
-            origin="classification",
-            classes=self.classes,
-            crop=self.config.eval_crop,
-            mean=self.statistics[0],
-            std=self.statistics[1],
-        )
+        whole = Classifier(self.network, *self.described, classes=self.classes, crop=self.config.eval_crop)
+        whole.save_pretrained(folder, state=own, origin="classification")
+        return whole.lines(str(folder))
 
     @classmethod
     def check(cls, config: FinetuneConfig) -> None:

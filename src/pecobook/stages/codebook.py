@@ -56,20 +56,12 @@ class CodebookStage(Stage[CodebookConfig]):
         self.perceptual = perceptual_distance(config.perceptual, config.seed)
         self.discriminator = self.classifier = self.contrast = None
         if config.adversarial.weight > 0:
-            own = config.adversarial
-            self.discriminator = PatchDiscriminator(config.model.in_channels, own.width, own.num_layers)
+            self.discriminator = PatchDiscriminator(config.adversarial, config.model.in_channels)
         if config.explicit.kind == "classification":
             self.classifier = CodewordClassifier(config.model.latent_dim, num_classes)
         elif config.explicit.kind == "contrastive":
             self.min_batch_size, self.needs_full_batch_keys = 2, True  # an image is told from all images of a step
-            self.contrast = CodewordContrast(
-                self.tokenizer.encoder,
-                config.model.latent_dim,
-                hidden_dim=config.explicit.hidden_dim,
-                output_dim=config.explicit.output_dim,
-                temperature=config.explicit.temperature,
-                momentum=config.explicit.momentum,
-            )
+            self.contrast = CodewordContrast(self.tokenizer.encoder, config.model.latent_dim, config.explicit)
 
     def forward(self, batch: Batch) -> StageOutput:
         """Equation 5, and what is added to it, on a batch of uint8 images."""
@@ -168,7 +160,7 @@ class CodebookStage(Stage[CodebookConfig]):
         """
         quantizer = self.tokenizer.quantizer
         share = quantizer.usage / quantizer.usage.sum().clamp_min(1e-12)  # (K,)
-        alive = (quantizer.unused < max(quantizer.revive_after, 100)).sum()
+        alive = (quantizer.unused < max(quantizer.config.revive_after, 100)).sum()
         entropy = -(share * share.clamp_min(1e-12).log()).sum()
         return {
             "codes_alive": alive.float(),
@@ -203,10 +195,8 @@ class CodebookStage(Stage[CodebookConfig]):
     def export(self, folder: Path, state: dict[str, Tensor]) -> str:
         """Write the tokenizer."""
         own = {name.removeprefix("tokenizer."): value for name, value in state.items() if name.startswith("tokenizer.")}
-        whole = PerceptualTokenizer(self.tokenizer.config)  # ours may hold this process's shard alone
-        whole.load_state_dict(own)
-        whole.save_pretrained(folder, origin=_origin(self.config))
-        return 'from pecobook import PerceptualTokenizer\ntokenizer = PerceptualTokenizer.from_pretrained("{path}")'
+        self.tokenizer.save_pretrained(folder, state=own, origin=_origin(self.config))
+        return self.tokenizer.lines(self.config.out)
 
     @classmethod
     def check(cls, config: CodebookConfig) -> None:
@@ -262,17 +252,7 @@ def _origin(config: CodebookConfig) -> str:
 def build_tokenizer(config: CodebookConfig) -> PerceptualTokenizer:
     """The tokenizer that these settings train, with random weights."""
     own = config.quantizer
-    quantizer = VectorQuantizer(
-        own.num_codewords,
-        config.model.latent_dim,
-        decay=own.decay,
-        eps=own.eps,
-        revive_after=own.revive_after,
-        start_after=own.start_after,
-        seed=config.seed,
-        learning=own.learning,
-        precision=own.precision,
-    )
+    quantizer = VectorQuantizer(own, config.model.latent_dim, seed=config.seed)
     shape = TokenizerConfig(model=config.model, num_codewords=own.num_codewords, image_size=config.image_size)
     return PerceptualTokenizer(shape, quantizer)
 

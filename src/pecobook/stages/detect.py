@@ -21,7 +21,7 @@ from pecobook.engine.launch import is_leader
 from pecobook.engine.optim import dense_groups
 from pecobook.engine.stage import Stage, StageOutput
 from pecobook.errors import ConfigError
-from pecobook.models.dense.detector import Detections, Detector, export_detector, rescale
+from pecobook.models.dense.detector import Detections, Detector, rescale
 from pecobook.models.dense.pyramid import describe_pyramid, pyramid_of
 from pecobook.settings.detect import DetectConfig
 from pecobook.settings.training import BaseOptimConfig
@@ -120,7 +120,8 @@ class DetectStage(Stage[DetectConfig]):
     def export(self, folder: Path, state: dict[str, Tensor]) -> str:
         """Write the detector."""
         own = {name.removeprefix("detector."): value for name, value in state.items()}
-        return export_detector(folder, own, self.detector)
+        self.detector.save_pretrained(folder, state=own)
+        return self.detector.lines(self.config.out)
 
     @classmethod
     def open(cls, config: DetectConfig) -> Splits:

@@ -21,8 +21,8 @@ from pecobook.data.views import central_view, colour_draws, photometric, random_
 from pecobook.engine.launch import check_min_batch
 from pecobook.engine.schedule import cosine
 from pecobook.engine.stage import Stage, StageOutput
-from pecobook.models.contrastive import contrastive_loss, follow, initialise_moco, mlp
-from pecobook.models.weights import IMAGENET_MEAN, IMAGENET_STD, create, export_backbone, is_transformer
+from pecobook.models.contrastive import contrastive_loss, ema_update, initialise_moco, mlp
+from pecobook.models.weights import IMAGENET_MEAN, IMAGENET_STD, Backbone, create, is_transformer
 from pecobook.settings.contrast import ContrastConfig
 from pecobook.utils.images import channels_last, to_float
 
@@ -113,7 +113,7 @@ class MocoStage(Stage[ContrastConfig]):
         momentum = cosine(step - 1, total=total, start=self.config.momentum, end=1.0)
         pairs = [(self.backbone, self.momentum_backbone), (self.projector, self.momentum_projector)]
         for online, average in pairs:
-            follow(average, online, momentum)
+            ema_update(average, online, momentum)
 
     def warning(self, metrics: dict[str, float], step: int) -> str | None:
         """Say when all images get one feature (a spread of 1 is uniform on the sphere)."""
@@ -124,14 +124,10 @@ class MocoStage(Stage[ContrastConfig]):
     def export(self, folder: Path, state: dict[str, Tensor]) -> str:
         """Write the backbone as a plain timm network."""
         own = {name.removeprefix("backbone."): value for name, value in state.items() if name.startswith("backbone.")}
-        return export_backbone(
-            folder,
-            own,
-            name=self.config.model.name,
-            args=_backbone_args(self.config),
-            image_size=self.config.image_size,
-            origin="MoCo v3",
-        )
+        args, size = _backbone_args(self.config), self.config.image_size
+        whole = Backbone(self.backbone, self.config.model.name, args, IMAGENET_MEAN, IMAGENET_STD, size)
+        whole.save_pretrained(folder, state=own, origin="MoCo v3")
+        return whole.lines(str(folder))
 
     @classmethod
     def check(cls, config: ContrastConfig) -> None:

@@ -22,6 +22,7 @@ from pecobook.data.tokens import TokenBank, bank_differences
 from pecobook.data.views import center_crop, colour_draws, photometric, random_crop
 from pecobook.engine.stage import Stage, StageOutput
 from pecobook.errors import ConfigError, DataError
+from pecobook.models.export import write_tensors
 from pecobook.models.masked_vit import (
     MaskedImageModel,
     VisibleOnlyModel,
@@ -32,9 +33,9 @@ from pecobook.models.masked_vit import (
     unshared,
 )
 from pecobook.models.tokenizers import fingerprint, load_tokenizer
-from pecobook.models.weights import IMAGENET_MEAN, IMAGENET_STD, create, export_backbone, write_tensors
+from pecobook.models.weights import IMAGENET_MEAN, IMAGENET_STD, Backbone, create
 from pecobook.settings.images import PhotometricConfig
-from pecobook.settings.pretrain import MaskConfig, PretrainConfig
+from pecobook.settings.pretrain import DecoderConfig, MaskConfig, PretrainConfig
 from pecobook.utils.images import to_float
 
 
@@ -111,15 +112,10 @@ class PretrainStage(Stage[PretrainConfig]):
         write_tensors(folder / "mim.safetensors", {n: v for n, v in own.items() if not n.startswith("backbone.")})
         backbone = {n.removeprefix("backbone."): v for n, v in own.items() if n.startswith("backbone.")}
         backbone, args = unshared(backbone, backbone_args(self.config))
-        return export_backbone(
-            folder,
-            backbone,
-            name=self.config.model.name,
-            args=args,
-            image_size=self.config.image_size,
-            origin="PeCo masked image modelling",
-            target=self.config.target,
-        )
+        name, size = self.config.model.name, self.config.image_size
+        whole = Backbone(self.model.backbone, name, args, IMAGENET_MEAN, IMAGENET_STD, size, target=self.config.target)
+        whole.save_pretrained(folder, state=backbone, origin="PeCo masked image modelling")
+        return whole.lines(str(folder))
 
     @classmethod
     def check(cls, config: PretrainConfig) -> None:
@@ -132,7 +128,7 @@ class PretrainStage(Stage[PretrainConfig]):
                 f"--mask.num-masked {config.mask.num_masked} must be below {rows * columns}, all patches."
             )
         if config.visible_only:
-            VisibleOnlyModel(backbone, 2, depth=1, width=64, num_heads=1)
+            VisibleOnlyModel(backbone, 2, DecoderConfig(depth=1, width=64, num_heads=1))
         if config.target == "tokens":
             _check_tokens(config, backbone)
 
@@ -187,9 +183,8 @@ class PretrainStage(Stage[PretrainConfig]):
 
 def masked_model(config: PretrainConfig, backbone: nn.Module, size: int) -> MaskedImageModel | VisibleOnlyModel:
     """The masked model of the settings around a backbone, with `size` outputs for each masked patch."""
-    own = config.decoder
     if config.visible_only:
-        return VisibleOnlyModel(backbone, size, depth=own.depth, width=own.width, num_heads=own.num_heads)
+        return VisibleOnlyModel(backbone, size, config.decoder)
     return MaskedImageModel(backbone, size)
 
 

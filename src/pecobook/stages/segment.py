@@ -25,7 +25,7 @@ from pecobook.engine.optim import dense_groups
 from pecobook.engine.stage import Stage, StageOutput, mean_of_counted
 from pecobook.errors import ConfigError, DataError, listed
 from pecobook.models.dense.pyramid import describe_pyramid, pyramid_of
-from pecobook.models.dense.segmenter import Segmenter, best_classes, export_segmenter, scaled_pictures, stretch
+from pecobook.models.dense.segmenter import Segmenter, best_classes, scaled_pictures, stretch
 from pecobook.settings.segment import SegmentConfig, SegmentTestConfig
 from pecobook.settings.training import BaseOptimConfig
 from pecobook.utils.images import resize, to_float
@@ -45,16 +45,8 @@ class SegmentStage(Stage[SegmentConfig]):
         super().__init__()
         self.config, self.classes, self.min_batch_size = config, classes, _min_batch_size(config)
         pyramid, backbone = pyramid_of(config)
-        self.described = describe_pyramid(backbone, config.pyramid, config.image_size)
-        self.model = Segmenter(
-            pyramid,
-            classes,
-            image_size=config.image_size,
-            width=config.head_width,
-            auxiliary=config.auxiliary_width if config.auxiliary_weight else 0,
-            mean=backbone.mean,
-            std=backbone.std,
-        )
+        described = describe_pyramid(backbone, config.pyramid, config.image_size)
+        self.model = Segmenter(pyramid, described, classes=classes, config=config)
 
     def forward(self, batch: Batch) -> StageOutput:
         """Cross-entropy of uint8 images (B, 3, S, S) and masks int16 (B, S, S); in evaluation, pixels counted."""
@@ -121,14 +113,8 @@ class SegmentStage(Stage[SegmentConfig]):
     def export(self, folder: Path, state: dict[str, Tensor]) -> str:
         """Write the segmenter, complete."""
         own = {name.removeprefix("model."): value for name, value in state.items()}
-        return export_segmenter(
-            folder,
-            own,
-            pyramid=self.described,
-            classes=self.classes,
-            size=self.config.image_size,
-            width=self.config.head_width,
-        )
+        self.model.save_pretrained(folder, state=own)
+        return self.model.lines(self.config.out)
 
     @classmethod
     def open(cls, config: SegmentConfig) -> Splits:

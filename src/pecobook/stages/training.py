@@ -145,6 +145,6 @@ def _export(config: TrainConfig, stage: Stage[Any]) -> None:
                 f"The export cannot be written to '{folder}': {first_line(error).rstrip('.')}.\n"
                 "The last checkpoint is whole. Make room, then go on with --resume."
             ) from None
-        print(f"\nDone: {folder}\n\n{lines.format(path=config.out)}", file=sys.stderr)
+        print(f"\nDone: {folder}\n\n{lines}", file=sys.stderr)
 
     on_first_rank(write)

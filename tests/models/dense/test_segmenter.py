@@ -15,14 +15,14 @@ from pecobook.models.dense.segmenter import (
     Segmenter,
     UperNet,
     best_classes,
-    export_segmenter,
     scaled_pictures,
     starts,
 )
+from pecobook.models.export import write_export
 from pecobook.models.huggingface import beit_to_huggingface
-from pecobook.models.weights import Backbone, write_export
+from pecobook.models.weights import Backbone
 from pecobook.settings.dense import PyramidConfig
-from pecobook.settings.segment import SegmentTestConfig
+from pecobook.settings.segment import SegmenterConfig, SegmentTestConfig
 from pecobook.utils.images import resize
 
 MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.3, 0.4)
@@ -34,7 +34,10 @@ def segmenter(size: int = 32, classes: int = 5, **args: Any) -> Segmenter:
     network = timm.create_model("beit_base_patch16_224", num_classes=0, **{**ARGS, **args})
     pyramid = FeaturePyramid(network, size, PyramidConfig())
     names = tuple(f"class {number}" for number in range(classes))
-    made = Segmenter(pyramid, names, image_size=size, auxiliary=16, mean=MEAN, std=STD)
+    described = describe_pyramid(
+        Backbone(network, "beit_base_patch16_224", {**ARGS, **args}, MEAN, STD, 32), PyramidConfig(), size
+    )
+    made = Segmenter(pyramid, described, classes=names, config=SegmenterConfig(auxiliary_width=16))
     for key, value in made.named_parameters():
         if "relative_position" in key or key.endswith("classifier.weight"):
             nn.init.normal_(value, std=0.5)
@@ -194,14 +197,8 @@ def test_test_config__refuses(settings: dict[str, Any]) -> None:
 
 def test_export__and_back(tmp_path: Path) -> None:
     own = segmenter(48)
-    backbone = Backbone(own.pyramid.network, "beit_base_patch16_224", ARGS, MEAN, STD, 32)
-    described = describe_pyramid(backbone, PyramidConfig(), 48)
-    lines = export_segmenter(
-        tmp_path / "export", own.state_dict(), pyramid=described, classes=own.classes, size=48, width=0
-    )
-    space: dict[str, Any] = {}
-    exec(lines.format(path=tmp_path), space)
-    again: Segmenter = space["model"]
+    own.save_pretrained(tmp_path / "export")
+    again = Segmenter.from_pretrained(tmp_path)
     x = torch.randint(256, (3, 50, 60), dtype=torch.uint8)
     assert torch.equal(again.predict(x), own.predict(x))
     assert again.classes == own.classes

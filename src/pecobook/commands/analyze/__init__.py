@@ -1,6 +1,6 @@
 """`pecobook analyze`: what the codewords of one or more tokenizers mean, in numbers, pictures and one page.
 
-subjects.py    what is analysed, opened and checked
+inputs.py      what is analysed, opened and checked
 measure.py     figures of a tokenizer, on the same images as all others
 pictures.py    its pictures
 bank.py        usage and galleries of a whole token bank
@@ -23,7 +23,7 @@ from pecobook.settings.analyze import AnalyzeConfig
 from pecobook.settings.values import replace
 
 if TYPE_CHECKING:
-    from pecobook.commands.analyze.subjects import Subjects
+    from pecobook.commands.analyze.inputs import AnalysisInputs
     from pecobook.utils.output_folder import OutputFolder
 
 __all__ = ["AnalyzeConfig", "analyze"]
@@ -40,17 +40,17 @@ def analyze(config: AnalyzeConfig | None = None, **settings: Any) -> Path:
     """
     config = replace(config or AnalyzeConfig(), settings)
     began = time.monotonic()
-    subjects = _preflight(config)
+    inputs = _preflight(config)
     with _folder(config).begin(_write_first):
-        return _write_all(config, subjects, began)
+        return _write_all(config, inputs, began)
 
 
-def _write_all(config: AnalyzeConfig, subjects: Subjects, began: float) -> Path:
+def _write_all(config: AnalyzeConfig, inputs: AnalysisInputs, began: float) -> Path:
     from threadpoolctl import threadpool_limits
 
     from pecobook.analysis.report import write_report
     from pecobook.commands.analyze.masked import predict
-    from pecobook.commands.analyze.measure import look
+    from pecobook.commands.analyze.measure import analyze_tokenizer
     from pecobook.commands.analyze.names import file_part
     from pecobook.commands.analyze.page import compose
     from pecobook.commands.analyze.pictures import curves_of, side_by_side
@@ -58,35 +58,37 @@ def _write_all(config: AnalyzeConfig, subjects: Subjects, began: float) -> Path:
     from pecobook.utils.files import write_atomically
 
     out = Path(config.out)
-    results = _about(config, subjects)
+    results = _about(config, inputs)
     cost: list[tuple[str, float]] = []
-    looks = []
+    measured = []
     pictures: dict[str, bytes] = {}
-    total = len(subjects.tokenizers) + bool(subjects.runs)
-    for number, subject in enumerate(subjects.tokenizers, start=1):
-        say(f"[{number}/{total}] {subject.name}")
+    total = len(inputs.tokenizers) + bool(inputs.runs)
+    for number, tokenizer_input in enumerate(inputs.tokenizers, start=1):
+        say(f"[{number}/{total}] {tokenizer_input.name}")
         mark = time.monotonic()
-        found, skipped, draw = look(config, subject, subjects)
+        found, skipped, draw = analyze_tokenizer(config, tokenizer_input, inputs)
         results["tokenizers"].append(found.figures)
         results["skipped"] = {"count": len(skipped), "names": skipped}
         _write(results, out, began)  # before pictures, so that none of them can cost the figures
         drawn = draw()
-        cost.append((subject.name, time.monotonic() - mark))
-        files = {kind: f"{kind}-{file_part(number, subject.name)}.png" for kind in drawn}
+        cost.append((tokenizer_input.name, time.monotonic() - mark))
+        files = {kind: f"{kind}-{file_part(number, tokenizer_input.name)}.png" for kind in drawn}
         found.figures["pictures"] = {kind: f"pictures/{file}" for kind, file in files.items()}
         pictures |= {files[kind]: png for kind, png in drawn.items()}
-        looks.append(found)
-    if subjects.runs:
+        measured.append(found)
+    if inputs.runs:
         say(f"[{total}/{total}] predictions behind masks")
         mark = time.monotonic()
-        predictions = predict(subjects.runs, subjects.splits.evaluation, config.seed)
+        predictions = predict(inputs.runs, inputs.splits.evaluation, config.seed)
         cost.append(("masked prediction", time.monotonic() - mark))
         results["masked_prediction"] = predictions.figures
         _write(results, out, began)
         pictures |= predictions.draw()
-    pictures |= side_by_side(looks)
-    pictures |= curves_of("tokenizers", {subject.name: subject.source for subject in subjects.tokenizers})
-    pictures |= curves_of("vits", dict(zip(subjects.runs, config.backbone, strict=True)))
+    pictures |= side_by_side(measured)
+    pictures |= curves_of(
+        "tokenizers", {tokenizer_input.name: tokenizer_input.source for tokenizer_input in inputs.tokenizers}
+    )
+    pictures |= curves_of("vits", dict(zip(inputs.runs, config.backbone, strict=True)))
     with threadpool_limits(1):
         for name, png in pictures.items():
             write_atomically(out / "pictures" / name, png)
@@ -96,11 +98,11 @@ def _write_all(config: AnalyzeConfig, subjects: Subjects, began: float) -> Path:
     return report
 
 
-def _about(config: AnalyzeConfig, subjects: Subjects) -> dict[str, Any]:
+def _about(config: AnalyzeConfig, inputs: AnalysisInputs) -> dict[str, Any]:
     """What is measured, on what, by what; the beginning of `analysis.json`."""
     from importlib.metadata import version
 
-    splits = subjects.splits
+    splits = inputs.splits
     return {
         "pecobook": version("pecobook"),
         "seed": config.seed,
@@ -119,8 +121,8 @@ def _write(results: dict[str, Any], out: Path, began: float) -> None:
     write_atomically(out / "analysis.json", (json.dumps(results, indent=2) + "\n").encode())
 
 
-def _preflight(config: AnalyzeConfig) -> Subjects:
-    from pecobook.commands.analyze.subjects import open_subjects
+def _preflight(config: AnalyzeConfig) -> AnalysisInputs:
+    from pecobook.commands.analyze.inputs import open_inputs
 
     problems: list[PecobookError] = []
     found = None
@@ -132,7 +134,7 @@ def _preflight(config: AnalyzeConfig) -> Subjects:
         problems.append(error)
     if config.tokenizer:
         try:
-            found = open_subjects(config)
+            found = open_inputs(config)
         except PreflightError as error:
             problems += error.problems
         except PecobookError as error:

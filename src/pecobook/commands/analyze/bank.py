@@ -26,7 +26,7 @@ _CHUNK = 2**22  # codes looked at together
 
 
 @dataclass(frozen=True)
-class Places:
+class Occurrences:
     """Where a codeword occurs: how often, in how many images, and a few places drawn at random."""
 
     codeword: int
@@ -67,9 +67,9 @@ def bank_usage(bank: TokenBank, num_codewords: int) -> CodeUsage:
     return usage_of_counts(counts)
 
 
-def find_places(
+def find_occurrences(
     bank: TokenBank, codewords: Sequence[int], num_codewords: int, *, patches: int, seed: int
-) -> list[Places]:
+) -> list[Occurrences]:
     """Where codewords occur among all training images.
 
     An image's rank is a hash of (seed, codeword, image), and the `patches` lowest are drawn: what is drawn for one
@@ -88,7 +88,7 @@ def find_places(
             mine = which == index
             draw.add(images[rows[mine]], places[mine])
     return [
-        Places(
+        Occurrences(
             codeword, draw.count, draw.images, tuple((image, *_unravel(place, shape)) for _, image, place in draw.kept)
         )
         for codeword, draw in zip(codewords, found, strict=True)
@@ -123,7 +123,9 @@ class _Draw:
         self.kept = sorted([*self.kept, *new])[: self.size]
 
 
-def bank_gallery(bank: TokenBank, source: ImageSource, found: Sequence[Places], *, context: float = 1.0) -> Gallery:
+def bank_gallery(
+    bank: TokenBank, source: ImageSource, found: Sequence[Occurrences], *, context: float = 1.0
+) -> Gallery:
     """Pictures of places: the views that were tokenized, made again, without images that cannot be read any more."""
     rows = []
     for places in found:

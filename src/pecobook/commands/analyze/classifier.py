@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from pecobook.data.source import Splits
 from pecobook.errors import ConfigError, DataError
 from pecobook.models.checkpoints import load_state, read_weights
-from pecobook.models.weights import IMAGENET_MEAN, IMAGENET_STD, create, exported_network, read_export
+from pecobook.models.export import read_export
+from pecobook.models.weights import IMAGENET_MEAN, IMAGENET_STD, create, exported_network
 from pecobook.utils.devices import device
 
 if TYPE_CHECKING:

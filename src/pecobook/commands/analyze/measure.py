@@ -23,7 +23,7 @@ from pecobook.analysis.reconstruction import decode_all, encode_all, psnr, ssim
 from pecobook.analysis.semantics import information, patch_colours, patch_edges, patch_labels
 from pecobook.analysis.similarity import agreement, code_distance, judge, pixel_distance, read_bapps
 from pecobook.analysis.stability import stability
-from pecobook.commands.analyze.bank import bank_gallery, bank_usage, find_places
+from pecobook.commands.analyze.bank import bank_gallery, bank_usage, find_occurrences
 from pecobook.commands.analyze.pictures import PATCHES, pictures_of, shown_codewords, spread
 from pecobook.commands.extract import extract
 from pecobook.commands.jobs import say
@@ -32,7 +32,7 @@ from pecobook.utils.devices import device
 from pecobook.utils.images import to_float
 
 if TYPE_CHECKING:
-    from pecobook.commands.analyze.subjects import Subject, Subjects
+    from pecobook.commands.analyze.inputs import AnalysisInputs, TokenizerInput
     from pecobook.data.source import ImageSource
     from pecobook.data.tokens import TokenBank
     from pecobook.models.perceptual import PerceptualDistance
@@ -43,7 +43,7 @@ _JUDGED = 200  # images whose shifted and blurred copies are compared
 
 
 @dataclasses.dataclass(frozen=True)
-class Look:
+class TokenizerMetrics:
     """What was found of one tokenizer."""
 
     name: str
@@ -71,7 +71,7 @@ def evaluate_tokenizer(
     distance: PerceptualDistance | None,
     *,
     seed: int,
-) -> tuple[Look, Tensor, Tensor]:
+) -> tuple[TokenizerMetrics, Tensor, Tensor]:
     """How a tokenizer uses its codewords, what it keeps of held-out images, and how well its codes tell classes apart.
 
     Args:
@@ -108,25 +108,27 @@ def evaluate_tokenizer(
         found["perceptual_distance"] = _rounded(_distances(distance, images, restored).mean(), 4)
     probed, correct = _probes(tokenizer, codes, labels, train, seed)
     shown = spread(len(images))
-    return Look(name, found | probed, images[shown], restored[shown], usage, correct), codes, restored
+    return TokenizerMetrics(name, found | probed, images[shown], restored[shown], usage, correct), codes, restored
 
 
-def look(config: AnalyzeConfig, subject: Subject, subjects: Subjects) -> tuple[Look, list[str], Draw]:
+def analyze_tokenizer(
+    config: AnalyzeConfig, tokenizer_input: TokenizerInput, inputs: AnalysisInputs
+) -> tuple[TokenizerMetrics, list[str], Draw]:
     """Everything about one tokenizer, the images that could not be read, and what draws its pictures."""
-    tokenizer = subject.tokenizer
-    pixels, labels, skipped = read_all(subjects.splits.evaluation, tokenizer.image_size, limit=config.max_test)
+    tokenizer = tokenizer_input.tokenizer
+    pixels, labels, skipped = read_all(inputs.splits.evaluation, tokenizer.image_size, limit=config.max_test)
     images = to_float(pixels)
     say(f"  {len(images)} images to codes and back" + (f", {len(skipped)} could not be read" if skipped else ""))
-    train = partial(_train_codes, config, subject, subjects)
+    train = partial(_train_codes, config, tokenizer_input, inputs)
     what, codes, restored = evaluate_tokenizer(
-        subject.name, tokenizer, images, labels, train, subjects.distance, seed=config.seed
+        tokenizer_input.name, tokenizer, images, labels, train, inputs.distance, seed=config.seed
     )
     K, found, usage = tokenizer.num_codewords, what.figures, what.usage
-    found["source"] = subject.source
+    found["source"] = tokenizer_input.source
     say("  classes, colours and edges that codes go with")
     found["information"] = _information(config, K, images, codes, labels)
-    if subjects.classifier is not None:
-        given = subjects.classifier
+    if inputs.classifier is not None:
+        given = inputs.classifier
         found["classifier"] = {
             "originals": given.accuracy(images, labels),
             "reconstructions": given.accuracy(restored, labels),
@@ -134,13 +136,13 @@ def look(config: AnalyzeConfig, subject: Subject, subjects: Subjects) -> tuple[L
     say("  codes of distorted images")
     kept = stability(tokenizer, images[:_STABLE], codes[:_STABLE], tokenizer.stride)
     found["stability"] = {name: round(value, 2) for name, value in kept.items()}
-    found["similarity"] = _similarity(subjects, tokenizer, images)
-    drawn: list[Draw] = [partial(_pictures, config, subjects, tokenizer, images, codes, labels, usage)]
-    if subject.bank is not None:
-        say(f"  the token bank {subject.bank.folder}")
-        found["bank"], draw_bank = _bank(config, subject.bank, K, subjects.splits.train)
+    found["similarity"] = _similarity(inputs, tokenizer, images)
+    drawn: list[Draw] = [partial(_pictures, config, inputs, tokenizer, images, codes, labels, usage)]
+    if tokenizer_input.bank is not None:
+        say(f"  the token bank {tokenizer_input.bank.folder}")
+        found["bank"], draw_bank = _bank(config, tokenizer_input.bank, K, inputs.splits.train)
         drawn.append(draw_bank)
-    subject.tokenizer.cpu()
+    tokenizer_input.tokenizer.cpu()
     return what, skipped, lambda: {kind: png for draw in drawn for kind, png in draw().items()}
 
 
@@ -151,7 +153,7 @@ def _few(codewords: list[int]) -> list[int] | None:
 
 def _pictures(
     config: AnalyzeConfig,
-    subjects: Subjects,
+    inputs: AnalysisInputs,
     tokenizer: Any,
     images: Tensor,
     codes: Tensor,
@@ -159,7 +161,7 @@ def _pictures(
     usage: CodeUsage,
 ) -> dict[str, bytes]:
     say("  pictures")
-    classes = subjects.splits.evaluation.classes or ()
+    classes = inputs.splits.evaluation.classes or ()
     return pictures_of(
         tokenizer, images, codes, labels, usage, classes=classes, asked=config.codewords, seed=config.seed
     )
@@ -171,7 +173,7 @@ def _bank(
     """Usage over all training images, and what draws a gallery of places among all of them."""
     usage = bank_usage(bank, num_codewords)
     chosen = shown_codewords(usage, config.codewords, config.seed)
-    places = find_places(bank, chosen, num_codewords, patches=PATCHES, seed=config.seed)
+    places = find_occurrences(bank, chosen, num_codewords, patches=PATCHES, seed=config.seed)
     figures = {
         "folder": str(bank.folder),
         "num_images": bank.layouts["train"].num_images - len(bank.skipped),
@@ -194,8 +196,10 @@ def _distances(distance: PerceptualDistance, x: Tensor, y: Tensor) -> Tensor:
     return torch.cat([distance(a.to(device()), b.to(device())).cpu() for a, b in pairs])
 
 
-def _train_codes(config: AnalyzeConfig, subject: Subject, subjects: Subjects) -> tuple[Tensor, Tensor] | None:
-    train, tokenizer = subjects.splits.train, subject.tokenizer
+def _train_codes(
+    config: AnalyzeConfig, tokenizer_input: TokenizerInput, inputs: AnalysisInputs
+) -> tuple[Tensor, Tensor] | None:
+    train, tokenizer = inputs.splits.train, tokenizer_input.tokenizer
     if train.labels is None:
         return None
     seen, labels = extract(
@@ -203,7 +207,7 @@ def _train_codes(config: AnalyzeConfig, subject: Subject, subjects: Subjects) ->
         tokenizer.image_size,
         config.max_train,
         lambda images: {"codes": encode_all(tokenizer, images)},
-        f"codes of {subject.name}",
+        f"codes of {tokenizer_input.name}",
     )
     assert labels is not None
     return seen["codes"], labels
@@ -245,16 +249,16 @@ def _information(
     }
 
 
-def _similarity(subjects: Subjects, tokenizer: Any, images: Tensor) -> dict[str, Any]:
+def _similarity(inputs: AnalysisInputs, tokenizer: Any, images: Tensor) -> dict[str, Any]:
     """Two-alternative judgements of pixels, of this tokenizer's codewords and of the perceptual distance."""
     compared: dict[str, Any] = {"pixels": pixel_distance, "codewords": code_distance(tokenizer)}
-    if subjects.distance is not None:
-        compared["perceptual"] = partial(_distances, subjects.distance)
+    if inputs.distance is not None:
+        compared["perceptual"] = partial(_distances, inputs.distance)
     found: dict[str, Any] = {
         "shifted_over_blurred": {name: round(judge(images[:_JUDGED], d).right, 2) for name, d in compared.items()}
     }
-    if subjects.judgements:
-        triplets = read_bapps(subjects.judgements, tokenizer.image_size)
+    if inputs.judgements:
+        triplets = read_bapps(inputs.judgements, tokenizer.image_size)
         found["agreement_with_people"] = {name: round(agreement(triplets, d), 2) for name, d in compared.items()}
         found["judgements"] = len(triplets.prefer_second)
     return found

@@ -18,7 +18,7 @@ from pecobook.analysis.codewords import CodeUsage, code_gallery
 from pecobook.analysis.semantics import joint_counts
 
 if TYPE_CHECKING:
-    from pecobook.commands.analyze.measure import Look
+    from pecobook.commands.analyze.measure import TokenizerMetrics
 
 SHOWN = 6
 """Images in grids of pictures."""
@@ -103,13 +103,13 @@ def _dominant_class(codes: Tensor, labels: Tensor, num_codewords: int) -> np.nda
     return np.where(joint.sum(1) > 0, joint.argmax(1), -1)
 
 
-def side_by_side(looks: Sequence[Look]) -> dict[str, bytes]:
+def side_by_side(measured: Sequence[TokenizerMetrics]) -> dict[str, bytes]:
     """Reconstructions and frequencies of all tokenizers together."""
-    originals = max((look.images for look in looks), key=lambda images: images.shape[-1])
-    columns = {look.name: at_side(look.restored, originals.shape[-1]) for look in looks}
+    originals = max((metrics.images for metrics in measured), key=lambda images: images.shape[-1])
+    columns = {metrics.name: at_side(metrics.restored, originals.shape[-1]) for metrics in measured}
     return {
         "reconstructions.png": draw.reconstruction_grid(originals, columns, rows=SHOWN),
-        "usage.png": code_usage_chart({look.name: look.usage.counts for look in looks}),
+        "usage.png": code_usage_chart({metrics.name: metrics.usage.counts for metrics in measured}),
     }
 
 

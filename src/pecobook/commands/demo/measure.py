@@ -21,7 +21,7 @@ from pecobook.analysis.features import backbone_features
 from pecobook.analysis.probe import paired_difference
 from pecobook.analysis.reconstruction import encode_all
 from pecobook.commands.analyze.masked import predict
-from pecobook.commands.analyze.measure import Look, evaluate_tokenizer
+from pecobook.commands.analyze.measure import TokenizerMetrics, evaluate_tokenizer
 from pecobook.commands.analyze.pictures import curves_of, gallery, side_by_side
 from pecobook.commands.demo.plan import ARMS, PRETRAINED
 from pecobook.commands.jobs import Job
@@ -52,16 +52,16 @@ def measure(config: DemoConfig, jobs: dict[str, Job]) -> tuple[dict[str, Any], d
     """Results, in the form of `analysis.json` and more, and pictures by name of their file."""
     splits = open_images(config.data)
     images = _read(splits, config, jobs["codebook-pixel"].config.image_size)
-    looks, galleries, probes = _evaluate(config, jobs, images)
+    measured, galleries, probes = _evaluate(config, jobs, images)
     runs = {arm: load_masked_run(jobs[f"vit-{arm}"].out) for arm in PRETRAINED}
     predictions = predict(runs, splits.evaluation, config.seed)
     tokenizers = []
-    for arm, look in looks.items():
+    for arm, metrics in measured.items():
         mim = _mim(jobs[f"vit-{arm}"], probes[arm]) if arm in PRETRAINED else None
         shown = {"gallery": f"pictures/gallery-{arm}.png"}
-        tokenizers.append({**look.figures, "mim": mim, "pictures": shown})
+        tokenizers.append({**metrics.figures, "mim": mim, "pictures": shown})
     pictures = {f"gallery-{arm}.png": png for arm, png in galleries.items()}
-    pictures |= side_by_side(list(looks.values())) | predictions.draw()
+    pictures |= side_by_side(list(measured.values())) | predictions.draw()
     pictures |= curves_of("contrast", {"MoCo v3": str(jobs["contrast"].out)})
     pictures |= curves_of("tokenizers", {arm: str(jobs[f"codebook-{arm}"].out) for arm in ARMS})
     pictures |= curves_of("vits", {arm: str(jobs[f"vit-{arm}"].out) for arm in PRETRAINED})
@@ -77,7 +77,7 @@ def measure(config: DemoConfig, jobs: dict[str, Job]) -> tuple[dict[str, Any], d
         "num_classes": len(splits.train.classes or ()) if images.train_labels is not None else 0,
         "chance": _chance(images.test_labels),
         "num_codewords": tokenizers[0]["num_codewords"],
-        "comparisons": _comparisons(looks, probes),
+        "comparisons": _comparisons(measured, probes),
         "masked_prediction": predictions.figures,
     }
     return results, pictures
@@ -94,7 +94,7 @@ def _read(splits: Splits, config: DemoConfig, size: int) -> _Images:
 
 def _evaluate(
     config: DemoConfig, jobs: dict[str, Job], images: _Images
-) -> tuple[dict[str, Look], dict[str, bytes], dict[str, Probes]]:
+) -> tuple[dict[str, TokenizerMetrics], dict[str, bytes], dict[str, Probes]]:
     """What was found of each codebook, its gallery, and probes of each ViT and of an untrained one, the floor."""
     perceptual = jobs["codebook-perceptual"].config.perceptual
     distance = PerceptualDistance(perceptual.network, perceptual.layers, normalisation=perceptual.normalisation)
@@ -106,19 +106,25 @@ def _evaluate(
     # Filters of warnings are shared by threads, so the probe's own filter is set here once more, around both.
     with warnings.catch_warnings(), ThreadPoolExecutor(2, initializer=torch.set_num_threads, initargs=(1,)) as pool:
         warnings.filterwarnings("ignore", message="lbfgs failed to converge")
-        looking = {arm: pool.submit(_look, arm, jobs[f"codebook-{arm}"], images, distance, config.seed) for arm in ARMS}
+        looking = {
+            arm: pool.submit(_evaluate_arm, arm, jobs[f"codebook-{arm}"], images, distance, config.seed) for arm in ARMS
+        }
         probing = {arm: pool.submit(_probes, backbones[arm], images, config.seed) for arm in backbones}
         found = {arm: future.result() for arm, future in looking.items()}
         probes = {arm: future.result() for arm, future in probing.items()}
-    galleries = {arm: gallery(images.test, codes, look.usage, seed=config.seed) for arm, (look, codes) in found.items()}
-    return {arm: look for arm, (look, _) in found.items()}, galleries, probes
+    galleries = {
+        arm: gallery(images.test, codes, metrics.usage, seed=config.seed) for arm, (metrics, codes) in found.items()
+    }
+    return {arm: metrics for arm, (metrics, _) in found.items()}, galleries, probes
 
 
-def _look(arm: str, job: Job, images: _Images, distance: PerceptualDistance, seed: int) -> tuple[Look, Tensor]:
+def _evaluate_arm(
+    arm: str, job: Job, images: _Images, distance: PerceptualDistance, seed: int
+) -> tuple[TokenizerMetrics, Tensor]:
     tokenizer = PerceptualTokenizer.from_pretrained(job.config.out)
     train = partial(_train_codes, tokenizer, images)
-    look, codes, _ = evaluate_tokenizer(arm, tokenizer, images.test, images.test_labels, train, distance, seed=seed)
-    return look, codes
+    metrics, codes, _ = evaluate_tokenizer(arm, tokenizer, images.test, images.test_labels, train, distance, seed=seed)
+    return metrics, codes
 
 
 def _train_codes(tokenizer: PerceptualTokenizer, images: _Images) -> tuple[Tensor, Tensor] | None:
@@ -148,10 +154,10 @@ def _mim(job: Job, probes: Probes) -> dict[str, Any]:
     }
 
 
-def _comparisons(looks: dict[str, Look], probes: dict[str, Probes]) -> list[dict[str, Any]]:
+def _comparisons(measured: dict[str, TokenizerMetrics], probes: dict[str, Probes]) -> list[dict[str, Any]]:
     """Paired differences, in percent points, on the same held-out images."""
     metrics: dict[str, dict[str, Any]] = {
-        kind: {arm: look.correct[kind] for arm, look in looks.items() if look.correct}
+        kind: {arm: metrics.correct[kind] for arm, metrics in measured.items() if metrics.correct}
         for kind in ("codeword_probe", "bag_probe")
     }
     metrics |= {

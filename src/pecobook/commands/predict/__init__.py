@@ -181,7 +181,7 @@ def file_name(name: str, taken: set[str]) -> str:
 
 def _writer(config: PredictConfig, out: Path) -> Writer:
     from pecobook.commands.predict import writers
-    from pecobook.models.weights import read_settings
+    from pecobook.models.export import read_settings
 
     kind = read_settings(config.run).get("kind")
     makers: dict[str, Callable[[PredictConfig, Path], Writer]] = {

@@ -34,7 +34,8 @@ class ClassifierWriter:
     """predictions.csv: a row an image, its five best classes and their probabilities."""
 
     def __init__(self, config: PredictConfig, out: Path) -> None:
-        from pecobook.models.weights import exported_network, read_export
+        from pecobook.models.export import read_export
+        from pecobook.models.weights import exported_network
 
         settings, state = read_export(config.run)
         self.out, self.pictures = out, config.pictures

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from pecobook.analysis.charts import read_metrics
-from pecobook.commands.jobs import Job, places, run_all, say
+from pecobook.commands.jobs import Job, gpu_slots, run_all, say
 from pecobook.commands.reproduce.plan import Plan
 from pecobook.engine.log import compact_duration
 from pecobook.settings.values import replace, to_dict
@@ -53,7 +53,7 @@ def how_long(plan: Plan, seconds: dict[str, float]) -> str:
     if kinds - seconds.keys():
         return "how long it takes will be known after a few steps of each kind of run"
     left = sum(work(job, name, seconds) * (1 - job.share) for name, job in plan.jobs.items() if not job.finished)
-    beside = len(places(plan.gpus_per_run))
+    beside = len(gpu_slots(plan.gpus_per_run))
     runs = f"{beside} runs" if beside > 1 else "one run"
     return f"about {compact_duration(left)} of computing, {runs} at a time"
 

@@ -43,32 +43,32 @@ def verify(splits: Splits, show: Callable[[int], None] = lambda _done: None) -> 
     from concurrent.futures import ThreadPoolExecutor
 
     sources = [cast("SegmentationSource", part) for part in (splits.train, splits.evaluation)]
-    reports: list[list[_Look]] = []
+    reports: list[list[_PairReport]] = []
     done = 0
     with ThreadPoolExecutor(max_workers=len(cores())) as pool:
         for source in sources:
-            looks = []
-            for look in pool.map(partial(_look, source), range(len(source))):
-                looks.append(look)
+            pairs = []
+            for pair in pool.map(partial(_check_pair, source), range(len(source))):
+                pairs.append(pair)
                 show(done := done + 1)
-            reports.append(looks)
+            reports.append(pairs)
     meaning = sources[0].meaning
     if not meaning.names:
         meaning = _infer(splits, reports)
     known = {*meaning.values, *meaning.ignored}
     problems, unreadable = [], []
     good: list[SegmentationSource] = []
-    for source, looks in zip(sources, reports, strict=True):
-        wrong = {number: reason for number, look in enumerate(looks) if (reason := look.problem(known, meaning))}
+    for source, pairs in zip(sources, reports, strict=True):
+        wrong = {number: reason for number, pair in enumerate(pairs) if (reason := pair.problem(known, meaning))}
         problems += [f"{source.mask_name(number)} {reason}" for number, reason in wrong.items()]
-        unreadable += [look.unreadable for look in looks if look.unreadable]
-        good += [source.subset(n for n, look in enumerate(looks) if n not in wrong and not look.unreadable)]
+        unreadable += [pair.unreadable for pair in pairs if pair.unreadable]
+        good += [source.subset(n for n, pair in enumerate(pairs) if n not in wrong and not pair.unreadable)]
     train, held_out = (source.with_classes(meaning) for source in good)
     return Verified(Splits(train, held_out, splits.evaluation_name), tuple(problems), tuple(unreadable))
 
 
 @dataclasses.dataclass(frozen=True)
-class _Look:
+class _PairReport:
     """What one mask holds."""
 
     values: frozenset[int] = frozenset()
@@ -87,23 +87,23 @@ class _Look:
         )
 
 
-def _look(source: SegmentationSource, number: int) -> _Look:
+def _check_pair(source: SegmentationSource, number: int) -> _PairReport:
     try:
         values, size = source.values_of(number)
     except WrongMask as error:
-        return _Look(reason=error.reason)
+        return _PairReport(reason=error.reason)
     except BadImage as error:
-        return _Look(unreadable=str(error))
+        return _PairReport(unreadable=str(error))
     if values.shape != size:
         height, width = values.shape
-        return _Look(reason=f"is {width} x {height}, and its image {size[1]} x {size[0]}")
-    return _Look(frozenset(np.flatnonzero(np.bincount(values.ravel(), minlength=1)).tolist()))
+        return _PairReport(reason=f"is {width} x {height}, and its image {size[1]} x {size[0]}")
+    return _PairReport(frozenset(np.flatnonzero(np.bincount(values.ravel(), minlength=1)).tolist()))
 
 
-def _infer(splits: Splits, reports: list[list[_Look]]) -> Classes:
+def _infer(splits: Splits, reports: list[list[_PairReport]]) -> Classes:
     """Classes 0 to the largest value of any training mask."""
     ignored = cast("SegmentationSource", splits.train).meaning.ignored
-    seen = {value for look in reports[0] for value in look.values}
+    seen = {value for pair in reports[0] for value in pair.values}
     if seen and seen <= {0, 255} and 255 in seen and 255 in ignored:
         raise ConfigError(
             f"--data '{splits.train.name}': masks hold 0 and 255 alone, and 255 is ignored. If 255 marks the object, "

@@ -14,8 +14,7 @@ import dataclasses
 import json
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
-from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
@@ -30,9 +29,8 @@ from torchvision.ops import FeaturePyramidNetwork, MultiScaleRoIAlign
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 from torchvision.ops.poolers import LevelMapper
 
-from pecobook.errors import WeightsError, first_line
 from pecobook.models.dense.pyramid import FeaturePyramid, rebuild_pyramid
-from pecobook.models.weights import read_export, write_export
+from pecobook.models.export import Card, Exported
 from pecobook.settings.detect import DetectorConfig
 from pecobook.utils.images import fitted_size, resize
 
@@ -105,7 +103,7 @@ def half_pixel(masks: Tensor) -> Tensor:
     return (padded[:, 1:, 1:] + padded[:, :-1, 1:] + padded[:, 1:, :-1] + padded[:, :-1, :-1]) / 4
 
 
-class Detector(nn.Module):
+class Detector(Exported):
     """A detector of objects of `classes`, on uint8 images of any size.
 
     Args:
@@ -118,6 +116,8 @@ class Detector(nn.Module):
         config: heads.
     """
 
+    kind = "detector"
+    comes_from = "detect"
     mean: Tensor
     std: Tensor
 
@@ -184,9 +184,8 @@ class Detector(nn.Module):
         return Detections(boxes, found.scores.cpu(), found.labels.cpu(), masks)
 
     def settings(self) -> dict[str, Any]:
-        """What an export says of it; `from_pretrained` makes the same detector of it."""
+        """All that `rebuild` makes the same detector of."""
         return {
-            "kind": "detector",
             "pyramid": self.described,
             "classes": list(self.classes),
             "category_ids": list(self.category_ids),
@@ -196,65 +195,35 @@ class Detector(nn.Module):
         }
 
     @classmethod
-    def from_pretrained(cls, path: str | Path) -> Detector:
-        """The detector of a run of `pecobook detect`, in evaluation mode. Raises WeightsError."""
-        settings, state = read_export(path)
-        if settings.get("kind") != "detector":
-            raise WeightsError(f"'{path}' is a {settings.get('kind')}, not a detector: give a run of pecobook detect.")
-        try:
-            detector = cls(
-                rebuild_pyramid(settings["pyramid"]),
-                settings["pyramid"],
-                classes=settings["classes"],
-                category_ids=settings["category_ids"],
-                masks=settings["masks"],
-                sides=(settings["sides"][0], settings["sides"][1]),
-                config=DetectorConfig(**settings["heads"]),
-            )
-            detector.load_state_dict(state)
-        except (KeyError, TypeError, RuntimeError) as error:
-            raise WeightsError(f"The detector in '{path}' cannot be made again: {first_line(error)}") from None
-        return detector.eval()
+    def rebuild(cls, settings: dict[str, Any]) -> Self:
+        """The detector that `settings` describes, with random weights."""
+        return cls(
+            rebuild_pyramid(settings["pyramid"]),
+            settings["pyramid"],
+            classes=settings["classes"],
+            category_ids=settings["category_ids"],
+            masks=settings["masks"],
+            sides=(settings["sides"][0], settings["sides"][1]),
+            config=DetectorConfig(**settings["heads"]),
+        )
 
+    def lines(self, source: str) -> str:
+        """Python that loads it from the folder `source`, or from the hub's repository of that name."""
+        return f'from pecobook import Detector\nmodel = Detector.from_pretrained("{source}")'
 
-_CARD = """---
-library_name: pecobook
-pipeline_tag: object-detection
-tags: [pecobook]
----
-# {what} on {name}
-
-{count} classes: {classes}. Images of any size, RGB in 0..255; the short side is resized to {short} pixels, the long one
-to at most {long}.
-
-```python
-{lines}
-```
-
-`model.predict(image)` of a uint8 tensor (3, H, W) gives boxes (left, top, right, bottom), scores and labels (1 for the
-first class){masks}.
-"""
-
-
-def export_detector(folder: Path, state: dict[str, Tensor], detector: Detector) -> str:
-    """Write an export folder from a detector's state dict.
-
-    Returns:
-        The lines of Python that load it, with `{path}` where the run folder goes.
-    """
-    lines = 'from pecobook.models.dense.detector import Detector\nmodel = Detector.from_pretrained("{path}")'
-    card = _CARD.format(
-        what="Mask R-CNN" if detector.has_masks else "Faster R-CNN",
-        name=detector.described["name"],
-        count=len(detector.classes),
-        classes=", ".join(json.dumps(name, ensure_ascii=False) for name in detector.classes),
-        short=detector.sides[0],
-        long=detector.sides[1],
-        lines=lines.replace("{path}", "."),
-        masks="; `.pasted(H, W)` gives masks" if detector.has_masks else "",
-    )
-    write_export(folder, detector.settings(), state, card)
-    return lines
+    def card(self, origin: str) -> Card:  # noqa: ARG002
+        """Its backbone, classes and what it returns."""
+        classes = ", ".join(json.dumps(name, ensure_ascii=False) for name in self.classes)
+        short, long = self.sides
+        return Card(
+            title=f"{'Mask' if self.has_masks else 'Faster'} R-CNN on {self.described['name']}",
+            text=f"{len(self.classes)} classes: {classes}. Images of any size, RGB in 0..255; "
+            f"the short side is resized to {short} pixels, the long one to at most {long}.",
+            more="`model.predict(image)` of a uint8 tensor (3, H, W) gives boxes (left, top, right, bottom), "
+            f"scores and labels (1 for the first class){'; `.pasted(H, W)` gives masks' if self.has_masks else ''}.",
+            tags=("pecobook",),
+            pipeline="object-detection",
+        )
 
 
 def rescale(boxes: Tensor, size: tuple[int, int], target: tuple[int, int]) -> Tensor:

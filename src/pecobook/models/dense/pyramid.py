@@ -64,7 +64,7 @@ class FeaturePyramid(nn.Module):
         return [scale(features) for scale, features in zip(self.scale, maps, strict=True)]
 
     @torch.no_grad()
-    def settle(self, image_size: int) -> None:
+    def set_image_size(self, image_size: int) -> None:
         """Interpolate absolute positions once, for squares of this size, in place of at every image."""
         from timm.layers import resample_abs_pos_embed
 

@@ -9,18 +9,15 @@ B batch, C classes, H W height and width in pixels.
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pecobook.errors import WeightsError
-from pecobook.models.checkpoints import load_state
 from pecobook.models.dense.pyramid import FeaturePyramid, rebuild_pyramid
-from pecobook.models.weights import read_export, write_export
-from pecobook.settings.segment import SegmentTestConfig
+from pecobook.models.export import Card, Exported
+from pecobook.settings.segment import SegmenterConfig, SegmentTestConfig
 from pecobook.utils.images import fitted_size, resize, to_float
 
 POOLS = (1, 2, 3, 6)
@@ -79,42 +76,40 @@ class FCNHead(nn.Sequential):
         super().__init__(convolution(channels, width, 3), nn.Conv2d(width, num_classes, 1))
 
 
-class Segmenter(nn.Module):
+class Segmenter(Exported):
     """A pyramid with UperNet on it.
 
     Args:
         pyramid: maps of images.
-        classes: names of the classes.
-        image_size: side of the squares it was trained on, pixels.
-        width: channels of the head; 0 takes the backbone's.
-        auxiliary: channels of the auxiliary head, 0 for none.
-        mean: of the input's normalisation.
-        std: of the input's normalisation.
+        described: what `describe_pyramid` says of it: the side of the squares it is trained on, and the mean and
+            deviation that normalise images.
+        classes: their names.
+        config: heads.
     """
 
+    kind = "segmenter"
+    comes_from = "segment"
     mean: Tensor
     std: Tensor
 
     def __init__(
         self,
         pyramid: FeaturePyramid,
-        classes: tuple[str, ...],
+        described: dict[str, Any],
         *,
-        image_size: int,
-        width: int = 0,
-        auxiliary: int = 256,
-        mean: tuple[float, ...],
-        std: tuple[float, ...],
+        classes: tuple[str, ...],
+        config: SegmenterConfig = SegmenterConfig(),
     ) -> None:
         super().__init__()
-        self.pyramid, self.classes, self.image_size = pyramid, classes, image_size
-        width = width or pyramid.channels[-1]
-        self.head = UperNet(pyramid.channels, width, len(classes))
-        self.auxiliary = FCNHead(pyramid.channels[2], auxiliary, len(classes)) if auxiliary else None
+        self.pyramid, self.described, self.classes, self.config = pyramid, described, classes, config
+        self.image_size = int(described["image_size"])
+        self.head = UperNet(pyramid.channels, config.head_width or pyramid.channels[-1], len(classes))
+        extra = config.auxiliary_width if config.auxiliary_weight else 0
+        self.auxiliary = FCNHead(pyramid.channels[2], extra, len(classes)) if extra else None
         for module in (self.head, self.auxiliary):
             _initialise(module)
-        self.register_buffer("mean", torch.tensor(mean)[:, None, None], persistent=False)
-        self.register_buffer("std", torch.tensor(std)[:, None, None], persistent=False)
+        self.register_buffer("mean", torch.tensor(described["mean"])[:, None, None], persistent=False)
+        self.register_buffer("std", torch.tensor(described["std"])[:, None, None], persistent=False)
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
         """Float images (B, 3, H, W) in [0, 1] to scores (B, C, H / s, W / s), and in training the auxiliary ones."""
@@ -122,25 +117,45 @@ class Segmenter(nn.Module):
         auxiliary = self.auxiliary(maps[2]) if self.training and self.auxiliary is not None else None
         return self.head(maps), auxiliary
 
+    def settings(self) -> dict[str, Any]:
+        """All that `rebuild` makes the same segmenter of, but for the auxiliary head."""
+        return {
+            "classes": list(self.classes),
+            "image_size": self.image_size,
+            "width": self.config.head_width,
+            "pyramid": self.described,
+        }
+
     @classmethod
-    def from_pretrained(cls, path: str | Path) -> Segmenter:
-        """The model that a `segment` run exported, in evaluation mode. Raises WeightsError."""
-        settings, state = read_export(path)
-        if settings.get("kind") != "segmenter":
-            raise WeightsError(
-                f"'{path}' is a {settings.get('kind')}, not a segmenter: give a run of pecobook segment."
-            )
-        made = cls(
+    def rebuild(cls, settings: dict[str, Any]) -> Self:
+        """The segmenter that `settings` describes, with random weights."""
+        return cls(
             rebuild_pyramid(settings["pyramid"]),
-            tuple(settings["classes"]),
-            image_size=settings["image_size"],
-            width=settings["width"],
-            auxiliary=0,
-            mean=tuple(settings["pyramid"]["mean"]),
-            std=tuple(settings["pyramid"]["std"]),
+            settings["pyramid"],
+            classes=tuple(settings["classes"]),
+            config=SegmenterConfig(head_width=settings["width"], auxiliary_width=0),
         )
-        load_state(made, state, source=str(path))
-        return made.eval()
+
+    @classmethod
+    def is_exported(cls, name: str) -> bool:
+        """Whether more than training reads it."""
+        return not name.startswith("auxiliary.")
+
+    def lines(self, source: str) -> str:
+        """Python that loads it from the folder `source`, or from the hub's repository of that name."""
+        return (
+            f'from pecobook import Segmenter\nmodel = Segmenter.from_pretrained("{source}")'
+            "  # model.predict(image): uint8 (3, H, W) to classes (H, W)"
+        )
+
+    def card(self, origin: str) -> Card:  # noqa: ARG002
+        """Its backbone, classes and size."""
+        return Card(
+            title=f"UperNet on {self.described['name']}",
+            text=f"{len(self.classes)} classes, trained on squares of {self.image_size} pixels.",
+            tags=("pecobook", "semantic-segmentation"),
+            pipeline="image-segmentation",
+        )
 
     @torch.no_grad()
     def predict(self, image: Tensor, test: SegmentTestConfig = SegmentTestConfig()) -> Tensor:
@@ -215,7 +230,7 @@ class SegmenterAtOneSize(nn.Module):
     def __init__(self, model: Segmenter) -> None:
         super().__init__()
         self.model = model.eval()
-        model.pyramid.settle(model.image_size)
+        model.pyramid.set_image_size(model.image_size)
         with torch.no_grad():  # what is made once for a size is made now
             model(model.mean.new_zeros(1, 3, model.image_size, model.image_size))
 
@@ -239,44 +254,3 @@ def _initialise(module: nn.Module | None) -> None:
             else:
                 nn.init.normal_(layer.weight, std=0.01)
                 nn.init.zeros_(layer.bias)
-
-
-_CARD = """---
-library_name: pecobook
-tags: [pecobook, semantic-segmentation]
----
-# UperNet on {name}
-
-{count} classes, trained on squares of {size} pixels.
-
-```python
-{lines}
-```
-"""
-
-
-def export_segmenter(
-    folder: Path, state: dict[str, Tensor], *, pyramid: dict[str, Any], classes: tuple[str, ...], size: int, width: int
-) -> str:
-    """Write a segmenter as an export folder.
-
-    Args:
-        folder: where to.
-        state: of a `Segmenter`; the auxiliary head is left out.
-        pyramid: of `describe_pyramid`.
-        classes: their names.
-        size: side of the squares it was trained on, pixels.
-        width: channels of the head, as it was asked for.
-
-    Returns:
-        The lines of Python that load it, with `{path}` where the run folder goes.
-    """
-    lines = (
-        "from pecobook.models.dense.segmenter import Segmenter\n"
-        'model = Segmenter.from_pretrained("{path}")  # model.predict(image): uint8 (3, H, W) to classes (H, W)'
-    )
-    config = {"kind": "segmenter", "classes": list(classes), "image_size": size, "width": width, "pyramid": pyramid}
-    card = _CARD.format(name=pyramid["name"], count=len(classes), size=size, lines=lines.replace("{path}", "."))
-    own = {name: value for name, value in state.items() if not name.startswith("auxiliary.")}
-    write_export(folder, config, own, card)
-    return lines

@@ -6,63 +6,63 @@ import pytest
 import torch
 from torch import Tensor
 
-from pecobook.engine.agreement import Agreement
+from pecobook.engine.finite_check import FiniteCheck
 from pecobook.errors import NonFiniteLossError
 from tests.distributed import TwoProcesses
 
 
-def ask(agreement: Agreement, step: int, loss: float = 1.0, norm: float = 1.0, **more: bool) -> bool:
+def ask(check: FiniteCheck, step: int, loss: float = 1.0, norm: float = 1.0, **more: bool) -> bool:
     flags = {"may_overflow": False, "stop": False, **more}
-    return agreement.after_backward(step, torch.tensor(loss), torch.tensor(norm), **flags)
+    return check.after_backward(step, torch.tensor(loss), torch.tensor(norm), **flags)
 
 
 def test_at_once__stops_in_the_step_that_was_asked() -> None:
-    agreement = Agreement(1, late=False)
-    assert [ask(agreement, step, stop=step == 2) for step in (1, 2, 3)] == [False, True, False]
-    assert agreement.settle() is False
+    check = FiniteCheck(1, late=False)
+    assert [ask(check, step, stop=step == 2) for step in (1, 2, 3)] == [False, True, False]
+    assert check.wait() is False
 
 
 @pytest.mark.parametrize(("loss", "norm"), [(float("nan"), 1.0), (1.0, float("inf")), (float("inf"), float("nan"))])
 def test_at_once__breaks_off_before_the_optimizer_step(loss: float, norm: float) -> None:
-    agreement = Agreement(1, late=False)
-    ask(agreement, 1)
+    check = FiniteCheck(1, late=False)
+    ask(check, 1)
     with pytest.raises(NonFiniteLossError, match=r"Step 2 is not finite .* the weights were not touched"):
-        ask(agreement, 2, loss, norm)
+        ask(check, 2, loss, norm)
 
 
 def test_fp16__may_overflow_in_its_gradient_but_not_in_its_loss() -> None:
-    agreement = Agreement(1, late=False)
-    assert not ask(agreement, 1, 1.0, float("inf"), may_overflow=True)
+    check = FiniteCheck(1, late=False)
+    assert not ask(check, 1, 1.0, float("inf"), may_overflow=True)
     with pytest.raises(NonFiniteLossError):
-        ask(agreement, 2, float("nan"), 1.0, may_overflow=True)
+        ask(check, 2, float("nan"), 1.0, may_overflow=True)
 
 
-def test_late__stops_one_step_later_or_when_settled() -> None:
-    agreement = Agreement(1, late=True)
-    assert [ask(agreement, step, stop=step == 2) for step in (1, 2, 3)] == [False, False, True]
-    ask(agreement, 4, stop=True)
-    assert agreement.settle() is True
-    assert agreement.settle() is False
+def test_late__stops_one_step_later_or_when_waited_for() -> None:
+    check = FiniteCheck(1, late=True)
+    assert [ask(check, step, stop=step == 2) for step in (1, 2, 3)] == [False, False, True]
+    ask(check, 4, stop=True)
+    assert check.wait() is True
+    assert check.wait() is False
 
 
-def test_late__breaks_off_one_step_later_or_when_settled() -> None:
-    agreement = Agreement(1, late=True)
-    ask(agreement, 1)
-    assert not ask(agreement, 2, float("nan"))
+def test_late__breaks_off_one_step_later_or_when_waited_for() -> None:
+    check = FiniteCheck(1, late=True)
+    ask(check, 1)
+    assert not ask(check, 2, float("nan"))
     with pytest.raises(NonFiniteLossError, match=r"Step 2 is not finite \(loss nan.* its last checkpoint is whole"):
-        ask(agreement, 3)
-    agreement = Agreement(1, late=True)
-    ask(agreement, 1, float("nan"))
+        ask(check, 3)
+    check = FiniteCheck(1, late=True)
+    ask(check, 1, float("nan"))
     with pytest.raises(NonFiniteLossError, match="Step 1"):
-        agreement.settle()
+        check.wait()
 
 
 def on_each(rank: int, world_size: int, late: bool) -> tuple[list[bool], str]:
-    agreement = Agreement(world_size, late=late)
-    stops = [ask(agreement, step, stop=rank == 1 and step == 2) for step in (1, 2, 3)]
+    check = FiniteCheck(world_size, late=late)
+    stops = [ask(check, step, stop=rank == 1 and step == 2) for step in (1, 2, 3)]
     try:
-        ask(agreement, 4, float("nan") if rank == 0 else 1.0)
-        agreement.settle()
+        ask(check, 4, float("nan") if rank == 0 else 1.0)
+        check.wait()
     except NonFiniteLossError as error:
         return stops, str(error).splitlines()[0]
     return stops, ""
@@ -78,10 +78,10 @@ def test_two_processes__do_the_same(two_processes: TwoProcesses, late: bool) -> 
 
 @pytest.mark.gpu
 def test_gpu__reads_the_answer_without_waiting_for_the_step() -> None:
-    agreement, value = Agreement(1, late=True), torch.ones((), device="cuda")
+    check, value = FiniteCheck(1, late=True), torch.ones((), device="cuda")
 
     def one(step: int, loss: Tensor) -> bool:
-        return agreement.after_backward(step, loss, value, may_overflow=False, stop=False)
+        return check.after_backward(step, loss, value, may_overflow=False, stop=False)
 
     torch.cuda.set_sync_debug_mode("error")
     try:

@@ -28,7 +28,7 @@ T = TypeVar("T")
 
 
 @dataclasses.dataclass(frozen=True)
-class Subject:
+class TokenizerInput:
     """A tokenizer and what it is called."""
 
     name: str
@@ -38,11 +38,11 @@ class Subject:
 
 
 @dataclasses.dataclass(frozen=True)
-class Subjects:
+class AnalysisInputs:
     """All that is analysed."""
 
     splits: Splits
-    tokenizers: list[Subject]
+    tokenizers: list[TokenizerInput]
     runs: dict[str, MaskedRun]
     classifier: Classifier | None
     distance: PerceptualDistance | None
@@ -50,7 +50,7 @@ class Subjects:
     """Of people, as `find_bapps` tells them; empty where none were asked for."""
 
 
-def open_subjects(config: AnalyzeConfig) -> Subjects:
+def open_inputs(config: AnalyzeConfig) -> AnalysisInputs:
     """Open everything that is named. Raises PreflightError with all problems, not only the first."""
     problems: list[PecobookError] = []
 
@@ -65,8 +65,8 @@ def open_subjects(config: AnalyzeConfig) -> Subjects:
     sources = (config.tokenizer, *config.against)
     tokenizers = []
     for name, source in zip(unique_names(sources), sources, strict=True):
-        subject = tried(partial(_open, config, name, source))
-        tokenizers += [subject] if subject is not None else []
+        tokenizer_input = tried(partial(_open, config, name, source))
+        tokenizers += [tokenizer_input] if tokenizer_input is not None else []
     if splits is not None and not problems:
         tokenizers = tried(partial(_with_banks, config, tokenizers, splits)) or tokenizers
     runs = tried(lambda: open_runs(config.backbone))
@@ -75,21 +75,21 @@ def open_subjects(config: AnalyzeConfig) -> Subjects:
     judgements = tried(lambda: find_bapps(Path(config.judgements))) if config.judgements else None
     if problems or splits is None or runs is None:
         raise PreflightError(problems)
-    return Subjects(splits, tokenizers, runs, classifier, distance, judgements or {})
+    return AnalysisInputs(splits, tokenizers, runs, classifier, distance, judgements or {})
 
 
-def _open(config: AnalyzeConfig, name: str, source: str) -> Subject:
+def _open(config: AnalyzeConfig, name: str, source: str) -> TokenizerInput:
     tokenizer = load_tokenizer(source)
     K = tokenizer.num_codewords
     for codeword in config.codewords:
         if not 0 <= codeword < K:
             raise ConfigError(f"--codewords {codeword}: '{name}' has codewords 0 to {K - 1}.")
-    return Subject(name, source, tokenizer)
+    return TokenizerInput(name, source, tokenizer)
 
 
-def _with_banks(config: AnalyzeConfig, subjects: list[Subject], splits: Splits) -> list[Subject]:
+def _with_banks(config: AnalyzeConfig, inputs: list[TokenizerInput], splits: Splits) -> list[TokenizerInput]:
     """Give each tokenizer the bank that it made. Raises DataError for one of another tokenizer or of other images."""
-    prints = [fingerprint(subject.tokenizer) for subject in subjects] if config.tokens else []
+    prints = [fingerprint(tokenizer_input.tokenizer) for tokenizer_input in inputs] if config.tokens else []
     for folder in config.tokens:
         bank = TokenBank(folder)
         wrong = bank_differences(bank.config, {"data": splits.train.fingerprint})
@@ -98,19 +98,19 @@ def _with_banks(config: AnalyzeConfig, subjects: list[Subject], splits: Splits) 
         if bank.config["tokenizer"] not in prints:
             raise DataError(f"--tokens '{folder}' was made by none of the tokenizers: give its tokenizer too.")
         number = prints.index(bank.config["tokenizer"])
-        subjects = [*subjects[:number], dataclasses.replace(subjects[number], bank=bank), *subjects[number + 1 :]]
-    return subjects
+        inputs = [*inputs[:number], dataclasses.replace(inputs[number], bank=bank), *inputs[number + 1 :]]
+    return inputs
 
 
-def _distance(config: AnalyzeConfig, subjects: list[Subject]) -> PerceptualDistance:
+def _distance(config: AnalyzeConfig, inputs: list[TokenizerInput]) -> PerceptualDistance:
     own = PerceptualDistance(config.perceptual, config.perceptual_layers, config.perceptual_weights or None)
-    for subject in subjects:
-        size = subject.tokenizer.image_size
+    for tokenizer_input in inputs:
+        size = tokenizer_input.tokenizer.image_size
         try:
             own.check(size, size)
         except WeightsError:
             raise WeightsError(
                 f"--perceptual '{config.perceptual}' gives nothing to compare of the {size} x {size} pixels of "
-                f"'{subject.name}': name earlier layers by --perceptual-layers, or another network."
+                f"'{tokenizer_input.name}': name earlier layers by --perceptual-layers, or another network."
             ) from None
     return own.to(device())

@@ -2,7 +2,7 @@
 
 On a CPU the answer is there at once. On a GPU it is copied in the background and read one step later, so that no step
 waits for the device: a broken step is then known after its optimizer step, and nothing is saved or measured before
-`settle` has looked.
+`wait` has looked.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ class _Pending(NamedTuple):
     copied: Any
 
 
-class Agreement:
+class FiniteCheck:
     """Collects flags of all ranks each step.
 
     Args:
@@ -55,11 +55,11 @@ class Agreement:
         if self.world_size > 1:
             dist.all_reduce(flags, dist.ReduceOp.MAX)
         answer = torch.cat([flags, torch.stack([loss.float(), norm.float()])])
-        known = self.settle() if self.late else False
+        known = self.wait() if self.late else False
         self._pending = self._copy(step, answer)
-        return known if self.late else self.settle()
+        return known if self.late else self.wait()
 
-    def settle(self) -> bool:
+    def wait(self) -> bool:
         """Wait for what was asked last; returns whether to stop. Raises as `after_backward`."""
         if self._pending is None:
             return False

@@ -1,0 +1,54 @@
+"""What a run says of its speed, under a clock that moves only when this test says so."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from pecobook.data.stream import Batch
+from pecobook.engine import loop
+from pecobook.engine.stage import StageOutput
+from tests.engine.test_loop import Toy, run
+from tests.runs import logged
+
+
+class Clock:
+    now = 1000.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+
+class Slow(Toy):
+    """3 seconds of work for a step, 50 for a held-out batch."""
+
+    def __init__(self, clock: Clock) -> None:
+        super().__init__()
+        self.clock = clock
+
+    def forward(self, batch: Batch) -> StageOutput:
+        self.clock.now += 3 if self.training else 50
+        return super().forward(batch)
+
+
+def test_fit__speed_and_waiting_are_those_of_training_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock()
+    read: Any = vars(loop)["load"]
+
+    def slow_load(*given: Any, **more: Any) -> Iterator[Batch]:
+        for batch in read(*given, **more):
+            clock.now += 1
+            yield batch
+
+    monkeypatch.setattr(loop, "load", slow_load)
+    monkeypatch.setattr(loop, "time", SimpleNamespace(monotonic=clock.monotonic))
+    run(tmp_path, Slow(clock), log_every=2, sample_every=2, max_steps="6", save_minutes=1e6)
+    lines = logged(tmp_path)
+    assert [line["step"] for line in lines] == [2, 4, 6]
+    for line in lines:  # 4 images a step, 1 + 3 seconds; the evaluation between two lines does not count
+        assert line["images_per_second"] == pytest.approx(4 / 4)
+        assert line["data_wait"] == pytest.approx(1 / 4)

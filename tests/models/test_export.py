@@ -1,0 +1,215 @@
+"""What a run leaves for others, of every kind: written, read back, uploaded, and readable by earlier versions."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+import pecobook
+from pecobook import Backbone, Classifier, Detector, PerceptualTokenizer, Segmenter
+from pecobook.errors import WeightsError
+from pecobook.models.dense.pyramid import FeaturePyramid, describe_pyramid
+from pecobook.models.export import Exported
+from pecobook.models.weights import create
+from pecobook.settings.dense import PyramidConfig
+from pecobook.settings.detect import DetectorConfig
+from pecobook.settings.segment import SegmenterConfig
+from pecobook.settings.tokenizer import AutoencoderConfig, TokenizerConfig
+
+NAME = "vit_tiny_patch16_224"
+ARGS: dict[str, Any] = {"img_size": 32, "patch_size": 8, "depth": 4, "embed_dim": 32, "num_heads": 2}
+INPUT = ((0.4, 0.5, 0.6), (0.2, 0.3, 0.4), 32)
+PYRAMID = {"name": NAME, "args": ARGS, "mean": [0.4, 0.5, 0.6], "std": [0.2, 0.3, 0.4], "image_size": 32, "window": 0}
+
+
+def tokenizer() -> PerceptualTokenizer:
+    model = AutoencoderConfig(channels=(8, 8), latent_dim=4, num_blocks=1)
+    return PerceptualTokenizer(TokenizerConfig(model=model, num_codewords=16, image_size=16))
+
+
+def backbone() -> Backbone:
+    return Backbone(create(NAME, num_classes=0, **ARGS), NAME, ARGS, *INPUT, target="tokens")
+
+
+def classifier() -> Classifier:
+    return Classifier(create(NAME, num_classes=2, **ARGS), NAME, ARGS, *INPUT, classes=("cat", "dög"), crop=0.9)
+
+
+def pyramid() -> tuple[FeaturePyramid, dict[str, Any]]:
+    network = create(NAME, num_classes=0, dynamic_img_size=True, dynamic_img_pad=True, **ARGS)
+    described = describe_pyramid(Backbone(network, NAME, ARGS, *INPUT), PyramidConfig(), 32)
+    return FeaturePyramid(network, 32, PyramidConfig()), described
+
+
+def segmenter() -> Segmenter:
+    return Segmenter(*pyramid(), classes=("sky", "sea"), config=SegmenterConfig(head_width=8, auxiliary_width=4))
+
+
+def detector() -> Detector:
+    heads = DetectorConfig(width=16, head_width=32, proposals=60, detections=10, score_threshold=0.01)
+    return Detector(*pyramid(), classes=("disc",), category_ids=(3,), masks=True, sides=(40, 64), config=heads)
+
+
+def picture() -> Tensor:
+    return torch.randint(256, (3, 40, 48), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+
+
+# Of every kind how one is made, and what it says of an image.
+KINDS: dict[str, tuple[Callable[[], Exported], Callable[[Any], Tensor]]] = {
+    "tokenizer": (tokenizer, lambda own: own.encode(picture()[None, :, :16, :16] / 255)),
+    "backbone": (backbone, lambda own: own(picture()[None, :, :32, :32] / 255)),
+    "classifier": (classifier, lambda own: own(picture()[None, :, :32, :32] / 255)),
+    "segmenter": (segmenter, lambda own: own.predict(picture())),
+    "detector": (detector, lambda own: own.predict(picture()).boxes),
+}
+every_kind = pytest.mark.parametrize("kind", list(KINDS))
+
+
+def made(kind: str, seed: int = 0) -> Exported:
+    torch.manual_seed(seed)
+    return KINDS[kind][0]().eval()
+
+
+def said(own: nn.Module) -> Tensor:
+    assert isinstance(own, Exported)
+    with torch.no_grad():
+        return KINDS[own.kind][1](own)
+
+
+@every_kind
+@pytest.mark.parametrize("inside", ["", "export"])
+def test_from_pretrained__gives_back_what_was_saved(kind: str, inside: str, tmp_path: Path) -> None:
+    own = made(kind)
+    own.save_pretrained(tmp_path / "export")
+    again = type(own).from_pretrained(tmp_path / inside)
+    assert not again.training
+    assert again.settings() == own.settings()
+    assert torch.equal(said(again), said(own))
+    assert kind == "segmenter" or not torch.equal(said(made(kind, 1)), said(own))  # it would notice other weights
+    again.save_pretrained(tmp_path / "again")
+    for name in ("model.safetensors", "config.json", "README.md"):
+        assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "export" / name).read_bytes()
+
+
+@every_kind
+def test_config__is_that_of_earlier_versions(kind: str, tmp_path: Path) -> None:
+    """These keys are read by whoever has an export: a change makes older ones, or older readers, useless."""
+    made(kind).save_pretrained(tmp_path)
+    shape = {"channels": [8, 8], "latent_dim": 4, "num_blocks": 1, "in_channels": 3, "kind": "cnn", "num_heads": 12}
+    shape |= {"decoder_width": 1.0, "decoder_blocks": 0, "latent_norm": False}
+    network = {"name": NAME, "args": ARGS, "mean": [0.4, 0.5, 0.6], "std": [0.2, 0.3, 0.4], "image_size": 32}
+    heads = {"width": 16, "head_width": 32, "proposals": 60, "samples": 512, "detections": 10, "score_threshold": 0.01}
+    expected: dict[str, dict[str, Any]] = {
+        "tokenizer": {"model": shape, "num_codewords": 16, "image_size": 16},
+        "backbone": {**network, "target": "tokens"},
+        "classifier": {**network, "classes": ["cat", "dög"], "crop": 0.9},
+        "segmenter": {"classes": ["sky", "sea"], "image_size": 32, "width": 8, "pyramid": PYRAMID},
+        "detector": {
+            **{"pyramid": PYRAMID, "classes": ["disc"], "category_ids": [3], "masks": True},
+            **{"sides": [40, 64], "heads": heads},
+        },
+    }
+    assert json.loads((tmp_path / "config.json").read_text()) == {"kind": kind, **expected[kind]}
+
+
+def test_state__is_plain_and_without_what_only_training_reads(tmp_path: Path) -> None:
+    for kind in KINDS:
+        made(kind).save_pretrained(tmp_path / kind)
+    names = {kind: set(load_file(tmp_path / kind / "model.safetensors")) for kind in KINDS}
+    assert names["backbone"] == set(create(NAME, num_classes=0, **ARGS).state_dict())
+    assert names["classifier"] - names["backbone"] == {"head.weight", "head.bias"}
+    assert not any(name.startswith("auxiliary.") for name in names["segmenter"])
+    assert names["detector"] == set(detector().state_dict())
+    assert {name for name in names["tokenizer"] if name.startswith("quantizer.")} == {"quantizer.codebook"}
+
+
+@every_kind
+def test_lines__of_python_load_it(kind: str, tmp_path: Path) -> None:
+    own = made(kind)
+    own.save_pretrained(tmp_path / "export", origin="a test")
+    scope: dict[str, Any] = {}
+    exec(own.lines(str(tmp_path / "export")), scope)
+    loaded = scope["tokenizer" if kind == "tokenizer" else "model"].eval()
+    state = loaded.state_dict()
+    assert all(
+        torch.equal(state[name], value) for name, value in load_file(tmp_path / "export/model.safetensors").items()
+    )
+    card = (tmp_path / "export" / "README.md").read_text()
+    assert own.lines("path/to/this/folder") in card
+    assert card.startswith("---\nlibrary_name: ")
+    told = {"tokenizer": "a test", "backbone": "trained by a test", "classifier": "trained by a test"}
+    assert told.get(kind, "on vit_tiny_patch16_224") in card
+
+
+@every_kind
+def test_push_to_hub__and_back(kind: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    hub = tmp_path / "hub"
+
+    class Api:
+        def create_repo(self, repo_id: str, **options: Any) -> str:
+            assert options == {"private": True, "exist_ok": True}
+            return f"https://hub/{repo_id}"
+
+        def upload_folder(self, *, repo_id: str, folder_path: str) -> None:
+            shutil.copytree(folder_path, hub / repo_id)
+
+    def download(repo_id: str, **options: Any) -> str:
+        assert options == {"allow_patterns": ["model.safetensors", "config.json"]}  # no pickles, no code
+        return str(hub / repo_id)
+
+    monkeypatch.setattr(huggingface_hub, "HfApi", Api)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda repo_id, file: str(hub / repo_id / file))
+    own = made(kind)
+    assert own.push_to_hub("me/mine", private=True) == "https://hub/me/mine"
+    assert torch.equal(said(type(own).from_pretrained("me/mine")), said(own))
+    assert sorted(file.name for file in (hub / "me/mine").iterdir()) == [
+        "README.md",
+        "config.json",
+        "model.safetensors",
+    ]
+    scope: dict[str, Any] = {"images": picture()[None, :, :16, :16] / 255}
+    exec((hub / "me/mine/README.md").read_text().split("```python\n")[1].split("```")[0], scope)
+    assert "tokenizer" in scope if kind == "tokenizer" else "model" in scope
+
+
+@every_kind
+def test_from_pretrained__refuses_another_kind_and_a_damaged_one(kind: str, tmp_path: Path) -> None:
+    own = made(kind)
+    own.save_pretrained(tmp_path)
+    other = Segmenter if kind == "detector" else Detector
+    with pytest.raises(
+        WeightsError, match=f"is a {kind}, not a {other.kind}: give a run of pecobook {other.comes_from}"
+    ):
+        other.from_pretrained(tmp_path)
+    state, file = load_file(tmp_path / "model.safetensors"), tmp_path / "model.safetensors"
+    first = sorted(state)[-1]
+    save_file({name: value for name, value in state.items() if name != first}, file)
+    with pytest.raises(WeightsError, match=rf"The {kind} in .* is damaged: .*{first}"):
+        type(own).from_pretrained(tmp_path)
+    save_file({**state, first: torch.zeros(2, 3, 5)}, file)
+    with pytest.raises(WeightsError, match=rf"(?s)The {kind} in .* is damaged: .*{first}"):
+        type(own).from_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    save_file(state, file)
+    (tmp_path / "config.json").write_text(json.dumps({"kind": kind}))
+    if kind != "tokenizer":  # whose settings all have defaults
+        with pytest.raises(WeightsError, match=f"The {kind} in .* is damaged"):
+            type(own).from_pretrained(tmp_path)
+    del config["kind"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(WeightsError, match="is no export of pecobook"):
+        type(own).from_pretrained(tmp_path)
+
+
+def test_all_kinds__are_public() -> None:
+    assert {type(make()).__name__ for make, _ in KINDS.values()} <= set(pecobook.__all__)

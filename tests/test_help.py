@@ -1,0 +1,168 @@
+"""What `--help`, `--help-all` and `recipes` show, and that it stays true."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+
+from pecobook import cli
+from pecobook.help import PAGES, explanations, page
+from pecobook.recipes import RECIPES, recipe, tokenize
+from pecobook.settings.values import flags
+
+
+def shown_by(words: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    with pytest.raises(SystemExit) as left:
+        cli.main(words)
+    assert left.value.code == 0
+    return capsys.readouterr().out
+
+
+def settings_of(words: list[str], monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The settings that a command line comes to, without running it."""
+    caught: list[Any] = []
+    ordinary = cli.parse
+
+    def catch(config: Any, args: list[str], prog: str) -> Any:
+        caught.append(ordinary(config, args, prog))
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(cli, "parse", catch)
+        with pytest.raises(SystemExit):
+            cli.main(words)
+    (config,) = caught
+    return config
+
+
+def test_pages__every_command_but_recipes_has_one() -> None:
+    assert {*PAGES, "recipes"} == set(cli.COMMANDS)
+
+
+@pytest.mark.parametrize("command", PAGES)
+def test_help__fits_a_screen_and_its_examples_are_understood(
+    command: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shown = shown_by([command, "--help"], capsys)
+    lines = shown.splitlines()
+    assert len(lines) <= 40
+    assert max(map(len, lines)) <= 100
+    assert lines[0].startswith(f"usage: pecobook {command} ")
+    assert "--config FILE" in shown
+    for name in RECIPES.get(command, {}):
+        assert re.search(rf"^  {name} +\S", shown, re.MULTILINE)
+    for example in PAGES[command].examples:
+        assert f"  pecobook {example}\n" in shown
+        settings_of(shlex.split(example), monkeypatch)
+    every = flags(type(settings_of(shlex.split(PAGES[command].examples[0]), monkeypatch)))
+    assert f"--help-all explains all {len(every) + 1} flags." in shown
+    for name in PAGES[command].flags.split():
+        assert name in every
+        assert re.search(rf"^  --{re.escape(name)} +\S", shown, re.MULTILINE), name
+
+
+@pytest.mark.parametrize("command", PAGES)
+def test_help_all__explains_every_flag(
+    command: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    every = flags(type(settings_of(shlex.split(PAGES[command].examples[0]), monkeypatch)))
+    capsys.readouterr()
+    shown = shown_by([command, "--help-all"], capsys)
+    assert "--config" in shown
+    for flag in every:
+        head, _, leaf = flag.rpartition(".")
+        assert f"--{flag}" in shown or f"--{head}{'.' if head else ''}no-{leaf}" in shown, flag
+
+
+def test_explanations__are_those_under_the_fields_the_nearest_class_first() -> None:
+    found = explanations(type(recipe("contrast", "tiny")))
+    assert set(flags(type(recipe("contrast", "tiny")))) <= set(found)
+    assert "each image, in two views" in found["batch-size"]  # contrast's own, not that of all trainings
+    assert found["optim.clip-grad"].startswith("Largest norm of the whole gradient")
+
+
+@pytest.mark.parametrize("command", PAGES)
+def test_explanations__name_what_they_explain(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    kind = type(settings_of(shlex.split(PAGES[command].examples[0]), monkeypatch))
+    known = flags(kind)
+    for name, text in explanations(kind).items():
+        if name in known:
+            words = text.split()
+            assert len(words) >= 3, name
+            assert words[0] not in ("Of", "Its", "Their", "As", "Who", "Most", "Least"), name
+            assert "the same." not in text.lower(), name
+
+
+def test_page__shows_the_values_of_the_recipe() -> None:
+    assert re.search(r"^  --batch-size .*\(64\)$", page("codebook", recipe("codebook", "tiny"), "tiny"), re.MULTILINE)
+    assert re.search(r"^  --batch-size .*\(128\)$", page("codebook", recipe("codebook"), "paper"), re.MULTILINE)
+    assert re.search(r"^  --image-size .*\(32\)$", page("tokenize", tokenize("tiny"), "tiny"), re.MULTILINE)
+
+
+_WITHOUT_TORCH = """
+import sys
+from pecobook import cli
+try:
+    cli.main({words})
+except SystemExit as left:
+    assert not left.code
+heavy = {{"torch", "timm", "numpy", "datasets", "lightning_fabric", "torchvision"}} & set(sys.modules)
+assert not heavy, heavy
+"""
+
+
+@pytest.mark.parametrize(
+    "words", [["codebook", "--help"], ["detect", "tiny", "--help-all"], ["recipes"], ["demo", "-h"]]
+)
+def test_help__loads_no_torch(words: list[str]) -> None:
+    code = _WITHOUT_TORCH.format(words=words)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+# ------------------------------------------------------------------------------------------------------------- recipes
+
+
+def listed(words: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    cli.main(["recipes", *words])
+    return capsys.readouterr().out
+
+
+def test_recipes__lists_every_one_or_those_of_a_command(capsys: pytest.CaptureFixture[str]) -> None:
+    lines = listed([], capsys).splitlines()
+    every = [(command, name) for command, recipes in RECIPES.items() for name in recipes]
+    assert [tuple(line.split()[:2]) for line in lines] == every
+    assert all(len(line.split()) > 4 for line in lines)
+    lines = listed(["segment"], capsys).splitlines()
+    assert [tuple(line.split()[:2]) for line in lines] == [("segment", name) for name in RECIPES["segment"]]
+    assert "usage: pecobook recipes" in listed(["--help"], capsys)
+
+
+def test_recipes__tells_all_that_one_claims(capsys: pytest.CaptureFixture[str]) -> None:
+    shown = listed(["codebook", "paper-lite"], capsys)
+    assert shown.startswith("codebook paper-lite\n")
+    for part in ("25.7M parameters", "Source: Table 2", "Command: pecobook codebook paper-lite", "Cost: 296 GFLOP"):
+        assert part in shown
+    assert shown == listed(["paper-lite"], capsys)
+    many = listed(["tiny"], capsys)
+    assert [line for line in many.splitlines() if line and line[0] != " "] == [f"{name} tiny" for name in RECIPES]
+
+
+def test_recipes__an_unknown_name_is_told_with_a_near_one(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        cli.main(["recipes", "codebook", "papr"])
+    assert "There is no recipe 'codebook papr'. Did you mean 'paper'?" in capsys.readouterr().err
+
+
+def test_recipes__a_reader_that_leaves_early_is_no_error() -> None:
+    code = "import sys; from pecobook import cli; cli.main(['recipes'])"
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.close()  # before anything is written
+        assert process.stderr.read() == b""
