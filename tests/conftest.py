@@ -20,6 +20,8 @@ settings.register_profile("pecobook", deadline=None, derandomize=True)
 settings.load_profile("pecobook")
 
 _CACHE = pytest.StashKey[Path]()
+# One, so that sums are taken in one order; `make test-portable` also runs with two.
+_THREADS = os.environ.get("PECOBOOK_TEST_THREADS", "1")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -32,7 +34,7 @@ def pytest_configure(config: pytest.Config) -> None:
     cache = Path(tempfile.mkdtemp(prefix="pecobook-tests-"))
     config.stash[_CACHE] = cache
     os.environ.update(
-        HF_HOME=str(cache / "hf"), HF_HUB_OFFLINE="1", PECOBOOK_CACHE=str(cache / "pecobook"), OMP_NUM_THREADS="1"
+        HF_HOME=str(cache / "hf"), HF_HUB_OFFLINE="1", PECOBOOK_CACHE=str(cache / "pecobook"), OMP_NUM_THREADS=_THREADS
     )
 
 
@@ -50,10 +52,10 @@ def pytest_unconfigure(config: pytest.Config) -> None:
 
 
 @pytest.fixture(autouse=True, scope="session")
-def _one_thread() -> None:
+def _threads() -> None:
     import torch
 
-    torch.set_num_threads(1)
+    torch.set_num_threads(int(_THREADS))
 
 
 @pytest.fixture(scope="session")

@@ -69,6 +69,8 @@ RUN = ("--data", "photos", "--out", "run")
 MISTAKES: list[tuple[str, str, str]] = [
     ("codebok tiny", "codebok", "Did you mean 'codebook'?"),
     ("--data photos", "--data", "pecobook --help"),
+    ("completion fisch", "'fisch'", "Did you mean 'fish'?"),
+    ("completion bash zsh", "2 words", "one shell"),
     ("recipes all", "all", "'pecobook recipes' lists them"),
     ("codebook tinny --data photos --out run", "tinny", "Did you mean 'tiny'?"),
     ("codebook nothing-like-it --data photos --out run", "nothing-like-it", "tiny, cifar10"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 import subprocess
@@ -13,6 +14,7 @@ import pytest
 from pecobook import cli
 from pecobook.help import PAGES, explanations, page
 from pecobook.recipes import RECIPES, recipe, tokenize
+from pecobook.settings.reproduce import ReproduceConfig
 from pecobook.settings.values import flags
 
 
@@ -40,8 +42,8 @@ def settings_of(words: list[str], monkeypatch: pytest.MonkeyPatch) -> Any:
     return config
 
 
-def test_pages__every_command_but_recipes_has_one() -> None:
-    assert {*PAGES, "recipes"} == set(cli.COMMANDS)
+def test_pages__every_command_with_flags_has_one() -> None:
+    assert {*PAGES, "recipes", "completion"} == set(cli.COMMANDS)
 
 
 @pytest.mark.parametrize("command", PAGES)
@@ -53,6 +55,7 @@ def test_help__fits_a_screen_and_its_examples_are_understood(
     assert len(lines) <= 40
     assert max(map(len, lines)) <= 100
     assert lines[0].startswith(f"usage: pecobook {command} ")
+    assert "[--flag value ...]" in shown
     assert "--config FILE" in shown
     for name in RECIPES.get(command, {}):
         assert re.search(rf"^  {name} +\S", shown, re.MULTILINE)
@@ -98,6 +101,13 @@ def test_explanations__name_what_they_explain(command: str, monkeypatch: pytest.
             assert "the same." not in text.lower(), name
 
 
+def test_page__shows_what_may_be_chosen() -> None:
+    shown = page("reproduce", ReproduceConfig(budget="small"))
+    assert re.search(r"^  --budget +Size of the runs\. \(small; or tiny, paper\)$", shown, re.MULTILINE)
+    assert re.search(r"^  --gpus-per-run .* \(0\)$", shown, re.MULTILINE)
+    assert re.search(r"^  --transfer .* \(on\)$", shown, re.MULTILINE)
+
+
 def test_page__shows_the_values_of_the_recipe() -> None:
     assert re.search(r"^  --batch-size .*\(64\)$", page("codebook", recipe("codebook", "tiny"), "tiny"), re.MULTILINE)
     assert re.search(r"^  --batch-size .*\(128\)$", page("codebook", recipe("codebook"), "paper"), re.MULTILINE)
@@ -105,23 +115,23 @@ def test_page__shows_the_values_of_the_recipe() -> None:
 
 
 _WITHOUT_TORCH = """
-import sys
+import contextlib, io, sys
 from pecobook import cli
-try:
-    cli.main({words})
-except SystemExit as left:
-    assert not left.code
-heavy = {{"torch", "timm", "numpy", "datasets", "lightning_fabric", "torchvision"}} & set(sys.modules)
+for command in cli.COMMANDS:
+    for flag in ("-h", "--help", "--help-all"):
+        with contextlib.redirect_stdout(io.StringIO()) as shown, contextlib.suppress(SystemExit):
+            cli.main([command, flag])
+        assert "usage: pecobook " + command in shown.getvalue(), (command, flag)
+with contextlib.redirect_stdout(io.StringIO()):
+    cli.main(["recipes"])
+    cli.main(["completion", "zsh"])
+heavy = {"torch", "timm", "numpy", "datasets", "lightning_fabric", "torchvision"} & set(sys.modules)
 assert not heavy, heavy
 """
 
 
-@pytest.mark.parametrize(
-    "words", [["codebook", "--help"], ["detect", "tiny", "--help-all"], ["recipes"], ["demo", "-h"]]
-)
-def test_help__loads_no_torch(words: list[str]) -> None:
-    code = _WITHOUT_TORCH.format(words=words)
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+def test_help__loads_no_torch() -> None:
+    done = subprocess.run([sys.executable, "-c", _WITHOUT_TORCH], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
 
 
@@ -159,10 +169,25 @@ def test_recipes__an_unknown_name_is_told_with_a_near_one(capsys: pytest.Capture
     assert "There is no recipe 'codebook papr'. Did you mean 'paper'?" in capsys.readouterr().err
 
 
-def test_recipes__a_reader_that_leaves_early_is_no_error() -> None:
-    code = "import sys; from pecobook import cli; cli.main(['recipes'])"
-    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+@pytest.mark.parametrize("words", [["recipes"], ["codebook", "--help"], ["probe", "--help-all"], ["--help"]])
+def test_main__a_reader_that_leaves_early_is_no_error(words: list[str], unbuffered: str) -> None:
+    code = f"from pecobook import cli; cli.main({words})"
+    environment = {**os.environ, "PYTHONUNBUFFERED": unbuffered}  # empty counts as not set
+    with subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment
+    ) as process:
         assert process.stdout is not None
         assert process.stderr is not None
         process.stdout.close()  # before anything is written
         assert process.stderr.read() == b""
+    assert process.returncode == 1
+
+
+def test_main__another_broken_pipe_is_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
+    def break_off(args: list[str]) -> None:
+        raise BrokenPipeError("a worker's pipe")
+
+    monkeypatch.setattr(cli, "_dispatch", break_off)
+    with pytest.raises(BrokenPipeError, match="a worker's pipe"):
+        cli.main(["recipes"])

@@ -34,6 +34,7 @@ _OTHERS = {
     "probe": "linear probe and k-NN of a backbone, or of a tokenizer's codewords",
     "demo": "the whole story on built-in photographs, with a report, in minutes",
     "recipes": "list the recipes and what each claims",
+    "completion": "a script with which bash, zsh or fish completes commands, recipes and flags",
 }
 COMMANDS = {**_TRAINING, **_OTHERS}
 
@@ -42,9 +43,15 @@ def main(argv: list[str] | None = None) -> None:
     """Run a command. Exits with 2 after a user's mistake, without a traceback."""
     args = list(sys.argv[1:] if argv is None else argv)
     try:
-        _dispatch(args)
+        try:
+            _dispatch(args)
+        except SystemExit:  # after a help page
+            sys.stdout.flush()  # here, since an error in Python's own flush at the end cannot be caught
+            raise
         sys.stdout.flush()
-    except BrokenPipeError:  # as of `pecobook recipes | head -1`: nobody reads on
+    except BrokenPipeError:
+        if not _reader_left():
+            raise
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except PecobookError as error:
@@ -65,6 +72,15 @@ def main(argv: list[str] | None = None) -> None:
     except KeyboardInterrupt:
         print("pecobook: interrupted.", file=sys.stderr)
         sys.exit(130)
+
+
+def _reader_left() -> bool:
+    """Whether nobody reads what is printed any more, as after `pecobook recipes | head -1`."""
+    try:
+        print(flush=True)
+    except BrokenPipeError:
+        return True
+    return False
 
 
 def _tell(error: PecobookError) -> None:
@@ -104,6 +120,7 @@ def _dispatch(args: list[str]) -> None:
             "probe": _probe,
             "demo": _demo,
             "recipes": _recipes,
+            "completion": _completion,
         }[command](rest)
 
 
@@ -255,6 +272,27 @@ List the recipes and what each claims; with a NAME tell all of it: source, comma
 examples
   pecobook recipes codebook
   pecobook recipes codebook paper"""
+
+
+def _completion(args: list[str]) -> None:
+    if not args or args[0] in ("-h", "--help", "--help-all"):
+        print(_COMPLETION_HELP)
+        return
+    if len(args) > 1:
+        raise ConfigError(f"'completion' takes one shell, not {len(args)} words. See pecobook completion --help.")
+    from pecobook.completion import script
+
+    print(script(args[0], COMMANDS), end="")
+
+
+_COMPLETION_HELP = """usage: pecobook completion bash|zsh|fish
+
+Print a script with which the shell completes commands, recipes, flags and the values they choose from.
+
+examples
+  eval "$(pecobook completion bash)"                                          in ~/.bashrc
+  eval "$(pecobook completion zsh)"                                           in ~/.zshrc, after compinit
+  pecobook completion fish > ~/.config/fish/completions/pecobook.fish         once"""
 
 
 # ------------------------------------------------------------------------------------------------------------- parsing

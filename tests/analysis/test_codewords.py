@@ -8,6 +8,7 @@ from pecobook.analysis.codewords import (
     bag_of_codes,
     code_gallery,
     code_usage,
+    distinct_codewords,
     mean_codewords,
 )
 
@@ -33,6 +34,30 @@ def test_usage_of_uneven_codes() -> None:
 def test_usage_refuses_impossible_codes(codes: list[int]) -> None:
     with pytest.raises(ValueError):
         code_usage(np.array(codes, dtype=np.int64), 8)
+
+
+def test_distinct_codewords_are_perplexity_where_none_are_alike() -> None:
+    generator = torch.Generator().manual_seed(0)
+    codebook, counts = torch.randn(40, 6, generator=generator), torch.randint(0, 9, (40,), generator=generator)
+    codes = torch.arange(40).repeat_interleave(counts)
+    assert distinct_codewords(codebook, counts.float()) == pytest.approx(code_usage(codes, 40).perplexity, rel=1e-5)
+
+
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 1e3])
+@pytest.mark.parametrize("number", [1, 3])
+def test_distinct_codewords_count_copies_once(number: int, scale: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+    points = torch.randn(number, 6, generator=generator)
+    codebook = points.repeat(20, 1) + 1e-3 * torch.randn(20 * number, 6, generator=generator)
+    assert distinct_codewords(scale * codebook, torch.full((20 * number,), 0.3)) == pytest.approx(number, rel=1e-5)
+
+
+def test_distinct_codewords_by_hand() -> None:
+    """On a line: the second is alike the first and the third, which differ; the fourth is not used."""
+    codebook, usage = torch.tensor([[10.0], [10.15], [10.3], [20.0]]), torch.tensor([1.0, 1.0, 2.0, 0.0])
+    expected = np.exp(-(0.25 * np.log(0.5) + 0.25 * np.log(1.0) + 0.5 * np.log(0.75)))
+    assert distinct_codewords(codebook, usage) == pytest.approx(expected, rel=1e-5)
+    assert distinct_codewords(codebook, torch.zeros(4)) == 1.0
 
 
 def test_mean_codewords_equals_a_loop() -> None:

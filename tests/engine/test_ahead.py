@@ -1,11 +1,15 @@
 from __future__ import annotations
 
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from pecobook.data.stream import Batch
-from pecobook.engine.ahead import look_ahead
+from pecobook.engine.ahead import look_ahead, micro_batches
 from pecobook.engine.stage import StageOutput
 
 
@@ -35,3 +39,25 @@ def test_look_ahead__every_micro_batch_gets_all_rows_its_own_first(count: int, s
     for images in passes:
         assert len(images) == size
         assert max(sum(image // size == number for image in images) for number in range(count)) <= most
+
+
+@pytest.mark.parametrize(("needs", "count", "passes"), [(False, 3, 0), (True, 1, 0), (True, 3, 3)])
+def test_micro_batches__are_read_one_by_one_unless_the_stage_needs_all(needs: bool, count: int, passes: int) -> None:
+    read: list[int] = []
+    seen: list[Batch] = []
+
+    def parts() -> Any:
+        for number in range(count):
+            read.append(number)
+            yield {"image": torch.full((2,), number)}
+
+    def model(batch: Batch) -> StageOutput:
+        seen.append(batch)
+        return StageOutput(None, {}, rows={"keys": batch["image"][:, None]})
+
+    stage = SimpleNamespace(needs_full_batch_keys=needs)
+    for number, batch in enumerate(micro_batches(stage, model, parts(), lambda _: None)):
+        assert batch["image"].tolist() == [number, number]
+        assert ("keys" in batch) == (passes > 0)
+        assert len(read) == (count if needs else number + 1)
+    assert len(seen) == passes

@@ -149,17 +149,19 @@ def test_load__of_another_model_is_told(tmp_path: Path) -> None:
         checkpoint.load(tmp_path, stage=wider, optimizer=its_optimizer)
 
 
-def save_on_each(rank: int, world_size: int, folder: str) -> int:
+def save_on_each(rank: int, world_size: int, folder: str) -> tuple[int, dict[str, Any]]:
     stage, optimizer = make()
     step(stage, optimizer, 0)
     checkpoint.save(Path(folder), step=1, stage=stage, optimizer=optimizer, keep=2)
-    return len(checkpoint.steps(Path(folder)))  # the barrier has passed: every rank sees it
+    # The barrier has passed: every rank sees it.
+    return len(checkpoint.steps(Path(folder))), stage.state_dict()
 
 
 def test_save__one_rank_writes_and_the_other_waits(tmp_path: Path, two_processes: TwoProcesses) -> None:
-    assert two_processes.run(save_on_each, str(tmp_path)) == [1, 1]
-    stage, optimizer = make()
-    step(stage, optimizer, 0)
+    (found, state), (found_by_other, _) = two_processes.run(save_on_each, str(tmp_path))
+    assert found == found_by_other == 1
+    stage, _ = make(seed=3)
+    stage.load_state_dict(state)  # computed there: other threads add in another order
     other, other_optimizer = make(seed=4)
     assert checkpoint.load(tmp_path, stage=other, optimizer=other_optimizer) == 1
     assert same(stage, other)

@@ -128,45 +128,6 @@ def test_forward__pictures_in_evaluation_only() -> None:
     assert not torch.equal(codebook, stage.tokenizer.codebook)
 
 
-def test_health__perplexity_of_known_usage() -> None:
-    stage = make()
-    quantizer = stage.tokenizer.quantizer
-    quantizer.usage[:8] = 5.0
-    quantizer.unused[:3] = 1000
-    health = stage.health()
-    assert float(health["perplexity"]) == pytest.approx(8.0, rel=1e-4)
-    assert float(health["codes_alive"]) == 24 - 3
-    assert float(health["codes_dead"]) == 3
-
-
-@pytest.mark.parametrize("revive_after", [20, 100])
-def test_warning__revival_does_not_hide_a_collapse(revive_after: int) -> None:
-    stage = make(quantizer=QuantizerConfig(num_codewords=128, revive_after=revive_after))
-    points = torch.randn(3, stage.config.model.latent_dim, generator=torch.Generator().manual_seed(0))
-    for step in range(260):
-        chosen = torch.arange(64).add(step) % 3
-        stage.tokenizer.quantizer(points[chosen].T.reshape(1, -1, 8, 8) + 1e-4 * step)
-        stage.tokenizer.quantizer.update()
-    health = {name: float(value) for name, value in stage.health().items()}
-    assert health["revived"] > 100
-    assert "are in use" in (stage.warning(health, 260) or "")
-
-
-def test_warning__when_the_codebook_collapses() -> None:
-    stage = make()
-    said = stage.warning({"codes_alive": 5.0, "perplexity": 1.0}, 200)
-    assert said is not None
-    assert "Of 24 codewords 5 are in use (perplexity 1)" in said
-    assert "a lower --optim.lr" in said
-    assert "--quantizer.num-codewords 6" in said
-    assert "revive" not in said  # they are revived already
-    assert stage.warning({"codes_alive": 5.0, "perplexity": 1.0}, 199) is None
-    assert stage.warning({"codes_alive": 6.0, "perplexity": 1.5}, 200) is None
-    assert "(perplexity 1)" in (stage.warning({"codes_alive": 24.0, "perplexity": 1.4}, 200) or "")
-    without = make(quantizer=QuantizerConfig(num_codewords=24, revive_after=0))
-    assert "--quantizer.revive-after 100" in (without.warning({"codes_alive": 5.0, "perplexity": 1.0}, 200) or "")
-
-
 def test_config__image_size_must_fit_the_stride() -> None:
     with pytest.raises(ConfigError, match="--image-size 33 must be a multiple of 16"):
         CodebookConfig(image_size=33)

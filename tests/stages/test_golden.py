@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from tests.runs import losses, objects, shapes, train
 
@@ -63,7 +62,6 @@ def test_train__golden_losses(name: str, tmp_path: Path) -> None:
         settings["data"] = str(shapes())
     if command == "detect":
         settings["data"] = str(objects())
-    assert torch.get_num_threads() == 1
     found = losses(train(command, "photos", tmp_path / "run", **settings))
     assert len(found) == STEPS
     file = GOLDEN / f"{name}.json"

@@ -79,6 +79,31 @@ def usage_of_counts(counts: NDArray[np.int64]) -> CodeUsage:
     return CodeUsage(len(share), float(np.exp(-(share * np.log(share)).sum())), counts)
 
 
+def distinct_codewords(codebook: Tensor, usage: Tensor, *, alike: float = 0.02) -> float:
+    """How many codewords that differ are in use: the perplexity of usage to which codewords that are alike are one.
+
+    Perplexity counts copies of one codeword as many, though which of them a vector chooses is decided by its last
+    bits. Here a codeword's share is that of all codewords around it, after Leinster and Cobbold (Ecology 93(3), 2012).
+
+    Args:
+        codebook: float (K, D).
+        usage: float (K,), how often each is used; in any unit.
+        alike: two codewords are alike when they are no further apart than this times the mean length (root of the mean
+            square) of the codewords in use.
+
+    Returns:
+        A number in [1, perplexity]; 1 when nothing is used.
+    """
+    share = usage / usage.sum().clamp_min(1e-12)  # (K,)
+    used = share > 0
+    share, vectors = share[used], codebook.detach().float()[used]
+    limit = alike * (share @ vectors.square().sum(1)).sqrt()
+    vectors = vectors - share @ vectors  # small numbers, so that small distances are right
+    # In parts, since all K x K distances may be many.
+    around = [(torch.cdist(part, vectors) <= limit).float() @ share for part in torch.split(vectors, 1024)]
+    return float((-share @ torch.cat(around).clamp_min(1e-12).log()).exp())
+
+
 def mean_codewords(codes: Array, codebook: Tensor) -> Tensor:
     """Average-pooled codewords of each image, float (N, D): the feature of the paper's Table 4, left column.
 

@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from pecobook.data.stream import Batch
+
+
+def micro_batches(stage: Any, model: Any, batches: Iterator[Batch], seed: Callable[[int], None]) -> Iterable[Batch]:
+    """A step's micro-batches as they are read, one by one; where the stage needs keys of all, those of `look_ahead`."""
+    if not stage.needs_full_batch_keys:
+        return batches
+    whole = list(batches)
+    return look_ahead(model, whole, seed) if len(whole) > 1 else whole
 
 
 def look_ahead(model: Any, batches: list[Batch], seed: Callable[[int], None]) -> Iterator[Batch]:

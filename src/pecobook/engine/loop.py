@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 from pecobook.data.sampler import BatchPositions, key
 from pecobook.data.stream import Batch, Stream, default_workers, load, to_device
 from pecobook.engine import checkpoint
-from pecobook.engine.ahead import look_ahead
+from pecobook.engine.ahead import micro_batches
 from pecobook.engine.attention import trainable_attention
 from pecobook.engine.evaluation import Evaluation, average_metrics, evaluate
 from pecobook.engine.finite_check import FiniteCheck
@@ -178,7 +179,8 @@ class _Loop:
     def _forward_backward(self, step: int, batches: _Batches) -> tuple[Tensor, dict[str, Tensor]]:
         accumulation = self.config.batch_size // (self.micro * self.fabric.world_size)
         total: dict[str, Tensor] = {}
-        for micro, batch in enumerate(self._micro_batches(step, batches, accumulation)):
+        parts = (self._next(batches) for _ in range(accumulation))
+        for micro, batch in enumerate(micro_batches(self.stage, self.model, parts, partial(self._seed, step))):
             self._seed(step, micro)
             unfinished = micro < accumulation - 1
             with trainable_attention(self.fabric.device), self.fabric.no_backward_sync(self.model, enabled=unfinished):
@@ -188,13 +190,6 @@ class _Loop:
             for name, value in {"loss": output.loss.detach(), **output.metrics}.items():
                 total[name] = total.get(name, 0) + value / accumulation
         return total.pop("loss"), total
-
-    def _micro_batches(self, step: int, batches: _Batches, count: int) -> Iterator[Batch]:
-        """A step's micro-batches, on the device one by one, but where a stage looks ahead."""
-        parts = (self._next(batches) for _ in range(count))
-        if count > 1 and self.stage.needs_full_batch_keys:
-            return look_ahead(self.model, list(parts), lambda micro: self._seed(step, micro))
-        return parts
 
     def _seed(self, step: int, micro: int) -> None:
         """Dropout, drop path and mixing follow from the place in the training, so no random state is kept."""

@@ -1,7 +1,8 @@
 """Recipes: named settings, each a documented claim. `pecobook recipes` lists them; a recipe is a function.
 
 The first line of a docstring is the claim; "Source", "Command", "Cost" and "Result" follow where there is something to
-say. `tiny` is the same code with smaller numbers: about a minute on 2 cores, and what the tests train.
+say; a result is one of that very configuration, or says of what. `tiny` is the same code with smaller numbers: about a
+minute on 2 cores, and what the tests train.
 """
 
 from __future__ import annotations

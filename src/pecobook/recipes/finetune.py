@@ -12,6 +12,8 @@ def tiny() -> FinetuneConfig:
     """200 steps at 32 pixels.
 
     Command: pecobook finetune tiny --data photos --backbone runs/vit --out runs/classifier
+    Result: on CIFAR-10, three seeds: 29.4% from random weights, 30.0 to 30.8% from ViTs that `pretrain tiny` trained
+        for 300 steps on different targets (docs/results.md).
     """
     return FinetuneConfig(
         batch_size=128,

@@ -34,6 +34,7 @@ def cifar10() -> PretrainConfig:
     """CIFAR-10, 100 epochs at batch 512.
 
     Command: pecobook pretrain cifar10 --data CIFAR10 --tokenizer runs/codebook --out runs/vit
+    Cost: 460 images/s on 2 CPU cores with the tokenizer in each step, measured, so 3 hours there.
     """
     return PretrainConfig(
         batch_size=512,

@@ -32,7 +32,7 @@ def camvid() -> SegmentConfig:
 
     Class 11 of the usual reduced set is "unlabelled".
     Command: pecobook segment camvid --data CAMVID --backbone runs/vit --out runs/segmenter
-    Result: docs/results.md has shorter runs, on a CPU.
+    Result of shorter runs, on a CPU: docs/results.md.
     """
     return SegmentConfig(
         batch_size=16,

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torchvision.transforms.functional import rgb_to_grayscale
 
-from pecobook.analysis.codewords import code_usage
+from pecobook.analysis.codewords import code_usage, distinct_codewords
 from pecobook.analysis.reconstruction import psnr, ssim
 from pecobook.data.sampler import key
 from pecobook.data.source import Splits
@@ -176,21 +176,25 @@ class CodebookStage(Stage[CodebookConfig]):
             self.contrast.after_step(self.tokenizer.encoder)
 
     def warning(self, metrics: dict[str, float], step: int) -> str | None:
-        """Say when less than a quarter of the codebook is in use, or next to all vectors choose a few codewords."""
+        """Say when less than a quarter of the codebook is in use, next to all vectors choose a few codewords, or next
+        to all codewords in use are copies of a few.
+        """
         own, K = self.config.quantizer, self.config.quantizer.num_codewords
         # Before, every codeword counts as alive or is just being started.
         if step < own.start_after + 2 * max(own.revive_after, 100):
             return None
         # A revived codeword, being a vector of the batch, is chosen once or twice even when all else has collapsed.
-        if metrics["codes_alive"] >= K / 4 and metrics["perplexity"] >= K / 16:
+        used = metrics["codes_alive"] >= K / 4 and metrics["perplexity"] >= K / 16
+        # And where all vectors are next to a few points, those revived there share them out, by noise or by rounding.
+        distinct = distinct_codewords(self.tokenizer.codebook, self.tokenizer.quantizer.usage) if used else 0.0
+        if distinct >= K / 16:
             return None
+        said = f"Of {K} codewords {metrics['codes_alive']:.0f} are in use (perplexity {metrics['perplexity']:.0f})"
+        said += f", but only about {distinct:.0f} of them differ" if used else ""
         remedy = "a lower --optim.lr, or --model.latent-norm true"
         if own.revive_after == 0 or own.revive_after > 100:
             remedy = f"--quantizer.revive-after 100, {remedy}"
-        return (
-            f"Of {K} codewords {metrics['codes_alive']:.0f} are in use (perplexity {metrics['perplexity']:.0f}).\n"
-            f"Try {remedy}; or fewer codewords: --quantizer.num-codewords {max(K // 4, 1)}."
-        )
+        return f"{said}.\nTry {remedy}; or fewer codewords: --quantizer.num-codewords {max(K // 4, 1)}."
 
     def export(self, folder: Path, state: dict[str, Tensor]) -> str:
         """Write the tokenizer."""

@@ -1,0 +1,264 @@
+"""`pecobook completion SHELL`: a script with which bash, zsh or fish completes commands, recipes, flags and choices.
+
+A script is written from the settings, so it knows what this version knows; pressing Tab then starts no Python.
+"""
+
+from __future__ import annotations
+
+import textwrap
+import typing
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Literal, NamedTuple
+
+from pecobook.commands.reproduce.paper import TABLES
+from pecobook.errors import ConfigError, did_you_mean
+from pecobook.help import explanations, first_sentence
+from pecobook.recipes import RECIPES, claim, recipe
+from pecobook.settings.analyze import AnalyzeConfig
+from pecobook.settings.bench import BenchConfig
+from pecobook.settings.demo import DemoConfig
+from pecobook.settings.explore import ExploreConfig
+from pecobook.settings.export import ExportConfig
+from pecobook.settings.predict import PredictConfig
+from pecobook.settings.probe import ProbeConfig
+from pecobook.settings.reproduce import ReproduceConfig
+from pecobook.settings.tokenize import TokenizeConfig
+from pecobook.settings.values import flags
+
+SHELLS = ("bash", "zsh", "fish")
+SETTINGS: dict[str, type[Any]] = {
+    **{command: type(recipe(command)) for command in RECIPES},
+    "tokenize": TokenizeConfig,
+    "analyze": AnalyzeConfig,
+    "explore": ExploreConfig,
+    "reproduce": ReproduceConfig,
+    "bench": BenchConfig,
+    "export": ExportConfig,
+    "predict": PredictConfig,
+    "probe": ProbeConfig,
+    "demo": DemoConfig,
+}
+"""The settings of every command that has flags."""
+
+
+class Flag(NamedTuple):
+    """What a shell is told of a flag."""
+
+    explanation: str
+    choices: tuple[str, ...] = ()
+    """Values that it takes; empty where any text, number or file may follow."""
+    takes_value: bool = True
+
+
+class Names(NamedTuple):
+    """Words that are no flags, at a place of the command line: 2 is the first place after the command."""
+
+    place: int
+    explained: Mapping[str, str]
+    repeats: bool = False
+    """Whether all further places take them too."""
+
+
+def script(shell: str, commands: Mapping[str, str]) -> str:
+    """The script for `shell`.
+
+    Args:
+        shell: bash, zsh or fish; ConfigError for another.
+        commands: every command of pecobook and what it does.
+    """
+    if shell not in SHELLS:
+        raise ConfigError(f"Completion is written for {', '.join(SHELLS)}, not '{shell}'.{did_you_mean(shell, SHELLS)}")
+    return {"bash": _bash, "zsh": _zsh, "fish": _fish}[shell](commands)
+
+
+def flags_of(command: str) -> dict[str, Flag]:
+    """Every flag of a command, with its dashes."""
+    if command not in SETTINGS:
+        return {}
+    explained = explanations(SETTINGS[command])
+    found: dict[str, Flag] = {}
+    for name, kind in flags(SETTINGS[command]).items():
+        choices = typing.get_args(kind) if typing.get_origin(kind) is Literal else ()
+        text = first_sentence(explained[name])
+        found[f"--{name}"] = Flag(text, tuple(map(str, choices)), takes_value=kind is not bool)
+        if kind is bool:
+            group, dot, leaf = name.rpartition(".")
+            found[f"--{group}{dot}no-{leaf}"] = Flag(f"Turn --{name} off.", takes_value=False)
+    found["--config"] = Flag("Read settings from the config.json of a run.")
+    found["--help"] = Flag("Show usage, recipes, examples and the flags that people use.", takes_value=False)
+    found["--help-all"] = Flag("Explain every flag.", takes_value=False)
+    return found
+
+
+def names_of(command: str) -> list[Names]:
+    """The words that may stand after a command."""
+    if command in (*RECIPES, "tokenize", "bench"):
+        kind = command if command in RECIPES else "pretrain"
+        recipes = {name: claim(kind, name) for name in RECIPES[kind]}
+        if command == "bench":
+            return [Names(2, {"pretrain": "measure pre-training"}), Names(3, recipes)]
+        return [Names(2, recipes)]
+    if command == "reproduce":
+        return [Names(2, {name: table.title for name, table in TABLES.items()}, repeats=True)]
+    if command == "recipes":
+        every = {name: "a recipe" for recipes in RECIPES.values() for name in recipes}
+        return [Names(2, {command: f"recipes of {command}" for command in RECIPES} | every), Names(3, every)]
+    if command == "completion":
+        return [Names(2, dict.fromkeys(SHELLS, "a shell"))]
+    return []
+
+
+def _quoted(text: str) -> str:
+    """A word in single quotes, as bash and zsh read it."""
+    return "'" + text.replace("'", "'\\''") + "'"
+
+
+def _short(text: str) -> str:
+    return textwrap.shorten(text, 80, placeholder=" ...")
+
+
+# ---------------------------------------------------------------------------------------------------------------- bash
+
+_BASH = """# Completion of pecobook for bash. In ~/.bashrc: eval "$(pecobook completion bash)"
+_pecobook() {
+    local word="${COMP_WORDS[COMP_CWORD]}" before="${COMP_WORDS[COMP_CWORD - 1]}" place=$COMP_CWORD
+    local flags="--help --version" names="" choices=""
+    if [[ $word == "=" ]]; then  # to bash, --flag=value is three words
+        word=""
+    elif [[ $before == "=" ]]; then
+        before="${COMP_WORDS[COMP_CWORD - 2]}"
+    fi
+    if [[ $place -eq 1 ]]; then
+        names="@commands@"
+    else
+        flags="--help"
+        case "${COMP_WORDS[1]}" in
+@cases@
+        esac
+    fi
+    if [[ $word == -* ]]; then
+        names=$flags
+    elif [[ -n $choices ]]; then
+        names=$choices
+    elif [[ $before == -* ]]; then
+        names=""  # a file, or anything else
+    fi
+    COMPREPLY=($(compgen -W "$names" -- "$word"))
+}
+complete -o default -F _pecobook pecobook
+"""
+
+
+def _bash(commands: Mapping[str, str]) -> str:
+    def case(command: str, known: dict[str, Flag]) -> list[str]:
+        lines = [f'flags="{" ".join(known)}"'] if known else []
+        for names in names_of(command):
+            test = f"$place {'-ge' if names.repeats else '-eq'} {names.place}"
+            lines.append(f'[[ {test} ]] && names="{" ".join(names.explained)}"')
+        chosen = [f'{name}) choices="{" ".join(flag.choices)}" ;;' for name, flag in known.items() if flag.choices]
+        return [*lines, *_inner_case(chosen)]
+
+    return _fill(_BASH, commands, case, " ".join(commands))
+
+
+def _inner_case(branches: list[str]) -> list[str]:
+    return ['case "$before" in', *(f"    {branch}" for branch in branches), "esac"] if branches else []
+
+
+def _fill(template: str, commands: Iterable[str], case: Callable[[str, dict[str, Flag]], list[str]], names: str) -> str:
+    """The template of bash or zsh with a branch for each command, whose lines `case` writes."""
+    branches: list[str] = []
+    for command in commands:
+        branches += [f"{command})", *(f"    {line}" for line in case(command, flags_of(command))), "    ;;"]
+    return template.replace("@cases@", textwrap.indent("\n".join(branches), " " * 12)).replace("@commands@", names)
+
+
+# ----------------------------------------------------------------------------------------------------------------- zsh
+
+_ZSH = """#compdef pecobook
+# Completion of pecobook for zsh. In ~/.zshrc, after compinit: eval "$(pecobook completion zsh)"
+_pecobook() {
+    local before="${words[CURRENT - 1]}"
+    local -i place=$((CURRENT - 1))
+    local -a flags names choices
+    if [[ $PREFIX == --*=* ]]; then
+        before="${PREFIX%%=*}"
+        compset -P '*='
+    fi
+    flags=(--help --version)
+    if ((place == 1)); then
+        names=(@commands@)
+    else
+        flags=(--help)
+        case "${words[2]}" in
+@cases@
+        esac
+    fi
+    if [[ $PREFIX == -* ]]; then
+        _describe -o flag flags
+    elif (($#choices)); then
+        compadd -a choices
+    elif (($#names)) && [[ $before != -* ]]; then
+        _describe word names
+    else
+        _files
+    fi
+}
+if [[ "${funcstack[1]}" == _pecobook ]]; then
+    _pecobook "$@"  # a file of $fpath
+else
+    compdef _pecobook pecobook
+fi
+"""
+
+
+def _zsh(commands: Mapping[str, str]) -> str:
+    def described(explained: Mapping[str, str]) -> str:
+        return " ".join(_quoted(f"{name}:{_short(text)}") for name, text in explained.items())
+
+    def case(command: str, known: dict[str, Flag]) -> list[str]:
+        texts = {name: flag.explanation for name, flag in known.items()}
+        lines = [f"flags=({described(texts)})"] if known else []
+        for names in names_of(command):
+            test = f"place {'>=' if names.repeats else '=='} {names.place}"
+            lines.append(f"(({test})) && names=({described(names.explained)})")
+        chosen = [f"{name}) choices=({' '.join(flag.choices)}) ;;" for name, flag in known.items() if flag.choices]
+        return [*lines, *_inner_case(chosen)]
+
+    return _fill(_ZSH, commands, case, described(commands))
+
+
+# ---------------------------------------------------------------------------------------------------------------- fish
+
+_FISH = """# Completion of pecobook for fish: pecobook completion fish > ~/.config/fish/completions/pecobook.fish
+function __pecobook_after  # COMMAND [TEST PLACE]: whether COMMAND was typed, and at which place the cursor is
+    set -l typed (commandline -opc)
+    test (count $typed) -ge 2; and test "$typed[2]" = "$argv[1]"; or return 1
+    test (count $argv) -eq 1; and return 0
+    test (count $typed) $argv[2] $argv[3]; and not string match -q -- '-*' $typed[-1]
+end
+complete -c pecobook -n 'test (count (commandline -opc)) -eq 1' -l help -d 'Show what pecobook can do.'
+complete -c pecobook -n 'test (count (commandline -opc)) -eq 1' -l version -d 'Show the version.'
+"""
+
+
+def _fish(commands: Mapping[str, str]) -> str:
+    def quoted(text: str) -> str:
+        return "'" + text.replace("\\", "\\\\").replace("'", "\\'") + "'"
+
+    def lines_of(test: str, explained: Mapping[str, str]) -> list[str]:
+        return [
+            f"complete -c pecobook -n {quoted(test)} -f -a {name} -d {quoted(_short(text))}"
+            for name, text in explained.items()
+        ]
+
+    lines = lines_of("test (count (commandline -opc)) -eq 1", commands)
+    for command in commands:
+        for names in names_of(command):
+            place = f"{'-ge' if names.repeats else '-eq'} {names.place}"
+            lines += lines_of(f"__pecobook_after {command} {place}", names.explained)
+        for name, flag in flags_of(command).items():
+            value = f" -x -a {quoted(' '.join(flag.choices))}" if flag.choices else " -r" * flag.takes_value
+            test = quoted(f"__pecobook_after {command}")
+            lines.append(f"complete -c pecobook -n {test} -l {name[2:]}{value} -d {quoted(_short(flag.explanation))}")
+    return _FISH + "\n".join(lines) + "\n"

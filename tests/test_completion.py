@@ -1,0 +1,100 @@
+"""The scripts for shells: bash completes by one, and all know what the parser knows."""
+
+from __future__ import annotations
+
+import shlex
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from pecobook import cli
+from pecobook.completion import SETTINGS, SHELLS, flags_of, script
+from pecobook.help import PAGES
+from pecobook.recipes import RECIPES
+from pecobook.settings.values import flags
+from tests.test_help import settings_of
+
+# Sets what bash sets when Tab is pressed, and shows what it would offer.
+_PRESS_TAB = """
+source {script}
+COMP_WORDS=({words})
+COMP_CWORD=$((${{#COMP_WORDS[@]}} - 1))
+_pecobook
+printf '%s\\n' "${{COMPREPLY[@]}}"
+"""
+
+
+@pytest.fixture(scope="module")
+def bash_script(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    if shutil.which("bash") is None:
+        pytest.skip("there is no bash")
+    path = tmp_path_factory.mktemp("completion") / "pecobook.bash"
+    path.write_text(script("bash", cli.COMMANDS))
+    return path
+
+
+def offered(bash_script: Path, words: list[str]) -> list[str]:
+    code = _PRESS_TAB.format(script=shlex.quote(str(bash_script)), words=shlex.join(["pecobook", *words]))
+    done = subprocess.run(["bash", "--norc", "-c", code], capture_output=True, text=True, check=True, timeout=60)
+    assert done.stderr == ""
+    return done.stdout.split()
+
+
+@pytest.mark.parametrize(
+    ("words", "found"),
+    [
+        (["cod"], ["codebook"]),
+        (["--v"], ["--version"]),
+        (["codebook", "paper-"], ["paper-lite", "paper-resnet50", "paper-vgg16"]),
+        (["codebook", "paper", "--perceptual.w"], [f"--perceptual.{name}" for name in ("weights", "weight", "warmup")]),
+        (["codebook", "--out", "runs/a", "--no-c"], ["--no-compile"]),
+        (["codebook", "--model.no"], ["--model.no-latent-norm"]),
+        (["codebook", "--help"], ["--help", "--help-all"]),
+        (["codebook", "--precision", ""], ["auto", "fp32", "bf16", "fp16"]),
+        (["codebook", "--precision", "=", "b"], ["bf16"]),  # --precision=b, as bash splits it
+        (["codebook", "--precision", "="], ["auto", "fp32", "bf16", "fp16"]),
+        (["codebook", "--data", ""], []),  # files, which bash finds itself
+        (["export", "runs/vit", "--format", "t"], ["timm"]),
+        (["bench", ""], ["pretrain"]),
+        (["bench", "pretrain", "tin"], ["tiny", "tiny-imagenet"]),
+        (["reproduce", "table4", "table1"], ["table10", "table12"]),
+        (["reproduce", "--out", "table1"], []),
+        (["recipes", "segm"], ["segment"]),
+        (["recipes", "segment", "cam"], ["camvid"]),
+        (["completion", ""], list(SHELLS)),
+        (["nothing", ""], []),
+    ],
+)
+def test_bash__completes(bash_script: Path, words: list[str], found: list[str]) -> None:
+    assert sorted(offered(bash_script, words)) == sorted(found)
+
+
+def test_bash__offers_every_command_recipe_and_flag(bash_script: Path) -> None:
+    assert offered(bash_script, [""]) == list(cli.COMMANDS)
+    for command, recipes in RECIPES.items():
+        assert offered(bash_script, [command, ""]) == list(recipes)
+        assert offered(bash_script, [command, "-"]) == list(flags_of(command))
+
+
+@pytest.mark.parametrize("command", PAGES)
+def test_flags__are_those_of_the_parser(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert type(settings_of(shlex.split(PAGES[command].examples[0]), monkeypatch)) is SETTINGS[command]
+    known = {**flags(SETTINGS[command]), "config": str}
+    for name, flag in flags_of(command).items():
+        if not name.startswith("--help"):
+            (value,) = cli.read_flags([name, *(["1"] if flag.takes_value else [])], known, command).values()
+            assert value in (("1",), "1") if flag.takes_value else value is (".no-" not in name and "--no-" not in name)
+    assert {f"--{name}" for name in known} <= set(flags_of(command))
+
+
+@pytest.mark.parametrize("shell", SHELLS)
+def test_script__is_read_by_its_shell(shell: str, tmp_path: Path) -> None:
+    text = script(shell, cli.COMMANDS)
+    for command in cli.COMMANDS:
+        assert command in text
+    if shutil.which(shell) is None:
+        pytest.skip(f"there is no {shell}")
+    (tmp_path / "script").write_text(text)
+    subprocess.run([shell, "-n", str(tmp_path / "script")], check=True, timeout=60)
