@@ -78,30 +78,35 @@ def test_forward__balance_weighs_commitment_against_one(network: PerceptualConfi
     plain = make(perceptual=network, balance=False, quantizer=QuantizerConfig(num_codewords=24, commitment=0.0))
     output, reference = stage(batch()), plain(batch())
     assert output.loss.item() == pytest.approx(1 + 0.3 * float(output.metrics["commitment"]), rel=1e-5)
-    shown = reference.loss + 0.3 * output.metrics["commitment"]
-    torch.testing.assert_close(output.metrics["loss"], shown.detach(), rtol=1e-4, atol=1e-6)
+    logged_loss = reference.loss + 0.3 * output.metrics["commitment"]
+    torch.testing.assert_close(output.metrics["loss"], logged_loss.detach(), rtol=1e-4, atol=1e-6)
     output.loss.backward()
     reference.loss.backward()
-    # The decoder hears of the reconstruction alone: its gradient is the plain one, divided by the reconstruction loss.
-    for ours, theirs in zip(stage.tokenizer.decoder.parameters(), plain.tokenizer.decoder.parameters(), strict=True):
-        assert ours.grad is not None
-        assert theirs.grad is not None
+    # The decoder's gradient comes from the reconstruction loss alone: the plain gradient, divided by that loss.
+    decoders = stage.tokenizer.decoder, plain.tokenizer.decoder
+    for balanced, unbalanced in zip(*(decoder.parameters() for decoder in decoders), strict=True):
+        assert balanced.grad is not None
+        assert unbalanced.grad is not None
         scale = float(output.metrics["loss"] - 0.3 * output.metrics["commitment"])
-        torch.testing.assert_close(ours.grad * scale, theirs.grad, rtol=1e-3, atol=1e-6)
+        torch.testing.assert_close(balanced.grad * scale, unbalanced.grad, rtol=1e-3, atol=1e-6)
 
 
 def test_forward__lambda_rises_over_its_warm_up() -> None:
     stage = make(perceptual=dataclasses.replace(NETWORK, weight=0.8, warmup=3), balance=False)
+
+    def perceptual_weight(stage: CodebookStage) -> float:
+        output = stage(batch())
+        others = output.metrics["pixel"] + 0.25 * output.metrics["commitment"]
+        return float((output.loss.detach() - others) / output.metrics["perceptual"])
+
     weights = []
     for step in range(6):
-        output = stage(batch())
-        rest = output.metrics["pixel"] + 0.25 * output.metrics["commitment"]
-        weights.append(float((output.loss.detach() - rest) / output.metrics["perceptual"]))
+        weights.append(perceptual_weight(stage))
         stage.after_step(step + 1, 6)
     assert weights == pytest.approx([0.2, 0.4, 0.6, 0.8, 0.8, 0.8], rel=1e-3)
-    again = make(perceptual=dataclasses.replace(NETWORK, weight=0.8, warmup=3), balance=False)
-    again.load_state_dict(stage.state_dict())  # a resumed run is where the other one was
-    assert again._lambda() == pytest.approx(0.8)
+    resumed = make(perceptual=dataclasses.replace(NETWORK, weight=0.8, warmup=3), balance=False)
+    resumed.load_state_dict(stage.state_dict())
+    assert perceptual_weight(resumed) == pytest.approx(0.8, rel=1e-3)
 
 
 def test_forward__trains_encoder_and_decoder_and_not_the_network() -> None:

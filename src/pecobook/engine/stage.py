@@ -116,8 +116,8 @@ class Stage(nn.Module, Generic[C]):
 
     # ------------------------------------------------------------------------------------------------- in evaluation
 
-    def summarise(self, rows: dict[str, Tensor], known: dict[str, Tensor]) -> dict[str, float]:
-        """Metrics of the rows that evaluation gathered, given the same rows of training images (empty without)."""
+    def summarise(self, rows: dict[str, Tensor], reference_rows: dict[str, Tensor]) -> dict[str, float]:
+        """Return metrics of all held-out rows; `reference_rows` are those of training images, empty without them."""
         return {}
 
     def report(self, folder: Path, rows: dict[str, Tensor], source: ImageSource) -> None:
@@ -128,6 +128,12 @@ class Stage(nn.Module, Generic[C]):
     def export(self, folder: Path, state: dict[str, Tensor]) -> str:
         """Write the export folder from the full `state` of this stage; returns lines of Python that load it."""
         raise NotImplementedError
+
+
+def submodule_state(state: dict[str, Tensor], name: str) -> dict[str, Tensor]:
+    """Return the entries of a state dict that belong to the submodule `name`, under their names in that submodule."""
+    prefix = f"{name}."
+    return {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
 
 
 def mean_of_counted(values: Tensor, batch: Batch) -> Tensor:

@@ -1,4 +1,4 @@
-"""How any stage is trained: check everything, then make the folder, train, export."""
+"""Train any stage: check everything, make the run folder, train, export."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import Tensor
 
-from pecobook.data.images import check_readable
+from pecobook.data.images import check_labels, check_readable
 from pecobook.data.sampler import fixed_place
 from pecobook.data.source import Splits
 from pecobook.data.stream import Stream
 from pecobook.engine.stage import Stage
-from pecobook.errors import DataError, Preflight, RunFolderError, first_line
+from pecobook.errors import Preflight, RunFolderError, first_line
 from pecobook.settings.training import TrainConfig
 from pecobook.utils.distributed import on_first_rank
 
@@ -23,17 +23,17 @@ C = TypeVar("C", bound=TrainConfig)
 
 
 def train(stage_type: type[Stage[C]], config: C) -> Path:
-    """Run a stage from settings to export; returns the run folder.
+    """Train a stage from its settings to its export; returns the run folder.
 
     Raises:
-        PreflightError: problems found before the run folder was made, all of them.
-        PecobookError: what went wrong later.
+        PreflightError: all problems found before the run folder was made.
+        PecobookError: an error during the run.
     """
     from pecobook.engine import launch, run_folder
 
     splits = preflight(stage_type, config)
     config = dataclasses.replace(config, precision=launch.resolve_precision(config))  # type: ignore[arg-type]
-    held = run_folder.prepare(config, stage_type.command) if launch.is_leader() else None
+    lock = run_folder.prepare(config, stage_type.command) if launch.is_leader() else None
     try:
         fabric = launch.start(config)
         torch.manual_seed(config.seed)
@@ -41,9 +41,9 @@ def train(stage_type: type[Stage[C]], config: C) -> Path:
         outcome = _fit(stage_type, config, fabric, stage, splits)
         if outcome.finished:
             _export(config, stage)
-    finally:  # also after an error: in Python the process goes on, and may try again
-        if held is not None:
-            held.release()
+    finally:  # also after an error: the Python process may go on, and train again
+        if lock is not None:
+            lock.release()
     if not outcome.finished:
         raise SystemExit(130)
     return Path(config.out)
@@ -71,12 +71,8 @@ def preflight(stage_type: type[Stage[C]], config: C) -> Splits:
 def _open(stage_type: type[Stage[C]], config: C) -> Splits:
     splits = stage_type.open(config)
     check_readable(splits.train)
-    if stage_type.needs_labels(config) and splits.train.labels is None:
-        raise DataError(
-            f"--data '{config.data}' has no labels: put the images of each class in a subfolder of its own."
-        )
-    if stage_type.needs_labels(config) and splits.evaluation.labels is None:
-        raise DataError(f"--data '{config.data}' has no labels for its {splits.evaluation_name} images.")
+    if stage_type.needs_labels(config):
+        check_labels(splits, config.data)
     stage_type.check_data(config, splits)
     return splits
 
@@ -115,7 +111,7 @@ def _export(config: TrainConfig, stage: Stage[Any]) -> None:
         except OSError as error:
             raise RunFolderError(
                 f"The export cannot be written to '{folder}': {first_line(error).rstrip('.')}.\n"
-                "The last checkpoint is whole. Make room, then go on with --resume."
+                "The last checkpoint is complete. Free disk space, then continue with --resume."
             ) from None
         print(f"\nDone: {folder}\n\n{lines}", file=sys.stderr)
 
