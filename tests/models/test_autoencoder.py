@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.testing import assert_close
 
 from pecobook.errors import ConfigError
@@ -74,7 +75,7 @@ def test_latent_norm__has_mean_zero_and_variance_one_at_each_place() -> None:
 
 def test_self_attention__is_single_head_attention_over_positions() -> None:
     torch.manual_seed(0)
-    layer, x = SelfAttention(8), torch.randn(2, 8, 3, 5)
+    layer, x = SelfAttention(8, 4), torch.randn(2, 8, 3, 5)
     tokens = layer.norm(x).flatten(2).transpose(1, 2)  # (B, N, C)
 
     def apply(conv: nn.Module, t: torch.Tensor) -> torch.Tensor:
@@ -89,7 +90,7 @@ def test_self_attention__is_single_head_attention_over_positions() -> None:
 
 def test_downsample_and_upsample__halve_and_double() -> None:
     x = torch.arange(16.0).view(1, 1, 4, 4)
-    down, up = Downsample(1), Upsample(1)
+    down, up = Downsample(1, "zeros"), Upsample(1, "zeros")
     for layer in (down, up):
         nn.init.zeros_(layer.weight)
         assert layer.bias is not None
@@ -160,3 +161,59 @@ def test_encoder_and_decoder__of_other_channels(channels: int) -> None:
 def test_config__refuses_sizes_below_one(settings: dict[str, float]) -> None:
     with pytest.raises(ConfigError):
         AutoencoderConfig(**settings)  # type: ignore[arg-type]
+
+
+# ------------------------------------------------------------------------------------------- flat images, translations
+
+
+def flat_images() -> Tensor:
+    """Black, grey, white, one colour, and two halves: float (5, 3, 32, 32) in [-1, 1]."""
+    colours = torch.tensor([[-1.0, -1.0, -1.0], [0.0, 0.0, 0.0], [1.0, 1.0, 1.0], [-0.9, 0.2, 0.7], [-1.0, -1.0, -1.0]])
+    images = colours[:, :, None, None].repeat(1, 1, 32, 32)
+    images[4, :, :, 16:] = 1.0
+    return images
+
+
+def gradient_norms(config: AutoencoderConfig, dtype: torch.dtype) -> list[float]:
+    """Norm of the gradient of the pixel loss for each of `flat_images`, of a network with its first weights."""
+    norms = []
+    for image in flat_images():
+        torch.manual_seed(0)
+        encoder, decoder = Encoder(config), Decoder(config)
+        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+            loss = (decoder(encoder(image[None])) - image[None]).abs().mean()
+        loss.backward()
+        gradients = [p.grad.flatten() for p in (*encoder.parameters(), *decoder.parameters()) if p.grad is not None]
+        norms.append(float(torch.cat(gradients).norm()))
+    return norms
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("padding", ["zeros", "reflect", "replicate"])
+@pytest.mark.parametrize("channels", [(16, 32, 64, 128), (32, 64, 64, 128), (64, 128, 128, 256)])
+def test_gradient__of_flat_images_is_small(channels: tuple[int, ...], padding: Any, dtype: torch.dtype) -> None:
+    config = AutoencoderConfig(channels=channels, latent_dim=32, num_blocks=1, latent_norm=True, padding=padding)
+    assert max(gradient_norms(config, dtype)) < 1000  # photographs have about 3; infinity becomes not-a-number
+
+
+def test_gradient__of_flat_images_is_infinite_where_each_channel_is_normalised_alone() -> None:
+    config = AutoencoderConfig(channels=(16, 32, 64, 128), num_blocks=1, group_size=0, padding="reflect")
+    assert max(gradient_norms(config, torch.float32)) > 1e9
+
+
+@pytest.mark.parametrize("padding", ["zeros", "reflect", "replicate"])
+@pytest.mark.parametrize(("down", "right"), [(4, 0), (0, 4), (8, -4)])
+def test_encoder_and_decoder__follow_a_shift_by_tokens(padding: Any, down: int, right: int) -> None:
+    """An object on a flat ground: without zeros at the border nothing tells where the object is."""
+    torch.manual_seed(0)
+    config = AutoencoderConfig(channels=(8, 8, 8), latent_dim=6, num_blocks=1, padding=padding)
+    encoder, decoder = Encoder(config).double(), Decoder(config).double()
+    images = torch.full((1, 3, 112, 112), 0.3, dtype=torch.float64)
+    images[:, :, 50:60, 52:62] = torch.rand(1, 3, 10, 10, dtype=torch.float64)
+    latents = torch.full((1, 6, 28, 28), 0.3, dtype=torch.float64)
+    latents[:, :, 13:15, 13:15] = torch.rand(1, 6, 2, 2, dtype=torch.float64)
+    pixels, tokens = (down, right), (down // 4, right // 4)
+    with torch.no_grad():
+        for network, x, before, after in ((encoder, images, pixels, tokens), (decoder, latents, tokens, pixels)):
+            equal = torch.allclose(network(x.roll(before, (2, 3))), network(x).roll(after, (2, 3)), atol=1e-9)
+            assert equal == (padding != "zeros")

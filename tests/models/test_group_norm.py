@@ -12,12 +12,12 @@ from pecobook.models.group_norm import GroupNorm, convolution_layout
 
 
 def _both(
-    shape: tuple[int, int, int, int], dtype: torch.dtype, seed: int = 0, shift: float = 0.0
+    shape: tuple[int, int, int, int], dtype: torch.dtype, seed: int = 0, shift: float = 0.0, group_size: int = 2
 ) -> tuple[list[Tensor], list[Tensor]]:
     """Output and gradients of x, weight and bias, of ours in channels last, and of PyTorch's in double precision."""
     torch.manual_seed(seed)
     x, grad = (torch.randn(shape) + shift).to(dtype), torch.randn(shape).to(dtype)
-    ours = GroupNorm(shape[1])
+    ours = GroupNorm(shape[1], group_size)
     nn.init.normal_(ours.weight)
     nn.init.normal_(ours.bias)
     peer = nn.GroupNorm(ours.num_groups, shape[1], eps=ours.eps)
@@ -40,9 +40,10 @@ def _both(
 @given(
     st.tuples(st.integers(1, 3), st.sampled_from([1, 5, 6, 32, 48, 64]), st.integers(2, 9), st.integers(1, 9)),
     st.integers(0, 2**16),
+    st.sampled_from([0, 1, 4, 16]),
 )
-def test_group_norm__equals_pytorchs(shape: tuple[int, int, int, int], seed: int) -> None:
-    for ours, peer in zip(*_both(shape, torch.double, seed), strict=True):
+def test_group_norm__equals_pytorchs(shape: tuple[int, int, int, int], seed: int, group_size: int) -> None:
+    for ours, peer in zip(*_both(shape, torch.double, seed, group_size=group_size), strict=True):
         assert torch.allclose(ours, peer, rtol=1e-6, atol=1e-6 * (1 + float(peer.abs().max())))
 
 
@@ -61,13 +62,29 @@ def test_group_norm__is_exact_to_units_of_its_precision(
 @pytest.mark.parametrize("side", [8, 40])
 def test_group_norm__keeps_the_layout(side: int) -> None:
     x = convolution_layout(torch.randn(2, 8, side, side)).requires_grad_()
-    y = GroupNorm(8)(x)
+    y = GroupNorm(8, 2)(x)
     y.sum().backward()
     assert x.grad is not None
     for tensor in (y, x.grad):
         assert tensor.is_contiguous(memory_format=torch.channels_last)
 
 
-@pytest.mark.parametrize(("channels", "groups"), [(64, 32), (48, 16), (6, 2), (5, 1)])
-def test_group_norm__has_32_groups_or_what_divides(channels: int, groups: int) -> None:
-    assert GroupNorm(channels).num_groups == groups
+@pytest.mark.parametrize(
+    ("channels", "group_size", "groups"),
+    [
+        (64, 0, 32),
+        (48, 0, 16),
+        (5, 0, 1),
+        (128, 4, 32),  # VQGAN's smallest width
+        (512, 4, 32),
+        (64, 4, 16),
+        (16, 16, 1),
+        (32, 16, 2),
+        (48, 16, 3),
+        (512, 16, 32),
+        (12, 16, 1),
+        (40, 16, 2),
+    ],
+)
+def test_group_norm__has_at_most_32_groups_of_enough_channels(channels: int, group_size: int, groups: int) -> None:
+    assert GroupNorm(channels, group_size).num_groups == groups

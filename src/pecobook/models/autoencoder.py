@@ -14,16 +14,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pecobook.models.group_norm import GroupNorm, convolution_layout
-from pecobook.settings.tokenizer import AutoencoderConfig
+from pecobook.settings.tokenizer import AutoencoderConfig, PaddingMode
 
 
 class ResidualBlock(nn.Module):
     """Two times norm, swish and 3x3 convolution, plus a shortcut: (B, C_in, H, W) to (B, C_out, H, W)."""
 
-    def __init__(self, in_channels: int, out_channels: int) -> None:
+    def __init__(self, in_channels: int, out_channels: int, config: AutoencoderConfig) -> None:
         super().__init__()
-        self.norm1, self.conv1 = GroupNorm(in_channels), nn.Conv2d(in_channels, out_channels, 3, padding=1)
-        self.norm2, self.conv2 = GroupNorm(out_channels), nn.Conv2d(out_channels, out_channels, 3, padding=1)
+        self.norm1, self.conv1 = GroupNorm(in_channels, config.group_size), _conv(in_channels, out_channels, config)
+        self.norm2, self.conv2 = GroupNorm(out_channels, config.group_size), _conv(out_channels, out_channels, config)
         self.shortcut = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -36,9 +36,9 @@ class ResidualBlock(nn.Module):
 class SelfAttention(nn.Module):
     """Single-head self-attention over positions, with a residual connection: (B, C, h, w) to (B, C, h, w)."""
 
-    def __init__(self, channels: int) -> None:
+    def __init__(self, channels: int, group_size: int) -> None:
         super().__init__()
-        self.norm = GroupNorm(channels)
+        self.norm = GroupNorm(channels, group_size)
         self.query, self.key, self.value, self.project = (nn.Conv2d(channels, channels, 1) for _ in range(4))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -54,28 +54,35 @@ class SelfAttention(nn.Module):
 class Downsample(nn.Conv2d):
     """Halves the side with a strided 3x3 convolution, padded at the right and bottom only."""
 
-    def __init__(self, channels: int) -> None:
+    def __init__(self, channels: int, padding: PaddingMode) -> None:
         super().__init__(channels, channels, 3, stride=2)
+        self.border = "constant" if padding == "zeros" else padding
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (B, C, H, W) to (B, C, H / 2, W / 2)."""
-        return super().forward(F.pad(x, (0, 1, 0, 1)))
+        return super().forward(F.pad(x, (0, 1, 0, 1), mode=self.border))
 
 
 class Upsample(nn.Conv2d):
     """Doubles the side by nearest-neighbour interpolation, followed by a 3x3 convolution."""
 
-    def __init__(self, channels: int) -> None:
-        super().__init__(channels, channels, 3, padding=1)
+    def __init__(self, channels: int, padding: PaddingMode) -> None:
+        super().__init__(channels, channels, 3, padding=1, padding_mode=padding)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (B, C, H, W) to (B, C, 2 H, 2 W)."""
         return super().forward(F.interpolate(x, scale_factor=2.0, mode="nearest"))
 
 
-def _middle(channels: int) -> list[nn.Module]:
+def _conv(in_channels: int, out_channels: int, config: AutoencoderConfig) -> nn.Conv2d:
+    """Return a 3x3 convolution that keeps height and width."""
+    return nn.Conv2d(in_channels, out_channels, 3, padding=1, padding_mode=config.padding)
+
+
+def _middle(channels: int, config: AutoencoderConfig) -> list[nn.Module]:
     """Return the layers at the smallest resolution."""
-    return [ResidualBlock(channels, channels), SelfAttention(channels), ResidualBlock(channels, channels)]
+    blocks = [ResidualBlock(channels, channels, config) for _ in range(2)]
+    return [blocks[0], SelfAttention(channels, config.group_size), blocks[1]]
 
 
 class Encoder(nn.Sequential):
@@ -83,16 +90,16 @@ class Encoder(nn.Sequential):
 
     def __init__(self, config: AutoencoderConfig) -> None:
         channels = config.channels
-        layers: list[nn.Module] = [nn.Conv2d(config.in_channels, channels[0], 3, padding=1)]
+        layers: list[nn.Module] = [_conv(config.in_channels, channels[0], config)]
         width = channels[0]
         for level, out in enumerate(channels):
             if level > 0:
-                layers.append(Downsample(width))
+                layers.append(Downsample(width, config.padding))
             for _ in range(config.num_blocks):
-                layers.append(ResidualBlock(width, out))
+                layers.append(ResidualBlock(width, out, config))
                 width = out
-        layers += [*_middle(width), GroupNorm(width), nn.SiLU()]
-        layers.append(nn.Conv2d(width, config.latent_dim, 3, padding=1))
+        layers += [*_middle(width, config), GroupNorm(width, config.group_size), nn.SiLU()]
+        layers.append(_conv(width, config.latent_dim, config))
         if config.latent_norm:
             layers.append(LatentNorm(config.latent_dim))
         super().__init__(*layers)
@@ -121,14 +128,14 @@ class Decoder(nn.Sequential):
         config = config.decoder_side()
         channels = config.channels[::-1]
         width = channels[0]
-        layers: list[nn.Module] = [nn.Conv2d(config.latent_dim, width, 3, padding=1), *_middle(width)]
+        layers: list[nn.Module] = [_conv(config.latent_dim, width, config), *_middle(width, config)]
         for level, out in enumerate(channels):
             if level > 0:
-                layers.append(Upsample(width))
+                layers.append(Upsample(width, config.padding))
             for _ in range(config.num_blocks):
-                layers.append(ResidualBlock(width, out))
+                layers.append(ResidualBlock(width, out, config))
                 width = out
-        layers += [GroupNorm(width), nn.SiLU(), nn.Conv2d(width, config.in_channels, 3, padding=1)]
+        layers += [GroupNorm(width, config.group_size), nn.SiLU(), _conv(width, config.in_channels, config)]
         super().__init__(*layers)
 
     def forward(self, x: Tensor) -> Tensor:

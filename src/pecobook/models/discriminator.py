@@ -9,6 +9,8 @@ from torch import Tensor, nn
 from pecobook.models.group_norm import GroupNorm, convolution_layout
 from pecobook.settings.codebook import AdversarialConfig
 
+_GROUP_SIZE = 16  # minimum number of channels that a group of GroupNorm normalises together
+
 
 class PatchDiscriminator(nn.Sequential):
     """Classifies each patch as real or reconstructed: float (B, C, H, W) in [-1, 1] to logits (B, 1, H', W').
@@ -30,7 +32,7 @@ class PatchDiscriminator(nn.Sequential):
         for level in range(1, num_layers + 1):
             out, stride = width * min(2**level, 8), 2 if level < num_layers else 1
             layers.append(nn.Conv2d(channels, out, 4, stride=stride, padding=1, bias=False))
-            layers += [GroupNorm(out, eps=1e-5), nn.LeakyReLU(0.2)]
+            layers += [GroupNorm(out, _GROUP_SIZE, eps=1e-5), nn.LeakyReLU(0.2)]
             channels = out
         super().__init__(*layers, nn.Conv2d(channels, 1, 4, padding=1))
 

@@ -28,16 +28,30 @@ def convolution_layout(x: Tensor) -> Tensor:
     return channels_last(x) if x.device.type == "cpu" else x
 
 
+def num_groups(channels: int, group_size: int) -> int:
+    """Return the largest number of groups, at most 32, that divides the channels and leaves `group_size` in each.
+
+    VQGAN, whose GroupNorm the paper takes, has 32 groups of 4 channels at its smallest width. With 32 groups, a network
+    of 32 channels normalises each channel alone: that erases the mean of the channel, and with it brightness and
+    colour, and divides by almost zero on flat images. One group remains where there are fewer than `group_size`
+    channels. With `group_size` 0 the number of groups is the greatest common divisor of 32 and the channels.
+    """
+    if group_size == 0:
+        return math.gcd(32, channels)
+    return max(n for n in range(1, 33) if channels % n == 0 and (n == 1 or channels // n >= group_size))
+
+
 class GroupNorm(nn.GroupNorm):
-    """torch.nn.GroupNorm with 32 groups, or the largest divisor of 32 that divides the number of channels.
+    """torch.nn.GroupNorm with as many groups as `num_groups` gives.
 
     Args:
         channels: number of channels C.
+        group_size: minimum number of channels of a group; 0 for 32 groups whatever the number of channels.
         eps: constant added to the variance.
     """
 
-    def __init__(self, channels: int, eps: float = 1e-6) -> None:
-        super().__init__(math.gcd(32, channels), channels, eps=eps)
+    def __init__(self, channels: int, group_size: int, eps: float = 1e-6) -> None:
+        super().__init__(num_groups(channels, group_size), channels, eps=eps)
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise x: (B, C, H, W) to (B, C, H, W), in the layout of x."""

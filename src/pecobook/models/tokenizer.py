@@ -15,7 +15,7 @@ from pecobook.models.nearest import nearest_codeword
 from pecobook.models.quantizer import VectorQuantizer
 from pecobook.models.vit_autoencoder import ViTDecoder, ViTEncoder
 from pecobook.settings.tokenizer import AutoencoderConfig, TokenizerConfig
-from pecobook.settings.values import replace, to_dict
+from pecobook.settings.values import complete, replace, to_dict
 from pecobook.utils.devices import exporting
 
 
@@ -115,7 +115,7 @@ class PerceptualTokenizer(Exported):
     @classmethod
     def rebuild(cls, settings: dict[str, Any]) -> Self:
         """Build the tokenizer that `settings` describes, with random weights. Raises ConfigError."""
-        return cls(replace(TokenizerConfig(), settings))
+        return cls(replace(TokenizerConfig(), complete(settings, to_dict(TokenizerConfig()))))
 
     @classmethod
     def is_exported(cls, name: str) -> bool:

@@ -10,6 +10,7 @@ from pecobook.errors import ConfigError
 from pecobook.settings.values import between, positive
 
 SearchPrecision = Literal["fp32", "tf32", "bf16"]
+PaddingMode = Literal["zeros", "reflect", "replicate"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -33,6 +34,11 @@ class AutoencoderConfig:
     """Factor on the decoder's channels (Table 12: 0.5)."""
     decoder_blocks: int = 0
     """Number of blocks of the decoder; 0 takes --model.num-blocks (Table 12's half depth: 1)."""
+    group_size: int = 16
+    """Minimum number of channels that a group of GroupNorm normalises together, in at most 32 groups; 0 always takes 32
+    groups. Groups of one or two channels erase brightness and colour, and codes then learn positions."""
+    padding: PaddingMode = "zeros"
+    """Pixels that a convolution reads beyond the border. From zeros a network can tell how far the border is."""
     latent_norm: bool = False
     """Layer-normalise each latent vector, so that its scale, and with it the commitment loss, cannot drift."""
 
@@ -40,7 +46,7 @@ class AutoencoderConfig:
         if not self.channels or min(self.channels) < 1 or self.latent_dim < 1 or self.num_blocks < 1:
             raise ConfigError("--model.channels, --model.latent-dim and --model.num-blocks must be above 0.")
         positive(self, "in_channels", "num_heads", "decoder_width")
-        between(self, 0, math.inf, "decoder_blocks")
+        between(self, 0, math.inf, "decoder_blocks", "group_size")
         if self.kind == "vit" and len(self.channels) != 2:
             raise ConfigError(f"--model.kind vit reads --model.channels as WIDTH PATCH, not {self.channels}.")
         for width in (self.channels[0], self.decoder_side().channels[0]) if self.kind == "vit" else ():

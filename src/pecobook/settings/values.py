@@ -44,6 +44,10 @@ FREE_ON_RESUME = frozenset(
 # Settings that commands once had and did not read: files of earlier versions may hold them.
 RETIRED = frozenset({"min_crop", "optim.layer_decay", "colour.blur", "colour.solarise"})
 
+# Settings that are newer than some files, and what was computed before there was such a setting, where that is not the
+# default.
+BEFORE = {"group_size": 0}
+
 _gathered: contextvars.ContextVar[list[tuple[str, str]] | None] = contextvars.ContextVar("gathered", default=None)
 
 
@@ -265,7 +269,7 @@ def _without_retired(values: dict[str, Any], default: Any, prefix: str = "") -> 
 
 def complete(old: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
     """Settings that an earlier version wrote, with the defaults of those that it did not know."""
-    found = defaults | old
+    found = defaults | {name: BEFORE[name] for name in BEFORE.keys() & defaults.keys()} | old
     for name, value in defaults.items():
         if isinstance(value, dict) and isinstance(old.get(name), dict):
             found[name] = complete(old[name], value)
