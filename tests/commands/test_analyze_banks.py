@@ -19,7 +19,7 @@ import pecobook
 from pecobook.commands.analyze.bank import bank_gallery, bank_usage, find_occurrences, view_of
 from pecobook.data import tokens
 from pecobook.data.images import open_images
-from pecobook.data.sampler import mix, mix_all
+from pecobook.data.sampler import splitmix64, splitmix64_array
 from pecobook.data.tokens import TokenBank, layouts, write_shard
 from pecobook.errors import DataError, PreflightError
 from pecobook.models.tokenizers import load_tokenizer
@@ -97,8 +97,8 @@ def test_find_places__draws_images_of_least_rank(simulated: tuple[TokenBank, np.
 
 
 @given(st.lists(st.integers(0, 2**64 - 1), min_size=1, max_size=8))
-def test_mix_all__is_mix(values: list[int]) -> None:
-    assert mix_all(np.array(values, dtype=np.uint64)).tolist() == [mix(value) for value in values]
+def test_splitmix64_array__equals_splitmix64(values: list[int]) -> None:
+    assert splitmix64_array(np.array(values, dtype=np.uint64)).tolist() == [splitmix64(value) for value in values]
 
 
 def test_analyze__reads_a_bank_and_makes_its_views_again(images: Path, codebook_run: Path, tmp_path: Path) -> None:

@@ -277,7 +277,7 @@ def test_evaluation__takes_the_middle_of_the_image(vit_run: Path) -> None:
 
 @pytest.mark.parametrize("policy", ["m9", "rand-x9"])
 def test_check__refuses_a_policy_that_timm_does_not_know(policy: str, vit_run: Path) -> None:
-    with pytest.raises(ConfigError, match="is not in timm's words"):
+    with pytest.raises(ConfigError, match="is not a valid timm policy"):
         ClassifyStage.check(settings(vit_run, rand_augment=policy))
 
 

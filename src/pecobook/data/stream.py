@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from pecobook.data.decode import BadImage
-from pecobook.data.sampler import fixed_place, key, permute
+from pecobook.data.sampler import fixed_permutation, key, permute
 from pecobook.data.source import ImageSource
 from pecobook.data.views import center_crop
 from pecobook.errors import DataError
@@ -163,7 +163,7 @@ def central_crops(
     count = len(source) if limit is None else min(limit, len(source))
     order = list(range(count))
     if count < len(source):
-        order = [fixed_place(i, len(source)) for i in order]
+        order = [fixed_permutation(i, len(source)) for i in order]
     loader: DataLoader[dict[str, Any]] = DataLoader(
         _CentralCrops(source, size),
         batch_sampler=[order[start : start + batch_size] for start in range(0, count, batch_size)],

@@ -11,7 +11,7 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import Tensor
 
-from pecobook.data.sampler import fixed_place
+from pecobook.data.sampler import fixed_permutation
 from pecobook.data.source import ImageSource, Splits
 from pecobook.data.stream import Stream
 from pecobook.engine.stage import Stage
@@ -116,7 +116,7 @@ def _fit(stage_type: type[Stage[C]], config: C, fabric: Any, stage: Stage[C], sp
     count = min(getattr(config, "knn_images", 0), len(splits.train))
     view = stage_type.reference_view(config)
     if view is not None and count and splits.train.labels is not None:
-        chosen = splits.train.subset(fixed_place(i, len(splits.train)) for i in range(count))
+        chosen = splits.train.subset(fixed_permutation(i, len(splits.train)) for i in range(count))
         reference = Stream(chosen, view, 0)
     train, held_out = stage_type.companions(config)
     views = stage_type.num_views(config)

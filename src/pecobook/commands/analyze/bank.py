@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from pecobook.analysis.codewords import CodeUsage, Gallery, GalleryPatch, GalleryRow, patch_window, usage_of_counts
 from pecobook.data.decode import BadImage
-from pecobook.data.sampler import key, mix_all
+from pecobook.data.sampler import key, splitmix64_array
 from pecobook.data.source import ImageSource
 from pecobook.data.tokens import TokenBank
 from pecobook.data.views import colour_draws, random_crop
@@ -115,10 +115,10 @@ class _Draw:
         starts = np.flatnonzero(np.diff(images, prepend=-1))
         self.images += len(starts)
         lengths = np.diff(starts, append=len(images))
-        ranks = mix_all(images[starts].astype(np.uint64) ^ self.key)
+        ranks = splitmix64_array(images[starts].astype(np.uint64) ^ self.key)
         lowest = np.argsort(ranks, kind="stable")[: self.size]
         # Which of an image's places is shown: another hash of the same.
-        chosen = starts[lowest] + (mix_all(ranks[lowest]) % lengths[lowest].astype(np.uint64)).astype(np.int64)
+        chosen = starts[lowest] + (splitmix64_array(ranks[lowest]) % lengths[lowest].astype(np.uint64)).astype(np.int64)
         new = zip(ranks[lowest].tolist(), images[chosen].tolist(), places[chosen].tolist(), strict=True)
         self.kept = sorted([*self.kept, *new])[: self.size]
 

@@ -21,7 +21,7 @@ from pecobook.analysis.reconstruction import decode_all, encode_all, psnr
 from pecobook.commands.extract import extract
 from pecobook.commands.masked_run import MaskedRun
 from pecobook.data.decode import BadImage
-from pecobook.data.sampler import fixed_place
+from pecobook.data.sampler import fixed_permutation
 from pecobook.data.source import ImageSource, Splits
 from pecobook.data.views import center_crop
 from pecobook.utils.images import to_float
@@ -180,7 +180,7 @@ def thumbnails(source: ImageSource, count: int = 24) -> dict[int, Picture]:
     """Small pictures of images of a source, by number: the first of a fixed permutation, without unreadable ones."""
     found: dict[int, Picture] = {}
     for place in range(len(source)):
-        number = fixed_place(place, len(source))
+        number = fixed_permutation(place, len(source))
         try:
             crop = center_crop(source.read(number), 96)
         except BadImage:

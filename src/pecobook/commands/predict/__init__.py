@@ -106,7 +106,7 @@ def list_images(source: str) -> list[tuple[ImageSource, str]]:
         DataError: there is no such source.
     """
     from pecobook.data.folders import FileStore, walk
-    from pecobook.data.images import open_every
+    from pecobook.data.images import open_all_splits
     from pecobook.data.source import IMAGE_EXTENSIONS, ImageSource
 
     path = Path(source).expanduser()
@@ -123,7 +123,7 @@ def list_images(source: str) -> list[tuple[ImageSource, str]]:
         paths = Dataset.from_dict({"path": [path.name.encode()]})
         return [(ImageSource(FileStore(path.parent, paths), name=source, split="train"), f"{path.parent}/")]
     try:
-        every = open_every(source)
+        every = open_all_splits(source)
     except DataError as error:
         raise DataError(str(error).replace("--data '", "'")) from None
     if not every:
