@@ -20,7 +20,7 @@ import numpy as np
 
 from pecobook.commands.analyze.bank import bank_usage, find_places
 from pecobook.commands.analyze.pictures import PATCHES, shown_codewords
-from pecobook.data.tokens import TokenBank, layouts, write_shard
+from pecobook.data.tokens import TokenBank, bank_layouts, write_shard
 
 
 def simulate(folder: Path, images: int, num_codewords: int) -> None:
@@ -30,7 +30,7 @@ def simulate(folder: Path, images: int, num_codewords: int) -> None:
     rng = np.random.default_rng(0)
     share = 1 / np.arange(1, num_codewords + 1)
     ladder = np.cumsum(share / share.sum())
-    layout = layouts(config)["train"]
+    layout = bank_layouts(config)["train"]
     for shard in range(layout.num_shards):
         count = len(layout.images_of(shard))
         codes = np.searchsorted(ladder, rng.random((count, 1, 14, 14))).astype(np.uint16)

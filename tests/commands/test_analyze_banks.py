@@ -20,7 +20,7 @@ from pecobook.commands.analyze.bank import bank_gallery, bank_usage, find_occurr
 from pecobook.data import tokens
 from pecobook.data.images import open_images
 from pecobook.data.sampler import splitmix64, splitmix64_array
-from pecobook.data.tokens import TokenBank, layouts, write_shard
+from pecobook.data.tokens import TokenBank, bank_layouts, write_shard
 from pecobook.errors import DataError, PreflightError
 from pecobook.models.tokenizers import load_tokenizer
 from pecobook.stages.pretrain import encode_views
@@ -42,7 +42,7 @@ def simulated(tmp_path_factory: pytest.TempPathFactory) -> tuple[TokenBank, np.n
     codes[17, 1, 2, 3] = 3  # once
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tokens, "_SHARD_IMAGES", 7)
-        layout = layouts(config)["train"]
+        layout = bank_layouts(config)["train"]
         for shard in range(layout.num_shards):
             write_shard(layout.file(folder, shard), codes[shard * 7 : shard * 7 + 7])
     return TokenBank(folder), codes

@@ -148,7 +148,7 @@ def test_pretrain__refuses_a_bank_of_other_data_or_another_tokenizer(
     other = train("codebook", images, tmp_path / "other", seed=9)
     with pytest.raises(PreflightError, match="another tokenizer: tokenizer: "):
         pretrain(images, other, tmp_path / "run", tokens=str(bank))
-    with pytest.raises(PreflightError, match="is no token bank"):
+    with pytest.raises(PreflightError, match="is not a token bank"):
         pretrain(images, codebook_run, tmp_path / "run", tokens=str(images))
     with pytest.raises(PecobookError, match="of no use to --target pixels"):
         pretrain(images, codebook_run, tmp_path / "run", tokens=str(bank), target="pixels")

@@ -286,8 +286,8 @@ def test_pillows_limit_does_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
     st.lists(st.tuples(st.floats(0, 0.999), st.integers(0, 255)), min_size=1, max_size=12),
     st.floats(0.1, 1),
 )
-def test_a_damaged_file_is_decoded_or_a_bad_image(
-    format_name: str, changes: list[tuple[float, int]], kept: float
+def test_damaged_files_are_decoded_or_bad_images(
+    format_name: str, changes: list[tuple[float, int]], share: float
 ) -> None:
     data = bytearray(valid(format_name))
     for place, value in changes:

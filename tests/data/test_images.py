@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 
 from pecobook.data.decode import BadImage
 from pecobook.data.images import open_images
-from pecobook.data.source import ImageSource, Splits, group_by_split, split_of
+from pecobook.data.source import ImageSource, Splits, group_by_split, split_from_name
 from pecobook.errors import DataError
 from tests.data.sources import make_parquet, make_tar, names, samples, write
 
@@ -140,7 +140,7 @@ def test_split_names() -> None:
         "retrain.tar": None,
         "cat_0.tar": None,
     }
-    assert {name: split_of(name) for name in expected} == expected
+    assert {name: split_from_name(name) for name in expected} == expected
     assert group_by_split(["a", "b"]) == {"train": [0, 1]}
     assert group_by_split(["a", "test"]) == {"train": [0], "test": [1]}
     assert group_by_split(["test", "val"]) == {"train": [0, 1]}

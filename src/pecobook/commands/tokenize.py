@@ -28,7 +28,7 @@ def tokenize(config: TokenizeConfig) -> Path:
         PreflightError: problems found before anything was written, all of them.
         PecobookError: what went wrong later.
     """
-    from pecobook.data.tokens import layouts, missing_shards
+    from pecobook.data.tokens import bank_layouts, missing_shards
     from pecobook.engine import launch
     from pecobook.models.tokenizers import load_tokenizer
 
@@ -39,7 +39,7 @@ def tokenize(config: TokenizeConfig) -> Path:
     try:
         fabric = launch.start(config)  # type: ignore[arg-type]  # it reads devices, nodes and precision alone
         fabric.barrier()  # the folder is there
-        layout = layouts(described)
+        layout = bank_layouts(described)
         todo = fabric.broadcast(sorted(map(str, missing_shards(out, layout))))
         mine = [Path(file) for file in todo][fabric.global_rank :: fabric.world_size]
         tokenizer = load_tokenizer(config.tokenizer).to(fabric.device)
@@ -101,14 +101,14 @@ def _preflight(config: TokenizeConfig) -> tuple[Splits, dict[str, Any]]:
 
 
 def _describe_tokenizer(config: TokenizeConfig) -> dict[str, Any]:
-    from pecobook.data.tokens import MOST_CODEWORDS
+    from pecobook.data.tokens import MAX_CODEWORDS
     from pecobook.models.tokenizers import fingerprint, load_tokenizer
 
     if not config.tokenizer:
         raise ConfigError("--tokenizer is missing: give the folder of a codebook run.")
     tokenizer = load_tokenizer(config.tokenizer)
-    if tokenizer.num_codewords > MOST_CODEWORDS:
-        raise ConfigError(f"A bank holds tokens of at most {MOST_CODEWORDS} codewords, not {tokenizer.num_codewords}.")
+    if tokenizer.num_codewords > MAX_CODEWORDS:
+        raise ConfigError(f"A bank holds tokens of at most {MAX_CODEWORDS} codewords, not {tokenizer.num_codewords}.")
     side, stride = config.tokenizer_size or config.image_size, tokenizer.stride
     if side % stride:
         near = max(round(side / stride), 1) * stride

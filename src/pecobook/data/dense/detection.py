@@ -21,7 +21,7 @@ from torch import Tensor
 
 from pecobook.data.dense.coco import Annotations, Findings, Packed, read_annotations
 from pecobook.data.dense.coco_masks import decode_masks
-from pecobook.data.source import ImageSource, Integers, Splits, hold_out, split_of
+from pecobook.data.source import ImageSource, Integers, Splits, hold_out, split_from_name
 from pecobook.errors import DataError, did_you_mean
 
 _FILES = ("instances.json", "_annotations.coco.json", "annotations.json")
@@ -195,7 +195,7 @@ def _find(data: str) -> dict[str, tuple[Path, Path]]:
         for file in sorted((root / "annotations").glob("instances_*.json")):
             name = file.stem.removeprefix("instances_")
             images = root / name if (root / name).is_dir() else root / "images" / name
-            parts.setdefault(split_of(name) or "train", []).append((file, images))
+            parts.setdefault(split_from_name(name) or "train", []).append((file, images))
     if not parts:
         parts = {"train": [(file, _images_of(root)) for file in _files_in(root)]}
     if not parts.get("train"):
