@@ -216,7 +216,7 @@ def test_preflight__tells_of_bad_data_with_all_else(root: Path, vit: Path, tmp_p
     config = dataclasses.replace(settings(data, vit, max_steps="2"), backbone="")
     with pytest.raises(PreflightError) as caught:
         train(DetectStage, dataclasses.replace(config, out=str(tmp_path / "run")))
-    assert "annotation 3 is of category 5, which is not there" in str(caught.value)
+    assert "annotation 3 refers to category 5, which does not exist" in str(caught.value)
     assert "--backbone is missing" in str(caught.value)
     assert not (tmp_path / "run").exists()
     told = io.StringIO()

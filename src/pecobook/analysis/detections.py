@@ -118,7 +118,7 @@ def evaluate_detections(
         results += coco_results(source.image_id(index), source.size(index), one, source.category_ids)
     metrics: dict[str, float] = {}
     for name, kind in (("box", "bbox"), ("mask", "segm")) if source.has_masks else (("box", "bbox"),):
-        values = average_precision(source.truth(indices), results, kind, detections=detections)
+        values = average_precision(source.ground_truth(indices), results, kind, detections=detections)
         metrics |= {f"{name}_{what}": value for what, value in values.items()}
     return metrics, results
 

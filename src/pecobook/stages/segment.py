@@ -131,7 +131,7 @@ class SegmentStage(Stage[SegmentConfig]):
             skip_bad=config.skip_bad,
         )
         if not config.verify:
-            if not cast("SegmentationSource", splits.train).meaning.names:
+            if not cast("SegmentationSource", splits.train).mask_classes.names:
                 raise ConfigError("--no-verify needs to be told the classes: give --classes FILE or --mask-values.")
             return splits
         progress = Progress(
@@ -175,7 +175,7 @@ class SegmentStage(Stage[SegmentConfig]):
     @classmethod
     def build(cls, config: SegmentConfig, splits: Splits) -> SegmentStage:
         """The stage with random weights."""
-        return cls(config, cast("SegmentationSource", splits.train).meaning.names)
+        return cls(config, cast("SegmentationSource", splits.train).mask_classes.names)
 
     @classmethod
     def view(cls, config: SegmentConfig) -> ViewFunction:
