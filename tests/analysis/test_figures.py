@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from pecobook.analysis.canvas import plain, styles
+from pecobook.analysis.canvas import escape_text, styles
 from pecobook.analysis.charts import Score, code_usage_chart, read_metrics, score_chart, training_curves
 from pecobook.analysis.codewords import code_gallery
 from pecobook.analysis.figures import gallery_picture, masked_prediction_grid, reconstruction_grid
@@ -45,7 +45,7 @@ def test_names_are_drawn_as_they_stand() -> None:
     opened(code_usage_chart({"_first": np.array([5, 1]), hostile: np.array([1, 2])}))
     steps = [{"step": step, "loss": float(step)} for step in range(5)]
     opened(training_curves({"_a": steps, hostile: steps}))
-    assert plain("_a$") == r" _a\$"
+    assert escape_text("_a$") == r" _a\$"
 
 
 def test_grids_survive_nan_wide_images_and_few_rows() -> None:

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from pecobook.analysis.codebook_map import flatten, map_picture, neighbours
+from pecobook.analysis.codebook_map import map_picture, neighbours, project_to_plane
 from pecobook.analysis.similarity import (
     agreement,
     code_distance,
@@ -136,11 +136,11 @@ def test_neighbours_are_the_nearest_others() -> None:
 def test_flatten_keeps_clusters_together(kind: str) -> None:
     generator = torch.Generator().manual_seed(0)
     book = torch.cat([torch.randn(30, 8, generator=generator) + 40 * k for k in range(2)])
-    plane = flatten(book, kind=kind)  # type: ignore[arg-type]
+    plane = project_to_plane(book, kind=kind)  # type: ignore[arg-type]
     assert plane.shape == (60, 2)
     first, second = plane[:30].mean(0), plane[30:].mean(0)
     assert np.linalg.norm(first - second) > 2 * np.linalg.norm(plane[:30] - first, axis=1).mean()
-    assert np.array_equal(flatten(book, kind=kind), plane)  # type: ignore[arg-type]
+    assert np.array_equal(project_to_plane(book, kind=kind), plane)  # type: ignore[arg-type]
     usage = np.arange(60) - 3
     assert map_picture(plane, usage, title="usage").startswith(b"\x89PNG")
     classes = usage % 3 - (usage < 3)
@@ -149,4 +149,4 @@ def test_flatten_keeps_clusters_together(kind: str) -> None:
         for names in (("cat", "_dog$", "cow"), [f"class {number}" for number in range(21)])
     )
     assert few.height > many.height + 20  # names of a few classes stand below the map
-    assert flatten(torch.randn(3, 1)).shape == (3, 2)
+    assert project_to_plane(torch.randn(3, 1)).shape == (3, 2)

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pecobook.analysis.arrays import Array, as_numpy
-from pecobook.analysis.canvas import new_figure, plain, png
+from pecobook.analysis.canvas import escape_text, new_figure, png
 from pecobook.utils.files import write_atomically
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ def matrix_picture(counts: Array, classes: tuple[str, ...], what: str = "images"
     axes.set_xlabel("predicted")
     axes.set_ylabel("labelled")
     if named:
-        names = [plain(name) for name in classes]
+        names = [escape_text(name) for name in classes]
         axes.set_xticks(range(len(classes)), names, rotation=90, fontsize=7)
         axes.set_yticks(range(len(classes)), names, fontsize=7)
     figure.colorbar(shown, ax=axes, fraction=0.046, label="share of the class")

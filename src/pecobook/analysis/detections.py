@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from torch import Tensor
 
-from pecobook.analysis.canvas import new_figure, plain, png
+from pecobook.analysis.canvas import escape_text, new_figure, png
 from pecobook.models.dense.detector import Detections, paste_masks
 
 if TYPE_CHECKING:
@@ -138,7 +138,7 @@ def detections_picture(columns: Mapping[str, Sequence[tuple[Tensor, Detections]]
     grid = figure.subplots(lines, len(columns), squeeze=False, gridspec_kw={"height_ratios": heights})
     figure.subplots_adjust(left=0, right=1, bottom=0, top=0.96, wspace=0.03, hspace=0.04)
     for column, (title, pictures) in enumerate(columns.items()):
-        grid[0][column].set_title(plain(title), fontsize=9, color="#7b7b80")
+        grid[0][column].set_title(escape_text(title), fontsize=9, color="#7b7b80")
         for line, (image, found) in enumerate(pictures):
             draw_detections(grid[line][column], image, found, classes)
     return png(figure)
@@ -165,7 +165,9 @@ def draw_detections(axes: Axes, image: Tensor, found: Detections, classes: Seque
         text = (classes[label - 1] if len(classes) > 1 else "") + ("" if score >= 1 else f" {score:.2f}")
         if told and text.strip():
             ground = {"facecolor": colour_of(label), "edgecolor": "none", "pad": 0.6}
-            axes.text(*corner, plain(text.strip()), fontsize=4.5, color="white", va="bottom", bbox=ground, clip_on=True)
+            axes.text(
+                *corner, escape_text(text.strip()), fontsize=4.5, color="white", va="bottom", bbox=ground, clip_on=True
+            )
 
 
 def colour_of(label: int) -> str:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from pecobook.analysis.canvas import INK, new_figure, picture_array, plain, png
+from pecobook.analysis.canvas import INK, escape_text, new_figure, picture_array, png
 from pecobook.analysis.codewords import Gallery, GalleryPatch
 
 if TYPE_CHECKING:
@@ -54,7 +54,7 @@ def image_columns(columns: Sequence[tuple[str, Tensor]], *, rows: int = 6) -> by
     axes = _sheet(len(columns) * step, head + rows * step, unit)
     for column, (title, (_, images)) in enumerate(zip(titles, columns, strict=True)):
         left = column * step
-        axes.text(left + 0.5, head - 0.1 / unit, plain(title), ha="center", va="bottom", color=INK, fontsize=10.5)
+        axes.text(left + 0.5, head - 0.1 / unit, escape_text(title), ha="center", va="bottom", color=INK, fontsize=10.5)
         for row in range(rows):
             _place(axes, images[row], left, head + row * step, 1.0)
     return png(axes.figure)  # type: ignore[arg-type]
@@ -69,7 +69,7 @@ def gallery_picture(gallery: Gallery, *, per_line: int = 6, title: str | None = 
     height = head + sum(label + line * step + 0.12 for line in lines)
     axes = _sheet(per_line * step, max(height, 1.0), unit)
     if title:
-        axes.text(0, 0.0, plain(title), ha="left", va="top", color=INK, fontsize=11.5, weight="bold")
+        axes.text(0, 0.0, escape_text(title), ha="left", va="top", color=INK, fontsize=11.5, weight="bold")
     top = head
     for row, line in zip(gallery.rows, lines, strict=True):
         use = f"codeword {row.codeword}  ·  {_count(row.count, 'patch', 'patches')}"

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from pecobook.analysis.arrays import MaskedModel, Tokenizer, evaluating
+from pecobook.analysis.arrays import MaskedModel, Tokenizer, evaluation_mode
 from pecobook.analysis.reconstruction import decode_all
 
 
@@ -33,7 +33,7 @@ def predict_masked(mim: MaskedModel, tokenizer: Tokenizer, images: Tensor, mask:
     """Fill masked positions with the model's most probable codes, all at once, without sampling."""
     device = tokenizer.codebook.device
     images, where = images.to(device), mask.to(device=device, dtype=torch.bool)
-    with evaluating(mim, tokenizer):
+    with evaluation_mode(mim, tokenizer):
         target = tokenizer.encode(images)
         if target.shape != where.shape:
             raise ValueError(f"mask {tuple(where.shape)} does not fit codes {tuple(target.shape)}")

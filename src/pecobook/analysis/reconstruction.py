@@ -10,7 +10,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from pecobook.analysis.arrays import Tokenizer, evaluating
+from pecobook.analysis.arrays import Tokenizer, evaluation_mode
 
 
 def psnr(x: Tensor, y: Tensor) -> Tensor:
@@ -49,7 +49,7 @@ def _by_parts(measure: Callable[[Tensor, Tensor], Tensor], x: Tensor, y: Tensor)
 def encode_all(tokenizer: Tokenizer, images: Tensor, batch_size: int = 64) -> Tensor:
     """Codes of all `images`, int64 (N, h, w) on the host, `batch_size` at a time."""
     device = tokenizer.codebook.device
-    with evaluating(tokenizer):
+    with evaluation_mode(tokenizer):
         parts = [tokenizer.encode(part.to(device)).cpu() for part in torch.split(images, batch_size)]
     return torch.cat(parts)  # outside, so that the result is an ordinary tensor
 
@@ -57,6 +57,6 @@ def encode_all(tokenizer: Tokenizer, images: Tensor, batch_size: int = 64) -> Te
 def decode_all(tokenizer: Tokenizer, codes: Tensor, batch_size: int = 64) -> Tensor:
     """Images of all `codes`, float (N, 3, H, W) in [0, 1] on the host."""
     device = tokenizer.codebook.device
-    with evaluating(tokenizer):
+    with evaluation_mode(tokenizer):
         parts = [tokenizer.decode(part.to(device)).float().cpu() for part in torch.split(codes, batch_size)]
     return torch.cat(parts).clamp(0, 1)

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pecobook.analysis.codewords import CodeUsage, Gallery, GalleryPatch, GalleryRow, patch_window, usage_of_counts
+from pecobook.analysis.codewords import CodeUsage, Gallery, GalleryPatch, GalleryRow, patch_window, usage_from_counts
 from pecobook.data.decode import BadImage
 from pecobook.data.sampler import key, splitmix64_array
 from pecobook.data.source import ImageSource
@@ -64,7 +64,7 @@ def bank_usage(bank: TokenBank, num_codewords: int) -> CodeUsage:
                 f"The token bank '{bank.folder}' holds code {len(part) - 1}, and there are {num_codewords} codewords."
             )
         counts += part
-    return usage_of_counts(counts)
+    return usage_from_counts(counts)
 
 
 def find_occurrences(

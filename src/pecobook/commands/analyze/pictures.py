@@ -13,7 +13,7 @@ from torch import Tensor
 
 from pecobook.analysis import figures as draw
 from pecobook.analysis.charts import code_usage_chart, read_metrics, training_curves
-from pecobook.analysis.codebook_map import flatten, map_picture, neighbours
+from pecobook.analysis.codebook_map import map_picture, neighbours, project_to_plane
 from pecobook.analysis.codewords import CodeUsage, code_gallery
 from pecobook.analysis.semantics import joint_counts
 
@@ -64,7 +64,7 @@ def pictures_of(
         alike = code_gallery(images, codes, codewords=len(row), patches=6, seed=seed, chosen=row)
         found["neighbours"] = draw.gallery_picture(alike)
     kept = np.sort(np.argsort(-usage.counts, kind="stable")[:_ON_MAP])
-    plane = flatten(book[torch.from_numpy(kept)], seed=seed)
+    plane = project_to_plane(book[torch.from_numpy(kept)], seed=seed)
     counts = np.where(usage.counts > 0, usage.counts, -1)[kept]
     part = f"\nthe {len(kept)} most used of {len(book)} codewords" if len(kept) < len(book) else ""
     found["map-usage"] = map_picture(plane, counts, title=f"coloured by use{part}")

@@ -10,7 +10,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from pecobook.analysis.canvas import INK, new_figure, png, tidy
+from pecobook.analysis.canvas import INK, new_figure, png, style_axes
 from pecobook.analysis.charts import read_metrics
 from pecobook.commands.reproduce.paper import MORE, PaperTable, Row
 
@@ -175,7 +175,7 @@ def plot(one: Measured) -> bytes:
     place = {name: number for number, (name, _) in enumerate(one.table.figures)}
     for number, (name, heading, source) in enumerate(panels):
         axes = figure_.add_subplot(1, len(panels), number + 1)
-        tidy(axes, grid="x")
+        style_axes(axes, grid="x")
         axes.set_ylim(len(one.rows) - 0.4, -0.6)
         labels = [row.label for row, *_ in one.rows] if number == 0 else [""] * len(one.rows)
         axes.set_yticks(range(len(one.rows)), labels)
