@@ -6,7 +6,10 @@ The command line prints them without a traceback and exits with code 2; in Pytho
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from typing import TypeVar
+
+T = TypeVar("T")
 
 
 class PecobookError(Exception):
@@ -44,6 +47,28 @@ class PreflightError(PecobookError):
     def __init__(self, problems: Iterable[PecobookError]) -> None:
         self.problems = tuple(problems)
         super().__init__("\n".join(str(problem) for problem in self.problems))
+
+
+class Preflight:
+    """The checks before a run: all are made, and `finish` raises what they found at once."""
+
+    def __init__(self) -> None:
+        self.problems: list[PecobookError] = []
+
+    def check(self, function: Callable[[], T]) -> T | None:
+        """What `function` returns; None where it raises PecobookError, which is kept."""
+        try:
+            return function()
+        except PreflightError as error:
+            self.problems += error.problems
+        except PecobookError as error:
+            self.problems.append(error)
+        return None
+
+    def finish(self) -> None:
+        """Raise PreflightError when anything was found, each problem once."""
+        if self.problems:
+            raise PreflightError({str(problem): problem for problem in self.problems}.values())
 
 
 def did_you_mean(value: str, options: Iterable[str]) -> str:

@@ -10,7 +10,7 @@ import pytest
 
 from pecobook.commands.demo import demo
 from pecobook.commands.demo.plan import plan
-from pecobook.errors import RunFolderError
+from pecobook.errors import PreflightError
 from pecobook.settings.demo import DemoConfig
 
 
@@ -74,12 +74,12 @@ def test_demo__writes_what_it_promises(tmp_path: Path, images: Path) -> None:
     assert (out / "codebook-pixel" / "export" / "model.safetensors").stat().st_mtime_ns == before
     assert {**again, "seconds": 0} == {**results, "seconds": 0}
 
-    with pytest.raises(RunFolderError, match="other settings"):
+    with pytest.raises(PreflightError, match="other settings"):
         demo(config, seed=1)
 
 
 def test_demo__refuses_a_folder_that_is_not_its_own(tmp_path: Path) -> None:
     (tmp_path / "precious.txt").write_text("mine")
-    with pytest.raises(RunFolderError, match="holds no demo"):
+    with pytest.raises(PreflightError, match="holds no demo"):
         demo(DemoConfig(out=str(tmp_path)))
     assert [path.name for path in tmp_path.iterdir()] == ["precious.txt"]

@@ -13,6 +13,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from pecobook import api
+from pecobook.data.images import check_readable
 from pecobook.data.source import ImageSource, Splits
 from pecobook.engine import stage as contract
 from pecobook.errors import DataError, PreflightError
@@ -21,7 +22,7 @@ from pecobook.recipes import recipe
 from pecobook.settings.values import replace
 from pecobook.stages.classify import ClassifyStage
 from pecobook.stages.codebook import CodebookStage
-from pecobook.stages.training import check_readable, preflight
+from pecobook.stages.training import preflight
 from tests.runs import SMALL, export_bytes, inputs, squares, train
 
 FILES = {

@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pecobook.errors import ConfigError, DataError, PecobookError, PreflightError, RunFolderError
+from pecobook.errors import ConfigError, DataError, Preflight, RunFolderError
 from pecobook.settings.tokenize import TokenizeConfig
 
 if TYPE_CHECKING:
@@ -55,34 +55,19 @@ def tokenize(config: TokenizeConfig) -> Path:
 
 def _preflight(config: TokenizeConfig) -> tuple[Splits, dict[str, Any]]:
     """Check everything before anything is written; returns the images and the bank's config."""
-    from pecobook.data.images import open_images
+    from pecobook.data.images import open_readable
     from pecobook.engine import launch
     from pecobook.stages.pretrain import view_settings
-    from pecobook.stages.training import check_readable
 
-    problems: list[PecobookError] = []
-    found: list[Any] = []
-
-    def look_at_data() -> None:
-        splits = open_images(config.data)
-        check_readable(splits.train)
-        found.append(splits)
-
-    def look_at_tokenizer() -> None:
-        found.append(_describe_tokenizer(config))
-
-    def look_at_folder() -> None:
-        if launch.is_leader():
-            _folder(config).check()
-
-    for check in (look_at_folder, look_at_data, look_at_tokenizer):
-        try:
-            check()
-        except PecobookError as error:
-            problems.append(error)
-    if problems:
-        raise PreflightError(problems)
-    splits, tokenizer = found
+    found = Preflight()
+    if launch.is_leader():
+        found.check(_folder(config).check)
+    splits = found.check(lambda: open_readable(config.data))
+    tokenizer = found.check(lambda: _describe_tokenizer(config))
+    precision = found.check(lambda: launch.resolve_precision(config))  # type: ignore[arg-type]
+    found.finish()
+    assert splits is not None
+    assert tokenizer is not None
     described = {
         "kind": "token bank",
         **tokenizer,
@@ -93,7 +78,7 @@ def _preflight(config: TokenizeConfig) -> tuple[Splits, dict[str, Any]]:
         "num_images": len(splits.train),
         "num_evaluation_images": len(splits.evaluation),
         "source": config.data,
-        "precision": launch.resolve_precision(config),  # type: ignore[arg-type]
+        "precision": precision,
     }
     if config.resume:
         _check_resume(Path(config.out), described)

@@ -43,6 +43,28 @@ def open_images(source: str) -> Splits:
     return assemble(source, _parts(source))
 
 
+def open_readable(source: str) -> Splits:
+    """Open an image source. Raises DataError also if none of the first few training images can be read."""
+    splits = open_images(source)
+    check_readable(splits.train)
+    return splits
+
+
+def check_readable(source: ImageSource, count: int = 8) -> None:
+    """Raise DataError if none of the first `count` images can be read."""
+    from pecobook.data.decode import BadImage
+
+    reasons = []
+    for index in range(min(count, len(source))):
+        try:
+            source.read(index)
+        except BadImage as error:
+            reasons.append(str(error))
+        else:
+            return
+    raise DataError(f"None of the first {len(reasons)} images of '{source.name}' can be read; the first: {reasons[0]}.")
+
+
 def open_all_splits(source: str) -> list[ImageSource]:
     """Open all images of a source, as one `ImageSource` per declared split. Raises DataError as `open_images` does."""
     if source == "photos":

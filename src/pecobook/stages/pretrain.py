@@ -14,10 +14,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pecobook.data.batch import Batch
 from pecobook.data.masking import blockwise_mask, random_mask
 from pecobook.data.sampler import key
 from pecobook.data.source import Splits
-from pecobook.data.stream import Batch, Companion, ViewFunction
+from pecobook.data.stream import Companion, ViewFunction
 from pecobook.data.tokens import TokenBank, bank_differences
 from pecobook.data.views import center_crop, colour_draws, photometric, random_crop
 from pecobook.engine.stage import Stage, StageOutput

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
 
+from pecobook.data.images import check_readable
 from pecobook.data.sampler import fixed_permutation
-from pecobook.data.source import ImageSource, Splits
+from pecobook.data.source import Splits
 from pecobook.data.stream import Stream
 from pecobook.engine.stage import Stage
-from pecobook.errors import DataError, PecobookError, PreflightError, RunFolderError, first_line
+from pecobook.errors import DataError, Preflight, RunFolderError, first_line
 from pecobook.settings.training import TrainConfig
 from pecobook.utils.distributed import on_first_rank
 
@@ -53,60 +53,32 @@ def preflight(stage_type: type[Stage[C]], config: C) -> Splits:
     """Check everything that can be checked before anything is written. Raises PreflightError with all problems."""
     from pecobook.engine import launch, log, run_folder
 
-    problems: list[PecobookError] = []
-    splits: list[Splits] = []
-
-    def look_at_precision() -> None:
-        nonlocal config  # what a run is resumed with is compared with what auto came to
-        config = dataclasses.replace(config, precision=launch.resolve_precision(config))  # type: ignore[arg-type]
-
-    def look_at_data() -> None:
-        opened = stage_type.open(config)
-        check_readable(opened.train)
-        if stage_type.needs_labels(config) and opened.train.labels is None:
-            raise DataError(
-                f"--data '{config.data}' has no labels: put the images of each class in a subfolder of its own."
-            )
-        if stage_type.needs_labels(config) and opened.evaluation.labels is None:
-            raise DataError(f"--data '{config.data}' has no labels for its {opened.evaluation_name} images.")
-        stage_type.check_data(config, opened)
-        splits.append(opened)
-
-    def look_at_folder() -> None:
-        if launch.is_leader():
-            run_folder.check(config, stage_type.command)
-
-    checks: list[Callable[[], object]] = [
-        look_at_precision,
-        look_at_folder,
-        look_at_data,
-        lambda: stage_type.check(config),
-        lambda: launch.micro_batch_size(config),
-        lambda: log.check_loggers(config.loggers),
-    ]
-    for check in checks:
-        try:
-            check()
-        except PecobookError as error:
-            problems.append(error)
-    if problems:
-        raise PreflightError(problems)
-    return splits[0]
+    found = Preflight()
+    precision = found.check(lambda: launch.resolve_precision(config))
+    if precision is not None:  # what a run is resumed with is compared with what auto came to
+        config = dataclasses.replace(config, precision=precision)  # type: ignore[arg-type]
+    if launch.is_leader():
+        found.check(lambda: run_folder.check(config, stage_type.command))
+    splits = found.check(lambda: _open(stage_type, config))
+    found.check(lambda: stage_type.check(config))
+    found.check(lambda: launch.micro_batch_size(config))
+    found.check(lambda: log.check_loggers(config.loggers))
+    found.finish()
+    assert splits is not None
+    return splits
 
 
-def check_readable(source: ImageSource, count: int = 8) -> None:
-    """Raise DataError when none of the first few images can be read."""
-    from pecobook.data.decode import BadImage
-
-    reasons = []
-    for index in range(min(count, len(source))):
-        try:
-            source.read(index)
-        except BadImage as error:
-            reasons.append(str(error))
-        else:
-            return
-    raise DataError(f"None of the first {len(reasons)} images of '{source.name}' can be read; the first: {reasons[0]}.")
+def _open(stage_type: type[Stage[C]], config: C) -> Splits:
+    splits = stage_type.open(config)
+    check_readable(splits.train)
+    if stage_type.needs_labels(config) and splits.train.labels is None:
+        raise DataError(
+            f"--data '{config.data}' has no labels: put the images of each class in a subfolder of its own."
+        )
+    if stage_type.needs_labels(config) and splits.evaluation.labels is None:
+        raise DataError(f"--data '{config.data}' has no labels for its {splits.evaluation_name} images.")
+    stage_type.check_data(config, splits)
+    return splits
 
 
 def _fit(stage_type: type[Stage[C]], config: C, fabric: Any, stage: Stage[C], splits: Splits) -> Any:

@@ -18,7 +18,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pecobook.errors import ConfigError, PecobookError, PreflightError
+from pecobook.errors import ConfigError, Preflight
 from pecobook.settings.analyze import AnalyzeConfig
 from pecobook.settings.values import replace
 
@@ -124,24 +124,18 @@ def _write(results: dict[str, Any], out: Path, began: float) -> None:
 def _preflight(config: AnalyzeConfig) -> AnalysisInputs:
     from pecobook.commands.analyze.inputs import open_inputs
 
-    problems: list[PecobookError] = []
-    found = None
-    try:
-        if not config.tokenizer:
-            raise ConfigError("--tokenizer is missing: give a codebook run, dalle:FOLDER or diffusers:FOLDER.")
-        _folder(config).check()
-    except PecobookError as error:
-        problems.append(error)
-    if config.tokenizer:
-        try:
-            found = open_inputs(config)
-        except PreflightError as error:
-            problems += error.problems
-        except PecobookError as error:
-            problems.append(error)
-    if problems or found is None:
-        raise PreflightError(problems)
-    return found
+    found = Preflight()
+    found.check(lambda: _check_named(config))
+    found.check(_folder(config).check)
+    inputs = found.check(lambda: open_inputs(config)) if config.tokenizer else None
+    found.finish()
+    assert inputs is not None
+    return inputs
+
+
+def _check_named(config: AnalyzeConfig) -> None:
+    if not config.tokenizer:
+        raise ConfigError("--tokenizer is missing: give a codebook run, dalle:FOLDER or diffusers:FOLDER.")
 
 
 def _folder(config: AnalyzeConfig) -> OutputFolder:

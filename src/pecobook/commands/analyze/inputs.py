@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from pecobook.analysis.similarity import find_bapps
 from pecobook.commands.analyze.classifier import Classifier, open_classifier
@@ -15,7 +14,7 @@ from pecobook.commands.analyze.names import unique_names
 from pecobook.data.images import open_images
 from pecobook.data.source import Splits
 from pecobook.data.tokens import TokenBank, bank_differences
-from pecobook.errors import ConfigError, DataError, PecobookError, PreflightError, WeightsError
+from pecobook.errors import ConfigError, DataError, Preflight, WeightsError
 from pecobook.models.perceptual import PerceptualDistance
 from pecobook.models.tokenizers import fingerprint, load_tokenizer
 from pecobook.utils.devices import device
@@ -23,8 +22,6 @@ from pecobook.utils.devices import device
 if TYPE_CHECKING:
     from pecobook.commands.masked_run import MaskedRun
     from pecobook.settings.analyze import AnalyzeConfig
-
-T = TypeVar("T")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,29 +49,24 @@ class AnalysisInputs:
 
 def open_inputs(config: AnalyzeConfig) -> AnalysisInputs:
     """Open everything that is named. Raises PreflightError with all problems, not only the first."""
-    problems: list[PecobookError] = []
-
-    def tried(function: Callable[[], T]) -> T | None:
-        try:
-            return function()
-        except PecobookError as error:
-            problems.append(error)
-            return None
-
-    splits = tried(lambda: open_images(config.data))
+    found = Preflight()
+    splits = found.check(lambda: open_images(config.data))
     sources = (config.tokenizer, *config.against)
     tokenizers = []
     for name, source in zip(unique_names(sources), sources, strict=True):
-        tokenizer_input = tried(partial(_open, config, name, source))
+        tokenizer_input = found.check(partial(_open, config, name, source))
         tokenizers += [tokenizer_input] if tokenizer_input is not None else []
-    if splits is not None and not problems:
-        tokenizers = tried(partial(_with_banks, config, tokenizers, splits)) or tokenizers
-    runs = tried(lambda: open_runs(config.backbone))
-    classifier = tried(lambda: open_classifier(config, splits)) if config.classifier and splits is not None else None
-    distance = tried(lambda: _distance(config, tokenizers)) if config.perceptual else None
-    judgements = tried(lambda: find_bapps(Path(config.judgements))) if config.judgements else None
-    if problems or splits is None or runs is None:
-        raise PreflightError(problems)
+    if splits is not None and not found.problems:
+        tokenizers = found.check(partial(_with_banks, config, tokenizers, splits)) or tokenizers
+    runs = found.check(lambda: open_runs(config.backbone))
+    classifier = None
+    if config.classifier and splits is not None:
+        classifier = found.check(partial(open_classifier, config, splits))
+    distance = found.check(lambda: _distance(config, tokenizers)) if config.perceptual else None
+    judgements = found.check(lambda: find_bapps(Path(config.judgements))) if config.judgements else None
+    found.finish()
+    assert splits is not None
+    assert runs is not None
     return AnalysisInputs(splits, tokenizers, runs, classifier, distance, judgements or {})
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from pecobook.commands.demo.plan import plan
 from pecobook.commands.jobs import Job, run_all, say
-from pecobook.errors import RunFolderError
+from pecobook.errors import Preflight, RunFolderError
 from pecobook.settings.demo import DemoConfig
 from pecobook.settings.values import complete, dump, replace, to_dict
 from pecobook.utils.output_folder import OutputFolder
@@ -28,15 +28,16 @@ def demo(config: DemoConfig | None = None, **settings: Any) -> Path:
     """Train everything, measure it, write `results.json`, `pictures/` and `report.html`; returns the report's path.
 
     Raises:
-        PecobookError: bad data or output folder, before anything is written; or a run that failed.
+        PreflightError: problems found before anything was written, all of them.
+        PecobookError: a run that failed.
     """
-    from pecobook.data.images import open_images
-    from pecobook.stages.training import check_readable
+    from pecobook.data.images import open_readable
 
     config = replace(config or DemoConfig(), settings)
-    folder = _folder(config)
-    folder.check()
-    check_readable(open_images(config.data).train)
+    folder, found = _folder(config), Preflight()
+    found.check(folder.check)
+    found.check(lambda: open_readable(config.data))
+    found.finish()
     with folder.begin(lambda out: dump(config, out / _MARK)):
         return _write_all(config)
 

@@ -9,10 +9,10 @@ from __future__ import annotations
 import os
 import sys
 import tempfile
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Any
 
-from pecobook.errors import ConfigError, PecobookError, PreflightError
+from pecobook.errors import ConfigError, Preflight
 from pecobook.settings.explore import ExploreConfig
 from pecobook.settings.values import replace
 
@@ -93,25 +93,26 @@ def _open(config: ExploreConfig) -> tuple[list[Indexed], dict[str, MaskedRun], S
     from pecobook.models.tokenizers import load_tokenizer
     from pecobook.utils.devices import device
 
-    problems: list[PecobookError] = []
-    if not config.runs:
-        problems.append(ConfigError("Name what to explore: pecobook explore RUN [RUN ...] --data SOURCE."))
+    found = Preflight()
+    found.check(lambda: _check_named(config))
     tokenizers: dict[str, Any] = {}
     runs: dict[str, MaskedRun] = {}
-    splits = None
-    try:
-        splits = open_images(config.data)
-    except PecobookError as error:
-        problems.append(error)
+
+    def load(name: str, source: str) -> None:
+        if is_masked_run(source):
+            runs[name] = load_masked_run(source).to(device())
+            tokenizers[f"tokenizer of {name}"] = runs[name].tokenizer
+        else:
+            tokenizers[name] = load_tokenizer(source).to(device()).eval()
+
+    splits = found.check(lambda: open_images(config.data))
     for name, source in zip(unique_names(config.runs), config.runs, strict=True):
-        try:
-            if is_masked_run(source):
-                runs[name] = load_masked_run(source).to(device())
-                tokenizers[f"tokenizer of {name}"] = runs[name].tokenizer
-            else:
-                tokenizers[name] = load_tokenizer(source).to(device()).eval()
-        except PecobookError as error:
-            problems.append(error)
-    if problems or splits is None:
-        raise PreflightError(problems)
+        found.check(partial(load, name, source))
+    found.finish()
+    assert splits is not None
     return [index(name, one, splits, config.images) for name, one in tokenizers.items()], runs, splits
+
+
+def _check_named(config: ExploreConfig) -> None:
+    if not config.runs:
+        raise ConfigError("Name what to explore: pecobook explore RUN [RUN ...] --data SOURCE.")

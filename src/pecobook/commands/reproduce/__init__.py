@@ -17,13 +17,15 @@ from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pecobook.errors import ConfigError, PecobookError, PreflightError, RunFolderError
+from pecobook.errors import ConfigError, PecobookError, Preflight, RunFolderError
 from pecobook.settings.reproduce import ReproduceConfig
 from pecobook.settings.values import changed_settings, complete, flags, replace, to_dict
 
 if TYPE_CHECKING:
+    from pecobook.commands.reproduce.paper import PaperTable
     from pecobook.commands.reproduce.plan import Plan
     from pecobook.commands.reproduce.tables import Measured
+    from pecobook.settings.codebook import CodebookConfig
     from pecobook.utils.output_folder import OutputFolder
 
 __all__ = ["ReproduceConfig", "reproduce"]
@@ -57,50 +59,50 @@ def reproduce(config: ReproduceConfig | None = None, **settings: Any) -> Path:
 
 
 def _preflight(config: ReproduceConfig) -> Plan:
-    from pecobook.commands.reproduce.paper import TABLES, chosen_tables
     from pecobook.commands.reproduce.plan import Plan
-    from pecobook.data.images import open_images
-    from pecobook.stages.training import check_readable
+    from pecobook.data.images import open_readable
 
-    problems: list[PecobookError] = []
-    if not config.tables:
-        problems.append(ConfigError(f"Name tables: pecobook reproduce table4 ... Known: {', '.join(TABLES)}."))
+    found = Preflight()
+    tables = found.check(lambda: _named_tables(config))
+    splits = found.check(lambda: open_readable(config.data))
+    found.check(_folder(config).check)
     plan = None
-    try:
-        tables = chosen_tables(config.tables)
-        splits = open_images(config.data)
-        check_readable(splits.train)
-        plan = Plan(config, tables, splits)
-        problems += _perceptual_problems(plan)
-    except PecobookError as error:
-        problems.append(error)
-    try:
-        _folder(config).check()
-    except PecobookError as error:
-        problems.append(error)
-    if problems or plan is None:
-        raise PreflightError(problems)
+    if tables is not None and splits is not None:
+        plan = found.check(partial(Plan, config, tables, splits))
+    if plan is not None:
+        _check_perceptual(plan, found)
+    found.finish()
+    assert plan is not None
     return plan
 
 
-def _perceptual_problems(plan: Plan) -> list[PecobookError]:
-    """Why given perceptual networks cannot look at the images of their codebooks; those that are trained here can."""
-    from pecobook.stages.codebook import CodebookStage
+def _named_tables(config: ReproduceConfig) -> dict[str, PaperTable]:
+    from pecobook.commands.reproduce.paper import TABLES, chosen_tables
 
+    if not config.tables:
+        raise ConfigError(f"Name tables: pecobook reproduce table4 ... Known: {', '.join(TABLES)}.")
+    return chosen_tables(config.tables)
+
+
+def _check_perceptual(plan: Plan, found: Preflight) -> None:
+    """Whether given perceptual networks can look at the images of their codebooks; those that are trained here can."""
     checked = {}
     for job in plan.jobs.values():
         if job.command == "codebook" and not job.needs and not job.finished:
             seen = job.config.perceptual
             checked[seen.network, seen.layers, seen.weights, job.config.image_size] = job.config
-    told: dict[str, PecobookError] = {}
     for settings in checked.values():
-        try:
-            CodebookStage.check(settings)
-        except PecobookError as error:
-            # Said of codebook's flags, whose names are others here.
-            text = str(error).replace("--perceptual.layers", "--network-layers")
-            told[text] = ConfigError(text.replace("--perceptual.weights", "--network-weights"))
-    return list(told.values())
+        found.check(partial(_check_codebook, settings))
+
+
+def _check_codebook(settings: CodebookConfig) -> None:
+    from pecobook.stages.codebook import CodebookStage
+
+    try:
+        CodebookStage.check(settings)
+    except PecobookError as error:  # said of codebook's flags, whose names are others here
+        text = str(error).replace("--perceptual.layers", "--network-layers")
+        raise ConfigError(text.replace("--perceptual.weights", "--network-weights")) from None
 
 
 def _fixed(config: ReproduceConfig) -> dict[str, Any]:
