@@ -233,7 +233,7 @@ def test_few_test_images_judge_nothing() -> None:
         (27, 33.8, 34, "The gain can therefore not be called semantic", "direction that the paper claims"),
         (33.9, 33.8, 34, "This run does not show the paper's claim", "semantic"),
         (36, 33.8, 34, "Against the pixel codebook's: lower by 2.0", "higher"),
-        (27, 40, 34, "speaks against the paper's claim", "higher"),
+        (27, 40, 34, "contradicts the paper's claim", "higher"),
         (34, 28, 34, "The paper's claim is not shown here", "direction"),
         (40, 28, 34, "it is lower, by 6.0", "direction"),
         (None, 28, 34, "without a pixel codebook the paper's claim itself is not tested", "direction"),

@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor
 
-from pecobook.analysis.confusion import confusion_matrix, confusion_picture
+from pecobook.analysis.confusion import confusion_picture
+from pecobook.analysis.semantics import joint_counts
 from pecobook.data.augment import random_erasing
 from pecobook.data.images import open_images
 from pecobook.errors import ConfigError
@@ -262,9 +263,9 @@ def test_evaluate__the_loss_leaves_out_what_is_repeated(vit_run: Path) -> None:
         assert float(stage(marked).loss) == pytest.approx(expected)
 
 
-def test_confusion_matrix__counts_rows_by_label() -> None:
-    found = confusion_matrix(torch.tensor([0, 0, 1, 2, 2, 2]), torch.tensor([0, 1, 1, 2, 0, 2]), 3)
-    assert found.tolist() == [[1, 1, 0], [0, 1, 0], [1, 0, 2]]
+def test_joint_counts__count_rows_by_label() -> None:
+    counts = joint_counts(torch.tensor([0, 0, 1, 2, 2, 2]), torch.tensor([0, 1, 1, 2, 0, 2]), 3, 3)
+    assert counts.tolist() == [[1, 1, 0], [0, 1, 0], [1, 0, 2]]
     assert confusion_picture([0, 1], [1, 1], ("$a_", "<b>")).startswith(b"\x89PNG")  # type: ignore[arg-type]
 
 

@@ -16,6 +16,7 @@ import numpy as np
 
 from pecobook.analysis.arrays import Array, as_numpy
 from pecobook.analysis.canvas import INK, escape_text, new_figure, png, style_axes, styles
+from pecobook.analysis.wording import is_number
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -184,7 +185,7 @@ def _curve(axes: Axes, x: Sequence[float], y: Sequence[float], name: str, style:
 
 def _series(records: Metrics, x: str, metric: str) -> tuple[list[float], list[float]]:
     """Return the steps and the finite values of one metric, in the order of the log."""
-    complete = [record for record in records if _is_number(record.get(x)) and _is_number(record.get(metric))]
+    complete = [record for record in records if is_number(record.get(x)) and is_number(record.get(metric))]
     return [float(record[x]) for record in complete], [float(record[metric]) for record in complete]
 
 
@@ -198,10 +199,6 @@ def _varying(runs: Mapping[str, Metrics], x: str) -> list[str]:
         if name not in excluded and len(values) > len(runs) and len(set(values)) > 1:
             varying.append(name)
     return sorted(varying, key=lambda name: name != "loss")[:8]
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _legend(figure: Figure, axes: Axes, number: int, bottom: float) -> None:

@@ -85,7 +85,7 @@ class DetectStage(Stage[DetectConfig]):
         from pecobook.analysis.detections import evaluate_detections
 
         count = self.config.detector.detections
-        self._precision, self._results = evaluate_detections(self.evaluation, _unpack(rows), detections=count)
+        self._precision, self._results = evaluate_detections(self.evaluation, _unpack(rows), max_detections=count)
         return {name: value for name, value in self._precision.items() if "ar_" not in name}
 
     def report(self, folder: Path, rows: dict[str, Tensor], source: ImageSource) -> None:

@@ -21,7 +21,7 @@ from pecobook.analysis.figures import gallery_picture
 from pecobook.analysis.probe import linear_probe
 from pecobook.analysis.reconstruction import decode_all, encode_all, psnr, ssim
 from pecobook.analysis.semantics import information, patch_colours, patch_edges, patch_labels
-from pecobook.analysis.similarity import agreement, code_distance, judge, pixel_distance, read_bapps
+from pecobook.analysis.similarity import agreement, code_distance, pixel_distance, read_bapps, shifted_preferred
 from pecobook.analysis.stability import stability
 from pecobook.commands.analyze.bank import bank_gallery, bank_usage, find_occurrences
 from pecobook.commands.analyze.pictures import PATCHES, pictures_of, shown_codewords, spread
@@ -254,9 +254,8 @@ def _similarity(inputs: AnalysisInputs, tokenizer: Any, images: Tensor) -> dict[
     compared: dict[str, Any] = {"pixels": pixel_distance, "codewords": code_distance(tokenizer)}
     if inputs.distance is not None:
         compared["perceptual"] = partial(_distances, inputs.distance)
-    found: dict[str, Any] = {
-        "shifted_over_blurred": {name: round(judge(images[:_JUDGED], d).right, 2) for name, d in compared.items()}
-    }
+    preferred = {name: round(shifted_preferred(images[:_JUDGED], d), 2) for name, d in compared.items()}
+    found: dict[str, Any] = {"shifted_over_blurred": preferred}
     if inputs.judgements:
         triplets = read_bapps(inputs.judgements, tokenizer.image_size)
         found["agreement_with_people"] = {name: round(agreement(triplets, d), 2) for name, d in compared.items()}

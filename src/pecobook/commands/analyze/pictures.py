@@ -106,9 +106,9 @@ def _dominant_class(codes: Tensor, labels: Tensor, num_codewords: int) -> np.nda
 def side_by_side(measured: Sequence[TokenizerMetrics]) -> dict[str, bytes]:
     """Reconstructions and frequencies of all tokenizers together."""
     originals = max((metrics.images for metrics in measured), key=lambda images: images.shape[-1])
-    columns = {metrics.name: at_side(metrics.restored, originals.shape[-1]) for metrics in measured}
+    columns = [(metrics.name, at_side(metrics.restored, originals.shape[-1])) for metrics in measured]
     return {
-        "reconstructions.png": draw.reconstruction_grid(originals, columns, rows=SHOWN),
+        "reconstructions.png": draw.image_columns([("original", originals), *columns], max_rows=SHOWN),
         "usage.png": code_usage_chart({metrics.name: metrics.usage.counts for metrics in measured}),
     }
 
