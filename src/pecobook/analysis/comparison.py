@@ -123,9 +123,15 @@ def accuracy(results: Mapping[str, Any], metric: str, name: str) -> float | None
     value: Any = next((tokenizer for tokenizer in tokenizers if tokenizer.get("name") == name), None)
     if value is None and name == UNTRAINED:
         value = {"mim": results.get("floor")}
-    for key in metric.split("."):
-        value = value.get(key) if isinstance(value, Mapping) else None
+    value = lookup(value, *metric.split("."))
     return float(value) if is_number(value) else None
+
+
+def lookup(value: Any, *keys: str) -> Any:
+    """Return the value under nested keys of a mapping, or None if a key is missing."""
+    for key in keys:
+        value = value.get(key) if isinstance(value, Mapping) else None
+    return value
 
 
 def claim(results: Mapping[str, Any]) -> str:
