@@ -53,7 +53,7 @@ def test_tokenize__every_banked_view_is_the_online_one(bank: Path, images: Path,
     tokenizer, splits = load_tokenizer(codebook_run), open_images(str(images))
     opened = TokenBank(bank)
     stream = Stream(
-        splits.train, PretrainStage.view(config), config.seed, companion=PretrainStage.companions(config)[0]
+        splits.train, PretrainStage.view(config), config.seed, companion=PretrainStage(config).companions()[0]
     )
     count, compared = len(splits.train), 0
     for epoch in range(3):
@@ -107,8 +107,8 @@ def test_pretrain__repeats_views_but_not_masks(bank: Path, images: Path, codeboo
         splits.train,
         PretrainStage.view(config),
         config.seed,
-        companion=PretrainStage.companions(config)[0],
-        num_views=PretrainStage.num_views(config),
+        companion=PretrainStage(config).companions()[0],
+        num_views=PretrainStage(config).num_views(),
     )
     count = len(splits.train)
     seen: dict[int, list[dict[str, Any]]] = {}

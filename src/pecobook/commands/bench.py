@@ -220,8 +220,7 @@ class _Bench:
         from pecobook.data.stream import Stream, default_workers, load
         from pecobook.stages.pretrain import PretrainStage
 
-        own = self.settings
-        companion = PretrainStage.companions(own)[0]
+        own, companion = self.settings, self.stage.companions()[0]
         stream = Stream(open_images(own.data).train, PretrainStage.view(own), own.seed, companion=companion)
         count, size = self.config.data_steps + 1, own.batch_size
         positions = BatchPositions(

@@ -5,6 +5,7 @@ Each process takes whole shards, so any number of them writes at once, and one t
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import time
 from collections.abc import Iterator
@@ -30,20 +31,19 @@ def tokenize(config: TokenizeConfig) -> Path:
     """
     from pecobook.data.tokens import layouts, missing_shards
     from pecobook.engine import launch
-    from pecobook.models.tokenizers import load_tokenizer
 
-    splits, described = _preflight(config)
+    splits, tokenizer, described = _preflight(config)
     out, held = Path(config.out), None
     if launch.is_leader():
         held = _folder(config).begin(partial(_write_first, described))
     try:
+        config = dataclasses.replace(config, precision=described["precision"])
         fabric = launch.start(config)  # type: ignore[arg-type]  # it reads devices, nodes and precision alone
         fabric.barrier()  # the folder is there
         layout = layouts(described)
         todo = fabric.broadcast(sorted(map(str, missing_shards(out, layout))))
         mine = [Path(file) for file in todo][fabric.global_rank :: fabric.world_size]
-        tokenizer = load_tokenizer(config.tokenizer).to(fabric.device)
-        _write(config, splits, tokenizer, fabric, layout, mine)
+        _write(config, splits, tokenizer.to(fabric.device), fabric, layout, mine)
         fabric.barrier()
         if launch.is_leader():
             _finish(out, layout)
@@ -53,24 +53,27 @@ def tokenize(config: TokenizeConfig) -> Path:
     return out
 
 
-def _preflight(config: TokenizeConfig) -> tuple[Splits, dict[str, Any]]:
-    """Check everything before anything is written; returns the images and the bank's config."""
+def _preflight(config: TokenizeConfig) -> tuple[Splits, Any, dict[str, Any]]:
+    """Check everything before anything is written; returns the images, the tokenizer and the bank's config."""
     from pecobook.data.images import open_readable
     from pecobook.engine import launch
+    from pecobook.models.tokenizers import fingerprint
     from pecobook.stages.pretrain import view_settings
 
     found = Preflight()
     if launch.is_leader():
         found.check(_folder(config).check)
     splits = found.check(lambda: open_readable(config.data))
-    tokenizer = found.check(lambda: _describe_tokenizer(config))
+    tokenizer = found.check(lambda: _open_tokenizer(config))
     precision = found.check(lambda: launch.resolve_precision(config))  # type: ignore[arg-type]
     found.finish()
     assert splits is not None
     assert tokenizer is not None
+    side = config.tokenizer_size or config.image_size
     described = {
         "kind": "token bank",
-        **tokenizer,
+        "tokenizer": fingerprint(tokenizer),
+        "grid": [side // tokenizer.stride] * 2,
         "data": splits.train.fingerprint,
         "evaluation_data": splits.evaluation.fingerprint,
         **view_settings(config),
@@ -82,12 +85,12 @@ def _preflight(config: TokenizeConfig) -> tuple[Splits, dict[str, Any]]:
     }
     if config.resume:
         _check_resume(Path(config.out), described)
-    return splits, described
+    return splits, tokenizer, described
 
 
-def _describe_tokenizer(config: TokenizeConfig) -> dict[str, Any]:
+def _open_tokenizer(config: TokenizeConfig) -> Any:
     from pecobook.data.tokens import MOST_CODEWORDS
-    from pecobook.models.tokenizers import fingerprint, load_tokenizer
+    from pecobook.models.tokenizers import load_tokenizer
 
     if not config.tokenizer:
         raise ConfigError("--tokenizer is missing: give the folder of a codebook run.")
@@ -98,7 +101,7 @@ def _describe_tokenizer(config: TokenizeConfig) -> dict[str, Any]:
     if side % stride:
         near = max(round(side / stride), 1) * stride
         raise ConfigError(f"The tokenizer reads multiples of {stride} pixels, not {side}: give --image-size {near}.")
-    return {"tokenizer": fingerprint(tokenizer), "grid": [side // stride, side // stride]}
+    return tokenizer
 
 
 def _check_resume(out: Path, described: dict[str, Any]) -> None:

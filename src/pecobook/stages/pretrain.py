@@ -6,9 +6,9 @@ Codes come from a tokenizer that looks at every crop, or from a token bank that 
 from __future__ import annotations
 
 import dataclasses
-from functools import lru_cache, partial
+from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +18,7 @@ from pecobook.data.masking import blockwise_mask, random_mask
 from pecobook.data.sampler import key
 from pecobook.data.source import Splits
 from pecobook.data.stream import Batch, Companion, ViewFunction
-from pecobook.data.tokens import TokenBank, bank_differences
+from pecobook.data.tokens import TokenBank, bank_differences, read_bank_config
 from pecobook.data.views import center_crop, colour_draws, photometric, random_crop
 from pecobook.engine.stage import Stage, StageOutput
 from pecobook.errors import ConfigError, DataError
@@ -35,7 +35,7 @@ from pecobook.models.masked_vit import (
 from pecobook.models.tokenizers import fingerprint, load_tokenizer
 from pecobook.models.weights import IMAGENET_MEAN, IMAGENET_STD, Backbone, create
 from pecobook.settings.images import PhotometricConfig
-from pecobook.settings.pretrain import DecoderConfig, MaskConfig, PretrainConfig
+from pecobook.settings.pretrain import MaskConfig, PretrainConfig
 from pecobook.utils.images import to_float
 
 
@@ -58,6 +58,7 @@ class PretrainStage(Stage[PretrainConfig]):
         self.tokenizer: Any = None
         if config.target == "tokens":
             self.tokenizer = tokenizer or load_tokenizer(config.tokenizer)
+        self.bank = TokenBank(config.tokens) if config.tokens else None
         backbone = create(config.model.name, num_classes=0, drop_path_rate=config.drop_path, **backbone_args(config))
         initialise_beit(backbone)
         self.patch = int(config.image_size // patch_grid(backbone)[0])
@@ -106,6 +107,18 @@ class PretrainStage(Stage[PretrainConfig]):
             "predicted": resized(restored, images.shape[-1]),
         }
 
+    def companions(self) -> tuple[Companion, Companion]:
+        """The mask of an image and, from a bank, its codes."""
+        own, grid = self.config, self.model.grid
+        return (
+            _MaskAndCodes(own.mask, grid, own.seed, "train", self.bank),
+            _MaskAndCodes(own.mask, grid, 0, "evaluation", self.bank),
+        )
+
+    def num_views(self) -> int:
+        """Views that a token bank holds of each image; 0 without a bank."""
+        return 0 if self.bank is None else self.bank.num_views
+
     def export(self, folder: Path, state: dict[str, Tensor]) -> str:
         """Write the backbone as a plain timm network, and beside it the mask token and the head."""
         own = {name.removeprefix("model."): value for name, value in state.items() if name.startswith("model.")}
@@ -118,28 +131,30 @@ class PretrainStage(Stage[PretrainConfig]):
         return whole.lines(str(folder))
 
     @classmethod
-    def check(cls, config: PretrainConfig) -> None:
-        """Raise PecobookError for settings, or weights, that cannot be used."""
-        backbone = create(config.model.name, num_classes=0, **backbone_args(config))
-        model = MaskedImageModel(backbone, 2)
-        rows, columns = model.grid
+    def check(cls, config: PretrainConfig) -> PretrainStage:
+        """The stage with random weights. Raises PecobookError for settings, or weights, that cannot be used."""
+        if config.target == "tokens" and not config.tokenizer:
+            raise ConfigError("--tokenizer is missing: give the folder of a codebook run, or --target pixels.")
+        stage = cls(config)
+        rows, columns = stage.model.grid
         if config.mask.num_masked >= rows * columns:
             raise ConfigError(
                 f"--mask.num-masked {config.mask.num_masked} must be below {rows * columns}, all patches."
             )
-        if config.visible_only:
-            VisibleOnlyModel(backbone, 2, DecoderConfig(depth=1, width=64, num_heads=1))
-        if config.target == "tokens":
-            _check_tokens(config, backbone)
+        if stage.tokenizer is not None:
+            check_grids(config, stage.model.backbone, stage.tokenizer)
+        if stage.bank is not None:
+            _check_bank(config, stage.bank, stage.tokenizer, (rows, columns))
+        return stage
 
     @classmethod
     def check_data(cls, config: PretrainConfig, splits: Splits) -> None:
         """Refuse a bank of other images."""
         if not config.tokens:
             return
-        bank = TokenBank(config.tokens)
+        bank = read_bank_config(Path(config.tokens))
         now = {"data": splits.train.fingerprint, "evaluation_data": splits.evaluation.fingerprint}
-        wrong = bank_differences(bank.config, now)
+        wrong = bank_differences(bank, now)
         if wrong:
             raise DataError(
                 f"The token bank '{config.tokens}' is of other images than --data '{config.data}': "
@@ -148,9 +163,9 @@ class PretrainStage(Stage[PretrainConfig]):
             )
 
     @classmethod
-    def build(cls, config: PretrainConfig, splits: Splits) -> PretrainStage:
-        """The stage with random weights."""
-        return cls(config)
+    def build(cls, config: PretrainConfig, splits: Splits, made: PretrainStage | None = None) -> PretrainStage:
+        """The stage, which takes nothing of the images."""
+        return cls(config) if made is None else made
 
     @classmethod
     def view(cls, config: PretrainConfig) -> ViewFunction:
@@ -161,21 +176,6 @@ class PretrainStage(Stage[PretrainConfig]):
     def evaluation_view(cls, config: PretrainConfig) -> ViewFunction:
         """What evaluation reads of a held-out image."""
         return partial(_crop, size=config.image_size, min_area=None)
-
-    @classmethod
-    def companions(cls, config: PretrainConfig) -> tuple[Companion, Companion]:
-        """The mask of an image and, from a bank, its codes."""
-        bank = TokenBank(config.tokens) if config.tokens else None
-        grid = _grid(config)
-        return (
-            _MaskAndCodes(config, grid, config.seed, "train", bank),
-            _MaskAndCodes(config, grid, 0, "evaluation", bank),
-        )
-
-    @classmethod
-    def num_views(cls, config: PretrainConfig) -> int:
-        """Views that a token bank holds of each image; 0 without a bank."""
-        return TokenBank(config.tokens).num_views if config.tokens else 0
 
 
 # -------------------------------------------------------------------------------------------------------------- targets
@@ -224,15 +224,6 @@ def backbone_args(config: PretrainConfig) -> dict[str, Any]:
 # ---------------------------------------------------------------------------------------------------------------- check
 
 
-def _check_tokens(config: PretrainConfig, backbone: nn.Module) -> None:
-    if not config.tokenizer:
-        raise ConfigError("--tokenizer is missing: give the folder of a codebook run, or --target pixels.")
-    tokenizer = load_tokenizer(config.tokenizer)
-    check_grids(config, backbone, tokenizer)
-    if config.tokens:
-        _check_bank(config, tokenizer, patch_grid(backbone))
-
-
 def check_grids(config: PretrainConfig, backbone: nn.Module, tokenizer: Any) -> None:
     """Raise ConfigError unless the ViT makes as many patches of an image as the tokenizer makes codes."""
     rows, columns = patch_grid(backbone)
@@ -262,8 +253,7 @@ def _fitting(config: PretrainConfig, rows: int, patch: int, f: int) -> list[str]
     return found
 
 
-def _check_bank(config: PretrainConfig, tokenizer: Any, grid: tuple[int, int]) -> None:
-    bank = TokenBank(config.tokens)
+def _check_bank(config: PretrainConfig, bank: TokenBank, tokenizer: Any, grid: tuple[int, int]) -> None:
     wrong = bank_differences(
         bank.config, {"tokenizer": fingerprint(tokenizer), "grid": list(grid), **view_settings(config)}
     )
@@ -301,24 +291,18 @@ def _crop(image: Tensor, view_key: int, *, size: int, min_area: float | None) ->
     return {"image": crop, "colour": colour_draws(view_key)}
 
 
-@lru_cache(maxsize=1)  # a whole network is made to learn it, and both views ask
-def _grid(config: PretrainConfig) -> tuple[int, int]:
-    network = create(config.model.name, num_classes=0, **backbone_args(config))
-    return cast("tuple[int, int]", tuple(network.patch_embed.grid_size))  # type: ignore[union-attr, arg-type]
-
-
 @dataclasses.dataclass(frozen=True)
 class _MaskAndCodes:
     """The mask of an image in an epoch, which does not repeat as a bank's views do, and its codes in the bank."""
 
-    config: PretrainConfig
+    config: MaskConfig
     grid: tuple[int, int]
     seed: int
     split: str
     bank: TokenBank | None
 
     def __call__(self, image: int, epoch: int) -> dict[str, Tensor]:
-        sample = {"mask": make_mask(key(self.seed, image, epoch), self.grid, self.config.mask)}
+        sample = {"mask": make_mask(key(self.seed, image, epoch), self.grid, self.config)}
         if self.bank is not None:
             sample["codes"] = self.bank.read(self.split, image, epoch % self.bank.layouts[self.split].num_views)
         return sample
