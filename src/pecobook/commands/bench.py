@@ -144,7 +144,7 @@ class _Bench:
         """Seconds of data, tokenizer, forward, backward and optimizer, each measured by itself."""
         import torch
 
-        from pecobook.stages.pretrain import coloured, encode_views
+        from pecobook.stages.pretrain import encode_views
 
         own = self.settings
         found: dict[str, float] = {}
@@ -154,7 +154,7 @@ class _Bench:
 
             def tokenize() -> None:
                 with torch.no_grad(), self.autocast():
-                    images = coloured(self.batch["image"], self.batch["colour"], own.colour)
+                    images = self.stage.views.pixels(self.batch, training=True)
                     encode_views(self.stage.tokenizer, images, own.tokenizer_size)
 
             found["tokenizer"] = self.seconds(tokenize)

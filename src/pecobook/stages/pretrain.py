@@ -6,7 +6,6 @@ Codes come from a tokenizer that looks at every crop, or from a token bank that 
 from __future__ import annotations
 
 import dataclasses
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +14,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pecobook.data.masking import blockwise_mask, random_mask
+from pecobook.data.named_views import NamedViews
 from pecobook.data.sampler import key
 from pecobook.data.source import Splits
 from pecobook.data.stream import Batch, Companion, ViewFunction
 from pecobook.data.tokens import TokenBank, bank_differences, read_bank_config
-from pecobook.data.views import center_crop, colour_draws, photometric, random_crop
 from pecobook.engine.stage import Stage, StageOutput
 from pecobook.errors import ConfigError, DataError
 from pecobook.models.export import write_tensors
@@ -34,9 +33,7 @@ from pecobook.models.masked_vit import (
 )
 from pecobook.models.tokenizers import fingerprint, load_tokenizer
 from pecobook.models.weights import IMAGENET_MEAN, IMAGENET_STD, Backbone, create
-from pecobook.settings.images import PhotometricConfig
 from pecobook.settings.pretrain import MaskConfig, PretrainConfig
-from pecobook.utils.images import to_float
 
 
 class PretrainStage(Stage[PretrainConfig]):
@@ -54,7 +51,7 @@ class PretrainStage(Stage[PretrainConfig]):
 
     def __init__(self, config: PretrainConfig, tokenizer: Any = None) -> None:
         super().__init__()
-        self.config = config
+        self.config, self.views = config, NamedViews.of(config)
         self.tokenizer: Any = None
         if config.target == "tokens":
             self.tokenizer = tokenizer or load_tokenizer(config.tokenizer)
@@ -77,7 +74,7 @@ class PretrainStage(Stage[PretrainConfig]):
     def forward(self, batch: Batch) -> StageOutput:
         """Equation 7 on uint8 images (B, 3, H, W) with bool masks (B, h, w), and their codes where a bank has them."""
         mask, M = batch["mask"], self.config.mask.num_masked
-        images = coloured(batch["image"], batch["colour"] if self.training else None, self.config.colour)
+        images = self.views.pixels(batch, training=self.training)
         predicted = self.model((images - self.mean) / self.std, mask, M).float()  # (B M, K)
         positions = masked_positions(mask, M)  # (B, M)
         if self.tokenizer is None:
@@ -170,12 +167,12 @@ class PretrainStage(Stage[PretrainConfig]):
     @classmethod
     def view(cls, config: PretrainConfig) -> ViewFunction:
         """What training reads of an image."""
-        return partial(_crop, size=config.image_size, min_area=config.min_crop)
+        return NamedViews.of(config).train
 
     @classmethod
     def evaluation_view(cls, config: PretrainConfig) -> ViewFunction:
         """What evaluation reads of a held-out image."""
-        return partial(_crop, size=config.image_size, min_area=None)
+        return NamedViews.of(config).evaluation
 
 
 # -------------------------------------------------------------------------------------------------------------- targets
@@ -186,12 +183,6 @@ def masked_model(config: PretrainConfig, backbone: nn.Module, size: int) -> Mask
     if config.visible_only:
         return VisibleOnlyModel(backbone, size, config.decoder)
     return MaskedImageModel(backbone, size)
-
-
-def coloured(images: Tensor, draws: Tensor | None, config: PhotometricConfig) -> Tensor:
-    """uint8 (B, 3, H, W) to float in [0, 1], its colours changed by draws (B, 9); None leaves them."""
-    pixels = to_float(images)
-    return pixels if draws is None else photometric(pixels, draws, config)
 
 
 def encode_views(tokenizer: Any, images: Tensor, size: int) -> Tensor:
@@ -255,24 +246,13 @@ def _fitting(config: PretrainConfig, rows: int, patch: int, f: int) -> list[str]
 
 def _check_bank(config: PretrainConfig, bank: TokenBank, tokenizer: Any, grid: tuple[int, int]) -> None:
     wrong = bank_differences(
-        bank.config, {"tokenizer": fingerprint(tokenizer), "grid": list(grid), **view_settings(config)}
+        bank.config, {"tokenizer": fingerprint(tokenizer), "grid": list(grid), **NamedViews.of(config).settings()}
     )
     if wrong:
         raise DataError(
             f"The token bank '{config.tokens}' is of other views or another tokenizer: {'; '.join(wrong)}.\n"
             "Make one with 'pecobook tokenize' and these settings, or leave --tokens out."
         )
-
-
-def view_settings(config: Any) -> dict[str, Any]:
-    """What names a view, of a pretrain or a tokenize configuration."""
-    return {
-        "seed": config.seed,
-        "image_size": config.image_size,
-        "tokenizer_size": config.tokenizer_size or config.image_size,
-        "min_crop": config.min_crop,
-        "colour": dataclasses.asdict(config.colour),
-    }
 
 
 # ---------------------------------------------------------------------------------------------------- views and masks
@@ -284,11 +264,6 @@ def make_mask(view_key: int, grid: tuple[int, int], config: MaskConfig) -> Tenso
     if config.kind == "random":
         return random_mask(grid, num_masked=config.num_masked, generator=generator)
     return blockwise_mask(grid, num_masked=config.num_masked, min_block=config.min_block, generator=generator)
-
-
-def _crop(image: Tensor, view_key: int, *, size: int, min_area: float | None) -> dict[str, Tensor]:
-    crop = center_crop(image, size) if min_area is None else random_crop(image, size, view_key, min_area=min_area)
-    return {"image": crop, "colour": colour_draws(view_key)}
 
 
 @dataclasses.dataclass(frozen=True)
