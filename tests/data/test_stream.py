@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,11 +14,12 @@ import torch
 from torch import Tensor
 from torch._utils import ExceptionWrapper
 
+from pecobook.data.batch import Batch
 from pecobook.data.decode import BadImage
 from pecobook.data.images import open_images
 from pecobook.data.sampler import BatchPositions, key, permute
 from pecobook.data.source import ImageSource
-from pecobook.data.stream import Batch, Stream, collate, default_workers, load, read_all
+from pecobook.data.stream import Stream, collate, default_workers, load, read_all
 from pecobook.data.views import random_crop
 from pecobook.errors import DataError
 
@@ -71,7 +73,7 @@ def read(
     return list(load(stream, positions, workers=workers, pin=False))
 
 
-def assert_equal(one: list[Batch], other: list[Batch]) -> None:
+def assert_equal(one: Sequence[Mapping[str, Any]], other: Sequence[Mapping[str, Any]]) -> None:
     assert len(one) == len(other)
     for a, b in zip(one, other, strict=True):
         assert a.keys() == b.keys()
@@ -80,9 +82,9 @@ def assert_equal(one: list[Batch], other: list[Batch]) -> None:
             assert torch.equal(a[name], b[name]), name
 
 
-def joined(parts: list[Batch]) -> Batch:
+def joined(parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """One batch of several, in order."""
-    whole: Batch = {name: torch.cat([part[name] for part in parts]) for name in parts[0] if name != "skipped"}
+    whole: dict[str, Any] = {name: torch.cat([part[name] for part in parts]) for name in parts[0] if name != "skipped"}
     return whole | {"skipped": [text for part in parts for text in part["skipped"]]}
 
 
@@ -196,8 +198,9 @@ def test_stream__an_image_whose_companion_is_missing_is_replaced_as_one_that_can
 
 
 def test_collate__stacks_tensors_and_joins_what_was_skipped() -> None:
-    batch = collate([{"a": torch.tensor([1, 2]), "skipped": ["x"]}, {"a": torch.tensor([3, 4]), "skipped": ["y", "z"]}])
-    assert batch["a"].tolist() == [[1, 2], [3, 4]]
+    one, other = torch.tensor([1, 2]), torch.tensor([3, 4])
+    batch = collate([{"size": one, "skipped": ["x"]}, {"size": other, "skipped": ["y", "z"]}])
+    assert batch["size"].tolist() == [[1, 2], [3, 4]]
     assert batch["skipped"] == ["x", "y", "z"]
 
 

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pecobook.data.stream import Batch
+from pecobook.data.batch import Batch
 from pecobook.engine.ahead import look_ahead, micro_batches
 from pecobook.engine.stage import StageOutput
 
@@ -25,7 +25,7 @@ def test_look_ahead__every_micro_batch_gets_all_rows_its_own_first(count: int, s
         passes.append(batch["image"].tolist())
         return StageOutput(None, {}, rows={"keys": 10 * batch["image"][:, None]})
 
-    given_out = [{"image": part, "label": part % 3} for part in numbers]
+    given_out: list[Batch] = [{"image": part, "label": part % 3} for part in numbers]
     found = list(look_ahead(model, given_out, seeds.append))
     assert seeds == list(range(count))
     for number, (batch, part) in enumerate(zip(found, numbers, strict=True)):

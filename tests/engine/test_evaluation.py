@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from pecobook.data.stream import Batch, Stream
+from pecobook.data.batch import Batch
+from pecobook.data.stream import Stream
 from pecobook.engine import launch
 from pecobook.engine.evaluation import Evaluation, evaluate
 from pecobook.engine.stage import StageOutput, mean_of_counted

@@ -12,7 +12,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from pecobook.data.stream import Batch, Stream
+from pecobook.data.batch import Batch
+from pecobook.data.stream import Stream
 from pecobook.data.views import random_crop
 from pecobook.engine import checkpoint, launch, loop, run_folder
 from pecobook.engine.loop import Outcome
@@ -36,8 +37,7 @@ class Toy(Stage[TrainConfig]):
         self.steps: list[tuple[int, int]] = []
 
     def forward(self, batch: Batch) -> StageOutput:
-        images = batch["image"].float() / 255  # (B, 3, 8, 8)
-        index = batch["index"]
+        images, index = batch["image"].float() / 255, batch["index"]  # (B, 3, 8, 8), (B,)
         error = (self.linear(images.mean((2, 3)))[:, 0] - index / 10).square().mean()
         metrics = {"mean_index": index.float().mean()}
         if not self.training:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from pecobook.data.stream import Batch
+from pecobook.data.batch import Batch
 from pecobook.engine import loop
 from pecobook.engine.stage import StageOutput
 from tests.engine.test_loop import Toy, run

@@ -13,6 +13,7 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from torch import Tensor
 
+from pecobook.data.batch import Batch
 from pecobook.data.dense.detection import DetectionSource, open_detection
 from pecobook.data.source import Splits
 from pecobook.data.stream import Stream, collate
@@ -79,7 +80,7 @@ def make(config: DetectConfig) -> tuple[DetectStage, Splits]:
     return DetectStage.build(config, splits), splits
 
 
-def batch(config: DetectConfig, splits: Splits, count: int, *, training: bool) -> dict[str, Any]:
+def batch(config: DetectConfig, splits: Splits, count: int, *, training: bool) -> Batch:
     source, view = (
         (splits.train, DetectStage.view(config))
         if training
@@ -160,7 +161,7 @@ def test_forward__boxes_come_through_mixed_precision_unharmed(root: Path, vit: P
     stage.train()(seen)
     source = cast("DetectionSource", splits.train)
     for number, target in enumerate(kept[0][1]):
-        image = given["image"][number]
+        image = given["images"][number]
         assert target["boxes"].dtype == torch.float32
         assert target["masks"].shape[1:] == image.shape[1:]
         own = source.objects(int(given["index"][number]))
@@ -183,7 +184,7 @@ def test_forward__rows_are_in_pixels_of_the_image(root: Path, vit: Path) -> None
     for place, (number, one) in enumerate(_unpack({**output.rows, "index": torch.arange(3)})):
         assert number == place
         height, width = (int(side) for side in given["size"][place])
-        shown = given["image"][place].shape
+        shown = given["images"][place].shape
         scale = torch.tensor([width / shown[2], height / shown[1]]).repeat(2)
         torch.testing.assert_close(one.boxes, boxes * scale)
         assert (one.scores.tolist(), one.labels.tolist()) == ([0.75], [2])

@@ -76,7 +76,7 @@ def test_evaluate__counts_pixels_at_each_masks_own_size(vit_run: Path) -> None:
     stage.eval()
     image, mask = splits.evaluation.sample(0)
     with torch.no_grad():
-        output = stage({"image": [image, image[:, :30]], "mask": [mask, mask[:30]]})
+        output = stage({"images": [image, image[:, :30]], "masks": [mask, mask[:30]]})
         predicted = best_classes(stage.model.scores([image], stage.config.test), (40, 56))
     counts = output.rows["counts"][0]
     assert int(counts.sum()) == int((mask != IGNORE).sum() + (mask[:30] != IGNORE).sum())
@@ -85,10 +85,10 @@ def test_evaluate__counts_pixels_at_each_masks_own_size(vit_run: Path) -> None:
         if true != IGNORE:
             one[true, taken] += 1
     with torch.no_grad():
-        assert torch.equal(stage({"image": [image], "mask": [mask]}).rows["counts"][0], one)
+        assert torch.equal(stage({"images": [image], "masks": [mask]}).rows["counts"][0], one)
     assert list(output.pictures) == ["image", "truth", "predicted"]
     assert all(value.shape == (2, 3, 24, 24) for value in output.pictures.values())
-    given = {"image": [image, image], "mask": [mask, mask], "repeated": torch.tensor([False, True])}
+    given = {"images": [image, image], "masks": [mask, mask], "repeated": torch.tensor([False, True])}
     with torch.no_grad():
         assert torch.equal(stage(given).rows["counts"][0], one)  # an image that another rank counts too
     found = stage.summarise({"counts": torch.stack([one, one])}, {})
@@ -129,11 +129,11 @@ def test_evaluate__at_several_sizes(vit_run: Path) -> None:
     stage, splits = make(vit_run, **{"test.scales": (1.0, 0.5, 2.0), "test.flip": True})
     view = SegmentStage.evaluation_view(stage.config)
     samples = [view(*splits.evaluation.sample(number), 0) for number in range(2)]
-    given = {name: [item for sample in samples for item in sample[name]] for name in ("image", "mask")}
-    assert len(given["image"]) == 6
+    given = {name: [item for sample in samples for item in sample[name]] for name in ("images", "masks")}
+    assert len(given["images"]) == 6
     with torch.no_grad():
         output = stage.eval()(given)
-    assert int(output.rows["counts"].sum()) == sum(int((mask != IGNORE).sum()) for mask in given["mask"])
+    assert int(output.rows["counts"].sum()) == sum(int((mask != IGNORE).sum()) for mask in given["masks"])
     assert 0 < float(output.loss) < 10
 
 

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+    from pecobook.data.batch import Batch
     from pecobook.models.tokenizer import PerceptualTokenizer
     from pecobook.settings.pretrain import PretrainConfig
     from pecobook.stages.pretrain import PretrainStage
@@ -206,7 +207,7 @@ class _Bench:
         from torch.utils.flop_counter import FlopCounterMode
 
         with FlopCounterMode(display=False) as counter, self.autocast():
-            self.stage(self.batch if "codes" in self.batch else self.batch | {"codes": self._codes()}).loss.backward()
+            self.stage(self.batch if "codes" in self.batch else {**self.batch, "codes": self._codes()}).loss.backward()
         self.optimizer.zero_grad()
         return float(counter.get_total_flops())
 
@@ -234,23 +235,25 @@ class _Bench:
         return (time.perf_counter() - began) / self.config.data_steps
 
 
-def _random_batch(stage: PretrainStage, settings: PretrainConfig, device: torch.device) -> dict[str, Any]:
+def _random_batch(stage: PretrainStage, settings: PretrainConfig, device: torch.device) -> Batch:
     import torch
 
+    from pecobook.data.batch import Batch
+    from pecobook.data.stream import to_device
     from pecobook.data.views import colour_draws
     from pecobook.stages.pretrain import make_mask
 
     count, side = settings.batch_size, settings.image_size
     masks = [make_mask(index, stage.model.grid, settings.mask) for index in range(count)]
-    batch = {
-        "image": torch.randint(256, (count, 3, side, side), dtype=torch.uint8),
-        "colour": torch.stack([colour_draws(index) for index in range(count)]),
-        "mask": torch.stack(masks),
-    }
-    on_device = {name: value.to(device) for name, value in batch.items()}
+    batch = Batch(
+        image=torch.randint(256, (count, 3, side, side), dtype=torch.uint8),
+        colour=torch.stack([colour_draws(index) for index in range(count)]),
+        mask=torch.stack(masks),
+    )
+    batch = to_device(batch, device)
     if settings.target == "tokens":
-        on_device["codes"] = _random_codes(stage, settings, device)
-    return on_device
+        batch["codes"] = _random_codes(stage, settings, device)
+    return batch
 
 
 def _random_codes(stage: PretrainStage, settings: PretrainConfig, device: torch.device) -> Tensor:

@@ -258,6 +258,7 @@ def _encode(
     import numpy as np
     import torch
 
+    from pecobook.data.batch import Batch
     from pecobook.data.named_views import NamedViews
     from pecobook.data.stream import to_device
     from pecobook.stages.pretrain import encode_views
@@ -265,7 +266,7 @@ def _encode(
     unread = batch["unread"]
     codes = iter(())
     if "image" in batch:
-        views = to_device({name: batch[name] for name in ("image", "colour")}, fabric.device)
+        views = to_device(Batch(image=batch["image"], colour=batch["colour"]), fabric.device)
         with torch.inference_mode(), fabric.autocast():
             pixels = NamedViews.of(config).pixels(views, training=layout.split == "train")
             indices = encode_views(tokenizer, pixels, config.tokenizer_size)

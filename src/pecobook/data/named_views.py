@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
+from pecobook.data.batch import Batch
 from pecobook.data.views import center_crop, colour_draws, photometric, random_crop
 from pecobook.settings.images import PhotometricConfig
 from pecobook.utils.images import to_float
@@ -56,7 +57,7 @@ class NamedViews:
         """Returns the central crop of a held-out image, which is equal for every key, in the form of `train`."""
         return {"image": center_crop(image, self.image_size), "colour": colour_draws(view_key)}
 
-    def pixels(self, batch: dict[str, Any], *, training: bool) -> Tensor:
+    def pixels(self, batch: Batch, *, training: bool) -> Tensor:
         """Returns the input of ViT and tokenizer, float (B, 3, S, S) in [0, 1]; colours change in training only."""
         images = to_float(batch["image"])
         return photometric(images, batch["colour"], self.colour) if training else images

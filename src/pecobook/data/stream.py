@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, cast
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from pecobook.data.batch import Batch
 from pecobook.data.decode import BadImage
 from pecobook.data.sampler import fixed_place, key, permute
 from pecobook.data.source import ImageSource
@@ -21,12 +22,12 @@ from pecobook.data.views import center_crop
 from pecobook.errors import DataError
 from pecobook.utils.devices import cores
 
-# A view function maps (uint8 image (C, H, W), key of this view) to named tensors; where the source has more of an image
-# than its pixels, (image, mask or boxes, key). A list of tensors marks what differs in shape from image to image.
+# A view function maps (uint8 image (C, H, W), key of this view) to tensors under names of `Batch`; where the source has
+# more of an image than its pixels, (image, mask or boxes, key). A list of tensors marks what differs in shape between
+# images.
 ViewFunction: TypeAlias = Callable[..., dict[str, Any]]
 # What goes with a sample beside its view: (number of the image, epoch) to named tensors. It may raise BadImage too.
 Companion: TypeAlias = Callable[[int, int], dict[str, Tensor]]
-Batch: TypeAlias = dict[str, Any]
 
 _GIVE_UP_AFTER = 100
 
@@ -84,11 +85,11 @@ class Stream(Dataset[dict[str, Any]]):
 
 def collate(samples: list[dict[str, Any]]) -> Batch:
     """Stack tensors; join lists: what was skipped, and tensors of different shapes."""
-    batch: Batch = {"skipped": []}
+    batch: dict[str, Any] = {"skipped": []}
     for name, first in samples[0].items():
         parts = [sample[name] for sample in samples]
         batch[name] = [item for part in parts for item in part] if isinstance(first, list) else torch.stack(parts)
-    return batch
+    return cast("Batch", batch)
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:
@@ -99,7 +100,7 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
             return [item.to(device, non_blocking=True) for item in value]
         return value.to(device, non_blocking=True)
 
-    return {name: move(value) for name, value in batch.items() if name != "skipped"}
+    return cast("Batch", {name: move(value) for name, value in batch.items() if name != "skipped"})
 
 
 def default_workers(devices: int) -> int:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
-from pecobook.data.stream import Batch
+from pecobook.data.batch import Batch
 
 
 def micro_batches(stage: Any, model: Any, batches: Iterator[Batch], seed: Callable[[int], None]) -> Iterable[Batch]:
@@ -27,14 +27,15 @@ def look_ahead(model: Any, batches: list[Batch], seed: Callable[[int], None]) ->
         batches: of tensors (B, ...), on the model's device.
         seed: called with the number of each forward pass before it.
     """
-    size = len(next(iter(batches[0].values())))
-    rows = _rows_of_all(model, batches, seed)
-    for number, batch in enumerate(batches):
-        yield {**batch, **{name: value.roll(-number * size, 0) for name, value in rows.items()}}
+    tensors = [cast("dict[str, Tensor]", batch) for batch in batches]
+    size = len(next(iter(tensors[0].values())))
+    rows = _rows_of_all(model, tensors, seed)
+    for number, batch in enumerate(tensors):
+        yield cast("Batch", {**batch, **{name: value.roll(-number * size, 0) for name, value in rows.items()}})
 
 
 @torch.no_grad()
-def _rows_of_all(model: Any, batches: list[Batch], seed: Callable[[int], None]) -> dict[str, Tensor]:
+def _rows_of_all(model: Any, batches: list[dict[str, Tensor]], seed: Callable[[int], None]) -> dict[str, Tensor]:
     """Rows (count x B, ...) in the order of the images.
 
     The images are mixed for it, every count-th in one forward pass, since BatchNorm would let those know each other

@@ -16,8 +16,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from pecobook.data.batch import Batch
 from pecobook.data.sampler import BatchPositions, key
-from pecobook.data.stream import Batch, Stream, default_workers, load, to_device
+from pecobook.data.stream import Stream, default_workers, load, to_device
 from pecobook.engine import checkpoint
 from pecobook.engine.ahead import micro_batches
 from pecobook.engine.attention import trainable_attention

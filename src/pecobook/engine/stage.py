@@ -11,9 +11,10 @@ from typing import Any, ClassVar, Generic, NamedTuple, TypeVar
 
 from torch import Tensor, nn
 
+from pecobook.data.batch import Batch
 from pecobook.data.images import open_images
 from pecobook.data.source import ImageSource, Splits
-from pecobook.data.stream import Batch, Companion, ViewFunction
+from pecobook.data.stream import Companion, ViewFunction
 from pecobook.engine.optim import parameter_groups
 from pecobook.settings.training import BaseOptimConfig, TrainConfig
 

@@ -20,9 +20,10 @@ from torchvision.transforms.functional import rgb_to_grayscale
 
 from pecobook.analysis.codewords import code_usage, distinct_codewords
 from pecobook.analysis.reconstruction import psnr, ssim
+from pecobook.data.batch import Batch
 from pecobook.data.sampler import key
 from pecobook.data.source import Splits
-from pecobook.data.stream import Batch, ViewFunction
+from pecobook.data.stream import ViewFunction
 from pecobook.data.views import central_view, random_crop
 from pecobook.engine.launch import check_min_batch
 from pecobook.engine.stage import Stage, StageOutput

@@ -13,10 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pecobook.data.batch import Batch
 from pecobook.data.dense.detection import DetectionSource, open_detection
 from pecobook.data.dense.detection_views import evaluation_view, training_view
 from pecobook.data.source import ImageSource, Splits
-from pecobook.data.stream import Batch, ViewFunction
+from pecobook.data.stream import ViewFunction
 from pecobook.engine.launch import is_leader
 from pecobook.engine.optim import dense_groups
 from pecobook.engine.stage import Stage, StageOutput
@@ -67,7 +68,7 @@ class DetectStage(Stage[DetectConfig]):
 
     def forward(self, batch: Batch) -> StageOutput:
         """The sum of the detector's losses; in evaluation mode what it finds, in pixels of the original image."""
-        images = batch["image"]
+        images = batch["images"]
         if self.training:
             losses: dict[str, Tensor] = self.detector(images, _targets(batch))
             metrics = {f"loss_{name}": loss.detach() for name, loss in losses.items()}
@@ -175,8 +176,10 @@ class DetectStage(Stage[DetectConfig]):
 
 def _targets(batch: Batch) -> list[dict[str, Tensor]]:
     """Boxes float32 (n, 4), labels int64 (n,) and, where there are any, masks uint8 (n, h, w), of each image."""
-    names = [name for name in ("boxes", "labels", "masks") if name in batch]
-    return [{name: batch[name][number] for name in names} for number in range(len(batch["boxes"]))]
+    parts = {"boxes": batch["boxes"], "labels": batch["labels"]}
+    if "masks" in batch:
+        parts["masks"] = batch["masks"]
+    return [dict(zip(parts, values, strict=True)) for values in zip(*parts.values(), strict=True)]
 
 
 def _row(found: Detections, view: tuple[int, int], size: tuple[int, int], count: int) -> dict[str, Tensor]:

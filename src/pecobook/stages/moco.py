@@ -14,9 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pecobook.data.batch import Batch
 from pecobook.data.sampler import key
 from pecobook.data.source import Splits
-from pecobook.data.stream import Batch, ViewFunction
+from pecobook.data.stream import ViewFunction
 from pecobook.data.views import central_view, colour_draws, photometric, random_crop
 from pecobook.engine.launch import check_min_batch
 from pecobook.engine.schedule import cosine
@@ -65,22 +66,23 @@ class MocoStage(Stage[ContrastConfig]):
         rows = {} if self.training else self._rows(batch)
         if "view0" not in batch:  # training images that evaluation compares with
             return StageOutput(self.mean.new_zeros(()), {}, rows=rows)
-        views = [self._view(batch, number) for number in (0, 1)]
+        draws = batch["colour0"], batch["colour1"]
+        views = [self._view(view, draws[n], n) for n, view in enumerate((batch["view0"], batch["view1"]))]
         if "ahead" in batch:
-            return StageOutput(None, {}, rows=self._keys(views))
+            return StageOutput(None, {}, rows=dict(zip(("keys0", "keys1"), self._keys(views), strict=True)))
         queries = [self.predictor(self.projector(self.backbone(view))) for view in views]  # (B, out) each
-        keys = batch if "keys0" in batch else self._keys(views)
+        keys = [batch["keys0"], batch["keys1"]] if "keys0" in batch else self._keys(views)
         temperature = self.config.temperature
-        first, accuracy = contrastive_loss(queries[0], keys["keys1"], temperature)
-        second, _ = contrastive_loss(queries[1], keys["keys0"], temperature)
+        first, accuracy = contrastive_loss(queries[0], keys[1], temperature)
+        second, _ = contrastive_loss(queries[1], keys[0], temperature)
         spread = F.normalize(queries[0].detach().float(), dim=1).std(0).mean() * self.config.output_dim**0.5
         metrics = {"accuracy": 100 * accuracy.detach(), "spread": spread}
         return StageOutput(first + second, metrics, rows=rows)
 
     @torch.no_grad()
-    def _keys(self, views: list[Tensor]) -> dict[str, Tensor]:
+    def _keys(self, views: list[Tensor]) -> list[Tensor]:
         """What the queries of the other view are told apart by, (B, out) of each view."""
-        return {f"keys{n}": self.momentum_projector(self.momentum_backbone(view)) for n, view in enumerate(views)}
+        return [self.momentum_projector(self.momentum_backbone(view)) for view in views]
 
     def _rows(self, batch: Batch) -> dict[str, Tensor]:
         """Features (B, F) and labels (B,) of central crops."""
@@ -98,10 +100,9 @@ class MocoStage(Stage[ContrastConfig]):
         result = knn_probe(known["features"], known["labels"], rows["features"], rows["labels"])
         return {"knn": result.accuracy}
 
-    def _view(self, batch: Batch, number: int) -> Tensor:
-        colour = self.config.view_colour(number)
-        images = photometric(to_float(batch[f"view{number}"]), batch[f"colour{number}"], colour)
-        return self._normalised(images)
+    def _view(self, view: Tensor, draws: Tensor, number: int) -> Tensor:
+        """View 0 or 1 with its colours changed: uint8 (B, 3, H, W) to what the backbone reads."""
+        return self._normalised(photometric(to_float(view), draws, self.config.view_colour(number)))
 
     def _normalised(self, images: Tensor) -> Tensor:
         """Float (B, 3, H, W) in [0, 1], as the backbone wants them."""
@@ -164,12 +165,13 @@ def _backbone_args(config: ContrastConfig) -> dict[str, Any]:
 
 
 def _two_views(image: Tensor, view_key: int, *, size: int, min_area: float) -> dict[str, Tensor]:
-    sample = {}
-    for number in (0, 1):
-        own = key(view_key, 10 + number)
-        sample[f"view{number}"] = random_crop(image, size, own, min_area=min_area)
-        sample[f"colour{number}"] = colour_draws(own)
-    return sample
+    first, second = key(view_key, 10), key(view_key, 11)
+    return {
+        "view0": random_crop(image, size, first, min_area=min_area),
+        "view1": random_crop(image, size, second, min_area=min_area),
+        "colour0": colour_draws(first),
+        "colour1": colour_draws(second),
+    }
 
 
 def _evaluated(image: Tensor, view_key: int, *, size: int, min_area: float) -> dict[str, Tensor]:

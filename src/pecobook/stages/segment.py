@@ -13,12 +13,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pecobook.analysis.segments import count_pixels, intersection_over_union, overlay, scores
+from pecobook.data.batch import Batch
 from pecobook.data.dense.segmentation import SegmentationSource, open_segmentation
 from pecobook.data.dense.segmentation_check import verify
 from pecobook.data.dense.segmentation_classes import IGNORE
 from pecobook.data.dense.segmentation_views import resize_mask, training_view
 from pecobook.data.source import ImageSource, Splits
-from pecobook.data.stream import Batch, ViewFunction
+from pecobook.data.stream import ViewFunction
 from pecobook.data.views import photometric
 from pecobook.engine.launch import is_leader, micro_batch_size, world_size
 from pecobook.engine.optim import dense_groups
@@ -71,12 +72,12 @@ class SegmentStage(Stage[SegmentConfig]):
     def _evaluate(self, batch: Batch) -> StageOutput:
         """Of each image, pictures uint8 (3, h, w) at the test's sizes, one after the other; masks int16 (H, W)."""
         sizes, count = len(self.config.test.scales), len(self.classes)
-        total = torch.zeros(1, count, count, dtype=torch.int64, device=batch["image"][0].device)
+        total = torch.zeros(1, count, count, dtype=torch.int64, device=batch["images"][0].device)
         losses: list[Tensor] = []
         shown: list[tuple[Tensor, Tensor, Tensor]] = []
-        repeated = batch["repeated"].tolist() if "repeated" in batch else [False] * len(batch["mask"])
-        for number, truth in enumerate(batch["mask"]):
-            pictures = batch["image"][number * sizes : (number + 1) * sizes]
+        repeated = batch["repeated"].tolist() if "repeated" in batch else [False] * len(batch["masks"])
+        for number, truth in enumerate(batch["masks"]):
+            pictures = batch["images"][number * sizes : (number + 1) * sizes]
             found = self.model.scores(pictures, self.config.test)  # (C, h, w)
             losses.append(self._held_out_loss(found, truth))
             predicted = best_classes(found, (int(truth.shape[0]), int(truth.shape[1])))
@@ -240,4 +241,4 @@ def _whole_view(
     test: SegmentTestConfig,
 ) -> dict[str, list[Tensor]]:
     """A held-out image at the test's sizes, and its mask as it is: lists, since sizes differ."""
-    return {"image": scaled_pictures(image, size, test), "mask": [mask]}
+    return {"images": scaled_pictures(image, size, test), "masks": [mask]}

@@ -53,7 +53,7 @@ def test_training_view__boxes_are_those_of_the_moved_masks(name: str) -> None:
     sizes, kinds = set(), set()
     for key in range(60):
         view = training_view(image, objects, key, **ANY[name])
-        pixels, boxes, labels, masks = (view[part][0] for part in ("image", "boxes", "labels", "masks"))
+        pixels, boxes, labels, masks = (view[part][0] for part in ("images", "boxes", "labels", "masks"))
         assert pixels.dtype == masks.dtype == torch.uint8
         assert len(boxes) == len(labels) == len(masks)
         assert masks.shape[1:] == pixels.shape[1:]
@@ -117,7 +117,7 @@ def test_view__of_an_image_without_objects_and_of_boxes_alone() -> None:
     for how in ANY.values():
         view = training_view(image, objects, 3, **how)
         assert view["boxes"][0].shape == (0, 4)
-        assert view["masks"][0].shape == (0, *view["image"][0].shape[1:])
+        assert view["masks"][0].shape == (0, *view["images"][0].shape[1:])
     image, objects = scene(BOXES, 40, 60, masks=False)
     view = training_view(image, objects, 3, **ANY["one scale"])
     assert "masks" not in view
@@ -149,9 +149,9 @@ def test_jitter__pads_with_grey_at_the_right_and_the_bottom() -> None:
 def test_evaluation_view__resizes_alone() -> None:
     image, objects = scene(BOXES, 40, 60)
     view = evaluation_view(image, objects, 5, short=80, long=100)
-    assert view["image"][0].shape == (3, 67, 100)
+    assert view["images"][0].shape == (3, 67, 100)
     assert view["size"].tolist() == [40, 60]
-    assert torch.equal(view["image"][0], evaluation_view(image, objects, 6, short=80, long=100)["image"][0])
+    assert torch.equal(view["images"][0], evaluation_view(image, objects, 6, short=80, long=100)["images"][0])
 
 
 def test_fitted_size__as_mmdetection() -> None:

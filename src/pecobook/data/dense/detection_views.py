@@ -145,7 +145,7 @@ def training_view(
     """Image, boxes, labels and masks of a random view, each in a list of its own: they differ in shape."""
     geometry = random_geometry(*objects.size, view_key, scales=scales, max_size=max_size, jitter=jitter, canvas=canvas)
     found = view_objects(objects, geometry)
-    return {"image": [move_image(image, geometry)], **{name: [value] for name, value in found.items()}}
+    return {"images": [move_image(image, geometry)], **{name: [value] for name, value in found.items()}}
 
 
 def evaluation_view(
@@ -158,4 +158,4 @@ def evaluation_view(
 ) -> dict[str, Any]:
     """The image resized, in a list, and its own height and width, int64 (2,)."""
     height, width = image.shape[1:]
-    return {"image": [resize(image, *fitted_size(height, width, short, long))], "size": torch.tensor([height, width])}
+    return {"images": [resize(image, *fitted_size(height, width, short, long))], "size": torch.tensor([height, width])}
