@@ -93,9 +93,9 @@ def test_large_pictures_are_halved_until_the_page_fits(tmp_path: Path) -> None:
     report = full("x", png(900, noise=True))
     path = write_report(tmp_path, report, max_bytes=2_000_000)
     assert path.stat().st_size < 2_000_000
-    kept = fit(report, 2_000_000).sections[0].pictures[0]
-    assert kept.size[0] < 900
-    assert kept.shown == 450  # still shown as large as before
+    smaller = fit(report, 2_000_000).sections[0].pictures[0]
+    assert smaller.size[0] < 900
+    assert smaller.display_width == 450  # the displayed size is unchanged
     assert fit(report, 100_000_000) is report
     with pytest.raises(PecobookError, match="pictures"):
         write_report(tmp_path, report, max_bytes=1000)

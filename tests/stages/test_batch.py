@@ -1,4 +1,4 @@
-"""`Batch` lists what batches hold: every key that a stage is given, of its type, and no key that none is given."""
+"""`Batch` lists exactly the keys that stages receive, with their types."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ STAGES: list[type[Stage[Any]]] = [
     DetectStage,
 ]
 HINTS = get_type_hints(Batch)
-# As the explanations of the keys have it.
+# The dtypes as in the docstrings of the keys.
 KEYS: dict[torch.dtype, set[str]] = {
     torch.uint8: {"image", "images", "view0", "view1", "other", "masks"},
     torch.int16: {"mask", "masks"},
@@ -56,19 +56,19 @@ def check(batch: dict[str, Any]) -> None:
                 assert name in KEYS[item.dtype], (name, item.dtype)
 
 
-def test_batch__lists_what_stages_are_given(
+def test_batch__lists_exactly_the_keys_that_stages_receive(
     images: Path, codebook_run: Path, vit_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    seen: dict[str, set[str]] = {}
+    received: dict[str, set[str]] = {}
     loaded: set[str] = set()
 
     def watch(stage: type[Stage[Any]]) -> None:
-        plain = stage.forward
+        original = stage.forward
 
         def forward(self: Any, batch: Any) -> Any:
             check(batch)
-            seen.setdefault(stage.command, set()).update(batch)
-            return plain(self, batch)
+            received.setdefault(stage.command, set()).update(batch)
+            return original(self, batch)
 
         monkeypatch.setattr(stage, "forward", forward)
 
@@ -77,9 +77,9 @@ def test_batch__lists_what_stages_are_given(
     read = Stream.__getitem__
 
     def sample(self: Stream, position: int) -> dict[str, Any]:
-        found = read(self, position)
-        loaded.update(found)
-        return found
+        tensors = read(self, position)
+        loaded.update(tensors)
+        return tensors
 
     monkeypatch.setattr(Stream, "__getitem__", sample)
     config = replace(tokenize_recipe("tiny"), {"data": str(images), "tokenizer": str(codebook_run), "image_size": 16})
@@ -93,11 +93,11 @@ def test_batch__lists_what_stages_are_given(
     }
     for stage in STAGES:
         command = stage.command
-        own = {"max_steps": "2", "workers": 0, **inputs(command, codebook_run, vit_run), **more.get(command, {})}
-        train(command, own.pop("data", images), tmp_path / command, **own)
+        settings = {"max_steps": "2", "workers": 0, **inputs(command, codebook_run, vit_run), **more.get(command, {})}
+        train(command, settings.pop("data", images), tmp_path / command, **settings)
     assert loaded <= HINTS.keys()
     everywhere = {"index", "label", "replaced", "repeated"}
-    assert {command: names - everywhere for command, names in seen.items()} == {
+    assert {command: names - everywhere for command, names in received.items()} == {
         "contrast": {"view0", "view1", "colour0", "colour1", "image", "ahead", "keys0", "keys1"},
         "codebook": {"image", "other", "ahead", "keys"},
         "pretrain": {"image", "colour", "mask", "codes"},
@@ -105,4 +105,4 @@ def test_batch__lists_what_stages_are_given(
         "segment": {"image", "colour", "mask", "images", "masks"},
         "detect": {"images", "boxes", "labels", "masks", "size"},
     }
-    assert set().union(*seen.values()) | {"skipped"} == HINTS.keys()
+    assert set().union(*received.values()) | {"skipped"} == HINTS.keys()

@@ -44,7 +44,7 @@ class Picture:
         return int(width), int(height)
 
     @property
-    def shown(self) -> int:
+    def display_width(self) -> int:
         """Width in CSS pixels if the screen is wide enough."""
         return self.pixels or max(self.size[0] // 2, 1)
 
@@ -152,7 +152,7 @@ def fit(content: Report, max_bytes: int) -> Report:
             raise PecobookError(
                 f"The report has {len(pictures)} pictures, too many for {max_bytes} bytes; omit some pictures."
             )
-        smaller = replace(largest, png=_halved(largest.png), pixels=largest.shown)
+        smaller = replace(largest, png=_halved(largest.png), pixels=largest.display_width)
         sections = tuple(
             replace(section, pictures=tuple(smaller if p is largest else p for p in section.pictures))
             for section in content.sections
