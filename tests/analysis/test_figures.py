@@ -29,7 +29,7 @@ def test_image_columns_show_the_images_in_their_columns() -> None:
     images = torch.zeros(3, 3, 8, 8)
     red, green = images.clone(), images.clone()
     red[:, 0], green[:, 1] = 1, 1
-    picture = opened(image_columns([("original", images), ("red", red), ("a rather long name", green)], max_rows=2))
+    picture = opened(image_columns([("original", images), ("red", red), ("a rather long name", green[:2])]))
     pixels = np.asarray(picture)
     middle = pixels[round(pixels.shape[0] * 0.7)]
     colours = [tuple(middle[round(pixels.shape[1] * share)].tolist()) for share in (1 / 6, 0.5, 5 / 6)]
@@ -49,15 +49,17 @@ def test_names_are_drawn_unchanged() -> None:
 def test_grids_survive_nan_wide_images_and_few_rows() -> None:
     images = torch.rand(1, 3, 6, 12)
     broken = torch.full_like(images, float("nan"))
-    opened(image_columns([("original", images), ("masked", images * 2 - 1), ("run", broken)], max_rows=5))
+    opened(image_columns([("original", images), ("masked", images * 2 - 1), ("run", broken)]))
     with pytest.raises(ValueError, match="image_columns needs"):
         image_columns([("original", torch.rand(0, 3, 4, 4))])
+    with pytest.raises(ValueError, match="image_columns needs"):
+        image_columns([])
 
 
 def test_gallery_picture_grows_with_its_rows() -> None:
     images, codes = torch.rand(6, 3, 16, 16), torch.randint(0, 3, (6, 4, 4))
     short = opened(gallery_picture(code_gallery(images, codes, codewords=1)))
-    tall = opened(gallery_picture(code_gallery(images, codes, codewords=3, chosen=[77]), title="pixel"))
+    tall = opened(gallery_picture(code_gallery(images, codes, codewords=3, chosen=[77])))
     assert tall.height > 2 * short.height
 
 
@@ -67,7 +69,7 @@ def test_training_curves_of_runs_that_differ_in_length_and_metrics() -> None:
     first = training_curves({"pixel": long, "other <run>": short})
     opened(first)
     assert first == training_curves({"pixel": long, "other <run>": short})
-    opened(training_curves({"one": short}, metrics=["loss"]))
+    opened(training_curves({"one": short}))
     with pytest.raises(ValueError, match="no metric"):
         training_curves({"empty": []})
 

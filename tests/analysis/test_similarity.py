@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from pecobook.analysis.codebook_map import map_picture, neighbours, project_to_plane
+from pecobook.analysis.codebook_map import map_picture, nearest_used, project_to_plane
 from pecobook.analysis.similarity import (
     agreement,
     code_distance,
@@ -125,21 +125,22 @@ def test_bapps__refuses_other_layouts_and_missing_files(tmp_path: Path) -> None:
         read_bapps(found, 8)
 
 
-def test_neighbours_are_the_nearest_others() -> None:
+def test_nearest_used__are_the_nearest_other_codewords_in_use() -> None:
     book = torch.tensor([[0.0, 0.0], [1.0, 0.0], [0.0, 3.0], [10.0, 0.0]])
-    assert neighbours(book, torch.tensor([0, 3]), 2).tolist() == [[1, 2], [1, 0]]
-    assert neighbours(book, torch.tensor([2]), 9).shape == (1, 3)
+    assert nearest_used(book, 0, np.ones(4, dtype=np.int64)) == [1, 2, 3]
+    assert nearest_used(book, 3, np.array([1, 1, 0, 0])) == [1, 0]
+    assert nearest_used(torch.arange(9.0)[:, None], 8, np.ones(9, dtype=np.int64)) == [7, 6, 5, 4]
+    assert nearest_used(book, 2, np.array([0, 0, 5, 0])) == []
 
 
-@pytest.mark.parametrize("kind", ["tsne", "pca"])
-def test_project_to_plane__keeps_clusters_together(kind: str) -> None:
+def test_project_to_plane__keeps_clusters_together() -> None:
     generator = torch.Generator().manual_seed(0)
     book = torch.cat([torch.randn(30, 8, generator=generator) + 40 * k for k in range(2)])
-    plane = project_to_plane(book, kind=kind)  # type: ignore[arg-type]
+    plane = project_to_plane(book)
     assert plane.shape == (60, 2)
     first, second = plane[:30].mean(0), plane[30:].mean(0)
     assert np.linalg.norm(first - second) > 2 * np.linalg.norm(plane[:30] - first, axis=1).mean()
-    assert np.array_equal(project_to_plane(book, kind=kind), plane)  # type: ignore[arg-type]
+    assert np.array_equal(project_to_plane(book), plane)
     usage = np.arange(60) - 3
     assert map_picture(plane, usage, title="usage").startswith(b"\x89PNG")
     classes = usage % 3 - (usage < 3)

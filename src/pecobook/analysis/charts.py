@@ -50,33 +50,28 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return records
 
 
-def training_curves(runs: Mapping[str, Metrics], *, metrics: Sequence[str] | None = None, x: str = "step") -> bytes:
-    """Draw one small panel per metric, with the curves of all runs.
+def training_curves(runs: Mapping[str, Metrics]) -> bytes:
+    """Draw one small panel per metric, with the curves of all runs, by the run's name.
 
-    A noisy curve is drawn faintly, with its running mean over it.
-
-    Args:
-        runs: the records of each run, by the run's name.
-        metrics: the metrics to draw; None draws at most eight numbers that vary, `loss` first.
-        x: the key of the horizontal axis.
+    At most eight metrics that vary are drawn, `loss` first. A noisy curve is drawn faintly, below its running mean.
     """
-    chosen = list(metrics) if metrics is not None else _varying(runs, x)
-    if not chosen:
+    metrics = _varying(runs)
+    if not metrics:
         raise ValueError("training_curves found no metric with numbers at two steps")
-    columns = min(2, len(chosen))
-    rows = -(-len(chosen) // columns)
+    columns = min(2, len(metrics))
+    rows = -(-len(metrics) // columns)
     figure = new_figure(_WIDTH, 1.75 * rows + 0.35)
     style_of = styles(list(runs))
-    for position, metric in enumerate(chosen):
+    for position, metric in enumerate(metrics):
         axes = figure.add_subplot(rows, columns, position + 1)
         style_axes(axes, grid="y")
         axes.set_title(metric.replace("_", " "), color=INK, fontsize=10, loc="left")
         for name, records in runs.items():
-            _curve(axes, *_series(records, x, metric), name, style_of[name])
+            _curve(axes, *_series(records, metric), name, style_of[name])
         axes.locator_params(nbins=4)
         axes.margins(x=0.02)
         if position // columns == rows - 1:
-            axes.set_xlabel(x, color=INK, fontsize=9.5)
+            axes.set_xlabel("step", color=INK, fontsize=9.5)
     height = figure.get_figheight()
     figure.subplots_adjust(left=0.08, right=0.99, top=1 - 0.5 / height, bottom=0.3 / height, wspace=0.28, hspace=0.42)
     _legend(figure, figure.axes[0], len(runs), 1 - 0.22 / height)
@@ -111,8 +106,8 @@ def code_usage_chart(counts: Mapping[str, Array]) -> bytes:
     return png(figure)
 
 
-def score_chart(panels: Mapping[str, Sequence[Score]], *, chance: float | None = None, unit: str = "%") -> bytes:
-    """Draw scores as points with bars of one standard error to each side, in one panel per probe.
+def score_chart(panels: Mapping[str, Sequence[Score]], *, chance: float | None = None) -> bytes:
+    """Draw accuracies in percent as points with bars of one standard error to each side, in one panel per probe.
 
     All panels share one axis, so that they can be compared by eye.
 
@@ -120,7 +115,6 @@ def score_chart(panels: Mapping[str, Sequence[Score]], *, chance: float | None =
         panels: the scores of each panel, top row first, by the panel's title; include the control, and the untrained
             network if there is one.
         chance: the score of chance, drawn as a dashed line; None draws no line.
-        unit: the unit of the scores.
     """
     sizes = [max(len(scores), 1) for scores in panels.values()]
     figure = new_figure(_WIDTH, sum(0.36 * size + 0.55 for size in sizes) + 0.3)
@@ -132,16 +126,16 @@ def score_chart(panels: Mapping[str, Sequence[Score]], *, chance: float | None =
         style_axes(axes, grid="x")
         axes.set_title(escape_text(title), color=INK, fontsize=10.5, loc="left")
         axes.set_xlim(low, high)
-        _points(axes, scores, style_of, unit)
+        _points(axes, scores, style_of)
         if chance is not None:
             axes.axvline(chance, color=INK, linewidth=1.1, linestyle=(0, (4, 3)))
         axes.tick_params(axis="x", labelbottom=position == len(panels) - 1)
-    label = f"accuracy, {unit} · bars: ±1 standard error" + (" · dashed: chance" if chance is not None else "")
+    label = "accuracy, % · bars: ±1 standard error" + (" · dashed: chance" if chance is not None else "")
     figure.axes[-1].set_xlabel(label, color=INK, fontsize=10)
     return png(figure)
 
 
-def _points(axes: Axes, scores: Sequence[Score], style_of: Mapping[str, Mapping[str, Any]], unit: str) -> None:
+def _points(axes: Axes, scores: Sequence[Score], style_of: Mapping[str, Mapping[str, Any]]) -> None:
     axes.set_ylim(len(scores) - 0.4, -0.6)
     axes.set_yticks(range(len(scores)), [escape_text(score.name) for score in scores])
     axes.spines["left"].set_visible(False)
@@ -153,7 +147,7 @@ def _points(axes: Axes, scores: Sequence[Score], style_of: Mapping[str, Mapping[
             markersize=5.5, linewidth=2, capsize=3.5, capthick=1.6,
         )  # fmt: skip
         axes.annotate(
-            f"{score.value:.1f}{unit}", (score.value + score.standard_error, row), xytext=(7, 0), color=INK,
+            f"{score.value:.1f}%", (score.value + score.standard_error, row), xytext=(7, 0), color=INK,
             textcoords="offset points", va="center", fontsize=10,
         )  # fmt: skip
 
@@ -183,19 +177,19 @@ def _curve(axes: Axes, x: Sequence[float], y: Sequence[float], name: str, style:
     axes.plot(x, mean, label=escape_text(name), linewidth=1.8, **line)
 
 
-def _series(records: Metrics, x: str, metric: str) -> tuple[list[float], list[float]]:
+def _series(records: Metrics, metric: str) -> tuple[list[float], list[float]]:
     """Return the steps and the finite values of one metric, in the order of the log."""
-    complete = [record for record in records if is_number(record.get(x)) and is_number(record.get(metric))]
-    return [float(record[x]) for record in complete], [float(record[metric]) for record in complete]
+    complete = [record for record in records if is_number(record.get("step")) and is_number(record.get(metric))]
+    return [float(record["step"]) for record in complete], [float(record[metric]) for record in complete]
 
 
-def _varying(runs: Mapping[str, Metrics], x: str) -> list[str]:
+def _varying(runs: Mapping[str, Metrics]) -> list[str]:
     """Return at most eight metrics that have numbers at two or more steps and are not constant."""
-    excluded = {x, "step", "epoch", "seconds", "time", "images", "lr", "learning_rate", "images_per_second"}
+    excluded = {"step", "epoch", "seconds", "time", "images", "lr", "learning_rate", "images_per_second"}
     names = dict.fromkeys(key for records in runs.values() for record in records for key in record)
     varying = []
     for name in names:
-        values = [value for records in runs.values() for value in _series(records, x, name)[1]]
+        values = [value for records in runs.values() for value in _series(records, name)[1]]
         if name not in excluded and len(values) > len(runs) and len(set(values)) > 1:
             varying.append(name)
     return sorted(varying, key=lambda name: name != "loss")[:8]

@@ -6,7 +6,7 @@ Shapes: codebook float (K, D).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -24,23 +24,15 @@ _MAX_NAMED_CLASSES = 20
 """Maximum number of classes for which a map shows separate colours and names."""
 
 
-def neighbours(codebook: Tensor, codewords: Tensor, count: int = 5) -> Tensor:
-    """Return the codewords nearest to each of `codewords`, int64 (M,), without the codeword itself, nearest first.
-
-    The result is int64 (M, count), or (M, K - 1) if `count` is larger.
-    """
+def nearest_used(codebook: Tensor, codeword: int, counts: NDArray[np.int64]) -> list[int]:
+    """Return the four nearest codewords to `codeword` that are in use, nearest first; `counts` (K,) is the usage."""
     vectors = codebook.detach().float().cpu()
-    indices = codewords.cpu()
-    distances = torch.cdist(vectors[indices], vectors)  # (M, K)
-    distances[torch.arange(len(indices)), indices] = float("inf")
-    return distances.topk(min(count, len(vectors) - 1), largest=False).indices
+    nearest = torch.cdist(vectors[[codeword]], vectors)[0].argsort(stable=True).tolist()
+    return [other for other in nearest if other != codeword and counts[other] > 0][:4]
 
 
-def project_to_plane(codebook: Tensor, *, kind: Literal["tsne", "pca"] = "tsne", seed: int = 0) -> NDArray[np.float32]:
-    """Project codewords to a plane, (K, 2).
-
-    t-SNE preserves neighbourhoods; PCA preserves distances as well as two axes can.
-    """
+def project_to_plane(codebook: Tensor, *, seed: int = 0) -> NDArray[np.float32]:
+    """Project codewords to a plane, (K, 2), with t-SNE, which preserves neighbourhoods, or PCA for few codewords."""
     from sklearn.decomposition import PCA
     from sklearn.manifold import TSNE
 
@@ -50,7 +42,7 @@ def project_to_plane(codebook: Tensor, *, kind: Literal["tsne", "pca"] = "tsne",
         if min(vectors.shape) >= 2
         else np.pad(vectors, ((0, 0), (0, 1)))[:, :2]
     )
-    if kind == "pca" or len(vectors) < 8:
+    if len(vectors) < 8:
         return np.asarray(plane, dtype=np.float32)
     start = plane / (plane[:, 0].std() + 1e-12) * 1e-4
     perplexity = min(30.0, (len(vectors) - 1) / 3)

@@ -136,7 +136,6 @@ def code_gallery(
     patches: int = 12,
     seed: int = 0,
     chosen: Sequence[int] = (),
-    context: float = 1.0,
 ) -> Gallery:
     """Collect patches that share a codeword, in one row per codeword.
 
@@ -150,8 +149,6 @@ def code_gallery(
         patches: maximum number of patches in a row.
         seed: seed of the choice of patches.
         chosen: codewords that certainly get a row.
-        context: width of the surroundings on each side of a patch, in sides of a patch; at the border of the image the
-            window moves inwards.
     """
     grid = as_numpy(codes)
     if grid.ndim != 3 or len(grid) != len(images):
@@ -164,7 +161,7 @@ def code_gallery(
         positions = np.argwhere(grid == code)  # (count, 3): image, row, column
         drawn = positions[_one_per_image_first(positions[:, 0], np.random.default_rng([seed, code]))[:patches]]
         crops = tuple(
-            GalleryPatch(image, row, column, *patch_window(images[image], grid.shape[1:], row, column, context))
+            GalleryPatch(image, row, column, *patch_window(images[image], grid.shape[1:], row, column))
             for image, row, column in drawn.tolist()
         )
         rows.append(GalleryRow(code, len(positions), len(np.unique(positions[:, 0])), crops))
@@ -183,24 +180,24 @@ def _one_per_image_first(image: NDArray[np.int64], rng: np.random.Generator) -> 
 
 
 def patch_window(
-    image: Tensor, grid: tuple[int, ...], row: int, column: int, context: float
+    image: Tensor, grid: tuple[int, ...], row: int, column: int
 ) -> tuple[Tensor, tuple[float, float, float, float]]:
-    """Cut out one patch of an image with its surroundings.
+    """Cut out one patch of an image with surroundings of the patch's size on each side.
+
+    At the border of the image the window moves inwards.
 
     Args:
         image: (3, H, W), float in [0, 1] or uint8.
         grid: rows and columns of the code grid.
         row: row of the patch in the grid.
         column: column of the patch in the grid.
-        context: width of the surroundings on each side, in sides of a patch.
 
     Returns:
         the window, float (3, s, t) in [0, 1], and top, left, height and width of the patch within the window in pixels.
     """
     height, width = image.shape[-2:]
     patch_h, patch_w = height / grid[0], width / grid[1]
-    side_h = min(round(patch_h * (1 + 2 * context)), height)
-    side_w = min(round(patch_w * (1 + 2 * context)), width)
+    side_h, side_w = min(round(3 * patch_h), height), min(round(3 * patch_w), width)
     top = min(max(round((row + 0.5) * patch_h - side_h / 2), 0), height - side_h)
     left = min(max(round((column + 0.5) * patch_w - side_w / 2), 0), width - side_w)
     window = image[:, top : top + side_h, left : left + side_w].detach().float().cpu().clone()

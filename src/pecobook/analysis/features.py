@@ -15,9 +15,7 @@ from pecobook.models.weights import Backbone
 
 
 @torch.inference_mode()
-def backbone_features(
-    backbone: Backbone, images: Tensor, *, batch_size: int = 256, every_layer: bool = False
-) -> dict[str, Tensor]:
+def backbone_features(backbone: Backbone, images: Tensor, *, every_layer: bool = False) -> dict[str, Tensor]:
     """Compute pooled features of several layers.
 
     For a transformer, the features are the mean of the patch tokens after some of the upper blocks. (The best layer of
@@ -27,7 +25,6 @@ def backbone_features(
     Args:
         backbone: the network and the normalisation of the input.
         images: float (N, 3, H, W) in [0, 1], with the input size of the network.
-        batch_size: number of images in one forward pass.
         every_layer: for a transformer, return the features of all blocks: the mean of the patch tokens (`block 6 mean`)
             and, if there is one, the class token (`block 6 class`).
 
@@ -38,7 +35,7 @@ def backbone_features(
     device = next(network.parameters()).device
     mean, std = (torch.tensor(values, device=device)[:, None, None] for values in (backbone.mean, backbone.std))
     features: dict[str, list[Tensor]] = {}
-    for chunk in torch.split(images, batch_size):
+    for chunk in torch.split(images, 256):
         for name, value in _layers(network, (chunk.to(device) - mean) / std, every_layer).items():
             features.setdefault(name, []).append(value.float().cpu())
     return {name: torch.cat(parts) for name, parts in features.items()}

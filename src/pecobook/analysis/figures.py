@@ -19,16 +19,17 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 _WIDTH = 4.9  # inches
+_PATCHES_PER_LINE = 6
 _GAP = 0.045  # between images, in units of an image's side
 
 
-def image_columns(columns: Sequence[tuple[str, Tensor]], *, max_rows: int = 6) -> bytes:
+def image_columns(columns: Sequence[tuple[str, Tensor]]) -> bytes:
     """Draw a grid of images with one titled column for each of `columns`, (N, 3, H, W) each.
 
-    Two columns may have the same title. The first `max_rows` images of each column are drawn.
+    Two columns may have the same title. There are as many rows as the shortest column has images.
     """
-    rows = min([max_rows, *(len(images) for _, images in columns)])
-    if not columns or rows < 1:
+    rows = min((len(images) for _, images in columns), default=0)
+    if rows < 1:
         raise ValueError("image_columns needs at least one column and one image in each")
     titles = [_wrapped(title, 54 // len(columns)) for title, _ in columns]
     lines = max(title.count("\n") + 1 for title in titles)
@@ -44,23 +45,21 @@ def image_columns(columns: Sequence[tuple[str, Tensor]], *, max_rows: int = 6) -
     return png(axes.figure)  # type: ignore[arg-type]
 
 
-def gallery_picture(gallery: Gallery, *, per_line: int = 6, title: str | None = None) -> bytes:
+def gallery_picture(gallery: Gallery) -> bytes:
     """Draw one block per codeword: number and usage, then the patches, outlined within their surroundings."""
     step, label = 1 + 2 * _GAP, 0.5
-    unit = 4.1 / (per_line * step)
-    head = 0.34 / unit if title else 0.0
-    lines = [max(1, -(-len(row.patches) // per_line)) for row in gallery.rows]
-    height = head + sum(label + line * step + 0.12 for line in lines)
-    axes = _empty_axes(per_line * step, max(height, 1.0), unit)
-    if title:
-        axes.text(0, 0.0, escape_text(title), ha="left", va="top", color=INK, fontsize=11.5, weight="bold")
-    top = head
+    lines = [max(1, -(-len(row.patches) // _PATCHES_PER_LINE)) for row in gallery.rows]
+    height = sum(label + line * step + 0.12 for line in lines)
+    width = _PATCHES_PER_LINE * step
+    axes = _empty_axes(width, max(height, 1.0), 4.1 / width)
+    top = 0.0
     for row, line in zip(gallery.rows, lines, strict=True):
         usage = f"codeword {row.codeword}  ·  {_count(row.count, 'patch', 'patches')}"
         usage += f" in {_count(row.images, 'image', 'images')}"
         axes.text(0, top + label - 0.1, usage, ha="left", va="bottom", color=INK, fontsize=10.5)
         for position, patch in enumerate(row.patches):
-            _draw_patch(axes, patch, position % per_line * step, top + label + position // per_line * step)
+            line_number, column = divmod(position, _PATCHES_PER_LINE)
+            _draw_patch(axes, patch, column * step, top + label + line_number * step)
         top += label + line * step + 0.12
     return png(axes.figure)  # type: ignore[arg-type]
 

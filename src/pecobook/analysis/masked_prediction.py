@@ -44,13 +44,13 @@ def predict_masked(mim: MaskedModel, tokenizer: Tokenizer, images: Tensor, mask:
     return MaskedPrediction(codes.cpu().clone(), target.cpu().clone(), masked.cpu().clone(), accuracy)
 
 
-def decode_prediction(tokenizer: Tokenizer, prediction: MaskedPrediction, batch_size: int = 64) -> Tensor:
+def decode_prediction(tokenizer: Tokenizer, prediction: MaskedPrediction) -> Tensor:
     """Decode predicted codes to images, float (B, 3, H, W) in [0, 1] on the host."""
-    return decode_all(tokenizer, prediction.codes, batch_size)
+    return decode_all(tokenizer, prediction.codes)
 
 
-def hide(images: Tensor, mask: Tensor, grey: float = 0.5) -> Tensor:
-    """Return `images` with masked patches painted `grey`, float (B, 3, H, W), to show the input of the model."""
+def hide(images: Tensor, mask: Tensor) -> Tensor:
+    """Return `images` with masked patches painted grey, float (B, 3, H, W), to show the input of the model."""
     height, width = images.shape[-2:]
     pixel_mask = torch.nn.functional.interpolate(mask[:, None].float(), size=(height, width), mode="nearest")
-    return torch.where(pixel_mask.to(images.device) > 0.5, torch.full_like(images, grey), images)
+    return torch.where(pixel_mask.to(images.device) > 0.5, torch.full_like(images, 0.5), images)

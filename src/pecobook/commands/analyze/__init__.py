@@ -70,6 +70,7 @@ def _write_all(config: AnalyzeConfig, inputs: AnalysisInputs, began: float) -> P
         results["tokenizers"].append(metrics.values)
         results["skipped"] = {"count": len(skipped), "names": skipped}
         _write(results, out, began)  # before drawing, so that the numbers survive an error in a picture
+        say("  pictures")
         drawn = draw()
         cost.append((tokenizer_input.name, time.monotonic() - step_began))
         files = {kind: f"{kind}-{file_part(number, tokenizer_input.name)}.png" for kind in drawn}
@@ -123,17 +124,14 @@ def _preflight(config: AnalyzeConfig) -> AnalysisInputs:
     from pecobook.commands.analyze.inputs import open_inputs
 
     preflight = Preflight()
-    preflight.check(lambda: _check_tokenizer_given(config))
+    if not config.tokenizer:
+        error = ConfigError("--tokenizer is missing: give a codebook run, dalle:FOLDER or diffusers:FOLDER.")
+        preflight.problems.append(error)
     preflight.check(_folder(config).check)
     inputs = preflight.check(lambda: open_inputs(config)) if config.tokenizer else None
     preflight.finish()
     assert inputs is not None
     return inputs
-
-
-def _check_tokenizer_given(config: AnalyzeConfig) -> None:
-    if not config.tokenizer:
-        raise ConfigError("--tokenizer is missing: give a codebook run, dalle:FOLDER or diffusers:FOLDER.")
 
 
 def _folder(config: AnalyzeConfig) -> OutputFolder:

@@ -129,9 +129,7 @@ class _Sample:
         self.drawn = sorted([*self.drawn, *new])[: self.size]
 
 
-def bank_gallery(
-    bank: TokenBank, source: ImageSource, occurrences: Sequence[Occurrences], *, context: float = 1.0
-) -> Gallery:
+def bank_gallery(bank: TokenBank, source: ImageSource, occurrences: Sequence[Occurrences]) -> Gallery:
     """Cut the drawn patches out of the views that were tokenized; images that are no longer readable are left out."""
     rows = []
     for occurrence in occurrences:
@@ -141,7 +139,7 @@ def bank_gallery(
                 pixels = view_of(bank.config, source, image, view)
             except BadImage:
                 continue
-            window, box = patch_window(pixels, bank.layouts["train"].grid, row, column, context)
+            window, box = patch_window(pixels, bank.layouts["train"].grid, row, column)
             patches.append(GalleryPatch(image, row, column, window, box))
         rows.append(GalleryRow(occurrence.codeword, occurrence.count, occurrence.images, tuple(patches)))
     return Gallery(tuple(rows))

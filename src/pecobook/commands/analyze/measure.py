@@ -139,7 +139,9 @@ def analyze_tokenizer(
     unchanged = stability(tokenizer, images[:_STABILITY_IMAGES], codes[:_STABILITY_IMAGES], tokenizer.stride)
     values["stability"] = {name: round(value, 2) for name, value in unchanged.items()}
     values["similarity"] = _similarity(inputs, tokenizer, images)
-    draws: list[Draw] = [partial(_pictures, config, inputs, tokenizer, images, codes, labels, usage)]
+    classes, requested = inputs.splits.evaluation.classes or (), config.codewords
+    draw = partial(pictures_of, tokenizer, images, codes, labels, usage)
+    draws: list[Draw] = [partial(draw, classes=classes, requested=requested, seed=config.seed)]
     if tokenizer_input.bank is not None:
         say(f"  the token bank {tokenizer_input.bank.folder}")
         values["bank"], draw_bank = _bank(config, tokenizer_input.bank, K, inputs.splits.train)
@@ -151,22 +153,6 @@ def analyze_tokenizer(
 def _at_most_fifty(codewords: list[int]) -> list[int] | None:
     """Return the codewords, or None for more than fifty, which nobody would read."""
     return codewords if len(codewords) <= 50 else None
-
-
-def _pictures(
-    config: AnalyzeConfig,
-    inputs: AnalysisInputs,
-    tokenizer: Any,
-    images: Tensor,
-    codes: Tensor,
-    labels: Tensor | None,
-    usage: CodeUsage,
-) -> dict[str, bytes]:
-    say("  pictures")
-    classes = inputs.splits.evaluation.classes or ()
-    return pictures_of(
-        tokenizer, images, codes, labels, usage, classes=classes, requested=config.codewords, seed=config.seed
-    )
 
 
 def _bank(

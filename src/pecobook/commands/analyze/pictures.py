@@ -13,7 +13,7 @@ from torch import Tensor
 
 from pecobook.analysis import figures as draw
 from pecobook.analysis.charts import code_usage_chart, read_metrics, training_curves
-from pecobook.analysis.codebook_map import map_picture, neighbours, project_to_plane
+from pecobook.analysis.codebook_map import map_picture, nearest_used, project_to_plane
 from pecobook.analysis.codewords import CodeUsage, code_gallery
 from pecobook.analysis.semantics import joint_counts
 
@@ -58,10 +58,8 @@ def pictures_of(
         "positions": draw.position_map(codes, tokenizer.num_codewords),
     }
     most_used = int(usage.counts.argmax())
-    nearest = neighbours(codebook, torch.tensor([most_used]), len(codebook))[0].tolist()
-    nearest_used = [code for code in nearest if usage.counts[code] > 0][:4]
-    if nearest_used:
-        chosen = [most_used, *nearest_used]
+    chosen = [most_used, *nearest_used(codebook, most_used, usage.counts)]
+    if len(chosen) > 1:
         patches = code_gallery(images, codes, codewords=len(chosen), patches=6, seed=seed, chosen=chosen)
         pictures["neighbours"] = draw.gallery_picture(patches)
     mapped = np.sort(np.argsort(-usage.counts, kind="stable")[:_MAX_ON_MAP])
@@ -109,7 +107,7 @@ def side_by_side(measured: Sequence[TokenizerMetrics]) -> dict[str, bytes]:
     originals = max((metrics.images for metrics in measured), key=lambda images: images.shape[-1])
     columns = [(metrics.name, resize_nearest(metrics.restored, originals.shape[-1])) for metrics in measured]
     return {
-        "reconstructions.png": draw.image_columns([("original", originals), *columns], max_rows=NUM_IMAGES),
+        "reconstructions.png": draw.image_columns([("original", originals), *columns]),
         "usage.png": code_usage_chart({metrics.name: metrics.usage.counts for metrics in measured}),
     }
 

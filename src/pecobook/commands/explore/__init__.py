@@ -94,7 +94,8 @@ def _open(config: ExploreConfig) -> tuple[list[IndexedTokenizer], dict[str, Mask
     from pecobook.utils.devices import device
 
     preflight = Preflight()
-    preflight.check(lambda: _check_runs_given(config))
+    if not config.runs:
+        preflight.problems.append(ConfigError("No run is given: pecobook explore RUN [RUN ...] --data SOURCE."))
     tokenizers: dict[str, Any] = {}
     runs: dict[str, MaskedRun] = {}
 
@@ -112,8 +113,3 @@ def _open(config: ExploreConfig) -> tuple[list[IndexedTokenizer], dict[str, Mask
     assert splits is not None
     indexed = [index(name, tokenizer, splits, config.images) for name, tokenizer in tokenizers.items()]
     return indexed, runs, splits
-
-
-def _check_runs_given(config: ExploreConfig) -> None:
-    if not config.runs:
-        raise ConfigError("No run is given: pecobook explore RUN [RUN ...] --data SOURCE.")

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pecobook.analysis.codebook_map import neighbours
+from pecobook.analysis.codebook_map import nearest_used
 from pecobook.analysis.codewords import code_gallery, code_usage
 from pecobook.analysis.masked_prediction import decode_prediction, hide, predict_masked
 from pecobook.analysis.reconstruction import decode_all, encode_all, psnr
@@ -133,16 +133,14 @@ def codeword_info(
         by_class = torch.bincount(indexed.labels, weights=counts.double(), minlength=len(classes))
         order = by_class.argsort(descending=True, stable=True)[:8].tolist()
         frequent = [(classes[c], int(by_class[c]), 100 * float(by_class[c]) / total) for c in order if by_class[c] > 0]
-    codebook = indexed.tokenizer.codebook.detach().float().cpu()
-    nearest = neighbours(codebook, torch.tensor([code]), len(codebook))[0].tolist()
-    used = [neighbour for neighbour in nearest if indexed.counts[neighbour] > 0][:4]
+    nearest = nearest_used(indexed.tokenizer.codebook, code, indexed.counts)
     return CodewordInfo(
         number=code,
         count=total,
         images=int((counts > 0).sum()),
         patches=_patches(indexed, code, max_patches),
         classes=frequent,
-        nearest=[(neighbour, _patches(indexed, neighbour, 1)[0]) for neighbour in used],
+        nearest=[(neighbour, _patches(indexed, neighbour, 1)[0]) for neighbour in nearest],
     )
 
 
