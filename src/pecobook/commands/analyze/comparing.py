@@ -62,7 +62,7 @@ def what_was_compared(results: Results) -> Section:
     if {"control", "perceptual"} <= set(_names(results)):
         text += (
             "The paper compares perceptual with pixel. The control shows how much of a gain comes from "
-            "what the network has learnt: a gain of the control cannot come from meaning."
+            "what the network has learnt: a gain that the control has too cannot come from meaning."
         )
     return Section("What was compared", text)
 
