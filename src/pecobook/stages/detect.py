@@ -23,7 +23,8 @@ from pecobook.engine.optim import dense_groups
 from pecobook.engine.stage import Stage, StageOutput, submodule_state
 from pecobook.errors import ConfigError
 from pecobook.models.dense.detector import Detections, Detector, rescale_boxes
-from pecobook.models.dense.pyramid import build_pyramid, describe_pyramid
+from pecobook.models.dense.pyramid import FeaturePyramid, build_pyramid, describe_pyramid
+from pecobook.models.weights import Backbone
 from pecobook.settings.detect import DetectConfig
 from pecobook.settings.training import BaseOptimConfig
 
@@ -38,14 +39,21 @@ class DetectStage(Stage[DetectConfig]):
         config: all settings.
         train: the training images.
         evaluation: the held-out images.
+        networks: the feature pyramid of the settings and its backbone; None builds them.
     """
 
     command = "detect"
 
-    def __init__(self, config: DetectConfig, train: DetectionSource, evaluation: DetectionSource) -> None:
+    def __init__(
+        self,
+        config: DetectConfig,
+        train: DetectionSource,
+        evaluation: DetectionSource,
+        networks: tuple[FeaturePyramid, Backbone] | None = None,
+    ) -> None:
         super().__init__()
         self.config, self.evaluation = config, evaluation
-        pyramid, backbone = build_pyramid(config)
+        pyramid, backbone = networks or build_pyramid(config)
         self.detector = Detector(
             pyramid,
             describe_pyramid(backbone, config.pyramid, config.image_size),
@@ -133,17 +141,19 @@ class DetectStage(Stage[DetectConfig]):
         return splits
 
     @classmethod
-    def check(cls, config: DetectConfig) -> None:
-        """Raise PecobookError for settings, or weights, that cannot be used."""
+    def check(cls, config: DetectConfig) -> tuple[FeaturePyramid, Backbone]:
+        """Build the pyramid and its backbone. Raises PecobookError for settings, or weights, that cannot be used."""
         if config.compile:
-            raise ConfigError("--compile does not go with detect: the number of objects differs from image to image.")
-        build_pyramid(config)
+            raise ConfigError("--compile does not work with detect: the number of objects differs from image to image.")
+        return build_pyramid(config)
 
     @classmethod
-    def build(cls, config: DetectConfig, splits: Splits) -> DetectStage:
-        """The stage with random weights."""
+    def build(
+        cls, config: DetectConfig, splits: Splits, prebuilt: tuple[FeaturePyramid, Backbone] | None = None
+    ) -> DetectStage:
+        """Build the stage, with random weights in the heads."""
         train, evaluation = cast("DetectionSource", splits.train), cast("DetectionSource", splits.evaluation)
-        return cls(config, train, evaluation)
+        return cls(config, train, evaluation, prebuilt)
 
     @classmethod
     def view(cls, config: DetectConfig) -> ViewFunction:

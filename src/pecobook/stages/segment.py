@@ -26,8 +26,9 @@ from pecobook.engine.launch import is_leader, micro_batch_size, world_size
 from pecobook.engine.optim import dense_groups
 from pecobook.engine.stage import Stage, StageOutput, mean_of_counted, submodule_state
 from pecobook.errors import ConfigError, DataError, listed
-from pecobook.models.dense.pyramid import build_pyramid, describe_pyramid
+from pecobook.models.dense.pyramid import FeaturePyramid, build_pyramid, describe_pyramid
 from pecobook.models.dense.segmenter import Segmenter, best_classes, rescaled_images, resize_maps
+from pecobook.models.weights import Backbone
 from pecobook.settings.segment import SegmentConfig, SegmentTestConfig
 from pecobook.settings.training import BaseOptimConfig
 from pecobook.utils.images import resize, to_float
@@ -39,14 +40,17 @@ class SegmentStage(Stage[SegmentConfig]):
     Args:
         config: all settings.
         classes: names of the classes.
+        networks: the feature pyramid of the settings and its backbone; None builds them.
     """
 
     command = "segment"
 
-    def __init__(self, config: SegmentConfig, classes: tuple[str, ...]) -> None:
+    def __init__(
+        self, config: SegmentConfig, classes: tuple[str, ...], networks: tuple[FeaturePyramid, Backbone] | None = None
+    ) -> None:
         super().__init__()
         self.config, self.classes, self.min_batch_size = config, classes, _min_batch_size(config)
-        pyramid, backbone = build_pyramid(config)
+        pyramid, backbone = networks or build_pyramid(config)
         pyramid_settings = describe_pyramid(backbone, config.pyramid, config.image_size)
         self.model = Segmenter(pyramid, pyramid_settings, classes=classes, config=config)
 
@@ -164,8 +168,8 @@ class SegmentStage(Stage[SegmentConfig]):
         return checked.splits
 
     @classmethod
-    def check(cls, config: SegmentConfig) -> None:
-        """Raise PecobookError for settings, or weights, that cannot be used."""
+    def check(cls, config: SegmentConfig) -> tuple[FeaturePyramid, Backbone]:
+        """Build the pyramid and its backbone. Raises PecobookError for settings, or weights, that cannot be used."""
         if config.strategy == "fsdp" and config.test.mode == "slide" and world_size(config) > 1:
             raise ConfigError(
                 "--strategy fsdp and --test.mode slide exclude each other, since devices would wait for windows that "
@@ -176,12 +180,14 @@ class SegmentStage(Stage[SegmentConfig]):
                 "UperNet normalises over a batch, so a device must hold 2 images or more; --pyramid.checkpointing true "
                 "or a smaller --image-size save memory."
             )
-        build_pyramid(config)
+        return build_pyramid(config)
 
     @classmethod
-    def build(cls, config: SegmentConfig, splits: Splits) -> SegmentStage:
-        """The stage with random weights."""
-        return cls(config, cast("SegmentationSource", splits.train).meaning.names)
+    def build(
+        cls, config: SegmentConfig, splits: Splits, prebuilt: tuple[FeaturePyramid, Backbone] | None = None
+    ) -> SegmentStage:
+        """Build the stage, with random weights in the heads."""
+        return cls(config, cast("SegmentationSource", splits.train).meaning.names, prebuilt)
 
     @classmethod
     def view(cls, config: SegmentConfig) -> ViewFunction:
