@@ -85,8 +85,8 @@ class DetectStage(Stage[DetectConfig]):
     def parameter_groups(self, config: BaseOptimConfig) -> list[dict[str, Any]]:
         """Return parameter groups: layer-wise learning rates in the backbone, the full rate elsewhere."""
         detector = self.detector
-        above = (detector.pyramid.scale, detector.fpn, detector.proposals, detector.heads)
-        return dense_groups(detector.pyramid.network, above, config, frozen=self.config.pyramid.frozen)
+        heads = (detector.pyramid.scale, detector.fpn, detector.proposals, detector.heads)
+        return dense_groups(detector.pyramid.network, heads, config, frozen=self.config.pyramid.frozen)
 
     def summarise(self, rows: dict[str, Tensor], reference_rows: dict[str, Tensor]) -> dict[str, float]:
         """Return the average precision over all held-out images, in percent."""

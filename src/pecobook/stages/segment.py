@@ -91,8 +91,8 @@ class SegmentStage(Stage[SegmentConfig]):
             if len(samples) < 8:
                 samples.append(_sample_pictures(pictures[0], truth, predicted, self.config.image_size))
         columns = zip(("image", "truth", "predicted"), zip(*samples, strict=True), strict=True)
-        drawn = {name: torch.stack(parts) for name, parts in columns}
-        return StageOutput(mean_of_counted(torch.stack(losses), batch), {}, drawn, {"counts": total})
+        sample_pictures = {name: torch.stack(parts) for name, parts in columns}
+        return StageOutput(mean_of_counted(torch.stack(losses), batch), {}, sample_pictures, {"counts": total})
 
     def _held_out_loss(self, class_scores: Tensor, truth: Tensor) -> Tensor:
         """Return the cross-entropy, (), at the size of the scores (C, h, w); 0 if no pixel counts."""
@@ -119,8 +119,8 @@ class SegmentStage(Stage[SegmentConfig]):
     def parameter_groups(self, config: BaseOptimConfig) -> list[dict[str, Any]]:
         """Return parameter groups: layer-wise learning rates in the backbone, the full rate elsewhere."""
         model = self.model
-        above = [model.pyramid.scale, model.head, *([model.auxiliary] if model.auxiliary else [])]
-        return dense_groups(model.pyramid.network, above, config, frozen=self.config.pyramid.frozen)
+        heads = [model.pyramid.scale, model.head, *([model.auxiliary] if model.auxiliary else [])]
+        return dense_groups(model.pyramid.network, heads, config, frozen=self.config.pyramid.frozen)
 
     def export(self, folder: Path, state: dict[str, Tensor]) -> str:
         """Write the segmenter with its backbone."""
@@ -129,7 +129,10 @@ class SegmentStage(Stage[SegmentConfig]):
 
     @classmethod
     def open(cls, config: SegmentConfig) -> Splits:
-        """Open the pairs of images and masks; unless `--no-verify` is given, read every pair and leave out bad ones."""
+        """Open the pairs of images and masks, and check every pair unless `--no-verify` is given.
+
+        Pairs that cannot be read are left out, and with `--skip-bad` pairs whose image and mask do not fit.
+        """
         from pecobook.engine.log import Progress
 
         if not config.data:
@@ -162,9 +165,9 @@ class SegmentStage(Stage[SegmentConfig]):
                 reasons = listed([*checked.unreadable, *checked.problems])
                 purpose = "train" if source.split == "train" else "evaluate"
                 raise DataError(f"--data '{config.data}' has no pair that can be used to {purpose}:\n{reasons}")
-        for lines, what in ((checked.problems, "do not fit"), (checked.unreadable, "cannot be read")):
+        for lines, reason in ((checked.problems, "do not fit"), (checked.unreadable, "cannot be read")):
             if lines and is_leader():
-                print(f"{len(lines)} of the pairs {what} and are left out:\n{listed(lines)}", file=sys.stderr)
+                print(f"{len(lines)} of the pairs {reason} and are left out:\n{listed(lines)}", file=sys.stderr)
         return checked.splits
 
     @classmethod

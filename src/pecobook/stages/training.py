@@ -90,8 +90,8 @@ def _fit(stage_type: type[Stage[C]], config: C, fabric: Any, stage: Stage[C], sp
     count = min(getattr(config, "knn_images", 0), len(splits.train))
     view = stage_type.reference_view(config)
     if view is not None and count and splits.train.labels is not None:
-        chosen = splits.train.subset(fixed_place(i, len(splits.train)) for i in range(count))
-        reference = Stream(chosen, view, 0)
+        subset = splits.train.subset(fixed_place(i, len(splits.train)) for i in range(count))
+        reference = Stream(subset, view, 0)
     train, held_out = stage.companions()
     views = stage.num_views()
     return fit(
