@@ -38,7 +38,7 @@ def stage_of(recipe_name: str, settings: dict[str, Any]) -> Any:
     from pecobook.stages.codebook import CodebookStage
 
     stage = CodebookStage(replace(recipe("codebook", recipe_name), settings))
-    stage.tokenizer.quantizer._started = True
+    stage.tokenizer.quantizer._initialised = True
     return stage
 
 

@@ -37,7 +37,7 @@ def pyramid(size: int, **config: Any) -> Any:
 
 
 def segment(batch: int, device: torch.device, **config: Any) -> Made:
-    from pecobook.models.dense.segmenter import Segmenter, stretch
+    from pecobook.models.dense.segmenter import Segmenter, resize_maps
 
     names = tuple(str(number) for number in range(CLASSES))
     model = Segmenter(pyramid(SIDE, **config), {"image_size": SIDE, "mean": MEAN, "std": STD}, classes=names)
@@ -46,7 +46,7 @@ def segment(batch: int, device: torch.device, **config: Any) -> Made:
 
     def loss() -> Tensor:
         main, extra = model(images)
-        parts = [nn.functional.cross_entropy(stretch(x.float(), truth.shape[1:]), truth) for x in (main, extra)]
+        parts = [nn.functional.cross_entropy(resize_maps(x.float(), truth.shape[1:]), truth) for x in (main, extra)]
         return parts[0] + 0.4 * parts[1]
 
     return model, loss

@@ -22,7 +22,7 @@ from benchmarks.runs import command, records, side_by_side, table
 
 ARMS = ("scratch", "pixel codebook", "control codebook", "perceptual codebook")
 TITLES = {
-    "segment": {"miou": "mIoU, %", "mean_accuracy": "mean accuracy, %", "pixel_accuracy": "pixels right, %"},
+    "segment": {"miou": "mIoU, %", "mean_accuracy": "mean accuracy, %", "pixel_accuracy": "pixel accuracy, %"},
     "detect": {"box_ap": "box AP, %", "box_ap50": "box AP50, %", "mask_ap": "mask AP, %", "mask_ap50": "mask AP50, %"},
 }
 

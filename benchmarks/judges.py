@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from pecobook.models.checkpoints import load_state, read_weights
 from pecobook.models.export import read_export
-from pecobook.models.weights import IMAGENET_MEAN, IMAGENET_STD, create
+from pecobook.models.weights import IMAGENET_MEAN, IMAGENET_STD, create_network
 
 
 class CifarResNet(nn.Module):
@@ -61,7 +61,7 @@ class Judge(nn.Module):
         mean, std = IMAGENET_MEAN, IMAGENET_STD
         if Path(path).is_dir():
             config, state = read_export(path)
-            self.network = create(config["name"], num_classes=len(config["classes"]), **config["args"])
+            self.network = create_network(config["name"], num_classes=len(config["classes"]), **config["args"])
             mean, std = config["mean"], config["std"]
         else:
             state = read_weights(path)

@@ -122,7 +122,7 @@ MISTAKES: list[tuple[str, str, str]] = [
     ),
     ("contrast tiny --data photos --out run --model.args {", "{", "not JSON"),
     ("contrast tiny --data photos --out run --model.args 3", "3", "JSON object"),
-    ('contrast tiny --data photos --out run --model.args {"dept":3}', "dept", "does not take"),
+    ('contrast tiny --data photos --out run --model.args {"dept":3}', "dept", "does not accept"),
     ("contrast tiny --data photos --out run --batch-size 1", "--batch-size", "at least 2 images"),
     ("pretrain tiny --data photos --out run", "--tokenizer is missing", "codebook run"),
     ("pretrain tiny --data photos --out run --tokenizer full", "full", "not a finished run"),

@@ -15,7 +15,7 @@ from torchvision.models.detection.roi_heads import project_masks_on_boxes
 
 from pecobook.analysis.detections import average_precision, coco_results, detections_picture, evaluate_detections
 from pecobook.data.dense.detection import DetectionSource, open_detection
-from pecobook.models.dense.detector import Detections, half_pixel
+from pecobook.models.dense.detector import Detections, shift_half_pixel
 from tests.coco import make_coco, read_coco
 
 
@@ -34,7 +34,7 @@ def perfect(source: DetectionSource, index: int) -> Detections:
     objects = source.objects(index)
     masks = objects.masks()
     assert masks is not None
-    small = project_masks_on_boxes(half_pixel(masks), objects.boxes, torch.arange(len(masks)), 28)
+    small = project_masks_on_boxes(shift_half_pixel(masks), objects.boxes, torch.arange(len(masks)), 28)
     return Detections(objects.boxes, torch.full((len(masks),), 0.9), objects.labels, small)
 
 

@@ -16,7 +16,7 @@ from torch.testing import assert_close
 from pecobook import cli
 from pecobook.commands.export import export
 from pecobook.errors import ConfigError, RunFolderError, WeightsError
-from pecobook.models.dense.segmenter import Segmenter, stretch
+from pecobook.models.dense.segmenter import Segmenter, resize_maps
 from pecobook.models.export import read_export
 from pecobook.models.tokenizers import load_tokenizer
 from pecobook.models.weights import load_backbone
@@ -191,7 +191,7 @@ def test_segmenter__onnx_scores_pixels_as_it_does(kind: str, vit_run: Path, beit
     images = torch.rand(3, 3, 32, 32)
     session = onnxruntime.InferenceSession(out / "model.onnx")
     with torch.no_grad():
-        expected = stretch(model(images)[0], (32, 32))
+        expected = resize_maps(model(images)[0], (32, 32))
     assert_close(torch.from_numpy(session.run(None, {"images": images.numpy()})[0]), expected, atol=1e-4, rtol=1e-4)
     assert json.loads((out / "config.json").read_text()) == {"image_size": 32, "classes": ["ground", "red", "green"]}
     with pytest.raises(ConfigError, match="is a segmenter"):

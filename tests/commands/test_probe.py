@@ -108,7 +108,7 @@ def test_probe__needs_labels(images: Path, vit_run: Path, tmp_path: Path) -> Non
 
 
 def test_probe__of_a_file_of_weights_asks_for_its_network(images: Path, vit_run: Path) -> None:
-    with pytest.raises(ConfigError, match="a file of weights, which needs its network: --backbone timm:NAME --weights"):
+    with pytest.raises(ConfigError, match="a file of weights; also name the network: --backbone timm:NAME --weights"):
         probe(data=str(images), backbone=str(vit_run / "export" / "model.safetensors"))
 
 

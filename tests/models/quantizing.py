@@ -25,10 +25,10 @@ def state_of(quantizer: VectorQuantizer) -> State:
     return {name: value.clone() for name, value in quantizer.state_dict().items()}
 
 
-def assert_same(one: State, other: State) -> None:
-    assert one.keys() == other.keys()
-    for name in one:
-        assert torch.equal(one[name], other[name]), name
+def assert_same(first: State, second: State) -> None:
+    assert first.keys() == second.keys()
+    for name in first:
+        assert torch.equal(first[name], second[name]), name
 
 
 def step(quantizer: VectorQuantizer, *batches: Tensor) -> None:

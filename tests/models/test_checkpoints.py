@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 from pecobook.errors import WeightsError
-from pecobook.models.checkpoints import _translate, load_state, read_weights
-from pecobook.models.weights import IMAGENET_MEAN, create, load_backbone
+from pecobook.models.checkpoints import _to_timm_names, load_state, read_weights
+from pecobook.models.weights import IMAGENET_MEAN, create_network, load_backbone
 
 # --------------------------------------------------------------------------------------------------------- load_state
 
@@ -49,11 +49,11 @@ def test_load_state__shortens_long_lists_and_changes_nothing() -> None:
 def test_load_state__leaves_heads_out_and_the_caller_its_dictionary() -> None:
     state = two_layers().state_dict()
     extra = {f"{head}.weight": torch.ones(1) for head in ("head", "fc", "classifier")}
-    given_state = {**state, **extra, "head.fc.bias": torch.ones(1)}
-    kept = dict(given_state)
+    input_state = {**state, **extra, "head.fc.bias": torch.ones(1)}
+    copy_of_state = dict(input_state)
     network = two_layers()
-    load_state(network, given_state, source="x")
-    assert given_state.keys() == kept.keys()
+    load_state(network, input_state, source="x")
+    assert input_state.keys() == copy_of_state.keys()
     assert all(torch.equal(network.state_dict()[name], value) for name, value in state.items())
 
 
@@ -80,7 +80,7 @@ def test_load_state__takes_the_norm_before_or_after_the_mean(old: str, new: str)
 def test_read_weights__refuses_what_is_no_file_of_weights(tmp_path: Path, content: bytes, suffix: str) -> None:
     file = tmp_path / f"weights{suffix}"
     file.write_bytes(content)
-    with pytest.raises(WeightsError, match=r"is no plain file of weights|cannot be read as safetensors"):
+    with pytest.raises(WeightsError, match=r"is not a plain file of weights|cannot be read as safetensors"):
         read_weights(str(file))
 
 
@@ -104,7 +104,7 @@ def test_read_weights__refuses_or_reads_a_damaged_file(tmp_path_factory: pytest.
 @pytest.mark.parametrize("content", [[torch.ones(1)], {"a": 3}, {"state_dict": {"a": "text"}}, torch.ones(2)])
 def test_read_weights__refuses_what_is_no_state_dict(tmp_path: Path, content: Any) -> None:
     torch.save(content, tmp_path / "weights.pth")
-    with pytest.raises(WeightsError, match="holds no state dict"):
+    with pytest.raises(WeightsError, match="contains no state dict"):
         read_weights(str(tmp_path / "weights.pth"))
 
 
@@ -113,10 +113,13 @@ def test_read_weights__refuses_what_is_no_state_dict(tmp_path: Path, content: An
 
 def moco_v3(encoder: nn.Module, head: str) -> dict[str, Any]:
     """What MoCo v3's training script writes: two encoders, their projectors in the place of a head, a predictor."""
-    own = {f"module.base_encoder.{name}": value for name, value in encoder.state_dict().items()}
+    encoder_state = {f"module.base_encoder.{name}": value for name, value in encoder.state_dict().items()}
     state: dict[str, Tensor] = {}
     for part in ("base_encoder", "momentum_encoder"):
-        state |= {name.replace("base_encoder", part): value + (part != "base_encoder") for name, value in own.items()}
+        state |= {
+            name.replace("base_encoder", part): value + (part != "base_encoder")
+            for name, value in encoder_state.items()
+        }
         state[f"module.{part}.{head}.0.weight"] = torch.zeros(8, 4)
         state[f"module.{part}.{head}.1.running_mean"] = torch.zeros(8)
     state["module.predictor.0.weight"] = torch.zeros(8, 8)
@@ -151,10 +154,12 @@ def test_moco_v3__resnet_50_has_torchvisions_names(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["resnet50", "vgg16", "vgg16_bn"])
 def test_torchvision__state_dicts_fit_timms_networks(name: str) -> None:
     with torch.device("meta"):  # VGG's weights are half a gigabyte
-        theirs = getattr(torchvision.models, name)().state_dict()
-        ours = timm.create_model(name, num_classes=0).state_dict()
-    found = _translate(theirs, ours)
-    assert {key: value.shape for key, value in found.items()} == {key: value.shape for key, value in ours.items()}
+        torchvision_state = getattr(torchvision.models, name)().state_dict()
+        timm_state = timm.create_model(name, num_classes=0).state_dict()
+    renamed = _to_timm_names(torchvision_state, timm_state)
+    assert {key: value.shape for key, value in renamed.items()} == {
+        key: value.shape for key, value in timm_state.items()
+    }
 
 
 def test_torchvision__vgg_convolves_what_was_a_matrix(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -163,10 +168,10 @@ def test_torchvision__vgg_convolves_what_was_a_matrix(monkeypatch: pytest.Monkey
 
     plan: list[Any] = [4, "M", 6, "M"]
     torch.manual_seed(0)
-    ours = VGG(cfg=plan, num_classes=0).eval()
+    timm_network = VGG(cfg=plan, num_classes=0).eval()
     layers = [nn.Conv2d(3, 4, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(4, 6, 3, padding=1), nn.ReLU()]
-    theirs = torchvision.models.VGG(nn.Sequential(*layers, nn.MaxPool2d(2)), num_classes=10)
-    theirs.classifier = nn.Sequential(
+    torchvision_network = torchvision.models.VGG(nn.Sequential(*layers, nn.MaxPool2d(2)), num_classes=10)
+    torchvision_network.classifier = nn.Sequential(
         nn.Linear(6 * 49, 4096),
         nn.ReLU(),
         nn.Dropout(),
@@ -175,20 +180,25 @@ def test_torchvision__vgg_convolves_what_was_a_matrix(monkeypatch: pytest.Monkey
         nn.Dropout(),
         nn.Linear(4096, 10),
     )
-    ours.pre_logits = type(ours.pre_logits)(6, 4096)
-    load_state(ours, theirs.eval().state_dict(), source="vgg")
+    timm_network.pre_logits = type(timm_network.pre_logits)(6, 4096)
+    load_state(timm_network, torchvision_network.eval().state_dict(), source="vgg")
     images = torch.rand(1, 3, 28, 28)
-    assert_close(ours.eval()(images), theirs.classifier[:5](theirs.features(images).flatten(1)), atol=1e-4, rtol=1e-3)
+    assert_close(
+        timm_network.eval()(images),
+        torchvision_network.classifier[:5](torchvision_network.features(images).flatten(1)),
+        atol=1e-4,
+        rtol=1e-3,
+    )
 
 
 @pytest.mark.parametrize("prefix", ["", "module.", "backbone.", "module.backbone.", "model."])
 def test_prefixes__of_wrappers_are_taken_off(prefix: str, tmp_path: Path) -> None:
-    network = create("test_resnet", num_classes=0)
+    network = create_network("test_resnet", num_classes=0)
     state = {prefix + name: value for name, value in network.state_dict().items()}
-    other = create("test_resnet", num_classes=0)
-    load_state(other, state, source="x")
+    loaded = create_network("test_resnet", num_classes=0)
+    load_state(loaded, state, source="x")
     assert all(
-        torch.equal(a, b) for a, b in zip(network.state_dict().values(), other.state_dict().values(), strict=True)
+        torch.equal(a, b) for a, b in zip(network.state_dict().values(), loaded.state_dict().values(), strict=True)
     )
 
 
@@ -206,10 +216,10 @@ def test_load_backbone__a_files_positions_are_interpolated_to_the_size(tmp_path:
 
 
 def test_load_state__old_files_do_not_count_batches() -> None:
-    state = create("test_resnet", num_classes=0).state_dict()
+    state = create_network("test_resnet", num_classes=0).state_dict()
     old = {name: value for name, value in state.items() if not name.endswith("num_batches_tracked")}
     assert len(old) < len(state)
-    network = create("test_resnet", num_classes=0)
+    network = create_network("test_resnet", num_classes=0)
     load_state(network, old, source="old.pth")
     assert all(torch.equal(value, network.state_dict()[name]) for name, value in old.items())
 
@@ -218,4 +228,4 @@ def test_load_state__of_a_foreign_layout_names_what_is_missing() -> None:
     encoder = timm.create_model("test_vit", num_classes=0)
     state = moco_v3(encoder, "head")["state_dict"]
     with pytest.raises(WeightsError, match=r"'moco.pth' do not fit this network: \d+ missing \(bn1.bias"):
-        load_state(create("test_resnet", num_classes=0), state, source="moco.pth")
+        load_state(create_network("test_resnet", num_classes=0), state, source="moco.pth")

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.testing import assert_close
 
-from pecobook.models.contrastive import contrastive_loss, ema_update, gather, initialise_moco, mlp
+from pecobook.models.contrastive import contrastive_loss, ema_update, gather_keys, initialise_moco, mlp
 from tests.distributed import TwoProcesses
 
 
@@ -74,15 +74,15 @@ def test_contrastive_loss__sends_no_gradient_into_keys() -> None:
 def loss_and_gradient(rank: int, world_size: int, x: Tensor, keys: Tensor) -> tuple[float, float, Tensor]:
     """Mean over ranks of loss, accuracy and gradient with respect to a weight, as DDP would have them."""
     weight = torch.eye(x.shape[1]).requires_grad_()
-    mine = slice(rank * len(x) // world_size, (rank + 1) * len(x) // world_size)
-    loss, accuracy = contrastive_loss(x[mine] @ weight, keys[mine], 0.2)
+    own_rows = slice(rank * len(x) // world_size, (rank + 1) * len(x) // world_size)
+    loss, accuracy = contrastive_loss(x[own_rows] @ weight, keys[own_rows], 0.2)
     torch.autograd.backward(loss)
     assert weight.grad is not None
-    told = torch.stack([loss.detach(), accuracy])
+    metrics = torch.stack([loss.detach(), accuracy])
     if world_size > 1:
         dist.all_reduce(weight.grad)
-        dist.all_reduce(told)
-    return float(told[0]) / world_size, float(told[1]) / world_size, weight.grad / world_size
+        dist.all_reduce(metrics)
+    return float(metrics[0]) / world_size, float(metrics[1]) / world_size, weight.grad / world_size
 
 
 def test_contrastive_loss__two_processes_are_one(two_processes: TwoProcesses) -> None:
@@ -97,20 +97,20 @@ def test_contrastive_loss__two_processes_are_one(two_processes: TwoProcesses) ->
 
 def gather_rank(rank: int, world_size: int) -> tuple[Tensor, int]:
     keys = torch.arange(6.0).view(2, 3).t() + 10 * rank  # (3, 2), not contiguous
-    return gather(keys.requires_grad_())
+    return gather_keys(keys.requires_grad_())
 
 
-def test_gather__keeps_the_order_of_ranks(two_processes: TwoProcesses) -> None:
+def test_gather_keys__keeps_the_order_of_ranks(two_processes: TwoProcesses) -> None:
     (left, left_first), (right, right_first) = two_processes.run(gather_rank)
-    own = torch.arange(6.0).view(2, 3).t()
-    assert torch.equal(left, torch.cat([own, own + 10]))
+    first_keys = torch.arange(6.0).view(2, 3).t()
+    assert torch.equal(left, torch.cat([first_keys, first_keys + 10]))
     assert torch.equal(left, right)
     assert (left_first, right_first) == (0, 3)
     assert not left.requires_grad
 
 
-def test_gather__of_one_process_is_the_input() -> None:
-    keys, first = gather(features(0))
+def test_gather_keys__of_one_process_is_the_input() -> None:
+    keys, first = gather_keys(features(0))
     assert torch.equal(keys, features(0))
     assert first == 0
 
@@ -124,12 +124,12 @@ def test_mlp__shape_of_moco_v3() -> None:
     assert [type(layer) for layer in mlp([4, 8, 2], final_norm=False)][-1] is nn.Linear
 
 
-def test_follow__is_an_average_of_parameters() -> None:
+def test_ema_update__is_an_average_of_parameters() -> None:
     slow, fast = nn.Linear(3, 2), nn.Linear(3, 2)
     before = [parameter.detach().clone() for parameter in slow.parameters()]
     ema_update(slow, fast, 0.9)
-    for own, old, other in zip(slow.parameters(), before, fast.parameters(), strict=True):
-        assert_close(own.detach(), 0.9 * old + 0.1 * other.detach())
+    for updated, previous, target in zip(slow.parameters(), before, fast.parameters(), strict=True):
+        assert_close(updated.detach(), 0.9 * previous + 0.1 * target.detach())
 
 
 def test_initialise_moco__of_a_vit() -> None:

@@ -18,7 +18,7 @@ from pecobook.models.dalle import DalleTokenizer
 
 def small() -> DalleTokenizer:
     torch.manual_seed(0)
-    tokenizer = DalleTokenizer(width=8, num_codewords=32, embedding=6).eval()
+    tokenizer = DalleTokenizer(width=8, num_codewords=32, embedding_dim=6).eval()
     for parameter in tokenizer.parameters():
         if parameter.ndim == 1:
             torch.nn.init.normal_(parameter, std=0.1)
@@ -151,7 +151,7 @@ def test_from_pretrained__never_unpickles_the_public_files(tmp_path: Path) -> No
     proof = tmp_path / "code ran"
     for part in ("encoder", "decoder"):
         (tmp_path / f"{part}.pkl").write_bytes(pickle.dumps(Evil(proof)))
-    with pytest.raises(WeightsError, match=r"holds no encoder\.safetensors") as caught:
+    with pytest.raises(WeightsError, match=r"contains no encoder\.safetensors") as caught:
         DalleTokenizer.from_pretrained(tmp_path)
     assert "state_dict()" in str(caught.value)
     for part in ("encoder", "decoder"):

@@ -1,4 +1,4 @@
-"""What a run leaves for others, of every kind: written, read back, uploaded, and readable by earlier versions."""
+"""Exports of every kind: written, read back, uploaded, and readable by earlier versions."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from pecobook import Backbone, Classifier, Detector, PerceptualTokenizer, Segmen
 from pecobook.errors import WeightsError
 from pecobook.models.dense.pyramid import FeaturePyramid, describe_pyramid
 from pecobook.models.export import Exported
-from pecobook.models.weights import create
+from pecobook.models.weights import create_network
 from pecobook.settings.dense import PyramidConfig
 from pecobook.settings.detect import DetectorConfig
 from pecobook.settings.segment import SegmenterConfig
@@ -37,17 +37,17 @@ def tokenizer() -> PerceptualTokenizer:
 
 
 def backbone() -> Backbone:
-    return Backbone(create(NAME, num_classes=0, **ARGS), NAME, ARGS, *INPUT, target="tokens")
+    return Backbone(create_network(NAME, num_classes=0, **ARGS), NAME, ARGS, *INPUT, target="tokens")
 
 
 def classifier() -> Classifier:
-    return Classifier(create(NAME, num_classes=2, **ARGS), NAME, ARGS, *INPUT, classes=("cat", "dög"), crop=0.9)
+    return Classifier(create_network(NAME, num_classes=2, **ARGS), NAME, ARGS, *INPUT, classes=("cat", "dög"), crop=0.9)
 
 
 def pyramid() -> tuple[FeaturePyramid, dict[str, Any]]:
-    network = create(NAME, num_classes=0, dynamic_img_size=True, dynamic_img_pad=True, **ARGS)
-    described = describe_pyramid(Backbone(network, NAME, ARGS, *INPUT), PyramidConfig(), 32)
-    return FeaturePyramid(network, 32, PyramidConfig()), described
+    network = create_network(NAME, num_classes=0, dynamic_img_size=True, dynamic_img_pad=True, **ARGS)
+    pyramid_settings = describe_pyramid(Backbone(network, NAME, ARGS, *INPUT), PyramidConfig(), 32)
+    return FeaturePyramid(network, 32, PyramidConfig()), pyramid_settings
 
 
 def segmenter() -> Segmenter:
@@ -63,38 +63,39 @@ def picture() -> Tensor:
     return torch.randint(256, (3, 40, 48), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
 
 
-# Of every kind how one is made, and what it says of an image.
+# For every kind: a function that builds a network, and a function that computes its output for an image.
 KINDS: dict[str, tuple[Callable[[], Exported], Callable[[Any], Tensor]]] = {
-    "tokenizer": (tokenizer, lambda own: own.encode(picture()[None, :, :16, :16] / 255)),
-    "backbone": (backbone, lambda own: own(picture()[None, :, :32, :32] / 255)),
-    "classifier": (classifier, lambda own: own(picture()[None, :, :32, :32] / 255)),
-    "segmenter": (segmenter, lambda own: own.predict(picture())),
-    "detector": (detector, lambda own: own.predict(picture()).boxes),
+    "tokenizer": (tokenizer, lambda model: model.encode(picture()[None, :, :16, :16] / 255)),
+    "backbone": (backbone, lambda model: model(picture()[None, :, :32, :32] / 255)),
+    "classifier": (classifier, lambda model: model(picture()[None, :, :32, :32] / 255)),
+    "segmenter": (segmenter, lambda model: model.predict(picture())),
+    "detector": (detector, lambda model: model.predict(picture()).boxes),
 }
 every_kind = pytest.mark.parametrize("kind", list(KINDS))
 
 
-def made(kind: str, seed: int = 0) -> Exported:
+def build_kind(kind: str, seed: int = 0) -> Exported:
     torch.manual_seed(seed)
     return KINDS[kind][0]().eval()
 
 
-def said(own: nn.Module) -> Tensor:
-    assert isinstance(own, Exported)
+def output_of(model: nn.Module) -> Tensor:
+    assert isinstance(model, Exported)
     with torch.no_grad():
-        return KINDS[own.kind][1](own)
+        return KINDS[model.kind][1](model)
 
 
 @every_kind
 @pytest.mark.parametrize("inside", ["", "export"])
 def test_from_pretrained__gives_back_what_was_saved(kind: str, inside: str, tmp_path: Path) -> None:
-    own = made(kind)
-    own.save_pretrained(tmp_path / "export")
-    again = type(own).from_pretrained(tmp_path / inside)
+    model = build_kind(kind)
+    model.save_pretrained(tmp_path / "export")
+    again = type(model).from_pretrained(tmp_path / inside)
     assert not again.training
-    assert again.settings() == own.settings()
-    assert torch.equal(said(again), said(own))
-    assert kind == "segmenter" or not torch.equal(said(made(kind, 1)), said(own))  # it would notice other weights
+    assert again.settings() == model.settings()
+    assert torch.equal(output_of(again), output_of(model))
+    # Other weights give another output, so the comparison above is meaningful.
+    assert kind == "segmenter" or not torch.equal(output_of(build_kind(kind, 1)), output_of(model))
     again.save_pretrained(tmp_path / "again")
     for name in ("model.safetensors", "config.json", "README.md"):
         assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "export" / name).read_bytes()
@@ -102,8 +103,8 @@ def test_from_pretrained__gives_back_what_was_saved(kind: str, inside: str, tmp_
 
 @every_kind
 def test_config__is_that_of_earlier_versions(kind: str, tmp_path: Path) -> None:
-    """These keys are read by whoever has an export: a change makes older ones, or older readers, useless."""
-    made(kind).save_pretrained(tmp_path)
+    """Readers of exports depend on these keys: a change breaks older exports, or older readers."""
+    build_kind(kind).save_pretrained(tmp_path)
     shape = {"channels": [8, 8], "latent_dim": 4, "num_blocks": 1, "in_channels": 3, "kind": "cnn", "num_heads": 12}
     shape |= {"decoder_width": 1.0, "decoder_blocks": 0, "latent_norm": False}
     network = {"name": NAME, "args": ARGS, "mean": [0.4, 0.5, 0.6], "std": [0.2, 0.3, 0.4], "image_size": 32}
@@ -121,11 +122,11 @@ def test_config__is_that_of_earlier_versions(kind: str, tmp_path: Path) -> None:
     assert json.loads((tmp_path / "config.json").read_text()) == {"kind": kind, **expected[kind]}
 
 
-def test_state__is_plain_and_without_what_only_training_reads(tmp_path: Path) -> None:
+def test_state__is_plain_and_without_training_only_weights(tmp_path: Path) -> None:
     for kind in KINDS:
-        made(kind).save_pretrained(tmp_path / kind)
+        build_kind(kind).save_pretrained(tmp_path / kind)
     names = {kind: set(load_file(tmp_path / kind / "model.safetensors")) for kind in KINDS}
-    assert names["backbone"] == set(create(NAME, num_classes=0, **ARGS).state_dict())
+    assert names["backbone"] == set(create_network(NAME, num_classes=0, **ARGS).state_dict())
     assert names["classifier"] - names["backbone"] == {"head.weight", "head.bias"}
     assert not any(name.startswith("auxiliary.") for name in names["segmenter"])
     assert names["detector"] == set(detector().state_dict())
@@ -133,21 +134,21 @@ def test_state__is_plain_and_without_what_only_training_reads(tmp_path: Path) ->
 
 
 @every_kind
-def test_lines__of_python_load_it(kind: str, tmp_path: Path) -> None:
-    own = made(kind)
-    own.save_pretrained(tmp_path / "export", origin="a test")
+def test_loading_code__loads_the_network(kind: str, tmp_path: Path) -> None:
+    model = build_kind(kind)
+    model.save_pretrained(tmp_path / "export", origin="a test")
     scope: dict[str, Any] = {}
-    exec(own.lines(str(tmp_path / "export")), scope)
+    exec(model.loading_code(str(tmp_path / "export")), scope)
     loaded = scope["tokenizer" if kind == "tokenizer" else "model"].eval()
     state = loaded.state_dict()
     assert all(
         torch.equal(state[name], value) for name, value in load_file(tmp_path / "export/model.safetensors").items()
     )
     card = (tmp_path / "export" / "README.md").read_text()
-    assert own.lines("path/to/this/folder") in card
+    assert model.loading_code("path/to/this/folder") in card
     assert card.startswith("---\nlibrary_name: ")
-    told = {"tokenizer": "a test", "backbone": "trained by a test", "classifier": "trained by a test"}
-    assert told.get(kind, "on vit_tiny_patch16_224") in card
+    expected_text = {"tokenizer": "a test", "backbone": "trained by a test", "classifier": "trained by a test"}
+    assert expected_text.get(kind, "on vit_tiny_patch16_224") in card
 
 
 @every_kind
@@ -169,9 +170,9 @@ def test_push_to_hub__and_back(kind: str, monkeypatch: pytest.MonkeyPatch, tmp_p
     monkeypatch.setattr(huggingface_hub, "HfApi", Api)
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda repo_id, file: str(hub / repo_id / file))
-    own = made(kind)
-    assert own.push_to_hub("me/mine", private=True) == "https://hub/me/mine"
-    assert torch.equal(said(type(own).from_pretrained("me/mine")), said(own))
+    model = build_kind(kind)
+    assert model.push_to_hub("me/mine", private=True) == "https://hub/me/mine"
+    assert torch.equal(output_of(type(model).from_pretrained("me/mine")), output_of(model))
     assert sorted(file.name for file in (hub / "me/mine").iterdir()) == [
         "README.md",
         "config.json",
@@ -184,31 +185,31 @@ def test_push_to_hub__and_back(kind: str, monkeypatch: pytest.MonkeyPatch, tmp_p
 
 @every_kind
 def test_from_pretrained__refuses_another_kind_and_a_damaged_one(kind: str, tmp_path: Path) -> None:
-    own = made(kind)
-    own.save_pretrained(tmp_path)
+    model = build_kind(kind)
+    model.save_pretrained(tmp_path)
     other = Segmenter if kind == "detector" else Detector
     with pytest.raises(
-        WeightsError, match=f"is a {kind}, not a {other.kind}: give a run of pecobook {other.comes_from}"
+        WeightsError, match=f"is a {kind}, not a {other.kind}: give a run of pecobook {other.trained_by}"
     ):
         other.from_pretrained(tmp_path)
     state, file = load_file(tmp_path / "model.safetensors"), tmp_path / "model.safetensors"
-    first = sorted(state)[-1]
-    save_file({name: value for name, value in state.items() if name != first}, file)
-    with pytest.raises(WeightsError, match=rf"The {kind} in .* is damaged: .*{first}"):
-        type(own).from_pretrained(tmp_path)
-    save_file({**state, first: torch.zeros(2, 3, 5)}, file)
-    with pytest.raises(WeightsError, match=rf"(?s)The {kind} in .* is damaged: .*{first}"):
-        type(own).from_pretrained(tmp_path)
+    weight = sorted(state)[-1]
+    save_file({name: value for name, value in state.items() if name != weight}, file)
+    with pytest.raises(WeightsError, match=rf"The {kind} in .* is damaged: .*{weight}"):
+        type(model).from_pretrained(tmp_path)
+    save_file({**state, weight: torch.zeros(2, 3, 5)}, file)
+    with pytest.raises(WeightsError, match=rf"(?s)The {kind} in .* is damaged: .*{weight}"):
+        type(model).from_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     save_file(state, file)
     (tmp_path / "config.json").write_text(json.dumps({"kind": kind}))
-    if kind != "tokenizer":  # whose settings all have defaults
+    if kind != "tokenizer":  # all settings of a tokenizer have defaults
         with pytest.raises(WeightsError, match=f"The {kind} in .* is damaged"):
-            type(own).from_pretrained(tmp_path)
+            type(model).from_pretrained(tmp_path)
     del config["kind"]
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(WeightsError, match="is no export of pecobook"):
-        type(own).from_pretrained(tmp_path)
+        type(model).from_pretrained(tmp_path)
 
 
 def test_all_kinds__are_public() -> None:

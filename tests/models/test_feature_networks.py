@@ -14,7 +14,7 @@ from torch.testing import assert_close
 
 from pecobook.errors import WeightsError
 from pecobook.models import feature_networks
-from pecobook.models.feature_networks import Nodes, feature_indices, open_features, stage_nodes
+from pecobook.models.feature_networks import NodeFeatures, feature_indices, load_feature_network, stage_nodes
 from pecobook.models.perceptual import PerceptualDistance
 from pecobook.models.weights import IMAGENET_MEAN, IMAGENET_STD, Backbone, load_backbone
 
@@ -74,7 +74,7 @@ def test_layers__that_a_network_lacks_are_refused(network: str, layers: tuple[in
 
 
 def test_feature_indices__refuses_a_network_without_features() -> None:
-    with pytest.raises(WeightsError, match="gives no intermediate features"):
+    with pytest.raises(WeightsError, match="returns no intermediate features"):
         feature_indices(nn.Linear(1, 1), (1,), "linear")
 
 
@@ -99,19 +99,21 @@ def test_stage_nodes__of_torchvision(name: str, stages: list[str]) -> None:
 
 def test_torchvision__vgg_stages_are_timms() -> None:
     with torch.device("meta"):
-        theirs, ours = torchvision.models.vgg16(), timm.create_model("vgg16")
-    ends = [str(info["module"]) for info in ours.feature_info][:5]
-    assert stage_nodes(theirs, [1, 2, 3, 4, 5], "vgg16") == ends
+        torchvision_network, timm_network = torchvision.models.vgg16(), timm.create_model("vgg16")
+    ends = [str(info["module"]) for info in timm_network.feature_info][:5]
+    assert stage_nodes(torchvision_network, [1, 2, 3, 4, 5], "vgg16") == ends
 
 
 def test_torchvision__resnet_features_are_timms() -> None:
     """The same weights through both libraries."""
     torch.manual_seed(0)
-    theirs = torchvision.models.resnet18()
-    ours = timm.create_model("resnet18", num_classes=0)
-    ours.load_state_dict({name: value for name, value in theirs.state_dict().items() if not name.startswith("fc.")})
-    by_node = Nodes(theirs, stage_nodes(theirs, [1, 4], "resnet18"))
-    by_index = feature_networks.Intermediates(ours.eval(), feature_indices(ours, [1, 4], "resnet18"))
+    torchvision_network = torchvision.models.resnet18()
+    timm_network = timm.create_model("resnet18", num_classes=0)
+    timm_network.load_state_dict(
+        {name: value for name, value in torchvision_network.state_dict().items() if not name.startswith("fc.")}
+    )
+    by_node = NodeFeatures(torchvision_network, stage_nodes(torchvision_network, [1, 4], "resnet18"))
+    by_index = feature_networks.TimmFeatures(timm_network.eval(), feature_indices(timm_network, [1, 4], "resnet18"))
     for a, b in zip(by_node(pictures(0)), by_index(pictures(0)), strict=True):
         assert_close(a, b, atol=1e-4, rtol=1e-4)
 
@@ -119,7 +121,7 @@ def test_torchvision__resnet_features_are_timms() -> None:
 def test_nodes__see_what_an_in_place_activation_would_overwrite() -> None:
     torch.manual_seed(0)
     network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(inplace=True), nn.Conv2d(4, 2, 1))
-    before, after = Nodes(network, ["0", "1"])(pictures(0))
+    before, after = NodeFeatures(network, ["0", "1"])(pictures(0))
     assert before.min() < 0
     assert torch.equal(before.relu(), after)
 
@@ -153,7 +155,7 @@ def test_distance__takes_a_module_and_names_of_its_nodes() -> None:
 
 
 @pytest.mark.parametrize(
-    ("network", "layers", "said"),
+    ("network", "layers", "message"),
     [
         (SQUEEZENET, ("features.99",), "SqueezeNet has no node 'features.99'"),
         (SQUEEZENET, ("feature.12",), "Did you mean 'features.2"),
@@ -165,9 +167,9 @@ def test_distance__takes_a_module_and_names_of_its_nodes() -> None:
         (VIT, (), "is empty"),
     ],
 )
-def test_open__refuses(network: str, layers: tuple[Any, ...], said: str) -> None:
-    with pytest.raises(WeightsError, match=said.replace("(", r"\(")):
-        open_features(network, layers, "random")
+def test_open__refuses(network: str, layers: tuple[Any, ...], message: str) -> None:
+    with pytest.raises(WeightsError, match=message.replace("(", r"\(")):
+        load_feature_network(network, layers, "random")
 
 
 def test_open__torchvision_without_the_hub_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -176,8 +178,8 @@ def test_open__torchvision_without_the_hub_says_what_to_do(monkeypatch: pytest.M
 
     monkeypatch.setattr(torch.hub, "load_state_dict_from_url", fail)
     monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", fail)
-    with pytest.raises(WeightsError, match=r"cannot be fetched \(no route to host\)") as caught:
-        open_features(SQUEEZENET, (1,), None)
+    with pytest.raises(WeightsError, match=r"cannot be downloaded \(no route to host\)") as caught:
+        load_feature_network(SQUEEZENET, (1,), None)
     assert "--perceptual.weights" in str(caught.value)
 
 
@@ -185,13 +187,17 @@ def test_open__torchvision_reads_its_own_file(tmp_path: Any) -> None:
     torch.manual_seed(4)
     network = torchvision.models.squeezenet1_1()
     torch.save(network.state_dict(), tmp_path / "squeezenet.pth")
-    opened = open_features(SQUEEZENET, ("features.12",), str(tmp_path / "squeezenet.pth"))
-    assert_close(opened.network(pictures(0))[0], network.eval().features(pictures(0)))
-    assert (opened.mean, opened.std, opened.input_size) == (IMAGENET_MEAN, IMAGENET_STD, None)
+    feature_network = load_feature_network(SQUEEZENET, ("features.12",), str(tmp_path / "squeezenet.pth"))
+    assert_close(feature_network.network(pictures(0))[0], network.eval().features(pictures(0)))
+    assert (feature_network.mean, feature_network.std, feature_network.input_size) == (
+        IMAGENET_MEAN,
+        IMAGENET_STD,
+        None,
+    )
     other = torchvision.models.squeezenet1_0().state_dict()
     torch.save(other, tmp_path / "other.pth")
     with pytest.raises(WeightsError, match=r"other.pth' do not fit this network: .*of another shape"):
-        open_features(SQUEEZENET, ("features.12",), str(tmp_path / "other.pth"))
+        load_feature_network(SQUEEZENET, ("features.12",), str(tmp_path / "other.pth"))
 
 
 def test_bgr__turns_the_channels_after_the_normalisation() -> None:
@@ -207,12 +213,12 @@ def test_bgr__turns_the_channels_after_the_normalisation() -> None:
 
 def test_check__refuses_images_too_small_and_features_that_are_no_maps() -> None:
     distance = PerceptualDistance(SQUEEZENET, ("features.12",), "random")
-    distance.check(32, 48)
+    distance.check_image_size(32, 48)
     with pytest.raises(WeightsError, match="cannot read images of 8 x 8 pixels"):
-        distance.check(8, 8)
-    PerceptualDistance(SQUEEZENET, ("features.12",), "random", input_size=64).check(8, 8)
-    with pytest.raises(WeightsError, match=r"gives \(1, 1000\), not maps"):
-        PerceptualDistance(SQUEEZENET, ("flatten",), "random").check(64, 64)
+        distance.check_image_size(8, 8)
+    PerceptualDistance(SQUEEZENET, ("features.12",), "random", input_size=64).check_image_size(8, 8)
+    with pytest.raises(WeightsError, match=r"returns \(1, 1000\), not a map"):
+        PerceptualDistance(SQUEEZENET, ("flatten",), "random").check_image_size(64, 64)
 
 
 def test_features__of_grey_images_are_those_of_three_equal_channels() -> None:

@@ -22,18 +22,18 @@ def _both(
     nn.init.normal_(ours.bias)
     peer = nn.GroupNorm(ours.num_groups, shape[1], eps=ours.eps)
     peer.load_state_dict(ours.state_dict())
-    found = []
+    results = []
     for norm, kind in ((ours, dtype), (peer, torch.double)):
         norm.to(torch.float32 if kind == torch.bfloat16 else kind)  # as under autocast: weights stay in fp32
-        seen = x.detach().clone().to(kind)
-        seen = (convolution_layout(seen) if norm is ours else seen).requires_grad_()
-        out = norm(seen)
+        leaf = x.detach().clone().to(kind)
+        leaf = (convolution_layout(leaf) if norm is ours else leaf).requires_grad_()
+        out = norm(leaf)
         out.backward(grad.to(kind))
-        assert seen.grad is not None
+        assert leaf.grad is not None
         assert norm.weight.grad is not None
         assert norm.bias.grad is not None
-        found.append([one.double() for one in (out.detach(), seen.grad, norm.weight.grad, norm.bias.grad)])
-    return found[0], found[1]
+        results.append([value.double() for value in (out.detach(), leaf.grad, norm.weight.grad, norm.bias.grad)])
+    return results[0], results[1]
 
 
 @settings(max_examples=40, deadline=None)
@@ -53,9 +53,9 @@ def test_group_norm__is_exact_to_units_of_its_precision(
     shape: tuple[int, int, int, int], shift: float, dtype: torch.dtype, unit: float
 ) -> None:
     ours, exact = _both(shape, dtype, shift=shift)
-    for name, one, true in zip(("y", "dx", "dweight", "dbias"), ours, exact, strict=True):
-        assert (one - true).abs().max() < 4 * unit * true.abs().max(), name
-        assert (one - true).square().mean().sqrt() < 2 * unit * true.square().mean().sqrt(), name
+    for name, value, true in zip(("y", "dx", "dweight", "dbias"), ours, exact, strict=True):
+        assert (value - true).abs().max() < 4 * unit * true.abs().max(), name
+        assert (value - true).square().mean().sqrt() < 2 * unit * true.square().mean().sqrt(), name
 
 
 @pytest.mark.parametrize("side", [8, 40])
@@ -64,8 +64,8 @@ def test_group_norm__keeps_the_layout(side: int) -> None:
     y = GroupNorm(8)(x)
     y.sum().backward()
     assert x.grad is not None
-    for one in (y, x.grad):
-        assert one.is_contiguous(memory_format=torch.channels_last)
+    for tensor in (y, x.grad):
+        assert tensor.is_contiguous(memory_format=torch.channels_last)
 
 
 @pytest.mark.parametrize(("channels", "groups"), [(64, 32), (48, 16), (6, 2), (5, 1)])

@@ -35,22 +35,24 @@ def beit(**more: Any) -> nn.Module:
     return network
 
 
-def theirs(model: MaskedImageModel) -> Any:
+def transformers_model(model: MaskedImageModel) -> Any:
     """transformers' masked image model with the same weights."""
     from transformers import BeitConfig, BeitForMaskedImageModeling
 
     state = model.backbone.state_dict()
-    described = beit_config(state, image_size=32, patch_size=8, num_heads=2)
-    described.pop("model_type")
-    found = BeitForMaskedImageModeling(BeitConfig(**described, use_mask_token=True, vocab_size=11, drop_path_rate=0.0))
-    own = {
+    config_values = beit_config(state, image_size=32, patch_size=8, num_heads=2)
+    config_values.pop("model_type")
+    peer = BeitForMaskedImageModeling(
+        BeitConfig(**config_values, use_mask_token=True, vocab_size=11, drop_path_rate=0.0)
+    )
+    weights = {
         (name if name.startswith("layernorm.") else f"beit.{name}"): value
         for name, value in beit_to_huggingface(state).items()
     }
-    own |= {"beit.embeddings.mask_token": model.mask_token[None, None]}
-    own |= {"lm_head.weight": model.head.weight, "lm_head.bias": model.head.bias}
-    found.load_state_dict({name: value.detach().clone() for name, value in own.items()})
-    return found
+    weights |= {"beit.embeddings.mask_token": model.mask_token[None, None]}
+    weights |= {"lm_head.weight": model.head.weight, "lm_head.bias": model.head.bias}
+    peer.load_state_dict({name: value.detach().clone() for name, value in weights.items()})
+    return peer
 
 
 def masks() -> Tensor:
@@ -63,7 +65,7 @@ def masks() -> Tensor:
 @pytest.mark.parametrize("more", [SHARED, {}], ids=["one table", "a table a block"])
 def test_masked_model__is_transformers_masked_model(more: dict[str, Any]) -> None:
     ours = MaskedImageModel(beit(**more), 11)
-    peer = theirs(ours)
+    peer = transformers_model(ours)
     images, mask, labels = torch.randn(2, 3, 32, 32), masks(), torch.tensor([3, 10, 0, 7, 7, 2])
     logits = ours(images, mask, 3)
     output = peer(images, bool_masked_pos=mask.flatten(1), labels=labels)
@@ -73,9 +75,9 @@ def test_masked_model__is_transformers_masked_model(more: dict[str, Any]) -> Non
     loss.backward()  # type: ignore[no-untyped-call]
     output.loss.backward()
     gradients = beit_from_huggingface({n: p.grad for n, p in peer.named_parameters() if p.grad is not None})
-    own = {name: p.grad for name, p in ours.backbone.named_parameters()}
+    own_gradients = {name: p.grad for name, p in ours.backbone.named_parameters()}
     compared = 0
-    for name, gradient in own.items():
+    for name, gradient in own_gradients.items():
         # timm's last norm of this BEiT is called fc_norm.
         assert_close(gradient, gradients[name.replace("fc_norm", "norm")], atol=1e-6, rtol=1e-4)
         compared += 1
@@ -96,7 +98,7 @@ def test_there_and_back__loads_into_timm() -> None:
 
 
 def test_to_huggingface__refuses_what_has_no_place() -> None:
-    with pytest.raises(WeightsError, match=r"no place for 'blocks.0.attn.q_norm.weight'"):
+    with pytest.raises(WeightsError, match=r"no weight that corresponds to 'blocks.0.attn.q_norm.weight'"):
         beit_to_huggingface({"blocks.0.attn.q_norm.weight": torch.zeros(1)})
 
 

@@ -137,9 +137,11 @@ def test_state_dict__loads_into_a_plain_timm_network(name: str) -> None:
     model = MaskedImageModel(timm.create_model(architecture, num_classes=0, **args), 11).eval()
     plain = timm.create_model(architecture, num_classes=0, **args).eval()
     state = model.state_dict()
-    own = {key.removeprefix("backbone."): value for key, value in state.items() if key.startswith("backbone.")}
-    plain.load_state_dict(own)
-    assert state.keys() - {f"backbone.{key}" for key in own} == {"mask_token", "head.weight", "head.bias"}
+    backbone_state = {
+        key.removeprefix("backbone."): value for key, value in state.items() if key.startswith("backbone.")
+    }
+    plain.load_state_dict(backbone_state)
+    assert state.keys() - {f"backbone.{key}" for key in backbone_state} == {"mask_token", "head.weight", "head.bias"}
     assert torch.equal(last_tokens(plain, pictures())[:, -12:], model.hidden(pictures(), None))
 
 

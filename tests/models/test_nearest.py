@@ -139,8 +139,8 @@ def test_search__of_any_data_is_as_near_as_fp32_can_tell(
     centres = torch.randn(clusters, 24, generator=generator) + offset
 
     def draw(count: int) -> Tensor:
-        own = centres[torch.randint(clusters, (count,), generator=generator)]
-        return 10**scale * (own + 10**spread * torch.randn(count, 24, generator=generator))
+        chosen_centres = centres[torch.randint(clusters, (count,), generator=generator)]
+        return 10**scale * (chosen_centres + 10**spread * torch.randn(count, 24, generator=generator))
 
     z, codebook = draw(200), draw(1100)
     codebook[7] = 1e4 * 10**scale  # a dead codeword, far from everything, must not spoil the bounds
@@ -183,29 +183,29 @@ def test_search__never_holds_all_distances(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_search__is_what_a_large_codebook_gets_on_a_cpu_with_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[int] = []
+    codebook_sizes: list[int] = []
 
     def search(z: Tensor, codebook: Tensor) -> Tensor:
-        asked.append(len(codebook))
+        codebook_sizes.append(len(codebook))
         return torch.zeros(len(z), dtype=torch.int64)
 
     monkeypatch.setattr(nearest, "_nearest_by_search", search)
-    for able in (False, True):
-        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda able=able: able)
+    for supported in (False, True):
+        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda supported=supported: supported)
         for size in (64, 1024):
             nearest_codeword(vectors(3, 2, 0), vectors(size, 2, 1))
-    assert asked == [1024]
+    assert codebook_sizes == [1024]
 
 
 def test_nearest_codeword__is_one_operator_to_the_compiler() -> None:
     z, codebook = vectors(40, 8, 0), vectors(1100, 8, 1)
     graphs: list[Any] = []
 
-    def look(module: Any, _inputs: Any) -> Any:
+    def capture_graph(module: Any, _inputs: Any) -> Any:
         graphs.append(module)
         return module.forward
 
-    compiled = torch.compile(nearest_codeword, backend=look, fullgraph=True)
+    compiled = torch.compile(nearest_codeword, backend=capture_graph, fullgraph=True)
     assert torch.equal(compiled(z, codebook), oracle(z, codebook))
     (graph,) = graphs
     assert any("nearest_codeword" in str(node.target) for node in graph.graph.nodes)

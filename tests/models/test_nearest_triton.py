@@ -26,24 +26,24 @@ for N, K, D in ((1, 1, 1), (0, 3, 2), (70, 33, 5), (257, 1025, 65), (300, 1000, 
     z, codebook = draw(N, D, 0), draw(K, D, 1)
     distances = torch.cdist(z.double(), codebook.double(), compute_mode="donot_use_mm_for_euclid_dist")
     exact = distances.argmin(1)
-    for own in ((tiles, None) if N * K < 10_000 else (tiles,)):
-        found = nearest_fused(z, codebook, "fp32", own)
-        assert found.dtype == torch.int64 and torch.equal(found, exact), (N, K, D, own)
-        near = nearest_fused(z, codebook, "bf16", own)
+    for settings in ((tiles, None) if N * K < 10_000 else (tiles,)):
+        codes = nearest_fused(z, codebook, "fp32", settings)
+        assert codes.dtype == torch.int64 and torch.equal(codes, exact), (N, K, D, settings)
+        near = nearest_fused(z, codebook, "bf16", settings)
         # What bfloat16 chose is nearly as near.
         least = distances.gather(1, exact[:, None]).square()
         chosen = distances.gather(1, near[:, None]).square()
         slack = 2 ** -6 * z.norm(dim=1, keepdim=True) * codebook.norm(dim=1).max()
-        assert (chosen <= least + slack).all(), (N, K, D, own)
-        assert not len(near) or (near == exact).float().mean() > 0.95, (N, K, D, own)
-        assert torch.equal(nearest_fused(z, codebook, "tf32", own), exact)
+        assert (chosen <= least + slack).all(), (N, K, D, settings)
+        assert not len(near) or (near == exact).float().mean() > 0.95, (N, K, D, settings)
+        assert torch.equal(nearest_fused(z, codebook, "tf32", settings), exact)
 
 # Ties go to the smallest index, within a block and from block to block. Quarters are exact in fp32, in any order of
 # sums; of other numbers some processors' matrix products give equal columns other last bits.
 twice = draw(40, 8, 2).mul(4).round().div(4).repeat(2, 1)
 assert twice[:40].unique(dim=0).shape[0] == 40
-for own in (tiles, {**tiles, "BLOCK_K": 16}):
-    assert torch.equal(nearest_fused(twice[:40], twice, "fp32", own), torch.arange(40)), own
+for settings in (tiles, {**tiles, "BLOCK_K": 16}):
+    assert torch.equal(nearest_fused(twice[:40], twice, "fp32", settings), torch.arange(40)), settings
 strided = draw(8, 90, 3).t()
 assert torch.equal(nearest_fused(strided, draw(33, 8, 4), "fp32", tiles),
                    nearest_fused(strided.contiguous(), draw(33, 8, 4), "fp32", tiles))
@@ -93,6 +93,6 @@ def test_kernel__on_a_gpu(number: int, size: int, dim: int, precision: SearchPre
     torch.cuda.reset_peak_memory_stats()
     z, codebook = z.cuda(), codebook.cuda()
     before = torch.cuda.memory_allocated()
-    found = nearest_codeword(z, codebook, precision=precision)
-    assert (found.cpu() == exact).float().mean() >= agreement
+    codes = nearest_codeword(z, codebook, precision=precision)
+    assert (codes.cpu() == exact).float().mean() >= agreement
     assert torch.cuda.max_memory_allocated() - before < 16 * (number + size * (dim + 2)) + 2**20  # and not N x K

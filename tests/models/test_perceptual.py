@@ -33,16 +33,16 @@ def pictures(seed: int, side: int = 160) -> Tensor:
 @contextmanager
 def hooked(modules: list[nn.Module]) -> Iterator[list[Array]]:
     """Collect what these modules put out, in the order of the list."""
-    found: list[Array] = [np.zeros(0) for _ in modules]
+    outputs: list[Array] = [np.zeros(0) for _ in modules]
 
     def hook_for(number: int) -> Any:
         def hook(_module: nn.Module, _inputs: Any, output: Tensor) -> None:
-            found[number] = output.detach().double().numpy()
+            outputs[number] = output.detach().double().numpy()
 
         return hook
 
     handles = [module.register_forward_hook(hook_for(number)) for number, module in enumerate(modules)]
-    yield found
+    yield outputs
     for handle in handles:
         handle.remove()
 
@@ -74,17 +74,19 @@ def as_maps(features: Array, prefix: int) -> Array:
 
 
 def test_shuffle__keeps_the_values_of_each_tensor_and_no_order() -> None:
-    own = PerceptualDistance("timm:resnet10t", (1, 2), "random")
+    unshuffled = PerceptualDistance("timm:resnet10t", (1, 2), "random")
     shuffled = [PerceptualDistance("timm:resnet10t", (1, 2), "random", shuffle=True, seed=0) for _ in range(2)]
     changed = 0
-    for (name, a), (_, b) in zip(own.network.named_parameters(), shuffled[0].network.named_parameters(), strict=True):
+    for (name, a), (_, b) in zip(
+        unshuffled.network.named_parameters(), shuffled[0].network.named_parameters(), strict=True
+    ):
         assert torch.equal(a.flatten().sort().values, b.flatten().sort().values), name
         changed += not torch.equal(a, b)
         assert torch.equal(a, b) or a.ndim >= 2
-    assert changed == sum(parameter.ndim >= 2 for parameter in own.network.parameters())
+    assert changed == sum(parameter.ndim >= 2 for parameter in unshuffled.network.parameters())
     x, y = torch.rand(2, 3, 32, 32), torch.rand(2, 3, 32, 32)
     assert torch.equal(shuffled[0](x, y), shuffled[1](x, y))
-    assert not torch.allclose(shuffled[0](x, y), own(x, y))
+    assert not torch.allclose(shuffled[0](x, y), unshuffled(x, y))
 
 
 @pytest.mark.parametrize("how", ["unit-rms", "layernorm", "none"])
@@ -120,10 +122,10 @@ def test_forward__is_equation_4(
     assert (expected > 1e-6).all()
 
 
-def test_to_target__is_the_distance_to_features_made_before() -> None:
+def test_distance_to_features__is_the_distance_to_features_made_before() -> None:
     distance = PerceptualDistance(VIT, (2, 5), "random")
     x, y = pictures(0), pictures(1)
-    assert_close(distance.to_target(distance.features(x), y), distance(x, y))
+    assert_close(distance.distance_to_features(distance.features(x), y), distance(x, y))
 
 
 def test_forward__is_zero_for_equal_images_and_symmetric() -> None:
@@ -202,9 +204,9 @@ def test_init__of_an_unknown_network_suggests_one() -> None:
 
 
 def test_init__without_the_hub_says_what_to_do() -> None:
-    with pytest.raises(WeightsError, match="The weights of timm's 'test_vit' cannot be fetched") as caught:
+    with pytest.raises(WeightsError, match="The weights of timm's 'test_vit' cannot be downloaded") as caught:
         PerceptualDistance(VIT, (1,))
-    assert "give a local file with weights, or ask for random ones" in str(caught.value)
+    assert "give a local file of weights, or use random weights" in str(caught.value)
 
 
 @pytest.mark.parametrize("form", ["safetensors", "pth", "wrapped"])

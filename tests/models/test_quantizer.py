@@ -81,9 +81,9 @@ def test_forward__in_evaluation_changes_nothing_even_if_never_started() -> None:
 def test_lookup__gives_codewords() -> None:
     quantizer = VectorQuantizer(9, 4)
     codes = torch.tensor([[[0, 1, 2], [8, 8, 3]]])
-    found = quantizer.lookup(codes)
-    assert found.shape == (1, 4, 2, 3)
-    assert torch.equal(found[0, :, 1, 2], quantizer.codebook[3])
+    codewords = quantizer.lookup(codes)
+    assert codewords.shape == (1, 4, 2, 3)
+    assert torch.equal(codewords[0, :, 1, 2], quantizer.codebook[3])
 
 
 # ------------------------------------------------------------------------------------------------------------- update
@@ -120,7 +120,7 @@ class SlowAverages:
 def test_update__is_van_den_oords(decay: float, eps: float) -> None:
     quantizer = VectorQuantizer(12, 3, decay=decay, eps=eps, revive_after=0)
     quantizer(latents(2, 3, 6, 0))
-    quantizer._seen = None  # only the start counts so far
+    quantizer._pending = None  # only the start counts so far
     slow = SlowAverages(state_of(quantizer), decay, eps)
     for seed in range(1, 9):
         z = latents(2, 3, 6, seed)
@@ -159,7 +159,7 @@ def test_update__keeps_a_codeword_that_was_never_chosen() -> None:
     far = torch.tensor([1000.0, 1000.0])
     with torch.no_grad():
         quantizer.codebook[3] = far
-    quantizer._started = True
+    quantizer._initialised = True
     for seed in range(20):
         step(quantizer, latents(2, 2, 4, seed))
     assert torch.equal(quantizer.codebook[3], far)

@@ -78,8 +78,8 @@ def test_two_processes__kmeans_starts_from_all_vectors(two_processes: TwoProcess
 def accumulate_rank(rank: int, world_size: int, batches: list[Tensor], parts: int) -> State:
     quantizer = VectorQuantizer(16, 4, revive_after=0)
     for z in batches:
-        for one in z.chunk(world_size)[rank].chunk(parts):  # k-means starts from all vectors in one order
-            quantizer(one)
+        for micro_batch in z.chunk(world_size)[rank].chunk(parts):  # k-means starts from all vectors in one order
+            quantizer(micro_batch)
         quantizer.update()
     return state_of(quantizer)
 
@@ -98,8 +98,8 @@ def test_update__starts_from_all_micro_batches() -> None:
     for seed in range(3):
         z = latents(8, 4, 4, seed)
         whole(z)
-        for one in z.chunk(4):
-            parts(one)
+        for micro_batch in z.chunk(4):
+            parts(micro_batch)
         whole.update()
         parts.update()
     assert_same(state_of(whole), state_of(parts))

@@ -60,9 +60,9 @@ def test_encode__gives_codes_of_the_grid() -> None:
 def test_encode__is_what_the_quantizer_says() -> None:
     tokenizer = make()
     codes = tokenizer.encode(pictures())
-    assert torch.equal(codes, tokenizer.quantizer(tokenizer.latent(pictures())).codes)
+    assert torch.equal(codes, tokenizer.quantizer(tokenizer.encode_latents(pictures())).codes)
     # The encoder reads [-1, 1].
-    assert_close(tokenizer.latent(pictures()), tokenizer.encoder(pictures() * 2 - 1))
+    assert_close(tokenizer.encode_latents(pictures()), tokenizer.encoder(pictures() * 2 - 1))
 
 
 def test_encode__learns_nothing_even_in_training() -> None:
@@ -123,7 +123,9 @@ def test_from_pretrained__gives_back_what_was_saved(run: Path, inside: str) -> N
 def test_save_pretrained__writes_the_same_bytes_for_the_same_weights(run: Path, tmp_path: Path) -> None:
     PerceptualTokenizer.from_pretrained(run).save_pretrained(tmp_path / "again")
     trained = make()
-    trained.quantizer.train()(trained.latent(pictures()).detach())  # statistics of training are not exported ...
+    trained.quantizer.train()(
+        trained.encode_latents(pictures()).detach()
+    )  # statistics of training are not exported ...
     trained.quantizer.codebook.copy_(make().codebook)
     trained.save_pretrained(tmp_path / "trained")
     names = ["README.md", "config.json", "model.safetensors"]
@@ -147,7 +149,7 @@ def test_save_pretrained__keeps_a_codebook_learned_by_averages(tmp_path: Path) -
     quantizer = VectorQuantizer(32, 4, decay=0.5)
     tokenizer = PerceptualTokenizer(CONFIG, quantizer).train()
     for _ in range(3):
-        quantizer(tokenizer.latent(pictures()).detach())
+        quantizer(tokenizer.encode_latents(pictures()).detach())
         quantizer.update()
     tokenizer.save_pretrained(tmp_path)
     assert torch.equal(PerceptualTokenizer.from_pretrained(tmp_path).codebook, quantizer.codebook)
@@ -182,10 +184,10 @@ def test_from_pretrained__refuses_a_damaged_config(run: Path, text: str) -> None
         PerceptualTokenizer.from_pretrained(run)
 
 
-@pytest.mark.parametrize("kept", [0, 7, 100, 5000])
-def test_from_pretrained__refuses_a_cut_off_file(run: Path, kept: int) -> None:
+@pytest.mark.parametrize("num_bytes", [0, 7, 100, 5000])
+def test_from_pretrained__refuses_a_cut_off_file(run: Path, num_bytes: int) -> None:
     file = run / "export" / "model.safetensors"
-    file.write_bytes(file.read_bytes()[:kept])
+    file.write_bytes(file.read_bytes()[:num_bytes])
     with pytest.raises(WeightsError, match=r"The export in .* cannot be read"):
         PerceptualTokenizer.from_pretrained(run)
 
@@ -220,7 +222,7 @@ def test_from_pretrained__never_unpickles(run: Path, tmp_path: Path) -> None:
         PerceptualTokenizer.from_pretrained(run)
     # The old format beside, or instead: it is not even looked at.
     (run / "export" / "model.safetensors").rename(run / "export" / "pytorch_model.bin")
-    with pytest.raises(WeightsError, match=r"holds no export/model.safetensors"):
+    with pytest.raises(WeightsError, match=r"contains no export/model.safetensors"):
         PerceptualTokenizer.from_pretrained(run)
     assert not proof.exists()
 
@@ -242,27 +244,29 @@ def test_from_pretrained__says_that_the_hub_gives_none(monkeypatch: pytest.Monke
         raise error
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
-    with pytest.raises(WeightsError, match="There is no run 'me/mine' here, and the hub gives none") as caught:
+    with pytest.raises(
+        WeightsError, match="There is no run 'me/mine' here, and the Hugging Face hub returned none"
+    ) as caught:
         PerceptualTokenizer.from_pretrained("me/mine")
     assert "\n" not in str(caught.value)
 
 
 def test_from_pretrained__really_offline() -> None:
-    with pytest.raises(WeightsError, match="the hub gives none"):
+    with pytest.raises(WeightsError, match="hub returned none"):
         PerceptualTokenizer.from_pretrained("me/mine")
-    with pytest.raises(WeightsError, match="the hub gives none"):
+    with pytest.raises(WeightsError, match="hub returned none"):
         PerceptualTokenizer.from_pretrained("not a/valid name!")
     assert issubclass(HfHubHTTPError, Exception)
 
 
 def test_from_pretrained__loads_from_the_hub(monkeypatch: pytest.MonkeyPatch, run: Path) -> None:
-    asked: list[str] = []
+    requested_ids: list[str] = []
 
     def download(repo_id: str, **options: Any) -> str:
-        asked.append(repo_id)
+        requested_ids.append(repo_id)
         assert options["allow_patterns"] == ["model.safetensors", "config.json"]  # no pickles, no code
         return str(run / "export")
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     assert torch.equal(PerceptualTokenizer.from_pretrained("me/mine").codebook, make().codebook)
-    assert asked == ["me/mine"]
+    assert requested_ids == ["me/mine"]

@@ -28,7 +28,7 @@ def pictures(height: int = 16, width: int = 24, channels: int = 3) -> Tensor:
     return torch.rand(3, channels, height, width, generator=torch.Generator().manual_seed(1))
 
 
-def ours(model: AutoencoderConfig = CNN) -> PerceptualTokenizer:
+def perceptual_tokenizer(model: AutoencoderConfig = CNN) -> PerceptualTokenizer:
     torch.manual_seed(0)
     return PerceptualTokenizer(TokenizerConfig(model=model, num_codewords=32, image_size=16)).eval()
 
@@ -52,20 +52,20 @@ def vq_model() -> Any:
     return model
 
 
-def everyone() -> dict[str, Any]:
+def all_tokenizers() -> dict[str, Any]:
     torch.manual_seed(0)
     return {
-        "ours": ours(),
-        "ours, ViT": ours(VIT),
-        "ours, grey": GreyTokenizer(ours(replace(CNN, in_channels=1))).eval(),
-        "dalle": DalleTokenizer(width=8, num_codewords=32, embedding=6).eval(),
+        "ours": perceptual_tokenizer(),
+        "ours, ViT": perceptual_tokenizer(VIT),
+        "ours, grey": GreyTokenizer(perceptual_tokenizer(replace(CNN, in_channels=1))).eval(),
+        "dalle": DalleTokenizer(width=8, num_codewords=32, embedding_dim=6).eval(),
         "diffusers": DiffusersTokenizer(vq_model()).eval(),
     }
 
 
-@pytest.mark.parametrize("name", list(everyone()))
+@pytest.mark.parametrize("name", list(all_tokenizers()))
 def test_interface__is_one(name: str) -> None:
-    tokenizer = everyone()[name]
+    tokenizer = all_tokenizers()[name]
     f = tokenizer.stride
     codes = tokenizer.encode(pictures())
     assert codes.shape == (3, 16 // f, 24 // f)
@@ -115,32 +115,32 @@ def test_diffusers__that_is_missing_or_not_installed(tmp_path: Path, monkeypatch
 
 
 def test_load_tokenizer__refuses_channels_that_no_image_has(tmp_path: Path) -> None:
-    ours(replace(CNN, in_channels=5)).save_pretrained(tmp_path / "five")
+    perceptual_tokenizer(replace(CNN, in_channels=5)).save_pretrained(tmp_path / "five")
     with pytest.raises(WeightsError, match="has 5 channels"):
         load_tokenizer(tmp_path / "five")
 
 
 def test_load_tokenizer__by_kind(tmp_path: Path) -> None:
-    mine = ours()
-    mine.save_pretrained(tmp_path / "ours")
-    assert torch.equal(load_tokenizer(tmp_path / "ours").encode(pictures()), mine.encode(pictures()))
-    grey = ours(replace(CNN, in_channels=1))
+    tokenizer = perceptual_tokenizer()
+    tokenizer.save_pretrained(tmp_path / "ours")
+    assert torch.equal(load_tokenizer(tmp_path / "ours").encode(pictures()), tokenizer.encode(pictures()))
+    grey = perceptual_tokenizer(replace(CNN, in_channels=1))
     grey.save_pretrained(tmp_path / "grey")
     red, green, blue = pictures().unbind(1)
     luma = (0.2989 * red + 0.587 * green + 0.114 * blue)[:, None]
     assert torch.equal(load_tokenizer(tmp_path / "grey").encode(pictures()), grey.encode(luma))
-    theirs = DalleTokenizer(width=8, num_codewords=32, embedding=6)
+    dalle = DalleTokenizer(width=8, num_codewords=32, embedding_dim=6)
     (tmp_path / "dalle").mkdir()
     for part in ("encoder", "decoder"):
-        torch.save(getattr(theirs, part).state_dict(), tmp_path / "dalle" / f"{part}.pt")
-    assert torch.equal(load_tokenizer(f"dalle:{tmp_path / 'dalle'}").encode(pictures()), theirs.encode(pictures()))
+        torch.save(getattr(dalle, part).state_dict(), tmp_path / "dalle" / f"{part}.pt")
+    assert torch.equal(load_tokenizer(f"dalle:{tmp_path / 'dalle'}").encode(pictures()), dalle.encode(pictures()))
 
 
 # ------------------------------------------------------------------------------------------------------- batches
 
 
 def test_encode__in_batches_is_encode_at_once() -> None:
-    tokenizer, images = ours(), pictures()
+    tokenizer, images = perceptual_tokenizer(), pictures()
     codes = tokenizer.encode(images, batch_size=2)
     assert torch.equal(codes, tokenizer.encode(images))
     assert_close(tokenizer.decode(codes, batch_size=1), tokenizer.decode(codes))
@@ -149,16 +149,16 @@ def test_encode__in_batches_is_encode_at_once() -> None:
 
 def test_encode__refuses_other_channels() -> None:
     with pytest.raises(ValueError, match="must have 3 channels, not 1"):
-        ours().encode(pictures(channels=1))
+        perceptual_tokenizer().encode(pictures(channels=1))
 
 
 @pytest.mark.gpu
 def test_encode__reads_images_from_the_host() -> None:
-    tokenizer = ours()
+    tokenizer = perceptual_tokenizer()
     codes = tokenizer.encode(pictures())
-    found = tokenizer.cuda().encode(pictures())
-    assert found.device.type == "cpu"
-    assert (found == codes).float().mean() > 0.99
+    gpu_codes = tokenizer.cuda().encode(pictures())
+    assert gpu_codes.device.type == "cpu"
+    assert (gpu_codes == codes).float().mean() > 0.99
 
 
 # ------------------------------------------------------------------------------------------------- other runtimes
@@ -169,12 +169,12 @@ _LIKE_OTHERS = "ours, grey", "diffusers"
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=pytest.mark.slow if name in _LIKE_OTHERS else ()) for name in everyone()]
+    "name", [pytest.param(name, marks=pytest.mark.slow if name in _LIKE_OTHERS else ()) for name in all_tokenizers()]
 )
 def test_export_onnx__computes_the_same_at_any_size(name: str, tmp_path: Path) -> None:
     import onnxruntime
 
-    tokenizer = everyone()[name]
+    tokenizer = all_tokenizers()[name]
     encoder, decoder = (onnxruntime.InferenceSession(str(path)) for path in export_onnx(tokenizer, tmp_path / "onnx"))
     assert sorted(path.name for path in (tmp_path / "onnx").glob("*.onnx")) == ["decoder.onnx", "encoder.onnx"]
     f = tokenizer.stride
@@ -190,12 +190,12 @@ def test_export_onnx__computes_the_same_at_any_size(name: str, tmp_path: Path) -
 def test_export_onnx__says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "onnxscript", None)
     with pytest.raises(PecobookError, match=r"pip install 'pecobook\[onnx\]'"):
-        ours().export_onnx(tmp_path / "onnx")
+        perceptual_tokenizer().export_onnx(tmp_path / "onnx")
     assert not (tmp_path / "onnx").exists()
 
 
 def test_encode__compiles_in_one_graph() -> None:
-    tokenizer = ours()
+    tokenizer = perceptual_tokenizer()
     compiled = torch.compile(tokenizer.encode, backend="eager", fullgraph=True)
     assert torch.equal(compiled(pictures()), tokenizer.encode(pictures()))
     again = torch.compile(tokenizer.decode, backend="eager", fullgraph=True)

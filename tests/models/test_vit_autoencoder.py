@@ -10,7 +10,7 @@ from torch.testing import assert_close
 
 from pecobook.errors import ConfigError
 from pecobook.models.tokenizer import build_autoencoder
-from pecobook.models.vit_autoencoder import ViTDecoder, ViTEncoder, positions
+from pecobook.models.vit_autoencoder import ViTDecoder, ViTEncoder, sincos_positions
 from pecobook.settings.tokenizer import AutoencoderConfig
 
 SMALL = AutoencoderConfig(kind="vit", channels=(16, 4), num_heads=2, num_blocks=2, latent_dim=6)
@@ -77,28 +77,28 @@ def test_decoder__may_be_narrower_and_shallower() -> None:
     assert len(decoder[1]) == 2  # type: ignore[index]  # one block and the norm
 
 
-def test_positions__are_sines_and_cosines_of_row_and_column() -> None:
-    table = positions(3, 5, 8, device=torch.device("cpu"))
+def test_sincos_positions__are_sines_and_cosines_of_row_and_column() -> None:
+    table = sincos_positions(3, 5, 8, device=torch.device("cpu"))
     for row in range(3):
         for column in range(5):
             expected = []
             for coordinate in (column, row):
                 angles = [coordinate / 10000 ** (i / 2) for i in range(2)]
                 expected += [math.sin(a) for a in angles] + [math.cos(a) for a in angles]
-            found = table[row * 5 + column].double()
+            position = table[row * 5 + column].double()
             assert_close(
-                found.sort().values, torch.tensor(expected, dtype=torch.float64).sort().values, atol=1e-5, rtol=0
+                position.sort().values, torch.tensor(expected, dtype=torch.float64).sort().values, atol=1e-5, rtol=0
             )
 
 
 @pytest.mark.parametrize(
-    ("settings", "said"),
+    ("settings", "message"),
     [
         ({"channels": (16, 32, 4)}, "WIDTH PATCH"),
         ({"channels": (18, 4), "num_heads": 2}, "width, 18, must be a multiple of 8"),
         ({"channels": (16, 4), "num_heads": 2, "decoder_width": 0.7}, "width, 11, must be a multiple of 8"),
     ],
 )
-def test_config__refuses(settings: dict[str, object], said: str) -> None:
-    with pytest.raises(ConfigError, match=said):
+def test_config__refuses(settings: dict[str, object], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
         AutoencoderConfig(kind="vit", **settings)  # type: ignore[arg-type]

@@ -21,7 +21,7 @@ from pecobook.models.weights import (
     IMAGENET_STD,
     Backbone,
     Classifier,
-    create,
+    create_network,
     is_transformer,
     load_backbone,
 )
@@ -42,9 +42,9 @@ def exported(folder: Path, name: str = NAME, args: dict[str, Any] = VIT, *, clas
     network: nn.Module = timm.create_model(name, num_classes=len(classes), **args).eval()
     for norm in (module for module in network.modules() if isinstance(module, nn.LayerNorm)):
         nn.init.normal_(norm.weight)
-    own = network, name, args, IMAGENET_MEAN, IMAGENET_STD, 32
-    whole = Classifier(*own, classes=classes) if classes else Backbone(*own)
-    whole.save_pretrained(folder / "export", origin="a test")
+    arguments = network, name, args, IMAGENET_MEAN, IMAGENET_STD, 32
+    exported_model = Classifier(*arguments, classes=classes) if classes else Backbone(*arguments)
+    exported_model.save_pretrained(folder / "export", origin="a test")
     return network
 
 
@@ -53,15 +53,15 @@ def exported(folder: Path, name: str = NAME, args: dict[str, Any] = VIT, *, clas
 
 def test_create__says_what_is_wrong() -> None:
     with pytest.raises(WeightsError, match=r"timm has no network 'vit_tiny_patch16_225'\. Did you mean 'vit_tiny"):
-        create("timm:vit_tiny_patch16_225")
-    with pytest.raises(WeightsError, match=r"does not take these arguments.*colour"):
-        create(NAME, colour="red")
-    with pytest.raises(WeightsError, match="timm cannot make"):
-        create("test_resnet", output_stride=3)
-    with pytest.raises(WeightsError, match=r"timm cannot make .*divisible by num_heads"):
-        create(NAME, embed_dim=25, num_heads=2)
-    with pytest.raises(WeightsError, match="cannot be fetched"):
-        create("test_vit", pretrained=True)
+        create_network("timm:vit_tiny_patch16_225")
+    with pytest.raises(WeightsError, match=r"does not accept these arguments.*colour"):
+        create_network(NAME, colour="red")
+    with pytest.raises(WeightsError, match="timm cannot build"):
+        create_network("test_resnet", output_stride=3)
+    with pytest.raises(WeightsError, match=r"timm cannot build .*divisible by num_heads"):
+        create_network(NAME, embed_dim=25, num_heads=2)
+    with pytest.raises(WeightsError, match="cannot be downloaded"):
+        create_network("test_vit", pretrained=True)
 
 
 @pytest.mark.parametrize(
@@ -123,7 +123,7 @@ def test_load_backbone__at_another_size_keeps_all_but_the_tables(
     assert all(name.endswith(("pos_embed", "relative_position_bias_table")) for name in changed)
     assert all(torch.equal(old[name], new[name]) for name in old.keys() - changed if "relative_position" not in name)
     # The arguments that it reports make a network that takes these weights.
-    again = create(backbone.name, num_classes=0, **backbone.args).eval()
+    again = create_network(backbone.name, num_classes=0, **backbone.args).eval()
     again.load_state_dict(new)
     assert torch.equal(again.forward_features(images(64)), out)  # type: ignore[operator]
 
@@ -202,13 +202,11 @@ def test_load_backbone__refuses_what_is_none(tmp_path: Path) -> None:
     with pytest.raises(WeightsError, match="is a tokenizer, not a backbone: give a contrast or pretrain run"):
         load_backbone(str(tmp_path))
     file.write_text("[]")
-    with pytest.raises(WeightsError, match=r"cannot be read: config\.json holds no JSON object"):
+    with pytest.raises(WeightsError, match=r"cannot be read: config\.json contains no JSON object"):
         load_backbone(str(tmp_path))
     with pytest.raises(WeightsError, match="There is no run"):
         load_backbone(str(tmp_path / "missing"))
-    with pytest.raises(
-        ConfigError, match=r"a file of weights, which needs its network: --backbone timm:NAME --weights"
-    ):
+    with pytest.raises(ConfigError, match=r"a file of weights; also name the network: --backbone timm:NAME --weights"):
         load_backbone(str(tmp_path / "export" / "model.safetensors"))
     with pytest.raises(WeightsError, match="neither a run folder nor a network"):
         load_backbone("resnet50")
@@ -229,6 +227,6 @@ def test_write_tensors__is_read_back_whatever_the_layout(tmp_path: Path) -> None
     tensors = {"a": torch.arange(6.0).view(2, 3).t(), "b": torch.ones(1, requires_grad=True).expand(3)}
     file = tmp_path / "new" / "folder" / "x.safetensors"
     write_tensors(file, tensors)
-    found = load_file(file)
-    assert all(torch.equal(found[name], value) for name, value in tensors.items())
+    loaded = load_file(file)
+    assert all(torch.equal(loaded[name], value) for name, value in tensors.items())
     assert [path.name for path in file.parent.iterdir()] == ["x.safetensors"]

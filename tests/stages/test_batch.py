@@ -74,12 +74,12 @@ def test_batch__lists_exactly_the_keys_that_stages_receive(
 
     for stage in STAGES:
         watch(stage)
-    read = Stream.__getitem__
+    original_getitem = Stream.__getitem__
 
     def sample(self: Stream, position: int) -> dict[str, Any]:
-        tensors = read(self, position)
-        loaded.update(tensors)
-        return tensors
+        loaded_sample = original_getitem(self, position)
+        loaded.update(loaded_sample)
+        return loaded_sample
 
     monkeypatch.setattr(Stream, "__getitem__", sample)
     config = replace(tokenize_recipe("tiny"), {"data": str(images), "tokenizer": str(codebook_run), "image_size": 16})

@@ -1,4 +1,4 @@
-"""Networks are made once: what is looked at before a run is what is trained."""
+"""Every network is built once: training uses the networks that the checks before the run built."""
 
 from __future__ import annotations
 
@@ -18,25 +18,25 @@ from tests.runs import SMALL, inputs, train
 
 
 @pytest.fixture
-def made(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
-    """How often each thing is made from here on."""
-    count: Counter[str] = Counter()
+def built(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
+    """Return a counter of the objects that are built from now on, by kind."""
+    counter: Counter[str] = Counter()
 
-    def counted(owner: Any, name: str, what: str) -> None:
-        ordinary = getattr(owner, name)
+    def count(owner: Any, name: str, kind: str) -> None:
+        original = getattr(owner, name)
 
         def call(*args: Any, **kwargs: Any) -> Any:
-            count[what] += 1
-            return ordinary(*args, **kwargs)
+            counter[kind] += 1
+            return original(*args, **kwargs)
 
         monkeypatch.setattr(owner, name, call)
 
-    counted(timm, "create_model", "networks of timm")
-    counted(PerceptualDistance, "__init__", "perceptual distances")
-    counted(PerceptualTokenizer, "__init__", "tokenizers")
-    counted(TokenBank, "__init__", "token banks")
-    counted(launch, "resolve_precision", "precisions")
-    return count
+    count(timm, "create_model", "networks of timm")
+    count(PerceptualDistance, "__init__", "perceptual distances")
+    count(PerceptualTokenizer, "__init__", "tokenizers")
+    count(TokenBank, "__init__", "token banks")
+    count(launch, "resolve_precision", "precisions")
+    return counter
 
 
 _NETWORKS = {
@@ -50,24 +50,28 @@ _NETWORKS = {
 
 
 @pytest.mark.parametrize("command", list(SMALL))
-def test_train__makes_every_network_once(
-    command: str, images: Path, codebook_run: Path, vit_run: Path, tmp_path: Path, made: Counter[str]
+def test_train__builds_every_network_once(
+    command: str, images: Path, codebook_run: Path, vit_run: Path, tmp_path: Path, built: Counter[str]
 ) -> None:
-    given: dict[str, Any] = {"data": str(images), **inputs(command, codebook_run, vit_run)}
+    settings: dict[str, Any] = {"data": str(images), **inputs(command, codebook_run, vit_run)}
     if command == "codebook":
-        given |= {"perceptual.network": "timm:resnet10t", "perceptual.weights": "random", "perceptual.layers": (1, 2)}
-    made.clear()
-    train(command, given.pop("data"), tmp_path / "run", max_steps="2", **given)
-    assert made == {**_NETWORKS[command], "precisions": 1}
+        settings |= {
+            "perceptual.network": "timm:resnet10t",
+            "perceptual.weights": "random",
+            "perceptual.layers": (1, 2),
+        }
+    built.clear()
+    train(command, settings.pop("data"), tmp_path / "run", max_steps="2", **settings)
+    assert built == {**_NETWORKS[command], "precisions": 1}
 
 
 def test_train__from_a_token_bank_opens_it_once(
-    images: Path, codebook_run: Path, tmp_path: Path, made: Counter[str]
+    images: Path, codebook_run: Path, tmp_path: Path, built: Counter[str]
 ) -> None:
     bank = str(tmp_path / "bank")
     shape = {"image_size": 16, "precision": "fp32", "workers": 0}
     api.tokenize("tiny", data=str(images), tokenizer=str(codebook_run), out=bank, **shape)
-    assert made == {"tokenizers": 1, "precisions": 1}
-    made.clear()
+    assert built == {"tokenizers": 1, "precisions": 1}
+    built.clear()
     train("pretrain", images, tmp_path / "run", tokenizer=str(codebook_run), tokens=bank, max_steps="2")
-    assert made == {**_NETWORKS["pretrain"], "token banks": 1, "precisions": 1}
+    assert built == {**_NETWORKS["pretrain"], "token banks": 1, "precisions": 1}

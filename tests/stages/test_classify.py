@@ -49,18 +49,18 @@ def batch(count: int = 6, classes: int = 3) -> dict[str, Tensor]:
 
 
 def test_forward__smoothed_cross_entropy_in_training(vit_run: Path) -> None:
-    stage, given = make(vit_run, label_smoothing=0.3), batch()
+    stage, inputs = make(vit_run, label_smoothing=0.3), batch()
     with torch.no_grad():
-        images = (given["image"].float() / 255 - stage.mean) / stage.std
+        images = (inputs["image"].float() / 255 - stage.mean) / stage.std
         scores = stage.network(images).log_softmax(1)
         targets = torch.full((6, 3), 0.1)
-        targets[range(6), given["label"].tolist()] = 0.8
-        assert float(stage.train()(given).loss) == pytest.approx(float(-(targets * scores).sum(1).mean()), rel=1e-5)
-        exact = -scores[range(6), given["label"].tolist()].mean()
-        output = stage.eval()(given)
+        targets[range(6), inputs["label"].tolist()] = 0.8
+        assert float(stage.train()(inputs).loss) == pytest.approx(float(-(targets * scores).sum(1).mean()), rel=1e-5)
+        exact = -scores[range(6), inputs["label"].tolist()].mean()
+        output = stage.eval()(inputs)
     assert float(output.loss) == pytest.approx(float(exact), rel=1e-5)
-    found = stage.summarise(output.rows, {})
-    assert found == pytest.approx({"top1": 100 * float((scores.argmax(1) == given["label"]).float().mean())})
+    metrics = stage.summarise(output.rows, {})
+    assert metrics == pytest.approx({"top1": 100 * float((scores.argmax(1) == inputs["label"]).float().mean())})
 
 
 def test_forward__top5_with_enough_classes(vit_run: Path) -> None:
@@ -72,12 +72,12 @@ def test_forward__top5_with_enough_classes(vit_run: Path) -> None:
     assert torch.equal(rows["classes"], order[:, :5])
     labels = torch.arange(7)[:, None]
     expected = {"top1": (order[:, :1] == labels).any(1), "top5": (order[:, :5] == labels).any(1)}
-    found = stage.summarise(rows, {})
-    assert found == pytest.approx({name: 100 * float(hit.float().mean()) for name, hit in expected.items()})
+    metrics = stage.summarise(rows, {})
+    assert metrics == pytest.approx({name: 100 * float(hit.float().mean()) for name, hit in expected.items()})
 
 
 def numbered(count: int = 4, size: int = 8) -> tuple[Tensor, Tensor]:
-    """Image b is b + 1 everywhere; its class is b."""
+    """Return images whose pixels all have the value b + 1, and their one-hot classes b."""
     images = torch.arange(1.0, count + 1).view(count, 1, 1, 1).expand(count, 3, size, size).contiguous()
     return images, torch.eye(count)
 
@@ -115,10 +115,10 @@ def test_mix__cutmix_gives_the_area_that_was_pasted() -> None:
                 assert height * width == int(pasted[0].sum())
         areas.add(area)
     assert len(areas) >= 5
-    assert torch.equal(images, numbered(size=16)[0])  # what was given is left alone
+    assert torch.equal(images, numbered(size=16)[0])  # the inputs are not changed
 
 
-def test_mix__chooses_one_of_the_two_by_a_fair_coin() -> None:
+def test_mix__chooses_mixup_or_cutmix_with_equal_chances() -> None:
     images, targets = numbered()
     kinds = []
     for seed in range(60):
@@ -128,14 +128,14 @@ def test_mix__chooses_one_of_the_two_by_a_fair_coin() -> None:
     assert 15 < sum(kinds) < 45
 
 
-def test_mix__none_leaves_the_batch() -> None:
+def test_mix__without_either_returns_the_batch() -> None:
     images, targets = numbered()
     mixed, soft = mix(images, targets, mixup=0.0, cutmix=0.0)
     assert mixed is images
     assert soft is targets
 
 
-def test_parameter_groups__rates_fall_by_layer_and_hold_every_weight_once(vit_run: Path) -> None:
+def test_parameter_groups__hold_every_weight_once_and_rates_fall_by_layer(vit_run: Path) -> None:
     stage = make(vit_run)
     groups = stage.parameter_groups(OptimConfig(layer_decay=0.5, weight_decay=0.1))
     scale = {id(p): group["lr_scale"] for group in groups for p in group["params"]}
@@ -149,28 +149,28 @@ def test_parameter_groups__rates_fall_by_layer_and_hold_every_weight_once(vit_ru
         assert scale[id(names[f"blocks.{block}.mlp.fc1.weight"])] == 0.5 ** (depth - block)
 
 
-def test_stage__begins_with_the_weights_of_its_backbone_and_a_quiet_head(vit_run: Path) -> None:
+def test_stage__starts_from_the_backbones_weights_and_a_head_near_zero(vit_run: Path) -> None:
     stage = ClassifyStage(settings(vit_run), ("a", "b"))
     exported = load_file(vit_run / "export" / "model.safetensors")
-    own = stage.network.state_dict()
-    assert torch.equal(own["blocks.1.mlp.fc1.weight"], exported["blocks.1.mlp.fc1.weight"])
-    assert torch.equal(own["fc_norm.weight"], exported["norm.weight"])
+    state = stage.network.state_dict()
+    assert torch.equal(state["blocks.1.mlp.fc1.weight"], exported["blocks.1.mlp.fc1.weight"])
+    assert torch.equal(state["fc_norm.weight"], exported["norm.weight"])
     with torch.no_grad():
         assert stage.eval().network(torch.randn(2, 3, 16, 16)).abs().max() < 1e-2
-    fresh = ClassifyStage(settings(vit_run, weights="random"), ("a", "b"))
-    assert not torch.equal(fresh.network.state_dict()["blocks.1.mlp.fc1.weight"], own["blocks.1.mlp.fc1.weight"])
+    untrained = ClassifyStage(settings(vit_run, weights="random"), ("a", "b"))
+    assert not torch.equal(untrained.network.state_dict()["blocks.1.mlp.fc1.weight"], state["blocks.1.mlp.fc1.weight"])
 
 
-def test_view__augmentation_is_a_function_of_the_key_and_leaves_the_generator(vit_run: Path) -> None:
+def test_view__augmentation_depends_on_the_key_and_not_on_global_generators(vit_run: Path) -> None:
     view = ClassifyStage.view(settings(vit_run, rand_augment="rand-m9-mstd0.5-inc1"))
     image = torch.randint(256, (3, 40, 48), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     random.seed(3)
     np.random.seed(3)
-    drawn = random.random(), np.random.random()
+    expected = random.random(), np.random.random()
     random.seed(3)
     np.random.seed(3)
     first = [view(image, key)["image"] for key in range(6)]
-    assert (random.random(), np.random.random()) == drawn
+    assert (random.random(), np.random.random()) == expected
     assert all(torch.equal(view(image, key)["image"], first[key]) for key in range(6))
     assert len({crop.numpy().tobytes() for crop in first}) == 6
     assert all(crop.shape == (3, 16, 16) and crop.dtype == torch.uint8 for crop in first)
@@ -182,16 +182,16 @@ def test_random_erasing__fills_rectangles_by_torchs_generator() -> None:
     erased = random_erasing(images.clone(), 0.5)
     torch.manual_seed(2)
     assert torch.equal(random_erasing(images.clone(), 0.5), erased)
-    touched = (erased != 7).all(1)  # (40, 16, 16)
-    share = float(touched.any((1, 2)).float().mean())
+    changed = (erased != 7).all(1)  # (40, 16, 16)
+    share = float(changed.any((1, 2)).float().mean())
     assert 0.25 < share < 0.75
-    for mask in touched[touched.any((1, 2))]:
+    for mask in changed[changed.any((1, 2))]:
         rows, columns = mask.any(1).nonzero(), mask.any(0).nonzero()
         assert bool(mask[rows.min() : rows.max() + 1, columns.min() : columns.max() + 1].all())  # one rectangle
     assert torch.equal(random_erasing(images.clone(), 0.0), images)
 
 
-def test_average__follows_the_weights_and_is_what_is_evaluated_and_exported(vit_run: Path, tmp_path: Path) -> None:
+def test_average__follows_the_weights_and_is_evaluated_and_exported(vit_run: Path, tmp_path: Path) -> None:
     stage = make(vit_run, average=0.9)
     assert stage.averaged is not None
     stage.averaged.load_state_dict(stage.network.state_dict())
@@ -206,10 +206,10 @@ def test_average__follows_the_weights_and_is_what_is_evaluated_and_exported(vit_
     for name, value in stage.averaged.named_parameters():
         torch.testing.assert_close(value.detach(), before[name] + 0.1 * (1 - 0.9 * (2 / 11)))
     with torch.no_grad():
-        given = batch()
-        images = (given["image"].float() / 255 - stage.mean) / stage.std
-        expected = F.cross_entropy(stage.averaged.eval()(images), given["label"])
-        assert float(stage.eval()(given).loss) == pytest.approx(float(expected), rel=1e-5)
+        inputs = batch()
+        images = (inputs["image"].float() / 255 - stage.mean) / stage.std
+        expected = F.cross_entropy(stage.averaged.eval()(images), inputs["label"])
+        assert float(stage.eval()(inputs).loss) == pytest.approx(float(expected), rel=1e-5)
     stage.export(tmp_path, stage.state_dict())
     exported = load_file(tmp_path / "model.safetensors")
     assert all(torch.equal(value, exported[name]) for name, value in stage.averaged.state_dict().items())
@@ -217,26 +217,26 @@ def test_average__follows_the_weights_and_is_what_is_evaluated_and_exported(vit_
     assert grouped == {id(p) for p in stage.network.parameters()}
 
 
-def test_train__leaves_predictions_and_a_confusion_picture(images: Path, vit_run: Path, tmp_path: Path) -> None:
+def test_train__writes_predictions_and_a_confusion_picture(images: Path, vit_run: Path, tmp_path: Path) -> None:
     run = train("finetune", images, tmp_path / "run", backbone=str(vit_run), average=0.5)
     table = pq.read_table(run / "predictions.parquet").to_pylist()
     held_out = open_images(str(images)).evaluation
     assert [row["image"] for row in table] == [held_out.identify(index) for index in range(len(held_out))]
     assert held_out.labels is not None
     assert held_out.classes is not None
-    right = 0
+    num_correct = 0
     for row, label in zip(table, held_out.labels, strict=True):
         assert row["label"] == held_out.classes[label]
         assert row["prediction"] == row["best"][0]
         assert row["correct"] == (row["label"] == row["prediction"])
         assert row["probabilities"] == sorted(row["probabilities"], reverse=True)
         assert sum(row["probabilities"]) == pytest.approx(1, abs=1e-4)
-        right += row["correct"]
-    assert logged(run)[-1]["evaluation/top1"] == pytest.approx(100 * right / len(table))
+        num_correct += row["correct"]
+    assert logged(run)[-1]["evaluation/top1"] == pytest.approx(100 * num_correct / len(table))
     assert (run / "samples" / "confusion.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_train__an_unreadable_held_out_image_is_listed_and_no_other_counts_for_it(
+def test_train__an_unreadable_held_out_image_is_listed_and_not_counted(
     images: Path, vit_run: Path, tmp_path: Path
 ) -> None:
     for split in ("train", "test"):
@@ -247,19 +247,19 @@ def test_train__an_unreadable_held_out_image_is_listed_and_no_other_counts_for_i
     table = pq.read_table(run / "predictions.parquet").to_pylist()
     assert len(table) == 23
     assert not any(row["image"].endswith("green/3.png") for row in table)
-    right = sum(row["correct"] for row in table)
-    assert logged(run)[-1]["evaluation/top1"] == pytest.approx(100 * right / 23)
+    num_correct = sum(row["correct"] for row in table)
+    assert logged(run)[-1]["evaluation/top1"] == pytest.approx(100 * num_correct / 23)
     log = (run / "train.log").read_text()
     assert log.count("skipped: ") == 1
     assert "1 image could not be read" in log
 
 
-def test_evaluate__the_loss_leaves_out_what_is_repeated(vit_run: Path) -> None:
-    stage, given = make(vit_run).eval(), batch()
-    once = {name: value[:2] for name, value in given.items()}
+def test_evaluate__the_loss_leaves_out_repeated_images(vit_run: Path) -> None:
+    stage, inputs = make(vit_run).eval(), batch()
+    first_two = {name: value[:2] for name, value in inputs.items()}
     with torch.no_grad():
-        expected = float(stage(once).loss)
-        marked = {**given, "repeated": torch.arange(len(given["label"])) > 1}
+        expected = float(stage(first_two).loss)
+        marked = {**inputs, "repeated": torch.arange(len(inputs["label"])) > 1}
         assert float(stage(marked).loss) == pytest.approx(expected)
 
 
@@ -269,7 +269,7 @@ def test_joint_counts__count_rows_by_label() -> None:
     assert confusion_picture([0, 1], [1, 1], ("$a_", "<b>")).startswith(b"\x89PNG")  # type: ignore[arg-type]
 
 
-def test_evaluation__takes_the_middle_of_the_image(vit_run: Path) -> None:
+def test_evaluation_view__is_the_central_crop(vit_run: Path) -> None:
     image = torch.zeros(3, 32, 48, dtype=torch.uint8)
     image[:, 8:24, 16:32] = 200
     view = ClassifyStage.evaluation_view(settings(vit_run, eval_crop=0.5))(image, 0)["image"]

@@ -78,30 +78,35 @@ def test_forward__balance_weighs_commitment_against_one(network: PerceptualConfi
     plain = make(perceptual=network, balance=False, quantizer=QuantizerConfig(num_codewords=24, commitment=0.0))
     output, reference = stage(batch()), plain(batch())
     assert output.loss.item() == pytest.approx(1 + 0.3 * float(output.metrics["commitment"]), rel=1e-5)
-    shown = reference.loss + 0.3 * output.metrics["commitment"]
-    torch.testing.assert_close(output.metrics["loss"], shown.detach(), rtol=1e-4, atol=1e-6)
+    logged_loss = reference.loss + 0.3 * output.metrics["commitment"]
+    torch.testing.assert_close(output.metrics["loss"], logged_loss.detach(), rtol=1e-4, atol=1e-6)
     output.loss.backward()
     reference.loss.backward()
-    # The decoder hears of the reconstruction alone: its gradient is the plain one, divided by the reconstruction loss.
-    for ours, theirs in zip(stage.tokenizer.decoder.parameters(), plain.tokenizer.decoder.parameters(), strict=True):
-        assert ours.grad is not None
-        assert theirs.grad is not None
+    # The decoder's gradient comes from the reconstruction loss alone: the plain gradient, divided by that loss.
+    decoders = stage.tokenizer.decoder, plain.tokenizer.decoder
+    for balanced, unbalanced in zip(*(decoder.parameters() for decoder in decoders), strict=True):
+        assert balanced.grad is not None
+        assert unbalanced.grad is not None
         scale = float(output.metrics["loss"] - 0.3 * output.metrics["commitment"])
-        torch.testing.assert_close(ours.grad * scale, theirs.grad, rtol=1e-3, atol=1e-6)
+        torch.testing.assert_close(balanced.grad * scale, unbalanced.grad, rtol=1e-3, atol=1e-6)
 
 
 def test_forward__lambda_rises_over_its_warm_up() -> None:
     stage = make(perceptual=dataclasses.replace(NETWORK, weight=0.8, warmup=3), balance=False)
+
+    def perceptual_weight(stage: CodebookStage) -> float:
+        output = stage(batch())
+        others = output.metrics["pixel"] + 0.25 * output.metrics["commitment"]
+        return float((output.loss.detach() - others) / output.metrics["perceptual"])
+
     weights = []
     for step in range(6):
-        output = stage(batch())
-        rest = output.metrics["pixel"] + 0.25 * output.metrics["commitment"]
-        weights.append(float((output.loss.detach() - rest) / output.metrics["perceptual"]))
+        weights.append(perceptual_weight(stage))
         stage.after_step(step + 1, 6)
     assert weights == pytest.approx([0.2, 0.4, 0.6, 0.8, 0.8, 0.8], rel=1e-3)
-    again = make(perceptual=dataclasses.replace(NETWORK, weight=0.8, warmup=3), balance=False)
-    again.load_state_dict(stage.state_dict())  # a resumed run is where the other one was
-    assert again._lambda() == pytest.approx(0.8)
+    resumed = make(perceptual=dataclasses.replace(NETWORK, weight=0.8, warmup=3), balance=False)
+    resumed.load_state_dict(stage.state_dict())
+    assert perceptual_weight(resumed) == pytest.approx(0.8, rel=1e-3)
 
 
 def test_forward__trains_encoder_and_decoder_and_not_the_network() -> None:
@@ -124,7 +129,9 @@ def test_forward__pictures_in_evaluation_only() -> None:
     stage.eval()(batch(count=2))
     stage.after_step(2, 2)
     assert torch.equal(output.pictures["images"], batch()["image"].float() / 255)
-    assert int(stage.tokenizer.quantizer.num_updates) == 1  # the training batch moved it, the held-out ones did not
+    assert (
+        int(stage.tokenizer.quantizer.num_updates) == 1
+    )  # the training batch updated the codebook, the held-out batches did not
     assert not torch.equal(codebook, stage.tokenizer.codebook)
 
 
@@ -152,7 +159,7 @@ def test_loss__falls_when_trained_on_one_batch() -> None:
     assert float(stage(flat).metrics["pixel"]) < 0.6 * first
 
 
-# ------------------------------------------------------------------------------ what the paper compares this with
+# --------------------------------------------------------------------------------------- the paper's alternatives
 
 
 def labelled(count: int = 4) -> dict[str, Tensor]:
@@ -178,11 +185,11 @@ def test_adversarial__begins_after_its_start() -> None:
     plain, stage = make(balance=False), make(balance=False, adversarial=config)
     for step in range(4):
         reference, output = plain(batch()), stage(batch())
-        own = output.loss.detach() - output.metrics["discriminator"]
+        autoencoder_loss = output.loss.detach() - output.metrics["discriminator"]
         expected = reference.loss.detach() + (0.4 * output.metrics["adversarial"] if step >= 2 else 0.0)
-        torch.testing.assert_close(own, expected)
-        for one in (plain, stage):  # no optimizer step, so both stay alike
-            one.after_step(step + 1, 4)
+        torch.testing.assert_close(autoencoder_loss, expected)
+        for trained in (plain, stage):  # there is no optimizer step, so both keep equal weights
+            trained.after_step(step + 1, 4)
 
 
 def test_adversarial__discriminator_learns_from_its_own_term_alone() -> None:
@@ -193,8 +200,8 @@ def test_adversarial__discriminator_learns_from_its_own_term_alone() -> None:
         stage(batch()).loss.backward()
         assert stage.discriminator is not None
         gradients.append([p.grad for p in stage.discriminator.parameters()])
-    for one, other in zip(*gradients, strict=True):
-        torch.testing.assert_close(one, other)
+    for first, second in zip(*gradients, strict=True):
+        torch.testing.assert_close(first, second)
 
 
 @pytest.mark.parametrize("kind", ["classification", "contrastive"])
@@ -208,8 +215,8 @@ def test_explicit__is_added_with_its_weight_and_reaches_the_encoder(kind: Litera
     output.loss.backward()
     reference.loss.backward()
     changed = [
-        not torch.allclose(one.grad, other.grad)  # type: ignore[arg-type]
-        for one, other in zip(stage.tokenizer.encoder.parameters(), plain.tokenizer.encoder.parameters(), strict=True)
+        not torch.allclose(a.grad, b.grad)  # type: ignore[arg-type]
+        for a, b in zip(stage.tokenizer.encoder.parameters(), plain.tokenizer.encoder.parameters(), strict=True)
     ]
     assert any(changed)
     assert "explicit" not in stage.eval()(labelled()).metrics
@@ -223,11 +230,11 @@ def test_explicit__contrastive_micro_batches_learn_as_the_whole_batch(
     more |= {"optim.eps": 1e-3}
     whole = train("codebook", images, tmp_path / "whole", **more)
     parts = train("codebook", images, tmp_path / "parts", **more, micro_batch_size=2)
-    shown = [[line["explicit"] for line in logged(run) if "explicit" in line] for run in (parts, whole)]
-    assert len(shown[0]) == 8
-    # In the fifth step k-means starts the codebook, for which a micro-batch cannot wait for those after it.
-    assert shown[0][:4] == pytest.approx(shown[1][:4], rel=1e-5)
-    assert shown[0][5:] == pytest.approx(shown[1][5:], rel=0.1)
+    split, full = ([line["explicit"] for line in logged(run) if "explicit" in line] for run in (parts, whole))
+    assert len(split) == 8
+    # In the fifth step k-means starts the codebook; it starts in the first micro-batch, before the others are encoded.
+    assert split[:4] == pytest.approx(full[:4], rel=1e-5)
+    assert split[5:] == pytest.approx(full[5:], rel=0.1)
 
 
 def test_explicit__contrastive_keys_follow_the_encoder() -> None:
@@ -267,15 +274,15 @@ def test_grey_images__are_read_as_one_channel() -> None:
 
 
 @pytest.mark.parametrize(
-    ("settings", "said"),
+    ("settings", "message"),
     [
         ({"model": AutoencoderConfig(in_channels=4)}, "3 channels or 1"),
         ({"quantizer": QuantizerConfig(learning="gradient"), "strategy": "fsdp"}, "use --strategy ddp"),
         ({"adversarial": AdversarialConfig(weight=1, num_layers=7)}, "leaves nothing of 224 pixels"),
     ],
 )
-def test_config__refuses(settings: dict[str, Any], said: str) -> None:
-    with pytest.raises(ConfigError, match=said):
+def test_config__refuses(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
         CodebookConfig(**settings)
 
 
@@ -299,7 +306,11 @@ def test_train__every_variant_runs_and_exports(more: dict[str, Any], images: Pat
     assert codes.shape == (2, 4, 6)
     assert tokenizer.decode(codes).shape == (2, channels, 16, 24)
     names = tokenizer.state_dict().keys()
-    assert {name.split(".")[0] for name in names} == {"encoder", "decoder", "quantizer"}  # nothing of the training
+    assert {name.split(".")[0] for name in names} == {
+        "encoder",
+        "decoder",
+        "quantizer",
+    }  # no part that only training needs
 
 
 def test_check__classification_needs_labels(tmp_path: Path, images: Path) -> None:
@@ -312,7 +323,7 @@ def test_check__classification_needs_labels(tmp_path: Path, images: Path) -> Non
     assert not (tmp_path / "run").exists()
 
 
-def test_check__one_image_has_nothing_to_be_told_from(tmp_path: Path, images: Path) -> None:
+def test_check__contrast_needs_two_images(tmp_path: Path, images: Path) -> None:
     more: dict[str, Any] = {"explicit.kind": "contrastive", "micro_batch_size": 1}
     with pytest.raises(PreflightError, match=r"--micro-batch-size: .* at least 2 images"):
         train("codebook", images, tmp_path / "run", **more)
@@ -323,8 +334,8 @@ def test_summarise__usage_over_all_held_out_images() -> None:
     stage = make().eval()
     codes = stage(batch()).rows["codes"]
     assert codes.shape == (4, 4, 4)
-    found = stage.summarise({"codes": torch.tensor([[[0, 1], [2, 3]], [[0, 1], [2, 3]]])}, {})
-    assert found == pytest.approx({"codes_used": 4, "codes_perplexity": 4.0})
+    metrics = stage.summarise({"codes": torch.tensor([[[0, 1], [2, 3]], [[0, 1], [2, 3]]])}, {})
+    assert metrics == pytest.approx({"codes_used": 4, "codes_perplexity": 4.0})
 
 
 @pytest.mark.slow
@@ -336,7 +347,7 @@ def test_compile__changes_nothing_but_rounding(images: Path, tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize(("command", "layers"), [("contrast", (3, 4)), ("pretrain", (1, 2))])
-def test_train__under_a_run_of_ours(
+def test_train__a_pecobook_run_is_the_perceptual_network(
     command: str, layers: tuple[int, ...], images: Path, codebook_run: Path, tmp_path: Path
 ) -> None:
     network = train(command, images, tmp_path / "network", **inputs(command, codebook_run, codebook_run))

@@ -1,4 +1,4 @@
-"""A compiled stage is compiled once: what changes from step to step must not be built into its graphs."""
+"""A compiled stage is compiled once: values that change from step to step must not be constants of its graphs."""
 
 from __future__ import annotations
 
@@ -21,20 +21,20 @@ ADVERSARIAL = {"quantizer.learning": "gradient", "adversarial.weight": 0.4, "adv
 
 @pytest.fixture
 def compilations(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
-    """Graphs made so far at the end of each step, by a backend that runs them as they are."""
+    """Return a list of the number of graphs compiled by the end of each step; the backend runs graphs uncompiled."""
     compile_module, step = nn.Module.compile, loop._Loop._step
-    made: list[int] = []
+    num_graphs: list[int] = []
 
     def count(self: loop._Loop, *arguments: Any) -> bool:
         stop = step(self, *arguments)
-        made.append(counters["stats"]["unique_graphs"])
+        num_graphs.append(counters["stats"]["unique_graphs"])
         return stop
 
     torch._dynamo.reset()
     counters.clear()
     monkeypatch.setattr(nn.Module, "compile", lambda self: compile_module(self, backend="eager"))
     monkeypatch.setattr(loop._Loop, "_step", count)
-    yield made
+    yield num_graphs
     torch._dynamo.reset()
 
 
@@ -51,7 +51,7 @@ def compilations(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
         pytest.param("segment", {}, marks=pytest.mark.slow),
     ],
 )
-def test_train__compiles_no_step_anew(
+def test_train__is_not_compiled_again_at_later_steps(
     command: str,
     more: dict[str, Any],
     images: Path,

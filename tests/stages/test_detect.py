@@ -20,7 +20,7 @@ from pecobook.data.stream import Stream, collate
 from pecobook.engine import launch
 from pecobook.errors import ConfigError, DataError, PreflightError, WeightsError
 from pecobook.models.dense.detector import Detections, Detector
-from pecobook.models.weights import IMAGENET_MEAN, IMAGENET_STD, Backbone, create
+from pecobook.models.weights import IMAGENET_MEAN, IMAGENET_STD, Backbone, create_network
 from pecobook.recipes import detect as recipes
 from pecobook.settings.detect import DetectConfig, DetectorConfig
 from pecobook.settings.training import OptimConfig
@@ -54,12 +54,12 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def vit(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A backbone of random weights, four blocks of width 32 on patches of 8 pixels."""
+    """Export a backbone with random weights: four blocks of width 32, patches of 8 pixels."""
     folder = tmp_path_factory.mktemp("vit")
     name = "vit_tiny_patch16_224"
     args: dict[str, Any] = {"img_size": 32, "patch_size": 8, "depth": 4, "embed_dim": 32, "num_heads": 2}
     torch.manual_seed(0)
-    network = create(name, num_classes=0, **args)
+    network = create_network(name, num_classes=0, **args)
     Backbone(network, name, args, IMAGENET_MEAN, IMAGENET_STD, 32).save_pretrained(folder / "export")
     return folder
 
@@ -90,7 +90,7 @@ def batch(config: DetectConfig, splits: Splits, count: int, *, training: bool) -
     return collate([stream[position] for position in range(count)])
 
 
-def test_train__leaves_results_that_pycocotools_reads_and_a_detector(root: Path, vit: Path, tmp_path: Path) -> None:
+def test_train__writes_results_that_pycocotools_reads_and_a_detector(root: Path, vit: Path, tmp_path: Path) -> None:
     out = run(settings(root, vit, **{"detector.score_threshold": 0.0}), tmp_path / "run")
     assert sorted(path.name for path in out.iterdir()) == [
         "average_precision.json",
@@ -107,33 +107,34 @@ def test_train__leaves_results_that_pycocotools_reads_and_a_detector(root: Path,
     last = logged(out)[-1]
     parts = ["box", "class", "mask", "objectness", "proposal_box"]
     assert last["loss"] == pytest.approx(sum(last[f"loss_{part}"] for part in parts), rel=1e-5)
-    figures = json.loads((out / "average_precision.json").read_text())
+    precision = json.loads((out / "average_precision.json").read_text())
     for kind, name in (("bbox", "box"), ("segm", "mask")):
         with contextlib.redirect_stdout(io.StringIO()):
             reference = COCO(str(root / "val" / "instances.json"))
             results = json.loads((out / "detections.json").read_text())
             assert len(results) == 40  # ten of each image
-            kept = [{key: value for key, value in one.items() if kind == "bbox" or key != "bbox"} for one in results]
-            job = COCOeval(reference, reference.loadRes(kept), kind)
-            job.evaluate()
-            job.accumulate()
-            job.summarize()
-        assert last[f"evaluation/{name}_ap"] == pytest.approx(100 * job.stats[0])
-        assert last[f"evaluation/{name}_ar"] == figures[f"{name}_ar"] == pytest.approx(100 * job.stats[8])
-        assert figures[f"{name}_ar_10"] == pytest.approx(100 * job.stats[7])
+            inputs = [{key: value for key, value in r.items() if kind == "bbox" or key != "bbox"} for r in results]
+            coco_eval = COCOeval(reference, reference.loadRes(inputs), kind)
+            coco_eval.evaluate()
+            coco_eval.accumulate()
+            coco_eval.summarize()
+        assert last[f"evaluation/{name}_ap"] == pytest.approx(100 * coco_eval.stats[0])
+        assert last[f"evaluation/{name}_ar"] == precision[f"{name}_ar"] == pytest.approx(100 * coco_eval.stats[8])
+        assert precision[f"{name}_ar_10"] == pytest.approx(100 * coco_eval.stats[7])
 
     detector = Detector.from_pretrained(out)
     evaluation = cast("DetectionSource", open_detection(str(root)).evaluation)
     for index in range(len(evaluation)):
-        found = detector.predict(evaluation.read(index))
-        own = [one for one in results if one["image_id"] == evaluation.image_id(index)]
-        corners = torch.tensor([one["bbox"] for one in own])
+        detections = detector.predict(evaluation.read(index))
+        expected = [result for result in results if result["image_id"] == evaluation.image_id(index)]
+        corners = torch.tensor([result["bbox"] for result in expected])
         corners[:, 2:] += corners[:, :2]
-        torch.testing.assert_close(found.boxes, corners, atol=0.02, rtol=0)
-        assert [detector.category_ids[label - 1] for label in found.labels.tolist()] == [o["category_id"] for o in own]
+        torch.testing.assert_close(detections.boxes, corners, atol=0.02, rtol=0)
+        categories = [detector.category_ids[label - 1] for label in detections.labels.tolist()]
+        assert categories == [result["category_id"] for result in expected]
 
 
-def test_train__the_same_twice_and_learns(root: Path, vit: Path, tmp_path: Path) -> None:
+def test_train__is_repeatable_and_learns(root: Path, vit: Path, tmp_path: Path) -> None:
     config = settings(root, vit, max_steps="16", sample_every=100)
     first, second = (losses(run(config, tmp_path / name)) for name in ("a", "b"))
     assert first == second
@@ -142,7 +143,7 @@ def test_train__the_same_twice_and_learns(root: Path, vit: Path, tmp_path: Path)
 
 
 @pytest.mark.parametrize("jitter", [(), (0.5, 1.5)])
-def test_train__boxes_alone_without_masks(jitter: tuple[float, ...], vit: Path, tmp_path: Path) -> None:
+def test_train__boxes_only_if_the_data_has_no_masks(jitter: tuple[float, ...], vit: Path, tmp_path: Path) -> None:
     data = make_coco(tmp_path / "data", masks=False)
     out = run(settings(data, vit, max_steps="2", sample_every=2, jitter=jitter, precision="bf16"), tmp_path / "run")
     assert not Detector.from_pretrained(out).has_masks
@@ -151,48 +152,48 @@ def test_train__boxes_alone_without_masks(jitter: tuple[float, ...], vit: Path, 
     assert not any("mask" in name for name in last)
 
 
-def test_forward__boxes_come_through_mixed_precision_unharmed(root: Path, vit: Path) -> None:
+def test_forward__boxes_stay_float32_in_mixed_precision(root: Path, vit: Path) -> None:
     config = settings(root, vit)
     stage, splits = make(config)
-    given = batch(config, splits, 4, training=True)
-    seen = launch._precision("bf16").convert_input(given)
-    kept: list[Any] = []
-    stage.detector.register_forward_pre_hook(lambda _module, arguments: kept.append(arguments))
-    stage.train()(seen)
+    inputs = batch(config, splits, 4, training=True)
+    converted = launch._precision("bf16").convert_input(inputs)
+    calls: list[Any] = []
+    stage.detector.register_forward_pre_hook(lambda _module, arguments: calls.append(arguments))
+    stage.train()(converted)
     source = cast("DetectionSource", splits.train)
-    for number, target in enumerate(kept[0][1]):
-        image = given["images"][number]
+    for number, target in enumerate(calls[0][1]):
+        image = inputs["images"][number]
         assert target["boxes"].dtype == torch.float32
         assert target["masks"].shape[1:] == image.shape[1:]
-        own = source.objects(int(given["index"][number]))
-        sides = (own.boxes[:, 3] - own.boxes[:, 1]) * (image.shape[1] / own.size[0])
-        torch.testing.assert_close(target["boxes"][:, 3] - target["boxes"][:, 1], sides)
+        objects = source.objects(int(inputs["index"][number]))
+        heights = (objects.boxes[:, 3] - objects.boxes[:, 1]) * (image.shape[1] / objects.size[0])
+        torch.testing.assert_close(target["boxes"][:, 3] - target["boxes"][:, 1], heights)
 
 
 def test_forward__rows_are_in_pixels_of_the_image(root: Path, vit: Path) -> None:
     config = settings(root, vit)
     stage, splits = make(config)
-    given = batch(config, splits, 3, training=False)
+    inputs = batch(config, splits, 3, training=False)
     boxes = torch.tensor([[2.0, 4.0, 20.0, 24.0]])
-    found = Detections(boxes, torch.tensor([0.75]), torch.tensor([2]), torch.full((1, 28, 28), 0.4))
-    stage.detector.forward = lambda *_: [found]  # type: ignore[method-assign]
-    output = stage.eval()(given)
+    detections = Detections(boxes, torch.tensor([0.75]), torch.tensor([2]), torch.full((1, 28, 28), 0.4))
+    stage.detector.forward = lambda *_: [detections]  # type: ignore[method-assign]
+    output = stage.eval()(inputs)
     assert output.loss is None
     assert output.rows["boxes"].shape == (3, 10, 4)
     assert output.rows["masks"].shape == (3, 10, 28, 28)
     assert output.rows["masks"].dtype == torch.uint8
-    for place, (number, one) in enumerate(_unpack({**output.rows, "index": torch.arange(3)})):
-        assert number == place
-        height, width = (int(side) for side in given["size"][place])
-        shown = given["images"][place].shape
-        scale = torch.tensor([width / shown[2], height / shown[1]]).repeat(2)
-        torch.testing.assert_close(one.boxes, boxes * scale)
-        assert (one.scores.tolist(), one.labels.tolist()) == ([0.75], [2])
-        assert one.masks is not None
-        torch.testing.assert_close(one.masks, torch.full((1, 28, 28), 0.4))
+    for row, (number, unpacked) in enumerate(_unpack({**output.rows, "index": torch.arange(3)})):
+        assert number == row
+        height, width = (int(side) for side in inputs["size"][row])
+        view_shape = inputs["images"][row].shape
+        scale = torch.tensor([width / view_shape[2], height / view_shape[1]]).repeat(2)
+        torch.testing.assert_close(unpacked.boxes, boxes * scale)
+        assert (unpacked.scores.tolist(), unpacked.labels.tolist()) == ([0.75], [2])
+        assert unpacked.masks is not None
+        torch.testing.assert_close(unpacked.masks, torch.full((1, 28, 28), 0.4))
 
 
-def test_summarise__counts_every_image_once_and_perfect_ones_fully(root: Path, vit: Path) -> None:
+def test_summarise__counts_every_image_once_and_perfect_detections_as_100(root: Path, vit: Path) -> None:
     stage, splits = make(settings(root, vit))
     source = cast("DetectionSource", splits.evaluation)
     rows: list[dict[str, Tensor]] = []
@@ -200,16 +201,16 @@ def test_summarise__counts_every_image_once_and_perfect_ones_fully(root: Path, v
     for index in order:
         objects, size = source.objects(index), source.size(index)
         count = len(objects.labels)
-        found = Detections(objects.boxes, torch.full((count,), 0.9), objects.labels, torch.ones(count, 28, 28))
-        rows.append(_row(found, size, size, 10))
-    whole = {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
-    metrics = stage.summarise({**whole, "index": torch.tensor(order)}, {})
+        perfect = Detections(objects.boxes, torch.full((count,), 0.9), objects.labels, torch.ones(count, 28, 28))
+        rows.append(_row(perfect, size, size, 10))
+    stacked = {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
+    metrics = stage.summarise({**stacked, "index": torch.tensor(order)}, {})
     assert metrics["box_ap"] == metrics["box_ar"] == pytest.approx(100)
-    names = {f"{kind}_{what}" for kind in ("box", "mask") for what in ("ap", "ap50", "ap75", "ap_small", "ar")}
+    names = {f"{kind}_{metric}" for kind in ("box", "mask") for metric in ("ap", "ap50", "ap75", "ap_small", "ar")}
     assert set(metrics) == names
 
 
-def test_preflight__tells_of_bad_data_with_all_else(root: Path, vit: Path, tmp_path: Path) -> None:
+def test_preflight__reports_bad_data_with_all_other_problems(root: Path, vit: Path, tmp_path: Path) -> None:
     data = make_coco(tmp_path / "data")
     content = read_coco(data / "train")
     content["annotations"][2]["category_id"] = 5
@@ -220,24 +221,17 @@ def test_preflight__tells_of_bad_data_with_all_else(root: Path, vit: Path, tmp_p
     assert "annotation 3 refers to category 5, which does not exist" in str(caught.value)
     assert "--backbone is missing" in str(caught.value)
     assert not (tmp_path / "run").exists()
-    told = io.StringIO()
-    with contextlib.redirect_stderr(told):
+    stderr = io.StringIO()
+    with contextlib.redirect_stderr(stderr):
         config = settings(data, vit, max_steps="2", skip_bad=True, out=str(tmp_path / "run"))
         train(DetectStage, config)
-    assert "--skip-bad left out: 1, the first: " in told.getvalue()
-
-
-def test_parameter_groups__rates_fall_by_layer(root: Path, vit: Path) -> None:
-    stage, _ = make(settings(root, vit))
-    groups = stage.parameter_groups(OptimConfig(layer_decay=0.5))
-    assert len({id(p) for group in groups for p in group["params"]}) == len(list(stage.parameters()))
-    assert min(group.get("lr_scale", 1.0) for group in groups) < 0.5
+    assert "--skip-bad left out: 1, the first: " in stderr.getvalue()
 
 
 def test_check__settings_that_cannot_work(root: Path, vit: Path) -> None:
     with pytest.raises(ConfigError, match="--backbone is missing"):
         DetectStage.check(DetectConfig())
-    with pytest.raises(ConfigError, match="--compile does not go with detect"):
+    with pytest.raises(ConfigError, match="--compile does not work with detect"):
         DetectStage.check(settings(root, vit, compile=True))
     with pytest.raises(WeightsError):
         DetectStage.check(settings(root, Path("timm:no_such_network")))
@@ -267,8 +261,9 @@ def test_parameter_groups__hold_every_weight_once_at_its_rate(root: Path, vit: P
     assert len(scale) == sum(len(group["params"]) for group in groups) == len(list(stage.parameters()))
     names = dict(stage.detector.named_parameters())
     assert {scale[id(p)] for name, p in names.items() if not name.startswith("pyramid.network.")} == {1.0}
-    assert scale[id(names["pyramid.network.blocks.3.mlp.fc1.weight"])] == 0.5
+    for block in range(4):
+        assert scale[id(names[f"pyramid.network.blocks.{block}.mlp.fc1.weight"])] == 0.5 ** (4 - block)
     frozen, _ = make(settings(root, vit, **{"pyramid.frozen": True}))
-    held = {id(p) for group in frozen.parameter_groups(OptimConfig()) for p in group["params"]}
-    assert held == {id(p) for p in frozen.parameters() if p.requires_grad}
+    grouped = {id(p) for group in frozen.parameter_groups(OptimConfig()) for p in group["params"]}
+    assert grouped == {id(p) for p in frozen.parameters() if p.requires_grad}
     assert not any(p.requires_grad for p in frozen.detector.pyramid.network.parameters())

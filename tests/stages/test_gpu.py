@@ -1,4 +1,4 @@
-"""Every stage on a CUDA device: it trains, evaluates, goes on where it stopped, and exports what loads on a CPU."""
+"""Every stage on a CUDA device: it trains, evaluates, resumes, and exports weights that load on a CPU."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ def test_train__on_a_gpu(
     more: dict[str, Any] = {**inputs(command, codebook_run, vit_run), "precision": precision, "devices": "1"}
     more |= {"max_steps": "6", "save_every": 3, "sample_every": 3}
     run = train(command, images, tmp_path / "run", **more)
-    found = losses(run)
-    assert len(found) == 6
-    assert all(map(math.isfinite, found))
+    run_losses = losses(run)
+    assert len(run_losses) == 6
+    assert all(map(math.isfinite, run_losses))
     shutil.rmtree(run / "checkpoints" / "step-00000006")
     shutil.rmtree(run / "export")
     train(command, images, run, **more, resume=True)
@@ -36,10 +36,10 @@ def test_train__on_a_gpu(
     assert all(bool(value.isfinite().all()) for value in weights.values() if value.is_floating_point())
 
 
-# Segmentation and detection have losses and poolings of which PyTorch knows no such kernels.
+# PyTorch has no deterministic kernels for some losses and poolings of segmentation and detection.
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("command", ["contrast", "codebook", "pretrain", "finetune"])
-def test_resume__to_the_same_bits_on_a_gpu_when_asked_to(
+def test_resume__deterministic_gives_equal_bits_on_a_gpu(
     command: str, precision: str, images: Path, codebook_run: Path, vit_run: Path, tmp_path: Path
 ) -> None:
     more: dict[str, Any] = {**inputs(command, codebook_run, vit_run), "precision": precision, "devices": "1"}
@@ -64,11 +64,11 @@ def test_train__compiled_on_a_gpu(
     assert compiled == pytest.approx(plain, rel=0.05)
 
 
-def test_segmenter__predicts_on_a_gpu_what_it_does_on_a_cpu(vit_run: Path, tmp_path: Path, images: Path) -> None:
+def test_segmenter__gpu_and_cpu_predict_the_same_classes(vit_run: Path, tmp_path: Path, images: Path) -> None:
     more: dict[str, Any] = {**inputs("segment", vit_run, vit_run), "max_steps": "2", "devices": "1"}
     model = Segmenter.from_pretrained(train("segment", images, tmp_path / "run", **more))
     picture = torch.randint(256, (3, 70, 90), dtype=torch.uint8)
     for test in (SegmentTestConfig(), SegmentTestConfig(mode="slide", scales=(1.0, 1.5), flip=True)):
-        here = model.cpu().predict(picture, test)
-        assert float((model.cuda().predict(picture, test) == here).float().mean()) > 0.99
-        assert float((model.predict(picture.cuda(), test) == here).float().mean()) > 0.98
+        expected = model.cpu().predict(picture, test)
+        assert float((model.cuda().predict(picture, test) == expected).float().mean()) > 0.99
+        assert float((model.predict(picture.cuda(), test) == expected).float().mean()) > 0.98

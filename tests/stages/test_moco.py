@@ -36,13 +36,13 @@ def batch(count: int = 4) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("model", [None, VIT])
-def test_forward__the_second_encoder_never_gets_gradients(model: BackboneConfig | None) -> None:
+def test_forward__the_momentum_encoder_never_gets_gradients(model: BackboneConfig | None) -> None:
     stage = make(**({"model": model} if model else {}))
     output = stage(batch())
     output.loss.backward()
-    second = [*stage.momentum_backbone.parameters(), *stage.momentum_projector.parameters()]
-    assert second
-    assert all(parameter.grad is None and not parameter.requires_grad for parameter in second)
+    momentum_parameters = [*stage.momentum_backbone.parameters(), *stage.momentum_projector.parameters()]
+    assert momentum_parameters
+    assert all(parameter.grad is None and not parameter.requires_grad for parameter in momentum_parameters)
     trained = {name for name, parameter in stage.named_parameters() if parameter.requires_grad}
     assert {name for name, parameter in stage.named_parameters() if parameter.grad is not None} == trained
     assert not any(name.startswith("momentum") for name in trained)
@@ -51,29 +51,29 @@ def test_forward__the_second_encoder_never_gets_gradients(model: BackboneConfig 
     assert 0 <= float(output.metrics["accuracy"]) <= 100
 
 
-def test_forward__of_a_network_that_widens_after_pooling() -> None:
+def test_forward__a_network_whose_features_widen_after_pooling() -> None:
     stage = make(model=BackboneConfig(name="mobilenetv3_small_050"))
     assert stage.backbone.num_features != stage.backbone.head_hidden_size
     assert stage(batch()).loss.isfinite()
 
 
 def test_forward__loss_is_symmetric_in_the_views() -> None:
-    stage, given = make(blur=(0.0, 0.0), solarise=(0.0, 0.0)), batch()
-    swapped = {name.translate({48: "1", 49: "0"}): value for name, value in given.items()}
-    assert stage(given).loss.item() == pytest.approx(stage(swapped).loss.item(), rel=1e-5)
+    stage, inputs = make(blur=(0.0, 0.0), solarise=(0.0, 0.0)), batch()
+    swapped = {name.translate({48: "1", 49: "0"}): value for name, value in inputs.items()}
+    assert stage(inputs).loss.item() == pytest.approx(stage(swapped).loss.item(), rel=1e-5)
 
 
 def test_train__micro_batches_learn_as_the_whole_batch(
     images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("pecobook.stages.moco.mlp", without_norm)
-    # A large epsilon keeps Adam from blowing up the sign of gradients near zero, which is rounding.
+    # A large epsilon keeps Adam from amplifying the rounding of gradients near zero.
     more: dict[str, Any] = {"model.name": VIT.name, "model.args": VIT.args, "optim.eps": 1e-3}
     whole = train("contrast", images, tmp_path / "whole", **more)
     parts = train("contrast", images, tmp_path / "parts", **more, micro_batch_size=2)
     assert losses(parts) == pytest.approx(losses(whole), rel=1e-5)
-    shown = [[line["accuracy"] for line in logged(run) if "accuracy" in line] for run in (parts, whole)]
-    assert shown[0] == pytest.approx(shown[1])
+    split, full = ([line["accuracy"] for line in logged(run) if "accuracy" in line] for run in (parts, whole))
+    assert split == pytest.approx(full)
 
 
 def test_train__micro_batches_resume_bit_for_bit(images: Path, tmp_path: Path) -> None:
@@ -85,7 +85,7 @@ def test_train__micro_batches_resume_bit_for_bit(images: Path, tmp_path: Path) -
     assert export_bytes(run) == before
 
 
-def test_stage__freezes_the_patch_projection_where_asked() -> None:
+def test_stage__freezes_the_patch_projection_if_set() -> None:
     def trains(stage: MocoStage) -> bool:
         return any(p.requires_grad for p in stage.backbone.patch_embed.parameters())  # type: ignore[union-attr]
 
@@ -93,7 +93,7 @@ def test_stage__freezes_the_patch_projection_where_asked() -> None:
     assert trains(make(model=VIT, freeze_patch_embed=False))
 
 
-def test_after_step__moves_the_second_encoder_by_the_formula() -> None:
+def test_after_step__moves_the_momentum_encoder_by_the_formula() -> None:
     stage = make(momentum=0.9)
     names = dict(stage.named_parameters())
     for name, parameter in names.items():
@@ -104,18 +104,18 @@ def test_after_step__moves_the_second_encoder_by_the_formula() -> None:
     step, total = 3, 10
     stage.after_step(step, total)
     m = 1 - (1 - 0.9) * (math.cos(math.pi * (step - 1) / total) + 1) / 2  # MoCo v3: from 0.9 up to 1
-    moved = 0
+    num_moved = 0
     for name, value in names.items():
         if name.startswith("momentum_"):
             expected = m * before[name] + (1 - m) * before[name.removeprefix("momentum_")]
             torch.testing.assert_close(value, expected, rtol=1e-5, atol=1e-6)
-            moved += int(not torch.equal(value, before[name]))
+            num_moved += int(not torch.equal(value, before[name]))
         else:
             assert torch.equal(value, before[name])
-    assert moved > 10
+    assert num_moved > 10
 
 
-def test_after_step__the_first_step_takes_the_configured_momentum() -> None:
+def test_after_step__the_first_step_uses_the_configured_momentum() -> None:
     stage = make(momentum=0.0)
     with torch.no_grad():
         for parameter in stage.backbone.parameters():
@@ -131,7 +131,7 @@ def test_warning__when_features_collapse() -> None:
     assert stage.warning({"spread": 0.9}, 100) is None
 
 
-def test_check__one_image_has_nothing_to_be_told_from() -> None:
+def test_check__contrast_needs_two_images() -> None:
     for name in ("batch_size", "micro_batch_size"):
         config: ContrastConfig = replace(recipe("contrast", "tiny"), {**SMALL["contrast"], name: 1})
         with pytest.raises(ConfigError, match=f"--{name.replace('_', '-')}: .* at least 2 images"):

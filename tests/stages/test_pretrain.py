@@ -43,37 +43,37 @@ def batch(count: int = 3) -> dict[str, Tensor]:
 
 
 def test_forward__loss_is_the_cross_entropy_at_masked_positions_only(codebook_run: Path) -> None:
-    stage, given = make(codebook_run).eval(), batch()
+    stage, inputs = make(codebook_run).eval(), batch()
     with torch.no_grad():
-        output = stage(given)
-        images = given["image"].float() / 255
+        output = stage(inputs)
+        images = inputs["image"].float() / 255
         codes = stage.tokenizer.encode(images)
         assert isinstance(stage.model, MaskedImageModel)
-        hidden = stage.model.hidden((images - stage.mean) / stage.std, given["mask"])  # (B, 16, D)
-        scores = stage.model.head(hidden).log_softmax(-1)  # every position
-    terms, right = [], 0
+        hidden = stage.model.hidden((images - stage.mean) / stage.std, inputs["mask"])  # (B, 16, D)
+        scores = stage.model.head(hidden).log_softmax(-1)  # at every position
+    terms, num_correct = [], 0
     for b in range(3):
         for row in range(4):
             for column in range(4):
-                if given["mask"][b, row, column]:
+                if inputs["mask"][b, row, column]:
                     position = scores[b, 4 * row + column]
                     terms.append(-position[codes[b, row, column]])
-                    right += int(position.argmax() == codes[b, row, column])
+                    num_correct += int(position.argmax() == codes[b, row, column])
     assert len(terms) == 18
     assert float(output.loss) == pytest.approx(float(sum(terms)) / 18, rel=1e-5)
-    assert float(output.metrics["accuracy"]) == pytest.approx(100 * right / 18)
+    assert float(output.metrics["accuracy"]) == pytest.approx(100 * num_correct / 18)
 
 
-def test_forward__hides_what_is_under_the_mask(codebook_run: Path) -> None:
-    stage, given = make(codebook_run).eval(), batch()
-    hidden = given["mask"].repeat_interleave(4, 1).repeat_interleave(4, 2)[:, None]
-    changed = torch.where(hidden, 255 - given["image"], given["image"])
-    normal = [(images.float() / 255 - stage.mean) / stage.std for images in (given["image"], changed)]
+def test_forward__masked_pixels_do_not_change_the_logits(codebook_run: Path) -> None:
+    stage, inputs = make(codebook_run).eval(), batch()
+    hidden = inputs["mask"].repeat_interleave(4, 1).repeat_interleave(4, 2)[:, None]
+    changed = torch.where(hidden, 255 - inputs["image"], inputs["image"])
+    normalised = [(images.float() / 255 - stage.mean) / stage.std for images in (inputs["image"], changed)]
     with torch.no_grad():
-        same = [stage.model(images, given["mask"]) for images in normal]
-        seen = [stage.model(images, ~given["mask"]) for images in normal]
-    assert torch.equal(same[0], same[1])
-    assert not torch.equal(seen[0], seen[1])
+        masked = [stage.model(images, inputs["mask"]) for images in normalised]
+        visible = [stage.model(images, ~inputs["mask"]) for images in normalised]
+    assert torch.equal(masked[0], masked[1])
+    assert not torch.equal(visible[0], visible[1])
 
 
 def test_forward__the_tokenizer_stays_frozen(codebook_run: Path) -> None:
@@ -89,7 +89,7 @@ def test_forward__the_tokenizer_stays_frozen(codebook_run: Path) -> None:
     assert all(parameter.grad is not None for parameter in stage.model.parameters())
 
 
-def test_forward__both_see_the_same_colours(codebook_run: Path) -> None:
+def test_forward__tokenizer_and_vit_see_the_same_colours(codebook_run: Path) -> None:
     stage = make(codebook_run).train()
     seen: dict[str, Tensor] = {}
     stage.tokenizer.encoder.register_forward_pre_hook(lambda _, inputs: seen.update(codes=(inputs[0] + 1) / 2))
@@ -100,18 +100,18 @@ def test_forward__both_see_the_same_colours(codebook_run: Path) -> None:
 
 
 def test_forward__pictures_show_the_mask(codebook_run: Path) -> None:
-    stage, given = make(codebook_run).eval(), batch()
+    stage, inputs = make(codebook_run).eval(), batch()
     with torch.no_grad():
-        pictures = stage(given).pictures
+        pictures = stage(inputs).pictures
     assert {name: tuple(value.shape) for name, value in pictures.items()} == dict.fromkeys(
         ("images", "masked", "predicted"), (3, 3, 16, 16)
     )
     grey = (pictures["masked"] == 0.5).all(1)
-    assert torch.equal(grey, given["mask"].repeat_interleave(4, 1).repeat_interleave(4, 2))
+    assert torch.equal(grey, inputs["mask"].repeat_interleave(4, 1).repeat_interleave(4, 2))
 
 
 @pytest.mark.parametrize("kind", ["block", "random"])
-def test_make_mask__is_a_function_of_the_view(kind: str) -> None:
+def test_make_mask__depends_on_the_view_alone(kind: str) -> None:
     config = MaskConfig(kind=kind, num_masked=6, min_block=2)  # type: ignore[arg-type]
     masks = [make_mask(index, (4, 4), config) for index in range(20)]
     assert all(int(mask.sum()) == 6 for mask in masks)
@@ -120,13 +120,13 @@ def test_make_mask__is_a_function_of_the_view(kind: str) -> None:
     assert torch.equal(make_mask(7, (4, 4), config), masks[7])
 
 
-def test_view__evaluation_is_the_same_whenever_it_is_asked(codebook_run: Path) -> None:
+def test_view__is_repeatable_and_evaluation_does_not_depend_on_the_key(codebook_run: Path) -> None:
     config = settings(codebook_run)
     image = torch.arange(3 * 20 * 24, dtype=torch.int64).remainder(256).to(torch.uint8).view(3, 20, 24)
     for view in (PretrainStage.view(config), PretrainStage.evaluation_view(config)):
-        one, two = view(image, 5), view(image, 5)
-        assert one.keys() == two.keys() == {"image", "colour"}
-        assert all(torch.equal(one[name], two[name]) for name in one)
+        first, second = view(image, 5), view(image, 5)
+        assert first.keys() == second.keys() == {"image", "colour"}
+        assert all(torch.equal(first[name], second[name]) for name in first)
     assert torch.equal(
         PretrainStage.evaluation_view(config)(image, 1)["image"],
         PretrainStage.evaluation_view(config)(image, 2)["image"],
@@ -144,21 +144,21 @@ def test_check__grid_and_tokens_must_agree(codebook_run: Path) -> None:
 
 
 def test_train__on_the_tokens_of_dalle(images: Path, tmp_path: Path) -> None:
-    """BEiT's own arrangement; its probe reads the decoder's embeddings of tokens."""
+    """BEiT was trained so; a probe of the tokenizer reads the decoder's embeddings of the tokens."""
     from pecobook.commands.probe import probe
     from pecobook.models.dalle import DalleTokenizer
 
     torch.manual_seed(0)
-    theirs = DalleTokenizer(width=8, num_codewords=24, embedding=6)
+    dalle = DalleTokenizer(width=8, num_codewords=24, embedding_dim=6)
     (tmp_path / "dalle").mkdir()
     for part in ("encoder", "decoder"):
-        torch.save(getattr(theirs, part).state_dict(), tmp_path / "dalle" / f"{part}.pt")
+        torch.save(getattr(dalle, part).state_dict(), tmp_path / "dalle" / f"{part}.pt")
     spec = f"dalle:{tmp_path / 'dalle'}"
     more = {"image_size": 32, "model.args": '{"patch_size": 8, "depth": 1, "embed_dim": 16, "num_heads": 2}'}
     run = train("pretrain", images, tmp_path / "vit", tokenizer=spec, max_steps="2", **more)
     assert len(losses(run)) == 2
-    found = probe(data=str(images), backbone=spec, image_size=32)
-    assert found["linear"]["features"] in ("mean codeword", "bag of codes")
+    results = probe(data=str(images), backbone=spec, image_size=32)
+    assert results["linear"]["features"] in ("mean codeword", "bag of codes")
 
 
 # ---------------------------------------------------------------------------------------------------- other targets
@@ -166,24 +166,24 @@ def test_train__on_the_tokens_of_dalle(images: Path, tmp_path: Path) -> None:
 
 def test_pixels__are_normalised_patch_by_patch() -> None:
     images = torch.rand(2, 3, 8, 12, generator=torch.Generator().manual_seed(0))
-    found = patch_pixels(images, 4)
-    assert found.shape == (2, 6, 48)
+    patches = patch_pixels(images, 4)
+    assert patches.shape == (2, 6, 48)
     for number in range(6):
         row, column = divmod(number, 3)
         patch = images[:, :, 4 * row : 4 * row + 4, 4 * column : 4 * column + 4].flatten(1)
         expected = (patch - patch.mean(1, keepdim=True)) / (patch.var(1, keepdim=True) + 1e-6).sqrt()
-        torch.testing.assert_close(found[:, number], expected, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(patches[:, number], expected, rtol=1e-4, atol=1e-5)
 
 
 def test_pixels__loss_is_the_squared_error_at_masked_patches(codebook_run: Path) -> None:
-    stage, given = make(codebook_run, target="pixels", tokenizer="").eval(), batch()
+    stage, inputs = make(codebook_run, target="pixels", tokenizer="").eval(), batch()
     assert stage.tokenizer is None
-    images = given["image"].float() / 255
+    images = inputs["image"].float() / 255
     with torch.no_grad():
-        found = stage(given)
-        predicted = stage.model((images - stage.mean) / stage.std, given["mask"])  # (18, 48)
-    targets = patch_pixels(images, 4)[given["mask"].flatten(1)]
-    torch.testing.assert_close(found.loss, (predicted - targets).square().mean())
+        output = stage(inputs)
+        predicted = stage.model((images - stage.mean) / stage.std, inputs["mask"])  # (18, 48)
+    targets = patch_pixels(images, 4)[inputs["mask"].flatten(1)]
+    torch.testing.assert_close(output.loss, (predicted - targets).square().mean())
     PretrainStage.check(settings(codebook_run, target="pixels", tokenizer=""))
 
 
@@ -215,11 +215,11 @@ _BEIT = {
 }
 
 
-def test_export__copies_beits_one_table_into_every_block(images: Path, codebook_run: Path, tmp_path: Path) -> None:
+def test_export__copies_beits_shared_table_into_every_block(images: Path, codebook_run: Path, tmp_path: Path) -> None:
     run = train("pretrain", images, tmp_path / "run", tokenizer=str(codebook_run), **_BEIT)
     state = torch.load(run / "checkpoints" / "step-00000008" / "state.pt", weights_only=True)["model"]
     table = state["model.backbone.rel_pos_bias.relative_position_bias_table"]
-    assert table.abs().max() > 0  # it starts at zero and learns
+    assert table.abs().max() > 0  # the table starts at zero and is trained
     backbone = load_backbone(str(run))
     for block in backbone.network.blocks:  # type: ignore[union-attr]
         assert torch.equal(block.attn.relative_position_bias_table, table)
@@ -234,7 +234,7 @@ def test_export__copies_beits_one_table_into_every_block(images: Path, codebook_
 
 
 @pytest.mark.parametrize("use_rel_pos_bias", ["false", "true"])
-def test_export__adds_beits_one_table_to_those_of_blocks(
+def test_export__adds_beits_shared_table_to_the_blocks_tables(
     codebook_run: Path, tmp_path: Path, use_rel_pos_bias: str
 ) -> None:
     args = _BEIT["model.args"].replace('"use_rel_pos_bias": false', f'"use_rel_pos_bias": {use_rel_pos_bias}')
@@ -252,7 +252,9 @@ def test_export__adds_beits_one_table_to_those_of_blocks(
     ("image_size", "patch", "tokenizer_size"),
     [(32, 8, 0), (30, 8, 0), (18, 4, 0), (48, 6, 0), (32, 8, 24), (32, 8, 18)],
 )
-def test_check__every_way_out_is_one(codebook_run: Path, image_size: int, patch: int, tokenizer_size: int) -> None:
+def test_check__every_suggested_change_makes_the_grids_equal(
+    codebook_run: Path, image_size: int, patch: int, tokenizer_size: int
+) -> None:
     def config(image_size: int, patch: int, tokenizer_size: int) -> PretrainConfig:
         args = f'{{"patch_size": {patch}, "depth": 1, "embed_dim": 16, "num_heads": 2}}'
         model = BackboneConfig(name="vit_tiny_patch16_224", args=args)
@@ -260,9 +262,11 @@ def test_check__every_way_out_is_one(codebook_run: Path, image_size: int, patch:
 
     with pytest.raises(ConfigError) as caught:
         PretrainStage.check(config(image_size, patch, tokenizer_size))
-    offers = dict(re.findall(r"(--tokenizer-size|--image-size|patches of) (\d+)", str(caught.value).splitlines()[1]))
-    assert "--tokenizer-size" in offers
-    for name, value in offers.items():
+    suggestions = dict(
+        re.findall(r"(--tokenizer-size|--image-size|patches of) (\d+)", str(caught.value).splitlines()[1])
+    )
+    assert "--tokenizer-size" in suggestions
+    for name, value in suggestions.items():
         PretrainStage.check(
             config(
                 int(value) if name == "--image-size" else image_size,
@@ -272,8 +276,8 @@ def test_check__every_way_out_is_one(codebook_run: Path, image_size: int, patch:
         )
 
 
-def test_check__tells_both_grids_and_what_would_fit(codebook_run: Path) -> None:
-    """A tokenizer of 4 pixels a code and a ViT of 8 a patch: as with DALL-E's 8 and a ViT-B/16."""
+def test_check__reports_both_grids_and_settings_that_fit(codebook_run: Path) -> None:
+    """The tokenizer has 4 pixels a code, the ViT 8 a patch; the ratio is that of DALL-E's 8 and a ViT-B/16."""
     model = BackboneConfig(
         name="vit_tiny_patch16_224", args='{"patch_size": 8, "depth": 1, "embed_dim": 16, "num_heads": 2}'
     )
@@ -283,6 +287,6 @@ def test_check__tells_both_grids_and_what_would_fit(codebook_run: Path) -> None:
     assert "Give --tokenizer-size 16 or a ViT with patches of 4." in str(caught.value)
     PretrainStage.check(dataclasses.replace(config, tokenizer_size=16))
     stage = PretrainStage(dataclasses.replace(config, tokenizer_size=16)).eval()
-    given = {**batch(2), "image": torch.randint(256, (2, 3, 32, 32), dtype=torch.uint8)}
+    inputs = {**batch(2), "image": torch.randint(256, (2, 3, 32, 32), dtype=torch.uint8)}
     with torch.no_grad():
-        assert stage(given).pictures["predicted"].shape == (2, 3, 32, 32)
+        assert stage(inputs).pictures["predicted"].shape == (2, 3, 32, 32)

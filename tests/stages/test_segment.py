@@ -26,8 +26,8 @@ from tests.shapes import write_shapes
 
 
 def settings(vit: Path, **more: Any) -> SegmentConfig:
-    given = {**SMALL["segment"], "backbone": str(vit), "data": str(shapes()), "out": "run", **more}
-    config: SegmentConfig = replace(recipe("segment", "tiny"), given)
+    values = {**SMALL["segment"], "backbone": str(vit), "data": str(shapes()), "out": "run", **more}
+    config: SegmentConfig = replace(recipe("segment", "tiny"), values)
     return config
 
 
@@ -47,31 +47,31 @@ def batch(stage: SegmentStage, splits: Splits, count: int = 3) -> dict[str, Any]
     return {name: torch.stack([sample[name] for sample in samples]) for name in samples[0]}
 
 
-def test_forward__cross_entropy_of_pixels_that_count_and_of_the_auxiliary_head(vit_run: Path) -> None:
+def test_forward__cross_entropy_of_counted_pixels_and_of_the_auxiliary_head(vit_run: Path) -> None:
     stage, splits = make(vit_run, **{"colours.jitter": 0.0})
-    given = batch(stage, splits)
-    given["mask"][:, :5] = IGNORE
-    output = stage.train()(given)
-    main, auxiliary = stage.model(given["image"].float() / 255)
+    inputs = batch(stage, splits)
+    inputs["mask"][:, :5] = IGNORE
+    output = stage.train()(inputs)
+    main, auxiliary = stage.model(inputs["image"].float() / 255)
     expected = []
     for logits in (main, auxiliary):
         scores = F.interpolate(logits, (24, 24), mode="bilinear").log_softmax(1)
-        picked = scores.gather(1, given["mask"].clamp_min(0).long()[:, None])[:, 0]
-        expected.append(-picked[given["mask"] != IGNORE].mean())
+        picked = scores.gather(1, inputs["mask"].clamp_min(0).long()[:, None])[:, 0]
+        expected.append(-picked[inputs["mask"] != IGNORE].mean())
     assert float(output.loss) == pytest.approx(float(expected[0] + 0.4 * expected[1]), rel=1e-4)
     assert float(output.metrics["auxiliary"]) == pytest.approx(float(expected[1]), rel=1e-4)
 
 
-def test_forward__a_batch_in_which_nothing_counts(vit_run: Path) -> None:
+def test_forward__a_batch_without_a_counted_pixel(vit_run: Path) -> None:
     stage, splits = make(vit_run)
-    given = batch(stage, splits)
-    given["mask"][:] = IGNORE
-    output = stage.train()(given)
+    inputs = batch(stage, splits)
+    inputs["mask"][:] = IGNORE
+    output = stage.train()(inputs)
     output.loss.backward()
     assert float(output.loss) == 0
 
 
-def test_evaluate__counts_pixels_at_each_masks_own_size(vit_run: Path) -> None:
+def test_evaluate__counts_pixels_at_the_size_of_each_mask(vit_run: Path) -> None:
     stage, splits = make(vit_run)
     stage.eval()
     image, mask = splits.evaluation.sample(0)
@@ -80,22 +80,22 @@ def test_evaluate__counts_pixels_at_each_masks_own_size(vit_run: Path) -> None:
         predicted = best_classes(stage.model.scores([image], stage.config.test), (40, 56))
     counts = output.rows["counts"][0]
     assert int(counts.sum()) == int((mask != IGNORE).sum() + (mask[:30] != IGNORE).sum())
-    one = torch.zeros(3, 3, dtype=torch.int64)
-    for true, taken in zip(mask.flatten().tolist(), predicted.flatten().tolist(), strict=True):
-        if true != IGNORE:
-            one[true, taken] += 1
+    expected = torch.zeros(3, 3, dtype=torch.int64)
+    for true_class, predicted_class in zip(mask.flatten().tolist(), predicted.flatten().tolist(), strict=True):
+        if true_class != IGNORE:
+            expected[true_class, predicted_class] += 1
     with torch.no_grad():
-        assert torch.equal(stage({"images": [image], "masks": [mask]}).rows["counts"][0], one)
+        assert torch.equal(stage({"images": [image], "masks": [mask]}).rows["counts"][0], expected)
     assert list(output.pictures) == ["image", "truth", "predicted"]
     assert all(value.shape == (2, 3, 24, 24) for value in output.pictures.values())
-    given = {"images": [image, image], "masks": [mask, mask], "repeated": torch.tensor([False, True])}
+    inputs = {"images": [image, image], "masks": [mask, mask], "repeated": torch.tensor([False, True])}
     with torch.no_grad():
-        assert torch.equal(stage(given).rows["counts"][0], one)  # an image that another rank counts too
-    found = stage.summarise({"counts": torch.stack([one, one])}, {})
-    assert found["pixel_accuracy"] == pytest.approx(100 * float(one.diagonal().sum() / one.sum()))
+        assert torch.equal(stage(inputs).rows["counts"][0], expected)  # another rank counts the repeated image
+    metrics = stage.summarise({"counts": torch.stack([expected, expected])}, {})
+    assert metrics["pixel_accuracy"] == pytest.approx(100 * float(expected.diagonal().sum() / expected.sum()))
 
 
-def test_check__sharded_weights_and_windows_exclude_each_other(vit_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_check__fsdp_and_sliding_windows_exclude_each_other(vit_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     windows = settings(vit_run, strategy="fsdp", devices="2", **{"test.mode": "slide"})
     with pytest.raises(ConfigError, match=r"--strategy fsdp .* give --strategy ddp or --test\.mode whole") as caught:
         SegmentStage.check(windows)
@@ -104,9 +104,7 @@ def test_check__sharded_weights_and_windows_exclude_each_other(vit_run: Path, mo
         SegmentStage.check(replace(windows, change))
 
 
-def test_train__an_unreadable_held_out_image_is_listed_and_no_other_counts_for_it(
-    vit_run: Path, tmp_path: Path
-) -> None:
+def test_train__an_unreadable_held_out_image_is_listed_and_not_counted(vit_run: Path, tmp_path: Path) -> None:
     root = write_shapes(tmp_path / "shapes", val=3)
     broken = root / "val" / "images" / "101.jpg"
     broken.write_bytes(broken.read_bytes()[:200])
@@ -119,8 +117,8 @@ def test_train__an_unreadable_held_out_image_is_listed_and_no_other_counts_for_i
         next((root / "val" / folder).glob("101.*")).unlink()
     without = train("segment", root, tmp_path / "without", backbone=str(vit_run), **more)
     last, expected = (
-        {name: value for name, value in logged(one)[-1].items() if name.startswith("evaluation/")}
-        for one in (run, without)
+        {name: value for name, value in logged(folder)[-1].items() if name.startswith("evaluation/")}
+        for folder in (run, without)
     )
     assert last == pytest.approx(expected)
 
@@ -129,11 +127,11 @@ def test_evaluate__at_several_sizes(vit_run: Path) -> None:
     stage, splits = make(vit_run, **{"test.scales": (1.0, 0.5, 2.0), "test.flip": True})
     view = SegmentStage.evaluation_view(stage.config)
     samples = [view(*splits.evaluation.sample(number), 0) for number in range(2)]
-    given = {name: [item for sample in samples for item in sample[name]] for name in ("images", "masks")}
-    assert len(given["images"]) == 6
+    inputs = {name: [item for sample in samples for item in sample[name]] for name in ("images", "masks")}
+    assert len(inputs["images"]) == 6
     with torch.no_grad():
-        output = stage.eval()(given)
-    assert int(output.rows["counts"].sum()) == sum(int((mask != IGNORE).sum()) for mask in given["masks"])
+        output = stage.eval()(inputs)
+    assert int(output.rows["counts"].sum()) == sum(int((mask != IGNORE).sum()) for mask in inputs["masks"])
     assert 0 < float(output.loss) < 10
 
 
@@ -143,7 +141,7 @@ def test_train__compiled(vit_run: Path, tmp_path: Path) -> None:
     assert len(losses(run)) == 2
 
 
-def test_parameter_groups__every_weight_once_the_heads_at_the_full_rate(vit_run: Path) -> None:
+def test_parameter_groups__hold_every_weight_once_and_heads_have_the_full_rate(vit_run: Path) -> None:
     stage, _ = make(vit_run, **{"optim.layer_decay": 0.5})
     groups = stage.parameter_groups(stage.config.optim)
     scale = {id(value): group.get("lr_scale", 1.0) for group in groups for value in group["params"]}
@@ -152,11 +150,11 @@ def test_parameter_groups__every_weight_once_the_heads_at_the_full_rate(vit_run:
     assert scale[id(stage.model.pyramid.network.blocks[-1].attn.qkv.weight)] == 0.5  # type: ignore
 
 
-def test_train__learns_shapes_and_writes_what_it_found(vit_run: Path, tmp_path: Path) -> None:
+def test_train__learns_shapes_and_writes_scores_and_pictures(vit_run: Path, tmp_path: Path) -> None:
     more: dict[str, Any] = {"max_steps": "60", "head_width": 16, "optim.lr": 0.004, "scales": (0.8, 1.25)}
     run = train("segment", shapes(), tmp_path / "run", backbone=str(vit_run), **more)
-    found = losses(run)
-    assert sum(found[-5:]) < 0.5 * sum(found[:5])
+    run_losses = losses(run)
+    assert sum(run_losses[-5:]) < 0.5 * sum(run_losses[:5])
     scores = json.loads((run / "classes.json").read_text())
     assert scores["scores"]["pixel_accuracy"] > 85
     assert list(scores["iou"]) == ["ground", "red", "green"]
@@ -166,20 +164,20 @@ def test_train__learns_shapes_and_writes_what_it_found(vit_run: Path, tmp_path: 
     assert float((model.predict(picture) == 0).float().mean()) > 0.9
 
 
-def test_train__frozen_and_in_windows(vit_run: Path, tmp_path: Path) -> None:
+def test_train__a_frozen_backbone_with_window_attention_keeps_its_weights(vit_run: Path, tmp_path: Path) -> None:
     more: dict[str, Any] = {"max_steps": "2", "pyramid.window": 2, "pyramid.frozen": True}
     run = train("segment", shapes(), tmp_path / "run", backbone=str(vit_run), **more)
-    own = Segmenter.from_pretrained(run).pyramid.network.state_dict()
+    after = Segmenter.from_pretrained(run).pyramid.network.state_dict()
     before = Segmenter.from_pretrained(
         train("segment", shapes(), tmp_path / "one", backbone=str(vit_run), **{**more, "max_steps": "1"})
     ).pyramid.network.state_dict()
-    assert all(torch.equal(value, before[name]) for name, value in own.items())
+    assert all(torch.equal(value, before[name]) for name, value in after.items())
 
 
 # ----------------------------------------------------------------------------------------------------- before the run
 
 
-def test_preflight__says_what_is_wrong_with_pairs_and_leaves_them_out_when_asked(
+def test_preflight__reports_bad_pairs_and_leaves_them_out_with_skip_bad(
     vit_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     root = write_shapes(tmp_path / "data")
@@ -192,13 +190,13 @@ def test_preflight__says_what_is_wrong_with_pairs_and_leaves_them_out_when_asked
     capsys.readouterr()
     splits = preflight(SegmentStage, settings(vit_run, data=str(root), out=out, skip_bad=True)).splits
     assert len(splits.train) == 10
-    said = capsys.readouterr().err
-    assert said.count("train/masks/2.png") == said.count("train/masks/3.png") == 1
+    stderr = capsys.readouterr().err
+    assert stderr.count("train/masks/2.png") == stderr.count("train/masks/3.png") == 1
     splits = preflight(SegmentStage, settings(vit_run, data=str(root), out=out, ignore=("9", "255"))).splits
     assert len(splits.train) == 11
 
 
-def test_preflight__nothing_left(vit_run: Path, tmp_path: Path) -> None:
+def test_preflight__no_usable_pair(vit_run: Path, tmp_path: Path) -> None:
     root = write_shapes(tmp_path / "data")
     for file in (root / "val" / "masks").iterdir():
         file.write_bytes(b"broken")
@@ -206,7 +204,7 @@ def test_preflight__nothing_left(vit_run: Path, tmp_path: Path) -> None:
         preflight(SegmentStage, settings(vit_run, data=str(root), out=str(tmp_path / "run")))
 
 
-def test_open__without_a_look_at_masks_the_classes_must_be_told(vit_run: Path, tmp_path: Path) -> None:
+def test_open__no_verify_needs_the_classes(vit_run: Path, tmp_path: Path) -> None:
     root = write_shapes(tmp_path / "data")
     assert len(SegmentStage.open(settings(vit_run, data=str(root), verify=False)).train) == 12
     (root / "classes.txt").unlink()
@@ -217,18 +215,18 @@ def test_open__without_a_look_at_masks_the_classes_must_be_told(vit_run: Path, t
 
 
 @pytest.mark.parametrize(
-    ("more", "error", "says"),
+    ("more", "error", "message"),
     [
         ({"backbone": ""}, ConfigError, "--backbone is missing"),
         ({"backbone": "timm:efficientvit_m0", "weights": "random", "drop_path": 0.0}, WeightsError, "four strides"),
         ({"pyramid.window": -1}, ConfigError, "--pyramid.window"),
         ({"micro_batch_size": 1}, ConfigError, "must hold 2 images"),
-        ({"backbone": "timm:swin_tiny_patch4_window7_224", "weights": "random"}, WeightsError, "makes no pyramid"),
+        ({"backbone": "timm:swin_tiny_patch4_window7_224", "weights": "random"}, WeightsError, "cannot form a pyramid"),
         ({"scales": (2.0, 0.5)}, ConfigError, "--scales"),
     ],
 )
-def test_check__refuses(vit_run: Path, more: dict[str, Any], error: type[Exception], says: str) -> None:
-    with pytest.raises(error, match=says):
+def test_check__refuses(vit_run: Path, more: dict[str, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
         SegmentStage.check(settings(vit_run, **more))
 
 

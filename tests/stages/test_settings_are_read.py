@@ -1,6 +1,6 @@
-"""A setting that nobody reads says nothing and changes nothing: every field of every command is read in a real run.
+"""Every field of every command's settings is read in a real run: a field that no code reads would have no effect.
 
-The runs differ in switches, since some fields count only beside another value of one.
+A command runs several times with other settings, since some fields matter only for certain values of others.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ _TRANSFORMER = {"kind": "vit", "channels": (32, 4), "num_heads": 2, "num_blocks"
 _ADVERSARIAL = {"weight": 0.1, "num_layers": 1, "width": 8}
 _DECODER = {"depth": 1, "width": 16, "num_heads": 2}
 
-# What each command is run with, beside its small settings.
+# Settings of each run of a command, added to the command's small settings.
 RUNS: dict[str, tuple[dict[str, Any], ...]] = {
     "contrast": (_POLY, {**_STEPS, **_VIT, "solarise": (0.5, 0.5)}),
     "codebook": (
@@ -50,15 +50,15 @@ RUNS: dict[str, tuple[dict[str, Any], ...]] = {
     "detect": (_POLY, {**_STEPS, "jitter": (0.5, 1.0)}),
 }
 
-# Fields that need not be read, each with its reason.
+# Fields that need not be read, each with the reason.
 EXCEPTIONS: dict[str, dict[str, str]] = {}
 
 
 @contextlib.contextmanager
 def recording(config_type: type) -> Iterator[Reads]:
-    """Collect (class, field) of what is read of settings while they are used, not where they are checked or copied."""
+    """Collect (class, field) of every setting that code reads, except in checks and copies of the settings."""
     reads: Reads = set()
-    library = {dataclasses.__file__, values.__file__, "<string>"}  # the last is what dataclasses generate
+    library = {dataclasses.__file__, values.__file__, "<string>"}  # '<string>' is the code that dataclasses generates
 
     def read(self: Any, name: str) -> Any:
         value = object.__getattribute__(self, name)
@@ -66,13 +66,13 @@ def recording(config_type: type) -> Iterator[Reads]:
             reads.update((kind, name) for kind in type(self).__mro__)
         return value
 
-    watched = [kind for kind in groups(config_type) if "__getattribute__" not in vars(kind)]
-    for kind in watched:
+    patched = [kind for kind in groups(config_type) if "__getattribute__" not in vars(kind)]
+    for kind in patched:
         kind.__getattribute__ = read
     try:
         yield reads
     finally:
-        for kind in watched:
+        for kind in patched:
             del kind.__getattribute__
 
 
@@ -87,16 +87,16 @@ def _in_use(frame: Any, library: set[str]) -> bool:
 
 
 def groups(config_type: Any) -> list[Any]:
-    """The settings' class, those of its groups, and what stands below one (PhotometricConfig of JitterConfig)."""
-    found = [config_type]
+    """Return the settings class, its groups' classes, and their subclasses (as PhotometricConfig of JitterConfig)."""
+    classes = [config_type]
     for kind in typing.get_type_hints(config_type).values():
         if dataclasses.is_dataclass(kind):
-            found += [*groups(kind), *kind.__subclasses__()]  # type: ignore[union-attr]
-    return found
+            classes += [*groups(kind), *kind.__subclasses__()]  # type: ignore[union-attr]
+    return classes
 
 
 def unread(config_type: Any, reads: Reads, prefix: str = "") -> list[str]:
-    """Flags whose field nobody read."""
+    """Return the flags whose field no code read."""
     missing = []
     hints = typing.get_type_hints(config_type)
     for field in dataclasses.fields(config_type):
@@ -114,8 +114,8 @@ def run(command: str, config: Any) -> None:
 
 
 def settings(command: str, out: Path, images: Path, codebook_run: Path, vit_run: Path, **more: Any) -> Any:
-    own = {"max_steps": "2", "out": str(out), "data": str(images), **inputs(command, codebook_run, vit_run)}
-    return replace(recipe(command, "tiny"), {**SMALL[command], **own, **more})
+    values = {"max_steps": "2", "out": str(out), "data": str(images), **inputs(command, codebook_run, vit_run)}
+    return replace(recipe(command, "tiny"), {**SMALL[command], **values, **more})
 
 
 @pytest.mark.parametrize("command", list(RUNS))
@@ -141,7 +141,7 @@ def test_every_setting_of_tokenize_is_read(images: Path, codebook_run: Path, tmp
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Planted(FinetuneConfig):
-    """Settings with one that nobody reads, though it is checked, compared and written to config.json."""
+    """Settings with a field that no code reads, though it is checked, compared and written to config.json."""
 
     dead: int = 0
 

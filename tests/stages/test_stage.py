@@ -1,4 +1,4 @@
-"""What all stages share: the checks before a run, and exports that others can load."""
+"""All stages alike: the checks before a run, and exports that other libraries can load."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ FILES = {
 
 
 @pytest.mark.parametrize("command", list(FILES))
-def test_train__prints_lines_that_load_its_export_as_they_are(
+def test_train__prints_code_that_loads_the_export(
     command: str,
     images: Path,
     codebook_run: Path,
@@ -48,11 +48,11 @@ def test_train__prints_lines_that_load_its_export_as_they_are(
     settings: dict[str, Any] = {"data": str(images), **SMALL[command], **inputs(command, codebook_run, vit_run)}
     assert getattr(api, command)("tiny", out=str(out), **{**settings, "max_steps": "2"}) == out
     assert set(export_bytes(out)) == FILES[command]
-    said = capsys.readouterr().err
-    done, _, lines = said[said.index("Done: ") :].partition("\n\n")
+    stderr = capsys.readouterr().err
+    done, _, code = stderr[stderr.index("Done: ") :].partition("\n\n")
     assert done == f"Done: {out / 'export'}"
     names: dict[str, Any] = {}
-    exec(lines, names)
+    exec(code, names)
     exported = load_file(out / "export" / "model.safetensors")
     loaded = names["tokenizer" if command == "codebook" else "model"]
     state = loaded.state_dict()
@@ -78,22 +78,22 @@ def test_train__prints_lines_that_load_its_export_as_they_are(
 
 
 @pytest.mark.parametrize("command", ["contrast", "pretrain", "finetune"])
-def test_train__its_run_is_a_backbone_for_others(
+def test_train__a_run_is_a_backbone_of_other_commands(
     command: str, images: Path, codebook_run: Path, vit_run: Path, tmp_path: Path
 ) -> None:
     run = train(command, images, tmp_path / "run", max_steps="1", **inputs(command, codebook_run, vit_run))
     backbone = load_backbone(str(run))
     exported = load_file(run / "export" / "model.safetensors")
-    shared = backbone.network.state_dict()
-    assert shared
-    assert all(torch.equal(value, exported[name]) for name, value in shared.items())
+    state = backbone.network.state_dict()
+    assert state
+    assert all(torch.equal(value, exported[name]) for name, value in state.items())
     card = (run / "export" / "README.md").read_text()
     assert backbone.name in card
     code = card.split("```python\n")[1].split("```")[0].replace("path/to/this/folder", f"{run}/export")
     exec(code, {})
 
 
-def test_train__what_was_trained_is_what_is_exported(images: Path, tmp_path: Path) -> None:
+def test_train__exports_the_trained_weights(images: Path, tmp_path: Path) -> None:
     run = train("codebook", images, tmp_path / "run", max_steps="3")
     state = torch.load(run / "checkpoints" / "step-00000003" / "state.pt", weights_only=True)["model"]
     exported = load_file(run / "export" / "model.safetensors")
@@ -109,7 +109,7 @@ def config(**more: Any) -> Any:
     return replace(recipe("codebook", "tiny"), {**SMALL["codebook"], **more})
 
 
-def test_preflight__reports_every_problem_and_makes_nothing(tmp_path: Path) -> None:
+def test_preflight__reports_every_problem_and_writes_nothing(tmp_path: Path) -> None:
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "a").touch()
     broken = config(
@@ -118,39 +118,39 @@ def test_preflight__reports_every_problem_and_makes_nothing(tmp_path: Path) -> N
     broken = dataclasses.replace(broken, perceptual=dataclasses.replace(broken.perceptual, network="timm:nothing"))
     with pytest.raises(PreflightError) as caught:
         preflight(CodebookStage, broken)
-    told = [str(problem) for problem in caught.value.problems]
+    messages = [str(problem) for problem in caught.value.problems]
     for part in ("is not empty", "does not exist", "timm has no network 'nothing'", "3 devices", "--loggers wandb"):
-        assert sum(part in line for line in told) == 1, (part, told)
-    assert len(told) == 5
+        assert sum(part in message for message in messages) == 1, (part, messages)
+    assert len(messages) == 5
     assert sorted(path.name for path in tmp_path.rglob("*")) == ["a", "full"]
 
 
-def test_preflight__other_ranks_leave_the_folder_to_the_first(
+def test_preflight__only_the_first_rank_checks_the_folder(
     images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "metrics.jsonl").touch()  # the first rank has begun
-    filled = config(data=str(images), out=str(tmp_path))
+    (tmp_path / "metrics.jsonl").touch()  # the first rank has already written to the folder
+    settings = config(data=str(images), out=str(tmp_path))
     with pytest.raises(PreflightError, match="is not empty"):
-        preflight(CodebookStage, filled)
+        preflight(CodebookStage, settings)
     monkeypatch.setenv("RANK", "1")
-    assert len(preflight(CodebookStage, filled).splits.train) == 22
+    assert len(preflight(CodebookStage, settings).splits.train) == 22
 
 
 def test_preflight__held_out_images_need_labels_too(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    whole = squares(10)
-    bare = ImageSource(whole._store, name="squares", split="evaluation")
-    monkeypatch.setattr(contract, "open_images", lambda _: Splits(whole, bare, "test"))
+    labelled = squares(10)
+    unlabelled = ImageSource(labelled._store, name="squares", split="evaluation")
+    monkeypatch.setattr(contract, "open_images", lambda _: Splits(labelled, unlabelled, "test"))
     with pytest.raises(PreflightError, match="has no labels for its test images"):
         preflight(ClassifyStage, replace(recipe("finetune", "tiny"), {"out": str(tmp_path / "run")}))
 
 
-def test_check_readable__one_that_can_be_read_is_enough(tmp_path: Path) -> None:
+def test_check_readable__one_readable_image_is_enough(tmp_path: Path) -> None:
     check_readable(squares(20, bad=(0, 1, 2, 3, 4, 5, 6)))
     with pytest.raises(DataError, match="None of the first 8 images of 'squares' can be read; the first: square 0"):
         check_readable(squares(20, bad=tuple(range(8))))
 
 
-def test_train__a_bad_image_ends_no_run(tmp_path: Path) -> None:
+def test_train__unreadable_images_do_not_end_a_run(tmp_path: Path) -> None:
     folder = tmp_path / "images"
     folder.mkdir()
     for number in range(12):
@@ -159,7 +159,7 @@ def test_train__a_bad_image_ends_no_run(tmp_path: Path) -> None:
         (folder / f"{number:02d}.png").write_bytes(b"broken")
     run = train("codebook", folder, tmp_path / "run", max_steps="4")
     log = (run / "train.log").read_text()
-    named = {number for number in range(12) if f"{number:02d}.png" in log}
-    assert named == {3, 4, 8, 9}
+    reported = {number for number in range(12) if f"{number:02d}.png" in log}
+    assert reported == {3, 4, 8, 9}
     assert log.count("skipped: ") == 4
     assert "4 images could not be read" in log

@@ -1,4 +1,4 @@
-"""Every stage in two processes: DDP and FSDP against one process, and what they leave on disk."""
+"""Every stage in two processes: DDP and FSDP give the losses and weights of one process."""
 
 from __future__ import annotations
 
@@ -22,24 +22,28 @@ def train_on_each(rank: int, world_size: int, command: str, data: str, out: str,
     train(command, data, Path(out), **more)
 
 
-# Not contrast: on a CPU its BatchNorm sees the half batch of its process (on GPUs it is synchronised).
+# Contrast is left out: on a CPU its BatchNorm sees half of the batch (on GPUs BatchNorm is synchronised).
 @pytest.mark.parametrize("command", ["codebook", "pretrain", "finetune"])
 def test_train__ddp_equals_one_process(
     command: str, images: Path, codebook_run: Path, vit_run: Path, tmp_path: Path, two_processes: TwoProcesses
 ) -> None:
-    # A large epsilon keeps Adam from blowing up the sign of gradients near zero, which is rounding.
+    # A large epsilon keeps Adam from amplifying the rounding of gradients near zero.
     more: dict[str, Any] = {**inputs(command, codebook_run, vit_run), "max_steps": "3", "optim.eps": 1e-3}
     if command != "codebook":
-        more["drop_path"] = 0.0  # it draws other numbers in each process
+        more["drop_path"] = 0.0  # each process draws other numbers
     if command == "finetune":
-        more |= {"mixup": 0.0, "cutmix": 0.0, "random_erasing": 0.0}  # every process changes its own half
+        more |= {
+            "mixup": 0.0,
+            "cutmix": 0.0,
+            "random_erasing": 0.0,
+        }  # each process draws numbers for its own half of the batch
     alone = train(command, images, tmp_path / "one", **more)
     two_processes.run(train_on_each, command, str(images), str(tmp_path / "two"), {**more, "devices": "2"})
     assert losses(tmp_path / "two") == pytest.approx(losses(alone), rel=2e-5)
-    ours, theirs = export_of(tmp_path / "two"), export_of(alone)
-    assert ours.keys() == theirs.keys()
-    for name, value in ours.items():
-        torch.testing.assert_close(value, theirs[name], rtol=0.05, atol=3e-3)  # Adam's first steps enlarge rounding
+    exported, expected = export_of(tmp_path / "two"), export_of(alone)
+    assert exported.keys() == expected.keys()
+    for name, value in exported.items():
+        torch.testing.assert_close(value, expected[name], rtol=0.05, atol=3e-3)  # Adam's first steps amplify rounding
 
 
 def contrast_on_each(rank: int, world_size: int, data: str, out: str, more: dict[str, Any]) -> None:
@@ -82,14 +86,14 @@ def export_to_a_full_disk(rank: int, world_size: int, data: str, out: str) -> st
     def full(*_: Any) -> str:
         raise OSError(28, "No space left on device")
 
-    ordinary = CodebookStage.export
+    original = CodebookStage.export
     CodebookStage.export = full  # type: ignore[method-assign, assignment]
     try:
         train("codebook", data, Path(out), max_steps="1", devices="2")
     except RunFolderError as error:
         return str(error)
     finally:
-        CodebookStage.export = ordinary  # type: ignore[method-assign]
+        CodebookStage.export = original  # type: ignore[method-assign]
     return ""
 
 
@@ -130,8 +134,8 @@ def test_train__fsdp_equals_ddp_and_resumes(
 
 
 def test_train__lars_under_fsdp_equals_ddp(images: Path, tmp_path: Path, two_processes: TwoProcesses) -> None:
-    """Its trust ratios are of whole matrices, also where each process holds half of one."""
-    # At 0.3 so few images a batch enlarge a rounding a thousand times in the fourth step.
+    """LARS computes trust ratios of whole matrices, also if each process holds half of a matrix."""
+    # At a learning rate of 0.3, with so few images, the fourth step amplifies a rounding error a thousand times.
     more: dict[str, Any] = {"optim.name": "lars", "optim.lr": 0.1, "devices": "2", "max_steps": "4"}
     for strategy in ("ddp", "fsdp"):
         settings = {**more, "strategy": strategy}
@@ -139,7 +143,7 @@ def test_train__lars_under_fsdp_equals_ddp(images: Path, tmp_path: Path, two_pro
     assert losses(tmp_path / "fsdp") == pytest.approx(losses(tmp_path / "ddp"), rel=1e-4)
 
 
-def test_train__a_process_joins_a_codebook_by_resume(images: Path, tmp_path: Path, two_processes: TwoProcesses) -> None:
+def test_train__a_codebook_resumes_in_more_processes(images: Path, tmp_path: Path, two_processes: TwoProcesses) -> None:
     more: dict[str, Any] = {"max_steps": "8", "save_every": 4}
     run = train("codebook", images, tmp_path / "run", **more)
     before, alone = losses(run), export_of(run)
@@ -147,11 +151,11 @@ def test_train__a_process_joins_a_codebook_by_resume(images: Path, tmp_path: Pat
     two_processes.run(train_on_each, "codebook", str(images), str(run), {**more, "devices": "2", "resume": True})
     assert losses(run)[:4] == before[:4]
     assert losses(run) == pytest.approx(before, rel=2e-4)
-    joined = export_of(run)["quantizer.codebook"]
-    torch.testing.assert_close(joined, alone["quantizer.codebook"], rtol=0.05, atol=3e-3)
+    codebook = export_of(run)["quantizer.codebook"]
+    torch.testing.assert_close(codebook, alone["quantizer.codebook"], rtol=0.05, atol=3e-3)
 
 
-def test_train__an_fsdp_checkpoint_goes_on_in_one_process(
+def test_train__an_fsdp_checkpoint_resumes_in_one_process(
     images: Path, codebook_run: Path, tmp_path: Path, two_processes: TwoProcesses
 ) -> None:
     more: dict[str, Any] = {"tokenizer": str(codebook_run), "max_steps": "4", "save_every": 2, "drop_path": 0.0}

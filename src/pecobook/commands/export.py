@@ -186,14 +186,14 @@ def _segmenter_to_onnx(config: ExportConfig) -> str:
     """model.onnx: `images` (B, 3, S, S) in [0, 1] to `scores` of classes (B, C, S, S), S the side of its training."""
     import torch
 
-    from pecobook.models.dense.segmenter import Segmenter, SegmenterAtOneSize
+    from pecobook.models.dense.segmenter import FixedSizeSegmenter, Segmenter
     from pecobook.models.onnx import write_onnx
 
     model = Segmenter.from_pretrained(config.run)
     side, out = model.image_size, Path(config.out)
     _unfuse(model)
     batch = torch.export.Dim("batch", min=1, max=2**16)
-    fixed = SegmenterAtOneSize(model)
+    fixed = FixedSizeSegmenter(model)
     write_onnx(fixed, torch.zeros(2, 3, side, side), {0: batch}, out / "model.onnx", "images", "scores")
     described = {"image_size": side, "classes": list(model.classes)}
     (out / "config.json").write_text(json.dumps(described, indent=2) + "\n")

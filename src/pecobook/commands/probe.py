@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pecobook.errors import ConfigError, DataError
+from pecobook.errors import ConfigError
 from pecobook.settings.probe import ProbeConfig
 from pecobook.settings.values import replace
 from pecobook.utils.output_folder import check_new_file
@@ -29,16 +29,13 @@ def probe(config: ProbeConfig | None = None, **settings: Any) -> dict[str, Any]:
         PecobookError: no labels, no such network, or a file that cannot be written.
     """
     from pecobook.commands.extract import extract
-    from pecobook.data.images import open_images
+    from pecobook.data.images import check_labels, open_images
 
     config = replace(config or ProbeConfig(), settings)
     check_new_file(config.out)
     features, size = _open(config)
     splits = open_images(config.data)
-    if splits.train.labels is None or splits.evaluation.labels is None:
-        raise DataError(
-            f"--data '{config.data}' has no labels: put the images of each class in a subfolder of its own."
-        )
+    check_labels(splits, config.data)
     side = config.image_size or size
     train, train_labels = extract(splits.train, side, config.max_train, features, "features of training images")
     name = f"features of {splits.evaluation_name} images"

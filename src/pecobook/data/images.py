@@ -65,6 +65,14 @@ def check_readable(source: ImageSource, count: int = 8) -> None:
     raise DataError(f"None of the first {len(reasons)} images of '{source.name}' can be read; the first: {reasons[0]}.")
 
 
+def check_labels(splits: Splits, source: str) -> None:
+    """Raise DataError unless training and evaluation images have labels; `source` is the value of `--data`."""
+    if splits.train.labels is None:
+        raise DataError(f"--data '{source}' has no labels: put the images of each class in their own subfolder.")
+    if splits.evaluation.labels is None:
+        raise DataError(f"--data '{source}' has no labels for its {splits.evaluation_name} images.")
+
+
 def open_all_splits(source: str) -> list[ImageSource]:
     """Open all images of a source, as one `ImageSource` per declared split. Raises DataError as `open_images` does."""
     if source == "photos":

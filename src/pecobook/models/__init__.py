@@ -1,1 +1,1 @@
-"""Networks: the tokenizer and its parts, the perceptual distance, the masked image model."""
+"""Networks: the tokenizer and its parts, the perceptual distance, the masked image model, dense prediction."""

@@ -1,6 +1,6 @@
-"""Contrastive learning's parts (MoCo v3, arXiv 2104.02057): heads, and the loss over the keys of all ranks.
+"""Parts of contrastive learning (MoCo v3, arXiv 2104.02057): heads, and the loss over the keys of all ranks.
 
-B images of this rank, G of all ranks.
+B number of images on this rank, G number of keys on all ranks.
 """
 
 from __future__ import annotations
@@ -17,7 +17,12 @@ from pecobook.utils.distributed import gather_rows
 
 
 def mlp(widths: list[int], *, final_norm: bool) -> nn.Sequential:
-    """Linear layers without bias, BatchNorm and ReLU between; the last BatchNorm has no weights."""
+    """Build a multi-layer perceptron: linear layers without bias, with BatchNorm and ReLU between them.
+
+    Args:
+        widths: number of input features, then number of output features of each layer.
+        final_norm: whether a BatchNorm without weights follows the last layer.
+    """
     layers: list[nn.Module] = []
     for number, (width_in, width_out) in enumerate(itertools.pairwise(widths)):
         last = number == len(widths) - 2
@@ -30,31 +35,38 @@ def mlp(widths: list[int], *, final_norm: bool) -> nn.Sequential:
 
 
 def contrastive_loss(queries: Tensor, keys: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """2 x temperature x InfoNCE of queries (B, D) against the keys of all ranks; returns loss and accuracy.
+    """Compute 2 x temperature x InfoNCE of queries against the keys of all ranks.
 
-    The first B of the keys (N, D) belong to the queries; the others are of images that the rank's step holds beside.
+    Args:
+        queries: (B, D).
+        keys: (N, D) of this rank; the first B keys are the positives of the queries, the other keys are of further
+            images of the same step.
+        temperature: softmax temperature.
+
+    Returns:
+        loss and accuracy, () each.
     """
     with torch.autocast(queries.device.type, enabled=False):
         queries, keys = F.normalize(queries.float(), dim=1), F.normalize(keys.float(), dim=1)
-        everyone, first = gather(keys)  # (G, D)
-        logits = queries @ everyone.t() / temperature  # (B, G)
+        all_keys, first = gather_keys(keys)  # (G, D)
+        logits = queries @ all_keys.t() / temperature  # (B, G)
         labels = torch.arange(first, first + len(queries), device=queries.device)
         loss = F.cross_entropy(logits, labels) * (2 * temperature)
     return loss, (logits.argmax(1) == labels).float().mean()
 
 
-def gather(keys: Tensor) -> tuple[Tensor, int]:
-    """Keys of all ranks (G, D), without gradient, and the row where this rank's begin."""
+def gather_keys(keys: Tensor) -> tuple[Tensor, int]:
+    """Return the keys of all ranks (G, D), without gradient, and the row of the first key of this rank."""
     rank = dist.get_rank() if dist.is_initialized() else 0
     return gather_rows(keys.detach()), rank * len(keys)
 
 
 @torch.no_grad()
 def initialise_moco(network: nn.Module) -> None:
-    """MoCo v3's start of a ViT (section 4 and its public code): fixed positions, Xavier-uniform weights.
+    """Apply MoCo v3's initialisation of a ViT (section 4 and public code): fixed positions, Xavier-uniform weights.
 
-    Positions are sines and cosines of row and column and take no gradient; the query, key and value parts of a layer
-    are each initialised as a matrix of their own; the patch projection as the linear map that it is.
+    Positions are sines and cosines of row and column and take no gradient. The query, key and value parts of a layer
+    are initialised as three separate matrices, and the patch projection as a linear layer.
     """
     from timm.layers import build_sincos2d_pos_embed
 
@@ -82,6 +94,6 @@ def initialise_moco(network: nn.Module) -> None:
 
 @torch.no_grad()
 def ema_update(slow: nn.Module, fast: nn.Module, momentum: float) -> None:
-    """Move every parameter of `slow` to momentum x its own + (1 - momentum) x that of `fast`."""
-    for own, other in zip(slow.parameters(), fast.parameters(), strict=True):
-        own.lerp_(other, 1 - momentum)
+    """Set every parameter of `slow` to momentum x slow + (1 - momentum) x fast."""
+    for slow_parameter, fast_parameter in zip(slow.parameters(), fast.parameters(), strict=True):
+        slow_parameter.lerp_(fast_parameter, 1 - momentum)

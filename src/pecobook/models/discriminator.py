@@ -1,4 +1,4 @@
-"""The patch discriminator of equation 8 (Li and Wand, arXiv 1604.04382), for the comparison in Table 7."""
+"""Patch discriminator for equation 8 (Li and Wand, arXiv 1604.04382), for the comparison in Table 7."""
 
 from __future__ import annotations
 
@@ -11,15 +11,16 @@ from pecobook.settings.codebook import AdversarialConfig
 
 
 class PatchDiscriminator(nn.Sequential):
-    """Real or reconstructed, patch by patch: float (B, C, H, W) in [-1, 1] to logits (B, 1, H', W').
+    """Classifies each patch as real or reconstructed: float (B, C, H, W) in [-1, 1] to logits (B, 1, H', W').
 
-    Strided 4 x 4 convolutions, leaky rectifiers and GroupNorm, which, other than BatchNorm, makes a batch on many
-    devices equal to the same batch on one.
+    The network consists of strided 4 x 4 convolutions, leaky rectifiers and GroupNorm. Unlike BatchNorm, GroupNorm
+    gives the same result for a batch on many devices and on one device.
 
     Args:
-        config: width, which each further layer doubles up to eight times; and the number of strided layers: a logit
-            sees 16, 34 or 70 pixels with 1, 2 or 3. Images need 3 x 2^num_layers pixels a side.
-        in_channels: C.
+        config: width of the first layer, which each further layer doubles, up to eight times the width; and number of
+            strided layers: the receptive field of a logit is 16, 34 or 70 pixels with 1, 2 or 3. The side of an image
+            must be at least 3 x 2^num_layers pixels.
+        in_channels: number of image channels C.
     """
 
     def __init__(self, config: AdversarialConfig, in_channels: int = 3) -> None:
@@ -34,29 +35,30 @@ class PatchDiscriminator(nn.Sequential):
         super().__init__(*layers, nn.Conv2d(channels, 1, 4, padding=1))
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, C, H, W) to (B, 1, H', W')."""
+        """Map images (B, C, H, W) to logits (B, 1, H', W')."""
         return super().forward(convolution_layout(x))  # type: ignore[no-any-return, no-untyped-call]
 
 
 def adversarial_losses(discriminator: nn.Module, images: Tensor, restored: Tensor) -> tuple[Tensor, Tensor]:
-    """Equation 8 in one pass, for one optimizer: the autoencoder's loss and the discriminator's.
+    """Compute both losses of equation 8 in one pass, for one optimizer.
 
-    The discriminator minimises -log D(x) - log(1 - D(x^)). The autoencoder minimises -log D(x^): it has the fixed
-    point of equation 8's log(1 - D(x^)), and its gradient does not vanish while the discriminator wins (Goodfellow et
-    al., arXiv 1406.2661, section 3).
+    The discriminator minimises -log D(x) - log(1 - D(x^)). The autoencoder minimises -log D(x^): this loss has the same
+    fixed point as log(1 - D(x^)) of equation 8, but the gradient does not vanish while the discriminator wins
+    (Goodfellow et al., arXiv 1406.2661, section 3).
 
     Args:
-        discriminator: of images in [-1, 1].
+        discriminator: maps images in [-1, 1] to logits.
         images: float (B, C, H, W) in [0, 1].
-        restored: the same, with gradient.
+        restored: reconstructions, float (B, C, H, W) in [0, 1], with gradient.
 
     Returns:
-        (), whose gradient reaches `restored` alone, and (), whose gradient reaches the discriminator alone.
+        loss of the autoencoder, (), whose gradient reaches only `restored`; loss of the discriminator, (), whose
+        gradient reaches only the discriminator.
     """
     images, restored = images * 2 - 1, restored * 2 - 1
     real, fake = discriminator(torch.cat([images, restored.detach()])).float().chunk(2)
-    own = F.softplus(-real).mean() + F.softplus(fake).mean()
-    # Parameters without their gradient: what the autoencoder learns from must not teach the discriminator.
+    discriminator_loss = F.softplus(-real).mean() + F.softplus(fake).mean()
+    # Detached parameters: the loss of the autoencoder must not train the discriminator.
     frozen = {name: value.detach() for name, value in discriminator.named_parameters()}
-    fooled = torch.func.functional_call(discriminator, frozen, (restored,)).float()
-    return F.softplus(-fooled).mean(), own
+    logits = torch.func.functional_call(discriminator, frozen, (restored,)).float()
+    return F.softplus(-logits).mean(), discriminator_loss

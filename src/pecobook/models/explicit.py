@@ -1,7 +1,9 @@
-"""Semantics put into codewords explicitly, for the comparison in Table 6: a loss on codewords instead of on images.
+"""Losses that put semantics into codewords explicitly, for Table 6: a loss on codewords instead of a loss on images.
 
-B images, D latent channels, h w latent grid. Both losses see the image's codewords averaged over positions, as the
-codeword probe of Table 4 does. What else these losses are, the paper does not say: docs/decisions.md.
+Both losses read the codewords of an image averaged over positions, as the codeword probe of Table 4 does. The paper
+does not specify further details of these losses; docs/decisions.md lists our choices.
+
+B images, D latent channels, h w latent grid.
 """
 
 from __future__ import annotations
@@ -18,26 +20,26 @@ from pecobook.settings.codebook import ExplicitConfig
 
 
 class CodewordClassifier(nn.Linear):
-    """Cross-entropy of a linear classifier on averaged codewords.
+    """Linear classifier on averaged codewords, trained with cross-entropy.
 
     Args:
         dim: D.
-        num_classes: of the labels.
+        num_classes: number of classes.
     """
 
     def loss(self, quantized: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Loss and accuracy, () each, of codewords (B, D, h, w) with their gradient; labels int64 (B,)."""
+        """Compute loss and accuracy, () each, for codewords (B, D, h, w) with gradient and labels int64 (B,)."""
         logits = self(quantized.mean((2, 3))).float()  # (B, classes)
         return F.cross_entropy(logits, labels), (logits.argmax(1) == labels).float().mean()
 
 
 class CodewordContrast(nn.Module):
-    """MoCo v3's loss on averaged codewords: an image's must find those of another view of it among all images'.
+    """MoCo v3's loss on averaged codewords: two views of the same image must match among the views of all images.
 
-    The keys come from an encoder that is a moving average of the trained one, through the same codebook.
+    The keys are computed with a moving average of the trained encoder and the same codebook.
 
     Args:
-        encoder: the trained one, of which a copy is taken.
+        encoder: the trained encoder; a copy becomes the momentum encoder.
         dim: D.
         config: widths of the heads, temperature and momentum.
     """
@@ -52,21 +54,21 @@ class CodewordContrast(nn.Module):
         self.momentum_projector = copy.deepcopy(self.projector).requires_grad_(False)
 
     @torch.no_grad()
-    def keys(self, other: Tensor, quantizer: VectorQuantizer) -> Tensor:
-        """What images are told apart by, (B, out), of another view of them: (B, C, H, W) in [-1, 1]."""
-        codewords = quantizer.nearest(self.momentum_encoder(other))  # (B, D, h, w)
+    def keys(self, second_view: Tensor, quantizer: VectorQuantizer) -> Tensor:
+        """Compute the keys (B, out) of the second view of the images, (B, C, H, W) in [-1, 1]."""
+        codewords = quantizer.nearest(self.momentum_encoder(second_view))  # (B, D, h, w)
         keys: Tensor = self.momentum_projector(codewords.mean((2, 3)))
         return keys
 
     def loss(self, quantized: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
-        """Loss and accuracy, () each, of codewords (B, D, h, w) with their straight-through gradient.
+        """Compute loss and accuracy, () each, for codewords (B, D, h, w) with straight-through gradient.
 
-        The first B of the keys (N, out) belong to them.
+        The first B of the keys (N, out) are the positives of the codewords.
         """
         queries = self.predictor(self.projector(quantized.mean((2, 3))))
         return contrastive_loss(queries, keys, self.config.temperature)
 
     def after_step(self, encoder: nn.Module) -> None:
-        """Move encoder and projector of the keys towards the trained ones."""
+        """Update the momentum encoder and the momentum projector. Call after each optimizer step."""
         ema_update(self.momentum_encoder, encoder, self.config.momentum)
         ema_update(self.momentum_projector, self.projector, self.config.momentum)

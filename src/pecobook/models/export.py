@@ -1,6 +1,6 @@
-"""What a run leaves for others: an export folder, and networks that save, load and upload themselves as one.
+"""Export folders of trained networks: writing, reading, and uploading to the Hugging Face hub.
 
-An export folder is `model.safetensors`, `config.json` and `README.md`. Nothing here unpickles code.
+An export folder contains `model.safetensors`, `config.json` and `README.md`. Nothing in this module unpickles code.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pecobook.errors import PecobookError, WeightsError, first_line
 
 
 def export_folder(path: str | Path) -> Path:
-    """The export folder of a run, or the folder itself. Raises WeightsError when there is none."""
+    """Return the export folder of a run, or the folder itself. Raises WeightsError if it contains no export."""
     folder = Path(path)
     for candidate in (folder / "export", folder):
         if (candidate / "model.safetensors").is_file() and (candidate / "config.json").is_file():
@@ -25,24 +25,24 @@ def export_folder(path: str | Path) -> Path:
     if not folder.exists():
         raise WeightsError(f"There is no run '{path}'. Give a run folder of pecobook or timm:NAME.")
     raise WeightsError(
-        f"'{path}' holds no export/model.safetensors: it is not a finished run. Finish it with --resume."
+        f"'{path}' contains no export/model.safetensors: it is not a finished run. Finish it with --resume."
     )
 
 
 def read_settings(path: str | Path) -> dict[str, Any]:
-    """Settings of an export folder, without its weights. Raises WeightsError when it is missing or damaged."""
+    """Return the settings of an export folder, without the weights. Raises WeightsError if it is missing or damaged."""
     folder = export_folder(path)
     try:
         config = json.loads((folder / "config.json").read_text())
         if not isinstance(config, dict):
-            raise ValueError("config.json holds no JSON object")
+            raise ValueError("config.json contains no JSON object")
     except (OSError, ValueError) as error:
         raise WeightsError(f"The export in '{folder}' cannot be read: {error}") from None
     return config
 
 
 def read_export(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Settings and weights of an export folder. Raises WeightsError when it is missing or damaged."""
+    """Return settings and weights of an export folder. Raises WeightsError if it is missing or damaged."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
@@ -54,79 +54,86 @@ def read_export(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 
 def write_tensors(file: Path, tensors: dict[str, Tensor]) -> None:
-    """Write a safetensors file, whole or not at all."""
+    """Write a safetensors file atomically: the file is complete, or it is not there."""
     from safetensors.torch import save
 
     from pecobook.utils.files import write_atomically
 
     file.parent.mkdir(parents=True, exist_ok=True)
-    own = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
-    write_atomically(file, save(own, metadata={"format": "pt"}))
+    contiguous = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
+    write_atomically(file, save(contiguous, metadata={"format": "pt"}))
 
 
 def write_export(folder: Path, config: dict[str, Any], state: dict[str, Tensor], card: str) -> None:
-    """Write an export folder."""
+    """Write an export folder.
+
+    Args:
+        folder: the folder; created if it is missing.
+        config: content of `config.json`.
+        state: weights.
+        card: text of the model card.
+    """
     from pecobook.utils.files import write_atomically
 
     write_tensors(folder / "model.safetensors", state)
     write_atomically(folder / "README.md", card.encode())
-    # Last, since its presence makes the folder an export.
+    # config.json is written last, since a folder counts as an export only if it contains this file.
     write_atomically(folder / "config.json", (json.dumps(config, indent=2) + "\n").encode())
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Card:
-    """A model card, but for the Python that loads the model."""
+    """Content of a model card, without the Python code that loads the model."""
 
     title: str
     text: str
-    """Paragraphs before the Python."""
+    """Paragraphs before the Python code."""
     usage: str = ""
-    """Python that comes after what loads it."""
+    """Python code that uses the model, placed after the code that loads it."""
     more: str = ""
-    """Paragraphs at the end."""
+    """Paragraphs after the Python code."""
     tags: tuple[str, ...]
     pipeline: str = ""
-    """The Hugging Face hub's name of the task, if it has one."""
+    """Name of the task on the Hugging Face hub, if the hub has one."""
     library: str = "pecobook"
-    """What loads it."""
+    """Name of the library that loads the model."""
 
-    def render(self, lines: str) -> str:
-        """The whole card, with `lines` of Python."""
+    def render(self, loading_code: str) -> str:
+        """Return the whole card as Markdown; `loading_code` is the Python code that loads the model."""
         task = f"pipeline_tag: {self.pipeline}\n" if self.pipeline else ""
-        head = f"---\nlibrary_name: {self.library}\n{task}tags: [{', '.join(self.tags)}]\n---\n"
-        after = f"\n{self.more}\n" if self.more else ""
+        header = f"---\nlibrary_name: {self.library}\n{task}tags: [{', '.join(self.tags)}]\n---\n"
+        more = f"\n{self.more}\n" if self.more else ""
         usage = f"\n{self.usage}" if self.usage else ""
-        return f"{head}# {self.title}\n\n{self.text}\n\n```python\n{lines}{usage}\n```\n{after}"
+        return f"{header}# {self.title}\n\n{self.text}\n\n```python\n{loading_code}{usage}\n```\n{more}"
 
 
 class Exported(nn.Module):
-    """A network that saves itself as an export folder, loads from one, and goes to the Hugging Face hub and back."""
+    """A network that can be saved to an export folder, loaded from one, and uploaded to the Hugging Face hub."""
 
     kind: ClassVar[str]
-    """What `config.json` calls it."""
-    comes_from: ClassVar[str]
-    """The commands whose runs hold one."""
+    """Value of `kind` in `config.json`."""
+    trained_by: ClassVar[str]
+    """The commands whose runs export a network of this kind, for error messages."""
 
     def settings(self) -> dict[str, Any]:
-        """All that `rebuild` makes the same network of, as plain values."""
+        """Return the settings from which `rebuild` builds an equal network, as JSON values."""
         raise NotImplementedError
 
     @classmethod
     def rebuild(cls, settings: dict[str, Any]) -> Self:
-        """The network that `settings` describes, with random weights."""
+        """Build the network that `settings` describes, with random weights."""
         raise NotImplementedError
 
-    def lines(self, source: str) -> str:
-        """Python that loads it from the folder `source`."""
+    def loading_code(self, source: str) -> str:
+        """Return Python code that loads the network from the folder `source`."""
         raise NotImplementedError
 
-    def hub_lines(self, repo_id: str) -> str:
-        """Python that loads it from the hub's repository `repo_id`."""
-        return self.lines(repo_id)
+    def hub_loading_code(self, repo_id: str) -> str:
+        """Return Python code that loads the network from the repository `repo_id` on the Hugging Face hub."""
+        return self.loading_code(repo_id)
 
     def card(self, origin: str) -> Card:
-        """The model card; `origin` tells what trained it, as far as that is known."""
+        """Return the model card; `origin` describes how the network was trained, empty if that is unknown."""
         raise NotImplementedError
 
     @property
@@ -136,15 +143,15 @@ class Exported(nn.Module):
 
     @classmethod
     def is_exported(cls, name: str) -> bool:  # noqa: ARG003
-        """Whether the weight of this name goes with an export."""
+        """Return whether an export includes the weight of this name."""
         return True
 
     def load_exported(self, state: dict[str, Tensor]) -> None:
-        """Take the weights of an export, all of them. Raises WeightsError or RuntimeError when they do not fit."""
+        """Load the weights of an export into `body`. Raises WeightsError or RuntimeError if any weight does not fit."""
         missing, unknown = self.body.load_state_dict(state, strict=False)
-        wrong = sorted(name for name in missing if self.is_exported(name)) or unknown
-        if wrong:
-            raise WeightsError(f"missing or unknown weights {', '.join(wrong[:5])}")
+        mismatched = sorted(name for name in missing if self.is_exported(name)) or unknown
+        if mismatched:
+            raise WeightsError(f"missing or unknown weights {', '.join(mismatched[:5])}")
 
     def save_pretrained(
         self, folder: str | Path, *, state: dict[str, Tensor] | None = None, origin: str = "", repo_id: str = ""
@@ -152,29 +159,36 @@ class Exported(nn.Module):
         """Write `model.safetensors`, `config.json` and a model card.
 
         Args:
-            folder: where to.
-            state: weights of `body` to write instead of its own, which may be this process's shard alone.
-            origin: what trained it, for the card.
-            repo_id: of the hub's repository that the card loads from; empty for the folder.
+            folder: the folder to write; created if it is missing.
+            state: weights of `body` to write; None takes `body.state_dict()`, which under sharding holds the shard of
+                this process only.
+            origin: how the network was trained, for the card.
+            repo_id: repository on the hub from which the code on the card loads the network; empty writes code that
+                loads it from a folder.
         """
         state = self.body.state_dict() if state is None else state
-        own = {name: value for name, value in state.items() if self.is_exported(name)}
-        lines = self.hub_lines(repo_id) if repo_id else self.lines("path/to/this/folder")
-        write_export(Path(folder), {"kind": self.kind, **self.settings()}, own, self.card(origin).render(lines))
+        exported = {name: value for name, value in state.items() if self.is_exported(name)}
+        loading_code = self.hub_loading_code(repo_id) if repo_id else self.loading_code("path/to/this/folder")
+        write_export(
+            Path(folder), {"kind": self.kind, **self.settings()}, exported, self.card(origin).render(loading_code)
+        )
 
     @classmethod
     def from_pretrained(cls, source: str | Path) -> Self:
-        """Load from a run folder, an export folder, or `owner/name` on the Hugging Face hub; in evaluation mode.
+        """Load from a run folder, an export folder, or `owner/name` on the Hugging Face hub.
+
+        Returns:
+            the network in evaluation mode.
 
         Raises:
-            WeightsError: there is none, it is damaged, or it is of another kind.
+            WeightsError: the export is missing, damaged, or of another kind.
         """
-        config, state = read_export(_place(source))
+        config, state = read_export(_resolve_source(source))
         kind = config.pop("kind", None)
         if kind != cls.kind:
             raise WeightsError(
                 f"'{source}' is {f'a {kind}' if kind else 'no export of pecobook'}, not a {cls.kind}: give a run of "
-                f"pecobook {cls.comes_from}."
+                f"pecobook {cls.trained_by}."
             )
         try:
             network = cls.rebuild(config)
@@ -184,7 +198,7 @@ class Exported(nn.Module):
         return network.eval()
 
     def push_to_hub(self, repo_id: str, *, private: bool = False) -> str:
-        """Upload to the Hugging Face hub as `owner/name`; returns the address."""
+        """Upload to the Hugging Face hub as `owner/name`. Returns the URL of the repository."""
         from huggingface_hub import HfApi
 
         api = HfApi()
@@ -195,8 +209,8 @@ class Exported(nn.Module):
         return str(url)
 
 
-def _place(source: str | Path) -> Path:
-    """The folder, fetched from the hub where there is none of this name and it could be one of the hub's."""
+def _resolve_source(source: str | Path) -> Path:
+    """Return the local folder of `source`; download it if `source` is not a path and has the form `owner/name`."""
     if Path(source).exists() or str(source).count("/") != 1 or str(source).startswith((".", "/")):
         return Path(source)
     from huggingface_hub import snapshot_download
@@ -205,4 +219,6 @@ def _place(source: str | Path) -> Path:
     try:
         return Path(snapshot_download(str(source), allow_patterns=["model.safetensors", "config.json"]))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        raise WeightsError(f"There is no run '{source}' here, and the hub gives none ({first_line(error)}).") from None
+        raise WeightsError(
+            f"There is no run '{source}' here, and the Hugging Face hub returned none ({first_line(error)})."
+        ) from None

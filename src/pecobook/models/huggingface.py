@@ -1,6 +1,7 @@
-"""BEiT's weights under the names of transformers (version 5), and back: for export, and for files that come from there.
+"""Conversion of BEiT's weights between timm's names and those of transformers (version 5), for export and for loading.
 
-timm keeps the query, key and value matrices of a block in one; transformers keeps three. Keys have no bias in either.
+timm stores the query, key and value matrices of a block as one matrix; transformers stores three. Keys have no bias in
+either library.
 """
 
 from __future__ import annotations
@@ -13,8 +14,8 @@ from torch import Tensor
 
 from pecobook.errors import WeightsError
 
-# timm's name to that of transformers, for what is only renamed; {i} is the number of a block.
-_NAMES = {
+# Names in timm and in transformers, for weights that are only renamed; {i} is the number of a block.
+_HUGGINGFACE_NAMES = {
     "cls_token": "embeddings.cls_token",
     "pos_embed": "embeddings.position_embeddings",
     "patch_embed.proj.weight": "embeddings.patch_embeddings.projection.weight",
@@ -36,67 +37,67 @@ _NAMES = {
     "blocks.{i}.mlp.fc2.weight": "layers.{i}.mlp.fc2.weight",
     "blocks.{i}.mlp.fc2.bias": "layers.{i}.mlp.fc2.bias",
 }
-_BACK = {theirs: ours for ours, theirs in _NAMES.items()}
-_PARTS = ("q_proj", "k_proj", "v_proj")
+_TIMM_NAMES = {theirs: ours for ours, theirs in _HUGGINGFACE_NAMES.items()}
+_PROJECTIONS = ("q_proj", "k_proj", "v_proj")
 
 
 def beit_to_huggingface(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The weights of a timm BEiT under the names of a transformers BeitModel.
+    """Rename the weights of a timm BEiT to the names of a transformers BeitModel.
 
-    The last norm, `norm` or `fc_norm`, comes out as `layernorm`; a head as `head`. What goes where depends on the
-    model: see `pecobook.commands.export`.
+    The final norm, `norm` or `fc_norm`, becomes `layernorm`; the weights of a head keep the name `head`. Their names in
+    the complete model depend on the kind of model: see `pecobook.commands.export`.
 
     Raises:
-        WeightsError: a weight has no counterpart.
+        WeightsError: a weight has no counterpart in transformers.
     """
-    found: dict[str, Tensor] = {}
+    renamed: dict[str, Tensor] = {}
     for name, value in state.items():
-        if name.endswith(("k_bias", "relative_position_index")):  # zeros, and a table of places
+        if name.endswith(("k_bias", "relative_position_index")):  # zeros, and a table of indices
             continue
-        pattern, number = _numbered(name, "blocks")
+        pattern, number = _split_block_number(name, "blocks")
         if pattern == "blocks.{i}.attn.qkv.weight":
-            for part, matrix in zip(_PARTS, value.chunk(3), strict=True):
-                found[f"layers.{number}.attention.{part}.weight"] = matrix.contiguous()
-        elif pattern in _NAMES:
-            found[_NAMES[pattern].replace("{i}", number)] = value
+            for part, matrix in zip(_PROJECTIONS, value.chunk(3), strict=True):
+                renamed[f"layers.{number}.attention.{part}.weight"] = matrix.contiguous()
+        elif pattern in _HUGGINGFACE_NAMES:
+            renamed[_HUGGINGFACE_NAMES[pattern].replace("{i}", number)] = value
         elif name.startswith(("norm.", "fc_norm.")):
-            found[f"layernorm.{name.rpartition('.')[2]}"] = value
+            renamed[f"layernorm.{name.rpartition('.')[2]}"] = value
         elif name.startswith("head."):
-            found[name] = value
+            renamed[name] = value
         else:
-            raise WeightsError(f"transformers' BEiT has no place for '{name}'.")
-    return found
+            raise WeightsError(f"transformers' BEiT has no weight that corresponds to '{name}'.")
+    return renamed
 
 
 def beit_from_huggingface(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The weights of a transformers BEiT, with or without the prefix `beit.`, under timm's names; heads left out."""
+    """Rename the weights of a transformers BEiT, with or without the prefix `beit.`, to timm's names, without heads."""
     state = {name.removeprefix("beit."): value for name, value in state.items()}
-    found: dict[str, Tensor] = {}
+    renamed: dict[str, Tensor] = {}
     for name, value in state.items():
-        pattern, number = _numbered(name, "layers")
+        pattern, number = _split_block_number(name, "layers")
         if pattern == "layers.{i}.attention.q_proj.weight":
-            parts = [state[f"layers.{number}.attention.{part}.weight"] for part in _PARTS]
-            found[f"blocks.{number}.attn.qkv.weight"] = torch.cat(parts)
-        elif pattern in _BACK:
-            found[_BACK[pattern].replace("{i}", number)] = value
+            parts = [state[f"layers.{number}.attention.{part}.weight"] for part in _PROJECTIONS]
+            renamed[f"blocks.{number}.attn.qkv.weight"] = torch.cat(parts)
+        elif pattern in _TIMM_NAMES:
+            renamed[_TIMM_NAMES[pattern].replace("{i}", number)] = value
         elif name.startswith(("layernorm.", "pooler.layernorm.")):
-            found[f"norm.{name.rpartition('.')[2]}"] = value
-    return found
+            renamed[f"norm.{name.rpartition('.')[2]}"] = value
+    return renamed
 
 
 def is_huggingface_beit(state: dict[str, Tensor]) -> bool:
-    """Whether these are weights of transformers' BEiT, of version 5."""
+    """Return whether `state` contains weights of a BEiT of transformers, version 5."""
     return any(name.endswith("layers.0.attention.q_proj.weight") for name in state)
 
 
-def _numbered(name: str, word: str) -> tuple[str, str]:
-    """`blocks.3.norm1.bias` to (`blocks.{i}.norm1.bias`, `3`); other names as they are."""
-    match = re.match(rf"{word}\.(\d+)\.", name)
-    return (name.replace(f"{word}.{match[1]}.", f"{word}.{{i}}.", 1), match[1]) if match else (name, "")
+def _split_block_number(name: str, prefix: str) -> tuple[str, str]:
+    """Split `blocks.3.norm1.bias` into (`blocks.{i}.norm1.bias`, `3`); for other names the number is empty."""
+    match = re.match(rf"{prefix}\.(\d+)\.", name)
+    return (name.replace(f"{prefix}.{match[1]}.", f"{prefix}.{{i}}.", 1), match[1]) if match else (name, "")
 
 
 def beit_config(state: dict[str, Tensor], *, image_size: int, patch_size: int, num_heads: int) -> dict[str, Any]:
-    """The config.json of a transformers BEiT for weights under timm's names."""
+    """Return the content of config.json of a transformers BEiT, for weights under timm's names."""
     width = state["cls_token"].shape[-1]
     depth = 1 + max(int(name.split(".")[1]) for name in state if name.startswith("blocks."))
     return {

@@ -1,11 +1,11 @@
-"""Masked image modelling: a timm ViT that reads an image with patches hidden and names the hidden codes.
+"""Masked image modelling: a timm ViT reads an image with masked patches and predicts the codes of the masked patches.
 
-PeCo, equations 6 and 7: masked patches are replaced by one learnable mask token, and a K-way linear classifier reads
-the last hidden vector at the masked positions. The transformer is timm's and stays timm's: the mask token takes its
-place in the output of `patch_embed`, so a pre-trained backbone is a plain timm state dict.
+PeCo, equations 6 and 7: one learnable mask token replaces the masked patches, and a K-way linear classifier predicts
+the code from the last hidden vector at each masked position. The transformer is an unchanged timm network: a hook
+inserts the mask token into the output of `patch_embed`, so a pre-trained backbone is a plain timm state dict.
 
-`VisibleOnlyModel` is Table 8's accelerated form, after MAE: the transformer reads the visible patches alone, and a
-light decoder puts the mask tokens in.
+`VisibleOnlyModel` is the accelerated form of Table 8, after MAE: the transformer reads only the visible patches, and
+the mask tokens enter in a light decoder.
 
 B batch, N = h w patches, M masked patches of each image, K codewords.
 """
@@ -22,15 +22,16 @@ from pecobook.settings.pretrain import DecoderConfig
 
 
 def masked_positions(mask: Tensor, num_masked: int) -> Tensor:
-    """Positions of the masked patches in row-major order: bool (B, h, w) with M True each, to int64 (B, M).
+    """Return the positions of the masked patches in row-major order: bool (B, h, w) to int64 (B, M).
 
-    Unlike indexing by the mask, this has a shape that is known beforehand, so no step waits for the device.
+    Each image must have M = `num_masked` masked patches. Unlike indexing by the mask, this returns a shape known in
+    advance, so no step waits for the device.
     """
     return mask.flatten(1).to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, :num_masked]
 
 
 def at_positions(values: Tensor, positions: Tensor) -> Tensor:
-    """Values (B, N, ...) at positions int64 (B, M): (B M, ...), images in order."""
+    """Select values (B, N, ...) at positions int64 (B, M). Returns (B M, ...), ordered by image."""
     rows = torch.arange(len(values), device=values.device)[:, None]
     return values[rows, positions].flatten(0, 1)
 
@@ -39,43 +40,43 @@ class MaskedImageModel(nn.Module):
     """A timm ViT with a mask token and a K-way head.
 
     Args:
-        backbone: a timm vision transformer without head (`num_classes=0`), with `patch_embed`, `blocks` and
+        backbone: a timm vision transformer without a head (`num_classes=0`), with `patch_embed`, `blocks` and
             `forward_features`.
-        vocab_size: K, codewords of the tokenizer; for other targets, the numbers of one patch.
+        vocab_size: K, number of codewords of the tokenizer; for other targets, number of target values of one patch.
 
     Raises:
-        WeightsError: the backbone is no transformer of patches, or pools them by attention.
+        WeightsError: the backbone is not a transformer on patches, or pools the patches by attention.
     """
 
     def __init__(self, backbone: nn.Module, vocab_size: int) -> None:
         super().__init__()
-        _require_patches(backbone)
-        _refuse_attention_pool(backbone)
+        _check_has_patches(backbone)
+        _check_no_attention_pool(backbone)
         width = int(backbone.embed_dim)  # type: ignore[arg-type]
         self.backbone = backbone
         self.mask_token = nn.Parameter(torch.zeros(width))
         self.head = nn.Linear(width, vocab_size)
-        _beit_normal(self.mask_token)
-        _beit_normal(self.head.weight)
+        _init_beit_normal(self.mask_token)
+        _init_beit_normal(self.head.weight)
         nn.init.zeros_(self.head.bias)
         self._mask: Tensor | None = None
-        backbone.patch_embed.register_forward_hook(self._hide)  # type: ignore[union-attr]
-        self._last = _LastBlock(backbone)
+        backbone.patch_embed.register_forward_hook(self._insert_mask_token)  # type: ignore[union-attr]
+        self._last_block = _LastBlock(backbone)
 
     @property
     def grid(self) -> tuple[int, int]:
         """Rows and columns of patches."""
         return patch_grid(self.backbone)
 
-    def _hide(self, _module: nn.Module, _inputs: Any, patches: Tensor) -> Tensor:
-        """Put the mask token where the mask is True: (B, N, D) or (B, h, w, D) to the same."""
+    def _insert_mask_token(self, _module: nn.Module, _inputs: Any, patches: Tensor) -> Tensor:
+        """Replace patches (B, N, D) or (B, h, w, D) by the mask token where the mask is True. Keeps the shape."""
         if self._mask is None:
             return patches
         mask = self._mask.view(*patches.shape[:-1], 1)
         return torch.where(mask, self.mask_token.to(patches.dtype), patches)
 
     def hidden(self, images: Tensor, mask: Tensor | None) -> Tensor:
-        """Last hidden vectors of all patches, (B, N, D); no patch is hidden when `mask` is None."""
+        """Return the last hidden vectors of all patches, (B, N, D); with `mask` None, no patch is masked."""
         return self._run(images, mask)[:, self._num_prefix :]
 
     @property
@@ -83,43 +84,48 @@ class MaskedImageModel(nn.Module):
         return int(self.backbone.num_prefix_tokens)  # type: ignore[arg-type]
 
     def _run(self, images: Tensor, mask: Tensor | None) -> Tensor:
-        """Normed last hidden vectors (B, prefix + N, D), or (B, M, D) of those that the last block was asked for."""
+        """Return the last hidden vectors after the final norm.
+
+        Returns:
+            (B, prefix + N, D); (B, M, D) if `self._last_block.positions` is set.
+        """
         self._mask = mask
         try:
             tokens = self.backbone.forward_features(images)  # type: ignore[operator]
         finally:
             self._mask = None
-        return _normed(self.backbone, tokens)
+        return _apply_final_norm(self.backbone, tokens)
 
     def forward(self, images: Tensor, mask: Tensor, num_masked: int | None = None) -> Tensor:
-        """Logits at masked positions.
+        """Compute the logits at the masked positions.
 
         Args:
             images: (B, 3, H, W), normalised as the backbone expects.
             mask: bool (B, h, w), True where masked.
-            num_masked: M when it is the same for all images, which spares a wait for the device; None counts.
+            num_masked: M, if it is the same for all images, which avoids a wait for the device; None counts the mask.
 
         Returns:
-            (number masked, K), images in order, positions row by row.
+            (number masked, K), ordered by image, then by position in row-major order.
         """
         if num_masked is None:
             return self.head(self.hidden(images, mask)[mask.flatten(1)])  # type: ignore[no-any-return]
-        if not self._last.known:
+        if not self._last_block.is_supported:
             hidden = at_positions(self.hidden(images, mask), masked_positions(mask, num_masked))  # (B M, D)
             return self.head(hidden)  # type: ignore[no-any-return]
-        self._last.positions = masked_positions(mask, num_masked) + self._num_prefix  # (B, M)
+        self._last_block.positions = masked_positions(mask, num_masked) + self._num_prefix  # (B, M)
         try:
             hidden = self._run(images, mask)  # (B, M, D)
         finally:
-            self._last.positions = None
+            self._last_block.positions = None
         return self.head(hidden.flatten(0, 1))  # type: ignore[no-any-return]
 
 
 class _LastBlock:
-    """Takes the place of the last block's forward, and leaves out what nobody reads.
+    """Replaces the forward of the last block, and skips the outputs that the head does not read.
 
-    Only masked positions are read of the last block, and its multi-layer perceptron works on each token by itself: so
-    it runs on M of N tokens, which spares 3 to 4% of a ViT-B's step. Attention needs all of them.
+    The head reads the last block only at the masked positions, and the block's multi-layer perceptron processes each
+    token separately. So the perceptron runs on M of N tokens, which saves 3 to 4% of a ViT-B's step. Attention needs
+    all tokens.
     """
 
     def __init__(self, backbone: nn.Module) -> None:
@@ -128,45 +134,45 @@ class _LastBlock:
         self.positions: Tensor | None = None
         block: Any = backbone.blocks[-1]  # type: ignore[index]
         self.block = block
-        kinds = {beit.Block: self._beit, vision_transformer.Block: self._vit}
-        run = kinds.get(type(block))
-        self.known = run is not None
-        if run is not None:
-            self._whole = block.forward
-            block.forward = run
+        forwards = {beit.Block: self._beit_forward, vision_transformer.Block: self._vit_forward}
+        forward = forwards.get(type(block))
+        self.is_supported = forward is not None
+        if forward is not None:
+            self._original_forward = block.forward
+            block.forward = forward
 
-    def _rows(self, x: Tensor) -> Tensor:
-        """Tokens (B, N, D) at the positions: (B, M, D)."""
+    def _select(self, x: Tensor) -> Tensor:
+        """Select tokens (B, N, D) at `positions`: (B, M, D)."""
         assert self.positions is not None
         rows = torch.arange(len(x), device=x.device)[:, None]
         return x[rows, self.positions]
 
-    def _vit(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def _vit_forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if self.positions is None:
-            return self._whole(x, *args, **kwargs)  # type: ignore[no-any-return]
-        own = self.block
-        x = self._rows(x + own.drop_path1(own.ls1(own.attn(own.norm1(x), *args, **kwargs))))
-        return x + own.drop_path2(own.ls2(own.mlp(own.norm2(x))))  # type: ignore[no-any-return]
+            return self._original_forward(x, *args, **kwargs)  # type: ignore[no-any-return]
+        block = self.block
+        x = self._select(x + block.drop_path1(block.ls1(block.attn(block.norm1(x), *args, **kwargs))))
+        return x + block.drop_path2(block.ls2(block.mlp(block.norm2(x))))  # type: ignore[no-any-return]
 
-    def _beit(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def _beit_forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if self.positions is None:
-            return self._whole(x, *args, **kwargs)  # type: ignore[no-any-return]
-        own = self.block
-        scale1, scale2 = (1.0, 1.0) if own.gamma_1 is None else (own.gamma_1, own.gamma_2)
-        x = self._rows(x + own.drop_path1(scale1 * own.attn(own.norm1(x), *args, **kwargs)))
-        return x + own.drop_path2(scale2 * own.mlp(own.norm2(x)))  # type: ignore[no-any-return]
+            return self._original_forward(x, *args, **kwargs)  # type: ignore[no-any-return]
+        block = self.block
+        scale1, scale2 = (1.0, 1.0) if block.gamma_1 is None else (block.gamma_1, block.gamma_2)
+        x = self._select(x + block.drop_path1(scale1 * block.attn(block.norm1(x), *args, **kwargs)))
+        return x + block.drop_path2(scale2 * block.mlp(block.norm2(x)))  # type: ignore[no-any-return]
 
 
 class VisibleOnlyModel(nn.Module):
-    """The accelerated form: a timm ViT over visible patches, a light transformer over all, a K-way head.
+    """The accelerated form: a timm ViT on the visible patches, a light transformer on all patches, and a K-way head.
 
     Args:
-        backbone: a timm ViT with absolute positions and without head. Relative positions (BEiT's) are of a full grid.
-        vocab_size: K, or the numbers of one patch.
-        config: the decoder.
+        backbone: a timm ViT with absolute positions and without a head. Relative positions (BEiT's) need the full grid.
+        vocab_size: K, number of codewords of the tokenizer; for other targets, number of target values of one patch.
+        config: settings of the decoder.
 
     Raises:
-        WeightsError: the backbone has no absolute positions, or pools by attention.
+        WeightsError: the backbone has no absolute positions, or pools the patches by attention.
     """
 
     def __init__(self, backbone: nn.Module, vocab_size: int, config: DecoderConfig = DecoderConfig()) -> None:
@@ -180,10 +186,10 @@ class VisibleOnlyModel(nn.Module):
                 f"{type(backbone).__name__} cannot read visible patches alone, since its positions are relative: "
                 "choose a plain ViT (vit_base_patch16_224)."
             )
-        _refuse_attention_pool(backbone)
+        _check_no_attention_pool(backbone)
         self.backbone = backbone
-        self._keep = _Keep(int(backbone.num_prefix_tokens))  # type: ignore[arg-type]
-        backbone.patch_drop = self._keep
+        self._visible_filter = _VisibleFilter(int(backbone.num_prefix_tokens))  # type: ignore[arg-type]
+        backbone.patch_drop = self._visible_filter
         width = config.width
         self.embed = nn.Linear(int(backbone.embed_dim), width)  # type: ignore[arg-type]
         self.mask_token = nn.Parameter(torch.zeros(width))
@@ -203,25 +209,28 @@ class VisibleOnlyModel(nn.Module):
         return patch_grid(self.backbone)
 
     def forward(self, images: Tensor, mask: Tensor, num_masked: int | None = None) -> Tensor:
-        """Logits at masked positions; arguments and result as `MaskedImageModel`'s, but every image hides M patches."""
+        """Compute the logits at the masked positions.
+
+        Arguments and result as in `MaskedImageModel.forward`, except that every image must have M masked patches.
+        """
         M = int(mask[0].sum()) if num_masked is None else num_masked
-        hidden, visible = masked_positions(mask, M), masked_positions(~mask, mask[0].numel() - M)  # (B, M), (B, N - M)
-        self._keep.visible = visible
+        masked, visible = masked_positions(mask, M), masked_positions(~mask, mask[0].numel() - M)  # (B, M), (B, N - M)
+        self._visible_filter.visible = visible
         try:
             tokens = self.backbone.forward_features(images)  # type: ignore[operator]
         finally:
-            self._keep.visible = None
-        tokens = self.embed(_normed(self.backbone, tokens))  # (B, prefix + N - M, width)
-        prefix = tokens.shape[1] - visible.shape[1]
-        seen = tokens[:, prefix:] + self.positions[visible]
-        guesses = self.mask_token + self.positions[hidden]  # (B, M, width)
-        # Attention does not care for the order, so nothing needs to be put back in its place.
-        decoded = self.decoder(torch.cat([tokens[:, :prefix], seen, guesses.to(tokens.dtype)], 1))
+            self._visible_filter.visible = None
+        tokens = self.embed(_apply_final_norm(self.backbone, tokens))  # (B, prefix + N - M, width)
+        num_prefix = tokens.shape[1] - visible.shape[1]
+        visible_tokens = tokens[:, num_prefix:] + self.positions[visible]
+        mask_tokens = self.mask_token + self.positions[masked]  # (B, M, width)
+        # Attention does not depend on the order of tokens, so the tokens need not return to their places in the grid.
+        decoded = self.decoder(torch.cat([tokens[:, :num_prefix], visible_tokens, mask_tokens.to(tokens.dtype)], 1))
         return self.head(self.norm(decoded[:, -M:]).flatten(0, 1))  # type: ignore[no-any-return]
 
 
-class _Keep(nn.Module):
-    """In the place of timm's patch dropout: keeps the prefix tokens and the patches at `visible`, int64 (B, V)."""
+class _VisibleFilter(nn.Module):
+    """Replaces timm's patch dropout: keeps the prefix tokens and the patches at `visible`, int64 (B, V)."""
 
     def __init__(self, num_prefix: int) -> None:
         super().__init__()
@@ -229,7 +238,7 @@ class _Keep(nn.Module):
         self.visible: Tensor | None = None
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """(B, prefix + N, D) to (B, prefix + V, D)."""
+        """Select tokens: (B, prefix + N, D) to (B, prefix + V, D); all tokens if `visible` is None."""
         if self.visible is None:
             return tokens
         rows = torch.arange(len(tokens), device=tokens.device)[:, None]
@@ -237,73 +246,85 @@ class _Keep(nn.Module):
 
 
 def patch_grid(backbone: nn.Module) -> tuple[int, int]:
-    """Rows and columns of a transformer's patches."""
+    """Return the numbers of rows and columns of a transformer's patches."""
     rows, columns = backbone.patch_embed.grid_size  # type: ignore[union-attr, misc]
     return int(rows), int(columns)
 
 
-def _normed(backbone: nn.Module, tokens: Tensor) -> Tensor:
-    """What `forward_features` returned, through the last norm, which timm may keep for after the pooling."""
+def _apply_final_norm(backbone: nn.Module, tokens: Tensor) -> Tensor:
+    """Apply the final norm to the result of `forward_features`, if timm postpones the norm until after the pooling."""
     if isinstance(backbone.norm, nn.Identity):
         tokens = backbone.fc_norm(tokens)  # type: ignore[operator]
     return tokens
 
 
-def _require_patches(backbone: nn.Module) -> None:
+def _check_has_patches(backbone: nn.Module) -> None:
     if not (hasattr(backbone, "patch_embed") and hasattr(backbone, "blocks")):
         raise WeightsError(f"{type(backbone).__name__} has no patches to mask: choose a ViT or BEiT of timm.")
 
 
-def _refuse_attention_pool(backbone: nn.Module) -> None:
-    """Raise WeightsError for weights that no patch passes through: without gradients they end DDP, and a resume."""
+def _check_no_attention_pool(backbone: nn.Module) -> None:
+    """Raise WeightsError if the backbone pools by attention.
+
+    The weights of such a pooling would get no gradient, which stops DDP and the resuming of an optimizer.
+    """
     if getattr(backbone, "attn_pool", None) is not None:
         raise WeightsError(
             f"This {type(backbone).__name__} pools patches by attention, which masked modelling does not train: "
-            'make it with --model.args \'{"global_pool": "avg"}\'.'
+            'build it with --model.args \'{"global_pool": "avg"}\'.'
         )
 
 
-def _beit_normal(weight: Tensor) -> None:
-    """BEiT's start of a weight: a normal of deviation 0.02 cut at one deviation, so of 0.0108 in the end."""
+def _init_beit_normal(weight: Tensor) -> None:
+    """Initialise a weight as BEiT does: a normal of deviation 0.02, truncated at one deviation (then 0.0108)."""
     nn.init.trunc_normal_(weight, std=0.02, a=-0.02, b=0.02)
 
 
 def initialise_beit(backbone: nn.Module) -> None:
-    """BEiT's initialisation: its normals in all but norms, and block i's output projections divided by sqrt(2 i).
+    """Apply BEiT's initialisation: truncated normals in all weights but those of norms; biases are 0.
+
+    The output projections of block i (from 1) are divided by sqrt(2 i).
 
     Raises:
         WeightsError: the backbone is no transformer of patches.
     """
-    _require_patches(backbone)
+    _check_has_patches(backbone)
     for module in backbone.modules():
         if isinstance(module, (nn.Linear, nn.Conv2d)):
-            _beit_normal(module.weight)
+            _init_beit_normal(module.weight)
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
     for name in ("cls_token", "pos_embed"):
         token = getattr(backbone, name, None)
         if isinstance(token, nn.Parameter) and token.requires_grad:
-            _beit_normal(token)
+            _init_beit_normal(token)
     for number, block in enumerate(backbone.blocks, start=1):  # type: ignore[arg-type]
         with torch.no_grad():
             block.attn.proj.weight.div_((2.0 * number) ** 0.5)
             block.mlp.fc2.weight.div_((2.0 * number) ** 0.5)
 
 
-_SHARED = "rel_pos_bias.relative_position_bias_table"
+_SHARED_TABLE = "rel_pos_bias.relative_position_bias_table"
 
 
-def unshared(state: dict[str, Tensor], args: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """A BEiT's weights with its one table of relative positions added to every block's, as timm's BEiT has them.
+def unshare_positions(state: dict[str, Tensor], args: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Add the shared table of relative positions of a BEiT to the table of every block.
 
-    Fine-tuning learns a table a block (BEiT does the same). Other networks pass unchanged.
+    Fine-tuning learns one table for each block, as in BEiT; timm's BEiT has one table for each block by default.
+
+    Args:
+        state: weights of a timm network.
+        args: arguments of timm.create_model.
+
+    Returns:
+        weights and arguments of the network without a shared table; unchanged for networks without such a table.
     """
-    if _SHARED not in state:
+    if _SHARED_TABLE not in state:
         return state, args
-    table = state[_SHARED]
+    table = state[_SHARED_TABLE]
     state = {name: value for name, value in state.items() if not name.startswith("rel_pos_bias.")}
     blocks = {name.split(".")[1] for name in state if name.startswith("blocks.")}
     for name in [f"blocks.{block}.attn.relative_position_bias_table" for block in sorted(blocks)]:
         state[name] = table + state[name] if name in state else table.clone()
-    plain = {name: value for name, value in args.items() if name not in ("use_rel_pos_bias", "use_shared_rel_pos_bias")}
-    return state, plain
+    args = {name: value for name, value in args.items() if name not in ("use_rel_pos_bias", "use_shared_rel_pos_bias")}
+    return state, args

@@ -1,10 +1,10 @@
-"""Nearest codeword by Euclidean distance (PeCo, equations 1 and 2) without ever holding all N x K distances.
+"""Nearest codeword by Euclidean distance (PeCo, equations 1 and 2), without storing all N x K distances at once.
 
     argmin_k ||z - e_k||^2 = argmin_k s_k,   s_k = ||e_k||^2 / 2 - z . e_k,   since ||z||^2 is the same for all k
 
-Three ways to the same indices: a Triton kernel on CUDA (`nearest_triton`, whose fp32 is three products of TF32), a
-bfloat16 search whose few candidates are compared again in fp32 on CPUs that multiply bfloat16, and chunks of fp32
-distances everywhere else.
+Three methods compute the same indices: a Triton kernel on CUDA (`nearest_triton`, whose fp32 product is three products
+of TF32); on CPUs with bfloat16 instructions, a bfloat16 search whose few candidates are compared again in fp32; and
+chunks of fp32 distances on all other devices.
 
 N vectors, K codewords, D dimension.
 """
@@ -19,36 +19,37 @@ from torch import Tensor
 from pecobook.settings.tokenizer import SearchPrecision
 from pecobook.utils.devices import exporting
 
-# Elements of a distance matrix held at once. On 2 cores 4,096 rows of 8,192 were fastest in fp32, and 256 rows
-# fragmented the heap; of the bfloat16 search, whose pieces should stay in the cache, 1,024.
+# Number of elements of the distance matrix that are stored at once. On 2 cores, 4,096 rows of 8,192 were fastest in
+# fp32, and 256 rows fragmented the heap; for the bfloat16 search, whose chunks should stay in the cache, 1,024 rows
+# were fastest.
 _CHUNK_ELEMENTS = 4096 * 8192
 _SEARCH_ELEMENTS = 1024 * 8192
-_SEARCH_FROM = 1024  # codewords from which a search in bfloat16 pays for its preparation
-_FOLD = 128  # columns of a folded distance matrix
-_MOST_CANDIDATES = 8  # a row, on average over a chunk, before the chunk is done in fp32 as a whole
-_ROUNDOFF = 2.0**-8  # of bfloat16, relative
+_MIN_SEARCH_CODEWORDS = 1024  # number of codewords from which a search in bfloat16 is worth its preparation
+_FOLD = 128  # number of columns of a folded distance matrix
+_MAX_CANDIDATES = 8  # mean number of candidates in a row, above which the whole chunk is computed in fp32
+_ROUNDOFF = 2.0**-8  # relative rounding error of bfloat16
 
 
 def nearest_codeword(z: Tensor, codebook: Tensor, *, precision: SearchPrecision = "fp32") -> Tensor:
-    """Index of the codeword nearest to each vector.
+    """Return the index of the nearest codeword for each vector.
 
     Args:
         z: (N, D) vectors.
         codebook: (K, D) codewords.
-        precision: of the products, whatever autocast says. `fp32` gives exact indices; `tf32` and `bf16` are faster on
-            a GPU and miss where two codewords are about equally near; elsewhere they are fp32.
+        precision: precision of the products, independent of autocast. `fp32` gives exact indices; `tf32` and `bf16` are
+            faster on a GPU and can return another codeword that is about equally near. On other devices they are fp32.
 
     Returns:
         int64 (N,), each in [0, K). Ties go to the smallest index.
 
     Raises:
-        ValueError: the shapes do not fit.
+        ValueError: the shapes do not match.
     """
     if z.ndim != 2 or codebook.ndim != 2 or z.shape[1] != codebook.shape[1]:
         raise ValueError(f"z must be (N, D) and codebook (K, D), not {tuple(z.shape)} and {tuple(codebook.shape)}.")
     with torch.no_grad(), torch.autocast(z.device.type, enabled=False):
         z, codebook = z.detach().float(), codebook.detach().float()
-        if exporting():  # one expression for any N, which other runtimes know
+        if exporting():  # one expression for any N, of operators that other runtimes support
             return _scores(z, codebook, _half_norms(codebook)).argmin(1)
         if torch.compiler.is_compiling():
             codes: Tensor = _operator(z, codebook, precision)
@@ -61,13 +62,13 @@ def _nearest(z: Tensor, codebook: Tensor, precision: str) -> Tensor:
         from pecobook.models.nearest_triton import nearest_fused
 
         return nearest_fused(z, codebook, precision)
-    if z.device.type == "cpu" and len(codebook) >= _SEARCH_FROM and torch.cpu._is_avx512_bf16_supported():
+    if z.device.type == "cpu" and len(codebook) >= _MIN_SEARCH_CODEWORDS and torch.cpu._is_avx512_bf16_supported():
         return _nearest_by_search(z, codebook)
     return _nearest_by_chunks(z, codebook)
 
 
-# One operator to torch.compile, whose graphs it does not break. Not called otherwise, since it takes half a millisecond
-# to call and a second to call first.
+# torch.compile sees one operator, which does not break the graph. Uncompiled code does not call the operator, since a
+# call adds half a millisecond, and the first call a second.
 _operator = torch.library.custom_op("pecobook::nearest_codeword", _nearest, mutates_args=())
 
 
@@ -97,43 +98,47 @@ def _nearest_by_chunks(z: Tensor, codebook: Tensor) -> Tensor:
 
 
 def _nearest_by_search(z: Tensor, codebook: Tensor) -> Tensor:
-    """Exact indices from bfloat16 products, which are twice as fast.
+    """Return exact indices from bfloat16 products, which are twice as fast.
 
-    A bfloat16 product of z and e_k is off by at most (2 u + u^2) ||z|| ||e_k||, u = 2^-8 (each factor is rounded once;
-    Cauchy and Schwarz). Subtracting that gives lower bounds of all s_k. Whatever codeword has the least lower bound,
-    its exact s is an upper bound of the minimum; only codewords whose lower bound lies under it can be nearest: about
-    two of 8,192. Those are compared in fp32.
+    The error of a bfloat16 product of z and e_k is at most (2 u + u^2) ||z|| ||e_k||, u = 2^-8 (each factor is rounded
+    once; Cauchy-Schwarz inequality). Subtracting this error gives lower bounds of all s_k. The exact s of the codeword
+    with the smallest lower bound is an upper bound of the minimum. Only codewords whose lower bound is not above this
+    upper bound can be nearest: about two of 8,192. These candidates are compared in fp32.
     """
-    centre = codebook.mean(0)  # distances do not change with it, and the error bound shrinks with the norms
+    centre = codebook.mean(0)  # subtracting it keeps the distances and reduces the norms, and so the error bound
     z, codebook = z - centre, codebook - centre
     half_norms = _half_norms(codebook)
     left, right = _bound_factors(z, codebook, half_norms)
     codes = torch.empty(len(z), dtype=torch.int64)
     rows = max(256, _SEARCH_ELEMENTS // len(codebook))
     for start in range(0, len(z), rows):
-        part = slice(start, start + rows)
-        codes[part] = _search(z[part], codebook, half_norms, left[part] @ right)
+        chunk = slice(start, start + rows)
+        codes[chunk] = _search(z[chunk], codebook, half_norms, left[chunk] @ right)
     return codes
 
 
 def _bound_factors(z: Tensor, codebook: Tensor, half_norms: Tensor) -> tuple[Tensor, Tensor]:
-    """Bfloat16 (N, D') and (D', K'), K' a multiple of the fold, whose product is the lower bounds of all s_k.
+    """Return bfloat16 matrices (N, D') and (D', K') whose product contains the lower bounds of all s_k.
 
-    Beside z and -e they hold ||e_k||^2 / 2 in three pieces, which add up to its 24 bits, and the error bound.
+    K' is K rounded up to a multiple of the fold. Besides z and -e, the matrices contain ||e_k||^2 / 2 as three bfloat16
+    summands, which together keep all 24 bits, and the error bound.
     """
     K, D = codebook.shape
     pad = -K % _FOLD
     columns = [-codebook]
-    rest = torch.nn.functional.pad(half_norms, (0, pad), value=torch.finfo(torch.bfloat16).max)  # padding is far away
+    # The padding has the largest value, so that it is never the nearest codeword.
+    remainder = torch.nn.functional.pad(half_norms, (0, pad), value=torch.finfo(torch.bfloat16).max)
     for _ in range(3):
-        piece = rest.bfloat16().float()
-        columns.append(piece[:, None])
-        rest = rest - piece
-    # Rounded up, since a bound must not shrink; 1% more covers the summation in fp32.
+        summand = remainder.bfloat16().float()
+        columns.append(summand[:, None])
+        remainder = remainder - summand
+    # The error is rounded up, since rounding must not make the bound smaller; 1% more covers the summation in fp32.
     error = (2 * _ROUNDOFF + _ROUNDOFF**2) * 1.01 * (1 + 2 * _ROUNDOFF) ** 2
     columns.append(-torch.nn.functional.pad(codebook.norm(dim=1) * error, (0, pad))[:, None])
     columns[0] = torch.nn.functional.pad(columns[0], (0, 0, 0, pad))
-    right = torch.cat([*columns, codebook.new_zeros(K + pad, -(D + 4) % 32)], 1).bfloat16()  # whole vector registers
+    right = torch.cat(
+        [*columns, codebook.new_zeros(K + pad, -(D + 4) % 32)], 1
+    ).bfloat16()  # fills whole vector registers
     ones = z.new_ones(len(z), 3)
     zeros = z.new_zeros(len(z), right.shape[1] - D - 4)
     left = torch.cat([z, ones, z.norm(dim=1, keepdim=True), zeros], 1).bfloat16()
@@ -141,24 +146,23 @@ def _bound_factors(z: Tensor, codebook: Tensor, half_norms: Tensor) -> tuple[Ten
 
 
 def _search(z: Tensor, codebook: Tensor, half_norms: Tensor, lower: Tensor) -> Tensor:
-    """Codes of z (n, D), given lower bounds (n, K') in bfloat16."""
+    """Return the codes of z (n, D), given lower bounds of all s_k, bfloat16 (n, K')."""
     n = len(z)
     folded = lower.view(n, -1, _FOLD)  # (n, K' / F, F): minima over the middle axis are vector instructions
     least = folded.amin(1)  # (n, F)
     column = least.argmin(1)  # (n,)
-    every = torch.arange(n)
-    first = folded[every, :, column].argmin(1) * _FOLD + column  # (n,) where the lower bound is least
-    first.clamp_(max=len(codebook) - 1)  # not-a-number may point into the padding
+    first = folded[torch.arange(n), :, column].argmin(1) * _FOLD + column  # (n,) code with the smallest lower bound
+    first.clamp_(max=len(codebook) - 1)  # with NaN, the index can lie in the padding
     upper = half_norms[first] - (z * codebook[first]).sum(1)  # (n,) exact
-    # The bounds themselves were rounded to bfloat16, by u of their size; x + u |x| grows with x.
+    # The lower bounds were rounded to bfloat16, with relative error u; x + u |x| is monotonic in x.
     limit = (upper + 1.01 * _ROUNDOFF * upper.abs())[:, None]
     row, column = (least <= limit).nonzero().unbind(1)
-    where = (folded[row, :, column] <= limit[row]).nonzero()
-    row, code = row[where[:, 0]], where[:, 1] * _FOLD + column[where[:, 0]]
-    if len(row) > _MOST_CANDIDATES * n:  # codewords are closer to each other than bfloat16 can tell
+    candidates = (folded[row, :, column] <= limit[row]).nonzero()
+    row, code = row[candidates[:, 0]], candidates[:, 1] * _FOLD + column[candidates[:, 0]]
+    if len(row) > _MAX_CANDIDATES * n:  # codewords are closer to each other than bfloat16 can resolve
         return _scores(z, codebook, half_norms).argmin(1)
     exact = half_norms[code] - (z[row] * codebook[code]).sum(1)  # (candidates,)
     best = upper.scatter_reduce(0, row, exact, "amin")  # (n,)
-    hit = exact == best[row]
-    found = torch.full((n,), len(codebook)).scatter_reduce_(0, row[hit], code[hit], "amin")
-    return torch.where(found < len(codebook), found, first)
+    is_best = exact == best[row]
+    codes = torch.full((n,), len(codebook)).scatter_reduce_(0, row[is_best], code[is_best], "amin")
+    return torch.where(codes < len(codebook), codes, first)

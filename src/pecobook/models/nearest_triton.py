@@ -1,7 +1,8 @@
-"""Nearest codeword on CUDA in one kernel: distances live in registers, and only N indices are written.
+"""Nearest codeword on CUDA in one kernel: distances stay in registers, and only N indices are written to memory.
 
-Each program takes BLOCK_N vectors and walks over the codebook BLOCK_K codewords at a time, as attention kernels walk
-over keys; products run over D in pieces of BLOCK_D. It keeps the least score and its index of each vector.
+Each program takes BLOCK_N vectors and loops over the codebook in blocks of BLOCK_K codewords, as attention kernels loop
+over keys; products are summed over D in blocks of BLOCK_D. For each vector, the program keeps the smallest score and
+the index of the codeword.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ def _nearest_kernel(  # type: ignore[no-untyped-def]
     PRECISION: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ):
-    # 64-bit offsets: N D can pass 2^31 when a whole data set is encoded at once.
+    # 64-bit offsets: N D can exceed 2^31 when a whole data set is encoded at once.
     row = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)  # (BLOCK_N,)
     offset = tl.arange(0, BLOCK_D)
     best = tl.full((BLOCK_N,), float("inf"), tl.float32)
@@ -55,42 +56,46 @@ def _nearest_kernel(  # type: ignore[no-untyped-def]
             product = tl.dot(left, right, product, input_precision=PRECISION)
         norms = tl.load(half_norms_ptr + column, mask=column < K, other=float("inf"))
         score = norms[None, :] - product  # (BLOCK_N, BLOCK_K)
-        least, place = tl.min(score, 1, return_indices=True)  # ties go left, so to the smallest index
-        better = least < best
-        best = tl.where(better, least, best)
-        code = tl.where(better, start + place.to(tl.int32), code)
+        block_best, index = tl.min(score, 1, return_indices=True)  # ties go to the smallest index
+        better = block_best < best
+        best = tl.where(better, block_best, best)
+        code = tl.where(better, start + index.to(tl.int32), code)
     tl.store(codes_ptr + row, code.to(tl.int64), mask=row < N)
 
 
-# Rows, codewords and channels of a tile, warps and stages: the fastest on an H200 (`benchmarks.nearest --tune`), and
-# what GPUs with less shared memory hold.
+# BLOCK_N, BLOCK_K, BLOCK_D, number of warps and number of stages. The first entries are the fastest on an H200
+# (`benchmarks.nearest --tune`); the others fit into GPUs with less shared memory.
 _TILES: dict[str, tuple[tuple[int, int, int, int, int], ...]] = {
     "fp32": ((128, 128, 64, 8, 3), (64, 128, 32, 4, 3), (64, 64, 32, 4, 2)),
     "tf32": ((128, 256, 32, 8, 3), (128, 128, 32, 8, 2), (64, 64, 32, 4, 2)),
     "bf16": ((128, 256, 64, 8, 3), (128, 128, 64, 8, 2), (64, 64, 64, 4, 2)),
 }
-_NAMES = "BLOCK_N", "BLOCK_K", "BLOCK_D", "num_warps", "num_stages"
+_TILE_NAMES = "BLOCK_N", "BLOCK_K", "BLOCK_D", "num_warps", "num_stages"
 
-# fp32 is split in three products of tensor cores, which keep as much of it as a sum in fp32 does: on an H200 a fifth
-# of the time of products outside of them.
+# An fp32 product is split into three TF32 products on tensor cores, which are as accurate as a sum in fp32 and on an
+# H200 take a fifth of the time of fp32 products without tensor cores.
 _PRODUCTS = {"fp32": "tf32x3", "tf32": "tf32", "bf16": "ieee"}
 
 
-def _tiles(precision: str, device: torch.device) -> dict[str, int]:
-    """The first whose stages the shared memory holds; the last fits every GPU that Triton knows."""
-    memory = float("inf")  # of the interpreter
+def _choose_tiles(precision: str, device: torch.device) -> dict[str, int]:
+    """Return the first block sizes whose stages fit into shared memory; the last fit every GPU that Triton supports."""
+    memory = float("inf")  # Triton's interpreter has no limit
     if device.type == "cuda":
         memory = getattr(torch.cuda.get_device_properties(device), "shared_memory_per_block_optin", 2**16)
     width = 2 if precision == "bf16" else 4
     fitting = (tile for tile in _TILES[precision] if (tile[0] + tile[1]) * tile[2] * tile[4] * width < memory)
-    return dict(zip(_NAMES, next(fitting, _TILES[precision][-1]), strict=True))
+    return dict(zip(_TILE_NAMES, next(fitting, _TILES[precision][-1]), strict=True))
 
 
 def nearest_fused(z: Tensor, codebook: Tensor, precision: str, tiles: dict[str, int] | None = None) -> Tensor:
-    """Codes int64 (N,) of fp32 z (N, D) among the codewords (K, D); see `pecobook.models.nearest`.
+    """Return the codes int64 (N,) of fp32 vectors z (N, D) for codewords (K, D); see `pecobook.models.nearest`.
 
-    `tiles` are the kernel's block sizes, and its products if other, for tuning and for the interpreter, which prefers
-    few large ones.
+    Args:
+        z: (N, D) vectors, fp32.
+        codebook: (K, D) codewords, fp32.
+        precision: `fp32`, `tf32` or `bf16`.
+        tiles: block sizes of the kernel, and optionally `PRECISION`, the precision of its products. For tuning, and for
+            Triton's interpreter, which is faster with few large blocks. None chooses them for the device.
     """
     z, codebook = z.contiguous(), codebook.contiguous()
     N, D = z.shape
@@ -98,10 +103,10 @@ def nearest_fused(z: Tensor, codebook: Tensor, precision: str, tiles: dict[str, 
     if N == 0:
         return codes
     half_norms = codebook.square().sum(1).mul_(0.5)  # (K,)
-    settings: dict[str, Any] = {"PRECISION": _PRODUCTS[precision], **(tiles or _tiles(precision, z.device))}
+    settings: dict[str, Any] = {"PRECISION": _PRODUCTS[precision], **(tiles or _choose_tiles(precision, z.device))}
     if precision == "bf16":
         z, codebook = z.bfloat16(), codebook.bfloat16()
-    # Triton starts kernels on the current device, which need not be the tensors'.
+    # Triton launches kernels on the current device, which can differ from the device of the tensors.
     with torch.cuda.device(z.device) if z.is_cuda else nullcontext():
         _nearest_kernel[(triton.cdiv(N, settings["BLOCK_N"]),)](
             z,

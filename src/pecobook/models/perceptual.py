@@ -2,9 +2,9 @@
 
     d(x, y) = sum over l in S of 1 / (C_l H_l W_l) || f_l(x) - f_l(y) ||^2
 
-f_l are the normalised activations of layer l. The paper does not say which normalisation: `unit-rms` scales every
-location's channel vector to unit root mean square (LPIPS's unit norm times sqrt(C), so that the 1/C leaves terms of
-order 1), `layernorm` also takes its mean away, `none` leaves the activations.
+f_l are the normalised activations of layer l. The paper does not specify the normalisation: `unit-rms` scales the
+channel vector of every location to unit root mean square (LPIPS's unit norm times sqrt(C), so that the factor 1/C
+leaves terms of order 1), `layernorm` subtracts the mean of the vector first, `none` does not change the activations.
 
 B batch, H W image side, L layers, C_l H_l W_l shape of layer l's features.
 """
@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pecobook.errors import WeightsError, first_line
-from pecobook.models.feature_networks import check_maps, open_features
+from pecobook.models.feature_networks import check_feature_maps, load_feature_network
 from pecobook.settings.perceptual import Normalisation, PerceptualConfig, PerceptualDistanceConfig
 
 
@@ -28,18 +28,18 @@ class PerceptualDistance(nn.Module):
     """Distance between images in the features of a frozen network.
 
     Args:
-        network: `timm:NAME`, `torchvision:NAME`, a pecobook run (contrast, pretrain or finetune), or a module of yours;
-            or all settings in one object.
-        layers: numbers from 1 (the paper's are 3, 6, 9, 12 of a ViT-B, and all stages of a ResNet or VGG), or names of
+        network: `timm:NAME`, `torchvision:NAME`, a pecobook run (contrast, pretrain or finetune), or any module; or one
+            object with all settings.
+        layers: numbers from 1 (the paper uses 3, 6, 9, 12 of a ViT-B, and all stages of a ResNet or VGG), or names of
             nodes of a torchvision network or a module.
-        weights: None for the network's own weights, a local file, or `random` for the control that shows what the
-            architecture alone brings.
-        seed: of random weights and of the permutation.
-        settings: further fields of `PerceptualDistanceConfig`, by name; None leaves one as it is.
+        weights: None for the network's pre-trained weights, a local file, or `random` for the control that shows the
+            contribution of the architecture alone.
+        seed: seed of random weights and of the permutation of weights (`shuffle`).
+        settings: further fields of `PerceptualDistanceConfig`, by name; None keeps the default.
 
     Raises:
-        WeightsError: unknown network, missing weights, or a layer that the network lacks.
-        ConfigError: a setting out of its range.
+        WeightsError: the network is unknown, weights are missing, or the network has no such layer.
+        ConfigError: a setting is out of range.
     """
 
     mean: Tensor
@@ -59,39 +59,39 @@ class PerceptualDistance(nn.Module):
             config = network
         else:
             config = PerceptualDistanceConfig(network=network if isinstance(network, str) else "")
-        given = {"layers": layers and tuple(layers), "weights": weights, **settings}
-        self.config = config = dataclasses.replace(config, **{k: v for k, v in given.items() if v is not None})
+        changes = {"layers": layers and tuple(layers), "weights": weights, **settings}
+        self.config = config = dataclasses.replace(config, **{k: v for k, v in changes.items() if v is not None})
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             source = network if isinstance(network, nn.Module) else config.network
-            opened = open_features(source, config.layers, config.weights or None)
+            loaded = load_feature_network(source, config.layers, config.weights or None)
             if config.shuffle:
-                shuffle_weights(opened.network)
-        # Convolutions are faster with channels last; a transformer's patches do not care.
-        self.network = opened.network.to(memory_format=torch.channels_last)
+                shuffle_weights(loaded.network)
+        # Convolutions are faster with channels last; for transformers the layout makes no difference.
+        self.network = loaded.network.to(memory_format=torch.channels_last)
         self.network.eval().requires_grad_(False)
-        self.input_size = config.input_size or opened.input_size
-        self.register_buffer("mean", torch.tensor(config.mean or opened.mean)[:, None, None], persistent=False)
-        self.register_buffer("std", torch.tensor(config.std or opened.std)[:, None, None], persistent=False)
+        self.input_size = config.input_size or loaded.input_size
+        self.register_buffer("mean", torch.tensor(config.mean or loaded.mean)[:, None, None], persistent=False)
+        self.register_buffer("std", torch.tensor(config.std or loaded.std)[:, None, None], persistent=False)
 
     def train(self, mode: bool = True) -> PerceptualDistance:  # noqa: ARG002
-        """A frozen network never leaves evaluation mode: its batch statistics must not follow our images."""
+        """Keep evaluation mode for any `mode`: the batch statistics of the frozen network must not change."""
         return super().train(False)
 
     def features(self, images: Tensor) -> list[Tensor]:
-        """Normalised activations of float (B, 3, H, W) in [0, 1]: L tensors (B, C_l, H_l, W_l)."""
+        """Return the normalised activations of images: float (B, 3, H, W) in [0, 1] to L tensors (B, C_l, H_l, W_l)."""
         shape = self._input_shape(*images.shape[-2:])
         if images.shape[-2:] != shape:
             images = F.interpolate(images, shape, mode="bicubic", antialias=True, align_corners=False)
-        images = (images - self.mean) / self.std  # grey (B, 1, H, W) becomes (B, 3, H, W) here
-        found = self.network(images.flip(1) if self.config.bgr else images)
-        return [normalise(feature.float(), self.config.normalisation) for feature in found]
+        images = (images - self.mean) / self.std  # broadcasts grey images (B, 1, H, W) to (B, 3, H, W)
+        activations = self.network(images.flip(1) if self.config.bgr else images)
+        return [normalise(feature.float(), self.config.normalisation) for feature in activations]
 
     @torch.no_grad()
-    def check(self, height: int, width: int) -> None:
-        """Raise WeightsError when images of this size give no features (too small, or of a layer without place)."""
+    def check_image_size(self, height: int, width: int) -> None:
+        """Raise WeightsError if the network cannot read images of this size, or if a layer returns no feature map."""
         try:
-            check_maps(self.network(torch.zeros(1, 3, *self._input_shape(height, width))), self.config.layers)
+            check_feature_maps(self.network(torch.zeros(1, 3, *self._input_shape(height, width))), self.config.layers)
         except RuntimeError as error:
             raise WeightsError(
                 f"The perceptual network cannot read images of {height} x {width} pixels ({first_line(error)}): "
@@ -102,23 +102,31 @@ class PerceptualDistance(nn.Module):
         return (self.input_size, self.input_size) if self.input_size else (height, width)
 
     def per_layer(self, x: Tensor, y: Tensor) -> Tensor:
-        """The terms of equation 4: two float (B, 3, H, W) in [0, 1] to (L, B). Gradients reach both."""
+        """Return the terms of equation 4: two float (B, 3, H, W) in [0, 1] to (L, B). Gradients flow to both images."""
         pairs = zip(self.features(x), self.features(y), strict=True)
         return torch.stack([(a - b).square().mean((1, 2, 3)) for a, b in pairs])
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        """Equation 4: two float (B, 3, H, W) in [0, 1] to (B,)."""
+        """Return the distance of equation 4: two float (B, 3, H, W) in [0, 1] to (B,)."""
         return self.per_layer(x, y).sum(0)
 
-    def to_target(self, target: Sequence[Tensor], y: Tensor) -> Tensor:
-        """Equation 4 against features made before (without gradient): float (B, 3, H, W) in [0, 1] to (B,)."""
+    def distance_to_features(self, target: Sequence[Tensor], y: Tensor) -> Tensor:
+        """Return the distance of equation 4 between precomputed features and images.
+
+        Args:
+            target: result of `features` for the target images, computed without gradient.
+            y: float (B, 3, H, W) in [0, 1].
+
+        Returns:
+            (B,).
+        """
         terms = [(a - b).square().mean((1, 2, 3)) for a, b in zip(target, self.features(y), strict=True)]
         return torch.stack(terms).sum(0)
 
 
 @torch.no_grad()
 def shuffle_weights(network: nn.Module) -> None:
-    """Permute the entries of each parameter of two dimensions or more, in place, by torch's global generator."""
+    """Permute the entries of each parameter of two or more dimensions in place, with torch's global generator."""
     for parameter in network.parameters():
         if parameter.ndim >= 2:
             flat = parameter.flatten()
@@ -126,7 +134,7 @@ def shuffle_weights(network: nn.Module) -> None:
 
 
 def normalise(feature: Tensor, how: Normalisation) -> Tensor:
-    """Normalise each location over its channels: (B, C, H, W) to the same."""
+    """Normalise the channel vector of each location: (B, C, H, W) to (B, C, H, W)."""
     if how == "none":
         return feature
     if how == "layernorm":
@@ -134,6 +142,6 @@ def normalise(feature: Tensor, how: Normalisation) -> Tensor:
     return feature * torch.rsqrt(feature.square().mean(1, keepdim=True) + 1e-6)
 
 
-def perceptual_distance(config: PerceptualConfig, seed: int) -> PerceptualDistance | None:
-    """The distance that the settings name, None for none."""
+def build_perceptual_distance(config: PerceptualConfig, seed: int) -> PerceptualDistance | None:
+    """Build the distance that `config` describes; None if the network is `none` or the weight is 0."""
     return None if config.network == "none" or config.weight == 0 else PerceptualDistance(config, seed=seed)

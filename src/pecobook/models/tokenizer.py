@@ -1,4 +1,4 @@
-"""The tokenizer: encoder, codebook and decoder, and how it is saved and loaded."""
+"""The perceptual tokenizer: encoder, codebook and decoder, with saving and loading."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ from pecobook.utils.devices import exporting
 
 
 class PerceptualTokenizer(Exported):
-    """Images to codes and back.
+    """Encodes images as codes and decodes codes to images.
 
     Args:
-        config: its shape.
-        quantizer: the codebook; None makes one with the default settings.
+        config: shape of the encoder, the decoder and the codebook.
+        quantizer: the codebook; None builds one with the default settings.
     """
 
     kind = "tokenizer"
-    comes_from = "codebook"
+    trained_by = "codebook"
 
     def __init__(self, config: TokenizerConfig, quantizer: VectorQuantizer | None = None) -> None:
         super().__init__()
@@ -48,21 +48,21 @@ class PerceptualTokenizer(Exported):
 
     @property
     def in_channels(self) -> int:
-        """Channels of its images."""
+        """Number of channels of the images."""
         return self.config.model.in_channels
 
     @property
     def stride(self) -> int:
-        """Pixels of the image for one token."""
+        """Side of the image patch that one token represents, pixels."""
         return self.config.model.stride
 
     @property
     def image_size(self) -> int:
-        """Side of the images it was trained at, pixels."""
+        """Side of the training images, pixels."""
         return self.config.image_size
 
-    def latent(self, images: Tensor) -> Tensor:
-        """Encoder output before quantisation: float (B, 3, H, W) in [0, 1] to (B, D, h, w)."""
+    def encode_latents(self, images: Tensor) -> Tensor:
+        """Return the encoder output before quantisation: float (B, C, H, W) in [0, 1] to (B, D, h, w)."""
         channels, height, width = images.shape[-3:]
         if channels != self.in_channels:
             raise ValueError(f"Images must have {self.in_channels} channels, not {channels}.")
@@ -70,70 +70,76 @@ class PerceptualTokenizer(Exported):
             raise ValueError(f"Images must be multiples of {self.stride} pixels, not {height} x {width}.")
         return self.encoder(images * 2 - 1)  # type: ignore[no-any-return]
 
-    def render(self, quantized: Tensor) -> Tensor:
-        """Decoder output, not clamped: (B, D, h, w) to (B, 3, H, W), about [0, 1]."""
+    def decode_latents(self, quantized: Tensor) -> Tensor:
+        """Return the decoder output, not clamped: (B, D, h, w) to (B, C, H, W), about [0, 1]."""
         return (self.decoder(quantized) + 1) / 2  # type: ignore[no-any-return]
 
     @torch.no_grad()
     def encode(self, images: Tensor, *, batch_size: int = 256) -> Tensor:
-        """Codes of float (B, C, H, W) in [0, 1]: int64 (B, H / f, W / f).
+        """Encode images: float (B, C, H, W) in [0, 1] to codes int64 (B, H / f, W / f), with stride f.
 
         Args:
-            images: on any device; codes come back to it.
-            batch_size: images at once on the tokenizer's device.
+            images: on any device; the codes are returned on the same device.
+            batch_size: number of images that are encoded at a time on the tokenizer's device.
 
         Raises:
-            ValueError: a side is no multiple of the stride f, or the number of channels is another.
+            ValueError: a side is not a multiple of the stride f, or the number of channels is not C.
         """
-        return in_parts(self._encode, images, batch_size, self.codebook.device)
+        return apply_in_batches(self._encode, images, batch_size, self.codebook.device)
 
     @torch.no_grad()
     def decode(self, codes: Tensor, *, batch_size: int = 256) -> Tensor:
-        """Images of codes int64 (B, h, w): float (B, C, h f, w f) in [0, 1]. Arguments as `encode`'s."""
-        return in_parts(self._decode, codes, batch_size, self.codebook.device)
+        """Decode codes int64 (B, h, w) to images, float (B, C, h f, w f) in [0, 1].
+
+        Args:
+            codes: on any device; the images are returned on the same device.
+            batch_size: number of images that are decoded at a time on the tokenizer's device.
+        """
+        return apply_in_batches(self._decode, codes, batch_size, self.codebook.device)
 
     def _encode(self, images: Tensor) -> Tensor:
-        z = self.latent(images)
+        z = self.encode_latents(images)
         B, D, h, w = z.shape
         vectors = z.permute(0, 2, 3, 1).reshape(-1, D)
         return nearest_codeword(vectors, self.codebook).view(B, h, w)
 
     def _decode(self, codes: Tensor) -> Tensor:
-        return self.render(self.quantizer.lookup(codes)).float().clamp(0, 1)
+        return self.decode_latents(self.quantizer.lookup(codes)).float().clamp(0, 1)
 
     # ------------------------------------------------------------------------------------------------ saving, loading
 
     def settings(self) -> dict[str, Any]:
-        """Its shape, as plain values."""
+        """Return `config` as JSON values."""
         return to_dict(self.config)
 
     @classmethod
     def rebuild(cls, settings: dict[str, Any]) -> Self:
-        """The tokenizer of this shape, with random weights. Raises ConfigError."""
+        """Build the tokenizer that `settings` describes, with random weights. Raises ConfigError."""
         return cls(replace(TokenizerConfig(), settings))
 
     @classmethod
     def is_exported(cls, name: str) -> bool:
-        """Whether more than training reads it."""
-        return name not in TRAINING_ONLY
+        """Return whether an export includes the weight of this name: all but the buffers that only training reads."""
+        return name not in TRAINING_ONLY_BUFFERS
 
     @classmethod
     def from_pretrained(cls, source: str | Path) -> Self:
         """Load from a run folder, an export folder, or `owner/name` on the Hugging Face hub.
 
-        It is in evaluation mode, and its parameters take no gradient.
+        Returns:
+            the tokenizer in evaluation mode; its parameters take no gradient.
 
         Raises:
-            WeightsError: there is none, it is damaged, or it is not a tokenizer.
+            WeightsError: the export is missing or damaged, or it is not a tokenizer.
         """
         return super().from_pretrained(source).requires_grad_(False)
 
-    def lines(self, source: str) -> str:
-        """Python that loads it from the folder `source`, or from the hub's repository of that name."""
+    def loading_code(self, source: str) -> str:
+        """Return Python code that loads the tokenizer; `source` is a folder or a repository on the Hugging Face hub."""
         return f'from pecobook import PerceptualTokenizer\ntokenizer = PerceptualTokenizer.from_pretrained("{source}")'
 
     def card(self, origin: str) -> Card:
-        """Its size, and how it was trained."""
+        """Return the model card: sizes, and how the tokenizer was trained."""
         size = (
             f"{self.num_codewords} codewords of dimension {self.config.model.latent_dim}; "
             f"one token for {self.stride} x {self.stride} pixels; trained at {self.image_size} pixels."
@@ -147,28 +153,33 @@ class PerceptualTokenizer(Exported):
         )
 
     def export_onnx(self, folder: str | Path) -> tuple[Path, Path]:
-        """Write `encoder.onnx` and `decoder.onnx`; see `pecobook.models.onnx`. Raises PecobookError."""
+        """Write `encoder.onnx` and `decoder.onnx`. See `pecobook.models.onnx`. Raises PecobookError."""
         from pecobook.models.onnx import export_onnx
 
         return export_onnx(self, folder)
 
 
-def in_parts(function: Callable[[Tensor], Tensor], rows: Tensor, batch_size: int, device: torch.device) -> Tensor:
-    """`function` of rows (N, ...) on any device, `batch_size` of them at a time on `device`; back where rows are."""
-    if exporting():  # the number of rows stays open
+def apply_in_batches(
+    function: Callable[[Tensor], Tensor], rows: Tensor, batch_size: int, device: torch.device
+) -> Tensor:
+    """Apply `function` to rows (N, ...) in batches of `batch_size` on `device`.
+
+    The rows may be on any device; the result is returned on that device.
+    """
+    if exporting():  # the number of rows stays dynamic
         return function(rows)
-    parts = [function(part.to(device)) for part in torch.split(rows, batch_size)]
-    return (parts[0] if len(parts) == 1 else torch.cat(parts)).to(rows.device)
+    outputs = [function(batch.to(device)) for batch in torch.split(rows, batch_size)]
+    return (outputs[0] if len(outputs) == 1 else torch.cat(outputs)).to(rows.device)
 
 
-# Statistics that only training reads: an export holds the codebook alone.
-TRAINING_ONLY = frozenset(
+# Statistics of the quantizer that only training reads. Exports omit them: they contain the codebook alone.
+TRAINING_ONLY_BUFFERS = frozenset(
     f"quantizer.{name}" for name in ("ema_count", "ema_sum", "idle", "usage", "unused", "num_updates", "num_revived")
 )
 
 
 def build_autoencoder(config: AutoencoderConfig) -> tuple[nn.Module, nn.Module]:
-    """Encoder and decoder of the kind that `config` names."""
+    """Build the encoder and the decoder of the kind `config.kind`."""
     if config.kind == "vit":
         return ViTEncoder(config), ViTDecoder(config)
     return Encoder(config), Decoder(config)

@@ -1,4 +1,4 @@
-"""Any tokenizer by name, behind one interface: ours, DALL-E's, and those of diffusers."""
+"""Loads any tokenizer by name and gives it a common interface: pecobook's, DALL-E's, and those of diffusers."""
 
 from __future__ import annotations
 
@@ -11,42 +11,44 @@ from torch import Tensor, nn
 
 from pecobook.errors import WeightsError, first_line
 from pecobook.models.nearest import nearest_codeword
-from pecobook.models.tokenizer import TRAINING_ONLY, PerceptualTokenizer, in_parts
+from pecobook.models.tokenizer import TRAINING_ONLY_BUFFERS, PerceptualTokenizer, apply_in_batches
 
 
 def load_tokenizer(source: str | Path) -> Any:
-    """A tokenizer in evaluation mode, an nn.Module.
-
-    Whatever it is, it has `encode` (float (B, 3, H, W) in [0, 1] to int64 (B, H / f, W / f)) and `decode` (back), both
-    with `batch_size`, the images at once on its device, wherever those that are given lie; and the attributes
-    `codebook` (K, D), `num_codewords` K, `stride` f and `image_size`, the side it was trained at.
+    """Load a tokenizer.
 
     Args:
         source: a codebook run, an export folder or `owner/name` on the hub; `dalle:FOLDER` for DALL-E's discrete VAE;
             `diffusers:FOLDER` or `diffusers:owner/name` for a VQModel of diffusers.
 
+    Returns:
+        an nn.Module in evaluation mode with the methods `encode` (float (B, 3, H, W) in [0, 1] to int64
+        (B, H / f, W / f)) and `decode` (the inverse), and the attributes `codebook` (K, D), `num_codewords` K,
+        `stride` f and `image_size`, the side of the training images. Both methods accept tensors on any device and
+        take `batch_size`, the number of images that are processed at a time on the tokenizer's device.
+
     Raises:
-        WeightsError: there is none, it is damaged, or it is no tokenizer.
+        WeightsError: the tokenizer is missing or damaged, or `source` is not a tokenizer.
     """
-    kind, _, place = str(source).partition(":")
+    kind, _, location = str(source).partition(":")
     if kind == "dalle":
         from pecobook.models.dalle import DalleTokenizer
 
-        return DalleTokenizer.from_pretrained(place)
+        return DalleTokenizer.from_pretrained(location)
     if kind == "diffusers":
-        return DiffusersTokenizer.from_pretrained(place)
+        return DiffusersTokenizer.from_pretrained(location)
     tokenizer = PerceptualTokenizer.from_pretrained(source)
     return tokenizer if tokenizer.in_channels == 3 else GreyTokenizer(tokenizer).eval().requires_grad_(False)
 
 
 class GreyTokenizer(nn.Module):
-    """A tokenizer of grey images behind the interface of all others: it reads RGB by its luma, and shows grey as RGB.
+    """Gives a tokenizer of grey images an RGB interface: encodes the luma of RGB images, decodes to grey RGB images.
 
     Args:
-        tokenizer: one of 1 channel.
+        tokenizer: a tokenizer with 1 channel.
 
     Raises:
-        WeightsError: it has more channels.
+        WeightsError: the tokenizer has more than 1 channel.
     """
 
     def __init__(self, tokenizer: PerceptualTokenizer) -> None:
@@ -63,23 +65,23 @@ class GreyTokenizer(nn.Module):
         return self.tokenizer.codebook
 
     def encode(self, images: Tensor, *, batch_size: int = 256) -> Tensor:
-        """Codes of float (B, 3, H, W) in [0, 1]: int64 (B, H / f, W / f)."""
+        """Encode images: float (B, 3, H, W) in [0, 1] to codes int64 (B, H / f, W / f)."""
         from torchvision.transforms.functional import rgb_to_grayscale  # as in training
 
         return self.tokenizer.encode(rgb_to_grayscale(images), batch_size=batch_size)
 
     def decode(self, codes: Tensor, *, batch_size: int = 256) -> Tensor:
-        """Images of codes int64 (B, h, w): float (B, 3, h f, w f) in [0, 1], all channels equal."""
+        """Decode codes int64 (B, h, w) to images, float (B, 3, h f, w f) in [0, 1], with three equal channels."""
         return self.tokenizer.decode(codes, batch_size=batch_size).expand(-1, 3, -1, -1)
 
 
 def fingerprint(tokenizer: nn.Module) -> str:
-    """16 hexadecimal digits that change when the tokenizer's weights do."""
+    """Return a hash of the tokenizer's weights, 16 hexadecimal digits, without the buffers that only training reads."""
     import hashlib
 
     digest = hashlib.sha256()
     for name, value in sorted(tokenizer.state_dict().items()):
-        if name not in TRAINING_ONLY:
+        if name not in TRAINING_ONLY_BUFFERS:
             digest.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
             digest.update(value.cpu().contiguous().view(torch.uint8).numpy().tobytes() if value.ndim else b"")
     return digest.hexdigest()[:16]
@@ -108,30 +110,30 @@ class DiffusersTokenizer(nn.Module):
 
     @property
     def stride(self) -> int:
-        """Pixels of the image for one token."""
+        """Side of the image patch that one token represents, pixels."""
         return int(2 ** (len(self.model.config.block_out_channels) - 1))
 
     @property
     def image_size(self) -> int:
-        """Side of the images it was trained at, pixels."""
+        """Side of the training images, pixels."""
         return int(self.model.config.sample_size)
 
     @torch.no_grad()
     def encode(self, images: Tensor, *, batch_size: int = 64) -> Tensor:
-        """Codes of float (B, 3, H, W) in [0, 1]: int64 (B, H / f, W / f).
+        """Encode images: float (B, 3, H, W) in [0, 1] to codes int64 (B, H / f, W / f), with stride f.
 
         Raises:
-            ValueError: a side is no multiple of the stride f.
+            ValueError: a side is not a multiple of the stride f.
         """
         height, width = images.shape[-2:]
         if height % self.stride or width % self.stride:
             raise ValueError(f"Images must be multiples of {self.stride} pixels, not {height} x {width}.")
-        return in_parts(self._encode, images, batch_size, self.codebook.device)
+        return apply_in_batches(self._encode, images, batch_size, self.codebook.device)
 
     @torch.no_grad()
     def decode(self, codes: Tensor, *, batch_size: int = 64) -> Tensor:
-        """Images of codes int64 (B, h, w): float (B, 3, h f, w f) in [0, 1]."""
-        return in_parts(self._decode, codes, batch_size, self.codebook.device)
+        """Decode codes int64 (B, h, w) to images, float (B, 3, h f, w f) in [0, 1]."""
+        return apply_in_batches(self._decode, codes, batch_size, self.codebook.device)
 
     def _encode(self, images: Tensor) -> Tensor:
         latents = self.model.encode(images * 2 - 1).latents  # (B, D, h, w)
@@ -140,28 +142,30 @@ class DiffusersTokenizer(nn.Module):
 
     def _decode(self, codes: Tensor) -> Tensor:
         codewords = F.embedding(codes, self.codebook).permute(0, 3, 1, 2)
-        spatial = self.model.config.norm_type == "spatial"  # MoVQ's decoder also reads the codewords themselves
+        spatial = self.model.config.norm_type == "spatial"  # MoVQ's decoder also takes the codewords themselves
         images = self.model.decoder(self.model.post_quant_conv(codewords), codewords if spatial else None)
         return cast("Tensor", ((images.float() + 1) / 2).clamp(0, 1))
 
     @classmethod
     def from_pretrained(cls, source: str) -> DiffusersTokenizer:
-        """Load a VQModel from a folder or from `owner/name` on the hub (also its subfolder `vqvae` or `vqmodel`).
+        """Load a VQModel from a folder or from `owner/name` on the hub, or from a subfolder.
+
+        The subfolders `vqvae`, `vqmodel` and `movq` are tried in this order.
 
         Raises:
-            WeightsError: diffusers is not installed, or gives no VQModel there.
+            WeightsError: diffusers is not installed, or finds no VQModel there.
         """
         try:
             from diffusers import VQModel
         except ImportError:
             raise WeightsError(
-                "Tokenizers of diffusers need that package: pip install 'pecobook[diffusers]'."
+                "Tokenizers of diffusers need the package diffusers: pip install 'pecobook[diffusers]'."
             ) from None
         load: Any = VQModel.from_pretrained
-        problem: Exception | None = None
+        first_error: Exception | None = None
         for subfolder in (None, "vqvae", "vqmodel", "movq"):
             try:
                 return cls(load(source, subfolder=subfolder, low_cpu_mem_usage=False)).eval().requires_grad_(False)
             except (OSError, ValueError) as error:
-                problem = problem or error
-        raise WeightsError(f"diffusers finds no VQModel at '{source}' ({first_line(problem or ValueError())}).")
+                first_error = first_error or error
+        raise WeightsError(f"diffusers finds no VQModel at '{source}' ({first_line(first_error or ValueError())}).")

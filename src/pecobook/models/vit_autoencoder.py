@@ -1,7 +1,9 @@
-"""A plain transformer as encoder and as decoder of the tokenizer (PeCo, Table 12's ViT-B / ViT-B row).
+"""Plain transformers as encoder and decoder of the tokenizer (PeCo, row ViT-B / ViT-B of Table 12).
 
-timm's blocks, and fixed two-dimensional sine and cosine positions, made for the grid at hand: so any image that the
-patch divides will do. B batch, N = h w patches, C width, P side of a patch, D latent channels.
+The blocks are timm's. Positions are fixed two-dimensional sines and cosines, computed for the grid of each input, so
+images of any size that is a multiple of the patch side are possible.
+
+B batch, N = h w patches, C width, P side of a patch, D latent channels.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ from pecobook.settings.tokenizer import AutoencoderConfig
 
 
 class _Trunk(nn.Sequential):
-    """Transformer blocks and a last norm over tokens with positions: (B, C, h, w) to the same."""
+    """Adds positions to tokens and applies transformer blocks and a final norm: (B, C, h, w) to (B, C, h, w)."""
 
     def __init__(self, config: AutoencoderConfig) -> None:
         from timm.models.vision_transformer import Block
@@ -28,16 +30,16 @@ class _Trunk(nn.Sequential):
                 nn.init.zeros_(module.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, C, h, w) to the same."""
+        """Map (B, C, h, w) to (B, C, h, w)."""
         B, C, h, w = x.shape
-        tokens = x.flatten(2).transpose(1, 2) + positions(h, w, C, device=x.device).to(x.dtype)  # (B, N, C)
+        tokens = x.flatten(2).transpose(1, 2) + sincos_positions(h, w, C, device=x.device).to(x.dtype)  # (B, N, C)
         for layer in self:
             tokens = layer(tokens)
         return tokens.transpose(1, 2).reshape(B, C, h, w)
 
 
 class ViTEncoder(nn.Sequential):
-    """Image (B, 3, H, W) in [-1, 1] to latent (B, D, h, w), with h = H / P."""
+    """Maps images (B, 3, H, W) in [-1, 1] to latents (B, D, h, w), with h = H / P."""
 
     def __init__(self, config: AutoencoderConfig) -> None:
         width, patch = config.channels
@@ -50,7 +52,7 @@ class ViTEncoder(nn.Sequential):
 
 
 class ViTDecoder(nn.Sequential):
-    """Quantised latent (B, D, h, w) to image (B, 3, h P, w P), about [-1, 1]."""
+    """Maps quantised latents (B, D, h, w) to images (B, 3, h P, w P), about [-1, 1]."""
 
     def __init__(self, config: AutoencoderConfig) -> None:
         config = config.decoder_side()
@@ -63,10 +65,17 @@ class ViTDecoder(nn.Sequential):
         )
 
 
-def positions(height: int, width: int, channels: int, *, device: torch.device) -> Tensor:
-    """Sines and cosines of row and column, wavelengths 2 pi to 20,000 pi: (height x width, channels), fp32.
+def sincos_positions(height: int, width: int, channels: int, *, device: torch.device) -> Tensor:
+    """Return sines and cosines of row and column, with wavelengths from 2 pi to 20,000 pi.
 
-    `channels` must be a multiple of 4: a quarter each for the sine and the cosine of the column and of the row.
+    Args:
+        height: number of rows.
+        width: number of columns.
+        channels: a multiple of 4: a quarter each for the sine and the cosine of the column and of the row.
+        device: device of the result.
+
+    Returns:
+        (height x width, channels), fp32.
     """
     from timm.layers import build_sincos2d_pos_embed
 

@@ -18,7 +18,7 @@ from pecobook.data.source import ImageSource, Splits
 from pecobook.data.stream import ViewFunction
 from pecobook.data.views import central_view, random_crop
 from pecobook.engine.optim import layer_decay_groups
-from pecobook.engine.stage import Stage, StageOutput, mean_of_counted
+from pecobook.engine.stage import Stage, StageOutput, mean_of_counted, submodule_state
 from pecobook.errors import ConfigError
 from pecobook.models.contrastive import ema_update
 from pecobook.models.weights import Backbone, Classifier, load_backbone
@@ -28,12 +28,12 @@ from pecobook.utils.images import channels_last, to_float
 
 
 class ClassifyStage(Stage[FinetuneConfig]):
-    """Backbone with a linear head over its mean-pooled patches.
+    """A backbone with a linear head on its mean-pooled patch features.
 
     Args:
         config: all settings.
         classes: names of the classes.
-        backbone: what `load_for_classification` gives; None loads it.
+        backbone: the backbone of the settings; None loads it.
     """
 
     command = "finetune"
@@ -45,11 +45,11 @@ class ClassifyStage(Stage[FinetuneConfig]):
         super().__init__()
         self.config, self.classes = config, classes
         backbone = backbone or load_for_classification(config)
-        self.described = backbone.name, backbone.args, backbone.mean, backbone.std, config.image_size
+        self._backbone_fields = backbone.name, backbone.args, backbone.mean, backbone.std, config.image_size
         self.network = backbone.network
         self.network.reset_classifier(len(classes))  # type: ignore[operator]
         head = self.network.get_classifier()  # type: ignore[operator]
-        if isinstance(head, nn.Linear):  # BEiT: a head that starts near zero leaves the backbone alone at first
+        if isinstance(head, nn.Linear):  # as in BEiT: while the head is near zero, the backbone hardly changes
             nn.init.trunc_normal_(head.weight, std=0.02 * 1e-3)
             nn.init.zeros_(head.bias)
         self.averaged = copy.deepcopy(self.network).requires_grad_(False) if config.average else None
@@ -57,45 +57,45 @@ class ClassifyStage(Stage[FinetuneConfig]):
         self.register_buffer("std", torch.tensor(backbone.std)[:, None, None], persistent=False)
 
     def forward(self, batch: Batch) -> StageOutput:
-        """Cross-entropy of uint8 images (B, 3, H, W) and labels (B,); in evaluation also the five best classes."""
+        """Return the cross-entropy of uint8 images (B, 3, H, W); in evaluation also the five best classes."""
         images = (to_float(batch["image"]) - self.mean) / self.std
         labels = batch["label"]
         targets = F.one_hot(labels, len(self.classes)).float()
         network = self.network if self.training or self.averaged is None else self.averaged
         if self.training:
-            images, targets = self._augmented(images, targets)
+            images, targets = self._augment(images, targets)
         logits = network(channels_last(images)).float()
         if self.training:
             loss = F.cross_entropy(logits, targets, label_smoothing=self.config.label_smoothing)
-            return StageOutput(loss, {"top1": _top(logits, labels, 1)})
+            return StageOutput(loss, {"top1": 100 * (logits.argmax(1) == labels).float().mean()})
         loss = mean_of_counted(F.cross_entropy(logits, targets, reduction="none"), batch)
         best = logits.softmax(1).topk(min(5, len(self.classes)), 1)
         rows = {"index": batch["index"], "label": labels, "classes": best.indices, "probabilities": best.values}
         return StageOutput(loss, {}, rows=rows)
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]  # its draws are numbers, which graphs would be built for
-    def _augmented(self, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """Normalised images (B, 3, H, W) and targets (B, classes), partly erased and mixed."""
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # compiling would build a graph for each drawn number
+    def _augment(self, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """Erase parts of normalised images (B, 3, H, W), and mix the images and their targets (B, classes)."""
         images = random_erasing(images, self.config.random_erasing) if self.config.random_erasing else images
         return mix(images, targets, mixup=self.config.mixup, cutmix=self.config.cutmix)
 
-    def summarise(self, rows: dict[str, Tensor], known: dict[str, Tensor]) -> dict[str, float]:
-        """Accuracy over all held-out images, in percent."""
+    def summarise(self, rows: dict[str, Tensor], reference_rows: dict[str, Tensor]) -> dict[str, float]:
+        """Return the accuracy over all held-out images, in percent."""
         hits = rows["classes"] == rows["label"][:, None]  # (N, 5)
-        found = {"top1": 100 * float(hits[:, 0].float().mean())}
+        metrics = {"top1": 100 * float(hits[:, 0].float().mean())}
         if len(self.classes) > 5:
-            found["top5"] = 100 * float(hits.any(1).float().mean())
-        return found
+            metrics["top5"] = 100 * float(hits.any(1).float().mean())
+        return metrics
 
     def after_step(self, step: int, total: int) -> None:
-        """Move the average, quickly at first."""
+        """Update the averaged weights; the decay grows from small values to `config.average`."""
         if self.averaged is not None:
             ema_update(self.averaged, self.network, min(self.config.average, (1 + step) / (10 + step)))
-            for own, other in zip(self.averaged.buffers(), self.network.buffers(), strict=True):
-                own.copy_(other)
+            for average, current in zip(self.averaged.buffers(), self.network.buffers(), strict=True):
+                average.copy_(current)
 
     def report(self, folder: Path, rows: dict[str, Tensor], source: ImageSource) -> None:
-        """Write predictions.parquet, and a picture of which classes are taken for which."""
+        """Write predictions.parquet and a picture of the confusion matrix."""
         from pecobook.analysis.confusion import confusion_picture, write_predictions
 
         write_predictions(folder / "predictions.parquet", rows, self.classes, source)
@@ -103,20 +103,19 @@ class ClassifyStage(Stage[FinetuneConfig]):
         (folder / "samples" / "confusion.png").write_bytes(picture)
 
     def parameter_groups(self, config: BaseOptimConfig) -> list[dict[str, Any]]:
-        """Groups with layer-wise learning rates."""
+        """Return parameter groups with layer-wise learning rates."""
         return layer_decay_groups(self.network, config)
 
     def export(self, folder: Path, state: dict[str, Tensor]) -> str:
-        """Write the classifier as a plain timm network with its classes."""
-        prefix = "network." if self.averaged is None else "averaged."
-        own = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
-        whole = Classifier(self.network, *self.described, classes=self.classes, crop=self.config.eval_crop)
-        whole.save_pretrained(folder, state=own, origin="classification")
-        return whole.lines(str(folder))
+        """Write the classifier as a plain timm network, with the names of its classes."""
+        weights = submodule_state(state, "network" if self.averaged is None else "averaged")
+        classifier = Classifier(self.network, *self._backbone_fields, classes=self.classes, crop=self.config.eval_crop)
+        classifier.save_pretrained(folder, state=weights, origin="classification")
+        return classifier.loading_code(str(folder))
 
     @classmethod
     def check(cls, config: FinetuneConfig) -> Backbone:
-        """The backbone. Raises PecobookError for settings, or weights, that cannot be used."""
+        """Load the backbone. Raises PecobookError for settings, or weights, that cannot be used."""
         check_policy(config.rand_augment)
         if not config.backbone:
             raise ConfigError("--backbone is missing: give a pretrain or contrast run, or timm:NAME.")
@@ -124,38 +123,40 @@ class ClassifyStage(Stage[FinetuneConfig]):
 
     @classmethod
     def needs_labels(cls, config: FinetuneConfig) -> bool:
-        """Whether images without labels are of no use."""
+        """Return True: a classifier learns from labels only."""
         return True
 
     @classmethod
-    def build(cls, config: FinetuneConfig, splits: Splits, made: Backbone | None = None) -> ClassifyStage:
-        """The stage, with a random head."""
-        return cls(config, splits.train.classes or (), made)
+    def build(cls, config: FinetuneConfig, splits: Splits, prebuilt: Backbone | None = None) -> ClassifyStage:
+        """Build the stage, with random weights in the head."""
+        return cls(config, splits.train.classes or (), prebuilt)
 
     @classmethod
     def view(cls, config: FinetuneConfig) -> ViewFunction:
-        """What training reads of an image."""
+        """Return the function that takes a random, augmented crop of an image."""
         return partial(_augmented_view, size=config.image_size, min_area=config.min_crop, policy=config.rand_augment)
 
     @classmethod
     def evaluation_view(cls, config: FinetuneConfig) -> ViewFunction:
-        """What evaluation reads of a held-out image."""
+        """Return the function that takes the central crop of a held-out image."""
         return partial(central_view, size=config.image_size, share=config.eval_crop)
 
 
 def mix(images: Tensor, targets: Tensor, *, mixup: float, cutmix: float) -> tuple[Tensor, Tensor]:
-    """Mixup or CutMix of a batch with itself reversed, by torch's global generator.
+    """Apply Mixup or CutMix: mix a batch with the reversed batch, with torch's global generator.
+
+    Where both are on, each batch takes one of them with equal chances.
 
     Args:
         images: float (B, C, H, W).
         targets: float (B, classes), rows sum to 1.
-        mixup: alpha of the Beta distribution of the share (arXiv 1710.09412); 0 for none.
-        cutmix: the same for the pasted area (arXiv 1905.04899); 0 for none.
+        mixup: alpha of the Beta distribution of Mixup's share (arXiv 1710.09412); 0 switches Mixup off.
+        cutmix: alpha of the Beta distribution of CutMix's uncut area (arXiv 1905.04899); 0 switches CutMix off.
     """
-    chosen = [name for name, alpha in (("mixup", mixup), ("cutmix", cutmix)) if alpha > 0]
-    if not chosen:
+    kinds = [name for name, alpha in (("mixup", mixup), ("cutmix", cutmix)) if alpha > 0]
+    if not kinds:
         return images, targets
-    kind = chosen[int(torch.randint(len(chosen), ()))]
+    kind = kinds[int(torch.randint(len(kinds), ()))]
     alpha = mixup if kind == "mixup" else cutmix
     share = float(torch.distributions.Beta(alpha, alpha).sample())
     if kind == "mixup":
@@ -173,7 +174,7 @@ def mix(images: Tensor, targets: Tensor, *, mixup: float, cutmix: float) -> tupl
 
 
 def load_for_classification(config: FinetuneConfig) -> Backbone:
-    """The backbone, pooled by the mean of its patches where it is a transformer."""
+    """Load the backbone; a transformer pools by the mean of its patches."""
     return load_backbone(
         config.backbone,
         weights=config.weights or None,
@@ -181,10 +182,6 @@ def load_for_classification(config: FinetuneConfig) -> Backbone:
         pool_mean=True,
         drop_path=config.drop_path,
     )
-
-
-def _top(logits: Tensor, labels: Tensor, k: int) -> Tensor:
-    return 100 * (logits.topk(k, 1).indices == labels[:, None]).any(1).float().mean()
 
 
 def _augmented_view(image: Tensor, view_key: int, *, size: int, min_area: float, policy: str) -> dict[str, Tensor]:

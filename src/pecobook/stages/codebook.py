@@ -3,7 +3,7 @@
     loss = pixel_weight x L_pixel + lambda x L_percep + beta x commitment
 
 The codebook itself follows moving averages (`pecobook.models.quantizer`), which replaces equation 3's middle term.
-What the paper compares this with is here too: the adversarial term of equation 8 (Table 7), and losses on the codewords
+The paper's alternatives are here too: the adversarial term of equation 8 (Table 7), and losses on the codewords
 themselves (Table 6).
 """
 
@@ -26,11 +26,11 @@ from pecobook.data.source import Splits
 from pecobook.data.stream import ViewFunction
 from pecobook.data.views import central_view, random_crop
 from pecobook.engine.launch import check_min_batch
-from pecobook.engine.stage import Stage, StageOutput
+from pecobook.engine.stage import Stage, StageOutput, submodule_state
 from pecobook.errors import ConfigError
 from pecobook.models.discriminator import PatchDiscriminator, adversarial_losses
 from pecobook.models.explicit import CodewordClassifier, CodewordContrast
-from pecobook.models.perceptual import PerceptualDistance, perceptual_distance
+from pecobook.models.perceptual import PerceptualDistance, build_perceptual_distance
 from pecobook.models.quantizer import Quantized, VectorQuantizer
 from pecobook.models.tokenizer import PerceptualTokenizer
 from pecobook.settings.codebook import CodebookConfig
@@ -41,12 +41,12 @@ from pecobook.utils.images import to_float
 
 
 class CodebookStage(Stage[CodebookConfig]):
-    """Tokenizer, frozen perceptual network and loss.
+    """The tokenizer, the frozen perceptual network and the loss.
 
     Args:
         config: all settings.
-        num_classes: of the labels, for the classification of Table 6.
-        perceptual: what `perceptual_distance` gives; None opens what the settings name.
+        num_classes: number of classes of the labels, for the classification loss of Table 6.
+        perceptual: the perceptual distance of the settings; None builds it.
     """
 
     command = "codebook"
@@ -57,92 +57,97 @@ class CodebookStage(Stage[CodebookConfig]):
         super().__init__()
         self.config = config
         self.tokenizer = build_tokenizer(config)
-        self.perceptual = perceptual or perceptual_distance(config.perceptual, config.seed)
+        self.perceptual = perceptual or build_perceptual_distance(config.perceptual, config.seed)
         self.discriminator = self.classifier = self.contrast = None
         if config.adversarial.weight > 0:
             self.discriminator = PatchDiscriminator(config.adversarial, config.model.in_channels)
         if config.explicit.kind == "classification":
             self.classifier = CodewordClassifier(config.model.latent_dim, num_classes)
         elif config.explicit.kind == "contrastive":
-            self.min_batch_size, self.needs_full_batch_keys = 2, True  # an image is told from all images of a step
+            self.min_batch_size, self.needs_full_batch_keys = 2, True  # all images of a step are contrasted
             self.contrast = CodewordContrast(self.tokenizer.encoder, config.model.latent_dim, config.explicit)
 
     def forward(self, batch: Batch) -> StageOutput:
-        """Equation 5, and what is added to it, on a batch of uint8 images."""
+        """Equation 5, and the terms that the settings add, on a batch of uint8 images."""
         if "ahead" in batch:
             return StageOutput(None, {}, rows={"keys": self._keys(batch)})
         if self.contrast is not None and self.training and "keys" not in batch:
             batch = {**batch, "keys": self._keys(batch)}
-        images = self._images(batch["image"])
-        coded = self.tokenizer.quantizer(self.tokenizer.latent(images))
-        restored = self.tokenizer.render(coded.quantized).float()
-        loss, metrics = self.reconstruction(images, restored)
-        beta = self.config.quantizer.commitment
-        rest = beta * coded.commitment_loss
+        images = self._tokenizer_input(batch["image"])
+        coded = self.tokenizer.quantizer(self.tokenizer.encode_latents(images))
+        restored = self.tokenizer.decode_latents(coded.quantized).float()
+        loss, metrics = self._reconstruction_loss(images, restored)
+        codebook_side = self.config.quantizer.commitment * coded.commitment_loss
         if self.config.quantizer.learning == "gradient":
-            rest = rest + coded.codebook_loss
+            codebook_side = codebook_side + coded.codebook_loss
         metrics["commitment"] = coded.commitment_loss
-        fooled, own = self._adversarial(images, restored, metrics)
-        loss, rest = loss + self._adversarial_weight() * fooled, rest + self._explicit(batch, coded, metrics)
-        metrics["loss"] = loss + rest  # what is shown, since a balanced loss is always near 1
+        autoencoder_loss, discriminator_loss = self._adversarial_losses(images, restored, metrics)
+        loss = loss + self._adversarial_weight() * autoencoder_loss
+        codebook_side = codebook_side + self._codeword_loss(batch, coded, metrics)
+        metrics["loss"] = loss + codebook_side  # this sum is logged, since a balanced loss is always near 1
         if self.config.balance:
-            # The mean over ranks, so that many devices learn what one would.
+            # The mean over ranks makes several devices learn what one device would.
             loss = loss / mean_over_ranks(loss.detach()).clamp_min(1e-6)
         metrics |= self.health()
         pictures, rows = {}, {}
         if not self.training:
-            shown = restored.clamp(0, 1)
-            metrics |= {"psnr": psnr(shown, images).mean(), "ssim": ssim(shown, images).mean()}
+            clamped = restored.clamp(0, 1)
+            metrics |= {"psnr": psnr(clamped, images).mean(), "ssim": ssim(clamped, images).mean()}
             pictures, rows = {"images": images, "reconstructions": restored}, {"codes": coded.codes}
-        return StageOutput(loss + rest + own, {name: value.detach() for name, value in metrics.items()}, pictures, rows)
+        metrics = {name: value.detach() for name, value in metrics.items()}
+        return StageOutput(loss + codebook_side + discriminator_loss, metrics, pictures, rows)
 
-    def summarise(self, rows: dict[str, Tensor], known: dict[str, Tensor]) -> dict[str, float]:
-        """How many codewords all held-out images together use, and how evenly."""
+    def summarise(self, rows: dict[str, Tensor], reference_rows: dict[str, Tensor]) -> dict[str, float]:
+        """Return how many codewords all held-out images together use, and how evenly."""
         usage = code_usage(rows["codes"], self.config.quantizer.num_codewords)
         return {"codes_used": usage.codes_used, "codes_perplexity": usage.perplexity}
 
-    def _images(self, pixels: Tensor) -> Tensor:
-        """uint8 (B, 3, H, W) to what the tokenizer reads, (B, C, H, W) in [0, 1]."""
+    def _tokenizer_input(self, pixels: Tensor) -> Tensor:
+        """Convert uint8 (B, 3, H, W) to the tokenizer's input, float (B, C, H, W) in [0, 1]."""
         images = to_float(pixels)
         return rgb_to_grayscale(images) if self.config.model.in_channels == 1 else images
 
-    def reconstruction(self, images: Tensor, restored: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """Pixel and perceptual loss, weighted, and their metrics; both images float (B, C, H, W) in [0, 1]."""
-        pixel = 4 * F.mse_loss(restored, images)  # 4: the error is meant on [-1, 1]
-        # In training not torchmetrics', which waits for the device; evaluation measures with it.
+    def _reconstruction_loss(self, images: Tensor, restored: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return weighted pixel and perceptual loss, (), and metrics; both images float (B, C, H, W) in [0, 1]."""
+        pixel = 4 * F.mse_loss(restored, images)  # the factor 4 converts the error from [0, 1] to [-1, 1]
+        # Training avoids torchmetrics' PSNR, which waits for the device; evaluation uses it.
         error = F.mse_loss(restored.detach().clamp(0, 1), images, reduction="none").flatten(1).mean(1)  # (B,)
         metrics = {"pixel": pixel, "psnr": -10 * error.log10().mean()}
         loss = self.config.pixel_weight * pixel
         if self.perceptual is not None:
             with torch.no_grad():
                 target = self.perceptual.features(images)
-            metrics["perceptual"] = self.perceptual.to_target(target, restored).mean()
-            loss = loss + self._lambda() * metrics["perceptual"]
+            metrics["perceptual"] = self.perceptual.distance_to_features(target, restored).mean()
+            loss = loss + self._perceptual_weight() * metrics["perceptual"]
         return loss, metrics
 
-    def _lambda(self) -> float | Tensor:
-        """Weight of the perceptual loss at this step, equation 5's lambda after its warm-up."""
-        own = self.config.perceptual
-        if own.warmup == 0:
-            return own.weight
-        # From the buffer, not from a Python count: torch.compile would compile anew at each step.
-        return own.weight * ((self.tokenizer.quantizer.num_updates + 1) / (own.warmup + 1)).clamp_max(1.0)
+    def _perceptual_weight(self) -> float | Tensor:
+        """Return the weight of the perceptual loss at this step: equation 5's lambda after its warm-up."""
+        config = self.config.perceptual
+        if config.warmup == 0:
+            return config.weight
+        # The step comes from a buffer: with a Python integer torch.compile would compile anew at each step.
+        return config.weight * ((self.tokenizer.quantizer.num_updates + 1) / (config.warmup + 1)).clamp_max(1.0)
 
     def _adversarial_weight(self) -> float | Tensor:
-        """Weight of equation 8's term at this step."""
-        own = self.config.adversarial
-        return own.weight if own.start == 0 else own.weight * (self.tokenizer.quantizer.num_updates >= own.start)
+        """Return the weight of equation 8's term at this step."""
+        config = self.config.adversarial
+        if config.start == 0:
+            return config.weight
+        return config.weight * (self.tokenizer.quantizer.num_updates >= config.start)
 
-    def _adversarial(self, images: Tensor, restored: Tensor, metrics: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """Equation 8, unweighted: what the autoencoder minimises, and what the discriminator does. () each."""
+    def _adversarial_losses(
+        self, images: Tensor, restored: Tensor, metrics: dict[str, Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        """Return equation 8's losses of the autoencoder and of the discriminator, unweighted, () each."""
         if self.discriminator is None or not self.training:
             return images.new_zeros(()), images.new_zeros(())
-        fooled, own = adversarial_losses(self.discriminator, images, restored)
-        metrics |= {"adversarial": fooled, "discriminator": own}
-        return fooled, own
+        losses = adversarial_losses(self.discriminator, images, restored)
+        metrics["adversarial"], metrics["discriminator"] = losses
+        return losses
 
-    def _explicit(self, batch: Batch, coded: Quantized, metrics: dict[str, Tensor]) -> Tensor:
-        """Table 6's loss on codewords, weighted: ()."""
+    def _codeword_loss(self, batch: Batch, coded: Quantized, metrics: dict[str, Tensor]) -> Tensor:
+        """Return Table 6's loss on codewords, weighted, ()."""
         if not self.training or self.config.explicit.kind == "none":
             return coded.commitment_loss.new_zeros(())
         if self.classifier is not None:
@@ -154,13 +159,15 @@ class CodebookStage(Stage[CodebookConfig]):
         return self.config.explicit.weight * loss
 
     def _keys(self, batch: Batch) -> Tensor:
-        """Keys (B, out) of the other view of each image."""
+        """Return the keys (B, out) of each image's second view."""
         assert self.contrast is not None
-        return self.contrast.keys(self._images(batch["other"]) * 2 - 1, self.tokenizer.quantizer)
+        return self.contrast.keys(self._tokenizer_input(batch["other"]) * 2 - 1, self.tokenizer.quantizer)
 
     def health(self) -> dict[str, Tensor]:
-        """Codewords that vectors chose within the last `revive_after` steps (100 at least), and perplexity of the
-        averaged usage; a codeword that was revived and not chosen since counts in neither.
+        """Return usage metrics of the codebook: `codes_alive`, `codes_dead`, `perplexity` and `revived`.
+
+        A codeword is alive if a vector chose it within the last `revive_after` steps (at least 100). The perplexity is
+        that of the averaged usage. A revived codeword that no vector has chosen yet counts in neither.
         """
         quantizer = self.tokenizer.quantizer
         share = quantizer.usage / quantizer.usage.sum().clamp_min(1e-12)  # (K,)
@@ -174,41 +181,44 @@ class CodebookStage(Stage[CodebookConfig]):
         }
 
     def after_step(self, step: int, total: int) -> None:
-        """Move the codebook, and the contrastive loss's second encoder."""
+        """Update the codebook, and the momentum encoder of the contrastive loss."""
         self.tokenizer.quantizer.update()
         if self.contrast is not None:
             self.contrast.after_step(self.tokenizer.encoder)
 
     def warning(self, metrics: dict[str, float], step: int) -> str | None:
-        """Say when less than a quarter of the codebook is in use, next to all vectors choose a few codewords, or next
-        to all codewords in use are copies of a few.
+        """Return a warning if the codebook has collapsed.
+
+        It has collapsed if less than a quarter of it is in use, if nearly all vectors choose a few codewords, or if
+        nearly all codewords in use are copies of a few.
         """
-        own, K = self.config.quantizer, self.config.quantizer.num_codewords
-        # Before, every codeword counts as alive or is just being started.
-        if step < own.start_after + 2 * max(own.revive_after, 100):
+        config, K = self.config.quantizer, self.config.quantizer.num_codewords
+        # Until then every codeword counts as alive or has just been initialised.
+        if step < config.start_after + 2 * max(config.revive_after, 100):
             return None
-        # A revived codeword, being a vector of the batch, is chosen once or twice even when all else has collapsed.
-        used = metrics["codes_alive"] >= K / 4 and metrics["perplexity"] >= K / 16
-        # And where all vectors are next to a few points, those revived there share them out, by noise or by rounding.
-        distinct = distinct_codewords(self.tokenizer.codebook, self.tokenizer.quantizer.usage) if used else 0.0
+        # The perplexity is needed too: a revived codeword is a vector of the batch, so it is chosen once or twice even
+        # when the rest of the codebook has collapsed.
+        in_use = metrics["codes_alive"] >= K / 4 and metrics["perplexity"] >= K / 16
+        # Where all vectors lie near a few points, the codewords revived there divide the vectors by noise or rounding:
+        # usage looks even, though the codewords are copies.
+        distinct = distinct_codewords(self.tokenizer.codebook, self.tokenizer.quantizer.usage) if in_use else 0.0
         if distinct >= K / 16:
             return None
-        said = f"Of {K} codewords {metrics['codes_alive']:.0f} are in use (perplexity {metrics['perplexity']:.0f})"
-        said += f", but only about {distinct:.0f} of them differ" if used else ""
+        finding = f"Of {K} codewords {metrics['codes_alive']:.0f} are in use (perplexity {metrics['perplexity']:.0f})"
+        finding += f", but only about {distinct:.0f} of them differ" if in_use else ""
         remedy = "a lower --optim.lr, or --model.latent-norm true"
-        if own.revive_after == 0 or own.revive_after > 100:
+        if config.revive_after == 0 or config.revive_after > 100:
             remedy = f"--quantizer.revive-after 100, {remedy}"
-        return f"{said}.\nTry {remedy}; or fewer codewords: --quantizer.num-codewords {max(K // 4, 1)}."
+        return f"{finding}.\nTry {remedy}; or fewer codewords: --quantizer.num-codewords {max(K // 4, 1)}."
 
     def export(self, folder: Path, state: dict[str, Tensor]) -> str:
         """Write the tokenizer."""
-        own = {name.removeprefix("tokenizer."): value for name, value in state.items() if name.startswith("tokenizer.")}
-        self.tokenizer.save_pretrained(folder, state=own, origin=_origin(self.config))
-        return self.tokenizer.lines(self.config.out)
+        self.tokenizer.save_pretrained(folder, state=submodule_state(state, "tokenizer"), origin=_origin(self.config))
+        return self.tokenizer.loading_code(self.config.out)
 
     @classmethod
     def check(cls, config: CodebookConfig) -> PerceptualDistance | None:
-        """The perceptual network. Raises PecobookError for settings, or weights, that cannot be used."""
+        """Build the perceptual distance. Raises PecobookError for settings, or weights, that cannot be used."""
         if not config.perceptual.network:
             raise ConfigError(
                 "--perceptual.network is missing: give a run of 'pecobook contrast', timm:NAME, or none for pixels "
@@ -216,58 +226,58 @@ class CodebookStage(Stage[CodebookConfig]):
             )
         if config.explicit.kind == "contrastive":
             check_min_batch(config)
-        distance = perceptual_distance(config.perceptual, config.seed)
+        distance = build_perceptual_distance(config.perceptual, config.seed)
         if distance is not None:
-            distance.check(config.image_size, config.image_size)
+            distance.check_image_size(config.image_size, config.image_size)
         return distance
 
     @classmethod
     def needs_labels(cls, config: CodebookConfig) -> bool:
-        """Whether images without labels are of no use."""
+        """Return whether the settings ask for the classification loss, which needs labels."""
         return config.explicit.kind == "classification"
 
     @classmethod
-    def build(cls, config: CodebookConfig, splits: Splits, made: PerceptualDistance | None = None) -> CodebookStage:
-        """The stage, whose tokenizer has random weights."""
+    def build(cls, config: CodebookConfig, splits: Splits, prebuilt: PerceptualDistance | None = None) -> CodebookStage:
+        """Build the stage, with random weights in the tokenizer."""
         total = steps(config.max_steps, num_images=len(splits.train), batch_size=config.batch_size)
-        # A training that ends before its codebook starts would export a random one.
-        own = dataclasses.replace(config.quantizer, start_after=min(config.quantizer.start_after, total // 2))
-        return cls(dataclasses.replace(config, quantizer=own), len(splits.train.classes or ()), made)
+        # A training that ended before k-means starts the codebook would export a random codebook.
+        quantizer = dataclasses.replace(config.quantizer, start_after=min(config.quantizer.start_after, total // 2))
+        return cls(dataclasses.replace(config, quantizer=quantizer), len(splits.train.classes or ()), prebuilt)
 
     @classmethod
     def view(cls, config: CodebookConfig) -> ViewFunction:
-        """What training reads of an image."""
-        other = config.explicit.kind == "contrastive"
-        return partial(_random_view, size=config.image_size, min_area=config.min_crop, other=other)
+        """Return the function that takes a random crop of an image, or two for the contrastive loss."""
+        second = config.explicit.kind == "contrastive"
+        return partial(_random_view, size=config.image_size, min_area=config.min_crop, second=second)
 
     @classmethod
     def evaluation_view(cls, config: CodebookConfig) -> ViewFunction:
-        """What evaluation reads of a held-out image."""
+        """Return the function that takes the central crop of a held-out image."""
         return partial(central_view, size=config.image_size)
 
 
 def _origin(config: CodebookConfig) -> str:
-    """How a tokenizer was trained, for its card."""
-    own = config.perceptual
+    """Describe in a sentence, for the model card, how the tokenizer was trained."""
+    perceptual = config.perceptual
     features = "pixels alone"
-    if own.network != "none" and own.weight > 0:
-        layers = ", ".join(map(str, own.layers))
-        weights = f" ({own.weights})" if own.weights else ""
-        features = f"pixels and layers {layers} of {own.network}{weights}, lambda {own.weight:g}"
+    if perceptual.network != "none" and perceptual.weight > 0:
+        layers = ", ".join(map(str, perceptual.layers))
+        weights = f" ({perceptual.weights})" if perceptual.weights else ""
+        features = f"pixels and layers {layers} of {perceptual.network}{weights}, lambda {perceptual.weight:g}"
     length = f"{config.max_steps} steps" if config.max_steps.isdigit() else config.max_steps
     return f"`pecobook codebook`, on `{config.data}` for {length} at batch {config.batch_size}, under {features}."
 
 
 def build_tokenizer(config: CodebookConfig) -> PerceptualTokenizer:
-    """The tokenizer that these settings train, with random weights."""
-    own = config.quantizer
-    quantizer = VectorQuantizer(own, config.model.latent_dim, seed=config.seed)
-    shape = TokenizerConfig(model=config.model, num_codewords=own.num_codewords, image_size=config.image_size)
+    """Build the tokenizer that the settings describe, with random weights."""
+    num_codewords = config.quantizer.num_codewords
+    quantizer = VectorQuantizer(config.quantizer, config.model.latent_dim, seed=config.seed)
+    shape = TokenizerConfig(model=config.model, num_codewords=num_codewords, image_size=config.image_size)
     return PerceptualTokenizer(shape, quantizer)
 
 
-def _random_view(image: Tensor, view_key: int, *, size: int, min_area: float, other: bool) -> dict[str, Tensor]:
+def _random_view(image: Tensor, view_key: int, *, size: int, min_area: float, second: bool) -> dict[str, Tensor]:
     sample = {"image": random_crop(image, size, view_key, min_area=min_area)}
-    if other:
+    if second:
         sample["other"] = random_crop(image, size, key(view_key, 1), min_area=min_area)
     return sample

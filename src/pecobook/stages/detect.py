@@ -1,4 +1,4 @@
-"""Object detection and instance masks on a backbone (PeCo section 4): Mask R-CNN on its feature pyramid."""
+"""Object detection and instance masks (PeCo section 4): Mask R-CNN on the feature pyramid of a backbone."""
 
 from __future__ import annotations
 
@@ -20,26 +20,26 @@ from pecobook.data.source import ImageSource, Splits
 from pecobook.data.stream import ViewFunction
 from pecobook.engine.launch import is_leader
 from pecobook.engine.optim import dense_groups
-from pecobook.engine.stage import Stage, StageOutput
+from pecobook.engine.stage import Stage, StageOutput, submodule_state
 from pecobook.errors import ConfigError
-from pecobook.models.dense.detector import Detections, Detector, rescale
-from pecobook.models.dense.pyramid import FeaturePyramid, describe_pyramid, pyramid_of
+from pecobook.models.dense.detector import Detections, Detector, rescale_boxes
+from pecobook.models.dense.pyramid import FeaturePyramid, build_pyramid, describe_pyramid
 from pecobook.models.weights import Backbone
 from pecobook.settings.detect import DetectConfig
 from pecobook.settings.training import BaseOptimConfig
 
-_DRAWN = 4  # images in samples/detections.png
-_DRAWN_SCORE = 0.3
+_NUM_PICTURES = 4  # images in samples/detections.png
+_MIN_DRAWN_SCORE = 0.3
 
 
 class DetectStage(Stage[DetectConfig]):
-    """A detector, its losses, and how well it finds what is on the held-out images.
+    """A detector, its losses, and its average precision on the held-out images.
 
     Args:
         config: all settings.
-        train: the images to learn from.
-        evaluation: the held-out ones.
-        opened: what `pyramid_of` gives; None opens it.
+        train: the training images.
+        evaluation: the held-out images.
+        networks: the feature pyramid of the settings and its backbone; None builds them.
     """
 
     command = "detect"
@@ -49,11 +49,11 @@ class DetectStage(Stage[DetectConfig]):
         config: DetectConfig,
         train: DetectionSource,
         evaluation: DetectionSource,
-        opened: tuple[FeaturePyramid, Backbone] | None = None,
+        networks: tuple[FeaturePyramid, Backbone] | None = None,
     ) -> None:
         super().__init__()
         self.config, self.evaluation = config, evaluation
-        pyramid, backbone = opened or pyramid_of(config)
+        pyramid, backbone = networks or build_pyramid(config)
         self.detector = Detector(
             pyramid,
             describe_pyramid(backbone, config.pyramid, config.image_size),
@@ -63,33 +63,33 @@ class DetectStage(Stage[DetectConfig]):
             sides=config.sides,
             config=config.detector,
         )
-        self._results: list[dict[str, Any]] = []  # of the last evaluation, for its report
+        self._results: list[dict[str, Any]] = []  # results of the last evaluation, for `report`
         self._precision: dict[str, float] = {}
 
     def forward(self, batch: Batch) -> StageOutput:
-        """The sum of the detector's losses; in evaluation mode what it finds, in pixels of the original image."""
+        """Return the sum of the detector's losses; in evaluation mode detections, in pixels of the original image."""
         images = batch["images"]
         if self.training:
             losses: dict[str, Tensor] = self.detector(images, _targets(batch))
             metrics = {f"loss_{name}": loss.detach() for name, loss in losses.items()}
             return StageOutput(torch.stack(list(losses.values())).sum(), metrics)
-        # One by one: beside a larger image one is padded, and a ViT would see that.
-        found: list[Detections] = [self.detector([image])[0] for image in images]
-        rows = [
-            _row(one, (image.shape[1], image.shape[2]), (int(size[0]), int(size[1])), self.config.detector.detections)
-            for one, image, size in zip(found, images, batch["size"], strict=True)
-        ]
-        whole = {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
-        return StageOutput(None, {}, rows={"index": batch["index"], **whole})
+        rows = []
+        for image, size in zip(images, batch["size"], strict=True):
+            # Images pass one by one: in a batch smaller images are padded, and a ViT would see the padding.
+            detections: Detections = self.detector([image])[0]
+            view, original = (image.shape[1], image.shape[2]), (int(size[0]), int(size[1]))
+            rows.append(_row(detections, view, original, self.config.detector.detections))
+        stacked = {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
+        return StageOutput(None, {}, rows={"index": batch["index"], **stacked})
 
     def parameter_groups(self, config: BaseOptimConfig) -> list[dict[str, Any]]:
-        """Groups for the optimizer, with rates by layer of the backbone."""
-        own = self.detector
-        above = (own.pyramid.scale, own.fpn, own.proposals, own.heads)
-        return dense_groups(own.pyramid.network, above, config, frozen=self.config.pyramid.frozen)
+        """Return parameter groups: layer-wise learning rates in the backbone, the full rate elsewhere."""
+        detector = self.detector
+        heads = (detector.pyramid.scale, detector.fpn, detector.proposals, detector.heads)
+        return dense_groups(detector.pyramid.network, heads, config, frozen=self.config.pyramid.frozen)
 
-    def summarise(self, rows: dict[str, Tensor], known: dict[str, Tensor]) -> dict[str, float]:
-        """Average precision over all held-out images, in percent."""
+    def summarise(self, rows: dict[str, Tensor], reference_rows: dict[str, Tensor]) -> dict[str, float]:
+        """Return the average precision over all held-out images, in percent."""
         from pecobook.analysis.detections import evaluate_detections
 
         count = self.config.detector.detections
@@ -97,7 +97,7 @@ class DetectStage(Stage[DetectConfig]):
         return {name: value for name, value in self._precision.items() if "ar_" not in name}
 
     def report(self, folder: Path, rows: dict[str, Tensor], source: ImageSource) -> None:
-        """Write detections.json (COCO's format of results), average_precision.json, and images with both sides."""
+        """Write detections.json (COCO's results format), average_precision.json, and pictures of labels and results."""
         from pecobook.utils.files import write_atomically
 
         write_atomically(folder / "detections.json", (json.dumps(self._results) + "\n").encode())
@@ -112,15 +112,15 @@ class DetectStage(Stage[DetectConfig]):
         from pecobook.data.decode import BadImage
 
         labelled, detected = [], []
-        for index, found in _unpack(rows):
+        for index, detections in _unpack(rows):
             try:
                 image, objects = self.evaluation.sample(index)
             except BadImage:
                 continue
-            certain = torch.ones(len(objects.labels))
-            labelled.append((image, Detections(objects.boxes, certain, objects.labels, objects.masks())))
-            detected.append((image, found.above(_DRAWN_SCORE)))
-            if len(labelled) == _DRAWN:
+            scores = torch.ones(len(objects.labels))
+            labelled.append((image, Detections(objects.boxes, scores, objects.labels, objects.masks())))
+            detected.append((image, detections.above(_MIN_DRAWN_SCORE)))
+            if len(labelled) == _NUM_PICTURES:
                 break
         if not labelled:
             return b""
@@ -128,13 +128,12 @@ class DetectStage(Stage[DetectConfig]):
 
     def export(self, folder: Path, state: dict[str, Tensor]) -> str:
         """Write the detector."""
-        own = {name.removeprefix("detector."): value for name, value in state.items()}
-        self.detector.save_pretrained(folder, state=own)
-        return self.detector.lines(self.config.out)
+        self.detector.save_pretrained(folder, state=submodule_state(state, "detector"))
+        return self.detector.loading_code(self.config.out)
 
     @classmethod
     def open(cls, config: DetectConfig) -> Splits:
-        """The source; what was mended in it is told."""
+        """Open the images and print a note on each correction that was made to their annotations."""
         splits = open_detection(config.data, skip_bad=config.skip_bad, masks=config.masks)
         if is_leader():
             for note in cast("DetectionSource", splits.train).notes:
@@ -143,22 +142,22 @@ class DetectStage(Stage[DetectConfig]):
 
     @classmethod
     def check(cls, config: DetectConfig) -> tuple[FeaturePyramid, Backbone]:
-        """The pyramid and its backbone. Raises PecobookError for settings, or weights, that cannot be used."""
+        """Build the pyramid and its backbone. Raises PecobookError for settings, or weights, that cannot be used."""
         if config.compile:
-            raise ConfigError("--compile does not go with detect: the number of objects differs from image to image.")
-        return pyramid_of(config)
+            raise ConfigError("--compile does not work with detect: the number of objects differs from image to image.")
+        return build_pyramid(config)
 
     @classmethod
     def build(
-        cls, config: DetectConfig, splits: Splits, made: tuple[FeaturePyramid, Backbone] | None = None
+        cls, config: DetectConfig, splits: Splits, prebuilt: tuple[FeaturePyramid, Backbone] | None = None
     ) -> DetectStage:
-        """The stage, with random heads."""
+        """Build the stage, with random weights in the heads."""
         train, evaluation = cast("DetectionSource", splits.train), cast("DetectionSource", splits.evaluation)
-        return cls(config, train, evaluation, made)
+        return cls(config, train, evaluation, prebuilt)
 
     @classmethod
     def view(cls, config: DetectConfig) -> ViewFunction:
-        """What training reads of an image."""
+        """Return the function that resizes, crops and flips an image with its objects."""
         return partial(
             training_view,
             scales=config.scales,
@@ -169,38 +168,38 @@ class DetectStage(Stage[DetectConfig]):
 
     @classmethod
     def evaluation_view(cls, config: DetectConfig) -> ViewFunction:
-        """What evaluation reads of a held-out image."""
+        """Return the function that resizes a held-out image."""
         short, long = config.sides
         return partial(evaluation_view, short=short, long=long)
 
 
 def _targets(batch: Batch) -> list[dict[str, Tensor]]:
-    """Boxes float32 (n, 4), labels int64 (n,) and, where there are any, masks uint8 (n, h, w), of each image."""
+    """Return boxes float32 (n, 4), labels int64 (n,) and, if the data has masks, uint8 (n, h, w), for each image."""
     parts = {"boxes": batch["boxes"], "labels": batch["labels"]}
     if "masks" in batch:
         parts["masks"] = batch["masks"]
     return [dict(zip(parts, values, strict=True)) for values in zip(*parts.values(), strict=True)]
 
 
-def _row(found: Detections, view: tuple[int, int], size: tuple[int, int], count: int) -> dict[str, Tensor]:
-    """Detections as tensors of `count` entries, those without a score being none; boxes in the image's own pixels."""
-    missing = count - len(found.scores)
+def _row(detections: Detections, view: tuple[int, int], size: tuple[int, int], count: int) -> dict[str, Tensor]:
+    """Pad detections to `count` entries, the added ones with score 0; boxes become pixels of the original image."""
+    missing = count - len(detections.scores)
     row = {
-        "boxes": F.pad(rescale(found.boxes, view, size), (0, 0, 0, missing)),
-        "scores": F.pad(found.scores, (0, missing)),
-        "labels": F.pad(found.labels, (0, missing)),
+        "boxes": F.pad(rescale_boxes(detections.boxes, view, size), (0, 0, 0, missing)),
+        "scores": F.pad(detections.scores, (0, missing)),
+        "labels": F.pad(detections.labels, (0, missing)),
     }
-    if found.masks is not None:
-        row["masks"] = F.pad((found.masks * 255).round().to(torch.uint8), (0, 0, 0, 0, 0, missing))
+    if detections.masks is not None:
+        row["masks"] = F.pad((detections.masks * 255).round().to(torch.uint8), (0, 0, 0, 0, 0, missing))
     return row
 
 
 def _unpack(rows: dict[str, Tensor]) -> Iterator[tuple[int, Detections]]:
-    """Numbers of images and what was found on them, every image once, in order of their numbers."""
+    """Yield number and detections of every image once, in the order of the numbers."""
     index = rows["index"].tolist()
-    places = {number: place for place, number in reversed(list(enumerate(index)))}
-    for number, place in sorted(places.items()):
-        count = int((rows["scores"][place] > 0).sum())
-        masks = rows["masks"][place, :count].float() / 255 if "masks" in rows else None
-        boxes, scores, labels = (rows[name][place, :count] for name in ("boxes", "scores", "labels"))
+    first_rows = {number: row for row, number in reversed(list(enumerate(index)))}
+    for number, row in sorted(first_rows.items()):
+        count = int((rows["scores"][row] > 0).sum())
+        masks = rows["masks"][row, :count].float() / 255 if "masks" in rows else None
+        boxes, scores, labels = (rows[name][row, :count] for name in ("boxes", "scores", "labels"))
         yield number, Detections(boxes, scores, labels, masks)

@@ -1,6 +1,6 @@
 """Train a feature network on your own images: MoCo v3 (arXiv 2104.02057), the paper's perceptual network.
 
-B images of this rank, G of all ranks, F feature width of the backbone.
+In shapes, B is the number of images of this rank and F the feature width of the backbone.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ from pecobook.data.stream import ViewFunction
 from pecobook.data.views import central_view, colour_draws, photometric, random_crop
 from pecobook.engine.launch import check_min_batch
 from pecobook.engine.schedule import cosine
-from pecobook.engine.stage import Stage, StageOutput
+from pecobook.engine.stage import Stage, StageOutput, submodule_state
 from pecobook.models.contrastive import contrastive_loss, ema_update, initialise_moco, mlp
-from pecobook.models.weights import IMAGENET_MEAN, IMAGENET_STD, Backbone, create, is_transformer
+from pecobook.models.weights import IMAGENET_MEAN, IMAGENET_STD, Backbone, create_network, is_transformer
 from pecobook.settings.contrast import ContrastConfig
 from pecobook.utils.images import channels_last, to_float
 
 
 class MocoStage(Stage[ContrastConfig]):
-    """Two views, two encoders, one of them a moving average of the other.
+    """Two views of each image, an encoder, and a momentum encoder: the moving average of the encoder.
 
     Args:
         config: all settings.
@@ -37,8 +37,8 @@ class MocoStage(Stage[ContrastConfig]):
 
     command = "contrast"
 
-    min_batch_size = 2  # they are contrasted with each other, and normalised together
-    needs_full_batch_keys = True  # an image is told from all images of a step, however few a device holds at once
+    min_batch_size = 2  # images are contrasted with each other, and normalised together
+    needs_full_batch_keys = True  # all images of a step are contrasted, however few a device holds at once
     mean: Tensor
     std: Tensor
 
@@ -46,8 +46,8 @@ class MocoStage(Stage[ContrastConfig]):
         super().__init__()
         self.config = config
         args = _backbone_args(config)
-        self.backbone = create(config.model.name, num_classes=0, **args)
-        width = int(self.backbone.head_hidden_size)  # type: ignore[arg-type]  # VGG and MobileNet widen after pooling
+        self.backbone = create_network(config.model.name, num_classes=0, **args)
+        width = int(self.backbone.head_hidden_size)  # type: ignore[arg-type]  # differs from num_features in VGG and MobileNet
         is_vit = hasattr(self.backbone, "patch_embed")
         hidden, out = config.hidden_dim, config.output_dim
         self.projector = mlp([width, hidden, *([hidden] if is_vit else []), out], final_norm=True)
@@ -62,12 +62,12 @@ class MocoStage(Stage[ContrastConfig]):
         self.register_buffer("std", torch.tensor(IMAGENET_STD)[:, None, None], persistent=False)
 
     def forward(self, batch: Batch) -> StageOutput:
-        """Symmetric contrastive loss of two views: uint8 (B, 3, H, W) each; in evaluation also features of images."""
-        rows = {} if self.training else self._rows(batch)
-        if "view0" not in batch:  # training images that evaluation compares with
+        """Return the symmetric contrastive loss of two views, uint8 (B, 3, H, W) each; in evaluation also features."""
+        rows = {} if self.training else self._knn_rows(batch)
+        if "view0" not in batch:  # labelled training images, for k-NN in evaluation
             return StageOutput(self.mean.new_zeros(()), {}, rows=rows)
         draws = batch["colour0"], batch["colour1"]
-        views = [self._view(view, draws[n], n) for n, view in enumerate((batch["view0"], batch["view1"]))]
+        views = [self._prepare_view(view, draws[n], n) for n, view in enumerate((batch["view0"], batch["view1"]))]
         if "ahead" in batch:
             return StageOutput(None, {}, rows=dict(zip(("keys0", "keys1"), self._keys(views), strict=True)))
         queries = [self.predictor(self.projector(self.backbone(view))) for view in views]  # (B, out) each
@@ -81,79 +81,77 @@ class MocoStage(Stage[ContrastConfig]):
 
     @torch.no_grad()
     def _keys(self, views: list[Tensor]) -> list[Tensor]:
-        """What the queries of the other view are told apart by, (B, out) of each view."""
+        """Return the keys of each view, (B, out) each; queries of one view are compared with keys of the other."""
         return [self.momentum_projector(self.momentum_backbone(view)) for view in views]
 
-    def _rows(self, batch: Batch) -> dict[str, Tensor]:
-        """Features (B, F) and labels (B,) of central crops."""
+    def _knn_rows(self, batch: Batch) -> dict[str, Tensor]:
+        """Return features (B, F) and labels (B,) of central crops."""
         if "label" not in batch or self.config.knn_images == 0:
             return {}
-        features = self.backbone(self._normalised(to_float(batch["image"])))
+        features = self.backbone(self._normalise(to_float(batch["image"])))
         return {"features": features.float(), "labels": batch["label"]}
 
-    def summarise(self, rows: dict[str, Tensor], known: dict[str, Tensor]) -> dict[str, float]:
-        """k-NN accuracy of held-out images among training images, in percent."""
-        if not known:
+    def summarise(self, rows: dict[str, Tensor], reference_rows: dict[str, Tensor]) -> dict[str, float]:
+        """Return the k-NN accuracy of held-out images among training images, in percent."""
+        if not reference_rows:
             return {}
         from pecobook.analysis.probe import knn_probe
 
-        result = knn_probe(known["features"], known["labels"], rows["features"], rows["labels"])
-        return {"knn": result.accuracy}
+        train = reference_rows["features"], reference_rows["labels"]
+        return {"knn": knn_probe(*train, rows["features"], rows["labels"]).accuracy}
 
-    def _view(self, view: Tensor, draws: Tensor, number: int) -> Tensor:
-        """View 0 or 1 with its colours changed: uint8 (B, 3, H, W) to what the backbone reads."""
-        return self._normalised(photometric(to_float(view), draws, self.config.view_colour(number)))
+    def _prepare_view(self, view: Tensor, draws: Tensor, number: int) -> Tensor:
+        """Change the colours of view 0 or 1, uint8 (B, 3, H, W), and normalise it for the backbone."""
+        return self._normalise(photometric(to_float(view), draws, self.config.view_colour(number)))
 
-    def _normalised(self, images: Tensor) -> Tensor:
-        """Float (B, 3, H, W) in [0, 1], as the backbone wants them."""
+    def _normalise(self, images: Tensor) -> Tensor:
+        """Normalise float images (B, 3, H, W) in [0, 1] for the backbone."""
         return channels_last((images - self.mean) / self.std)
 
     @torch.no_grad()
     def after_step(self, step: int, total: int) -> None:
-        """Move the second encoder towards the first, ever less."""
+        """Move the momentum encoder towards the encoder; the momentum rises to 1 over the training."""
         momentum = cosine(step - 1, total=total, start=self.config.momentum, end=1.0)
-        pairs = [(self.backbone, self.momentum_backbone), (self.projector, self.momentum_projector)]
-        for online, average in pairs:
-            ema_update(average, online, momentum)
+        ema_update(self.momentum_backbone, self.backbone, momentum)
+        ema_update(self.momentum_projector, self.projector, momentum)
 
     def warning(self, metrics: dict[str, float], step: int) -> str | None:
-        """Say when all images get one feature (a spread of 1 is uniform on the sphere)."""
+        """Return a warning if all images get nearly the same feature (a spread of 1 is uniform on the sphere)."""
         if metrics["spread"] > 0.05 or step < 100:
             return None
         return "The features have collapsed to a point: try a lower --optim.lr or a longer --optim.warmup."
 
     def export(self, folder: Path, state: dict[str, Tensor]) -> str:
         """Write the backbone as a plain timm network."""
-        own = {name.removeprefix("backbone."): value for name, value in state.items() if name.startswith("backbone.")}
         args, size = _backbone_args(self.config), self.config.image_size
-        whole = Backbone(self.backbone, self.config.model.name, args, IMAGENET_MEAN, IMAGENET_STD, size)
-        whole.save_pretrained(folder, state=own, origin="MoCo v3")
-        return whole.lines(str(folder))
+        backbone = Backbone(self.backbone, self.config.model.name, args, IMAGENET_MEAN, IMAGENET_STD, size)
+        backbone.save_pretrained(folder, state=submodule_state(state, "backbone"), origin="MoCo v3")
+        return backbone.loading_code(str(folder))
 
     @classmethod
     def check(cls, config: ContrastConfig) -> MocoStage:
-        """The stage with random weights. Raises PecobookError for settings that cannot be used."""
+        """Build the stage with random weights. Raises PecobookError for settings that cannot be used."""
         check_min_batch(config)
         return cls(config)
 
     @classmethod
-    def build(cls, config: ContrastConfig, splits: Splits, made: MocoStage | None = None) -> MocoStage:
-        """The stage, which takes nothing of the images."""
-        return cls(config) if made is None else made
+    def build(cls, config: ContrastConfig, splits: Splits, prebuilt: MocoStage | None = None) -> MocoStage:
+        """Return the stage that `check` built; it does not depend on the images."""
+        return cls(config) if prebuilt is None else prebuilt
 
     @classmethod
     def view(cls, config: ContrastConfig) -> ViewFunction:
-        """What training reads of an image."""
+        """Return the function that takes two random crops of an image, and the draws of their colour changes."""
         return partial(_two_views, size=config.image_size, min_area=config.min_crop)
 
     @classmethod
     def evaluation_view(cls, config: ContrastConfig) -> ViewFunction:
-        """What evaluation reads of a held-out image."""
-        return partial(_evaluated, size=config.image_size, min_area=config.min_crop)
+        """Return the function that takes two random crops and the central crop of a held-out image."""
+        return partial(_evaluation_view, size=config.image_size, min_area=config.min_crop)
 
     @classmethod
     def reference_view(cls, config: ContrastConfig) -> ViewFunction:
-        """What evaluation reads of a labelled training image."""
+        """Return the function that takes the central crop of a labelled training image."""
         return partial(central_view, size=config.image_size)
 
 
@@ -174,5 +172,5 @@ def _two_views(image: Tensor, view_key: int, *, size: int, min_area: float) -> d
     }
 
 
-def _evaluated(image: Tensor, view_key: int, *, size: int, min_area: float) -> dict[str, Tensor]:
+def _evaluation_view(image: Tensor, view_key: int, *, size: int, min_area: float) -> dict[str, Tensor]:
     return _two_views(image, view_key, size=size, min_area=min_area) | central_view(image, view_key, size=size)

@@ -1,6 +1,6 @@
-"""Pre-train a ViT: hide patches, name the hidden codes (PeCo, equations 6 and 7), or restore hidden pixels (MAE).
+"""Pre-train a ViT: hide patches and predict their codes (PeCo, equations 6 and 7) or their pixels (MAE).
 
-Codes come from a tokenizer that looks at every crop, or from a token bank that holds them already.
+The codes come from a tokenizer that encodes every crop, or from a token bank, which stores them.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from pecobook.data.sampler import key
 from pecobook.data.source import Splits
 from pecobook.data.stream import Companion, ViewFunction
 from pecobook.data.tokens import TokenBank, bank_differences, read_bank_config
-from pecobook.engine.stage import Stage, StageOutput
+from pecobook.engine.stage import Stage, StageOutput, submodule_state
 from pecobook.errors import ConfigError, DataError
 from pecobook.models.export import write_tensors
 from pecobook.models.masked_vit import (
@@ -30,15 +30,15 @@ from pecobook.models.masked_vit import (
     initialise_beit,
     masked_positions,
     patch_grid,
-    unshared,
+    unshare_positions,
 )
 from pecobook.models.tokenizers import fingerprint, load_tokenizer
-from pecobook.models.weights import IMAGENET_MEAN, IMAGENET_STD, Backbone, create
+from pecobook.models.weights import IMAGENET_MEAN, IMAGENET_STD, Backbone, create_network
 from pecobook.settings.pretrain import MaskConfig, PretrainConfig
 
 
 class PretrainStage(Stage[PretrainConfig]):
-    """Masked image model and its targets.
+    """A masked image model and its targets.
 
     Args:
         config: all settings.
@@ -57,7 +57,9 @@ class PretrainStage(Stage[PretrainConfig]):
         if config.target == "tokens":
             self.tokenizer = tokenizer or load_tokenizer(config.tokenizer)
         self.bank = TokenBank(config.tokens) if config.tokens else None
-        backbone = create(config.model.name, num_classes=0, drop_path_rate=config.drop_path, **backbone_args(config))
+        backbone = create_network(
+            config.model.name, num_classes=0, drop_path_rate=config.drop_path, **backbone_args(config)
+        )
         initialise_beit(backbone)
         self.patch = int(config.image_size // patch_grid(backbone)[0])
         size = 3 * self.patch**2 if self.tokenizer is None else self.tokenizer.num_codewords
@@ -66,14 +68,14 @@ class PretrainStage(Stage[PretrainConfig]):
         self.register_buffer("std", torch.tensor(IMAGENET_STD)[:, None, None], persistent=False)
 
     def train(self, mode: bool = True) -> PretrainStage:
-        """The tokenizer stays in evaluation mode."""
+        """Set the mode of the model; the tokenizer stays in evaluation mode."""
         super().train(mode)
         if self.tokenizer is not None:
             self.tokenizer.eval()
         return self
 
     def forward(self, batch: Batch) -> StageOutput:
-        """Equation 7 on uint8 images (B, 3, H, W) with bool masks (B, h, w), and their codes where a bank has them."""
+        """Return equation 7 on uint8 images (B, 3, H, W), bool masks (B, h, w) and, from a bank, codes (B, h, w)."""
         mask, M = batch["mask"], self.config.mask.num_masked
         images = self.views.pixels(batch, training=self.training)
         predicted = self.model((images - self.mean) / self.std, mask, M).float()  # (B M, K)
@@ -84,7 +86,7 @@ class PretrainStage(Stage[PretrainConfig]):
         codes = batch.get("codes")
         if codes is None:
             codes = encode_views(self.tokenizer, images, self.config.tokenizer_size)  # (B, h, w)
-        targets = at_positions(codes.flatten(1), positions)  # (B M,), in the same order: images, then rows
+        targets = at_positions(codes.flatten(1), positions)  # (B M,), in the order of `predicted`: images, then rows
         loss = F.cross_entropy(predicted, targets)
         accuracy = 100 * (predicted.argmax(1) == targets).float().mean()
         pictures = {} if self.training else self._pictures(images, mask, codes, predicted)
@@ -93,7 +95,7 @@ class PretrainStage(Stage[PretrainConfig]):
     def _pictures(
         self, images: Tensor, mask: Tensor, codes: Tensor, logits: Tensor, count: int = 8
     ) -> dict[str, Tensor]:
-        """Images, what the ViT saw of them, and its prediction decoded (paper, figure 5), of the first few."""
+        """Return the first `count` images, their visible parts, and their decoded predictions (paper, figure 5)."""
         predicted = codes.clone()
         predicted[mask] = logits.argmax(1)
         scale = images.shape[-1] // mask.shape[-1]
@@ -106,31 +108,30 @@ class PretrainStage(Stage[PretrainConfig]):
         }
 
     def companions(self) -> tuple[Companion, Companion]:
-        """The mask of an image and, from a bank, its codes."""
-        own, grid = self.config, self.model.grid
+        """Return functions that draw the mask of an image and, with a bank, read its codes."""
+        mask, grid = self.config.mask, self.model.grid
         return (
-            _MaskAndCodes(own.mask, grid, own.seed, "train", self.bank),
-            _MaskAndCodes(own.mask, grid, 0, "evaluation", self.bank),
+            _MaskAndCodes(mask, grid, self.config.seed, "train", self.bank),
+            _MaskAndCodes(mask, grid, 0, "evaluation", self.bank),
         )
 
     def num_views(self) -> int:
-        """Views that a token bank holds of each image; 0 without a bank."""
+        """Return the number of views of each image in the token bank; 0 without a bank."""
         return 0 if self.bank is None else self.bank.num_views
 
     def export(self, folder: Path, state: dict[str, Tensor]) -> str:
-        """Write the backbone as a plain timm network, and beside it the mask token and the head."""
-        own = {name.removeprefix("model."): value for name, value in state.items() if name.startswith("model.")}
-        write_tensors(folder / "mim.safetensors", {n: v for n, v in own.items() if not n.startswith("backbone.")})
-        backbone = {n.removeprefix("backbone."): v for n, v in own.items() if n.startswith("backbone.")}
-        backbone, args = unshared(backbone, backbone_args(self.config))
-        name, size = self.config.model.name, self.config.image_size
-        whole = Backbone(self.model.backbone, name, args, IMAGENET_MEAN, IMAGENET_STD, size, target=self.config.target)
-        whole.save_pretrained(folder, state=backbone, origin="PeCo masked image modelling")
-        return whole.lines(str(folder))
+        """Write the backbone as a plain timm network, and mim.safetensors with all other weights: mask token, head."""
+        model = submodule_state(state, "model")
+        write_tensors(folder / "mim.safetensors", {n: v for n, v in model.items() if not n.startswith("backbone.")})
+        weights, args = unshare_positions(submodule_state(model, "backbone"), backbone_args(self.config))
+        name, size, target = self.config.model.name, self.config.image_size, self.config.target
+        backbone = Backbone(self.model.backbone, name, args, IMAGENET_MEAN, IMAGENET_STD, size, target=target)
+        backbone.save_pretrained(folder, state=weights, origin="PeCo masked image modelling")
+        return backbone.loading_code(str(folder))
 
     @classmethod
     def check(cls, config: PretrainConfig) -> PretrainStage:
-        """The stage with random weights. Raises PecobookError for settings, or weights, that cannot be used."""
+        """Build the stage with random weights. Raises PecobookError for settings, or weights, that cannot be used."""
         if config.target == "tokens" and not config.tokenizer:
             raise ConfigError("--tokenizer is missing: give the folder of a codebook run, or --target pixels.")
         stage = cls(config)
@@ -147,32 +148,32 @@ class PretrainStage(Stage[PretrainConfig]):
 
     @classmethod
     def check_data(cls, config: PretrainConfig, splits: Splits) -> None:
-        """Refuse a bank of other images."""
+        """Raise DataError if the token bank was made of other images than `--data`."""
         if not config.tokens:
             return
-        bank = read_bank_config(Path(config.tokens))
-        now = {"data": splits.train.fingerprint, "evaluation_data": splits.evaluation.fingerprint}
-        wrong = bank_differences(bank, now)
-        if wrong:
+        bank_config = read_bank_config(Path(config.tokens))
+        expected = {"data": splits.train.fingerprint, "evaluation_data": splits.evaluation.fingerprint}
+        differences = bank_differences(bank_config, expected)
+        if differences:
             raise DataError(
                 f"The token bank '{config.tokens}' is of other images than --data '{config.data}': "
-                f"{'; '.join(wrong)}.\n"
-                "Make one of these with 'pecobook tokenize', or leave --tokens out."
+                f"{'; '.join(differences)}.\n"
+                "Make a bank of these images with 'pecobook tokenize', or leave --tokens out."
             )
 
     @classmethod
-    def build(cls, config: PretrainConfig, splits: Splits, made: PretrainStage | None = None) -> PretrainStage:
-        """The stage, which takes nothing of the images."""
-        return cls(config) if made is None else made
+    def build(cls, config: PretrainConfig, splits: Splits, prebuilt: PretrainStage | None = None) -> PretrainStage:
+        """Return the stage that `check` built; it does not depend on the images."""
+        return cls(config) if prebuilt is None else prebuilt
 
     @classmethod
     def view(cls, config: PretrainConfig) -> ViewFunction:
-        """What training reads of an image."""
+        """Return the function that takes a random crop of an image, and the draws of its colour changes."""
         return NamedViews.of(config).train
 
     @classmethod
     def evaluation_view(cls, config: PretrainConfig) -> ViewFunction:
-        """What evaluation reads of a held-out image."""
+        """Return the function that takes the central crop of a held-out image."""
         return NamedViews.of(config).evaluation
 
 
@@ -180,26 +181,26 @@ class PretrainStage(Stage[PretrainConfig]):
 
 
 def masked_model(config: PretrainConfig, backbone: nn.Module, size: int) -> MaskedImageModel | VisibleOnlyModel:
-    """The masked model of the settings around a backbone, with `size` outputs for each masked patch."""
+    """Build the masked image model that the settings name, with `size` outputs for each masked patch."""
     if config.visible_only:
         return VisibleOnlyModel(backbone, size, config.decoder)
     return MaskedImageModel(backbone, size)
 
 
 def encode_views(tokenizer: Any, images: Tensor, size: int) -> Tensor:
-    """Codes int64 (B, h, w) of float (B, 3, S, S) in [0, 1], which the tokenizer sees at `size` pixels; 0 keeps S."""
+    """Encode float images (B, 3, S, S) in [0, 1] at `size` pixels (0: at S) to codes int64 (B, h, w)."""
     return tokenizer.encode(resized(images, size or images.shape[-1]))  # type: ignore[no-any-return]
 
 
 def resized(images: Tensor, size: int) -> Tensor:
-    """Square images at another size, bicubic and antialiased, in [0, 1]."""
+    """Resize square images, bicubic and antialiased, and clamp them to [0, 1]."""
     if images.shape[-1] == size:
         return images
     return F.interpolate(images, (size, size), mode="bicubic", antialias=True, align_corners=False).clamp(0, 1)
 
 
 def patch_pixels(images: Tensor, patch: int) -> Tensor:
-    """Each patch's pixels, normalised by its own mean and deviation (MAE, section 3): (B, C, H, W) to (B, N, C P^2)."""
+    """Split images (B, C, H, W) into patches (B, N, C P^2), each normalised to mean 0, variance 1 (MAE, section 3)."""
     pixels = F.unfold(images, patch, stride=patch).transpose(1, 2)  # (B, N, C P^2)
     variance, mean = torch.var_mean(pixels, 2, keepdim=True)
     return (pixels - mean) * torch.rsqrt(variance + 1e-6)
@@ -209,7 +210,7 @@ def patch_pixels(images: Tensor, patch: int) -> Tensor:
 
 
 def backbone_args(config: PretrainConfig) -> dict[str, Any]:
-    """Arguments of timm.create_model: the image's size, and what the settings add."""
+    """Return the arguments of timm.create_model: the image size, and `--model.args`."""
     return {"img_size": config.image_size, **config.model.kwargs()}
 
 
@@ -217,42 +218,41 @@ def backbone_args(config: PretrainConfig) -> dict[str, Any]:
 
 
 def check_grids(config: PretrainConfig, backbone: nn.Module, tokenizer: Any) -> None:
-    """Raise ConfigError unless the ViT makes as many patches of an image as the tokenizer makes codes."""
+    """Raise ConfigError unless the ViT splits an image into as many patches as the tokenizer makes codes."""
     rows, columns = patch_grid(backbone)
     f, side = tokenizer.stride, config.tokenizer_size or config.image_size
     if (rows * f, columns * f) == (side, side):
         return
     patch = int(backbone.patch_embed.patch_size[0])  # type: ignore[union-attr, index]
-    *others, last = _fitting(config, rows, patch, f)
+    *remedies, last = _fitting(config, rows, patch, f)
     raise ConfigError(
         f"The ViT makes {rows} x {columns} patches of {patch} pixels out of {config.image_size}; "
         f"the tokenizer makes one code for {f} x {f}, {side / f:g} x {side / f:g} out of {side}.\n"
-        f"Give {', '.join(others)}{' or ' if others else ''}{last}."
+        f"Give {', '.join(remedies)}{' or ' if remedies else ''}{last}."
     )
 
 
 def _fitting(config: PretrainConfig, rows: int, patch: int, f: int) -> list[str]:
-    """Settings each of which, alone, makes both grids equal: `rows` patches a side, and a code for f x f pixels."""
+    """Return changes of settings that each make both grids equal: `rows` patches a side, one code for f x f pixels."""
     size, resized_to = config.image_size, config.tokenizer_size
-    found = [f"--tokenizer-size {rows * f}"]
-    codes, left = divmod(resized_to or size, f)
-    if not left and codes and size % codes == 0:
-        found.append(f"a ViT with patches of {size // codes}")
-    if resized_to and not left:  # the tokenizer keeps its grid, whatever the images' size
-        found.append(f"--image-size {codes * patch}")
+    remedies = [f"--tokenizer-size {rows * f}"]
+    codes, remainder = divmod(resized_to or size, f)
+    if not remainder and codes and size % codes == 0:
+        remedies.append(f"a ViT with patches of {size // codes}")
+    if resized_to and not remainder:  # the tokenizer keeps its grid at every image size
+        remedies.append(f"--image-size {codes * patch}")
     if not resized_to and patch == f:
-        found.append(f"--image-size {rows * f}")
-    return found
+        remedies.append(f"--image-size {rows * f}")
+    return remedies
 
 
 def _check_bank(config: PretrainConfig, bank: TokenBank, tokenizer: Any, grid: tuple[int, int]) -> None:
-    wrong = bank_differences(
-        bank.config, {"tokenizer": fingerprint(tokenizer), "grid": list(grid), **NamedViews.of(config).settings()}
-    )
-    if wrong:
+    expected = {"tokenizer": fingerprint(tokenizer), "grid": list(grid), **NamedViews.of(config).settings()}
+    differences = bank_differences(bank.config, expected)
+    if differences:
         raise DataError(
-            f"The token bank '{config.tokens}' is of other views or another tokenizer: {'; '.join(wrong)}.\n"
-            "Make one with 'pecobook tokenize' and these settings, or leave --tokens out."
+            f"The token bank '{config.tokens}' is of other views or another tokenizer: {'; '.join(differences)}.\n"
+            "Make a bank with 'pecobook tokenize' and these settings, or leave --tokens out."
         )
 
 
@@ -260,7 +260,7 @@ def _check_bank(config: PretrainConfig, bank: TokenBank, tokenizer: Any, grid: t
 
 
 def make_mask(view_key: int, grid: tuple[int, int], config: MaskConfig) -> Tensor:
-    """The mask of a view: bool (h, w)."""
+    """Draw the mask of a view: bool (h, w)."""
     generator = torch.Generator().manual_seed(key(view_key, 2) >> 1)
     if config.kind == "random":
         return random_mask(grid, num_masked=config.num_masked, generator=generator)
@@ -269,7 +269,7 @@ def make_mask(view_key: int, grid: tuple[int, int], config: MaskConfig) -> Tenso
 
 @dataclasses.dataclass(frozen=True)
 class _MaskAndCodes:
-    """The mask of an image in an epoch, which does not repeat as a bank's views do, and its codes in the bank."""
+    """The mask of an image, new in every epoch, and the codes of its view in the bank."""
 
     config: MaskConfig
     grid: tuple[int, int]

@@ -1,8 +1,9 @@
-"""Semantic segmentation: UperNet on a backbone's pyramid, trained on crops (PeCo, supplement; BEiT's recipe)."""
+"""Semantic segmentation: UperNet on the pyramid of a backbone, trained on crops (PeCo, supplement; BEiT's recipe)."""
 
 from __future__ import annotations
 
 import json
+import math
 import sys
 from functools import partial
 from pathlib import Path
@@ -23,10 +24,10 @@ from pecobook.data.stream import ViewFunction
 from pecobook.data.views import photometric
 from pecobook.engine.launch import is_leader, micro_batch_size, world_size
 from pecobook.engine.optim import dense_groups
-from pecobook.engine.stage import Stage, StageOutput, mean_of_counted
+from pecobook.engine.stage import Stage, StageOutput, mean_of_counted, submodule_state
 from pecobook.errors import ConfigError, DataError, listed
-from pecobook.models.dense.pyramid import FeaturePyramid, describe_pyramid, pyramid_of
-from pecobook.models.dense.segmenter import Segmenter, best_classes, scaled_pictures, stretch
+from pecobook.models.dense.pyramid import FeaturePyramid, build_pyramid, describe_pyramid
+from pecobook.models.dense.segmenter import Segmenter, best_classes, rescaled_images, resize_maps
 from pecobook.models.weights import Backbone
 from pecobook.settings.segment import SegmentConfig, SegmentTestConfig
 from pecobook.settings.training import BaseOptimConfig
@@ -39,91 +40,99 @@ class SegmentStage(Stage[SegmentConfig]):
     Args:
         config: all settings.
         classes: names of the classes.
-        opened: what `pyramid_of` gives; None opens it.
+        networks: the feature pyramid of the settings and its backbone; None builds them.
     """
 
     command = "segment"
 
     def __init__(
-        self, config: SegmentConfig, classes: tuple[str, ...], opened: tuple[FeaturePyramid, Backbone] | None = None
+        self, config: SegmentConfig, classes: tuple[str, ...], networks: tuple[FeaturePyramid, Backbone] | None = None
     ) -> None:
         super().__init__()
         self.config, self.classes, self.min_batch_size = config, classes, _min_batch_size(config)
-        pyramid, backbone = opened or pyramid_of(config)
-        described = describe_pyramid(backbone, config.pyramid, config.image_size)
-        self.model = Segmenter(pyramid, described, classes=classes, config=config)
+        pyramid, backbone = networks or build_pyramid(config)
+        pyramid_settings = describe_pyramid(backbone, config.pyramid, config.image_size)
+        self.model = Segmenter(pyramid, pyramid_settings, classes=classes, config=config)
 
     def forward(self, batch: Batch) -> StageOutput:
-        """Cross-entropy of uint8 images (B, 3, S, S) and masks int16 (B, S, S); in evaluation, pixels counted."""
+        """Return the cross-entropy of uint8 images (B, 3, S, S), masks int16 (B, S, S); in evaluation, count pixels."""
         if not self.training:
             return self._evaluate(batch)  # type: ignore[no-any-return]
         images = photometric(to_float(batch["image"]), batch["colour"], self.config.colours)
         main, auxiliary = self.model(images)
         truth = batch["mask"].long()
-        loss, right = _loss(main, truth)
-        metrics = {"pixel_accuracy": 100 * right}
+        loss, accuracy = _loss(main, truth)
+        metrics = {"pixel_accuracy": 100 * accuracy}
         if auxiliary is not None:
-            extra = _loss(auxiliary, truth)[0]
-            metrics["auxiliary"] = extra.detach()
-            loss = loss + self.config.auxiliary_weight * extra
+            auxiliary_loss = _loss(auxiliary, truth)[0]
+            metrics["auxiliary"] = auxiliary_loss.detach()
+            loss = loss + self.config.auxiliary_weight * auxiliary_loss
         return StageOutput(loss, metrics)
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]  # every picture has another shape
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # every picture may have another shape
     def _evaluate(self, batch: Batch) -> StageOutput:
-        """Of each image, pictures uint8 (3, h, w) at the test's sizes, one after the other; masks int16 (H, W)."""
-        sizes, count = len(self.config.test.scales), len(self.classes)
+        """Count the pixels of each class and prediction.
+
+        The batch holds for each image one picture uint8 (3, h, w) for each of `--test.scales`, one after the other, and
+        a mask int16 (H, W).
+        """
+        num_scales, count = len(self.config.test.scales), len(self.classes)
         total = torch.zeros(1, count, count, dtype=torch.int64, device=batch["images"][0].device)
         losses: list[Tensor] = []
-        shown: list[tuple[Tensor, Tensor, Tensor]] = []
+        samples: list[tuple[Tensor, Tensor, Tensor]] = []
         repeated = batch["repeated"].tolist() if "repeated" in batch else [False] * len(batch["masks"])
         for number, truth in enumerate(batch["masks"]):
-            pictures = batch["images"][number * sizes : (number + 1) * sizes]
-            found = self.model.scores(pictures, self.config.test)  # (C, h, w)
-            losses.append(self._held_out_loss(found, truth))
-            predicted = best_classes(found, (int(truth.shape[0]), int(truth.shape[1])))
+            pictures = batch["images"][number * num_scales : (number + 1) * num_scales]
+            class_scores = self.model.scores(pictures, self.config.test)  # (C, h, w)
+            losses.append(self._held_out_loss(class_scores, truth))
+            predicted = best_classes(class_scores, (int(truth.shape[0]), int(truth.shape[1])))
             if not repeated[number]:
                 total += count_pixels(predicted, truth, count)
-            if len(shown) < 8:
-                shown.append(_three(pictures[0], truth, predicted, self.config.image_size))
-        drawn = {name: torch.stack(parts) for name, parts in zip(_SHOWN, zip(*shown, strict=True), strict=True)}
-        return StageOutput(mean_of_counted(torch.stack(losses), batch), {}, drawn, {"counts": total})
+            if len(samples) < 8:
+                samples.append(_sample_pictures(pictures[0], truth, predicted, self.config.image_size))
+        columns = zip(("image", "truth", "predicted"), zip(*samples, strict=True), strict=True)
+        sample_pictures = {name: torch.stack(parts) for name, parts in columns}
+        return StageOutput(mean_of_counted(torch.stack(losses), batch), {}, sample_pictures, {"counts": total})
 
-    def _held_out_loss(self, found: Tensor, truth: Tensor) -> Tensor:
-        """Cross-entropy at the size of the scores (C, h, w), (); 0 where nothing counts."""
-        averaged = len(self.config.test.scales) > 1 or self.config.test.flip
-        logits = found.clamp_min(1e-12).log() if averaged else found
-        small = resize_mask(truth, int(found.shape[1]), int(found.shape[2])).long()
-        return F.cross_entropy(logits[None], small[None], ignore_index=IGNORE).nan_to_num()
+    def _held_out_loss(self, class_scores: Tensor, truth: Tensor) -> Tensor:
+        """Return the cross-entropy, (), at the size of the scores (C, h, w); 0 if no pixel counts."""
+        are_probabilities = len(self.config.test.scales) > 1 or self.config.test.flip  # means over several predictions
+        logits = class_scores.clamp_min(1e-12).log() if are_probabilities else class_scores
+        resized = resize_mask(truth, int(logits.shape[1]), int(logits.shape[2])).long()
+        return F.cross_entropy(logits[None], resized[None], ignore_index=IGNORE).nan_to_num()
 
-    def summarise(self, rows: dict[str, Tensor], known: dict[str, Tensor]) -> dict[str, float]:
-        """Mean IoU and accuracy over all held-out images, in percent."""
+    def summarise(self, rows: dict[str, Tensor], reference_rows: dict[str, Tensor]) -> dict[str, float]:
+        """Return mean IoU and accuracy over all held-out images, in percent."""
         return scores(rows["counts"].sum(0))
 
     def report(self, folder: Path, rows: dict[str, Tensor], source: ImageSource) -> None:
-        """Write classes.json, the IoU of every class, and a picture of which are taken for which."""
+        """Write classes.json, with the IoU of every class, and a picture of the confusion matrix."""
         from pecobook.analysis.confusion import matrix_picture
 
         counts = rows["counts"].sum(0)
-        each = [None if value != value else round(100 * value, 3) for value in intersection_over_union(counts).tolist()]
-        found = {"scores": scores(counts), "iou": dict(zip(self.classes, each, strict=True))}
-        (folder / "classes.json").write_text(json.dumps(found, indent=2) + "\n")
+        iou = intersection_over_union(counts).tolist()
+        percent = [None if math.isnan(value) else round(100 * value, 3) for value in iou]
+        content = {"scores": scores(counts), "iou": dict(zip(self.classes, percent, strict=True))}
+        (folder / "classes.json").write_text(json.dumps(content, indent=2) + "\n")
         (folder / "samples" / "confusion.png").write_bytes(matrix_picture(counts, self.classes, "pixels"))
 
     def parameter_groups(self, config: BaseOptimConfig) -> list[dict[str, Any]]:
-        """The heads at the full rate, the backbone with layer-wise ones."""
-        own = self.model
-        above = [own.pyramid.scale, own.head, *([own.auxiliary] if own.auxiliary else [])]
-        return dense_groups(own.pyramid.network, above, config, frozen=self.config.pyramid.frozen)
+        """Return parameter groups: layer-wise learning rates in the backbone, the full rate elsewhere."""
+        model = self.model
+        heads = [model.pyramid.scale, model.head, *([model.auxiliary] if model.auxiliary else [])]
+        return dense_groups(model.pyramid.network, heads, config, frozen=self.config.pyramid.frozen)
 
     def export(self, folder: Path, state: dict[str, Tensor]) -> str:
-        """Write the segmenter, complete."""
-        own = {name.removeprefix("model."): value for name, value in state.items()}
-        self.model.save_pretrained(folder, state=own)
-        return self.model.lines(self.config.out)
+        """Write the segmenter with its backbone."""
+        self.model.save_pretrained(folder, state=submodule_state(state, "model"))
+        return self.model.loading_code(self.config.out)
 
     @classmethod
     def open(cls, config: SegmentConfig) -> Splits:
-        """The source, every pair of it looked at."""
+        """Open the pairs of images and masks, and check every pair unless `--no-verify` is given.
+
+        Pairs that cannot be read are left out, and with `--skip-bad` pairs whose image and mask do not fit.
+        """
         from pecobook.engine.log import Progress
 
         if not config.data:
@@ -137,34 +146,33 @@ class SegmentStage(Stage[SegmentConfig]):
         )
         if not config.verify:
             if not cast("SegmentationSource", splits.train).mask_classes.names:
-                raise ConfigError("--no-verify needs to be told the classes: give --classes FILE or --mask-values.")
+                raise ConfigError("--no-verify needs the classes: give --classes FILE or --mask-values.")
             return splits
         progress = Progress(
             total=len(splits.train) + len(splits.evaluation), start=0, name="masks", quiet=not is_leader()
         )
         try:
-            found = verify(splits, lambda done: progress.show(done, {}))
+            checked = verify(splits, lambda done: progress.show(done, {}))
         finally:
             progress.close()
-        if found.problems and not config.skip_bad:
+        if checked.problems and not config.skip_bad:
             raise DataError(
-                f"--data '{config.data}':\n{listed(found.problems)}\n"
-                "Mend them, name the value in --ignore if it means nothing, or leave these pairs out with --skip-bad."
+                f"--data '{config.data}':\n{listed(checked.problems)}\n"
+                "Correct them, give --ignore the value if it means no class, or leave these pairs out with --skip-bad."
             )
-        for source in (found.splits.train, found.splits.evaluation):
+        for source in (checked.splits.train, checked.splits.evaluation):
             if not len(source):
-                wrong = listed([*found.unreadable, *found.problems])
-                raise DataError(
-                    f"--data '{config.data}' has no pair that can be used to {_USE[source.split]}:\n{wrong}"
-                )
-        for lines, what in ((found.problems, "do not fit"), (found.unreadable, "cannot be read")):
+                reasons = listed([*checked.unreadable, *checked.problems])
+                purpose = "train" if source.split == "train" else "evaluate"
+                raise DataError(f"--data '{config.data}' has no pair that can be used to {purpose}:\n{reasons}")
+        for lines, reason in ((checked.problems, "do not fit"), (checked.unreadable, "cannot be read")):
             if lines and is_leader():
-                print(f"{len(lines)} of the pairs {what} and are left out:\n{listed(lines)}", file=sys.stderr)
-        return found.splits
+                print(f"{len(lines)} of the pairs {reason} and are left out:\n{listed(lines)}", file=sys.stderr)
+        return checked.splits
 
     @classmethod
     def check(cls, config: SegmentConfig) -> tuple[FeaturePyramid, Backbone]:
-        """The pyramid and its backbone. Raises PecobookError for settings, or weights, that cannot be used."""
+        """Build the pyramid and its backbone. Raises PecobookError for settings, or weights, that cannot be used."""
         if config.strategy == "fsdp" and config.test.mode == "slide" and world_size(config) > 1:
             raise ConfigError(
                 "--strategy fsdp and --test.mode slide exclude each other, since devices would wait for windows that "
@@ -175,18 +183,18 @@ class SegmentStage(Stage[SegmentConfig]):
                 "UperNet normalises over a batch, so a device must hold 2 images or more; --pyramid.checkpointing true "
                 "or a smaller --image-size save memory."
             )
-        return pyramid_of(config)
+        return build_pyramid(config)
 
     @classmethod
     def build(
-        cls, config: SegmentConfig, splits: Splits, made: tuple[FeaturePyramid, Backbone] | None = None
+        cls, config: SegmentConfig, splits: Splits, prebuilt: tuple[FeaturePyramid, Backbone] | None = None
     ) -> SegmentStage:
-        """The stage, with random heads."""
-        return cls(config, cast("SegmentationSource", splits.train).mask_classes.names, made)
+        """Build the stage, with random weights in the heads."""
+        return cls(config, cast("SegmentationSource", splits.train).mask_classes.names, prebuilt)
 
     @classmethod
     def view(cls, config: SegmentConfig) -> ViewFunction:
-        """What training reads of an image."""
+        """Return the function that takes a random crop of an image and its mask."""
         return partial(
             training_view,
             size=config.image_size,
@@ -197,42 +205,33 @@ class SegmentStage(Stage[SegmentConfig]):
 
     @classmethod
     def evaluation_view(cls, config: SegmentConfig) -> ViewFunction:
-        """What evaluation reads of a held-out image."""
-        return partial(_whole_view, size=config.image_size, test=config.test)
+        """Return the function that resizes a held-out image to the sizes of the test."""
+        return partial(_held_out_view, size=config.image_size, test=config.test)
 
 
 def _loss(logits: Tensor, truth: Tensor) -> tuple[Tensor, Tensor]:
-    """Cross-entropy of logits (B, C, h, w) against classes int64 (B, S, S), and the share that is right, ()."""
-    logits = stretch(logits.float(), truth.shape[1:])
+    """Return the cross-entropy of logits (B, C, h, w) and classes int64 (B, S, S), and the pixel accuracy, () each."""
+    logits = resize_maps(logits.float(), truth.shape[1:])
     counted = truth != IGNORE
     total = counted.sum().clamp_min(1)
-    # By hand, since the mean over nothing is not a number.
+    # The sum is divided here, since cross_entropy's own mean over no pixels is not a number.
     loss = F.cross_entropy(logits, truth, ignore_index=IGNORE, reduction="sum") / total
     return loss, ((logits.detach().argmax(1) == truth) & counted).sum() / total
 
 
-_SHOWN = ("image", "truth", "predicted")
-
-
-def _three(image: Tensor, truth: Tensor, predicted: Tensor, side: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The image alone, under the truth and under what was predicted: float (3, side, side) in [0, 1] each."""
-    small = resize(image.cpu(), side, side)
-    painted = [overlay(small, resize_mask(classes.cpu(), side, side)) for classes in (truth, predicted)]
-    return to_float(small), to_float(painted[0]), to_float(painted[1])
-
-
-# ------------------------------------------------------------------------------------------------------------- the kind
-
-
-_USE = {"train": "train", "evaluation": "evaluate"}
+def _sample_pictures(image: Tensor, truth: Tensor, predicted: Tensor, side: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the image, the image under its true classes, and under the predicted ones: float (3, side, side) each."""
+    resized = resize(image.cpu(), side, side)
+    overlays = [overlay(resized, resize_mask(classes.cpu(), side, side)) for classes in (truth, predicted)]
+    return to_float(resized), to_float(overlays[0]), to_float(overlays[1])
 
 
 def _min_batch_size(config: SegmentConfig) -> int:
-    """Fewest images of a device: UperNet normalises over a batch, that of all GPUs where there are several."""
+    """Return the smallest batch of a device: UperNet normalises over the batch, of all GPUs if there are several."""
     return 1 if torch.cuda.is_available() and world_size(config) > 1 else 2
 
 
-def _whole_view(
+def _held_out_view(
     image: Tensor,
     mask: Tensor,
     view_key: int,  # noqa: ARG001
@@ -240,5 +239,5 @@ def _whole_view(
     size: int,
     test: SegmentTestConfig,
 ) -> dict[str, list[Tensor]]:
-    """A held-out image at the test's sizes, and its mask as it is: lists, since sizes differ."""
-    return {"images": scaled_pictures(image, size, test), "masks": [mask]}
+    """Resize a held-out image to the sizes of the test, and keep its mask; both in lists, since sizes differ."""
+    return {"images": rescaled_images(image, size, test), "masks": [mask]}

@@ -18,13 +18,13 @@ from pecobook.models.dense.detector import (
     Detections,
     Detector,
     _Anchors,
-    _pool,
-    half_pixel,
+    _roi_align,
     paste_masks,
-    rescale,
+    rescale_boxes,
+    shift_half_pixel,
 )
 from pecobook.models.dense.pyramid import FeaturePyramid, describe_pyramid
-from pecobook.models.weights import Backbone, create
+from pecobook.models.weights import Backbone, create_network
 from pecobook.settings.dense import PyramidConfig
 from pecobook.settings.detect import DetectorConfig
 from pecobook.utils.images import fitted_size, resize
@@ -36,7 +36,7 @@ LOSSES = ["box", "class", "mask", "objectness", "proposal_box"]
 
 def make(*, masks: bool = True, config: DetectorConfig = SMALL, pyramid: PyramidConfig = PyramidConfig()) -> Detector:
     torch.manual_seed(0)
-    network = create("vit_tiny_patch16_224", num_classes=0, dynamic_img_size=True, dynamic_img_pad=True, **VIT)
+    network = create_network("vit_tiny_patch16_224", num_classes=0, dynamic_img_size=True, dynamic_img_pad=True, **VIT)
     backbone = Backbone(network, "vit_tiny_patch16_224", VIT, (0.5, 0.4, 0.3), (0.2, 0.3, 0.4), 32)
     return Detector(
         FeaturePyramid(network, 32, pyramid),
@@ -98,9 +98,11 @@ def test_forward__losses_and_boxes_are_float32_under_autocast() -> None:
     with torch.autocast("cpu", torch.bfloat16):
         losses = detector.train()(images, targets)
         with torch.no_grad():
-            found = detector.eval()(images)
+            detections = detector.eval()(images)
     assert {loss.dtype for loss in losses.values()} == {torch.float32}
-    assert {one.boxes.dtype for one in found} | {one.masks.dtype for one in found} == {torch.float32}
+    assert {detection.boxes.dtype for detection in detections} | {
+        detection.masks.dtype for detection in detections
+    } == {torch.float32}
     torch.manual_seed(1)
     exact = detector.train()(images, targets)
     torch.manual_seed(1)
@@ -153,17 +155,17 @@ def test_anchors__are_torchvisions_where_its_guess_of_the_stride_is_right() -> N
     strides = (4, 8, 16, 32, 64)
     levels = [torch.zeros(1, 1, 128 // stride, 192 // stride) for stride in strides]
     images = ImageList(torch.zeros(2, 3, 128, 192), [(128, 192)] * 2)
-    own = _Anchors(strides)(images, levels)
-    other = AnchorGenerator(tuple((8 * stride,) for stride in strides), ((0.5, 1.0, 2.0),) * 5)(images, levels)
-    assert len(own) == 2
-    assert torch.equal(own[0], other[0])
+    anchors = _Anchors(strides)(images, levels)
+    expected = AnchorGenerator(tuple((8 * stride,) for stride in strides), ((0.5, 1.0, 2.0),) * 5)(images, levels)
+    assert len(anchors) == 2
+    assert torch.equal(anchors[0], expected[0])
     odd = _Anchors((32, 64))(
         ImageList(torch.zeros(1, 3, 96, 96), [(96, 96)]), [torch.zeros(1, 1, 3, 3), torch.zeros(1, 1, 2, 2)]
     )
     centres = (odd[0][27:, :2] + odd[0][27:, 2:]) / 2
     assert centres[::3].tolist() == [[0, 0], [64, 0], [0, 64], [64, 64]]  # torchvision would step by 48
     half = _Anchors(strides)(images, [level.bfloat16() for level in levels])
-    assert torch.equal(half[0], own[0])
+    assert torch.equal(half[0], anchors[0])
 
 
 def test_pool__is_torchvisions_at_strides_4_to_32() -> None:
@@ -171,22 +173,22 @@ def test_pool__is_torchvisions_at_strides_4_to_32() -> None:
     levels = {str(n): torch.randn(1, 2, 512 // s, 512 // s, generator=generator) for n, s in enumerate((4, 8, 16, 32))}
     corners = torch.rand(50, 2, generator=generator) * 200
     boxes = [torch.cat([corners, corners + 4 + 300 * torch.rand(50, 2, generator=generator)], 1)]
-    other = MultiScaleRoIAlign(list(levels), 7, sampling_ratio=2)(levels, boxes, [(512, 512)])
-    torch.testing.assert_close(_pool((4, 8, 16, 32), 7)(levels, boxes, [(300, 512)]), other)
+    expected = MultiScaleRoIAlign(list(levels), 7, sampling_ratio=2)(levels, boxes, [(512, 512)])
+    torch.testing.assert_close(_roi_align((4, 8, 16, 32), 7)(levels, boxes, [(300, 512)]), expected)
 
 
 def test_predict__gives_pixels_of_the_image() -> None:
     detector = make(config=DetectorConfig(width=16, head_width=32, proposals=60, score_threshold=0.0)).eval()
     image = scene((60, 100), [[4, 4, 50, 50]])[0]
-    found = detector.predict(image)
-    view = resize(image, *fitted_size(60, 100, 40, 64))
-    assert view.shape == (3, 38, 64)
+    detections = detector.predict(image)
+    resized = resize(image, *fitted_size(60, 100, 40, 64))
+    assert resized.shape == (3, 38, 64)
     with torch.no_grad():
-        other = detector([view])[0]
-    torch.testing.assert_close(found.boxes, other.boxes * torch.tensor([100 / 64, 60 / 38, 100 / 64, 60 / 38]))
-    assert float(found.boxes[:, 2].max()) <= 100.01
-    masks = found.pasted(60, 100)
-    assert masks.shape == (len(found.boxes), 60, 100)
+        expected = detector([resized])[0]
+    torch.testing.assert_close(detections.boxes, expected.boxes * torch.tensor([100 / 64, 60 / 38, 100 / 64, 60 / 38]))
+    assert float(detections.boxes[:, 2].max()) <= 100.01
+    masks = detections.pasted_masks(60, 100)
+    assert masks.shape == (len(detections.boxes), 60, 100)
     assert masks.dtype == torch.bool
 
 
@@ -202,12 +204,14 @@ def test_paste_masks__fills_its_box() -> None:
     beyond, nothing = paste_masks(torch.ones(2, 28, 28), torch.tensor([[-5.0, 20, 50, 40], [3, 3, 3, 9]]), 30, 40)
     assert int(beyond.sum()) == int(beyond[20:].sum()) == 400
     assert not nothing.any()
-    assert Detections(boxes[:0], boxes[:0, 0], torch.zeros(0, dtype=torch.int64), masks[:0]).pasted(3, 4).shape == (
+    assert Detections(boxes[:0], boxes[:0, 0], torch.zeros(0, dtype=torch.int64), masks[:0]).pasted_masks(
+        3, 4
+    ).shape == (
         0,
         3,
         4,
     )
-    assert rescale(torch.tensor([[1.0, 2, 3, 4]]), (10, 20), (30, 10)).tolist() == [[0.5, 6, 1.5, 12]]
+    assert rescale_boxes(torch.tensor([[1.0, 2, 3, 4]]), (10, 20), (30, 10)).tolist() == [[0.5, 6, 1.5, 12]]
 
 
 def test_paste_masks__of_what_is_learned_gives_the_mask_again() -> None:
@@ -215,9 +219,9 @@ def test_paste_masks__of_what_is_learned_gives_the_mask_again() -> None:
     discs = [(rows - y) ** 2 + (columns - x) ** 2 < r**2 for y, x, r in ((12, 15, 9.5), (20.5, 40.3, 15), (30, 8, 4))]
     masks = torch.stack(discs).to(torch.uint8)
     boxes = mask_boxes(masks)
-    targets = project_masks_on_boxes(half_pixel(masks), boxes, torch.arange(3), 28)
-    for found, mask in zip(paste_masks(targets, boxes, 40, 60), masks > 0, strict=True):
-        assert int((found & mask).sum()) >= 0.98 * int((found | mask).sum())
+    targets = project_masks_on_boxes(shift_half_pixel(masks), boxes, torch.arange(3), 28)
+    for pasted, mask in zip(paste_masks(targets, boxes, 40, 60), masks > 0, strict=True):
+        assert int((pasted & mask).sum()) >= 0.98 * int((pasted | mask).sum())
 
 
 @pytest.mark.parametrize("masks", [True, False])
@@ -230,9 +234,9 @@ def test_from_pretrained__is_the_detector_that_was_exported(masks: bool, tmp_pat
     assert not again.training
     assert (again.classes, again.category_ids, again.config) == (("disc", "square"), (3, 17), config)
     image = scene((60, 100), [[4, 4, 50, 50]])[0]
-    found, expected = again.predict(image), detector.eval().predict(image)
-    assert torch.equal(found.boxes, expected.boxes)
-    assert (found.masks is None) == (not masks)
+    detections, expected = again.predict(image), detector.eval().predict(image)
+    assert torch.equal(detections.boxes, expected.boxes)
+    assert (detections.masks is None) == (not masks)
     card = (tmp_path / "export" / "README.md").read_text()
     assert f"# {'Mask' if masks else 'Faster'} R-CNN on vit_tiny_patch16_224" in card
     assert '2 classes: "disc", "square".' in card

@@ -38,11 +38,11 @@ def network(kind: str, **more: Any) -> nn.Module:
     """A ViT whose position tables are not the zeros they begin as."""
     name, args = KINDS[kind]
     torch.manual_seed(0)
-    made: nn.Module = timm.create_model(name, num_classes=0, **{**VIT, **args, **more}, **any_size_args(name))
-    for key, table in made.named_parameters():
+    backbone: nn.Module = timm.create_model(name, num_classes=0, **{**VIT, **args, **more}, **any_size_args(name))
+    for key, table in backbone.named_parameters():
         if "relative_position" in key or "pos_embed" in key:
             nn.init.normal_(table)
-    return made.eval()
+    return backbone.eval()
 
 
 def pyramid(kind: str, image_size: int = 32, **config: Any) -> FeaturePyramid:
@@ -55,16 +55,16 @@ def pictures(height: int = 32, width: int = 32, count: int = 2) -> Tensor:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_forward__four_maps_of_the_blocks_at_four_strides(kind: str) -> None:
-    own, x = pyramid(kind), pictures()
-    maps = own(x)
-    assert own.strides == (1, 2, 4, 8)
-    assert [tuple(found.shape) for found in maps] == [(2, 24, 32 // s, 32 // s) for s in own.strides]
+    model, x = pyramid(kind), pictures()
+    maps = model(x)
+    assert model.strides == (1, 2, 4, 8)
+    assert [tuple(features.shape) for features in maps] == [(2, 24, 32 // s, 32 // s) for s in model.strides]
     # Blocks 2, 3, 4 and 6 of 6, by timm's own forward, at the network's own size: nothing is interpolated.
     expected = network(kind).forward_intermediates(x, indices=[1, 2, 3, 5], intermediates_only=True)  # type: ignore[operator]
     torch.testing.assert_close(maps[2], expected[2], rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(maps[3], nn.functional.max_pool2d(expected[3], 2), rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(maps[1], own.scale[1](expected[1]), rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(maps[0], own.scale[0](expected[0]), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(maps[1], model.scale[1](expected[1]), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(maps[0], model.scale[0](expected[0]), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -78,9 +78,9 @@ def test_forward__a_larger_size_as_timm_resizes_positions_for_it(kind: str) -> N
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("window", [0, 3])
 def test_forward__any_size_and_shape(kind: str, window: int) -> None:
-    own = pyramid(kind, 48, window=window)
+    model = pyramid(kind, 48, window=window)
     for height, width in ((48, 48), (20, 44), (45, 31), (64, 24), (3, 50)):
-        shapes = [tuple(found.shape[2:]) for found in own(pictures(height, width, 1))]
+        shapes = [tuple(features.shape[2:]) for features in model(pictures(height, width, 1))]
         rows, columns = -(-height // 4), -(-width // 4)
         assert shapes[2] == (rows, columns)
         assert shapes[0] == (4 * rows, 4 * columns)
@@ -106,9 +106,9 @@ def test_relative_table__is_resized_by_beits_geometric_scheme() -> None:
             (places, places), values, "linear", bounds_error=False, fill_value=None
         )
         expected = lines(np.stack(np.meshgrid(wanted, wanted, indexing="ij"), -1))
-        found = after[:-3, head].reshape(target, target).numpy()
-        np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
-        near = found[target // 2 - 1 : target // 2 + 2, target // 2 - 1 : target // 2 + 2]
+        resized = after[:-3, head].reshape(target, target).numpy()
+        np.testing.assert_allclose(resized, expected, rtol=1e-4, atol=1e-4)
+        near = resized[target // 2 - 1 : target // 2 + 2, target // 2 - 1 : target // 2 + 2]
         # A step of one patch keeps its meaning, which stretching the table evenly would not do.
         np.testing.assert_allclose(near, values[6:9, 6:9], rtol=1e-4, atol=1e-4)
     np.testing.assert_allclose(after[-3:], before[-3:], rtol=1e-6)
@@ -117,8 +117,8 @@ def test_relative_table__is_resized_by_beits_geometric_scheme() -> None:
 def test_relative_position_index__by_hand() -> None:
     index = relative_position_index((2, 1), (3, 2))  # table of 5 x 3 offsets
     assert index.tolist() == [[17, 15, 15], [16, 7, 4], [16, 10, 7]]
-    own = network("beit").blocks[0].attn  # type: ignore
-    assert torch.equal(relative_position_index((8, 8), (8, 8)), own.relative_position_index)
+    attention = network("beit").blocks[0].attn  # type: ignore
+    assert torch.equal(relative_position_index((8, 8), (8, 8)), attention.relative_position_index)
     # Farther than the table reaches: its farthest.
     far = relative_position_index((4, 1), (2, 1))
     assert far[1:, 1:].tolist() == [[1, 0, 0, 0], [2, 1, 0, 0], [2, 2, 1, 0], [2, 2, 2, 1]]
@@ -140,16 +140,16 @@ def test_window__of_the_whole_grid_is_no_window(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", ["vit", "beit"])
 def test_window__blocks_see_their_own_window_alone(kind: str) -> None:
-    own = pyramid(kind, window=4)
-    assert own.body.windowed == [False, True, True, False, True, False] or sum(own.body.windowed) == 2  # type: ignore
-    own.body.windowed = [True] * 6
-    first = own.body.network.blocks[1].attn
+    model = pyramid(kind, window=4)
+    assert model.body.windowed == [False, True, True, False, True, False] or sum(model.body.windowed) == 2  # type: ignore
+    model.body.windowed = [True] * 6
+    first = model.body.network.blocks[1].attn
     tokens = torch.randn(1, 1 + 64, 24)
     other = tokens.clone()
     other[:, 1:].view(1, 8, 8, 24)[:, :, 4:] = 0
-    own.body.grid = (8, 8)
+    model.body.grid = (8, 8)
     if kind == "beit":
-        own.body.relative.prepare((8, 8))  # type: ignore
+        model.body.relative.prepare((8, 8))  # type: ignore
     a, b = (first(value)[:, 1:].view(8, 8, 24) for value in (tokens, other))
     torch.testing.assert_close(a[:, :4], b[:, :4])
     assert not torch.allclose(a[:, 4:], b[:, 4:])
@@ -158,18 +158,18 @@ def test_window__blocks_see_their_own_window_alone(kind: str) -> None:
 @pytest.mark.parametrize("kind", [*KINDS, "resnet18", "convnext_atto", "efficientnet_b0", "mobilenetv3_small_050"])
 def test_every_parameter_has_a_gradient(kind: str) -> None:
     """Or data-parallel training would wait for it."""
-    made = network(kind) if kind in KINDS else timm.create_model(kind, num_classes=0)
-    own = FeaturePyramid(made, 48).train()
-    sum(found.square().mean() for found in own(pictures(48, 40))).backward()
-    assert [name for name, value in own.named_parameters() if value.grad is None] == []
-    groups = dense_groups(own.network, [own.scale], OptimConfig())
-    assert {id(value) for group in groups for value in group["params"]} == {id(value) for value in own.parameters()}
+    backbone = network(kind) if kind in KINDS else timm.create_model(kind, num_classes=0)
+    model = FeaturePyramid(backbone, 48).train()
+    sum(features.square().mean() for features in model(pictures(48, 40))).backward()
+    assert [name for name, value in model.named_parameters() if value.grad is None] == []
+    groups = dense_groups(model.network, [model.scale], OptimConfig())
+    assert {id(value) for group in groups for value in group["params"]} == {id(value) for value in model.parameters()}
 
 
 def test_resnet__its_own_four_stages() -> None:
-    own = FeaturePyramid(timm.create_model("resnet18", num_classes=0), 64).eval()
-    assert (own.channels, own.strides) == ((64, 128, 256, 512), (4, 8, 16, 32))
-    assert [tuple(found.shape[1:]) for found in own(pictures(64, 96))] == [
+    model = FeaturePyramid(timm.create_model("resnet18", num_classes=0), 64).eval()
+    assert (model.channels, model.strides) == ((64, 128, 256, 512), (4, 8, 16, 32))
+    assert [tuple(features.shape[1:]) for features in model(pictures(64, 96))] == [
         (64, 16, 24), (128, 8, 12), (256, 4, 6), (512, 2, 3)
     ]  # fmt: skip
 
@@ -178,37 +178,37 @@ def test_resnet__its_own_four_stages() -> None:
 def test_checkpointing__changes_nothing(kind: str) -> None:
     results = []
     for checkpointing in (False, True):
-        own = pyramid(kind, checkpointing=checkpointing, window=4).train()
-        sum(found.square().mean() for found in own(pictures())).backward()
-        results.append([value.grad for value in own.parameters()])
+        model = pyramid(kind, checkpointing=checkpointing, window=4).train()
+        sum(features.square().mean() for features in model(pictures())).backward()
+        results.append([value.grad for value in model.parameters()])
     for first, second in zip(*results, strict=True):
         torch.testing.assert_close(first, second)
 
 
 def test_frozen__stays_as_it_is() -> None:
-    own = FeaturePyramid(timm.create_model("resnet18", num_classes=0), 64, PyramidConfig(frozen=True)).train()
-    before = {name: value.clone() for name, value in own.state_dict().items()}
-    own(pictures(64, 64))
-    assert all(torch.equal(value, before[name]) for name, value in own.state_dict().items())  # BatchNorm too
-    assert dense_groups(own.network, [own.scale], OptimConfig(), frozen=True) == []
+    model = FeaturePyramid(timm.create_model("resnet18", num_classes=0), 64, PyramidConfig(frozen=True)).train()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    model(pictures(64, 64))
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())  # BatchNorm too
+    assert dense_groups(model.network, [model.scale], OptimConfig(), frozen=True) == []
     vit = FeaturePyramid(network("vit"), 32, PyramidConfig(frozen=True)).train()
-    sum(found.mean() for found in vit(pictures())).backward()
+    sum(features.mean() for features in vit(pictures())).backward()
     assert all(value.grad is None for value in vit.network.parameters())
     assert all(value.grad is not None for value in vit.scale.parameters())
 
 
 def test_parameter_groups__the_backbone_learns_slower_from_layer_to_layer() -> None:
-    own = pyramid("vit")
-    groups = dense_groups(own.network, [own.scale], OptimConfig(layer_decay=0.5))
+    model = pyramid("vit")
+    groups = dense_groups(model.network, [model.scale], OptimConfig(layer_decay=0.5))
     scales = {id(value): group.get("lr_scale", 1.0) for group in groups for value in group["params"]}
-    blocks: Any = own.network.blocks
+    blocks: Any = model.network.blocks
     rates = [scales[id(block.attn.qkv.weight)] for block in blocks]
     assert rates == pytest.approx([0.5 ** (6 - number) for number in range(6)])
-    assert scales[id(own.network.pos_embed)] == pytest.approx(0.5**7)
+    assert scales[id(model.network.pos_embed)] == pytest.approx(0.5**7)
 
 
 @pytest.mark.parametrize(
-    ("name", "args", "config", "says"),
+    ("name", "args", "config", "message"),
     [
         ("vit_tiny_patch16_224", {**VIT, "patch_size": 2}, {}, "patches of 2"),
         ("vit_tiny_patch16_224", {**VIT, "depth": 1}, {}, "1 blocks"),
@@ -217,8 +217,8 @@ def test_parameter_groups__the_backbone_learns_slower_from_layer_to_layer() -> N
         ("efficientvit_m0", {}, {}, "four strides"),
     ],
 )
-def test_refuses__what_has_no_pyramid(name: str, args: dict[str, Any], config: dict[str, Any], says: str) -> None:
-    with pytest.raises(WeightsError, match=says):
+def test_refuses__what_has_no_pyramid(name: str, args: dict[str, Any], config: dict[str, Any], message: str) -> None:
+    with pytest.raises(WeightsError, match=message):
         FeaturePyramid(timm.create_model(name, num_classes=0, **args), 32, PyramidConfig(**config))
 
 
@@ -226,26 +226,26 @@ def test_refuses__what_has_no_pyramid(name: str, args: dict[str, Any], config: d
 def test_rebuild__is_the_inverse_of_describe(name: str) -> None:
     config = PyramidConfig(window=7)
     kind = "beit" if name.startswith("beit") else "vit"
-    own = FeaturePyramid(network(kind), 48, config).eval()
-    backbone = Backbone(own.network, name, VIT, (0.5,) * 3, (0.5,) * 3, 32)
+    model = FeaturePyramid(network(kind), 48, config).eval()
+    backbone = Backbone(model.network, name, VIT, (0.5,) * 3, (0.5,) * 3, 32)
     again = rebuild_pyramid(describe_pyramid(backbone, config, 48)).eval()
-    again.load_state_dict(own.state_dict())
-    for first, second in zip(own(pictures(48, 36)), again(pictures(48, 36)), strict=True):
+    again.load_state_dict(model.state_dict())
+    for first, second in zip(model(pictures(48, 36)), again(pictures(48, 36)), strict=True):
         torch.testing.assert_close(first, second)
 
 
 @pytest.mark.parametrize("kind", ["vit", "beit"])
 def test_forward__of_two_blocks(kind: str) -> None:
-    own = FeaturePyramid(network(kind, depth=2), 32).eval()
+    model = FeaturePyramid(network(kind, depth=2), 32).eval()
     expected = network(kind, depth=2).forward_intermediates(pictures(), indices=[0, 1], intermediates_only=True)  # type: ignore[operator]
-    maps = own(pictures())
+    maps = model(pictures())
     torch.testing.assert_close(maps[2], expected[0])
     torch.testing.assert_close(maps[3], nn.functional.max_pool2d(expected[1], 2))
 
 
 def test_load_pyramid__by_name() -> None:
-    own, backbone = load_pyramid(
+    model, backbone = load_pyramid(
         "timm:vit_tiny_patch16_224", weights="random", image_size=64, config=PyramidConfig(), drop_path=0.1
     )
-    assert (backbone.name, own.strides) == ("vit_tiny_patch16_224", (4, 8, 16, 32))
-    assert own(pictures(64, 80, 1))[0].shape == (1, 192, 16, 20)
+    assert (backbone.name, model.strides) == ("vit_tiny_patch16_224", (4, 8, 16, 32))
+    assert model(pictures(64, 80, 1))[0].shape == (1, 192, 16, 20)

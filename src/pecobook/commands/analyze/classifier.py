@@ -13,7 +13,7 @@ from pecobook.data.source import Splits
 from pecobook.errors import ConfigError, DataError
 from pecobook.models.checkpoints import load_state, read_weights
 from pecobook.models.export import read_export
-from pecobook.models.weights import IMAGENET_MEAN, IMAGENET_STD, create, exported_network
+from pecobook.models.weights import IMAGENET_MEAN, IMAGENET_STD, create_network, exported_network
 from pecobook.utils.devices import device
 
 if TYPE_CHECKING:
@@ -73,7 +73,7 @@ def open_classifier(config: AnalyzeConfig, splits: Splits) -> Classifier:
         raise DataError(f"--classifier needs labels: --data '{config.data}' has no labels.")
     name = config.classifier
     if name.startswith("timm:"):
-        network = create(name.removeprefix("timm:"), pretrained=not config.classifier_weights)
+        network = create_network(name.removeprefix("timm:"), pretrained=not config.classifier_weights)
         if config.classifier_weights:
             load_state(network, read_weights(config.classifier_weights), source=config.classifier_weights)
         settings = getattr(network, "pretrained_cfg", None) or {}

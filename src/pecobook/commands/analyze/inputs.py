@@ -101,7 +101,7 @@ def _distance(config: AnalyzeConfig, inputs: list[TokenizerInput]) -> Perceptual
     for tokenizer_input in inputs:
         size = tokenizer_input.tokenizer.image_size
         try:
-            distance.check(size, size)
+            distance.check_image_size(size, size)
         except WeightsError:
             raise WeightsError(
                 f"--perceptual '{config.perceptual}' gives no features of the {size} x {size} pixel images of "

@@ -180,7 +180,9 @@ def with_objects(image: Tensor, found: Detections, classes: Sequence[str], score
     labels = found.labels.tolist()
     colours = [colour_of(label) for label in labels]
     if found.masks is not None:
-        image = draw_segmentation_masks(image, found.pasted(image.shape[1], image.shape[2]), alpha=0.45, colors=colours)
+        image = draw_segmentation_masks(
+            image, found.pasted_masks(image.shape[1], image.shape[2]), alpha=0.45, colors=colours
+        )
     pairs = zip(labels, found.scores.tolist(), strict=True)
     texts = [f"{classes[label - 1]} {100 * value:.0f}%" for label, value in pairs]
     # torchvision wants boxes that are at least a pixel wide.

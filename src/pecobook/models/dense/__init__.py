@@ -1,1 +1,1 @@
-"""A pyramid of a backbone's features, and what stands on it."""
+"""Dense prediction: a feature pyramid on a backbone, and models for segmentation and detection."""
