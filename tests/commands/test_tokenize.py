@@ -197,7 +197,7 @@ def test_tokenize__resumes_with_what_is_missing(
     before = kept.stat().st_mtime_ns
     (out / "train" / "codes-00002.npy").unlink()
     (out / "evaluation" / "codes-00000.npy").unlink()
-    with pytest.raises(PreflightError, match="is not empty: go on with --resume"):
+    with pytest.raises(PreflightError, match="is not empty: continue with --resume"):
         make_bank(images, codebook_run, out)
     make_bank(images, codebook_run, out, resume=True)
     assert files(out) == whole
