@@ -150,7 +150,7 @@ def test_pretrain__refuses_a_bank_of_other_data_or_another_tokenizer(
         pretrain(images, other, tmp_path / "run", tokens=str(bank))
     with pytest.raises(PreflightError, match="is no token bank"):
         pretrain(images, codebook_run, tmp_path / "run", tokens=str(images))
-    with pytest.raises(PecobookError, match="of no use to --target pixels"):
+    with pytest.raises(PecobookError, match="no effect with --target pixels"):
         pretrain(images, codebook_run, tmp_path / "run", tokens=str(bank), target="pixels")
 
 
