@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 
 from pecobook import cli
-from pecobook.help import PAGES, explanations, page
+from pecobook.commands.table import COMMANDS
+from pecobook.help import explanations, page
 from pecobook.recipes import RECIPES, recipe, tokenize
 from pecobook.settings.reproduce import ReproduceConfig
 from pecobook.settings.values import flags
@@ -43,10 +44,10 @@ def settings_of(words: list[str], monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 def test_pages__contain_every_command_with_flags() -> None:
-    assert {*PAGES, "recipes", "completion"} == set(cli.COMMANDS)
+    assert {*COMMANDS, "recipes", "completion"} == set(cli.COMMANDS)
 
 
-@pytest.mark.parametrize("command", PAGES)
+@pytest.mark.parametrize("command", COMMANDS)
 def test_help__fits_a_screen_and_its_examples_can_be_parsed(
     command: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -59,21 +60,21 @@ def test_help__fits_a_screen_and_its_examples_can_be_parsed(
     assert "--config FILE" in output
     for name in RECIPES.get(command, {}):
         assert re.search(rf"^  {name} +\S", output, re.MULTILINE)
-    for example in PAGES[command].examples:
+    for example in COMMANDS[command].examples:
         assert f"  pecobook {example}\n" in output
         settings_of(shlex.split(example), monkeypatch)
-    all_flags = flags(type(settings_of(shlex.split(PAGES[command].examples[0]), monkeypatch)))
+    all_flags = flags(type(settings_of(shlex.split(COMMANDS[command].examples[0]), monkeypatch)))
     assert f"--help-all explains all {len(all_flags) + 1} flags." in output
-    for name in PAGES[command].flags.split():
+    for name in COMMANDS[command].flags.split():
         assert name in all_flags
         assert re.search(rf"^  --{re.escape(name)} +\S", output, re.MULTILINE), name
 
 
-@pytest.mark.parametrize("command", PAGES)
+@pytest.mark.parametrize("command", COMMANDS)
 def test_help_all__explains_every_flag(
     command: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    all_flags = flags(type(settings_of(shlex.split(PAGES[command].examples[0]), monkeypatch)))
+    all_flags = flags(type(settings_of(shlex.split(COMMANDS[command].examples[0]), monkeypatch)))
     capsys.readouterr()
     output = help_of([command, "--help-all"], capsys)
     assert "--config" in output
@@ -85,14 +86,13 @@ def test_help_all__explains_every_flag(
 def test_explanations__come_from_the_most_derived_class() -> None:
     texts = explanations(type(recipe("contrast", "tiny")))
     assert set(flags(type(recipe("contrast", "tiny")))) <= set(texts)
-    # The explanation in ContrastConfig, not that in TrainConfig.
-    assert "each image, in two views" in texts["batch-size"]
+    assert "each image, in two views" in texts["batch-size"]  # in ContrastConfig, not in TrainConfig
     assert texts["optim.clip-grad"].startswith("Largest norm of the whole gradient")
 
 
-@pytest.mark.parametrize("command", PAGES)
+@pytest.mark.parametrize("command", COMMANDS)
 def test_explanations__name_their_noun(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    kind = type(settings_of(shlex.split(PAGES[command].examples[0]), monkeypatch))
+    kind = type(settings_of(shlex.split(COMMANDS[command].examples[0]), monkeypatch))
     names = flags(kind)
     for name, text in explanations(kind).items():
         if name in names:

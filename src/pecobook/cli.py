@@ -1,45 +1,30 @@
 """The command line. A command imports torch and other large libraries only after its flags were checked.
 
-Command `name` has its settings in `settings.name` and runs the function of its name in `commands.name`; the training
-commands run `api.run`. Flags, Python keywords and config.json all set values by `pecobook.settings.values.replace`, so
-they have equal names and errors; tyro writes `--help-all` from the explanations of the settings.
+`commands.table` lists the commands. Flags, Python keywords and config.json all set values by
+`pecobook.settings.values.replace`, so they have equal names and errors; tyro writes `--help-all` from the explanations
+of the settings.
 """
 
 from __future__ import annotations
 
 import errno
+import importlib
 import os
 import sys
 import textwrap
 from collections.abc import Iterable
-from importlib import import_module
 from typing import Any
 
+from pecobook import recipes
+from pecobook.commands import table
 from pecobook.errors import ConfigError, PecobookError, did_you_mean
+from pecobook.recipes import RECIPES
 from pecobook.settings.values import flags, load, replace
 
-_TRAINING = {
-    "contrast": "train a feature network on your own images (MoCo v3)",
-    "codebook": "train a perceptual codebook (the PeCo tokenizer)",
-    "pretrain": "pre-train a ViT on the tokens of your images",
-    "finetune": "fine-tune a backbone for classification",
-    "segment": "train semantic segmentation on a backbone (UperNet)",
-    "detect": "train boxes and instance masks on a backbone (Mask R-CNN)",
-}
-_OTHERS = {
-    "tokenize": "write the tokens of views of your images once, for pretrain --tokens",
-    "analyze": "measure what the codewords of tokenizers mean: figures, galleries, a report",
-    "explore": "serve a page on this machine to explore codewords and masks",
-    "reproduce": "train the paper's tables again at a budget you choose, with controls, over seeds",
-    "bench": "measure how fast pre-training runs here, and how long each part takes",
-    "export": "write a run's weights for timm, transformers or ONNX",
-    "predict": "apply a trained classifier, segmenter or detector to images",
-    "probe": "measure linear probe and k-NN of a backbone, or of a tokenizer's codewords",
-    "demo": "run all stages on built-in photographs in minutes, with a report",
+COMMANDS = {name: command.summary for name, command in table.COMMANDS.items()} | {
     "recipes": "list the recipes and the claim of each",
     "completion": "print a script with which bash, zsh or fish completes commands, recipes and flags",
 }
-COMMANDS = {**_TRAINING, **_OTHERS}
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -66,7 +51,7 @@ def main(argv: list[str] | None = None) -> None:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         print(f"pecobook: the disk is full ({error.filename or error}).", file=sys.stderr)
-        resumes = bool(args) and args[0] in (*_TRAINING, "tokenize")
+        resumes = bool(args) and args[0] in (*RECIPES, "tokenize")
         print(
             f"Finished files are complete. Make room, then {'continue with --resume' if resumes else 'start again'}.",
             file=sys.stderr,
@@ -113,8 +98,14 @@ def _dispatch(args: list[str]) -> None:
         _recipes(rest)
     elif command == "completion":
         _completion(rest)
+    elif command in RECIPES:
+        config = _settings(command, rest)
+        from pecobook.api import run
+
+        run(command, config)
     else:
-        _run(command, rest)
+        config = _settings(command, rest)
+        getattr(importlib.import_module(f"pecobook.commands.{command}"), command)(config)
 
 
 def _help() -> str:
@@ -134,48 +125,8 @@ def _help() -> str:
 # ------------------------------------------------------------------------------------------------------------ commands
 
 
-def _run(command: str, args: list[str]) -> None:
-    """Run a command with its recipe or its default settings, changed by the flags in `args`."""
-    from pecobook import recipes
-
-    default: Any
-    if command in _TRAINING or command == "tokenize":
-        name = args.pop(0) if args and not args[0].startswith("-") else recipes.DEFAULT_RECIPE
-        default = recipes.tokenize(name) if command == "tokenize" else recipes.recipe(command, name)
-        prog = f"{command} {name}"
-    else:
-        default = getattr(import_module(f"pecobook.settings.{command}"), f"{command.capitalize()}Config")()
-        args = _name_positionals(command, args)
-        prog = "bench pretrain" if command == "bench" else command
-    config = parse(default, args, prog)
-    if command in _TRAINING:
-        import_module("pecobook.api").run(command, config)
-    else:
-        getattr(import_module(f"pecobook.commands.{command}"), command)(config)
-
-
-# Flags whose values may stand first on the command line, without the flag.
-_POSITIONALS = {"export": ("--run",), "predict": ("--run", "--images"), "bench": ("--recipe",)}
-# A flag whose list of values may stand first.
-_LIST_POSITIONAL = {"reproduce": "--tables", "explore": "--runs"}
-
-
-def _name_positionals(command: str, args: list[str]) -> list[str]:
-    """Return `args` with a flag before each value that stands first without its flag."""
-    if command == "bench":
-        if not args or args[0] not in ("pretrain", "-h", "--help", "--help-all"):
-            raise ConfigError("'bench' measures pretrain: pecobook bench pretrain [RECIPE] [--flag value ...]")
-        args = args[1:] if args[0] == "pretrain" else args
-    count = next((place for place, word in enumerate(args) if word.startswith("-")), len(args))
-    if command in _LIST_POSITIONAL:
-        return [_LIST_POSITIONAL[command], *args] if count else args
-    names = _POSITIONALS.get(command, ())[:count]
-    named = [word for pair in zip(names, args, strict=False) for word in pair]
-    return [*named, *args[len(names) :]]
-
-
 def _recipes(args: list[str]) -> None:
-    from pecobook.recipes import RECIPES, claims, story
+    from pecobook.recipes import claims, story
 
     if args and args[0] in ("-h", "--help", "--help-all"):
         print(_RECIPES_HELP)
@@ -226,6 +177,27 @@ examples
 # ------------------------------------------------------------------------------------------------------------- parsing
 
 
+def _settings(command: str, args: list[str]) -> Any:
+    """Return the settings from the words and flags after a command. Raises ConfigError."""
+    count = next((position for position, word in enumerate(args) if word.startswith("-")), len(args))
+    words, args = args[:count], args[count:]
+    if command in (*RECIPES, "tokenize"):
+        recipe = words.pop(0) if words else recipes.DEFAULT_RECIPE
+        config = recipes.tokenize(recipe) if command == "tokenize" else recipes.recipe(command, recipe)
+        return parse(config, [*words, *args], f"{command} {recipe}")
+    if command == "bench":
+        if not {*words[:1], *args[:1]} & {"pretrain", "-h", "--help", "--help-all"}:
+            raise ConfigError("'bench' measures pretrain: pecobook bench pretrain [RECIPE] [--flag value ...]")
+        command, words = "bench pretrain", words[1:]
+    config_type = table.COMMANDS[command.split()[0]].settings
+    named: list[str] = []
+    for name in table.COMMANDS[command.split()[0]].words:
+        count = len(words) if str(flags(config_type)[name]).startswith("tuple") else 1
+        named += [f"--{name}", *words[:count]] if words else []
+        words = words[count:]
+    return parse(config_type(), [*named, *words, *args], command)
+
+
 def parse(config: Any, args: list[str], prog: str) -> Any:
     """Return `config` with the values of the flags in `args`; `prog` is the command and its recipe. Raises ConfigError.
 
@@ -235,7 +207,6 @@ def parse(config: Any, args: list[str], prog: str) -> Any:
         _print_all_flags(config, prog)
     if "-h" in args or "--help" in args:
         from pecobook.help import page
-        from pecobook.recipes import RECIPES
 
         command, _, recipe = prog.partition(" ")
         print(page(command, config, recipe if command in (*RECIPES, "tokenize") else ""))

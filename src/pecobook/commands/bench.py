@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+    from pecobook.data.batch import Batch
     from pecobook.models.tokenizer import PerceptualTokenizer
     from pecobook.settings.pretrain import PretrainConfig
     from pecobook.stages.pretrain import PretrainStage
@@ -144,7 +145,7 @@ class _Bench:
         """Seconds of data, tokenizer, forward, backward and optimizer, each measured by itself."""
         import torch
 
-        from pecobook.stages.pretrain import coloured, encode_views
+        from pecobook.stages.pretrain import encode_views
 
         own = self.settings
         found: dict[str, float] = {}
@@ -154,7 +155,7 @@ class _Bench:
 
             def tokenize() -> None:
                 with torch.no_grad(), self.autocast():
-                    images = coloured(self.batch["image"], self.batch["colour"], own.colour)
+                    images = self.stage.views.pixels(self.batch, training=True)
                     encode_views(self.stage.tokenizer, images, own.tokenizer_size)
 
             found["tokenizer"] = self.seconds(tokenize)
@@ -206,7 +207,7 @@ class _Bench:
         from torch.utils.flop_counter import FlopCounterMode
 
         with FlopCounterMode(display=False) as counter, self.autocast():
-            self.stage(self.batch if "codes" in self.batch else self.batch | {"codes": self._codes()}).loss.backward()
+            self.stage(self.batch if "codes" in self.batch else {**self.batch, "codes": self._codes()}).loss.backward()
         self.optimizer.zero_grad()
         return float(counter.get_total_flops())
 
@@ -220,8 +221,7 @@ class _Bench:
         from pecobook.data.stream import Stream, default_workers, load
         from pecobook.stages.pretrain import PretrainStage
 
-        own = self.settings
-        companion = PretrainStage.companions(own)[0]
+        own, companion = self.settings, self.stage.companions()[0]
         stream = Stream(open_images(own.data).train, PretrainStage.view(own), own.seed, companion=companion)
         count, size = self.config.data_steps + 1, own.batch_size
         positions = BatchPositions(
@@ -235,23 +235,25 @@ class _Bench:
         return (time.perf_counter() - began) / self.config.data_steps
 
 
-def _random_batch(stage: PretrainStage, settings: PretrainConfig, device: torch.device) -> dict[str, Any]:
+def _random_batch(stage: PretrainStage, settings: PretrainConfig, device: torch.device) -> Batch:
     import torch
 
+    from pecobook.data.batch import Batch
+    from pecobook.data.stream import to_device
     from pecobook.data.views import colour_draws
     from pecobook.stages.pretrain import make_mask
 
     count, side = settings.batch_size, settings.image_size
     masks = [make_mask(index, stage.model.grid, settings.mask) for index in range(count)]
-    batch = {
-        "image": torch.randint(256, (count, 3, side, side), dtype=torch.uint8),
-        "colour": torch.stack([colour_draws(index) for index in range(count)]),
-        "mask": torch.stack(masks),
-    }
-    on_device = {name: value.to(device) for name, value in batch.items()}
+    batch = Batch(
+        image=torch.randint(256, (count, 3, side, side), dtype=torch.uint8),
+        colour=torch.stack([colour_draws(index) for index in range(count)]),
+        mask=torch.stack(masks),
+    )
+    batch = to_device(batch, device)
     if settings.target == "tokens":
-        on_device["codes"] = _random_codes(stage, settings, device)
-    return on_device
+        batch["codes"] = _random_codes(stage, settings, device)
+    return batch
 
 
 def _random_codes(stage: PretrainStage, settings: PretrainConfig, device: torch.device) -> Tensor:

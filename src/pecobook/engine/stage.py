@@ -51,8 +51,12 @@ class Stage(nn.Module, Generic[C]):
     # --------------------------------------------------------------------------------------- before the stage is built
 
     @classmethod
-    def check(cls, config: C) -> None:
-        """Raise PecobookError for settings or weights that do not work, before anything is written."""
+    def check(cls, config: C) -> Any:
+        """Build and return the networks that the settings name, for `build`. Nothing is written before this check.
+
+        Raises:
+            PecobookError: settings or weights that do not work.
+        """
 
     @classmethod
     def open(cls, config: C) -> Splits:
@@ -69,8 +73,8 @@ class Stage(nn.Module, Generic[C]):
         """Raise PecobookError when the images do not fit the settings."""
 
     @classmethod
-    def build(cls, config: C, splits: Splits) -> Stage[C]:
-        """Build the stage; all random weights come from torch's global generator."""
+    def build(cls, config: C, splits: Splits, made: Any = None) -> Stage[C]:
+        """Build the stage, with the result `made` of `check`; random weights come from torch's global generator."""
         raise NotImplementedError
 
     @classmethod
@@ -88,17 +92,15 @@ class Stage(nn.Module, Generic[C]):
         """Return the function for the `--knn-images` labelled training images of the k-NN accuracy, or None."""
         return None
 
-    @classmethod
-    def companions(cls, config: C) -> tuple[Companion | None, Companion | None]:
+    # ----------------------------------------------------------------------------------------------------- in training
+
+    def companions(self) -> tuple[Companion | None, Companion | None]:
         """Return functions of (number of the image, epoch) that add entries to a training and to a held-out sample."""
         return None, None
 
-    @classmethod
-    def num_views(cls, config: C) -> int:
+    def num_views(self) -> int:
         """Return the number of views of each image that training repeats; 0 makes a new view every epoch."""
         return 0
-
-    # ----------------------------------------------------------------------------------------------------- in training
 
     def forward(self, batch: Batch) -> StageOutput:
         """Return loss and detached metrics of a batch; in evaluation mode also pictures and rows."""
