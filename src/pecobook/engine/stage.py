@@ -52,7 +52,7 @@ class Stage(nn.Module, Generic[C]):
 
     @classmethod
     def check(cls, config: C) -> Any:
-        """Build and return the networks that the settings name, for `build`. Nothing is written before this check.
+        """Build the networks that the settings name, and return them for `build`, before anything is written.
 
         Raises:
             PecobookError: settings or weights that do not work.
@@ -73,8 +73,8 @@ class Stage(nn.Module, Generic[C]):
         """Raise PecobookError when the images do not fit the settings."""
 
     @classmethod
-    def build(cls, config: C, splits: Splits, made: Any = None) -> Stage[C]:
-        """Build the stage, with the result `made` of `check`; random weights come from torch's global generator."""
+    def build(cls, config: C, splits: Splits, prebuilt: Any = None) -> Stage[C]:
+        """Build the stage; `prebuilt` is what `check` returned. Random weights come from torch's global generator."""
         raise NotImplementedError
 
     @classmethod
@@ -119,8 +119,8 @@ class Stage(nn.Module, Generic[C]):
 
     # ------------------------------------------------------------------------------------------------- in evaluation
 
-    def summarise(self, rows: dict[str, Tensor], known: dict[str, Tensor]) -> dict[str, float]:
-        """Return metrics of the rows that evaluation gathered, given the rows of training images (or no rows)."""
+    def summarise(self, rows: dict[str, Tensor], reference_rows: dict[str, Tensor]) -> dict[str, float]:
+        """Return metrics of the rows that evaluation gathered, given rows of `reference_view` (or none)."""
         return {}
 
     def report(self, folder: Path, rows: dict[str, Tensor], source: ImageSource) -> None:

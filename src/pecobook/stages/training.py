@@ -121,7 +121,7 @@ def _export(config: TrainConfig, stage: Stage[Any]) -> None:
         except OSError as error:
             raise RunFolderError(
                 f"The export cannot be written to '{folder}': {first_line(error).rstrip('.')}.\n"
-                "The last checkpoint is whole. Make room, then go on with --resume."
+                "The last checkpoint is whole. Make room, then continue with --resume."
             ) from None
         print(f"\nDone: {folder}\n\n{lines}", file=sys.stderr)
 
