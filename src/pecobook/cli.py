@@ -1,7 +1,8 @@
-"""The command line: one short function a command. Nothing heavy is imported before a command needs it.
+"""The command line. A command imports torch and other large libraries only after its flags were checked.
 
-Flags, Python keywords and config.json take one way to a setting (`pecobook.settings.values.replace`), so they know the
-same names and give the same errors; tyro draws the help of each command from the settings' own explanations.
+`commands.table` lists the commands. Flags, Python keywords and config.json all set values by
+`pecobook.settings.values.replace`, so they have equal names and errors; tyro writes `--help-all` from the explanations
+of the settings.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import importlib
 import os
 import sys
 import textwrap
+from collections.abc import Iterable
 from typing import Any
 
 from pecobook import recipes
@@ -20,30 +22,30 @@ from pecobook.recipes import RECIPES
 from pecobook.settings.values import flags, load, replace
 
 COMMANDS = {name: command.summary for name, command in table.COMMANDS.items()} | {
-    "recipes": "list the recipes and what each claims",
-    "completion": "a script with which bash, zsh or fish completes commands, recipes and flags",
+    "recipes": "list the recipes and the claim of each",
+    "completion": "print a script with which bash, zsh or fish completes commands, recipes and flags",
 }
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Run a command. Exits with 2 after a user's mistake, without a traceback."""
+    """Run a command. Exits with code 2 after a user error, without a traceback."""
     args = list(sys.argv[1:] if argv is None else argv)
     try:
         try:
             _dispatch(args)
         except SystemExit:  # after a help page
-            sys.stdout.flush()  # here, since an error in Python's own flush at the end cannot be caught
+            sys.stdout.flush()  # now, since an error in Python's own flush at exit cannot be caught
             raise
         sys.stdout.flush()
     except BrokenPipeError:
-        if not _reader_left():
+        if not _stdout_is_closed():
             raise
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except PecobookError as error:
         if os.environ.get("PECOBOOK_TRACEBACK"):
             raise
-        _tell(error)
+        _print_error(error)
         sys.exit(2)
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
@@ -51,7 +53,7 @@ def main(argv: list[str] | None = None) -> None:
         print(f"pecobook: the disk is full ({error.filename or error}).", file=sys.stderr)
         resumes = bool(args) and args[0] in (*RECIPES, "tokenize")
         print(
-            f"What was finished is whole. Make room, then {'go on with --resume' if resumes else 'start again'}.",
+            f"Finished files are complete. Make room, then {'continue with --resume' if resumes else 'start again'}.",
             file=sys.stderr,
         )
         sys.exit(2)
@@ -60,8 +62,8 @@ def main(argv: list[str] | None = None) -> None:
         sys.exit(130)
 
 
-def _reader_left() -> bool:
-    """Whether nobody reads what is printed any more, as after `pecobook recipes | head -1`."""
+def _stdout_is_closed() -> bool:
+    """Return whether the reader of standard output has ended, as after `pecobook recipes | head -1`."""
     try:
         print(flush=True)
     except BrokenPipeError:
@@ -69,14 +71,14 @@ def _reader_left() -> bool:
     return False
 
 
-def _tell(error: PecobookError) -> None:
-    """Print what went wrong: once where all ranks find the same, with the rank where one of them alone met it."""
-    distributed = sys.modules.get("torch.distributed")  # importing it takes long, and a run has done so
-    together = distributed is not None and distributed.is_available() and distributed.is_initialized()
-    rank = distributed.get_rank() if distributed is not None and together else int(os.environ.get("RANK", "0"))
+def _print_error(error: PecobookError) -> None:
+    """Print an error: once where all ranks have it, with the number of the rank where one rank alone has it."""
+    distributed = sys.modules.get("torch.distributed")  # not imported here: a distributed run has imported it already
+    initialized = distributed is not None and distributed.is_available() and distributed.is_initialized()
+    rank = distributed.get_rank() if distributed is not None and initialized else int(os.environ.get("RANK", "0"))
     if rank == 0:
         print(f"pecobook: {error}", file=sys.stderr)
-    elif together and not error.on_all_ranks:
+    elif initialized and not error.on_all_ranks:
         print(f"pecobook: rank {rank}: {error}", file=sys.stderr)
 
 
@@ -111,7 +113,7 @@ def _help() -> str:
     lines = [f"  {name:<{width}}  {text}" for name, text in COMMANDS.items()]
     return (
         "pecobook: perceptual codebooks for BERT pre-training of vision transformers (PeCo, arXiv 2111.12710)\n\n"
-        "  pecobook demo                                            see everything, in minutes\n"
+        "  pecobook demo                                            run all stages, in minutes\n"
         "  pecobook COMMAND [RECIPE] --data SOURCE --out RUN [--flag value ...]\n"
         "  pecobook COMMAND --help                                  usage, recipes, examples, the flags people use\n"
         "  pecobook COMMAND --help-all                              all flags, explained\n\n"
@@ -129,22 +131,22 @@ def _recipes(args: list[str]) -> None:
     if args and args[0] in ("-h", "--help", "--help-all"):
         print(_RECIPES_HELP)
         return
-    chosen = [(command, name, claim) for command, name, claim in claims() if set(args) <= {command, name}]
-    if not chosen:
-        known = [*RECIPES, *(name for recipes in RECIPES.values() for name in recipes)]
-        told = did_you_mean(args[-1], known)
-        raise ConfigError(f"There is no recipe '{' '.join(args)}'.{told} 'pecobook recipes' lists them.")
+    matches = [(command, name, claim) for command, name, claim in claims() if set(args) <= {command, name}]
+    if not matches:
+        names = [*RECIPES, *(name for recipes in RECIPES.values() for name in recipes)]
+        suggestion = did_you_mean(args[-1], names)
+        raise ConfigError(f"There is no recipe '{' '.join(args)}'.{suggestion} 'pecobook recipes' lists them.")
     if not args or set(args) <= set(RECIPES):
-        for command, name, claim in chosen:
+        for command, name, claim in matches:
             print(f"{command + ' ' + name:<26} {claim}")
         return
-    for command, name, _ in chosen:
+    for command, name, _ in matches:
         print(f"{command} {name}\n\n{textwrap.indent(story(command, name), '    ')}\n")
 
 
 _RECIPES_HELP = """usage: pecobook recipes [COMMAND] [NAME]
 
-List the recipes and what each claims; with a NAME tell all of it: source, command, cost, result.
+List the recipes and the claim of each; with a NAME show all of the recipe: claim, source, command, cost, result.
 
 examples
   pecobook recipes codebook
@@ -164,7 +166,7 @@ def _completion(args: list[str]) -> None:
 
 _COMPLETION_HELP = """usage: pecobook completion bash|zsh|fish
 
-Print a script with which the shell completes commands, recipes, flags and the values they choose from.
+Print a script with which the shell completes commands, recipes, flags and the choices of their values.
 
 examples
   eval "$(pecobook completion bash)"                                          in ~/.bashrc
@@ -176,8 +178,8 @@ examples
 
 
 def _settings(command: str, args: list[str]) -> Any:
-    """The settings that the words and flags after a command give. Raises ConfigError."""
-    count = next((place for place, word in enumerate(args) if word.startswith("-")), len(args))
+    """Return the settings from the words and flags after a command. Raises ConfigError."""
+    count = next((position for position, word in enumerate(args) if word.startswith("-")), len(args))
     words, args = args[:count], args[count:]
     if command in (*RECIPES, "tokenize"):
         recipe = words.pop(0) if words else recipes.DEFAULT_RECIPE
@@ -197,9 +199,12 @@ def _settings(command: str, args: list[str]) -> Any:
 
 
 def parse(config: Any, args: list[str], prog: str) -> Any:
-    """Settings `config` with the values that the flags in `args` give. Raises ConfigError."""
+    """Return `config` with the values of the flags in `args`; `prog` is the command and its recipe. Raises ConfigError.
+
+    With --help or --help-all in `args`, print the help and raise SystemExit.
+    """
     if "--help-all" in args:
-        _explain(config, prog)
+        _print_all_flags(config, prog)
     if "-h" in args or "--help" in args:
         from pecobook.help import page
 
@@ -212,57 +217,63 @@ def parse(config: Any, args: list[str], prog: str) -> Any:
     return replace(config, values)
 
 
-def read_flags(args: list[str], known: dict[str, Any], command: str) -> dict[str, Any]:
-    """`--name value`, `--name=value`, `--switch` and `--no-switch` to {dotted field: text, list of texts or bool}."""
+def read_flags(args: list[str], types: dict[str, Any], command: str) -> dict[str, Any]:
+    """Convert `--name value`, `--name=value`, `--switch` and `--no-switch` to {dotted field: text, texts or bool}.
+
+    Args:
+        args: words of the command line.
+        types: type of the value of each flag, as of `settings.values.flags`.
+        command: name of the command, for error messages.
+    """
     values: dict[str, Any] = {}
     position = 0
     while position < len(args):
         token = args[position]
         position += 1
         if not token.startswith("--"):
-            raise ConfigError(f"'{token}' stands alone: flags are written --name value. See pecobook {command} --help.")
+            raise ConfigError(f"'{token}' is no flag: flags are written --name value. See pecobook {command} --help.")
         name, equals, text = token[2:].partition("=")
         name = name.replace("_", "-")
         head, _, leaf = name.rpartition(".")
         positive = f"{head}.{leaf.removeprefix('no-')}".lstrip(".") if leaf.startswith("no-") else ""
-        if known.get(positive) is bool:
+        if types.get(positive) is bool:
             values[_field(positive)] = False
             continue
-        if name not in known:
-            raise ConfigError(f"Unknown flag '--{name}'.{_suggest(name, known)} See pecobook {command} --help.")
-        found = [text] if equals else []
+        if name not in types:
+            raise ConfigError(f"Unknown flag '--{name}'.{_suggest(name, types)} See pecobook {command} --help.")
+        words = [text] if equals else []
         while not equals and position < len(args) and not args[position].startswith("--"):
-            found.append(args[position])
+            words.append(args[position])
             position += 1
-        values[_field(name)] = _value(name, found, known[name], explicit=bool(equals))
+        values[_field(name)] = _value(name, words, types[name])
     return values
 
 
-def _value(name: str, found: list[str], kind: Any, *, explicit: bool) -> Any:
+def _value(name: str, words: list[str], kind: Any) -> Any:
     if str(kind).startswith("tuple"):
-        return tuple(found[0].split(",")) if len(found) == 1 and "," in found[0] else tuple(found)
-    if kind is bool and not found and not explicit:
+        return tuple(words[0].split(",")) if len(words) == 1 and "," in words[0] else tuple(words)
+    if kind is bool and not words:
         return True
-    if not found:
+    if not words:
         raise ConfigError(f"--{name} needs a value.")
-    if len(found) > 1:
-        raise ConfigError(f"--{name} takes one value, not {len(found)} ({' '.join(found)}): quote a value with spaces.")
-    return found[0]
+    if len(words) > 1:
+        raise ConfigError(f"--{name} takes one value, not {len(words)} ({' '.join(words)}): quote a value with spaces.")
+    return words[0]
 
 
 def _field(name: str) -> str:
     return name.replace("-", "_")
 
 
-def _suggest(name: str, known: dict[str, Any]) -> str:
+def _suggest(name: str, flag_names: Iterable[str]) -> str:
     leaf = name.rpartition(".")[2]
-    nested = [option for option in known if option.rpartition(".")[2] == leaf]
-    if nested:  # --lr is --optim.lr
+    nested = [option for option in flag_names if option.rpartition(".")[2] == leaf]
+    if nested:  # for --lr suggest --optim.lr
         return f" Did you mean '--{nested[0]}'?"
-    return did_you_mean(f"--{name}", [f"--{option}" for option in known])
+    return did_you_mean(f"--{name}", [f"--{option}" for option in flag_names])
 
 
-def _explain(config: Any, prog: str) -> None:
+def _print_all_flags(config: Any, prog: str) -> None:
     import tyro
 
     try:

@@ -152,7 +152,7 @@ def test_pretrain__refuses_a_bank_of_other_data_or_another_tokenizer(
         pretrain(images, other, tmp_path / "run", tokens=str(bank))
     with pytest.raises(PreflightError, match="is not a token bank"):
         pretrain(images, codebook_run, tmp_path / "run", tokens=str(images))
-    with pytest.raises(PecobookError, match="of no use to --target pixels"):
+    with pytest.raises(PecobookError, match="no effect with --target pixels"):
         pretrain(images, codebook_run, tmp_path / "run", tokens=str(bank), target="pixels")
 
 
@@ -199,7 +199,7 @@ def test_tokenize__resumes_with_what_is_missing(
     before = kept.stat().st_mtime_ns
     (out / "train" / "codes-00002.npy").unlink()
     (out / "evaluation" / "codes-00000.npy").unlink()
-    with pytest.raises(PreflightError, match="is not empty: go on with --resume"):
+    with pytest.raises(PreflightError, match="is not empty: continue with --resume"):
         make_bank(images, codebook_run, out)
     make_bank(images, codebook_run, out, resume=True)
     assert files(out) == whole

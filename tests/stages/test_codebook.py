@@ -142,7 +142,7 @@ def test_config__image_size_must_fit_the_stride() -> None:
 
 @pytest.mark.parametrize("perceptual", [PerceptualConfig(network="none"), PerceptualConfig(network="x", weight=0.0)])
 def test_config__nothing_to_learn(perceptual: PerceptualConfig) -> None:
-    with pytest.raises(ConfigError, match="nothing to learn"):
+    with pytest.raises(ConfigError, match="There is no loss"):
         CodebookConfig(pixel_weight=0.0, perceptual=perceptual)
 
 
@@ -278,7 +278,7 @@ def test_grey_images__are_read_as_one_channel() -> None:
     [
         ({"model": AutoencoderConfig(in_channels=4)}, "3 channels or 1"),
         ({"quantizer": QuantizerConfig(learning="gradient"), "strategy": "fsdp"}, "use --strategy ddp"),
-        ({"adversarial": AdversarialConfig(weight=1, num_layers=7)}, "leaves nothing of 224 pixels"),
+        ({"adversarial": AdversarialConfig(weight=1, num_layers=7)}, "too many layers for 224-pixel images"),
     ],
 )
 def test_config__refuses(settings: dict[str, Any], message: str) -> None:

@@ -1,4 +1,4 @@
-"""Writing atomically: the old file or the new one, never a part of it, never a leftover."""
+"""Atomic writes leave the old file or the new file, never a part of one and no temporary file."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def test_write_atomically__writes_and_replaces(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("call", ["fsync", "replace"])
 @pytest.mark.parametrize("error", [OSError("disk full"), KeyboardInterrupt()])
-def test_write_atomically__a_failure_leaves_the_old_file_and_no_other(
+def test_write_atomically__leaves_only_the_old_file_after_a_failure(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str, error: BaseException
 ) -> None:
     file = tmp_path / "a.json"
@@ -39,9 +39,7 @@ def test_write_atomically__a_failure_leaves_the_old_file_and_no_other(
     assert list(tmp_path.iterdir()) == [file]
 
 
-def test_write_atomically__is_on_the_disk_before_it_has_the_name(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_write_atomically__flushes_the_file_before_the_rename(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     events: list[str] = []
     fsync, replace = os.fsync, Path.replace
 
@@ -61,7 +59,7 @@ def test_write_atomically__is_on_the_disk_before_it_has_the_name(
     assert events == ["file", "rename", "folder"]
 
 
-def test_write_atomically__overwrites_what_a_kill_left(tmp_path: Path) -> None:
+def test_write_atomically__overwrites_a_temporary_file_of_a_killed_process(tmp_path: Path) -> None:
     file = tmp_path / "a.json"
     (tmp_path / ".a.json.tmp").write_bytes(b"half")
     write_atomically(file, b"whole")
@@ -69,12 +67,12 @@ def test_write_atomically__overwrites_what_a_kill_left(tmp_path: Path) -> None:
     assert file.read_bytes() == b"whole"
 
 
-def test_write_atomically__names_a_missing_folder(tmp_path: Path) -> None:
+def test_write_atomically__fails_for_a_missing_folder(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
         write_atomically(tmp_path / "missing" / "a", b"")
 
 
-def test_sync_folder__closes_what_it_opens(tmp_path: Path) -> None:
+def test_sync_folder__closes_its_descriptor(tmp_path: Path) -> None:
     before = len(os.listdir("/proc/self/fd"))  # noqa: PTH208
     for _ in range(20):
         sync_folder(tmp_path)

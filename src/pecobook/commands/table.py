@@ -1,4 +1,4 @@
-"""Every command that has settings: what it does, which class holds its settings, what its short help shows.
+"""The table of all commands with settings: a description, the class of the settings, the content of the short help.
 
 The command line, the help pages and the shell completion read this table. A command is the function of the same name
 in `pecobook.commands`, or a training stage.
@@ -31,15 +31,15 @@ class Command(NamedTuple):
     summary: str
     """What the command does, for `pecobook --help`."""
     settings: type[Any]
-    """The class of its settings."""
+    """The class of the command's settings."""
     usage: str
     """The usage line after the name of the command."""
     examples: tuple[str, str]
-    """Two commands that people type, without `pecobook`."""
+    """Two example commands, without `pecobook`."""
     flags: str
-    """The flags of the short help, the most used first."""
+    """The names of the flags in the short help, separated by spaces, most used first."""
     words: tuple[str, ...] = ()
-    """The flags whose values may stand before all flags without a name. A flag that takes many values takes all."""
+    """The flags whose values may stand first, without the flag. A flag that takes several values takes all words."""
 
 
 _RUN = "out resume overwrite seed devices precision"
@@ -106,7 +106,7 @@ COMMANDS: dict[str, Command] = {
         "data skip-bad masks backbone out resume overwrite scales max-size image-size max-steps batch-size",
     ),
     "tokenize": Command(
-        "the tokens of named views of your images, once, for pretrain --tokens",
+        "write the tokens of views of your images once, for pretrain --tokens",
         TokenizeConfig,
         "[RECIPE OF PRETRAIN] --data SOURCE --tokenizer RUN --out BANK --views V",
         (
@@ -116,7 +116,7 @@ COMMANDS: dict[str, Command] = {
         "data tokenizer views out resume overwrite seed image-size tokenizer-size batch-size workers devices",
     ),
     "analyze": Command(
-        "what the codewords of tokenizers mean: figures, galleries, a report",
+        "measure what the codewords of tokenizers mean: figures, galleries, a report",
         AnalyzeConfig,
         "--tokenizer RUN [--against RUN ...] --data SOURCE --out DIR",
         (
@@ -126,7 +126,7 @@ COMMANDS: dict[str, Command] = {
         "tokenizer against tokens backbone data out overwrite classifier perceptual codewords max-train max-test",
     ),
     "explore": Command(
-        "a page to play with codewords and masks, on this machine",
+        "serve a page on this machine to explore codewords and masks",
         ExploreConfig,
         "RUN [RUN ...] --data SOURCE",
         ("explore runs/codebook --data photos", "explore runs/codebook runs/vit --data IMAGES --port 8000"),
@@ -134,7 +134,7 @@ COMMANDS: dict[str, Command] = {
         words=("runs",),
     ),
     "reproduce": Command(
-        "the paper's tables, trained again at a budget of yours, with controls, over seeds",
+        "train the paper's tables again at a budget you choose, with controls, over seeds",
         ReproduceConfig,
         "TABLE [TABLE ...] --data SOURCE --out DIR",
         (
@@ -145,7 +145,7 @@ COMMANDS: dict[str, Command] = {
         words=("tables",),
     ),
     "bench": Command(
-        "how fast pre-training runs here, and where time goes",
+        "measure how fast pre-training runs here, and how long each part takes",
         BenchConfig,
         "pretrain [RECIPE]",
         ("bench pretrain tiny", "bench pretrain paper --batch-size 128 --compile --out bench.json"),
@@ -153,7 +153,7 @@ COMMANDS: dict[str, Command] = {
         words=("recipe",),
     ),
     "export": Command(
-        "a run's weights for timm, transformers or ONNX",
+        "write a run's weights for timm, transformers or ONNX",
         ExportConfig,
         "RUN --format timm|hf|onnx --out DIR",
         ("export runs/vit --format timm --out vit-timm", "export runs/codebook --format onnx --out codebook-onnx"),
@@ -161,7 +161,7 @@ COMMANDS: dict[str, Command] = {
         words=("run",),
     ),
     "predict": Command(
-        "what a trained classifier, segmenter or detector says of images",
+        "apply a trained classifier, segmenter or detector to images",
         PredictConfig,
         "RUN IMAGES --out DIR",
         (
@@ -172,14 +172,14 @@ COMMANDS: dict[str, Command] = {
         words=("run", "images"),
     ),
     "probe": Command(
-        "linear probe and k-NN of a backbone, or of a tokenizer's codewords",
+        "measure linear probe and k-NN of a backbone, or of a tokenizer's codewords",
         ProbeConfig,
         "--data SOURCE --backbone RUN|timm:NAME",
         ("probe --data photos --backbone runs/vit", "probe --data IMAGES --backbone timm:resnet50 --out probe.json"),
         "data backbone weights out image-size max-train max-test seed",
     ),
     "demo": Command(
-        "the whole story on built-in photographs, with a report, in minutes",
+        "run all stages on built-in photographs in minutes, with a report",
         DemoConfig,
         "[--out DIR]",
         ("demo", "demo --data IMAGES --out runs/demo --length 2"),

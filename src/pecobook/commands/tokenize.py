@@ -124,7 +124,7 @@ def _folder(config: TokenizeConfig) -> OutputFolder:
         config.out,
         example="banks/first",
         kind="a token bank",
-        mark="config.json",
+        marker="config.json",
         is_own=_is_bank,
         resume=config.resume,
         overwrite=config.overwrite,

@@ -141,7 +141,7 @@ def _folder(config: AnalyzeConfig) -> OutputFolder:
         config.out,
         example="runs/analysis",
         kind="an analysis",
-        mark="analysis.json",
+        marker="analysis.json",
         is_own=_is_analysis,
         overwrite=config.overwrite,
     )

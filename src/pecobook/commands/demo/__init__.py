@@ -86,9 +86,9 @@ def _folder(config: DemoConfig) -> OutputFolder:
         config.out,
         example="runs/demo",
         kind="a demo",
-        mark=_MARK,
-        goes_on=True,
-        may_go_on=partial(_check_unchanged, config),
+        marker=_MARK,
+        always_resumes=True,
+        check_resume=partial(_check_unchanged, config),
     )
 
 

@@ -133,9 +133,9 @@ def _folder(config: ReproduceConfig) -> OutputFolder:
         config.out,
         example="runs/tables",
         kind="tables",
-        mark="reproduce.json",
-        goes_on=True,
-        may_go_on=partial(_check_unchanged, config),
+        marker="reproduce.json",
+        always_resumes=True,
+        check_resume=partial(_check_unchanged, config),
     )
 
 
