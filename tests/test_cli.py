@@ -189,7 +189,7 @@ def test_main__an_interruption_exits_with_130(
     def interrupt(args: list[str]) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, "_dispatch", interrupt)
+    monkeypatch.setattr(cli, "dispatch", interrupt)
     with pytest.raises(SystemExit) as caught:
         cli.main([])
     assert caught.value.code == 130
@@ -309,7 +309,7 @@ def test_main__reports_a_full_disk_in_two_lines(
     def full(_args: list[str]) -> None:
         raise OSError(errno.ENOSPC, "No space left on device", "runs/a/metrics.jsonl")
 
-    monkeypatch.setattr(cli, "_dispatch", full)
+    monkeypatch.setattr(cli, "dispatch", full)
     remedies = {"pretrain": "continue with --resume.", "tokenize": "--resume.", "predict": "start again."}
     for command, remedy in remedies.items():
         with pytest.raises(SystemExit) as caught:
@@ -324,13 +324,13 @@ def stderr_on_each(rank: int, world_size: int, error: Exception) -> str:
     def fail(_args: list[str]) -> None:
         raise error
 
-    original_dispatch = cli._dispatch
-    cli._dispatch = fail  # type: ignore[assignment]
+    original_dispatch = cli.dispatch
+    cli.dispatch = fail  # type: ignore[assignment]
     try:
         with contextlib.redirect_stderr(io.StringIO()) as stderr, contextlib.suppress(SystemExit):
             cli.main(["codebook"])
     finally:
-        cli._dispatch = original_dispatch
+        cli.dispatch = original_dispatch
     return stderr.getvalue()
 
 

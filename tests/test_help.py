@@ -189,6 +189,6 @@ def test_main__raises_other_broken_pipe_errors(monkeypatch: pytest.MonkeyPatch) 
     def break_off(args: list[str]) -> None:
         raise BrokenPipeError("a worker's pipe")
 
-    monkeypatch.setattr(cli, "_dispatch", break_off)
+    monkeypatch.setattr(cli, "dispatch", break_off)
     with pytest.raises(BrokenPipeError, match="a worker's pipe"):
         cli.main(["recipes"])

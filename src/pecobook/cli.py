@@ -32,7 +32,7 @@ def main(argv: list[str] | None = None) -> None:
     args = list(sys.argv[1:] if argv is None else argv)
     try:
         try:
-            _dispatch(args)
+            dispatch(args)
         except SystemExit:  # after a help page
             sys.stdout.flush()  # now, since an error in Python's own flush at exit cannot be caught
             raise
@@ -82,7 +82,8 @@ def _print_error(error: PecobookError) -> None:
         print(f"pecobook: rank {rank}: {error}", file=sys.stderr)
 
 
-def _dispatch(args: list[str]) -> None:
+def dispatch(args: list[str]) -> None:
+    """Run the command that `args` names, or print help or the version. Raises PecobookError."""
     if not args or args[0] in ("-h", "--help", "help"):
         print(_help())
         return

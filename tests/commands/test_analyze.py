@@ -21,9 +21,9 @@ from pecobook import cli
 from pecobook.analysis.codewords import mean_codewords
 from pecobook.analysis.probe import linear_probe
 from pecobook.analysis.reconstruction import decode_all, encode_all, psnr
-from pecobook.commands.analyze import _preflight
+from pecobook.commands.analyze import check_and_open
 from pecobook.commands.analyze.classifier import open_classifier
-from pecobook.commands.analyze.measure import _at_most_fifty
+from pecobook.commands.analyze.measure import at_most_fifty
 from pecobook.commands.analyze.names import file_part, unique_names
 from pecobook.commands.masked_run import load_masked_run
 from pecobook.data.images import open_images
@@ -231,7 +231,7 @@ def test_analyze__reports_its_inputs_and_unreadable_images(images: Path, codeboo
     assert "broken.png" in results["skipped"]["names"][0]
     assert results["tokenizers"][0]["num_images"] == 8
     assert len(results["tokenizers"][0]["unused"]) == 24 - results["tokenizers"][0]["codes_used"]
-    assert _at_most_fifty(list(range(51))) is None
+    assert at_most_fifty(list(range(51))) is None
     assert "could not be read" in page
 
 
@@ -344,7 +344,7 @@ def test_analyze__deletes_only_analyses(images: Path, codebook_run: Path, tmp_pa
     assert (tmp_path / "thesis.tex").read_text() == "years"
     killed = tmp_path / "killed"  # before it wrote its figures
     (killed / "pictures").mkdir(parents=True)
-    assert _preflight(AnalyzeConfig(**{**common, "out": str(killed)}, overwrite=True))
+    assert check_and_open(AnalyzeConfig(**{**common, "out": str(killed)}, overwrite=True))
     (killed / "pictures").rename(killed / "photos")
     with pytest.raises(PreflightError, match="does not look like an analysis"):
         pecobook.analyze(**{**common, "out": str(killed)}, overwrite=True)

@@ -41,7 +41,7 @@ def simulated(tmp_path_factory: pytest.TempPathFactory) -> tuple[TokenBank, np.n
     codes[codes == 3] = 4
     codes[17, 1, 2, 3] = 3  # once
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tokens, "_SHARD_IMAGES", 7)
+        patch.setattr(tokens, "SHARD_IMAGES", 7)
         layout = bank_layouts(config)["train"]
         for shard in range(layout.num_shards):
             write_shard(layout.file(folder, shard), codes[shard * 7 : shard * 7 + 7])
@@ -50,8 +50,8 @@ def simulated(tmp_path_factory: pytest.TempPathFactory) -> tuple[TokenBank, np.n
 
 @pytest.fixture(autouse=True)
 def _small_files(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tokens, "_SHARD_IMAGES", 7)
-    monkeypatch.setattr("pecobook.commands.analyze.bank._CHUNK", 24 * 3)
+    monkeypatch.setattr(tokens, "SHARD_IMAGES", 7)
+    monkeypatch.setattr("pecobook.commands.analyze.bank.CHUNK", 24 * 3)
 
 
 def test_bank_usage__counts_every_code(simulated: tuple[TokenBank, np.ndarray[Any, Any]]) -> None:

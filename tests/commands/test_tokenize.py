@@ -171,14 +171,14 @@ def broken_copy(images: Path, folder: Path, *names: str) -> Path:
 
 
 def make_on_each(rank: int, world_size: int, data: str, tokenizer: str, out: str, shard: int) -> None:
-    tokens._SHARD_IMAGES = shard
+    tokens.SHARD_IMAGES = shard
     make_bank(data, tokenizer, Path(out), devices="2")
 
 
 def test_tokenize__two_processes_write_what_one_does(
     images: Path, codebook_run: Path, tmp_path: Path, two_processes: TwoProcesses, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tokens, "_SHARD_IMAGES", 3)
+    monkeypatch.setattr(tokens, "SHARD_IMAGES", 3)
     bad = [f"{name}/{index}.png" for name in ("blue", "green", "red") for index in (1, 5)]
     data = broken_copy(images, tmp_path / "images", *bad)
     alone = make_bank(data, codebook_run, tmp_path / "alone")
@@ -192,7 +192,7 @@ def test_tokenize__two_processes_write_what_one_does(
 def test_tokenize__resumes_with_what_is_missing(
     images: Path, codebook_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tokens, "_SHARD_IMAGES", 4)
+    monkeypatch.setattr(tokens, "SHARD_IMAGES", 4)
     out = make_bank(images, codebook_run, tmp_path / "bank")
     whole = files(out)
     kept = out / "train" / "codes-00000.npy"
@@ -214,7 +214,7 @@ def test_tokenize__lists_bad_images_and_pretraining_leaves_them_out(
     images: Path, codebook_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Also where only the tokenizing could not read them; and a resume keeps the list."""
-    monkeypatch.setattr(tokens, "_SHARD_IMAGES", 4)
+    monkeypatch.setattr(tokens, "SHARD_IMAGES", 4)
     data = broken_copy(images, tmp_path / "images", "red/0.png", "blue/2.png")
     online = pretrain(data, codebook_run, tmp_path / "online")
     out = make_bank(data, codebook_run, tmp_path / "bank")
@@ -281,7 +281,7 @@ def test_tokenize__does_not_delete_what_is_no_bank(images: Path, codebook_run: P
 
 
 def test_command__killed_and_resumed_writes_the_same_bank(images: Path, codebook_run: Path, tmp_path: Path) -> None:
-    program = "from pecobook.data import tokens; tokens._SHARD_IMAGES = 2; from pecobook.cli import main; main()"
+    program = "from pecobook.data import tokens; tokens.SHARD_IMAGES = 2; from pecobook.cli import main; main()"
     words = ["tokenize", "tiny", "--data", str(images), "--tokenizer", str(codebook_run), "--image-size", "16"]
     words += ["--views", "40", "--batch-size", "8", "--precision", "fp32", "--workers", "0"]
 

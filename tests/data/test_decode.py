@@ -229,7 +229,7 @@ def test_common_photographs_take_the_fast_path(format_name: str, monkeypatch: py
     def refuse(*args: object) -> Tensor:
         raise AssertionError("Pillow decoded it")
 
-    monkeypatch.setattr(decode_module, "_from_pillow", refuse)
+    monkeypatch.setattr(decode_module, "from_pillow", refuse)
     assert decode(encode(Image.fromarray(picture()), format_name)).shape == (3, 24, 40)
 
 

@@ -107,7 +107,7 @@ def our_blocks(monkeypatch: pytest.MonkeyPatch, seed: int, number: int) -> list[
     only for the first block.
     """
     masks: list[list[tuple[int, int, int]]] = []
-    add = masking._add_block
+    add = masking.add_block
 
     def recorded(mask: Tensor, remaining: int, min_block: int, generator: torch.Generator | None) -> int:
         before = mask.clone()
@@ -119,7 +119,7 @@ def our_blocks(monkeypatch: pytest.MonkeyPatch, seed: int, number: int) -> list[
             masks[-1].append((added, height, width))
         return added
 
-    monkeypatch.setattr(masking, "_add_block", recorded)
+    monkeypatch.setattr(masking, "add_block", recorded)
     generator = seeded(seed)
     for _ in range(number):
         masks.append([])
@@ -169,14 +169,14 @@ def test_blockwise_mask__has_beits_blocks(monkeypatch: pytest.MonkeyPatch) -> No
 def test_blockwise_mask__no_block_spans_the_grid() -> None:
     for seed in range(300):
         mask = torch.zeros(3, 30, dtype=torch.bool)
-        masking._add_block(mask, 40, 4, seeded(seed))
+        masking.add_block(mask, 40, 4, seeded(seed))
         assert mask.any(1).sum() < 3  # as in BEiT's code, which requires height < rows
-        masking._add_block(mask.zero_().t(), 40, 4, seeded(seed))
+        masking.add_block(mask.zero_().t(), 40, 4, seeded(seed))
         assert mask.any(1).sum() < 3
 
 
 def test_blockwise_mask__adds_missing_patches_next_to_masked_ones(monkeypatch: pytest.MonkeyPatch) -> None:
-    add_border_patch = masking._add_border_patch
+    add_border_patch = masking.add_border_patch
     num_added = 0
 
     def checked(mask: Tensor, generator: torch.Generator | None) -> None:
@@ -188,7 +188,7 @@ def test_blockwise_mask__adds_missing_patches_next_to_masked_ones(monkeypatch: p
         assert any(before[r, c] for r, c in neighbours if 0 <= r < 14 and 0 <= c < 14)
         num_added += 1
 
-    monkeypatch.setattr(masking, "_add_border_patch", checked)
+    monkeypatch.setattr(masking, "add_border_patch", checked)
     generator = seeded(0)
     for _ in range(100):
         blockwise_mask((14, 14), num_masked=75, generator=generator)

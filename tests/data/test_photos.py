@@ -47,11 +47,11 @@ def test_photo_tiles_are_regions_of_the_photographs() -> None:
 
 
 def test_large_photos_are_reduced() -> None:
-    assert photos._load_photo("retina").shape == (3, 512, 512)
-    assert photos._load_photo("rocket").shape == (3, 427, 640)
+    assert photos.load_photo("retina").shape == (3, 512, 512)
+    assert photos.load_photo("rocket").shape == (3, 427, 640)
 
 
 def test_a_missing_photo(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(photos._PHOTOS, "moon", ("skimage", "data/green_cheese.png"))
+    monkeypatch.setitem(photos.PHOTOS, "moon", ("skimage", "data/green_cheese.png"))
     with pytest.raises(DataError, match="the installed scikit-image lacks the photograph 'moon'"):
         open_images("photos")

@@ -71,7 +71,7 @@ def test_shard_index_is_cached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     first = open_images(str(path))
     (cached,) = (tmp_path / "cache").iterdir()
     with monkeypatch.context() as patch:
-        patch.setattr(shards, "_make_index", lambda *_: pytest.fail("the index was made reopened"))
+        patch.setattr(shards, "make_index", lambda *_: pytest.fail("the index was made reopened"))
         reopened = open_images(str(path))
     assert names(reopened.train) == names(first.train)
     assert reopened.train.fingerprint == first.train.fingerprint

@@ -41,7 +41,7 @@ def code_at(image: int, view: int, row: int, column: int) -> int:
 
 @pytest.mark.parametrize("per_shard", [1, 3, 7, 100])
 def test_read__gives_each_view_from_its_shard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, per_shard: int) -> None:
-    monkeypatch.setattr(tokens, "_SHARD_IMAGES", per_shard)
+    monkeypatch.setattr(tokens, "SHARD_IMAGES", per_shard)
     write_bank(tmp_path)
     bank = TokenBank(tmp_path)
     assert bank.num_views == 3
@@ -72,7 +72,7 @@ def test_layout__covers_every_image_once(images: int, views: int, rows: int, col
 
 
 def test_open__refuses_an_unfinished_bank(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tokens, "_SHARD_IMAGES", 2)
+    monkeypatch.setattr(tokens, "SHARD_IMAGES", 2)
     write_bank(tmp_path)
     (tmp_path / "train" / "codes-00002.npy").rename(tmp_path / "train" / ".codes-00002.npy.tmp")
     with pytest.raises(
@@ -111,7 +111,7 @@ def test_read__refuses_a_damaged_file(tmp_path: Path, damage: str) -> None:
 
 
 def test_skipped__are_listed_and_have_no_codes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tokens, "_SHARD_IMAGES", 3)
+    monkeypatch.setattr(tokens, "SHARD_IMAGES", 3)
     write_bank(tmp_path)
     assert TokenBank(tmp_path).skipped.tolist() == []
     codes = np.zeros((3, 3, 2, 3), dtype=np.uint16)

@@ -98,7 +98,7 @@ def _decode(data: bytes, channels: int) -> Tensor:
                 return _decode_fast(data, image.format, channels)
             except RuntimeError:  # Pillow tolerates more damage, such as a missing end marker
                 pass
-        return _from_pillow(image, channels)
+        return from_pillow(image, channels)
 
 
 def _is_fast(image: Image) -> bool:
@@ -131,7 +131,8 @@ def _luma(pixels: Tensor) -> Tensor:
     return ((pixels.int() * weights).sum(0, keepdim=True) + 0x8000 >> 16).to(torch.uint8)
 
 
-def _from_pillow(image: Image, channels: int) -> Tensor:
+def from_pillow(image: Image, channels: int) -> Tensor:
+    """Decode an opened image with Pillow, upright: uint8 (channels, H, W)."""
     import PIL.Image
     from PIL import ImageOps
 

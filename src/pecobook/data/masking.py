@@ -40,12 +40,12 @@ def blockwise_mask(
     mask = torch.zeros(rows, columns, dtype=torch.bool)
     count = 0
     while count < num_masked:
-        added = _add_block(mask, num_masked - count, min_block, generator)
+        added = add_block(mask, num_masked - count, min_block, generator)
         if added == 0:
             break
         count += added
     while count < num_masked:
-        _add_border_patch(mask, generator)
+        add_border_patch(mask, generator)
         count += 1
     return mask
 
@@ -63,7 +63,7 @@ def _check_num_masked(grid: tuple[int, int], num_masked: int) -> None:
         raise ConfigError(f"--num-masked must lie between 1 and {grid[0] * grid[1] - 1}, not {num_masked}.")
 
 
-def _add_block(mask: Tensor, remaining: int, min_block: int, generator: torch.Generator | None) -> int:
+def add_block(mask: Tensor, remaining: int, min_block: int, generator: torch.Generator | None) -> int:
     """Mask one block in place; return the number of patches that it newly masked, 0 if no attempt fitted."""
     rows, columns = mask.shape
     draws = torch.rand(_NUM_ATTEMPTS, 4, generator=generator, dtype=torch.float64).tolist()
@@ -83,7 +83,7 @@ def _add_block(mask: Tensor, remaining: int, min_block: int, generator: torch.Ge
     return 0
 
 
-def _add_border_patch(mask: Tensor, generator: torch.Generator | None) -> None:
+def add_border_patch(mask: Tensor, generator: torch.Generator | None) -> None:
     """Mask one visible patch next to a masked patch (any visible patch if nothing is masked yet)."""
     has_masked_neighbour = torch.zeros_like(mask)
     has_masked_neighbour[1:] |= mask[:-1]

@@ -24,7 +24,7 @@ MAX_SHORT_SIDE = 512
 
 # Class name -> package and file. Only the left image of the stereo pair is used: the right one shows nearly the same
 # pixels, so a region held out in one image would be a training region of the other. Scans of text are not photographs.
-_PHOTOS = {
+PHOTOS = {
     "astronaut": ("skimage", "data/astronaut.png"),
     "brick": ("skimage", "data/brick.png"),
     "camera": ("skimage", "data/camera.png"),
@@ -72,7 +72,7 @@ class PhotoStore:
         """Return the tile of a row: uint8 (3, 48, 48)."""
         name, tile = self._locate(row)
         i, j = divmod(tile, self._grids[name][1])
-        return _load_photo(name)[:, i * TILE : (i + 1) * TILE, j * TILE : (j + 1) * TILE].clone()
+        return load_photo(name)[:, i * TILE : (i + 1) * TILE, j * TILE : (j + 1) * TILE].clone()
 
     def digest(self, rows: Integers) -> str:
         """Return a hash of the photographs' names, their grids, and the rows."""
@@ -91,7 +91,7 @@ def open_photos() -> Splits:
     """
     grids = {}
     labels_by_photo, held_out_by_photo = [], []
-    for number, name in enumerate(_PHOTOS):
+    for number, name in enumerate(PHOTOS):
         width, height = _reduced_size(*_size(name))
         down, across = height // TILE, width // TILE
         grids[name] = (down, across)
@@ -99,7 +99,7 @@ def open_photos() -> Splits:
         held_out_by_photo.append(((block_row + block_column) % 4 == 2).ravel())
         labels_by_photo.append(np.full(down * across, number, dtype=np.int64))
     store, labels, is_held_out = PhotoStore(grids), np.concatenate(labels_by_photo), np.concatenate(held_out_by_photo)
-    classes = tuple(_PHOTOS)
+    classes = tuple(PHOTOS)
     rows_of_split = {"train": np.flatnonzero(~is_held_out), "evaluation": np.flatnonzero(is_held_out)}
     sources = {
         split: ImageSource(store, name="photos", split=split, rows=rows, classes=classes, labels=labels[rows])
@@ -109,7 +109,7 @@ def open_photos() -> Splits:
 
 
 def _path(name: str) -> Path:
-    package, relative = _PHOTOS[name]
+    package, relative = PHOTOS[name]
     spec = importlib.util.find_spec(package)
     for folder in (spec.submodule_search_locations or ()) if spec else ():
         path = Path(folder) / relative
@@ -136,7 +136,7 @@ def _reduced_size(width: int, height: int) -> tuple[int, int]:
 
 
 @functools.cache
-def _load_photo(name: str) -> Tensor:
+def load_photo(name: str) -> Tensor:
     """Load a photograph, uint8 (3, H, W). It is decoded once and shared with processes that are forked later."""
     from PIL import Image
 

@@ -144,7 +144,7 @@ def _load_index(source: str, shards: list[Path]) -> Any:
     path = folder / f"shards-{key.hexdigest()[:32]}.parquet"
     with contextlib.suppress(Exception):  # an index that is absent or damaged is made anew below
         return pq.read_table(path)
-    index = _make_index(source, shards)
+    index = make_index(source, shards)
     with contextlib.suppress(OSError):  # without a writable cache, only the next start takes longer
         _write_atomically(index, path)
     return index
@@ -165,7 +165,8 @@ def _write_atomically(index: Any, path: Path) -> None:
             raise
 
 
-def _make_index(source: str, shards: list[Path]) -> Any:
+def make_index(source: str, shards: list[Path]) -> Any:
+    """Read the headers of all shards and return the index, an Arrow table. Raises DataError."""
     import pyarrow as pa
 
     columns: dict[str, list[Any]] = {"shard": [], "member": [], "offset": [], "size": [], "label": []}

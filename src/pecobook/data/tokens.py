@@ -31,7 +31,7 @@ from pecobook.errors import DataError, first_line
 from pecobook.utils.files import write_atomically
 
 MAX_CODEWORDS = 2**16
-_SHARD_IMAGES = 8192
+SHARD_IMAGES = 8192
 _SHARD_BYTES = 2**26
 
 Codes = npt.NDArray[np.uint16]
@@ -51,7 +51,7 @@ class BankLayout:
     def shard_images(self) -> int:
         """Number of images in each shard except the last."""
         bytes_per_image = 2 * self.num_views * self.grid[0] * self.grid[1]
-        return max(1, min(_SHARD_IMAGES, _SHARD_BYTES // bytes_per_image))
+        return max(1, min(SHARD_IMAGES, _SHARD_BYTES // bytes_per_image))
 
     @property
     def num_shards(self) -> int:

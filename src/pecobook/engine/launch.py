@@ -98,7 +98,7 @@ def start(config: TrainConfig) -> Fabric:
         devices=device_count(config),
         num_nodes=max(1, world_size(config) // device_count(config)),
         strategy=_strategy(config),
-        plugins=[_precision(config.precision)],
+        plugins=[precision_plugin(config.precision)],
     )
     fabric.launch()
     return fabric
@@ -130,7 +130,7 @@ def _filter_warnings() -> None:
     logging.getLogger("lightning_fabric.utilities.rank_zero").setLevel(logging.WARNING)
 
 
-def _precision(name: str) -> Any:
+def precision_plugin(name: str) -> Any:
     """Return Fabric's precision plugin, changed so that the numbers of a batch are not rounded.
 
     Fabric converts every float of a batch to half precision. Images come as integers and networks convert them, so the

@@ -68,13 +68,15 @@ def fit(
     Raises:
         NonFiniteLossError: before the optimizer step, on all ranks.
     """
-    return _Loop(fabric, stage, train, evaluation, reference, config, command).run()
+    return Loop(fabric, stage, train, evaluation, reference, config, command).run()
 
 
 _Batches: TypeAlias = Iterator[Batch]
 
 
-class _Loop:
+class Loop:
+    """The training loop of one run on one rank."""
+
     def __init__(
         self,
         fabric: Fabric,
@@ -124,6 +126,7 @@ class _Loop:
             self.text.info("%s from step %d to %d on %s", command, self.start, self.total, fabric.device)
 
     def run(self) -> Outcome:
+        """Train until the last step or a signal, with evaluations and checkpoints on the way."""
         step = self.start
         if self.warmup_warning and step < self.total:
             self._announce(self.warmup_warning)
@@ -136,7 +139,7 @@ class _Loop:
                 if self.config.compile:
                     self.progress.say("Compiling: the first step can take minutes.")
                 while step < self.total:
-                    stop = self._step(step, batches, signals)
+                    stop = self.step_once(step, batches, signals)
                     step += 1
                     self._save_if_due(step, stop)  # before an evaluation, which may fail
                     if is_time(step, self.config.sample_every, self.total):
@@ -154,7 +157,7 @@ class _Loop:
         finally:
             self._close()
 
-    def _step(self, step: int, batches: _Batches, signals: Signals) -> bool:
+    def step_once(self, step: int, batches: _Batches, signals: Signals) -> bool:
         """Take one optimizer step; return whether to stop after it."""
         lr = self.schedule(step)
         set_learning_rate(self.optimizer, lr)

@@ -78,7 +78,7 @@ class DetectStage(Stage[DetectConfig]):
             # Images pass one by one: in a batch smaller images are padded, and a ViT would see the padding.
             detections: Detections = self.detector([image])[0]
             view, original = (image.shape[1], image.shape[2]), (int(size[0]), int(size[1]))
-            rows.append(_row(detections, view, original, self.config.detector.detections))
+            rows.append(detections_to_row(detections, view, original, self.config.detector.detections))
         stacked = {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
         return StageOutput(None, {}, rows={"index": batch["index"], **stacked})
 
@@ -93,7 +93,9 @@ class DetectStage(Stage[DetectConfig]):
         from pecobook.analysis.detections import evaluate_detections
 
         count = self.config.detector.detections
-        self._precision, self._results = evaluate_detections(self.evaluation, _unpack(rows), max_detections=count)
+        self._precision, self._results = evaluate_detections(
+            self.evaluation, rows_to_detections(rows), max_detections=count
+        )
         return {name: value for name, value in self._precision.items() if "ar_" not in name}
 
     def report(self, folder: Path, rows: dict[str, Tensor], source: ImageSource) -> None:
@@ -112,7 +114,7 @@ class DetectStage(Stage[DetectConfig]):
         from pecobook.data.decode import BadImage
 
         labelled, detected = [], []
-        for index, detections in _unpack(rows):
+        for index, detections in rows_to_detections(rows):
             try:
                 image, objects = self.evaluation.sample(index)
             except BadImage:
@@ -181,7 +183,9 @@ def _targets(batch: Batch) -> list[dict[str, Tensor]]:
     return [dict(zip(parts, values, strict=True)) for values in zip(*parts.values(), strict=True)]
 
 
-def _row(detections: Detections, view: tuple[int, int], size: tuple[int, int], count: int) -> dict[str, Tensor]:
+def detections_to_row(
+    detections: Detections, view: tuple[int, int], size: tuple[int, int], count: int
+) -> dict[str, Tensor]:
     """Pad detections to `count` entries, the added ones with score 0; boxes become pixels of the original image."""
     missing = count - len(detections.scores)
     row = {
@@ -194,7 +198,7 @@ def _row(detections: Detections, view: tuple[int, int], size: tuple[int, int], c
     return row
 
 
-def _unpack(rows: dict[str, Tensor]) -> Iterator[tuple[int, Detections]]:
+def rows_to_detections(rows: dict[str, Tensor]) -> Iterator[tuple[int, Detections]]:
     """Yield number and detections of every image once, in the order of the numbers."""
     index = rows["index"].tolist()
     first_rows = {number: row for row, number in reversed(list(enumerate(index)))}

@@ -40,7 +40,7 @@ def analyze(config: AnalyzeConfig | None = None, **settings: Any) -> Path:
     """
     config = replace(config or AnalyzeConfig(), settings)
     began = time.monotonic()
-    inputs = _preflight(config)
+    inputs = check_and_open(config)
     with _folder(config).begin(_write_first):
         return _write_all(config, inputs, began)
 
@@ -120,7 +120,7 @@ def _write(results: dict[str, Any], out: Path, began: float) -> None:
     write_atomically(out / "analysis.json", (json.dumps(results, indent=2) + "\n").encode())
 
 
-def _preflight(config: AnalyzeConfig) -> AnalysisInputs:
+def check_and_open(config: AnalyzeConfig) -> AnalysisInputs:
     from pecobook.commands.analyze.inputs import open_inputs
 
     preflight = Preflight()

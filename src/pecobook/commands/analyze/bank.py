@@ -23,7 +23,7 @@ from pecobook.data.stream import Stream, collate
 from pecobook.data.tokens import TokenBank
 from pecobook.errors import DataError
 
-_CHUNK = 2**22  # codes that are processed at once
+CHUNK = 2**22  # codes that are processed at once
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ def _chunks(bank: TokenBank) -> Iterator[tuple[NDArray[np.int64], NDArray[np.uin
     """Yield indices (n,) and codes (n, V h w) of images, without unreadable images, whose codes have no meaning."""
     layout = bank.layouts["train"]
     codes_per_image = layout.num_views * layout.grid[0] * layout.grid[1]
-    step = max(_CHUNK // codes_per_image, 1)
+    step = max(CHUNK // codes_per_image, 1)
     for shard in range(layout.num_shards):
         codes, first = bank.shard("train", shard), layout.images_of(shard).start
         for start in range(0, len(codes), step):

@@ -101,7 +101,7 @@ def evaluate_tokenizer(
         "num_images": len(images),
         "codes_used": usage.codes_used,
         "perplexity": round(usage.perplexity, 2),
-        "unused": _at_most_fifty(np.flatnonzero(usage.counts == 0).tolist()),
+        "unused": at_most_fifty(np.flatnonzero(usage.counts == 0).tolist()),
         "psnr": _rounded(psnr(images, restored).mean()),
         "ssim": _rounded(ssim(images, restored).mean(), 4),
         "perceptual_distance": None,
@@ -150,7 +150,7 @@ def analyze_tokenizer(
     return metrics, skipped, lambda: {kind: png for draw in draws for kind, png in draw().items()}
 
 
-def _at_most_fifty(codewords: list[int]) -> list[int] | None:
+def at_most_fifty(codewords: list[int]) -> list[int] | None:
     """Return the codewords, or None for more than fifty, which nobody would read."""
     return codewords if len(codewords) <= 50 else None
 
