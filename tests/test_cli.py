@@ -101,7 +101,7 @@ MISTAKES: list[tuple[str, str, str]] = [
     ("codebook tiny --data photos", "--out is missing", "for example"),
     ("codebook tiny --data nowhere --out run", "nowhere", "A source is"),
     ("codebook tiny --data photos-2023 --out run", "photos-2023", "Did you mean 'photos-2024'?"),
-    ("codebook tiny --data empty --out run", "empty", "Extensions that are read"),
+    ("codebook tiny --data empty --out run", "empty", "Supported extensions"),
     ("codebook tiny --data broken --out run", "broken", "can be read"),
     ("codebook tiny --data notes.txt --out run", "notes.txt", "give the folder"),
     ("codebook tiny --data photos --out full", "full", "--overwrite"),
