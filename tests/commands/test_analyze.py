@@ -329,7 +329,7 @@ def test_analyze__tells_all_problems_before_it_writes(images: Path, codebook_run
     told = "\n".join(map(str, caught.value.problems))
     assert "has codewords 0 to 23" in told
     assert "none" in told
-    assert "is no run of pecobook pretrain" in told
+    assert "is not a run of pecobook pretrain" in told
     assert not (tmp_path / "out").exists()
     with pytest.raises(PreflightError, match="--tokenizer is missing"):
         pecobook.analyze(out=str(tmp_path / "out"))
