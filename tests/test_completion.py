@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from pecobook import cli
-from pecobook.completion import SETTINGS, SHELLS, flags_of, script
-from pecobook.help import PAGES
+from pecobook.commands.table import COMMANDS
+from pecobook.completion import SHELLS, flags_of, script
 from pecobook.recipes import RECIPES
 from pecobook.settings.values import flags
 from tests.test_help import settings_of
@@ -78,10 +78,10 @@ def test_bash__offers_every_command_recipe_and_flag(bash_script: Path) -> None:
         assert offered(bash_script, [command, "-"]) == list(flags_of(command))
 
 
-@pytest.mark.parametrize("command", PAGES)
+@pytest.mark.parametrize("command", COMMANDS)
 def test_flags__are_those_of_the_parser(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert type(settings_of(shlex.split(PAGES[command].examples[0]), monkeypatch)) is SETTINGS[command]
-    known = {**flags(SETTINGS[command]), "config": str}
+    assert type(settings_of(shlex.split(COMMANDS[command].examples[0]), monkeypatch)) is COMMANDS[command].settings
+    known = {**flags(COMMANDS[command].settings), "config": str}
     for name, flag in flags_of(command).items():
         if not name.startswith("--help"):
             (value,) = cli.read_flags([name, *(["1"] if flag.takes_value else [])], known, command).values()

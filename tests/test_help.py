@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 
 from pecobook import cli
-from pecobook.help import PAGES, explanations, page
+from pecobook.commands.table import COMMANDS
+from pecobook.help import explanations, page
 from pecobook.recipes import RECIPES, recipe, tokenize
 from pecobook.settings.reproduce import ReproduceConfig
 from pecobook.settings.values import flags
@@ -43,10 +44,10 @@ def settings_of(words: list[str], monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 def test_pages__every_command_with_flags_has_one() -> None:
-    assert {*PAGES, "recipes", "completion"} == set(cli.COMMANDS)
+    assert {*COMMANDS, "recipes", "completion"} == set(cli.COMMANDS)
 
 
-@pytest.mark.parametrize("command", PAGES)
+@pytest.mark.parametrize("command", COMMANDS)
 def test_help__fits_a_screen_and_its_examples_are_understood(
     command: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -59,21 +60,21 @@ def test_help__fits_a_screen_and_its_examples_are_understood(
     assert "--config FILE" in shown
     for name in RECIPES.get(command, {}):
         assert re.search(rf"^  {name} +\S", shown, re.MULTILINE)
-    for example in PAGES[command].examples:
+    for example in COMMANDS[command].examples:
         assert f"  pecobook {example}\n" in shown
         settings_of(shlex.split(example), monkeypatch)
-    every = flags(type(settings_of(shlex.split(PAGES[command].examples[0]), monkeypatch)))
+    every = flags(type(settings_of(shlex.split(COMMANDS[command].examples[0]), monkeypatch)))
     assert f"--help-all explains all {len(every) + 1} flags." in shown
-    for name in PAGES[command].flags.split():
+    for name in COMMANDS[command].flags.split():
         assert name in every
         assert re.search(rf"^  --{re.escape(name)} +\S", shown, re.MULTILINE), name
 
 
-@pytest.mark.parametrize("command", PAGES)
+@pytest.mark.parametrize("command", COMMANDS)
 def test_help_all__explains_every_flag(
     command: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    every = flags(type(settings_of(shlex.split(PAGES[command].examples[0]), monkeypatch)))
+    every = flags(type(settings_of(shlex.split(COMMANDS[command].examples[0]), monkeypatch)))
     capsys.readouterr()
     shown = shown_by([command, "--help-all"], capsys)
     assert "--config" in shown
@@ -89,9 +90,9 @@ def test_explanations__are_those_under_the_fields_the_nearest_class_first() -> N
     assert found["optim.clip-grad"].startswith("Largest norm of the whole gradient")
 
 
-@pytest.mark.parametrize("command", PAGES)
+@pytest.mark.parametrize("command", COMMANDS)
 def test_explanations__name_what_they_explain(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    kind = type(settings_of(shlex.split(PAGES[command].examples[0]), monkeypatch))
+    kind = type(settings_of(shlex.split(COMMANDS[command].examples[0]), monkeypatch))
     known = flags(kind)
     for name, text in explanations(kind).items():
         if name in known:

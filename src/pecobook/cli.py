@@ -7,36 +7,22 @@ same names and give the same errors; tyro draws the help of each command from th
 from __future__ import annotations
 
 import errno
+import importlib
 import os
 import sys
 import textwrap
 from typing import Any
 
+from pecobook import recipes
+from pecobook.commands import table
 from pecobook.errors import ConfigError, PecobookError, did_you_mean
+from pecobook.recipes import RECIPES
 from pecobook.settings.values import flags, load, replace
 
-_TRAINING = {
-    "contrast": "train a feature network on your own images (MoCo v3)",
-    "codebook": "train a perceptual codebook (the PeCo tokenizer)",
-    "pretrain": "pre-train a ViT on the tokens of your images",
-    "finetune": "fine-tune a backbone for classification",
-    "segment": "train semantic segmentation on a backbone (UperNet)",
-    "detect": "train boxes and instance masks on a backbone (Mask R-CNN)",
-}
-_OTHERS = {
-    "tokenize": "the tokens of named views of your images, once, for pretrain --tokens",
-    "analyze": "what the codewords of tokenizers mean: figures, galleries, a report",
-    "explore": "a page to play with codewords and masks, on this machine",
-    "reproduce": "the paper's tables, trained again at a budget of yours, with controls, over seeds",
-    "bench": "how fast pre-training runs here, and where time goes",
-    "export": "a run's weights for timm, transformers or ONNX",
-    "predict": "what a trained classifier, segmenter or detector says of images",
-    "probe": "linear probe and k-NN of a backbone, or of a tokenizer's codewords",
-    "demo": "the whole story on built-in photographs, with a report, in minutes",
+COMMANDS = {name: command.summary for name, command in table.COMMANDS.items()} | {
     "recipes": "list the recipes and what each claims",
     "completion": "a script with which bash, zsh or fish completes commands, recipes and flags",
 }
-COMMANDS = {**_TRAINING, **_OTHERS}
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -63,7 +49,7 @@ def main(argv: list[str] | None = None) -> None:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         print(f"pecobook: the disk is full ({error.filename or error}).", file=sys.stderr)
-        resumes = bool(args) and args[0] in (*_TRAINING, "tokenize")
+        resumes = bool(args) and args[0] in (*RECIPES, "tokenize")
         print(
             f"What was finished is whole. Make room, then {'go on with --resume' if resumes else 'start again'}.",
             file=sys.stderr,
@@ -106,22 +92,18 @@ def _dispatch(args: list[str]) -> None:
     command, rest = args[0], args[1:]
     if command not in COMMANDS:
         raise ConfigError(f"Unknown command '{command}'.{did_you_mean(command, COMMANDS)} See pecobook --help.")
-    if command in _TRAINING:
-        _train(command, rest)
+    if command == "recipes":
+        _recipes(rest)
+    elif command == "completion":
+        _completion(rest)
+    elif command in RECIPES:
+        config = _settings(command, rest)
+        from pecobook.api import run
+
+        run(command, config)
     else:
-        {
-            "tokenize": _tokenize,
-            "export": _export,
-            "predict": _predict,
-            "bench": _bench,
-            "analyze": _analyze,
-            "explore": _explore,
-            "reproduce": _reproduce,
-            "probe": _probe,
-            "demo": _demo,
-            "recipes": _recipes,
-            "completion": _completion,
-        }[command](rest)
+        config = _settings(command, rest)
+        getattr(importlib.import_module(f"pecobook.commands.{command}"), command)(config)
 
 
 def _help() -> str:
@@ -141,113 +123,8 @@ def _help() -> str:
 # ------------------------------------------------------------------------------------------------------------ commands
 
 
-def _train(command: str, args: list[str]) -> None:
-    from pecobook.recipes import DEFAULT_RECIPE, recipe
-
-    name = args.pop(0) if args and not args[0].startswith("-") else DEFAULT_RECIPE
-    config = parse(recipe(command, name), args, f"{command} {name}")
-    from pecobook.api import run
-
-    run(command, config)
-
-
-def _tokenize(args: list[str]) -> None:
-    from pecobook import recipes
-
-    name = args.pop(0) if args and not args[0].startswith("-") else recipes.DEFAULT_RECIPE
-    config = parse(recipes.tokenize(name), args, f"tokenize {name}")
-    from pecobook.commands.tokenize import tokenize
-
-    tokenize(config)
-
-
-def _export(args: list[str]) -> None:
-    from pecobook.settings.export import ExportConfig
-
-    run = ["--run", args.pop(0)] if args and not args[0].startswith("-") else []
-    config = parse(ExportConfig(), [*run, *args], "export")
-    from pecobook.commands.export import export
-
-    export(config)
-
-
-def _predict(args: list[str]) -> None:
-    from pecobook.settings.predict import PredictConfig
-
-    words = [args.pop(0) for _ in range(2) if args and not args[0].startswith("-")]
-    named = [text for name, word in zip(("--run", "--images"), words, strict=False) for text in (name, word)]
-    config = parse(PredictConfig(), [*named, *args], "predict")
-    from pecobook.commands.predict import predict
-
-    predict(config)
-
-
-def _bench(args: list[str]) -> None:
-    from pecobook.settings.bench import BenchConfig
-
-    if not args or args[0] not in ("pretrain", "-h", "--help", "--help-all"):
-        raise ConfigError("'bench' measures pretrain: pecobook bench pretrain [RECIPE] [--flag value ...]")
-    rest = args[1:] if args[0] == "pretrain" else args
-    recipe = ["--recipe", rest.pop(0)] if rest and not rest[0].startswith("-") else []
-    config = parse(BenchConfig(), [*recipe, *rest], "bench pretrain")
-    from pecobook.commands.bench import bench
-
-    bench(config)
-
-
-def _analyze(args: list[str]) -> None:
-    from pecobook.settings.analyze import AnalyzeConfig
-
-    config = parse(AnalyzeConfig(), args, "analyze")
-    from pecobook.commands.analyze import analyze
-
-    analyze(config)
-
-
-def _reproduce(args: list[str]) -> None:
-    from pecobook.settings.reproduce import ReproduceConfig
-
-    config = parse(ReproduceConfig(), _first_as("--tables", args), "reproduce")
-    from pecobook.commands.reproduce import reproduce
-
-    reproduce(config)
-
-
-def _explore(args: list[str]) -> None:
-    from pecobook.settings.explore import ExploreConfig
-
-    config = parse(ExploreConfig(), _first_as("--runs", args), "explore")
-    from pecobook.commands.explore import explore
-
-    explore(config)
-
-
-def _first_as(name: str, args: list[str]) -> list[str]:
-    """Give the words before the first flag to a flag."""
-    count = next((place for place, word in enumerate(args) if word.startswith("-")), len(args))
-    return [name, *args] if count else args
-
-
-def _probe(args: list[str]) -> None:
-    from pecobook.settings.probe import ProbeConfig
-
-    config = parse(ProbeConfig(), args, "probe")
-    from pecobook.commands.probe import probe
-
-    probe(config)
-
-
-def _demo(args: list[str]) -> None:
-    from pecobook.settings.demo import DemoConfig
-
-    config = parse(DemoConfig(), args, "demo")
-    from pecobook.commands.demo import demo
-
-    demo(config)
-
-
 def _recipes(args: list[str]) -> None:
-    from pecobook.recipes import RECIPES, claims, story
+    from pecobook.recipes import claims, story
 
     if args and args[0] in ("-h", "--help", "--help-all"):
         print(_RECIPES_HELP)
@@ -298,13 +175,33 @@ examples
 # ------------------------------------------------------------------------------------------------------------- parsing
 
 
+def _settings(command: str, args: list[str]) -> Any:
+    """The settings that the words and flags after a command give. Raises ConfigError."""
+    count = next((place for place, word in enumerate(args) if word.startswith("-")), len(args))
+    words, args = args[:count], args[count:]
+    if command in (*RECIPES, "tokenize"):
+        recipe = words.pop(0) if words else recipes.DEFAULT_RECIPE
+        config = recipes.tokenize(recipe) if command == "tokenize" else recipes.recipe(command, recipe)
+        return parse(config, [*words, *args], f"{command} {recipe}")
+    if command == "bench":
+        if not {*words[:1], *args[:1]} & {"pretrain", "-h", "--help", "--help-all"}:
+            raise ConfigError("'bench' measures pretrain: pecobook bench pretrain [RECIPE] [--flag value ...]")
+        command, words = "bench pretrain", words[1:]
+    config_type = table.COMMANDS[command.split()[0]].settings
+    named: list[str] = []
+    for name in table.COMMANDS[command.split()[0]].words:
+        count = len(words) if str(flags(config_type)[name]).startswith("tuple") else 1
+        named += [f"--{name}", *words[:count]] if words else []
+        words = words[count:]
+    return parse(config_type(), [*named, *words, *args], command)
+
+
 def parse(config: Any, args: list[str], prog: str) -> Any:
     """Settings `config` with the values that the flags in `args` give. Raises ConfigError."""
     if "--help-all" in args:
         _explain(config, prog)
     if "-h" in args or "--help" in args:
         from pecobook.help import page
-        from pecobook.recipes import RECIPES
 
         command, _, recipe = prog.partition(" ")
         print(page(command, config, recipe if command in (*RECIPES, "tokenize") else ""))

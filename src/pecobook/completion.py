@@ -8,37 +8,16 @@ from __future__ import annotations
 import textwrap
 import typing
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 from pecobook.commands.reproduce.paper import TABLES
+from pecobook.commands.table import COMMANDS
 from pecobook.errors import ConfigError, did_you_mean
 from pecobook.help import explanations, first_sentence
-from pecobook.recipes import RECIPES, claim, recipe
-from pecobook.settings.analyze import AnalyzeConfig
-from pecobook.settings.bench import BenchConfig
-from pecobook.settings.demo import DemoConfig
-from pecobook.settings.explore import ExploreConfig
-from pecobook.settings.export import ExportConfig
-from pecobook.settings.predict import PredictConfig
-from pecobook.settings.probe import ProbeConfig
-from pecobook.settings.reproduce import ReproduceConfig
-from pecobook.settings.tokenize import TokenizeConfig
+from pecobook.recipes import RECIPES, claim
 from pecobook.settings.values import flags
 
 SHELLS = ("bash", "zsh", "fish")
-SETTINGS: dict[str, type[Any]] = {
-    **{command: type(recipe(command)) for command in RECIPES},
-    "tokenize": TokenizeConfig,
-    "analyze": AnalyzeConfig,
-    "explore": ExploreConfig,
-    "reproduce": ReproduceConfig,
-    "bench": BenchConfig,
-    "export": ExportConfig,
-    "predict": PredictConfig,
-    "probe": ProbeConfig,
-    "demo": DemoConfig,
-}
-"""The settings of every command that has flags."""
 
 
 class Flag(NamedTuple):
@@ -73,11 +52,12 @@ def script(shell: str, commands: Mapping[str, str]) -> str:
 
 def flags_of(command: str) -> dict[str, Flag]:
     """Every flag of a command, with its dashes."""
-    if command not in SETTINGS:
+    if command not in COMMANDS:
         return {}
-    explained = explanations(SETTINGS[command])
+    config_type = COMMANDS[command].settings
+    explained = explanations(config_type)
     found: dict[str, Flag] = {}
-    for name, kind in flags(SETTINGS[command]).items():
+    for name, kind in flags(config_type).items():
         choices = typing.get_args(kind) if typing.get_origin(kind) is Literal else ()
         text = first_sentence(explained[name])
         found[f"--{name}"] = Flag(text, tuple(map(str, choices)), takes_value=kind is not bool)

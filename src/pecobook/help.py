@@ -9,145 +9,24 @@ import inspect
 import textwrap
 import typing
 from operator import attrgetter
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
+from pecobook.commands.table import COMMANDS
 from pecobook.recipes import DEFAULT_RECIPE, RECIPES, claim
 from pecobook.settings.values import flags
 
 _WIDTH = 100
 
 
-class Page(NamedTuple):
-    """What the help of a command shows, beside the recipes that it may have."""
-
-    usage: str
-    """The words after the command's name."""
-    examples: tuple[str, str]
-    """The words after `pecobook` of two commands that people type."""
-    flags: str
-    """Flags that people use, most used first."""
-
-
-_RUN = "out resume overwrite seed devices precision"
-PAGES: dict[str, Page] = {
-    "contrast": Page(
-        "[RECIPE] --data SOURCE --out RUN",
-        (
-            "contrast tiny --data photos --out runs/contrast",
-            "contrast paper --data IMAGENET --out runs/contrast --compile",
-        ),
-        f"data {_RUN} batch-size micro-batch-size max-steps optim.lr model.name",
-    ),
-    "codebook": Page(
-        "[RECIPE] --data SOURCE --perceptual.network NETWORK --out RUN",
-        (
-            "codebook tiny --data photos --perceptual.network none --out runs/codebook",
-            "codebook paper --data IMAGENET --perceptual.network runs/contrast --out runs/codebook",
-        ),
-        "data perceptual.network perceptual.layers perceptual.weights perceptual.weight quantizer.num-codewords "
-        "out resume overwrite max-steps batch-size micro-batch-size",
-    ),
-    "pretrain": Page(
-        "[RECIPE] --data SOURCE --tokenizer RUN --out RUN",
-        (
-            "pretrain tiny --data photos --tokenizer runs/codebook --out runs/vit",
-            "pretrain --data IMAGENET --tokenizer runs/codebook --tokens BANK --out runs/vit --compile",
-        ),
-        "data tokenizer tokens target out resume overwrite model.name max-steps batch-size micro-batch-size",
-    ),
-    "finetune": Page(
-        "[RECIPE] --data SOURCE --backbone RUN|timm:NAME --out RUN",
-        (
-            "finetune tiny --data photos --backbone runs/vit --out runs/classifier",
-            "finetune --data IMAGENET --backbone timm:vit_base_patch16_224 --out runs/classifier",
-        ),
-        "data backbone weights out resume overwrite optim.lr optim.layer-decay max-steps batch-size micro-batch-size",
-    ),
-    "segment": Page(
-        "[RECIPE] --data FOLDER --backbone RUN|timm:NAME --out RUN",
-        (
-            "segment tiny --data SHAPES --backbone runs/vit --out runs/segmenter",
-            "segment paper --data ADEChallengeData2016 --backbone runs/vit --out runs/segmenter",
-        ),
-        "data classes mask-values ignore skip-bad backbone out resume overwrite image-size max-steps batch-size",
-    ),
-    "detect": Page(
-        "[RECIPE] --data FOLDER --backbone RUN|timm:NAME --out RUN",
-        (
-            "detect tiny --data NUCLEI --backbone runs/vit --out runs/detector",
-            "detect paper --data COCO --backbone runs/vit --out runs/detector",
-        ),
-        "data skip-bad masks backbone out resume overwrite scales max-size image-size max-steps batch-size",
-    ),
-    "tokenize": Page(
-        "[RECIPE OF PRETRAIN] --data SOURCE --tokenizer RUN --out BANK --views V",
-        (
-            "tokenize tiny --data photos --tokenizer runs/codebook --out runs/tokens --views 4",
-            "tokenize --data IMAGENET --tokenizer runs/codebook --out runs/tokens --views 20",
-        ),
-        "data tokenizer views out resume overwrite seed image-size tokenizer-size batch-size workers devices",
-    ),
-    "analyze": Page(
-        "--tokenizer RUN [--against RUN ...] --data SOURCE --out DIR",
-        (
-            "analyze --tokenizer runs/codebook --data photos --out runs/analysis",
-            "analyze --tokenizer runs/codebook --against runs/pixel --data IMAGES --out runs/analysis",
-        ),
-        "tokenizer against tokens backbone data out overwrite classifier perceptual codewords max-train max-test",
-    ),
-    "explore": Page(
-        "RUN [RUN ...] --data SOURCE",
-        ("explore runs/codebook --data photos", "explore runs/codebook runs/vit --data IMAGES --port 8000"),
-        "runs data images host port share upload-mb",
-    ),
-    "reproduce": Page(
-        "TABLE [TABLE ...] --data SOURCE --out DIR",
-        (
-            "reproduce table4 --data photos --out runs/tables",
-            "reproduce table4 table5 --budget small --seeds 0 1 2 3 --data CIFAR10 --out runs/tables",
-        ),
-        "tables data out budget seeds length transfer network classifier dalle gpus-per-run dry-run",
-    ),
-    "bench": Page(
-        "pretrain [RECIPE]",
-        ("bench pretrain tiny", "bench pretrain paper --batch-size 128 --compile --out bench.json"),
-        "recipe data tokenizer batch-size precision compile steps data-steps out",
-    ),
-    "export": Page(
-        "RUN --format timm|hf|onnx --out DIR",
-        ("export runs/vit --format timm --out vit-timm", "export runs/codebook --format onnx --out codebook-onnx"),
-        "run format out",
-    ),
-    "predict": Page(
-        "RUN IMAGES --out DIR",
-        (
-            "predict runs/classifier IMAGES --out runs/predictions",
-            "predict runs/detector photo.jpg --out found --score 0.7",
-        ),
-        "run images out pictures score test.mode test.scales test.flip",
-    ),
-    "probe": Page(
-        "--data SOURCE --backbone RUN|timm:NAME",
-        ("probe --data photos --backbone runs/vit", "probe --data IMAGES --backbone timm:resnet50 --out probe.json"),
-        "data backbone weights out image-size max-train max-test seed",
-    ),
-    "demo": Page(
-        "[--out DIR]",
-        ("demo", "demo --data IMAGES --out runs/demo --length 2"),
-        "data out seed budget length max-train max-test",
-    ),
-}
-
-
 def page(command: str, config: Any, recipe: str = "") -> str:
     """The short help of a command, at most 40 lines of 100 columns.
 
     Args:
-        command: its name, a key of `PAGES`.
+        command: its name, a key of `COMMANDS`.
         config: settings whose values are shown as defaults.
         recipe: the name of the recipe that they are, where there is one.
     """
-    shown = PAGES[command]
+    shown = COMMANDS[command]
     usage = f"usage: pecobook {command} {shown.usage} [--flag\N{NO-BREAK SPACE}value\N{NO-BREAK SPACE}...]"
     usage = "\n".join(textwrap.wrap(usage, _WIDTH, subsequent_indent="    ")).replace("\N{NO-BREAK SPACE}", " ")
     lines = [usage, "", inspect.getdoc(type(config)) or ""]

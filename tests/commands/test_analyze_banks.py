@@ -138,14 +138,17 @@ def test_analyze__refuses_a_bank_of_others(images: Path, codebook_run: Path, tmp
 
 
 def test_view_of__is_the_view_that_pretraining_sees(images: Path) -> None:
+    from pecobook.data.named_views import NamedViews
     from pecobook.data.stream import Stream
+    from pecobook.data.views import photometric
     from pecobook.settings.images import PhotometricConfig
     from pecobook.settings.pretrain import PretrainConfig
-    from pecobook.stages.pretrain import PretrainStage, coloured
+    from pecobook.stages.pretrain import PretrainStage
+    from pecobook.utils.images import to_float
 
     config = PretrainConfig(image_size=16, min_crop=0.3, seed=5, colour=PhotometricConfig(jitter=1.0))
     source = open_images(str(images)).train
     sample = Stream(source, PretrainStage.view(config), config.seed)[3 + len(source)]
-    online = coloured(sample["image"][None], sample["colour"][None], config.colour)[0]
-    bank = {"seed": 5, "image_size": 16, "min_crop": 0.3, "colour": vars(config.colour)}
+    online = photometric(to_float(sample["image"][None]), sample["colour"][None], config.colour)[0]
+    bank = NamedViews.of(config).settings()
     assert torch.equal(view_of(bank, source, int(sample["index"]), 1), online)

@@ -22,11 +22,13 @@ from pecobook.data import tokens
 from pecobook.data.images import open_images
 from pecobook.data.stream import Stream, collate
 from pecobook.data.tokens import TokenBank
+from pecobook.data.views import photometric
 from pecobook.errors import DataError, PecobookError, PreflightError, RunFolderError
 from pecobook.models.tokenizers import load_tokenizer
 from pecobook.recipes import recipe
 from pecobook.settings.pretrain import PretrainConfig
-from pecobook.stages.pretrain import PretrainStage, coloured, encode_views
+from pecobook.stages.pretrain import PretrainStage, encode_views
+from pecobook.utils.images import to_float
 from tests.distributed import TwoProcesses
 from tests.runs import SMALL, codebook_run, export_bytes, losses, train
 
@@ -53,12 +55,12 @@ def test_tokenize__every_banked_view_is_the_online_one(bank: Path, images: Path,
     tokenizer, splits = load_tokenizer(codebook_run), open_images(str(images))
     opened = TokenBank(bank)
     stream = Stream(
-        splits.train, PretrainStage.view(config), config.seed, companion=PretrainStage.companions(config)[0]
+        splits.train, PretrainStage.view(config), config.seed, companion=PretrainStage(config).companions()[0]
     )
     count, compared = len(splits.train), 0
     for epoch in range(3):
         batch = collate([stream[epoch * count + place] for place in range(count)])
-        codes = encode_views(tokenizer, coloured(batch["image"], batch["colour"], config.colour), 0)
+        codes = encode_views(tokenizer, photometric(to_float(batch["image"]), batch["colour"], config.colour), 0)
         for index, online in zip(batch["index"].tolist(), codes, strict=True):
             assert torch.equal(opened.read("train", index, epoch), online)
             compared += 1
@@ -67,7 +69,7 @@ def test_tokenize__every_banked_view_is_the_online_one(bank: Path, images: Path,
     held_out = Stream(splits.evaluation, PretrainStage.evaluation_view(config), 0)
     for place in range(len(splits.evaluation)):
         sample = held_out[place]
-        online = encode_views(tokenizer, coloured(sample["image"][None], None, config.colour), 0)[0]
+        online = encode_views(tokenizer, to_float(sample["image"][None]), 0)[0]
         assert torch.equal(opened.read("evaluation", int(sample["index"]), 0), online)
 
 
@@ -107,8 +109,8 @@ def test_pretrain__repeats_views_but_not_masks(bank: Path, images: Path, codeboo
         splits.train,
         PretrainStage.view(config),
         config.seed,
-        companion=PretrainStage.companions(config)[0],
-        num_views=PretrainStage.num_views(config),
+        companion=PretrainStage(config).companions()[0],
+        num_views=PretrainStage(config).num_views(),
     )
     count = len(splits.train)
     seen: dict[int, list[dict[str, Any]]] = {}
@@ -202,7 +204,7 @@ def test_tokenize__resumes_with_what_is_missing(
     make_bank(images, codebook_run, out, resume=True)
     assert files(out) == whole
     assert kept.stat().st_mtime_ns == before
-    with pytest.raises(RunFolderError, match=r"was begun otherwise: .*views: 3 of the bank, 2 now"):
+    with pytest.raises(RunFolderError, match=r"was begun with other settings: .*views: 3 of the bank, 2 now"):
         make_bank(images, codebook_run, out, resume=True, views=2)
     make_bank(images, codebook_run, out, overwrite=True, views=2)
     assert TokenBank(out).num_views == 2

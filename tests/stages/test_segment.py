@@ -190,11 +190,11 @@ def test_preflight__says_what_is_wrong_with_pairs_and_leaves_them_out_when_asked
         preflight(SegmentStage, settings(vit_run, data=str(root), out=out))
     assert not (tmp_path / "run").exists()
     capsys.readouterr()
-    splits = preflight(SegmentStage, settings(vit_run, data=str(root), out=out, skip_bad=True))
+    splits = preflight(SegmentStage, settings(vit_run, data=str(root), out=out, skip_bad=True)).splits
     assert len(splits.train) == 10
     said = capsys.readouterr().err
     assert said.count("train/masks/2.png") == said.count("train/masks/3.png") == 1
-    splits = preflight(SegmentStage, settings(vit_run, data=str(root), out=out, ignore=("9", "255")))
+    splits = preflight(SegmentStage, settings(vit_run, data=str(root), out=out, ignore=("9", "255"))).splits
     assert len(splits.train) == 11
 
 

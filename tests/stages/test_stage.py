@@ -133,7 +133,7 @@ def test_preflight__other_ranks_leave_the_folder_to_the_first(
     with pytest.raises(PreflightError, match="is not empty"):
         preflight(CodebookStage, filled)
     monkeypatch.setenv("RANK", "1")
-    assert len(preflight(CodebookStage, filled).train) == 22
+    assert len(preflight(CodebookStage, filled).splits.train) == 22
 
 
 def test_preflight__held_out_images_need_labels_too(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

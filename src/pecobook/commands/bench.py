@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+    from pecobook.data.batch import Batch
     from pecobook.models.tokenizer import PerceptualTokenizer
     from pecobook.settings.pretrain import PretrainConfig
     from pecobook.stages.pretrain import PretrainStage
@@ -139,7 +140,7 @@ class _Benchmark:
         """Return the seconds of data, tokenizer, forward, backward and optimizer, each measured alone."""
         import torch
 
-        from pecobook.stages.pretrain import coloured, encode_views
+        from pecobook.stages.pretrain import encode_views
 
         settings = self.settings
         seconds: dict[str, float] = {}
@@ -149,7 +150,7 @@ class _Benchmark:
 
             def tokenize() -> None:
                 with torch.no_grad(), self.autocast():
-                    images = coloured(self.batch["image"], self.batch["colour"], settings.colour)
+                    images = self.stage.views.pixels(self.batch, training=True)
                     encode_views(self.stage.tokenizer, images, settings.tokenizer_size)
 
             seconds["tokenizer"] = self.seconds(tokenize)
@@ -196,7 +197,7 @@ class _Benchmark:
 
         codes = _random_codes(self.stage, self.settings, self.device)
         with FlopCounterMode(display=False) as counter, self.autocast():
-            self.stage(self.batch | {"codes": codes}).loss.backward()
+            self.stage({**self.batch, "codes": codes}).loss.backward()
         self.optimizer.zero_grad()
         return float(counter.get_total_flops())
 
@@ -207,8 +208,7 @@ class _Benchmark:
         from pecobook.data.stream import Stream, default_workers, load
         from pecobook.stages.pretrain import PretrainStage
 
-        settings = self.settings
-        companion = PretrainStage.companions(settings)[0]
+        settings, companion = self.settings, self.stage.companions()[0]
         train = open_images(settings.data).train
         stream = Stream(train, PretrainStage.view(settings), settings.seed, companion=companion)
         count, size = self.config.data_steps + 1, settings.batch_size
@@ -223,23 +223,25 @@ class _Benchmark:
         return (time.perf_counter() - start) / self.config.data_steps
 
 
-def _random_batch(stage: PretrainStage, settings: PretrainConfig, device: torch.device) -> dict[str, Any]:
+def _random_batch(stage: PretrainStage, settings: PretrainConfig, device: torch.device) -> Batch:
     import torch
 
+    from pecobook.data.batch import Batch
+    from pecobook.data.stream import to_device
     from pecobook.data.views import colour_draws
     from pecobook.stages.pretrain import make_mask
 
     batch_size, size = settings.batch_size, settings.image_size
     masks = [make_mask(index, stage.model.grid, settings.mask) for index in range(batch_size)]
-    batch = {
-        "image": torch.randint(256, (batch_size, 3, size, size), dtype=torch.uint8),
-        "colour": torch.stack([colour_draws(index) for index in range(batch_size)]),
-        "mask": torch.stack(masks),
-    }
-    on_device = {name: value.to(device) for name, value in batch.items()}
+    batch = Batch(
+        image=torch.randint(256, (batch_size, 3, size, size), dtype=torch.uint8),
+        colour=torch.stack([colour_draws(index) for index in range(batch_size)]),
+        mask=torch.stack(masks),
+    )
+    batch = to_device(batch, device)
     if settings.target == "tokens":
-        on_device["codes"] = _random_codes(stage, settings, device)
-    return on_device
+        batch["codes"] = _random_codes(stage, settings, device)
+    return batch
 
 
 def _random_codes(stage: PretrainStage, settings: PretrainConfig, device: torch.device) -> Tensor:

@@ -83,7 +83,11 @@ def check_min_batch(config: TrainConfig) -> None:
 
 
 def start(config: TrainConfig) -> Fabric:
-    """Start the processes and return their Fabric."""
+    """Start the processes and return their Fabric.
+
+    Args:
+        config: settings whose precision is resolved (`resolve_precision`).
+    """
     from lightning_fabric import Fabric
 
     _filter_warnings()
@@ -92,7 +96,7 @@ def start(config: TrainConfig) -> Fabric:
         devices=device_count(config),
         num_nodes=max(1, world_size(config) // device_count(config)),
         strategy=_strategy(config),
-        plugins=[_precision(resolve_precision(config))],
+        plugins=[_precision(config.precision)],
     )
     fabric.launch()
     return fabric

@@ -50,8 +50,12 @@ class Stage(nn.Module, Generic[C]):
     # ------------------------------------------------------------------------------------------ before there is a stage
 
     @classmethod
-    def check(cls, config: C) -> None:
-        """Raise PecobookError for settings or weights that cannot work, before anything is written."""
+    def check(cls, config: C) -> Any:
+        """Make the networks that the settings name, for `build` to go on with.
+
+        Raises:
+            PecobookError: settings or weights that cannot work; told before anything is written.
+        """
 
     @classmethod
     def open(cls, config: C) -> Splits:
@@ -68,8 +72,8 @@ class Stage(nn.Module, Generic[C]):
         """Raise PecobookError when these images do not go with the settings."""
 
     @classmethod
-    def build(cls, config: C, splits: Splits) -> Stage[C]:
-        """Make the stage, all random weights from torch's global generator."""
+    def build(cls, config: C, splits: Splits, made: Any = None) -> Stage[C]:
+        """Make the stage of what `check` made, or of nothing, all random weights from torch's global generator."""
         raise NotImplementedError
 
     @classmethod
@@ -87,17 +91,15 @@ class Stage(nn.Module, Generic[C]):
         """What evaluation reads of the `--knn-images` labelled training images that it compares with; None for none."""
         return None
 
-    @classmethod
-    def companions(cls, config: C) -> tuple[Companion | None, Companion | None]:
+    # ----------------------------------------------------------------------------------------------------- in training
+
+    def companions(self) -> tuple[Companion | None, Companion | None]:
         """What goes with a training and with a held-out image beside its view, by (number of the image, epoch)."""
         return None, None
 
-    @classmethod
-    def num_views(cls, config: C) -> int:
+    def num_views(self) -> int:
         """Views of each image that training repeats; 0 makes a new one every epoch."""
         return 0
-
-    # ----------------------------------------------------------------------------------------------------- in training
 
     def forward(self, batch: Batch) -> StageOutput:
         """Loss and detached metrics of a batch; in evaluation mode also pictures and rows."""

@@ -49,8 +49,7 @@ class MaskedImageModel(nn.Module):
 
     def __init__(self, backbone: nn.Module, vocab_size: int) -> None:
         super().__init__()
-        if not (hasattr(backbone, "patch_embed") and hasattr(backbone, "blocks")):
-            raise WeightsError(f"{type(backbone).__name__} has no patches to mask: choose a ViT or BEiT of timm.")
+        _require_patches(backbone)
         _refuse_attention_pool(backbone)
         width = int(backbone.embed_dim)  # type: ignore[arg-type]
         self.backbone = backbone
@@ -250,6 +249,11 @@ def _normed(backbone: nn.Module, tokens: Tensor) -> Tensor:
     return tokens
 
 
+def _require_patches(backbone: nn.Module) -> None:
+    if not (hasattr(backbone, "patch_embed") and hasattr(backbone, "blocks")):
+        raise WeightsError(f"{type(backbone).__name__} has no patches to mask: choose a ViT or BEiT of timm.")
+
+
 def _refuse_attention_pool(backbone: nn.Module) -> None:
     """Raise WeightsError for weights that no patch passes through: without gradients they end DDP, and a resume."""
     if getattr(backbone, "attn_pool", None) is not None:
@@ -265,7 +269,12 @@ def _beit_normal(weight: Tensor) -> None:
 
 
 def initialise_beit(backbone: nn.Module) -> None:
-    """BEiT's initialisation: its normals in all but norms, and block i's output projections divided by sqrt(2 i)."""
+    """BEiT's initialisation: its normals in all but norms, and block i's output projections divided by sqrt(2 i).
+
+    Raises:
+        WeightsError: the backbone is no transformer of patches.
+    """
+    _require_patches(backbone)
     for module in backbone.modules():
         if isinstance(module, (nn.Linear, nn.Conv2d)):
             _beit_normal(module.weight)

@@ -23,7 +23,8 @@ from pecobook.engine.optim import dense_groups
 from pecobook.engine.stage import Stage, StageOutput
 from pecobook.errors import ConfigError
 from pecobook.models.dense.detector import Detections, Detector, rescale
-from pecobook.models.dense.pyramid import describe_pyramid, pyramid_of
+from pecobook.models.dense.pyramid import FeaturePyramid, describe_pyramid, pyramid_of
+from pecobook.models.weights import Backbone
 from pecobook.settings.detect import DetectConfig
 from pecobook.settings.training import BaseOptimConfig
 
@@ -38,14 +39,21 @@ class DetectStage(Stage[DetectConfig]):
         config: all settings.
         train: the images to learn from.
         evaluation: the held-out ones.
+        opened: what `pyramid_of` gives; None opens it.
     """
 
     command = "detect"
 
-    def __init__(self, config: DetectConfig, train: DetectionSource, evaluation: DetectionSource) -> None:
+    def __init__(
+        self,
+        config: DetectConfig,
+        train: DetectionSource,
+        evaluation: DetectionSource,
+        opened: tuple[FeaturePyramid, Backbone] | None = None,
+    ) -> None:
         super().__init__()
         self.config, self.evaluation = config, evaluation
-        pyramid, backbone = pyramid_of(config)
+        pyramid, backbone = opened or pyramid_of(config)
         self.detector = Detector(
             pyramid,
             describe_pyramid(backbone, config.pyramid, config.image_size),
@@ -134,17 +142,19 @@ class DetectStage(Stage[DetectConfig]):
         return splits
 
     @classmethod
-    def check(cls, config: DetectConfig) -> None:
-        """Raise PecobookError for settings, or weights, that cannot be used."""
+    def check(cls, config: DetectConfig) -> tuple[FeaturePyramid, Backbone]:
+        """The pyramid and its backbone. Raises PecobookError for settings, or weights, that cannot be used."""
         if config.compile:
             raise ConfigError("--compile does not go with detect: the number of objects differs from image to image.")
-        pyramid_of(config)
+        return pyramid_of(config)
 
     @classmethod
-    def build(cls, config: DetectConfig, splits: Splits) -> DetectStage:
-        """The stage with random weights."""
+    def build(
+        cls, config: DetectConfig, splits: Splits, made: tuple[FeaturePyramid, Backbone] | None = None
+    ) -> DetectStage:
+        """The stage, with random heads."""
         train, evaluation = cast("DetectionSource", splits.train), cast("DetectionSource", splits.evaluation)
-        return cls(config, train, evaluation)
+        return cls(config, train, evaluation, made)
 
     @classmethod
     def view(cls, config: DetectConfig) -> ViewFunction:

@@ -131,15 +131,15 @@ class MocoStage(Stage[ContrastConfig]):
         return whole.lines(str(folder))
 
     @classmethod
-    def check(cls, config: ContrastConfig) -> None:
-        """Raise PecobookError for settings, or weights, that cannot be used."""
-        create(config.model.name, num_classes=0, **_backbone_args(config))
+    def check(cls, config: ContrastConfig) -> MocoStage:
+        """The stage with random weights. Raises PecobookError for settings that cannot be used."""
         check_min_batch(config)
+        return cls(config)
 
     @classmethod
-    def build(cls, config: ContrastConfig, splits: Splits) -> MocoStage:
-        """The stage with random weights."""
-        return cls(config)
+    def build(cls, config: ContrastConfig, splits: Splits, made: MocoStage | None = None) -> MocoStage:
+        """The stage, which takes nothing of the images."""
+        return cls(config) if made is None else made
 
     @classmethod
     def view(cls, config: ContrastConfig) -> ViewFunction:

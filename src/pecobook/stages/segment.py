@@ -25,8 +25,9 @@ from pecobook.engine.launch import is_leader, micro_batch_size, world_size
 from pecobook.engine.optim import dense_groups
 from pecobook.engine.stage import Stage, StageOutput, mean_of_counted
 from pecobook.errors import ConfigError, DataError, listed
-from pecobook.models.dense.pyramid import describe_pyramid, pyramid_of
+from pecobook.models.dense.pyramid import FeaturePyramid, describe_pyramid, pyramid_of
 from pecobook.models.dense.segmenter import Segmenter, best_classes, scaled_pictures, stretch
+from pecobook.models.weights import Backbone
 from pecobook.settings.segment import SegmentConfig, SegmentTestConfig
 from pecobook.settings.training import BaseOptimConfig
 from pecobook.utils.images import resize, to_float
@@ -38,14 +39,17 @@ class SegmentStage(Stage[SegmentConfig]):
     Args:
         config: all settings.
         classes: names of the classes.
+        opened: what `pyramid_of` gives; None opens it.
     """
 
     command = "segment"
 
-    def __init__(self, config: SegmentConfig, classes: tuple[str, ...]) -> None:
+    def __init__(
+        self, config: SegmentConfig, classes: tuple[str, ...], opened: tuple[FeaturePyramid, Backbone] | None = None
+    ) -> None:
         super().__init__()
         self.config, self.classes, self.min_batch_size = config, classes, _min_batch_size(config)
-        pyramid, backbone = pyramid_of(config)
+        pyramid, backbone = opened or pyramid_of(config)
         described = describe_pyramid(backbone, config.pyramid, config.image_size)
         self.model = Segmenter(pyramid, described, classes=classes, config=config)
 
@@ -159,8 +163,8 @@ class SegmentStage(Stage[SegmentConfig]):
         return found.splits
 
     @classmethod
-    def check(cls, config: SegmentConfig) -> None:
-        """Raise PecobookError for settings, or weights, that cannot be used."""
+    def check(cls, config: SegmentConfig) -> tuple[FeaturePyramid, Backbone]:
+        """The pyramid and its backbone. Raises PecobookError for settings, or weights, that cannot be used."""
         if config.strategy == "fsdp" and config.test.mode == "slide" and world_size(config) > 1:
             raise ConfigError(
                 "--strategy fsdp and --test.mode slide exclude each other, since devices would wait for windows that "
@@ -171,12 +175,14 @@ class SegmentStage(Stage[SegmentConfig]):
                 "UperNet normalises over a batch, so a device must hold 2 images or more; --pyramid.checkpointing true "
                 "or a smaller --image-size save memory."
             )
-        pyramid_of(config)
+        return pyramid_of(config)
 
     @classmethod
-    def build(cls, config: SegmentConfig, splits: Splits) -> SegmentStage:
-        """The stage with random weights."""
-        return cls(config, cast("SegmentationSource", splits.train).meaning.names)
+    def build(
+        cls, config: SegmentConfig, splits: Splits, made: tuple[FeaturePyramid, Backbone] | None = None
+    ) -> SegmentStage:
+        """The stage, with random heads."""
+        return cls(config, cast("SegmentationSource", splits.train).meaning.names, made)
 
     @classmethod
     def view(cls, config: SegmentConfig) -> ViewFunction:

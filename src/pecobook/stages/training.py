@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import sys
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, Generic, NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -31,14 +31,10 @@ def train(stage_type: type[Stage[C]], config: C) -> Path:
     """
     from pecobook.engine import launch, run_folder
 
-    splits = preflight(stage_type, config)
-    config = dataclasses.replace(config, precision=launch.resolve_precision(config))  # type: ignore[arg-type]
+    config, splits, stage = preflight(stage_type, config)
     held = run_folder.prepare(config, stage_type.command) if launch.is_leader() else None
     try:
-        fabric = launch.start(config)
-        torch.manual_seed(config.seed)
-        stage = stage_type.build(config, splits)
-        outcome = _fit(stage_type, config, fabric, stage, splits)
+        outcome = _fit(stage_type, config, launch.start(config), stage, splits)
         if outcome.finished:
             _export(config, stage)
     finally:  # also after an error: in Python the process goes on, and may try again
@@ -49,8 +45,17 @@ def train(stage_type: type[Stage[C]], config: C) -> Path:
     return Path(config.out)
 
 
-def preflight(stage_type: type[Stage[C]], config: C) -> Splits:
-    """Check everything that can be checked before anything is written. Raises PreflightError with all problems."""
+class Ready(NamedTuple, Generic[C]):
+    """All that a run is made of before its folder is."""
+
+    config: C
+    """With the precision that auto came to."""
+    splits: Splits
+    stage: Stage[C]
+
+
+def preflight(stage_type: type[Stage[C]], config: C) -> Ready[C]:
+    """Check and make everything before anything is written. Raises PreflightError with all problems."""
     from pecobook.engine import launch, log, run_folder
 
     found = Preflight()
@@ -60,12 +65,13 @@ def preflight(stage_type: type[Stage[C]], config: C) -> Splits:
     if launch.is_leader():
         found.check(lambda: run_folder.check(config, stage_type.command))
     splits = found.check(lambda: _open(stage_type, config))
-    found.check(lambda: stage_type.check(config))
+    torch.manual_seed(config.seed)  # for all weights that are made from here to the end
+    made = found.check(lambda: stage_type.check(config))
     found.check(lambda: launch.micro_batch_size(config))
     found.check(lambda: log.check_loggers(config.loggers))
     found.finish()
     assert splits is not None
-    return splits
+    return Ready(config, splits, stage_type.build(config, splits, made))
 
 
 def _open(stage_type: type[Stage[C]], config: C) -> Splits:
@@ -90,8 +96,8 @@ def _fit(stage_type: type[Stage[C]], config: C, fabric: Any, stage: Stage[C], sp
     if view is not None and count and splits.train.labels is not None:
         chosen = splits.train.subset(fixed_place(i, len(splits.train)) for i in range(count))
         reference = Stream(chosen, view, 0)
-    train, held_out = stage_type.companions(config)
-    views = stage_type.num_views(config)
+    train, held_out = stage.companions()
+    views = stage.num_views()
     return fit(
         fabric,
         stage,

@@ -14,13 +14,12 @@ from numpy.typing import NDArray
 
 from pecobook.analysis.codewords import CodeUsage, Gallery, GalleryPatch, GalleryRow, patch_window, usage_of_counts
 from pecobook.data.decode import BadImage
+from pecobook.data.named_views import NamedViews
 from pecobook.data.sampler import key, mix_all
 from pecobook.data.source import ImageSource
+from pecobook.data.stream import Stream, collate
 from pecobook.data.tokens import TokenBank
-from pecobook.data.views import colour_draws, random_crop
 from pecobook.errors import DataError
-from pecobook.settings.images import PhotometricConfig
-from pecobook.stages.pretrain import coloured
 
 _CHUNK = 2**22  # codes looked at together
 
@@ -142,7 +141,7 @@ def bank_gallery(
 
 
 def view_of(config: dict[str, Any], source: ImageSource, image: int, view: int) -> Any:
-    """The view of an image that a bank names so: float (3, S, S) in [0, 1]. Raises BadImage."""
-    view_key = key(int(config["seed"]), image, view)
-    crop = random_crop(source.read(image), int(config["image_size"]), view_key, min_area=float(config["min_crop"]))
-    return coloured(crop[None], colour_draws(view_key)[None], PhotometricConfig(**config["colour"]))[0]
+    """Returns a view of an image as the bank defines it: float (3, S, S) in [0, 1]. Raises BadImage."""
+    views = NamedViews.of_bank(config)
+    sample = Stream(source, views.train, views.seed).views(image, [view])
+    return views.pixels(collate(sample), training=True)[0]
