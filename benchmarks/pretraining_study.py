@@ -29,7 +29,7 @@ TITLES = {
     "linear": "linear probe, %",
     "knn": "k-NN, %",
     "mim_loss": "held-out MIM loss",
-    "mim_accuracy": "masked code accuracy, %",
+    "mim_accuracy": "accuracy at masked patches, %",
     "images_per_second": "pre-training, images/s",
 }
 
