@@ -151,11 +151,8 @@ def test_analyze__is_deterministic(
         assert again["tokenizers"][0][name] == beside[name]
 
 
-def test_analyze__without_labels_says_so(images: Path, codebook_run: Path, tmp_path: Path) -> None:
-    for number, file in enumerate(sorted(images.rglob("*.png"))):
-        (tmp_path / "flat").mkdir(exist_ok=True)
-        (tmp_path / "flat" / f"{number}.png").write_bytes(file.read_bytes())
-    results, page = run(tmp_path / "out", tokenizer=str(codebook_run), data=str(tmp_path / "flat"))
+def test_analyze__without_labels_says_so(unlabelled_images: Path, codebook_run: Path, tmp_path: Path) -> None:
+    results, page = run(tmp_path / "out", tokenizer=str(codebook_run), data=str(unlabelled_images))
     (found,) = results["tokenizers"]
     assert found["codeword_probe"] is None
     assert found["bag_probe"] is None

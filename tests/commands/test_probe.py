@@ -98,11 +98,9 @@ def test_command__prints_the_accuracy_of_every_layer_and_writes_the_results(
     assert "correct" not in results["linear"]
 
 
-def test_probe__needs_labels(images: Path, vit_run: Path, tmp_path: Path) -> None:
-    for number, file in enumerate(sorted(images.rglob("*.png"))):
-        (tmp_path / f"{number}.png").write_bytes(file.read_bytes())
+def test_probe__needs_labels(unlabelled_images: Path, vit_run: Path) -> None:
     with pytest.raises(DataError, match="has no labels"):
-        probe(data=str(tmp_path), backbone=str(vit_run))
+        probe(data=str(unlabelled_images), backbone=str(vit_run))
 
 
 def test_probe__of_a_file_of_weights_asks_for_its_network(images: Path, vit_run: Path) -> None:

@@ -199,14 +199,12 @@ def test_plan__at_budget_paper_has_the_papers_settings(images: Path) -> None:
     assert plan.jobs["classifier-vit-contrast-0"].config.backbone == plan.jobs["network-vit-0"].config.out
 
 
-def test_plan__leaves_out_arms_that_it_cannot_train(images: Path, tmp_path: Path) -> None:
+def test_plan__leaves_out_arms_that_it_cannot_train(images: Path, unlabelled_images: Path) -> None:
     plan = make_plan(images, "table4", "table12", "v1-table7")
     assert plan.missing_for_arm("dalle") == "--dalle FOLDER"
     assert plan.missing_for_arm("more-data") == "--more-data SOURCE"
     assert not any("dalle" in name or "more-data" in name or "half-depth" in name for name in plan.jobs)
-    for number, file in enumerate(sorted(images.rglob("*.png"))):
-        (tmp_path / f"{number}.png").write_bytes(file.read_bytes())
-    unlabelled = make_plan(tmp_path, "table6")
+    unlabelled = make_plan(unlabelled_images, "table6")
     assert unlabelled.missing_for_arm("classification") == "labels"
     assert not any(name.startswith("classifier-") for name in unlabelled.jobs)
 
@@ -242,7 +240,7 @@ def test_tables__have_means_deviations_and_the_papers_numbers() -> None:
     assert lines["perceptual-random", "finetuned"]["paper"] == ""
 
 
-def test_tables__explain_missing_figures(images: Path, tmp_path: Path) -> None:
+def test_tables__explain_missing_figures(images: Path, unlabelled_images: Path) -> None:
     assert make_plan(images, "table4").unmeasured(TABLES["table4"].figures) == []
     paper = make_plan(images, "table4", "table7", budget="paper", transfer=False)
     classified = "Not measured: reconstructions classified, % (needs --classifier)."
@@ -250,9 +248,7 @@ def test_tables__explain_missing_figures(images: Path, tmp_path: Path) -> None:
     described = describe(paper)
     assert classified in described
     assert "Not measured: fine-tuned, % (needs --transfer)." in described
-    for number, file in enumerate(sorted(images.rglob("*.png"))):
-        (tmp_path / f"{number}.png").write_bytes(file.read_bytes())
-    unlabelled = make_plan(tmp_path, "table4", classifier="runs/classifier")
+    unlabelled = make_plan(unlabelled_images, "table4", classifier="runs/classifier")
     assert len(unlabelled.unmeasured(TABLES["table4"].figures)) == 2
     assert not any(name.startswith("judged-") for name in unlabelled.jobs)
     (measured,) = measured_tables(unlabelled)
