@@ -79,3 +79,12 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
             pixels[..., 2 - number] += 80 + (40 * np.sin((rows + (index + 1) * columns) / 9)).astype(int)
             Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(folder / name / f"{index}.png")
     return folder
+
+
+@pytest.fixture(scope="session")
+def unlabelled_images(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The images of `images` in one folder without class folders. Do not write into it."""
+    folder = tmp_path_factory.mktemp("unlabelled_images")
+    for number, file in enumerate(sorted(images.rglob("*.png"))):
+        (folder / f"{number}.png").write_bytes(file.read_bytes())
+    return folder

@@ -151,11 +151,8 @@ def test_analyze__is_deterministic(
         assert again["tokenizers"][0][name] == together[name]
 
 
-def test_analyze__without_labels_says_so(images: Path, codebook_run: Path, tmp_path: Path) -> None:
-    for number, file in enumerate(sorted(images.rglob("*.png"))):
-        (tmp_path / "flat").mkdir(exist_ok=True)
-        (tmp_path / "flat" / f"{number}.png").write_bytes(file.read_bytes())
-    results, page = run(tmp_path / "out", tokenizer=str(codebook_run), data=str(tmp_path / "flat"))
+def test_analyze__without_labels_says_so(unlabelled_images: Path, codebook_run: Path, tmp_path: Path) -> None:
+    results, page = run(tmp_path / "out", tokenizer=str(codebook_run), data=str(unlabelled_images))
     (metrics,) = results["tokenizers"]
     assert metrics["codeword_probe"] is None
     assert metrics["bag_probe"] is None
@@ -328,7 +325,7 @@ def test_analyze__lists_all_problems_before_it_writes(images: Path, codebook_run
     problems = "\n".join(map(str, caught.value.problems))
     assert "has codewords 0 to 23" in problems
     assert "none" in problems
-    assert "is no run of pecobook pretrain" in problems
+    assert "is not a run of pecobook pretrain" in problems
     assert not (tmp_path / "out").exists()
     with pytest.raises(PreflightError, match="--tokenizer is missing"):
         pecobook.analyze(out=str(tmp_path / "out"))

@@ -313,13 +313,9 @@ def test_train__every_variant_runs_and_exports(more: dict[str, Any], images: Pat
     }  # no part that only training needs
 
 
-def test_check__classification_needs_labels(tmp_path: Path, images: Path) -> None:
-    flat = tmp_path / "flat"
-    flat.mkdir()
-    for number, file in enumerate(sorted(images.rglob("*.png"))):
-        (flat / f"{number}.png").write_bytes(file.read_bytes())
+def test_check__classification_needs_labels(tmp_path: Path, unlabelled_images: Path) -> None:
     with pytest.raises(PreflightError, match="has no labels"):
-        train("codebook", flat, tmp_path / "run", **{"explicit.kind": "classification"})
+        train("codebook", unlabelled_images, tmp_path / "run", **{"explicit.kind": "classification"})
     assert not (tmp_path / "run").exists()
 
 

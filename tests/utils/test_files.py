@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from pecobook.utils.files import sync_folder, write_atomically
+from pecobook.utils.files import sync_folder, write_atomically, write_json
 
 
 def test_write_atomically__writes_and_replaces(tmp_path: Path) -> None:
@@ -77,3 +77,8 @@ def test_sync_folder__closes_its_descriptor(tmp_path: Path) -> None:
     for _ in range(20):
         sync_folder(tmp_path)
     assert len(os.listdir("/proc/self/fd")) == before  # noqa: PTH208
+
+
+def test_write_json__writes_indented_json(tmp_path: Path) -> None:
+    write_json(tmp_path / "a.json", {"values": [1]})
+    assert (tmp_path / "a.json").read_text() == '{\n  "values": [\n    1\n  ]\n}\n'

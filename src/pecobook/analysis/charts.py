@@ -50,12 +50,13 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return records
 
 
-def training_curves(runs: Mapping[str, Metrics]) -> bytes:
+def training_curves(runs: Mapping[str, Metrics], metrics: Sequence[str] | None = None) -> bytes:
     """Draw one small panel per metric, with the curves of all runs, by the run's name.
 
-    At most eight metrics that vary are drawn, `loss` first. A noisy curve is drawn faintly, below its running mean.
+    Without `metrics`, at most eight metrics that vary are drawn, `loss` first. A noisy curve is drawn faintly, and its
+    running mean above it.
     """
-    metrics = _varying(runs)
+    metrics = metrics or _varying(runs)
     if not metrics:
         raise ValueError("training_curves found no metric with numbers at two steps")
     columns = min(2, len(metrics))

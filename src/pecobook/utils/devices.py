@@ -26,6 +26,21 @@ def gpus() -> tuple[str, ...]:
     return tuple(names[:count] if names else map(str, range(count)))
 
 
+def synchronize(device: torch.device) -> None:
+    """Wait until a GPU has finished all of its work; a CPU needs no waiting."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def peak_memory(device: torch.device) -> int:
+    """Return the largest number of bytes that the GPU's allocator, or on a CPU this process, has held."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated()
+    import resource  # Windows lacks it
+
+    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
 def exporting() -> bool:
     """Return whether torch.export traces, as for ONNX. PyTorch before 2.14 reports this in torch.compile too."""
     return torch.compiler.is_exporting() and not torch.compiler.is_dynamo_compiling()
