@@ -50,7 +50,7 @@ def test_bench__without_a_tokenizer_builds_one_that_fits_the_recipe(name: str) -
 def test_bench__refuses_a_tokenizer_of_another_grid_before_it_measures(
     codebook_run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("pecobook.commands.bench._Benchmark.seconds", lambda *_: pytest.fail("a part was measured"))
+    monkeypatch.setattr("pecobook.commands.bench.Benchmark.seconds", lambda *_: pytest.fail("a part was measured"))
     with pytest.raises(ConfigError, match="one code for 4 x 4"):
         bench(BenchConfig(recipe="tiny", batch_size=1, data_steps=0, tokenizer=str(codebook_run)))
 

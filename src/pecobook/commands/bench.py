@@ -40,7 +40,7 @@ def bench(config: BenchConfig) -> dict[str, Any]:
     settings = _settings(config)
     device = devices.device()
     stage = _stage(config, settings).to(device).train()
-    benchmark = _Benchmark(config, settings, stage, device)
+    benchmark = Benchmark(config, settings, stage, device)
     with trainable_attention(device):
         parts = benchmark.part_seconds()
         step_seconds, memory = benchmark.step_seconds()
@@ -102,7 +102,9 @@ def _random_tokenizer(recipe_name: str) -> PerceptualTokenizer:
     return build_tokenizer(config).eval().requires_grad_(False)
 
 
-class _Benchmark:
+class Benchmark:
+    """Times the parts and the whole of a pre-training step on one device."""
+
     def __init__(
         self, config: BenchConfig, settings: PretrainConfig, stage: PretrainStage, device: torch.device
     ) -> None:
@@ -117,6 +119,7 @@ class _Benchmark:
 
     @contextmanager
     def autocast(self) -> Iterator[None]:
+        """Compute in the precision of the settings."""
         import torch
 
         dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.settings.precision)
