@@ -1,23 +1,22 @@
-"""A training step of the codebook beside diffusers' VQModel with the lpips package: equal networks and precision.
+"""A training step of the codebook compared with diffusers' VQModel and the lpips package: equal networks and precision.
 
     python -m benchmarks.codebook_peer --batch-size 2     # on a CPU, minutes
     python -m benchmarks.codebook_peer --batch-size 64    # on a GPU
 
 Both are the paper's autoencoder at 224 pixels (16x, widths 64-128-256-512-512, 2 residual blocks a level in the encoder
-and, as diffusers has them, 3 in the decoder, 8,192 codewords of 256), with the five layers of VGG-16 that LPIPS
-compares; parameters and counted operations stand beside each row. Images and weights are random, which costs the same.
-diffusers runs fp32 unless asked, pecobook bf16 where the hardware has it, so what users get by default is the
-fourth row beside the first. Each row is a process of its own. Compiled kernels hide their operations from the counter.
+and, as in diffusers, 3 in the decoder, 8,192 codewords of 256), with the five layers of VGG-16 that LPIPS compares.
+Images and weights are random, which takes the same time. Each row is measured in a separate process, and has the number
+of parameters and the counted operations; operations in compiled kernels are not counted. By default diffusers runs in
+fp32, and pecobook in bf16 where the hardware has it: the defaults are the first and the fourth row.
 
-Of a step, perceptual is what is saved without a perceptual loss; quantizer (forward, and the codebook's averages) and
-optimizer are timed alone; the rest is the autoencoder.
+Of the parts of a step, `perceptual` is the time that a step without the perceptual loss saves; `quantizer` (the forward
+pass and the update of the codebook's averages) and `optimizer` are timed alone; the rest is the autoencoder.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import time
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -26,13 +25,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.runs import median_step, peak_bytes, rows_apart, rows_parser
+from benchmarks.runs import least_seconds, measured_rows, median_step, rows_parser
+from pecobook.utils import devices
 
-WIDTHS, SIDE, K, D = (64, 128, 256, 512, 512), 224, 8192, 256
+WIDTHS, SIZE, K, D = (64, 128, 256, 512, 512), 224, 8192, 256
 
 
-def stage_of(recipe_name: str, settings: dict[str, Any]) -> Any:
-    """The codebook stage of a recipe with other settings; its codebook's start, which is no part of a step, is over."""
+def codebook_stage(recipe_name: str, settings: dict[str, Any]) -> Any:
+    """Build the codebook stage of a recipe with changed settings; the codebook counts as initialised already.
+
+    The initialisation of the codebook is not part of a step.
+    """
     from pecobook.recipes import recipe
     from pecobook.settings.values import replace
     from pecobook.stages.codebook import CodebookStage
@@ -42,16 +45,19 @@ def stage_of(recipe_name: str, settings: dict[str, Any]) -> Any:
     return stage
 
 
-def ours(*, perceptual: bool) -> nn.Module:
-    seen = {"network": "torchvision:vgg16", "layers": ("1", "2", "3", "4", "5"), "weights": "random"}
-    chosen = {f"perceptual.{name}": value for name, value in (seen if perceptual else {"network": "none"}).items()}
-    stage: nn.Module = stage_of("paper", {**chosen, "model.decoder_blocks": 3})
+def our_stage(*, perceptual: bool) -> nn.Module:
+    vgg = {"network": "torchvision:vgg16", "layers": ("1", "2", "3", "4", "5"), "weights": "random"}
+    network: dict[str, Any] = vgg if perceptual else {"network": "none"}
+    settings = {f"perceptual.{name}": value for name, value in network.items()}
+    stage: nn.Module = codebook_stage("paper", {**settings, "model.decoder_blocks": 3})
     return stage
 
 
-def loss_of_ours(stage: Any, images: Tensor) -> Callable[[], Tensor]:
+def our_loss(stage: Any, images: Tensor) -> Callable[[], Tensor]:
+    """Return a function that updates the codebook, as at the end of the step before, and computes the loss."""
+
     def loss() -> Tensor:
-        stage.after_step(1, 2)  # the step before this one moves the codebook
+        stage.after_step(1, 2)
         value: Tensor = stage({"image": images}).loss
         return value
 
@@ -59,7 +65,7 @@ def loss_of_ours(stage: Any, images: Tensor) -> Callable[[], Tensor]:
 
 
 class Peer(nn.Module):
-    """As diffusers' users train it: the model's own codebook loss, squared error, and LPIPS."""
+    """The model and the loss of diffusers' users: the model's own codebook loss, squared error, and LPIPS."""
 
     def __init__(self, *, perceptual: bool) -> None:
         import lpips
@@ -78,24 +84,26 @@ class Peer(nn.Module):
         self.lpips = lpips.LPIPS(net="vgg", pnet_rand=True, verbose=False) if perceptual else None
 
     def forward(self, images: Tensor) -> Tensor:
-        """The loss of uint8 (B, 3, H, W), ()."""
+        """Return the loss, (), of images uint8 (B, 3, H, W)."""
         target = images.float() / 127.5 - 1
-        restored = self.model(target)
-        loss = F.mse_loss(restored.sample, target) + restored.commit_loss
-        return loss if self.lpips is None else loss + self.lpips(target, restored.sample).mean()
+        output = self.model(target)
+        loss = F.mse_loss(output.sample, target) + output.commit_loss
+        if self.lpips is not None:
+            loss = loss + self.lpips(target, output.sample).mean()
+        return loss  # type: ignore[no-any-return]
 
 
-def step_of(name: str, images: Tensor, *, perceptual: bool) -> tuple[nn.Module, Callable[[], Tensor], nn.Module]:
-    """The model, its loss, and the quantizer in it."""
+def make_row(name: str, images: Tensor, *, perceptual: bool) -> tuple[nn.Module, Callable[[], Tensor], nn.Module]:
+    """Return the model of a row, the function that computes the loss, and the model's quantizer."""
     torch.manual_seed(0)
     model: Any
     if name.startswith("pecobook"):
-        model = ours(perceptual=perceptual).to(images.device).train()
-        loss, quantizer = loss_of_ours(model, images), model.tokenizer.quantizer
+        model = our_stage(perceptual=perceptual).to(images.device).train()
+        loss, quantizer = our_loss(model, images), model.tokenizer.quantizer
     else:
         model = Peer(perceptual=perceptual).to(images.device).train()
         if model.lpips is not None:
-            model.lpips.eval()  # it has dropout, for training LPIPS itself
+            model.lpips.eval()  # it has dropout, which is for the training of LPIPS itself
         loss, quantizer = partial(model, images), model.model.quantize
     if name.endswith(COMPILED):
         model.compile()
@@ -115,28 +123,28 @@ COMPILED = ", compiled"
 
 
 def measure(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    images = torch.randint(256, (arguments.batch_size, 3, SIDE, SIDE), dtype=torch.uint8, device=device)
-    count = {"precision": ROWS[name], "warmup": 3 if device.type == "cuda" else 1, "repeats": arguments.repeats}
-    model, loss, quantizer = step_of(name, images, perceptual=True)
-    whole = median_step(model, loss, **count)
-    peak = peak_bytes(device)
+    device = devices.device()
+    images = torch.randint(256, (arguments.batch_size, 3, SIZE, SIZE), dtype=torch.uint8, device=device)
+    options = {"precision": ROWS[name], "warmup": 3 if device.type == "cuda" else 1, "repeats": arguments.repeats}
+    model, loss, quantizer = make_row(name, images, perceptual=True)
+    seconds = median_step(model, loss, **options)
+    peak = devices.peak_memory(device)
     trained = [p for p in model.parameters() if p.requires_grad]
     row = {
-        "seconds": whole,
+        "seconds": seconds,
         "gib": peak / 2**30,
-        "parameters": sum(p.numel() for p in trained) + _buffers(model),
+        "parameters": sum(p.numel() for p in trained) + _num_codebook_values(model),
         "gflop": None if name.endswith(COMPILED) else _flops(loss) / arguments.batch_size / 1e9,
         "quantizer": _quantizer_seconds(name, quantizer, arguments.batch_size, device),
         "optimizer": _optimizer_seconds(trained),
     }
     del model, loss, quantizer, trained
-    row["perceptual"] = whole - median_step(*step_of(name, images, perceptual=False)[:2], **count)
+    row["perceptual"] = seconds - median_step(*make_row(name, images, perceptual=False)[:2], **options)
     return row
 
 
-def _buffers(model: Any) -> int:
-    """Numbers of a codebook that is learned by averages and not by the optimizer."""
+def _num_codebook_values(model: Any) -> int:
+    """Return the size of our codebook, which is learned by moving averages and so is no parameter."""
     tokenizer = getattr(model, "tokenizer", None)
     return 0 if tokenizer is None else int(tokenizer.codebook.numel())
 
@@ -150,33 +158,21 @@ def _flops(loss: Callable[[], Tensor]) -> float:
 
 
 def _quantizer_seconds(name: str, quantizer: Any, batch_size: int, device: torch.device) -> float:
-    z = torch.randn(batch_size, D, SIDE // 16, SIDE // 16, device=device)
+    z = torch.randn(batch_size, D, SIZE // 16, SIZE // 16, device=device)
 
-    def call() -> None:
+    def quantize() -> None:
         quantizer(z)
         if name.startswith("pecobook"):
             quantizer.update()
 
-    return _seconds(call, device)
+    return least_seconds(quantize, device, repeats=5)
 
 
 def _optimizer_seconds(parameters: list[nn.Parameter]) -> float:
     optimizer = torch.optim.AdamW(parameters, lr=1e-4, fused=True)
     for parameter in parameters:
         parameter.grad = torch.zeros_like(parameter)
-    return _seconds(optimizer.step, parameters[0].device)
-
-
-def _seconds(call: Callable[[], object], device: torch.device) -> float:
-    """Of one call, the least of five."""
-    best = float("inf")
-    for _ in range(6):
-        began = time.perf_counter()
-        call()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        best = min(best, time.perf_counter() - began)
-    return best
+    return least_seconds(optimizer.step, parameters[0].device, repeats=5)
 
 
 def main() -> None:
@@ -187,7 +183,7 @@ def main() -> None:
     columns = "images/s", "s/step", *PARTS, "peak GiB", "parameters", "GFLOP/image"
     print(f"| | {' | '.join(columns)} |\n|{'---|' * (len(columns) + 1)}")
     words = "--batch-size", arguments.batch_size, "--repeats", arguments.repeats
-    for name, row in rows_apart("benchmarks.codebook_peer", arguments.rows, *words):
+    for name, row in measured_rows("benchmarks.codebook_peer", arguments.rows, *words):
         print(_line(name, row, arguments.batch_size), flush=True)
 
 
@@ -195,8 +191,8 @@ def _line(name: str, row: dict[str, Any], batch_size: int) -> str:
     seconds = row["seconds"]
     parts = [row["perceptual"], row["quantizer"], row["optimizer"]]
     shares = " | ".join(f"{part / seconds:.0%}" for part in [seconds - sum(parts), *parts])
-    counted = "-" if row["gflop"] is None else f"{row['gflop']:.0f}"
-    sizes = f"{row['gib']:.1f} | {row['parameters'] / 1e6:.1f}M | {counted}"
+    gflop = "-" if row["gflop"] is None else f"{row['gflop']:.0f}"
+    sizes = f"{row['gib']:.1f} | {row['parameters'] / 1e6:.1f}M | {gflop}"
     return f"| {name} | {batch_size / seconds:.3g} | {seconds:.3g} | {shares} | {sizes} |"
 
 

@@ -1,10 +1,11 @@
-"""What a training step of the codebook costs, and what of it the frozen perceptual network: time and memory.
+"""Time and memory of a training step of the codebook, and the share of the frozen perceptual network.
 
     python -m benchmarks.codebook_step --batch-size 2                     # on a CPU, minutes
     python -m benchmarks.codebook_step --batch-size 128 --precision bf16  # on a GPU
 
-The paper's tokenizer at 224 pixels with random data and random weights, one process a row. `perceptual` is the share of
-a row's time beyond that of the row without a network. Memory is the peak of the process, or of the GPU's allocator.
+The rows are the paper's tokenizer at 224 pixels with random images and random weights, each in a separate process. The
+column `perceptual` is the share of a row's time that the row without a network saves. Memory is the peak of the
+process, or of the GPU's allocator.
 """
 
 from __future__ import annotations
@@ -16,8 +17,9 @@ from typing import Any
 
 import torch
 
-from benchmarks.codebook_peer import loss_of_ours, stage_of
-from benchmarks.runs import median_step, peak_bytes, rows_apart, rows_parser
+from benchmarks.codebook_peer import codebook_stage, our_loss
+from benchmarks.runs import measured_rows, median_step, rows_parser
+from pecobook.utils import devices
 
 NETWORKS = {
     "none": ("none", ("1",)),
@@ -28,18 +30,18 @@ NETWORKS = {
 
 
 def measure(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = devices.device()
     network, layers = NETWORKS[name]
-    chosen = {"perceptual.network": network, "perceptual.layers": layers, "perceptual.weights": "random"}
+    settings = {"perceptual.network": network, "perceptual.layers": layers, "perceptual.weights": "random"}
     torch.manual_seed(0)
-    stage = stage_of(arguments.recipe, {**chosen, "quantizer.revive_after": 0}).to(device).train()
+    stage = codebook_stage(arguments.recipe, {**settings, "quantizer.revive_after": 0}).to(device).train()
     if arguments.compile:
         stage.compile()
-    side = stage.config.image_size
-    images = torch.randint(256, (arguments.batch_size, 3, side, side), dtype=torch.uint8, device=device)
-    count = {"precision": arguments.precision, "warmup": arguments.warmup, "repeats": arguments.repeats}
-    seconds = median_step(stage, loss_of_ours(stage, images), **count)
-    return {"seconds": seconds, "mib": peak_bytes(device) / 2**20}
+    size = stage.config.image_size
+    images = torch.randint(256, (arguments.batch_size, 3, size, size), dtype=torch.uint8, device=device)
+    options = {"precision": arguments.precision, "warmup": arguments.warmup, "repeats": arguments.repeats}
+    seconds = median_step(stage, our_loss(stage, images), **options)
+    return {"seconds": seconds, "mib": devices.peak_memory(device) / 2**20}
 
 
 def main() -> None:
@@ -53,10 +55,10 @@ def main() -> None:
         print(json.dumps(measure(arguments.row, arguments)))
         return
     print("| perceptual network | s/step | images/s | perceptual | peak MiB |\n|---|---|---|---|---|")
-    plain = 0.0
-    for name, row in rows_apart("benchmarks.codebook_step", arguments.rows, *sys.argv[1:]):
-        plain = row["seconds"] if name == "none" else plain
-        share = f"{1 - plain / row['seconds']:.0%}" if plain else "-"
+    without_network = 0.0
+    for name, row in measured_rows("benchmarks.codebook_step", arguments.rows, *sys.argv[1:]):
+        without_network = row["seconds"] if name == "none" else without_network
+        share = f"{1 - without_network / row['seconds']:.0%}" if without_network else "-"
         speed = arguments.batch_size / row["seconds"]
         print(f"| {name} | {row['seconds']:.3g} | {speed:.3g} | {share} | {row['mib']:.0f} |", flush=True)
 

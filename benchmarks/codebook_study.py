@@ -1,15 +1,15 @@
-"""What each term of the codebook's loss brings, arm by arm, at equal budgets and over several seeds.
+"""The effect of each term of the codebook's loss, at equal budgets and over several seeds.
 
     python benchmarks/codebook_study.py --data CIFAR10 --out runs/study --judge JUDGE --squeezenet FILE
     python benchmarks/codebook_study.py --out runs/study --table
 
-Every arm is `pecobook codebook tiny` with the settings of ARMS and those after --set, of equal length, on the feature
-network that `pecobook contrast tiny` trained on the same seed. What is done is not done again: stop it, go on. Figures
-are of held-out images. To choose settings, give a training file alone as --data: a tenth of it is then held out, and
-the test images stay unseen.
+Every arm is `pecobook codebook tiny` with the settings of ARMS and the flags of --set. All arms have equal lengths and
+use the feature network that `pecobook contrast tiny` trained with the same seed. An interrupted study continues with
+the same command: finished runs are not repeated. Figures are measured on held-out images. To choose settings, give a
+training file alone as --data: a tenth of the file is then held out, and the test images are not used.
 
-The judge is independent of all arms (benchmarks/judges.py). SqueezeNet is a file of weights under torchvision's names;
-with --caffe it wants BGR from 0 to 255, as its original release does.
+The judge, a classifier for reconstructions, is independent of all arms (benchmarks/judges.py). SqueezeNet is a file of
+weights under torchvision's names; with --caffe its input is BGR from 0 to 255, as in the original release.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.judges import Judge
-from benchmarks.runs import ONE_THREAD, command, records, side_by_side, table
+from benchmarks.runs import ONE_THREAD, command, records, run_parallel, study_parser, table
 
 MOCO = ("--perceptual.network", "MOCO", "--perceptual.layers", "3", "4")
 SQUEEZENET = ("--perceptual.network", "torchvision:squeezenet1_1", "SQUEEZENET")
@@ -67,40 +67,29 @@ TITLES = {
 }
 
 
-def settings(arm: str, arguments: argparse.Namespace, seed: int, length: int) -> list[str]:
-    """Flags of an arm."""
-    found: list[str] = []
-    given = ARMS[arm]
-    for part in given:
-        if part == "MOCO":
-            found.append(str(_contrast_folder(arguments, seed)))
-        elif part == "SQUEEZENET":
-            found += ["--perceptual.layers", *arguments.squeezenet_layers]
-            found += ["--perceptual.input-size", str(arguments.squeezenet_size)]
-            found += [] if "--perceptual.weights" in given else ["--perceptual.weights", arguments.squeezenet]
-            found += CAFFE if arguments.caffe else []
+def flags_of_arm(arm: str, arguments: argparse.Namespace, seed: int, length: int) -> list[str]:
+    """Return the flags of an arm, with the words in capitals replaced by their values."""
+    flags: list[str] = []
+    for word in ARMS[arm]:
+        if word == "MOCO":
+            flags.append(str(_contrast_folder(arguments, seed)))
+        elif word == "SQUEEZENET":
+            flags += ["--perceptual.layers", *arguments.squeezenet_layers]
+            flags += ["--perceptual.input-size", str(arguments.squeezenet_size)]
+            flags += [] if "--perceptual.weights" in ARMS[arm] else ["--perceptual.weights", arguments.squeezenet]
+            flags += CAFFE if arguments.caffe else []
         else:
-            found.append(str(length // 2) if part == "HALF" else part)
-    return found
+            flags.append(str(length // 2) if word == "HALF" else word)
+    return flags
 
 
-# RGB means of the release, over 255; a deviation of 1 / 255 keeps its range.
-CAFFE = [
-    "--perceptual.mean",
-    "0.4823",
-    "0.4588",
-    "0.4078",
-    "--perceptual.std",
-    "0.003922",
-    "0.003922",
-    "0.003922",
-    "--perceptual.bgr",
-    "true",
-]
+# The RGB means of the release over 255; a standard deviation of 1 / 255 keeps the range of 0 to 255.
+CAFFE = ["--perceptual.mean", "0.4823", "0.4588", "0.4078"]
+CAFFE += ["--perceptual.std", "0.003922", "0.003922", "0.003922", "--perceptual.bgr", "true"]
 
 
 def measure(run: Path, arguments: argparse.Namespace, seed: int) -> dict[str, Any]:
-    """Figures of one codebook on held-out images."""
+    """Return the figures of a codebook on held-out images."""
     from pecobook.analysis.codewords import bag_of_codes, code_usage, mean_codewords
     from pecobook.analysis.probe import linear_probe
     from pecobook.analysis.reconstruction import decode_all, encode_all, psnr
@@ -116,12 +105,12 @@ def measure(run: Path, arguments: argparse.Namespace, seed: int) -> dict[str, An
     if train_labels is None or test_labels is None:
         raise SystemExit(f"--data {arguments.data} has no labels.")
     images = to_float(test)
-    seen, codes = encode_all(tokenizer, to_float(train)), encode_all(tokenizer, images)
-    restored = decode_all(tokenizer, codes)
+    train_codes, codes = encode_all(tokenizer, to_float(train)), encode_all(tokenizer, images)
+    reconstructions = decode_all(tokenizer, codes)
     usage = code_usage(codes, K)
     features = {
-        "codeword_probe": [mean_codewords(part, tokenizer.codebook) for part in (seen, codes)],
-        "bag_probe": [bag_of_codes(part, K) for part in (seen, codes)],
+        "codeword_probe": [mean_codewords(part, tokenizer.codebook) for part in (train_codes, codes)],
+        "bag_probe": [bag_of_codes(part, K) for part in (train_codes, codes)],
     }
     figures: dict[str, Any] = {
         name: linear_probe(pair[0], train_labels, pair[1], test_labels, seed=seed).accuracy
@@ -129,26 +118,27 @@ def measure(run: Path, arguments: argparse.Namespace, seed: int) -> dict[str, An
     }
     if arguments.judge:
         judge = Judge(arguments.judge)
-        figures["judged"] = judge.accuracy(restored, test_labels)
+        figures["judged"] = judge.accuracy(reconstructions, test_labels)
         figures["originals_judged"] = judge.accuracy(images, test_labels)
-    figures |= {"psnr": float(psnr(images, restored).mean()), **distances(images, restored, arguments, seed)}
+    figures["psnr"] = float(psnr(images, reconstructions).mean())
+    figures |= distances(images, reconstructions, arguments, seed)
     return figures | {"codes_used": usage.codes_used, "perplexity": usage.perplexity}
 
 
 @torch.inference_mode()
-def distances(images: Tensor, restored: Tensor, arguments: argparse.Namespace, seed: int) -> dict[str, float]:
-    """Mean distance between images and reconstructions in two networks, whatever trained the codebook."""
+def distances(images: Tensor, reconstructions: Tensor, arguments: argparse.Namespace, seed: int) -> dict[str, float]:
+    """Return the mean perceptual distances of reconstructions in the feature network and in SqueezeNet, for any arm."""
     from pecobook.models.perceptual import PerceptualDistance
 
     networks = {"moco": PerceptualDistance(str(_contrast_folder(arguments, seed)), (3, 4), normalisation="layernorm")}
     if arguments.squeezenet:
-        caffe = (
-            {"mean": (123 / 255, 117 / 255, 104 / 255), "std": (1 / 255,) * 3, "bgr": True} if arguments.caffe else {}
-        )
+        caffe: dict[str, Any] = {}
+        if arguments.caffe:
+            caffe = {"mean": (123 / 255, 117 / 255, 104 / 255), "std": (1 / 255,) * 3, "bgr": True}
         networks["squeezenet"] = PerceptualDistance(
             "torchvision:squeezenet1_1", (1, 2, 3, 4), arguments.squeezenet, input_size=64, **caffe
         )
-    pairs = list(zip(images.split(250), restored.split(250), strict=True))
+    pairs = list(zip(torch.split(images, 250), torch.split(reconstructions, 250), strict=True))
     return {
         f"distance_{name}": float(torch.cat([network(x, y) for x, y in pairs]).mean())
         for name, network in networks.items()
@@ -156,35 +146,24 @@ def distances(images: Tensor, restored: Tensor, arguments: argparse.Namespace, s
 
 
 def run_arm(arm: str, seed: int, length: int, arguments: argparse.Namespace) -> None:
-    """Train and measure one arm, unless it is done."""
+    """Train and measure an arm unless its result exists."""
     name = arm.replace(", ", "-").replace(" ", "-")
     out = Path(arguments.out) / f"{name}-{length}-{seed}"
     result = out.with_name(out.name + ".json")
     if result.exists():
         return
-    every = [
-        "--max-steps",
-        str(length),
-        "--sample-every",
-        str(length),
-        "--save-every",
-        str(length),
-        "--seed",
-        str(seed),
-    ]
+    lengths = [word for name in ("max-steps", "sample-every", "save-every") for word in (f"--{name}", str(length))]
     common = ["--data", arguments.data, "--overwrite", "--out", str(out), "--loggers", "tensorboard"]
-    began = time.monotonic()
-    command("codebook", "tiny", *common, *every, *settings(arm, arguments, seed, length), *arguments.set)
-    seconds = time.monotonic() - began
+    common += ["--seed", str(seed), *lengths]
+    start = time.monotonic()
+    command("codebook", "tiny", *common, *flags_of_arm(arm, arguments, seed, length), *arguments.set)
+    seconds = time.monotonic() - start
     job = json.dumps({"arm": arm, "length": length, "seed": seed, "seconds": round(seconds), "run": str(out)})
-    forward = ["data", "out", "judge", "images", "squeezenet"]
-    flags = [word for name in forward for word in (f"--{name}", str(getattr(arguments, name)))]
+    names = ("data", "out", "judge", "images", "squeezenet")
+    flags = [word for name in names for word in (f"--{name}", str(getattr(arguments, name)))]
     flags += ["--caffe"] if arguments.caffe else []
-    subprocess.run(
-        [sys.executable, "-m", "benchmarks.codebook_study", "--measure", job, *flags],
-        env=ONE_THREAD,
-        check=True,
-    )
+    words = [sys.executable, "-m", "benchmarks.codebook_study", "--measure", job, *flags]
+    subprocess.run(words, env=ONE_THREAD, check=True)
     shutil.rmtree(out / "checkpoints")
 
 
@@ -192,38 +171,29 @@ def _contrast_folder(arguments: argparse.Namespace, seed: int) -> Path:
     return Path(arguments.out) / f"contrast-{seed}"
 
 
-def _contrast(seed: int, arguments: argparse.Namespace) -> None:
+def _train_feature_network(seed: int, arguments: argparse.Namespace) -> None:
     out = _contrast_folder(arguments, seed)
     if not (out / "export" / "config.json").exists():
-        length = ["--batch-size", "256", "--max-steps", str(arguments.contrast_steps), "--overwrite"]
-        own = ["--data", arguments.data, "--seed", str(seed), "--out", str(out), *arguments.contrast_set]
-        command("contrast", "tiny", *own, *length)
-
-
-def show(out: Path) -> str:
-    """The table of everything that is done."""
-    order = list(ARMS)
-    return table(records(out), ["length", "arm"], TITLES, lambda key: (key[0], order.index(key[1])))
+        words = ["--data", arguments.data, "--seed", str(seed), "--out", str(out), *arguments.contrast_set]
+        words += ["--batch-size", "256", "--max-steps", str(arguments.contrast_steps), "--overwrite"]
+        command("contrast", "tiny", *words)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = study_parser(__doc__)
     parser.add_argument("--data", default="photos")
     parser.add_argument("--out", default="runs/study")
     parser.add_argument("--judge", default="", help="a finetune run, or weights of a CIFAR ResNet")
     parser.add_argument("--squeezenet", default="", help="weights of torchvision's squeezenet1_1")
-    parser.add_argument("--caffe", action="store_true", help="the SqueezeNet wants Caffe's input")
+    parser.add_argument("--caffe", action="store_true", help="the SqueezeNet takes Caffe's input")
     parser.add_argument("--squeezenet-layers", nargs="+", default=["features.10", "features.12"])
-    parser.add_argument("--squeezenet-size", type=int, default=64, help="pixels to which it sees images resized")
-    parser.add_argument("--images", type=int, default=10_000, help="most images read of each split")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--squeezenet-size", type=int, default=64, help="side of its input images, pixels")
+    parser.add_argument("--images", type=int, default=10_000, help="largest number of images read of each split")
     parser.add_argument("--lengths", type=int, nargs="+", default=[220], help="steps of a codebook")
     parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=list(ARMS))
     parser.add_argument("--contrast-steps", type=int, default=300)
-    parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--set", default="", type=str.split, help="further flags of every codebook, in one string")
-    parser.add_argument("--contrast-set", default="", type=str.split, help="the same of the feature network")
-    parser.add_argument("--table", action="store_true", help="print what is there, train nothing")
+    parser.add_argument("--contrast-set", default="", type=str.split, help="further flags of the feature network")
     parser.add_argument("--measure", default="", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     out = Path(arguments.out)
@@ -235,10 +205,11 @@ def main() -> None:
         return
     if not arguments.table:
         out.mkdir(parents=True, exist_ok=True)
-        side_by_side((partial(_contrast, seed, arguments) for seed in arguments.seeds), arguments.processes)
+        run_parallel((partial(_train_feature_network, s, arguments) for s in arguments.seeds), arguments.processes)
         jobs = [(a, s, n) for n in arguments.lengths for s in arguments.seeds for a in arguments.arms]
-        side_by_side((partial(run_arm, *job, arguments) for job in jobs), arguments.processes)
-    print(show(out))
+        run_parallel((partial(run_arm, *job, arguments) for job in jobs), arguments.processes)
+    order = list(ARMS)
+    print(table(records(out), ["length", "arm"], TITLES, lambda key: (key[0], order.index(key[1]))))
 
 
 if __name__ == "__main__":

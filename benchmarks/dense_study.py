@@ -1,4 +1,4 @@
-"""What pre-training brings to segmentation and detection, at equal budgets and over several seeds.
+"""The effect of pre-training on segmentation and detection, at equal budgets and over several seeds.
 
     python -m benchmarks.dense_study segment --data CAMVID --out runs/camvid --pixel runs/mim/pixel-codebook-{seed} \
         --control runs/mim/control-codebook-{seed} --perceptual runs/mim/perceptual-codebook-{seed} \
@@ -6,8 +6,8 @@
     python -m benchmarks.dense_study detect --data NUCLEI --out runs/nuclei ... --recipe nuclei
     python -m benchmarks.dense_study segment --out runs/camvid --table
 
-Arms are backbones, runs of `pretrain` with {seed} in their names; `scratch` is the pixel arm's network with random
-weights. Everything else is equal. `benchmarks/pretraining_study.py` trains such runs.
+The arms are backbones: runs of `pretrain` with {seed} in their names. `scratch` is the network of the pixel arm with
+random weights. Everything else is equal. `benchmarks/pretraining_study.py` trains such runs.
 """
 
 from __future__ import annotations
@@ -18,54 +18,51 @@ import shutil
 from functools import partial
 from pathlib import Path
 
-from benchmarks.runs import command, records, side_by_side, table
+from benchmarks.runs import command, records, run_parallel, study_parser, table
 
 ARMS = ("scratch", "pixel codebook", "control codebook", "perceptual codebook")
 TITLES = {
-    "segment": {"miou": "mIoU, %", "mean_accuracy": "mean accuracy, %", "pixel_accuracy": "pixels right, %"},
+    "segment": {"miou": "mIoU, %", "mean_accuracy": "mean accuracy, %", "pixel_accuracy": "pixel accuracy, %"},
     "detect": {"box_ap": "box AP, %", "box_ap50": "box AP50, %", "mask_ap": "mask AP, %", "mask_ap50": "mask AP50, %"},
 }
 
 
+def backbone_of(arm: str, arguments: argparse.Namespace) -> str:
+    """Return the backbone of an arm, empty when the user gave none; `scratch` needs the architecture of `pixel`."""
+    name = "pixel" if arm == "scratch" else arm.split()[0]
+    return str(getattr(arguments, name))
+
+
 def run_arm(arm: str, seed: int, arguments: argparse.Namespace) -> None:
-    """Train one arm, unless it is done."""
+    """Train an arm unless its result exists."""
     name = f"{arm.replace(' ', '-')}-{seed}"
     out, result = Path(arguments.out) / name, Path(arguments.out) / f"{name}.json"
     if result.exists():
         return
-    given = {"pixel": arguments.pixel, "control": arguments.control, "perceptual": arguments.perceptual}
-    backbone = given["pixel" if arm == "scratch" else arm.split()[0]].format(seed=seed)
+    backbone = backbone_of(arm, arguments).format(seed=seed)
     words = [arguments.task, arguments.recipe, "--data", arguments.data, "--backbone", backbone, "--seed", str(seed)]
     words += ["--weights", "random"] if arm == "scratch" else []
     command(*words, "--out", str(out), "--overwrite", *arguments.set)
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     last = next(line for line in reversed(lines) if any(key.startswith("evaluation/") for key in line))
-    found = {key.removeprefix("evaluation/"): value for key, value in last.items() if key.startswith("evaluation/")}
+    metrics = {key.removeprefix("evaluation/"): value for key, value in last.items() if key.startswith("evaluation/")}
     shutil.rmtree(out / "checkpoints", ignore_errors=True)
-    result.write_text(json.dumps({"arm": arm, "seed": seed, **found}) + "\n")
+    result.write_text(json.dumps({"arm": arm, "seed": seed, **metrics}) + "\n")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = study_parser(__doc__, codebooks_help="pretrain run with {seed} in its name")
     parser.add_argument("task", choices=list(TITLES))
     parser.add_argument("--data", default="")
     parser.add_argument("--out", required=True)
     parser.add_argument("--recipe", default="tiny")
-    parser.add_argument("--pixel", default="", help="pretrain run with {seed} in its name")
-    parser.add_argument("--control", default="", help="the same")
-    parser.add_argument("--perceptual", default="", help="the same")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--processes", type=int, default=2)
-    parser.add_argument("--set", default="", type=str.split, help="further flags, in one string")
-    parser.add_argument("--table", action="store_true", help="print what is there, train nothing")
+    parser.add_argument("--set", default="", type=str.split, help="further flags of every run, in one string")
     arguments = parser.parse_args()
     out = Path(arguments.out)
     out.mkdir(parents=True, exist_ok=True)
-    given = {"scratch": arguments.pixel, "pixel codebook": arguments.pixel}
-    given |= {"control codebook": arguments.control, "perceptual codebook": arguments.perceptual}
     if not arguments.table:
-        arms = [arm for arm in ARMS if given[arm]]
-        side_by_side((partial(run_arm, a, s, arguments) for s in arguments.seeds for a in arms), arguments.processes)
+        arms = [arm for arm in ARMS if backbone_of(arm, arguments)]
+        run_parallel((partial(run_arm, a, s, arguments) for s in arguments.seeds for a in arms), arguments.processes)
     print(table(records(out), ["arm"], TITLES[arguments.task], lambda key: ARMS.index(key[0])))
 
 

@@ -1,4 +1,4 @@
-"""Classifiers that look at reconstructions, independent of any codebook: a fine-tuned run, or a public CIFAR ResNet."""
+"""Classifiers for reconstructions that do not depend on any codebook: a fine-tuned run, or a public CIFAR ResNet."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ class CifarResNet(nn.Module):
         blocks = (depth - 2) // 6
         self.conv1, self.bn1 = nn.Conv2d(3, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16)
         self.layer1, self.layer2, self.layer3 = (
-            nn.Sequential(_Block(before, width), *(_Block(width, width) for _ in range(blocks - 1)))
-            for before, width in ((16, 16), (16, 32), (32, 64))
+            nn.Sequential(_Block(in_width, width), *(_Block(width, width) for _ in range(blocks - 1)))
+            for in_width, width in ((16, 16), (16, 32), (32, 64))
         )
         self.linear = nn.Linear(64, 10)
 
@@ -38,22 +38,23 @@ class CifarResNet(nn.Module):
 class _Block(nn.Module):
     def __init__(self, in_channels: int, channels: int) -> None:
         super().__init__()
-        self.stride, self.more = channels // in_channels, channels - in_channels
+        self.stride, self.num_new_channels = channels // in_channels, channels - in_channels
         self.conv1 = nn.Conv2d(in_channels, channels, 3, stride=self.stride, padding=1, bias=False)
         self.conv2 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
         self.bn1, self.bn2 = nn.BatchNorm2d(channels), nn.BatchNorm2d(channels)
 
     def forward(self, x: Tensor) -> Tensor:
         hidden = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
-        kept = x[:, :, :: self.stride, :: self.stride]
-        return F.relu(hidden + F.pad(kept, (0, 0, 0, 0, self.more // 2, self.more - self.more // 2)))
+        shortcut, num_new = x[:, :, :: self.stride, :: self.stride], self.num_new_channels
+        return F.relu(hidden + F.pad(shortcut, (0, 0, 0, 0, num_new // 2, num_new - num_new // 2)))
 
 
 class Judge(nn.Module):
-    """float (B, 3, H, W) in [0, 1] to logits.
+    """A classifier that maps images float (B, 3, H, W) in [0, 1] to logits.
 
     Args:
-        path: a run of `pecobook finetune`, or a file of weights of a CIFAR ResNet (its depth told by its layers).
+        path: a run of `pecobook finetune`, or a file of weights of a CIFAR ResNet, whose number of layers gives the
+            depth.
     """
 
     def __init__(self, path: str) -> None:
@@ -77,6 +78,6 @@ class Judge(nn.Module):
 
     @torch.inference_mode()
     def accuracy(self, images: Tensor, labels: Tensor) -> float:
-        """Percent of images classified rightly."""
-        right = torch.cat([self(part).argmax(1) for part in images.split(250)]) == labels
-        return 100 * float(right.float().mean())
+        """Return the percentage of correctly classified images."""
+        correct = torch.cat([self(batch).argmax(1) for batch in torch.split(images, 250)]) == labels
+        return 100 * float(correct.float().mean())

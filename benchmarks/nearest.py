@@ -1,12 +1,12 @@
-"""Nearest codeword: time and extra memory beside the ways others take, in one run, on this machine.
+"""Nearest codeword: time and extra memory of several methods, in one run on this machine.
 
     python -m benchmarks.nearest                          # a batch of 64 images of 14 x 14 tokens, K 8192, D 256
     python -m benchmarks.nearest --device cuda
     python -m benchmarks.nearest --device cuda --tune     # block sizes, for pecobook.models.nearest_triton
 
-Each method runs in a process of its own. Time is the least of --repeats calls; memory is what the process (or the GPU's
-allocator) needed at its peak beyond inputs and libraries; agreement is with fp64 distances on the first 512 vectors.
-vector-quantize-pytorch comes with pip install -e ".[dev]".
+Each method runs in a separate process. Time is that of the fastest of --repeats calls. Memory is the peak of the
+process (or of the GPU's allocator) beyond inputs and libraries. Agreement is with fp64 distances on the first 512
+vectors. vector-quantize-pytorch comes with pip install -e ".[dev]".
 """
 
 from __future__ import annotations
@@ -14,10 +14,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import resource
-import subprocess
 import sys
-import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -25,11 +22,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks.runs import least_seconds, measured_rows
+from pecobook.utils.devices import peak_memory, synchronize
+
 Search = Callable[[Tensor], Tensor]
 
 
 def vector_quantize(codebook: Tensor, *, training: bool) -> Search:
-    """vector-quantize-pytorch's module with this codebook; a training forward also updates it."""
+    """Return the search of vector-quantize-pytorch's module; a forward in training also updates the codebook."""
     from vector_quantize_pytorch import VectorQuantize
 
     K, D = codebook.shape
@@ -47,9 +47,9 @@ def ours(codebook: Tensor, precision: str = "fp32") -> Search:
 
 
 def chunks(codebook: Tensor) -> Search:
-    from pecobook.models.nearest import _nearest_by_chunks
+    from pecobook.models.nearest import nearest_by_chunks
 
-    return lambda z: _nearest_by_chunks(z, codebook)
+    return lambda z: nearest_by_chunks(z, codebook)
 
 
 METHODS: dict[str, Callable[[Tensor], Search]] = {
@@ -76,27 +76,23 @@ def measure(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
     codebook = torch.randn(arguments.codewords, arguments.dim, device=device)
     search = METHODS[name](codebook)
     search(z[:512])  # loads libraries and compiles kernels
-    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
-    wait()
-    memory = _peak(device)
-    found = search(z)
-    wait()
-    extra = _peak(device) - memory
-    seconds = []
-    for _ in range(arguments.repeats):
-        began = time.perf_counter()
-        found = search(z)
-        wait()
-        seconds.append(time.perf_counter() - began)
+    synchronize(device)
+    memory = peak_memory(device)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    indices = search(z)
+    synchronize(device)
+    extra = peak_memory(device) - memory
+    seconds = least_seconds(lambda: search(z), device, repeats=arguments.repeats)
     agreement = None
     if name != "matmul alone":
         exact = torch.cdist(z[:512].double(), codebook.double(), compute_mode="donot_use_mm_for_euclid_dist").argmin(1)
-        agreement = float((found[:512] == exact).double().mean()) if "training" not in name else None
-    return {"name": name, "ms": 1000 * min(seconds), "mib": extra / 2**20, "agreement": agreement}
+        agreement = float((indices[:512] == exact).double().mean()) if "training" not in name else None
+    return {"ms": 1000 * seconds, "mib": extra / 2**20, "agreement": agreement}
 
 
 def candidates(precision: str) -> list[dict[str, Any]]:
-    """Settings of the CUDA kernel worth a try."""
+    """Return the settings of the CUDA kernel that `tune` tries."""
     names = "PRECISION", "BLOCK_N", "BLOCK_K", "BLOCK_D", "num_warps", "num_stages"
     grids: dict[str, list[tuple[Sequence[Any], ...]]] = {
         "fp32": [
@@ -106,7 +102,7 @@ def candidates(precision: str) -> list[dict[str, Any]]:
         "tf32": [(("tf32",), (64, 128), (128, 256), (32, 64), (4, 8), (3, 4))],
         "bf16": [(("ieee",), (64, 128), (128, 256), (64, 128), (4, 8), (3, 4))],
     }
-    return [dict(zip(names, chosen, strict=True)) for grid in grids[precision] for chosen in itertools.product(*grid)]
+    return [dict(zip(names, values, strict=True)) for grid in grids[precision] for values in itertools.product(*grid)]
 
 
 def tune(arguments: argparse.Namespace) -> None:
@@ -120,33 +116,13 @@ def tune(arguments: argparse.Namespace) -> None:
         rows = []
         for tiles in candidates(precision):
             try:
-                seconds = _time(partial(nearest_fused, z, codebook, precision, tiles), arguments.repeats)
-            except Exception:  # too much shared memory, or a shape the compiler refuses
+                search = partial(nearest_fused, z, codebook, precision, tiles)
+                seconds = least_seconds(search, z.device, repeats=arguments.repeats)
+            except Exception:  # too much shared memory, or a shape that the compiler refuses
                 continue
             rows.append((seconds, tiles))
         for seconds, tiles in sorted(rows, key=lambda row: row[0])[:8]:
             print(f"| {precision} | {' | '.join(map(str, tiles.values()))} | {1000 * seconds:.3f} |", flush=True)
-
-
-def _time(function: Callable[[], object], repeats: int) -> float:
-    function()
-    seconds = []
-    for _ in range(repeats):
-        torch.cuda.synchronize()
-        began = time.perf_counter()
-        function()
-        torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - began)
-    return min(seconds)
-
-
-def _peak(device: torch.device) -> int:
-    """Bytes at the peak so far; on a GPU, since the last call."""
-    if device.type != "cuda":
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    peak = torch.cuda.max_memory_allocated()
-    torch.cuda.reset_peak_memory_stats()
-    return peak
 
 
 def main() -> None:
@@ -157,26 +133,19 @@ def main() -> None:
     parser.add_argument("--dim", type=int, default=256)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--tune", action="store_true")
-    parser.add_argument("--method", default="", help=argparse.SUPPRESS)
+    parser.add_argument("--row", default="", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.tune:
         tune(arguments)
         return
-    if arguments.method:
-        print(json.dumps(measure(arguments.method, arguments)))
+    if arguments.row:
+        print(json.dumps(measure(arguments.row, arguments)))
         return
     print("| method | ms | extra peak MiB | equal indices |\n|---|---|---|---|")
-    for name in METHODS:
-        if arguments.device == "cpu" and name in GPU_ONLY:
-            continue
-        command = [sys.executable, "-m", "benchmarks.nearest", *sys.argv[1:], "--method", name]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        if done.returncode:
-            print(f"| {name} | failed: {done.stderr.strip().splitlines()[-1]} | | |", flush=True)
-            continue
-        row = json.loads(done.stdout.splitlines()[-1])
+    methods = [name for name in METHODS if arguments.device != "cpu" or name not in GPU_ONLY]
+    for name, row in measured_rows("benchmarks.nearest", methods, *sys.argv[1:]):
         agreement = "-" if row["agreement"] is None else f"{row['agreement']:.4f}"
-        print(f"| {row['name']} | {row['ms']:.3g} | {row['mib']:.0f} | {agreement} |", flush=True)
+        print(f"| {name} | {row['ms']:.3g} | {row['mib']:.0f} | {agreement} |", flush=True)
 
 
 if __name__ == "__main__":

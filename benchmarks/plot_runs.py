@@ -1,4 +1,4 @@
-"""Curves of several runs in one picture.
+"""Training curves of several runs in one picture.
 
 python -m benchmarks.plot_runs runs/a runs/b --metrics psnr --out curves.png
 """
@@ -13,8 +13,8 @@ from pecobook.analysis.charts import read_metrics, training_curves
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", nargs="+", help="run folders; NAME=FOLDER gives one a name")
-    parser.add_argument("--metrics", nargs="+", default=None, help="names in metrics.jsonl; default: all that vary")
+    parser.add_argument("runs", nargs="+", help="run folders; NAME=FOLDER names the curve of a run")
+    parser.add_argument("--metrics", nargs="+", default=None, help="names in metrics.jsonl; default: all that change")
     parser.add_argument("--out", default="curves.png")
     arguments = parser.parse_args()
     named = [word.rpartition("=")[::2] for word in arguments.runs]

@@ -1,11 +1,11 @@
-"""One pre-training step of ViT-B/16 beside transformers' BeitForMaskedImageModeling: equal model, batch, masks.
+"""A pre-training step of ViT-B/16 compared with transformers' BeitForMaskedImageModeling: equal model, batch, masks.
 
     python -m benchmarks.pretrain_step --batch-size 8          # on a CPU
     python -m benchmarks.pretrain_step --batch-size 128        # on a GPU
 
-Each row is a process of its own: forward, backward, AdamW. The last rows are whole arrangements: BEiT's, with DALL-E's
-tokenizer looking at 112-pixel crops in every step and everything in fp32; and ours from a token bank. Images are random
-and on the device; weights are random, which costs the same.
+Each row is a process: forward, backward, AdamW. The last row is BEiT's whole training step: DALL-E's tokenizer encodes
+112-pixel crops in every step, everything in fp32. pecobook's rows have their codes from a token bank. Images are random
+and on the device; weights are random, which takes the same time.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.runs import median_step, rows_apart, rows_parser
+from benchmarks.runs import measured_rows, median_step, rows_parser
+from pecobook.utils import devices
 
 SHARED = {"init_values": 0.1, "use_rel_pos_bias": False, "use_shared_rel_pos_bias": True}
 NUM_MASKED, VOCABULARY = 75, 8192
@@ -53,8 +54,8 @@ def transformers(images: Tensor, mask: Tensor, codes: Tensor) -> tuple[nn.Module
     flat = mask.flatten(1)
 
     def loss() -> Tensor:
-        found: Tensor = model(images, bool_masked_pos=flat, labels=codes[mask]).loss
-        return found
+        value: Tensor = model(images, bool_masked_pos=flat, labels=codes[mask]).loss
+        return value
 
     return model, loss
 
@@ -64,11 +65,11 @@ def beit(images: Tensor, mask: Tensor, codes: Tensor) -> tuple[nn.Module, Callab
 
     tokenizer = DalleTokenizer().eval().requires_grad_(False).to(images.device)
     small = nn.functional.interpolate(images.clamp(0, 1), (112, 112), mode="bicubic", antialias=True)
-    model, ready = transformers(images, mask, codes)
+    model, loss_of_codes = transformers(images, mask, codes)
 
     def loss() -> Tensor:
         codes.copy_(tokenizer.encode(small))
-        return ready()
+        return loss_of_codes()
 
     return model, loss
 
@@ -87,23 +88,22 @@ ROWS: dict[str, tuple[Callable[..., Any], str, bool]] = {
 def measure(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
     from pecobook.data.masking import blockwise_mask
 
-    make, precision, compiled = ROWS[name]
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    make_model, precision, compiled = ROWS[name]
+    device = devices.device()
     torch.manual_seed(0)
     B = arguments.batch_size
     images = torch.randn(B, 3, 224, 224, device=device)
     generator = torch.Generator().manual_seed(0)
     masks = [blockwise_mask((14, 14), num_masked=NUM_MASKED, min_block=16, generator=generator) for _ in range(B)]
     codes = torch.randint(VOCABULARY, (B, 14, 14), device=device)
-    model, loss = make(images, torch.stack(masks).to(device), codes)
+    model, loss = make_model(images, torch.stack(masks).to(device), codes)
     model.to(device).train()
     if compiled:
         model.compile()
     seconds = median_step(
         model, loss, precision=precision, warmup=3 if device.type == "cuda" else 1, repeats=arguments.repeats
     )
-    memory = torch.cuda.max_memory_allocated() / 2**20 if device.type == "cuda" else 0.0
-    return {"seconds": seconds, "mib": memory}
+    return {"seconds": seconds, "mib": devices.peak_memory(device) / 2**20 if device.type == "cuda" else 0.0}
 
 
 def main() -> None:
@@ -113,7 +113,7 @@ def main() -> None:
         return
     print("| | images/s | s/step | MiB |\n|---|---|---|---|")
     words = "--batch-size", arguments.batch_size, "--repeats", arguments.repeats
-    for name, row in rows_apart("benchmarks.pretrain_step", arguments.rows, *words):
+    for name, row in measured_rows("benchmarks.pretrain_step", arguments.rows, *words):
         speed = arguments.batch_size / row["seconds"]
         print(f"| {name} | {speed:.3g} | {row['seconds']:.3g} | {round(row['mib']) or '-'} |", flush=True)
 

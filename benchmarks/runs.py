@@ -1,12 +1,10 @@
-"""What the studies share: pecobook's commands as one-thread processes, side by side, and tables over seeds."""
+"""Shared by the benchmarks: pecobook commands as one-thread processes, timed steps, and tables over seeds."""
 
 from __future__ import annotations
 
 import argparse
 import json
 import os
-import resource
-import statistics
 import subprocess
 import sys
 import time
@@ -19,58 +17,71 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pecobook.commands.reproduce.tables import mean_and_deviation
 from pecobook.engine.attention import trainable_attention
+from pecobook.utils.devices import synchronize
 
 ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
 
 
 def command(*words: str) -> None:
     """Run a pecobook command in a one-thread process."""
-    done = subprocess.run(
+    process = subprocess.run(
         [sys.executable, "-m", "pecobook", *words], env=ONE_THREAD, capture_output=True, text=True, check=False
     )
-    if done.returncode:
-        raise SystemExit(f"pecobook {' '.join(words)} failed:\n{done.stderr[-2000:]}")
+    if process.returncode:
+        raise SystemExit(f"pecobook {' '.join(words)} failed:\n{process.stderr[-2000:]}")
 
 
-def side_by_side(jobs: Iterable[Callable[[], object]], processes: int) -> None:
-    """Run jobs in threads, each of which waits for a process."""
+def run_parallel(jobs: Iterable[Callable[[], object]], processes: int) -> None:
+    """Run jobs in threads; each thread waits for a process."""
     with ThreadPoolExecutor(processes) as pool:
         for future in [pool.submit(job) for job in jobs]:
             future.result()
 
 
 def records(folder: Path) -> list[dict[str, Any]]:
-    """The results written beside runs."""
+    """Read the results that stand as JSON files next to the run folders."""
     return [json.loads(file.read_text()) for file in sorted(folder.glob("*.json"))]
 
 
 def table(
     rows: list[dict[str, Any]], keys: list[str], titles: dict[str, str], order: Callable[[tuple[Any, ...]], Any]
 ) -> str:
-    """Markdown: mean and standard deviation over seeds of `titles`, a row for each value of `keys`."""
-    found: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    """Return Markdown with mean and standard deviation over seeds.
+
+    Args:
+        rows: results, one per run.
+        keys: names of the values that identify an arm; each combination of the values is a row of the table.
+        titles: metric to the title of the column.
+        order: sort key of the rows, a function of the values of `keys`.
+    """
+    groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
     for row in rows:
-        found.setdefault(tuple(row[key] for key in keys), []).append(row)
+        groups.setdefault(tuple(row[key] for key in keys), []).append(row)
     lines = [f"| {' | '.join(keys)} | seeds | {' | '.join(titles.values())} |"]
     lines.append("|" + "---|" * (len(keys) + 1 + len(titles)))
-    for key in sorted(found, key=order):
-        cells = [cell([row.get(name) for row in found[key]]) for name in titles]
-        lines.append(f"| {' | '.join(map(str, key))} | {len(found[key])} | {' | '.join(cells)} |")
+    for values in sorted(groups, key=order):
+        group = groups[values]
+        metrics = [[row[name] for row in group if row.get(name) is not None] for name in titles]
+        cells = [mean_and_deviation(metric, digits=2) for metric in metrics]
+        lines.append(f"| {' | '.join(map(str, values))} | {len(group)} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
-def cell(values: list[float | None]) -> str:
-    """`mean ± standard deviation`, or a dash."""
-    numbers = [value for value in values if value is not None]
-    if not numbers:
-        return "-"
-    spread = f" ± {statistics.stdev(numbers):.2f}" if len(numbers) > 1 else ""
-    return f"{statistics.mean(numbers):.2f}{spread}"
+def study_parser(doc: str | None, *, codebooks_help: str = "") -> argparse.ArgumentParser:
+    """Return the flags of all studies; with `codebooks_help` also those of the runs that the arms start from."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name in ("pixel", "control", "perceptual") if codebooks_help else ():
+        parser.add_argument(f"--{name}", default="", help=codebooks_help)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--processes", type=int, default=2, help="number of parallel runs")
+    parser.add_argument("--table", action="store_true", help="print the table of the finished runs, train nothing")
+    return parser
 
 
 def rows_parser(doc: str | None, rows: Iterable[str], *, batch_size: int, repeats: int) -> argparse.ArgumentParser:
-    """What a benchmark of steps is asked: a batch, repeats, rows; with --row it measures that one and prints JSON."""
+    """Return the flags of all benchmarks of steps; with --row the benchmark measures one row and prints JSON."""
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--batch-size", type=int, default=batch_size)
     parser.add_argument("--repeats", type=int, default=repeats)
@@ -79,54 +90,60 @@ def rows_parser(doc: str | None, rows: Iterable[str], *, batch_size: int, repeat
     return parser
 
 
-def peak_bytes(device: torch.device) -> int:
-    """The most that was held: by the GPU's allocator, or by this process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated()
-    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+def measured_rows(module: str, rows: Iterable[str], *words: object) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Measure each row of a benchmark by `module --row ROW` in a separate process.
 
-
-def rows_apart(module: str, rows: Iterable[str], *words: object) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Each row of a benchmark, measured by `module --row ROW` in a process of its own; a row that fails is told of and
-    left out.
+    A row that fails is printed with the last line of the error and left out.
     """
     for name in rows:
         command = [sys.executable, "-m", module, *map(str, words), "--row", name]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        lines = (done.stderr if done.returncode else done.stdout).strip().splitlines() or ["no memory"]
-        if done.returncode:
+        process = subprocess.run(command, capture_output=True, text=True, check=False)
+        output = process.stderr if process.returncode else process.stdout
+        lines = output.strip().splitlines() or ["no memory"]
+        if process.returncode:
             print(f"| {name} | failed: {lines[-1][:120]} |", flush=True)
         else:
             yield name, json.loads(lines[-1])
 
 
+def least_seconds(function: Callable[[], object], device: torch.device, *, repeats: int) -> float:
+    """Return the seconds of the fastest of `repeats` calls, after a call that is not counted."""
+    seconds = []
+    for _ in range(repeats + 1):
+        synchronize(device)
+        start = time.perf_counter()
+        function()
+        synchronize(device)
+        seconds.append(time.perf_counter() - start)
+    return min(seconds[1:])
+
+
 def median_step(model: nn.Module, loss: Callable[[], Tensor], *, precision: str, warmup: int, repeats: int) -> float:
-    """Seconds of a forward, a backward and an AdamW step, the median of `repeats` after `warmup` steps.
+    """Return the seconds of a forward, a backward and an AdamW step: the median of `repeats` steps.
+
+    pecobook's models are trained as in pecobook's loop, with the same attention kernels; other models as PyTorch does.
 
     Args:
-        model: on its device.
-        loss: of the model on inputs that are there already, ().
+        model: a model on its device.
+        loss: computes the loss of the model, (), on inputs that are on the device already.
         precision: fp32 or bf16.
-        warmup: steps that are not counted.
-        repeats: steps that are.
-
-    pecobook's models train as its loop trains them; others as PyTorch does.
+        warmup: number of steps before, which are not counted.
+        repeats: number of measured steps.
     """
-    own = type(model).__module__.partition(".")[0] == "pecobook"
+    is_ours = type(model).__module__.partition(".")[0] == "pecobook"
     device = next(model.parameters()).device
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
-    wait: Callable[[], object] = torch.cuda.synchronize if device.type == "cuda" else lambda: None
 
     def step() -> float:
-        began = time.perf_counter()
-        with trainable_attention(device) if own else nullcontext():
+        start = time.perf_counter()
+        with trainable_attention(device) if is_ours else nullcontext():
             with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
                 value = loss()
             value.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         optimizer.zero_grad()
-        wait()
-        return time.perf_counter() - began
+        synchronize(device)
+        return time.perf_counter() - start
 
     for _ in range(warmup):
         step()

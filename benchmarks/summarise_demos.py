@@ -1,7 +1,8 @@
-"""Means and spread of several demos: `python benchmarks/summarise_demos.py runs/a runs/b ... --plot out.png`.
+"""Means and standard deviations of several demos: `python benchmarks/summarise_demos.py runs/a runs/b --plot out.png`.
 
-Reads the `results.json` of each folder, groups them by data, and prints a Markdown table: mean over seeds, and after ±
-the standard deviation over seeds. Differences are paired: within a seed, on the same held-out images.
+The script reads the `results.json` of each folder, groups the results by data, and prints a Markdown table: the mean
+over seeds, and after ± the standard deviation over seeds. Differences are paired: within a seed, on the same held-out
+images.
 """
 
 from __future__ import annotations
@@ -12,7 +13,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+from pecobook.analysis.probe import binomial_error
+from pecobook.commands.reproduce.tables import mean_and_deviation
 
 ROWS: dict[str, Callable[[dict[str, Any]], float | None]] = {
     "codewords used": lambda arm: arm["codes_used"],
@@ -36,17 +38,8 @@ PAIRS = [
 ]
 
 
-def spread(values: list[float | None]) -> str:
-    """`mean ± standard deviation`, or a dash."""
-    known = [value for value in values if value is not None]
-    if not known:
-        return "–"
-    deviation = f" ± {np.std(known, ddof=1):.1f}" if len(known) > 1 else ""
-    return f"{np.mean(known):.1f}{deviation}"
-
-
 def difference(result: dict[str, Any], metric: str, a: str, b: str) -> float | None:
-    """a - b of one demo, percent points; None when it was not measured."""
+    """Return a - b of one demo in percent points, or None when the demo did not measure the difference."""
     for pair in result["comparisons"]:
         if pair["metric"] == metric and {pair["a"], pair["b"]} == {a, b}:
             return float(pair["difference"]) if pair["a"] == a else -float(pair["difference"])
@@ -54,7 +47,7 @@ def difference(result: dict[str, Any], metric: str, a: str, b: str) -> float | N
 
 
 def table(results: list[dict[str, Any]]) -> str:
-    """Markdown of all demos on one data set."""
+    """Return Markdown of all demos on one data set."""
     first = results[0]
     seeds = ", ".join(str(result["seed"]) for result in results)
     lines = [
@@ -65,20 +58,24 @@ def table(results: list[dict[str, Any]]) -> str:
     ]
     for name, read in ROWS.items():
         by_arm = {arm: [read(c) for r in results for c in r["codebooks"] if c["name"] == arm] for arm in ARMS}
-        kind = {"ViT: linear probe, %": "linear", "ViT: k-NN, %": "knn"}.get(name)
-        floor = spread([r["floor"][kind] for r in results]) if kind else ""
-        lines.append(f"| {name} | " + " | ".join(spread(by_arm[arm]) for arm in ARMS) + f" | {floor} |")
+        probe = {"ViT: linear probe, %": "linear", "ViT: k-NN, %": "knn"}.get(name)
+        random_vit = _mean([result["floor"][probe] for result in results]) if probe else ""
+        lines.append(f"| {name} | " + " | ".join(_mean(by_arm[arm]) for arm in ARMS) + f" | {random_vit} |")
     lines += ["", "| difference, percent points | " + " | ".join(f"seed {r['seed']}" for r in results) + " | mean |"]
     lines.append("|---|" + "---|" * (len(results) + 1))
     for metric, a, b in PAIRS:
-        values = [difference(result, metric, a, b) for result in results]
-        cells = " | ".join("–" if value is None else f"{value:+.1f}" for value in values)
-        lines.append(f"| {metric}: {a} − {b} | {cells} | {spread(list(values))} |")
+        differences = [difference(result, metric, a, b) for result in results]
+        cells = " | ".join("–" if value is None else f"{value:+.1f}" for value in differences)
+        lines.append(f"| {metric}: {a} − {b} | {cells} | {_mean(differences)} |")
     return "\n".join(lines)
 
 
+def _mean(values: list[float | None]) -> str:
+    return mean_and_deviation([value for value in values if value is not None])
+
+
 def plot(groups: dict[str, list[dict[str, Any]]], path: Path) -> None:
-    """A panel a data set: each seed's codeword probe, the arms side by side."""
+    """Plot the codeword probe of every arm and seed; each data set has a panel."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(3.2 * len(groups), 3.0), layout="constrained")
@@ -86,15 +83,10 @@ def plot(groups: dict[str, list[dict[str, Any]]], path: Path) -> None:
     for axes, (data, results) in zip(panels, groups.items(), strict=True):
         for result in results:
             scores = {c["name"]: c["codeword_probe"] for c in result["codebooks"]}
-            errors = [100 * (p / 100 * (1 - p / 100) / result["num_test"]) ** 0.5 for p in map(scores.get, ARMS)]  # type: ignore[operator]
-            axes.errorbar(
-                range(len(ARMS)),
-                [scores[a] for a in ARMS],
-                errors,
-                marker="o",
-                capsize=3,
-                label=f"seed {result['seed']}",
-            )
+            accuracies = [scores[arm] for arm in ARMS]
+            errors = [binomial_error(accuracy, result["num_test"]) for accuracy in accuracies]
+            label = f"seed {result['seed']}"
+            axes.errorbar(range(len(ARMS)), accuracies, errors, marker="o", capsize=3, label=label)
         axes.set_xticks(range(len(ARMS)), ARMS)
         axes.set_title(data)
         axes.set_ylabel("codeword probe, %")
@@ -104,7 +96,6 @@ def plot(groups: dict[str, list[dict[str, Any]]], path: Path) -> None:
 
 
 def main() -> None:
-    """Read, print, draw."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folders", nargs="+", type=Path, help="folders that 'pecobook demo' wrote")
     parser.add_argument("--plot", type=Path, help="PNG of the codeword probes")

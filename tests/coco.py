@@ -1,7 +1,7 @@
 """A small data set of images with objects in COCO's format: ellipses and rectangles, coloured by class.
 
-Category ids have gaps and stand in disorder; masks are polygons, run lengths or compressed run lengths; one image has
-no object, another a crowd.
+Category ids have gaps and are not sorted; masks are polygons, run lengths or compressed run lengths; one image has no
+object, another image has a crowd.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ CATEGORIES = [{"id": 17, "name": "square $x_"}, {"id": 3, "name": "disc"}, {"id"
 
 
 def compressed(mask: Any) -> dict[str, Any]:
-    """Run lengths of a mask (H, W) as COCO's text."""
+    """Return the run lengths of a mask (H, W) as COCO's text."""
     from pycocotools import mask as coco
 
     runs = coco.encode(np.asfortranarray(mask.astype(np.uint8)))
@@ -25,7 +25,7 @@ def compressed(mask: Any) -> dict[str, Any]:
 
 
 def uncompressed(mask: Any) -> dict[str, Any]:
-    """Run lengths of a mask (H, W) as a list, zeros first, column by column."""
+    """Return the run lengths of a mask (H, W) as a list, zeros first, column by column."""
     flat = mask.astype(np.uint8).T.reshape(-1)
     changes = np.flatnonzero(np.diff(flat)) + 1
     counts = np.diff(np.r_[0, changes, flat.size]).tolist()
@@ -33,7 +33,7 @@ def uncompressed(mask: Any) -> dict[str, Any]:
 
 
 def write_coco(folder: Path, content: dict[str, Any]) -> Path:
-    """Write instances.json into a folder; returns the file."""
+    """Write instances.json into a folder; return the file."""
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / "instances.json"
     file.write_text(json.dumps(content))
@@ -47,7 +47,7 @@ def read_coco(folder: Path) -> dict[str, Any]:
 
 
 def make_split(folder: Path, count: int, *, seed: int, first_id: int = 100, masks: bool = True) -> dict[str, Any]:
-    """`count` images of about 48 pixels, up to three objects on each; the first has none, the second a crowd."""
+    """Write `count` images of about 48 pixels with up to three objects each; the first has none, the second a crowd."""
     rng = np.random.default_rng(seed)
     (folder / "images").mkdir(parents=True)
     images: list[dict[str, Any]] = []
@@ -57,10 +57,10 @@ def make_split(folder: Path, count: int, *, seed: int, first_id: int = 100, mask
         picture = Image.fromarray(rng.integers(0, 40, (height, width, 3), dtype=np.uint8))
         draw = ImageDraw.Draw(picture)
         image = {"id": first_id + 7 * number, "file_name": f"{seed}-{number}.png", "width": width, "height": height}
-        for place in range(0 if number == 0 else 1 + number % 3):
-            disc = bool((number + place) % 2)
+        for position in range(0 if number == 0 else 1 + number % 3):
+            disc = bool((number + position) % 2)
             w, h = (int(side) for side in rng.integers(8, 15, 2))
-            x, y = 2 + 12 * place, int(rng.integers(2, height - h - 2))
+            x, y = 2 + 12 * position, int(rng.integers(2, height - h - 2))
             w = min(w, 11)
             mask = Image.new("1", (width, height))
             corners = (x, y, x + w - 1, y + h - 1)
@@ -69,18 +69,18 @@ def make_split(folder: Path, count: int, *, seed: int, first_id: int = 100, mask
             inside = np.array(mask)
             rows, columns = np.flatnonzero(inside.any(1)), np.flatnonzero(inside.any(0))
             box = [int(columns[0]), int(rows[0]), int(columns[-1] - columns[0] + 1), int(rows[-1] - rows[0] + 1)]
-            segment: Any = [[x, y, x + w, y, x + w, y + h, x, y + h]]
+            segmentation: Any = [[x, y, x + w, y, x + w, y + h, x, y + h]]
             if disc:
-                segment = compressed(inside) if number % 3 else uncompressed(inside)
-            one: dict[str, Any] = {
+                segmentation = compressed(inside) if number % 3 else uncompressed(inside)
+            annotation: dict[str, Any] = {
                 "id": len(objects) + 1,
                 "image_id": image["id"],
                 "category_id": 3 if disc else 17,
                 "bbox": box,
                 "area": int(inside.sum()),
-                "iscrowd": int(number == 1 and place == 1),
+                "iscrowd": int(number == 1 and position == 1),
             }
-            objects.append({**one, "segmentation": segment} if masks else one)
+            objects.append({**annotation, "segmentation": segmentation} if masks else annotation)
         picture.save(folder / "images" / str(image["file_name"]))
         images.append(image)
     content = {"images": images, "annotations": objects, "categories": CATEGORIES}
@@ -89,7 +89,7 @@ def make_split(folder: Path, count: int, *, seed: int, first_id: int = 100, mask
 
 
 def make_coco(root: Path, *, train: int = 10, val: int = 4, masks: bool = True) -> Path:
-    """Both splits; returns `root`."""
+    """Write both splits; return `root`."""
     make_split(root / "train", train, seed=1, masks=masks)
     make_split(root / "val", val, seed=2, first_id=5, masks=masks)
     return root

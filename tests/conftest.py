@@ -1,4 +1,4 @@
-"""What all tests share: one thread, caches of their own, no network, a folder of images, a pool of two processes."""
+"""Set-up shared by all tests: one thread, separate caches, no network, a folder of images, a pool of two processes."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from PIL import Image
 
 from tests.distributed import TwoProcesses
 
-# The same examples in every run, and no clock: a busy machine is no failure.
+# The same examples in every run, and no deadline, so that no test fails on a busy machine.
 settings.register_profile("pecobook", deadline=None, derandomize=True)
 settings.load_profile("pecobook")
 
 _CACHE = pytest.StashKey[Path]()
-# One, so that sums are taken in one order; `make test-portable` also runs with two.
+# One thread, so that sums are taken in one order; `make test-portable` also runs with two.
 _THREADS = os.environ.get("PECOBOOK_TEST_THREADS", "1")
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Set what libraries read when they are imported, so before any test is.
+    """Set the environment variables that libraries read when they are imported.
 
-    GPUs are hidden unless tests are asked for that want one (`-m gpu`): all others pass on CPUs, where CI runs them.
+    GPUs are hidden unless the GPU tests are selected (`-m gpu`): all other tests pass on CPUs, where CI runs them.
     """
     if config.option.markexpr != "gpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
@@ -78,4 +78,13 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
             pixels = rng.integers(0, 60, (40, 48, 3)) + 10 * index
             pixels[..., 2 - number] += 80 + (40 * np.sin((rows + (index + 1) * columns) / 9)).astype(int)
             Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(folder / name / f"{index}.png")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def unlabelled_images(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The images of `images` in one folder without class folders. Do not write into it."""
+    folder = tmp_path_factory.mktemp("unlabelled_images")
+    for number, file in enumerate(sorted(images.rglob("*.png"))):
+        (folder / f"{number}.png").write_bytes(file.read_bytes())
     return folder

@@ -1,4 +1,4 @@
-"""Two processes joined by gloo, started once a session, that any test can hand a function to."""
+"""Two processes joined by gloo, started once in a test session, that call functions for any test."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from typing import Any
 
 WORLD_SIZE = 2
 _LIMIT = 120.0  # seconds
-_STRAGGLER = 5.0  # seconds a rank gets after the other one failed, before it counts as stuck in a collective
+_STRAGGLER = 5.0  # seconds that a rank has after the other rank failed, before it counts as stuck in a collective
 
 
 class TwoProcesses:
-    """A pool of two ranks. It starts at the first `run`, and again after a run that hung or killed a rank."""
+    """A pool of two ranks. The pool starts at the first `run`, and again after a run that hung or killed a rank."""
 
     def __init__(self, straggler: float = _STRAGGLER) -> None:
         self._straggler = straggler
@@ -27,11 +27,11 @@ class TwoProcesses:
         self._pipes: list[Connection] = []
 
     def run(self, function: Callable[..., Any], *args: Any, limit: float = _LIMIT) -> list[Any]:
-        """Call `function(rank, 2, *args)` in both processes; returns their results, rank 0's first.
+        """Call `function(rank, 2, *args)` in both processes; return the results, rank 0's first.
 
-        The function must stand at the top level of its module, and arguments and results must pickle. Each call begins
-        with torch's seed 0 and `torch.distributed` initialised, and has the environment that torchrun would set. What a
-        rank raises is raised here, with the rank's traceback as a note. TimeoutError after `limit` seconds.
+        The function must be at the top level of its module, and arguments and results must pickle. Each call begins
+        with torch's seed 0 and `torch.distributed` initialised, and has the environment that torchrun would set. An
+        error of a rank is raised here, with the rank's traceback as a note. TimeoutError after `limit` seconds.
         """
         if not self._processes:
             self._start()
@@ -52,7 +52,7 @@ class TwoProcesses:
             ready = wait(waiting, timeout=max(stop - time.monotonic(), 0))
             if not ready:
                 self.close()
-                if answers:  # one failed and the other waits for it: the failure is what matters
+                if answers:  # one rank failed and the other rank waits for it: report the failure
                     break
                 raise TimeoutError(f"The two processes did not answer in {limit:g} s.")
             for rank, pipe in enumerate(self._pipes):
@@ -115,7 +115,7 @@ def _serve(rank: int, port: int, pipe: Connection) -> None:
         torch.manual_seed(0)
         try:
             function, args = pickle.loads(message)
-            # Plain pickle, not torch's own, which would keep tensors in shared memory of a process that may end.
+            # Plain pickle, because torch's own would keep tensors in shared memory of a process that may end.
             answer = pickle.dumps((function(rank, WORLD_SIZE, *args), None))
         except BaseException as error:
             answer = pickle.dumps((None, _portable(error, rank)))
@@ -123,7 +123,7 @@ def _serve(rank: int, port: int, pipe: Connection) -> None:
 
 
 def _portable(error: BaseException, rank: int) -> BaseException:
-    """The exception, or a RuntimeError that quotes it where it does not survive pickling."""
+    """Return the exception, or a RuntimeError that quotes it where the exception cannot be pickled."""
     note = f"On rank {rank}:\n{traceback.format_exc()}"
     try:
         copy = pickle.loads(pickle.dumps(error))

@@ -35,7 +35,7 @@ _COMMON: dict[str, Any] = {
     "micro_batch_size": 0,
 }
 
-# On top of each command's `tiny` recipe: the same code on networks of a few thousand weights.
+# Changes to the `tiny` recipe of each command, which give networks of a few thousand weights.
 SMALL: dict[str, dict[str, Any]] = {
     "contrast": {
         **_COMMON,
@@ -51,7 +51,7 @@ SMALL: dict[str, dict[str, Any]] = {
         "model.latent_dim": 8,
         "quantizer.num_codewords": 24,
         "quantizer.revive_after": 3,
-        "quantizer.start_after": 2,  # so that eight steps see both ways of passing the quantizer
+        "quantizer.start_after": 2,  # so that eight steps include unquantised and quantised steps
     },
     "pretrain": {
         **_COMMON,
@@ -74,7 +74,7 @@ SMALL: dict[str, dict[str, Any]] = {
 
 
 def train(command: str, data: Path | str, out: Path, /, **more: Any) -> Path:
-    """Train a small stage in this process; returns the run folder. Settings with a dot go in as `**{"optim.lr": 1}`."""
+    """Train a small stage in this process; return the run folder. A setting with a dot is `**{"optim.lr": 1}`."""
     settings = {**SMALL[command], "data": str(data), "out": str(out), **more}
     with contextlib.redirect_stderr(io.StringIO()):
         run: Path = getattr(api, command)("tiny", **settings)
@@ -82,22 +82,22 @@ def train(command: str, data: Path | str, out: Path, /, **more: Any) -> Path:
 
 
 def export_bytes(run: Path) -> dict[str, bytes]:
-    """Every file of the export."""
+    """Return the content of every file of the export by name."""
     return {path.name: path.read_bytes() for path in sorted((run / "export").iterdir())}
 
 
 def logged(run: Path) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl."""
+    """Return the lines of metrics.jsonl."""
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
 def losses(run: Path) -> list[float]:
-    """The training loss of every logged step."""
+    """Return the training loss of every logged step."""
     return [line["loss"] for line in logged(run) if "loss" in line]
 
 
 def without_norm(widths: list[int], *, final_norm: bool) -> nn.Sequential:
-    """In place of `models.contrastive.mlp`, whose BatchNorm sees only the images that a device holds at once."""
+    """Replace `models.contrastive.mlp`, whose BatchNorm depends on the images that a device holds at once."""
     return nn.Sequential(*(nn.Linear(*pair, bias=False) for pair in itertools.pairwise(widths)))
 
 
@@ -114,7 +114,7 @@ def vit_run(images: Path, codebook_run: Path, tmp_path_factory: pytest.TempPathF
 
 
 def inputs(command: str, codebook: Path, vit: Path) -> dict[str, str]:
-    """What a command needs beside images, or in their place."""
+    """Return the settings that a command needs in addition to images, or instead of them."""
     needs = {
         "pretrain": lambda: {"tokenizer": str(codebook)},
         "finetune": lambda: {"backbone": str(vit)},
@@ -126,18 +126,18 @@ def inputs(command: str, codebook: Path, vit: Path) -> dict[str, str]:
 
 @functools.cache
 def shapes() -> Path:
-    """A folder of images with masks, once for all tests."""
+    """Return a folder of images with masks, written once for all tests."""
     return write_shapes(Path(os.environ["PECOBOOK_CACHE"]).parent / "shapes")
 
 
 @functools.cache
 def objects() -> Path:
-    """A folder in COCO's format, once for all tests."""
+    """Return a folder in COCO's format, written once for all tests."""
     return make_coco(Path(os.environ["PECOBOOK_CACHE"]).parent / "objects")
 
 
 class Squares:
-    """A store of flat 8 x 8 images, each of its own colour, some of which cannot be read."""
+    """A store of 8 x 8 images of one colour each; some images cannot be read."""
 
     def __init__(self, count: int, bad: tuple[int, ...] = ()) -> None:
         self.count, self.bad = count, bad
@@ -159,6 +159,6 @@ class Squares:
 
 
 def squares(count: int, bad: tuple[int, ...] = ()) -> ImageSource:
-    """Such a store as a source, with two classes."""
+    """Return a source of `Squares` with two classes."""
     labels = np.arange(count, dtype=np.int64) % 2
     return ImageSource(Squares(count, bad), name="squares", split="train", classes=("even", "odd"), labels=labels)

@@ -1,4 +1,4 @@
-"""Pictures of coloured rectangles with their masks, made in a moment."""
+"""Pictures of coloured rectangles with masks."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ COLOURS = np.array([[60, 60, 60], [220, 40, 40], [40, 200, 60]], np.uint8)  # gr
 
 
 def shape(number: int, height: int = 40, width: int = 56) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.uint8]]:
-    """Picture uint8 (H, W, 3) and mask uint8 (H, W) of classes 0, 1, 2; the last row is 255."""
+    """Return a picture uint8 (H, W, 3) and a mask uint8 (H, W) of classes 0, 1, 2; the last row of the mask is 255."""
     rng = np.random.default_rng(number)
     mask = np.zeros((height, width), np.uint8)
     for value in (1, 2):
@@ -24,7 +24,7 @@ def shape(number: int, height: int = 40, width: int = 56) -> tuple[npt.NDArray[n
 
 
 def write_pairs(folder: Path, numbers: range, masks: str = "masks") -> None:
-    """`images/N.jpg` and `masks/N.png` under a folder."""
+    """Write `images/N.jpg` and `masks/N.png` into a folder."""
     for name in ("images", masks):
         (folder / name).mkdir(parents=True, exist_ok=True)
     for number in numbers:
@@ -34,7 +34,7 @@ def write_pairs(folder: Path, numbers: range, masks: str = "masks") -> None:
 
 
 def write_shapes(root: Path, train: int = 12, val: int = 4) -> Path:
-    """A whole set: train/ and val/, and classes.txt."""
+    """Write a data set: train/, val/ and classes.txt."""
     write_pairs(root / "train", range(train))
     write_pairs(root / "val", range(100, 100 + val))
     (root / "classes.txt").write_text("ground\nred\ngreen\n")

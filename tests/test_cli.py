@@ -1,4 +1,4 @@
-"""The command line as a person meets it: mistakes first."""
+"""The command line: error messages for user errors, help, and the files of a run."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from tests.runs import SMALL, export_bytes, losses, train
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Where the person stands: an empty folder, unreadable images, a text file, a run, a few configurations."""
+    """The working folder: an empty folder, unreadable images, a text file, a filled folder, several configurations."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("PECOBOOK_TRACEBACK", raising=False)
     (tmp_path / "empty").mkdir()
@@ -51,11 +51,11 @@ def contents(folder: Path) -> dict[str, bytes | None]:
 
 
 def fail(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
-    """Run a command that must end with code 2; returns what it said, without its first word."""
-    with pytest.raises(SystemExit) as left:
+    """Run a command that must end with code 2; return the error message without the leading `pecobook: `."""
+    with pytest.raises(SystemExit) as caught:
         cli.main(arguments)
     out, err = capsys.readouterr()
-    assert left.value.code == 2
+    assert caught.value.code == 2
     assert out == ""
     assert "Traceback" not in err
     assert err.startswith("pecobook: ")
@@ -65,7 +65,7 @@ def fail(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
 DATA = ("--data", "photos")
 RUN = ("--data", "photos", "--out", "run")
 
-# What is typed, and what must be named: the value, then the remedy.
+# The command line, and two parts of the error message: the wrong value and the remedy.
 MISTAKES: list[tuple[str, str, str]] = [
     ("codebok tiny", "codebok", "Did you mean 'codebook'?"),
     ("--data photos", "--data", "pecobook --help"),
@@ -74,7 +74,7 @@ MISTAKES: list[tuple[str, str, str]] = [
     ("recipes all", "all", "'pecobook recipes' lists them"),
     ("codebook tinny --data photos --out run", "tinny", "Did you mean 'tiny'?"),
     ("codebook nothing-like-it --data photos --out run", "nothing-like-it", "tiny, cifar10"),
-    ("codebook tiny more --data photos --out run", "'more' stands alone", "--name value"),
+    ("codebook tiny more --data photos --out run", "'more' is no flag", "--name value"),
     ("codebook tiny --dta photos --out run", "--dta", "Did you mean '--data'?"),
     ("codebook tiny --data photos --out run --lr 1", "--lr", "Did you mean '--optim.lr'?"),
     ("codebook tiny --data photos --out run --zzz 1", "--zzz", "pecobook codebook --help"),
@@ -101,7 +101,7 @@ MISTAKES: list[tuple[str, str, str]] = [
     ("codebook tiny --data photos", "--out is missing", "for example"),
     ("codebook tiny --data nowhere --out run", "nowhere", "A source is"),
     ("codebook tiny --data photos-2023 --out run", "photos-2023", "Did you mean 'photos-2024'?"),
-    ("codebook tiny --data empty --out run", "empty", "Extensions that are read"),
+    ("codebook tiny --data empty --out run", "empty", "Supported extensions"),
     ("codebook tiny --data broken --out run", "broken", "can be read"),
     ("codebook tiny --data notes.txt --out run", "notes.txt", "give the folder"),
     ("codebook tiny --data photos --out full", "full", "--overwrite"),
@@ -122,7 +122,7 @@ MISTAKES: list[tuple[str, str, str]] = [
     ),
     ("contrast tiny --data photos --out run --model.args {", "{", "not JSON"),
     ("contrast tiny --data photos --out run --model.args 3", "3", "JSON object"),
-    ('contrast tiny --data photos --out run --model.args {"dept":3}', "dept", "does not take"),
+    ('contrast tiny --data photos --out run --model.args {"dept":3}', "dept", "does not accept"),
     ("contrast tiny --data photos --out run --batch-size 1", "--batch-size", "at least 2 images"),
     ("pretrain tiny --data photos --out run", "--tokenizer is missing", "codebook run"),
     ("pretrain tiny --data photos --out run --tokenizer full", "full", "not a finished run"),
@@ -145,27 +145,29 @@ MISTAKES: list[tuple[str, str, str]] = [
 
 
 @pytest.mark.parametrize(("typed", "value", "remedy"), MISTAKES, ids=[mistake[0] for mistake in MISTAKES])
-def test_main__a_mistake_is_told_in_a_few_lines_and_nothing_is_made(
+def test_main__reports_a_user_error_in_at_most_three_lines_and_creates_nothing(
     typed: str, value: str, remedy: str, folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     before = contents(folder)
-    said = fail(typed.split(" ") if "100 epochs" not in typed else typed.split(), capsys)
-    assert 1 <= len(said.splitlines()) <= 3
-    assert value in said
-    assert remedy in said
+    message = fail(typed.split(" ") if "100 epochs" not in typed else typed.split(), capsys)
+    assert 1 <= len(message.splitlines()) <= 3
+    assert value in message
+    assert remedy in message
     assert contents(folder) == before
 
 
-def test_main__no_labels_to_learn_from(folder: Path, images: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_main__finetune_refuses_data_without_labels(
+    folder: Path, images: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     before = contents(folder)
     typed = ["finetune", "tiny", "--data", str(images / "red"), "--out", "run", "--backbone", "timm:resnet10t"]
-    said = fail([*typed, "--weights", "random"], capsys)
-    assert "has no labels" in said
-    assert "subfolder" in said
+    message = fail([*typed, "--weights", "random"], capsys)
+    assert "has no labels" in message
+    assert "subfolder" in message
     assert contents(folder) == before
 
 
-def test_main__all_problems_at_once(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_main__reports_all_problems_at_once(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = contents(folder)
     typed = "codebook tiny --data empty --out full --perceptual.network timm:resnet51 --devices 3"
     lines = fail(typed.split(), capsys).splitlines()
@@ -175,22 +177,22 @@ def test_main__all_problems_at_once(folder: Path, capsys: pytest.CaptureFixture[
     assert contents(folder) == before
 
 
-def test_main__the_traceback_for_those_who_ask(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_main__raises_the_error_with_pecobook_traceback(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PECOBOOK_TRACEBACK", "1")
     with pytest.raises(ConfigError, match="codebok"):
         cli.main(["codebok"])
 
 
-def test_main__an_interruption_is_no_mistake(
+def test_main__an_interruption_exits_with_130(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def interrupt(args: list[str]) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, "_dispatch", interrupt)
-    with pytest.raises(SystemExit) as left:
+    monkeypatch.setattr(cli, "dispatch", interrupt)
+    with pytest.raises(SystemExit) as caught:
         cli.main([])
-    assert left.value.code == 130
+    assert caught.value.code == 130
     assert capsys.readouterr().err == "pecobook: interrupted.\n"
 
 
@@ -200,13 +202,13 @@ def test_main__an_interruption_is_no_mistake(
 @pytest.mark.parametrize("arguments", [[], ["--help"], ["-h"], ["help"]])
 def test_main__help_names_every_command(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     cli.main(arguments)
-    shown = capsys.readouterr().out
+    output = capsys.readouterr().out
     for command in cli.COMMANDS:
-        assert re.search(rf"^  {command} ", shown, re.MULTILINE)
-    assert max(map(len, shown.splitlines())) <= 120
+        assert re.search(rf"^  {command} ", output, re.MULTILINE)
+    assert max(map(len, output.splitlines())) <= 120
 
 
-_LOOK = """
+_CHECK_IMPORTS = """
 import sys
 from pecobook import cli
 cli.main(["--help"])
@@ -216,7 +218,7 @@ assert not heavy, heavy
 
 
 def test_main__help_imports_nothing_heavy() -> None:
-    done = subprocess.run([sys.executable, "-c", _LOOK], capture_output=True, text=True, check=False)
+    done = subprocess.run([sys.executable, "-c", _CHECK_IMPORTS], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "pecobook COMMAND" in done.stdout
 
@@ -236,7 +238,7 @@ def small_flags(command: str, **more: Any) -> list[str]:
     return words
 
 
-def test_main__a_run_folder_holds_exactly_what_is_promised(
+def test_main__a_run_folder_holds_exactly_the_documented_files(
     images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "run"
@@ -258,16 +260,16 @@ def test_main__a_run_folder_holds_exactly_what_is_promised(
     assert "codebook 4/4" in capsys.readouterr().err
 
 
-def test_main__config_of_a_run_makes_the_same_run_again(images: Path, tmp_path: Path) -> None:
+def test_main__config_of_a_run_repeats_the_run(images: Path, tmp_path: Path) -> None:
     first = train("codebook", images, tmp_path / "first", max_steps="4", seed=3)
     cli.main(["codebook", "--config", str(first / "config.json"), "--out", str(tmp_path / "second")])
     assert export_bytes(tmp_path / "second") == export_bytes(first)
     assert losses(tmp_path / "second") == losses(first)
-    ours, theirs = (json.loads((run / "config.json").read_text()) for run in (tmp_path / "second", first))
-    assert {**ours, "out": ""} == {**theirs, "out": ""}
+    repeated, original = (json.loads((run / "config.json").read_text()) for run in (tmp_path / "second", first))
+    assert {**repeated, "out": ""} == {**original, "out": ""}
 
 
-def test_main__a_signal_leaves_with_130_and_the_way_on(
+def test_main__a_signal_exits_with_130_and_names_resume(
     images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import os
@@ -279,65 +281,69 @@ def test_main__a_signal_leaves_with_130_and_the_way_on(
 
     monkeypatch.setattr("pecobook.stages.moco.MocoStage.after_step", stop)
     out = tmp_path / "run"
-    with pytest.raises(SystemExit) as left:
+    with pytest.raises(SystemExit) as caught:
         cli.main(["contrast", "tiny", "--data", str(images), "--out", str(out), *small_flags("contrast")])
-    assert left.value.code == 130
-    assert "Go on with --resume." in capsys.readouterr().err
+    assert caught.value.code == 130
+    assert "Continue with --resume." in capsys.readouterr().err
     assert torch.load(out / "checkpoints" / "step-00000003" / "state.pt", weights_only=True)["step"] == 3
 
 
-def test_main__resume_of_a_locked_folder_is_refused(
+def test_main__refuses_to_resume_a_locked_folder(
     images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     from pecobook.utils.folder_lock import FolderLock
 
     run = train("codebook", images, tmp_path / "run", max_steps="1")
-    held = FolderLock(run)
+    lock = FolderLock(run)
     try:
         typed = ["codebook", "tiny", "--data", str(images), "--out", str(run), "--resume"]
-        said = fail([*typed, *small_flags("codebook", max_steps="1")], capsys)
+        message = fail([*typed, *small_flags("codebook", max_steps="1")], capsys)
     finally:
-        held.release()
-    assert "Another process is writing" in said
+        lock.release()
+    assert "Another process is writing" in message
 
 
-def test_main__a_full_disk_is_told_in_two_lines(
+def test_main__reports_a_full_disk_in_two_lines(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def full(_args: list[str]) -> None:
         raise OSError(errno.ENOSPC, "No space left on device", "runs/a/metrics.jsonl")
 
-    monkeypatch.setattr(cli, "_dispatch", full)
-    for command, way in (("pretrain", "go on with --resume."), ("tokenize", "--resume."), ("predict", "start again.")):
-        with pytest.raises(SystemExit) as leaving:
+    monkeypatch.setattr(cli, "dispatch", full)
+    remedies = {"pretrain": "continue with --resume.", "tokenize": "--resume.", "predict": "start again."}
+    for command, remedy in remedies.items():
+        with pytest.raises(SystemExit) as caught:
             cli.main([command])
-        assert leaving.value.code == 2
-        told = capsys.readouterr().err
-        assert "the disk is full (runs/a/metrics.jsonl)" in told
-        assert told.endswith(f"{way}\n")
+        assert caught.value.code == 2
+        message = capsys.readouterr().err
+        assert "the disk is full (runs/a/metrics.jsonl)" in message
+        assert message.endswith(f"{remedy}\n")
 
 
-def tell_on_each(rank: int, world_size: int, error: Exception) -> str:
+def stderr_on_each(rank: int, world_size: int, error: Exception) -> str:
     def fail(_args: list[str]) -> None:
         raise error
 
-    ordinary = cli._dispatch
-    cli._dispatch = fail  # type: ignore[assignment]
+    original_dispatch = cli.dispatch
+    cli.dispatch = fail  # type: ignore[assignment]
     try:
-        with contextlib.redirect_stderr(io.StringIO()) as told, contextlib.suppress(SystemExit):
+        with contextlib.redirect_stderr(io.StringIO()) as stderr, contextlib.suppress(SystemExit):
             cli.main(["codebook"])
     finally:
-        cli._dispatch = ordinary
-    return told.getvalue()
+        cli.dispatch = original_dispatch
+    return stderr.getvalue()
 
 
-def test_main__after_the_launch_a_rank_tells_what_it_alone_met(
+def test_main__after_the_launch_a_rank_prints_an_error_that_it_alone_has(
     two_processes: TwoProcesses, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     alone, shared = PecobookError("out of memory"), NonFiniteLossError("not finite")
-    assert two_processes.run(tell_on_each, alone) == ["pecobook: out of memory\n", "pecobook: rank 1: out of memory\n"]
-    assert two_processes.run(tell_on_each, shared) == ["pecobook: not finite\n", ""]
-    monkeypatch.setenv("RANK", "1")  # before it, all find the same
+    assert two_processes.run(stderr_on_each, alone) == [
+        "pecobook: out of memory\n",
+        "pecobook: rank 1: out of memory\n",
+    ]
+    assert two_processes.run(stderr_on_each, shared) == ["pecobook: not finite\n", ""]
+    monkeypatch.setenv("RANK", "1")  # before the launch all ranks have the same error
     with pytest.raises(SystemExit):
         cli.main(["codebok"])
     assert capsys.readouterr().err == ""

@@ -1,4 +1,4 @@
-"""Ways to write a flag, and what goes over what: flags, a config file, the recipe."""
+"""Ways to write a flag, and the precedence of flags, a config file and the recipe."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def parse(*arguments: str) -> CodebookConfig:
 @pytest.mark.parametrize(
     "typed", [["--batch-size", "12"], ["--batch-size=12"], ["--batch_size", "12"], ["--batch_size=12"]]
 )
-def test_parse__ways_to_write_a_flag(typed: list[str]) -> None:
+def test_parse__accepts_several_ways_to_write_a_flag(typed: list[str]) -> None:
     assert parse(*typed) == parse("--batch-size", "12") != parse()
     assert parse(*typed).batch_size == 12
 
@@ -36,12 +36,12 @@ def test_parse__ways_to_write_a_flag(typed: list[str]) -> None:
         (["--compile", "--no-compile"], False),
     ],
 )
-def test_parse__switches(typed: list[str], compiled: bool) -> None:
+def test_parse__accepts_switches(typed: list[str], compiled: bool) -> None:
     assert parse(*typed).compile is compiled
 
 
 @pytest.mark.parametrize("typed", ["--model.no-latent-norm", "--model.latent-norm=false"])
-def test_parse__a_switch_within_a_group(typed: str) -> None:
+def test_parse__accepts_a_switch_within_a_group(typed: str) -> None:
     assert parse().model.latent_norm
     assert not parse(typed).model.latent_norm
 
@@ -49,12 +49,12 @@ def test_parse__a_switch_within_a_group(typed: str) -> None:
 @pytest.mark.parametrize(
     "typed", [["--model.channels", "8", "16"], ["--model.channels", "8,16"], ["--model.channels=8,16"]]
 )
-def test_parse__several_values(typed: list[str]) -> None:
+def test_parse__accepts_several_values(typed: list[str]) -> None:
     assert parse(*typed).model.channels == (8, 16)
     assert parse(*typed).model.num_blocks == parse().model.num_blocks
 
 
-def test_parse__values_that_look_odd() -> None:
+def test_parse__accepts_unusual_values() -> None:
     assert parse("--workers", "-1").workers == -1
     assert parse("--data=a=b").data == "a=b"
     assert parse("--max-steps", "3 epochs").max_steps == "3 epochs"
@@ -62,7 +62,7 @@ def test_parse__values_that_look_odd() -> None:
     assert parse("--out", "123").out == "123"
 
 
-def test_parse__flags_go_over_a_config_file_over_the_recipe(tmp_path: Path) -> None:
+def test_parse__flags_override_a_config_file_and_the_file_overrides_the_recipe(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"command": "codebook", "seed": 5, "optim": {"lr": 0.5}}))
     config = parse("--config", str(tmp_path), "--seed", "7")
     assert (config.seed, config.optim.lr, config.optim.name) == (7, 0.5, "adam")

@@ -1,4 +1,4 @@
-"""The scripts for shells: bash completes by one, and all know what the parser knows."""
+"""The completion scripts: bash completes with its script, and all scripts contain the names of the parser."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from pathlib import Path
 import pytest
 
 from pecobook import cli
-from pecobook.completion import SETTINGS, SHELLS, flags_of, script
-from pecobook.help import PAGES
+from pecobook.commands.table import COMMANDS
+from pecobook.completion import SHELLS, flags_of, script
 from pecobook.recipes import RECIPES
 from pecobook.settings.values import flags
 from tests.test_help import settings_of
 
-# Sets what bash sets when Tab is pressed, and shows what it would offer.
+# Sets the variables that bash sets when Tab is pressed, and prints the completions that bash would offer.
 _PRESS_TAB = """
 source {script}
 COMP_WORDS=({words})
@@ -35,7 +35,7 @@ def bash_script(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def offered(bash_script: Path, words: list[str]) -> list[str]:
+def completions(bash_script: Path, words: list[str]) -> list[str]:
     code = _PRESS_TAB.format(script=shlex.quote(str(bash_script)), words=shlex.join(["pecobook", *words]))
     done = subprocess.run(["bash", "--norc", "-c", code], capture_output=True, text=True, check=True, timeout=60)
     assert done.stderr == ""
@@ -43,7 +43,7 @@ def offered(bash_script: Path, words: list[str]) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    ("words", "found"),
+    ("words", "expected"),
     [
         (["cod"], ["codebook"]),
         (["--v"], ["--version"]),
@@ -53,7 +53,7 @@ def offered(bash_script: Path, words: list[str]) -> list[str]:
         (["codebook", "--model.no"], ["--model.no-latent-norm"]),
         (["codebook", "--help"], ["--help", "--help-all"]),
         (["codebook", "--precision", ""], ["auto", "fp32", "bf16", "fp16"]),
-        (["codebook", "--precision", "=", "b"], ["bf16"]),  # --precision=b, as bash splits it
+        (["codebook", "--precision", "=", "b"], ["bf16"]),  # --precision=b, which bash splits into three words
         (["codebook", "--precision", "="], ["auto", "fp32", "bf16", "fp16"]),
         (["codebook", "--data", ""], []),  # files, which bash finds itself
         (["export", "runs/vit", "--format", "t"], ["timm"]),
@@ -67,30 +67,30 @@ def offered(bash_script: Path, words: list[str]) -> list[str]:
         (["nothing", ""], []),
     ],
 )
-def test_bash__completes(bash_script: Path, words: list[str], found: list[str]) -> None:
-    assert sorted(offered(bash_script, words)) == sorted(found)
+def test_bash__completes(bash_script: Path, words: list[str], expected: list[str]) -> None:
+    assert sorted(completions(bash_script, words)) == sorted(expected)
 
 
 def test_bash__offers_every_command_recipe_and_flag(bash_script: Path) -> None:
-    assert offered(bash_script, [""]) == list(cli.COMMANDS)
+    assert completions(bash_script, [""]) == list(cli.COMMANDS)
     for command, recipes in RECIPES.items():
-        assert offered(bash_script, [command, ""]) == list(recipes)
-        assert offered(bash_script, [command, "-"]) == list(flags_of(command))
+        assert completions(bash_script, [command, ""]) == list(recipes)
+        assert completions(bash_script, [command, "-"]) == list(flags_of(command))
 
 
-@pytest.mark.parametrize("command", PAGES)
-def test_flags__are_those_of_the_parser(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert type(settings_of(shlex.split(PAGES[command].examples[0]), monkeypatch)) is SETTINGS[command]
-    known = {**flags(SETTINGS[command]), "config": str}
+@pytest.mark.parametrize("command", COMMANDS)
+def test_flags__equal_those_of_the_parser(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert type(settings_of(shlex.split(COMMANDS[command].examples[0]), monkeypatch)) is COMMANDS[command].settings
+    types = {**flags(COMMANDS[command].settings), "config": str}
     for name, flag in flags_of(command).items():
         if not name.startswith("--help"):
-            (value,) = cli.read_flags([name, *(["1"] if flag.takes_value else [])], known, command).values()
+            (value,) = cli.read_flags([name, *(["1"] if flag.takes_value else [])], types, command).values()
             assert value in (("1",), "1") if flag.takes_value else value is (".no-" not in name and "--no-" not in name)
-    assert {f"--{name}" for name in known} <= set(flags_of(command))
+    assert {f"--{name}" for name in types} <= set(flags_of(command))
 
 
 @pytest.mark.parametrize("shell", SHELLS)
-def test_script__is_read_by_its_shell(shell: str, tmp_path: Path) -> None:
+def test_script__has_no_syntax_error(shell: str, tmp_path: Path) -> None:
     text = script(shell, cli.COMMANDS)
     for command in cli.COMMANDS:
         assert command in text

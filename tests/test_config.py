@@ -1,4 +1,4 @@
-"""Settings: durations, types, replacing, the round trip to disk, and what a person reads when one is wrong."""
+"""Settings: durations, types, replacing, the round trip to disk, and the messages for wrong values."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ from pecobook.settings.values import (
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Whole(CropTrainConfig):
-    """A configuration with a field of every kind."""
+class Sample(CropTrainConfig):
+    """Settings with a field of every kind."""
 
     model: BackboneConfig = BackboneConfig()
     layers: tuple[int, ...] = (3, 6)
@@ -69,7 +69,7 @@ def refused(text: str) -> Any:
         ("0", (0.0, "steps")),
     ],
 )
-def test_parse_duration__of_every_unit(text: str, expected: tuple[float, str]) -> None:
+def test_parse_duration__reads_every_unit(text: str, expected: tuple[float, str]) -> None:
     assert parse_duration(text, "max-steps") == expected
 
 
@@ -80,7 +80,7 @@ def test_parse_duration__refuses(text: str) -> None:
 
 
 @given(st.integers(0, 10**7), st.integers(1, 10**7), st.integers(1, 10**5))
-def test_steps__of_epochs_and_images_agree(epochs: int, num_images: int, batch_size: int) -> None:
+def test_steps__are_equal_for_epochs_and_images(epochs: int, num_images: int, batch_size: int) -> None:
     in_epochs = steps(f"{epochs} epochs", num_images=num_images, batch_size=batch_size)
     in_images = steps(f"{epochs * num_images} images", num_images=num_images, batch_size=batch_size)
     assert in_epochs == in_images
@@ -98,7 +98,7 @@ def test_steps__of_a_percentage(percent: float, total: int) -> None:
     assert (count > 0) == (exact > 0)
 
 
-def test_steps__refuses_a_percentage_of_nothing() -> None:
+def test_steps__refuses_a_percentage_without_a_total() -> None:
     with refused("--max-steps cannot be a percentage"):
         steps("5%", num_images=10, batch_size=2)
 
@@ -132,13 +132,13 @@ def test_steps__refuses_a_percentage_of_nothing() -> None:
     ],
 )
 def test_coerce__takes_values_of_json_python_and_flags(value: Any, kind: Any, expected: Any) -> None:
-    found = coerce(value, kind, "field_name")
-    assert found == expected
-    assert type(found) is type(expected)
+    coerced = coerce(value, kind, "field_name")
+    assert coerced == expected
+    assert type(coerced) is type(expected)
 
 
 @pytest.mark.parametrize(
-    ("value", "kind", "told"),
+    ("value", "kind", "message"),
     [
         (1.5, int, "--field-name takes a whole number, not '1.5'"),
         ("1.5", int, "--field-name takes a whole number, not '1.5'"),
@@ -156,19 +156,19 @@ def test_coerce__takes_values_of_json_python_and_flags(value: Any, kind: Any, ex
         ("x", int | None, "--field-name takes a whole number, not 'x'"),
     ],
 )
-def test_coerce__says_which_flag_which_value_and_what_it_takes(value: Any, kind: Any, told: str) -> None:
-    with refused(told):
+def test_coerce__names_the_flag_the_value_and_the_values_it_takes(value: Any, kind: Any, message: str) -> None:
+    with refused(message):
         coerce(value, kind, "field_name")
 
 
 def test_flags__name_every_field_once() -> None:
-    found = flags(Whole)
-    assert found["optim.weight-decay"] is float
-    assert found["max-steps"] is str
-    assert found["model.args"] is str
-    assert found["limit"] == int | None
-    assert "optim" not in found
-    assert len(found) == len(dataclasses.fields(Whole)) - 2 + len(flags(BaseOptimConfig)) + len(flags(BackboneConfig))
+    types = flags(Sample)
+    assert types["optim.weight-decay"] is float
+    assert types["max-steps"] is str
+    assert types["model.args"] is str
+    assert types["limit"] == int | None
+    assert "optim" not in types
+    assert len(types) == len(dataclasses.fields(Sample)) - 2 + len(flags(BaseOptimConfig)) + len(flags(BackboneConfig))
     assert flag("max_steps") == "max-steps"
 
 
@@ -176,33 +176,33 @@ def test_flags__name_every_field_once() -> None:
 
 
 def test_replace__by_nested_dictionaries_and_dotted_names() -> None:
-    config = Whole()
+    config = Sample()
     nested = replace(config, {"optim": {"lr": 1, "betas": [0.9, 0.95]}, "seed": "7"})
     dotted = replace(config, {"optim.lr": 1.0, "optim.betas": (0.9, 0.95), "seed": 7})
     mixed = replace(config, {"optim": {"lr": 1}, "optim.betas": [0.9, 0.95], "seed": 7})
     assert nested == dotted == mixed
     assert nested.optim == BaseOptimConfig(lr=1.0, betas=(0.9, 0.95))
     assert nested.optim.weight_decay == config.optim.weight_decay
-    assert config == Whole()
+    assert config == Sample()
     assert replace(config, {}) == config
-    assert type(nested) is Whole
+    assert type(nested) is Sample
 
 
 def test_replace__an_unknown_name_suggests_one() -> None:
     with refused("Unknown setting 'batchsize'. Did you mean 'batch_size'?"):
-        replace(Whole(), {"batchsize": 3})
+        replace(Sample(), {"batchsize": 3})
     with refused("Unknown setting 'optim.learning'"):
-        replace(Whole(), {"optim.learning": 3})
+        replace(Sample(), {"optim.learning": 3})
     with refused("Unknown setting 'zzz'.") as caught:
-        replace(Whole(), {"zzz": 3})
+        replace(Sample(), {"zzz": 3})
     assert "Did you mean" not in str(caught.value)
 
 
 def test_replace__checks_values_again() -> None:
     with refused("--optim.lr must be above 0, not -1.0"):
-        replace(Whole(), {"optim": {"lr": -1}})
+        replace(Sample(), {"optim": {"lr": -1}})
     with refused("--seed takes a whole number, not '0.5'"):
-        replace(Whole(), {"seed": 0.5})
+        replace(Sample(), {"seed": 0.5})
 
 
 # --------------------------------------------------------------------------------------------------------- round trip
@@ -212,9 +212,9 @@ INTEGERS = st.integers(-(2**53), 2**53)
 
 
 @st.composite
-def configs(draw: st.DrawFn) -> Whole:
+def configs(draw: st.DrawFn) -> Sample:
     positive_floats = st.floats(1e-12, 1e6)
-    return Whole(
+    return Sample(
         data=draw(st.text()),
         seed=draw(st.integers(0, 2**31 - 1)),
         batch_size=draw(st.integers(1, 10**6)),
@@ -229,21 +229,21 @@ def configs(draw: st.DrawFn) -> Whole:
 
 @settings(max_examples=40, deadline=None)
 @given(configs())
-def test_dump_and_load__are_a_round_trip(tmp_path_factory: pytest.TempPathFactory, config: Whole) -> None:
+def test_dump_and_load__are_a_round_trip(tmp_path_factory: pytest.TempPathFactory, config: Sample) -> None:
     folder = tmp_path_factory.getbasetemp()
     dump(config, folder / "config.json")
-    assert load(Whole(), folder / "config.json") == config
-    assert load(Whole(seed=5), folder) == config  # a run folder will do
+    assert load(Sample(), folder / "config.json") == config
+    assert load(Sample(seed=5), folder) == config  # load also takes a run folder
     assert to_dict(config) == json.loads((folder / "config.json").read_text())
 
 
 def test_load__takes_a_part_and_drops_the_command(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"command": "codebook", "seed": 3, "optim": {"lr": 2}}')
-    assert load(Whole(batch_size=7), tmp_path) == Whole(batch_size=7, seed=3, optim=OptimConfig(lr=2.0))
+    assert load(Sample(batch_size=7), tmp_path) == Sample(batch_size=7, seed=3, optim=OptimConfig(lr=2.0))
 
 
 @pytest.mark.parametrize(
-    ("content", "told"),
+    ("content", "message"),
     [
         (b"{", "cannot be read as a configuration"),
         (b"\xff\xfe", "cannot be read as a configuration"),
@@ -251,22 +251,22 @@ def test_load__takes_a_part_and_drops_the_command(tmp_path: Path) -> None:
         (b'{"colour": 1}', "Unknown setting 'colour'"),
     ],
 )
-def test_load__refuses_a_broken_file(tmp_path: Path, content: bytes, told: str) -> None:
+def test_load__refuses_a_broken_file(tmp_path: Path, content: bytes, message: str) -> None:
     (tmp_path / "config.json").write_bytes(content)
-    with refused(told):
-        load(Whole(), tmp_path / "config.json")
+    with refused(message):
+        load(Sample(), tmp_path / "config.json")
 
 
 def test_load__refuses_a_missing_file(tmp_path: Path) -> None:
     with refused("There is no configuration file"):
-        load(Whole(), tmp_path / "none.json")
+        load(Sample(), tmp_path / "none.json")
 
 
 # ---------------------------------------------------------------------------------------------------------- comparing
 
 
-def test_differences__lists_what_a_resumed_run_may_not_change() -> None:
-    old, new = Whole(), Whole(seed=4, optim=OptimConfig(lr=0.5), batch_size=8, layers=(1,))
+def test_changed_settings__lists_settings_that_must_not_change_on_resume() -> None:
+    old, new = Sample(), Sample(seed=4, optim=OptimConfig(lr=0.5), batch_size=8, layers=(1,))
     assert changed_settings(to_dict(old), to_dict(new)) == [
         "batch-size: 256 -> 8",
         "layers: [3, 6] -> [1]",
@@ -276,19 +276,19 @@ def test_differences__lists_what_a_resumed_run_may_not_change() -> None:
     assert changed_settings(to_dict(old), to_dict(old)) == []
 
 
-def test_differences__ignores_what_is_free() -> None:
+def test_changed_settings__ignores_settings_that_are_free_on_resume() -> None:
     changed = dict.fromkeys(FREE_ON_RESUME, "something else")
-    assert changed_settings(to_dict(Whole()), to_dict(Whole()) | changed) == []
-    # No name is misspelt.
-    known = {name for kind in (ContrastConfig, SegmentConfig) for name in flags(kind)}
-    assert known >= {flag(name) for name in FREE_ON_RESUME}
+    assert changed_settings(to_dict(Sample()), to_dict(Sample()) | changed) == []
+    # Every name is the name of a setting.
+    names = {name for kind in (ContrastConfig, SegmentConfig) for name in flags(kind)}
+    assert names >= {flag(name) for name in FREE_ON_RESUME}
 
 
-def test_differences__sees_what_only_one_has() -> None:
+def test_changed_settings__lists_a_setting_that_only_one_side_has() -> None:
     assert changed_settings({"a": 1}, {"b": 2}) == ["a: 1 -> None", "b: None -> 2"]
 
 
-def test_complete__knows_what_an_earlier_version_did_not() -> None:
+def test_complete__adds_settings_that_an_earlier_version_did_not_have() -> None:
     now = {"a": 0, "part": {"b": 1, "c": 2}, "new": {"d": 3}}
     old = {"a": 5, "part": {"b": 6}, "gone": 7}
     assert complete(old, now) == {"a": 5, "part": {"b": 6, "c": 2}, "new": {"d": 3}, "gone": 7}
@@ -300,7 +300,7 @@ def test_complete__knows_what_an_earlier_version_did_not() -> None:
 
 
 @pytest.mark.parametrize(
-    ("values", "told"),
+    ("values", "message"),
     [
         ({"batch_size": 0}, "--batch-size must be above 0, not 0"),
         ({"image_size": -1}, "--image-size must be above 0, not -1"),
@@ -310,22 +310,22 @@ def test_complete__knows_what_an_earlier_version_did_not() -> None:
         ({"devices": "0"}, "--devices must be a number above 0 or auto, not '0'"),
         ({"devices": "two"}, "--devices must be a number above 0 or auto, not 'two'"),
         ({"resume": True, "overwrite": True}, "--resume and --overwrite exclude each other"),
-        ({"loggers": ("tensorbord",)}, "--loggers knows tensorboard, wandb and mlflow, not 'tensorbord'"),
+        ({"loggers": ("tensorbord",)}, "--loggers takes tensorboard, wandb and mlflow, not 'tensorbord'"),
         ({"max_steps": "ten"}, "--max-steps is 'ten'"),
-        ({"max_steps": "5%"}, "--max-steps is the whole training"),
+        ({"max_steps": "5%"}, "--max-steps is the length of the training"),
     ],
 )
-def test_train_config__refuses(values: dict[str, Any], told: str) -> None:
-    with refused(told):
+def test_train_config__refuses(values: dict[str, Any], message: str) -> None:
+    with refused(message):
         CropTrainConfig(**values)
 
 
 @pytest.mark.parametrize(
-    ("values", "told"),
+    ("values", "message"),
     [({"lr": 0}, "--lr must be above 0"), ({"layer_decay": 1.1}, "--layer-decay"), ({"clip_grad": -1}, "--clip-grad")],
 )
-def test_optim_config__refuses(values: dict[str, Any], told: str) -> None:
-    with refused(told):
+def test_optim_config__refuses(values: dict[str, Any], message: str) -> None:
+    with refused(message):
         OptimConfig(**values)
 
 
@@ -337,7 +337,7 @@ def test_backbone_config__reads_json() -> None:
         BackboneConfig(args="[6]")
 
 
-def test_positive_and_between__accept_their_borders() -> None:
+def test_positive_and_between__accept_the_bounds() -> None:
     config = OptimConfig(weight_decay=0.0, layer_decay=1.0)
     positive(config, "lr")
     between(config, 0.0, 1.0, "weight_decay", "layer_decay")
@@ -348,7 +348,7 @@ def test_positive_and_between__accept_their_borders() -> None:
 @pytest.mark.parametrize(
     "file", sorted(Path(pecobook.settings.__file__).parent.glob("*.py")), ids=lambda file: file.stem
 )
-def test_every_field_explains_itself(file: Path) -> None:
+def test_every_field_has_an_explanation(file: Path) -> None:
     tree = ast.parse(file.read_text())
     for node in [node for node in tree.body if isinstance(node, ast.ClassDef)]:
         for field, after in zip(node.body, [*node.body[1:], None], strict=True):

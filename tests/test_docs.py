@@ -1,4 +1,4 @@
-"""What the guides tell people to type is understood, and what they link to exists."""
+"""The commands and flags in the guides can be parsed, and the links exist."""
 
 from __future__ import annotations
 
@@ -36,17 +36,17 @@ OTHERS: dict[str, Any] = {
 }
 
 
-def pieces_in(page: str) -> list[list[str]]:
-    """Words of every piece of code that begins with a flag."""
-    return [shlex.split(piece) for piece in re.findall(r"`(--[^`]+)`", (DOCS / page).read_text())]
+def flags_in(page: str) -> list[list[str]]:
+    """Return the words of every piece of inline code that begins with a flag."""
+    return [shlex.split(code) for code in re.findall(r"`(--[^`]+)`", (DOCS / page).read_text())]
 
 
-def understood(words: list[str]) -> bool:
-    """Whether some training command, or predict, takes these flags; a flag alone is only spoken of."""
+def can_be_parsed(words: list[str]) -> bool:
+    """Return whether some command takes these flags; a single flag without a value only has to exist."""
     configs = {command: recipe(command, "paper") for command in RECIPES}
     for command, config in {**configs, **{name: kind() for name, kind in OTHERS.items()}}.items():
-        known = {"resume": bool, **flags(type(config))}
-        if len(words) == 1 and words[0].removeprefix("--").removeprefix("no-") in known:
+        names = {"resume": bool, **flags(type(config))}
+        if len(words) == 1 and words[0].removeprefix("--").removeprefix("no-") in names:
             return True
         if len(words) > 1:
             with contextlib.suppress(ConfigError):
@@ -56,23 +56,23 @@ def understood(words: list[str]) -> bool:
 
 
 @pytest.mark.parametrize(
-    ("page", "least"), [("codebook.md", 25), ("pretraining.md", 15), ("dense.md", 15), ("analysis.md", 10)]
+    ("page", "minimum"), [("codebook.md", 25), ("pretraining.md", 15), ("dense.md", 15), ("analysis.md", 10)]
 )
-def test_guides__every_flag_is_understood(page: str, least: int) -> None:
-    pieces = pieces_in(page)
-    assert len(pieces) >= least
-    assert [words for words in pieces if not understood(words)] == []
-    assert not understood(["--perceptual.network"[:-1], "x"])
+def test_guides__every_flag_exists(page: str, minimum: int) -> None:
+    pieces = flags_in(page)
+    assert len(pieces) >= minimum
+    assert [words for words in pieces if not can_be_parsed(words)] == []
+    assert not can_be_parsed(["--perceptual.network"[:-1], "x"])
 
 
-@pytest.mark.parametrize(("page", "least"), [("pretraining.md", 7), ("dense.md", 5), ("analysis.md", 3)])
-def test_guides__every_command_is_understood(page: str, least: int) -> None:
+@pytest.mark.parametrize(("page", "minimum"), [("pretraining.md", 7), ("dense.md", 5), ("analysis.md", 3)])
+def test_guides__every_command_can_be_parsed(page: str, minimum: int) -> None:
     lines = [
         line
         for block in re.findall(r"```sh\n(.*?)```", (DOCS / page).read_text(), flags=re.DOTALL)
         for line in block.splitlines()
     ]
-    assert len(lines) >= least
+    assert len(lines) >= minimum
     for line in lines:
         program, command, *words = shlex.split(line)
         if program == "pip":
@@ -97,11 +97,11 @@ def test_links_exist(page: Path) -> None:
 
 
 @pytest.mark.parametrize("page", sorted([*DOCS.glob("*.md"), DOCS.parent / "README.md"]), ids=lambda page: page.name)
-def test_python_blocks__import_what_is_there(page: Path) -> None:
+def test_python_blocks__import_existing_names(page: Path) -> None:
     for block in re.findall(r"```python\n(.*?)```", page.read_text(), flags=re.DOTALL):
         imported = [node for node in ast.parse(block).body if isinstance(node, ast.ImportFrom)]
         assert imported
         for node in imported:
             assert node.module is not None
-            found = importlib.import_module(node.module)
-            assert all(hasattr(found, alias.name) for alias in node.names), ast.unparse(node)
+            module = importlib.import_module(node.module)
+            assert all(hasattr(module, alias.name) for alias in node.names), ast.unparse(node)

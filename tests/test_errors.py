@@ -9,25 +9,25 @@ def fails(*problems: PecobookError) -> None:
     raise problems[0] if len(problems) == 1 else PreflightError(problems)
 
 
-def test_preflight__makes_every_check_and_gives_what_they_return() -> None:
-    found = Preflight()
-    assert found.check(lambda: 3) == 3
-    assert found.problems == []
-    found.finish()
+def test_preflight__returns_the_value_of_a_check() -> None:
+    preflight = Preflight()
+    assert preflight.check(lambda: 3) == 3
+    assert preflight.problems == []
+    preflight.finish()
 
 
-def test_preflight__tells_every_problem_once_and_in_order() -> None:
-    found = Preflight()
-    found.check(lambda: fails(DataError("no images")))
-    assert found.check(lambda: "made all the same") == "made all the same"
-    found.check(lambda: fails(ConfigError("a"), ConfigError("b")))  # a preflight of its own
-    found.check(lambda: fails(DataError("no images")))
+def test_preflight__reports_every_problem_once_and_in_order() -> None:
+    preflight = Preflight()
+    preflight.check(lambda: fails(DataError("no images")))
+    assert preflight.check(lambda: "still checked") == "still checked"
+    preflight.check(lambda: fails(ConfigError("a"), ConfigError("b")))  # as of a nested preflight
+    preflight.check(lambda: fails(DataError("no images")))
     with pytest.raises(PreflightError) as caught:
-        found.finish()
+        preflight.finish()
     assert str(caught.value) == "no images\na\nb"
     assert [type(problem) for problem in caught.value.problems] == [DataError, ConfigError, ConfigError]
 
 
-def test_preflight__a_bug_is_no_problem_of_the_users() -> None:
+def test_preflight__raises_other_errors_at_once() -> None:
     with pytest.raises(ZeroDivisionError):
         Preflight().check(lambda: 1 // 0)

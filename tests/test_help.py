@@ -1,4 +1,4 @@
-"""What `--help`, `--help-all` and `recipes` show, and that it stays true."""
+"""The output of `--help`, `--help-all` and `recipes`, and its agreement with the settings."""
 
 from __future__ import annotations
 
@@ -12,100 +12,101 @@ from typing import Any
 import pytest
 
 from pecobook import cli
-from pecobook.help import PAGES, explanations, page
+from pecobook.commands.table import COMMANDS
+from pecobook.help import explanations, page
 from pecobook.recipes import RECIPES, recipe, tokenize
 from pecobook.settings.reproduce import ReproduceConfig
 from pecobook.settings.values import flags
 
 
-def shown_by(words: list[str], capsys: pytest.CaptureFixture[str]) -> str:
-    with pytest.raises(SystemExit) as left:
+def help_of(words: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    with pytest.raises(SystemExit) as caught:
         cli.main(words)
-    assert left.value.code == 0
+    assert caught.value.code == 0
     return capsys.readouterr().out
 
 
 def settings_of(words: list[str], monkeypatch: pytest.MonkeyPatch) -> Any:
-    """The settings that a command line comes to, without running it."""
-    caught: list[Any] = []
-    ordinary = cli.parse
+    """Return the settings of a command line without running the command."""
+    parsed: list[Any] = []
+    original_parse = cli.parse
 
-    def catch(config: Any, args: list[str], prog: str) -> Any:
-        caught.append(ordinary(config, args, prog))
+    def parse(config: Any, args: list[str], prog: str) -> Any:
+        parsed.append(original_parse(config, args, prog))
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr(cli, "parse", catch)
+        patched.setattr(cli, "parse", parse)
         with pytest.raises(SystemExit):
             cli.main(words)
-    (config,) = caught
+    (config,) = parsed
     return config
 
 
-def test_pages__every_command_with_flags_has_one() -> None:
-    assert {*PAGES, "recipes", "completion"} == set(cli.COMMANDS)
+def test_pages__contain_every_command_with_flags() -> None:
+    assert {*COMMANDS, "recipes", "completion"} == set(cli.COMMANDS)
 
 
-@pytest.mark.parametrize("command", PAGES)
-def test_help__fits_a_screen_and_its_examples_are_understood(
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help__fits_a_screen_and_its_examples_can_be_parsed(
     command: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    shown = shown_by([command, "--help"], capsys)
-    lines = shown.splitlines()
+    output = help_of([command, "--help"], capsys)
+    lines = output.splitlines()
     assert len(lines) <= 40
     assert max(map(len, lines)) <= 100
     assert lines[0].startswith(f"usage: pecobook {command} ")
-    assert "[--flag value ...]" in shown
-    assert "--config FILE" in shown
+    assert "[--flag value ...]" in output
+    assert "--config FILE" in output
     for name in RECIPES.get(command, {}):
-        assert re.search(rf"^  {name} +\S", shown, re.MULTILINE)
-    for example in PAGES[command].examples:
-        assert f"  pecobook {example}\n" in shown
+        assert re.search(rf"^  {name} +\S", output, re.MULTILINE)
+    for example in COMMANDS[command].examples:
+        assert f"  pecobook {example}\n" in output
         settings_of(shlex.split(example), monkeypatch)
-    every = flags(type(settings_of(shlex.split(PAGES[command].examples[0]), monkeypatch)))
-    assert f"--help-all explains all {len(every) + 1} flags." in shown
-    for name in PAGES[command].flags.split():
-        assert name in every
-        assert re.search(rf"^  --{re.escape(name)} +\S", shown, re.MULTILINE), name
+    all_flags = flags(type(settings_of(shlex.split(COMMANDS[command].examples[0]), monkeypatch)))
+    assert f"--help-all explains all {len(all_flags) + 1} flags." in output
+    for name in COMMANDS[command].flags.split():
+        assert name in all_flags
+        assert re.search(rf"^  --{re.escape(name)} +\S", output, re.MULTILINE), name
 
 
-@pytest.mark.parametrize("command", PAGES)
+@pytest.mark.parametrize("command", COMMANDS)
 def test_help_all__explains_every_flag(
     command: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    every = flags(type(settings_of(shlex.split(PAGES[command].examples[0]), monkeypatch)))
+    all_flags = flags(type(settings_of(shlex.split(COMMANDS[command].examples[0]), monkeypatch)))
     capsys.readouterr()
-    shown = shown_by([command, "--help-all"], capsys)
-    assert "--config" in shown
-    for flag in every:
+    output = help_of([command, "--help-all"], capsys)
+    assert "--config" in output
+    for flag in all_flags:
         head, _, leaf = flag.rpartition(".")
-        assert f"--{flag}" in shown or f"--{head}{'.' if head else ''}no-{leaf}" in shown, flag
+        assert f"--{flag}" in output or f"--{head}{'.' if head else ''}no-{leaf}" in output, flag
 
 
-def test_explanations__are_those_under_the_fields_the_nearest_class_first() -> None:
-    found = explanations(type(recipe("contrast", "tiny")))
-    assert set(flags(type(recipe("contrast", "tiny")))) <= set(found)
-    assert "each image, in two views" in found["batch-size"]  # contrast's own, not that of all trainings
-    assert found["optim.clip-grad"].startswith("Largest norm of the whole gradient")
+def test_explanations__come_from_the_most_derived_class() -> None:
+    texts = explanations(type(recipe("contrast", "tiny")))
+    assert set(flags(type(recipe("contrast", "tiny")))) <= set(texts)
+    assert "each image, in two views" in texts["batch-size"]  # in ContrastConfig, not in TrainConfig
+    assert texts["optim.clip-grad"].startswith("Largest norm of the whole gradient")
 
 
-@pytest.mark.parametrize("command", PAGES)
-def test_explanations__name_what_they_explain(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    kind = type(settings_of(shlex.split(PAGES[command].examples[0]), monkeypatch))
-    known = flags(kind)
+@pytest.mark.parametrize("command", COMMANDS)
+def test_explanations__name_their_noun(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    kind = type(settings_of(shlex.split(COMMANDS[command].examples[0]), monkeypatch))
+    names = flags(kind)
     for name, text in explanations(kind).items():
-        if name in known:
+        if name in names:
             words = text.split()
             assert len(words) >= 3, name
             assert words[0] not in ("Of", "Its", "Their", "As", "Who", "Most", "Least"), name
             assert "the same." not in text.lower(), name
 
 
-def test_page__shows_what_may_be_chosen() -> None:
-    shown = page("reproduce", ReproduceConfig(budget="small"))
-    assert re.search(r"^  --budget +Size of the runs\. \(small; or tiny, paper\)$", shown, re.MULTILINE)
-    assert re.search(r"^  --gpus-per-run .* \(0\)$", shown, re.MULTILINE)
-    assert re.search(r"^  --transfer .* \(on\)$", shown, re.MULTILINE)
+def test_page__shows_the_choices_of_a_flag() -> None:
+    output = page("reproduce", ReproduceConfig(budget="small"))
+    assert re.search(r"^  --budget +Size of the runs\. \(small; or tiny, paper\)$", output, re.MULTILINE)
+    assert re.search(r"^  --gpus-per-run .* \(0\)$", output, re.MULTILINE)
+    assert re.search(r"^  --transfer .* \(on\)$", output, re.MULTILINE)
 
 
 def test_page__shows_the_values_of_the_recipe() -> None:
@@ -119,9 +120,9 @@ import contextlib, io, sys
 from pecobook import cli
 for command in cli.COMMANDS:
     for flag in ("-h", "--help", "--help-all"):
-        with contextlib.redirect_stdout(io.StringIO()) as shown, contextlib.suppress(SystemExit):
+        with contextlib.redirect_stdout(io.StringIO()) as output, contextlib.suppress(SystemExit):
             cli.main([command, flag])
-        assert "usage: pecobook " + command in shown.getvalue(), (command, flag)
+        assert "usage: pecobook " + command in output.getvalue(), (command, flag)
 with contextlib.redirect_stdout(io.StringIO()):
     cli.main(["recipes"])
     cli.main(["completion", "zsh"])
@@ -143,27 +144,27 @@ def listed(words: list[str], capsys: pytest.CaptureFixture[str]) -> str:
     return capsys.readouterr().out
 
 
-def test_recipes__lists_every_one_or_those_of_a_command(capsys: pytest.CaptureFixture[str]) -> None:
+def test_recipes__lists_all_recipes_or_those_of_a_command(capsys: pytest.CaptureFixture[str]) -> None:
     lines = listed([], capsys).splitlines()
-    every = [(command, name) for command, recipes in RECIPES.items() for name in recipes]
-    assert [tuple(line.split()[:2]) for line in lines] == every
+    expected = [(command, name) for command, recipes in RECIPES.items() for name in recipes]
+    assert [tuple(line.split()[:2]) for line in lines] == expected
     assert all(len(line.split()) > 4 for line in lines)
     lines = listed(["segment"], capsys).splitlines()
     assert [tuple(line.split()[:2]) for line in lines] == [("segment", name) for name in RECIPES["segment"]]
     assert "usage: pecobook recipes" in listed(["--help"], capsys)
 
 
-def test_recipes__tells_all_that_one_claims(capsys: pytest.CaptureFixture[str]) -> None:
-    shown = listed(["codebook", "paper-lite"], capsys)
-    assert shown.startswith("codebook paper-lite\n")
+def test_recipes__shows_the_full_description_of_a_recipe(capsys: pytest.CaptureFixture[str]) -> None:
+    output = listed(["codebook", "paper-lite"], capsys)
+    assert output.startswith("codebook paper-lite\n")
     for part in ("25.7M parameters", "Source: Table 2", "Command: pecobook codebook paper-lite", "Cost: 296 GFLOP"):
-        assert part in shown
-    assert shown == listed(["paper-lite"], capsys)
+        assert part in output
+    assert output == listed(["paper-lite"], capsys)
     many = listed(["tiny"], capsys)
     assert [line for line in many.splitlines() if line and line[0] != " "] == [f"{name} tiny" for name in RECIPES]
 
 
-def test_recipes__an_unknown_name_is_told_with_a_near_one(capsys: pytest.CaptureFixture[str]) -> None:
+def test_recipes__suggests_a_similar_name_for_an_unknown_recipe(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         cli.main(["recipes", "codebook", "papr"])
     assert "There is no recipe 'codebook papr'. Did you mean 'paper'?" in capsys.readouterr().err
@@ -171,7 +172,7 @@ def test_recipes__an_unknown_name_is_told_with_a_near_one(capsys: pytest.Capture
 
 @pytest.mark.parametrize("unbuffered", ["", "1"])
 @pytest.mark.parametrize("words", [["recipes"], ["codebook", "--help"], ["probe", "--help-all"], ["--help"]])
-def test_main__a_reader_that_leaves_early_is_no_error(words: list[str], unbuffered: str) -> None:
+def test_main__ends_quietly_when_the_reader_of_its_output_ends(words: list[str], unbuffered: str) -> None:
     code = f"from pecobook import cli; cli.main({words})"
     environment = {**os.environ, "PYTHONUNBUFFERED": unbuffered}  # empty counts as not set
     with subprocess.Popen(
@@ -184,10 +185,10 @@ def test_main__a_reader_that_leaves_early_is_no_error(words: list[str], unbuffer
     assert process.returncode == 1
 
 
-def test_main__another_broken_pipe_is_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_main__raises_other_broken_pipe_errors(monkeypatch: pytest.MonkeyPatch) -> None:
     def break_off(args: list[str]) -> None:
         raise BrokenPipeError("a worker's pipe")
 
-    monkeypatch.setattr(cli, "_dispatch", break_off)
+    monkeypatch.setattr(cli, "dispatch", break_off)
     with pytest.raises(BrokenPipeError, match="a worker's pipe"):
         cli.main(["recipes"])

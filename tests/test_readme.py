@@ -1,4 +1,4 @@
-"""The README's commands and its Python run as they stand there."""
+"""The commands and the Python code of the README run unchanged."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ README = Path(__file__).parent.parent / "README.md"
 
 
 def blocks(language: str) -> list[str]:
-    """The fenced blocks of a language."""
+    """Return the fenced blocks of a language."""
     return re.findall(rf"```{language}\n(.*?)```", README.read_text(), flags=re.DOTALL)
 
 
@@ -35,7 +35,7 @@ def test_readme__commands_and_python_run(tmp_path: Path, monkeypatch: pytest.Mon
     assert tuple(again.shape) == (2, 3, 32, 32)  # type: ignore[attr-defined]
 
 
-# Smaller than a person would have it, so that the test is quick: the commands themselves are the README's.
+# Flags that make the README's commands quick enough for a test.
 _SMALL = {
     **{command: ["--batch-size", "16"] for command in ("contrast", "codebook", "pretrain", "finetune")},
     "probe": ["--max-train", "200", "--max-test", "60"],

@@ -30,7 +30,7 @@ def docstring(command: str, name: str) -> str:
 
 
 @pytest.mark.parametrize(("command", "name"), EVERY)
-def test_recipe__loads_and_its_documented_command_is_itself(command: str, name: str) -> None:
+def test_recipe__loads_and_documents_its_own_command(command: str, name: str) -> None:
     config = recipe(command, name)
     assert isinstance(config, TrainConfig)
     assert launch.micro_batch_size(config) >= 1
@@ -38,7 +38,7 @@ def test_recipe__loads_and_its_documented_command_is_itself(command: str, name: 
     (line,) = re.findall(r"^Command: (.+)$", docstring(command, name), re.MULTILINE)
     words = shlex.split(line)
     assert words[:2] == ["pecobook", command]
-    assert RECIPES[command][words[2]] is RECIPES[command][name]  # by this name or another of its
+    assert RECIPES[command][words[2]] is RECIPES[command][name]  # by this name or another name of the recipe
     parsed = cli.parse(recipe(*words[1:3]), words[3:], f"{command} {name}")
     assert parsed.out.startswith("runs/")
     needed = {"pretrain": "tokenizer", "finetune": "backbone"}.get(command)
@@ -49,7 +49,7 @@ def test_recipe__loads_and_its_documented_command_is_itself(command: str, name: 
 
 
 @pytest.mark.parametrize(("command", "name"), [pair for pair in EVERY if pair[1] != "tiny"])
-def test_recipe__says_where_it_comes_from_and_what_it_costs(command: str, name: str) -> None:
+def test_recipe__documents_its_source_and_its_cost(command: str, name: str) -> None:
     assert "not yet run." not in docstring(command, name)
     if name.startswith("paper"):
         assert re.search(r"^Source: \S", docstring(command, name), re.MULTILINE)
@@ -57,32 +57,30 @@ def test_recipe__says_where_it_comes_from_and_what_it_costs(command: str, name: 
         assert re.search(r"^Cost: \S", docstring(command, name), re.MULTILINE)
 
 
-# What a paper recipe leaves to its user or to the machine,
+# Settings that a paper recipe leaves to the user or to the machine.
 NOT_THE_PAPERS = {
     *("data", "out", "seed", "devices", "num_nodes", "strategy", "precision", "micro_batch_size", "workers", "loggers"),
     *("log_every", "save_every", "save_minutes", "keep_checkpoints", "sample_every", "evaluation_images", "knn_images"),
     *("compile", "deterministic", "resume", "overwrite", "backbone", "weights", "tokenizer", "tokens", "network"),
     *("classes", "verify", "skip_bad", "shuffle", "mean", "std", "bgr"),
 }
-# and what does nothing under its settings.
+# Settings without effect under the other settings of the recipe.
 INERT = {
     *((AdversarialConfig, name) for name in ("width", "num_layers", "start")),  # weight 0
     *((ExplicitConfig, name) for name in ("weight", "temperature", "momentum", "hidden_dim", "output_dim")),  # none
     *((DecoderConfig, name) for name in ("depth", "width", "num_heads")),  # not visible_only
     *((PretrainConfig, "decoder"), (AutoencoderConfig, "num_heads")),
 }
-# Settings of the optimizer that its schedule does not read.
+# Settings of the optimizer that a schedule does not read.
 INERT_UNDER = {"cosine": {"power", "milestones"}, "poly": {"milestones"}, "steps": {"power", "final_lr"}}
 
 
-class Moved:
-    """A default that somebody edited."""
+class Edited:
+    """A changed default."""
 
 
 @pytest.mark.parametrize(("command", "name"), [pair for pair in EVERY if pair[1].startswith("paper")])
-def test_paper_recipe__no_edit_of_a_default_changes_it(
-    command: str, name: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_paper_recipe__does_not_depend_on_defaults(command: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     function = RECIPES[command][name]
     before = to_dict(function())
     kinds: list[Any] = [
@@ -98,38 +96,37 @@ def test_paper_recipe__no_edit_of_a_default_changes_it(
                 continue
             init: Any = kind.__init__
             with monkeypatch.context() as edited:
-                edited.setitem(init.__kwdefaults__, field.name, Moved())
+                edited.setitem(init.__kwdefaults__, field.name, Edited())
                 assert to_dict(function()) == before, f"{kind.__name__}.{field.name} is left to its default"
             tried += 1
     assert tried > 15
 
 
-def test_recipe__every_command_has_a_tiny_and_the_default() -> None:
+def test_recipe__every_command_has_a_tiny_and_a_default_recipe() -> None:
     dense = {"segment": {"camvid"}, "detect": {"nuclei"}}
     assert set(RECIPES) == {"contrast", "codebook", "pretrain", "finetune", *dense}
     for command, recipes in RECIPES.items():
         assert {"tiny", DEFAULT_RECIPE} | dense.get(command, {"cifar10", "tiny-imagenet"}) <= set(recipes)
 
 
-def test_recipe__an_unknown_one_is_told_with_the_known() -> None:
+def test_recipe__an_unknown_name_is_refused_with_the_known_names() -> None:
     with pytest.raises(ConfigError, match=r"'codebook' has no recipe 'papr': .*paper-lite.* Did you mean 'paper'\?"):
         recipe("codebook", "papr")
 
 
-def test_claims__one_sentence_each() -> None:
-    found = claims()
-    assert [(command, name) for command, name, _ in found] == EVERY
-    assert all(claim.endswith(".") and len(claim) > 15 for _, _, claim in found)
+def test_claims__are_one_sentence_each() -> None:
+    assert [(command, name) for command, name, _ in claims()] == EVERY
+    assert all(claim.endswith(".") and len(claim) > 15 for _, _, claim in claims())
 
 
-def test_tiny__the_whole_path_from_images_to_a_classifier(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each `tiny` recipe as it stands, on the built-in photographs, for a few steps of a small batch."""
+def test_tiny__recipes_lead_from_images_to_a_classifier(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each `tiny` recipe runs on the built-in photographs, for a few steps with a small batch."""
     monkeypatch.chdir(tmp_path)
     assert len(open_images("photos").train) > 1000
     for command in ("contrast", "codebook", "pretrain", "finetune"):
         (line,) = re.findall(r"^Command: (.+)$", docstring(command, "tiny"), re.MULTILINE)
-        few = "--max-steps 3 --batch-size 8 --log-every 1 --sample-every 3 --evaluation-images 16 --loggers"
-        cli.main(shlex.split(line)[1:] + few.split())
+        small = "--max-steps 3 --batch-size 8 --log-every 1 --sample-every 3 --evaluation-images 16 --loggers"
+        cli.main(shlex.split(line)[1:] + small.split())
     for run in ("contrast", "codebook", "vit", "classifier"):
         lines = logged(Path("runs") / run)
         assert [entry["step"] for entry in lines] == [1, 2, 3]

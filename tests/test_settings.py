@@ -1,4 +1,4 @@
-"""What settings refuse and how they tell it; what each command has no more."""
+"""Values that settings refuse, the error messages, and settings that commands no longer have."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def refused(text: str) -> Any:
 
 
 @pytest.mark.parametrize(
-    ("changes", "told"),
+    ("changes", "message"),
     [
         ({"optim.lr": "two"}, "--optim.lr takes a number, not 'two'."),
         ({"optim.betas": ("0.9",)}, "--optim.betas takes 2 values, not 1."),
@@ -38,20 +38,20 @@ def refused(text: str) -> Any:
         ({"explicit.kind": "both"}, "--explicit.kind is one of none, classification, contrastive, not 'both'."),
     ],
 )
-def test_replace__names_the_whole_flag(changes: dict[str, Any], told: str) -> None:
+def test_replace__names_the_full_flag(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError) as caught:
         replace(CodebookConfig(), changes)
-    assert str(caught.value).startswith(told)
+    assert str(caught.value).startswith(message)
     assert "\n" not in str(caught.value)
 
 
-def test_replace__tells_all_wrong_values_one_a_line() -> None:
+def test_replace__reports_all_wrong_values_one_in_each_line() -> None:
     wrong = {
         "batch_size": "many",
         "optim.lr": "two",
         "optim.eps": 0,
         "quantizer": {"decay": 2, "num_codewords": 0},
-        "model.num_heads": 0,  # what follows from it is no matter
+        "model.num_heads": 0,  # errors that follow from this one are not reported
         "model.kind": "vit",
         "model.channels": (64, 8),
         "devices": "none",
@@ -73,15 +73,15 @@ def test_replace__tells_all_wrong_values_one_a_line() -> None:
     }
 
 
-def test_replace__tells_what_does_not_go_together_when_all_else_is_right() -> None:
+def test_replace__reports_a_conflict_only_where_all_values_are_right() -> None:
     with refused("--image-size 20 must be a multiple of 16"):
         replace(CodebookConfig(), {"image_size": 20})
-    with pytest.raises(ConfigError) as caught:  # which may follow from another mistake
+    with pytest.raises(ConfigError) as caught:  # here the conflict may follow from the other mistake
         replace(CodebookConfig(), {"image_size": 20, "model.channels": "two"})
     assert str(caught.value) == "--model.channels takes a whole number, not 'two'."
 
 
-def test_flags__commands_have_no_setting_that_they_would_not_read() -> None:
+def test_flags__commands_have_no_setting_that_they_do_not_read() -> None:
     for kind in (ContrastConfig, CodebookConfig, PretrainConfig):
         assert "optim.layer-decay" not in flags(kind)
     for dense in (SegmentConfig, DetectConfig):
@@ -94,7 +94,7 @@ def test_flags__commands_have_no_setting_that_they_would_not_read() -> None:
     assert crops == [0.2, 0.2, 0.08, 0.08]
 
 
-def test_narrow__takes_a_wider_group_and_refuses_what_would_not_be_read() -> None:
+def test_narrow__takes_a_subclass_and_refuses_settings_that_would_not_be_read() -> None:
     config = ContrastConfig(optim=OptimConfig(lr=2.0), colour=PhotometricConfig(hue=0.3))
     assert config == ContrastConfig(optim=BaseOptimConfig(lr=2.0), colour=JitterConfig(hue=0.3))
     with refused("--optim.layer-decay is not a setting of this command"):
@@ -104,7 +104,7 @@ def test_narrow__takes_a_wider_group_and_refuses_what_would_not_be_read() -> Non
     assert FinetuneConfig(optim=OptimConfig(layer_decay=0.5)).optim.layer_decay == 0.5
 
 
-def test_load_and_differences__of_files_that_hold_settings_which_are_no_more(tmp_path: Path) -> None:
+def test_load_and_changed_settings__ignore_retired_settings(tmp_path: Path) -> None:
     now = to_dict(ContrastConfig(seed=3))
     old = {**now, "optim": {**now["optim"], "layer_decay": 0.5}, "colour": {**now["colour"], "blur": 1, "solarise": 1}}
     (tmp_path / "config.json").write_text(json.dumps(old))
@@ -113,5 +113,5 @@ def test_load_and_differences__of_files_that_hold_settings_which_are_no_more(tmp
     (tmp_path / "config.json").write_text('{"min_crop": 0.5, "optim": {"layer_decay": 0.5}}')
     assert load(SegmentConfig(), tmp_path).optim.layer_decay == 0.5
     assert load(FinetuneConfig(), tmp_path).min_crop == 0.5
-    one, other = (to_dict(FinetuneConfig(min_crop=share)) for share in (0.1, 0.2))
-    assert changed_settings(one, other) == ["min-crop: 0.1 -> 0.2"]
+    before, after = (to_dict(FinetuneConfig(min_crop=share)) for share in (0.1, 0.2))
+    assert changed_settings(before, after) == ["min-crop: 0.1 -> 0.2"]

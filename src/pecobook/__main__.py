@@ -1,4 +1,4 @@
-"""`python -m pecobook`, so that `torchrun -m pecobook` works."""
+"""Entry point of `python -m pecobook`, so that `torchrun -m pecobook` works."""
 
 from pecobook.cli import main
 

@@ -1,6 +1,7 @@
 """The commands as functions: `pecobook.codebook(recipe="cifar10", data=..., out=...)`.
 
-Settings are the flags' names: `perceptual={"network": "timm:resnet50"}` or `**{"perceptual.network": "timm:resnet50"}`.
+Keywords have the names of the flags: `perceptual={"network": "timm:resnet50"}` or
+`**{"perceptual.network": "timm:resnet50"}`.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from pecobook.settings.values import replace
 
 
 def run(command: str, config: TrainConfig) -> Path:
-    """Train a stage with complete settings; returns the run folder."""
+    """Train the stage of a command with complete settings; return the run folder."""
     from pecobook.engine.stage import Stage
     from pecobook.stages.classify import ClassifyStage
     from pecobook.stages.codebook import CodebookStage
@@ -32,44 +33,44 @@ def run(command: str, config: TrainConfig) -> Path:
 
 
 def contrast(recipe: str = DEFAULT_RECIPE, **settings: Any) -> Path:
-    """Train a feature network by MoCo v3; returns the run folder. Raises PecobookError."""
+    """Train a feature network by MoCo v3; return the run folder. Raises PecobookError."""
     return _run("contrast", recipe, settings)
 
 
 def codebook(recipe: str = DEFAULT_RECIPE, **settings: Any) -> Path:
-    """Train a perceptual codebook; returns the run folder. Raises PecobookError."""
+    """Train a perceptual codebook; return the run folder. Raises PecobookError."""
     return _run("codebook", recipe, settings)
 
 
 def pretrain(recipe: str = DEFAULT_RECIPE, **settings: Any) -> Path:
-    """Pre-train a ViT on tokens; returns the run folder. Raises PecobookError."""
+    """Pre-train a ViT on tokens; return the run folder. Raises PecobookError."""
     return _run("pretrain", recipe, settings)
 
 
 def finetune(recipe: str = DEFAULT_RECIPE, **settings: Any) -> Path:
-    """Fine-tune a backbone for classification; returns the run folder. Raises PecobookError."""
+    """Fine-tune a backbone for classification; return the run folder. Raises PecobookError."""
     return _run("finetune", recipe, settings)
 
 
 def segment(recipe: str = DEFAULT_RECIPE, **settings: Any) -> Path:
-    """Train semantic segmentation; returns the run folder. Raises PecobookError."""
+    """Train semantic segmentation; return the run folder. Raises PecobookError."""
     return _run("segment", recipe, settings)
 
 
 def detect(recipe: str = DEFAULT_RECIPE, **settings: Any) -> Path:
-    """Train a detector of boxes and masks; returns the run folder. Raises PecobookError."""
+    """Train a detector of boxes and masks; return the run folder. Raises PecobookError."""
     return _run("detect", recipe, settings)
 
 
 def tokenize(recipe: str = DEFAULT_RECIPE, **settings: Any) -> Path:
-    """Write a token bank whose views are those of a `pretrain` recipe; returns its folder. Raises PecobookError."""
+    """Write a token bank with the views of a `pretrain` recipe; return the folder. Raises PecobookError."""
     from pecobook.commands.tokenize import tokenize as write
 
     return write(replace(recipes.tokenize(recipe), settings))
 
 
 def export(run: str, format: str = "timm", *, out: str) -> Path:  # noqa: A002
-    """Write a run's weights for timm, transformers (hf) or ONNX (onnx); returns the folder. Raises PecobookError."""
+    """Write a run's weights for timm, transformers (hf) or ONNX (onnx); return the folder. Raises PecobookError."""
     from pecobook.commands.export import export as write
     from pecobook.settings.export import ExportConfig
 
@@ -77,7 +78,7 @@ def export(run: str, format: str = "timm", *, out: str) -> Path:  # noqa: A002
 
 
 def predict(run: str, images: str, *, out: str, **settings: Any) -> Path:
-    """What a run of finetune, segment or detect says of images; returns the folder. Raises PecobookError."""
+    """Apply a run of finetune, segment or detect to images; return the folder. Raises PecobookError."""
     from pecobook.commands.predict import predict as write
     from pecobook.settings.predict import PredictConfig
 

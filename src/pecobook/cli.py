@@ -1,71 +1,59 @@
-"""The command line: one short function a command. Nothing heavy is imported before a command needs it.
+"""The command line. A command imports torch and other large libraries only after its flags were checked.
 
-Flags, Python keywords and config.json take one way to a setting (`pecobook.settings.values.replace`), so they know the
-same names and give the same errors; tyro draws the help of each command from the settings' own explanations.
+`commands.table` lists the commands. Flags, Python keywords and config.json all set values by
+`pecobook.settings.values.replace`, so they have equal names and errors; tyro writes `--help-all` from the explanations
+of the settings.
 """
 
 from __future__ import annotations
 
 import errno
+import importlib
 import os
 import sys
 import textwrap
+from collections.abc import Iterable
 from typing import Any
 
+from pecobook import recipes
+from pecobook.commands import table
 from pecobook.errors import ConfigError, PecobookError, did_you_mean
+from pecobook.recipes import RECIPES
 from pecobook.settings.values import flags, load, replace
 
-_TRAINING = {
-    "contrast": "train a feature network on your own images (MoCo v3)",
-    "codebook": "train a perceptual codebook (the PeCo tokenizer)",
-    "pretrain": "pre-train a ViT on the tokens of your images",
-    "finetune": "fine-tune a backbone for classification",
-    "segment": "train semantic segmentation on a backbone (UperNet)",
-    "detect": "train boxes and instance masks on a backbone (Mask R-CNN)",
+COMMANDS = {name: command.summary for name, command in table.COMMANDS.items()} | {
+    "recipes": "list the recipes and the claim of each",
+    "completion": "print a script with which bash, zsh or fish completes commands, recipes and flags",
 }
-_OTHERS = {
-    "tokenize": "the tokens of named views of your images, once, for pretrain --tokens",
-    "analyze": "what the codewords of tokenizers mean: figures, galleries, a report",
-    "explore": "a page to play with codewords and masks, on this machine",
-    "reproduce": "the paper's tables, trained again at a budget of yours, with controls, over seeds",
-    "bench": "how fast pre-training runs here, and where time goes",
-    "export": "a run's weights for timm, transformers or ONNX",
-    "predict": "what a trained classifier, segmenter or detector says of images",
-    "probe": "linear probe and k-NN of a backbone, or of a tokenizer's codewords",
-    "demo": "the whole story on built-in photographs, with a report, in minutes",
-    "recipes": "list the recipes and what each claims",
-    "completion": "a script with which bash, zsh or fish completes commands, recipes and flags",
-}
-COMMANDS = {**_TRAINING, **_OTHERS}
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Run a command. Exits with 2 after a user's mistake, without a traceback."""
+    """Run a command. Exits with code 2 after a user error, without a traceback."""
     args = list(sys.argv[1:] if argv is None else argv)
     try:
         try:
-            _dispatch(args)
+            dispatch(args)
         except SystemExit:  # after a help page
-            sys.stdout.flush()  # here, since an error in Python's own flush at the end cannot be caught
+            sys.stdout.flush()  # now, since an error in Python's own flush at exit cannot be caught
             raise
         sys.stdout.flush()
     except BrokenPipeError:
-        if not _reader_left():
+        if not _stdout_is_closed():
             raise
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except PecobookError as error:
         if os.environ.get("PECOBOOK_TRACEBACK"):
             raise
-        _tell(error)
+        _print_error(error)
         sys.exit(2)
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         print(f"pecobook: the disk is full ({error.filename or error}).", file=sys.stderr)
-        resumes = bool(args) and args[0] in (*_TRAINING, "tokenize")
+        resumes = bool(args) and args[0] in (*RECIPES, "tokenize")
         print(
-            f"What was finished is whole. Make room, then {'go on with --resume' if resumes else 'start again'}.",
+            f"Finished files are complete. Make room, then {'continue with --resume' if resumes else 'start again'}.",
             file=sys.stderr,
         )
         sys.exit(2)
@@ -74,8 +62,8 @@ def main(argv: list[str] | None = None) -> None:
         sys.exit(130)
 
 
-def _reader_left() -> bool:
-    """Whether nobody reads what is printed any more, as after `pecobook recipes | head -1`."""
+def _stdout_is_closed() -> bool:
+    """Return whether the reader of standard output has ended, as after `pecobook recipes | head -1`."""
     try:
         print(flush=True)
     except BrokenPipeError:
@@ -83,18 +71,19 @@ def _reader_left() -> bool:
     return False
 
 
-def _tell(error: PecobookError) -> None:
-    """Print what went wrong: once where all ranks find the same, with the rank where one of them alone met it."""
-    distributed = sys.modules.get("torch.distributed")  # importing it takes long, and a run has done so
-    together = distributed is not None and distributed.is_available() and distributed.is_initialized()
-    rank = distributed.get_rank() if distributed is not None and together else int(os.environ.get("RANK", "0"))
+def _print_error(error: PecobookError) -> None:
+    """Print an error: once where all ranks have it, with the number of the rank where one rank alone has it."""
+    distributed = sys.modules.get("torch.distributed")  # not imported here: a distributed run has imported it already
+    initialized = distributed is not None and distributed.is_available() and distributed.is_initialized()
+    rank = distributed.get_rank() if distributed is not None and initialized else int(os.environ.get("RANK", "0"))
     if rank == 0:
         print(f"pecobook: {error}", file=sys.stderr)
-    elif together and not error.on_all_ranks:
+    elif initialized and not error.on_all_ranks:
         print(f"pecobook: rank {rank}: {error}", file=sys.stderr)
 
 
-def _dispatch(args: list[str]) -> None:
+def dispatch(args: list[str]) -> None:
+    """Run the command that `args` names, or print help or the version. Raises PecobookError."""
     if not args or args[0] in ("-h", "--help", "help"):
         print(_help())
         return
@@ -106,22 +95,18 @@ def _dispatch(args: list[str]) -> None:
     command, rest = args[0], args[1:]
     if command not in COMMANDS:
         raise ConfigError(f"Unknown command '{command}'.{did_you_mean(command, COMMANDS)} See pecobook --help.")
-    if command in _TRAINING:
-        _train(command, rest)
+    if command == "recipes":
+        _recipes(rest)
+    elif command == "completion":
+        _completion(rest)
+    elif command in RECIPES:
+        config = _settings(command, rest)
+        from pecobook.api import run
+
+        run(command, config)
     else:
-        {
-            "tokenize": _tokenize,
-            "export": _export,
-            "predict": _predict,
-            "bench": _bench,
-            "analyze": _analyze,
-            "explore": _explore,
-            "reproduce": _reproduce,
-            "probe": _probe,
-            "demo": _demo,
-            "recipes": _recipes,
-            "completion": _completion,
-        }[command](rest)
+        config = _settings(command, rest)
+        getattr(importlib.import_module(f"pecobook.commands.{command}"), command)(config)
 
 
 def _help() -> str:
@@ -129,7 +114,7 @@ def _help() -> str:
     lines = [f"  {name:<{width}}  {text}" for name, text in COMMANDS.items()]
     return (
         "pecobook: perceptual codebooks for BERT pre-training of vision transformers (PeCo, arXiv 2111.12710)\n\n"
-        "  pecobook demo                                            see everything, in minutes\n"
+        "  pecobook demo                                            run all stages, in minutes\n"
         "  pecobook COMMAND [RECIPE] --data SOURCE --out RUN [--flag value ...]\n"
         "  pecobook COMMAND --help                                  usage, recipes, examples, the flags people use\n"
         "  pecobook COMMAND --help-all                              all flags, explained\n\n"
@@ -141,133 +126,28 @@ def _help() -> str:
 # ------------------------------------------------------------------------------------------------------------ commands
 
 
-def _train(command: str, args: list[str]) -> None:
-    from pecobook.recipes import DEFAULT_RECIPE, recipe
-
-    name = args.pop(0) if args and not args[0].startswith("-") else DEFAULT_RECIPE
-    config = parse(recipe(command, name), args, f"{command} {name}")
-    from pecobook.api import run
-
-    run(command, config)
-
-
-def _tokenize(args: list[str]) -> None:
-    from pecobook import recipes
-
-    name = args.pop(0) if args and not args[0].startswith("-") else recipes.DEFAULT_RECIPE
-    config = parse(recipes.tokenize(name), args, f"tokenize {name}")
-    from pecobook.commands.tokenize import tokenize
-
-    tokenize(config)
-
-
-def _export(args: list[str]) -> None:
-    from pecobook.settings.export import ExportConfig
-
-    run = ["--run", args.pop(0)] if args and not args[0].startswith("-") else []
-    config = parse(ExportConfig(), [*run, *args], "export")
-    from pecobook.commands.export import export
-
-    export(config)
-
-
-def _predict(args: list[str]) -> None:
-    from pecobook.settings.predict import PredictConfig
-
-    words = [args.pop(0) for _ in range(2) if args and not args[0].startswith("-")]
-    named = [text for name, word in zip(("--run", "--images"), words, strict=False) for text in (name, word)]
-    config = parse(PredictConfig(), [*named, *args], "predict")
-    from pecobook.commands.predict import predict
-
-    predict(config)
-
-
-def _bench(args: list[str]) -> None:
-    from pecobook.settings.bench import BenchConfig
-
-    if not args or args[0] not in ("pretrain", "-h", "--help", "--help-all"):
-        raise ConfigError("'bench' measures pretrain: pecobook bench pretrain [RECIPE] [--flag value ...]")
-    rest = args[1:] if args[0] == "pretrain" else args
-    recipe = ["--recipe", rest.pop(0)] if rest and not rest[0].startswith("-") else []
-    config = parse(BenchConfig(), [*recipe, *rest], "bench pretrain")
-    from pecobook.commands.bench import bench
-
-    bench(config)
-
-
-def _analyze(args: list[str]) -> None:
-    from pecobook.settings.analyze import AnalyzeConfig
-
-    config = parse(AnalyzeConfig(), args, "analyze")
-    from pecobook.commands.analyze import analyze
-
-    analyze(config)
-
-
-def _reproduce(args: list[str]) -> None:
-    from pecobook.settings.reproduce import ReproduceConfig
-
-    config = parse(ReproduceConfig(), _first_as("--tables", args), "reproduce")
-    from pecobook.commands.reproduce import reproduce
-
-    reproduce(config)
-
-
-def _explore(args: list[str]) -> None:
-    from pecobook.settings.explore import ExploreConfig
-
-    config = parse(ExploreConfig(), _first_as("--runs", args), "explore")
-    from pecobook.commands.explore import explore
-
-    explore(config)
-
-
-def _first_as(name: str, args: list[str]) -> list[str]:
-    """Give the words before the first flag to a flag."""
-    count = next((place for place, word in enumerate(args) if word.startswith("-")), len(args))
-    return [name, *args] if count else args
-
-
-def _probe(args: list[str]) -> None:
-    from pecobook.settings.probe import ProbeConfig
-
-    config = parse(ProbeConfig(), args, "probe")
-    from pecobook.commands.probe import probe
-
-    probe(config)
-
-
-def _demo(args: list[str]) -> None:
-    from pecobook.settings.demo import DemoConfig
-
-    config = parse(DemoConfig(), args, "demo")
-    from pecobook.commands.demo import demo
-
-    demo(config)
-
-
 def _recipes(args: list[str]) -> None:
-    from pecobook.recipes import RECIPES, claims, story
+    from pecobook.recipes import claims, story
 
     if args and args[0] in ("-h", "--help", "--help-all"):
         print(_RECIPES_HELP)
         return
-    chosen = [(command, name, claim) for command, name, claim in claims() if set(args) <= {command, name}]
-    if not chosen:
-        known = [*RECIPES, *(name for recipes in RECIPES.values() for name in recipes)]
-        told = did_you_mean(args[-1], known)
-        raise ConfigError(f"There is no recipe '{' '.join(args)}'.{told} 'pecobook recipes' lists them.")
+    matches = [(command, name, claim) for command, name, claim in claims() if set(args) <= {command, name}]
+    if not matches:
+        names = [*RECIPES, *(name for recipes in RECIPES.values() for name in recipes)]
+        suggestion = did_you_mean(args[-1], names)
+        raise ConfigError(f"There is no recipe '{' '.join(args)}'.{suggestion} 'pecobook recipes' lists them.")
     if not args or set(args) <= set(RECIPES):
-        for command, name, claim in chosen:
+        for command, name, claim in matches:
             print(f"{command + ' ' + name:<26} {claim}")
         return
-    for command, name, _ in chosen:
+    for command, name, _ in matches:
         print(f"{command} {name}\n\n{textwrap.indent(story(command, name), '    ')}\n")
 
 
 _RECIPES_HELP = """usage: pecobook recipes [COMMAND] [NAME]
 
-List the recipes and what each claims; with a NAME tell all of it: source, command, cost, result.
+List the recipes and the claim of each; with a NAME show all of the recipe: claim, source, command, cost, result.
 
 examples
   pecobook recipes codebook
@@ -287,7 +167,7 @@ def _completion(args: list[str]) -> None:
 
 _COMPLETION_HELP = """usage: pecobook completion bash|zsh|fish
 
-Print a script with which the shell completes commands, recipes, flags and the values they choose from.
+Print a script with which the shell completes commands, recipes, flags and the choices of their values.
 
 examples
   eval "$(pecobook completion bash)"                                          in ~/.bashrc
@@ -298,13 +178,36 @@ examples
 # ------------------------------------------------------------------------------------------------------------- parsing
 
 
+def _settings(command: str, args: list[str]) -> Any:
+    """Return the settings from the words and flags after a command. Raises ConfigError."""
+    count = next((position for position, word in enumerate(args) if word.startswith("-")), len(args))
+    words, args = args[:count], args[count:]
+    if command in (*RECIPES, "tokenize"):
+        recipe = words.pop(0) if words else recipes.DEFAULT_RECIPE
+        config = recipes.tokenize(recipe) if command == "tokenize" else recipes.recipe(command, recipe)
+        return parse(config, [*words, *args], f"{command} {recipe}")
+    if command == "bench":
+        if not {*words[:1], *args[:1]} & {"pretrain", "-h", "--help", "--help-all"}:
+            raise ConfigError("'bench' measures pretrain: pecobook bench pretrain [RECIPE] [--flag value ...]")
+        command, words = "bench pretrain", words[1:]
+    config_type = table.COMMANDS[command.split()[0]].settings
+    named: list[str] = []
+    for name in table.COMMANDS[command.split()[0]].words:
+        count = len(words) if str(flags(config_type)[name]).startswith("tuple") else 1
+        named += [f"--{name}", *words[:count]] if words else []
+        words = words[count:]
+    return parse(config_type(), [*named, *words, *args], command)
+
+
 def parse(config: Any, args: list[str], prog: str) -> Any:
-    """Settings `config` with the values that the flags in `args` give. Raises ConfigError."""
+    """Return `config` with the values of the flags in `args`; `prog` is the command and its recipe. Raises ConfigError.
+
+    With --help or --help-all in `args`, print the help and raise SystemExit.
+    """
     if "--help-all" in args:
-        _explain(config, prog)
+        _print_all_flags(config, prog)
     if "-h" in args or "--help" in args:
         from pecobook.help import page
-        from pecobook.recipes import RECIPES
 
         command, _, recipe = prog.partition(" ")
         print(page(command, config, recipe if command in (*RECIPES, "tokenize") else ""))
@@ -315,57 +218,63 @@ def parse(config: Any, args: list[str], prog: str) -> Any:
     return replace(config, values)
 
 
-def read_flags(args: list[str], known: dict[str, Any], command: str) -> dict[str, Any]:
-    """`--name value`, `--name=value`, `--switch` and `--no-switch` to {dotted field: text, list of texts or bool}."""
+def read_flags(args: list[str], types: dict[str, Any], command: str) -> dict[str, Any]:
+    """Convert `--name value`, `--name=value`, `--switch` and `--no-switch` to {dotted field: text, texts or bool}.
+
+    Args:
+        args: words of the command line.
+        types: type of the value of each flag, as of `settings.values.flags`.
+        command: name of the command, for error messages.
+    """
     values: dict[str, Any] = {}
     position = 0
     while position < len(args):
         token = args[position]
         position += 1
         if not token.startswith("--"):
-            raise ConfigError(f"'{token}' stands alone: flags are written --name value. See pecobook {command} --help.")
+            raise ConfigError(f"'{token}' is no flag: flags are written --name value. See pecobook {command} --help.")
         name, equals, text = token[2:].partition("=")
         name = name.replace("_", "-")
         head, _, leaf = name.rpartition(".")
         positive = f"{head}.{leaf.removeprefix('no-')}".lstrip(".") if leaf.startswith("no-") else ""
-        if known.get(positive) is bool:
+        if types.get(positive) is bool:
             values[_field(positive)] = False
             continue
-        if name not in known:
-            raise ConfigError(f"Unknown flag '--{name}'.{_suggest(name, known)} See pecobook {command} --help.")
-        found = [text] if equals else []
+        if name not in types:
+            raise ConfigError(f"Unknown flag '--{name}'.{_suggest(name, types)} See pecobook {command} --help.")
+        words = [text] if equals else []
         while not equals and position < len(args) and not args[position].startswith("--"):
-            found.append(args[position])
+            words.append(args[position])
             position += 1
-        values[_field(name)] = _value(name, found, known[name], explicit=bool(equals))
+        values[_field(name)] = _value(name, words, types[name])
     return values
 
 
-def _value(name: str, found: list[str], kind: Any, *, explicit: bool) -> Any:
+def _value(name: str, words: list[str], kind: Any) -> Any:
     if str(kind).startswith("tuple"):
-        return tuple(found[0].split(",")) if len(found) == 1 and "," in found[0] else tuple(found)
-    if kind is bool and not found and not explicit:
+        return tuple(words[0].split(",")) if len(words) == 1 and "," in words[0] else tuple(words)
+    if kind is bool and not words:
         return True
-    if not found:
+    if not words:
         raise ConfigError(f"--{name} needs a value.")
-    if len(found) > 1:
-        raise ConfigError(f"--{name} takes one value, not {len(found)} ({' '.join(found)}): quote a value with spaces.")
-    return found[0]
+    if len(words) > 1:
+        raise ConfigError(f"--{name} takes one value, not {len(words)} ({' '.join(words)}): quote a value with spaces.")
+    return words[0]
 
 
 def _field(name: str) -> str:
     return name.replace("-", "_")
 
 
-def _suggest(name: str, known: dict[str, Any]) -> str:
+def _suggest(name: str, flag_names: Iterable[str]) -> str:
     leaf = name.rpartition(".")[2]
-    nested = [option for option in known if option.rpartition(".")[2] == leaf]
-    if nested:  # --lr is --optim.lr
+    nested = [option for option in flag_names if option.rpartition(".")[2] == leaf]
+    if nested:  # for --lr suggest --optim.lr
         return f" Did you mean '--{nested[0]}'?"
-    return did_you_mean(f"--{name}", [f"--{option}" for option in known])
+    return did_you_mean(f"--{name}", [f"--{option}" for option in flag_names])
 
 
-def _explain(config: Any, prog: str) -> None:
+def _print_all_flags(config: Any, prog: str) -> None:
     import tyro
 
     try:

@@ -1,6 +1,6 @@
 """`pecobook completion SHELL`: a script with which bash, zsh or fish completes commands, recipes, flags and choices.
 
-A script is written from the settings, so it knows what this version knows; pressing Tab then starts no Python.
+The script contains all names of this version, from the settings, so that pressing Tab starts no Python.
 """
 
 from __future__ import annotations
@@ -8,63 +8,42 @@ from __future__ import annotations
 import textwrap
 import typing
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 from pecobook.commands.reproduce.paper import TABLES
+from pecobook.commands.table import COMMANDS
 from pecobook.errors import ConfigError, did_you_mean
 from pecobook.help import explanations, first_sentence
-from pecobook.recipes import RECIPES, claim, recipe
-from pecobook.settings.analyze import AnalyzeConfig
-from pecobook.settings.bench import BenchConfig
-from pecobook.settings.demo import DemoConfig
-from pecobook.settings.explore import ExploreConfig
-from pecobook.settings.export import ExportConfig
-from pecobook.settings.predict import PredictConfig
-from pecobook.settings.probe import ProbeConfig
-from pecobook.settings.reproduce import ReproduceConfig
-from pecobook.settings.tokenize import TokenizeConfig
+from pecobook.recipes import RECIPES, claim
 from pecobook.settings.values import flags
 
 SHELLS = ("bash", "zsh", "fish")
-SETTINGS: dict[str, type[Any]] = {
-    **{command: type(recipe(command)) for command in RECIPES},
-    "tokenize": TokenizeConfig,
-    "analyze": AnalyzeConfig,
-    "explore": ExploreConfig,
-    "reproduce": ReproduceConfig,
-    "bench": BenchConfig,
-    "export": ExportConfig,
-    "predict": PredictConfig,
-    "probe": ProbeConfig,
-    "demo": DemoConfig,
-}
-"""The settings of every command that has flags."""
 
 
 class Flag(NamedTuple):
-    """What a shell is told of a flag."""
+    """A flag in a completion script."""
 
     explanation: str
     choices: tuple[str, ...] = ()
-    """Values that it takes; empty where any text, number or file may follow."""
+    """Values that the flag takes; empty where any text, number or file may follow."""
     takes_value: bool = True
 
 
 class Names(NamedTuple):
-    """Words that are no flags, at a place of the command line: 2 is the first place after the command."""
+    """Words that are no flags, at a position of the command line: 2 is the first position after the command."""
 
-    place: int
-    explained: Mapping[str, str]
+    position: int
+    explanations: Mapping[str, str]
     repeats: bool = False
-    """Whether all further places take them too."""
+    """Whether all further positions take these words too."""
 
 
 def script(shell: str, commands: Mapping[str, str]) -> str:
-    """The script for `shell`.
+    """Return the script for `shell`.
 
     Args:
-        shell: bash, zsh or fish; ConfigError for another.
-        commands: every command of pecobook and what it does.
+        shell: bash, zsh or fish; ConfigError for another shell.
+        commands: every command of pecobook with a description.
     """
     if shell not in SHELLS:
         raise ConfigError(f"Completion is written for {', '.join(SHELLS)}, not '{shell}'.{did_you_mean(shell, SHELLS)}")
@@ -72,26 +51,27 @@ def script(shell: str, commands: Mapping[str, str]) -> str:
 
 
 def flags_of(command: str) -> dict[str, Flag]:
-    """Every flag of a command, with its dashes."""
-    if command not in SETTINGS:
+    """Return every flag of a command by its name with dashes."""
+    if command not in COMMANDS:
         return {}
-    explained = explanations(SETTINGS[command])
-    found: dict[str, Flag] = {}
-    for name, kind in flags(SETTINGS[command]).items():
+    config_type = COMMANDS[command].settings
+    texts = explanations(config_type)
+    by_name: dict[str, Flag] = {}
+    for name, kind in flags(config_type).items():
         choices = typing.get_args(kind) if typing.get_origin(kind) is Literal else ()
-        text = first_sentence(explained[name])
-        found[f"--{name}"] = Flag(text, tuple(map(str, choices)), takes_value=kind is not bool)
+        text = first_sentence(texts[name])
+        by_name[f"--{name}"] = Flag(text, tuple(map(str, choices)), takes_value=kind is not bool)
         if kind is bool:
             group, dot, leaf = name.rpartition(".")
-            found[f"--{group}{dot}no-{leaf}"] = Flag(f"Turn --{name} off.", takes_value=False)
-    found["--config"] = Flag("Read settings from the config.json of a run.")
-    found["--help"] = Flag("Show usage, recipes, examples and the flags that people use.", takes_value=False)
-    found["--help-all"] = Flag("Explain every flag.", takes_value=False)
-    return found
+            by_name[f"--{group}{dot}no-{leaf}"] = Flag(f"Turn --{name} off.", takes_value=False)
+    by_name["--config"] = Flag("Read settings from the config.json of a run.")
+    by_name["--help"] = Flag("Show usage, recipes, examples and the flags that people use.", takes_value=False)
+    by_name["--help-all"] = Flag("Explain every flag.", takes_value=False)
+    return by_name
 
 
 def names_of(command: str) -> list[Names]:
-    """The words that may stand after a command."""
+    """Return the words that may follow a command without a flag."""
     if command in (*RECIPES, "tokenize", "bench"):
         kind = command if command in RECIPES else "pretrain"
         recipes = {name: claim(kind, name) for name in RECIPES[kind]}
@@ -101,15 +81,15 @@ def names_of(command: str) -> list[Names]:
     if command == "reproduce":
         return [Names(2, {name: table.title for name, table in TABLES.items()}, repeats=True)]
     if command == "recipes":
-        every = {name: "a recipe" for recipes in RECIPES.values() for name in recipes}
-        return [Names(2, {command: f"recipes of {command}" for command in RECIPES} | every), Names(3, every)]
+        names = {name: "a recipe" for recipes in RECIPES.values() for name in recipes}
+        return [Names(2, {command: f"recipes of {command}" for command in RECIPES} | names), Names(3, names)]
     if command == "completion":
         return [Names(2, dict.fromkeys(SHELLS, "a shell"))]
     return []
 
 
 def _quoted(text: str) -> str:
-    """A word in single quotes, as bash and zsh read it."""
+    """Return a word in single quotes for bash and zsh."""
     return "'" + text.replace("'", "'\\''") + "'"
 
 
@@ -150,13 +130,15 @@ complete -o default -F _pecobook pecobook
 
 
 def _bash(commands: Mapping[str, str]) -> str:
-    def case(command: str, known: dict[str, Flag]) -> list[str]:
-        lines = [f'flags="{" ".join(known)}"'] if known else []
+    def case(command: str, command_flags: dict[str, Flag]) -> list[str]:
+        lines = [f'flags="{" ".join(command_flags)}"'] if command_flags else []
         for names in names_of(command):
-            test = f"$place {'-ge' if names.repeats else '-eq'} {names.place}"
-            lines.append(f'[[ {test} ]] && names="{" ".join(names.explained)}"')
-        chosen = [f'{name}) choices="{" ".join(flag.choices)}" ;;' for name, flag in known.items() if flag.choices]
-        return [*lines, *_inner_case(chosen)]
+            test = f"$place {'-ge' if names.repeats else '-eq'} {names.position}"
+            lines.append(f'[[ {test} ]] && names="{" ".join(names.explanations)}"')
+        choices = [
+            f'{name}) choices="{" ".join(flag.choices)}" ;;' for name, flag in command_flags.items() if flag.choices
+        ]
+        return [*lines, *_inner_case(choices)]
 
     return _fill(_BASH, commands, case, " ".join(commands))
 
@@ -166,7 +148,7 @@ def _inner_case(branches: list[str]) -> list[str]:
 
 
 def _fill(template: str, commands: Iterable[str], case: Callable[[str, dict[str, Flag]], list[str]], names: str) -> str:
-    """The template of bash or zsh with a branch for each command, whose lines `case` writes."""
+    """Return the template of bash or zsh with a branch for each command; `case` returns the lines of a branch."""
     branches: list[str] = []
     for command in commands:
         branches += [f"{command})", *(f"    {line}" for line in case(command, flags_of(command))), "    ;;"]
@@ -213,17 +195,19 @@ fi
 
 
 def _zsh(commands: Mapping[str, str]) -> str:
-    def described(explained: Mapping[str, str]) -> str:
-        return " ".join(_quoted(f"{name}:{_short(text)}") for name, text in explained.items())
+    def described(texts: Mapping[str, str]) -> str:
+        return " ".join(_quoted(f"{name}:{_short(text)}") for name, text in texts.items())
 
-    def case(command: str, known: dict[str, Flag]) -> list[str]:
-        texts = {name: flag.explanation for name, flag in known.items()}
-        lines = [f"flags=({described(texts)})"] if known else []
+    def case(command: str, command_flags: dict[str, Flag]) -> list[str]:
+        texts = {name: flag.explanation for name, flag in command_flags.items()}
+        lines = [f"flags=({described(texts)})"] if command_flags else []
         for names in names_of(command):
-            test = f"place {'>=' if names.repeats else '=='} {names.place}"
-            lines.append(f"(({test})) && names=({described(names.explained)})")
-        chosen = [f"{name}) choices=({' '.join(flag.choices)}) ;;" for name, flag in known.items() if flag.choices]
-        return [*lines, *_inner_case(chosen)]
+            test = f"place {'>=' if names.repeats else '=='} {names.position}"
+            lines.append(f"(({test})) && names=({described(names.explanations)})")
+        choices = [
+            f"{name}) choices=({' '.join(flag.choices)}) ;;" for name, flag in command_flags.items() if flag.choices
+        ]
+        return [*lines, *_inner_case(choices)]
 
     return _fill(_ZSH, commands, case, described(commands))
 
@@ -231,7 +215,7 @@ def _zsh(commands: Mapping[str, str]) -> str:
 # ---------------------------------------------------------------------------------------------------------------- fish
 
 _FISH = """# Completion of pecobook for fish: pecobook completion fish > ~/.config/fish/completions/pecobook.fish
-function __pecobook_after  # COMMAND [TEST PLACE]: whether COMMAND was typed, and at which place the cursor is
+function __pecobook_after  # COMMAND [TEST POSITION]: whether COMMAND was typed and the cursor is at POSITION
     set -l typed (commandline -opc)
     test (count $typed) -ge 2; and test "$typed[2]" = "$argv[1]"; or return 1
     test (count $argv) -eq 1; and return 0
@@ -246,17 +230,17 @@ def _fish(commands: Mapping[str, str]) -> str:
     def quoted(text: str) -> str:
         return "'" + text.replace("\\", "\\\\").replace("'", "\\'") + "'"
 
-    def lines_of(test: str, explained: Mapping[str, str]) -> list[str]:
+    def lines_of(test: str, texts: Mapping[str, str]) -> list[str]:
         return [
             f"complete -c pecobook -n {quoted(test)} -f -a {name} -d {quoted(_short(text))}"
-            for name, text in explained.items()
+            for name, text in texts.items()
         ]
 
     lines = lines_of("test (count (commandline -opc)) -eq 1", commands)
     for command in commands:
         for names in names_of(command):
-            place = f"{'-ge' if names.repeats else '-eq'} {names.place}"
-            lines += lines_of(f"__pecobook_after {command} {place}", names.explained)
+            position = f"{'-ge' if names.repeats else '-eq'} {names.position}"
+            lines += lines_of(f"__pecobook_after {command} {position}", names.explanations)
         for name, flag in flags_of(command).items():
             value = f" -x -a {quoted(' '.join(flag.choices))}" if flag.choices else " -r" * flag.takes_value
             test = quoted(f"__pecobook_after {command}")

@@ -1,6 +1,6 @@
-"""The errors a user can meet. Each says what is wrong, names the value, and says what to do.
+"""The errors of pecobook. Each message contains the problem, the wrong value and the remedy.
 
-The command line prints them without a traceback and exits with code 2; in Python they are ordinary exceptions.
+The command line prints these errors without a traceback and exits with code 2; in Python they are ordinary exceptions.
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ T = TypeVar("T")
 
 
 class PecobookError(Exception):
-    """A mistake that its user can mend. The message is one to three lines."""
+    """A user error. The message has one to three lines."""
 
     on_all_ranks = False
-    """Whether every process of a run raises it, so that one of them tells it for all."""
+    """Whether every process of a run raises the error, so that one process prints it for all."""
 
 
 class ConfigError(PecobookError):
-    """A setting has a value that cannot work."""
+    """A setting has an invalid value."""
 
 
 class DataError(PecobookError):
@@ -28,7 +28,7 @@ class DataError(PecobookError):
 
 
 class WeightsError(PecobookError):
-    """Weights are missing or do not fit the network they are meant for."""
+    """Weights are missing or do not fit their network."""
 
 
 class RunFolderError(PecobookError):
@@ -42,7 +42,7 @@ class NonFiniteLossError(PecobookError):
 
 
 class PreflightError(PecobookError):
-    """Several problems found before a run started, one line each."""
+    """Several problems that were found before a run started, one line each."""
 
     def __init__(self, problems: Iterable[PecobookError]) -> None:
         self.problems = tuple(problems)
@@ -50,13 +50,13 @@ class PreflightError(PecobookError):
 
 
 class Preflight:
-    """The checks before a run: all are made, and `finish` raises what they found at once."""
+    """The checks before a run: `check` collects the errors of all checks, and `finish` raises them at once."""
 
     def __init__(self) -> None:
         self.problems: list[PecobookError] = []
 
     def check(self, function: Callable[[], T]) -> T | None:
-        """What `function` returns; None where it raises PecobookError, which is kept."""
+        """Call `function` and return its value, or collect a PecobookError and return None."""
         try:
             return function()
         except PreflightError as error:
@@ -66,23 +66,23 @@ class Preflight:
         return None
 
     def finish(self) -> None:
-        """Raise PreflightError when anything was found, each problem once."""
+        """Raise PreflightError with each problem once, when there are any."""
         if self.problems:
             raise PreflightError({str(problem): problem for problem in self.problems}.values())
 
 
 def did_you_mean(value: str, options: Iterable[str]) -> str:
-    """`" Did you mean 'x'?"` for the option nearest to `value`, or an empty string when none is near."""
-    near = difflib.get_close_matches(value, list(options), n=1, cutoff=0.6)
-    return f" Did you mean '{near[0]}'?" if near else ""
+    """Return `" Did you mean 'x'?"` for the option closest to `value`, or an empty string where no option is close."""
+    matches = difflib.get_close_matches(value, list(options), n=1, cutoff=0.6)
+    return f" Did you mean '{matches[0]}'?" if matches else ""
 
 
 def first_line(error: BaseException) -> str:
-    """What another library says went wrong, in one line; its kind when it says nothing."""
+    """Return the first line of an error's message, or the name of its class where there is no message."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
-def listed(lines: Sequence[str], most: int = 10) -> str:
-    """The first lines, and how many more there are."""
-    more = [f"... and {len(lines) - most:,} more"] if len(lines) > most else []
-    return "\n".join([*lines[:most], *more])
+def listed(lines: Sequence[str]) -> str:
+    """Return the first ten lines as one text, with the number of further lines at the end."""
+    more = [f"... and {len(lines) - 10:,} more"] if len(lines) > 10 else []
+    return "\n".join([*lines[:10], *more])

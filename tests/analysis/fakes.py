@@ -1,11 +1,11 @@
-"""A tokenizer and a masked model simple enough to know the right answer."""
+"""A tokenizer and a masked model that are so simple that their correct output is known."""
 
 import torch
 from torch import Tensor, nn
 
 
 class GreyTokenizer(nn.Module):
-    """K grey levels, one code a patch of `stride` pixels; codes survive decoding and encoding."""
+    """Encodes each patch of `stride` pixels as one of K grey levels; decoding and encoding keep the codes."""
 
     codebook: Tensor
 
@@ -26,7 +26,7 @@ class GreyTokenizer(nn.Module):
 
 
 class Oracle(nn.Module):
-    """Knows the answer and adds `shift` to it."""
+    """Predicts the correct code plus `shift`."""
 
     def __init__(self, tokenizer: GreyTokenizer, shift: int = 0) -> None:
         super().__init__()

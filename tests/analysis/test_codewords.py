@@ -36,7 +36,7 @@ def test_usage_refuses_impossible_codes(codes: list[int]) -> None:
         code_usage(np.array(codes, dtype=np.int64), 8)
 
 
-def test_distinct_codewords_are_perplexity_where_none_are_alike() -> None:
+def test_distinct_codewords_equal_perplexity_if_no_codewords_are_similar() -> None:
     generator = torch.Generator().manual_seed(0)
     codebook, counts = torch.randn(40, 6, generator=generator), torch.randint(0, 9, (40,), generator=generator)
     codes = torch.arange(40).repeat_interleave(counts)
@@ -53,7 +53,7 @@ def test_distinct_codewords_count_copies_once(number: int, scale: float) -> None
 
 
 def test_distinct_codewords_by_hand() -> None:
-    """On a line: the second is alike the first and the third, which differ; the fourth is not used."""
+    """On a line: the second codeword is similar to the first and the third, which differ; the fourth is unused."""
     codebook, usage = torch.tensor([[10.0], [10.15], [10.3], [20.0]]), torch.tensor([1.0, 1.0, 2.0, 0.0])
     expected = np.exp(-(0.25 * np.log(0.5) + 0.25 * np.log(1.0) + 0.5 * np.log(0.75)))
     assert distinct_codewords(codebook, usage) == pytest.approx(expected, rel=1e-5)
@@ -73,9 +73,9 @@ def test_bag_of_codes_is_a_unit_vector_of_rooted_shares() -> None:
     assert float(bag[2, 3] ** 2) == pytest.approx(float((codes[2] == 3).float().mean()))
 
 
-def test_gallery_holds_only_patches_whose_code_it_is() -> None:
+def test_gallery_holds_only_patches_with_the_codeword() -> None:
     codes = some_codes(8, 4, 5)
-    # Every pixel carries its patch's code, so a picture tells its code by itself.
+    # Every pixel encodes the code of its patch, so a crop shows its code.
     images = (codes / 10).repeat_interleave(8, 1).repeat_interleave(8, 2)[:, None].expand(-1, 3, -1, -1)
     gallery = code_gallery(images, codes, codewords=4, patches=6, seed=3)
     assert len(gallery.rows) == 4
@@ -91,17 +91,17 @@ def test_gallery_holds_only_patches_whose_code_it_is() -> None:
             torch.testing.assert_close(inside, torch.full_like(inside, row.codeword / 10))
 
 
-def test_gallery_takes_the_most_used_after_those_asked_for() -> None:
+def test_gallery_takes_the_most_used_codewords_after_the_chosen_ones() -> None:
     codes = torch.tensor([[[0, 0], [0, 1]], [[0, 2], [2, 1]]])
     images = torch.rand(2, 3, 8, 8)
     assert [row.codeword for row in code_gallery(images, codes, codewords=2).rows] == [0, 1]
-    asked = code_gallery(images, codes, codewords=3, chosen=[9, 2])
-    assert [row.codeword for row in asked.rows] == [9, 2, 0]
-    assert asked.rows[0].patches == ()
-    assert asked.rows[0].count == 0
+    gallery = code_gallery(images, codes, codewords=3, chosen=[9, 2])
+    assert [row.codeword for row in gallery.rows] == [9, 2, 0]
+    assert gallery.rows[0].patches == ()
+    assert gallery.rows[0].count == 0
 
 
-def test_gallery_shows_every_image_before_any_twice() -> None:
+def test_gallery_shows_every_image_once_before_any_image_twice() -> None:
     codes = torch.zeros(5, 4, 4, dtype=torch.long)
     row = code_gallery(torch.rand(5, 3, 16, 16), codes, codewords=1, patches=10).rows[0]
     assert sorted(patch.image for patch in row.patches[:5]) == [0, 1, 2, 3, 4]

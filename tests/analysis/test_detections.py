@@ -30,7 +30,7 @@ def source(root: Path) -> DetectionSource:
 
 
 def perfect(source: DetectionSource, index: int) -> Detections:
-    """What is on an image, its masks as 28 x 28."""
+    """Return the labelled objects of an image as detections, with masks of 28 x 28."""
     objects = source.objects(index)
     masks = objects.masks()
     assert masks is not None
@@ -39,7 +39,7 @@ def perfect(source: DetectionSource, index: int) -> Detections:
 
 
 def noisy(source: DetectionSource, index: int) -> Detections:
-    """The same moved about, with false ones among them."""
+    """Return the labelled objects at shifted positions, and a false detection."""
     generator = torch.Generator().manual_seed(index)
     one = perfect(source, index)
     extra = torch.tensor([[1.0, 1.0, 12.0, 14.0]])
@@ -55,7 +55,7 @@ def test_evaluate__perfect_detections_have_an_average_precision_of_100(source: D
     metrics, _ = evaluate_detections(source, found)
     assert metrics["box_ap"] == metrics["box_ap50"] == metrics["box_ar"] == pytest.approx(100)
     assert metrics["mask_ap"] == pytest.approx(100)
-    assert not any("large" in name for name in metrics)  # none is there
+    assert not any("large" in name for name in metrics)  # there are no large objects
     nothing = torch.zeros(0)
     empty = Detections(nothing.view(0, 4), nothing, nothing.long(), nothing.view(0, 28, 28))
     metrics, results = evaluate_detections(source, [(index, empty) for index in range(len(source))])
@@ -86,7 +86,7 @@ def test_evaluate__agrees_with_pycocotools_on_the_written_files(
             assert metrics[f"{name}_{what}"] == pytest.approx(value)
 
 
-def test_evaluate__only_images_looked_at_count(source: DetectionSource, root: Path) -> None:
+def test_evaluate__counts_only_the_evaluated_images(source: DetectionSource, root: Path) -> None:
     metrics, results = evaluate_detections(source, [(4, perfect(source, 4)), (2, perfect(source, 2))])
     assert metrics["box_ap"] == pytest.approx(100)
     assert {one["image_id"] for one in results} == {source.image_id(2), source.image_id(4)}
@@ -94,7 +94,7 @@ def test_evaluate__only_images_looked_at_count(source: DetectionSource, root: Pa
     assert {one["category_id"] for one in results} <= categories - {90}
 
 
-def test_coco_results__are_in_the_annotations_words(source: DetectionSource) -> None:
+def test_coco_results__use_the_ids_of_the_annotations(source: DetectionSource) -> None:
     one = perfect(source, 3)
     results = coco_results(77, source.size(3), one, (3, 17, 90))
     assert json.loads(json.dumps(results)) == results
@@ -108,7 +108,7 @@ def test_coco_results__are_in_the_annotations_words(source: DetectionSource) -> 
     )
 
 
-def test_average_precision__counts_as_many_detections_as_asked() -> None:
+def test_average_precision__counts_max_detections() -> None:
     boxes = [[10.0 * (n % 20), 10.0 * (n // 20), 8.0, 8.0] for n in range(150)]
     truth: dict[str, Any] = {
         "images": [{"id": 1, "height": 200, "width": 200}],
@@ -120,8 +120,8 @@ def test_average_precision__counts_as_many_detections_as_asked() -> None:
     }
     results = [{"image_id": 1, "category_id": 1, "bbox": box, "score": 0.5} for box in boxes]
     assert average_precision(truth, results, "bbox")["ar"] == pytest.approx(100 * 100 / 150)
-    assert average_precision(truth, results, "bbox", detections=150)["ar"] == pytest.approx(100)
-    assert "id" not in results[0]  # what was given is left alone
+    assert average_precision(truth, results, "bbox", max_detections=150)["ar"] == pytest.approx(100)
+    assert "id" not in results[0]  # the input is unchanged
 
 
 def test_detections_picture__draws_both_sides(source: DetectionSource) -> None:

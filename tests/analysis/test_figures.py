@@ -1,4 +1,4 @@
-"""Figures are PNGs of a sane size, transparent, the same twice, and survive awkward input."""
+"""Figures are transparent PNGs of a reasonable size, are deterministic, and accept unusual input."""
 
 import io
 import json
@@ -9,10 +9,10 @@ import pytest
 import torch
 from PIL import Image
 
-from pecobook.analysis.canvas import plain, styles
+from pecobook.analysis.canvas import escape_text, styles
 from pecobook.analysis.charts import Score, code_usage_chart, read_metrics, score_chart, training_curves
 from pecobook.analysis.codewords import code_gallery
-from pecobook.analysis.figures import gallery_picture, masked_prediction_grid, reconstruction_grid
+from pecobook.analysis.figures import gallery_picture, image_columns
 
 
 def opened(png: bytes) -> Image.Image:
@@ -25,41 +25,41 @@ def opened(png: bytes) -> Image.Image:
     return image
 
 
-def test_reconstruction_grid_shows_the_pictures_in_their_columns() -> None:
+def test_image_columns_show_the_images_in_their_columns() -> None:
     images = torch.zeros(3, 3, 8, 8)
     red, green = images.clone(), images.clone()
     red[:, 0], green[:, 1] = 1, 1
-    picture = opened(reconstruction_grid(images, {"red": red, "a rather long name": green}, rows=2))
+    picture = opened(image_columns([("original", images), ("red", red), ("a rather long name", green[:2])]))
     pixels = np.asarray(picture)
     middle = pixels[round(pixels.shape[0] * 0.7)]
     colours = [tuple(middle[round(pixels.shape[1] * share)].tolist()) for share in (1 / 6, 0.5, 5 / 6)]
     assert colours == [(0, 0, 0, 255), (255, 0, 0, 255), (0, 255, 0, 255)]
 
 
-def test_names_are_drawn_as_they_stand() -> None:
+def test_names_are_drawn_unchanged() -> None:
     images, hostile = torch.zeros(2, 3, 8, 8), r"a$\frac{$"
-    alone, beside = (
-        opened(reconstruction_grid(images, columns)) for columns in ({}, {"original": images, hostile: images})
-    )
-    assert beside.height < alone.height  # three columns, not two that are larger, nor one
+    one, three = (opened(image_columns([(name, images) for name in names])) for names in (["a"], ["a", "a", hostile]))
+    assert three.height < one.height  # three columns, also if two have the same title
     opened(code_usage_chart({"_first": np.array([5, 1]), hostile: np.array([1, 2])}))
     steps = [{"step": step, "loss": float(step)} for step in range(5)]
     opened(training_curves({"_a": steps, hostile: steps}))
-    assert plain("_a$") == r" _a\$"
+    assert escape_text("_a$") == r" _a\$"
 
 
 def test_grids_survive_nan_wide_images_and_few_rows() -> None:
     images = torch.rand(1, 3, 6, 12)
     broken = torch.full_like(images, float("nan"))
-    opened(masked_prediction_grid(images, images * 2 - 1, {"run": broken}, rows=5))
+    opened(image_columns([("original", images), ("masked", images * 2 - 1), ("run", broken)]))
     with pytest.raises(ValueError, match="image_columns needs"):
-        reconstruction_grid(torch.rand(0, 3, 4, 4), {})
+        image_columns([("original", torch.rand(0, 3, 4, 4))])
+    with pytest.raises(ValueError, match="image_columns needs"):
+        image_columns([])
 
 
 def test_gallery_picture_grows_with_its_rows() -> None:
     images, codes = torch.rand(6, 3, 16, 16), torch.randint(0, 3, (6, 4, 4))
     short = opened(gallery_picture(code_gallery(images, codes, codewords=1)))
-    tall = opened(gallery_picture(code_gallery(images, codes, codewords=3, chosen=[77]), title="pixel"))
+    tall = opened(gallery_picture(code_gallery(images, codes, codewords=3, chosen=[77])))
     assert tall.height > 2 * short.height
 
 
@@ -69,12 +69,12 @@ def test_training_curves_of_runs_that_differ_in_length_and_metrics() -> None:
     first = training_curves({"pixel": long, "other <run>": short})
     opened(first)
     assert first == training_curves({"pixel": long, "other <run>": short})
-    opened(training_curves({"one": short}, metrics=["loss"]))
+    opened(training_curves({"one": short}))
     with pytest.raises(ValueError, match="no metric"):
         training_curves({"empty": []})
 
 
-def test_read_metrics_leaves_out_a_line_cut_by_a_crash(tmp_path: Path) -> None:
+def test_read_metrics_skips_a_line_that_a_crash_truncated(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_text(json.dumps({"step": 1, "loss": 2.0}) + "\n" + '{"step": 2, "lo', encoding="utf-8")
     assert read_metrics(path) == [{"step": 1, "loss": 2.0}]
@@ -87,7 +87,7 @@ def test_usage_and_score_charts() -> None:
     opened(score_chart({"linear": [Score("one", float("nan"), float("nan"))]}))
 
 
-def test_roles_keep_their_look_and_no_two_names_share_one() -> None:
+def test_roles_keep_their_style_and_no_two_names_share_one() -> None:
     alone, together = styles(["control"]), styles(["a", "perceptual", "control", "pixel", "b", "untrained"])
     assert alone["control"] == together["control"]
-    assert len({(look["color"], look["marker"]) for look in together.values()}) == 6
+    assert len({(style["color"], style["marker"]) for style in together.values()}) == 6

@@ -1,4 +1,4 @@
-"""Reconstruction and masked prediction with models whose right answer is known."""
+"""Reconstruction and masked prediction with models whose correct output is known."""
 
 import math
 from typing import Any
@@ -29,19 +29,19 @@ def test_psnr_and_ssim__hold_64_images_at_a_time(monkeypatch: pytest.MonkeyPatch
     import torchmetrics.functional.image as library
 
     x, y = torch.rand(2, 70, 3, 12, 12)
-    seen: list[int] = []
+    batch_sizes: list[int] = []
     for name in ("peak_signal_noise_ratio", "structural_similarity_index_measure"):
-        own = getattr(library, name)
+        original = getattr(library, name)
 
-        def noted(a: torch.Tensor, b: torch.Tensor, own: Any = own, **settings: Any) -> Any:
-            seen.append(len(a))
-            return own(a, b, **settings)
+        def record(a: torch.Tensor, b: torch.Tensor, original: Any = original, **settings: Any) -> Any:
+            batch_sizes.append(len(a))
+            return original(a, b, **settings)
 
-        monkeypatch.setattr(library, name, noted)
+        monkeypatch.setattr(library, name, record)
     for measure in (psnr, ssim):
         each = torch.cat([measure(a[None], b[None]) for a, b in zip(x, y, strict=True)])
         torch.testing.assert_close(measure(x, y), each)
-    assert max(seen) == 64
+    assert max(batch_sizes) == 64
 
 
 def test_reconstruct_goes_through_codes_in_batches_in_evaluation_mode() -> None:
@@ -58,7 +58,7 @@ def test_reconstruct_goes_through_codes_in_batches_in_evaluation_mode() -> None:
 
 
 @pytest.mark.parametrize(("shift", "accuracy"), [(0, 100.0), (3, 0.0)])
-def test_masked_prediction_keeps_what_is_visible(shift: int, accuracy: float) -> None:
+def test_predict_masked_keeps_visible_codes(shift: int, accuracy: float) -> None:
     tokenizer = GreyTokenizer()
     images = torch.rand(3, 3, 16, 16)
     mask = torch.rand(3, 4, 4, generator=torch.Generator().manual_seed(0)) < 0.5

@@ -1,4 +1,4 @@
-"""The page is one file, safe against its own contents, and small enough to send."""
+"""The page is one file, escapes all contents, and is small enough to send by mail."""
 
 import dataclasses
 import io
@@ -60,7 +60,7 @@ def read(html: str) -> Reader:
 def test_every_text_is_escaped() -> None:
     reader = read(render(full(EVIL)))
     assert "script" not in reader.tags
-    # Title, heading, summary, facts, sections and so on all show it as text.
+    # Title, heading, summary, facts, sections and the other parts show the text.
     assert "".join(reader.text).count("<script>") >= 20
 
 
@@ -93,9 +93,9 @@ def test_large_pictures_are_halved_until_the_page_fits(tmp_path: Path) -> None:
     report = full("x", png(900, noise=True))
     path = write_report(tmp_path, report, max_bytes=2_000_000)
     assert path.stat().st_size < 2_000_000
-    kept = fit(report, 2_000_000).sections[0].pictures[0]
-    assert kept.size[0] < 900
-    assert kept.shown == 450  # still shown as large as before
+    smaller = fit(report, 2_000_000).sections[0].pictures[0]
+    assert smaller.size[0] < 900
+    assert smaller.display_width == 450  # the displayed size is unchanged
     assert fit(report, 100_000_000) is report
     with pytest.raises(PecobookError, match="pictures"):
         write_report(tmp_path, report, max_bytes=1000)
@@ -105,14 +105,14 @@ def test_an_empty_report_is_a_page() -> None:
     assert "<h1>bare</h1>" in render(Report("bare"))
 
 
-def test_mistakes_are_named() -> None:
+def test_errors_name_the_mistake() -> None:
     with pytest.raises(ValueError, match="cells"):
         Table(("a", "b"), (("only one",),))
     with pytest.raises(PecobookError, match="not a PNG"):
         render(Report("x", sections=(Section("s", pictures=(Picture(b"GIF89a", "cap", "alt"),)),)))
 
 
-def test_the_template_knows_all_its_names() -> None:
+def test_the_template_refuses_undefined_names() -> None:
     class Half:
         title = "half"
 

@@ -16,7 +16,7 @@ def test_scores__by_hand() -> None:
     predicted = torch.tensor([[0, 1, 1, 1], [0, 2, 0, 2]])
     counts = count_pixels(predicted, truth, 4)
     assert counts.tolist() == [[2, 1, 0, 0], [0, 2, 0, 0], [1, 0, 1, 0], [0, 0, 0, 0]]
-    # Intersections 2, 2, 1; unions 3 + 3 - 2, 2 + 3 - 2, 2 + 1 - 1; class 3 is nowhere.
+    # Intersections 2, 2, 1; unions 3 + 3 - 2, 2 + 3 - 2, 2 + 1 - 1; class 3 does not occur.
     each = intersection_over_union(counts)
     assert each[:3].tolist() == pytest.approx([2 / 4, 2 / 3, 1 / 2])
     assert each[3].isnan()

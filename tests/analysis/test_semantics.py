@@ -29,36 +29,36 @@ def test_mutual_information_equals_scikit_learn(seed: int, codes: int, values: i
     nats = mutual_info_score(a.reshape(-1), b.reshape(-1))
     joint = joint_counts(a, b, codes, values)
     assert mutual_information(joint) == pytest.approx(nats / np.log(2), abs=1e-9)
-    known = contingency_matrix(a.reshape(-1), b.reshape(-1))
-    assert sorted(joint[joint > 0].tolist()) == sorted(known[known > 0].tolist())
-    purity = 100 * known.max(1).sum() / known.sum()
+    contingency = contingency_matrix(a.reshape(-1), b.reshape(-1))
+    assert sorted(joint[joint > 0].tolist()) == sorted(contingency[contingency > 0].tolist())
+    purity = 100 * contingency.max(1).sum() / contingency.sum()
     assert information(a, b, codes).purity == pytest.approx(purity)
-    assert information(a, b, codes).chance == pytest.approx(100 * known.sum(0).max() / known.sum())
+    assert information(a, b, codes).chance == pytest.approx(100 * contingency.sum(0).max() / contingency.sum())
 
 
-def test_information_of_codes_that_know_everything_and_nothing() -> None:
+def test_information__of_codes_that_determine_the_values_and_of_random_codes() -> None:
     values = np.repeat(np.arange(4), 500)
-    told = information(values * 2 + np.arange(2000) % 2, values, 8)
-    assert told.share == pytest.approx(1, abs=0.02)
-    assert told.bits == pytest.approx(2, abs=0.03)
-    assert told.purity == 100
+    result = information(values * 2 + np.arange(2000) % 2, values, 8)
+    assert result.share == pytest.approx(1, abs=0.02)
+    assert result.bits == pytest.approx(2, abs=0.03)
+    assert result.purity == 100
     # As many codes as a quarter of the patches: the plug-in estimate alone would say 1.5 bits.
     codes = np.random.default_rng(1).integers(0, 500, 2000)
     assert mutual_information(joint_counts(codes, values, 500, 4)) > 0.3
     assert information(codes, values, 500).share < 0.03
 
 
-def test_information__of_codes_that_keep_together_within_images() -> None:
+def test_information__of_codes_that_patches_of_an_image_share() -> None:
     rng = np.random.default_rng(0)
     labels = np.broadcast_to(rng.integers(0, 5, (200, 1, 1)), (200, 4, 4))
-    own = rng.integers(0, 64, (200, 3))  # each image has three codes of its own
-    codes = np.take_along_axis(own[:, None], rng.integers(0, 3, (200, 4, 4)), axis=2)
+    image_codes = rng.integers(0, 64, (200, 3))  # each image has three codes
+    codes = np.take_along_axis(image_codes[:, None], rng.integers(0, 3, (200, 4, 4)), axis=2)
     assert information(codes, labels, 64).share < 0.03
-    told = information(labels * 10 + rng.integers(0, 10, labels.shape), labels, 50)
-    assert told.share == pytest.approx(1)
-    assert told.purity == 100
-    assert told.chance <= told.null_purity < 60
-    one_each = np.broadcast_to(np.arange(200)[:, None, None], labels.shape)  # a code of its own for every image
+    result = information(labels * 10 + rng.integers(0, 10, labels.shape), labels, 50)
+    assert result.share == pytest.approx(1)
+    assert result.purity == 100
+    assert result.chance <= result.null_purity < 60
+    one_each = np.broadcast_to(np.arange(200)[:, None, None], labels.shape)  # one code per image
     assert information(one_each, labels, 200).share == 0
 
 
@@ -96,7 +96,7 @@ def test_patch_edges_are_ranked_and_evenly_filled() -> None:
     assert int(patch_edges(flat, (2, 2))[0].argmax()) == 3
 
 
-def test_patch_edges__flat_patches_are_alike() -> None:
+def test_patch_edges__flat_patches_have_one_level() -> None:
     levels = torch.linspace(0.1, 0.9, 70).view(70, 1, 1, 1)
     images = levels.expand(70, 3, 16, 16).clone()
     assert set(patch_edges(images, (4, 4)).flatten().tolist()) == {0}

@@ -11,15 +11,15 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from pecobook.analysis.codebook_map import flatten, map_picture, neighbours
+from pecobook.analysis.codebook_map import map_picture, nearest_used, project_to_plane
 from pecobook.analysis.similarity import (
     agreement,
     code_distance,
     find_bapps,
-    judge,
     pixel_distance,
     read_bapps,
     shifted_and_blurred,
+    shifted_preferred,
 )
 from pecobook.analysis.stability import blur, changes, jitter, jpeg, shift, stability
 from pecobook.errors import DataError
@@ -30,12 +30,12 @@ def pictures(count: int = 4, side: int = 16) -> Tensor:
     return torch.rand(count, 3, side, side, generator=torch.Generator().manual_seed(0))
 
 
-def test_stability_of_what_changes_nothing_is_whole() -> None:
+def test_stability__is_100_for_changes_that_keep_the_codes() -> None:
     tokenizer, images = GreyTokenizer(), pictures()
     found = stability(tokenizer, images, tokenizer.encode(images), 4)
     assert set(found) == set(changes(4))
     assert found["none"] == 100
-    assert found["flip"] == 100  # means of patches do not know left from right
+    assert found["flip"] == 100  # the mean of a patch does not change when the patch is flipped
     assert 0 <= found["blur, sigma 1"] < 100
     flat = torch.full((2, 3, 16, 16), 0.5)
     assert stability(tokenizer, flat, tokenizer.encode(flat), 4)["shift by 1 pixel"] == 100
@@ -53,16 +53,15 @@ def test_changes_by_hand() -> None:
     torch.testing.assert_close(jitter(torch.full((1, 3, 4, 4), 0.4), 0.2), torch.full((1, 3, 4, 4), 0.48))
 
 
-def test_judge_counts_who_finds_the_shifted_copy_nearer() -> None:
+def test_shifted_preferred__counts_images_whose_shifted_copy_is_nearer() -> None:
     images = pictures(6, 56)
     shifted, blurred = shifted_and_blurred(images)
     assert torch.equal(shifted, shift(images, 1))
-    found = judge(images, pixel_distance)
     expected = ((images - shifted).flatten(1).norm(dim=1) < (images - blurred).flatten(1).norm(dim=1)).float()
-    assert found.right == pytest.approx(100 * float(expected.mean()))
-    assert judge(images, lambda _, y: (y - blurred).flatten(1).norm(dim=1)).right == 0
-    assert judge(images, lambda _, y: (y - shifted).flatten(1).norm(dim=1)).right == 100
-    assert judge(images, lambda x, _: x.flatten(1).norm(dim=1)).right == 50
+    assert shifted_preferred(images, pixel_distance) == pytest.approx(100 * float(expected.mean()))
+    assert shifted_preferred(images, lambda _, y: (y - blurred).flatten(1).norm(dim=1)) == 0
+    assert shifted_preferred(images, lambda _, y: (y - shifted).flatten(1).norm(dim=1)) == 100
+    assert shifted_preferred(images, lambda x, _: x.flatten(1).norm(dim=1)) == 50
 
 
 def test_code_distance_is_the_mean_distance_of_codewords() -> None:
@@ -80,7 +79,7 @@ def test_code_distance_is_the_mean_distance_of_codewords() -> None:
 
 
 def write_triplets(folder: Path) -> None:
-    """Two triplets: people all prefer the second of the first, and a quarter of them the second of the other."""
+    """Write two triplets: all people prefer the second image of the first, a quarter the second image of the other."""
     for part, levels in {"ref": (100, 100), "p0": (200, 90), "p1": (101, 200)}.items():
         (folder / part).mkdir(parents=True)
         for number, level in enumerate(levels):
@@ -90,7 +89,7 @@ def write_triplets(folder: Path) -> None:
         np.save(folder / "judge" / f"{number:06d}.npy", np.array([share], dtype=np.float32))
 
 
-def test_bapps_scores_by_the_share_of_people(tmp_path: Path) -> None:
+def test_agreement__is_the_share_of_people(tmp_path: Path) -> None:
     write_triplets(tmp_path / "val" / "cnn")
     triplets = read_bapps(find_bapps(tmp_path), 8)
     assert triplets.reference.shape == (2, 3, 8, 8)
@@ -98,11 +97,11 @@ def test_bapps_scores_by_the_share_of_people(tmp_path: Path) -> None:
     # Pixels choose the second, then the first: all people agree, then three quarters.
     assert agreement(triplets, pixel_distance) == pytest.approx(100 * (1.0 + 0.75) / 2)
     assert agreement(triplets, lambda x, y: -pixel_distance(x, y)) == pytest.approx(100 * (0.0 + 0.25) / 2)
-    # Who cannot tell is right half of the time, as LPIPS counts it.
+    # Equal distances agree with half of the people, as LPIPS counts them.
     assert agreement(triplets, lambda x, y: 0 * pixel_distance(x, y)) == 50
 
 
-def test_find_bapps__takes_of_every_folder_and_names_a_bad_file(tmp_path: Path) -> None:
+def test_find_bapps__reads_every_folder_and_names_a_bad_file(tmp_path: Path) -> None:
     for part in ("cnn", "traditional"):
         write_triplets(tmp_path / part)
     found = find_bapps(tmp_path, limit=2)
@@ -114,7 +113,7 @@ def test_find_bapps__takes_of_every_folder_and_names_a_bad_file(tmp_path: Path) 
             find_bapps(tmp_path)
 
 
-def test_bapps_refuses_what_is_none(tmp_path: Path) -> None:
+def test_bapps__refuses_other_layouts_and_missing_files(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="not in the layout of BAPPS"):
         find_bapps(tmp_path)
     write_triplets(tmp_path)
@@ -126,21 +125,22 @@ def test_bapps_refuses_what_is_none(tmp_path: Path) -> None:
         read_bapps(found, 8)
 
 
-def test_neighbours_are_the_nearest_others() -> None:
+def test_nearest_used__are_the_nearest_other_codewords_in_use() -> None:
     book = torch.tensor([[0.0, 0.0], [1.0, 0.0], [0.0, 3.0], [10.0, 0.0]])
-    assert neighbours(book, torch.tensor([0, 3]), 2).tolist() == [[1, 2], [1, 0]]
-    assert neighbours(book, torch.tensor([2]), 9).shape == (1, 3)
+    assert nearest_used(book, 0, np.ones(4, dtype=np.int64)) == [1, 2, 3]
+    assert nearest_used(book, 3, np.array([1, 1, 0, 0])) == [1, 0]
+    assert nearest_used(torch.arange(9.0)[:, None], 8, np.ones(9, dtype=np.int64)) == [7, 6, 5, 4]
+    assert nearest_used(book, 2, np.array([0, 0, 5, 0])) == []
 
 
-@pytest.mark.parametrize("kind", ["tsne", "pca"])
-def test_flatten_keeps_clusters_together(kind: str) -> None:
+def test_project_to_plane__keeps_clusters_together() -> None:
     generator = torch.Generator().manual_seed(0)
     book = torch.cat([torch.randn(30, 8, generator=generator) + 40 * k for k in range(2)])
-    plane = flatten(book, kind=kind)  # type: ignore[arg-type]
+    plane = project_to_plane(book)
     assert plane.shape == (60, 2)
     first, second = plane[:30].mean(0), plane[30:].mean(0)
     assert np.linalg.norm(first - second) > 2 * np.linalg.norm(plane[:30] - first, axis=1).mean()
-    assert np.array_equal(flatten(book, kind=kind), plane)  # type: ignore[arg-type]
+    assert np.array_equal(project_to_plane(book), plane)
     usage = np.arange(60) - 3
     assert map_picture(plane, usage, title="usage").startswith(b"\x89PNG")
     classes = usage % 3 - (usage < 3)
@@ -149,4 +149,4 @@ def test_flatten_keeps_clusters_together(kind: str) -> None:
         for names in (("cat", "_dog$", "cow"), [f"class {number}" for number in range(21)])
     )
     assert few.height > many.height + 20  # names of a few classes stand below the map
-    assert flatten(torch.randn(3, 1)).shape == (3, 2)
+    assert project_to_plane(torch.randn(3, 1)).shape == (3, 2)

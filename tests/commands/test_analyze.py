@@ -1,4 +1,4 @@
-"""`pecobook analyze`, as a user has it: figures that can be checked, pictures, a page, and no surprises."""
+"""`pecobook analyze`: the numbers, the pictures, the page, and the errors."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ from pecobook import cli
 from pecobook.analysis.codewords import mean_codewords
 from pecobook.analysis.probe import linear_probe
 from pecobook.analysis.reconstruction import decode_all, encode_all, psnr
-from pecobook.commands.analyze import _preflight
+from pecobook.commands.analyze import check_and_open
 from pecobook.commands.analyze.classifier import open_classifier
-from pecobook.commands.analyze.measure import _few
+from pecobook.commands.analyze.measure import at_most_fifty
 from pecobook.commands.analyze.names import file_part, unique_names
 from pecobook.commands.masked_run import load_masked_run
 from pecobook.data.images import open_images
@@ -42,7 +42,7 @@ CONTRACT = {"name", "codes_used", "perplexity", "psnr", "codeword_probe", "bag_p
 
 
 def run(out: Path, **settings: Any) -> tuple[dict[str, Any], str]:
-    """`analysis.json` and the page."""
+    """Run the analysis and return the contents of `analysis.json` and the page."""
     with contextlib.redirect_stderr(io.StringIO()):
         report = pecobook.analyze(out=str(out), **settings)
     assert report == out / "report.html"
@@ -51,7 +51,7 @@ def run(out: Path, **settings: Any) -> tuple[dict[str, Any], str]:
 
 @pytest.fixture(scope="module")
 def coarse_run(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tokenizer of another stride and another size."""
+    """A tokenizer with a different stride and a different image size."""
     more = {"model.channels": (8, 16), "image_size": 24, "quantizer.num_codewords": 16}
     return train("codebook", images, tmp_path_factory.mktemp("coarse"), **more)
 
@@ -81,52 +81,52 @@ def test_analyze__keeps_the_contract(analysis: tuple[Path, dict[str, Any], str],
     assert set(first) >= CONTRACT
     assert (first["stride"], second["stride"]) == (4, 2)
     assert (first["image_size"], second["image_size"]) == (16, 24)
-    for one in (first, second):
-        assert one["stability"]["none"] == 100
-        assert set(one["information"]) == {"label", "colour", "edges"}
-        assert set(one["similarity"]["shifted_over_blurred"]) == {"pixels", "codewords", "perceptual"}
-        assert one["perceptual_distance"] > 0
-        for picture in one["pictures"].values():
+    for tokenizer in (first, second):
+        assert tokenizer["stability"]["none"] == 100
+        assert set(tokenizer["information"]) == {"label", "colour", "edges"}
+        assert set(tokenizer["similarity"]["shifted_over_blurred"]) == {"pixels", "codewords", "perceptual"}
+        assert tokenizer["perceptual_distance"] > 0
+        for picture in tokenizer["pictures"].values():
             assert (out / picture).read_bytes().startswith(b"\x89PNG")
     assert {path.name for path in (out / "pictures").glob("masked-*")} == {
         "masked-23.png",
         "masked-38.png",
         "masked-61.png",
     }
-    assert "How they were trained" in page
+    assert "Training curves" in page
     assert (out / "pictures" / "curves-tokenizers.png").is_file()
     assert (out / "pictures" / "curves-vits.png").is_file()
     assert len(page) < 10e6
     assert "http://" not in page.replace("http://www.w3.org", "")
 
 
-def test_analyze__figures_are_those_of_the_functions(
+def test_analyze__numbers_equal_those_of_the_functions(
     analysis: tuple[Path, dict[str, Any], str], images: Path, codebook_run: Path
 ) -> None:
-    found = analysis[1]["tokenizers"][0]
+    metrics = analysis[1]["tokenizers"][0]
     tokenizer = PerceptualTokenizer.from_pretrained(codebook_run)
     splits = open_images(str(images))
     x, labels = to_float(read_all(splits.evaluation, 16)[0]), read_all(splits.evaluation, 16)[1]
     train_images, train_labels, _ = read_all(splits.train, 16)
-    codes, seen = encode_all(tokenizer, x), encode_all(tokenizer, to_float(train_images))
-    assert found["psnr"] == pytest.approx(
+    codes, train_codes = encode_all(tokenizer, x), encode_all(tokenizer, to_float(train_images))
+    assert metrics["psnr"] == pytest.approx(
         float(psnr(x, decode_all(tokenizer, encode_all(tokenizer, x))).mean()), abs=1e-3
     )
-    assert found["codes_used"] == len(set(codes.flatten().tolist()))
+    assert metrics["codes_used"] == len(set(codes.flatten().tolist()))
     share = torch.bincount(codes.flatten()).double() / codes.numel()
-    assert found["perplexity"] == pytest.approx(math.exp(-float(torch.special.xlogy(share, share).sum())), abs=0.01)
+    assert metrics["perplexity"] == pytest.approx(math.exp(-float(torch.special.xlogy(share, share).sum())), abs=0.01)
     assert train_labels is not None
     assert labels is not None
-    book = tokenizer.codebook
-    probed = linear_probe(mean_codewords(seen, book), train_labels, mean_codewords(codes, book), labels, seed=0)
-    assert found["codeword_probe"] == pytest.approx(probed.accuracy, abs=1e-3)
+    train_x, test_x = (mean_codewords(part, tokenizer.codebook) for part in (train_codes, codes))
+    probe = linear_probe(train_x, train_labels, test_x, labels, seed=0)
+    assert metrics["codeword_probe"] == pytest.approx(probe.accuracy, abs=1e-3)
 
 
-def test_analyze__predictions_are_scored_by_a_formula(
+def test_analyze__scores_masked_predictions_as_the_formula(
     analysis: tuple[Path, dict[str, Any], str], images: Path, vit_run: Path
 ) -> None:
-    (found,) = analysis[1]["masked_prediction"]
-    assert [part["masked"] for part in found["by_share"]] == [4, 6, 10]  # of 16 patches: 45, 75, 120 of 196
+    (record,) = analysis[1]["masked_prediction"]
+    assert [part["masked"] for part in record["by_share"]] == [4, 6, 10]  # of 16 patches: 45, 75, 120 of 196
     masked_run = load_masked_run(vit_run)
     x = to_float(read_all(open_images(str(images)).evaluation, 16)[0])
     mask = torch.zeros(len(x), 4, 4, dtype=torch.bool)
@@ -134,9 +134,9 @@ def test_analyze__predictions_are_scored_by_a_formula(
     accuracy, perplexity = masked_run.score(x, mask, batch_size=1)
     with torch.no_grad():
         logits, targets = masked_run(x, mask).double(), masked_run.encode(x)[mask]
-    chosen = logits.log_softmax(1).gather(1, targets[:, None])
+    log_likelihood = logits.log_softmax(1).gather(1, targets[:, None])
     assert accuracy == pytest.approx(100 * float((logits.argmax(1) == targets).double().mean()))
-    assert perplexity == pytest.approx(float((-chosen.mean()).exp()), rel=1e-5)
+    assert perplexity == pytest.approx(float((-log_likelihood.mean()).exp()), rel=1e-5)
 
 
 def test_analyze__is_deterministic(
@@ -146,23 +146,20 @@ def test_analyze__is_deterministic(
     again, _ = run(tmp_path / "b", tokenizer=str(codebook_run), data=str(images), codewords=(0, 5))
     for path in (tmp_path / "a" / "pictures").iterdir():
         assert path.read_bytes() == (tmp_path / "b" / "pictures" / path.name).read_bytes(), path.name
-    beside = analysis[1]["tokenizers"][0]
-    for name in CONTRACT | {"stability", "information"}:  # the same alone and beside another
-        assert again["tokenizers"][0][name] == beside[name]
+    together = analysis[1]["tokenizers"][0]
+    for name in CONTRACT | {"stability", "information"}:  # a second tokenizer changes nothing
+        assert again["tokenizers"][0][name] == together[name]
 
 
-def test_analyze__without_labels_says_so(images: Path, codebook_run: Path, tmp_path: Path) -> None:
-    for number, file in enumerate(sorted(images.rglob("*.png"))):
-        (tmp_path / "flat").mkdir(exist_ok=True)
-        (tmp_path / "flat" / f"{number}.png").write_bytes(file.read_bytes())
-    results, page = run(tmp_path / "out", tokenizer=str(codebook_run), data=str(tmp_path / "flat"))
-    (found,) = results["tokenizers"]
-    assert found["codeword_probe"] is None
-    assert found["bag_probe"] is None
-    assert set(found["information"]) == {"colour", "edges"}
-    assert "map-classes" not in found["pictures"]
+def test_analyze__without_labels_says_so(unlabelled_images: Path, codebook_run: Path, tmp_path: Path) -> None:
+    results, page = run(tmp_path / "out", tokenizer=str(codebook_run), data=str(unlabelled_images))
+    (metrics,) = results["tokenizers"]
+    assert metrics["codeword_probe"] is None
+    assert metrics["bag_probe"] is None
+    assert set(metrics["information"]) == {"colour", "edges"}
+    assert "map-classes" not in metrics["pictures"]
     assert "have no labels" in page
-    assert set(found) >= CONTRACT
+    assert set(metrics) >= CONTRACT
 
 
 def test_analyze__of_one_image_an_unused_codeword_and_hostile_names(codebook_run: Path, tmp_path: Path) -> None:
@@ -175,10 +172,10 @@ def test_analyze__of_one_image_an_unused_codeword_and_hostile_names(codebook_run
     Image.fromarray(pixels).save(train_data / "x.png")
     (tmp_path / "<i>").symlink_to(codebook_run)
     results, page = run(tmp_path / "out", tokenizer=str(tmp_path / "<i>"), data=str(data.parents[1]), codewords=(23,))
-    (found,) = results["tokenizers"]
-    assert found["name"] == "<i>"
-    assert found["num_images"] == 1
-    assert found["codeword_probe"] is None or 0 <= found["codeword_probe"] <= 100
+    (metrics,) = results["tokenizers"]
+    assert metrics["name"] == "<i>"
+    assert metrics["num_images"] == 1
+    assert metrics["codeword_probe"] is None or 0 <= metrics["codeword_probe"] <= 100
     assert "<i>" not in page
     assert "<script>alert" not in page
     assert "&lt;i&gt;" in page
@@ -191,18 +188,19 @@ def test_analyze__classifies_originals_and_reconstructions(
     classifier = train("finetune", images, tmp_path / "classifier", backbone=str(vit_run))
     settings: dict[str, Any] = {"tokenizer": str(codebook_run), "data": str(images), "classifier": str(classifier)}
     results, _ = run(tmp_path / "out", **settings)
-    told = results["tokenizers"][0]["classifier"]
-    own = open_classifier(AnalyzeConfig(**settings), open_images(str(images)))
+    accuracies = results["tokenizers"][0]["classifier"]
+    opened = open_classifier(AnalyzeConfig(**settings), open_images(str(images)))
     x, labels, _ = read_all(open_images(str(images)).evaluation, 16)
     tokenizer = PerceptualTokenizer.from_pretrained(codebook_run)
-    assert told["originals"] == own.accuracy(to_float(x), labels)
-    assert told["reconstructions"] == own.accuracy(decode_all(tokenizer, encode_all(tokenizer, to_float(x))), labels)
-    assert own.accuracy(to_float(x), None) is None
+    restored = decode_all(tokenizer, encode_all(tokenizer, to_float(x)))
+    assert accuracies["originals"] == opened.accuracy(to_float(x), labels)
+    assert accuracies["reconstructions"] == opened.accuracy(restored, labels)
+    assert opened.accuracy(to_float(x), None) is None
     file = open_classifier(
         AnalyzeConfig(data=str(images), classifier=str(classifier / "export" / "model.safetensors")),
         open_images(str(images)),
     )
-    assert file.accuracy(to_float(x), labels) == told["originals"]
+    assert file.accuracy(to_float(x), labels) == accuracies["originals"]
 
 
 def test_analyze__of_a_grey_tokenizer_and_a_vit_on_it(images: Path, tmp_path: Path) -> None:
@@ -213,9 +211,7 @@ def test_analyze__of_a_grey_tokenizer_and_a_vit_on_it(images: Path, tmp_path: Pa
     assert results["masked_prediction"][0]["by_share"][0]["masked"] == 4
 
 
-def test_analyze__says_what_it_measured_and_what_it_could_not_read(
-    images: Path, codebook_run: Path, tmp_path: Path
-) -> None:
+def test_analyze__reports_its_inputs_and_unreadable_images(images: Path, codebook_run: Path, tmp_path: Path) -> None:
     data = tmp_path / "data"
     for split in ("train", "test"):
         for label in ("one", "two"):
@@ -232,11 +228,11 @@ def test_analyze__says_what_it_measured_and_what_it_could_not_read(
     assert "broken.png" in results["skipped"]["names"][0]
     assert results["tokenizers"][0]["num_images"] == 8
     assert len(results["tokenizers"][0]["unused"]) == 24 - results["tokenizers"][0]["codes_used"]
-    assert _few(list(range(51))) is None
+    assert at_most_fifty(list(range(51))) is None
     assert "could not be read" in page
 
 
-def test_analyze__keeps_figures_when_a_picture_fails(
+def test_analyze__keeps_the_numbers_if_a_picture_fails(
     images: Path, codebook_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fails(*_: Any, **__: Any) -> dict[str, bytes]:
@@ -245,17 +241,17 @@ def test_analyze__keeps_figures_when_a_picture_fails(
     monkeypatch.setattr("pecobook.commands.analyze.measure.pictures_of", fails)
     with pytest.raises(ZeroDivisionError):
         run(tmp_path / "out", tokenizer=str(codebook_run), data=str(images))
-    (found,) = json.loads((tmp_path / "out" / "analysis.json").read_text())["tokenizers"]
-    assert set(found) >= CONTRACT
+    (metrics,) = json.loads((tmp_path / "out" / "analysis.json").read_text())["tokenizers"]
+    assert set(metrics) >= CONTRACT
 
 
-def test_analyze__scores_judgements_of_people(images: Path, codebook_run: Path, tmp_path: Path) -> None:
+def test_analyze__scores_human_judgements(images: Path, codebook_run: Path, tmp_path: Path) -> None:
     write_triplets(tmp_path / "judged" / "cnn")
     common: dict[str, Any] = {"tokenizer": str(codebook_run), "data": str(images)}
     results, page = run(tmp_path / "out", **common, judgements=str(tmp_path / "judged"))
-    told = results["tokenizers"][0]["similarity"]
-    assert told["judgements"] == 2
-    assert told["agreement_with_people"]["pixels"] == 87.5
+    similarity = results["tokenizers"][0]["similarity"]
+    assert similarity["judgements"] == 2
+    assert similarity["agreement_with_people"]["pixels"] == 87.5
     assert "over 2 judgements" in page
     (tmp_path / "judged" / "cnn" / "judge" / "000001.npy").write_bytes(b"")
     with pytest.raises(PreflightError) as caught:
@@ -267,16 +263,16 @@ def test_analyze__scores_judgements_of_people(images: Path, codebook_run: Path, 
             perceptual_layers=(99,),
             perceptual_weights="random",
         )
-    told = "\n".join(map(str, caught.value.problems))
-    assert "000001.npy' of the judgements cannot be read" in told
-    assert "99" in told
+    problems = "\n".join(map(str, caught.value.problems))
+    assert "000001.npy' of the judgements cannot be read" in problems
+    assert "99" in problems
     assert not (tmp_path / "other").exists()
 
 
-def test_analyze__refuses_a_perceptual_network_of_larger_images(
+def test_analyze__refuses_a_perceptual_network_for_larger_images(
     images: Path, codebook_run: Path, tmp_path: Path
 ) -> None:
-    with pytest.raises(PreflightError, match=r"nothing to compare of the 16 x 16 pixels.*--perceptual-layers"):
+    with pytest.raises(PreflightError, match=r"no features of the 16 x 16 pixel images.*--perceptual-layers"):
         run(
             tmp_path / "out",
             tokenizer=str(codebook_run),
@@ -287,19 +283,19 @@ def test_analyze__refuses_a_perceptual_network_of_larger_images(
         )
 
 
-def test_open_classifier__refuses_one_of_other_classes(images: Path, vit_run: Path, tmp_path: Path) -> None:
+def test_open_classifier__refuses_other_classes(images: Path, vit_run: Path, tmp_path: Path) -> None:
     splits = open_images(str(images))
 
     def opened(name: str, weights: str = "") -> None:
         open_classifier(AnalyzeConfig(data=str(images), classifier=name, classifier_weights=weights), splits)
 
-    with pytest.raises(ConfigError, match="no run of pecobook finetune"):
+    with pytest.raises(ConfigError, match="is not a finetune run"):
         opened(str(vit_run))
     other = train("finetune", images, tmp_path / "classifier", backbone=str(vit_run))
     settings = json.loads((other / "export" / "config.json").read_text())
     settings["classes"] = ["blue", "green", "yellow"]
     (other / "export" / "config.json").write_text(json.dumps(settings))
-    with pytest.raises(ConfigError, match="does not know the class 'red'"):
+    with pytest.raises(ConfigError, match="does not have the class 'red'"):
         opened(str(other))
     import timm
     from safetensors.torch import save_file
@@ -316,7 +312,7 @@ def test_open_classifier__refuses_one_of_other_classes(images: Path, vit_run: Pa
         open_classifier(AnalyzeConfig(data=str(bare), classifier="timm:resnet10t"), open_images(str(bare)))
 
 
-def test_analyze__tells_all_problems_before_it_writes(images: Path, codebook_run: Path, tmp_path: Path) -> None:
+def test_analyze__lists_all_problems_before_it_writes(images: Path, codebook_run: Path, tmp_path: Path) -> None:
     with pytest.raises(PreflightError) as caught:
         pecobook.analyze(
             tokenizer=str(codebook_run),
@@ -326,16 +322,16 @@ def test_analyze__tells_all_problems_before_it_writes(images: Path, codebook_run
             codewords=(24,),
             out=str(tmp_path / "out"),
         )
-    told = "\n".join(map(str, caught.value.problems))
-    assert "has codewords 0 to 23" in told
-    assert "none" in told
-    assert "is no run of pecobook pretrain" in told
+    problems = "\n".join(map(str, caught.value.problems))
+    assert "has codewords 0 to 23" in problems
+    assert "none" in problems
+    assert "is not a run of pecobook pretrain" in problems
     assert not (tmp_path / "out").exists()
     with pytest.raises(PreflightError, match="--tokenizer is missing"):
         pecobook.analyze(out=str(tmp_path / "out"))
 
 
-def test_analyze__deletes_only_what_is_an_analysis(images: Path, codebook_run: Path, tmp_path: Path) -> None:
+def test_analyze__deletes_only_analyses(images: Path, codebook_run: Path, tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("years")
     common: dict[str, Any] = {"tokenizer": str(codebook_run), "data": str(images), "out": str(tmp_path)}
     with pytest.raises(PreflightError, match="is not empty"):
@@ -345,7 +341,7 @@ def test_analyze__deletes_only_what_is_an_analysis(images: Path, codebook_run: P
     assert (tmp_path / "thesis.tex").read_text() == "years"
     killed = tmp_path / "killed"  # before it wrote its figures
     (killed / "pictures").mkdir(parents=True)
-    assert _preflight(AnalyzeConfig(**{**common, "out": str(killed)}, overwrite=True))
+    assert check_and_open(AnalyzeConfig(**{**common, "out": str(killed)}, overwrite=True))
     (killed / "pictures").rename(killed / "photos")
     with pytest.raises(PreflightError, match="does not look like an analysis"):
         pecobook.analyze(**{**common, "out": str(killed)}, overwrite=True)
@@ -358,7 +354,7 @@ def test_cli__analyzes(images: Path, codebook_run: Path, tmp_path: Path, capsys:
     assert "Done: open" in capsys.readouterr().err
 
 
-def test_unique_names__are_run_folders_names() -> None:
+def test_unique_names__are_the_names_of_the_folders() -> None:
     assert unique_names(["runs/a", "runs/b/"]) == ["a", "b"]
     assert unique_names(["x/a", "y/a"]) == ["x/a", "y/a"]
     assert unique_names(["a", "a"]) == ["a (1)", "a (2)"]
@@ -370,8 +366,8 @@ def test_file_part__is_safe(name: str) -> None:
     assert re.fullmatch(r"3-[\w.-]{0,60}", file_part(3, name), flags=re.ASCII)
 
 
-def test_open_classifier__a_segmenter_has_classes_and_is_none(images: Path, tmp_path: Path) -> None:
+def test_open_classifier__refuses_a_segmenter(images: Path, tmp_path: Path) -> None:
     write_export(tmp_path, {"kind": "segmenter", "classes": ["blue", "green", "red"]}, {"x": torch.zeros(1)}, "")
     config = AnalyzeConfig(data=str(images), classifier=str(tmp_path))
-    with pytest.raises(ConfigError, match="no run of pecobook finetune: it is a segmenter"):
+    with pytest.raises(ConfigError, match="is not a finetune run: it is a segmenter"):
         open_classifier(config, open_images(str(images)))

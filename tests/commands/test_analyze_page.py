@@ -1,4 +1,4 @@
-"""The page that `analyze` and `demo` write: each figure in its own cell, and no words that the figures do not show."""
+"""The page of `analyze` and `demo`: each number is in its cell, and the text claims only what the numbers show."""
 
 import re
 from html.parser import HTMLParser
@@ -67,7 +67,7 @@ class Cells(HTMLParser):
 
 
 def cells(report: Report, corner: str, column: str) -> dict[tuple[str, str], str]:
-    """(row, column) to text, of the page's table whose header begins with `corner` and holds `column`."""
+    """Return the cells, by (row, column), of the table whose header begins with `corner` and contains `column`."""
     reader = Cells()
     reader.feed(render(report))
     (table,) = [rows for rows in reader.tables if rows[0][0].strip() == corner and column in rows[0]]
@@ -76,7 +76,7 @@ def cells(report: Report, corner: str, column: str) -> dict[tuple[str, str], str
 
 
 def distinct() -> dict[str, Any]:
-    """Results in which no two figures are alike, as they are printed."""
+    """Return results in which all printed numbers differ."""
     names, tokenizers = ("pixel", "control", "perceptual"), []
     for i, name in enumerate(names):
         tokenizers.append(
@@ -108,7 +108,7 @@ def distinct() -> dict[str, Any]:
     }  # fmt: skip
 
 
-def test_each_figure_of_a_tokenizer_stands_in_its_row() -> None:
+def test_each_number_of_a_tokenizer_is_in_its_row() -> None:
     table = cells(compose(distinct(), {}, [], {}), "", "pixel")
     for i, name in enumerate(("pixel", "control", "perceptual")):
         assert {row: text for (row, column), text in table.items() if column == name} == {
@@ -124,33 +124,32 @@ def test_each_figure_of_a_tokenizer_stands_in_its_row() -> None:
         }
 
 
-def test_each_figure_of_a_transformer_stands_in_its_column() -> None:
+def test_each_number_of_a_transformer_is_in_its_column() -> None:
     data = distinct()
     data["tokenizers"][1]["mim"] = None
     table = cells(compose(data, {}, [], {}), "Trained on codes of", "Loss")
-    expected = {("untrained", "Loss"): "–", ("untrained", "Codes right, %"): "–"}
+    expected = {("untrained", "Loss"): "–", ("untrained", "Code accuracy, %"): "–"}
     expected |= {("untrained", "Linear, %"): "41.5 ± 2.5", ("untrained", "k-NN, %"): "42.5 ± 2.5"}
     for i, name in ((0, "pixel"), (2, "perceptual")):
         expected |= {
             (name, "Loss"): f"{4.25 + i:.2f}",
-            (name, "Codes right, %"): f"{17.5 + i:.1f}",
+            (name, "Code accuracy, %"): f"{17.5 + i:.1f}",
             (name, "Linear, %"): f"{50 + i:.1f} ± 2.5",
             (name, "k-NN, %"): f"{60 + i:.1f} ± 2.4",
         }
     assert table == expected
 
 
-def test_each_prediction_behind_a_mask_stands_in_its_column() -> None:
+def test_each_masked_prediction_is_in_its_column() -> None:
     table = cells(compose(distinct(), {}, [], {}), "Run", "Perplexity")
-    assert table == {("vit, 6 hidden", "Codes right, %"): "12.5", ("vit, 6 hidden", "Perplexity"): "90.0"}
+    assert table == {("vit, 6 masked", "Accuracy, %"): "12.5", ("vit, 6 masked", "Perplexity"): "90.0"}
 
 
-def test_each_difference_stands_below_its_metric() -> None:
-    (section,) = [
-        s for s in compose(distinct(), {}, [], {}).sections if s.title == "Does a codeword stand for something?"
-    ]
+def test_each_difference_is_below_its_metric() -> None:
+    sections = compose(distinct(), {}, [], {}).sections
+    (section,) = [section for section in sections if section.title == "Probe accuracy of the codebooks"]
     assert section.table is not None
-    assert section.table.header == ("Compared", "Points", "Reads as")
+    assert section.table.header == ("Comparison", "Points", "Conclusion")
     rows, metric = {}, ""
     for first, points, _ in section.table.rows:
         metric = metric if points else first
@@ -165,11 +164,11 @@ def test_each_difference_stands_below_its_metric() -> None:
 def test_the_chart_draws_each_score_in_its_panel(monkeypatch: pytest.MonkeyPatch) -> None:
     drawn: list[dict[str, list[tuple[str, float]]]] = []
 
-    def noted(panels: Any, *, chance: float | None) -> bytes:
+    def record(panels: Any, *, chance: float | None) -> bytes:
         drawn.append({title: [(score.name, score.value) for score in scores] for title, scores in panels.items()})
         return png()
 
-    monkeypatch.setattr("pecobook.commands.analyze.comparing.score_chart", noted)
+    monkeypatch.setattr("pecobook.commands.analyze.comparing.score_chart", record)
     probe_chart(distinct())
     names = ("pixel", "control", "perceptual")
     assert drawn == [
@@ -185,14 +184,14 @@ def test_the_chart_draws_each_score_in_its_panel(monkeypatch: pytest.MonkeyPatch
     ]
 
 
-def test_cost_stands_beside_its_step() -> None:
+def test_the_cost_of_a_step_is_in_its_row() -> None:
     table = cells(compose(distinct(), {}, [("train", 30.0), ("probe", 10.0)], {}), "Step", "Share")
     assert (table["train", "Time"], table["train", "Share"]) == ("30 s", "75%")
     assert table["Sum", "Time"] == "40 s"
 
 
-def said(report: Report) -> str:
-    """All prose of a report, as a reader sees it."""
+def text_of(report: Report) -> str:
+    """Return the text of a report, as a reader sees it."""
     return " ".join(" ".join(read(render(report)).text).replace("\u00a0", " ").replace("’", "'").split())
 
 
@@ -221,7 +220,7 @@ def test_a_difference_is_called_higher_only_beyond_two_standard_errors(
     assert comparison.words() == words
 
 
-def test_few_test_images_judge_nothing() -> None:
+def test_few_test_images_allow_no_verdict() -> None:
     comparison = Comparison("codeword_probe", "perceptual", "control", 30.0, 5.0, True, 40)
     assert comparison.words() == "cannot be judged, 40 test images are too few"
 
@@ -233,7 +232,7 @@ def test_few_test_images_judge_nothing() -> None:
         (27, 33.8, 34, "The gain can therefore not be called semantic", "direction that the paper claims"),
         (33.9, 33.8, 34, "This run does not show the paper's claim", "semantic"),
         (36, 33.8, 34, "Against the pixel codebook's: lower by 2.0", "higher"),
-        (27, 40, 34, "speaks against the paper's claim", "higher"),
+        (27, 40, 34, "contradicts the paper's claim", "higher"),
         (34, 28, 34, "The paper's claim is not shown here", "direction"),
         (40, 28, 34, "it is lower, by 6.0", "direction"),
         (None, 28, 34, "without a pixel codebook the paper's claim itself is not tested", "direction"),
@@ -241,7 +240,7 @@ def test_few_test_images_judge_nothing() -> None:
         (27, 28, None, "This run has no control", "higher"),
     ],
 )
-def test_the_claim_rests_on_the_control(
+def test_the_claim_depends_on_the_control(
     pixel: Number, control: Number, perceptual: Number, contains: str, never: str
 ) -> None:
     text = claim(results(pixel, control, perceptual))
@@ -254,12 +253,12 @@ def test_without_the_number_of_test_images_nothing_is_claimed() -> None:
     data = results(num_test=None)
     assert "cannot be judged" in claim(data)
     assert probe_chart(data) is None
-    words = said(compose(data, {}, [], {}))
+    words = text_of(compose(data, {}, [], {}))
     assert "higher by" not in words
     assert "± ?" in words
 
 
-def test_recorded_comparisons_win_and_may_stand_in_either_direction() -> None:
+def test_recorded_comparisons_take_precedence_in_either_direction() -> None:
     entry = {
         "metric": "codeword_probe",
         "a": "control",
@@ -268,9 +267,9 @@ def test_recorded_comparisons_win_and_may_stand_in_either_direction() -> None:
         "standard_error": 0.3,
     }
     data = results(comparisons=[entry])
-    found = compare(data, "codeword_probe", "perceptual", "control")
-    assert found is not None
-    assert (found.difference, found.standard_error, found.paired) == (0.4, 0.3, True)
+    comparison = compare(data, "codeword_probe", "perceptual", "control")
+    assert comparison is not None
+    assert (comparison.difference, comparison.standard_error, comparison.paired) == (0.4, 0.3, True)
     assert "can therefore not be called semantic" in claim(data)
     floor = {"metric": "mim.linear", "a": "pixel", "b": "floor", "difference": 9.0, "standard_error": 0.3}
     against = compare(results(comparisons=[floor]), "mim.linear", "pixel", "untrained")
@@ -279,18 +278,18 @@ def test_recorded_comparisons_win_and_may_stand_in_either_direction() -> None:
 
 
 def test_unpaired_error_is_that_of_two_independent_samples() -> None:
-    found = compare(results(20.0, 50.0, 50.0, num_test=400), "codeword_probe", "perceptual", "pixel")
-    assert found is not None
-    assert found.standard_error == pytest.approx((2.5**2 + 2.0**2) ** 0.5)
+    comparison = compare(results(20.0, 50.0, 50.0, num_test=400), "codeword_probe", "perceptual", "pixel")
+    assert comparison is not None
+    assert comparison.standard_error == pytest.approx((2.5**2 + 2.0**2) ** 0.5)
 
 
 def test_the_page_says_that_one_seed_is_an_illustration() -> None:
-    words = said(compose(results(), {}, [], {}))
+    words = text_of(compose(results(), {}, [], {}))
     assert words.count(ONE_SEED) >= 2
     assert "with random weights" in words
 
 
-def test_words_of_rank_never_stand_beside_figures_without_an_error() -> None:
+def test_no_sentence_ranks_results_without_an_error() -> None:
     report = compose(results(), {}, [("codebook", 61.0)], {"seed": 0})
     prose = [*report.summary, *(paragraph for section in report.sections for paragraph in section.paragraphs)]
     for sentence in re.split(r"(?<=[.:;]) ", " ".join(prose)):
@@ -298,7 +297,7 @@ def test_words_of_rank_never_stand_beside_figures_without_an_error() -> None:
             assert "±" in sentence, sentence
 
 
-def test_every_part_of_a_full_report_is_there(tmp_path: Path) -> None:
+def test_a_full_report_has_all_sections(tmp_path: Path) -> None:
     names = ("reconstructions", "usage", "masked-38", "curves-contrast", "curves-tokenizers", "curves-vits", "patches")
     pictures = {f"{name}.png": png() for name in names}
     masked = [{"name": "vit", "by_share": [{"masked": 6, "accuracy": 12.5, "perplexity": 90.0}]}]
@@ -308,15 +307,15 @@ def test_every_part_of_a_full_report_is_there(tmp_path: Path) -> None:
     titles = [section.title for section in report.sections]
     assert titles == [
         "What was compared",
-        "At a glance",
-        "Does a codeword stand for something?",
-        "What shares a codeword",
-        "What the codes keep of an image",
-        "How the codebook is used",
-        "What the transformers have learnt",
-        "Behind the mask",
-        "How they were trained",
-        "How to read this",
+        "Overview",
+        "Probe accuracy of the codebooks",
+        "Patches that share a codeword",
+        "Reconstructions",
+        "Codebook usage",
+        "Pre-trained transformers",
+        "Masked prediction",
+        "Training curves",
+        "How to read this page",
         "Cost and settings",
     ]
     assert len([picture for section in report.sections for picture in section.pictures]) == len(names) + 1
@@ -329,12 +328,12 @@ def test_missing_parts_are_left_out() -> None:
     report = compose(bare, {}, [], {})
     assert [section.title for section in report.sections] == [
         "What was compared",
-        "At a glance",
-        "Does a codeword stand for something?",
-        "How to read this",
+        "Overview",
+        "Probe accuracy of the codebooks",
+        "How to read this page",
         "Cost and settings",
     ]
-    assert "–" in said(report)
+    assert "–" in text_of(report)
     render(compose({"tokenizers": [], "comparisons": ()}, {}, [], {}))
 
 

@@ -1,4 +1,4 @@
-"""Pictures of an analysis: who stands in which column, which neighbours, and what a map says."""
+"""Pictures of an analysis: columns, neighbours and maps."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from tests.runs import codebook_run, vit_run
 __all__ = ["codebook_run", "vit_run"]  # the fixtures
 
 
-def test_analyze__a_run_called_original_has_a_column_of_its_own(
+def test_analyze__a_run_called_original_has_a_separate_column(
     images: Path, codebook_run: Path, vit_run: Path, tmp_path: Path
 ) -> None:
     names = {"original": codebook_run, "_a$^$": codebook_run}
-    for name, own in names.items():
-        (tmp_path / name).symlink_to(own)
+    for name, folder in names.items():
+        (tmp_path / name).symlink_to(folder)
     (tmp_path / "vits").mkdir()
     (tmp_path / "vits" / "masked").symlink_to(vit_run)
     first, second = (str(tmp_path / name) for name in names)
@@ -35,54 +35,57 @@ def test_analyze__a_run_called_original_has_a_column_of_its_own(
     rows = min(6, results["tokenizers"][0]["num_images"])
     for picture in ("reconstructions.png", "masked-38.png"):
         width, height = Image.open(out / "pictures" / picture).size
-        assert rows < 3 * height / width < 1.25 * rows  # three columns of square pictures under their titles
+        assert rows < 3 * height / width < 1.25 * rows  # three columns of square pictures with titles
 
 
 def pictures(labels: Tensor | None = None, classes: tuple[str, ...] = ()) -> dict[str, bytes]:
-    """Of 100 codewords on a line, of which the first and the last are in use."""
+    """Draw the pictures of 100 codewords on a line, of which the first and the last are in use."""
     codes = torch.zeros(8, 2, 2, dtype=torch.long)
     codes[0, 0, 0] = 99
     tokenizer = SimpleNamespace(codebook=torch.linspace(0, 1, 100)[:, None].repeat(1, 2), num_codewords=100)
     usage = code_usage(codes, 100)
-    return pictures_of(tokenizer, torch.rand(8, 3, 8, 8), codes, labels, usage, classes=classes, asked=(), seed=0)
+    return pictures_of(tokenizer, torch.rand(8, 3, 8, 8), codes, labels, usage, classes=classes, requested=(), seed=0)
 
 
-def test_pictures_of__looks_for_neighbours_in_use_among_all(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pictures_of__finds_used_neighbours_among_all_codewords(monkeypatch: pytest.MonkeyPatch) -> None:
     drawn: list[list[tuple[int, int, int, list[tuple[int, int, int]]]]] = []
 
-    def noted(found: Gallery) -> bytes:
+    def record(gallery: Gallery) -> bytes:
         drawn.append(
             [
                 (row.codeword, row.count, row.images, [(p.image, p.row, p.column) for p in row.patches])
-                for row in found.rows
+                for row in gallery.rows
             ]
         )
         return b""
 
-    monkeypatch.setattr("pecobook.analysis.figures.gallery_picture", noted)
+    monkeypatch.setattr("pecobook.analysis.figures.gallery_picture", record)
     assert set(pictures()) == {"gallery", "positions", "neighbours", "map-usage"}
-    first, near = drawn
+    first, neighbours = drawn
     assert {row[:3] for row in first} == {(0, 31, 8), (99, 1, 1)}
-    assert [row[:3] for row in near] == [(0, 31, 8), (99, 1, 1)]  # the most used, then its only neighbour in use
-    assert near[1][3] == [(0, 0, 0)]
-    assert len(near[0][3]) == 6
-    assert len({image for image, _, _ in near[0][3]}) == 6
-    assert (0, 0, 0) not in near[0][3]
+    assert [row[:3] for row in neighbours] == [
+        (0, 31, 8),
+        (99, 1, 1),
+    ]  # the most used and its used neighbour
+    assert neighbours[1][3] == [(0, 0, 0)]
+    assert len(neighbours[0][3]) == 6
+    assert len({image for image, _, _ in neighbours[0][3]}) == 6
+    assert (0, 0, 0) not in neighbours[0][3]
 
 
-def test_pictures_of__maps_say_what_they_leave_out_and_name_classes(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pictures_of__maps_name_classes_and_omitted_codewords(monkeypatch: pytest.MonkeyPatch) -> None:
     drawn: list[tuple[list[int], str, tuple[str, ...]]] = []
 
-    def noted(_: Any, values: Any, *, title: str, classes: tuple[str, ...] = ()) -> bytes:
+    def record(_: Any, values: Any, *, title: str, classes: tuple[str, ...] = ()) -> bytes:
         drawn.append((sorted(set(values.tolist())), title, classes))
         return b""
 
-    monkeypatch.setattr(module, "map_picture", noted)
+    monkeypatch.setattr(module, "map_picture", record)
     pictures(torch.full((8,), 2), ("blue", "green", "red"))
-    monkeypatch.setattr(module, "_ON_MAP", 40)
+    monkeypatch.setattr(module, "_MAX_ON_MAP", 40)
     pictures()
-    whole, by_class, part = drawn
-    assert whole[1] == "coloured by use"
-    assert by_class[0] == [-1, 2]  # all patches are of the third class, though it is the only one
+    complete, by_class, part = drawn
+    assert complete[1] == "coloured by usage"
+    assert by_class[0] == [-1, 2]  # all patches have the third class, although no patch has another class
     assert by_class[2] == ("blue", "green", "red")
-    assert part[1] == "coloured by use\nthe 40 most used of 100 codewords"
+    assert part[1] == "coloured by usage\nthe 40 most used of 100 codewords"

@@ -1,4 +1,4 @@
-"""The demo, whole, with few steps; and its plan."""
+"""The complete demo with few steps, and its plan."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pecobook.errors import PreflightError
 from pecobook.settings.demo import DemoConfig
 
 
-def test_plan__arms_differ_in_the_perceptual_network_alone(tmp_path: Path) -> None:
+def test_plan__codebooks_differ_only_in_the_perceptual_network(tmp_path: Path) -> None:
     from pecobook.settings.values import to_dict
 
     jobs = plan(DemoConfig(out=str(tmp_path), budget="cpu"))
@@ -30,17 +30,17 @@ def test_plan__arms_differ_in_the_perceptual_network_alone(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("budget", ["cpu", "gpu"])
-def test_plan__every_need_comes_before(tmp_path: Path, budget: str) -> None:
-    seen: set[str] = set()
+def test_plan__every_run_follows_the_runs_that_it_needs(tmp_path: Path, budget: str) -> None:
+    earlier: set[str] = set()
     from pecobook.settings.values import replace
 
     for name, job in plan(replace(DemoConfig(out=str(tmp_path)), {"budget": budget, "length": 0.5})).items():
-        assert set(job.needs) <= seen
-        seen.add(name)
-    assert len(seen) == 6
+        assert set(job.needs) <= earlier
+        earlier.add(name)
+    assert len(earlier) == 6
 
 
-def test_demo__writes_what_it_promises(tmp_path: Path, images: Path) -> None:
+def test_demo__writes_results_pictures_and_report(tmp_path: Path, images: Path) -> None:
     out = tmp_path / "demo"
     config = DemoConfig(data=str(images), out=str(out), length=0.02, max_train=16, max_test=8, budget="cpu")
     report = demo(config)
@@ -67,7 +67,7 @@ def test_demo__writes_what_it_promises(tmp_path: Path, images: Path) -> None:
     assert {path.stem for path in (out / "pictures").iterdir()} >= {"reconstructions", "gallery-control", "usage"}
     assert [entry["name"] for entry in results["masked_prediction"]] == ["pixel", "perceptual"]
 
-    # What is finished is not trained again: the second call only measures, and says the same.
+    # Finished runs are not trained again: the second call only measures, with equal results.
     before = (out / "codebook-pixel" / "export" / "model.safetensors").stat().st_mtime_ns
     demo(config)
     again = json.loads((out / "results.json").read_text())
@@ -78,7 +78,7 @@ def test_demo__writes_what_it_promises(tmp_path: Path, images: Path) -> None:
         demo(config, seed=1)
 
 
-def test_demo__refuses_a_folder_that_is_not_its_own(tmp_path: Path) -> None:
+def test_demo__refuses_a_folder_without_a_demo(tmp_path: Path) -> None:
     (tmp_path / "precious.txt").write_text("mine")
     with pytest.raises(PreflightError, match="holds no demo"):
         demo(DemoConfig(out=str(tmp_path)))

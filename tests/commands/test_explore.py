@@ -1,4 +1,4 @@
-"""`pecobook explore`: its answers, its page in a real browser, and what it keeps to itself."""
+"""`pecobook explore`: the contents of the page, the page in a real browser, and the privacy of files."""
 
 from __future__ import annotations
 
@@ -38,60 +38,62 @@ CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shuti
 
 
 @pytest.fixture(scope="module")
-def indexed(images: Path, codebook_run: Path) -> model.Indexed:
+def indexed(images: Path, codebook_run: Path) -> model.IndexedTokenizer:
     with contextlib.redirect_stderr(io.StringIO()):
         return model.index("small", PerceptualTokenizer.from_pretrained(codebook_run), open_images(str(images)), 100)
 
 
-def test_index__holds_codes_of_all_held_out_images(indexed: model.Indexed, images: Path) -> None:
+def test_index__holds_codes_of_all_held_out_images(indexed: model.IndexedTokenizer, images: Path) -> None:
     assert len(indexed.images) == len(indexed.codes) == len(open_images(str(images)).evaluation)
     assert torch.equal(indexed.tokenizer.encode(to_float(indexed.images)), indexed.codes)
     assert indexed.counts.sum() == indexed.codes.numel()
 
 
-def test_see__is_what_the_tokenizer_makes(indexed: model.Indexed) -> None:
-    seen = model.see(indexed, indexed.images[1])
-    assert torch.equal(seen.codes, indexed.codes[1])
+def test_encode_image__equals_the_tokenizer(indexed: model.IndexedTokenizer) -> None:
+    encoded = model.encode_image(indexed, indexed.images[1])
+    assert torch.equal(encoded.codes, indexed.codes[1])
     x = to_float(indexed.images[1])[None]
-    restored = model.picture(decode_all(indexed.tokenizer, encode_all(indexed.tokenizer, x))[0])
-    assert np.array_equal(seen.restored, restored)
-    assert seen.original.shape == seen.tokens.shape == seen.restored.shape == (448, 448, 3)
+    restored = model.to_picture(decode_all(indexed.tokenizer, encode_all(indexed.tokenizer, x))[0])
+    assert np.array_equal(encoded.restored, restored)
+    assert encoded.original.shape == encoded.tokens.shape == encoded.restored.shape == (448, 448, 3)
 
 
 @pytest.mark.parametrize(
     ("x", "y", "row", "column"), [(0, 0, 0, 0), (447, 447, 3, 3), (112, 111, 0, 1), (300, 230, 2, 2)]
 )
-def test_code_at__is_the_token_under_the_pixel(indexed: model.Indexed, x: int, y: int, row: int, column: int) -> None:
-    seen = model.see(indexed, indexed.images[0])
-    assert model.code_at(seen, x, y) == int(seen.codes[row, column])
+def test_code_at__is_the_token_under_the_pixel(
+    indexed: model.IndexedTokenizer, x: int, y: int, row: int, column: int
+) -> None:
+    encoded = model.encode_image(indexed, indexed.images[0])
+    assert model.code_at(encoded, x, y) == int(encoded.codes[row, column])
 
 
-def test_about__counts_images_classes_and_neighbours(indexed: model.Indexed) -> None:
+def test_codeword_info__counts_images_classes_and_neighbours(indexed: model.IndexedTokenizer) -> None:
     code = int(indexed.counts.argmax())
-    told = model.about(indexed, code, ("blue", "green", "red"), patches=3)
-    assert told.count == int((indexed.codes == code).sum())
-    assert told.images == int((indexed.codes == code).flatten(1).any(1).sum())
-    assert sum(count for _, count, _ in told.classes) == told.count
-    assert sum(share for *_, share in told.classes) == pytest.approx(100)
-    assert len(told.patches) == min(3, told.count)
+    info = model.codeword_info(indexed, code, ("blue", "green", "red"), max_patches=3)
+    assert info.count == int((indexed.codes == code).sum())
+    assert info.images == int((indexed.codes == code).flatten(1).any(1).sum())
+    assert sum(count for _, count, _ in info.classes) == info.count
+    assert sum(share for *_, share in info.classes) == pytest.approx(100)
+    assert len(info.patches) == min(3, info.count)
     book = indexed.tokenizer.codebook
     used = [k for k in torch.cdist(book[code][None], book)[0].argsort().tolist() if k != code and indexed.counts[k] > 0]
-    assert [other for other, _ in told.near] == used[: len(told.near)]
+    assert [codeword for codeword, _ in info.nearest] == used[: len(info.nearest)]
     unused = int(np.flatnonzero(indexed.counts == 0)[0]) if (indexed.counts == 0).any() else None
     if unused is not None:
-        assert model.about(indexed, unused, ()).patches == []
+        assert model.codeword_info(indexed, unused, ()).patches == []
 
 
-def test_about__looks_for_neighbours_in_use_among_all_codewords() -> None:
+def test_codeword_info__finds_used_neighbours_among_all_codewords() -> None:
     codes = torch.zeros(2, 4, 4, dtype=torch.long)
-    codes[0, 0, 0] = 63  # all that lies between is unused
+    codes[0, 0, 0] = 63  # all codewords between are unused
     counts = torch.bincount(codes.flatten(), minlength=64).numpy()
     pixels = torch.zeros(2, 3, 16, 16, dtype=torch.uint8)
-    one = model.Indexed("grey", GreyTokenizer(levels=64), pixels, codes, None, counts, torch.zeros(64, 3))
-    assert [other for other, _ in model.about(one, 0, ()).near] == [63]
+    indexed = model.IndexedTokenizer("grey", GreyTokenizer(levels=64), pixels, codes, None, counts, torch.zeros(64, 3))
+    assert [codeword for codeword, _ in model.codeword_info(indexed, 0, ()).nearest] == [63]
 
 
-def test_code_colours__are_alike_for_codewords_that_are_alike() -> None:
+def test_code_colours__are_similar_for_similar_codewords() -> None:
     line = torch.linspace(0, 1, 9)[:, None] * torch.tensor([[3.0, 1.0, 0.0, 2.0]])
     colours = model.code_colours(line)
     assert colours.shape == (9, 3)
@@ -101,22 +103,22 @@ def test_code_colours__are_alike_for_codewords_that_are_alike() -> None:
     assert model.code_colours(torch.randn(5, 1)).shape == (5, 3)
 
 
-def test_painted__needs_a_fifth_of_a_patch() -> None:
+def test_painted_patches__need_a_fifth_of_a_patch() -> None:
     strokes = np.zeros((40, 40), dtype=np.uint8)
     strokes[:10, :2] = 255  # exactly a fifth of the first patch
     strokes[20:30, 10:11] = 9  # a tenth of another
-    assert model.painted(strokes, (4, 4)).nonzero().tolist() == [[0, 0]]
+    assert model.painted_patches(strokes, (4, 4)).nonzero().tolist() == [[0, 0]]
 
 
-def test_predict__fills_the_mask_alone(indexed: model.Indexed, vit_run: Path) -> None:
+def test_predict__changes_only_masked_patches(indexed: model.IndexedTokenizer, vit_run: Path) -> None:
     run = load_masked_run(vit_run)
     mask = torch.zeros(4, 4, dtype=torch.bool)
     mask[1, 2] = True
-    hidden, believed, right = model.predict(run, indexed.images[0], mask)
+    hidden, predicted, accuracy = model.predict(run, indexed.images[0], mask)
     assert (hidden[112:224, 224:336] == 128).all()
     assert (hidden[:112] != 128).any()
-    assert believed.shape == hidden.shape
-    assert right in (0.0, 100.0)
+    assert predicted.shape == hidden.shape
+    assert accuracy in (0.0, 100.0)
 
 
 # ------------------------------------------------------------------------------------------------------------ the page
@@ -148,7 +150,7 @@ def status(address: str, data: bytes | None = None, **headers: str) -> int:
         return error.code
 
 
-def test_page__gives_away_no_file(page: tuple[str, Any], images: Path) -> None:
+def test_page__serves_no_other_file(page: tuple[str, Any], images: Path) -> None:
     address, _ = page
     assert status(address) == 200
     for path in (
@@ -160,7 +162,7 @@ def test_page__gives_away_no_file(page: tuple[str, Any], images: Path) -> None:
         assert status(f"{address}/gradio_api/file={urllib.parse.quote(path)}") in (403, 404)
 
 
-def test_page__a_chosen_image_is_the_one_of_the_source(images: Path, tmp_path: Path) -> None:
+def test_page__shows_a_selected_image_of_the_source(images: Path, tmp_path: Path) -> None:
     pytest.importorskip("gradio")
     from pecobook.commands.explore.page import Page
 
@@ -174,17 +176,17 @@ def test_page__a_chosen_image_is_the_one_of_the_source(images: Path, tmp_path: P
     small, large = (GreyTokenizer(levels=64, stride=4, image_size=size) for size in (8, 32))
     nothing = torch.zeros(1, 3, 8, 8, dtype=torch.uint8), torch.zeros(1, 2, 2, dtype=torch.long)
     indexed = [
-        model.Indexed(name, one, *nothing, None, np.zeros(64, dtype=np.int64), torch.zeros(64, 3))
-        for name, one in (("small", small), ("large", large))
+        model.IndexedTokenizer(name, tokenizer, *nothing, None, np.zeros(64, dtype=np.int64), torch.zeros(64, 3))
+        for name, tokenizer in (("small", small), ("large", large))
     ]
-    shown = Page(indexed, {}, splits)
-    assert len(shown.known) == 3
-    for place, number in enumerate(shown.known):
+    page = Page(indexed, {}, splits)
+    assert len(page.thumbnails) == 3
+    for position, number in enumerate(page.thumbnails):
         uploaded = decode((tmp_path / "test" / f"{number}.png").read_bytes(), name="x")
-        given = shown.chosen(SimpleNamespace(index=place))
-        assert np.array_equal(given, uploaded.permute(1, 2, 0).numpy())
-        seen = model.see(indexed[1], torch.from_numpy(given).permute(2, 0, 1))
-        assert torch.equal(seen.codes, model.see(indexed[1], uploaded).codes)
+        selected = page.read_held_out(SimpleNamespace(index=position))
+        assert np.array_equal(selected, uploaded.permute(1, 2, 0).numpy())
+        encoded = model.encode_image(indexed[1], torch.from_numpy(selected).permute(2, 0, 1))
+        assert torch.equal(encoded.codes, model.encode_image(indexed[1], uploaded).codes)
 
 
 def test_page__refuses_a_large_upload(page: tuple[str, Any]) -> None:
@@ -197,24 +199,24 @@ def test_page__refuses_a_large_upload(page: tuple[str, Any]) -> None:
     assert status(f"{page[0]}/gradio_api/upload", body, **kind) == 413
 
 
-def test_page__reads_uploads_alone(page: tuple[str, Any], images: Path) -> None:
+def test_page__reads_only_uploads(page: tuple[str, Any], images: Path) -> None:
     import gradio
 
     from pecobook.commands.explore.page import Page
 
-    shown = Page.__new__(Page)
+    instance = Page.__new__(Page)
     outside = next(images.rglob("*.png"))
-    with pytest.raises(gradio.Error, match="Only images that were uploaded"):
-        shown.uploaded(str(outside))
+    with pytest.raises(gradio.Error, match="Only uploaded images"):
+        instance.read_upload(str(outside))
     inside = Path(os.environ["GRADIO_TEMP_DIR"]) / "a.png"
     inside.write_bytes(outside.read_bytes())
-    assert shown.uploaded(str(inside)).shape == (40, 48, 3)
+    assert instance.read_upload(str(inside)).shape == (40, 48, 3)
     inside.write_bytes(b"\x89PNG nonsense")
     with pytest.raises(gradio.Error, match="cannot be read"):
-        shown.uploaded(str(inside))
+        instance.read_upload(str(inside))
 
 
-def test_explore__refuses_a_port_that_is_taken(
+def test_explore__refuses_a_port_in_use(
     page: tuple[str, Any], codebook_run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit):
@@ -222,7 +224,7 @@ def test_explore__refuses_a_port_that_is_taken(
     assert "give another --port" in capsys.readouterr().err
 
 
-def test_explore__tells_all_problems(tmp_path: Path) -> None:
+def test_explore__lists_all_problems(tmp_path: Path) -> None:
     pytest.importorskip("gradio")
     with pytest.raises(PreflightError) as caught:
         pecobook.explore(runs=(str(tmp_path / "none"),), data=str(tmp_path / "nothing"), port=free_port())
@@ -234,12 +236,12 @@ def test_explore__tells_all_problems(tmp_path: Path) -> None:
 @pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium")
 def test_page__works_in_a_browser(page: tuple[str, Any], images: Path) -> None:
     playwright = pytest.importorskip("playwright.sync_api")
-    asked: list[str] = []
+    requests: list[str] = []
     with playwright.sync_playwright() as library:
         browser = library.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
         tab = browser.new_page(viewport={"width": 1400, "height": 1400})
         tab.set_default_timeout(60_000)
-        tab.on("request", lambda request: asked.append(request.url))
+        tab.on("request", lambda request: requests.append(request.url))
         tab.goto(page[0])
         tab.wait_for_selector("#token-map img")
         tab.locator("#token-map img").click(position={"x": 20, "y": 20})
@@ -264,10 +266,10 @@ def test_page__works_in_a_browser(page: tuple[str, Any], images: Path) -> None:
         tab.mouse.up()
         tab.wait_for_timeout(500)
         tab.locator("#ask").click()
-        tab.wait_for_selector("text=patches hidden")
+        tab.wait_for_selector("text=patches masked")
         bad = {"name": "bad.png", "mimeType": "image/png", "buffer": b"\x89PNG nonsense"}
         tab.locator("#upload input[type=file]").set_input_files(bad)
         tab.wait_for_selector("text=cannot be read")
         browser.close()
-    hosts = {urllib.parse.urlsplit(url).hostname for url in asked if not url.startswith(("data:", "blob:"))}
+    hosts = {urllib.parse.urlsplit(url).hostname for url in requests if not url.startswith(("data:", "blob:"))}
     assert hosts == {"127.0.0.1"}

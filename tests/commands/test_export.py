@@ -1,4 +1,4 @@
-"""`pecobook export`: what each library makes of a run is what the run makes of an image."""
+"""`pecobook export`: an exported model gives the same outputs in each library as the run itself."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def run_export(run: Path, out: Path, kind: str) -> Path:
 
 
 @pytest.mark.parametrize("which", ["vit_run", "beit_run", "classifier_run"])
-def test_timm__loads_it_in_two_lines(which: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
+def test_timm__loads_an_export_in_two_lines(which: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
     run: Path = request.getfixturevalue(which)
     out = run_export(run, tmp_path / "timm", "timm")
     network = timm.create_model(f"local-dir:{out}", pretrained=True).eval()
@@ -72,7 +72,7 @@ def test_timm__loads_it_in_two_lines(which: str, request: pytest.FixtureRequest,
 
 @pytest.mark.parametrize("which", ["vit_run", "classifier_run"])
 @pytest.mark.parametrize("num_classes", [0, 10])
-def test_timm__loads_it_with_other_classes(
+def test_timm__loads_an_export_with_other_classes(
     which: str, num_classes: int, request: pytest.FixtureRequest, tmp_path: Path
 ) -> None:
     run: Path = request.getfixturevalue(which)
@@ -83,35 +83,35 @@ def test_timm__loads_it_with_other_classes(
     assert_close(network.forward_features(pictures()), ours.forward_features(pictures()))  # type: ignore[operator]
 
 
-def test_hf__of_pixels_is_a_body(images: Path, tmp_path: Path) -> None:
+def test_hf__a_run_on_pixels_becomes_a_model_without_a_head(images: Path, tmp_path: Path) -> None:
     from transformers import BeitModel
 
     run = train("pretrain", images, tmp_path / "run", target="pixels", **_BEIT)
     assert read_export(run)[0]["target"] == "pixels"
     out = run_export(run, tmp_path / "hf", "hf")
     assert "vocab_size" not in json.loads((out / "config.json").read_text())
-    theirs, told = BeitModel.from_pretrained(out, output_loading_info=True)
-    assert not any(told[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    theirs, loading_info = BeitModel.from_pretrained(out, output_loading_info=True)
+    assert not any(loading_info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     hidden = load_backbone(str(run)).network.eval().forward_features(pictures())  # type: ignore[operator]
     assert hidden.shape == theirs.eval()(pictures()).last_hidden_state.shape
 
 
-def test_hf__a_pretrained_run_is_a_masked_image_model(beit_run: Path, tmp_path: Path) -> None:
+def test_hf__a_pretrained_run_becomes_a_masked_image_model(beit_run: Path, tmp_path: Path) -> None:
     from transformers import AutoImageProcessor, BeitForMaskedImageModeling, BeitModel
 
     from pecobook.models.checkpoints import read_weights
     from pecobook.models.masked_vit import MaskedImageModel
 
     out = run_export(beit_run, tmp_path / "hf", "hf")
-    theirs, told = BeitForMaskedImageModeling.from_pretrained(out, output_loading_info=True)
-    assert not any(told[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    theirs, loading_info = BeitForMaskedImageModeling.from_pretrained(out, output_loading_info=True)
+    assert not any(loading_info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     ours = MaskedImageModel(load_backbone(str(beit_run)).network, 24).eval()
     ours.load_state_dict(read_weights(str(beit_run / "export" / "mim.safetensors")), strict=False)
     mask = torch.zeros(2, 4, 4, dtype=torch.bool)
     mask[:, 1, 2] = mask[:, 3, 0] = True
     expected = ours(pictures(), mask, 2)
-    found = theirs.eval()(pictures(), bool_masked_pos=mask.flatten(1)).logits[mask.flatten(1)]
-    assert_close(found, expected, atol=1e-5, rtol=1e-5)
+    logits = theirs.eval()(pictures(), bool_masked_pos=mask.flatten(1)).logits[mask.flatten(1)]
+    assert_close(logits, expected, atol=1e-5, rtol=1e-5)
     body = BeitModel.from_pretrained(out, add_pooling_layer=False).eval()
     assert body(pictures()).last_hidden_state.shape == (2, 17, 24)
     processor = AutoImageProcessor.from_pretrained(out)
@@ -125,12 +125,12 @@ def test_hf__a_pretrained_run_is_a_masked_image_model(beit_run: Path, tmp_path: 
     )
 
 
-def test_hf__a_classifier_is_a_classifier(classifier_run: Path, tmp_path: Path) -> None:
+def test_hf__a_fine_tuned_run_becomes_a_classifier(classifier_run: Path, tmp_path: Path) -> None:
     from transformers import BeitForImageClassification
 
     out = run_export(classifier_run, tmp_path / "hf", "hf")
-    theirs, told = BeitForImageClassification.from_pretrained(out, output_loading_info=True)
-    assert not any(told[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    theirs, loading_info = BeitForImageClassification.from_pretrained(out, output_loading_info=True)
+    assert not any(loading_info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     config, state = read_export(classifier_run)
     ours = timm.create_model(config["name"], num_classes=3, **config["args"])
     ours.load_state_dict(state)
@@ -139,7 +139,7 @@ def test_hf__a_classifier_is_a_classifier(classifier_run: Path, tmp_path: Path) 
 
 
 @pytest.mark.parametrize("which", ["vit_run", "classifier_run"])
-def test_onnx__computes_the_same(which: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
+def test_onnx__computes_the_same_outputs(which: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
     import onnxruntime
 
     run: Path = request.getfixturevalue(which)
@@ -149,8 +149,8 @@ def test_onnx__computes_the_same(which: str, request: pytest.FixtureRequest, tmp
     network = timm.create_model(config["name"], num_classes=len(config.get("classes", ())), **config["args"])
     network.load_state_dict(state)
     for count in (1, 2):
-        (found,) = session.run(None, {"images": pictures()[:count].numpy()})
-        assert_close(torch.from_numpy(found), network.eval()(pictures()[:count]), atol=1e-5, rtol=1e-4)
+        (output,) = session.run(None, {"images": pictures()[:count].numpy()})
+        assert_close(torch.from_numpy(output), network.eval()(pictures()[:count]), atol=1e-5, rtol=1e-4)
     assert json.loads((out / "config.json").read_text())["mean"] == config["mean"]
 
 
@@ -180,8 +180,8 @@ def test_export__refuses(vit_run: Path, codebook_run: Path, tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("kind", ["vit", "beit"])
-def test_segmenter__onnx_scores_pixels_as_it_does(kind: str, vit_run: Path, beit_run: Path, tmp_path: Path) -> None:
-    """At another size than the backbone's own, so that its positions were interpolated."""
+def test_segmenter__onnx_gives_the_same_scores(kind: str, vit_run: Path, beit_run: Path, tmp_path: Path) -> None:
+    """The size differs from the backbone's own size, so that its positional embeddings were interpolated."""
     import onnxruntime
 
     backbone = str(vit_run if kind == "vit" else beit_run)

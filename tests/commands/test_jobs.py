@@ -1,4 +1,4 @@
-"""Runs side by side: what each may use, and in which order they go."""
+"""Parallel runs: the cores and GPUs of each run, the order of the runs, failures and signals."""
 
 from __future__ import annotations
 
@@ -26,32 +26,34 @@ def machine(monkeypatch: pytest.MonkeyPatch, num_cores: int, *gpu_names: str) ->
 
 
 @pytest.mark.parametrize(
-    ("count", "shares"),
+    ("num_cores", "num_cores_each"),
     [(1, [1]), (2, [1, 1]), (3, [1, 1]), (4, [2, 2]), (8, [4, 4]), (16, [4] * 4), (18, [4] * 4), (64, [4] * 16)],
 )
-def test_places__share_out_the_cores(monkeypatch: pytest.MonkeyPatch, count: int, shares: list[int]) -> None:
-    machine(monkeypatch, count)
-    found = gpu_slots(gpus_per_run=2)  # which only counts where there are some
-    assert [len(slot.cores) for slot in found] == shares
-    used = [core for slot in found for core in slot.cores]
-    assert len(set(used)) == len(used)
-    assert {slot.environment["OMP_NUM_THREADS"] for slot in found} == {str(shares[0])}
-    assert not any("CUDA_VISIBLE_DEVICES" in slot.environment for slot in found)
+def test_gpu_slots__divide_the_cores(
+    monkeypatch: pytest.MonkeyPatch, num_cores: int, num_cores_each: list[int]
+) -> None:
+    machine(monkeypatch, num_cores)
+    slots = gpu_slots(gpus_per_run=2)  # gpus_per_run has no effect without GPUs
+    assert [len(slot.cores) for slot in slots] == num_cores_each
+    used_cores = [core for slot in slots for core in slot.cores]
+    assert len(set(used_cores)) == len(used_cores)
+    assert {slot.environment["OMP_NUM_THREADS"] for slot in slots} == {str(num_cores_each[0])}
+    assert not any("CUDA_VISIBLE_DEVICES" in slot.environment for slot in slots)
 
 
-def test_places__are_one_for_each_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gpu_slots__are_one_per_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     machine(monkeypatch, 16, "0", "3")
-    found = gpu_slots()
-    assert found == [GpuSlot(tuple(range(8)), ("0",)), GpuSlot(tuple(range(8, 16)), ("3",))]
-    assert [slot.environment for slot in found] == [{"CUDA_VISIBLE_DEVICES": "0"}, {"CUDA_VISIBLE_DEVICES": "3"}]
+    slots = gpu_slots()
+    assert slots == [GpuSlot(tuple(range(8)), ("0",)), GpuSlot(tuple(range(8, 16)), ("3",))]
+    assert [slot.environment for slot in slots] == [{"CUDA_VISIBLE_DEVICES": "0"}, {"CUDA_VISIBLE_DEVICES": "3"}]
     machine(monkeypatch, 2, "0", "1", "2")
-    assert gpu_slots()[2] == GpuSlot((0, 1), ("2",)), "with fewer cores than GPUs all may use all"
+    assert gpu_slots()[2] == GpuSlot((0, 1), ("2",)), "with fewer cores than GPUs, every slot may use all cores"
 
 
-def test_places__hold_as_many_gpus_as_a_run_is_to_have(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gpu_slots__have_gpus_per_run_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     machine(monkeypatch, 10, *"01234")
     pairs = gpu_slots(gpus_per_run=2)
-    assert [slot.gpus for slot in pairs] == [("0", "1"), ("2", "3")], "the fifth is not enough for a run"
+    assert [slot.gpus for slot in pairs] == [("0", "1"), ("2", "3")], "the fifth GPU alone is too few for a run"
     assert pairs[0].environment == {"CUDA_VISIBLE_DEVICES": "0,1"}
     assert gpu_slots(gpus_per_run=sys.maxsize) == [GpuSlot(tuple(range(10)), tuple("01234"))]
 
@@ -60,7 +62,7 @@ def test_places__hold_as_many_gpus_as_a_run_is_to_have(monkeypatch: pytest.Monke
     ("variable", "count", "names"),
     [("", 2, ("0", "1")), ("2, 5", 2, ("2", "5")), ("3,-1,0", 1, ("3",)), ("GPU-1,GPU-2", 2, ("GPU-1", "GPU-2"))],
 )
-def test_gpus__are_named_as_a_child_must_be_told(
+def test_gpus__have_the_names_that_a_child_process_needs(
     monkeypatch: pytest.MonkeyPatch, variable: str, count: int, names: tuple[str, ...]
 ) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", variable)
@@ -69,7 +71,7 @@ def test_gpus__are_named_as_a_child_must_be_told(
     assert gpus() == names
 
 
-def test_gpus__are_none_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gpus__are_empty_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     assert gpus() == ()
 
@@ -77,9 +79,9 @@ def test_gpus__are_none_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
 _RUN = """#!{python}
 import json, os, pathlib, sys, time
 out = pathlib.Path(json.loads(pathlib.Path(sys.argv[5]).read_text())["out"])
-time.sleep(0.5)  # until the parent has given it its cores
+time.sleep(0.5)  # until the parent has set the cores
 (out / "export").mkdir(parents=True)
-(out / "seen.json").write_text(json.dumps({{
+(out / "process.json").write_text(json.dumps({{
     "process": os.getpid(), "began": time.time(),
     "gpu": os.environ.get("CUDA_VISIBLE_DEVICES"), "cores": sorted(os.sched_getaffinity(0)),
 }}))
@@ -94,7 +96,7 @@ time.sleep(60 if "long" in out.name else 0.5)
 
 @pytest.fixture
 def runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder; runs are a script in place of pecobook."""
+    """A folder for runs, in which a script replaces pecobook."""
     script = tmp_path / "python"
     script.write_text(_RUN.format(python=sys.executable))
     script.chmod(0o755)
@@ -106,45 +108,46 @@ def job(folder: Path, name: str, *needs: str) -> Job:
     return Job("codebook", dataclasses.replace(codebook.tiny(), out=str(folder / name)), needs)
 
 
-@pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="the system does not keep processes to cores")
+@pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="the system cannot confine processes to cores")
 @pytest.mark.parametrize("gpu_names", [(), ("0", "3")])
-def test_run_all__gives_each_run_a_place_of_its_own(
+def test_run_all__gives_each_run_its_own_slot(
     runs: Path, monkeypatch: pytest.MonkeyPatch, gpu_names: tuple[str, ...]
 ) -> None:
     monkeypatch.setattr(devices, "gpus", lambda: gpu_names)
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)  # which hides a GPU from tests
-    given = gpu_slots()
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)  # the tests set it to hide GPUs
+    slots = gpu_slots()
     jobs = {name: job(runs, name) for name in ("a", "b", "c")} | {"d": job(runs, "d", "a", "b", "c")}
     cost = run_all(jobs, runs)
     assert cost.keys() == jobs.keys()
-    seen = {name: json.loads((runs / name / "seen.json").read_text()) for name in jobs}
-    found = {(tuple(run["cores"]), run["gpu"]) for run in seen.values()}
-    assert found <= {(slot.cores, slot.gpus[0] if slot.gpus else None) for slot in given}
-    if len(given) > 1:
-        assert seen["a"]["cores"] != seen["b"]["cores"]
-    assert seen["d"]["began"] > max(seen[name]["began"] for name in "abc") + 0.5, "not before all that it needs"
+    processes = {name: json.loads((runs / name / "process.json").read_text()) for name in jobs}
+    used = {(tuple(process["cores"]), process["gpu"]) for process in processes.values()}
+    assert used <= {(slot.cores, slot.gpus[0] if slot.gpus else None) for slot in slots}
+    if len(slots) > 1:
+        assert processes["a"]["cores"] != processes["b"]["cores"]
+    last_began = max(processes[name]["began"] for name in "abc")
+    assert processes["d"]["began"] > last_began + 0.5, "d must start after all jobs that it needs"
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
-def test_run_all__ends_its_runs_when_it_is_ended(runs: Path, number: signal.Signals) -> None:
+def test_run_all__ends_the_runs_on_a_signal(runs: Path, number: signal.Signals) -> None:
     def end() -> None:
-        while not (runs / "long" / "seen.json").exists():
+        while not (runs / "long" / "process.json").exists():
             time.sleep(0.1)
         os.kill(os.getpid(), number)
 
-    before, began = signal.getsignal(number), time.monotonic()
+    handler, began = signal.getsignal(number), time.monotonic()
     threading.Thread(target=end, daemon=True).start()
     with pytest.raises(SystemExit) as ended:
         run_all({"long": job(runs, "long")}, runs)
     assert ended.value.code == 128 + number
-    assert time.monotonic() - began < 30, "the run was not waited for"
-    assert signal.getsignal(number) == before
-    process = json.loads((runs / "long" / "seen.json").read_text())["process"]
+    assert time.monotonic() - began < 30, "run_all must end the run, not wait for its end"
+    assert signal.getsignal(number) == handler
+    process = json.loads((runs / "long" / "process.json").read_text())["process"]
     with pytest.raises(ProcessLookupError):
         os.kill(process, 0)
 
 
-def test_run_all__says_which_run_failed_and_ends_the_others(runs: Path) -> None:
+def test_run_all__reports_the_failed_run_and_starts_no_others(runs: Path) -> None:
     with pytest.raises(PecobookError, match=r"(?s)The run 'fails' failed; .*fails\.log:\nno luck"):
         run_all({"fails": job(runs, "fails"), "late": job(runs, "late", "fails")}, runs)
     assert not (runs / "late").exists()

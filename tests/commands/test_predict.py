@@ -1,4 +1,4 @@
-"""`pecobook predict`: files for every image, whatever its name, and for none that cannot be read."""
+"""`pecobook predict`: files for every image of any name; images that cannot be read are skipped."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def detect_run(vit_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def pictures(tmp_path: Path) -> Path:
-    """Images of many sizes and modes, one of them broken, two of one name."""
+    """Images of many sizes and modes; one is broken, two have the same stem."""
     folder = tmp_path / "pictures"
     (folder / "deep" / "er").mkdir(parents=True)
     rng = np.random.default_rng(0)
@@ -68,7 +68,9 @@ def files(folder: Path) -> set[str]:
 STEMS = ["a", "a.png", "deep/b", "deep/er/odd name (2)"]
 
 
-def test_segmenter__a_mask_and_a_picture_of_every_image(segment_run: Path, pictures: Path, tmp_path: Path) -> None:
+def test_segmenter__writes_a_mask_and_a_picture_of_every_image(
+    segment_run: Path, pictures: Path, tmp_path: Path
+) -> None:
     out = tmp_path / "out"
     cli.main(["predict", str(segment_run), str(pictures), "--out", str(out)])
     assert files(out) == {
@@ -88,20 +90,22 @@ def test_segmenter__a_mask_and_a_picture_of_every_image(segment_run: Path, pictu
         assert picture.size == (56, 40)
 
 
-def test_segmenter__its_test_can_be_changed(segment_run: Path, pictures: Path, tmp_path: Path) -> None:
+def test_segmenter__takes_test_settings(segment_run: Path, pictures: Path, tmp_path: Path) -> None:
     settings: dict[str, Any] = {"test.mode": "slide", "test.flip": True, "test.scales": (0.5, 1.0), "pictures": False}
     out = predict(str(segment_run), str(pictures), out=str(tmp_path / "out"), **settings)
     assert not (out / "pictures").exists()
     assert len(list((out / "masks").rglob("*.png"))) == 4
 
 
-def test_classifier__the_best_classes_of_every_image(classifier_run: Path, pictures: Path, tmp_path: Path) -> None:
+def test_classifier__writes_the_best_classes_of_every_image(
+    classifier_run: Path, pictures: Path, tmp_path: Path
+) -> None:
     out = predict(str(classifier_run), str(pictures), out=str(tmp_path / "out"))
     with (out / "predictions.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert [row["image"] for row in rows] == ["a.jpg", "a.png", "deep/b.png", "deep/er/odd name (2).png"]
     assert files(out / "pictures") == {f"{stem}.jpg" for stem in STEMS}
-    # The same central square, through the exported network.
+    # The exported network must give the same probabilities for the central square.
     config = json.loads((classifier_run / "export" / "config.json").read_text())
     assert config["crop"] == 1.0
     backbone = load_backbone(str(classifier_run), pool_mean=True)
@@ -114,32 +118,32 @@ def test_classifier__the_best_classes_of_every_image(classifier_run: Path, pictu
     square = center_crop(decode((pictures / "a.jpg").read_bytes()), 16).float() / 255
     mean, std = (torch.tensor(config[name])[:, None, None] for name in ("mean", "std"))
     with torch.no_grad():
-        shares = backbone.network.eval()(((square - mean) / std)[None]).softmax(1)[0]
-    best = shares.argsort(descending=True)
+        probabilities = backbone.network.eval()(((square - mean) / std)[None]).softmax(1)[0]
+    best = probabilities.argsort(descending=True)
     assert [rows[0][name] for name in ("class", "class_2", "class_3")] == [config["classes"][n] for n in best]
-    assert float(rows[0]["probability"]) == pytest.approx(float(shares.max()), abs=1e-4)
+    assert float(rows[0]["probability"]) == pytest.approx(float(probabilities.max()), abs=1e-4)
 
 
 def stop_after(monkeypatch: pytest.MonkeyPatch, writer: type[Any], images: int) -> None:
-    """Fail once so many images are done."""
-    ordinary, seen = writer.add, list[int]()
+    """Raise RuntimeError after `images` images."""
+    original_add, names = writer.add, list[str]()
 
     def add(self: Any, name: str, file: str, image: Tensor) -> None:
-        if len(seen) == images:
+        if len(names) == images:
             raise RuntimeError("stopped")
-        seen.append(len(seen))
-        ordinary(self, name, file, image)
+        names.append(name)
+        original_add(self, name, file, image)
 
     monkeypatch.setattr(writer, "add", add)
 
 
-@pytest.mark.parametrize("limit", ["_BATCH", "_HELD"])
-def test_classifier__a_row_is_on_disk_as_it_comes(
+@pytest.mark.parametrize("limit", ["_BATCH", "_MAX_BYTES"])
+def test_classifier__writes_each_row_at_once(
     limit: str, classifier_run: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(writers, limit, 1)
-    whole = predict(str(classifier_run), str(pictures), out=str(tmp_path / "whole"), pictures=False)
-    lines = (whole / "predictions.csv").read_bytes().splitlines(keepends=True)
+    complete = predict(str(classifier_run), str(pictures), out=str(tmp_path / "complete"), pictures=False)
+    lines = (complete / "predictions.csv").read_bytes().splitlines(keepends=True)
     stop_after(monkeypatch, writers.ClassifierWriter, 2)
     monkeypatch.setattr(writers.ClassifierWriter, "finish", lambda _: pytest.fail("as if killed"))
     with pytest.raises(pytest.fail.Exception):
@@ -147,19 +151,19 @@ def test_classifier__a_row_is_on_disk_as_it_comes(
     assert (tmp_path / "out" / "predictions.csv").read_bytes() == b"".join(lines[:3])
 
 
-def test_detector__what_is_done_outlives_a_kill_and_is_finished_after_an_interruption(
+def test_detector__keeps_detections_after_a_kill_and_after_an_interruption(
     detect_run: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = predict(str(detect_run), str(pictures), out=str(tmp_path / "whole"), pictures=False)
-    assert files(whole) == {"detections.json", "images.json", "skipped.txt"}
-    expected, listing = (json.loads((whole / name).read_text()) for name in ("detections.json", "images.json"))
+    complete = predict(str(detect_run), str(pictures), out=str(tmp_path / "complete"), pictures=False)
+    assert files(complete) == {"detections.json", "images.json", "skipped.txt"}
+    expected, listing = (json.loads((complete / name).read_text()) for name in ("detections.json", "images.json"))
     assert [image["id"] for image in listing["images"]] == [1, 2, 3, 4]
     with monkeypatch.context() as patch:
         stop_after(patch, writers.DetectorWriter, 2)
         with pytest.raises(RuntimeError, match="stopped"):
             predict(str(detect_run), str(pictures), out=str(tmp_path / "part"), pictures=False)
     part = json.loads((tmp_path / "part" / "detections.json").read_text())
-    assert part == [one for one in expected if one["image_id"] <= 2] != []
+    assert part == [detection for detection in expected if detection["image_id"] <= 2] != []
     assert json.loads((tmp_path / "part" / "images.json").read_text())["images"] == listing["images"][:2]
     stop_after(monkeypatch, writers.DetectorWriter, 2)
     monkeypatch.setattr(writers.DetectorWriter, "finish", lambda _: pytest.fail("as if killed"))
@@ -170,7 +174,7 @@ def test_detector__what_is_done_outlives_a_kill_and_is_finished_after_an_interru
     assert [json.loads(line) for line in lines] == part
 
 
-def test_predict__one_image_and_a_set_with_splits(segment_run: Path, images: Path, tmp_path: Path) -> None:
+def test_predict__takes_one_image_or_a_data_set_with_splits(segment_run: Path, images: Path, tmp_path: Path) -> None:
     out = predict(str(segment_run), str(images / "red" / "3.png"), out=str(tmp_path / "one"), pictures=False)
     assert files(out) == {"masks/3.png", "classes.txt"}
     out = predict(str(segment_run), "photos", out=str(tmp_path / "two"), pictures=False)
@@ -182,7 +186,7 @@ def write_parquet(file: Path, sources: list[Path]) -> None:
     pq.write_table(pa.table(table), file)
 
 
-def test_list_images__every_split_of_a_set_and_one_image_alone(images: Path, tmp_path: Path) -> None:
+def test_list_images__opens_every_split_and_single_images(images: Path, tmp_path: Path) -> None:
     (tmp_path / "set").mkdir()
     for number, split in enumerate(("train", "validation", "test")):
         write_parquet(tmp_path / "set" / f"{split}.parquet", [images / "red" / f"{n}.png" for n in range(number + 1)])
@@ -191,8 +195,8 @@ def test_list_images__every_split_of_a_set_and_one_image_alone(images: Path, tmp
     write_parquet(tmp_path / "one.parquet", [images / "red" / "0.png"])
     for source, count in (("set", 6), ("one.parquet", 1), ("one.tar", 1)):
         sources = list_images(str(tmp_path / source))
-        assert sum(len(one) for one, _ in sources) == count
-        names = [one.identify(index) for one, _ in sources for index in range(len(one))]
+        assert sum(len(split) for split, _ in sources) == count
+        names = [split.identify(index) for split, _ in sources for index in range(len(split))]
         assert len(set(names)) == count
     write_parquet(tmp_path / "none.parquet", [])
     with pytest.raises(DataError, match=r"none\.parquet'"):
@@ -232,8 +236,8 @@ def test_file_name__stays_in_the_folder(name: str, expected: str) -> None:
     assert file_name(name, set()) == expected
 
 
-def test_file_name__is_taken_once() -> None:
-    taken: set[str] = set()
-    assert [file_name(name, taken) for name in ("a.jpg", "a.png", "a.png", "a.png", "b c", "b:c")] == [
+def test_file_name__is_used_once() -> None:
+    used_names: set[str] = set()
+    assert [file_name(name, used_names) for name in ("a.jpg", "a.png", "a.png", "a.png", "b c", "b:c")] == [
         "a", "a.png", "a.png-2", "a.png-3", "b c", "b:c"
     ]  # fmt: skip

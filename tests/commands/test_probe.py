@@ -1,4 +1,4 @@
-"""`pecobook probe`: features of every image once, and the best layer and pooling found without the test images."""
+"""`pecobook probe`: features are extracted once an image; layer and pooling are chosen without the test images."""
 
 from __future__ import annotations
 
@@ -24,87 +24,83 @@ from tests.runs import codebook_run, vit_run
 __all__ = ["codebook_run", "vit_run"]  # the fixtures
 
 
-def test_extract__is_features_of_all_images(images: Path, vit_run: Path) -> None:
+def test_extract__returns_the_features_and_labels_of_all_images(images: Path, vit_run: Path) -> None:
     backbone, source = load_backbone(str(vit_run)), open_images(str(images)).train
-    found, labels = extract(
+    features, labels = extract(
         source, 16, 10_000, lambda pixels: backbone_features(backbone, pixels, every_layer=True), "training"
     )
     assert source.labels is not None
     assert labels is not None
     assert len(labels) == len(source)
-    pixels, own, _ = read_all(source, 16)
+    pixels, expected_labels, _ = read_all(source, 16)
     expected = backbone_features(backbone, to_float(pixels), every_layer=True)
-    assert own is not None
-    assert set(found) == set(expected) == {f"block {n} {pool}" for n in (1, 2) for pool in ("mean", "class")}
-    for name, value in found.items():
-        # The stream has an order of its own: compare as sets of rows with their labels.
-        mine = sorted(zip(labels.tolist(), value.float().sum(1).tolist(), strict=True))
-        theirs = sorted(zip(own.tolist(), expected[name].sum(1).tolist(), strict=True))
-        assert [row[0] for row in mine] == [row[0] for row in theirs]
-        assert [row[1] for row in mine] == pytest.approx([row[1] for row in theirs], rel=0.02, abs=0.05)
+    assert expected_labels is not None
+    assert set(features) == set(expected) == {f"block {n} {pool}" for n in (1, 2) for pool in ("mean", "class")}
+    for name, value in features.items():
+        # The stream reads the images in another order: compare sorted pairs of label and sum of features.
+        rows = sorted(zip(labels.tolist(), value.float().sum(1).tolist(), strict=True))
+        expected_rows = sorted(zip(expected_labels.tolist(), expected[name].sum(1).tolist(), strict=True))
+        assert [row[0] for row in rows] == [row[0] for row in expected_rows]
+        assert [row[1] for row in rows] == pytest.approx([row[1] for row in expected_rows], rel=0.02, abs=0.05)
 
 
-def test_features__of_every_layer_are_those_of_the_blocks(vit_run: Path) -> None:
+def test_backbone_features__of_every_layer_are_the_outputs_of_the_blocks(vit_run: Path) -> None:
     backbone = load_backbone(str(vit_run))
     network, images = backbone.network.eval(), torch.rand(2, 3, 16, 16)
-    seen: list[Tensor] = []
+    outputs: list[Tensor] = []
     for block in network.blocks:  # type: ignore[union-attr]
-        block.register_forward_hook(lambda _module, _inputs, output: seen.append(output))
+        block.register_forward_hook(lambda _module, _inputs, output: outputs.append(output))
     mean, std = (torch.tensor(values)[:, None, None] for values in (backbone.mean, backbone.std))
     with torch.no_grad():
         network((images - mean) / std)
-    found = backbone_features(backbone, images, every_layer=True)
-    for number, tokens in enumerate(seen[:2], start=1):
-        torch.testing.assert_close(found[f"block {number} class"], tokens[:, 0])
-        torch.testing.assert_close(found[f"block {number} mean"], tokens[:, 1:].mean(1))
+    features = backbone_features(backbone, images, every_layer=True)
+    for number, tokens in enumerate(outputs[:2], start=1):
+        torch.testing.assert_close(features[f"block {number} class"], tokens[:, 0])
+        torch.testing.assert_close(features[f"block {number} mean"], tokens[:, 1:].mean(1))
 
 
-def test_probe_features__chooses_the_layer_and_pooling_that_know_the_classes() -> None:
+def test_probe_features__chooses_the_layer_and_pooling_that_predict_the_classes() -> None:
     generator = torch.Generator().manual_seed(0)
     labels, test_labels = torch.arange(400) % 4, torch.arange(100) % 4
-    hints = torch.eye(4)
+    one_hot = torch.eye(4)
 
-    def draw(own: Tensor, strength: float) -> Tensor:
-        return strength * hints[own] + torch.randn(len(own), 4, generator=generator)
+    def draw_features(classes: Tensor, strength: float) -> Tensor:
+        return strength * one_hot[classes] + torch.randn(len(classes), 4, generator=generator)
 
-    def split(own: Tensor) -> dict[str, Tensor]:
-        first, second = own // 2, own % 2  # the mean tells one half of the class, the class token the other
+    def feature_sets(classes: Tensor) -> dict[str, Tensor]:
+        first_bit, second_bit = classes // 2, classes % 2  # the mean holds one bit of the class, the token the other
         return {
-            "block 1 mean": draw(own, 0.0),
-            "block 2 mean": draw(first, 6.0),
-            "block 2 class": draw(second, 6.0),
-            "block 3 mean": draw(own, 1.0),
+            "block 1 mean": draw_features(classes, 0.0),
+            "block 2 mean": draw_features(first_bit, 6.0),
+            "block 2 class": draw_features(second_bit, 6.0),
+            "block 3 mean": draw_features(classes, 1.0),
         }
 
-    train, test = split(labels), split(test_labels)
-    found = probe_features(train, test, labels, test_labels, seed=0)
-    assert found["linear"]["features"] == "block 2 mean + class"
-    assert set(found["linear"]["layers"]) == {*train, "block 2 mean + class"}
+    train, test = feature_sets(labels), feature_sets(test_labels)
+    linear = probe_features(train, test, labels, test_labels, seed=0)["linear"]
+    assert linear["features"] == "block 2 mean + class"
+    assert set(linear["layers"]) == {*train, "block 2 mean + class"}
     both = [torch.cat([part["block 2 mean"], part["block 2 class"]], 1) for part in (train, test)]
-    assert found["linear"]["accuracy"] == pytest.approx(
-        linear_probe(both[0], labels, both[1], test_labels).accuracy, abs=1e-3
-    )
-    assert found["linear"]["accuracy"] > 90
+    assert linear["accuracy"] == pytest.approx(linear_probe(both[0], labels, both[1], test_labels).accuracy, abs=1e-3)
+    assert linear["accuracy"] > 90
 
 
-def test_command__prints_the_sweep_and_writes_the_figures(
+def test_command__prints_the_accuracy_of_every_layer_and_writes_the_results(
     images: Path, vit_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "probe.json"
     cli.main(["probe", "--data", str(images), "--backbone", str(vit_run), "--out", str(out)])
-    said = capsys.readouterr().err
-    assert "block 2 mean + class" in said
-    assert "knn" in said
-    figures = json.loads(out.read_text())
-    assert len(figures["linear"]["layers"]) == 6
-    assert "correct" not in figures["linear"]
+    printed = capsys.readouterr().err
+    assert "block 2 mean + class" in printed
+    assert "knn" in printed
+    results = json.loads(out.read_text())
+    assert len(results["linear"]["layers"]) == 6
+    assert "correct" not in results["linear"]
 
 
-def test_probe__needs_labels(images: Path, vit_run: Path, tmp_path: Path) -> None:
-    for number, file in enumerate(sorted(images.rglob("*.png"))):
-        (tmp_path / f"{number}.png").write_bytes(file.read_bytes())
+def test_probe__needs_labels(unlabelled_images: Path, vit_run: Path) -> None:
     with pytest.raises(DataError, match="has no labels"):
-        probe(data=str(tmp_path), backbone=str(vit_run))
+        probe(data=str(unlabelled_images), backbone=str(vit_run))
 
 
 def test_probe__of_a_file_of_weights_asks_for_its_network(images: Path, vit_run: Path) -> None:
@@ -113,5 +109,5 @@ def test_probe__of_a_file_of_weights_asks_for_its_network(images: Path, vit_run:
 
 
 def test_probe__of_a_tokenizer_reads_its_codewords(images: Path, codebook_run: Path) -> None:
-    found = probe(data=str(images), backbone=str(codebook_run))
-    assert set(found["linear"]["layers"]) == {"mean codeword", "bag of codes"}
+    results = probe(data=str(images), backbone=str(codebook_run))
+    assert set(results["linear"]["layers"]) == {"mean codeword", "bag of codes"}

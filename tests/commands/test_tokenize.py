@@ -22,11 +22,13 @@ from pecobook.data import tokens
 from pecobook.data.images import open_images
 from pecobook.data.stream import Stream, collate
 from pecobook.data.tokens import TokenBank
+from pecobook.data.views import photometric
 from pecobook.errors import DataError, PecobookError, PreflightError, RunFolderError
 from pecobook.models.tokenizers import load_tokenizer
 from pecobook.recipes import recipe
 from pecobook.settings.pretrain import PretrainConfig
-from pecobook.stages.pretrain import PretrainStage, coloured, encode_views
+from pecobook.stages.pretrain import PretrainStage, encode_views
+from pecobook.utils.images import to_float
 from tests.distributed import TwoProcesses
 from tests.runs import SMALL, codebook_run, export_bytes, losses, train
 
@@ -53,12 +55,12 @@ def test_tokenize__every_banked_view_is_the_online_one(bank: Path, images: Path,
     tokenizer, splits = load_tokenizer(codebook_run), open_images(str(images))
     opened = TokenBank(bank)
     stream = Stream(
-        splits.train, PretrainStage.view(config), config.seed, companion=PretrainStage.companions(config)[0]
+        splits.train, PretrainStage.view(config), config.seed, companion=PretrainStage(config).companions()[0]
     )
     count, compared = len(splits.train), 0
     for epoch in range(3):
         batch = collate([stream[epoch * count + place] for place in range(count)])
-        codes = encode_views(tokenizer, coloured(batch["image"], batch["colour"], config.colour), 0)
+        codes = encode_views(tokenizer, photometric(to_float(batch["image"]), batch["colour"], config.colour), 0)
         for index, online in zip(batch["index"].tolist(), codes, strict=True):
             assert torch.equal(opened.read("train", index, epoch), online)
             compared += 1
@@ -67,7 +69,7 @@ def test_tokenize__every_banked_view_is_the_online_one(bank: Path, images: Path,
     held_out = Stream(splits.evaluation, PretrainStage.evaluation_view(config), 0)
     for place in range(len(splits.evaluation)):
         sample = held_out[place]
-        online = encode_views(tokenizer, coloured(sample["image"][None], None, config.colour), 0)[0]
+        online = encode_views(tokenizer, to_float(sample["image"][None]), 0)[0]
         assert torch.equal(opened.read("evaluation", int(sample["index"]), 0), online)
 
 
@@ -107,8 +109,8 @@ def test_pretrain__repeats_views_but_not_masks(bank: Path, images: Path, codeboo
         splits.train,
         PretrainStage.view(config),
         config.seed,
-        companion=PretrainStage.companions(config)[0],
-        num_views=PretrainStage.num_views(config),
+        companion=PretrainStage(config).companions()[0],
+        num_views=PretrainStage(config).num_views(),
     )
     count = len(splits.train)
     seen: dict[int, list[dict[str, Any]]] = {}
@@ -148,9 +150,9 @@ def test_pretrain__refuses_a_bank_of_other_data_or_another_tokenizer(
     other = train("codebook", images, tmp_path / "other", seed=9)
     with pytest.raises(PreflightError, match="another tokenizer: tokenizer: "):
         pretrain(images, other, tmp_path / "run", tokens=str(bank))
-    with pytest.raises(PreflightError, match="is no token bank"):
+    with pytest.raises(PreflightError, match="is not a token bank"):
         pretrain(images, codebook_run, tmp_path / "run", tokens=str(images))
-    with pytest.raises(PecobookError, match="of no use to --target pixels"):
+    with pytest.raises(PecobookError, match="no effect with --target pixels"):
         pretrain(images, codebook_run, tmp_path / "run", tokens=str(bank), target="pixels")
 
 
@@ -169,14 +171,14 @@ def broken_copy(images: Path, folder: Path, *names: str) -> Path:
 
 
 def make_on_each(rank: int, world_size: int, data: str, tokenizer: str, out: str, shard: int) -> None:
-    tokens._SHARD_IMAGES = shard
+    tokens.SHARD_IMAGES = shard
     make_bank(data, tokenizer, Path(out), devices="2")
 
 
 def test_tokenize__two_processes_write_what_one_does(
     images: Path, codebook_run: Path, tmp_path: Path, two_processes: TwoProcesses, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tokens, "_SHARD_IMAGES", 3)
+    monkeypatch.setattr(tokens, "SHARD_IMAGES", 3)
     bad = [f"{name}/{index}.png" for name in ("blue", "green", "red") for index in (1, 5)]
     data = broken_copy(images, tmp_path / "images", *bad)
     alone = make_bank(data, codebook_run, tmp_path / "alone")
@@ -190,19 +192,19 @@ def test_tokenize__two_processes_write_what_one_does(
 def test_tokenize__resumes_with_what_is_missing(
     images: Path, codebook_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tokens, "_SHARD_IMAGES", 4)
+    monkeypatch.setattr(tokens, "SHARD_IMAGES", 4)
     out = make_bank(images, codebook_run, tmp_path / "bank")
     whole = files(out)
     kept = out / "train" / "codes-00000.npy"
     before = kept.stat().st_mtime_ns
     (out / "train" / "codes-00002.npy").unlink()
     (out / "evaluation" / "codes-00000.npy").unlink()
-    with pytest.raises(PreflightError, match="is not empty: go on with --resume"):
+    with pytest.raises(PreflightError, match="is not empty: continue with --resume"):
         make_bank(images, codebook_run, out)
     make_bank(images, codebook_run, out, resume=True)
     assert files(out) == whole
     assert kept.stat().st_mtime_ns == before
-    with pytest.raises(RunFolderError, match=r"was begun otherwise: .*views: 3 of the bank, 2 now"):
+    with pytest.raises(RunFolderError, match=r"was begun with other settings: .*views: 3 of the bank, 2 now"):
         make_bank(images, codebook_run, out, resume=True, views=2)
     make_bank(images, codebook_run, out, overwrite=True, views=2)
     assert TokenBank(out).num_views == 2
@@ -212,7 +214,7 @@ def test_tokenize__lists_bad_images_and_pretraining_leaves_them_out(
     images: Path, codebook_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Also where only the tokenizing could not read them; and a resume keeps the list."""
-    monkeypatch.setattr(tokens, "_SHARD_IMAGES", 4)
+    monkeypatch.setattr(tokens, "SHARD_IMAGES", 4)
     data = broken_copy(images, tmp_path / "images", "red/0.png", "blue/2.png")
     online = pretrain(data, codebook_run, tmp_path / "online")
     out = make_bank(data, codebook_run, tmp_path / "bank")
@@ -279,7 +281,7 @@ def test_tokenize__does_not_delete_what_is_no_bank(images: Path, codebook_run: P
 
 
 def test_command__killed_and_resumed_writes_the_same_bank(images: Path, codebook_run: Path, tmp_path: Path) -> None:
-    program = "from pecobook.data import tokens; tokens._SHARD_IMAGES = 2; from pecobook.cli import main; main()"
+    program = "from pecobook.data import tokens; tokens.SHARD_IMAGES = 2; from pecobook.cli import main; main()"
     words = ["tokenize", "tiny", "--data", str(images), "--tokenizer", str(codebook_run), "--image-size", "16"]
     words += ["--views", "40", "--batch-size", "8", "--precision", "fp32", "--workers", "0"]
 

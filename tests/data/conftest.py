@@ -1,4 +1,4 @@
-"""What all tests of data share: caches of their own, and a folder of two classes."""
+"""Fixtures of all tests of data: separate caches, and a folder of two classes."""
 
 from __future__ import annotations
 

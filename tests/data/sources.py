@@ -1,4 +1,4 @@
-"""Images of one value, by which a test knows them again, in every form of source."""
+"""Makes sources of every form, of images that a test can identify by their one pixel value."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from pecobook.data.source import ImageSource
 
 
 def png(value: int) -> bytes:
-    """A 4 x 6 image of one value, by which a test knows it again."""
+    """Encode an image of 4 x 6 pixels that all have one value, by which a test can identify the image."""
     buffer = io.BytesIO()
     Image.new("RGB", (6, 4), (value, value, value)).save(buffer, "PNG")
     return buffer.getvalue()

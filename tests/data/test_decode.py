@@ -1,4 +1,4 @@
-"""Every image mode against Pillow as the oracle, and every kind of broken file."""
+"""Tests `decode` against Pillow for every image mode, and on every kind of broken file."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ Pixels = npt.NDArray[np.uint8]
 
 
 def picture(height: int = 24, width: int = 40, channels: int = 3) -> Pixels:
-    """Smooth (JPEG-friendly) but without symmetry, so that a wrong orientation shows."""
+    """Make a picture that is smooth, as JPEG needs, and without symmetry, so that a wrong orientation is detected."""
     y, x = np.mgrid[:height, :width]
     planes = [
         60 + 150 * x / width + 30 * np.sin(y / 5),
@@ -47,15 +47,15 @@ def to_pixels(tensor: Tensor) -> Pixels:
     return np.asarray(tensor.permute(1, 2, 0).numpy())
 
 
-def assert_close(got: Tensor, expected: Image.Image | npt.NDArray[Any], levels: int = 0) -> None:
-    want = np.asarray(expected).astype(int)
-    pixels = to_pixels(got).astype(int)
-    assert pixels.shape == want.shape
-    assert np.abs(pixels - want).max() <= levels
+def assert_close(decoded: Tensor, expected: Image.Image | npt.NDArray[Any], levels: int = 0) -> None:
+    expected_pixels = np.asarray(expected).astype(int)
+    pixels = to_pixels(decoded).astype(int)
+    assert pixels.shape == expected_pixels.shape
+    assert np.abs(pixels - expected_pixels).max() <= levels
 
 
 def png_16(samples: npt.NDArray[np.uint16], colour_type: int) -> bytes:
-    """A 16-bit PNG by hand: Pillow writes 16 bits only for grey."""
+    """Encode a 16-bit PNG by hand, because Pillow writes 16 bits only for grey images."""
 
     def chunk(kind: bytes, body: bytes) -> bytes:
         return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
@@ -108,7 +108,7 @@ def on_white(rgba: Pixels) -> npt.NDArray[Any]:
 
 
 @pytest.mark.parametrize("format_name", ["PNG", "WEBP", "TIFF"])
-def test_alpha_is_laid_on_white(format_name: str) -> None:
+def test_transparent_images_are_composited_on_white(format_name: str) -> None:
     options = {"lossless": True, "exact": True} if format_name == "WEBP" else {}
     data = encode(Image.fromarray(picture(channels=4), "RGBA"), format_name, **options)
     assert_close(decode(data), on_white(picture(channels=4)), levels=1)
@@ -153,8 +153,8 @@ def test_16_bit_grey_is_scaled_not_clipped(format_name: str) -> None:
 def test_16_bit_big_endian_tiff() -> None:
     samples = np.linspace(0, 65535, 6).astype(">u2").reshape(2, 3)
     image = Image.frombytes("I;16B", (3, 2), samples.tobytes())
-    got = decode(encode(image, "TIFF"))[0].numpy()
-    assert (got == np.rint(samples.astype(float) / 257)).all()
+    decoded = decode(encode(image, "TIFF"))[0].numpy()
+    assert (decoded == np.rint(samples.astype(float) / 257)).all()
 
 
 @pytest.mark.parametrize(("colour_type", "channels"), [(2, 3), (6, 4), (4, 2)])
@@ -174,12 +174,12 @@ def test_float_tiff() -> None:
     data = encode(Image.fromarray(unit), "TIFF")
     assert_close(decode(data), np.repeat(np.rint(unit.astype(float) * 255)[..., None], 3, axis=-1))
     wide = unit * 1000 - 500  # no agreed range: stretched
-    got = decode(encode(Image.fromarray(wide), "TIFF"))
-    assert (int(got.min()), int(got.max())) == (0, 255)
+    decoded = decode(encode(Image.fromarray(wide), "TIFF"))
+    assert (int(decoded.min()), int(decoded.max())) == (0, 255)
     wide[0, 0], wide[0, 1] = np.nan, np.inf
-    got = decode(encode(Image.fromarray(wide), "TIFF"))
-    assert got[0, 0, 0] == 0
-    assert got[0, 0, 1] == 255
+    decoded = decode(encode(Image.fromarray(wide), "TIFF"))
+    assert decoded[0, 0, 0] == 0
+    assert decoded[0, 0, 1] == 255
 
 
 @pytest.mark.parametrize("value", [np.nan, 7.0, 0.0])
@@ -229,7 +229,7 @@ def test_common_photographs_take_the_fast_path(format_name: str, monkeypatch: py
     def refuse(*args: object) -> Tensor:
         raise AssertionError("Pillow decoded it")
 
-    monkeypatch.setattr(decode_module, "_from_pillow", refuse)
+    monkeypatch.setattr(decode_module, "from_pillow", refuse)
     assert decode(encode(Image.fromarray(picture()), format_name)).shape == (3, 24, 40)
 
 
@@ -266,7 +266,7 @@ def test_broken_files_are_bad_images(kind: str, capfd: pytest.CaptureFixture[str
     assert capfd.readouterr() == ("", "")
 
 
-def test_a_large_image_is_no_warning(capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_large_image_causes_no_warning(capfd: pytest.CaptureFixture[str]) -> None:
     data = encode(Image.new("1", (10_000, 9_000)), "PNG")  # above Pillow's warning, below its error
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -286,12 +286,14 @@ def test_pillows_limit_does_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
     st.lists(st.tuples(st.floats(0, 0.999), st.integers(0, 255)), min_size=1, max_size=12),
     st.floats(0.1, 1),
 )
-def test_damage_is_an_image_or_a_bad_image(format_name: str, changes: list[tuple[float, int]], kept: float) -> None:
+def test_damaged_files_are_decoded_or_bad_images(
+    format_name: str, changes: list[tuple[float, int]], share: float
+) -> None:
     data = bytearray(valid(format_name))
     for place, value in changes:
         data[int(place * len(data))] = value
     try:
-        pixels = decode(bytes(data[: max(1, int(kept * len(data)))]))
+        pixels = decode(bytes(data[: max(1, int(share * len(data)))]))
     except BadImage:
         return
     assert pixels.dtype == torch.uint8

@@ -1,4 +1,4 @@
-"""Folders of images: classes, splits, order, and held-out images where no folder holds any."""
+"""Folders of images: classes, splits, order, and the images held out if no folder declares an evaluation split."""
 
 from __future__ import annotations
 
@@ -48,8 +48,8 @@ def test_extensions_hidden_files_and_links(tmp_path: Path) -> None:
     (tmp_path / "x" / "loop").symlink_to(tmp_path / "x")
     (tmp_path / "x" / "k.png").symlink_to(tmp_path / "x" / "a.JPG")
     splits = open_images(str(tmp_path / "x"))
-    found = sorted(Path(name).name for name in names(splits.train) + names(splits.evaluation))
-    assert [name[0] for name in found] == list("abcdefghijk")
+    read_names = sorted(Path(name).name for name in names(splits.train) + names(splits.evaluation))
+    assert [name[0] for name in read_names] == list("abcdefghijk")
 
 
 @pytest.mark.parametrize(
@@ -89,7 +89,7 @@ def test_classes_are_those_of_training(tmp_path: Path) -> None:
     assert labels(splits.evaluation) == ["c"]
 
 
-def test_labelled_validation_goes_before_unlabelled_test(tmp_path: Path) -> None:
+def test_labelled_validation_is_preferred_to_unlabelled_test(tmp_path: Path) -> None:
     for name in ("train/a/x", "train/b/x", "val/a/x", "test/x"):
         write(tmp_path / f"{name}.png")
     splits = open_images(str(tmp_path))
@@ -97,11 +97,11 @@ def test_labelled_validation_goes_before_unlabelled_test(tmp_path: Path) -> None
     assert labels(splits.evaluation) == ["a"]
 
 
-def test_train_alone(tmp_path: Path) -> None:
+def test_a_single_folder_train(tmp_path: Path) -> None:
     for number in range(4):
         write(tmp_path / "train" / "ab"[number % 2] / f"{number}.png")
     assert open_images(str(tmp_path)).train.classes == ("a", "b")
-    write(tmp_path / "car" / "x.png")  # now a train is a vehicle
+    write(tmp_path / "car" / "x.png")  # now "train" is the class of a vehicle
     assert open_images(str(tmp_path)).train.classes == ("car", "train")
 
 
@@ -128,7 +128,7 @@ def test_order_does_not_depend_on_creation(
 ) -> None:
     files = [Path(*folder) / f"{number}.png" for number, folder in enumerate(folders)]
     shuffled = random.sample(files, len(files))
-    found, prints = [], set()
+    listings, fingerprints = [], set()
     for order in (files, shuffled):
         root = tmp_path_factory.mktemp("tree")
         for file in order:
@@ -139,11 +139,11 @@ def test_order_does_not_depend_on_creation(
             [str(Path(name).relative_to(root)) for name in names(source)]
             for source in (splits.train, splits.evaluation)
         ]
-        found.append(both)
-        prints.add((splits.train.fingerprint, splits.evaluation.fingerprint))
-    assert found[0] == found[1]
-    assert len(prints) == 1
-    assert sorted(found[0][0] + found[0][1]) == sorted(map(str, files))  # each file in exactly one split
+        listings.append(both)
+        fingerprints.add((splits.train.fingerprint, splits.evaluation.fingerprint))
+    assert listings[0] == listings[1]
+    assert len(fingerprints) == 1
+    assert sorted(listings[0][0] + listings[0][1]) == sorted(map(str, files))  # each file in exactly one split
 
 
 @pytest.mark.parametrize("count", [2, 9, 10, 11, 200])
@@ -154,6 +154,6 @@ def test_held_out_images_are_spread_and_fixed(tmp_path: Path, count: int) -> Non
     assert len(splits.evaluation) == max(1, count // 10)
     held = [int(Path(name).stem) for name in names(splits.evaluation)]
     assert held == sorted(held)
-    if count == 200:  # pinned: a change here would move images between the splits of everyone's runs
+    if count == 200:  # pinned, because a change would move images between the splits of existing runs
         assert held[:5] == [2, 32, 33, 41, 42]
         assert np.ptp(held) > 150

@@ -1,4 +1,4 @@
-"""What every form of source shares, and what a user reads when one cannot be opened."""
+"""Behaviour that all forms of source share, and the errors for sources that cannot be opened."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from torch.utils.data import DataLoader
 
 from pecobook.data.decode import BadImage
 from pecobook.data.images import open_images
-from pecobook.data.source import ImageSource, Splits, group_by_split, split_of
+from pecobook.data.source import ImageSource, Splits, group_by_split, split_from_name
 from pecobook.errors import DataError
 from tests.data.sources import make_parquet, make_tar, names, samples, write
 
 
-class Reading(torch.utils.data.Dataset[Any]):
+class CornerDataset(torch.utils.data.Dataset[Any]):
     def __init__(self, source: ImageSource) -> None:
         self.source = source
 
@@ -50,10 +50,10 @@ def test_subset(any_source: Splits) -> None:
     assert source.labels is not None
     assert part.labels is not None
     assert part.labels.tolist() == source.labels[[5, 1, 1, 4]].tolist()
-    again = part.subset(np.array([3, 0]))
-    assert names(again) == [source.identify(4), source.identify(5)]
-    assert torch.equal(again.read(1), source.read(5))
-    assert len({source.fingerprint, part.fingerprint, again.fingerprint}) == 3
+    nested = part.subset(np.array([3, 0]))
+    assert names(nested) == [source.identify(4), source.identify(5)]
+    assert torch.equal(nested.read(1), source.read(5))
+    assert len({source.fingerprint, part.fingerprint, nested.fingerprint}) == 3
     assert (part.name, part.split, part.classes) == (source.name, source.split, source.classes)
     assert len(source.subset([])) == 0
     for index in (-1, len(source)):
@@ -69,7 +69,7 @@ def test_pickling_and_workers(any_source: Splits) -> None:
     copy = pickle.loads(pickle.dumps(source))
     assert copy.fingerprint == source.fingerprint
     assert torch.equal(copy.read(3), source.read(3))
-    loader = DataLoader(Reading(source.subset(range(8))), batch_size=2, num_workers=2)
+    loader = DataLoader(CornerDataset(source.subset(range(8))), batch_size=2, num_workers=2)
     assert torch.equal(torch.cat(list(loader)), expected)
 
 
@@ -101,7 +101,7 @@ def test_bad_images_name_the_file(class_folder: Path) -> None:
         train.read(1)
 
 
-# ---- what cannot be opened ----
+# ---- sources that cannot be opened ----
 
 
 def test_unknown_sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -115,10 +115,10 @@ def test_unknown_sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
         str(tmp_path / "imagse" / "deeper"): rf"imagse' does not exist\. Did you mean '{tmp_path}/images'\?",
         "s3://bucket/x": "A source is a folder of images, a parquet file or folder, tar shards",
         "nothing-*.tar": "no file matches this pattern",
-        "empty": r"holds no images, at no depth.*jpg, jpeg, png.*pgm; also parquet and tar",
+        "empty": r"neither this folder nor its subfolders hold images.*jpg, jpeg, png.*pgm; also parquet and tar",
         "images": "holds one image; at least two are needed",
-        "images/x.png": "'.png' files are no source by themselves; give the folder",
-        "a.txt": "'.txt' files are no source",
+        "images/x.png": "a single '.png' file is not a source; give the folder",
+        "a.txt": "a single '.txt' file is not a source",
         "": "A source is a folder",
         "~no-such-user/x": "cannot be opened",
         "x" * 5000: "cannot be opened|does not exist",
@@ -140,14 +140,14 @@ def test_split_names() -> None:
         "retrain.tar": None,
         "cat_0.tar": None,
     }
-    assert {name: split_of(name) for name in expected} == expected
+    assert {name: split_from_name(name) for name in expected} == expected
     assert group_by_split(["a", "b"]) == {"train": [0, 1]}
     assert group_by_split(["a", "test"]) == {"train": [0], "test": [1]}
     assert group_by_split(["test", "val"]) == {"train": [0, 1]}
     assert group_by_split(["train", "a", "test"]) == {"train": [0], "test": [2]}
 
 
-# ---- real packs, where they are at hand ----
+# ---- real data sets, if they are available ----
 
 
 @pytest.mark.skipif("PECOBOOK_TEST_DATA" not in os.environ, reason="PECOBOOK_TEST_DATA names no folder")

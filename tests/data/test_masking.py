@@ -1,4 +1,4 @@
-"""Masks: an exact count, BEiT's blocks."""
+"""Masks have an exact count and BEiT's blocks."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ def seeded(seed: int) -> torch.Generator:
 
 @st.composite
 def requests(draw: st.DrawFn) -> tuple[tuple[int, int], int, int, int]:
-    """Grid, count, least block, seed."""
+    """Draw a grid, a number of masked patches, a minimum block area and a seed."""
     grid = draw(st.integers(4, 20)), draw(st.integers(4, 20))
     return grid, draw(st.integers(1, grid[0] * grid[1] - 1)), draw(st.integers(1, 40)), draw(st.integers(0, 2**31))
 
 
 @settings(max_examples=150, deadline=None)
 @given(requests())
-def test_blockwise_mask__masks_exactly_as_many_as_asked(request: tuple[tuple[int, int], int, int, int]) -> None:
+def test_blockwise_mask__masks_exactly_num_masked_patches(request: tuple[tuple[int, int], int, int, int]) -> None:
     grid, num_masked, min_block, seed = request
     mask = blockwise_mask(grid, num_masked=num_masked, min_block=min_block, generator=seeded(seed))
     assert mask.dtype == torch.bool
@@ -43,7 +43,7 @@ def test_blockwise_mask__masks_exactly_as_many_as_asked(request: tuple[tuple[int
 
 @settings(max_examples=50, deadline=None)
 @given(requests())
-def test_random_mask__masks_exactly_as_many_as_asked(request: tuple[tuple[int, int], int, int, int]) -> None:
+def test_random_mask__masks_exactly_num_masked_patches(request: tuple[tuple[int, int], int, int, int]) -> None:
     grid, num_masked, _, seed = request
     mask = random_mask(grid, num_masked=num_masked, generator=seeded(seed))
     assert mask.dtype == torch.bool
@@ -62,7 +62,7 @@ def test_masks__differ_by_draw_and_leave_torch_alone_with_a_generator(function: 
 
 
 @pytest.mark.parametrize("num_masked", [-1, 0, 196, 197])
-def test_masks__refuse_an_empty_or_a_full_one(num_masked: int) -> None:
+def test_masks__refuse_to_be_empty_or_full(num_masked: int) -> None:
     for function in (blockwise_mask, random_mask):
         with pytest.raises(ConfigError, match=f"--num-masked must lie between 1 and 195, not {num_masked}"):
             function((14, 14), num_masked=num_masked)
@@ -77,14 +77,14 @@ def test_random_mask__is_uniform() -> None:
 # ------------------------------------------------------------------------------------------ against BEiT's algorithm
 
 
-def beit_blocks(rng: random.Random, rows: int, columns: int, total: int, least: int) -> list[tuple[int, int, int]]:
-    """Blocks of algorithm 1 of BEiT (arXiv 2106.08254) as its code runs it: (newly masked, height, width)."""
+def beit_blocks(rng: random.Random, rows: int, columns: int, total: int, min_block: int) -> list[tuple[int, int, int]]:
+    """Run algorithm 1 of BEiT (arXiv 2106.08254) as BEiT's code does: (newly masked, height, width) of each block."""
     hidden: set[tuple[int, int]] = set()
     blocks: list[tuple[int, int, int]] = []
     while len(hidden) < total:
         left = total - len(hidden)
         for _ in range(10):
-            area = rng.uniform(least, left)
+            area = rng.uniform(min_block, left)
             aspect = math.exp(rng.uniform(math.log(0.3), math.log(1 / 0.3)))
             height, width = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
             if height >= rows or width >= columns:
@@ -101,14 +101,15 @@ def beit_blocks(rng: random.Random, rows: int, columns: int, total: int, least: 
 
 
 def our_blocks(monkeypatch: pytest.MonkeyPatch, seed: int, number: int) -> list[list[tuple[int, int, int]]]:
-    """What `blockwise_mask` does before it fills up, seen from outside: (newly masked, height, width) of each block.
+    """Record the blocks that `blockwise_mask` adds, as (newly masked, height, width), without the border patches.
 
-    Height and width are those of the newly masked cells' bounding box, which is the block's own only for the first.
+    Height and width are measured on the bounding box of the newly masked patches, which is certain to equal the block
+    only for the first block.
     """
     masks: list[list[tuple[int, int, int]]] = []
-    add = masking._add_block
+    add = masking.add_block
 
-    def watched(mask: Tensor, remaining: int, min_block: int, generator: torch.Generator | None) -> int:
+    def recorded(mask: Tensor, remaining: int, min_block: int, generator: torch.Generator | None) -> int:
         before = mask.clone()
         added = add(mask, remaining, min_block, generator)
         if added:
@@ -118,7 +119,7 @@ def our_blocks(monkeypatch: pytest.MonkeyPatch, seed: int, number: int) -> list[
             masks[-1].append((added, height, width))
         return added
 
-    monkeypatch.setattr(masking, "_add_block", watched)
+    monkeypatch.setattr(masking, "add_block", recorded)
     generator = seeded(seed)
     for _ in range(number):
         masks.append([])
@@ -157,41 +158,41 @@ def test_blockwise_mask__has_beits_blocks(monkeypatch: pytest.MonkeyPatch) -> No
         "first elongation": 0.05,
         "first tall": 0.07,
     }
-    found, expected = summary(ours), summary(theirs)
+    actual, expected = summary(ours), summary(theirs)
     for name, value in expected.items():
-        assert found[name] == pytest.approx(value, abs=tolerance[name]), name
-    # The published algorithm's own numbers, from a run of 100,000 masks.
-    assert found["complete"] == pytest.approx(0.666, abs=0.05)
-    assert found["masked"] == pytest.approx(74.47, abs=0.12)
+        assert actual[name] == pytest.approx(value, abs=tolerance[name]), name
+    # The values of the published algorithm, from a run of 100,000 masks.
+    assert actual["complete"] == pytest.approx(0.666, abs=0.05)
+    assert actual["masked"] == pytest.approx(74.47, abs=0.12)
 
 
 def test_blockwise_mask__no_block_spans_the_grid() -> None:
     for seed in range(300):
         mask = torch.zeros(3, 30, dtype=torch.bool)
-        masking._add_block(mask, 40, 4, seeded(seed))
-        assert mask.any(1).sum() < 3  # as in BEiT's code, which asks for height < rows
-        masking._add_block(mask.zero_().t(), 40, 4, seeded(seed))
+        masking.add_block(mask, 40, 4, seeded(seed))
+        assert mask.any(1).sum() < 3  # as in BEiT's code, which requires height < rows
+        masking.add_block(mask.zero_().t(), 40, 4, seeded(seed))
         assert mask.any(1).sum() < 3
 
 
-def test_blockwise_mask__fills_up_beside_what_is_masked(monkeypatch: pytest.MonkeyPatch) -> None:
-    fill = masking._add_border_patch
-    filled = 0
+def test_blockwise_mask__adds_missing_patches_next_to_masked_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    add_border_patch = masking.add_border_patch
+    num_added = 0
 
-    def watched(mask: Tensor, generator: torch.Generator | None) -> None:
-        nonlocal filled
+    def checked(mask: Tensor, generator: torch.Generator | None) -> None:
+        nonlocal num_added
         before = mask.clone()
-        fill(mask, generator)
+        add_border_patch(mask, generator)
         ((row, column),) = (mask & ~before).nonzero().tolist()
-        around = [(row - 1, column), (row + 1, column), (row, column - 1), (row, column + 1)]
-        assert any(before[r, c] for r, c in around if 0 <= r < 14 and 0 <= c < 14)
-        filled += 1
+        neighbours = [(row - 1, column), (row + 1, column), (row, column - 1), (row, column + 1)]
+        assert any(before[r, c] for r, c in neighbours if 0 <= r < 14 and 0 <= c < 14)
+        num_added += 1
 
-    monkeypatch.setattr(masking, "_add_border_patch", watched)
+    monkeypatch.setattr(masking, "add_border_patch", checked)
     generator = seeded(0)
     for _ in range(100):
         blockwise_mask((14, 14), num_masked=75, generator=generator)
-    assert filled > 10
+    assert num_added > 10
 
 
 def test_blockwise_mask__starts_anywhere_when_no_block_fits() -> None:

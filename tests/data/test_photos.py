@@ -30,28 +30,28 @@ def test_photos() -> None:
 def test_photo_tiles_are_regions_of_the_photographs() -> None:
     from skimage.data import astronaut
 
-    whole = torch.from_numpy(astronaut()).permute(2, 0, 1)
+    photograph = torch.from_numpy(astronaut()).permute(2, 0, 1)
     splits = open_images("photos")
-    held = {}
+    is_held_out = {}
     for source in (splits.train, splits.evaluation):
         for index in range(120):
             name, _, tile = source.identify(index).split(" ")
             if name == "astronaut":
                 row, column = divmod(int(tile), 10)
-                held[row, column] = source is splits.evaluation
+                is_held_out[row, column] = source is splits.evaluation
                 top, left = row * 48, column * 48
-                assert torch.equal(source.read(index), whole[:, top : top + 48, left : left + 48])
-    assert len(held) == 100
-    for (row, column), value in held.items():  # a block of 2 x 2 tiles is held out as one
-        assert held[row // 2 * 2, column // 2 * 2] == value
+                assert torch.equal(source.read(index), photograph[:, top : top + 48, left : left + 48])
+    assert len(is_held_out) == 100
+    for (row, column), value in is_held_out.items():  # a block of 2 x 2 tiles is held out as one
+        assert is_held_out[row // 2 * 2, column // 2 * 2] == value
 
 
 def test_large_photos_are_reduced() -> None:
-    assert photos._photo("retina").shape == (3, 512, 512)
-    assert photos._photo("rocket").shape == (3, 427, 640)
+    assert photos.load_photo("retina").shape == (3, 512, 512)
+    assert photos.load_photo("rocket").shape == (3, 427, 640)
 
 
 def test_a_missing_photo(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(photos._PHOTOS, "moon", ("skimage", "data/green_cheese.png"))
-    with pytest.raises(DataError, match="scikit-image came without the photograph 'moon'"):
+    monkeypatch.setitem(photos.PHOTOS, "moon", ("skimage", "data/green_cheese.png"))
+    with pytest.raises(DataError, match="the installed scikit-image lacks the photograph 'moon'"):
         open_images("photos")

@@ -10,16 +10,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pecobook.data.sampler import BatchPositions, key, mix, permute, uniforms
+from pecobook.data.sampler import BatchPositions, key, permute, splitmix64, uniforms
 
 KEYS = st.integers(0, 2**64 - 1)
 GOLDEN = 0x9E3779B97F4A7C15  # splitmix64's increment
 
 
-def test_mix__is_splitmix64() -> None:
+def test_splitmix64__gives_the_reference_values() -> None:
     # The first outputs of the generator's reference implementation from the states 0 and 1234567.
-    assert mix(0) == 0xE220A8397B1DCDAF
-    assert [mix((1234567 + i * GOLDEN) % 2**64) for i in range(3)] == [
+    assert splitmix64(0) == 0xE220A8397B1DCDAF
+    assert [splitmix64((1234567 + i * GOLDEN) % 2**64) for i in range(3)] == [
         6457827717110365317,
         3203168211198807973,
         9817491932198370423,
@@ -29,12 +29,12 @@ def test_mix__is_splitmix64() -> None:
 def test_key__depends_on_every_part_and_its_place() -> None:
     keys = [key(*parts) for length in (1, 2, 3) for parts in itertools.product(range(10), repeat=length)]
     assert len(set(keys)) == len(keys)
-    assert all(0 <= one < 2**64 for one in keys)
+    assert all(0 <= value < 2**64 for value in keys)
 
 
 @given(KEYS)
 def test_uniforms__are_the_top_53_bits_of_splitmix64(seed_key: int) -> None:
-    expected = [(mix((seed_key + i * GOLDEN) % 2**64) >> 11) / 2**53 for i in range(7)]
+    expected = [(splitmix64((seed_key + i * GOLDEN) % 2**64) >> 11) / 2**53 for i in range(7)]
     assert uniforms(seed_key, 7).tolist() == expected
 
 
@@ -80,7 +80,7 @@ def test_permute__differs_by_key() -> None:
     assert len(orders) == 100
 
 
-@pytest.mark.parametrize("size", [2, 3, 17, 24, 100])  # of 4 to 16 images, some places are 15% likelier
+@pytest.mark.parametrize("size", [2, 3, 17, 24, 100])  # with 4 to 16 images, some positions are 15% likelier
 def test_permute__sends_every_index_everywhere_equally_often(size: int) -> None:
     draws = 4000
     for index in (0, size // 2, size - 1):
@@ -100,7 +100,7 @@ LAYOUTS = st.tuples(st.integers(1, 4), st.integers(1, 4), st.integers(1, 4))  # 
 
 
 def positions(start: int, stop: int, micro: int, ranks: int, accumulation: int) -> list[BatchPositions]:
-    """One rank after the other."""
+    """Return the positions of each rank."""
     return [
         BatchPositions(
             start_step=start,
@@ -119,11 +119,11 @@ def test_batch_positions__global_batches_are_the_same_for_any_layout(
     layout: tuple[int, int, int], start: int, num_steps: int
 ) -> None:
     ranks, accumulation, micro = layout
-    readers = [list(one) for one in positions(start, start + num_steps, micro, ranks, accumulation)]
+    readers = [list(reader) for reader in positions(start, start + num_steps, micro, ranks, accumulation)]
     batch_size = ranks * accumulation * micro
     assert all(len(reader) == num_steps * accumulation for reader in readers)
     for step in range(num_steps):
-        # Micro-batch by micro-batch, and in each rank by rank.
+        # The batch is divided by micro-batch, and each micro-batch by rank.
         read = [
             position
             for number in range(step * accumulation, (step + 1) * accumulation)
@@ -137,11 +137,11 @@ def test_batch_positions__global_batches_are_the_same_for_any_layout(
 @given(LAYOUTS, st.integers(0, 6), st.integers(0, 6))
 def test_batch_positions__resume_is_the_tail(layout: tuple[int, int, int], done: int, left: int) -> None:
     ranks, accumulation, micro = layout
-    whole = positions(0, done + left, micro, ranks, accumulation)
-    tail = positions(done, done + left, micro, ranks, accumulation)
-    for one, other in zip(whole, tail, strict=True):
-        assert list(one)[done * accumulation :] == list(other)
-        assert [other[i] for i in range(len(other))] == list(other)
+    uninterrupted = positions(0, done + left, micro, ranks, accumulation)
+    resumed = positions(done, done + left, micro, ranks, accumulation)
+    for all_positions, tail in zip(uninterrupted, resumed, strict=True):
+        assert list(all_positions)[done * accumulation :] == list(tail)
+        assert [tail[i] for i in range(len(tail))] == list(tail)
 
 
 def test_batch_positions__refuses_an_uneven_batch() -> None:

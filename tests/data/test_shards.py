@@ -1,4 +1,4 @@
-"""Tar shards: members, splits, the cached index, and broken archives."""
+"""Tar shards: members, splits, the cached index, and damaged archives."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def test_shards_of_a_folder_and_of_patterns(tmp_path: Path) -> None:
         (tmp_path / "s" / folder).mkdir(exist_ok=True)
         (tmp_path / "s" / f"x-{number:03}.tar").rename(tmp_path / "s" / folder / f"{number}.tar")
     assert open_images(str(tmp_path / "s" / "{train,test}" / "*.tar")).evaluation_name == "test"
-    with pytest.raises(DataError, match=r"3 of the 5 files do not exist, the first is '.*x-012.tar'"):
+    with pytest.raises(DataError, match=r"3 of the 5 files do not exist; the first is '.*x-012.tar'"):
         open_images(str(tmp_path / "s" / "x-{010..014}.tar"))
 
 
@@ -55,12 +55,12 @@ def test_shard_members(tmp_path: Path) -> None:
         ("a/2.txt", b"a dog"),
     ]
     splits = open_images(str(make_tar(tmp_path / "x.tar", members)))
-    found = {
+    labelled = {
         (value, label)
         for source in (splits.train, splits.evaluation)
         for value, label in zip(values(source), labels(source) or [], strict=True)
     }
-    assert found == {(1, "cat"), (2, "dog")}
+    assert labelled == {(1, "cat"), (2, "dog")}
     dotted = [("my.photo.1.jpg", png(1)), ("my.photo.2.jpg", png(2))]
     assert len(open_images(str(make_tar(tmp_path / "y.tar", dotted))).train) == 1
 
@@ -71,10 +71,10 @@ def test_shard_index_is_cached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     first = open_images(str(path))
     (cached,) = (tmp_path / "cache").iterdir()
     with monkeypatch.context() as patch:
-        patch.setattr(shards, "_make_index", lambda *_: pytest.fail("the index was made again"))
-        again = open_images(str(path))
-    assert names(again.train) == names(first.train)
-    assert again.train.fingerprint == first.train.fingerprint
+        patch.setattr(shards, "make_index", lambda *_: pytest.fail("the index was made reopened"))
+        reopened = open_images(str(path))
+    assert names(reopened.train) == names(first.train)
+    assert reopened.train.fingerprint == first.train.fingerprint
     cached.write_bytes(b"damaged")
     assert names(open_images(str(path)).train) == names(first.train)
     make_tar(path, samples(range(7)))

@@ -1,4 +1,4 @@
-"""Parquet and hub data sets: columns, labels, splits, and what a user reads when they cannot be opened."""
+"""Parquet files and hub data sets: columns, labels, splits, and the errors if they cannot be opened."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def test_parquet_folder_with_splits_and_class_names(tmp_path: Path) -> None:
     assert values(splits.train) == [0, 1, 2]
     assert splits.train.identify(2).endswith("train-1.parquet row 0")
     assert (values(splits.evaluation), labels(splits.evaluation)) == ([3], ["ant"])
-    assert len(open_images(str(tmp_path / "train-0.parquet")).train) == 1  # a file is all there is
+    assert len(open_images(str(tmp_path / "train-0.parquet")).train) == 1  # a single file holds all images
 
 
 def test_parquet_binary_column_and_classes_txt(tmp_path: Path) -> None:
@@ -65,14 +65,14 @@ def test_parquet_binary_column_and_classes_txt(tmp_path: Path) -> None:
     (tmp_path / "classes.txt").write_text("n01\tcat\nn02\tdog\nn03\tcow\n")
     splits = open_images(str(tmp_path))
     assert splits.train.classes == ("cat", "dog", "cow")
-    found: dict[int | str, str] = {}
+    labels_read: dict[int | str, str] = {}
     for source in (splits.train, splits.evaluation):
         for index, label in enumerate(labels(source) or []):
             try:
-                found[int(source.read(index)[0, 0, 0])] = label
+                labels_read[int(source.read(index)[0, 0, 0])] = label
             except BadImage as error:
-                found[error.reason] = label
-    assert found == {1: "cow", 2: "cat", "no image in this row": "cat"}
+                labels_read[error.reason] = label
+    assert labels_read == {1: "cow", 2: "cat", "no image in this row": "cat"}
 
 
 @pytest.mark.parametrize(
@@ -127,16 +127,16 @@ def hub(**splits: list[int]) -> datasets.DatasetDict:
 
 
 def test_hub(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = []
+    requests = []
 
     def load_dataset(name: str, config: str | None = None) -> datasets.DatasetDict:
-        asked.append((name, config))
+        requests.append((name, config))
         return hub(train=[1, 2, 3], test=[4, 5])
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     splits = open_images("hf:some/images:small")
     open_images("hf:some/images")
-    assert asked == [("some/images", "small"), ("some/images", None)]
+    assert requests == [("some/images", "small"), ("some/images", None)]
     assert splits.evaluation_name == "test"
     assert (values(splits.train), labels(splits.train)) == ([1, 2, 3], ["b", "a", "b"])
     assert (values(splits.evaluation), splits.evaluation.classes) == ([4, 5], ("a", "b"))

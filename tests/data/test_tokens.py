@@ -1,4 +1,4 @@
-"""The bank's files: layout, reading, what is unfinished or damaged."""
+"""The files of a token bank: layout, reading, and the errors for unfinished or damaged banks."""
 
 from __future__ import annotations
 
@@ -20,28 +20,28 @@ from pecobook.errors import DataError
 
 
 def write_bank(folder: Path, *, images: int = 7, views: int = 3, held_out: int = 2, **more: Any) -> dict[str, Any]:
-    """A bank whose code at (image, view, row, column) tells where it is."""
+    """Write a bank whose codes encode their position (image, view, row, column)."""
     config = {"kind": "token bank", "grid": [2, 3], "views": views, "num_images": images}
     config |= {"num_evaluation_images": held_out, **more}
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(config))
-    for layout in tokens.layouts(config).values():
+    for layout in tokens.bank_layouts(config).values():
         for shard in range(layout.num_shards):
             codes = [
-                [[[where(i, v, r, c) for c in range(3)] for r in range(2)] for v in range(layout.num_views)]
+                [[[code_at(i, v, r, c) for c in range(3)] for r in range(2)] for v in range(layout.num_views)]
                 for i in layout.images_of(shard)
             ]
             write_shard(layout.file(folder, shard), np.array(codes, dtype=np.uint16))
     return config
 
 
-def where(image: int, view: int, row: int, column: int) -> int:
+def code_at(image: int, view: int, row: int, column: int) -> int:
     return 1000 * image + 100 * view + 10 * row + column
 
 
 @pytest.mark.parametrize("per_shard", [1, 3, 7, 100])
 def test_read__gives_each_view_from_its_shard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, per_shard: int) -> None:
-    monkeypatch.setattr(tokens, "_SHARD_IMAGES", per_shard)
+    monkeypatch.setattr(tokens, "SHARD_IMAGES", per_shard)
     write_bank(tmp_path)
     bank = TokenBank(tmp_path)
     assert bank.num_views == 3
@@ -50,8 +50,8 @@ def test_read__gives_each_view_from_its_shard(tmp_path: Path, monkeypatch: pytes
         for view in range(3):
             codes = bank.read("train", image, view)
             assert codes.dtype == torch.int64
-            assert codes.tolist() == [[where(image, view, r, c) for c in range(3)] for r in range(2)]
-    assert int(bank.read("evaluation", 1, 0)[1, 2]) == where(1, 0, 1, 2)
+            assert codes.tolist() == [[code_at(image, view, r, c) for c in range(3)] for r in range(2)]
+    assert int(bank.read("evaluation", 1, 0)[1, 2]) == code_at(1, 0, 1, 2)
 
 
 def test_read__keeps_all_sixteen_bits(tmp_path: Path) -> None:
@@ -72,21 +72,22 @@ def test_layout__covers_every_image_once(images: int, views: int, rows: int, col
 
 
 def test_open__refuses_an_unfinished_bank(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tokens, "_SHARD_IMAGES", 2)
+    monkeypatch.setattr(tokens, "SHARD_IMAGES", 2)
     write_bank(tmp_path)
     (tmp_path / "train" / "codes-00002.npy").rename(tmp_path / "train" / ".codes-00002.npy.tmp")
     with pytest.raises(
-        DataError, match=r"unfinished: 1 of its files are missing, the first is 'train/codes-00002.npy'"
+        DataError, match=r"unfinished: 1 of its files are missing; the first is 'train/codes-00002.npy'"
     ):
         TokenBank(tmp_path)
 
 
-def test_open__refuses_what_is_no_bank(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="is no token bank: make one"):
+def test_open__refuses_a_folder_without_a_bank(tmp_path: Path) -> None:
+    not_a_bank = "is not a token bank"
+    with pytest.raises(DataError, match="is not a token bank: make a token bank with"):
         TokenBank(tmp_path)
-    for text, said in (("{", "cannot be read"), ("[]", "is no token bank"), ('{"kind": "run"}', "is no token bank")):
+    for text, message in (("{", "cannot be read"), ("[]", not_a_bank), ('{"kind": "run"}', not_a_bank)):
         (tmp_path / "config.json").write_text(text)
-        with pytest.raises(DataError, match=said):
+        with pytest.raises(DataError, match=message):
             TokenBank(tmp_path)
 
 
@@ -110,7 +111,7 @@ def test_read__refuses_a_damaged_file(tmp_path: Path, damage: str) -> None:
 
 
 def test_skipped__are_listed_and_have_no_codes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tokens, "_SHARD_IMAGES", 3)
+    monkeypatch.setattr(tokens, "SHARD_IMAGES", 3)
     write_bank(tmp_path)
     assert TokenBank(tmp_path).skipped.tolist() == []
     codes = np.zeros((3, 3, 2, 3), dtype=np.uint16)
@@ -124,8 +125,8 @@ def test_skipped__are_listed_and_have_no_codes(tmp_path: Path, monkeypatch: pyte
     assert bank.skipped.tolist() == [2, 3, 5]
     with pytest.raises(BadImage, match="two: truncated"):
         bank.read("train", 2, 1)
-    assert int(bank.read("evaluation", 1, 0)[0, 0]) == where(1, 0, 0, 0)
-    write_shard(tmp_path / "train" / "codes-00001.npy", codes)  # read after all
+    assert int(bank.read("evaluation", 1, 0)[0, 0]) == code_at(1, 0, 0, 0)
+    write_shard(tmp_path / "train" / "codes-00001.npy", codes)  # without unreadable images
     assert TokenBank(tmp_path).skipped.tolist() == [2]
 
 

@@ -1,4 +1,4 @@
-"""Views: crops that stay inside, and colours against torchvision's."""
+"""Views: crops lie inside the image, and colour changes agree with torchvision."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from pecobook.settings.images import PhotometricConfig
 from pecobook.utils.images import resize, to_float
 
 SIDES = st.one_of(st.integers(1, 5), st.integers(1, 1000))
-NOTHING = PhotometricConfig(jitter=0, grey=0, blur=0, solarise=0)
+NO_CHANGE = PhotometricConfig(jitter=0, grey=0, blur=0, solarise=0)
 
 
 def pixels(height: int, width: int, seed: int = 0) -> Tensor:
@@ -30,7 +30,7 @@ def pixels(height: int, width: int, seed: int = 0) -> Tensor:
 
 
 def batch(number: int = 6, side: int = 24) -> Tensor:
-    """Smooth and noisy images, one all black, one all grey, one with values 0 and 1 only."""
+    """Make smooth and noisy images, a black image, a grey image, and an image of zeros and ones."""
     images = to_float(torch.stack([pixels(side, side, seed) for seed in range(number)]))
     images[0] = images[0].cumsum(1) / side
     images[1] = 0
@@ -92,7 +92,7 @@ def test_crop_box__has_torchvisions_distribution() -> None:
 
 
 def test_crop_box__falls_back_to_the_centre() -> None:
-    # Nothing of a whole 10 x 1000 image's area has a legal aspect, so the largest central crop of one is taken.
+    # No crop with the area of a 10 x 1000 image has a valid aspect ratio, so the largest valid central crop is used.
     assert crop_box(10, 1000, uniforms(0, 40), min_area=1.0) == (0, 493, 10, 13)
     assert crop_box(1000, 10, uniforms(0, 40), min_area=1.0) == (493, 0, 13, 10)
 
@@ -106,7 +106,7 @@ def test_random_crop__is_a_function_of_its_key(height: int, width: int, view_key
     assert view.shape == (3, size, size)
     assert view.dtype == torch.uint8
     assert view.is_contiguous()
-    torch.rand(3)  # the global generator has no say
+    torch.rand(3)  # the global generator has no effect
     assert torch.equal(view, random_crop(image, size, view_key, min_area=0.2))
     assert torch.equal(image, before)
 
@@ -114,7 +114,7 @@ def test_random_crop__is_a_function_of_its_key(height: int, width: int, view_key
 def test_random_crop__differs_by_key_and_flips_half() -> None:
     image = torch.arange(64, dtype=torch.uint8).repeat(3, 64, 1) * 4  # brighter to the right
     crops = [random_crop(image, 16, key(draw), min_area=0.2) for draw in range(400)]
-    assert len({crop.numpy().tobytes() for crop in crops}) > 300  # all rows are equal, so some crops are
+    assert len({crop.numpy().tobytes() for crop in crops}) > 300  # all rows are equal, so some crops are equal
     flipped = sum(int(crop[0, 0, 0] > crop[0, 0, -1]) for crop in crops)
     assert 150 < flipped < 250
 
@@ -168,7 +168,7 @@ def test_colour_draws__are_a_function_of_the_key() -> None:
     assert draws.dtype == torch.float32
     assert torch.equal(draws[3], colour_draws(key(3)))
     assert_close(draws.mean(0), torch.full((NUM_COLOUR_DRAWS,), 0.5), atol=0.04, rtol=0)
-    # The crop of the same view must not tell its colours.
+    # The numbers for the crop of a view and for its colours must be uncorrelated.
     crops = torch.from_numpy(np.stack([uniforms(key(i), 41) for i in range(2000)])).float()
     related = torch.corrcoef(torch.cat([crops, draws], 1).T)[:41, 41:]
     assert related.abs().max() < 0.12
@@ -221,18 +221,18 @@ def test_gaussian_blur__works_on_tiny_images(height: int, width: int) -> None:
     assert_close(views.gaussian_blur(images, torch.tensor([0.1, 2.0])), images)
 
 
-def test_photometric__does_nothing_when_nothing_is_drawn() -> None:
+def test_photometric__changes_nothing_if_no_change_is_drawn() -> None:
     images = batch()
     draws = torch.rand(6, NUM_COLOUR_DRAWS, generator=torch.Generator().manual_seed(0))
-    assert_close(photometric(images, draws, NOTHING), images, atol=1e-5, rtol=0)
-    # The same where the strengths are there but the draws of "whether" miss.
+    assert_close(photometric(images, draws, NO_CHANGE), images, atol=1e-5, rtol=0)
+    # Changes with a strength above 0 are not applied if the draw is above their probability.
     draws[:, 4:8] = 0.9
     config = PhotometricConfig(jitter=0.8, grey=0.2, blur=0.5, solarise=0.5)
     assert_close(photometric(images, draws, config), images, atol=1e-5, rtol=0)
 
 
 def sequential(image: Tensor, u: list[float], config: PhotometricConfig) -> Tensor:
-    """One image's changes by torchvision, one after the other."""
+    """Change the colours of one image with torchvision, one change after the other."""
     brightness, contrast, saturation, hue, jitter, grey, blur, solarise, width = u
     if jitter < config.jitter:
         image = tv.adjust_brightness(image, 1 + config.brightness * (2 * brightness - 1))
@@ -255,13 +255,13 @@ def test_photometric__is_torchvisions_image_by_image() -> None:
     images = batch(24)
     draws = torch.stack([colour_draws(key(5, i)) for i in range(24)])
     expected = torch.stack([sequential(i, u, config) for i, u in zip(images, draws.tolist(), strict=True)])
-    found = photometric(images, draws, config)
-    assert found.min() >= 0
-    assert found.max() <= 1
+    changed = photometric(images, draws, config)
+    assert changed.min() >= 0
+    assert changed.max() <= 1
     # A pixel within rounding of 0.5 may fall on the other side of the solarisation.
-    far = (found - expected).abs() > 2e-4
-    assert far.float().mean() < 1e-3
-    assert ((found + expected)[far] - 1).abs().max() < 1e-3 if far.any() else True
+    differs = (changed - expected).abs() > 2e-4
+    assert differs.float().mean() < 1e-3
+    assert ((changed + expected)[differs] - 1).abs().max() < 1e-3 if differs.any() else True
 
 
 def test_photometric__treats_each_image_alone() -> None:
@@ -279,8 +279,8 @@ def test_photometric__treats_each_image_alone() -> None:
 def test_photometric__makes_each_change_where_it_is_drawn(name: str, column: int) -> None:
     images = to_float(pixels(64, 64)).expand(200, 3, 64, 64)
     draws = torch.stack([colour_draws(key(7, i)) for i in range(200)])
-    draws[:, [0, 8]] = 0.95  # strong enough to be seen
-    config = PhotometricConfig(**{**vars(NOTHING), name: 0.3})
+    draws[:, [0, 8]] = 0.95  # strong enough to be detected
+    config = PhotometricConfig(**{**vars(NO_CHANGE), name: 0.3})
     changed = (photometric(images, draws, config) - images).abs().amax((1, 2, 3)) > 1e-3
     assert torch.equal(changed, draws[:, column] < 0.3)
     assert 30 < changed.sum() < 90

@@ -14,7 +14,7 @@ from pecobook.engine.stage import StageOutput
 
 
 @given(st.integers(2, 7), st.integers(1, 6))
-def test_look_ahead__every_micro_batch_gets_all_rows_its_own_first(count: int, size: int) -> None:
+def test_look_ahead__adds_all_rows_to_every_micro_batch_its_own_rows_first(count: int, size: int) -> None:
     numbers = torch.arange(count * size).view(count, size).unbind()
     passes: list[list[int]] = []
     seeds: list[int] = []
@@ -25,20 +25,20 @@ def test_look_ahead__every_micro_batch_gets_all_rows_its_own_first(count: int, s
         passes.append(batch["image"].tolist())
         return StageOutput(None, {}, rows={"keys": 10 * batch["image"][:, None]})
 
-    given_out: list[Batch] = [{"image": part, "label": part % 3} for part in numbers]
-    found = list(look_ahead(model, given_out, seeds.append))
+    batches: list[Batch] = [{"image": part, "label": part % 3} for part in numbers]
+    with_keys = list(look_ahead(model, batches, seeds.append))
     assert seeds == list(range(count))
-    for number, (batch, part) in enumerate(zip(found, numbers, strict=True)):
+    for number, (batch, part) in enumerate(zip(with_keys, numbers, strict=True)):
         assert torch.equal(batch["image"], part)
         assert torch.equal(batch["label"], part % 3)
         keys = batch["keys"].flatten().tolist()
         assert keys[:size] == (10 * part).tolist(), number
         assert sorted(keys) == [10 * image for image in range(count * size)]
-    # As few as can be of one forward pass came together in a micro-batch.
-    most = -(-size // count)
+    # Each forward pass contains as few images of one micro-batch as possible.
+    max_from_one = -(-size // count)
     for images in passes:
         assert len(images) == size
-        assert max(sum(image // size == number for image in images) for number in range(count)) <= most
+        assert max(sum(image // size == number for image in images) for number in range(count)) <= max_from_one
 
 
 @pytest.mark.parametrize(("needs", "count", "passes"), [(False, 3, 0), (True, 1, 0), (True, 3, 3)])

@@ -32,22 +32,22 @@ def same(a: nn.Module, b: nn.Module) -> bool:
     return all(torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True))
 
 
-def test_save_load__training_goes_on_bit_for_bit(tmp_path: Path) -> None:
+def test_save_load__training_continues_bit_for_bit(tmp_path: Path) -> None:
     stage, optimizer = make()
     for number in range(3):
         step(stage, optimizer, number)
     checkpoint.save(tmp_path, step=3, stage=stage, optimizer=optimizer, keep=2)
-    other, other_optimizer = make(seed=9)
-    assert checkpoint.load(tmp_path, stage=other, optimizer=other_optimizer) == 3
-    assert [group["lr_scale"] for group in other_optimizer.param_groups] == [0.5, 1.0]
-    assert [group["weight_decay"] for group in other_optimizer.param_groups] == [0.1, 0.0]
+    loaded, loaded_optimizer = make(seed=9)
+    assert checkpoint.load(tmp_path, stage=loaded, optimizer=loaded_optimizer) == 3
+    assert [group["lr_scale"] for group in loaded_optimizer.param_groups] == [0.5, 1.0]
+    assert [group["weight_decay"] for group in loaded_optimizer.param_groups] == [0.1, 0.0]
     for number in range(3, 6):
         step(stage, optimizer, number)
-        step(other, other_optimizer, number)
-    assert same(stage, other)
+        step(loaded, loaded_optimizer, number)
+    assert same(stage, loaded)
 
 
-def test_load__is_zero_and_changes_nothing_without_a_checkpoint(tmp_path: Path) -> None:
+def test_load__returns_zero_and_changes_nothing_without_a_checkpoint(tmp_path: Path) -> None:
     stage, optimizer = make()
     assert checkpoint.load(tmp_path / "none", stage=stage, optimizer=optimizer) == 0
     assert same(stage, make()[0])
@@ -61,11 +61,11 @@ def test_save__keeps_the_last_k(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000015", "step-00000020"]
 
 
-def test_save__ignores_and_clears_what_a_kill_left_half_written(tmp_path: Path) -> None:
+def test_save__ignores_and_clears_half_written_checkpoints_of_a_killed_run(tmp_path: Path) -> None:
     stage, optimizer = make()
     checkpoint.save(tmp_path, step=5, stage=stage, optimizer=optimizer, keep=2)
-    for left in (".step-00000007.tmp", "step-00000008"):  # the second without its file
-        (tmp_path / left).mkdir()
+    for incomplete in (".step-00000007.tmp", "step-00000008"):  # the second folder has no file
+        (tmp_path / incomplete).mkdir()
     (tmp_path / ".step-00000007.tmp" / "state.pt").write_bytes(b"half")
     assert checkpoint.steps(tmp_path) == [5]
     assert checkpoint.load(tmp_path, stage=stage, optimizer=optimizer) == 5
@@ -78,7 +78,7 @@ def test_save__ignores_and_clears_what_a_kill_left_half_written(tmp_path: Path) 
     "error",
     [OSError(28, "No space left on device"), RuntimeError("[enforce fail at inline_container.cc] . "), OSError()],
 )
-def test_save__full_disk_leaves_the_older_one_whole(
+def test_save__a_full_disk_leaves_the_older_checkpoint_complete(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
     stage, optimizer = make()
@@ -128,7 +128,7 @@ def damage(file: Path, how: str) -> None:
 
 
 @pytest.mark.parametrize("how", ["cut", "empty", "noise", "code", "bare pickle", "list", "without weights"])
-def test_load__damaged_is_told_and_its_code_never_run(tmp_path: Path, how: str) -> None:
+def test_load__reports_a_damaged_checkpoint_and_never_runs_its_code(tmp_path: Path, how: str) -> None:
     stage, optimizer = make()
     for number in (5, 10):
         checkpoint.save(tmp_path, step=number, stage=stage, optimizer=optimizer, keep=2)
@@ -136,35 +136,35 @@ def test_load__damaged_is_told_and_its_code_never_run(tmp_path: Path, how: str) 
     with pytest.raises(RunFolderError, match="cannot be loaded") as caught:
         checkpoint.load(tmp_path, stage=stage, optimizer=optimizer)
     assert "step-00000010" in str(caught.value)
-    assert "Delete that folder to go on from step 5." in str(caught.value)
+    assert "Delete that folder to continue from step 5." in str(caught.value)
     assert len(str(caught.value).splitlines()) == 1
     assert [path.name for path in (tmp_path / "step-00000010").iterdir()] == ["state.pt"]
 
 
-def test_load__of_another_model_is_told(tmp_path: Path) -> None:
+def test_load__reports_a_checkpoint_of_another_model(tmp_path: Path) -> None:
     stage, optimizer = make()
     checkpoint.save(tmp_path, step=5, stage=stage, optimizer=optimizer, keep=2)
-    wider, its_optimizer = make(width=7)
+    wider, wider_optimizer = make(width=7)
     with pytest.raises(RunFolderError, match="cannot be loaded"):
-        checkpoint.load(tmp_path, stage=wider, optimizer=its_optimizer)
+        checkpoint.load(tmp_path, stage=wider, optimizer=wider_optimizer)
 
 
 def save_on_each(rank: int, world_size: int, folder: str) -> tuple[int, dict[str, Any]]:
     stage, optimizer = make()
     step(stage, optimizer, 0)
     checkpoint.save(Path(folder), step=1, stage=stage, optimizer=optimizer, keep=2)
-    # The barrier has passed: every rank sees it.
+    # The barrier has passed, so every rank sees the checkpoint.
     return len(checkpoint.steps(Path(folder))), stage.state_dict()
 
 
 def test_save__one_rank_writes_and_the_other_waits(tmp_path: Path, two_processes: TwoProcesses) -> None:
-    (found, state), (found_by_other, _) = two_processes.run(save_on_each, str(tmp_path))
-    assert found == found_by_other == 1
+    (num_checkpoints, state), (num_on_rank_1, _) = two_processes.run(save_on_each, str(tmp_path))
+    assert num_checkpoints == num_on_rank_1 == 1
     stage, _ = make(seed=3)
-    stage.load_state_dict(state)  # computed there: other threads add in another order
-    other, other_optimizer = make(seed=4)
-    assert checkpoint.load(tmp_path, stage=other, optimizer=other_optimizer) == 1
-    assert same(stage, other)
+    stage.load_state_dict(state)  # computed in the other process: another number of threads adds in another order
+    loaded, optimizer = make(seed=4)
+    assert checkpoint.load(tmp_path, stage=loaded, optimizer=optimizer) == 1
+    assert same(stage, loaded)
 
 
 def save_on_a_full_disk(rank: int, world_size: int, folder: str) -> str:
@@ -173,13 +173,13 @@ def save_on_a_full_disk(rank: int, world_size: int, folder: str) -> str:
 
     stage, optimizer = make()
     step(stage, optimizer, 0)
-    ordinary = torch.save
+    original_save = torch.save
     torch.save = full  # type: ignore[assignment]
     try:
         with pytest.raises(RunFolderError) as caught:
             checkpoint.save(Path(folder), step=1, stage=stage, optimizer=optimizer, keep=2)
     finally:
-        torch.save = ordinary
+        torch.save = original_save
     return str(caught.value) if caught.value.on_all_ranks else ""
 
 

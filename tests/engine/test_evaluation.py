@@ -1,4 +1,4 @@
-"""Evaluation: every image once, rows in order, the same on one rank as on two."""
+"""Evaluation counts every image once, returns rows in order, and gives equal results on one rank and on two."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from tests.runs import squares
 
 
 class Names(nn.Module):
-    """Returns the numbers of its images as rows, and remembers what it was asked to sum up."""
+    """A stage that returns the numbers of its images as rows, and records the rows of `summarise`."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.asked: tuple[dict[str, Tensor], dict[str, Tensor]] = ({}, {})
+        self.summarised: tuple[dict[str, Tensor], dict[str, Tensor]] = ({}, {})
 
     def forward(self, batch: Batch) -> StageOutput:
         assert not self.training
@@ -35,84 +35,86 @@ class Names(nn.Module):
             mean, {"twice": 2 * mean}, {"images": batch["image"]}, {"number": index, "pair": index[:, None] + 1}
         )
 
-    def summarise(self, rows: dict[str, Tensor], known: dict[str, Tensor]) -> dict[str, float]:
-        self.asked = rows, known
+    def summarise(self, rows: dict[str, Tensor], reference: dict[str, Tensor]) -> dict[str, float]:
+        self.summarised = rows, reference
         return {"sum": float(rows["number"].sum())}
 
 
-def whole(image: Tensor, _key: int) -> dict[str, Tensor]:
+def full_image(image: Tensor, _key: int) -> dict[str, Tensor]:
     return {"image": image}
 
 
-def look(held_out: int, known: int | None, bad: tuple[int, ...] = (), **more: Any) -> tuple[Evaluation, Names]:
+def evaluate_squares(
+    num_held_out: int, num_reference: int | None, bad: tuple[int, ...] = (), **more: Any
+) -> tuple[Evaluation, Names]:
     model = Names().train()
     fabric = launch.start(TrainConfig(out="unused", precision="fp32", devices=str(more.pop("devices", 1))))
     settings: dict[str, Any] = {"num_images": 100, "batch_size": 2, "seed": 0, **more}
-    reference = None if known is None else Stream(squares(known, bad), whole, 0)
-    found = evaluate(fabric, model, model, Stream(squares(held_out, bad), whole, 0), reference, **settings)
-    return found, model
+    held_out = Stream(squares(num_held_out, bad), full_image, 0)
+    reference = None if num_reference is None else Stream(squares(num_reference, bad), full_image, 0)
+    return evaluate(fabric, model, model, held_out, reference, **settings), model
 
 
-def test_evaluate__sees_every_image_once_and_sums_up_all_rows() -> None:
-    found, model = look(6, 4, batch_size=4)  # the last batch is a half one
-    rows, known = model.asked
+def test_evaluate__counts_every_image_once_and_summarises_all_rows() -> None:
+    result, model = evaluate_squares(6, 4, batch_size=4)  # the last batch has two images
+    rows, reference = model.summarised
     assert sorted(rows["number"].tolist()) == list(range(6))
     assert torch.equal(rows["pair"][:, 0], rows["number"] + 1)
-    assert sorted(known["number"].tolist()) == list(range(4))
-    assert found.metrics == pytest.approx({"evaluation/loss": 2.5, "evaluation/twice": 5.0, "evaluation/sum": 15.0})
-    assert len(found.pictures["images"]) == 4
+    assert sorted(reference["number"].tolist()) == list(range(4))
+    assert result.metrics == pytest.approx({"evaluation/loss": 2.5, "evaluation/twice": 5.0, "evaluation/sum": 15.0})
+    assert len(result.pictures["images"]) == 4
 
 
-def test_evaluate__looks_at_no_more_than_asked() -> None:
-    _, model = look(60, None, num_images=8)
-    assert len(model.asked[0]["number"]) == 8
-    assert model.asked[1] == {}
+def test_evaluate__reads_no_more_than_num_images() -> None:
+    _, model = evaluate_squares(60, None, num_images=8)
+    assert len(model.summarised[0]["number"]) == 8
+    assert model.summarised[1] == {}
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 3, 6])
-def test_evaluate__an_image_that_cannot_be_read_is_named_and_the_next_counts_once(batch_size: int) -> None:
-    found, model = look(6, 3, bad=(1, 4), batch_size=batch_size)
-    rows, known = model.asked
+def test_evaluate__names_an_unreadable_image_and_counts_the_next_image_once(batch_size: int) -> None:
+    result, model = evaluate_squares(6, 3, bad=(1, 4), batch_size=batch_size)
+    rows, reference = model.summarised
     assert sorted(rows["number"].tolist()) == [0, 2, 3, 5]
-    assert sorted(known["number"].tolist()) == [0, 2]
-    assert found.metrics == pytest.approx({"evaluation/loss": 2.5, "evaluation/twice": 5.0, "evaluation/sum": 10.0})
-    assert {name.partition(":")[0].partition(" (")[0] for name in found.skipped} == {"square 1", "square 4"}
+    assert sorted(reference["number"].tolist()) == [0, 2]
+    assert result.metrics == pytest.approx({"evaluation/loss": 2.5, "evaluation/twice": 5.0, "evaluation/sum": 10.0})
+    assert {name.partition(":")[0].partition(" (")[0] for name in result.skipped} == {"square 1", "square 4"}
 
 
-def test_evaluate__of_nothing_that_can_be_read_tells_nothing() -> None:
-    first = int(Stream(squares(6), whole, 0)[0]["index"])
-    found, model = look(6, None, bad=(first,), num_images=1)
-    assert (found.metrics, found.rows, model.asked) == ({}, {}, ({}, {}))
-    assert len(found.skipped) == 1
+def test_evaluate__returns_no_metrics_where_no_image_can_be_read() -> None:
+    first = int(Stream(squares(6), full_image, 0)[0]["index"])
+    result, model = evaluate_squares(6, None, bad=(first,), num_images=1)
+    assert (result.metrics, result.rows, model.summarised) == ({}, {}, ({}, {}))
+    assert len(result.skipped) == 1
 
 
 def on_each(
     rank: int, world_size: int, bad: tuple[int, ...] = (), batch_size: int = 1
 ) -> tuple[dict[str, float], list[int], list[int]]:
-    found, model = look(8 - len(bad) // 2, 6, bad, devices=world_size, batch_size=batch_size)
-    rows, known = model.asked
-    return found.metrics, rows["number"].tolist(), known["number"].tolist()
+    result, model = evaluate_squares(8 - len(bad) // 2, 6, bad, devices=world_size, batch_size=batch_size)
+    rows, reference = model.summarised
+    return result.metrics, rows["number"].tolist(), reference["number"].tolist()
 
 
 def test_evaluate__two_processes_gather_the_rows_of_both(two_processes: TwoProcesses) -> None:
-    (left, rows, known), right = two_processes.run(on_each)
-    assert (left, rows, known) == right
-    alone, model = look(8, 6, batch_size=2)
-    assert rows == model.asked[0]["number"].tolist()
-    assert known == model.asked[1]["number"].tolist()
-    assert left == pytest.approx(alone.metrics)
+    (metrics, rows, reference), rank_1 = two_processes.run(on_each)
+    assert (metrics, rows, reference) == rank_1
+    alone, model = evaluate_squares(8, 6, batch_size=2)
+    assert rows == model.summarised[0]["number"].tolist()
+    assert reference == model.summarised[1]["number"].tolist()
+    assert metrics == pytest.approx(alone.metrics)
 
 
 @pytest.mark.parametrize("batch_size", [1, 3])
-def test_evaluate__two_processes_count_what_can_be_read_once(batch_size: int, two_processes: TwoProcesses) -> None:
-    bad = (0, 2, 5)  # of seven, which two processes cannot share evenly
-    (left, rows, known), right = two_processes.run(on_each, bad, batch_size)
-    assert (left, rows, known) == right
+def test_evaluate__two_processes_count_each_readable_image_once(batch_size: int, two_processes: TwoProcesses) -> None:
+    bad = (0, 2, 5)  # three of seven images, which two processes cannot share evenly
+    (metrics, rows, reference), rank_1 = two_processes.run(on_each, bad, batch_size)
+    assert (metrics, rows, reference) == rank_1
     assert sorted(rows) == [1, 3, 4, 6]
-    assert left == pytest.approx({"evaluation/loss": 3.5, "evaluation/twice": 7.0, "evaluation/sum": 14.0})
+    assert metrics == pytest.approx({"evaluation/loss": 3.5, "evaluation/twice": 7.0, "evaluation/sum": 14.0})
 
 
-def test_contrast__knn_accuracy_is_that_of_its_exported_features(images: Path, tmp_path: Path) -> None:
+def test_contrast__knn_accuracy_equals_that_of_the_exported_features(images: Path, tmp_path: Path) -> None:
     from pecobook.analysis.features import backbone_features
     from pecobook.analysis.probe import knn_probe
     from pecobook.data.images import open_images
@@ -130,13 +132,15 @@ def test_contrast__knn_accuracy_is_that_of_its_exported_features(images: Path, t
     held_pixels, held_labels, _ = read_all(splits.evaluation, 32)
     assert labels is not None
     assert held_labels is not None
-    known, held = (backbone_features(backbone, to_float(part))["output"] for part in (pixels, held_pixels))
-    expected = knn_probe(known, labels, held, held_labels).accuracy
+    train_features, held_features = (
+        backbone_features(backbone, to_float(images_of_split))["output"] for images_of_split in (pixels, held_pixels)
+    )
+    expected = knn_probe(train_features, labels, held_features, held_labels).accuracy
     assert logged(run)[-1]["evaluation/knn"] == pytest.approx(expected)
     assert expected > 0  # the three classes differ in colour
 
 
-def test_contrast__without_labels_or_wish_there_is_no_knn(images: Path, tmp_path: Path) -> None:
+def test_contrast__logs_no_knn_accuracy_with_knn_images_0(images: Path, tmp_path: Path) -> None:
     from tests.runs import logged, train
 
     run = train("contrast", images, tmp_path / "run", knn_images=0)

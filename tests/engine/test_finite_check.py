@@ -1,4 +1,4 @@
-"""Stopping and breaking off: on every rank alike, at once or one step late."""
+"""All ranks stop or fail together, at once or one step late."""
 
 from __future__ import annotations
 
@@ -11,57 +11,57 @@ from pecobook.errors import NonFiniteLossError
 from tests.distributed import TwoProcesses
 
 
-def ask(check: FiniteCheck, step: int, loss: float = 1.0, norm: float = 1.0, **more: bool) -> bool:
+def step_with(check: FiniteCheck, step: int, loss: float = 1.0, norm: float = 1.0, **more: bool) -> bool:
     flags = {"may_overflow": False, "stop": False, **more}
     return check.after_backward(step, torch.tensor(loss), torch.tensor(norm), **flags)
 
 
-def test_at_once__stops_in_the_step_that_was_asked() -> None:
+def test_at_once__stops_in_the_step_of_the_signal() -> None:
     check = FiniteCheck(1, late=False)
-    assert [ask(check, step, stop=step == 2) for step in (1, 2, 3)] == [False, True, False]
+    assert [step_with(check, step, stop=step == 2) for step in (1, 2, 3)] == [False, True, False]
     assert check.wait() is False
 
 
 @pytest.mark.parametrize(("loss", "norm"), [(float("nan"), 1.0), (1.0, float("inf")), (float("inf"), float("nan"))])
-def test_at_once__breaks_off_before_the_optimizer_step(loss: float, norm: float) -> None:
+def test_at_once__raises_before_the_optimizer_step(loss: float, norm: float) -> None:
     check = FiniteCheck(1, late=False)
-    ask(check, 1)
-    with pytest.raises(NonFiniteLossError, match=r"Step 2 is not finite .* the weights were not touched"):
-        ask(check, 2, loss, norm)
+    step_with(check, 1)
+    with pytest.raises(NonFiniteLossError, match=r"Step 2 is not finite .* the weights were not changed"):
+        step_with(check, 2, loss, norm)
 
 
-def test_fp16__may_overflow_in_its_gradient_but_not_in_its_loss() -> None:
+def test_fp16__accepts_an_infinite_gradient_but_no_infinite_loss() -> None:
     check = FiniteCheck(1, late=False)
-    assert not ask(check, 1, 1.0, float("inf"), may_overflow=True)
+    assert not step_with(check, 1, 1.0, float("inf"), may_overflow=True)
     with pytest.raises(NonFiniteLossError):
-        ask(check, 2, float("nan"), 1.0, may_overflow=True)
+        step_with(check, 2, float("nan"), 1.0, may_overflow=True)
 
 
-def test_late__stops_one_step_later_or_when_waited_for() -> None:
+def test_late__stops_one_step_later_or_in_wait() -> None:
     check = FiniteCheck(1, late=True)
-    assert [ask(check, step, stop=step == 2) for step in (1, 2, 3)] == [False, False, True]
-    ask(check, 4, stop=True)
+    assert [step_with(check, step, stop=step == 2) for step in (1, 2, 3)] == [False, False, True]
+    step_with(check, 4, stop=True)
     assert check.wait() is True
     assert check.wait() is False
 
 
-def test_late__breaks_off_one_step_later_or_when_waited_for() -> None:
+def test_late__raises_one_step_later_or_in_wait() -> None:
     check = FiniteCheck(1, late=True)
-    ask(check, 1)
-    assert not ask(check, 2, float("nan"))
-    with pytest.raises(NonFiniteLossError, match=r"Step 2 is not finite \(loss nan.* its last checkpoint is whole"):
-        ask(check, 3)
+    step_with(check, 1)
+    assert not step_with(check, 2, float("nan"))
+    with pytest.raises(NonFiniteLossError, match=r"Step 2 is not finite \(loss nan.* the last checkpoint is intact"):
+        step_with(check, 3)
     check = FiniteCheck(1, late=True)
-    ask(check, 1, float("nan"))
+    step_with(check, 1, float("nan"))
     with pytest.raises(NonFiniteLossError, match="Step 1"):
         check.wait()
 
 
 def on_each(rank: int, world_size: int, late: bool) -> tuple[list[bool], str]:
     check = FiniteCheck(world_size, late=late)
-    stops = [ask(check, step, stop=rank == 1 and step == 2) for step in (1, 2, 3)]
+    stops = [step_with(check, step, stop=rank == 1 and step == 2) for step in (1, 2, 3)]
     try:
-        ask(check, 4, float("nan") if rank == 0 else 1.0)
+        step_with(check, 4, float("nan") if rank == 0 else 1.0)
         check.wait()
     except NonFiniteLossError as error:
         return stops, str(error).splitlines()[0]
@@ -70,24 +70,24 @@ def on_each(rank: int, world_size: int, late: bool) -> tuple[list[bool], str]:
 
 @pytest.mark.parametrize("late", [False, True])
 def test_two_processes__do_the_same(two_processes: TwoProcesses, late: bool) -> None:
-    (left, left_said), (right, right_said) = two_processes.run(on_each, late)
-    assert left == right == ([False, False, True] if late else [False, True, False])
-    assert "Step 4 is not finite (loss nan" in left_said
-    assert "Step 4 is not finite (loss 1" in right_said
+    (stops_0, error_0), (stops_1, error_1) = two_processes.run(on_each, late)
+    assert stops_0 == stops_1 == ([False, False, True] if late else [False, True, False])
+    assert "Step 4 is not finite (loss nan" in error_0
+    assert "Step 4 is not finite (loss 1" in error_1
 
 
 @pytest.mark.gpu
 def test_gpu__reads_the_answer_without_waiting_for_the_step() -> None:
     check, value = FiniteCheck(1, late=True), torch.ones((), device="cuda")
 
-    def one(step: int, loss: Tensor) -> bool:
+    def after_backward(step: int, loss: Tensor) -> bool:
         return check.after_backward(step, loss, value, may_overflow=False, stop=False)
 
     torch.cuda.set_sync_debug_mode("error")
     try:
-        one(1, value)
+        after_backward(1, value)
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    one(2, value * float("nan"))
+    after_backward(2, value * float("nan"))
     with pytest.raises(NonFiniteLossError, match="Step 2"):
-        one(3, value)
+        after_backward(3, value)

@@ -19,16 +19,18 @@ def _no_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
-    ("batch", "devices", "most", "micro"),
+    ("batch", "devices", "max_micro", "micro"),
     [(64, "1", 0, 64), (64, "2", 0, 32), (64, "2", 20, 16), (60, "1", 7, 6), (7, "1", 5, 1), (8, "1", 99, 8)],
 )
-def test_micro_batch_size__largest_even_share_that_fits(batch: int, devices: str, most: int, micro: int) -> None:
-    config = TrainConfig(batch_size=batch, devices=devices, micro_batch_size=most)
+def test_micro_batch_size__is_the_largest_divisor_that_fits(
+    batch: int, devices: str, max_micro: int, micro: int
+) -> None:
+    config = TrainConfig(batch_size=batch, devices=devices, micro_batch_size=max_micro)
     assert launch.micro_batch_size(config) == micro
     assert batch % (micro * int(devices)) == 0
 
 
-def test_micro_batch_size__refuses_what_cannot_be_shared() -> None:
+def test_micro_batch_size__refuses_unequal_shares() -> None:
     with pytest.raises(ConfigError, match="--batch-size 64 cannot be shared evenly by 3 devices"):
         launch.micro_batch_size(TrainConfig(batch_size=64, devices="3"))
     with pytest.raises(ConfigError, match=r"--micro-batch-size must be 0 .*, not -3"):
@@ -52,7 +54,7 @@ def test_device_count__auto_is_one_without_gpus_and_all_with(monkeypatch: pytest
         launch.device_count(TrainConfig(devices="3"))
 
 
-def test_resolve_precision__auto_is_what_the_hardware_multiplies(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_resolve_precision__auto_is_bf16_where_the_hardware_supports_it(monkeypatch: pytest.MonkeyPatch) -> None:
     for native, expected in ((True, "bf16"), (False, "fp32")):
         monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda native=native: native)
         assert launch.resolve_precision(TrainConfig()) == expected
@@ -70,13 +72,13 @@ def test_is_leader__only_the_first_process(name: str, monkeypatch: pytest.Monkey
     assert not launch.is_leader()
 
 
-@pytest.mark.parametrize(("device", "wanted"), [("cuda", True), ("cuda", False), ("cpu", True)])
-def test_repeatable__asks_for_kernels_that_repeat_and_puts_it_back(
-    device: str, wanted: bool, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("device", "enabled"), [("cuda", True), ("cuda", False), ("cpu", True)])
+def test_deterministic__enables_deterministic_kernels_and_restores_the_state(
+    device: str, enabled: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":16:8")  # what is there stays, and no test sees another
-    with deterministic(torch.device(device), wanted):
-        assert torch.are_deterministic_algorithms_enabled() == (wanted and device == "cuda")
-        assert torch.is_deterministic_algorithms_warn_only_enabled() == (wanted and device == "cuda")
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":16:8")  # a value that is set stays, and other tests see none
+    with deterministic(torch.device(device), enabled):
+        assert torch.are_deterministic_algorithms_enabled() == (enabled and device == "cuda")
+        assert torch.is_deterministic_algorithms_warn_only_enabled() == (enabled and device == "cuda")
     assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":16:8"
     assert not torch.are_deterministic_algorithms_enabled()

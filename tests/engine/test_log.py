@@ -38,33 +38,33 @@ def read(path: Path) -> list[dict[str, Any]]:
 # --------------------------------------------------------------------------------------------------------- JSON lines
 
 
-def test_json_lines__no_step_twice_after_a_resume(tmp_path: Path) -> None:
+def test_json_lines__logs_no_step_twice_after_a_resume(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     first = JsonLines(path, start_step=0)
     for step in range(1, 8):
         first.log({"loss": float(step)}, step)
     first.close()
-    again = JsonLines(path, start_step=5)
+    resumed = JsonLines(path, start_step=5)
     for step in (6, 7, 8):
-        again.log({"loss": 10.0 * step}, step)
-    again.close()
+        resumed.log({"loss": 10.0 * step}, step)
+    resumed.close()
     assert [line["step"] for line in read(path)] == [1, 2, 3, 4, 5, 6, 7, 8]
     assert [line["loss"] for line in read(path)] == [1, 2, 3, 4, 5, 60, 70, 80]
     assert [file.name for file in tmp_path.iterdir()] == ["metrics.jsonl"]
 
 
-def test_json_lines__what_comes_later_of_a_step_goes_on_in_its_line_also_after_a_resume(tmp_path: Path) -> None:
+def test_json_lines__adds_later_metrics_of_a_step_to_its_line_also_after_a_resume(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     first = JsonLines(path, start_step=0)
     first.log({"loss": 1.0}, 1)
     first.log({"loss": 2.0}, 2)
     first.log({"accuracy": 3.0}, 2)
     first.close()
-    again = JsonLines(path, start_step=2)
-    again.log({"accuracy": 9.0, "iou": 4.0}, 2)
-    again.log({"accuracy": 9.0}, 2)
-    again.log({"loss": 5.0}, 3)
-    again.close()
+    resumed = JsonLines(path, start_step=2)
+    resumed.log({"accuracy": 9.0, "iou": 4.0}, 2)
+    resumed.log({"accuracy": 9.0}, 2)
+    resumed.log({"loss": 5.0}, 3)
+    resumed.close()
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     assert lines == [
         {"step": 1, "loss": 1.0},
@@ -73,14 +73,14 @@ def test_json_lines__what_comes_later_of_a_step_goes_on_in_its_line_also_after_a
     ]
 
 
-def test_json_lines__drops_what_a_crash_cut_off(tmp_path: Path) -> None:
+def test_json_lines__drops_a_line_that_a_crash_cut_off(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_bytes(b'{"step": 1, "loss": 2.0}\n[3]\n{"loss": 1}\n\xff\xfe\n\x00\x00\n{"step": 2, "lo')
     JsonLines(path, start_step=9).close()
     assert read(path) == [{"step": 1, "loss": 2.0}]
 
 
-def test_json_lines__a_line_is_on_disk_when_logged_and_is_strict_json(tmp_path: Path) -> None:
+def test_json_lines__writes_each_line_at_once_and_as_strict_json(tmp_path: Path) -> None:
     def refuse(constant: str) -> None:
         raise AssertionError(constant)
 
@@ -94,7 +94,7 @@ def test_json_lines__a_line_is_on_disk_when_logged_and_is_strict_json(tmp_path: 
 # ------------------------------------------------------------------------------------------------------ other loggers
 
 
-def test_tensor_board__events_are_readable_and_a_resume_takes_its_steps_back(tmp_path: Path) -> None:
+def test_tensor_board__writes_readable_events_and_a_resume_purges_later_steps(tmp_path: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     first = TensorBoard(tmp_path, start_step=0)
@@ -102,9 +102,9 @@ def test_tensor_board__events_are_readable_and_a_resume_takes_its_steps_back(tmp
         first.log({"loss": float(step), "psnr": 20.0}, step)
     first.picture("samples", png(), 3)
     first.close()
-    again = TensorBoard(tmp_path, start_step=1)
-    again.log({"loss": 20.0}, 2)
-    again.close()
+    resumed = TensorBoard(tmp_path, start_step=1)
+    resumed.log({"loss": 20.0}, 2)
+    resumed.close()
     events = EventAccumulator(str(tmp_path))
     events.Reload()
     assert set(events.Tags()["scalars"]) == {"loss", "psnr"}
@@ -112,7 +112,7 @@ def test_tensor_board__events_are_readable_and_a_resume_takes_its_steps_back(tmp
     assert events.Tags()["images"] == ["samples"]
 
 
-def test_tensor_board__a_run_killed_before_its_first_checkpoint_begins_anew(tmp_path: Path) -> None:
+def test_tensor_board__starts_again_for_a_run_killed_before_its_first_checkpoint(tmp_path: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     for value in (1.0, 2.0):
@@ -125,13 +125,13 @@ def test_tensor_board__a_run_killed_before_its_first_checkpoint_begins_anew(tmp_
 
 
 class Recorder(types.ModuleType):
-    """A module or run that takes any call and remembers it."""
+    """A module or run that accepts any call and records it."""
 
     def __init__(
-        self, name: str, calls: list[tuple[str, tuple[Any, ...], dict[str, Any]]], answers: Any = None
+        self, name: str, calls: list[tuple[str, tuple[Any, ...], dict[str, Any]]], results: Any = None
     ) -> None:
         super().__init__(name)
-        self._calls, self._answers = calls, answers or {}
+        self._calls, self._results = calls, results or {}
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
@@ -139,12 +139,12 @@ class Recorder(types.ModuleType):
 
         def call(*args: Any, **kwargs: Any) -> Any:
             self._calls.append((name, args, kwargs))
-            return self._answers.get(name)
+            return self._results.get(name)
 
         return call
 
 
-def test_weights_and_biases__one_run_for_a_folder_also_after_a_resume(
+def test_weights_and_biases__uses_one_run_for_a_folder_also_after_a_resume(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls: list[tuple[str, tuple[Any, ...], dict[str, Any]]] = []
@@ -168,25 +168,25 @@ def test_weights_and_biases__one_run_for_a_folder_also_after_a_resume(
     assert calls[0][2]["id"] != ids[0]
 
 
-@pytest.mark.parametrize("known", [True, False])
-def test_mlflow__goes_on_in_the_run_it_knows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, known: bool) -> None:
+@pytest.mark.parametrize("exists", [True, False])
+def test_mlflow__continues_the_run_of_the_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, exists: bool) -> None:
     calls: list[tuple[str, tuple[Any, ...], dict[str, Any]]] = []
-    old = types.SimpleNamespace(info=types.SimpleNamespace(run_id="abc"))
-    fake = Recorder("mlflow", calls, {"search_runs": [old] if known else []})
+    earlier = types.SimpleNamespace(info=types.SimpleNamespace(run_id="abc"))
+    fake = Recorder("mlflow", calls, {"search_runs": [earlier] if exists else []})
     monkeypatch.setitem(sys.modules, "mlflow", fake)
     sink = MLflow(tmp_path, {"seed": 3})
     sink.log({"loss": 1.0}, 7)
     sink.picture("samples", png(), 7)
     sink.close()
     by_name = {name: (args, kwargs) for name, args, kwargs in calls}
-    assert by_name["start_run"][1]["run_id"] == ("abc" if known else None)
-    assert ("set_tag" in by_name) is not known
+    assert by_name["start_run"][1]["run_id"] == ("abc" if exists else None)
+    assert ("set_tag" in by_name) is not exists
     assert by_name["log_metrics"] == (({"loss": 1.0},), {"step": 7})
     assert by_name["log_image"][0][1] == "samples/00000007.png"
     assert calls[-1][0] == "end_run"
 
 
-def test_open_sinks__those_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_open_sinks__opens_the_requested_loggers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[tuple[str, tuple[Any, ...], dict[str, Any]]] = []
     monkeypatch.setitem(sys.modules, "wandb", Recorder("wandb", calls, {"init": Recorder("run", calls)}))
     monkeypatch.setitem(sys.modules, "mlflow", Recorder("mlflow", calls, {"search_runs": []}))
@@ -194,14 +194,14 @@ def test_open_sinks__those_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert [type(sink) for sink in sinks] == [JsonLines, TensorBoard, WeightsAndBiases, MLflow]
     for sink in sinks:
         sink.close()
-    only = open_sinks((), tmp_path, {}, start_step=0)
-    assert [type(sink) for sink in only] == [JsonLines]
-    only[0].close()
+    sinks = open_sinks((), tmp_path, {}, start_step=0)
+    assert [type(sink) for sink in sinks] == [JsonLines]
+    sinks[0].close()
 
 
-def test_check_loggers__names_what_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_check_loggers__names_a_logger_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
     check_loggers(("tensorboard",))
-    monkeypatch.setitem(sys.modules, "wandb", None)  # as if it were not there, wherever the tests run
+    monkeypatch.setitem(sys.modules, "wandb", None)  # as if wandb were missing, wherever the tests run
     with pytest.raises(ConfigError, match=r"--loggers wandb: .*pip install 'pecobook\[wandb\]'"):
         check_loggers(("tensorboard", "wandb"))
 
@@ -209,14 +209,14 @@ def test_check_loggers__names_what_is_not_installed(monkeypatch: pytest.MonkeyPa
 # --------------------------------------------------------------------------------------------------- text and progress
 
 
-def test_open_text_log__appends_and_never_doubles_lines(tmp_path: Path) -> None:
+def test_open_text_log__appends_and_writes_each_line_once(tmp_path: Path) -> None:
     open_text_log(tmp_path).info("first %d", 1)
     open_text_log(tmp_path).info("second")
     lines = (tmp_path / "train.log").read_text().splitlines()
     assert [line.split(maxsplit=2)[2] for line in lines] == ["first 1", "second"]
 
 
-def test_progress__plain_lines_where_there_is_no_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+def test_progress__prints_plain_lines_without_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:
     progress = Progress(total=100, start=90, name="codebook", quiet=False)
     for step in range(91, 101):
         progress.show(step, {"loss": 0.5, "images_per_second": 1234.0, "data_wait": 0.25})
@@ -226,11 +226,11 @@ def test_progress__plain_lines_where_there_is_no_terminal(capsys: pytest.Capture
     assert out == ""
     lines = err.splitlines()
     assert lines[0].startswith("codebook 91/100  loss 0.5000  1234 img/s  data wait 25%  left ")
-    assert lines[1].startswith("codebook 100/100  ")  # those between came within five seconds
+    assert lines[1].startswith("codebook 100/100  ")  # the steps between came within five seconds
     assert lines[2:] == ["a word"]
 
 
-def test_progress__nothing_on_other_ranks(capsys: pytest.CaptureFixture[str]) -> None:
+def test_progress__prints_nothing_on_other_ranks(capsys: pytest.CaptureFixture[str]) -> None:
     progress = Progress(total=2, start=0, name="codebook", quiet=True)
     progress.show(2, {"loss": 0.5})
     progress.say("a word")
@@ -238,7 +238,7 @@ def test_progress__nothing_on_other_ranks(capsys: pytest.CaptureFixture[str]) ->
     assert capsys.readouterr() == ("", "")
 
 
-def test_progress__a_bar_in_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_progress__shows_a_bar_in_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     class Terminal(io.StringIO):
         def isatty(self) -> bool:
             return True
@@ -250,13 +250,13 @@ def test_progress__a_bar_in_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     progress.show(10, {"loss": 0.5, "images_per_second": 80.0})
     progress.say("a word")
     progress.close()
-    shown = terminal.getvalue()
+    output = terminal.getvalue()
     for part in ("pretrain", "10/20", "loss 0.5000", "80 img/s", "a word"):
-        assert part in shown
+        assert part in output
 
 
 @pytest.mark.parametrize(
-    ("seconds", "said"), [(0, "0s"), (59.4, "59s"), (200, "3m20s"), (18120, "5h02m"), (273600, "3d04h")]
+    ("seconds", "text"), [(0, "0s"), (59.4, "59s"), (200, "3m20s"), (18120, "5h02m"), (273600, "3d04h")]
 )
-def test_duration__as_a_person_says_it(seconds: float, said: str) -> None:
-    assert compact_duration(seconds) == said
+def test_compact_duration__gives_the_two_largest_units(seconds: float, text: str) -> None:
+    assert compact_duration(seconds) == text

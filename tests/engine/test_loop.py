@@ -1,4 +1,4 @@
-"""The loop with a stage of four weights, so that what it does to weights can be told from what a stage does."""
+"""The loop with a stage of four weights, so that effects of the loop and of the stage can be distinguished."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ from tests.runs import logged, squares
 
 
 class Toy(Stage[TrainConfig]):
-    """A linear map from mean colour to the image's number; `trouble` happens at image `at`."""
+    """A linear map from mean colour to the image's number; `failure` happens at image `at`."""
 
-    def __init__(self, trouble: str = "", at: int = -1) -> None:
+    def __init__(self, failure: str = "", at: int = -1) -> None:
         super().__init__()
         torch.manual_seed(1)
         self.linear = nn.Linear(3, 1)
-        self.trouble, self.at = trouble, at
+        self.failure, self.at = failure, at
         self.seen: list[list[int]] = []
         self.noise: list[float] = []
         self.steps: list[tuple[int, int]] = []
@@ -45,17 +45,17 @@ class Toy(Stage[TrainConfig]):
         self.seen.append(index.tolist())
         self.noise.append(torch.rand(()).item())
         if self.at in index.tolist():
-            error = self.make_trouble(error)
+            error = self.fail_with(error)
         return StageOutput(error, metrics)
 
-    def make_trouble(self, error: Tensor) -> Tensor:
-        if self.trouble == "nan":
+    def fail_with(self, error: Tensor) -> Tensor:
+        if self.failure == "nan":
             return error * float("nan")
-        if self.trouble == "gradient":  # the loss is finite, its gradient is not
+        if self.failure == "gradient":  # the loss is finite, its gradient is not
             return error + (self.linear.weight * 0).abs().sqrt().sum()
-        if self.trouble == "memory":
+        if self.failure == "memory":
             raise torch.OutOfMemoryError("CUDA out of memory")
-        os.kill(os.getpid(), getattr(signal, self.trouble))
+        os.kill(os.getpid(), getattr(signal, self.failure))
         return error
 
     def after_step(self, step: int, total: int) -> None:
@@ -75,7 +75,7 @@ def settings(out: Path, **more: Any) -> TrainConfig:
         "log_every": 1,
         "sample_every": 3,
         "loggers": (),
-        # An epsilon this large makes Adam linear in the gradient, so that rounding stays rounding.
+        # With such a large epsilon Adam is linear in the gradient, so that rounding errors stay small.
         "optim": OptimConfig(lr=0.5, eps=10.0, weight_decay=0.0, warmup="0"),
     }
     return TrainConfig(out=str(out), **{**values, **more})
@@ -83,7 +83,7 @@ def settings(out: Path, **more: Any) -> TrainConfig:
 
 def run(out: Path, stage: Toy, *, bad: tuple[int, ...] = (), count: int = 20, **more: Any) -> Outcome:
     config = settings(out, **more)
-    held = run_folder.prepare(config, "toy") if launch.is_leader() else None
+    lock = run_folder.prepare(config, "toy") if launch.is_leader() else None
     try:
         return loop.fit(
             launch.start(config),
@@ -94,16 +94,16 @@ def run(out: Path, stage: Toy, *, bad: tuple[int, ...] = (), count: int = 20, **
             command="toy",
         )
     finally:
-        if held is not None:
-            held.release()
+        if lock is not None:
+            lock.release()
 
 
-def first_image_of(step: int, *, batch_size: int = 4, place: int = 0) -> int:
-    """The image at a place of a step's batch, which the order of images fixes."""
-    return int(Stream(squares(20), view, 0)[batch_size * step + place]["index"])
+def first_image_of(step: int, *, batch_size: int = 4, position: int = 0) -> int:
+    """Return the number of the image at a position of a step's batch, which follows from the order of images."""
+    return int(Stream(squares(20), view, 0)[batch_size * step + position]["index"])
 
 
-# ------------------------------------------------------------------------------------------------- the ordinary course
+# ------------------------------------------------------------------------------------------------ runs without failure
 
 
 def test_fit__runs_every_step_once_and_ends(tmp_path: Path) -> None:
@@ -113,11 +113,11 @@ def test_fit__runs_every_step_once_and_ends(tmp_path: Path) -> None:
     assert stage.steps == [(step, 6) for step in range(1, 7)]
     first_epoch = [index for batch in stage.seen[:5] for index in batch]
     assert sorted(first_epoch) == list(range(20))
-    assert len(set(stage.noise)) == 6  # every step has random numbers of its own
+    assert len(set(stage.noise)) == 6  # every step draws other random numbers
     assert checkpoint.steps(tmp_path / "checkpoints") == [6]
 
 
-def test_fit__a_logged_step_stands_once_with_all_it_measured(tmp_path: Path) -> None:
+def test_fit__logs_each_step_in_one_line_with_all_metrics(tmp_path: Path) -> None:
     run(tmp_path, Toy(), log_every=2, sample_every=3)
     lines = logged(tmp_path)
     assert [line["step"] for line in lines] == [2, 3, 4, 6]
@@ -126,7 +126,7 @@ def test_fit__a_logged_step_stands_once_with_all_it_measured(tmp_path: Path) -> 
     assert [set(line) - {"step"} for line in lines] == [trained, evaluated, trained, trained | evaluated]
 
 
-def test_fit__evaluation_is_the_mean_over_held_out_images(tmp_path: Path) -> None:
+def test_fit__evaluation_averages_over_held_out_images(tmp_path: Path) -> None:
     stage = Toy()
     outcome = run(tmp_path, stage, micro_batch_size=1)
     assert outcome.metrics["evaluation/mean_index"] == pytest.approx(2.0)  # of 0 to 4
@@ -139,32 +139,32 @@ def test_fit__evaluation_is_the_mean_over_held_out_images(tmp_path: Path) -> Non
     assert sorted(path.name for path in (tmp_path / "samples").iterdir()) == ["step-00000003.png", "step-00000006.png"]
 
 
-def test_fit__warmup_is_in_the_log(tmp_path: Path) -> None:
+def test_fit__logs_the_learning_rate_of_the_warmup(tmp_path: Path) -> None:
     run(tmp_path, Toy(), max_steps="4", optim=OptimConfig(lr=1.0, warmup="50%"))
     assert [line["lr"] for line in logged(tmp_path)] == pytest.approx([0.5, 1.0, 1.0, 0.5])
 
 
-def test_fit__says_once_that_the_warmup_is_longer_than_the_training(tmp_path: Path) -> None:
+def test_fit__warns_once_of_a_warmup_longer_than_the_training(tmp_path: Path) -> None:
     run(tmp_path / "long", Toy(), max_steps="2 epochs", optim=OptimConfig(lr=1.0, warmup="4 epochs"))
-    told = (
-        "The learning rate never reaches its peak: --optim.warmup 4 epochs makes 20 steps and the training 10, so it "
-        "ends at 50% of it. Give a shorter warm-up (--optim.warmup 5%) or a longer training (--max-steps)."
+    warning = (
+        "The learning rate never reaches its peak: --optim.warmup 4 epochs takes 20 steps but the training 10, so it "
+        "ends at 50% of the peak. Give a shorter warm-up (--optim.warmup 5%) or a longer training (--max-steps)."
     )
-    assert (tmp_path / "long" / "train.log").read_text().count(told) == 1
+    assert (tmp_path / "long" / "train.log").read_text().count(warning) == 1
     assert logged(tmp_path / "long")[-1]["lr"] == pytest.approx(0.5)
 
 
 @pytest.mark.parametrize("micro", [1, 2])
-def test_fit__accumulation_equals_the_whole_batch(tmp_path: Path, micro: int) -> None:
-    whole, parts = Toy(), Toy()
-    start = whole.linear.weight.clone()
-    run(tmp_path / "whole", whole)
+def test_fit__accumulation_equals_the_full_batch(tmp_path: Path, micro: int) -> None:
+    full, parts = Toy(), Toy()
+    start = full.linear.weight.clone()
+    run(tmp_path / "full", full)
     run(tmp_path / "parts", parts, micro_batch_size=micro)
-    assert len(parts.seen) == 4 // micro * len(whole.seen)
-    assert [i for batch in parts.seen for i in batch] == [i for batch in whole.seen for i in batch]
-    assert (whole.linear.weight - start).abs().max() > 1e-3
-    torch.testing.assert_close(parts.linear.weight, whole.linear.weight, rtol=1e-5, atol=1e-6)
-    for a, b in zip(logged(tmp_path / "whole"), logged(tmp_path / "parts"), strict=True):
+    assert len(parts.seen) == 4 // micro * len(full.seen)
+    assert [i for batch in parts.seen for i in batch] == [i for batch in full.seen for i in batch]
+    assert (full.linear.weight - start).abs().max() > 1e-3
+    torch.testing.assert_close(parts.linear.weight, full.linear.weight, rtol=1e-5, atol=1e-6)
+    for a, b in zip(logged(tmp_path / "full"), logged(tmp_path / "parts"), strict=True):
         for name in ("loss", "mean_index", "grad_norm"):
             assert a[name] == pytest.approx(b[name], rel=1e-4)
 
@@ -178,20 +178,22 @@ def test_fit__clips_the_whole_gradient(tmp_path: Path) -> None:
     norm = logged(tmp_path / "free")[0]["grad_norm"]
     limit = OptimConfig(**optim, clip_grad=norm / 4)  # type: ignore[arg-type]
     run(tmp_path / "clipped", clipped, max_steps=more["max_steps"], optim=limit)
-    assert logged(tmp_path / "clipped")[0]["grad_norm"] == pytest.approx(norm)  # what is logged is before clipping
+    assert logged(tmp_path / "clipped")[0]["grad_norm"] == pytest.approx(
+        norm
+    )  # the logged norm is measured before clipping
     torch.testing.assert_close(clipped.linear.weight - start, (free.linear.weight - start) / 4, rtol=2e-3, atol=1e-7)
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_fit__order_and_metrics_do_not_hang_on_workers(tmp_path: Path, workers: int) -> None:
-    alone, helped = Toy(), Toy()
+def test_fit__order_and_metrics_do_not_depend_on_workers(tmp_path: Path, workers: int) -> None:
+    alone, with_workers = Toy(), Toy()
     run(tmp_path / "alone", alone)
-    run(tmp_path / "helped", helped, workers=workers)
-    assert alone.seen == helped.seen
-    assert torch.equal(alone.linear.weight, helped.linear.weight)
-    same = ("step", "loss", "mean_index", "grad_norm", "lr")
-    assert [[line[name] for name in same] for line in logged(tmp_path / "alone")] == [
-        [line[name] for name in same] for line in logged(tmp_path / "helped")
+    run(tmp_path / "workers", with_workers, workers=workers)
+    assert alone.seen == with_workers.seen
+    assert torch.equal(alone.linear.weight, with_workers.linear.weight)
+    names = ("step", "loss", "mean_index", "grad_norm", "lr")
+    assert [[line[name] for name in names] for line in logged(tmp_path / "alone")] == [
+        [line[name] for name in names] for line in logged(tmp_path / "workers")
     ]
 
 
@@ -207,17 +209,17 @@ def test_fit__skipped_images_are_counted_once_and_listed(tmp_path: Path, capsys:
     assert f"2 images could not be read; {tmp_path / 'train.log'} lists them." in capsys.readouterr().err
 
 
-def test_fit__checkpoints_come_when_due_and_the_last_k_stay(tmp_path: Path) -> None:
+def test_fit__writes_checkpoints_when_due_and_keeps_the_last_k(tmp_path: Path) -> None:
     run(tmp_path, Toy(), save_every=2, max_steps="7", keep_checkpoints=3)
     assert checkpoint.steps(tmp_path / "checkpoints") == [4, 6, 7]
 
 
-def test_fit__a_checkpoint_comes_after_so_many_minutes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fit__writes_a_checkpoint_after_some_minutes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run(tmp_path, Toy(), save_minutes=1e-9, log_every=2, keep_checkpoints=9)
     assert checkpoint.steps(tmp_path / "checkpoints") == [2, 4, 6]
 
 
-def test_fit__says_a_warning_once(
+def test_fit__prints_a_warning_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(Toy, "warning", lambda *values: "It learns nothing." if values[2] > 2 else None)
@@ -226,12 +228,12 @@ def test_fit__says_a_warning_once(
     assert (tmp_path / "train.log").read_text().count("It learns nothing.") == 1
 
 
-# ------------------------------------------------------------------------------------------------------------- trouble
+# ------------------------------------------------------------------------------------------------------------ failures
 
 
-@pytest.mark.parametrize("trouble", ["nan", "gradient"])
-def test_fit__what_is_not_finite_stops_before_the_optimizer(tmp_path: Path, trouble: str) -> None:
-    before, stage = Toy(), Toy(trouble, at=first_image_of(2))
+@pytest.mark.parametrize("failure", ["nan", "gradient"])
+def test_fit__a_loss_or_gradient_that_is_not_finite_stops_before_the_optimizer(tmp_path: Path, failure: str) -> None:
+    before, stage = Toy(), Toy(failure, at=first_image_of(2))
     run(tmp_path / "before", before, max_steps="2", optim=OptimConfig(lr=0.5, final_lr=0.5, warmup="0"))
     with pytest.raises(NonFiniteLossError) as caught:
         run(tmp_path / "run", stage, optim=OptimConfig(lr=0.5, final_lr=0.5, warmup="0"))
@@ -244,8 +246,8 @@ def test_fit__what_is_not_finite_stops_before_the_optimizer(tmp_path: Path, trou
 
 
 def fail_on_one(rank: int, world_size: int, out: str) -> tuple[str, list[float], int]:
-    # Images 0 and 1 of a step are rank 0's, 2 and 3 rank 1's: only rank 1 meets the trouble.
-    stage = Toy("nan", at=first_image_of(2, place=3))
+    # Images 0 and 1 of a step are rank 0's, 2 and 3 rank 1's: the failure happens on rank 1 alone.
+    stage = Toy("nan", at=first_image_of(2, position=3))
     try:
         run(Path(out), stage, devices="2")
     except NonFiniteLossError as error:
@@ -253,7 +255,7 @@ def fail_on_one(rank: int, world_size: int, out: str) -> tuple[str, list[float],
     return "", [], len(stage.steps)
 
 
-def test_fit__one_rank_that_is_not_finite_stops_both(tmp_path: Path, two_processes: TwoProcesses) -> None:
+def test_fit__a_loss_that_is_not_finite_on_one_rank_stops_both(tmp_path: Path, two_processes: TwoProcesses) -> None:
     first, second = two_processes.run(fail_on_one, str(tmp_path))
     assert "Step 3 is not finite" in first[0]
     assert "loss nan" in second[0]
@@ -264,7 +266,7 @@ def test_fit__one_rank_that_is_not_finite_stops_both(tmp_path: Path, two_process
 
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
-def test_fit__a_signal_saves_and_resuming_equals_never_stopping(
+def test_fit__saves_on_a_signal_and_resuming_equals_an_uninterrupted_run(
     tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     straight, stage, again = Toy(), Toy(name, at=first_image_of(3)), Toy()
@@ -272,7 +274,7 @@ def test_fit__a_signal_saves_and_resuming_equals_never_stopping(
     handlers = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
     outcome = run(tmp_path / "run", stage)
     assert (outcome.step, outcome.finished) == (4, False)
-    assert "Stopped at step 4; the checkpoint is written. Go on with --resume." in capsys.readouterr().err
+    assert "Stopped at step 4; the checkpoint is written. Continue with --resume." in capsys.readouterr().err
     assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == handlers
     assert checkpoint.steps(tmp_path / "run" / "checkpoints") == [4]
     assert run(tmp_path / "run", again, resume=True).finished
@@ -286,9 +288,9 @@ def test_fit__a_signal_saves_and_resuming_equals_never_stopping(
 
 def test_fit__a_second_signal_stops_at_once(tmp_path: Path) -> None:
     class Impatient(Toy):
-        def make_trouble(self, error: Tensor) -> Tensor:
+        def fail_with(self, error: Tensor) -> Tensor:
             os.kill(os.getpid(), signal.SIGINT)
-            return super().make_trouble(error)
+            return super().fail_with(error)
 
     stage = Impatient("SIGINT", at=first_image_of(1))
     with pytest.raises(KeyboardInterrupt):
@@ -306,7 +308,7 @@ def test_fit__resumed_after_its_end_only_evaluates(tmp_path: Path) -> None:
     assert logged(tmp_path) == lines
 
 
-def test_fit__an_evaluation_that_fails_loses_no_step_and_is_not_met_again(tmp_path: Path) -> None:
+def test_fit__a_failed_evaluation_loses_no_step_and_is_repeated_only_at_the_end(tmp_path: Path) -> None:
     class Fails(Toy):
         def forward(self, batch: Batch) -> StageOutput:
             if not self.training:
@@ -326,10 +328,10 @@ def test_fit__an_evaluation_that_fails_loses_no_step_and_is_not_met_again(tmp_pa
     lines, expected = logged(tmp_path / "run"), logged(tmp_path / "straight")
     assert [(line["step"], line["loss"]) for line in lines] == [(line["step"], line["loss"]) for line in expected]
     assert "evaluation/loss" not in lines[2]
-    assert lines[5]["evaluation/loss"] == expected[5]["evaluation/loss"]  # made up for
+    assert lines[5]["evaluation/loss"] == expected[5]["evaluation/loss"]  # evaluated after the resume
 
 
-def test_fit__a_full_gpu_is_told_with_the_remedy(tmp_path: Path) -> None:
+def test_fit__reports_a_full_gpu_with_the_remedy(tmp_path: Path) -> None:
     stage = Toy("memory", at=first_image_of(0))
     with pytest.raises(PecobookError) as caught:
         run(tmp_path, stage)
@@ -359,8 +361,8 @@ def test_fit__two_processes_equal_one(tmp_path: Path, two_processes: TwoProcesse
             assert a[name] == pytest.approx(b[name], rel=1e-4)
 
 
-def test_fit__what_either_process_skipped_is_listed(tmp_path: Path, two_processes: TwoProcesses) -> None:
-    bad = (first_image_of(0, place=0), first_image_of(1, place=3))
+def test_fit__lists_the_images_that_either_process_skipped(tmp_path: Path, two_processes: TwoProcesses) -> None:
+    bad = (first_image_of(0, position=0), first_image_of(1, position=3))
     two_processes.run(train_half, str(tmp_path), False, bad)
     log = (tmp_path / "train.log").read_text()
     assert {
@@ -375,7 +377,7 @@ def test_fit__resumes_on_another_number_of_processes(tmp_path: Path, two_process
     first, second = two_processes.run(train_half, str(tmp_path / "run"), True, ())
     assert [a + b for a, b in zip(first[0], second[0], strict=True)] == straight.seen[3:]
     assert first[1] == pytest.approx(straight.linear.weight.flatten().tolist(), rel=1e-5)
-    # and back: two processes stopped half way (their checkpoint of step 3), one goes on
+    # The other direction: two processes stop half way (checkpoint of step 3), and one process resumes.
     two_processes.run(train_half, str(tmp_path / "back"), False, ())
     shutil.rmtree(tmp_path / "back" / "checkpoints" / "step-00000006")
     assert run(tmp_path / "back", rest, resume=True).finished
@@ -383,8 +385,8 @@ def test_fit__resumes_on_another_number_of_processes(tmp_path: Path, two_process
     torch.testing.assert_close(rest.linear.weight, straight.linear.weight, rtol=1e-5, atol=1e-6)
 
 
-def test_fit__reading_the_answer_late_saves_nothing_broken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on a GPU: the step after has begun when it is known."""
+def test_fit__saves_no_broken_weights_where_the_answer_is_late(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU the next step has begun when the answer is read."""
     from pecobook.engine.finite_check import FiniteCheck
 
     monkeypatch.setattr(loop, "FiniteCheck", lambda world_size, **_: FiniteCheck(world_size, late=True))
@@ -396,5 +398,8 @@ def test_fit__reading_the_answer_late_saves_nothing_broken(tmp_path: Path, monke
     assert all(value.isfinite().all() for value in state.values())
     stopped = Toy("SIGTERM", at=first_image_of(2))
     outcome = run(tmp_path / "stopped", stopped, save_every=100, log_every=100, sample_every=100)
-    assert (outcome.step, outcome.finished) == (4, False)  # asked for in the third step, known in the fourth
+    assert (outcome.step, outcome.finished) == (
+        4,
+        False,
+    )  # the signal came in the third step and was read in the fourth
     assert checkpoint.steps(tmp_path / "stopped" / "checkpoints") == [4]

@@ -1,4 +1,4 @@
-"""What a run says of its speed, under a clock that moves only when this test says so."""
+"""The speed that a run reports, under a clock that only this test moves."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Clock:
 
 
 class Slow(Toy):
-    """3 seconds of work for a step, 50 for a held-out batch."""
+    """A stage that takes 3 seconds for a step and 50 seconds for a held-out batch."""
 
     def __init__(self, clock: Clock) -> None:
         super().__init__()
@@ -35,12 +35,12 @@ class Slow(Toy):
         return super().forward(batch)
 
 
-def test_fit__speed_and_waiting_are_those_of_training_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fit__measures_speed_and_data_wait_of_training_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     clock = Clock()
-    read: Any = vars(loop)["load"]
+    load: Any = vars(loop)["load"]
 
-    def slow_load(*given: Any, **more: Any) -> Iterator[Batch]:
-        for batch in read(*given, **more):
+    def slow_load(*args: Any, **kwargs: Any) -> Iterator[Batch]:
+        for batch in load(*args, **kwargs):
             clock.now += 1
             yield batch
 

@@ -1,4 +1,4 @@
-"""Which parameters decay, which learn slower, and what the optimizer is given."""
+"""Weight decay and learning rate of each parameter, and the settings of the optimizer."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ def beit() -> nn.Module:
 
 def by_parameter(module: nn.Module, groups: list[dict[str, Any]], what: str) -> dict[str, float]:
     names = {id(parameter): name for name, parameter in module.named_parameters()}
-    found = [(names[id(p)], group.get(what, 1.0)) for group in groups for p in group["params"]]
-    assert len(found) == len(dict(found))  # each parameter once
-    return dict(found)
+    values = [(names[id(p)], group.get(what, 1.0)) for group in groups for p in group["params"]]
+    assert len(values) == len(dict(values))  # each parameter once
+    return dict(values)
 
 
 def test_parameter_groups__decay_matrices_only() -> None:
@@ -45,18 +45,18 @@ def test_parameter_groups__decay_matrices_only() -> None:
     for name, parameter in model.named_parameters():
         exempt = parameter.ndim <= 1 or name.endswith(tables)
         assert decay[name] == (0.0 if exempt else 0.3), name
-    # All kinds are there, so the loop above met them.
+    # The model has parameters of all kinds, so the loop above has checked each kind.
     assert {name.rpartition(".")[2] for name, value in decay.items() if value == 0} >= {*tables, "bias", "gamma_1"}
     assert decay["head.weight"] == 0.3
     assert decay["backbone.patch_embed.proj.weight"] == 0.3
 
 
-def test_parameter_groups__leave_out_what_is_frozen() -> None:
+def test_parameter_groups__leave_out_frozen_parameters() -> None:
     model = MaskedImageModel(beit(), 7)
     model.head.requires_grad_(False)
-    found = by_parameter(model, parameter_groups(model, OptimConfig()), "weight_decay")
-    assert "head.weight" not in found
-    assert "mask_token" in found
+    decay = by_parameter(model, parameter_groups(model, OptimConfig()), "weight_decay")
+    assert "head.weight" not in decay
+    assert "mask_token" in decay
 
 
 def test_layer_decay_groups__learn_slower_towards_the_input() -> None:
@@ -75,14 +75,14 @@ def test_layer_decay_groups__learn_slower_towards_the_input() -> None:
     assert decay["blocks.0.attn.relative_position_bias_table"] == decay["cls_token"] == decay["pos_embed"] == 0.0
 
 
-def test_layer_decay_groups__of_one_are_all_equal() -> None:
+def test_layer_decay_groups__are_equal_for_a_decay_of_one() -> None:
     network = beit()
     scale = by_parameter(network, layer_decay_groups(network, OptimConfig(layer_decay=1.0)), "lr_scale")
     assert set(scale.values()) == {1.0}
 
 
 @pytest.mark.parametrize(("name", "kind"), [("adamw", torch.optim.AdamW), ("adam", torch.optim.Adam)])
-def test_build_optimizer__passes_every_setting_on(name: Any, kind: type[torch.optim.Optimizer]) -> None:
+def test_build_optimizer__uses_every_setting(name: Any, kind: type[torch.optim.Optimizer]) -> None:
     layer = nn.Linear(2, 2)
     config = OptimConfig(name=name, lr=0.1, betas=(0.8, 0.7), eps=1e-3, weight_decay=0.2)
     optimizer = build_optimizer(parameter_groups(layer, config), config)
@@ -116,7 +116,7 @@ def test_set_learning_rate__scales_each_group() -> None:
     assert {group["lr"] for group in plain.param_groups} == {0.7}
 
 
-def test_peak_learning_rate__scales_with_the_batch_where_it_is_meant_for_one() -> None:
+def test_peak_learning_rate__scales_with_the_batch_where_a_batch_is_given() -> None:
     assert peak_learning_rate(OptimConfig(lr=1e-3), 64) == 1e-3
     assert peak_learning_rate(OptimConfig(lr=1.5e-3, lr_batch_size=2048), 512) == pytest.approx(1.5e-3 / 4)
 
@@ -131,7 +131,7 @@ def test_build_optimizer__lars_is_layer_wise_adaptive_with_momentum() -> None:
     momentum = [np.zeros_like(weight), np.zeros_like(bias)]
     for step in range(4):
         gradients = [
-            np.random.default_rng([step, which]).normal(size=v.shape) for which, v in enumerate((weight, bias))
+            np.random.default_rng([step, index]).normal(size=v.shape) for index, v in enumerate((weight, bias))
         ]
         for parameter, gradient in zip((module.weight, module.bias), gradients, strict=True):
             parameter.grad = torch.from_numpy(gradient).float()

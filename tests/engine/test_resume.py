@@ -1,4 +1,4 @@
-"""A run that was interrupted ends with the same bytes as one that was not: every stage, every way of being stopped."""
+"""An interrupted run ends with the same bytes as an uninterrupted run: every stage, every way of being stopped."""
 
 from __future__ import annotations
 
@@ -34,13 +34,13 @@ COMMANDS = tuple(SMALL)
 
 
 def stop_after(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
-    """Ask the run to end once `step` steps are done, as `kill` would."""
-    ordinary = Stage.warning
+    """Send the run a signal to stop once `step` steps are done, as `kill` would."""
+    original_warning = Stage.warning
 
     def warning(self: Stage[TrainConfig], metrics: dict[str, float], now: int) -> str | None:
         if now == step:
             os.kill(os.getpid(), signal.SIGTERM)
-        return ordinary(self, metrics, now)
+        return original_warning(self, metrics, now)
 
     for kind in (Stage, CodebookStage, MocoStage):
         monkeypatch.setattr(kind, "warning", warning)
@@ -48,7 +48,7 @@ def stop_after(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("command", COMMANDS)
-def test_train__eight_steps_are_four_and_four(
+def test_train__eight_steps_equal_four_and_four(
     command: str,
     precision: str,
     images: Path,
@@ -60,25 +60,25 @@ def test_train__eight_steps_are_four_and_four(
     more: dict[str, Any] = {**inputs(command, codebook_run, vit_run), "precision": precision, "sample_every": 4}
     straight = train(command, images, tmp_path / "straight", **more)
     with monkeypatch.context() as patch:
-        stop_after(patch, 3)  # seen by the step after it, the fourth
-        with pytest.raises(SystemExit) as left:
+        stop_after(patch, 3)  # read by the next step, the fourth
+        with pytest.raises(SystemExit) as caught:
             train(command, images, tmp_path / "parts", **more)
-    assert left.value.code == 130
+    assert caught.value.code == 130
     assert checkpoint.steps(tmp_path / "parts" / "checkpoints") == [4]
     assert not (tmp_path / "parts" / "export").exists()
     parts = train(command, images, tmp_path / "parts", **more, resume=True)
-    ours, theirs = export_bytes(parts), export_bytes(straight)
-    assert ours.keys() == theirs.keys() >= {"model.safetensors", "config.json", "README.md"}
-    assert all(ours[name] == theirs[name] for name in ours)
+    resumed_files, expected_files = export_bytes(parts), export_bytes(straight)
+    assert resumed_files.keys() == expected_files.keys() >= {"model.safetensors", "config.json", "README.md"}
+    assert all(resumed_files[name] == expected_files[name] for name in resumed_files)
     assert losses(parts) == losses(straight)
     assert [line["step"] for line in logged(parts)] == list(range(1, 9))
     a, b = (
         torch.load(run / "checkpoints" / "step-00000008" / "state.pt", weights_only=True) for run in (parts, straight)
     )
-    assert flatten(a) == flatten(b)  # also what an export leaves out: the optimizer, averages, the second encoder
+    assert flatten(a) == flatten(b)  # also the state outside the export: optimizer, averages, momentum encoder
 
 
-def test_train__lars_resumes_exactly_too(images: Path, tmp_path: Path) -> None:
+def test_train__lars_resumes_exactly(images: Path, tmp_path: Path) -> None:
     more: dict[str, Any] = {"optim.name": "lars", "optim.lr": 0.3, "max_steps": "4", "save_every": 2}
     straight = train("contrast", images, tmp_path / "straight", **more)
     parts = train("contrast", images, tmp_path / "parts", **more)
@@ -114,26 +114,26 @@ def test_train__with_auto_precision_can_be_resumed(images: Path, tmp_path: Path)
 
 def test_train__frees_the_folder_after_an_error(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
-        measure = F.mse_loss
-        patch.setattr(F, "mse_loss", lambda *pair, **how: measure(*pair, **how) * float("nan"))
+        original_loss = F.mse_loss
+        patch.setattr(F, "mse_loss", lambda *args, **kwargs: original_loss(*args, **kwargs) * float("nan"))
         with pytest.raises(NonFiniteLossError):
             train("codebook", images, tmp_path / "run", max_steps="2")
     train("codebook", images, tmp_path / "run", max_steps="1", overwrite=True)
 
 
-# ------------------------------------------------------------------------------------------------- as a user starts it
+# ------------------------------------------------------------------------------------------ runs as a user starts them
 
-# `tiny`, narrower: what matters here is who stops it.
+# A narrower `tiny` recipe, since these tests only need a run that can be stopped.
 _SHAPE: dict[str, Any] = {
     "model.channels": (8, 16, 16, 32),
     "quantizer.num_codewords": 64,
     "quantizer.start_after": 3,
     "batch_size": 8,
 }
-_COURSE: dict[str, Any] = {"max_steps": "30", "save_every": 5, "log_every": 1}
+_LENGTH: dict[str, Any] = {"max_steps": "30", "save_every": 5, "log_every": 1}
 _FLAGS = [
     word
-    for name, value in {**_SHAPE, **_COURSE}.items()
+    for name, value in {**_SHAPE, **_LENGTH}.items()
     for word in (f"--{name}", *(map(str, value) if isinstance(value, tuple) else [str(value)]))
 ]
 
@@ -160,7 +160,7 @@ def wait_for_step(process: subprocess.Popen[str], run: Path, step: int) -> None:
 
 @pytest.fixture(scope="module")
 def straight_run(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The run of `command_line` that nobody disturbs."""
+    """The run of `command_line` without interruption."""
     out = tmp_path_factory.mktemp("straight") / "run"
     subprocess.run([sys.executable, *command_line(images, out)], check=True, capture_output=True)
     return out
@@ -194,17 +194,17 @@ def test_command__a_signal_to_the_whole_group_saves_also_with_data_workers(
     with subprocess.Popen(arguments, stderr=subprocess.PIPE, text=True, start_new_session=True) as process:
         wait_for_step(process, out, 3)
         os.killpg(process.pid, signal.SIGTERM)
-        said = process.communicate(timeout=200)[1]
-    assert process.returncode == 130, said
-    assert "Go on with --resume" in said
-    assert "Traceback" not in said
+        stderr = process.communicate(timeout=200)[1]
+    assert process.returncode == 130, stderr
+    assert "Continue with --resume" in stderr
+    assert "Traceback" not in stderr
     (stopped,) = checkpoint.steps(out / "checkpoints")[-1:]
     assert 3 <= stopped < 30
     assert losses(out) == losses(straight_run)[:stopped]
 
 
 def children(pid: int) -> list[int]:
-    found = []
+    pids = []
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
             try:
@@ -212,12 +212,12 @@ def children(pid: int) -> list[int]:
             except OSError:
                 continue
             if int(parent) == pid:
-                found.append(int(entry.name))
-    return found
+                pids.append(int(entry.name))
+    return pids
 
 
 def wait_for_lock(run: Path) -> None:
-    """A process that is killed gives its lock back when its last thread is gone, which takes a moment."""
+    """Wait until a killed process has released its lock, which takes until its last thread ends."""
     stop = time.monotonic() + 30
     while True:
         try:
@@ -228,20 +228,20 @@ def wait_for_lock(run: Path) -> None:
 
 
 def train_in_pool(rank: int, world_size: int, images: str, out: str, resume: bool) -> tuple[int, str]:
-    """Train as one of two processes; returns how often its codebook moved, and a hash of what that ended as."""
-    mine: list[VectorQuantizer] = []
-    ordinary = VectorQuantizer.update
+    """Train as one of two processes; return the number of updates of its codebook, and a hash of the final codebook."""
+    updated: list[VectorQuantizer] = []
+    original_update = VectorQuantizer.update
 
     def update(self: VectorQuantizer) -> None:
-        ordinary(self)
-        mine.append(self)
+        original_update(self)
+        updated.append(self)
 
     VectorQuantizer.update = update  # type: ignore[method-assign]
     try:
-        api.codebook("tiny", data=images, out=out, **_SHAPE, **_COURSE, resume=resume)
+        api.codebook("tiny", data=images, out=out, **_SHAPE, **_LENGTH, resume=resume)
     finally:
-        VectorQuantizer.update = ordinary  # type: ignore[method-assign]
-    return len(mine), hashlib.sha256(mine[-1].codebook.numpy().tobytes()).hexdigest()
+        VectorQuantizer.update = original_update  # type: ignore[method-assign]
+    return len(updated), hashlib.sha256(updated[-1].codebook.numpy().tobytes()).hexdigest()
 
 
 def test_command__two_processes_keep_one_codebook_and_resume_after_a_kill(
@@ -265,10 +265,10 @@ def test_command__two_processes_keep_one_codebook_and_resume_after_a_kill(
     assert export_bytes(out) == export_bytes(tmp_path / "straight"), f"killed about step {step}"
 
 
-def test_command__a_run_of_one_process_goes_on_in_three(images: Path, tmp_path: Path) -> None:
-    """Codewords die and are revived after the two newcomers have joined; all three must choose the same ones."""
+def test_command__a_run_of_one_process_resumes_on_three(images: Path, tmp_path: Path) -> None:
+    """Codewords die and are revived after the resume; all three processes must choose the same new codewords."""
     words = ["--batch-size", "12", "--max-steps", "24", "--save-every", "12", "--quantizer.revive-after", "4"]
-    words += ["--precision", "fp32", "--optim.eps", "0.1"]  # else Adam makes rounding grow
+    words += ["--precision", "fp32", "--optim.eps", "0.1"]  # a smaller epsilon would amplify rounding errors
     alone, run = tmp_path / "alone", tmp_path / "run"
     subprocess.run([sys.executable, *command_line(images, alone, *words)], check=True, capture_output=True)
     shutil.copytree(alone, run)

@@ -25,7 +25,7 @@ def make_run(out: Path, command: str = "codebook", **more: Any) -> None:
     run_folder.prepare(config(out, **more), command).release()
 
 
-def test_check__a_new_or_empty_folder_is_fine_and_nothing_is_made(tmp_path: Path) -> None:
+def test_check__accepts_a_new_or_empty_folder_and_creates_nothing(tmp_path: Path) -> None:
     run_folder.check(config(tmp_path / "deep" / "run"), "codebook")
     (tmp_path / "empty").mkdir()
     run_folder.check(config(tmp_path / "empty"), "codebook")
@@ -33,44 +33,44 @@ def test_check__a_new_or_empty_folder_is_fine_and_nothing_is_made(tmp_path: Path
 
 
 @pytest.mark.parametrize("more", [{}, {"overwrite": True}])
-def test_check__what_a_killed_process_locked_is_no_content(tmp_path: Path, more: Any) -> None:
+def test_check__ignores_the_lock_file_of_a_killed_process(tmp_path: Path, more: Any) -> None:
     (tmp_path / ".lock").touch()
     run_folder.check(config(tmp_path, **more), "codebook")
     make_run(tmp_path, **more)
     assert not (tmp_path / ".lock").exists()
 
 
-def test_check__out_is_missing() -> None:
+def test_check__refuses_a_missing_out() -> None:
     with pytest.raises(RunFolderError, match="--out is missing"):
         run_folder.check(TrainConfig(), "codebook")
 
 
-def test_check__a_filled_folder_is_refused_with_the_two_ways_out(tmp_path: Path) -> None:
+def test_check__refuses_a_filled_folder_and_names_both_flags(tmp_path: Path) -> None:
     (tmp_path / "a").touch()
     with pytest.raises(RunFolderError, match=r"is not empty: .*--resume.*--overwrite"):
         run_folder.check(config(tmp_path), "codebook")
 
 
-def test_check__a_file_is_refused(tmp_path: Path) -> None:
+def test_check__refuses_a_file(tmp_path: Path) -> None:
     (tmp_path / "a").touch()
     with pytest.raises(RunFolderError, match="is a file"):
         run_folder.check(config(tmp_path / "a"), "codebook")
 
 
 @pytest.mark.parametrize("flag", ["resume", "overwrite", ""])
-def test_check__a_path_through_a_file_is_refused(tmp_path: Path, flag: str) -> None:
+def test_check__refuses_a_path_through_a_file(tmp_path: Path, flag: str) -> None:
     (tmp_path / "a").touch()
     more = {flag: True} if flag else {}
     with pytest.raises(RunFolderError, match=re.escape(str(tmp_path / "a"))):
         run_folder.check(config(tmp_path / "a" / "b", **more), "codebook")
 
 
-def test_check__resume_without_a_run(tmp_path: Path) -> None:
+def test_check__refuses_to_resume_without_a_run(tmp_path: Path) -> None:
     with pytest.raises(RunFolderError, match=r"there is no run in .*Leave --resume out"):
         run_folder.check(config(tmp_path / "none", resume=True), "codebook")
 
 
-def test_check__resume_of_another_command(tmp_path: Path) -> None:
+def test_check__refuses_to_resume_a_run_of_another_command(tmp_path: Path) -> None:
     make_run(tmp_path, "codebook")
     with pytest.raises(RunFolderError, match="not a run of 'pecobook pretrain'"):
         run_folder.check(config(tmp_path, resume=True), "pretrain")
@@ -78,14 +78,14 @@ def test_check__resume_of_another_command(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("text", ["{", "[1]", "3", "\x00"])
-def test_check__resume_of_a_broken_config(tmp_path: Path, text: str) -> None:
+def test_check__refuses_to_resume_with_a_broken_config(tmp_path: Path, text: str) -> None:
     make_run(tmp_path)
     (tmp_path / "config.json").write_text(text)
     with pytest.raises(RunFolderError, match=r"config\.json' cannot be read"):
         run_folder.check(config(tmp_path, resume=True), "codebook")
 
 
-def test_check__resume_with_changed_settings_lists_them_all(tmp_path: Path) -> None:
+def test_check__lists_all_changed_settings_of_a_resumed_run(tmp_path: Path) -> None:
     make_run(tmp_path)
     changed = config(tmp_path, resume=True, seed=5, batch_size=64, optim=OptimConfig(lr=0.5), save_every=3, workers=2)
     with pytest.raises(RunFolderError) as caught:
@@ -93,26 +93,26 @@ def test_check__resume_with_changed_settings_lists_them_all(tmp_path: Path) -> N
     first, second = str(caught.value).splitlines()
     assert first.endswith("batch-size: 256 -> 64; optim.lr: 0.0015 -> 0.5; seed: 0 -> 5.")
     assert "name another --out" in second
-    assert "save-every" not in first  # it changes nothing that is computed
+    assert "save-every" not in first  # the setting does not change any result
 
 
-def test_check__resume_of_a_run_that_an_earlier_version_began(tmp_path: Path) -> None:
+def test_check__resumes_a_run_of_an_earlier_version(tmp_path: Path) -> None:
     now = CodebookConfig(out=str(tmp_path), resume=True)
     settings = {**to_dict(now), "command": "codebook"}
     del settings["pixel_weight"], settings["adversarial"]["start"]
     (tmp_path / "config.json").write_text(json.dumps(settings))
     run_folder.check(now, "codebook")
     later = replace(now, {"adversarial.start": 5})
-    with pytest.raises(RunFolderError, match=r"began with: adversarial\.start: 0 -> 5\."):
+    with pytest.raises(RunFolderError, match=r"those of the run in .*: adversarial\.start: 0 -> 5\."):
         run_folder.check(later, "codebook")
 
 
-def test_check__resume_may_change_where_and_how_fast(tmp_path: Path) -> None:
+def test_check__resume_may_change_devices_and_logging(tmp_path: Path) -> None:
     make_run(tmp_path)
     run_folder.check(config(tmp_path, resume=True, devices="2", micro_batch_size=4, log_every=1), "codebook")
 
 
-def test_check__resume_may_change_how_a_segmenter_is_tested_but_not_what_training_sees(tmp_path: Path) -> None:
+def test_check__resume_may_change_the_test_of_a_segmenter_but_not_its_training_images(tmp_path: Path) -> None:
     def settings(**more: Any) -> SegmentConfig:
         return SegmentConfig(out=str(tmp_path), precision="fp32", **more)
 
@@ -126,22 +126,22 @@ def test_check__resume_may_change_how_a_segmenter_is_tested_but_not_what_trainin
 
 
 @pytest.mark.parametrize("content", ["holiday.jpg", "config.json"])
-def test_check__overwrite_of_a_folder_that_is_no_run_is_refused(tmp_path: Path, content: str) -> None:
+def test_check__refuses_to_overwrite_a_folder_that_is_no_run(tmp_path: Path, content: str) -> None:
     (tmp_path / content).write_text('{"architectures": ["BertModel"]}')
     with pytest.raises(RunFolderError, match="does not look like a run,"):
         run_folder.check(config(tmp_path, overwrite=True), "codebook")
     assert (tmp_path / content).exists()
 
 
-def test_check__overwrite_of_a_run_also_one_cut_off_at_its_start(tmp_path: Path) -> None:
+def test_check__overwrites_a_run_and_a_run_interrupted_at_its_start(tmp_path: Path) -> None:
     make_run(tmp_path / "whole")
     (tmp_path / "cut" / "samples").mkdir(parents=True)
     run_folder.check(config(tmp_path / "whole", overwrite=True), "pretrain")
     run_folder.check(config(tmp_path / "cut", overwrite=True), "pretrain")
 
 
-def test_check__no_permission(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(os, "access", lambda *_: False)  # the tests may run as root, whom nothing stops
+def test_check__refuses_a_folder_without_permission(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "access", lambda *_: False)  # the tests may run as root, who has every permission
     with pytest.raises(RunFolderError, match="no permission"):
         run_folder.check(config(tmp_path / "a" / "b"), "codebook")
 
@@ -176,7 +176,7 @@ def test_prepare__overwrite_empties_and_resume_keeps(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("change", [{}, {"overwrite": True}])
-def test_prepare__looks_again_at_what_came_between_preflight_and_the_lock(tmp_path: Path, change: Any) -> None:
+def test_prepare__checks_the_folder_again_under_the_lock(tmp_path: Path, change: Any) -> None:
     out = tmp_path / "run"
     mine = config(out, seed=1, **change)
     run_folder.check(mine, "codebook")
@@ -192,7 +192,7 @@ def test_prepare__looks_again_at_what_came_between_preflight_and_the_lock(tmp_pa
     FolderLock(out).release()
 
 
-def test_prepare__a_disk_error_is_told_and_frees_the_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_prepare__reports_a_disk_error_and_releases_the_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(path: Path, data: bytes) -> None:
         raise OSError(28, "No space left on device")
 

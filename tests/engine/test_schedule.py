@@ -1,4 +1,4 @@
-"""Schedules as functions: their ends, their middles, their direction."""
+"""Schedules as functions: values at the ends and in the middle, and the direction."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_cosine__by_hand() -> None:
 
 
 @given(st.integers(1, 1000), st.integers(1, 1000))
-def test_is_time__at_multiples_and_at_the_end(every: int, total: int) -> None:
+def test_is_time__is_true_at_multiples_and_at_the_end(every: int, total: int) -> None:
     due = [step for step in range(1, total + 1) if is_time(step, every, total)]
     assert due == sorted({*range(every, total + 1, every), total})
 
@@ -68,7 +68,7 @@ def test_warmup_poly__by_hand() -> None:
 
 
 def test_warmup_steps__by_hand() -> None:
-    rates = [warmup_steps(step, warmup=2, peak=4.0, falls=(5, 7)) for step in range(9)]
+    rates = [warmup_steps(step, warmup=2, peak=4.0, milestones=(5, 7)) for step in range(9)]
     assert rates == pytest.approx([2.0, 4.0, 4.0, 4.0, 4.0, 0.4, 0.4, 0.04, 0.04])
 
 
@@ -80,21 +80,21 @@ def test_warmup_steps__by_hand() -> None:
         ({"schedule": "steps", "milestones": ("1 epochs", "80%")}, [0.5, 1.0, 1.0, 0.1, 0.01]),
     ],
 )
-def test_learning_rates__by_their_settings(settings: dict[str, Any], expected: list[float]) -> None:
+def test_learning_rates__follow_the_settings(settings: dict[str, Any], expected: list[float]) -> None:
     """Ten steps of which two warm up, an epoch being five: at steps 0, 1, 2, 6 and 10."""
     config = OptimConfig(lr=1.0, warmup="20%", **settings)
     rates = learning_rates(config, total=10, num_images=20, batch_size=4)
     assert [rates(step) for step in (0, 1, 2, 6, 10)] == pytest.approx(expected)
 
 
-def test_learning_rates__the_final_one_would_come_a_step_after_the_last() -> None:
+def test_learning_rates__the_final_rate_would_come_one_step_after_the_last() -> None:
     config = OptimConfig(lr=1.0, final_lr=0.1, warmup="0")
     rates = learning_rates(config, total=4, num_images=10, batch_size=2)
     assert rates(3) == pytest.approx(0.2318, abs=1e-4)
     assert rates(4) == pytest.approx(0.1)
 
 
-def test_warmup_warning__only_of_a_warmup_that_does_not_end() -> None:
-    how = {"total": 10, "num_images": 20, "batch_size": 4}
-    assert warmup_warning(OptimConfig(warmup="2 epochs"), **how) is None
-    assert "makes 11 steps and the training 10" in str(warmup_warning(OptimConfig(warmup="11"), **how))
+def test_warmup_warning__warns_only_of_a_warmup_longer_than_the_training() -> None:
+    sizes = {"total": 10, "num_images": 20, "batch_size": 4}
+    assert warmup_warning(OptimConfig(warmup="2 epochs"), **sizes) is None
+    assert "takes 11 steps but the training 10" in str(warmup_warning(OptimConfig(warmup="11"), **sizes))

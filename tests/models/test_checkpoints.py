@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 from pecobook.errors import WeightsError
-from pecobook.models.checkpoints import _to_timm_names, load_state, read_weights
+from pecobook.models.checkpoints import load_state, read_weights, to_timm_names
 from pecobook.models.weights import IMAGENET_MEAN, create_network, load_backbone
 
 # --------------------------------------------------------------------------------------------------------- load_state
@@ -156,7 +156,7 @@ def test_torchvision__state_dicts_fit_timms_networks(name: str) -> None:
     with torch.device("meta"):  # VGG's weights are half a gigabyte
         torchvision_state = getattr(torchvision.models, name)().state_dict()
         timm_state = timm.create_model(name, num_classes=0).state_dict()
-    renamed = _to_timm_names(torchvision_state, timm_state)
+    renamed = to_timm_names(torchvision_state, timm_state)
     assert {key: value.shape for key, value in renamed.items()} == {
         key: value.shape for key, value in timm_state.items()
     }

@@ -60,18 +60,18 @@ def test_nearest_codeword__breaks_ties_by_the_smallest_index() -> None:
 def test_nearest_codeword__does_not_depend_on_chunks(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
     z, codebook = vectors(number, 4, 3), vectors(50, 4, 4)
     whole = nearest_codeword(z, codebook)
-    monkeypatch.setattr(nearest, "_CHUNK_ELEMENTS", 1)  # the least number of rows, 1,024
+    monkeypatch.setattr(nearest, "CHUNK_ELEMENTS", 1)  # the least number of rows, 1,024
     assert torch.equal(nearest_codeword(z, codebook), whole)
     assert torch.equal(whole, oracle(z, codebook))
 
 
 def test_nearest_codeword__never_holds_all_distances(monkeypatch: pytest.MonkeyPatch) -> None:
     number, size = 8192, 100
-    monkeypatch.setattr(nearest, "_CHUNK_ELEMENTS", 2048 * size)
+    monkeypatch.setattr(nearest, "CHUNK_ELEMENTS", 2048 * size)
     with LargestTensor() as largest:  # inside the operator, which is one thing from outside
-        nearest._nearest_by_chunks(vectors(number, 4, 0), vectors(size, 4, 1))
+        nearest.nearest_by_chunks(vectors(number, 4, 0), vectors(size, 4, 1))
     assert largest.elements == 2048 * size  # so the counter sees the chunks
-    assert number * size > nearest._CHUNK_ELEMENTS
+    assert number * size > nearest.CHUNK_ELEMENTS
 
 
 def test_nearest_codeword__computes_in_single_precision_whatever_it_is_given() -> None:
@@ -119,8 +119,8 @@ def gap(z: Tensor, codebook: Tensor, codes: Tensor) -> float:
 @pytest.mark.parametrize(("number", "size", "dim"), [(1, 1024, 8), (5, 1025, 16), (600, 2000, 40), (3000, 1500, 256)])
 def test_search__is_exact(number: int, size: int, dim: int) -> None:
     z, codebook = vectors(number, dim, 0), vectors(size, dim, 1)
-    assert torch.equal(nearest._nearest_by_search(z, codebook), oracle(z, codebook))
-    assert torch.equal(nearest._nearest_by_search(codebook, codebook), torch.arange(size))
+    assert torch.equal(nearest.nearest_by_search(z, codebook), oracle(z, codebook))
+    assert torch.equal(nearest.nearest_by_search(codebook, codebook), torch.arange(size))
 
 
 @given(
@@ -144,7 +144,7 @@ def test_search__of_any_data_is_as_near_as_fp32_can_tell(
 
     z, codebook = draw(200), draw(1100)
     codebook[7] = 1e4 * 10**scale  # a dead codeword, far from everything, must not spoil the bounds
-    codes = nearest._nearest_by_search(z, codebook)
+    codes = nearest.nearest_by_search(z, codebook)
     assert int(codes.min()) >= 0
     assert int(codes.max()) < 1100
     # fp32 resolves about 2^-22 of the products involved, the outlier's offset included.
@@ -153,7 +153,7 @@ def test_search__of_any_data_is_as_near_as_fp32_can_tell(
 
 def test_search__breaks_ties_by_the_smallest_index() -> None:
     codebook = vectors(700, 16, 2).repeat(2, 1)
-    assert torch.equal(nearest._nearest_by_search(codebook, codebook), torch.arange(700).repeat(2))
+    assert torch.equal(nearest.nearest_by_search(codebook, codebook), torch.arange(700).repeat(2))
 
 
 def test_search__of_codewords_that_bfloat16_cannot_tell_apart_falls_back() -> None:
@@ -161,14 +161,14 @@ def test_search__of_codewords_that_bfloat16_cannot_tell_apart_falls_back() -> No
     codebook[0] = -1.0  # keeps the centre away from the crowd
     codebook[1] = 40.0
     z = codebook[2:300] + 1e-6
-    assert torch.equal(nearest._nearest_by_search(z, codebook), torch.arange(2, 300))
+    assert torch.equal(nearest.nearest_by_search(z, codebook), torch.arange(2, 300))
 
 
 def test_search__of_numbers_that_are_none_still_gives_codes() -> None:
     z = vectors(300, 8, 0)
     z[3], z[5] = float("nan"), float("inf")
     codebook = vectors(1100, 8, 1)
-    codes = nearest._nearest_by_search(z, codebook)
+    codes = nearest.nearest_by_search(z, codebook)
     assert ((codes >= 0) & (codes < 1100)).all()
     fine = torch.ones(300, dtype=torch.bool)
     fine[[3, 5]] = False
@@ -178,7 +178,7 @@ def test_search__of_numbers_that_are_none_still_gives_codes() -> None:
 def test_search__never_holds_all_distances(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(nearest, "_SEARCH_ELEMENTS", 512 * 2048)
     with LargestTensor() as largest:
-        nearest._nearest_by_search(vectors(8192, 4, 0), vectors(2048, 4, 1))
+        nearest.nearest_by_search(vectors(8192, 4, 0), vectors(2048, 4, 1))
     assert largest.elements == 512 * 2048
 
 
@@ -189,7 +189,7 @@ def test_search__is_what_a_large_codebook_gets_on_a_cpu_with_bfloat16(monkeypatc
         codebook_sizes.append(len(codebook))
         return torch.zeros(len(z), dtype=torch.int64)
 
-    monkeypatch.setattr(nearest, "_nearest_by_search", search)
+    monkeypatch.setattr(nearest, "nearest_by_search", search)
     for supported in (False, True):
         monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda supported=supported: supported)
         for size in (64, 1024):

@@ -1,4 +1,4 @@
-"""`Batch` lists every key that batches of any stage contain, with the right type, and no other key."""
+"""`Batch` lists exactly the keys that stages receive, with their types."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ STAGES: list[type[Stage[Any]]] = [
     DetectStage,
 ]
 HINTS = get_type_hints(Batch)
-# The types that the docstrings of the keys state.
+# The dtypes as in the docstrings of the keys.
 KEYS: dict[torch.dtype, set[str]] = {
     torch.uint8: {"image", "images", "view0", "view1", "other", "masks"},
     torch.int16: {"mask", "masks"},
@@ -56,10 +56,10 @@ def check(batch: dict[str, Any]) -> None:
                 assert name in KEYS[item.dtype], (name, item.dtype)
 
 
-def test_batch__lists_all_keys_of_all_stages(
+def test_batch__lists_exactly_the_keys_that_stages_receive(
     images: Path, codebook_run: Path, vit_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    seen: dict[str, set[str]] = {}
+    received: dict[str, set[str]] = {}
     loaded: set[str] = set()
 
     def watch(stage: type[Stage[Any]]) -> None:
@@ -67,7 +67,7 @@ def test_batch__lists_all_keys_of_all_stages(
 
         def forward(self: Any, batch: Any) -> Any:
             check(batch)
-            seen.setdefault(stage.command, set()).update(batch)
+            received.setdefault(stage.command, set()).update(batch)
             return original(self, batch)
 
         monkeypatch.setattr(stage, "forward", forward)
@@ -97,7 +97,7 @@ def test_batch__lists_all_keys_of_all_stages(
         train(command, settings.pop("data", images), tmp_path / command, **settings)
     assert loaded <= HINTS.keys()
     everywhere = {"index", "label", "replaced", "repeated"}
-    assert {command: names - everywhere for command, names in seen.items()} == {
+    assert {command: names - everywhere for command, names in received.items()} == {
         "contrast": {"view0", "view1", "colour0", "colour1", "image", "ahead", "keys0", "keys1"},
         "codebook": {"image", "other", "ahead", "keys"},
         "pretrain": {"image", "colour", "mask", "codes"},
@@ -105,4 +105,4 @@ def test_batch__lists_all_keys_of_all_stages(
         "segment": {"image", "colour", "mask", "images", "masks"},
         "detect": {"images", "boxes", "labels", "masks", "size"},
     }
-    assert set().union(*seen.values()) | {"skipped"} == HINTS.keys()
+    assert set().union(*received.values()) | {"skipped"} == HINTS.keys()

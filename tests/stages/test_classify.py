@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor
 
-from pecobook.analysis.confusion import confusion_matrix, confusion_picture
+from pecobook.analysis.confusion import confusion_picture
+from pecobook.analysis.semantics import joint_counts
 from pecobook.data.augment import random_erasing
 from pecobook.data.images import open_images
 from pecobook.errors import ConfigError
@@ -262,8 +263,8 @@ def test_evaluate__the_loss_leaves_out_repeated_images(vit_run: Path) -> None:
         assert float(stage(marked).loss) == pytest.approx(expected)
 
 
-def test_confusion_matrix__counts_rows_by_label() -> None:
-    counts = confusion_matrix(torch.tensor([0, 0, 1, 2, 2, 2]), torch.tensor([0, 1, 1, 2, 0, 2]), 3)
+def test_joint_counts__count_rows_by_label() -> None:
+    counts = joint_counts(torch.tensor([0, 0, 1, 2, 2, 2]), torch.tensor([0, 1, 1, 2, 0, 2]), 3, 3)
     assert counts.tolist() == [[1, 1, 0], [0, 1, 0], [1, 0, 2]]
     assert confusion_picture([0, 1], [1, 1], ("$a_", "<b>")).startswith(b"\x89PNG")  # type: ignore[arg-type]
 
@@ -277,7 +278,7 @@ def test_evaluation_view__is_the_central_crop(vit_run: Path) -> None:
 
 @pytest.mark.parametrize("policy", ["m9", "rand-x9"])
 def test_check__refuses_a_policy_that_timm_does_not_know(policy: str, vit_run: Path) -> None:
-    with pytest.raises(ConfigError, match="is not in timm's words"):
+    with pytest.raises(ConfigError, match="is not a valid timm policy"):
         ClassifyStage.check(settings(vit_run, rand_augment=policy))
 
 

@@ -142,7 +142,7 @@ def test_config__image_size_must_fit_the_stride() -> None:
 
 @pytest.mark.parametrize("perceptual", [PerceptualConfig(network="none"), PerceptualConfig(network="x", weight=0.0)])
 def test_config__nothing_to_learn(perceptual: PerceptualConfig) -> None:
-    with pytest.raises(ConfigError, match="nothing to learn"):
+    with pytest.raises(ConfigError, match="There is no loss"):
         CodebookConfig(pixel_weight=0.0, perceptual=perceptual)
 
 
@@ -278,7 +278,7 @@ def test_grey_images__are_read_as_one_channel() -> None:
     [
         ({"model": AutoencoderConfig(in_channels=4)}, "3 channels or 1"),
         ({"quantizer": QuantizerConfig(learning="gradient"), "strategy": "fsdp"}, "use --strategy ddp"),
-        ({"adversarial": AdversarialConfig(weight=1, num_layers=7)}, "leaves nothing of 224 pixels"),
+        ({"adversarial": AdversarialConfig(weight=1, num_layers=7)}, "too many layers for 224-pixel images"),
     ],
 )
 def test_config__refuses(settings: dict[str, Any], message: str) -> None:
@@ -313,13 +313,9 @@ def test_train__every_variant_runs_and_exports(more: dict[str, Any], images: Pat
     }  # no part that only training needs
 
 
-def test_check__classification_needs_labels(tmp_path: Path, images: Path) -> None:
-    flat = tmp_path / "flat"
-    flat.mkdir()
-    for number, file in enumerate(sorted(images.rglob("*.png"))):
-        (flat / f"{number}.png").write_bytes(file.read_bytes())
+def test_check__classification_needs_labels(tmp_path: Path, unlabelled_images: Path) -> None:
     with pytest.raises(PreflightError, match="has no labels"):
-        train("codebook", flat, tmp_path / "run", **{"explicit.kind": "classification"})
+        train("codebook", unlabelled_images, tmp_path / "run", **{"explicit.kind": "classification"})
     assert not (tmp_path / "run").exists()
 
 

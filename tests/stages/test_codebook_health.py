@@ -62,6 +62,7 @@ def test_warning__when_the_codebook_collapses() -> None:
     assert "revive" not in warning  # revival is on already
     assert stage.warning({"codes_alive": 5.0, "perplexity": 1.0}, 199) is None
     assert stage.warning({"codes_alive": 6.0, "perplexity": 1.5}, 200) is None
+    assert "24 codewords 5 are in use" in (stage.warning({"codes_alive": 5.0, "perplexity": 5.0}, 200) or "")
     assert "(perplexity 1)" in (stage.warning({"codes_alive": 24.0, "perplexity": 1.4}, 200) or "")
     without = make(quantizer=QuantizerConfig(num_codewords=24, revive_after=0))
     assert "--quantizer.revive-after 100" in (without.warning({"codes_alive": 5.0, "perplexity": 1.0}, 200) or "")

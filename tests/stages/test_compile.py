@@ -22,10 +22,10 @@ ADVERSARIAL = {"quantizer.learning": "gradient", "adversarial.weight": 0.4, "adv
 @pytest.fixture
 def compilations(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
     """Return a list of the number of graphs compiled by the end of each step; the backend runs graphs uncompiled."""
-    compile_module, step = nn.Module.compile, loop._Loop._step
+    compile_module, step = nn.Module.compile, loop.Loop.step_once
     num_graphs: list[int] = []
 
-    def count(self: loop._Loop, *arguments: Any) -> bool:
+    def count(self: loop.Loop, *arguments: Any) -> bool:
         stop = step(self, *arguments)
         num_graphs.append(counters["stats"]["unique_graphs"])
         return stop
@@ -33,7 +33,7 @@ def compilations(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
     torch._dynamo.reset()
     counters.clear()
     monkeypatch.setattr(nn.Module, "compile", lambda self: compile_module(self, backend="eager"))
-    monkeypatch.setattr(loop._Loop, "_step", count)
+    monkeypatch.setattr(loop.Loop, "step_once", count)
     yield num_graphs
     torch._dynamo.reset()
 

@@ -25,7 +25,7 @@ from pecobook.recipes import detect as recipes
 from pecobook.settings.detect import DetectConfig, DetectorConfig
 from pecobook.settings.training import OptimConfig
 from pecobook.settings.values import replace
-from pecobook.stages.detect import DetectStage, _row, _unpack
+from pecobook.stages.detect import DetectStage, detections_to_row, rows_to_detections
 from pecobook.stages.training import train
 from tests.coco import make_coco, read_coco, write_coco
 from tests.runs import logged, losses
@@ -156,7 +156,7 @@ def test_forward__boxes_stay_float32_in_mixed_precision(root: Path, vit: Path) -
     config = settings(root, vit)
     stage, splits = make(config)
     inputs = batch(config, splits, 4, training=True)
-    converted = launch._precision("bf16").convert_input(inputs)
+    converted = launch.precision_plugin("bf16").convert_input(inputs)
     calls: list[Any] = []
     stage.detector.register_forward_pre_hook(lambda _module, arguments: calls.append(arguments))
     stage.train()(converted)
@@ -182,7 +182,7 @@ def test_forward__rows_are_in_pixels_of_the_image(root: Path, vit: Path) -> None
     assert output.rows["boxes"].shape == (3, 10, 4)
     assert output.rows["masks"].shape == (3, 10, 28, 28)
     assert output.rows["masks"].dtype == torch.uint8
-    for row, (number, unpacked) in enumerate(_unpack({**output.rows, "index": torch.arange(3)})):
+    for row, (number, unpacked) in enumerate(rows_to_detections({**output.rows, "index": torch.arange(3)})):
         assert number == row
         height, width = (int(side) for side in inputs["size"][row])
         view_shape = inputs["images"][row].shape
@@ -202,7 +202,7 @@ def test_summarise__counts_every_image_once_and_perfect_detections_as_100(root: 
         objects, size = source.objects(index), source.size(index)
         count = len(objects.labels)
         perfect = Detections(objects.boxes, torch.full((count,), 0.9), objects.labels, torch.ones(count, 28, 28))
-        rows.append(_row(perfect, size, size, 10))
+        rows.append(detections_to_row(perfect, size, size, 10))
     stacked = {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
     metrics = stage.summarise({**stacked, "index": torch.tensor(order)}, {})
     assert metrics["box_ap"] == metrics["box_ar"] == pytest.approx(100)
@@ -218,7 +218,7 @@ def test_preflight__reports_bad_data_with_all_other_problems(root: Path, vit: Pa
     config = dataclasses.replace(settings(data, vit, max_steps="2"), backbone="")
     with pytest.raises(PreflightError) as caught:
         train(DetectStage, dataclasses.replace(config, out=str(tmp_path / "run")))
-    assert "annotation 3 is of category 5, which is not there" in str(caught.value)
+    assert "annotation 3 refers to category 5, which does not exist" in str(caught.value)
     assert "--backbone is missing" in str(caught.value)
     assert not (tmp_path / "run").exists()
     stderr = io.StringIO()
@@ -231,7 +231,7 @@ def test_preflight__reports_bad_data_with_all_other_problems(root: Path, vit: Pa
 def test_check__settings_that_cannot_work(root: Path, vit: Path) -> None:
     with pytest.raises(ConfigError, match="--backbone is missing"):
         DetectStage.check(DetectConfig())
-    with pytest.raises(ConfigError, match="--compile does not go with detect"):
+    with pytest.raises(ConfigError, match="--compile does not work with detect"):
         DetectStage.check(settings(root, vit, compile=True))
     with pytest.raises(WeightsError):
         DetectStage.check(settings(root, Path("timm:no_such_network")))

@@ -188,11 +188,11 @@ def test_preflight__reports_bad_pairs_and_leaves_them_out_with_skip_bad(
         preflight(SegmentStage, settings(vit_run, data=str(root), out=out))
     assert not (tmp_path / "run").exists()
     capsys.readouterr()
-    splits = preflight(SegmentStage, settings(vit_run, data=str(root), out=out, skip_bad=True))
+    splits = preflight(SegmentStage, settings(vit_run, data=str(root), out=out, skip_bad=True)).splits
     assert len(splits.train) == 10
     stderr = capsys.readouterr().err
     assert stderr.count("train/masks/2.png") == stderr.count("train/masks/3.png") == 1
-    splits = preflight(SegmentStage, settings(vit_run, data=str(root), out=out, ignore=("9", "255")))
+    splits = preflight(SegmentStage, settings(vit_run, data=str(root), out=out, ignore=("9", "255"))).splits
     assert len(splits.train) == 11
 
 

@@ -133,7 +133,7 @@ def test_preflight__only_the_first_rank_checks_the_folder(
     with pytest.raises(PreflightError, match="is not empty"):
         preflight(CodebookStage, settings)
     monkeypatch.setenv("RANK", "1")
-    assert len(preflight(CodebookStage, settings).train) == 22
+    assert len(preflight(CodebookStage, settings).splits.train) == 22
 
 
 def test_preflight__held_out_images_need_labels_too(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The pool of two processes itself, since every test of a collective stands on it."""
+"""The pool of two processes itself, which every test of a collective depends on."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_run__begins_with_the_same_seed(two_processes: TwoProcesses) -> None:
     assert two_processes.run(draw) == two_processes.run(draw)
 
 
-def test_run__raises_what_a_rank_raises_and_stays_usable(two_processes: TwoProcesses) -> None:
+def test_run__raises_the_error_of_a_rank_and_stays_usable(two_processes: TwoProcesses) -> None:
     with pytest.raises(DataError, match="gone") as caught:
         two_processes.run(fail, DataError("gone"))
     assert "On rank 1" in caught.value.__notes__[0]
@@ -58,7 +58,7 @@ def test_run__raises_what_a_rank_raises_and_stays_usable(two_processes: TwoProce
     assert two_processes.run(add_up, 0)[0] == (2, 1.0)
 
 
-def test_run__quotes_what_does_not_pickle(two_processes: TwoProcesses) -> None:
+def test_run__quotes_an_error_that_cannot_be_pickled(two_processes: TwoProcesses) -> None:
     with pytest.raises(RuntimeError, match="PreflightError: first\nsecond"):
         two_processes.run(fail_with_preflight)
 
@@ -67,7 +67,7 @@ def fail_with_preflight(rank: int, world_size: int) -> None:
     raise PreflightError([DataError("first"), DataError("second")])
 
 
-def test_run__ends_hangs_and_deaths_and_starts_again() -> None:
+def test_run__ends_processes_that_hang_or_die_and_starts_again() -> None:
     pool = TwoProcesses(straggler=0.5)
     try:
         with pytest.raises(DataError, match="no data here"):

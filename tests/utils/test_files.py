@@ -1,4 +1,4 @@
-"""Writing atomically: the old file or the new one, never a part of it, never a leftover."""
+"""Atomic writes leave the old file or the new file, never a part of one and no temporary file."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from pecobook.utils.files import sync_folder, write_atomically
+from pecobook.utils.files import sync_folder, write_atomically, write_json
 
 
 def test_write_atomically__writes_and_replaces(tmp_path: Path) -> None:
@@ -20,7 +20,7 @@ def test_write_atomically__writes_and_replaces(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("call", ["fsync", "replace"])
 @pytest.mark.parametrize("error", [OSError("disk full"), KeyboardInterrupt()])
-def test_write_atomically__a_failure_leaves_the_old_file_and_no_other(
+def test_write_atomically__leaves_only_the_old_file_after_a_failure(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str, error: BaseException
 ) -> None:
     file = tmp_path / "a.json"
@@ -39,9 +39,7 @@ def test_write_atomically__a_failure_leaves_the_old_file_and_no_other(
     assert list(tmp_path.iterdir()) == [file]
 
 
-def test_write_atomically__is_on_the_disk_before_it_has_the_name(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_write_atomically__flushes_the_file_before_the_rename(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     events: list[str] = []
     fsync, replace = os.fsync, Path.replace
 
@@ -61,7 +59,7 @@ def test_write_atomically__is_on_the_disk_before_it_has_the_name(
     assert events == ["file", "rename", "folder"]
 
 
-def test_write_atomically__overwrites_what_a_kill_left(tmp_path: Path) -> None:
+def test_write_atomically__overwrites_a_temporary_file_of_a_killed_process(tmp_path: Path) -> None:
     file = tmp_path / "a.json"
     (tmp_path / ".a.json.tmp").write_bytes(b"half")
     write_atomically(file, b"whole")
@@ -69,13 +67,18 @@ def test_write_atomically__overwrites_what_a_kill_left(tmp_path: Path) -> None:
     assert file.read_bytes() == b"whole"
 
 
-def test_write_atomically__names_a_missing_folder(tmp_path: Path) -> None:
+def test_write_atomically__fails_for_a_missing_folder(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
         write_atomically(tmp_path / "missing" / "a", b"")
 
 
-def test_sync_folder__closes_what_it_opens(tmp_path: Path) -> None:
+def test_sync_folder__closes_its_descriptor(tmp_path: Path) -> None:
     before = len(os.listdir("/proc/self/fd"))  # noqa: PTH208
     for _ in range(20):
         sync_folder(tmp_path)
     assert len(os.listdir("/proc/self/fd")) == before  # noqa: PTH208
+
+
+def test_write_json__writes_indented_json(tmp_path: Path) -> None:
+    write_json(tmp_path / "a.json", {"values": [1]})
+    assert (tmp_path / "a.json").read_text() == '{\n  "values": [\n    1\n  ]\n}\n'

@@ -51,7 +51,7 @@ def test_lock__keeps_a_second_process_out_until_released(tmp_path: Path) -> None
     assert take_elsewhere(tmp_path) == "taken\n"
 
 
-def test_lock__leaves_nothing_behind(tmp_path: Path) -> None:
+def test_lock__leaves_no_file_behind(tmp_path: Path) -> None:
     held = FolderLock(tmp_path)
     assert names(tmp_path) == {".lock"} <= LOCK_FILES
     held.release()
@@ -61,7 +61,7 @@ def test_lock__leaves_nothing_behind(tmp_path: Path) -> None:
 
 
 def test_lock__is_not_kept_by_a_forked_data_worker(tmp_path: Path) -> None:
-    """A worker outlives a trainer that is killed, and its folder is free at once all the same."""
+    """A worker outlives a killed trainer, and the folder is free at once nevertheless."""
     with subprocess.Popen([sys.executable, "-c", _FORK, str(tmp_path)], stdout=subprocess.PIPE, text=True) as trainer:
         assert trainer.stdout is not None
         worker = int(trainer.stdout.readline())
@@ -71,13 +71,13 @@ def test_lock__is_not_kept_by_a_forked_data_worker(tmp_path: Path) -> None:
             trainer.kill()
             trainer.wait()
             FolderLock(tmp_path).release()
-            os.kill(worker, 0)  # it still lives
+            os.kill(worker, 0)  # the worker is still alive
         finally:
             os.kill(worker, 9)
 
 
 @pytest.mark.parametrize("reason", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP])
-def test_lock__holds_where_the_file_system_has_none(
+def test_lock__works_where_the_file_system_has_no_locks(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reason: int
 ) -> None:
     def flock(*_: object) -> None:
@@ -93,7 +93,7 @@ def test_lock__holds_where_the_file_system_has_none(
     FolderLock(tmp_path).release()
 
 
-def test_lock__another_error_is_no_missing_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lock__raises_other_errors_of_the_file_system(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def flock(*_: object) -> None:
         raise OSError(errno.EIO, "Input/output error")
 

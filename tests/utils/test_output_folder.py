@@ -10,8 +10,8 @@ from pecobook.errors import RunFolderError
 from pecobook.utils.folder_lock import FolderLock
 from pecobook.utils.output_folder import OutputFolder, check_new_file
 
-BANK: dict[str, Any] = {"kind": "a token bank", "mark": "config.json", "resume": False, "overwrite": False}
-DEMO: dict[str, Any] = {"kind": "a demo", "mark": "demo.json", "goes_on": True}
+BANK: dict[str, Any] = {"kind": "a token bank", "marker": "config.json", "resume": False, "overwrite": False}
+DEMO: dict[str, Any] = {"kind": "a demo", "marker": "demo.json", "always_resumes": True}
 
 
 def names(folder: Path) -> list[str]:
@@ -19,22 +19,22 @@ def names(folder: Path) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    ("more", "told"),
+    ("more", "message"),
     [
         ({}, "is not empty: name another folder."),
         ({"overwrite": False}, "is not empty: delete it with --overwrite, or name another folder."),
-        (BANK, "is not empty: go on with --resume, delete it with --overwrite, or name another folder."),
+        (BANK, "is not empty: continue with --resume, delete it with --overwrite, or name another folder."),
         (DEMO, "is not empty and holds no demo: name another folder."),
         ({**BANK, "resume": True}, "there is no token bank in"),
         ({**BANK, "overwrite": True}, "does not look like a token bank, so it is not deleted."),
     ],
 )
-def test_check__a_filled_folder_is_refused_with_its_ways_out(tmp_path: Path, more: dict[str, Any], told: str) -> None:
+def test_check__refuses_a_filled_folder_with_the_remedies(tmp_path: Path, more: dict[str, Any], message: str) -> None:
     (tmp_path / "thesis.tex").touch()
     folder = OutputFolder(str(tmp_path), **more)
     with pytest.raises(RunFolderError) as caught:
         folder.check()
-    assert told in str(caught.value)
+    assert message in str(caught.value)
     with pytest.raises(RunFolderError):
         folder.begin()
     assert names(tmp_path) == ["thesis.tex"]
@@ -42,7 +42,7 @@ def test_check__a_filled_folder_is_refused_with_its_ways_out(tmp_path: Path, mor
 
 @pytest.mark.parametrize("more", [{}, {"overwrite": False}, {**BANK, "overwrite": True}, DEMO])
 @pytest.mark.parametrize("left", [[], [".lock"], [".lock", ".soft-lock"]])
-def test_check__a_new_or_empty_folder_serves_everyone(tmp_path: Path, more: dict[str, Any], left: list[str]) -> None:
+def test_check__accepts_a_new_or_empty_folder(tmp_path: Path, more: dict[str, Any], left: list[str]) -> None:
     OutputFolder(str(tmp_path / "a" / "b"), **more).check()
     for name in left:  # of a command that was killed
         (tmp_path / name).touch()
@@ -50,19 +50,19 @@ def test_check__a_new_or_empty_folder_serves_everyone(tmp_path: Path, more: dict
     assert names(tmp_path) == left
 
 
-def test_begin__goes_on_with_its_own_by_what_it_began_with(tmp_path: Path) -> None:
-    asked: list[dict[str, Any]] = []
+def test_begin__resumes_a_folder_of_its_kind_and_checks_the_marker(tmp_path: Path) -> None:
+    read: list[dict[str, Any]] = []
     (tmp_path / "demo.json").write_text('{"seed": 1}')
     (tmp_path / "run").mkdir()
-    OutputFolder(str(tmp_path), **DEMO, may_go_on=asked.append).begin().release()
-    assert asked == [{"seed": 1}]
+    OutputFolder(str(tmp_path), **DEMO, check_resume=read.append).begin().release()
+    assert read == [{"seed": 1}]
     assert names(tmp_path) == ["demo.json", "run"]
     (tmp_path / "demo.json").write_text("{")
     with pytest.raises(RunFolderError, match=r"demo.json' cannot be read"):
-        OutputFolder(str(tmp_path), **DEMO, may_go_on=asked.append).check()
+        OutputFolder(str(tmp_path), **DEMO, check_resume=read.append).check()
 
 
-def test_begin__deletes_only_what_is_its_own(tmp_path: Path) -> None:
+def test_begin__deletes_only_a_folder_of_its_kind(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
     (tmp_path / "train").mkdir()
     (tmp_path / "train" / "codes").touch()
@@ -74,7 +74,7 @@ def test_begin__deletes_only_what_is_its_own(tmp_path: Path) -> None:
     assert names(tmp_path) == ["new"]
 
 
-def test_begin__holds_the_folder_until_it_is_left(tmp_path: Path) -> None:
+def test_begin__holds_the_lock_within_the_context(tmp_path: Path) -> None:
     out = tmp_path / "out"
     with OutputFolder(str(out)).begin(), pytest.raises(RunFolderError, match="Another process is writing"):
         FolderLock(out)
@@ -83,7 +83,7 @@ def test_begin__holds_the_folder_until_it_is_left(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])
-def test_begin__an_error_frees_the_folder(tmp_path: Path, error: BaseException) -> None:
+def test_begin__releases_the_folder_after_an_error(tmp_path: Path, error: BaseException) -> None:
     def write(_: Path) -> None:
         raise error
 
@@ -92,7 +92,7 @@ def test_begin__an_error_frees_the_folder(tmp_path: Path, error: BaseException) 
     FolderLock(tmp_path).release()
 
 
-def test_check_new_file__refuses_one_that_is_there(tmp_path: Path) -> None:
+def test_check_new_file__refuses_a_file_that_exists(tmp_path: Path) -> None:
     check_new_file("")
     check_new_file(str(tmp_path / "figures.json"))
     (tmp_path / "figures.json").write_text(json.dumps({}))

@@ -1,1 +1,1 @@
-"""Measuring and showing what codebooks and masked models have learnt; knows nothing of stages."""
+"""Measurements and pictures of what codebooks and masked models have learnt; independent of the stages."""

@@ -1,6 +1,6 @@
-"""What the analysis takes and how it runs models: the two protocols, array conversion, quiet evaluation.
+"""The interfaces of tokenizers and masked models that the analysis needs, array conversion, and evaluation mode.
 
-The analysis asks only for these few methods, so it also serves tokenizers and models that are not ours.
+The analysis uses only the methods of the two protocols, so it also works for tokenizers and models of other libraries.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 Array = NDArray[Any] | Tensor
-"""Numbers from either library; results are NumPy where scikit-learn follows and torch where torch does."""
+"""A NumPy array or a tensor. Results for scikit-learn are NumPy arrays, and results for torch are tensors."""
 
 
 class Tokenizer(Protocol):
-    """Images to codes and back. `pecobook.PerceptualTokenizer` is one."""
+    """Encodes images to codes and decodes codes to images, like `pecobook.PerceptualTokenizer`."""
 
     @property
     def codebook(self) -> Tensor:
@@ -28,31 +28,31 @@ class Tokenizer(Protocol):
 
     @property
     def image_size(self) -> int:
-        """Side in pixels of the images that it was trained on."""
+        """Side in pixels of the images that the tokenizer was trained on."""
         ...
 
     def encode(self, images: Tensor, /) -> Tensor:
-        """Float (B, 3, H, W) in [0, 1] to int64 codes (B, h, w)."""
+        """Encode images, float (B, 3, H, W) in [0, 1], to codes, int64 (B, h, w)."""
         ...
 
     def decode(self, codes: Tensor, /) -> Tensor:
-        """int64 codes (B, h, w) to float (B, 3, H, W) in [0, 1]."""
+        """Decode codes, int64 (B, h, w), to images, float (B, 3, H, W) in [0, 1]."""
         ...
 
 
 class MaskedModel(Protocol):
-    """Predicts the codes of masked patches. `pecobook.MaskedImageModel` is one."""
+    """Predicts the codes of masked patches, like `pecobook.MaskedImageModel`."""
 
     def __call__(self, images: Tensor, mask: Tensor, /) -> Tensor:
-        """Images (B, 3, H, W) and mask (B, h, w), True = masked, to logits (number masked, K).
+        """Return logits (number masked, K) for images (B, 3, H, W) and a mask (B, h, w), True = masked.
 
-        Rows run over the batch, then over positions row by row.
+        The rows of the logits are ordered by image, then by position in row-major order.
         """
         ...
 
 
 def as_numpy(values: Array) -> NDArray[Any]:
-    """`values` as a NumPy array on the host, whatever it was."""
+    """Convert `values` to a NumPy array on the host."""
     if isinstance(values, Tensor):
         host = values.detach().cpu()
         return (host.float() if host.is_floating_point() else host).numpy()  # NumPy has no bfloat16
@@ -60,18 +60,17 @@ def as_numpy(values: Array) -> NDArray[Any]:
 
 
 def as_tensor(values: Array) -> Tensor:
-    """`values` as a tensor, left where it is."""
+    """Convert `values` to a tensor; a tensor stays on its device."""
     return values if isinstance(values, Tensor) else torch.from_numpy(np.ascontiguousarray(values))
 
 
 @contextmanager
-def evaluating(*models: object) -> Iterator[None]:
-    """No gradients, and every `nn.Module` among `models` in evaluation mode, put back as it was afterwards.
+def evaluation_mode(*models: object) -> Iterator[None]:
+    """Disable gradients, and put every `nn.Module` among `models` into evaluation mode; restore the modes on exit.
 
-    Without the second part a picture taken in the middle of a run would update running statistics and drop
-    paths at random.
+    Without evaluation mode, a picture made during a run would update running statistics and apply stochastic depth.
     """
-    modules = [part for model in models if isinstance(model, nn.Module) for part in model.modules()]
+    modules = [module for model in models if isinstance(model, nn.Module) for module in model.modules()]
     modes = [module.training for module in modules]
     for module in modules:
         module.training = False

@@ -1,9 +1,9 @@
-"""The ground that all pictures share: transparent, neutral ink, one colour a name, PNG bytes.
+"""The common style of all pictures: transparent background, neutral text, a fixed style for each name, PNG bytes.
 
-A picture must read on a white page, on a dark page and in a README on GitHub, 350 px wide on a phone. So the
-ground is transparent, text and axes are a grey with a contrast of at least 4 on both, colours are of
-middling lightness and told apart by marker and dash as well, and figures are narrow with large type rather
-than wide. matplotlib is used without pyplot: no global state, no display, safe in threads.
+A picture must be readable on a white page, on a dark page, in a README on GitHub, and 350 px wide on a phone. The
+background is therefore transparent; text and axes have a grey with a contrast of at least 4 on both pages; colours are
+of medium lightness, and curves also differ in marker and dash; figures are narrow with large type. matplotlib is used
+without pyplot, so there is no global state, no display is needed, and threads are safe.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 INK = "#7b7b80"
-"""Text and axes: contrast 4.2 on white, 4.5 on the report's dark ground."""
+"""Colour of text and axes: contrast 4.2 on white, 4.5 on the report's dark background."""
 FAINT = "#8f8f9455"
-"""Grid lines and frames."""
+"""Colour of grid lines and frames."""
 DPI = 220
-"""Dots per inch. Reports show a picture at half its pixels, so it stays sharp on dense screens."""
+"""Dots per inch. Reports show a picture at half its size in pixels, so that it is sharp on high-resolution screens."""
 
-# Okabe and Ito's palette, moved to middling lightness. The demo's roles keep their colour in every figure.
+# Okabe and Ito's palette, changed to medium lightness. Each role of the demo has the same colour in every figure.
 _ROLES = {"perceptual": "#2a8fd8", "control": "#d9822b", "pixel": "#1fa37c", "untrained": "#8a8a90"}
 _OTHERS = ("#c0699f", "#a3912a", "#7d7fd1", "#c94f3d", "#5f9ea8")
 _MARKERS = ("o", "s", "D", "^", "v", "P", "X", "*")
@@ -35,26 +35,27 @@ _DASHES: tuple[object, ...] = ("-", (0, (5, 2)), (0, (1, 1.2)), (0, (6, 2, 1, 2)
 
 
 def styles(names: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """A colour, marker and dash for each of `names`, as keyword arguments of matplotlib's `plot`.
+    """Choose a colour, marker and dash for each of `names`, as keyword arguments of matplotlib's `plot`.
 
-    `perceptual`, `control` and `pixel` always look the same; other names are served in their order.
+    `perceptual`, `control`, `pixel` and `untrained` have the same style in every figure; other names get styles in
+    their order.
     """
-    free = iter(_OTHERS * (1 + len(names) // len(_OTHERS)))
+    unused_colours = iter(_OTHERS * (1 + len(names) // len(_OTHERS)))
     roles = list(_ROLES)
-    out: dict[str, dict[str, Any]] = {}
-    for place, name in enumerate(dict.fromkeys(names)):
-        slot = roles.index(name) if name in _ROLES else len(roles) + place
-        colour = _ROLES[name] if name in _ROLES else next(free)
-        out[name] = {
+    style_of: dict[str, dict[str, Any]] = {}
+    for position, name in enumerate(dict.fromkeys(names)):
+        slot = roles.index(name) if name in _ROLES else len(roles) + position
+        colour = _ROLES[name] if name in _ROLES else next(unused_colours)
+        style_of[name] = {
             "color": colour,
             "marker": _MARKERS[slot % len(_MARKERS)],
             "linestyle": _DASHES[slot % len(_DASHES)],
         }
-    return out
+    return style_of
 
 
 def new_figure(width: float, height: float) -> Figure:
-    """An empty figure of `width` x `height` inches with its own Agg canvas."""
+    """Make an empty figure of `width` x `height` inches with an Agg canvas."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -63,8 +64,11 @@ def new_figure(width: float, height: float) -> Figure:
     return figure
 
 
-def tidy(axes: Axes, *, grid: str = "both") -> None:
-    """Two quiet spines, neutral ticks, faint grid lines along `grid` (`x`, `y`, `both` or `none`)."""
+def style_axes(axes: Axes, *, grid: str = "both") -> None:
+    """Show only the left and bottom spines, and draw neutral ticks and faint grid lines.
+
+    `grid` is `x`, `y`, `both` or `none`.
+    """
     for side, spine in axes.spines.items():
         spine.set_visible(side in ("left", "bottom"))
         spine.set_color(FAINT)
@@ -76,13 +80,13 @@ def tidy(axes: Axes, *, grid: str = "both") -> None:
     axes.set_axisbelow(True)
 
 
-def plain(text: str) -> str:
-    """Text that matplotlib draws as it stands: a dollar sign would begin a formula, and legends leave out `_name`."""
+def escape_text(text: str) -> str:
+    """Escape text so that matplotlib draws it unchanged: "$" would start a formula, and legends omit "_name"."""
     return (" " if text.startswith("_") else "") + text.replace("$", r"\$")
 
 
 def png(figure: Figure) -> bytes:
-    """The figure as PNG, cut to its contents, without a time stamp so that equal figures give equal bytes."""
+    """Encode a figure as PNG, cropped to its contents, without a time stamp, so that equal figures give equal bytes."""
     buffer = io.BytesIO()
     figure.savefig(
         buffer,
@@ -97,6 +101,6 @@ def png(figure: Figure) -> bytes:
 
 
 def picture_array(image: Tensor) -> NDArray[Any]:
-    """One image (3, H, W) in [0, 1] as matplotlib draws it, (H, W, 3); NaN is black."""
-    clean = image.detach().float().cpu().nan_to_num(0.0).clamp(0, 1)
-    return np.asarray(clean.permute(1, 2, 0).numpy())
+    """Convert an image (3, H, W) in [0, 1] to an array (H, W, 3) for matplotlib; NaN becomes black."""
+    finite = image.detach().float().cpu().nan_to_num(0.0).clamp(0, 1)
+    return np.asarray(finite.permute(1, 2, 0).numpy())

@@ -1,6 +1,6 @@
-"""Charts of numbers: training curves, code usage, probe accuracies with their sampling error.
+"""Charts of training curves, code usage, and probe accuracies with their sampling errors.
 
-Every function returns PNG bytes on a transparent ground (see `canvas`).
+Every chart is returned as PNG bytes with a transparent background (see `canvas`).
 """
 
 from __future__ import annotations
@@ -15,21 +15,22 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from pecobook.analysis.arrays import Array, as_numpy
-from pecobook.analysis.canvas import INK, new_figure, plain, png, styles, tidy
+from pecobook.analysis.canvas import INK, escape_text, new_figure, png, style_axes, styles
+from pecobook.analysis.wording import is_number
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 Metrics = Sequence[Mapping[str, Any]]
-"""One mapping a logged step, as `metrics.jsonl` holds them."""
+"""One mapping per logged step, as in `metrics.jsonl`."""
 
 _WIDTH = 4.6  # inches
 
 
 @dataclass(frozen=True)
 class Score:
-    """One point of a score chart: percent, and its standard error in percent points."""
+    """One point of a score chart: a percentage, and its standard error in percentage points."""
 
     name: str
     value: float
@@ -37,41 +38,41 @@ class Score:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The objects of a `metrics.jsonl`; a last line cut off by a crash is left out."""
-    out = []
+    """Read the records of a `metrics.jsonl`; a last line that a crash truncated is skipped."""
+    records = []
     for line in path.read_text(encoding="utf-8").splitlines():
         try:
             record = json.loads(line)
         except json.JSONDecodeError:
             continue
         if isinstance(record, dict):
-            out.append(record)
-    return out
+            records.append(record)
+    return records
 
 
-def training_curves(runs: Mapping[str, Metrics], *, metrics: Sequence[str] | None = None, x: str = "step") -> bytes:
-    """Small panels, one a metric, several runs in each; a noisy curve is drawn faintly under its running
-    mean.
+def training_curves(runs: Mapping[str, Metrics], metrics: Sequence[str] | None = None) -> bytes:
+    """Draw one small panel per metric, with the curves of all runs, by the run's name.
 
-    `metrics` names the panels; without it, all numbers that vary are shown, `loss` first, eight at most.
+    Without `metrics`, at most eight metrics that vary are drawn, `loss` first. A noisy curve is drawn faintly, and its
+    running mean above it.
     """
-    chosen = list(metrics) if metrics is not None else _varying(runs, x)
-    if not chosen:
-        raise ValueError("training_curves found no metric that has numbers at two steps")
-    columns = min(2, len(chosen))
-    lines = -(-len(chosen) // columns)
-    figure = new_figure(_WIDTH, 1.75 * lines + 0.35)
+    metrics = metrics or _varying(runs)
+    if not metrics:
+        raise ValueError("training_curves found no metric with numbers at two steps")
+    columns = min(2, len(metrics))
+    rows = -(-len(metrics) // columns)
+    figure = new_figure(_WIDTH, 1.75 * rows + 0.35)
     style_of = styles(list(runs))
-    for place, metric in enumerate(chosen):
-        axes = figure.add_subplot(lines, columns, place + 1)
-        tidy(axes, grid="y")
+    for position, metric in enumerate(metrics):
+        axes = figure.add_subplot(rows, columns, position + 1)
+        style_axes(axes, grid="y")
         axes.set_title(metric.replace("_", " "), color=INK, fontsize=10, loc="left")
         for name, records in runs.items():
-            _curve(axes, *_series(records, x, metric), name, style_of[name])
+            _curve(axes, *_series(records, metric), name, style_of[name])
         axes.locator_params(nbins=4)
         axes.margins(x=0.02)
-        if place // columns == lines - 1:
-            axes.set_xlabel(x, color=INK, fontsize=9.5)
+        if position // columns == rows - 1:
+            axes.set_xlabel("step", color=INK, fontsize=9.5)
     height = figure.get_figheight()
     figure.subplots_adjust(left=0.08, right=0.99, top=1 - 0.5 / height, bottom=0.3 / height, wspace=0.28, hspace=0.42)
     _legend(figure, figure.axes[0], len(runs), 1 - 0.22 / height)
@@ -79,14 +80,13 @@ def training_curves(runs: Mapping[str, Metrics], *, metrics: Sequence[str] | Non
 
 
 def code_usage_chart(counts: Mapping[str, Array]) -> bytes:
-    """How often each codeword occurs, most frequent first, on a logarithmic axis; unused codewords end the
-    line.
+    """Draw how often each codeword occurs, most frequent first, on a logarithmic axis; unused codewords are left out.
 
-    `counts` maps a tokenizer's name to int (K,), `CodeUsage.counts`.
+    `counts` maps a tokenizer's name to `CodeUsage.counts`, int (K,).
     """
     figure = new_figure(_WIDTH, 2.7)
     axes = figure.add_subplot()
-    tidy(axes)
+    style_axes(axes)
     style_of = styles(list(counts))
     for name, values in counts.items():
         ranked = np.sort(as_numpy(values))[::-1]
@@ -94,7 +94,9 @@ def code_usage_chart(counts: Mapping[str, Array]) -> bytes:
         label = f"{name}: {len(used)} of {len(ranked)} used"
         rank = np.arange(1, len(used) + 1)
         style = style_of[name]
-        axes.plot(rank, used, label=plain(label), linewidth=1.9, color=style["color"], linestyle=style["linestyle"])
+        axes.plot(
+            rank, used, label=escape_text(label), linewidth=1.9, color=style["color"], linestyle=style["linestyle"]
+        )
         axes.plot(rank[-1:], used[-1:], marker=style["marker"], color=style["color"], markersize=4)
     axes.set_yscale("log")
     axes.yaxis.set_major_formatter("{x:g}")
@@ -105,34 +107,38 @@ def code_usage_chart(counts: Mapping[str, Array]) -> bytes:
     return png(figure)
 
 
-def score_chart(panels: Mapping[str, Sequence[Score]], *, chance: float | None = None, unit: str = "%") -> bytes:
-    """Points with bars of one standard error to each side, one panel a probe, chance as a dashed line.
+def score_chart(panels: Mapping[str, Sequence[Score]], *, chance: float | None = None) -> bytes:
+    """Draw accuracies in percent as points with bars of one standard error to each side, in one panel per probe.
 
-    `panels` maps a panel's title to its scores, top row first: put the control, and the untrained network
-    where there is one, among them. All panels share one axis, so that they can be compared by eye.
+    All panels share one axis, so that they can be compared by eye.
+
+    Args:
+        panels: the scores of each panel, top row first, by the panel's title; include the control, and the untrained
+            network if there is one.
+        chance: the score of chance, drawn as a dashed line; None draws no line.
     """
     sizes = [max(len(scores), 1) for scores in panels.values()]
     figure = new_figure(_WIDTH, sum(0.36 * size + 0.55 for size in sizes) + 0.3)
     grid = figure.add_gridspec(len(panels), 1, height_ratios=[size + 0.4 for size in sizes], hspace=0.55)
     style_of = styles([score.name for scores in panels.values() for score in scores])
-    low, high = _span([score for scores in panels.values() for score in scores], chance)
-    for place, (title, scores) in enumerate(panels.items()):
-        axes = figure.add_subplot(grid[place])
-        tidy(axes, grid="x")
-        axes.set_title(plain(title), color=INK, fontsize=10.5, loc="left")
+    low, high = _axis_limits([score for scores in panels.values() for score in scores], chance)
+    for position, (title, scores) in enumerate(panels.items()):
+        axes = figure.add_subplot(grid[position])
+        style_axes(axes, grid="x")
+        axes.set_title(escape_text(title), color=INK, fontsize=10.5, loc="left")
         axes.set_xlim(low, high)
-        _points(axes, scores, style_of, unit)
+        _points(axes, scores, style_of)
         if chance is not None:
             axes.axvline(chance, color=INK, linewidth=1.1, linestyle=(0, (4, 3)))
-        axes.tick_params(axis="x", labelbottom=place == len(panels) - 1)
-    label = f"accuracy, {unit} · bars: ±1 standard error" + (" · dashed: chance" if chance is not None else "")
+        axes.tick_params(axis="x", labelbottom=position == len(panels) - 1)
+    label = "accuracy, % · bars: ±1 standard error" + (" · dashed: chance" if chance is not None else "")
     figure.axes[-1].set_xlabel(label, color=INK, fontsize=10)
     return png(figure)
 
 
-def _points(axes: Axes, scores: Sequence[Score], style_of: Mapping[str, Mapping[str, Any]], unit: str) -> None:
+def _points(axes: Axes, scores: Sequence[Score], style_of: Mapping[str, Mapping[str, Any]]) -> None:
     axes.set_ylim(len(scores) - 0.4, -0.6)
-    axes.set_yticks(range(len(scores)), [plain(score.name) for score in scores])
+    axes.set_yticks(range(len(scores)), [escape_text(score.name) for score in scores])
     axes.spines["left"].set_visible(False)
     axes.tick_params(axis="y", labelsize=10.5)
     for row, score in enumerate(scores):
@@ -142,19 +148,19 @@ def _points(axes: Axes, scores: Sequence[Score], style_of: Mapping[str, Mapping[
             markersize=5.5, linewidth=2, capsize=3.5, capthick=1.6,
         )  # fmt: skip
         axes.annotate(
-            f"{score.value:.1f}{unit}", (score.value + score.standard_error, row), xytext=(7, 0), color=INK,
+            f"{score.value:.1f}%", (score.value + score.standard_error, row), xytext=(7, 0), color=INK,
             textcoords="offset points", va="center", fontsize=10,
         )  # fmt: skip
 
 
-def _span(scores: Sequence[Score], chance: float | None) -> tuple[float, float]:
-    """Limits of the shared axis: all bars, chance, and room on the right for the printed values."""
+def _axis_limits(scores: Sequence[Score], chance: float | None) -> tuple[float, float]:
+    """Return the limits of the shared axis, which include all bars, chance, and space on the right for the values."""
     ends = [score.value + sign * score.standard_error for score in scores for sign in (-1, 1)]
     ends += [] if chance is None else [chance]
     finite = [end for end in ends if math.isfinite(end)] or [0.0, 100.0]
     low, high = min(finite), max(finite)
-    room = max(high - low, 1.0)
-    return max(low - 0.06 * room, 0.0 if low >= 0 else low), high + 0.2 * room
+    span = max(high - low, 1.0)
+    return max(low - 0.06 * span, 0.0 if low >= 0 else low), high + 0.2 * span
 
 
 def _curve(axes: Axes, x: Sequence[float], y: Sequence[float], name: str, style: Mapping[str, Any]) -> None:
@@ -162,36 +168,32 @@ def _curve(axes: Axes, x: Sequence[float], y: Sequence[float], name: str, style:
         return
     line = {"color": style["color"], "linestyle": style["linestyle"]}
     if len(y) < 40:
-        axes.plot(x, y, label=plain(name), linewidth=1.7, marker=style["marker"], markersize=2.6, **line)
+        axes.plot(x, y, label=escape_text(name), linewidth=1.7, marker=style["marker"], markersize=2.6, **line)
         return
     width = max(len(y) // 25, 3)
     summed = np.cumsum(np.concatenate([[0.0], np.asarray(y, dtype=np.float64)]))
     first = np.maximum(np.arange(1, len(y) + 1) - width, 0)
     mean = (summed[1:] - summed[first]) / (np.arange(1, len(y) + 1) - first)
     axes.plot(x, y, linewidth=0.8, alpha=0.28, color=style["color"])
-    axes.plot(x, mean, label=plain(name), linewidth=1.8, **line)
+    axes.plot(x, mean, label=escape_text(name), linewidth=1.8, **line)
 
 
-def _series(records: Metrics, x: str, metric: str) -> tuple[list[float], list[float]]:
-    """Steps and finite values of one metric, in the order of the log."""
-    both = [record for record in records if _is_number(record.get(x)) and _is_number(record.get(metric))]
-    return [float(record[x]) for record in both], [float(record[metric]) for record in both]
+def _series(records: Metrics, metric: str) -> tuple[list[float], list[float]]:
+    """Return the steps and the finite values of one metric, in the order of the log."""
+    complete = [record for record in records if is_number(record.get("step")) and is_number(record.get(metric))]
+    return [float(record["step"]) for record in complete], [float(record[metric]) for record in complete]
 
 
-def _varying(runs: Mapping[str, Metrics], x: str) -> list[str]:
-    """Metrics worth a panel: numbers at two or more steps that are not all equal."""
-    aside = {x, "step", "epoch", "seconds", "time", "images", "lr", "learning_rate", "images_per_second"}
+def _varying(runs: Mapping[str, Metrics]) -> list[str]:
+    """Return at most eight metrics that have numbers at two or more steps and are not constant."""
+    excluded = {"step", "epoch", "seconds", "time", "images", "lr", "learning_rate", "images_per_second"}
     names = dict.fromkeys(key for records in runs.values() for record in records for key in record)
-    found = []
+    varying = []
     for name in names:
-        values = [value for records in runs.values() for value in _series(records, x, name)[1]]
-        if name not in aside and len(values) > len(runs) and len(set(values)) > 1:
-            found.append(name)
-    return sorted(found, key=lambda name: name != "loss")[:8]
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+        values = [value for records in runs.values() for value in _series(records, name)[1]]
+        if name not in excluded and len(values) > len(runs) and len(set(values)) > 1:
+            varying.append(name)
+    return sorted(varying, key=lambda name: name != "loss")[:8]
 
 
 def _legend(figure: Figure, axes: Axes, number: int, bottom: float) -> None:

@@ -1,4 +1,4 @@
-"""The codebook as a landscape: neighbours of codewords, and all of them on a plane.
+"""Neighbours of codewords, and maps of all codewords in a plane.
 
 Shapes: codebook float (K, D).
 """
@@ -6,7 +6,7 @@ Shapes: codebook float (K, D).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -14,78 +14,88 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pecobook.analysis.arrays import Array, as_numpy
-from pecobook.analysis.canvas import INK, new_figure, plain, png
+from pecobook.analysis.canvas import INK, escape_text, new_figure, png
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.collections import PathCollection
 
-_NAMED = 20
-"""Most classes that have a colour and a name of their own on a map."""
+_MAX_NAMED_CLASSES = 20
+"""Maximum number of classes for which a map shows separate colours and names."""
 
 
-def neighbours(codebook: Tensor, codewords: Tensor, count: int = 5) -> Tensor:
-    """The codewords nearest to each of `codewords` int64 (M,), itself left out, nearest first: int64 (M, count)."""
-    book = codebook.detach().float().cpu()
-    chosen = codewords.cpu()
-    distances = torch.cdist(book[chosen], book)  # (M, K)
-    distances[torch.arange(len(chosen)), chosen] = float("inf")
-    return distances.topk(min(count, len(book) - 1), largest=False).indices
+def nearest_used(codebook: Tensor, codeword: int, counts: NDArray[np.int64]) -> list[int]:
+    """Return the four nearest codewords to `codeword` that are in use, nearest first; `counts` (K,) is the usage."""
+    vectors = codebook.detach().float().cpu()
+    nearest = torch.cdist(vectors[[codeword]], vectors)[0].argsort(stable=True).tolist()
+    return [other for other in nearest if other != codeword and counts[other] > 0][:4]
 
 
-def flatten(codebook: Tensor, *, kind: Literal["tsne", "pca"] = "tsne", seed: int = 0) -> NDArray[np.float32]:
-    """Codewords on a plane, (K, 2): t-SNE keeps neighbours together, PCA keeps distances as far as two axes can."""
+def project_to_plane(codebook: Tensor, *, seed: int = 0) -> NDArray[np.float32]:
+    """Project codewords to a plane, (K, 2), with t-SNE, which preserves neighbourhoods, or PCA for few codewords."""
     from sklearn.decomposition import PCA
     from sklearn.manifold import TSNE
 
-    book = as_numpy(codebook.detach()).astype(np.float32)
+    vectors = as_numpy(codebook.detach()).astype(np.float32)
     plane = (
-        PCA(2, random_state=seed).fit_transform(book) if min(book.shape) >= 2 else np.pad(book, ((0, 0), (0, 1)))[:, :2]
+        PCA(2, random_state=seed).fit_transform(vectors)
+        if min(vectors.shape) >= 2
+        else np.pad(vectors, ((0, 0), (0, 1)))[:, :2]
     )
-    if kind == "pca" or len(book) < 8:
+    if len(vectors) < 8:
         return np.asarray(plane, dtype=np.float32)
     start = plane / (plane[:, 0].std() + 1e-12) * 1e-4
-    perplexity = min(30.0, (len(book) - 1) / 3)
+    perplexity = min(30.0, (len(vectors) - 1) / 3)
     return np.asarray(
-        TSNE(2, init=start, perplexity=perplexity, random_state=seed).fit_transform(book), dtype=np.float32
+        TSNE(2, init=start, perplexity=perplexity, random_state=seed).fit_transform(vectors), dtype=np.float32
     )
 
 
 def map_picture(plane: NDArray[np.float32], values: Array, *, title: str, classes: Sequence[str] = ()) -> bytes:
-    """Codewords (K, 2) as points, coloured by `values` (K,): usage on a logarithmic scale, or, with the names of
-    `classes`, the number of one; negative values are codewords that nothing uses, drawn as faint crosses. PNG.
+    """Draw codewords as coloured points, and unused codewords as faint crosses; return a PNG.
+
+    Args:
+        plane: positions of the codewords, (K, 2).
+        values: (K,), how often each codeword is used, on a logarithmic colour scale, or, with `classes`, the index of
+            its class; negative for an unused codeword.
+        title: the title of the picture.
+        classes: names of the classes; empty if `values` are usage counts.
     """
     figure = new_figure(4.6, 4.2)
     axes = figure.add_subplot()
     axes.set_axis_off()
     axes.set_title(title, color=INK, fontsize=10.5, loc="left")
-    given = as_numpy(values).astype(np.float64)
-    dead = given < 0
-    axes.scatter(plane[dead, 0], plane[dead, 1], s=7, marker="x", color=INK, alpha=0.35, linewidths=0.6)
-    colour = given[~dead] if classes else np.log10(np.maximum(given[~dead], 1))
+    numbers = as_numpy(values).astype(np.float64)
+    is_unused = numbers < 0
+    axes.scatter(plane[is_unused, 0], plane[is_unused, 1], s=7, marker="x", color=INK, alpha=0.35, linewidths=0.6)
+    colour = numbers[~is_unused] if classes else np.log10(np.maximum(numbers[~is_unused], 1))
     colours = _class_colours(len(classes)) if classes else {"cmap": "viridis"}
-    shown = axes.scatter(plane[~dead, 0], plane[~dead, 1], s=9, c=colour, linewidths=0, **colours)
-    if 0 < len(classes) <= _NAMED:
-        _class_legend(axes, shown, sorted({int(value) for value in given[~dead]}), classes)
-    if not classes and (~dead).any():
-        bar = figure.colorbar(shown, ax=axes, fraction=0.04, pad=0.02)
+    points = axes.scatter(plane[~is_unused, 0], plane[~is_unused, 1], s=9, c=colour, linewidths=0, **colours)
+    if 0 < len(classes) <= _MAX_NAMED_CLASSES:
+        _class_legend(axes, points, sorted({int(value) for value in numbers[~is_unused]}), classes)
+    if not classes and (~is_unused).any():
+        bar = figure.colorbar(points, ax=axes, fraction=0.04, pad=0.02)
         bar.set_label("patches, powers of ten", color=INK, fontsize=9)
         bar.ax.tick_params(colors=INK, labelcolor=INK, labelsize=8.5)
     return png(figure)
 
 
 def _class_colours(num_classes: int) -> dict[str, Any]:
-    """A colour of its own for each of a few classes; of many, neighbours in number share a hue."""
-    return {"cmap": "tab20" if num_classes <= _NAMED else "hsv", "vmin": 0, "vmax": max(num_classes - 1, 19)}
+    """Return the colour map: few classes get separate colours; of many classes, consecutive ones have similar hues."""
+    return {
+        "cmap": "tab20" if num_classes <= _MAX_NAMED_CLASSES else "hsv",
+        "vmin": 0,
+        "vmax": max(num_classes - 1, 19),
+    }
 
 
-def _class_legend(axes: Axes, shown: PathCollection, present: Sequence[int], classes: Sequence[str]) -> None:
-    """Names of the classes that are on the map, below it."""
+def _class_legend(axes: Axes, points: PathCollection, present: Sequence[int], classes: Sequence[str]) -> None:
+    """Write the names of the classes that occur on the map below the map."""
     from matplotlib.lines import Line2D
 
-    colours = shown.to_rgba(np.asarray(present))
+    colours = points.to_rgba(np.asarray(present))
     handles = [
-        Line2D([], [], linestyle="", marker="o", markersize=5, color=colour, label=plain(classes[number][:24]))
+        Line2D([], [], linestyle="", marker="o", markersize=5, color=colour, label=escape_text(classes[number][:24]))
         for number, colour in zip(present, colours, strict=True)
     ]
     axes.legend(

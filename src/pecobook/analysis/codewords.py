@@ -1,4 +1,4 @@
-"""What a codebook's codewords are used for: usage, image features made of them, galleries, information.
+"""How images use the codewords of a codebook: usage, image features made of codes, and galleries of patches.
 
 Shapes: N images, codes int64 (N, h, w) with values in [0, K), codebook float (K, D).
 """
@@ -24,24 +24,25 @@ class CodeUsage:
     codes_used: int
     """Number of codewords that occur at least once."""
     perplexity: float
-    """exp of the entropy of the code distribution, in [1, K]; K when all codewords are equally frequent."""
+    """exp of the entropy of the code distribution, in [1, K]; K if all codewords are equally frequent."""
     counts: NDArray[np.int64] = field(repr=False)
-    """(K,) how often each codeword occurs."""
+    """Number of occurrences of each codeword, (K,)."""
 
 
 @dataclass(frozen=True)
 class GalleryPatch:
-    """One patch and what surrounds it."""
+    """One patch with its surroundings."""
 
     image: int
-    """Index of its image among those given."""
+    """Index of the patch's image."""
     row: int
+    """Row of the patch in the code grid."""
     column: int
-    """Its position in the code grid."""
+    """Column of the patch in the code grid."""
     window: Tensor = field(repr=False)
-    """float (3, s, s) in [0, 1]: the patch within its surroundings, cut from the image."""
+    """The patch with its surroundings, cut from the image: float (3, s, s) in [0, 1]."""
     box: tuple[float, float, float, float]
-    """Top, left, height and width of the patch within `window`, pixels."""
+    """Top, left, height and width of the patch within `window` in pixels."""
 
 
 @dataclass(frozen=True)
@@ -50,62 +51,63 @@ class GalleryRow:
 
     codeword: int
     count: int
-    """Patches with this codeword among all those given."""
+    """Number of patches with the codeword in all images."""
     images: int
-    """Images with at least one of them."""
+    """Number of images with at least one of these patches."""
     patches: tuple[GalleryPatch, ...]
 
 
 @dataclass(frozen=True)
 class Gallery:
-    """Rows of patches, one row a codeword; codewords that were asked for first, then the most used."""
+    """One row of patches for each codeword: first the requested codewords, then the most used ones."""
 
     rows: tuple[GalleryRow, ...]
 
 
 def code_usage(codes: Array, num_codewords: int) -> CodeUsage:
-    """Usage of a codebook of `num_codewords` over `codes`, int of any shape."""
+    """Measure the usage of a codebook of `num_codewords` codewords by `codes`, int of any shape."""
     flat = as_numpy(codes).reshape(-1)
     if flat.size == 0:
         raise ValueError("code_usage needs at least one code")
     if flat.min() < 0 or flat.max() >= num_codewords:
         raise ValueError(f"codes run from {flat.min()} to {flat.max()}, outside [0, {num_codewords})")
-    return usage_of_counts(np.bincount(flat, minlength=num_codewords).astype(np.int64))
+    return usage_from_counts(np.bincount(flat, minlength=num_codewords).astype(np.int64))
 
 
-def usage_of_counts(counts: NDArray[np.int64]) -> CodeUsage:
-    """Usage of a codebook whose codewords occur so often, (K,)."""
+def usage_from_counts(counts: NDArray[np.int64]) -> CodeUsage:
+    """Measure the usage of a codebook from the number of occurrences of each codeword, (K,)."""
     share = counts[counts > 0] / counts.sum()
     return CodeUsage(len(share), float(np.exp(-(share * np.log(share)).sum())), counts)
 
 
-def distinct_codewords(codebook: Tensor, usage: Tensor, *, alike: float = 0.02) -> float:
-    """How many codewords that differ are in use: the perplexity of usage to which codewords that are alike are one.
+def distinct_codewords(codebook: Tensor, usage: Tensor, *, tolerance: float = 0.02) -> float:
+    """Return the effective number of distinct codewords: a perplexity that counts similar codewords as one.
 
-    Perplexity counts copies of one codeword as many, though which of them a vector chooses is decided by its last
-    bits. Here a codeword's share is that of all codewords around it, after Leinster and Cobbold (Ecology 93(3), 2012).
+    The usual perplexity counts copies of one codeword separately, although rounding errors decide which copy is nearest
+    to a vector. Here the share of a codeword is the total share of all codewords similar to it, after Leinster and
+    Cobbold (Ecology 93(3), 2012).
 
     Args:
         codebook: float (K, D).
-        usage: float (K,), how often each is used; in any unit.
-        alike: two codewords are alike when they are no further apart than this times the mean length (root of the mean
-            square) of the codewords in use.
+        usage: float (K,), how often each codeword is used, in any unit.
+        tolerance: two codewords are similar if their distance is at most `tolerance` times the root mean square length
+            of the codewords in use.
 
     Returns:
-        A number in [1, perplexity]; 1 when nothing is used.
+        A number in [1, perplexity]; 1 if no codeword is used.
     """
     share = usage / usage.sum().clamp_min(1e-12)  # (K,)
     used = share > 0
     share, vectors = share[used], codebook.detach().float()[used]
-    limit = alike * (share @ vectors.square().sum(1)).sqrt()
-    vectors = vectors - share @ vectors  # small numbers, so that small distances are right
-    # In parts, since all K x K distances may be many.
-    around = [(torch.cdist(part, vectors) <= limit).float() @ share for part in torch.split(vectors, 1024)]
-    return float((-share @ torch.cat(around).clamp_min(1e-12).log()).exp())
+    limit = tolerance * (share @ vectors.square().sum(1)).sqrt()
+    vectors = vectors - share @ vectors  # centred, so that small distances are accurate
+    # In parts, because K x K distances may need too much memory.
+    similar_share = [(torch.cdist(part, vectors) <= limit).float() @ share for part in torch.split(vectors, 1024)]
+    return float((-share @ torch.cat(similar_share).clamp_min(1e-12).log()).exp())
 
 
 def mean_codewords(codes: Array, codebook: Tensor) -> Tensor:
-    """Average-pooled codewords of each image, float (N, D): the feature of the paper's Table 4, left column.
+    """Return the average-pooled codewords of each image, float (N, D): the feature of the paper's Table 4, left column.
 
     `codes` is int (N, ...), `codebook` float (K, D).
     """
@@ -115,10 +117,10 @@ def mean_codewords(codes: Array, codebook: Tensor) -> Tensor:
 
 
 def bag_of_codes(codes: Array, num_codewords: int) -> Tensor:
-    """Square-rooted histogram of each image's codes, float (N, K), of L2 norm 1.
+    """Return the square-rooted histogram of each image's codes, float (N, K), with L2 norm 1.
 
-    The square root (Hellinger's map) keeps a code that fills the background from drowning all others. Unlike
-    `mean_codewords` it sees only which codes occur, not where their codewords lie.
+    The square root (the Hellinger map) prevents a code that fills the background from dominating all others. Unlike
+    `mean_codewords`, this feature depends only on which codes occur, not on the vectors of their codewords.
     """
     index = as_tensor(codes).flatten(1).long()
     bag = torch.zeros(len(index), num_codewords, device=index.device)
@@ -134,14 +136,19 @@ def code_gallery(
     patches: int = 12,
     seed: int = 0,
     chosen: Sequence[int] = (),
-    context: float = 1.0,
 ) -> Gallery:
-    """Patches that share a codeword: rows for the `chosen` ones, then the most used, `codewords` in all.
+    """Collect patches that share a codeword, in one row per codeword.
 
-    `images` float (N, 3, H, W) in [0, 1], or uint8; `codes` int (N, h, w). Patches are drawn by `(seed, codeword)`,
-    one per image first, so that a row is not one image over and over and does not change when other rows do.
-    Each comes with `context` patch sides of surroundings on every side, less at a border of the image, where
-    the window moves inwards.
+    `(seed, codeword)` determines which patches are drawn, so a row does not depend on the other rows. Each image gives
+    one patch before any image gives a second one.
+
+    Args:
+        images: float (N, 3, H, W) in [0, 1], or uint8.
+        codes: int (N, h, w).
+        codewords: number of rows; the `chosen` codewords come first, then the most used ones.
+        patches: maximum number of patches in a row.
+        seed: seed of the choice of patches.
+        chosen: codewords that certainly get a row.
     """
     grid = as_numpy(codes)
     if grid.ndim != 3 or len(grid) != len(images):
@@ -151,37 +158,46 @@ def code_gallery(
     order = list(dict.fromkeys([*map(int, chosen), *(int(code) for code in by_use if counts[code] > 0)]))
     rows = []
     for code in order[: max(codewords, len(chosen))]:
-        places = np.argwhere(grid == code)  # (count, 3): image, row, column
-        picked = places[_one_per_image_first(places[:, 0], np.random.default_rng([seed, code]))[:patches]]
+        positions = np.argwhere(grid == code)  # (count, 3): image, row, column
+        drawn = positions[_one_per_image_first(positions[:, 0], np.random.default_rng([seed, code]))[:patches]]
         crops = tuple(
-            GalleryPatch(image, row, column, *patch_window(images[image], grid.shape[1:], row, column, context))
-            for image, row, column in picked.tolist()
+            GalleryPatch(image, row, column, *patch_window(images[image], grid.shape[1:], row, column))
+            for image, row, column in drawn.tolist()
         )
-        rows.append(GalleryRow(code, len(places), len(np.unique(places[:, 0])), crops))
+        rows.append(GalleryRow(code, len(positions), len(np.unique(positions[:, 0])), crops))
     return Gallery(tuple(rows))
 
 
 def _one_per_image_first(image: NDArray[np.int64], rng: np.random.Generator) -> NDArray[np.int64]:
-    """A random order of patches (count,) in which no image comes a second time before all came once."""
+    """Return a random order of patches (count,) in which every image comes once before any image comes again."""
     order = rng.permutation(len(image))
-    seen: dict[int, int] = {}
-    turn = np.empty(len(order), dtype=np.int64)
-    for place, index in enumerate(order):
-        turn[place] = seen.get(int(image[index]), 0)
-        seen[int(image[index])] = int(turn[place]) + 1
-    return order[np.argsort(turn, kind="stable")]
+    num_earlier: dict[int, int] = {}
+    rounds = np.empty(len(order), dtype=np.int64)
+    for position, index in enumerate(order):
+        rounds[position] = num_earlier.get(int(image[index]), 0)
+        num_earlier[int(image[index])] = int(rounds[position]) + 1
+    return order[np.argsort(rounds, kind="stable")]
 
 
 def patch_window(
-    image: Tensor, grid: tuple[int, ...], row: int, column: int, context: float
+    image: Tensor, grid: tuple[int, ...], row: int, column: int
 ) -> tuple[Tensor, tuple[float, float, float, float]]:
-    """The window, float in [0, 1], around one patch of an image (3, H, W), float or uint8, with a code grid (h, w); and
-    the patch's box within it.
+    """Cut out one patch of an image with surroundings of the patch's size on each side.
+
+    At the border of the image the window moves inwards.
+
+    Args:
+        image: (3, H, W), float in [0, 1] or uint8.
+        grid: rows and columns of the code grid.
+        row: row of the patch in the grid.
+        column: column of the patch in the grid.
+
+    Returns:
+        the window, float (3, s, t) in [0, 1], and top, left, height and width of the patch within the window in pixels.
     """
     height, width = image.shape[-2:]
     patch_h, patch_w = height / grid[0], width / grid[1]
-    side_h = min(round(patch_h * (1 + 2 * context)), height)
-    side_w = min(round(patch_w * (1 + 2 * context)), width)
+    side_h, side_w = min(round(3 * patch_h), height), min(round(3 * patch_w), width)
     top = min(max(round((row + 0.5) * patch_h - side_h / 2), 0), height - side_h)
     left = min(max(round((column + 0.5) * patch_w - side_w / 2), 0), width - side_w)
     window = image[:, top : top + side_h, left : left + side_w].detach().float().cpu().clone()

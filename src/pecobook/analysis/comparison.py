@@ -1,7 +1,7 @@
-"""Which word a measured difference deserves: higher, lower, or none.
+"""Paired comparison of two accuracies, and the words that the report uses for the difference.
 
-A difference between two accuracies is called higher (or lower) only beyond two standard errors of sampling.
-In all other cases the words say that the test shows none, which is not the same as there being none.
+The report calls an accuracy higher (or lower) only if the difference exceeds two standard errors of sampling. In all
+other cases the report says that the test shows no difference, which does not mean that there is no difference.
 """
 
 from __future__ import annotations
@@ -13,9 +13,10 @@ from enum import Enum
 from typing import Any
 
 from pecobook.analysis.probe import binomial_error
+from pecobook.analysis.wording import is_number
 
-FEWEST_IMAGES = 100
-"""With fewer test images than this the standard error itself is too unsure to judge by."""
+MIN_TEST_IMAGES = 100
+"""Minimum number of test images for a verdict; with fewer images the standard error is too uncertain."""
 
 PERCENT_METRICS = {
     "codeword_probe": "Linear probe on codewords",
@@ -23,17 +24,17 @@ PERCENT_METRICS = {
     "mim.linear": "Linear probe of the masked model",
     "mim.knn": "k-NN of the masked model",
 }
-"""Metrics that are accuracies on the same labelled test images, and what a reader calls them.
+"""Titles of the metrics that are accuracies on the same labelled test images.
 
-The masked model's own accuracy is not among them: each model guesses another codebook's codes.
+The accuracy of masked prediction is not one of these metrics, because each model predicts other codes.
 """
 
 UNTRAINED = "untrained"
-"""Name of the floor: the same vision transformer without any training."""
+"""Name of the baseline (`floor` in the results): the same vision transformer without any training."""
 
 
 class Verdict(Enum):
-    """What a difference a - b allows one to say."""
+    """The conclusion that a difference a - b supports."""
 
     HIGHER = "higher"
     LOWER = "lower"
@@ -43,24 +44,23 @@ class Verdict(Enum):
 
 @dataclass(frozen=True)
 class Comparison:
-    """Accuracy of `a` minus accuracy of `b`, percent points."""
+    """The accuracy of `a` minus the accuracy of `b`, in percentage points."""
 
     metric: str
     a: str
     b: str
     difference: float
     standard_error: float | None
-    """None where the sampling error is not known."""
+    """None if the sampling error is unknown."""
     paired: bool
-    """Whether the error is that of pairs on the same images; otherwise it is larger than it had to be."""
+    """Whether the error is computed from pairs on the same images; an unpaired error is larger than necessary."""
     num_test: int | None = None
 
     @property
     def verdict(self) -> Verdict:
         """HIGHER or LOWER beyond two standard errors, UNKNOWN without a usable error, else UNCLEAR."""
         error = self.standard_error
-        few = self.num_test is not None and self.num_test < FEWEST_IMAGES
-        if few or error is None or not math.isfinite(self.difference):
+        if self._too_few_images or error is None or not math.isfinite(self.difference):
             return Verdict.UNKNOWN
         if not math.isfinite(error) or error < 0 or (error == 0 and self.difference != 0):
             return Verdict.UNKNOWN
@@ -69,20 +69,24 @@ class Comparison:
         return Verdict.UNCLEAR
 
     @property
+    def _too_few_images(self) -> bool:
+        return self.num_test is not None and self.num_test < MIN_TEST_IMAGES
+
+    @property
     def amount(self) -> str:
-        """The size of the difference as text, without its sign: `5.9 ± 0.6 points`."""
-        return f"{_one(abs(self.difference))} ± {_one(self.standard_error or 0.0)} points"
+        """The size of the difference as text, without the sign: `5.9 ± 0.6 points`."""
+        return f"{_one_decimal(abs(self.difference))} ± {_one_decimal(self.standard_error or 0.0)} points"
 
     @property
     def signed(self) -> str:
         """Difference and standard error as text: `−0.3 ± 0.5`, with a question mark for an unknown error."""
-        error = "?" if self.standard_error is None else _one(self.standard_error)
+        error = "?" if self.standard_error is None else _one_decimal(self.standard_error)
         return f"{round(self.difference, 1) + 0.0:+.1f} ± {error}".replace("-", "−")
 
     def words(self) -> str:
-        """The verdict with its figures, to stand behind "against b:"."""
+        """Return the verdict with the numbers, as text that follows "against b:"."""
         if self.verdict is Verdict.UNKNOWN:
-            if self.num_test is not None and self.num_test < FEWEST_IMAGES:
+            if self._too_few_images:
                 return f"cannot be judged, {self.num_test} test images are too few"
             return "cannot be judged, its sampling error is not known"
         if self.verdict is Verdict.UNCLEAR:
@@ -91,10 +95,10 @@ class Comparison:
 
 
 def compare(results: Mapping[str, Any], metric: str, a: str, b: str) -> Comparison | None:
-    """Difference a - b on `metric`, from `results["comparisons"]` or else from the two accuracies.
+    """Return the difference a - b on `metric`, from `results["comparisons"]` or else from the two accuracies.
 
-    The second way treats the two as measured on different test images, so its error is
-    rather too large than too small. None where one of the two has no such accuracy.
+    The error of the difference of two accuracies is computed as if the test images differed, so the error is rather too
+    large than too small. Returns None if `a` or `b` has no such accuracy.
     """
     num_test = results.get("num_test")
     for entry in results.get("comparisons") or ():
@@ -111,60 +115,67 @@ def compare(results: Mapping[str, Any], metric: str, a: str, b: str) -> Comparis
 
 
 def accuracy(results: Mapping[str, Any], metric: str, name: str) -> float | None:
-    """Percent that codebook `name` reaches on `metric`, where a dot goes a level down.
+    """Return the accuracy of codebook `name` on `metric` in percent, or None if the accuracy was not measured.
 
-    `untrained` is the floor of the masked model's probes. None where it was not measured.
+    A dot in `metric` separates nested keys. The name `untrained` is the baseline of the probes of the masked model.
     """
-    place: Any = next((one for one in results.get("tokenizers") or () if one.get("name") == name), None)
-    if place is None and name == UNTRAINED:
-        place = {"mim": results.get("floor")}
-    for key in metric.split("."):
-        place = place.get(key) if isinstance(place, Mapping) else None
-    return float(place) if isinstance(place, (int, float)) and math.isfinite(place) else None
+    tokenizers = results.get("tokenizers") or ()
+    value: Any = next((tokenizer for tokenizer in tokenizers if tokenizer.get("name") == name), None)
+    if value is None and name == UNTRAINED:
+        value = {"mim": results.get("floor")}
+    value = lookup(value, *metric.split("."))
+    return float(value) if is_number(value) else None
+
+
+def lookup(value: Any, *keys: str) -> Any:
+    """Return the value under nested keys of a mapping, or None if a key is missing."""
+    for key in keys:
+        value = value.get(key) if isinstance(value, Mapping) else None
+    return value
 
 
 def claim(results: Mapping[str, Any]) -> str:
-    """What this run says about the paper's claim, that perceptual codewords are more semantic.
+    """Return what this run shows about the paper's claim that perceptual codewords are more semantic.
 
-    The claim is about perceptual against pixel. It rests here on the control as well: the same perceptual
-    network with random weights, which shares all of the method except what the network has learnt.
+    The paper's claim compares perceptual with pixel codewords. Here the claim also has to hold against the control: the
+    same perceptual network with random weights, so the same method without what the network has learnt.
     """
     control = compare(results, "codeword_probe", "perceptual", "control")
     pixel = compare(results, "codeword_probe", "perceptual", "pixel")
     if control is None:
         return (
-            "This run has no control (the same perceptual network with random weights) beside a "
-            "perceptual codebook, so it cannot say whether perceptual codewords are more semantic."
+            "This run has no control (the same perceptual network with random weights) to compare with a "
+            "perceptual codebook, so it cannot show whether perceptual codewords are more semantic."
         )
-    mine = "The linear probe on perceptual codewords is"
+    subject = "The linear probe on perceptual codewords is"
     verdict = control.verdict
     if verdict is Verdict.UNKNOWN:
         return f"Whether perceptual codewords are more semantic than the control's {control.words()}."
     if verdict is Verdict.LOWER:
         return (
-            f"{mine} lower than the control's, by {control.amount}: at this size, the run speaks against "
+            f"{subject} lower than the control's, by {control.amount}: at this size, the run contradicts "
             "the paper's claim."
         )
     if verdict is Verdict.UNCLEAR:
-        return _claim_without_control(control, pixel)
+        return _no_claim_against_control(control, pixel)
     if pixel is None:
         return (
-            f"{mine} higher than the control's (same network, random weights), by {control.amount}; "
+            f"{subject} higher than the control's (same network, random weights), by {control.amount}; "
             "without a pixel codebook the paper's claim itself is not tested."
         )
     if pixel.verdict is Verdict.HIGHER:
         return (
-            f"{mine} higher than the control's (same network, random weights), by {control.amount}, and "
+            f"{subject} higher than the control's (same network, random weights), by {control.amount}, and "
             f"higher than the pixel codebook's, by {pixel.amount}: the direction that the paper claims."
         )
     against = pixel.words() if pixel.verdict is not Verdict.LOWER else f"it is lower, by {pixel.amount}"
     return (
-        f"{mine} higher than the control's (same network, random weights), by {control.amount}, but "
+        f"{subject} higher than the control's (same network, random weights), by {control.amount}, but "
         f"against the pixel codebook: {against}. The paper's claim is not shown here."
     )
 
 
-def _claim_without_control(control: Comparison, pixel: Comparison | None) -> str:
+def _no_claim_against_control(control: Comparison, pixel: Comparison | None) -> str:
     if pixel is not None and pixel.verdict is Verdict.HIGHER:
         return (
             "The linear probe on perceptual codewords is higher than the pixel codebook's, by "
@@ -177,5 +188,5 @@ def _claim_without_control(control: Comparison, pixel: Comparison | None) -> str
     return text + "This run does not show the paper's claim."
 
 
-def _one(value: float) -> str:
+def _one_decimal(value: float) -> str:
     return "under 0.1" if 0 < value < 0.05 else f"{value:.1f}"

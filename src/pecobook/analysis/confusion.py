@@ -1,4 +1,4 @@
-"""What a classifier said of each held-out image, as a file, and which classes it takes for which, as a picture."""
+"""Predictions of a classifier as a file, and the confusion matrix as a picture."""
 
 from __future__ import annotations
 
@@ -7,55 +7,56 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-from numpy.typing import NDArray
 from torch import Tensor
 
 from pecobook.analysis.arrays import Array, as_numpy
-from pecobook.analysis.canvas import new_figure, plain, png
+from pecobook.analysis.canvas import escape_text, new_figure, png
+from pecobook.analysis.semantics import joint_counts
 from pecobook.utils.files import write_atomically
 
 if TYPE_CHECKING:
     from pecobook.data.source import ImageSource
 
-_MOST_NAMES = 40
-
-
-def confusion_matrix(labels: Array, predictions: Array, num_classes: int) -> NDArray[np.int64]:
-    """How often each class (row) was taken for each (column): (C, C)."""
-    pairs = as_numpy(labels).astype(np.int64) * num_classes + as_numpy(predictions).astype(np.int64)
-    return np.bincount(pairs, minlength=num_classes**2).reshape(num_classes, num_classes)
+_MAX_NAMED_CLASSES = 40
 
 
 def confusion_picture(labels: Array, predictions: Array, classes: tuple[str, ...]) -> bytes:
-    """The confusion matrix of images as a PNG."""
-    return matrix_picture(confusion_matrix(labels, predictions, len(classes)), classes)
+    """Draw the confusion matrix of images as a PNG; `labels` and `predictions` are int (N,)."""
+    return matrix_picture(joint_counts(labels, predictions, len(classes), len(classes)), classes)
 
 
-def matrix_picture(counts: Array, classes: tuple[str, ...], what: str = "images") -> bytes:
-    """Counts (C, C) as a PNG, each row as shares of its class; with names where there are few classes."""
+def matrix_picture(counts: Array, classes: tuple[str, ...], unit: str = "images") -> bytes:
+    """Draw a confusion matrix as a PNG, with the names of the classes if there are few classes.
+
+    Args:
+        counts: (C, C), how often each class (row) was predicted as each class (column). Each row is drawn as shares.
+        classes: names of the classes.
+        unit: what is counted, for the title.
+    """
     matrix = as_numpy(counts)
     shares = matrix / np.maximum(matrix.sum(1, keepdims=True), 1)
-    named = len(classes) <= _MOST_NAMES
-    side = 2.5 + (0.28 * len(classes) if named else 6.0)
+    has_names = len(classes) <= _MAX_NAMED_CLASSES
+    side = 2.5 + (0.28 * len(classes) if has_names else 6.0)
     figure = new_figure(side + 1, side)
     axes = figure.subplots()
-    shown = axes.imshow(shares, vmin=0, vmax=1, cmap="Blues", interpolation="nearest")
-    right = 100 * float(np.trace(matrix)) / max(int(matrix.sum()), 1)
-    axes.set_title(f"{right:.1f}% of {int(matrix.sum()):,} {what} are right", fontsize=10)
+    heatmap = axes.imshow(shares, vmin=0, vmax=1, cmap="Blues", interpolation="nearest")
+    accuracy = 100 * float(np.trace(matrix)) / max(int(matrix.sum()), 1)
+    axes.set_title(f"{accuracy:.1f}% of {int(matrix.sum()):,} {unit} are right", fontsize=10)
     axes.set_xlabel("predicted")
     axes.set_ylabel("labelled")
-    if named:
-        names = [plain(name) for name in classes]
+    if has_names:
+        names = [escape_text(name) for name in classes]
         axes.set_xticks(range(len(classes)), names, rotation=90, fontsize=7)
         axes.set_yticks(range(len(classes)), names, fontsize=7)
-    figure.colorbar(shown, ax=axes, fraction=0.046, label="share of the class")
+    figure.colorbar(heatmap, ax=axes, fraction=0.046, label="share of the class")
     return png(figure)
 
 
 def write_predictions(file: Path, rows: dict[str, Tensor], classes: tuple[str, ...], source: ImageSource) -> None:
-    """Write a parquet file, a row an image: its name, label, best class, and the five best with their probabilities.
+    """Write a parquet file with one row per image: name, label, predicted class, and the five best classes.
 
-    `rows` holds index and label (N,), classes and probabilities (N, 5), in any order; equal images stand once.
+    `rows` holds index and label (N,), classes and probabilities (N, 5), in any order; an image that occurs twice gets
+    one row.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq

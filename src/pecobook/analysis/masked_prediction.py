@@ -1,5 +1,4 @@
-"""What a masked model believes is behind the mask: predicted codes, decoded to a picture (paper, Figures 4
-and 5).
+"""Predictions of a masked model: codes of masked patches, decoded to an image (paper, Figures 4 and 5).
 
 Shapes: images float (B, 3, H, W) in [0, 1]; mask bool (B, h, w), True = masked; codes int64 (B, h, w).
 """
@@ -11,48 +10,47 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from pecobook.analysis.arrays import MaskedModel, Tokenizer, evaluating
+from pecobook.analysis.arrays import MaskedModel, Tokenizer, evaluation_mode
 from pecobook.analysis.reconstruction import decode_all
 
 
 @dataclass(frozen=True)
 class MaskedPrediction:
-    """Predicted codes beside the tokenizer's own, all on the host."""
+    """Predicted codes and the tokenizer's codes, on the host."""
 
     codes: Tensor = field(repr=False)
-    """int64 (B, h, w): the tokenizer's where visible, the model's most probable where masked."""
+    """int64 (B, h, w): the tokenizer's codes of visible patches, the model's most probable codes of masked patches."""
     target: Tensor = field(repr=False)
-    """int64 (B, h, w): the tokenizer's everywhere."""
+    """int64 (B, h, w): the tokenizer's codes of all patches."""
     mask: Tensor = field(repr=False)
     """bool (B, h, w), True = masked."""
     accuracy: float
-    """Percent of the masked codes predicted exactly; NaN when nothing is masked."""
+    """Percentage of masked codes predicted correctly; NaN if no patch is masked."""
 
 
 def predict_masked(mim: MaskedModel, tokenizer: Tokenizer, images: Tensor, mask: Tensor) -> MaskedPrediction:
-    """Fill masked positions with the model's most probable codes, all at once, without sampling."""
+    """Predict the most probable codes of all masked patches in one forward pass, without sampling."""
     device = tokenizer.codebook.device
-    images, where = images.to(device), mask.to(device=device, dtype=torch.bool)
-    with evaluating(mim, tokenizer):
+    images, masked = images.to(device), mask.to(device=device, dtype=torch.bool)
+    with evaluation_mode(mim, tokenizer):
         target = tokenizer.encode(images)
-        if target.shape != where.shape:
-            raise ValueError(f"mask {tuple(where.shape)} does not fit codes {tuple(target.shape)}")
+        if target.shape != masked.shape:
+            raise ValueError(f"mask {tuple(masked.shape)} does not fit codes {tuple(target.shape)}")
         codes = target.clone()
-        if where.any():
-            codes[where] = mim(images, where).argmax(dim=-1).to(codes)
-    right = (codes == target)[where].float()
-    accuracy = 100 * float(right.mean()) if right.numel() else float("nan")
-    # Copies, because tensors made under inference mode refuse later in-place work.
-    return MaskedPrediction(codes.cpu().clone(), target.cpu().clone(), where.cpu().clone(), accuracy)
+        if masked.any():
+            codes[masked] = mim(images, masked).argmax(dim=-1).to(codes)
+    accuracy = 100 * float((codes == target)[masked].float().mean())
+    # Copies, because tensors made in inference mode do not allow in-place operations later.
+    return MaskedPrediction(codes.cpu().clone(), target.cpu().clone(), masked.cpu().clone(), accuracy)
 
 
-def decode_prediction(tokenizer: Tokenizer, prediction: MaskedPrediction, batch_size: int = 64) -> Tensor:
-    """The picture that the predicted codes stand for, float (B, 3, H, W) in [0, 1] on the host."""
-    return decode_all(tokenizer, prediction.codes, batch_size)
+def decode_prediction(tokenizer: Tokenizer, prediction: MaskedPrediction) -> Tensor:
+    """Decode predicted codes to images, float (B, 3, H, W) in [0, 1] on the host."""
+    return decode_all(tokenizer, prediction.codes)
 
 
-def hide(images: Tensor, mask: Tensor, grey: float = 0.5) -> Tensor:
-    """`images` with masked patches painted `grey`, float (B, 3, H, W): what the model is shown."""
+def hide(images: Tensor, mask: Tensor) -> Tensor:
+    """Return `images` with masked patches painted grey, float (B, 3, H, W), to show the input of the model."""
     height, width = images.shape[-2:]
-    wide = torch.nn.functional.interpolate(mask[:, None].float(), size=(height, width), mode="nearest")
-    return torch.where(wide.to(images.device) > 0.5, torch.full_like(images, grey), images)
+    pixel_mask = torch.nn.functional.interpolate(mask[:, None].float(), size=(height, width), mode="nearest")
+    return torch.where(pixel_mask.to(images.device) > 0.5, torch.full_like(images, 0.5), images)

@@ -1,4 +1,4 @@
-"""What a tokenizer keeps of an image: encode and decode it again, and the error in decibels.
+"""Encoding and decoding of many images, and the quality of reconstructions: PSNR and SSIM.
 
 Shapes: images float (N, 3, H, W) in [0, 1], codes int64 (N, h, w).
 """
@@ -10,23 +10,27 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from pecobook.analysis.arrays import Tokenizer, evaluating
+from pecobook.analysis.arrays import Tokenizer, evaluation_mode
 
 
 def psnr(x: Tensor, y: Tensor) -> Tensor:
-    """Peak signal-to-noise ratio of each image (B, C, H, W) in [0, 1], float (B,) in dB; inf where equal."""
+    """Compute the peak signal-to-noise ratio of each image (B, C, H, W) in [0, 1], float (B,) in dB.
+
+    The result is inf for equal images.
+    """
     from torchmetrics.functional.image import peak_signal_noise_ratio
 
     def measure(a: Tensor, b: Tensor) -> Tensor:
         return peak_signal_noise_ratio(a.double(), b.double(), data_range=1.0, reduction="none", dim=(1, 2, 3)).float()
 
-    return _by_parts(measure, x, y)
+    return in_batches(measure, x, y)
 
 
 def ssim(x: Tensor, y: Tensor) -> Tensor:
-    """Structural similarity of each image (B, C, H, W) in [0, 1], float (B,) in [-1, 1]; 1 where equal.
+    """Compute the structural similarity of each image (B, C, H, W) in [0, 1], float (B,) in [-1, 1].
 
-    Wang et al., 2004: Gaussian windows of 11 pixels, deviation 1.5.
+    The result is 1 for equal images. As in Wang et al., 2004, the windows are Gaussians of 11 pixels with standard
+    deviation 1.5.
     """
     from torchmetrics.functional.image import structural_similarity_index_measure
 
@@ -35,28 +39,31 @@ def ssim(x: Tensor, y: Tensor) -> Tensor:
         assert isinstance(value, Tensor)
         return value.reshape(len(a))  # torchmetrics drops the dimension of a single image
 
-    return _by_parts(measure, x, y)
+    return in_batches(measure, x, y)
 
 
-def _by_parts(measure: Callable[[Tensor, Tensor], Tensor], x: Tensor, y: Tensor) -> Tensor:
-    """What is measured of each image, (B,); 64 at a time, since both metrics hold several copies of all they see."""
+def in_batches(measure: Callable[[Tensor, Tensor], Tensor], x: Tensor, y: Tensor) -> Tensor:
+    """Apply `measure` to 64 pairs of images at a time and return the results (B,).
+
+    PSNR and SSIM hold several copies of all images in memory.
+    """
     if x.shape != y.shape:
-        raise ValueError(f"images of equal shapes are compared, not {tuple(x.shape)} and {tuple(y.shape)}")
+        raise ValueError(f"the images need equal shapes, but have {tuple(x.shape)} and {tuple(y.shape)}")
     pairs = zip(torch.split(x, 64), torch.split(y, 64), strict=True)
     return torch.cat([measure(a, b) for a, b in pairs])
 
 
 def encode_all(tokenizer: Tokenizer, images: Tensor, batch_size: int = 64) -> Tensor:
-    """Codes of all `images`, int64 (N, h, w) on the host, `batch_size` at a time."""
+    """Encode all `images`, `batch_size` at a time, to codes, int64 (N, h, w) on the host."""
     device = tokenizer.codebook.device
-    with evaluating(tokenizer):
+    with evaluation_mode(tokenizer):
         parts = [tokenizer.encode(part.to(device)).cpu() for part in torch.split(images, batch_size)]
-    return torch.cat(parts)  # outside, so that the result is an ordinary tensor
+    return torch.cat(parts)  # outside inference mode, so that the result is an ordinary tensor
 
 
 def decode_all(tokenizer: Tokenizer, codes: Tensor, batch_size: int = 64) -> Tensor:
-    """Images of all `codes`, float (N, 3, H, W) in [0, 1] on the host."""
+    """Decode all `codes`, `batch_size` at a time, to images, float (N, 3, H, W) in [0, 1] on the host."""
     device = tokenizer.codebook.device
-    with evaluating(tokenizer):
+    with evaluation_mode(tokenizer):
         parts = [tokenizer.decode(part.to(device)).float().cpu() for part in torch.split(codes, batch_size)]
     return torch.cat(parts).clamp(0, 1)

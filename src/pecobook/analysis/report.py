@@ -1,68 +1,68 @@
-"""A report as one HTML file that needs nothing else: no network, no script, all pictures inside.
+"""Reports as one self-contained HTML file: no network, no script, all pictures embedded.
 
-`Report` is what it says, `write_report` how it looks. All text is plain: it is escaped, and a blank line in a
-section's text starts a new paragraph. Nothing here knows what PeCo is.
+`Report` holds the contents, and `write_report` writes the page. All text is plain text: it is escaped, and a blank line
+in a section's text starts a new paragraph. This module is independent of PeCo.
 """
 
 from __future__ import annotations
 
 import base64
 import io
-import os
 import re
 import struct
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from pecobook.errors import PecobookError
+from pecobook.utils.files import write_atomically
 
 MAX_BYTES = 10_000_000
-"""A report above this is refused by mail servers and slow on a phone, so pictures are made smaller to fit."""
+"""Maximum size of a report. Mail servers refuse larger files, and phones load them slowly, so pictures are reduced."""
 
 _PNG = b"\x89PNG\r\n\x1a\n"
 
 
 @dataclass(frozen=True)
 class Picture:
-    """A PNG with what it shows."""
+    """A PNG with the texts that describe it."""
 
     png: bytes = field(repr=False)
     caption: str
     alt: str
-    """What it shows, for those who do not see it."""
+    """A description of the picture for readers who do not see it."""
     title: str = ""
-    """A short name above it, where several stand side by side."""
+    """A short title above the picture, if pictures are shown side by side."""
     pixels: int | None = None
-    """CSS pixels across at which it is shown; half its own by default, since figures are drawn dense."""
+    """Width in CSS pixels; by default half of the PNG's width, because figures have a high resolution."""
 
     @property
     def size(self) -> tuple[int, int]:
-        """Width and height in pixels, from the PNG's header."""
+        """Width and height in pixels, from the header of the PNG."""
         if self.png[:8] != _PNG or len(self.png) < 24:
             raise PecobookError(f"The picture {self.caption[:60]!r} is not a PNG.")
         width, height = struct.unpack(">II", self.png[16:24])
         return int(width), int(height)
 
     @property
-    def shown(self) -> int:
-        """CSS pixels across at which it is shown where there is room."""
+    def display_width(self) -> int:
+        """Width in CSS pixels if the screen is wide enough."""
         return self.pixels or max(self.size[0] // 2, 1)
 
     @property
     def source(self) -> str:
-        """The picture as a `data:` address."""
+        """The picture as a `data:` URL."""
         return "data:image/png;base64," + base64.b64encode(self.png).decode("ascii")
 
 
 @dataclass(frozen=True)
 class Table:
-    """Rows of ready-made text; a row with nothing but its first cell is a heading for those below it."""
+    """Rows of text; a row in which only the first cell has text is a heading of the rows below it."""
 
     header: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
     note: str = ""
     text_columns: tuple[int, ...] = (0,)
-    """Columns that hold words, aligned to the left; all others are aligned as numbers."""
+    """Columns that hold words, aligned to the left; the other columns are aligned as numbers."""
 
     def __post_init__(self) -> None:
         for row in self.rows:
@@ -72,17 +72,17 @@ class Table:
 
 @dataclass(frozen=True)
 class Section:
-    """A part of the page: text, then pictures, then a table, then collapsed details."""
+    """A section of the page: text, then pictures, then a table, then collapsed details."""
 
     title: str
     text: str = ""
     pictures: tuple[Picture, ...] = ()
     table: Table | None = None
     details: str = ""
-    """Set as it is, in a fixed-width face, collapsed; for example settings as JSON."""
+    """Preformatted text in a fixed-width font, collapsed; for example settings as JSON."""
     details_title: str = "Details"
     side_by_side: bool = False
-    """Pictures stand beside each other where the screen is wide enough."""
+    """Whether pictures are shown side by side if the screen is wide enough."""
 
     @property
     def paragraphs(self) -> tuple[str, ...]:
@@ -92,40 +92,31 @@ class Section:
 
 @dataclass(frozen=True)
 class Report:
-    """All that a report says."""
+    """The contents of a report."""
 
     title: str
     subtitle: str = ""
     summary: tuple[str, ...] = ()
-    """Sentences a reader in a hurry takes away; the first is set larger."""
+    """The main results in a few sentences; the first sentence is shown larger."""
     facts: tuple[tuple[str, str], ...] = ()
-    """(label, value), shown as a strip below the summary."""
+    """(label, value), shown in a row below the summary."""
     sections: tuple[Section, ...] = ()
     footer: str = ""
 
 
 def write_report(out: Path, content: Report, *, max_bytes: int = MAX_BYTES) -> Path:
-    """Write `report.html` into the folder `out` (made where missing) and return its path.
+    """Write `report.html` atomically into the folder `out`, which is created if needed, and return the file's path.
 
-    The file appears at once or not at all. Above `max_bytes` its largest pictures are halved until it fits.
+    The largest pictures are halved until the file is smaller than `max_bytes`.
     """
     out.mkdir(parents=True, exist_ok=True)
     target = out / "report.html"
-    html = render(fit(content, max_bytes))
-    partial = out / f".report.html.{os.getpid()}.partial"
-    try:
-        with partial.open("w", encoding="utf-8") as file:
-            file.write(html)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(target)
-    finally:
-        partial.unlink(missing_ok=True)
+    write_atomically(target, render(fit(content, max_bytes)).encode())
     return target
 
 
 def render(content: Report) -> str:
-    """The page as text. Every value is escaped; a name the template does not know is an error."""
+    """Render the page as HTML. Every value is escaped; a name that the template does not define raises an error."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
     environment = Environment(
@@ -140,17 +131,16 @@ def render(content: Report) -> str:
 
 
 def _typeset(text: str) -> str:
-    """Prose as a printer sets it: figures stay with their error and unit, apostrophes are curved."""
+    """Keep numbers together with their errors and units, and use typographic apostrophes."""
     text = re.sub(r"(?<=\d) (±) (?=\d)", "\u00a0\\1\u00a0", text)
     text = re.sub(r"(?<=\d) (?=(?:points|s|min|h|dB)\b)", "\u00a0", text)
     return re.sub(r"(?<=\w)'(?=\w)", "\u2019", text)
 
 
 def fit(content: Report, max_bytes: int) -> Report:
-    """`content` with its largest pictures halved, as often as needed, so that the page stays below
-    `max_bytes`.
+    """Halve the largest pictures of `content`, as often as needed, until the page is smaller than `max_bytes`.
 
-    A quarter of `max_bytes` is left for everything that is not a picture.
+    A quarter of `max_bytes` is reserved for everything except pictures.
     """
     budget = 3 * max_bytes // 4
     while True:
@@ -160,9 +150,9 @@ def fit(content: Report, max_bytes: int) -> Report:
         largest = max(pictures, key=lambda picture: len(picture.png))
         if min(largest.size) < 64:
             raise PecobookError(
-                f"The report has {len(pictures)} pictures, too many for {max_bytes} bytes; leave some out."
+                f"The report has {len(pictures)} pictures, too many for {max_bytes} bytes; omit some pictures."
             )
-        smaller = replace(largest, png=_halved(largest.png), pixels=largest.shown)
+        smaller = replace(largest, png=_halved(largest.png), pixels=largest.display_width)
         sections = tuple(
             replace(section, pictures=tuple(smaller if p is largest else p for p in section.pictures))
             for section in content.sections

@@ -1,4 +1,4 @@
-"""Scores and pictures of semantic segmentation."""
+"""Metrics and pictures of semantic segmentation."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ Picture = npt.NDArray[np.uint8]
 
 
 def count_pixels(predicted: Tensor, truth: Tensor, num_classes: int) -> Tensor:
-    """How many pixels of each class were taken for each: int64 (C, C), rows are the truth.
+    """Count the pixels of each class (row) that were predicted as each class (column): int64 (C, C).
 
     Args:
         predicted: int64 (H, W).
-        truth: of the same shape; `IGNORE` counts nowhere.
+        truth: int (H, W); pixels with `IGNORE` are not counted.
         num_classes: C.
     """
     from torchmetrics.functional.classification import multiclass_confusion_matrix
@@ -31,13 +31,13 @@ def count_pixels(predicted: Tensor, truth: Tensor, num_classes: int) -> Tensor:
 
 
 def intersection_over_union(counts: Tensor) -> Tensor:
-    """Of every class: (C, C) to float64 (C,) in [0, 1]; not-a-number for a class that is nowhere."""
+    """Compute the IoU of each class, float64 (C,) in [0, 1], from counts (C, C); NaN for an absent class."""
     hits = counts.diagonal().double()
     return hits / (counts.sum(0) + counts.sum(1) - hits)
 
 
 def scores(counts: Tensor) -> dict[str, float]:
-    """Mean IoU and mean accuracy over classes that occur, and the share of pixels that are right, in percent."""
+    """Compute mean IoU and mean accuracy over the classes that occur, and the pixel accuracy, in percent."""
     hits, truth = counts.diagonal().double(), counts.sum(1)
     return {
         "miou": 100 * float(intersection_over_union(counts).nanmean()),
@@ -47,7 +47,7 @@ def scores(counts: Tensor) -> dict[str, float]:
 
 
 def palette(count: int) -> Picture:
-    """Colours that differ: uint8 (count, 3). Hues a golden ratio apart, in three brightnesses."""
+    """Return different colours, uint8 (count, 3): hues spaced by the golden ratio, with three brightnesses."""
     colours = [
         colorsys.hsv_to_rgb((number * 0.61803398875) % 1.0, 0.85 - 0.3 * (number % 2), (1.0, 0.75, 0.55)[number % 3])
         for number in range(count)
@@ -56,12 +56,12 @@ def palette(count: int) -> Picture:
 
 
 def overlay(image: Tensor, classes: Tensor, strength: float = 0.55) -> Tensor:
-    """A picture with its classes as colours over it.
+    """Draw classes as transparent colours over an image.
 
     Args:
         image: uint8 (3, H, W).
-        classes: (H, W), anything below 0 stays as it is.
-        strength: of the colours, in [0, 1].
+        classes: int (H, W); pixels with negative values stay unchanged.
+        strength: opacity of the colours, in [0, 1].
 
     Returns:
         uint8 (3, H, W).

@@ -1,5 +1,6 @@
-"""What codes go with: the class of the image, the colour of the patch, or its edges; measured alike, so that "semantic
-rather than texture" is a number.
+"""Mutual information of codes with the image's class, the patch's colour, and the patch's edges.
+
+All three are measured in the same way, so that numbers show whether codes are semantic or describe texture.
 
 Shapes: N images, codes int (N, h, w) in [0, K), labels int (N,), images float (N, 3, H, W) in [0, 1].
 """
@@ -17,69 +18,75 @@ from torch import Tensor
 from pecobook.analysis.arrays import Array, as_numpy
 
 COLOUR_LEVELS = 3
-"""Levels of each of red, green and blue; 27 colours."""
+"""Number of levels of red, green and blue, which give 27 colours."""
 EDGE_LEVELS = 8
-"""Levels of edge energy, equally filled but for patches that are alike."""
+"""Number of levels of edge energy; the levels are equally frequent, except that equal patches share a level."""
 _PERMUTATIONS = 5
-"""Of the images, over which the bias is averaged."""
+"""Number of permutations of the images over which the bias is averaged."""
 
 
 @dataclass(frozen=True)
 class Information:
-    """How much a patch's code says about something else of that patch."""
+    """How much information a patch's code contains about another value of the patch."""
 
     bits: float
-    """Mutual information, plug-in estimate, minus what codes of other images would give: its bias."""
+    """Plug-in estimate of the mutual information, minus the estimate for codes of other images (the bias)."""
     share: float
-    """Of what there is to know above that bias, in [0, 1]; 1 when the code tells it exactly."""
+    """`bits` divided by the entropy of the values minus the bias, in [0, 1]; 1 if the code determines the value."""
     purity: float
-    """Percent of patches that have the most frequent value of their code."""
+    """Percentage of patches that have the most frequent value of their code."""
     null_purity: float
-    """The same of codes of other images."""
+    """The purity of codes of other images."""
     chance: float
-    """Percent of patches that have the most frequent value of all."""
+    """Percentage of patches that have the most frequent value."""
 
 
 def joint_counts(codes: Array, values: Array, num_codes: int, num_values: int) -> NDArray[np.int64]:
-    """How often each code goes with each value: (K, V); both int, of one shape."""
+    """Count how often each code occurs together with each value, (K, V); both are int, of the same shape."""
     pairs = as_numpy(codes).reshape(-1).astype(np.int64) * num_values + as_numpy(values).reshape(-1).astype(np.int64)
     return np.bincount(pairs, minlength=num_codes * num_values).reshape(num_codes, num_values)
 
 
 def mutual_information(joint: NDArray[np.int64]) -> float:
-    """Of counts (K, V), in bits: sum over cells of p log2(p / (p_code p_value))."""
+    """Compute the mutual information in bits from counts (K, V): the sum of p log2(p / (p_code p_value))."""
     share = joint / joint.sum()
     independent = share.sum(1, keepdims=True) * share.sum(0, keepdims=True)
-    seen = share > 0
-    return float(max((share[seen] * np.log2(share[seen] / independent[seen])).sum(), 0.0))
+    occurs = share > 0
+    return float(max((share[occurs] * np.log2(share[occurs] / independent[occurs])).sum(), 0.0))
 
 
 def entropy(counts: NDArray[np.int64]) -> float:
-    """Of counts (V,), in bits."""
+    """Compute the entropy in bits from counts (V,)."""
     share = counts[counts > 0] / counts.sum()
     return float(-(share * np.log2(share)).sum())
 
 
 def information(codes: Array, values: Array, num_codes: int, *, seed: int = 0) -> Information:
-    """What codes say about values; both int of one shape, images first, values from 0.
+    """Measure the information that codes contain about values.
 
-    With many codes and few images the plug-in estimate is far too high, all the more as the patches of an image have
-    codes and values in common. Codes of whole images that are given to other images know nothing, so what they seem to
-    know is taken off. The same seed and number of images give the same permutations, whatever the values are.
+    With many codes and few images, the plug-in estimate is far too high, especially because the patches of an image
+    share codes and values. The estimate for codes that are permuted between images, which contain no information, is
+    therefore subtracted. The permutations depend only on the seed and the number of images, not on the values.
+
+    Args:
+        codes: int, with the images as the first dimension.
+        values: int from 0, with the shape of `codes`.
+        num_codes: number of codewords.
+        seed: seed of the permutations.
     """
-    own, other = as_numpy(codes), as_numpy(values)
-    num_values = int(other.max()) + 1
-    joint = joint_counts(own, other, num_codes, num_values)
+    codes, values = as_numpy(codes), as_numpy(values)
+    num_values = int(values.max()) + 1
+    joint = joint_counts(codes, values, num_codes, num_values)
     rng = np.random.default_rng(seed)
     nulls = []  # (bits, purity)
     for _ in range(_PERMUTATIONS):
-        null = joint_counts(rng.permutation(own), other, num_codes, num_values)
+        null = joint_counts(rng.permutation(codes), values, num_codes, num_values)
         nulls.append((mutual_information(null), _purity(null)))
     bias, null_purity = (float(value) for value in np.mean(nulls, axis=0))
-    bits, room = max(mutual_information(joint) - bias, 0.0), entropy(joint.sum(0)) - bias
+    bits, max_bits = max(mutual_information(joint) - bias, 0.0), entropy(joint.sum(0)) - bias
     return Information(
         bits=bits,
-        share=min(bits / room, 1.0) if room > 1e-9 else 0.0,
+        share=min(bits / max_bits, 1.0) if max_bits > 1e-9 else 0.0,
         purity=_purity(joint),
         null_purity=null_purity,
         chance=100 * float(joint.sum(0).max() / joint.sum()),
@@ -87,18 +94,18 @@ def information(codes: Array, values: Array, num_codes: int, *, seed: int = 0) -
 
 
 def _purity(joint: NDArray[np.int64]) -> float:
-    """Percent of counts (K, V) that are the largest of their code."""
+    """Return the percentage of patches that have the most frequent value of their code, from counts (K, V)."""
     return 100 * float(joint.max(1).sum() / joint.sum())
 
 
 def patch_labels(labels: Array, grid: tuple[int, int]) -> NDArray[np.int64]:
-    """The label of each patch's image: int (N,) to (N, h, w)."""
-    _, number = np.unique(as_numpy(labels), return_inverse=True)
-    return np.broadcast_to(number.reshape(-1, 1, 1), (len(number), *grid))
+    """Return the label of each patch's image, renumbered from 0: int (N,) to (N, h, w)."""
+    _, numbers = np.unique(as_numpy(labels), return_inverse=True)
+    return np.broadcast_to(numbers.reshape(-1, 1, 1), (len(numbers), *grid))
 
 
 def patch_colours(images: Tensor, grid: tuple[int, int]) -> Tensor:
-    """A coarse colour of each patch: its mean red, green and blue, three levels each; int64 (N, h, w) in [0, 27)."""
+    """Return the mean colour of each patch with three levels of red, green and blue: int64 (N, h, w) in [0, 27)."""
     mean = F.adaptive_avg_pool2d(images, grid)  # (N, 3, h, w)
     level = (mean * COLOUR_LEVELS).long().clamp(0, COLOUR_LEVELS - 1)
     red, green, blue = level.unbind(1)
@@ -106,13 +113,13 @@ def patch_colours(images: Tensor, grid: tuple[int, int]) -> Tensor:
 
 
 def patch_edges(images: Tensor, grid: tuple[int, int]) -> Tensor:
-    """How strong a patch's edges are, in eight levels: int64 (N, h, w).
+    """Return the strength of each patch's edges in eight levels: int64 (N, h, w).
 
-    Mean magnitude of the gradient of brightness (Sobel's filter) within the patch. Levels are equally filled, but equal
-    patches share the lowest of theirs: all flat ones are alike.
+    The strength is the mean magnitude of the brightness gradient (Sobel filter) within the patch. The levels are
+    equally frequent, except that equal patches, such as all flat patches, share their lowest level.
     """
     energy = torch.cat([_edge_energy(part, grid) for part in torch.split(images, 64)])  # (N, h, w)
-    energy = (energy * 1e6).round()  # a flat patch is not quite 0 after rounding
+    energy = (energy * 1e6).round()  # rounding errors make the energy of a flat patch slightly larger than 0
     ranks = torch.searchsorted(energy.flatten().sort().values, energy)
     return ranks * EDGE_LEVELS // ranks.numel()
 

@@ -1,4 +1,4 @@
-"""How many codes stay when an image changes in ways that leave its meaning: a small shift, blur, jitter, JPEG, a flip.
+"""Share of codes that stay unchanged under changes that keep the meaning of an image, such as a small shift or a flip.
 
 Shapes: images float (N, 3, H, W) in [0, 1], codes int64 (N, h, w).
 """
@@ -16,17 +16,17 @@ from pecobook.analysis.arrays import Tokenizer
 from pecobook.analysis.reconstruction import encode_all
 
 Change = Callable[[Tensor], Tensor]
-"""Images (N, 3, H, W) in [0, 1] to changed ones."""
+"""Maps images (N, 3, H, W) in [0, 1] to changed images."""
 
 
 def shift(images: Tensor, pixels: int) -> Tensor:
-    """Moved to the right and down by `pixels`; the border repeats."""
+    """Shift images to the right and down by `pixels`; the border is replicated."""
     padded = torch.nn.functional.pad(images, (pixels, 0, pixels, 0), "replicate")
     return padded[..., : images.shape[-2], : images.shape[-1]]
 
 
 def blur(images: Tensor, sigma: float) -> Tensor:
-    """Gaussian blur of `sigma` pixels."""
+    """Blur images with a Gaussian of standard deviation `sigma` pixels."""
     from torchvision.transforms.functional import gaussian_blur
 
     side = 2 * int(np.ceil(3 * sigma)) + 1
@@ -35,7 +35,7 @@ def blur(images: Tensor, sigma: float) -> Tensor:
 
 
 def jitter(images: Tensor, strength: float = 0.2) -> Tensor:
-    """Brightness and contrast raised and saturation lowered by `strength`."""
+    """Increase brightness and contrast, and reduce saturation, by `strength`."""
     from torchvision.transforms import functional as T
 
     images = T.adjust_contrast(T.adjust_brightness(images, 1 + strength), 1 + strength)
@@ -43,20 +43,20 @@ def jitter(images: Tensor, strength: float = 0.2) -> Tensor:
 
 
 def jpeg(images: Tensor, quality: int = 50) -> Tensor:
-    """Through JPEG and back."""
+    """Compress images as JPEG and decode them again."""
     from PIL import Image
     from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 
-    out = []
+    decoded = []
     for image in images:
         buffer = io.BytesIO()
         to_pil_image(image.clamp(0, 1).cpu()).save(buffer, "JPEG", quality=quality)
-        out.append(pil_to_tensor(Image.open(buffer)).float() / 255)
-    return torch.stack(out).to(images)
+        decoded.append(pil_to_tensor(Image.open(buffer)).float() / 255)
+    return torch.stack(decoded).to(images)
 
 
 def changes(stride: int) -> dict[str, Change]:
-    """The changes by name, for a tokenizer of this stride; a flip is undone in the codes."""
+    """Return the changes by name, for a tokenizer with this stride; `stability` reverses the flip in the codes."""
     return {
         "none": lambda images: images,
         "shift by 1 pixel": lambda images: shift(images, 1),
@@ -69,11 +69,11 @@ def changes(stride: int) -> dict[str, Change]:
 
 
 def stability(tokenizer: Tokenizer, images: Tensor, codes: Tensor, stride: int) -> dict[str, float]:
-    """Percent of `codes` that the changed images have at the same place, by change."""
-    found = {}
+    """Return the percentage of `codes` that stay the same at their position when the images change, by change."""
+    percentages = {}
     for name, change in changes(stride).items():
-        other = encode_all(tokenizer, change(images))
+        changed_codes = encode_all(tokenizer, change(images))
         if name == "flip":
-            other = other.flip(2)
-        found[name] = 100 * float((other == codes).float().mean())
-    return found
+            changed_codes = changed_codes.flip(2)
+        percentages[name] = 100 * float((changed_codes == codes).float().mean())
+    return percentages

@@ -1,4 +1,4 @@
-"""Numbers as a person reads them; a dash stands for what was not measured."""
+"""Numbers as text for reports; a dash means that a value was not measured."""
 
 from __future__ import annotations
 
@@ -9,39 +9,39 @@ from pecobook.analysis.probe import binomial_error
 
 
 def duration(seconds: float) -> str:
-    """Seconds as a person says them: `48 s`, `6 min 20 s`, `1 h 12 min`."""
-    whole = round(seconds)
-    if whole < 90:
-        return f"{whole} s"
-    if whole < 5400:
-        return f"{whole // 60} min {whole % 60} s" if whole % 60 else f"{whole // 60} min"
-    return f"{whole // 3600} h {whole % 3600 // 60} min"
+    """Write a time in seconds as text: `48 s`, `6 min 20 s`, `1 h 12 min`."""
+    total = round(seconds)
+    if total < 90:
+        return f"{total} s"
+    if total < 5400:
+        return f"{total // 60} min {total % 60} s" if total % 60 else f"{total // 60} min"
+    return f"{total // 3600} h {total % 3600 // 60} min"
 
 
 def is_number(value: object) -> bool:
-    """Whether `value` is a finite number."""
-    return isinstance(value, (int, float)) and math.isfinite(value)
+    """Return whether `value` is a finite number."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def fixed(value: Any, digits: int) -> str:
-    """`value` with `digits` decimals."""
+    """Write `value` with `digits` decimals."""
     return f"{value:.{digits}f}" if is_number(value) else "–"
 
 
 def with_error(value: Any, number: int | None) -> str:
-    """An accuracy in percent and its sampling error over `number` images, where that is known."""
+    """Write an accuracy in percent with the sampling error on `number` images, if the number is known."""
     if not is_number(value):
         return "–"
     return f"{value:.1f} ± {binomial_error(value, number):.1f}" if number else f"{value:.1f}"
 
 
-def out_of(value: Any, whole: Any) -> str:
-    """`value` of `whole`, or alone where the whole is not known."""
+def out_of(value: Any, total: Any) -> str:
+    """Write `value` of `total`, or only `value` if the total is unknown."""
     if not is_number(value):
         return "–"
-    return f"{thousands(value)} of {thousands(whole)}" if is_number(whole) else thousands(value)
+    return f"{thousands(value)} of {thousands(total)}" if is_number(total) else thousands(value)
 
 
 def thousands(value: float) -> str:
-    """A count with thin spaces between its thousands."""
+    """Write a count with thin spaces between the thousands."""
     return f"{value:,.0f}".replace(",", "\u202f")

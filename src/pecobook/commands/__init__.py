@@ -1,1 +1,1 @@
-"""What a user types beside training: a file or a folder each."""
+"""The commands other than training; each command is a file or a folder."""

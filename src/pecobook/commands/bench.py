@@ -1,9 +1,8 @@
-"""`pecobook bench pretrain`: images a second, memory and FLOP/s of pre-training here, and where time goes."""
+"""`pecobook bench pretrain`: images a second, memory, FLOP/s and time by part of pre-training on this machine."""
 
 from __future__ import annotations
 
 import dataclasses
-import json
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -13,36 +12,39 @@ from typing import TYPE_CHECKING, Any
 
 from pecobook.settings.bench import BenchConfig
 from pecobook.settings.values import replace
+from pecobook.utils.files import write_json
 from pecobook.utils.output_folder import check_new_file
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+    from pecobook.data.batch import Batch
     from pecobook.models.tokenizer import PerceptualTokenizer
     from pecobook.settings.pretrain import PretrainConfig
     from pecobook.stages.pretrain import PretrainStage
 
 
 def bench(config: BenchConfig) -> dict[str, Any]:
-    """Measure and print; returns the figures: seconds a step by part, images a second, MiB, FLOP/s, share of peak.
+    """Measure, print and return the figures: seconds a step by part, images a second, MiB, FLOP/s, share of peak.
 
     Raises:
-        PecobookError: an unknown recipe, tokenizer or data, or a file that is there already.
+        PecobookError: the recipe, the tokenizer or the data does not exist, or the file exists already.
     """
     import torch
 
     from pecobook.engine.attention import trainable_attention
+    from pecobook.utils import devices
 
     check_new_file(config.out)
     settings = _settings(config)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = devices.device()
     stage = _stage(config, settings).to(device).train()
-    bench = _Bench(config, settings, stage, device)
+    benchmark = Benchmark(config, settings, stage, device)
     with trainable_attention(device):
-        parts = bench.parts()
-        whole, memory = bench.whole()
-    flops = bench.flops()
+        parts = benchmark.part_seconds()
+        step_seconds, memory = benchmark.step_seconds()
+    flops = benchmark.flops()
     peak = matmul_peak(device, settings.precision)
     figures = {
         "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
@@ -50,22 +52,20 @@ def bench(config: BenchConfig) -> dict[str, Any]:
         "precision": settings.precision,
         "batch_size": settings.batch_size,
         "seconds": parts,
-        "seconds_online": whole["online"],
-        "seconds_from_bank": whole["bank"],
-        "images_per_second_online": settings.batch_size / whole["online"],
-        "images_per_second_from_bank": settings.batch_size / whole["bank"],
+        "seconds_online": step_seconds["online"],
+        "seconds_from_bank": step_seconds["bank"],
+        "images_per_second_online": settings.batch_size / step_seconds["online"],
+        "images_per_second_from_bank": settings.batch_size / step_seconds["bank"],
         "images_per_second_data": settings.batch_size / parts["data"] if parts.get("data") else None,
         "peak_mib": memory / 2**20,
         "gflop_per_image": flops / settings.batch_size / 1e9,
-        "tflops": flops / whole["bank"] / 1e12,
+        "tflops": flops / step_seconds["bank"] / 1e12,
         "tflops_peak": peak / 1e12,
-        "share_of_peak": flops / whole["bank"] / peak,
+        "share_of_peak": flops / step_seconds["bank"] / peak,
     }
     print(_table(figures), file=sys.stderr)
     if config.out:
-        from pecobook.utils.files import write_atomically
-
-        write_atomically(Path(config.out), (json.dumps(figures, indent=2) + "\n").encode())
+        write_json(Path(config.out), figures)
     return figures
 
 
@@ -75,9 +75,10 @@ def _settings(config: BenchConfig) -> PretrainConfig:
     from pecobook.engine.launch import resolve_precision
     from pecobook.recipes import recipe
 
-    size = config.batch_size or (128 if torch.cuda.is_available() else 8)
-    chosen = {"data": config.data, "batch_size": size, "precision": config.precision, "tokenizer": config.tokenizer}
-    settings: PretrainConfig = replace(recipe("pretrain", config.recipe), chosen)
+    batch_size = config.batch_size or (128 if torch.cuda.is_available() else 8)
+    changes = {"data": config.data, "batch_size": batch_size}
+    changes |= {"precision": config.precision, "tokenizer": config.tokenizer}
+    settings: PretrainConfig = replace(recipe("pretrain", config.recipe), changes)
     return dataclasses.replace(settings, precision=resolve_precision(settings))  # type: ignore[arg-type]
 
 
@@ -87,21 +88,23 @@ def _stage(config: BenchConfig, settings: PretrainConfig) -> PretrainStage:
     from pecobook.stages.pretrain import PretrainStage, check_grids
 
     torch.manual_seed(0)
-    stage = PretrainStage(settings, None if config.tokenizer else _stand_in(config.recipe))
+    stage = PretrainStage(settings, None if config.tokenizer else _random_tokenizer(config.recipe))
     check_grids(settings, stage.model.backbone, stage.tokenizer)
     return stage
 
 
-def _stand_in(recipe_name: str) -> PerceptualTokenizer:
-    """A random tokenizer of the codebook recipe of this name, or of the paper's where there is none."""
+def _random_tokenizer(recipe_name: str) -> PerceptualTokenizer:
+    """Build the tokenizer of the codebook recipe of this name (or else of the paper's recipe) with random weights."""
     from pecobook.recipes import DEFAULT_RECIPE, RECIPES, recipe
     from pecobook.stages.codebook import build_tokenizer
 
-    own = recipe("codebook", recipe_name if recipe_name in RECIPES["codebook"] else DEFAULT_RECIPE)
-    return build_tokenizer(own).eval().requires_grad_(False)
+    config = recipe("codebook", recipe_name if recipe_name in RECIPES["codebook"] else DEFAULT_RECIPE)
+    return build_tokenizer(config).eval().requires_grad_(False)
 
 
-class _Bench:
+class Benchmark:
+    """Times the parts and the whole of a pre-training step on one device."""
+
     def __init__(
         self, config: BenchConfig, settings: PretrainConfig, stage: PretrainStage, device: torch.device
     ) -> None:
@@ -116,67 +119,64 @@ class _Bench:
 
     @contextmanager
     def autocast(self) -> Iterator[None]:
+        """Compute in the precision of the settings."""
         import torch
 
-        kinds = {"bf16": torch.bfloat16, "fp16": torch.float16}
-        dtype = kinds.get(self.settings.precision)
+        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.settings.precision)
         with torch.autocast(self.device.type, dtype or torch.bfloat16, enabled=dtype is not None):
             yield
 
     def seconds(self, function: Callable[[], object]) -> float:
-        """Of one call, on average."""
+        """Return the mean seconds of a call, after warm-up calls."""
+        from pecobook.utils.devices import synchronize
+
         for _ in range(self.config.steps if self.device.type == "cuda" else 1):
             function()
-        self.wait()
-        began = time.perf_counter()
+        synchronize(self.device)
+        start = time.perf_counter()
         for _ in range(self.config.steps):
             function()
-        self.wait()
-        return (time.perf_counter() - began) / self.config.steps
+        synchronize(self.device)
+        return (time.perf_counter() - start) / self.config.steps
 
-    def wait(self) -> None:
-        if self.device.type == "cuda":
-            import torch
-
-            torch.cuda.synchronize()
-
-    def parts(self) -> dict[str, float]:
-        """Seconds of data, tokenizer, forward, backward and optimizer, each measured by itself."""
+    def part_seconds(self) -> dict[str, float]:
+        """Return the seconds of data, tokenizer, forward, backward and optimizer, each measured alone."""
         import torch
 
-        from pecobook.stages.pretrain import coloured, encode_views
+        from pecobook.stages.pretrain import encode_views
 
-        own = self.settings
-        found: dict[str, float] = {}
+        settings = self.settings
+        seconds: dict[str, float] = {}
         if self.config.data_steps:
-            found["data"] = self._data()
-        if own.target == "tokens":
+            seconds["data"] = self._data_seconds()
+        if settings.target == "tokens":
 
             def tokenize() -> None:
                 with torch.no_grad(), self.autocast():
-                    images = coloured(self.batch["image"], self.batch["colour"], own.colour)
-                    encode_views(self.stage.tokenizer, images, own.tokenizer_size)
+                    images = self.stage.views.pixels(self.batch, training=True)
+                    encode_views(self.stage.tokenizer, images, settings.tokenizer_size)
 
-            found["tokenizer"] = self.seconds(tokenize)
+            seconds["tokenizer"] = self.seconds(tokenize)
 
         def forward() -> Tensor:
             with self.autocast():
                 loss: Tensor = self.stage(self.batch).loss
             return loss
 
-        found["forward"] = self.seconds(forward)
-        found["backward"] = self.seconds(lambda: forward().backward()) - found["forward"]  # type: ignore[no-untyped-call]
-        found["optimizer"] = self.seconds(self.optimizer.step)
+        seconds["forward"] = self.seconds(forward)
+        seconds["backward"] = self.seconds(lambda: forward().backward()) - seconds["forward"]  # type: ignore[no-untyped-call]
+        seconds["optimizer"] = self.seconds(self.optimizer.step)
         self.optimizer.zero_grad()
-        return found
+        return seconds
 
-    def whole(self) -> tuple[dict[str, float], int]:
-        """Seconds of a step with codes at hand and with the tokenizer in it; bytes at the peak of the first."""
-        import resource
+    def step_seconds(self) -> tuple[dict[str, float], int]:
+        """Return the seconds of a whole step, and the peak memory of a step with codes from a bank, bytes.
 
+        `bank` is a step that reads its codes from the batch; in `online` the tokenizer computes them.
+        """
         import torch
 
-        codes = self.batch.pop("codes", None)
+        from pecobook.utils.devices import peak_memory
 
         def step() -> None:
             with self.autocast():
@@ -186,97 +186,91 @@ class _Bench:
             self.optimizer.step()
             self.optimizer.zero_grad()
 
-        found = {}
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
-        if codes is not None:
-            self.batch["codes"] = codes
-        found["bank"] = self.seconds(step)
-        memory = (
-            torch.cuda.max_memory_allocated()
-            if self.device.type == "cuda"
-            else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        )
+        seconds = {"bank": self.seconds(step)}
+        memory = peak_memory(self.device)
         self.batch.pop("codes", None)
-        found["online"] = self.seconds(step)
-        return found, memory
+        seconds["online"] = self.seconds(step)
+        return seconds, memory
 
     def flops(self) -> float:
-        """Floating-point operations of the model in one step, forward and backward, counted."""
+        """Count the floating-point operations of the model in one step, forward and backward."""
         from torch.utils.flop_counter import FlopCounterMode
 
+        codes = _random_codes(self.stage, self.settings, self.device)
         with FlopCounterMode(display=False) as counter, self.autocast():
-            self.stage(self.batch if "codes" in self.batch else self.batch | {"codes": self._codes()}).loss.backward()
+            self.stage({**self.batch, "codes": codes}).loss.backward()
         self.optimizer.zero_grad()
         return float(counter.get_total_flops())
 
-    def _codes(self) -> Tensor:
-        return _random_codes(self.stage, self.settings, self.device)
-
-    def _data(self) -> float:
-        """Seconds for one batch to be read, cropped and masked, with all workers."""
+    def _data_seconds(self) -> float:
+        """Return the seconds in which all workers read, crop and mask one batch."""
         from pecobook.data.images import open_images
         from pecobook.data.sampler import BatchPositions
         from pecobook.data.stream import Stream, default_workers, load
         from pecobook.stages.pretrain import PretrainStage
 
-        own = self.settings
-        companion = PretrainStage.companions(own)[0]
-        stream = Stream(open_images(own.data).train, PretrainStage.view(own), own.seed, companion=companion)
-        count, size = self.config.data_steps + 1, own.batch_size
+        settings, companion = self.settings, self.stage.companions()[0]
+        train = open_images(settings.data).train
+        stream = Stream(train, PretrainStage.view(settings), settings.seed, companion=companion)
+        count, size = self.config.data_steps + 1, settings.batch_size
         positions = BatchPositions(
             start_step=0, stop_step=count, batch_size=size, micro_batch_size=size, rank=0, world_size=1
         )
         batches = load(stream, positions, workers=default_workers(1), pin=self.device.type == "cuda")
-        next(batches)  # the workers have started
-        began = time.perf_counter()
+        next(batches)  # the first batch includes the start of the workers
+        start = time.perf_counter()
         for _ in batches:
             pass
-        return (time.perf_counter() - began) / self.config.data_steps
+        return (time.perf_counter() - start) / self.config.data_steps
 
 
-def _random_batch(stage: PretrainStage, settings: PretrainConfig, device: torch.device) -> dict[str, Any]:
+def _random_batch(stage: PretrainStage, settings: PretrainConfig, device: torch.device) -> Batch:
     import torch
 
+    from pecobook.data.batch import Batch
+    from pecobook.data.stream import to_device
     from pecobook.data.views import colour_draws
     from pecobook.stages.pretrain import make_mask
 
-    count, side = settings.batch_size, settings.image_size
-    masks = [make_mask(index, stage.model.grid, settings.mask) for index in range(count)]
-    batch = {
-        "image": torch.randint(256, (count, 3, side, side), dtype=torch.uint8),
-        "colour": torch.stack([colour_draws(index) for index in range(count)]),
-        "mask": torch.stack(masks),
-    }
-    on_device = {name: value.to(device) for name, value in batch.items()}
+    batch_size, size = settings.batch_size, settings.image_size
+    masks = [make_mask(index, stage.model.grid, settings.mask) for index in range(batch_size)]
+    batch = Batch(
+        image=torch.randint(256, (batch_size, 3, size, size), dtype=torch.uint8),
+        colour=torch.stack([colour_draws(index) for index in range(batch_size)]),
+        mask=torch.stack(masks),
+    )
+    batch = to_device(batch, device)
     if settings.target == "tokens":
-        on_device["codes"] = _random_codes(stage, settings, device)
-    return on_device
+        batch["codes"] = _random_codes(stage, settings, device)
+    return batch
 
 
 def _random_codes(stage: PretrainStage, settings: PretrainConfig, device: torch.device) -> Tensor:
     import torch
 
-    most = stage.tokenizer.num_codewords if stage.tokenizer is not None else 1
-    return torch.randint(most, (settings.batch_size, *stage.model.grid), device=device)
+    num_codewords = stage.tokenizer.num_codewords if stage.tokenizer is not None else 1
+    return torch.randint(num_codewords, (settings.batch_size, *stage.model.grid), device=device)
 
 
 def matmul_peak(device: torch.device, precision: str, *, size: int = 0, seconds: float = 1.0) -> float:
-    """FLOP/s that a large matrix product reaches here, measured: what a model's share of peak is a share of."""
+    """Measure the FLOP/s of a large matrix product on this device, the peak to which a model is compared."""
     import torch
+
+    from pecobook.utils.devices import synchronize
 
     size = size or (8192 if device.type == "cuda" else 1536)
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision, torch.float32)
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-    wait: Callable[[], object] = torch.cuda.synchronize if device.type == "cuda" else lambda: None
-    best, stop = 0.0, time.perf_counter() + seconds
+    best, end = 0.0, time.perf_counter() + seconds
     a @ b
-    wait()
-    while time.perf_counter() < stop:
-        began = time.perf_counter()
+    synchronize(device)
+    while time.perf_counter() < end:
+        start = time.perf_counter()
         a @ b
-        wait()
-        best = max(best, 2 * size**3 / (time.perf_counter() - began))
+        synchronize(device)
+        best = max(best, 2 * size**3 / (time.perf_counter() - start))
     return best
 
 
@@ -285,7 +279,7 @@ def _table(figures: dict[str, Any]) -> str:
     data = figures["images_per_second_data"]
     lines = [
         f"{figures['recipe']} on {figures['device']}, {figures['precision']}, batch {figures['batch_size']}",
-        f"each part by itself:\n{parts}",
+        f"each part alone:\n{parts}",
         f"from a token bank  {figures['images_per_second_from_bank']:10.1f} images/s",
         f"tokenizer in each  {figures['images_per_second_online']:10.1f} images/s",
         *([f"data alone         {data:10.1f} images/s"] if data else []),

@@ -1,4 +1,4 @@
-"""Features of a source of images, a batch of pixels at a time, with progress."""
+"""Features of all images of a source: extracted batch by batch, with a progress bar."""
 
 from __future__ import annotations
 
@@ -12,35 +12,36 @@ from pecobook.data.stream import central_crops
 from pecobook.engine.log import Progress
 from pecobook.utils.images import to_float
 
-Features = Callable[[Tensor], dict[str, Tensor]]
-"""Float images (B, 3, S, S) in [0, 1] to named features (B, ...) on the host."""
+FeatureFunction = Callable[[Tensor], dict[str, Tensor]]
+"""Maps float images (B, 3, S, S) in [0, 1] to named features (B, ...) on the host."""
 
 
 def extract(
-    source: ImageSource, size: int, limit: int, features: Features, what: str
+    source: ImageSource, size: int, max_images: int, feature_function: FeatureFunction, description: str
 ) -> tuple[dict[str, Tensor], Tensor | None]:
-    """Features of central crops, batch by batch, so that no more than a batch of pixels is held; shows progress.
+    """Extract features of central crops batch by batch, so that only one batch of pixels is in memory; show progress.
 
     Args:
         source: images.
         size: side of the crops, pixels.
-        limit: most images; a fixed permutation chooses them.
-        features: of a batch.
-        what: is extracted, for the progress line.
+        max_images: largest number of images; a fixed permutation chooses them.
+        feature_function: computes the features of one batch.
+        description: text of the progress line.
 
     Returns:
-        name to (N, ...), real numbers in half precision where they fit, and labels int64 (N,) where there are some.
+        name to features (N, ...), real numbers in half precision where they fit; and labels int64 (N,), or None when
+        the source has no labels.
     """
-    found: dict[str, list[Tensor]] = {}
+    parts: dict[str, list[Tensor]] = {}
     labels: list[Tensor] = []
-    progress = Progress(total=min(limit, len(source)), start=0, name=what, quiet=False)
-    for done, batch in central_crops(source, size, limit=limit):
+    progress = Progress(total=min(max_images, len(source)), start=0, name=description, quiet=False)
+    for done, batch in central_crops(source, size, limit=max_images):
         if "image" in batch:
-            for name, value in features(to_float(batch["image"])).items():
+            for name, value in feature_function(to_float(batch["image"])).items():
                 fits = value.is_floating_point() and value.abs().max() < 6e4
-                found.setdefault(name, []).append(value.half() if fits else value)
+                parts.setdefault(name, []).append(value.half() if fits else value)
             labels += [batch["label"]] if "label" in batch else []
         progress.show(done, {})
     progress.close()
-    joined = {name: torch.cat(parts) for name, parts in found.items()}
-    return joined, None if source.labels is None else torch.cat(labels)
+    features = {name: torch.cat(values) for name, values in parts.items()}
+    return features, None if source.labels is None else torch.cat(labels)

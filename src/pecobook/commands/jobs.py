@@ -1,8 +1,8 @@
-"""Commands as processes, side by side, in the order of what they need; what is finished is kept, what was interrupted
-goes on.
+"""Run pecobook commands as parallel processes in the order of their dependencies; resume interrupted ones.
 
-Runs that do not need one another share the machine out: one for each GPU, or, on CPUs, one for every few cores, since
-short trainings use one core each far better than many cores together.
+Finished jobs are not run again. Jobs that do not depend on each other share the machine: one job per GPU, or, on CPUs,
+one job per few cores, since several short trainings on one core each are much faster than one after another on all
+cores.
 """
 
 from __future__ import annotations
@@ -28,45 +28,46 @@ from pecobook.settings.values import dump
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """One run of a command, and the jobs that must be finished before it."""
+    """One run of a command, and the jobs that must be finished before it starts."""
 
     command: str
-    """A training command, whose length is in steps, or analyze."""
+    """A training command, whose length is given in steps, or analyze."""
     config: Any
-    """Its settings; `out` says where."""
+    """Settings of the command; `out` is the folder of the run."""
     needs: tuple[str, ...] = ()
+    """Names of the jobs that must be finished before."""
     work: float = 1.0
-    """How long it takes beside other jobs; only used to say how long is left."""
+    """Duration relative to the other jobs; only the estimate of the remaining time uses it."""
 
     @property
     def out(self) -> Path:
-        """Folder that it writes."""
+        """The folder that the job writes."""
         return Path(self.config.out)
 
     @property
     def finished(self) -> bool:
-        """Whether all of it is there: its last file is."""
+        """Whether the file that the command writes last exists."""
         return (self.out / ("report.html" if self.command == "analyze" else "export/config.json")).exists()
 
     @property
-    def share(self) -> float:
-        """How much of it is done, in [0, 1]."""
+    def fraction_done(self) -> float:
+        """The part of the job that is done, in [0, 1]."""
         if self.finished:
             return 1.0
-        return 0.0 if self.command == "analyze" else last_step(self.out) / int(self.config.max_steps)
+        return 0.0 if self.command == "analyze" else _last_step(self.out) / int(self.config.max_steps)
 
 
 @dataclasses.dataclass(frozen=True)
 class GpuSlot:
-    """What one run may compute on."""
+    """The cores and GPUs of one run."""
 
     cores: tuple[int, ...]
     gpus: tuple[str, ...] = ()
-    """As CUDA_VISIBLE_DEVICES names them; none where there are none."""
+    """Names as in CUDA_VISIBLE_DEVICES; empty on a machine without GPUs."""
 
     @property
     def environment(self) -> dict[str, str]:
-        """Variables that keep a run to its place."""
+        """Environment variables that confine a run to the slot."""
         if self.gpus:
             return {"CUDA_VISIBLE_DEVICES": ",".join(self.gpus)}
         threads = str(len(self.cores))
@@ -74,45 +75,49 @@ class GpuSlot:
 
 
 def gpu_slots(gpus_per_run: int = 1) -> list[GpuSlot]:
-    """The machine shared out: a place for so many GPUs each, all of them in one where it has fewer; without GPUs for
-    every four cores, at least two where there are two cores.
+    """Divide the machine into slots that have `gpus_per_run` GPUs each.
 
-    All places have equally many cores; where they outnumber cores, each may use all.
+    A machine with fewer GPUs is one slot with all of them. A machine without GPUs has one slot per four cores, and at
+    least two slots if it has two cores. All slots have equally many cores; if there are more slots than cores, each
+    slot may use all cores.
     """
     from pecobook.utils import devices
 
     cores, gpus = devices.cores(), devices.gpus()
-    each = min(gpus_per_run, len(gpus))
-    count = len(gpus) // each if gpus else max(min(2, len(cores)), len(cores) // 4)
-    share = len(cores) // count
+    num_gpus = min(gpus_per_run, len(gpus))
+    num_slots = len(gpus) // num_gpus if gpus else max(min(2, len(cores)), len(cores) // 4)
+    num_cores = len(cores) // num_slots
     return [
-        GpuSlot(cores[i * share : (i + 1) * share] if share else cores, gpus[i * each : (i + 1) * each])
-        for i in range(count)
+        GpuSlot(
+            cores[slot * num_cores : (slot + 1) * num_cores] if num_cores else cores,
+            gpus[slot * num_gpus : (slot + 1) * num_gpus],
+        )
+        for slot in range(num_slots)
     ]
 
 
 @contextlib.contextmanager
-def _ended_by_signals() -> Iterator[None]:
-    """Within, SIGTERM and SIGHUP end the process as Ctrl-C does, with what must be done at its end."""
-    if threading.current_thread() is not threading.main_thread():  # only there Python hears signals
+def _exit_on_signals() -> Iterator[None]:
+    """In this context SIGTERM and SIGHUP raise SystemExit, so that `finally` blocks run as after Ctrl-C."""
+    if threading.current_thread() is not threading.main_thread():  # Python handles signals in the main thread only
         yield
         return
 
-    def end(number: int, _frame: object) -> None:
+    def exit_process(number: int, _frame: object) -> None:
         raise SystemExit(128 + number)
 
-    before = {number: signal.signal(number, end) for number in (signal.SIGTERM, signal.SIGHUP)}
+    handlers = {number: signal.signal(number, exit_process) for number in (signal.SIGTERM, signal.SIGHUP)}
     try:
         yield
     finally:
-        for number, handler in before.items():
+        for number, handler in handlers.items():
             signal.signal(number, handler)
 
 
-@_ended_by_signals()
+@_exit_on_signals()
 def run_all(jobs: Mapping[str, Job], out: Path, gpus_per_run: int = 1) -> dict[str, float]:
-    """Run every job that is not finished; returns the seconds of each. Raises PecobookError when one fails."""
-    free = gpu_slots(gpus_per_run)
+    """Run all unfinished jobs, and return the seconds of every job. Raises PecobookError when a job fails."""
+    free_slots = gpu_slots(gpus_per_run)
     logs = out / "logs"
     logs.mkdir(exist_ok=True)
     waiting = {name: job for name, job in jobs.items() if not job.finished}
@@ -121,13 +126,13 @@ def run_all(jobs: Mapping[str, Job], out: Path, gpus_per_run: int = 1) -> dict[s
     try:
         while waiting or running:
             for name in [name for name, run in running.items() if run.process.poll() is not None]:
-                ended = running.pop(name)
-                ended.finish(name, logs)
-                free.append(ended.slot)
+                run = running.pop(name)
+                run.finish(name, logs)
+                free_slots.append(run.slot)
             for name, job in list(waiting.items()):
                 ready = all(jobs[need].finished for need in job.needs)
-                if ready and free:
-                    running[name] = _Running(name, waiting.pop(name), out, free.pop(0))
+                if ready and free_slots:
+                    running[name] = _Running(name, waiting.pop(name), out, free_slots.pop(0))
             progress.show()
             time.sleep(0.2)
     finally:
@@ -136,47 +141,46 @@ def run_all(jobs: Mapping[str, Job], out: Path, gpus_per_run: int = 1) -> dict[s
         for run in running.values():
             run.process.wait()
         progress.close()
-    return {name: _seconds(job) for name, job in jobs.items()}
+    return {name: job_seconds(job) for name, job in jobs.items()}
 
 
 class _Running:
-    """A run that is going."""
+    """A running process of a job."""
 
     def __init__(self, name: str, job: Job, out: Path, slot: GpuSlot) -> None:
         self.slot = slot
         (out / "settings").mkdir(exist_ok=True)
-        settings = out / "settings" / f"{name}.json"
-        dump(job.config, settings)
-        command = [sys.executable, "-m", "pecobook", job.command, "--config", str(settings)]
+        settings_file = out / "settings" / f"{name}.json"
+        dump(job.config, settings_file)
+        command = [sys.executable, "-m", "pecobook", job.command, "--config", str(settings_file)]
         if job.command == "analyze":
-            shutil.rmtree(job.out, ignore_errors=True)  # what an interrupted one left
+            shutil.rmtree(job.out, ignore_errors=True)  # the files of an interrupted analysis
         elif (job.out / "config.json").exists():
             command.append("--resume")
         self.log: TextIO = (out / "logs" / f"{name}.log").open("a")
         environment = {**os.environ, **slot.environment}
         self.process = subprocess.Popen(command, stdout=self.log, stderr=subprocess.STDOUT, env=environment)
-        if hasattr(os, "sched_setaffinity"):  # its threads and data-loading processes will keep to them, too
+        if hasattr(os, "sched_setaffinity"):  # threads and data-loading processes inherit the cores
             with contextlib.suppress(ProcessLookupError):
                 os.sched_setaffinity(self.process.pid, slot.cores)
 
     def finish(self, name: str, logs: Path) -> None:
-        """Raise PecobookError unless the run ended well."""
+        """Close the log. Raises PecobookError when the run failed."""
         self.log.close()
         if self.process.returncode:
-            last = [line for line in (logs / f"{name}.log").read_text().splitlines() if line.strip()][-3:]
-            raise PecobookError(
-                f"The run '{name}' failed; all it said stands in {logs / name}.log:\n" + "\n".join(last)
-            )
+            log = logs / f"{name}.log"
+            last_lines = [line for line in log.read_text().splitlines() if line.strip()][-3:]
+            raise PecobookError(f"The run '{name}' failed; the whole output is in {log}:\n" + "\n".join(last_lines))
 
 
 class _Progress:
-    """One line for all jobs: what runs, how far, how long still."""
+    """One line on all jobs: which jobs run, how much of each is done, how much time is left."""
 
     def __init__(self, jobs: Mapping[str, Job]) -> None:
-        self.jobs, self.began, self.printed = jobs, time.monotonic(), -100.0
+        self.jobs, self.start, self.last_time = jobs, time.monotonic(), -100.0
         self.total = sum(job.work for job in jobs.values())
-        self.before = self._done()
-        self.told: tuple[float, list[str]] | None = None
+        self.done_at_start = self._done()
+        self.last_state: tuple[float, list[str]] | None = None
         self.status: Any = None
         if sys.stderr.isatty():
             from rich.console import Console
@@ -185,33 +189,34 @@ class _Progress:
             self.status.start()
 
     def show(self) -> None:
-        """Show the progress; at most every ten seconds where there is no terminal."""
+        """Show the progress; without a terminal print a line at most every ten seconds."""
         now = time.monotonic()
-        if now - self.printed < (0.5 if self.status is not None else 10):
+        if now - self.last_time < (0.5 if self.status is not None else 10):
             return
-        self.printed = now
+        self.last_time = now
         done = self._done()
-        going = [f"{name} {100 * part:.0f}%" for name, job in self.jobs.items() if 0 < (part := job.share) < 1]
-        speed = (done - self.before) / max(now - self.began, 1e-9)
-        left = f", {compact_duration((self.total - done) / speed)} left" if done > self.before else ""
-        line = f"{100 * done / self.total:3.0f}%{left}: " + ("; ".join(going) or "starting")
+        fractions = {name: job.fraction_done for name, job in self.jobs.items()}
+        running = [f"{name} {100 * fraction:.0f}%" for name, fraction in fractions.items() if 0 < fraction < 1]
+        speed = (done - self.done_at_start) / max(now - self.start, 1e-9)
+        left = f", {compact_duration((self.total - done) / speed)} left" if done > self.done_at_start else ""
+        line = f"{100 * done / self.total:3.0f}%{left}: " + ("; ".join(running) or "starting")
         if self.status is not None:
             self.status.update(line)
-        elif (done, going) != self.told:  # a log of hours wants no line that says nothing new
+        elif (done, running) != self.last_state:  # without this, the log of a long run would repeat equal lines
             say(line)
-        self.told = (done, going)
+        self.last_state = (done, running)
 
     def close(self) -> None:
-        """Leave the line."""
+        """Stop the display."""
         if self.status is not None:
             self.status.stop()
 
     def _done(self) -> float:
-        return sum(job.work * job.share for job in self.jobs.values())
+        return sum(job.work * job.fraction_done for job in self.jobs.values())
 
 
-def last_step(run: Path) -> int:
-    """Last logged step of a run, 0 before the first."""
+def _last_step(run: Path) -> int:
+    """Return the last logged step of a run; 0 when nothing has been logged."""
     try:
         lines = (run / "metrics.jsonl").read_text().splitlines()
         return int(json.loads(lines[-1])["step"]) if lines else 0
@@ -219,30 +224,32 @@ def last_step(run: Path) -> int:
         return 0
 
 
-def _seconds(job: Job) -> float:
-    """What a job took, from its start to its end by the times of its files; of one that was resumed, what its logged
-    steps took, since the time in which nothing ran is no cost.
+def job_seconds(job: Job) -> float:
+    """Return the seconds that a finished job took, from its start to its end by the times of its files.
+
+    For a resumed job it is the time of the logged steps, so that the time between interruption and resumption does not
+    count.
     """
     if job.command == "analyze":
         return float(json.loads((job.out / "analysis.json").read_text())["seconds"])
-    first, last, end = (
+    start, last_start, end = (
         (job.out / name).stat().st_mtime for name in ("config.json", "environment.json", "export/config.json")
     )
-    return _logged_seconds(job.out) if last - first > 60 else max(end - first, 0.0)
+    return _logged_seconds(job.out) if last_start - start > 60 else max(end - start, 0.0)
 
 
 def _logged_seconds(run: Path) -> float:
     from pecobook.analysis.charts import read_metrics
 
     batch_size = json.loads((run / "config.json").read_text())["batch_size"]
-    total, before = 0.0, 0
+    seconds, last_step = 0.0, 0
     for line in read_metrics(run / "metrics.jsonl"):
         if line.get("images_per_second"):
-            total += (line["step"] - before) * batch_size / line["images_per_second"]
-            before = line["step"]
-    return total
+            seconds += (line["step"] - last_step) * batch_size / line["images_per_second"]
+            last_step = line["step"]
+    return seconds
 
 
 def say(text: str) -> None:
-    """Tell the user."""
+    """Print a line on standard error."""
     print(text, file=sys.stderr, flush=True)

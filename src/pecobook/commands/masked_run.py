@@ -1,4 +1,4 @@
-"""A finished pre-training run as something that looks at images: its masked model, its tokenizer, its settings."""
+"""A finished pre-training run, loaded: the masked image model, the tokenizer and the settings."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ from pecobook.stages.pretrain import encode_views, masked_model
 
 
 class MaskedRun(nn.Module):
-    """The model and the tokenizer of a run on codes, both on images float (B, 3, S, S) in [0, 1].
+    """The masked image model and the tokenizer of a run with --target tokens.
 
-    It is a masked model, `run(images, mask)`, and a tokenizer, `run.encode(images)`: it normalises for the one and
-    resizes for the other.
+    `run(images, mask)` predicts codes and `run.encode(images)` computes them. Both take images float (B, 3, S, S) in
+    [0, 1]: the images are normalised for the model and resized for the tokenizer here.
     """
 
     def __init__(self, model: MaskedImageModel | VisibleOnlyModel, tokenizer: Any, config: PretrainConfig) -> None:
@@ -38,7 +38,7 @@ class MaskedRun(nn.Module):
 
     @property
     def codebook(self) -> Tensor:
-        """Float (K, D)."""
+        """The codewords, float (K, D)."""
         return self.tokenizer.codebook  # type: ignore[no-any-return]
 
     @property
@@ -52,44 +52,44 @@ class MaskedRun(nn.Module):
         return self.model.grid
 
     def encode(self, images: Tensor) -> Tensor:
-        """The codes that the model was trained to predict, int64 (B, h, w)."""
+        """Return the codes that the model was trained to predict, int64 (B, h, w)."""
         return encode_views(self.tokenizer, images, self.config.tokenizer_size)
 
     def decode(self, codes: Tensor) -> Tensor:
-        """Images float (B, 3, H, W) in [0, 1] of codes (B, h, w), at the tokenizer's size."""
+        """Decode codes (B, h, w) to images float (B, 3, H, W) in [0, 1] of the tokenizer's size."""
         return self.tokenizer.decode(codes)  # type: ignore[no-any-return]
 
     def forward(self, images: Tensor, mask: Tensor) -> Tensor:
-        """Logits (M, K) of the M masked patches, mask bool (B, h, w)."""
+        """Return the logits (M, K) of the M masked patches; the mask is bool (B, h, w)."""
         return self.model((images - self.mean) / self.std, mask)  # type: ignore[no-any-return]
 
     @torch.inference_mode()
     def score(self, images: Tensor, mask: Tensor, batch_size: int = 64) -> tuple[float, float]:
-        """Percent of masked codes predicted rightly, and perplexity: the exponential of the mean cross-entropy."""
-        total, right, count = torch.zeros((), dtype=torch.float64), 0, 0
-        for part, hidden in zip(torch.split(images, batch_size), torch.split(mask, batch_size), strict=True):
-            x, where = part.to(self.mean.device), hidden.to(self.mean.device)
-            logits, targets = self(x, where).float(), self.encode(x)[where]
-            total += F.cross_entropy(logits, targets, reduction="sum").cpu()
-            right += int((logits.argmax(1) == targets).sum())
-            count += len(targets)
-        return 100 * right / count, float((total / count).exp())
+        """Return accuracy on masked codes, percent, and perplexity (the exponential of the mean cross-entropy)."""
+        loss_sum, num_correct, num_masked = torch.zeros((), dtype=torch.float64), 0, 0
+        for image_batch, mask_batch in zip(torch.split(images, batch_size), torch.split(mask, batch_size), strict=True):
+            x, masked = image_batch.to(self.mean.device), mask_batch.to(self.mean.device)
+            logits, targets = self(x, masked).float(), self.encode(x)[masked]
+            loss_sum += F.cross_entropy(logits, targets, reduction="sum").cpu()
+            num_correct += int((logits.argmax(1) == targets).sum())
+            num_masked += len(targets)
+        return 100 * num_correct / num_masked, float((loss_sum / num_masked).exp())
 
 
 def is_masked_run(source: str | Path) -> bool:
-    """Whether this is a finished run of `pretrain`."""
-    return (Path(source) / "export" / "mim.safetensors").is_file() or (Path(source) / "mim.safetensors").is_file()
+    """Whether `source` is a finished run of `pretrain`, or its export folder."""
+    return any((folder / "mim.safetensors").is_file() for folder in (Path(source) / "export", Path(source)))
 
 
 def load_masked_run(run: str | Path) -> MaskedRun:
-    """A finished run, in evaluation mode, on the CPU.
+    """Load a finished run in evaluation mode on the CPU.
 
     Raises:
-        WeightsError: it is no finished run of `pretrain`, or its targets are pixels.
+        WeightsError: the folder is not a finished run of `pretrain`, or the targets of the run are pixels.
     """
     folder = export_folder(run)
     if not (folder / "mim.safetensors").is_file():
-        raise WeightsError(f"'{run}' is no run of pecobook pretrain: there is no mim.safetensors beside its weights.")
+        raise WeightsError(f"'{run}' is not a run of pecobook pretrain: its export has no mim.safetensors.")
     config: PretrainConfig = load(PretrainConfig(), folder.parent / "config.json")
     if config.target != "tokens":
         raise WeightsError(f"'{run}' predicts pixels, not codes: give a run with --target tokens.")
@@ -98,5 +98,6 @@ def load_masked_run(run: str | Path) -> MaskedRun:
     model = masked_model(config, backbone, len(head["head.weight"]))
     missing = [name for name in model.load_state_dict(head, strict=False).missing_keys if "backbone." not in name]
     if missing:
-        raise WeightsError(f"'{folder / 'mim.safetensors'}' lacks {', '.join(missing[:5])}: it is of another model.")
+        names = ", ".join(missing[:5])
+        raise WeightsError(f"'{folder / 'mim.safetensors'}' does not fit the run's model: it lacks {names}.")
     return MaskedRun(model, load_tokenizer(config.tokenizer), config).eval().requires_grad_(False)

@@ -1,10 +1,12 @@
-"""`pecobook tokenize`: the tokens of V views of every image, written to a token bank that `pretrain --tokens` replays.
+"""`pecobook tokenize` writes the tokens of V views of every image to a token bank, which `pretrain --tokens` replays.
 
-Each process takes whole shards, so any number of them writes at once, and one that was killed loses at most a shard.
+Each process writes whole shards, so any number of processes can write at once, and a killed process loses at most
+one shard.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import time
 from collections.abc import Iterator
@@ -16,64 +18,67 @@ from pecobook.errors import ConfigError, DataError, Preflight, RunFolderError
 from pecobook.settings.tokenize import TokenizeConfig
 
 if TYPE_CHECKING:
-    from pecobook.data.source import ImageSource, Splits
+    from pecobook.data.decode import BadImage
+    from pecobook.data.source import Splits
     from pecobook.data.tokens import BankLayout
     from pecobook.utils.output_folder import OutputFolder
 
 
 def tokenize(config: TokenizeConfig) -> Path:
-    """Write a token bank; returns its folder.
+    """Write a token bank and return its folder.
 
     Raises:
-        PreflightError: problems found before anything was written, all of them.
-        PecobookError: what went wrong later.
+        PreflightError: all problems that were found before anything was written.
+        PecobookError: a problem that occurred later.
     """
-    from pecobook.data.tokens import layouts, missing_shards
+    from pecobook.data.tokens import bank_layouts, missing_shards
     from pecobook.engine import launch
-    from pecobook.models.tokenizers import load_tokenizer
 
-    splits, described = _preflight(config)
-    out, held = Path(config.out), None
+    splits, tokenizer, bank_config = _preflight(config)
+    out, folder = Path(config.out), None
     if launch.is_leader():
-        held = _folder(config).begin(partial(_write_first, described))
+        folder = _folder(config).begin(partial(_write_config, bank_config))
     try:
-        fabric = launch.start(config)  # type: ignore[arg-type]  # it reads devices, nodes and precision alone
-        fabric.barrier()  # the folder is there
-        layout = layouts(described)
-        todo = fabric.broadcast(sorted(map(str, missing_shards(out, layout))))
-        mine = [Path(file) for file in todo][fabric.global_rank :: fabric.world_size]
-        tokenizer = load_tokenizer(config.tokenizer).to(fabric.device)
-        _write(config, splits, tokenizer, fabric, layout, mine)
+        config = dataclasses.replace(config, precision=bank_config["precision"])
+        fabric = launch.start(config)  # type: ignore[arg-type]  # start reads devices, nodes and precision alone
+        fabric.barrier()  # the folder exists now
+        layout = bank_layouts(bank_config)
+        missing = fabric.broadcast(sorted(map(str, missing_shards(out, layout))))
+        files = [Path(file) for file in missing][fabric.global_rank :: fabric.world_size]
+        _write(config, splits, tokenizer.to(fabric.device), fabric, layout, files)
         fabric.barrier()
         if launch.is_leader():
             _finish(out, layout)
     finally:
-        if held is not None:
-            held.release()
+        if folder is not None:
+            folder.release()
     return out
 
 
-def _preflight(config: TokenizeConfig) -> tuple[Splits, dict[str, Any]]:
-    """Check everything before anything is written; returns the images and the bank's config."""
+def _preflight(config: TokenizeConfig) -> tuple[Splits, Any, dict[str, Any]]:
+    """Check everything before anything is written; return the images, the tokenizer and the config of the bank."""
     from pecobook.data.images import open_readable
+    from pecobook.data.named_views import NamedViews
     from pecobook.engine import launch
-    from pecobook.stages.pretrain import view_settings
+    from pecobook.models.tokenizers import fingerprint
 
-    found = Preflight()
+    preflight = Preflight()
     if launch.is_leader():
-        found.check(_folder(config).check)
-    splits = found.check(lambda: open_readable(config.data))
-    tokenizer = found.check(lambda: _describe_tokenizer(config))
-    precision = found.check(lambda: launch.resolve_precision(config))  # type: ignore[arg-type]
-    found.finish()
+        preflight.check(_folder(config).check)
+    splits = preflight.check(lambda: open_readable(config.data))
+    tokenizer = preflight.check(lambda: _open_tokenizer(config))
+    precision = preflight.check(lambda: launch.resolve_precision(config))  # type: ignore[arg-type]
+    preflight.finish()
     assert splits is not None
     assert tokenizer is not None
-    described = {
+    views = NamedViews.of(config)
+    bank_config = {
         "kind": "token bank",
-        **tokenizer,
+        "tokenizer": fingerprint(tokenizer),
+        "grid": [views.tokenizer_size // tokenizer.stride] * 2,
         "data": splits.train.fingerprint,
         "evaluation_data": splits.evaluation.fingerprint,
-        **view_settings(config),
+        **views.settings(),
         "views": config.views,
         "num_images": len(splits.train),
         "num_evaluation_images": len(splits.evaluation),
@@ -81,33 +86,33 @@ def _preflight(config: TokenizeConfig) -> tuple[Splits, dict[str, Any]]:
         "precision": precision,
     }
     if config.resume:
-        _check_resume(Path(config.out), described)
-    return splits, described
+        _check_resume(Path(config.out), bank_config)
+    return splits, tokenizer, bank_config
 
 
-def _describe_tokenizer(config: TokenizeConfig) -> dict[str, Any]:
-    from pecobook.data.tokens import MOST_CODEWORDS
-    from pecobook.models.tokenizers import fingerprint, load_tokenizer
+def _open_tokenizer(config: TokenizeConfig) -> Any:
+    from pecobook.data.tokens import MAX_CODEWORDS
+    from pecobook.models.tokenizers import load_tokenizer
 
     if not config.tokenizer:
         raise ConfigError("--tokenizer is missing: give the folder of a codebook run.")
     tokenizer = load_tokenizer(config.tokenizer)
-    if tokenizer.num_codewords > MOST_CODEWORDS:
-        raise ConfigError(f"A bank holds tokens of at most {MOST_CODEWORDS} codewords, not {tokenizer.num_codewords}.")
-    side, stride = config.tokenizer_size or config.image_size, tokenizer.stride
-    if side % stride:
-        near = max(round(side / stride), 1) * stride
-        raise ConfigError(f"The tokenizer reads multiples of {stride} pixels, not {side}: give --image-size {near}.")
-    return {"tokenizer": fingerprint(tokenizer), "grid": [side // stride, side // stride]}
+    if tokenizer.num_codewords > MAX_CODEWORDS:
+        raise ConfigError(f"A bank holds tokens of at most {MAX_CODEWORDS} codewords, not {tokenizer.num_codewords}.")
+    size, stride = config.tokenizer_size or config.image_size, tokenizer.stride
+    if size % stride:
+        nearest = max(round(size / stride), 1) * stride
+        raise ConfigError(f"The tokenizer reads multiples of {stride} pixels, not {size}: give --image-size {nearest}.")
+    return tokenizer
 
 
-def _check_resume(out: Path, described: dict[str, Any]) -> None:
+def _check_resume(out: Path, bank_config: dict[str, Any]) -> None:
     from pecobook.data.tokens import bank_differences, read_bank_config
 
-    changed = bank_differences(read_bank_config(out), described)
+    changed = bank_differences(read_bank_config(out), bank_config)
     if changed:
         raise RunFolderError(
-            f"--resume: the token bank '{out}' was begun otherwise: {'; '.join(changed)}.\n"
+            f"--resume: the token bank '{out}' was begun with other settings: {'; '.join(changed)}.\n"
             "Give the same data, tokenizer and settings, or name another --out."
         )
 
@@ -119,7 +124,7 @@ def _folder(config: TokenizeConfig) -> OutputFolder:
         config.out,
         example="banks/first",
         kind="a token bank",
-        mark="config.json",
+        marker="config.json",
         is_own=_is_bank,
         resume=config.resume,
         overwrite=config.overwrite,
@@ -129,63 +134,55 @@ def _folder(config: TokenizeConfig) -> OutputFolder:
 def _is_bank(out: Path) -> bool:
     from pecobook.data.tokens import read_bank_config
 
-    try:  # many a folder holds a config.json, a training run among them
+    try:  # other folders contain a config.json too, training runs for example
         return bool(read_bank_config(out))
     except DataError:
         return False
 
 
-def _write_first(described: dict[str, Any], out: Path) -> None:
+def _write_config(bank_config: dict[str, Any], out: Path) -> None:
     from pecobook.utils.files import write_atomically
 
-    write_atomically(out / "config.json", (json.dumps(described, indent=2) + "\n").encode())
+    write_atomically(out / "config.json", (json.dumps(bank_config, indent=2) + "\n").encode())
 
 
 # ----------------------------------------------------------------------------------------------- reading and writing
 
 
-class _Views:
-    """All views of an image, for a DataLoader: (split, number) to uint8 (V, 3, S, S) and colour draws (V, 9)."""
+class _AllViews:
+    """All views of an image for a DataLoader: maps (split, image) to the samples of the stream, or to the error."""
 
     def __init__(self, config: TokenizeConfig, splits: Splits) -> None:
-        self.config, self.splits = config, splits
+        from pecobook.data.named_views import NamedViews
+        from pecobook.data.stream import Stream
 
-    def __getitem__(self, item: tuple[str, int]) -> dict[str, Any]:
-        import torch
+        views = NamedViews.of(config)
+        self.streams = {
+            "train": (Stream(splits.train, views.train, views.seed), config.views),
+            "evaluation": (Stream(splits.evaluation, views.evaluation, 0), 1),
+        }
 
+    def __getitem__(self, item: tuple[str, int]) -> list[dict[str, Any]] | BadImage:
         from pecobook.data.decode import BadImage
-        from pecobook.data.sampler import key
-        from pecobook.data.views import center_crop, colour_draws, random_crop
 
         split, index = item
-        source: ImageSource = self.splits.train if split == "train" else self.splits.evaluation
-        size = self.config.image_size
+        stream, num_views = self.streams[split]
         try:
-            image = source.read(index)
-        except BadImage as error:  # pre-training skips it too
-            return {"skipped": error}
-        if split == "evaluation":
-            return {"image": center_crop(image, size)[None], "colour": None}
-        keys = [key(self.config.seed, index, view) for view in range(self.config.views)]
-        crops = [random_crop(image, size, k, min_area=self.config.min_crop) for k in keys]
-        return {"image": torch.stack(crops), "colour": torch.stack([colour_draws(k) for k in keys])}
+            return stream.views(index, range(num_views))
+        except BadImage as error:  # pre-training skips the image too
+            return error
 
 
-def _collate(samples: list[dict[str, Any]]) -> dict[str, Any]:
-    """One tensor of images uint8 (n V, 3, S, S), one of draws (n V, 9), and by its place each image that has none.
+def _collate(samples: list[list[dict[str, Any]] | BadImage]) -> dict[str, Any]:
+    """Returns the batch of all views, and under "unread" the error of each unreadable image by its place.
 
-    Stacked by the worker: every tensor on its way to the trainer holds a file open.
+    The worker stacks the views because every tensor on its way to the main process keeps a file open.
     """
-    import torch
+    from pecobook.data.stream import collate
 
-    good = [sample for sample in samples if "skipped" not in sample]
-    drawn = [sample["colour"] for sample in good if sample["colour"] is not None]
-    return {
-        "count": len(samples),
-        "image": torch.cat([sample["image"] for sample in good]) if good else None,
-        "colour": torch.cat(drawn) if drawn else None,
-        "skipped": {place: sample["skipped"] for place, sample in enumerate(samples) if "skipped" in sample},
-    }
+    views = [view for sample in samples if isinstance(sample, list) for view in sample]
+    unread = {place: sample for place, sample in enumerate(samples) if not isinstance(sample, list)}
+    return {"count": len(samples), "unread": unread, **(collate(views) if views else {})}
 
 
 def _write(
@@ -196,30 +193,30 @@ def _write(
     layout: dict[str, BankLayout],
     files: list[Path],
 ) -> None:
-    """Write these shards."""
+    """Encode and write the shards `files`."""
     import numpy as np
 
     from pecobook.data.tokens import write_shard
     from pecobook.engine.log import Progress
 
     shards = [(layout[file.parent.name], int(file.stem.rpartition("-")[2]), file) for file in files]
-    total = sum(len(own.images_of(shard)) for own, shard, _ in shards)
+    total = sum(len(split.images_of(shard)) for split, shard, _ in shards)
     progress = Progress(total=total, start=0, name="tokenize", quiet=fabric.global_rank > 0)
-    items = [(own.split, i) for own, shard, _ in shards for i in own.images_of(shard)]
-    read = _read(config, splits, items, pin=fabric.device.type == "cuda")
-    done, began = 0, time.monotonic()
-    pending: list[Any] = []  # codes (V, h, w) of the images read and not yet written, and why one has none
+    items = [(split.split, i) for split, shard, _ in shards for i in split.images_of(shard)]
+    batches = _read(config, splits, items, pin=fabric.device.type == "cuda")
+    done, start = 0, time.monotonic()
+    pending: list[Any] = []  # (codes (V, h, w), error or None) of the images that were read and not yet written
     try:
-        for own, shard, file in shards:
-            count = len(own.images_of(shard))
+        for split, shard, file in shards:
+            count = len(split.images_of(shard))
             while len(pending) < count:
-                batch = next(read)
-                pending += _encode(config, tokenizer, fabric, batch, own)
+                batch = next(batches)
+                pending += _encode(config, tokenizer, fabric, batch, split)
                 done += batch["count"]
-                speed = done / max(time.monotonic() - began, 1e-9)
+                speed = done / max(time.monotonic() - start, 1e-9)
                 progress.show(min(done, total), {"images_per_second": speed})
-            part = zip(own.images_of(shard), pending[:count], strict=True)
-            skipped = {number: error for number, (_, error) in part if error is not None}
+            images = zip(split.images_of(shard), pending[:count], strict=True)
+            skipped = {number: error for number, (_, error) in images if error is not None}
             write_shard(file, np.stack([codes for codes, _ in pending[:count]]), skipped)
             pending = pending[count:]
     finally:
@@ -227,22 +224,22 @@ def _write(
 
 
 def _read(config: TokenizeConfig, splits: Splits, items: list[tuple[str, int]], *, pin: bool) -> Iterator[Any]:
-    """Batches, in order; none crosses from one split to the other."""
+    """Returns the batches in order; no batch contains images of both splits."""
     from torch.utils.data import DataLoader
 
     from pecobook.data.stream import default_workers, new_process_group
     from pecobook.engine.launch import device_count
 
-    size = max(config.batch_size // config.views, 1)
+    images_per_batch = max(config.batch_size // config.views, 1)
     batches: list[list[tuple[str, int]]] = []
     for item in items:
-        if not batches or len(batches[-1]) == size or batches[-1][0][0] != item[0]:
+        if not batches or len(batches[-1]) == images_per_batch or batches[-1][0][0] != item[0]:
             batches.append([])
         batches[-1].append(item)
     workers = default_workers(device_count(config)) if config.workers < 0 else config.workers  # type: ignore[arg-type]
     if not batches:
         return iter(())
-    views: Any = _Views(config, splits)
+    views: Any = _AllViews(config, splits)
     loader = DataLoader(
         views,
         batch_sampler=batches,
@@ -257,33 +254,36 @@ def _read(config: TokenizeConfig, splits: Splits, items: list[tuple[str, int]], 
 def _encode(
     config: TokenizeConfig, tokenizer: Any, fabric: Any, batch: dict[str, Any], layout: BankLayout
 ) -> list[tuple[Any, Any]]:
-    """Codes uint16 (V, h, w) of each image and None; of one that could not be read, zeros and the BadImage."""
+    """Returns (codes uint16 (V, h, w), None) of each image, and (zeros, BadImage) of an unreadable image."""
     import numpy as np
     import torch
 
-    from pecobook.stages.pretrain import coloured, encode_views
+    from pecobook.data.batch import Batch
+    from pecobook.data.named_views import NamedViews
+    from pecobook.data.stream import to_device
+    from pecobook.stages.pretrain import encode_views
 
-    skipped = batch["skipped"]
+    unread = batch["unread"]
     codes = iter(())
-    if batch["image"] is not None:
-        images = batch["image"].to(fabric.device, non_blocking=True)
-        draws = None if batch["colour"] is None else batch["colour"].to(fabric.device, non_blocking=True)
+    if "image" in batch:
+        views = to_device(Batch(image=batch["image"], colour=batch["colour"]), fabric.device)
         with torch.inference_mode(), fabric.autocast():
-            found = encode_views(tokenizer, coloured(images, draws, config.colour), config.tokenizer_size)
-        codes = iter(found.cpu().numpy().astype(np.uint16).reshape(-1, layout.num_views, *layout.grid))
+            pixels = NamedViews.of(config).pixels(views, training=layout.split == "train")
+            indices = encode_views(tokenizer, pixels, config.tokenizer_size)
+        codes = iter(indices.cpu().numpy().astype(np.uint16).reshape(-1, layout.num_views, *layout.grid))
     zeros = np.zeros((layout.num_views, *layout.grid), dtype=np.uint16)
-    return [(zeros, skipped[i]) if i in skipped else (next(codes), None) for i in range(batch["count"])]
+    return [(zeros, unread[i]) if i in unread else (next(codes), None) for i in range(batch["count"])]
 
 
 def _finish(out: Path, layout: dict[str, BankLayout]) -> None:
-    """List what could not be read, by all processes and before a resume too, and say what to do next."""
+    """List the images that no process could read, those before a resume included, and print the next command."""
     import sys
 
     from pecobook.data.tokens import read_skipped
     from pecobook.utils.files import write_atomically
 
-    skipped = [str(error) for own in layout.values() for _, error in sorted(read_skipped(out, own).items())]
-    (out / "skipped.txt").unlink(missing_ok=True)  # of before a resume, which may have read them
+    skipped = [str(error) for split in layout.values() for _, error in sorted(read_skipped(out, split).items())]
+    (out / "skipped.txt").unlink(missing_ok=True)  # a list from before a resume, which may have read these images
     if skipped:
         write_atomically(out / "skipped.txt", ("\n".join(skipped) + "\n").encode())
         print(f"{len(skipped)} images could not be read; {out / 'skipped.txt'} lists them.", file=sys.stderr)

@@ -1,6 +1,7 @@
-"""timm's augmentations of classification, as pure functions of a key.
+"""timm's augmentations for classification, as pure functions of a key.
 
-They draw from Python's and NumPy's global generators, which are seeded before and put back after.
+timm draws from the global generators of Python and NumPy. Each function here seeds both generators before the call and
+restores their states afterwards.
 """
 
 from __future__ import annotations
@@ -20,15 +21,15 @@ from pecobook.errors import ConfigError
 
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """Python's and NumPy's global generators begin at `seed` (64 bits) and are as they were afterwards."""
-    python, numpy = random.getstate(), np.random.get_state()
+    """Seed the global generators of Python and NumPy with `seed` (64 bits), and restore their states on exit."""
+    python_state, numpy_state = random.getstate(), np.random.get_state()
     random.seed(seed)
     np.random.seed(seed % 2**32)
     try:
         yield
     finally:
-        random.setstate(python)
-        np.random.set_state(numpy)
+        random.setstate(python_state)
+        np.random.set_state(numpy_state)
 
 
 @lru_cache(maxsize=4)
@@ -36,24 +37,24 @@ def _rand_augment(policy: str) -> Any:
     from timm.data.auto_augment import rand_augment_transform
 
     try:
-        # What a rotation or shear uncovers is ImageNet's mean colour.
+        # Rotations and shears fill the uncovered area with ImageNet's mean colour.
         return rand_augment_transform(policy, {"translate_const": 100, "img_mean": (124, 116, 104)})
     except (AssertionError, KeyError, ValueError) as error:
         raise ConfigError(
-            f"--rand-augment '{policy}' is not in timm's words, such as rand-m9-mstd0.5-inc1: {error}"
+            f"--rand-augment '{policy}' is not a valid timm policy, such as rand-m9-mstd0.5-inc1: {error}"
         ) from None
 
 
 def check_policy(policy: str) -> None:
-    """Raise ConfigError for a policy of RandAugment that timm does not understand."""
+    """Raise ConfigError if timm cannot parse the RandAugment policy; an empty policy is valid."""
     if policy and not policy.startswith("rand"):
-        raise ConfigError(f"--rand-augment '{policy}' is not in timm's words, such as rand-m9-mstd0.5-inc1.")
+        raise ConfigError(f"--rand-augment '{policy}' is not a valid timm policy, such as rand-m9-mstd0.5-inc1.")
     if policy:
         _rand_augment(policy)
 
 
 def rand_augment(image: Tensor, policy: str, view_key: int) -> Tensor:
-    """RandAugment (arXiv 1909.13719) by timm's policy: uint8 (3, H, W) to the same."""
+    """Apply RandAugment (arXiv 1909.13719) with a timm policy: uint8 (3, H, W) to uint8 (3, H, W)."""
     from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 
     with seeded(view_key):
@@ -61,9 +62,10 @@ def rand_augment(image: Tensor, policy: str, view_key: int) -> Tensor:
 
 
 def random_erasing(images: Tensor, probability: float) -> Tensor:
-    """Fill a rectangle of some normalised images (B, C, H, W) with noise, in place; draws by torch's global generator.
+    """Fill one rectangle with noise in some of the normalised images (B, C, H, W), in place.
 
-    Zhong et al., arXiv 1708.04896, with timm's noise for every pixel.
+    Random erasing is by Zhong et al., arXiv 1708.04896; as in timm's pixel mode, each pixel gets a noise value of its
+    own. torch's global generator gives the seed.
     """
     from timm.data.random_erasing import RandomErasing
 

@@ -1,4 +1,4 @@
-"""What a batch holds: all keys that views, companions, the loader and the loop put into one, and who reads them."""
+"""The contents of a batch: all keys that views, companions, the loader and the loop write, and the keys' readers."""
 
 from __future__ import annotations
 
@@ -8,69 +8,69 @@ from torch import Tensor
 
 
 class Batch(TypedDict, total=False):
-    """Named tensors of B images; a stage finds those that its view makes.
+    """Named tensors of B images; a batch contains the keys that the view of the stage makes.
 
-    Tensors of one shape are stacked. What differs in shape from image to image comes as a list, under a plural. C
-    channels, S side of a square view, h w of a grid of patches or of whatever else differs.
+    Tensors of equal shapes are stacked; tensors whose shapes differ between images form a list, under a plural name.
+    Shapes: C channels, S side of a square view, (h, w) a grid of patches or any other size that differs.
     """
 
     # ------------------------------------------------------------------------------------------------------- pictures
 
     image: Tensor
-    """uint8 (B, C, S, S): codebook, pretrain, finetune, segment in training; contrast compares by it in evaluation."""
+    """uint8 (B, C, S, S): images of codebook, pretrain, finetune, of segment in training, of contrast in evaluation."""
     images: list[Tensor]
-    """uint8 (3, h, w) each: of detect one an image, of segment in evaluation one for each of --test.scales."""
+    """uint8 (3, h, w) each: one per image for detect, one per scale of --test.scales for segment in evaluation."""
     view0: Tensor
-    """uint8 (B, 3, S, S): contrast's first view."""
+    """uint8 (B, 3, S, S): the first view of contrast."""
     view1: Tensor
-    """uint8 (B, 3, S, S): contrast's second view."""
+    """uint8 (B, 3, S, S): the second view of contrast."""
     other: Tensor
     """uint8 (B, 3, S, S): the second view of codebook with --explicit.kind contrastive."""
     colour: Tensor
-    """float32 (B, 9) in [0, 1): draws of `photometric` for `image`, of pretrain and of segment in training."""
+    """float32 (B, 9) in [0, 1): random numbers of `photometric` for `image`, for pretrain and segment in training."""
     colour0: Tensor
-    """float32 (B, 9) in [0, 1): those for `view0`, of contrast."""
+    """float32 (B, 9) in [0, 1): random numbers of `photometric` for `view0`, for contrast."""
     colour1: Tensor
-    """float32 (B, 9) in [0, 1): those for `view1`, of contrast."""
+    """float32 (B, 9) in [0, 1): random numbers of `photometric` for `view1`, for contrast."""
 
     # ------------------------------------------------------------------------------------------------- what is learned
 
     label: Tensor
-    """int64 (B,), the class in [0, classes), where the data has labels: finetune, codebook with --explicit.kind
-    classification, contrast in evaluation."""
+    """int64 (B,): class in [0, classes), if the data has labels, for finetune, codebook with --explicit.kind
+    classification, and contrast in evaluation."""
     mask: Tensor
-    """bool (B, h, w), True where pretrain hides a patch; int16 (B, S, S), segment's classes in training, `IGNORE` where
-    none counts."""
+    """bool (B, h, w): True for a masked patch, for pretrain. int16 (B, S, S): the class of each pixel, `IGNORE` for
+    pixels that do not count, for segment in training."""
     masks: list[Tensor]
-    """uint8 (n, h, w) each, 0 or 1: the n objects of an image, of detect in training where they have masks.
-    int16 (h, w) each: classes of whole images, of segment in evaluation."""
+    """uint8 (n, h, w) each, 0 or 1: masks of the n objects of an image, if there are masks, for detect in training.
+    int16 (h, w) each: the class of each pixel of an uncropped image, for segment in evaluation."""
     codes: Tensor
-    """int64 (B, h, w) in [0, K): of a token bank, for pretrain."""
+    """int64 (B, h, w) in [0, K): codes from a token bank, for pretrain."""
     boxes: list[Tensor]
-    """float32 (n, 4) each, left, top, right, bottom in pixels of the view: detect in training."""
+    """float32 (n, 4) each: left, top, right, bottom in pixels of the view, for detect in training."""
     labels: list[Tensor]
-    """int64 (n,) each, classes of the objects from 1: detect in training."""
+    """int64 (n,) each: classes of the objects, counted from 1, for detect in training."""
     size: Tensor
-    """int64 (B, 2), height and width of the original images: detect in evaluation."""
+    """int64 (B, 2): height and width of the original images, for detect in evaluation."""
 
     # --------------------------------------------------------------------------------------------------- of the loader
 
     index: Tensor
-    """int64 (B,), numbers of the images in their source: what finetune and detect report goes by them."""
+    """int64 (B,): indices of the images in the source, under which finetune and detect report their predictions."""
     replaced: Tensor
-    """bool (B,), whether an image stands in for one that cannot be read: evaluation counts it once."""
+    """bool (B,): whether an image replaces an unreadable image; evaluation counts it only once."""
     skipped: list[str]
-    """What could not be read: the loop and evaluation list it. It stays on the host; stages do not see it."""
+    """Descriptions of unreadable images, which the loop and the evaluation report; stages do not receive this key."""
 
     # ----------------------------------------------------------------------------------------- of loop and evaluation
 
     repeated: Tensor
-    """bool (B,), in evaluation, whether an image was counted already: finetune and segment leave it out."""
+    """bool (B,): whether an image was already counted in the evaluation, so that finetune and segment skip it."""
     ahead: bool
-    """Whether the stage is asked for the keys of these images alone (`engine.ahead`): contrast, codebook."""
+    """Whether the stage only computes the keys of these images (`engine.ahead`), for contrast and codebook."""
     keys: Tensor
-    """float (N, D): codebook's keys of all N images of a step on this rank, the batch's own first."""
+    """float (N, D): keys of all N images of a step on this rank, those of the batch first, for codebook."""
     keys0: Tensor
-    """float (N, D): the same of contrast, of the first view."""
+    """float (N, D): keys of the first views of all N images of a step on this rank, for contrast."""
     keys1: Tensor
-    """float (N, D): the same of contrast, of the second view."""
+    """float (N, D): keys of the second views of all N images of a step on this rank, for contrast."""

@@ -1,7 +1,7 @@
-"""A folder as a source: its images, or else the parquet files or the tar shards that it holds.
+"""Opens a folder as a source: a folder of images, of parquet files or of tar shards.
 
-A million files must start in seconds, so the walk asks nothing of a file but its name, and the names are kept
-as one Arrow column: 60 bytes an image instead of a Python object each, which forked workers share instead of
+A folder of a million files must open in seconds, so `walk` reads only the names of files. The names are stored as one
+Arrow column, which takes 60 bytes per image instead of one Python object, and which forked workers share instead of
 copying.
 """
 
@@ -23,8 +23,7 @@ from pecobook.errors import DataError
 
 _EXTENSIONS = frozenset(extension.encode() for extension in IMAGE_EXTENSIONS)
 _CHUNK = 65_536
-# Exactly these folder names declare a split; the same words in parquet and shard names are read more
-# generously.
+# Only these folder names declare a split; for the names of parquet files and shards, `split_from_name` is less strict.
 _SPLIT_FOLDERS = {"train": "train", "val": "validation", "validation": "validation", "test": "test"}
 
 
@@ -33,20 +32,20 @@ class FileStore:
 
     def __init__(self, root: Path, paths: Any) -> None:
         self.root = root
-        self._paths = paths  # datasets.Dataset with the binary column "path": names need not be UTF-8
+        self._paths = paths  # datasets.Dataset with the binary column "path", because names may not be UTF-8
 
     def __len__(self) -> int:
         return len(self._paths)
 
     def identify(self, row: int) -> str:
-        """The path, as text that can be printed and logged even when its name is no Unicode."""
+        """Return the path as text that can be printed and logged, even if the path is not valid Unicode."""
         return os.fsencode(self._path(row)).decode(errors="replace")
 
     def _path(self, row: int) -> Path:
         return self.root / os.fsdecode(self._paths[row]["path"])
 
     def read(self, row: int) -> Tensor:
-        """The image, uint8 (3, H, W)."""
+        """Read and decode the image of a row: uint8 (3, H, W)."""
         path = self._path(row)
         name = os.fsencode(path).decode(errors="replace")
         try:
@@ -56,7 +55,7 @@ class FileStore:
         return decode(data, name=name)
 
     def digest(self, rows: Integers) -> str:
-        """A hash of the relative paths."""
+        """Return a hash of the relative paths."""
         column = self._paths.data.column("path")
         digest = hashlib.sha256()
         for start in range(0, len(rows), _CHUNK):
@@ -66,12 +65,12 @@ class FileStore:
 
 @dataclass
 class Listing:
-    """What a walk found.
+    """The files below a folder.
 
     Attributes:
-        chunks: relative paths of images, as Arrow data sets of at most `_CHUNK` rows.
-        group_of: for each image, its number in `groups`.
-        groups: the first two folders of a relative path, fewer when the image lies higher.
+        chunks: relative paths of the images, as Arrow data sets of at most `_CHUNK` rows.
+        group_of: for each image, the index of its group in `groups`.
+        groups: the distinct first two folders of the relative paths (fewer for an image at a higher level).
         tables: parquet files.
         shards: tar files.
     """
@@ -84,45 +83,46 @@ class Listing:
 
 
 def folder_parts(source: str, root: Path) -> dict[str, Part]:
-    """The splits of a folder of images, of parquet files or of tar shards, whichever files are most; images win a tie.
+    """Return the splits of a folder of images, parquet files or tar shards.
 
-    Hidden files and folders (a leading dot) are left out, and folders behind symbolic links are not entered.
-    Files come in the order of their names, those of a folder before its subfolders. Labels are given by class
-    folders when every image lies in one and there are at least two; a single folder named "images" is no
-    class.
+    The most frequent of the three kinds of file is used; images win a tie.
 
-    Splits need a top level of `train/` and one of `val/`, `validation/`, `test/`; what lies beside them is
-    then not used. A class of the evaluation split must exist in training.
+    Hidden files and folders (with a leading dot) are ignored, and symbolic links to folders are not followed. Files are
+    ordered by name, the files of a folder before its subfolders. Class folders give labels if every image lies in a
+    class folder and there are at least two classes; a single folder, such as "images", is not a class.
+
+    Splits need a top level with `train/` and one of `val/`, `validation/` and `test/`; other files and folders at the
+    top level are then not used. Every class of the evaluation split must exist in training.
 
     Raises:
-        DataError: nothing that can be read, or a class that is missing in training.
+        DataError: the folder holds no readable file, or a class is missing in training.
     """
-    found = walk(root)
-    images = len(found.group_of)
-    if images < max(len(found.shards), len(found.tables)):
-        if len(found.shards) >= len(found.tables):  # a table beside each shard is the shard's metadata
+    listing = walk(root)
+    num_images = len(listing.group_of)
+    if num_images < max(len(listing.shards), len(listing.tables)):
+        if len(listing.shards) >= len(listing.tables):  # a table next to each shard is the shard's metadata
             from pecobook.data.shards import shard_parts
 
-            return shard_parts(source, found.shards, root=root)
+            return shard_parts(source, listing.shards, root=root)
         from pecobook.data.tables import parquet_parts
 
-        return parquet_parts(source, found.tables, root=root)
-    if images == 0:
+        return parquet_parts(source, listing.tables, root=root)
+    if num_images == 0:
         raise DataError(
-            f"--data '{source}': this folder holds no images, at no depth. Extensions that are read: "
+            f"--data '{source}': neither this folder nor its subfolders hold images. Supported extensions: "
             f"{', '.join(IMAGE_EXTENSIONS)}; also parquet and tar files."
         )
     from datasets import concatenate_datasets
 
-    store = FileStore(root, concatenate_datasets(found.chunks))
-    return _parts(store, found)
+    store = FileStore(root, concatenate_datasets(listing.chunks))
+    return _parts(store, listing)
 
 
 def walk(root: Path) -> Listing:
-    """List a folder at any depth by names alone: no file is opened or asked for its size."""
-    found = Listing()
+    """List a folder and its subfolders by file names alone, without opening a file or reading its size."""
+    listing = Listing()
     names: list[bytes] = []
-    # (relative folder with its slash, first two folders)
+    # (relative path of the folder with a final slash, first two folders of that path)
     stack: list[tuple[bytes, tuple[str, ...]]] = [(b"", ())]
     top = os.fsencode(root)
     while stack:
@@ -138,25 +138,25 @@ def walk(root: Path) -> Listing:
                 continue
             if extension in _EXTENSIONS:
                 if group_number < 0:
-                    group_number = len(found.groups)
-                    found.groups.append(group)
+                    group_number = len(listing.groups)
+                    listing.groups.append(group)
                 names.append(folder + name)
-                found.group_of.append(group_number)
+                listing.group_of.append(group_number)
                 if len(names) == _CHUNK:
-                    found.chunks.append(_to_arrow(names))
+                    listing.chunks.append(_to_arrow(names))
                     names = []
             elif extension == b"parquet":
-                found.tables.append(root / os.fsdecode(folder + name))
+                listing.tables.append(root / os.fsdecode(folder + name))
             elif extension == b"tar":
-                found.shards.append(root / os.fsdecode(folder + name))
+                listing.shards.append(root / os.fsdecode(folder + name))
         stack += reversed(subfolders)
     if names:
-        found.chunks.append(_to_arrow(names))
-    return found
+        listing.chunks.append(_to_arrow(names))
+    return listing
 
 
 def _entries(folder: bytes) -> list[tuple[bytes, bool]]:
-    """(name, whether it is a folder) of what is not hidden, by name."""
+    """Return (name, whether it is a folder) of each entry of a folder that is not hidden, sorted by name."""
     try:
         with os.scandir(folder) as entries:
             return sorted(
@@ -171,33 +171,33 @@ def _entries(folder: bytes) -> list[tuple[bytes, bool]]:
 def _to_arrow(names: list[bytes]) -> Any:
     from datasets import Dataset, Features, Value
 
-    # large_binary, because the paths of many million files are together longer than 2 GiB.
+    # large_binary, because the paths of many millions of files exceed 2 GiB in total.
     return Dataset.from_dict({"path": names}, features=Features({"path": Value("large_binary")}))
 
 
-def _parts(store: FileStore, found: Listing) -> dict[str, Part]:
-    group_of = np.frombuffer(found.group_of, dtype=np.int64)
-    split_of_group = _splits(found.groups)
+def _parts(store: FileStore, listing: Listing) -> dict[str, Part]:
+    group_of = np.frombuffer(listing.group_of, dtype=np.int64)
+    split_of_group = _splits(listing.groups)
     if split_of_group is None:
-        split_of_group, depth = ["train"] * len(found.groups), 0
+        split_of_group, depth = ["train"] * len(listing.groups), 0
     else:
         depth = 1
-    class_of_group = [group[depth] if len(group) > depth else None for group in found.groups]
+    class_of_group = [group[depth] if len(group) > depth else None for group in listing.groups]
     parts = {}
     for split in sorted({name for name in split_of_group if name}):
-        mine = np.array([name == split for name in split_of_group])
-        rows = np.flatnonzero(mine[group_of])
-        parts[split] = Part(store, rows, _labels(class_of_group, mine, group_of[rows]))
+        in_split = np.array([name == split for name in split_of_group])
+        rows = np.flatnonzero(in_split[group_of])
+        parts[split] = Part(store, rows, _labels(class_of_group, in_split, group_of[rows]))
     if "train" in parts and _is_unlabelled(parts["train"].labels):
         parts["train"] = Part(store, parts["train"].rows, None)
     return parts
 
 
 def _splits(groups: list[tuple[str, ...]]) -> list[str] | None:
-    """The split of each group ("" for none), or None when the top level declares no splits."""
+    """Return the split of each group ("" for no split), or None if the top level declares no splits."""
     names = [_SPLIT_FOLDERS.get(group[0].lower(), "") if group else "" for group in groups]
     if "train" not in names or (set(names) == {"train", ""}):
-        # `train/` alone is the whole training set; among other folders it may be a class of railway pictures.
+        # A single folder `train/` is the training set; among other folders it may be a class of railway pictures.
         return names if set(names) == {"train"} else None
     return names
 
@@ -206,9 +206,15 @@ def _is_unlabelled(labels: Labels | None) -> bool:
     return labels is None or len(labels.names) < 2
 
 
-def _labels(class_of_group: list[str | None], mine: Any, group_of: Integers) -> Labels | None:
-    """Number the class folders of one split; None when an image of it lies outside of all of them."""
-    used = [name for name, own in zip(class_of_group, mine, strict=True) if own]
+def _labels(class_of_group: list[str | None], in_split: Any, group_of: Integers) -> Labels | None:
+    """Number the class folders of one split; return None if an image of the split lies outside all class folders.
+
+    Args:
+        class_of_group: the class folder of each group, or None.
+        in_split: bool (number of groups,), whether a group belongs to the split.
+        group_of: the group of each image of the split.
+    """
+    used = [name for name, is_used in zip(class_of_group, in_split, strict=True) if is_used]
     if None in used:
         return None
     names = tuple(sorted({name for name in used if name is not None}))

@@ -1,4 +1,4 @@
-"""Image sources: what `--data SOURCE` names, opened as a training and an evaluation split.
+"""Opens the image source of `--data SOURCE` as a training split and an evaluation split.
 
     folder of images    folders.py     any depth; class subfolders give labels; train/ and test/ give splits
     parquet             tables.py      a file or a folder; column `image`, optional `label`
@@ -6,8 +6,8 @@
     tar shards          shards.py      WebDataset
     photos              photos.py      photographs that are installed with scikit-image and scikit-learn
 
-Each form gives parts, see source.py, and `assemble` makes the same `Splits` of all of them. Nothing is decoded before
-it is asked for.
+The module of each form returns parts (see source.py), and `assemble` turns the parts of any form into `Splits`. Images
+are decoded only when they are read.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ SOURCE_FORMS = (
 
 
 def open_images(source: str) -> Splits:
-    """Open what `--data` names; see the top of this file for the forms.
+    """Open an image source of any form that the top of this file lists.
 
-    The evaluation split is the source's own `test` split if it has one, else its `validation` split, else 10%
-    of the training images, chosen by a fixed permutation whatever the seed. Where both exist, `validation`
-    stays unused, unless `train` and `validation` have labels and `test` has none (as ImageNet's). Split names
-    count in any case.
+    The evaluation split is the source's `test` split if there is one, else the `validation` split, else 10% of the
+    training images, chosen by a fixed permutation that does not depend on the seed. If both exist, `validation` stays
+    unused, unless `train` and `validation` have labels and `test` has none (as in ImageNet). The names of splits are
+    case-insensitive.
 
     Raises:
-        DataError: there is no such source, or nothing in it can be used; says what to do.
+        DataError: there is no such source, or the source holds nothing usable. The message tells the user what to do.
     """
     if source == "photos":
         from pecobook.data.photos import open_photos
@@ -44,14 +44,14 @@ def open_images(source: str) -> Splits:
 
 
 def open_readable(source: str) -> Splits:
-    """Open what `--data` names. Raises DataError also when none of the first few training images can be read."""
+    """Open an image source. Raises DataError also if none of the first few training images can be read."""
     splits = open_images(source)
     check_readable(splits.train)
     return splits
 
 
 def check_readable(source: ImageSource, count: int = 8) -> None:
-    """Raise DataError when none of the first few images can be read."""
+    """Raise DataError if none of the first `count` images can be read."""
     from pecobook.data.decode import BadImage
 
     reasons = []
@@ -73,13 +73,13 @@ def check_labels(splits: Splits, source: str) -> None:
         raise DataError(f"--data '{source}' has no labels for its {splits.evaluation_name} images.")
 
 
-def open_every(source: str) -> list[ImageSource]:
-    """All images of what `--data` names, a source for each of its splits. Raises DataError as `open_images`."""
+def open_all_splits(source: str) -> list[ImageSource]:
+    """Open all images of a source, as one `ImageSource` per declared split. Raises DataError as `open_images` does."""
     if source == "photos":
         splits = open_images(source)
         return [splits.train, splits.evaluation]
-    found = _parts(source).items()
-    return [ImageSource(part.store, name=source, split=name, rows=part.rows) for name, part in found if len(part.rows)]
+    parts = _parts(source).items()
+    return [ImageSource(part.store, name=source, split=name, rows=part.rows) for name, part in parts if len(part.rows)]
 
 
 def _parts(source: str) -> Mapping[str, Part]:
@@ -94,7 +94,7 @@ def _parts(source: str) -> Mapping[str, Part]:
 
             return folder_parts(source, path)
         files = [path] if source and path.is_file() else expand_pattern(source)
-    except (OSError, RuntimeError) as error:  # a name that is too long; "~nobody"
+    except (OSError, RuntimeError) as error:  # a name that is too long; the unknown user of "~nobody"
         reason = getattr(error, "strerror", None) or error
         raise DataError(f"--data '{source}' cannot be opened: {reason}.") from error
     return _file_parts(source, files)
@@ -111,13 +111,13 @@ def _file_parts(source: str, files: list[Path]) -> Mapping[str, Part]:
 
         return shard_parts(source, files)
     if files:
-        kind = f"'{files[0].suffix}' files are no source by themselves; give the folder that holds them."
-        raise DataError(f"--data '{source}': {kind}\n{SOURCE_FORMS}")
-    raise DataError(f"--data '{source}': {_what_is_missing(source)}\n{SOURCE_FORMS}")
+        reason = f"a single '{files[0].suffix}' file is not a source; give the folder that holds the file."
+        raise DataError(f"--data '{source}': {reason}\n{SOURCE_FORMS}")
+    raise DataError(f"--data '{source}': {_missing_reason(source)}\n{SOURCE_FORMS}")
 
 
-def _what_is_missing(source: str) -> str:
-    """Name the first part of a path that does not exist, and its nearest neighbour."""
+def _missing_reason(source: str) -> str:
+    """Name the first part of a path that does not exist, and suggest the most similar existing name."""
     if re.search(r"[*?{\[]", source):
         return "no file matches this pattern."
     missing = Path(source).expanduser()
@@ -129,17 +129,17 @@ def _what_is_missing(source: str) -> str:
         siblings = {}
     if missing.parent == Path():
         siblings |= {"photos": "photos"}
-    near = did_you_mean(missing.name, siblings)
-    for name, full in siblings.items():
-        near = near.replace(f"'{name}'", f"'{full}'")
-    return f"'{missing}' does not exist.{near}"
+    suggestion = did_you_mean(missing.name, siblings)
+    for name, path in siblings.items():
+        suggestion = suggestion.replace(f"'{name}'", f"'{path}'")
+    return f"'{missing}' does not exist.{suggestion}"
 
 
 def expand_pattern(pattern: str) -> list[Path]:
-    """Files named by a pattern with `{000..009}`, `{a,b}`, `*`, `?` or `[...]`, in order.
+    """Return the files that match a pattern with `{000..009}`, `{a,b}`, `*`, `?` or `[...]`, in order.
 
     Raises:
-        DataError: some of the files that braces name do not exist.
+        DataError: some of the files that the braces list do not exist.
     """
     import glob
 
@@ -147,15 +147,15 @@ def expand_pattern(pattern: str) -> list[Path]:
     missing: list[str] = []
     names = list(_expand_braces(str(Path(pattern).expanduser())))
     for name in names:
-        found = [name] if Path(name).is_file() else []
+        matches = [name] if Path(name).is_file() else []
         if re.search(r"[*?\[]", name):
-            found = sorted(glob.glob(name))  # noqa: PTH207 (Path.glob knows no absolute patterns)
-        files += map(Path, found)
-        if not found:
+            matches = sorted(glob.glob(name))  # noqa: PTH207 (Path.glob does not support absolute patterns)
+        files += map(Path, matches)
+        if not matches:
             missing.append(name)
     if files and missing:
         raise DataError(
-            f"--data '{pattern}': {len(missing)} of the {len(names)} files do not exist, the first is '{missing[0]}'."
+            f"--data '{pattern}': {len(missing)} of the {len(names)} files do not exist; the first is '{missing[0]}'."
         )
     return files
 
@@ -170,5 +170,5 @@ def _expand_braces(pattern: str) -> Iterable[str]:
         choices = [str(number).zfill(len(span[1])) for number in range(first, last + 1)]
     else:
         choices = group[1].split(",")
-    head, tail = pattern[: group.start()], pattern[group.end() :]
-    return (head + choice + rest for choice in choices for rest in _expand_braces(tail))
+    prefix, suffix = pattern[: group.start()], pattern[group.end() :]
+    return (prefix + choice + rest for choice in choices for rest in _expand_braces(suffix))

@@ -1,8 +1,7 @@
-"""`photos`: real images on a machine with no network, from the photographs that scikit-image and scikit-learn
-install.
+"""The source `photos`: the photographs that scikit-image and scikit-learn install, for a machine without a network.
 
-Each photograph is cut into tiles; a tile is an image and the photograph is its class. Files are read where
-they are installed and the libraries are not imported: it is quicker, and their loaders may try to download.
+Each photograph is cut into tiles. A tile is an image, and the photograph is its class. The files are read from where
+they are installed, without importing the libraries: this is faster, and the libraries' loaders may try to download.
 """
 
 from __future__ import annotations
@@ -23,9 +22,9 @@ from pecobook.errors import DataError
 TILE = 48
 MAX_SHORT_SIDE = 512
 
-# Class name -> package and file. Of the stereo pair only the left: the right shows nearly the same pixels,
-# and a held-out region of one would be in the training half of the other. Scans of text are no photographs.
-_PHOTOS = {
+# Class name -> package and file. Only the left image of the stereo pair is used: the right one shows nearly the same
+# pixels, so a region held out in one image would be a training region of the other. Scans of text are not photographs.
+PHOTOS = {
     "astronaut": ("skimage", "data/astronaut.png"),
     "brick": ("skimage", "data/brick.png"),
     "camera": ("skimage", "data/camera.png"),
@@ -47,10 +46,10 @@ _PHOTOS = {
 
 
 class PhotoStore:
-    """Tiles of all photographs, photograph by photograph, row by row.
+    """The tiles of all photographs, ordered by photograph and then by row.
 
     Args:
-        grids: for each photograph in the order of their names, how many tiles it has (down, across).
+        grids: the number of tiles (down, across) of each photograph, in the order of the photographs' names.
     """
 
     def __init__(self, grids: dict[str, tuple[int, int]]) -> None:
@@ -66,51 +65,51 @@ class PhotoStore:
         return self._names[photo], row - int(self._starts[photo])
 
     def identify(self, row: int) -> str:
-        """The photograph and the number of the tile in it."""
+        """Return the name of the photograph and the number of the tile."""
         return "{} tile {}".format(*self._locate(row))
 
     def read(self, row: int) -> Tensor:
-        """The tile, uint8 (3, 48, 48)."""
+        """Return the tile of a row: uint8 (3, 48, 48)."""
         name, tile = self._locate(row)
         i, j = divmod(tile, self._grids[name][1])
-        return _photo(name)[:, i * TILE : (i + 1) * TILE, j * TILE : (j + 1) * TILE].clone()
+        return load_photo(name)[:, i * TILE : (i + 1) * TILE, j * TILE : (j + 1) * TILE].clone()
 
     def digest(self, rows: Integers) -> str:
-        """A hash of the photographs' names, their grids, and the rows."""
+        """Return a hash of the photographs' names, their grids, and the rows."""
         return hashlib.sha256(repr(self._grids).encode() + rows.astype("<i8").tobytes()).hexdigest()
 
 
 def open_photos() -> Splits:
-    """Open the embedded photographs: 48 x 48 px tiles of 17 photographs, reduced to a short side of at most
-    512 px.
+    """Open the embedded photographs: 48 x 48 px tiles of 17 photographs.
 
-    Regions of 2 x 2 tiles, about a quarter, along diagonals, are held out for evaluation, in every
-    photograph; no training tile shares a pixel with them.
+    Each photograph is first reduced to a short side of at most 512 px. In every photograph, regions of 2 x 2 tiles
+    along diagonals, about a quarter of the tiles, are held out for evaluation; no training tile shares a pixel with
+    them.
 
     Raises:
         DataError: an installed photograph is missing.
     """
     grids = {}
-    photo_of, held = [], []
-    for number, name in enumerate(_PHOTOS):
-        width, height = _reduced(*_size(name))
+    labels_by_photo, held_out_by_photo = [], []
+    for number, name in enumerate(PHOTOS):
+        width, height = _reduced_size(*_size(name))
         down, across = height // TILE, width // TILE
         grids[name] = (down, across)
         block_row, block_column = np.indices((down, across)) // 2
-        held.append(((block_row + block_column) % 4 == 2).ravel())
-        photo_of.append(np.full(down * across, number, dtype=np.int64))
-    store, labels, is_held = PhotoStore(grids), np.concatenate(photo_of), np.concatenate(held)
-    classes = tuple(_PHOTOS)
-    rows = {"train": np.flatnonzero(~is_held), "evaluation": np.flatnonzero(is_held)}
+        held_out_by_photo.append(((block_row + block_column) % 4 == 2).ravel())
+        labels_by_photo.append(np.full(down * across, number, dtype=np.int64))
+    store, labels, is_held_out = PhotoStore(grids), np.concatenate(labels_by_photo), np.concatenate(held_out_by_photo)
+    classes = tuple(PHOTOS)
+    rows_of_split = {"train": np.flatnonzero(~is_held_out), "evaluation": np.flatnonzero(is_held_out)}
     sources = {
-        split: ImageSource(store, name="photos", split=split, rows=mine, classes=classes, labels=labels[mine])
-        for split, mine in rows.items()
+        split: ImageSource(store, name="photos", split=split, rows=rows, classes=classes, labels=labels[rows])
+        for split, rows in rows_of_split.items()
     }
     return Splits(sources["train"], sources["evaluation"], "held-out regions")
 
 
 def _path(name: str) -> Path:
-    package, relative = _PHOTOS[name]
+    package, relative = PHOTOS[name]
     spec = importlib.util.find_spec(package)
     for folder in (spec.submodule_search_locations or ()) if spec else ():
         path = Path(folder) / relative
@@ -118,27 +117,27 @@ def _path(name: str) -> Path:
             return path
     distribution = {"skimage": "scikit-image", "sklearn": "scikit-learn"}[package]
     raise DataError(
-        f"--data photos: {distribution} came without the photograph '{name}' ({package}/{relative}).\n"
+        f"--data photos: the installed {distribution} lacks the photograph '{name}' ({package}/{relative}).\n"
         f"Reinstall it (pip install --force-reinstall {distribution}) or give a folder of images."
     )
 
 
 def _size(name: str) -> tuple[int, int]:
-    """(width, height) from the header."""
+    """Read (width, height) from the header."""
     from PIL import Image
 
     with Image.open(_path(name)) as image:
         return image.size
 
 
-def _reduced(width: int, height: int) -> tuple[int, int]:
+def _reduced_size(width: int, height: int) -> tuple[int, int]:
     scale = min(1.0, MAX_SHORT_SIDE / min(width, height))
     return round(width * scale), round(height * scale)
 
 
 @functools.cache
-def _photo(name: str) -> Tensor:
-    """A whole photograph, uint8 (3, H, W); decoded once, and shared with processes forked after that."""
+def load_photo(name: str) -> Tensor:
+    """Load a photograph, uint8 (3, H, W). It is decoded once and shared with processes that are forked later."""
     from PIL import Image
 
     try:
@@ -146,9 +145,9 @@ def _photo(name: str) -> Tensor:
     except OSError as error:
         raise BadImage(name, error.strerror or str(error)) from error
     height, width = pixels.shape[1:]
-    if (width, height) == _reduced(width, height):
+    if (width, height) == _reduced_size(width, height):
         return pixels
-    # Pillow's resize, because its result is the same on every machine.
+    # Pillow resizes, because its result is the same on every machine.
     image = Image.fromarray(pixels.permute(1, 2, 0).numpy())
-    reduced = image.resize(_reduced(width, height), Image.Resampling.LANCZOS)
+    reduced = image.resize(_reduced_size(width, height), Image.Resampling.LANCZOS)
     return torch.from_numpy(np.array(reduced)).permute(2, 0, 1).contiguous()

@@ -1,11 +1,12 @@
-"""The order of images and the randomness of views, as pure functions: no state, so resuming needs none.
+"""The order of images and the randomness of views, as pure functions without state, so a resumed run restores no state.
 
-A training run reads one endless stream of positions 0, 1, 2, ... Step `s` with global batch size `B` takes the
-positions [s B, (s + 1) B), whatever the number of ranks, workers or accumulation steps. Position `p` names epoch
-`p // n` and the image `permute(p % n, n, key(seed, epoch))`; the epoch is also the number of the image's view.
+A training run reads one endless stream of positions 0, 1, 2, ... Step `s` with global batch size `B` reads the
+positions [s B, (s + 1) B), for any number of ranks, workers or accumulation steps. With n images, position `p` stands
+for epoch `p // n` and image `permute(p % n, n, key(seed, epoch))`; the epoch is also the number of the image's view.
 
-The permutation is computed, not stored: a four-round Feistel network over the next power of four, walked until it lands
-below `n` (Black and Rogaway, "Ciphers with arbitrary finite domains", 2002), so it also serves a billion images.
+The permutation is computed, not stored, so it also serves a billion images: a four-round Feistel network over the next
+power of four is iterated until the result is below `n` (Black and Rogaway, "Ciphers with arbitrary finite domains",
+2002).
 """
 
 from __future__ import annotations
@@ -18,8 +19,8 @@ import numpy.typing as npt
 _MASK = (1 << 64) - 1
 
 
-def mix(value: int) -> int:
-    """Hash a 64-bit integer to a 64-bit integer (the finaliser of splitmix64)."""
+def splitmix64(value: int) -> int:
+    """Hash a 64-bit integer to a 64-bit integer (the output function of the generator splitmix64)."""
     value = (value + 0x9E3779B97F4A7C15) & _MASK
     value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
     value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & _MASK
@@ -27,15 +28,15 @@ def mix(value: int) -> int:
 
 
 def key(*parts: int) -> int:
-    """Hash integers, in order, to one 64-bit key."""
+    """Hash a sequence of integers to one 64-bit key."""
     value = 0
     for part in parts:
-        value = mix(value ^ (part & _MASK))
+        value = splitmix64(value ^ (part & _MASK))
     return value
 
 
-def mix_all(values: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
-    """`mix` of each of an array."""
+def splitmix64_array(values: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
+    """Apply `splitmix64` to every element of an array."""
     value = values + np.uint64(0x9E3779B97F4A7C15)
     value = (value ^ (value >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     value = (value ^ (value >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
@@ -43,13 +44,13 @@ def mix_all(values: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
 
 
 def uniforms(seed_key: int, count: int) -> npt.NDArray[np.float64]:
-    """`count` numbers in [0, 1), shape (count,), a pure function of the key."""
-    value = mix_all(np.uint64(seed_key) + np.arange(count, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15))
+    """Return `count` uniform numbers in [0, 1), shape (count,), as a pure function of the key."""
+    value = splitmix64_array(np.uint64(seed_key) + np.arange(count, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15))
     return (value >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
 def permute(index: int, size: int, permutation_key: int) -> int:
-    """Image of `index` under a keyed permutation of range(size)."""
+    """Map `index` by a keyed permutation of range(size)."""
     if not 0 <= index < size:
         raise IndexError(f"index {index} is outside range({size})")
     half_bits = max(1, ((size - 1).bit_length() + 1) // 2)
@@ -57,22 +58,22 @@ def permute(index: int, size: int, permutation_key: int) -> int:
     while True:
         left, right = index >> half_bits, index & half_mask
         for round_number in range(4):
-            left, right = right, left ^ (mix(permutation_key ^ mix(right * 4 + round_number)) & half_mask)
+            left, right = right, left ^ (splitmix64(permutation_key ^ splitmix64(right * 4 + round_number)) & half_mask)
         index = (left << half_bits) | right
         if index < size:
             return index
 
 
-def fixed_place(place: int, size: int) -> int:
-    """The image at a place of the one shuffled order that no seed changes: the first few stand for all."""
-    return permute(place, size, key(0, 1))
+def fixed_permutation(position: int, size: int) -> int:
+    """Map `position` by a permutation of range(size) that no seed changes; the first few images are a fair sample."""
+    return permute(position, size, key(0, 1))
 
 
 class BatchPositions(Sequence[list[int]]):
-    """The positions that one rank reads, one list a micro-batch, from `start_step` to `stop_step`.
+    """The positions that one rank reads from `start_step` up to `stop_step`, as one list per micro-batch.
 
-    A global batch is laid out micro-batch by micro-batch, and in each rank by rank, so its images are the same for any
-    number of ranks and accumulation steps. Usable as a DataLoader's `batch_sampler`.
+    A global batch is divided by micro-batch, and each micro-batch by rank. The global batch therefore holds the same
+    images for any number of ranks and accumulation steps. A DataLoader accepts this class as its `batch_sampler`.
     """
 
     def __init__(

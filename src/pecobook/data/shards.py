@@ -1,8 +1,8 @@
-"""Tar shards (WebDataset), read at random.
+"""Reads images from tar shards (WebDataset) in any order.
 
-The headers of all members are read once; the index (which bytes of which shard are an image) is kept as a
-parquet file in the cache folder. An image is then one `os.pread`, so shards need neither unpacking nor a
-shuffle buffer.
+The headers of all members are read once. The resulting index, which lists the shard, the offset and the size of each
+image, is stored as a parquet file in the cache folder. One `os.pread` then reads an image, so shards need neither
+unpacking nor a shuffle buffer.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ import numpy as np
 from torch import Tensor
 
 from pecobook.data.decode import BadImage, decode
-from pecobook.data.source import IMAGE_EXTENSIONS, Integers, Part, group_by_split, names_under
+from pecobook.data.source import IMAGE_EXTENSIONS, Integers, Part, group_by_split, relative_names
 from pecobook.errors import DataError
 
-_FORMAT = 1  # of the index; a new number makes old indices unused
-_MAX_OPEN = 256  # shards kept open per process; those beyond are opened for each image
+_INDEX_VERSION = 1  # a new number invalidates the cached indices
+_MAX_OPEN = 256  # shards that each process keeps open; further shards are opened anew for each image
 
 
 class ShardStore:
@@ -33,7 +33,7 @@ class ShardStore:
 
     Args:
         shards: the tar files.
-        index: Arrow table with the columns shard (number), member (name), offset, size (bytes).
+        index: Arrow table with the columns shard (number), member (name), offset and size (both in bytes).
     """
 
     def __init__(self, shards: list[Path], index: Any) -> None:
@@ -42,7 +42,7 @@ class ShardStore:
         self._shard = index.column("shard").to_numpy()
         self._offset = index.column("offset").to_numpy()
         self._size = index.column("size").to_numpy()
-        # shard -> file descriptor; pread has no position, so forks may share it
+        # shard -> file descriptor; pread uses no file position, so forked processes may share the descriptor
         self._open: dict[int, int] = {}
 
     def __getstate__(self) -> dict[str, Any]:
@@ -56,11 +56,11 @@ class ShardStore:
         return len(self._shard)
 
     def identify(self, row: int) -> str:
-        """The shard's path, a slash, the member's name."""
+        """Return the shard's path, a slash, and the member's name."""
         return f"{self._shards[self._shard[row]]}/{self._members[row].as_py()}"
 
     def read(self, row: int) -> Tensor:
-        """The image, uint8 (3, H, W)."""
+        """Read and decode the image of a row: uint8 (3, H, W)."""
         name, size = self.identify(row), int(self._size[row])
         try:
             data = self._pread(int(self._shard[row]), size, int(self._offset[row]))
@@ -83,7 +83,7 @@ class ShardStore:
             os.close(descriptor)
 
     def digest(self, rows: Integers) -> str:
-        """A hash of the shards' file names and of the members' names, places and sizes."""
+        """Return a hash of the shards' file names and of the members' names, shards, offsets and sizes."""
         digest = hashlib.sha256(repr([shard.name for shard in self._shards]).encode())
         for column in (self._shard, self._offset, self._size):
             digest.update(column[rows].astype("<i8").tobytes())
@@ -92,36 +92,37 @@ class ShardStore:
 
 
 def shard_parts(source: str, shards: list[Path], *, root: Path | None = None) -> dict[str, Part]:
-    """The splits of tar files; each image member is an image, labelled by a `.cls` or a `.json` {"label"} of the same
-    name.
+    """Return the splits of tar files.
 
-    The names of the shards, and of their folders under `root`, declare splits as those of parquet files do.
+    Each image member is an image. Its label is the content of the `.cls` member of the same name, or the value of
+    "label" in the `.json` member of that name. The names of the shards, and of their folders under `root`, declare
+    splits, as for parquet files.
 
     Raises:
-        DataError: a shard is no plain tar file, or there is no image in any.
+        DataError: a shard is not an uncompressed tar file, or no shard holds an image.
     """
-    from pecobook.data.tables import number_labels
+    from pecobook.data.tables import encode_labels
 
     index = _load_index(source, shards)
     if len(index) == 0:
         raise DataError(
             f"--data '{source}': no images in {len(shards)} tar files. "
-            f"Extensions that are read: {', '.join(IMAGE_EXTENSIONS)}."
+            f"Supported extensions: {', '.join(IMAGE_EXTENSIONS)}."
         )
-    values = _numbers_if_all(index.column("label").to_pylist())
+    label_values = _to_integers(index.column("label").to_pylist())
     store = ShardStore(shards, index)
     shard_of = index.column("shard").to_numpy()
     parts = {}
-    for split, numbers in group_by_split(names_under(shards, root)).items():
+    for split, numbers in group_by_split(relative_names(shards, root)).items():
         rows = np.flatnonzero(np.isin(shard_of, numbers))
-        mine = [values[row] for row in rows]
-        labels = None if all(value is None for value in mine) else number_labels(source, mine)
+        split_values = [label_values[row] for row in rows]
+        labels = None if all(value is None for value in split_values) else encode_labels(source, split_values)
         parts[split] = Part(store, rows, labels)
     return parts
 
 
-def _numbers_if_all(labels: list[str | None]) -> list[Any]:
-    """Labels as integers when all of them are, so that "10" comes after "9"."""
+def _to_integers(labels: list[str | None]) -> list[Any]:
+    """Convert labels to integers if all of them are integers, so that "10" is sorted after "9"."""
     try:
         return [None if label is None else int(label) for label in labels]
     except ValueError:
@@ -129,10 +130,10 @@ def _numbers_if_all(labels: list[str | None]) -> list[Any]:
 
 
 def _load_index(source: str, shards: list[Path]) -> Any:
-    """The index of these shards, from the cache when none of them has changed since."""
+    """Load the index of the shards from the cache, or make it if the shards have changed or were never indexed."""
     import pyarrow.parquet as pq
 
-    key = hashlib.sha256(str(_FORMAT).encode())
+    key = hashlib.sha256(str(_INDEX_VERSION).encode())
     for shard in shards:
         try:
             status = shard.stat()
@@ -141,10 +142,10 @@ def _load_index(source: str, shards: list[Path]) -> Any:
         key.update(f"{shard.resolve()}\0{status.st_size}\0{status.st_mtime_ns}\n".encode(errors="surrogateescape"))
     folder = Path(os.environ.get("PECOBOOK_CACHE") or Path.home() / ".cache" / "pecobook").expanduser()
     path = folder / f"shards-{key.hexdigest()[:32]}.parquet"
-    with contextlib.suppress(Exception):  # absent, or damaged: then it is made again
+    with contextlib.suppress(Exception):  # an index that is absent or damaged is made anew below
         return pq.read_table(path)
-    index = _make_index(source, shards)
-    with contextlib.suppress(OSError):  # a cache that cannot be written costs time, not the run
+    index = make_index(source, shards)
+    with contextlib.suppress(OSError):  # without a writable cache, only the next start takes longer
         _write_atomically(index, path)
     return index
 
@@ -164,7 +165,8 @@ def _write_atomically(index: Any, path: Path) -> None:
             raise
 
 
-def _make_index(source: str, shards: list[Path]) -> Any:
+def make_index(source: str, shards: list[Path]) -> Any:
+    """Read the headers of all shards and return the index, an Arrow table. Raises DataError."""
     import pyarrow as pa
 
     columns: dict[str, list[Any]] = {"shard": [], "member": [], "offset": [], "size": [], "label": []}
@@ -176,41 +178,41 @@ def _make_index(source: str, shards: list[Path]) -> Any:
         except (tarfile.TarError, OSError) as error:
             raise DataError(
                 f"--data '{source}': '{shard}' cannot be read as a tar file: {error}.\n"
-                "Shards must be plain .tar files, not compressed ones."
+                "Shards must be uncompressed .tar files."
             ) from error
-    kinds = {"shard": pa.int32(), "member": pa.large_string(), "offset": pa.int64(), "size": pa.int64()}
-    return pa.table({name: pa.array(columns[name], kind) for name, kind in (kinds | {"label": pa.string()}).items()})
+    types = {"shard": pa.int32(), "member": pa.large_string(), "offset": pa.int64(), "size": pa.int64()}
+    return pa.table({name: pa.array(columns[name], kind) for name, kind in (types | {"label": pa.string()}).items()})
 
 
 def _index_shard(shard: Path) -> Iterator[tuple[str, int, int, str | None]]:
-    """(member, offset, size, label) of the images of one shard, in its order.
+    """Yield (member, offset, size, label) of each image of a shard, in the order of the members.
 
-    A sample is all members with the same name up to the first dot of the file name, so "a.seg.png" is an
-    annotation of "a" and no image. In shards with no image named so, the name ends at the last dot.
+    A sample consists of all members with the same name up to the first dot of the file name, so "a.seg.png" is an
+    annotation of the image "a" and not an image. If a shard holds no image by this rule, names end at the last dot.
     """
-    strict: list[tuple[str, int, int]] = []
-    loose: list[tuple[str, int, int]] = []
+    first_dot: list[tuple[str, int, int]] = []
+    last_dot: list[tuple[str, int, int]] = []
     labels: dict[str, str] = {}
     with shard.open("rb") as file, tarfile.open(fileobj=file, mode="r:", errors="surrogateescape") as tar:
         for name, offset, size in _members(tar):
             key, extension = _split_name(name)
             if extension in IMAGE_EXTENSIONS:
-                strict.append((name, offset, size))
+                first_dot.append((name, offset, size))
             elif name.lower().endswith(tuple(f".{extension}" for extension in IMAGE_EXTENSIONS)):
-                loose.append((name, offset, size))
+                last_dot.append((name, offset, size))
             elif extension in ("cls", "json") or name.endswith((".cls", ".json")):
                 label = _read_label(file, offset, size, is_json=name.endswith("json"))
                 if label is not None:
                     labels[key] = labels[name.rpartition(".")[0]] = label
-    if strict:
-        yield from ((name, offset, size, labels.get(_split_name(name)[0])) for name, offset, size in strict)
+    if first_dot:
+        yield from ((name, offset, size, labels.get(_split_name(name)[0])) for name, offset, size in first_dot)
     else:
-        yield from ((name, offset, size, labels.get(name.rpartition(".")[0])) for name, offset, size in loose)
+        yield from ((name, offset, size, labels.get(name.rpartition(".")[0])) for name, offset, size in last_dot)
 
 
 def _members(tar: tarfile.TarFile) -> Iterator[tuple[str, int, int]]:
     while (member := tar.next()) is not None:
-        tar.members.clear()  # type: ignore[attr-defined]  # else it keeps a kilobyte for each member
+        tar.members.clear()  # type: ignore[attr-defined]  # otherwise a kilobyte stays in memory for each member
         hidden = member.name.rpartition("/")[2].startswith(".")
         if member.isreg() and not hidden:
             name = member.name.encode(errors="surrogateescape").decode(errors="replace")
@@ -218,7 +220,7 @@ def _members(tar: tarfile.TarFile) -> Iterator[tuple[str, int, int]]:
 
 
 def _split_name(name: str) -> tuple[str, str]:
-    """("folder/key", "jpg") of "folder/key.jpg"; the extension begins at the first dot of the file name."""
+    """Split "folder/key.jpg" into ("folder/key", "jpg"); the extension begins at the first dot of the file name."""
     folder, slash, file = name.rpartition("/")
     key, _, extension = file.partition(".")
     return folder + slash + key, extension.lower()

@@ -1,6 +1,8 @@
-"""What every image source is made of: rows of images in a `Store`, the `Part` of them that a split is, and `Splits`.
+"""The classes that make up every image source: `Store`, `Part`, `ImageSource` and `Splits`.
 
-Each form of source (folders.py, tables.py, shards.py) makes parts; `assemble` makes the same `Splits` of all of them.
+A `Store` reads images by row, a `Part` is the rows of one declared split, and `Splits` holds the training and the
+evaluation source. The module of each form of source (folders.py, tables.py, shards.py) makes parts, and `assemble`
+turns parts into `Splits`.
 """
 
 from __future__ import annotations
@@ -25,33 +27,33 @@ Integers = npt.NDArray[np.int64]
 
 
 class Store(Protocol):
-    """Rows of images, read at random.
+    """Rows of images that can be read in any order.
 
-    It can be pickled and forked: files are opened when they are first read, in each process.
+    A store can be pickled and forked: each process opens a file when it first reads from it.
     """
 
     def __len__(self) -> int: ...
 
     def read(self, row: int) -> Tensor:
-        """The image, uint8 (3, H, W); raises BadImage."""
+        """Read and decode the image of a row: uint8 (3, H, W). Raises BadImage."""
 
     def identify(self, row: int) -> str:
-        """A name by which a person finds the image."""
+        """Return a name by which a person can find the image."""
 
     def digest(self, rows: Integers) -> str:
-        """A hash of what identifies these rows; equal on another machine with the same files."""
+        """Return a hash that identifies the rows; it is equal on another machine with the same files."""
 
 
 class ImageSource:
-    """The images of one split, read lazily and at random, in a fixed order.
+    """The images of one split in a fixed order, each read on demand.
 
-    It can be pickled and forked, so it goes to DataLoader workers as it is.
+    An image source can be pickled and forked, so it can be passed to DataLoader workers.
 
     Attributes:
-        name: the source as its user wrote it.
+        name: the source as the user wrote it.
         split: "train" or "evaluation".
-        classes: names of the classes, or None when there are no labels.
-        labels: int64 (n,), the number in `classes` of each image, or None.
+        classes: names of the classes, or None if there are no labels.
+        labels: int64 (n,), the index in `classes` for each image, or None.
     """
 
     name: str
@@ -71,28 +73,28 @@ class ImageSource:
     ) -> None:
         self.name, self.split, self.classes, self.labels = name, split, classes, labels
         self._store = store
-        self._rows = rows  # int64 (n,): image number -> row of the store; None is all rows, in order
+        self._rows = rows  # int64 (n,): image number -> row of the store; None stands for all rows in order
 
     def __len__(self) -> int:
         return len(self._store) if self._rows is None else len(self._rows)
 
     def read(self, index: int) -> Tensor:
-        """Read and decode image `index`: uint8 (3, H, W), RGB. Raises BadImage when it cannot be."""
+        """Read and decode image `index`: uint8 (3, H, W), RGB. Raises BadImage if the image cannot be read."""
         return self._store.read(self._row(index))
 
     def sample(self, index: int) -> tuple[Any, ...]:
-        """What a view is made of: the image alone; a source with masks or boxes gives these too. Raises BadImage."""
+        """Read the inputs of a view: (image,), or (image, mask or boxes) in dense sources. Raises BadImage."""
         return (self.read(index),)
 
     def identify(self, index: int) -> str:
-        """A name by which a person finds image `index`: a path, "x.parquet row 12", "x.tar/member"."""
+        """Return a name by which a person can find image `index`: a path, "x.parquet row 12", "x.tar/member"."""
         return self._store.identify(self._row(index))
 
     def subset(self, indices: Iterable[int] | Integers) -> ImageSource:
-        """The same source with only these images, in this order."""
+        """Return a source with only the given images, in the given order."""
         chosen = np.asarray(indices if isinstance(indices, np.ndarray) else list(indices), dtype=np.int64)
         if chosen.size and (chosen.min() < 0 or chosen.max() >= len(self)):
-            raise IndexError(f"a subset of {len(self)} images asks for numbers {chosen.min()} to {chosen.max()}")
+            raise IndexError(f"a subset of {len(self)} images has the indices {chosen.min()} to {chosen.max()}")
         return ImageSource(
             self._store,
             name=self.name,
@@ -104,10 +106,10 @@ class ImageSource:
 
     @property
     def fingerprint(self) -> str:
-        """16 hexadecimal digits that change when the images do.
+        """16 hexadecimal digits that change when the images change.
 
-        Made of names (and of sizes where they cost nothing), not of pixels. The place of a folder does not
-        count.
+        The fingerprint is a hash of names (and of sizes if reading them takes no time), not of pixels. It does not
+        depend on the location of the folder.
         """
         rows = np.arange(len(self), dtype=np.int64) if self._rows is None else self._rows
         return hashlib.sha256(f"{len(self)} {self._store.digest(rows)}".encode()).hexdigest()[:16]
@@ -123,12 +125,12 @@ class ImageSource:
 
 @dataclass(frozen=True)
 class Splits:
-    """A source, opened.
+    """The training and the evaluation split of an opened source.
 
     Attributes:
-        train: the images to learn from.
-        evaluation: held-out images, none of them in `train`.
-        evaluation_name: what they are: "test", "validation", "held-out 10% of train" or "held-out regions".
+        train: the training images.
+        evaluation: held-out images; `train` contains none of them.
+        evaluation_name: the kind of `evaluation`: "test", "validation", "held-out 10% of train" or "held-out regions".
     """
 
     train: ImageSource
@@ -136,12 +138,12 @@ class Splits:
     evaluation_name: str
 
 
-# ---- splits and labels, the same for all forms ----
+# ---- splits and labels of all forms of source ----
 
 
 @dataclass(frozen=True)
 class Labels:
-    """A column of labels: `codes` int64 (n,) are numbers in `names`; -1 marks an image without a label."""
+    """A column of labels: `codes` int64 (n,) are indices in `names`; -1 marks an image without a label."""
 
     codes: Integers
     names: tuple[str, ...]
@@ -149,53 +151,54 @@ class Labels:
 
 @dataclass(frozen=True)
 class Part:
-    """One declared split: some rows of a store and their labels, None when there are none."""
+    """One declared split: rows of a store, and the labels of these rows or None."""
 
     store: Store
     rows: Integers
     labels: Labels | None
 
 
-def split_of(name: str) -> str | None:
-    """The split that a relative path or a split's name declares: "train", "validation", "test" or None.
+def split_from_name(name: str) -> str | None:
+    """Return the split that a relative path or the name of a split declares: "train", "validation", "test" or None.
 
-    The file's own name decides before its folders do. It begins with train, val or test, or has one of them
-    as a word: "train-00000-of-00002.parquet", "imagenet-val-003.tar", "test/0000.tar".
+    A name declares a split if it begins with train, val or test, or contains one of them as a word:
+    "train-00000-of-00002.parquet", "imagenet-val-003.tar", "test/0000.tar". The name of the file takes precedence over
+    the names of its folders.
     """
     word = re.compile(r"(?:^|[^a-z])(train|val|test)(?:ing|idation|id|set|s)?(?![a-z])")
     for part in reversed(name.lower().replace("\\", "/").split("/")):
-        found = re.match(r"(train|val|test)", part) or word.search(part)
-        if found:
-            return {"train": "train", "val": "validation", "test": "test"}[found[1]]
+        match = re.match(r"(train|val|test)", part) or word.search(part)
+        if match:
+            return {"train": "train", "val": "validation", "test": "test"}[match[1]]
     return None
 
 
-def names_under(files: list[Path], root: Path | None) -> list[str]:
-    """Paths relative to `root`, or to the folder that all of them have in common."""
+def relative_names(files: list[Path], root: Path | None) -> list[str]:
+    """Return the paths relative to `root`, or to the deepest common folder if `root` is None."""
     common = root or Path(os.path.commonpath([file.parent for file in files]))
     return [str(file.relative_to(common)) for file in files]
 
 
 def group_by_split(names: Iterable[str]) -> dict[str, list[int]]:
-    """Sort files (or a data set's splits) into "train", "validation" and "test" by their names.
+    """Group the indices of files (or of a data set's splits) into "train", "validation" and "test" by name.
 
-    Files that declare no split are the training set when none declares itself to be; without any training
-    file, no split is declared, and all files are "train".
+    If no name declares "train", the files that declare no split are the training set. If there is still no training
+    file, the declared splits are ignored and all files are "train".
     """
     groups: dict[str | None, list[int]] = {}
     count = 0
     for number, name in enumerate(names):
-        groups.setdefault(split_of(name), []).append(number)
+        groups.setdefault(split_from_name(name), []).append(number)
         count += 1
-    unmarked = groups.pop(None, [])
+    undeclared = groups.pop(None, [])
     declared = {split: numbers for split, numbers in groups.items() if split is not None}
-    if "train" not in declared and unmarked:
-        declared["train"] = unmarked
+    if "train" not in declared and undeclared:
+        declared["train"] = undeclared
     return declared if "train" in declared else {"train": list(range(count))}
 
 
 def assemble(source: str, parts: Mapping[str, Part]) -> Splits:
-    """Make `Splits` of the parts "train" and, where declared, "test" and "validation".
+    """Make `Splits` from the part "train" and, if declared, the parts "test" and "validation".
 
     Raises:
         DataError: there is no training image, or a class of the evaluation split is missing in training.
@@ -203,13 +206,13 @@ def assemble(source: str, parts: Mapping[str, Part]) -> Splits:
     train = parts["train"]
     if len(train.rows) == 0:
         raise DataError(f"--data '{source}': the training split holds no image.")
-    known = train.labels is not None and train.labels.codes.min() >= 0
-    classes, labels = (train.labels.names, train.labels.codes) if train.labels and known else (None, None)
-    whole = ImageSource(train.store, name=source, split="train", rows=train.rows, classes=classes, labels=labels)
+    is_labelled = train.labels is not None and train.labels.codes.min() >= 0
+    classes, labels = (train.labels.names, train.labels.codes) if train.labels and is_labelled else (None, None)
+    training = ImageSource(train.store, name=source, split="train", rows=train.rows, classes=classes, labels=labels)
 
     candidates = [name for name in ("test", "validation") if name in parts and len(parts[name].rows)]
     if not candidates:
-        return hold_out(whole)
+        return hold_out(training)
     labelled = [name for name in candidates if _is_labelled(parts[name])]
     chosen = labelled[0] if classes is not None and labelled else candidates[0]
     part = parts[chosen]
@@ -221,7 +224,7 @@ def assemble(source: str, parts: Mapping[str, Part]) -> Splits:
         classes=classes,
         labels=_renumber(source, chosen, part.labels, classes) if classes and _is_labelled(part) else None,
     )
-    return Splits(whole, evaluation, chosen)
+    return Splits(training, evaluation, chosen)
 
 
 def _is_labelled(part: Part) -> bool:
@@ -229,37 +232,37 @@ def _is_labelled(part: Part) -> bool:
 
 
 def _renumber(source: str, split: str, labels: Labels | None, classes: tuple[str, ...]) -> Integers | None:
-    """Labels of the evaluation split as numbers in the training classes."""
+    """Convert the labels of the evaluation split to indices in the training classes."""
     if labels is None:
         return None
-    number = {name: code for code, name in enumerate(classes)}
-    missing = [labels.names[code] for code in np.unique(labels.codes) if labels.names[code] not in number]
+    code_of = {name: code for code, name in enumerate(classes)}
+    missing = [labels.names[code] for code in np.unique(labels.codes) if labels.names[code] not in code_of]
     if missing:
         raise DataError(
             f"--data '{source}': class '{missing[0]}' of {split} is missing in train"
             f"{f' (and {len(missing) - 1} more)' if len(missing) > 1 else ''}."
             f"{did_you_mean(missing[0], classes)}\n"
-            "Both splits need the same classes; add it to train or take it away."
+            f"Every class of {split} must exist in train: add the class to train or remove it from {split}."
         )
-    table = np.array([number.get(name, -1) for name in labels.names], dtype=np.int64)
+    table = np.array([code_of.get(name, -1) for name in labels.names], dtype=np.int64)
     return np.asarray(table[labels.codes])
 
 
-def hold_out(whole: ImageSource) -> Splits:
-    """Take 10% of the images (at least one) out of training, always the same ones.
+def hold_out(source: ImageSource) -> Splits:
+    """Hold out 10% of the images (at least one) for evaluation; the choice is always the same.
 
-    The choice is the images whose numbers have the least splitmix64 hash: arithmetic that no library version
-    changes.
+    The held-out images are those whose indices have the smallest splitmix64 hash. This arithmetic does not depend on
+    the version of any library.
     """
-    count = len(whole)
+    count = len(source)
     if count < 2:
-        raise DataError(f"--data '{whole.name}' holds one image; at least two are needed, one to evaluate on.")
-    mixed = np.arange(1, count + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+        raise DataError(f"--data '{source.name}' holds one image; at least two are needed, one for evaluation.")
+    hashes = np.arange(1, count + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
     for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
-        mixed = (mixed ^ (mixed >> np.uint64(shift))) * np.uint64(factor)
-    mixed ^= mixed >> np.uint64(31)
-    held = np.zeros(count, dtype=bool)
-    held[np.argsort(mixed, kind="stable")[: max(1, count // 10)]] = True
-    evaluation = whole.subset(np.flatnonzero(held))
+        hashes = (hashes ^ (hashes >> np.uint64(shift))) * np.uint64(factor)
+    hashes ^= hashes >> np.uint64(31)
+    is_held_out = np.zeros(count, dtype=bool)
+    is_held_out[np.argsort(hashes, kind="stable")[: max(1, count // 10)]] = True
+    evaluation = source.subset(np.flatnonzero(is_held_out))
     evaluation.split = "evaluation"
-    return Splits(whole.subset(np.flatnonzero(~held)), evaluation, "held-out 10% of train")
+    return Splits(source.subset(np.flatnonzero(~is_held_out)), evaluation, "held-out 10% of train")

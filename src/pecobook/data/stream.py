@@ -7,7 +7,7 @@ processes. An image that cannot be read is replaced by the next one in the permu
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, TypeAlias, cast
 
 import torch
@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from pecobook.data.batch import Batch
 from pecobook.data.decode import BadImage
-from pecobook.data.sampler import fixed_place, key, permute
+from pecobook.data.sampler import fixed_permutation, key, permute
 from pecobook.data.source import ImageSource
 from pecobook.data.views import center_crop
 from pecobook.errors import DataError
@@ -62,20 +62,25 @@ class Stream(Dataset[dict[str, Any]]):
         skipped: list[str] = []
         for _ in range(min(size, _GIVE_UP_AFTER)):
             index = permute(place, size, key(self.seed, epoch))
+            number = epoch % self.num_views if self.num_views else epoch
             try:
                 beside = {} if self.companion is None else self.companion(index, epoch)
-                whole = self.source.sample(index)
+                (view,) = self.views(index, [number])
             except BadImage as error:
                 skipped.append(str(error))
                 place = (place + 1) % size
                 continue
-            number = epoch % self.num_views if self.num_views else epoch
-            sample: dict[str, Any] = {**self.view(*whole, key(self.seed, index, number)), **beside}
+            sample: dict[str, Any] = {**view, **beside}
             sample["index"] = torch.tensor(index)
             if self.source.labels is not None:
                 sample["label"] = torch.tensor(int(self.source.labels[index]))
             return {**sample, "replaced": torch.tensor(bool(skipped)), "skipped": skipped}
         raise DataError(f"{len(skipped)} images in a row cannot be read, the last is {skipped[-1]}.")
+
+    def views(self, index: int, numbers: Iterable[int]) -> list[dict[str, Any]]:
+        """Returns the views `numbers` of image `index`, which is read once. Raises BadImage."""
+        contents = self.source.sample(index)
+        return [self.view(*contents, key(self.seed, index, number)) for number in numbers]
 
 
 def collate(samples: list[dict[str, Any]]) -> Batch:
@@ -164,7 +169,7 @@ def central_crops(
     count = len(source) if limit is None else min(limit, len(source))
     order = list(range(count))
     if count < len(source):
-        order = [fixed_place(i, len(source)) for i in order]
+        order = [fixed_permutation(i, len(source)) for i in order]
     loader: DataLoader[dict[str, Any]] = DataLoader(
         _CentralCrops(source, size),
         batch_sampler=[order[start : start + batch_size] for start in range(0, count, batch_size)],

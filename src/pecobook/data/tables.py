@@ -1,8 +1,8 @@
-"""Images in tables: parquet files and data sets of the Hugging Face hub, both read through `datasets`.
+"""Reads images from parquet files and from data sets of the Hugging Face hub, both with the library `datasets`.
 
-`datasets` writes an Arrow copy into its cache once and maps it into memory: rows are then read at random, and
-all processes share the pages. Images stay encoded in it (`decode=False`); `pecobook.data.decode` decodes
-them.
+`datasets` writes an Arrow copy to its cache once and maps this copy into memory. Rows can then be read in any order,
+and all processes share the memory pages. The images in the copy stay encoded (`decode=False`); `pecobook.data.decode`
+decodes them.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import numpy as np
 from torch import Tensor
 
 from pecobook.data.decode import BadImage, decode
-from pecobook.data.source import Integers, Labels, Part, group_by_split, names_under
+from pecobook.data.source import Integers, Labels, Part, group_by_split, relative_names
 from pecobook.errors import DataError, did_you_mean, first_line
 
 
@@ -25,10 +25,10 @@ class TableStore:
     """One column of encoded images.
 
     Args:
-        images: a `datasets.Dataset` with the one column `column`: {bytes, path} or binary.
-        column: its name.
-        files: (name, number of rows) of the files the rows come from, in order.
-        identity: what makes the rows this set's and no other's; goes into the fingerprint.
+        images: a `datasets.Dataset` with a single column of {bytes, path} or binary values.
+        column: the name of the column.
+        files: (name, number of rows) of the files that hold the rows, in order.
+        identity: text that identifies the table; it goes into the fingerprint.
     """
 
     def __init__(self, images: Any, column: str, files: Sequence[tuple[str, int]], identity: str) -> None:
@@ -40,16 +40,16 @@ class TableStore:
         return len(self._images)
 
     def identify(self, row: int) -> str:
-        """The file and the row in it."""
+        """Return the name of the file and the number of the row in the file."""
         file = int(np.searchsorted(self._starts, row, side="right")) - 1
         return f"{self._names[file]} row {row - self._starts[file]}"
 
     def read(self, row: int) -> Tensor:
-        """The image, uint8 (3, H, W)."""
+        """Read and decode the image of a row: uint8 (3, H, W)."""
         return decode(self.encoded(row), name=self.identify(row))
 
     def encoded(self, row: int) -> bytes:
-        """The image's bytes as they are stored; raises BadImage."""
+        """Return the encoded bytes of the image of a row. Raises BadImage."""
         value = self._images[row][self._column]
         if isinstance(value, dict):
             data = value.get("bytes")
@@ -68,16 +68,16 @@ class TableStore:
             raise BadImage(self.identify(row), f"{path}: {error.strerror}") from error
 
     def digest(self, rows: Integers) -> str:
-        """A hash of the files' names and sizes and of the rows' numbers."""
+        """Return a hash of the files' names and sizes and of the row numbers."""
         return hashlib.sha256(self._identity.encode() + rows.astype("<i8").tobytes()).hexdigest()
 
 
 def parquet_parts(source: str, files: list[Path], *, root: Path | None = None) -> dict[str, Part]:
-    """The splits of parquet files: column `image` ({bytes, path} or binary), optional `label`.
+    """Return the splits of parquet files with a column `image` ({bytes, path} or binary) and optionally `label`.
 
-    Labels take their names from the Hugging Face schema metadata, else from the lines of a `classes.txt`
-    beside the first file, else they are the sorted values themselves. Names of files, and of their
-    folders, declare splits; a single file is all there is, whatever its name, and 10% of it is held out.
+    The class names come from the Hugging Face metadata of the schema, else from the lines of a `classes.txt` next to
+    the first file; otherwise the sorted label values are the names. The names of the files and of their folders declare
+    splits. A single file is the training set whatever its name is, and 10% of its images are held out.
 
     Raises:
         DataError: a file cannot be read or has no image column.
@@ -87,33 +87,37 @@ def parquet_parts(source: str, files: list[Path], *, root: Path | None = None) -
     from datasets import load_dataset
 
     parts: dict[str, Part] = {}
-    for split, numbers in group_by_split(names_under(files, root)).items():
-        mine = [files[number] for number in numbers]
+    for split, numbers in group_by_split(relative_names(files, root)).items():
+        split_files = [files[number] for number in numbers]
         try:
-            counts = [pq.read_metadata(file).num_rows for file in mine]
-            schema = pq.read_schema(mine[0])
+            counts = [pq.read_metadata(file).num_rows for file in split_files]
+            schema = pq.read_schema(split_files[0])
         except (OSError, pa.ArrowException) as error:
             raise DataError(f"--data '{source}': a parquet file cannot be read: {_first_line(error)}.") from error
         if "image" not in schema.names:
-            raise DataError(_no_image_column(f"{source}' ('{mine[0].name}')", schema.names))
+            raise DataError(_no_image_column(f"{source}' ('{split_files[0].name}')", schema.names))
         try:
-            paths = [glob.escape(str(file)) for file in mine]  # datasets takes them for patterns
+            paths = [glob.escape(str(file)) for file in split_files]  # datasets treats paths as patterns
             table = load_dataset("parquet", data_files={split: paths}, split=split)
-        except Exception as error:  # datasets wraps whatever Arrow raises in errors of its own
-            raise DataError(f"--data '{source}': the parquet files of {split}: {_first_line(error)}.") from error
-        identity = repr([(file.name, file.stat().st_size) for file in mine])
-        rows = [(str(file), count) for file, count in zip(mine, counts, strict=True)]
-        names = _class_names(mine[0].with_name("classes.txt"))
+        except Exception as error:  # datasets wraps all errors of Arrow in exceptions of its own
+            raise DataError(
+                f"--data '{source}': the parquet files of {split} cannot be loaded: {_first_line(error)}."
+            ) from error
+        identity = repr([(file.name, file.stat().st_size) for file in split_files])
+        rows = [(str(file), count) for file, count in zip(split_files, counts, strict=True)]
+        names = _class_names(split_files[0].with_name("classes.txt"))
         parts[split] = _part(source, table, "image", rows, identity, names)
     return parts
 
 
 def hub_parts(source: str) -> dict[str, Part]:
-    """The splits of `hf:owner/name[:config]`: the column `image` or the first image column, `label` or the first
-    ClassLabel.
+    """Return the splits of a data set of the hub, `hf:owner/name[:config]`.
+
+    The images are the column `image`, or else the first image column; the labels are the column `label`, or else the
+    first ClassLabel column.
 
     Raises:
-        DataError: the data set cannot be had, whatever the reason, or has no image column.
+        DataError: the data set cannot be loaded for any reason, or has no image column.
     """
     parts: dict[str, Part] = {}
     for split, (name, config, declared, table) in hub_tables(source).items():
@@ -124,28 +128,31 @@ def hub_parts(source: str) -> dict[str, Part]:
 
 
 def hub_tables(source: str) -> dict[str, tuple[str, str, str, Any]]:
-    """Of `hf:owner/name[:config]`, by split: owner/name, config, the hub's name of the split, and its table.
+    """Load a data set of the hub, `hf:owner/name[:config]`.
+
+    Returns:
+        (owner/name, config, the hub's name of the split, the table of the split) for each split.
 
     Raises:
-        DataError: the data set cannot be had, whatever the reason.
+        DataError: the data set cannot be loaded for any reason.
     """
     from datasets import load_dataset
 
     name, _, config = source.removeprefix("hf:").partition(":")
     try:
         loaded = load_dataset(name, config or None)
-    except Exception as error:  # network, hub, gated, unknown name, builder: each library raises its own
+    except Exception as error:  # network, hub, gated, unknown name, builder: each library raises exceptions of its own
         raise DataError(
             f"--data '{source}' cannot be loaded from the Hugging Face hub: {_first_line(error)}\n"
-            "Check the name (hf:owner/name or hf:owner/name:config), the network, and access if it is gated."
+            "Check the name (hf:owner/name or hf:owner/name:config), the network, and your access to a gated data set."
         ) from error
     names = list(loaded)
-    found = {}
+    tables = {}
     for split, numbers in group_by_split(names).items():
-        # "train" and not "train_extra": splits that may overlap must not be joined.
+        # "train" without "train_extra", because splits that may overlap must not be joined.
         declared = min((names[number] for number in numbers), key=len)
-        found[split] = (name, config, declared, loaded[declared])
-    return found
+        tables[split] = (name, config, declared, loaded[declared])
+    return tables
 
 
 def _part(
@@ -187,15 +194,15 @@ def _image_column(source: str, features: Any) -> str:
 
 
 def _no_image_column(where: str, columns: Sequence[str]) -> str:
-    near = did_you_mean("image", columns)
+    suggestion = did_you_mean("image", columns)
     return (
-        f"--data '{where} has no column 'image'; it has {', '.join(columns)}.{near}\n"
+        f"--data '{where} has no column 'image'; it has {', '.join(columns)}.{suggestion}\n"
         "Rename the column that holds the encoded images to 'image'."
     )
 
 
 def _labels(source: str, table: Any, names: tuple[str, ...] | None) -> Labels | None:
-    """The label column as codes; None when there is none, or when its values are no classes."""
+    """Return the label column as codes, or None if there is no label column or its type cannot be a class."""
     from datasets import ClassLabel
 
     column = "label" if "label" in table.features else None
@@ -210,31 +217,34 @@ def _labels(source: str, table: Any, names: tuple[str, ...] | None) -> Labels | 
     values = table.select_columns([column]).with_format("arrow")[:].column(column).to_pylist()
     if isinstance(feature, ClassLabel):
         names = tuple(feature.names)
-    return number_labels(source, values, names)
+    return encode_labels(source, values, names)
 
 
-def number_labels(source: str, values: Sequence[Any], names: tuple[str, ...] | None = None) -> Labels:
-    """Labels as codes: numbers in `names` where they are numbers and names are known, else in the sorted
-    values.
+def encode_labels(source: str, values: Sequence[Any], names: tuple[str, ...] | None = None) -> Labels:
+    """Convert label values to codes.
 
-    A missing value, and a negative number as the hub uses for "unknown", gets code -1.
+    Numeric values are indices in `names` if `names` is given; otherwise the sorted values become the names. A missing
+    value, or a negative number (which the hub uses for "unknown"), gets the code -1.
+
+    Raises:
+        DataError: a value has no name in `names`.
     """
-    unknown = [value is None or (not isinstance(value, str) and value < 0) for value in values]
-    known = {value for value, missing in zip(values, unknown, strict=True) if not missing}
-    if names is not None and not any(isinstance(value, str) for value in known):
-        if known and max(known) >= len(names):
-            raise DataError(f"--data '{source}': label {max(known)}, but there are only {len(names)} class names.")
-        codes = {value: int(value) for value in known}
+    is_missing = [value is None or (not isinstance(value, str) and value < 0) for value in values]
+    distinct = {value for value, missing in zip(values, is_missing, strict=True) if not missing}
+    if names is not None and not any(isinstance(value, str) for value in distinct):
+        if distinct and max(distinct) >= len(names):
+            raise DataError(f"--data '{source}': label {max(distinct)}, but there are only {len(names)} class names.")
+        code_of = {value: int(value) for value in distinct}
     else:
-        ordered = sorted(known)
-        codes = {value: code for code, value in enumerate(ordered)}
+        ordered = sorted(distinct)
+        code_of = {value: code for code, value in enumerate(ordered)}
         names = tuple(str(value) for value in ordered)
-    numbers = (-1 if missing else codes[value] for value, missing in zip(values, unknown, strict=True))
-    return Labels(np.fromiter(numbers, dtype=np.int64, count=len(values)), names)
+    codes = (-1 if missing else code_of[value] for value, missing in zip(values, is_missing, strict=True))
+    return Labels(np.fromiter(codes, dtype=np.int64, count=len(values)), names)
 
 
 def _class_names(path: Path) -> tuple[str, ...] | None:
-    """Lines of `classes.txt`, in label order; of "id<tab>name" the name, unless two ids share it."""
+    """Return the lines of `classes.txt`, in label order. Lines "id<tab>name" give the name, if all names differ."""
     if not path.is_file():
         return None
     lines = [line.strip() for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]

@@ -1,10 +1,11 @@
-"""Views: what a stage sees of an image, each a pure function of a 64-bit key.
+"""Views: augmented versions of an image, each a pure function of a 64-bit key.
 
-Geometry (crop, resize, flip) runs image by image in the data workers, because images differ in size. Colour
-(`photometric`) runs on whole batches on the device, where it is cheap; its random numbers are drawn here, from the same
-key, and travel with the batch. So a view can be named by (seed, image, view number) and made again at any time.
+The data workers change geometry (crop, resize, flip) image by image, because images differ in size. The device changes
+colours (`photometric`) for whole batches, where this is cheap; the random numbers for the colours are drawn here from
+the same key and are part of the batch. (seed, image, view number) therefore identifies a view, which can be made again
+at any time.
 
-B batch, H W height and width in pixels, u uniform numbers in [0, 1).
+B batch size, H and W height and width in pixels, u uniform numbers in [0, 1).
 """
 
 from __future__ import annotations
@@ -20,20 +21,21 @@ from torch import Tensor
 from pecobook.settings.images import PhotometricConfig
 from pecobook.utils.images import resize
 
-NUM_COLOUR_DRAWS = 9  # brightness, contrast, saturation, hue; then whether jitter, grey, blur, solarise; blur's width
+# Strengths of brightness, contrast, saturation, hue; whether to apply jitter, grey, blur, solarisation; blur width.
+NUM_COLOUR_DRAWS = 9
 
 
 def crop_box(
     height: int, width: int, u: npt.NDArray[np.float64], *, min_area: float, max_aspect: float = 4 / 3
 ) -> tuple[int, int, int, int]:
-    """Top, left, height and width of a random crop (the rule of torchvision's RandomResizedCrop).
+    """Return top, left, height and width of a random crop, by the rule of torchvision's RandomResizedCrop.
 
     Args:
-        height: of the image, pixels.
-        width: of the image, pixels.
-        u: 40 uniform numbers: ten tries of (area, aspect, top, left).
-        min_area: least share of the image's area.
-        max_aspect: widest aspect ratio; the narrowest is its inverse.
+        height: height of the image in pixels.
+        width: width of the image in pixels.
+        u: 40 uniform numbers: ten attempts of (area, aspect, top, left).
+        min_area: minimum area of the crop, as a fraction of the image's area.
+        max_aspect: maximum aspect ratio; the minimum is its inverse.
     """
     for area_draw, aspect_draw, top_draw, left_draw in u[:40].reshape(10, 4).tolist():
         area = height * width * (min_area + area_draw * (1 - min_area))
@@ -43,7 +45,7 @@ def crop_box(
             top = int(top_draw * (height - crop_height + 1))
             left = int(left_draw * (width - crop_width + 1))
             return top, left, crop_height, crop_width
-    crop_height, crop_width = height, width  # nothing fitted: the largest centred crop of a legal aspect
+    crop_height, crop_width = height, width  # no attempt fitted: the largest central crop of a valid aspect ratio
     if width / height > max_aspect:
         crop_width = max(round(height * max_aspect), 1)
     elif height / width > max_aspect:
@@ -52,7 +54,17 @@ def crop_box(
 
 
 def random_crop(image: Tensor, size: int, view_key: int, *, min_area: float) -> Tensor:
-    """Random resized crop with a horizontal flip: uint8 (C, H, W) to uint8 (C, size, size), bicubic, antialiased."""
+    """Crop an image at random, flip it horizontally with probability 0.5, and resize it (bicubic, antialiased).
+
+    Args:
+        image: uint8 (C, H, W).
+        size: side of the view in pixels.
+        view_key: the key of the view.
+        min_area: minimum area of the crop, as a fraction of the image's area.
+
+    Returns:
+        uint8 (C, size, size).
+    """
     from pecobook.data.sampler import uniforms
 
     u = uniforms(view_key, 41)
@@ -62,7 +74,10 @@ def random_crop(image: Tensor, size: int, view_key: int, *, min_area: float) -> 
 
 
 def center_crop(image: Tensor, size: int, *, share: float = 1.0) -> Tensor:
-    """The central square, `share` of the shorter side, resized: uint8 (C, H, W) to uint8 (C, size, size)."""
+    """Crop the central square, with a side of `share` times the image's shorter side, and resize it.
+
+    uint8 (C, H, W) becomes uint8 (C, size, size).
+    """
     height, width = image.shape[1:]
     side = max(round(min(height, width) * share), 1)
     top, left = (height - side) // 2, (width - side) // 2
@@ -70,12 +85,12 @@ def center_crop(image: Tensor, size: int, *, share: float = 1.0) -> Tensor:
 
 
 def central_view(image: Tensor, view_key: int, *, size: int, share: float = 1.0) -> dict[str, Tensor]:  # noqa: ARG001
-    """The view of a held-out image, the same for every key: {"image": uint8 (C, size, size)}."""
+    """Return the view of a held-out image, {"image": uint8 (C, size, size)}; the key has no effect."""
     return {"image": center_crop(image, size, share=share)}
 
 
 def colour_draws(view_key: int) -> Tensor:
-    """The random numbers of one view's colours: float32 (9,)."""
+    """Draw the random numbers for the colours of one view: float32 (9,) in [0, 1)."""
     from pecobook.data.sampler import key, uniforms
 
     return torch.from_numpy(uniforms(key(view_key, 1), NUM_COLOUR_DRAWS).astype(np.float32))
@@ -85,9 +100,9 @@ def colour_draws(view_key: int) -> Tensor:
 
 
 def photometric(images: Tensor, draws: Tensor, config: PhotometricConfig) -> Tensor:
-    """Change the colours of every image by its own draws.
+    """Change the colours of each image by the image's random numbers.
 
-    The changes run in one fixed order (brightness, contrast, saturation, hue, grey, blur, solarise).
+    The order of the changes is fixed: brightness, contrast, saturation, hue, grey, blur, solarisation.
 
     Args:
         images: float (B, 3, H, W) in [0, 1].
@@ -98,7 +113,7 @@ def photometric(images: Tensor, draws: Tensor, config: PhotometricConfig) -> Ten
         float (B, 3, H, W) in [0, 1].
     """
     strength = draws[:, :4] * 2 - 1  # (B, 4) in [-1, 1)
-    # A change that is not drawn has strength 0, which is the identity: no image leaves the batch.
+    # An image without jitter gets strength 0, which is the identity, so the whole batch is changed at once.
     strength = strength * (draws[:, 4:5] < config.jitter)
     images = brightness(images, 1 + config.brightness * strength[:, 0])
     images = adjust_contrast(images, 1 + config.contrast * strength[:, 1])
@@ -110,53 +125,54 @@ def photometric(images: Tensor, draws: Tensor, config: PhotometricConfig) -> Ten
         blurred = gaussian_blur(images, 0.1 + 1.9 * draws[:, 8])
         images = torch.where((draws[:, 6] < config.blur)[:, None, None, None], blurred, images)
     if config.solarise > 0:
-        chosen = (draws[:, 7] < config.solarise)[:, None, None, None]
-        images = torch.where(chosen & (images >= 0.5), 1 - images, images)
+        is_solarised = (draws[:, 7] < config.solarise)[:, None, None, None]
+        images = torch.where(is_solarised & (images >= 0.5), 1 - images, images)
     return images
 
 
 def brightness(images: Tensor, factor: Tensor) -> Tensor:
-    """Multiply by `factor` (B,), clamped to [0, 1]."""
+    """Multiply each image by its `factor` (B,), and clamp to [0, 1]."""
     return (images * factor[:, None, None, None]).clamp_(0, 1)
 
 
 def adjust_contrast(images: Tensor, factor: Tensor) -> Tensor:
-    """Blend with the image's mean grey by `factor` (B,); 0 is flat grey, 1 the image."""
+    """Blend each image with its mean grey value by `factor` (B,): 0 gives uniform grey, 1 the image."""
     mean = luma(images).mean((2, 3), keepdim=True)  # (B, 1, 1, 1)
     return (mean + factor[:, None, None, None] * (images - mean)).clamp_(0, 1)
 
 
 def saturation(images: Tensor, factor: Tensor) -> Tensor:
-    """Blend with the grey image by `factor` (B,); 0 is grey, 1 the image."""
+    """Blend each image with its grey version by `factor` (B,): 0 gives the grey version, 1 the image."""
     grey = luma(images)
     return (grey + factor[:, None, None, None] * (images - grey)).clamp_(0, 1)
 
 
 def luma(images: Tensor) -> Tensor:
-    """ITU-R 601 grey: (B, 3, H, W) to (B, 1, H, W)."""
+    """Convert RGB (B, 3, H, W) to grey (B, 1, H, W) by ITU-R 601."""
     return images[:, :1] * 0.2989 + images[:, 1:2] * 0.587 + images[:, 2:3] * 0.114
 
 
 def hue(images: Tensor, shift: Tensor) -> Tensor:
-    """Turn the hue by `shift` (B,) turns, in HSV: (B, 3, H, W) in [0, 1] to the same."""
+    """Rotate the hue of each image by `shift` (B,) turns in HSV: (B, 3, H, W) in [0, 1] to (B, 3, H, W) in [0, 1]."""
     value, argmax = images.max(1)  # (B, H, W)
     chroma = value - images.min(1).values
     red, green, blue = images.unbind(1)
-    safe = chroma.clamp_min(1e-12)
+    divisor = chroma.clamp_min(1e-12)
     angle = torch.where(
         argmax == 0,
-        (green - blue) / safe,
-        torch.where(argmax == 1, 2 + (blue - red) / safe, 4 + (red - green) / safe),
+        (green - blue) / divisor,
+        torch.where(argmax == 1, 2 + (blue - red) / divisor, 4 + (red - green) / divisor),
     )  # in sixths of a turn
     angle = angle + 6 * shift[:, None, None]
-    # f(n) = V - C max(0, min(k, 4 - k, 1)) with k = (n + angle) mod 6, for n = 5, 3, 1: HSV to RGB without cases.
-    offsets = 5.0 - 2.0 * torch.arange(3, device=images.device)[None, :, None, None]  # made there: a copy would wait
+    # HSV to RGB without cases: f(n) = V - C max(0, min(k, 4 - k, 1)) with k = (n + angle) mod 6, for n = 5, 3, 1.
+    # `offsets` is made on the device, because a copy from the host would synchronise.
+    offsets = 5.0 - 2.0 * torch.arange(3, device=images.device)[None, :, None, None]
     k = (offsets + angle[:, None]) % 6
     return value[:, None] - chroma[:, None] * torch.minimum(k, 4 - k).clamp(0, 1)
 
 
 def gaussian_blur(images: Tensor, sigma: Tensor) -> Tensor:
-    """Blur every image by its own `sigma` (B,), in pixels of a 224-pixel view scaled to this one's side."""
+    """Blur each image by its `sigma` (B,), given in pixels of a 224-pixel view and scaled to the image's height."""
     B, C, H, W = images.shape
     sigma = (sigma * H / 224).clamp_min(1e-3)
     radius = max(1, math.ceil(3 * 2.0 * H / 224))

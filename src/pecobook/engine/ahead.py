@@ -1,4 +1,4 @@
-"""Micro-batches that know of each other, for losses that compare images of a whole step."""
+"""Keys of all images of a step before the first micro-batch, for losses that compare images of a whole step."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from pecobook.data.batch import Batch
 
 
 def micro_batches(stage: Any, model: Any, batches: Iterator[Batch], seed: Callable[[int], None]) -> Iterable[Batch]:
-    """A step's micro-batches as they are read, one by one; where the stage needs keys of all, those of `look_ahead`."""
+    """Return a step's micro-batches, read one by one, or those of `look_ahead` where the stage needs keys of all."""
     if not stage.needs_full_batch_keys:
         return batches
-    whole = list(batches)
-    return look_ahead(model, whole, seed) if len(whole) > 1 else whole
+    step_batches = list(batches)
+    return look_ahead(model, step_batches, seed) if len(step_batches) > 1 else step_batches
 
 
 def look_ahead(model: Any, batches: list[Batch], seed: Callable[[int], None]) -> Iterator[Batch]:
-    """Micro-batches with the rows of all images of this rank's step, (count x B, ...), each with its own first.
+    """Add the rows of all images of this rank's step, (count x B, ...), to each micro-batch, its own rows first.
 
     Args:
         model: returns rows of a batch marked as `ahead`.
-        batches: of tensors (B, ...), on the model's device.
-        seed: called with the number of each forward pass before it.
+        batches: count micro-batches of tensors (B, ...), on the model's device.
+        seed: called with the number of each forward pass before that pass.
     """
     tensors = [cast("dict[str, Tensor]", batch) for batch in batches]
     size = len(next(iter(tensors[0].values())))
@@ -36,17 +36,18 @@ def look_ahead(model: Any, batches: list[Batch], seed: Callable[[int], None]) ->
 
 @torch.no_grad()
 def _rows_of_all(model: Any, batches: list[dict[str, Tensor]], seed: Callable[[int], None]) -> dict[str, Tensor]:
-    """Rows (count x B, ...) in the order of the images.
+    """Return rows (count x B, ...) in the order of the images.
 
-    The images are mixed for it, every count-th in one forward pass, since BatchNorm would let those know each other
-    that came together: MoCo's shuffled BatchNorm (arXiv 1911.05722, section 3.3).
+    Each forward pass takes every count-th image of the step. BatchNorm mixes statistics of the images of one pass, so
+    passes of whole micro-batches would let the loss recognise images of the same micro-batch: MoCo's shuffled BatchNorm
+    (arXiv 1911.05722, section 3.3).
     """
-    whole = {name: torch.cat([batch[name] for batch in batches]) for name in batches[0]}
-    first = next(iter(whole.values()))
-    mixed = torch.arange(len(first), device=first.device).view(-1, len(batches)).t()  # (count, B)
-    seen = []
-    for number, chosen in enumerate(mixed):
+    step_batch = {name: torch.cat([batch[name] for batch in batches]) for name in batches[0]}
+    first = next(iter(step_batch.values()))
+    passes = torch.arange(len(first), device=first.device).view(-1, len(batches)).t()  # (count, B) image numbers
+    outputs = []
+    for number, images in enumerate(passes):
         seed(number)
-        seen.append(model({**{name: value[chosen] for name, value in whole.items()}, "ahead": True}).rows)
-    order = mixed.flatten().argsort()
-    return {name: torch.cat([rows[name] for rows in seen])[order] for name in seen[0]}
+        outputs.append(model({**{name: value[images] for name, value in step_batch.items()}, "ahead": True}).rows)
+    order = passes.flatten().argsort()
+    return {name: torch.cat([rows[name] for rows in outputs])[order] for name in outputs[0]}

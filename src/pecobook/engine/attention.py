@@ -13,11 +13,11 @@ from torch import Tensor
 
 @contextmanager
 def trainable_attention(device: torch.device) -> Iterator[None]:
-    """To train within: on a CPU, attention under autocast is computed in fp32; elsewhere nothing changes.
+    """Compute attention under autocast in fp32 on a CPU; on other devices nothing changes.
 
-    PyTorch's fused attention has a backward pass for CPUs that takes two to 25 times as long in bfloat16 as in fp32
-    (the fewer tokens, the more), so that a small ViT trained at half its speed or less. It must enclose the backward
-    pass, too, in which checkpointed blocks run again.
+    The backward pass of PyTorch's fused attention for CPUs takes two to 25 times as long in bfloat16 as in fp32 (the
+    fewer tokens, the more), so a small ViT would train at half its speed or less. The context must enclose the backward
+    pass too, because checkpointed blocks run again there.
     """
     if device.type != "cpu":
         yield
@@ -28,13 +28,13 @@ def trainable_attention(device: torch.device) -> Iterator[None]:
 
 
 def _attention(*args: Any, **kwargs: Any) -> Tensor:
-    """Autocast's rule for attention on CPUs, in place of PyTorch's, by which all is in lower precision."""
-    low = torch.get_autocast_dtype("cpu")
-    dtype = torch.float32 if torch.is_grad_enabled() else low
+    """Replace PyTorch's autocast rule for attention on CPUs, which computes everything in the lower precision."""
+    autocast_dtype = torch.get_autocast_dtype("cpu")
+    dtype = torch.float32 if torch.is_grad_enabled() else autocast_dtype
 
     def cast(value: Any) -> Any:
         return value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
 
     with torch.autocast("cpu", enabled=False):
-        mixed = F.scaled_dot_product_attention(*map(cast, args), **{name: cast(kwargs[name]) for name in kwargs})
-    return mixed.to(low)
+        output = F.scaled_dot_product_attention(*map(cast, args), **{name: cast(kwargs[name]) for name in kwargs})
+    return output.to(autocast_dtype)

@@ -1,8 +1,8 @@
-"""Checkpoints: weights, optimizer state and one integer, in one file that is there whole or not at all.
+"""Checkpoints: weights, optimizer state and one integer, in one file that is either complete or absent.
 
 `checkpoints/step-00001000/state.pt` is written under a temporary folder name, flushed and renamed; the last k are kept.
-The file holds full tensors whatever the strategy, so a run may resume on another number of devices. In
-fp16 it also holds the loss scale.
+The file holds full tensors whatever the strategy, so a run may resume on another number of devices. In fp16 the file
+also holds the loss scale.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ from pecobook.utils.files import sync_folder
 
 
 class Stateful(Protocol):
-    """Something small that also has a state: fp16's loss scale."""
+    """An object with a small state of plain values, such as the loss scale of fp16."""
 
     def state_dict(self) -> dict[str, Any]:
-        """Its state."""
+        """Return the state."""
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take the state back."""
+        """Restore the state."""
 
 
 def save(
@@ -45,10 +45,10 @@ def save(
     keep: int,
     precision: Stateful | None = None,
 ) -> None:
-    """Write the checkpoint of `step` and delete all but the last `keep`. Called on all ranks; rank 0 writes.
+    """Write the checkpoint of `step` and delete all but the last `keep`. All ranks call this; rank 0 writes.
 
     Raises:
-        RunFolderError: on all ranks, when it cannot be written.
+        RunFolderError: on all ranks, when the checkpoint cannot be written.
     """
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
     model_state, optimizer_state = get_state_dict(stage, optimizer, options=options)
@@ -65,8 +65,8 @@ def save(
 
 def _write(folder: Path, step: int, state: dict[str, Any]) -> None:
     temporary, final = folder / f".{_name(step)}.tmp", folder / _name(step)
-    for left in folder.glob(".step-*.tmp"):  # half-written when a run was killed
-        shutil.rmtree(left, ignore_errors=True)
+    for incomplete in folder.glob(".step-*.tmp"):  # half-written when a run was killed
+        shutil.rmtree(incomplete, ignore_errors=True)
     try:
         temporary.mkdir(parents=True)
         with (temporary / "state.pt").open("wb") as file:
@@ -82,20 +82,20 @@ def _write(folder: Path, step: int, state: dict[str, Any]) -> None:
         shutil.rmtree(temporary, ignore_errors=True)
         raise RunFolderError(
             f"The checkpoint of step {step} cannot be written to '{folder}': {first_line(error).rstrip('.')}\n"
-            "Earlier checkpoints are whole. Make room, then go on with --resume."
+            "Earlier checkpoints are complete. Make room, then continue with --resume."
         ) from None
 
 
 def load(folder: Path, *, stage: nn.Module, optimizer: torch.optim.Optimizer, precision: Stateful | None = None) -> int:
-    """Load the newest checkpoint into `stage` and `optimizer`; returns its step, 0 when there is none.
+    """Load the newest checkpoint into `stage` and `optimizer`; return its step, or 0 when there is no checkpoint.
 
     Raises:
         RunFolderError: the newest checkpoint is damaged or belongs to another model.
     """
-    found = steps(folder)
-    if not found:
+    saved_steps = steps(folder)
+    if not saved_steps:
         return 0
-    path = folder / _name(found[-1]) / "state.pt"
+    path = folder / _name(saved_steps[-1]) / "state.pt"
     try:
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         options = StateDictOptions(full_state_dict=True, cpu_offload=True)
@@ -110,14 +110,14 @@ def load(folder: Path, *, stage: nn.Module, optimizer: torch.optim.Optimizer, pr
             precision.load_state_dict(state["precision"])
         return int(state["step"])
     except (OSError, EOFError, LookupError, RuntimeError, TypeError, ValueError, pickle.UnpicklingError) as error:
-        older = f" Delete that folder to go on from step {found[-2]}." if len(found) > 1 else ""
+        older = f" Delete that folder to continue from step {saved_steps[-2]}." if len(saved_steps) > 1 else ""
         raise RunFolderError(f"'{path}' cannot be loaded: {first_line(error).rstrip('.')}.{older}") from None
 
 
 def steps(folder: Path) -> list[int]:
-    """Steps of the whole checkpoints in a folder, ascending."""
-    found = (path.name.removeprefix("step-") for path in folder.glob("step-*") if (path / "state.pt").is_file())
-    return sorted(int(name) for name in found if name.isdigit())
+    """Return the steps of the complete checkpoints in a folder, ascending."""
+    numbers = (path.name.removeprefix("step-") for path in folder.glob("step-*") if (path / "state.pt").is_file())
+    return sorted(int(number) for number in numbers if number.isdigit())
 
 
 def _name(step: int) -> str:

@@ -1,8 +1,8 @@
-"""What all ranks must do alike after a step: end at once when something is not finite, or stop when asked to.
+"""Decisions that all ranks must share after a step: end when loss or gradient is not finite, or stop on a signal.
 
-On a CPU the answer is there at once. On a GPU it is copied in the background and read one step later, so that no step
-waits for the device: a broken step is then known after its optimizer step, and nothing is saved or measured before
-`wait` has looked.
+On a CPU the answer is available at once. On a GPU the answer is copied in the background and read one step later, so
+that no step waits for the device: a step that is not finite is then reported after its optimizer step, and nothing is
+saved or measured before `wait` has read the answer.
 """
 
 from __future__ import annotations
@@ -19,15 +19,16 @@ from pecobook.errors import NonFiniteLossError
 class _Pending(NamedTuple):
     step: int
     answer: Tensor
-    """float (4,), on the host once `copied` is done: broken and stop of all ranks; loss and gradient norm of this."""
+    """Float (4,), on the host once `copied` is done: non-finite and stop flags of all ranks, this rank's loss and
+    gradient norm."""
     copied: Any
 
 
 class FiniteCheck:
-    """Collects flags of all ranks each step.
+    """Collect the flags of all ranks each step.
 
     Args:
-        world_size: ranks.
+        world_size: number of ranks.
         late: read the answer one step later.
     """
 
@@ -36,41 +37,44 @@ class FiniteCheck:
         self._pending: _Pending | None = None
 
     def after_backward(self, step: int, loss: Tensor, norm: Tensor, *, may_overflow: bool, stop: bool) -> bool:
-        """Ask all ranks about step number `step` (from 1); returns whether to stop, as known by now.
+        """Combine the flags of all ranks for step number `step` (from 1); return whether to stop.
 
         Args:
-            step: the step.
-            loss: () detached.
-            norm: () of the gradient.
+            step: number of the step.
+            loss: loss (), detached.
+            norm: norm () of the gradient.
             may_overflow: whether gradients may be infinite, as in fp16, whose scaler leaves out such steps.
-            stop: whether this rank was asked to stop.
+            stop: whether this rank received a signal to stop.
+
+        Returns:
+            Whether to stop after this step or, with `late`, after the previous step.
 
         Raises:
-            NonFiniteLossError: on all ranks, when any has seen a loss or gradient that is not finite.
+            NonFiniteLossError: on all ranks, when any rank has a loss or gradient that is not finite.
         """
-        broken = ~loss.isfinite() if may_overflow else ~(loss.isfinite() & norm.isfinite())
-        # Filled on the device: a tensor made from a number is copied there, and the host waits for all that runs.
-        asked = torch.full_like(loss, float(stop), dtype=torch.float32)
-        flags = torch.stack([broken.float(), asked])
+        non_finite = ~loss.isfinite() if may_overflow else ~(loss.isfinite() & norm.isfinite())
+        # Filled on the device: to copy a number from the host would wait for everything that runs on the device.
+        stop_flag = torch.full_like(loss, float(stop), dtype=torch.float32)
+        flags = torch.stack([non_finite.float(), stop_flag])
         if self.world_size > 1:
             dist.all_reduce(flags, dist.ReduceOp.MAX)
         answer = torch.cat([flags, torch.stack([loss.float(), norm.float()])])
-        known = self.wait() if self.late else False
+        stop_after_previous = self.wait() if self.late else False
         self._pending = self._copy(step, answer)
-        return known if self.late else self.wait()
+        return stop_after_previous if self.late else self.wait()
 
     def wait(self) -> bool:
-        """Wait for what was asked last; returns whether to stop. Raises as `after_backward`."""
+        """Wait for the last answer; return whether to stop. Raises the errors of `after_backward`."""
         if self._pending is None:
             return False
         pending, self._pending = self._pending, None
         if pending.copied is not None:
             pending.copied.synchronize()
-        broken, stop, loss, norm = pending.answer.tolist()
-        if broken:
-            left = "its last checkpoint is whole" if self.late else "the weights were not touched"
+        non_finite, stop, loss, norm = pending.answer.tolist()
+        if non_finite:
+            state = "the last checkpoint is intact" if self.late else "the weights were not changed"
             raise NonFiniteLossError(
-                f"Step {pending.step} is not finite (loss {loss:g}, gradient norm {norm:g} here); {left}.\n"
+                f"Step {pending.step} is not finite (loss {loss:g}, gradient norm {norm:g} here); {state}.\n"
                 "Try a lower --optim.lr, a longer --optim.warmup, --optim.clip-grad 1, or --precision fp32;\n"
                 "then start again with --overwrite, or in a new --out."
             )

@@ -1,6 +1,6 @@
-"""Devices, precision and strategy: from settings to a running Fabric.
+"""Devices, precision and strategy: start a Fabric from the settings.
 
-`lightning-fabric` is imported here, when a run starts, and nowhere else at import time.
+`lightning-fabric` is imported in this module alone, and only when a run starts.
 """
 
 from __future__ import annotations
@@ -25,32 +25,32 @@ _PRECISIONS = {"bf16": "bf16-mixed", "fp16": "16-mixed"}
 
 
 def is_leader() -> bool:
-    """Whether this process is the first of its run, known from the launcher's variables before anything starts."""
+    """Return whether this process is the first of its run, by the environment variables of the launcher."""
     return all(os.environ.get(name, "0") == "0" for name in ("RANK", "LOCAL_RANK", "NODE_RANK", "SLURM_PROCID"))
 
 
 def device_count(config: TrainConfig) -> int:
-    """Processes of this run on each machine. Raises ConfigError when the machine cannot give that many."""
+    """Return the number of processes on each machine. Raises ConfigError when the machine has fewer GPUs."""
     if "LOCAL_WORLD_SIZE" in os.environ:  # torchrun has already decided
         return int(os.environ["LOCAL_WORLD_SIZE"])
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if config.devices == "auto":
         return gpus or 1
-    wanted = int(config.devices)
-    if gpus and wanted > gpus:
-        raise ConfigError(f"--devices {wanted}: this machine has {gpus} GPU{'s' if gpus > 1 else ''}.")
-    return wanted
+    devices = int(config.devices)
+    if gpus and devices > gpus:
+        raise ConfigError(f"--devices {devices}: this machine has {gpus} GPU{'s' if gpus > 1 else ''}.")
+    return devices
 
 
 def world_size(config: TrainConfig) -> int:
-    """Processes of the whole run."""
+    """Return the number of processes of the run on all machines."""
     if "WORLD_SIZE" in os.environ and "LOCAL_WORLD_SIZE" in os.environ:
         return int(os.environ["WORLD_SIZE"])
     return device_count(config) * config.num_nodes
 
 
 def resolve_precision(config: TrainConfig) -> str:
-    """fp32, bf16 or fp16, with auto resolved. Raises ConfigError for fp16 without a GPU."""
+    """Return fp32, bf16 or fp16, with auto resolved. Raises ConfigError for fp16 without a GPU."""
     cuda = torch.cuda.is_available()
     if config.precision == "auto":
         native = (
@@ -63,27 +63,33 @@ def resolve_precision(config: TrainConfig) -> str:
 
 
 def micro_batch_size(config: TrainConfig) -> int:
-    """Images a device holds at once. Raises ConfigError when the global batch cannot be shared out evenly."""
-    world = world_size(config)
-    if config.batch_size % world:
-        raise ConfigError(f"--batch-size {config.batch_size} cannot be shared evenly by {world} devices.")
-    share = config.batch_size // world
+    """Return the number of images a device holds at once. Raises ConfigError when devices would get unequal shares."""
+    num_devices = world_size(config)
+    if config.batch_size % num_devices:
+        raise ConfigError(f"--batch-size {config.batch_size} cannot be shared evenly by {num_devices} devices.")
+    share = config.batch_size // num_devices
     if config.micro_batch_size < 0:
-        raise ConfigError(f"--micro-batch-size must be 0 (the share whole) or above, not {config.micro_batch_size}.")
-    largest = config.micro_batch_size or share
+        raise ConfigError(
+            f"--micro-batch-size must be 0 (all images of a device at once) or above, not {config.micro_batch_size}."
+        )
+    max_size = min(config.micro_batch_size or share, share)
     # The largest divisor of the share that fits: every accumulation step then holds equally many images.
-    return next(size for size in range(min(largest, share), 0, -1) if share % size == 0)
+    return next(size for size in range(max_size, 0, -1) if share % size == 0)
 
 
 def check_min_batch(config: TrainConfig) -> None:
-    """Raise ConfigError where a device holds one image at once, which a contrastive loss has nothing to tell from."""
+    """Raise ConfigError where a device holds one image at once: a contrastive loss compares an image with others."""
     if micro_batch_size(config) < 2:
         flag = "--micro-batch-size" if config.micro_batch_size else "--batch-size"
-        raise ConfigError(f"{flag}: a device must hold at least 2 images at once, to tell them apart.")
+        raise ConfigError(f"{flag}: a device must hold at least 2 images at once, to contrast them.")
 
 
 def start(config: TrainConfig) -> Fabric:
-    """Start the processes and return their Fabric."""
+    """Start the processes of the run and return their Fabric.
+
+    Args:
+        config: settings whose precision is resolved (`resolve_precision`).
+    """
     from lightning_fabric import Fabric
 
     _filter_warnings()
@@ -92,18 +98,18 @@ def start(config: TrainConfig) -> Fabric:
         devices=device_count(config),
         num_nodes=max(1, world_size(config) // device_count(config)),
         strategy=_strategy(config),
-        plugins=[_precision(resolve_precision(config))],
+        plugins=[precision_plugin(config.precision)],
     )
     fabric.launch()
     return fabric
 
 
 @contextmanager
-def deterministic(device: torch.device, wanted: bool) -> Iterator[None]:
-    """To train within: kernels of a GPU that give the same bits each time. PyTorch warns of those that have none."""
+def deterministic(device: torch.device, enabled: bool) -> Iterator[None]:
+    """Use deterministic GPU kernels within the context. PyTorch warns of operations that have no such kernel."""
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-    if wanted and device.type == "cuda":
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read at the first product
+    if enabled and device.type == "cuda":
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it at the first matrix product
         torch.use_deterministic_algorithms(True, warn_only=True)
     try:
         yield
@@ -112,23 +118,23 @@ def deterministic(device: torch.device, wanted: bool) -> Iterator[None]:
 
 
 def _filter_warnings() -> None:
-    """Keep from the screen what libraries say that no user can act on."""
-    # PyTorch 2.15 renames an argument that Lightning's oldest PyTorch must still be given by its old name.
+    """Hide warnings of libraries that a user can do nothing about."""
+    # PyTorch 2.15 renames an argument, and Lightning still passes the old name, which older versions of PyTorch need.
     warnings.filterwarnings("ignore", message=".*`broadcast_buffers` is deprecated")
-    # Gradients of 1 x 1 convolutions come in another memory order than DDP's buckets: a copy, and no error.
+    # Gradients of 1 x 1 convolutions come in another memory order than DDP's buckets: this costs a copy, no error.
     warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
-    # Before PyTorch 2.14: `engine.attention` is meant to take the place of a rule.
+    # PyTorch before 2.14 warns that a rule is overridden, which `engine.attention` does on purpose.
     warnings.filterwarnings("ignore", message="Warning only once for all operators")
-    # What is fp32 under autocast is meant to be: losses, averages, distances.
+    # Losses, averages and distances are computed in fp32 under autocast on purpose.
     warnings.filterwarnings("ignore", message="TensorFloat32 tensor cores")
     logging.getLogger("lightning_fabric.utilities.rank_zero").setLevel(logging.WARNING)
 
 
-def _precision(name: str) -> Any:
-    """Fabric's precision, but for one thing: a batch keeps its numbers.
+def precision_plugin(name: str) -> Any:
+    """Return Fabric's precision plugin, changed so that the numbers of a batch are not rounded.
 
-    Fabric turns every float of a batch into half precision. Images come as integers and networks choose for themselves,
-    so that would only round what must not be: the draws that name a view, and the corners of boxes.
+    Fabric converts every float of a batch to half precision. Images come as integers and networks convert them, so the
+    conversion would only round values that must stay exact: the draws that define a view, and the corners of boxes.
     """
     from lightning_fabric.plugins.precision import MixedPrecision, Precision
 
@@ -150,12 +156,12 @@ def _strategy(config: TrainConfig) -> Any:
         return "auto"
     from lightning_fabric.strategies.ddp import DDPStrategy
 
-    # Buffers are kept equal by the stages that own them; DDP's broadcast would overwrite statistics of other ranks.
+    # Stages keep their buffers equal on all ranks; DDP's broadcast would overwrite statistics of other ranks.
     return DDPStrategy(broadcast_buffers=False, gradient_as_bucket_view=True)
 
 
 def _shard(module: nn.Module, mesh: Any) -> nn.Module:
-    """FSDP2: every trainable transformer block of timm is a unit, the rest another."""
+    """Shard a module by FSDP2: every trainable transformer block of timm is one unit, all other modules another."""
     from torch.distributed.fsdp import fully_shard
 
     mesh = mesh["data_parallel"]

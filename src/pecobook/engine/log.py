@@ -1,10 +1,11 @@
-"""What a run says while it goes: metrics.jsonl, train.log, TensorBoard and friends, and progress on the screen.
+"""Logs of a run: metrics.jsonl, train.log, TensorBoard and other loggers, and progress on the screen.
 
-Only rank 0 writes. A resumed run first drops what it logged after the checkpoint, so no step stands twice.
+Only rank 0 writes. A resumed run first drops the lines logged after the checkpoint, so no step is logged twice.
 """
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import math
@@ -16,10 +17,11 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from pecobook.errors import ConfigError
+from pecobook.utils.files import write_atomically
 
 
 class Sink(Protocol):
-    """Somewhere metrics go."""
+    """A logger that records metrics and pictures."""
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
         """Record `metrics` of `step`."""
@@ -28,11 +30,11 @@ class Sink(Protocol):
         """Record a picture."""
 
     def close(self) -> None:
-        """Flush."""
+        """Flush and close the logger."""
 
 
 class JsonLines:
-    """metrics.jsonl: one JSON object a logged step."""
+    """Write metrics.jsonl: one JSON object for each logged step."""
 
     def __init__(self, path: Path, *, start_step: int) -> None:
         self._last = _drop_after(path, start_step)
@@ -40,21 +42,21 @@ class JsonLines:
         self._file = path.open("r+b")
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
-        """Append one line; what comes later of the same step goes on in its line, and what is there stays."""
-        # JSON knows no infinity: what is not finite (a gradient under fp16) becomes null.
+        """Append one line, or add new metrics of the step to its line; metrics already in the line keep their value."""
+        # JSON has no infinity: values that are not finite (a gradient under fp16) become null.
         values = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
-        known = self._last if self._last.get("step") == step else {}
-        added = {name: value for name, value in {"step": step, **values}.items() if name not in known}
+        logged = self._last if self._last.get("step") == step else {}
+        added = {name: value for name, value in {"step": step, **values}.items() if name not in logged}
         if not added:
             return
-        # Over the brace that closes the line, in one write: a crash cannot take what stands before it.
-        self._file.seek(-len("}\n") if known else 0, os.SEEK_END)
-        self._file.write(((", " if known else "{") + json.dumps(added)[1:] + "\n").encode())
+        # One write over the brace that closes the line: a crash cannot damage the text before the brace.
+        self._file.seek(-len("}\n") if logged else 0, os.SEEK_END)
+        self._file.write(((", " if logged else "{") + json.dumps(added)[1:] + "\n").encode())
         self._file.flush()
-        self._last = {**known, **added}
+        self._last = {**logged, **added}
 
     def picture(self, name: str, png: bytes, step: int) -> None:
-        """Pictures lie in samples/."""
+        """Ignore the picture, which is already in samples/."""
 
     def close(self) -> None:
         """Close the file."""
@@ -62,27 +64,25 @@ class JsonLines:
 
 
 def _drop_after(path: Path, step: int) -> dict[str, Any]:
-    """Remove lines of steps after `step`, and a line cut off by a crash; returns the last line left, or nothing."""
-    kept: list[str] = []
+    """Remove lines of steps after `step` and lines cut off by a crash; return the last line left, or an empty dict."""
+    lines: list[str] = []
     last: dict[str, Any] = {}
     if not path.exists():
         return last
     for line in path.read_text(errors="replace").splitlines():
         try:
-            found = json.loads(line)
-            if found["step"] <= step:
-                kept.append(line)
-                last = found
+            metrics = json.loads(line)
+            if metrics["step"] <= step:
+                lines.append(line)
+                last = metrics
         except (ValueError, KeyError, TypeError):
             continue
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text("".join(line + "\n" for line in kept))
-    temporary.replace(path)
+    write_atomically(path, "".join(line + "\n" for line in lines).encode())
     return last
 
 
 class TensorBoard:
-    """TensorBoard events beside the log."""
+    """Write TensorBoard events into the run folder."""
 
     def __init__(self, folder: Path, *, start_step: int) -> None:
         from torch.utils.tensorboard.writer import SummaryWriter
@@ -96,13 +96,9 @@ class TensorBoard:
 
     def picture(self, name: str, png: bytes, step: int) -> None:
         """Record an image."""
-        import io
-
         import numpy as np
-        from PIL import Image
 
-        pixels = np.asarray(Image.open(io.BytesIO(png)).convert("RGB"))
-        self._writer.add_image(name, pixels, step, dataformats="HWC")
+        self._writer.add_image(name, np.asarray(_decode(png).convert("RGB")), step, dataformats="HWC")
 
     def close(self) -> None:
         """Flush and close."""
@@ -110,12 +106,12 @@ class TensorBoard:
 
 
 class WeightsAndBiases:
-    """A run in Weights & Biases."""
+    """Log to a run in Weights & Biases."""
 
     def __init__(self, folder: Path, config: dict[str, Any]) -> None:
         import wandb
 
-        # The id is the folder's, so that a resumed run goes on in the same chart.
+        # The id follows from the folder, so that a resumed run continues its chart.
         self._wandb = wandb
         self._run = wandb.init(
             project="pecobook",
@@ -132,11 +128,7 @@ class WeightsAndBiases:
 
     def picture(self, name: str, png: bytes, step: int) -> None:
         """Record an image."""
-        import io
-
-        from PIL import Image
-
-        self._run.log({name: self._wandb.Image(Image.open(io.BytesIO(png)))}, step=step)
+        self._run.log({name: self._wandb.Image(_decode(png))}, step=step)
 
     def close(self) -> None:
         """Finish the run."""
@@ -144,16 +136,16 @@ class WeightsAndBiases:
 
 
 class MLflow:
-    """A run in MLflow, where MLFLOW_TRACKING_URI says."""
+    """Log to a run in MLflow, at the server of MLFLOW_TRACKING_URI."""
 
     def __init__(self, folder: Path, config: dict[str, Any]) -> None:
         import mlflow
 
         self._mlflow = mlflow
         mlflow.set_experiment("pecobook")
-        known = mlflow.search_runs(filter_string=f"tags.pecobook_run = '{_run_id(folder)}'", output_format="list")
-        self._run = mlflow.start_run(run_id=known[0].info.run_id if known else None, run_name=folder.name)
-        if not known:
+        earlier = mlflow.search_runs(filter_string=f"tags.pecobook_run = '{_run_id(folder)}'", output_format="list")
+        mlflow.start_run(run_id=earlier[0].info.run_id if earlier else None, run_name=folder.name)
+        if not earlier:
             mlflow.set_tag("pecobook_run", _run_id(folder))
             mlflow.log_dict(config, "config.json")
 
@@ -163,15 +155,17 @@ class MLflow:
 
     def picture(self, name: str, png: bytes, step: int) -> None:
         """Record an image."""
-        import io
-
-        from PIL import Image
-
-        self._mlflow.log_image(Image.open(io.BytesIO(png)), f"{name}/{step:08d}.png")
+        self._mlflow.log_image(_decode(png), f"{name}/{step:08d}.png")
 
     def close(self) -> None:
         """End the run."""
         self._mlflow.end_run()
+
+
+def _decode(png: bytes) -> Any:
+    from PIL import Image
+
+    return Image.open(io.BytesIO(png))
 
 
 def _run_id(folder: Path) -> str:
@@ -190,7 +184,7 @@ def check_loggers(names: tuple[str, ...]) -> None:
 
 
 def open_sinks(names: tuple[str, ...], folder: Path, config: dict[str, Any], *, start_step: int) -> list[Sink]:
-    """metrics.jsonl, and every logger asked for."""
+    """Return the writer of metrics.jsonl and the loggers in `names`."""
     sinks: list[Sink] = [JsonLines(folder / "metrics.jsonl", start_step=start_step)]
     if "tensorboard" in names:
         sinks.append(TensorBoard(folder, start_step=start_step))
@@ -202,7 +196,7 @@ def open_sinks(names: tuple[str, ...], folder: Path, config: dict[str, Any], *, 
 
 
 def open_text_log(folder: Path) -> logging.Logger:
-    """The logger that writes train.log; the screen belongs to `Progress`."""
+    """Return the logger that writes train.log; `Progress` writes to the screen."""
     logger = logging.getLogger(f"pecobook.{folder.resolve()}")
     logger.setLevel(logging.INFO)
     logger.propagate = False
@@ -216,7 +210,7 @@ def open_text_log(folder: Path) -> logging.Logger:
 
 
 class Progress:
-    """Progress on standard error: a live bar in a terminal, plain lines elsewhere, nothing when `quiet`."""
+    """Show progress on standard error: a live bar in a terminal, plain lines elsewhere, nothing when `quiet`."""
 
     def __init__(self, *, total: int, start: int, name: str, quiet: bool) -> None:
         self.total, self.name, self.quiet = total, name, quiet
@@ -242,13 +236,13 @@ class Progress:
         """Show that `step` steps are done."""
         if self.quiet:
             return
-        left = (time.monotonic() - self._began) / max(step - self._start, 1) * (self.total - step)
+        remaining = (time.monotonic() - self._began) / max(step - self._start, 1) * (self.total - step)
         parts = [
             f"loss {metrics['loss']:.4f}" if "loss" in metrics else "",
             f"{metrics['images_per_second']:.0f} img/s" if "images_per_second" in metrics else "",
             f"data wait {100 * metrics['data_wait']:.0f}%" if "data_wait" in metrics else "",
         ]
-        status = "  ".join([part for part in parts if part] + [f"left {compact_duration(left)}"])
+        status = "  ".join([part for part in parts if part] + [f"left {compact_duration(remaining)}"])
         if self._bar is not None:
             self._bar.update(self._task, completed=step, status=status)
         elif time.monotonic() - self._last_line > 5 or step == self.total:
@@ -265,18 +259,18 @@ class Progress:
             print(text, file=sys.stderr, flush=True)
 
     def close(self) -> None:
-        """Leave the bar as it stands."""
+        """Stop the bar and leave it on the screen."""
         if self._bar is not None:
             self._bar.stop()
 
 
 def compact_duration(seconds: float) -> str:
-    """Seconds as a person says them: 45s, 3m20s, 5h02m, 3d04h."""
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole}s"
-    if whole < 3600:
-        return f"{whole // 60}m{whole % 60:02d}s"
-    if whole < 86400:
-        return f"{whole // 3600}h{whole % 3600 // 60:02d}m"
-    return f"{whole // 86400}d{whole % 86400 // 3600:02d}h"
+    """Format seconds in the two largest units: 45s, 3m20s, 5h02m, 3d04h."""
+    rounded = round(seconds)
+    if rounded < 60:
+        return f"{rounded}s"
+    if rounded < 3600:
+        return f"{rounded // 60}m{rounded % 60:02d}s"
+    if rounded < 86400:
+        return f"{rounded // 3600}h{rounded % 3600 // 60:02d}m"
+    return f"{rounded // 86400}d{rounded % 86400 // 3600:02d}h"

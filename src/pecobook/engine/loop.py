@@ -1,7 +1,7 @@
-"""The only training loop. It never names a stage; a stage never names a rank, a device or a logger.
+"""The only training loop. The loop never names a stage; a stage never names a rank, a device or a logger.
 
-Everything random follows from (seed, step), everything scheduled from the step, so a checkpoint is weights, optimizer
-state and one integer, and a run that was killed goes on bit for bit.
+Everything random follows from (seed, step) and every schedule from the step, so a checkpoint holds weights, optimizer
+state and one integer, and a run that was killed resumes bit for bit.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from pecobook.engine.evaluation import Evaluation, average_metrics, evaluate
 from pecobook.engine.finite_check import FiniteCheck
 from pecobook.engine.launch import deterministic, device_count, micro_batch_size
 from pecobook.engine.log import Progress, Sink, open_sinks, open_text_log
-from pecobook.engine.memory import advice
+from pecobook.engine.memory import out_of_memory_advice
 from pecobook.engine.optim import build_optimizer, learning_rates, set_learning_rate, warmup_warning
 from pecobook.engine.schedule import is_time
 from pecobook.engine.signals import Signals
@@ -41,12 +41,14 @@ if TYPE_CHECKING:
 
 
 class Outcome(NamedTuple):
-    """How training ended."""
+    """The result of a training."""
 
     step: int
+    """Number of steps done."""
     finished: bool
+    """Whether the training reached its last step."""
     metrics: dict[str, float]
-    """Of the last evaluation."""
+    """Metrics of the last evaluation."""
 
 
 def fit(
@@ -61,18 +63,20 @@ def fit(
 ) -> Outcome:
     """Train `stage` on `train` until its last step or a signal.
 
-    `reference` holds training images that evaluation compares with, all of which it reads.
+    `reference` holds training images that every evaluation reads in full and compares with.
 
     Raises:
         NonFiniteLossError: before the optimizer step, on all ranks.
     """
-    return _Loop(fabric, stage, train, evaluation, reference, config, command).run()
+    return Loop(fabric, stage, train, evaluation, reference, config, command).run()
 
 
 _Batches: TypeAlias = Iterator[Batch]
 
 
-class _Loop:
+class Loop:
+    """The training loop of one run on one rank."""
+
     def __init__(
         self,
         fabric: Fabric,
@@ -89,14 +93,14 @@ class _Loop:
         count, batch = len(train), config.batch_size
         self.total = steps(config.max_steps, num_images=count, batch_size=batch)
         self.schedule = learning_rates(config.optim, total=self.total, num_images=count, batch_size=batch)
-        self.told_first = warmup_warning(config.optim, total=self.total, num_images=count, batch_size=batch)
+        self.warmup_warning = warmup_warning(config.optim, total=self.total, num_images=count, batch_size=batch)
         self.micro = micro_batch_size(config)
         self.workers = default_workers(device_count(config)) if config.workers < 0 else config.workers
         on_gpu = fabric.device.type == "cuda"
         if on_gpu and fabric.world_size > 1:
             from timm.layers import convert_sync_batchnorm
 
-            # timm's, since torch's takes the activation out of timm's norms that hold one.
+            # timm's function, since torch's drops the activation inside some of timm's norms.
             stage = convert_sync_batchnorm(stage)
         if config.compile:
             stage.compile()
@@ -122,37 +126,39 @@ class _Loop:
             self.text.info("%s from step %d to %d on %s", command, self.start, self.total, fabric.device)
 
     def run(self) -> Outcome:
+        """Train until the last step or a signal, with evaluations and checkpoints on the way."""
         step = self.start
-        if self.told_first and step < self.total:
-            self._tell(self.told_first)
+        if self.warmup_warning and step < self.total:
+            self._announce(self.warmup_warning)
         try:
             with Signals() as signals, deterministic(self.fabric.device, self.config.deterministic):
                 positions = self._positions(self.start, self.total)
                 batches = load(self.train, positions, workers=self.workers, pin=self.fabric.device.type == "cuda")
-                self._mark = time.monotonic()
-                self._saved_at, self._waited, self._marked_step = self._mark, 0.0, self.start
+                self._measured_at = time.monotonic()
+                self._saved_at, self._waited, self._measured_step = self._measured_at, 0.0, self.start
                 if self.config.compile:
                     self.progress.say("Compiling: the first step can take minutes.")
                 while step < self.total:
-                    stop = self._step(step, batches, signals)
+                    stop = self.step_once(step, batches, signals)
                     step += 1
                     self._save_if_due(step, stop)  # before an evaluation, which may fail
                     if is_time(step, self.config.sample_every, self.total):
                         self._evaluate(step)
                     if stop and step < self.total:
-                        self.progress.say(f"Stopped at step {step}; the checkpoint is written. Go on with --resume.")
+                        self.progress.say(f"Stopped at step {step}; the checkpoint is written. Continue with --resume.")
                         return Outcome(step, False, self.last_metrics)
-            if self.start == self.total:  # resumed after its end: the evaluation or the export was missing
+            if self.start == self.total:  # resumed after the last step: the evaluation or the export was missing
                 self._evaluate(step)
             return Outcome(step, True, self.last_metrics)
         except torch.OutOfMemoryError:
-            told = advice(self.config, least=self.stage.min_batch_size, evaluating=self._evaluating)
-            raise PecobookError(told) from None
+            minimum = self.stage.min_batch_size
+            advice = out_of_memory_advice(self.config, min_batch_size=minimum, evaluating=self._evaluating)
+            raise PecobookError(advice) from None
         finally:
             self._close()
 
-    def _step(self, step: int, batches: _Batches, signals: Signals) -> bool:
-        """One optimizer step; returns whether to stop after it."""
+    def step_once(self, step: int, batches: _Batches, signals: Signals) -> bool:
+        """Take one optimizer step; return whether to stop after it."""
         lr = self.schedule(step)
         set_learning_rate(self.optimizer, lr)
         self.model.train()
@@ -169,8 +175,8 @@ class _Loop:
         self.stepper.zero_grad()
         done = step + 1
         self.stage.after_step(done, self.total)
-        every = (self.config.log_every, self.config.sample_every, self.config.save_every)
-        if stop or any(is_time(done, n, self.total) for n in every):
+        intervals = (self.config.log_every, self.config.sample_every, self.config.save_every)
+        if stop or any(is_time(done, interval, self.total) for interval in intervals):
             stop |= self.finite_check.wait()  # before this step is measured or saved
         if is_time(done, self.config.log_every, self.total):
             values = self._measure(done, {"loss": loss, **metrics}) | {"lr": lr, "grad_norm": float(norm)}
@@ -193,11 +199,11 @@ class _Loop:
         return total.pop("loss"), total
 
     def _seed(self, step: int, micro: int) -> None:
-        """Dropout, drop path and mixing follow from the place in the training, so no random state is kept."""
+        """Seed dropout, drop path and mixing by the position in the training, so that no random state is saved."""
         torch.manual_seed(key(self.config.seed, step, micro, self.fabric.global_rank) >> 1)
 
     def _clip(self) -> Tensor:
-        """Clip the gradient where asked to; returns its norm before, () and the same on all ranks."""
+        """Clip the gradient where the settings say so; return the norm () before clipping, equal on all ranks."""
         norm: Any = self.fabric.clip_gradients(
             self.model, self.stepper, max_norm=self.optim.clip_grad or float("inf"), error_if_nonfinite=False
         )
@@ -206,12 +212,12 @@ class _Loop:
     def _measure(self, step: int, metrics: dict[str, Tensor]) -> dict[str, float]:
         values = average_metrics(self.fabric, metrics)
         now = time.monotonic()
-        elapsed = max(now - self._mark, 1e-9)
+        elapsed = max(now - self._measured_at, 1e-9)
         speed = {
-            "images_per_second": (step - self._marked_step) * self.config.batch_size / elapsed,
+            "images_per_second": (step - self._measured_step) * self.config.batch_size / elapsed,
             "data_wait": min(self._waited / elapsed, 1.0),
         }
-        self._mark, self._marked_step, self._waited = now, step, 0.0
+        self._measured_at, self._measured_step, self._waited = now, step, 0.0
         return values | speed
 
     def _report(self, step: int, values: dict[str, float]) -> None:
@@ -221,12 +227,12 @@ class _Loop:
         warning = self.stage.warning(values, step)
         if warning and not self._warned:
             self._warned = True
-            self._tell(warning)
+            self._announce(warning)
 
     def _evaluate(self, step: int) -> None:
-        """Metrics over held-out images; pictures of the first few go to samples/."""
+        """Compute metrics over held-out images, and write pictures of the first few into samples/."""
         began, self._evaluating = time.monotonic(), True
-        found = evaluate(
+        result = evaluate(
             self.fabric,
             self.model,
             self.stage,
@@ -237,25 +243,25 @@ class _Loop:
             seed=self.config.seed,
             workers=self.workers,
         )
-        self.last_metrics = found.metrics
-        self._note_skipped(found.skipped)
+        self.last_metrics = result.metrics
+        self._note_skipped(result.skipped)
         self._share_skipped()
-        on_first_rank(lambda: self._write_evaluation(step, found))
+        on_first_rank(lambda: self._write_evaluation(step, result))
         self._evaluating = False
-        self._mark += time.monotonic() - began  # the speed shown is that of training
+        self._measured_at += time.monotonic() - began  # so that the reported speed is the speed of training alone
 
-    def _write_evaluation(self, step: int, found: Evaluation) -> None:
-        shown = ", ".join(f"{name.partition('/')[2]} {value:.4g}" for name, value in found.metrics.items())
-        self._tell(f"step {step}, held-out images: {shown}")
+    def _write_evaluation(self, step: int, result: Evaluation) -> None:
+        metrics = ", ".join(f"{name.partition('/')[2]} {value:.4g}" for name, value in result.metrics.items())
+        self._announce(f"step {step}, held-out images: {metrics}")
         for sink in self.sinks:
-            sink.log(found.metrics, step)
-        if found.pictures:
-            png = _grid(found.pictures)
+            sink.log(result.metrics, step)
+        if result.pictures:
+            png = _grid(result.pictures)
             (self.out / "samples" / f"step-{step:08d}.png").write_bytes(png)
             for sink in self.sinks:
                 sink.picture("samples", png, step)
-        if step == self.total and found.rows:
-            self.stage.report(self.out, found.rows, self.evaluation.source)
+        if step == self.total and result.rows:
+            self.stage.report(self.out, result.rows, self.evaluation.source)
 
     def _save_if_due(self, step: int, stop: bool) -> None:
         due = stop or is_time(step, self.config.save_every, self.total)
@@ -286,7 +292,7 @@ class _Loop:
         )
 
     def _next(self, batches: _Batches) -> Batch:
-        """The next micro-batch, on the device."""
+        """Return the next micro-batch, on the device."""
         began = time.monotonic()
         batch = next(batches)
         self._note_skipped(batch["skipped"])
@@ -302,14 +308,15 @@ class _Loop:
                     self.text.info("skipped: %s", name)
 
     def _share_skipped(self) -> None:
-        """Tell rank 0, which lists them, what other ranks could not read."""
+        """Send the names of the images that other ranks could not read to rank 0, which lists them."""
         if self.fabric.world_size > 1:
-            everyone: list[list[str]] = [[] for _ in range(self.fabric.world_size)]
-            dist.all_gather_object(everyone, list(self.skipped))
-            for names in everyone:
+            names_by_rank: list[list[str]] = [[] for _ in range(self.fabric.world_size)]
+            dist.all_gather_object(names_by_rank, list(self.skipped))
+            for names in names_by_rank:
                 self._note_skipped(names)
 
-    def _tell(self, text: str) -> None:
+    def _announce(self, text: str) -> None:
+        """Write a line to the screen and into train.log."""
         self.progress.say(text)
         if self.sinks:
             self.text.info(text)
@@ -318,7 +325,7 @@ class _Loop:
         self.progress.close()
         if self.skipped and self.sinks:
             number = len(self.skipped)
-            self._tell(
+            self._announce(
                 f"{number} image{'s' if number > 1 else ''} could not be read; {self.out / 'train.log'} lists them."
             )
         for sink in self.sinks:
@@ -330,7 +337,7 @@ class _Loop:
 
 
 def _grid(pictures: dict[str, Tensor], *, columns: int = 8) -> bytes:
-    """One PNG: a row for each name, a column for each of the first images."""
+    """Return one PNG with a row for each name and a column for each of the first images."""
     import io
 
     from torchvision.transforms.functional import to_pil_image

@@ -1,4 +1,4 @@
-"""The run folder: who may write it, and what stands in it before the first step.
+"""The run folder: checks before a run writes into it, and the files written before the first step.
 
 config.json  environment.json  metrics.jsonl  train.log  samples/  checkpoints/  export/
 """
@@ -20,28 +20,28 @@ from pecobook.utils.files import write_atomically
 from pecobook.utils.folder_lock import FolderLock, content
 from pecobook.utils.output_folder import OutputFolder
 
-_OURS = ("config.json", "environment.json", "metrics.jsonl", "train.log", "samples", "checkpoints", "export")
+_CONTENT = ("config.json", "environment.json", "metrics.jsonl", "train.log", "samples", "checkpoints", "export")
 
 
 def check(config: TrainConfig, command: str) -> None:
-    """Raise RunFolderError when `config.out` cannot be used as asked. Changes nothing."""
+    """Raise RunFolderError when `config.out` cannot be used as the settings require. Changes nothing."""
     _folder(config, command).check()
 
 
 def prepare(config: TrainConfig, command: str) -> FolderLock:
-    """Make the folder, lock it, and write config.json and environment.json. Returns the lock."""
-    return _folder(config, command).begin(partial(_write_first, config, command))
+    """Create and lock the folder, write config.json and environment.json, and return the lock."""
+    return _folder(config, command).begin(partial(_write_settings, config, command))
 
 
 def _folder(config: TrainConfig, command: str) -> OutputFolder:
     return OutputFolder(
         config.out,
         kind="a run",
-        mark="config.json",
+        marker="config.json",
         is_own=_is_run,
         resume=config.resume,
         overwrite=config.overwrite,
-        may_go_on=partial(_check_resume, config, command),
+        check_resume=partial(_check_resume, config, command),
     )
 
 
@@ -52,20 +52,20 @@ def _check_resume(config: TrainConfig, command: str, old: dict[str, Any]) -> Non
     changed = changed_settings(complete(old, to_dict(type(config)())), to_dict(config))
     if changed:
         raise RunFolderError(
-            f"--resume: settings differ from those the run in '{out}' began with: {'; '.join(changed)}.\n"
-            "Give the same ones, or name another --out."
+            f"--resume: settings differ from those of the run in '{out}': {'; '.join(changed)}.\n"
+            "Give the settings of that run, or name another --out."
         )
 
 
 def _is_run(out: Path) -> bool:
-    try:  # many a folder holds a config.json; one of ours names its command
+    try:  # many folders hold a config.json; pecobook's names its command
         settings = json.loads((out / "config.json").read_text())
     except (OSError, ValueError):
-        return all(path.name in _OURS for path in content(out))
+        return all(path.name in _CONTENT for path in content(out))
     return isinstance(settings, dict) and {"command", "data", "out"} <= settings.keys()
 
 
-def _write_first(config: TrainConfig, command: str, out: Path) -> None:
+def _write_settings(config: TrainConfig, command: str, out: Path) -> None:
     (out / "checkpoints").mkdir(exist_ok=True)
     (out / "samples").mkdir(exist_ok=True)
     if not (config.resume and (out / "config.json").exists()):
@@ -75,7 +75,7 @@ def _write_first(config: TrainConfig, command: str, out: Path) -> None:
 
 
 def environment() -> dict[str, Any]:
-    """Versions, device and command line."""
+    """Return versions of the libraries, the devices and the command line."""
     from importlib.metadata import version
 
     import torch

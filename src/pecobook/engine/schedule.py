@@ -1,4 +1,4 @@
-"""Schedules: pure functions of the step, so that a checkpoint holds one integer."""
+"""Schedules: pure functions of the step, so that a checkpoint stores no other state of them."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ import math
 
 
 def warmup_cosine(step: int, *, total: int, warmup: int, peak: float, final: float = 0.0) -> float:
-    """Linear from 0 over `warmup` steps to `peak`, then a half cosine that reaches `final` at step `total`.
+    """Rise linearly over `warmup` steps to `peak`, then fall by a half cosine that reaches `final` at step `total`.
 
-    Step 0 is the first: with a warm-up, it already takes peak / warmup, so that no step is wasted at rate 0.
+    Step 0, the first step, already takes peak / warmup where there is a warm-up, so no step has rate 0.
     """
     if step < warmup:
         return peak * (step + 1) / warmup
@@ -17,29 +17,29 @@ def warmup_cosine(step: int, *, total: int, warmup: int, peak: float, final: flo
 
 
 def warmup_poly(step: int, *, total: int, warmup: int, peak: float, final: float = 0.0, power: float = 1.0) -> float:
-    """Linear to `peak` as `warmup_cosine`, then the remaining share of the training to a power; 1 is a straight line.
+    """Rise as `warmup_cosine`, then fall to `final` by the remaining share of the training to the power `power`.
 
-    With power 1 this is the paper's schedule of segmentation (section 4).
+    With power 1 the rate falls linearly: the paper's schedule of segmentation (section 4).
     """
     if step < warmup:
         return peak * (step + 1) / warmup
-    left = 1 - min((step - warmup) / max(total - warmup, 1), 1.0)
-    return final + (peak - final) * float(left**power)
+    remaining = 1 - min((step - warmup) / max(total - warmup, 1), 1.0)
+    return final + (peak - final) * float(remaining**power)
 
 
-def warmup_steps(step: int, *, warmup: int, peak: float, falls: tuple[int, ...], factor: float = 0.1) -> float:
-    """Linear to `peak` as `warmup_cosine`, then times `factor` from each step in `falls` on, as detection does."""
+def warmup_steps(step: int, *, warmup: int, peak: float, milestones: tuple[int, ...]) -> float:
+    """Rise as `warmup_cosine`, then divide the rate by ten at each step in `milestones`, as is usual in detection."""
     if step < warmup:
         return peak * (step + 1) / warmup
-    return peak * float(factor ** sum(step >= fall for fall in falls))
+    return peak * float(0.1 ** sum(step >= milestone for milestone in milestones))
 
 
 def cosine(step: int, *, total: int, start: float, end: float) -> float:
-    """Half cosine from `start` at step 0 to `end` at step `total`."""
+    """Follow a half cosine from `start` at step 0 to `end` at step `total`."""
     progress = min(step / max(total, 1), 1.0)
     return end + (start - end) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
 def is_time(step: int, every: int, total: int) -> bool:
-    """Whether something due every `every` steps is due after `step` steps are done; always after the last."""
+    """Return whether an action repeated every `every` steps is due after `step` steps; after the last it always is."""
     return step == total or step % every == 0

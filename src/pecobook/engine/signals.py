@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM in training: a wish to stop, met once the step is done and saved."""
+"""SIGINT and SIGTERM during training: the run stops once the step is done and saved."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 
 class Signals:
-    """SIGINT and SIGTERM ask to stop after the step; a second one stops at once."""
+    """Record SIGINT and SIGTERM in `received`, so that the loop stops after the step; a second signal stops at once."""
 
     def __init__(self) -> None:
         self.received = False

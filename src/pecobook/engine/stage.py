@@ -1,7 +1,7 @@
-"""What a stage is: an nn.Module that returns a loss, and what `pecobook.stages.training` asks of its class before.
+"""The base class of stages: an nn.Module that returns a loss, with class methods for `pecobook.stages.training`.
 
-The class methods work on settings, before there is a module: they check, open the data, and say what is read of an
-image. The loop calls the others. A new stage overrides what differs from the defaults here.
+The class methods work on settings, before a module exists: they check the settings, open the data, and define the views
+of an image. The loop calls the other methods. A new stage overrides the methods whose defaults here do not fit.
 """
 
 from __future__ import annotations
@@ -22,111 +22,114 @@ C = TypeVar("C", bound=TrainConfig)
 
 
 class StageOutput(NamedTuple):
-    """What a stage's forward returns."""
+    """The output of a stage's forward method."""
 
     loss: Tensor | None
-    """() with gradient; None in evaluation mode where a stage has no loss then."""
+    """Loss () with gradient; None in evaluation mode where a stage has no loss there."""
     metrics: dict[str, Tensor]
-    """() each, detached; the loop averages them over accumulation steps and ranks. `loss` among them is shown instead
-    of the loss itself."""
+    """Metrics () each, detached; the loop averages them over accumulation steps and ranks. A metric named `loss` is
+    shown in place of the loss itself."""
     pictures: dict[str, Tensor] = {}  # noqa: RUF012
     """Float (B, 3, H, W) in [0, 1] each, in evaluation mode only; the loop draws the first few."""
     rows: dict[str, Tensor] = {}  # noqa: RUF012
-    """(B, ...) each, or (1, ...) of a whole batch: in evaluation mode what the stage sums up at the end, in training
-    the keys that it makes of all images of a step first."""
+    """Rows (B, ...) each, or (1, ...) for a whole batch: in evaluation mode the input of `summarise`, in training the
+    keys of a batch marked as `ahead`."""
 
 
 class Stage(nn.Module, Generic[C]):
-    """A training task: forward returns the loss. Subclasses override what differs."""
+    """A training task whose forward method returns the loss. Subclasses override the methods that differ."""
 
     command: ClassVar[str]
-    """Name on the command line."""
+    """Name of the stage's command on the command line."""
     min_batch_size = 1
-    """Fewest images that it learns from at once."""
+    """Smallest number of images that the stage can learn from at once."""
     needs_full_batch_keys = False
-    """Whether it makes keys of all images of a step, marked as `ahead` and without gradient, before it learns from the
-    first micro-batch; the rows that it returns then come with each micro-batch (`engine.ahead`)."""
+    """Whether the stage computes keys of all images of a step, without gradient, before it learns from the first
+    micro-batch. The stage gets batches marked as `ahead` for it, and each micro-batch then holds the rows that the
+    stage returned (`engine.ahead`)."""
 
-    # ------------------------------------------------------------------------------------------ before there is a stage
+    # --------------------------------------------------------------------------------------- before the stage is built
 
     @classmethod
-    def check(cls, config: C) -> None:
-        """Raise PecobookError for settings or weights that cannot work, before anything is written."""
+    def check(cls, config: C) -> Any:
+        """Build the networks that the settings name, and return them for `build`, before anything is written.
+
+        Raises:
+            PecobookError: settings or weights that do not work.
+        """
 
     @classmethod
     def open(cls, config: C) -> Splits:
-        """Open `--data`."""
+        """Open the images of `--data`."""
         return open_images(config.data)
 
     @classmethod
     def needs_labels(cls, config: C) -> bool:
-        """Whether images without labels are of no use."""
+        """Return whether the stage requires labels."""
         return False
 
     @classmethod
     def check_data(cls, config: C, splits: Splits) -> None:
-        """Raise PecobookError when these images do not go with the settings."""
+        """Raise PecobookError when the images do not fit the settings."""
 
     @classmethod
-    def build(cls, config: C, splits: Splits) -> Stage[C]:
-        """Make the stage, all random weights from torch's global generator."""
+    def build(cls, config: C, splits: Splits, prebuilt: Any = None) -> Stage[C]:
+        """Build the stage; `prebuilt` is what `check` returned. Random weights come from torch's global generator."""
         raise NotImplementedError
 
     @classmethod
     def view(cls, config: C) -> ViewFunction:
-        """What training reads of an image."""
+        """Return the function that turns an image into the stage's training sample."""
         raise NotImplementedError
 
     @classmethod
     def evaluation_view(cls, config: C) -> ViewFunction:
-        """What evaluation reads of a held-out image, without randomness that changes between evaluations."""
+        """Return the function that turns a held-out image into a sample, equal in every evaluation."""
         raise NotImplementedError
 
     @classmethod
     def reference_view(cls, config: C) -> ViewFunction | None:
-        """What evaluation reads of the `--knn-images` labelled training images that it compares with; None for none."""
+        """Return the function for the `--knn-images` labelled training images of the k-NN accuracy, or None."""
         return None
-
-    @classmethod
-    def companions(cls, config: C) -> tuple[Companion | None, Companion | None]:
-        """What goes with a training and with a held-out image beside its view, by (number of the image, epoch)."""
-        return None, None
-
-    @classmethod
-    def num_views(cls, config: C) -> int:
-        """Views of each image that training repeats; 0 makes a new one every epoch."""
-        return 0
 
     # ----------------------------------------------------------------------------------------------------- in training
 
+    def companions(self) -> tuple[Companion | None, Companion | None]:
+        """Return functions of (number of the image, epoch) that add entries to a training and to a held-out sample."""
+        return None, None
+
+    def num_views(self) -> int:
+        """Return the number of views of each image that training repeats; 0 makes a new view every epoch."""
+        return 0
+
     def forward(self, batch: Batch) -> StageOutput:
-        """Loss and detached metrics of a batch; in evaluation mode also pictures and rows."""
+        """Return loss and detached metrics of a batch; in evaluation mode also pictures and rows."""
         raise NotImplementedError
 
     def parameter_groups(self, config: BaseOptimConfig) -> list[dict[str, Any]]:
-        """Groups for the optimizer, with `lr_scale` where a rate differs."""
+        """Return parameter groups for the optimizer, with `lr_scale` where a learning rate differs."""
         return parameter_groups(self, config)
 
     def after_step(self, step: int, total: int) -> None:
-        """Act once the optimizer has made step number `step` of `total`."""
+        """Update the stage after optimizer step number `step` of `total`."""
 
     def warning(self, metrics: dict[str, float], step: int) -> str | None:
-        """A sentence for the user when `metrics` show an unhealthy run."""
+        """Return a warning for the user when `metrics` show that the run goes wrong."""
         return None
 
     # ------------------------------------------------------------------------------------------------- in evaluation
 
     def summarise(self, rows: dict[str, Tensor], reference_rows: dict[str, Tensor]) -> dict[str, float]:
-        """Return metrics of all held-out rows; `reference_rows` are those of training images, empty without them."""
+        """Return metrics of the rows that evaluation gathered, given rows of `reference_view` (or none)."""
         return {}
 
     def report(self, folder: Path, rows: dict[str, Tensor], source: ImageSource) -> None:
-        """Write into the run folder what the rows of the last evaluation are good for; on the first rank alone."""
+        """Write files from the rows of the last evaluation into the run folder. Called on the first rank alone."""
 
     # ---------------------------------------------------------------------------------------------------- at the end
 
     def export(self, folder: Path, state: dict[str, Tensor]) -> str:
-        """Write the export folder from the full `state` of this stage; returns lines of Python that load it."""
+        """Write the export folder from the full `state` of this stage; return lines of Python that load the export."""
         raise NotImplementedError
 
 
@@ -137,7 +140,7 @@ def submodule_state(state: dict[str, Tensor], name: str) -> dict[str, Tensor]:
 
 
 def mean_of_counted(values: Tensor, batch: Batch) -> Tensor:
-    """Mean () of one value an image, (B,), without those that evaluation marked as `repeated`; 0 of none."""
+    """Return the mean () of one value for each image, (B,), without images marked as `repeated`; 0 without images."""
     if "repeated" not in batch:
         return values.mean()
     repeated: Tensor = batch["repeated"]

@@ -70,7 +70,7 @@ def _expand_shared_positions(state: dict[str, Tensor], expected: dict[str, Tenso
 def load_state(network: nn.Module, state: dict[str, Tensor], *, source: str) -> None:
     """Load all weights of `network`; heads in `state` are ignored. Raises WeightsError with the keys that differ."""
     expected = network.state_dict()
-    state = _to_timm_names(state, expected)
+    state = to_timm_names(state, expected)
     missing, unknown = sorted(expected.keys() - state.keys()), sorted(state.keys() - expected.keys())
     reshaped = sorted(name for name in expected.keys() & state.keys() if expected[name].shape != state[name].shape)
     if missing or unknown or reshaped:
@@ -84,7 +84,7 @@ def load_state(network: nn.Module, state: dict[str, Tensor], *, source: str) -> 
     network.load_state_dict(state)
 
 
-def _to_timm_names(state: dict[str, Tensor], expected: dict[str, Tensor]) -> dict[str, Tensor]:
+def to_timm_names(state: dict[str, Tensor], expected: dict[str, Tensor]) -> dict[str, Tensor]:
     """Rename the weights of `state` to the names in `expected`, and leave out heads for other classes."""
     if is_huggingface_beit(state):
         state = beit_from_huggingface(state)

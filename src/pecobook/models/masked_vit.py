@@ -50,8 +50,7 @@ class MaskedImageModel(nn.Module):
 
     def __init__(self, backbone: nn.Module, vocab_size: int) -> None:
         super().__init__()
-        if not (hasattr(backbone, "patch_embed") and hasattr(backbone, "blocks")):
-            raise WeightsError(f"{type(backbone).__name__} has no patches to mask: choose a ViT or BEiT of timm.")
+        _check_has_patches(backbone)
         _check_no_attention_pool(backbone)
         width = int(backbone.embed_dim)  # type: ignore[arg-type]
         self.backbone = backbone
@@ -259,6 +258,11 @@ def _apply_final_norm(backbone: nn.Module, tokens: Tensor) -> Tensor:
     return tokens
 
 
+def _check_has_patches(backbone: nn.Module) -> None:
+    if not (hasattr(backbone, "patch_embed") and hasattr(backbone, "blocks")):
+        raise WeightsError(f"{type(backbone).__name__} has no patches to mask: choose a ViT or BEiT of timm.")
+
+
 def _check_no_attention_pool(backbone: nn.Module) -> None:
     """Raise WeightsError if the backbone pools by attention.
 
@@ -280,7 +284,11 @@ def initialise_beit(backbone: nn.Module) -> None:
     """Apply BEiT's initialisation: truncated normals in all weights but those of norms; biases are 0.
 
     The output projections of block i (from 1) are divided by sqrt(2 i).
+
+    Raises:
+        WeightsError: the backbone is no transformer of patches.
     """
+    _check_has_patches(backbone)
     for module in backbone.modules():
         if isinstance(module, (nn.Linear, nn.Conv2d)):
             _init_beit_normal(module.weight)

@@ -22,7 +22,7 @@ from pecobook.utils.devices import exporting
 # Number of elements of the distance matrix that are stored at once. On 2 cores, 4,096 rows of 8,192 were fastest in
 # fp32, and 256 rows fragmented the heap; for the bfloat16 search, whose chunks should stay in the cache, 1,024 rows
 # were fastest.
-_CHUNK_ELEMENTS = 4096 * 8192
+CHUNK_ELEMENTS = 4096 * 8192
 _SEARCH_ELEMENTS = 1024 * 8192
 _MIN_SEARCH_CODEWORDS = 1024  # number of codewords from which a search in bfloat16 is worth its preparation
 _FOLD = 128  # number of columns of a folded distance matrix
@@ -63,8 +63,8 @@ def _nearest(z: Tensor, codebook: Tensor, precision: str) -> Tensor:
 
         return nearest_fused(z, codebook, precision)
     if z.device.type == "cpu" and len(codebook) >= _MIN_SEARCH_CODEWORDS and torch.cpu._is_avx512_bf16_supported():
-        return _nearest_by_search(z, codebook)
-    return _nearest_by_chunks(z, codebook)
+        return nearest_by_search(z, codebook)
+    return nearest_by_chunks(z, codebook)
 
 
 # torch.compile sees one operator, which does not break the graph. Uncompiled code does not call the operator, since a
@@ -85,10 +85,11 @@ def _scores(z: Tensor, codebook: Tensor, half_norms: Tensor) -> Tensor:
     return torch.addmm(half_norms, z, codebook.t(), alpha=-1)  # (N, K)
 
 
-def _nearest_by_chunks(z: Tensor, codebook: Tensor) -> Tensor:
+def nearest_by_chunks(z: Tensor, codebook: Tensor) -> Tensor:
+    """Search exhaustively, with the scores of some vectors in memory at a time: (N, D) and (K, D) to int64 (N,)."""
     half_norms = _half_norms(codebook)
     codes = torch.empty(len(z), dtype=torch.int64, device=z.device)
-    rows = max(1024, _CHUNK_ELEMENTS // max(len(codebook), 1))
+    rows = max(1024, CHUNK_ELEMENTS // max(len(codebook), 1))
     for start in range(0, len(z), rows):
         torch.argmin(_scores(z[start : start + rows], codebook, half_norms), 1, out=codes[start : start + rows])
     return codes
@@ -97,7 +98,7 @@ def _nearest_by_chunks(z: Tensor, codebook: Tensor) -> Tensor:
 # ------------------------------------------------------------------------- search in bfloat16, decision in fp32
 
 
-def _nearest_by_search(z: Tensor, codebook: Tensor) -> Tensor:
+def nearest_by_search(z: Tensor, codebook: Tensor) -> Tensor:
     """Return exact indices from bfloat16 products, which are twice as fast.
 
     The error of a bfloat16 product of z and e_k is at most (2 u + u^2) ||z|| ||e_k||, u = 2^-8 (each factor is rounded

@@ -1,8 +1,8 @@
-"""Recipes: named settings, each a documented claim. `pecobook recipes` lists them; a recipe is a function.
+"""Recipes: named settings with a documented claim. A recipe is a function; `pecobook recipes` lists all recipes.
 
-The first line of a docstring is the claim; "Source", "Command", "Cost" and "Result" follow where there is something to
-say; a result is one of that very configuration, or says of what. `tiny` is the same code with smaller numbers: about a
-minute on 2 cores, and what the tests train.
+The first line of a docstring is the claim; "Source", "Command", "Cost" and "Result" follow where they are known. A
+result belongs to exactly these settings, or names the settings it belongs to. The `tiny` recipes run the code of the
+others with smaller numbers: about a minute on 2 cores. The tests train them.
 """
 
 from __future__ import annotations
@@ -70,31 +70,32 @@ DEFAULT_RECIPE = "paper"
 
 
 def recipe(command: str, name: str = DEFAULT_RECIPE) -> Any:
-    """Settings of a recipe. Raises ConfigError for an unknown one."""
-    known = RECIPES[command]
-    if name not in known:
-        raise ConfigError(f"'{command}' has no recipe '{name}': it has {', '.join(known)}.{did_you_mean(name, known)}")
-    return known[name]()
+    """Return the settings of a recipe. Raises ConfigError for an unknown recipe."""
+    names = RECIPES[command]
+    if name not in names:
+        suggestion = did_you_mean(name, names)
+        raise ConfigError(f"'{command}' has no recipe '{name}': its recipes are {', '.join(names)}.{suggestion}")
+    return names[name]()
 
 
 def tokenize(name: str = DEFAULT_RECIPE) -> TokenizeConfig:
-    """Settings of a token bank whose views are those of a `pretrain` recipe. Raises ConfigError for an unknown one."""
+    """Return the settings of a token bank with the views of a `pretrain` recipe. Raises ConfigError as `recipe`."""
     base = recipe("pretrain", name)
     names = ("seed", "image_size", "tokenizer_size", "min_crop", "colour")
     return TokenizeConfig(**{name: getattr(base, name) for name in names})
 
 
 def claim(command: str, name: str) -> str:
-    """What a recipe claims, in one sentence."""
+    """Return the claim of a recipe, one sentence."""
     return story(command, name).splitlines()[0]
 
 
 def story(command: str, name: str) -> str:
-    """All that a recipe says of itself: claim, source, command, cost, result. Raises ConfigError for an unknown one."""
+    """Return the documentation of a recipe: claim, source, command, cost, result. Raises ConfigError as `recipe`."""
     recipe(command, name)
     return inspect.getdoc(RECIPES[command][name]) or ""
 
 
 def claims() -> list[tuple[str, str, str]]:
-    """Command, name and claim of every recipe."""
+    """Return command, name and claim of every recipe."""
     return [(command, name, claim(command, name)) for command, recipes in RECIPES.items() for name in recipes]

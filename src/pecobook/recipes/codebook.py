@@ -1,4 +1,4 @@
-"""Tokenizers: the paper's, and smaller ones of the same code."""
+"""Recipes of `pecobook codebook`: the paper's tokenizers, and smaller tokenizers."""
 
 from __future__ import annotations
 
@@ -13,10 +13,11 @@ from pecobook.settings.training import BaseOptimConfig
 def tiny() -> CodebookConfig:
     """512 codewords, 16 tokens for a 32-pixel image, 150 steps of 64: about a minute on 2 cores.
 
-    Averages and revival are faster than the paper's, to fit so few steps.
+    The moving averages and the revival of codewords are faster than the paper's, because the steps are so few.
 
     Command: pecobook codebook tiny --data photos --out runs/codebook
-    Result: killed and resumed, it exports the same bytes as undisturbed, in one process and in two (docs/results.md).
+    Result: a run that was killed and resumed exports the same bytes as an uninterrupted run, in one process and in two
+        (docs/results.md).
     """
     return CodebookConfig(
         batch_size=64,
@@ -33,10 +34,11 @@ def tiny() -> CodebookConfig:
 
 
 def cifar10() -> CodebookConfig:
-    """CIFAR-10, 16 tokens an image, 30 epochs, perceptual weight above the pixels'.
+    """CIFAR-10, 16 tokens for an image, 30 epochs, perceptual weight 1.
 
     Command: pecobook codebook cifar10 --data CIFAR10 --perceptual.network runs/contrast --out runs/codebook
-    Cost: 1.2 GFLOP an image, counted, without the network; 140 images/s on 2 CPU cores, measured, so 3 hours there.
+    Cost: 1.2 GFLOP for an image (counted, without the perceptual network); 140 images/s on 2 CPU cores (measured), so
+        3 hours there.
     """
     return CodebookConfig(
         batch_size=128,
@@ -51,11 +53,11 @@ def cifar10() -> CodebookConfig:
 
 
 def tiny_imagenet() -> CodebookConfig:
-    """Tiny-ImageNet at 64 pixels, 64 tokens an image, 2,048 codewords, 50 epochs.
+    """Tiny-ImageNet at 64 pixels, 64 tokens for an image, 2,048 codewords, 50 epochs.
 
     Command: pecobook codebook tiny-imagenet --data TINY_IMAGENET --perceptual.network runs/contrast --out runs/codebook
-    Cost: 13 GFLOP an image, counted, without the network; 17 images/s on 2 CPU cores, measured: for 38,000 images 31
-        hours there, so this one wants a GPU.
+    Cost: 13 GFLOP for an image (counted, without the perceptual network); 17 images/s on 2 CPU cores (measured), so 31
+        hours there for 38,000 images: use a GPU.
     """
     return CodebookConfig(
         batch_size=128,
@@ -75,11 +77,11 @@ def paper() -> CodebookConfig:
     37.5M parameters in encoder and codebook, as Table 2 counts them.
 
     Source: section 4 and Table 2 (84.1% after 300 epochs of pre-training). Batch 128, Adam (0.5, 0.95), lr 5e-5, 100
-        epochs, warm-up 5,000 steps, lambda 1, beta 0.25. What the paper leaves open stands in docs/decisions.md.
+        epochs, warm-up 5,000 steps, lambda 1, beta 0.25. docs/decisions.md states the choices that the paper leaves
+        open.
     Command: pecobook codebook paper --data IMAGENET --perceptual.network runs/contrast --compile --out runs/codebook
-    Cost: 690 GFLOP an image, counted (tokenizer 588, perceptual network 101), so 8.8e19 for ImageNet-1K: about 110
-        hours of one H200 at the 227 TFLOP/s that a step under VGG-16 reached there with --compile, 170 without.
-        Estimated.
+    Cost: 690 GFLOP for an image (counted: tokenizer 588, perceptual network 101), so 8.8e19 FLOP for ImageNet-1K. About
+        110 hours of one H200 (estimated) at the 227 TFLOP/s of a step with VGG-16 and --compile, 170 without --compile.
     """
     return CodebookConfig(
         batch_size=128,
@@ -131,31 +133,34 @@ def paper_lite() -> CodebookConfig:
 
     Source: Table 2 (84.0% after 300 epochs of pre-training).
     Command: pecobook codebook paper-lite --data IMAGENET --perceptual.network runs/contrast --out runs/codebook
-    Cost: 296 GFLOP an image, counted (tokenizer 195), so 3.8e19: about 55 hours of one H100 at 200 TFLOP/s. Estimated.
+    Cost: 296 GFLOP for an image (counted: tokenizer 195), so 3.8e19 FLOP; about 55 hours of one H100 at 200 TFLOP/s
+        (estimated).
     """
     return dataclasses.replace(paper(), model=dataclasses.replace(paper().model, channels=(32, 64, 128, 256, 512)))
 
 
 def paper_resnet50() -> CodebookConfig:
-    """PeCo's tokenizer under a self-supervised ResNet-50, the ends of its four stages.
+    """PeCo's tokenizer with the features of a self-supervised ResNet-50 after each of its four stages.
 
     MoCo v3's public checkpoint fits: --perceptual.network timm:resnet50 --perceptual.weights r-50-1000ep.pth.tar.
 
-    Source: Table 5 (84.0% after 300 epochs of pre-training). Which method trained the network, the paper does not say.
+    Source: Table 5 (84.0% after 300 epochs of pre-training). The paper does not name the method that trained the
+        network.
     Command: pecobook codebook paper-resnet50 --data IMAGENET --perceptual.network runs/contrast --out runs/codebook
-    Cost: 613 GFLOP an image, counted, so 7.9e19: about 110 hours of one H100 at 200 TFLOP/s. Estimated.
+    Cost: 613 GFLOP for an image (counted), so 7.9e19 FLOP; about 110 hours of one H100 at 200 TFLOP/s (estimated).
     """
     return dataclasses.replace(paper(), perceptual=dataclasses.replace(paper().perceptual, layers=(1, 2, 3, 4)))
 
 
 def paper_vgg16() -> CodebookConfig:
-    """PeCo's tokenizer under a supervised VGG-16, the ends of its five stages.
+    """PeCo's tokenizer with the features of a supervised VGG-16 after each of its five stages.
 
-    Without a network the weights come from torchvision's server; --perceptual.weights takes a local vgg16-397923af.pth.
+    The weights come from torchvision's server, or with --perceptual.weights from a local file vgg16-397923af.pth.
 
-    Source: Table 5 (84.1% after 300 epochs of pre-training). The depth of the VGG is not given; 16 is ours.
+    Source: Table 5 (84.1% after 300 epochs of pre-training). The paper does not give the depth of the VGG; 16 is our
+        choice.
     Command: pecobook codebook paper-vgg16 --data IMAGENET --out runs/codebook
-    Cost: 680 GFLOP an image, counted, so 8.7e19: about 120 hours of one H100 at 200 TFLOP/s. Estimated.
+    Cost: 680 GFLOP for an image (counted), so 8.7e19 FLOP; about 120 hours of one H100 at 200 TFLOP/s (estimated).
     """
     return dataclasses.replace(
         paper(), perceptual=dataclasses.replace(paper().perceptual, network="torchvision:vgg16", layers=(1, 2, 3, 4, 5))

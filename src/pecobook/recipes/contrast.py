@@ -1,4 +1,4 @@
-"""Feature networks by MoCo v3."""
+"""Recipes of `pecobook contrast`: feature networks by MoCo v3."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pecobook.settings.training import BackboneConfig, BaseOptimConfig
 
 
 def tiny() -> ContrastConfig:
-    """A small ResNet on 32-pixel images, 200 steps: shows that everything works, learns little.
+    """A small ResNet on 32-pixel images, 200 steps: a quick check that learns little.
 
     Command: pecobook contrast tiny --data photos --out runs/contrast
     """
@@ -35,7 +35,7 @@ def cifar10() -> ContrastConfig:
     """The small ResNet on CIFAR-10's 50,000 images, 100 epochs at batch 512.
 
     Command: pecobook contrast cifar10 --data CIFAR10 --out runs/contrast
-    Cost: 0.36 GFLOP an image, counted; 590 images/s on 2 CPU cores, measured, so 2.4 hours there.
+    Cost: 0.36 GFLOP for an image (counted); 590 images/s on 2 CPU cores (measured), so 2.4 hours there.
     """
     return ContrastConfig(
         batch_size=512,
@@ -56,8 +56,8 @@ def tiny_imagenet() -> ContrastConfig:
     """A ResNet-18 on 64-pixel images, 200 epochs at batch 512.
 
     Command: pecobook contrast tiny-imagenet --data TINY_IMAGENET --out runs/contrast
-    Cost: 4.0 GFLOP an image, counted; 73 images/s on 2 CPU cores, measured: for 38,000 images 29 hours there, so this
-        one wants a GPU.
+    Cost: 4.0 GFLOP for an image (counted); 73 images/s on 2 CPU cores (measured), so 29 hours there for 38,000 images:
+        use a GPU.
     """
     return ContrastConfig(
         batch_size=512,
@@ -77,7 +77,8 @@ def paper() -> ContrastConfig:
     Source: PeCo section 4 (100 epochs); MoCo v3, arXiv 2104.02057 (learning rate 1.5e-4 x batch / 256, weight
         decay 0.1, warm-up 40 of 300 epochs).
     Command: pecobook contrast paper --data IMAGENET --out runs/contrast
-    Cost: 280 GFLOP an image (two views, two encoders), so 3.6e19: about 50 hours of one H100 at 200 TFLOP/s. Estimated.
+    Cost: 280 GFLOP for an image (two views, two encoders), so 3.6e19 FLOP; about 50 hours of one H100 at 200 TFLOP/s
+        (estimated).
     Result of MoCo v3: 76.7% linear probe after 300 epochs.
     """
     return ContrastConfig(
@@ -116,7 +117,7 @@ def paper_resnet50() -> ContrastConfig:
     Source: MoCo v3's public configuration: LARS, lr 0.6 x batch / 256 at batch 4,096, weight decay 1e-6, temperature 1,
         smallest crop 0.2, warm-up 10 epochs, momentum 0.99 to 1.
     Command: pecobook contrast paper-resnet50 --data IMAGENET --out runs/contrast
-    Cost: 66 GFLOP an image, so 8.4e18: about 24 hours of one H100 at 100 TFLOP/s. Estimated.
+    Cost: 66 GFLOP for an image, so 8.4e18 FLOP; about 24 hours of one H100 at 100 TFLOP/s (estimated).
     Result of MoCo v3: 68.9% linear probe.
     """
     return dataclasses.replace(

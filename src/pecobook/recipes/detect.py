@@ -1,4 +1,4 @@
-"""Object detection and instance masks."""
+"""Recipes of `pecobook detect`: object detection and instance masks."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pecobook.settings.training import OptimConfig
 
 
 def tiny() -> DetectConfig:
-    """100 steps at 96 pixels with narrow heads, for a ViT of patches of 4 or 8 pixels.
+    """100 steps at 96 pixels with narrow heads, for a ViT with patches of 4 or 8 pixels.
 
     Command: pecobook detect tiny --data NUCLEI --backbone runs/vit --out runs/detector
     """
@@ -28,11 +28,11 @@ def tiny() -> DetectConfig:
 
 
 def nuclei() -> DetectConfig:
-    """Nuclei under the microscope (Data Science Bowl 2018) at 256 pixels, 800 steps, for a ViT of patches of 8.
+    """Microscope images of nuclei (Data Science Bowl 2018) at 256 pixels, 800 steps, for a ViT with 8-pixel patches.
 
     Command: pecobook detect nuclei --data NUCLEI --backbone runs/vit --out runs/detector
-    Cost: about half an hour on one CPU core with a ViT of 4 blocks of width 96. Estimated from 300 steps.
-    Result of 300 steps in place of 800, that ViT from random weights, one seed: 26.1 box AP, 27.9 mask AP.
+    Cost: about half an hour on one CPU core with a ViT of 4 blocks of width 96 (estimated from 300 steps).
+    Result of 300 steps instead of 800, this ViT from random weights, one seed: 26.1 box AP, 27.9 mask AP.
     """
     return DetectConfig(
         batch_size=4,
@@ -55,8 +55,8 @@ def nuclei() -> DetectConfig:
 def paper_coco() -> DetectConfig:
     """Mask R-CNN on COCO 2017 with ViT-B/16, 12 epochs at batch 16, images of 800 to 1,333 pixels.
 
-    Source: section 4 and supplement; lr 4e-4, a tenth of it after epochs 8 and 11, layer decay 0.75, stochastic depth
-    0.1. The paper names no warm-up: 500 steps are our choice, as in mmdetection's schedules.
+    Source: section 4 and supplement; lr 4e-4, divided by ten after epoch 8 and again after epoch 11, layer decay 0.75,
+        stochastic depth 0.1. The paper names no warm-up: 500 steps are our choice, as in mmdetection's schedules.
     Command: pecobook detect paper-coco --data COCO --backbone runs/vit --out runs/detector
     Cost: not yet measured.
     Result of the paper: 47.8 box AP, 42.6 mask AP, from 800 epochs of pre-training.

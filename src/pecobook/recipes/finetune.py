@@ -1,4 +1,4 @@
-"""Classification by fine-tuning."""
+"""Recipes of `pecobook finetune`: classification by fine-tuning."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def paper() -> FinetuneConfig:
 
     Source: section 4; mixup, CutMix, RandAugment, smoothing, erasing and batch are BEiT's.
     Command: pecobook finetune paper --data IMAGENET --backbone runs/vit --out runs/classifier
-    Cost: 106 GFLOP an image, so 1.4e19: about 13 hours of one H100 at 300 TFLOP/s. Estimated.
+    Cost: 106 GFLOP for an image, so 1.4e19 FLOP; about 13 hours of one H100 at 300 TFLOP/s (estimated).
     Result of the paper: 84.5% from 800 epochs of pre-training, 84.1% from 300.
     """
     return FinetuneConfig(
@@ -104,9 +104,9 @@ def paper() -> FinetuneConfig:
 def paper_vit_l() -> FinetuneConfig:
     """ViT-L/16 on ImageNet-1K, 50 epochs, layer decay 0.75, lr 1e-3 at batch 1,024.
 
-    Source: Table 1 (86.5%); the paper gives no settings for it, these are BEiT's.
+    Source: Table 1 (86.5%); the paper gives no settings for ViT-L, so these are BEiT's.
     Command: pecobook finetune paper-vit-l --data IMAGENET --backbone runs/vit --out runs/classifier
-    Cost: 370 GFLOP an image, so 2.4e19: about 22 hours of one H100 at 300 TFLOP/s. Estimated.
+    Cost: 370 GFLOP for an image, so 2.4e19 FLOP; about 22 hours of one H100 at 300 TFLOP/s (estimated).
     """
     return dataclasses.replace(
         paper(),

@@ -1,4 +1,4 @@
-"""Vision transformers pre-trained on tokens."""
+"""Recipes of `pecobook pretrain`: vision transformers pre-trained on tokens."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def cifar10() -> PretrainConfig:
     """CIFAR-10, 100 epochs at batch 512.
 
     Command: pecobook pretrain cifar10 --data CIFAR10 --tokenizer runs/codebook --out runs/vit
-    Cost: 460 images/s on 2 CPU cores with the tokenizer in each step, measured, so 3 hours there.
+    Cost: 460 images/s on 2 CPU cores with the tokenizer in each step (measured), so 3 hours there.
     """
     return PretrainConfig(
         batch_size=512,
@@ -70,11 +70,11 @@ def paper() -> PretrainConfig:
     """PeCo ViT-B/16, 800 epochs of ImageNet-1K at batch 2,048: 75 of 196 patches masked in blocks.
 
     Source: section 4 and Table 1 (84.5% after fine-tuning). Learning rate 1.5e-3 at batch 2,048, weight decay 0.05,
-        drop path 0.1; warm-up, clipping, relative positions and LayerScale are BEiT's. Another batch scales the rate in
-        proportion.
+        drop path 0.1; warm-up, clipping, relative positions and LayerScale are BEiT's. The learning rate is scaled in
+        proportion to --batch-size.
     Command: pecobook pretrain paper --data IMAGENET --tokenizer runs/codebook --compile --out runs/vit
-    Cost: 108 GFLOP an image from a token bank, counted, so 1.1e20: about 110 hours of one H200 at the 280 TFLOP/s that
-        steps reached there with --compile. With the tokenizer in each step 175 GFLOP. Estimated.
+    Cost: 108 GFLOP for an image with a token bank (counted), so 1.1e20 FLOP; about 110 hours of one H200 (estimated) at
+        the 280 TFLOP/s that steps reached there with --compile. 175 GFLOP with the tokenizer in each step.
     """
     return PretrainConfig(
         batch_size=2048,
@@ -109,23 +109,24 @@ def paper() -> PretrainConfig:
 
 
 def paper_vit_b_300() -> PretrainConfig:
-    """PeCo ViT-B/16, 300 epochs: what all of the paper's comparisons between tokenizers are made with.
+    """PeCo ViT-B/16, 300 epochs: the setting of all the paper's comparisons between tokenizers.
 
     Source: Table 2 (84.1% after fine-tuning), Tables 5 to 7, 10 and 12.
     Command: pecobook pretrain paper-vit-b-300 --data IMAGENET --tokenizer runs/codebook --compile --out runs/vit
-    Cost: 108 GFLOP an image from a token bank, counted, so 4.2e19: about 42 hours of one H200 at the 280 TFLOP/s that
-        steps reached there with --compile. Estimated.
+    Cost: 108 GFLOP for an image with a token bank (counted), so 4.2e19 FLOP; about 42 hours of one H200 (estimated) at
+        the 280 TFLOP/s that steps reached there with --compile.
     """
     return dataclasses.replace(paper(), max_steps="300 epochs")
 
 
 def paper_vit_l() -> PretrainConfig:
-    """PeCo ViT-L/16, 800 epochs; the paper gives no settings of its own for it.
+    """PeCo ViT-L/16, 800 epochs; the paper gives no separate settings for ViT-L.
 
-    Source: Table 1 (86.5% after fine-tuning). LayerScale 1e-5 is BEiT's for this size; the rest is ViT-B's, which is
-        our choice.
+    Source: Table 1 (86.5% after fine-tuning). LayerScale 1e-5 is BEiT's value for this size; all other settings are
+        those of ViT-B, which is our choice.
     Command: pecobook pretrain paper-vit-l --data IMAGENET --tokenizer runs/codebook --compile --out runs/vit
-    Cost: 375 GFLOP an image from a token bank, so 3.8e20: about 360 hours of one H100 at 300 TFLOP/s. Estimated.
+    Cost: 375 GFLOP for an image with a token bank, so 3.8e20 FLOP; about 360 hours of one H100 at 300 TFLOP/s
+        (estimated).
     """
     return dataclasses.replace(
         paper(),
@@ -138,13 +139,14 @@ def paper_vit_l() -> PretrainConfig:
 
 
 def paper_vit_h() -> PretrainConfig:
-    """PeCo ViT-H/14, 800 epochs; the paper gives neither settings nor patch size for it.
+    """PeCo ViT-H/14, 800 epochs; the paper gives neither settings nor patch size for ViT-H.
 
-    Source: Table 1 (87.5% after fine-tuning). Ours: patches of 14, so 16 x 16 tokens, for which the tokenizer sees
-        crops resized to 256 pixels; 98 of 256 masked, the same share; absolute positions, LayerScale 1e-5, drop path
-        0.2.
+    Source: Table 1 (87.5% after fine-tuning). Our choices: patches of 14 pixels, so 16 x 16 tokens, for which the
+        tokenizer reads crops resized to 256 pixels; 98 of 256 patches masked, the share of ViT-B; absolute positions,
+        LayerScale 1e-5, drop path 0.2.
     Command: pecobook pretrain paper-vit-h --data IMAGENET --tokenizer runs/codebook --compile --out runs/vit
-    Cost: 1.0 TFLOP an image from a token bank, so 1.0e21: about 950 hours of one H100 at 300 TFLOP/s. Estimated.
+    Cost: 1.0 TFLOP for an image with a token bank, so 1.0e21 FLOP; about 950 hours of one H100 at 300 TFLOP/s
+        (estimated).
     """
     return dataclasses.replace(
         paper(),

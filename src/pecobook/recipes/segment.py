@@ -1,4 +1,4 @@
-"""Semantic segmentation by UperNet."""
+"""Recipes of `pecobook segment`: semantic segmentation by UperNet."""
 
 from __future__ import annotations
 
@@ -30,7 +30,8 @@ def tiny() -> SegmentConfig:
 def camvid() -> SegmentConfig:
     """CamVid at 180 x 240 pixels, 11 classes, crops of 176 pixels, 4,000 steps at batch 16.
 
-    Class 11 of the usual reduced set is "unlabelled".
+    Class 11 of the usual reduced data set means "unlabelled" and is ignored.
+
     Command: pecobook segment camvid --data CAMVID --backbone runs/vit --out runs/segmenter
     Result of shorter runs, on a CPU: docs/results.md.
     """
@@ -48,10 +49,10 @@ def camvid() -> SegmentConfig:
 def paper_ade20k() -> SegmentConfig:
     """ADE20K at 512 pixels, ViT-B/16, 160,000 steps at batch 16, lr 3e-4, layer decay 0.65.
 
-    Source: supplement; single scale, linear warm-up of 1,500 steps and linear decay, drop path 0.2. Widths of the
-    heads, weight of the auxiliary one and the share of a crop that one class may fill are BEiT's.
+    Source: supplement; single scale, linear warm-up of 1,500 steps and linear decay, drop path 0.2. The widths of the
+        heads, the weight of the auxiliary head and the share of a crop that one class may fill are BEiT's.
     Command: pecobook segment paper-ade20k --data ADEChallengeData2016 --backbone runs/vit --out runs/segmenter
-    Cost: about 1.8 TFLOP an image, so 4.6e18: about 7 hours of one H100 at 200 TFLOP/s. Estimated.
+    Cost: about 1.8 TFLOP for an image, so 4.6e18 FLOP; about 7 hours of one H100 at 200 TFLOP/s (estimated).
     Result of the paper: 48.5 mIoU from 800 epochs of pre-training.
     """
     return SegmentConfig(

@@ -1,4 +1,4 @@
-"""What a user may set, one file a command: frozen, keyword-only dataclasses whose fields explain themselves.
+"""Settings of the commands, one file for each command: frozen, keyword-only dataclasses with documented fields.
 
-Nothing here imports torch, so that every `--help` answers at once. Modules take these objects whole.
+No module here imports torch, so that every `--help` answers at once. Other modules take these objects whole.
 """

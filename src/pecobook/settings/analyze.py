@@ -1,4 +1,4 @@
-"""`pecobook analyze`: what codewords mean."""
+"""Settings of `pecobook analyze`, which measures what codewords mean."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ class AnalyzeConfig:
     tokenizer: str = ""
     """A codebook run, owner/name on the hub, dalle:FOLDER, or diffusers:FOLDER."""
     against: tuple[str, ...] = ()
-    """More tokenizers, measured on the same images beside the first."""
+    """More tokenizers to compare with the first one, on the same images."""
     tokens: tuple[str, ...] = ()
-    """Token banks of --data, each made by one of the tokenizers: they give usage and galleries over all training
-    images."""
+    """Token banks of --data, each written with one of the tokenizers; with a bank, usage and galleries cover all
+    training images."""
     backbone: tuple[str, ...] = ()
-    """Pretrain runs, whose predictions behind masks are shown side by side."""
+    """Pretrain runs, to show their predictions of masked patches side by side."""
     data: str = "photos"
     """Images: a folder, a parquet file or folder, tar shards, hf:owner/name, or photos (embedded)."""
     out: str = ""
@@ -32,22 +32,22 @@ class AnalyzeConfig:
     classifier_weights: str = ""
     """A local file of weights for the classifier timm:NAME; empty takes the weights of the hub."""
     perceptual: str = ""
-    """A network (as codebook's --perceptual.network) whose distance between an image and its reconstruction is measured
-    too; empty leaves this out."""
+    """A perceptual network, named as in codebook's --perceptual.network. It measures the distance between an image and
+    its reconstruction; empty leaves this measurement out."""
     perceptual_layers: tuple[int | str, ...] = (3, 6, 9, 12)
-    """Layers of the network of --perceptual, as codebook's --perceptual.layers."""
+    """Layers of the network of --perceptual, given as in codebook's --perceptual.layers."""
     perceptual_weights: str = ""
     """A local file of weights for the network of --perceptual; empty takes the network's own."""
     judgements: str = ""
     """A folder in the layout of BAPPS's two-alternative judgements; empty leaves this comparison out."""
     codewords: tuple[int, ...] = ()
-    """Codewords that get a gallery, beside random codewords and the most used ones."""
+    """Numbers of codewords that get a gallery, in addition to random codewords and the most used codewords."""
     max_train: int = 10_000
-    """Largest number of training images, whose codes the probes learn from."""
+    """Largest number of training images. The probes learn from the codes of these images."""
     max_test: int = 2000
-    """Largest number of held-out images, on which everything is measured."""
+    """Largest number of held-out images. Everything is measured on these images."""
     seed: int = 0
-    """Seed of what is drawn at random: codewords and patches of the galleries, and masks."""
+    """Seed of the random choices: codewords and patches of the galleries, and masks."""
 
     def __post_init__(self) -> None:
         positive(self, "max_train", "max_test")

@@ -1,4 +1,4 @@
-"""`pecobook codebook`: the tokenizer under a perceptual loss, and what the paper compares it with."""
+"""Settings of `pecobook codebook`: the tokenizer under a perceptual loss, and the paper's alternatives to this loss."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from pecobook.settings.values import between, positive
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AdversarialConfig:
-    """A patch discriminator that learns to tell reconstructions from images (equation 8)."""
+    """The patch discriminator, which learns to distinguish reconstructions from images (equation 8)."""
 
     weight: float = 0.0
     """Weight of the adversarial term in the loss; Table 7 uses 0.4, and 0 leaves the term out."""
     width: int = 64
     """Number of channels of the discriminator's first layer."""
     num_layers: int = 3
-    """Number of strided layers of the discriminator; with 3 it judges patches of 70 pixels."""
+    """Number of strided layers of the discriminator; with 3 layers it classifies patches of 70 pixels."""
     start: int = 0
-    """Step at which the autoencoder begins to learn from the adversarial term, so that it can draw first; the
-    discriminator learns from step 0."""
+    """Step from which the autoencoder learns from the adversarial term, after it has learned to reconstruct without
+    it; the discriminator learns from step 0."""
 
     def __post_init__(self) -> None:
         between(self, 0.0, float("inf"), "weight", "start")
@@ -33,10 +33,10 @@ class AdversarialConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ExplicitConfig:
-    """A loss on the codewords themselves (Table 6), in place of or beside the perceptual loss on images."""
+    """The loss on the codewords themselves (Table 6), instead of or in addition to the perceptual loss on images."""
 
     kind: Literal["none", "classification", "contrastive"] = "none"
-    """Kind of the loss on codewords: classification needs labels; contrastive tells images apart by the averaged
+    """Kind of the loss on codewords: classification needs labels; contrastive contrasts images by the averaged
     codewords of two views, with a momentum encoder."""
     weight: float = 1.0
     """Weight of the loss on codewords."""
@@ -67,9 +67,9 @@ class CodebookConfig(CropTrainConfig):
     pixel_weight: float = 1.0
     """Weight of the pixel loss, the mean squared error on [-1, 1]."""
     balance: bool = False
-    """Divide pixel and perceptual loss together by their present value, so that commitment weighs against 1 in every
-    run. Without it a perceptual term, which is several times the pixel loss, drowns commitment, and runs with and
-    without one differ in two things at once."""
+    """Divide the sum of pixel and perceptual loss by its current value, so that the commitment loss is weighed against
+    1 in every run. Without --balance a perceptual loss, several times larger than the pixel loss, outweighs the
+    commitment loss, so runs with and without a perceptual network differ in two ways at once."""
     optim: BaseOptimConfig = BaseOptimConfig(name="adam", lr=5e-5, betas=(0.5, 0.95), weight_decay=0.0, warmup="5000")
 
     def __post_init__(self) -> None:
@@ -78,18 +78,18 @@ class CodebookConfig(CropTrainConfig):
         if self.image_size % self.model.stride:
             raise ConfigError(
                 f"--image-size {self.image_size} must be a multiple of {self.model.stride}, "
-                "the stride that --model.channels gives."
+                "the stride of a model with these --model.channels."
             )
         if self.model.in_channels not in (1, 3):
             raise ConfigError(
                 f"--model.in-channels {self.model.in_channels}: images are read as 3 channels or 1 (grey)."
             )
         if self.quantizer.learning == "gradient" and self.strategy == "fsdp":
-            raise ConfigError("--quantizer.learning gradient moves whole codewords: use --strategy ddp.")
+            raise ConfigError("--quantizer.learning gradient needs unsharded codewords: use --strategy ddp.")
         if self.adversarial.weight > 0 and self.image_size < 3 * 2**self.adversarial.num_layers:
             raise ConfigError(
-                f"--adversarial.num-layers {self.adversarial.num_layers} leaves nothing of {self.image_size} pixels: "
-                "give fewer."
+                f"--adversarial.num-layers {self.adversarial.num_layers}: too many layers for {self.image_size}-pixel "
+                "images."
             )
         if self.pixel_weight == 0 and (self.perceptual.network == "none" or self.perceptual.weight == 0):
-            raise ConfigError("There is nothing to learn: --pixel-weight is 0 and there is no perceptual network.")
+            raise ConfigError("There is no loss: --pixel-weight is 0 and there is no perceptual network.")

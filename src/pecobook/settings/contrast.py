@@ -1,4 +1,4 @@
-"""`pecobook contrast`: a feature network by MoCo v3."""
+"""Settings of `pecobook contrast`, which trains a feature network by MoCo v3."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ class ContrastConfig(CropTrainConfig):
     max_steps: str = "300 epochs"
     """Length of the training: steps, "N epochs" or "N images"."""
     batch_size: int = 4096
-    """Images in one optimizer step, over all devices and accumulation steps; each image, in two views, is told from all
-    others."""
+    """Number of images in one optimizer step. All devices and accumulation steps share these images; each image, in two
+    views, is contrasted with all others."""
     min_crop: float = 0.08
     """Smallest share of an image's area that a random crop takes."""
     momentum: float = 0.99
@@ -36,14 +36,15 @@ class ContrastConfig(CropTrainConfig):
     fixed_positions: bool = True
     """Give a ViT with a position table fixed sines and cosines of row and column, and MoCo v3's initialisation."""
     colour: JitterConfig = JitterConfig()
-    """Colour changes of both views; --blur and --solarise are added to them."""
+    """Colour changes of both views, in addition to --blur and --solarise."""
     blur: tuple[float, float] = (1.0, 0.1)
-    """Probability of blur on view one and view two."""
+    """Probabilities of blur on the first and on the second view."""
     solarise: tuple[float, float] = (0.0, 0.2)
-    """Probability of solarisation on view one and view two."""
+    """Probabilities of solarisation on the first and on the second view."""
     knn_images: int = 4096
-    """Labelled training images among which each evaluation finds the neighbours of held-out ones (k-NN accuracy, an
-    early sign of whether the features learn something); 0 leaves the k-NN accuracy out, as do data without labels."""
+    """Number of labelled training images in which each evaluation searches the neighbours of held-out images (k-NN
+    accuracy, an early sign of whether the features learn something); 0 leaves the k-NN accuracy out, as do data
+    without labels."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -52,5 +53,5 @@ class ContrastConfig(CropTrainConfig):
         between(self, 0.0, 1.0, "momentum")
 
     def view_colour(self, number: int) -> PhotometricConfig:
-        """All colour changes of view 0 or 1."""
+        """Return all colour changes of view 0 or 1."""
         return PhotometricConfig(**vars(self.colour), blur=self.blur[number], solarise=self.solarise[number])

@@ -1,4 +1,4 @@
-"""`pecobook demo`: the whole story."""
+"""Settings of `pecobook demo`, which runs all stages once and writes a report."""
 
 from __future__ import annotations
 
@@ -10,23 +10,23 @@ from pecobook.settings.values import between, positive
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DemoConfig:
-    """The whole story on the built-in photographs or on your images, with a report."""
+    """Run all stages on the built-in photographs or on your images, and write a report."""
 
     data: str = "photos"
     """Images: a folder, a parquet file or folder, tar shards, hf:owner/name, or photos (built in)."""
     out: str = "runs/demo"
-    """Folder to write. In the folder of an interrupted demo the demo resumes."""
+    """Folder to write. If the folder holds an interrupted demo, the demo resumes."""
     seed: int = 0
     """Seed of every run."""
     budget: Literal["auto", "cpu", "gpu"] = "auto"
-    """Size of the demo. cpu: 32-pixel images, minutes on 2 cores. gpu: 64-pixel images, larger networks. auto: gpu
-    where there is one."""
+    """Size of the demo. cpu: 32-pixel images, minutes on 2 cores. gpu: 64-pixel images, larger networks. auto: gpu on a
+    machine with a GPU, else cpu."""
     length: float = 1.0
-    """Factor on the number of steps of every run."""
+    """Factor by which the number of steps of every run is multiplied."""
     max_train: int = 4000
-    """Largest number of training images that the probes read."""
+    """Largest number of training images that the probes learn from."""
     max_test: int = 4000
-    """Largest number of held-out images that are measured."""
+    """Largest number of held-out images. Everything is measured on these images."""
 
     def __post_init__(self) -> None:
         positive(self, "length", "max_train", "max_test")

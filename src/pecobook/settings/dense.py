@@ -1,4 +1,4 @@
-"""How a backbone reads large images, for segmentation and detection."""
+"""Settings of a backbone on large images, for segmentation and detection."""
 
 from __future__ import annotations
 
@@ -9,12 +9,13 @@ from pecobook.errors import ConfigError
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PyramidConfig:
-    """How a backbone reads images larger than its own."""
+    """The backbone on images larger than those it was pre-trained on."""
 
     window: int = 0
-    """Side of the attention windows in patches, in all blocks but four; 0 attends over the whole image everywhere."""
+    """Side of the attention windows in patches, in all blocks but four; 0 gives all blocks attention over the whole
+    image."""
     checkpointing: bool = False
-    """Recompute the blocks' activations in the backward pass: much less memory for a third more time."""
+    """Recompute the blocks' activations in the backward pass, which saves much memory and takes a third more time."""
     frozen: bool = False
     """Freeze the backbone and train only the pyramid and the heads after it."""
 

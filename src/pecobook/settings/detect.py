@@ -1,4 +1,4 @@
-"""`pecobook detect`: boxes and instance masks."""
+"""Settings of `pecobook detect`, which trains a detector of boxes and instance masks."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pecobook.settings.values import between, positive
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DetectorConfig:
-    """Heads of the detector."""
+    """The heads of the detector."""
 
     width: int = 256
     """Number of channels of the feature pyramid network and of the mask head."""
@@ -21,7 +21,7 @@ class DetectorConfig:
     proposals: int = 1000
     """Largest number of regions that the first stage proposes in an image."""
     samples: int = 512
-    """Largest number of regions of an image that the second stage learns from, a quarter of them objects."""
+    """Largest number of regions of an image that the second stage learns from, at most a quarter of them objects."""
     detections: int = 100
     """Largest number of detections on an image."""
     score_threshold: float = 0.05
@@ -37,30 +37,31 @@ class DetectConfig(TrainConfig):
     """Train a detector of boxes and masks on a backbone."""
 
     data: str = ""
-    """Images and objects in COCO's format: a folder with train/instances.json and train/images/, and the same for val;
-    or, as COCO's own, annotations/instances_train2017.json and train2017/."""
+    """Folder of images and objects in COCO's format. The folder holds train/instances.json, train/images/,
+    val/instances.json and val/images/, or the files of COCO 2017 (annotations/instances_train2017.json, train2017/,
+    ...)."""
     skip_bad: bool = False
-    """Leave out images and objects that cannot be used, instead of refusing them."""
+    """Leave out unusable images and objects instead of refusing them."""
     masks: bool = True
-    """Learn instance masks beside boxes, where the objects have masks."""
+    """Learn instance masks too, where the objects have masks."""
     backbone: str = ""
     """The backbone to start from: a pretrain, contrast or finetune run, or timm:NAME."""
     weights: str = ""
-    """A local file of weights for the backbone, or random to train from scratch; empty takes the backbone's own."""
+    """A local file of weights for the backbone, or random to start untrained. Empty takes the weights of --backbone."""
     drop_path: float = 0.1
     """Stochastic depth: probability of skipping the last block; earlier blocks are skipped less."""
     pyramid: PyramidConfig = PyramidConfig()
     detector: DetectorConfig = DetectorConfig()
     scales: tuple[int, ...] = (800,)
-    """Lengths of an image's short side in pixels, one of which is drawn; evaluation takes the largest."""
+    """Lengths of an image's short side in pixels. Training draws one at random, evaluation takes the largest."""
     max_size: int = 1333
     """Largest length of an image's long side, pixels."""
     jitter: tuple[float, ...] = ()
-    """Large-scale jitter (arXiv 2012.07177) in place of --scales: two numbers, the smallest and the largest size of an
-    image as a share of --image-size, the side of the square that is cut out of it or padded to. For example 0.1 2.0."""
+    """Large-scale jitter (arXiv 2012.07177) instead of --scales: the smallest and the largest size of an image, as
+    shares of --image-size, for example 0.1 2.0; the image is then cropped or padded to a square of that side."""
     image_size: int = 1344
-    """Side of the images that the backbone's positions are made for, pixels: the longest side, or the square of
-    --jitter."""
+    """Side of the images that the backbone's positions cover, pixels. It is the longest side of an image, or the side
+    of the square of --jitter."""
     evaluation_images: int = 5000
     """Largest number of held-out images in each evaluation."""
     optim: OptimConfig = OptimConfig(
@@ -69,7 +70,7 @@ class DetectConfig(TrainConfig):
     max_steps: str = "12 epochs"
     """Length of the training: steps, "N epochs" or "N images"."""
     batch_size: int = 16
-    """Images in one optimizer step, over all devices and accumulation steps."""
+    """Number of images in one optimizer step. All devices and accumulation steps share these images."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -78,9 +79,9 @@ class DetectConfig(TrainConfig):
         if not self.scales or min(self.scales) <= 0:
             raise ConfigError(f"--scales takes one or more lengths above 0, not {self.scales}.")
         if self.jitter and not (len(self.jitter) == 2 and 0 < self.jitter[0] <= self.jitter[1]):
-            raise ConfigError(f"--jitter takes two numbers above 0, the smaller one first, not {self.jitter}.")
+            raise ConfigError(f"--jitter takes two numbers above 0, the smaller number first, not {self.jitter}.")
 
     @property
     def sides(self) -> tuple[int, int]:
-        """Short and longest side of an image in evaluation."""
+        """Length of the short side and largest length of the long side of an image in evaluation, pixels."""
         return (self.image_size, self.image_size) if self.jitter else (max(self.scales), self.max_size)

@@ -1,7 +1,4 @@
-"""Durations in the unit people think in: "5000" (steps), "100 epochs", "25600 images" or, of the training, "5%".
-
-`steps` converts them once, at the border.
-"""
+"""Durations: "5000" (steps), "100 epochs", "25600 images", or "5%" of the training; `steps` converts them to steps."""
 
 from __future__ import annotations
 
@@ -13,7 +10,7 @@ _DURATION = re.compile(r"^\s*([0-9]*\.?[0-9]+(?:e[0-9]+)?)\s*(|steps?|epochs?|ep
 
 
 def parse_duration(text: str, name: str) -> tuple[float, str]:
-    """Split "100 epochs" into (100.0, "epochs"). Raises ConfigError naming the flag `name`."""
+    """Split "100 epochs" into (100.0, "epochs"). Raises ConfigError that names the flag `name`."""
     match = _DURATION.match(str(text))
     if not match:
         raise ConfigError(f"--{name} is '{text}': give steps (5000), epochs ('100 epochs') or images ('25600 images').")
@@ -23,14 +20,14 @@ def parse_duration(text: str, name: str) -> tuple[float, str]:
 
 
 def steps(text: str, *, num_images: int, batch_size: int, total: int | None = None, name: str = "max-steps") -> int:
-    """Convert a duration to optimizer steps, at least 1 unless it is zero.
+    """Convert a duration to optimizer steps, at least 1 unless the duration is zero.
 
     Args:
         text: the duration, for example "100 epochs".
-        num_images: images in one epoch.
-        batch_size: images in one step, over all devices.
-        total: steps of the whole training, which "N%" refers to.
-        name: the flag, for the error.
+        num_images: number of images in one epoch.
+        batch_size: number of images in one step, over all devices.
+        total: number of steps of the whole training, which "N%" refers to.
+        name: name of the flag, for the error message.
     """
     value, unit = parse_duration(text, name)
     if unit == "%" and total is None:

@@ -1,4 +1,4 @@
-"""`pecobook explore`: a page to play with codewords."""
+"""Settings of `pecobook explore`, which serves a page to explore codewords."""
 
 from __future__ import annotations
 
@@ -9,23 +9,23 @@ from pecobook.settings.values import between, positive
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ExploreConfig:
-    """Look at token maps, click codewords, paint masks: a page on this machine."""
+    """Serve a page on this machine to look at token maps, click codewords and paint masks."""
 
     runs: tuple[str, ...] = ()
-    """Tokenizers (a codebook run, owner/name on the hub, dalle:FOLDER, diffusers:FOLDER) and pretrain runs, which bring
-    their tokenizer. On the command line they may stand first, without the flag."""
+    """Tokenizers (a codebook run, owner/name on the hub, dalle:FOLDER, diffusers:FOLDER) and pretrain runs, each with
+    the tokenizer of the run. On the command line the runs may stand first, without the flag."""
     data: str = "photos"
     """Images: a folder, a parquet file or folder, tar shards, hf:owner/name, or photos (embedded)."""
     images: int = 1000
     """Largest number of held-out images that are searched for patches."""
     host: str = "127.0.0.1"
-    """Address to listen on; the default is reachable from this machine alone."""
+    """Address on which the page is served. The default is reachable from this machine alone."""
     port: int = 7860
-    """Port to listen on."""
+    """Port on which the page is served."""
     share: bool = False
-    """Also open a public address through Gradio's servers, for 72 hours: whoever knows the address sees your images."""
+    """Also open a public address through Gradio's servers, for 72 hours. Anybody with the address sees your images."""
     upload_mb: int = 20
-    """Largest size of an image that the page takes, MB."""
+    """Largest size of an image that the page accepts, MB."""
 
     def __post_init__(self) -> None:
         positive(self, "images", "upload_mb")

@@ -1,4 +1,4 @@
-"""`pecobook export`: weights for another library."""
+"""Settings of `pecobook export`, which writes weights for another library."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ class ExportConfig:
     """Write a run's weights for another library."""
 
     run: str = ""
-    """A run of pecobook, or its export folder. On the command line it may stand first, without the flag."""
+    """A run of pecobook, or the run's export folder. On the command line the run may stand first, without the flag."""
     format: Literal["timm", "hf", "onnx"] = "timm"
-    """Library to write for: timm, transformers (hf, as its BEiT) or ONNX. Tokenizers and segmenters are written as onnx
-    alone."""
+    """Library to write for: timm, transformers (hf, as a BEiT) or ONNX. Tokenizers and segmenters can only be written
+    as onnx."""
     out: str = ""
     """Folder to write; it must be new or empty."""

@@ -1,4 +1,4 @@
-"""`pecobook finetune`: classification."""
+"""Settings of `pecobook finetune`, which trains a classifier."""
 
 from __future__ import annotations
 
@@ -15,22 +15,23 @@ class FinetuneConfig(CropTrainConfig):
     backbone: str = ""
     """The backbone to start from: a pretrain or contrast run, or timm:NAME."""
     weights: str = ""
-    """A local file of weights for the backbone, or random to train from scratch; empty takes the backbone's own."""
+    """A local file of weights for the backbone, or random to start untrained. Empty takes the weights of --backbone."""
     drop_path: float = 0.1
     """Stochastic depth: probability of skipping the last block; earlier blocks are skipped less."""
     mixup: float = 0.8
     """Alpha of mixup; 0 leaves mixup out."""
     cutmix: float = 1.0
-    """Alpha of CutMix; 0 leaves CutMix out. Every batch gets mixup or CutMix, by a fair coin."""
+    """Alpha of CutMix; 0 leaves CutMix out. Every batch gets mixup or CutMix, with equal probability."""
     label_smoothing: float = 0.1
     """Share of the target's probability that label smoothing spreads over all classes."""
     rand_augment: str = "rand-m9-mstd0.5-inc1"
-    """Policy of RandAugment as timm writes it: magnitude, its spread, increasing severity; empty leaves RandAugment
-    out."""
+    """Policy of RandAugment in timm's notation: magnitude, standard deviation of the magnitude, increasing severity;
+    empty leaves RandAugment out."""
     random_erasing: float = 0.25
     """Probability of random erasing, which fills a rectangle of the image with noise."""
     average: float = 0.0
-    """Decay of a moving average of the weights, which is evaluated and exported (BootMAE: 0.9998); 0 for no average."""
+    """Decay of a moving average of the weights, which is evaluated and exported (BootMAE: 0.9998); 0 keeps no
+    average."""
     eval_crop: float = 0.875
     """Share of an image's shorter side that the central crop of evaluation takes (224 of 256)."""
     evaluation_images: int = 50_000
@@ -41,7 +42,7 @@ class FinetuneConfig(CropTrainConfig):
     max_steps: str = "100 epochs"
     """Length of the training: steps, "N epochs" or "N images"."""
     batch_size: int = 1024
-    """Images in one optimizer step, over all devices and accumulation steps."""
+    """Number of images in one optimizer step. All devices and accumulation steps share these images."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

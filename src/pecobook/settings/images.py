@@ -1,4 +1,4 @@
-"""Colour changes of a view."""
+"""Settings of the colour changes of a view."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import dataclasses
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class JitterConfig:
-    """Strength and probability of changes of brightness and colour; MoCo v3's defaults (arXiv 2104.02057)."""
+    """Strength and probability of changes of brightness and colour; the defaults are MoCo v3's (arXiv 2104.02057)."""
 
     brightness: float = 0.4
     """Largest relative change of brightness."""
@@ -18,9 +18,9 @@ class JitterConfig:
     hue: float = 0.1
     """Largest shift of hue, in turns of the colour circle."""
     jitter: float = 0.8
-    """Probability of the changes of brightness, contrast, saturation and hue."""
+    """Probability that brightness, contrast, saturation and hue are changed."""
     grey: float = 0.2
-    """Probability of turning the image grey."""
+    """Probability that the image is turned grey."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -1,4 +1,4 @@
-"""The perceptual loss."""
+"""Settings of the perceptual loss."""
 
 from __future__ import annotations
 
@@ -13,29 +13,30 @@ Normalisation = Literal["unit-rms", "layernorm", "none"]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PerceptualDistanceConfig:
-    """A frozen network and how images are compared in it: what `PerceptualDistance` takes."""
+    """The frozen network and the comparison of its features: the settings of `PerceptualDistance`."""
 
     network: str = ""
     """The perceptual network: timm:NAME, torchvision:NAME, a contrast or pretrain run, or none for pixels alone."""
     weights: str = ""
-    """A local file of weights for the network, or random for the control; empty takes the network's own."""
+    """A local file of weights for the network, or random for the control. Empty takes the network's own weights."""
     shuffle: bool = False
-    """Permute the entries of each weight tensor of the network: a control that keeps the size of the weights and loses
-    what they learned."""
+    """Permute the entries of each weight tensor of the network: a control that keeps the distribution of the weights
+    and destroys what they learned."""
     layers: tuple[int | str, ...] = (3, 6, 9, 12)
-    """Layers whose features are compared, from 1: blocks of a transformer, stages of a convolutional network; of
-    torchvision's networks also names of nodes, such as features.12."""
+    """Layers whose features are compared, counted from 1. Layers are blocks of a transformer or stages of a
+    convolutional network; for torchvision's networks also names of nodes, such as features.12."""
     normalisation: Normalisation = "unit-rms"
-    """How activations are normalised before they are compared."""
+    """Normalisation of the activations before they are compared."""
     input_size: int = 0
-    """Side to which images are resized for the network, pixels; 0 keeps the images' side (or takes that of a network of
-    fixed size)."""
+    """Side to which images are resized for the network, pixels; 0 keeps the side of the images, or takes the side that
+    the network requires."""
     mean: tuple[float, ...] = ()
-    """Mean of the network's input, three numbers for RGB in [0, 1]; empty takes the network's own."""
+    """Mean of the network's input, three numbers for RGB in [0, 1]; empty takes the network's own mean."""
     std: tuple[float, ...] = ()
-    """Standard deviation of the network's input, three numbers for RGB in [0, 1]; empty takes the network's own."""
+    """Standard deviation of the network's input, three numbers for RGB in [0, 1]; empty takes the network's own
+    standard deviation."""
     bgr: bool = False
-    """Give the network its normalised input as BGR, as networks from Caffe want it."""
+    """Give the network its normalised input in the order BGR, which networks from Caffe expect."""
 
     def __post_init__(self) -> None:
         between(self, 0, 4096, "input_size")
@@ -50,8 +51,8 @@ class PerceptualConfig(PerceptualDistanceConfig):
     weight: float = 1.0
     """Weight of the perceptual loss, lambda in equation 5."""
     warmup: int = 0
-    """Steps over which lambda rises from 0 in equal parts. Deep features of a supervised network teach a random decoder
-    little, and all latent vectors then shrink to one; a start on pixels alone keeps them apart."""
+    """Number of steps over which lambda rises linearly from 0. A random decoder learns little from deep features of a
+    supervised network, and all latent vectors then collapse to one; a start on pixels alone prevents this."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

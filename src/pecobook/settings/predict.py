@@ -1,4 +1,4 @@
-"""`pecobook predict`: a trained model on images."""
+"""Settings of `pecobook predict`, which applies a trained model to images."""
 
 from __future__ import annotations
 
@@ -10,19 +10,20 @@ from pecobook.settings.values import between
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PredictConfig:
-    """Use a trained classifier, segmenter or detector on images."""
+    """Apply a trained classifier, segmenter or detector to images."""
 
     run: str = ""
-    """A run of finetune, segment or detect, or its export folder. On the command line the run may stand first."""
+    """A run of finetune, segment or detect, or its export folder. On the command line the run may stand first, without
+    the flag."""
     images: str = ""
-    """An image, a folder of them at any depth, or another source of images. On the command line they may stand
-    second."""
+    """An image, a folder of images at any depth, or another source of images. On the command line the images may stand
+    second, without the flag."""
     out: str = ""
     """Folder to write; it must be new or empty."""
     pictures: bool = True
     """Also write every image with the predictions drawn on it."""
     score: float = 0.5
-    """Smallest score of a detection that is drawn; detections.json holds all detections."""
+    """Smallest score of a detection that is drawn. detections.json holds all detections."""
     test: SegmentTestConfig = SegmentTestConfig()
 
     def __post_init__(self) -> None:

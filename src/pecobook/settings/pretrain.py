@@ -1,4 +1,4 @@
-"""`pecobook pretrain`: masked image modelling."""
+"""Settings of `pecobook pretrain`, masked image modelling."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pecobook.settings.values import between, positive
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MaskConfig:
-    """Which patches the ViT does not see."""
+    """The mask of the patches that the ViT does not see."""
 
     kind: Literal["block", "random"] = "block"
     """Shape of the mask: rectangular blocks as in BEiT, or single patches at random."""
@@ -28,7 +28,7 @@ class MaskConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DecoderConfig:
-    """The light decoder of the accelerated form (Table 8), as MAE has it."""
+    """The light decoder of the accelerated form (Table 8), as in MAE."""
 
     depth: int = 8
     """Number of blocks of the decoder."""
@@ -50,15 +50,15 @@ class PretrainConfig(CropTrainConfig):
     tokenizer: str = ""
     """The tokenizer: a codebook run, owner/name on the Hugging Face hub, dalle:FOLDER, or diffusers:FOLDER."""
     tokens: str = ""
-    """A token bank of `pecobook tokenize`, whose views are replayed; the tokenizer then never runs in training."""
+    """A token bank of `pecobook tokenize`, whose views are replayed. The tokenizer then does not run in training."""
     target: Literal["tokens", "pixels"] = "tokens"
-    """Target that is predicted for a hidden patch: its code, or its normalised pixels (MAE), which need no
-    tokenizer."""
+    """Target that is predicted for a hidden patch. It is the token of the patch, or its normalised pixels (MAE), which
+    need no tokenizer."""
     tokenizer_size: int = 0
-    """Side to which crops are resized for the tokenizer, pixels; 0 keeps the crops' side."""
+    """Side to which crops are resized for the tokenizer, pixels. 0 keeps the side of the crops."""
     visible_only: bool = False
-    """Train the accelerated form of Table 8: the ViT reads visible patches alone, and a light decoder predicts the
-    rest."""
+    """Train the accelerated form of Table 8: the ViT reads only the visible patches, and a light decoder predicts the
+    hidden patches."""
     decoder: DecoderConfig = DecoderConfig()
     model: BackboneConfig = BackboneConfig(
         name="beit_base_patch16_224",
@@ -73,11 +73,11 @@ class PretrainConfig(CropTrainConfig):
     max_steps: str = "300 epochs"
     """Length of the training: steps, "N epochs" or "N images"."""
     batch_size: int = 2048
-    """Images in one optimizer step, over all devices and accumulation steps."""
+    """Number of images in one optimizer step. All devices and accumulation steps share these images."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         between(self, 0.0, 1.0, "drop_path")
         between(self, 0, 4096, "tokenizer_size")
         if self.tokens and self.target == "pixels":
-            raise ConfigError("--tokens is of no use to --target pixels: leave one of them out.")
+            raise ConfigError("--tokens has no effect with --target pixels: leave one of them out.")

@@ -1,4 +1,4 @@
-"""`pecobook probe`: linear probe and k-NN."""
+"""Settings of `pecobook probe`, linear probe and k-NN."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pecobook.settings.values import positive
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ProbeConfig:
-    """Linear probe and k-NN of a frozen backbone, or of a tokenizer's codewords."""
+    """Measure linear probe and k-NN accuracy of a frozen backbone, or of a tokenizer's codewords."""
 
     data: str = "photos"
     """Labelled images: a folder of class folders, a parquet file or folder, tar shards, hf:owner/name, or photos."""
@@ -17,13 +17,13 @@ class ProbeConfig:
     """The backbone to probe: a contrast, pretrain or finetune run, or timm:NAME; or a tokenizer, whose codewords are
     probed: a codebook run, dalle:FOLDER, diffusers:FOLDER."""
     weights: str = ""
-    """A local file of weights for the backbone, or random for the floor; empty takes the backbone's own."""
+    """A local file of weights for the backbone, or random for the control. Empty takes the weights of --backbone."""
     out: str = ""
-    """JSON file to write the figures to; empty only prints them."""
+    """JSON file to write the results to; empty only prints the results."""
     image_size: int = 0
-    """Side of the images, pixels; 0 takes that of the backbone."""
+    """Side of the images, pixels; 0 takes the image size of the backbone."""
     max_train: int = 50_000
-    """Largest number of training images; a fixed permutation chooses them."""
+    """Largest number of training images. A fixed permutation chooses these images."""
     max_test: int = 50_000
     """Largest number of test images."""
     seed: int = 0

@@ -1,4 +1,4 @@
-"""`pecobook reproduce`: the paper's tables."""
+"""Settings of `pecobook reproduce`, which trains the paper's tables again."""
 
 from __future__ import annotations
 
@@ -12,52 +12,55 @@ from pecobook.settings.values import between, positive
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ReproduceConfig:
-    """Train what the paper's tables compare, with controls, and print them beside the paper's numbers."""
+    """Train the rows of the paper's tables, with controls, and compare with the paper's numbers."""
 
     tables: tuple[str, ...] = ()
     """Tables of the paper: any of tables1-2, table4, table5, table6, table7, table10, table12, v1-table7. On the
-    command line they may stand first, without the flag."""
+    command line the tables may stand first, without the flag."""
     data: str = "photos"
     """Images: a folder, a parquet file or folder, tar shards, hf:owner/name, or photos (embedded)."""
     out: str = ""
-    """Folder to write. An interrupted reproduction resumes there; more tables go into the same folder."""
+    """Folder to write. An interrupted reproduction resumes there, and more tables may be added to the folder."""
     budget: Literal["tiny", "small", "paper"] = "tiny"
-    """Size of the runs. tiny: 32 pixels, minutes a run on 2 cores. small: five times as long. paper: the paper's
+    """Size of the runs. tiny: 32 pixels, minutes for a run on 2 cores. small: five times as long. paper: the paper's
     recipes."""
     length: float = 1.0
-    """Factor on the number of steps of every run."""
+    """Factor by which the number of steps of every run is multiplied."""
     seeds: tuple[int, ...] = (0, 1, 2)
-    """Seeds; each row of a table is trained once for each seed."""
+    """Seeds of the runs. Each row of a table is trained once for each seed."""
     transfer: bool = True
-    """Also pre-train and fine-tune a ViT on every tokenizer; with --no-transfer tokenizers alone are measured."""
+    """Also pre-train and fine-tune a ViT on every tokenizer. With --no-transfer only the tokenizers are measured."""
     backbone: BackboneConfig = BackboneConfig(name="")
-    """The ViT that is pre-trained and fine-tuned; without a name it is the budget's."""
+    """The ViT that is pre-trained and fine-tuned; without a name the ViT of the budget."""
     network: str = ""
-    """A perceptual network in place of a network that is trained here, as codebook's --perceptual.network."""
+    """A perceptual network, named as in codebook's --perceptual.network. Empty trains a network on --data."""
     network_layers: tuple[int | str, ...] = (3, 6, 9, 12)
-    """Layers of the network of --network, as codebook's --perceptual.layers."""
+    """Layers of the network of --network, given as in codebook's --perceptual.layers."""
     network_weights: str = ""
-    """A local file of weights for the network of --network; empty takes the network's own."""
+    """A local file of weights for the network of --network; empty takes the network's own weights."""
     supervised: str = ""
-    """A supervised network for Table 5; empty trains one on the labels of --data, or takes VGG-16 at budget paper."""
+    """A supervised network for Table 5; empty trains a network on the labels of --data, or takes VGG-16 at budget
+    paper."""
     classifier: str = ""
-    """The classifier for reconstructions, as analyze's --classifier; empty takes the supervised network trained
-    here."""
+    """The classifier for reconstructions, named as in analyze's --classifier. Empty takes the supervised network that
+    is trained on --data."""
     dalle: str = ""
     """Folder of DALL-E's public tokenizer, for the rows of DALL-E."""
     more_data: str = ""
     """More images, for Table 7 of the paper's first version."""
     gpus_per_run: int = 0
-    """Number of GPUs of each run; other runs use the other GPUs. 0: one GPU, at budget paper all of them."""
+    """Number of GPUs of each run; other runs use the other GPUs. 0 gives each run one GPU, or all GPUs at budget
+    paper."""
     micro_batch_size: int = 0
-    """Largest number of images that a device holds at once in every training; 0 takes its share of the batch whole."""
+    """Largest number of images that a device holds at once in every training; 0 holds a device's share of the batch at
+    once."""
     compile: bool = False
-    """Compile every training with torch.compile."""
+    """Compile the model of every training with torch.compile."""
     dry_run: bool = False
-    """Print what would be trained, and stop."""
+    """Print the list of runs without training anything."""
 
     def __post_init__(self) -> None:
         positive(self, "length")
         between(self, 0, 1e9, "gpus_per_run", "micro_batch_size")
         if len(set(self.seeds)) != len(self.seeds) or not self.seeds or min(self.seeds) < 0:
-            raise ConfigError(f"--seeds must be different numbers from 0, not {self.seeds}.")
+            raise ConfigError(f"--seeds must be different numbers of 0 or above, not {self.seeds}.")

@@ -1,4 +1,4 @@
-"""`pecobook segment`: semantic segmentation."""
+"""Settings of `pecobook segment`, semantic segmentation."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from pecobook.settings.values import between, positive
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SegmentTestConfig:
-    """How an image of any size is segmented."""
+    """Segmentation of images of any size in the test."""
 
     mode: str = "whole"
-    """How the network reads an image: whole at once, or slide, which averages windows of --image-size."""
+    """Input of the network: whole, the image at once, or slide, which averages over windows of --image-size."""
     stride: float = 2 / 3
     """Step from window to window, as a share of the window's side."""
     max_side: int = 2048
-    """Largest long side of the scaled image, pixels; the short side becomes --image-size where the long side stays
-    below."""
+    """Largest length of the long side of the scaled image, pixels. The short side becomes --image-size unless the long
+    side would exceed this length."""
     scales: tuple[float, ...] = (1.0,)
     """Scales over which the prediction is averaged, as factors on the image's size; the average has the size of the
-    first. The paper tests at one scale; for several, 1 0.5 0.75 1.25 1.5 1.75 is usual."""
+    first scale. The paper tests at one scale; for several, 1 0.5 0.75 1.25 1.5 1.75 is usual."""
     flip: bool = False
-    """Also average with the prediction for the mirrored image."""
+    """Average the prediction also over the mirrored image."""
 
     def __post_init__(self) -> None:
         if self.mode not in ("whole", "slide"):
@@ -39,14 +39,14 @@ class SegmentTestConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SegmenterConfig:
-    """Heads of the segmenter."""
+    """The heads of the segmenter."""
 
     head_width: int = 0
-    """Number of channels of UperNet; 0 takes the backbone\'s width."""
+    """Number of channels of UperNet; 0 takes the width of the backbone."""
     auxiliary_width: int = 256
-    """Number of channels of the auxiliary head; 0 for no such head."""
+    """Number of channels of the auxiliary head; 0 leaves the auxiliary head out."""
     auxiliary_weight: float = 0.4
-    """Weight of the auxiliary head\'s loss."""
+    """Weight of the loss of the auxiliary head."""
 
     def __post_init__(self) -> None:
         between(self, 0, 65_536, "head_width", "auxiliary_width", "auxiliary_weight")
@@ -57,22 +57,24 @@ class SegmentConfig(TrainConfig, SegmenterConfig):
     """Train semantic segmentation on images with masks."""
 
     data: str = ""
-    """Images and masks: a folder of images/ and masks/ (alone, under train/ and val/, or as in ADE20K), or
+    """Images and masks: a folder with images/ and masks/ (directly, under train/ and val/, or as in ADE20K), or
     hf:owner/name."""
     classes: str = ""
-    """File with a class on each line, and its R G B where masks are colour pictures; empty takes classes.txt."""
+    """File with a class on each line, followed by the colour R G B where masks are colour pictures; empty takes
+    classes.txt."""
     mask_values: tuple[str, ...] = ()
-    """Pixel value of each class where they are not 0, 1, 2, ...: "0 255", or "1-150" as in ADE20K."""
+    """Pixel values of the classes where they are not 0, 1, 2, ...: "0 255", or "1-150" as in ADE20K."""
     ignore: tuple[str, ...] = ("255",)
-    """Pixel values or names of classes that count neither in the loss nor in the score."""
+    """Pixel values or names of classes that count neither in the loss nor in the metrics."""
     verify: bool = True
-    """Read every mask before training. With --no-verify, --classes or --mask-values must say what the classes are."""
+    """Read every mask before training. With --no-verify, --classes or --mask-values must define the classes."""
     skip_bad: bool = False
-    """Leave out images whose mask has another size or an unknown value, in place of refusing to start."""
+    """Leave out images with an unusable mask instead of refusing them. Such a mask has another size than the image or
+    an unknown value."""
     backbone: str = ""
     """The backbone to start from: a pretrain, contrast or finetune run, or timm:NAME."""
     weights: str = ""
-    """A local file of weights for the backbone, or random to train from scratch; empty takes the backbone's own."""
+    """A local file of weights for the backbone, or random to start untrained. Empty takes the weights of --backbone."""
     pyramid: PyramidConfig = PyramidConfig()
     drop_path: float = 0.1
     """Stochastic depth: probability of skipping the last block; earlier blocks are skipped less."""
@@ -92,11 +94,11 @@ class SegmentConfig(TrainConfig, SegmenterConfig):
     max_steps: str = "160000"
     """Length of the training: steps, "N epochs" or "N images"."""
     batch_size: int = 16
-    """Images in one optimizer step, over all devices and accumulation steps."""
+    """Number of images in one optimizer step. All devices and accumulation steps share these images."""
 
     def __post_init__(self) -> None:
         TrainConfig.__post_init__(self)
         SegmenterConfig.__post_init__(self)
         between(self, 0.0, 1.0, "drop_path", "max_share")
         if not 0 < self.scales[0] <= self.scales[1]:
-            raise ConfigError(f"--scales takes the least and the largest factor, not {self.scales}.")
+            raise ConfigError(f"--scales takes the smallest and the largest factor, not {self.scales}.")

@@ -1,4 +1,4 @@
-"""`pecobook tokenize`: a token bank."""
+"""Settings of `pecobook tokenize`, which writes a token bank."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ class TokenizeConfig:
     out: str = ""
     """Folder of the token bank to write. It must be new or empty, unless --resume or --overwrite is given."""
     views: int = 1
-    """Number of views of every image; epoch e of pre-training replays view e modulo this number."""
+    """Number of views of every image. Epoch e of pre-training replays view e modulo this number."""
     seed: int = 0
-    """Seed of the crops and colours; pre-training must have the same seed."""
+    """Seed of the crops and colour changes. Pre-training must use the same seed."""
     image_size: int = 224
     """Side of the crops that the ViT will see, pixels."""
     tokenizer_size: int = 0
-    """Side to which crops are resized for the tokenizer, pixels; 0 keeps the crops' side."""
+    """Side to which crops are resized for the tokenizer, pixels. 0 keeps the side of the crops."""
     min_crop: float = 0.2
     """Smallest share of an image's area that a random crop takes."""
     colour: PhotometricConfig = PhotometricConfig()
@@ -35,14 +35,14 @@ class TokenizeConfig:
     batch_size: int = 256
     """Number of views that a device encodes at once."""
     workers: int = -1
-    """Number of data-loading processes of each device; -1 chooses from the number of cores."""
+    """Number of data-loading processes of each device. -1 chooses from the number of cores."""
     devices: str = "auto"
-    """Devices on each machine: a number, or auto for every GPU (one process on a machine without a GPU)."""
+    """Number of devices on each machine, or auto for every GPU. On a machine without a GPU auto is one process."""
     num_nodes: int = 1
     """Number of machines."""
     precision: Precision = "auto"
-    """Autocast of the tokenizer: fp32, bf16 or fp16. The precision of pre-training gives the tokens that it would
-    compute."""
+    """Precision of autocast in the tokenizer: fp32, bf16 or fp16. auto is bf16 where the hardware multiplies it
+    natively, else fp32. The precision of pre-training gives exactly the tokens that pre-training would compute."""
     resume: bool = False
     """Resume an unfinished token bank."""
     overwrite: bool = False
@@ -57,5 +57,5 @@ class TokenizeConfig:
 
     @property
     def strategy(self) -> str:
-        """How processes share a model, which `engine.launch` asks: nothing learns here, so each has its own."""
+        """Strategy that `engine.launch` reads; nothing is trained here, so every process holds the whole tokenizer."""
         return "auto"

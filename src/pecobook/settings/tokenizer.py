@@ -1,4 +1,4 @@
-"""The shape of a tokenizer and its codebook."""
+"""Settings of the shape of a tokenizer and its codebook."""
 
 from __future__ import annotations
 
@@ -15,23 +15,23 @@ PaddingMode = Literal["zeros", "reflect", "replicate"]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AutoencoderConfig:
-    """Shape of the encoder and, mirrored, of the decoder."""
+    """The shape of the encoder and, mirrored, of the decoder."""
 
     channels: tuple[int, ...] = (64, 128, 256, 512, 512)
-    """Width at each resolution, from the image's to the latent grid's; each further width halves the side."""
+    """Number of channels at each resolution, from the image to the latent grid; each further number halves the side."""
     latent_dim: int = 256
     """Dimension D of a codeword."""
     num_blocks: int = 2
-    """Number of residual blocks at each resolution; of a transformer, the number of all its blocks."""
+    """Number of residual blocks at each resolution; for a transformer, the number of all blocks."""
     in_channels: int = 3
-    """Number of channels of the images; training reads 3 or 1 (grey), Python takes any number."""
+    """Number of channels of the images; training reads 3 or 1 (grey), the Python API takes any number."""
     kind: Literal["cnn", "vit"] = "cnn"
-    """Kind of network: convolutions, or a plain transformer on both sides (Table 12's ViT-B row), which reads channels
-    as (width, patch side)."""
+    """Kind of network: cnn for convolutions, or vit for a plain transformer as encoder and as decoder (Table 12's ViT-B
+    row), for which --model.channels is WIDTH PATCH."""
     num_heads: int = 12
     """Number of attention heads of a transformer."""
     decoder_width: float = 1.0
-    """Factor on the decoder's channels (Table 12: 0.5)."""
+    """Factor on the number of channels of the decoder (Table 12: 0.5)."""
     decoder_blocks: int = 0
     """Number of blocks of the decoder; 0 takes --model.num-blocks (Table 12's half depth: 1)."""
     group_size: int = 16
@@ -40,7 +40,8 @@ class AutoencoderConfig:
     padding: PaddingMode = "zeros"
     """Pixels that a convolution reads beyond the border. From zeros a network can tell how far the border is."""
     latent_norm: bool = False
-    """Layer-normalise each latent vector, so that its scale, and with it the commitment loss, cannot drift."""
+    """Layer-normalise each latent vector, so that the scale of the vectors, and with it the commitment loss, cannot
+    drift."""
 
     def __post_init__(self) -> None:
         if not self.channels or min(self.channels) < 1 or self.latent_dim < 1 or self.num_blocks < 1:
@@ -58,40 +59,41 @@ class AutoencoderConfig:
 
     @property
     def stride(self) -> int:
-        """Pixels of the image for one step of the latent grid."""
+        """Number of pixels between neighbouring positions of the latent grid."""
         return self.channels[1] if self.kind == "vit" else int(2 ** (len(self.channels) - 1))
 
     def decoder_side(self) -> AutoencoderConfig:
-        """The shape that the decoder mirrors: this one with the decoder's own width and depth."""
+        """Return the shape that the decoder mirrors: this shape with the decoder's own width and depth."""
         if self.decoder_width == 1.0 and self.decoder_blocks == 0:
             return self
         widths = tuple(max(round(width * self.decoder_width), 1) for width in self.channels)
         if self.kind == "vit":
-            widths = (widths[0], self.channels[1])  # the second number is the patch's side
+            widths = (widths[0], self.channels[1])  # the second number is the side of a patch
         blocks = self.decoder_blocks or self.num_blocks
         return dataclasses.replace(self, channels=widths, num_blocks=blocks, decoder_width=1.0, decoder_blocks=0)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class VectorQuantizerConfig:
-    """Codewords and how they are learned: what `VectorQuantizer` takes."""
+    """The codewords and their learning rule: the settings of `VectorQuantizer`."""
 
     num_codewords: int = 8192
     """Number of codewords K in the codebook."""
     decay: float = 0.99
     """Decay of the moving averages from which codewords are computed."""
     eps: float = 1e-5
-    """Laplace smoothing of the codewords' counts."""
+    """Laplace smoothing of the counts of the codewords."""
     revive_after: int = 100
-    """Number of steps without use after which a codeword is dead and is replaced; 0 never replaces one."""
+    """Number of steps without use after which a codeword is dead and is replaced; 0 never replaces a codeword."""
     start_after: int = 0
-    """Steps during which latent vectors pass unquantised, at most half of the training; k-means then starts the
-    codebook on features that mean something. A short training gains much by it."""
+    """Number of steps during which latent vectors are not quantised, at most half of the training. k-means then
+    initialises the codebook on trained features, from which a short training gains much."""
     learning: Literal["ema", "gradient"] = "ema"
-    """How codewords learn: by moving averages, or by gradient, from the middle term of equation 3 as printed."""
+    """Learning rule of the codewords: ema, by moving averages, or gradient, by the middle term of equation 3 as
+    printed."""
     precision: SearchPrecision = "fp32"
     """Precision of the search for the nearest codeword in training. fp32 is exact; tf32 and bf16 are faster on a GPU
-    and may take another codeword that is about equally near."""
+    but may choose another codeword at nearly the same distance."""
 
     def __post_init__(self) -> None:
         positive(self, "num_codewords", "eps")
@@ -101,7 +103,7 @@ class VectorQuantizerConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class QuantizerConfig(VectorQuantizerConfig):
-    """The codebook."""
+    """The codebook, its learning rule and the commitment loss."""
 
     commitment: float = 0.25
     """Weight of the commitment loss, beta in equation 3."""
@@ -113,7 +115,7 @@ class QuantizerConfig(VectorQuantizerConfig):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TokenizerConfig:
-    """What is needed to build a tokenizer."""
+    """The settings from which a tokenizer is built."""
 
     model: AutoencoderConfig = AutoencoderConfig()
     num_codewords: int = 8192

@@ -1,4 +1,4 @@
-"""What every training command has, and its optimizer."""
+"""Settings of every training command and of its optimizer."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Strategy = Literal["auto", "ddp", "fsdp"]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class BaseOptimConfig:
-    """Optimizer and its schedule."""
+    """The optimizer and the schedule of its learning rate."""
 
     name: Literal["adamw", "adam", "lars"] = "adamw"
     """Name of the optimizer. lars (You et al., arXiv 1708.03888) is for convolutional networks at very large
@@ -24,28 +24,29 @@ class BaseOptimConfig:
     lr: float = 1.5e-3
     """Peak learning rate, after the warm-up."""
     lr_batch_size: int = 0
-    """Global batch that lr is meant for: another --batch-size changes lr in proportion. 0 takes lr as it is."""
+    """Global batch size for which --optim.lr is given: the learning rate is scaled in proportion to --batch-size. 0
+    does not scale the learning rate."""
     final_lr: float = 0.0
-    """Learning rate at which a cosine or poly schedule ends: it would be reached one step after the last, so the last
-    step takes a little more."""
+    """Learning rate at the end of a cosine or poly schedule. It would be reached one step after the last step, so the
+    last step has a slightly larger learning rate."""
     schedule: Literal["cosine", "poly", "steps"] = "cosine"
-    """Learning rate after the warm-up: half a cosine, the share of steps left to the power of --optim.power, or a tenth
-    at each of --optim.milestones."""
+    """Schedule of the learning rate after the warm-up: cosine, half a cosine; poly, the share of remaining steps to the
+    power of --optim.power; steps, a tenth at each of --optim.milestones."""
     power: float = 1.0
-    """Exponent of the poly schedule; with 1 the learning rate falls in a straight line."""
+    """Exponent of the poly schedule; with 1 the learning rate falls linearly."""
     milestones: tuple[str, ...] = ()
-    """Where the steps schedule divides the learning rate by ten: steps, "N epochs", "N images" or "N%"."""
+    """Times at which the steps schedule divides the learning rate by ten: steps, "N epochs", "N images" or "N%"."""
     warmup: str = "5%"
     """Length of the linear warm-up from 0: steps, "N epochs", "N images" or "N%" of the training."""
     weight_decay: float = 0.05
     """Weight decay: adamw decouples it from the gradient, adam and lars add it to the gradient. Biases, norms, position
-    tables and the mask token have none."""
+    tables and the mask token are not decayed."""
     betas: tuple[float, float] = (0.9, 0.999)
     """Decay rates of Adam's two moments; for lars the first number is the momentum."""
     eps: float = 1e-8
     """Epsilon that Adam adds to the root of the second moment."""
     clip_grad: float = 0.0
-    """Largest norm of the whole gradient, to which it is clipped; 0 does not clip."""
+    """Largest norm of the whole gradient; a larger gradient is clipped to this norm. 0 does not clip."""
 
     def __post_init__(self) -> None:
         positive(self, "lr", "eps", "power")
@@ -56,13 +57,13 @@ class BaseOptimConfig:
 
     @property
     def layer_decay(self) -> float:
-        """Factor on the learning rate from each layer to the layer below: 1, so all layers learn at the same rate."""
+        """Factor on the learning rate from each layer to the layer below; here 1, the same rate for all layers."""
         return 1.0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OptimConfig(BaseOptimConfig):
-    """Optimizer and its schedule, with rates by layer for a backbone that has learned already."""
+    """The optimizer and its schedule, with learning rates by layer for a pre-trained backbone."""
 
     layer_decay: float = 1.0
     """Factor on the learning rate from each layer to the layer below; 1 gives all layers the same rate."""
@@ -74,43 +75,44 @@ class OptimConfig(BaseOptimConfig):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """What every training command has."""
+    """The settings of every training command."""
 
     data: str = "photos"
     """Images: a folder, a parquet file or folder, tar shards, hf:owner/name, or photos (embedded)."""
     out: str = ""
     """Run folder to write. It must be new or empty, unless --resume or --overwrite is given."""
     seed: int = 0
-    """Seed from which everything random follows: weights, order, crops, masks, dropout."""
+    """Seed of everything random: weights, order of the images, crops, masks, dropout."""
     devices: str = "auto"
-    """Devices on each machine: a number, or auto for every GPU (one process on a machine without a GPU)."""
+    """Number of devices on each machine, or auto for every GPU. On a machine without a GPU auto is one process."""
     num_nodes: int = 1
     """Number of machines."""
     strategy: Strategy = "auto"
-    """How processes share the model: ddp copies it, fsdp shards it. auto is ddp for several processes."""
+    """Distribution of the model over processes: ddp copies the model, fsdp shards it. auto is ddp for several
+    processes."""
     precision: Precision = "auto"
     """Precision of autocast: fp32, bf16 or fp16. auto is bf16 where the hardware multiplies it natively, else fp32."""
     batch_size: int = 256
-    """Images in one optimizer step, over all devices and accumulation steps."""
+    """Number of images in one optimizer step. All devices and accumulation steps share these images."""
     micro_batch_size: int = 0
-    """Largest number of images that a device holds at once; the rest of its share is accumulated. 0 takes the share
-    whole."""
+    """Largest number of images that a device holds at once. Gradients are accumulated over the images of a device; 0
+    holds all of them at once."""
     max_steps: str = "100 epochs"
     """Length of the training: steps, "N epochs" or "N images"."""
     image_size: int = 224
     """Side of the square views that the model sees, in pixels."""
     workers: int = -1
-    """Number of data-loading processes of each device; -1 chooses from the number of cores."""
+    """Number of data-loading processes of each device. -1 chooses from the number of cores."""
     loggers: tuple[str, ...] = ("tensorboard",)
-    """Loggers beside metrics.jsonl: any of tensorboard, wandb, mlflow."""
+    """Loggers in addition to metrics.jsonl: any of tensorboard, wandb, mlflow."""
     log_every: int = 10
     """Number of steps between logged metrics."""
     save_every: int = 1000
     """Number of steps between checkpoints."""
     save_minutes: float = 15.0
-    """Number of minutes after which a checkpoint is written in any case."""
+    """Largest number of minutes between checkpoints."""
     keep_checkpoints: int = 2
-    """Number of checkpoints kept; older checkpoints are deleted."""
+    """Number of checkpoints that are kept. Older checkpoints are deleted."""
     sample_every: int = 1000
     """Number of steps between evaluations, which also draw pictures into samples/."""
     evaluation_images: int = 1024
@@ -118,8 +120,8 @@ class TrainConfig:
     compile: bool = False
     """Compile the training step with torch.compile."""
     deterministic: bool = False
-    """Take only kernels of a GPU that give the same bits each time, as far as PyTorch has them, so that a run can be
-    repeated and resumed to the same weights; this is slower. A CPU always does so."""
+    """Use deterministic kernels on a GPU, where PyTorch has them, so that a repeated or resumed run gives exactly the
+    same weights; this is slower. A CPU always computes deterministically."""
     optim: BaseOptimConfig = BaseOptimConfig()
     resume: bool = False
     """Resume from the last checkpoint in --out."""
@@ -137,15 +139,15 @@ class TrainConfig:
             raise ConfigError("--resume and --overwrite exclude each other: give one of them.")
         for name in self.loggers:
             if name not in ("tensorboard", "wandb", "mlflow"):
-                refuse("loggers", f"knows tensorboard, wandb and mlflow, not '{name}'.")
+                refuse("loggers", f"takes tensorboard, wandb and mlflow, not '{name}'.")
         parse_duration(self.max_steps, "max-steps")
         if self.max_steps.strip().endswith("%"):
-            refuse("max_steps", f"is the whole training: give steps or epochs, not {self.max_steps}.")
+            refuse("max_steps", f"is the length of the training: give steps or epochs, not {self.max_steps}.")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CropTrainConfig(TrainConfig):
-    """What every training command has that learns from random crops."""
+    """The settings of every training command that learns from random crops."""
 
     min_crop: float = 0.2
     """Smallest share of an image's area that a random crop takes."""
@@ -158,7 +160,7 @@ class CropTrainConfig(TrainConfig):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class BackboneConfig:
-    """A network of timm, by name and arguments."""
+    """A network of timm, given by name and arguments."""
 
     name: str = "beit_base_patch16_224"
     """Name of a timm network."""
@@ -169,7 +171,7 @@ class BackboneConfig:
         self.kwargs()
 
     def kwargs(self) -> dict[str, Any]:
-        """The arguments as a dictionary. Raises ConfigError when they are no JSON object."""
+        """Return the arguments as a dictionary. Raises ConfigError when `args` is no JSON object."""
         try:
             value = json.loads(self.args)
         except json.JSONDecodeError as error:

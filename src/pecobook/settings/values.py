@@ -1,8 +1,7 @@
-"""From flags, keywords and JSON to settings and back: checks, conversions, comparisons.
+"""Checks, conversions and comparisons of settings, which come from flags, Python keywords or JSON.
 
-A recipe (`pecobook.recipes`) is a settings object with its values filled in; the command line and Python keywords
-replace single values; `dump` writes what a run resolved to, and `load` reads it back. Nothing is ever built from a
-string.
+A recipe (`pecobook.recipes`) is a settings object with all values; the command line and Python keywords replace single
+values; `dump` writes the resolved settings of a run, and `load` reads them. No code is ever built from a string.
 """
 
 from __future__ import annotations
@@ -13,59 +12,47 @@ import dataclasses
 import json
 import types
 import typing
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args, get_origin
 
 from pecobook.errors import ConfigError, did_you_mean
 
 C = TypeVar("C")
-# Fields that change where or how fast a run goes, but not what it computes: a resumed run may change them.
+# Fields that change devices, speed or logs of a run, but not its results: a resumed run may change them.
 FREE_ON_RESUME = frozenset(
     {
-        *("out", "resume", "overwrite", "devices", "num_nodes", "strategy", "micro_batch_size", "workers"),
-        *(
-            "loggers",
-            "log_every",
-            "save_every",
-            "save_minutes",
-            "keep_checkpoints",
-            "sample_every",
-            "evaluation_images",
-            "knn_images",
-            "compile",
-        ),
-        *("test.mode", "test.stride", "test.scales", "test.flip"),  # not test.max_side, which training images follow
-        "pyramid.checkpointing",
+        *("out", "resume", "overwrite", "devices", "num_nodes", "strategy", "micro_batch_size", "workers", "compile"),
+        *("loggers", "log_every", "save_every", "save_minutes", "keep_checkpoints", "sample_every"),
+        *("evaluation_images", "knn_images", "pyramid.checkpointing"),
+        *("test.mode", "test.stride", "test.scales", "test.flip"),  # test.max_side also changes the training images
     }
 )
 
 
-# Settings that commands once had and did not read: files of earlier versions may hold them.
+# Settings that commands of earlier versions had and did not read; config.json of such a version may contain them.
 RETIRED = frozenset({"min_crop", "optim.layer_decay", "colour.blur", "colour.solarise"})
 
-# Settings that are newer than some files, and what was computed before there was such a setting, where that is not the
-# default.
+# The value that a setting had, in effect, before there was the setting, where it differs from the default.
 BEFORE = {"group_size": 0}
 
-_gathered: contextvars.ContextVar[list[tuple[str, str]] | None] = contextvars.ContextVar("gathered", default=None)
+_collected: contextvars.ContextVar[list[tuple[str, str]] | None] = contextvars.ContextVar("collected", default=None)
 
 
-def refuse(name: str, told: str) -> None:
-    """Refuse the value of field `name` of the settings that check themselves: "--NAME told".
+def refuse(name: str, problem: str) -> None:
+    """Refuse the value of field `name` with the message "--NAME problem"; settings call this in `__post_init__`.
 
-    Raises ConfigError; while `replace` makes the settings, it is told by that, with all others and its full name.
+    Raises ConfigError; within `replace` the problem is collected instead, and `replace` raises all problems at once.
     """
-    found = _gathered.get()
-    if found is None:
-        raise ConfigError(f"--{flag(name)} {told}")
-    found.append((name, told))
+    problems = _collected.get()
+    if problems is None:
+        raise ConfigError(f"--{flag(name)} {problem}")
+    problems.append((name, problem))
 
 
 def positive(config: object, *names: str) -> None:
     """Refuse every named field of `config` that is not above zero."""
     for name in names:
-        if not getattr(config, name) > 0:  # so that nan is refused too
+        if not getattr(config, name) > 0:  # refuses nan too
             refuse(name, f"must be above 0, not {getattr(config, name)}.")
 
 
@@ -77,85 +64,84 @@ def between(config: object, low: float, high: float, *names: str) -> None:
 
 
 def narrow(config: Any) -> None:
-    """Give each group of `config` the very type that its field declares, where Python code gave a wider one.
+    """Convert each group of `config` to the declared type of its field, where Python code passed a subclass.
 
-    Refuses a value other than its default of a setting that this command would not read.
+    Refuses a value other than the default in a field that only the subclass has, since the command would not read it.
     """
     hints = typing.get_type_hints(type(config))
     for field in dataclasses.fields(config):
-        kind, given = hints[field.name], getattr(config, field.name)
-        if not dataclasses.is_dataclass(kind) or type(given) is kind:
+        kind, group = hints[field.name], getattr(config, field.name)
+        if not dataclasses.is_dataclass(kind) or type(group) is kind:
             continue
-        own = {part.name for part in dataclasses.fields(kind)}
-        for part in dataclasses.fields(given):
-            if part.name not in own and getattr(given, part.name) != part.default:
-                refuse(f"{field.name}.{part.name}", "is not a setting of this command, which would not read it.")
-        values = {name: getattr(given, name) for name in own}
+        names = {inner.name for inner in dataclasses.fields(kind)}
+        for inner in dataclasses.fields(group):
+            if inner.name not in names and getattr(group, inner.name) != inner.default:
+                refuse(f"{field.name}.{inner.name}", "is not a setting of this command, which would not read it.")
+        values = {name: getattr(group, name) for name in names}
         object.__setattr__(config, field.name, typing.cast("type[Any]", kind)(**values))
 
 
 def flag(name: str) -> str:
-    """Name of a field on the command line."""
+    """Return the name of a field on the command line, without dashes in front."""
     return name.replace("_", "-")
 
 
 def flags(config_type: type[Any], prefix: str = "") -> dict[str, Any]:
-    """Every flag of a configuration and the type of its value, nested ones with dots (`optim.lr`)."""
-    found: dict[str, Any] = {}
+    """Return every flag of a settings class with the type of its value; nested flags have dots (`optim.lr`)."""
+    types_by_flag: dict[str, Any] = {}
     hints = typing.get_type_hints(config_type)
     for field in dataclasses.fields(config_type):
         kind = hints[field.name]
         name = prefix + flag(field.name)
         if dataclasses.is_dataclass(kind):
-            found |= flags(typing.cast("type[Any]", kind), name + ".")
+            types_by_flag |= flags(typing.cast("type[Any]", kind), name + ".")
         else:
-            found[name] = kind
-    return found
+            types_by_flag[name] = kind
+    return types_by_flag
 
 
 def to_dict(config: Any) -> dict[str, Any]:
-    """Nested dictionary of plain values (tuples become lists)."""
+    """Return the settings as a nested dictionary of plain values (tuples become lists)."""
     return typing.cast("dict[str, Any]", json.loads(json.dumps(dataclasses.asdict(config))))
 
 
 def replace(config: C, changes: dict[str, Any]) -> C:
-    """A copy of `config` with `changes`: nested dictionaries and dotted names both work.
+    """Return a copy of `config` with `changes`, given as nested dictionaries or by dotted names.
 
-    Raises ConfigError for unknown names and values of the wrong type or out of range: all of them, one line each.
+    Raises ConfigError for unknown names and values of the wrong type or out of range, with one line for each problem.
     """
-    told: list[str] = []
-    changed = _replace(config, changes, "", told)
-    if told:
-        raise ConfigError("\n".join(dict.fromkeys(told)))
+    problems: list[str] = []
+    changed = _replace(config, changes, "", problems)
+    if problems:
+        raise ConfigError("\n".join(dict.fromkeys(problems)))
     return changed
 
 
-def _replace(config: C, changes: dict[str, Any], prefix: str, told: list[str]) -> C:
-    """The copy, or `config` itself where `told` got lines that say what is wrong; `prefix` leads to this group."""
+def _replace(config: C, changes: dict[str, Any], prefix: str, problems: list[str]) -> C:
+    """Return the copy, or `config` itself after adding to `problems`; `prefix` is the dotted name of the group."""
     hints = typing.get_type_hints(type(config))
-    known = {field.name for field in dataclasses.fields(config)}  # type: ignore[arg-type]
+    field_names = {field.name for field in dataclasses.fields(config)}  # type: ignore[arg-type]
     values: dict[str, Any] = {}
-    before = len(told)
+    before = len(problems)
     for name, value in _nested(changes).items():
         full = prefix + name
-        if name not in known:
-            told.append(f"Unknown setting '{full}'.{did_you_mean(name, known)}")
+        if name not in field_names:
+            problems.append(f"Unknown setting '{full}'.{did_you_mean(name, field_names)}")
         elif dataclasses.is_dataclass(hints[name]):
             if isinstance(value, dict):
-                values[name] = _replace(getattr(config, name), value, full + ".", told)
+                values[name] = _replace(getattr(config, name), value, full + ".", problems)
             else:
-                told.append(f"--{flag(full)} is a group of settings, not '{value}': set those in it.")
+                problems.append(f"--{flag(full)} is a group of settings, not '{value}': set the settings in the group.")
         else:
             try:
                 values[name] = coerce(value, hints[name], full)
             except ConfigError as error:
-                told.append(str(error))
-    others = len(told) > before
-    return _made(lambda: dataclasses.replace(config, **values), prefix, told, others=others) or config  # type: ignore[type-var]
+                problems.append(str(error))
+    return _construct(config, values, prefix, problems, has_problems=len(problems) > before) or config
 
 
 def _nested(changes: dict[str, Any]) -> dict[str, Any]:
-    """The same with a dictionary for each group, no dotted names."""
+    """Return the changes with a dictionary for each group instead of dotted names."""
     nested: dict[str, Any] = {}
     for key, value in changes.items():
         head, _, rest = key.partition(".")
@@ -167,34 +153,34 @@ def _nested(changes: dict[str, Any]) -> dict[str, Any]:
     return nested
 
 
-def _made(make: Callable[[], C], prefix: str, told: list[str], *, others: bool) -> C | None:
-    """The settings that `make` makes, or None with lines added to `told` that say what they refuse of themselves.
+def _construct(config: C, values: dict[str, Any], prefix: str, problems: list[str], *, has_problems: bool) -> C | None:
+    """Return `config` with `values`, or None after adding the problems that its `__post_init__` reports.
 
-    With `others` wrong already, what does not go together is left to the next try: it may follow from those.
+    Where this group has problems already, a conflict between settings is not reported, because it may follow from them.
     """
-    found: list[tuple[str, str]] = []
-    token = _gathered.set(found)
+    refused: list[tuple[str, str]] = []
+    token = _collected.set(refused)
     try:
-        made = make()
+        changed: C = dataclasses.replace(config, **values)  # type: ignore[type-var]
     except ConfigError as error:
-        if not (found or others):
-            told.append(str(error))
+        if not (refused or has_problems):
+            problems.append(str(error))
     except Exception:
-        if not (found or others):
-            raise  # otherwise it followed from values already refused
+        if not (refused or has_problems):
+            raise  # otherwise the error followed from values already refused
     else:
-        if not found:
-            return made
+        if not refused:
+            return changed
     finally:
-        _gathered.reset(token)
-        told += [f"--{flag(prefix + name)} {text}" for name, text in found]
+        _collected.reset(token)
+        problems += [f"--{flag(prefix + name)} {problem}" for name, problem in refused]
     return None
 
 
 def coerce(value: Any, kind: Any, name: str) -> Any:
-    """Check a plain value (from JSON, Python or a flag's text) against a field's type and convert it.
+    """Convert a plain value (from JSON, Python or the text of a flag) to the type `kind` of a field.
 
-    Raises ConfigError that names the flag, the value and what it takes.
+    Raises ConfigError that names the flag, the value and the values that the flag takes.
     """
     origin = get_origin(kind)
     if origin is Literal:
@@ -206,21 +192,21 @@ def coerce(value: Any, kind: Any, name: str) -> Any:
         )
     if origin is tuple:
         items = list(value) if isinstance(value, list | tuple) else [value]
-        inner = get_args(kind)
-        if inner[-1] is not Ellipsis and len(items) != len(inner):
-            raise ConfigError(f"--{flag(name)} takes {len(inner)} values, not {len(items)}.")
-        return tuple(coerce(item, inner[0], name) for item in items)
-    if origin in (typing.Union, types.UnionType):  # the first kind that takes the value; the last one's error
-        *others, last = [a for a in get_args(kind) if a is not type(None)]
-        for other in others:
+        item_types = get_args(kind)
+        if item_types[-1] is not Ellipsis and len(items) != len(item_types):
+            raise ConfigError(f"--{flag(name)} takes {len(item_types)} values, not {len(items)}.")
+        return tuple(coerce(item, item_types[0], name) for item in items)
+    if origin in (typing.Union, types.UnionType):  # the first type that takes the value, or the error of the last type
+        *first_types, last_type = [option for option in get_args(kind) if option is not type(None)]
+        for option in first_types:
             with contextlib.suppress(ConfigError):
-                return coerce(value, other, name)
-        return None if value is None and type(None) in get_args(kind) else coerce(value, last, name)
+                return coerce(value, option, name)
+        return None if value is None and type(None) in get_args(kind) else coerce(value, last_type, name)
     return _coerce_scalar(value, kind, name)
 
 
 def _coerce_scalar(value: Any, kind: Any, name: str) -> Any:
-    words = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
+    descriptions = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
     try:
         if kind is bool and isinstance(value, bool):
             return value
@@ -234,16 +220,16 @@ def _coerce_scalar(value: Any, kind: Any, name: str) -> Any:
             return str(value)
     except (TypeError, ValueError, OverflowError):
         pass
-    raise ConfigError(f"--{flag(name)} takes {words.get(kind, str(kind))}, not '{value}'.")
+    raise ConfigError(f"--{flag(name)} takes {descriptions.get(kind, str(kind))}, not '{value}'.")
 
 
 def dump(config: Any, path: Path) -> None:
-    """Write `config` as JSON that `load` and `--config` read."""
+    """Write `config` as JSON, which `load` and `--config` read."""
     path.write_text(json.dumps(to_dict(config), indent=2) + "\n")
 
 
 def load(default: C, path: str | Path) -> C:
-    """Read a config.json over `default`. Raises ConfigError when it is missing, broken or of another command."""
+    """Return `default` with the values of a config.json. Raises ConfigError for a file that is missing or invalid."""
     file = Path(path) / "config.json" if Path(path).is_dir() else Path(path)
     try:
         values = json.loads(file.read_text())
@@ -252,32 +238,35 @@ def load(default: C, path: str | Path) -> C:
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise ConfigError(f"'{file}' cannot be read as a configuration: {error}") from None
     if not isinstance(values, dict):
-        raise ConfigError(f"'{file}' is not a configuration: it must hold a JSON object.")
+        raise ConfigError(f"'{file}' is not a configuration: the file must hold a JSON object.")
     values.pop("command", None)
     return replace(default, _without_retired(values, default))
 
 
 def _without_retired(values: dict[str, Any], default: Any, prefix: str = "") -> dict[str, Any]:
-    """The same without settings that `default`'s command has no more."""
-    known = {field.name for field in dataclasses.fields(default)}
-    kept = {name: value for name, value in values.items() if name in known or prefix + name not in RETIRED}
-    for name, value in kept.items():
+    """Return the values without retired settings that `default` has no field for."""
+    field_names = {field.name for field in dataclasses.fields(default)}
+    current = {name: value for name, value in values.items() if name in field_names or prefix + name not in RETIRED}
+    for name, value in current.items():
         if isinstance(value, dict) and dataclasses.is_dataclass(getattr(default, name, None)):
-            kept[name] = _without_retired(value, getattr(default, name), f"{prefix}{name}.")
-    return kept
+            current[name] = _without_retired(value, getattr(default, name), f"{prefix}{name}.")
+    return current
 
 
 def complete(old: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
-    """Settings that an earlier version wrote, with the defaults of those that it did not know."""
-    found = defaults | {name: BEFORE[name] for name in BEFORE.keys() & defaults.keys()} | old
+    """Return the settings of an earlier version, with the values of the settings that this version did not have.
+
+    A new setting has its default, or what an earlier version computed in its place (`BEFORE`).
+    """
+    completed = defaults | {name: BEFORE[name] for name in BEFORE.keys() & defaults.keys()} | old
     for name, value in defaults.items():
         if isinstance(value, dict) and isinstance(old.get(name), dict):
-            found[name] = complete(old[name], value)
-    return found
+            completed[name] = complete(old[name], value)
+    return completed
 
 
 def changed_settings(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
-    """Lines such as `optim.lr: 0.001 -> 0.01` for every setting that a resumed run may not change."""
+    """Return a line such as `optim.lr: 0.001 -> 0.01` for every changed setting that must not change on resume."""
     lines: list[str] = []
     for name in sorted(old.keys() | new.keys()):
         before, after, full = old.get(name), new.get(name), prefix + name

@@ -33,6 +33,7 @@ class ClassifyStage(Stage[FinetuneConfig]):
     Args:
         config: all settings.
         classes: names of the classes.
+        backbone: the backbone of the settings; None loads it.
     """
 
     command = "finetune"
@@ -40,10 +41,10 @@ class ClassifyStage(Stage[FinetuneConfig]):
     mean: Tensor
     std: Tensor
 
-    def __init__(self, config: FinetuneConfig, classes: tuple[str, ...]) -> None:
+    def __init__(self, config: FinetuneConfig, classes: tuple[str, ...], backbone: Backbone | None = None) -> None:
         super().__init__()
         self.config, self.classes = config, classes
-        backbone = load_for_classification(config)
+        backbone = backbone or load_for_classification(config)
         self._backbone_fields = backbone.name, backbone.args, backbone.mean, backbone.std, config.image_size
         self.network = backbone.network
         self.network.reset_classifier(len(classes))  # type: ignore[operator]
@@ -113,12 +114,12 @@ class ClassifyStage(Stage[FinetuneConfig]):
         return classifier.loading_code(str(folder))
 
     @classmethod
-    def check(cls, config: FinetuneConfig) -> None:
-        """Raise PecobookError for settings, or weights, that cannot be used."""
+    def check(cls, config: FinetuneConfig) -> Backbone:
+        """Load the backbone. Raises PecobookError for settings, or weights, that cannot be used."""
         check_policy(config.rand_augment)
         if not config.backbone:
             raise ConfigError("--backbone is missing: give a pretrain or contrast run, or timm:NAME.")
-        load_for_classification(config)
+        return load_for_classification(config)
 
     @classmethod
     def needs_labels(cls, config: FinetuneConfig) -> bool:
@@ -126,9 +127,9 @@ class ClassifyStage(Stage[FinetuneConfig]):
         return True
 
     @classmethod
-    def build(cls, config: FinetuneConfig, splits: Splits) -> ClassifyStage:
-        """The stage with random weights."""
-        return cls(config, splits.train.classes or ())
+    def build(cls, config: FinetuneConfig, splits: Splits, prebuilt: Backbone | None = None) -> ClassifyStage:
+        """Build the stage, with random weights in the head."""
+        return cls(config, splits.train.classes or (), prebuilt)
 
     @classmethod
     def view(cls, config: FinetuneConfig) -> ViewFunction:

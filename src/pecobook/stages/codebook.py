@@ -30,7 +30,7 @@ from pecobook.engine.stage import Stage, StageOutput, submodule_state
 from pecobook.errors import ConfigError
 from pecobook.models.discriminator import PatchDiscriminator, adversarial_losses
 from pecobook.models.explicit import CodewordClassifier, CodewordContrast
-from pecobook.models.perceptual import build_perceptual_distance
+from pecobook.models.perceptual import PerceptualDistance, build_perceptual_distance
 from pecobook.models.quantizer import Quantized, VectorQuantizer
 from pecobook.models.tokenizer import PerceptualTokenizer
 from pecobook.settings.codebook import CodebookConfig
@@ -46,15 +46,18 @@ class CodebookStage(Stage[CodebookConfig]):
     Args:
         config: all settings.
         num_classes: number of classes of the labels, for the classification loss of Table 6.
+        perceptual: the perceptual distance of the settings; None builds it.
     """
 
     command = "codebook"
 
-    def __init__(self, config: CodebookConfig, num_classes: int = 0) -> None:
+    def __init__(
+        self, config: CodebookConfig, num_classes: int = 0, perceptual: PerceptualDistance | None = None
+    ) -> None:
         super().__init__()
         self.config = config
         self.tokenizer = build_tokenizer(config)
-        self.perceptual = build_perceptual_distance(config.perceptual, config.seed)
+        self.perceptual = perceptual or build_perceptual_distance(config.perceptual, config.seed)
         self.discriminator = self.classifier = self.contrast = None
         if config.adversarial.weight > 0:
             self.discriminator = PatchDiscriminator(config.adversarial, config.model.in_channels)
@@ -214,8 +217,8 @@ class CodebookStage(Stage[CodebookConfig]):
         return self.tokenizer.loading_code(self.config.out)
 
     @classmethod
-    def check(cls, config: CodebookConfig) -> None:
-        """Raise PecobookError for settings, or weights, that cannot be used."""
+    def check(cls, config: CodebookConfig) -> PerceptualDistance | None:
+        """Build the perceptual distance. Raises PecobookError for settings, or weights, that cannot be used."""
         if not config.perceptual.network:
             raise ConfigError(
                 "--perceptual.network is missing: give a run of 'pecobook contrast', timm:NAME, or none for pixels "
@@ -226,6 +229,7 @@ class CodebookStage(Stage[CodebookConfig]):
         distance = build_perceptual_distance(config.perceptual, config.seed)
         if distance is not None:
             distance.check_image_size(config.image_size, config.image_size)
+        return distance
 
     @classmethod
     def needs_labels(cls, config: CodebookConfig) -> bool:
@@ -233,12 +237,12 @@ class CodebookStage(Stage[CodebookConfig]):
         return config.explicit.kind == "classification"
 
     @classmethod
-    def build(cls, config: CodebookConfig, splits: Splits) -> CodebookStage:
-        """The stage with random weights."""
+    def build(cls, config: CodebookConfig, splits: Splits, prebuilt: PerceptualDistance | None = None) -> CodebookStage:
+        """Build the stage, with random weights in the tokenizer."""
         total = steps(config.max_steps, num_images=len(splits.train), batch_size=config.batch_size)
         # A training that ended before k-means starts the codebook would export a random codebook.
         quantizer = dataclasses.replace(config.quantizer, start_after=min(config.quantizer.start_after, total // 2))
-        return cls(dataclasses.replace(config, quantizer=quantizer), len(splits.train.classes or ()))
+        return cls(dataclasses.replace(config, quantizer=quantizer), len(splits.train.classes or ()), prebuilt)
 
     @classmethod
     def view(cls, config: CodebookConfig) -> ViewFunction:

@@ -23,7 +23,8 @@ from pecobook.engine.optim import dense_groups
 from pecobook.engine.stage import Stage, StageOutput, submodule_state
 from pecobook.errors import ConfigError
 from pecobook.models.dense.detector import Detections, Detector, rescale_boxes
-from pecobook.models.dense.pyramid import build_pyramid, describe_pyramid
+from pecobook.models.dense.pyramid import FeaturePyramid, build_pyramid, describe_pyramid
+from pecobook.models.weights import Backbone
 from pecobook.settings.detect import DetectConfig
 from pecobook.settings.training import BaseOptimConfig
 
@@ -38,14 +39,21 @@ class DetectStage(Stage[DetectConfig]):
         config: all settings.
         train: the training images.
         evaluation: the held-out images.
+        networks: the feature pyramid of the settings and its backbone; None builds them.
     """
 
     command = "detect"
 
-    def __init__(self, config: DetectConfig, train: DetectionSource, evaluation: DetectionSource) -> None:
+    def __init__(
+        self,
+        config: DetectConfig,
+        train: DetectionSource,
+        evaluation: DetectionSource,
+        networks: tuple[FeaturePyramid, Backbone] | None = None,
+    ) -> None:
         super().__init__()
         self.config, self.evaluation = config, evaluation
-        pyramid, backbone = build_pyramid(config)
+        pyramid, backbone = networks or build_pyramid(config)
         self.detector = Detector(
             pyramid,
             describe_pyramid(backbone, config.pyramid, config.image_size),
@@ -70,22 +78,24 @@ class DetectStage(Stage[DetectConfig]):
             # Images pass one by one: in a batch smaller images are padded, and a ViT would see the padding.
             detections: Detections = self.detector([image])[0]
             view, original = (image.shape[1], image.shape[2]), (int(size[0]), int(size[1]))
-            rows.append(_row(detections, view, original, self.config.detector.detections))
+            rows.append(detections_to_row(detections, view, original, self.config.detector.detections))
         stacked = {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
         return StageOutput(None, {}, rows={"index": batch["index"], **stacked})
 
     def parameter_groups(self, config: BaseOptimConfig) -> list[dict[str, Any]]:
         """Return parameter groups: layer-wise learning rates in the backbone, the full rate elsewhere."""
         detector = self.detector
-        above = (detector.pyramid.scale, detector.fpn, detector.proposals, detector.heads)
-        return dense_groups(detector.pyramid.network, above, config, frozen=self.config.pyramid.frozen)
+        heads = (detector.pyramid.scale, detector.fpn, detector.proposals, detector.heads)
+        return dense_groups(detector.pyramid.network, heads, config, frozen=self.config.pyramid.frozen)
 
     def summarise(self, rows: dict[str, Tensor], reference_rows: dict[str, Tensor]) -> dict[str, float]:
         """Return the average precision over all held-out images, in percent."""
         from pecobook.analysis.detections import evaluate_detections
 
         count = self.config.detector.detections
-        self._precision, self._results = evaluate_detections(self.evaluation, _unpack(rows), detections=count)
+        self._precision, self._results = evaluate_detections(
+            self.evaluation, rows_to_detections(rows), max_detections=count
+        )
         return {name: value for name, value in self._precision.items() if "ar_" not in name}
 
     def report(self, folder: Path, rows: dict[str, Tensor], source: ImageSource) -> None:
@@ -104,7 +114,7 @@ class DetectStage(Stage[DetectConfig]):
         from pecobook.data.decode import BadImage
 
         labelled, detected = [], []
-        for index, detections in _unpack(rows):
+        for index, detections in rows_to_detections(rows):
             try:
                 image, objects = self.evaluation.sample(index)
             except BadImage:
@@ -133,17 +143,19 @@ class DetectStage(Stage[DetectConfig]):
         return splits
 
     @classmethod
-    def check(cls, config: DetectConfig) -> None:
-        """Raise PecobookError for settings, or weights, that cannot be used."""
+    def check(cls, config: DetectConfig) -> tuple[FeaturePyramid, Backbone]:
+        """Build the pyramid and its backbone. Raises PecobookError for settings, or weights, that cannot be used."""
         if config.compile:
-            raise ConfigError("--compile does not go with detect: the number of objects differs from image to image.")
-        build_pyramid(config)
+            raise ConfigError("--compile does not work with detect: the number of objects differs from image to image.")
+        return build_pyramid(config)
 
     @classmethod
-    def build(cls, config: DetectConfig, splits: Splits) -> DetectStage:
-        """The stage with random weights."""
+    def build(
+        cls, config: DetectConfig, splits: Splits, prebuilt: tuple[FeaturePyramid, Backbone] | None = None
+    ) -> DetectStage:
+        """Build the stage, with random weights in the heads."""
         train, evaluation = cast("DetectionSource", splits.train), cast("DetectionSource", splits.evaluation)
-        return cls(config, train, evaluation)
+        return cls(config, train, evaluation, prebuilt)
 
     @classmethod
     def view(cls, config: DetectConfig) -> ViewFunction:
@@ -171,7 +183,9 @@ def _targets(batch: Batch) -> list[dict[str, Tensor]]:
     return [dict(zip(parts, values, strict=True)) for values in zip(*parts.values(), strict=True)]
 
 
-def _row(detections: Detections, view: tuple[int, int], size: tuple[int, int], count: int) -> dict[str, Tensor]:
+def detections_to_row(
+    detections: Detections, view: tuple[int, int], size: tuple[int, int], count: int
+) -> dict[str, Tensor]:
     """Pad detections to `count` entries, the added ones with score 0; boxes become pixels of the original image."""
     missing = count - len(detections.scores)
     row = {
@@ -184,7 +198,7 @@ def _row(detections: Detections, view: tuple[int, int], size: tuple[int, int], c
     return row
 
 
-def _unpack(rows: dict[str, Tensor]) -> Iterator[tuple[int, Detections]]:
+def rows_to_detections(rows: dict[str, Tensor]) -> Iterator[tuple[int, Detections]]:
     """Yield number and detections of every image once, in the order of the numbers."""
     index = rows["index"].tolist()
     first_rows = {number: row for row, number in reversed(list(enumerate(index)))}

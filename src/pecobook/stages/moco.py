@@ -129,15 +129,15 @@ class MocoStage(Stage[ContrastConfig]):
         return backbone.loading_code(str(folder))
 
     @classmethod
-    def check(cls, config: ContrastConfig) -> None:
-        """Raise PecobookError for settings, or weights, that cannot be used."""
-        create_network(config.model.name, num_classes=0, **_backbone_args(config))
+    def check(cls, config: ContrastConfig) -> MocoStage:
+        """Build the stage with random weights. Raises PecobookError for settings that cannot be used."""
         check_min_batch(config)
+        return cls(config)
 
     @classmethod
-    def build(cls, config: ContrastConfig, splits: Splits) -> MocoStage:
-        """The stage with random weights."""
-        return cls(config)
+    def build(cls, config: ContrastConfig, splits: Splits, prebuilt: MocoStage | None = None) -> MocoStage:
+        """Return the stage that `check` built; it does not depend on the images."""
+        return cls(config) if prebuilt is None else prebuilt
 
     @classmethod
     def view(cls, config: ContrastConfig) -> ViewFunction:

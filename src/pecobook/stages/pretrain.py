@@ -6,9 +6,8 @@ The codes come from a tokenizer that encodes every crop, or from a token bank, w
 from __future__ import annotations
 
 import dataclasses
-from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -16,11 +15,11 @@ from torch import Tensor, nn
 
 from pecobook.data.batch import Batch
 from pecobook.data.masking import blockwise_mask, random_mask
+from pecobook.data.named_views import NamedViews
 from pecobook.data.sampler import key
 from pecobook.data.source import Splits
 from pecobook.data.stream import Companion, ViewFunction
-from pecobook.data.tokens import TokenBank, bank_differences
-from pecobook.data.views import center_crop, colour_draws, photometric, random_crop
+from pecobook.data.tokens import TokenBank, bank_differences, read_bank_config
 from pecobook.engine.stage import Stage, StageOutput, submodule_state
 from pecobook.errors import ConfigError, DataError
 from pecobook.models.export import write_tensors
@@ -35,9 +34,7 @@ from pecobook.models.masked_vit import (
 )
 from pecobook.models.tokenizers import fingerprint, load_tokenizer
 from pecobook.models.weights import IMAGENET_MEAN, IMAGENET_STD, Backbone, create_network
-from pecobook.settings.images import PhotometricConfig
-from pecobook.settings.pretrain import DecoderConfig, MaskConfig, PretrainConfig
-from pecobook.utils.images import to_float
+from pecobook.settings.pretrain import MaskConfig, PretrainConfig
 
 
 class PretrainStage(Stage[PretrainConfig]):
@@ -55,10 +52,11 @@ class PretrainStage(Stage[PretrainConfig]):
 
     def __init__(self, config: PretrainConfig, tokenizer: Any = None) -> None:
         super().__init__()
-        self.config = config
+        self.config, self.views = config, NamedViews.of(config)
         self.tokenizer: Any = None
         if config.target == "tokens":
             self.tokenizer = tokenizer or load_tokenizer(config.tokenizer)
+        self.bank = TokenBank(config.tokens) if config.tokens else None
         backbone = create_network(
             config.model.name, num_classes=0, drop_path_rate=config.drop_path, **backbone_args(config)
         )
@@ -79,7 +77,7 @@ class PretrainStage(Stage[PretrainConfig]):
     def forward(self, batch: Batch) -> StageOutput:
         """Return equation 7 on uint8 images (B, 3, H, W), bool masks (B, h, w) and, from a bank, codes (B, h, w)."""
         mask, M = batch["mask"], self.config.mask.num_masked
-        images = coloured(batch["image"], batch["colour"] if self.training else None, self.config.colour)
+        images = self.views.pixels(batch, training=self.training)
         predicted = self.model((images - self.mean) / self.std, mask, M).float()  # (B M, K)
         positions = masked_positions(mask, M)  # (B, M)
         if self.tokenizer is None:
@@ -109,6 +107,18 @@ class PretrainStage(Stage[PretrainConfig]):
             "predicted": resized(restored, images.shape[-1]),
         }
 
+    def companions(self) -> tuple[Companion, Companion]:
+        """Return functions that draw the mask of an image and, with a bank, read its codes."""
+        mask, grid = self.config.mask, self.model.grid
+        return (
+            _MaskAndCodes(mask, grid, self.config.seed, "train", self.bank),
+            _MaskAndCodes(mask, grid, 0, "evaluation", self.bank),
+        )
+
+    def num_views(self) -> int:
+        """Return the number of views of each image in the token bank; 0 without a bank."""
+        return 0 if self.bank is None else self.bank.num_views
+
     def export(self, folder: Path, state: dict[str, Tensor]) -> str:
         """Write the backbone as a plain timm network, and mim.safetensors with all other weights: mask token, head."""
         model = submodule_state(state, "model")
@@ -120,28 +130,30 @@ class PretrainStage(Stage[PretrainConfig]):
         return backbone.loading_code(str(folder))
 
     @classmethod
-    def check(cls, config: PretrainConfig) -> None:
-        """Raise PecobookError for settings, or weights, that cannot be used."""
-        backbone = create_network(config.model.name, num_classes=0, **backbone_args(config))
-        model = MaskedImageModel(backbone, 2)
-        rows, columns = model.grid
+    def check(cls, config: PretrainConfig) -> PretrainStage:
+        """Build the stage with random weights. Raises PecobookError for settings, or weights, that cannot be used."""
+        if config.target == "tokens" and not config.tokenizer:
+            raise ConfigError("--tokenizer is missing: give the folder of a codebook run, or --target pixels.")
+        stage = cls(config)
+        rows, columns = stage.model.grid
         if config.mask.num_masked >= rows * columns:
             raise ConfigError(
                 f"--mask.num-masked {config.mask.num_masked} must be below {rows * columns}, all patches."
             )
-        if config.visible_only:
-            VisibleOnlyModel(backbone, 2, DecoderConfig(depth=1, width=64, num_heads=1))
-        if config.target == "tokens":
-            _check_tokens(config, backbone)
+        if stage.tokenizer is not None:
+            check_grids(config, stage.model.backbone, stage.tokenizer)
+        if stage.bank is not None:
+            _check_bank(config, stage.bank, stage.tokenizer, (rows, columns))
+        return stage
 
     @classmethod
     def check_data(cls, config: PretrainConfig, splits: Splits) -> None:
         """Raise DataError if the token bank was made of other images than `--data`."""
         if not config.tokens:
             return
-        bank = TokenBank(config.tokens)
+        bank_config = read_bank_config(Path(config.tokens))
         expected = {"data": splits.train.fingerprint, "evaluation_data": splits.evaluation.fingerprint}
-        differences = bank_differences(bank.config, expected)
+        differences = bank_differences(bank_config, expected)
         if differences:
             raise DataError(
                 f"The token bank '{config.tokens}' is of other images than --data '{config.data}': "
@@ -150,34 +162,19 @@ class PretrainStage(Stage[PretrainConfig]):
             )
 
     @classmethod
-    def build(cls, config: PretrainConfig, splits: Splits) -> PretrainStage:
-        """The stage with random weights."""
-        return cls(config)
+    def build(cls, config: PretrainConfig, splits: Splits, prebuilt: PretrainStage | None = None) -> PretrainStage:
+        """Return the stage that `check` built; it does not depend on the images."""
+        return cls(config) if prebuilt is None else prebuilt
 
     @classmethod
     def view(cls, config: PretrainConfig) -> ViewFunction:
-        """What training reads of an image."""
-        return partial(_crop, size=config.image_size, min_area=config.min_crop)
+        """Return the function that takes a random crop of an image, and the draws of its colour changes."""
+        return NamedViews.of(config).train
 
     @classmethod
     def evaluation_view(cls, config: PretrainConfig) -> ViewFunction:
-        """What evaluation reads of a held-out image."""
-        return partial(_crop, size=config.image_size, min_area=None)
-
-    @classmethod
-    def companions(cls, config: PretrainConfig) -> tuple[Companion, Companion]:
-        """The mask of an image and, from a bank, its codes."""
-        bank = TokenBank(config.tokens) if config.tokens else None
-        grid = _grid(config)
-        return (
-            _MaskAndCodes(config, grid, config.seed, "train", bank),
-            _MaskAndCodes(config, grid, 0, "evaluation", bank),
-        )
-
-    @classmethod
-    def num_views(cls, config: PretrainConfig) -> int:
-        """Views that a token bank holds of each image; 0 without a bank."""
-        return TokenBank(config.tokens).num_views if config.tokens else 0
+        """Return the function that takes the central crop of a held-out image."""
+        return NamedViews.of(config).evaluation
 
 
 # -------------------------------------------------------------------------------------------------------------- targets
@@ -188,12 +185,6 @@ def masked_model(config: PretrainConfig, backbone: nn.Module, size: int) -> Mask
     if config.visible_only:
         return VisibleOnlyModel(backbone, size, config.decoder)
     return MaskedImageModel(backbone, size)
-
-
-def coloured(images: Tensor, draws: Tensor | None, config: PhotometricConfig) -> Tensor:
-    """uint8 (B, 3, H, W) to float in [0, 1], its colours changed by draws (B, 9); None leaves them."""
-    pixels = to_float(images)
-    return pixels if draws is None else photometric(pixels, draws, config)
 
 
 def encode_views(tokenizer: Any, images: Tensor, size: int) -> Tensor:
@@ -226,15 +217,6 @@ def backbone_args(config: PretrainConfig) -> dict[str, Any]:
 # ---------------------------------------------------------------------------------------------------------------- check
 
 
-def _check_tokens(config: PretrainConfig, backbone: nn.Module) -> None:
-    if not config.tokenizer:
-        raise ConfigError("--tokenizer is missing: give the folder of a codebook run, or --target pixels.")
-    tokenizer = load_tokenizer(config.tokenizer)
-    check_grids(config, backbone, tokenizer)
-    if config.tokens:
-        _check_bank(config, tokenizer, patch_grid(backbone))
-
-
 def check_grids(config: PretrainConfig, backbone: nn.Module, tokenizer: Any) -> None:
     """Raise ConfigError unless the ViT splits an image into as many patches as the tokenizer makes codes."""
     rows, columns = patch_grid(backbone)
@@ -264,27 +246,14 @@ def _fitting(config: PretrainConfig, rows: int, patch: int, f: int) -> list[str]
     return remedies
 
 
-def _check_bank(config: PretrainConfig, tokenizer: Any, grid: tuple[int, int]) -> None:
-    bank = TokenBank(config.tokens)
-    wrong = bank_differences(
-        bank.config, {"tokenizer": fingerprint(tokenizer), "grid": list(grid), **view_settings(config)}
-    )
-    if wrong:
+def _check_bank(config: PretrainConfig, bank: TokenBank, tokenizer: Any, grid: tuple[int, int]) -> None:
+    expected = {"tokenizer": fingerprint(tokenizer), "grid": list(grid), **NamedViews.of(config).settings()}
+    differences = bank_differences(bank.config, expected)
+    if differences:
         raise DataError(
-            f"The token bank '{config.tokens}' is of other views or another tokenizer: {'; '.join(wrong)}.\n"
-            "Make one with 'pecobook tokenize' and these settings, or leave --tokens out."
+            f"The token bank '{config.tokens}' is of other views or another tokenizer: {'; '.join(differences)}.\n"
+            "Make a bank with 'pecobook tokenize' and these settings, or leave --tokens out."
         )
-
-
-def view_settings(config: Any) -> dict[str, Any]:
-    """What names a view, of a pretrain or a tokenize configuration."""
-    return {
-        "seed": config.seed,
-        "image_size": config.image_size,
-        "tokenizer_size": config.tokenizer_size or config.image_size,
-        "min_crop": config.min_crop,
-        "colour": dataclasses.asdict(config.colour),
-    }
 
 
 # ---------------------------------------------------------------------------------------------------- views and masks
@@ -298,29 +267,18 @@ def make_mask(view_key: int, grid: tuple[int, int], config: MaskConfig) -> Tenso
     return blockwise_mask(grid, num_masked=config.num_masked, min_block=config.min_block, generator=generator)
 
 
-def _crop(image: Tensor, view_key: int, *, size: int, min_area: float | None) -> dict[str, Tensor]:
-    crop = center_crop(image, size) if min_area is None else random_crop(image, size, view_key, min_area=min_area)
-    return {"image": crop, "colour": colour_draws(view_key)}
-
-
-@lru_cache(maxsize=1)  # a whole network is made to learn it, and both views ask
-def _grid(config: PretrainConfig) -> tuple[int, int]:
-    network = create_network(config.model.name, num_classes=0, **backbone_args(config))
-    return cast("tuple[int, int]", tuple(network.patch_embed.grid_size))  # type: ignore[union-attr, arg-type]
-
-
 @dataclasses.dataclass(frozen=True)
 class _MaskAndCodes:
-    """The mask of an image in an epoch, which does not repeat as a bank's views do, and its codes in the bank."""
+    """The mask of an image, new in every epoch, and the codes of its view in the bank."""
 
-    config: PretrainConfig
+    config: MaskConfig
     grid: tuple[int, int]
     seed: int
     split: str
     bank: TokenBank | None
 
     def __call__(self, image: int, epoch: int) -> dict[str, Tensor]:
-        sample = {"mask": make_mask(key(self.seed, image, epoch), self.grid, self.config.mask)}
+        sample = {"mask": make_mask(key(self.seed, image, epoch), self.grid, self.config)}
         if self.bank is not None:
             sample["codes"] = self.bank.read(self.split, image, epoch % self.bank.layouts[self.split].num_views)
         return sample

@@ -26,8 +26,9 @@ from pecobook.engine.launch import is_leader, micro_batch_size, world_size
 from pecobook.engine.optim import dense_groups
 from pecobook.engine.stage import Stage, StageOutput, mean_of_counted, submodule_state
 from pecobook.errors import ConfigError, DataError, listed
-from pecobook.models.dense.pyramid import build_pyramid, describe_pyramid
+from pecobook.models.dense.pyramid import FeaturePyramid, build_pyramid, describe_pyramid
 from pecobook.models.dense.segmenter import Segmenter, best_classes, rescaled_images, resize_maps
+from pecobook.models.weights import Backbone
 from pecobook.settings.segment import SegmentConfig, SegmentTestConfig
 from pecobook.settings.training import BaseOptimConfig
 from pecobook.utils.images import resize, to_float
@@ -39,14 +40,17 @@ class SegmentStage(Stage[SegmentConfig]):
     Args:
         config: all settings.
         classes: names of the classes.
+        networks: the feature pyramid of the settings and its backbone; None builds them.
     """
 
     command = "segment"
 
-    def __init__(self, config: SegmentConfig, classes: tuple[str, ...]) -> None:
+    def __init__(
+        self, config: SegmentConfig, classes: tuple[str, ...], networks: tuple[FeaturePyramid, Backbone] | None = None
+    ) -> None:
         super().__init__()
         self.config, self.classes, self.min_batch_size = config, classes, _min_batch_size(config)
-        pyramid, backbone = build_pyramid(config)
+        pyramid, backbone = networks or build_pyramid(config)
         pyramid_settings = describe_pyramid(backbone, config.pyramid, config.image_size)
         self.model = Segmenter(pyramid, pyramid_settings, classes=classes, config=config)
 
@@ -87,8 +91,8 @@ class SegmentStage(Stage[SegmentConfig]):
             if len(samples) < 8:
                 samples.append(_sample_pictures(pictures[0], truth, predicted, self.config.image_size))
         columns = zip(("image", "truth", "predicted"), zip(*samples, strict=True), strict=True)
-        drawn = {name: torch.stack(parts) for name, parts in columns}
-        return StageOutput(mean_of_counted(torch.stack(losses), batch), {}, drawn, {"counts": total})
+        sample_pictures = {name: torch.stack(parts) for name, parts in columns}
+        return StageOutput(mean_of_counted(torch.stack(losses), batch), {}, sample_pictures, {"counts": total})
 
     def _held_out_loss(self, class_scores: Tensor, truth: Tensor) -> Tensor:
         """Return the cross-entropy, (), at the size of the scores (C, h, w); 0 if no pixel counts."""
@@ -115,8 +119,8 @@ class SegmentStage(Stage[SegmentConfig]):
     def parameter_groups(self, config: BaseOptimConfig) -> list[dict[str, Any]]:
         """Return parameter groups: layer-wise learning rates in the backbone, the full rate elsewhere."""
         model = self.model
-        above = [model.pyramid.scale, model.head, *([model.auxiliary] if model.auxiliary else [])]
-        return dense_groups(model.pyramid.network, above, config, frozen=self.config.pyramid.frozen)
+        heads = [model.pyramid.scale, model.head, *([model.auxiliary] if model.auxiliary else [])]
+        return dense_groups(model.pyramid.network, heads, config, frozen=self.config.pyramid.frozen)
 
     def export(self, folder: Path, state: dict[str, Tensor]) -> str:
         """Write the segmenter with its backbone."""
@@ -125,7 +129,10 @@ class SegmentStage(Stage[SegmentConfig]):
 
     @classmethod
     def open(cls, config: SegmentConfig) -> Splits:
-        """Open the pairs of images and masks; unless `--no-verify` is given, read every pair and leave out bad ones."""
+        """Open the pairs of images and masks, and check every pair unless `--no-verify` is given.
+
+        Pairs that cannot be read are left out, and with `--skip-bad` pairs whose image and mask do not fit.
+        """
         from pecobook.engine.log import Progress
 
         if not config.data:
@@ -138,7 +145,7 @@ class SegmentStage(Stage[SegmentConfig]):
             skip_bad=config.skip_bad,
         )
         if not config.verify:
-            if not cast("SegmentationSource", splits.train).meaning.names:
+            if not cast("SegmentationSource", splits.train).mask_classes.names:
                 raise ConfigError("--no-verify needs the classes: give --classes FILE or --mask-values.")
             return splits
         progress = Progress(
@@ -158,14 +165,14 @@ class SegmentStage(Stage[SegmentConfig]):
                 reasons = listed([*checked.unreadable, *checked.problems])
                 purpose = "train" if source.split == "train" else "evaluate"
                 raise DataError(f"--data '{config.data}' has no pair that can be used to {purpose}:\n{reasons}")
-        for lines, what in ((checked.problems, "do not fit"), (checked.unreadable, "cannot be read")):
+        for lines, reason in ((checked.problems, "do not fit"), (checked.unreadable, "cannot be read")):
             if lines and is_leader():
-                print(f"{len(lines)} of the pairs {what} and are left out:\n{listed(lines)}", file=sys.stderr)
+                print(f"{len(lines)} of the pairs {reason} and are left out:\n{listed(lines)}", file=sys.stderr)
         return checked.splits
 
     @classmethod
-    def check(cls, config: SegmentConfig) -> None:
-        """Raise PecobookError for settings, or weights, that cannot be used."""
+    def check(cls, config: SegmentConfig) -> tuple[FeaturePyramid, Backbone]:
+        """Build the pyramid and its backbone. Raises PecobookError for settings, or weights, that cannot be used."""
         if config.strategy == "fsdp" and config.test.mode == "slide" and world_size(config) > 1:
             raise ConfigError(
                 "--strategy fsdp and --test.mode slide exclude each other, since devices would wait for windows that "
@@ -176,12 +183,14 @@ class SegmentStage(Stage[SegmentConfig]):
                 "UperNet normalises over a batch, so a device must hold 2 images or more; --pyramid.checkpointing true "
                 "or a smaller --image-size save memory."
             )
-        build_pyramid(config)
+        return build_pyramid(config)
 
     @classmethod
-    def build(cls, config: SegmentConfig, splits: Splits) -> SegmentStage:
-        """The stage with random weights."""
-        return cls(config, cast("SegmentationSource", splits.train).meaning.names)
+    def build(
+        cls, config: SegmentConfig, splits: Splits, prebuilt: tuple[FeaturePyramid, Backbone] | None = None
+    ) -> SegmentStage:
+        """Build the stage, with random weights in the heads."""
+        return cls(config, cast("SegmentationSource", splits.train).mask_classes.names, prebuilt)
 
     @classmethod
     def view(cls, config: SegmentConfig) -> ViewFunction:

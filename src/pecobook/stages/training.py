@@ -5,13 +5,13 @@ from __future__ import annotations
 import dataclasses
 import sys
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, Generic, NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor
 
 from pecobook.data.images import check_labels, check_readable
-from pecobook.data.sampler import fixed_place
+from pecobook.data.sampler import fixed_permutation
 from pecobook.data.source import Splits
 from pecobook.data.stream import Stream
 from pecobook.engine.stage import Stage
@@ -31,14 +31,10 @@ def train(stage_type: type[Stage[C]], config: C) -> Path:
     """
     from pecobook.engine import launch, run_folder
 
-    splits = preflight(stage_type, config)
-    config = dataclasses.replace(config, precision=launch.resolve_precision(config))  # type: ignore[arg-type]
+    config, splits, stage = preflight(stage_type, config)
     lock = run_folder.prepare(config, stage_type.command) if launch.is_leader() else None
     try:
-        fabric = launch.start(config)
-        torch.manual_seed(config.seed)
-        stage = stage_type.build(config, splits)
-        outcome = _fit(stage_type, config, fabric, stage, splits)
+        outcome = _fit(stage_type, config, launch.start(config), stage, splits)
         if outcome.finished:
             _export(config, stage)
     finally:  # also after an error: the Python process may go on, and train again
@@ -49,23 +45,33 @@ def train(stage_type: type[Stage[C]], config: C) -> Path:
     return Path(config.out)
 
 
-def preflight(stage_type: type[Stage[C]], config: C) -> Splits:
-    """Check everything that can be checked before anything is written. Raises PreflightError with all problems."""
+class Ready(NamedTuple, Generic[C]):
+    """The checked parts of a run, before its folder is made."""
+
+    config: C
+    """The settings, with the resolved precision."""
+    splits: Splits
+    stage: Stage[C]
+
+
+def preflight(stage_type: type[Stage[C]], config: C) -> Ready[C]:
+    """Check and build everything before anything is written. Raises PreflightError with all problems."""
     from pecobook.engine import launch, log, run_folder
 
-    found = Preflight()
-    precision = found.check(lambda: launch.resolve_precision(config))
-    if precision is not None:  # what a run is resumed with is compared with what auto came to
+    problems = Preflight()
+    precision = problems.check(lambda: launch.resolve_precision(config))
+    if precision is not None:  # --resume compares resolved precisions, not `auto`
         config = dataclasses.replace(config, precision=precision)  # type: ignore[arg-type]
     if launch.is_leader():
-        found.check(lambda: run_folder.check(config, stage_type.command))
-    splits = found.check(lambda: _open(stage_type, config))
-    found.check(lambda: stage_type.check(config))
-    found.check(lambda: launch.micro_batch_size(config))
-    found.check(lambda: log.check_loggers(config.loggers))
-    found.finish()
+        problems.check(lambda: run_folder.check(config, stage_type.command))
+    splits = problems.check(lambda: _open(stage_type, config))
+    torch.manual_seed(config.seed)  # seeds all random weights of the stage
+    prebuilt = problems.check(lambda: stage_type.check(config))
+    problems.check(lambda: launch.micro_batch_size(config))
+    problems.check(lambda: log.check_loggers(config.loggers))
+    problems.finish()
     assert splits is not None
-    return splits
+    return Ready(config, splits, stage_type.build(config, splits, prebuilt))
 
 
 def _open(stage_type: type[Stage[C]], config: C) -> Splits:
@@ -84,10 +90,10 @@ def _fit(stage_type: type[Stage[C]], config: C, fabric: Any, stage: Stage[C], sp
     count = min(getattr(config, "knn_images", 0), len(splits.train))
     view = stage_type.reference_view(config)
     if view is not None and count and splits.train.labels is not None:
-        chosen = splits.train.subset(fixed_place(i, len(splits.train)) for i in range(count))
-        reference = Stream(chosen, view, 0)
-    train, held_out = stage_type.companions(config)
-    views = stage_type.num_views(config)
+        subset = splits.train.subset(fixed_permutation(i, len(splits.train)) for i in range(count))
+        reference = Stream(subset, view, 0)
+    train, held_out = stage.companions()
+    views = stage.num_views()
     return fit(
         fabric,
         stage,

@@ -1,1 +1,1 @@
-"""What any part may use: processes, devices, files, sizes of images."""
+"""Helpers for all other packages: processes, devices, files, sizes of images."""

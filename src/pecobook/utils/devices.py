@@ -1,4 +1,4 @@
-"""What a process may compute on, and how."""
+"""The GPUs and CPU cores that a process may use."""
 
 from __future__ import annotations
 
@@ -8,24 +8,39 @@ import torch
 
 
 def device() -> torch.device:
-    """The GPU, where there is one."""
+    """Return the GPU where there is one, and the CPU elsewhere."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def cores() -> tuple[int, ...]:
-    """Numbers of the cores that this process may use, which can be fewer than the machine has."""
+    """Return the numbers of the cores that this process may use, which can be fewer than the machine has."""
     if hasattr(os, "sched_getaffinity"):
         return tuple(sorted(os.sched_getaffinity(0)))
     return tuple(range(os.cpu_count() or 1))
 
 
 def gpus() -> tuple[str, ...]:
-    """The GPUs that this process sees, as CUDA_VISIBLE_DEVICES would name them for a child; empty without any."""
+    """Return the GPUs that this process sees, with the names that CUDA_VISIBLE_DEVICES takes; empty without a GPU."""
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    named = [name.strip() for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name.strip()]
-    return tuple(named[:count] if named else map(str, range(count)))
+    names = [name.strip() for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name.strip()]
+    return tuple(names[:count] if names else map(str, range(count)))
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until a GPU has finished all of its work; a CPU needs no waiting."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def peak_memory(device: torch.device) -> int:
+    """Return the largest number of bytes that the GPU's allocator, or on a CPU this process, has held."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated()
+    import resource  # Windows lacks it
+
+    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def exporting() -> bool:
-    """Whether torch.export traces, as for ONNX. PyTorch before 2.14 says so of itself in torch.compile, too."""
+    """Return whether torch.export traces, as for ONNX. PyTorch before 2.14 reports this in torch.compile too."""
     return torch.compiler.is_exporting() and not torch.compiler.is_dynamo_compiling()

@@ -25,37 +25,38 @@ def root(tmp_path: Path) -> Path:
     return make_coco(tmp_path / "data")
 
 
-def sources(data: Path, **how: Any) -> tuple[DetectionSource, DetectionSource]:
-    splits = open_detection(str(data), **how)
+def sources(data: Path, **options: Any) -> tuple[DetectionSource, DetectionSource]:
+    splits = open_detection(str(data), **options)
     return cast("DetectionSource", splits.train), cast("DetectionSource", splits.evaluation)
 
 
-def test_open__objects_are_those_of_pycocotools(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_open__objects_agree_with_pycocotools(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     train, evaluation = sources(root)
     assert train.classes == evaluation.classes == ("disc", "square $x_", "never")
     assert train.category_ids == (3, 17, 90)
     assert train.notes == ()
-    crowds = 0
+    num_crowds = 0
     for source, split in ((train, "train"), (evaluation, "val")):
         reference = COCO(str(root / split / "instances.json"))
         assert len(source) == len(reference.imgs)
         for index in range(len(source)):
             image, objects = source.sample(index)
             entry = reference.imgs[source.image_id(index)]
-            with Image.open(root / split / "images" / entry["file_name"]) as own:
-                assert torch.equal(image, torch.from_numpy(np.array(own)).permute(2, 0, 1))
-            found = reference.imgToAnns[source.image_id(index)]
-            crowds += sum(one["iscrowd"] for one in found)
-            plain = [one for one in found if not one["iscrowd"]]
-            x, y, w, h = np.array([one["bbox"] for one in plain]).reshape(-1, 4).T
+            with Image.open(root / split / "images" / entry["file_name"]) as picture:
+                assert torch.equal(image, torch.from_numpy(np.array(picture)).permute(2, 0, 1))
+            expected = reference.imgToAnns[source.image_id(index)]
+            num_crowds += sum(item["iscrowd"] for item in expected)
+            expected = [item for item in expected if not item["iscrowd"]]
+            x, y, w, h = np.array([item["bbox"] for item in expected]).reshape(-1, 4).T
             assert objects.boxes.tolist() == np.stack([x, y, x + w, y + h], 1).tolist()
-            assert [source.category_ids[label - 1] for label in objects.labels] == [one["category_id"] for one in plain]
+            categories = [source.category_ids[label - 1] for label in objects.labels]
+            assert categories == [item["category_id"] for item in expected]
             masks = objects.masks()
             assert masks is not None
-            assert masks.shape == (len(plain), *image.shape[1:])
-            for mask, one in zip(masks, plain, strict=True):
-                assert np.array_equal(mask.numpy(), reference.annToMask(one))
-    assert crowds == 2
+            assert masks.shape == (len(expected), *image.shape[1:])
+            for mask, item in zip(masks, expected, strict=True):
+                assert np.array_equal(mask.numpy(), reference.annToMask(item))
+    assert num_crowds == 2
     assert len(train.objects(0).labels) == 0
 
 
@@ -74,7 +75,7 @@ def test_open__survives_pickling_and_a_subset(root: Path) -> None:
     assert sources(root)[0].fingerprint != before
 
 
-def test_open__cocos_own_layout_and_a_file_alone(root: Path, tmp_path: Path) -> None:
+def test_open__the_layout_of_coco_and_a_single_file(root: Path, tmp_path: Path) -> None:
     official = tmp_path / "official"
     (official / "annotations").mkdir(parents=True)
     for split, name in (("train", "train2017"), ("val", "val2017")):
@@ -94,7 +95,7 @@ def test_open__cocos_own_layout_and_a_file_alone(root: Path, tmp_path: Path) -> 
     assert len(names) == 20
 
 
-def test_open__test_comes_before_validation(root: Path) -> None:
+def test_open__test_is_preferred_to_validation(root: Path) -> None:
     make_split(root / "test", 3, seed=5)
     splits = open_detection(str(root))
     assert (len(splits.evaluation), splits.evaluation_name) == (3, "test")
@@ -104,12 +105,12 @@ def test_open__boxes_without_masks(tmp_path: Path) -> None:
     train, evaluation = sources(make_coco(tmp_path / "data", masks=False))
     assert not train.has_masks
     assert train.objects(3).masks() is None
-    assert "segmentation" not in evaluation.truth([1])["annotations"][0]
+    assert "segmentation" not in evaluation.ground_truth([1])["annotations"][0]
     splits = open_detection(str(make_coco(tmp_path / "masked")), masks=False)
     assert not cast("DetectionSource", splits.train).has_masks
 
 
-def test_open__exif_turns_the_image_before_sizes_are_compared(root: Path) -> None:
+def test_open__exif_rotates_the_image_before_sizes_are_compared(root: Path) -> None:
     content = read_coco(root / "train")
     image = content["images"][2]
     turned = Image.new("RGB", (image["height"], image["width"]), "red")
@@ -141,24 +142,30 @@ BAD: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda folder: next((folder / "images").glob("1-2.png")).unlink(),
         "image 114 '1-2.png' is not in ",
     ),
-    "no image of it": (edit(lambda c: first(c, image_id=4)), "annotation 1 is of image 4, which is not there."),
-    "image id a text": (edit(lambda c: first(c, image_id="a")), "annotation 1 is of image a, which is not there."),
-    "no category": (edit(lambda c: first(c, category_id=4)), "annotation 1 is of category 4, which is not there."),
+    "no image of it": (edit(lambda c: first(c, image_id=4)), "annotation 1 refers to image 4, which does not exist."),
+    "image id a text": (
+        edit(lambda c: first(c, image_id="a")),
+        "annotation 1 refers to image a, which does not exist.",
+    ),
+    "no category": (
+        edit(lambda c: first(c, category_id=4)),
+        "annotation 1 refers to category 4, which does not exist.",
+    ),
     "box outside": (edit(lambda c: first(c, bbox=[60, 2, 5, 5])), "has a box outside the 48 x 40 pixels of its image."),
-    "no box": (edit(lambda c: first(c, bbox=[1, 2, 3])), "has no 'bbox' of four numbers, but [1, 2, 3]."),
-    "box of nothing": (edit(lambda c: first(c, bbox=[1, 2, 3, None])), "has no 'bbox' of four numbers"),
+    "no box": (edit(lambda c: first(c, bbox=[1, 2, 3])), "has a 'bbox' that is not four numbers: [1, 2, 3]."),
+    "box of nothing": (edit(lambda c: first(c, bbox=[1, 2, 3, None])), "has a 'bbox' that is not four numbers"),
     "polygon outside": (
         edit(lambda c: first(c, segmentation=[[x + 50 for x in SQUARE]])),
         "has polygons outside the 48 x 40 pixels of its image.",
     ),
     "odd polygon": (edit(lambda c: first(c, segmentation=[SQUARE[:7]])), "has a polygon of 7 numbers"),
     "short polygon": (edit(lambda c: first(c, segmentation=[SQUARE, SQUARE[:4]])), "has a polygon of 4 numbers"),
-    "polygon of text": (edit(lambda c: first(c, segmentation=[["a"] * 6])), "with something that is no number."),
-    "no mask": (edit(lambda c: first(c, segmentation=[])), "has no 'segmentation', though others have."),
+    "polygon of text": (edit(lambda c: first(c, segmentation=[["a"] * 6])), "with a value that is not a number."),
+    "no mask": (edit(lambda c: first(c, segmentation=[])), "has no 'segmentation', although other objects have one."),
     "odd mask": (edit(lambda c: first(c, segmentation="x")), "that is neither polygons nor run lengths."),
     "run lengths of another size": (
         edit(lambda c: first(c, segmentation={"size": [4, 4], "counts": [16]})),
-        "has run lengths of size [4, 4], not [40, 48] as its image.",
+        "has run lengths of size [4, 4], but its image has [40, 48].",
     ),
     "run lengths too short": (
         edit(lambda c: first(c, segmentation={"size": [40, 48], "counts": [16]})),
@@ -168,19 +175,19 @@ BAD: dict[str, tuple[Callable[[Path], object], str]] = {
         edit(lambda c: first(c, segmentation={"size": [40, 48], "counts": "nf\\1<`75M5L3M2O0O1~"})),
         "has run lengths that do not add up",
     ),
-    "image twice": (edit(lambda c: c["images"].append(c["images"][3])), "image 121 stands there twice."),
+    "image twice": (edit(lambda c: c["images"].append(c["images"][3])), "image 121 is listed twice."),
     "wrong size": (
         edit(lambda c: c["images"][3].update(width=40, height=48)),
-        "image 121 '1-3.png' is 48 x 40 pixels, but stated as 40 x 48.",
+        "image 121 '1-3.png' is 48 x 40 pixels, but the annotations state 40 x 48.",
     ),
     "image without a name": (edit(lambda c: c["images"][3].pop("file_name")), "image 121 has no 'file_name'."),
-    "no number": (edit(lambda c: c["images"][3].pop("id")), "has no whole number 'id'."),
-    "no object at all": (edit(lambda c: c["annotations"].append(3)), "annotation 3 is no JSON object."),
+    "no number": (edit(lambda c: c["images"][3].pop("id")), "has no integer 'id'."),
+    "no object at all": (edit(lambda c: c["annotations"].append(3)), "annotation 3 is not a JSON object."),
 }
 
 
 @pytest.mark.parametrize("name", list(BAD))
-def test_open__says_what_is_wrong_and_leaves_it_out_when_asked(name: str, root: Path) -> None:
+def test_open__reports_problems_and_leaves_them_out_with_skip_bad(name: str, root: Path) -> None:
     spoil, expected = BAD[name]
     sound = sources(root)[0]
     spoil(root / "train")
@@ -188,7 +195,7 @@ def test_open__says_what_is_wrong_and_leaves_it_out_when_asked(name: str, root: 
         open_detection(str(root))
     lines = str(caught.value).splitlines()
     assert any(line.startswith(f"{root}/train/instances.json: ") and expected in line for line in lines), lines
-    assert lines[-1] == "Mend them, or leave what is bad out with --skip-bad."
+    assert lines[-1] == "Correct them, or leave out these images and objects with --skip-bad."
 
     train = sources(root, skip_bad=True)[0]
     assert any("--skip-bad left out" in note and expected in note for note in train.notes)
@@ -202,18 +209,21 @@ def test_open__says_what_is_wrong_and_leaves_it_out_when_asked(name: str, root: 
 FATAL: dict[str, tuple[Callable[[Path], object], str]] = {
     "cut short": (
         lambda folder: (folder / "instances.json").write_text((folder / "instances.json").read_text()[:200]),
-        "is no valid JSON, perhaps cut short: ",
+        "is not valid JSON, perhaps truncated: ",
     ),
     "a list": (lambda folder: (folder / "instances.json").write_text("[]"), "holds no JSON object"),
     "no images": (edit(lambda c: c.pop("images")), "has no list 'images'"),
     "not UTF-8": (lambda folder: (folder / "instances.json").write_bytes(b"\xff\xfe{"), "instances.json: "),
     "no category": (edit(lambda c: c.update(categories=[])), "has no category."),
-    "category twice": (edit(lambda c: c["categories"].append({"id": 3, "name": "x"})), "category 3 ('x') stands there"),
+    "category twice": (
+        edit(lambda c: c["categories"].append({"id": 3, "name": "x"})),
+        "category 3 ('x') has the id or the name",
+    ),
 }
 
 
 @pytest.mark.parametrize("name", list(FATAL))
-def test_open__refuses_a_file_that_is_no_use_whatever_is_asked(name: str, root: Path) -> None:
+def test_open__refuses_an_unusable_file_with_and_without_skip_bad(name: str, root: Path) -> None:
     FATAL[name][0](root / "val")
     for skip_bad in (False, True):
         with pytest.raises(DataError) as caught:
@@ -222,7 +232,7 @@ def test_open__refuses_a_file_that_is_no_use_whatever_is_asked(name: str, root: 
         assert FATAL[name][1] in str(caught.value)
 
 
-def test_open__all_problems_of_all_files_at_once(root: Path) -> None:
+def test_open__reports_the_problems_of_all_files_together(root: Path) -> None:
     for split in ("train", "val"):
         for image in (root / split / "images").iterdir():
             image.unlink()
@@ -236,39 +246,43 @@ def test_open__all_problems_of_all_files_at_once(root: Path) -> None:
         open_detection(str(root), skip_bad=True)
 
 
-def test_open__a_category_that_training_does_not_know(root: Path) -> None:
+def test_open__a_category_that_training_lacks(root: Path) -> None:
     content = read_coco(root / "val")
     content["categories"] = [{"id": 1, "name": "disk"}, {"id": 17, "name": "square $x_"}]
-    for one in content["annotations"]:
-        one["category_id"] = 1 if one["category_id"] == 3 else 17
-    discs = sum(one["category_id"] == 1 for one in content["annotations"])
+    for entry in content["annotations"]:
+        entry["category_id"] = 1 if entry["category_id"] == 3 else 17
+    discs = sum(entry["category_id"] == 1 for entry in content["annotations"])
     write_coco(root / "val", content)
     with pytest.raises(DataError) as caught:
         open_detection(str(root))
-    line = f"val/instances.json: category 1 'disk' ({discs} objects) is unknown in {root}/train/instances.json."
+    line = f"val/instances.json: category 1 'disk' ({discs} objects) is missing in {root}/train/instances.json."
     assert f"{line} Did you mean 'disc'?" in str(caught.value)
     _, evaluation = sources(root, skip_bad=True)
     assert {int(label) for index in range(4) for label in evaluation.objects(index).labels} == {2}
-    assert len(evaluation.truth(range(4))["annotations"]) == len(content["annotations"]) - discs
+    assert len(evaluation.ground_truth(range(4))["annotations"]) == len(content["annotations"]) - discs
     assert evaluation.category_ids == (3, 17, 90)
 
 
 def test_open__ids_of_the_same_names_may_differ_between_splits(root: Path) -> None:
     content = read_coco(root / "val")
     content["categories"] = [{"id": 90, "name": "disc"}, {"id": 2, "name": "square $x_"}]
-    for one in content["annotations"]:
-        one["category_id"] = {3: 90, 17: 2}[one["category_id"]]
+    for entry in content["annotations"]:
+        entry["category_id"] = {3: 90, 17: 2}[entry["category_id"]]
     write_coco(root / "val", content)
     _, evaluation = sources(root)
     assert evaluation.category_ids == (90, 2, 91)
-    truth = evaluation.truth(range(4))
-    assert [one["category_id"] for one in truth["annotations"]] == [
-        one["category_id"] for one in content["annotations"]
+    truth = evaluation.ground_truth(range(4))
+    assert [entry["category_id"] for entry in truth["annotations"]] == [
+        entry["category_id"] for entry in content["annotations"]
     ]
-    assert {one["id"]: one["name"] for one in truth["categories"]} == {90: "disc", 2: "square $x_", 91: "never"}
+    assert {entry["id"]: entry["name"] for entry in truth["categories"]} == {
+        90: "disc",
+        2: "square $x_",
+        91: "never",
+    }
 
 
-def test_open__mends_what_can_be_mended_and_says_so(root: Path) -> None:
+def test_open__corrects_objects_and_notes_the_corrections(root: Path) -> None:
     content = read_coco(root / "train")
     objects = content["annotations"]
     objects[0] |= {"bbox": [5, 5, 0, 9]}
@@ -277,10 +291,13 @@ def test_open__mends_what_can_be_mended_and_says_so(root: Path) -> None:
     write_coco(root / "train", content)
     train, _ = sources(root)
     file = root / "train" / "instances.json"
-    assert train.notes == (f"{file}: 1 object left out: no area.", f"{file}: 1 object cut at the edge of the image.")
-    whole = [one for index in range(len(train)) for one in train.truth([index])["annotations"]]
-    assert len(whole) == len(objects) - 1
-    assert (whole[1]["bbox"], whole[1]["area"]) == (box, area)
+    assert train.notes == (
+        f"{file}: 1 object left out: no area.",
+        f"{file}: 1 object clipped at the edge of the image.",
+    )
+    entries = [entry for index in range(len(train)) for entry in train.ground_truth([index])["annotations"]]
+    assert len(entries) == len(objects) - 1
+    assert (entries[1]["bbox"], entries[1]["area"]) == (box, area)
     index = next(i for i in range(len(train)) if train.image_id(i) == objects[1]["image_id"])
     boxes = train.objects(index).boxes
     assert not len(boxes) or float(boxes.min()) >= 0
@@ -294,10 +311,10 @@ def test_open__masks_in_one_split_only(tmp_path: Path) -> None:
     assert not sources(tmp_path, masks=False)[0].has_masks
 
 
-def test_open__what_is_no_source(tmp_path: Path, root: Path) -> None:
+def test_open__refuses_other_folders(tmp_path: Path, root: Path) -> None:
     for data, text in (
         ("", "--data is missing"),
-        ("nowhere", "is no folder"),
+        ("nowhere", "is not a folder"),
         (str(tmp_path), "no training annotation"),
     ):
         with pytest.raises(DataError, match=text):
@@ -313,9 +330,9 @@ def test_sample__an_image_that_cannot_be_read_or_has_changed(root: Path) -> None
     Image.new("RGB", (9, 7)).save(train.identify(2))
     with pytest.raises(BadImage):
         train.sample(1)
-    with pytest.raises(BadImage, match="9 x 7, not the 40 x 52 of its annotations"):
+    with pytest.raises(BadImage, match="9 x 7, not 40 x 52 as in its annotations"):
         train.sample(2)
-    # Before it is opened, an unreadable image is left to be skipped, and one of another size is a problem.
+    # Opening the source ignores an unreadable image, which training skips, and reports an image of another size.
     with pytest.raises(DataError, match=r"has 1 problem:\n.*'1-2.png' is 9 x 7 pixels"):
         open_detection(str(root))
 

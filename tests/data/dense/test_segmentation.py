@@ -18,8 +18,8 @@ from pecobook.data.dense.segmentation import SegmentationSource, open_segmentati
 from pecobook.data.dense.segmentation_check import verify
 from pecobook.data.dense.segmentation_classes import (
     IGNORE,
-    Classes,
-    WrongMask,
+    InvalidMask,
+    MaskClasses,
     decode_mask,
     make_classes,
     parse_values,
@@ -34,8 +34,8 @@ def train_of(splits: Splits) -> SegmentationSource:
     return cast("SegmentationSource", splits.train)
 
 
-def at(source: SegmentationSource, name: str) -> int:
-    """Number of an image."""
+def index_of(source: SegmentationSource, name: str) -> int:
+    """Return the index of an image."""
     return next(n for n in range(len(source)) if source.identify(n) == name)
 
 
@@ -52,7 +52,7 @@ def encoded(array: Any, mode: str | None = None, extension: str = "PNG") -> byte
 def test_open__train_and_val_with_class_names(tmp_path: Path) -> None:
     splits = open_segmentation(str(write_shapes(tmp_path)))
     assert (len(splits.train), len(splits.evaluation), splits.evaluation_name) == (12, 4, "validation")
-    assert train_of(splits).meaning.names == ("ground", "red", "green")
+    assert train_of(splits).mask_classes.names == ("ground", "red", "green")
     image, mask = splits.train.sample(0)
     picture, truth = shape(0)
     assert splits.train.identify(0) == "train/images/0.jpg"
@@ -64,7 +64,7 @@ def test_open__train_and_val_with_class_names(tmp_path: Path) -> None:
     assert np.array_equal(mask.numpy(), expected)
 
 
-def test_open__as_ade20k_has_it(tmp_path: Path) -> None:
+def test_open__the_layout_of_ade20k(tmp_path: Path) -> None:
     for part, numbers in (("training", range(6)), ("validation", range(100, 102))):
         for number in numbers:
             picture, mask = shape(number)
@@ -75,7 +75,7 @@ def test_open__as_ade20k_has_it(tmp_path: Path) -> None:
                 Image.fromarray(values).save(folder / f"ADE_{number}.{extension}")
     splits = open_segmentation(str(tmp_path), mask_values=("1-3",), ignore=("0",))
     assert (len(splits.train), len(splits.evaluation)) == (6, 2)
-    assert train_of(splits).meaning == Classes(("class 1", "class 2", "class 3"), (1, 2, 3), (0,))
+    assert train_of(splits).mask_classes == MaskClasses(("class 1", "class 2", "class 3"), (1, 2, 3), (0,))
     _, mask = splits.train.sample(0)
     truth = shape(0)[1].astype(int)
     assert np.array_equal(mask.numpy(), np.where(truth == 255, IGNORE, truth))
@@ -89,7 +89,7 @@ def test_open__without_splits_a_tenth_is_held_out(tmp_path: Path) -> None:
     assert held.isdisjoint(splits.train.identify(n) for n in range(18))
 
 
-def test_open__names_that_begin_with_test_are_no_split(tmp_path: Path) -> None:
+def test_open__names_that_begin_with_test_declare_no_split(tmp_path: Path) -> None:
     write_pairs(tmp_path, range(3))
     for kind, extension in (("images", "jpg"), ("masks", "png")):
         (tmp_path / kind / f"0.{extension}").rename(tmp_path / kind / f"test_0.{extension}")
@@ -97,7 +97,7 @@ def test_open__names_that_begin_with_test_are_no_split(tmp_path: Path) -> None:
     assert (len(splits.train), len(splits.evaluation)) == (2, 1)
 
 
-def test_open__of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_open__a_data_set_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     features = Features({"annotation": ImageFeature(), "image": ImageFeature(), "scene": Value("string")})
     rows = [shape(number) for number in range(5)]
     table = Dataset.from_dict(
@@ -116,11 +116,11 @@ def test_open__of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     assert np.array_equal(mask.numpy()[:-1], rows[3][1][:-1])
     assert splits.train.identify(3) == "owner/shapes train row 3"
     monkeypatch.setattr("datasets.load_dataset", lambda *_: DatasetDict(train=table.remove_columns("annotation")))
-    with pytest.raises(DataError, match="image columns image: one must be 'image'"):
+    with pytest.raises(DataError, match="image columns image: one column must be 'image'"):
         open_segmentation("hf:owner/shapes")
 
 
-def test_open__says_which_image_has_no_mask_and_which_mask_no_image(tmp_path: Path) -> None:
+def test_open__lists_images_without_a_mask_and_masks_without_an_image(tmp_path: Path) -> None:
     root = write_shapes(tmp_path)
     (root / "train/masks/3.png").unlink()
     (root / "val/images/101.jpg").unlink()
@@ -130,17 +130,17 @@ def test_open__says_which_image_has_no_mask_and_which_mask_no_image(tmp_path: Pa
     assert "val/masks/101.png has no image" in str(error.value)
 
 
-def test_open__leaves_out_what_has_no_partner_when_asked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_open__leaves_out_unpaired_files_with_skip_bad(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     root = write_shapes(tmp_path)
     (root / "train/masks/3.png").unlink()
     assert len(open_segmentation(str(root), skip_bad=True).train) == 11
-    assert "1 images or masks have no partner" in capsys.readouterr().err
+    assert "1 images or masks are left out" in capsys.readouterr().err
 
 
-def test_open__two_pictures_of_one_name(tmp_path: Path) -> None:
+def test_open__two_pictures_with_the_same_name(tmp_path: Path) -> None:
     root = write_shapes(tmp_path)
     Image.fromarray(shape(1)[0]).save(root / "train/images/3.png")
-    with pytest.raises(DataError, match=r"train/images/3\.jpg and train/images/3\.png have one name"):
+    with pytest.raises(DataError, match=r"train/images/3\.jpg and train/images/3\.png have the same name"):
         open_segmentation(str(root))
 
 
@@ -162,9 +162,9 @@ def test_open__linked_and_capital_folders_and_masks_with_an_ending(tmp_path: Pat
 
 
 @pytest.mark.parametrize("missing", ["images", "masks", "everything"])
-def test_open__says_what_a_folder_lacks(tmp_path: Path, missing: str) -> None:
+def test_open__reports_missing_folders(tmp_path: Path, missing: str) -> None:
     if missing == "everything":
-        with pytest.raises(DataError, match="no folder"):
+        with pytest.raises(DataError, match="not a folder"):
             open_segmentation(str(tmp_path / "nowhere"))
         return
     write_pairs(tmp_path, range(2))
@@ -173,24 +173,24 @@ def test_open__says_what_a_folder_lacks(tmp_path: Path, missing: str) -> None:
         open_segmentation(str(tmp_path))
 
 
-def test_source__travels_to_workers_and_changes_its_name_with_its_files(tmp_path: Path) -> None:
+def test_source__can_be_pickled_and_changes_its_fingerprint_with_its_files(tmp_path: Path) -> None:
     import pickle
 
     source = train_of(open_segmentation(str(write_shapes(tmp_path))))
-    again = pickle.loads(pickle.dumps(source.subset([4, 2])))
-    assert [again.identify(n) for n in range(2)] == [source.identify(4), source.identify(2)]
-    assert torch.equal(again.sample(1)[1], source.sample(2)[1])
-    assert again.fingerprint != source.fingerprint
+    copy = pickle.loads(pickle.dumps(source.subset([4, 2])))
+    assert [copy.identify(n) for n in range(2)] == [source.identify(4), source.identify(2)]
+    assert torch.equal(copy.sample(1)[1], source.sample(2)[1])
+    assert copy.fingerprint != source.fingerprint
 
 
 # ---------------------------------------------------------------------------------------------------------------- masks
 
 
-def test_decode_mask__numbers_whatever_the_mode() -> None:
+def test_decode_mask__numbers_in_every_mode() -> None:
     values = np.array([[0, 1, 2], [7, 200, 255]])
     palette = Image.fromarray(values.astype(np.uint8), "L").convert("P")
     palette.putdata(values.ravel().tolist())
-    palette.putpalette([9] * 768)  # colours of no matter
+    palette.putpalette([9] * 768)  # the colours have no effect
     buffer = io.BytesIO()
     palette.save(buffer, "PNG")
     for data in (encoded(values.astype(np.uint8)), encoded(values.astype(np.uint16)), buffer.getvalue()):
@@ -200,20 +200,20 @@ def test_decode_mask__numbers_whatever_the_mode() -> None:
 
 
 @given(st.integers(1, 40), st.randoms(use_true_random=False))
-def test_decode_mask__colours_to_their_rows(count: int, random: Any) -> None:
+def test_decode_mask__colours_to_their_indices(count: int, random: Any) -> None:
     colours = np.array(random.sample([(r, g, b) for r in range(4) for g in range(4) for b in range(4)], count)) * 85
     numbers = np.array([[random.randrange(count) for _ in range(5)] for _ in range(3)])
     colours = colours.astype(np.uint8)
     assert np.array_equal(decode_mask(encoded(colours[numbers]), colours, name="x"), numbers)
-    strange = colours[numbers].copy()
-    strange[0, 0] = (1, 2, 3)
-    assert decode_mask(encoded(strange), colours, name="x")[0, 0] == 65_536
+    unlisted = colours[numbers].copy()
+    unlisted[0, 0] = (1, 2, 3)
+    assert decode_mask(encoded(unlisted), colours, name="x")[0, 0] == 65_536
 
 
 def test_decode_mask__refuses() -> None:
     with pytest.raises(BadImage, match="not an image"):
         decode_mask(b"nothing", None, name="x")
-    with pytest.raises(WrongMask, match="colour picture"):
+    with pytest.raises(InvalidMask, match="colour picture"):
         decode_mask(encoded(COLOURS[None]), None, name="x")
     grey = np.array([[3, 7], [0, 255]], np.uint8)
     assert np.array_equal(decode_mask(encoded(np.stack([grey] * 3, -1)), None, name="x"), grey)
@@ -229,14 +229,14 @@ def test_read_classes__names_and_colours(tmp_path: Path) -> None:
     names, colours = read_classes(file)
     assert names == ("sky", "road sign")
     assert colours is not None
-    file.write_bytes(b"\xef\xbb\xbf1 2 3\tsky\r\n255 0 9\troad sign\r\n")  # as CamVid's own, and as Windows writes it
+    file.write_bytes(b"\xef\xbb\xbf1 2 3\tsky\r\n255 0 9\troad sign\r\n")  # as in CamVid, and as Windows writes text
     assert read_classes(file)[0] == names
     assert np.array_equal(read_classes(file)[1], colours)  # type: ignore[arg-type]
     assert colours is not None
     assert colours.tolist() == [[1, 2, 3], [255, 0, 9]]
     for text in ("sky 1 2 3\nroad\n", "sky 1 2 300\nroad 1 2 3\n"):
         file.write_text(text)
-        with pytest.raises(ConfigError, match="no 'name R G B'"):
+        with pytest.raises(ConfigError, match="not a valid 'name R G B'"):
             read_classes(file)
     with pytest.raises(ConfigError, match="cannot be read"):
         read_classes(tmp_path / "none.txt")
@@ -245,28 +245,30 @@ def test_read_classes__names_and_colours(tmp_path: Path) -> None:
         read_classes(file)
 
 
-def test_make_classes__what_is_ignored_is_no_class() -> None:
+def test_make_classes__an_ignored_value_is_not_a_class() -> None:
     names = ("sky", "void", "road")
     made = make_classes(names, None, mask_values=(), ignore=("void", "255"))
-    assert made == Classes(("sky", "road"), (0, 2), (1, 255))
-    assert make_classes(names, None, mask_values=(), ignore=("1",)) == Classes(("sky", "road"), (0, 2), (1,))
-    # A value that is named as a class is one, whatever the usual value of "ignore".
+    assert made == MaskClasses(("sky", "road"), (0, 2), (1, 255))
+    assert make_classes(names, None, mask_values=(), ignore=("1",)) == MaskClasses(("sky", "road"), (0, 2), (1,))
+    # A value in --mask-values is a class, even if --ignore contains it by default.
     made = make_classes(None, None, mask_values=("0", "255"), ignore=("255",))
     assert made is not None
     assert made.table()[[0, 255, 7]].tolist() == [0, 1, IGNORE - 1]
     assert make_classes(None, None, mask_values=(), ignore=("255",)) is None
     many = make_classes(tuple(f"c{n}" for n in range(300)), None, mask_values=(), ignore=("255",))
     assert many is not None
-    assert len(many.names) == 300  # the 256th is one of them
+    assert len(many.names) == 300  # including the 256th
     with pytest.raises(ConfigError, match="Two classes are called 'sky'"):
         make_classes(("sky", "sky"), None, mask_values=(), ignore=())
     for text in ("70000", "²"):
         with pytest.raises(ConfigError, match="--ignore"):
             make_classes(names, None, mask_values=(), ignore=(text,))
-    with pytest.raises(ConfigError, match="--ignore 'void' is a name, and there are no names: give --classes FILE"):
+    with pytest.raises(
+        ConfigError, match="--ignore 'void' is a name, but the classes have no names: give --classes FILE"
+    ):
         make_classes(None, None, mask_values=(), ignore=("255", "void"))
-    made = make_classes(None, None, mask_values=("0-2",), ignore=("class 1",))  # named by their values
-    assert made == Classes(("class 0", "class 2"), (0, 2), (1,))
+    made = make_classes(None, None, mask_values=("0-2",), ignore=("class 1",))  # the names contain the values
+    assert made == MaskClasses(("class 0", "class 2"), (0, 2), (1,))
     with pytest.raises(ConfigError, match="--ignore 'nothing'"):
         make_classes(names, None, mask_values=(), ignore=("nothing",))
     with pytest.raises(ConfigError, match="2 pixel values for 3 classes"):
@@ -287,51 +289,51 @@ def test_colour_masks__from_a_class_file(tmp_path: Path) -> None:
         values[-1] = 0
         Image.fromarray(COLOURS[values]).save(file)
     (root / "classes.txt").write_text("\n".join(f"c{n} {r} {g} {b}" for n, (r, g, b) in enumerate(COLOURS)))
-    found = verify(open_segmentation(str(root)))
-    assert found.problems == ()
-    train = train_of(found.splits)
-    assert np.array_equal(train.sample(at(train, "train/images/2.jpg"))[1].numpy()[:-1], shape(2)[1][:-1])
+    result = verify(open_segmentation(str(root)))
+    assert result.problems == ()
+    train = train_of(result.splits)
+    assert np.array_equal(train.sample(index_of(train, "train/images/2.jpg"))[1].numpy()[:-1], shape(2)[1][:-1])
     (root / "classes.txt").write_text("c0 60 60 60\nc1 220 40 40\n")
-    assert "colours that --classes does not name" in verify(open_segmentation(str(root))).problems[0]
+    assert "colours that --classes does not list" in verify(open_segmentation(str(root))).problems[0]
 
 
 # ------------------------------------------------------------------------------------------------------------ verifying
 
 
-def test_verify__says_each_thing_once_by_file_and_leaves_it_out(tmp_path: Path) -> None:
+def test_verify__reports_each_problem_once_and_leaves_the_pair_out(tmp_path: Path) -> None:
     root = write_shapes(tmp_path)
     Image.fromarray(np.zeros((5, 9), np.uint8)).save(root / "train/masks/1.png")
     Image.fromarray(np.full((40, 56), 7, np.uint8)).save(root / "train/masks/4.png")
     (root / "train/images/6.jpg").write_bytes(b"broken")
     (root / "val/masks/101.png").write_bytes(b"broken")
     done: list[int] = []
-    found = verify(open_segmentation(str(root)), done.append)
+    result = verify(open_segmentation(str(root)), done.append)
     assert done == list(range(1, 17))
-    assert found.problems == (
-        "train/masks/1.png is 9 x 5, and its image 56 x 40",
-        "train/masks/4.png holds the value 7, and the 3 classes have 0 to 2",
+    assert result.problems == (
+        "train/masks/1.png is 9 x 5, but its image is 56 x 40",
+        "train/masks/4.png holds the value 7, but the 3 classes have the values 0 to 2",
     )
-    assert len(found.unreadable) == 2
-    assert "train/images/6.jpg" in found.unreadable[0]
-    assert "val/masks/101.png: not an image" in found.unreadable[1]
-    names = {found.splits.train.identify(n) for n in range(len(found.splits.train))}
+    assert len(result.unreadable) == 2
+    assert "train/images/6.jpg" in result.unreadable[0]
+    assert "val/masks/101.png: not an image" in result.unreadable[1]
+    names = {result.splits.train.identify(n) for n in range(len(result.splits.train))}
     assert names == {f"train/images/{n}.jpg" for n in range(12)} - {f"train/images/{n}.jpg" for n in (1, 4, 6)}
-    assert len(found.splits.evaluation) == 3
+    assert len(result.splits.evaluation) == 3
 
 
-def test_verify__colour_pictures_in_the_place_of_numbers_are_a_problem(tmp_path: Path) -> None:
+def test_verify__a_colour_picture_instead_of_numbers_is_a_problem(tmp_path: Path) -> None:
     root = write_shapes(tmp_path)
     Image.fromarray(COLOURS[np.ones((40, 56), int)]).save(root / "val/masks/100.png")
-    found = verify(open_segmentation(str(root)))
-    assert found.unreadable == ()
-    assert "val/masks/100.png is a colour picture" in found.problems[0]
+    result = verify(open_segmentation(str(root)))
+    assert result.unreadable == ()
+    assert "val/masks/100.png is a colour picture" in result.problems[0]
 
 
-def test_verify__an_image_that_was_turned_fits_its_mask(tmp_path: Path) -> None:
+def test_verify__a_rotated_image_fits_its_mask(tmp_path: Path) -> None:
     root = write_shapes(tmp_path)
     picture, _ = shape(0)
     exif = Image.Exif()
-    exif[0x0112] = 6  # to be turned by 90 degrees
+    exif[0x0112] = 6  # rotate by 90 degrees
     Image.fromarray(np.rot90(picture).copy()).save(root / "train/images/0.jpg", exif=exif)
     assert verify(open_segmentation(str(root))).problems == ()
 
@@ -340,19 +342,21 @@ def test_verify__infers_classes_from_masks(tmp_path: Path) -> None:
     root = write_shapes(tmp_path)
     (root / "classes.txt").unlink()
     splits = open_segmentation(str(root))
-    assert train_of(splits).meaning.names == ()
-    assert train_of(verify(splits).splits).meaning == Classes(("class 0", "class 1", "class 2"), (0, 1, 2), (255,))
+    assert train_of(splits).mask_classes.names == ()
+    assert train_of(verify(splits).splits).mask_classes == MaskClasses(
+        ("class 0", "class 1", "class 2"), (0, 1, 2), (255,)
+    )
 
 
-def test_verify__a_mask_of_0_and_255_is_a_question(tmp_path: Path) -> None:
+def test_verify__masks_of_0_and_255_are_ambiguous(tmp_path: Path) -> None:
     root = write_shapes(tmp_path)
     (root / "classes.txt").unlink()
     for file in root.rglob("masks/*.png"):
         Image.fromarray((np.asarray(Image.open(file)) == 1).astype(np.uint8) * 255).save(file)
     with pytest.raises(ConfigError, match="--mask-values 0 255"):
         verify(open_segmentation(str(root)))
-    found = verify(open_segmentation(str(root), mask_values=("0", "255")))
-    assert set(found.splits.train.sample(0)[1].unique().tolist()) == {0, 1}
+    result = verify(open_segmentation(str(root), mask_values=("0", "255")))
+    assert set(result.splits.train.sample(0)[1].unique().tolist()) == {0, 1}
 
 
 @pytest.mark.parametrize(("value", "other"), [(0, 0), (5000, 0), (128, 40), (20, 20)])
@@ -362,7 +366,7 @@ def test_verify__refuses_to_guess_classes(tmp_path: Path, value: int, other: int
         array = np.full((40, 56), value, np.uint16)
         array[:5] = other
         Image.fromarray(array).save(file)
-    with pytest.raises(DataError, match=f"up to {value}, which tells no classes"):
+    with pytest.raises(DataError, match=f"up to {value}, which define no classes"):
         verify(open_segmentation(str(tmp_path)))
 
 
@@ -371,7 +375,7 @@ def test_sample__of_a_pair_that_was_not_verified(tmp_path: Path) -> None:
     Image.fromarray(np.zeros((5, 9), np.uint8)).save(root / "train/masks/0.png")
     Image.fromarray(np.full((40, 56), 7, np.uint8)).save(root / "train/masks/1.png")
     source = open_segmentation(str(root)).train
-    with pytest.raises(BadImage, match="not of its image's size"):
+    with pytest.raises(BadImage, match="does not have the size of its image"):
         source.sample(0)
     with pytest.raises(BadImage, match="no class"):
         source.sample(1)

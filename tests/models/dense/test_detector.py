@@ -126,7 +126,7 @@ def test_forward__finds_the_same_alone_and_in_a_batch_of_equal_sizes() -> None:
 
 def test_forward__sides_are_padded_to_the_coarsest_stride() -> None:
     detector = make()
-    batch = detector._batch(pair()[0])
+    batch = detector.pad_to_batch(pair()[0])
     assert batch.tensors.shape == (2, 3, 48, 64)
     assert batch.image_sizes == [(40, 48), (32, 56)]
     pixel = (torch.tensor([240, 30, 30]) / 255 - torch.tensor([0.5, 0.4, 0.3])) / torch.tensor([0.2, 0.3, 0.4])

@@ -177,7 +177,7 @@ def test_rescaled_images__are_all_made_of_the_original() -> None:
 def test_best_classes__a_few_at_a_time(most: int, monkeypatch: pytest.MonkeyPatch) -> None:
     scores = torch.randn(7, 5, 6, generator=torch.Generator().manual_seed(0))
     expected = nn.functional.interpolate(scores[None], (11, 9), mode="bilinear")[0].argmax(0)
-    monkeypatch.setattr("pecobook.models.dense.segmenter._MAX_SCORES", most)
+    monkeypatch.setattr("pecobook.models.dense.segmenter.MAX_SCORES", most)
     assert torch.equal(best_classes(scores, (11, 9)), expected)
 
 

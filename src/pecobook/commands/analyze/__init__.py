@@ -1,13 +1,13 @@
 """`pecobook analyze`: what the codewords of one or more tokenizers mean, in numbers, pictures and one page.
 
-inputs.py      what is analysed, opened and checked
-measure.py     figures of a tokenizer, on the same images as all others
-pictures.py    its pictures
-bank.py        usage and galleries of a whole token bank
-classifier.py  who classifies reconstructions
-masked.py      what pre-trained ViTs predict behind a mask
-page.py        the report, also of `pecobook demo`
-comparing.py   its sections on paired comparisons and on pre-trained ViTs, with the errors of both
+inputs.py      opens and checks all inputs
+measure.py     measures a tokenizer, on the same images as all other tokenizers
+pictures.py    draws the pictures of tokenizers
+bank.py        codebook usage and patch galleries of a whole token bank
+classifier.py  the classifier for originals and reconstructions
+masked.py      predictions of pre-trained ViTs for masked patches
+page.py        the report, which `pecobook demo` writes too
+comparing.py   sections of the report on paired comparisons and on pre-trained ViTs, with sampling errors
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ _FILES = {"analysis.json", "report.html", "pictures"}
 
 
 def analyze(config: AnalyzeConfig | None = None, **settings: Any) -> Path:
-    """Measure everything and write the report; returns its path.
+    """Measure all tokenizers, write the report, and return the path of the report.
 
     Raises:
-        PreflightError: problems found before anything was written, all of them.
+        PreflightError: lists all problems that were found before anything was written.
     """
     config = replace(config or AnalyzeConfig(), settings)
     began = time.monotonic()
-    inputs = _preflight(config)
+    inputs = check_and_open(config)
     with _folder(config).begin(_write_first):
         return _write_all(config, inputs, began)
 
@@ -58,36 +58,35 @@ def _write_all(config: AnalyzeConfig, inputs: AnalysisInputs, began: float) -> P
     from pecobook.utils.files import write_atomically
 
     out = Path(config.out)
-    results = _about(config, inputs)
+    results = _header(config, inputs)
     cost: list[tuple[str, float]] = []
     measured = []
     pictures: dict[str, bytes] = {}
     total = len(inputs.tokenizers) + bool(inputs.runs)
     for number, tokenizer_input in enumerate(inputs.tokenizers, start=1):
         say(f"[{number}/{total}] {tokenizer_input.name}")
-        mark = time.monotonic()
-        found, skipped, draw = analyze_tokenizer(config, tokenizer_input, inputs)
-        results["tokenizers"].append(found.figures)
+        step_began = time.monotonic()
+        metrics, skipped, draw = analyze_tokenizer(config, tokenizer_input, inputs)
+        results["tokenizers"].append(metrics.values)
         results["skipped"] = {"count": len(skipped), "names": skipped}
-        _write(results, out, began)  # before pictures, so that none of them can cost the figures
+        _write(results, out, began)  # before drawing, so that the numbers survive an error in a picture
+        say("  pictures")
         drawn = draw()
-        cost.append((tokenizer_input.name, time.monotonic() - mark))
+        cost.append((tokenizer_input.name, time.monotonic() - step_began))
         files = {kind: f"{kind}-{file_part(number, tokenizer_input.name)}.png" for kind in drawn}
-        found.figures["pictures"] = {kind: f"pictures/{file}" for kind, file in files.items()}
+        metrics.values["pictures"] = {kind: f"pictures/{file}" for kind, file in files.items()}
         pictures |= {files[kind]: png for kind, png in drawn.items()}
-        measured.append(found)
+        measured.append(metrics)
     if inputs.runs:
-        say(f"[{total}/{total}] predictions behind masks")
-        mark = time.monotonic()
+        say(f"[{total}/{total}] masked prediction")
+        step_began = time.monotonic()
         predictions = predict(inputs.runs, inputs.splits.evaluation, config.seed)
-        cost.append(("masked prediction", time.monotonic() - mark))
-        results["masked_prediction"] = predictions.figures
+        cost.append(("masked prediction", time.monotonic() - step_began))
+        results["masked_prediction"] = predictions.records
         _write(results, out, began)
         pictures |= predictions.draw()
     pictures |= side_by_side(measured)
-    pictures |= curves_of(
-        "tokenizers", {tokenizer_input.name: tokenizer_input.source for tokenizer_input in inputs.tokenizers}
-    )
+    pictures |= curves_of("tokenizers", {tokenizer.name: tokenizer.source for tokenizer in inputs.tokenizers})
     pictures |= curves_of("vits", dict(zip(inputs.runs, config.backbone, strict=True)))
     with threadpool_limits(1):
         for name, png in pictures.items():
@@ -98,8 +97,8 @@ def _write_all(config: AnalyzeConfig, inputs: AnalysisInputs, began: float) -> P
     return report
 
 
-def _about(config: AnalyzeConfig, inputs: AnalysisInputs) -> dict[str, Any]:
-    """What is measured, on what, by what; the beginning of `analysis.json`."""
+def _header(config: AnalyzeConfig, inputs: AnalysisInputs) -> dict[str, Any]:
+    """Return the first entries of `analysis.json`: version, seed and data."""
     from importlib.metadata import version
 
     splits = inputs.splits
@@ -121,21 +120,18 @@ def _write(results: dict[str, Any], out: Path, began: float) -> None:
     write_atomically(out / "analysis.json", (json.dumps(results, indent=2) + "\n").encode())
 
 
-def _preflight(config: AnalyzeConfig) -> AnalysisInputs:
+def check_and_open(config: AnalyzeConfig) -> AnalysisInputs:
     from pecobook.commands.analyze.inputs import open_inputs
 
-    found = Preflight()
-    found.check(lambda: _check_named(config))
-    found.check(_folder(config).check)
-    inputs = found.check(lambda: open_inputs(config)) if config.tokenizer else None
-    found.finish()
+    preflight = Preflight()
+    if not config.tokenizer:
+        error = ConfigError("--tokenizer is missing: give a codebook run, dalle:FOLDER or diffusers:FOLDER.")
+        preflight.problems.append(error)
+    preflight.check(_folder(config).check)
+    inputs = preflight.check(lambda: open_inputs(config)) if config.tokenizer else None
+    preflight.finish()
     assert inputs is not None
     return inputs
-
-
-def _check_named(config: AnalyzeConfig) -> None:
-    if not config.tokenizer:
-        raise ConfigError("--tokenizer is missing: give a codebook run, dalle:FOLDER or diffusers:FOLDER.")
 
 
 def _folder(config: AnalyzeConfig) -> OutputFolder:
@@ -145,7 +141,7 @@ def _folder(config: AnalyzeConfig) -> OutputFolder:
         config.out,
         example="runs/analysis",
         kind="an analysis",
-        mark="analysis.json",
+        marker="analysis.json",
         is_own=_is_analysis,
         overwrite=config.overwrite,
     )
@@ -154,7 +150,7 @@ def _folder(config: AnalyzeConfig) -> OutputFolder:
 def _is_analysis(out: Path) -> bool:
     from pecobook.utils.folder_lock import content
 
-    # One that was killed has pictures alone.
+    # An analysis that was interrupted early has only pictures.
     return (out / "analysis.json").is_file() or {file.name for file in content(out)} <= _FILES
 
 

@@ -1,6 +1,8 @@
-"""Usage and galleries of a whole token bank: its files are read in order and never held, so a million images will do.
+"""Codebook usage and patch galleries of a whole token bank.
 
-V views of each image, h w latent grid, K codewords.
+The files of the bank are read one after the other and are not kept in memory, so a bank may hold millions of images.
+
+Shapes: V views of each image, latent grid (h, w), K codewords.
 """
 
 from __future__ import annotations
@@ -12,137 +14,139 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pecobook.analysis.codewords import CodeUsage, Gallery, GalleryPatch, GalleryRow, patch_window, usage_of_counts
+from pecobook.analysis.codewords import CodeUsage, Gallery, GalleryPatch, GalleryRow, patch_window, usage_from_counts
 from pecobook.data.decode import BadImage
-from pecobook.data.sampler import key, mix_all
+from pecobook.data.named_views import NamedViews
+from pecobook.data.sampler import key, splitmix64_array
 from pecobook.data.source import ImageSource
+from pecobook.data.stream import Stream, collate
 from pecobook.data.tokens import TokenBank
-from pecobook.data.views import colour_draws, random_crop
 from pecobook.errors import DataError
-from pecobook.settings.images import PhotometricConfig
-from pecobook.stages.pretrain import coloured
 
-_CHUNK = 2**22  # codes looked at together
+CHUNK = 2**22  # codes that are processed at once
 
 
 @dataclass(frozen=True)
 class Occurrences:
-    """Where a codeword occurs: how often, in how many images, and a few places drawn at random."""
+    """The occurrences of a codeword: their number, the number of images, and a few positions drawn at random."""
 
     codeword: int
     count: int
     images: int
     drawn: tuple[tuple[int, int, int, int], ...]
-    """(image, view, row, column), one an image, in random order."""
+    """(image, view, row, column), one position per image, in random order."""
 
 
 def _chunks(bank: TokenBank) -> Iterator[tuple[NDArray[np.int64], NDArray[np.uint16]]]:
-    """Numbers (n,) of images, and codes (n, V h w); without images that could not be read, whose codes mean nothing."""
+    """Yield indices (n,) and codes (n, V h w) of images, without unreadable images, whose codes have no meaning."""
     layout = bank.layouts["train"]
-    each = layout.num_views * layout.grid[0] * layout.grid[1]
-    step = max(_CHUNK // each, 1)
+    codes_per_image = layout.num_views * layout.grid[0] * layout.grid[1]
+    step = max(CHUNK // codes_per_image, 1)
     for shard in range(layout.num_shards):
         codes, first = bank.shard("train", shard), layout.images_of(shard).start
         for start in range(0, len(codes), step):
-            part = codes[start : start + step].reshape(-1, each)
-            numbers = np.arange(first + start, first + start + len(part))
-            whole = np.isin(numbers, bank.skipped, invert=True)
-            yield numbers[whole], part[whole]
+            part = codes[start : start + step].reshape(-1, codes_per_image)
+            indices = np.arange(first + start, first + start + len(part))
+            readable = np.isin(indices, bank.skipped, invert=True)
+            yield indices[readable], part[readable]
 
 
 def bank_usage(bank: TokenBank, num_codewords: int) -> CodeUsage:
-    """How the training images use the codebook.
+    """Measure how the training images use the codebook.
 
     Raises:
         DataError: a file of the bank is damaged.
     """
     counts = np.zeros(num_codewords, dtype=np.int64)
     for _, codes in _chunks(bank):
-        part = np.bincount(codes.reshape(-1), minlength=num_codewords)
-        if len(part) > num_codewords:
+        chunk_counts = np.bincount(codes.reshape(-1), minlength=num_codewords)
+        if len(chunk_counts) > num_codewords:
             raise DataError(
-                f"The token bank '{bank.folder}' holds code {len(part) - 1}, and there are {num_codewords} codewords."
+                f"The token bank '{bank.folder}' holds code {len(chunk_counts) - 1}, but there are only "
+                f"{num_codewords} codewords."
             )
-        counts += part
-    return usage_of_counts(counts)
+        counts += chunk_counts
+    return usage_from_counts(counts)
 
 
 def find_occurrences(
     bank: TokenBank, codewords: Sequence[int], num_codewords: int, *, patches: int, seed: int
 ) -> list[Occurrences]:
-    """Where codewords occur among all training images.
+    """Find the occurrences of codewords in all training images.
 
-    An image's rank is a hash of (seed, codeword, image), and the `patches` lowest are drawn: what is drawn for one
-    codeword depends on no other, on no order of reading, and needs no list of all its places.
+    The rank of an image is a hash of (seed, codeword, image), and the images with the `patches` lowest ranks are drawn.
+    The drawn images of one codeword therefore depend neither on the other codewords nor on the order of reading, and no
+    list of all positions is needed.
     """
     layout = bank.layouts["train"]
     shape = (layout.num_views, *layout.grid)
-    numbers = np.full(num_codewords, len(codewords), dtype=np.uint16)
-    numbers[list(codewords)] = np.arange(len(codewords))
-    found = [_Draw(key(seed, codeword), patches) for codeword in codewords]
+    number_of = np.full(num_codewords, len(codewords), dtype=np.uint16)  # of each codeword in `codewords`
+    number_of[list(codewords)] = np.arange(len(codewords))
+    samples = [_Sample(key(seed, codeword), patches) for codeword in codewords]
     for images, codes in _chunks(bank):
-        number = numbers[codes]
-        rows, places = np.nonzero(number < len(codewords))
-        which = number[rows, places]
-        for index, draw in enumerate(found):
-            mine = which == index
-            draw.add(images[rows[mine]], places[mine])
+        numbers = number_of[codes]
+        rows, positions = np.nonzero(numbers < len(codewords))
+        numbers = numbers[rows, positions]
+        for number, sample in enumerate(samples):
+            matches = numbers == number
+            sample.add(images[rows[matches]], positions[matches])
     return [
         Occurrences(
-            codeword, draw.count, draw.images, tuple((image, *_unravel(place, shape)) for _, image, place in draw.kept)
+            codeword,
+            sample.count,
+            sample.images,
+            tuple((image, *_unravel(position, shape)) for _, image, position in sample.drawn),
         )
-        for codeword, draw in zip(codewords, found, strict=True)
+        for codeword, sample in zip(codewords, samples, strict=True)
     ]
 
 
-def _unravel(place: int, shape: tuple[int, ...]) -> tuple[int, int, int]:
-    view, row, column = np.unravel_index(place, shape)
+def _unravel(position: int, shape: tuple[int, ...]) -> tuple[int, int, int]:
+    view, row, column = np.unravel_index(position, shape)
     return int(view), int(row), int(column)
 
 
-class _Draw:
-    """The images of least rank that hold a codeword, each with one place of it."""
+class _Sample:
+    """The images with the lowest ranks that contain a codeword, with one position of the codeword in each image."""
 
-    def __init__(self, draw_key: int, size: int) -> None:
-        self.key, self.size, self.count, self.images = np.uint64(draw_key), size, 0, 0
-        self.kept: list[tuple[int, int, int]] = []  # (rank, image, place), in order
+    def __init__(self, sample_key: int, size: int) -> None:
+        self.key, self.size, self.count, self.images = np.uint64(sample_key), size, 0, 0
+        self.drawn: list[tuple[int, int, int]] = []  # (rank, image, position), sorted
 
-    def add(self, images: NDArray[np.int64], places: NDArray[np.int64]) -> None:
-        """Places of images, in order of the image, all of an image at once."""
+    def add(self, images: NDArray[np.int64], positions: NDArray[np.int64]) -> None:
+        """Add positions (n,) in images (n,), sorted by image; one call must contain all positions of an image."""
         if len(images) == 0:
             return
         self.count += len(images)
         starts = np.flatnonzero(np.diff(images, prepend=-1))
         self.images += len(starts)
         lengths = np.diff(starts, append=len(images))
-        ranks = mix_all(images[starts].astype(np.uint64) ^ self.key)
+        ranks = splitmix64_array(images[starts].astype(np.uint64) ^ self.key)
         lowest = np.argsort(ranks, kind="stable")[: self.size]
-        # Which of an image's places is shown: another hash of the same.
-        chosen = starts[lowest] + (mix_all(ranks[lowest]) % lengths[lowest].astype(np.uint64)).astype(np.int64)
-        new = zip(ranks[lowest].tolist(), images[chosen].tolist(), places[chosen].tolist(), strict=True)
-        self.kept = sorted([*self.kept, *new])[: self.size]
+        # A second hash chooses the position within the image.
+        chosen = starts[lowest] + (splitmix64_array(ranks[lowest]) % lengths[lowest].astype(np.uint64)).astype(np.int64)
+        new = zip(ranks[lowest].tolist(), images[chosen].tolist(), positions[chosen].tolist(), strict=True)
+        self.drawn = sorted([*self.drawn, *new])[: self.size]
 
 
-def bank_gallery(
-    bank: TokenBank, source: ImageSource, found: Sequence[Occurrences], *, context: float = 1.0
-) -> Gallery:
-    """Pictures of places: the views that were tokenized, made again, without images that cannot be read any more."""
+def bank_gallery(bank: TokenBank, source: ImageSource, occurrences: Sequence[Occurrences]) -> Gallery:
+    """Cut the drawn patches out of the views that were tokenized; images that are no longer readable are left out."""
     rows = []
-    for places in found:
+    for occurrence in occurrences:
         patches = []
-        for image, view, row, column in places.drawn:
+        for image, view, row, column in occurrence.drawn:
             try:
                 pixels = view_of(bank.config, source, image, view)
             except BadImage:
                 continue
-            window, box = patch_window(pixels, bank.layouts["train"].grid, row, column, context)
+            window, box = patch_window(pixels, bank.layouts["train"].grid, row, column)
             patches.append(GalleryPatch(image, row, column, window, box))
-        rows.append(GalleryRow(places.codeword, places.count, places.images, tuple(patches)))
+        rows.append(GalleryRow(occurrence.codeword, occurrence.count, occurrence.images, tuple(patches)))
     return Gallery(tuple(rows))
 
 
 def view_of(config: dict[str, Any], source: ImageSource, image: int, view: int) -> Any:
-    """The view of an image that a bank names so: float (3, S, S) in [0, 1]. Raises BadImage."""
-    view_key = key(int(config["seed"]), image, view)
-    crop = random_crop(source.read(image), int(config["image_size"]), view_key, min_area=float(config["min_crop"]))
-    return coloured(crop[None], colour_draws(view_key)[None], PhotometricConfig(**config["colour"]))[0]
+    """Returns a view of an image as the bank defines it: float (3, S, S) in [0, 1]. Raises BadImage."""
+    views = NamedViews.of_bank(config)
+    sample = Stream(source, views.train, views.seed).views(image, [view])
+    return views.pixels(collate(sample), training=True)[0]

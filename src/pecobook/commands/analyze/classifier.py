@@ -1,4 +1,4 @@
-"""A classifier that looks at originals and at reconstructions (paper, Table 4, right)."""
+"""The classifier for originals and reconstructions (paper, Table 4, right)."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ if TYPE_CHECKING:
 
 
 class Classifier(nn.Module):
-    """A timm network with a head, its input, and which of its classes are the data's.
+    """A timm network with a head, restricted to the classes of the data.
 
     Args:
         network: the network.
-        size: side it takes, pixels.
-        mean: of its input's normalisation.
-        std: the same.
-        columns: int64 (C,), the number among its classes of each class of the data.
+        size: side of the input in pixels.
+        mean: mean of the input's normalisation.
+        std: standard deviation of the input's normalisation.
+        columns: int64 (C,), the index of each class of the data among the network's classes.
     """
 
     def __init__(
@@ -46,55 +46,57 @@ class Classifier(nn.Module):
 
     @torch.inference_mode()
     def accuracy(self, images: Tensor, labels: Tensor | None) -> float | None:
-        """Percent of float images (N, 3, H, W) in [0, 1] classified rightly, among the data's classes alone."""
+        """Return the accuracy in percent on float images (N, 3, H, W) in [0, 1]; None without labels.
+
+        Only the classes of the data can be predicted.
+        """
         if labels is None:
             return None
-        device, right = self.mean.device, 0
-        for part, own in zip(torch.split(images, 64), torch.split(labels, 64), strict=True):
-            x = part.to(device)
+        correct = 0
+        for part, part_labels in zip(torch.split(images, 64), torch.split(labels, 64), strict=True):
+            x = part.to(self.mean.device)
             if x.shape[-1] != self.size:
                 x = F.interpolate(x, (self.size, self.size), mode="bicubic", antialias=True).clamp(0, 1)
             logits = self.network((x - self.mean) / self.std)[:, self.columns]
-            right += int((logits.argmax(1).cpu() == own).sum())
-        return round(100 * right / len(labels), 3)
+            correct += int((logits.argmax(1).cpu() == part_labels).sum())
+        return round(100 * correct / len(labels), 3)
 
 
 def open_classifier(config: AnalyzeConfig, splits: Splits) -> Classifier:
-    """The classifier that the settings name.
+    """Load the classifier of the settings.
 
     Raises:
-        PecobookError: there is none, or its classes are not the data's.
+        PecobookError: the classifier does not exist, or does not have the classes of the data.
     """
     classes = splits.train.classes
     if classes is None:
-        raise DataError(f"--classifier is of no use: --data '{config.data}' has no labels.")
+        raise DataError(f"--classifier needs labels: --data '{config.data}' has no labels.")
     name = config.classifier
     if name.startswith("timm:"):
-        bare = name.removeprefix("timm:")
-        network = create_network(bare, pretrained=not config.classifier_weights)
+        network = create_network(name.removeprefix("timm:"), pretrained=not config.classifier_weights)
         if config.classifier_weights:
             load_state(network, read_weights(config.classifier_weights), source=config.classifier_weights)
         settings = getattr(network, "pretrained_cfg", None) or {}
         count = int(network.num_classes)  # type: ignore[arg-type]
         if count != len(classes):
             raise ConfigError(
-                f"--classifier {name} knows {count} classes and --data '{config.data}' has {len(classes)}: "
-                "they must be the same ones, in the same order. A finetune run brings names of its own."
+                f"--classifier {name} has {count} classes and --data '{config.data}' has {len(classes)}: "
+                "the classes must be the same, in the same order. (The classes of a finetune run are matched by name.)"
             )
         size, columns = settings.get("input_size", (3, 224, 224))[-1], torch.arange(count)
         mean, std = settings.get("mean", IMAGENET_MEAN), settings.get("std", IMAGENET_STD)
     else:
         exported, state = read_export(Path(name).parent if Path(name).is_file() else name)
         if exported.get("kind") != "classifier":  # segmenters and detectors have classes, too
-            raise ConfigError(f"--classifier '{name}' is no run of pecobook finetune: it is a {exported.get('kind')}.")
-        known = {label: number for number, label in enumerate(exported["classes"])}
-        missing = [label for label in classes if label not in known]
+            raise ConfigError(f"--classifier '{name}' is not a finetune run: it is a {exported.get('kind')}.")
+        index_of = {label: index for index, label in enumerate(exported["classes"])}
+        missing = [label for label in classes if label not in index_of]
         if missing:
             raise ConfigError(
-                f"--classifier '{Path(name)}' does not know the class '{missing[0]}' of --data '{config.data}'"
-                f"{f' (and {len(missing) - 1} more)' if len(missing) > 1 else ''}."
+                f"--classifier '{Path(name)}' does not have the class '{missing[0]}' of --data '{config.data}'"
+                f"{f' (and {len(missing) - 1} more are missing)' if len(missing) > 1 else ''}."
             )
         network = exported_network(exported, state, name)
-        size, columns = exported["image_size"], torch.tensor([known[label] for label in classes])
+        size, columns = exported["image_size"], torch.tensor([index_of[label] for label in classes])
         mean, std = exported["mean"], exported["std"]
     return Classifier(network.eval(), size, tuple(mean), tuple(std), columns).eval().to(device())

@@ -1,4 +1,4 @@
-"""All that an analysis looks at, opened and checked before anything is written."""
+"""The inputs of an analysis, which are opened and checked before anything is written."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class TokenizerInput:
-    """A tokenizer and what it is called."""
+    """A tokenizer with the name that tables and pictures show."""
 
     name: str
     source: str
@@ -36,7 +36,7 @@ class TokenizerInput:
 
 @dataclasses.dataclass(frozen=True)
 class AnalysisInputs:
-    """All that is analysed."""
+    """The opened inputs of an analysis."""
 
     splits: Splits
     tokenizers: list[TokenizerInput]
@@ -44,27 +44,27 @@ class AnalysisInputs:
     classifier: Classifier | None
     distance: PerceptualDistance | None
     judgements: dict[Path, float]
-    """Of people, as `find_bapps` tells them; empty where none were asked for."""
+    """Human judgements, as `find_bapps` returns them; empty without --judgements."""
 
 
 def open_inputs(config: AnalyzeConfig) -> AnalysisInputs:
-    """Open everything that is named. Raises PreflightError with all problems, not only the first."""
-    found = Preflight()
-    splits = found.check(lambda: open_images(config.data))
+    """Open all inputs of the settings. Raises PreflightError with all problems, not only the first."""
+    preflight = Preflight()
+    splits = preflight.check(lambda: open_images(config.data))
     sources = (config.tokenizer, *config.against)
     tokenizers = []
     for name, source in zip(unique_names(sources), sources, strict=True):
-        tokenizer_input = found.check(partial(_open, config, name, source))
+        tokenizer_input = preflight.check(partial(_open, config, name, source))
         tokenizers += [tokenizer_input] if tokenizer_input is not None else []
-    if splits is not None and not found.problems:
-        tokenizers = found.check(partial(_with_banks, config, tokenizers, splits)) or tokenizers
-    runs = found.check(lambda: open_runs(config.backbone))
+    if splits is not None and not preflight.problems:
+        tokenizers = preflight.check(partial(_with_banks, config, tokenizers, splits)) or tokenizers
+    runs = preflight.check(lambda: open_runs(config.backbone))
     classifier = None
     if config.classifier and splits is not None:
-        classifier = found.check(partial(open_classifier, config, splits))
-    distance = found.check(lambda: _distance(config, tokenizers)) if config.perceptual else None
-    judgements = found.check(lambda: find_bapps(Path(config.judgements))) if config.judgements else None
-    found.finish()
+        classifier = preflight.check(partial(open_classifier, config, splits))
+    distance = preflight.check(lambda: _distance(config, tokenizers)) if config.perceptual else None
+    judgements = preflight.check(lambda: find_bapps(Path(config.judgements))) if config.judgements else None
+    preflight.finish()
     assert splits is not None
     assert runs is not None
     return AnalysisInputs(splits, tokenizers, runs, classifier, distance, judgements or {})
@@ -80,29 +80,31 @@ def _open(config: AnalyzeConfig, name: str, source: str) -> TokenizerInput:
 
 
 def _with_banks(config: AnalyzeConfig, inputs: list[TokenizerInput], splits: Splits) -> list[TokenizerInput]:
-    """Give each tokenizer the bank that it made. Raises DataError for one of another tokenizer or of other images."""
-    prints = [fingerprint(tokenizer_input.tokenizer) for tokenizer_input in inputs] if config.tokens else []
+    """Assign each bank to its tokenizer. Raises DataError for a bank of another tokenizer or of other images."""
+    fingerprints = [fingerprint(tokenizer_input.tokenizer) for tokenizer_input in inputs] if config.tokens else []
     for folder in config.tokens:
         bank = TokenBank(folder)
-        wrong = bank_differences(bank.config, {"data": splits.train.fingerprint})
-        if wrong:
-            raise DataError(f"--tokens '{folder}' is of other images than --data '{config.data}': {wrong[0]}.")
-        if bank.config["tokenizer"] not in prints:
-            raise DataError(f"--tokens '{folder}' was made by none of the tokenizers: give its tokenizer too.")
-        number = prints.index(bank.config["tokenizer"])
-        inputs = [*inputs[:number], dataclasses.replace(inputs[number], bank=bank), *inputs[number + 1 :]]
+        differences = bank_differences(bank.config, {"data": splits.train.fingerprint})
+        if differences:
+            raise DataError(
+                f"--tokens '{folder}' was made from other images than --data '{config.data}': {differences[0]}."
+            )
+        if bank.config["tokenizer"] not in fingerprints:
+            raise DataError(f"--tokens '{folder}' was made by another tokenizer: give that tokenizer too.")
+        index = fingerprints.index(bank.config["tokenizer"])
+        inputs = [*inputs[:index], dataclasses.replace(inputs[index], bank=bank), *inputs[index + 1 :]]
     return inputs
 
 
 def _distance(config: AnalyzeConfig, inputs: list[TokenizerInput]) -> PerceptualDistance:
-    own = PerceptualDistance(config.perceptual, config.perceptual_layers, config.perceptual_weights or None)
+    distance = PerceptualDistance(config.perceptual, config.perceptual_layers, config.perceptual_weights or None)
     for tokenizer_input in inputs:
         size = tokenizer_input.tokenizer.image_size
         try:
-            own.check_image_size(size, size)
+            distance.check_image_size(size, size)
         except WeightsError:
             raise WeightsError(
-                f"--perceptual '{config.perceptual}' gives nothing to compare of the {size} x {size} pixels of "
-                f"'{tokenizer_input.name}': name earlier layers by --perceptual-layers, or another network."
+                f"--perceptual '{config.perceptual}' gives no features of the {size} x {size} pixel images of "
+                f"'{tokenizer_input.name}': give earlier layers with --perceptual-layers, or another network."
             ) from None
-    return own.to(device())
+    return distance.to(device())

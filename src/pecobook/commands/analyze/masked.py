@@ -1,4 +1,4 @@
-"""What pre-trained ViTs predict behind a mask (paper, Figures 4 and 5), in pictures and by share of masked patches."""
+"""Masked prediction of pre-trained ViTs (paper, Figures 4 and 5): pictures, and accuracy by share of masked patches."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from pecobook.analysis import figures as draw
 from pecobook.analysis.masked_prediction import decode_prediction, hide, predict_masked
 from pecobook.commands.analyze.names import unique_names
-from pecobook.commands.analyze.pictures import at_side, spread
+from pecobook.commands.analyze.pictures import evenly_spaced, resize_nearest
 from pecobook.commands.masked_run import load_masked_run
 from pecobook.data.masking import blockwise_mask
 from pecobook.data.stream import read_all
@@ -26,42 +26,41 @@ if TYPE_CHECKING:
     from pecobook.data.source import ImageSource
 
 SHARES = (45 / 196, 75 / 196, 120 / 196)
-"""Masked patches in the paper's Figure 5, of a 14 x 14 grid."""
-_MEASURED = 256  # images
+"""Shares of masked patches in the paper's Figure 5, whose grid is 14 x 14."""
+_MAX_IMAGES = 256
 
 
 @dataclasses.dataclass(frozen=True)
 class Predictions:
-    """What was found."""
+    """The masked predictions of all runs."""
 
-    figures: list[dict[str, Any]]
+    records: list[dict[str, Any]]
+    """The metrics of each run, as in `analysis.json`."""
     columns: dict[tuple[float, tuple[int, int]], list[tuple[str, Tensor]]]
-    """(share, grid) to original, masked and each run's prediction, with their titles."""
+    """Titles and images of the original, the masked image and each run's prediction, by (share, grid)."""
 
     def draw(self) -> dict[str, bytes]:
-        """A picture for each share of masked patches, and each grid where they differ."""
-        grids = {grid for _, grid in self.columns}
-        return {
-            f"masked-{round(100 * share)}" + (f"-{grid[0]}x{grid[1]}" if len(grids) > 1 else "") + ".png": (
-                draw.image_columns(own)
-            )
-            for (share, grid), own in self.columns.items()
-        }
+        """Draw a picture for each share of masked patches, and for each grid if the runs have different grids."""
+        pictures = {}
+        for (share, grid), columns in self.columns.items():
+            suffix = f"-{grid[0]}x{grid[1]}" if len({grid for _, grid in self.columns}) > 1 else ""
+            pictures[f"masked-{round(100 * share)}{suffix}.png"] = draw.image_columns(columns)
+        return pictures
 
 
 def open_runs(sources: Sequence[str]) -> dict[str, MaskedRun]:
-    """Name to run. Raises WeightsError for one that is no finished run of `pretrain` on codes."""
+    """Load the runs, by name. Raises WeightsError if one is not a finished run of `pretrain` on codes."""
     return {name: load_masked_run(run) for name, run in zip(unique_names(sources), sources, strict=True)}
 
 
 def predict(runs: dict[str, MaskedRun], source: ImageSource, seed: int) -> Predictions:
-    """Predict behind masks with every run; runs on grids of one size see the same masks, and share a picture."""
-    figures: list[dict[str, Any]] = []
+    """Predict masked patches with every run; runs with equal grids get the same masks and share a picture."""
+    records: list[dict[str, Any]] = []
     columns: dict[tuple[float, tuple[int, int]], list[tuple[str, Tensor]]] = {}
     for name, run in runs.items():
         run = run.to(device())
-        images = to_float(read_all(source, run.image_size, limit=_MEASURED)[0])
-        rows = spread(len(images))
+        images = to_float(read_all(source, run.image_size, limit=_MAX_IMAGES)[0])
+        rows = evenly_spaced(len(images))
         record: dict[str, Any] = {"name": name, "by_share": []}
         for share in SHARES:
             mask = _masks(run.grid, share, len(images), run.config.mask.min_block, seed)
@@ -70,20 +69,20 @@ def predict(runs: dict[str, MaskedRun], source: ImageSource, seed: int) -> Predi
             record["by_share"].append(
                 {"masked": count, "share": round(share, 3), "accuracy": accuracy, "perplexity": perplexity}
             )
-            seen = [("original", images[rows]), ("masked", hide(images[rows], mask[rows]))]
-            shown = columns.setdefault((share, run.grid), seen)
+            inputs = [("original", images[rows]), ("masked", hide(images[rows], mask[rows]))]
+            picture = columns.setdefault((share, run.grid), inputs)
             decoded = decode_prediction(run, predict_masked(run, run, images[rows], mask[rows]))
-            shown.append((name, at_side(decoded, shown[0][1].shape[-1])))
-        figures.append(record)
+            picture.append((name, resize_nearest(decoded, picture[0][1].shape[-1])))
+        records.append(record)
         run.cpu()
-    return Predictions(figures, columns)
+    return Predictions(records, columns)
 
 
 def _masks(grid: tuple[int, int], share: float, count: int, min_block: int, seed: int) -> Tensor:
-    """The same masks for every run of this grid: bool (N, h, w)."""
-    hidden = min(max(round(share * grid[0] * grid[1]), 1), grid[0] * grid[1] - 1)
+    """Draw the masks, bool (N, h, w), which are the same for every run with this grid."""
+    num_masked = min(max(round(share * grid[0] * grid[1]), 1), grid[0] * grid[1] - 1)
     generator = torch.Generator().manual_seed(seed)
-    block = min(min_block, hidden)
+    block = min(min_block, num_masked)
     return torch.stack(
-        [blockwise_mask(grid, num_masked=hidden, min_block=block, generator=generator) for _ in range(count)]
+        [blockwise_mask(grid, num_masked=num_masked, min_block=block, generator=generator) for _ in range(count)]
     )

@@ -1,14 +1,16 @@
-"""The report of an analysis: what was measured, in tables and pictures, and how to read them.
+"""The report of an analysis: tables and pictures of the measurements, with explanations.
 
-`pecobook analyze` and `pecobook demo` write it. Each section is there when the results hold what it shows.
+`pecobook analyze` and `pecobook demo` write this report. A section is present if the results hold its data.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
+from pecobook.analysis.comparison import lookup
 from pecobook.analysis.report import Picture, Report, Section, Table
 from pecobook.analysis.wording import duration, fixed, out_of, thousands
 from pecobook.commands.analyze.comparing import (
@@ -19,7 +21,11 @@ from pecobook.commands.analyze.comparing import (
     what_was_compared,
 )
 
-Tokenizers = Sequence[Mapping[str, Any]]
+Tokenizer = Mapping[str, Any]
+"""The metrics of one tokenizer, as in `analysis.json`."""
+Tokenizers = Sequence[Tokenizer]
+Rows = list[tuple[str, Callable[[Tokenizer], str]]]
+"""The rows of a table: a title, and a function that returns the cell of a tokenizer."""
 
 
 def compose(
@@ -31,24 +37,25 @@ def compose(
     title: str = "",
     subtitle: str = "",
 ) -> Report:
-    """The page of `analysis.json` and its pictures, by name of their file.
+    """Compose the report from the contents of `analysis.json` and the pictures.
 
     Args:
-        results: as `analysis.json` holds them; with `comparisons`, those of `pecobook demo` (see `comparing`).
-        pictures: PNG.
-        cost: each step of the run and its seconds.
-        settings: shown as JSON.
-        title: of the page; empty says how many tokenizers there are.
-        subtitle: empty names the tokenizers.
+        results: the contents of `analysis.json`, or, with `comparisons`, the results of `pecobook demo` (see
+            `comparing`).
+        pictures: PNG bytes by file name.
+        cost: name and seconds of each step of the run.
+        settings: settings, which are shown as JSON.
+        title: title of the page; if empty, the title contains the number of tokenizers.
+        subtitle: subtitle of the page; if empty, the subtitle lists the tokenizers.
     """
     tokenizers: Tokenizers = results["tokenizers"]
     number = len(tokenizers)
     in_pairs = "comparisons" in results
-    parts = (
+    sections = (
         what_was_compared(results) if in_pairs else None,
-        _overview(results),
+        _overview(tokenizers),
         probe_comparisons(results) if in_pairs else None,
-        _semantics(results),
+        _semantics(tokenizers),
         _galleries(tokenizers, pictures),
         _reconstructions(pictures),
         _stability(tokenizers),
@@ -61,44 +68,42 @@ def compose(
         how_to_read() if in_pairs else None,
         _cost(results, cost, settings),
     )
-    whole = "What the codewords mean" if number == 1 else f"What the codewords of {number} tokenizers mean"
+    default_title = "What the codewords mean" if number == 1 else f"What the codewords of {number} tokenizers mean"
     return Report(
-        title=title or whole,
-        subtitle=subtitle or ", ".join(str(one["name"]) for one in tokenizers),
-        summary=summary_of_comparisons(results) if in_pairs else _summary(results),
+        title=title or default_title,
+        subtitle=subtitle or ", ".join(str(tokenizer["name"]) for tokenizer in tokenizers),
+        summary=summary_of_comparisons(results) if in_pairs else _summary(tokenizers),
         facts=_facts(results),
-        sections=tuple(part for part in parts if part is not None),
+        sections=tuple(section for section in sections if section is not None),
         footer="Made by pecobook, an open implementation of PeCo (arXiv 2111.12710). "
         "This page loads nothing from the network.",
     )
 
 
-def _summary(results: Mapping[str, Any]) -> tuple[str, ...]:
-    tokenizers: Tokenizers = results["tokenizers"]
+def _summary(tokenizers: Tokenizers) -> tuple[str, ...]:
     lines = []
-    probed = [one for one in tokenizers if one.get("codeword_probe") is not None]
+    probed = [tokenizer for tokenizer in tokenizers if tokenizer.get("codeword_probe") is not None]
     if probed:
-        said = ", ".join(f"{one['codeword_probe']:.1f}% ({one['name']})" for one in probed)
-        lines.append(f"From the mean of an image's codewords a linear classifier names its class in {said}.")
+        accuracies = ", ".join(f"{tokenizer['codeword_probe']:.1f}% ({tokenizer['name']})" for tokenizer in probed)
+        lines.append(f"The accuracy of a linear classifier on the mean codeword of an image is {accuracies}.")
     else:
-        lines.append("The images have no labels, so whether codewords tell classes apart was not measured.")
-    for one in tokenizers:
-        told = one["information"]
+        lines.append("The images have no labels, so it was not measured how well codewords separate classes.")
+    for tokenizer in tokenizers:
         parts = [
-            f"{100 * told[what]['share']:.1f}% of what there is to know of {words}"
-            for what, words in _TOLD
-            if what in told
+            f"{100 * tokenizer['information'][kind]['share']:.1f}% of the information about {words}"
+            for kind, words in _INFORMATION
+            if kind in tokenizer["information"]
         ]
-        lines.append(f"A code of {one['name']} tells {', '.join(parts)}.")
-    lines.append("One training of each tokenizer: differences between trainings are not in these figures.")
+        lines.append(f"A code of {tokenizer['name']} contains {', '.join(parts)}.")
+    lines.append("Each tokenizer was trained once, so these numbers do not show the variation between trainings.")
     return tuple(lines)
 
 
-_TOLD = (("label", "the image's class"), ("colour", "the patch's colour"), ("edges", "its edges"))
+_INFORMATION = (("label", "the image's class"), ("colour", "the patch's colour"), ("edges", "the patch's edges"))
 
 
 def _facts(results: Mapping[str, Any]) -> tuple[tuple[str, str], ...]:
-    measured = [one["num_images"] for one in results["tokenizers"] if "num_images" in one]
+    measured = [tokenizer["num_images"] for tokenizer in results["tokenizers"] if "num_images" in tokenizer]
     facts = (
         ("Images from", results.get("data")),
         ("Measured on", results.get("evaluation")),
@@ -116,117 +121,118 @@ def _count(value: float | None) -> str | None:
     return thousands(value) if value else None
 
 
-def _columns(
-    tokenizers: Tokenizers, rows: Sequence[tuple[str, Callable[[Mapping[str, Any]], str]]], note: str = ""
-) -> Table:
-    """A row a figure, a column a tokenizer."""
-    header = ("", *(str(one["name"]) for one in tokenizers))
-    return Table(header, tuple((title, *(cell(one) for one in tokenizers)) for title, cell in rows), note)
+def _number(*keys: str, digits: int) -> Callable[[Tokenizer], str]:
+    """Return a function that formats the number under nested keys; a missing number becomes a dash."""
+    return lambda tokenizer: fixed(lookup(tokenizer, *keys), digits)
 
 
-def _overview(results: Mapping[str, Any]) -> Section:
-    tokenizers: Tokenizers = results["tokenizers"]
-    probes = [] if any("information" in one for one in tokenizers) else _PROBES  # else they stand beside it
-    rows: list[tuple[str, Callable[[Mapping[str, Any]], str]]] = [
-        ("pixels a token", lambda one: f"{one['stride']} x {one['stride']}" if "stride" in one else "–"),
-        ("image size, pixels", lambda one: str(one.get("image_size", "–"))),
-        ("codewords used", lambda one: out_of(one.get("codes_used"), one.get("num_codewords"))),
-        ("perplexity", lambda one: fixed(one.get("perplexity"), 0)),
-        *_of_banks(tokenizers),
-        ("PSNR, dB", lambda one: fixed(one.get("psnr"), 2)),
-        ("SSIM", lambda one: fixed(one.get("ssim"), 3)),
-        ("perceptual distance", lambda one: fixed(one.get("perceptual_distance"), 3)),
-        *probes,
+def _table(tokenizers: Tokenizers, rows: Rows, note: str = "") -> Table:
+    """Make a table with one row per metric and one column per tokenizer."""
+    header = ("", *(str(tokenizer["name"]) for tokenizer in tokenizers))
+    return Table(header, tuple((title, *(cell(tokenizer) for tokenizer in tokenizers)) for title, cell in rows), note)
+
+
+def _token_size(tokenizer: Tokenizer) -> str:
+    return f"{tokenizer['stride']} x {tokenizer['stride']}" if "stride" in tokenizer else "–"
+
+
+def _overview(tokenizers: Tokenizers) -> Section:
+    rows: Rows = [
+        ("pixels a token", _token_size),
+        ("image size, pixels", lambda tokenizer: str(tokenizer.get("image_size", "–"))),
+        ("codewords used", lambda tokenizer: out_of(tokenizer.get("codes_used"), tokenizer.get("num_codewords"))),
+        ("perplexity", _number("perplexity", digits=0)),
+        *(_BANK_ROWS if any("bank" in tokenizer for tokenizer in tokenizers) else []),
+        ("PSNR, dB", _number("psnr", digits=2)),
+        ("SSIM", _number("ssim", digits=3)),
+        ("perceptual distance", _number("perceptual_distance", digits=3)),
+        # The section on semantics shows the probes too.
+        *([] if any("information" in tokenizer for tokenizer in tokenizers) else _PROBE_ROWS),
     ]
     note = (
-        "PSNR rewards equal pixels and a perceptual distance equal features, so each tokenizer does well on what it "
-        "was trained for. Tokenizers with another stride spend another number of tokens on an image. A dash means not "
-        "measured."
+        "PSNR rewards equal pixels, and a perceptual distance rewards equal features, so each tokenizer is good at "
+        "what it was trained for. Tokenizers with different strides use different numbers of tokens for an image. A "
+        "dash means that the value was not measured."
     )
-    return Section("At a glance", "", table=_columns(tokenizers, rows, note))
+    return Section("Overview", "", table=_table(tokenizers, rows, note))
 
 
-def _of_banks(tokenizers: Tokenizers) -> list[tuple[str, Callable[[Mapping[str, Any]], str]]]:
-    """Rows on all training images, where a token bank was given."""
-
-    def cell(tell: Callable[[Mapping[str, Any]], str]) -> Callable[[Mapping[str, Any]], str]:
-        return lambda one: tell(one["bank"]) if "bank" in one else "–"
-
-    if not any("bank" in one for one in tokenizers):
-        return []
-    return [
-        ("token bank: images", cell(lambda bank: thousands(bank["num_images"]))),
-        ("token bank: codewords used", cell(lambda bank: thousands(bank["codes_used"]))),
-        ("token bank: perplexity", cell(lambda bank: fixed(bank["perplexity"], 0))),
-    ]
-
-
-def _semantics(results: Mapping[str, Any]) -> Section | None:
-    tokenizers: Tokenizers = results["tokenizers"]
-    if not any("information" in one for one in tokenizers):
-        return None
-    rows: list[tuple[str, Callable[[Mapping[str, Any]], str]]] = []
-    text = (
-        "Codes are compared with three things: the class of the image, the colour of the patch (27 coarse ones) and "
-        "the strength of its edges (eight levels). Mutual information is given as a share of what there is to know of "
-        "each, after taking off what codes of other images seem to know. A codebook is semantic rather than one of "
-        "texture when the share of the class is large beside those of colour and edges, not when it is large alone."
-    )
-    if tokenizers[0]["codeword_probe"] is None:
-        text += "\n\nThe images have no labels: what is said of classes needs them and is left out."
-    else:
-        rows += _PROBES
-    if "classifier" in tokenizers[0]:
-        rows += [
-            ("originals classified rightly, %", lambda one: fixed(one["classifier"]["originals"], 1)),
-            ("reconstructions classified rightly, %", lambda one: fixed(one["classifier"]["reconstructions"], 1)),
-        ]
-    for what, words in _TOLD:
-        if what in tokenizers[0]["information"]:
-            rows += [
-                (f"tells of {words}, %", lambda one, what=what: fixed(100 * one["information"][what]["share"], 1)),  # type: ignore[misc]
-                ("   purity, %", lambda one, what=what: _purity(one["information"][what])),  # type: ignore[misc]
-            ]
-    note = (
-        "Purity: percent of patches that have the most frequent value of their code; in brackets, what codes of other "
-        "images have. Errors are sampling errors of the probe on these images."
-    )
-    return Section("Semantic, or texture?", text, table=_columns(tokenizers, rows, note))
-
-
-def _with_error(one: Mapping[str, Any], name: str) -> str:
-    value, error = one.get(name), one.get(f"{name}_error")
+def _with_error(name: str, tokenizer: Tokenizer) -> str:
+    value, error = tokenizer.get(name), tokenizer.get(f"{name}_error")
     return f"{value:.1f} ± {error:.1f}" if value is not None and error is not None else "–"
 
 
-_PROBES: list[tuple[str, Callable[[Mapping[str, Any]], str]]] = [
-    ("linear probe of mean codewords, %", lambda one: _with_error(one, "codeword_probe")),
-    ("linear probe of bags of codes, %", lambda one: _with_error(one, "bag_probe")),
+_PROBE_ROWS: Rows = [
+    ("linear probe of mean codewords, %", partial(_with_error, "codeword_probe")),
+    ("linear probe of bags of codes, %", partial(_with_error, "bag_probe")),
+]
+_BANK_ROWS: Rows = [
+    ("token bank: images", lambda tokenizer: out_of(lookup(tokenizer, "bank", "num_images"), None)),
+    ("token bank: codewords used", lambda tokenizer: out_of(lookup(tokenizer, "bank", "codes_used"), None)),
+    ("token bank: perplexity", _number("bank", "perplexity", digits=0)),
 ]
 
 
-def _purity(told: Mapping[str, float]) -> str:
-    return f"{told['purity']:.1f} ({told['null_purity']:.1f})"
+def _semantics(tokenizers: Tokenizers) -> Section | None:
+    if not any("information" in tokenizer for tokenizer in tokenizers):
+        return None
+    rows: Rows = []
+    text = (
+        "Codes are compared with three values: the class of the image, the colour of the patch (27 coarse colours) and "
+        "the strength of the patch's edges (eight levels). The table gives the mutual information as a share of the "
+        "entropy of each value, corrected by the mutual information with codes of other images. A codebook is semantic "
+        "rather than a codebook of textures if the share of the class is large relative to the shares of colour and "
+        "edges; a large share of the class alone is not enough."
+    )
+    if tokenizers[0]["codeword_probe"] is None:
+        text += "\n\nThe images have no labels, so the measurements that need classes are left out."
+    else:
+        rows += _PROBE_ROWS
+    if "classifier" in tokenizers[0]:
+        rows += [
+            ("classifier accuracy on originals, %", _number("classifier", "originals", digits=1)),
+            ("classifier accuracy on reconstructions, %", _number("classifier", "reconstructions", digits=1)),
+        ]
+    for kind, words in _INFORMATION:
+        if kind in tokenizers[0]["information"]:
+            rows += [
+                (f"information about {words}, %", partial(_share, kind)),
+                ("   purity, %", partial(_purity, kind)),
+            ]
+    note = (
+        "Purity is the percentage of patches that have the most frequent value of their code; the purity of codes of "
+        "other images is given in brackets. Errors are sampling errors of the probe on these images."
+    )
+    return Section("Semantics or texture", text, table=_table(tokenizers, rows, note))
+
+
+def _share(kind: str, tokenizer: Tokenizer) -> str:
+    return fixed(100 * tokenizer["information"][kind]["share"], 1)
+
+
+def _purity(kind: str, tokenizer: Tokenizer) -> str:
+    information = tokenizer["information"][kind]
+    return f"{information['purity']:.1f} ({information['null_purity']:.1f})"
 
 
 def _galleries(tokenizers: Tokenizers, pictures: Mapping[str, bytes]) -> Section | None:
-    shown = [
-        Picture(png, "", f"Patches that share a codeword of {one['name']}", title=f"{one['name']}{where}")
-        for kind, where in (("gallery", ""), ("bank-gallery", ", all training images"))
-        for one in tokenizers
-        if (png := _of(pictures, kind, one)) is not None
+    galleries = [
+        Picture(png, "", f"Patches that share a codeword of {tokenizer['name']}", title=f"{tokenizer['name']}{suffix}")
+        for kind, suffix in (("gallery", ""), ("bank-gallery", ", all training images"))
+        for tokenizer in tokenizers
+        if (png := _picture_of(tokenizer, kind, pictures)) is not None
     ]
     text = (
-        "Each block holds patches with the same codeword, outlined in their surroundings: first the codewords that "
-        "were asked for and four drawn at random from those in use, then the most used ones. Patches are drawn at "
-        "random, one from each image first. Look for what a block has in common: a colour, a texture, an edge, a part "
-        "of a thing."
+        "Each block shows patches with the same codeword, outlined in their surroundings: first the requested "
+        "codewords and four codewords drawn at random from those in use, then the most used codewords. The patches are "
+        "drawn at random; each image gives one patch before any image gives a second one. Look for what the patches of "
+        "a block have in common: a colour, a texture, an edge, a part of an object."
     )
-    return Section("What shares a codeword", text, tuple(shown), side_by_side=True) if shown else None
+    return Section("Patches that share a codeword", text, tuple(galleries), side_by_side=True) if galleries else None
 
 
-def _of(pictures: Mapping[str, bytes], kind: str, one: Mapping[str, Any]) -> bytes | None:
-    file = one.get("pictures", {}).get(kind)
+def _picture_of(tokenizer: Tokenizer, kind: str, pictures: Mapping[str, bytes]) -> bytes | None:
+    file = lookup(tokenizer, "pictures", kind)
     return None if file is None else pictures[file.removeprefix("pictures/")]
 
 
@@ -235,107 +241,109 @@ def _reconstructions(pictures: Mapping[str, bytes]) -> Section | None:
         return None
     picture = Picture(
         pictures["reconstructions.png"],
-        "Held-out images, and what each tokenizer makes of them from codes alone.",
+        "Held-out images, and the reconstructions that each tokenizer decodes from codes.",
         "Grid of originals and reconstructions",
     )
     text = (
-        "Codes are a narrow passage: what does not fit is lost, and the loss that trains the codebook decides what "
-        "goes first. A blurred picture is not a worse codebook for pre-training, nor a sharp one a better."
+        "Codes cannot hold all of an image, and the loss that trains the codebook decides which information is lost "
+        "first. A blurred reconstruction does not mean a worse codebook for pre-training, and a sharp reconstruction "
+        "does not mean a good one."
     )
-    return Section("What the codes keep of an image", text, (picture,))
+    return Section("Reconstructions", text, (picture,))
 
 
 def _stability(tokenizers: Tokenizers) -> Section | None:
-    if not any("stability" in one for one in tokenizers):
+    if not any("stability" in tokenizer for tokenizer in tokenizers):
         return None
-    names = list(tokenizers[0]["stability"])
-    rows: list[tuple[str, Callable[[Mapping[str, Any]], str]]] = [
-        (name, lambda one, name=name: fixed(one["stability"].get(name), 1))  # type: ignore[misc]
-        for name in names
-    ]
+    rows: Rows = [(name, _number("stability", name, digits=1)) for name in tokenizers[0]["stability"]]
     text = (
-        "How many codes stay at their place when an image changes in ways that leave what it shows, in percent. A code "
-        "that stands for a thing should stay; one that stands for exact pixels cannot. A quarter patch is another "
-        "number of pixels for another stride."
+        "The table gives the percentage of codes that stay the same at their position when an image changes in a way "
+        "that keeps its content. A code that represents an object should stay the same; a code that represents exact "
+        "pixels cannot. A quarter patch is a different number of pixels for a different stride."
     )
-    return Section("How stable codes are", text, table=_columns(tokenizers, rows))
+    return Section("Stability of the codes", text, table=_table(tokenizers, rows))
 
 
 def _similarity(tokenizers: Tokenizers) -> Section | None:
-    if not any("similarity" in one for one in tokenizers):
+    if not any("similarity" in tokenizer for tokenizer in tokenizers):
         return None
-    rows: list[tuple[str, Callable[[Mapping[str, Any]], str]]] = []
-    for kind, title in (("shifted_over_blurred", "shifted"), ("agreement_with_people", "people")):
-        rows += [
-            (f"{title}: {name}", lambda one, k=kind, n=name: fixed(one["similarity"][k].get(n), 1))  # type: ignore[misc]
-            for name in tokenizers[0]["similarity"].get(kind, {})
-        ]
+    rows: Rows = [
+        (f"{title}: {name}", _number("similarity", kind, name, digits=1))
+        for kind, title in (("shifted_over_blurred", "shifted"), ("agreement_with_people", "people"))
+        for name in tokenizers[0]["similarity"].get(kind, {})
+    ]
     text = (
-        "A slightly shifted copy looks like the image and a blurred one does not, though pixels may say otherwise "
-        "(paper, Figure 1). The table tells in percent how often a distance finds the shifted copy nearer: of pixels, "
-        "of codewords at each place, and of the perceptual network where one is given."
+        "A slightly shifted copy looks similar to the image and a blurred copy does not, although the pixel error may "
+        "suggest the opposite (paper, Figure 1). The table gives the percentage of images whose shifted copy is "
+        "nearer, for the distance of pixels, of the codewords at each position, and of the perceptual network if there "
+        "is one."
     )
-    if any(title.startswith("people") for title, _ in rows):
+    if "judgements" in tokenizers[0]["similarity"]:
         number = thousands(tokenizers[0]["similarity"]["judgements"])
-        text += f" Below, the percentage of people with whom a distance agrees, over {number} judgements."
-    return Section("What looks alike", text, table=_columns(tokenizers, rows))
+        text += f" The rows below give the percentage of people who agree with a distance, over {number} judgements."
+    return Section("Image similarity", text, table=_table(tokenizers, rows))
 
 
 def _usage(tokenizers: Tokenizers, pictures: Mapping[str, bytes]) -> Section | None:
     if "usage.png" not in pictures:
         return None
-    shown = [
+    charts = [
         Picture(
             pictures["usage.png"],
-            "How often each codeword is used. A line that ends early leaves codewords idle.",
+            "How often each codeword is used. If a line ends early, many codewords are unused.",
             "Chart of codeword frequencies, most used first",
         )
     ]
-    for one in tokenizers:
-        png = _of(pictures, "positions", one)
+    for tokenizer in tokenizers:
+        png = _picture_of(tokenizer, "positions", pictures)
         if png is not None:
-            caption = f"{one['name']}: where few codewords occur, a place says little."
-            shown.append(Picture(png, caption, f"Map of the places of {one['name']}"))
-    return Section("How the codebook is used", "", tuple(shown), side_by_side=True)
+            name = tokenizer["name"]
+            caption = f"{name}: a position with few different codewords carries little information."
+            charts.append(Picture(png, caption, f"Map of positions of {name}"))
+    return Section("Codebook usage", "", tuple(charts), side_by_side=True)
 
 
 def _maps(tokenizers: Tokenizers, pictures: Mapping[str, bytes]) -> Section | None:
-    shown = []
-    for one in tokenizers:
+    maps = []
+    for tokenizer in tokenizers:
+        name = tokenizer["name"]
         for kind in ("map-usage", "map-classes"):
-            png = _of(pictures, kind, one)
+            png = _picture_of(tokenizer, kind, pictures)
             if png is not None:
-                shown.append(Picture(png, str(one["name"]), f"Codewords of {one['name']} on a plane"))
-        near = _of(pictures, "neighbours", one)
-        if near is not None:
-            caption = f"{one['name']}: the most used codeword and its nearest neighbours among the codewords."
-            shown.append(Picture(near, caption, f"Neighbouring codewords of {one['name']}"))
-    text = "Codewords on a plane by t-SNE: near ones are alike. Crosses are codewords that these images do not use."
-    return Section("The codebook as a landscape", text, tuple(shown), side_by_side=True) if shown else None
+                maps.append(Picture(png, str(name), f"Map of the codewords of {name}"))
+        neighbours = _picture_of(tokenizer, "neighbours", pictures)
+        if neighbours is not None:
+            caption = f"{name}: the most used codeword and its nearest neighbours among the used codewords."
+            maps.append(Picture(neighbours, caption, f"Neighbouring codewords of {name}"))
+    text = (
+        "Codewords in a plane, projected by t-SNE: similar codewords are near each other. Crosses are codewords that "
+        "these images do not use."
+    )
+    return Section("Maps of the codebook", text, tuple(maps), side_by_side=True) if maps else None
 
 
 def _masked(results: Mapping[str, Any], pictures: Mapping[str, bytes]) -> Section | None:
-    found = results.get("masked_prediction")
-    if not found:
+    runs = results.get("masked_prediction")
+    if not runs:
         return None
-    shown = [
+    grids = [
         Picture(
-            png, f"{name.split('-')[1].removesuffix('.png')}% of the patches hidden.", "Originals, masks, predictions"
+            png, f"{name.split('-')[1].removesuffix('.png')}% of the patches masked.", "Originals, masks, predictions"
         )
         for name, png in pictures.items()
         if name.startswith("masked-")
     ]
     rows = tuple(
-        (f"{one['name']}, {part['masked']} hidden", fixed(part["accuracy"], 1), fixed(part["perplexity"], 1))
-        for one in found
-        for part in one["by_share"]
+        (f"{run['name']}, {part['masked']} masked", fixed(part["accuracy"], 1), fixed(part["perplexity"], 1))
+        for run in runs
+        for part in run["by_share"]
     )
     text = (
-        "What each pre-trained transformer believes is behind the mask: its most probable codes, drawn by its "
-        "tokenizer. Runs on different tokenizers guess different codes, so their accuracies do not rank them."
+        "The pictures show the most probable codes that each pre-trained transformer predicts for the masked patches, "
+        "decoded by its tokenizer. Runs with different tokenizers predict different codes, so their accuracies cannot "
+        "be compared."
     )
-    table = Table(("Run", "Codes right, %", "Perplexity"), rows)
-    return Section("Behind the mask", text, tuple(shown), table)
+    return Section("Masked prediction", text, tuple(grids), Table(("Run", "Accuracy, %", "Perplexity"), rows))
 
 
 _CURVES = {
@@ -346,21 +354,21 @@ _CURVES = {
 
 
 def _training(pictures: Mapping[str, bytes]) -> Section | None:
-    shown = [
+    curves = [
         Picture(pictures[file], "", f"Training curves of the {words}", title=words)
         for file, words in _CURVES.items()
         if file in pictures
     ]
-    text = "From the logs of the runs. Losses of runs with other terms or other networks are on other scales."
-    return Section("How they were trained", text, tuple(shown), side_by_side=True) if shown else None
+    text = "The curves come from the logs of the runs. Losses with different terms or networks have different scales."
+    return Section("Training curves", text, tuple(curves), side_by_side=True) if curves else None
 
 
 def _cost(results: Mapping[str, Any], cost: Sequence[tuple[str, float]], settings: Mapping[str, Any]) -> Section:
     total = sum(seconds for _, seconds in cost)
     rows = [(name, duration(seconds), f"{100 * seconds / total:.0f}%" if total else "–") for name, seconds in cost]
     rows.append(("Sum", duration(total), ""))
-    whole = results.get("seconds")
-    note = f"The whole run took {duration(whole)}, loading and drawing included." if whole else ""
+    elapsed = results.get("seconds")
+    note = f"The whole run took {duration(elapsed)}, including loading and drawing." if elapsed else ""
     table = Table(("Step", "Time", "Share"), tuple(rows), note)
     details = json.dumps(settings, indent=2, default=str, ensure_ascii=False)
     return Section("Cost and settings", "", table=table, details=details, details_title="Settings")

@@ -1,4 +1,4 @@
-"""Pictures of an analysis: of one tokenizer, and of all side by side. PNG bytes by name."""
+"""Pictures of an analysis, of each tokenizer and of all tokenizers side by side, as PNG bytes."""
 
 from __future__ import annotations
 
@@ -13,19 +13,20 @@ from torch import Tensor
 
 from pecobook.analysis import figures as draw
 from pecobook.analysis.charts import code_usage_chart, read_metrics, training_curves
-from pecobook.analysis.codebook_map import flatten, map_picture, neighbours
+from pecobook.analysis.codebook_map import map_picture, nearest_used, project_to_plane
 from pecobook.analysis.codewords import CodeUsage, code_gallery
 from pecobook.analysis.semantics import joint_counts
 
 if TYPE_CHECKING:
     from pecobook.commands.analyze.measure import TokenizerMetrics
 
-SHOWN = 6
-"""Images in grids of pictures."""
+NUM_IMAGES = 6
+"""Number of images in grids of reconstructions and predictions."""
 PATCHES = 12
-"""Patches of a codeword in a gallery."""
-_ON_MAP = 2048
-"""Codewords on a map, the most used ones: t-SNE of 8,192 takes minutes, and so many points hide each other."""
+"""Number of patches of each codeword in a gallery."""
+_MAX_ON_MAP = 2048
+"""Maximum number of codewords on a map, the most used ones: t-SNE of 8,192 codewords takes minutes, and so many points
+hide each other."""
 
 
 def pictures_of(
@@ -36,85 +37,83 @@ def pictures_of(
     usage: CodeUsage,
     *,
     classes: Sequence[str],
-    asked: Sequence[int],
+    requested: Sequence[int],
     seed: int,
 ) -> dict[str, bytes]:
-    """Galleries, map of places, and maps of the codebook, by kind.
+    """Draw galleries of patches, the map of positions, and maps of the codebook, by kind.
 
     Args:
         tokenizer: the tokenizer.
         images: float (N, 3, S, S) in [0, 1].
-        codes: of them, int64 (N, h, w).
+        codes: codes of the images, int64 (N, h, w).
         labels: int64 (N,), or None.
-        usage: of the codes.
+        usage: usage of the codebook by the codes.
         classes: names of the labels.
-        asked: codewords that get a gallery in any case.
-        seed: of the codewords and patches that are drawn at random.
+        requested: codewords that certainly get a gallery.
+        seed: seed for codewords and patches that are drawn at random.
     """
-    book = tokenizer.codebook.detach().float().cpu()
-    found = {
-        "gallery": gallery(images, codes, usage, asked=asked, seed=seed),
+    codebook = tokenizer.codebook.detach().float().cpu()
+    pictures = {
+        "gallery": gallery(images, codes, usage, requested=requested, seed=seed),
         "positions": draw.position_map(codes, tokenizer.num_codewords),
     }
-    most = int(usage.counts.argmax())
-    others = neighbours(book, torch.tensor([most]), len(book))[0].tolist()
-    near = [code for code in others if usage.counts[code] > 0][:4]
-    if near:
-        row = [most, *near]
-        alike = code_gallery(images, codes, codewords=len(row), patches=6, seed=seed, chosen=row)
-        found["neighbours"] = draw.gallery_picture(alike)
-    kept = np.sort(np.argsort(-usage.counts, kind="stable")[:_ON_MAP])
-    plane = flatten(book[torch.from_numpy(kept)], seed=seed)
-    counts = np.where(usage.counts > 0, usage.counts, -1)[kept]
-    part = f"\nthe {len(kept)} most used of {len(book)} codewords" if len(kept) < len(book) else ""
-    found["map-usage"] = map_picture(plane, counts, title=f"coloured by use{part}")
+    most_used = int(usage.counts.argmax())
+    chosen = [most_used, *nearest_used(codebook, most_used, usage.counts)]
+    if len(chosen) > 1:
+        patches = code_gallery(images, codes, codewords=len(chosen), patches=6, seed=seed, chosen=chosen)
+        pictures["neighbours"] = draw.gallery_picture(patches)
+    mapped = np.sort(np.argsort(-usage.counts, kind="stable")[:_MAX_ON_MAP])
+    plane = project_to_plane(codebook[torch.from_numpy(mapped)], seed=seed)
+    counts = np.where(usage.counts > 0, usage.counts, -1)[mapped]
+    note = f"\nthe {len(mapped)} most used of {len(codebook)} codewords" if len(mapped) < len(codebook) else ""
+    pictures["map-usage"] = map_picture(plane, counts, title=f"coloured by usage{note}")
     if labels is not None:
-        dominant = _dominant_class(codes, labels, tokenizer.num_codewords)[kept]
-        title = f"coloured by most frequent class{part}"
-        found["map-classes"] = map_picture(plane, dominant, title=title, classes=classes)
-    return found
+        dominant = _dominant_class(codes, labels, tokenizer.num_codewords)[mapped]
+        title = f"coloured by most frequent class{note}"
+        pictures["map-classes"] = map_picture(plane, dominant, title=title, classes=classes)
+    return pictures
 
 
-def gallery(images: Tensor, codes: Tensor, usage: CodeUsage, *, asked: Sequence[int] = (), seed: int) -> bytes:
-    """Patches of `shown_codewords`."""
-    chosen = shown_codewords(usage, asked, seed)
-    rows = code_gallery(images, codes, codewords=len(chosen), patches=PATCHES, seed=seed, chosen=chosen)
-    return draw.gallery_picture(rows)
+def gallery(images: Tensor, codes: Tensor, usage: CodeUsage, *, requested: Sequence[int] = (), seed: int) -> bytes:
+    """Draw patches of the codewords that `gallery_codewords` chooses."""
+    chosen = gallery_codewords(usage, requested, seed)
+    patches = code_gallery(images, codes, codewords=len(chosen), patches=PATCHES, seed=seed, chosen=chosen)
+    return draw.gallery_picture(patches)
 
 
-def spread(count: int) -> Tensor:
-    """Numbers of the images to show: evenly through the split, which is often sorted by class."""
-    return torch.linspace(0, count - 1, min(SHOWN, count)).long()
+def evenly_spaced(count: int) -> Tensor:
+    """Return indices of images that are evenly spaced in the split, because a split is often sorted by class."""
+    return torch.linspace(0, count - 1, min(NUM_IMAGES, count)).long()
 
 
-def shown_codewords(usage: CodeUsage, asked: Sequence[int], seed: int) -> list[int]:
-    """Codewords that get a gallery: those asked for, four drawn at random from those in use, the four most used."""
+def gallery_codewords(usage: CodeUsage, requested: Sequence[int], seed: int) -> list[int]:
+    """Choose the codewords of a gallery: the requested ones, four random ones in use, and the four most used ones."""
     used = np.flatnonzero(usage.counts)
     random = np.random.default_rng(seed).permutation(used)[:4].tolist()
-    first = list(dict.fromkeys([*asked, *random]))
+    first = list(dict.fromkeys([*requested, *random]))
     by_use = np.argsort(-usage.counts, kind="stable")[: len(used)].tolist()
     return first + [code for code in by_use if code not in first][:4]
 
 
 def _dominant_class(codes: Tensor, labels: Tensor, num_codewords: int) -> np.ndarray[Any, Any]:
-    """The label that most patches of each codeword have, -1 where nothing uses it: (K,)."""
-    own = labels[:, None, None].expand(codes.shape)
-    joint = joint_counts(codes, own, num_codewords, int(labels.max()) + 1)
+    """Return the most frequent label among the patches of each codeword, (K,); -1 for an unused codeword."""
+    patch_labels = labels[:, None, None].expand(codes.shape)
+    joint = joint_counts(codes, patch_labels, num_codewords, int(labels.max()) + 1)
     return np.where(joint.sum(1) > 0, joint.argmax(1), -1)
 
 
 def side_by_side(measured: Sequence[TokenizerMetrics]) -> dict[str, bytes]:
-    """Reconstructions and frequencies of all tokenizers together."""
+    """Draw the reconstructions and the codeword frequencies of all tokenizers in one picture each."""
     originals = max((metrics.images for metrics in measured), key=lambda images: images.shape[-1])
-    columns = {metrics.name: at_side(metrics.restored, originals.shape[-1]) for metrics in measured}
+    columns = [(metrics.name, resize_nearest(metrics.restored, originals.shape[-1])) for metrics in measured]
     return {
-        "reconstructions.png": draw.reconstruction_grid(originals, columns, rows=SHOWN),
+        "reconstructions.png": draw.image_columns([("original", originals), *columns]),
         "usage.png": code_usage_chart({metrics.name: metrics.usage.counts for metrics in measured}),
     }
 
 
 def curves_of(kind: str, sources: Mapping[str, str]) -> dict[str, bytes]:
-    """Training curves of the runs among these, in one picture; nothing where none has a log of two steps."""
+    """Draw the training curves of the sources that are runs; the result is empty if no log has two steps."""
     logs = {name: Path(source) / "metrics.jsonl" for name, source in sources.items()}
     runs = {name: read_metrics(file) for name, file in logs.items() if file.is_file()}
     try:
@@ -123,6 +122,6 @@ def curves_of(kind: str, sources: Mapping[str, str]) -> dict[str, bytes]:
         return {}
 
 
-def at_side(images: Tensor, side: int) -> Tensor:
-    """Square images at another size without inventing pixels, so that each is seen as it is."""
+def resize_nearest(images: Tensor, side: int) -> Tensor:
+    """Resize square images by repeating pixels, so that a picture shows the pixels of the tokenizer unchanged."""
     return images if images.shape[-1] == side else F.interpolate(images, (side, side), mode="nearest")

@@ -1,7 +1,7 @@
-"""`pecobook demo`: the paper's story, with its control, on any images, in minutes.
+"""`pecobook demo`: the paper's comparison, with a control, on any images, in minutes.
 
-plan.py     what is trained, with which settings and in which order
-measure.py  what is measured on held-out images, by the functions of `pecobook analyze`, which also write the page
+plan.py     defines the runs, their settings and their order
+measure.py  measures the runs on held-out images with the functions of `pecobook analyze`, which also write the page
 """
 
 from __future__ import annotations
@@ -25,19 +25,19 @@ _MARK = "demo.json"
 
 
 def demo(config: DemoConfig | None = None, **settings: Any) -> Path:
-    """Train everything, measure it, write `results.json`, `pictures/` and `report.html`; returns the report's path.
+    """Train and measure all runs, write `results.json`, `pictures/` and `report.html`, and return the report's path.
 
     Raises:
-        PreflightError: problems found before anything was written, all of them.
-        PecobookError: a run that failed.
+        PreflightError: lists all problems that were found before anything was written.
+        PecobookError: a run failed.
     """
     from pecobook.data.images import open_readable
 
     config = replace(config or DemoConfig(), settings)
-    folder, found = _folder(config), Preflight()
-    found.check(folder.check)
-    found.check(lambda: open_readable(config.data))
-    found.finish()
+    folder, preflight = _folder(config), Preflight()
+    preflight.check(folder.check)
+    preflight.check(lambda: open_readable(config.data))
+    preflight.finish()
     with folder.begin(lambda out: dump(config, out / _MARK)):
         return _write_all(config)
 
@@ -56,25 +56,25 @@ def _write_all(config: DemoConfig) -> Path:
     jobs = plan(config)
     cost = run_all(jobs, out)
     say("measuring on held-out images")
-    measuring = time.monotonic()
-    # One thread: small matrices gain nothing from more, and lose much where another process is busy.
+    measuring_began = time.monotonic()
+    # One thread: more threads do not speed up small matrices, and they are slow if another process is busy.
     with threadpool_limits(1):
         results, pictures = measure(config, jobs)
-    cost["measuring"] = time.monotonic() - measuring
+    cost["measuring"] = time.monotonic() - measuring_began
     results["seconds"] = round(time.monotonic() - began, 1)
     (out / "pictures").mkdir(exist_ok=True)
     for name, png in pictures.items():
         (out / "pictures" / name).write_bytes(png)
-    written = {"codebooks" if key == "tokenizers" else key: value for key, value in results.items()}
-    write_atomically(out / "results.json", (json.dumps(written, indent=2) + "\n").encode())
+    renamed = {"codebooks" if key == "tokenizers" else key: value for key, value in results.items()}
+    write_atomically(out / "results.json", (json.dumps(renamed, indent=2) + "\n").encode())
     page = compose(
         results,
         pictures,
         list(cost.items()),
         _settings(config, jobs),
         title="Three codebooks, the same images",
-        subtitle="What image tokens stand for when a codebook learns from pixels, "
-        "and when a network judges what it has drawn.",
+        subtitle="What image tokens represent if a codebook is trained with a pixel loss, "
+        "and if it is trained with a perceptual loss too.",
     )
     report = write_report(out, page)
     say(f"\nDone in {compact_duration(results['seconds'])}: open {report}")
@@ -86,9 +86,9 @@ def _folder(config: DemoConfig) -> OutputFolder:
         config.out,
         example="runs/demo",
         kind="a demo",
-        mark=_MARK,
-        goes_on=True,
-        may_go_on=partial(_check_unchanged, config),
+        marker=_MARK,
+        always_resumes=True,
+        check_resume=partial(_check_unchanged, config),
     )
 
 

@@ -1,7 +1,6 @@
-"""What the demo measures on held-out images: the figures of `pecobook analyze`, and probes of the ViTs beside them.
+"""Measures the demo's runs on held-out images: the metrics of `pecobook analyze`, and probes of the ViTs.
 
-Everything is computed on one fixed sample of the held-out split, the same for all arms, so differences between arms are
-paired.
+All runs are measured on the same fixed sample of the held-out split, so differences between the runs are paired.
 """
 
 from __future__ import annotations
@@ -38,7 +37,7 @@ from pecobook.utils.devices import device
 from pecobook.utils.images import to_float
 
 Probes = dict[str, dict[str, Any]]
-"""What `probe_features` returns; empty without labels."""
+"""The result of `probe_features`; empty without labels."""
 
 
 class _Images(NamedTuple):
@@ -49,17 +48,16 @@ class _Images(NamedTuple):
 
 
 def measure(config: DemoConfig, jobs: dict[str, Job]) -> tuple[dict[str, Any], dict[str, bytes]]:
-    """Results, in the form of `analysis.json` and more, and pictures by name of their file."""
+    """Return the results, which contain the entries of `analysis.json` and more, and the pictures by file name."""
     splits = open_images(config.data)
     images = _read(splits, config, jobs["codebook-pixel"].config.image_size)
-    measured, galleries, probes = _evaluate(config, jobs, images)
+    measured, galleries, probes = _evaluate_all(config, jobs, images)
     runs = {arm: load_masked_run(jobs[f"vit-{arm}"].out) for arm in PRETRAINED}
     predictions = predict(runs, splits.evaluation, config.seed)
     tokenizers = []
     for arm, metrics in measured.items():
         mim = _mim(jobs[f"vit-{arm}"], probes[arm]) if arm in PRETRAINED else None
-        shown = {"gallery": f"pictures/gallery-{arm}.png"}
-        tokenizers.append({**metrics.figures, "mim": mim, "pictures": shown})
+        tokenizers.append({**metrics.values, "mim": mim, "pictures": {"gallery": f"pictures/gallery-{arm}.png"}})
     pictures = {f"gallery-{arm}.png": png for arm, png in galleries.items()}
     pictures |= side_by_side(list(measured.values())) | predictions.draw()
     pictures |= curves_of("contrast", {"MoCo v3": str(jobs["contrast"].out)})
@@ -78,13 +76,13 @@ def measure(config: DemoConfig, jobs: dict[str, Job]) -> tuple[dict[str, Any], d
         "chance": _chance(images.test_labels),
         "num_codewords": tokenizers[0]["num_codewords"],
         "comparisons": _comparisons(measured, probes),
-        "masked_prediction": predictions.figures,
+        "masked_prediction": predictions.records,
     }
     return results, pictures
 
 
 def _read(splits: Splits, config: DemoConfig, size: int) -> _Images:
-    """All images at once, since every codebook and every ViT sees them."""
+    """Read all images at once, because every codebook and every ViT encodes them."""
     train, train_labels, _ = read_all(splits.train, size, limit=config.max_train)
     test, test_labels, _ = read_all(splits.evaluation, size, limit=config.max_test)
     if train_labels is None or test_labels is None:
@@ -92,30 +90,30 @@ def _read(splits: Splits, config: DemoConfig, size: int) -> _Images:
     return _Images(to_float(train), train_labels, to_float(test), test_labels)
 
 
-def _evaluate(
+def _evaluate_all(
     config: DemoConfig, jobs: dict[str, Job], images: _Images
 ) -> tuple[dict[str, TokenizerMetrics], dict[str, bytes], dict[str, Probes]]:
-    """What was found of each codebook, its gallery, and probes of each ViT and of an untrained one, the floor."""
+    """Return metrics and gallery of each codebook, and the probes of each ViT and of an untrained ViT (the floor)."""
     perceptual = jobs["codebook-perceptual"].config.perceptual
     distance = PerceptualDistance(perceptual.network, perceptual.layers, normalisation=perceptual.normalisation)
-    distance.to(device())  # of the trained network: all arms are measured by it
+    distance.to(device())  # the distance of the trained network, for all codebooks
     torch.manual_seed(config.seed)
     backbones = {"floor": load_backbone(jobs["vit-pixel"].config.out, weights="random")}
     backbones |= {arm: load_backbone(jobs[f"vit-{arm}"].config.out) for arm in PRETRAINED}
-    # Two threads of Python, one core each: the networks are small, and torch and SciPy let go of the interpreter.
-    # Filters of warnings are shared by threads, so the probe's own filter is set here once more, around both.
+    # Two Python threads with one core each: the networks are small, and torch and SciPy release the GIL. Threads share
+    # the filters of warnings, so the filter of the probe is set here again, around both threads.
     with warnings.catch_warnings(), ThreadPoolExecutor(2, initializer=torch.set_num_threads, initargs=(1,)) as pool:
         warnings.filterwarnings("ignore", message="lbfgs failed to converge")
-        looking = {
+        metric_futures = {
             arm: pool.submit(_evaluate_arm, arm, jobs[f"codebook-{arm}"], images, distance, config.seed) for arm in ARMS
         }
-        probing = {arm: pool.submit(_probes, backbones[arm], images, config.seed) for arm in backbones}
-        found = {arm: future.result() for arm, future in looking.items()}
-        probes = {arm: future.result() for arm, future in probing.items()}
+        probe_futures = {arm: pool.submit(_probes, backbones[arm], images, config.seed) for arm in backbones}
+        results = {arm: future.result() for arm, future in metric_futures.items()}
+        probes = {arm: future.result() for arm, future in probe_futures.items()}
     galleries = {
-        arm: gallery(images.test, codes, metrics.usage, seed=config.seed) for arm, (metrics, codes) in found.items()
+        arm: gallery(images.test, codes, metrics.usage, seed=config.seed) for arm, (metrics, codes) in results.items()
     }
-    return {arm: metrics for arm, (metrics, _) in found.items()}, galleries, probes
+    return {arm: metrics for arm, (metrics, _) in results.items()}, galleries, probes
 
 
 def _evaluate_arm(
@@ -132,7 +130,7 @@ def _train_codes(tokenizer: PerceptualTokenizer, images: _Images) -> tuple[Tenso
 
 
 def _probes(backbone: Backbone, images: _Images, seed: int) -> Probes:
-    """Linear probe and k-NN of a backbone; empty without labels."""
+    """Evaluate linear probe and k-NN of a backbone; the result is empty without labels."""
     if images.train_labels is None or images.test_labels is None:
         return {}
     backbone.network.to(device())
@@ -155,7 +153,7 @@ def _mim(job: Job, probes: Probes) -> dict[str, Any]:
 
 
 def _comparisons(measured: dict[str, TokenizerMetrics], probes: dict[str, Probes]) -> list[dict[str, Any]]:
-    """Paired differences, in percent points, on the same held-out images."""
+    """Return the paired differences in percentage points on the same held-out images."""
     metrics: dict[str, dict[str, Any]] = {
         kind: {arm: metrics.correct[kind] for arm, metrics in measured.items() if metrics.correct}
         for kind in ("codeword_probe", "bag_probe")
@@ -163,17 +161,17 @@ def _comparisons(measured: dict[str, TokenizerMetrics], probes: dict[str, Probes
     metrics |= {
         f"mim.{kind}": {arm: p[kind]["correct"] for arm, p in probes.items() if p} for kind in ("linear", "knn")
     }
-    found = []
+    comparisons = []
     for metric, arms in metrics.items():
         for second, first in itertools.combinations(arms, 2):
             difference, error = paired_difference(arms[first], arms[second])
             pair = {"metric": metric, "a": first, "b": second}
-            found.append({**pair, "difference": round(difference, 3), "standard_error": round(error, 3)})
-    return found
+            comparisons.append({**pair, "difference": round(difference, 3), "standard_error": round(error, 3)})
+    return comparisons
 
 
 def _chance(labels: Tensor | None) -> float | None:
-    """Percent right by always naming the most frequent class."""
+    """Return the accuracy in percent of always predicting the most frequent class."""
     if labels is None:
         return None
     return round(100 * float(torch.bincount(labels).max()) / len(labels), 3)

@@ -1,9 +1,9 @@
-"""What the demo trains: a feature network, three codebooks of equal budget, two ViTs.
+"""The runs of the demo: a feature network, three codebooks with equal budgets, and two ViTs.
 
-The three codebooks differ in one thing. `pixel` learns from pixels alone. `perceptual` adds the distance in the
-features of a network that MoCo v3 trained on the same images. `control` adds the distance in the features of the same
-network with random weights: what it gains too is not owed to what the network learned, so no claim of semantics can
-rest on it.
+The three codebooks differ only in the loss. `pixel` is trained with the pixel loss. `perceptual` adds the distance in
+the features of a network that MoCo v3 trained on the same images. `control` adds the distance in the features of the
+same network with random weights: a gain of `control` does not come from what the network learned, so it does not
+support a claim about semantics.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ PRETRAINED = ("pixel", "perceptual")
 
 
 def plan(config: DemoConfig) -> dict[str, Job]:
-    """The runs by name, in an order in which each can start when those before it are done."""
+    """Return the runs by name, in an order in which each run needs only earlier runs."""
     from pecobook.settings.perceptual import PerceptualConfig
 
     out = Path(config.out)
     sizes = _gpu() if _budget(config) == "gpu" else _cpu()
     common = {"data": config.data, "seed": config.seed, "loggers": (), "save_minutes": 1.0, "keep_checkpoints": 1}
 
-    def finish(base: TrainConfig, name: str) -> TrainConfig:
+    def adapt(base: TrainConfig, name: str) -> TrainConfig:
         steps = max(round(int(base.max_steps) * config.length), 1)
         settings = {**common, "out": str(out / name), "max_steps": str(steps), "sample_every": steps}
         settings["save_every"] = max(steps // 3, 1)
@@ -47,20 +47,21 @@ def plan(config: DemoConfig) -> dict[str, Job]:
         "control": dataclasses.replace(perceptual, network=str(out / "contrast"), weights="random"),
         "perceptual": dataclasses.replace(perceptual, network=str(out / "contrast")),
     }
-    jobs = {"contrast": Job("contrast", finish(contrast, "contrast"))}
+    jobs = {"contrast": Job("contrast", adapt(contrast, "contrast"))}
     for arm in ARMS:
         name = f"codebook-{arm}"
         base = dataclasses.replace(codebook, perceptual=networks[arm])
-        jobs[name] = Job("codebook", finish(base, name), () if arm == "pixel" else ("contrast",))
+        jobs[name] = Job("codebook", adapt(base, name), () if arm == "pixel" else ("contrast",))
     for arm in PRETRAINED:
         name, tokenizer = f"vit-{arm}", f"codebook-{arm}"
-        jobs[name] = Job("pretrain", finish(replace(pretrain, {"tokenizer": str(out / tokenizer)}), name), (tokenizer,))
-    # In this order two processes are busy to the end: the feature network beside the pixel codebook and its ViT.
+        jobs[name] = Job("pretrain", adapt(replace(pretrain, {"tokenizer": str(out / tokenizer)}), name), (tokenizer,))
+    # In this order, two processes are busy until the end: one trains the feature network while the other one trains the
+    # pixel codebook and its ViT.
     order = ("contrast", "codebook-pixel", "vit-pixel", "codebook-perceptual", "codebook-control", "vit-perceptual")
     return {name: dataclasses.replace(jobs[name], work=_work(jobs[name])) for name in order}
 
 
-# Relative cost of one image: measured on one core at the CPU's sizes.
+# Relative cost of one image, measured on one core with the sizes of the CPU budget.
 _COST = {"contrast": 1.0, "codebook": 3.5, "pretrain": 1.6}
 
 
@@ -77,7 +78,7 @@ def _budget(config: DemoConfig) -> str:
 
 
 def _cpu() -> tuple[ContrastConfig, CodebookConfig, PretrainConfig]:
-    """32 pixels, 4 x 4 tokens of 8 x 8 pixels: few tokens and deep layers are where perceptual codes differ."""
+    """Use 32-pixel images with 4 x 4 tokens: with few tokens and deep layers, perceptual codes differ most."""
     from pecobook.recipes import codebook, contrast, pretrain
 
     return (
@@ -88,7 +89,7 @@ def _cpu() -> tuple[ContrastConfig, CodebookConfig, PretrainConfig]:
 
 
 def _gpu() -> tuple[ContrastConfig, CodebookConfig, PretrainConfig]:
-    """64 pixels, 8 x 8 tokens, a ResNet-18 and a ViT-Ti of full depth, ten times as many images."""
+    """Use 64-pixel images, 8 x 8 tokens, a ResNet-18, a ViT-Ti of full depth, and ten times as many images."""
     from pecobook.settings.pretrain import MaskConfig
     from pecobook.settings.tokenizer import AutoencoderConfig, QuantizerConfig
 

@@ -1,6 +1,6 @@
-"""`pecobook explore`: a page on this machine to play with codewords.
+"""`pecobook explore`: a local web page to explore codewords.
 
-model.py  what the page asks, without the page
+model.py  computes the contents of the page
 page.py   the page (Gradio)
 """
 
@@ -17,7 +17,7 @@ from pecobook.settings.explore import ExploreConfig
 from pecobook.settings.values import replace
 
 if TYPE_CHECKING:
-    from pecobook.commands.explore.model import Indexed
+    from pecobook.commands.explore.model import IndexedTokenizer
     from pecobook.commands.masked_run import MaskedRun
     from pecobook.data.source import Splits
 
@@ -25,14 +25,14 @@ __all__ = ["ExploreConfig", "explore"]
 
 
 def explore(config: ExploreConfig | None = None, *, block: bool = True, **settings: Any) -> Any:
-    """Serve the page until Ctrl-C; with `block=False` returns Gradio's blocks, whose `close()` ends it.
+    """Serve the page until Ctrl-C; with `block=False` return Gradio's blocks, whose `close()` stops the server.
 
     Raises:
-        PreflightError: problems found before anything was served, all of them.
-        ConfigError: the port is taken, or Gradio is not installed.
+        PreflightError: lists all problems that were found before the page was served.
+        ConfigError: the port is in use, or Gradio is not installed.
     """
     config = replace(config or ExploreConfig(), settings)
-    os.environ.update(GRADIO_ANALYTICS_ENABLED="False", HF_HUB_DISABLE_TELEMETRY="1")  # read when Gradio is imported
+    os.environ.update(GRADIO_ANALYTICS_ENABLED="False", HF_HUB_DISABLE_TELEMETRY="1")  # Gradio reads them at import
     try:
         import gradio
     except ImportError:
@@ -58,7 +58,7 @@ def explore(config: ExploreConfig | None = None, *, block: bool = True, **settin
         )
     except OSError as error:
         raise ConfigError(f"The page cannot be served on port {config.port} ({error}): give another --port.") from None
-    print(f"\nOpen http://{config.host}:{config.port} (Ctrl-C ends it)", file=sys.stderr, flush=True)
+    print(f"\nOpen http://{config.host}:{config.port} (Ctrl-C stops the server)", file=sys.stderr, flush=True)
     if block:
         blocks.block_thread()
     return blocks
@@ -66,12 +66,12 @@ def explore(config: ExploreConfig | None = None, *, block: bool = True, **settin
 
 @lru_cache(maxsize=1)
 def _uploads() -> tempfile.TemporaryDirectory[str]:
-    """Where Gradio keeps what is uploaded and shown: a folder that is deleted when this process ends."""
+    """Return the folder for Gradio's uploaded and shown images, which is deleted when this process ends."""
     return tempfile.TemporaryDirectory(prefix="pecobook-uploads-")
 
 
 def _check_port(config: ExploreConfig) -> None:
-    """Refuse a port that is taken, before anything slow. Raises ConfigError."""
+    """Raise ConfigError if the port is in use, before anything slow is done."""
     import socket
 
     with socket.socket() as probe:
@@ -80,12 +80,12 @@ def _check_port(config: ExploreConfig) -> None:
             probe.bind((config.host, config.port))
         except OSError as error:
             raise ConfigError(
-                f"Port {config.port} of {config.host} cannot be used ({error.strerror}), perhaps by another explorer: "
+                f"Port {config.port} of {config.host} cannot be used ({error.strerror}). Another explorer may use it: "
                 "give another --port."
             ) from None
 
 
-def _open(config: ExploreConfig) -> tuple[list[Indexed], dict[str, MaskedRun], Splits]:
+def _open(config: ExploreConfig) -> tuple[list[IndexedTokenizer], dict[str, MaskedRun], Splits]:
     from pecobook.commands.analyze.names import unique_names
     from pecobook.commands.explore.model import index
     from pecobook.commands.masked_run import is_masked_run, load_masked_run
@@ -93,8 +93,9 @@ def _open(config: ExploreConfig) -> tuple[list[Indexed], dict[str, MaskedRun], S
     from pecobook.models.tokenizers import load_tokenizer
     from pecobook.utils.devices import device
 
-    found = Preflight()
-    found.check(lambda: _check_named(config))
+    preflight = Preflight()
+    if not config.runs:
+        preflight.problems.append(ConfigError("No run is given: pecobook explore RUN [RUN ...] --data SOURCE."))
     tokenizers: dict[str, Any] = {}
     runs: dict[str, MaskedRun] = {}
 
@@ -105,14 +106,10 @@ def _open(config: ExploreConfig) -> tuple[list[Indexed], dict[str, MaskedRun], S
         else:
             tokenizers[name] = load_tokenizer(source).to(device()).eval()
 
-    splits = found.check(lambda: open_images(config.data))
+    splits = preflight.check(lambda: open_images(config.data))
     for name, source in zip(unique_names(config.runs), config.runs, strict=True):
-        found.check(partial(load, name, source))
-    found.finish()
+        preflight.check(partial(load, name, source))
+    preflight.finish()
     assert splits is not None
-    return [index(name, one, splits, config.images) for name, one in tokenizers.items()], runs, splits
-
-
-def _check_named(config: ExploreConfig) -> None:
-    if not config.runs:
-        raise ConfigError("Name what to explore: pecobook explore RUN [RUN ...] --data SOURCE.")
+    indexed = [index(name, tokenizer, splits, config.images) for name, tokenizer in tokenizers.items()]
+    return indexed, runs, splits

@@ -1,6 +1,6 @@
-"""All that the page asks, without the page: images, their codes, and who else has them.
+"""The contents of the page: images, their codes, other patches with these codes, and masked predictions.
 
-N images, h w code grid, K codewords, S side of a tokenizer's images. Pictures are uint8 arrays (H, W, 3).
+Shapes: N images, code grid (h, w), K codewords, S side of a tokenizer's images. Pictures are uint8 arrays (H, W, 3).
 """
 
 from __future__ import annotations
@@ -14,26 +14,26 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pecobook.analysis.codebook_map import neighbours
+from pecobook.analysis.codebook_map import nearest_used
 from pecobook.analysis.codewords import code_gallery, code_usage
 from pecobook.analysis.masked_prediction import decode_prediction, hide, predict_masked
 from pecobook.analysis.reconstruction import decode_all, encode_all, psnr
 from pecobook.commands.extract import extract
 from pecobook.commands.masked_run import MaskedRun
 from pecobook.data.decode import BadImage
-from pecobook.data.sampler import fixed_place
+from pecobook.data.sampler import fixed_permutation
 from pecobook.data.source import ImageSource, Splits
 from pecobook.data.views import center_crop
 from pecobook.utils.images import to_float
 
 Picture = NDArray[np.uint8]
 SIDE = 448
-"""Pixels at which pictures are shown: small ones are enlarged without smoothing, so that clicks find a token."""
+"""Minimum size of pictures in pixels: small images are enlarged without smoothing, so that a click selects a token."""
 
 
 @dataclasses.dataclass(frozen=True)
-class Indexed:
-    """A tokenizer, and the images of the source as it sees them."""
+class IndexedTokenizer:
+    """A tokenizer, with the held-out images of the source and their codes."""
 
     name: str
     tokenizer: Any
@@ -43,14 +43,14 @@ class Indexed:
     """int64 (N, h, w)."""
     labels: Tensor | None
     counts: NDArray[np.int64]
-    """Patches with each codeword, (K,)."""
+    """Number of patches with each codeword, (K,)."""
     colours: Tensor
-    """float (K, 3) in [0, 1]: codewords that are alike have colours that are alike."""
+    """float (K, 3) in [0, 1]: similar codewords have similar colours."""
 
 
 @dataclasses.dataclass(frozen=True)
-class Seen:
-    """What a tokenizer makes of an image."""
+class EncodedImage:
+    """The codes of an image, with the pictures of the page."""
 
     original: Picture
     tokens: Picture
@@ -62,87 +62,94 @@ class Seen:
 
 
 @dataclasses.dataclass(frozen=True)
-class Code:
-    """A codeword: where else it is, and what is like it."""
+class CodewordInfo:
+    """Patches and classes of a codeword, and its nearest codewords."""
 
     number: int
     count: int
     images: int
     patches: list[Picture]
     classes: list[tuple[str, int, float]]
-    """(class, patches, percent), the most frequent first; empty without labels."""
-    near: list[tuple[int, Picture]]
-    """Nearest codewords in use, each with a patch."""
+    """(class, number of patches, percentage), the most frequent class first; empty without labels."""
+    nearest: list[tuple[int, Picture]]
+    """The nearest codewords in use, each with one patch."""
 
 
-def index(name: str, tokenizer: Any, splits: Splits, limit: int) -> Indexed:
-    """Encode at most `limit` held-out images, with progress."""
+def index(name: str, tokenizer: Any, splits: Splits, limit: int) -> IndexedTokenizer:
+    """Encode at most `limit` held-out images, and show the progress."""
 
     def features(x: Tensor) -> dict[str, Tensor]:
         return {"images": (255 * x).round().to(torch.uint8), "codes": encode_all(tokenizer, x)}
 
-    found, labels = extract(splits.evaluation, tokenizer.image_size, limit, features, f"codes of {name}")
-    images, codes = found["images"], found["codes"]
+    extracted, labels = extract(splits.evaluation, tokenizer.image_size, limit, features, f"codes of {name}")
+    images, codes = extracted["images"], extracted["codes"]
     counts = code_usage(codes, tokenizer.num_codewords).counts
     colours = code_colours(tokenizer.codebook.detach().float().cpu())
-    return Indexed(name, tokenizer, images, codes, labels, counts, colours)
+    return IndexedTokenizer(name, tokenizer, images, codes, labels, counts, colours)
 
 
 def code_colours(codebook: Tensor) -> Tensor:
-    """Colours (K, 3) in [0.1, 0.95] by rank along the three principal directions of a codebook (K, D)."""
+    """Return colours (K, 3) in [0.1, 0.95]: the ranks along the three principal directions of a codebook (K, D)."""
     K, D = codebook.shape
     centred = codebook - codebook.mean(0)
     directions = torch.linalg.svd(centred, full_matrices=False).Vh[: min(3, D)]
-    plane = F.pad(centred @ directions.T, (0, 3 - len(directions)))
-    ranks = plane.argsort(0).argsort(0).float() / max(K - 1, 1)
+    projected = F.pad(centred @ directions.T, (0, 3 - len(directions)))
+    ranks = projected.argsort(0).argsort(0).float() / max(K - 1, 1)
     return 0.1 + 0.85 * ranks
 
 
-def see(one: Indexed, image: Tensor) -> Seen:
-    """Look at an image, uint8 (3, H, W), through a tokenizer."""
-    crop = center_crop(image, one.tokenizer.image_size)
+def encode_image(indexed: IndexedTokenizer, image: Tensor) -> EncodedImage:
+    """Encode and decode an image, uint8 (3, H, W)."""
+    crop = center_crop(image, indexed.tokenizer.image_size)
     x = to_float(crop)[None]
-    codes = encode_all(one.tokenizer, x)
-    restored = decode_all(one.tokenizer, codes)
+    codes = encode_all(indexed.tokenizer, x)
+    restored = decode_all(indexed.tokenizer, codes)
     error = (x - restored).abs().mean(1, keepdim=True).expand(-1, 3, -1, -1)
-    return Seen(
-        original=picture(x[0]),
-        tokens=picture(one.colours[codes[0]].permute(2, 0, 1)),
-        restored=picture(restored[0]),
-        error=picture(error[0] / max(float(error.max()), 1e-6)),
+    return EncodedImage(
+        original=to_picture(x[0]),
+        tokens=to_picture(indexed.colours[codes[0]].permute(2, 0, 1)),
+        restored=to_picture(restored[0]),
+        error=to_picture(error[0] / max(float(error.max()), 1e-6)),
         codes=codes[0],
         psnr=float(psnr(x, restored)[0]),
     )
 
 
-def code_at(seen: Seen, x: int, y: int) -> int:
-    """The code under a pixel of a picture as it is shown."""
-    h, w = seen.codes.shape
-    height, width = seen.tokens.shape[:2]
-    return int(seen.codes[min(y * h // height, h - 1), min(x * w // width, w - 1)])
+def code_at(encoded: EncodedImage, x: int, y: int) -> int:
+    """Return the code at a pixel of the picture."""
+    h, w = encoded.codes.shape
+    height, width = encoded.tokens.shape[:2]
+    return int(encoded.codes[min(y * h // height, h - 1), min(x * w // width, w - 1)])
 
 
-def about(one: Indexed, code: int, classes: tuple[str, ...], *, patches: int = 18) -> Code:
-    """What is known of a codeword."""
-    row = _patches(one, code, patches)
-    told: list[tuple[str, int, float]] = []
-    where = (one.codes == code).flatten(1).sum(1)  # (N,)
-    total = int(where.sum())
-    if one.labels is not None and total:
-        by_class = torch.bincount(one.labels, weights=where.double(), minlength=len(classes))
+def codeword_info(
+    indexed: IndexedTokenizer, code: int, classes: tuple[str, ...], *, max_patches: int = 18
+) -> CodewordInfo:
+    """Collect patches, classes and nearest codewords of a codeword."""
+    counts = (indexed.codes == code).flatten(1).sum(1)  # patches of each image, (N,)
+    total = int(counts.sum())
+    frequent: list[tuple[str, int, float]] = []
+    if indexed.labels is not None and total:
+        by_class = torch.bincount(indexed.labels, weights=counts.double(), minlength=len(classes))
         order = by_class.argsort(descending=True, stable=True)[:8].tolist()
-        told = [(classes[c], int(by_class[c]), 100 * float(by_class[c]) / total) for c in order if by_class[c] > 0]
-    book = one.tokenizer.codebook.detach().float().cpu()
-    near = neighbours(book, torch.tensor([code]), len(book))[0].tolist()
-    used = [other for other in near if one.counts[other] > 0][:4]
-    return Code(code, total, int((where > 0).sum()), row, told, [(other, _patches(one, other, 1)[0]) for other in used])
+        frequent = [(classes[c], int(by_class[c]), 100 * float(by_class[c]) / total) for c in order if by_class[c] > 0]
+    nearest = nearest_used(indexed.tokenizer.codebook, code, indexed.counts)
+    return CodewordInfo(
+        number=code,
+        count=total,
+        images=int((counts > 0).sum()),
+        patches=_patches(indexed, code, max_patches),
+        classes=frequent,
+        nearest=[(neighbour, _patches(indexed, neighbour, 1)[0]) for neighbour in nearest],
+    )
 
 
-def _patches(one: Indexed, code: int, count: int) -> list[Picture]:
-    (row,) = code_gallery(one.images, one.codes, codewords=1, patches=count, chosen=[code]).rows
-    found = []
+def _patches(indexed: IndexedTokenizer, code: int, max_patches: int) -> list[Picture]:
+    """Draw patches of a codeword, outlined in their surroundings."""
+    (row,) = code_gallery(indexed.images, indexed.codes, codewords=1, patches=max_patches, chosen=[code]).rows
+    pictures = []
     for patch in row.patches:
-        window = picture(patch.window)
+        window = to_picture(patch.window)
         scale = len(window) / patch.window.shape[-2]
         top, left, height, width = (round(scale * value) for value in patch.box)
         for thickness, colour in ((3, 255), (1, 0)):
@@ -150,42 +157,55 @@ def _patches(one: Indexed, code: int, count: int) -> list[Picture]:
             window[top : top + height, left + width - thickness : left + width] = colour
             window[top : top + thickness, left : left + width] = colour
             window[top + height - thickness : top + height, left : left + width] = colour
-        found.append(window)
-    return found
+        pictures.append(window)
+    return pictures
 
 
-def painted(strokes: NDArray[np.uint8], grid: tuple[int, int]) -> Tensor:
-    """Patches that strokes, an opacity (H, W), cover by a fifth or more: bool (h, w)."""
+def painted_patches(strokes: NDArray[np.uint8], grid: tuple[int, int]) -> Tensor:
+    """Return the patches, bool (h, w), of which strokes with opacity (H, W) cover a fifth or more."""
     cover = F.adaptive_avg_pool2d((torch.from_numpy(strokes.copy()).float() > 0).float()[None, None], grid)
     return cover[0, 0] >= 0.2
 
 
 @torch.inference_mode()
 def predict(run: MaskedRun, image: Tensor, mask: Tensor) -> tuple[Picture, Picture, float]:
-    """The masked image, what a ViT believes of it, and percent right: image uint8 (3, H, W), mask bool (h, w)."""
+    """Predict the masked patches of an image.
+
+    Args:
+        run: the pre-trained ViT.
+        image: uint8 (3, H, W).
+        mask: bool (h, w), True = masked.
+
+    Returns:
+        the masked image, the predicted image, and the percentage of masked codes predicted correctly.
+    """
     x = to_float(center_crop(image, run.image_size))[None]
     prediction = predict_masked(run, run, x, mask[None])
-    return picture(hide(x, mask[None])[0]), picture(decode_prediction(run, prediction)[0]), prediction.accuracy
+    masked, predicted = hide(x, mask[None]), decode_prediction(run, prediction)
+    return to_picture(masked[0]), to_picture(predicted[0]), prediction.accuracy
 
 
-def picture(image: Tensor) -> Picture:
-    """Float (3, H, W) in [0, 1] as it is shown: at least SIDE pixels, enlarged by a whole number."""
+def to_picture(image: Tensor) -> Picture:
+    """Convert a float image (3, H, W) in [0, 1] to a picture, enlarged by an integer factor to about SIDE pixels."""
     pixels = (image.detach().float().cpu().clamp(0, 1) * 255).round().to(torch.uint8)
     factor = max(SIDE // max(pixels.shape[-2:]), 1)
-    pixels = pixels.repeat_interleave(factor, 1).repeat_interleave(factor, 2)
-    return np.ascontiguousarray(pixels.permute(1, 2, 0).numpy())
+    return to_array(pixels.repeat_interleave(factor, 1).repeat_interleave(factor, 2))
+
+
+def to_array(image: Tensor) -> Picture:
+    """Convert an image uint8 (3, H, W) to an array (H, W, 3)."""
+    return np.ascontiguousarray(image.permute(1, 2, 0).numpy())
 
 
 def thumbnails(source: ImageSource, count: int = 24) -> dict[int, Picture]:
-    """Small pictures of images of a source, by number: the first of a fixed permutation, without unreadable ones."""
-    found: dict[int, Picture] = {}
-    for place in range(len(source)):
-        number = fixed_place(place, len(source))
+    """Return small pictures of the first `count` readable images of a fixed permutation, by the index of the image."""
+    pictures: dict[int, Picture] = {}
+    for position in range(len(source)):
+        image = fixed_permutation(position, len(source))
         try:
-            crop = center_crop(source.read(number), 96)
+            pictures[image] = to_array(center_crop(source.read(image), 96))
         except BadImage:
             continue
-        found[number] = np.ascontiguousarray(crop.permute(1, 2, 0).numpy())
-        if len(found) == count:
+        if len(pictures) == count:
             break
-    return found
+    return pictures

@@ -1,13 +1,13 @@
-"""`pecobook predict`: what a trained classifier, segmenter or detector says of images.
+"""`pecobook predict`: write the predictions of a trained classifier, segmenter or detector for images.
 
-    classifier   predictions.csv                            and pictures/, each image with its class
+    classifier   predictions.csv                            and pictures/, each image with the best class
     segmenter    masks/ (PNG, pixel values are class numbers), classes.txt        and pictures/, classes as colours
     detector     detections.json (COCO's format of results), images.json          and pictures/, boxes, masks, names
 
-Images are read by worker processes; a segmenter and a detector see them one by one, each at its own size, a classifier
-several squares at once. One that cannot be read is skipped, counted and listed in skipped.txt. What is found is on the
-disk as it comes, a detector's in two .jsonl files that become its .json at the end; after an error or Ctrl-C the files
-hold what was done.
+Worker processes read the images. A segmenter and a detector take one image at a time, at the size of the image; a
+classifier takes a batch of central squares. An image that cannot be read is skipped, counted and listed in skipped.txt.
+Predictions are written to the disk at once; those of a detector go into two .jsonl files, which become the .json files
+at the end. After an error or Ctrl-C the files hold the predictions that were made.
 """
 
 from __future__ import annotations
@@ -30,26 +30,26 @@ if TYPE_CHECKING:
 
 
 class Writer(Protocol):
-    """What is done with the images of one kind of model."""
+    """Predicts with one kind of model and writes the predictions."""
 
     def add(self, name: str, file: str, image: Tensor) -> None:
-        """Predict one image uint8 (3, H, W) and write what belongs to it alone.
+        """Predict one image and write the files of this image.
 
         Args:
-            name: of the image, as it is found in its source.
-            file: a relative path without extension for what is written of it.
+            name: name of the image in the source.
+            file: relative path without extension for the files of this image.
             image: uint8 (3, H, W).
         """
 
     def finish(self) -> str:
-        """Write what belongs to all images; says what was written."""
+        """Write the files on all images; returns a text on what was written."""
 
 
 def predict(config: PredictConfig) -> Path:
-    """Write predictions; returns their folder.
+    """Write predictions and return their folder.
 
     Raises:
-        PecobookError: no such run or images, or none that can be read.
+        PecobookError: the run or the images do not exist, or no image can be read.
     """
     missing = [name for name in ("run", "images", "out") if not getattr(config, name)]
     if missing:
@@ -57,65 +57,62 @@ def predict(config: PredictConfig) -> Path:
     folder = OutputFolder(config.out)
     folder.check()
     sources = list_images(config.images)
-    out = Path(config.out)
-    writer = _writer(config, out)
+    writer = _writer(config, folder.path)
     with folder.begin():
-        said = _write(config, sources, writer, out)
-    print(f"\nDone: {out}\n{said}", file=sys.stderr)
-    return out
+        summary = _predict_all(config, sources, writer, folder.path)
+    print(f"\nDone: {folder.path}\n{summary}", file=sys.stderr)
+    return folder.path
 
 
-def _write(config: PredictConfig, sources: list[tuple[ImageSource, str]], writer: Writer, out: Path) -> str:
-    """Predict all images; says what was written. Raises DataError when none can be read."""
+def _predict_all(config: PredictConfig, sources: list[tuple[ImageSource, str]], writer: Writer, out: Path) -> str:
+    """Predict all images; returns a text on what was written. Raises DataError when no image can be read."""
     from pecobook.engine.log import Progress
 
     total = sum(len(source) for source, _ in sources)
     progress = Progress(total=total, start=0, name="predict", quiet=False)
     skipped: list[str] = []
-    taken: set[str] = set()
-    done, said = 0, ""
+    used_names: set[str] = set()
+    num_predicted, summary = 0, ""
     try:
-        for name, image in read(sources):
+        for name, image in read_images(sources):
             if isinstance(image, str):
                 skipped.append(image)
             else:
-                writer.add(name, file_name(name, taken), image)
-                done += 1
-            progress.show(done + len(skipped), {})
-    finally:  # what is done is kept, whatever ended it
+                writer.add(name, file_name(name, used_names), image)
+                num_predicted += 1
+            progress.show(num_predicted + len(skipped), {})
+    finally:  # also after an error or Ctrl-C, the predictions that were made are kept
         progress.close()
-        if done:
-            said = _finish(writer, skipped, out, total)
-    if not done:
+        if num_predicted:
+            summary = writer.finish()
+            if skipped:
+                write_atomically(out / "skipped.txt", ("\n".join(skipped) + "\n").encode())
+                summary += f"\n{len(skipped)} of {total} images could not be read; {out / 'skipped.txt'} lists them."
+    if not num_predicted:
         raise DataError(f"None of the {total} images of '{config.images}' can be read; the first: {skipped[0]}.")
-    return said
-
-
-def _finish(writer: Writer, skipped: list[str], out: Path, total: int) -> str:
-    said = writer.finish()
-    if skipped:
-        write_atomically(out / "skipped.txt", ("\n".join(skipped) + "\n").encode())
-        said += f"\n{len(skipped)} of {total} images could not be read; {out / 'skipped.txt'} lists them."
-    return said
+    return summary
 
 
 def list_images(source: str) -> list[tuple[ImageSource, str]]:
-    """All images of a file, a folder or another source, whatever their split, and how their names begin.
+    """Open all images of a file, a folder or another source, of every split.
+
+    Returns:
+        sources, each with the text at the start of the names of its images that is to be removed.
 
     Raises:
-        DataError: there is no such source.
+        DataError: the source does not exist or holds no image.
     """
     from pecobook.data.folders import FileStore, walk
-    from pecobook.data.images import open_every
+    from pecobook.data.images import open_all_splits
     from pecobook.data.source import IMAGE_EXTENSIONS, ImageSource
 
     path = Path(source).expanduser()
     if path.is_dir():
-        found = walk(path)
-        if found.chunks:
+        tree = walk(path)
+        if tree.chunks:
             from datasets import concatenate_datasets
 
-            store = FileStore(path, concatenate_datasets(found.chunks))
+            store = FileStore(path, concatenate_datasets(tree.chunks))
             return [(ImageSource(store, name=source, split="train"), f"{path}/")]
     elif path.is_file() and path.suffix.lower().lstrip(".") in IMAGE_EXTENSIONS:
         from datasets import Dataset
@@ -123,29 +120,33 @@ def list_images(source: str) -> list[tuple[ImageSource, str]]:
         paths = Dataset.from_dict({"path": [path.name.encode()]})
         return [(ImageSource(FileStore(path.parent, paths), name=source, split="train"), f"{path.parent}/")]
     try:
-        every = open_every(source)
+        splits = open_all_splits(source)
     except DataError as error:
         raise DataError(str(error).replace("--data '", "'")) from None
-    if not every:
+    if not splits:
         raise DataError(f"'{source}' holds no image.")
-    return [(part, "") for part in every]
+    return [(split, "") for split in splits]
 
 
-def read(sources: list[tuple[ImageSource, str]]) -> Iterator[tuple[str, Tensor | str]]:
-    """Names of images and their pixels, or in their place why they cannot be read; decoded by worker processes."""
+def read_images(sources: list[tuple[ImageSource, str]]) -> Iterator[tuple[str, Tensor | str]]:
+    """Decode images in worker processes.
+
+    Yields:
+        name of an image, and the pixels uint8 (3, H, W), or a text with the reason why the image cannot be read.
+    """
     from torch.utils.data import DataLoader
 
     from pecobook.data.stream import default_workers
 
-    for source, beginning in sources:
+    for source, prefix in sources:
         workers = default_workers(1) if len(source) > 256 else 0
-        loader: DataLoader[Any] = DataLoader(_Whole(source), batch_size=None, num_workers=workers)  # type: ignore[arg-type]
+        loader: DataLoader[Any] = DataLoader(_DecodedImages(source), batch_size=None, num_workers=workers)  # type: ignore[arg-type]
         for index, image in loader:
-            yield source.identify(int(index)).removeprefix(beginning), image
+            yield source.identify(int(index)).removeprefix(prefix), image
 
 
-class _Whole:
-    """Images as they are; a text where one cannot be read."""
+class _DecodedImages:
+    """A data set of (index, pixels) at the original size; (index, reason) for an image that cannot be read."""
 
     def __init__(self, source: ImageSource) -> None:
         self.source = source
@@ -162,21 +163,21 @@ class _Whole:
             return index, str(error)
 
 
-def file_name(name: str, taken: set[str]) -> str:
-    """A relative path without extension under which to write what belongs to an image; adds it to `taken`.
+def file_name(name: str, used_names: set[str]) -> str:
+    """Return a relative path without extension for the files of an image, and add it to `used_names`.
 
-    Nothing in it leads out of the folder; two images that differ in their extension alone keep theirs.
+    The path stays inside the output folder. Of images whose names differ only in the extension, the first loses the
+    extension and the others keep it.
     """
     parts = [re.sub(r"[\x00-\x1f\x7f\\]+", "_", part) for part in name.split("/")]
-    parts = [part for part in parts if part.strip(".")]
-    whole = "/".join(parts) or "image"
-    stem = re.sub(r"\.\w{2,4}$", "", whole)
-    choice = stem if stem not in taken else whole
+    with_extension = "/".join(part for part in parts if part.strip(".")) or "image"
+    stem = re.sub(r"\.\w{2,4}$", "", with_extension)
+    path = stem if stem not in used_names else with_extension
     number = 2
-    while choice in taken:
-        choice, number = f"{whole}-{number}", number + 1
-    taken.add(choice)
-    return choice
+    while path in used_names:
+        path, number = f"{with_extension}-{number}", number + 1
+    used_names.add(path)
+    return path
 
 
 def _writer(config: PredictConfig, out: Path) -> Writer:
@@ -184,13 +185,13 @@ def _writer(config: PredictConfig, out: Path) -> Writer:
     from pecobook.models.export import read_settings
 
     kind = read_settings(config.run).get("kind")
-    makers: dict[str, Callable[[PredictConfig, Path], Writer]] = {
+    writer_types: dict[str, Callable[[PredictConfig, Path], Writer]] = {
         "classifier": writers.ClassifierWriter,
         "segmenter": writers.SegmenterWriter,
         "detector": writers.DetectorWriter,
     }
-    if kind not in makers:  # a tokenizer, a backbone
+    if kind not in writer_types:  # a tokenizer, a backbone
         raise WeightsError(
             f"'{config.run}' is a {kind}, which predicts nothing: give a run of finetune, segment or detect."
         )
-    return makers[kind](config, out)
+    return writer_types[kind](config, out)

@@ -1,4 +1,4 @@
-"""What is written for images by each kind of model."""
+"""Writers: predict images with each kind of model and write the predictions."""
 
 from __future__ import annotations
 
@@ -23,15 +23,16 @@ if TYPE_CHECKING:
 
     from pecobook.settings.predict import PredictConfig
 
-_BEST = 5
+_NUM_BEST = 5
+"""Number of classes that are written for each image."""
 _BATCH = 16
-"""Most images that are classified at once."""
-_HELD = 2**28
-"""Bytes of whole images after which no more are waited for."""
+"""Largest number of images in a batch of the classifier."""
+_MAX_BYTES = 2**28
+"""A batch is classified early when the images that wait for it hold more bytes than this."""
 
 
 class ClassifierWriter:
-    """predictions.csv: a row an image, its five best classes and their probabilities."""
+    """Writes predictions.csv: a row per image with the five best classes and their probabilities."""
 
     def __init__(self, config: PredictConfig, out: Path) -> None:
         from pecobook.models.export import read_export
@@ -43,52 +44,52 @@ class ClassifierWriter:
         self.network = exported_network(settings, state, config.run).to(device())
         self.size, self.crop = settings["image_size"], settings.get("crop", 1.0)
         self.mean, self.std = (torch.tensor(settings[name], device=device())[:, None, None] for name in ("mean", "std"))
-        self.images = 0
-        self.count = min(_BEST, len(self.classes))
-        self.waiting: list[tuple[str, str, Tensor, Tensor]] = []  # name, file, image, its central square
+        self.num_images = 0
+        self.num_best = min(_NUM_BEST, len(self.classes))
+        self.waiting: list[tuple[str, str, Tensor, Tensor]] = []  # name, file, image, central square of the image
 
     def add(self, name: str, file: str, image: Tensor) -> None:
-        """Classify the central square of an image, together with those after it."""
+        """Put the central square of an image into the batch; a full batch is classified and written."""
         from pecobook.data.views import center_crop
 
         self.waiting.append((name, file, image, center_crop(image, self.size, share=self.crop)))
-        held = sum(waiting.numel() for _, _, waiting, _ in self.waiting)
-        if len(self.waiting) == _BATCH or held > _HELD:
+        num_bytes = sum(waiting.numel() for _, _, waiting, _ in self.waiting)
+        if len(self.waiting) == _BATCH or num_bytes > _MAX_BYTES:
             self._classify()
 
     @torch.inference_mode()
     def _classify(self) -> None:
         batch, self.waiting = self.waiting, []
         squares = to_float(torch.stack([square for *_, square in batch]).to(device()))
-        best = self.network((squares - self.mean) / self.std).float().softmax(1).topk(self.count)
-        for (name, file, image, _), places, values in zip(
+        best = self.network((squares - self.mean) / self.std).float().softmax(1).topk(self.num_best)
+        for (name, file, image, _), indices, values in zip(
             batch, best.indices.tolist(), best.values.tolist(), strict=True
         ):
-            found = [(self.classes[place], f"{value:.5f}") for place, value in zip(places, values, strict=True)]
-            self._write([name, *(text for pair in found for text in pair)])
+            pairs = [(self.classes[index], f"{value:.5f}") for index, value in zip(indices, values, strict=True)]
+            self._write([name, *(text for pair in pairs for text in pair)])
             if self.pictures:
-                caption = f"{found[0][0]}  {100 * values[0]:.0f}%"
+                caption = f"{pairs[0][0]}  {100 * values[0]:.0f}%"
                 _save(captioned(image, caption), self.out / "pictures" / f"{file}.jpg")
 
     def _write(self, row: list[str]) -> None:
         text = io.StringIO()
-        lines = csv.writer(text)
-        if not self.images:
-            further = ((f"class_{n}", f"probability_{n}") for n in range(2, self.count + 1))
-            lines.writerow(["image", "class", "probability", *(name for pair in further for name in pair)])
-        lines.writerow(row)
+        writer = csv.writer(text)
+        if not self.num_images:
+            pairs = ((f"class_{n}", f"probability_{n}") for n in range(2, self.num_best + 1))
+            writer.writerow(["image", "class", "probability", *(name for pair in pairs for name in pair)])
+        writer.writerow(row)
         _append(self.out / "predictions.csv", text.getvalue())
-        self.images += 1
+        self.num_images += 1
 
     def finish(self) -> str:
-        """Classify those that still wait."""
+        """Classify the images that still wait."""
         if self.waiting:
             self._classify()
-        return f"predictions.csv: {self.images} images."
+        return f"predictions.csv: {self.num_images} images."
 
 
 class SegmenterWriter:
-    """masks/: a palette PNG an image, whose values are the class numbers of classes.txt."""
+    """Writes masks/: a palette PNG per image, whose pixel values are the class numbers of classes.txt."""
 
     def __init__(self, config: PredictConfig, out: Path) -> None:
         from pecobook.models.dense.segmenter import Segmenter
@@ -96,17 +97,17 @@ class SegmenterWriter:
         self.out, self.pictures, self.test = out, config.pictures, config.test
         self.model = Segmenter.from_pretrained(config.run).to(device())
         self.colours = palette(len(self.model.classes))
-        self.count = torch.zeros(len(self.model.classes), dtype=torch.int64)
-        self.images = 0
+        self.pixel_counts = torch.zeros(len(self.model.classes), dtype=torch.int64)
+        self.num_images = 0
 
     def add(self, name: str, file: str, image: Tensor) -> None:  # noqa: ARG002
-        """Segment an image at its own size."""
+        """Segment an image at the size of the image."""
         from PIL import Image
 
         classes = self.model.predict(image, self.test)  # (H, W)
-        self.count += torch.bincount(classes.flatten(), minlength=len(self.count))
-        self.images += 1
-        if len(self.count) <= 256:
+        self.pixel_counts += torch.bincount(classes.flatten(), minlength=len(self.pixel_counts))
+        self.num_images += 1
+        if len(self.pixel_counts) <= 256:
             mask = Image.fromarray(classes.to(torch.uint8).numpy(), "L")
             mask.putpalette(self.colours.tobytes())
         else:
@@ -118,40 +119,38 @@ class SegmenterWriter:
     def finish(self) -> str:
         """Write classes.txt."""
         write_atomically(self.out / "classes.txt", ("\n".join(self.model.classes) + "\n").encode())
-        shares = self.count / self.count.sum()
-        order = shares.argsort(descending=True)[:5].tolist()
-        most = ", ".join(f"{self.model.classes[place]} {100 * float(shares[place]):.0f}%" for place in order)
-        return f"masks/: {self.images} masks. Most pixels: {most}."
+        shares = self.pixel_counts / self.pixel_counts.sum()
+        largest = shares.argsort(descending=True)[:5].tolist()
+        texts = [f"{self.model.classes[number]} {100 * float(shares[number]):.0f}%" for number in largest]
+        return f"masks/: {self.num_images} masks. Most pixels: {', '.join(texts)}."
 
 
 class DetectorWriter:
-    """detections.json in COCO's format of results; images.json says which number an image has."""
+    """Writes detections.json in COCO's format of results, and images.json with the number of each image."""
 
     def __init__(self, config: PredictConfig, out: Path) -> None:
         from pecobook.models.dense.detector import Detector
 
         self.out, self.pictures, self.score = out, config.pictures, config.score
         self.model = Detector.from_pretrained(config.run).to(device())
-        self.images = self.found = self.good = 0
+        self.num_images = self.num_detections = self.num_above_score = 0
 
     def add(self, name: str, file: str, image: Tensor) -> None:
-        """Find the objects of an image."""
+        """Detect the objects in an image."""
         from pecobook.analysis.detections import coco_results
 
-        found = self.model.predict(image)
+        detections = self.model.predict(image)
         height, width = int(image.shape[1]), int(image.shape[2])
-        self.images += 1
-        results = coco_results(self.images, (height, width), found, self.model.category_ids)
-        self.found += len(results)
-        self.good += sum(one["score"] >= self.score for one in results)
-        own = {"id": self.images, "file_name": name, "width": width, "height": height}
-        _append(self.out / "images.jsonl", json.dumps(own) + "\n")
-        _append(self.out / "detections.jsonl", "".join(json.dumps(one) + "\n" for one in results))
+        self.num_images += 1
+        results = coco_results(self.num_images, (height, width), detections, self.model.category_ids)
+        self.num_detections += len(results)
+        self.num_above_score += sum(result["score"] >= self.score for result in results)
+        description = {"id": self.num_images, "file_name": name, "width": width, "height": height}
+        _append(self.out / "images.jsonl", json.dumps(description) + "\n")
+        _append(self.out / "detections.jsonl", "".join(json.dumps(result) + "\n" for result in results))
         if self.pictures:
-            _save(
-                _picture(with_objects(image, found, self.model.classes, self.score)),
-                self.out / "pictures" / f"{file}.jpg",
-            )
+            drawn = with_objects(image, detections, self.model.classes, self.score)
+            _save(_picture(drawn), self.out / "pictures" / f"{file}.jpg")
 
     def finish(self) -> str:
         """Write detections.json and images.json."""
@@ -161,48 +160,51 @@ class DetectorWriter:
         with images.open() as lines:
             listing = {"images": [json.loads(line) for line in lines], "categories": categories}
         write_atomically(self.out / "images.json", (json.dumps(listing, indent=1) + "\n").encode())
-        with detections.open("rb") as found:
-            write_atomically(self.out / "detections.json", _as_list(found))
+        with detections.open("rb") as lines:
+            write_atomically(self.out / "detections.json", _as_json_list(lines))
         images.unlink()
         detections.unlink()
-        return f"detections.json: {self.found} on {self.images} images, {self.good} of them above {self.score:g}."
+        return (
+            f"detections.json: {self.num_detections} on {self.num_images} images, "
+            f"{self.num_above_score} of them above {self.score:g}."
+        )
 
 
-def with_objects(image: Tensor, found: Detections, classes: Sequence[str], score: float) -> Tensor:
-    """A picture uint8 (3, H, W) with boxes, masks, names and scores of what was found with at least `score`."""
+def with_objects(image: Tensor, detections: Detections, classes: Sequence[str], score: float) -> Tensor:
+    """Draw boxes, masks, names and scores of all detections with at least `score` on an image uint8 (3, H, W)."""
     from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
 
     from pecobook.analysis.detections import colour_of
 
-    found = found.above(score)
-    if not len(found.labels):
+    detections = detections.above(score)
+    if not len(detections.labels):
         return image
-    labels = found.labels.tolist()
+    labels = detections.labels.tolist()
     colours = [colour_of(label) for label in labels]
-    if found.masks is not None:
+    if detections.masks is not None:
         image = draw_segmentation_masks(
-            image, found.pasted_masks(image.shape[1], image.shape[2]), alpha=0.45, colors=colours
+            image, detections.pasted_masks(image.shape[1], image.shape[2]), alpha=0.45, colors=colours
         )
-    pairs = zip(labels, found.scores.tolist(), strict=True)
+    pairs = zip(labels, detections.scores.tolist(), strict=True)
     texts = [f"{classes[label - 1]} {100 * value:.0f}%" for label, value in pairs]
-    # torchvision wants boxes that are at least a pixel wide.
-    corner = found.boxes[:, :2]
-    boxes = torch.cat([corner, torch.maximum(found.boxes[:, 2:], corner + 1)], 1)
-    line = max(min(image.shape[1:]) // 250, 1)
-    return draw_bounding_boxes(image, boxes, labels=texts, colors=colours, width=line)  # type: ignore[no-any-return]
+    # torchvision draws only boxes that are at least one pixel wide and high.
+    corners = detections.boxes[:, :2]
+    boxes = torch.cat([corners, torch.maximum(detections.boxes[:, 2:], corners + 1)], 1)
+    line_width = max(min(image.shape[1:]) // 250, 1)
+    return draw_bounding_boxes(image, boxes, labels=texts, colors=colours, width=line_width)  # type: ignore[no-any-return]
 
 
 def captioned(image: Tensor, text: str) -> Image.Image:
-    """A picture with a line of text under it."""
+    """Return the image with a line of text below."""
     from PIL import Image, ImageDraw, ImageFont
 
     picture = _picture(image)
     size = max(min(picture.width // 24, 40), 12)
     font = ImageFont.load_default(size)
-    whole = Image.new("RGB", (max(picture.width, 8 * size), picture.height + 2 * size), "white")
-    whole.paste(picture, (0, 0))
-    ImageDraw.Draw(whole).text((size // 2, picture.height + size // 3), text, fill="black", font=font)
-    return whole
+    canvas = Image.new("RGB", (max(picture.width, 8 * size), picture.height + 2 * size), "white")
+    canvas.paste(picture, (0, 0))
+    ImageDraw.Draw(canvas).text((size // 2, picture.height + size // 3), text, fill="black", font=font)
+    return canvas
 
 
 def _append(file: Path, text: str) -> None:
@@ -210,8 +212,8 @@ def _append(file: Path, text: str) -> None:
         lines.write(text)
 
 
-def _as_list(lines: Iterable[bytes]) -> Iterator[bytes]:
-    """One JSON list of the values on lines, never all of them in memory."""
+def _as_json_list(lines: Iterable[bytes]) -> Iterator[bytes]:
+    """Yield the parts of a JSON list of the values on the lines; only one line is in memory at a time."""
     yield b"["
     for number, line in enumerate(lines):
         yield (b", " if number else b"") + line.rstrip(b"\n")

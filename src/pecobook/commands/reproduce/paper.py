@@ -1,7 +1,7 @@
-"""The paper's tables: what each row trains, and the number beside it.
+"""The paper's tables: the rows, the paper's numbers, and the arm that each row trains.
 
-Numbers are those of arXiv 2111.12710v3, ImageNet-1K, ViT-B/16. An arm is a tokenizer, or another way to a backbone,
-that plan.py knows how to train; a row names one.
+The numbers are from arXiv 2111.12710v3: ImageNet-1K, ViT-B/16. An arm is a tokenizer, or another way to pre-train a
+backbone; plan.py plans the training of every arm.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ PROBE = ("codeword_probe", "linear probe of codewords, %")
 CLASSIFIED = ("classified", "reconstructions classified, %")
 FINETUNED = ("finetuned", "fine-tuned, %")
 MORE = (("codes_used", "codewords used"), ("psnr", "PSNR, dB"))
-"""Measured beside the paper's figures; the paper gives none of them."""
+"""Figures that are measured in addition; the paper gives none of them."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,8 +24,9 @@ class Row:
     label: str
     arm: str
     paper: tuple[float | None, ...] = ()
-    """In the order of the table's figures; None, or nothing, where the paper has no number."""
+    """The paper's numbers in the order of the table's figures. None, or a shorter tuple: the paper has no number."""
     control: bool = False
+    """Whether the row is a control that the paper does not have."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,21 +35,31 @@ class PaperTable:
 
     title: str
     figures: tuple[tuple[str, str], ...]
-    """(figure, heading)."""
+    """(figure, heading) of each column."""
     rows: tuple[Row, ...]
     controls: tuple[str, ...] = ("perceptual",)
-    """Arms whose perceptual network is also tried with random and with shuffled weights."""
+    """Arms whose perceptual network is also trained with random and with shuffled weights."""
     note: str = ""
+    """A remark below the table."""
 
     @property
     def all_rows(self) -> tuple[Row, ...]:
-        """The paper's rows, and the controls that it lacks."""
-        named = {row.arm: row.label for row in self.rows}
-        found = list(self.rows)
+        """The paper's rows, and the controls."""
+        labels = {row.arm: row.label for row in self.rows}
+        rows = list(self.rows)
         for arm in self.controls:
-            label = named.get(arm, "perceptual loss")
-            found += [Row(f"{label}, {how} weights", f"{arm}-{how}", control=True) for how in ("random", "shuffled")]
-        return tuple(found)
+            label = labels.get(arm, "perceptual loss")
+            rows += [Row(f"{label}, {how} weights", f"{arm}-{how}", control=True) for how in ("random", "shuffled")]
+        return tuple(rows)
+
+    def paper_number(self, row: Row, figure: str) -> float | None:
+        """Return the paper's number of a row in the column of a figure, or None when the paper has no number."""
+        numbers = dict(zip((name for name, _ in self.figures), row.paper, strict=False))
+        return numbers.get(figure)
+
+    def has_paper_numbers(self, figure: str) -> bool:
+        """Whether the paper gives a number of this figure for any row."""
+        return any(self.paper_number(row, figure) is not None for row in self.rows)
 
 
 TABLES = {
@@ -67,14 +78,14 @@ TABLES = {
         note="The paper's numbers are of 800 epochs of pre-training (MAE: 1,600, MoCo v3: 300).",
     ),
     "table4": PaperTable(
-        "Table 4: what codewords say of classes",
+        "Table 4: how well codewords predict classes",
         (PROBE, CLASSIFIED),
         (
             Row("DALL-E", "dalle", (6.1, 18.2)),
             Row("pixel loss alone", "pixel", (10.2, 17.9)),
             Row("perceptual loss", "perceptual", (29.7, 51.7)),
         ),
-        note="The paper classifies reconstructions with a DeiT-T, which has 72.2% on originals.",
+        note="The paper classifies reconstructions with a DeiT-T, whose accuracy on originals is 72.2%.",
     ),
     "table5": PaperTable(
         "Table 5: the perceptual network",
@@ -89,7 +100,7 @@ TABLES = {
         note="The paper's supervised network is a VGG.",
     ),
     "table6": PaperTable(
-        "Table 6: semantics put into codewords by a loss on them, or on images",
+        "Table 6: semantics in codewords, from a loss on codewords or from a loss on images",
         (FINETUNED, PROBE),
         (
             Row("classification loss on codewords", "classification", (82.9,)),
@@ -132,7 +143,7 @@ TABLES = {
         "Table 7 of version 1: more data for the tokenizer",
         (FINETUNED, PROBE),
         (Row("tokenizer trained on the same images", "perceptual"), Row("on more images", "more-data")),
-        note="The paper's numbers are in a picture; its text says that more data does not help.",
+        note="The paper gives these numbers only in a figure; its text says that more data does not help.",
     ),
 }
 ALIASES = {
@@ -145,13 +156,19 @@ ALIASES = {
 
 
 def chosen_tables(names: tuple[str, ...]) -> dict[str, PaperTable]:
-    """Tables by name, of version 3 unless `v1-` says otherwise. Raises ConfigError for one that is not there."""
-    found = {}
+    """Return tables by name; a name without the prefix `v1-` is that of a table of version 3 of the paper.
+
+    Raises:
+        ConfigError: no table is named, or a table does not exist.
+    """
+    if not names:
+        raise ConfigError(f"Name tables: pecobook reproduce table4 ... The tables: {', '.join(TABLES)}.")
+    tables = {}
     for name in names:
-        plain = name.lower().removeprefix("v3-")
-        plain = ALIASES.get(plain, plain)
-        if plain not in TABLES:
-            known = [*TABLES, *ALIASES]
-            raise ConfigError(f"There is no table '{name}'.{did_you_mean(name, known)} Known: {', '.join(TABLES)}.")
-        found[plain] = TABLES[plain]
-    return found
+        key = name.lower().removeprefix("v3-")
+        key = ALIASES.get(key, key)
+        if key not in TABLES:
+            suggestion = did_you_mean(name, [*TABLES, *ALIASES])
+            raise ConfigError(f"There is no table '{name}'.{suggestion} The tables: {', '.join(TABLES)}.")
+        tables[key] = TABLES[key]
+    return tables

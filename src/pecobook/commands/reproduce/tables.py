@@ -1,4 +1,4 @@
-"""The tables: what was measured over seeds, beside what the paper has."""
+"""The tables as Markdown, CSV and plots: the measured figures over seeds next to the paper's numbers."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ import dataclasses
 import io
 import json
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from pecobook.analysis.canvas import INK, new_figure, png, tidy
+from pecobook.analysis.canvas import INK, new_figure, png, style_axes
 from pecobook.analysis.charts import read_metrics
 from pecobook.commands.reproduce.paper import MORE, PaperTable, Row
 
@@ -18,174 +18,176 @@ if TYPE_CHECKING:
     from pecobook.commands.reproduce.plan import Plan
 
 Values = dict[str, list[float]]
-"""Figure to its values, one a seed."""
+"""Figure to one value per seed."""
 
 
 @dataclasses.dataclass(frozen=True)
-class Measured:
-    """A table with what was found."""
+class MeasuredTable:
+    """A table of the paper with the measured values."""
 
     name: str
     table: PaperTable
     rows: tuple[tuple[Row, Values, str], ...]
-    """Row, values, and what it lacks."""
-    lacks: tuple[str, ...] = ()
+    """Row, values, and what is missing to train the row (an empty text when nothing is missing)."""
+    remarks: tuple[str, ...] = ()
     """Lines on the figures that could not be measured."""
 
     @property
     def figures(self) -> tuple[tuple[str, str], ...]:
-        """Those of the paper, and more that were measured."""
+        """(figure, heading) of the paper's figures and of the additional figures that were measured."""
         return (*self.table.figures, *(pair for pair in MORE if self.has(pair[0])))
 
     def has(self, figure: str) -> bool:
-        """Whether a figure was measured of any row."""
+        """Whether a figure was measured for any row."""
         return any(figure in values for _, values, _ in self.rows)
 
 
-def measured(plan: Plan, tables: Mapping[str, PaperTable]) -> list[Measured]:
-    """Gather the figures of finished jobs."""
-    found = []
-    for name, table in tables.items():
+def measured_tables(plan: Plan) -> list[MeasuredTable]:
+    """Collect the figures of the finished jobs for all tables of a plan."""
+    measured = []
+    for name, table in plan.tables.items():
         rows = []
         for row in table.all_rows:
-            lacks = plan.missing(row.arm)
+            missing = plan.missing_for_arm(row.arm)
             values: Values = {}
-            for seed in () if lacks else plan.config.seeds:
+            for seed in () if missing else plan.config.seeds:
                 for figure, value in _figures(plan, plan.canonical(row.arm), seed).items():
                     values.setdefault(figure, []).append(value)
-            rows.append((row, values, lacks))
-        found.append(Measured(name, table, tuple(rows), tuple(plan.unmeasured(table.figures))))
-    return found
+            rows.append((row, values, missing))
+        measured.append(MeasuredTable(name, table, tuple(rows), tuple(plan.unmeasured(table.figures))))
+    return measured
 
 
 def _figures(plan: Plan, arm: str, seed: int) -> dict[str, float]:
-    jobs = plan.jobs
-    found: dict[str, float | None] = {}
-    job = jobs.get(f"judged-{arm}-{seed}") or jobs.get(f"analysis-{arm}-{seed}")
+    figures: dict[str, float | None] = {}
+    job = plan.jobs.get(f"judged-{arm}-{seed}") or plan.jobs.get(f"analysis-{arm}-{seed}")
     if job is not None and job.finished:
-        (told,) = json.loads((job.out / "analysis.json").read_text())["tokenizers"]
-        found |= {figure: told[figure] for figure in ("codeword_probe", "codes_used", "psnr")}
-        judged = told.get("classifier", {})
-        found |= {"classified": judged.get("reconstructions"), "originals": judged.get("originals")}
-    job = jobs.get(f"classifier-{arm}-{seed}")
+        (metrics,) = json.loads((job.out / "analysis.json").read_text())["tokenizers"]
+        figures |= {figure: metrics[figure] for figure in ("codeword_probe", "codes_used", "psnr")}
+        classifier = metrics.get("classifier", {})
+        figures |= {"classified": classifier.get("reconstructions"), "originals": classifier.get("originals")}
+    job = plan.jobs.get(f"classifier-{arm}-{seed}")
     if job is not None and job.finished:
-        told = [
-            line["evaluation/top1"] for line in read_metrics(job.out / "metrics.jsonl") if "evaluation/top1" in line
-        ]
-        found["finetuned"] = told[-1]
-    return {figure: float(value) for figure, value in found.items() if value is not None}
+        lines = read_metrics(job.out / "metrics.jsonl")
+        figures["finetuned"] = [line["evaluation/top1"] for line in lines if "evaluation/top1" in line][-1]
+    return {figure: float(value) for figure, value in figures.items() if value is not None}
 
 
-def cell(values: Sequence[float]) -> str:
-    """`mean ± standard deviation over seeds`, or a dash."""
+def mean_and_deviation(values: Sequence[float], digits: int = 1) -> str:
+    """Return `mean ± standard deviation` of values over seeds; the mean alone for one seed, a dash for none."""
     if not values:
         return "–"
-    spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.1f}{spread}"
+    deviation = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.{digits}f}{deviation}"
 
 
-def lines_of(one: Measured) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
-    """Header and rows of text."""
-    paper = {figure: number for number, (figure, _) in enumerate(one.table.figures)}
+def header_and_rows(measured: MeasuredTable) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """Return the header and the rows of a table as texts."""
+    table = measured.table
     header = [""]
-    for figure, heading in one.figures:
-        header += [heading, "paper"] if _has_paper(one.table, figure) else [heading]
+    for figure, heading in measured.figures:
+        header += [heading, "paper"] if table.has_paper_numbers(figure) else [heading]
     rows = []
-    for row, values, lacks in one.rows:
-        line = [row.label + (" (control)" if row.control else "") + (f" (needs {lacks})" if lacks else "")]
-        for figure, _ in one.figures:
-            line.append(cell(values.get(figure, [])))
-            if _has_paper(one.table, figure):
-                given = row.paper[paper[figure]] if paper[figure] < len(row.paper) else None
-                line.append("–" if given is None else f"{given:.1f}")
-        rows.append(tuple(line))
+    for row, values, missing in measured.rows:
+        cells = [row.label + (" (control)" if row.control else "") + (f" (needs {missing})" if missing else "")]
+        for figure, _ in measured.figures:
+            cells.append(mean_and_deviation(values.get(figure, [])))
+            if table.has_paper_numbers(figure):
+                number = table.paper_number(row, figure)
+                cells.append("–" if number is None else f"{number:.1f}")
+        rows.append(tuple(cells))
     return tuple(header), rows
 
 
-def _has_paper(table: PaperTable, figure: str) -> bool:
-    place = [name for name, _ in table.figures].index(figure) if figure in dict(table.figures) else -1
-    return place >= 0 and any(len(row.paper) > place for row in table.rows)
-
-
-def gains_over_controls(one: Measured) -> list[str]:
-    """What the perceptual loss of each network brings over its controls, seed by seed."""
-    by_arm = {row.arm: (row, values) for row, values, _ in one.rows}
-    told = []
-    for arm in one.table.controls:
+def gains_over_controls(measured: MeasuredTable) -> list[str]:
+    """Return lines on the gain of each perceptual loss over the pixel loss and over the controls, seed by seed."""
+    by_arm = {row.arm: (row, values) for row, values, _ in measured.rows}
+    lines = []
+    for arm in measured.table.controls:
         if arm not in by_arm:
             continue
-        others = ["pixel", f"{arm}-random", f"{arm}-shuffled"]
-        for other in (name for name in others if name in by_arm):
-            for figure, heading in one.table.figures:
-                a, b = by_arm[arm][1].get(figure, []), by_arm[other][1].get(figure, [])
+        row, values = by_arm[arm]
+        for control in ("pixel", f"{arm}-random", f"{arm}-shuffled"):
+            if control not in by_arm:
+                continue
+            control_row, control_values = by_arm[control]
+            for figure, heading in measured.table.figures:
+                a, b = values.get(figure, []), control_values.get(figure, [])
                 if a and len(a) == len(b):
-                    apart = [x - y for x, y in zip(a, b, strict=True)]
-                    each = ", ".join(f"{value:+.1f}" for value in apart)
-                    names = f"{by_arm[arm][0].label} minus {by_arm[other][0].label}"
-                    told.append(f"{heading}: {names}: {cell(apart)} (seeds: {each})")
-    return told
+                    gains = [x - y for x, y in zip(a, b, strict=True)]
+                    by_seed = ", ".join(f"{gain:+.1f}" for gain in gains)
+                    names = f"{row.label} minus {control_row.label}"
+                    lines.append(f"{heading}: {names}: {mean_and_deviation(gains)} (seeds: {by_seed})")
+    return lines
 
 
-def remarks(one: Measured) -> list[str]:
-    """What stands below a table: how well the classifier does on originals, and why figures are missing."""
-    told = {row.label: cell(values["originals"]) for row, values, _ in one.rows if "originals" in values}
+def remarks(measured: MeasuredTable) -> list[str]:
+    """Return the lines below a table: the classifier's accuracy on originals, and why figures are missing."""
+    originals = {
+        row.label: mean_and_deviation(values["originals"]) for row, values, _ in measured.rows if "originals" in values
+    }
     lines = []
-    if "classified" in dict(one.table.figures) and told:
-        alike = len(set(told.values())) == 1
-        each = next(iter(told.values())) + "%" if alike else ", ".join(f"{own}% ({row})" for row, own in told.items())
-        lines.append(f"Our classifier, on originals: {each}.")
-    return [*lines, *one.lacks]
+    if "classified" in dict(measured.table.figures) and originals:
+        if len(set(originals.values())) == 1:
+            accuracies = next(iter(originals.values())) + "%"
+        else:
+            accuracies = ", ".join(f"{accuracy}% ({label})" for label, accuracy in originals.items())
+        lines.append(f"Our classifier, on originals: {accuracies}.")
+    return [*lines, *measured.remarks]
 
 
-def markdown(found: Sequence[Measured], about: str) -> str:
-    """All tables."""
-    parts = ["# The paper's tables, measured again", about]
-    for one in found:
-        header, rows = lines_of(one)
+def markdown(tables: Sequence[MeasuredTable], introduction: str) -> str:
+    """Return all tables as Markdown."""
+    parts = ["# The paper's tables, measured again", introduction]
+    for measured in tables:
+        header, rows = header_and_rows(measured)
         lines = [f"| {' | '.join(line)} |" for line in (header, ["---"] * len(header), *rows)]
-        told = "\n".join(f"- {line}" for line in gains_over_controls(one))
-        parts += [f"## {one.table.title}", "\n".join(lines), one.table.note, *remarks(one), told]
+        gains = "\n".join(f"- {line}" for line in gains_over_controls(measured))
+        table = measured.table
+        parts += [f"## {table.title}", "\n".join(lines), table.note, *remarks(measured), gains]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def comma_separated(found: Sequence[Measured]) -> str:
-    """All figures, a line each."""
+def comma_separated(tables: Sequence[MeasuredTable]) -> str:
+    """Return all figures as CSV, one line per row and figure."""
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     writer.writerow(["table", "row", "arm", "control", "figure", "paper", "mean", "deviation", "values"])
-    for one in found:
-        paper = {figure: number for number, (figure, _) in enumerate(one.table.figures)}
-        for row, values, _ in one.rows:
-            for figure, _ in one.figures:
-                own, place = values.get(figure, []), paper.get(figure, len(row.paper))
-                given = row.paper[place] if place < len(row.paper) else None
-                mean = round(statistics.mean(own), 3) if own else None
-                deviation = round(statistics.stdev(own), 3) if len(own) > 1 else None
-                each = " ".join(f"{value:.3f}" for value in own)
-                writer.writerow([one.name, row.label, row.arm, row.control, figure, given, mean, deviation, each])
+    for measured in tables:
+        for row, all_values, _ in measured.rows:
+            for figure, _ in measured.figures:
+                values, number = all_values.get(figure, []), measured.table.paper_number(row, figure)
+                mean = round(statistics.mean(values), 3) if values else None
+                deviation = round(statistics.stdev(values), 3) if len(values) > 1 else None
+                by_seed = " ".join(f"{value:.3f}" for value in values)
+                cells = [measured.name, row.label, row.arm, row.control, figure, number, mean, deviation, by_seed]
+                writer.writerow(cells)
     return out.getvalue()
 
 
-def plot(one: Measured) -> bytes:
-    """Rows of a table as points with their spread, a panel a figure; the paper's, on its own scale, beside each."""
-    shown = [(figure, heading) for figure, heading in one.table.figures if one.has(figure)]
+def plot(measured: MeasuredTable) -> bytes:
+    """Plot the rows of a table as points with their deviation, as PNG.
+
+    Each measured figure has a panel; next to it stands a panel with the paper's numbers on their own scale.
+    """
+    table, num_rows = measured.table, len(measured.rows)
+    shown = [(figure, heading) for figure, heading in table.figures if measured.has(figure)]
     panels = [(figure, heading, source) for figure, heading in shown for source in ("ours", "paper")]
-    panels = [panel for panel in panels if panel[2] == "ours" or _has_paper(one.table, panel[0])]
-    figure_ = new_figure(2.1 + 2.6 * max(len(panels), 1), 0.34 * len(one.rows) + 1.0)
-    place = {name: number for number, (name, _) in enumerate(one.table.figures)}
-    for number, (name, heading, source) in enumerate(panels):
-        axes = figure_.add_subplot(1, len(panels), number + 1)
-        tidy(axes, grid="x")
-        axes.set_ylim(len(one.rows) - 0.4, -0.6)
-        labels = [row.label for row, *_ in one.rows] if number == 0 else [""] * len(one.rows)
-        axes.set_yticks(range(len(one.rows)), labels)
+    panels = [panel for panel in panels if panel[2] == "ours" or table.has_paper_numbers(panel[0])]
+    canvas = new_figure(2.1 + 2.6 * max(len(panels), 1), 0.34 * num_rows + 1.0)
+    for number, (figure, heading, source) in enumerate(panels):
+        axes = canvas.add_subplot(1, len(panels), number + 1)
+        style_axes(axes, grid="x")
+        axes.set_ylim(num_rows - 0.4, -0.6)
+        axes.set_yticks(range(num_rows), [row.label if number == 0 else "" for row, *_ in measured.rows])
         axes.set_title(heading if source == "ours" else "the paper's", color=INK, fontsize=9.5, loc="left")
-        for height, (row, values, _) in enumerate(one.rows):
-            own = values.get(name, [])
+        for height, (row, all_values, _) in enumerate(measured.rows):
+            values = all_values.get(figure, [])
             if source == "paper":
-                own = [given for given in row.paper[place[name] : place[name] + 1] if given is not None]
-            if own:
-                spread = statistics.stdev(own) if len(own) > 1 else 0.0
+                paper_number = table.paper_number(row, figure)
+                values = [] if paper_number is None else [paper_number]
+            if values:
+                deviation = statistics.stdev(values) if len(values) > 1 else 0.0
                 colour = "#d9822b" if row.control else "#2a8fd8" if source == "ours" else INK
-                axes.errorbar(statistics.mean(own), height, xerr=spread, color=colour, marker="o", capsize=3)
-    return png(figure_)
+                axes.errorbar(statistics.mean(values), height, xerr=deviation, color=colour, marker="o", capsize=3)
+    return png(canvas)

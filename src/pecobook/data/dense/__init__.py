@@ -1,1 +1,1 @@
-"""Images with masks or objects: sources and views."""
+"""Sources and views of images with masks or objects, for segmentation and detection."""

@@ -152,7 +152,7 @@ class Detector(Exported):
         Returns:
             losses, () each, by name; or the `Detections` of each image, in pixels of the image.
         """
-        batch = self._batch(images)
+        batch = self.pad_to_batch(images)
         if targets is not None and self.has_masks:
             targets = [{**target, "masks": shift_half_pixel(target["masks"])} for target in targets]
         levels = self.fpn(OrderedDict((str(level), x) for level, x in enumerate(self.pyramid(batch.tensors))))
@@ -163,7 +163,7 @@ class Detector(Exported):
             return {_LOSSES[name]: loss for name, loss in {**losses, **head_losses}.items()}
         return [_to_detections(detection) for detection in detections]
 
-    def _batch(self, images: list[Tensor]) -> Any:
+    def pad_to_batch(self, images: list[Tensor]) -> Any:
         """Normalise images and pad them with zeros at the right and bottom, to a multiple of the largest stride."""
         stride = self.pyramid.strides[-1]
         sizes = [(int(image.shape[1]), int(image.shape[2])) for image in images]

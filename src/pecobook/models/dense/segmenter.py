@@ -21,7 +21,7 @@ from pecobook.settings.segment import SegmenterConfig, SegmentTestConfig
 from pecobook.utils.images import fitted_size, resize, to_float
 
 POOL_SIZES = (1, 2, 3, 6)  # sides of the pooled maps, cells
-_MAX_SCORES = 50_000_000  # number of interpolated scores that are stored at once
+MAX_SCORES = 50_000_000  # number of interpolated scores that are stored at once
 
 
 def conv_norm_relu(channels: int, width: int, size: int) -> nn.Sequential:
@@ -223,7 +223,7 @@ def best_classes(scores: Tensor, size: tuple[int, int]) -> Tensor:
 
     Interpolates a few classes at a time: all 150 classes of a 12-megapixel photograph would take 14 GB.
     """
-    step = max(_MAX_SCORES // max(size[0] * size[1], 1), 1)
+    step = max(MAX_SCORES // max(size[0] * size[1], 1), 1)
     best = scores.new_full(size, -torch.inf)
     classes = torch.zeros(size, dtype=torch.int64, device=scores.device)
     for start in range(0, len(scores), step):
