@@ -11,7 +11,8 @@ class GreyTokenizer(nn.Module):
 
     def __init__(self, levels: int = 8, stride: int = 4, image_size: int = 16) -> None:
         super().__init__()
-        self.levels, self.stride, self.image_size = levels, stride, image_size
+        self.levels = self.num_codewords = levels
+        self.stride, self.image_size = stride, image_size
         self.register_buffer("codebook", torch.linspace(0, 1, levels)[:, None].repeat(1, 2))
         self.modes: list[bool] = []
 

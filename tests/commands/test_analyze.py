@@ -19,8 +19,10 @@ from PIL import Image
 import pecobook
 from pecobook import cli
 from pecobook.analysis.codewords import mean_codewords
+from pecobook.analysis.position import information_given_position, moved_codes, position_dependence
 from pecobook.analysis.probe import linear_probe
 from pecobook.analysis.reconstruction import decode_all, encode_all, psnr
+from pecobook.analysis.semantics import patch_edges
 from pecobook.commands.analyze import check_and_open
 from pecobook.commands.analyze.classifier import open_classifier
 from pecobook.commands.analyze.measure import at_most_fifty
@@ -84,6 +86,9 @@ def test_analyze__keeps_the_contract(analysis: tuple[Path, dict[str, Any], str],
     for tokenizer in (first, second):
         assert tokenizer["stability"]["none"] == 100
         assert set(tokenizer["information"]) == {"label", "colour", "edges"}
+        assert all(0 <= values["given_position"] <= 1 for values in tokenizer["information"].values())
+        assert all(0 <= share <= 100 for share in tokenizer["position"]["moved"].values())
+        assert 0 <= tokenizer["crossed_probe"] <= 100
         assert set(tokenizer["similarity"]["shifted_over_blurred"]) == {"pixels", "codewords", "perceptual"}
         assert tokenizer["perceptual_distance"] > 0
         for picture in tokenizer["pictures"].values():
@@ -120,6 +125,13 @@ def test_analyze__numbers_equal_those_of_the_functions(
     train_x, test_x = (mean_codewords(part, tokenizer.codebook) for part in (train_codes, codes))
     probe = linear_probe(train_x, train_labels, test_x, labels, seed=0)
     assert metrics["codeword_probe"] == pytest.approx(probe.accuracy, abs=1e-3)
+    position = position_dependence(codes)
+    assert metrics["position"]["share"] == pytest.approx(position.share, abs=1e-4)
+    assert metrics["position"]["null_share"] == pytest.approx(position.null_share, abs=1e-4)
+    moved = moved_codes(tokenizer, to_float(read_all(splits.evaluation, 16 + 4)[0]), 4)
+    assert metrics["position"]["moved"] == pytest.approx(moved, abs=1e-3)
+    given_position = information_given_position(codes, patch_edges(x, (4, 4)))
+    assert metrics["information"]["edges"]["given_position"] == pytest.approx(given_position, abs=1e-4)
 
 
 def test_analyze__scores_masked_predictions_as_the_formula(
@@ -147,7 +159,12 @@ def test_analyze__is_deterministic(
     for path in (tmp_path / "a" / "pictures").iterdir():
         assert path.read_bytes() == (tmp_path / "b" / "pictures" / path.name).read_bytes(), path.name
     together = analysis[1]["tokenizers"][0]
-    for name in CONTRACT | {"stability", "information"}:  # a second tokenizer changes nothing
+    for name in CONTRACT | {
+        "stability",
+        "information",
+        "position",
+        "crossed_probe",
+    }:  # a second tokenizer changes nothing
         assert again["tokenizers"][0][name] == together[name]
 
 

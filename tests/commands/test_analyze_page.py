@@ -1,5 +1,6 @@
 """The page of `analyze` and `demo`: each number is in its cell, and the text claims only what the numbers show."""
 
+import dataclasses
 import re
 from html.parser import HTMLParser
 from pathlib import Path
@@ -85,6 +86,19 @@ def distinct() -> dict[str, Any]:
                 "codes_used": 401 + i, "perplexity": 211.0 + i, "psnr": 13.25 + i, "ssim": 0.125 + i / 10,
                 "perceptual_distance": 3.5 + i, "codeword_probe": 20.5 + i, "codeword_probe_error": 2.5 + i,
                 "bag_probe": 30.5 + i, "bag_probe_error": 5.5 + i,
+                "crossed_probe": 70.5 + i, "crossed_probe_error": 3.25 + i,
+                "crossed_bag_probe": 80.5 + i, "crossed_bag_probe_error": 6.25 + i,
+                "position": {
+                    "share": 0.9 + i / 100, "null_share": 0.2 + i / 100, "bound": 62.5 + i, "null_bound": 1.5 + i,
+                    "moved": {"roll": 8.5 + i, "crop": 11.5 + i},
+                },
+                "information": {
+                    kind: {
+                        "share": 0.1 * k + i / 100, "given_position": 0.04 + 0.1 * k + i / 100,
+                        "purity": 51.75 + 10 * k + i, "null_purity": 21.75 + 10 * k + i,
+                    }
+                    for k, kind in enumerate(("label", "colour", "edges"))
+                },
                 "mim": {"loss": 4.25 + i, "accuracy": 17.5 + i, "linear": 50.0 + i, "knn": 60.0 + i},
             }
         )  # fmt: skip
@@ -96,20 +110,31 @@ def distinct() -> dict[str, Any]:
             "difference": 10.0 * (j + 1) + k,
             "standard_error": 1.1 + j + k / 2,
         }
-        for j, metric in enumerate(("codeword_probe", "bag_probe", "mim.linear", "mim.knn"))
+        for j, metric in enumerate(PERCENT_METRICS)
         for k, b in enumerate(("control", "pixel", "floor"))
     ]
     return {
         "data": "photos", "evaluation": "test", "seed": 0, "seconds": 400.0, "num_test": 400, "num_train": 900,
         "num_classes": 10, "tokenizers": tokenizers, "comparisons": pairs, "floor": {"linear": 41.5, "knn": 42.5},
         "masked_prediction": [
-            {"name": "vit", "by_share": [{"masked": 6, "accuracy": 12.5, "perplexity": 90.0}]},
+            {
+                "name": "vit",
+                "by_share": [{"masked": 6, "accuracy": 12.5, "perplexity": 90.0, "position_baseline": 8.5}],
+            },
         ],
     }  # fmt: skip
 
 
+def section_cells(title: str, data: dict[str, Any]) -> dict[tuple[str, str], str]:
+    """Return the cells of the section with this title."""
+    report = compose(data, {}, [], {})
+    sections = tuple(section for section in report.sections if section.title == title)
+    return cells(dataclasses.replace(report, sections=sections), "", "pixel")
+
+
 def test_each_number_of_a_tokenizer_is_in_its_row() -> None:
-    table = cells(compose(distinct(), {}, [], {}), "", "pixel")
+    data = distinct()
+    table = section_cells("Overview", data)
     for i, name in enumerate(("pixel", "control", "perceptual")):
         assert {row: text for (row, column), text in table.items() if column == name} == {
             "pixels a token": f"{8 + i} x {8 + i}",
@@ -119,9 +144,63 @@ def test_each_number_of_a_tokenizer_is_in_its_row() -> None:
             "PSNR, dB": f"{13.25 + i:.2f}",
             "SSIM": f"{0.125 + i / 10:.3f}",
             "perceptual distance": f"{3.5 + i:.3f}",
+        }
+    for tokenizer in data["tokenizers"]:
+        del tokenizer["position"]  # an analysis of an earlier version
+    assert section_cells("Overview", data)["linear probe of bags of codes, %", "pixel"] == "30.5 ± 5.5"
+
+
+def test_position_and_content_are_in_their_rows() -> None:
+    table = section_cells("Position or content", distinct())
+    for i, name in enumerate(("pixel", "control", "perceptual")):
+        assert {row: text for (row, column), text in table.items() if column == name} == {
+            "information about the position, %": f"{90 + i:.1f} ({20 + i:.1f})",
+            "codewords bound to one position, %": f"{62.5 + i:.1f} ({1.5 + i:.1f})",
+            "codes that move with a crop, %": f"{11.5 + i:.1f}",
+            "codes that move with a rolled image, %": f"{8.5 + i:.1f}",
             "linear probe of mean codewords, %": f"{20.5 + i:.1f} ± {2.5 + i:.1f}",
             "linear probe of bags of codes, %": f"{30.5 + i:.1f} ± {5.5 + i:.1f}",
+            "position removed: linear probe of mean codewords, %": f"{70.5 + i:.1f} ± {3.25 + i:.1f}",
+            "position removed: linear probe of bags of codes, %": f"{80.5 + i:.1f} ± {6.25 + i:.1f}",
         }
+
+
+def test_position_without_labels_has_no_probes_and_missing_numbers_are_dashes() -> None:
+    data = distinct()
+    for tokenizer in data["tokenizers"]:
+        tokenizer |= {"codeword_probe": None, "position": {"share": 0.5, "null_share": 0.25, "moved": {"roll": None}}}
+    table = section_cells("Position or content", data)
+    assert {row: text for (row, column), text in table.items() if column == "control"} == {
+        "information about the position, %": "50.0 (25.0)",
+        "codewords bound to one position, %": "– (–)",
+        "codes that move with a crop, %": "–",
+        "codes that move with a rolled image, %": "–",
+    }
+
+
+def test_information_is_in_its_rows() -> None:
+    data = distinct()
+    report = compose(data, {}, [], {})
+    (section,) = [section for section in report.sections if section.title == "Semantics or texture"]
+    assert section.table is not None
+    assert section.table.header == ("", "pixel", "control", "perceptual")
+    rows = iter(section.table.rows)
+    for k, words in enumerate(("the image's class", "the patch's colour", "the patch's edges")):
+        expected = {f"information about {words}, %": [f"{10 * k + i:.1f}" for i in range(3)]}
+        expected["   given position, %"] = [f"{4 + 10 * k + i:.1f}" for i in range(3)]
+        expected["   purity, %"] = [f"{51.75 + 10 * k + i:.1f} ({21.75 + 10 * k + i:.1f})" for i in range(3)]
+        for title, numbers in expected.items():
+            assert next(rows) == (title, *numbers)
+    assert not list(rows)
+
+
+def test_the_summary_says_which_accuracy_has_position_removed() -> None:
+    data = distinct()
+    del data["comparisons"]
+    first, second, *_ = compose(data, {}, [], {}).summary
+    assert "20.5% (pixel)" in first
+    assert second.startswith("With position removed")
+    assert "70.5% (pixel), 71.5% (control), 72.5% (perceptual)" in second
 
 
 def test_each_number_of_a_transformer_is_in_its_column() -> None:
@@ -142,7 +221,9 @@ def test_each_number_of_a_transformer_is_in_its_column() -> None:
 
 def test_each_masked_prediction_is_in_its_column() -> None:
     table = cells(compose(distinct(), {}, [], {}), "Run", "Perplexity")
-    assert table == {("vit, 6 masked", "Accuracy, %"): "12.5", ("vit, 6 masked", "Perplexity"): "90.0"}
+    assert table == {("vit, 6 masked", "Accuracy, %"): "12.5", ("vit, 6 masked", "Perplexity"): "90.0"} | {
+        ("vit, 6 masked", "Commonest code of the position, %"): "8.5"
+    }
 
 
 def test_each_difference_is_below_its_metric() -> None:
@@ -174,6 +255,7 @@ def test_the_chart_draws_each_score_in_its_panel(monkeypatch: pytest.MonkeyPatch
     assert drawn == [
         {
             "Linear probe on codewords": [(name, 20.5 + i) for i, name in enumerate(names)],
+            "Linear probe on codewords, position removed": [(name, 70.5 + i) for i, name in enumerate(names)],
             "Linear probe on code counts": [(name, 30.5 + i) for i, name in enumerate(names)],
             "Linear probe of the masked model": [
                 *((name, 50 + i) for i, name in enumerate(names)),
@@ -249,6 +331,32 @@ def test_the_claim_depends_on_the_control(
     assert compose(results(pixel, control, perceptual), {}, [], {}).summary[0] == text
 
 
+@pytest.mark.parametrize(
+    ("crossed", "contains", "never"),
+    [
+        ((20, 20, 30), "with position removed, is higher than the control's", "not shown"),
+        ((20, 29.5, 30), "The gain can therefore not be called semantic", "direction"),
+        ((29.5, 29.6, 30), "with position removed, compared with the control's: no difference", "direction"),
+        ((20, 35, 30), "with position removed, is lower than the control's", "direction"),
+    ],
+)
+def test_the_claim_is_decided_by_the_probe_with_position_removed(
+    crossed: tuple[float, ...], contains: str, never: str
+) -> None:
+    data = results(27, 28, 34)  # the plain probe would show the claim
+    for tokenizer, accuracy in zip(data["tokenizers"], crossed, strict=True):
+        tokenizer["crossed_probe"] = accuracy
+    assert contains in claim(data)
+    assert never not in claim(data)
+    first, second, *_ = compose(data, {}, [], {}).summary
+    assert first == claim(data)
+    assert "trained on the codes of one half of the positions" in second
+    assert "help only the plain probe" in second
+    assert "perceptual against control: higher by 6.0 ± 0.7 points" in second
+    assert text_of(compose(data, {}, [], {})).count("With position removed, the classifier is trained") == 2
+    test_no_sentence_ranks_results_without_an_error(data)
+
+
 def test_without_the_number_of_test_images_nothing_is_claimed() -> None:
     data = results(num_test=None)
     assert "cannot be judged" in claim(data)
@@ -289,8 +397,9 @@ def test_the_page_says_that_one_seed_is_an_illustration() -> None:
     assert "with random weights" in words
 
 
-def test_no_sentence_ranks_results_without_an_error() -> None:
-    report = compose(results(), {}, [("codebook", 61.0)], {"seed": 0})
+@pytest.mark.parametrize("data", [results(), distinct()])
+def test_no_sentence_ranks_results_without_an_error(data: dict[str, Any]) -> None:
+    report = compose(data, {}, [("codebook", 61.0)], {"seed": 0})
     prose = [*report.summary, *(paragraph for section in report.sections for paragraph in section.paragraphs)]
     for sentence in re.split(r"(?<=[.:;]) ", " ".join(prose)):
         if re.search(r"\b(higher|lower|better than|best|worse than|outperform\w*|improve\w*)\b", sentence):

@@ -50,6 +50,8 @@ def test_demo__writes_results_pictures_and_report(tmp_path: Path, images: Path) 
     assert results["floor"].keys() == {"linear", "knn"}
     assert [entry["name"] for entry in results["codebooks"]] == ["pixel", "control", "perceptual"]
     for entry in results["codebooks"]:
+        assert 0 <= entry["position"]["null_share"] <= 1
+        assert entry["position"]["moved"].keys() == {"roll", "crop"}
         assert {"codes_used", "perplexity", "psnr", "perceptual_distance", "codeword_probe", "mim"} <= entry.keys()
         assert 1 <= entry["perplexity"] <= entry["codes_used"] <= 512
         if entry["name"] == "control":
@@ -59,6 +61,7 @@ def test_demo__writes_results_pictures_and_report(tmp_path: Path, images: Path) 
             assert all(0 <= entry["mim"][name] <= 100 for name in ("accuracy", "linear", "knn"))
     pairs = {(c["metric"], c["a"], c["b"]) for c in results["comparisons"]}
     assert ("codeword_probe", "perceptual", "control") in pairs
+    assert ("crossed_probe", "perceptual", "control") in pairs
 
     html = report.read_text()
     assert report == out / "report.html"
@@ -66,6 +69,9 @@ def test_demo__writes_results_pictures_and_report(tmp_path: Path, images: Path) 
     assert html.count("data:image/png;base64") >= 6
     assert {path.stem for path in (out / "pictures").iterdir()} >= {"reconstructions", "gallery-control", "usage"}
     assert [entry["name"] for entry in results["masked_prediction"]] == ["pixel", "perceptual"]
+    assert all(
+        0 <= part["position_baseline"] <= 100 for run in results["masked_prediction"] for part in run["by_share"]
+    )
 
     # Finished runs are not trained again: the second call only measures, with equal results.
     before = (out / "codebook-pixel" / "export" / "model.safetensors").stat().st_mtime_ns

@@ -20,6 +20,7 @@ MIN_TEST_IMAGES = 100
 
 PERCENT_METRICS = {
     "codeword_probe": "Linear probe on codewords",
+    "crossed_probe": "Linear probe on codewords, position removed",
     "bag_probe": "Linear probe on code counts",
     "mim.linear": "Linear probe of the masked model",
     "mim.knn": "k-NN of the masked model",
@@ -138,51 +139,60 @@ def claim(results: Mapping[str, Any]) -> str:
     """Return what this run shows about the paper's claim that perceptual codewords are more semantic.
 
     The paper's claim compares perceptual with pixel codewords. Here the claim also has to hold against the control: the
-    same perceptual network with random weights, so the same method without what the network has learnt.
+    same perceptual network with random weights, so the same method without what the network has learnt. The probe with
+    position removed decides (`deciding_probe`), because the plain probe also rewards codes that are tied to a position.
     """
-    control = compare(results, "codeword_probe", "perceptual", "control")
-    pixel = compare(results, "codeword_probe", "perceptual", "pixel")
+    metric = deciding_probe(results)
+    control = compare(results, metric, "perceptual", "control")
+    pixel = compare(results, metric, "perceptual", "pixel")
     if control is None:
         return (
             "This run has no control (the same perceptual network with random weights) to compare with a "
             "perceptual codebook, so it cannot show whether perceptual codewords are more semantic."
         )
-    subject = "The linear probe on perceptual codewords is"
+    probe = "The linear probe on perceptual codewords" + (
+        ", with position removed," if metric == "crossed_probe" else ""
+    )
     verdict = control.verdict
     if verdict is Verdict.UNKNOWN:
         return f"Whether perceptual codewords are more semantic than the control's {control.words()}."
     if verdict is Verdict.LOWER:
         return (
-            f"{subject} lower than the control's, by {control.amount}: at this size, the run contradicts "
+            f"{probe} is lower than the control's, by {control.amount}: at this size, the run contradicts "
             "the paper's claim."
         )
     if verdict is Verdict.UNCLEAR:
-        return _no_claim_against_control(control, pixel)
+        return _no_claim_against_control(probe, control, pixel)
     if pixel is None:
         return (
-            f"{subject} higher than the control's (same network, random weights), by {control.amount}; "
+            f"{probe} is higher than the control's (same network, random weights), by {control.amount}; "
             "without a pixel codebook the paper's claim itself is not tested."
         )
     if pixel.verdict is Verdict.HIGHER:
         return (
-            f"{subject} higher than the control's (same network, random weights), by {control.amount}, and "
+            f"{probe} is higher than the control's (same network, random weights), by {control.amount}, and "
             f"higher than the pixel codebook's, by {pixel.amount}: the direction that the paper claims."
         )
     against = pixel.words() if pixel.verdict is not Verdict.LOWER else f"it is lower, by {pixel.amount}"
     return (
-        f"{subject} higher than the control's (same network, random weights), by {control.amount}, but "
+        f"{probe} is higher than the control's (same network, random weights), by {control.amount}, but "
         f"against the pixel codebook: {against}. The paper's claim is not shown here."
     )
 
 
-def _no_claim_against_control(control: Comparison, pixel: Comparison | None) -> str:
+def deciding_probe(results: Mapping[str, Any]) -> str:
+    """Return the metric that decides about the claim: the probe with position removed, if it was measured."""
+    crossed = compare(results, "crossed_probe", "perceptual", "control")
+    return "codeword_probe" if crossed is None else "crossed_probe"
+
+
+def _no_claim_against_control(probe: str, control: Comparison, pixel: Comparison | None) -> str:
     if pixel is not None and pixel.verdict is Verdict.HIGHER:
         return (
-            "The linear probe on perceptual codewords is higher than the pixel codebook's, by "
-            f"{pixel.amount}, but against the control: {control.words()}. The gain can therefore not be "
-            "called semantic."
+            f"{probe} is higher than the pixel codebook's, by {pixel.amount}, but against the control: "
+            f"{control.words()}. The gain can therefore not be called semantic."
         )
-    text = f"Perceptual codewords against the control's: {control.words()}. "
+    text = f"{probe} compared with the control's: {control.words()}. "
     if pixel is not None:
         text += f"Against the pixel codebook's: {pixel.words()}. "
     return text + "This run does not show the paper's claim."

@@ -15,7 +15,16 @@ from collections.abc import Mapping
 from typing import Any
 
 from pecobook.analysis.charts import Score, score_chart
-from pecobook.analysis.comparison import PERCENT_METRICS, UNTRAINED, Comparison, Verdict, accuracy, claim, compare
+from pecobook.analysis.comparison import (
+    PERCENT_METRICS,
+    UNTRAINED,
+    Comparison,
+    Verdict,
+    accuracy,
+    claim,
+    compare,
+    deciding_probe,
+)
 from pecobook.analysis.probe import binomial_error
 from pecobook.analysis.report import Picture, Section, Table
 from pecobook.analysis.wording import fixed, with_error
@@ -24,6 +33,10 @@ Results = Mapping[str, Any]
 
 ONE_SEED = "one seed; this is an illustration, not a result"
 
+_POSITION_REMOVED = (
+    "With position removed, the classifier is trained on the codes of one half of the positions in the image and "
+    "tested on the codes of the other half, so a codeword helps only if it means the same at different positions."
+)
 _ROLES = {
     "pixel": "“pixel” is trained with the pixel loss only",
     "control": "“control” adds a perceptual loss in the features of a network with random weights, so it has the "
@@ -35,6 +48,12 @@ _ROLES = {
 def summary_of_comparisons(results: Results) -> tuple[str, ...]:
     """Return the main results in a few sentences."""
     lines = [claim(results)]
+    plain = compare(results, "codeword_probe", "perceptual", "control")
+    if deciding_probe(results) == "crossed_probe" and plain is not None:
+        lines.append(
+            f"{_POSITION_REMOVED} Codewords that are bound to one position help only the plain probe; in that probe, "
+            f"perceptual against control: {plain.words()}."
+        )
     against_control = compare(results, "mim.linear", "perceptual", "control")
     if against_control is not None:
         lines.append(
@@ -76,6 +95,10 @@ def probe_comparisons(results: Results) -> Section:
     )
     if chance is not None:
         text += f" The accuracy of guessing is {chance:.1f}%."
+    if any(accuracy(results, "crossed_probe", name) is not None for name in _names(results)):
+        text += (
+            f"\n\n{_POSITION_REMOVED} In the other two probes of codes, codewords that are bound to one position help."
+        )
     chart = probe_chart(results)
     charts: tuple[Picture, ...] = ()
     if chart is not None:

@@ -5,10 +5,13 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 
 from pecobook.analysis import figures as draw
 from pecobook.analysis.masked_prediction import decode_prediction, hide, predict_masked
+from pecobook.analysis.position import commonest_code_accuracy
+from pecobook.analysis.reconstruction import encode_all
 from pecobook.commands.analyze.names import unique_names
 from pecobook.commands.analyze.pictures import evenly_spaced, resize_nearest
 from pecobook.commands.masked_run import load_masked_run
@@ -60,15 +63,14 @@ def predict(runs: dict[str, MaskedRun], source: ImageSource, seed: int) -> Predi
     for name, run in runs.items():
         run = run.to(device())
         images = to_float(read_all(source, run.image_size, limit=_MAX_IMAGES)[0])
-        rows = evenly_spaced(len(images))
+        codes, rows = encode_all(run, images), evenly_spaced(len(images))
         record: dict[str, Any] = {"name": name, "by_share": []}
         for share in SHARES:
             mask = _masks(run.grid, share, len(images), run.config.mask.min_block, seed)
             accuracy, perplexity = run.score(images, mask)
             count = int(mask[0].sum())
-            record["by_share"].append(
-                {"masked": count, "share": round(share, 3), "accuracy": accuracy, "perplexity": perplexity}
-            )
+            part = {"masked": count, "share": round(share, 3), "accuracy": accuracy, "perplexity": perplexity}
+            record["by_share"].append({**part, "position_baseline": position_baseline(codes, mask)})
             inputs = [("original", images[rows]), ("masked", hide(images[rows], mask[rows]))]
             picture = columns.setdefault((share, run.grid), inputs)
             decoded = decode_prediction(run, predict_masked(run, run, images[rows], mask[rows]))
@@ -76,6 +78,25 @@ def predict(runs: dict[str, MaskedRun], source: ImageSource, seed: int) -> Predi
         records.append(record)
         run.cpu()
     return Predictions(records, columns)
+
+
+def position_baseline(codes: Tensor, mask: Tensor) -> float | None:
+    """Return the percentage of masked codes that are the most frequent code of their position in other images.
+
+    The images with even indices and the images with odd indices predict each other.
+
+    Args:
+        codes: int64 (N, h, w).
+        mask: bool (N, h, w), True = masked; equally many patches are masked in each image.
+
+    Returns:
+        the percentage, or None for a single image.
+    """
+    if len(codes) < 2:
+        return None
+    even, odd = slice(0, None, 2), slice(1, None, 2)
+    accuracies = [commonest_code_accuracy(codes[b], codes[a], mask[a]) for a, b in ((even, odd), (odd, even))]
+    return float(np.average(accuracies, weights=[len(codes[even]), len(codes[odd])]))
 
 
 def _masks(grid: tuple[int, int], share: float, count: int, min_block: int, seed: int) -> Tensor:

@@ -18,6 +18,7 @@ from torch import Tensor
 from pecobook.analysis.arrays import Array
 from pecobook.analysis.codewords import CodeUsage, bag_of_codes, code_usage, mean_codewords
 from pecobook.analysis.figures import gallery_picture
+from pecobook.analysis.position import checkerboard, information_given_position, moved_codes, position_dependence
 from pecobook.analysis.probe import linear_probe
 from pecobook.analysis.reconstruction import decode_all, encode_all, in_batches, psnr, ssim
 from pecobook.analysis.semantics import information, patch_colours, patch_edges, patch_labels
@@ -38,7 +39,8 @@ if TYPE_CHECKING:
     from pecobook.models.perceptual import PerceptualDistance
     from pecobook.settings.analyze import AnalyzeConfig
 
-_STABILITY_IMAGES = 500  # images that are compared with distorted copies
+STABILITY_IMAGES = 500
+"""Number of images that are compared with distorted and with moved copies."""
 _SIMILARITY_IMAGES = 200  # images that are compared with shifted and blurred copies
 
 
@@ -58,6 +60,8 @@ class TokenizerMetrics:
     """Which held-out images each probe classified correctly, by the name of the probe; empty without labels."""
 
 
+PROBES = ("codeword_probe", "bag_probe", "crossed_probe", "crossed_bag_probe")
+"""Names of the linear probes of codes."""
 Draw = Callable[[], dict[str, bytes]]
 """Draws pictures, by kind."""
 TrainCodes = Callable[[], tuple[Tensor, Tensor] | None]
@@ -72,9 +76,10 @@ def evaluate_tokenizer(
     train: TrainCodes,
     distance: PerceptualDistance | None,
     *,
+    larger: Tensor,
     seed: int,
 ) -> tuple[TokenizerMetrics, Tensor, Tensor]:
-    """Measure codebook usage, reconstruction quality, and probe accuracy of a tokenizer on held-out images.
+    """Measure codebook usage, reconstruction quality, position dependence, and probe accuracy on held-out images.
 
     Args:
         name: name of the tokenizer.
@@ -83,7 +88,8 @@ def evaluate_tokenizer(
         labels: labels of the images, int64 (N,), or None; without labels `train` is not called.
         train: returns codes and labels of training images.
         distance: perceptual distance between images and reconstructions; None leaves this metric out.
-        seed: seed of the probes' validation part.
+        larger: held-out images that are one token larger, float (M, 3, S + stride, S + stride).
+        seed: seed of the probes' validation part, and of the codes that are permuted between positions.
 
     Returns:
         the metrics, the codes int64 (N, h, w), and the reconstructions (N, 3, S, S), all on the host.
@@ -108,7 +114,11 @@ def evaluate_tokenizer(
     }
     if distance is not None:
         values["perceptual_distance"] = _rounded(_distances(distance, images, restored).mean(), 4)
-    probe_values, correct = _probes(tokenizer, codes, labels, train, seed)
+    dependence = dataclasses.asdict(position_dependence(codes, seed=seed))
+    values["position"] = {key: _rounded(value, 4) for key, value in dependence.items()}
+    moved = moved_codes(tokenizer, larger, tokenizer.stride)
+    values["position"]["moved"] = {key: _rounded(value) for key, value in moved.items()}
+    probe_values, correct = code_probes(tokenizer, codes, labels, train, seed)
     shown = evenly_spaced(len(images))
     metrics = TokenizerMetrics(name, values | probe_values, images[shown], restored[shown], usage, correct)
     return metrics, codes, restored
@@ -121,10 +131,12 @@ def analyze_tokenizer(
     tokenizer = tokenizer_input.tokenizer
     pixels, labels, skipped = read_all(inputs.splits.evaluation, tokenizer.image_size, limit=config.max_test)
     images = to_float(pixels)
+    limit = min(config.max_test, STABILITY_IMAGES)
+    larger = to_float(read_all(inputs.splits.evaluation, tokenizer.image_size + tokenizer.stride, limit=limit)[0])
     say(f"  encoding and decoding {len(images)} images" + (f"; {len(skipped)} could not be read" if skipped else ""))
     train = partial(_train_codes, config, tokenizer_input, inputs)
     metrics, codes, restored = evaluate_tokenizer(
-        tokenizer_input.name, tokenizer, images, labels, train, inputs.distance, seed=config.seed
+        tokenizer_input.name, tokenizer, images, labels, train, inputs.distance, larger=larger, seed=config.seed
     )
     K, values, usage = tokenizer.num_codewords, metrics.values, metrics.usage
     values["source"] = tokenizer_input.source
@@ -136,7 +148,7 @@ def analyze_tokenizer(
             "reconstructions": inputs.classifier.accuracy(restored, labels),
         }
     say("  codes of distorted images")
-    unchanged = stability(tokenizer, images[:_STABILITY_IMAGES], codes[:_STABILITY_IMAGES], tokenizer.stride)
+    unchanged = stability(tokenizer, images[:STABILITY_IMAGES], codes[:STABILITY_IMAGES], tokenizer.stride)
     values["stability"] = {name: round(value, 2) for name, value in unchanged.items()}
     values["similarity"] = _similarity(inputs, tokenizer, images)
     classes, requested = inputs.splits.evaluation.classes or (), config.codewords
@@ -200,28 +212,33 @@ def _train_codes(
     return features["codes"], labels
 
 
-def _probes(
+def code_probes(
     tokenizer: Any, codes: Tensor, labels: Tensor | None, train: TrainCodes, seed: int
 ) -> tuple[dict[str, Any], dict[str, NDArray[np.bool_]]]:
     """Train linear probes on mean codewords and on bags of codes (paper, Table 4, left).
 
+    The crossed probes are trained on the codes of one half of the positions and tested on the other half, so codes that
+    have a meaning at a single position do not help them. They need at least two positions in each half.
+
     Returns:
         the accuracies and their errors, which are None without labels, and which images were classified correctly.
     """
-    values: dict[str, Any] = dict.fromkeys(
-        ("codeword_probe", "codeword_probe_error", "bag_probe", "bag_probe_error", "num_train")
-    )
+    values: dict[str, Any] = {f"{name}{suffix}": None for name in PROBES for suffix in ("", "_error")}
+    values["num_train"] = None
     correct: dict[str, NDArray[np.bool_]] = {}
     training_set = train() if labels is not None else None
     if labels is None or training_set is None:
         return values, correct
     train_codes, train_labels = training_set
-    codebook, K = tokenizer.codebook.detach().float().cpu(), tokenizer.num_codewords
-    for name, (train_x, test_x) in (
-        ("codeword_probe", [mean_codewords(part, codebook) for part in (train_codes, codes)]),
-        ("bag_probe", [bag_of_codes(part, K) for part in (train_codes, codes)]),
-    ):
-        result = linear_probe(train_x, train_labels, test_x, labels, seed=seed)
+    mean = partial(mean_codewords, codebook=tokenizer.codebook.detach().float().cpu())
+    bag = partial(bag_of_codes, num_codewords=tokenizer.num_codewords)
+    half = checkerboard((codes.shape[1], codes.shape[2]))
+    plain, crossed = (train_codes, codes), (train_codes[:, half], codes[:, ~half])
+    probes = [(mean, plain), (bag, plain)]
+    if min(int(half.sum()), int((~half).sum())) >= 2:
+        probes += [(mean, crossed), (bag, crossed)]
+    for name, (feature, (train_part, test_part)) in zip(PROBES, probes, strict=False):
+        result = linear_probe(feature(train_part), train_labels, feature(test_part), labels, seed=seed)
         values[name], values[f"{name}_error"] = round(result.accuracy, 3), round(result.standard_error, 3)
         correct[name] = result.correct
     return values | {"num_train": len(train_labels)}, correct
@@ -230,15 +247,16 @@ def _probes(
 def _information(
     config: AnalyzeConfig, num_codewords: int, images: Tensor, codes: Tensor, labels: Tensor | None
 ) -> dict[str, dict[str, float]]:
-    """Measure the information that codes contain about classes (if there are labels), colours and edges."""
+    """Measure the information of codes about classes (if there are labels), colours and edges, also given position."""
     grid = (codes.shape[1], codes.shape[2])
     values: dict[str, Array] = {} if labels is None else {"label": patch_labels(labels, grid)}
     values |= {"colour": patch_colours(images, grid), "edges": patch_edges(images, grid)}
-    results = {kind: information(codes, value, num_codewords, seed=config.seed) for kind, value in values.items()}
-    return {
-        kind: {name: round(value, 4) for name, value in dataclasses.asdict(result).items()}
-        for kind, result in results.items()
-    }
+    results = {}
+    for kind, value in values.items():
+        shares = dataclasses.asdict(information(codes, value, num_codewords, seed=config.seed))
+        shares["given_position"] = information_given_position(codes, value, seed=config.seed)
+        results[kind] = {name: round(share, 4) for name, share in shares.items()}
+    return results
 
 
 def _similarity(inputs: AnalysisInputs, tokenizer: Any, images: Tensor) -> dict[str, Any]:

@@ -6,8 +6,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pecobook.analysis.comparison import lookup
@@ -20,12 +19,8 @@ from pecobook.commands.analyze.comparing import (
     summary_of_comparisons,
     what_was_compared,
 )
-
-Tokenizer = Mapping[str, Any]
-"""The metrics of one tokenizer, as in `analysis.json`."""
-Tokenizers = Sequence[Tokenizer]
-Rows = list[tuple[str, Callable[[Tokenizer], str]]]
-"""The rows of a table: a title, and a function that returns the cell of a tokenizer."""
+from pecobook.commands.analyze.meaning import INFORMATION, position_section, semantics_section
+from pecobook.commands.analyze.tables import PROBE_ROWS, Rows, Tokenizer, Tokenizers, number, tokenizer_table
 
 
 def compose(
@@ -55,7 +50,8 @@ def compose(
         what_was_compared(results) if in_pairs else None,
         _overview(tokenizers),
         probe_comparisons(results) if in_pairs else None,
-        _semantics(tokenizers),
+        position_section(tokenizers),
+        semantics_section(tokenizers),
         _galleries(tokenizers, pictures),
         _reconstructions(pictures),
         _stability(tokenizers),
@@ -86,20 +82,24 @@ def _summary(tokenizers: Tokenizers) -> tuple[str, ...]:
     if probed:
         accuracies = ", ".join(f"{tokenizer['codeword_probe']:.1f}% ({tokenizer['name']})" for tokenizer in probed)
         lines.append(f"The accuracy of a linear classifier on the mean codeword of an image is {accuracies}.")
+        crossed = [tokenizer for tokenizer in probed if tokenizer.get("crossed_probe") is not None]
+        if crossed:
+            accuracies = ", ".join(f"{tokenizer['crossed_probe']:.1f}% ({tokenizer['name']})" for tokenizer in crossed)
+            lines.append(
+                f"With position removed, trained and tested on codes of different positions, it is {accuracies}. Only "
+                "this accuracy shows that codes mean the same at different positions."
+            )
     else:
         lines.append("The images have no labels, so it was not measured how well codewords separate classes.")
     for tokenizer in tokenizers:
         parts = [
             f"{100 * tokenizer['information'][kind]['share']:.1f}% of the information about {words}"
-            for kind, words in _INFORMATION
+            for kind, words in INFORMATION
             if kind in tokenizer["information"]
         ]
         lines.append(f"A code of {tokenizer['name']} contains {', '.join(parts)}.")
     lines.append("Each tokenizer was trained once, so these numbers do not show the variation between trainings.")
     return tuple(lines)
-
-
-_INFORMATION = (("label", "the image's class"), ("colour", "the patch's colour"), ("edges", "the patch's edges"))
 
 
 def _facts(results: Mapping[str, Any]) -> tuple[tuple[str, str], ...]:
@@ -121,17 +121,6 @@ def _count(value: float | None) -> str | None:
     return thousands(value) if value else None
 
 
-def _number(*keys: str, digits: int) -> Callable[[Tokenizer], str]:
-    """Return a function that formats the number under nested keys; a missing number becomes a dash."""
-    return lambda tokenizer: fixed(lookup(tokenizer, *keys), digits)
-
-
-def _table(tokenizers: Tokenizers, rows: Rows, note: str = "") -> Table:
-    """Make a table with one row per metric and one column per tokenizer."""
-    header = ("", *(str(tokenizer["name"]) for tokenizer in tokenizers))
-    return Table(header, tuple((title, *(cell(tokenizer) for tokenizer in tokenizers)) for title, cell in rows), note)
-
-
 def _token_size(tokenizer: Tokenizer) -> str:
     return f"{tokenizer['stride']} x {tokenizer['stride']}" if "stride" in tokenizer else "–"
 
@@ -141,78 +130,27 @@ def _overview(tokenizers: Tokenizers) -> Section:
         ("pixels a token", _token_size),
         ("image size, pixels", lambda tokenizer: str(tokenizer.get("image_size", "–"))),
         ("codewords used", lambda tokenizer: out_of(tokenizer.get("codes_used"), tokenizer.get("num_codewords"))),
-        ("perplexity", _number("perplexity", digits=0)),
+        ("perplexity", number("perplexity", digits=0)),
         *(_BANK_ROWS if any("bank" in tokenizer for tokenizer in tokenizers) else []),
-        ("PSNR, dB", _number("psnr", digits=2)),
-        ("SSIM", _number("ssim", digits=3)),
-        ("perceptual distance", _number("perceptual_distance", digits=3)),
-        # The section on semantics shows the probes too.
-        *([] if any("information" in tokenizer for tokenizer in tokenizers) else _PROBE_ROWS),
+        ("PSNR, dB", number("psnr", digits=2)),
+        ("SSIM", number("ssim", digits=3)),
+        ("perceptual distance", number("perceptual_distance", digits=3)),
+        # The section on position shows the probes too.
+        *([] if any("position" in tokenizer for tokenizer in tokenizers) else PROBE_ROWS),
     ]
     note = (
         "PSNR rewards equal pixels, and a perceptual distance rewards equal features, so each tokenizer is good at "
         "what it was trained for. Tokenizers with different strides use different numbers of tokens for an image. A "
         "dash means that the value was not measured."
     )
-    return Section("Overview", "", table=_table(tokenizers, rows, note))
+    return Section("Overview", "", table=tokenizer_table(tokenizers, rows, note))
 
 
-def _with_error(name: str, tokenizer: Tokenizer) -> str:
-    value, error = tokenizer.get(name), tokenizer.get(f"{name}_error")
-    return f"{value:.1f} ± {error:.1f}" if value is not None and error is not None else "–"
-
-
-_PROBE_ROWS: Rows = [
-    ("linear probe of mean codewords, %", partial(_with_error, "codeword_probe")),
-    ("linear probe of bags of codes, %", partial(_with_error, "bag_probe")),
-]
 _BANK_ROWS: Rows = [
     ("token bank: images", lambda tokenizer: out_of(lookup(tokenizer, "bank", "num_images"), None)),
     ("token bank: codewords used", lambda tokenizer: out_of(lookup(tokenizer, "bank", "codes_used"), None)),
-    ("token bank: perplexity", _number("bank", "perplexity", digits=0)),
+    ("token bank: perplexity", number("bank", "perplexity", digits=0)),
 ]
-
-
-def _semantics(tokenizers: Tokenizers) -> Section | None:
-    if not any("information" in tokenizer for tokenizer in tokenizers):
-        return None
-    rows: Rows = []
-    text = (
-        "Codes are compared with three values: the class of the image, the colour of the patch (27 coarse colours) and "
-        "the strength of the patch's edges (eight levels). The table gives the mutual information as a share of the "
-        "entropy of each value, corrected by the mutual information with codes of other images. A codebook is semantic "
-        "rather than a codebook of textures if the share of the class is large relative to the shares of colour and "
-        "edges; a large share of the class alone is not enough."
-    )
-    if tokenizers[0]["codeword_probe"] is None:
-        text += "\n\nThe images have no labels, so the measurements that need classes are left out."
-    else:
-        rows += _PROBE_ROWS
-    if "classifier" in tokenizers[0]:
-        rows += [
-            ("classifier accuracy on originals, %", _number("classifier", "originals", digits=1)),
-            ("classifier accuracy on reconstructions, %", _number("classifier", "reconstructions", digits=1)),
-        ]
-    for kind, words in _INFORMATION:
-        if kind in tokenizers[0]["information"]:
-            rows += [
-                (f"information about {words}, %", partial(_share, kind)),
-                ("   purity, %", partial(_purity, kind)),
-            ]
-    note = (
-        "Purity is the percentage of patches that have the most frequent value of their code; the purity of codes of "
-        "other images is given in brackets. Errors are sampling errors of the probe on these images."
-    )
-    return Section("Semantics or texture", text, table=_table(tokenizers, rows, note))
-
-
-def _share(kind: str, tokenizer: Tokenizer) -> str:
-    return fixed(100 * tokenizer["information"][kind]["share"], 1)
-
-
-def _purity(kind: str, tokenizer: Tokenizer) -> str:
-    information = tokenizer["information"][kind]
-    return f"{information['purity']:.1f} ({information['null_purity']:.1f})"
 
 
 def _galleries(tokenizers: Tokenizers, pictures: Mapping[str, bytes]) -> Section | None:
@@ -255,20 +193,20 @@ def _reconstructions(pictures: Mapping[str, bytes]) -> Section | None:
 def _stability(tokenizers: Tokenizers) -> Section | None:
     if not any("stability" in tokenizer for tokenizer in tokenizers):
         return None
-    rows: Rows = [(name, _number("stability", name, digits=1)) for name in tokenizers[0]["stability"]]
+    rows: Rows = [(name, number("stability", name, digits=1)) for name in tokenizers[0]["stability"]]
     text = (
         "The table gives the percentage of codes that stay the same at their position when an image changes in a way "
         "that keeps its content. A code that represents an object should stay the same; a code that represents exact "
         "pixels cannot. A quarter patch is a different number of pixels for a different stride."
     )
-    return Section("Stability of the codes", text, table=_table(tokenizers, rows))
+    return Section("Stability of the codes", text, table=tokenizer_table(tokenizers, rows))
 
 
 def _similarity(tokenizers: Tokenizers) -> Section | None:
     if not any("similarity" in tokenizer for tokenizer in tokenizers):
         return None
     rows: Rows = [
-        (f"{title}: {name}", _number("similarity", kind, name, digits=1))
+        (f"{title}: {name}", number("similarity", kind, name, digits=1))
         for kind, title in (("shifted_over_blurred", "shifted"), ("agreement_with_people", "people"))
         for name in tokenizers[0]["similarity"].get(kind, {})
     ]
@@ -279,9 +217,11 @@ def _similarity(tokenizers: Tokenizers) -> Section | None:
         "is one."
     )
     if "judgements" in tokenizers[0]["similarity"]:
-        number = thousands(tokenizers[0]["similarity"]["judgements"])
-        text += f" The rows below give the percentage of people who agree with a distance, over {number} judgements."
-    return Section("Image similarity", text, table=_table(tokenizers, rows))
+        judgements = thousands(tokenizers[0]["similarity"]["judgements"])
+        text += (
+            f" The rows below give the percentage of people who agree with a distance, over {judgements} judgements."
+        )
+    return Section("Image similarity", text, table=tokenizer_table(tokenizers, rows))
 
 
 def _usage(tokenizers: Tokenizers, pictures: Mapping[str, bytes]) -> Section | None:
@@ -334,16 +274,22 @@ def _masked(results: Mapping[str, Any], pictures: Mapping[str, bytes]) -> Sectio
         if name.startswith("masked-")
     ]
     rows = tuple(
-        (f"{run['name']}, {part['masked']} masked", fixed(part["accuracy"], 1), fixed(part["perplexity"], 1))
+        (
+            f"{run['name']}, {part['masked']} masked",
+            *(fixed(part.get(key), 1) for key in ("accuracy", "position_baseline", "perplexity")),
+        )
         for run in runs
         for part in run["by_share"]
     )
     text = (
         "The pictures show the most probable codes that each pre-trained transformer predicts for the masked patches, "
         "decoded by its tokenizer. Runs with different tokenizers predict different codes, so their accuracies cannot "
-        "be compared."
+        "be compared. The column “commonest code” gives the accuracy of predicting, at each position, the code that is "
+        "the most frequent one there in other images: a model whose accuracy is the same has learned only where codes "
+        "occur."
     )
-    return Section("Masked prediction", text, tuple(grids), Table(("Run", "Accuracy, %", "Perplexity"), rows))
+    header = ("Run", "Accuracy, %", "Commonest code of the position, %", "Perplexity")
+    return Section("Masked prediction", text, tuple(grids), Table(header, rows))
 
 
 _CURVES = {

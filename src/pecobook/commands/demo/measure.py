@@ -20,7 +20,7 @@ from pecobook.analysis.features import backbone_features
 from pecobook.analysis.probe import paired_difference
 from pecobook.analysis.reconstruction import encode_all
 from pecobook.commands.analyze.masked import predict
-from pecobook.commands.analyze.measure import TokenizerMetrics, evaluate_tokenizer
+from pecobook.commands.analyze.measure import STABILITY_IMAGES, TokenizerMetrics, evaluate_tokenizer
 from pecobook.commands.analyze.pictures import curves_of, gallery, side_by_side
 from pecobook.commands.demo.plan import ARMS, PRETRAINED
 from pecobook.commands.jobs import Job
@@ -45,12 +45,15 @@ class _Images(NamedTuple):
     train_labels: Tensor | None
     test: Tensor
     test_labels: Tensor | None
+    larger: Tensor
+    """Test images that are one token larger."""
 
 
 def measure(config: DemoConfig, jobs: dict[str, Job]) -> tuple[dict[str, Any], dict[str, bytes]]:
     """Return the results, which contain the entries of `analysis.json` and more, and the pictures by file name."""
     splits = open_images(config.data)
-    images = _read(splits, config, jobs["codebook-pixel"].config.image_size)
+    codebook = jobs["codebook-pixel"].config
+    images = _read(splits, config, codebook.image_size, codebook.model.stride)
     measured, galleries, probes = _evaluate_all(config, jobs, images)
     runs = {arm: load_masked_run(jobs[f"vit-{arm}"].out) for arm in PRETRAINED}
     predictions = predict(runs, splits.evaluation, config.seed)
@@ -81,13 +84,14 @@ def measure(config: DemoConfig, jobs: dict[str, Job]) -> tuple[dict[str, Any], d
     return results, pictures
 
 
-def _read(splits: Splits, config: DemoConfig, size: int) -> _Images:
+def _read(splits: Splits, config: DemoConfig, size: int, stride: int) -> _Images:
     """Read all images at once, because every codebook and every ViT encodes them."""
     train, train_labels, _ = read_all(splits.train, size, limit=config.max_train)
     test, test_labels, _ = read_all(splits.evaluation, size, limit=config.max_test)
     if train_labels is None or test_labels is None:
         train_labels = test_labels = None
-    return _Images(to_float(train), train_labels, to_float(test), test_labels)
+    larger, _, _ = read_all(splits.evaluation, size + stride, limit=min(config.max_test, STABILITY_IMAGES))
+    return _Images(to_float(train), train_labels, to_float(test), test_labels, to_float(larger))
 
 
 def _evaluate_all(
@@ -121,7 +125,9 @@ def _evaluate_arm(
 ) -> tuple[TokenizerMetrics, Tensor]:
     tokenizer = PerceptualTokenizer.from_pretrained(job.config.out)
     train = partial(_train_codes, tokenizer, images)
-    metrics, codes, _ = evaluate_tokenizer(arm, tokenizer, images.test, images.test_labels, train, distance, seed=seed)
+    metrics, codes, _ = evaluate_tokenizer(
+        arm, tokenizer, images.test, images.test_labels, train, distance, larger=images.larger, seed=seed
+    )
     return metrics, codes
 
 
@@ -155,8 +161,8 @@ def _mim(job: Job, probes: Probes) -> dict[str, Any]:
 def _comparisons(measured: dict[str, TokenizerMetrics], probes: dict[str, Probes]) -> list[dict[str, Any]]:
     """Return the paired differences in percentage points on the same held-out images."""
     metrics: dict[str, dict[str, Any]] = {
-        kind: {arm: metrics.correct[kind] for arm, metrics in measured.items() if metrics.correct}
-        for kind in ("codeword_probe", "bag_probe")
+        kind: {arm: metrics.correct[kind] for arm, metrics in measured.items() if kind in metrics.correct}
+        for kind in ("codeword_probe", "crossed_probe", "bag_probe")
     }
     metrics |= {
         f"mim.{kind}": {arm: p[kind]["correct"] for arm, p in probes.items() if p} for kind in ("linear", "knn")
