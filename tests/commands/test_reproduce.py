@@ -249,12 +249,13 @@ def test_tables__explain_missing_figures(images: Path, unlabelled_images: Path) 
     assert classified in described
     assert "Not measured: fine-tuned, % (needs --transfer)." in described
     unlabelled = make_plan(unlabelled_images, "table4", classifier="runs/classifier")
-    assert len(unlabelled.unmeasured(TABLES["table4"].figures)) == 2
+    assert len(unlabelled.unmeasured(TABLES["table4"].figures)) == 3
     assert not any(name.startswith("judged-") for name in unlabelled.jobs)
     (measured,) = measured_tables(unlabelled)
     header, rows = header_and_rows(measured)
     assert header[:5] == ("", "linear probe of codewords, %", "paper", "reconstructions classified, %", "paper")
     assert rows[2][1:5] == ("–", "29.7", "–", "51.7")
+    assert (header[5], rows[2][5]) == ("probe with position removed, %", "–")
     assert "reconstructions classified, % (needs labels)" in markdown([measured], "how")
     assert plot(measured).startswith(b"\x89PNG")
 
@@ -333,12 +334,24 @@ def test_reproduce__resumes_and_refuses_other_settings(
     lines = {(line["arm"], line["figure"]): line for line in reader}
     assert lines["perceptual", "finetuned"]["mean"] == ""
     analysis = json.loads((tmp_path / "r" / "runs" / "analysis-perceptual-0" / "analysis.json").read_text())
-    assert float(lines["perceptual", "codeword_probe"]["mean"]) == analysis["tokenizers"][0]["codeword_probe"]
+    (metrics,) = analysis["tokenizers"]
+    for figure, value in {
+        "codeword_probe": metrics["codeword_probe"],
+        "crossed_probe": metrics["crossed_probe"],
+        "position": 100 * metrics["position"]["share"],
+        "null_position": 100 * metrics["position"]["null_share"],
+    }.items():
+        assert float(lines["perceptual", figure]["mean"]) == pytest.approx(value, abs=1e-3)
+    assert "| position in codes, % |" in (tmp_path / "r" / "tables.md").read_text()
     assert "(needs --more-data SOURCE)" in (tmp_path / "r" / "tables.md").read_text()
     assert (tmp_path / "r" / "report.html").read_text().count("<table") >= 2
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "r" / "runs").rglob("*.safetensors")}
+    old = {"seconds": 1.0, "tokenizers": [{"codeword_probe": 50.0, "codes_used": 2, "psnr": 9.0}]}
+    for file in (tmp_path / "r" / "runs").rglob("analysis.json"):
+        file.write_text(json.dumps(old))  # as an earlier version wrote it
     with contextlib.redirect_stderr(io.StringIO()):
         cli.main(words)  # nothing is left to do
+    assert "| position in codes, % |" not in (tmp_path / "r" / "tables.md").read_text()
     assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "r" / "runs").rglob("*.safetensors")}
     with pytest.raises(SystemExit):
         cli.main([*words, "--length", "2"])

@@ -11,9 +11,16 @@ import dataclasses
 from pecobook.errors import ConfigError, did_you_mean
 
 PROBE = ("codeword_probe", "linear probe of codewords, %")
+CROSSED = ("crossed_probe", "probe with position removed, %")
+"""The probe of codewords at other positions than those of its training; the paper gives no such figure."""
 CLASSIFIED = ("classified", "reconstructions classified, %")
 FINETUNED = ("finetuned", "fine-tuned, %")
-MORE = (("codes_used", "codewords used"), ("psnr", "PSNR, dB"))
+MORE = (
+    ("position", "position in codes, %"),
+    ("null_position", "in permuted codes, %"),
+    ("codes_used", "codewords used"),
+    ("psnr", "PSNR, dB"),
+)
 """Figures that are measured in addition; the paper gives none of them."""
 
 
@@ -79,7 +86,7 @@ TABLES = {
     ),
     "table4": PaperTable(
         "Table 4: how well codewords predict classes",
-        (PROBE, CLASSIFIED),
+        (PROBE, CLASSIFIED, CROSSED),
         (
             Row("DALL-E", "dalle", (6.1, 18.2)),
             Row("pixel loss alone", "pixel", (10.2, 17.9)),
@@ -89,7 +96,7 @@ TABLES = {
     ),
     "table5": PaperTable(
         "Table 5: the perceptual network",
-        (FINETUNED, PROBE),
+        (FINETUNED, PROBE, CROSSED),
         (
             Row("pixel loss alone", "pixel", (82.9,)),
             Row("self-supervised ResNet", "resnet", (84.0,)),
@@ -101,7 +108,7 @@ TABLES = {
     ),
     "table6": PaperTable(
         "Table 6: semantics in codewords, from a loss on codewords or from a loss on images",
-        (FINETUNED, PROBE),
+        (FINETUNED, PROBE, CROSSED),
         (
             Row("classification loss on codewords", "classification", (82.9,)),
             Row("contrastive loss on codewords", "contrastive", (82.9,)),
@@ -110,7 +117,7 @@ TABLES = {
     ),
     "table7": PaperTable(
         "Table 7: terms of the loss",
-        (FINETUNED, PROBE),
+        (FINETUNED, PROBE, CROSSED),
         (
             Row("pixel loss", "pixel", (82.9,)),
             Row("and perceptual loss", "perceptual", (84.1,)),
@@ -119,7 +126,7 @@ TABLES = {
     ),
     "table10": PaperTable(
         "Table 10: weight of the perceptual loss",
-        (FINETUNED, PROBE),
+        (FINETUNED, PROBE, CROSSED),
         (
             Row("lambda 0", "pixel", (82.9,)),
             Row("lambda 0.3", "lambda-0.3", (84.1,)),
@@ -130,7 +137,7 @@ TABLES = {
     ),
     "table12": PaperTable(
         "Table 12: the tokenizer's architecture",
-        (FINETUNED, PROBE),
+        (FINETUNED, PROBE, CROSSED),
         (
             Row("transformers", "transformers", (83.6,)),
             Row("half the stride, on half the pixels", "half-stride", (83.8,)),
@@ -141,7 +148,7 @@ TABLES = {
     ),
     "v1-table7": PaperTable(
         "Table 7 of version 1: more data for the tokenizer",
-        (FINETUNED, PROBE),
+        (FINETUNED, PROBE, CROSSED),
         (Row("tokenizer trained on the same images", "perceptual"), Row("on more images", "more-data")),
         note="The paper gives these numbers only in a figure; its text says that more data does not help.",
     ),

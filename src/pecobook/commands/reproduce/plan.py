@@ -64,7 +64,7 @@ class Plan:
 
     def missing_for_figure(self, figure: str) -> str:
         """Return what is missing to measure a figure; an empty text when nothing is missing."""
-        if not self.has_labels and figure in ("finetuned", "classified", "codeword_probe"):
+        if not self.has_labels and figure in ("finetuned", "classified", "codeword_probe", "crossed_probe"):
             return "labels"
         if figure == "finetuned" and not self.config.transfer:
             return "--transfer"

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from pecobook.analysis.canvas import INK, new_figure, png, style_axes
 from pecobook.analysis.charts import read_metrics
+from pecobook.analysis.comparison import lookup
 from pecobook.commands.reproduce.paper import MORE, PaperTable, Row
 
 if TYPE_CHECKING:
@@ -63,7 +64,11 @@ def _figures(plan: Plan, arm: str, seed: int) -> dict[str, float]:
     job = plan.jobs.get(f"judged-{arm}-{seed}") or plan.jobs.get(f"analysis-{arm}-{seed}")
     if job is not None and job.finished:
         (metrics,) = json.loads((job.out / "analysis.json").read_text())["tokenizers"]
-        figures |= {figure: metrics[figure] for figure in ("codeword_probe", "codes_used", "psnr")}
+        names = ("codeword_probe", "crossed_probe", "codes_used", "psnr")
+        figures |= {figure: metrics.get(figure) for figure in names}
+        for figure, key in (("position", "share"), ("null_position", "null_share")):
+            share = lookup(metrics, "position", key)  # None in an analysis of an earlier version
+            figures[figure] = None if share is None else 100 * share
         classifier = metrics.get("classifier", {})
         figures |= {"classified": classifier.get("reconstructions"), "originals": classifier.get("originals")}
     job = plan.jobs.get(f"classifier-{arm}-{seed}")
