@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import os
+import re
 import shutil
 import socket
 import urllib.error
@@ -73,6 +74,8 @@ def test_codeword_info__counts_images_classes_and_neighbours(indexed: model.Inde
     info = model.codeword_info(indexed, code, ("blue", "green", "red"), max_patches=3)
     assert info.count == int((indexed.codes == code).sum())
     assert info.images == int((indexed.codes == code).flatten(1).any(1).sum())
+    assert info.positions.shape == (4, 4)
+    assert info.positions[1, 2] == (indexed.codes[:, 1, 2] == code).sum()
     assert sum(count for _, count, _ in info.classes) == info.count
     assert sum(share for *_, share in info.classes) == pytest.approx(100)
     assert len(info.patches) == min(3, info.count)
@@ -82,6 +85,13 @@ def test_codeword_info__counts_images_classes_and_neighbours(indexed: model.Inde
     unused = int(np.flatnonzero(indexed.counts == 0)[0]) if (indexed.counts == 0).any() else None
     if unused is not None:
         assert model.codeword_info(indexed, unused, ()).patches == []
+
+
+def test_position_picture__is_white_at_the_most_frequent_position() -> None:
+    picture = model.position_picture(torch.tensor([[0, 1], [2, 4]]))
+    assert picture.shape == (448, 448, 3)
+    assert [picture[100, 100, 0], picture[100, 300, 1], picture[300, 100, 2], picture[300, 300, 0]] == [0, 64, 128, 255]
+    assert not model.position_picture(torch.zeros(2, 2, dtype=torch.int64)).any()
 
 
 def test_codeword_info__finds_used_neighbours_among_all_codewords() -> None:
@@ -246,7 +256,8 @@ def test_page__works_in_a_browser(page: tuple[str, Any], images: Path) -> None:
         tab.wait_for_selector("#token-map img")
         tab.locator("#token-map img").click(position={"x": 20, "y": 20})
         tab.wait_for_selector("#patches img")
-        assert "Codeword" in tab.locator("#about").inner_text()
+        assert re.search(r"Codeword \d+: .* at \d+ of 16 positions", tab.locator("#about").inner_text())
+        tab.wait_for_selector("#positions img")
         before = tab.locator("#image img").get_attribute("src")
         tab.locator("#upload input[type=file]").set_input_files(str(next(images.rglob("*.png"))))
         tab.wait_for_function("before => document.querySelector('#image img').src !== before", arg=before)

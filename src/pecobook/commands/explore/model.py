@@ -63,11 +63,13 @@ class EncodedImage:
 
 @dataclasses.dataclass(frozen=True)
 class CodewordInfo:
-    """Patches and classes of a codeword, and its nearest codewords."""
+    """Patches, positions and classes of a codeword, and its nearest codewords."""
 
     number: int
     count: int
     images: int
+    positions: Tensor
+    """Number of patches at each position of the images, int64 (h, w)."""
     patches: list[Picture]
     classes: list[tuple[str, int, float]]
     """(class, number of patches, percentage), the most frequent class first; empty without labels."""
@@ -125,8 +127,9 @@ def code_at(encoded: EncodedImage, x: int, y: int) -> int:
 def codeword_info(
     indexed: IndexedTokenizer, code: int, classes: tuple[str, ...], *, max_patches: int = 18
 ) -> CodewordInfo:
-    """Collect patches, classes and nearest codewords of a codeword."""
-    counts = (indexed.codes == code).flatten(1).sum(1)  # patches of each image, (N,)
+    """Collect patches, positions, classes and nearest codewords of a codeword."""
+    has_code = indexed.codes == code  # (N, h, w)
+    counts = has_code.flatten(1).sum(1)  # patches of each image, (N,)
     total = int(counts.sum())
     frequent: list[tuple[str, int, float]] = []
     if indexed.labels is not None and total:
@@ -138,6 +141,7 @@ def codeword_info(
         number=code,
         count=total,
         images=int((counts > 0).sum()),
+        positions=has_code.sum(0),
         patches=_patches(indexed, code, max_patches),
         classes=frequent,
         nearest=[(neighbour, _patches(indexed, neighbour, 1)[0]) for neighbour in nearest],
@@ -183,6 +187,11 @@ def predict(run: MaskedRun, image: Tensor, mask: Tensor) -> tuple[Picture, Pictu
     prediction = predict_masked(run, run, x, mask[None])
     masked, predicted = hide(x, mask[None]), decode_prediction(run, prediction)
     return to_picture(masked[0]), to_picture(predicted[0]), prediction.accuracy
+
+
+def position_picture(positions: Tensor) -> Picture:
+    """Draw the number of patches at each position, (h, w): white for the most frequent position, black for none."""
+    return to_picture((positions / positions.max().clamp_min(1)).expand(3, -1, -1))
 
 
 def to_picture(image: Tensor) -> Picture:

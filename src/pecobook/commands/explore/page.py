@@ -63,6 +63,7 @@ class Page:
                 with gr.Column():
                     classes = gr.Dataframe(headers=["class", "patches", "%"], label="Classes", interactive=False)
                     nearest = gr.Gallery(label="Nearest codewords in use", columns=4, height="auto", elem_id="near")
+                positions = _view("Positions: white is the most frequent one")
             inputs, outputs = [image, tokenizer], [*pictures, about]
             uploaded = upload.upload(self.read_upload, [upload], [image], **_PRIVATE)
             uploaded.success(self.show_image, inputs, outputs, **_PRIVATE)
@@ -71,7 +72,7 @@ class Page:
             selected.success(self.show_image, inputs, outputs, **_PRIVATE)
             tokenizer.change(self.show_image, inputs, outputs, **_PRIVATE)
             blocks.load(self.show_image, inputs, outputs, **_PRIVATE)
-            pictures[1].select(self.show_codeword, inputs, [about, patches, classes, nearest], **_PRIVATE)
+            pictures[1].select(self.show_codeword, inputs, [about, patches, classes, nearest, positions], **_PRIVATE)
             if len(names) > 1:
                 self._comparison(names, image)
             if self.runs:
@@ -138,15 +139,18 @@ class Page:
         return encoded.original, encoded.tokens, encoded.restored, encoded.error, line
 
     def show_codeword(self, image: Picture, name: str, event: gr.SelectData) -> tuple[Any, ...]:
-        """Return text, patches, classes and nearest codewords of the clicked codeword."""
+        """Return text, patches, classes, nearest codewords and positions of the clicked codeword."""
         indexed = self.indexed[name]
         x, y = event.index
         code = model.code_at(model.encode_image(indexed, _tensor(image)), int(x), int(y))
         info = model.codeword_info(indexed, code, self.classes)
-        line = f"**Codeword {info.number}**: {info.count} patches in {info.images} of {len(indexed.images)} images."
+        line = (
+            f"**Codeword {info.number}**: {info.count} patches in {info.images} of {len(indexed.images)} images, "
+            f"at {int((info.positions > 0).sum())} of {info.positions.numel()} positions."
+        )
         nearest = [(patch, f"codeword {codeword}") for codeword, patch in info.nearest]
         rows = [[name, count, round(share, 1)] for name, count, share in info.classes]
-        return line, info.patches, rows, nearest
+        return line, info.patches, rows, nearest, model.position_picture(info.positions)
 
     def compare(self, image: Picture, left: str, right: str) -> tuple[Picture, Picture]:
         """Return the reconstructions of two tokenizers, with equal sizes."""
