@@ -44,7 +44,8 @@ def position_section(tokenizers: Tokenizers) -> Section | None:
             "\n\nIn the rows “position removed” the probe is trained on the codes of one half of the positions, the "
             "black fields of a checkerboard, and tested on the codes of the other half. A code that has a meaning at a "
             "single position does not help this probe, but it helps the plain probe. A large accuracy of the plain "
-            "probe alone therefore does not show that codes mean the same everywhere."
+            "probe alone therefore does not show that codes mean the same everywhere. The probe with position removed "
+            "reads half of the codes of an image, so its accuracies are to be compared between tokenizers."
         )
     note = (
         f"A codeword of at least {MIN_PATCHES} patches is bound if all of its patches are at one position. An image is "
