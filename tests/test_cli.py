@@ -212,7 +212,7 @@ _CHECK_IMPORTS = """
 import sys
 from pecobook import cli
 cli.main(["--help"])
-heavy = {"torch", "timm", "numpy", "tyro", "datasets", "lightning_fabric", "torchvision"} & set(sys.modules)
+heavy = {"torch", "timm", "numpy", "datasets", "lightning_fabric", "torchvision"} & set(sys.modules)
 assert not heavy, heavy
 """
 

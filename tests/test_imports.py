@@ -118,7 +118,7 @@ def test_imports__analysis_imports_no_training() -> None:
 
 @pytest.mark.parametrize(
     ("library", "only"),
-    [("tyro", {"pecobook.cli"}), ("lightning_fabric", {"pecobook.engine"}), ("lightning", set())],
+    [("lightning_fabric", {"pecobook.engine"}), ("lightning", set())],
 )
 def test_imports__a_library_stays_where_it_belongs(library: str, only: set[str]) -> None:
     users = importers(library, within="pecobook")

@@ -1,8 +1,8 @@
 """The command line. A command imports torch and other large libraries only after its flags were checked.
 
 `commands.table` lists the commands. Flags, Python keywords and config.json all set values by
-`pecobook.settings.values.replace`, so they have equal names and errors; tyro writes `--help-all` from the explanations
-of the settings.
+`pecobook.settings.values.replace`, so they have equal names and errors; `help` writes the help pages from the
+explanations of the settings.
 """
 
 from __future__ import annotations
@@ -204,13 +204,12 @@ def parse(config: Any, args: list[str], prog: str) -> Any:
 
     With --help or --help-all in `args`, print the help and raise SystemExit.
     """
-    if "--help-all" in args:
-        _print_all_flags(config, prog)
-    if "-h" in args or "--help" in args:
-        from pecobook.help import page
+    if {"-h", "--help", "--help-all"} & set(args):
+        from pecobook.help import every_flag, page
 
         command, _, recipe = prog.partition(" ")
-        print(page(command, config, recipe if command in (*RECIPES, "tokenize") else ""))
+        show = every_flag if "--help-all" in args else page
+        print(show(command, config, recipe if command in (*RECIPES, "tokenize") else ""))
         sys.exit(0)
     values = read_flags(args, {**flags(type(config)), "config": str}, prog.split()[0])
     if "config" in values:
@@ -272,16 +271,6 @@ def _suggest(name: str, flag_names: Iterable[str]) -> str:
     if nested:  # for --lr suggest --optim.lr
         return f" Did you mean '--{nested[0]}'?"
     return did_you_mean(f"--{name}", [f"--{option}" for option in flag_names])
-
-
-def _print_all_flags(config: Any, prog: str) -> None:
-    import tyro
-
-    try:
-        tyro.cli(type(config), default=config, args=["--help"], prog=f"pecobook {prog}")
-    except SystemExit:
-        print("--config FILE: read settings from the config.json of a run; flags change single ones.")
-        raise
 
 
 if __name__ == "__main__":

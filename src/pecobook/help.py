@@ -16,6 +16,7 @@ from pecobook.recipes import DEFAULT_RECIPE, RECIPES, claim
 from pecobook.settings.values import flag, flags
 
 _WIDTH = 100
+_CONFIG = "Read settings from the config.json of a run; flags change single ones."
 
 
 def page(command: str, config: Any, recipe: str = "") -> str:
@@ -26,10 +27,7 @@ def page(command: str, config: Any, recipe: str = "") -> str:
         config: settings whose values are shown as defaults.
         recipe: name of the recipe of these settings, where there is one.
     """
-    content = COMMANDS[command]
-    usage = f"usage: pecobook {command} {content.usage} [--flag\N{NO-BREAK SPACE}value\N{NO-BREAK SPACE}...]"
-    usage = "\n".join(textwrap.wrap(usage, _WIDTH, subsequent_indent="    ")).replace("\N{NO-BREAK SPACE}", " ")
-    lines = [usage, "", inspect.getdoc(type(config)) or ""]
+    content, lines = COMMANDS[command], _usage(command, config)
     if command in RECIPES:
         lines += ["", f"recipes (without one: {DEFAULT_RECIPE}; more: pecobook recipes {command} NAME)"]
         lines += [_cut(f"  {name:<16} {claim(command, name)}") for name in RECIPES[command]]
@@ -37,10 +35,40 @@ def page(command: str, config: Any, recipe: str = "") -> str:
     lines.append(f"flags (defaults of recipe {recipe})" if recipe else "flags")
     types, texts = flags(type(config)), explanations(type(config))
     for name in content.flags.split():
-        ending = _default(attrgetter(name.replace("-", "_"))(config), types[name])
+        ending = _default(attrgetter(_field(name))(config), types[name])
         lines.append(_cut(f"  --{name:<24} {first_sentence(texts[name])}", ending))
-    lines.append("  --config FILE              Read settings from the config.json of a run; flags change single ones.")
+    lines.append(f"  --config FILE              {_CONFIG}")
     return "\n".join([*lines, "", f"--help-all explains all {len(types) + 1} flags."])
+
+
+def every_flag(command: str, config: Any, recipe: str = "") -> str:
+    """Return the long help of a command: all flags by group, with explanation and default. Arguments as of `page`."""
+    lines = [*_usage(command, config), "", f"defaults of recipe {recipe}" if recipe else "defaults in brackets"]
+    texts, group = explanations(type(config)), ""
+    for name, kind in sorted(flags(type(config)).items(), key=lambda pair: pair[0].count(".")):
+        head, _, leaf = name.rpartition(".")
+        if head != group:
+            group = head
+            lines += ["", _wrapped(f"{group}: {inspect.getdoc(type(attrgetter(_field(group))(config)))}", "")]
+        off = f", --{head}{'.' if head else ''}no-{leaf}" if kind is bool else ""
+        default = _default(attrgetter(_field(name))(config), kind)
+        lines += ["", f"  --{name}{off}", _wrapped(texts[name] + default, "      ")]
+    return "\n".join([*lines, "", "  --config FILE", _wrapped(_CONFIG, "      ")])
+
+
+def _usage(command: str, config: Any) -> list[str]:
+    """Return the lines with the usage of a command and the first explanation of its settings."""
+    usage = f"usage: pecobook {command} {COMMANDS[command].usage} [--flag\N{NO-BREAK SPACE}value\N{NO-BREAK SPACE}...]"
+    return [
+        _wrapped(usage, "    ", first="").replace("\N{NO-BREAK SPACE}", " "),
+        "",
+        inspect.getdoc(type(config)) or "",
+    ]
+
+
+def _wrapped(text: str, indent: str, first: str | None = None) -> str:
+    start = indent if first is None else first
+    return textwrap.fill(text, _WIDTH, initial_indent=start, subsequent_indent=indent, break_on_hyphens=False)
 
 
 def _default(value: Any, kind: Any) -> str:
@@ -51,6 +79,10 @@ def _default(value: Any, kind: Any) -> str:
         return ""
     text = " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
     return f" ({'on' if value is True else text})"
+
+
+def _field(name: str) -> str:
+    return name.replace("-", "_")
 
 
 def _cut(text: str, ending: str = "") -> str:

@@ -193,11 +193,11 @@ def test_prepare__checks_the_folder_again_under_the_lock(tmp_path: Path, change:
 
 
 def test_prepare__reports_a_disk_error_and_releases_the_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(path: Path, data: bytes) -> None:
+    def full(path: Path, value: Any) -> None:
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(run_folder, "write_atomically", full)
+        patch.setattr(run_folder, "write_json", full)
         with pytest.raises(RunFolderError, match=r"cannot be written: .*No space left"):
             run_folder.prepare(config(tmp_path), "codebook")
     make_run(tmp_path, overwrite=True)

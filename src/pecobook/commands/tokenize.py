@@ -7,7 +7,6 @@ one shard.
 from __future__ import annotations
 
 import dataclasses
-import json
 import time
 from collections.abc import Iterator
 from functools import partial
@@ -141,9 +140,9 @@ def _is_bank(out: Path) -> bool:
 
 
 def _write_config(bank_config: dict[str, Any], out: Path) -> None:
-    from pecobook.utils.files import write_atomically
+    from pecobook.utils.files import write_json
 
-    write_atomically(out / "config.json", (json.dumps(bank_config, indent=2) + "\n").encode())
+    write_json(out / "config.json", bank_config)
 
 
 # ----------------------------------------------------------------------------------------------- reading and writing

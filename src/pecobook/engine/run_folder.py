@@ -16,7 +16,7 @@ from typing import Any
 from pecobook.errors import RunFolderError
 from pecobook.settings.training import TrainConfig
 from pecobook.settings.values import changed_settings, complete, to_dict
-from pecobook.utils.files import write_atomically
+from pecobook.utils.files import write_json
 from pecobook.utils.folder_lock import FolderLock, content
 from pecobook.utils.output_folder import OutputFolder
 
@@ -70,8 +70,8 @@ def _write_settings(config: TrainConfig, command: str, out: Path) -> None:
     (out / "samples").mkdir(exist_ok=True)
     if not (config.resume and (out / "config.json").exists()):
         settings = {"command": command, **to_dict(config), "resume": False, "overwrite": False}
-        write_atomically(out / "config.json", (json.dumps(settings, indent=2) + "\n").encode())
-    write_atomically(out / "environment.json", (json.dumps(environment(), indent=2) + "\n").encode())
+        write_json(out / "config.json", settings)
+    write_json(out / "environment.json", environment())
 
 
 def environment() -> dict[str, Any]:

@@ -73,12 +73,12 @@ def write_export(folder: Path, config: dict[str, Any], state: dict[str, Tensor],
         state: weights.
         card: text of the model card.
     """
-    from pecobook.utils.files import write_atomically
+    from pecobook.utils.files import write_atomically, write_json
 
     write_tensors(folder / "model.safetensors", state)
     write_atomically(folder / "README.md", card.encode())
     # config.json is written last, since a folder counts as an export only if it contains this file.
-    write_atomically(folder / "config.json", (json.dumps(config, indent=2) + "\n").encode())
+    write_json(folder / "config.json", config)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

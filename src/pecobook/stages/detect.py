@@ -100,10 +100,10 @@ class DetectStage(Stage[DetectConfig]):
 
     def report(self, folder: Path, rows: dict[str, Tensor], source: ImageSource) -> None:
         """Write detections.json (COCO's results format), average_precision.json, and pictures of labels and results."""
-        from pecobook.utils.files import write_atomically
+        from pecobook.utils.files import write_atomically, write_json
 
         write_atomically(folder / "detections.json", (json.dumps(self._results) + "\n").encode())
-        write_atomically(folder / "average_precision.json", (json.dumps(self._precision, indent=2) + "\n").encode())
+        write_json(folder / "average_precision.json", self._precision)
         picture = self._picture(rows)
         if picture:
             (folder / "samples").mkdir(exist_ok=True)

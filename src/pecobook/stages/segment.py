@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import sys
 from functools import partial
@@ -108,12 +107,13 @@ class SegmentStage(Stage[SegmentConfig]):
     def report(self, folder: Path, rows: dict[str, Tensor], source: ImageSource) -> None:
         """Write classes.json, with the IoU of every class, and a picture of the confusion matrix."""
         from pecobook.analysis.confusion import matrix_picture
+        from pecobook.utils.files import write_json
 
         counts = rows["counts"].sum(0)
         iou = intersection_over_union(counts).tolist()
         percent = [None if math.isnan(value) else round(100 * value, 3) for value in iou]
         content = {"scores": scores(counts), "iou": dict(zip(self.classes, percent, strict=True))}
-        (folder / "classes.json").write_text(json.dumps(content, indent=2) + "\n")
+        write_json(folder / "classes.json", content)
         (folder / "samples" / "confusion.png").write_bytes(matrix_picture(counts, self.classes, "pixels"))
 
     def parameter_groups(self, config: BaseOptimConfig) -> list[dict[str, Any]]:

@@ -13,7 +13,6 @@ comparing.py   sections of the report on paired comparisons and on pre-trained V
 from __future__ import annotations
 
 import dataclasses
-import json
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -114,10 +113,10 @@ def _header(config: AnalyzeConfig, inputs: AnalysisInputs) -> dict[str, Any]:
 
 
 def _write(results: dict[str, Any], out: Path, began: float) -> None:
-    from pecobook.utils.files import write_atomically
+    from pecobook.utils.files import write_json
 
     results["seconds"] = round(time.monotonic() - began, 1)
-    write_atomically(out / "analysis.json", (json.dumps(results, indent=2) + "\n").encode())
+    write_json(out / "analysis.json", results)
 
 
 def check_and_open(config: AnalyzeConfig) -> AnalysisInputs:

@@ -6,7 +6,6 @@ measure.py  measures the runs on held-out images with the functions of `pecobook
 
 from __future__ import annotations
 
-import json
 import time
 from functools import partial
 from pathlib import Path
@@ -49,7 +48,7 @@ def _write_all(config: DemoConfig) -> Path:
     from pecobook.commands.analyze.page import compose
     from pecobook.commands.demo.measure import measure
     from pecobook.engine.log import compact_duration
-    from pecobook.utils.files import write_atomically
+    from pecobook.utils.files import write_json
 
     out = Path(config.out)
     began = time.monotonic()
@@ -66,7 +65,7 @@ def _write_all(config: DemoConfig) -> Path:
     for name, png in pictures.items():
         (out / "pictures" / name).write_bytes(png)
     renamed = {"codebooks" if key == "tokenizers" else key: value for key, value in results.items()}
-    write_atomically(out / "results.json", (json.dumps(renamed, indent=2) + "\n").encode())
+    write_json(out / "results.json", renamed)
     page = compose(
         results,
         pictures,
