@@ -58,6 +58,9 @@ ARMS: dict[str, tuple[str, ...]] = {
 TITLES = {
     "codeword_probe": "codeword probe, %",
     "bag_probe": "bag of codes, %",
+    "crossed_probe": "codeword probe with position removed, %",
+    "position": "position in codes, %",
+    "null_position": "position in permuted codes, %",
     "judged": "reconstructions classified, %",
     "psnr": "PSNR, dB",
     "distance_moco": "MoCo distance",
@@ -90,9 +93,10 @@ CAFFE += ["--perceptual.std", "0.003922", "0.003922", "0.003922", "--perceptual.
 
 def measure(run: Path, arguments: argparse.Namespace, seed: int) -> dict[str, Any]:
     """Return the figures of a codebook on held-out images."""
-    from pecobook.analysis.codewords import bag_of_codes, code_usage, mean_codewords
-    from pecobook.analysis.probe import linear_probe
+    from pecobook.analysis.codewords import code_usage
+    from pecobook.analysis.position import position_dependence
     from pecobook.analysis.reconstruction import decode_all, encode_all, psnr
+    from pecobook.commands.analyze.measure import PROBES, code_probes
     from pecobook.data.images import open_images
     from pecobook.data.stream import read_all
     from pecobook.models.tokenizer import PerceptualTokenizer
@@ -108,14 +112,10 @@ def measure(run: Path, arguments: argparse.Namespace, seed: int) -> dict[str, An
     train_codes, codes = encode_all(tokenizer, to_float(train)), encode_all(tokenizer, images)
     reconstructions = decode_all(tokenizer, codes)
     usage = code_usage(codes, K)
-    features = {
-        "codeword_probe": [mean_codewords(part, tokenizer.codebook) for part in (train_codes, codes)],
-        "bag_probe": [bag_of_codes(part, K) for part in (train_codes, codes)],
-    }
-    figures: dict[str, Any] = {
-        name: linear_probe(pair[0], train_labels, pair[1], test_labels, seed=seed).accuracy
-        for name, pair in features.items()
-    }
+    probes, _ = code_probes(tokenizer, codes, test_labels, lambda: (train_codes, train_labels), seed)
+    figures: dict[str, Any] = {name: probes[name] for name in PROBES}
+    position = position_dependence(codes, seed=seed)
+    figures |= {"position": 100 * position.share, "null_position": 100 * position.null_share}
     if arguments.judge:
         judge = Judge(arguments.judge)
         figures["judged"] = judge.accuracy(reconstructions, test_labels)

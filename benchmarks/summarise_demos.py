@@ -13,21 +13,36 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from pecobook.analysis.comparison import lookup
 from pecobook.analysis.probe import binomial_error
 from pecobook.commands.reproduce.tables import mean_and_deviation
+
+
+def _percent(arm: dict[str, Any], key: str) -> float | None:
+    """Return a share of the position as a percentage; None for a demo of an earlier version."""
+    share = lookup(arm, "position", key)
+    return None if share is None else 100 * float(share)
+
 
 ROWS: dict[str, Callable[[dict[str, Any]], float | None]] = {
     "codewords used": lambda arm: arm["codes_used"],
     "perplexity": lambda arm: arm["perplexity"],
     "PSNR, dB": lambda arm: arm["psnr"],
     "perceptual distance": lambda arm: arm["perceptual_distance"],
-    "**codeword probe, %**": lambda arm: arm["codeword_probe"],
+    "position in codes, %": lambda arm: _percent(arm, "share"),
+    "position in permuted codes, %": lambda arm: _percent(arm, "null_share"),
+    "codes that move with a crop, %": lambda arm: lookup(arm, "position", "moved", "crop"),
+    "codeword probe, %": lambda arm: arm["codeword_probe"],
+    "**codeword probe with position removed, %**": lambda arm: arm.get("crossed_probe"),
     "ViT: masked code accuracy, %": lambda arm: arm["mim"] and arm["mim"]["accuracy"],
     "ViT: linear probe, %": lambda arm: arm["mim"] and arm["mim"]["linear"],
     "ViT: k-NN, %": lambda arm: arm["mim"] and arm["mim"]["knn"],
 }
 ARMS = ("pixel", "control", "perceptual")
 PAIRS = [
+    ("crossed_probe", "perceptual", "control"),
+    ("crossed_probe", "perceptual", "pixel"),
+    ("crossed_probe", "control", "pixel"),
     ("codeword_probe", "perceptual", "control"),
     ("codeword_probe", "perceptual", "pixel"),
     ("codeword_probe", "control", "pixel"),
