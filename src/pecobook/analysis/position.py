@@ -58,7 +58,7 @@ def _share_and_bound(flat: NDArray[np.int64]) -> tuple[float, float]:
     num_places = np.bincount(pairs // num_positions, minlength=len(code_counts))
     is_frequent = code_counts >= MIN_PATCHES
     bound = 100 * float((num_places[is_frequent] == 1).mean()) if is_frequent.any() else float("nan")
-    return (_bits(flat, positions) / np.log2(num_positions) if num_positions > 1 else 0.0), bound
+    return (_bits(flat, positions) / float(np.log2(num_positions)) if num_positions > 1 else 0.0), bound
 
 
 def _bits(codes: NDArray[np.int64], values: NDArray[np.int64]) -> float:
