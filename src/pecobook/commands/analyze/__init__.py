@@ -7,6 +7,8 @@ bank.py        codebook usage and patch galleries of a whole token bank
 classifier.py  the classifier for originals and reconstructions
 masked.py      predictions of pre-trained ViTs for masked patches
 page.py        the report, which `pecobook demo` writes too
+meaning.py     sections of the report on position and content, and on semantics and texture
+tables.py      tables of the report with one column per tokenizer
 comparing.py   sections of the report on paired comparisons and on pre-trained ViTs, with sampling errors
 """
 
