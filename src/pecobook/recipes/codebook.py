@@ -26,7 +26,9 @@ def tiny() -> CodebookConfig:
         save_every=50,
         sample_every=50,
         optim=BaseOptimConfig(name="adam", lr=1e-3, warmup="5%", weight_decay=0.0, betas=(0.9, 0.99)),
-        model=AutoencoderConfig(channels=(16, 32, 64, 128), latent_dim=64, num_blocks=1, latent_norm=True),
+        model=AutoencoderConfig(
+            channels=(16, 32, 64, 128), latent_dim=64, num_blocks=1, latent_norm=True, padding="replicate"
+        ),
         quantizer=QuantizerConfig(num_codewords=512, decay=0.95, revive_after=20, start_after=30),
         perceptual=PerceptualConfig(network="none", layers=(3, 4), warmup=0, normalisation="layernorm"),
         balance=True,
@@ -45,7 +47,9 @@ def cifar10() -> CodebookConfig:
         max_steps="30 epochs",
         image_size=32,
         optim=BaseOptimConfig(name="adam", lr=1e-3, warmup="5%", weight_decay=0.0, betas=(0.9, 0.99)),
-        model=AutoencoderConfig(channels=(32, 64, 64, 128), latent_dim=64, num_blocks=1, latent_norm=True),
+        model=AutoencoderConfig(
+            channels=(32, 64, 64, 128), latent_dim=64, num_blocks=1, latent_norm=True, padding="replicate"
+        ),
         quantizer=QuantizerConfig(num_codewords=512),
         perceptual=PerceptualConfig(layers=(3, 4), warmup=0, normalisation="layernorm"),
         balance=True,
@@ -64,7 +68,7 @@ def tiny_imagenet() -> CodebookConfig:
         max_steps="50 epochs",
         image_size=64,
         optim=BaseOptimConfig(name="adam", lr=1e-3, warmup="5%", weight_decay=0.0, betas=(0.9, 0.99)),
-        model=AutoencoderConfig(channels=(32, 64, 128, 256), latent_dim=128, latent_norm=True),
+        model=AutoencoderConfig(channels=(32, 64, 128, 256), latent_dim=128, latent_norm=True, padding="replicate"),
         quantizer=QuantizerConfig(num_codewords=2048),
         perceptual=PerceptualConfig(layers=(3, 4), warmup=0, normalisation="layernorm"),
         balance=True,
@@ -108,6 +112,8 @@ def paper() -> CodebookConfig:
             kind="cnn",
             decoder_width=1.0,
             decoder_blocks=0,
+            group_size=4,
+            padding="zeros",
             latent_norm=False,
         ),
         quantizer=QuantizerConfig(

@@ -106,7 +106,9 @@ def _gpu() -> tuple[ContrastConfig, CodebookConfig, PretrainConfig]:
     )
     codebook = dataclasses.replace(
         codebook,
-        model=AutoencoderConfig(channels=(64, 128, 128, 256), latent_dim=128, num_blocks=2, latent_norm=True),
+        model=AutoencoderConfig(
+            channels=(64, 128, 128, 256), latent_dim=128, num_blocks=2, latent_norm=True, padding="replicate"
+        ),
         quantizer=QuantizerConfig(num_codewords=1024, revive_after=50),
         image_size=64,
         batch_size=128,
