@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 
 from pecobook.settings.values import between, positive
 
@@ -52,3 +53,4 @@ class AnalyzeConfig:
     def __post_init__(self) -> None:
         positive(self, "max_train", "max_test")
         between(self, 0, 2**31 - 1, "seed")
+        between(self, 0, math.inf, "codewords")

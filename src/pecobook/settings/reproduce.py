@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Literal
 
-from pecobook.errors import ConfigError
 from pecobook.settings.training import BackboneConfig
-from pecobook.settings.values import between, positive
+from pecobook.settings.values import between, positive, refuse
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -61,6 +61,6 @@ class ReproduceConfig:
 
     def __post_init__(self) -> None:
         positive(self, "length")
-        between(self, 0, 1e9, "gpus_per_run", "micro_batch_size")
+        between(self, 0, math.inf, "gpus_per_run", "micro_batch_size")
         if len(set(self.seeds)) != len(self.seeds) or not self.seeds or min(self.seeds) < 0:
-            raise ConfigError(f"--seeds must be different numbers of 0 or above, not {self.seeds}.")
+            refuse("seeds", f"must be different numbers of 0 or above, not {self.seeds}.")

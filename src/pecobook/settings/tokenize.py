@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 
 from pecobook.errors import ConfigError
 from pecobook.settings.images import PhotometricConfig
@@ -52,6 +53,7 @@ class TokenizeConfig:
         positive(self, "views", "image_size", "min_crop", "batch_size", "num_nodes")
         between(self, 0.0, 1.0, "min_crop")
         between(self, 0, 2**31 - 1, "seed", "tokenizer_size")
+        between(self, -1, math.inf, "workers")
         if self.resume and self.overwrite:
             raise ConfigError("--resume and --overwrite exclude each other: give one of them.")
 

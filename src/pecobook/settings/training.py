@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from typing import Any, Literal
 
 from pecobook.errors import ConfigError
@@ -50,8 +51,10 @@ class BaseOptimConfig:
 
     def __post_init__(self) -> None:
         positive(self, "lr", "eps", "power")
-        between(self, 0, float("inf"), "lr_batch_size")
-        between(self, 0.0, float("inf"), "final_lr", "weight_decay", "clip_grad")
+        between(self, 0, math.inf, "lr_batch_size", "final_lr", "weight_decay", "clip_grad")
+        for beta in self.betas:
+            if not 0 <= beta < 1:
+                refuse("betas", f"must be at least 0 and below 1, not {beta}.")
         for text in (self.warmup, *self.milestones):
             parse_duration(text, "optim.warmup" if text is self.warmup else "optim.milestones")
 
@@ -132,6 +135,8 @@ class TrainConfig:
         narrow(self)
         positive(self, "num_nodes", "batch_size", "image_size", "log_every", "save_every", "save_minutes")
         positive(self, "keep_checkpoints", "sample_every", "evaluation_images")
+        between(self, 0, math.inf, "micro_batch_size")
+        between(self, -1, math.inf, "workers")
         between(self, 0, 2**31 - 1, "seed")
         if self.devices != "auto" and not (self.devices.isdigit() and int(self.devices) > 0):
             refuse("devices", f"must be a number above 0 or auto, not '{self.devices}'.")

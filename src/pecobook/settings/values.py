@@ -10,6 +10,7 @@ import contextlib
 import contextvars
 import dataclasses
 import json
+import math
 import types
 import typing
 from pathlib import Path
@@ -47,17 +48,34 @@ def refuse(name: str, problem: str) -> None:
 
 
 def positive(config: object, *names: str) -> None:
-    """Refuse every named field of `config` that is not above zero."""
+    """Refuse every named field of `config` that is not a finite number above zero, or a tuple of such numbers."""
     for name in names:
-        if not getattr(config, name) > 0:  # refuses nan too
-            refuse(name, f"must be above 0, not {getattr(config, name)}.")
+        for value in _numbers(config, name):
+            if not value > 0:
+                refuse(name, f"must be above 0, not {value}.")
 
 
 def between(config: object, low: float, high: float, *names: str) -> None:
-    """Refuse every named field of `config` outside [low, high]."""
+    """Refuse every named field of `config` outside [low, high]; every number of a tuple must lie in this range.
+
+    Infinity is refused too where `high` is infinity, which means that there is no upper limit.
+    """
     for name in names:
-        if not low <= getattr(config, name) <= high:
-            refuse(name, f"must lie in [{low:g}, {high:g}], not {getattr(config, name)}.")
+        for value in _numbers(config, name):
+            if value < low and high > 1:  # the upper limit, often a very large number, does not matter to the user
+                refuse(name, f"must be {low:.10g} or above, not {value}.")
+            elif not low <= value <= high:
+                refuse(name, f"must lie in [{low:.10g}, {high:.10g}], not {value}.")
+
+
+def _numbers(config: object, name: str) -> list[float]:
+    """Return the finite number or numbers of a field; refuse infinity and nan."""
+    value = getattr(config, name)
+    values = list(value) if isinstance(value, tuple) else [value]
+    for number in values:
+        if not math.isfinite(number):
+            refuse(name, f"must be a finite number, not {number}.")
+    return [number for number in values if math.isfinite(number)]
 
 
 def narrow(config: Any) -> None:
