@@ -312,6 +312,8 @@ def test_complete__adds_settings_that_an_earlier_version_did_not_have() -> None:
         ({"resume": True, "overwrite": True}, "--resume and --overwrite exclude each other"),
         ({"loggers": ("tensorbord",)}, "--loggers takes tensorboard, wandb and mlflow, not 'tensorbord'"),
         ({"max_steps": "ten"}, "--max-steps is 'ten'"),
+        ({"max_steps": "0 epochs"}, "--max-steps must be above 0, not 0 epochs"),
+        ({"max_steps": "1e999"}, "--max-steps is '1e999'"),
         ({"max_steps": "5%"}, "--max-steps is the length of the training"),
     ],
 )
@@ -331,9 +333,9 @@ def test_optim_config__refuses(values: dict[str, Any], message: str) -> None:
 
 def test_backbone_config__reads_json() -> None:
     assert BackboneConfig(args='{"depth": 6}').kwargs() == {"depth": 6}
-    with refused("--model.args is not JSON"):
+    with refused("--args is not JSON"):
         BackboneConfig(args="{depth: 6}")
-    with refused("--model.args must be a JSON object"):
+    with refused("--args must be a JSON object"):
         BackboneConfig(args="[6]")
 
 

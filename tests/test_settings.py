@@ -34,7 +34,7 @@ def refused(text: str) -> Any:
         ({"optim.lr": "two"}, "--optim.lr takes a number, not 'two'."),
         ({"optim.betas": ("0.9",)}, "--optim.betas takes 2 values, not 1."),
         ({"optim.clip_grad": -1}, "--optim.clip-grad must be 0 or above, not -1.0."),
-        ({"optim.warmup": "soon"}, "--optim.warmup is 'soon': give steps (5000), epochs ('100 epochs') or images"),
+        ({"optim.warmup": "soon"}, "--optim.warmup is 'soon': give steps (5000), epochs ('10 epochs'), images"),
         ({"quantizer.num_codewords": 0}, "--quantizer.num-codewords must be above 0, not 0."),
         ({"quantizer": {"decay": 2}}, "--quantizer.decay must lie in [0, 1], not 2.0."),
         ({"explicit.kind": "both"}, "--explicit.kind is one of none, classification, contrastive, not 'both'."),
@@ -58,6 +58,8 @@ def test_replace__reports_all_wrong_values_one_in_each_line() -> None:
         "model.channels": (64, 8),
         "devices": "none",
         "image_size": 0,
+        "max_steps": "ten",
+        "optim.warmup": "soon",
         "nothing": 1,
     }
     with pytest.raises(ConfigError) as caught:
@@ -71,7 +73,16 @@ def test_replace__reports_all_wrong_values_one_in_each_line() -> None:
         "--model.num-heads must be above 0, not 0.",
         "--devices must be a number above 0 or auto, not 'none'.",
         "--image-size must be above 0, not 0.",
+        "--max-steps is 'ten': give steps (5000), epochs ('100 epochs') or images ('25600 images').",
+        "--optim.warmup is 'soon': give steps (5000), epochs ('10 epochs'), images ('25600 images') or a share of the "
+        "training ('5%').",
         "Unknown setting 'nothing'.",
+    }
+    with pytest.raises(ConfigError) as caught:
+        replace(SegmentConfig(), {"scales": (3, 1), "head_width": -1})
+    assert set(str(caught.value).splitlines()) == {
+        "--scales takes the smallest and the largest factor, not (3.0, 1.0).",
+        "--head-width must be 0 or above, not -1.",
     }
 
 

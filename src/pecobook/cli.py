@@ -211,19 +211,27 @@ def parse(config: Any, args: list[str], prog: str) -> Any:
         show = every_flag if "--help-all" in args else page
         print(show(command, config, recipe if command in (*RECIPES, "tokenize") else ""))
         sys.exit(0)
-    values = read_flags(args, {**flags(type(config)), "config": str}, prog.split()[0])
-    if "config" in values:
-        config = load(config, values.pop("config"))
-    return replace(config, values)
+    problems: list[str] = []
+    values = read_flags(args, {**flags(type(config)), "config": str}, prog.split()[0], problems)
+    try:
+        if "config" in values:
+            config = load(config, values.pop("config"))
+        config = replace(config, values)
+    except ConfigError as error:
+        problems.append(str(error))
+    if problems:
+        raise ConfigError("\n".join(problems))
+    return config
 
 
-def read_flags(args: list[str], types: dict[str, Any], command: str) -> dict[str, Any]:
+def read_flags(args: list[str], types: dict[str, Any], command: str, problems: list[str]) -> dict[str, Any]:
     """Convert `--name value`, `--name=value`, `--switch` and `--no-switch` to {dotted field: text, texts or bool}.
 
     Args:
         args: words of the command line.
         types: type of the value of each flag, as of `settings.values.flags`.
         command: name of the command, for error messages.
+        problems: list to which a message is added for each unknown flag and each flag with a wrong number of values.
     """
     values: dict[str, Any] = {}
     position = 0
@@ -231,7 +239,8 @@ def read_flags(args: list[str], types: dict[str, Any], command: str) -> dict[str
         token = args[position]
         position += 1
         if not token.startswith("--"):
-            raise ConfigError(f"'{token}' is no flag: flags are written --name value. See pecobook {command} --help.")
+            problems.append(f"'{token}' is no flag: flags are written --name value. See pecobook {command} --help.")
+            continue
         name, equals, text = token[2:].partition("=")
         name = name.replace("_", "-")
         head, _, leaf = name.rpartition(".")
@@ -239,13 +248,17 @@ def read_flags(args: list[str], types: dict[str, Any], command: str) -> dict[str
         if types.get(positive) is bool:
             values[_field(positive)] = False
             continue
-        if name not in types:
-            raise ConfigError(f"Unknown flag '--{name}'.{_suggest(name, types)} See pecobook {command} --help.")
         words = [text] if equals else []
         while not equals and position < len(args) and not args[position].startswith("--"):
             words.append(args[position])
             position += 1
-        values[_field(name)] = _value(name, words, types[name])
+        if name not in types:
+            problems.append(f"Unknown flag '--{name}'.{_suggest(name, types)} See pecobook {command} --help.")
+            continue
+        try:
+            values[_field(name)] = _value(name, words, types[name])
+        except ConfigError as error:
+            problems.append(str(error))
     return values
 
 

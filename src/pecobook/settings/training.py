@@ -5,10 +5,10 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from pecobook.errors import ConfigError
-from pecobook.settings.durations import parse_duration
+from pecobook.settings.durations import check_durations
 from pecobook.settings.values import between, narrow, positive, refuse
 
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
@@ -55,8 +55,8 @@ class BaseOptimConfig:
         for beta in self.betas:
             if not 0 <= beta < 1:
                 refuse("betas", f"must be at least 0 and below 1, not {beta}.")
-        for text in (self.warmup, *self.milestones):
-            parse_duration(text, "optim.warmup" if text is self.warmup else "optim.milestones")
+        check_durations("warmup", [self.warmup], percent=True)
+        check_durations("milestones", self.milestones, percent=True)
 
     @property
     def layer_decay(self) -> float:
@@ -145,9 +145,7 @@ class TrainConfig:
         for name in self.loggers:
             if name not in ("tensorboard", "wandb", "mlflow"):
                 refuse("loggers", f"takes tensorboard, wandb and mlflow, not '{name}'.")
-        parse_duration(self.max_steps, "max-steps")
-        if self.max_steps.strip().endswith("%"):
-            refuse("max_steps", f"is the length of the training: give steps or epochs, not {self.max_steps}.")
+        check_durations("max_steps", [self.max_steps], percent=False)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -173,14 +171,14 @@ class BackboneConfig:
     """Further arguments of timm.create_model, as a JSON object."""
 
     def __post_init__(self) -> None:
-        self.kwargs()
-
-    def kwargs(self) -> dict[str, Any]:
-        """Return the arguments as a dictionary. Raises ConfigError when `args` is no JSON object."""
         try:
             value = json.loads(self.args)
         except json.JSONDecodeError as error:
-            raise ConfigError(f"--model.args is not JSON ({error}): {self.args}") from None
-        if not isinstance(value, dict):
-            raise ConfigError(f'--model.args must be a JSON object such as {{"depth": 6}}, not {self.args}')
-        return value
+            refuse("args", f"is not JSON ({error}): {self.args}")
+        else:
+            if not isinstance(value, dict):
+                refuse("args", f'must be a JSON object such as {{"depth": 6}}, not {self.args}')
+
+    def kwargs(self) -> dict[str, Any]:
+        """Return the arguments as a dictionary."""
+        return cast("dict[str, Any]", json.loads(self.args))
