@@ -18,6 +18,7 @@ from pecobook.settings.detect import DetectConfig
 from pecobook.settings.finetune import FinetuneConfig
 from pecobook.settings.images import JitterConfig, PhotometricConfig
 from pecobook.settings.pretrain import PretrainConfig
+from pecobook.settings.reproduce import ReproduceConfig
 from pecobook.settings.segment import SegmentConfig
 from pecobook.settings.tokenize import TokenizeConfig
 from pecobook.settings.training import BaseOptimConfig, OptimConfig
@@ -115,6 +116,13 @@ def test_replace__refuses_impossible_numbers_in_every_field(kind: type[Any], nam
                 {name.replace("-", "_"): value if count == 1 else tuple(value + number for number in range(count))},
             )
         assert f"--{name}" in str(caught.value)
+
+
+def test_replace__names_the_flag_of_a_json_argument() -> None:
+    with refused("--backbone.args is not JSON"):
+        replace(ReproduceConfig(), {"backbone.args": "x"})
+    with refused("--model.args must be a JSON object"):
+        replace(ContrastConfig(), {"model.args": "[3]"})
 
 
 def test_replace__reports_a_conflict_only_where_all_values_are_right() -> None:
