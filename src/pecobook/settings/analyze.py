@@ -22,7 +22,7 @@ class AnalyzeConfig:
     backbone: tuple[str, ...] = ()
     """Pretrain runs, to show their predictions of masked patches side by side."""
     data: str = "photos"
-    """Images: a folder, a parquet file or folder, tar shards, hf:owner/name, or photos (embedded)."""
+    """Images: a folder, a parquet file or folder, tar shards, hf:owner/name, or photos (built in)."""
     out: str = ""
     """Folder for analysis.json, report.html and pictures/. It must be new or empty, unless --overwrite is given."""
     overwrite: bool = False

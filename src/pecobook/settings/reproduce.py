@@ -18,7 +18,7 @@ class ReproduceConfig:
     """Tables of the paper: any of tables1-2, table4, table5, table6, table7, table10, table12, v1-table7. On the
     command line the tables may stand first, without the flag."""
     data: str = "photos"
-    """Images: a folder, a parquet file or folder, tar shards, hf:owner/name, or photos (embedded)."""
+    """Images: a folder, a parquet file or folder, tar shards, hf:owner/name, or photos (built in)."""
     out: str = ""
     """Folder to write. An interrupted reproduction resumes there, and more tables may be added to the folder."""
     budget: Literal["tiny", "small", "paper"] = "tiny"

@@ -16,7 +16,7 @@ class TokenizeConfig:
     """Tokenize named views of your images once, for any number of pre-training runs."""
 
     data: str = "photos"
-    """Images: a folder, a parquet file or folder, tar shards, hf:owner/name, or photos (embedded)."""
+    """Images: a folder, a parquet file or folder, tar shards, hf:owner/name, or photos (built in)."""
     tokenizer: str = ""
     """The tokenizer: a codebook run, owner/name on the Hugging Face hub, dalle:FOLDER, or diffusers:FOLDER."""
     out: str = ""

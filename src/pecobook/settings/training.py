@@ -81,7 +81,7 @@ class TrainConfig:
     """The settings of every training command."""
 
     data: str = "photos"
-    """Images: a folder, a parquet file or folder, tar shards, hf:owner/name, or photos (embedded)."""
+    """Images: a folder, a parquet file or folder, tar shards, hf:owner/name, or photos (built in)."""
     out: str = ""
     """Run folder to write. It must be new or empty, unless --resume or --overwrite is given."""
     seed: int = 0

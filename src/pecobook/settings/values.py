@@ -243,8 +243,17 @@ def dump(config: Any, path: Path) -> None:
     path.write_text(json.dumps(to_dict(config), indent=2) + "\n")
 
 
-def load(default: C, path: str | Path) -> C:
-    """Return `default` with the values of a config.json. Raises ConfigError for a file that is missing or invalid."""
+def load(default: C, path: str | Path, command: str = "") -> C:
+    """Return `default` with the values of a config.json.
+
+    Args:
+        default: settings with the values that the file does not contain.
+        path: the file, or a folder with a config.json.
+        command: name of the command that the file must belong to; empty accepts the file of any command.
+
+    Raises:
+        ConfigError: the file is missing or invalid, or belongs to another command.
+    """
     file = Path(path) / "config.json" if Path(path).is_dir() else Path(path)
     try:
         values = json.loads(file.read_text())
@@ -254,7 +263,9 @@ def load(default: C, path: str | Path) -> C:
         raise ConfigError(f"'{file}' cannot be read as a configuration: {error}") from None
     if not isinstance(values, dict):
         raise ConfigError(f"'{file}' is not a configuration: the file must hold a JSON object.")
-    values.pop("command", None)
+    written_by = values.pop("command", command)
+    if command and written_by != command:
+        raise ConfigError(f"--config '{path}' is a configuration of '{written_by}', not of '{command}'.")
     return replace(default, _without_retired(values, default))
 
 
