@@ -40,6 +40,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         "unknown.json": '{"bach_size": 8}',
         "typed.json": '{"optim": {"lr": "fast"}}',
         "flat.json": '{"optim": 3}',
+        "contrast.json": '{"command": "contrast", "seed": 3, "momentum": 0.5}',
         "null.json": '{"perceptual": {"layers": null}}',
     }.items():
         (tmp_path / name).write_text(text)
@@ -97,7 +98,7 @@ MISTAKES: list[tuple[str, str, str]] = [
     ("codebook tiny --data photos --out run --resume --overwrite", "--resume and --overwrite", "one of them"),
     ("codebook tiny --data photos --out run --image-size 33", "33", "multiple of 8"),
     ("codebook tiny --data photos --out", "--out", "needs a value"),
-    ("codebook tiny --data= --out run", "--data ''", "A source is"),
+    ("codebook tiny --data= --out run", "--data is missing", "A source is"),
     ("codebook tiny --data photos", "--out is missing", "for example"),
     ("codebook tiny --data nowhere --out run", "nowhere", "A source is"),
     ("codebook tiny --data photos-2023 --out run", "photos-2023", "Did you mean 'photos-2024'?"),
@@ -139,6 +140,21 @@ MISTAKES: list[tuple[str, str, str]] = [
     ("codebook tiny --config typed.json --data photos --out run", "fast", "a number"),
     ("codebook tiny --config flat.json --data photos --out run", "--optim", "not '3'"),
     ("codebook tiny --config null.json --data photos --out run", "--perceptual.layers", "not 'None'"),
+    (
+        "finetune tiny --config contrast.json --data photos --out run",
+        "--config 'contrast.json' is a configuration of 'contrast'",
+        "not of 'finetune'",
+    ),
+    ("codebook --data photos tiny --out run", "not 2 (photos tiny)", "give the recipe 'tiny' before the flags"),
+    ("tokenize --data photos tiny --out run", "not 2 (photos tiny)", "give the recipe 'tiny' before the flags"),
+    ("codebook --data photos all --out run", "not 2 (photos all)", "quote a value with spaces"),
+    (
+        "codebook tiny --tokenizer runs/codebook --out run",
+        "Unknown flag '--tokenizer'. See",
+        "pecobook codebook --help",
+    ),
+    ("bench pretrain --workers 3", "Unknown flag '--workers'. See", "pecobook bench --help"),
+    ("analyze --masked", "Unknown flag '--masked'. See", "pecobook analyze --help"),
     ("codebook tiny --config empty --data photos --out run", "empty", "no configuration file"),
     ("probe --data photos", "--backbone is missing", "timm:NAME"),
 ]

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from pecobook import cli
+from pecobook.errors import ConfigError
 from pecobook.recipes import recipe
 from pecobook.settings.codebook import CodebookConfig
 
@@ -67,3 +68,12 @@ def test_parse__flags_override_a_config_file_and_the_file_overrides_the_recipe(t
     config = parse("--config", str(tmp_path), "--seed", "7")
     assert (config.seed, config.optim.lr, config.optim.name) == (7, 0.5, "adam")
     assert config.image_size == 32  # the recipe's
+
+
+def test_parse__reports_unknown_flags_and_wrong_values_together() -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse("--optim.lr", "two", "--num-codewords", "x", "--quantizer.decay", "a", "--seed", "--max-steps", "ten")
+    lines = str(caught.value).splitlines()
+    assert len(lines) == 5
+    for part in ("--optim.lr takes", "Unknown flag '--num-codewords'", "decay takes", "--seed needs", "--max-steps is"):
+        assert sum(part in line for line in lines) == 1

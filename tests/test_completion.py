@@ -84,7 +84,7 @@ def test_flags__equal_those_of_the_parser(command: str, monkeypatch: pytest.Monk
     types = {**flags(COMMANDS[command].settings), "config": str}
     for name, flag in flags_of(command).items():
         if not name.startswith("--help"):
-            (value,) = cli.read_flags([name, *(["1"] if flag.takes_value else [])], types, command).values()
+            (value,) = cli.read_flags([name, *(["1"] if flag.takes_value else [])], types, command, []).values()
             assert value in (("1",), "1") if flag.takes_value else value is (".no-" not in name and "--no-" not in name)
     assert {f"--{name}" for name in types} <= set(flags_of(command))
 

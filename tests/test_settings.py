@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_origin
 
 import pytest
 
+from pecobook.commands.table import COMMANDS
 from pecobook.errors import ConfigError
 from pecobook.settings.codebook import CodebookConfig
 from pecobook.settings.contrast import ContrastConfig
@@ -16,6 +18,7 @@ from pecobook.settings.detect import DetectConfig
 from pecobook.settings.finetune import FinetuneConfig
 from pecobook.settings.images import JitterConfig, PhotometricConfig
 from pecobook.settings.pretrain import PretrainConfig
+from pecobook.settings.reproduce import ReproduceConfig
 from pecobook.settings.segment import SegmentConfig
 from pecobook.settings.tokenize import TokenizeConfig
 from pecobook.settings.training import BaseOptimConfig, OptimConfig
@@ -31,8 +34,8 @@ def refused(text: str) -> Any:
     [
         ({"optim.lr": "two"}, "--optim.lr takes a number, not 'two'."),
         ({"optim.betas": ("0.9",)}, "--optim.betas takes 2 values, not 1."),
-        ({"optim.clip_grad": -1}, "--optim.clip-grad must lie in [0, inf], not -1.0."),
-        ({"optim.warmup": "soon"}, "--optim.warmup is 'soon': give steps (5000), epochs ('100 epochs') or images"),
+        ({"optim.clip_grad": -1}, "--optim.clip-grad must be 0 or above, not -1.0."),
+        ({"optim.warmup": "soon"}, "--optim.warmup is 'soon': give steps (5000), epochs ('10 epochs'), images"),
         ({"quantizer.num_codewords": 0}, "--quantizer.num-codewords must be above 0, not 0."),
         ({"quantizer": {"decay": 2}}, "--quantizer.decay must lie in [0, 1], not 2.0."),
         ({"explicit.kind": "both"}, "--explicit.kind is one of none, classification, contrastive, not 'both'."),
@@ -56,6 +59,8 @@ def test_replace__reports_all_wrong_values_one_in_each_line() -> None:
         "model.channels": (64, 8),
         "devices": "none",
         "image_size": 0,
+        "max_steps": "ten",
+        "optim.warmup": "soon",
         "nothing": 1,
     }
     with pytest.raises(ConfigError) as caught:
@@ -69,8 +74,55 @@ def test_replace__reports_all_wrong_values_one_in_each_line() -> None:
         "--model.num-heads must be above 0, not 0.",
         "--devices must be a number above 0 or auto, not 'none'.",
         "--image-size must be above 0, not 0.",
+        "--max-steps is 'ten': give steps (5000), epochs ('100 epochs') or images ('25600 images').",
+        "--optim.warmup is 'soon': give steps (5000), epochs ('10 epochs'), images ('25600 images') or a share of the "
+        "training ('5%').",
         "Unknown setting 'nothing'.",
     }
+    with pytest.raises(ConfigError) as caught:
+        replace(SegmentConfig(), {"scales": (3, 1), "head_width": -1})
+    assert set(str(caught.value).splitlines()) == {
+        "--scales takes the smallest and the largest factor, not (3.0, 1.0).",
+        "--head-width must be 0 or above, not -1.",
+    }
+
+
+# Fields that take every finite number, with the reason.
+OPEN_RANGES = {
+    "perceptual.mean": "the mean of a normalised input may have either sign",
+}
+
+
+def numeric_fields() -> list[Any]:
+    """Return (command, flag, number of values) of every field with one or more numbers."""
+    fields = []
+    for command, entry in COMMANDS.items():
+        for name, kind in flags(entry.settings).items():
+            kinds = get_args(kind) if get_origin(kind) is tuple else (kind,)
+            count = 3 if kinds[-1] is Ellipsis else len(kinds)
+            if {kind for kind in kinds if kind is not Ellipsis} <= {int, float}:
+                fields.append(pytest.param(entry.settings, name, count, id=f"{command}-{name}"))
+    return fields
+
+
+@pytest.mark.parametrize(("kind", "name", "count"), numeric_fields())
+def test_replace__refuses_impossible_numbers_in_every_field(kind: type[Any], name: str, count: int) -> None:
+    for value in (-1e9, math.nan, math.inf):
+        if value == -1e9 and name in OPEN_RANGES:
+            continue
+        with pytest.raises(ConfigError) as caught:
+            replace(
+                kind(),
+                {name.replace("-", "_"): value if count == 1 else tuple(value + number for number in range(count))},
+            )
+        assert f"--{name}" in str(caught.value)
+
+
+def test_replace__names_the_flag_of_a_json_argument() -> None:
+    with refused("--backbone.args is not JSON"):
+        replace(ReproduceConfig(), {"backbone.args": "x"})
+    with refused("--model.args must be a JSON object"):
+        replace(ContrastConfig(), {"model.args": "[3]"})
 
 
 def test_replace__reports_a_conflict_only_where_all_values_are_right() -> None:

@@ -204,26 +204,34 @@ def parse(config: Any, args: list[str], prog: str) -> Any:
 
     With --help or --help-all in `args`, print the help and raise SystemExit.
     """
+    command, _, recipe = prog.partition(" ")
     if {"-h", "--help", "--help-all"} & set(args):
         from pecobook.help import every_flag, page
 
-        command, _, recipe = prog.partition(" ")
         show = every_flag if "--help-all" in args else page
         print(show(command, config, recipe if command in (*RECIPES, "tokenize") else ""))
         sys.exit(0)
-    values = read_flags(args, {**flags(type(config)), "config": str}, prog.split()[0])
-    if "config" in values:
-        config = load(config, values.pop("config"))
-    return replace(config, values)
+    problems: list[str] = []
+    values = read_flags(args, {**flags(type(config)), "config": str}, command, problems)
+    try:
+        if "config" in values:
+            config = load(config, values.pop("config"), command)
+        config = replace(config, values)
+    except ConfigError as error:
+        problems.append(str(error))
+    if problems:
+        raise ConfigError("\n".join(problems))
+    return config
 
 
-def read_flags(args: list[str], types: dict[str, Any], command: str) -> dict[str, Any]:
+def read_flags(args: list[str], types: dict[str, Any], command: str, problems: list[str]) -> dict[str, Any]:
     """Convert `--name value`, `--name=value`, `--switch` and `--no-switch` to {dotted field: text, texts or bool}.
 
     Args:
         args: words of the command line.
         types: type of the value of each flag, as of `settings.values.flags`.
         command: name of the command, for error messages.
+        problems: list to which a message is added for each unknown flag and each flag with a wrong number of values.
     """
     values: dict[str, Any] = {}
     position = 0
@@ -231,7 +239,8 @@ def read_flags(args: list[str], types: dict[str, Any], command: str) -> dict[str
         token = args[position]
         position += 1
         if not token.startswith("--"):
-            raise ConfigError(f"'{token}' is no flag: flags are written --name value. See pecobook {command} --help.")
+            problems.append(f"'{token}' is no flag: flags are written --name value. See pecobook {command} --help.")
+            continue
         name, equals, text = token[2:].partition("=")
         name = name.replace("_", "-")
         head, _, leaf = name.rpartition(".")
@@ -239,23 +248,31 @@ def read_flags(args: list[str], types: dict[str, Any], command: str) -> dict[str
         if types.get(positive) is bool:
             values[_field(positive)] = False
             continue
-        if name not in types:
-            raise ConfigError(f"Unknown flag '--{name}'.{_suggest(name, types)} See pecobook {command} --help.")
         words = [text] if equals else []
         while not equals and position < len(args) and not args[position].startswith("--"):
             words.append(args[position])
             position += 1
-        values[_field(name)] = _value(name, words, types[name])
+        if name not in types:
+            problems.append(f"Unknown flag '--{name}'.{_suggest(name, types)} See pecobook {command} --help.")
+            continue
+        try:
+            values[_field(name)] = _value(name, words, types[name], command)
+        except ConfigError as error:
+            problems.append(str(error))
     return values
 
 
-def _value(name: str, words: list[str], kind: Any) -> Any:
+def _value(name: str, words: list[str], kind: Any, command: str) -> Any:
     if str(kind).startswith("tuple"):
         return tuple(words[0].split(",")) if len(words) == 1 and "," in words[0] else tuple(words)
     if kind is bool and not words:
         return True
     if not words:
         raise ConfigError(f"--{name} needs a value.")
+    recipe_names = RECIPES.get("pretrain" if command in ("tokenize", "bench") else command, {})
+    if len(words) == 2 and words[1] in recipe_names:
+        text = f"--{name} takes one value, not 2 ({' '.join(words)})"
+        raise ConfigError(f"{text}: give the recipe '{words[1]}' before the flags.")
     if len(words) > 1:
         raise ConfigError(f"--{name} takes one value, not {len(words)} ({' '.join(words)}): quote a value with spaces.")
     return words[0]
@@ -270,7 +287,7 @@ def _suggest(name: str, flag_names: Iterable[str]) -> str:
     nested = [option for option in flag_names if option.rpartition(".")[2] == leaf]
     if nested:  # for --lr suggest --optim.lr
         return f" Did you mean '--{nested[0]}'?"
-    return did_you_mean(f"--{name}", [f"--{option}" for option in flag_names])
+    return did_you_mean(name, flag_names).replace("'", "'--", 1)  # dashes would make all names more similar
 
 
 if __name__ == "__main__":

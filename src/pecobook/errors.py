@@ -73,7 +73,7 @@ class Preflight:
 
 def did_you_mean(value: str, options: Iterable[str]) -> str:
     """Return `" Did you mean 'x'?"` for the option closest to `value`, or an empty string where no option is close."""
-    matches = difflib.get_close_matches(value, list(options), n=1, cutoff=0.6)
+    matches = difflib.get_close_matches(value, list(options), n=1, cutoff=0.65)
     return f" Did you mean '{matches[0]}'?" if matches else ""
 
 

@@ -282,7 +282,7 @@ def test_analyze__scores_human_judgements(images: Path, codebook_run: Path, tmp_
         )
     problems = "\n".join(map(str, caught.value.problems))
     assert "000001.npy' of the judgements cannot be read" in problems
-    assert "99" in problems
+    assert "--perceptual-layers 99" in problems
     assert not (tmp_path / "other").exists()
 
 

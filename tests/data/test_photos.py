@@ -1,4 +1,4 @@
-"""The embedded photographs."""
+"""The built-in photographs."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.testing import assert_close
 
-from pecobook.errors import WeightsError
+from pecobook.errors import ConfigError, WeightsError
 from pecobook.models.perceptual import PerceptualDistance, normalise
 from pecobook.settings.perceptual import Normalisation, PerceptualConfig
 
@@ -262,5 +262,6 @@ def test_init__takes_settings_by_name_or_as_one_object() -> None:
     named = PerceptualDistance(RESNET, [1, 4], "random", normalisation="layernorm", input_size=None, mean=None)
     x, y = pictures(0, 64), pictures(1, 64)
     assert torch.equal(PerceptualDistance(config)(x, y), named(x, y))
-    with pytest.raises(TypeError, match="weight"):  # lambda, which weighs the loss outside: it would change nothing
+    # This setting weighs the loss outside: here it would change nothing.
+    with pytest.raises(ConfigError, match="Unknown setting 'weight'"):
         PerceptualDistance(RESNET, (1, 4), "random", weight=2.0)

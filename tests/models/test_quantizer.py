@@ -329,5 +329,8 @@ def test_init__takes_settings_by_name_or_as_one_object() -> None:
     assert {k: v.shape for k, v in named.state_dict().items()} == {k: v.shape for k, v in whole.state_dict().items()}
     with pytest.raises(ConfigError, match=r"--decay must lie in \[0, 1\]"):
         VectorQuantizer(16, 4, decay=2.0)
-    with pytest.raises(TypeError, match="commitment"):  # which weighs the loss outside: it would change nothing
+    with pytest.raises(ConfigError, match="--num-codewords takes a whole number, not 'a'"):
+        VectorQuantizer("a", 4)  # type: ignore[arg-type]
+    # This setting weighs the loss outside: here it would change nothing.
+    with pytest.raises(ConfigError, match="Unknown setting 'commitment'"):
         VectorQuantizer(16, 4, commitment=0.5)

@@ -83,17 +83,19 @@ def open_all_splits(source: str) -> list[ImageSource]:
 
 
 def _parts(source: str) -> Mapping[str, Part]:
+    if not source:
+        raise DataError(f"--data is missing: give a source of images.\n{SOURCE_FORMS}")
     if source.startswith("hf:"):
         from pecobook.data.tables import hub_parts
 
         return hub_parts(source)
     try:
         path = Path(source).expanduser()
-        if source and path.is_dir():
+        if path.is_dir():
             from pecobook.data.folders import folder_parts
 
             return folder_parts(source, path)
-        files = [path] if source and path.is_file() else expand_pattern(source)
+        files = [path] if path.is_file() else expand_pattern(source)
     except (OSError, RuntimeError) as error:  # a name that is too long; the unknown user of "~nobody"
         reason = getattr(error, "strerror", None) or error
         raise DataError(f"--data '{source}' cannot be opened: {reason}.") from error

@@ -80,7 +80,7 @@ class PhotoStore:
 
 
 def open_photos() -> Splits:
-    """Open the embedded photographs: 48 x 48 px tiles of 17 photographs.
+    """Open the built-in photographs: 48 x 48 px tiles of 17 photographs.
 
     Each photograph is first reduced to a short side of at most 512 px. In every photograph, regions of 2 x 2 tiles
     along diagonals, about a quarter of the tiles, are held out for evaluation; no training tile shares a pixel with

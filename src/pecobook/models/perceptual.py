@@ -11,7 +11,6 @@ B batch, H W image side, L layers, C_l H_l W_l shape of layer l's features.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -22,6 +21,7 @@ from torch import Tensor, nn
 from pecobook.errors import WeightsError, first_line
 from pecobook.models.feature_networks import check_feature_maps, load_feature_network
 from pecobook.settings.perceptual import Normalisation, PerceptualConfig, PerceptualDistanceConfig
+from pecobook.settings.values import replace
 
 
 class PerceptualDistance(nn.Module):
@@ -39,7 +39,7 @@ class PerceptualDistance(nn.Module):
 
     Raises:
         WeightsError: the network is unknown, weights are missing, or the network has no such layer.
-        ConfigError: a setting is out of range.
+        ConfigError: a setting is unknown, of the wrong type or out of range.
     """
 
     mean: Tensor
@@ -60,7 +60,7 @@ class PerceptualDistance(nn.Module):
         else:
             config = PerceptualDistanceConfig(network=network if isinstance(network, str) else "")
         changes = {"layers": layers and tuple(layers), "weights": weights, **settings}
-        self.config = config = dataclasses.replace(config, **{k: v for k, v in changes.items() if v is not None})
+        self.config = config = replace(config, {k: v for k, v in changes.items() if v is not None})
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             source = network if isinstance(network, nn.Module) else config.network

@@ -13,7 +13,6 @@ With `learning="gradient"` the codebook is a parameter instead, trained by the m
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any, NamedTuple
 
 import torch
@@ -23,6 +22,7 @@ from torch import Tensor, nn
 
 from pecobook.models.nearest import nearest_codeword
 from pecobook.settings.tokenizer import VectorQuantizerConfig
+from pecobook.settings.values import replace
 from pecobook.utils.distributed import gather_rows, world_size
 
 _KMEANS_ITERATIONS = 10
@@ -59,7 +59,7 @@ class VectorQuantizer(nn.Module):
             codewords.
 
     Raises:
-        ConfigError: a setting is out of range.
+        ConfigError: a setting is unknown, of the wrong type or out of range.
     """
 
     codebook: Tensor  # (K, D)
@@ -74,8 +74,8 @@ class VectorQuantizer(nn.Module):
     def __init__(self, num_codewords: int | VectorQuantizerConfig, dim: int, *, seed: int = 0, **settings: Any) -> None:
         super().__init__()
         if not isinstance(num_codewords, VectorQuantizerConfig):
-            num_codewords = VectorQuantizerConfig(num_codewords=num_codewords)
-        self.config = dataclasses.replace(num_codewords, **settings)
+            settings, num_codewords = {"num_codewords": num_codewords, **settings}, VectorQuantizerConfig()
+        self.config = replace(num_codewords, settings)
         self.num_codewords, self.dim, self.seed = self.config.num_codewords, dim, seed
         codebook = torch.randn(self.num_codewords, dim) / dim**0.5
         if self.config.learning == "gradient":

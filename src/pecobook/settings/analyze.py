@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 
 from pecobook.settings.values import between, positive
 
@@ -21,7 +22,7 @@ class AnalyzeConfig:
     backbone: tuple[str, ...] = ()
     """Pretrain runs, to show their predictions of masked patches side by side."""
     data: str = "photos"
-    """Images: a folder, a parquet file or folder, tar shards, hf:owner/name, or photos (embedded)."""
+    """Images: a folder, a parquet file or folder, tar shards, hf:owner/name, or photos (built in)."""
     out: str = ""
     """Folder for analysis.json, report.html and pictures/. It must be new or empty, unless --overwrite is given."""
     overwrite: bool = False
@@ -52,3 +53,4 @@ class AnalyzeConfig:
     def __post_init__(self) -> None:
         positive(self, "max_train", "max_test")
         between(self, 0, 2**31 - 1, "seed")
+        between(self, 0, math.inf, "codewords")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 
 from pecobook.settings.values import between, positive
 
@@ -34,4 +35,4 @@ class BenchConfig:
 
     def __post_init__(self) -> None:
         positive(self, "steps")
-        between(self, 0, 1e9, "batch_size", "data_steps")
+        between(self, 0, math.inf, "batch_size", "data_steps")

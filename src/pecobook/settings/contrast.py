@@ -50,7 +50,7 @@ class ContrastConfig(CropTrainConfig):
         super().__post_init__()
         positive(self, "temperature", "hidden_dim", "output_dim")
         between(self, 0, math.inf, "knn_images")
-        between(self, 0.0, 1.0, "momentum")
+        between(self, 0.0, 1.0, "momentum", "blur", "solarise")
 
     def view_colour(self, number: int) -> PhotometricConfig:
         """Return all colour changes of view 0 or 1."""

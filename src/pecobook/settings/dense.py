@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 
-from pecobook.errors import ConfigError
+from pecobook.settings.values import between
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -20,5 +21,4 @@ class PyramidConfig:
     """Freeze the backbone and train only the pyramid and the heads after it."""
 
     def __post_init__(self) -> None:
-        if self.window < 0:
-            raise ConfigError(f"--pyramid.window must be 0 or more patches, not {self.window}.")
+        between(self, 0, math.inf, "window")

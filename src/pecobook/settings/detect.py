@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 
-from pecobook.errors import ConfigError
 from pecobook.settings.dense import PyramidConfig
 from pecobook.settings.training import OptimConfig, TrainConfig
-from pecobook.settings.values import between, positive
+from pecobook.settings.values import between, positive, refuse
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -75,11 +74,11 @@ class DetectConfig(TrainConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         between(self, 0.0, 1.0, "drop_path")
-        positive(self, "max_size")
+        positive(self, "max_size", "jitter")
         if not self.scales or min(self.scales) <= 0:
-            raise ConfigError(f"--scales takes one or more lengths above 0, not {self.scales}.")
-        if self.jitter and not (len(self.jitter) == 2 and 0 < self.jitter[0] <= self.jitter[1]):
-            raise ConfigError(f"--jitter takes two numbers above 0, the smaller number first, not {self.jitter}.")
+            refuse("scales", f"takes one or more lengths above 0, not {self.scales}.")
+        if self.jitter and not (len(self.jitter) == 2 and self.jitter[0] <= self.jitter[1]):
+            refuse("jitter", f"takes two numbers above 0, the smaller number first, not {self.jitter}.")
 
     @property
     def sides(self) -> tuple[int, int]:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import re
+from collections.abc import Iterable
 
 from pecobook.errors import ConfigError
+from pecobook.settings.values import refuse
 
 _DURATION = re.compile(r"^\s*([0-9]*\.?[0-9]+(?:e[0-9]+)?)\s*(|steps?|epochs?|ep|images?|%)\s*$", re.IGNORECASE)
 
@@ -12,11 +15,35 @@ _DURATION = re.compile(r"^\s*([0-9]*\.?[0-9]+(?:e[0-9]+)?)\s*(|steps?|epochs?|ep
 def parse_duration(text: str, name: str) -> tuple[float, str]:
     """Split "100 epochs" into (100.0, "epochs"). Raises ConfigError that names the flag `name`."""
     match = _DURATION.match(str(text))
-    if not match:
-        raise ConfigError(f"--{name} is '{text}': give steps (5000), epochs ('100 epochs') or images ('25600 images').")
+    if not match or math.isinf(float(match[1])):
+        raise ConfigError(f"--{name} {_problem(text)}")
     unit = match[2].lower()
     units = {"": "steps", "step": "steps", "epoch": "epochs", "ep": "epochs", "image": "images"}
     return float(match[1]), units.get(unit, unit)
+
+
+def check_durations(name: str, texts: Iterable[str], *, percent: bool) -> None:
+    """Refuse field `name` of the settings where one of `texts` is no duration.
+
+    With `percent` a duration is a part of the training and may be zero; otherwise it is the length of the training.
+    """
+    for text in texts:
+        try:
+            length, unit = parse_duration(text, name)
+        except ConfigError:
+            refuse(name, _problem(text, percent=percent))
+        else:
+            if unit == "%" and not percent:
+                refuse(name, f"is the length of the training: give steps or epochs, not {text}.")
+            elif length == 0 and not percent:
+                refuse(name, f"must be above 0, not {text}.")
+
+
+def _problem(text: str, *, percent: bool = False) -> str:
+    forms = "steps (5000), epochs ('100 epochs') or images ('25600 images')"
+    if percent:
+        forms = "steps (5000), epochs ('10 epochs'), images ('25600 images') or a share of the training ('5%')"
+    return f"is '{text}': give {forms}."
 
 
 def steps(text: str, *, num_images: int, batch_size: int, total: int | None = None, name: str = "max-steps") -> int:

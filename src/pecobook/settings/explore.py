@@ -15,7 +15,7 @@ class ExploreConfig:
     """Tokenizers (a codebook run, owner/name on the hub, dalle:FOLDER, diffusers:FOLDER) and pretrain runs, each with
     the tokenizer of the run. On the command line the runs may stand first, without the flag."""
     data: str = "photos"
-    """Images: a folder, a parquet file or folder, tar shards, hf:owner/name, or photos (embedded)."""
+    """Images: a folder, a parquet file or folder, tar shards, hf:owner/name, or photos (built in)."""
     images: int = 1000
     """Largest number of held-out images that are searched for patches."""
     host: str = "127.0.0.1"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 
 from pecobook.settings.training import CropTrainConfig, OptimConfig
 from pecobook.settings.values import between, positive
@@ -48,3 +49,4 @@ class FinetuneConfig(CropTrainConfig):
         super().__post_init__()
         between(self, 0.0, 1.0, "drop_path", "label_smoothing", "random_erasing", "average", "eval_crop")
         positive(self, "eval_crop")
+        between(self, 0, math.inf, "mixup", "cutmix")

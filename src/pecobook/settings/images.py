@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+
+from pecobook.settings.values import between
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -22,6 +25,11 @@ class JitterConfig:
     grey: float = 0.2
     """Probability that the image is turned grey."""
 
+    def __post_init__(self) -> None:
+        between(self, 0, math.inf, "brightness", "contrast", "saturation")
+        between(self, 0.0, 0.5, "hue")
+        between(self, 0.0, 1.0, "jitter", "grey")
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PhotometricConfig(JitterConfig):
@@ -31,3 +39,7 @@ class PhotometricConfig(JitterConfig):
     """Probability of a Gaussian blur."""
     solarise: float = 0.0
     """Probability of solarisation, which inverts the bright half of the values."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        between(self, 0.0, 1.0, "blur", "solarise")

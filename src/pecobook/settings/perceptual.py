@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Literal
 
-from pecobook.errors import ConfigError
-from pecobook.settings.values import between
+from pecobook.settings.values import between, positive, refuse
 
 Normalisation = Literal["unit-rms", "layernorm", "none"]
 
@@ -40,8 +40,11 @@ class PerceptualDistanceConfig:
 
     def __post_init__(self) -> None:
         between(self, 0, 4096, "input_size")
-        if len(self.mean) not in (0, 3) or len(self.std) not in (0, 3) or min(self.std, default=1) <= 0:
-            raise ConfigError("--perceptual.mean and --perceptual.std take three numbers each, std above 0.")
+        between(self, -math.inf, math.inf, "mean")
+        positive(self, "std")
+        for name in ("mean", "std"):
+            if len(getattr(self, name)) not in (0, 3):
+                refuse(name, f"takes three numbers, not {len(getattr(self, name))}.")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 
-from pecobook.settings.values import positive
+from pecobook.settings.values import between, positive
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -31,3 +32,5 @@ class ProbeConfig:
 
     def __post_init__(self) -> None:
         positive(self, "max_train", "max_test")
+        between(self, 0, math.inf, "image_size")
+        between(self, 0, 2**31 - 1, "seed")

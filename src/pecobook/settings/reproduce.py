@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Literal
 
-from pecobook.errors import ConfigError
 from pecobook.settings.training import BackboneConfig
-from pecobook.settings.values import between, positive
+from pecobook.settings.values import between, positive, refuse
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -18,7 +18,7 @@ class ReproduceConfig:
     """Tables of the paper: any of tables1-2, table4, table5, table6, table7, table10, table12, v1-table7. On the
     command line the tables may stand first, without the flag."""
     data: str = "photos"
-    """Images: a folder, a parquet file or folder, tar shards, hf:owner/name, or photos (embedded)."""
+    """Images: a folder, a parquet file or folder, tar shards, hf:owner/name, or photos (built in)."""
     out: str = ""
     """Folder to write. An interrupted reproduction resumes there, and more tables may be added to the folder."""
     budget: Literal["tiny", "small", "paper"] = "tiny"
@@ -61,6 +61,6 @@ class ReproduceConfig:
 
     def __post_init__(self) -> None:
         positive(self, "length")
-        between(self, 0, 1e9, "gpus_per_run", "micro_batch_size")
+        between(self, 0, math.inf, "gpus_per_run", "micro_batch_size")
         if len(set(self.seeds)) != len(self.seeds) or not self.seeds or min(self.seeds) < 0:
-            raise ConfigError(f"--seeds must be different numbers of 0 or above, not {self.seeds}.")
+            refuse("seeds", f"must be different numbers of 0 or above, not {self.seeds}.")

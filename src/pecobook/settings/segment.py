@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 
-from pecobook.errors import ConfigError
 from pecobook.settings.dense import PyramidConfig
 from pecobook.settings.images import PhotometricConfig
 from pecobook.settings.training import OptimConfig, TrainConfig
-from pecobook.settings.values import between, positive
+from pecobook.settings.values import between, positive, refuse
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -30,11 +29,11 @@ class SegmentTestConfig:
 
     def __post_init__(self) -> None:
         if self.mode not in ("whole", "slide"):
-            raise ConfigError(f"--test.mode is whole or slide, not '{self.mode}'.")
+            refuse("mode", f"is whole or slide, not '{self.mode}'.")
         between(self, 0.0, 1.0, "stride")
-        positive(self, "stride", "max_side")
-        if not self.scales or min(self.scales) <= 0:
-            raise ConfigError("--test.scales takes factors above 0.")
+        positive(self, "stride", "max_side", "scales")
+        if not self.scales:
+            refuse("scales", "takes one or more factors above 0.")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -100,5 +99,6 @@ class SegmentConfig(TrainConfig, SegmenterConfig):
         TrainConfig.__post_init__(self)
         SegmenterConfig.__post_init__(self)
         between(self, 0.0, 1.0, "drop_path", "max_share")
-        if not 0 < self.scales[0] <= self.scales[1]:
-            raise ConfigError(f"--scales takes the smallest and the largest factor, not {self.scales}.")
+        positive(self, "max_share", "scales")
+        if self.scales[0] > self.scales[1]:
+            refuse("scales", f"takes the smallest and the largest factor, not {self.scales}.")

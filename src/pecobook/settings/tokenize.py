@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 
 from pecobook.errors import ConfigError
 from pecobook.settings.images import PhotometricConfig
@@ -15,7 +16,7 @@ class TokenizeConfig:
     """Tokenize named views of your images once, for any number of pre-training runs."""
 
     data: str = "photos"
-    """Images: a folder, a parquet file or folder, tar shards, hf:owner/name, or photos (embedded)."""
+    """Images: a folder, a parquet file or folder, tar shards, hf:owner/name, or photos (built in)."""
     tokenizer: str = ""
     """The tokenizer: a codebook run, owner/name on the Hugging Face hub, dalle:FOLDER, or diffusers:FOLDER."""
     out: str = ""
@@ -52,6 +53,7 @@ class TokenizeConfig:
         positive(self, "views", "image_size", "min_crop", "batch_size", "num_nodes")
         between(self, 0.0, 1.0, "min_crop")
         between(self, 0, 2**31 - 1, "seed", "tokenizer_size")
+        between(self, -1, math.inf, "workers")
         if self.resume and self.overwrite:
             raise ConfigError("--resume and --overwrite exclude each other: give one of them.")
 

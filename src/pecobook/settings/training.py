@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from typing import Any, Literal
+import math
+from typing import Any, Literal, cast
 
 from pecobook.errors import ConfigError
-from pecobook.settings.durations import parse_duration
+from pecobook.settings.durations import check_durations
 from pecobook.settings.values import between, narrow, positive, refuse
 
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
@@ -50,10 +51,12 @@ class BaseOptimConfig:
 
     def __post_init__(self) -> None:
         positive(self, "lr", "eps", "power")
-        between(self, 0, float("inf"), "lr_batch_size")
-        between(self, 0.0, float("inf"), "final_lr", "weight_decay", "clip_grad")
-        for text in (self.warmup, *self.milestones):
-            parse_duration(text, "optim.warmup" if text is self.warmup else "optim.milestones")
+        between(self, 0, math.inf, "lr_batch_size", "final_lr", "weight_decay", "clip_grad")
+        for beta in self.betas:
+            if not 0 <= beta < 1:
+                refuse("betas", f"must be at least 0 and below 1, not {beta}.")
+        check_durations("warmup", [self.warmup], percent=True)
+        check_durations("milestones", self.milestones, percent=True)
 
     @property
     def layer_decay(self) -> float:
@@ -78,7 +81,7 @@ class TrainConfig:
     """The settings of every training command."""
 
     data: str = "photos"
-    """Images: a folder, a parquet file or folder, tar shards, hf:owner/name, or photos (embedded)."""
+    """Images: a folder, a parquet file or folder, tar shards, hf:owner/name, or photos (built in)."""
     out: str = ""
     """Run folder to write. It must be new or empty, unless --resume or --overwrite is given."""
     seed: int = 0
@@ -132,6 +135,8 @@ class TrainConfig:
         narrow(self)
         positive(self, "num_nodes", "batch_size", "image_size", "log_every", "save_every", "save_minutes")
         positive(self, "keep_checkpoints", "sample_every", "evaluation_images")
+        between(self, 0, math.inf, "micro_batch_size")
+        between(self, -1, math.inf, "workers")
         between(self, 0, 2**31 - 1, "seed")
         if self.devices != "auto" and not (self.devices.isdigit() and int(self.devices) > 0):
             refuse("devices", f"must be a number above 0 or auto, not '{self.devices}'.")
@@ -140,9 +145,7 @@ class TrainConfig:
         for name in self.loggers:
             if name not in ("tensorboard", "wandb", "mlflow"):
                 refuse("loggers", f"takes tensorboard, wandb and mlflow, not '{name}'.")
-        parse_duration(self.max_steps, "max-steps")
-        if self.max_steps.strip().endswith("%"):
-            refuse("max_steps", f"is the length of the training: give steps or epochs, not {self.max_steps}.")
+        check_durations("max_steps", [self.max_steps], percent=False)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -168,14 +171,14 @@ class BackboneConfig:
     """Further arguments of timm.create_model, as a JSON object."""
 
     def __post_init__(self) -> None:
-        self.kwargs()
-
-    def kwargs(self) -> dict[str, Any]:
-        """Return the arguments as a dictionary. Raises ConfigError when `args` is no JSON object."""
         try:
             value = json.loads(self.args)
         except json.JSONDecodeError as error:
-            raise ConfigError(f"--model.args is not JSON ({error}): {self.args}") from None
-        if not isinstance(value, dict):
-            raise ConfigError(f'--model.args must be a JSON object such as {{"depth": 6}}, not {self.args}')
-        return value
+            refuse("args", f"is not JSON ({error}): {self.args}")
+        else:
+            if not isinstance(value, dict):
+                refuse("args", f'must be a JSON object such as {{"depth": 6}}, not {self.args}')
+
+    def kwargs(self) -> dict[str, Any]:
+        """Return the arguments as a dictionary."""
+        return cast("dict[str, Any]", json.loads(self.args))

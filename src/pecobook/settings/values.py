@@ -10,6 +10,7 @@ import contextlib
 import contextvars
 import dataclasses
 import json
+import math
 import types
 import typing
 from pathlib import Path
@@ -50,17 +51,34 @@ def refuse(name: str, problem: str) -> None:
 
 
 def positive(config: object, *names: str) -> None:
-    """Refuse every named field of `config` that is not above zero."""
+    """Refuse every named field of `config` that is not a finite number above zero, or a tuple of such numbers."""
     for name in names:
-        if not getattr(config, name) > 0:  # refuses nan too
-            refuse(name, f"must be above 0, not {getattr(config, name)}.")
+        for value in _numbers(config, name):
+            if not value > 0:
+                refuse(name, f"must be above 0, not {value}.")
 
 
 def between(config: object, low: float, high: float, *names: str) -> None:
-    """Refuse every named field of `config` outside [low, high]."""
+    """Refuse every named field of `config` outside [low, high]; every number of a tuple must lie in this range.
+
+    Infinity is refused too where `high` is infinity, which means that there is no upper limit.
+    """
     for name in names:
-        if not low <= getattr(config, name) <= high:
-            refuse(name, f"must lie in [{low:g}, {high:g}], not {getattr(config, name)}.")
+        for value in _numbers(config, name):
+            if value < low and high > 1:  # the upper limit, often a very large number, does not matter to the user
+                refuse(name, f"must be {low:.10g} or above, not {value}.")
+            elif not low <= value <= high:
+                refuse(name, f"must lie in [{low:.10g}, {high:.10g}], not {value}.")
+
+
+def _numbers(config: object, name: str) -> list[float]:
+    """Return the finite number or numbers of a field; refuse infinity and nan."""
+    value = getattr(config, name)
+    values = list(value) if isinstance(value, tuple) else [value]
+    for number in values:
+        if not math.isfinite(number):
+            refuse(name, f"must be a finite number, not {number}.")
+    return [number for number in values if math.isfinite(number)]
 
 
 def narrow(config: Any) -> None:
@@ -228,8 +246,17 @@ def dump(config: Any, path: Path) -> None:
     path.write_text(json.dumps(to_dict(config), indent=2) + "\n")
 
 
-def load(default: C, path: str | Path) -> C:
-    """Return `default` with the values of a config.json. Raises ConfigError for a file that is missing or invalid."""
+def load(default: C, path: str | Path, command: str = "") -> C:
+    """Return `default` with the values of a config.json.
+
+    Args:
+        default: settings with the values that the file does not contain.
+        path: the file, or a folder with a config.json.
+        command: name of the command that the file must belong to; empty accepts the file of any command.
+
+    Raises:
+        ConfigError: the file is missing or invalid, or belongs to another command.
+    """
     file = Path(path) / "config.json" if Path(path).is_dir() else Path(path)
     try:
         values = json.loads(file.read_text())
@@ -239,7 +266,9 @@ def load(default: C, path: str | Path) -> C:
         raise ConfigError(f"'{file}' cannot be read as a configuration: {error}") from None
     if not isinstance(values, dict):
         raise ConfigError(f"'{file}' is not a configuration: the file must hold a JSON object.")
-    values.pop("command", None)
+    written_by = values.pop("command", command)
+    if command and written_by != command:
+        raise ConfigError(f"--config '{path}' is a configuration of '{written_by}', not of '{command}'.")
     return replace(default, _without_retired(values, default))
 
 

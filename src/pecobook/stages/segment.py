@@ -158,7 +158,8 @@ class SegmentStage(Stage[SegmentConfig]):
         if checked.problems and not config.skip_bad:
             raise DataError(
                 f"--data '{config.data}':\n{listed(checked.problems)}\n"
-                "Correct them, give --ignore the value if it means no class, or leave these pairs out with --skip-bad."
+                "Correct the masks, add the value to --ignore if it means no class, or leave these pairs out with "
+                "--skip-bad."
             )
         for source in (checked.splits.train, checked.splits.evaluation):
             if not len(source):

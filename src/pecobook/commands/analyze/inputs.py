@@ -97,7 +97,13 @@ def _with_banks(config: AnalyzeConfig, inputs: list[TokenizerInput], splits: Spl
 
 
 def _distance(config: AnalyzeConfig, inputs: list[TokenizerInput]) -> PerceptualDistance:
-    distance = PerceptualDistance(config.perceptual, config.perceptual_layers, config.perceptual_weights or None)
+    try:
+        distance = PerceptualDistance(config.perceptual, config.perceptual_layers, config.perceptual_weights or None)
+    except (ConfigError, WeightsError) as error:  # the message names the flags of `codebook`, which differ here
+        text = str(error).replace("--perceptual.network", "--perceptual")
+        text = text.replace("--perceptual.layers", "--perceptual-layers")
+        text = text.replace("--perceptual.weights", "--perceptual-weights")
+        raise type(error)(text) from None
     for tokenizer_input in inputs:
         size = tokenizer_input.tokenizer.image_size
         try:
