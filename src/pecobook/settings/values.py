@@ -29,7 +29,7 @@ FREE_ON_RESUME = frozenset(
 )
 
 
-# Settings that commands of earlier versions had and did not read; config.json of such a version may contain them.
+# Settings that commands had before version 0.1 and did not read; config.json of a run made before 0.1 may contain them.
 RETIRED = frozenset({"min_crop", "optim.layer_decay", "colour.blur", "colour.solarise"})
 
 _collected: contextvars.ContextVar[list[tuple[str, str]] | None] = contextvars.ContextVar("collected", default=None)
