@@ -75,8 +75,10 @@ class MocoStage(Stage[ContrastConfig]):
         temperature = self.config.temperature
         first, accuracy = contrastive_loss(queries[0], keys[1], temperature)
         second, _ = contrastive_loss(queries[1], keys[0], temperature)
-        spread = F.normalize(queries[0].detach().float(), dim=1).std(0).mean() * self.config.output_dim**0.5
-        metrics = {"accuracy": 100 * accuracy.detach(), "spread": spread}
+        metrics = {"accuracy": 100 * accuracy.detach()}
+        if len(queries[0]) > 1:  # the last batch of an evaluation may be a single image
+            deviation = F.normalize(queries[0].detach().float(), dim=1).std(0).mean()
+            metrics["spread"] = deviation * self.config.output_dim**0.5
         return StageOutput(first + second, metrics, rows=rows)
 
     @torch.no_grad()
