@@ -86,5 +86,5 @@ def test_demo__refuses_a_folder_without_a_demo(tmp_path: Path) -> None:
 
 def test_demo__names_the_settings_that_differ_from_those_of_the_folder(tmp_path: Path) -> None:
     dump(DemoConfig(out=str(tmp_path), seed=1), tmp_path / "demo.json")
-    with pytest.raises(PreflightError, match="was begun with other settings: seed: 1 -> 0. Name another folder"):
+    with pytest.raises(PreflightError, match=r"was begun with other settings: seed: 1 -> 0\. Name another folder"):
         demo(DemoConfig(out=str(tmp_path)))

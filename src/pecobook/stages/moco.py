@@ -16,7 +16,6 @@ from torch import Tensor
 
 from pecobook.data.batch import Batch
 from pecobook.data.sampler import key
-from pecobook.data.source import Splits
 from pecobook.data.stream import ViewFunction
 from pecobook.data.views import central_view, colour_draws, photometric, random_crop
 from pecobook.engine.launch import check_min_batch
@@ -135,11 +134,6 @@ class MocoStage(Stage[ContrastConfig]):
         """Build the stage with random weights. Raises PecobookError for settings that cannot be used."""
         check_min_batch(config)
         return cls(config)
-
-    @classmethod
-    def build(cls, config: ContrastConfig, splits: Splits, prebuilt: MocoStage | None = None) -> MocoStage:
-        """Return the stage that `check` built; it does not depend on the images."""
-        return cls(config) if prebuilt is None else prebuilt
 
     @classmethod
     def view(cls, config: ContrastConfig) -> ViewFunction:
