@@ -11,7 +11,7 @@ PIP_ARGS ?=
 
 define INSTALLING
 Installing pecobook and what it needs into $(VENV): about 6 GB the first time, since PyTorch's wheels carry CUDA.
-On a machine without a GPU PyTorch's CPU wheels are a tenth of that: see "On a CPU alone" in README.md.
+On a machine without a GPU PyTorch's CPU wheels are a tenth of that: see "Without a GPU" in README.md.
 endef
 export INSTALLING
 

@@ -12,7 +12,9 @@ import pytest
 from pecobook import cli
 from pecobook.commands.table import COMMANDS
 from pecobook.completion import SHELLS, flags_of, script
+from pecobook.errors import ConfigError
 from pecobook.recipes import RECIPES
+from pecobook.settings.training import TrainConfig
 from pecobook.settings.values import flags
 from tests.test_help import settings_of
 
@@ -63,6 +65,8 @@ def completions(bash_script: Path, words: list[str]) -> list[str]:
         (["reproduce", "--out", "table1"], []),
         (["recipes", "segm"], ["segment"]),
         (["recipes", "segment", "cam"], ["camvid"]),
+        (["recipes", "codebook", "paper-v"], ["paper-vgg16"]),  # no paper-vit-l, a recipe of other commands
+        (["codebook", "--loggers", "w"], ["wandb"]),
         (["completion", ""], list(SHELLS)),
         (["nothing", ""], []),
     ],
@@ -87,6 +91,13 @@ def test_flags__equal_those_of_the_parser(command: str, monkeypatch: pytest.Monk
             (value,) = cli.read_flags([name, *(["1"] if flag.takes_value else [])], types, command, []).values()
             assert value in (("1",), "1") if flag.takes_value else value is (".no-" not in name and "--no-" not in name)
     assert {f"--{name}" for name in types} <= set(flags_of(command))
+
+
+def test_flags__loggers_are_those_of_the_settings() -> None:
+    loggers = flags_of("codebook")["--loggers"].choices
+    assert TrainConfig(out="unused", loggers=loggers).loggers == loggers
+    with pytest.raises(ConfigError, match=f"takes {loggers[0]}, {loggers[1]} and {loggers[2]}, not 'csv'"):
+        TrainConfig(out="unused", loggers=("csv",))
 
 
 @pytest.mark.parametrize("shell", SHELLS)

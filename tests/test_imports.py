@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -24,26 +24,11 @@ def module_name(file: Path) -> str:
 MODULES = {module_name(file) for file in FILES}
 
 
-def is_for_types_alone(node: ast.AST) -> bool:
-    """Return whether `node` is an `if TYPE_CHECKING:`, whose imports never happen."""
-    return isinstance(node, ast.If) and ast.unparse(node.test) in ("TYPE_CHECKING", "typing.TYPE_CHECKING")
-
-
-def walk(node: ast.AST, *, types: bool) -> Iterator[ast.AST]:
-    """Yield all nodes below `node`; without `types`, leave out the nodes under `if TYPE_CHECKING:`."""
-    for child in ast.iter_child_nodes(node):
-        if types or not is_for_types_alone(child):
-            yield child
-            yield from walk(child, types=types)
-        elif isinstance(child, ast.If):
-            yield from (node for branch in child.orelse for node in (branch, *walk(branch, types=types)))
-
-
-def imports(file: Path, *, types: bool = True) -> set[str]:
-    """Return the full names of all modules that a file imports anywhere; without `types`, only imports that happen."""
+def imports(file: Path) -> set[str]:
+    """Return the full names of all modules that a file imports anywhere, in functions and for type checking too."""
     names: set[str] = set()
     package = module_name(file) if file.name == "__init__.py" else module_name(file).rpartition(".")[0]
-    for node in walk(ast.parse(file.read_text()), types=types):
+    for node in ast.walk(ast.parse(file.read_text())):
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
@@ -156,17 +141,18 @@ def test_circle__finds_a_planted_circle(graph: Mapping[str, set[str]], chain: li
     assert circle(graph) == chain
 
 
-def test_imports__leaves_out_imports_for_type_checking(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_imports__finds_imports_in_functions_and_for_type_checking(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     file = tmp_path / "module.py"
     file.write_text("if TYPE_CHECKING:\n    import a\nelse:\n    import b\n\ndef f():\n    from c import d\n")
     monkeypatch.setattr("tests.test_imports.ROOT", tmp_path)
-    assert imports(file, types=False) == {"c", "c.d", "b"}
     assert imports(file) == {"a", "b", "c", "c.d"}
 
 
 def test_imports__form_no_circle() -> None:
-    """Imports inside functions count too, because such an import only hides a circle."""
-    graph = {module_name(file): imports(file, types=False) & MODULES for file in FILES}
+    """Imports inside functions and for type checking count too, because such an import only hides a circle."""
+    graph = {module_name(file): imports(file) & MODULES for file in FILES}
     assert "pecobook.data.folders" in graph["pecobook.data.images"]  # an import inside a function
     assert circle(graph) == []
 

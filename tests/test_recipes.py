@@ -117,6 +117,16 @@ def test_recipe__an_unknown_name_is_refused_with_the_known_names() -> None:
 def test_claims__are_one_sentence_each() -> None:
     assert [(command, name) for command, name, _ in claims()] == EVERY
     assert all(claim.endswith(".") and len(claim) > 15 for _, _, claim in claims())
+    assert len({(command, claim) for command, _, claim in claims()}) == len(EVERY)
+
+
+def test_claims__say_which_recipes_have_two_names() -> None:
+    second_names = [f"{command} {name}: {claim}" for command, name, claim in claims() if claim.startswith("Another")]
+    assert second_names == [
+        "pretrain paper-vit-b-800: Another name of 'paper'.",
+        "segment paper-ade20k: Another name of 'paper'.",
+        "detect paper-coco: Another name of 'paper'.",
+    ]
 
 
 def test_tiny__recipes_lead_from_images_to_a_classifier(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from pecobook.api import codebook, contrast, detect, export, finetune, predict, pretrain, segment, tokenize
     from pecobook.commands.analyze import analyze
+    from pecobook.commands.bench import bench
     from pecobook.commands.demo import demo
     from pecobook.commands.explore import explore
     from pecobook.commands.probe import probe
@@ -38,6 +39,7 @@ __all__ = [
     "Segmenter",
     "VectorQuantizer",
     "analyze",
+    "bench",
     "blockwise_mask",
     "codebook",
     "contrast",
@@ -67,6 +69,7 @@ _HOMES = {
     "Segmenter": "models.dense.segmenter",
     "VectorQuantizer": "models.quantizer",
     "analyze": "commands.analyze",
+    "bench": "commands.bench",
     "blockwise_mask": "data.masking",
     "codebook": "api",
     "contrast": "api",

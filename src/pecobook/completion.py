@@ -18,6 +18,8 @@ from pecobook.recipes import RECIPES, claim
 from pecobook.settings.values import flags
 
 SHELLS = ("bash", "zsh", "fish")
+# Values of a flag that takes several of them.
+_CHOICES = {"loggers": ("tensorboard", "wandb", "mlflow")}
 
 
 class Flag(NamedTuple):
@@ -36,6 +38,8 @@ class Names(NamedTuple):
     explanations: Mapping[str, str]
     repeats: bool = False
     """Whether all further positions take these words too."""
+    after: str = ""
+    """The word that must stand directly before; empty allows every word."""
 
 
 def script(shell: str, commands: Mapping[str, str]) -> str:
@@ -58,7 +62,7 @@ def flags_of(command: str) -> dict[str, Flag]:
     texts = explanations(config_type)
     by_name: dict[str, Flag] = {}
     for name, kind in flags(config_type).items():
-        choices = typing.get_args(kind) if typing.get_origin(kind) is Literal else ()
+        choices = typing.get_args(kind) if typing.get_origin(kind) is Literal else _CHOICES.get(name, ())
         text = first_sentence(texts[name])
         by_name[f"--{name}"] = Flag(text, tuple(map(str, choices)), takes_value=kind is not bool)
         if kind is bool:
@@ -82,7 +86,10 @@ def names_of(command: str) -> list[Names]:
         return [Names(2, {name: table.title for name, table in TABLES.items()}, repeats=True)]
     if command == "recipes":
         names = {name: "a recipe" for recipes in RECIPES.values() for name in recipes}
-        return [Names(2, {command: f"recipes of {command}" for command in RECIPES} | names), Names(3, names)]
+        of_commands = [
+            Names(3, {name: claim(kind, name) for name in recipes}, after=kind) for kind, recipes in RECIPES.items()
+        ]
+        return [Names(2, {kind: f"recipes of {kind}" for kind in RECIPES} | names), *of_commands]
     if command == "completion":
         return [Names(2, dict.fromkeys(SHELLS, "a shell"))]
     return []
@@ -134,6 +141,7 @@ def _bash(commands: Mapping[str, str]) -> str:
         lines = [f'flags="{" ".join(command_flags)}"'] if command_flags else []
         for names in names_of(command):
             test = f"$place {'-ge' if names.repeats else '-eq'} {names.position}"
+            test += f" && $before == {names.after}" if names.after else ""
             lines.append(f'[[ {test} ]] && names="{" ".join(names.explanations)}"')
         choices = [
             f'{name}) choices="{" ".join(flag.choices)}" ;;' for name, flag in command_flags.items() if flag.choices
@@ -202,8 +210,9 @@ def _zsh(commands: Mapping[str, str]) -> str:
         texts = {name: flag.explanation for name, flag in command_flags.items()}
         lines = [f"flags=({described(texts)})"] if command_flags else []
         for names in names_of(command):
-            test = f"place {'>=' if names.repeats else '=='} {names.position}"
-            lines.append(f"(({test})) && names=({described(names.explanations)})")
+            test = f"((place {'>=' if names.repeats else '=='} {names.position}))"
+            test += f" && [[ $before == {names.after} ]]" if names.after else ""
+            lines.append(f"{test} && names=({described(names.explanations)})")
         choices = [
             f"{name}) choices=({' '.join(flag.choices)}) ;;" for name, flag in command_flags.items() if flag.choices
         ]
@@ -240,7 +249,8 @@ def _fish(commands: Mapping[str, str]) -> str:
     for command in commands:
         for names in names_of(command):
             position = f"{'-ge' if names.repeats else '-eq'} {names.position}"
-            lines += lines_of(f"__pecobook_after {command} {position}", names.explanations)
+            word = f"; and test (commandline -opc)[-1] = {names.after}" if names.after else ""
+            lines += lines_of(f"__pecobook_after {command} {position}{word}", names.explanations)
         for name, flag in flags_of(command).items():
             value = f" -x -a {quoted(' '.join(flag.choices))}" if flag.choices else " -r" * flag.takes_value
             test = quoted(f"__pecobook_after {command}")

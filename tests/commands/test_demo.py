@@ -12,11 +12,10 @@ from pecobook.commands.demo import demo
 from pecobook.commands.demo.plan import plan
 from pecobook.errors import PreflightError
 from pecobook.settings.demo import DemoConfig
+from pecobook.settings.values import dump, to_dict
 
 
 def test_plan__codebooks_differ_only_in_the_perceptual_network(tmp_path: Path) -> None:
-    from pecobook.settings.values import to_dict
-
     jobs = plan(DemoConfig(out=str(tmp_path), budget="cpu"))
     pixel, control, perceptual = (to_dict(jobs[f"codebook-{a}"].config) for a in ("pixel", "control", "perceptual"))
     for settings in (pixel, control, perceptual):
@@ -89,3 +88,9 @@ def test_demo__refuses_a_folder_without_a_demo(tmp_path: Path) -> None:
     with pytest.raises(PreflightError, match="holds no demo"):
         demo(DemoConfig(out=str(tmp_path)))
     assert [path.name for path in tmp_path.iterdir()] == ["precious.txt"]
+
+
+def test_demo__names_the_settings_that_differ_from_those_of_the_folder(tmp_path: Path) -> None:
+    dump(DemoConfig(out=str(tmp_path), seed=1), tmp_path / "demo.json")
+    with pytest.raises(PreflightError, match=r"was begun with other settings: seed: 1 -> 0\. Name another folder"):
+        demo(DemoConfig(out=str(tmp_path)))

@@ -40,6 +40,14 @@ class Names(nn.Module):
         return {"sum": float(rows["number"].sum())}
 
 
+class Pairs(Names):
+    """A stage with a metric that a batch of one image does not have."""
+
+    def forward(self, batch: Batch) -> StageOutput:
+        output = super().forward(batch)
+        return output if len(batch["index"]) == 1 else output._replace(metrics={"pairs": output.metrics["twice"]})
+
+
 def full_image(image: Tensor, _key: int) -> dict[str, Tensor]:
     return {"image": image}
 
@@ -47,7 +55,7 @@ def full_image(image: Tensor, _key: int) -> dict[str, Tensor]:
 def evaluate_squares(
     num_held_out: int, num_reference: int | None, bad: tuple[int, ...] = (), **more: Any
 ) -> tuple[Evaluation, Names]:
-    model = Names().train()
+    model = more.pop("model", Names)().train()
     fabric = launch.start(TrainConfig(out="unused", precision="fp32", devices=str(more.pop("devices", 1))))
     settings: dict[str, Any] = {"num_images": 100, "batch_size": 2, "seed": 0, **more}
     held_out = Stream(squares(num_held_out, bad), full_image, 0)
@@ -63,6 +71,13 @@ def test_evaluate__counts_every_image_once_and_summarises_all_rows() -> None:
     assert sorted(reference["number"].tolist()) == list(range(4))
     assert result.metrics == pytest.approx({"evaluation/loss": 2.5, "evaluation/twice": 5.0, "evaluation/sum": 15.0})
     assert len(result.pictures["images"]) == 4
+
+
+def test_evaluate__a_metric_is_the_mean_over_the_batches_that_have_it() -> None:
+    metrics = evaluate_squares(5, None, model=Pairs, batch_size=4)[0].metrics  # the last batch is one image
+    one_batch = evaluate_squares(5, None, model=Pairs, batch_size=4, num_images=4)[0].metrics
+    assert metrics["evaluation/pairs"] == pytest.approx(one_batch["evaluation/pairs"])
+    assert "evaluation/pairs" not in evaluate_squares(1, None, model=Pairs)[0].metrics
 
 
 def test_evaluate__reads_no_more_than_num_images() -> None:

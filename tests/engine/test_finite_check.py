@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor
 
+from pecobook.engine import checkpoint, loop
 from pecobook.engine.finite_check import FiniteCheck
 from pecobook.errors import NonFiniteLossError
 from tests.distributed import TwoProcesses
+from tests.engine.test_loop import Toy, first_image_of, run
 
 
 def step_with(check: FiniteCheck, step: int, loss: float = 1.0, norm: float = 1.0, **more: bool) -> bool:
@@ -91,3 +95,19 @@ def test_gpu__reads_the_answer_without_waiting_for_the_step() -> None:
     after_backward(2, value * float("nan"))
     with pytest.raises(NonFiniteLossError, match="Step 2"):
         after_backward(3, value)
+
+
+def test_fit__saves_no_broken_weights_where_the_answer_is_late(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU the next step has begun when the answer is read."""
+    monkeypatch.setattr(loop, "FiniteCheck", lambda world_size, **_: FiniteCheck(world_size, late=True))
+    stage = Toy("nan", at=first_image_of(3))
+    with pytest.raises(NonFiniteLossError, match="Step 4 is not finite"):
+        run(tmp_path, stage, save_every=2, log_every=100, sample_every=100)
+    assert checkpoint.steps(tmp_path / "checkpoints") == [2]
+    state = torch.load(tmp_path / "checkpoints" / "step-00000002" / "state.pt", weights_only=True)["model"]
+    assert all(value.isfinite().all() for value in state.values())
+    stopped = Toy("SIGTERM", at=first_image_of(2))
+    outcome = run(tmp_path / "stopped", stopped, save_every=100, log_every=100, sample_every=100)
+    # The signal came in the third step and was read in the fourth.
+    assert (outcome.step, outcome.finished) == (4, False)
+    assert checkpoint.steps(tmp_path / "stopped" / "checkpoints") == [4]

@@ -39,10 +39,10 @@ def test_micro_batch_size__refuses_unequal_shares() -> None:
 
 def test_world_size__from_flags_or_torchrun(monkeypatch: pytest.MonkeyPatch) -> None:
     config = TrainConfig(devices="3", num_nodes=2)
-    assert (launch.device_count(config), launch.world_size(config)) == (3, 6)
+    assert (launch.device_count(config), launch.total_devices(config)) == (3, 6)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     monkeypatch.setenv("WORLD_SIZE", "8")
-    assert (launch.device_count(config), launch.world_size(config)) == (4, 8)
+    assert (launch.device_count(config), launch.total_devices(config)) == (4, 8)
 
 
 def test_device_count__auto_is_one_without_gpus_and_all_with(monkeypatch: pytest.MonkeyPatch) -> None:

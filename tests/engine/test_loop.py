@@ -383,23 +383,3 @@ def test_fit__resumes_on_another_number_of_processes(tmp_path: Path, two_process
     assert run(tmp_path / "back", rest, resume=True).finished
     assert rest.seen == straight.seen[3:]
     torch.testing.assert_close(rest.linear.weight, straight.linear.weight, rtol=1e-5, atol=1e-6)
-
-
-def test_fit__saves_no_broken_weights_where_the_answer_is_late(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a GPU the next step has begun when the answer is read."""
-    from pecobook.engine.finite_check import FiniteCheck
-
-    monkeypatch.setattr(loop, "FiniteCheck", lambda world_size, **_: FiniteCheck(world_size, late=True))
-    stage = Toy("nan", at=first_image_of(3))
-    with pytest.raises(NonFiniteLossError, match="Step 4 is not finite"):
-        run(tmp_path, stage, save_every=2, log_every=100, sample_every=100)
-    assert checkpoint.steps(tmp_path / "checkpoints") == [2]
-    state = torch.load(tmp_path / "checkpoints" / "step-00000002" / "state.pt", weights_only=True)["model"]
-    assert all(value.isfinite().all() for value in state.values())
-    stopped = Toy("SIGTERM", at=first_image_of(2))
-    outcome = run(tmp_path / "stopped", stopped, save_every=100, log_every=100, sample_every=100)
-    assert (outcome.step, outcome.finished) == (
-        4,
-        False,
-    )  # the signal came in the third step and was read in the fourth
-    assert checkpoint.steps(tmp_path / "stopped" / "checkpoints") == [4]

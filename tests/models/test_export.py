@@ -152,6 +152,21 @@ def test_loading_code__loads_the_network(kind: str, tmp_path: Path) -> None:
 
 
 @every_kind
+def test_from_pretrained__keeps_how_the_network_was_trained(kind: str, tmp_path: Path) -> None:
+    model = build_kind(kind)
+    model.save_pretrained(tmp_path / "export", origin="a test")
+    type(model).from_pretrained(tmp_path / "export").save_pretrained(tmp_path / "again")
+    for name in ("config.json", "README.md"):
+        assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "export" / name).read_bytes()
+    assert json.loads((tmp_path / "again" / "config.json").read_text())["origin"] == "a test"
+
+
+def test_push_to_hub__refuses_a_name_that_the_hub_does_not_take() -> None:
+    with pytest.raises(WeightsError, match="'bad name!!' is no name of the Hugging Face hub: give owner/name"):
+        build_kind("tokenizer").push_to_hub("bad name!!")
+
+
+@every_kind
 def test_push_to_hub__and_back(kind: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     hub = tmp_path / "hub"
 

@@ -120,7 +120,7 @@ class SlowAverages:
 def test_update__is_van_den_oords(decay: float, eps: float) -> None:
     quantizer = VectorQuantizer(12, 3, decay=decay, eps=eps, revive_after=0)
     quantizer(latents(2, 3, 6, 0))
-    quantizer._pending = None  # only the start counts so far
+    quantizer.load_state_dict(quantizer.state_dict())  # only the start counts so far
     slow = SlowAverages(state_of(quantizer), decay, eps)
     for seed in range(1, 9):
         z = latents(2, 3, 6, seed)
@@ -157,9 +157,9 @@ def test_update__without_a_forward_does_nothing() -> None:
 def test_update__keeps_a_codeword_that_was_never_chosen() -> None:
     quantizer = VectorQuantizer(4, 2, revive_after=0)
     far = torch.tensor([1000.0, 1000.0])
-    with torch.no_grad():
-        quantizer.codebook[3] = far
-    quantizer._initialised = True
+    state = quantizer.state_dict()
+    state["codebook"][3], state["ema_sum"][3], state["ema_count"][3] = far, far, 1.0
+    quantizer.load_state_dict(state)  # a codebook with counts is not initialised again
     for seed in range(20):
         step(quantizer, latents(2, 2, 4, seed))
     assert torch.equal(quantizer.codebook[3], far)

@@ -57,6 +57,13 @@ def test_forward__a_network_whose_features_widen_after_pooling() -> None:
     assert stage(batch()).loss.isfinite()
 
 
+@pytest.mark.filterwarnings("error")
+def test_forward__one_held_out_image_has_no_spread() -> None:
+    stage = make().eval()
+    assert set(stage(batch(1)).metrics) == {"accuracy"}
+    assert set(stage(batch(2)).metrics) == {"accuracy", "spread"}
+
+
 def test_forward__loss_is_symmetric_in_the_views() -> None:
     stage, inputs = make(blur=(0.0, 0.0), solarise=(0.0, 0.0)), batch()
     swapped = {name.translate({48: "1", 49: "0"}): value for name, value in inputs.items()}

@@ -23,7 +23,7 @@ from pecobook.settings.values import replace
 from pecobook.stages.classify import ClassifyStage
 from pecobook.stages.codebook import CodebookStage
 from pecobook.stages.training import preflight
-from tests.runs import SMALL, export_bytes, inputs, squares, train
+from tests.runs import SMALL, Squares, export_bytes, inputs, squares, train
 
 FILES = {
     "contrast": {"model.safetensors", "config.json", "README.md"},
@@ -138,7 +138,7 @@ def test_preflight__only_the_first_rank_checks_the_folder(
 
 def test_preflight__held_out_images_need_labels_too(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     labelled = squares(10)
-    unlabelled = ImageSource(labelled._store, name="squares", split="evaluation")
+    unlabelled = ImageSource(Squares(10), name="squares", split="evaluation")
     monkeypatch.setattr(contract, "open_images", lambda _: Splits(labelled, unlabelled, "test"))
     with pytest.raises(PreflightError, match="has no labels for its test images"):
         preflight(ClassifyStage, replace(recipe("finetune", "tiny"), {"out": str(tmp_path / "run")}))

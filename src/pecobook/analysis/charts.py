@@ -16,7 +16,7 @@ import numpy as np
 
 from pecobook.analysis.arrays import Array, as_numpy
 from pecobook.analysis.canvas import INK, escape_text, new_figure, png, style_axes, styles
-from pecobook.analysis.wording import is_number
+from pecobook.utils.numbers import is_number
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

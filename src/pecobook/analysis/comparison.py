@@ -13,7 +13,7 @@ from enum import Enum
 from typing import Any
 
 from pecobook.analysis.probe import binomial_error
-from pecobook.analysis.wording import is_number
+from pecobook.utils.numbers import is_number
 
 MIN_TEST_IMAGES = 100
 """Minimum number of test images for a verdict; with fewer images the standard error is too uncertain."""

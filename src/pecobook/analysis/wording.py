@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 from pecobook.analysis.probe import binomial_error
+from pecobook.utils.numbers import is_number
 
 
 def duration(seconds: float) -> str:
@@ -18,17 +18,12 @@ def duration(seconds: float) -> str:
     return f"{total // 3600} h {total % 3600 // 60} min"
 
 
-def is_number(value: object) -> bool:
-    """Return whether `value` is a finite number."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-
-
 def fixed(value: Any, digits: int) -> str:
     """Write `value` with `digits` decimals."""
     return f"{value:.{digits}f}" if is_number(value) else "–"
 
 
-def with_error(value: Any, number: int | None) -> str:
+def accuracy_with_error(value: Any, number: int | None) -> str:
     """Write an accuracy in percent with the sampling error on `number` images, if the number is known."""
     if not is_number(value):
         return "–"

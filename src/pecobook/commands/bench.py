@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from pecobook.stages.pretrain import PretrainStage
 
 
-def bench(config: BenchConfig) -> dict[str, Any]:
+def bench(config: BenchConfig | None = None, **settings: Any) -> dict[str, Any]:
     """Measure, print and return the figures: seconds a step by part, images a second, MiB, FLOP/s, share of peak.
 
     Raises:
@@ -36,29 +36,30 @@ def bench(config: BenchConfig) -> dict[str, Any]:
     from pecobook.engine.attention import trainable_attention
     from pecobook.utils import devices
 
+    config = replace(config or BenchConfig(), settings)
     check_new_file(config.out)
-    settings = _settings(config)
+    pretraining = _settings(config)
     device = devices.device()
-    stage = _stage(config, settings).to(device).train()
-    benchmark = Benchmark(config, settings, stage, device)
+    stage = _stage(config, pretraining).to(device).train()
+    benchmark = Benchmark(config, pretraining, stage, device)
     with trainable_attention(device):
         parts = benchmark.part_seconds()
         step_seconds, memory = benchmark.step_seconds()
     flops = benchmark.flops()
-    peak = matmul_peak(device, settings.precision)
+    peak = matmul_peak(device, pretraining.precision)
     figures = {
         "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
         "recipe": config.recipe,
-        "precision": settings.precision,
-        "batch_size": settings.batch_size,
+        "precision": pretraining.precision,
+        "batch_size": pretraining.batch_size,
         "seconds": parts,
         "seconds_online": step_seconds["online"],
         "seconds_from_bank": step_seconds["bank"],
-        "images_per_second_online": settings.batch_size / step_seconds["online"],
-        "images_per_second_from_bank": settings.batch_size / step_seconds["bank"],
-        "images_per_second_data": settings.batch_size / parts["data"] if parts.get("data") else None,
+        "images_per_second_online": pretraining.batch_size / step_seconds["online"],
+        "images_per_second_from_bank": pretraining.batch_size / step_seconds["bank"],
+        "images_per_second_data": pretraining.batch_size / parts["data"] if parts.get("data") else None,
         "peak_mib": memory / 2**20,
-        "gflop_per_image": flops / settings.batch_size / 1e9,
+        "gflop_per_image": flops / pretraining.batch_size / 1e9,
         "tflops": flops / step_seconds["bank"] / 1e12,
         "tflops_peak": peak / 1e12,
         "share_of_peak": flops / step_seconds["bank"] / peak,
@@ -281,7 +282,7 @@ def _table(figures: dict[str, Any]) -> str:
         f"{figures['recipe']} on {figures['device']}, {figures['precision']}, batch {figures['batch_size']}",
         f"each part alone:\n{parts}",
         f"from a token bank  {figures['images_per_second_from_bank']:10.1f} images/s",
-        f"tokenizer in each  {figures['images_per_second_online']:10.1f} images/s",
+        f"with the tokenizer {figures['images_per_second_online']:10.1f} images/s",
         *([f"data alone         {data:10.1f} images/s"] if data else []),
         f"peak memory        {figures['peak_mib']:10.0f} MiB",
         f"model              {figures['gflop_per_image']:10.1f} GFLOP an image, {figures['tflops']:.2f} TFLOP/s: "

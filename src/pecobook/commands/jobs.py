@@ -22,8 +22,29 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from pecobook.engine.log import compact_duration
-from pecobook.errors import PecobookError
-from pecobook.settings.values import dump
+from pecobook.errors import PecobookError, RunFolderError
+from pecobook.settings.values import changed_settings, complete, dump
+from pecobook.utils.output_folder import OutputFolder
+
+
+def resumed_folder(out: str, settings: dict[str, Any], defaults: dict[str, Any], **rules: Any) -> OutputFolder:
+    """Return the rules for the folder of a command that resumes its jobs where the folder has the same settings.
+
+    Args:
+        out: the folder.
+        settings: settings that must not change when the command resumes; the marker holds them.
+        defaults: default values of these settings.
+        rules: `example`, `kind` and `marker` of `OutputFolder`.
+    """
+
+    def check_unchanged(old: dict[str, Any]) -> None:
+        changed = changed_settings(complete(old, defaults), settings)
+        if changed:
+            raise RunFolderError(
+                f"--out '{out}' was begun with other settings: {'; '.join(changed)}. Name another folder."
+            )
+
+    return OutputFolder(out, **rules, always_resumes=True, check_resume=check_unchanged)
 
 
 @dataclasses.dataclass(frozen=True)

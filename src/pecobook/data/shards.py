@@ -12,7 +12,6 @@ import hashlib
 import json
 import os
 import tarfile
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
@@ -23,6 +22,7 @@ from torch import Tensor
 from pecobook.data.decode import BadImage, decode
 from pecobook.data.source import IMAGE_EXTENSIONS, Integers, Part, group_by_split, relative_names
 from pecobook.errors import DataError
+from pecobook.utils.files import write_atomically
 
 _INDEX_VERSION = 1  # a new number invalidates the cached indices
 _MAX_OPEN = 256  # shards that each process keeps open; further shards are opened anew for each image
@@ -131,6 +131,7 @@ def _to_integers(labels: list[str | None]) -> list[Any]:
 
 def _load_index(source: str, shards: list[Path]) -> Any:
     """Load the index of the shards from the cache, or make it if the shards have changed or were never indexed."""
+    import pyarrow as pa
     import pyarrow.parquet as pq
 
     key = hashlib.sha256(str(_INDEX_VERSION).encode())
@@ -146,23 +147,11 @@ def _load_index(source: str, shards: list[Path]) -> Any:
         return pq.read_table(path)
     index = make_index(source, shards)
     with contextlib.suppress(OSError):  # without a writable cache, only the next start takes longer
-        _write_atomically(index, path)
+        folder.mkdir(parents=True, exist_ok=True)
+        sink = pa.BufferOutputStream()
+        pq.write_table(index, sink)
+        write_atomically(path, sink.getvalue().to_pybytes())
     return index
-
-
-def _write_atomically(index: Any, path: Path) -> None:
-    import pyarrow.parquet as pq
-
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".partial", delete=False) as file:
-        try:
-            pq.write_table(index, file)
-            file.flush()
-            os.fsync(file.fileno())
-            Path(file.name).replace(path)
-        except BaseException:
-            Path(file.name).unlink(missing_ok=True)
-            raise
 
 
 def make_index(source: str, shards: list[Path]) -> Any:

@@ -90,6 +90,8 @@ def _evaluate_stream(
 ) -> _StreamResult:
     """Return means of metrics over this rank's images, and rows of all ranks, on the host, each image once.
 
+    A metric that is absent in some batches is the mean over the images of the others.
+
     All ranks evaluate equally many images. Where the images do not divide evenly, the last ranks evaluate some images a
     second time; an image that cannot be read is replaced by the next image. Both are marked as `repeated`: a stage
     leaves them out of its means, the weight of a batch is the number of its other images, and their rows are dropped.
@@ -102,7 +104,8 @@ def _evaluate_stream(
     rows: dict[str, list[Tensor]] = {}
     pictures: dict[str, Tensor] = {}
     skipped: list[str] = []
-    counted = 0  # images of all ranks
+    counted: dict[str, int] = {}  # images of all ranks with a metric
+    total = 0  # images of all ranks
     workers = workers if count > _MAX_WITHOUT_WORKERS else 0
     for number, batch in enumerate(load(stream, batches, workers=workers, pin=False)):
         torch.manual_seed(key(seed, 2**32 + number) >> 1)
@@ -111,19 +114,24 @@ def _evaluate_stream(
         repeated = (second_time | batch["replaced"]).to(fabric.device)
         output = model({**to_device(batch, fabric.device), "repeated": repeated})
         counts = ~gather_rows(repeated)
-        counted += int(counts.sum())
+        num_counted = int(counts.sum())
+        total += num_counted
         losses = {} if output.loss is None else {"loss": output.loss}
         for name, value in {**losses, **output.metrics}.items():
             weighted = value.double() * (~repeated).sum()
-            metrics[f"evaluation/{name}"] = metrics.get(f"evaluation/{name}", 0) + weighted
+            metrics[name] = metrics.get(name, 0) + weighted
+            counted[name] = counted.get(name, 0) + num_counted
         for name, value in output.rows.items():
             gathered = gather_rows(value)
             rows.setdefault(name, []).append((gathered[counts] if len(gathered) == len(counts) else gathered).cpu())
         pictures = pictures or output.pictures
-    if not counted:  # none of the requested images can be read
+    if not total:  # none of the requested images can be read
         return _StreamResult({}, {}, pictures, skipped)
-    share = counted / fabric.world_size  # so that the mean over ranks equals the mean over images
-    means = {name: value / share for name, value in metrics.items()}
+    means = {  # each divided by the share of a rank, so that the mean over ranks equals the mean over images
+        f"evaluation/{name}": value / (counted[name] / fabric.world_size)
+        for name, value in metrics.items()
+        if counted[name]
+    }
     return _StreamResult(means, {name: torch.cat(parts) for name, parts in rows.items()}, pictures, skipped)
 
 

@@ -42,8 +42,8 @@ def device_count(config: TrainConfig) -> int:
     return devices
 
 
-def world_size(config: TrainConfig) -> int:
-    """Return the number of processes of the run on all machines."""
+def total_devices(config: TrainConfig) -> int:
+    """Return the number of devices of the run on all machines; each has a process."""
     if "WORLD_SIZE" in os.environ and "LOCAL_WORLD_SIZE" in os.environ:
         return int(os.environ["WORLD_SIZE"])
     return device_count(config) * config.num_nodes
@@ -64,7 +64,7 @@ def resolve_precision(config: TrainConfig) -> str:
 
 def micro_batch_size(config: TrainConfig) -> int:
     """Return the number of images a device holds at once. Raises ConfigError when devices would get unequal shares."""
-    num_devices = world_size(config)
+    num_devices = total_devices(config)
     if config.batch_size % num_devices:
         raise ConfigError(f"--batch-size {config.batch_size} cannot be shared evenly by {num_devices} devices.")
     share = config.batch_size // num_devices
@@ -96,7 +96,7 @@ def start(config: TrainConfig) -> Fabric:
     fabric = Fabric(
         accelerator="cuda" if torch.cuda.is_available() else "cpu",
         devices=device_count(config),
-        num_nodes=max(1, world_size(config) // device_count(config)),
+        num_nodes=max(1, total_devices(config) // device_count(config)),
         strategy=_strategy(config),
         plugins=[precision_plugin(config.precision)],
     )
@@ -151,8 +151,8 @@ def _strategy(config: TrainConfig) -> Any:
     if config.strategy == "fsdp":
         from lightning_fabric.strategies.model_parallel import ModelParallelStrategy
 
-        return ModelParallelStrategy(_shard, data_parallel_size=world_size(config), tensor_parallel_size=1)
-    if world_size(config) == 1:
+        return ModelParallelStrategy(_shard, data_parallel_size=total_devices(config), tensor_parallel_size=1)
+    if total_devices(config) == 1:
         return "auto"
     from lightning_fabric.strategies.ddp import DDPStrategy
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pecobook.engine.launch import micro_batch_size, world_size
+from pecobook.engine.launch import micro_batch_size, total_devices
 from pecobook.settings.training import TrainConfig
 from pecobook.settings.values import flags
 
@@ -33,21 +33,21 @@ def out_of_memory_advice(config: TrainConfig, *, min_batch_size: int, evaluating
         remedies.insert(0, "--pyramid.checkpointing true")
     if config.precision == "fp32":
         remedies.append("--precision bf16")
-    if world_size(config) > 1 and config.strategy != "fsdp":
+    if total_devices(config) > 1 and config.strategy != "fsdp":
         remedies.append("--strategy fsdp")
     return f"Out of GPU memory with {images} on a device, the smallest number.\nGive {' or '.join(remedies)}."
 
 
 def _smaller(config: TrainConfig, micro: int, min_batch_size: int) -> int:
     """Return the largest divisor of a device's share up to half of `micro`, or 0 where all are below the minimum."""
-    share = config.batch_size // world_size(config)
+    share = config.batch_size // total_devices(config)
     return next((size for size in range(micro // 2, min_batch_size - 1, -1) if share % size == 0), 0)
 
 
 def _test_advice(config: TrainConfig) -> str:
     test = vars(config)["test"]
     remedies = ["smaller --test.scales"] if len(test.scales) > 1 else []
-    if test.mode == "whole" and not (config.strategy == "fsdp" and world_size(config) > 1):
+    if test.mode == "whole" and not (config.strategy == "fsdp" and total_devices(config) > 1):
         remedies.insert(0, "--test.mode slide")
     if remedies:
         return f"Continue with --resume and {' or '.join(remedies)}."

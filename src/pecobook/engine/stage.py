@@ -74,8 +74,12 @@ class Stage(nn.Module, Generic[C]):
 
     @classmethod
     def build(cls, config: C, splits: Splits, prebuilt: Any = None) -> Stage[C]:
-        """Build the stage; `prebuilt` is what `check` returned. Random weights come from torch's global generator."""
-        raise NotImplementedError
+        """Build the stage; `prebuilt` is what `check` returned. Random weights come from torch's global generator.
+
+        The base class returns the stage that `check` built, for stages that do not depend on the images.
+        """
+        stage: Stage[C] = cls(config) if prebuilt is None else prebuilt
+        return stage
 
     @classmethod
     def view(cls, config: C) -> ViewFunction:

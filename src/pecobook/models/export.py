@@ -114,6 +114,8 @@ class Exported(nn.Module):
     """Value of `kind` in `config.json`."""
     trained_by: ClassVar[str]
     """The commands whose runs export a network of this kind, for error messages."""
+    origin: str = ""
+    """How the network was trained, read from the export by `from_pretrained`; empty if that is unknown."""
 
     def settings(self) -> dict[str, Any]:
         """Return the settings from which `rebuild` builds an equal network, as JSON values."""
@@ -162,16 +164,16 @@ class Exported(nn.Module):
             folder: the folder to write; created if it is missing.
             state: weights of `body` to write; None takes `body.state_dict()`, which under sharding holds the shard of
                 this process only.
-            origin: how the network was trained, for the card.
+            origin: how the network was trained, for the card and `config.json`; empty takes the attribute `origin`.
             repo_id: repository on the hub from which the code on the card loads the network; empty writes code that
                 loads it from a folder.
         """
         state = self.body.state_dict() if state is None else state
         exported = {name: value for name, value in state.items() if self.is_exported(name)}
         loading_code = self.hub_loading_code(repo_id) if repo_id else self.loading_code("path/to/this/folder")
-        write_export(
-            Path(folder), {"kind": self.kind, **self.settings()}, exported, self.card(origin).render(loading_code)
-        )
+        origin = origin or self.origin
+        config = {"kind": self.kind, **self.settings(), **({"origin": origin} if origin else {})}
+        write_export(Path(folder), config, exported, self.card(origin).render(loading_code))
 
     @classmethod
     def from_pretrained(cls, source: str | Path) -> Self:
@@ -184,7 +186,7 @@ class Exported(nn.Module):
             WeightsError: the export is missing, damaged, or of another kind.
         """
         config, state = read_export(_resolve_source(source))
-        kind = config.pop("kind", None)
+        kind, origin = config.pop("kind", None), config.pop("origin", "")
         if kind != cls.kind:
             raise WeightsError(
                 f"'{source}' is {f'a {kind}' if kind else 'no export of pecobook'}, not a {cls.kind}: give a run of "
@@ -195,14 +197,25 @@ class Exported(nn.Module):
             network.load_exported(state)
         except (PecobookError, KeyError, IndexError, TypeError, ValueError, RuntimeError) as error:
             raise WeightsError(f"The {cls.kind} in '{source}' is damaged: {error}") from None
+        network.origin = origin
         return network.eval()
 
     def push_to_hub(self, repo_id: str, *, private: bool = False) -> str:
-        """Upload to the Hugging Face hub as `owner/name`. Returns the URL of the repository."""
+        """Upload to the Hugging Face hub as `owner/name`. Returns the URL of the repository.
+
+        Raises:
+            WeightsError: the hub takes no repository of this name.
+        """
         from huggingface_hub import HfApi
+        from huggingface_hub.errors import HFValidationError
 
         api = HfApi()
-        url = api.create_repo(repo_id, private=private, exist_ok=True)
+        try:
+            url = api.create_repo(repo_id, private=private, exist_ok=True)
+        except HFValidationError as error:
+            raise WeightsError(
+                f"'{repo_id}' is no name of the Hugging Face hub: give owner/name. {first_line(error)}"
+            ) from None
         with tempfile.TemporaryDirectory() as folder:
             self.save_pretrained(folder, repo_id=repo_id)
             api.upload_folder(repo_id=repo_id, folder_path=folder)

@@ -86,8 +86,11 @@ def tokenize(name: str = DEFAULT_RECIPE) -> TokenizeConfig:
 
 
 def claim(command: str, name: str) -> str:
-    """Return the claim of a recipe, one sentence."""
-    return story(command, name).splitlines()[0]
+    """Return the claim of a recipe, one sentence; of a second name, the first name of the recipe."""
+    text = story(command, name).splitlines()[0]
+    recipes = RECIPES[command]
+    first = next(other for other in recipes if recipes[other] is recipes[name])
+    return text if first == name else f"Another name of '{first}'."
 
 
 def story(command: str, name: str) -> str:

@@ -16,7 +16,6 @@ from torch import Tensor
 
 from pecobook.data.batch import Batch
 from pecobook.data.sampler import key
-from pecobook.data.source import Splits
 from pecobook.data.stream import ViewFunction
 from pecobook.data.views import central_view, colour_draws, photometric, random_crop
 from pecobook.engine.launch import check_min_batch
@@ -75,8 +74,10 @@ class MocoStage(Stage[ContrastConfig]):
         temperature = self.config.temperature
         first, accuracy = contrastive_loss(queries[0], keys[1], temperature)
         second, _ = contrastive_loss(queries[1], keys[0], temperature)
-        spread = F.normalize(queries[0].detach().float(), dim=1).std(0).mean() * self.config.output_dim**0.5
-        metrics = {"accuracy": 100 * accuracy.detach(), "spread": spread}
+        metrics = {"accuracy": 100 * accuracy.detach()}
+        if len(queries[0]) > 1:  # the last batch of an evaluation may be a single image
+            deviation = F.normalize(queries[0].detach().float(), dim=1).std(0).mean()
+            metrics["spread"] = deviation * self.config.output_dim**0.5
         return StageOutput(first + second, metrics, rows=rows)
 
     @torch.no_grad()
@@ -133,11 +134,6 @@ class MocoStage(Stage[ContrastConfig]):
         """Build the stage with random weights. Raises PecobookError for settings that cannot be used."""
         check_min_batch(config)
         return cls(config)
-
-    @classmethod
-    def build(cls, config: ContrastConfig, splits: Splits, prebuilt: MocoStage | None = None) -> MocoStage:
-        """Return the stage that `check` built; it does not depend on the images."""
-        return cls(config) if prebuilt is None else prebuilt
 
     @classmethod
     def view(cls, config: ContrastConfig) -> ViewFunction:

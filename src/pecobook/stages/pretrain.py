@@ -162,11 +162,6 @@ class PretrainStage(Stage[PretrainConfig]):
             )
 
     @classmethod
-    def build(cls, config: PretrainConfig, splits: Splits, prebuilt: PretrainStage | None = None) -> PretrainStage:
-        """Return the stage that `check` built; it does not depend on the images."""
-        return cls(config) if prebuilt is None else prebuilt
-
-    @classmethod
     def view(cls, config: PretrainConfig) -> ViewFunction:
         """Return the function that takes a random crop of an image, and the draws of its colour changes."""
         return NamedViews.of(config).train

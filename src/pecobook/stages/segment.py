@@ -21,7 +21,7 @@ from pecobook.data.dense.segmentation_views import resize_mask, training_view
 from pecobook.data.source import ImageSource, Splits
 from pecobook.data.stream import ViewFunction
 from pecobook.data.views import photometric
-from pecobook.engine.launch import is_leader, micro_batch_size, world_size
+from pecobook.engine.launch import is_leader, micro_batch_size, total_devices
 from pecobook.engine.optim import dense_groups
 from pecobook.engine.stage import Stage, StageOutput, mean_of_counted, submodule_state
 from pecobook.errors import ConfigError, DataError, listed
@@ -174,7 +174,7 @@ class SegmentStage(Stage[SegmentConfig]):
     @classmethod
     def check(cls, config: SegmentConfig) -> tuple[FeaturePyramid, Backbone]:
         """Build the pyramid and its backbone. Raises PecobookError for settings, or weights, that cannot be used."""
-        if config.strategy == "fsdp" and config.test.mode == "slide" and world_size(config) > 1:
+        if config.strategy == "fsdp" and config.test.mode == "slide" and total_devices(config) > 1:
             raise ConfigError(
                 "--strategy fsdp and --test.mode slide exclude each other, since devices would wait for windows that "
                 "others do not have: give --strategy ddp or --test.mode whole."
@@ -229,7 +229,7 @@ def _sample_pictures(image: Tensor, truth: Tensor, predicted: Tensor, side: int)
 
 def _min_batch_size(config: SegmentConfig) -> int:
     """Return the smallest batch of a device: UperNet normalises over the batch, of all GPUs if there are several."""
-    return 1 if torch.cuda.is_available() and world_size(config) > 1 else 2
+    return 1 if torch.cuda.is_available() and total_devices(config) > 1 else 2
 
 
 def _held_out_view(

@@ -2,6 +2,7 @@
 
 inputs.py      opens and checks all inputs
 measure.py     measures a tokenizer, on the same images as all other tokenizers
+metrics.py     holds the measurements of a tokenizer
 pictures.py    draws the pictures of tokenizers
 bank.py        codebook usage and patch galleries of a whole token bank
 classifier.py  the classifier for originals and reconstructions

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from pecobook.settings.analyze import AnalyzeConfig
 
 
-class Classifier(nn.Module):
+class RestrictedClassifier(nn.Module):
     """A timm network with a head, restricted to the classes of the data.
 
     Args:
@@ -62,7 +62,7 @@ class Classifier(nn.Module):
         return round(100 * correct / len(labels), 3)
 
 
-def open_classifier(config: AnalyzeConfig, splits: Splits) -> Classifier:
+def open_classifier(config: AnalyzeConfig, splits: Splits) -> RestrictedClassifier:
     """Load the classifier of the settings.
 
     Raises:
@@ -99,4 +99,4 @@ def open_classifier(config: AnalyzeConfig, splits: Splits) -> Classifier:
         network = exported_network(exported, state, name)
         size, columns = exported["image_size"], torch.tensor([index_of[label] for label in classes])
         mean, std = exported["mean"], exported["std"]
-    return Classifier(network.eval(), size, tuple(mean), tuple(std), columns).eval().to(device())
+    return RestrictedClassifier(network.eval(), size, tuple(mean), tuple(std), columns).eval().to(device())

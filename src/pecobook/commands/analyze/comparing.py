@@ -27,7 +27,7 @@ from pecobook.analysis.comparison import (
 )
 from pecobook.analysis.probe import binomial_error
 from pecobook.analysis.report import Picture, Section, Table
-from pecobook.analysis.wording import fixed, with_error
+from pecobook.analysis.wording import accuracy_with_error, fixed
 
 Results = Mapping[str, Any]
 
@@ -170,13 +170,13 @@ def pretrained_vits(results: Results) -> Section | None:
     for tokenizer in results.get("tokenizers") or ():
         mim = tokenizer.get("mim")
         if mim:
-            scores = [with_error(mim.get(key), number) for key in ("linear", "knn")]
+            scores = [accuracy_with_error(mim.get(key), number) for key in ("linear", "knn")]
             rows.append((str(tokenizer["name"]), fixed(mim.get("loss"), 2), fixed(mim.get("accuracy"), 1), *scores))
     floor = results.get("floor") or {}
     if not rows:
         return None
     if floor:
-        rows.append((UNTRAINED, "–", "–", *(with_error(floor.get(key), number) for key in ("linear", "knn"))))
+        rows.append((UNTRAINED, "–", "–", *(accuracy_with_error(floor.get(key), number) for key in ("linear", "knn"))))
     text = (
         "The transformer receives an image with masked patches and predicts their codes. Its features are "
         "evaluated without fine-tuning, by a linear classifier and a nearest-neighbour vote on the frozen "

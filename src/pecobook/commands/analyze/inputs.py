@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pecobook.analysis.similarity import find_bapps
-from pecobook.commands.analyze.classifier import Classifier, open_classifier
+from pecobook.commands.analyze.classifier import RestrictedClassifier, open_classifier
 from pecobook.commands.analyze.masked import open_runs
 from pecobook.commands.analyze.names import unique_names
 from pecobook.data.images import open_images
@@ -41,7 +41,7 @@ class AnalysisInputs:
     splits: Splits
     tokenizers: list[TokenizerInput]
     runs: dict[str, MaskedRun]
-    classifier: Classifier | None
+    classifier: RestrictedClassifier | None
     distance: PerceptualDistance | None
     judgements: dict[Path, float]
     """Human judgements, as `find_bapps` returns them; empty without --judgements."""

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pecobook.analysis.arrays import Array
-from pecobook.analysis.codewords import CodeUsage, bag_of_codes, code_usage, mean_codewords
+from pecobook.analysis.codewords import bag_of_codes, code_usage, mean_codewords
 from pecobook.analysis.figures import gallery_picture
 from pecobook.analysis.position import checkerboard, information_given_position, moved_codes, position_dependence
 from pecobook.analysis.probe import linear_probe
@@ -25,6 +25,7 @@ from pecobook.analysis.semantics import information, patch_colours, patch_edges,
 from pecobook.analysis.similarity import agreement, code_distance, pixel_distance, read_bapps, shifted_preferred
 from pecobook.analysis.stability import stability
 from pecobook.commands.analyze.bank import bank_gallery, bank_usage, find_occurrences
+from pecobook.commands.analyze.metrics import TokenizerMetrics
 from pecobook.commands.analyze.pictures import PATCHES, evenly_spaced, gallery_codewords, pictures_of
 from pecobook.commands.extract import extract
 from pecobook.commands.jobs import say
@@ -42,22 +43,6 @@ if TYPE_CHECKING:
 STABILITY_IMAGES = 500
 """Number of images that are compared with distorted and with moved copies."""
 _SIMILARITY_IMAGES = 200  # images that are compared with shifted and blurred copies
-
-
-@dataclasses.dataclass(frozen=True)
-class TokenizerMetrics:
-    """The measurements of one tokenizer."""
-
-    name: str
-    values: dict[str, Any]
-    """The metrics, as in `analysis.json`."""
-    images: Tensor
-    """The images of the picture of reconstructions, float (n, 3, S, S)."""
-    restored: Tensor
-    """The reconstructions of `images`."""
-    usage: CodeUsage
-    correct: dict[str, NDArray[np.bool_]]
-    """Which held-out images each probe classified correctly, by the name of the probe; empty without labels."""
 
 
 PROBES = ("codeword_probe", "bag_probe", "crossed_probe", "crossed_bag_probe")

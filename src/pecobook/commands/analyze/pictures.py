@@ -18,7 +18,7 @@ from pecobook.analysis.codewords import CodeUsage, code_gallery
 from pecobook.analysis.semantics import joint_counts
 
 if TYPE_CHECKING:
-    from pecobook.commands.analyze.measure import TokenizerMetrics
+    from pecobook.commands.analyze.metrics import TokenizerMetrics
 
 NUM_IMAGES = 6
 """Number of images in grids of reconstructions and predictions."""

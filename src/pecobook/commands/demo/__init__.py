@@ -7,15 +7,14 @@ measure.py  measures the runs on held-out images with the functions of `pecobook
 from __future__ import annotations
 
 import time
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from pecobook.commands.demo.plan import plan
-from pecobook.commands.jobs import Job, run_all, say
-from pecobook.errors import Preflight, RunFolderError
+from pecobook.commands.jobs import Job, resumed_folder, run_all, say
+from pecobook.errors import Preflight
 from pecobook.settings.demo import DemoConfig
-from pecobook.settings.values import complete, dump, replace, to_dict
+from pecobook.settings.values import dump, replace, to_dict
 from pecobook.utils.output_folder import OutputFolder
 
 __all__ = ["DemoConfig", "demo"]
@@ -81,21 +80,8 @@ def _write_all(config: DemoConfig) -> Path:
 
 
 def _folder(config: DemoConfig) -> OutputFolder:
-    return OutputFolder(
-        config.out,
-        example="runs/demo",
-        kind="a demo",
-        marker=_MARK,
-        always_resumes=True,
-        check_resume=partial(_check_unchanged, config),
-    )
-
-
-def _check_unchanged(config: DemoConfig, old: dict[str, Any]) -> None:
-    if complete(old, to_dict(DemoConfig())) != to_dict(config):
-        raise RunFolderError(
-            f"--out '{config.out}' holds a demo with other settings: name another folder, or delete it."
-        )
+    settings, defaults = to_dict(config), to_dict(DemoConfig())
+    return resumed_folder(config.out, settings, defaults, example="runs/demo", kind="a demo", marker=_MARK)
 
 
 def _settings(config: DemoConfig, jobs: dict[str, Job]) -> dict[str, Any]:

@@ -20,7 +20,8 @@ from pecobook.analysis.features import backbone_features
 from pecobook.analysis.probe import paired_difference
 from pecobook.analysis.reconstruction import encode_all
 from pecobook.commands.analyze.masked import predict
-from pecobook.commands.analyze.measure import STABILITY_IMAGES, TokenizerMetrics, evaluate_tokenizer
+from pecobook.commands.analyze.measure import STABILITY_IMAGES, evaluate_tokenizer
+from pecobook.commands.analyze.metrics import TokenizerMetrics
 from pecobook.commands.analyze.pictures import curves_of, gallery, side_by_side
 from pecobook.commands.demo.plan import ARMS, PRETRAINED
 from pecobook.commands.jobs import Job

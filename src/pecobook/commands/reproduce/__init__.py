@@ -16,9 +16,9 @@ from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pecobook.errors import ConfigError, PecobookError, Preflight, RunFolderError
+from pecobook.errors import ConfigError, PecobookError, Preflight
 from pecobook.settings.reproduce import ReproduceConfig
-from pecobook.settings.values import changed_settings, complete, flags, replace, to_dict
+from pecobook.settings.values import flags, replace, to_dict
 from pecobook.utils.files import write_atomically, write_json
 
 if TYPE_CHECKING:
@@ -120,24 +120,10 @@ def command_line(config: ReproduceConfig) -> str:
 
 
 def _folder(config: ReproduceConfig) -> OutputFolder:
-    from pecobook.utils.output_folder import OutputFolder
+    from pecobook.commands.jobs import resumed_folder
 
-    return OutputFolder(
-        config.out,
-        example="runs/tables",
-        kind="tables",
-        marker="reproduce.json",
-        always_resumes=True,
-        check_resume=partial(_check_unchanged, config),
-    )
-
-
-def _check_unchanged(config: ReproduceConfig, written: dict[str, Any]) -> None:
-    changed = changed_settings(complete(written, _fixed_settings(ReproduceConfig())), _fixed_settings(config))
-    if changed:
-        raise RunFolderError(
-            f"--out '{config.out}' was begun with other settings: {'; '.join(changed)}. Name another folder."
-        )
+    settings, defaults = _fixed_settings(config), _fixed_settings(ReproduceConfig())
+    return resumed_folder(config.out, settings, defaults, example="runs/tables", kind="tables", marker="reproduce.json")
 
 
 def _write_settings(config: ReproduceConfig, out: Path) -> None:

@@ -25,12 +25,12 @@ from pecobook.data.dense.coco_masks import (
     encode_segment,
     format_size,
     is_integer,
-    is_number,
     parse_box,
     segment_area,
 )
 from pecobook.data.source import Integers
 from pecobook.errors import first_line
+from pecobook.utils.numbers import is_number
 
 Floats = npt.NDArray[np.float64]
 

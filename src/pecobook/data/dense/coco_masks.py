@@ -6,7 +6,6 @@ pycocotools does not validate its input and may read past the end of a text, so 
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Sequence
 from typing import Any, TypeGuard
 
@@ -15,6 +14,7 @@ import torch
 from torch import Tensor
 
 from pecobook.data.source import Integers
+from pecobook.utils.numbers import is_number
 
 
 def decode_masks(segments: Sequence[bytes], height: int, width: int) -> Tensor:
@@ -135,11 +135,6 @@ def decompress(text: str) -> Integers:
 def is_integer(value: Any) -> TypeGuard[int]:
     """Return whether a JSON value is an integer that fits into 64 bits."""
     return isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**63
-
-
-def is_number(value: Any) -> TypeGuard[float]:
-    """Return whether a JSON value is a finite number."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def format_size(size: Sequence[Any]) -> str:
