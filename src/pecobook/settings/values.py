@@ -31,7 +31,7 @@ FREE_ON_RESUME = frozenset(
 
 
 # Settings that commands of earlier versions had and did not read; config.json of such a version may contain them.
-RETIRED = frozenset({"min_crop", "optim.layer_decay", "colour.blur", "colour.solarise"})
+RETIRED = frozenset({"min_crop", "optim.layer_decay", "colour.blur", "colour.solarise", "compile"})
 
 _collected: contextvars.ContextVar[list[tuple[str, str]] | None] = contextvars.ContextVar("collected", default=None)
 
