@@ -139,6 +139,9 @@ def test_flags__commands_have_no_setting_that_they_do_not_read() -> None:
     for dense in (SegmentConfig, DetectConfig):
         assert "min-crop" not in flags(dense)
         assert "optim.layer-decay" in flags(dense)
+    assert "compile" not in flags(DetectConfig)
+    assert not DetectConfig().compile
+    assert all("compile" in flags(kind) for kind in (ContrastConfig, FinetuneConfig, SegmentConfig))
     assert not {"colour.blur", "colour.solarise"} & flags(ContrastConfig).keys()
     assert {"colour.blur", "colour.solarise"} <= flags(PretrainConfig).keys()
     assert "strategy" not in flags(TokenizeConfig)

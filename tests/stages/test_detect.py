@@ -231,8 +231,6 @@ def test_preflight__reports_bad_data_with_all_other_problems(root: Path, vit: Pa
 def test_check__settings_that_cannot_work(root: Path, vit: Path) -> None:
     with pytest.raises(ConfigError, match="--backbone is missing"):
         DetectStage.check(DetectConfig())
-    with pytest.raises(ConfigError, match="--compile does not work with detect"):
-        DetectStage.check(settings(root, vit, compile=True))
     with pytest.raises(WeightsError):
         DetectStage.check(settings(root, Path("timm:no_such_network")))
     with pytest.raises(ConfigError, match="--jitter takes two numbers"):

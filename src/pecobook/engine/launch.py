@@ -68,10 +68,6 @@ def micro_batch_size(config: TrainConfig) -> int:
     if config.batch_size % num_devices:
         raise ConfigError(f"--batch-size {config.batch_size} cannot be shared evenly by {num_devices} devices.")
     share = config.batch_size // num_devices
-    if config.micro_batch_size < 0:
-        raise ConfigError(
-            f"--micro-batch-size must be 0 (all images of a device at once) or above, not {config.micro_batch_size}."
-        )
     max_size = min(config.micro_batch_size or share, share)
     # The largest divisor of the share that fits: every accumulation step then holds equally many images.
     return next(size for size in range(max_size, 0, -1) if share % size == 0)

@@ -33,7 +33,10 @@ class DetectorConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DetectConfig(TrainConfig):
-    """Train a detector of boxes and masks on a backbone."""
+    """Train a detector of boxes and masks on a backbone.
+
+    The training step cannot be compiled, because the number of objects differs from image to image.
+    """
 
     data: str = ""
     """Folder of images and objects in COCO's format. The folder holds train/instances.json, train/images/,

@@ -6,7 +6,7 @@ import dataclasses
 
 from pecobook.settings.dense import PyramidConfig
 from pecobook.settings.images import PhotometricConfig
-from pecobook.settings.training import OptimConfig, TrainConfig
+from pecobook.settings.training import CompileTrainConfig, OptimConfig
 from pecobook.settings.values import between, positive, refuse
 
 
@@ -52,7 +52,7 @@ class SegmenterConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class SegmentConfig(TrainConfig, SegmenterConfig):
+class SegmentConfig(CompileTrainConfig, SegmenterConfig):
     """Train semantic segmentation on images with masks."""
 
     data: str = ""
@@ -96,7 +96,7 @@ class SegmentConfig(TrainConfig, SegmenterConfig):
     """Number of images in one optimizer step. All devices and accumulation steps share these images."""
 
     def __post_init__(self) -> None:
-        TrainConfig.__post_init__(self)
+        CompileTrainConfig.__post_init__(self)
         SegmenterConfig.__post_init__(self)
         between(self, 0.0, 1.0, "drop_path", "max_share")
         positive(self, "max_share", "scales")

@@ -120,8 +120,6 @@ class TrainConfig:
     """Number of steps between evaluations, which also draw pictures into samples/."""
     evaluation_images: int = 1024
     """Largest number of held-out images in each evaluation."""
-    compile: bool = False
-    """Compile the training step with torch.compile."""
     deterministic: bool = False
     """Use deterministic kernels on a GPU, where PyTorch has them, so that a repeated or resumed run gives exactly the
     same weights; this is slower. A CPU always computes deterministically."""
@@ -147,9 +145,22 @@ class TrainConfig:
                 refuse("loggers", f"takes tensorboard, wandb and mlflow, not '{name}'.")
         check_durations("max_steps", [self.max_steps], percent=False)
 
+    @property
+    def compile(self) -> bool:
+        """Whether the training step is compiled; here False, since not every command can compile its step."""
+        return False
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class CropTrainConfig(TrainConfig):
+class CompileTrainConfig(TrainConfig):
+    """The settings of every training command whose step torch.compile can compile."""
+
+    compile: bool = False
+    """Compile the training step with torch.compile."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CropTrainConfig(CompileTrainConfig):
     """The settings of every training command that learns from random crops."""
 
     min_crop: float = 0.2

@@ -31,7 +31,7 @@ FREE_ON_RESUME = frozenset(
 
 
 # Settings that commands had before version 0.1 and did not read; config.json of a run made before 0.1 may contain them.
-RETIRED = frozenset({"min_crop", "optim.layer_decay", "colour.blur", "colour.solarise"})
+RETIRED = frozenset({"min_crop", "optim.layer_decay", "colour.blur", "colour.solarise", "compile"})
 
 # The value that a setting had, in effect, before there was the setting, where it differs from the default.
 BEFORE = {"group_size": 0}

@@ -21,7 +21,6 @@ from pecobook.data.stream import ViewFunction
 from pecobook.engine.launch import is_leader
 from pecobook.engine.optim import dense_groups
 from pecobook.engine.stage import Stage, StageOutput, submodule_state
-from pecobook.errors import ConfigError
 from pecobook.models.dense.detector import Detections, Detector, rescale_boxes
 from pecobook.models.dense.pyramid import FeaturePyramid, build_pyramid, describe_pyramid
 from pecobook.models.weights import Backbone
@@ -145,8 +144,6 @@ class DetectStage(Stage[DetectConfig]):
     @classmethod
     def check(cls, config: DetectConfig) -> tuple[FeaturePyramid, Backbone]:
         """Build the pyramid and its backbone. Raises PecobookError for settings, or weights, that cannot be used."""
-        if config.compile:
-            raise ConfigError("--compile does not work with detect: the number of objects differs from image to image.")
         return build_pyramid(config)
 
     @classmethod
