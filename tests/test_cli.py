@@ -157,6 +157,9 @@ MISTAKES: list[tuple[str, str, str]] = [
     ("analyze --masked", "Unknown flag '--masked'. See", "pecobook analyze --help"),
     ("codebook tiny --config empty --data photos --out run", "empty", "no configuration file"),
     ("probe --data photos", "--backbone is missing", "timm:NAME"),
+    ("export", "--run, --out are missing", "pecobook export RUN"),
+    ("export runs/vit", "--out is missing", "--out DIR"),
+    ("predict", "--run, --images, --out are missing", "pecobook predict RUN IMAGES"),
 ]
 
 

@@ -148,6 +148,7 @@ def test_loading_code__loads_the_network(kind: str, tmp_path: Path) -> None:
     assert model.loading_code("path/to/this/folder") in card
     assert card.startswith("---\nlibrary_name: ")
     expected_text = {"tokenizer": "a test", "backbone": "trained by a test", "classifier": "trained by a test"}
+    expected_text["detector"] = '1 class: "disc". Images of any size'
     assert expected_text.get(kind, "on vit_tiny_patch16_224") in card
 
 

@@ -52,6 +52,8 @@ def exported(folder: Path, name: str = NAME, args: dict[str, Any] = VIT, *, clas
 
 
 def test_create__says_what_is_wrong() -> None:
+    with pytest.raises(WeightsError, match=r"timm has no network 'nope'\. timm\.list_models\(\) in Python lists"):
+        create_network("timm:nope")
     with pytest.raises(WeightsError, match=r"timm has no network 'vit_tiny_patch16_225'\. Did you mean 'vit_tiny"):
         create_network("timm:vit_tiny_patch16_225")
     with pytest.raises(WeightsError, match=r"does not accept these arguments.*colour"):

@@ -26,7 +26,7 @@ def names(folder: Path) -> list[str]:
         (BANK, "is not empty: continue with --resume, delete it with --overwrite, or name another folder."),
         (DEMO, "is not empty and holds no demo: name another folder."),
         ({**BANK, "resume": True}, "there is no token bank in"),
-        ({**BANK, "overwrite": True}, "does not look like a token bank, so it is not deleted."),
+        ({**BANK, "overwrite": True}, "does not look like a token bank, so it is not deleted: name another folder."),
     ],
 )
 def test_check__refuses_a_filled_folder_with_the_remedies(tmp_path: Path, more: dict[str, Any], message: str) -> None:

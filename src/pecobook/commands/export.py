@@ -25,9 +25,10 @@ def export(config: ExportConfig) -> Path:
     from pecobook.models.onnx import require_onnx
     from pecobook.utils.output_folder import OutputFolder
 
-    if not config.run or not config.out:
-        missing = "out" if config.run else "run"
-        raise ConfigError(f"--{missing} is missing: pecobook export RUN --format timm --out DIR.")
+    missing = [f"--{name}" for name in ("run", "out") if not getattr(config, name)]
+    if missing:
+        verb = "is" if len(missing) == 1 else "are"
+        raise ConfigError(f"{', '.join(missing)} {verb} missing: pecobook export RUN --format timm --out DIR.")
     folder = OutputFolder(config.out)
     folder.check()
     write_files = _writer(config)

@@ -39,8 +39,7 @@ def probe(config: ProbeConfig | None = None, **settings: Any) -> dict[str, Any]:
     check_labels(splits, config.data)
     size = config.image_size or image_size
     train, train_labels = extract(splits.train, size, config.max_train, features, "features of training images")
-    name = f"features of {splits.evaluation_name} images"
-    test, test_labels = extract(splits.evaluation, size, config.max_test, features, name)
+    test, test_labels = extract(splits.evaluation, size, config.max_test, features, "features of held-out images")
     assert train_labels is not None
     assert test_labels is not None
     results = probe_features(train, test, train_labels, test_labels, seed=config.seed)

@@ -36,9 +36,9 @@ class Stream(Dataset[dict[str, Any]]):
     """Samples by position.
 
     A sample holds what `view` and `companion` return, `index` (the image's number), `label` when the source has labels,
-    `replaced` (bool, whether it stands in for another image) and `skipped` (what could not be read on the way, as
-    text). Keys of views: (seed, image index, view number), so a view has a name; the view number is the epoch, or, with
-    `num_views`, the epoch modulo that.
+    `replaced` (bool, whether it replaces an image that cannot be read) and `skipped` (what could not be read on the
+    way, as text). Keys of views: (seed, image index, view number), so a view has a name; the view number is the epoch,
+    or, with `num_views`, the epoch modulo that.
     """
 
     def __init__(

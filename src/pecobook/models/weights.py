@@ -174,7 +174,8 @@ def create_network(name: str, *, pretrained: bool = False, **kwargs: Any) -> nn.
 
     timm_name = name.removeprefix("timm:")
     if not timm.is_model(timm_name.partition(".")[0]):
-        raise WeightsError(f"timm has no network '{timm_name}'.{did_you_mean(timm_name, timm.list_models())}")
+        suggestion = did_you_mean(timm_name, timm.list_models()) or " timm.list_models() in Python lists the networks."
+        raise WeightsError(f"timm has no network '{timm_name}'.{suggestion}")
     try:
         network: nn.Module = timm.create_model(timm_name, pretrained=pretrained, **kwargs)
     except TypeError as error:

@@ -60,7 +60,9 @@ class OutputFolder:
         if resumes and self.check_resume is not None:
             self.check_resume(self._read_marker())
         if self.overwrite and filled and not (marked if self.is_own is None else self.is_own(out)):
-            raise RunFolderError(f"--overwrite: '{out}' does not look like {self.kind}, so it is not deleted.")
+            raise RunFolderError(
+                f"--overwrite: '{out}' does not look like {self.kind}, so it is not deleted: name another folder."
+            )
         parent = next(parent for parent in [out, *out.absolute().parents] if parent.exists())
         if not parent.is_dir():
             raise RunFolderError(f"--out '{out}' cannot be created: '{parent}' is a file.")

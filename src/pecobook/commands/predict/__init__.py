@@ -51,9 +51,10 @@ def predict(config: PredictConfig) -> Path:
     Raises:
         PecobookError: the run or the images do not exist, or no image can be read.
     """
-    missing = [name for name in ("run", "images", "out") if not getattr(config, name)]
+    missing = [f"--{name}" for name in ("run", "images", "out") if not getattr(config, name)]
     if missing:
-        raise ConfigError(f"--{missing[0]} is missing: pecobook predict RUN IMAGES --out DIR.")
+        verb = "is" if len(missing) == 1 else "are"
+        raise ConfigError(f"{', '.join(missing)} {verb} missing: pecobook predict RUN IMAGES --out DIR.")
     folder = OutputFolder(config.out)
     folder.check()
     sources = list_images(config.images)

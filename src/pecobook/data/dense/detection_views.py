@@ -1,6 +1,6 @@
 """Views for detection: an image and its objects, resized, flipped, cropped and padded together.
 
-A view is one map from the pixels of the result to those of the image, so image, boxes and masks cannot part ways.
+A view is one map from the pixels of the result to those of the image, so boxes and masks always fit the image.
 
 n objects, H W of the image, h w of the view; boxes are left, top, right, bottom in pixels.
 """

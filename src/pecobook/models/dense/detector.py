@@ -219,12 +219,13 @@ class Detector(Exported):
 
     def card(self, origin: str) -> Card:  # noqa: ARG002
         """Return the model card: backbone, classes, and what `predict` returns."""
-        classes = ", ".join(json.dumps(name, ensure_ascii=False) for name in self.classes)
+        names = ", ".join(json.dumps(name, ensure_ascii=False) for name in self.classes)
+        classes = f"{len(self.classes)} class{'es' if len(self.classes) > 1 else ''}: {names}"
         short, long = self.sides
         mask_text = "; `.pasted_masks(H, W)` of the result returns masks" if self.has_masks else ""
         return Card(
             title=f"{'Mask' if self.has_masks else 'Faster'} R-CNN on {self.pyramid_settings['name']}",
-            text=f"{len(self.classes)} classes: {classes}. Images of any size, RGB in 0..255; "
+            text=f"{classes}. Images of any size, RGB in 0..255; "
             f"the short side is resized to {short} pixels, the long one to at most {long}.",
             more="`model.predict(image)` takes a uint8 tensor (3, H, W) and returns boxes (left, top, right, bottom), "
             f"scores and labels (1 for the first class){mask_text}.",
