@@ -11,6 +11,7 @@ import contextlib
 import hashlib
 import json
 import os
+import socket
 import tarfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -150,7 +151,9 @@ def _load_index(source: str, shards: list[Path]) -> Any:
         folder.mkdir(parents=True, exist_ok=True)
         sink = pa.BufferOutputStream()
         pq.write_table(index, sink)
-        write_atomically(path, sink.getvalue().to_pybytes())
+        own = path.with_name(f"{path.stem}-{socket.gethostname()}-{os.getpid()}.parquet")
+        write_atomically(own, sink.getvalue().to_pybytes())  # all ranks may index the same shards at the same time
+        own.replace(path)
     return index
 
 
