@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import re
+from typing import Any
+
 import pytest
 
 from pecobook.analysis.comparison import Comparison, Verdict, claim, compare
-from pecobook.commands.analyze.comparing import ONE_SEED
+from pecobook.commands.analyze.comparing import ONE_SEED, probe_chart
 from pecobook.commands.analyze.page import compose
 from tests.commands.test_analyze_page import Number, distinct, results, text_of
 
