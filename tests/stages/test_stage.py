@@ -140,7 +140,7 @@ def test_preflight__held_out_images_need_labels_too(monkeypatch: pytest.MonkeyPa
     labelled = squares(10)
     unlabelled = ImageSource(Squares(10), name="squares", split="evaluation")
     monkeypatch.setattr(contract, "open_images", lambda _: Splits(labelled, unlabelled, "test"))
-    with pytest.raises(PreflightError, match="has no labels for its test images"):
+    with pytest.raises(PreflightError, match=r"has no labels for its held-out images \(test\)"):
         preflight(ClassifyStage, replace(recipe("finetune", "tiny"), {"out": str(tmp_path / "run")}))
 
 

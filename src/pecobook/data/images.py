@@ -70,7 +70,7 @@ def check_labels(splits: Splits, source: str) -> None:
     if splits.train.labels is None:
         raise DataError(f"--data '{source}' has no labels: put the images of each class in their own subfolder.")
     if splits.evaluation.labels is None:
-        raise DataError(f"--data '{source}' has no labels for its {splits.evaluation_name} images.")
+        raise DataError(f"--data '{source}' has no labels for its held-out images ({splits.evaluation_name}).")
 
 
 def open_all_splits(source: str) -> list[ImageSource]:
