@@ -160,7 +160,7 @@ class Segmenter(Exported):
         """Return the model card: backbone, number of classes and image size."""
         return Card(
             title=f"UperNet on {self.pyramid_settings['name']}",
-            text=f"{len(self.classes)} class{'es' if len(self.classes) > 1 else ''}, trained on squares of {self.image_size} pixels.",
+            text=f"Number of classes: {len(self.classes)}. Trained on squares of {self.image_size} pixels.",
             tags=("pecobook", "semantic-segmentation"),
             pipeline="image-segmentation",
         )
