@@ -106,7 +106,7 @@ def test_config__is_that_of_earlier_versions(kind: str, tmp_path: Path) -> None:
     """Readers of exports depend on these keys: a change breaks older exports, or older readers."""
     build_kind(kind).save_pretrained(tmp_path)
     shape = {"channels": [8, 8], "latent_dim": 4, "num_blocks": 1, "in_channels": 3, "kind": "cnn", "num_heads": 12}
-    shape |= {"decoder_width": 1.0, "decoder_blocks": 0, "latent_norm": False}
+    shape |= {"decoder_width": 1.0, "decoder_blocks": 0, "latent_norm": False, "group_size": 16, "padding": "zeros"}
     network = {"name": NAME, "args": ARGS, "mean": [0.4, 0.5, 0.6], "std": [0.2, 0.3, 0.4], "image_size": 32}
     heads = {"width": 16, "head_width": 32, "proposals": 60, "samples": 512, "detections": 10, "score_threshold": 0.01}
     expected: dict[str, dict[str, Any]] = {

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import atexit
 import logging
 import os
 import warnings
@@ -97,7 +98,14 @@ def start(config: TrainConfig) -> Fabric:
         plugins=[precision_plugin(config.precision)],
     )
     fabric.launch()
+    # Fabric registers this for NCCL alone. A thread of gloo that outlives Python aborts a process that has finished.
+    atexit.register(_leave_process_group)
     return fabric
+
+
+def _leave_process_group() -> None:
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 @contextmanager
