@@ -19,7 +19,7 @@ from pecobook import recipes
 from pecobook.commands import table
 from pecobook.errors import ConfigError, PecobookError, did_you_mean
 from pecobook.recipes import RECIPES
-from pecobook.settings.values import flags, load, replace
+from pecobook.settings.values import field_name, flag, flags, load, replace
 
 COMMANDS = {name: command.summary for name, command in table.COMMANDS.items()} | {
     "recipes": "list the recipes and the claim of each",
@@ -242,11 +242,11 @@ def read_flags(args: list[str], types: dict[str, Any], command: str, problems: l
             problems.append(f"'{token}' is no flag: flags are written --name value. See pecobook {command} --help.")
             continue
         name, equals, text = token[2:].partition("=")
-        name = name.replace("_", "-")
+        name = flag(name)
         head, _, leaf = name.rpartition(".")
         positive = f"{head}.{leaf.removeprefix('no-')}".lstrip(".") if leaf.startswith("no-") else ""
         if types.get(positive) is bool:
-            values[_field(positive)] = False
+            values[field_name(positive)] = False
             continue
         words = [text] if equals else []
         while not equals and position < len(args) and not args[position].startswith("--"):
@@ -256,7 +256,7 @@ def read_flags(args: list[str], types: dict[str, Any], command: str, problems: l
             problems.append(f"Unknown flag '--{name}'.{_suggest(name, types)} See pecobook {command} --help.")
             continue
         try:
-            values[_field(name)] = _value(name, words, types[name], command)
+            values[field_name(name)] = _value(name, words, types[name], command)
         except ConfigError as error:
             problems.append(str(error))
     return values
@@ -276,10 +276,6 @@ def _value(name: str, words: list[str], kind: Any, command: str) -> Any:
     if len(words) > 1:
         raise ConfigError(f"--{name} takes one value, not {len(words)} ({' '.join(words)}): quote a value with spaces.")
     return words[0]
-
-
-def _field(name: str) -> str:
-    return name.replace("-", "_")
 
 
 def _suggest(name: str, flag_names: Iterable[str]) -> str:

@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from pecobook.commands.table import COMMANDS
 from pecobook.recipes import DEFAULT_RECIPE, RECIPES, claim
-from pecobook.settings.values import flag, flags
+from pecobook.settings.values import field_name, flag, flags
 
 _WIDTH = 100
 _CONFIG = "Read settings from the config.json of a run; flags change single ones."
@@ -35,7 +35,7 @@ def page(command: str, config: Any, recipe: str = "") -> str:
     lines.append(f"flags (defaults of recipe {recipe})" if recipe else "flags")
     types, texts = flags(type(config)), explanations(type(config))
     for name in content.flags.split():
-        ending = _default(attrgetter(_field(name))(config), types[name])
+        ending = _default(attrgetter(field_name(name))(config), types[name])
         lines.append(_cut(f"  --{name:<24} {first_sentence(texts[name])}", ending))
     lines.append(f"  --config FILE              {_CONFIG}")
     return "\n".join([*lines, "", f"--help-all explains all {len(types) + 1} flags."])
@@ -49,9 +49,9 @@ def every_flag(command: str, config: Any, recipe: str = "") -> str:
         head, _, leaf = name.rpartition(".")
         if head != group:
             group = head
-            lines += ["", _wrapped(f"{group}: {inspect.getdoc(type(attrgetter(_field(group))(config)))}", "")]
+            lines += ["", _wrapped(f"{group}: {inspect.getdoc(type(attrgetter(field_name(group))(config)))}", "")]
         off = f", --{head}{'.' if head else ''}no-{leaf}" if kind is bool else ""
-        default = _default(attrgetter(_field(name))(config), kind)
+        default = _default(attrgetter(field_name(name))(config), kind)
         lines += ["", f"  --{name}{off}", _wrapped(texts[name] + default, "      ")]
     return "\n".join([*lines, "", "  --config FILE", _wrapped(_CONFIG, "      ")])
 
@@ -79,10 +79,6 @@ def _default(value: Any, kind: Any) -> str:
         return ""
     text = " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
     return f" ({'on' if value is True else text})"
-
-
-def _field(name: str) -> str:
-    return name.replace("-", "_")
 
 
 def _cut(text: str, ending: str = "") -> str:

@@ -104,6 +104,11 @@ def flag(name: str) -> str:
     return name.replace("_", "-")
 
 
+def field_name(flag_name: str) -> str:
+    """Return the name of the field of a flag, which is given without the dashes in front; dots stay."""
+    return flag_name.replace("-", "_")
+
+
 def flags(config_type: type[Any], prefix: str = "") -> dict[str, Any]:
     """Return every flag of a settings class with the type of its value; nested flags have dots (`optim.lr`)."""
     types_by_flag: dict[str, Any] = {}

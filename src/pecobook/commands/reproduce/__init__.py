@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from pecobook.errors import ConfigError, PecobookError, Preflight
 from pecobook.settings.reproduce import ReproduceConfig
-from pecobook.settings.values import flags, replace, to_dict
+from pecobook.settings.values import field_name, flags, replace, to_dict
 from pecobook.utils.files import write_atomically, write_json
 
 if TYPE_CHECKING:
@@ -107,7 +107,7 @@ def command_line(config: ReproduceConfig) -> str:
     """Return the command that gives these tables, without its --out."""
     words = ["pecobook reproduce", *config.tables]
     for name in flags(ReproduceConfig):
-        read = attrgetter(name.replace("-", "_"))
+        read = attrgetter(field_name(name))
         value, default = read(config), read(ReproduceConfig())
         if name in ("tables", "out", "dry-run") or (value == default and name not in ("data", "budget", "seeds")):
             continue
