@@ -143,7 +143,7 @@ def test_analyze__scores_masked_predictions_as_the_formula(
     x = to_float(read_all(open_images(str(images)).evaluation, 16)[0])
     mask = torch.zeros(len(x), 4, 4, dtype=torch.bool)
     mask[:, 1, :3] = True
-    accuracy, perplexity = masked_run.score(x, mask, batch_size=1)
+    accuracy, perplexity = masked_run.score(x, masked_run.encode(x), mask, batch_size=1)
     with torch.no_grad():
         logits, targets = masked_run(x, mask).double(), masked_run.encode(x)[mask]
     log_likelihood = logits.log_softmax(1).gather(1, targets[:, None])

@@ -64,12 +64,15 @@ class MaskedRun(nn.Module):
         return self.model((images - self.mean) / self.std, mask)  # type: ignore[no-any-return]
 
     @torch.inference_mode()
-    def score(self, images: Tensor, mask: Tensor, batch_size: int = 64) -> tuple[float, float]:
-        """Return accuracy on masked codes, percent, and perplexity (the exponential of the mean cross-entropy)."""
+    def score(self, images: Tensor, codes: Tensor, mask: Tensor, batch_size: int = 64) -> tuple[float, float]:
+        """Return accuracy on masked codes, percent, and perplexity (the exponential of the mean cross-entropy).
+
+        `codes` are the codes of all `images`, as of `encode`, so that several masks need one encoding.
+        """
         loss_sum, num_correct, num_masked = torch.zeros((), dtype=torch.float64), 0, 0
-        for image_batch, mask_batch in zip(torch.split(images, batch_size), torch.split(mask, batch_size), strict=True):
-            x, masked = image_batch.to(self.mean.device), mask_batch.to(self.mean.device)
-            logits, targets = self(x, masked).float(), self.encode(x)[masked]
+        for batch in zip(*(torch.split(tensor, batch_size) for tensor in (images, codes, mask)), strict=True):
+            x, batch_codes, masked = (part.to(self.mean.device) for part in batch)
+            logits, targets = self(x, masked).float(), batch_codes[masked]
             loss_sum += F.cross_entropy(logits, targets, reduction="sum").cpu()
             num_correct += int((logits.argmax(1) == targets).sum())
             num_masked += len(targets)

@@ -67,7 +67,7 @@ def predict(runs: dict[str, MaskedRun], source: ImageSource, seed: int) -> Predi
         record: dict[str, Any] = {"name": name, "by_share": []}
         for share in SHARES:
             mask = _masks(run.grid, share, len(images), run.config.mask.min_block, seed)
-            accuracy, perplexity = run.score(images, mask)
+            accuracy, perplexity = run.score(images, codes, mask)
             count = int(mask[0].sum())
             part = {"masked": count, "share": round(share, 3), "accuracy": accuracy, "perplexity": perplexity}
             record["by_share"].append({**part, "position_baseline": position_baseline(codes, mask)})
