@@ -11,7 +11,7 @@ import hashlib
 import os
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -131,11 +131,16 @@ class Splits:
         train: the training images.
         evaluation: held-out images; `train` contains none of them.
         evaluation_name: the kind of `evaluation`: "test", "validation", "held-out 10% of train" or "held-out regions".
+        left_out: why files (or samples) of the source are not used, in a few words such as "extension .xyz", and how
+            many there are of each kind.
+        notes: sentences that a run says once before it starts, such as why the source has no labels.
     """
 
     train: ImageSource
     evaluation: ImageSource
     evaluation_name: str
+    left_out: dict[str, int] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
 
 # ---- splits and labels of all forms of source ----
