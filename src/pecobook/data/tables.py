@@ -224,8 +224,10 @@ def _part(
 
 
 def _holds_bytes(feature: Any) -> bool:
-    inner = feature.get("bytes") if isinstance(feature, dict) else feature
-    return getattr(inner, "dtype", None) in ("binary", "large_binary", "string", "large_string")
+    """Return whether a column holds encoded images, or paths of images."""
+    fields = [feature.get("bytes"), feature.get("path")] if isinstance(feature, dict) else [feature]
+    types = {getattr(field, "dtype", None) for field in fields} - {None, "null"}
+    return bool(types) and types <= {"binary", "large_binary", "string", "large_string"}
 
 
 def _image_column(source: str, features: Any) -> str:
