@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from pecobook.data.decode import BadImage, decode
+from pecobook.data.decode import Range, decode, read_file
 from pecobook.data.source import IMAGE_EXTENSIONS, Integers, Labels, Part
 from pecobook.errors import DataError
 
@@ -29,6 +29,8 @@ _SPLIT_FOLDERS = {"train": "train", "val": "validation", "validation": "validati
 
 class FileStore:
     """Image files under one folder, as relative paths in an Arrow column."""
+
+    value_range: Range | None = None
 
     def __init__(self, root: Path, paths: Any) -> None:
         self.root = root
@@ -48,11 +50,7 @@ class FileStore:
         """Read and decode the image of a row: uint8 (3, H, W)."""
         path = self._path(row)
         name = os.fsencode(path).decode(errors="replace")
-        try:
-            data = path.read_bytes()
-        except OSError as error:
-            raise BadImage(name, error.strerror or str(error)) from error
-        return decode(data, name=name)
+        return decode(read_file(path, name), name=name, value_range=self.value_range)
 
     def digest(self, rows: Integers) -> str:
         """Return a hash of the relative paths."""

@@ -19,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
+from pecobook.data.decode import Range
 from pecobook.errors import DataError, did_you_mean
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "bmp", "gif", "tif", "tiff", "webp", "ppm", "pgm")
@@ -30,7 +31,12 @@ class Store(Protocol):
     """Rows of images that can be read in any order.
 
     A store can be pickled and forked: each process opens a file when it first reads from it.
+
+    Attributes:
+        value_range: the values that become black and white in images with more than 8 bits; see `decode`.
     """
+
+    value_range: Range | None
 
     def __len__(self) -> int: ...
 
@@ -104,15 +110,21 @@ class ImageSource:
             labels=None if self.labels is None else self.labels[chosen],
         )
 
+    def use_range(self, value_range: Range | None) -> None:
+        """Decode images with more than 8 bits with this range, in all sources that share the store too."""
+        self._store.value_range = value_range
+
     @property
     def fingerprint(self) -> str:
         """16 hexadecimal digits that change when the images change.
 
         The fingerprint is a hash of names (and of sizes if reading them takes no time), not of pixels. It does not
-        depend on the location of the folder.
+        depend on the location of the folder. A range of values that was set changes the fingerprint.
         """
         rows = np.arange(len(self), dtype=np.int64) if self._rows is None else self._rows
-        return hashlib.sha256(f"{len(self)} {self._store.digest(rows)}".encode()).hexdigest()[:16]
+        value_range = self._store.value_range
+        identity = f"{len(self)} {self._store.digest(rows)}{'' if value_range is None else f' {value_range}'}"
+        return hashlib.sha256(identity.encode()).hexdigest()[:16]
 
     def _row(self, index: int) -> int:
         if not 0 <= index < len(self):
