@@ -50,6 +50,8 @@ class ValueRange(NamedTuple):
 
 UNIT = ValueRange(0, 1)
 """The range of floats that lie within [0, 1]."""
+FULL_16_BITS = ValueRange(0, 65_535)
+"""The range of the type of 16-bit images."""
 
 
 class DeepImage(NamedTuple):
@@ -181,14 +183,14 @@ def _read_one_channel(image: Image) -> DeepImage:
     tags = getattr(image, "tag_v2", {})
     natural_range = None
     if image.mode.startswith("I;16"):
-        natural_range = ValueRange(0, 65_535)
+        natural_range = FULL_16_BITS
     elif image.mode == "I":
         sample_format = tags.get(_SAMPLE_FORMAT, 1)
         sample_format = sample_format[0] if isinstance(sample_format, tuple) else sample_format
         if tags and sample_format != _SIGNED:
             values = values.view(np.uint32)  # Pillow takes the largest values for negative numbers
         if image.format == "PPM":
-            natural_range = ValueRange(0, 65_535)
+            natural_range = FULL_16_BITS
     transparent = image.info.get("transparency")
     alpha = np.where(values == transparent, 0, 255).astype(np.uint8) if isinstance(transparent, int) else None
     return DeepImage(values[..., None], alpha, natural_range, is_inverted=tags.get(_PHOTOMETRIC) == 0)
@@ -202,7 +204,7 @@ def _read_ppm(image: Image, data: bytes, *, offset: int, max_value: int, is_plai
         raise ValueError("16-bit colours in a text PPM are not supported")
     if is_plain:  # Pillow scales the values of text files to 16 bits
         image.load()
-        return DeepImage(np.asarray(image)[..., None], None, ValueRange(0, 65_535))
+        return DeepImage(np.asarray(image)[..., None], None, FULL_16_BITS)
     count = height * width * channels
     if len(data) < offset + 2 * count:
         raise ValueError("image file is truncated")
@@ -217,7 +219,7 @@ def _read_colours(image: Image, data: bytes, raw_mode: str) -> DeepImage:
         _set_raw_mode(image, "RGBA")  # four bytes for each pixel: high and low of grey, high and low of alpha
         image.load()
         planes = np.asarray(image)
-        return DeepImage(_join(planes[..., :1], planes[..., 1:2]), planes[..., 2], ValueRange(0, 65_535))
+        return DeepImage(_join(planes[..., :1], planes[..., 1:2]), planes[..., 2], FULL_16_BITS)
     name, _, order = raw_mode.partition(";")
     if name not in ("RGB", "RGBA", "RGBX") or order not in ("16B", "16L", "16N"):
         raise ValueError(f"16-bit colours of the layout {raw_mode} are not supported")
@@ -232,7 +234,7 @@ def _read_colours(image: Image, data: bytes, raw_mode: str) -> DeepImage:
     alpha = high_bytes[..., 3] if name == "RGBA" else None
     if isinstance(transparent, tuple):
         alpha = np.where((values == np.array(transparent)).all(-1), 0, 255).astype(np.uint8)
-    return DeepImage(values, alpha, ValueRange(0, 65_535))
+    return DeepImage(values, alpha, FULL_16_BITS)
 
 
 def _join(high: Pixels, low: Pixels) -> Values:

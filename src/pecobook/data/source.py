@@ -20,6 +20,7 @@ import numpy.typing as npt
 from torch import Tensor
 
 from pecobook.data.decode import Range
+from pecobook.data.deep import FULL_16_BITS, ValueRange
 from pecobook.errors import DataError, did_you_mean
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "bmp", "gif", "tif", "tiff", "webp", "ppm", "pgm")
@@ -110,6 +111,12 @@ class ImageSource:
             labels=None if self.labels is None else self.labels[chosen],
         )
 
+    @property
+    def value_range(self) -> ValueRange | None:
+        """The values that become black and white in images with more than 8 bits; None if no range was set."""
+        value_range = self._store.value_range
+        return value_range if isinstance(value_range, ValueRange) else None
+
     def use_range(self, value_range: Range | None) -> None:
         """Decode images with more than 8 bits with this range, in all sources that share the store too."""
         self._store.value_range = value_range
@@ -122,8 +129,9 @@ class ImageSource:
         depend on the location of the folder. A range of values that was set changes the fingerprint.
         """
         rows = np.arange(len(self), dtype=np.int64) if self._rows is None else self._rows
-        value_range = self._store.value_range
-        identity = f"{len(self)} {self._store.digest(rows)}{'' if value_range is None else f' {value_range}'}"
+        identity = f"{len(self)} {self._store.digest(rows)}"
+        if self.value_range not in (None, FULL_16_BITS):  # both give the same pixels
+            identity += f" {self.value_range}"
         return hashlib.sha256(identity.encode()).hexdigest()[:16]
 
     def _row(self, index: int) -> int:

@@ -26,36 +26,30 @@ def apply_value_range(
     *,
     trained: RangeSetting = AUTO,
     quiet: bool = False,
-) -> RangeSetting:
+) -> None:
     """Set the range of the values of image sources, and print what was taken.
 
     Args:
         setting: the value of --value-range, `AUTO` or (low, high).
-        sources: the sources; those after the first few thousand images get the range of the sample too.
+        sources: the sources, of which the sample takes equal parts.
         trained: the range with which the given model was trained; `auto` takes this range, if there is one.
         quiet: print nothing.
-
-    Returns:
-        (low, high), or `AUTO` if all images of the sample have 8 bits and no range is given.
 
     Raises:
         DataError: `auto` finds no range that fits all images of the sample.
     """
     name = sources[0].name if sources else ""
     survey = _survey(sources)
+    given = trained if setting == AUTO else setting
     try:
-        found = survey.value_range()
+        chosen = ValueRange(*map(float, given)) if given != AUTO else survey.value_range()
     except ValueError as error:
-        if AUTO in (setting, trained) and setting == trained:
-            raise DataError(f"--data '{name}': {error}. Give one range with --value-range LOW HIGH.") from None
-        found = None
-    chosen = next((ValueRange(*map(float, given)) for given in (setting, trained) if given != AUTO), found)
+        raise DataError(f"--data '{name}': {error}. Give one range with --value-range LOW HIGH.") from None
     for source in sources:
         source.use_range(chosen)
     if not quiet:
         for line in _notes(name, setting, trained, chosen, survey):
             print(line, file=sys.stderr)
-    return AUTO if chosen is None else tuple(chosen)
 
 
 def _survey(sources: Sequence[ImageSource]) -> Survey:
