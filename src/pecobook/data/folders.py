@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from pecobook.data.decode import BadImage, decode
+from pecobook.data.decode import Range, decode, read_file
 from pecobook.data.layout import Folder, Layout, read_layout
 from pecobook.data.source import IMAGE_EXTENSIONS, Contents, Integers, Labels, Part
 from pecobook.data.split_names import SHADOW_FOLDER
@@ -34,6 +34,8 @@ _IMAGENET_NAME = re.compile(r"ILSVRC2012_(val|test)_\d{8}\.JPEG")
 
 class FileStore:
     """Image files under one folder, as relative paths in an Arrow column."""
+
+    value_range: Range | None = None
 
     def __init__(self, root: Path, paths: Any) -> None:
         self.root = root
@@ -53,11 +55,7 @@ class FileStore:
         """Read and decode the image of a row: uint8 (3, H, W)."""
         path = self._path(row)
         name = os.fsencode(path).decode(errors="replace")
-        try:
-            data = path.read_bytes()
-        except OSError as error:
-            raise BadImage(name, error.strerror or str(error)) from error
-        return decode(data, name=name)
+        return decode(read_file(path, name), name=name, value_range=self.value_range)
 
     def digest(self, rows: Integers) -> str:
         """Return a hash of the relative paths."""

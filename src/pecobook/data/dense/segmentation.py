@@ -26,7 +26,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from pecobook.data.decode import BadImage, decode, header_size
+from pecobook.data.decode import BadImage, Range, decode, header_size, read_file
 from pecobook.data.dense.segmentation_classes import (
     IGNORE,
     MaskClasses,
@@ -62,6 +62,8 @@ class MaskStore(Store, Protocol):
 class PairStore:
     """Pairs of an image file and a mask file under one folder."""
 
+    value_range: Range | None = None
+
     def __init__(self, root: Path, pairs: Sequence[tuple[str, str]]) -> None:
         self.root, self.pairs = root, pairs
 
@@ -77,10 +79,7 @@ class PairStore:
         return self.pairs[row][1]
 
     def _bytes(self, name: str) -> bytes:
-        try:
-            return (self.root / name).read_bytes()
-        except OSError as error:
-            raise BadImage(name, error.strerror or str(error)) from error
+        return read_file(self.root / name, name)
 
     def read_image(self, row: int) -> bytes:
         """Read the encoded image."""
@@ -88,7 +87,7 @@ class PairStore:
 
     def read(self, row: int) -> Tensor:
         """Read and decode the image: uint8 (3, H, W)."""
-        return decode(self.read_image(row), name=self.pairs[row][0])
+        return decode(self.read_image(row), name=self.pairs[row][0], value_range=self.value_range)
 
     def read_mask(self, row: int) -> bytes:
         """Read the encoded mask."""
@@ -110,6 +109,15 @@ class TablePairStore:
 
     def __init__(self, images: TableStore, masks: TableStore, column: str) -> None:
         self._images, self._masks, self._column = images, masks, column
+
+    @property
+    def value_range(self) -> Range | None:
+        """The range of the values of the image column."""
+        return self._images.value_range
+
+    @value_range.setter
+    def value_range(self, value_range: Range | None) -> None:
+        self._images.value_range = value_range
 
     def __len__(self) -> int:
         return len(self._images)

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from pecobook.data.decode import BadImage
+from pecobook.data.decode import BadImage, open_image, orientation_of
 from pecobook.errors import ConfigError, first_line
 
 IGNORE = -1
@@ -66,17 +66,21 @@ class MaskClasses:
 def decode_mask(data: bytes, colours: npt.NDArray[np.uint8] | None, *, name: str) -> npt.NDArray[np.int64]:
     """Decode a mask to its pixel values, int64 (H, W) in 0..65536.
 
-    The pixels of grey, palette and 1-bit pictures are numbers. Colour pictures need `colours` (n, 3): the value of a
-    pixel is the index of its colour in `colours`, or 65536 if the colour is not there.
+    The mask is turned by its own EXIF orientation, if it has one, as its image is by the image's. The pixels of grey,
+    palette and 1-bit pictures are numbers. Colour pictures need `colours` (n, 3): the value of a pixel is the index of
+    its colour in `colours`, or 65536 if the colour is not there.
 
     Raises:
         InvalidMask: the mask is a colour picture, but there are no colours.
         BadImage: the bytes are not an image.
     """
-    from PIL import Image, UnidentifiedImageError
+    from PIL import Image, ImageOps, UnidentifiedImageError
 
     try:
-        with Image.open(io.BytesIO(data), formats=("PNG", "BMP", "GIF", "TIFF", "JPEG", "PPM")) as picture:
+        with open_image(io.BytesIO(data), name=name) as picture:
+            picture.load()
+            if orientation_of(picture) > 1:
+                ImageOps.exif_transpose(picture, in_place=True)
             if colours is not None or picture.mode in ("1", "L", "P", "I", "I;16", "I;16B"):
                 array = np.asarray(picture if colours is None else picture.convert("RGB"))
             else:
