@@ -25,33 +25,8 @@ from pecobook.data.decode import Range
 from pecobook.data.deep import FULL_16_BITS, ValueRange
 from pecobook.errors import DataError, did_you_mean
 
-IMAGE_EXTENSIONS = tuple(
-    [
-        "jpg",
-        "jpeg",
-        "jpe",
-        "jfif",
-        "png",
-        "apng",
-        "bmp",
-        "dib",
-        "gif",
-        "tif",
-        "tiff",
-        "webp",
-        "ppm",
-        "pgm",
-        "pbm",
-        "pnm",
-        "jp2",
-        "j2k",
-        "jpx",
-        "avif",
-        "heic",
-        "heif",
-        "npy",
-    ]
-)
+_EXTENSIONS = "jpg jpeg jpe jfif png apng bmp dib gif tif tiff webp ppm pgm pbm pnm jp2 j2k jpx avif heic heif npy"
+IMAGE_EXTENSIONS = tuple(_EXTENSIONS.split())
 
 Integers = npt.NDArray[np.int64]
 
