@@ -108,7 +108,7 @@ def test_commands_say_what_is_left_out(class_folder: Path, capsys: pytest.Captur
     open_readable(str(class_folder), quiet=True)
     assert capsys.readouterr().err == ""
     open_readable(str(class_folder))
-    assert capsys.readouterr().err.splitlines() == [
+    assert capsys.readouterr().err.splitlines()[:2] == [
         f"Left out of '{class_folder}': 1 extension .txt.",
         f"The labels of train are not used: 1 of 21 images of train lie outside the class folders, the first: {stray}.",
     ]
