@@ -229,11 +229,11 @@ def test_float_labels_of_shards_are_numbers(tmp_path: Path) -> None:
 
 def test_an_index_is_made_anew_for_a_shard_with_the_same_time(tmp_path: Path) -> None:
     path = make_tar(tmp_path / "x.tar", [*sample("0", 1, "cat"), *sample("1", 2, "dog")])
-    before = path.stat()
-    open_images(str(path))
-    make_tar(path, [*sample("0", 1, "dog"), *sample("1", 2, "cat")])
+    before, fingerprint = path.stat(), open_images(str(path)).train.fingerprint
+    make_tar(path, [*sample("0", 5, "dog"), *sample("1", 6, "cat")])
     os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
-    assert contents(path)[0] == [(1, "dog"), (2, "cat")]
+    assert contents(path)[0] == [(5, "dog"), (6, "cat")]
+    assert open_images(str(path)).train.fingerprint != fingerprint
 
 
 def test_shard_errors(tmp_path: Path) -> None:
