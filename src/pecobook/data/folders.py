@@ -60,7 +60,7 @@ class FileStore:
         return read_file(self._path(row), self.identify(row))
 
     def digest(self, rows: Integers) -> str:
-        """Return a hash of the relative paths. It holds no bytes, because a damaged file may be replaced by a good one."""
+        """Return a hash of the relative paths. It holds no bytes: a good file may replace a damaged one."""
         column = self._paths.data.column("path")
         digest = hashlib.sha256()
         for start in range(0, len(rows), _CHUNK):

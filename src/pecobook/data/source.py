@@ -133,9 +133,10 @@ class ImageSource:
     def fingerprint(self) -> str:
         """16 hexadecimal digits that change when the images change.
 
-        The fingerprint is a hash of names and, in parquet files and shards, of sizes and of the bytes of a few images: a
-        file that was written anew with other images has another one. The fingerprint of a folder of images holds the
-        names alone. It does not depend on the location of the folder. A range of values that was set changes the fingerprint.
+        The fingerprint is a hash of names and, in parquet files and shards, of sizes and of the bytes of a few images,
+        so that a file that was written anew with other images has another one. The fingerprint of a folder of images
+        holds the names alone. It does not depend on the location of the folder. A range of values that was set changes
+        the fingerprint.
         """
         rows = np.arange(len(self), dtype=np.int64) if self._rows is None else self._rows
         identity = f"{len(self)} {self._store.digest(rows)}"
