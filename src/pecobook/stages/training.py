@@ -14,6 +14,7 @@ from pecobook.data.images import check_labels, check_readable
 from pecobook.data.sampler import fixed_permutation
 from pecobook.data.source import Splits
 from pecobook.data.stream import Stream
+from pecobook.data.summary import aligned, describe
 from pecobook.engine.stage import Stage
 from pecobook.errors import Preflight, RunFolderError, first_line
 from pecobook.settings.training import TrainConfig
@@ -34,7 +35,8 @@ def train(stage_type: type[Stage[C]], config: C) -> Path:
     config, splits, stage = preflight(stage_type, config)
     lock = run_folder.prepare(config, stage_type.command) if launch.is_leader() else None
     try:
-        outcome = _fit(stage_type, config, launch.start(config), stage, splits)
+        preamble = _preamble(config, splits, stage) if launch.is_leader() else []
+        outcome = _fit(stage_type, config, launch.start(config), stage, splits, preamble)
         if outcome.finished:
             _export(config, stage)
     finally:  # also after an error: the Python process may go on, and train again
@@ -83,7 +85,16 @@ def _open(stage_type: type[Stage[C]], config: C) -> Splits:
     return splits
 
 
-def _fit(stage_type: type[Stage[C]], config: C, fabric: Any, stage: Stage[C], splits: Splits) -> Any:
+def _preamble(config: TrainConfig, splits: Splits, stage: Stage[Any]) -> list[str]:
+    """Return lines that say what the run learns from, with what, and for how long."""
+    from pecobook.engine.preamble import describe_run
+
+    return aligned([*describe(splits), *describe_run(stage, config, len(splits.train))])
+
+
+def _fit(
+    stage_type: type[Stage[C]], config: C, fabric: Any, stage: Stage[C], splits: Splits, preamble: list[str]
+) -> Any:
     from pecobook.engine.loop import fit
 
     reference = None
@@ -102,6 +113,7 @@ def _fit(stage_type: type[Stage[C]], config: C, fabric: Any, stage: Stage[C], sp
         config=config,
         command=stage_type.command,
         reference=reference,
+        preamble=preamble,
     )
 
 
