@@ -21,7 +21,8 @@ import numpy as np
 from torch import Tensor
 
 from pecobook.data.decode import BadImage, decode
-from pecobook.data.source import IMAGE_EXTENSIONS, Integers, Part, group_by_split, relative_names
+from pecobook.data.source import IMAGE_EXTENSIONS, Integers, Part, relative_names
+from pecobook.data.split_names import group_by_split
 from pecobook.errors import DataError
 from pecobook.utils.files import write_atomically
 
@@ -114,7 +115,7 @@ def shard_parts(source: str, shards: list[Path], *, root: Path | None = None) ->
     store = ShardStore(shards, index)
     shard_of = index.column("shard").to_numpy()
     parts = {}
-    for split, numbers in group_by_split(relative_names(shards, root)).items():
+    for split, numbers in group_by_split(relative_names(shards, root))[0].items():
         rows = np.flatnonzero(np.isin(shard_of, numbers))
         split_values = [label_values[row] for row in rows]
         labels = None if all(value is None for value in split_values) else encode_labels(source, split_values)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -163,43 +162,10 @@ class Part:
     labels: Labels | None
 
 
-def split_from_name(name: str) -> str | None:
-    """Return the split that a relative path or the name of a split declares: "train", "validation", "test" or None.
-
-    A name declares a split if it begins with train, val or test, or contains one of them as a word:
-    "train-00000-of-00002.parquet", "imagenet-val-003.tar", "test/0000.tar". The name of the file takes precedence over
-    the names of its folders.
-    """
-    word = re.compile(r"(?:^|[^a-z])(train|val|test)(?:ing|idation|id|set|s)?(?![a-z])")
-    for part in reversed(name.lower().replace("\\", "/").split("/")):
-        match = re.match(r"(train|val|test)", part) or word.search(part)
-        if match:
-            return {"train": "train", "val": "validation", "test": "test"}[match[1]]
-    return None
-
-
 def relative_names(files: list[Path], root: Path | None) -> list[str]:
     """Return the paths relative to `root`, or to the deepest common folder if `root` is None."""
     common = root or Path(os.path.commonpath([file.parent for file in files]))
     return [str(file.relative_to(common)) for file in files]
-
-
-def group_by_split(names: Iterable[str]) -> dict[str, list[int]]:
-    """Group the indices of files (or of a data set's splits) into "train", "validation" and "test" by name.
-
-    If no name declares "train", the files that declare no split are the training set. If there is still no training
-    file, the declared splits are ignored and all files are "train".
-    """
-    groups: dict[str | None, list[int]] = {}
-    count = 0
-    for number, name in enumerate(names):
-        groups.setdefault(split_from_name(name), []).append(number)
-        count += 1
-    undeclared = groups.pop(None, [])
-    declared = {split: numbers for split, numbers in groups.items() if split is not None}
-    if "train" not in declared and undeclared:
-        declared["train"] = undeclared
-    return declared if "train" in declared else {"train": list(range(count))}
 
 
 def assemble(source: str, parts: Mapping[str, Part]) -> Splits:
@@ -229,7 +195,9 @@ def assemble(source: str, parts: Mapping[str, Part]) -> Splits:
         classes=classes,
         labels=_renumber(source, chosen, part.labels, classes) if classes and _is_labelled(part) else None,
     )
-    return Splits(training, evaluation, chosen)
+    return Splits(
+        training, evaluation, chosen, unused_splits({name: len(part.rows) for name, part in parts.items()}, chosen)
+    )
 
 
 def _is_labelled(part: Part) -> bool:
@@ -251,6 +219,15 @@ def _renumber(source: str, split: str, labels: Labels | None, classes: tuple[str
         )
     table = np.array([code_of.get(name, -1) for name in labels.names], dtype=np.int64)
     return np.asarray(table[labels.codes])
+
+
+def unused_splits(counts: Mapping[str, int], chosen: str) -> dict[str, int]:
+    """Return what `Splits.left_out` says of the splits that are neither "train" nor the evaluation split `chosen`."""
+    return {
+        f"in the {split} split, because {chosen} is held out": count
+        for split, count in counts.items()
+        if split not in ("train", chosen) and count
+    }
 
 
 def hold_out(source: ImageSource) -> Splits:

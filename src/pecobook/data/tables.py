@@ -17,7 +17,8 @@ import numpy as np
 from torch import Tensor
 
 from pecobook.data.decode import BadImage, decode
-from pecobook.data.source import Integers, Labels, Part, group_by_split, relative_names
+from pecobook.data.source import Integers, Labels, Part, relative_names
+from pecobook.data.split_names import group_by_split
 from pecobook.errors import DataError, did_you_mean, first_line
 
 
@@ -87,7 +88,7 @@ def parquet_parts(source: str, files: list[Path], *, root: Path | None = None) -
     from datasets import load_dataset
 
     parts: dict[str, Part] = {}
-    for split, numbers in group_by_split(relative_names(files, root)).items():
+    for split, numbers in group_by_split(relative_names(files, root))[0].items():
         split_files = [files[number] for number in numbers]
         try:
             counts = [pq.read_metadata(file).num_rows for file in split_files]
@@ -148,7 +149,7 @@ def hub_tables(source: str) -> dict[str, tuple[str, str, str, Any]]:
         ) from error
     names = list(loaded)
     tables = {}
-    for split, numbers in group_by_split(names).items():
+    for split, numbers in group_by_split(names)[0].items():
         # "train" without "train_extra", because splits that may overlap must not be joined.
         declared = min((names[number] for number in numbers), key=len)
         tables[split] = (name, config, declared, loaded[declared])
