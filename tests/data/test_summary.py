@@ -11,9 +11,10 @@ from PIL import Image
 
 from pecobook.data.dense.detection import open_detection
 from pecobook.data.dense.segmentation import open_segmentation
+from pecobook.data.dense.segmentation_classes import MaskClasses
 from pecobook.data.images import open_all_splits, open_images
 from pecobook.data.source import Splits
-from pecobook.data.summary import Census, Look, aligned, describe, look, sample_census, shares, spread
+from pecobook.data.summary import Census, Look, aligned, describe, look, pixels_text, sample_census, spread
 from tests.coco import make_coco
 from tests.runs import squares
 
@@ -93,12 +94,11 @@ def test_spread__names_the_rarest_and_the_commonest_of_many_classes() -> None:
     assert spread(names[:2], np.array([1, 0])) == "class 0 1, class 1 0"
 
 
-def test_shares__names_the_rarest_and_the_commonest_of_many_classes() -> None:
-    names = [f"class {number}" for number in range(8)]
-    pixels = np.array([1, 0, 9999, 90_000, 0, 0, 0, 0, 100_000])
+def test_pixels_text__names_the_rarest_and_the_commonest_of_many_classes() -> None:
+    classes = MaskClasses(tuple(f"class {number}" for number in range(8)), tuple(range(8)), ignored=(255,))
+    text = pixels_text(classes, {0: 1, 2: 9999, 3: 90_000, 255: 100_000})
     absent = "class 1, class 4, class 5 and 2 more"
-    text = f"from class 0 < 0.1% to class 3 90.0%, none of {absent}; 50.0% of all are ignored"
-    assert shares(names, pixels) == text
+    assert text == f"from class 0 < 0.1% to class 3 90.0%, none of {absent}; 50.0% of all are ignored"
 
 
 def test_look__equal_files_have_equal_digests_and_headers_need_no_pixels(tmp_path: Path) -> None:

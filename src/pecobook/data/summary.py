@@ -14,7 +14,7 @@ import stat
 import time
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import cast
 
@@ -23,6 +23,7 @@ import numpy as np
 from pecobook.data.decode import BadImage
 from pecobook.data.dense.detection import DetectionSource
 from pecobook.data.dense.segmentation import SegmentationSource
+from pecobook.data.dense.segmentation_classes import MaskClasses
 from pecobook.data.source import ImageSource, Integers, Splits
 
 SAMPLE_IMAGES = 256
@@ -41,7 +42,7 @@ class Look:
         size: height and width in pixels; None where they are unknown.
         mode: mode of the file, such as "RGB", "L" (grey) or "P" (palette); empty where it is unknown.
         digest: 64 bits that are equal for equal files; None where the file was not read.
-        pixels: number of pixels of each class of the mask, ignored pixels last; None without a mask that was read.
+        values: value of the mask's pixels, as the file has it -> number of pixels; None without a mask that was read.
         problem: why the image, or its mask, cannot be used.
     """
 
@@ -49,7 +50,7 @@ class Look:
     size: tuple[int, int] | None = None
     mode: str = ""
     digest: int | None = None
-    pixels: Integers | None = None
+    values: dict[int, int] | None = None
     problem: str = ""
 
 
@@ -62,7 +63,7 @@ def look(source: ImageSource, index: int, *, whole: bool, mask: bool = True) -> 
         whole: decode the image, and hash its file; False reads the header alone.
         mask: read the mask too, where the source has masks.
     """
-    name, size, mode, digest, pixels = source.identify(index), None, "", None, None
+    name, size, mode, digest, values = source.identify(index), None, "", None, None
     try:
         file = _file(source, index)
         if file is not None:
@@ -72,12 +73,20 @@ def look(source: ImageSource, index: int, *, whole: bool, mask: bool = True) -> 
             size = (int(image.shape[1]), int(image.shape[2]))
             digest = _digest(file if file is not None else image.numpy().tobytes()) if whole else None
         if isinstance(source, SegmentationSource) and mask:
-            classes = (source.sample(index)[1] if whole else source.read_mask(index)).numpy().ravel()
-            counts = np.bincount(classes + 1, minlength=len(source.mask_classes.names) + 1)
-            pixels = np.roll(counts, -1).astype(np.int64)
+            values = _pixels_per_value(source, index)
     except BadImage as error:
         return Look(name, size, mode, digest, problem=str(error))
-    return Look(name, size, mode, digest, pixels)
+    return Look(name, size, mode, digest, values)
+
+
+def _pixels_per_value(source: SegmentationSource, index: int) -> dict[int, int]:
+    """Return the number of pixels of each value of a mask. Raises BadImage, also where the mask's size is wrong."""
+    values, (height, width) = source.read_values(index)
+    if values.shape != (height, width):
+        text = f"is {values.shape[1]} x {values.shape[0]}, but its image is {width} x {height}"
+        raise BadImage(source.identify_mask(index), text)
+    counts = np.bincount(values.ravel())
+    return {int(value): int(counts[value]) for value in np.flatnonzero(counts)}
 
 
 def _file(source: ImageSource, index: int) -> Path | bytes | None:
@@ -128,10 +137,10 @@ class Census:
     size: tuple[int, int] | None = None
     """Height and width of the first image."""
     masks: int = 0
-    pixels: Integers | None = None
-    """Number of pixels of each class, ignored pixels last."""
-    images_with: Integers | None = None
-    """Number of masks that hold each class, ignored pixels last."""
+    values: Counter[int] = dataclasses.field(default_factory=Counter)
+    """Value of the masks' pixels -> number of pixels."""
+    masks_with: Counter[int] = dataclasses.field(default_factory=Counter)
+    """Value -> number of masks that hold it."""
 
     def add(self, seen: Look, *, keep: int = 20) -> None:
         """Count one image; at most `keep` unreadable ones are kept by name."""
@@ -148,11 +157,10 @@ class Census:
             low = self.smallest or sides
             self.smallest = min(low[0], sides[0]), min(low[1], sides[1])
             self.largest = max(self.largest[0], sides[0]), max(self.largest[1], sides[1])
-        if seen.pixels is not None:
+        if seen.values is not None:
             self.masks += 1
-            zeros = np.zeros_like(seen.pixels)
-            self.pixels = (zeros if self.pixels is None else self.pixels) + seen.pixels
-            self.images_with = (zeros if self.images_with is None else self.images_with) + (seen.pixels > 0)
+            self.values.update(seen.values)
+            self.masks_with.update(seen.values.keys())
 
 
 def sample_census(source: ImageSource, *, count: int = SAMPLE_IMAGES, seconds: float = _SAMPLE_SECONDS) -> Census:
@@ -218,14 +226,21 @@ def describe(splits: Splits, census: Census | None = None, *, evaluation: Census
         lines += _pixel_lines(train, census, evaluation)
     else:
         lines += [("classes", _labels_text(train, held_out))]
-    if splits.left_out:
-        total = sum(splits.left_out.values())
-        reasons = ", ".join(f"{count:,} {reason}" for reason, count in splits.left_out.items())
-        lines.append(("left out", f"{total:,}: {reasons}"))
+    if left_out := left_out_of(splits):
+        reasons = ", ".join(f"{count:,} {reason}" for reason, count in left_out.most_common())
+        lines.append(("left out", f"{left_out.total():,}: {reasons}"))
     lines.append(("sizes", sizes_text(census, len(train))))
     if census.num_bad:
         lines.append(("unreadable", f"{census.num_bad:,} of {census.images:,}, the first: {census.bad[0]}"))
     return [*lines, *(("note", note) for note in splits.notes)]
+
+
+def left_out_of(splits: Splits) -> Counter[str]:
+    """Return how many files or objects of a source are not used, by reason."""
+    counts = Counter(splits.left_out)
+    for part in (splits.train, splits.evaluation):
+        counts.update(getattr(part, "left_out", {}))  # of sources with masks or objects
+    return +counts
 
 
 def aligned(lines: Iterable[tuple[str, str]]) -> list[str]:
@@ -253,13 +268,39 @@ def _object_lines(train: DetectionSource, held_out: DetectionSource) -> Lines:
 
 
 def _pixel_lines(train: SegmentationSource, census: Census, evaluation: Census | None) -> Lines:
-    classes = train.mask_classes.names
-    lines = [("classes", f"{len(classes):,} of masks")]
+    lines = [("classes", f"{len(train.mask_classes.names):,} of masks")]
     for topic, part in (("pixels", census), ("held out", evaluation)):
-        if part is not None and part.pixels is not None:
+        if part is not None and part.masks:
             sampled = f" ({part.masks:,} masks looked at)" if part.masks < len(train) and evaluation is None else ""
-            lines.append((topic, shares(classes, part.pixels) + sampled))
+            lines.append((topic, pixels_text(train.mask_classes, part.values) + sampled))
     return lines
+
+
+def pixels_text(classes: MaskClasses, values: Mapping[int, int]) -> str:
+    """Return the share of the pixels of each class, as `spread` does, and of the pixels of no class.
+
+    Args:
+        classes: the meaning of the pixels.
+        values: value of a pixel -> number of pixels.
+    """
+    counts = pixels_per_class(classes, values)
+    total, everything = max(sum(counts.values()), 1), max(sum(values.values()), 1)
+    percent = {name: f"{short(name)} {_percent(count / total)}" for name, count in counts.items()}
+    absent = [short(name) for name, count in counts.items() if count == 0]
+    present = [name for name, count in counts.items() if count]
+    if len(counts) <= _LISTED_CLASSES or not present:
+        text = ", ".join(percent.values())
+    else:
+        rarest, commonest = min(present, key=counts.__getitem__), max(present, key=counts.__getitem__)
+        text = f"from {percent[rarest]} to {percent[commonest]}"
+        text += f", none of {first_of(absent)}" if absent else ""
+    ignored = sum(values.get(value, 0) for value in classes.ignored)
+    return text + (f"; {_percent(ignored / everything)} of all are ignored" if ignored else "")
+
+
+def pixels_per_class(classes: MaskClasses, values: Mapping[int, int]) -> dict[str, int]:
+    """Return the number of pixels of each class."""
+    return {name: values.get(value, 0) for name, value in zip(classes.names, classes.values, strict=True)}
 
 
 def spread(names: Sequence[str], counts: Integers) -> str:
@@ -280,23 +321,6 @@ def spread(names: Sequence[str], counts: Integers) -> str:
     if counts[rarest] == counts[commonest]:
         text = f"{counts[rarest]:,} each"
     return text + (f", none of {first_of(absent)}" if absent else "")
-
-
-def shares(names: Sequence[str], pixels: Integers) -> str:
-    """Return the share of the pixels of each class, as `spread` does, and of ignored pixels, which are the last."""
-    counted, ignored = pixels[:-1], int(pixels[-1])
-    total = max(int(counted.sum()), 1)
-    percent = {name: f"{short(name)} {_percent(count / total)}" for name, count in zip(names, counted, strict=True)}
-    absent = [short(name) for name, count in zip(names, counted.tolist(), strict=True) if count == 0]
-    present = [name for name, count in zip(names, counted.tolist(), strict=True) if count]
-    if len(names) <= _LISTED_CLASSES or not present:
-        text = ", ".join(percent.values())
-    else:
-        by_name = dict(zip(names, counted.tolist(), strict=True))
-        rarest, commonest = min(present, key=by_name.__getitem__), max(present, key=by_name.__getitem__)
-        text = f"from {percent[rarest]} to {percent[commonest]}"
-        text += f", none of {first_of(absent)}" if absent else ""
-    return text + (f"; {_percent(ignored / (total + ignored))} of all are ignored" if ignored else "")
 
 
 def _percent(share: float) -> str:
