@@ -115,7 +115,7 @@ def test_unknown_sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
         str(tmp_path / "imagse" / "deeper"): rf"imagse' does not exist\. Did you mean '{tmp_path}/images'\?",
         "s3://bucket/x": "A source is a folder of images, a parquet file or folder, tar shards",
         "nothing-*.tar": "no file matches this pattern",
-        "empty": r"neither this folder nor its subfolders hold images.*jpg, jpeg, png.*pgm; also parquet and tar",
+        "empty": r"neither this folder nor its subfolders hold images.*jpg, jpeg, jpe.*npy.*; also parquet and tar",
         "images": "holds one image; at least two are needed",
         "images/x.png": "a single '.png' file is not a source; give the folder",
         "a.txt": "a single '.txt' file is not a source",

@@ -3,6 +3,9 @@
 A `Store` reads images by row, a `Part` is the rows of one declared split, and `Splits` holds the training and the
 evaluation source. The module of each form of source (folders.py, tables.py, shards.py) makes parts, and `assemble`
 turns parts into `Splits`.
+
+Labels are used if every image of a split has one and there are at least two classes. Otherwise the source counts as one
+without labels, and `ImageSource.unlabelled` names the images or the class that are the reason.
 """
 
 from __future__ import annotations
@@ -10,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -20,7 +23,27 @@ from torch import Tensor
 
 from pecobook.errors import DataError, did_you_mean
 
-IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "bmp", "gif", "tif", "tiff", "webp", "ppm", "pgm")
+IMAGE_EXTENSIONS = (
+    *(
+        "jpg",
+        "jpeg",
+        "jpe",
+        "jfif",
+        "png",
+        "apng",
+        "bmp",
+        "dib",
+        "gif",
+        "tif",
+        "tiff",
+        "webp",
+        "ppm",
+        "pgm",
+        "pbm",
+        "pnm",
+    ),
+    *("jp2", "j2k", "jpx", "avif", "heic", "heif", "npy"),
+)
 
 Integers = npt.NDArray[np.int64]
 
@@ -53,12 +76,14 @@ class ImageSource:
         split: "train" or "evaluation".
         classes: names of the classes, or None if there are no labels.
         labels: int64 (n,), the index in `classes` for each image, or None.
+        unlabelled: why there are no labels, if more can be said than that; the names of images count as part of it.
     """
 
     name: str
     split: str
     classes: tuple[str, ...] | None
     labels: Integers | None
+    unlabelled: str = ""
 
     def __init__(
         self,
@@ -94,7 +119,7 @@ class ImageSource:
         chosen = np.asarray(indices if isinstance(indices, np.ndarray) else list(indices), dtype=np.int64)
         if chosen.size and (chosen.min() < 0 or chosen.max() >= len(self)):
             raise IndexError(f"a subset of {len(self)} images has the indices {chosen.min()} to {chosen.max()}")
-        return ImageSource(
+        part = ImageSource(
             self._store,
             name=self.name,
             split=self.split,
@@ -102,6 +127,8 @@ class ImageSource:
             classes=self.classes,
             labels=None if self.labels is None else self.labels[chosen],
         )
+        part.unlabelled = self.unlabelled
+        return part
 
     @property
     def fingerprint(self) -> str:
@@ -155,11 +182,60 @@ class Labels:
 
 @dataclass(frozen=True)
 class Part:
-    """One declared split: rows of a store, and the labels of these rows or None."""
+    """One declared split.
+
+    Attributes:
+        store: the images of all splits, or of this one.
+        rows: the rows of the store that belong to the split.
+        labels: the labels of these rows, or None.
+        unlabelled: why `labels` is None, if more can be said than that.
+        lacks_label: what is wrong with an image whose label is -1.
+    """
 
     store: Store
     rows: Integers
     labels: Labels | None
+    unlabelled: str = ""
+    lacks_label: str = "have no label"
+
+    def label_problem(self, split: str) -> str:
+        """Return why the labels of `split` cannot be used; an empty text if they can be, or if there are none."""
+        if self.labels is None or not len(self.rows):
+            return self.unlabelled
+        missing = np.flatnonzero(self.labels.codes < 0)
+        if len(missing) == len(self.rows):
+            return self.unlabelled or f"no image of {split} has one"
+        if len(missing):
+            first = self.store.identify(int(self.rows[missing[0]]))
+            return f"{len(missing):,} of {len(self.rows):,} images of {split} {self.lacks_label}, the first: {first}"
+        if split == "train" and len(self.labels.names) < 2:
+            return f"all images of train have the one class '{self.labels.names[0]}'"
+        return ""
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What a source holds, before `assemble` chooses the evaluation split.
+
+    Attributes:
+        parts: "train" and further declared splits.
+        left_out: see `Splits`.
+        notes: see `Splits`.
+    """
+
+    parts: Mapping[str, Part]
+    left_out: dict[str, int] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+
+def file_version(file: Path) -> str:
+    """Return text that changes when a file is replaced or written, also if its time is then set back.
+
+    The time of the last change of the entry (ctime) cannot be set, and a file that replaces another has its own inode.
+    """
+    status = file.stat()
+    numbers = (status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino)
+    return f"{os.fsencode(file.resolve()).decode(errors='replace')} {numbers}"
 
 
 def relative_names(files: list[Path], root: Path | None) -> list[str]:
@@ -168,40 +244,51 @@ def relative_names(files: list[Path], root: Path | None) -> list[str]:
     return [str(file.relative_to(common)) for file in files]
 
 
-def assemble(source: str, parts: Mapping[str, Part]) -> Splits:
+def assemble(source: str, contents: Contents) -> Splits:
     """Make `Splits` from the part "train" and, if declared, the parts "test" and "validation".
 
     Raises:
         DataError: there is no training image, or a class of the evaluation split is missing in training.
     """
+    parts = contents.parts
     train = parts["train"]
     if len(train.rows) == 0:
         raise DataError(f"--data '{source}': the training split holds no image.")
-    is_labelled = train.labels is not None and train.labels.codes.min() >= 0
-    classes, labels = (train.labels.names, train.labels.codes) if train.labels and is_labelled else (None, None)
-    training = ImageSource(train.store, name=source, split="train", rows=train.rows, classes=classes, labels=labels)
+    notes = list(contents.notes)
 
+    def usable_labels(name: str) -> tuple[Labels | None, str]:
+        part, problem = parts[name], parts[name].label_problem(name)
+        if problem and part.labels is not None and part.labels.codes.max(initial=-1) >= 0:
+            notes.append(f"The labels of {name} are not used: {problem}.")
+        return (None if problem else part.labels), problem
+
+    labels, problem = usable_labels("train")
+    classes = labels.names if labels else None
+    codes = labels.codes if labels else None
+    training = ImageSource(train.store, name=source, split="train", rows=train.rows, classes=classes, labels=codes)
+    training.unlabelled = problem
     candidates = [name for name in ("test", "validation") if name in parts and len(parts[name].rows)]
     if not candidates:
-        return hold_out(training)
-    labelled = [name for name in candidates if _is_labelled(parts[name])]
+        return replace(hold_out(training), left_out=contents.left_out, notes=tuple(notes))
+    labelled = [name for name in candidates if _has_labels(parts[name])]
     chosen = labelled[0] if classes is not None and labelled else candidates[0]
     part = parts[chosen]
+    labels, problem = usable_labels(chosen) if classes else (None, "")
     evaluation = ImageSource(
         part.store,
         name=source,
         split="evaluation",
         rows=part.rows,
         classes=classes,
-        labels=_renumber(source, chosen, part.labels, classes) if classes and _is_labelled(part) else None,
+        labels=_renumber(source, chosen, labels, classes) if classes else None,
     )
-    return Splits(
-        training, evaluation, chosen, unused_splits({name: len(part.rows) for name, part in parts.items()}, chosen)
-    )
+    evaluation.unlabelled = problem
+    unused = unused_splits({name: len(part.rows) for name, part in parts.items()}, chosen)
+    return Splits(training, evaluation, chosen, contents.left_out | unused, tuple(notes))
 
 
-def _is_labelled(part: Part) -> bool:
-    return part.labels is not None and bool(part.labels.codes.min() >= 0)
+def _has_labels(part: Part) -> bool:
+    return part.labels is not None and bool(part.labels.codes.max(initial=-1) >= 0)
 
 
 def _renumber(source: str, split: str, labels: Labels | None, classes: tuple[str, ...]) -> Integers | None:

@@ -11,7 +11,7 @@ Upper and lower case do not matter, and "set" may follow: "training_set", "tests
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 _SPLIT_OF_WORD = {
@@ -103,6 +103,15 @@ def group_by_split(names: Iterable[str]) -> tuple[dict[str, list[int]], list[int
     if undeclared:
         return {**declared, "train": undeclared}, []
     return {"train": list(range(count))}, []
+
+
+def note_ignored_splits(names: Sequence[str], groups: Mapping[str, list[int]]) -> tuple[str, ...]:
+    """Return a note if names declare splits that `group_by_split` has ignored."""
+    declared = [name for name in names if split_of_path(name) not in (None, "train")]
+    if not declared or len(groups) > 1:
+        return ()
+    more = f" and {len(declared) - 1} more" if len(declared) > 1 else ""
+    return (f"Nothing is named train beside '{declared[0]}'{more}: all images are for training, but those held out.",)
 
 
 def _is_complete(splits: set[str]) -> bool:
