@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 from pecobook.settings.analyze import AnalyzeConfig
 from pecobook.settings.bench import BenchConfig
+from pecobook.settings.check import CheckConfig
 from pecobook.settings.codebook import CodebookConfig
 from pecobook.settings.contrast import ContrastConfig
 from pecobook.settings.demo import DemoConfig
@@ -106,6 +107,14 @@ COMMANDS: dict[str, Command] = {
             "detect paper --data COCO --backbone runs/vit --out runs/detector",
         ),
         "data skip-bad masks backbone out dry-run resume overwrite scales max-size image-size max-steps batch-size",
+    ),
+    "check": Command(
+        "look at every image: what a command would learn from, and what is wrong with it",
+        CheckConfig,
+        "[COMMAND [RECIPE]] --data SOURCE [COMMAND'S FLAGS]",
+        ("check --data IMAGES --out sheet.png", "check segment camvid --data CAMVID --json"),
+        "data classes mask-values ignore skip-bad masks out samples json workers",
+        words=("task", "recipe"),
     ),
     "tokenize": Command(
         "write the tokens of views of your images once, for pretrain --tokens",
