@@ -31,12 +31,14 @@ def probe(config: ProbeConfig | None = None, **settings: Any) -> dict[str, Any]:
     """
     from pecobook.commands.extract import extract
     from pecobook.data.images import check_labels, open_images
+    from pecobook.engine.preamble import show_source
 
     config = replace(config or ProbeConfig(), settings)
     check_new_file(config.out)
     features, image_size = _feature_function(config)
     splits = open_images(config.data)
     check_labels(splits, config.data)
+    show_source(splits)
     size = config.image_size or image_size
     train, train_labels = extract(splits.train, size, config.max_train, features, "features of training images")
     test, test_labels = extract(splits.evaluation, size, config.max_test, features, "features of held-out images")
