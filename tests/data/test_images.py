@@ -16,7 +16,6 @@ from torch.utils.data import DataLoader
 from pecobook.data.decode import BadImage
 from pecobook.data.images import open_images
 from pecobook.data.source import ImageSource, Splits
-from pecobook.engine.value_range import open_readable
 from pecobook.errors import DataError
 from tests.data.sources import make_parquet, make_tar, names, samples, write
 
@@ -100,18 +99,6 @@ def test_bad_images_name_the_file(class_folder: Path) -> None:
     assert (caught.value.name, caught.value.reason) == (train.identify(0), "empty file")
     with pytest.raises(BadImage, match="No such file"):
         train.read(1)
-
-
-def test_commands_say_what_is_left_out(class_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (class_folder / "notes.txt").touch()
-    stray = write(class_folder / "stray.png")
-    open_readable(str(class_folder), quiet=True)
-    assert capsys.readouterr().err == ""
-    open_readable(str(class_folder))
-    assert capsys.readouterr().err.splitlines()[:2] == [
-        f"Left out of '{class_folder}': 1 extension .txt.",
-        f"The labels of train are not used: 1 of 21 images of train lie outside the class folders, the first: {stray}.",
-    ]
 
 
 # ---- sources that cannot be opened ----

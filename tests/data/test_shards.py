@@ -100,13 +100,13 @@ def test_many_shards_do_not_exhaust_file_descriptors(tmp_path: Path, monkeypatch
     assert len(list(Path("/dev/fd").iterdir())) == before
 
 
-def contents(path: Path) -> tuple[list[tuple[int, str | None]], Splits]:
+def contents(path: Path) -> tuple[list[tuple[int, str]], Splits]:
     """Return (pixel value, label) of all images, sorted."""
     splits = open_images(str(path))
     pairs = [
         (value, label)
         for source in (splits.train, splits.evaluation)
-        for value, label in zip(values(source), labels(source) or [None] * len(source), strict=True)
+        for value, label in zip(values(source), [*(labels(source) or [""] * len(source))], strict=True)
     ]
     return sorted(pairs, key=lambda pair: pair[0]), splits
 

@@ -172,11 +172,6 @@ class Splits:
     left_out: dict[str, int] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
-    def omissions(self) -> list[str]:
-        """Return `left_out` and `notes` as lines for the user."""
-        reasons = ", ".join(f"{count:,} {reason}" for reason, count in self.left_out.items())
-        return [*([f"Left out of '{self.train.name}': {reasons}."] if reasons else []), *self.notes]
-
 
 # ---- splits and labels of all forms of source ----
 

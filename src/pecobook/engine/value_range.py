@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterable
 
 from pecobook.data.images import check_readable, open_images
@@ -16,17 +15,12 @@ from pecobook.settings.images import AUTO, RangeSetting
 def open_readable(
     source: str, setting: RangeSetting = AUTO, models: Iterable[str] = (), *, quiet: bool = False
 ) -> Splits:
-    """Open an image source with its range of values, and print what is left out of it.
-
-    The last three arguments are those of `set_value_range`.
+    """Open an image source with its range of values; the last three arguments are those of `set_value_range`.
 
     Raises:
         DataError: the source cannot be opened, none of the first few training images can be read, or no range fits.
     """
     splits = open_images(source)
-    if not quiet:
-        for line in splits.omissions():
-            print(line, file=sys.stderr)
     set_value_range(splits, setting, models, quiet=quiet)
     check_readable(splits.train)
     return splits
