@@ -31,6 +31,7 @@ def probe(config: ProbeConfig | None = None, **settings: Any) -> dict[str, Any]:
     """
     from pecobook.commands.extract import extract
     from pecobook.data.images import check_labels
+    from pecobook.engine.preamble import show_source
     from pecobook.engine.value_range import open_readable
 
     config = replace(config or ProbeConfig(), settings)
@@ -38,6 +39,7 @@ def probe(config: ProbeConfig | None = None, **settings: Any) -> dict[str, Any]:
     features, image_size = _feature_function(config)
     splits = open_readable(config.data, config.value_range, [config.backbone])
     check_labels(splits, config.data)
+    show_source(splits)
     size = config.image_size or image_size
     train, train_labels = extract(splits.train, size, config.max_train, features, "features of training images")
     test, test_labels = extract(splits.evaluation, size, config.max_test, features, "features of held-out images")

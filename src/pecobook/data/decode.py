@@ -39,7 +39,7 @@ _ORIENTATION, _WIDTH, _HEIGHT = 0x0112, 256, 257
 
 # Pillow tries only these formats. It also supports formats that start other programs (EPS) or that have no signature
 # (TGA).
-_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF")
+_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF", "HEIF", "NUMPY")
 
 
 class BadImage(Exception):  # noqa: N818 (it is counted, and ends no run)
@@ -120,7 +120,9 @@ def open_image(file: IO[bytes] | Path, *, name: str = "image") -> Image:
     """Open an image with Pillow, which reads the header alone. Raises BadImage for more than `max_pixels()` pixels."""
     import PIL.Image
 
-    PIL.Image.init()
+    from pecobook.data.formats import register
+
+    register()
     limit = max_pixels()
     if PIL.Image.MAX_IMAGE_PIXELS is not None and limit > MAX_PIXELS:
         PIL.Image.MAX_IMAGE_PIXELS = max(PIL.Image.MAX_IMAGE_PIXELS, limit)

@@ -2,7 +2,8 @@
 
 A source has one of these layouts:
 
-    train/ val/ (valid/, test/)   each with instances.json or _annotations.coco.json, next to images/ or to the images
+    train/ val/ test/             each with instances.json or _annotations.coco.json, next to images/ or to the images;
+                                  other names of splits: split_names.py
     annotations/                  instances_NAME.json, as in COCO, with the images in NAME/ or images/NAME/
     one file                      instances.json next to images/; 10% of the images are held out
 
@@ -23,11 +24,11 @@ from torch import Tensor
 
 from pecobook.data.dense.coco import Annotations, Findings, PackedBytes, read_annotations
 from pecobook.data.dense.coco_masks import decode_masks
-from pecobook.data.source import ImageSource, Integers, Splits, hold_out, split_from_name
+from pecobook.data.source import ImageSource, Integers, Splits, hold_out
+from pecobook.data.split_names import inside_wrapper, split_of_name
 from pecobook.errors import DataError, did_you_mean
 
 _FILES = ("instances.json", "_annotations.coco.json", "annotations.json")
-_FOLDERS = {"train": "train", "val": "validation", "valid": "validation", "validation": "validation", "test": "test"}
 _MAX_LINES = 10
 
 DETECTION_FORMS = (
@@ -192,14 +193,16 @@ def _find_annotations(data: str) -> dict[str, tuple[Path, Path]]:
         reason = f"--data '{data}' is not a folder." if data else "--data is missing."
         raise DataError(f"{reason}\n{DETECTION_FORMS}")
     parts: dict[str, list[tuple[Path, Path]]] = {}
-    for folder in sorted(path for path in root.iterdir() if path.name.lower() in _FOLDERS and path.is_dir()):
-        for file in _files_in(folder):
-            parts.setdefault(_FOLDERS[folder.name.lower()], []).append((file, _images_of(folder)))
+    root = inside_wrapper(root)
+    for folder in sorted(path for path in root.iterdir() if path.is_dir()):
+        if split := split_of_name(folder.name):
+            parts.setdefault(split, []).extend((file, _images_of(folder)) for file in _files_in(folder))
+    parts = {split: files for split, files in parts.items() if files}
     if not parts:
         for file in sorted((root / "annotations").glob("instances_*.json")):
             name = file.stem.removeprefix("instances_")
             images = root / name if (root / name).is_dir() else root / "images" / name
-            parts.setdefault(split_from_name(name) or "train", []).append((file, images))
+            parts.setdefault(split_of_name(name) or "train", []).append((file, images))
     if not parts:
         parts = {"train": [(file, _images_of(root)) for file in _files_in(root)]}
     if not parts.get("train"):

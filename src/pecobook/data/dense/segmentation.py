@@ -2,7 +2,7 @@
 
 A source has one of these layouts:
 
-    ROOT/train/images + ROOT/train/masks, and the same under val/, validation/ or test/
+    ROOT/train/images + ROOT/train/masks, and the same under val/ or test/ (more names: split_names.py)
     ROOT/images/training + ROOT/annotations/training, and validation/      ADE20K's layout
     ROOT/images + ROOT/masks                                               10% of the images are held out
     hf:owner/name                                                          an image column and a mask column
@@ -35,7 +35,8 @@ from pecobook.data.dense.segmentation_classes import (
     make_classes,
     read_classes,
 )
-from pecobook.data.source import IMAGE_EXTENSIONS, ImageSource, Integers, Splits, Store, group_by_split, hold_out
+from pecobook.data.source import IMAGE_EXTENSIONS, ImageSource, Integers, Splits, Store, hold_out, unused_splits
+from pecobook.data.split_names import group_by_split
 from pecobook.data.tables import TableStore, hub_tables
 from pecobook.errors import DataError, listed
 
@@ -239,7 +240,8 @@ def open_segmentation(
     train = source(stores["train"], range(len(stores["train"])), "train")
     for name in ("validation", "test"):
         if name in stores:
-            return Splits(train, source(stores[name], range(len(stores[name])), "evaluation"), name)
+            evaluation = source(stores[name], range(len(stores[name])), "evaluation")
+            return Splits(train, evaluation, name, unused_splits({split: len(stores[split]) for split in stores}, name))
     return hold_out(train)
 
 
@@ -265,7 +267,7 @@ def _folder_stores(data: str, root: Path, skip_bad: bool) -> dict[str, MaskStore
         lines = [f"{images.get(key) or masks[key]} has no {'mask' if key in images else 'image'}" for key in unpaired]
         raise DataError(f"--data '{data}':\n{listed(lines)}\nAdd the missing files, or leave these out (--skip-bad).")
     pairs = [(images[key], masks[key]) for key in paired]
-    groups = group_by_split([_split_name(image) for image, _ in pairs])
+    groups, _ = group_by_split([_split_name(image) for image, _ in pairs])
     return {split: PairStore(root, [pairs[number] for number in numbers]) for split, numbers in groups.items()}
 
 
