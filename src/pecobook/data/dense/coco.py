@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -91,6 +92,8 @@ class Annotations:
     """The mask of each object as JSON; None if no object has a mask."""
     category_names: dict[int, str]
     """Category id -> name, in ascending order of the ids."""
+    left_out: dict[str, int] = dataclasses.field(default_factory=dict)
+    """Reason -> number of images and objects of the file that training and scores do not use."""
 
     def __len__(self) -> int:
         return len(self.image_ids)
@@ -178,7 +181,8 @@ class _Reader:
     def __init__(self, file: Path, root: Path, findings: Findings, names: dict[int, str]) -> None:
         self.file, self.root, self.findings, self.names = file, root, findings, names
         self.listings: dict[Path, set[str]] = {}
-        self.num_empty = self.num_clipped = 0
+        self.num_clipped = 0
+        self.left_out: Counter[str] = Counter()
 
     def read(self, images: list[Any], objects: list[Any], *, masks: bool) -> Annotations:
         sizes: dict[int, tuple[int, int]] = {}
@@ -188,12 +192,14 @@ class _Reader:
             image_id = image.get("id") if isinstance(image, dict) else None
             if not is_integer(image_id):
                 self._add_problem(f"image {json.dumps(image)[:60]}", "has no integer 'id'")
+                self.left_out["images that cannot be used"] += 1
                 continue
             try:
                 sizes[image_id] = self._image_size(image, image_id in listed_ids)
                 files[image_id] = image["file_name"]
             except ValueError as error:
                 self._add_problem(f"image {image_id}", str(error))
+                self.left_out["images that cannot be used"] += 1
             listed_ids.add(image_id)
         masks = masks and any(isinstance(entry, dict) and entry.get("segmentation") for entry in objects)
         objects_of: dict[int, list[_Object]] = {image_id: [] for image_id in sizes}
@@ -203,6 +209,7 @@ class _Reader:
             except ValueError as error:
                 entry_id = entry.get("id", "?") if isinstance(entry, dict) else json.dumps(entry)[:60]
                 self._add_problem(f"annotation {entry_id}", str(error))
+                self.left_out["objects that cannot be used"] += 1
             else:
                 if checked is not None:
                     objects_of[entry["image_id"]].append(checked)
@@ -214,7 +221,7 @@ class _Reader:
 
     def _note_corrections(self) -> None:
         for count, text in (
-            (self.num_empty, "left out: no area"),
+            (self.left_out["objects without area"], "left out: no area"),
             (self.num_clipped, "clipped at the edge of the image"),
         ):
             if count:
@@ -272,6 +279,7 @@ class _Reader:
         if not is_integer(category) or category not in self.names:
             raise ValueError(f"refers to category {category}, which does not exist")
         if image_id not in sizes:  # the image itself is already reported
+            self.left_out["objects of images that cannot be used"] += 1
             return None
         height, width = sizes[image_id]
         segment = entry.get("segmentation") if masks else None
@@ -279,7 +287,7 @@ class _Reader:
         box = parse_box(entry.get("bbox"), segment, height, width)
         x, y, w, h = box
         if w <= 0 or h <= 0:
-            self.num_empty += 1
+            self.left_out["objects without area"] += 1
             return None
         if x >= width or y >= height or x + w <= 0 or y + h <= 0:
             raise ValueError(f"has a box outside the {format_size((height, width))} pixels of its image")
@@ -301,6 +309,7 @@ class _Reader:
     ) -> Annotations:
         objects = [item for row in objects_of.values() for item in row]
         counts = [len(row) for row in objects_of.values()]
+        self.left_out["crowds (iscrowd 1)"] = sum(item.crowd for item in objects)
         return Annotations(
             root=self.root,
             names=np.array(list(files.values()), dtype=np.str_),
@@ -313,6 +322,7 @@ class _Reader:
             areas=np.array([item.area for item in objects], dtype=np.float64),
             segments=PackedBytes([item.segment or b"" for item in objects]) if masks else None,
             category_names=self.names,
+            left_out={reason: count for reason, count in self.left_out.items() if count},
         )
 
 

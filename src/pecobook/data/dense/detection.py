@@ -15,7 +15,7 @@ import dataclasses
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -62,6 +62,7 @@ class DetectionSource(ImageSource):
         classes: names of the classes; the objects of class k have the label k + 1.
         category_ids: the id of each class in the annotations.
         notes: corrections and omissions, as lines for the user.
+        left_out: reason -> number of images and objects that the file has but training and scores do not use.
     """
 
     classes: tuple[str, ...]
@@ -76,9 +77,11 @@ class DetectionSource(ImageSource):
         category_ids: tuple[int, ...],
         rows: Integers | None = None,
         notes: tuple[str, ...] = (),
+        left_out: Mapping[str, int] | None = None,
     ) -> None:
         super().__init__(annotations, name=name, split=split, rows=rows, classes=classes)
         self.annotations, self.category_ids, self.notes = annotations, category_ids, notes
+        self.left_out = dict(left_out or {})
         self._labels = {category: number for number, category in enumerate(category_ids, start=1)}
 
     @property
@@ -106,6 +109,15 @@ class DetectionSource(ImageSource):
             segments=None if annotations.segments is None else tuple(annotations.segments[n] for n in numbers),
             size=(height, width),
         )
+
+    def labels_of_objects(self) -> Integers:
+        """Return the label, 1 to C, of each object of these images, without crowds: int64 (n,)."""
+        annotations = self.annotations
+        row_of_object = np.repeat(np.arange(len(annotations)), np.diff(annotations.starts))
+        rows = np.arange(len(annotations)) if self._rows is None else self._rows
+        is_used = np.isin(row_of_object, rows) & ~annotations.crowd
+        numbers = np.array([self._labels[int(category)] for category in np.unique(annotations.categories)], np.int64)
+        return numbers[np.unique(annotations.categories, return_inverse=True)[1][is_used]]
 
     def size(self, index: int) -> tuple[int, int]:
         """Return the height and width of image `index` in pixels."""
@@ -151,6 +163,7 @@ class DetectionSource(ImageSource):
             category_ids=self.category_ids,
             rows=super().subset(indices)._rows,
             notes=self.notes,
+            left_out=self.left_out,
         )
 
     def _object_range(self, row: int) -> range:
@@ -264,11 +277,16 @@ def _assemble(data: str, splits: Mapping[str, Annotations], notes: tuple[str, ..
             classes=classes,
             category_ids=_category_ids(split.category_names, train.category_names),
             notes=notes if name == "train" else (),
+            left_out=split.left_out,
         )
     if not len(train.boxes):
         raise DataError(f"--data '{data}': no object of train can be used.")
     evaluation = next((name for name in sources if name != "train"), None)
-    return Splits(sources["train"], sources[evaluation], evaluation) if evaluation else hold_out(sources["train"])
+    if evaluation:
+        return Splits(sources["train"], sources[evaluation], evaluation)
+    splits_of_one = hold_out(sources["train"])
+    cast("DetectionSource", splits_of_one.evaluation).left_out = {}  # `train` has the counts of the whole file
+    return splits_of_one
 
 
 def _category_ids(category_names: Mapping[int, str], train: Mapping[int, str]) -> tuple[int, ...]:

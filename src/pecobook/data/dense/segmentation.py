@@ -17,7 +17,8 @@ from __future__ import annotations
 import hashlib
 import os
 import sys
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, cast
 
@@ -46,7 +47,13 @@ _MASK_COLUMNS = ("mask", "annotation", "label", "segmentation", "segmentation_ma
 
 
 class MaskStore(Store, Protocol):
-    """A store whose rows hold an image and its mask."""
+    """A store whose rows hold an image and its mask.
+
+    Attributes:
+        left_out: reason -> number of images and masks that belong to no row.
+    """
+
+    left_out: dict[str, int]
 
     def read_image(self, row: int) -> bytes:
         """Read the encoded image. Raises BadImage."""
@@ -63,6 +70,7 @@ class PairStore:
 
     def __init__(self, root: Path, pairs: Sequence[tuple[str, str]]) -> None:
         self.root, self.pairs = root, pairs
+        self.left_out: dict[str, int] = {}
 
     def __len__(self) -> int:
         return len(self.pairs)
@@ -109,6 +117,7 @@ class TablePairStore:
 
     def __init__(self, images: TableStore, masks: TableStore, column: str) -> None:
         self._images, self._masks, self._column = images, masks, column
+        self.left_out: dict[str, int] = {}
 
     def __len__(self) -> int:
         return len(self._images)
@@ -143,10 +152,21 @@ class SegmentationSource(ImageSource):
 
     Attributes:
         mask_classes: the meaning of the masks' pixels.
+        left_out: reason -> number of images or masks of the split that are not used.
     """
 
-    def __init__(self, store: MaskStore, mask_classes: MaskClasses, *, name: str, split: str, rows: Integers) -> None:
+    def __init__(
+        self,
+        store: MaskStore,
+        mask_classes: MaskClasses,
+        *,
+        name: str,
+        split: str,
+        rows: Integers,
+        left_out: Mapping[str, int] | None = None,
+    ) -> None:
         super().__init__(store, name=name, split=split, rows=rows)
+        self.left_out = dict(left_out or {})
         self.mask_classes, self._masks, self._table = mask_classes, store, mask_classes.table()
 
     def read_mask(self, index: int) -> Tensor:
@@ -168,13 +188,16 @@ class SegmentationSource(ImageSource):
     def subset(self, indices: Iterable[int] | Integers) -> SegmentationSource:
         """Return a source with only the given images, in the given order."""
         chosen = super().subset(indices)
-        rows = cast("Integers", chosen._rows)
-        return SegmentationSource(self._masks, self.mask_classes, name=self.name, split=self.split, rows=rows)
+        return self._copy(self.mask_classes, cast("Integers", chosen._rows))
 
     def with_mask_classes(self, mask_classes: MaskClasses) -> SegmentationSource:
         """Return the source with another meaning of the masks' pixels."""
-        rows = cast("Integers", self._rows)
-        return SegmentationSource(self._masks, mask_classes, name=self.name, split=self.split, rows=rows)
+        return self._copy(mask_classes, cast("Integers", self._rows))
+
+    def _copy(self, mask_classes: MaskClasses, rows: Integers) -> SegmentationSource:
+        return SegmentationSource(
+            self._masks, mask_classes, name=self.name, split=self.split, rows=rows, left_out=self.left_out
+        )
 
     def read_values(self, index: int) -> tuple[npt.NDArray[np.int64], tuple[int, int]]:
         """Read the pixel values of a mask (H, W), and the image's (height, width) from its header. Raises BadImage."""
@@ -225,14 +248,23 @@ def open_segmentation(
     given_classes = mask_classes or MaskClasses((), (), ignored_values(ignore), None)
 
     def source(store: MaskStore, rows: Iterable[int], split: str) -> SegmentationSource:
-        return SegmentationSource(store, given_classes, name=data, split=split, rows=np.array(list(rows), np.int64))
+        return SegmentationSource(
+            store,
+            given_classes,
+            name=data,
+            split=split,
+            rows=np.array(list(rows), np.int64),
+            left_out=store.left_out,
+        )
 
     stores = _hub_stores(data) if data.startswith("hf:") else _folder_stores(data, root, skip_bad)
     train = source(stores["train"], range(len(stores["train"])), "train")
     for name in ("validation", "test"):
         if name in stores:
             return Splits(train, source(stores[name], range(len(stores[name])), "evaluation"), name)
-    return hold_out(train)
+    splits = hold_out(train)
+    cast("SegmentationSource", splits.evaluation).left_out = {}  # `train` has the counts of all pairs
+    return splits
 
 
 def _folder_stores(data: str, root: Path, skip_bad: bool) -> dict[str, MaskStore]:
@@ -258,7 +290,10 @@ def _folder_stores(data: str, root: Path, skip_bad: bool) -> dict[str, MaskStore
         raise DataError(f"--data '{data}':\n{listed(lines)}\nAdd the missing files, or leave these out (--skip-bad).")
     pairs = [(images[key], masks[key]) for key in paired]
     groups = group_by_split([_split_name(image) for image, _ in pairs])
-    return {split: PairStore(root, [pairs[number] for number in numbers]) for split, numbers in groups.items()}
+    stores = {split: PairStore(root, [pairs[number] for number in numbers]) for split, numbers in groups.items()}
+    reasons = {True: "images without a mask", False: "masks without an image"}
+    stores["train"].left_out = dict(Counter(reasons[key in images] for key in unpaired))
+    return dict(stores)
 
 
 def _find_pictures(data: str, root: Path, folders: tuple[str, ...]) -> dict[str, str]:

@@ -72,7 +72,11 @@ def verify(splits: Splits, show: Callable[[int], None] = lambda _done: None) -> 
         }
         problems += [f"{source.identify_mask(number)} {reason}" for number, reason in invalid.items()]
         unreadable += [report.unreadable for report in source_reports if report.unreadable]
-        valid += [source.subset(n for n, r in enumerate(source_reports) if n not in invalid and not r.unreadable)]
+        part = source.subset(n for n, r in enumerate(source_reports) if n not in invalid and not r.unreadable)
+        num_unreadable = sum(bool(report.unreadable) for report in source_reports)
+        for reason, count in (("pairs that do not fit", len(invalid)), ("pairs that cannot be read", num_unreadable)):
+            part.left_out |= {reason: count} if count else {}
+        valid.append(part)
     train, evaluation = (source.with_mask_classes(mask_classes) for source in valid)
     return VerificationResult(Splits(train, evaluation, splits.evaluation_name), tuple(problems), tuple(unreadable))
 
