@@ -20,8 +20,7 @@ if TYPE_CHECKING:
 
 def objects_per_class(source: DetectionSource) -> dict[str, int]:
     """Return the number of objects of each class, without crowds, over the images of a source."""
-    counts = Counter(source.labels_of_objects().tolist())
-    return {name: counts[number] for number, name in enumerate(source.classes, start=1)}
+    return source.objects_per_class()
 
 
 @dataclasses.dataclass(frozen=True)
