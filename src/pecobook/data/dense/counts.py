@@ -54,9 +54,11 @@ def count_masks(source: SegmentationSource, indices: Iterable[int] | None = None
     """
     from concurrent.futures import ThreadPoolExecutor
 
+    meaning = source.mask_classes
+
     def values_of(index: int) -> dict[int, int] | None:
         try:
-            values, _ = source.read_values(index)
+            values = source.read_pixels(index).values(meaning.colours, stretched=meaning.stretched)
         except BadImage:
             return None
         return pixels_per_value(values)

@@ -15,34 +15,24 @@ file.
 from __future__ import annotations
 
 import hashlib
-import os
 import sys
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, cast
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from pecobook.data.decode import BadImage, decode, header_size
-from pecobook.data.dense.segmentation_classes import (
-    IGNORE,
-    MaskClasses,
-    decode_mask,
-    ignored_values,
-    make_classes,
-    read_classes,
-)
-from pecobook.data.source import IMAGE_EXTENSIONS, ImageSource, Integers, Splits, Store, group_by_split, hold_out
+from pecobook.data.dense.class_files import find_class_file, read_classes
+from pecobook.data.dense.mask_files import Pixels, read_pixels
+from pecobook.data.dense.segmentation_classes import IGNORE, MaskClasses, ignored_values, make_classes
+from pecobook.data.dense.segmentation_pairs import find_pairs
+from pecobook.data.source import ImageSource, Integers, Splits, Store, group_by_split, hold_out
 from pecobook.data.tables import TableStore, hub_tables
 from pecobook.errors import DataError, listed
 
-_IMAGE_FOLDERS = ("images", "image", "img", "imgs", "jpegimages")
-_MASK_FOLDERS = ("masks", "mask", "annotations", "labels", "label", "segmentationclass")
-_MASK_ENDINGS = ("_mask", "_masks", "_label", "_labels", "_seg", "_gt")
 _MASK_COLUMNS = ("mask", "annotation", "label", "segmentation", "segmentation_mask", "annotations", "labels", "gt")
 
 
@@ -171,11 +161,10 @@ class SegmentationSource(ImageSource):
 
     def read_mask(self, index: int) -> Tensor:
         """Read the class of every pixel, int16 (H, W), with `IGNORE` at ignored pixels. Raises BadImage."""
-        row = self._row(index)
-        values = decode_mask(self._masks.read_mask(row), self.mask_classes.colours, name=self._masks.identify_mask(row))
-        classes = self._table[values]
+        pixels = self.read_pixels(index)
+        classes = self._table[pixels.values(self.mask_classes.colours, stretched=self.mask_classes.stretched)]
         if classes.min() < IGNORE:
-            raise BadImage(self._masks.identify_mask(row), "a pixel has no class")
+            raise BadImage(self.identify_mask(index), "a pixel has no class")
         return torch.from_numpy(classes)
 
     def sample(self, index: int) -> tuple[Any, ...]:
@@ -199,15 +188,17 @@ class SegmentationSource(ImageSource):
             self._masks, mask_classes, name=self.name, split=self.split, rows=rows, left_out=self.left_out
         )
 
-    def read_values(self, index: int) -> tuple[npt.NDArray[np.int64], tuple[int, int]]:
-        """Read the pixel values of a mask (H, W), and the image's (height, width) from its header. Raises BadImage."""
-        row = self._row(index)
-        name = self._masks.identify_mask(row)
-        values = decode_mask(self._masks.read_mask(row), self.mask_classes.colours, name=name)
-        size = header_size(self._masks.read_image(row))
+    def read_pixels(self, index: int) -> Pixels:
+        """Read the pixels of a mask as the file has them. Raises BadImage."""
+        row, colours = self._row(index), self.mask_classes.colours is not None
+        return read_pixels(self._masks.read_mask(row), name=self._masks.identify_mask(row), colours=colours)
+
+    def header_size(self, index: int) -> tuple[int, int]:
+        """Read the height and width of image `index` from its header. Raises BadImage."""
+        size = header_size(self._masks.read_image(self._row(index)))
         if size is None:
             raise BadImage(self.identify(index), "not an image")
-        return values, size
+        return size
 
     def identify_mask(self, index: int) -> str:
         """Return a name by which a person can find the mask of image `index`."""
@@ -232,7 +223,8 @@ def open_segmentation(
 
     Args:
         data: a folder, or hf:owner/name.
-        classes: file of class names; an empty string stands for classes.txt in the folder, if it exists.
+        classes: file of class names; an empty string stands for classes.txt, or another file of
+            `class_files`, in the folder, if there is one.
         mask_values: the pixel value of each class, if they are not 0, 1, 2, ...
         ignore: pixel values, or names of classes, that the loss and the scores ignore.
         skip_bad: leave out images without a mask and masks without an image, and print their number.
@@ -242,9 +234,8 @@ def open_segmentation(
         ConfigError: the settings contradict each other.
     """
     root = Path(data).expanduser()
-    file = Path(classes).expanduser() if classes else root / "classes.txt"
-    names, colours = read_classes(file) if classes or file.is_file() else (None, None)
-    mask_classes = make_classes(names, colours, mask_values=mask_values, ignore=ignore)
+    file = Path(classes).expanduser() if classes else find_class_file(root)
+    mask_classes = make_classes(read_classes(file) if file else None, mask_values=mask_values, ignore=ignore)
     given_classes = mask_classes or MaskClasses((), (), ignored_values(ignore), None)
 
     def source(store: MaskStore, rows: Iterable[int], split: str) -> SegmentationSource:
@@ -272,72 +263,18 @@ def _folder_stores(data: str, root: Path, skip_bad: bool) -> dict[str, MaskStore
         raise DataError(
             f"--data '{data}' is not a folder. Give a folder with images/ and masks/, or give hf:owner/name."
         )
-    images, masks = _find_pictures(data, root, _IMAGE_FOLDERS), _find_pictures(data, root, _MASK_FOLDERS)
-    if not images.keys() & masks.keys():
-        masks = {_without_ending(key): file for key, file in masks.items()}
-    if not images or not masks:
-        missing = "images" if not images else "masks"
-        raise DataError(
-            f"--data '{data}' holds no {missing}: it needs images/ and masks/ (or annotations/), either at the top, or "
-            "under train/ and val/, or with the subfolders training/ and validation/."
+    found = find_pairs(data, root)
+    if found.unpaired and skip_bad and found.pairs:
+        print(
+            f"{len(found.unpaired)} images or masks are left out, because they have no mask or image.", file=sys.stderr
         )
-    unpaired = sorted(images.keys() ^ masks.keys())
-    paired = sorted(images.keys() & masks.keys())
-    if unpaired and skip_bad and paired:
-        print(f"{len(unpaired)} images or masks are left out, because they have no mask or image.", file=sys.stderr)
-    elif unpaired:
-        lines = [f"{images.get(key) or masks[key]} has no {'mask' if key in images else 'image'}" for key in unpaired]
-        raise DataError(f"--data '{data}':\n{listed(lines)}\nAdd the missing files, or leave these out (--skip-bad).")
-    pairs = [(images[key], masks[key]) for key in paired]
-    groups = group_by_split([_split_name(image) for image, _ in pairs])
-    stores = {split: PairStore(root, [pairs[number] for number in numbers]) for split, numbers in groups.items()}
-    reasons = {True: "images without a mask", False: "masks without an image"}
-    stores["train"].left_out = dict(Counter(reasons[key in images] for key in unpaired))
+    elif found.unpaired:
+        lines = listed(found.unpaired)
+        raise DataError(f"--data '{data}':\n{lines}\nAdd the missing files, or leave these out (--skip-bad).")
+    groups = group_by_split([_split_name(image) for image, _ in found.pairs])
+    stores = {split: PairStore(root, [found.pairs[number] for number in numbers]) for split, numbers in groups.items()}
+    stores["train"].left_out = found.left_out
     return dict(stores)
-
-
-def _find_pictures(data: str, root: Path, folders: tuple[str, ...]) -> dict[str, str]:
-    """Find all pictures under a folder with one of the names `folders`.
-
-    Links to folders are followed, but each folder is visited once.
-
-    Returns:
-        key -> relative path; the key is the path without the name of that folder and without the extension, so an image
-        and its mask have the same key.
-
-    Raises:
-        DataError: two pictures have the same key.
-    """
-    pictures: dict[str, str] = {}
-    duplicates: list[str] = []
-    visited: set[str] = set()
-    for top, subfolders, names in os.walk(root, followlinks=True):
-        subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
-        parts = Path(top).relative_to(root).parts
-        position = next((number for number, part in enumerate(parts) if part.lower() in folders), None)
-        real_path = os.path.realpath(top)
-        if real_path in visited:
-            subfolders.clear()  # a link to a folder that was visited already
-            continue
-        visited.add(real_path)
-        if position is None:
-            continue
-        key_parts = (*parts[:position], *parts[position + 1 :])
-        for name in sorted(names):
-            stem, _, extension = name.rpartition(".")
-            if stem and not name.startswith(".") and extension.lower() in IMAGE_EXTENSIONS:
-                key, file = "/".join((*key_parts, stem)), "/".join((*parts, name))
-                if key in pictures:
-                    duplicates.append(f"{pictures[key]} and {file} have the same name")
-                pictures[key] = file
-    if duplicates:
-        raise DataError(f"--data '{data}':\n{listed(duplicates)}\nImages and masks are paired by name: keep one file.")
-    return pictures
-
-
-def _without_ending(key: str) -> str:
-    """Return the key of a mask without an ending such as "_mask", which is the key of its image."""
-    return next((key.removesuffix(ending) for ending in _MASK_ENDINGS if key.endswith(ending)), key)
 
 
 def _split_name(image: str) -> str:
