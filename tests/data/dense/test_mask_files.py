@@ -201,8 +201,9 @@ def test_verify__masks_of_one_bit_alone(tmp_path: Path) -> None:
     root = write_shapes(tmp_path)
     (root / "classes.txt").write_text("bg\nfg\n")
     rewrite(root, lambda values: png(values == 1, 1))
-    for options in ({}, {"mask_values": ("0", "255")}):  # both ways to state the object's value
-        source = train_of(verify(open_segmentation(str(root), **options)))
+    no_flag: tuple[str, ...] = ()
+    for mask_values in (no_flag, ("0", "255")):  # both ways to state the object's value
+        source = train_of(verify(open_segmentation(str(root), mask_values=mask_values)))
         truth = np.asarray(Image.open(root / source.identify_mask(0)))
         assert np.array_equal(source.sample(0)[1].numpy(), truth)
 

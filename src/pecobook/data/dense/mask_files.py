@@ -106,7 +106,7 @@ def _pixels(picture: Any, data: bytes, name: str, colours: bool) -> Pixels:
 def _depth(picture: Any, data: bytes) -> int:
     """Return the number of bits of a sample."""
     if picture.format == "PNG":
-        return data[24]  # a fixed place in the header
+        return int(data[24])  # a fixed place in the header
     if picture.format == "TIFF":
         bits = picture.tag_v2.get(258, 1)
         return int(max(bits)) if isinstance(bits, tuple) else int(bits)
