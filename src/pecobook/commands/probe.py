@@ -30,12 +30,13 @@ def probe(config: ProbeConfig | None = None, **settings: Any) -> dict[str, Any]:
         PecobookError: the images have no labels, the network does not exist, or the file cannot be written.
     """
     from pecobook.commands.extract import extract
-    from pecobook.data.images import check_labels, open_images
+    from pecobook.data.images import check_labels
+    from pecobook.engine.value_range import open_readable
 
     config = replace(config or ProbeConfig(), settings)
     check_new_file(config.out)
     features, image_size = _feature_function(config)
-    splits = open_images(config.data)
+    splits = open_readable(config.data, config.value_range, [config.backbone])
     check_labels(splits, config.data)
     size = config.image_size or image_size
     train, train_labels = extract(splits.train, size, config.max_train, features, "features of training images")

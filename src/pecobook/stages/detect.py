@@ -129,6 +129,7 @@ class DetectStage(Stage[DetectConfig]):
 
     def export(self, folder: Path, state: dict[str, Tensor]) -> str:
         """Write the detector."""
+        self.detector.value_range = self.config.value_range
         self.detector.save_pretrained(folder, state=submodule_state(state, "detector"))
         return self.detector.loading_code(self.config.out)
 

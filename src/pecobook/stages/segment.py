@@ -132,6 +132,7 @@ class SegmentStage(Stage[SegmentConfig]):
 
     def export(self, folder: Path, state: dict[str, Tensor]) -> str:
         """Write the segmenter with its backbone."""
+        self.model.value_range = self.config.value_range
         self.model.save_pretrained(folder, state=submodule_state(state, "model"))
         return self.model.loading_code(self.config.out)
 

@@ -319,7 +319,7 @@ def test_open__refuses_other_folders(tmp_path: Path, root: Path) -> None:
     for data, text in (
         ("", "--data is missing"),
         ("nowhere", "is not a folder"),
-        (str(tmp_path / "data" / "train" / "images"), "no training annotation"),
+        (str(root / "train" / "images"), "no training annotation"),
     ):
         with pytest.raises(DataError, match=text):
             open_detection(data)

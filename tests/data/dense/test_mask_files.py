@@ -87,9 +87,34 @@ def test_decode_mask__whole_numbers_in_wide_formats() -> None:
     assert decode_mask(png(hidden, 8, 6), None, name="x").tolist() == [[0, 3, 255]]
 
 
+def numpy_file(array: Any) -> bytes:
+    buffer = io.BytesIO()
+    np.save(buffer, array)
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize("kind", [np.uint8, np.int64, np.float32])
+def test_decode_mask__numpy_arrays(kind: Any) -> None:
+    values = np.array([[0, 3, 255], [1, 1, 2]])
+    for array in (values, values[None], values[..., None]):
+        assert decode_mask(numpy_file(array.astype(kind)), None, name="x").tolist() == values.tolist()
+
+
+def test_decode_mask__is_turned_by_its_own_orientation() -> None:
+    values = np.array([[0, 1, 2], [3, 4, 5]], np.uint8)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # rotate by 90 degrees clockwise
+    buffer = io.BytesIO()
+    Image.fromarray(values).save(buffer, "PNG", exif=exif)
+    assert np.array_equal(decode_mask(buffer.getvalue(), None, name="x"), np.rot90(values, -1))
+
+
 @pytest.mark.parametrize(
     ("data", "reason"),
     [
+        (numpy_file(np.zeros((2, 2, 3))), "is an array of shape"),
+        (numpy_file(np.array([[0.5, 1]])), "holds fractions"),
+        (numpy_file(np.array([[-1, 1]])), "holds a negative value"),
         (tiff(np.array([[-1, 0, 2]], np.int32)), "holds the value -1"),
         (tiff(np.array([[0, 0.5]], np.float32)), "holds fractions"),
         (tiff(np.array([[0, np.nan]], np.float32)), "holds fractions"),
@@ -387,8 +412,8 @@ def test_open__two_masks_of_one_image_are_refused(tmp_path: Path) -> None:
 def test_open__says_which_files_are_no_masks(tmp_path: Path) -> None:
     write_pairs(tmp_path, range(3))
     for file in list((tmp_path / "masks").iterdir()):
-        file.rename(file.with_suffix(".npy"))
-    with pytest.raises(DataError, match=r"holds no masks.*\n?.*3 files \.npy"):
+        file.rename(file.with_suffix(".mat"))
+    with pytest.raises(DataError, match=r"holds no masks.*\n?.*3 files \.mat"):
         open_segmentation(str(tmp_path))
 
 

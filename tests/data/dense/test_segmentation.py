@@ -193,6 +193,23 @@ def test_decode_mask__numbers_in_every_mode() -> None:
     assert decode_mask(encoded(np.array([[300, 40_000]], np.uint16)), None, name="x").tolist() == [[300, 40_000]]
 
 
+@pytest.mark.parametrize("mode", ["1", "L", "P", "I;16"])
+@pytest.mark.parametrize("orientation", [1, 3, 6, 8])
+def test_decode_mask__turns_a_mask_by_its_own_tag(mode: str, orientation: int) -> None:
+    values = np.arange(12).reshape(3, 4) % 2
+    mask = Image.fromarray(values.astype(np.uint16) if mode == "I;16" else values.astype(np.uint8))
+    if mode == "1":
+        mask = mask.point(lambda value: 255 * value).convert("1")
+    elif mode == "P":
+        mask.putpalette([9] * 768)
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    buffer = io.BytesIO()
+    mask.save(buffer, "PNG", exif=exif)
+    upright = np.rot90(values, {1: 0, 3: 2, 6: -1, 8: 1}[orientation])
+    assert np.array_equal(decode_mask(buffer.getvalue(), None, name="x"), upright)
+
+
 @given(st.integers(1, 40), st.randoms(use_true_random=False))
 def test_decode_mask__colours_to_their_indices(count: int, random: Any) -> None:
     colours = np.array(random.sample([(r, g, b) for r in range(4) for g in range(4) for b in range(4)], count)) * 85

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
-from pecobook.data.decode import BadImage, decode
+from pecobook.data.decode import BadImage, Range, decode, read_file
 from pecobook.data.dense.coco_values import format_size
 from pecobook.data.source import Integers
 
@@ -38,7 +38,7 @@ class PackedBytes:
         return self.buffer[start : int(self.ends[number])].tobytes()
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(eq=False)
 class Annotations:
     """The images (rows) and objects of one file; the objects of row r have the indices starts[r] to starts[r + 1] - 1.
 
@@ -69,6 +69,8 @@ class Annotations:
     """Category id -> name, in ascending order of the ids."""
     left_out: dict[str, int] = dataclasses.field(default_factory=dict)
     """Reason -> number of images and objects of the file that training and scores do not use."""
+    value_range: Range | None = None
+    """The values that become black and white in images with more than 8 bits."""
 
     def __len__(self) -> int:
         return len(self.image_ids)
@@ -76,11 +78,7 @@ class Annotations:
     def read(self, row: int) -> Tensor:
         """Read and decode the image of a row: uint8 (3, H, W). Raises BadImage."""
         path = self.root / str(self.names[row])
-        try:
-            data = path.read_bytes()
-        except OSError as error:
-            raise BadImage(str(path), error.strerror or str(error)) from error
-        image = decode(data, name=str(path))
+        image = decode(read_file(path), name=str(path), value_range=self.value_range)
         if image.shape[1:] != tuple(self.sizes[row]):
             raise BadImage(
                 str(path), f"{format_size(image.shape[1:])}, not {format_size(self.sizes[row])} as in its annotations"

@@ -8,10 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from pecobook.data.dense.coco_values import UnusableError
-from pecobook.data.source import split_from_name
+from pecobook.data.split_names import inside_wrapper, split_of_name
 
 _FILES = ("instances.json", "_annotations.coco.json", "annotations.json", "labels.json", "result.json")
-_FOLDERS = {"train": "train", "val": "validation", "valid": "validation", "validation": "validation", "test": "test"}
 _IMAGE_FOLDERS = ("images", "data", "img")
 _OTHER_TASKS = ("captions_", "person_keypoints_", "image_info_", "panoptic_", "stuff_")
 _SAMPLE = 50
@@ -22,21 +21,22 @@ AnnotationFiles = dict[str, list[tuple[Path, list[Path]]]]
 
 def find_annotations(root: Path) -> AnnotationFiles:
     """Find the files of annotations of a data set; an archive may have added one more folder around it."""
-    for find in (_in_split_folders, _in_annotations, _at_the_top):
-        found = find(root)
-        if found:
-            return found
-    inner = [entry for entry in root.iterdir() if not entry.name.startswith((".", "__MACOSX"))]
-    return find_annotations(inner[0]) if len(inner) == 1 and inner[0].is_dir() else {}
+    inner = inside_wrapper(root)
+    for folder in dict.fromkeys((root, inner)):
+        for find in (_in_split_folders, _in_annotations, _at_the_top):
+            found = find(folder)
+            if found:
+                return found
+    return {}
 
 
 def _in_split_folders(root: Path) -> AnnotationFiles:
     """Find train/instances.json and the like."""
     found: AnnotationFiles = {}
     for folder in _folders(root):
-        if folder.name.lower() in _FOLDERS:
-            for file in _files_in(folder):
-                found.setdefault(_FOLDERS[folder.name.lower()], []).append((file, _image_folders(folder)))
+        split = split_of_name(folder.name)
+        for file in _files_in(folder) if split else ():
+            found.setdefault(str(split), []).append((file, _image_folders(folder)))
     return found
 
 
@@ -49,7 +49,7 @@ def _in_annotations(root: Path) -> AnnotationFiles:
         files = [file for file in _json_files(folder) if not file.name.startswith(_OTHER_TASKS)]
         for file in [file for file in files if file.name.startswith("instances_")] or files:
             name = file.stem.removeprefix("instances_")
-            split = split_from_name(name) or "train"
+            split = split_of_name(name) or "train"
             found.setdefault(split, []).append((file, _folders_of_split(root, name, split)))
     return found
 
@@ -60,7 +60,7 @@ def _at_the_top(root: Path) -> AnnotationFiles:
         return {"train": [(file, _image_folders(root)) for file in _known_files(root)]}
     found: AnnotationFiles = {}
     for file in _json_files(root):
-        split = split_from_name(file.stem)
+        split = split_of_name(file.stem)
         if split is not None:
             found.setdefault(split, []).append((file, _folders_of_split(root, file.stem, split)))
     files = [] if found else _files_in(root)
@@ -94,7 +94,7 @@ def _folders_of_split(root: Path, name: str, split: str) -> list[Path]:
     folders = [root / name, root / "images" / name]
     for parent in (root, root / "images"):
         if parent.is_dir():
-            folders += [path for path in _folders(parent) if _FOLDERS.get(path.name.lower()) == split]
+            folders += [path for path in _folders(parent) if split_of_name(path.name) == split]
     folders += [root / "images" / "default", *(part for path in folders[2:] for part in _image_folders(path))]
     return [path for path in dict.fromkeys([*folders, *_image_folders(root)]) if path.is_dir()]
 

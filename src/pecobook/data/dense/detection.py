@@ -2,7 +2,8 @@
 
 A source has one of these layouts:
 
-    train/ val/ (valid/, test/)   each with instances.json or _annotations.coco.json, next to images/ or to the images
+    train/ val/ test/             each with instances.json or _annotations.coco.json, next to images/ or to the images;
+                                  other names of splits: split_names.py
     annotations/                  instances_NAME.json, as in COCO, with the images in NAME/ or images/NAME/
     one file                      instances.json next to images/; 10% of the images are held out
 
@@ -208,6 +209,8 @@ def open_detection(data: str, *, skip_bad: bool = False, masks: bool = True) -> 
     if "validation" in splits and "test" in splits:
         findings.notes.append(f"{parts['test'][0]}: holds no object, so that the validation split is evaluated.")
         splits.pop("test")
+    elif "validation" in parts and "test" in parts:
+        findings.notes.append(f"{parts['validation'][0]}: is not used, because the test split is held out.")
     if not findings.fatal:
         _compare_splits(splits, {name: file for name, (file, _) in parts.items()}, findings)
     _raise_findings(data, findings, skip_bad)
@@ -302,14 +305,16 @@ def _assemble(data: str, annotations: Mapping[str, Annotations], notes: Iterable
         for name, split in annotations.items()
     }
     evaluation = next((name for name in sources if name != "train"), None)
+    left_out = dict(train.left_out)
     if evaluation:
         splits = Splits(sources["train"], sources[evaluation], evaluation)
+        left_out |= {f"{reason}, held out": count for reason, count in annotations[evaluation].left_out.items()}
     else:
         splits = hold_out(sources["train"])
         cast("DetectionSource", splits.evaluation).left_out = {}  # `train` has the counts of the whole file
     training, held_out = cast("DetectionSource", splits.train), cast("DetectionSource", splits.evaluation)
     training.notes = (*notes, *_notes_on_content(data, training, held_out))
-    return splits
+    return dataclasses.replace(splits, left_out=left_out)
 
 
 def _notes_on_content(data: str, train: DetectionSource, held_out: DetectionSource) -> list[str]:

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from pecobook.data.decode import BadImage
+from pecobook.data.decode import BadImage, open_image, orientation_of
 from pecobook.errors import first_line
 
 UNLISTED = 65_536
@@ -54,7 +54,9 @@ class Pixels:
 
 
 def read_pixels(data: bytes, *, name: str, colours: bool = False) -> Pixels:
-    """Decode a mask. Numbers are the pixels of grey, palette and 1-bit pictures, and of colour pictures without colour.
+    """Decode a mask, upright by its own EXIF orientation.
+
+    Numbers are the pixels of grey, palette and 1-bit pictures, and of colour pictures without colour.
 
     Args:
         data: the file's bytes.
@@ -67,8 +69,10 @@ def read_pixels(data: bytes, *, name: str, colours: bool = False) -> Pixels:
     """
     from PIL import Image, UnidentifiedImageError
 
+    if data.startswith(b"\x93NUMPY"):
+        return _from_numpy(data, name, colours)
     try:
-        with Image.open(io.BytesIO(data), formats=("PNG", "BMP", "GIF", "TIFF", "JPEG", "PPM")) as picture:
+        with open_image(io.BytesIO(data), name=name) as picture:
             return _pixels(picture, data, name, colours)
     except UnidentifiedImageError:
         raise BadImage(name, "not an image") from None
@@ -77,12 +81,17 @@ def read_pixels(data: bytes, *, name: str, colours: bool = False) -> Pixels:
 
 
 def _pixels(picture: Any, data: bytes, name: str, colours: bool) -> Pixels:
+    from PIL import ImageOps
+
     if getattr(picture, "is_animated", False):
         raise InvalidMask(name, f"has {picture.n_frames} pages or frames: a mask has one")
     depth = _depth(picture, data)
     if depth > 8 and picture.mode in ("RGB", "RGBA", "LA"):
         raise InvalidMask(name, f"is a colour picture of {depth} bits a channel: save it with 8 bits, or as grey")
     top = _top(picture, depth)
+    picture.load()
+    if orientation_of(picture) > 1:
+        ImageOps.exif_transpose(picture, in_place=True)
     shown = np.asarray(picture.convert("RGB")) if colours else np.zeros((picture.height, picture.width, 0), np.uint8)
     if picture.mode in ("1", "L", "P") or picture.mode.startswith("I"):
         numbers = np.asarray(picture).astype(np.int64)
@@ -103,6 +112,22 @@ def _pixels(picture: Any, data: bytes, name: str, colours: bool) -> Pixels:
     return Pixels(numbers.clip(max=UNLISTED), shown, top)
 
 
+def _from_numpy(data: bytes, name: str, colours: bool) -> Pixels:
+    """Read the numbers of a NumPy file, which has a picture of grey only."""
+    try:
+        array = np.load(io.BytesIO(data), allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise BadImage(name, first_line(error)) from None
+    array = array.reshape([side for side in array.shape if side > 1]) if array.ndim == 3 else array
+    if array.ndim != 2 or array.dtype.kind not in "biuf":
+        raise InvalidMask(name, f"is an array of shape {array.shape}: a mask has the numbers of height x width pixels")
+    numbers = _whole_numbers(array, name)
+    if numbers.size and numbers.min() < 0:
+        raise InvalidMask(name, "holds a negative value, but values start at 0")
+    shown = np.repeat(numbers.clip(0, 255).astype(np.uint8)[..., None], 3 if colours else 0, axis=-1)
+    return Pixels(numbers, shown, 255)
+
+
 def _depth(picture: Any, data: bytes) -> int:
     """Return the number of bits of a sample."""
     if picture.format == "PNG":
@@ -119,12 +144,12 @@ def _top(picture: Any, depth: int) -> int:
         arguments = picture.tile[0].args  # the last one is the largest value, where Pillow stretches the numbers
         return int(arguments[-1]) if isinstance(arguments, tuple) else 255
     if picture.mode in ("1", "L") and depth < 8:
-        return 2**depth - 1
+        return (1 << depth) - 1
     return 255
 
 
-def _whole_numbers(array: npt.NDArray[np.float32], name: str) -> npt.NDArray[np.int64]:
-    """Convert numbers with a decimal point. Raises InvalidMask for fractions."""
+def _whole_numbers(array: npt.NDArray[Any], name: str) -> npt.NDArray[np.int64]:
+    """Convert numbers of any type, which may have a decimal point. Raises InvalidMask for fractions."""
     if not np.isfinite(array).all() or (array != np.rint(array)).any():
         raise InvalidMask(name, "holds fractions, which are no class numbers: save it as whole numbers")
     return array.clip(-1, UNLISTED).astype(np.int64)

@@ -2,7 +2,7 @@
 
 A source has one of these layouts:
 
-    ROOT/train/images + ROOT/train/masks, and the same under val/, validation/ or test/
+    ROOT/train/images + ROOT/train/masks, and the same under val/ or test/ (more names: split_names.py)
     ROOT/images/training + ROOT/annotations/training, and validation/      ADE20K's layout
     ROOT/images + ROOT/masks                                               10% of the images are held out
     hf:owner/name                                                          an image column and a mask column
@@ -14,6 +14,7 @@ file.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import sys
 from collections.abc import Iterable, Mapping, Sequence
@@ -24,12 +25,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pecobook.data.decode import BadImage, decode, header_size
+from pecobook.data.decode import BadImage, Range, decode, header_size, read_file
 from pecobook.data.dense.class_files import find_class_file, read_classes
 from pecobook.data.dense.mask_files import Pixels, read_pixels
 from pecobook.data.dense.segmentation_classes import IGNORE, MaskClasses, ignored_values, make_classes
 from pecobook.data.dense.segmentation_pairs import find_pairs
-from pecobook.data.source import ImageSource, Integers, Splits, Store, group_by_split, hold_out
+from pecobook.data.source import ImageSource, Integers, Splits, Store, hold_out, unused_splits
+from pecobook.data.split_names import group_by_split
 from pecobook.data.tables import TableStore, hub_tables
 from pecobook.errors import DataError, listed
 
@@ -58,6 +60,8 @@ class MaskStore(Store, Protocol):
 class PairStore:
     """Pairs of an image file and a mask file under one folder."""
 
+    value_range: Range | None = None
+
     def __init__(self, root: Path, pairs: Sequence[tuple[str, str]]) -> None:
         self.root, self.pairs = root, pairs
         self.left_out: dict[str, int] = {}
@@ -74,10 +78,7 @@ class PairStore:
         return self.pairs[row][1]
 
     def _bytes(self, name: str) -> bytes:
-        try:
-            return (self.root / name).read_bytes()
-        except OSError as error:
-            raise BadImage(name, error.strerror or str(error)) from error
+        return read_file(self.root / name, name)
 
     def read_image(self, row: int) -> bytes:
         """Read the encoded image."""
@@ -85,7 +86,7 @@ class PairStore:
 
     def read(self, row: int) -> Tensor:
         """Read and decode the image: uint8 (3, H, W)."""
-        return decode(self.read_image(row), name=self.pairs[row][0])
+        return decode(self.read_image(row), name=self.pairs[row][0], value_range=self.value_range)
 
     def read_mask(self, row: int) -> bytes:
         """Read the encoded mask."""
@@ -108,6 +109,15 @@ class TablePairStore:
     def __init__(self, images: TableStore, masks: TableStore, column: str) -> None:
         self._images, self._masks, self._column = images, masks, column
         self.left_out: dict[str, int] = {}
+
+    @property
+    def value_range(self) -> Range | None:
+        """The range of the values of the image column."""
+        return self._images.value_range
+
+    @value_range.setter
+    def value_range(self, value_range: Range | None) -> None:
+        self._images.value_range = value_range
 
     def __len__(self) -> int:
         return len(self._images)
@@ -252,10 +262,12 @@ def open_segmentation(
     train = source(stores["train"], range(len(stores["train"])), "train")
     for name in ("validation", "test"):
         if name in stores:
-            return Splits(train, source(stores[name], range(len(stores[name])), "evaluation"), name)
+            evaluation = source(stores[name], range(len(stores[name])), "evaluation")
+            unused = unused_splits({split: len(stores[split]) for split in stores}, name)
+            return Splits(train, evaluation, name, {**train.left_out, **unused})
     splits = hold_out(train)
     cast("SegmentationSource", splits.evaluation).left_out = {}  # `train` has the counts of all pairs
-    return splits
+    return dataclasses.replace(splits, left_out=train.left_out)
 
 
 def _folder_stores(data: str, root: Path, skip_bad: bool) -> dict[str, MaskStore]:
@@ -271,9 +283,10 @@ def _folder_stores(data: str, root: Path, skip_bad: bool) -> dict[str, MaskStore
     elif found.unpaired:
         lines = listed(found.unpaired)
         raise DataError(f"--data '{data}':\n{lines}\nAdd the missing files, or leave these out (--skip-bad).")
-    groups = group_by_split([_split_name(image) for image, _ in found.pairs])
+    groups, undeclared = group_by_split([_split_name(image) for image, _ in found.pairs])
     stores = {split: PairStore(root, [found.pairs[number] for number in numbers]) for split, numbers in groups.items()}
-    stores["train"].left_out = found.left_out
+    outside = {"pairs outside the folders of splits": len(undeclared)} if undeclared else {}
+    stores["train"].left_out = {**found.left_out, **outside}
     return dict(stores)
 
 
