@@ -156,9 +156,7 @@ class SegmentStage(Stage[SegmentConfig]):
         if not config.verify:
             if not cast("SegmentationSource", splits.train).mask_classes.names:
                 raise ConfigError("--no-verify needs the classes: give --classes FILE or --mask-values.")
-            sampled = verify(splits, limit=_SAMPLED_MASKS)
-            _say(sampled.notes)
-            return sampled.splits
+            return verify(splits, limit=_SAMPLED_MASKS).splits
         progress = Progress(
             total=len(splits.train) + len(splits.evaluation), start=0, name="masks", quiet=not is_leader()
         )
@@ -179,7 +177,6 @@ class SegmentStage(Stage[SegmentConfig]):
                 raise DataError(f"--data '{config.data}' has no pair that can be used to {purpose}:\n{reasons}")
         if checked.fault:
             raise DataError(checked.fault)
-        _say(checked.notes)
         for lines, reason in ((checked.problems, "do not fit"), (checked.unreadable, "cannot be read")):
             if lines and is_leader():
                 print(f"{len(lines)} of the pairs {reason} and are left out:\n{listed(lines)}", file=sys.stderr)

@@ -35,7 +35,7 @@ def test_open__objects_agree_with_pycocotools(root: Path, capsys: pytest.Capture
     assert train.classes == evaluation.classes == ("disc", "square $x_", "never")
     assert train.category_ids == (3, 17, 90)
     never = "1 of 3 classes have no object"
-    assert train.notes == (
+    assert open_detection(str(root)).notes == (
         f"--data '{root}': {never} in training, and are not learned: never.",
         f"--data '{root}': {never} among the held-out images, and do not count in the average precision: never.",
     )
@@ -202,7 +202,8 @@ def test_open__reports_problems_and_leaves_them_out_with_skip_bad(name: str, roo
     assert lines[-1] == "Correct them, or leave out these images and objects with --skip-bad."
 
     train = sources(root, skip_bad=True)[0]
-    assert any("--skip-bad left out" in note and expected in note for note in train.notes)
+    notes = open_detection(str(root), skip_bad=True).notes
+    assert any("--skip-bad left out" in note and expected in note for note in notes)
     number = sum(len(train.objects(index).labels) for index in range(len(train)))
     before = sum(len(sound.objects(index).labels) for index in range(len(sound)))
     assert number <= before
@@ -295,7 +296,7 @@ def test_open__corrects_objects_and_notes_the_corrections(root: Path) -> None:
     write_coco(root / "train", content)
     train, _ = sources(root)
     file = root / "train" / "instances.json"
-    assert train.notes[:2] == (
+    assert open_detection(str(root)).notes[:2] == (
         f"{file}: 1 object left out: no area.",
         f"{file}: 1 object clipped at the edge of the image.",
     )

@@ -64,7 +64,6 @@ class DetectionSource(ImageSource):
         annotations: the content of the split's annotation file.
         classes: names of the classes; the objects of class k have the label k + 1.
         category_ids: the id of each class in the annotations.
-        notes: corrections and omissions, as lines for the user.
         left_out: reason -> number of images and objects that the file has but training and scores do not use.
     """
 
@@ -79,11 +78,10 @@ class DetectionSource(ImageSource):
         classes: tuple[str, ...],
         category_ids: tuple[int, ...],
         rows: Integers | None = None,
-        notes: tuple[str, ...] = (),
         left_out: Mapping[str, int] | None = None,
     ) -> None:
         super().__init__(annotations, name=name, split=split, rows=rows, classes=classes)
-        self.annotations, self.category_ids, self.notes = annotations, category_ids, notes
+        self.annotations, self.category_ids = annotations, category_ids
         self.left_out = dict(left_out or {})
         self._labels = {category: number for number, category in enumerate(category_ids, start=1)}
 
@@ -175,7 +173,6 @@ class DetectionSource(ImageSource):
             classes=self.classes,
             category_ids=self.category_ids,
             rows=super().subset(indices)._rows,
-            notes=self.notes,
             left_out=self.left_out,
         )
 
@@ -313,8 +310,8 @@ def _assemble(data: str, annotations: Mapping[str, Annotations], notes: Iterable
         splits = hold_out(sources["train"])
         cast("DetectionSource", splits.evaluation).left_out = {}  # `train` has the counts of the whole file
     training, held_out = cast("DetectionSource", splits.train), cast("DetectionSource", splits.evaluation)
-    training.notes = (*notes, *_notes_on_content(data, training, held_out))
-    return dataclasses.replace(splits, left_out=left_out)
+    notes = (*notes, *_notes_on_content(data, training, held_out))
+    return dataclasses.replace(splits, left_out=left_out, notes=notes)
 
 
 def _notes_on_content(data: str, train: DetectionSource, held_out: DetectionSource) -> list[str]:

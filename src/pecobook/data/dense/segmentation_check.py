@@ -24,7 +24,7 @@ class VerificationResult:
     """The result of `verify`.
 
     Attributes:
-        splits: the valid pairs, with known classes.
+        splits: the valid pairs, with known classes; its notes end with those of this check.
         problems: a line for each invalid pair.
         unreadable: a line for each pair whose image or mask cannot be read.
         counts: the pixels of the valid training masks and of the valid held-out masks.
@@ -82,12 +82,20 @@ def verify(
         valid.append(part)
         counts.append(summarise_values(part, [source_reports[n].counts(meaning) for n in kept]))
     train, evaluation = counts
+    notes = [*notes, *_notes_on_content(train, evaluation, limit)]
+    left_out = {"pairs that do not fit": len(problems), "pairs that cannot be read": len(unreadable)}
     return VerificationResult(
-        splits=dataclasses.replace(splits, train=valid[0], evaluation=valid[1]),
+        splits=dataclasses.replace(
+            splits,
+            train=valid[0],
+            evaluation=valid[1],
+            left_out=splits.left_out | {reason: count for reason, count in left_out.items() if count},
+            notes=(*splits.notes, *notes),
+        ),
         problems=tuple(problems),
         unreadable=tuple(unreadable),
         counts=(train, evaluation),
-        notes=(*notes, *_notes_on_content(train, evaluation, limit)),
+        notes=tuple(notes),
         fault="" if limit is not None else _fault(splits.train.name, train, meaning),
         hint=_hint(reports[0], meaning) if problems else "",
     )
