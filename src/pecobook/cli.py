@@ -12,7 +12,8 @@ import importlib
 import os
 import sys
 import textwrap
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from types import MappingProxyType
 from typing import Any
 
 from pecobook import recipes
@@ -106,7 +107,9 @@ def dispatch(args: list[str]) -> None:
         run(command, config)
     else:
         config = _settings(command, rest)
-        getattr(importlib.import_module(f"pecobook.commands.{command}"), command)(config)
+        result = getattr(importlib.import_module(f"pecobook.commands.{command}"), command)(config)
+        if command == "check" and result["problems"]:
+            sys.exit(1)
 
 
 def _help() -> str:
@@ -196,13 +199,20 @@ def _settings(command: str, args: list[str]) -> Any:
         count = len(words) if str(flags(config_type)[name]).startswith("tuple") else 1
         named += [f"--{name}", *words[:count]] if words else []
         words = words[count:]
-    return parse(config_type(), [*named, *words, *args], command)
+    unused = {name: kind for other in RECIPES for name, kind in flags(table.COMMANDS[other].settings).items()}
+    return parse(config_type(), [*named, *words, *args], command, unused if command == "check" else {})
 
 
-def parse(config: Any, args: list[str], prog: str) -> Any:
-    """Return `config` with the values of the flags in `args`; `prog` is the command and its recipe. Raises ConfigError.
+def parse(config: Any, args: list[str], prog: str, unused: Mapping[str, Any] = MappingProxyType({})) -> Any:
+    """Return `config` with the values of the flags in `args`. Raises ConfigError.
 
     With --help or --help-all in `args`, print the help and raise SystemExit.
+
+    Args:
+        config: settings with the default values.
+        args: words of the command line.
+        prog: the command and its recipe.
+        unused: further flags, with the types of their values, that may be given and have no effect.
     """
     command, _, recipe = prog.partition(" ")
     if {"-h", "--help", "--help-all"} & set(args):
@@ -212,7 +222,9 @@ def parse(config: Any, args: list[str], prog: str) -> Any:
         print(show(command, config, recipe if command in (*RECIPES, "tokenize") else ""))
         sys.exit(0)
     problems: list[str] = []
-    values = read_flags(args, {**flags(type(config)), "config": str}, command, problems)
+    own = {**flags(type(config)), "config": str}
+    values = read_flags(args, {**unused, **own}, command, problems)
+    values = {name: value for name, value in values.items() if flag(name) in own}
     try:
         if "config" in values:
             config = load(config, values.pop("config"), command)

@@ -79,9 +79,13 @@ def _write_settings(config: TrainConfig, command: str, out: Path) -> None:
     (out / "checkpoints").mkdir(exist_ok=True)
     (out / "samples").mkdir(exist_ok=True)
     if not (config.resume and (out / "config.json").exists()):
-        settings = {"command": command, **to_dict(config), "resume": False, "overwrite": False}
-        write_json(out / "config.json", settings)
+        write_json(out / "config.json", stored_settings(config, command))
     write_json(out / "environment.json", environment())
+
+
+def stored_settings(config: TrainConfig, command: str) -> dict[str, Any]:
+    """Return the settings as config.json holds them, without the flags of a single start."""
+    return {"command": command, **to_dict(config), "resume": False, "overwrite": False, "dry_run": False}
 
 
 def environment() -> dict[str, Any]:

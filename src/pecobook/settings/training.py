@@ -127,6 +127,9 @@ class TrainConfig(ImagesConfig):
     """Resume from the last checkpoint in --out."""
     overwrite: bool = False
     """Delete the contents of --out first."""
+    dry_run: bool = False
+    """Say what the run would learn from, its settings, memory and time, and write nothing. A few images are computed to
+    measure this."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import sys
 from pathlib import Path
 from typing import Any, Generic, NamedTuple, TypeVar, cast
@@ -14,6 +15,7 @@ from pecobook.data.images import check_labels, check_readable
 from pecobook.data.sampler import fixed_permutation
 from pecobook.data.source import Splits
 from pecobook.data.stream import Stream
+from pecobook.data.summary import aligned, describe
 from pecobook.engine.stage import Stage
 from pecobook.engine.value_range import set_value_range
 from pecobook.errors import Preflight, RunFolderError, first_line
@@ -25,7 +27,7 @@ C = TypeVar("C", bound=TrainConfig)
 
 
 def train(stage_type: type[Stage[C]], config: C) -> Path:
-    """Train a stage from its settings to its export; returns the run folder.
+    """Train a stage from its settings to its export; returns the run folder, which a dry run does not make.
 
     Raises:
         PreflightError: all problems found before the run folder was made.
@@ -34,9 +36,14 @@ def train(stage_type: type[Stage[C]], config: C) -> Path:
     from pecobook.engine import launch, run_folder
 
     config, splits, stage = preflight(stage_type, config)
+    if config.dry_run:
+        if launch.is_leader():
+            _dry_run(stage_type, config, stage, splits)
+        return Path(config.out)
     lock = run_folder.prepare(config, stage_type.command) if launch.is_leader() else None
     try:
-        outcome = _fit(stage_type, config, launch.start(config), stage, splits)
+        preamble = _preamble(config, splits, stage) if launch.is_leader() else []
+        outcome = _fit(stage_type, config, launch.start(config), stage, splits, preamble)
         if outcome.finished:
             _export(config, stage)
     finally:  # also after an error: the Python process may go on, and train again
@@ -69,7 +76,7 @@ def preflight(stage_type: type[Stage[C]], config: C) -> Ready[C]:
     splits = problems.check(lambda: _open(stage_type, config))
     if splits is not None and splits.train.value_range is not None:
         config = dataclasses.replace(config, value_range=tuple(splits.train.value_range))
-    if launch.is_leader():
+    if launch.is_leader() and (config.out or not config.dry_run):
         problems.check(lambda: run_folder.check(config, stage_type.command))
     torch.manual_seed(config.seed)  # seeds all random weights of the stage
     prebuilt = problems.check(lambda: stage_type.check(config))
@@ -94,7 +101,33 @@ def _open(stage_type: type[Stage[C]], config: C) -> Splits:
     return splits
 
 
-def _fit(stage_type: type[Stage[C]], config: C, fabric: Any, stage: Stage[C], splits: Splits) -> Any:
+def _preamble(config: TrainConfig, splits: Splits, stage: Stage[Any]) -> list[str]:
+    """Return lines that say what the run learns from, with what, and for how long."""
+    from pecobook.engine.preamble import describe_run
+
+    return aligned([*describe(splits), *describe_run(stage, config, len(splits.train))])
+
+
+def _dry_run(stage_type: type[Stage[C]], config: C, stage: Stage[C], splits: Splits) -> None:
+    """Print the settings to standard output, and what the run would learn from and cost to standard error."""
+    from pecobook.engine.dry_run import estimate
+    from pecobook.engine.run_folder import stored_settings
+
+    print(json.dumps(stored_settings(config, stage_type.command), indent=2), flush=True)
+    preamble = _preamble(config, splits, stage)
+    cost = estimate(stage, _training_stream(stage_type, config, stage, splits), config)
+    last = f"Nothing was written. Without --dry-run the same command trains and writes to {config.out or '--out'}."
+    print("\n".join([*preamble, *aligned(cost), last]), file=sys.stderr)
+
+
+def _training_stream(stage_type: type[Stage[C]], config: C, stage: Stage[C], splits: Splits) -> Stream:
+    companion, views = stage.companions()[0], stage.num_views()
+    return Stream(splits.train, stage_type.view(config), config.seed, companion=companion, num_views=views)
+
+
+def _fit(
+    stage_type: type[Stage[C]], config: C, fabric: Any, stage: Stage[C], splits: Splits, preamble: list[str]
+) -> Any:
     from pecobook.engine.loop import fit
 
     reference = None
@@ -103,16 +136,15 @@ def _fit(stage_type: type[Stage[C]], config: C, fabric: Any, stage: Stage[C], sp
     if view is not None and count and splits.train.labels is not None:
         subset = splits.train.subset(fixed_permutation(i, len(splits.train)) for i in range(count))
         reference = Stream(subset, view, 0)
-    train, held_out = stage.companions()
-    views = stage.num_views()
     return fit(
         fabric,
         stage,
-        Stream(splits.train, stage_type.view(config), config.seed, companion=train, num_views=views),
-        Stream(splits.evaluation, stage_type.evaluation_view(config), 0, companion=held_out),
+        _training_stream(stage_type, config, stage, splits),
+        Stream(splits.evaluation, stage_type.evaluation_view(config), 0, companion=stage.companions()[1]),
         config=config,
         command=stage_type.command,
         reference=reference,
+        preamble=preamble,
     )
 
 

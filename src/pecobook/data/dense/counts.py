@@ -54,11 +54,9 @@ def count_masks(source: SegmentationSource, indices: Iterable[int] | None = None
     """
     from concurrent.futures import ThreadPoolExecutor
 
-    meaning = source.mask_classes
-
     def values_of(index: int) -> dict[int, int] | None:
         try:
-            values = source.read_pixels(index).values(meaning.colours, stretched=meaning.stretched)
+            values, _ = source.read_values(index)
         except BadImage:
             return None
         return pixels_per_value(values)

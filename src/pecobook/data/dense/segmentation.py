@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any, Protocol, cast
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -171,8 +172,8 @@ class SegmentationSource(ImageSource):
 
     def read_mask(self, index: int) -> Tensor:
         """Read the class of every pixel, int16 (H, W), with `IGNORE` at ignored pixels. Raises BadImage."""
-        pixels = self.read_pixels(index)
-        classes = self._table[pixels.values(self.mask_classes.colours, stretched=self.mask_classes.stretched)]
+        meaning = self.mask_classes
+        classes = self._table[self.read_pixels(index).values(meaning.colours, stretched=meaning.stretched)]
         if classes.min() < IGNORE:
             raise BadImage(self.identify_mask(index), "a pixel has no class")
         return torch.from_numpy(classes)
@@ -202,6 +203,11 @@ class SegmentationSource(ImageSource):
         """Read the pixels of a mask as the file has them. Raises BadImage."""
         row, colours = self._row(index), self.mask_classes.colours is not None
         return read_pixels(self._masks.read_mask(row), name=self._masks.identify_mask(row), colours=colours)
+
+    def read_values(self, index: int) -> tuple[npt.NDArray[np.int64], tuple[int, int]]:
+        """Read the pixel values of a mask (H, W), and the image's (height, width) from its header. Raises BadImage."""
+        meaning = self.mask_classes
+        return self.read_pixels(index).values(meaning.colours, stretched=meaning.stretched), self.header_size(index)
 
     def header_size(self, index: int) -> tuple[int, int]:
         """Read the height and width of image `index` from its header. Raises BadImage."""
