@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import io
+import os
 import pickle
+import socket
 import struct
 import warnings
 import zlib
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pytest
+import tifffile
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -19,7 +23,9 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from pecobook.data import decode as decode_module
-from pecobook.data.decode import MAX_PIXELS, BadImage, decode
+from pecobook.data.decode import MAX_PIXELS, BadImage, decode, header_size, read_file
+from pecobook.data.deep import ValueRange
+from pecobook.errors import ConfigError
 
 Pixels = npt.NDArray[np.uint8]
 
@@ -52,6 +58,13 @@ def assert_close(decoded: Tensor, expected: Image.Image | npt.NDArray[Any], leve
     pixels = to_pixels(decoded).astype(int)
     assert pixels.shape == expected_pixels.shape
     assert np.abs(pixels - expected_pixels).max() <= levels
+
+
+def tiff(values: npt.NDArray[Any], **options: Any) -> bytes:
+    buffer = io.BytesIO()
+    options = {"photometric": "rgb" if values.ndim == 3 else "minisblack", **options}
+    tifffile.imwrite(buffer, values, **options)
+    return buffer.getvalue()
 
 
 def png_16(samples: npt.NDArray[np.uint16], colour_type: int) -> bytes:
@@ -169,29 +182,115 @@ def test_16_bit_colour_png(colour_type: int, channels: int) -> None:
     assert_close(decode(png_16(samples, colour_type)), np.rint(expected), levels=2)
 
 
-def test_float_tiff() -> None:
+def test_floats_within_0_and_1_need_no_range() -> None:
     unit = np.linspace(0.25, 0.75, 24 * 40, dtype=np.float32).reshape(24, 40)
     data = encode(Image.fromarray(unit), "TIFF")
     assert_close(decode(data), np.repeat(np.rint(unit.astype(float) * 255)[..., None], 3, axis=-1))
-    wide = unit * 1000 - 500  # no agreed range: stretched
-    decoded = decode(encode(Image.fromarray(wide), "TIFF"))
-    assert (int(decoded.min()), int(decoded.max())) == (0, 255)
-    wide[0, 0], wide[0, 1] = np.nan, np.inf
-    decoded = decode(encode(Image.fromarray(wide), "TIFF"))
-    assert decoded[0, 0, 0] == 0
-    assert decoded[0, 0, 1] == 255
 
 
-@pytest.mark.parametrize("value", [np.nan, 7.0, 0.0])
+@pytest.mark.parametrize("values", [np.full((3, 4), 7.0, np.float32), np.array([[-5, 0, 100_000]], np.int32)])
+def test_other_values_without_a_range_are_refused(values: npt.NDArray[Any]) -> None:
+    data = encode(Image.fromarray(values), "TIFF")
+    with pytest.raises(BadImage, match="give --value-range LOW HIGH"):
+        decode(data)
+
+
+@pytest.mark.parametrize("value", [np.nan, 0.0])
 def test_constant_float(value: float) -> None:
     data = encode(Image.fromarray(np.full((3, 4), value, np.float32)), "TIFF")
     assert decode(data).sum() == 0
 
 
-def test_32_bit_integers_are_stretched() -> None:
-    samples = np.array([[-5, 0, 100_000]], dtype=np.int32)
-    expected = np.rint((samples + 5) / 100_005 * 255)
-    assert_close(decode(encode(Image.fromarray(samples), "TIFF")), np.repeat(expected[..., None], 3, axis=-1))
+def scaled(values: npt.NDArray[Any], low: float, high: float) -> npt.NDArray[Any]:
+    return np.rint(np.clip((values.astype(float) - low) / (high - low), 0, 1) * 255)
+
+
+def test_a_range_keeps_the_levels_of_12_bits_in_16_and_of_noise() -> None:
+    samples = np.arange(4096, dtype=np.uint16).reshape(64, 64)
+    data = encode(Image.fromarray(samples), "PNG")
+    assert len(decode(data)[0].unique()) == 17  # 0..65535 is the range of the type
+    ranged = decode(data, value_range=ValueRange(0, 4095))
+    assert len(ranged[0].unique()) == 256
+    assert (ranged[0].numpy() == scaled(samples, 0, 4095)).all()
+    noise = np.random.default_rng(0).normal(1000, 3, (24, 40)).astype(np.float32)
+    noise[0, :3] = np.nan, np.inf, -np.inf
+    pixels = decode(encode(Image.fromarray(noise), "TIFF"), value_range=ValueRange(0, 2000))[0]
+    assert pixels[0, :3].tolist() == [0, 255, 0]
+    assert int(pixels[1:].max()) - int(pixels[1:].min()) <= 3
+
+
+def test_a_range_does_not_change_8_bits() -> None:
+    for data in (encode(Image.fromarray(picture()), kind) for kind in ("JPEG", "PNG", "WEBP", "TIFF", "GIF")):
+        assert decode(data, value_range=ValueRange(5, 20)).equal(decode(data))
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("order", ["<", ">"])
+@pytest.mark.parametrize("compression", [None, "zlib"])
+def test_a_range_of_16_bit_tiff(channels: int, order: str, compression: str | None) -> None:
+    samples = np.random.default_rng(1).integers(0, 4096, (6, 9, channels)).astype(np.uint16)
+    data = tiff(samples.squeeze(), byteorder=order, compression=compression)
+    expected = np.broadcast_to(scaled(samples, 0, 4095), (6, 9, 3))
+    assert_close(decode(data, value_range=ValueRange(0, 4095)), expected)
+
+
+@pytest.mark.parametrize("order", ["<", ">"])
+@pytest.mark.parametrize("compression", [None, "zlib"])
+@pytest.mark.parametrize("dtype", ["int16", "int32", "float32"])
+def test_a_range_of_signed_integers_and_floats(dtype: str, order: str, compression: str | None) -> None:
+    samples = np.random.default_rng(2).uniform(-1024, 3071, (6, 9)).astype(dtype)
+    data = tiff(samples, byteorder=order, compression=compression)
+    expected = np.repeat(scaled(samples, -1024, 3071)[..., None], 3, axis=-1)
+    assert_close(decode(data, value_range=ValueRange(-1024, 3071)), expected)
+
+
+def test_a_range_of_unsigned_32_bit_integers() -> None:
+    samples = np.array([[0, 2**31, 2**32 - 1]], np.uint32)
+    data = tiff(samples, byteorder="<")
+    assert decode(data, value_range=ValueRange(0, 2**32 - 1))[0].tolist() == [[0, 128, 255]]
+
+
+@pytest.mark.parametrize("channels", [1, 2, 3, 4])
+def test_a_range_of_16_bit_png(channels: int) -> None:
+    samples = np.random.default_rng(3).integers(0, 4096, (6, 9, channels)).astype(np.uint16)
+    opaque = scaled(samples[..., : 3 if channels > 2 else 1], 0, 4095)
+    if channels in (2, 4):
+        samples[..., -1] = np.where(np.arange(9) % 2, 65535, 0)  # every second column is clear: white
+        opaque[:, ::2] = 255
+    data = png_16(samples, {1: 0, 2: 4, 3: 2, 4: 6}[channels])
+    assert_close(decode(data, value_range=ValueRange(0, 4095)), np.broadcast_to(opaque, (6, 9, 3)))
+    luma = decode(data, channels=1, value_range=ValueRange(0, 4095))
+    rgb = Image.fromarray(np.broadcast_to(opaque, (6, 9, 3)).astype(np.uint8))
+    assert_close(luma, np.asarray(rgb.convert("L"))[..., None])
+
+
+def test_transparent_value_of_a_16_bit_png() -> None:
+    samples = np.array([[5, 700, 4095]], np.uint16)
+    data = encode(Image.fromarray(samples), "PNG", transparency=5)
+    assert decode(data, value_range=ValueRange(0, 4095))[0].tolist() == [[255, 44, 255]]
+
+
+@pytest.mark.parametrize("kind", ["P5", "P6"])
+def test_pgm_and_ppm_state_their_largest_value(kind: str) -> None:
+    samples = np.array([[[0, 100, 200], [1000, 500, 250]]], ">u2")[..., : 3 if kind == "P6" else 1]
+    data = f"{kind} 2 1 1000\n".encode() + samples.tobytes()
+    assert_close(decode(data), np.broadcast_to(scaled(samples, 0, 1000), (1, 2, 3)))
+    assert_close(decode(data, value_range=ValueRange(0, 500)), np.broadcast_to(scaled(samples, 0, 500), (1, 2, 3)))
+
+
+def test_white_is_zero() -> None:
+    grey = np.array([[0, 40, 255]], np.uint8)
+    assert decode(tiff(grey, photometric="miniswhite"))[0].tolist() == [[255, 215, 0]]
+    deep = np.array([[0, 16 * 40, 4095]], np.uint16)
+    data = tiff(deep, photometric="miniswhite", byteorder="<")
+    assert decode(data, value_range=ValueRange(0, 4095))[0].tolist() == [[255, 215, 0]]
+    assert decode(tiff(deep * 16, photometric="miniswhite", byteorder="<"))[0].tolist() == [[255, 215, 0]]
+
+
+def test_16_bit_colours_in_planes_are_refused() -> None:
+    data = tiff(np.zeros((3, 5, 7), np.uint16), planarconfig="separate", photometric="rgb")
+    with pytest.raises(BadImage, match="separate planes"):
+        decode(data)
 
 
 def test_1_bit() -> None:
@@ -200,14 +299,75 @@ def test_1_bit() -> None:
     assert_close(decode(data), np.repeat((bits * 255)[..., None], 3, axis=-1))
 
 
+def exif_bytes(orientation: int, order: str = "<", kind: str = "H") -> bytes:
+    """Make EXIF data with an orientation of the type SHORT (H) or LONG (I), in either order of bytes."""
+    value = struct.pack(order + kind, orientation).ljust(4, b"\0")
+    entry = struct.pack(order + "HHI", 0x0112, 3 if kind == "H" else 4, 1) + value
+    head = (b"II*\0" if order == "<" else b"MM\0*") + struct.pack(order + "I", 8)
+    return b"Exif\0\0" + head + struct.pack(order + "H", 1) + entry + b"\0" * 4
+
+
+def assert_upright(data: bytes, orientation: int, levels: int = 0) -> None:
+    expected = ImageOps.exif_transpose(Image.open(io.BytesIO(data))).convert("RGB")
+    assert expected.size == ((24, 40) if orientation >= 5 else (40, 24))
+    assert_close(decode(data), expected, levels=levels)
+    assert header_size(data) == (expected.height, expected.width)
+
+
 @pytest.mark.parametrize("orientation", range(1, 9))
 @pytest.mark.parametrize("format_name", ["JPEG", "PNG", "WEBP", "TIFF"])
 def test_exif_orientation(format_name: str, orientation: int) -> None:
+    for mode in ("RGB", "L"):
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        data = encode(Image.fromarray(picture()).convert(mode), format_name, exif=exif)
+        assert_upright(data, orientation, levels=2 * (format_name == "JPEG"))
+
+
+@pytest.mark.parametrize("order", ["<", ">"])
+@pytest.mark.parametrize("kind", ["H", "I"])
+@pytest.mark.parametrize("format_name", ["JPEG", "PNG", "WEBP"])
+def test_exif_orientation_of_every_type(format_name: str, kind: str, order: str) -> None:
+    exif = exif_bytes(6, order, kind)
+    assert_upright(encode(Image.fromarray(picture()), format_name, exif=exif), 6, levels=2 * (format_name == "JPEG"))
+
+
+@pytest.mark.parametrize("marker", [b"\xff\xe1", b"\xff\xe2"])
+@pytest.mark.parametrize("size", [40, 60_000])
+def test_exif_orientation_behind_another_segment(marker: bytes, size: int) -> None:
+    data = encode(Image.fromarray(picture()), "JPEG", exif=exif_bytes(8))
+    text = b"http://ns.adobe.com/xap/1.0/\0<x/>".ljust(size)
+    segment = marker + struct.pack(">H", len(text) + 2) + text
+    assert_upright(data[:2] + segment + data[2:], 8, levels=2)
+
+
+@pytest.mark.parametrize("where", ["before", "after"])
+def test_exif_orientation_beside_the_pixels_of_a_png(where: str) -> None:
+    data = encode(Image.fromarray(picture()), "PNG")
+    body = exif_bytes(5)[6:]
+    chunk = struct.pack(">I", len(body)) + b"eXIf" + body + struct.pack(">I", zlib.crc32(b"eXIf" + body))
+    at = data.index(b"IDAT" if where == "before" else b"IEND") - 4
+    assert_upright(data[:at] + chunk + data[at:], 5)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("compression", [None, "tiff_deflate", "tiff_lzw"])
+def test_orientation_of_a_16_bit_tiff(compression: str | None, orientation: int) -> None:
+    samples = np.arange(24 * 40, dtype=np.uint16).reshape(24, 40)
     exif = Image.Exif()
     exif[0x0112] = orientation
-    data = encode(Image.fromarray(picture()), format_name, exif=exif)
-    expected = ImageOps.exif_transpose(Image.open(io.BytesIO(data))).convert("RGB")
-    assert_close(decode(data), expected, levels=2 * (format_name == "JPEG"))
+    data = encode(Image.fromarray(samples), "TIFF", compression=compression, exif=exif)
+    expected = ImageOps.exif_transpose(Image.fromarray(samples)) if orientation == 1 else None
+    expected = np.asarray(expected or ImageOps.exif_transpose(Image.open(io.BytesIO(data))))
+    assert decode(data, value_range=ValueRange(0, 959))[0].equal(torch.from_numpy(scaled(expected, 0, 959)).byte())
+    assert header_size(data) == expected.shape
+
+
+@pytest.mark.parametrize("value", [0, 9, 77])
+def test_an_invalid_orientation_is_ignored(value: int) -> None:
+    data = encode(Image.fromarray(picture()), "JPEG", exif=exif_bytes(value))
+    assert decode(data).shape == (3, 24, 40)
+    assert header_size(data) == (24, 40)
 
 
 @pytest.mark.parametrize("format_name", ["JPEG", "PNG", "WEBP", "GIF", "BMP"])
@@ -233,6 +393,17 @@ def test_common_photographs_take_the_fast_path(format_name: str, monkeypatch: py
     assert decode(encode(Image.fromarray(picture()), format_name)).shape == (3, 24, 40)
 
 
+def png_header(width: int, height: int, colour_type: int) -> bytes:
+    body = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, colour_type, 0, 0, 0)
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + struct.pack(">I", 13)
+        + body
+        + struct.pack(">I", zlib.crc32(body))
+        + b"\0\0\0\0IDAT\0\0\0\0"
+    )
+
+
 def valid(format_name: str) -> bytes:
     return encode(Image.fromarray(picture()), format_name)
 
@@ -248,6 +419,9 @@ BROKEN = {
     "header only": (valid("JPEG")[:30], ""),
     "png signature only": (valid("PNG")[:8], ""),
     "eps": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n", "not an image"),
+    "rgba bomb": (png_header(13_370, 13_370, 6), "PECOBOOK_MAX_PIXELS raises this limit"),
+    "no width": (png_header(0, 5, 2), ""),
+    "no height": (b"P6\n5 0\n255\n", ""),
     "bomb": (b"P6\n20000 20000\n255\n", f"more than {MAX_PIXELS:,} pixels"),
 }
 
@@ -278,6 +452,51 @@ def test_pillows_limit_does_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)
     with pytest.raises(BadImage, match="20000 x 20000"):
         decode(BROKEN["bomb"][0])
+
+
+def test_the_limit_of_pixels_can_be_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    data = encode(Image.fromarray(picture()), "JPEG")
+    monkeypatch.setenv("PECOBOOK_MAX_PIXELS", "960")
+    assert decode(data).shape == (3, 24, 40)
+    monkeypatch.setenv("PECOBOOK_MAX_PIXELS", "959")
+    with pytest.raises(BadImage, match=r"a\.jpg: 40 x 24 is more than 959 pixels"):
+        decode(data, name="a.jpg")
+    monkeypatch.setenv("PECOBOOK_MAX_PIXELS", "many")
+    with pytest.raises(ConfigError, match="PECOBOOK_MAX_PIXELS is 'many'"):
+        decode(data)
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "CMYK", "RGB"])
+def test_large_images_are_converted_in_strips(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    image = Image.fromarray(picture(channels=4), "RGBA")
+    image = image.convert("RGB").convert(mode) if mode in ("CMYK", "P") else image.convert(mode)
+    data = encode(image, "TIFF" if mode == "CMYK" else "PNG", **({"transparency": 3} if mode == "P" else {}))
+    whole = decode(data)
+    monkeypatch.setattr(decode_module, "_STRIP_PIXELS", 7 * 40)
+    assert decode(data).equal(whole)
+
+
+def test_only_regular_files_are_read(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.png")
+    (tmp_path / "link.png").symlink_to("/dev/zero")
+    (tmp_path / "folder.png").mkdir()
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(tmp_path / "s.png"))
+    kinds = {"pipe": "a named pipe", "link": "a device", "folder": "a folder", "s": "a socket"}
+    for stem, kind in kinds.items():
+        with pytest.raises(BadImage, match=f"{stem}.png: {kind}, not a regular file"):
+            read_file(tmp_path / f"{stem}.png")
+        assert header_size(tmp_path / f"{stem}.png") is None
+    with pytest.raises(BadImage, match="No such file"):
+        read_file(tmp_path / "none.png")
+
+
+def test_a_file_of_40_gb_is_not_read(tmp_path: Path) -> None:
+    file = tmp_path / "large.png"
+    with file.open("wb") as sparse:
+        sparse.truncate(40 * 10**9)
+    with pytest.raises(BadImage, match="40,000,000,000 bytes are more than 1,073,741,824"):
+        read_file(file)
 
 
 @settings(max_examples=150, deadline=None)

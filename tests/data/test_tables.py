@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +13,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from pecobook.data.decode import BadImage
-from pecobook.data.images import open_images
+from pecobook.data.images import check_labels, open_images
+from pecobook.data.source import ImageSource
 from pecobook.errors import DataError
-from tests.data.sources import labels, make_parquet, names, png, values
+from tests.data.sources import labels, make_parquet, names, png, values, write
 
 
 def test_parquet(tmp_path: Path) -> None:
@@ -76,22 +79,91 @@ def test_parquet_binary_column_and_classes_txt(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("column", "classes"),
+    ("column", "classes", "problem"),
     [
-        (["b", "a", "b"], ("a", "b")),
-        ([7, 100, 7], ("7", "100")),
-        ([0, None, 1], None),
-        ([-1, -1, -1], None),
-        ([0.5, 1.0, 2.0], None),
-        (None, None),
+        (["b", "a", "b"], ("a", "b"), ""),
+        ([7, 100, 7], ("7", "100"), ""),
+        ([9.0, 10.0, 9.0], ("9", "10"), ""),
+        ([True, False, True], ("False", "True"), ""),
+        ([0, None, 1], None, r"1 of 3 images of train have no label, the first: .*train.parquet row 1$"),
+        ([0, -1, 1], None, r"1 of 3 images of train have no label, the first: .*train.parquet row 1$"),
+        ([0.0, 1.0, float("nan")], None, r"1 of 3 images of train have no label, the first: .*train.parquet row 2$"),
+        (["a", "b", " "], None, r"1 of 3 images of train have no label, the first: .*train.parquet row 2$"),
+        ([-1, -1, -1], None, "no image of train has one$"),
+        ([None, None, None], None, "no image of train has one$"),
+        ([1.0, 0.5, 2.0], None, r"the column 'label' holds 0.5 in .*train.parquet row 1, which is no class$"),
+        ([3, 3, 3], None, "all images of train have the one class '3'$"),
+        ([[1], [2], [3]], None, r"the column 'label' holds List.*, which is no class$"),
+        (None, None, "there is no column 'label', only image$"),
     ],
 )
-def test_parquet_labels(tmp_path: Path, column: list[Any] | None, classes: tuple[str, ...] | None) -> None:
+def test_parquet_labels(
+    tmp_path: Path, column: list[Any] | None, classes: tuple[str, ...] | None, problem: str
+) -> None:
     data: dict[str, Any] = {"image": [png(1), png(2), png(3)]}
-    pq.write_table(pa.table(data if column is None else data | {"label": column}), tmp_path / "d.parquet")
-    train = open_images(str(tmp_path)).train
-    assert train.classes == classes
-    assert (train.labels is None) == (classes is None)
+    pq.write_table(pa.table(data if column is None else data | {"label": column}), tmp_path / "train.parquet")
+    pq.write_table(pa.table({"image": [png(1)]}), tmp_path / "test.parquet")
+    splits = open_images(str(tmp_path))
+    assert splits.train.classes == classes
+    assert (splits.train.labels is None) == (classes is None)
+    assert re.search(problem, splits.train.unlabelled)
+    if problem:
+        with pytest.raises(DataError, match="has no labels that can be used: " + problem.removesuffix("$")):
+            check_labels(splits, "x")
+
+
+def test_a_missing_label_of_a_held_out_image_is_named(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"image": [png(1), png(2)], "label": [0, 1]}), tmp_path / "train.parquet")
+    pq.write_table(pa.table({"image": [png(3), png(4)], "label": [0, None]}), tmp_path / "test.parquet")
+    splits = open_images(str(tmp_path))
+    problem = f"1 of 2 images of test have no label, the first: {tmp_path / 'test.parquet'} row 1"
+    assert splits.train.labels is not None
+    assert splits.notes == (f"The labels of test are not used: {problem}.",)
+    with pytest.raises(DataError, match=rf"for its held-out images \(test\): {problem}"):
+        check_labels(splits, "x")
+
+
+def test_a_parquet_file_that_is_replaced_under_the_same_time(tmp_path: Path) -> None:
+    path, fingerprints = tmp_path / "d.parquet", set()
+    for first in (1, 5):
+        columns = {"image": [png(first), png(first + 1)], "label": [first, first + 1]}
+        pq.write_table(pa.table(columns), path)
+        os.utime(path, ns=(10**18, 10**18))
+        splits = open_images(str(path))
+        both = [(value, label) for s in (splits.train, splits.evaluation) for value, label in pairs(s)]
+        assert sorted(both) == [(first, str(first)), (first + 1, str(first + 1))]
+        fingerprints.add(splits.train.fingerprint)
+    assert len(fingerprints) == 2
+
+
+def pairs(source: ImageSource) -> list[tuple[int, str]]:
+    return list(zip(values(source), labels(source) or [], strict=True))
+
+
+@pytest.mark.parametrize("form", ["text", "struct"])
+def test_paths_are_looked_up_beside_the_parquet_file(tmp_path: Path, form: str) -> None:
+    write(tmp_path / "set" / "images" / "a.png", 1)
+    write(tmp_path / "set" / "images" / "b.png", 2)
+    write(tmp_path / "c.png", 3)
+    paths = ["images/a.png", "images\\b.png", str(tmp_path / "c.png"), "images/none.png"]
+    column = paths if form == "text" else [{"bytes": None, "path": path} for path in paths]
+    pq.write_table(pa.table({"image": column}), tmp_path / "set" / "train.parquet")
+    pq.write_table(pa.table({"image": column[:1]}), tmp_path / "set" / "test.parquet")
+    splits = open_images(str(tmp_path / "set" / "*.parquet"))
+    assert values(splits.train.subset(range(3))) == [1, 2, 3]
+    with pytest.raises(BadImage, match=r"row 3: .*set/images/none.png: No such file"):
+        splits.train.read(3)
+
+
+def test_files_without_a_split_are_counted(tmp_path: Path) -> None:
+    for name in ("train.parquet", "imagenet_val.parquet", "valencia.parquet", "testaccio.parquet"):
+        pq.write_table(pa.table({"image": [png(1), png(2)]}), tmp_path / name)
+    (tmp_path / "about.md").touch()
+    splits = open_images(str(tmp_path))
+    assert splits.evaluation_name == "validation"
+    assert splits.left_out == {"in files that name no split, beside files that do": 4, "extension .md": 1}
+    (note,) = open_images(str(tmp_path / "imagenet_val.parquet")).notes
+    assert "Nothing is named train beside 'imagenet_val.parquet'" in note
 
 
 def test_parquet_errors(tmp_path: Path) -> None:
@@ -141,6 +213,14 @@ def test_hub(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (values(splits.train), labels(splits.train)) == ([1, 2, 3], ["b", "a", "b"])
     assert (values(splits.evaluation), splits.evaluation.classes) == ([4, 5], ("a", "b"))
     assert splits.train.identify(1) == "some/images train row 1"
+
+
+def test_hub_splits_that_stay_unused(monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded = hub(training=[1, 2], training_extra=[3, 4, 5], dev=[6], unsupervised=[7])
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_: loaded)
+    splits = open_images("hf:x/y")
+    assert (values(splits.train), values(splits.evaluation), splits.evaluation_name) == ([1, 2], [6], "validation")
+    assert splits.left_out == {"in the hub's split 'training_extra'": 3, "in the hub's split 'unsupervised'": 1}
 
 
 def test_hub_with_unlabelled_test(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -30,13 +30,14 @@ def probe(config: ProbeConfig | None = None, **settings: Any) -> dict[str, Any]:
         PecobookError: the images have no labels, the network does not exist, or the file cannot be written.
     """
     from pecobook.commands.extract import extract
-    from pecobook.data.images import check_labels, open_images
+    from pecobook.data.images import check_labels
     from pecobook.engine.preamble import show_source
+    from pecobook.engine.value_range import open_readable
 
     config = replace(config or ProbeConfig(), settings)
     check_new_file(config.out)
     features, image_size = _feature_function(config)
-    splits = open_images(config.data)
+    splits = open_readable(config.data, config.value_range, [config.backbone])
     check_labels(splits, config.data)
     show_source(splits)
     size = config.image_size or image_size

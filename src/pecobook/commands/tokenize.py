@@ -60,15 +60,16 @@ def tokenize(config: TokenizeConfig) -> Path:
 
 def _preflight(config: TokenizeConfig) -> tuple[Splits, Any, dict[str, Any]]:
     """Check everything before anything is written; return the images, the tokenizer and the config of the bank."""
-    from pecobook.data.images import open_readable
     from pecobook.data.named_views import NamedViews
     from pecobook.engine import launch
+    from pecobook.engine.value_range import open_readable
     from pecobook.models.tokenizers import fingerprint
 
     preflight = Preflight()
     if launch.is_leader():
         preflight.check(_folder(config).check)
-    splits = preflight.check(lambda: open_readable(config.data))
+    quiet = not launch.is_leader()
+    splits = preflight.check(lambda: open_readable(config.data, config.value_range, [config.tokenizer], quiet=quiet))
     tokenizer = preflight.check(lambda: _open_tokenizer(config))
     precision = preflight.check(lambda: launch.resolve_precision(config))  # type: ignore[arg-type]
     preflight.finish()
@@ -79,6 +80,7 @@ def _preflight(config: TokenizeConfig) -> tuple[Splits, Any, dict[str, Any]]:
         "kind": "token bank",
         "tokenizer": fingerprint(tokenizer),
         "grid": [views.tokenizer_size // tokenizer.stride] * 2,
+        "value_range": splits.train.value_range and list(splits.train.value_range),
         "data": splits.train.fingerprint,
         "evaluation_data": splits.evaluation.fingerprint,
         **views.settings(),

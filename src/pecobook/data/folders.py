@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from pecobook.data.decode import BadImage, decode
+from pecobook.data.decode import Range, decode, read_file
 from pecobook.data.layout import Folder, Layout, read_layout
 from pecobook.data.source import IMAGE_EXTENSIONS, Contents, Integers, Labels, Part
 from pecobook.data.split_names import SHADOW_FOLDER
@@ -34,6 +34,8 @@ _IMAGENET_NAME = re.compile(r"ILSVRC2012_(val|test)_\d{8}\.JPEG")
 
 class FileStore:
     """Image files under one folder, as relative paths in an Arrow column."""
+
+    value_range: Range | None = None
 
     def __init__(self, root: Path, paths: Any) -> None:
         self.root = root
@@ -53,11 +55,7 @@ class FileStore:
         """Read and decode the image of a row: uint8 (3, H, W)."""
         path = self._path(row)
         name = os.fsencode(path).decode(errors="replace")
-        try:
-            data = path.read_bytes()
-        except OSError as error:
-            raise BadImage(name, error.strerror or str(error)) from error
-        return decode(data, name=name)
+        return decode(read_file(path, name), name=name, value_range=self.value_range)
 
     def digest(self, rows: Integers) -> str:
         """Return a hash of the relative paths."""
@@ -169,8 +167,8 @@ def walk(root: Path) -> Listing:
             if kind != _FILE:
                 (subfolders if kind == _FOLDER else links).append((folder + name + b"/", (*group, os.fsdecode(name))))
                 continue
-            extension = name.lower().rpartition(b".")[2] if b"." in name else b""
-            if extension in _EXTENSIONS:
+            _, dot, extension = name.lower().rpartition(b".")
+            if dot and extension in _EXTENSIONS:
                 if group_number < 0:
                     group_number = len(listing.groups)
                     listing.groups.append(group)
@@ -179,12 +177,12 @@ def walk(root: Path) -> Listing:
                 if len(names) == _CHUNK:
                     listing.chunks.append(_to_arrow(names))
                     names = []
-            elif extension == b"parquet":
+            elif dot and extension == b"parquet":
                 listing.tables.append(root / os.fsdecode(folder + name))
-            elif extension == b"tar":
+            elif dot and extension == b"tar":
                 listing.shards.append(root / os.fsdecode(folder + name))
             else:
-                listing.left_out[_reason_for_extension(extension)] += 1
+                listing.left_out[_reason_for_extension(extension if dot else b"")] += 1
         stack += reversed(subfolders)
     if names:
         listing.chunks.append(_to_arrow(names))
@@ -209,14 +207,15 @@ def _entries(folder: bytes, left_out: Counter[str]) -> list[tuple[bytes, int]]:
         with os.scandir(folder) as entries:
             found = []
             for entry in entries:
-                if entry.name.startswith(b".") or entry.name == _SHADOW_FOLDER:
+                name = entry.name
+                if name.startswith(b".") or name == _SHADOW_FOLDER:
                     left_out["hidden"] += 1
-                elif entry.is_dir(follow_symlinks=False):
-                    found.append((entry.name, _FOLDER))
                 elif entry.is_file(follow_symlinks=False):
-                    found.append((entry.name, _FILE))
+                    found.append((name, _FILE))
+                elif entry.is_dir(follow_symlinks=False):
+                    found.append((name, _FOLDER))
                 elif (kind := _kind_of_link(entry)) is not None:
-                    found.append((entry.name, kind))
+                    found.append((name, kind))
                 else:
                     left_out["broken link" if entry.is_symlink() else "not a regular file"] += 1
             return sorted(found)

@@ -43,13 +43,6 @@ def open_images(source: str) -> Splits:
     return assemble(source, _open(source))
 
 
-def open_readable(source: str) -> Splits:
-    """Open an image source. Raises DataError also if none of the first few training images can be read."""
-    splits = open_images(source)
-    check_readable(splits.train)
-    return splits
-
-
 def check_readable(source: ImageSource, count: int = 8) -> None:
     """Raise DataError if none of the first `count` images can be read."""
     from pecobook.data.decode import BadImage

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from pecobook.data.decode import BadImage, decode
+from pecobook.data.decode import BadImage, Range, check_bytes, decode
 from pecobook.data.source import IMAGE_EXTENSIONS, Contents, Integers, Labels, Part, file_version, relative_names
 from pecobook.data.split_names import group_by_split, note_ignored_splits
 from pecobook.data.tar_index import index_shard
@@ -39,6 +39,8 @@ class ShardStore:
         shards: the tar files.
         index: Arrow table with the columns shard (number), member (name), offset and size (both in bytes).
     """
+
+    value_range: Range | None = None
 
     def __init__(self, shards: list[Path], index: Any) -> None:
         self._shards = shards
@@ -66,13 +68,14 @@ class ShardStore:
     def read(self, row: int) -> Tensor:
         """Read and decode the image of a row: uint8 (3, H, W)."""
         name, size = self.identify(row), int(self._size[row])
+        check_bytes(size, name)
         try:
             data = self._pread(int(self._shard[row]), size, int(self._offset[row]))
         except OSError as error:
             raise BadImage(name, error.strerror or str(error)) from error
         if len(data) < size:
             raise BadImage(name, f"the shard ends {size - len(data)} bytes too early")
-        return decode(data, name=name)
+        return decode(data, name=name, value_range=self.value_range)
 
     def _pread(self, shard: int, size: int, offset: int) -> bytes:
         descriptor = self._open.get(shard)

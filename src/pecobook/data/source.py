@@ -21,29 +21,12 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
+from pecobook.data.decode import Range
+from pecobook.data.deep import FULL_16_BITS, ValueRange
 from pecobook.errors import DataError, did_you_mean
 
-IMAGE_EXTENSIONS = (
-    *(
-        "jpg",
-        "jpeg",
-        "jpe",
-        "jfif",
-        "png",
-        "apng",
-        "bmp",
-        "dib",
-        "gif",
-        "tif",
-        "tiff",
-        "webp",
-        "ppm",
-        "pgm",
-        "pbm",
-        "pnm",
-    ),
-    *("jp2", "j2k", "jpx", "avif", "heic", "heif", "npy"),
-)
+_EXTENSIONS = "jpg jpeg jpe jfif png apng bmp dib gif tif tiff webp ppm pgm pbm pnm jp2 j2k jpx avif heic heif npy"
+IMAGE_EXTENSIONS = tuple(_EXTENSIONS.split())
 
 Integers = npt.NDArray[np.int64]
 
@@ -52,7 +35,12 @@ class Store(Protocol):
     """Rows of images that can be read in any order.
 
     A store can be pickled and forked: each process opens a file when it first reads from it.
+
+    Attributes:
+        value_range: the values that become black and white in images with more than 8 bits; see `decode`.
     """
+
+    value_range: Range | None
 
     def __len__(self) -> int: ...
 
@@ -131,14 +119,27 @@ class ImageSource:
         return part
 
     @property
+    def value_range(self) -> ValueRange | None:
+        """The values that become black and white in images with more than 8 bits; None if no range was set."""
+        value_range = self._store.value_range
+        return value_range if isinstance(value_range, ValueRange) else None
+
+    def use_range(self, value_range: Range | None) -> None:
+        """Decode images with more than 8 bits with this range, in all sources that share the store too."""
+        self._store.value_range = value_range
+
+    @property
     def fingerprint(self) -> str:
         """16 hexadecimal digits that change when the images change.
 
         The fingerprint is a hash of names (and of sizes if reading them takes no time), not of pixels. It does not
-        depend on the location of the folder.
+        depend on the location of the folder. A range of values that was set changes the fingerprint.
         """
         rows = np.arange(len(self), dtype=np.int64) if self._rows is None else self._rows
-        return hashlib.sha256(f"{len(self)} {self._store.digest(rows)}".encode()).hexdigest()[:16]
+        identity = f"{len(self)} {self._store.digest(rows)}"
+        if self.value_range not in (None, FULL_16_BITS):  # both give the same pixels
+            identity += f" {self.value_range}"
+        return hashlib.sha256(identity.encode()).hexdigest()[:16]
 
     def _row(self, index: int) -> int:
         if not 0 <= index < len(self):

@@ -16,7 +16,7 @@ from typing import Any, cast
 import numpy as np
 from torch import Tensor
 
-from pecobook.data.decode import BadImage, decode
+from pecobook.data.decode import BadImage, Range, decode, read_file
 from pecobook.data.source import Contents, Integers, Labels, Part, file_version, relative_names
 from pecobook.data.split_names import group_by_split, note_ignored_splits
 from pecobook.errors import DataError, did_you_mean, first_line
@@ -32,6 +32,8 @@ class TableStore:
         files: (name, number of rows) of the files that hold the rows, in order.
         identity: text that identifies the table; it goes into the fingerprint.
     """
+
+    value_range: Range | None = None
 
     def __init__(self, images: Any, column: str, files: Sequence[tuple[str, int]], identity: str) -> None:
         self._images, self._column, self._identity = images, column, identity
@@ -51,7 +53,7 @@ class TableStore:
 
     def read(self, row: int) -> Tensor:
         """Read and decode the image of a row: uint8 (3, H, W)."""
-        return decode(self.encoded(row), name=self.identify(row))
+        return decode(self.encoded(row), name=self.identify(row), value_range=self.value_range)
 
     def encoded(self, row: int) -> bytes:
         """Return the encoded bytes of the image of a row. Raises BadImage."""
@@ -71,9 +73,9 @@ class TableStore:
         if "\\" in path and not file.is_file():  # written on Windows
             file = folder / path.replace("\\", "/")
         try:
-            return file.read_bytes()
-        except OSError as error:
-            raise BadImage(self.identify(row), f"{file}: {error.strerror}") from error
+            return read_file(file)
+        except BadImage as error:
+            raise BadImage(self.identify(row), str(error)) from error
 
     def digest(self, rows: Integers) -> str:
         """Return a hash of the files' names and sizes and of the row numbers."""
@@ -224,8 +226,10 @@ def _part(
 
 
 def _holds_bytes(feature: Any) -> bool:
-    inner = feature.get("bytes") if isinstance(feature, dict) else feature
-    return getattr(inner, "dtype", None) in ("binary", "large_binary", "string", "large_string")
+    """Return whether a column holds encoded images, or paths of images."""
+    fields = [feature.get("bytes"), feature.get("path")] if isinstance(feature, dict) else [feature]
+    types = {getattr(field, "dtype", None) for field in fields} - {None, "null"}
+    return bool(types) and types <= {"binary", "large_binary", "string", "large_string"}
 
 
 def _image_column(source: str, features: Any) -> str:

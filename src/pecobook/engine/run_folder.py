@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from pecobook.errors import RunFolderError
+from pecobook.settings.images import AUTO, RangeSetting
 from pecobook.settings.training import TrainConfig
-from pecobook.settings.values import changed_settings, complete, to_dict
+from pecobook.settings.values import BEFORE, changed_settings, complete, to_dict
 from pecobook.utils.files import write_json
 from pecobook.utils.folder_lock import FolderLock, content
 from pecobook.utils.output_folder import OutputFolder
@@ -31,6 +32,15 @@ def check(config: TrainConfig, command: str) -> None:
 def prepare(config: TrainConfig, command: str) -> FolderLock:
     """Create and lock the folder, write config.json and environment.json, and return the lock."""
     return _folder(config, command).begin(partial(_write_settings, config, command))
+
+
+def recorded_range(out: str) -> RangeSetting:
+    """Return the range of values that the run in the folder `out` took; `AUTO` if there is no such run."""
+    try:
+        settings = json.loads((Path(out) / "config.json").read_text())
+        return tuple(settings.get("value_range", BEFORE["value_range"]))
+    except (OSError, ValueError, AttributeError, TypeError):  # no run: `check` says so
+        return AUTO
 
 
 def _folder(config: TrainConfig, command: str) -> OutputFolder:

@@ -14,6 +14,7 @@ from typing import Any, ClassVar, Self
 from torch import Tensor, nn
 
 from pecobook.errors import PecobookError, WeightsError, first_line
+from pecobook.settings.images import AUTO, RangeSetting
 
 
 def export_folder(path: str | Path) -> Path:
@@ -116,6 +117,8 @@ class Exported(nn.Module):
     """The commands whose runs export a network of this kind, for error messages."""
     origin: str = ""
     """How the network was trained, read from the export by `from_pretrained`; empty if that is unknown."""
+    value_range: RangeSetting = AUTO
+    """The values that became black and white in training images with more than 8 bits, from the export."""
 
     def settings(self) -> dict[str, Any]:
         """Return the settings from which `rebuild` builds an equal network, as JSON values."""
@@ -173,6 +176,8 @@ class Exported(nn.Module):
         loading_code = self.hub_loading_code(repo_id) if repo_id else self.loading_code("path/to/this/folder")
         origin = origin or self.origin
         config = {"kind": self.kind, **self.settings(), **({"origin": origin} if origin else {})}
+        if self.value_range != AUTO:
+            config["value_range"] = list(self.value_range)
         write_export(Path(folder), config, exported, self.card(origin).render(loading_code))
 
     @classmethod
@@ -185,8 +190,9 @@ class Exported(nn.Module):
         Raises:
             WeightsError: the export is missing, damaged, or of another kind.
         """
-        config, state = read_export(_resolve_source(source))
+        config, state = read_export(resolve_source(source))
         kind, origin = config.pop("kind", None), config.pop("origin", "")
+        value_range = tuple(config.pop("value_range", AUTO))
         if kind != cls.kind:
             raise WeightsError(
                 f"'{source}' is {f'a {kind}' if kind else 'no export of pecobook'}, not a {cls.kind}: give a run of "
@@ -197,7 +203,7 @@ class Exported(nn.Module):
             network.load_exported(state)
         except (PecobookError, KeyError, IndexError, TypeError, ValueError, RuntimeError) as error:
             raise WeightsError(f"The {cls.kind} in '{source}' is damaged: {error}") from None
-        network.origin = origin
+        network.origin, network.value_range = origin, value_range
         return network.eval()
 
     def push_to_hub(self, repo_id: str, *, private: bool = False) -> str:
@@ -222,7 +228,7 @@ class Exported(nn.Module):
         return str(url)
 
 
-def _resolve_source(source: str | Path) -> Path:
+def resolve_source(source: str | Path) -> Path:
     """Return the local folder of `source`; download it if `source` is not a path and has the form `owner/name`."""
     if Path(source).exists() or str(source).count("/") != 1 or str(source).startswith((".", "/")):
         return Path(source)

@@ -5,11 +5,12 @@ from __future__ import annotations
 import dataclasses
 import math
 
+from pecobook.settings.images import ImagesConfig
 from pecobook.settings.values import between, positive
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class AnalyzeConfig:
+class AnalyzeConfig(ImagesConfig):
     """Find out what the codewords of one or more tokenizers mean, on your images."""
 
     tokenizer: str = ""
@@ -21,8 +22,6 @@ class AnalyzeConfig:
     training images."""
     backbone: tuple[str, ...] = ()
     """Pretrain runs, to show their predictions of masked patches side by side."""
-    data: str = "photos"
-    """Images: a folder, a parquet file or folder, tar shards, hf:owner/name, or photos (built in)."""
     out: str = ""
     """Folder for analysis.json, report.html and pictures/. It must be new or empty, unless --overwrite is given."""
     overwrite: bool = False
@@ -51,6 +50,7 @@ class AnalyzeConfig:
     """Seed of the random choices: codewords and patches of the galleries, and masks."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         positive(self, "max_train", "max_test")
         between(self, 0, 2**31 - 1, "seed")
         between(self, 0, math.inf, "codewords")

@@ -45,7 +45,7 @@ FREE_ON_RESUME = frozenset(
 RETIRED = frozenset({"min_crop", "optim.layer_decay", "colour.blur", "colour.solarise", "compile"})
 
 # The value that a setting had, in effect, before there was the setting, where it differs from the default.
-BEFORE = {"group_size": 0}
+BEFORE = {"group_size": 0, "value_range": [0.0, 65535.0]}
 
 _collected: contextvars.ContextVar[list[tuple[str, str]] | None] = contextvars.ContextVar("collected", default=None)
 

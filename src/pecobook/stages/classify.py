@@ -110,6 +110,7 @@ class ClassifyStage(Stage[FinetuneConfig]):
         """Write the classifier as a plain timm network, with the names of its classes."""
         weights = submodule_state(state, "network" if self.averaged is None else "averaged")
         classifier = Classifier(self.network, *self._backbone_fields, classes=self.classes, crop=self.config.eval_crop)
+        classifier.value_range = self.config.value_range
         classifier.save_pretrained(folder, state=weights, origin="classification")
         return classifier.loading_code(str(folder))
 

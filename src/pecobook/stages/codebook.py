@@ -213,6 +213,7 @@ class CodebookStage(Stage[CodebookConfig]):
 
     def export(self, folder: Path, state: dict[str, Tensor]) -> str:
         """Write the tokenizer."""
+        self.tokenizer.value_range = self.config.value_range
         self.tokenizer.save_pretrained(folder, state=submodule_state(state, "tokenizer"), origin=_origin(self.config))
         return self.tokenizer.loading_code(self.config.out)
 

@@ -126,6 +126,7 @@ class MocoStage(Stage[ContrastConfig]):
         """Write the backbone as a plain timm network."""
         args, size = _backbone_args(self.config), self.config.image_size
         backbone = Backbone(self.backbone, self.config.model.name, args, IMAGENET_MEAN, IMAGENET_STD, size)
+        backbone.value_range = self.config.value_range
         backbone.save_pretrained(folder, state=submodule_state(state, "backbone"), origin="MoCo v3")
         return backbone.loading_code(str(folder))
 

@@ -126,6 +126,7 @@ class PretrainStage(Stage[PretrainConfig]):
         weights, args = unshare_positions(submodule_state(model, "backbone"), backbone_args(self.config))
         name, size, target = self.config.model.name, self.config.image_size, self.config.target
         backbone = Backbone(self.model.backbone, name, args, IMAGENET_MEAN, IMAGENET_STD, size, target=target)
+        backbone.value_range = self.config.value_range
         backbone.save_pretrained(folder, state=weights, origin="PeCo masked image modelling")
         return backbone.loading_code(str(folder))
 
@@ -152,7 +153,10 @@ class PretrainStage(Stage[PretrainConfig]):
         if not config.tokens:
             return
         bank_config = read_bank_config(Path(config.tokens))
-        expected = {"data": splits.train.fingerprint, "evaluation_data": splits.evaluation.fingerprint}
+        expected: dict[str, Any] = {}
+        if "value_range" in bank_config:  # the fingerprints differ too, but do not say why
+            expected["value_range"] = splits.train.value_range and list(splits.train.value_range)
+        expected |= {"data": splits.train.fingerprint, "evaluation_data": splits.evaluation.fingerprint}
         differences = bank_differences(bank_config, expected)
         if differences:
             raise DataError(

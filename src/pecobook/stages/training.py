@@ -17,7 +17,9 @@ from pecobook.data.source import Splits
 from pecobook.data.stream import Stream
 from pecobook.data.summary import aligned, describe
 from pecobook.engine.stage import Stage
+from pecobook.engine.value_range import set_value_range
 from pecobook.errors import Preflight, RunFolderError, first_line
+from pecobook.settings.images import AUTO
 from pecobook.settings.training import TrainConfig
 from pecobook.utils.distributed import on_first_rank
 
@@ -69,9 +71,13 @@ def preflight(stage_type: type[Stage[C]], config: C) -> Ready[C]:
     precision = problems.check(lambda: launch.resolve_precision(config))
     if precision is not None:  # --resume compares resolved precisions, not `auto`
         config = dataclasses.replace(config, precision=precision)  # type: ignore[arg-type]
+    if config.resume and config.value_range == AUTO:
+        config = dataclasses.replace(config, value_range=run_folder.recorded_range(config.out))
+    splits = problems.check(lambda: _open(stage_type, config))
+    if splits is not None and splits.train.value_range is not None:
+        config = dataclasses.replace(config, value_range=tuple(splits.train.value_range))
     if launch.is_leader() and (config.out or not config.dry_run):
         problems.check(lambda: run_folder.check(config, stage_type.command))
-    splits = problems.check(lambda: _open(stage_type, config))
     torch.manual_seed(config.seed)  # seeds all random weights of the stage
     prebuilt = problems.check(lambda: stage_type.check(config))
     problems.check(lambda: launch.micro_batch_size(config))
@@ -82,7 +88,12 @@ def preflight(stage_type: type[Stage[C]], config: C) -> Ready[C]:
 
 
 def _open(stage_type: type[Stage[C]], config: C) -> Splits:
+    from pecobook.engine import launch
+
     splits = stage_type.open(config)
+    names = (getattr(config, name, "") for name in ("tokenizer", "backbone", "perceptual"))
+    models = [name if isinstance(name, str) else name.network for name in names]  # the perceptual network is a group
+    set_value_range(splits, config.value_range, models, quiet=not launch.is_leader())
     check_readable(splits.train)
     if stage_type.needs_labels(config):
         check_labels(splits, config.data)

@@ -70,7 +70,8 @@ def open_classifier(config: AnalyzeConfig, splits: Splits) -> RestrictedClassifi
     """
     classes = splits.train.classes
     if classes is None:
-        raise DataError(f"--classifier needs labels: --data '{config.data}' has no labels.")
+        reason = f" that can be used: {splits.train.unlabelled}" if splits.train.unlabelled else ""
+        raise DataError(f"--classifier needs labels: --data '{config.data}' has no labels{reason}.")
     name = config.classifier
     if name.startswith("timm:"):
         network = create_network(name.removeprefix("timm:"), pretrained=not config.classifier_weights)

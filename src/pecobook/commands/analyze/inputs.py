@@ -11,9 +11,9 @@ from pecobook.analysis.similarity import find_bapps
 from pecobook.commands.analyze.classifier import RestrictedClassifier, open_classifier
 from pecobook.commands.analyze.masked import open_runs
 from pecobook.commands.analyze.names import unique_names
-from pecobook.data.images import open_images
 from pecobook.data.source import Splits
 from pecobook.data.tokens import TokenBank, bank_differences
+from pecobook.engine.value_range import open_readable
 from pecobook.errors import ConfigError, DataError, Preflight, WeightsError
 from pecobook.models.perceptual import PerceptualDistance
 from pecobook.models.tokenizers import fingerprint, load_tokenizer
@@ -50,8 +50,8 @@ class AnalysisInputs:
 def open_inputs(config: AnalyzeConfig) -> AnalysisInputs:
     """Open all inputs of the settings. Raises PreflightError with all problems, not only the first."""
     preflight = Preflight()
-    splits = preflight.check(lambda: open_images(config.data))
     sources = (config.tokenizer, *config.against)
+    splits = preflight.check(lambda: open_readable(config.data, config.value_range, sources))
     tokenizers = []
     for name, source in zip(unique_names(sources), sources, strict=True):
         tokenizer_input = preflight.check(partial(_open, config, name, source))

@@ -32,7 +32,8 @@ def plan(config: DemoConfig) -> dict[str, Job]:
 
     out = Path(config.out)
     sizes = _gpu() if _budget(config) == "gpu" else _cpu()
-    common = {"data": config.data, "seed": config.seed, "loggers": (), "save_minutes": 1.0, "keep_checkpoints": 1}
+    common = {"data": config.data, "value_range": config.value_range, "seed": config.seed}
+    common |= {"loggers": (), "save_minutes": 1.0, "keep_checkpoints": 1}
 
     def adapt(base: TrainConfig, name: str) -> TrainConfig:
         steps = max(round(int(base.max_steps) * config.length), 1)

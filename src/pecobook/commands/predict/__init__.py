@@ -51,6 +51,8 @@ def predict(config: PredictConfig) -> Path:
     Raises:
         PecobookError: the run or the images do not exist, or no image can be read.
     """
+    from pecobook.engine.value_range import set_value_range
+
     missing = [f"--{name}" for name in ("run", "images", "out") if not getattr(config, name)]
     if missing:
         verb = "is" if len(missing) == 1 else "are"
@@ -59,6 +61,7 @@ def predict(config: PredictConfig) -> Path:
     folder.check()
     sources = list_images(config.images)
     writer = _writer(config, folder.path)
+    set_value_range([source for source, _ in sources], config.value_range, [config.run])
     with folder.begin():
         summary = _predict_all(config, sources, writer, folder.path)
     print(f"\nDone: {folder.path}\n{summary}", file=sys.stderr)

@@ -60,11 +60,11 @@ def reproduce(config: ReproduceConfig | None = None, **settings: Any) -> Path:
 def _preflight(config: ReproduceConfig) -> Plan:
     from pecobook.commands.reproduce.paper import chosen_tables
     from pecobook.commands.reproduce.plan import Plan
-    from pecobook.data.images import open_readable
+    from pecobook.engine.value_range import open_readable
 
     preflight = Preflight()
     tables = preflight.check(lambda: chosen_tables(config.tables))
-    splits = preflight.check(lambda: open_readable(config.data))
+    splits = preflight.check(lambda: open_readable(config.data, config.value_range))
     preflight.check(_folder(config).check)
     plan = None
     if tables is not None and splits is not None:
