@@ -139,6 +139,8 @@ def objects() -> Path:
 class Squares:
     """A store of 8 x 8 images of one colour each; some images cannot be read."""
 
+    value_range = None
+
     def __init__(self, count: int, bad: tuple[int, ...] = ()) -> None:
         self.count, self.bad = count, bad
 
