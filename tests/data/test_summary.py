@@ -7,7 +7,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+from torch import Tensor
 
 from pecobook.data.dense.detection import open_detection
 from pecobook.data.dense.segmentation import open_segmentation
@@ -137,8 +139,12 @@ def test_census__keeps_few_names_of_unreadable_images() -> None:
 def test_sample_census__is_bounded_and_spaced_evenly(monkeypatch: pytest.MonkeyPatch) -> None:
     read: list[int] = []
     source = squares(100_000)
-    store = source._store
-    monkeypatch.setattr(store, "read", lambda row: read.append(row) or type(store)(1).read(0))
+
+    def note(row: int) -> Tensor:
+        read.append(row)
+        return torch.zeros(3, 8, 8, dtype=torch.uint8)
+
+    monkeypatch.setattr(source._store, "read", note)
     assert sample_census(source, count=5).images == 5
     assert sorted(read) == [0, 25_000, 50_000, 74_999, 99_999]
     assert sample_census(source, seconds=0).images == 1

@@ -7,15 +7,16 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
+import numpy.typing as npt
 from torch.utils.data import DataLoader, Dataset
 
 from pecobook.data.dense.coco_check import compare_boxes
 from pecobook.data.dense.detection import DetectionSource
 from pecobook.data.dense.segmentation import SegmentationSource
-from pecobook.data.source import ImageSource, Integers, Splits
+from pecobook.data.source import ImageSource, Splits
 from pecobook.data.stream import new_process_group
 from pecobook.data.summary import (
     Census,
@@ -30,6 +31,7 @@ from pecobook.engine.log import Progress
 from pecobook.errors import DataError, first_line
 from pecobook.utils.devices import cores
 
+Hashes: TypeAlias = npt.NDArray[np.uint64]
 NUM_NAMES = 20  # files of a kind that are named
 _COMPARED_BOXES = 50_000  # of each split at most, evenly spread
 _FEW_IMAGES = 256  # so many are read in this process
@@ -71,7 +73,7 @@ def survey(splits: Splits, *, workers: int = -1) -> Survey:
     total = len(splits.train) + len(splits.evaluation)
     progress = Progress(total=total, start=0, name="check", quiet=False)
     censuses: list[Census] = []
-    digests: list[Integers] = []
+    digests: list[Hashes] = []
     done = 0
     try:
         for source in (splits.train, splits.evaluation):
@@ -131,7 +133,7 @@ class _Repeats:
         evaluation: the same of the held-out images.
     """
 
-    def __init__(self, splits: Splits, train: Integers, evaluation: Integers) -> None:
+    def __init__(self, splits: Splits, train: Hashes, evaluation: Hashes) -> None:
         self.splits = splits
         known = train[train != 0]
         self.within = len(known) - len(np.unique(known))
