@@ -67,12 +67,14 @@ def look(source: ImageSource, index: int, *, whole: bool, mask: bool = True) -> 
     name, size, mode, digest, values = source.identify(index), None, "", None, None
     try:
         file = _file(source, index)
-        if file is not None:
-            size, mode = _header(name, file)
-        if whole or file is None:
-            image = source.read(index)
+        image = source.read(index) if whole or file is None else None
+        if image is not None:
             size = (int(image.shape[1]), int(image.shape[2]))
-            digest = _digest(file if file is not None else image.numpy().tobytes()) if whole else None
+        if whole:
+            digest = _digest(file if file is not None else image.numpy().tobytes())  # type: ignore[union-attr]
+        if file is not None:
+            header_size, mode = _header(name, file)
+            size = size or header_size
         if isinstance(source, SegmentationSource) and mask:
             values = _pixels_per_value(source, index)
     except BadImage as error:

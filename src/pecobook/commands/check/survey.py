@@ -32,6 +32,7 @@ from pecobook.errors import DataError, first_line
 from pecobook.utils.devices import cores
 
 Hashes: TypeAlias = npt.NDArray[np.uint64]
+_LOSSES = ("labels of", "damaged", "too early", "cut short")  # in notes on labels and images that are lost
 NUM_NAMES = 20  # files of a kind that are named
 _COMPARED_BOXES = 50_000  # of each split at most, evenly spread
 _FEW_IMAGES = 256  # so many are read in this process
@@ -98,6 +99,7 @@ def survey(splits: Splits, *, workers: int = -1) -> Survey:
     lines.append(("duplicates", repeats.text()))
     problems = [*_unreadable(splits, censuses), *repeats.problems(), *_unknown_values(splits, censuses)]
     problems += [*boxes.problems(), *_empty_classes(splits, censuses[0])]
+    problems += [note for note in splits.notes if any(words in note for words in _LOSSES)]
     figures = _figures(splits, censuses, repeats) | {
         "boxes_compared": boxes.compared,
         "boxes_differing": boxes.differing,
