@@ -53,12 +53,14 @@ class FileStore:
 
     def read(self, row: int) -> Tensor:
         """Read and decode the image of a row: uint8 (3, H, W)."""
-        path = self._path(row)
-        name = os.fsencode(path).decode(errors="replace")
-        return decode(read_file(path, name), name=name, value_range=self.value_range)
+        return decode(self.encoded(row), name=self.identify(row), value_range=self.value_range)
+
+    def encoded(self, row: int) -> bytes:
+        """Return the bytes of the file of a row. Raises BadImage."""
+        return read_file(self._path(row), self.identify(row))
 
     def digest(self, rows: Integers) -> str:
-        """Return a hash of the relative paths."""
+        """Return a hash of the relative paths. It holds no bytes: a good file may replace a damaged one."""
         column = self._paths.data.column("path")
         digest = hashlib.sha256()
         for start in range(0, len(rows), _CHUNK):

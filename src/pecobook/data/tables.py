@@ -17,7 +17,7 @@ import numpy as np
 from torch import Tensor
 
 from pecobook.data.decode import BadImage, Range, decode, read_file
-from pecobook.data.source import Contents, Integers, Labels, Part, file_version, relative_names
+from pecobook.data.source import Contents, Integers, Labels, Part, file_version, hash_some, relative_names
 from pecobook.data.split_names import group_by_split, note_ignored_splits
 from pecobook.errors import DataError, did_you_mean, first_line
 
@@ -78,8 +78,10 @@ class TableStore:
             raise BadImage(self.identify(row), str(error)) from error
 
     def digest(self, rows: Integers) -> str:
-        """Return a hash of the files' names and sizes and of the row numbers."""
-        return hashlib.sha256(self._identity.encode() + rows.astype("<i8").tobytes()).hexdigest()
+        """Return a hash of the files' names, sizes and footers, of the row numbers, and of the bytes of some images."""
+        digest = hash_some(self.encoded, rows)
+        digest.update(self._identity.encode() + rows.astype("<i8").tobytes())
+        return digest.hexdigest()
 
 
 def parquet_contents(source: str, files: list[Path], *, root: Path | None = None) -> Contents:
