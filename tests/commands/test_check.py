@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import tarfile
 from pathlib import Path
 from typing import Any
 
@@ -171,6 +172,29 @@ def test_check__reports_a_source_that_cannot_be_opened(tmp_path: Path, capsys: p
     assert (
         "class 'cats' of validation is missing in train" in report_of(["--data", str(tmp_path)], capsys)["problems"][0]
     )
+
+
+def test_check__reports_labels_that_are_lost(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for number in range(20):
+        write(tmp_path / ("cat" if number % 2 else "dog") / f"{number}.png", 12 * number)
+    assert report_of(["--data", str(tmp_path)], capsys)["ok"]
+    write(tmp_path / "stray.png", 255)
+    (problem,) = report_of(["--data", str(tmp_path)], capsys)["problems"]
+    assert problem.startswith("The labels of train are not used: ")
+    assert "stray.png" in problem
+
+
+def test_check__compares_members_of_shards(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for split, first in (("train", 0), ("test", 19)):
+        with tarfile.open(tmp_path / f"{split}-000.tar", "w") as tar:
+            for number in range(first, first + 20):
+                file = write(tmp_path / "one.png", 12 * number % 256)
+                tar.add(file, f"{number}.png")
+                file.unlink()
+    report = report_of(["--data", str(tmp_path)], capsys)
+    assert report["train"]["modes"] == {"L": 20}
+    assert report["held_out_in_train"] == 1
+    assert report["problems"][0].splitlines()[1] == f"{tmp_path}/test-000.tar/19.png is {tmp_path}/train-000.tar/19.png"
 
 
 def test_check__warns_of_images_that_use_little_of_their_range(
