@@ -80,11 +80,11 @@ def test_check__names_unreadable_images_and_those_that_are_in_both_splits(
     assert (report["train"]["unreadable"], report["evaluation"]["unreadable"]) == (1, 1)
     assert (report["repeated_in_train"], report["held_out_in_train"]) == (1, 1)
     unreadable, held_out, leak = report["problems"]
-    assert unreadable.splitlines()[0] == "1 training images cannot be read:"
+    assert unreadable.splitlines()[0] == "Training images that cannot be read: 1"
     assert str(train / "dog" / "3.png") in unreadable
     assert str(val / "dog" / "2.png") in held_out
     assert leak.splitlines() == [
-        "1 of 8 held-out images have the same bytes as a training image, so scores would be too good:",
+        "Held-out images with the bytes of a training image, so that scores would be too good: 1 of 8",
         f"{val / 'cat' / '1.png'} is {train / 'dog' / '7.png'}",
     ]
 
@@ -99,7 +99,7 @@ def test_check__names_the_first_twenty_of_many_unreadable_images(
         (tmp_path / "train" / f"x{number:02d}.png").write_bytes(b"no image")
     (problem,) = report_of(["--data", str(tmp_path)], capsys)["problems"]
     lines = problem.splitlines()
-    assert (lines[0], lines[-1], len(lines)) == ("25 training images cannot be read:", "... and 5 more", 22)
+    assert (lines[0], lines[-1], len(lines)) == ("Training images that cannot be read: 25", "... and 5 more", 22)
 
 
 def test_check__reads_in_several_processes_what_one_process_reads(

@@ -48,7 +48,7 @@ def test_describe__says_that_photos_are_built_in() -> None:
 def test_describe__lists_what_was_left_out_and_the_notes() -> None:
     source = squares(4)
     lines = describe(Splits(source, source, "test", {"extension .xyz": 1200, "link": 3}, ("Labels are missing.",)))
-    assert ("left out", "1,203: 1,200 extension .xyz, 3 link") in lines
+    assert ("left out", "1,203: 1,200 extension .xyz; 3 link") in lines
     assert lines[-1] == ("note", "Labels are missing.")
 
 

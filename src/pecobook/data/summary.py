@@ -215,7 +215,7 @@ def describe(splits: Splits, census: Census | None = None, *, evaluation: Census
     else:
         lines += [("classes", _labels_text(train, held_out))]
     if splits.left_out:
-        reasons = ", ".join(f"{count:,} {reason}" for reason, count in splits.left_out.items())
+        reasons = "; ".join(f"{count:,} {reason}" for reason, count in splits.left_out.items())
         lines.append(("left out", f"{sum(splits.left_out.values()):,}: {reasons}"))
     lines.append(("sizes", sizes_text(census, len(train))))
     if train.value_range is not None:

@@ -150,16 +150,15 @@ class _Repeats:
 
     def text(self) -> str:
         """Return both numbers as text."""
-        leaked = f"{len(self.leaked):,} held-out images are training images too"
-        return f"{self.within:,} training images repeat another one; {leaked}"
+        return f"in training {self.within:,}; held-out images that are in training {len(self.leaked):,}"
 
     def problems(self) -> list[str]:
         """Return a text on held-out images that are in training, if there are any."""
         if not len(self.leaked):
             return []
         lines = [f"{held_out} is {training}" for held_out, training in self.pairs]
-        count = f"{len(self.leaked):,} of {len(self.splits.evaluation):,} held-out images"
-        head = f"{count} have the same bytes as a training image, so scores would be too good:"
+        count = f"{len(self.leaked):,} of {len(self.splits.evaluation):,}"
+        head = f"Held-out images with the bytes of a training image, so that scores would be too good: {count}"
         return [_listed(head, lines, len(self.leaked))]
 
 
@@ -202,8 +201,8 @@ def _unreadable(splits: Splits, censuses: list[Census]) -> list[str]:
     problems = []
     for source, census in zip((splits.train, splits.evaluation), censuses, strict=True):
         if census.num_bad:
-            kind = "training" if source.split == "train" else "held-out"
-            problems.append(_listed(f"{census.num_bad:,} {kind} images cannot be read:", census.bad, census.num_bad))
+            kind = "Training" if source.split == "train" else "Held-out"
+            problems.append(_listed(f"{kind} images that cannot be read: {census.num_bad:,}", census.bad, census.num_bad))
     return problems
 
 
@@ -239,7 +238,7 @@ def _empty_classes(splits: Splits, census: Census) -> list[str]:
             f"{len(empty):,} of {len(counts):,} classes have no {kind} in training: {', '.join(empty[:NUM_NAMES])}"
         )
     if len(counts) == 1 and kind == "images":
-        problems.append(f"all images are of one class, '{next(iter(counts))}', so there is nothing to tell apart.")
+        problems.append(f"All images are of one class, '{next(iter(counts))}', so there is nothing to tell apart.")
     return problems
 
 
