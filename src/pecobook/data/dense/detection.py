@@ -302,16 +302,13 @@ def _assemble(data: str, annotations: Mapping[str, Annotations], notes: Iterable
         for name, split in annotations.items()
     }
     evaluation = next((name for name in sources if name != "train"), None)
-    left_out = dict(train.left_out)
     if evaluation:
         splits = Splits(sources["train"], sources[evaluation], evaluation)
-        left_out |= {f"{reason}, held out": count for reason, count in annotations[evaluation].left_out.items()}
     else:
         splits = hold_out(sources["train"])
         cast("DetectionSource", splits.evaluation).left_out = {}  # `train` has the counts of the whole file
     training, held_out = cast("DetectionSource", splits.train), cast("DetectionSource", splits.evaluation)
-    notes = (*notes, *_notes_on_content(data, training, held_out))
-    return dataclasses.replace(splits, left_out=left_out, notes=notes)
+    return dataclasses.replace(splits, notes=(*notes, *_notes_on_content(data, training, held_out)))
 
 
 def _notes_on_content(data: str, train: DetectionSource, held_out: DetectionSource) -> list[str]:

@@ -70,9 +70,10 @@ def verify(
     counts: list[MaskCounts] = []
     for source, source_reports in zip(sources, reports, strict=True):
         invalid = {n: reason for n, report in enumerate(source_reports) if (reason := _problem(report, meaning))}
-        kept = [n for n, report in enumerate(source_reports) if n not in invalid and not report.unreadable]
         part = source.with_mask_classes(meaning)
+        kept = [n for n, report in enumerate(source_reports) if not (report.reason or report.unreadable)]
         if limit is None:
+            kept = [n for n in kept if n not in invalid]
             problems += [f"{source.identify_mask(number)} {reason}" for number, reason in invalid.items()]
             unreadable += [report.unreadable for report in source_reports if report.unreadable]
             part = part.subset(kept)
@@ -83,15 +84,8 @@ def verify(
         counts.append(summarise_values(part, [source_reports[n].counts(meaning) for n in kept]))
     train, evaluation = counts
     notes = [*notes, *_notes_on_content(train, evaluation, limit)]
-    left_out = {"pairs that do not fit": len(problems), "pairs that cannot be read": len(unreadable)}
     return VerificationResult(
-        splits=dataclasses.replace(
-            splits,
-            train=valid[0],
-            evaluation=valid[1],
-            left_out=splits.left_out | {reason: count for reason, count in left_out.items() if count},
-            notes=(*splits.notes, *notes),
-        ),
+        splits=dataclasses.replace(splits, train=valid[0], evaluation=valid[1], notes=(*splits.notes, *notes)),
         problems=tuple(problems),
         unreadable=tuple(unreadable),
         counts=(train, evaluation),
