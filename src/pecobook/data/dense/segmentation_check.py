@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Callable, Iterable
 from functools import partial
 from typing import cast
@@ -91,7 +92,7 @@ def verify(
         counts=(train, evaluation),
         notes=tuple(notes),
         fault="" if limit is not None else _fault(splits.train.name, train, meaning),
-        hint=_hint(reports[0], meaning) if problems else "",
+        hint=_hint(reports[0], meaning, problems) if problems else "",
     )
 
 
@@ -126,8 +127,11 @@ def _check_pair(source: SegmentationSource, number: int) -> MaskReport:
     if pixels.colours.shape[:2] != size:
         height, width = pixels.colours.shape[:2]
         return MaskReport(reason=f"is {width} x {height}, but its image is {size[1]} x {size[0]}")
+    numbers = None if pixels.numbers is None else pixels_per_value(pixels.numbers)
+    colours = pixels.palette
     return MaskReport(
-        numbers=None if pixels.numbers is None else pixels_per_value(pixels.numbers),
+        numbers=numbers,
+        palette=None if colours is None else {n: colours[3 * n : 3 * n + 3] for n in numbers or {}},
         by_colour=None if listed is None else pixels_per_value(pixels.values(listed)),
         top=pixels.top,
     )
@@ -146,8 +150,10 @@ def _problem(report: MaskReport, meaning: MaskClasses) -> str:
     )
 
 
-def _hint(reports: list[MaskReport], meaning: MaskClasses) -> str:
-    """Return a remedy if the masks hold one value more than there are classes, as with an unlabelled 0."""
+def _hint(reports: list[MaskReport], meaning: MaskClasses, problems: list[str]) -> str:
+    """Return a remedy for masks saved as JPEG, and for one value more than there are classes, as an unlabelled 0."""
+    if re.search(r"\.jpe?g\)? holds the value", problems[0], re.IGNORECASE):
+        return "JPEG changes the values of a mask: save masks as PNG, without interpolation.\n"
     count = len(meaning.names)
     met = {value for report in reports for value in report.counts(meaning)} - set(meaning.ignored)
     if meaning.colours is not None or meaning.values != tuple(range(count)) or max(met, default=0) != count:
