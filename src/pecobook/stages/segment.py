@@ -177,6 +177,12 @@ class SegmentStage(Stage[SegmentConfig]):
                 raise DataError(f"--data '{config.data}' has no pair that can be used to {purpose}:\n{reasons}")
         if checked.fault:
             raise DataError(checked.fault)
+        num_valid, num_pairs = len(checked.splits.train), len(splits.train)
+        if 10 * num_valid < num_pairs and not config.skip_bad:
+            raise DataError(
+                f"--data '{config.data}': {num_valid} of {num_pairs} training pairs can be used, the others cannot be "
+                f"read:\n{listed(checked.unreadable)}\nMend them, or leave them out with --skip-bad."
+            )
         for lines, reason in ((checked.problems, "do not fit"), (checked.unreadable, "cannot be read")):
             if lines and is_leader():
                 print(f"{len(lines)} of the pairs {reason} and are left out:\n{listed(lines)}", file=sys.stderr)

@@ -415,3 +415,34 @@ def test_open__stated_sizes_may_be_missing(root: Path) -> None:
     expected = train_of(root)
     change(root, states(lambda image: (image.pop("width"), image.pop("height"))))
     assert same_objects(train_of(root), expected)
+
+
+def test_open__lvis_states_addresses(root: Path) -> None:
+    expected = train_of(root)
+    change(root, states(lambda image: image.update(coco_url=f"http://x/images/{image.pop('file_name')}")))
+    assert same_objects(train_of(root), expected)
+
+
+def test_open__counts_images_that_no_annotations_name(root: Path) -> None:
+    for name in ("a.png", "b.JPG", "notes.txt"):
+        (root / "train" / "images" / name).write_bytes(b"x")
+    assert train_of(root).left_out == {"crowds (iscrowd 1)": 1, "images that no annotations name": 2}
+
+
+def test_open__says_which_boxes_and_masks_are_too_small(root: Path) -> None:
+    def edit(content: Content) -> None:
+        content["annotations"][0].update(segmentation=[[5, 5, 5.2, 5, 5.2, 5.2]])
+        content["annotations"][1].update(bbox=[5, 5, 0.5, 9])
+
+    change(root, edit, ("train",))
+    notes = notes_of(root)
+    assert any("1 of 17 masks are too thin to cover a pixel, and are not learned" in note for note in notes)
+    assert any("1 boxes are narrower than a pixel" in note for note in notes)
+
+
+@pytest.mark.parametrize(("ending", "kind"), [("xml", "Pascal VOC's XML"), ("txt", "YOLO's text files")])
+def test_open__names_a_format_that_is_not_read(tmp_path: Path, ending: str, kind: str) -> None:
+    (tmp_path / "labels").mkdir()
+    (tmp_path / "labels" / f"1.{ending}").write_text("0 0.5 0.5 0.1 0.1")
+    with pytest.raises(DataError, match=f"{kind} are not read"):
+        open_detection(str(tmp_path))

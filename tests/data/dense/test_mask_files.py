@@ -36,9 +36,9 @@ def png(samples: Any, depth: int, colour_type: int = 0) -> bytes:
     )
 
 
-def tiff(array: Any) -> bytes:
+def tiff(array: Any, **options: Any) -> bytes:
     buffer = io.BytesIO()
-    Image.fromarray(array).save(buffer, "TIFF")
+    Image.fromarray(array).save(buffer, "TIFF", **options)
     return buffer.getvalue()
 
 
@@ -118,6 +118,7 @@ def test_decode_mask__is_turned_by_its_own_orientation() -> None:
         (tiff(np.array([[-1, 0, 2]], np.int32)), "holds the value -1"),
         (tiff(np.array([[0, 0.5]], np.float32)), "holds fractions"),
         (tiff(np.array([[0, np.nan]], np.float32)), "holds fractions"),
+        (tiff(np.zeros((2, 2), np.uint8), tiffinfo={262: 0}), "whose 0 is white"),
         (png(np.ones((2, 2, 3), int), 16, 2), "a colour picture of 16 bits"),
         (png(np.ones((2, 2, 2), int), 16, 4), "a colour picture of 16 bits"),
         (png([[[7, 7, 7, 0], [1, 1, 1, 255]]], 8, 6), "transparent pixels that are not black"),
@@ -231,6 +232,48 @@ def test_verify__masks_of_one_bit_alone(tmp_path: Path) -> None:
         source = train_of(verify(open_segmentation(str(root), mask_values=mask_values)))
         truth = np.asarray(Image.open(root / source.identify_mask(0)))
         assert np.array_equal(source.sample(0)[1].numpy(), truth)
+
+
+def palette_png(values: Any, colours: list[tuple[int, int, int]]) -> bytes:
+    """Write class numbers as a palette picture in which number n has the colour n of `colours`."""
+    picture = Image.fromarray(np.asarray(values, np.uint8)).convert("P")
+    picture.putdata(np.asarray(values).ravel().tolist())
+    picture.putpalette([channel for colour in colours for channel in colour])
+    buffer = io.BytesIO()
+    picture.save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def test_verify__palettes_in_another_order_are_refused(tmp_path: Path) -> None:
+    root = write_shapes(tmp_path)
+    black, red, green = (0, 0, 0), (128, 0, 0), (0, 128, 0)
+    rewrite(root, lambda values: palette_png(values % 255, [black, red, green]))
+    truth = shape(0)[1] % 255
+    assert np.array_equal(train_of(verify(open_segmentation(str(root)))).sample(0)[1].numpy(), truth)
+    swapped = np.array([1, 0, 2])[shape(3)[1] % 255]  # the same picture, as a program that saves small files writes it
+    (root / "train/masks/3.png").write_bytes(palette_png(swapped, [red, black, green]))
+    with pytest.raises(DataError, match="the palettes of the masks differ"):
+        verify(open_segmentation(str(root)))
+    (root / "classes.txt").write_text("ground 0 0 0\nred 128 0 0\ngreen 0 128 0\n")
+    source = train_of(verify(open_segmentation(str(root))))
+    index = next(n for n in range(12) if source.identify_mask(n) == "train/masks/3.png")
+    assert np.array_equal(source.sample(index)[1].numpy(), shape(3)[1] % 255)
+
+
+def test_verify__a_palette_of_grey_among_grey_masks_is_refused(tmp_path: Path) -> None:
+    root = write_shapes(tmp_path)
+    rewrite(root, lambda values: palette_png(values // 2 % 127, [(0, 0, 0), (2, 2, 2)]), "masks/3.png")
+    with pytest.raises(DataError, match="the palettes of the masks differ"):
+        verify(open_segmentation(str(root)))
+
+
+def test_verify__masks_saved_as_jpeg(tmp_path: Path) -> None:
+    root = write_shapes(tmp_path)
+    for file in root.rglob("masks/*.png"):
+        with Image.open(file) as picture:
+            Image.fromarray(np.where(np.asarray(picture) == 1, 255, 0).astype(np.uint8)).save(file.with_suffix(".jpg"))
+        file.unlink()
+    assert "JPEG changes the values of a mask" in verify(open_segmentation(str(root))).hint
 
 
 def test_verify__numbers_although_the_class_file_has_colours(tmp_path: Path) -> None:

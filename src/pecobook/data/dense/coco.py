@@ -19,7 +19,7 @@ import numpy as np
 from pecobook.data.decode import header_size
 from pecobook.data.dense.coco_annotations import Annotations, PackedBytes
 from pecobook.data.dense.coco_check import compare_boxes, diagnose_boxes
-from pecobook.data.dense.coco_files import ImageFiles
+from pecobook.data.dense.coco_files import ImageFiles, file_name
 from pecobook.data.dense.coco_masks import OUTSIDE, clean_segment, encode_segment, mask_box, segment_area
 from pecobook.data.dense.coco_values import (
     UnusableError,
@@ -146,14 +146,21 @@ class _Reader:
         elif comparison.differing:
             row = int(np.searchsorted(annotations.starts, comparison.differing[0], side="right")) - 1
             self.findings.notes.append(f"{self.file}: {count}, the first in image {annotations.names[row]}.")
+        if comparison.num_blank:
+            total = comparison.num_blank + comparison.compared
+            text = f"{comparison.num_blank:,} of {total:,} masks are too thin to cover a pixel, and are not learned"
+            self.findings.notes.append(f"{self.file}: {text}.")
+        num_narrow = int(((table[:, 2:4] > 0).all(1) & (table[:, 2:4] < 1).any(1)).sum())
+        if num_narrow and not fault:
+            self.findings.notes.append(f"{self.file}: {num_narrow:,} boxes are narrower than a pixel.")
 
     def _check_image(self, image: dict[str, Any], is_repeated: bool) -> tuple[str, tuple[int, int]]:
         """Return the path, relative to the folder of images, and height and width. Raises UnusableError."""
         reason = "images that cannot be used"
         if is_repeated:
             raise UnusableError("is listed twice", reason)
-        name = image.get("file_name")
-        if not isinstance(name, str) or not name:
+        name = file_name(image)
+        if not name:
             raise UnusableError("has no 'file_name'", reason)
         path = self.files.find(name)
         stated = [as_integer(image.get(side)) for side in ("height", "width")]

@@ -83,6 +83,8 @@ class BoxComparison:
     """Index in the annotations of each object whose box does not fit its mask."""
     cause: str
     """Why most objects differ, as a text; empty if at most half of them differ."""
+    num_blank: int = 0
+    """Number of objects, not compared, whose mask is too thin to cover a pixel."""
 
     @property
     def is_systematic(self) -> bool:
@@ -118,7 +120,8 @@ def compare_boxes(annotations: Annotations, limit: int | None = 2000) -> BoxComp
     if differs.sum() > is_drawn.sum() / 2:
         chosen = np.flatnonzero(differs)
         cause = _likely_cause(boxes[chosen], around_masks[chosen], sizes[chosen], [pairs[n] for n in chosen.tolist()])
-    return BoxComparison(int(is_drawn.sum()), tuple(numbers[differs].tolist()), cause)
+    num_compared, num_blank = int(is_drawn.sum()), int((~is_drawn).sum())
+    return BoxComparison(num_compared, tuple(numbers[differs].tolist()), cause, num_blank)
 
 
 def _likely_cause(

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from pecobook.data.dense.coco_values import UnusableError
+from pecobook.data.source import IMAGE_EXTENSIONS
 from pecobook.data.split_names import inside_wrapper, split_of_name
 
 _FILES = ("instances.json", "_annotations.coco.json", "annotations.json", "labels.json", "result.json")
@@ -28,6 +30,15 @@ def find_annotations(root: Path) -> AnnotationFiles:
             if found:
                 return found
     return {}
+
+
+def other_format(root: Path) -> str:
+    """Return the format of annotations that are not read, but that lie in a folder; empty if there are none."""
+    for _, _, names in list(itertools.islice(os.walk(root), 20)):
+        for ending, kind in ((".xml", "Pascal VOC's XML"), (".txt", "YOLO's text files")):
+            if sum(name.endswith(ending) for name in names) > len(names) / 2 > 0:
+                return kind
+    return ""
 
 
 def _in_split_folders(root: Path) -> AnnotationFiles:
@@ -99,6 +110,26 @@ def _folders_of_split(root: Path, name: str, split: str) -> list[Path]:
     return [path for path in dict.fromkeys([*folders, *_image_folders(root)]) if path.is_dir()]
 
 
+def count_unnamed(named: set[Path]) -> int:
+    """Return the number of image files in the folders of the named files that are not named themselves."""
+    return sum(
+        Path(entry.name).suffix[1:].lower() in IMAGE_EXTENSIONS and folder / entry.name not in named
+        for folder in {path.parent for path in named}
+        if folder.is_dir()
+        for entry in os.scandir(folder)
+    )
+
+
+def file_name(image: Any) -> str:
+    """Return the name of an image's file in its entry; LVIS states only the address, which ends with it."""
+    if not isinstance(image, dict):
+        return ""
+    name, address = image.get("file_name"), image.get("coco_url")
+    if name is None and isinstance(address, str):
+        name = "/".join(address.split("/")[-2:])
+    return name if isinstance(name, str) else ""
+
+
 class ImageFiles:
     """The image files that a file of annotations names.
 
@@ -109,9 +140,8 @@ class ImageFiles:
     def __init__(self, file: Path, folders: Sequence[Path], images: Sequence[Any]) -> None:
         self._file, self._listings = file, dict[Path, set[str]]()
         self._found: set[str] = set()
-        names = [image.get("file_name") for image in images[:_SAMPLE] if isinstance(image, dict)]
-        texts = [name for name in names if isinstance(name, str) and name]
-        self.root = max(folders, key=lambda folder: sum(bool(self._locate(folder, name, 1)) for name in texts))
+        names = [name for image in images[:_SAMPLE] if (name := file_name(image))]
+        self.root = max(folders, key=lambda folder: sum(bool(self._locate(folder, name, 1)) for name in names))
 
     def find(self, name: str) -> str:
         """Return the path of an image relative to `root`.

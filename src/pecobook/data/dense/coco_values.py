@@ -25,12 +25,14 @@ class UnusableError(ValueError):
 
 def as_integer(value: Any) -> int | None:
     """Return a JSON value as an integer that fits into 64 bits, also if it is written as 7.0 or "7"; else None."""
+    if type(value) is int:
+        return value if abs(value) < 2**63 else None
     if isinstance(value, str):
         match = _INTEGER.fullmatch(value)
         value = int(match[1]) if match else None
     if isinstance(value, float):
         value = int(value) if value.is_integer() else None
-    return value if isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**63 else None
+    return value if type(value) is int and abs(value) < 2**63 else None
 
 
 def as_number(value: Any) -> float | None:

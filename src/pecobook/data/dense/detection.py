@@ -26,7 +26,7 @@ from torch import Tensor
 
 from pecobook.data.dense.coco import Findings, read_annotations
 from pecobook.data.dense.coco_annotations import Annotations, PackedBytes
-from pecobook.data.dense.coco_files import find_annotations
+from pecobook.data.dense.coco_files import count_unnamed, find_annotations, other_format
 from pecobook.data.dense.coco_masks import decode_masks
 from pecobook.data.source import ImageSource, Integers, Splits, hold_out
 from pecobook.errors import DataError, did_you_mean
@@ -215,6 +215,10 @@ def open_detection(data: str, *, skip_bad: bool = False, masks: bool = True) -> 
         findings.notes.append(f"--skip-bad left out: {len(findings.problems)}, the first: {findings.problems[0]}")
     for name, split in splits.items():
         _require_objects(data, parts[name][0], split, skip_bad)
+    if len(splits) == len(parts):
+        named = {part.root / name for part in splits.values() for name in part.names.tolist()}
+        count = count_unnamed(named)
+        splits["train"].left_out |= {"images that no annotations name": count} if count else {}
     return _assemble(data, splits, findings.notes)
 
 
@@ -226,7 +230,9 @@ def _find_annotations(data: str) -> dict[str, tuple[Path, list[Path]]]:
         raise DataError(f"{reason}\n{DETECTION_FORMS}")
     parts = find_annotations(root)
     if not parts.get("train"):
-        raise DataError(f"--data '{data}' holds no training annotations in COCO's format.\n{DETECTION_FORMS}")
+        kind = other_format(root)
+        reason = f"; {kind} are not read, convert them to COCO's JSON" if kind else ""
+        raise DataError(f"--data '{data}' holds no training annotations in COCO's format{reason}.\n{DETECTION_FORMS}")
     for split, files in parts.items():
         if len(files) > 1:
             raise DataError(
@@ -302,16 +308,13 @@ def _assemble(data: str, annotations: Mapping[str, Annotations], notes: Iterable
         for name, split in annotations.items()
     }
     evaluation = next((name for name in sources if name != "train"), None)
-    left_out = dict(train.left_out)
     if evaluation:
         splits = Splits(sources["train"], sources[evaluation], evaluation)
-        left_out |= {f"{reason}, held out": count for reason, count in annotations[evaluation].left_out.items()}
     else:
         splits = hold_out(sources["train"])
         cast("DetectionSource", splits.evaluation).left_out = {}  # `train` has the counts of the whole file
     training, held_out = cast("DetectionSource", splits.train), cast("DetectionSource", splits.evaluation)
-    notes = (*notes, *_notes_on_content(data, training, held_out))
-    return dataclasses.replace(splits, left_out=left_out, notes=notes)
+    return dataclasses.replace(splits, notes=(*notes, *_notes_on_content(data, training, held_out)))
 
 
 def _notes_on_content(data: str, train: DetectionSource, held_out: DetectionSource) -> list[str]:

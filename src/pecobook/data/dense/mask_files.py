@@ -35,6 +35,8 @@ class Pixels:
     """(H, W, 3), what the picture shows; (H, W, 0) if it was not asked for."""
     top: int
     """The largest number that a grey file of its kind can hold: 1, 3 or 15 for 1, 2 or 4 bits; else 255 or more."""
+    palette: tuple[int, ...] | None = None
+    """R, G and B of the numbers 0, 1, ...; None for a file without a palette."""
 
     def values(self, listed: npt.NDArray[np.uint8] | None, *, stretched: bool = False) -> npt.NDArray[np.int64]:
         """Return the pixel values, int64 (H, W): the numbers, or the indices of the colours in `listed` (n, 3).
@@ -88,8 +90,11 @@ def _pixels(picture: Any, data: bytes, name: str, colours: bool) -> Pixels:
     depth = _depth(picture, data)
     if depth > 8 and picture.mode in ("RGB", "RGBA", "LA"):
         raise InvalidMask(name, f"is a colour picture of {depth} bits a channel: save it with 8 bits, or as grey")
+    if picture.format == "TIFF" and picture.tag_v2.get(262) == 0:  # Pillow inverts the numbers, other programs do not
+        raise InvalidMask(name, "is a TIFF whose 0 is white, so that its numbers are unclear: save it as PNG")
     top = _top(picture, depth)
     picture.load()
+    palette = tuple(picture.getpalette("RGB") or ()) if picture.mode == "P" else None
     if orientation_of(picture) > 1:
         ImageOps.exif_transpose(picture, in_place=True)
     shown = np.asarray(picture.convert("RGB")) if colours else np.zeros((picture.height, picture.width, 0), np.uint8)
@@ -109,7 +114,7 @@ def _pixels(picture: Any, data: bytes, name: str, colours: bool) -> Pixels:
         numbers = array[..., 0].astype(np.int64)
     if numbers.size and numbers.min() < 0:
         raise InvalidMask(name, f"holds the value {numbers.min()}, but values start at 0")
-    return Pixels(numbers.clip(max=UNLISTED), shown, top)
+    return Pixels(numbers.clip(max=UNLISTED), shown, top, palette)
 
 
 def _from_numpy(data: bytes, name: str, colours: bool) -> Pixels:

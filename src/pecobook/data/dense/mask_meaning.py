@@ -19,6 +19,8 @@ class MaskReport:
     """Index of the colour in the class file -> number of pixels; None if the class file has no colours."""
     top: int = 255
     """The largest number that a file of this kind can hold (see mask_files.py)."""
+    palette: dict[int, tuple[int, ...]] | None = None
+    """Number -> R, G and B, for the numbers in a mask with a palette."""
     reason: str = ""
     unreadable: str = ""
 
@@ -63,6 +65,8 @@ def settle_meaning(
         shallow = [report for report in used if report.is_shallow]
         white = "255 in white" if meaning.stretched else "the numbers as stored, 1 in a white pixel of one bit"
         notes.append(f"{len(shallow):,} of {len(used):,} masks are grey files of fewer than 8 bits: they hold {white}.")
+    if meaning.colours is None:
+        _check_palettes(name, used)
     values = {value for report in used for value in report.counts(meaning)}
     if not meaning.names:
         return _infer_classes(name, meaning, reports[0]), notes
@@ -105,6 +109,29 @@ def _is_stretched(name: str, meaning: MaskClasses, reports: Sequence[MaskReport]
             f"{max(stored)} or {max(stretched)}, since classes or other masks have both. Save all masks with 8 bits."
         )
     return False
+
+
+def _check_palettes(name: str, reports: Sequence[MaskReport]) -> None:
+    """Raise DataError if the palettes of the masks have the same colours in another order, as programs that save small
+    files write them: the numbers then do not mean the same in all files.
+    """
+    colours: dict[int, set[tuple[int, ...]]] = {}
+    numbers: dict[tuple[int, ...], set[int]] = {}
+    is_grey_beside_grey = False
+    has_grey_files = any(report.palette is None for report in reports)
+    for report in reports:
+        for number, colour in (report.palette or {}).items():
+            colours.setdefault(number, set()).add(colour)
+            numbers.setdefault(colour, set()).add(number)
+        levels = {number: set(colour) for number, colour in (report.palette or {}).items()}
+        is_grey = all(len(level) == 1 for level in levels.values())
+        is_grey_beside_grey |= has_grey_files and is_grey and any(level != {n} for n, level in levels.items())
+    are_shuffled = any(len(found) > 1 for found in colours.values()) and any(len(n) > 1 for n in numbers.values())
+    if are_shuffled or is_grey_beside_grey:
+        raise DataError(
+            f"--data '{name}': the palettes of the masks differ, so that a number means one colour here and another "
+            "there. Save all masks as grey PNG of class numbers, or give the colours in --classes (name R G B)."
+        )
 
 
 def _infer_classes(name: str, meaning: MaskClasses, reports: Iterable[MaskReport]) -> MaskClasses:

@@ -14,7 +14,6 @@ file.
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import sys
 from collections.abc import Iterable, Mapping, Sequence
@@ -270,10 +269,10 @@ def open_segmentation(
         if name in stores:
             evaluation = source(stores[name], range(len(stores[name])), "evaluation")
             unused = unused_splits({split: len(stores[split]) for split in stores}, name)
-            return Splits(train, evaluation, name, {**train.left_out, **unused})
+            return Splits(train, evaluation, name, unused)
     splits = hold_out(train)
     cast("SegmentationSource", splits.evaluation).left_out = {}  # `train` has the counts of all pairs
-    return dataclasses.replace(splits, left_out=train.left_out)
+    return splits
 
 
 def _folder_stores(data: str, root: Path, skip_bad: bool) -> dict[str, MaskStore]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Callable, Iterable
 from functools import partial
 from typing import cast
@@ -70,9 +71,10 @@ def verify(
     counts: list[MaskCounts] = []
     for source, source_reports in zip(sources, reports, strict=True):
         invalid = {n: reason for n, report in enumerate(source_reports) if (reason := _problem(report, meaning))}
-        kept = [n for n, report in enumerate(source_reports) if n not in invalid and not report.unreadable]
         part = source.with_mask_classes(meaning)
+        kept = [n for n, report in enumerate(source_reports) if not (report.reason or report.unreadable)]
         if limit is None:
+            kept = [n for n in kept if n not in invalid]
             problems += [f"{source.identify_mask(number)} {reason}" for number, reason in invalid.items()]
             unreadable += [report.unreadable for report in source_reports if report.unreadable]
             part = part.subset(kept)
@@ -83,21 +85,14 @@ def verify(
         counts.append(summarise_values(part, [source_reports[n].counts(meaning) for n in kept]))
     train, evaluation = counts
     notes = [*notes, *_notes_on_content(train, evaluation, limit)]
-    left_out = {"pairs that do not fit": len(problems), "pairs that cannot be read": len(unreadable)}
     return VerificationResult(
-        splits=dataclasses.replace(
-            splits,
-            train=valid[0],
-            evaluation=valid[1],
-            left_out=splits.left_out | {reason: count for reason, count in left_out.items() if count},
-            notes=(*splits.notes, *notes),
-        ),
+        splits=dataclasses.replace(splits, train=valid[0], evaluation=valid[1], notes=(*splits.notes, *notes)),
         problems=tuple(problems),
         unreadable=tuple(unreadable),
         counts=(train, evaluation),
         notes=tuple(notes),
         fault="" if limit is not None else _fault(splits.train.name, train, meaning),
-        hint=_hint(reports[0], meaning) if problems else "",
+        hint=_hint(reports[0], meaning, problems) if problems else "",
     )
 
 
@@ -132,8 +127,11 @@ def _check_pair(source: SegmentationSource, number: int) -> MaskReport:
     if pixels.colours.shape[:2] != size:
         height, width = pixels.colours.shape[:2]
         return MaskReport(reason=f"is {width} x {height}, but its image is {size[1]} x {size[0]}")
+    numbers = None if pixels.numbers is None else pixels_per_value(pixels.numbers)
+    colours = pixels.palette
     return MaskReport(
-        numbers=None if pixels.numbers is None else pixels_per_value(pixels.numbers),
+        numbers=numbers,
+        palette=None if colours is None else {n: colours[3 * n : 3 * n + 3] for n in numbers or {}},
         by_colour=None if listed is None else pixels_per_value(pixels.values(listed)),
         top=pixels.top,
     )
@@ -152,8 +150,10 @@ def _problem(report: MaskReport, meaning: MaskClasses) -> str:
     )
 
 
-def _hint(reports: list[MaskReport], meaning: MaskClasses) -> str:
-    """Return a remedy if the masks hold one value more than there are classes, as with an unlabelled 0."""
+def _hint(reports: list[MaskReport], meaning: MaskClasses, problems: list[str]) -> str:
+    """Return a remedy for masks saved as JPEG, and for one value more than there are classes, as an unlabelled 0."""
+    if re.search(r"\.jpe?g\)? holds the value", problems[0], re.IGNORECASE):
+        return "JPEG changes the values of a mask: save masks as PNG, without interpolation.\n"
     count = len(meaning.names)
     met = {value for report in reports for value in report.counts(meaning)} - set(meaning.ignored)
     if meaning.colours is not None or meaning.values != tuple(range(count)) or max(met, default=0) != count:
