@@ -145,8 +145,9 @@ def test_what_is_left_out_is_counted(tmp_path: Path) -> None:
     (tmp_path / "p.png").symlink_to("nowhere.png")
     os.mkfifo(tmp_path / "q.png")
     splits = open_images(str(tmp_path))
-    assert len(splits.train) + len(splits.evaluation) == 7
+    assert len(splits.train) + len(splits.evaluation) == 6
     assert splits.left_out == {
+        "extension .npy beside other images": 1,
         "extension .dcm": 2,
         "extension .exr": 1,
         "no extension": 1,
@@ -156,6 +157,17 @@ def test_what_is_left_out_is_counted(tmp_path: Path) -> None:
         "broken link": 1,
         "not a regular file": 1,
     }
+
+
+def test_a_folder_of_arrays(tmp_path: Path) -> None:
+    for number, name in enumerate(("a/1.npy", "a/2.npy", "b/3.NPY")):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        with (tmp_path / name).open("wb") as file:
+            np.save(file, np.full((4, 6), number, np.uint8))
+    splits = open_images(str(tmp_path))
+    assert sorted(values(splits.train) + values(splits.evaluation)) == [0, 1, 2]
+    assert splits.train.classes == ("a", "b")
+    assert splits.left_out == {}
 
 
 def test_class_folders_that_are_links(tmp_path: Path) -> None:

@@ -149,10 +149,21 @@ def test_paths_are_looked_up_beside_the_parquet_file(tmp_path: Path, form: str) 
     column = paths if form == "text" else [{"bytes": None, "path": path} for path in paths]
     pq.write_table(pa.table({"image": column}), tmp_path / "set" / "train.parquet")
     pq.write_table(pa.table({"image": column[:1]}), tmp_path / "set" / "test.parquet")
-    splits = open_images(str(tmp_path / "set" / "*.parquet"))
+    splits = open_images(str(tmp_path / "set"))
     assert values(splits.train.subset(range(3))) == [1, 2, 3]
     with pytest.raises(BadImage, match=r"row 3: .*set/images/none.png: No such file"):
         splits.train.read(3)
+
+
+def test_tables_and_images_in_one_folder(tmp_path: Path) -> None:
+    make_parquet(tmp_path)
+    write(tmp_path / "preview.png")
+    splits = open_images(str(tmp_path))
+    assert (len(splits.train), splits.left_out) == (11, {"image file beside parquet files": 1})
+    for number in range(20):
+        write(tmp_path / "a" / f"{number}.png")
+    splits = open_images(str(tmp_path))
+    assert (len(splits.train), splits.left_out) == (19, {"parquet file beside image files": 1})
 
 
 def test_files_without_a_split_are_counted(tmp_path: Path) -> None:
