@@ -202,7 +202,9 @@ def _unreadable(splits: Splits, censuses: list[Census]) -> list[str]:
     for source, census in zip((splits.train, splits.evaluation), censuses, strict=True):
         if census.num_bad:
             kind = "Training" if source.split == "train" else "Held-out"
-            problems.append(_listed(f"{kind} images that cannot be read: {census.num_bad:,}", census.bad, census.num_bad))
+            problems.append(
+                _listed(f"{kind} images that cannot be read: {census.num_bad:,}", census.bad, census.num_bad)
+            )
     return problems
 
 
