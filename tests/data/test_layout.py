@@ -42,6 +42,12 @@ def read(paths: str) -> dict[str, tuple[str, str | None]]:
         # masks
         ("images masks", "train: :"),
         ("images/training annotations/training images/validation", "train: : validation:"),
+        ("images/001.crow segmentations/001.crow images/002.wren", "train:001.crow : train:002.wren"),
+        ("train train_masks", "train: :"),
+        ("train trainannot val valannot", "train: : validation: :"),
+        ("masks_train images_train masks_val images_val", ": train: : validation:"),
+        ("face face_mask", "train:face train:face_mask"),
+        ("masks scarves", "train:masks train:scarves"),
         ("train/images train/masks val/images val/masks", "train: : validation: :"),
     ],
 )
