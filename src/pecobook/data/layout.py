@@ -11,7 +11,8 @@ The rules, in this order. "Folder" always means a folder with images in it or be
    folder, beside loose images, is the training split. The source is refused if neither the splits nor two or more
    folders beside them have subfolders: all of them may be classes.
 4. If each folder of the level declares splits itself (`cat/train`, `cat/test`, `dog/train`, ...), it is a class.
-   If only some of them do, the source is refused, because training and held-out images would be mixed.
+   If only some of them do, or if these splits have the same class folders (`fold1/train/cat`, `fold2/train/cat`), the
+   source is refused, because training and held-out images would be mixed.
 5. Otherwise the folders of the level are classes, also one that is called "test" or "training". The source is refused
    if such a folder looks like a split: it has the classes of its neighbours as subfolders, or it is "train" beside one
    other folder with the same subfolders.
@@ -84,6 +85,7 @@ def read_layout(source: str, folders: Sequence[Folder]) -> Layout:
                 f"images beside that folder.\nGive --data '{source}/{'/'.join((*level.path, nested[0]))}'."
             )
         if nested:
+            _check_folds(source, [folders[number] for number in numbers], depth, inner)
             return _classes_of_splits(layout, folders, numbers, depth, inner)
         layout.notes = _notes_on_classes(source, level)
     level.check(source, splits)
@@ -177,6 +179,21 @@ def _wrappers(folders: Iterable[Folder], start: int = 0) -> list[str]:
             break
         names.append(tops.pop())
     return names
+
+
+def _check_folds(source: str, folders: Sequence[Folder], depth: int, inner: dict[str, dict[str, str]]) -> None:
+    """Raise DataError if folders with splits of their own also have the same classes, as the folds of a set have."""
+    classes: dict[str, set[str]] = {}
+    for folder in folders:
+        if inner[folder[depth]].get(_at(folder, depth + 1)) == "train":
+            classes.setdefault(folder[depth], set()).update(folder[depth + 2 : depth + 3])
+    first, *others = classes
+    for name in others:
+        if len(classes[first] & classes[name]) > 1:
+            raise DataError(
+                f"--data '{source}': '{first}' and '{name}' hold splits of the same classes.\n"
+                f"Give one of them: --data '{source}/{'/'.join((*folders[0][:depth], first))}'."
+            )
 
 
 def _classes_of_splits(
