@@ -24,6 +24,7 @@ from pecobook.data.summary import (
     Look,
     class_counts,
     describe,
+    left_out_of,
     look,
     pixels_per_class,
 )
@@ -202,7 +203,9 @@ def _unreadable(splits: Splits, censuses: list[Census]) -> list[str]:
     for source, census in zip((splits.train, splits.evaluation), censuses, strict=True):
         if census.num_bad:
             kind = "Training" if source.split == "train" else "Held-out"
-            problems.append(_listed(f"{kind} images that cannot be read: {census.num_bad:,}", census.bad, census.num_bad))
+            problems.append(
+                _listed(f"{kind} images that cannot be read: {census.num_bad:,}", census.bad, census.num_bad)
+            )
     return problems
 
 
@@ -247,7 +250,7 @@ def _figures(splits: Splits, censuses: list[Census], repeats: _Repeats) -> dict[
     for source, census in zip((splits.train, splits.evaluation), censuses, strict=True):
         figures[source.split] = _figures_of(source, census)
     figures["evaluation"]["name"] = splits.evaluation_name
-    figures["left_out"] = splits.left_out
+    figures["left_out"] = dict(left_out_of(splits))
     figures["repeated_in_train"] = repeats.within
     figures["held_out_in_train"] = len(repeats.leaked)
     figures["notes"] = list(splits.notes)
