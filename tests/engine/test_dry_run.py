@@ -69,6 +69,12 @@ def test_dry_run__needs_no_folder_but_reports_one_that_is_not_empty(
         api.contrast("tiny", data=str(images), out=str(tmp_path / "full"), dry_run=True, **SMALL["contrast"])
 
 
+@pytest.mark.gpu
+def test_dry_run__states_the_measured_peak_of_a_gpu(images: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    api.contrast("tiny", data=str(images), dry_run=True, **{**SMALL["contrast"], "precision": "bf16"})
+    assert "; measured peak with 8 images: " in capsys.readouterr().err
+
+
 class Linear(Stage[TrainConfig]):
     """A stage whose memory can be counted by hand: 192 inputs (float32) and 10 logarithms of an image are kept."""
 
