@@ -40,7 +40,7 @@ _ORIENTATION, _WIDTH, _HEIGHT = 0x0112, 256, 257
 
 # Pillow tries only these formats. It also supports formats that start other programs (EPS) or that have no signature
 # (TGA).
-_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF", "HEIF", "NUMPY")
+_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "DEEPTIFF", "PPM", "JPEG2000", "AVIF", "HEIF", "NUMPY")
 
 
 class BadImage(Exception):  # noqa: N818 (it is counted, and ends no run)
