@@ -97,7 +97,7 @@ class DeepTiff(ImageFile.ImageFile):
         self._size, self._mode = (page.imagewidth, page.imagelength), self._layout[0]
         self.tag_v2 = {_PHOTOMETRIC: int(page.photometric), _SAMPLE_FORMAT: 2 if kind == "i" else 1}
 
-    def load(self) -> Image.core.PixelAccess | None:
+    def load(self) -> Any:
         """Read the first page with tifffile, and give its values to Pillow."""
         if not self.tile and self._im is None:
             _, raw_mode, dtype = self._layout
