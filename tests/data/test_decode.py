@@ -287,6 +287,19 @@ def test_white_is_zero() -> None:
     assert decode(tiff(deep * 16, photometric="miniswhite", byteorder="<"))[0].tolist() == [[255, 215, 0]]
 
 
+@pytest.mark.parametrize("photometric", ["minisblack", "miniswhite"])
+@pytest.mark.parametrize("order", ["<", ">"])
+@pytest.mark.parametrize("compression", [None, "zlib"])
+@pytest.mark.parametrize("dtype", ["uint16", "int16", "uint32", "int32", "int64", "uint64", "float16", "float64"])
+def test_every_type_of_a_tiff(dtype: str, compression: str | None, order: str, photometric: str) -> None:
+    samples = np.random.default_rng(4).uniform(0, 3000, (6, 9)).astype(dtype)
+    data = tiff(samples, byteorder=order, compression=compression, photometric=photometric)
+    share = np.clip(samples.astype(float) / 3000, 0, 1)
+    expected = np.rint(255 * (1 - share if photometric == "miniswhite" else share))
+    assert_close(decode(data, value_range=ValueRange(0, 3000)), np.repeat(expected[..., None], 3, axis=-1), levels=1)
+    assert header_size(data) == (6, 9)
+
+
 def test_16_bit_colours_in_planes_are_refused() -> None:
     data = tiff(np.zeros((3, 5, 7), np.uint16), planarconfig="separate", photometric="rgb")
     with pytest.raises(BadImage, match="separate planes"):
