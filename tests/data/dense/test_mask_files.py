@@ -503,3 +503,17 @@ def test_verify__masks_of_two_programs(tmp_path: Path) -> None:
     rewrite(root, lambda values: png(np.where(values == 1, 255, 0), 8), "masks/3.png")
     result = verify(open_segmentation(str(root)))
     assert any("15 masks hold 1 and never 255, and 1 hold 255" in note for note in result.notes)
+    rewrite(root, lambda values: png(np.where(values == 1, 255, 0), 8), "val/masks/*.png")
+    with pytest.raises(DataError, match="11 masks hold 1 and never 255, and 5 hold 255"):
+        verify(open_segmentation(str(root)))
+
+
+def test_verify__values_with_gaps_are_listed(tmp_path: Path) -> None:
+    root = write_shapes(tmp_path)
+    rewrite(root, lambda values: png(values % 255 * 20, 8))
+    result = verify(open_segmentation(str(root)))
+    assert (
+        result.hint == "The training masks hold the values 0, 20, 40; --mask-values states the value of each class.\n"
+    )
+    assert result.notes == ()
+    assert not verify(open_segmentation(str(root), mask_values=("0", "20", "40"))).problems
