@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from pecobook.api import codebook, contrast, detect, export, finetune, predict, pretrain, segment, tokenize
     from pecobook.commands.analyze import analyze
     from pecobook.commands.bench import bench
+    from pecobook.commands.check import check
     from pecobook.commands.demo import demo
     from pecobook.commands.explore import explore
     from pecobook.commands.probe import probe
@@ -41,6 +42,7 @@ __all__ = [
     "analyze",
     "bench",
     "blockwise_mask",
+    "check",
     "codebook",
     "contrast",
     "demo",
@@ -71,6 +73,7 @@ _HOMES = {
     "analyze": "commands.analyze",
     "bench": "commands.bench",
     "blockwise_mask": "data.masking",
+    "check": "commands.check",
     "codebook": "api",
     "contrast": "api",
     "demo": "commands.demo",

@@ -368,7 +368,9 @@ def test_cli__analyzes(images: Path, codebook_run: Path, tmp_path: Path, capsys:
     words = ["analyze", "--tokenizer", str(codebook_run), "--data", str(images), "--out", str(tmp_path / "a")]
     cli.main(words)
     cli.main([*words, "--overwrite"])
-    assert "Done: open" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "images     22 images to train on, 2 held out (held-out 10% of train)\n" in said
+    assert "Done: open" in said
 
 
 def test_unique_names__are_the_names_of_the_folders() -> None:

@@ -50,6 +50,16 @@ def bank(images: Path, codebook_run: Path, tmp_path_factory: pytest.TempPathFact
     return make_bank(images, codebook_run, tmp_path_factory.mktemp("banks") / "bank")
 
 
+def test_tokenize__says_what_it_writes(
+    images: Path, codebook_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = {**_VIEWS, **_COMMON, "views": 3}
+    api.tokenize("tiny", data=str(images), tokenizer=str(codebook_run), out=str(tmp_path / "bank"), **settings)
+    said = capsys.readouterr().err.splitlines()
+    assert said[1] == "images     22 images to train on, 2 held out (held-out 10% of train)"
+    assert said[4] == "views      3 of each training image, one of each held-out image, 4 x 4 tokens of 24 codewords"
+
+
 def test_tokenize__every_banked_view_is_the_online_one(bank: Path, images: Path, codebook_run: Path) -> None:
     config = pretraining(images, codebook_run)
     tokenizer, splits = load_tokenizer(codebook_run), open_images(str(images))

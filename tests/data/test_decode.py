@@ -208,9 +208,9 @@ def scaled(values: npt.NDArray[Any], low: float, high: float) -> npt.NDArray[Any
 def test_a_range_keeps_the_levels_of_12_bits_in_16_and_of_noise() -> None:
     samples = np.arange(4096, dtype=np.uint16).reshape(64, 64)
     data = encode(Image.fromarray(samples), "PNG")
-    assert len(decode(data)[0].unique()) == 17  # 0..65535 is the range of the type
+    assert len(np.unique(decode(data)[0])) == 17  # 0..65535 is the range of the type
     ranged = decode(data, value_range=ValueRange(0, 4095))
-    assert len(ranged[0].unique()) == 256
+    assert len(np.unique(ranged[0])) == 256
     assert (ranged[0].numpy() == scaled(samples, 0, 4095)).all()
     noise = np.random.default_rng(0).normal(1000, 3, (24, 40)).astype(np.float32)
     noise[0, :3] = np.nan, np.inf, -np.inf
@@ -357,8 +357,8 @@ def test_orientation_of_a_16_bit_tiff(compression: str | None, orientation: int)
     exif = Image.Exif()
     exif[0x0112] = orientation
     data = encode(Image.fromarray(samples), "TIFF", compression=compression, exif=exif)
-    expected = ImageOps.exif_transpose(Image.fromarray(samples)) if orientation == 1 else None
-    expected = np.asarray(expected or ImageOps.exif_transpose(Image.open(io.BytesIO(data))))
+    expected = np.asarray(ImageOps.exif_transpose(Image.open(io.BytesIO(data))))
+    assert (expected.shape == (40, 24)) == (orientation >= 5)
     assert decode(data, value_range=ValueRange(0, 959))[0].equal(torch.from_numpy(scaled(expected, 0, 959)).byte())
     assert header_size(data) == expected.shape
 

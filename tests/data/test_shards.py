@@ -12,7 +12,7 @@ import pytest
 
 from pecobook.data import shards
 from pecobook.data.decode import BadImage
-from pecobook.data.images import check_labels, open_images
+from pecobook.data.images import check_labels, open_all_splits, open_images
 from pecobook.data.source import Splits
 from pecobook.data.tar_index import index_shard
 from pecobook.errors import DataError
@@ -100,13 +100,13 @@ def test_many_shards_do_not_exhaust_file_descriptors(tmp_path: Path, monkeypatch
     assert len(list(Path("/dev/fd").iterdir())) == before
 
 
-def contents(path: Path) -> tuple[list[tuple[int, str | None]], Splits]:
+def contents(path: Path) -> tuple[list[tuple[int, str]], Splits]:
     """Return (pixel value, label) of all images, sorted."""
     splits = open_images(str(path))
     pairs = [
         (value, label)
         for source in (splits.train, splits.evaluation)
-        for value, label in zip(values(source), labels(source) or [None] * len(source), strict=True)
+        for value, label in zip(values(source), [*(labels(source) or [""] * len(source))], strict=True)
     ]
     return sorted(pairs, key=lambda pair: pair[0]), splits
 
@@ -185,6 +185,7 @@ def test_links_to_members(tmp_path: Path) -> None:
         ("1.image.png 1.mask.png 1.cls", {"1.image.png"}),
         ("my.photo.png my.photo.seg.png my.photo.json", {"my.photo.png"}),
         ("1.png 1.jpg 1.cls", {"1.png", "1.jpg"}),
+        ("1.npy 2.npy 1.cls 2.cls", {"1.npy", "2.npy"}),
     ],
 )
 def test_names_with_dots(tmp_path: Path, names: str, images: set[str]) -> None:
@@ -192,9 +193,13 @@ def test_names_with_dots(tmp_path: Path, names: str, images: set[str]) -> None:
     members = [(name, label.get(name.rpartition(".")[2], png(1))) for name in names.split()]
     index = index_shard(make_tar(tmp_path / "x.tar", members))
     assert {image.member: image.label for image in index.images} == dict.fromkeys(images, "cat")
-    assert len(index.images) + sum(index.left_out.values()) == sum(
-        ".png" in name or ".jpg" in name for name in names.split()
-    )
+    assert len(index.images) + index.left_out.total() == sum(name.endswith(("g", "y")) for name in names.split())
+
+
+def test_arrays_beside_images_are_features(tmp_path: Path) -> None:
+    index = index_shard(make_tar(tmp_path / "x.tar", [("1.png", png(1)), ("1.npy", b"features"), ("1.txt", b"a cat")]))
+    assert [image.member for image in index.images] == ["1.png"]
+    assert index.left_out == {"extension .npy beside other images": 1, "extension .txt": 1}
 
 
 def test_a_dotted_name_does_not_take_the_label_of_another(tmp_path: Path) -> None:
@@ -229,11 +234,11 @@ def test_float_labels_of_shards_are_numbers(tmp_path: Path) -> None:
 
 def test_an_index_is_made_anew_for_a_shard_with_the_same_time(tmp_path: Path) -> None:
     path = make_tar(tmp_path / "x.tar", [*sample("0", 1, "cat"), *sample("1", 2, "dog")])
-    before = path.stat()
-    open_images(str(path))
-    make_tar(path, [*sample("0", 1, "dog"), *sample("1", 2, "cat")])
+    before, fingerprint = path.stat(), open_images(str(path)).train.fingerprint
+    make_tar(path, [*sample("0", 5, "dog"), *sample("1", 6, "cat")])
     os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
-    assert contents(path)[0] == [(1, "dog"), (2, "cat")]
+    assert contents(path)[0] == [(5, "dog"), (6, "cat")]
+    assert open_images(str(path)).train.fingerprint != fingerprint
 
 
 def test_shard_errors(tmp_path: Path) -> None:
@@ -243,6 +248,17 @@ def test_shard_errors(tmp_path: Path) -> None:
     make_tar(tmp_path / "x.tar", [("a.txt", b"a")])
     with pytest.raises(DataError, match="no images in 1 tar files"):
         open_images(str(tmp_path))
+
+
+def test_a_member_of_40_gb_is_not_read(tmp_path: Path) -> None:
+    member = tarfile.TarInfo("large.png")
+    member.size = 40 * 10**9
+    with (tmp_path / "a.tar").open("wb") as sparse:
+        sparse.write(member.tobuf(tarfile.GNU_FORMAT))
+        sparse.truncate(512 + member.size + 1024)
+    (source,) = open_all_splits(str(tmp_path / "a.tar"))
+    with pytest.raises(BadImage, match=r"a\.tar/large\.png: 40,000,000,000 bytes are more than 1,073,741,824"):
+        source.read(0)
 
 
 def test_truncated_shard(tmp_path: Path) -> None:

@@ -32,11 +32,15 @@ def tokenize(config: TokenizeConfig) -> Path:
     """
     from pecobook.data.tokens import bank_layouts, missing_shards
     from pecobook.engine import launch
+    from pecobook.engine.preamble import device_name, show_source
 
     splits, tokenizer, bank_config = _preflight(config)
     out, folder = Path(config.out), None
     if launch.is_leader():
         folder = _folder(config).begin(partial(_write_config, bank_config))
+        views = f"{config.views:,} of each training image, one of each held-out image, {bank_config['grid'][0]} x "
+        views += f"{bank_config['grid'][1]} tokens of {tokenizer.num_codewords:,} codewords"
+        show_source(splits, ("views", views), ("device", f"{device_name()}, {bank_config['precision']}"))
     try:
         config = dataclasses.replace(config, precision=bank_config["precision"])
         fabric = launch.start(config)  # type: ignore[arg-type]  # start reads devices, nodes and precision alone

@@ -293,7 +293,7 @@ def header_size(file: Path | bytes) -> tuple[int, int] | None:
 
 def _has_late_metadata(image: Image) -> bool:
     """Return whether a PNG holds text or EXIF data after its first pixels."""
-    file = image.fp
+    file = getattr(image, "fp", None)
     assert file is not None
     start, position, has_pixels, kind = file.tell(), 8, False, b""
     while kind != b"IEND":

@@ -21,7 +21,16 @@ import numpy as np
 from torch import Tensor
 
 from pecobook.data.decode import BadImage, Range, check_bytes, decode
-from pecobook.data.source import IMAGE_EXTENSIONS, Contents, Integers, Labels, Part, file_version, relative_names
+from pecobook.data.source import (
+    IMAGE_EXTENSIONS,
+    Contents,
+    Integers,
+    Labels,
+    Part,
+    file_version,
+    hash_some,
+    relative_names,
+)
 from pecobook.data.split_names import group_by_split, note_ignored_splits
 from pecobook.data.tar_index import index_shard
 from pecobook.errors import DataError
@@ -67,6 +76,10 @@ class ShardStore:
 
     def read(self, row: int) -> Tensor:
         """Read and decode the image of a row: uint8 (3, H, W)."""
+        return decode(self.encoded(row), name=self.identify(row), value_range=self.value_range)
+
+    def encoded(self, row: int) -> bytes:
+        """Return the bytes of the member of a row. Raises BadImage."""
         name, size = self.identify(row), int(self._size[row])
         check_bytes(size, name)
         try:
@@ -75,7 +88,7 @@ class ShardStore:
             raise BadImage(name, error.strerror or str(error)) from error
         if len(data) < size:
             raise BadImage(name, f"the shard ends {size - len(data)} bytes too early")
-        return decode(data, name=name, value_range=self.value_range)
+        return data
 
     def _pread(self, shard: int, size: int, offset: int) -> bytes:
         descriptor = self._open.get(shard)
@@ -90,8 +103,9 @@ class ShardStore:
             os.close(descriptor)
 
     def digest(self, rows: Integers) -> str:
-        """Return a hash of the shards' file names and of the members' names, shards, offsets and sizes."""
-        digest = hashlib.sha256(repr([shard.name for shard in self._shards]).encode())
+        """Return a hash of the shards' names, of the members' names, offsets and sizes, and of the bytes of some."""
+        digest = hash_some(self.encoded, rows)
+        digest.update(repr([shard.name for shard in self._shards]).encode())
         for column in (self._shard, self._offset, self._size):
             digest.update(column[rows].astype("<i8").tobytes())
         digest.update("\0".join(self._members.take(rows).to_pylist()).encode())

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -21,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
-from pecobook.data.decode import Range
+from pecobook.data.decode import BadImage, Range
 from pecobook.data.deep import FULL_16_BITS, ValueRange
 from pecobook.errors import DataError, did_you_mean
 
@@ -29,6 +29,7 @@ _EXTENSIONS = "jpg jpeg jpe jfif png apng bmp dib gif tif tiff webp ppm pgm pbm 
 IMAGE_EXTENSIONS = tuple(_EXTENSIONS.split())
 
 Integers = npt.NDArray[np.int64]
+_HASHED_IMAGES = 32
 
 
 class Store(Protocol):
@@ -121,7 +122,7 @@ class ImageSource:
     @property
     def value_range(self) -> ValueRange | None:
         """The values that become black and white in images with more than 8 bits; None if no range was set."""
-        value_range = self._store.value_range
+        value_range = getattr(self._store, "value_range", None)  # a store of few lines may leave it out
         return value_range if isinstance(value_range, ValueRange) else None
 
     def use_range(self, value_range: Range | None) -> None:
@@ -132,8 +133,10 @@ class ImageSource:
     def fingerprint(self) -> str:
         """16 hexadecimal digits that change when the images change.
 
-        The fingerprint is a hash of names (and of sizes if reading them takes no time), not of pixels. It does not
-        depend on the location of the folder. A range of values that was set changes the fingerprint.
+        The fingerprint is a hash of names and, in parquet files and shards, of sizes and of the bytes of a few images,
+        so that a file that was written anew with other images has another one. The fingerprint of a folder of images
+        holds the names alone. It does not depend on the location of the folder. A range of values that was set changes
+        the fingerprint.
         """
         rows = np.arange(len(self), dtype=np.int64) if self._rows is None else self._rows
         identity = f"{len(self)} {self._store.digest(rows)}"
@@ -227,6 +230,17 @@ class Contents:
     parts: Mapping[str, Part]
     left_out: dict[str, int] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+
+
+def hash_some(read: Callable[[int], bytes], rows: Integers) -> hashlib._Hash:
+    """Return a hash that holds the bytes of a few of the rows, which `read` reads, for names to be added."""
+    digest = hashlib.sha256()
+    for row in rows[:: max(len(rows) // _HASHED_IMAGES, 1)][:_HASHED_IMAGES].tolist():
+        try:
+            digest.update(read(row))
+        except BadImage:
+            digest.update(b"unreadable")
+    return digest
 
 
 def file_version(file: Path) -> str:

@@ -5,7 +5,7 @@ depends on the shard, because names may hold dots themselves ("my.photo.jpg"):
 
 - An image whose name continues that of another image is an annotation ("1.seg.png" beside "1.jpg") and is left out; so
   is one whose name ends like that of an annotation ("1.mask.png"). Every other image is an image of its own, also where
-  a sample holds several ("1.left.png", "1.right.png").
+  a sample holds several ("1.left.png", "1.right.png"). Arrays (.npy) are images only where there are no others.
 - The label is the content of the `.cls` member, or the value of "label" in the `.json` member, with the image's name up
   to its last dot, or else up to its first dot.
 
@@ -190,6 +190,10 @@ def _add_samples(file: IO[bytes], members: list[_Member], index: ShardIndex) -> 
                 labels[stem] = loose[_sample_name(stem)] = label
         else:
             index.left_out[f"extension .{extension}" if extension else "no extension"] += 1
+    pictures = [(stem, member) for stem, member in images if not member.name.lower().endswith(".npy")]
+    if 0 < len(pictures) < len(images):
+        index.left_out["extension .npy beside other images"] += len(images) - len(pictures)
+        images = pictures
     stems = {stem for stem, _ in images}
     for stem, member in images:
         name = _sample_name(stem)

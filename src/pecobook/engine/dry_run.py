@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -142,7 +142,7 @@ def _autocast(config: TrainConfig, kind: str) -> Iterator[None]:
         yield
 
 
-def num_bytes(tensors: list[Tensor]) -> int:
+def num_bytes(tensors: Sequence[Tensor]) -> int:
     """Return the bytes of some tensors."""
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 

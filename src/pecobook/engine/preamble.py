@@ -1,11 +1,14 @@
-"""The lines on the model, the devices and the length of a run that it shows before its first step."""
+"""The lines that a run shows before its first step: its images, its model, its devices, its length."""
 
 from __future__ import annotations
+
+import sys
 
 import torch
 from torch import nn
 
-from pecobook.data.summary import Lines
+from pecobook.data.source import Splits
+from pecobook.data.summary import Lines, aligned, describe
 from pecobook.engine.launch import micro_batch_size, total_devices
 from pecobook.settings.durations import steps
 from pecobook.settings.training import TrainConfig
@@ -35,6 +38,11 @@ def describe_run(stage: nn.Module, config: TrainConfig, num_images: int) -> Line
         ("device", f"{device_name(devices)}, {config.precision}"),
         ("steps", f"{total:,} ({epoch_text} epochs), {batch}"),
     ]
+
+
+def show_source(splits: Splits, *more: tuple[str, str]) -> None:
+    """Print lines on the images, and `more` lines, for a command that trains nothing."""
+    print("\n".join(aligned([*describe(splits), *more])), file=sys.stderr, flush=True)
 
 
 def parameter_counts(stage: nn.Module) -> tuple[int, int]:

@@ -89,6 +89,7 @@ def _open(config: ExploreConfig) -> tuple[list[IndexedTokenizer], dict[str, Mask
     from pecobook.commands.analyze.names import unique_names
     from pecobook.commands.explore.model import index
     from pecobook.commands.masked_run import is_masked_run, load_masked_run
+    from pecobook.engine.preamble import show_source
     from pecobook.engine.value_range import open_readable
     from pecobook.models.tokenizers import load_tokenizer
     from pecobook.utils.devices import device
@@ -111,5 +112,6 @@ def _open(config: ExploreConfig) -> tuple[list[IndexedTokenizer], dict[str, Mask
         preflight.check(partial(load, name, source))
     preflight.finish()
     assert splits is not None
+    show_source(splits)
     indexed = [index(name, tokenizer, splits, config.images) for name, tokenizer in tokenizers.items()]
     return indexed, runs, splits

@@ -60,6 +60,7 @@ def reproduce(config: ReproduceConfig | None = None, **settings: Any) -> Path:
 def _preflight(config: ReproduceConfig) -> Plan:
     from pecobook.commands.reproduce.paper import chosen_tables
     from pecobook.commands.reproduce.plan import Plan
+    from pecobook.engine.preamble import show_source
     from pecobook.engine.value_range import open_readable
 
     preflight = Preflight()
@@ -73,6 +74,8 @@ def _preflight(config: ReproduceConfig) -> Plan:
         _check_perceptual_networks(plan, preflight)
     preflight.finish()
     assert plan is not None
+    assert splits is not None
+    show_source(splits)
     return plan
 
 

@@ -13,16 +13,10 @@ from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 
+from pecobook.data.layout import IMAGE_FOLDERS, MASK_FOLDERS
 from pecobook.data.source import IMAGE_EXTENSIONS
 from pecobook.errors import DataError, listed
 
-_IMAGE_WORDS = frozenset(("images", "image", "img", "imgs", "jpegimages", "leftimg8bit"))
-_MASK_WORDS = frozenset(
-    (
-        *("masks", "mask", "annotations", "annotation", "annot", "labels", "label", "segmentationclass", "gt"),
-        *("segmentationclassraw", "segmentations", "segmentation", "groundtruth", "gtfine", "gtcoarse"),
-    )
-)
 _SPLIT_AND_KIND = re.compile(r"(train|val|valid|test)(annot|masks?|labels?|images?)")
 _MASK_ENDING = re.compile(
     r"[ _.-](masks?|labels?|seg|segmentation|segmentations|annotation|groundtruth|ground_truth|gt|l"
@@ -156,7 +150,7 @@ def _walk(root: Path) -> Pictures:
 def _kind_of_folder(parts: tuple[str, ...]) -> tuple[str, tuple[str, ...]]:
     """Return what a folder holds, and its path without the word that says so."""
     for position, part in enumerate(parts):
-        for kind, words in (("images", _IMAGE_WORDS), ("masks", _MASK_WORDS)):
+        for kind, words in (("images", IMAGE_FOLDERS), ("masks", MASK_FOLDERS)):
             rest = _without_word(part.lower(), words)
             if rest is not None:
                 return kind, (*parts[:position], *([rest] if rest else []), *parts[position + 1 :])
