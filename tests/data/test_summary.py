@@ -52,6 +52,11 @@ def test_describe__lists_what_was_left_out_and_the_notes() -> None:
     assert lines[-1] == ("note", "Labels are missing.")
 
 
+def test_describe__lists_the_objects_that_were_left_out_of_both_splits(tmp_path: Path) -> None:
+    splits = open_detection(str(make_coco(tmp_path)))  # a crowd in each split
+    assert dict(describe(splits))["left out"] == "2: 2 crowds (iscrowd 1)"
+
+
 def test_describe__names_the_unreadable_images_of_the_sample(tmp_path: Path) -> None:
     for number in range(10):
         write(tmp_path / f"{number}.png")

@@ -214,15 +214,24 @@ def describe(splits: Splits, census: Census | None = None, *, evaluation: Census
         lines += _pixel_lines(train, census, evaluation)
     else:
         lines += [("classes", _labels_text(train, held_out))]
-    if splits.left_out:
-        reasons = "; ".join(f"{count:,} {reason}" for reason, count in splits.left_out.items())
-        lines.append(("left out", f"{sum(splits.left_out.values()):,}: {reasons}"))
+    if left_out := left_out_of(splits):
+        reasons = "; ".join(f"{count:,} {reason}" for reason, count in left_out.items())
+        lines.append(("left out", f"{left_out.total():,}: {reasons}"))
     lines.append(("sizes", sizes_text(census, len(train))))
     if train.value_range is not None:
         lines.append(("range", f"{train.value_range} becomes 0..255"))
     if census.num_bad:
         lines.append(("unreadable", f"{census.num_bad:,} of {census.images:,}, the first: {census.bad[0]}"))
     return [*lines, *(("note", note) for note in splits.notes)]
+
+
+def left_out_of(splits: Splits) -> Counter[str]:
+    """Return how many files, pairs and objects of a source are not used, by reason."""
+    counts = Counter(splits.left_out)
+    for part in (splits.train, splits.evaluation):
+        if isinstance(part, DetectionSource | SegmentationSource):
+            counts.update(part.left_out)
+    return counts
 
 
 def aligned(lines: Iterable[tuple[str, str]]) -> list[str]:

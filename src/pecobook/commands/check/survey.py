@@ -24,6 +24,7 @@ from pecobook.data.summary import (
     Look,
     class_counts,
     describe,
+    left_out_of,
     look,
     pixels_per_class,
 )
@@ -249,7 +250,7 @@ def _figures(splits: Splits, censuses: list[Census], repeats: _Repeats) -> dict[
     for source, census in zip((splits.train, splits.evaluation), censuses, strict=True):
         figures[source.split] = _figures_of(source, census)
     figures["evaluation"]["name"] = splits.evaluation_name
-    figures["left_out"] = splits.left_out
+    figures["left_out"] = dict(left_out_of(splits))
     figures["repeated_in_train"] = repeats.within
     figures["held_out_in_train"] = len(repeats.leaked)
     figures["notes"] = list(splits.notes)
