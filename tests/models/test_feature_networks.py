@@ -32,7 +32,7 @@ def small_vgg() -> VGG:
 
 
 def test_layers__of_a_vgg_are_its_stages_before_pooling(monkeypatch: pytest.MonkeyPatch) -> None:
-    def load(spec: str, *, weights: str | None) -> Backbone:
+    def load(spec: str, *, weights: str | None, **more: Any) -> Backbone:
         return Backbone(small_vgg(), "vgg", {}, IMAGENET_MEAN, IMAGENET_STD, 224)
 
     monkeypatch.setattr(feature_networks, "load_backbone", load)

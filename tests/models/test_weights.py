@@ -22,7 +22,6 @@ from pecobook.models.weights import (
     Backbone,
     Classifier,
     create_network,
-    is_transformer,
     load_backbone,
 )
 
@@ -64,13 +63,6 @@ def test_create__says_what_is_wrong() -> None:
         create_network(NAME, embed_dim=25, num_heads=2)
     with pytest.raises(WeightsError, match="cannot be downloaded"):
         create_network("test_vit", pretrained=True)
-
-
-@pytest.mark.parametrize(
-    ("name", "expected"), [("vit_base_patch16_224", True), ("beit_base_patch16_224", True), ("resnet50", False)]
-)
-def test_is_transformer(name: str, expected: bool) -> None:
-    assert is_transformer(name) is expected
 
 
 # ------------------------------------------------------------------------------------------------------ load_backbone

@@ -70,7 +70,14 @@ def _feature_function(config: ProbeConfig) -> tuple[FeatureFunction, int]:
         tokenizer = load_tokenizer(config.backbone).to(device())
         return lambda images: tokenizer_features(tokenizer, images.to(device())), tokenizer.image_size
     torch.manual_seed(config.seed)
-    backbone = load_backbone(config.backbone, weights=config.weights or None, image_size=config.image_size or None)
+    backbone = load_backbone(
+        config.backbone,
+        weights=config.weights or None,
+        image_size=config.image_size or None,
+        mean=config.mean,
+        std=config.std,
+    )
+    print(*backbone.notes, sep="\n", file=sys.stderr)
     backbone.network.to(device())
     return lambda images: backbone_features(backbone, images, every_layer=True), backbone.image_size or 224
 

@@ -64,15 +64,17 @@ class PerceptualDistance(nn.Module):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             source = network if isinstance(network, nn.Module) else config.network
-            loaded = load_feature_network(source, config.layers, config.weights or None)
+            weights = config.weights or None
+            loaded = load_feature_network(source, config.layers, weights, mean=config.mean, std=config.std)
             if config.shuffle:
                 shuffle_weights(loaded.network)
         # Convolutions are faster with channels last; for transformers the layout makes no difference.
         self.network = loaded.network.to(memory_format=torch.channels_last)
         self.network.eval().requires_grad_(False)
         self.input_size = config.input_size or loaded.input_size
-        self.register_buffer("mean", torch.tensor(config.mean or loaded.mean)[:, None, None], persistent=False)
-        self.register_buffer("std", torch.tensor(config.std or loaded.std)[:, None, None], persistent=False)
+        self.notes = loaded.notes  # lines for the user on what was taken from where
+        self.register_buffer("mean", torch.tensor(loaded.mean)[:, None, None], persistent=False)
+        self.register_buffer("std", torch.tensor(loaded.std)[:, None, None], persistent=False)
 
     def train(self, mode: bool = True) -> PerceptualDistance:  # noqa: ARG002
         """Keep evaluation mode for any `mode`: the batch statistics of the frozen network must not change."""

@@ -17,6 +17,7 @@ from pecobook.data.sampler import key
 from pecobook.data.source import ImageSource, Splits
 from pecobook.data.stream import ViewFunction
 from pecobook.data.views import central_view, random_crop
+from pecobook.engine.launch import say
 from pecobook.engine.optim import layer_decay_groups
 from pecobook.engine.stage import Stage, StageOutput, mean_of_counted, submodule_state
 from pecobook.errors import ConfigError
@@ -119,7 +120,9 @@ class ClassifyStage(Stage[FinetuneConfig]):
         check_policy(config.rand_augment)
         if not config.backbone:
             raise ConfigError("--backbone is missing: give a pretrain or contrast run, or timm:NAME.")
-        return load_for_classification(config)
+        backbone = load_for_classification(config)
+        say(backbone.notes)
+        return backbone
 
     @classmethod
     def needs_labels(cls, config: FinetuneConfig) -> bool:
@@ -181,6 +184,8 @@ def load_for_classification(config: FinetuneConfig) -> Backbone:
         image_size=config.image_size,
         pool_mean=True,
         drop_path=config.drop_path,
+        mean=config.mean,
+        std=config.std,
     )
 
 

@@ -25,7 +25,7 @@ from pecobook.data.sampler import key
 from pecobook.data.source import Splits
 from pecobook.data.stream import ViewFunction
 from pecobook.data.views import central_view, random_crop
-from pecobook.engine.launch import check_min_batch
+from pecobook.engine.launch import check_min_batch, say
 from pecobook.engine.stage import Stage, StageOutput, submodule_state
 from pecobook.errors import ConfigError
 from pecobook.models.discriminator import PatchDiscriminator, adversarial_losses
@@ -228,6 +228,7 @@ class CodebookStage(Stage[CodebookConfig]):
             check_min_batch(config)
         distance = build_perceptual_distance(config.perceptual, config.seed)
         if distance is not None:
+            say(distance.notes)
             distance.check_image_size(config.image_size, config.image_size)
         return distance
 

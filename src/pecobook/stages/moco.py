@@ -22,7 +22,8 @@ from pecobook.engine.launch import check_min_batch
 from pecobook.engine.schedule import cosine
 from pecobook.engine.stage import Stage, StageOutput, submodule_state
 from pecobook.models.contrastive import contrastive_loss, ema_update, initialise_moco, mlp
-from pecobook.models.weights import IMAGENET_MEAN, IMAGENET_STD, Backbone, create_network, is_transformer
+from pecobook.models.network_traits import network_traits
+from pecobook.models.weights import IMAGENET_MEAN, IMAGENET_STD, Backbone, create_network
 from pecobook.settings.contrast import ContrastConfig
 from pecobook.utils.images import channels_last, to_float
 
@@ -153,7 +154,7 @@ class MocoStage(Stage[ContrastConfig]):
 
 def _backbone_args(config: ContrastConfig) -> dict[str, Any]:
     args = config.model.kwargs()
-    if is_transformer(config.model.name):
+    if network_traits(config.model.name, args).takes_size:
         args = {"img_size": config.image_size, **args}
     return args
 

@@ -21,7 +21,7 @@ from pecobook.data.dense.segmentation_views import resize_mask, training_view
 from pecobook.data.source import ImageSource, Splits
 from pecobook.data.stream import ViewFunction
 from pecobook.data.views import photometric
-from pecobook.engine.launch import is_leader, micro_batch_size, total_devices
+from pecobook.engine.launch import is_leader, micro_batch_size, say, total_devices
 from pecobook.engine.optim import dense_groups
 from pecobook.engine.stage import Stage, StageOutput, mean_of_counted, submodule_state
 from pecobook.errors import ConfigError, DataError, listed
@@ -184,7 +184,9 @@ class SegmentStage(Stage[SegmentConfig]):
                 "UperNet normalises over a batch, so a device must hold 2 images or more; --pyramid.checkpointing true "
                 "or a smaller --image-size save memory."
             )
-        return build_pyramid(config)
+        networks = build_pyramid(config)
+        say(networks[1].notes)
+        return networks
 
     @classmethod
     def build(

@@ -318,7 +318,14 @@ def _is_beit(network: nn.Module) -> bool:
 
 
 def load_pyramid(
-    spec: str, *, weights: str, image_size: int, config: PyramidConfig, drop_path: float
+    spec: str,
+    *,
+    weights: str,
+    image_size: int,
+    config: PyramidConfig,
+    drop_path: float,
+    mean: tuple[float, ...] = (),
+    std: tuple[float, ...] = (),
 ) -> tuple[FeaturePyramid, Backbone]:
     """Load a backbone and build a pyramid on it.
 
@@ -328,6 +335,8 @@ def load_pyramid(
         image_size: typical side of the input images, pixels.
         config: attention windows, gradient checkpointing, and whether the backbone is frozen.
         drop_path: rate of stochastic depth.
+        mean: mean of the input's normalisation; empty takes that of the weights.
+        std: standard deviation of the input's normalisation; empty takes that of the weights.
 
     Returns:
         the pyramid in training mode, and the backbone with its name, arguments and expected input.
@@ -335,7 +344,8 @@ def load_pyramid(
     Raises:
         WeightsError: the name is unknown, the weights do not fit, or the network cannot form a pyramid.
     """
-    backbone = load_backbone(spec, weights=weights or None, drop_path=drop_path, any_size=True)
+    options: dict[str, Any] = {"drop_path": drop_path, "any_size": True, "mean": mean, "std": std}
+    backbone = load_backbone(spec, weights=weights or None, **options)
     pyramid = FeaturePyramid(backbone.network, image_size, config)
     side = 2 * pyramid.strides[-1]
     try:  # some networks of timm take only one image size, or fail in other ways
@@ -363,6 +373,10 @@ class PyramidStageConfig(Protocol):
     def pyramid(self) -> PyramidConfig: ...  # noqa: D102
     @property
     def drop_path(self) -> float: ...  # noqa: D102
+    @property
+    def mean(self) -> tuple[float, ...]: ...  # noqa: D102
+    @property
+    def std(self) -> tuple[float, ...]: ...  # noqa: D102
 
 
 def build_pyramid(config: PyramidStageConfig) -> tuple[FeaturePyramid, Backbone]:
@@ -375,6 +389,8 @@ def build_pyramid(config: PyramidStageConfig) -> tuple[FeaturePyramid, Backbone]
         image_size=config.image_size,
         config=config.pyramid,
         drop_path=config.drop_path,
+        mean=config.mean,
+        std=config.std,
     )
 
 
