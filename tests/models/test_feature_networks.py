@@ -217,7 +217,7 @@ def test_check__refuses_images_too_small_and_features_that_are_no_maps() -> None
     with pytest.raises(WeightsError, match="cannot read images of 8 x 8 pixels"):
         distance.check_image_size(8, 8)
     PerceptualDistance(SQUEEZENET, ("features.12",), "random", input_size=64).check_image_size(8, 8)
-    with pytest.raises(WeightsError, match=r"returns \(1, 1000\), not a map"):
+    with pytest.raises(WeightsError, match=r"returns \(2, 1000\), not a map"):
         PerceptualDistance(SQUEEZENET, ("flatten",), "random").check_image_size(64, 64)
 
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from pecobook.errors import WeightsError, did_you_mean, first_line
 from pecobook.models.checkpoints import read_weights
+from pecobook.models.dry_run import refusing
 from pecobook.models.makers import (
     IMAGENET_MEAN,
     IMAGENET_STD,
@@ -22,7 +23,7 @@ from pecobook.models.makers import (
     overridden,
     with_flags,
 )
-from pecobook.models.network_traits import traits_of
+from pecobook.models.network_traits import has_patch_tokens, traits_of
 from pecobook.models.weights import load_backbone
 
 
@@ -73,7 +74,8 @@ def load_feature_network(
         return _open_torchvision(network.removeprefix("torchvision:"), layers, weights, mean, std)
     backbone = load_backbone(network, weights=weights, mean=mean, std=std)
     has_one_size = traits_of(backbone.network).takes_size
-    features = TimmFeatures(backbone.network, feature_indices(backbone.network, layers, network))
+    with refusing(network, "return the features of its layers"):
+        features = TimmFeatures(backbone.network, feature_indices(backbone.network, layers, network))
     notes = tuple(with_flags(note, "--perceptual.") for note in backbone.notes)
     return FeatureNetwork(features, backbone.mean, backbone.std, backbone.image_size if has_one_size else None, notes)
 
@@ -207,7 +209,7 @@ def feature_indices(network: nn.Module, layers: Sequence[int | str], name: str) 
     """Return timm's feature indices of layers counted from 1. Raises WeightsError if the network has no such layer."""
     if not hasattr(network, "forward_intermediates"):
         raise WeightsError(f"timm's '{name}' returns no intermediate features: choose another perceptual network.")
-    if hasattr(network, "blocks") and hasattr(network, "patch_embed"):
+    if has_patch_tokens(network):
         count, first = len(network.blocks), 0  # type: ignore[arg-type]
     else:
         modules = [str(info["module"]) for info in network.feature_info]  # type: ignore[union-attr]

@@ -16,10 +16,12 @@ from torch import nn
 class NetworkTraits:
     """Properties of a network of timm that decide with which arguments it is built."""
 
+    is_plain: bool
+    """Whether the network is a plain transformer: one token for each patch, the same width in all blocks."""
     takes_size: bool
     """Whether the network is built for one image size, its argument `img_size`."""
     pools_mean: bool
-    """Whether the network is a plain transformer that can pool the mean of its patches (`global_pool="avg"`)."""
+    """Whether it is a plain transformer that can pool the mean of its patches (`global_pool="avg"`)."""
     norm_moves: bool
     """Whether the place of the last norm, before or after the mean, must be given too (`use_fc_norm`)."""
     any_size: dict[str, Any]
@@ -43,7 +45,7 @@ def network_traits(name: str, args: dict[str, Any] | None = None) -> NetworkTrai
     try:
         return _traits(name.removeprefix("timm:"), json.dumps(arguments, sort_keys=True))
     except Exception:  # unknown names and arguments, which `create_network` explains
-        return NetworkTraits(False, False, False, {})
+        return NetworkTraits(False, False, False, False, {})
 
 
 def traits_of(network: nn.Module) -> NetworkTraits:
@@ -58,17 +60,13 @@ def traits_of(network: nn.Module) -> NetworkTraits:
     is_plain = isinstance(network, (VisionTransformer, Beit, Eva, VisionTransformerRelPos)) and has_patch_tokens(
         network
     )
-    any_size: dict[str, Any] = {}
-    if "dynamic_img_size" in accepted:
-        any_size = {"dynamic_img_size": True, "dynamic_img_pad": True}
-    elif "strict_img_size" in accepted:
-        any_size = {"strict_img_size": False}
     return NetworkTraits(
+        is_plain=is_plain,
         takes_size="img_size" in accepted and (is_plain or bool(settings.get("fixed_input_size"))),
         # The heads of a distilled network read its two class tokens.
         pools_mean=is_plain and "global_pool" in accepted and not hasattr(network, "head_dist"),
         norm_moves=isinstance(network, Beit),
-        any_size=any_size,
+        any_size={name: True for name in ("dynamic_img_size", "dynamic_img_pad") if name in accepted},
     )
 
 

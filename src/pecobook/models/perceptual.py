@@ -18,7 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pecobook.errors import WeightsError, first_line
+from pecobook.errors import WeightsError
+from pecobook.models.dry_run import dry_run
 from pecobook.models.feature_networks import check_feature_maps, load_feature_network
 from pecobook.settings.perceptual import Normalisation, PerceptualConfig, PerceptualDistanceConfig
 from pecobook.settings.values import replace
@@ -89,16 +90,16 @@ class PerceptualDistance(nn.Module):
         activations = self.network(images.flip(1) if self.config.bgr else images)
         return [normalise(feature.float(), self.config.normalisation) for feature in activations]
 
-    @torch.no_grad()
     def check_image_size(self, height: int, width: int) -> None:
         """Raise WeightsError if the network cannot read images of this size, or if a layer returns no feature map."""
+        images = torch.zeros(2, 3, *self._input_shape(height, width), requires_grad=True)
+        name = self.config.network or type(self.network).__name__
+        purpose = f"read images of {height} x {width} pixels"
         try:
-            check_feature_maps(self.network(torch.zeros(1, 3, *self._input_shape(height, width))), self.config.layers)
-        except RuntimeError as error:
-            raise WeightsError(
-                f"The perceptual network cannot read images of {height} x {width} pixels ({first_line(error)}): "
-                "give --perceptual.input-size 224, or earlier layers."
-            ) from None
+            features = dry_run(self.network, (images,), network=name, purpose=purpose)
+        except WeightsError as error:
+            raise WeightsError(f"{error} Give --perceptual.input-size 224, or earlier layers.") from None
+        check_feature_maps(features, self.config.layers)
 
     def _input_shape(self, height: int, width: int) -> tuple[int, int]:
         return (self.input_size, self.input_size) if self.input_size else (height, width)

@@ -21,7 +21,8 @@ from pecobook.data.views import central_view, colour_draws, photometric, random_
 from pecobook.engine.launch import check_min_batch
 from pecobook.engine.schedule import cosine
 from pecobook.engine.stage import Stage, StageOutput, submodule_state
-from pecobook.models.contrastive import contrastive_loss, ema_update, initialise_moco, mlp
+from pecobook.models.contrastive import can_initialise_moco, contrastive_loss, ema_update, initialise_moco, mlp
+from pecobook.models.dry_run import dry_run, refusing
 from pecobook.models.network_traits import network_traits
 from pecobook.models.weights import IMAGENET_MEAN, IMAGENET_STD, Backbone, create_network
 from pecobook.settings.contrast import ContrastConfig
@@ -52,7 +53,7 @@ class MocoStage(Stage[ContrastConfig]):
         hidden, out = config.hidden_dim, config.output_dim
         self.projector = mlp([width, hidden, *([hidden] if is_vit else []), out], final_norm=True)
         self.predictor = mlp([out, hidden, out], final_norm=is_vit)
-        if is_vit and config.fixed_positions:
+        if is_vit and config.fixed_positions and can_initialise_moco(self.backbone):
             initialise_moco(self.backbone)
         if is_vit and config.freeze_patch_embed:
             self.backbone.patch_embed.requires_grad_(False)
@@ -134,7 +135,12 @@ class MocoStage(Stage[ContrastConfig]):
     def check(cls, config: ContrastConfig) -> MocoStage:
         """Build the stage with random weights. Raises PecobookError for settings that cannot be used."""
         check_min_batch(config)
-        return cls(config)
+        name = config.model.name
+        with refusing(name, "be trained by MoCo v3"):
+            stage = cls(config)
+        images = torch.zeros(2, 3, config.image_size, config.image_size)
+        dry_run(stage.backbone, (images,), network=name, purpose=f"learn from images of {config.image_size} pixels")
+        return stage
 
     @classmethod
     def view(cls, config: ContrastConfig) -> ViewFunction:

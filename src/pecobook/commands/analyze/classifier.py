@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from pecobook.data.source import Splits
 from pecobook.errors import ConfigError, DataError
 from pecobook.models.checkpoints import load_state, read_checkpoint
+from pecobook.models.dry_run import dry_run
 from pecobook.models.export import read_export
 from pecobook.models.makers import Normalisation, file_normalisation, overridden, timm_normalisation, with_flags
 from pecobook.models.weights import create_network, exported_network, left_aside, trained_size
@@ -100,6 +101,13 @@ def open_classifier(config: AnalyzeConfig, splits: Splits) -> RestrictedClassifi
     normalisation = overridden(normalisation, config.classifier_mean, config.classifier_std)
     print(with_flags(normalisation.line(name), "--classifier-"), file=sys.stderr)
     mean, std = normalisation.mean, normalisation.std
+    dry_run(
+        network.eval(),
+        (torch.zeros(2, 3, size, size),),
+        network=name,
+        purpose=f"classify images of {size} pixels",
+        backward=False,
+    )
     return RestrictedClassifier(network.eval(), size, mean, std, columns).eval().to(device())
 
 
