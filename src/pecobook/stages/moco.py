@@ -39,7 +39,6 @@ class MocoStage(Stage[ContrastConfig]):
     command = "contrast"
 
     min_batch_size = 2  # images are contrasted with each other, and normalised together
-    needs_full_batch_keys = True  # all images of a step are contrasted, however few a device holds at once
     mean: Tensor
     std: Tensor
 
@@ -81,6 +80,11 @@ class MocoStage(Stage[ContrastConfig]):
             deviation = F.normalize(queries[0].detach().float(), dim=1).std(0).mean()
             metrics["spread"] = deviation * self.config.output_dim**0.5
         return StageOutput(first + second, metrics, rows=rows)
+
+    @property
+    def needs_full_batch_keys(self) -> bool:
+        """Return True: all images of a step are contrasted, however few a device holds at once."""
+        return True
 
     @torch.no_grad()
     def _keys(self, views: list[Tensor]) -> list[Tensor]:

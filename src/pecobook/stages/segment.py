@@ -68,6 +68,10 @@ class SegmentStage(Stage[SegmentConfig]):
             loss = loss + self.config.auxiliary_weight * auxiliary_loss
         return StageOutput(loss, metrics)
 
+    def loss_count(self, batch: Batch) -> Tensor:
+        """Return the number of counted pixels, over which the losses and the accuracy are means."""
+        return (batch["mask"] != IGNORE).sum()
+
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # every picture may have another shape
     def _evaluate(self, batch: Batch) -> StageOutput:
         """Count the pixels of each class and prediction.
