@@ -67,7 +67,7 @@ def test_loss_count__makes_two_halves_weigh_as_the_whole_batch(vit_run: Path) ->
     stage, splits = make(vit_run, **{"colours.jitter": 0.0})
     inputs = batch(stage, splits, 4)
     inputs["mask"][:2, :22] = IGNORE  # the first half has few counted pixels
-    halves = [{name: value[part] for name, value in inputs.items()} for part in (slice(0, 2), slice(2, 4))]
+    halves: list[Any] = [{name: value[part] for name, value in inputs.items()} for part in (slice(0, 2), slice(2, 4))]
     stage.train()
     for module in stage.modules():  # BatchNorm depends on the images beside, on purpose
         if isinstance(module, torch.nn.BatchNorm2d):

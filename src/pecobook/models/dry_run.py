@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
@@ -94,7 +95,7 @@ class _FirstBlockReached(Exception):  # noqa: N818  # ends a forward pass early,
 
 
 @torch.no_grad()
-def leaks(model: nn.Module, images: Tensor, mask: Tensor, num_masked: int, *, whole: bool) -> bool:
+def leaks(model: nn.Module, images: Tensor, mask: Tensor, num_masked: int, *, patch: int, whole: bool) -> bool:
     """Return whether pixels of hidden patches reach other patches: whether anything changes with those pixels alone.
 
     Two passes in the mode of training, with the same random numbers, whose images differ in the hidden pixels only.
@@ -104,11 +105,12 @@ def leaks(model: nn.Module, images: Tensor, mask: Tensor, num_masked: int, *, wh
         images: (B, 3, H, W), as the model reads them.
         mask: bool (B, h, w), True where hidden.
         num_masked: number of hidden patches of each image.
+        patch: side of a patch, pixels; no patch covers a border of the image that is narrower.
         whole: compare the output of the model; otherwise what enters the first block, after which a plain transformer
             reads no pixel, so that a large one takes no time.
     """
-    scale = images.shape[-1] // mask.shape[-1]
-    hidden = mask[:, None].repeat_interleave(scale, 2).repeat_interleave(scale, 3)
+    hidden = mask[:, None].repeat_interleave(patch, 2).repeat_interleave(patch, 3)
+    hidden = F.pad(hidden, (0, images.shape[3] - hidden.shape[3], 0, images.shape[2] - hidden.shape[2]))
     generator = torch.Generator().manual_seed(0)
     results = []
     for _ in range(2):

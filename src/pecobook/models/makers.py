@@ -93,7 +93,7 @@ def neighbour_normalisation(path: str) -> Normalisation | None:
             continue
         if not isinstance(content, dict):
             continue
-        values = [content.get(key, (content.get("pretrained_cfg") or {}).get(key)) for key in keys]
+        values: list[Any] = [content.get(key, (content.get("pretrained_cfg") or {}).get(key)) for key in keys]
         if all(isinstance(value, list) and len(value) == 3 for value in values):
             mean, std = (tuple(float(number) for number in value) for value in values)
             return Normalisation(mean, std, f"so says {name} beside the file")

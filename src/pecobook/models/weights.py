@@ -5,6 +5,7 @@ Nothing in this module unpickles code.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Self
 
@@ -262,7 +263,8 @@ def _load_run(
         raise WeightsError(f"'{spec}' is a {config.get('kind')}, not a backbone: give a contrast or pretrain run.")
     name, size = config["name"], config["image_size"]
     traits = network_traits(name, config["args"])
-    args, left = config["args"] | _pooling_args(traits, options["pool_mean"]), ()
+    args = config["args"] | _pooling_args(traits, options["pool_mean"])
+    left: tuple[str, ...] = ()
     if image_size is not None and image_size != size and traits.takes_size:
         args, size = args | {"img_size": image_size}, image_size
     network = create_network(name, num_classes=0, **_runtime_args(traits, options), **args)
@@ -339,8 +341,10 @@ def trained_size(name: str, state: dict[str, Tensor]) -> int | None:
     if not has_patch_tokens(network):
         return None
     rows, columns = network.patch_embed.grid_size
-    tables = [("pos_embed", 1, lambda side: side * side)]
-    tables += [("relative_position_bias_table", 0, lambda side: (2 * side - 1) ** 2)]
+    tables: tuple[tuple[str, int, Callable[[int], int]], ...] = (
+        ("pos_embed", 1, lambda side: side * side),
+        ("relative_position_bias_table", 0, lambda side: (2 * side - 1) ** 2),
+    )
     for ending, dim, count in tables:
         ours = next((value for key, value in network.state_dict().items() if key.endswith(ending)), None)
         theirs = next((value for key, value in state.items() if key.endswith(ending) and value.ndim > dim), None)

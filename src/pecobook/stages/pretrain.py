@@ -143,9 +143,9 @@ class PretrainStage(Stage[PretrainConfig]):
             raise ConfigError(
                 f"--mask.num-masked {config.mask.num_masked} must be below {rows * columns}, all patches."
             )
-        check_network(config, stage.model)
         if stage.tokenizer is not None:
             check_grids(config, stage.model.backbone, stage.tokenizer)
+        check_network(config, stage.model)
         if stage.bank is not None:
             _check_bank(config, stage.bank, stage.tokenizer, (rows, columns))
         return stage
@@ -226,12 +226,20 @@ def check_network(config: PretrainConfig, model: MaskedImageModel | VisibleOnlyM
             "(vit_base_patch16_224) or BEiT."
         )
     (rows, columns), num_masked = model.grid, config.mask.num_masked
+    embed: Any = model.backbone.patch_embed
+    # The patches of a hybrid are those of the feature map of its convolutions.
+    patch = config.image_size // rows if hasattr(embed, "backbone") else int(embed.patch_size[0])
+    if config.target == "pixels" and patch * rows != config.image_size:
+        raise ConfigError(
+            f"--image-size {config.image_size} is no multiple of {patch}, the side of a patch, so targets would be "
+            f"cut wrongly: give {patch * rows} or {patch * (rows + 1)}."
+        )
     mask = torch.zeros(2, rows * columns, dtype=torch.bool)
     mask[:, :num_masked] = True
     mask = mask.view(2, rows, columns)
     images = torch.zeros(2, 3, config.image_size, config.image_size)
     with refusing(name, "be pre-trained by masked modelling"):
-        leak = leaks(model, images, mask, num_masked, whole=not traits.is_plain)
+        leak = leaks(model, images, mask, num_masked, patch=patch, whole=not traits.is_plain)
     if leak:
         raise WeightsError(
             f"'{name}' lets pixels of hidden patches reach visible patches, since its patches overlap or share their "

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -120,7 +120,7 @@ def _open_timm(name: str, config: AnalyzeConfig) -> tuple[nn.Module, int, Normal
         return network, settings.get("input_size", (3, 224, 224))[-1], timm_normalisation(network, name)
     checkpoint = read_checkpoint(file)
     side = trained_size(timm_name, checkpoint.state)
-    size_args = {"img_size": side} if side else {}
+    size_args: dict[str, Any] = {"img_size": side} if side else {}
     network = create_network(timm_name, **size_args)
     note = left_aside(file, checkpoint, load_state(network, checkpoint.state, source=file))
     if note:
