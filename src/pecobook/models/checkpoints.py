@@ -149,8 +149,16 @@ def _expand_shared_positions(state: dict[str, Tensor], expected: dict[str, Tenso
     return {name: value for name, value in state.items() if not name.endswith("relative_position_index")}
 
 
-def load_state(network: nn.Module, state: dict[str, Tensor], *, source: str) -> tuple[str, ...]:
+def load_state(
+    network: nn.Module, state: dict[str, Tensor], *, source: str, needs_head: bool = True
+) -> tuple[str, ...]:
     """Load all weights of `network`; heads in `state` are ignored, and position tables are resized.
+
+    Args:
+        network: the network.
+        state: weights under the names of their file.
+        source: name of the file, for error messages.
+        needs_head: whether a head of the network must be in `state` too; otherwise it stays as it is.
 
     Returns:
         the names in `state` that were left aside.
@@ -168,6 +176,9 @@ def load_state(network: nn.Module, state: dict[str, Tensor], *, source: str) -> 
             converted = to_timm_names(converted, expected)
             if len(_differences(converted, expected)) < len(_differences(fitted, expected)):
                 fitted = converted
+    if not needs_head:
+        shapes = {name: value.shape for name, value in fitted.items()}
+        fitted |= {n: value for n, value in expected.items() if _HEADS.match(n) and shapes.get(n) != value.shape}
     differences = _differences(fitted, expected)
     if differences:
         groups = [(problem, [name for kind, name in differences if kind == problem]) for problem in _PROBLEMS]
@@ -224,7 +235,7 @@ def _without_prefix(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
 
 
 def _is_head(name: str, expected: dict[str, Tensor]) -> bool:
-    return name not in expected and _HEADS.match(name) is not None
+    return name not in expected and is_head(name)
 
 
 def to_timm_names(state: dict[str, Tensor], expected: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -249,6 +260,11 @@ def to_timm_names(state: dict[str, Tensor], expected: dict[str, Tensor]) -> dict
         if f"{new}weight" in expected and f"{new}weight" not in state and f"{old}weight" not in expected:
             state |= {new + name.removeprefix(old): state.pop(name) for name in list(state) if name.startswith(old)}
     return state
+
+
+def is_head(name: str) -> bool:
+    """Return whether a weight or a layer of this name belongs to the head of a network."""
+    return _HEADS.match(name) is not None
 
 
 def summarised(names: Iterable[str]) -> str:

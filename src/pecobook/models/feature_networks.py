@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from pecobook.errors import WeightsError, did_you_mean, first_line
-from pecobook.models.checkpoints import read_weights
+from pecobook.models.checkpoints import is_head, load_state, read_weights
 from pecobook.models.dry_run import refusing
 from pecobook.models.makers import (
     IMAGENET_MEAN,
@@ -162,9 +162,9 @@ def _open_torchvision(
             "Check the internet connection, give a local file with --perceptual.weights, or use random weights."
         ) from None
     if weights not in (None, "random"):
-        from pecobook.models.checkpoints import load_state
-
-        load_state(network, read_weights(weights), source=weights)
+        # Files of self-supervised networks have no head, and the features come before it.
+        needs_head = any(is_head(str(layer)) for layer in layers)
+        load_state(network, read_weights(weights), source=weights, needs_head=needs_head)
         normalisation = neighbour_normalisation(weights) or normalisation
     normalisation = overridden(normalisation, mean, std)
     features = NodeFeatures(network, stage_nodes(network, layers, name))

@@ -23,6 +23,7 @@ from pecobook.models.dry_run import dry_run
 from pecobook.models.feature_networks import check_feature_maps, load_feature_network
 from pecobook.settings.perceptual import Normalisation, PerceptualConfig, PerceptualDistanceConfig
 from pecobook.settings.values import replace
+from pecobook.utils.images import checked_floats
 
 
 class PerceptualDistance(nn.Module):
@@ -82,7 +83,11 @@ class PerceptualDistance(nn.Module):
         return super().train(False)
 
     def features(self, images: Tensor) -> list[Tensor]:
-        """Return the normalised activations of images: float (B, 3, H, W) in [0, 1] to L tensors (B, C_l, H_l, W_l)."""
+        """Return the normalised activations of images: float (B, 3, H, W) in [0, 1] to L tensors (B, C_l, H_l, W_l).
+
+        uint8 images are divided by 255. Raises ValueError for another shape or type.
+        """
+        images = checked_floats(images)
         shape = self._input_shape(*images.shape[-2:])
         if images.shape[-2:] != shape:
             images = F.interpolate(images, shape, mode="bicubic", antialias=True, align_corners=False)

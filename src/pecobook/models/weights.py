@@ -23,6 +23,7 @@ from pecobook.models.makers import (
     timm_normalisation,
 )
 from pecobook.models.network_traits import NetworkTraits, has_patch_tokens, network_traits
+from pecobook.utils.images import checked_floats
 
 __all__ = ["IMAGENET_MEAN", "IMAGENET_STD", "Backbone", "Classifier", "create_network", "load_backbone"]
 
@@ -61,7 +62,8 @@ class Backbone(Exported):
         self.mean, self.std, self.image_size = mean, std, image_size
 
     def forward(self, images: Tensor) -> Tensor:
-        """Map float images (B, 3, H, W) in [0, 1] to pooled features (B, F); a classifier returns logits."""
+        """Map images (B, 3, H, W), float in [0, 1] or uint8, to pooled features (B, F); a classifier returns logits."""
+        images = checked_floats(images)
         mean, std = (images.new_tensor(values)[:, None, None] for values in (self.mean, self.std))
         return self.network((images - mean) / std)  # type: ignore[no-any-return]
 
