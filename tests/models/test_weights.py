@@ -22,7 +22,6 @@ from pecobook.models.weights import (
     Backbone,
     Classifier,
     create_network,
-    is_transformer,
     load_backbone,
 )
 
@@ -64,13 +63,6 @@ def test_create__says_what_is_wrong() -> None:
         create_network(NAME, embed_dim=25, num_heads=2)
     with pytest.raises(WeightsError, match="cannot be downloaded"):
         create_network("test_vit", pretrained=True)
-
-
-@pytest.mark.parametrize(
-    ("name", "expected"), [("vit_base_patch16_224", True), ("beit_base_patch16_224", True), ("resnet50", False)]
-)
-def test_is_transformer(name: str, expected: bool) -> None:
-    assert is_transformer(name) is expected
 
 
 # ------------------------------------------------------------------------------------------------------ load_backbone
@@ -232,3 +224,13 @@ def test_write_tensors__is_read_back_whatever_the_layout(tmp_path: Path) -> None
     loaded = load_file(file)
     assert all(torch.equal(loaded[name], value) for name, value in tensors.items())
     assert [path.name for path in file.parent.iterdir()] == ["x.safetensors"]
+
+
+def test_forward__of_bytes_is_that_of_floats(tmp_path: Path) -> None:
+    exported(tmp_path)
+    backbone = load_backbone(str(tmp_path))
+    pixels = torch.randint(256, (2, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    backbone.network.eval()
+    assert torch.equal(backbone(pixels), backbone(pixels.float() / 255))
+    with pytest.raises(ValueError, match=r"must have the shape \(B, C, H, W\)"):
+        backbone(pixels[0])

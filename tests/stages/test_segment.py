@@ -14,6 +14,7 @@ from PIL import Image
 
 from pecobook.data.dense.segmentation_classes import IGNORE
 from pecobook.data.source import Splits
+from pecobook.engine.ahead import loss_weights
 from pecobook.errors import ConfigError, DataError, PreflightError, WeightsError
 from pecobook.models.dense.segmenter import Segmenter, best_classes
 from pecobook.recipes import recipe
@@ -60,6 +61,28 @@ def test_forward__cross_entropy_of_counted_pixels_and_of_the_auxiliary_head(vit_
         expected.append(-picked[inputs["mask"] != IGNORE].mean())
     assert float(output.loss) == pytest.approx(float(expected[0] + 0.4 * expected[1]), rel=1e-4)
     assert float(output.metrics["auxiliary"]) == pytest.approx(float(expected[1]), rel=1e-4)
+
+
+def test_loss_count__makes_two_halves_weigh_as_the_whole_batch(vit_run: Path) -> None:
+    stage, splits = make(vit_run, **{"colours.jitter": 0.0})
+    inputs = batch(stage, splits, 4)
+    inputs["mask"][:2, :22] = IGNORE  # the first half has few counted pixels
+    halves: list[Any] = [{name: value[part] for name, value in inputs.items()} for part in (slice(0, 2), slice(2, 4))]
+    stage.train()
+    for module in stage.modules():  # BatchNorm depends on the images beside, on purpose
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.eval()
+    whole = stage(inputs)
+    gradients = torch.autograd.grad(whole.loss, list(stage.model.head.parameters()))
+    parts, weights = loss_weights(stage, iter(halves), 2, 1)
+    outputs = [stage(part) for part in parts]
+    loss = sum(weight * output.loss for weight, output in zip(weights, outputs, strict=True)) / 2
+    assert float(loss) == pytest.approx(float(whole.loss), rel=1e-5)
+    plain = sum(float(output.loss) for output in outputs) / 2
+    assert plain != pytest.approx(float(whole.loss), rel=1e-3)
+    split = torch.autograd.grad(loss, list(stage.model.head.parameters()))
+    for ours, expected in zip(split, gradients, strict=True):
+        torch.testing.assert_close(ours, expected, rtol=1e-3, atol=1e-6)
 
 
 def test_forward__a_batch_without_a_counted_pixel(vit_run: Path) -> None:

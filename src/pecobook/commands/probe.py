@@ -60,7 +60,8 @@ def _feature_function(config: ProbeConfig) -> tuple[FeatureFunction, int]:
     """Return the function that maps images to named features, and the side of its input images, pixels."""
     import torch
 
-    from pecobook.analysis.features import backbone_features, tokenizer_features
+    from pecobook.analysis.features import EveryLayer, backbone_features, tokenizer_features
+    from pecobook.models.dry_run import dry_run
     from pecobook.models.export import read_export
     from pecobook.models.tokenizers import load_tokenizer
     from pecobook.models.weights import load_backbone
@@ -73,9 +74,20 @@ def _feature_function(config: ProbeConfig) -> tuple[FeatureFunction, int]:
         tokenizer = load_tokenizer(config.backbone).to(device())
         return lambda images: tokenizer_features(tokenizer, images.to(device())), tokenizer.image_size
     torch.manual_seed(config.seed)
-    backbone = load_backbone(config.backbone, weights=config.weights or None, image_size=config.image_size or None)
+    backbone = load_backbone(
+        config.backbone,
+        weights=config.weights or None,
+        image_size=config.image_size or None,
+        mean=config.mean,
+        std=config.std,
+    )
+    print(*backbone.notes, sep="\n", file=sys.stderr)
+    size = config.image_size or backbone.image_size or 224
+    images = torch.zeros(2, 3, size, size)
+    layers = EveryLayer(backbone.network.eval())
+    dry_run(layers, (images,), network=config.backbone, purpose=f"read images of {size} pixels", backward=False)
     backbone.network.to(device())
-    return lambda images: backbone_features(backbone, images, every_layer=True), backbone.image_size or 224
+    return lambda images: backbone_features(backbone, images, every_layer=True), size
 
 
 def probe_features(

@@ -8,8 +8,9 @@ from __future__ import annotations
 import atexit
 import logging
 import os
+import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +29,13 @@ _PRECISIONS = {"bf16": "bf16-mixed", "fp16": "16-mixed"}
 def is_leader() -> bool:
     """Return whether this process is the first of its run, by the environment variables of the launcher."""
     return all(os.environ.get(name, "0") == "0" for name in ("RANK", "LOCAL_RANK", "NODE_RANK", "SLURM_PROCID"))
+
+
+def say(lines: Iterable[str]) -> None:
+    """Write lines to the screen, once for all processes of a run."""
+    if is_leader():
+        for line in lines:
+            print(line, file=sys.stderr, flush=True)
 
 
 def device_count(config: TrainConfig) -> int:

@@ -20,7 +20,7 @@ from pecobook.data.batch import Batch
 from pecobook.data.sampler import BatchPositions, key
 from pecobook.data.stream import Stream, default_workers, load, to_device
 from pecobook.engine import checkpoint
-from pecobook.engine.ahead import micro_batches
+from pecobook.engine.ahead import loss_weights, micro_batches
 from pecobook.engine.attention import trainable_attention
 from pecobook.engine.evaluation import Evaluation, average_metrics, evaluate
 from pecobook.engine.finite_check import FiniteCheck
@@ -198,16 +198,18 @@ class Loop:
     def _forward_backward(self, step: int, batches: _Batches) -> tuple[Tensor, dict[str, Tensor]]:
         accumulation = self.config.batch_size // (self.micro * self.fabric.world_size)
         total: dict[str, Tensor] = {}
-        parts = (self._next(batches) for _ in range(accumulation))
+        parts: _Batches = (self._next(batches) for _ in range(accumulation))
+        parts, weights = loss_weights(self.stage, parts, accumulation, self.fabric.world_size)
         for micro, batch in enumerate(micro_batches(self.stage, self.model, parts, partial(self._seed, step))):
             self._seed(step, micro)
             unfinished = micro < accumulation - 1
             with trainable_attention(self.fabric.device), self.fabric.no_backward_sync(self.model, enabled=unfinished):
                 output = self.model(batch)
                 assert output.loss is not None
-                self.fabric.backward(output.loss / accumulation)
+                weight = weights[micro]
+                self.fabric.backward((output.loss if weight is None else weight * output.loss) / accumulation)
             for name, value in {"loss": output.loss.detach(), **output.metrics}.items():
-                total[name] = total.get(name, 0) + value / accumulation
+                total[name] = total.get(name, 0) + (value if weight is None else weight * value) / accumulation
         return total.pop("loss"), total
 
     def _seed(self, step: int, micro: int) -> None:

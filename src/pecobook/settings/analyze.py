@@ -6,6 +6,7 @@ import dataclasses
 import math
 
 from pecobook.settings.images import ImagesConfig
+from pecobook.settings.normalisation import check_normalisation
 from pecobook.settings.values import between, positive
 
 
@@ -31,6 +32,11 @@ class AnalyzeConfig(ImagesConfig):
     empty leaves this measurement out."""
     classifier_weights: str = ""
     """A local file of weights for the classifier timm:NAME; empty takes the weights of the hub."""
+    classifier_mean: tuple[float, ...] = ()
+    """Mean of the classifier's input, three numbers for RGB in [0, 1]; empty takes what its weights were trained
+    with."""
+    classifier_std: tuple[float, ...] = ()
+    """Standard deviation of the classifier's input, three numbers for RGB in [0, 1]; empty as --classifier-mean."""
     perceptual: str = ""
     """A perceptual network, named as in codebook's --perceptual.network. It measures the distance between an image and
     its reconstruction; empty leaves this measurement out."""
@@ -51,6 +57,7 @@ class AnalyzeConfig(ImagesConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_normalisation(self, "classifier_mean", "classifier_std")
         positive(self, "max_train", "max_test")
         between(self, 0, 2**31 - 1, "seed")
         between(self, 0, math.inf, "codewords")

@@ -6,6 +6,7 @@ import dataclasses
 
 from pecobook.settings.dense import PyramidConfig
 from pecobook.settings.images import PhotometricConfig
+from pecobook.settings.normalisation import NormalisationConfig
 from pecobook.settings.training import CompileTrainConfig, OptimConfig
 from pecobook.settings.values import between, positive, refuse
 
@@ -52,7 +53,7 @@ class SegmenterConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class SegmentConfig(CompileTrainConfig, SegmenterConfig):
+class SegmentConfig(CompileTrainConfig, SegmenterConfig, NormalisationConfig):
     """Train semantic segmentation on images with masks."""
 
     data: str = ""
@@ -99,6 +100,7 @@ class SegmentConfig(CompileTrainConfig, SegmenterConfig):
     def __post_init__(self) -> None:
         CompileTrainConfig.__post_init__(self)
         SegmenterConfig.__post_init__(self)
+        NormalisationConfig.__post_init__(self)
         between(self, 0.0, 1.0, "drop_path", "max_share")
         positive(self, "max_share", "scales")
         if self.scales[0] > self.scales[1]:

@@ -17,6 +17,7 @@ from pecobook.data.dense.detection import DetectionSource, open_detection
 from pecobook.data.dense.detection_views import evaluation_view, training_view
 from pecobook.data.source import ImageSource, Splits
 from pecobook.data.stream import ViewFunction
+from pecobook.engine.launch import say
 from pecobook.engine.optim import dense_groups
 from pecobook.engine.stage import Stage, StageOutput, submodule_state
 from pecobook.models.dense.detector import Detections, Detector, rescale_boxes
@@ -139,7 +140,9 @@ class DetectStage(Stage[DetectConfig]):
     @classmethod
     def check(cls, config: DetectConfig) -> tuple[FeaturePyramid, Backbone]:
         """Build the pyramid and its backbone. Raises PecobookError for settings, or weights, that cannot be used."""
-        return build_pyramid(config)
+        networks = build_pyramid(config)
+        say(networks[1].notes)
+        return networks
 
     @classmethod
     def build(

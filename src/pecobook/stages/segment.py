@@ -22,7 +22,7 @@ from pecobook.data.dense.segmentation_views import resize_mask, training_view
 from pecobook.data.source import ImageSource, Splits
 from pecobook.data.stream import ViewFunction
 from pecobook.data.views import photometric
-from pecobook.engine.launch import is_leader, micro_batch_size, total_devices
+from pecobook.engine.launch import is_leader, micro_batch_size, say, total_devices
 from pecobook.engine.optim import dense_groups
 from pecobook.engine.stage import Stage, StageOutput, mean_of_counted, submodule_state
 from pecobook.errors import ConfigError, DataError, listed
@@ -70,6 +70,10 @@ class SegmentStage(Stage[SegmentConfig]):
             metrics["auxiliary"] = auxiliary_loss.detach()
             loss = loss + self.config.auxiliary_weight * auxiliary_loss
         return StageOutput(loss, metrics)
+
+    def loss_count(self, batch: Batch) -> Tensor:
+        """Return the number of counted pixels, over which the losses and the accuracy are means."""
+        return (batch["mask"] != IGNORE).sum()
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # every picture may have another shape
     def _evaluate(self, batch: Batch) -> StageOutput:
@@ -201,7 +205,9 @@ class SegmentStage(Stage[SegmentConfig]):
                 "UperNet normalises over a batch, so a device must hold 2 images or more; --pyramid.checkpointing true "
                 "or a smaller --image-size save memory."
             )
-        return build_pyramid(config)
+        networks = build_pyramid(config)
+        say(networks[1].notes)
+        return networks
 
     @classmethod
     def build(

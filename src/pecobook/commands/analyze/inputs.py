@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -99,6 +100,7 @@ def _with_banks(config: AnalyzeConfig, inputs: list[TokenizerInput], splits: Spl
 def _distance(config: AnalyzeConfig, inputs: list[TokenizerInput]) -> PerceptualDistance:
     try:
         distance = PerceptualDistance(config.perceptual, config.perceptual_layers, config.perceptual_weights or None)
+        print(*distance.notes, sep="\n", file=sys.stderr)
     except (ConfigError, WeightsError) as error:  # the message names the flags of `codebook`, which differ here
         text = str(error).replace("--perceptual.network", "--perceptual")
         text = text.replace("--perceptual.layers", "--perceptual-layers")

@@ -32,7 +32,7 @@ from torchvision.ops.poolers import LevelMapper
 from pecobook.models.dense.pyramid import FeaturePyramid, rebuild_pyramid
 from pecobook.models.export import Card, Exported
 from pecobook.settings.detect import DetectorConfig
-from pecobook.utils.images import fitted_size, resize
+from pecobook.utils.images import check_pixels, fitted_size, resize
 
 MASK_SIDE = 28
 _ANCHOR = 8  # side of an anchor, in strides of the level
@@ -182,6 +182,7 @@ class Detector(Exported):
         Returns:
             detections in pixels of the image, on the CPU.
         """
+        check_pixels(image)
         height, width = image.shape[1:]
         resized = resize(image, *fitted_size(height, width, *self.sides))
         detections: Detections = self([resized.to(self.mean.device)])[0]
