@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from pecobook.errors import ConfigError, WeightsError, did_you_mean, first_line
 from pecobook.models.checkpoints import is_moco, load_state, read_weights
 from pecobook.models.export import Card, Exported, read_export
+from pecobook.models.snippets import BEST_CLASSES, open_square, quoted
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # timm's defaults
 
@@ -66,6 +67,7 @@ class Backbone(Exported):
     @classmethod
     def rebuild(cls, settings: dict[str, Any]) -> Self:
         """Build the network that `settings` describes, with random weights."""
+        settings = pooling_trained_features(settings)
         network = create_network(settings["name"], num_classes=len(settings.get("classes", ())), **settings["args"])
         values: dict[str, Any] = {
             name: tuple(value) if isinstance(value, list) else value for name, value in settings.items()
@@ -80,21 +82,41 @@ class Backbone(Exported):
         return 0
 
     def loading_code(self, source: str) -> str:
-        """Return Python code that loads the plain timm network from the export folder `source`."""
-        return "import timm, safetensors.torch\n" + self._timm_loading_code(f'"{source}/model.safetensors"')
+        """Return Python code that loads the plain timm network from the export folder `source` and reads one image."""
+        return self._timm_code("", quoted(f"{source}/model.safetensors"), quoted(f"{source}/config.json"))
 
     def hub_loading_code(self, repo_id: str) -> str:
-        """Return Python code that loads the plain timm network from the repository `repo_id` on the hub."""
-        file = f'huggingface_hub.hf_hub_download("{repo_id}", "model.safetensors")'
-        return "import huggingface_hub, timm, safetensors.torch\n" + self._timm_loading_code(file)
+        """Return the same code for the repository `repo_id` on the hub."""
+        weights, config = (
+            f"huggingface_hub.hf_hub_download({quoted(repo_id)}, {quoted(name)})"
+            for name in ("model.safetensors", "config.json")
+        )
+        return self._timm_code("import huggingface_hub\n", weights, config)
 
-    def _timm_loading_code(self, file: str) -> str:
+    def _timm_code(self, imports: str, weights: str, config: str) -> str:
+        """Return the code; `weights` and `config` are expressions for the paths of the export's files."""
         create_args = {"num_classes": self._num_classes(), **self.args}
         arguments = "".join(f", {key}={value!r}" for key, value in create_args.items())
-        return (
-            f'model = timm.create_model("{self.name}"{arguments})\n'
-            f"model.load_state_dict(safetensors.torch.load_file({file}))"
-        )
+        mean, std = (f"torch.tensor({values})[:, None, None]" for values in (self.mean, self.std))
+        return f"""\
+{"import json" + chr(10) if self._num_classes() else ""}{imports}import numpy as np
+import safetensors.torch
+import timm
+import torch
+from PIL import Image, ImageOps
+
+model = timm.create_model({quoted(self.name)}{arguments}).eval()
+model.load_state_dict(safetensors.torch.load_file({weights}))
+{open_square(self.image_size or 224, self._crop())}
+pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1) / 255
+pixels = (pixels - {mean}) / {std}
+{self._application(config)}"""
+
+    def _application(self, config: str) -> str:
+        return "features = model(pixels[None])[0].detach()  # (F,)\nprint(features)"
+
+    def _crop(self) -> float:
+        return 1.0
 
     def card(self, origin: str) -> Card:
         """Return the model card: name, origin and expected input."""
@@ -102,7 +124,12 @@ class Backbone(Exported):
         return Card(
             title=f"{self.name}, trained by {origin or 'pecobook'}",
             text=f"A plain timm network, trained at {self.image_size} pixels. Input: RGB in [0, 1], minus mean "
-            f"{self.mean}, divided by std {self.std}.",
+            f"{self.mean}, divided by std {self.std}."
+            + (
+                " Its feature is the mean of the patches; masked modelling trains no class token."
+                if self.target
+                else ""
+            ),
             tags=("pecobook", tag) if tag else ("pecobook",),
             pipeline="image-classification" if self._num_classes() else "image-feature-extraction",
             library="timm",
@@ -148,6 +175,15 @@ class Classifier(Backbone):
     def _num_classes(self) -> int:
         return len(self.classes)
 
+    def _crop(self) -> float:
+        return self.crop
+
+    def _application(self, config: str) -> str:
+        return (
+            "probabilities = model(pixels[None]).softmax(1)[0].detach()\n"
+            f'classes = json.load(open({config}))["classes"]\n{BEST_CLASSES}'
+        )
+
 
 def exported_network(settings: dict[str, Any], state: dict[str, Tensor], source: str) -> nn.Module:
     """Build the timm network of an export and load the weights.
@@ -163,9 +199,30 @@ def exported_network(settings: dict[str, Any], state: dict[str, Tensor], source:
     Raises:
         WeightsError: the weights do not fit the network.
     """
+    settings = pooling_trained_features(settings)
     network = create_network(settings["name"], num_classes=len(settings.get("classes", ())), **settings["args"])
     load_state(network, state, source=source)
     return network.eval()
+
+
+def pooling_trained_features(settings: dict[str, Any]) -> dict[str, Any]:
+    """Return the settings of an export with the pooling of a feature that was trained.
+
+    Masked modelling trains the patches and never the class token, which timm's plain ViTs pool by default. A network
+    of masked modelling therefore pools the mean of its patches, as fine-tuning does. Exports of earlier versions name
+    no pooling.
+
+    Raises:
+        WeightsError: timm's network cannot pool patches.
+    """
+    import torch
+
+    if not settings.get("target"):
+        return settings
+    name, args = settings["name"], settings["args"]
+    with torch.device("meta"):  # no memory and no time for weights
+        pools_class_token = getattr(create_network(name, **args), "global_pool", "") == "token"
+    return {**settings, "args": args | {"global_pool": "avg"}} if pools_class_token else settings
 
 
 def create_network(name: str, *, pretrained: bool = False, **kwargs: Any) -> nn.Module:
@@ -226,7 +283,7 @@ def load_backbone(
     config, state = read_export(spec)
     if config.get("kind") not in ("backbone", "classifier"):
         raise WeightsError(f"'{spec}' is a {config.get('kind')}, not a backbone: give a contrast or pretrain run.")
-    args = config["args"] | _pooling_args(config["name"], pool_mean)
+    args = pooling_trained_features(config)["args"] | _pooling_args(config["name"], pool_mean)
     network = create_network(
         config["name"], num_classes=0, **_runtime_args(config["name"], drop_path, any_size), **args
     )

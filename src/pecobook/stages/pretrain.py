@@ -124,10 +124,16 @@ class PretrainStage(Stage[PretrainConfig]):
         model = submodule_state(state, "model")
         write_tensors(folder / "mim.safetensors", {n: v for n, v in model.items() if not n.startswith("backbone.")})
         weights, args = unshare_positions(submodule_state(model, "backbone"), backbone_args(self.config))
-        name, size, target = self.config.model.name, self.config.image_size, self.config.target
-        backbone = Backbone(self.model.backbone, name, args, IMAGENET_MEAN, IMAGENET_STD, size, target=target)
-        backbone.save_pretrained(folder, state=weights, origin="PeCo masked image modelling")
+        backbone = Backbone.rebuild(self._exported_settings(args))
+        backbone.load_exported(weights)
+        backbone.save_pretrained(folder, origin="PeCo masked image modelling")
         return backbone.loading_code(str(folder))
+
+    def _exported_settings(self, args: dict[str, Any]) -> dict[str, Any]:
+        """Return the settings of the exported backbone, which is built by timm with `args`."""
+        config = self.config
+        exported = {"name": config.model.name, "args": args, "mean": IMAGENET_MEAN, "std": IMAGENET_STD}
+        return {**exported, "image_size": config.image_size, "target": config.target}
 
     @classmethod
     def check(cls, config: PretrainConfig) -> PretrainStage:
@@ -135,6 +141,8 @@ class PretrainStage(Stage[PretrainConfig]):
         if config.target == "tokens" and not config.tokenizer:
             raise ConfigError("--tokenizer is missing: give the folder of a codebook run, or --target pixels.")
         stage = cls(config)
+        with torch.device("meta"):
+            Backbone.rebuild(stage._exported_settings(backbone_args(config)))
         rows, columns = stage.model.grid
         if config.mask.num_masked >= rows * columns:
             raise ConfigError(
