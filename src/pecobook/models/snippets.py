@@ -7,6 +7,7 @@ Python.
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 PHOTO = "photo.jpg"
@@ -14,6 +15,9 @@ PHOTO = "photo.jpg"
 
 BEST_CLASSES = "print(sorted(zip(probabilities.tolist(), classes), reverse=True)[:5])"
 """Prints the most probable classes; reads `probabilities` (C,) and the names `classes`."""
+
+TO_GREY = "images = 0.2989 * images[:, :1] + 0.587 * images[:, 1:2] + 0.114 * images[:, 2:]  # grey\n"
+"""Converts `images` (B, 3, H, W) for a tokenizer of one channel."""
 
 
 def quoted(text: str | Path) -> str:
@@ -52,3 +56,34 @@ def open_square(size: int, crop: float = 1.0) -> str:
 side = {side}
 left, top = (image.width - side) // 2, (image.height - side) // 2
 image = image.crop((left, top, left + side, top + side)).resize(({size}, {size}), Image.Resampling.BICUBIC)"""
+
+
+def normalise(mean: Sequence[float], std: Sequence[float]) -> str:
+    """Return lines that make the network's input `pixels`, float (3, S, S), of the `image` of `open_square`.
+
+    The lines need `np` and `torch`.
+    """
+    mean_text, std_text = (f"torch.tensor({list(values)})[:, None, None]" for values in (mean, std))
+    return f"""\
+pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1) / 255
+pixels = (pixels - {mean_text}) / {std_text}"""
+
+
+def transformers_lines(folder: str, *, is_classifier: bool) -> str:
+    """Return lines that apply an export in the format of transformers."""
+    auto = "AutoModelForImageClassification" if is_classifier else "AutoModel"
+    result = (
+        """\
+probabilities = model(**inputs).logits.softmax(1)[0].detach()
+classes = [model.config.id2label[number] for number in range(len(probabilities))]
+"""
+        + BEST_CLASSES
+    )
+    return f"""\
+from PIL import Image
+from transformers import AutoImageProcessor, {auto}
+
+processor = AutoImageProcessor.from_pretrained({quoted(folder)})
+model = {auto}.from_pretrained({quoted(folder)}).eval()
+inputs = processor(Image.open({quoted(PHOTO)}).convert("RGB"), return_tensors="pt")
+{result if is_classifier else "features = model(**inputs).pooler_output[0].detach()" + chr(10) + "print(features)"}"""

@@ -13,7 +13,7 @@ from pecobook.models.autoencoder import Decoder, Encoder
 from pecobook.models.export import Card, Exported
 from pecobook.models.nearest import nearest_codeword
 from pecobook.models.quantizer import VectorQuantizer
-from pecobook.models.snippets import PHOTO, quoted
+from pecobook.models.snippets import PHOTO, TO_GREY, quoted
 from pecobook.models.vit_autoencoder import ViTDecoder, ViTEncoder
 from pecobook.settings.tokenizer import AutoencoderConfig, TokenizerConfig
 from pecobook.settings.values import complete, replace, to_dict
@@ -137,14 +137,13 @@ class PerceptualTokenizer(Exported):
 
     def loading_code(self, source: str) -> str:
         """Return Python code that loads the tokenizer; `source` is a folder or a repository on the Hugging Face hub."""
-        grey = "images = 0.2989 * images[:, :1] + 0.587 * images[:, 1:2] + 0.114 * images[:, 2:]\n"
+        grey, sides = TO_GREY if self.in_channels == 1 else "", f"H / {self.stride}, W / {self.stride}"
         return f"""\
 from pecobook import PerceptualTokenizer, read_image
 
 tokenizer = PerceptualTokenizer.from_pretrained({quoted(source)})
 images = read_image({quoted(PHOTO)}, {self.image_size})[None] / 255  # the central square
-{grey if self.in_channels == 1 else ""}# float (B, {self.in_channels}, H, W) in [0, 1] -> int64 (B, H / {self.stride}, W / {self.stride})
-codes = tokenizer.encode(images)
+{grey}codes = tokenizer.encode(images)  # float (B, C, H, W) in [0, 1] -> int64 (B, {sides})
 print(codes)"""
 
     def card(self, origin: str) -> Card:

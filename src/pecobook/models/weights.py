@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from pecobook.errors import ConfigError, WeightsError, did_you_mean, first_line
 from pecobook.models.checkpoints import is_moco, load_state, read_weights
 from pecobook.models.export import Card, Exported, read_export
-from pecobook.models.snippets import BEST_CLASSES, open_square, quoted
+from pecobook.models.snippets import BEST_CLASSES, normalise, open_square, quoted
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # timm's defaults
 
@@ -83,7 +83,11 @@ class Backbone(Exported):
 
     def loading_code(self, source: str) -> str:
         """Return Python code that loads the plain timm network from the export folder `source` and reads one image."""
-        return self._timm_code("", quoted(f"{source}/model.safetensors"), quoted(f"{source}/config.json"))
+        return self._timm_code(
+            "import json\n" * bool(self._num_classes()),
+            quoted(f"{source}/model.safetensors"),
+            quoted(f"{source}/config.json"),
+        )
 
     def hub_loading_code(self, repo_id: str) -> str:
         """Return the same code for the repository `repo_id` on the hub."""
@@ -91,28 +95,40 @@ class Backbone(Exported):
             f"huggingface_hub.hf_hub_download({quoted(repo_id)}, {quoted(name)})"
             for name in ("model.safetensors", "config.json")
         )
-        return self._timm_code("import huggingface_hub\n", weights, config)
+        return self._timm_code(
+            "import json\n" * bool(self._num_classes()) + "import huggingface_hub\n", weights, config
+        )
 
     def _timm_code(self, imports: str, weights: str, config: str) -> str:
         """Return the code; `weights` and `config` are expressions for the paths of the export's files."""
         create_args = {"num_classes": self._num_classes(), **self.args}
         arguments = "".join(f", {key}={value!r}" for key, value in create_args.items())
-        mean, std = (f"torch.tensor({values})[:, None, None]" for values in (self.mean, self.std))
+        lines = (
+            f"model = timm.create_model({quoted(self.name)}{arguments}).eval()\n"
+            f"model.load_state_dict(safetensors.torch.load_file({weights}))"
+        )
+        names = f'json.load(open({config}))["classes"]'
+        return self._image_code(f"{imports}import safetensors.torch\n", lines, names)
+
+    def timm_folder_code(self, folder: str) -> str:
+        """Return Python code that applies an export in timm's format to an image file."""
+        line = f"model = timm.create_model({quoted(f'local-dir:{folder}')}, pretrained=True).eval()"
+        return self._image_code("", line, 'model.pretrained_cfg["label_names"]')
+
+    def _image_code(self, imports: str, lines: str, names: str) -> str:
+        """Return code of `imports` and `lines`, which build `model`; `names` is an expression for the classes."""
         return f"""\
-{"import json" + chr(10) if self._num_classes() else ""}{imports}import numpy as np
-import safetensors.torch
+{imports}import numpy as np
 import timm
 import torch
 from PIL import Image, ImageOps
 
-model = timm.create_model({quoted(self.name)}{arguments}).eval()
-model.load_state_dict(safetensors.torch.load_file({weights}))
+{lines}
 {open_square(self.image_size or 224, self._crop())}
-pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1) / 255
-pixels = (pixels - {mean}) / {std}
-{self._application(config)}"""
+{normalise(self.mean, self.std)}
+{self._application(names)}"""
 
-    def _application(self, config: str) -> str:
+    def _application(self, names: str) -> str:  # noqa: ARG002
         return "features = model(pixels[None])[0].detach()  # (F,)\nprint(features)"
 
     def _crop(self) -> float:
@@ -178,11 +194,8 @@ class Classifier(Backbone):
     def _crop(self) -> float:
         return self.crop
 
-    def _application(self, config: str) -> str:
-        return (
-            "probabilities = model(pixels[None]).softmax(1)[0].detach()\n"
-            f'classes = json.load(open({config}))["classes"]\n{BEST_CLASSES}'
-        )
+    def _application(self, names: str) -> str:
+        return f"probabilities = model(pixels[None]).softmax(1)[0].detach()\nclasses = {names}\n{BEST_CLASSES}"
 
 
 def exported_network(settings: dict[str, Any], state: dict[str, Tensor], source: str) -> nn.Module:
