@@ -5,6 +5,7 @@ Nothing in this module unpickles code.
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Any, Self
 
@@ -285,7 +286,8 @@ def load_backbone(
     """
     if Path(spec).is_file():
         raise ConfigError(
-            f"'{spec}' is a file of weights; also name the network: --backbone timm:NAME --weights {spec} "
+            f"'{spec}' is a file of weights; also name the network: --backbone timm:NAME --weights "
+            f"{shlex.quote(spec)} "
             "(or --perceptual.network and --perceptual.weights)."
         )
     if spec.startswith("timm:"):
