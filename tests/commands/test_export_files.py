@@ -48,8 +48,10 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name, (height, width) in SIZES.items():
         for number in range(2):
             coarse, fine = (random.integers(0, 256, (side, side, 3), dtype=np.uint8) for side in (4, 12))
-            layers = [Image.fromarray(x).resize((width, height), Image.Resampling.BICUBIC) for x in (coarse, fine)]
-            Image.blend(*layers, 0.3).save(folder / f"{name}{number}.png")
+            first, second = (
+                Image.fromarray(x).resize((width, height), Image.Resampling.BICUBIC) for x in (coarse, fine)
+            )
+            Image.blend(first, second, 0.3).save(folder / f"{name}{number}.png")
     return folder
 
 

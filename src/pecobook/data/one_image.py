@@ -50,8 +50,9 @@ def write_example(source: ImageSource, file: Path, attempts: int = 8) -> None:
             image = source.read(index)
         except BadImage:
             continue
-        if max(image.shape[1:]) > _MAX_SIDE:
-            image = resize(image, *fitted_size(*image.shape[1:], min(image.shape[1:]), _MAX_SIDE))
+        height, width = int(image.shape[1]), int(image.shape[2])
+        if max(height, width) > _MAX_SIDE:
+            image = resize(image, *fitted_size(height, width, min(height, width), _MAX_SIDE))
         file.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(file, bytes(encode_png(image.contiguous()).numpy()))
         return

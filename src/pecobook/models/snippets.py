@@ -37,14 +37,16 @@ def example_image(run: str | Path) -> Path:
 
 # Pillow computes here what `data.decode` and `data.views.center_crop` compute, to within rounding of 8 bits.
 OPEN_IMAGE = f"""\
-image = ImageOps.exif_transpose(Image.open({quoted(PHOTO)})).convert("RGBA")
-image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")"""
+image = ImageOps.exif_transpose(Image.open({quoted(PHOTO)}))
+image = Image.fromarray(np.uint8(np.rint(np.asarray(image) / 257))) if image.mode.startswith("I;16") else image
+image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA")).convert("RGB")"""
+"""Reads an 8-bit or 16-bit image of any mode; needs `np`, and `Image` and `ImageOps` of Pillow."""
 
 
 def open_square(size: int, crop: float = 1.0) -> str:
     """Return lines that read an image with Pillow, crop the central square, and resize it.
 
-    The lines need `Image` and `ImageOps` of Pillow. They read 8-bit images of any mode, as the library does.
+    The lines need what `OPEN_IMAGE` needs.
 
     Args:
         size: side of the result, pixels.
@@ -80,10 +82,12 @@ classes = [model.config.id2label[number] for number in range(len(probabilities))
         + BEST_CLASSES
     )
     return f"""\
-from PIL import Image
+import numpy as np
+from PIL import Image, ImageOps
 from transformers import AutoImageProcessor, {auto}
 
 processor = AutoImageProcessor.from_pretrained({quoted(folder)})
 model = {auto}.from_pretrained({quoted(folder)}).eval()
-inputs = processor(Image.open({quoted(PHOTO)}).convert("RGB"), return_tensors="pt")
+{OPEN_IMAGE}
+inputs = processor(image, return_tensors="pt")
 {result if is_classifier else "features = model(**inputs).pooler_output[0].detach()" + chr(10) + "print(features)"}"""
