@@ -97,7 +97,7 @@ def test_hf__a_run_on_pixels_becomes_a_model_without_a_head(images: Path, tmp_pa
 
 
 def test_hf__a_pretrained_run_becomes_a_masked_image_model(beit_run: Path, tmp_path: Path) -> None:
-    from transformers import AutoImageProcessor, BeitForMaskedImageModeling, BeitModel
+    from transformers import AutoImageProcessor, AutoModel, BeitForMaskedImageModeling
 
     from pecobook.models.checkpoints import read_weights
     from pecobook.models.masked_vit import MaskedImageModel
@@ -114,8 +114,8 @@ def test_hf__a_pretrained_run_becomes_a_masked_image_model(beit_run: Path, tmp_p
     expected = ours(pictures(), mask, 2)
     logits = theirs.eval()(pictures(), bool_masked_pos=mask.flatten(1)).logits[mask.flatten(1)]
     assert_close(logits, expected, atol=1e-5, rtol=1e-5)
-    body = BeitModel.from_pretrained(out, add_pooling_layer=False).eval()
-    assert body(pictures()).last_hidden_state.shape == (2, 17, 24)
+    pooled = AutoModel.from_pretrained(out).eval()(pictures()).pooler_output
+    assert_close(pooled, load_backbone(str(beit_run)).network.eval()(pictures()), atol=1e-5, rtol=1e-5)
     processor = AutoImageProcessor.from_pretrained(out)
     pixels = np.zeros((16, 16, 3), dtype=np.uint8)
     mean, std = (np.array(read_export(beit_run)[0][name]) for name in ("mean", "std"))

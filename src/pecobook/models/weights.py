@@ -231,9 +231,9 @@ def pooling_trained_features(settings: dict[str, Any]) -> dict[str, Any]:
     """
     import torch
 
-    if not settings.get("target"):
-        return settings
     name, args = settings["name"], settings["args"]
+    if not settings.get("target") or args.get("global_pool", "token") != "token":
+        return settings
     with torch.device("meta"):  # no memory and no time for weights
         pools_class_token = getattr(create_network(name, **args), "global_pool", "") == "token"
     return {**settings, "args": args | {"global_pool": "avg"}} if pools_class_token else settings
