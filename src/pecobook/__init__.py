@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from pecobook.commands.probe import probe
     from pecobook.commands.reproduce import reproduce
     from pecobook.data.masking import blockwise_mask
+    from pecobook.data.one_image import read_image
     from pecobook.errors import PecobookError
     from pecobook.models.dense.detector import Detector
     from pecobook.models.dense.segmenter import Segmenter
@@ -55,6 +56,7 @@ __all__ = [
     "predict",
     "pretrain",
     "probe",
+    "read_image",
     "reproduce",
     "segment",
     "tokenize",
@@ -86,6 +88,7 @@ _HOMES = {
     "predict": "api",
     "pretrain": "api",
     "probe": "commands.probe",
+    "read_image": "data.one_image",
     "reproduce": "commands.reproduce",
     "segment": "api",
     "tokenize": "api",

@@ -7,6 +7,8 @@ one shard.
 from __future__ import annotations
 
 import dataclasses
+import json
+import re
 import time
 from collections.abc import Iterator
 from functools import partial
@@ -51,7 +53,7 @@ def tokenize(config: TokenizeConfig) -> Path:
         _write(config, splits, tokenizer.to(fabric.device), fabric, layout, files)
         fabric.barrier()
         if launch.is_leader():
-            _finish(out, layout)
+            _finish(out, layout, next_command(config, bank_config["grid"][0]))
     finally:
         if folder is not None:
             folder.release()
@@ -280,7 +282,7 @@ def _encode(
     return [(zeros, unread[i]) if i in unread else (next(codes), None) for i in range(batch["count"])]
 
 
-def _finish(out: Path, layout: dict[str, BankLayout]) -> None:
+def _finish(out: Path, layout: dict[str, BankLayout], command: str) -> None:
     """List the images that no process could read, those before a resume included, and print the next command."""
     import sys
 
@@ -292,4 +294,37 @@ def _finish(out: Path, layout: dict[str, BankLayout]) -> None:
     if skipped:
         write_atomically(out / "skipped.txt", ("\n".join(skipped) + "\n").encode())
         print(f"{len(skipped)} images could not be read; {out / 'skipped.txt'} lists them.", file=sys.stderr)
-    print(f"\nDone: {out}\n\npecobook pretrain ... --tokens {out}", file=sys.stderr)
+    print(f"\nDone: {out}\n\n{command}", file=sys.stderr)
+
+
+def next_command(config: TokenizeConfig, grid: int) -> str:
+    """Return the command that pre-trains on a token bank, with `grid` tokens a side, ready for a shell.
+
+    It names the recipe of `pretrain` whose views differ least from those of the bank, and all that must differ from the
+    recipe: the views, and for another grid of tokens the patches of the ViT and the masks.
+    """
+    from pecobook.recipes import RECIPES, tokenize
+    from pecobook.settings.values import flag_words, replace
+
+    views = ("seed", "image_size", "tokenizer_size", "min_crop", "colour")
+
+    def distance(recipe: str) -> int:
+        return sum(getattr(tokenize(recipe), name) != getattr(config, name) for name in views)
+
+    recipe = min(RECIPES["pretrain"], key=distance)
+    base: Any = RECIPES["pretrain"][recipe]()
+    same = {name: getattr(config, name) for name in (*views, "data", "tokenizer")}
+    run = dataclasses.replace(base, **same, tokens=config.out, out=f"{Path(config.out)}-vit")
+    arguments = base.model.kwargs()
+    named = re.search(r"patch(\d+)", base.model.name)
+    patch = arguments.get("patch_size") or int(named[1] if named else 16)
+    if config.image_size != patch * grid:
+        share = (grid * patch / base.image_size) ** 2  # patches of the bank for each patch of the recipe
+        changes = {
+            "model.args": json.dumps({**arguments, "patch_size": config.image_size // grid}),
+            "mask.num_masked": max(round(base.mask.num_masked * share), 1),
+            "mask.min_block": min(base.mask.min_block, max(round(base.mask.min_block * share), 1)),
+        }
+        run = replace(run, changes)
+    always = ("data", "tokenizer", "tokens", "out")
+    return f"pecobook pretrain {recipe} {flag_words(run, base, always=always)}"

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import shlex
 import sys
 from functools import partial
 from pathlib import Path
@@ -88,8 +89,16 @@ def stored_settings(config: TrainConfig, command: str) -> dict[str, Any]:
     return {"command": command, **to_dict(config), "resume": False, "overwrite": False, "dry_run": False}
 
 
+def command_line(arguments: list[str]) -> str:
+    """Return the command of this process, quoted, so that it can be pasted into a shell; `arguments` is sys.argv."""
+    program, *words = arguments
+    if Path(program).name == "__main__.py":  # python -m pecobook
+        return shlex.join([sys.executable, "-m", "pecobook", *words])
+    return shlex.join([sys.executable, *arguments] if program.endswith(".py") else arguments)
+
+
 def environment() -> dict[str, Any]:
-    """Return versions of the libraries, the devices and the command line."""
+    """Return versions of the libraries, the devices, the command line and the folder in which it was given."""
     from importlib.metadata import version
 
     import torch
@@ -97,7 +106,8 @@ def environment() -> dict[str, Any]:
     names = ("pecobook", "torch", "torchvision", "timm", "lightning-fabric", "datasets", "numpy")
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     return {
-        "command_line": " ".join(sys.argv),
+        "command_line": command_line(sys.argv),
+        "working_directory": str(Path.cwd()),
         "python": platform.python_version(),
         "platform": platform.platform(),
         "cpus": os.cpu_count(),

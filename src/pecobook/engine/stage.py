@@ -149,7 +149,7 @@ class Stage(nn.Module, Generic[C]):
     # ---------------------------------------------------------------------------------------------------- at the end
 
     def export(self, folder: Path, state: dict[str, Tensor]) -> str:
-        """Write the export folder from the full `state` of this stage; return lines of Python that load the export."""
+        """Write the export folder from the full `state` of this stage; return lines of Python that use the export."""
         raise NotImplementedError
 
 

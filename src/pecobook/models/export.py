@@ -84,13 +84,11 @@ def write_export(folder: Path, config: dict[str, Any], state: dict[str, Tensor],
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Card:
-    """Content of a model card, without the Python code that loads the model."""
+    """Content of a model card, without the Python code that loads the model and applies it to an image."""
 
     title: str
     text: str
     """Paragraphs before the Python code."""
-    usage: str = ""
-    """Python code that uses the model, placed after the code that loads it."""
     more: str = ""
     """Paragraphs after the Python code."""
     tags: tuple[str, ...]
@@ -100,12 +98,11 @@ class Card:
     """Name of the library that loads the model."""
 
     def render(self, loading_code: str) -> str:
-        """Return the whole card as Markdown; `loading_code` is the Python code that loads the model."""
+        """Return the whole card as Markdown; `loading_code` is the Python code that uses the model."""
         task = f"pipeline_tag: {self.pipeline}\n" if self.pipeline else ""
         header = f"---\nlibrary_name: {self.library}\n{task}tags: [{', '.join(self.tags)}]\n---\n"
         more = f"\n{self.more}\n" if self.more else ""
-        usage = f"\n{self.usage}" if self.usage else ""
-        return f"{header}# {self.title}\n\n{self.text}\n\n```python\n{loading_code}{usage}\n```\n{more}"
+        return f"{header}# {self.title}\n\n{self.text}\n\n```python\n{loading_code}\n```\n{more}"
 
 
 class Exported(nn.Module):
@@ -130,11 +127,11 @@ class Exported(nn.Module):
         raise NotImplementedError
 
     def loading_code(self, source: str) -> str:
-        """Return Python code that loads the network from the folder `source`."""
+        """Return Python code that loads the network from the folder `source` and applies it to an image file."""
         raise NotImplementedError
 
     def hub_loading_code(self, repo_id: str) -> str:
-        """Return Python code that loads the network from the repository `repo_id` on the Hugging Face hub."""
+        """Return the same code for the repository `repo_id` on the Hugging Face hub."""
         return self.loading_code(repo_id)
 
     def card(self, origin: str) -> Card:

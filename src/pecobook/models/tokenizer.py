@@ -14,6 +14,7 @@ from pecobook.models.autoencoder import Decoder, Encoder
 from pecobook.models.export import Card, Exported
 from pecobook.models.nearest import nearest_codeword
 from pecobook.models.quantizer import VectorQuantizer
+from pecobook.models.snippets import PHOTO, TO_GREY, quoted
 from pecobook.models.vit_autoencoder import ViTDecoder, ViTEncoder
 from pecobook.settings.tokenizer import AutoencoderConfig, TokenizerConfig
 from pecobook.settings.values import complete, replace, to_dict
@@ -146,7 +147,14 @@ class PerceptualTokenizer(Exported):
 
     def loading_code(self, source: str) -> str:
         """Return Python code that loads the tokenizer; `source` is a folder or a repository on the Hugging Face hub."""
-        return f'from pecobook import PerceptualTokenizer\ntokenizer = PerceptualTokenizer.from_pretrained("{source}")'
+        grey, sides = TO_GREY if self.in_channels == 1 else "", f"H / {self.stride}, W / {self.stride}"
+        return f"""\
+from pecobook import PerceptualTokenizer, read_image
+
+tokenizer = PerceptualTokenizer.from_pretrained({quoted(source)})
+images = read_image({quoted(PHOTO)}, {self.image_size})[None] / 255  # the central square
+{grey}codes = tokenizer.encode(images)  # float (B, C, H, W) in [0, 1] -> int64 (B, {sides})
+print(codes)"""
 
     def card(self, origin: str) -> Card:
         """Return the model card: sizes, and how the tokenizer was trained."""
@@ -157,8 +165,6 @@ class PerceptualTokenizer(Exported):
         return Card(
             title="A perceptual tokenizer",
             text=f"{size}\n\n{origin}" if origin else size,
-            usage=f"codes = tokenizer.encode(images)  # float (B, {self.in_channels}, H, W) in [0, 1] -> "
-            f"int64 (B, H / {self.stride}, W / {self.stride})",
             tags=("vector-quantization", "image-tokenizer", "peco"),
         )
 

@@ -5,6 +5,7 @@ Nothing in this module unpickles code.
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Self
@@ -23,6 +24,7 @@ from pecobook.models.makers import (
     timm_normalisation,
 )
 from pecobook.models.network_traits import NetworkTraits, has_patch_tokens, network_traits
+from pecobook.models.snippets import BEST_CLASSES, normalise, open_square, quoted
 from pecobook.utils.images import checked_floats
 
 __all__ = ["IMAGENET_MEAN", "IMAGENET_STD", "Backbone", "Classifier", "create_network", "load_backbone"]
@@ -80,6 +82,7 @@ class Backbone(Exported):
     @classmethod
     def rebuild(cls, settings: dict[str, Any]) -> Self:
         """Build the network that `settings` describes, with random weights."""
+        settings = pooling_trained_features(settings)
         network = create_network(settings["name"], num_classes=len(settings.get("classes", ())), **settings["args"])
         values: dict[str, Any] = {
             name: tuple(value) if isinstance(value, list) else value for name, value in settings.items()
@@ -94,21 +97,57 @@ class Backbone(Exported):
         return 0
 
     def loading_code(self, source: str) -> str:
-        """Return Python code that loads the plain timm network from the export folder `source`."""
-        return "import timm, safetensors.torch\n" + self._timm_loading_code(f'"{source}/model.safetensors"')
+        """Return Python code that loads the plain timm network from the export folder `source` and reads one image."""
+        return self._timm_code(
+            "import json\n" * bool(self._num_classes()),
+            quoted(f"{source}/model.safetensors"),
+            quoted(f"{source}/config.json"),
+        )
 
     def hub_loading_code(self, repo_id: str) -> str:
-        """Return Python code that loads the plain timm network from the repository `repo_id` on the hub."""
-        file = f'huggingface_hub.hf_hub_download("{repo_id}", "model.safetensors")'
-        return "import huggingface_hub, timm, safetensors.torch\n" + self._timm_loading_code(file)
+        """Return the same code for the repository `repo_id` on the hub."""
+        weights, config = (
+            f"huggingface_hub.hf_hub_download({quoted(repo_id)}, {quoted(name)})"
+            for name in ("model.safetensors", "config.json")
+        )
+        return self._timm_code(
+            "import json\n" * bool(self._num_classes()) + "import huggingface_hub\n", weights, config
+        )
 
-    def _timm_loading_code(self, file: str) -> str:
+    def _timm_code(self, imports: str, weights: str, config: str) -> str:
+        """Return the code; `weights` and `config` are expressions for the paths of the export's files."""
         create_args = {"num_classes": self._num_classes(), **self.args}
         arguments = "".join(f", {key}={value!r}" for key, value in create_args.items())
-        return (
-            f'model = timm.create_model("{self.name}"{arguments})\n'
-            f"model.load_state_dict(safetensors.torch.load_file({file}))"
+        lines = (
+            f"model = timm.create_model({quoted(self.name)}{arguments}).eval()\n"
+            f"model.load_state_dict(safetensors.torch.load_file({weights}))"
         )
+        names = f'json.load(open({config}))["classes"]'
+        return self._image_code(f"{imports}import safetensors.torch\n", lines, names)
+
+    def timm_folder_code(self, folder: str) -> str:
+        """Return Python code that applies an export in timm's format to an image file."""
+        line = f"model = timm.create_model({quoted(f'local-dir:{folder}')}, pretrained=True).eval()"
+        return self._image_code("", line, 'model.pretrained_cfg["label_names"]')
+
+    def _image_code(self, imports: str, lines: str, names: str) -> str:
+        """Return code of `imports` and `lines`, which build `model`; `names` is an expression for the classes."""
+        return f"""\
+{imports}import numpy as np
+import timm
+import torch
+from PIL import Image, ImageOps
+
+{lines}
+{open_square(self.image_size or 224, self._crop())}
+{normalise(self.mean, self.std)}
+{self._application(names)}"""
+
+    def _application(self, names: str) -> str:  # noqa: ARG002
+        return "features = model(pixels[None])[0].detach()  # (F,)\nprint(features)"
+
+    def _crop(self) -> float:
+        return 1.0
 
     def card(self, origin: str) -> Card:
         """Return the model card: name, origin and expected input."""
@@ -116,7 +155,12 @@ class Backbone(Exported):
         return Card(
             title=f"{self.name}, trained by {origin or 'pecobook'}",
             text=f"A plain timm network, trained at {self.image_size} pixels. Input: RGB in [0, 1], minus mean "
-            f"{self.mean}, divided by std {self.std}.",
+            f"{self.mean}, divided by std {self.std}."
+            + (
+                " Its feature is the mean of the patches; masked modelling trains no class token."
+                if self.target
+                else ""
+            ),
             tags=("pecobook", tag) if tag else ("pecobook",),
             pipeline="image-classification" if self._num_classes() else "image-feature-extraction",
             library="timm",
@@ -162,6 +206,12 @@ class Classifier(Backbone):
     def _num_classes(self) -> int:
         return len(self.classes)
 
+    def _crop(self) -> float:
+        return self.crop
+
+    def _application(self, names: str) -> str:
+        return f"probabilities = model(pixels[None]).softmax(1)[0].detach()\nclasses = {names}\n{BEST_CLASSES}"
+
 
 def exported_network(settings: dict[str, Any], state: dict[str, Tensor], source: str) -> nn.Module:
     """Build the timm network of an export and load the weights.
@@ -177,9 +227,30 @@ def exported_network(settings: dict[str, Any], state: dict[str, Tensor], source:
     Raises:
         WeightsError: the weights do not fit the network.
     """
+    settings = pooling_trained_features(settings)
     network = create_network(settings["name"], num_classes=len(settings.get("classes", ())), **settings["args"])
     load_state(network, state, source=source)
     return network.eval()
+
+
+def pooling_trained_features(settings: dict[str, Any]) -> dict[str, Any]:
+    """Return the settings of an export with the pooling of a feature that was trained.
+
+    Masked modelling trains the patches and never the class token, which timm's plain ViTs pool by default. A network
+    of masked modelling therefore pools the mean of its patches, as fine-tuning does. Exports of earlier versions name
+    no pooling.
+
+    Raises:
+        WeightsError: timm's network cannot pool patches.
+    """
+    import torch
+
+    name, args = settings["name"], settings["args"]
+    if not settings.get("target") or args.get("global_pool", "token") != "token":
+        return settings
+    with torch.device("meta"):  # no memory and no time for weights
+        pools_class_token = getattr(create_network(name, **args), "global_pool", "") == "token"
+    return {**settings, "args": args | {"global_pool": "avg"}} if pools_class_token else settings
 
 
 def create_network(name: str, *, pretrained: bool = False, **kwargs: Any) -> nn.Module:
@@ -233,7 +304,8 @@ def load_backbone(
     """
     if Path(spec).is_file():
         raise ConfigError(
-            f"'{spec}' is a file of weights; also name the network: --backbone timm:NAME --weights {spec} "
+            f"'{spec}' is a file of weights; also name the network: --backbone timm:NAME --weights "
+            f"{shlex.quote(spec)} "
             "(or --perceptual.network and --perceptual.weights)."
         )
     is_timm = spec.startswith("timm:")
@@ -265,7 +337,7 @@ def _load_run(
         raise WeightsError(f"'{spec}' is a {config.get('kind')}, not a backbone: give a contrast or pretrain run.")
     name, size = config["name"], config["image_size"]
     traits = network_traits(name, config["args"])
-    args = config["args"] | _pooling_args(traits, options["pool_mean"])
+    args = pooling_trained_features(config)["args"] | _pooling_args(traits, options["pool_mean"])
     left: tuple[str, ...] = ()
     if image_size is not None and image_size != size and traits.takes_size:
         args, size = args | {"img_size": image_size}, image_size

@@ -11,8 +11,11 @@ import contextvars
 import dataclasses
 import json
 import math
+import shlex
 import types
 import typing
+from collections.abc import Sequence
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args, get_origin
 
@@ -132,6 +135,28 @@ def flags(config_type: type[Any], prefix: str = "") -> dict[str, Any]:
         else:
             types_by_flag[name] = kind
     return types_by_flag
+
+
+def flag_words(config: Any, default: Any, *, always: Sequence[str] = (), never: Sequence[str] = ()) -> str:
+    """Return the flags that turn `default` into `config`, quoted so that a shell reads the same values.
+
+    Args:
+        config: settings.
+        default: settings of the same type.
+        always: names of flags that are written even if their value is the default's.
+        never: names of flags that are left out.
+    """
+    words: list[str] = []
+    for name in flags(type(config)):
+        read = attrgetter(field_name(name))
+        value = read(config)
+        if name in never or (value == read(default) and name not in always):
+            continue
+        if isinstance(value, bool):
+            words.append(f"--{name}" if value else f"--no-{name}")
+        else:
+            words += [f"--{name}", *map(str, value if isinstance(value, tuple) else (value,))]
+    return shlex.join(words)
 
 
 def to_dict(config: Any) -> dict[str, Any]:

@@ -6,6 +6,7 @@ The codes come from a tokenizer that encodes every crop, or from a token bank, w
 from __future__ import annotations
 
 import dataclasses
+import re
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +65,7 @@ class PretrainStage(Stage[PretrainConfig]):
         )
         with refusing(config.model.name, "be pre-trained by masked modelling"):
             initialise_beit(backbone)
+            self.pooling, self.renames_norm = exported_pooling(backbone, config)
             self.patch = int(config.image_size // patch_grid(backbone)[0])
             size = 3 * self.patch**2 if self.tokenizer is None else self.tokenizer.num_codewords
             self.model = masked_model(config, backbone, size)
@@ -127,7 +129,10 @@ class PretrainStage(Stage[PretrainConfig]):
         model = submodule_state(state, "model")
         write_tensors(folder / "mim.safetensors", {n: v for n, v in model.items() if not n.startswith("backbone.")})
         weights, args = unshare_positions(submodule_state(model, "backbone"), backbone_args(self.config))
+        if self.renames_norm:
+            weights = {re.sub(r"^norm\.", "fc_norm.", weight): value for weight, value in weights.items()}
         name, size, target = self.config.model.name, self.config.image_size, self.config.target
+        args = args | self.pooling
         backbone = Backbone(self.model.backbone, name, args, IMAGENET_MEAN, IMAGENET_STD, size, target=target)
         backbone.value_range = self.config.value_range
         backbone.save_pretrained(folder, state=weights, origin="PeCo masked image modelling")
@@ -216,6 +221,24 @@ def patch_pixels(images: Tensor, patch: int) -> Tensor:
 def backbone_args(config: PretrainConfig) -> dict[str, Any]:
     """Return the arguments of timm.create_model: the image size, and `--model.args`."""
     return {"img_size": config.image_size, **config.model.kwargs()}
+
+
+def exported_pooling(backbone: nn.Module, config: PretrainConfig) -> tuple[dict[str, Any], bool]:
+    """Return how the exported network pools: the mean of the patches, since masked modelling trains no class token.
+
+    Returns:
+        arguments of timm.create_model, and whether the last norm is called `fc_norm` there and `norm` in `backbone`.
+
+    Raises:
+        WeightsError: timm's network cannot pool the mean of its patches.
+    """
+    pool = getattr(backbone, "global_pool", "")
+    pooling = {"global_pool": "avg"} if pool in ("avg", "token") else {}
+    if pool != "token":
+        return pooling, False
+    with torch.device("meta"):  # no memory and no time for weights
+        exported = create_network(config.model.name, num_classes=0, **(backbone_args(config) | pooling)).state_dict()
+    return pooling, "fc_norm.weight" in exported and "fc_norm.weight" not in backbone.state_dict()
 
 
 # ---------------------------------------------------------------------------------------------------------------- check

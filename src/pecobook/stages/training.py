@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from pecobook.data.images import check_labels, check_readable
+from pecobook.data.one_image import write_example
 from pecobook.data.sampler import fixed_permutation
 from pecobook.data.source import Splits
 from pecobook.data.stream import Stream
@@ -19,6 +20,7 @@ from pecobook.data.summary import aligned, describe
 from pecobook.engine.stage import Stage
 from pecobook.engine.value_range import set_value_range
 from pecobook.errors import Preflight, RunFolderError, first_line
+from pecobook.models.snippets import example_image, with_image
 from pecobook.settings.images import AUTO
 from pecobook.settings.training import TrainConfig
 from pecobook.utils.distributed import on_first_rank
@@ -45,7 +47,7 @@ def train(stage_type: type[Stage[C]], config: C) -> Path:
         preamble = _preamble(config, splits, stage) if launch.is_leader() else []
         outcome = _fit(stage_type, config, launch.start(config), stage, splits, preamble)
         if outcome.finished:
-            _export(config, stage)
+            _export(config, stage, splits)
     finally:  # also after an error: the Python process may go on, and train again
         if lock is not None:
             lock.release()
@@ -148,20 +150,22 @@ def _fit(
     )
 
 
-def _export(config: TrainConfig, stage: Stage[Any]) -> None:
+def _export(config: TrainConfig, stage: Stage[Any], splits: Splits) -> None:
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
     state = get_model_state_dict(stage, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
     folder = Path(config.out) / "export"
 
     def write() -> None:
+        example = example_image(config.out)
         try:
+            write_example(splits.evaluation, example)
             lines = stage.export(folder, cast("dict[str, Tensor]", state))
         except OSError as error:
             raise RunFolderError(
                 f"The export cannot be written to '{folder}': {first_line(error).rstrip('.')}.\n"
                 "The last checkpoint is complete. Free disk space, then continue with --resume."
             ) from None
-        print(f"\nDone: {folder}\n\n{lines}", file=sys.stderr)
+        print(f"\nDone: {folder}\n\n{with_image(lines, example)}", file=sys.stderr)
 
     on_first_rank(write)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from pecobook.models.dense.pyramid import FeaturePyramid, rebuild_pyramid
 from pecobook.models.export import Card, Exported
+from pecobook.models.snippets import PHOTO, quoted
 from pecobook.settings.segment import SegmenterConfig, SegmentTestConfig
 from pecobook.utils.images import check_pixels, fitted_size, resize, to_float
 
@@ -151,10 +152,12 @@ class Segmenter(Exported):
 
     def loading_code(self, source: str) -> str:
         """Return Python code that loads the segmenter; `source` is a folder or a repository on the Hugging Face hub."""
-        return (
-            f'from pecobook import Segmenter\nmodel = Segmenter.from_pretrained("{source}")'
-            "  # model.predict(image): uint8 (3, H, W) to classes (H, W)"
-        )
+        return f"""\
+from pecobook import Segmenter, read_image
+
+model = Segmenter.from_pretrained({quoted(source)})
+classes = model.predict(read_image({quoted(PHOTO)}))  # int64 (H, W): a number in model.classes for every pixel
+print({{model.classes[number]: int((classes == number).sum()) for number in classes.unique().tolist()}})"""
 
     def card(self, origin: str) -> Card:  # noqa: ARG002
         """Return the model card: backbone, number of classes and image size."""
