@@ -5,6 +5,8 @@
     bank/train/skipped-00000.json if some images could not be read: number -> name and reason; the codes of these are 0
     bank/evaluation/...           the central view of each held-out image
 
+Beside each shard lies its checksum, which is verified when the bank is opened.
+
 (seed, image, view number) identifies a view, so a bank of V views serves any training run with the same seed and crop
 settings: epoch e uses view e mod V. Any number of processes can write shards; each shard is written atomically and read
 by memory mapping.
@@ -28,6 +30,7 @@ from torch import Tensor
 
 from pecobook.data.decode import BadImage
 from pecobook.errors import DataError, first_line
+from pecobook.utils.checksums import damage, write_with_checksum
 from pecobook.utils.files import write_atomically
 
 MAX_CODEWORDS = 2**16
@@ -89,7 +92,7 @@ def write_shard(file: Path, codes: Codes, skipped: dict[int, BadImage] | None = 
         _skipped_file(file).unlink(missing_ok=True)
     buffer = io.BytesIO()
     np.save(buffer, codes)
-    write_atomically(file, buffer.getvalue())
+    write_with_checksum(file, buffer.getvalue())
 
 
 class TokenBank:
@@ -105,7 +108,7 @@ class TokenBank:
         folder: the folder of the bank.
 
     Raises:
-        DataError: the folder holds no bank, or the bank is unfinished or damaged.
+        DataError: the folder holds no bank, or the bank is unfinished, or a shard differs from its checksum.
     """
 
     def __init__(self, folder: str | Path) -> None:
@@ -117,6 +120,12 @@ class TokenBank:
             raise DataError(
                 f"The token bank '{folder}' is unfinished: {len(missing)} of its files are missing; the first is "
                 f"'{missing[0].relative_to(self.folder)}'.\nContinue with the same command and --resume."
+            )
+        shards = [layout.file(self.folder, n) for layout in self.layouts.values() for n in range(layout.num_shards)]
+        sentence = damage(shards)
+        if sentence:
+            raise DataError(
+                f"{sentence}\nDelete that file and continue with the command that made the bank and --resume."
             )
         self._skipped = {split: read_skipped(self.folder, layout) for split, layout in self.layouts.items()}
         self.skipped = np.array(sorted(self._skipped["train"]), dtype=np.int64)

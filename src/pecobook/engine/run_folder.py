@@ -22,8 +22,8 @@ from pecobook.utils.output_folder import OutputFolder
 
 _FILES = (
     *("config.json", "environment.json", "metrics.jsonl", "train.log", "events.out.tfevents.*"),
-    *("samples/step-*.png", "checkpoints/step-*/state.pt", "checkpoints/.step-*.tmp/state.pt"),
-    *(f"export/{name}" for name in ("config.json", "model.safetensors", "README.md", ".*.tmp")),
+    *("samples/step-*.png", "checkpoints/step-*/state.pt*", "checkpoints/.step-*.tmp/*"),
+    *(f"export/{name}" for name in ("config.json*", "*.safetensors*", "README.md", ".*.tmp")),
 )
 
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from pecobook.errors import WeightsError, first_line
 from pecobook.models.huggingface import beit_from_huggingface, is_huggingface_beit
+from pecobook.utils.checksums import damage
 
 # Prefixes of a backbone's weights in files of other projects. MoCo v3's files contain two encoders and the heads; its
 # authors transfer the base encoder.
@@ -20,10 +21,17 @@ _HEADS = ("head", "fc", "classifier", "lm_head", "mask_token", "attn_pool")
 
 
 def read_weights(path: str) -> dict[str, Tensor]:
-    """Load a state dict from a safetensors file or a PyTorch file that contains only tensors. Raises WeightsError."""
+    """Load a state dict from a safetensors file or a PyTorch file that contains only tensors.
+
+    Raises:
+        WeightsError: the file is missing, is no such file, or differs from the checksum beside it.
+    """
     file = Path(path)
     if not file.is_file():
         raise WeightsError(f"There is no file of weights '{path}'.")
+    sentence = damage([file])
+    if sentence:
+        raise WeightsError(sentence)
     if file.suffix == ".safetensors":
         from safetensors import SafetensorError
         from safetensors.torch import load_file
