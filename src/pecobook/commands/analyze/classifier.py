@@ -73,7 +73,7 @@ def open_classifier(config: AnalyzeConfig, splits: Splits) -> RestrictedClassifi
         raise DataError(f"--classifier needs labels: --data '{config.data}' has no labels.")
     name = config.classifier
     if name.startswith("timm:"):
-        network = create_network(name.removeprefix("timm:"), pretrained=not config.classifier_weights)
+        network = create_network(name.removeprefix("timm:"), not config.classifier_weights)
         if config.classifier_weights:
             load_state(network, read_weights(config.classifier_weights), source=config.classifier_weights)
         settings = getattr(network, "pretrained_cfg", None) or {}
