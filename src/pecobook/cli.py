@@ -49,18 +49,43 @@ def main(argv: list[str] | None = None) -> None:
         _print_error(error)
         sys.exit(2)
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno not in _REMEDIES or os.environ.get("PECOBOOK_TRACEBACK"):
             raise
-        print(f"pecobook: the disk is full ({error.filename or error}).", file=sys.stderr)
-        resumes = bool(args) and args[0] in (*RECIPES, "tokenize")
-        print(
-            f"Finished files are complete. Make room, then {'continue with --resume' if resumes else 'start again'}.",
-            file=sys.stderr,
-        )
+        _print_os_error(error, resumes=bool(args) and args[0] in (*RECIPES, "tokenize"))
         sys.exit(2)
     except KeyboardInterrupt:
         print("pecobook: interrupted.", file=sys.stderr)
         sys.exit(130)
+
+
+# What a user can do about an error of the operating system.
+_MAKE_ROOM = "Finished files are complete. Make room, then {again}."
+_REMEDIES = {
+    errno.ENOSPC: _MAKE_ROOM,
+    errno.EDQUOT: _MAKE_ROOM,
+    errno.EROFS: "Finished files are complete. Name a folder that can be written.",
+    errno.EACCES: "Allow this user to use it, or name another path; then {again}.",
+    errno.EPERM: "Allow this user to use it, or name another path; then {again}.",
+    errno.ENOENT: "It was deleted or moved while the command ran: restore it, or {again}.",
+    errno.ENOTDIR: "A file stands where a folder was: name another path.",
+    errno.EISDIR: "A folder stands where a file was: name another path.",
+    errno.ENAMETOOLONG: "Name a shorter path.",
+    errno.ELOOP: "Its links lead in a circle: name another path.",
+    errno.EMFILE: "Allow more open files (ulimit -n), or take fewer --workers; then {again}.",
+    errno.ENFILE: "The system has no more open files: end other programs, then {again}.",
+    errno.EIO: "The disk failed: check it, then {again}.",
+    errno.ESTALE: "The network file system lost it: check the mount, then {again}.",
+    errno.ENOMEM: "Free memory, or take fewer --workers; then {again}.",
+}
+
+
+def _print_os_error(error: OSError, *, resumes: bool) -> None:
+    """Print an error of the operating system as a sentence with the path and the remedy."""
+    reason = (error.strerror or str(error)).rstrip(".")
+    path = f"'{error.filename}' cannot be used: " if error.filename else ""
+    print(f"pecobook: {path}{reason[:1].lower()}{reason[1:]}.", file=sys.stderr)
+    again = "continue with --resume" if resumes else "start again"
+    print(_REMEDIES[error.errno or 0].format(again=again), file=sys.stderr)
 
 
 def _stdout_is_closed() -> bool:

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import io
+import json
 import os
 import re
 import shutil
+import signal
 import socket
+import subprocess
+import sys
 import urllib.error
 import urllib.parse
 import urllib.request
@@ -27,7 +31,7 @@ from pecobook.commands.explore import model
 from pecobook.commands.masked_run import load_masked_run
 from pecobook.data.decode import decode
 from pecobook.data.images import open_images
-from pecobook.errors import ConfigError, PreflightError
+from pecobook.errors import ConfigError, PreflightError, WeightsError
 from pecobook.models.tokenizer import PerceptualTokenizer
 from pecobook.utils.images import to_float
 from tests.analysis.fakes import GreyTokenizer
@@ -172,6 +176,57 @@ def test_page__serves_no_other_file(page: tuple[str, Any], images: Path) -> None
         assert status(f"{address}/gradio_api/file={urllib.parse.quote(path)}") in (403, 404)
 
 
+@pytest.mark.parametrize(
+    ("host", "code"), [("evil.example", 400), ("127.0.0.1.evil.example:80", 400), ("localhost:7860", 200)]
+)
+def test_page__answers_only_under_its_own_names(page: tuple[str, Any], host: str, code: int) -> None:
+    assert status(page[0], Host=host, Origin="http://evil.example") == code
+
+
+def test_page__keeps_a_large_image_reduced(page: tuple[str, Any]) -> None:
+    from pecobook.commands.explore.page import Page
+
+    instance = Page.__new__(Page)
+    instance.largest_side = 64
+    assert instance._reduced(torch.zeros(3, 4000, 1000, dtype=torch.uint8)).shape == (256, 64, 3)
+    assert instance._reduced(torch.zeros(3, 60, 1000, dtype=torch.uint8)).shape == (60, 1000, 3)
+
+
+def test_explore__deletes_uploads_at_sigterm(codebook_run: Path, images: Path, tmp_path: Path) -> None:
+    pytest.importorskip("gradio")
+    words = [sys.executable, "-m", "pecobook", "explore", str(codebook_run), "--data", str(images)]
+    environment = {**os.environ, "TMPDIR": str(tmp_path)}
+    with subprocess.Popen([*words, "--port", str(free_port())], env=environment, stderr=subprocess.PIPE) as server:
+        assert server.stderr is not None
+        while b"Ctrl-C stops" not in server.stderr.readline():
+            assert server.poll() is None
+        folders = list(tmp_path.glob("pecobook-uploads-*"))
+        assert len(folders) == 1
+        (folders[0] / "a.png").touch()
+        server.terminate()
+        server.communicate(timeout=60)
+    assert server.returncode == 128 + signal.SIGTERM
+    assert not folders[0].exists()
+
+
+@pytest.mark.parametrize("run", ["runs/vit", "runs/vit/export"])
+def test_load_masked_run__finds_the_tokenizer_from_any_folder(
+    codebook_run: Path, vit_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run: str
+) -> None:
+    shutil.copytree(codebook_run, tmp_path / "runs" / "codebook")
+    shutil.copytree(vit_run, tmp_path / "runs" / "vit")
+    config = json.loads((tmp_path / "runs/vit/config.json").read_text())
+    moved = {**config, "out": "runs/vit", "tokenizer": "runs/codebook"}
+    (tmp_path / "runs/vit/config.json").write_text(json.dumps(moved))
+    monkeypatch.chdir(tmp_path / "runs")
+    assert torch.equal(load_masked_run(tmp_path / run).codebook, load_masked_run(vit_run).codebook)
+    (tmp_path / "runs" / "codebook").rename(tmp_path / "elsewhere")
+    moved["tokenizer"] = "./runs/codebook"
+    (tmp_path / "runs/vit/config.json").write_text(json.dumps(moved))
+    with pytest.raises(WeightsError, match=r"The run '.*' was trained with the tokenizer '\./runs/codebook'"):
+        load_masked_run(tmp_path / run)
+
+
 def test_page__shows_a_selected_image_of_the_source(images: Path, tmp_path: Path) -> None:
     pytest.importorskip("gradio")
     from pecobook.commands.explore.page import Page
@@ -190,6 +245,7 @@ def test_page__shows_a_selected_image_of_the_source(images: Path, tmp_path: Path
         for name, tokenizer in (("small", small), ("large", large))
     ]
     page = Page(indexed, {}, splits)
+    assert page.largest_side == 64
     assert len(page.thumbnails) == 3
     for position, number in enumerate(page.thumbnails):
         uploaded = decode((tmp_path / "test" / f"{number}.png").read_bytes(), name="x")
@@ -220,6 +276,7 @@ def test_page__reads_only_uploads(page: tuple[str, Any], images: Path) -> None:
         instance.read_upload(str(outside))
     inside = Path(os.environ["GRADIO_TEMP_DIR"]) / "a.png"
     inside.write_bytes(outside.read_bytes())
+    instance.largest_side = 1000
     assert instance.read_upload(str(inside)).shape == (40, 48, 3)
     inside.write_bytes(b"\x89PNG nonsense")
     with pytest.raises(gradio.Error, match="cannot be read"):

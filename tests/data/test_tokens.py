@@ -105,9 +105,21 @@ def test_read__refuses_a_damaged_file(tmp_path: Path, damage: str) -> None:
         np.save(file, np.zeros((7, 3, 2, 3)))
     else:
         np.save(file, np.array([print], dtype=object), allow_pickle=True)
+    if damage != "shape":
+        with pytest.raises(DataError, match=r"codes-00000\.npy' is damaged.*\nDelete that file"):
+            TokenBank(tmp_path)
+    file.with_name("codes-00000.npy.sha256").unlink()  # as in a bank of an older version
     bank = TokenBank(tmp_path)
     with pytest.raises(DataError, match=r"codes-00000\.npy' of the token bank"):
         bank.read("train", 0, 0)
+
+
+def test_read__refuses_a_code_that_the_tokenizer_lacks(tmp_path: Path) -> None:
+    write_bank(tmp_path)
+    highest = code_at(1, 2, 1, 2)
+    assert TokenBank(tmp_path, highest + 1).read("train", 1, 2).max() == highest
+    with pytest.raises(DataError, match=rf"codes-00000\.npy' .* holds the code {highest}, but .* {highest} codewords"):
+        TokenBank(tmp_path, highest).read("train", 1, 2)
 
 
 def test_skipped__are_listed_and_have_no_codes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,6 +10,7 @@ from torch import nn
 
 from pecobook.engine import checkpoint
 from pecobook.errors import RunFolderError
+from pecobook.utils.checksums import checksum_file
 from tests.distributed import TwoProcesses
 
 
@@ -47,9 +48,12 @@ def test_save_load__training_continues_bit_for_bit(tmp_path: Path) -> None:
     assert same(stage, loaded)
 
 
-def test_load__returns_zero_and_changes_nothing_without_a_checkpoint(tmp_path: Path) -> None:
+def test_load__returns_zero_and_says_so_without_a_checkpoint(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     stage, optimizer = make()
     assert checkpoint.load(tmp_path / "none", stage=stage, optimizer=optimizer) == 0
+    assert "There is no checkpoint in" in capsys.readouterr().err
     assert same(stage, make()[0])
 
 
@@ -125,6 +129,7 @@ def damage(file: Path, how: str) -> None:
         torch.save([1, 2], file)
     else:
         torch.save({"step": 10}, file)
+    checksum_file(file).unlink()  # as in a checkpoint of an older version
 
 
 @pytest.mark.parametrize("how", ["cut", "empty", "noise", "code", "bare pickle", "list", "without weights"])
@@ -205,3 +210,35 @@ def test_save_and_load__carry_the_loss_scale(tmp_path: Path) -> None:
     checkpoint.save(tmp_path, step=1, stage=stage, optimizer=optimizer, keep=1, precision=before)
     checkpoint.load(tmp_path, stage=stage, optimizer=optimizer, precision=after)
     assert after.value == 128.0
+
+
+@pytest.mark.parametrize("position", [0.01, 0.3, 0.6, 0.99])
+def test_load__sets_a_checkpoint_with_a_flipped_bit_aside_and_continues_from_the_one_before(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], position: float
+) -> None:
+    stage, optimizer = make()
+    for number in (5, 10):
+        checkpoint.save(tmp_path, step=number, stage=stage, optimizer=optimizer, keep=2)
+        weights = {name: value.clone() for name, value in stage.state_dict().items()}
+        step(stage, optimizer, number)
+    file = tmp_path / "step-00000010" / "state.pt"
+    data = bytearray(file.read_bytes())
+    data[int(position * len(data))] ^= 4
+    file.write_bytes(data)
+    assert checkpoint.load(tmp_path, stage=stage, optimizer=optimizer) == 5
+    assert not torch.equal(stage.state_dict()["0.weight"], weights["0.weight"])
+    said = capsys.readouterr().err
+    assert "step-00000010/state.pt' is damaged" in said
+    assert "set aside as 'step-00000010.damaged'" in said
+    # The damaged checkpoint is not counted among the last k, so the whole one is not deleted for it.
+    checkpoint.save(tmp_path, step=6, stage=stage, optimizer=optimizer, keep=2)
+    assert checkpoint.steps(tmp_path) == [5, 6]
+
+
+def test_load__refuses_where_every_checkpoint_is_damaged_and_changes_nothing(tmp_path: Path) -> None:
+    stage, optimizer = make()
+    checkpoint.save(tmp_path, step=5, stage=stage, optimizer=optimizer, keep=2)
+    (tmp_path / "step-00000005" / "state.pt").write_bytes(b"")
+    with pytest.raises(RunFolderError, match=r"is damaged.*--overwrite"):
+        checkpoint.load(tmp_path, stage=stage, optimizer=optimizer)
+    assert checkpoint.steps(tmp_path) == [5]

@@ -138,9 +138,20 @@ def test_check__refuses_to_overwrite_a_folder_that_is_no_run(tmp_path: Path, con
 
 def test_check__overwrites_a_run_and_a_run_interrupted_at_its_start(tmp_path: Path) -> None:
     make_run(tmp_path / "whole")
-    (tmp_path / "cut" / "samples").mkdir(parents=True)
+    (tmp_path / "cut").mkdir()
+    (tmp_path / "cut" / ".config.json.tmp").write_text('{"seed')
     run_folder.check(config(tmp_path / "whole", overwrite=True), "pretrain")
     run_folder.check(config(tmp_path / "cut", overwrite=True), "pretrain")
+
+
+def test_prepare__overwrite_keeps_images_in_folders_that_bear_our_names(tmp_path: Path) -> None:
+    for name in ("samples/a.jpg", "checkpoints/b.jpg", "checkpoints/epoch=3.ckpt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    for data in ("photos", str(tmp_path)):
+        with pytest.raises(RunFolderError, match=r"does not look like a run|is the folder of images"):
+            run_folder.prepare(config(tmp_path, data=data, overwrite=True), "codebook")
+    assert sum(path.is_file() for path in tmp_path.rglob("*")) == 3
 
 
 def test_check__refuses_a_folder_without_permission(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -183,14 +194,17 @@ def test_command_line__can_be_pasted_into_a_shell() -> None:
 
 def test_prepare__overwrite_empties_and_resume_keeps(tmp_path: Path) -> None:
     make_run(tmp_path, seed=1)
-    (tmp_path / "samples" / "a.png").touch()
-    (tmp_path / "link").symlink_to(tmp_path / "samples")
+    written = ["samples/step-00000005.png", "checkpoints/step-00000005/state.pt", "export/model.safetensors"]
+    foreign = ["samples/a.png", "checkpoints/epoch=3.ckpt", "export/model.onnx", "notes.txt"]
+    for name in (*written, *foreign):
+        (tmp_path / name).parent.mkdir(exist_ok=True, parents=True)
+        (tmp_path / name).touch()
     make_run(tmp_path, seed=1, resume=True, log_every=3)
-    assert (tmp_path / "samples" / "a.png").exists()
+    assert (tmp_path / written[0]).exists()
     assert json.loads((tmp_path / "config.json").read_text())["log_every"] == 10
     make_run(tmp_path, seed=2, overwrite=True)
-    assert not list((tmp_path / "samples").iterdir())
-    assert not (tmp_path / "link").exists()
+    assert [name for name in (*written, *foreign) if (tmp_path / name).exists()] == foreign
+    assert not (tmp_path / "checkpoints/step-00000005").exists()
     assert json.loads((tmp_path / "config.json").read_text())["seed"] == 2
 
 

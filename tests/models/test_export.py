@@ -241,10 +241,25 @@ def test_push_to_hub__and_back(kind: str, monkeypatch: pytest.MonkeyPatch, tmp_p
     assert_close(output_of_lines(scope), expected_of_lines(model, photo), atol=2e-3, rtol=1e-3)
 
 
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
+def test_from_pretrained__refuses_a_file_with_a_flipped_bit(name: str, tmp_path: Path) -> None:
+    build_kind("tokenizer").save_pretrained(tmp_path)
+    data = (tmp_path / name).read_bytes()
+    (tmp_path / name).write_bytes(data[:-9] + bytes([data[-9] ^ 1]) + data[-8:])
+    with pytest.raises(
+        WeightsError, match=rf"{name}' is damaged.*\nIf you changed it yourself, delete '{name}.sha256'"
+    ):
+        PerceptualTokenizer.from_pretrained(tmp_path)
+    (tmp_path / name).write_bytes(data)
+    PerceptualTokenizer.from_pretrained(tmp_path)
+
+
 @every_kind
 def test_from_pretrained__refuses_another_kind_and_a_damaged_one(kind: str, tmp_path: Path) -> None:
     model = build_kind(kind)
     model.save_pretrained(tmp_path)
+    for checksum in tmp_path.glob("*.sha256"):  # as in an export of an older version
+        checksum.unlink()
     other = Segmenter if kind == "detector" else Detector
     with pytest.raises(
         WeightsError, match=f"is a {kind}, not a {other.kind}: give a run of pecobook {other.trained_by}"

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from pecobook.errors import RunFolderError
+from pecobook.utils.files import write_json
 from pecobook.utils.folder_lock import FolderLock
 from pecobook.utils.output_folder import OutputFolder, check_new_file
 
@@ -62,16 +63,55 @@ def test_begin__resumes_a_folder_of_its_kind_and_checks_the_marker(tmp_path: Pat
         OutputFolder(str(tmp_path), **DEMO, check_resume=read.append).check()
 
 
-def test_begin__deletes_only_a_folder_of_its_kind(tmp_path: Path) -> None:
+def test_begin__deletes_only_files_of_its_own_in_a_folder_of_its_kind(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "config.json").write_text("{}")
     (tmp_path / "train").mkdir()
     (tmp_path / "train" / "codes").touch()
+    (tmp_path / "train" / "notes.txt").touch()
+    (tmp_path / "evaluation").mkdir()
+    (tmp_path / "evaluation" / "codes").touch()
     foreign = OutputFolder(str(tmp_path), **{**BANK, "overwrite": True}, is_own=lambda _: False)
     with pytest.raises(RunFolderError, match="not deleted"):
         foreign.begin()
     assert (tmp_path / "train" / "codes").exists()
-    OutputFolder(str(tmp_path), **{**BANK, "overwrite": True}).begin(lambda out: (out / "new").touch()).release()
-    assert names(tmp_path) == ["new"]
+    own = OutputFolder(str(tmp_path), **{**BANK, "overwrite": True}, files=("config.json", "*/codes"))
+    own.begin(lambda out: (out / "new").touch()).release()
+    assert names(tmp_path) == ["new", "train"]
+    assert names(tmp_path / "train") == ["notes.txt"]
+    assert f"did not write in '{tmp_path}': train" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("more", [{}, {"resume": True}, {"overwrite": True}])
+def test_begin__starts_in_a_folder_whose_command_was_killed_as_it_wrote_the_marker(
+    tmp_path: Path, more: dict[str, Any]
+) -> None:
+    (tmp_path / ".config.json.tmp").write_text('{"se')
+    (tmp_path / ".lock").touch()
+    folder = OutputFolder(str(tmp_path), **{**BANK, **more}, is_own=lambda _: False)
+    folder.begin(lambda out: write_json(out / "config.json", {})).release()
+    assert names(tmp_path) == ["config.json"]
+
+
+@pytest.mark.parametrize(
+    ("data", "out", "relation"),
+    [
+        ("images", "images", "is"),
+        ("images", "images/runs/first", "lies inside"),
+        ("images/train", "images", "contains"),
+        ("images", "images/../link", "is"),
+    ],
+)
+def test_check__refuses_results_among_the_images(tmp_path: Path, data: str, out: str, relation: str) -> None:
+    (tmp_path / "images" / "train").mkdir(parents=True)
+    (tmp_path / "link").symlink_to(tmp_path / "images")
+    (tmp_path / "images" / "config.json").write_text("{}")
+    folder = OutputFolder(str(tmp_path / out), **{**BANK, "overwrite": True}, data=str(tmp_path / data))
+    with pytest.raises(RunFolderError, match=f"{relation} the folder of images"):
+        folder.begin()
+    assert (tmp_path / "images" / "config.json").exists()
+    OutputFolder(str(tmp_path / "images-runs"), data=str(tmp_path / data)).check()
 
 
 def test_begin__holds_the_lock_within_the_context(tmp_path: Path) -> None:

@@ -34,7 +34,7 @@ def resumed_folder(out: str, settings: dict[str, Any], defaults: dict[str, Any],
         out: the folder.
         settings: settings that must not change when the command resumes; the marker holds them.
         defaults: default values of these settings.
-        rules: `example`, `kind` and `marker` of `OutputFolder`.
+        rules: `example`, `kind`, `marker` and `data` of `OutputFolder`.
     """
 
     def check_unchanged(old: dict[str, Any]) -> None:

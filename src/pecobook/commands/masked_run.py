@@ -103,4 +103,28 @@ def load_masked_run(run: str | Path) -> MaskedRun:
     if missing:
         names = ", ".join(missing[:5])
         raise WeightsError(f"'{folder / 'mim.safetensors'}' does not fit the run's model: it lacks {names}.")
-    return MaskedRun(model, load_tokenizer(config.tokenizer), config).eval().requires_grad_(False)
+    tokenizer = load_tokenizer(_tokenizer_source(config, Path(run)))
+    return MaskedRun(model, tokenizer, config).eval().requires_grad_(False)
+
+
+def _tokenizer_source(config: PretrainConfig, run: Path) -> str:
+    """Return where the tokenizer of a run lies now.
+
+    A relative path was written from the folder in which the run was trained. If the run is still where its `--out`
+    says, as seen from that folder, then so is the tokenizer, wherever this process runs.
+
+    Raises:
+        WeightsError: the tokenizer is in neither place.
+    """
+    relative, out, folder = Path(config.tokenizer), Path(config.out), export_folder(run).parent.resolve()
+    is_path = not relative.is_absolute() and ":" not in config.tokenizer
+    if is_path and not out.is_absolute() and folder.parts[-len(out.parts) :] == out.parts:
+        beside = folder.parents[len(out.parts) - 1] / relative
+        if beside.exists():
+            return str(beside)
+    if is_path and not relative.exists() and config.tokenizer.count("/") != 1:  # owner/name may be on the hub
+        raise WeightsError(
+            f"The run '{run}' was trained with the tokenizer '{config.tokenizer}', a path that does not exist here.\n"
+            "Start the command in the folder in which the run was trained, or move the tokenizer to that path."
+        )
+    return config.tokenizer

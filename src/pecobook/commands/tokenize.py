@@ -133,6 +133,8 @@ def _folder(config: TokenizeConfig) -> OutputFolder:
         kind="a token bank",
         marker="config.json",
         is_own=_is_bank,
+        files=("config.json", "skipped.txt", "*/codes-*.npy*", "*/skipped-*.json", "*/.*.tmp"),
+        data=config.data,
         resume=config.resume,
         overwrite=config.overwrite,
     )

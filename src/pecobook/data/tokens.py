@@ -5,6 +5,8 @@
     bank/train/skipped-00000.json if some images could not be read: number -> name and reason; the codes of these are 0
     bank/evaluation/...           the central view of each held-out image
 
+Beside each shard lies its checksum, which is verified when the bank is opened.
+
 (seed, image, view number) identifies a view, so a bank of V views serves any training run with the same seed and crop
 settings: epoch e uses view e mod V. Any number of processes can write shards; each shard is written atomically and read
 by memory mapping.
@@ -28,6 +30,7 @@ from torch import Tensor
 
 from pecobook.data.decode import BadImage
 from pecobook.errors import DataError, first_line
+from pecobook.utils.checksums import damage, write_with_checksum
 from pecobook.utils.files import write_atomically
 
 MAX_CODEWORDS = 2**16
@@ -89,7 +92,7 @@ def write_shard(file: Path, codes: Codes, skipped: dict[int, BadImage] | None = 
         _skipped_file(file).unlink(missing_ok=True)
     buffer = io.BytesIO()
     np.save(buffer, codes)
-    write_atomically(file, buffer.getvalue())
+    write_with_checksum(file, buffer.getvalue())
 
 
 class TokenBank:
@@ -103,12 +106,13 @@ class TokenBank:
 
     Args:
         folder: the folder of the bank.
+        num_codewords: K of the bank's tokenizer; a code of K or above is reported when it is read.
 
     Raises:
-        DataError: the folder holds no bank, or the bank is unfinished or damaged.
+        DataError: the folder holds no bank, or the bank is unfinished, or a shard differs from its checksum.
     """
 
-    def __init__(self, folder: str | Path) -> None:
+    def __init__(self, folder: str | Path, num_codewords: int = MAX_CODEWORDS) -> None:
         self.folder = Path(folder)
         self.config = read_bank_config(self.folder)
         self.layouts = bank_layouts(self.config)
@@ -118,8 +122,15 @@ class TokenBank:
                 f"The token bank '{folder}' is unfinished: {len(missing)} of its files are missing; the first is "
                 f"'{missing[0].relative_to(self.folder)}'.\nContinue with the same command and --resume."
             )
+        shards = [layout.file(self.folder, n) for layout in self.layouts.values() for n in range(layout.num_shards)]
+        sentence = damage(shards)
+        if sentence:
+            raise DataError(
+                f"{sentence}\nDelete that file and continue with the command that made the bank and --resume."
+            )
         self._skipped = {split: read_skipped(self.folder, layout) for split, layout in self.layouts.items()}
         self.skipped = np.array(sorted(self._skipped["train"]), dtype=np.int64)
+        self._num_codewords = num_codewords
         self._open: dict[Path, Codes] = {}
 
     @property
@@ -140,7 +151,13 @@ class TokenBank:
         file = self.layouts[split].file(self.folder, shard)
         if file not in self._open:
             self._open[file] = self.shard(split, shard)
-        return torch.from_numpy(self._open[file][row, view].astype(np.int64))
+        codes = self._open[file][row, view].astype(np.int64)
+        if codes.max() >= self._num_codewords:
+            raise DataError(
+                f"'{file}' of the token bank holds the code {codes.max()}, but its tokenizer has "
+                f"{self._num_codewords} codewords: the bank is damaged, or was not made by pecobook."
+            )
+        return torch.from_numpy(codes)
 
     def shard(self, split: str, number: int) -> Codes:
         """Map the codes of one shard into memory: uint16 (n, V, h, w). Raises DataError if the shard is damaged."""

@@ -1,8 +1,8 @@
 """Checkpoints: weights, optimizer state and one integer, in one file that is either complete or absent.
 
 `checkpoints/step-00001000/state.pt` is written under a temporary folder name, flushed and renamed; the last k are kept.
-The file holds full tensors whatever the strategy, so a run may resume on another number of devices. In fp16 the file
-also holds the loss scale.
+Beside it lies its checksum, which is verified when the checkpoint is loaded. The file holds full tensors whatever the
+strategy, so a run may resume on another number of devices. In fp16 the file also holds the loss scale.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import pickle
 import shutil
+import sys
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -22,6 +23,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 from pecobook.errors import RunFolderError, first_line
+from pecobook.utils.checksums import add_checksum, damage
 from pecobook.utils.distributed import on_first_rank
 from pecobook.utils.files import sync_folder
 
@@ -73,7 +75,7 @@ def _write(folder: Path, step: int, state: dict[str, Any]) -> None:
             torch.save(state, file)
             file.flush()
             os.fsync(file.fileno())
-        sync_folder(temporary)
+        add_checksum(temporary / "state.pt")
         if final.exists():  # the same step again, after a resume from an older checkpoint
             shutil.rmtree(final)
         temporary.rename(final)
@@ -87,15 +89,18 @@ def _write(folder: Path, step: int, state: dict[str, Any]) -> None:
 
 
 def load(folder: Path, *, stage: nn.Module, optimizer: torch.optim.Optimizer, precision: Stateful | None = None) -> int:
-    """Load the newest checkpoint into `stage` and `optimizer`; return its step, or 0 when there is no checkpoint.
+    """Load the newest whole checkpoint into `stage` and `optimizer`; return its step, or 0 when there is none.
+
+    A checkpoint that differs from its checksum is set aside under the name `step-00001000.damaged`, with a message on
+    stderr, and the checkpoint before it is loaded. All ranks call this.
 
     Raises:
-        RunFolderError: the newest checkpoint is damaged or belongs to another model.
+        RunFolderError: all checkpoints are damaged, or the newest belongs to another model.
     """
-    saved_steps = steps(folder)
-    if not saved_steps:
+    step = on_first_rank(lambda: _newest_whole(folder))
+    if step == 0:
         return 0
-    path = folder / _name(saved_steps[-1]) / "state.pt"
+    path = folder / _name(step) / "state.pt"
     try:
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         options = StateDictOptions(full_state_dict=True, cpu_offload=True)
@@ -110,8 +115,26 @@ def load(folder: Path, *, stage: nn.Module, optimizer: torch.optim.Optimizer, pr
             precision.load_state_dict(state["precision"])
         return int(state["step"])
     except (OSError, EOFError, LookupError, RuntimeError, TypeError, ValueError, pickle.UnpicklingError) as error:
-        older = f" Delete that folder to continue from step {saved_steps[-2]}." if len(saved_steps) > 1 else ""
+        before = [saved for saved in steps(folder) if saved < step]
+        older = f" Delete that folder to continue from step {before[-1]}." if before else ""
         raise RunFolderError(f"'{path}' cannot be loaded: {first_line(error).rstrip('.')}.{older}") from None
+
+
+def _newest_whole(folder: Path) -> int:
+    """Return the step of the newest checkpoint that is as it was written, or 0 without a checkpoint."""
+    saved_steps = steps(folder)
+    for step in reversed(saved_steps):
+        sentence = damage([folder / _name(step) / "state.pt"])
+        if sentence is None:
+            return step
+        if step == saved_steps[0]:
+            raise RunFolderError(f"{sentence} No checkpoint before it is left: start the run again with --overwrite.")
+        aside = folder / f"{_name(step)}.damaged"
+        shutil.rmtree(aside, ignore_errors=True)
+        (folder / _name(step)).rename(aside)
+        print(f"{sentence}\nIt is set aside as '{aside.name}'; the run continues from before.", file=sys.stderr)
+    print(f"There is no checkpoint in '{folder}': the run starts at its first step.", file=sys.stderr)
+    return 0
 
 
 def steps(folder: Path) -> list[int]:

@@ -19,10 +19,14 @@ from pecobook.settings.images import AUTO, RangeSetting
 from pecobook.settings.training import TrainConfig
 from pecobook.settings.values import BEFORE, changed_settings, complete, to_dict
 from pecobook.utils.files import write_json
-from pecobook.utils.folder_lock import FolderLock, content
+from pecobook.utils.folder_lock import FolderLock
 from pecobook.utils.output_folder import OutputFolder
 
-_CONTENT = ("config.json", "environment.json", "metrics.jsonl", "train.log", "samples", "checkpoints", "export")
+_FILES = (
+    *("config.json", "environment.json", "metrics.jsonl", "train.log", "events.out.tfevents.*"),
+    *("samples/step-*.png", "checkpoints/step-*/state.pt*", "checkpoints/.step-*.tmp/*"),
+    *(f"export/{name}" for name in ("config.json*", "*.safetensors*", "README.md", ".*.tmp")),
+)
 
 
 def check(config: TrainConfig, command: str) -> None:
@@ -50,6 +54,8 @@ def _folder(config: TrainConfig, command: str) -> OutputFolder:
         kind="a run",
         marker="config.json",
         is_own=_is_run,
+        files=_FILES,
+        data=config.data,
         resume=config.resume,
         overwrite=config.overwrite,
         check_resume=partial(_check_resume, config, command),
@@ -72,16 +78,16 @@ def _is_run(out: Path) -> bool:
     try:  # many folders hold a config.json; pecobook's names its command
         settings = json.loads((out / "config.json").read_text())
     except (OSError, ValueError):
-        return all(path.name in _CONTENT for path in content(out))
+        return False
     return isinstance(settings, dict) and {"command", "data", "out"} <= settings.keys()
 
 
 def _write_settings(config: TrainConfig, command: str, out: Path) -> None:
-    (out / "checkpoints").mkdir(exist_ok=True)
-    (out / "samples").mkdir(exist_ok=True)
     if not (config.resume and (out / "config.json").exists()):
         write_json(out / "config.json", stored_settings(config, command))
     write_json(out / "environment.json", environment())
+    (out / "checkpoints").mkdir(exist_ok=True)
+    (out / "samples").mkdir(exist_ok=True)
 
 
 def stored_settings(config: TrainConfig, command: str) -> dict[str, Any]:

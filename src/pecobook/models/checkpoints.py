@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from pecobook.errors import WeightsError, first_line
 from pecobook.models.huggingface import beit_from_huggingface, is_huggingface_beit
+from pecobook.utils.checksums import damage
 
 # Dictionaries of weights in the files of training scripts; of several, the first one here is taken. Moving averages and
 # teachers come first, since their authors evaluate and publish those.
@@ -65,11 +66,14 @@ def read_checkpoint(path: str) -> Checkpoint:
     Settings (argparse, numpy, omegaconf, ...) beside the weights are skipped; no code of the file runs.
 
     Raises:
-        WeightsError: the file is missing, damaged, or contains no state dict.
+        WeightsError: the file is missing, damaged, differs from the checksum beside it, or contains no state dict.
     """
     file = Path(path)
     if not file.is_file():
         raise WeightsError(f"There is no file of weights '{path}'.")
+    sentence = damage([file])
+    if sentence:
+        raise WeightsError(sentence)
     if file.suffix == ".safetensors":
         from safetensors import SafetensorError
         from safetensors.torch import load_file

@@ -1,6 +1,7 @@
 """Export folders of trained networks: writing, reading, and uploading to the Hugging Face hub.
 
-An export folder contains `model.safetensors`, `config.json` and `README.md`. Nothing in this module unpickles code.
+An export folder contains `model.safetensors`, `config.json` with their checksums, and `README.md`. Nothing in this
+module unpickles code.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ def export_folder(path: str | Path) -> Path:
 def read_settings(path: str | Path) -> dict[str, Any]:
     """Return the settings of an export folder, without the weights. Raises WeightsError if it is missing or damaged."""
     folder = export_folder(path)
+    _check_undamaged(folder / "config.json")
     try:
         config = json.loads((folder / "config.json").read_text())
         if not isinstance(config, dict):
@@ -48,21 +50,31 @@ def read_export(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     from safetensors.torch import load_file
 
     config, folder = read_settings(path), export_folder(path)
+    _check_undamaged(folder / "model.safetensors")
     try:
         return config, load_file(folder / "model.safetensors")
     except (OSError, SafetensorError) as error:
         raise WeightsError(f"The export in '{folder}' cannot be read: {error}") from None
 
 
+def _check_undamaged(file: Path) -> None:
+    from pecobook.utils.checksums import checksum_file, damage
+
+    sentence = damage([file])
+    if sentence:
+        remedy = f"If you changed it yourself, delete '{checksum_file(file).name}'; else export the run again."
+        raise WeightsError(f"{sentence}\n{remedy}")
+
+
 def write_tensors(file: Path, tensors: dict[str, Tensor]) -> None:
-    """Write a safetensors file atomically: the file is complete, or it is not there."""
+    """Write a safetensors file atomically, and its checksum: the file is complete, or it is not there."""
     from safetensors.torch import save
 
-    from pecobook.utils.files import write_atomically
+    from pecobook.utils.checksums import write_with_checksum
 
     file.parent.mkdir(parents=True, exist_ok=True)
     contiguous = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
-    write_atomically(file, save(contiguous, metadata={"format": "pt"}))
+    write_with_checksum(file, save(contiguous, metadata={"format": "pt"}))
 
 
 def write_export(folder: Path, config: dict[str, Any], state: dict[str, Tensor], card: str) -> None:
@@ -74,12 +86,13 @@ def write_export(folder: Path, config: dict[str, Any], state: dict[str, Tensor],
         state: weights.
         card: text of the model card.
     """
-    from pecobook.utils.files import write_atomically, write_json
+    from pecobook.utils.checksums import write_with_checksum
+    from pecobook.utils.files import write_atomically
 
     write_tensors(folder / "model.safetensors", state)
     write_atomically(folder / "README.md", card.encode())
     # config.json is written last, since a folder counts as an export only if it contains this file.
-    write_json(folder / "config.json", config)
+    write_with_checksum(folder / "config.json", (json.dumps(config, indent=2) + "\n").encode())
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -221,6 +234,8 @@ class Exported(nn.Module):
             ) from None
         with tempfile.TemporaryDirectory() as folder:
             self.save_pretrained(folder, repo_id=repo_id)
+            for file in Path(folder).glob("*.sha256"):  # the hub verifies files itself, and lets people edit them
+                file.unlink()
             api.upload_folder(repo_id=repo_id, folder_path=folder)
         return str(url)
 

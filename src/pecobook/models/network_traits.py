@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from pecobook.models.networks import create_network
+
 
 @dataclasses.dataclass(frozen=True)
 class NetworkTraits:
@@ -30,10 +32,8 @@ class NetworkTraits:
 
 @functools.lru_cache(maxsize=64)
 def _traits(name: str, args: str) -> NetworkTraits:
-    import timm
-
     with torch.random.fork_rng(devices=[]), torch.device("meta"):
-        return traits_of(timm.create_model(name, pretrained=False, num_classes=0, **json.loads(args)))
+        return traits_of(create_network(name, num_classes=0, **json.loads(args)))
 
 
 def network_traits(name: str, args: dict[str, Any] | None = None) -> NetworkTraits:

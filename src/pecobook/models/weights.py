@@ -12,7 +12,7 @@ from typing import Any, Self
 
 from torch import Tensor, nn
 
-from pecobook.errors import ConfigError, WeightsError, did_you_mean, first_line
+from pecobook.errors import ConfigError, WeightsError, first_line
 from pecobook.models.checkpoints import Checkpoint, load_state, read_checkpoint, summarised
 from pecobook.models.export import Card, Exported, read_export, read_settings
 from pecobook.models.makers import (
@@ -24,6 +24,7 @@ from pecobook.models.makers import (
     timm_normalisation,
 )
 from pecobook.models.network_traits import NetworkTraits, has_patch_tokens, network_traits
+from pecobook.models.networks import create_network
 from pecobook.models.snippets import BEST_CLASSES, normalise, open_square, quoted
 from pecobook.utils.images import checked_floats
 
@@ -253,28 +254,6 @@ def pooling_trained_features(settings: dict[str, Any]) -> dict[str, Any]:
     return {**settings, "args": args | {"global_pool": "avg"}} if pools_class_token else settings
 
 
-def create_network(name: str, *, pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """Call `timm.create_model`. Raises WeightsError with a message for the user if it fails."""
-    import timm
-
-    timm_name = name.removeprefix("timm:")
-    if not timm.is_model(timm_name.partition(".")[0]):
-        suggestion = did_you_mean(timm_name, timm.list_models()) or " timm.list_models() in Python lists the networks."
-        raise WeightsError(f"timm has no network '{timm_name}'.{suggestion}")
-    try:
-        network: nn.Module = timm.create_model(timm_name, pretrained=pretrained, **kwargs)
-    except TypeError as error:
-        raise WeightsError(f"timm's '{timm_name}' does not accept these arguments: {error}") from None
-    except (OSError, RuntimeError, ValueError, AssertionError) as error:
-        if not pretrained:
-            raise WeightsError(f"timm cannot build '{timm_name}' with {kwargs}: {first_line(error)}") from None
-        raise WeightsError(
-            f"The weights of timm's '{timm_name}' cannot be downloaded ({first_line(error)}).\n"
-            "Check the internet connection, give a local file of weights, or use random weights."
-        ) from None
-    return network
-
-
 def load_backbone(
     spec: str,
     *,
@@ -365,13 +344,11 @@ def _load_timm(
     npz = str(weights).endswith(".npz")
     # If the mean is pooled, timm gives the last norm another name, so timm's weights are loaded without mean pooling.
     apart = npz or (weights is None and bool(pooling))
-    network = create_network(
-        name, pretrained=weights is None and not apart, num_classes=0, **runtime_args, **pooling, **size_args
-    )
+    network = create_network(name, weights is None and not apart, num_classes=0, **runtime_args, **pooling, **size_args)
     left: tuple[str, ...] = ()
     normalisation = timm_normalisation(network, f"timm:{name}")
     if apart:
-        plain = create_network(name, pretrained=not npz, num_classes=0, **size_args)
+        plain = create_network(name, not npz, num_classes=0, **size_args)
         if npz:
             _load_npz(plain, str(weights))
         load_state(network, plain.state_dict(), source=str(weights) if npz else f"timm:{name}")

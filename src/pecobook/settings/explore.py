@@ -19,6 +19,9 @@ class ExploreConfig(ImagesConfig):
     """Largest number of held-out images that are searched for patches."""
     host: str = "127.0.0.1"
     """Address on which the page is served. The default is reachable from this machine alone."""
+    allowed_hosts: tuple[str, ...] = ()
+    """Further names under which browsers reach the page, such as that of a proxy; requests to other names are refused,
+    because they may come from a web site that points its name at this machine."""
     port: int = 7860
     """Port on which the page is served."""
     share: bool = False

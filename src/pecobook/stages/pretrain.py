@@ -59,7 +59,7 @@ class PretrainStage(Stage[PretrainConfig]):
         self.tokenizer: Any = None
         if config.target == "tokens":
             self.tokenizer = tokenizer or load_tokenizer(config.tokenizer)
-        self.bank = TokenBank(config.tokens) if config.tokens else None
+        self.bank = TokenBank(config.tokens, self.tokenizer.num_codewords) if config.tokens else None
         backbone = create_network(
             config.model.name, num_classes=0, drop_path_rate=config.drop_path, **backbone_args(config)
         )

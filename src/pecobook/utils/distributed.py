@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -10,14 +11,19 @@ from torch import Tensor
 
 from pecobook.errors import PecobookError, RunFolderError, first_line
 
+T = TypeVar("T")
+
 
 def world_size() -> int:
     """Return the number of processes that train together."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
-def on_first_rank(work: Callable[[], None]) -> None:
+def on_first_rank(work: Callable[[], T]) -> T:
     """Call `work` on rank 0 while the other ranks wait. An error on rank 0 ends all ranks, so that none waits forever.
+
+    Returns:
+        what `work` returned on rank 0, on every rank; it must be small and picklable.
 
     Raises:
         RunFolderError: on the other ranks, with the message of the error that rank 0 raises.
@@ -25,19 +31,19 @@ def on_first_rank(work: Callable[[], None]) -> None:
     if world_size() == 1:
         return work()
     failure: Exception | None = None
+    answer: list[Any] = [None, None]  # the message of an error, and the value
     if dist.get_rank() == 0:
         try:
-            work()
+            answer[1] = work()
         except Exception as error:
             failure = error
-    message: list[str | None] = [None]
     if failure is not None:
         user_error = isinstance(failure, PecobookError)
-        message = [str(failure) if user_error else f"{type(failure).__name__}: {first_line(failure)}"]
-    dist.broadcast_object_list(message, src=0)
-    if message[0] is None:
-        return None
-    raised = RunFolderError(message[0]) if failure is None else failure
+        answer[0] = str(failure) if user_error else f"{type(failure).__name__}: {first_line(failure)}"
+    dist.broadcast_object_list(answer, src=0)
+    if answer[0] is None:
+        return answer[1]  # type: ignore[no-any-return]
+    raised = RunFolderError(answer[0]) if failure is None else failure
     if isinstance(raised, PecobookError):
         raised.on_all_ranks = True
     raise raised

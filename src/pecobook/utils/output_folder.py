@@ -6,7 +6,7 @@ import dataclasses
 import json
 import os
 import re
-import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -26,9 +26,14 @@ class OutputFolder:
     kind: str = ""
     """Name of the content, with an article: "a token bank"."""
     marker: str = ""
-    """JSON file that identifies a folder of this kind; a folder without the file cannot be resumed."""
+    """JSON file that identifies a folder of this kind, the first file that the command writes; a folder without the
+    file can be neither resumed nor overwritten."""
     is_own: Callable[[Path], bool] | None = None
-    """Returns whether a folder is of this kind, so that it may be deleted; None checks for the marker."""
+    """Returns whether a folder is of this kind, so that its files may be deleted; None checks for the marker."""
+    files: tuple[str, ...] = ()
+    """Patterns of the files that the command writes, relative to the folder; `--overwrite` deletes only these."""
+    data: str = ""
+    """The image source that the command reads; the folder must lie apart from it."""
     resume: bool | None = None
     """Whether `--resume` was given; None where the command has no such flag."""
     overwrite: bool | None = None
@@ -50,14 +55,18 @@ class OutputFolder:
             raise RunFolderError(f"--out is missing: name the folder to write, for example --out {self.example}.")
         if out.exists() and not out.is_dir():
             raise RunFolderError(f"--out '{out}' is a file: name a folder.")
-        filled = bool(content(out))
+        self._check_apart_from_data()
         marked = bool(self.marker) and (out / self.marker).is_file()
+        # A command that was killed while it wrote the marker leaves the marker's temporary file alone.
+        names = {path.name for path in content(out)}
+        killed_at_start = bool(names) and names == {f".{self.marker}.tmp"}
+        filled = bool(names) and not killed_at_start
         resumes = bool(self.resume) or (self.always_resumes and marked)
         if filled and not (resumes or self.overwrite):
             raise RunFolderError(f"--out '{out}' is not empty{self._remedies(noun)}.")
-        if self.resume and not marked:
+        if self.resume and not marked and not killed_at_start:
             raise RunFolderError(f"--resume: there is no {noun} in '{out}'. Leave --resume out to start one.")
-        if resumes and self.check_resume is not None:
+        if resumes and marked and self.check_resume is not None:
             self.check_resume(self._read_marker())
         if self.overwrite and filled and not (marked if self.is_own is None else self.is_own(out)):
             raise RunFolderError(
@@ -68,6 +77,39 @@ class OutputFolder:
             raise RunFolderError(f"--out '{out}' cannot be created: '{parent}' is a file.")
         if not os.access(parent, os.W_OK):
             raise RunFolderError(f"--out '{out}' cannot be written: no permission in '{parent}'.")
+
+    def _check_apart_from_data(self) -> None:
+        """Raise RunFolderError when the folder is, contains or lies inside the folder of images."""
+        data = Path(self.data).expanduser()
+        if not self.data or not data.is_dir():
+            return
+        out, data = self.path.expanduser().resolve(), data.resolve()
+        for inner, outer, relation in ((out, data, "lies inside"), (data, out, "contains")):
+            if inner == outer or inner.is_relative_to(outer):
+                relation = "is" if out == data else relation
+                raise RunFolderError(
+                    f"--out '{self.out}' {relation} the folder of images '{self.data}': name a folder outside of it, "
+                    "so that images and results never mix."
+                )
+
+    def _delete_files(self) -> None:
+        """Delete the files that the command writes, and the folders that this leaves empty; name what remains."""
+        files = {
+            path
+            for pattern in (*self.files, f".{self.marker}.tmp")
+            for path in self.path.glob(pattern)
+            if not path.is_dir()
+        }
+        for file in sorted(files, key=lambda path: path.name == self.marker):  # last: until then the folder is ours
+            file.unlink()
+        folders = {parent for file in files for parent in file.parents if self.path in parent.parents}
+        for folder in sorted(folders, key=lambda path: len(path.parts), reverse=True):
+            if not any(folder.iterdir()):
+                folder.rmdir()
+        rest = [path.name for path in content(self.path) if path.is_file() or any(path.iterdir())]
+        if rest:
+            names = ", ".join(sorted(rest)[:5]) + (", ..." if len(rest) > 5 else "")
+            print(f"--overwrite leaves what pecobook did not write in '{self.out}': {names}", file=sys.stderr)
 
     def _read_marker(self) -> dict[str, Any]:
         file = self.path / self.marker
@@ -97,8 +139,8 @@ class OutputFolder:
             out.mkdir(parents=True, exist_ok=True)
             lock = FolderLock(out)
             self.check()  # again: another command may have changed the folder since
-            for path in content(out) if self.overwrite else ():
-                shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+            if self.overwrite:
+                self._delete_files()
             if write is not None:
                 write(out)
         except BaseException as error:

@@ -31,9 +31,6 @@ if TYPE_CHECKING:
 __all__ = ["AnalyzeConfig", "analyze"]
 
 
-_FILES = {"analysis.json", "report.html", "pictures"}
-
-
 def analyze(config: AnalyzeConfig | None = None, **settings: Any) -> Path:
     """Measure all tokenizers, write the report, and return the path of the report.
 
@@ -46,7 +43,7 @@ def analyze(config: AnalyzeConfig | None = None, **settings: Any) -> Path:
     began = time.monotonic()
     inputs = check_and_open(config)
     show_source(inputs.splits)
-    with _folder(config).begin(_write_first):
+    with _folder(config).begin():
         return _write_all(config, inputs, began)
 
 
@@ -64,6 +61,8 @@ def _write_all(config: AnalyzeConfig, inputs: AnalysisInputs, began: float) -> P
 
     out = Path(config.out)
     results = _header(config, inputs)
+    _write(results, out, began)  # this file marks the folder as an analysis
+    (out / "pictures").mkdir(exist_ok=True)
     cost: list[tuple[str, float]] = []
     measured = []
     pictures: dict[str, bytes] = {}
@@ -147,17 +146,7 @@ def _folder(config: AnalyzeConfig) -> OutputFolder:
         example="runs/analysis",
         kind="an analysis",
         marker="analysis.json",
-        is_own=_is_analysis,
+        files=("analysis.json", "report.html", "pictures/*.png"),
+        data=config.data,
         overwrite=config.overwrite,
     )
-
-
-def _is_analysis(out: Path) -> bool:
-    from pecobook.utils.folder_lock import content
-
-    # An analysis that was interrupted early has only pictures.
-    return (out / "analysis.json").is_file() or {file.name for file in content(out)} <= _FILES
-
-
-def _write_first(out: Path) -> None:
-    (out / "pictures").mkdir(exist_ok=True)

@@ -116,7 +116,7 @@ def _open_timm(name: str, config: AnalyzeConfig) -> tuple[nn.Module, int, Normal
     """Return a network of timm with its head, the side of its input in pixels, and its normalisation."""
     file, timm_name = config.classifier_weights, name.removeprefix("timm:")
     if not file:
-        network = create_network(timm_name, pretrained=True)
+        network = create_network(timm_name, True)
         settings = getattr(network, "pretrained_cfg", None) or {}
         return network, settings.get("input_size", (3, 224, 224))[-1], timm_normalisation(network, name)
     checkpoint = read_checkpoint(file)

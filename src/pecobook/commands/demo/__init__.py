@@ -84,7 +84,9 @@ def _write_all(config: DemoConfig) -> Path:
 
 def _folder(config: DemoConfig) -> OutputFolder:
     settings, defaults = to_dict(config), to_dict(DemoConfig())
-    return resumed_folder(config.out, settings, defaults, example="runs/demo", kind="a demo", marker=_MARK)
+    return resumed_folder(
+        config.out, settings, defaults, data=config.data, example="runs/demo", kind="a demo", marker=_MARK
+    )
 
 
 def _settings(config: DemoConfig, jobs: dict[str, Job]) -> dict[str, Any]:

@@ -7,6 +7,7 @@ page.py   the page (Gradio)
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import tempfile
 from functools import lru_cache, partial
@@ -55,13 +56,46 @@ def explore(config: ExploreConfig | None = None, *, block: bool = True, **settin
             max_file_size=f"{config.upload_mb}mb",
             ssr_mode=False,
             theme=gradio.themes.Base(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]),
+            app_kwargs={"middleware": _check_host(config)},
         )
     except OSError as error:
         raise ConfigError(f"The page cannot be served on port {config.port} ({error}): give another --port.") from None
     print(f"\nOpen http://{config.host}:{config.port} (Ctrl-C stops the server)", file=sys.stderr, flush=True)
     if block:
+        # The default ends the process at once, and leaves the visitors' images behind.
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
         blocks.block_thread()
     return blocks
+
+
+def _check_host(config: ExploreConfig) -> list[Any]:
+    """Return the middleware that answers only requests to a name of this server.
+
+    Otherwise a web site could point its own name at this machine, and read the page through the visitor's browser (DNS
+    rebinding).
+    """
+    import socket
+
+    from starlette.middleware import Middleware
+    from starlette.middleware.trustedhost import TrustedHostMiddleware
+
+    # Starlette cuts "[::1]:7860", an address of IPv6, at the first colon; no name begins with a bracket.
+    names = ["localhost", "127.0.0.1", "[", config.host, *config.allowed_hosts]
+    if config.host in ("0.0.0.0", "::"):
+        names += [socket.gethostname(), socket.getfqdn(), *_addresses()]
+    if config.share:
+        names.append("*.gradio.live")
+    return [Middleware(TrustedHostMiddleware, allowed_hosts=names, www_redirect=False)]
+
+
+def _addresses() -> list[str]:
+    """Return the addresses of this machine."""
+    import socket
+
+    try:
+        return sorted({str(info[4][0]) for info in socket.getaddrinfo(socket.gethostname(), None)})
+    except OSError:
+        return []
 
 
 @lru_cache(maxsize=1)

@@ -40,6 +40,8 @@ class Page:
         self.runs, self.classes = runs, splits.train.classes or ()
         self.source = splits.evaluation
         self.thumbnails = model.thumbnails(self.source)
+        sizes = [tokenizer.tokenizer.image_size for tokenizer in indexed] + [run.image_size for run in runs.values()]
+        self.largest_side = 2 * max(sizes)
 
     def blocks(self) -> gr.Blocks:
         """Build the page."""
@@ -115,7 +117,8 @@ class Page:
         if not path.is_relative_to(Path(os.environ["GRADIO_TEMP_DIR"]).resolve()):
             raise gr.Error("Only uploaded images can be read.", print_exception=False)
         try:
-            return to_array(decode(path.read_bytes(), name=path.name, value_range=self.source.value_range))
+            image = decode(path.read_bytes(), name=path.name, value_range=self.source.value_range)
+            return self._reduced(image)
         except BadImage as error:
             raise gr.Error(f"This image cannot be read: {error}", print_exception=False) from None
 
@@ -126,9 +129,17 @@ class Page:
     def _held_out_image(self, position: int) -> Picture:
         """Read the image of a thumbnail."""
         try:
-            return to_array(self.source.read(list(self.thumbnails)[position]))
+            return self._reduced(self.source.read(list(self.thumbnails)[position]))
         except BadImage as error:
             raise gr.Error(f"This image cannot be read: {error}", print_exception=False) from None
+
+    def _reduced(self, image: Tensor) -> Picture:
+        """Reduce a large image (3, H, W) to twice the side that any model reads, since the page keeps it in memory."""
+        height, width = image.shape[1:]
+        scale = self.largest_side / min(height, width)
+        if scale < 1:
+            image = resize(image, max(round(height * scale), 1), max(round(width * scale), 1))
+        return to_array(image)
 
     def show_image(self, image: Picture, name: str) -> tuple[Any, ...]:
         """Return the four pictures and a line of text."""

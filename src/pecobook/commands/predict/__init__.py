@@ -67,7 +67,7 @@ def predict(config: PredictConfig) -> Path:
     if missing:
         verb = "is" if len(missing) == 1 else "are"
         raise ConfigError(f"{', '.join(missing)} {verb} missing: pecobook predict RUN IMAGES --out DIR.")
-    folder = OutputFolder(config.out)
+    folder = OutputFolder(config.out, data=config.images)
     folder.check()
     sources = list_images(config.images)
     writer = _writer(config, folder.path)

@@ -115,12 +115,14 @@ def _folder(config: ReproduceConfig) -> OutputFolder:
     from pecobook.commands.jobs import resumed_folder
 
     settings, defaults = _fixed_settings(config), _fixed_settings(ReproduceConfig())
-    return resumed_folder(config.out, settings, defaults, example="runs/tables", kind="tables", marker="reproduce.json")
+    return resumed_folder(
+        config.out, settings, defaults, data=config.data, example="runs/tables", kind="tables", marker="reproduce.json"
+    )
 
 
 def _write_settings(config: ReproduceConfig, out: Path) -> None:
-    (out / "runs").mkdir(exist_ok=True)
     write_json(out / "reproduce.json", _fixed_settings(config))
+    (out / "runs").mkdir(exist_ok=True)
 
 
 def _write_tables(plan: Plan, cost: dict[str, float], out: Path) -> Path:
