@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import tarfile
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from pecobook import cli
 from pecobook.commands.check.layout import layout_of
 from pecobook.commands.check.sheet import chosen_images
 from pecobook.data.images import open_images
-from tests.coco import make_coco, read_coco
+from tests.coco import make_coco, read_coco, write_coco
 from tests.runs import squares
 from tests.shapes import write_shapes
 
@@ -79,11 +80,11 @@ def test_check__names_unreadable_images_and_those_that_are_in_both_splits(
     assert (report["train"]["unreadable"], report["evaluation"]["unreadable"]) == (1, 1)
     assert (report["repeated_in_train"], report["held_out_in_train"]) == (1, 1)
     unreadable, held_out, leak = report["problems"]
-    assert unreadable.splitlines()[0] == "1 training images cannot be read:"
+    assert unreadable.splitlines()[0] == "Training images that cannot be read: 1"
     assert str(train / "dog" / "3.png") in unreadable
     assert str(val / "dog" / "2.png") in held_out
     assert leak.splitlines() == [
-        "1 of 8 held-out images have the same bytes as a training image, so scores would be too good:",
+        "Held-out images with the bytes of a training image, so that scores would be too good: 1 of 8",
         f"{val / 'cat' / '1.png'} is {train / 'dog' / '7.png'}",
     ]
 
@@ -91,13 +92,14 @@ def test_check__names_unreadable_images_and_those_that_are_in_both_splits(
 def test_check__names_the_first_twenty_of_many_unreadable_images(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for split in ("train", "val"):
-        write(tmp_path / split / "good.png", 9 if split == "train" else 8)
+    for split, angle in (("train", 0), ("val", 90)):
+        (tmp_path / split).mkdir()
+        Image.linear_gradient("L").rotate(angle).save(tmp_path / split / "good.png")
     for number in range(25):
         (tmp_path / "train" / f"x{number:02d}.png").write_bytes(b"no image")
     (problem,) = report_of(["--data", str(tmp_path)], capsys)["problems"]
     lines = problem.splitlines()
-    assert (lines[0], lines[-1], len(lines)) == ("25 training images cannot be read:", "... and 5 more", 22)
+    assert (lines[0], lines[-1], len(lines)) == ("Training images that cannot be read: 25", "... and 5 more", 22)
 
 
 def test_check__reads_in_several_processes_what_one_process_reads(
@@ -128,8 +130,10 @@ def test_check__names_the_values_of_masks_without_a_class_and_the_classes_withou
     assert report["task"] == "segment"
     assert report["train"]["mask_values"] == counts
     assert report["train"]["pixels"] == {"ground": counts["0"], "red": counts["1"], "green": 0}
-    assert "(77 in 12 of 12 masks)" in report["problems"][0]
-    assert report["problems"][1] == "1 of 3 classes have no pixels in training: green"
+    refused, unknown, empty = report["problems"]
+    assert "holds the value 77, but the 3 classes have the values 0 to 2" in refused
+    assert "(77 in 12 of 12 masks)" in unknown
+    assert empty == "1 of 3 classes have no pixels in training: green"
     assert report_of(["segment", "--data", str(root), "--mask-values", "0", "1", "77"], capsys)["train"]["pixels"] == {
         "ground": counts["0"],
         "red": counts["1"],
@@ -140,8 +144,9 @@ def test_check__names_the_values_of_masks_without_a_class_and_the_classes_withou
 def test_check__reports_masks_of_another_size(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     root = write_shapes(tmp_path)
     write(root / "train" / "masks" / "3.png", 1, size=(7, 9))
-    (problem,) = report_of(["segment", "--data", str(root)], capsys)["problems"]
-    assert problem.endswith("masks/3.png: is 7 x 9, but its image is 56 x 40")
+    refused, unreadable = report_of(["segment", "--data", str(root)], capsys)["problems"]
+    assert "3.png is 7 x 9, but its image is 56 x 40" in refused
+    assert unreadable.endswith("masks/3.png: is 7 x 9, but its image is 56 x 40")
 
 
 def test_check__counts_objects_and_names_classes_without_any(
@@ -167,6 +172,59 @@ def test_check__reports_a_source_that_cannot_be_opened(tmp_path: Path, capsys: p
     assert (
         "class 'cats' of validation is missing in train" in report_of(["--data", str(tmp_path)], capsys)["problems"][0]
     )
+
+
+def test_check__reports_labels_that_are_lost(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for number in range(20):
+        write(tmp_path / ("cat" if number % 2 else "dog") / f"{number}.png", 12 * number)
+    assert report_of(["--data", str(tmp_path)], capsys)["ok"]
+    write(tmp_path / "stray.png", 255)
+    (problem,) = report_of(["--data", str(tmp_path)], capsys)["problems"]
+    assert problem.startswith("The labels of train are not used: ")
+    assert "stray.png" in problem
+
+
+def test_check__compares_members_of_shards(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for split, first in (("train", 0), ("test", 19)):
+        with tarfile.open(tmp_path / f"{split}-000.tar", "w") as tar:
+            for number in range(first, first + 20):
+                file = write(tmp_path / "one.png", 12 * number % 256)
+                tar.add(file, f"{number}.png")
+                file.unlink()
+    report = report_of(["--data", str(tmp_path)], capsys)
+    assert report["train"]["modes"] == {"L": 20}
+    assert report["held_out_in_train"] == 1
+    assert report["problems"][0].splitlines()[1] == f"{tmp_path}/test-000.tar/19.png is {tmp_path}/train-000.tar/19.png"
+
+
+def test_check__warns_of_images_that_use_little_of_their_range(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for number in range(4):  # 12 bits in a container of 16 bits, and of these only dark values
+        pixels = np.random.default_rng(number).integers(0, 300, (20, 20)).astype(np.uint16)
+        Image.fromarray(pixels).save(tmp_path / f"{number}.png")
+    words = ["--data", str(tmp_path), "--value-range", "0", "65535"]
+    (problem,) = report_of(words, capsys)["problems"]
+    assert problem.startswith(f"Warning: '{tmp_path}' uses less than an eighth of the range")
+    report = report_of([*words[:-1], "300"], capsys)
+    assert report["summary"]["range"] == "0..300 becomes 0..255"
+    assert report["ok"]
+
+
+def test_check__names_images_whose_boxes_do_not_fit_their_masks(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = make_coco(tmp_path)
+    content = read_coco(root / "train")
+    entry = next(entry for entry in content["annotations"] if not entry["iscrowd"])
+    entry["bbox"] = [0, 0, 3, 3] if entry["bbox"][0] > 6 else [30, 30, 3, 3]
+    write_coco(root / "train", content)
+    report = report_of(["--data", str(root)], capsys)
+    name = next(image["file_name"] for image in content["images"] if image["id"] == entry["image_id"])
+    problem = next(problem for problem in report["problems"] if "boxes" in problem)
+    count = f"1 of {report['boxes_compared']} boxes do not fit the masks of their objects, in these images:"
+    assert problem.splitlines() == [count, str(root / "train" / "images" / name)]
+    assert report["boxes_differing"] == 1
 
 
 def test_check__labels_are_needed_where_the_command_needs_them(

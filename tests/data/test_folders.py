@@ -11,6 +11,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from pecobook.commands.predict import list_images
 from pecobook.data.images import check_labels, open_images
 from pecobook.errors import DataError
 from tests.data.sources import labels, names, png, values, write
@@ -145,8 +146,9 @@ def test_what_is_left_out_is_counted(tmp_path: Path) -> None:
     (tmp_path / "p.png").symlink_to("nowhere.png")
     os.mkfifo(tmp_path / "q.png")
     splits = open_images(str(tmp_path))
-    assert len(splits.train) + len(splits.evaluation) == 7
+    assert len(splits.train) + len(splits.evaluation) == 6
     assert splits.left_out == {
+        "extension .npy beside other images": 1,
         "extension .dcm": 2,
         "extension .exr": 1,
         "no extension": 1,
@@ -156,6 +158,27 @@ def test_what_is_left_out_is_counted(tmp_path: Path) -> None:
         "broken link": 1,
         "not a regular file": 1,
     }
+
+
+def test_predict_reads_links_and_says_what_it_leaves_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write(tmp_path / "pool" / "b.png", 1)
+    write(tmp_path / "data" / "a.png", 0)
+    (tmp_path / "data" / "more").symlink_to(tmp_path / "pool")
+    (tmp_path / "data" / "x.dcm").touch()
+    ((source, _),) = list_images(str(tmp_path / "data"))
+    assert values(source) == [0, 1]
+    assert capsys.readouterr().err == f"Left out of '{tmp_path / 'data'}': 1 extension .dcm.\n"
+
+
+def test_a_folder_of_arrays(tmp_path: Path) -> None:
+    for number, name in enumerate(("a/1.npy", "a/2.npy", "b/3.NPY")):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        with (tmp_path / name).open("wb") as file:
+            np.save(file, np.full((4, 6), number, np.uint8))
+    splits = open_images(str(tmp_path))
+    assert sorted(values(splits.train) + values(splits.evaluation)) == [0, 1, 2]
+    assert splits.train.classes == ("a", "b")
+    assert splits.left_out == {}
 
 
 def test_class_folders_that_are_links(tmp_path: Path) -> None:

@@ -185,6 +185,7 @@ def test_links_to_members(tmp_path: Path) -> None:
         ("1.image.png 1.mask.png 1.cls", {"1.image.png"}),
         ("my.photo.png my.photo.seg.png my.photo.json", {"my.photo.png"}),
         ("1.png 1.jpg 1.cls", {"1.png", "1.jpg"}),
+        ("1.npy 2.npy 1.cls 2.cls", {"1.npy", "2.npy"}),
     ],
 )
 def test_names_with_dots(tmp_path: Path, names: str, images: set[str]) -> None:
@@ -192,9 +193,13 @@ def test_names_with_dots(tmp_path: Path, names: str, images: set[str]) -> None:
     members = [(name, label.get(name.rpartition(".")[2], png(1))) for name in names.split()]
     index = index_shard(make_tar(tmp_path / "x.tar", members))
     assert {image.member: image.label for image in index.images} == dict.fromkeys(images, "cat")
-    assert len(index.images) + sum(index.left_out.values()) == sum(
-        ".png" in name or ".jpg" in name for name in names.split()
-    )
+    assert len(index.images) + index.left_out.total() == sum(name.endswith(("g", "y")) for name in names.split())
+
+
+def test_arrays_beside_images_are_features(tmp_path: Path) -> None:
+    index = index_shard(make_tar(tmp_path / "x.tar", [("1.png", png(1)), ("1.npy", b"features"), ("1.txt", b"a cat")]))
+    assert [image.member for image in index.images] == ["1.png"]
+    assert index.left_out == {"extension .npy beside other images": 1, "extension .txt": 1}
 
 
 def test_a_dotted_name_does_not_take_the_label_of_another(tmp_path: Path) -> None:

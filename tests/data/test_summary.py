@@ -7,7 +7,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+from torch import Tensor
 
 from pecobook.data.dense.detection import open_detection
 from pecobook.data.dense.segmentation import open_segmentation
@@ -46,8 +48,13 @@ def test_describe__says_that_photos_are_built_in() -> None:
 def test_describe__lists_what_was_left_out_and_the_notes() -> None:
     source = squares(4)
     lines = describe(Splits(source, source, "test", {"extension .xyz": 1200, "link": 3}, ("Labels are missing.",)))
-    assert ("left out", "1,203: 1,200 extension .xyz, 3 link") in lines
+    assert ("left out", "1,203: 1,200 extension .xyz; 3 link") in lines
     assert lines[-1] == ("note", "Labels are missing.")
+
+
+def test_describe__lists_the_objects_that_were_left_out_of_both_splits(tmp_path: Path) -> None:
+    splits = open_detection(str(make_coco(tmp_path)))  # a crowd in each split
+    assert dict(describe(splits))["left out"] == "2: 2 crowds (iscrowd 1)"
 
 
 def test_describe__names_the_unreadable_images_of_the_sample(tmp_path: Path) -> None:
@@ -64,10 +71,10 @@ def test_describe__counts_the_objects_of_each_class_in_each_split(tmp_path: Path
     splits = open_detection(str(make_coco(tmp_path)))
     lines = describe(splits)
     for topic, source in (("objects", splits.train), ("held out", splits.evaluation)):
-        labels = np.concatenate([source.objects(i).labels.numpy() for i in range(len(source))])  # type: ignore[attr-defined]
-        counts = np.bincount(labels - 1, minlength=len(source.classes or ()))
-        with_objects = sum(len(source.objects(i).labels) > 0 for i in range(len(source)))  # type: ignore[attr-defined]
-        start = f"{len(labels)} on {with_objects} of {len(source)} images: {spread(source.classes or (), counts)}"
+        labels = [source.objects(i).labels.tolist() for i in range(len(source))]  # type: ignore[attr-defined]
+        every = [label for part in labels for label in part]
+        counts = {name: every.count(number) for number, name in enumerate(source.classes or (), start=1)}
+        start = f"{len(every)} on {sum(map(bool, labels))} of {len(source)} images: {spread(counts)}"
         assert dict(lines)[topic].startswith(start)
 
 
@@ -87,11 +94,11 @@ def test_describe__measures_the_pixels_of_each_class(tmp_path: Path) -> None:
 
 
 def test_spread__names_the_rarest_and_the_commonest_of_many_classes() -> None:
-    names = [f"class {number}" for number in range(9)]
-    counts = np.array([4, 0, 3, 1200, 5, 0, 7, 8, 9])
-    assert spread(names, counts) == "from 3 (class 2) to 1,200 (class 3), none of class 1, class 5"
-    assert spread(names, np.full(9, 50)) == "50 each"
-    assert spread(names[:2], np.array([1, 0])) == "class 0 1, class 1 0"
+    counts = {f"class {number}": count for number, count in enumerate([4, 0, 3, 1200, 5, 0, 7, 8, 9])}
+    assert spread(counts) == "from 3 (class 2) to 1,200 (class 3), none of class 1, class 5"
+    assert spread(dict.fromkeys(counts, 50)) == "50 each"
+    assert spread(dict.fromkeys(counts, 0)) == "none"
+    assert spread({"cat": 1, "dog": 0}) == "cat 1, dog 0"
 
 
 def test_pixels_text__names_the_rarest_and_the_commonest_of_many_classes() -> None:
@@ -137,8 +144,12 @@ def test_census__keeps_few_names_of_unreadable_images() -> None:
 def test_sample_census__is_bounded_and_spaced_evenly(monkeypatch: pytest.MonkeyPatch) -> None:
     read: list[int] = []
     source = squares(100_000)
-    store = source._store
-    monkeypatch.setattr(store, "read", lambda row: read.append(row) or type(store)(1).read(0))
+
+    def note(row: int) -> Tensor:
+        read.append(row)
+        return torch.zeros(3, 8, 8, dtype=torch.uint8)
+
+    monkeypatch.setattr(source._store, "read", note)
     assert sample_census(source, count=5).images == 5
     assert sorted(read) == [0, 25_000, 50_000, 74_999, 99_999]
     assert sample_census(source, seconds=0).images == 1

@@ -149,10 +149,21 @@ def test_paths_are_looked_up_beside_the_parquet_file(tmp_path: Path, form: str) 
     column = paths if form == "text" else [{"bytes": None, "path": path} for path in paths]
     pq.write_table(pa.table({"image": column}), tmp_path / "set" / "train.parquet")
     pq.write_table(pa.table({"image": column[:1]}), tmp_path / "set" / "test.parquet")
-    splits = open_images(str(tmp_path / "set" / "*.parquet"))
+    splits = open_images(str(tmp_path / "set"))
     assert values(splits.train.subset(range(3))) == [1, 2, 3]
     with pytest.raises(BadImage, match=r"row 3: .*set/images/none.png: No such file"):
         splits.train.read(3)
+
+
+def test_tables_and_images_in_one_folder(tmp_path: Path) -> None:
+    make_parquet(tmp_path)
+    write(tmp_path / "preview.png")
+    splits = open_images(str(tmp_path))
+    assert (len(splits.train), splits.left_out) == (11, {"image file beside parquet files": 1})
+    for number in range(20):
+        write(tmp_path / "a" / f"{number}.png")
+    splits = open_images(str(tmp_path))
+    assert (len(splits.train), splits.left_out) == (19, {"parquet file beside image files": 1})
 
 
 def test_files_without_a_split_are_counted(tmp_path: Path) -> None:
@@ -174,12 +185,31 @@ def test_parquet_errors(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="must hold encoded images"):
         open_images(str(tmp_path / "a.parquet"))
     (tmp_path / "a.parquet").write_bytes(b"PAR1 no")
-    with pytest.raises(DataError, match=r"cannot be read"):
+    with pytest.raises(DataError, match=r"a.parquet' cannot be read as parquet"):
         open_images(str(tmp_path / "a.parquet"))
     pq.write_table(pa.table({"image": [png(1), png(2)], "label": [0, 3]}), tmp_path / "a.parquet")
     (tmp_path / "classes.txt").write_text("cat\ndog\n")
     with pytest.raises(DataError, match=r"label 3 of .*a.parquet row 1 \(1 like this\), but .* 2 class names"):
         open_images(str(tmp_path / "a.parquet"))
+
+
+def test_parquet_files_that_differ_or_are_empty(tmp_path: Path) -> None:
+    empty = pa.table({"image": pa.array([], pa.binary()), "label": pa.array([], pa.int64())})
+    pq.write_table(empty, tmp_path / "train-0.parquet")
+    with pytest.raises(DataError, match=r"train-0.parquet' has no rows"):
+        open_images(str(tmp_path))
+    pq.write_table(pa.table({"image": [png(1), png(2)], "label": [0, 1]}), tmp_path / "train-1.parquet")
+    train = open_images(str(tmp_path)).train
+    assert (train.classes, train.identify(0)) == (("0", "1"), f"{tmp_path / 'train-1.parquet'} row 0")
+    pq.write_table(pa.table({"image": [png(1)], "label": [float("nan")]}), tmp_path / "train-2.parquet")
+    with pytest.raises(DataError, match=r"'label' holds int64 in '.*-1.parquet', but double in '.*-2.parquet'"):
+        open_images(str(tmp_path))
+
+
+def test_an_address_is_no_path(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"image": ["https://example.org/a.png"] * 2}), tmp_path / "a.parquet")
+    with pytest.raises(BadImage, match=r"row 0: https://example.org/a.png is an address, not a file; download"):
+        open_images(str(tmp_path)).train.read(0)
 
 
 def hub(**splits: list[int]) -> datasets.DatasetDict:

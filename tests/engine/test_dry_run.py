@@ -69,6 +69,12 @@ def test_dry_run__needs_no_folder_but_reports_one_that_is_not_empty(
         api.contrast("tiny", data=str(images), out=str(tmp_path / "full"), dry_run=True, **SMALL["contrast"])
 
 
+@pytest.mark.gpu
+def test_dry_run__states_the_measured_peak_of_a_gpu(images: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    api.contrast("tiny", data=str(images), dry_run=True, **{**SMALL["contrast"], "precision": "bf16"})
+    assert "; measured peak with 8 images: " in capsys.readouterr().err
+
+
 class Linear(Stage[TrainConfig]):
     """A stage whose memory can be counted by hand: 192 inputs (float32) and 10 logarithms of an image are kept."""
 
@@ -99,9 +105,11 @@ def test_measure__counts_the_bytes_of_weights_gradients_optimizer_and_activation
 def test_texts__scale_the_measured_part_to_a_whole_run() -> None:
     config = ContrastConfig(batch_size=32, micro_batch_size=16, workers=0, max_steps="100", devices="1")
     measured = Measured(8, 0.001, 0.02, 0.1, 40_000_000, 20_000_000, 40_000_000, 1_000_000_000, 0)
-    assert _memory_text(measured, config) == (
-        "about 1.1 GB: weights 40 MB, gradients 20 MB, optimizer 40 MB, activations 1 GB of 16 images at once"
-    )
+    memory = "about 1.1 GB: weights 40 MB, gradients 20 MB, optimizer 40 MB, activations 1 GB of 16 images at once"
+    assert _memory_text(measured, config, 2_000_000_000) == memory
+    few = ". There are 600 MB here: give --micro-batch-size 8"  # 62.5 MB an image, beside 100 MB
+    assert _memory_text(measured, config, 600_000_000) == memory + few
+    assert _memory_text(measured, config, 120_000_000) == f"{memory}. There are 120 MB here: it does not fit"
     assert _cost_text(measured, config, 1000) == (
         "about 772 ms a step, 1m17s in all, evaluations not counted; measured on 8 images: 20 ms each, 1 ms to read one"
     )

@@ -236,16 +236,17 @@ def test_progress__estimates_the_time_left_from_the_steps_after_the_first(
     clock = [1000.0]
     monkeypatch.setattr("time.monotonic", lambda: clock[0])
     progress = Progress(total=10, start=0, name="codebook", quiet=False)
-    for seconds, show in (
-        (100, lambda: progress.show(1, {"loss": 2.0}, now=True)),  # the first step compiles and starts workers
-        (3, lambda: progress.show(2, {"loss": 1.0}, now=True)),
-        (3, lambda: progress.tick(3)),
-        (3, lambda: progress.show(4, {"loss": 0.5})),
-        (27, lambda: progress.tick(5)),
-        (5, lambda: progress.tick(6)),
-    ):
+
+    def after(seconds: float) -> Progress:
         clock[0] += seconds
-        show()
+        return progress
+
+    after(100).show(1, {"loss": 2.0}, now=True)  # the first step compiles and starts workers
+    after(3).show(2, {"loss": 1.0}, now=True)
+    after(3).tick(3)
+    after(3).show(4, {"loss": 0.5})
+    after(27).tick(5)
+    after(5).tick(6)
     assert capsys.readouterr().err.splitlines() == [
         "codebook 1/10  loss 2.0000",
         "codebook 2/10  loss 1.0000  left 24s",

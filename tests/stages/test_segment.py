@@ -204,6 +204,33 @@ def test_preflight__no_usable_pair(vit_run: Path, tmp_path: Path) -> None:
         preflight(SegmentStage, settings(vit_run, data=str(root), out=str(tmp_path / "run")))
 
 
+def test_open__refuses_masks_from_which_nothing_can_be_learned(vit_run: Path, tmp_path: Path) -> None:
+    root = write_shapes(tmp_path / "single")
+    for file in root.rglob("masks/*.png"):
+        Image.fromarray(np.where(np.asarray(Image.open(file)) == 1, 255, 0).astype(np.uint8)).save(file)
+    with pytest.raises(DataError, match="'ground' alone has pixels in the training masks"):
+        SegmentStage.open(settings(vit_run, data=str(root)))
+    root = write_shapes(tmp_path / "broken")
+    for number in range(11):
+        (root / f"train/masks/{number}.png").write_bytes(b"broken")
+    with pytest.raises(DataError, match="1 of 12 training pairs can be used"):
+        SegmentStage.open(settings(vit_run, data=str(root)))
+    assert len(SegmentStage.open(settings(vit_run, data=str(root), skip_bad=True)).train) == 1
+
+
+def test_report__names_classes_without_held_out_pixels(
+    vit_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stage, splits = make(vit_run)
+    (tmp_path / "samples").mkdir()
+    counts = torch.tensor([[[7, 0, 0], [0, 0, 0], [0, 0, 0]]])
+    stage.report(tmp_path, {"counts": counts}, splits.evaluation)
+    scores = json.loads((tmp_path / "classes.json").read_text())
+    assert scores["scores"]["miou"] == 100
+    assert scores["without_pixels"] == ["red", "green"]
+    assert "1 of 3 classes have held-out pixels, so that the mean IoU says nothing" in capsys.readouterr().err
+
+
 def test_open__no_verify_needs_the_classes(vit_run: Path, tmp_path: Path) -> None:
     root = write_shapes(tmp_path / "data")
     assert len(SegmentStage.open(settings(vit_run, data=str(root), verify=False)).train) == 12

@@ -113,7 +113,7 @@ COMMANDS: dict[str, Command] = {
         CheckConfig,
         "[COMMAND [RECIPE]] --data SOURCE [COMMAND'S FLAGS]",
         ("check --data IMAGES --out sheet.png", "check segment camvid --data CAMVID --json"),
-        "data classes mask-values ignore skip-bad masks out samples json workers",
+        "data value-range classes mask-values ignore skip-bad masks out samples json workers",
         words=("task", "recipe"),
     ),
     "tokenize": Command(

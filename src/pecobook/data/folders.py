@@ -22,7 +22,7 @@ from torch import Tensor
 from pecobook.data.decode import Range, decode, read_file
 from pecobook.data.layout import Folder, Layout, read_layout
 from pecobook.data.source import IMAGE_EXTENSIONS, Contents, Integers, Labels, Part
-from pecobook.data.split_names import SHADOW_FOLDER
+from pecobook.data.split_names import SHADOW_FOLDER, split_of_name
 from pecobook.errors import DataError
 
 _EXTENSIONS = frozenset(extension.encode() for extension in IMAGE_EXTENSIONS)
@@ -69,21 +69,46 @@ class FileStore:
 
 
 @dataclass
-class Listing:
-    """The files below a folder.
+class ImageNames:
+    """The names of image files.
 
     Attributes:
-        chunks: relative paths of the images, as Arrow data sets of at most `_CHUNK` rows.
+        chunks: relative paths, as Arrow data sets of at most `_CHUNK` rows.
         group_of: for each image, the index of its folder in `groups`.
         groups: the folders that hold images, as the names on the way from the top.
-        tables: parquet files.
-        shards: tar files.
-        left_out: why other files and folders are not used, and how many there are.
     """
 
     chunks: list[Any] = field(default_factory=list)
     group_of: array[int] = field(default_factory=lambda: array("q"))
     groups: list[Folder] = field(default_factory=list)
+    _names: list[bytes] = field(default_factory=list)
+
+    def add(self, path: bytes, group: Folder) -> None:
+        """Add a file of a folder; the files of a folder come one after the other."""
+        if not self.groups or self.groups[-1] is not group:
+            self.groups.append(group)
+        self._names.append(path)
+        self.group_of.append(len(self.groups) - 1)
+        if len(self._names) == _CHUNK:
+            self.finish()
+
+    def finish(self) -> None:
+        """Complete the last chunk."""
+        if self._names:
+            self.chunks.append(_to_arrow(self._names))
+            self._names = []
+
+
+@dataclass
+class Listing(ImageNames):
+    """The files below a folder: the names of the images, and what else there is.
+
+    Attributes:
+        tables: parquet files.
+        shards: tar files.
+        left_out: why other files and folders are not used, and how many there are.
+    """
+
     tables: list[Path] = field(default_factory=list)
     shards: list[Path] = field(default_factory=list)
     left_out: Counter[str] = field(default_factory=Counter)
@@ -92,7 +117,8 @@ class Listing:
 def folder_contents(source: str, root: Path) -> Contents:
     """Return the splits of a folder of images, parquet files or tar shards.
 
-    The most frequent of the three kinds of file is used; images win a tie.
+    The most frequent of the three kinds of file is used; images win a tie, unless parquet files have a column `image`
+    with as many rows as there are image files.
 
     Files are ordered by name, the files of a folder before its subfolders, and links to folders come last. The names of
     folders declare splits and classes; layout.py states the rules. A single folder, such as "images", is not a class.
@@ -101,12 +127,14 @@ def folder_contents(source: str, root: Path) -> Contents:
         DataError: the folder holds no readable file, or it cannot be told whether folders are splits or classes.
     """
     listing = walk(root)
-    num_images = len(listing.group_of)
-    counts = {"image": num_images, "tar": len(listing.shards), "parquet": len(listing.tables)}
-    # A table next to each shard is the shard's metadata.
-    kind = max(counts, key=lambda name: counts[name])
+    counts = {"image": len(listing.group_of), "tar": len(listing.shards), "parquet": len(listing.tables)}
+    weights = dict(counts)
+    num_rows, has_paths = _count_rows(listing.tables) if counts["image"] and listing.tables else (0, False)
+    if num_rows >= counts["image"]:
+        weights["image"] = 0
+    kind = max(weights, key=lambda name: weights[name])  # a table next to each shard is the shard's metadata
     for other, count in counts.items():
-        if other != kind and count:
+        if other != kind and count and not (other == "image" and has_paths):
             listing.left_out[f"{other} file beside {kind} files"] += count
     if counts[kind] == 0:
         raise DataError(
@@ -127,6 +155,24 @@ def folder_contents(source: str, root: Path) -> Contents:
     return _contents(source, store, listing)
 
 
+def _count_rows(tables: list[Path]) -> tuple[int, bool]:
+    """Return the number of rows of the parquet files that have images, and whether these are paths of image files."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    num_rows, has_paths = 0, False
+    for table in tables:
+        try:
+            footer = pq.read_metadata(table)
+        except (OSError, pa.ArrowException):
+            continue
+        schema = footer.schema.to_arrow_schema()
+        if "image" in schema.names:
+            num_rows += footer.num_rows
+            has_paths |= pa.types.is_string(schema.field("image").type)
+    return num_rows, has_paths
+
+
 def _with_left_out(contents: Contents, left_out: Counter[str]) -> Contents:
     return replace(contents, left_out=dict(left_out + Counter(contents.left_out)))
 
@@ -139,10 +185,10 @@ def walk(root: Path) -> Listing:
     """List a folder and its subfolders by file names alone, without opening a file or reading its size.
 
     Links to files count as files. Links to folders are followed after all other folders, unless the folder was listed
-    already, so a circle of links ends.
+    already, so a circle of links ends. Arrays (.npy) are images only where there are no others, because beside images
+    they mostly hold masks or features.
     """
-    listing = Listing()
-    names: list[bytes] = []
+    listing, arrays = Listing(), ImageNames()
     top = os.fsencode(root)
     # relative paths with a final slash, and the same as names
     stack: list[tuple[bytes, Folder]] = [(b"", ())]
@@ -164,21 +210,13 @@ def walk(root: Path) -> Listing:
         else:
             visited.add(identity)
         subfolders: list[tuple[bytes, Folder]] = []
-        group_number = -1
         for name, kind in _entries(path, listing.left_out):
             if kind != _FILE:
                 (subfolders if kind == _FOLDER else links).append((folder + name + b"/", (*group, os.fsdecode(name))))
                 continue
             _, dot, extension = name.lower().rpartition(b".")
             if dot and extension in _EXTENSIONS:
-                if group_number < 0:
-                    group_number = len(listing.groups)
-                    listing.groups.append(group)
-                names.append(folder + name)
-                listing.group_of.append(group_number)
-                if len(names) == _CHUNK:
-                    listing.chunks.append(_to_arrow(names))
-                    names = []
+                (arrays if extension == b"npy" else listing).add(folder + name, group)
             elif dot and extension == b"parquet":
                 listing.tables.append(root / os.fsdecode(folder + name))
             elif dot and extension == b"tar":
@@ -186,8 +224,12 @@ def walk(root: Path) -> Listing:
             else:
                 listing.left_out[_reason_for_extension(extension if dot else b"")] += 1
         stack += reversed(subfolders)
-    if names:
-        listing.chunks.append(_to_arrow(names))
+    if listing.group_of and arrays.group_of:
+        listing.left_out["extension .npy beside other images"] += len(arrays.group_of)
+    elif arrays.group_of:
+        arrays.finish()
+        listing.chunks, listing.group_of, listing.groups = arrays.chunks, arrays.group_of, arrays.groups
+    listing.finish()
     return listing
 
 
@@ -288,8 +330,9 @@ def _reason(layout: Layout, split: str, image: str) -> str:
             "list that belongs to them (LOC_val_solution.csv), or use 'hf:ILSVRC/imagenet-1k'"
         )
     if split == "train":
-        return f"all its images lie in the one folder '{layout.only_folder}'" if layout.only_folder else ""
+        is_class = layout.only_folder and split_of_name(layout.only_folder) is None
+        return f"all its images lie in the one folder '{layout.only_folder}'" if is_class else ""
     return (
-        f"the images of {split} lie in no class folder ({image}); move each into the folder of its class, by the list "
-        "of labels that belongs to the data set"
+        f"the images of {split} lie in no class folder ({image}); move each into the folder of its class, or give the "
+        "training folder alone, of which 10% are then held out"
     )

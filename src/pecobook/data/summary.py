@@ -20,11 +20,12 @@ from typing import cast
 
 import numpy as np
 
-from pecobook.data.decode import BadImage
+from pecobook.data.decode import BadImage, open_image
+from pecobook.data.dense.counts import pixels_per_value
 from pecobook.data.dense.detection import DetectionSource
 from pecobook.data.dense.segmentation import SegmentationSource
 from pecobook.data.dense.segmentation_classes import MaskClasses
-from pecobook.data.source import ImageSource, Integers, Splits
+from pecobook.data.source import ImageSource, Splits
 
 SAMPLE_IMAGES = 256
 SAMPLE_MASKS = 64
@@ -66,16 +67,20 @@ def look(source: ImageSource, index: int, *, whole: bool, mask: bool = True) -> 
     name, size, mode, digest, values = source.identify(index), None, "", None, None
     try:
         file = _file(source, index)
-        if file is not None:
-            size, mode = _header(name, file)
-        if whole or file is None:
-            image = source.read(index)
+        image = source.read(index) if whole or file is None else None
+        if image is not None:
             size = (int(image.shape[1]), int(image.shape[2]))
-            digest = _digest(file if file is not None else image.numpy().tobytes()) if whole else None
+        if whole:
+            digest = _digest(file if file is not None else image.numpy().tobytes())  # type: ignore[union-attr]
+        if file is not None:
+            header_size, mode = _header(name, file)
+            size = size or header_size
         if isinstance(source, SegmentationSource) and mask:
             values = _pixels_per_value(source, index)
     except BadImage as error:
         return Look(name, size, mode, digest, problem=str(error))
+    except OSError as error:  # the file vanished or cannot be read any longer
+        return Look(name, size, mode, digest, problem=f"{name}: {error.strerror or error}")
     return Look(name, size, mode, digest, values)
 
 
@@ -85,8 +90,7 @@ def _pixels_per_value(source: SegmentationSource, index: int) -> dict[int, int]:
     if values.shape != (height, width):
         text = f"is {values.shape[1]} x {values.shape[0]}, but its image is {width} x {height}"
         raise BadImage(source.identify_mask(index), text)
-    counts = np.bincount(values.ravel())
-    return {int(value): int(counts[value]) for value in np.flatnonzero(counts)}
+    return pixels_per_value(values)
 
 
 def _file(source: ImageSource, index: int) -> Path | bytes | None:
@@ -105,13 +109,13 @@ def _file(source: ImageSource, index: int) -> Path | bytes | None:
 
 def _header(name: str, file: Path | bytes) -> tuple[tuple[int, int], str]:
     """Return height and width as the file states them, and the mode. Raises BadImage."""
-    from PIL import Image
-
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            with Image.open(io.BytesIO(file) if isinstance(file, bytes) else file) as image:
+            with open_image(io.BytesIO(file) if isinstance(file, bytes) else file, name=name) as image:
                 return (image.height, image.width), image.mode
+    except BadImage:
+        raise
     except Exception as error:  # a header of arbitrary bytes may raise any exception
         raise BadImage(name, "not an image, or an unsupported format") from error
 
@@ -178,30 +182,14 @@ def sample_census(source: ImageSource, *, count: int = SAMPLE_IMAGES, seconds: f
 # ------------------------------------------------------------------------------------------------------ counts by class
 
 
-def class_counts(source: ImageSource) -> Integers | None:
+def class_counts(source: ImageSource) -> dict[str, int] | None:
     """Return the number of images of each class (of objects in a detection source), or None without labels."""
-    classes = source.classes or ()
     if isinstance(source, DetectionSource):
-        return _object_counts(source)[0]
+        return source.objects_per_class()
     if source.labels is None:
         return None
-    return np.bincount(source.labels, minlength=len(classes)).astype(np.int64)
-
-
-def _object_counts(source: DetectionSource) -> tuple[Integers, int, int]:
-    """Return the number of objects of each class, the number of images that have objects, and the number of crowds."""
-    annotations = source.annotations
-    chosen = np.ones(len(annotations), bool)
-    if source._rows is not None:
-        chosen[:] = False
-        chosen[source._rows] = True
-    row_of = np.repeat(np.arange(len(annotations)), np.diff(annotations.starts))
-    counted = chosen[row_of] & ~annotations.crowd
-    number_of = {category: number for number, category in enumerate(source.category_ids)}
-    numbers = [number_of[category] for category in annotations.categories[counted].tolist()]
-    counts = np.bincount(np.array(numbers, np.int64), minlength=len(source.classes)).astype(np.int64)
-    crowds = int((chosen[row_of] & annotations.crowd).sum())
-    return counts, len(np.unique(row_of[counted])), crowds
+    counts = np.bincount(source.labels, minlength=len(source.classes or ()))
+    return dict(zip(source.classes or (), counts.tolist(), strict=True))
 
 
 # ------------------------------------------------------------------------------------------------------------ as text
@@ -227,20 +215,23 @@ def describe(splits: Splits, census: Census | None = None, *, evaluation: Census
     else:
         lines += [("classes", _labels_text(train, held_out))]
     if left_out := left_out_of(splits):
-        reasons = ", ".join(f"{count:,} {reason}" for reason, count in left_out.most_common())
+        reasons = "; ".join(f"{count:,} {reason}" for reason, count in left_out.items())
         lines.append(("left out", f"{left_out.total():,}: {reasons}"))
     lines.append(("sizes", sizes_text(census, len(train))))
+    if train.value_range is not None:
+        lines.append(("range", f"{train.value_range} becomes 0..255"))
     if census.num_bad:
         lines.append(("unreadable", f"{census.num_bad:,} of {census.images:,}, the first: {census.bad[0]}"))
     return [*lines, *(("note", note) for note in splits.notes)]
 
 
 def left_out_of(splits: Splits) -> Counter[str]:
-    """Return how many files or objects of a source are not used, by reason."""
+    """Return how many files, pairs and objects of a source are not used, by reason."""
     counts = Counter(splits.left_out)
     for part in (splits.train, splits.evaluation):
-        counts.update(getattr(part, "left_out", {}))  # of sources with masks or objects
-    return +counts
+        if isinstance(part, DetectionSource | SegmentationSource):
+            counts.update(part.left_out)
+    return counts
 
 
 def aligned(lines: Iterable[tuple[str, str]]) -> list[str]:
@@ -249,22 +240,20 @@ def aligned(lines: Iterable[tuple[str, str]]) -> list[str]:
 
 
 def _labels_text(train: ImageSource, held_out: ImageSource) -> str:
-    counts, classes = class_counts(train), train.classes or ()
+    counts, held_counts = class_counts(train), class_counts(held_out)
     if counts is None:
         return "no labels"
-    text = f"{len(classes):,} {'classes' if len(classes) != 1 else 'class'}: {spread(classes, counts)}"
-    held_counts = class_counts(held_out)
-    return f"{text}; held out: {'no labels' if held_counts is None else spread(classes, held_counts)}"
+    text = f"{len(counts):,} {'classes' if len(counts) != 1 else 'class'}: {spread(counts)}"
+    return f"{text}; held out: {'no labels' if held_counts is None else spread(held_counts)}"
 
 
 def _object_lines(train: DetectionSource, held_out: DetectionSource) -> Lines:
-    lines = []
+    lines = [("classes", f"{len(train.classes):,}, {'boxes and masks' if train.has_masks else 'boxes without masks'}")]
     for topic, source in (("objects", train), ("held out", held_out)):
-        counts, with_objects, crowds = _object_counts(source)
-        text = f"{counts.sum():,} on {with_objects:,} of {len(source):,} images: {spread(source.classes, counts)}"
-        lines.append((topic, text + (f"; {crowds:,} crowds are ignored" if crowds else "")))
-    masks = "boxes and masks" if train.has_masks else "boxes without masks"
-    return [("classes", f"{len(train.classes):,}, {masks}"), *lines]
+        counts = source.objects_per_class()
+        images = f"{len(source) - source.num_empty:,} of {len(source):,} images"
+        lines.append((topic, f"{sum(counts.values()):,} on {images}: {spread(counts)}"))
+    return lines
 
 
 def _pixel_lines(train: SegmentationSource, census: Census, evaluation: Census | None) -> Lines:
@@ -303,21 +292,20 @@ def pixels_per_class(classes: MaskClasses, values: Mapping[int, int]) -> dict[st
     return {name: values.get(value, 0) for name, value in zip(classes.names, classes.values, strict=True)}
 
 
-def spread(names: Sequence[str], counts: Integers) -> str:
+def spread(counts: Mapping[str, int]) -> str:
     """Return all counts of a few classes, or the rarest and the commonest class of many, and the classes without any.
 
     Args:
-        names: names of the classes.
-        counts: int64 (C,).
+        counts: name of a class -> number.
     """
-    absent = [short(name) for name, count in zip(names, counts.tolist(), strict=True) if count == 0]
-    if len(names) <= _LISTED_CLASSES:
-        return ", ".join(f"{short(name)} {count:,}" for name, count in zip(names, counts.tolist(), strict=True))
-    present = np.flatnonzero(counts)
-    if not len(present):
+    if len(counts) <= _LISTED_CLASSES:
+        return ", ".join(f"{short(name)} {count:,}" for name, count in counts.items())
+    present = {name: count for name, count in counts.items() if count}
+    absent = [short(name) for name, count in counts.items() if not count]
+    if not present:
         return "none"
-    rarest, commonest = (int(present[choose(counts[present])]) for choose in (np.argmin, np.argmax))
-    text = f"from {counts[rarest]:,} ({short(names[rarest])}) to {counts[commonest]:,} ({short(names[commonest])})"
+    rarest, commonest = (choose(present, key=present.__getitem__) for choose in (min, max))
+    text = f"from {counts[rarest]:,} ({short(rarest)}) to {counts[commonest]:,} ({short(commonest)})"
     if counts[rarest] == counts[commonest]:
         text = f"{counts[rarest]:,} each"
     return text + (f", none of {first_of(absent)}" if absent else "")

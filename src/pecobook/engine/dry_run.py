@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -20,7 +20,7 @@ from pecobook.engine.optim import build_optimizer
 from pecobook.errors import PecobookError
 from pecobook.settings.durations import steps
 from pecobook.settings.training import TrainConfig
-from pecobook.utils.devices import device, peak_memory, synchronize
+from pecobook.utils.devices import device, peak_memory, synchronize, total_memory
 
 if TYPE_CHECKING:
     from pecobook.engine.stage import Stage
@@ -62,7 +62,10 @@ def estimate(stage: Stage[Any], train: Stream, config: TrainConfig) -> Lines:
     except torch.OutOfMemoryError:
         advice = out_of_memory_advice(config, min_batch_size=stage.min_batch_size, evaluating=False)
         raise PecobookError(advice) from None
-    return [("memory", _memory_text(measured, config)), ("cost", _cost_text(measured, config, len(train)))]
+    return [
+        ("memory", _memory_text(measured, config, total_memory(device()))),
+        ("cost", _cost_text(measured, config, len(train))),
+    ]
 
 
 def measure(stage: Stage[Any], train: Stream, config: TrainConfig) -> Measured:
@@ -142,12 +145,13 @@ def _autocast(config: TrainConfig, kind: str) -> Iterator[None]:
         yield
 
 
-def num_bytes(tensors: list[Tensor]) -> int:
+def num_bytes(tensors: Sequence[Tensor]) -> int:
     """Return the bytes of some tensors."""
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
-def _memory_text(measured: Measured, config: TrainConfig) -> str:
+def _memory_text(measured: Measured, config: TrainConfig, available: int) -> str:
+    """Return what the parts of a step take on a device, and advice where that is more than `available` bytes."""
     micro, devices = micro_batch_size(config), total_devices(config)
     shards = devices if config.strategy == "fsdp" else 1
     parts = {
@@ -156,12 +160,18 @@ def _memory_text(measured: Measured, config: TrainConfig) -> str:
         "optimizer": measured.optimizer // shards,
         "activations": measured.activations,
     }
+    total = sum(parts.values())
     listed = ", ".join(f"{name} {size_text(size)}" for name, size in parts.items())
-    text = f"about {size_text(sum(parts.values()))}{' on each device' if devices > 1 else ''}: {listed}"
+    text = f"about {size_text(total)}{' on each device' if devices > 1 else ''}: {listed}"
     text += f" of {micro:,} image{'s' if micro > 1 else ''} at once"
     if measured.peak:
-        total = torch.cuda.get_device_properties(0).total_memory
-        text += f"; measured peak with {measured.images:,} images: {size_text(measured.peak)} of {size_text(total)}"
+        text += f"; measured peak with {measured.images:,} images: {size_text(measured.peak)} of {size_text(available)}"
+    elif total > available:
+        share, image = config.batch_size // devices, max(measured.activations / micro, 1)
+        fitting = int((available - total + measured.activations) / image)
+        smaller = next((size for size in range(min(fitting, micro), 0, -1) if share % size == 0), 0)
+        advice = f"give --micro-batch-size {smaller}" if smaller else "it does not fit"
+        text += f". There are {size_text(available)} here: {advice}"
     return text
 
 

@@ -6,11 +6,12 @@ import dataclasses
 import math
 from typing import Literal
 
+from pecobook.settings.images import ImagesConfig
 from pecobook.settings.values import between, refuse
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class CheckConfig:
+class CheckConfig(ImagesConfig):
     """Look at every image as a command would read it: what it would learn from, and what is wrong.
 
     Nothing is trained. The exit code is 1 where something is wrong. The command's other flags are
@@ -23,7 +24,7 @@ class CheckConfig:
     recipe: str = ""
     """Recipe of that command, whose settings of the data apply."""
     data: str = "photos"
-    """Images: any source that the command takes."""
+    """Images: any source that the command takes, or photos (built in)."""
     classes: str = ""
     """File with a class on each line, as of segment."""
     mask_values: tuple[str, ...] = ()
@@ -44,6 +45,7 @@ class CheckConfig:
     """Number of processes that read images. -1 takes one for each core."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         between(self, 1, 1000, "samples")
         between(self, -1, math.inf, "workers")
         if self.out and not self.out.lower().endswith(".png"):

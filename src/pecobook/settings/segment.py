@@ -59,14 +59,15 @@ class SegmentConfig(CompileTrainConfig, SegmenterConfig):
     """Images and masks: a folder with images/ and masks/ (directly, under train/ and val/, or as in ADE20K), or
     hf:owner/name."""
     classes: str = ""
-    """File with a class on each line, followed by the colour R G B where masks are colour pictures; empty takes
-    classes.txt."""
+    """File with a class on each line, followed by the colour R G B where masks are colour pictures; also a table, JSON,
+    CVAT's labelmap.txt or ADE20K's objectInfo150.txt. Empty takes classes.txt, or such a file, from the folder."""
     mask_values: tuple[str, ...] = ()
     """Pixel values of the classes where they are not 0, 1, 2, ...: "0 255", or "1-150" as in ADE20K."""
     ignore: tuple[str, ...] = ("255",)
     """Pixel values or names of classes that count neither in the loss nor in the metrics."""
     verify: bool = True
-    """Read every mask before training. With --no-verify, --classes or --mask-values must define the classes."""
+    """Read every mask before training. With --no-verify, only some masks are read, and --classes or --mask-values must
+    define the classes."""
     skip_bad: bool = False
     """Leave out images with an unusable mask instead of refusing them. Such a mask has another size than the image or
     an unknown value."""

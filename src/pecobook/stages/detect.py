@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -18,7 +17,6 @@ from pecobook.data.dense.detection import DetectionSource, open_detection
 from pecobook.data.dense.detection_views import evaluation_view, training_view
 from pecobook.data.source import ImageSource, Splits
 from pecobook.data.stream import ViewFunction
-from pecobook.engine.launch import is_leader
 from pecobook.engine.optim import dense_groups
 from pecobook.engine.stage import Stage, StageOutput, submodule_state
 from pecobook.models.dense.detector import Detections, Detector, rescale_boxes
@@ -135,12 +133,8 @@ class DetectStage(Stage[DetectConfig]):
 
     @classmethod
     def open(cls, config: DetectConfig) -> Splits:
-        """Open the images and print a note on each correction that was made to their annotations."""
-        splits = open_detection(config.data, skip_bad=config.skip_bad, masks=config.masks)
-        if is_leader():
-            for note in cast("DetectionSource", splits.train).notes:
-                print(note, file=sys.stderr)
-        return splits
+        """Open the images and their objects."""
+        return open_detection(config.data, skip_bad=config.skip_bad, masks=config.masks)
 
     @classmethod
     def check(cls, config: DetectConfig) -> tuple[FeaturePyramid, Backbone]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import io
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -52,21 +54,29 @@ def check(config: CheckConfig | None = None, **settings: Any) -> dict[str, Any]:
 def _open(task: str, config: CheckConfig) -> tuple[Splits | None, list[str]]:
     """Open the source as the command would; return the splits, or None where they cannot be opened, and the problems.
 
-    Where --skip-bad would open it, the splits hold what is left. Masks of known classes are not read here, since the
-    survey reads them.
+    Where the command refuses the source, the splits are those of a lenient attempt, so that the survey can say more.
     """
-    attempts: list[dict[str, Any]] = [{}]
-    if task == "segment" and not config.skip_bad:
-        attempts.insert(0, {"verify": False})
-    if task in ("segment", "detect") and not config.skip_bad:
-        attempts.append({"skip_bad": True})
+    from pecobook.engine.value_range import set_value_range
+
+    lenient: dict[str, list[dict[str, Any]]] = {
+        "segment": [{"verify": False}, {"skip_bad": True}],
+        "detect": [{"skip_bad": True}],
+    }
     problems: list[str] = []
-    for changes in attempts:
+    for changes in [{}, *lenient.get(task, [])]:
         try:
-            return _open_as(task, _command_settings(task, config, changes)), problems
+            splits = _open_as(task, _command_settings(task, config, changes))
         except PecobookError as error:
-            if "verify" not in changes:
-                problems = problems or [str(error)]
+            problems = problems or [str(error)]
+            continue
+        said = io.StringIO()
+        try:
+            with contextlib.redirect_stderr(said):
+                set_value_range(splits, config.value_range)
+        except PecobookError as error:
+            problems.append(str(error))
+        problems += [line for line in said.getvalue().splitlines() if line.startswith("Warning: ")]
+        return splits, problems
     return None, problems
 
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-_IMAGE_FOLDERS = {"images", "image", "img", "imgs", "jpegimages"}
-_MASK_FOLDERS = {"masks", "mask", "annotations", "labels", "label", "segmentationclass"}
+from pecobook.data.dense.coco_files import find_annotations
+from pecobook.data.dense.segmentation_pairs import find_pairs
+from pecobook.errors import DataError
 
 
 def layout_of(data: str) -> str:
@@ -13,31 +14,17 @@ def layout_of(data: str) -> str:
     root = Path(data).expanduser()
     if not data or not root.is_dir():
         return "images"
-    folders = [root, *_subfolders(root)]
-    if any(_has_objects(folder) for folder in folders):
-        return "detect"
-    for folder in folders:
-        names = {path.name.lower() for path in _subfolders(folder)}
-        if names & _IMAGE_FOLDERS and names & _MASK_FOLDERS:
-            return "segment"
-    return "images"
-
-
-def _subfolders(folder: Path) -> list[Path]:
     try:
-        return sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))[:1000]
-    except OSError:
-        return []
+        if any(_has_objects(file) for files in find_annotations(root).values() for file, _ in files):
+            return "detect"
+        found = find_pairs(data, root)
+    except (DataError, OSError):
+        return "images"
+    return "segment" if len(found.pairs) > len(found.unpaired) else "images"
 
 
-def _has_objects(folder: Path) -> bool:
-    """Return whether a folder holds a JSON file whose beginning looks like COCO's format."""
-    for file in sorted(folder.glob("*.json"))[:20]:
-        try:
-            with file.open("rb") as stream:
-                start = stream.read(4096)
-        except OSError:
-            continue
-        if any(word in start for word in (b'"images"', b'"annotations"', b'"categories"')):
-            return True
-    return False
+def _has_objects(file: Path) -> bool:
+    """Return whether the beginning of a JSON file looks like COCO's format."""
+    with file.open("rb") as stream:
+        start = stream.read(65_536)
+    return any(word in start for word in (b'"images"', b'"annotations"', b'"categories"'))

@@ -7,14 +7,16 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
+import numpy.typing as npt
 from torch.utils.data import DataLoader, Dataset
 
+from pecobook.data.dense.coco_check import compare_boxes
 from pecobook.data.dense.detection import DetectionSource
 from pecobook.data.dense.segmentation import SegmentationSource
-from pecobook.data.source import ImageSource, Integers, Splits
+from pecobook.data.source import ImageSource, Splits
 from pecobook.data.stream import new_process_group
 from pecobook.data.summary import (
     Census,
@@ -27,9 +29,13 @@ from pecobook.data.summary import (
     pixels_per_class,
 )
 from pecobook.engine.log import Progress
+from pecobook.errors import DataError, first_line
 from pecobook.utils.devices import cores
 
+Hashes: TypeAlias = npt.NDArray[np.uint64]
+_LOSSES = ("labels of", "damaged", "too early", "cut short")  # in notes on labels and images that are lost
 NUM_NAMES = 20  # files of a kind that are named
+_COMPARED_BOXES = 50_000  # of each split at most, evenly spread
 _FEW_IMAGES = 256  # so many are read in this process
 
 
@@ -69,7 +75,7 @@ def survey(splits: Splits, *, workers: int = -1) -> Survey:
     total = len(splits.train) + len(splits.evaluation)
     progress = Progress(total=total, start=0, name="check", quiet=False)
     censuses: list[Census] = []
-    digests: list[Integers] = []
+    digests: list[Hashes] = []
     done = 0
     try:
         for source in (splits.train, splits.evaluation):
@@ -80,16 +86,26 @@ def survey(splits: Splits, *, workers: int = -1) -> Survey:
                 progress.show(done := done + 1, {})
             censuses.append(census)
             digests.append(hashes)
+    except RuntimeError as error:  # a process that the system ended, for want of memory for example
+        text = f"A process that reads images ended near image {done:,} of {total:,}: {first_line(error)}"
+        raise DataError(f"{text.rstrip('.')}.\nGive --workers 1 to read in one process.") from error
     finally:
         progress.close()
-    repeats = _Repeats(splits, *digests)
+    repeats, boxes = _Repeats(splits, *digests), _compare_boxes(splits)
     lines = describe(splits, censuses[0], evaluation=censuses[1])
     if censuses[0].values:
         lines.append(("values", _values_text(censuses[0])))
+    if boxes.compared:
+        lines.append(("boxes", f"{boxes.differing:,} of {boxes.compared:,} do not fit the masks of their objects"))
     lines.append(("duplicates", repeats.text()))
     problems = [*_unreadable(splits, censuses), *repeats.problems(), *_unknown_values(splits, censuses)]
-    problems += _empty_classes(splits, censuses[0])
-    return Survey(lines, problems, _figures(splits, censuses, repeats))
+    problems += [*boxes.problems(), *_empty_classes(splits, censuses[0])]
+    problems += [note for note in splits.notes if any(words in note for words in _LOSSES)]
+    figures = _figures(splits, censuses, repeats) | {
+        "boxes_compared": boxes.compared,
+        "boxes_differing": boxes.differing,
+    }
+    return Survey(lines, problems, figures)
 
 
 def _values_text(census: Census) -> str:
@@ -120,7 +136,7 @@ class _Repeats:
         evaluation: the same of the held-out images.
     """
 
-    def __init__(self, splits: Splits, train: Integers, evaluation: Integers) -> None:
+    def __init__(self, splits: Splits, train: Hashes, evaluation: Hashes) -> None:
         self.splits = splits
         known = train[train != 0]
         self.within = len(known) - len(np.unique(known))
@@ -135,17 +151,45 @@ class _Repeats:
 
     def text(self) -> str:
         """Return both numbers as text."""
-        leaked = f"{len(self.leaked):,} held-out images are training images too"
-        return f"{self.within:,} training images repeat another one; {leaked}"
+        return f"in training {self.within:,}; held-out images that are in training {len(self.leaked):,}"
 
     def problems(self) -> list[str]:
         """Return a text on held-out images that are in training, if there are any."""
         if not len(self.leaked):
             return []
         lines = [f"{held_out} is {training}" for held_out, training in self.pairs]
-        count = f"{len(self.leaked):,} of {len(self.splits.evaluation):,} held-out images"
-        head = f"{count} have the same bytes as a training image, so scores would be too good:"
+        count = f"{len(self.leaked):,} of {len(self.splits.evaluation):,}"
+        head = f"Held-out images with the bytes of a training image, so that scores would be too good: {count}"
         return [_listed(head, lines, len(self.leaked))]
+
+
+@dataclasses.dataclass
+class _Boxes:
+    """How many objects were compared with their masks, how many of them differ, and images of the first of these."""
+
+    compared: int = 0
+    differing: int = 0
+    images: list[str] = dataclasses.field(default_factory=list)
+
+    def problems(self) -> list[str]:
+        """Return a text on boxes that do not fit their masks, if there are any."""
+        head = f"{self.differing:,} of {self.compared:,} boxes do not fit the masks of their objects, in these images:"
+        more = ["..."] if self.differing > len(self.images) == NUM_NAMES else []
+        return ["\n".join([head, *self.images, *more])] if self.differing else []
+
+
+def _compare_boxes(splits: Splits) -> _Boxes:
+    """Compare the boxes with the masks of the same objects, where there are both."""
+    found = _Boxes()
+    files = [part.annotations for part in (splits.train, splits.evaluation) if isinstance(part, DetectionSource)]
+    for file in files[:1] if len(files) == 2 and files[0] is files[1] else files:
+        comparison = compare_boxes(file, _COMPARED_BOXES)
+        found.compared += comparison.compared
+        found.differing += len(comparison.differing)
+        rows = np.searchsorted(file.starts, np.array(comparison.differing, np.int64), side="right") - 1
+        found.images += [file.identify(row) for row in dict.fromkeys(rows.tolist())]
+    found.images = found.images[:NUM_NAMES]
+    return found
 
 
 def _listed(head: str, lines: list[str], count: int) -> str:
@@ -158,8 +202,10 @@ def _unreadable(splits: Splits, censuses: list[Census]) -> list[str]:
     problems = []
     for source, census in zip((splits.train, splits.evaluation), censuses, strict=True):
         if census.num_bad:
-            kind = "training" if source.split == "train" else "held-out"
-            problems.append(_listed(f"{census.num_bad:,} {kind} images cannot be read:", census.bad, census.num_bad))
+            kind = "Training" if source.split == "train" else "Held-out"
+            problems.append(
+                _listed(f"{kind} images that cannot be read: {census.num_bad:,}", census.bad, census.num_bad)
+            )
     return problems
 
 
@@ -185,12 +231,9 @@ def _unknown_values(splits: Splits, censuses: list[Census]) -> list[str]:
 def _empty_classes(splits: Splits, census: Census) -> list[str]:
     """Return a line on classes that training would not see; `census` is that of the training images."""
     train = splits.train
-    kind, counts = "images", {}
+    kind, counts = "objects" if isinstance(train, DetectionSource) else "images", class_counts(train) or {}
     if isinstance(train, SegmentationSource):
         kind, counts = "pixels", pixels_per_class(train.mask_classes, census.values)
-    elif (numbers := class_counts(train)) is not None:
-        kind = "objects" if isinstance(train, DetectionSource) else "images"
-        counts = dict(zip(train.classes or (), numbers.tolist(), strict=True))
     empty = [name for name, count in counts.items() if count == 0]
     problems = []
     if empty:
@@ -198,7 +241,7 @@ def _empty_classes(splits: Splits, census: Census) -> list[str]:
             f"{len(empty):,} of {len(counts):,} classes have no {kind} in training: {', '.join(empty[:NUM_NAMES])}"
         )
     if len(counts) == 1 and kind == "images":
-        problems.append(f"all images are of one class, '{next(iter(counts))}', so there is nothing to tell apart.")
+        problems.append(f"All images are of one class, '{next(iter(counts))}', so there is nothing to tell apart.")
     return problems
 
 
@@ -225,7 +268,7 @@ def _figures_of(source: ImageSource, census: Census) -> dict[str, Any]:
     counts = class_counts(source)
     if counts is not None:
         name = "objects" if isinstance(source, DetectionSource) else "classes"
-        figures[name] = dict(zip(source.classes or (), counts.tolist(), strict=True))
+        figures[name] = counts
     if isinstance(source, SegmentationSource):
         figures["pixels"] = pixels_per_class(source.mask_classes, census.values)
         figures["mask_values"] = {str(value): count for value, count in sorted(census.values.items())}

@@ -120,7 +120,7 @@ def list_images(source: str) -> list[tuple[ImageSource, str]]:
         DataError: the source does not exist or holds no image.
     """
     from pecobook.data.folders import FileStore, walk
-    from pecobook.data.images import open_all_splits
+    from pecobook.data.images import open_all_splits, say_left_out
     from pecobook.data.source import IMAGE_EXTENSIONS, ImageSource
 
     path = Path(source).expanduser()
@@ -129,6 +129,7 @@ def list_images(source: str) -> list[tuple[ImageSource, str]]:
         if tree.chunks:
             from datasets import concatenate_datasets
 
+            say_left_out(source, tree.left_out)
             store = FileStore(path, concatenate_datasets(tree.chunks))
             return [(ImageSource(store, name=source, split="train"), f"{path}/")]
     elif path.is_file() and path.suffix.lower().lstrip(".") in IMAGE_EXTENSIONS:
