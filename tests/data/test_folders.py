@@ -11,6 +11,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from pecobook.commands.predict import list_images
 from pecobook.data.images import check_labels, open_images
 from pecobook.errors import DataError
 from tests.data.sources import labels, names, png, values, write
@@ -157,6 +158,16 @@ def test_what_is_left_out_is_counted(tmp_path: Path) -> None:
         "broken link": 1,
         "not a regular file": 1,
     }
+
+
+def test_predict_reads_links_and_says_what_it_leaves_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write(tmp_path / "pool" / "b.png", 1)
+    write(tmp_path / "data" / "a.png", 0)
+    (tmp_path / "data" / "more").symlink_to(tmp_path / "pool")
+    (tmp_path / "data" / "x.dcm").touch()
+    ((source, _),) = list_images(str(tmp_path / "data"))
+    assert values(source) == [0, 1]
+    assert capsys.readouterr().err == f"Left out of '{tmp_path / 'data'}': 1 extension .dcm.\n"
 
 
 def test_a_folder_of_arrays(tmp_path: Path) -> None:

@@ -34,6 +34,7 @@ def read(paths: str) -> dict[str, tuple[str, str | None]]:
         ("train/a/deep train/b test/a", "train:a train:b test:a"),
         # classes with splits of their own
         ("cat/train cat/test dog/train dog/test dog/extra", "train:cat test:cat train:dog test:dog :dog"),
+        ("cup/train/good cup/test/bad nut/train/good nut/test/bad", "train:cup test:cup train:nut test:nut"),
         # classes that have the name of a split
         ("cooking swimming training", "train:cooking train:swimming train:training"),
         ("cat dog test", "train:cat train:dog train:test"),
@@ -42,6 +43,12 @@ def read(paths: str) -> dict[str, tuple[str, str | None]]:
         # masks
         ("images masks", "train: :"),
         ("images/training annotations/training images/validation", "train: : validation:"),
+        ("images/001.crow segmentations/001.crow images/002.wren", "train:001.crow : train:002.wren"),
+        ("train train_masks", "train: :"),
+        ("train trainannot val valannot", "train: : validation: :"),
+        ("masks_train images_train masks_val images_val", ": train: : validation:"),
+        ("face face_mask", "train:face train:face_mask"),
+        ("masks scarves", "train:masks train:scarves"),
         ("train/images train/masks val/images val/masks", "train: : validation: :"),
     ],
 )
@@ -58,6 +65,7 @@ def test_layout(folders: str, expected: str) -> None:
         ("x/train x/test .", "Give --data 'data/x'"),
         ("cat dog test/cat test/dog", "'test' looks like a split.*'cat', 'dog'"),
         ("train/cat train/dog holdout/cat holdout/dog", "'train' looks like a split.*'holdout'"),
+        ("1/train/a 1/train/b 1/val/a 2/train/a 2/train/b 2/val/a", "'1' and '2' hold splits.*Give one.*'data/1'"),
         ("train test bus car", "'test', 'train' may be splits, or classes as 'bus', 'car' may be"),
     ],
 )

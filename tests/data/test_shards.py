@@ -12,7 +12,7 @@ import pytest
 
 from pecobook.data import shards
 from pecobook.data.decode import BadImage
-from pecobook.data.images import check_labels, open_images
+from pecobook.data.images import check_labels, open_all_splits, open_images
 from pecobook.data.source import Splits
 from pecobook.data.tar_index import index_shard
 from pecobook.errors import DataError
@@ -248,6 +248,17 @@ def test_shard_errors(tmp_path: Path) -> None:
     make_tar(tmp_path / "x.tar", [("a.txt", b"a")])
     with pytest.raises(DataError, match="no images in 1 tar files"):
         open_images(str(tmp_path))
+
+
+def test_a_member_of_40_gb_is_not_read(tmp_path: Path) -> None:
+    member = tarfile.TarInfo("large.png")
+    member.size = 40 * 10**9
+    with (tmp_path / "a.tar").open("wb") as sparse:
+        sparse.write(member.tobuf(tarfile.GNU_FORMAT))
+        sparse.truncate(512 + member.size + 1024)
+    (source,) = open_all_splits(str(tmp_path / "a.tar"))
+    with pytest.raises(BadImage, match=r"a\.tar/large\.png: 40,000,000,000 bytes are more than 1,073,741,824"):
+        source.read(0)
 
 
 def test_truncated_shard(tmp_path: Path) -> None:

@@ -185,12 +185,31 @@ def test_parquet_errors(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="must hold encoded images"):
         open_images(str(tmp_path / "a.parquet"))
     (tmp_path / "a.parquet").write_bytes(b"PAR1 no")
-    with pytest.raises(DataError, match=r"cannot be read"):
+    with pytest.raises(DataError, match=r"a.parquet' cannot be read as parquet"):
         open_images(str(tmp_path / "a.parquet"))
     pq.write_table(pa.table({"image": [png(1), png(2)], "label": [0, 3]}), tmp_path / "a.parquet")
     (tmp_path / "classes.txt").write_text("cat\ndog\n")
     with pytest.raises(DataError, match=r"label 3 of .*a.parquet row 1 \(1 like this\), but .* 2 class names"):
         open_images(str(tmp_path / "a.parquet"))
+
+
+def test_parquet_files_that_differ_or_are_empty(tmp_path: Path) -> None:
+    empty = pa.table({"image": pa.array([], pa.binary()), "label": pa.array([], pa.int64())})
+    pq.write_table(empty, tmp_path / "train-0.parquet")
+    with pytest.raises(DataError, match=r"train-0.parquet' has no rows"):
+        open_images(str(tmp_path))
+    pq.write_table(pa.table({"image": [png(1), png(2)], "label": [0, 1]}), tmp_path / "train-1.parquet")
+    train = open_images(str(tmp_path)).train
+    assert (train.classes, train.identify(0)) == (("0", "1"), f"{tmp_path / 'train-1.parquet'} row 0")
+    pq.write_table(pa.table({"image": [png(1)], "label": [float("nan")]}), tmp_path / "train-2.parquet")
+    with pytest.raises(DataError, match=r"'label' holds int64 in '.*-1.parquet', but double in '.*-2.parquet'"):
+        open_images(str(tmp_path))
+
+
+def test_an_address_is_no_path(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"image": ["https://example.org/a.png"] * 2}), tmp_path / "a.parquet")
+    with pytest.raises(BadImage, match=r"row 0: https://example.org/a.png is an address, not a file; download"):
+        open_images(str(tmp_path)).train.read(0)
 
 
 def hub(**splits: list[int]) -> datasets.DatasetDict:

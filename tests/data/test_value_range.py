@@ -87,9 +87,11 @@ def test_what_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert "less than an eighth" in said
     apply(write(tmp_path / "d", *noise(0, 255, np.uint8), extension="png"))
     assert capsys.readouterr().err == ""
-    apply(write(tmp_path / "e", *noise(3, 20, np.uint8), extension="png"))
+    apply(write(tmp_path / "e", *noise(3, 20, np.uint8, 20), extension="png"))
     assert "less than an eighth of the range 0..255" in capsys.readouterr().err
-    apply(write(tmp_path / "f", *noise(0, 255, np.uint8), extension="png"), (0.0, 9.0))
+    apply(write(tmp_path / "few", *noise(3, 20, np.uint8), extension="png"))
+    assert capsys.readouterr().err == ""
+    apply(write(tmp_path / "f", *noise(0, 255, np.uint8, 20), extension="png"), (0.0, 9.0))
     assert "--value-range changes nothing: the images of" in capsys.readouterr().err
     apply(write(tmp_path / "g", *noise(0, 4095, np.uint16)), (0.0, 9.0), quiet=True)
     assert capsys.readouterr().err == ""

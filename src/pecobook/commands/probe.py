@@ -131,12 +131,20 @@ def _concatenated(features: Mapping[str, Tensor], names: list[str]) -> Tensor:
 
 
 def _table(results: dict[str, dict[str, Any]], num_classes: int) -> str:
+    from pecobook.analysis.probe import MIN_IMAGES
+    from pecobook.analysis.wording import accuracy_with_error
+
     layers, lines = results["linear"]["layers"], []
     if len(layers) > 1:
         lines.append("validation accuracy of a quick linear probe, by which the features are chosen:")
         for name, value in layers.items():
             lines.append(f"  {name:<24} {value:5.1f} %{'  <' if name == results['linear']['features'] else ''}")
+    number = len(results["linear"]["correct"])
     for name, result in results.items():
-        lines.append(f"{name:<7} {result['accuracy']:.1f} ± {result['standard_error']:.1f} %   ({result['features']})")
-    lines.append(f"{num_classes} classes, {len(results['linear']['correct']):,} held-out images")
+        low, high = result["interval_95"]
+        text = f"{accuracy_with_error(result['accuracy'], number)}{' %' if number >= MIN_IMAGES else ' right'}"
+        lines.append(f"{name:<7} {text}   (95% interval {low:.1f} to {high:.1f} %; {result['features']})")
+    lines.append(f"{num_classes} classes, {number:,} held-out images")
+    if number < MIN_IMAGES:
+        lines.append(f"Fewer than {MIN_IMAGES} held-out images are too few for an accuracy in percent.")
     return "\n".join(lines)

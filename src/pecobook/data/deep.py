@@ -167,8 +167,8 @@ class Survey:
         return ValueRange(low, high if high > low else low + 1)
 
     def usual_values(self) -> ValueRange | None:
-        """Return the range of 99.8% of the values, of deep images if there are any; None if nothing was seen."""
-        values = self._values[True] or self._values[False]
+        """Return the range of 99.8% of the values, of deep images if there are any; None if too few were seen."""
+        values = self._values[True] or (self._values[False] if self._num_others == _OTHERS else [])
         return ValueRange(*np.quantile(np.concatenate(values), (0.001, 0.999)).tolist()) if values else None
 
 

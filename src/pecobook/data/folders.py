@@ -333,6 +333,6 @@ def _reason(layout: Layout, split: str, image: str) -> str:
         is_class = layout.only_folder and split_of_name(layout.only_folder) is None
         return f"all its images lie in the one folder '{layout.only_folder}'" if is_class else ""
     return (
-        f"the images of {split} lie in no class folder ({image}); move each into the folder of its class, by the list "
-        "of labels that belongs to the data set"
+        f"the images of {split} lie in no class folder ({image}); move each into the folder of its class, or give the "
+        "training folder alone, of which 10% are then held out"
     )

@@ -13,7 +13,8 @@ are decoded only when they are read.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+import sys
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from pecobook.data.source import Contents, ImageSource, Splits, assemble
@@ -74,12 +75,25 @@ def check_labels(splits: Splits, source: str) -> None:
 
 
 def open_all_splits(source: str) -> list[ImageSource]:
-    """Open all images of a source, as one `ImageSource` per declared split. Raises DataError as `open_images` does."""
+    """Open all images of a source, as one `ImageSource` per declared split, and print what is left out.
+
+    Raises:
+        DataError: as `open_images` does.
+    """
     if source == "photos":
         splits = open_images(source)
         return [splits.train, splits.evaluation]
-    parts = _open(source).parts.items()
+    contents = _open(source)
+    say_left_out(source, contents.left_out)
+    parts = contents.parts.items()
     return [ImageSource(part.store, name=source, split=name, rows=part.rows) for name, part in parts if len(part.rows)]
+
+
+def say_left_out(source: str, left_out: Mapping[str, int]) -> None:
+    """Print what a source holds beside images, for a command that reads all splits as one."""
+    if left_out:
+        reasons = ", ".join(f"{count:,} {reason}" for reason, count in left_out.items())
+        print(f"Left out of '{source}': {reasons}.", file=sys.stderr)
 
 
 def _open(source: str) -> Contents:

@@ -2,7 +2,8 @@
 
 The rules, in this order. "Folder" always means a folder with images in it or below it.
 
-1. Folders of masks beside folders of images (`images/` and `masks/`, as for `pecobook segment`) are not used.
+1. Folders of masks are not used: `masks/` beside `images/`, and beside nothing else, or `train_masks/` beside `train/`
+   or `train_images/`.
 2. Wrappers are entered: a level with one folder and no image, such as the folder of an archive or `images/`. The
    folders in a wrapper named `train` are classes, unless all of them declare splits.
 3. The level then reached declares splits if `split_names.split_folders` says so: training images and validation or test
@@ -10,7 +11,8 @@ The rules, in this order. "Folder" always means a folder with images in it or be
    folder, beside loose images, is the training split. The source is refused if neither the splits nor two or more
    folders beside them have subfolders: all of them may be classes.
 4. If each folder of the level declares splits itself (`cat/train`, `cat/test`, `dog/train`, ...), it is a class.
-   If only some of them do, the source is refused, because training and held-out images would be mixed.
+   If only some of them do, or if these splits have the same class folders (`fold1/train/cat`, `fold2/train/cat`), the
+   source is refused, because training and held-out images would be mixed.
 5. Otherwise the folders of the level are classes, also one that is called "test" or "training". The source is refused
    if such a folder looks like a split: it has the classes of its neighbours as subfolders, or it is "train" beside one
    other folder with the same subfolders.
@@ -23,14 +25,23 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
-from pecobook.data.split_names import is_split_folder, split_folders, split_of_name
+from pecobook.data.split_names import is_split_folder, split_and_rest, split_folders, split_of_name
 from pecobook.errors import DataError
 
 Folder: TypeAlias = tuple[str, ...]
 """The names on the way from the source to a folder."""
 
-IMAGE_FOLDERS = ("images", "image", "img", "imgs", "jpegimages")
-MASK_FOLDERS = ("masks", "mask", "annotations", "labels", "label", "segmentationclass", "segmentationobject")
+IMAGE_FOLDERS = frozenset({"images", "image", "img", "imgs", "jpegimages", "leftimg8bit"})
+MASK_FOLDERS = frozenset(
+    (
+        *("masks", "mask", "annotations", "annotation", "annot", "labels", "label", "segmentationclass", "gt"),
+        *("segmentationclassraw", "segmentations", "segmentation", "groundtruth"),
+        *("gtfine", "gtcoarse"),
+    )
+)
+"""Names of folders that tell images from masks, in lower case."""
+_IMAGES = IMAGE_FOLDERS | {""}
+_MASKS = MASK_FOLDERS | {"segmentationobject", "trimaps"}
 
 
 @dataclass
@@ -74,6 +85,7 @@ def read_layout(source: str, folders: Sequence[Folder]) -> Layout:
                 f"images beside that folder.\nGive --data '{source}/{'/'.join((*level.path, nested[0]))}'."
             )
         if nested:
+            _check_folds(source, [folders[number] for number in numbers], depth, inner)
             return _classes_of_splits(layout, folders, numbers, depth, inner)
         layout.notes = _notes_on_classes(source, level)
     level.check(source, splits)
@@ -128,19 +140,34 @@ class _Level:
 
 
 def _mask_folders(folders: Sequence[Folder]) -> set[int]:
-    """Return the numbers of the folders that lie in a folder of masks beside one of images, and beside nothing else."""
+    """Return the numbers of the folders that are a folder of masks, or lie in one (rule 1)."""
     children: dict[Folder, set[str]] = {}
     for folder in folders:
         for depth in range(min(len(folder) + 1, 4)):
             # "" stands for images that lie directly in the folder
             children.setdefault(folder[:depth], set()).add(_at(folder, depth).lower())
-    images, masks = {*IMAGE_FOLDERS}, {*MASK_FOLDERS}
-    pairs = {path for path, names in children.items() if names <= images | masks and names & images and names & masks}
+    masks = {path: {name for name in names if _is_mask_of(name, names)} for path, names in children.items()}
     return {
         number
         for number, folder in enumerate(folders)
-        if any(folder[:depth] in pairs and folder[depth].lower() in MASK_FOLDERS for depth in range(len(folder)))
+        if any(folder[depth].lower() in masks.get(folder[:depth], ()) for depth in range(len(folder)))
     }
+
+
+def _is_mask_of(name: str, names: set[str]) -> bool:
+    """Return whether a folder holds the masks of a folder beside it, given the names of all of them."""
+    if name in _MASKS:
+        return names <= IMAGE_FOLDERS | _MASKS and bool(names & IMAGE_FOLDERS)
+    split, kind = _split_and_kind(name)
+    return kind in _MASKS and any(_split_and_kind(other) in {(split, image) for image in _IMAGES} for other in names)
+
+
+def _split_and_kind(name: str) -> tuple[str, str]:
+    """Return the split and the rest of names such as "train_masks" and "trainannot", ("", "") for others."""
+    for word in _MASKS:
+        if name.endswith(word) and is_split_folder(name.removesuffix(word)):
+            return split_of_name(name.removesuffix(word)) or "", word
+    return split_and_rest(name) or ("", "")
 
 
 def _wrappers(folders: Iterable[Folder], start: int = 0) -> list[str]:
@@ -152,6 +179,21 @@ def _wrappers(folders: Iterable[Folder], start: int = 0) -> list[str]:
             break
         names.append(tops.pop())
     return names
+
+
+def _check_folds(source: str, folders: Sequence[Folder], depth: int, inner: dict[str, dict[str, str]]) -> None:
+    """Raise DataError if folders with splits of their own also have the same classes, as the folds of a set have."""
+    classes: dict[str, set[str]] = {}
+    for folder in folders:
+        if inner[folder[depth]].get(_at(folder, depth + 1)) == "train":
+            classes.setdefault(folder[depth], set()).update(folder[depth + 2 : depth + 3])
+    first, *others = classes
+    for name in others:
+        if len(classes[first] & classes[name]) > 1:
+            raise DataError(
+                f"--data '{source}': '{first}' and '{name}' hold splits of the same classes.\n"
+                f"Give one of them: --data '{source}/{'/'.join((*folders[0][:depth], first))}'."
+            )
 
 
 def _classes_of_splits(

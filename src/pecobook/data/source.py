@@ -122,7 +122,7 @@ class ImageSource:
     @property
     def value_range(self) -> ValueRange | None:
         """The values that become black and white in images with more than 8 bits; None if no range was set."""
-        value_range = self._store.value_range
+        value_range = getattr(self._store, "value_range", None)  # a store of few lines may leave it out
         return value_range if isinstance(value_range, ValueRange) else None
 
     def use_range(self, value_range: Range | None) -> None:

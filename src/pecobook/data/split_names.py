@@ -31,7 +31,7 @@ _ABOUT = frozenset({"", ".txt", ".md", ".pdf", ".html", ".rst"})
 
 def split_of_name(name: str) -> str | None:
     """Return the split that one name declares: "train", "validation", "test" or None."""
-    match = _match(name)
+    match = split_and_rest(name)
     return match and match[0]
 
 
@@ -50,7 +50,7 @@ def split_folders(names: Iterable[str]) -> dict[str, str]:
     nothing. Where no two names are equal in this way ("train_1", "train_2", "test"), every folder must name a split.
     """
     all_names = set(names)
-    found = {name: match for name in sorted(all_names) if (match := _match(name))}
+    found = {name: match for name in sorted(all_names) if (match := split_and_rest(name))}
     rests: dict[str, set[str]] = {}
     for split, rest in found.values():
         rests.setdefault(rest, set()).add(split)
@@ -78,7 +78,7 @@ def inside_wrapper(root: Path) -> Path:
 
 def is_split_folder(name: str) -> bool:
     """Return whether a name is that of a split and nothing else, such as "Training" or "test_set"."""
-    match = _match(name)
+    match = split_and_rest(name)
     return match is not None and not match[1]
 
 
@@ -118,7 +118,7 @@ def _is_complete(splits: set[str]) -> bool:
     return "train" in splits and len(splits) > 1
 
 
-def _match(name: str) -> tuple[str, str] | None:
+def split_and_rest(name: str) -> tuple[str, str] | None:
     """Return the split that a name declares, and the name without the split's word; None if it declares no split."""
     lower = _CAMEL.sub("_", name).lower()
     matches = list(_WORD.finditer(lower))

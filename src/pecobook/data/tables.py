@@ -21,6 +21,8 @@ from pecobook.data.source import Contents, Integers, Labels, Part, file_version,
 from pecobook.data.split_names import group_by_split, note_ignored_splits
 from pecobook.errors import DataError, did_you_mean, first_line
 
+_TEXTS = ("string", "large_string", "string_view")
+
 
 class TableStore:
     """One column of encoded images.
@@ -68,6 +70,8 @@ class TableStore:
         return cast("bytes", data)
 
     def _read_file(self, row: int, path: str) -> bytes:
+        if "://" in path:
+            raise BadImage(self.identify(row), f"{path} is an address, not a file; download the images first")
         folder = Path(self._names[self._file_of(row)]).parent
         file = folder / path
         if "\\" in path and not file.is_file():  # written on Windows
@@ -95,22 +99,21 @@ def parquet_contents(source: str, files: list[Path], *, root: Path | None = None
     Raises:
         DataError: a file cannot be read or has no image column.
     """
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
     names = relative_names(files, root)
     groups, unused = group_by_split(names)
-    try:
-        footers = [pq.read_metadata(file) for file in files]
-    except (OSError, pa.ArrowException) as error:
-        raise DataError(f"--data '{source}': a parquet file cannot be read: {_first_line(error)}.") from error
+    footers = [_read_footer(source, file) for file in files]
     parts: dict[str, Part] = {}
-    for split, numbers in groups.items():
+    for split, all_numbers in groups.items():
+        numbers = [number for number in all_numbers if footers[number].num_rows]  # `datasets` cannot read no rows
+        if not numbers and split == "train":
+            raise DataError(f"--data '{source}': '{files[all_numbers[0]]}' has no rows.")
+        if not numbers:
+            continue
         split_files = [files[number] for number in numbers]
-        columns = footers[numbers[0]].schema.to_arrow_schema().names
-        if "image" not in columns:
-            raise DataError(_no_image_column(f"{source}' ('{split_files[0].name}')", columns))
-        table = _load_parquet(source, split, split_files)
+        schemas = [footers[number].schema.to_arrow_schema() for number in numbers]
+        if "image" not in schemas[0].names:
+            raise DataError(_no_image_column(f"{source}' ('{split_files[0].name}')", schemas[0].names))
+        table = _load_parquet(source, split, split_files, schemas)
         identity = repr([(file.name, *_content_key(file)) for file in split_files])
         rows = [(str(files[number]), footers[number].num_rows) for number in numbers]
         class_names = _class_names(split_files[0].with_name("classes.txt"))
@@ -120,7 +123,17 @@ def parquet_contents(source: str, files: list[Path], *, root: Path | None = None
     return Contents(parts, left_out, note_ignored_splits(names, groups))
 
 
-def _load_parquet(source: str, split: str, files: list[Path]) -> Any:
+def _read_footer(source: str, file: Path) -> Any:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        return pq.read_metadata(file)
+    except (OSError, pa.ArrowException) as error:
+        raise DataError(f"--data '{source}': '{file}' cannot be read as parquet: {_first_line(error)}.") from error
+
+
+def _load_parquet(source: str, split: str, files: list[Path], schemas: list[Any]) -> Any:
     """Load files through the cache of `datasets`.
 
     `datasets` recognises a file by path and time alone, and would return old rows for a file that was replaced without
@@ -136,7 +149,18 @@ def _load_parquet(source: str, split: str, files: list[Path]) -> Any:
     except Exception as error:  # datasets wraps all errors of Arrow in exceptions of its own
         raise DataError(
             f"--data '{source}': the parquet files of {split} cannot be loaded: {_first_line(error)}."
+            f"{_differences(files, schemas)}"
         ) from error
+
+
+def _differences(files: list[Path], schemas: list[Any]) -> str:
+    """Return a sentence on a column that does not have the same type in all files; an empty text if there is none."""
+    for file, schema in zip(files, schemas, strict=True):
+        for name, kind in zip(schema.names, schema.types, strict=True):
+            first = schemas[0].field(name).type if name in schemas[0].names else None
+            if first is not None and first != kind:
+                return f"\nThe column '{name}' holds {first} in '{files[0]}', but {kind} in '{file}': use one type."
+    return ""
 
 
 def _content_key(file: Path) -> tuple[int, str]:
@@ -231,7 +255,7 @@ def _holds_bytes(feature: Any) -> bool:
     """Return whether a column holds encoded images, or paths of images."""
     fields = [feature.get("bytes"), feature.get("path")] if isinstance(feature, dict) else [feature]
     types = {getattr(field, "dtype", None) for field in fields} - {None, "null"}
-    return bool(types) and types <= {"binary", "large_binary", "string", "large_string"}
+    return bool(types) and types <= {"binary", "large_binary", "binary_view", *_TEXTS}
 
 
 def _image_column(source: str, features: Any) -> str:
@@ -264,7 +288,7 @@ def _labels(source: str, table: Any, names: tuple[str, ...] | None, store: Table
         return None, f"there is no column 'label', only {', '.join(table.features)}"
     feature = table.features[column]
     dtype = str(getattr(feature, "dtype", "")) if not isinstance(feature, (dict, list)) else ""
-    if not (dtype.startswith(("int", "uint", "float")) or dtype in ("bool", "string", "large_string", "null")):
+    if not (dtype.startswith(("int", "uint", "float")) or dtype in ("bool", "null", *_TEXTS)):
         return None, f"the column '{column}' holds {feature}, which is no class"
     values = table.select_columns([column]).with_format("arrow")[:].column(column).to_pylist()
     if dtype.startswith("float"):  # as pandas stores whole numbers beside a missing one

@@ -39,6 +39,9 @@ from pecobook.utils.distributed import on_first_rank
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
 
+_MIN_HELD_OUT = 20
+"""With fewer held-out images the log says that their figures support no claim."""
+
 
 class Outcome(NamedTuple):
     """The result of a training."""
@@ -261,7 +264,10 @@ class Loop:
 
     def _write_evaluation(self, step: int, result: Evaluation) -> None:
         metrics = ", ".join(f"{name.partition('/')[2]} {value:.4g}" for name, value in result.metrics.items())
-        self.announce(f"step {step}, held-out images: {metrics}")
+        number = min(len(self.evaluation), self.config.evaluation_images)
+        few = f"{number} held-out image{'s' if number > 1 else ''}, too few for any claim"
+        images = few if number < _MIN_HELD_OUT else "held-out images"
+        self.announce(f"step {step}, {images}: {metrics or 'nothing could be measured'}")
         for sink in self.sinks:
             sink.log(result.metrics, step)
         if result.pictures:

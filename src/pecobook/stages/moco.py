@@ -66,6 +66,8 @@ class MocoStage(Stage[ContrastConfig]):
         if "view0" not in batch:  # labelled training images, for k-NN in evaluation
             return StageOutput(self.mean.new_zeros(()), {}, rows=rows)
         draws = batch["colour0"], batch["colour1"]
+        if not self.training and len(batch["view0"]) < 2:  # the right key would be the only one: nothing to measure
+            return StageOutput(None, {}, rows=rows)
         views = [self._prepare_view(view, draws[n], n) for n, view in enumerate((batch["view0"], batch["view1"]))]
         if "ahead" in batch:
             return StageOutput(None, {}, rows=dict(zip(("keys0", "keys1"), self._keys(views), strict=True)))
@@ -75,7 +77,7 @@ class MocoStage(Stage[ContrastConfig]):
         first, accuracy = contrastive_loss(queries[0], keys[1], temperature)
         second, _ = contrastive_loss(queries[1], keys[0], temperature)
         metrics = {"accuracy": 100 * accuracy.detach()}
-        if len(queries[0]) > 1:  # the last batch of an evaluation may be a single image
+        if len(queries[0]) > 1:
             deviation = F.normalize(queries[0].detach().float(), dim=1).std(0).mean()
             metrics["spread"] = deviation * self.config.output_dim**0.5
         return StageOutput(first + second, metrics, rows=rows)

@@ -175,6 +175,12 @@ def relative(content: Content) -> None:
         entry["bbox"] = [x / width, y / height, w / width, h / height]
 
 
+def percent(content: Content) -> None:
+    relative(content)
+    for entry in content["annotations"]:
+        entry["bbox"] = [100 * value for value in entry["bbox"]]
+
+
 def corners(entry: Content) -> list[float]:
     x, y, w, h = entry["bbox"]
     return [x, y, x + w, y + h]
@@ -187,6 +193,7 @@ def centre(entry: Content) -> list[float]:
 
 CONVENTIONS: dict[str, tuple[Callable[[Content], None], str]] = {
     "shares": (relative, "boxes lie between 0 and 1"),
+    "percent": (percent, "percentages of the image's width and height"),
     "corners": (each(bbox=corners), "left, top, right and bottom"),
     "centre": (each(bbox=centre), "the centre, width and height"),
     "swapped": (each(bbox=lambda entry: [entry["bbox"][n] for n in (1, 0, 3, 2)]), "rows and columns"),
@@ -225,6 +232,12 @@ def test_diagnose_boxes__accepts_boxes_in_pixels() -> None:
     assert "left, top" in diagnose_boxes(np.c_[start, start + 25], sizes)
     assert "the centre" in diagnose_boxes(np.tile([[160.0, 60, 80, 70]], (6, 1)), sizes[:6])
     assert diagnose_boxes(np.zeros((0, 4)), np.zeros((0, 2))) == ""
+
+
+def test_open__says_that_all_boxes_lie_in_one_corner(tmp_path: Path) -> None:
+    root = make_coco(tmp_path, train=30, masks=False)
+    change(root, each(bbox=lambda entry: [value / 2 for value in entry["bbox"]]), ("train",))
+    assert any("all boxes lie in the upper left quarter" in note for note in notes_of(root))
 
 
 def by_rows(entry: Content) -> Any:

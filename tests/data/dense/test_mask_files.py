@@ -473,3 +473,47 @@ def test_open__counts_what_is_left_out(tmp_path: Path) -> None:
         "pictures in no folder of images or masks": 1,
         "extension .txt": 1,
     }
+
+
+def test_open__the_lists_of_pascal_voc(tmp_path: Path) -> None:
+    root = tmp_path / "VOCdevkit" / "VOC2012"
+    write_pairs(root, range(8))
+    (root / "images").rename(root / "JPEGImages")
+    (root / "masks").rename(root / "SegmentationClass")
+    for number in (6, 7):  # most images of VOC have no mask
+        (root / "SegmentationClass" / f"{number}.png").unlink()
+    lists = root / "ImageSets" / "Segmentation"
+    lists.mkdir(parents=True)
+    (lists / "train.txt").write_text("0\n2\n4\n")
+    (lists / "val.txt").write_text("1\n3\n")
+    splits = open_segmentation(str(tmp_path), mask_values=("0-2",))
+    train = cast("SegmentationSource", splits.train)
+    assert [Path(train.identify(n)).stem for n in range(len(train))] == ["0", "2", "4"]
+    assert (len(splits.evaluation), splits.evaluation_name) == (2, "validation")
+    assert train.left_out == {"images that ImageSets does not list": 3}
+    (root / "SegmentationClass" / "2.png").unlink()
+    with pytest.raises(DataError, match=r"JPEGImages/2\.jpg has no mask\nAdd"):
+        open_segmentation(str(tmp_path))
+
+
+def test_verify__masks_of_two_programs(tmp_path: Path) -> None:
+    root = write_shapes(tmp_path)
+    (root / "classes.txt").write_text("bg\nfg\n")
+    rewrite(root, lambda values: png(values == 1, 8))
+    rewrite(root, lambda values: png(np.where(values == 1, 255, 0), 8), "masks/3.png")
+    result = verify(open_segmentation(str(root)))
+    assert any("15 masks hold 1 and never 255, and 1 hold 255" in note for note in result.notes)
+    rewrite(root, lambda values: png(np.where(values == 1, 255, 0), 8), "val/masks/*.png")
+    with pytest.raises(DataError, match="11 masks hold 1 and never 255, and 5 hold 255"):
+        verify(open_segmentation(str(root)))
+
+
+def test_verify__values_with_gaps_are_listed(tmp_path: Path) -> None:
+    root = write_shapes(tmp_path)
+    rewrite(root, lambda values: png(values % 255 * 20, 8))
+    result = verify(open_segmentation(str(root)))
+    assert (
+        result.hint == "The training masks hold the values 0, 20, 40; --mask-values states the value of each class.\n"
+    )
+    assert result.notes == ()
+    assert not verify(open_segmentation(str(root), mask_values=("0", "20", "40"))).problems

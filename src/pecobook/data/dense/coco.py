@@ -18,7 +18,7 @@ import numpy as np
 
 from pecobook.data.decode import header_size
 from pecobook.data.dense.coco_annotations import Annotations, PackedBytes
-from pecobook.data.dense.coco_check import compare_boxes, diagnose_boxes
+from pecobook.data.dense.coco_check import SHARES, UNKNOWN, are_in_corner, compare_boxes, diagnose_boxes
 from pecobook.data.dense.coco_files import ImageFiles, file_name
 from pecobook.data.dense.coco_masks import OUTSIDE, clean_segment, encode_segment, mask_box, segment_area
 from pecobook.data.dense.coco_values import (
@@ -139,10 +139,12 @@ class _Reader:
         comparison = compare_boxes(annotations)
         fault = diagnose_boxes(table[:, :4], table[:, 4:])
         count = f"{len(comparison.differing):,} of {comparison.compared:,} boxes do not fit the masks of their objects"
-        if comparison.is_systematic and not fault:
-            fault = f"{count}: {comparison.cause}"
+        if comparison.is_systematic and (not fault or comparison.cause not in ("", UNKNOWN, SHARES)):
+            fault = f"{count}: {comparison.cause}"  # the masks say more than the boxes alone
         if fault:
             self.findings.fatal.append(f"{self.file}: {fault}.")
+            others = [line for line in self.findings.problems if " outside the " not in line]  # these follow from it
+            self.findings.problems = others
         elif comparison.differing:
             row = int(np.searchsorted(annotations.starts, comparison.differing[0], side="right")) - 1
             self.findings.notes.append(f"{self.file}: {count}, the first in image {annotations.names[row]}.")
@@ -150,6 +152,9 @@ class _Reader:
             total = comparison.num_blank + comparison.compared
             text = f"{comparison.num_blank:,} of {total:,} masks are too thin to cover a pixel, and are not learned"
             self.findings.notes.append(f"{self.file}: {text}.")
+        if are_in_corner(table[:, :4], table[:, 4:]) and not fault:
+            text = "all boxes lie in the upper left quarter of their images: do they belong to images of another size?"
+            self.findings.notes.append(f"{self.file}: {text}")
         num_narrow = int(((table[:, 2:4] > 0).all(1) & (table[:, 2:4] < 1).any(1)).sum())
         if num_narrow and not fault:
             self.findings.notes.append(f"{self.file}: {num_narrow:,} boxes are narrower than a pixel.")

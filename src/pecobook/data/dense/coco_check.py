@@ -22,11 +22,14 @@ _CONVENTION = "but COCO's boxes are x, y, width and height in pixels"
 _BY_CORNERS = "they seem to be left, top, right and bottom"
 _BY_CENTRE = "they seem to be the centre, width and height"
 _BY_ROWS = "rows and columns seem to be swapped"
+SHARES = "they seem to be shares of the image's width and height"
+UNKNOWN = "the cause is unknown"
 _CAUSES = {
     "corners": _BY_CORNERS,
     "centre": _BY_CENTRE,
     "swapped": _BY_ROWS,
-    "shares": "they seem to be shares of the image's width and height",
+    "shares": SHARES,
+    "percent": "they seem to be percentages of the image's width and height",
     "scaled": "they seem to belong to images of another size",
     "runs": "the run lengths seem to go along the rows, but COCO's go down the columns",
 }
@@ -58,14 +61,22 @@ def diagnose_boxes(boxes: Floats, sizes: Floats) -> str:
             "multiply them by the width and height of the image"
         )
     beyond = ~_is_inside(boxes, sizes)
-    if beyond.mean() > (0.2 if len(boxes) >= 5 else 0.5):
+    # Some annotators let boxes reach beyond the image, so the other reading must fit too; the more boxes, the surer.
+    most, least_fitting = (0.05, 0.99) if len(boxes) >= 50 else (0.2, 0.95) if len(boxes) >= 5 else (0.5, 0.95)
+    if beyond.mean() > most:
         count = f"{beyond.sum():,} of {len(boxes):,} boxes reach beyond their image"
         for name, reading in _readings(boxes).items():
-            if (_is_inside(reading, sizes) & (reading[:, 2:] >= 0).all(1)).mean() > 0.95:
+            if (_is_inside(reading, sizes) & (reading[:, 2:] >= 0).all(1)).mean() > least_fitting:
                 return f"{count}: {_CAUSES[name]}, {_CONVENTION}"
         if beyond.mean() > 0.5:
             return f"{count}: {_CAUSES['scaled']}, {_CONVENTION}"
     return ""
+
+
+def are_in_corner(boxes: Floats, sizes: Floats) -> bool:
+    """Return whether many boxes all lie in the upper left quarter of their images, as those of smaller images do."""
+    ends = (boxes[:, :2] + boxes[:, 2:]) / sizes[:, ::-1]
+    return len(boxes) >= 20 and float(ends.max()) < 0.55
 
 
 def _is_inside(boxes: Floats, sizes: Floats) -> npt.NDArray[np.bool_]:
@@ -130,6 +141,7 @@ def _likely_cause(
     """Return the convention that explains at least 80% of the differing boxes, or that none does."""
     readings = _readings(boxes)
     readings["shares"] = boxes * sizes[:, [1, 0, 1, 0]]
+    readings["percent"] = readings["shares"] / 100
     with np.errstate(divide="ignore", invalid="ignore"):
         factors = np.nanmedian(around_masks[:, 2:] / boxes[:, 2:], axis=0)
     readings["scaled"] = boxes * np.nan_to_num(np.tile(factors, 2))
@@ -141,7 +153,7 @@ def _likely_cause(
         ]
         shares["runs"] = float(_fits(boxes, np.array(by_rows, np.float64)).mean()) + 0.01  # before "swapped"
     best = max(shares, key=lambda name: shares[name])
-    return _CAUSES[best] if shares[best] >= 0.8 else "the cause is unknown"
+    return _CAUSES[best] if shares[best] >= 0.8 else UNKNOWN
 
 
 def _fits(boxes: Floats, others: Floats) -> npt.NDArray[np.bool_]:

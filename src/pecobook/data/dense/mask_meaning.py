@@ -74,6 +74,17 @@ def settle_meaning(
     if is_default and len(meaning.names) == 2 and 255 in values and values <= {0, 255}:
         notes.append(f"The masks hold only 0 and 255: 255 is read as '{meaning.names[1]}', and no pixel is ignored.")
         meaning = dataclasses.replace(meaning, values=(0, 255), ignored=())
+    elif is_default and len(meaning.names) == 2 and 255 in values:
+        masks = [report.counts(meaning).keys() & {1, 255} for report in used]
+        ones, whites = masks.count({1}), masks.count({255})
+        if ones and whites and {1, 255} not in masks:
+            text = (
+                f"{ones:,} masks hold 1 and never 255, and {whites:,} hold 255, which is ignored, and never 1: if both "
+                f"mean '{meaning.names[1]}', save all masks with the same values."
+            )
+            if len(used) >= 10 and 10 * min(ones, whites) >= len(used):  # ignored pixels lie beside objects
+                raise DataError(f"--data '{name}': {text}")
+            notes.append(text)
     return meaning, notes
 
 

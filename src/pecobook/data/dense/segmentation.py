@@ -288,7 +288,8 @@ def _folder_stores(data: str, root: Path, skip_bad: bool) -> dict[str, MaskStore
     elif found.unpaired:
         lines = listed(found.unpaired)
         raise DataError(f"--data '{data}':\n{lines}\nAdd the missing files, or leave these out (--skip-bad).")
-    groups, undeclared = group_by_split([_split_name(image) for image, _ in found.pairs])
+    names = [_split_name(image) for image, _ in found.pairs] if found.splits is None else found.splits
+    groups, undeclared = group_by_split(names)
     stores = {split: PairStore(root, [found.pairs[number] for number in numbers]) for split, numbers in groups.items()}
     outside = {"pairs outside the folders of splits": len(undeclared)} if undeclared else {}
     stores["train"].left_out = {**found.left_out, **outside}

@@ -156,8 +156,11 @@ def _hint(reports: list[MaskReport], meaning: MaskClasses, problems: list[str]) 
         return "JPEG changes the values of a mask: save masks as PNG, without interpolation.\n"
     count = len(meaning.names)
     met = {value for report in reports for value in report.counts(meaning)} - set(meaning.ignored)
-    if meaning.colours is not None or meaning.values != tuple(range(count)) or max(met, default=0) != count:
+    if meaning.colours is not None or not met:
         return ""
+    if meaning.values != tuple(range(count)) or max(met) != count:
+        values = ", ".join(str(value) for value in sorted(met)[:20]) + (", ..." if len(met) > 20 else "")
+        return f"The training masks hold the values {values}; --mask-values states the value of each class.\n"
     others = " ".join(str(value) for value in meaning.ignored if value != 0)
     return (
         f"The masks hold values up to {count} for {count} classes: if 0 means no class, give --mask-values 1-{count} "
@@ -167,7 +170,9 @@ def _hint(reports: list[MaskReport], meaning: MaskClasses, problems: list[str]) 
 
 def _notes_on_content(train: MaskCounts, evaluation: MaskCounts, limit: int | None) -> list[str]:
     """Return a note on classes without a pixel, and on pixels that do not count."""
-    notes = []
+    notes: list[str] = []
+    if not train.masks:
+        return notes
     masks = "training masks" if limit is None else "sampled training masks"
     missing = [name for name, count in train.classes.items() if not count]
     if missing:
@@ -190,7 +195,7 @@ def _names(names: list[str]) -> str:
 
 def _fault(name: str, train: MaskCounts, meaning: MaskClasses) -> str:
     """Return why nothing can be learned: fewer than two classes have a pixel in training."""
-    present = [f"'{text}'" for text, count in train.classes.items() if count]
+    present = [f"'{text}' alone" for text, count in train.classes.items() if count]
     if len(present) > 1 or not train.masks:
         return ""
     total = sum(train.values.values())
@@ -201,7 +206,7 @@ def _fault(name: str, train: MaskCounts, meaning: MaskClasses) -> str:
     )
     unit = "values" if meaning.colours is None else "lines of --classes"
     return (
-        f"--data '{name}': {present[0] if present else 'no class'} alone has pixels in the training masks, so that "
+        f"--data '{name}': {present[0] if present else 'no class'} has pixels in the training masks, so that "
         f"there is nothing to learn; {unit} met: {met}.\n"
         "If another value marks a class, name the value of every class in --mask-values (such as 0 255), and what "
         "means no class in --ignore."

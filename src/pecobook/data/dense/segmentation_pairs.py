@@ -13,16 +13,10 @@ from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 
+from pecobook.data.layout import IMAGE_FOLDERS, MASK_FOLDERS
 from pecobook.data.source import IMAGE_EXTENSIONS
 from pecobook.errors import DataError, listed
 
-_IMAGE_WORDS = frozenset(("images", "image", "img", "imgs", "jpegimages", "leftimg8bit"))
-_MASK_WORDS = frozenset(
-    (
-        *("masks", "mask", "annotations", "annotation", "annot", "labels", "label", "segmentationclass", "gt"),
-        *("segmentationclassraw", "segmentations", "segmentation", "groundtruth", "gtfine", "gtcoarse"),
-    )
-)
 _SPLIT_AND_KIND = re.compile(r"(train|val|valid|test)(annot|masks?|labels?|images?)")
 _MASK_ENDING = re.compile(
     r"[ _.-](masks?|labels?|seg|segmentation|segmentations|annotation|groundtruth|ground_truth|gt|l"
@@ -32,6 +26,7 @@ _MASK_ENDING = re.compile(
 _MASK_BEGINNING = re.compile(r"(^|/)(masks?|labels?|seg|gt)[ _.-](?=[^/]*$)", re.IGNORECASE)
 _IMAGE_ENDING = re.compile(r"[ _.-](leftimg8bit|images?|img|sat)$", re.IGNORECASE)
 _OTHER_ENDING = re.compile(r"[_-](gtfine_|gtcoarse_)?(colou?rs?|instance(train)?ids)$", re.IGNORECASE)
+_VOC_LISTS = {"train": "train", "val": "validation"}
 
 
 @dataclasses.dataclass
@@ -63,6 +58,8 @@ class Pairs:
     """A line for each image without a mask and each mask without an image."""
     left_out: dict[str, int]
     """Reason -> number of files that are not used."""
+    splits: tuple[str, ...] | None = None
+    """The split of each pair; None if the names of its folders declare it."""
 
 
 def find_pairs(data: str, root: Path) -> Pairs:
@@ -92,7 +89,28 @@ def find_pairs(data: str, root: Path) -> Pairs:
     if not (result.pairs or has_images):
         found.images = {}
         _refuse(data, found)
-    return result
+    return _listed_by_voc(root, result)
+
+
+def _listed_by_voc(root: Path, found: Pairs) -> Pairs:
+    """Return the pairs that the lists of Pascal VOC name, with their splits; all pairs if there are no such lists."""
+    folder = next((f for depth in ("", "*/", "*/*/") for f in root.glob(f"{depth}ImageSets/Segmentation")), None)
+    files = {split: folder / f"{name}.txt" for name, split in _VOC_LISTS.items()} if folder else {}
+    if not files or not all(file.is_file() for file in files.values()):
+        return found
+    split_of = {name: split for split, file in files.items() for name in file.read_text().split()}
+    pairs = [pair for pair in found.pairs if Path(pair[0]).stem in split_of]
+    unpaired = [line for line in found.unpaired if Path(line.partition(" has no ")[0]).stem in split_of]
+    num_images = sum(line.endswith("has no mask") for line in unpaired)
+    before = found.left_out.get("images without a mask", 0)
+    unlisted = before - num_images + len(found.pairs) - len(pairs)
+    left_out = {**found.left_out, "images without a mask": num_images, "images that ImageSets does not list": unlisted}
+    return Pairs(
+        pairs,
+        unpaired,
+        {reason: count for reason, count in left_out.items() if count},
+        tuple(split_of[Path(image).stem] for image, _ in pairs),
+    )
 
 
 def _refuse(data: str, found: Pictures) -> None:
@@ -110,7 +128,7 @@ def _walk(root: Path) -> Pictures:
     found = Pictures()
     visited: set[str] = set()
     for top, subfolders, names in os.walk(root, followlinks=True):
-        subfolders[:] = sorted(name for name in subfolders if not name.startswith((".", "__MACOSX")))
+        subfolders[:] = sorted(name for name in subfolders if not name.startswith((".", "__MACOSX", "ImageSets")))
         real_path = os.path.realpath(top)
         if real_path in visited:
             subfolders.clear()  # a link to a folder that was visited already
@@ -132,7 +150,7 @@ def _walk(root: Path) -> Pictures:
 def _kind_of_folder(parts: tuple[str, ...]) -> tuple[str, tuple[str, ...]]:
     """Return what a folder holds, and its path without the word that says so."""
     for position, part in enumerate(parts):
-        for kind, words in (("images", _IMAGE_WORDS), ("masks", _MASK_WORDS)):
+        for kind, words in (("images", IMAGE_FOLDERS), ("masks", MASK_FOLDERS)):
             rest = _without_word(part.lower(), words)
             if rest is not None:
                 return kind, (*parts[:position], *([rest] if rest else []), *parts[position + 1 :])
