@@ -182,6 +182,7 @@ def test_check__reports_labels_that_are_lost(tmp_path: Path, capsys: pytest.Capt
     (problem,) = report_of(["--data", str(tmp_path)], capsys)["problems"]
     assert problem.startswith("The labels of train are not used: ")
     assert "stray.png" in problem
+    assert report_of(["codebook", "--data", str(tmp_path)], capsys)["ok"]  # labels are not learned from
 
 
 def test_check__compares_members_of_shards(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -245,6 +246,7 @@ def test_check__takes_a_recipe_and_all_flags_of_its_command(tmp_path: Path, caps
     ("words", "text"),
     [
         (["--out", "runs/x"], "--out names the contact sheet, a .png file, not 'runs/x'."),
+        (["--out", "nowhere/x.png"], "--out 'nowhere/x.png' cannot be written: make the folder 'nowhere' first."),
         (["--optim.lrr", "1"], "Unknown flag '--optim.lrr'."),
         (["segmen"], "--task is one of auto, contrast"),
         (["--recipe", "tiny"], "--recipe needs the command that it belongs to"),
