@@ -269,4 +269,5 @@ def test_create_network__refuses_arguments_that_do_not_shape_the_network(
 
 @pytest.mark.parametrize("name", ["resnet18", "convnext_tiny", "swin_tiny_patch4_window7_224", "efficientnet_b0"])
 def test_create_network__accepts_arguments_of_every_family(name: str) -> None:
-    assert create_network(name, num_classes=3, in_chans=1, drop_path_rate=0.1).get_classifier().out_features == 3
+    network: Any = create_network(name, num_classes=3, in_chans=1, drop_path_rate=0.1)
+    assert network.get_classifier().out_features == 3

@@ -17,8 +17,8 @@ def test_damage__notices_every_flipped_bit_and_every_other_length(tmp_path: Path
         data[position // 8] ^= 1 << position % 8
         file.write_bytes(data)
         assert "a.bin' is damaged" in (damage([file]) or "")
-    for data in (b"", b"weights", b"\0" * 8):
-        file.write_bytes(data)
+    for other in (b"", b"weights", b"\0" * 8):
+        file.write_bytes(other)
         assert damage([file])
 
 
