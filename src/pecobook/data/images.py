@@ -140,6 +140,8 @@ def _missing_reason(source: str) -> str:
     if re.search(r"[*?{\[]", source):
         return "no file matches this pattern."
     missing = Path(source).expanduser()
+    if missing.exists():
+        return "it is neither a folder nor a regular file."
     while not missing.parent.exists() and missing.parent != missing:
         missing = missing.parent
     try:
