@@ -17,6 +17,8 @@ from pecobook import cli
 from pecobook.commands.check.layout import layout_of
 from pecobook.commands.check.sheet import chosen_images
 from pecobook.data.images import open_images
+from pecobook.recipes import recipe
+from pecobook.settings.values import replace, to_dict
 from tests.coco import make_coco, read_coco, write_coco
 from tests.runs import squares
 from tests.shapes import write_shapes
@@ -240,6 +242,19 @@ def test_check__takes_a_recipe_and_all_flags_of_its_command(tmp_path: Path, caps
     words = ["segment", "camvid", "--data", str(root), "--backbone", "timm:none", "--optim.lr", "1", "--no-verify"]
     assert report_of(words, capsys)["ok"]
     assert report_of([*words, "--ignore", "2"], capsys)["train"]["pixels"].keys() == {"ground", "red"}
+
+
+def test_check__takes_the_settings_of_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    root = write_shapes(tmp_path / "data")
+    config = replace(recipe("segment", "tiny"), {"data": str(root), "ignore": ("2", "255"), "out": "runs/x"})
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps({"command": "segment", **to_dict(config)}))
+    report = report_of(["--config", str(file)], capsys)
+    assert (report["task"], report["data"]) == ("segment", str(root))
+    assert report["train"]["pixels"].keys() == {"ground", "red"}
+    assert report_of(["--config", str(file), "--ignore", "255"], capsys)["train"]["pixels"].keys() == {
+        *("ground", "red", "green")
+    }
 
 
 @pytest.mark.parametrize(

@@ -459,3 +459,28 @@ def test_open__names_a_format_that_is_not_read(tmp_path: Path, ending: str, kind
     (tmp_path / "labels" / f"1.{ending}").write_text("0 0.5 0.5 0.1 0.1")
     with pytest.raises(DataError, match=f"{kind} are not read"):
         open_detection(str(tmp_path))
+
+
+def test_open__finds_images_in_other_spellings(root: Path) -> None:
+    folder = root / "train" / "images"
+    (folder / "1-1.png").rename(folder / "a b.png")
+    (folder / "1-2.png").rename(folder / "e\u0301.png")  # as macOS writes it
+    change(root, lambda content: content["images"][1].update(file_name="/data/upload/a%20b.png"), ("train",))
+    change(root, lambda content: content["images"][2].update(file_name="\u00e9.png"), ("train",))
+    train = train_of(root)
+    assert train.identify(1).endswith("a b.png")
+    assert train.read(2).shape == (3, 52, 40)
+
+
+def test_open__names_categories_that_differ_only_in_case(root: Path) -> None:
+    change(root, lambda content: content["categories"].append({"id": 4, "name": " Disc"}))
+    assert any("the categories 'disc' and ' Disc' differ only in case" in note for note in notes_of(root))
+
+
+def test_open__names_images_of_both_splits(root: Path, tmp_path: Path) -> None:
+    target = tmp_path / "target"
+    move(root, "train", target, "annotations/train.json", "images")
+    move(root, "val", target, "annotations/val.json", "images")
+    assert not any("training images too" in note for note in notes_of(target))
+    shutil.copy(target / "annotations/train.json", target / "annotations/val.json")
+    assert any("10 held-out images are training images too" in note for note in notes_of(target))

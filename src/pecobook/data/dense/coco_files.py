@@ -7,6 +7,8 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+from unicodedata import normalize
+from urllib.parse import unquote
 
 from pecobook.data.dense.coco_values import UnusableError
 from pecobook.data.source import IMAGE_EXTENSIONS
@@ -160,9 +162,12 @@ class ImageFiles:
         return path
 
     def _locate(self, root: Path, name: str, tries: int | None) -> str:
-        parts = [part for part in name.replace("\\", "/").split("/") if part not in ("", ".", "..")]
-        shortened = ["/".join(parts[start:]) for start in range(len(parts))]
-        for path in [name, *shortened][:tries]:
+        spellings = (name, unquote(name), normalize("NFC", name), normalize("NFD", name))  # NFD is macOS's for accents
+        paths = [name]
+        for spelling in dict.fromkeys(spellings):
+            parts = [part for part in spelling.replace("\\", "/").split("/") if part not in ("", ".", "..")]
+            paths += ["/".join(parts[start:]) for start in range(len(parts))]
+        for path in paths[:tries]:
             if Path(path).name in self._listing((root / path).parent):
                 return path
         return ""

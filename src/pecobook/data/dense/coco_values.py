@@ -77,7 +77,7 @@ def format_size(size: Sequence[Any]) -> str:
 
 
 def read_categories(categories: list[Any], used: set[int]) -> tuple[dict[int, str], list[str]]:
-    """Return id -> name of the categories in ascending order of the ids, and a note on each entry that is left out.
+    """Return id -> name of the categories in ascending order of the ids, and notes on entries that are odd or left out.
 
     An entry without an object is left out if it is only the group of other categories, as Roboflow writes it, or if its
     name stands there twice.
@@ -113,4 +113,9 @@ def read_categories(categories: list[Any], used: set[int]) -> tuple[dict[int, st
             names[number] = name
     if not names:
         raise ValueError("has no category")
+    first_with: dict[str, str] = {}
+    for name in names.values():
+        other = first_with.setdefault(" ".join(name.lower().split()), name)
+        if other != name:
+            notes.append(f"the categories '{other}' and '{name}' differ only in case or spaces")
     return dict(sorted(names.items())), notes

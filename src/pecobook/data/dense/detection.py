@@ -326,9 +326,15 @@ def _notes_on_content(data: str, train: DetectionSource, held_out: DetectionSour
     ):
         missing = [name for name, count in source.objects_per_class().items() if not count]
         if missing:
-            names = ", ".join(missing[:10]) + (", ..." if len(missing) > 10 else "")
+            listed = ", ".join(missing[:10]) + (", ..." if len(missing) > 10 else "")
             total = f"{len(missing)} of {len(source.classes)} classes have no object {text}"
-            notes.append(f"--data '{data}': {total}: {names}.")
+            notes.append(f"--data '{data}': {total}: {listed}.")
+    names = {train.identify(index) for index in range(len(train))}
+    shared = [name for index in range(len(held_out)) if (name := held_out.identify(index)) in names]
+    if shared:
+        notes.append(
+            f"--data '{data}': {len(shared):,} held-out images are training images too, the first: {shared[0]}."
+        )
     if 2 * train.num_empty > len(train):
         notes.append(f"--data '{data}': {train.num_empty:,} of {len(train):,} training images have no object.")
     return notes

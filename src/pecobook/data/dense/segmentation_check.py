@@ -11,7 +11,7 @@ from typing import cast
 import numpy as np
 
 from pecobook.data.decode import BadImage
-from pecobook.data.dense.counts import MaskCounts, pixels_per_value, summarise_values
+from pecobook.data.dense.counts import MaskCounts, pixels_per_value, sum_masks
 from pecobook.data.dense.mask_files import InvalidMask
 from pecobook.data.dense.mask_meaning import MaskReport, settle_meaning
 from pecobook.data.dense.segmentation import SegmentationSource
@@ -82,7 +82,7 @@ def verify(
             found = {"pairs that do not fit": len(invalid), "pairs that cannot be read": num_unreadable}
             part.left_out |= {reason: count for reason, count in found.items() if count}
         valid.append(part)
-        counts.append(summarise_values(part, [source_reports[n].counts(meaning) for n in kept]))
+        counts.append(sum_masks(meaning, [source_reports[n].counts(meaning) for n in kept]))
     train, evaluation = counts
     notes = [*notes, *_notes_on_content(train, evaluation, limit)]
     return VerificationResult(

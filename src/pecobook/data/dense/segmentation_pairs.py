@@ -12,6 +12,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
+from unicodedata import normalize
 
 from pecobook.data.layout import IMAGE_FOLDERS, MASK_FOLDERS
 from pecobook.data.source import IMAGE_EXTENSIONS
@@ -143,7 +144,8 @@ def _walk(root: Path) -> Pictures:
             if extension.lower() not in IMAGE_EXTENSIONS:
                 found.extensions[extension.lower()] += kind != "others"
                 continue
-            found.add(kind, "/".join((*key_parts, stem)), "/".join((*parts, name)))
+            key = normalize("NFC", "/".join((*key_parts, stem)))  # macOS writes accents in another way
+            found.add(kind, key, "/".join((*parts, name)))
     return found
 
 
