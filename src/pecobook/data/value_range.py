@@ -6,6 +6,7 @@ dark image into full contrast. Images of 8 bits keep their values.
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from collections.abc import Sequence
 
@@ -57,10 +58,9 @@ def _survey(sources: Sequence[ImageSource]) -> Survey:
     for source in sources:
         source.use_range(survey)
         for number in range(min(_SAMPLE // len(sources) or 1, len(source))):
-            try:
+            with contextlib.suppress(BadImage):  # reported when it is its turn
                 source.read(fixed_permutation(number, len(source)))
-            except BadImage:  # reported when it is its turn
-                continue
+        source.use_range(None)
     return survey
 
 

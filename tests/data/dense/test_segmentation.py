@@ -340,6 +340,29 @@ def test_verify__a_colour_picture_instead_of_numbers_is_a_problem(tmp_path: Path
     assert "val/masks/100.png is a colour picture" in result.problems[0]
 
 
+def test_verify__an_image_and_a_mask_are_turned_by_their_own_tags(tmp_path: Path) -> None:
+    root = write_shapes(tmp_path)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    picture, truth = shape(0)
+    numbers = truth.astype(np.uint8)
+    Image.fromarray(picture).save(root / "train/images/0.jpg", exif=exif)
+    Image.fromarray(numbers).save(root / "train/masks/0.png", exif=exif)  # both unturned
+    Image.fromarray(picture).save(root / "train/images/1.jpg", exif=exif)
+    Image.fromarray(np.rot90(numbers, -1)).save(root / "train/masks/1.png")  # drawn on the upright image
+    Image.fromarray(picture).save(root / "train/images/2.jpg", exif=exif)
+    Image.fromarray(numbers).save(root / "train/masks/2.png")  # drawn on the unturned image, without a tag
+    result = verify(open_segmentation(str(root)))
+    assert result.problems == (
+        "train/masks/2.png is 56 x 40, but its image is 40 x 56 after its EXIF orientation, which the mask may lack",
+    )
+    train = train_of(result.splits)
+    for name in ("train/images/0.jpg", "train/images/1.jpg"):
+        image, mask = train.sample(index_of(train, name))
+        assert np.array_equal(mask.numpy() % 256, np.rot90(truth, -1))  # 255 is ignored, which is -1
+        assert np.abs(image.permute(1, 2, 0).numpy().astype(int) - np.rot90(picture, -1)).mean() < 14
+
+
 def test_verify__a_rotated_image_fits_its_mask(tmp_path: Path) -> None:
     root = write_shapes(tmp_path)
     picture, _ = shape(0)

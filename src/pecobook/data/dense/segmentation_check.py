@@ -126,7 +126,8 @@ def _check_pair(source: SegmentationSource, number: int) -> MaskReport:
         return MaskReport(unreadable=str(error))
     if pixels.colours.shape[:2] != size:
         height, width = pixels.colours.shape[:2]
-        return MaskReport(reason=f"is {width} x {height}, but its image is {size[1]} x {size[0]}")
+        turned = " after its EXIF orientation, which the mask may lack" if (height, width) == size[::-1] else ""
+        return MaskReport(reason=f"is {width} x {height}, but its image is {size[1]} x {size[0]}{turned}")
     numbers = None if pixels.numbers is None else pixels_per_value(pixels.numbers)
     colours = pixels.palette
     return MaskReport(
