@@ -110,4 +110,4 @@ for number, plane in enumerate(scores / count):
     best = np.maximum(best, plane)
 
 print({{classes[number]: int((result == number).sum()) for number in np.unique(result)}})  # pixels of each class
-Image.fromarray(result.astype(np.uint8)).save("classes.png")  # numbers of the classes"""
+Image.fromarray(result.astype(np.uint8 if len(classes) <= 256 else np.uint16)).save("classes.png")"""

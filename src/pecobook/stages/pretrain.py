@@ -6,6 +6,7 @@ The codes come from a tokenizer that encodes every crop, or from a token bank, w
 from __future__ import annotations
 
 import dataclasses
+import functools
 import re
 from pathlib import Path
 from typing import Any
@@ -65,7 +66,6 @@ class PretrainStage(Stage[PretrainConfig]):
         )
         with refusing(config.model.name, "be pre-trained by masked modelling"):
             initialise_beit(backbone)
-            self.pooling, self.renames_norm = exported_pooling(backbone, config)
             self.patch = int(config.image_size // patch_grid(backbone)[0])
             size = 3 * self.patch**2 if self.tokenizer is None else self.tokenizer.num_codewords
             self.model = masked_model(config, backbone, size)
@@ -129,14 +129,20 @@ class PretrainStage(Stage[PretrainConfig]):
         model = submodule_state(state, "model")
         write_tensors(folder / "mim.safetensors", {n: v for n, v in model.items() if not n.startswith("backbone.")})
         weights, args = unshare_positions(submodule_state(model, "backbone"), backbone_args(self.config))
-        if self.renames_norm:
+        pooling, renames_norm = self.exported_pooling
+        if renames_norm:
             weights = {re.sub(r"^norm\.", "fc_norm.", weight): value for weight, value in weights.items()}
         name, size, target = self.config.model.name, self.config.image_size, self.config.target
-        args = args | self.pooling
+        args = args | pooling
         backbone = Backbone(self.model.backbone, name, args, IMAGENET_MEAN, IMAGENET_STD, size, target=target)
         backbone.value_range = self.config.value_range
         backbone.save_pretrained(folder, state=weights, origin="PeCo masked image modelling")
         return backbone.loading_code(str(folder))
+
+    @functools.cached_property
+    def exported_pooling(self) -> tuple[dict[str, Any], bool]:
+        """Result of `exported_pooling` for the network of this stage."""
+        return exported_pooling(self.model.backbone, self.config)
 
     @classmethod
     def check(cls, config: PretrainConfig) -> PretrainStage:
@@ -152,6 +158,7 @@ class PretrainStage(Stage[PretrainConfig]):
         if stage.tokenizer is not None:
             check_grids(config, stage.model.backbone, stage.tokenizer)
         check_network(config, stage.model)
+        _ = stage.exported_pooling  # raises now, not at the export after many hours
         if stage.bank is not None:
             _check_bank(config, stage.bank, stage.tokenizer, (rows, columns))
         return stage
