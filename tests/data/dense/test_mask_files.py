@@ -524,7 +524,6 @@ def test_verify__values_with_gaps_are_listed(tmp_path: Path) -> None:
 def test_verify__a_class_that_is_called_void(tmp_path: Path) -> None:
     root = write_shapes(tmp_path)
     (root / "classes.txt").write_text("ground\nred\nVoid\n")
-    assert verify(open_segmentation(str(root))).notes == (
-        "The class 'Void' is learned and counts in the mean IoU: --ignore 255 'Void' leaves it out.",
-    )
+    text = "The class 'Void' is learned and counts in the mean IoU: --ignore 255 'Void' leaves it out."
+    assert verify(open_segmentation(str(root))).notes == (text,)
     assert verify(open_segmentation(str(root), ignore=("255", "Void"))).notes == ()

@@ -191,7 +191,7 @@ def _notes_on_content(train: MaskCounts, evaluation: MaskCounts, limit: int | No
     void = [name for name, count in train.classes.items() if count and name.strip("_").lower() in _NO_CLASS]
     if void:
         notes.append(
-            f"The class '{void[0]}' is learned and counts in the mean IoU: --ignore '{void[0]}' leaves it out."
+            f"The class '{void[0]}' is learned and counts in the mean IoU: --ignore 255 '{void[0]}' leaves it out."
         )
     pixels = sum(train.values.values())
     if 2 * train.ignored > pixels:
