@@ -20,6 +20,7 @@ from pecobook import recipes
 from pecobook.commands import table
 from pecobook.errors import ConfigError, PecobookError, did_you_mean
 from pecobook.recipes import RECIPES
+from pecobook.settings.check import CheckConfig, of_run
 from pecobook.settings.values import field_name, flag, flags, load, replace
 
 COMMANDS = {name: command.summary for name, command in table.COMMANDS.items()} | {
@@ -227,7 +228,8 @@ def parse(config: Any, args: list[str], prog: str, unused: Mapping[str, Any] = M
     values = {name: value for name, value in values.items() if flag(name) in own}
     try:
         if "config" in values:
-            config = load(config, values.pop("config"), command)
+            path = values.pop("config")
+            config = of_run(config, path) if isinstance(config, CheckConfig) else load(config, path, command)
         config = replace(config, values)
     except ConfigError as error:
         problems.append(str(error))

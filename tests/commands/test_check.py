@@ -17,6 +17,8 @@ from pecobook import cli
 from pecobook.commands.check.layout import layout_of
 from pecobook.commands.check.sheet import chosen_images
 from pecobook.data.images import open_images
+from pecobook.recipes import recipe
+from pecobook.settings.values import replace, to_dict
 from tests.coco import make_coco, read_coco, write_coco
 from tests.runs import squares
 from tests.shapes import write_shapes
@@ -182,6 +184,7 @@ def test_check__reports_labels_that_are_lost(tmp_path: Path, capsys: pytest.Capt
     (problem,) = report_of(["--data", str(tmp_path)], capsys)["problems"]
     assert problem.startswith("The labels of train are not used: ")
     assert "stray.png" in problem
+    assert report_of(["codebook", "--data", str(tmp_path)], capsys)["ok"]  # labels are not learned from
 
 
 def test_check__compares_members_of_shards(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -241,10 +244,24 @@ def test_check__takes_a_recipe_and_all_flags_of_its_command(tmp_path: Path, caps
     assert report_of([*words, "--ignore", "2"], capsys)["train"]["pixels"].keys() == {"ground", "red"}
 
 
+def test_check__takes_the_settings_of_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    root = write_shapes(tmp_path / "data")
+    config = replace(recipe("segment", "tiny"), {"data": str(root), "ignore": ("2", "255"), "out": "runs/x"})
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps({"command": "segment", **to_dict(config)}))
+    report = report_of(["--config", str(file)], capsys)
+    assert (report["task"], report["data"]) == ("segment", str(root))
+    assert report["train"]["pixels"].keys() == {"ground", "red"}
+    assert report_of(["--config", str(file), "--ignore", "255"], capsys)["train"]["pixels"].keys() == {
+        *("ground", "red", "green")
+    }
+
+
 @pytest.mark.parametrize(
     ("words", "text"),
     [
         (["--out", "runs/x"], "--out names the contact sheet, a .png file, not 'runs/x'."),
+        (["--out", "nowhere/x.png"], "--out 'nowhere/x.png' cannot be written: make the folder 'nowhere' first."),
         (["--optim.lrr", "1"], "Unknown flag '--optim.lrr'."),
         (["segmen"], "--task is one of auto, contrast"),
         (["--recipe", "tiny"], "--recipe needs the command that it belongs to"),

@@ -135,6 +135,17 @@ def test_grey_with_alpha() -> None:
     assert_close(decode(encode(grey, "PNG")), on_white(rgba), levels=1)
 
 
+def test_16_bits_a_pixel_in_a_bmp() -> None:
+    """Five or six bits of each colour: no deep values, so a range changes nothing."""
+    words = np.array([[0xF800, 0x07E0], [0x001F, 0xFFFF]], "<u2")[::-1]  # red, green; blue, white; from the bottom up
+    masks = struct.pack("<3I", 0xF800, 0x07E0, 0x001F)
+    header = struct.pack("<IiiHHIIiiII", 40, 2, 2, 1, 16, 3, 8, 0, 0, 0, 0)
+    data = struct.pack("<2sIHHI", b"BM", 74, 0, 0, 66) + header + masks + words.tobytes()
+    expected = np.array([[[255, 0, 0], [0, 255, 0]], [[0, 0, 255], [255, 255, 255]]])
+    assert_close(decode(data), expected)
+    assert_close(decode(data, value_range=ValueRange(0, 4095)), expected)
+
+
 def test_palette() -> None:
     image = Image.fromarray(picture()).quantize(16)
     assert_close(decode(encode(image, "PNG")), image.convert("RGB"))
@@ -287,6 +298,19 @@ def test_white_is_zero() -> None:
     assert decode(tiff(deep * 16, photometric="miniswhite", byteorder="<"))[0].tolist() == [[255, 215, 0]]
 
 
+@pytest.mark.parametrize("photometric", ["minisblack", "miniswhite"])
+@pytest.mark.parametrize("order", ["<", ">"])
+@pytest.mark.parametrize("compression", [None, "zlib"])
+@pytest.mark.parametrize("dtype", ["uint16", "int16", "uint32", "int32", "int64", "uint64", "float16", "float64"])
+def test_every_type_of_a_tiff(dtype: str, compression: str | None, order: str, photometric: str) -> None:
+    samples = np.random.default_rng(4).uniform(0, 3000, (6, 9)).astype(dtype)
+    data = tiff(samples, byteorder=order, compression=compression, photometric=photometric)
+    share = np.clip(samples.astype(float) / 3000, 0, 1)
+    expected = np.rint(255 * (1 - share if photometric == "miniswhite" else share))
+    assert_close(decode(data, value_range=ValueRange(0, 3000)), np.repeat(expected[..., None], 3, axis=-1), levels=1)
+    assert header_size(data) == (6, 9)
+
+
 def test_16_bit_colours_in_planes_are_refused() -> None:
     data = tiff(np.zeros((3, 5, 7), np.uint16), planarconfig="separate", photometric="rgb")
     with pytest.raises(BadImage, match="separate planes"):
@@ -376,8 +400,8 @@ def test_one_pixel(format_name: str) -> None:
     assert decode(data).tolist() == [[[255]]] * 3
 
 
-@pytest.mark.parametrize("format_name", ["GIF", "WEBP"])
-def test_first_frame_of_an_animation(format_name: str) -> None:
+@pytest.mark.parametrize("format_name", ["GIF", "WEBP", "PNG", "TIFF"])
+def test_first_frame_of_an_animation_and_first_page(format_name: str) -> None:
     frames = [Image.new("RGB", (8, 6), colour) for colour in ("red", "blue")]
     options = {"lossless": True} if format_name == "WEBP" else {}
     data = encode(frames[0], format_name, save_all=True, append_images=frames[1:], **options)

@@ -170,6 +170,17 @@ def test_predict_reads_links_and_says_what_it_leaves_out(tmp_path: Path, capsys:
     assert capsys.readouterr().err == f"Left out of '{tmp_path / 'data'}': 1 extension .dcm.\n"
 
 
+def test_masks_beside_their_images_are_left_out(tmp_path: Path) -> None:
+    for name in ("a/1.jpg", "a/1_mask.png", "b/x (1).png", "b/x (1)_mask.png", "b/x (1)_mask_1.png", "b/2-SEG.png"):
+        write(tmp_path / name)
+    for name in ("b/mask.png", "b/my_mask.png", "b/2_mask.png"):  # of no image
+        write(tmp_path / name)
+    splits = open_images(str(tmp_path))
+    read = [Path(name).name for name in names(splits.train) + names(splits.evaluation)]
+    assert sorted(read) == ["1.jpg", "2-SEG.png", "2_mask.png", "mask.png", "my_mask.png", "x (1).png"]
+    assert splits.left_out == {"mask beside its image, such as x_mask.png": 3}
+
+
 def test_a_folder_of_arrays(tmp_path: Path) -> None:
     for number, name in enumerate(("a/1.npy", "a/2.npy", "b/3.NPY")):
         (tmp_path / name).parent.mkdir(exist_ok=True)

@@ -108,7 +108,8 @@ def test_unknown_sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.chdir(tmp_path)
     write(tmp_path / "images" / "x.png")
     (tmp_path / "empty").mkdir()
-    (tmp_path / "a.txt").touch()
+    for name in ("a.txt", "a.tar.gz"):
+        (tmp_path / name).touch()
     cases = {
         "photo": r"'photo' does not exist\. Did you mean 'photos'\?\nA source is a folder",
         "imagse": r"'imagse' does not exist\. Did you mean 'images'\?",
@@ -119,6 +120,7 @@ def test_unknown_sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
         "images": "holds one image; at least two are needed",
         "images/x.png": "a single '.png' file is not a source; give the folder",
         "a.txt": "a single '.txt' file is not a source",
+        "a.tar.gz": "'a.tar.gz' is compressed; unpack it",
         "": "A source is a folder",
         "~no-such-user/x": "cannot be opened",
         "x" * 5000: "cannot be opened|does not exist",

@@ -78,6 +78,15 @@ def test_parquet_binary_column_and_classes_txt(tmp_path: Path) -> None:
     assert labels_read == {1: "cow", 2: "cat", "no image in this row": "cat"}
 
 
+@pytest.mark.parametrize(("listed", "classes"), [("cow\nant\nbee\n", ("cow", "ant", "bee")), ("cow\n", ("ant", "cow"))])
+def test_texts_are_sought_in_classes_txt(tmp_path: Path, listed: str, classes: tuple[str, ...]) -> None:
+    pq.write_table(pa.table({"image": [png(1), png(2)], "label": ["ant", "cow"]}), tmp_path / "train.parquet")
+    pq.write_table(pa.table({"image": [png(1)], "label": ["ant"]}), tmp_path / "test.parquet")
+    (tmp_path / "classes.txt").write_text(listed)
+    splits = open_images(str(tmp_path))
+    assert (splits.train.classes, labels(splits.train), labels(splits.evaluation)) == (classes, ["ant", "cow"], ["ant"])
+
+
 @pytest.mark.parametrize(
     ("column", "classes", "problem"),
     [

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from pecobook import api
-from pecobook.engine.preamble import compact, describe_run, parameter_counts
+from pecobook.engine.preamble import compact, describe_run, device_name, parameter_counts
 from pecobook.recipes import recipe
 from pecobook.settings.values import replace
 from tests.runs import SMALL
@@ -43,6 +43,14 @@ def test_describe_run__counts_parameters_and_steps() -> None:
     assert lines["model"] == f"{compact(count)} parameters, {compact(trained)} of them trained"
     assert lines["steps"] == "12,500 (100 epochs), 8 images a step"
     assert lines["device"].endswith(", fp32")
+
+
+def test_device_name__counts_processes_and_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.get_num_threads", lambda: 4)
+    assert (device_name(), device_name(2)) == ("CPU, 4 threads", "2 processes on the CPU, 4 threads each")
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda: "NVIDIA H200")
+    assert (device_name(), device_name(8)) == ("NVIDIA H200", "8 x NVIDIA H200")
 
 
 @pytest.mark.parametrize(

@@ -144,7 +144,7 @@ def _table(results: dict[str, dict[str, Any]], num_classes: int) -> str:
         low, high = result["interval_95"]
         text = f"{accuracy_with_error(result['accuracy'], number)}{' %' if number >= MIN_IMAGES else ' right'}"
         lines.append(f"{name:<7} {text}   (95% interval {low:.1f} to {high:.1f} %; {result['features']})")
-    lines.append(f"{num_classes} classes, {number:,} held-out images")
+    lines.append(f"{num_classes} classes, {number:,} held-out image{'s' if number > 1 else ''}")
     if number < MIN_IMAGES:
         lines.append(f"Fewer than {MIN_IMAGES} held-out images are too few for an accuracy in percent.")
     return "\n".join(lines)

@@ -17,6 +17,7 @@ import warnings
 from typing import IO, TYPE_CHECKING, TypeAlias
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -39,7 +40,7 @@ _ORIENTATION, _WIDTH, _HEIGHT = 0x0112, 256, 257
 
 # Pillow tries only these formats. It also supports formats that start other programs (EPS) or that have no signature
 # (TGA).
-_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF", "HEIF", "NUMPY")
+_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "DEEPTIFF", "PPM", "JPEG2000", "AVIF", "HEIF", "NUMPY")
 
 
 class BadImage(Exception):  # noqa: N818 (it is counted, and ends no run)
@@ -165,20 +166,28 @@ def _luma(pixels: Tensor) -> Tensor:
 
 def from_pillow(image: Image, channels: int) -> Tensor:
     """Decode an opened image of 8 bits with Pillow, upright: uint8 (channels, H, W)."""
-    import PIL.Image
-
     image.load()
     width, height = image.size
-    pixels = np.empty((height, width, channels), np.uint8)
     rows = max(_STRIP_PIXELS // max(width, 1), 1)
-    for top in range(0, height, rows):  # a conversion of the whole image would hold several copies of it
-        strip = image if rows >= height else image.crop((0, top, width, min(top + rows, height)))
-        if strip.has_transparency_data:
-            white = PIL.Image.new("RGBA", strip.size, "white")
-            strip = PIL.Image.alpha_composite(white, strip.convert("RGBA"))
-        converted = np.asarray(strip.convert("RGB" if channels == 3 else "L"))  # (rows, W, 3) or (rows, W)
-        pixels[top : top + rows] = converted.reshape(*converted.shape[:2], channels)
+    if rows >= height:
+        pixels = _convert(image, channels)
+    else:  # a conversion of the whole image would hold several copies of it
+        pixels = np.empty((height, width, channels), np.uint8)
+        for top in range(0, height, rows):
+            strip = image.crop((0, top, width, min(top + rows, height)))
+            pixels[top : top + rows] = _convert(strip, channels)
     return turn(torch.from_numpy(pixels).permute(2, 0, 1), orientation_of(image))
+
+
+def _convert(image: Image, channels: int) -> npt.NDArray[np.uint8]:
+    """Convert a loaded image to uint8 (H, W, channels), on white."""
+    import PIL.Image
+
+    if image.has_transparency_data:
+        white = PIL.Image.new("RGBA", image.size, "white")
+        image = PIL.Image.alpha_composite(white, image.convert("RGBA"))
+    pixels = np.array(image.convert("RGB" if channels == 3 else "L"))  # (H, W, 3) or (H, W)
+    return pixels.reshape(*pixels.shape[:2], channels)
 
 
 def _from_values(deep: DeepImage, channels: int, value_range: ValueRange | None) -> Tensor:
@@ -196,17 +205,16 @@ def _from_values(deep: DeepImage, channels: int, value_range: ValueRange | None)
     return pixels.expand(channels, -1, -1)
 
 
-def orientation_of(image: Image, *, header_only: bool = False) -> int:
+def orientation_of(image: Image) -> int:
     """Return the EXIF orientation of an opened image, 1 to 8; 1 where there is none, or no valid one.
 
-    The orientation of an XMP segment counts where the image has no EXIF orientation, as in Pillow. Pillow decodes all
-    pixels of a PNG to search for metadata after them, unless `header_only`.
+    The orientation of an XMP segment counts where the image has no EXIF orientation, as in Pillow. A PNG can state its
+    orientation after its pixels: it must be loaded first, unless `_has_late_metadata` is False.
     """
     import PIL.Image
 
     try:
-        exif = PIL.Image.Image.getexif(image) if header_only else image.getexif()
-        value = exif.get(_ORIENTATION, 1)
+        value = PIL.Image.Image.getexif(image).get(_ORIENTATION, 1)  # that of a PNG would load the image
     except Exception:  # damaged EXIF data may raise any exception; the image itself can be read
         return 1
     return value if isinstance(value, int) and 1 <= value <= 8 else 1
@@ -285,7 +293,9 @@ def header_size(file: Path | bytes) -> tuple[int, int] | None:
             with open_image(io.BytesIO(file) if isinstance(file, bytes) else file) as image:
                 tags = getattr(image, "tag_v2", {})  # Pillow gives the size of a TIFF as it is when turned
                 width, height = tags.get(_WIDTH, image.width), tags.get(_HEIGHT, image.height)
-                orientation = orientation_of(image, header_only=image.format != "PNG" or not _has_late_metadata(image))
+                if image.format == "PNG" and _has_late_metadata(image):
+                    image.load()
+                orientation = orientation_of(image)
     except Exception:  # a header of arbitrary bytes may raise any exception
         return None
     return (width, height) if orientation >= 5 else (height, width)

@@ -82,7 +82,9 @@ def read_deep(image: Image, data: bytes) -> DeepImage | None:
         if decoder == "libtiff" and raw_mode in _SWAPPED and sys.byteorder == "little":
             _set_raw_mode(image, _SWAPPED[raw_mode])
         return _read_one_channel(image)
-    if isinstance(raw_mode, str) and ";16" in raw_mode:
+    if isinstance(raw_mode, str) and raw_mode.endswith(
+        (";16B", ";16L", ";16N")
+    ):  # but not BGR;16, the colours of a BMP
         return _read_colours(image, data, raw_mode)
     if max(getattr(image, "tag_v2", {}).get(_BITS_PER_SAMPLE, (8,))) > 8:
         raise ValueError("16-bit colours in separate planes are not supported")
@@ -135,7 +137,7 @@ class Survey:
             self._values[False].append(_some(np.asarray(image.convert("L"))))
 
     def _add(self, values: Values) -> None:
-        finite = values[np.isfinite(values)]
+        finite = values[np.isfinite(values)] if values.dtype.kind == "f" else values
         if not finite.size:
             return
         low, high = float(finite.min()), float(finite.max())

@@ -29,6 +29,9 @@ _EXTENSIONS = frozenset(extension.encode() for extension in IMAGE_EXTENSIONS)
 _SHADOW_FOLDER = SHADOW_FOLDER.encode()
 _CHUNK = 65_536
 _FILE, _FOLDER, _LINKED_FOLDER = range(3)
+_MASK_WORDS = (b"masks", b"mask", b"segmentation", b"seg", b"groundtruth", b"gt")
+_MASK_ENDINGS = tuple(separator + word for word in _MASK_WORDS for separator in (b"_", b"-", b" ", b"."))
+_MASK_ENDING = re.compile(b"[_. -](%s)$" % b"|".join(_MASK_WORDS))
 _IMAGENET_NAME = re.compile(r"ILSVRC2012_(val|test)_\d{8}\.JPEG")
 
 
@@ -210,7 +213,12 @@ def walk(root: Path) -> Listing:
         else:
             visited.add(identity)
         subfolders: list[tuple[bytes, Folder]] = []
-        for name, kind in _entries(path, listing.left_out):
+        entries = _entries(path, listing.left_out)
+        masks = _masks_among([name for name, kind in entries if kind == _FILE])
+        for name, kind in entries:
+            if name in masks:
+                listing.left_out["mask beside its image, such as x_mask.png"] += 1
+                continue
             if kind != _FILE:
                 (subfolders if kind == _FOLDER else links).append((folder + name + b"/", (*group, os.fsdecode(name))))
                 continue
@@ -273,6 +281,16 @@ def _kind_of_link(entry: os.DirEntry[bytes]) -> int | None:
         return _LINKED_FOLDER if entry.is_dir() else _FILE if entry.is_file() else None
     except OSError:  # a link to itself
         return None
+
+
+def _masks_among(names: list[bytes]) -> set[bytes]:
+    """Return the names such as "x_mask.png" or "x_mask_1.png" of files beside "x.jpg", given all files of a folder."""
+    stems = {name: name.rpartition(b".")[0].lower() for name in names}
+    masks = {name: end for name, stem in stems.items() if (end := stem.rstrip(b"_0123456789")).endswith(_MASK_ENDINGS)}
+    if not masks:
+        return set()
+    images = set(stems.values())
+    return {name for name, end in masks.items() if _MASK_ENDING.sub(b"", end) in images}
 
 
 def _reason_for_extension(extension: bytes) -> str:

@@ -1,4 +1,4 @@
-"""Formats of images that Pillow does not know by itself, as plugins of Pillow: NumPy's .npy, and HEIC.
+"""Formats of images that Pillow does not know by itself, as plugins of Pillow: .npy, HEIC, and more types in TIFF.
 
 With a plugin, such a file has a size, a mode and a limit on pixels as every image has, and 16-bit values keep their
 range.
@@ -7,7 +7,8 @@ range.
 from __future__ import annotations
 
 import functools
-from typing import IO
+import io
+from typing import IO, Any
 
 import numpy as np
 from PIL import Image, ImageFile
@@ -24,6 +25,10 @@ _ARRAYS = {
     ("<f4", 1): ("F", "F;32F"),
     (">f4", 1): ("F", "F;32BF"),
 }
+_TIFF_SIGNATURES = frozenset({b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"})
+# kind of number -> Pillow's mode, its name for the layout of the bytes, and the type in this layout
+_TIFF_LAYOUTS = {"f": ("F", "F;32F", "<f4"), "i": ("I", "I;32S", "<i4"), "u": ("I", "I;32S", "<u4")}
+_PHOTOMETRIC, _SAMPLE_FORMAT = 262, 339  # tags
 _HEIC_BRANDS = frozenset({b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1"})
 _AVIF_BRANDS = frozenset({b"avif", b"avis"})
 
@@ -32,6 +37,7 @@ _AVIF_BRANDS = frozenset({b"avif", b"avis"})
 def register() -> None:
     """Teach Pillow the formats of this module."""
     Image.init()
+    Image.register_open(DeepTiff.format, DeepTiff, lambda prefix: prefix[:4] in _TIFF_SIGNATURES)
     Image.register_open(NumpyFile.format, NumpyFile, lambda prefix: prefix.startswith(b"\x93NUMPY"))
     try:
         from pillow_heif import register_heif_opener
@@ -73,6 +79,41 @@ def _read_header(file: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype[np.ge
     read = np.lib.format.read_array_header_1_0 if is_first_version else np.lib.format.read_array_header_2_0
     shape, is_fortran, dtype = read(file)
     return shape, is_fortran, dtype
+
+
+class DeepTiff(ImageFile.ImageFile):
+    """A TIFF with one channel of a type that Pillow does not read, such as 64-bit floats: tifffile reads it."""
+
+    format = "DEEPTIFF"
+    format_description = "TIFF of other types"
+
+    def _open(self) -> None:
+        page = self._page()
+        dtype = page.dtype
+        if page.axes != "YX" or dtype is None or dtype.kind not in "iuf":
+            raise SyntaxError("not a TIFF with one channel of numbers")
+        kind = dtype.kind if dtype.itemsize <= 4 else "f"
+        self._layout = ("I;16", "I;16", "<u2") if dtype.str[1:] == "u2" else _TIFF_LAYOUTS[kind]
+        self._size, self._mode = (page.imagewidth, page.imagelength), self._layout[0]
+        self.tag_v2 = {_PHOTOMETRIC: int(page.photometric), _SAMPLE_FORMAT: 2 if kind == "i" else 1}
+
+    def load(self) -> Any:
+        """Read the first page with tifffile, and give its values to Pillow."""
+        if not self.tile and self._im is None:
+            _, raw_mode, dtype = self._layout
+            self.fp = io.BytesIO(self._page().asarray().astype(dtype).tobytes())
+            self.tile = [ImageFile._Tile("raw", (0, 0, *self._size), 0, (raw_mode, 0, 1))]
+        return super().load()
+
+    def _page(self) -> Any:
+        import tifffile
+
+        assert self.fp is not None
+        self.fp.seek(0)
+        try:
+            return tifffile.TiffFile(io.BytesIO(self.fp.read())).pages.first
+        except Exception as error:  # a damaged file may raise any exception
+            raise SyntaxError(str(error)) from error
 
 
 class _MissingHeic(ImageFile.ImageFile):

@@ -24,6 +24,7 @@ SOURCE_FORMS = (
     "A source is a folder of images, a parquet file or folder, tar shards ('shards/', 'x-{000..009}.tar'), "
     "'hf:owner/name', or 'photos' (built in)."
 )
+_ARCHIVES = frozenset({".zip", ".gz", ".tgz", ".bz2", ".xz", ".zst", ".7z", ".rar"})
 
 
 def open_images(source: str) -> Splits:
@@ -128,6 +129,8 @@ def _file_parts(source: str, files: list[Path]) -> Contents:
         return shard_contents(source, files)
     if files:
         reason = f"a single '{files[0].suffix}' file is not a source; give the folder that holds the file."
+        if files[0].suffix.lower() in _ARCHIVES:
+            reason = f"'{files[0].name}' is compressed; unpack it, and give the folder or the .tar files."
         raise DataError(f"--data '{source}': {reason}\n{SOURCE_FORMS}")
     raise DataError(f"--data '{source}': {_missing_reason(source)}\n{SOURCE_FORMS}")
 
@@ -137,6 +140,8 @@ def _missing_reason(source: str) -> str:
     if re.search(r"[*?{\[]", source):
         return "no file matches this pattern."
     missing = Path(source).expanduser()
+    if missing.exists():
+        return "it is neither a folder nor a regular file."
     while not missing.parent.exists() and missing.parent != missing:
         missing = missing.parent
     try:

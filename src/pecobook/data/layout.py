@@ -140,7 +140,7 @@ class _Level:
 
 
 def _mask_folders(folders: Sequence[Folder]) -> set[int]:
-    """Return the numbers of the folders in a folder of masks: beside one of images alone, or `train_masks` by `train`."""
+    """Return the numbers of the folders that are a folder of masks, or lie in one (rule 1)."""
     children: dict[Folder, set[str]] = {}
     for folder in folders:
         for depth in range(min(len(folder) + 1, 4)):

@@ -314,7 +314,8 @@ def encode_labels(
 ) -> Labels:
     """Convert label values to codes; a missing value gets the code -1.
 
-    Numeric values are indices in `names` if `names` is given; otherwise the sorted values become the names.
+    If `names` is given, numbers are indices in it, and texts are sought in it. Otherwise, and if it lacks a text, the
+    sorted values become the names.
 
     Args:
         source: the value of `--data`.
@@ -335,6 +336,8 @@ def encode_labels(
                 f"{len(names)} class names."
             )
         code_of = {value: int(value) for value in distinct}
+    elif names is not None and distinct <= set(names):
+        code_of = {name: code for code, name in enumerate(names)}
     else:
         ordered = sorted(distinct)
         code_of = {value: code for code, value in enumerate(ordered)}

@@ -29,6 +29,8 @@ from pecobook.data.source import IMAGE_EXTENSIONS
 from pecobook.data.split_names import SHADOW_FOLDER
 
 _BLOCK = tarfile.BLOCKSIZE
+_MAX_LABEL = 2**24
+"""Bytes of a member that may hold a label."""
 _ANNOTATIONS = frozenset({"seg", "segmentation", "mask", "masks", "label", "labels", "annotation", "gt", "depth"})
 
 
@@ -111,7 +113,7 @@ def _archives(file: IO[bytes], shard: Path, index: ShardIndex) -> Iterator[list[
 def _members(file: IO[bytes], shard: Path, end: int, index: ShardIndex) -> Iterator[tarfile.TarInfo | None]:
     """Yield all members, and None between two archives; note damage."""
     tar = tarfile.open(fileobj=file, mode="r:", errors="surrogateescape")  # noqa: SIM115 (the caller closes the file)
-    position = 0
+    position = last_byte = 0
     while True:
         first_unread = position
         try:
@@ -120,11 +122,11 @@ def _members(file: IO[bytes], shard: Path, end: int, index: ShardIndex) -> Itera
             member, first_unread = None, position + _BLOCK
         if member is not None:
             tar.members.clear()  # type: ignore[attr-defined]  # otherwise a kilobyte stays in memory for each member
-            position = tar.offset
+            position, last_byte = tar.offset, member.offset_data + member.size
             yield member
             continue
         if position >= end:
-            if position == end:
+            if last_byte <= end:  # otherwise the last member is noted as cut short
                 index.notes.append(f"{shard} has no end mark, so it may be cut short.")
             return
         start, skipped = _next_header(file, first_unread, end)
@@ -184,7 +186,7 @@ def _add_samples(file: IO[bytes], members: list[_Member], index: ShardIndex) -> 
         extension = extension.lower() if dot and "/" not in extension else ""
         if extension in IMAGE_EXTENSIONS:
             images.append((stem, member))
-        elif extension in ("cls", "json"):
+        elif extension in ("cls", "json") and member.size <= _MAX_LABEL:
             label = _read_label(file, member, is_json=extension == "json")
             if label is not None and (extension == "cls" or stem not in labels):
                 labels[stem] = loose[_sample_name(stem)] = label

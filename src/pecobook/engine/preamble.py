@@ -61,5 +61,8 @@ def compact(number: float) -> str:
 
 def device_name(count: int = 1) -> str:
     """Return the name of the GPU, or of the CPU with its threads, and how many of them train."""
-    name = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU ({torch.get_num_threads()} threads)"
-    return f"{count} x {name}" if count > 1 else name.replace("(1 threads)", "(1 thread)")
+    if torch.cuda.is_available():
+        return f"{count} x {torch.cuda.get_device_name()}" if count > 1 else torch.cuda.get_device_name()
+    threads = torch.get_num_threads()
+    threads_text = f"{threads} thread{'s' if threads > 1 else ''}"
+    return f"{count} processes on the CPU, {threads_text} each" if count > 1 else f"CPU, {threads_text}"

@@ -7,7 +7,7 @@ import math
 from typing import Literal
 
 from pecobook.settings.images import ImagesConfig
-from pecobook.settings.values import between, refuse
+from pecobook.settings.values import between, read_config, refuse, replace
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -52,3 +52,13 @@ class CheckConfig(ImagesConfig):
             refuse("out", f"names the contact sheet, a .png file, not '{self.out}'.")
         if self.recipe and self.task == "auto":
             refuse("recipe", f"needs the command that it belongs to: pecobook check COMMAND {self.recipe} ...")
+
+
+def of_run(config: CheckConfig, path: str) -> CheckConfig:
+    """Return `config` with the command of a run and its settings of the data, from its config.json.
+
+    Raises ConfigError.
+    """
+    values = read_config(path)
+    names = {field.name for field in dataclasses.fields(config)} - {"out", "workers"}
+    return replace(config, {"task": values.get("command", "auto"), **{n: values[n] for n in names & values.keys()}})

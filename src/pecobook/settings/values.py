@@ -273,6 +273,15 @@ def load(default: C, path: str | Path, command: str = "") -> C:
     Raises:
         ConfigError: the file is missing or invalid, or belongs to another command.
     """
+    values = read_config(path)
+    written_by = values.pop("command", command)
+    if command and written_by != command:
+        raise ConfigError(f"--config '{path}' is a configuration of '{written_by}', not of '{command}'.")
+    return replace(default, _without_retired(values, default))
+
+
+def read_config(path: str | Path) -> dict[str, Any]:
+    """Return the content of a config.json, or of the one in a folder. Raises ConfigError."""
     file = Path(path) / "config.json" if Path(path).is_dir() else Path(path)
     try:
         values = json.loads(file.read_text())
@@ -282,10 +291,7 @@ def load(default: C, path: str | Path, command: str = "") -> C:
         raise ConfigError(f"'{file}' cannot be read as a configuration: {error}") from None
     if not isinstance(values, dict):
         raise ConfigError(f"'{file}' is not a configuration: the file must hold a JSON object.")
-    written_by = values.pop("command", command)
-    if command and written_by != command:
-        raise ConfigError(f"--config '{path}' is a configuration of '{written_by}', not of '{command}'.")
-    return replace(default, _without_retired(values, default))
+    return values
 
 
 def _without_retired(values: dict[str, Any], default: Any, prefix: str = "") -> dict[str, Any]:

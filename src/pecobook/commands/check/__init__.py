@@ -39,7 +39,7 @@ def check(config: CheckConfig | None = None, **settings: Any) -> dict[str, Any]:
     splits, problems = _open(task, config)
     found: Survey | None = None
     if splits is not None:
-        found = survey(splits, workers=config.workers)
+        found = survey(splits, labels=task not in ("contrast", "codebook", "pretrain"), workers=config.workers)
         problems += found.problems
     report = _report(config, task, found, problems)
     if config.out and splits is not None:

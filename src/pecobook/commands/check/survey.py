@@ -33,7 +33,7 @@ from pecobook.errors import DataError, first_line
 from pecobook.utils.devices import cores
 
 Hashes: TypeAlias = npt.NDArray[np.uint64]
-_LOSSES = ("labels of", "damaged", "too early", "cut short")  # in notes on labels and images that are lost
+_LOST_LABELS, _LOST_IMAGES = "labels of", ("damaged", "too early", "cut short")  # words in the notes of a source
 NUM_NAMES = 20  # files of a kind that are named
 _COMPARED_BOXES = 50_000  # of each split at most, evenly spread
 _FEW_IMAGES = 256  # so many are read in this process
@@ -65,11 +65,12 @@ class _Looks(Dataset[Look]):
         return look(self.source, index, whole=True)
 
 
-def survey(splits: Splits, *, workers: int = -1) -> Survey:
+def survey(splits: Splits, *, labels: bool = True, workers: int = -1) -> Survey:
     """Look at every image of a source.
 
     Args:
         splits: the opened source.
+        labels: whether labels, where there are any, are learned from; False ignores what is wrong with them.
         workers: number of processes; -1 takes one for each core.
     """
     total = len(splits.train) + len(splits.evaluation)
@@ -99,8 +100,9 @@ def survey(splits: Splits, *, workers: int = -1) -> Survey:
         lines.append(("boxes", f"{boxes.differing:,} of {boxes.compared:,} do not fit the masks of their objects"))
     lines.append(("duplicates", repeats.text()))
     problems = [*_unreadable(splits, censuses), *repeats.problems(), *_unknown_values(splits, censuses)]
-    problems += [*boxes.problems(), *_empty_classes(splits, censuses[0])]
-    problems += [note for note in splits.notes if any(words in note for words in _LOSSES)]
+    problems += [*boxes.problems(), *(_empty_classes(splits, censuses[0]) if labels else [])]
+    lost = (*_LOST_IMAGES, *([_LOST_LABELS] if labels else []))
+    problems += [note for note in splits.notes if any(words in note for words in lost)]
     figures = _figures(splits, censuses, repeats) | {
         "boxes_compared": boxes.compared,
         "boxes_differing": boxes.differing,
