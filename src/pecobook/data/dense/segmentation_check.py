@@ -164,6 +164,8 @@ def _hint(reports: list[MaskReport], meaning: MaskClasses, problems: list[str]) 
     if meaning.colours is not None or not met:
         return ""
     if meaning.values != tuple(range(count)) or max(met) != count:
+        if 2 * sum(bool(_problem(report, meaning)) for report in reports) <= len(reports):
+            return ""  # single masks are wrong
         values = ", ".join(str(value) for value in sorted(met)[:20]) + (", ..." if len(met) > 20 else "")
         return f"The training masks hold the values {values}; --mask-values states the value of each class.\n"
     others = " ".join(str(value) for value in meaning.ignored if value != 0)
