@@ -320,6 +320,7 @@ CVAT = "# label:color_rgb:parts:actions\nbackground:0,0,0::\nroad:128,64,128::\n
         ("# classes\nsky\nroad\n", ("sky", "road"), None, None),
         ("lane 1\nlane 2\n", ("lane 1", "lane 2"), None, None),
         ("0\n1\n", ("0", "1"), None, None),
+        ("__ignore__\n_background_\ncat\n", ("_background_", "cat"), None, None),
         ("1 sky\nroad\n", ("1 sky", "road"), None, None),
     ],
 )
@@ -365,6 +366,7 @@ def test_open__ade20k_with_its_own_file_of_classes(tmp_path: Path) -> None:
     rewrite(root, lambda values: png(np.where(values == 255, 0, values + 1), 8))
     result = verify(open_segmentation(str(root)))
     assert (result.problems, result.notes) == ((), ())
+    assert result.splits.notes == (f"The classes are those of {root / 'objectInfo150.txt'}.",)
     truth = shape(0)[1].astype(int)
     assert np.array_equal(train_of(result).sample(0)[1].numpy(), np.where(truth == 255, -1, truth))
 
@@ -517,3 +519,11 @@ def test_verify__values_with_gaps_are_listed(tmp_path: Path) -> None:
     )
     assert result.notes == ()
     assert not verify(open_segmentation(str(root), mask_values=("0", "20", "40"))).problems
+
+
+def test_verify__a_class_that_is_called_void(tmp_path: Path) -> None:
+    root = write_shapes(tmp_path)
+    (root / "classes.txt").write_text("ground\nred\nVoid\n")
+    text = "The class 'Void' is learned and counts in the mean IoU: --ignore 255 'Void' leaves it out."
+    assert verify(open_segmentation(str(root))).notes == (text,)
+    assert verify(open_segmentation(str(root), ignore=("255", "Void"))).notes == ()

@@ -305,7 +305,7 @@ def test_colour_masks__from_a_class_file(tmp_path: Path) -> None:
     train = train_of(result.splits)
     assert np.array_equal(train.sample(index_of(train, "train/images/2.jpg"))[1].numpy()[:-1], shape(2)[1][:-1])
     (root / "classes.txt").write_text("c0 60 60 60\nc1 220 40 40\n")
-    assert "colours that --classes does not list" in verify(open_segmentation(str(root))).problems[0]
+    assert "colours that --classes does not list, such as 40 200 60" in verify(open_segmentation(str(root))).problems[0]
 
 
 # ------------------------------------------------------------------------------------------------------------ verifying

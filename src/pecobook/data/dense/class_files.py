@@ -72,6 +72,8 @@ def read_classes(path: Path) -> ClassFile:
         raise ConfigError(f"--classes '{path}': line {lines.index('') + 1} is blank, but every line must name a class.")
     if lines and lines[0].replace(" ", "").startswith("#label:color_rgb"):
         lines = [line.split(":", 2)[0] + " " + line.split(":", 2)[1] for line in lines[1:] if line.count(":") >= 2]
+    if lines and lines[0] == "__ignore__":  # labelme's name of the value -1, which 8 bits hold as 255
+        lines = lines[1:]
     table = _from_table(path, lines)
     return table or _from_lines(path, [line for line in lines if not re.match(r"#(\s|$)", line)])
 

@@ -21,6 +21,8 @@ class MaskReport:
     """The largest number that a file of this kind can hold (see mask_files.py)."""
     palette: dict[int, tuple[int, ...]] | None = None
     """Number -> R, G and B, for the numbers in a mask with a palette."""
+    unlisted: str = ""
+    """R, G and B of a pixel whose colour the class file does not list."""
     reason: str = ""
     unreadable: str = ""
 

@@ -14,6 +14,7 @@ file.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import sys
 from collections.abc import Iterable, Mapping, Sequence
@@ -263,16 +264,18 @@ def open_segmentation(
             left_out=store.left_out,
         )
 
+    is_usual = file is None or bool(classes) or file.name == "classes.txt"
+    notes = () if is_usual else (f"The classes are those of {file}.",)
     stores = _hub_stores(data) if data.startswith("hf:") else _folder_stores(data, root, skip_bad)
     train = source(stores["train"], range(len(stores["train"])), "train")
     for name in ("validation", "test"):
         if name in stores:
             evaluation = source(stores[name], range(len(stores[name])), "evaluation")
             unused = unused_splits({split: len(stores[split]) for split in stores}, name)
-            return Splits(train, evaluation, name, unused)
+            return Splits(train, evaluation, name, unused, notes)
     splits = hold_out(train)
     cast("SegmentationSource", splits.evaluation).left_out = {}  # `train` has the counts of all pairs
-    return splits
+    return dataclasses.replace(splits, notes=notes)
 
 
 def _folder_stores(data: str, root: Path, skip_bad: bool) -> dict[str, MaskStore]:

@@ -12,12 +12,14 @@ import numpy as np
 
 from pecobook.data.decode import BadImage
 from pecobook.data.dense.counts import MaskCounts, pixels_per_value, sum_masks
-from pecobook.data.dense.mask_files import InvalidMask
+from pecobook.data.dense.mask_files import UNLISTED, InvalidMask
 from pecobook.data.dense.mask_meaning import MaskReport, settle_meaning
 from pecobook.data.dense.segmentation import SegmentationSource
 from pecobook.data.dense.segmentation_classes import MaskClasses
 from pecobook.data.source import Splits
 from pecobook.utils.devices import cores
+
+_NO_CLASS = frozenset(("void", "ignore", "ignored", "unlabelled", "unlabeled", "unknown", "dontcare", "don't care"))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,11 +131,14 @@ def _check_pair(source: SegmentationSource, number: int) -> MaskReport:
         turned = " after its EXIF orientation, which the mask may lack" if (height, width) == size[::-1] else ""
         return MaskReport(reason=f"is {width} x {height}, but its image is {size[1]} x {size[0]}{turned}")
     numbers = None if pixels.numbers is None else pixels_per_value(pixels.numbers)
-    colours = pixels.palette
+    palette = pixels.palette
+    values = None if listed is None else pixels.values(listed)
+    unlisted = [] if values is None else pixels.colours[values == UNLISTED][:1].ravel().tolist()
     return MaskReport(
         numbers=numbers,
-        palette=None if colours is None else {n: colours[3 * n : 3 * n + 3] for n in numbers or {}},
-        by_colour=None if listed is None else pixels_per_value(pixels.values(listed)),
+        palette=None if palette is None else {n: palette[3 * n : 3 * n + 3] for n in numbers or {}},
+        by_colour=None if values is None else pixels_per_value(values),
+        unlisted=" ".join(map(str, unlisted)),
         top=pixels.top,
     )
 
@@ -144,7 +149,7 @@ def _problem(report: MaskReport, meaning: MaskClasses) -> str:
     if report.reason or not unexpected:
         return report.reason
     if meaning.colours is not None:
-        return "has colours that --classes does not list"
+        return f"has colours that --classes does not list, such as {report.unlisted}"
     return (
         f"holds the value {unexpected[0]}, but the {len(meaning.names)} classes have the values "
         f"{min(meaning.values)} to {max(meaning.values)}"
@@ -160,6 +165,8 @@ def _hint(reports: list[MaskReport], meaning: MaskClasses, problems: list[str]) 
     if meaning.colours is not None or not met:
         return ""
     if meaning.values != tuple(range(count)) or max(met) != count:
+        if 2 * sum(bool(_problem(report, meaning)) for report in reports) <= len(reports):
+            return ""  # single masks are wrong
         values = ", ".join(str(value) for value in sorted(met)[:20]) + (", ..." if len(met) > 20 else "")
         return f"The training masks hold the values {values}; --mask-values states the value of each class.\n"
     others = " ".join(str(value) for value in meaning.ignored if value != 0)
@@ -184,6 +191,11 @@ def _notes_on_content(train: MaskCounts, evaluation: MaskCounts, limit: int | No
         total = f"{len(missing)} of {len(evaluation.classes)} classes have no pixel in the held-out masks"
         rest = len(evaluation.classes) - len(missing)
         notes.append(f"{total}, so that the mean IoU is over the other {rest}: {_names(missing)}.")
+    void = [name for name, count in train.classes.items() if count and name.strip("_").lower() in _NO_CLASS]
+    if void:
+        notes.append(
+            f"The class '{void[0]}' is learned and counts in the mean IoU: --ignore 255 '{void[0]}' leaves it out."
+        )
     pixels = sum(train.values.values())
     if 2 * train.ignored > pixels:
         notes.append(f"{100 * train.ignored / pixels:.0f}% of the pixels of the {masks} are ignored.")
