@@ -201,7 +201,8 @@ def test_pyramid__of_a_swin_takes_any_size() -> None:
     pyramid, _ = load_pyramid(
         "timm:swin_tiny_patch4_window7_224", weights="random", image_size=96, config=PyramidConfig(), drop_path=0.0
     )
-    maps = pyramid.eval()(torch.zeros(1, 3, 96, 64))
+    assert [tuple(x.shape[2:]) for x in pyramid.eval()(torch.zeros(1, 3, 70, 49))] == [(18, 13), (9, 7), (5, 4), (3, 2)]
+    maps = pyramid(torch.zeros(1, 3, 96, 64))
     assert [tuple(x.shape[1:]) for x in maps] == [(96, 24, 16), (192, 12, 8), (384, 6, 4), (768, 3, 2)]
 
 

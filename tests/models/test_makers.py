@@ -186,6 +186,17 @@ def test_file__at_another_size_is_resized_once(tmp_path: Path, kind: str, size: 
     assert backbone.image_size == size
 
 
+def test_file__at_another_size_of_a_network_that_timm_does_not_resize(tmp_path: Path) -> None:
+    network = timm.create_model("cait_xxs24_224", num_classes=0)
+    ramp = torch.linspace(0, 1, 14).repeat_interleave(14)[:, None]  # from the first row to the last
+    network.pos_embed.data[0] = ramp
+    torch.save(network.state_dict(), tmp_path / "weights.pth")
+    backbone = load_backbone("timm:cait_xxs24_224", weights=str(tmp_path / "weights.pth"), image_size=112)
+    table = backbone.network.get_parameter("pos_embed")[0, :, 0].view(7, 7)
+    assert_close(table.std(1), torch.zeros(7), atol=1e-5, rtol=0)
+    assert (table[1:, 0] > table[:-1, 0]).all()
+
+
 def test_file__without_a_size_keeps_its_own(tmp_path: Path) -> None:
     network = timm.create_model("vit_tiny_patch16_224", num_classes=0, img_size=64)
     torch.save(network.state_dict(), tmp_path / "weights.pth")

@@ -271,7 +271,7 @@ def test_open__no_verify_needs_the_classes(vit_run: Path, tmp_path: Path) -> Non
         ({"backbone": "timm:efficientvit_m0", "weights": "random", "drop_path": 0.0}, WeightsError, "four strides"),
         ({"pyramid.window": -1}, ConfigError, "--pyramid.window"),
         ({"micro_batch_size": 1}, ConfigError, "must hold 2 images"),
-        ({"backbone": "timm:swin_tiny_patch4_window7_224", "weights": "random"}, WeightsError, "cannot form a pyramid"),
+        ({"backbone": "timm:hiera_tiny_224", "weights": "random"}, WeightsError, "cannot form a pyramid"),
         ({"scales": (2.0, 0.5)}, ConfigError, "--scales"),
     ],
 )

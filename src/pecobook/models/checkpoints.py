@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 import sys
 from collections import Counter
@@ -180,6 +181,7 @@ def load_state(
             converted = to_timm_names(converted, expected)
             if len(_differences(converted, expected)) < len(_differences(fitted, expected)):
                 fitted = converted
+    fitted = {name: _resized(name, value, expected.get(name)) for name, value in fitted.items()}
     if not needs_head:
         shapes = {name: value.shape for name, value in fitted.items()}
         fitted |= {n: value for n, value in expected.items() if _HEADS.match(n) and shapes.get(n) != value.shape}
@@ -217,6 +219,21 @@ def _convert_by_timm(network: nn.Module, state: dict[str, Tensor]) -> dict[str, 
         return dict(cast("Callable[..., dict[str, Tensor]]", convert)(dict(state), network))
     except Exception:  # a layout that timm does not know
         return None
+
+
+def _resized(name: str, table: Tensor, expected: Tensor | None) -> Tensor:
+    """Interpolate a table of absolute positions (1, prefix + N, D) of a square grid, where only N differs."""
+    from timm.layers import resample_abs_pos_embed
+
+    if expected is None or table.shape == expected.shape or not name.endswith("pos_embed"):
+        return table
+    if table.ndim != 3 or expected.ndim != 3 or table.shape[2] != expected.shape[2]:
+        return table
+    for prefix in range(3):  # class tokens, which come first
+        old, new = (math.isqrt(max(value.shape[1] - prefix, 0)) for value in (table, expected))
+        if (old * old + prefix, new * new + prefix) == (table.shape[1], expected.shape[1]):
+            return resample_abs_pos_embed(table, [new, new], [old, old], num_prefix_tokens=prefix)  # type: ignore[no-any-return]
+    return table
 
 
 def _prefix(state: Iterable[str], expected: dict[str, Tensor]) -> str:

@@ -33,6 +33,9 @@ _MIN_DRAWN_SCORE = 0.3
 class DetectStage(Stage[DetectConfig]):
     """A detector, its losses, and its average precision on the held-out images.
 
+    The losses are means over the regions that are drawn in a micro-batch, as in torchvision, so with accumulation an
+    image counts more beside an image with few objects than in one batch.
+
     Args:
         config: all settings.
         train: the training images.

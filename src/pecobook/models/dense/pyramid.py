@@ -120,12 +120,17 @@ class _ConvolutionalBody(nn.Module):
         self.strides = tuple(int(level["reduction"]) for level in levels[-4:])
         if config.checkpointing:
             network.set_grad_checkpointing(True)  # type: ignore[operator]
+        patch: Any = getattr(getattr(network, "patch_embed", None), "patch_size", 1)  # of a Swin, for example
+        self.patch = int(patch[0] if isinstance(patch, tuple) else patch)
         object.__setattr__(self, "network", network)  # not as a submodule: the pyramid registers the network
 
     network: Any
 
     def forward(self, images: Tensor) -> list[Tensor]:
         """Map normalised images (B, 3, H, W) to four feature maps (B, C_l, H / s_l, W / s_l)."""
+        height, width = images.shape[2:]
+        if height % self.patch or width % self.patch:
+            images = F.pad(images, (0, -width % self.patch, 0, -height % self.patch))
         return self.network.forward_intermediates(  # type: ignore[no-any-return]
             images, indices=self.indices, intermediates_only=True
         )
