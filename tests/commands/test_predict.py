@@ -253,8 +253,12 @@ def test_predict__refuses(segment_run: Path, vit_run: Path, pictures: Path, tmp_
     with pytest.raises(ConfigError, match="--out is missing"):
         predict(run, str(pictures), out="")
     assert not Path(out).exists()
-    with pytest.raises(RunFolderError, match="not empty"):
+    with pytest.raises(RunFolderError, match="is the folder of images"):
         predict(run, str(pictures), out=str(pictures))
+    (tmp_path / "filled").mkdir()
+    (tmp_path / "filled" / "a").touch()
+    with pytest.raises(RunFolderError, match="not empty"):
+        predict(run, str(pictures), out=str(tmp_path / "filled"))
     for file in pictures.rglob("*.*"):
         file.write_bytes(b"broken")
     with pytest.raises(DataError, match="None of the 5 images"):

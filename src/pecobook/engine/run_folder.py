@@ -24,7 +24,7 @@ from pecobook.utils.output_folder import OutputFolder
 
 _FILES = (
     *("config.json", "environment.json", "metrics.jsonl", "train.log", "events.out.tfevents.*"),
-    *("samples/step-*.png", "checkpoints/step-*/state.pt*", "checkpoints/.step-*.tmp/*"),
+    *("samples/step-*.png", "samples/example.png", "checkpoints/step-*/state.pt*", "checkpoints/.step-*.tmp/*"),
     *(f"export/{name}" for name in ("config.json*", "*.safetensors*", "README.md", ".*.tmp")),
 )
 

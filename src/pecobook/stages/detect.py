@@ -143,15 +143,14 @@ class DetectStage(Stage[DetectConfig]):
     @classmethod
     def check(cls, config: DetectConfig) -> tuple[FeaturePyramid, Backbone]:
         """Build the pyramid and its backbone. Raises PecobookError for settings, or weights, that cannot be used."""
-        networks = build_pyramid(config)
-        say(networks[1].notes)
-        return networks
+        return build_pyramid(config)
 
     @classmethod
     def build(
         cls, config: DetectConfig, splits: Splits, prebuilt: tuple[FeaturePyramid, Backbone] | None = None
     ) -> DetectStage:
-        """Build the stage, with random weights in the heads."""
+        """Build the stage, with random weights in the heads, and say how the backbone was loaded."""
+        say(prebuilt[1].notes if prebuilt else ())
         train, evaluation = cast("DetectionSource", splits.train), cast("DetectionSource", splits.evaluation)
         return cls(config, train, evaluation, prebuilt)
 
