@@ -125,7 +125,6 @@ class ClassifyStage(Stage[FinetuneConfig]):
         if not config.backbone:
             raise ConfigError("--backbone is missing: give a pretrain or contrast run, or timm:NAME.")
         backbone = load_for_classification(config)
-        say(backbone.notes)
         images = torch.zeros(2, 3, config.image_size, config.image_size)
         purpose = f"learn from images of {config.image_size} pixels"
         dry_run(backbone.network, (images,), network=config.backbone, purpose=purpose)
@@ -141,6 +140,7 @@ class ClassifyStage(Stage[FinetuneConfig]):
     @classmethod
     def build(cls, config: FinetuneConfig, splits: Splits, prebuilt: Backbone | None = None) -> ClassifyStage:
         """Build the stage, with random weights in the head."""
+        say(prebuilt.notes if prebuilt else ())
         return cls(config, splits.train.classes or (), prebuilt)
 
     @classmethod

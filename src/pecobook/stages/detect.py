@@ -147,9 +147,7 @@ class DetectStage(Stage[DetectConfig]):
     @classmethod
     def check(cls, config: DetectConfig) -> tuple[FeaturePyramid, Backbone]:
         """Build the pyramid and its backbone. Raises PecobookError for settings, or weights, that cannot be used."""
-        networks = build_pyramid(config)
-        say(networks[1].notes)
-        return networks
+        return build_pyramid(config)
 
     @classmethod
     def build(
@@ -157,6 +155,7 @@ class DetectStage(Stage[DetectConfig]):
     ) -> DetectStage:
         """Build the stage, with random weights in the heads."""
         train, evaluation = cast("DetectionSource", splits.train), cast("DetectionSource", splits.evaluation)
+        say(prebuilt[1].notes if prebuilt else ())
         return cls(config, train, evaluation, prebuilt)
 
     @classmethod

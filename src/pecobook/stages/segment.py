@@ -188,15 +188,14 @@ class SegmentStage(Stage[SegmentConfig]):
                 "UperNet normalises over a batch, so a device must hold 2 images or more; --pyramid.checkpointing true "
                 "or a smaller --image-size save memory."
             )
-        networks = build_pyramid(config)
-        say(networks[1].notes)
-        return networks
+        return build_pyramid(config)
 
     @classmethod
     def build(
         cls, config: SegmentConfig, splits: Splits, prebuilt: tuple[FeaturePyramid, Backbone] | None = None
     ) -> SegmentStage:
         """Build the stage, with random weights in the heads."""
+        say(prebuilt[1].notes if prebuilt else ())
         return cls(config, cast("SegmentationSource", splits.train).mask_classes.names, prebuilt)
 
     @classmethod
