@@ -258,7 +258,6 @@ class CodebookStage(Stage[CodebookConfig]):
             check_min_batch(config)
         distance = build_perceptual_distance(config.perceptual, config.seed)
         if distance is not None:
-            say(distance.notes)
             distance.check_image_size(config.image_size, config.image_size)
         return distance
 
@@ -270,6 +269,7 @@ class CodebookStage(Stage[CodebookConfig]):
     @classmethod
     def build(cls, config: CodebookConfig, splits: Splits, prebuilt: PerceptualDistance | None = None) -> CodebookStage:
         """Build the stage, with random weights in the tokenizer."""
+        say(prebuilt.notes if prebuilt else ())
         total = steps(config.max_steps, num_images=len(splits.train), batch_size=config.batch_size)
         # A training that ended before k-means starts the codebook would export a random codebook.
         quantizer = dataclasses.replace(config.quantizer, start_after=min(config.quantizer.start_after, total // 2))

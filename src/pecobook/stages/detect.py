@@ -152,6 +152,7 @@ class DetectStage(Stage[DetectConfig]):
         """Build the stage, with random weights in the heads, and say how the backbone was loaded."""
         say(prebuilt[1].notes if prebuilt else ())
         train, evaluation = cast("DetectionSource", splits.train), cast("DetectionSource", splits.evaluation)
+        say(prebuilt[1].notes if prebuilt else ())
         return cls(config, train, evaluation, prebuilt)
 
     @classmethod
