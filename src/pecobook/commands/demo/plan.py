@@ -63,7 +63,7 @@ def plan(config: DemoConfig) -> dict[str, Job]:
 
 
 # Relative cost of one image, measured on one core with the sizes of the CPU budget.
-_COST = {"contrast": 1.0, "codebook": 3.5, "pretrain": 1.6}
+_COST = {"contrast": 1.0, "codebook": 4.4, "pretrain": 1.6}
 
 
 def _work(job: Job) -> float:
@@ -84,7 +84,7 @@ def _cpu() -> tuple[ContrastConfig, CodebookConfig, PretrainConfig]:
 
     return (
         dataclasses.replace(contrast.tiny(), batch_size=256, max_steps="160"),
-        dataclasses.replace(codebook.tiny(), max_steps="220"),
+        dataclasses.replace(codebook.tiny(), max_steps="800"),
         dataclasses.replace(pretrain.tiny(), max_steps="140"),
     )
 
