@@ -93,7 +93,7 @@ MISTAKES: list[tuple[str, str, str]] = [
     ("codebook tiny --data photos --out run --max-steps 5%", "5%", "give steps or epochs"),
     ("codebook tiny --data photos --out run --max-steps 100 epochs", "100 epochs", "quote"),
     ("codebook tiny --data photos --out run --devices none", "none", "or auto"),
-    ("codebook tiny --data photos --out run --devices 3", "64", "3 devices"),
+    ("codebook tiny --data photos --out run --devices 3", "16", "3 devices"),
     ("codebook tiny --data photos --out run --micro-batch-size -3", "-3", "or above"),
     ("codebook tiny --data photos --out run --loggers tensorbord", "tensorbord", "tensorboard, wandb and mlflow"),
     ("codebook tiny --data photos --out run --resume --overwrite", "--resume and --overwrite", "one of them"),
