@@ -13,9 +13,9 @@ from pecobook.settings.training import BaseOptimConfig
 def tiny() -> CodebookConfig:
     """512 codewords, 16 tokens for a 32-pixel image, 600 steps of 16: about a minute on 2 cores.
 
-    Steps are many and small, because a short training learns by its number of steps; the moving averages and the revival
-    of codewords are faster than the paper's, because there are still few. Batch and learning rate are chosen on training
-    images that were held out (docs/results.md).
+    Steps are many and small, because a short training learns by its number of steps. The moving averages and revival
+    of codewords are faster than the paper's, because there are still few steps. Batch and learning rate were chosen on
+    training images that were held out (docs/results.md).
 
     Command: pecobook codebook tiny --data photos --out runs/codebook
     Result: a run that was killed and resumed exports the same bytes as an uninterrupted run, in one process and in two
