@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
-from pecobook.errors import ConfigError
+from pecobook.errors import ConfigError, printable
 from pecobook.utils.files import write_atomically
 
 
@@ -204,9 +204,16 @@ def open_text_log(folder: Path) -> logging.Logger:
         handler.close()
         logger.removeHandler(handler)
     handler = logging.FileHandler(folder / "train.log")
-    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
+    handler.setFormatter(_Printable("%(asctime)s %(message)s"))
     logger.addHandler(handler)
     return logger
+
+
+class _Printable(logging.Formatter):
+    """Escapes control characters, so that no file name changes a terminal that shows the log."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return printable(super().format(record), keep="\n")
 
 
 class Progress:
@@ -272,8 +279,9 @@ class Progress:
         """Print a line above the bar."""
         if self.quiet:
             return
+        text = printable(text, keep="\n")
         if self._bar is not None:
-            self._bar.console.print(text, highlight=False)
+            self._bar.console.print(text, highlight=False, markup=False)  # a name may hold "[/b]"
         else:
             print(text, file=sys.stderr, flush=True)
 
