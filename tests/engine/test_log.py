@@ -192,7 +192,7 @@ def test_open_sinks__opens_the_requested_loggers(tmp_path: Path, monkeypatch: py
     monkeypatch.setitem(sys.modules, "wandb", Recorder("wandb", calls, {"init": Recorder("run", calls)}))
     monkeypatch.setitem(sys.modules, "mlflow", Recorder("mlflow", calls, {"search_runs": []}))
     sinks = open_sinks(("mlflow", "tensorboard", "wandb"), tmp_path, {}, start_step=0)
-    assert [type(sink) for sink in sinks] == [JsonLines, TensorBoard, WeightsAndBiases, MLflow]
+    assert [type(sink) for sink in sinks] == [TensorBoard, WeightsAndBiases, MLflow, JsonLines]
     for sink in sinks:
         sink.close()
     sinks = open_sinks((), tmp_path, {}, start_step=0)
