@@ -83,6 +83,12 @@ def first_line(error: BaseException) -> str:
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
+def loading_reason(error: BaseException) -> str:
+    """Return why torch.load refused a file; torch's own message advises to run the code in the file."""
+    text = first_line(error)
+    return "it holds more than tensors and plain values" if "weights_only" in str(error) else text.rstrip(".")
+
+
 def printable(text: str, *, keep: str = "") -> str:
     """Return text in which control characters, which could change a terminal or forge a line of a log, are escaped.
 
