@@ -37,7 +37,7 @@ def train_decoder(tokenizer: PerceptualTokenizer, images: Tensor, arguments: arg
     """Replace the tokenizer's decoder by a new decoder, trained on the codes of `images`, uint8 (N, 3, S, S)."""
     torch.manual_seed(arguments.seed)
     tokenizer.decoder = build_autoencoder(tokenizer.config.model)[1]
-    codes = torch.cat([encode_all(tokenizer, to_float(part)) for part in images.split(1024)])
+    codes = torch.cat([encode_all(tokenizer, to_float(part)) for part in torch.split(images, 1024)])
     optimizer = torch.optim.Adam(tokenizer.decoder.parameters(), lr=arguments.lr, betas=(0.9, 0.99))
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, arguments.lr, arguments.steps, pct_start=0.05)
     tokenizer.decoder.train()
@@ -46,7 +46,7 @@ def train_decoder(tokenizer: PerceptualTokenizer, images: Tensor, arguments: arg
         restored = tokenizer.decode_latents(tokenizer.quantizer.lookup(codes[rows]))
         loss = F.mse_loss(restored, to_float(images[rows]))
         optimizer.zero_grad()
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         schedule.step()
     tokenizer.decoder.eval()

@@ -298,8 +298,9 @@ def test_open_text_log__and_progress_escape_names(tmp_path: Path, monkeypatch: p
     lines = (tmp_path / "train.log").read_text().splitlines()
     assert len(lines) == 1
     assert lines[0].endswith("skipped a[/b]\\x1b[31m.png\\n2026 forged: broken")
-    monkeypatch.setattr("sys.stderr", Terminal())
+    terminal = Terminal()
+    monkeypatch.setattr("sys.stderr", terminal)
     progress = Progress(total=1, start=0, name="train", quiet=False)
     progress.say(name)
     progress.close()
-    assert "a[/b]\\x1b[31m.png" in sys.stderr.getvalue()  # type: ignore[attr-defined]
+    assert "a[/b]\\x1b[31m.png" in terminal.getvalue()
