@@ -17,6 +17,8 @@ from typing import Any
 
 from pecobook import recipes
 from pecobook.commands import table
+from pecobook.engine.signals import from_the_start
+from pecobook.engine.world import printing_rank
 from pecobook.errors import ConfigError, PecobookError, did_you_mean
 from pecobook.recipes import RECIPES
 from pecobook.settings.values import field_name, flag, flags, load, replace
@@ -75,7 +77,7 @@ def _print_error(error: PecobookError) -> None:
     """Print an error: once where all ranks have it, with the number of the rank where one rank alone has it."""
     distributed = sys.modules.get("torch.distributed")  # not imported here: a distributed run has imported it already
     initialized = distributed is not None and distributed.is_available() and distributed.is_initialized()
-    rank = distributed.get_rank() if distributed is not None and initialized else int(os.environ.get("RANK", "0"))
+    rank = distributed.get_rank() if distributed is not None and initialized else printing_rank()
     if rank == 0:
         print(f"pecobook: {error}", file=sys.stderr)
     elif initialized and not error.on_all_ranks:
@@ -101,9 +103,10 @@ def dispatch(args: list[str]) -> None:
         _completion(rest)
     elif command in RECIPES:
         config = _settings(command, rest)
-        from pecobook.api import run
+        with from_the_start():
+            from pecobook.api import run
 
-        run(command, config)
+            run(command, config)
     else:
         config = _settings(command, rest)
         getattr(importlib.import_module(f"pecobook.commands.{command}"), command)(config)

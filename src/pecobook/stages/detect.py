@@ -18,9 +18,9 @@ from pecobook.data.dense.detection import DetectionSource, open_detection
 from pecobook.data.dense.detection_views import evaluation_view, training_view
 from pecobook.data.source import ImageSource, Splits
 from pecobook.data.stream import ViewFunction
-from pecobook.engine.launch import is_leader
 from pecobook.engine.optim import dense_groups
 from pecobook.engine.stage import Stage, StageOutput, submodule_state
+from pecobook.engine.world import is_leader
 from pecobook.models.dense.detector import Detections, Detector, rescale_boxes
 from pecobook.models.dense.pyramid import FeaturePyramid, build_pyramid, describe_pyramid
 from pecobook.models.weights import Backbone

@@ -31,15 +31,20 @@ def train(stage_type: type[Stage[C]], config: C) -> Path:
     """
     from pecobook.engine import launch, run_folder
 
-    config, splits, stage = preflight(stage_type, config)
-    lock = run_folder.prepare(config, stage_type.command) if launch.is_leader() else None
-    try:
-        outcome = _fit(stage_type, config, launch.start(config), stage, splits)
-        if outcome.finished:
-            _export(config, stage)
-    finally:  # also after an error: the Python process may go on, and train again
-        if lock is not None:
-            lock.release()
+    with launch.signals(config):
+        begun = launch.begin(
+            config,
+            lambda: preflight(stage_type, config),
+            lambda ready: run_folder.prepare(ready.config, stage_type.command),
+        )
+        config, splits, stage = begun.ready
+        try:
+            outcome = _fit(stage_type, config, begun.fabric, stage, splits)
+            if outcome.finished:
+                _export(config, stage)
+        finally:  # also after an error: the Python process may go on, and train again
+            if begun.lock is not None:
+                begun.lock.release()
     if not outcome.finished:
         raise SystemExit(130)
     return Path(config.out)
@@ -57,12 +62,13 @@ class Ready(NamedTuple, Generic[C]):
 def preflight(stage_type: type[Stage[C]], config: C) -> Ready[C]:
     """Check and build everything before anything is written. Raises PreflightError with all problems."""
     from pecobook.engine import launch, log, run_folder
+    from pecobook.engine.world import is_leader
 
     problems = Preflight()
     precision = problems.check(lambda: launch.resolve_precision(config))
     if precision is not None:  # --resume compares resolved precisions, not `auto`
         config = dataclasses.replace(config, precision=precision)  # type: ignore[arg-type]
-    if launch.is_leader():
+    if is_leader():
         problems.check(lambda: run_folder.check(config, stage_type.command))
     splits = problems.check(lambda: _open(stage_type, config))
     torch.manual_seed(config.seed)  # seeds all random weights of the stage
