@@ -21,7 +21,7 @@ from pecobook.engine.signals import from_the_start
 from pecobook.engine.world import printing_rank
 from pecobook.errors import ConfigError, PecobookError, did_you_mean
 from pecobook.recipes import RECIPES
-from pecobook.settings.values import field_name, flag, flags, load, replace
+from pecobook.settings.values import field_name, flag, flags, is_switch, load, replace
 
 COMMANDS = {name: command.summary for name, command in table.COMMANDS.items()} | {
     "recipes": "list the recipes and the claim of each",
@@ -248,7 +248,7 @@ def read_flags(args: list[str], types: dict[str, Any], command: str, problems: l
         name = flag(name)
         head, _, leaf = name.rpartition(".")
         positive = f"{head}.{leaf.removeprefix('no-')}".lstrip(".") if leaf.startswith("no-") else ""
-        if types.get(positive) is bool:
+        if is_switch(types.get(positive)):
             values[field_name(positive)] = False
             continue
         words = [text] if equals else []
@@ -268,7 +268,7 @@ def read_flags(args: list[str], types: dict[str, Any], command: str, problems: l
 def _value(name: str, words: list[str], kind: Any, command: str) -> Any:
     if str(kind).startswith("tuple"):
         return tuple(words[0].split(",")) if len(words) == 1 and "," in words[0] else tuple(words)
-    if kind is bool and not words:
+    if is_switch(kind) and not words:
         return True
     if not words:
         raise ConfigError(f"--{name} needs a value.")

@@ -18,10 +18,10 @@ import torch
 from torch import nn
 
 from pecobook.engine.signals import from_the_start, stop_requested
-from pecobook.engine.world import check_flags, is_leader, launched
+from pecobook.engine.world import World, check_flags, is_leader, launched
 from pecobook.errors import ConfigError
 from pecobook.settings.training import TrainConfig
-from pecobook.utils.distributed import on_all_ranks, on_first_rank, world_size
+from pecobook.utils.distributed import gather_objects, on_all_ranks, on_first_rank
 from pecobook.utils.folder_lock import FolderLock
 
 if TYPE_CHECKING:
@@ -130,10 +130,7 @@ def begin(config: TrainConfig, preflight: Callable[[], R], prepare: Callable[[R]
 
 def _stop_if_asked() -> None:
     """Exit with code 130 on all processes when a signal has asked one of them to stop."""
-    asked = [False] * world_size()
-    if len(asked) > 1:
-        torch.distributed.all_gather_object(asked, stop_requested())
-    if any(asked) or stop_requested():
+    if any(gather_objects(stop_requested())):
         if is_leader():
             print("Stopped before the first step.", file=sys.stderr)
         raise SystemExit(130)
@@ -147,11 +144,18 @@ def signals(config: TrainConfig) -> AbstractContextManager[object]:
         return from_the_start()
 
 
-def start(config: TrainConfig) -> Fabric:
-    """Start the processes of the run, or join those that were started, and return their Fabric."""
+def start(config: TrainConfig, *, alone: bool = False) -> Fabric:
+    """Start the processes of the run, or join those that were started, and return their Fabric.
+
+    Args:
+        config: the settings of the run.
+        alone: whether this process works without others, also where torchrun or srun has started several.
+    """
     from lightning_fabric import Fabric
 
     _filter_warnings()
+    if alone:
+        return _start_alone(config)
     devices = device_count(config)
     nodes = max(1, total_devices(config) // devices)
     if torch.cuda.is_available() and torch.cuda.device_count() < devices:
@@ -170,19 +174,36 @@ def start(config: TrainConfig) -> Fabric:
     return fabric
 
 
+def _start_alone(config: TrainConfig) -> Fabric:
+    from lightning_fabric import Fabric
+    from lightning_fabric.plugins.environments.lightning import LightningEnvironment
+
+    world, gpus = launched(), torch.cuda.device_count() if torch.cuda.is_available() else 0
+    return Fabric(
+        accelerator="cuda" if gpus else "cpu",
+        devices=[world.local_rank % gpus if world else 0] if gpus else 1,
+        plugins=[precision_plugin(resolve_precision(config)), LightningEnvironment()],
+    )
+
+
 def _cluster_environment(devices: int) -> list[Any]:
-    """Return Fabric's plugin that knows the processes of srun, or an empty list where Fabric finds out by itself."""
-    from lightning_fabric.plugins.environments import ClusterEnvironment, LightningEnvironment, SLURMEnvironment
-
+    """Return Fabric's plugin for the processes under Slurm, or an empty list where Fabric finds out by itself."""
     world = launched()
+    if world is not None and world.launcher == "srun":
+        return [_srun_environment(world, own_gpus=devices != world.local_size)]
     if world is None and "SLURM_JOB_ID" in os.environ:
+        from lightning_fabric.plugins.environments.lightning import LightningEnvironment
+
         return [LightningEnvironment()]  # Fabric would take a batch script for one task of many
-    if world is None or world.launcher == "torchrun":
-        return []
+    return []
 
-    class Launched(ClusterEnvironment):
-        """The environment of `launched`; a process with a GPU of its own counts as a machine."""
 
+def _srun_environment(world: World, *, own_gpus: bool) -> Any:
+    """Return Fabric's plugin for tasks of srun; a task with a GPU that it alone sees counts as a machine."""
+    from lightning_fabric.plugins.environments.cluster_environment import ClusterEnvironment
+    from lightning_fabric.plugins.environments.slurm import SLURMEnvironment
+
+    class Srun(ClusterEnvironment):
         creates_processes_externally = True
         main_address = os.environ.get("MASTER_ADDR") or SLURMEnvironment.resolve_root_node_address(
             os.environ.get("SLURM_STEP_NODELIST", "127.0.0.1")
@@ -206,12 +227,12 @@ def _cluster_environment(devices: int) -> list[Any]:
             pass
 
         def local_rank(self) -> int:
-            return world.local_rank if devices == world.local_size else 0
+            return 0 if own_gpus else world.local_rank
 
         def node_rank(self) -> int:
-            return int(os.environ.get("SLURM_NODEID", "0")) if devices == world.local_size else world.rank
+            return world.rank if own_gpus else int(os.environ.get("SLURM_NODEID", "0"))
 
-    return [Launched()]
+    return Srun()
 
 
 def _port_of_step() -> int:

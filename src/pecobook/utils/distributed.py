@@ -54,8 +54,7 @@ def on_all_ranks(work: Callable[[], T]) -> T:
         value = work()
     except Exception as error:
         failure = error
-    messages: list[str | None] = [None] * world_size()
-    dist.all_gather_object(messages, None if failure is None else _message(failure))
+    messages = gather_objects(None if failure is None else _message(failure))
     first = next((rank for rank, message in enumerate(messages) if message is not None), None)
     if first is None:
         return value
@@ -68,6 +67,14 @@ def on_all_ranks(work: Callable[[], T]) -> T:
 
 def _message(error: Exception) -> str:
     return str(error) if isinstance(error, PecobookError) else f"{type(error).__name__}: {first_line(error)}"
+
+
+def gather_objects(value: T) -> list[T]:
+    """Return the small and picklable values of all ranks, in rank order."""
+    values = [value] * world_size()
+    if len(values) > 1:
+        dist.all_gather_object(values, value)
+    return values
 
 
 def gather_rows(rows: Tensor) -> Tensor:
