@@ -7,6 +7,7 @@ explanations of the settings.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import importlib
 import os
@@ -109,7 +110,8 @@ def dispatch(args: list[str]) -> None:
             run(command, config)
     else:
         config = _settings(command, rest)
-        getattr(importlib.import_module(f"pecobook.commands.{command}"), command)(config)
+        with from_the_start() if command == "tokenize" else contextlib.nullcontext():
+            getattr(importlib.import_module(f"pecobook.commands.{command}"), command)(config)
 
 
 def _help() -> str:
