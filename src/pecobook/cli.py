@@ -13,8 +13,8 @@ import importlib
 import os
 import sys
 import textwrap
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Callable, Iterable
+from typing import Any, TypeVar
 
 from pecobook import recipes
 from pecobook.commands import table
@@ -23,6 +23,8 @@ from pecobook.engine.world import printing_rank
 from pecobook.errors import ConfigError, PecobookError, did_you_mean
 from pecobook.recipes import RECIPES
 from pecobook.settings.values import field_name, flag, flags, is_switch, load, replace
+
+T = TypeVar("T")
 
 COMMANDS = {name: command.summary for name, command in table.COMMANDS.items()} | {
     "recipes": "list the recipes and the claim of each",
@@ -75,13 +77,13 @@ def _stdout_is_closed() -> bool:
 
 
 def _print_error(error: PecobookError) -> None:
-    """Print an error: once where all ranks have it, with the number of the rank where one rank alone has it."""
+    """Print an error: once where all ranks have it, with the number of the rank where one rank alone may have it."""
     distributed = sys.modules.get("torch.distributed")  # not imported here: a distributed run has imported it already
     initialized = distributed is not None and distributed.is_available() and distributed.is_initialized()
     rank = distributed.get_rank() if distributed is not None and initialized else printing_rank()
     if rank == 0:
         print(f"pecobook: {error}", file=sys.stderr)
-    elif initialized and not error.on_all_ranks:
+    elif not error.on_all_ranks:
         print(f"pecobook: rank {rank}: {error}", file=sys.stderr)
 
 
@@ -103,15 +105,24 @@ def dispatch(args: list[str]) -> None:
     elif command == "completion":
         _completion(rest)
     elif command in RECIPES:
-        config = _settings(command, rest)
+        config = _same_on_all_ranks(lambda: _settings(command, rest))
         with from_the_start():
             from pecobook.api import run
 
             run(command, config)
     else:
-        config = _settings(command, rest)
+        config = _same_on_all_ranks(lambda: _settings(command, rest))
         with from_the_start() if command == "tokenize" else contextlib.nullcontext():
             getattr(importlib.import_module(f"pecobook.commands.{command}"), command)(config)
+
+
+def _same_on_all_ranks(check: Callable[[], T]) -> T:
+    """Call `check`, which has the same outcome on all ranks, so that one rank prints its error."""
+    try:
+        return check()
+    except ConfigError as error:
+        error.on_all_ranks = True
+        raise
 
 
 def _help() -> str:

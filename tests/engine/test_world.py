@@ -115,3 +115,15 @@ def test_cluster_environment__a_process_with_a_gpu_of_its_own_is_a_machine(monke
     assert launch.total_devices(TrainConfig()) == 4
     (environment,) = launch._cluster_environment(1)
     assert (environment.global_rank(), environment.local_rank(), environment.node_rank()) == (3, 0, 3)
+
+
+@pytest.mark.parametrize(("seen", "allocated", "workers"), [(12, 24, 11), (24, 24, 11), (24, 0, 11), (2, 4, 1)])
+def test_num_workers__of_tasks_that_are_bound_to_cores_or_share_them(
+    monkeypatch: pytest.MonkeyPatch, seen: int, allocated: int, workers: int
+) -> None:
+    set_variables(monkeypatch, {**STEP, "SLURM_CPUS_ON_NODE": str(allocated)})
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for module in ("pecobook.engine.launch", "pecobook.data.stream"):
+        monkeypatch.setattr(f"{module}.cores", lambda: tuple(range(seen)))
+    assert launch.num_workers(TrainConfig()) == (workers if workers > 1 else 0)
+    assert launch.num_workers(TrainConfig(workers=3)) == 3

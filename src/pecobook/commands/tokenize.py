@@ -283,8 +283,8 @@ def _read(config: TokenizeConfig, splits: Splits, items: list[tuple[str, int]], 
     """Returns the batches in order; no batch contains images of both splits."""
     from torch.utils.data import DataLoader
 
-    from pecobook.data.stream import default_workers, new_process_group
-    from pecobook.engine.launch import device_count
+    from pecobook.data.stream import new_process_group
+    from pecobook.engine.launch import num_workers
 
     images_per_batch = max(config.batch_size // config.views, 1)
     batches: list[list[tuple[str, int]]] = []
@@ -292,7 +292,7 @@ def _read(config: TokenizeConfig, splits: Splits, items: list[tuple[str, int]], 
         if not batches or len(batches[-1]) == images_per_batch or batches[-1][0][0] != item[0]:
             batches.append([])
         batches[-1].append(item)
-    workers = default_workers(device_count(config)) if config.workers < 0 else config.workers  # type: ignore[arg-type]
+    workers = num_workers(config)  # type: ignore[arg-type]
     if not batches:
         return iter(())
     views: Any = _AllViews(config, splits)

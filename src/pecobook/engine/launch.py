@@ -17,10 +17,12 @@ from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar
 import torch
 from torch import nn
 
+from pecobook.data.stream import default_workers
 from pecobook.engine.signals import from_the_start, stop_requested
 from pecobook.engine.world import World, check_flags, is_leader, launched
 from pecobook.errors import ConfigError
 from pecobook.settings.training import TrainConfig
+from pecobook.utils.devices import cores
 from pecobook.utils.distributed import gather_objects, on_all_ranks, on_first_rank
 from pecobook.utils.folder_lock import FolderLock
 
@@ -60,6 +62,18 @@ def total_devices(config: TrainConfig) -> int:
     """Return the number of devices of the run on all machines; each has a process."""
     devices, world = device_count(config), launched()
     return devices * config.num_nodes if world is None else world.size
+
+
+def num_workers(config: TrainConfig) -> int:
+    """Return the number of data-loading processes of this process; `--workers -1` shares out the cores."""
+    if config.workers >= 0:
+        return config.workers
+    world, processes = launched(), device_count(config)
+    if world is not None and world.launcher == "srun":
+        allocated = int(os.environ.get("SLURM_CPUS_ON_NODE", "0"))
+        if len(cores()) * world.local_size <= allocated:  # each task is bound to cores of its own
+            processes = 1
+    return default_workers(processes)
 
 
 def resolve_precision(config: TrainConfig) -> str:

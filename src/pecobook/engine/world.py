@@ -53,11 +53,18 @@ def launched() -> World | None:
     if node >= len(tasks) or _is_left_from_another_step(tasks[node]):
         return None
     if len(set(tasks)) > 1:
-        raise ConfigError(
+        raise _for_all(
             f"srun started {', '.join(map(str, tasks))} tasks on the nodes: give every node equally many, with "
             "--ntasks-per-node."
         )
     return World("srun", int(env["SLURM_PROCID"]), size, int(env["SLURM_LOCALID"]), tasks[node])
+
+
+def _for_all(message: str) -> ConfigError:
+    """Return an error that every process of the run raises."""
+    error = ConfigError(message)
+    error.on_all_ranks = True
+    return error
 
 
 def _tasks_per_node(text: str) -> list[int]:
@@ -102,4 +109,4 @@ def check_flags(world: World, devices: str, num_nodes: int) -> None:
         ("--num-nodes", num_nodes in (1, world.num_nodes), num_nodes, machines),  # 1 is the default
     ):
         if not agrees:
-            raise ConfigError(f"{flag} {given}: {world.launcher} has started {started}. Leave {flag} out.")
+            raise _for_all(f"{flag} {given}: {world.launcher} has started {started}. Leave {flag} out.")
