@@ -26,12 +26,17 @@ def checksum_file(file: Path) -> Path:
 def write_with_checksum(file: Path, data: bytes) -> None:
     """Write a file atomically, and its checksum.
 
-    An old checksum is deleted first, so that a process killed in between leaves a file without a checksum, never a file
-    with the checksum of another.
+    The checksum of a new file comes first, so that a process killed in between leaves no file without one. The checksum
+    of a file that is replaced is deleted first, so that no file has the checksum of another.
     """
-    checksum_file(file).unlink(missing_ok=True)
+    digest, replaces = hashlib.sha256(data).hexdigest(), file.exists()
+    if replaces:
+        checksum_file(file).unlink(missing_ok=True)
+    else:
+        _write_checksum(file, digest)
     write_atomically(file, data)
-    _write_checksum(file, hashlib.sha256(data).hexdigest())
+    if replaces:
+        _write_checksum(file, digest)
 
 
 def add_checksum(file: Path) -> None:
