@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from pecobook.engine import launch
-from pecobook.engine.world import World, is_leader, launched
+from pecobook.engine.world import World, environment_without_launcher, is_leader, launched
 from pecobook.errors import ConfigError
 from pecobook.settings.training import TrainConfig
 
@@ -86,6 +86,17 @@ def test_launched__a_single_process_under_slurm(variables: dict[str, str], monke
     assert launch.total_devices(TrainConfig()) == 1
     (environment,) = launch._cluster_environment(1)
     assert not environment.creates_processes_externally
+
+
+def test_environment_without_launcher__is_that_of_a_single_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`demo` and `reproduce` train each run as a process of its own."""
+    set_variables(monkeypatch, {**STEP, "RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"})
+    environment = environment_without_launcher()
+    assert environment["SLURM_JOB_ID"] == "41"
+    for name in os.environ.keys() - environment.keys():
+        monkeypatch.delenv(name)
+    assert launched() is None
+    assert is_leader()
 
 
 def test_launched__refuses_unequal_nodes(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -86,6 +86,13 @@ def _is_left_from_another_step(tasks_here: int) -> bool:
     return stale or ("SLURM_PTY_PORT" in os.environ and sys.stdin is not None and sys.stdin.isatty())
 
 
+def environment_without_launcher() -> dict[str, str]:
+    """Return the environment of a child process that is a run of its own, also below torchrun or srun."""
+    names = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "NODE_RANK", "GROUP_RANK"}
+    names |= {"TORCHELASTIC_RUN_ID", "SLURM_STEP_NUM_TASKS"}
+    return {name: value for name, value in os.environ.items() if name not in names}
+
+
 def is_leader() -> bool:
     """Return whether this process is the first of its run, by the environment variables of the launcher."""
     world = launched()
