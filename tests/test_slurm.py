@@ -73,11 +73,11 @@ def test_slurm__one_run_that_is_requeued_at_its_time_limit(
     script = re.sub(r"pretrain paper.*\n", lambda _: f"{command} \\\n", script)
     out, log = cluster.folder / "runs" / "pretrain", cluster.folder / "pretrain.out"
     job = cluster.submit(script, **{"nodes": nodes, "ntasks-per-node": tasks})
-    wait_until(lambda: (out / "metrics.jsonl").exists() and len(logged(out)) > 2, lambda: log.read_text())
+    wait_until(lambda: (out / "metrics.jsonl").exists() and len(logged(out)) > 2, log.read_text)
     cluster.call("scancel", "--signal=USR1", job)  # as Slurm does before the time limit
-    wait_until(lambda: int(cluster.state(job)["Restarts"]) == 1, lambda: log.read_text())
+    wait_until(lambda: int(cluster.state(job)["Restarts"]) == 1 or cluster.ended(job), log.read_text)
     cluster.call("scontrol", "update", f"JobId={job}", "StartTime=now")  # Slurm waits two minutes before a restart
-    wait_until(lambda: cluster.ended(job), lambda: log.read_text())
+    wait_until(lambda: cluster.ended(job), log.read_text)
     assert cluster.state(job)["JobState"] == "COMPLETED", log.read_text()
     said = log.read_text()
     assert said.count("the checkpoint is written. Continue with --resume.") == 1

@@ -106,13 +106,13 @@ def dispatch(args: list[str]) -> None:
         _completion(rest)
     elif command in RECIPES:
         config = _same_on_all_ranks(lambda: _settings(command, rest))
-        with from_the_start():
+        with from_the_start(until_exit=True):
             from pecobook.api import run
 
             run(command, config)
     else:
         config = _same_on_all_ranks(lambda: _settings(command, rest))
-        with from_the_start() if command == "tokenize" else contextlib.nullcontext():
+        with from_the_start(until_exit=True) if command == "tokenize" else contextlib.nullcontext():
             getattr(importlib.import_module(f"pecobook.commands.{command}"), command)(config)
 
 

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import os
 import signal
+from collections.abc import Iterator
 
 import pytest
 
@@ -44,12 +45,23 @@ def test_signals__an_inner_context_keeps_what_the_outer_one_recorded() -> None:
         assert outer.received
 
 
+@pytest.fixture
+def _handlers() -> Iterator[None]:
+    before = [signal.getsignal(each) for each in _STOP]
+    yield
+    for number, handler in zip(_STOP, before, strict=True):
+        signal.signal(number, handler)
+
+
+@pytest.mark.usefixtures("_handlers")
 def test_from_the_start__records_only_where_several_processes_start(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("WORLD_SIZE", raising=False)
-    before = signal.getsignal(signal.SIGTERM)
+    before, interrupt = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
     with from_the_start():
         assert signal.getsignal(signal.SIGTERM) == before
     for name, value in {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2"}.items():
         monkeypatch.setenv(name, value)
-    with from_the_start():
+    with from_the_start(until_exit=True):
         assert signal.getsignal(signal.SIGTERM) != before
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_IGN
+    assert signal.getsignal(signal.SIGINT) == interrupt

@@ -22,12 +22,16 @@ class Signals:
     signal that Slurm has sent to every process already, and the checkpoint would be lost.
 
     Contexts nest: an inner one returns the outer one, whose handlers stay.
+
+    Args:
+        until_exit: whether the process ends after the context, and ignores SIGTERM and SIGUSR1 until it has.
     """
 
     _outer: ClassVar[Signals | None] = None
 
-    def __init__(self) -> None:
+    def __init__(self, *, until_exit: bool = False) -> None:
         self.received = False
+        self._until_exit = until_exit
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> Signals:
@@ -43,7 +47,9 @@ class Signals:
         if self._before:
             Signals._outer = None
         for number, handler in self._before.items():
-            signal.signal(number, handler)
+            # Python resets handlers of its own before it ends, but not that a signal is ignored.
+            leaves = self._until_exit and number != signal.SIGINT
+            signal.signal(number, signal.SIG_IGN if leaves else handler)
 
     def _handle(self, number: int, _frame: object) -> None:
         if self.received and number == signal.SIGINT:
@@ -56,7 +62,7 @@ def stop_requested() -> bool:
     return Signals._outer is not None and Signals._outer.received
 
 
-def from_the_start(*, several: bool = False) -> AbstractContextManager[object]:
+def from_the_start(*, several: bool = False, until_exit: bool = False) -> AbstractContextManager[object]:
     """Return a context that records signals in a process that torchrun or srun has started, or that is to start others.
 
     It is entered before anything large is imported, because a process that ended while it starts would leave the others
@@ -64,6 +70,8 @@ def from_the_start(*, several: bool = False) -> AbstractContextManager[object]:
 
     Args:
         several: whether the run has several processes although no launcher has started them.
+        until_exit: as of `Signals`: srun sends SIGTERM to a process that is about to end when another has ended with a
+            code other than 0.
     """
     world = launched()
-    return Signals() if several or (world is not None and world.size > 1) else nullcontext()
+    return Signals(until_exit=until_exit) if several or (world is not None and world.size > 1) else nullcontext()
