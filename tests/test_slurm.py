@@ -92,7 +92,10 @@ def test_slurm__job_array_writes_one_bank(cluster: Cluster, images: Path, codebo
     script = re.sub(r"tokenize paper.*--out", f"{command} --out", script)
     job = cluster.submit(script, array="1-2")
     logs = [cluster.folder / f"tokenize-{part}.out" for part in (1, 2)]
-    said = lambda: "".join(log.read_text() for log in logs if log.exists())  # noqa: E731
+
+    def said() -> str:
+        return "".join(log.read_text() for log in logs if log.exists())
+
     wait_until(lambda: cluster.ended(job), said)
     assert "Done: banks/imagenet" in said()
     assert TokenBank(cluster.folder / "banks" / "imagenet").num_views == 20

@@ -18,6 +18,7 @@ from pecobook.data.views import random_crop
 from pecobook.engine import checkpoint, launch, loop, run_folder
 from pecobook.engine.loop import Outcome
 from pecobook.engine.stage import Stage, StageOutput
+from pecobook.engine.world import is_leader
 from pecobook.errors import NonFiniteLossError, PecobookError
 from pecobook.settings.training import OptimConfig, TrainConfig
 from tests.distributed import TwoProcesses
@@ -83,7 +84,7 @@ def settings(out: Path, **more: Any) -> TrainConfig:
 
 def run(out: Path, stage: Toy, *, bad: tuple[int, ...] = (), count: int = 20, **more: Any) -> Outcome:
     config = settings(out, **more)
-    lock = run_folder.prepare(config, "toy") if launch.is_leader() else None
+    lock = run_folder.prepare(config, "toy") if is_leader() else None
     try:
         return loop.fit(
             launch.start(config),

@@ -17,8 +17,8 @@ def test_damage__notices_every_flipped_bit_and_every_other_length(tmp_path: Path
         data[position // 8] ^= 1 << position % 8
         file.write_bytes(data)
         assert "a.bin' is damaged" in (damage([file]) or "")
-    for data in (b"", b"weights", b"\0" * 8):
-        file.write_bytes(data)
+    for other in (b"", b"weights", b"\0" * 8):
+        file.write_bytes(other)
         assert damage([file])
 
 
@@ -60,7 +60,7 @@ def test_damage__reports_an_empty_checksum(tmp_path: Path, text: str) -> None:
 def test_write_with_checksum__killed_in_between_never_leaves_a_false_checksum(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, replaces: bool
 ) -> None:
-    file, written = tmp_path / "a.bin", []
+    file, written = tmp_path / "a.bin", list[Path]()
     if replaces:
         write_with_checksum(file, b"before")
 
