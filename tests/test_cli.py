@@ -263,11 +263,14 @@ def test_main__a_run_folder_holds_exactly_the_documented_files(
     assert sorted(str(path.relative_to(out / "checkpoints")) for path in (out / "checkpoints").rglob("*")) == [
         "step-00000002",
         "step-00000002/state.pt",
+        "step-00000002/state.pt.sha256",
         "step-00000004",
         "step-00000004/state.pt",
+        "step-00000004/state.pt.sha256",
     ]
     assert sorted(path.name for path in (out / "samples").iterdir()) == ["step-00000002.png", "step-00000004.png"]
-    assert sorted(export_bytes(out)) == ["README.md", "config.json", "model.safetensors"]
+    sums = ["config.json.sha256", "model.safetensors.sha256"]
+    assert sorted(export_bytes(out)) == sorted(["README.md", "config.json", "model.safetensors", *sums])
     assert "codebook 4/4" in capsys.readouterr().err
 
 

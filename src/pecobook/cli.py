@@ -98,8 +98,7 @@ def dispatch(args: list[str]) -> None:
         print(f"pecobook {version('pecobook')}")
         return
     command, rest = args[0], args[1:]
-    if command not in COMMANDS:
-        raise ConfigError(f"Unknown command '{command}'.{did_you_mean(command, COMMANDS)} See pecobook --help.")
+    _same_on_all_ranks(lambda: _check_command(command))
     if command == "recipes":
         _recipes(rest)
     elif command == "completion":
@@ -114,6 +113,11 @@ def dispatch(args: list[str]) -> None:
         config = _same_on_all_ranks(lambda: _settings(command, rest))
         with from_the_start(until_exit=True) if command == "tokenize" else contextlib.nullcontext():
             getattr(importlib.import_module(f"pecobook.commands.{command}"), command)(config)
+
+
+def _check_command(command: str) -> None:
+    if command not in COMMANDS:
+        raise ConfigError(f"Unknown command '{command}'.{did_you_mean(command, COMMANDS)} See pecobook --help.")
 
 
 def _same_on_all_ranks(check: Callable[[], T]) -> T:

@@ -224,7 +224,7 @@ def coerce(value: Any, kind: Any, name: str) -> Any:
     if kind == Resume:
         if value == "auto" or isinstance(value, bool) or str(value).lower() in ("true", "false"):
             return value if value == "auto" else _coerce_scalar(value, bool, name)
-        raise ConfigError(f"--{flag(name)} takes true, false or auto, not '{value}'.")
+        raise ConfigError(f"--{flag(name)} takes true or false, or auto, not '{value}'.")
     if origin is tuple:
         items = list(value) if isinstance(value, list | tuple) else [value]
         item_types = get_args(kind)
