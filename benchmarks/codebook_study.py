@@ -5,8 +5,8 @@
 
 Every arm is `pecobook codebook tiny` with the settings of ARMS and the flags of --set. All arms have equal lengths and
 use the feature network that `pecobook contrast tiny` trained with the same seed. An interrupted study continues with
-the same command: finished runs are not repeated. Figures are measured on held-out images. To choose settings, give a
-training file alone as --data: a tenth of the file is then held out, and the test images are not used.
+the same command: finished runs are not repeated. Figures are measured on held-out images. To choose settings, give
+--validation: a quarter of the training images is then held out, and the source's own held-out images are not used.
 
 The judge, a classifier for reconstructions, is independent of all arms (benchmarks/judges.py). SqueezeNet is a file of
 weights under torchvision's names; with --caffe its input is BGR from 0 to 255, as in the original release.
@@ -20,6 +20,7 @@ import shutil
 import subprocess
 import sys
 import time
+import zlib
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -59,8 +60,12 @@ TITLES = {
     "codeword_probe": "codeword probe, %",
     "bag_probe": "bag of codes, %",
     "crossed_probe": "codeword probe with position removed, %",
+    "crossed_bag_probe": "bag of codes with position removed, %",
     "position": "position in codes, %",
     "null_position": "position in permuted codes, %",
+    "bound": "codewords bound to one position, %",
+    "roll": "codes that move with a roll, %",
+    "crop": "codes that move with a crop, %",
     "judged": "reconstructions classified, %",
     "psnr": "PSNR, dB",
     "distance_moco": "MoCo distance",
@@ -93,36 +98,59 @@ CAFFE += ["--perceptual.std", "0.003922", "0.003922", "0.003922", "--perceptual.
 
 def measure(run: Path, arguments: argparse.Namespace, seed: int) -> dict[str, Any]:
     """Return the figures of a codebook on held-out images."""
-    from pecobook.analysis.codewords import code_usage
-    from pecobook.analysis.position import position_dependence
-    from pecobook.analysis.reconstruction import decode_all, encode_all, psnr
-    from pecobook.commands.analyze.measure import PROBES, code_probes
+    from pecobook.analysis.reconstruction import encode_all
+    from pecobook.commands.analyze.measure import PROBES, evaluate_tokenizer
     from pecobook.data.images import open_images
     from pecobook.data.stream import read_all
     from pecobook.models.tokenizer import PerceptualTokenizer
     from pecobook.utils.images import to_float
 
-    tokenizer = PerceptualTokenizer.from_pretrained(run)
-    K, splits = tokenizer.config.num_codewords, open_images(arguments.data)
-    train, train_labels, _ = read_all(splits.train, tokenizer.image_size, limit=arguments.images)
-    test, test_labels, _ = read_all(splits.evaluation, tokenizer.image_size, limit=arguments.images)
+    tokenizer, splits = PerceptualTokenizer.from_pretrained(run), open_images(arguments.data)
+    size, limit = tokenizer.image_size, arguments.images
+    train, train_labels, _ = read_all(splits.train, size, limit=limit)
+    test, test_labels, _ = read_all(splits.evaluation, size, limit=limit)
     if train_labels is None or test_labels is None:
         raise SystemExit(f"--data {arguments.data} has no labels.")
     images = to_float(test)
-    train_codes, codes = encode_all(tokenizer, to_float(train)), encode_all(tokenizer, images)
-    reconstructions = decode_all(tokenizer, codes)
-    usage = code_usage(codes, K)
-    probes, _ = code_probes(tokenizer, codes, test_labels, lambda: (train_codes, train_labels), seed)
-    figures: dict[str, Any] = {name: probes[name] for name in PROBES}
-    position = position_dependence(codes, seed=seed)
-    figures |= {"position": 100 * position.share, "null_position": 100 * position.null_share}
+    larger = to_float(read_all(splits.evaluation, size + tokenizer.stride, limit=min(limit, 500))[0])
+    measured, _, reconstructions = evaluate_tokenizer(
+        run.name, tokenizer, images, test_labels, lambda: (encode_all(tokenizer, to_float(train)), train_labels), None,
+        larger=larger, seed=seed,
+    )  # fmt: skip
+    values = measured.values
+    figures: dict[str, Any] = {name: values[name] for name in (*PROBES, "psnr", "ssim", "codes_used", "perplexity")}
+    position = values["position"]
+    figures |= {"position": 100 * position["share"], "null_position": 100 * position["null_share"]}
+    figures |= {"bound": 100 * position["bound"], **position["moved"]}
     if arguments.judge:
         judge = Judge(arguments.judge)
         figures["judged"] = judge.accuracy(reconstructions, test_labels)
         figures["originals_judged"] = judge.accuracy(images, test_labels)
-    figures["psnr"] = float(psnr(images, reconstructions).mean())
-    figures |= distances(images, reconstructions, arguments, seed)
-    return figures | {"codes_used": usage.codes_used, "perplexity": usage.perplexity}
+    return figures | distances(images, reconstructions, arguments, seed)
+
+
+def validation_folder(source: str, folder: Path) -> str:
+    """Write the training images of a source with labels as a folder whose validation part is a quarter of each class.
+
+    Settings are chosen on this folder, so that the source's own held-out images play no part in the choice.
+    """
+    import numpy as np
+    from torchvision.io import write_png
+
+    from pecobook.data.images import open_images
+
+    train = open_images(source).train
+    if folder.exists() or train.labels is None or train.classes is None:
+        return str(folder)
+    generator, labels = np.random.default_rng(0), np.asarray(train.labels)
+    for number, name in enumerate(train.classes):
+        rows = generator.permutation(np.flatnonzero(labels == number))
+        for place, row in enumerate(rows):
+            part = folder.with_suffix(".tmp") / ("val" if place < round(len(rows) / 4) else "train") / name
+            part.mkdir(parents=True, exist_ok=True)
+            write_png(train.read(int(row)), str(part / f"{row:06d}.png"), compression_level=1)
+    folder.with_suffix(".tmp").rename(folder)
+    return str(folder)
 
 
 @torch.inference_mode()
@@ -148,6 +176,8 @@ def distances(images: Tensor, reconstructions: Tensor, arguments: argparse.Names
 def run_arm(arm: str, seed: int, length: int, arguments: argparse.Namespace) -> None:
     """Train and measure an arm unless its result exists."""
     name = arm.replace(", ", "-").replace(" ", "-")
+    settings = " ".join(arguments.set)
+    name += f"-{zlib.crc32(settings.encode()):08x}" if settings else ""
     out = Path(arguments.out) / f"{name}-{length}-{seed}"
     result = out.with_name(out.name + ".json")
     if result.exists():
@@ -158,7 +188,9 @@ def run_arm(arm: str, seed: int, length: int, arguments: argparse.Namespace) -> 
     start = time.monotonic()
     command("codebook", "tiny", *common, *flags_of_arm(arm, arguments, seed, length), *arguments.set)
     seconds = time.monotonic() - start
-    job = json.dumps({"arm": arm, "length": length, "seed": seed, "seconds": round(seconds), "run": str(out)})
+    job = json.dumps(
+        {"arm": arm, "set": settings, "length": length, "seed": seed, "seconds": round(seconds), "run": str(out)}
+    )
     names = ("data", "out", "judge", "images", "squeezenet")
     flags = [word for name in names for word in (f"--{name}", str(getattr(arguments, name)))]
     flags += ["--caffe"] if arguments.caffe else []
@@ -188,6 +220,7 @@ def main() -> None:
     parser.add_argument("--caffe", action="store_true", help="the SqueezeNet takes Caffe's input")
     parser.add_argument("--squeezenet-layers", nargs="+", default=["features.10", "features.12"])
     parser.add_argument("--squeezenet-size", type=int, default=64, help="side of its input images, pixels")
+    parser.add_argument("--validation", action="store_true", help="hold out training images, to choose settings")
     parser.add_argument("--images", type=int, default=10_000, help="largest number of images read of each split")
     parser.add_argument("--lengths", type=int, nargs="+", default=[220], help="steps of a codebook")
     parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=list(ARMS))
@@ -197,6 +230,8 @@ def main() -> None:
     parser.add_argument("--measure", default="", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     out = Path(arguments.out)
+    if arguments.validation:
+        arguments.data = validation_folder(arguments.data, out / "images")
     if arguments.measure:
         job = json.loads(arguments.measure)
         run = Path(job.pop("run"))
@@ -209,7 +244,8 @@ def main() -> None:
         jobs = [(a, s, n) for n in arguments.lengths for s in arguments.seeds for a in arguments.arms]
         run_parallel((partial(run_arm, *job, arguments) for job in jobs), arguments.processes)
     order = list(ARMS)
-    print(table(records(out), ["length", "arm"], TITLES, lambda key: (key[0], order.index(key[1]))))
+    rows = [{"set": "", **record} for record in records(out)]
+    print(table(rows, ["length", "arm", "set"], TITLES, lambda key: (key[0], key[2], order.index(key[1]))))
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from pecobook import api
-from pecobook.data.decode import BadImage
+from pecobook.data.decode import BadImage, Range
 from pecobook.data.source import ImageSource
 from tests.coco import make_coco
 from tests.shapes import write_shapes
@@ -146,6 +146,8 @@ def objects() -> Path:
 
 class Squares:
     """A store of 8 x 8 images of one colour each; some images cannot be read."""
+
+    value_range: Range | None = None
 
     def __init__(self, count: int, bad: tuple[int, ...] = ()) -> None:
         self.count, self.bad = count, bad

@@ -6,6 +6,7 @@ import contextlib
 import errno
 import io
 import json
+import os
 import re
 import subprocess
 import sys
@@ -91,7 +92,7 @@ MISTAKES: list[tuple[str, str, str]] = [
     ("codebook tiny --data photos --out run --max-steps 5%", "5%", "give steps or epochs"),
     ("codebook tiny --data photos --out run --max-steps 100 epochs", "100 epochs", "quote"),
     ("codebook tiny --data photos --out run --devices none", "none", "or auto"),
-    ("codebook tiny --data photos --out run --devices 3", "64", "3 devices"),
+    ("codebook tiny --data photos --out run --devices 3", "16", "3 devices"),
     ("codebook tiny --data photos --out run --micro-batch-size -3", "-3", "or above"),
     ("codebook tiny --data photos --out run --loggers tensorbord", "tensorbord", "tensorboard, wandb and mlflow"),
     ("codebook tiny --data photos --out run --resume --overwrite", "--resume and --overwrite", "one of them"),
@@ -268,9 +269,10 @@ def test_main__a_run_folder_holds_exactly_the_documented_files(
         "step-00000004/state.pt",
         "step-00000004/state.pt.sha256",
     ]
-    assert sorted(path.name for path in (out / "samples").iterdir()) == ["step-00000002.png", "step-00000004.png"]
-    sums = ["config.json.sha256", "model.safetensors.sha256"]
-    assert sorted(export_bytes(out)) == sorted(["README.md", "config.json", "model.safetensors", *sums])
+    pictures = ["example.png", "step-00000002.png", "step-00000004.png"]
+    assert sorted(path.name for path in (out / "samples").iterdir()) == pictures
+    files = ["README.md", "config.json", "config.json.sha256", "model.safetensors", "model.safetensors.sha256"]
+    assert sorted(export_bytes(out)) == files
     assert "codebook 4/4" in capsys.readouterr().err
 
 
@@ -317,21 +319,45 @@ def test_main__refuses_to_resume_a_locked_folder(
     assert "Another process is writing" in message
 
 
-def test_main__reports_a_full_disk_in_two_lines(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("command", ["pretrain", "tokenize", "predict"])
+@pytest.mark.parametrize(
+    ("number", "part"),
+    [
+        (errno.ENOSPC, "no space left on device.\nFinished files are complete. Make room, then "),
+        (errno.EROFS, "read-only file system.\nFinished files are complete. Name a folder"),
+        (errno.EACCES, "permission denied.\nAllow this user"),
+        (errno.ENOENT, "no such file or directory.\nIt was deleted or moved"),
+        (errno.EMFILE, "too many open files.\nAllow more open files"),
+        (errno.EIO, "input/output error.\nThe disk failed"),
+    ],
+)
+def test_main__reports_an_error_of_the_system_in_two_lines(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], command: str, number: int, part: str
 ) -> None:
-    def full(_args: list[str]) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device", "runs/a/metrics.jsonl")
+    def fail(_args: list[str]) -> None:
+        raise OSError(number, os.strerror(number), "runs/a/metrics.jsonl")
 
-    monkeypatch.setattr(cli, "dispatch", full)
-    remedies = {"pretrain": "continue with --resume.", "tokenize": "--resume.", "predict": "start again."}
-    for command, remedy in remedies.items():
-        with pytest.raises(SystemExit) as caught:
-            cli.main([command])
-        assert caught.value.code == 2
-        message = capsys.readouterr().err
-        assert "the disk is full (runs/a/metrics.jsonl)" in message
-        assert message.endswith(f"{remedy}\n")
+    monkeypatch.setattr(cli, "dispatch", fail)
+    with pytest.raises(SystemExit) as caught:
+        cli.main([command])
+    assert caught.value.code == 2
+    message = capsys.readouterr().err
+    assert message.startswith("pecobook: 'runs/a/metrics.jsonl' cannot be used: ")
+    assert part in message
+    assert len(message.splitlines()) == 2
+    assert ("--resume" in message) <= (command in ("pretrain", "tokenize"))
+    monkeypatch.setenv("PECOBOOK_TRACEBACK", "1")
+    with pytest.raises(OSError, match="metrics"):
+        cli.main([command])
+
+
+def test_main__an_error_that_is_ours_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(_args: list[str]) -> None:
+        raise OSError("a mistake of the program")
+
+    monkeypatch.setattr(cli, "dispatch", fail)
+    with pytest.raises(OSError, match="mistake"):
+        cli.main(["pretrain"])
 
 
 def stderr_on_each(rank: int, world_size: int, error: Exception) -> str:

@@ -56,7 +56,8 @@ def can_be_parsed(words: list[str]) -> bool:
 
 
 @pytest.mark.parametrize(
-    ("page", "minimum"), [("codebook.md", 25), ("pretraining.md", 15), ("dense.md", 15), ("analysis.md", 10)]
+    ("page", "minimum"),
+    [("codebook.md", 25), ("pretraining.md", 15), ("dense.md", 15), ("analysis.md", 10), ("data.md", 15)],
 )
 def test_guides__every_flag_exists(page: str, minimum: int) -> None:
     pieces = flags_in(page)

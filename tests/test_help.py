@@ -31,8 +31,8 @@ def settings_of(words: list[str], monkeypatch: pytest.MonkeyPatch) -> Any:
     parsed: list[Any] = []
     original_parse = cli.parse
 
-    def parse(config: Any, args: list[str], prog: str) -> Any:
-        parsed.append(original_parse(config, args, prog))
+    def parse(config: Any, args: list[str], prog: str, *more: Any) -> Any:
+        parsed.append(original_parse(config, args, prog, *more))
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:

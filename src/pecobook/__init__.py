@@ -12,11 +12,13 @@ if TYPE_CHECKING:
     from pecobook.api import codebook, contrast, detect, export, finetune, predict, pretrain, segment, tokenize
     from pecobook.commands.analyze import analyze
     from pecobook.commands.bench import bench
+    from pecobook.commands.check import check
     from pecobook.commands.demo import demo
     from pecobook.commands.explore import explore
     from pecobook.commands.probe import probe
     from pecobook.commands.reproduce import reproduce
     from pecobook.data.masking import blockwise_mask
+    from pecobook.data.one_image import read_image
     from pecobook.errors import PecobookError
     from pecobook.models.dense.detector import Detector
     from pecobook.models.dense.segmenter import Segmenter
@@ -41,6 +43,7 @@ __all__ = [
     "analyze",
     "bench",
     "blockwise_mask",
+    "check",
     "codebook",
     "contrast",
     "demo",
@@ -53,6 +56,7 @@ __all__ = [
     "predict",
     "pretrain",
     "probe",
+    "read_image",
     "reproduce",
     "segment",
     "tokenize",
@@ -71,6 +75,7 @@ _HOMES = {
     "analyze": "commands.analyze",
     "bench": "commands.bench",
     "blockwise_mask": "data.masking",
+    "check": "commands.check",
     "codebook": "api",
     "contrast": "api",
     "demo": "commands.demo",
@@ -83,6 +88,7 @@ _HOMES = {
     "predict": "api",
     "pretrain": "api",
     "probe": "commands.probe",
+    "read_image": "data.one_image",
     "reproduce": "commands.reproduce",
     "segment": "api",
     "tokenize": "api",

@@ -13,7 +13,8 @@ import importlib
 import os
 import sys
 import textwrap
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from types import MappingProxyType
 from typing import Any, TypeVar
 
 from pecobook import recipes
@@ -22,6 +23,7 @@ from pecobook.engine.signals import from_the_start
 from pecobook.engine.world import printing_rank
 from pecobook.errors import ConfigError, PecobookError, did_you_mean
 from pecobook.recipes import RECIPES
+from pecobook.settings.check import CheckConfig, of_run
 from pecobook.settings.values import field_name, flag, flags, is_switch, load, replace
 
 T = TypeVar("T")
@@ -53,18 +55,43 @@ def main(argv: list[str] | None = None) -> None:
         _print_error(error)
         sys.exit(2)
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno not in _REMEDIES or os.environ.get("PECOBOOK_TRACEBACK"):
             raise
-        print(f"pecobook: the disk is full ({error.filename or error}).", file=sys.stderr)
-        resumes = bool(args) and args[0] in (*RECIPES, "tokenize")
-        print(
-            f"Finished files are complete. Make room, then {'continue with --resume' if resumes else 'start again'}.",
-            file=sys.stderr,
-        )
+        _print_os_error(error, resumes=bool(args) and args[0] in (*RECIPES, "tokenize"))
         sys.exit(2)
     except KeyboardInterrupt:
         print("pecobook: interrupted.", file=sys.stderr)
         sys.exit(130)
+
+
+# What a user can do about an error of the operating system.
+_MAKE_ROOM = "Finished files are complete. Make room, then {again}."
+_REMEDIES = {
+    errno.ENOSPC: _MAKE_ROOM,
+    errno.EDQUOT: _MAKE_ROOM,
+    errno.EROFS: "Finished files are complete. Name a folder that can be written.",
+    errno.EACCES: "Allow this user to use it, or name another path; then {again}.",
+    errno.EPERM: "Allow this user to use it, or name another path; then {again}.",
+    errno.ENOENT: "It was deleted or moved while the command ran: restore it, or {again}.",
+    errno.ENOTDIR: "A file stands where a folder was: name another path.",
+    errno.EISDIR: "A folder stands where a file was: name another path.",
+    errno.ENAMETOOLONG: "Name a shorter path.",
+    errno.ELOOP: "Its links lead in a circle: name another path.",
+    errno.EMFILE: "Allow more open files (ulimit -n), or take fewer --workers; then {again}.",
+    errno.ENFILE: "The system has no more open files: end other programs, then {again}.",
+    errno.EIO: "The disk failed: check it, then {again}.",
+    errno.ESTALE: "The network file system lost it: check the mount, then {again}.",
+    errno.ENOMEM: "Free memory, or take fewer --workers; then {again}.",
+}
+
+
+def _print_os_error(error: OSError, *, resumes: bool) -> None:
+    """Print an error of the operating system as a sentence with the path and the remedy."""
+    reason = (error.strerror or str(error)).rstrip(".")
+    path = f"'{error.filename}' cannot be used: " if error.filename else ""
+    print(f"pecobook: {path}{reason[:1].lower()}{reason[1:]}.", file=sys.stderr)
+    again = "continue with --resume" if resumes else "start again"
+    print(_REMEDIES[error.errno or 0].format(again=again), file=sys.stderr)
 
 
 def _stdout_is_closed() -> bool:
@@ -112,7 +139,9 @@ def dispatch(args: list[str]) -> None:
     else:
         config = _same_on_all_ranks(lambda: _settings(command, rest))
         with from_the_start(until_exit=True) if command == "tokenize" else contextlib.nullcontext():
-            getattr(importlib.import_module(f"pecobook.commands.{command}"), command)(config)
+            result = getattr(importlib.import_module(f"pecobook.commands.{command}"), command)(config)
+        if command == "check" and result["problems"]:
+            sys.exit(1)
 
 
 def _check_command(command: str) -> None:
@@ -216,13 +245,20 @@ def _settings(command: str, args: list[str]) -> Any:
         count = len(words) if str(flags(config_type)[name]).startswith("tuple") else 1
         named += [f"--{name}", *words[:count]] if words else []
         words = words[count:]
-    return parse(config_type(), [*named, *words, *args], command)
+    unused = {name: kind for other in RECIPES for name, kind in flags(table.COMMANDS[other].settings).items()}
+    return parse(config_type(), [*named, *words, *args], command, unused if command == "check" else {})
 
 
-def parse(config: Any, args: list[str], prog: str) -> Any:
-    """Return `config` with the values of the flags in `args`; `prog` is the command and its recipe. Raises ConfigError.
+def parse(config: Any, args: list[str], prog: str, unused: Mapping[str, Any] = MappingProxyType({})) -> Any:
+    """Return `config` with the values of the flags in `args`. Raises ConfigError.
 
     With --help or --help-all in `args`, print the help and raise SystemExit.
+
+    Args:
+        config: settings with the default values.
+        args: words of the command line.
+        prog: the command and its recipe.
+        unused: further flags, with the types of their values, that may be given and have no effect.
     """
     command, _, recipe = prog.partition(" ")
     if {"-h", "--help", "--help-all"} & set(args):
@@ -232,10 +268,13 @@ def parse(config: Any, args: list[str], prog: str) -> Any:
         print(show(command, config, recipe if command in (*RECIPES, "tokenize") else ""))
         sys.exit(0)
     problems: list[str] = []
-    values = read_flags(args, {**flags(type(config)), "config": str}, command, problems)
+    own = {**flags(type(config)), "config": str}
+    values = read_flags(args, {**unused, **own}, command, problems)
+    values = {name: value for name, value in values.items() if flag(name) in own}
     try:
         if "config" in values:
-            config = load(config, values.pop("config"), command)
+            path = values.pop("config")
+            config = of_run(config, path) if isinstance(config, CheckConfig) else load(config, path, command)
         config = replace(config, values)
     except ConfigError as error:
         problems.append(str(error))

@@ -82,17 +82,22 @@ def names_of(command: str) -> list[Names]:
         if command == "bench":
             return [Names(2, {"pretrain": "measure pre-training"}), Names(3, recipes)]
         return [Names(2, recipes)]
+    if command == "check":
+        summaries = {name: COMMANDS[name].summary for name in RECIPES}
+        return [Names(2, summaries), *_recipes_by_command()]
     if command == "reproduce":
         return [Names(2, {name: table.title for name, table in TABLES.items()}, repeats=True)]
     if command == "recipes":
         names = {name: "a recipe" for recipes in RECIPES.values() for name in recipes}
-        of_commands = [
-            Names(3, {name: claim(kind, name) for name in recipes}, after=kind) for kind, recipes in RECIPES.items()
-        ]
-        return [Names(2, {kind: f"recipes of {kind}" for kind in RECIPES} | names), *of_commands]
+        return [Names(2, {kind: f"recipes of {kind}" for kind in RECIPES} | names), *_recipes_by_command()]
     if command == "completion":
         return [Names(2, dict.fromkeys(SHELLS, "a shell"))]
     return []
+
+
+def _recipes_by_command() -> list[Names]:
+    """Return the recipes of each command, which follow its name."""
+    return [Names(3, {name: claim(kind, name) for name in recipes}, after=kind) for kind, recipes in RECIPES.items()]
 
 
 def _quoted(text: str) -> str:

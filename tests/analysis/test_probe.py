@@ -8,7 +8,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from pecobook.analysis.probe import binomial_error, knn_probe, linear_probe, paired_difference
+from pecobook.analysis.probe import binomial_error, knn_probe, linear_probe, paired_difference, wilson_interval
 from pecobook.errors import DataError
 
 
@@ -117,22 +117,41 @@ def test_bad_input_is_named() -> None:
         knn_probe(np.ones((2, 2)), np.ones(2), np.ones((2, 2)), np.ones(2), k=0)
 
 
+@pytest.mark.parametrize(("right", "number"), [(0, 4), (4, 4), (1, 4), (0, 1), (7, 20), (300, 1000)])
+def test_wilson_interval_against_the_test_that_it_inverts(right: int, number: int) -> None:
+    """An end p of the interval is where the observed share is exactly 1.96 standard errors of p away."""
+    low, high = (end / 100 for end in wilson_interval(100 * right / number, number))
+    share = right / number
+    for end, is_trivial in ((low, right == 0), (high, right == number)):
+        if is_trivial:
+            assert end == pytest.approx(share)
+        else:
+            assert abs(share - end) == pytest.approx(1.96 * math.sqrt(end * (1 - end) / number))
+
+
+def test_sampling_error_is_never_0_and_the_binomial_error_on_many_images() -> None:
+    assert binomial_error(0, 4) == binomial_error(100, 4) == pytest.approx(10)  # the interval is 0 to 20%
+    assert binomial_error(30, 10_000) == pytest.approx(100 * math.sqrt(0.3 * 0.7 / 10_000), rel=1e-3)
+    result = knn_probe(np.eye(4), np.arange(4), np.eye(4), np.arange(4), k=1)
+    assert result.summary()["interval_95"] == [51.01, 100.0]
+
+
 def test_paired_difference_against_its_closed_form_and_by_drawing_again() -> None:
     rng = np.random.default_rng(0)
     a = rng.random(2000) < 0.6
     b = np.where(rng.random(2000) < 0.9, a, ~a)
     difference, error = paired_difference(a, b)
-    only_a, only_b = (a & ~b).mean(), (b & ~a).mean()
-    assert difference == pytest.approx(100 * (only_a - only_b))
-    closed = 100 * math.sqrt((only_a + only_b - (only_a - only_b) ** 2) / 1999)  # McNemar
-    assert error == pytest.approx(closed)
+    assert difference == pytest.approx(100 * (a.mean() - b.mean()))
+    # Agresti and Min: the Wald error of the four counts with half an image added to each
+    only_a, only_b = (((first & ~second).sum() + 0.5) / 2002 for first, second in ((a, b), (b, a)))
+    assert error == pytest.approx(100 * math.sqrt((only_a + only_b - (only_a - only_b) ** 2) / 2002))
     draws = [rng.integers(0, 2000, 2000) for _ in range(500)]
     drawn = np.std([100 * (a[i].mean() - b[i].mean()) for i in draws])
     assert error == pytest.approx(drawn, rel=0.15)
 
 
 def test_paired_difference_edges() -> None:
-    assert paired_difference(np.array([True]), np.array([False])) == (100.0, 0.0)
-    assert paired_difference(torch.ones(5).bool(), torch.ones(5).bool()) == (0.0, 0.0)
+    assert paired_difference(np.array([True]), np.array([False])) == pytest.approx((100, 100 * (5 / 3) ** 0.5 / 3))
+    assert paired_difference(torch.ones(4).bool(), torch.ones(4).bool()) == pytest.approx((0, 100 / 6))
     with pytest.raises(ValueError, match="equally long"):
         paired_difference(np.ones(3), np.ones(4))

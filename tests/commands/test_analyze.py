@@ -311,6 +311,7 @@ def test_open_classifier__refuses_other_classes(images: Path, vit_run: Path, tmp
     other = train("finetune", images, tmp_path / "classifier", backbone=str(vit_run))
     settings = json.loads((other / "export" / "config.json").read_text())
     settings["classes"] = ["blue", "green", "yellow"]
+    (other / "export" / "config.json.sha256").unlink()
     (other / "export" / "config.json").write_text(json.dumps(settings))
     with pytest.raises(ConfigError, match="does not have the class 'red'"):
         opened(str(other))
@@ -356,10 +357,11 @@ def test_analyze__deletes_only_analyses(images: Path, codebook_run: Path, tmp_pa
     with pytest.raises(PreflightError, match="does not look like an analysis"):
         pecobook.analyze(**common, overwrite=True)
     assert (tmp_path / "thesis.tex").read_text() == "years"
-    killed = tmp_path / "killed"  # before it wrote its figures
-    (killed / "pictures").mkdir(parents=True)
+    killed = tmp_path / "killed"  # as it wrote its first file
+    killed.mkdir()
+    (killed / ".analysis.json.tmp").write_text("{")
     assert check_and_open(AnalyzeConfig(**{**common, "out": str(killed)}, overwrite=True))
-    (killed / "pictures").rename(killed / "photos")
+    (killed / "pictures").mkdir()
     with pytest.raises(PreflightError, match="does not look like an analysis"):
         pecobook.analyze(**{**common, "out": str(killed)}, overwrite=True)
 
@@ -368,7 +370,9 @@ def test_cli__analyzes(images: Path, codebook_run: Path, tmp_path: Path, capsys:
     words = ["analyze", "--tokenizer", str(codebook_run), "--data", str(images), "--out", str(tmp_path / "a")]
     cli.main(words)
     cli.main([*words, "--overwrite"])
-    assert "Done: open" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "images     22 images to train on, 2 held out (held-out 10% of train)\n" in said
+    assert "Done: open" in said
 
 
 def test_unique_names__are_the_names_of_the_folders() -> None:

@@ -8,8 +8,10 @@ from typing import Any
 import pytest
 
 from pecobook.analysis.comparison import Comparison, Verdict, claim, compare
+from pecobook.analysis.wording import accuracy_with_error
 from pecobook.commands.analyze.comparing import ONE_SEED, probe_chart
 from pecobook.commands.analyze.page import compose
+from pecobook.commands.analyze.tables import with_error
 from tests.commands.test_analyze_page import Number, distinct, results, text_of
 
 
@@ -36,6 +38,18 @@ def test_a_difference_is_called_higher_only_beyond_two_standard_errors(
     comparison = Comparison("codeword_probe", "perceptual", "control", difference, error, True, 10_000)
     assert comparison.verdict is verdict
     assert comparison.words() == words
+
+
+def test_few_test_images_give_counts_and_no_errors() -> None:
+    assert accuracy_with_error(100.0, 4) == "4 of 4"
+    assert accuracy_with_error(0.0, 19) == "0 of 19"
+    assert accuracy_with_error(50.0, 20) == "50.0 ± 10.9"
+    few = Comparison("mim.knn", "a", "b", 0.0, 16.7, True, 4)
+    assert few.signed == "–"
+    assert few.words() == "cannot be judged, 4 test images are too few"
+    cell = with_error("codeword_probe")
+    assert cell({"codeword_probe": 100.0, "codeword_probe_error": None}) == "too few images"
+    assert cell({}) == "–"
 
 
 def test_few_test_images_allow_no_verdict() -> None:
@@ -124,7 +138,7 @@ def test_recorded_comparisons_take_precedence_in_either_direction() -> None:
 def test_unpaired_error_is_that_of_two_independent_samples() -> None:
     comparison = compare(results(20.0, 50.0, 50.0, num_test=400), "codeword_probe", "perceptual", "pixel")
     assert comparison is not None
-    assert comparison.standard_error == pytest.approx((2.5**2 + 2.0**2) ** 0.5)
+    assert comparison.standard_error == pytest.approx((2.5**2 + 2.0**2) ** 0.5, rel=2e-3)
 
 
 def test_the_page_says_that_one_seed_is_an_illustration() -> None:

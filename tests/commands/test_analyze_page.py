@@ -202,6 +202,16 @@ def test_the_summary_says_which_accuracy_has_position_removed() -> None:
     assert "70.5% (pixel), 71.5% (control), 72.5% (perceptual)" in second
 
 
+def test_the_summary_claims_no_accuracy_on_few_images() -> None:
+    data = distinct()
+    del data["comparisons"]
+    for tokenizer in data["tokenizers"]:
+        tokenizer["codeword_probe_error"] = None
+    summary = " ".join(compose(data, {}, [], {}).summary)
+    assert "Fewer than 20 held-out images are too few" in summary
+    assert "20.5%" not in summary
+
+
 def test_each_number_of_a_transformer_is_in_its_column() -> None:
     data = distinct()
     data["tokenizers"][1]["mim"] = None

@@ -276,7 +276,7 @@ def test_page__reads_only_uploads(page: tuple[str, Any], images: Path) -> None:
         instance.read_upload(str(outside))
     inside = Path(os.environ["GRADIO_TEMP_DIR"]) / "a.png"
     inside.write_bytes(outside.read_bytes())
-    instance.largest_side = 1000
+    instance.largest_side, instance.source = 1000, open_images(str(images)).evaluation
     assert instance.read_upload(str(inside)).shape == (40, 48, 3)
     inside.write_bytes(b"\x89PNG nonsense")
     with pytest.raises(gradio.Error, match="cannot be read"):

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
-from pecobook import cli
+from pecobook import Backbone, Classifier, cli
 from pecobook.commands.export import export
 from pecobook.errors import ConfigError, RunFolderError, WeightsError
 from pecobook.models.dense.segmenter import Segmenter, resize_maps
@@ -97,14 +97,16 @@ def test_hf__a_run_on_pixels_becomes_a_model_without_a_head(images: Path, tmp_pa
 
 
 def test_hf__a_pretrained_run_becomes_a_masked_image_model(beit_run: Path, tmp_path: Path) -> None:
-    from transformers import AutoImageProcessor, BeitForMaskedImageModeling, BeitModel
+    from transformers import AutoImageProcessor, AutoModel, BeitForMaskedImageModeling
 
     from pecobook.models.checkpoints import read_weights
     from pecobook.models.masked_vit import MaskedImageModel
 
     out = run_export(beit_run, tmp_path / "hf", "hf")
     theirs, loading_info = BeitForMaskedImageModeling.from_pretrained(out, output_loading_info=True)
-    assert not any(loading_info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    assert not any(loading_info[kind] for kind in ("missing_keys", "mismatched_keys"))
+    pooler = {f"beit.pooler.layernorm.{part}" for part in ("weight", "bias")}  # for AutoModel
+    assert set(loading_info["unexpected_keys"]) == pooler
     ours = MaskedImageModel(load_backbone(str(beit_run)).network, 24).eval()
     ours.load_state_dict(read_weights(str(beit_run / "export" / "mim.safetensors")), strict=False)
     mask = torch.zeros(2, 4, 4, dtype=torch.bool)
@@ -112,8 +114,8 @@ def test_hf__a_pretrained_run_becomes_a_masked_image_model(beit_run: Path, tmp_p
     expected = ours(pictures(), mask, 2)
     logits = theirs.eval()(pictures(), bool_masked_pos=mask.flatten(1)).logits[mask.flatten(1)]
     assert_close(logits, expected, atol=1e-5, rtol=1e-5)
-    body = BeitModel.from_pretrained(out, add_pooling_layer=False).eval()
-    assert body(pictures()).last_hidden_state.shape == (2, 17, 24)
+    pooled = AutoModel.from_pretrained(out).eval()(pictures()).pooler_output
+    assert_close(pooled, load_backbone(str(beit_run)).network.eval()(pictures()), atol=1e-5, rtol=1e-5)
     processor = AutoImageProcessor.from_pretrained(out)
     pixels = np.zeros((16, 16, 3), dtype=np.uint8)
     mean, std = (np.array(read_export(beit_run)[0][name]) for name in ("mean", "std"))
@@ -139,19 +141,25 @@ def test_hf__a_fine_tuned_run_becomes_a_classifier(classifier_run: Path, tmp_pat
 
 
 @pytest.mark.parametrize("which", ["vit_run", "classifier_run"])
-def test_onnx__computes_the_same_outputs(which: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
+def test_onnx__normalises_inside_the_graph(which: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
     import onnxruntime
 
     run: Path = request.getfixturevalue(which)
     out = run_export(run, tmp_path / "onnx", "onnx")
     session = onnxruntime.InferenceSession(str(out / "model.onnx"))
-    config, state = read_export(run)
-    network = timm.create_model(config["name"], num_classes=len(config.get("classes", ())), **config["args"])
-    network.load_state_dict(state)
+    network = (Backbone if which == "vit_run" else Classifier).from_pretrained(run)
+    images = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
     for count in (1, 2):
-        (output,) = session.run(None, {"images": pictures()[:count].numpy()})
-        assert_close(torch.from_numpy(output), network.eval()(pictures()[:count]), atol=1e-5, rtol=1e-4)
-    assert json.loads((out / "config.json").read_text())["mean"] == config["mean"]
+        (output,) = session.run(None, {"images": images[:count].numpy()})
+        with torch.no_grad():
+            assert_close(torch.from_numpy(output), network(images[:count]), atol=1e-5, rtol=1e-4)
+    metadata = session.get_modelmeta().custom_metadata_map
+    assert metadata["images"] == "float32 (batch, 3, 16, 16), RGB in [0, 1]; the graph normalises them"
+    assert metadata["image_size"] == "16"
+    config = json.loads((out / "config.json").read_text())
+    assert "mean" not in config  # whoever applied it would normalise twice
+    if isinstance(network, Classifier):
+        assert json.loads(metadata["classes"]) == config["classes"] == list(network.classes)
 
 
 def test_onnx__of_a_tokenizer(codebook_run: Path, tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from torch import Tensor
 from pecobook import cli, predict
 from pecobook.commands.predict import file_name, list_images, writers
 from pecobook.data.decode import decode
-from pecobook.data.dense.segmentation_classes import decode_mask
+from pecobook.data.dense.mask_files import decode_mask
 from pecobook.errors import ConfigError, DataError, RunFolderError, WeightsError
 from pecobook.models.dense.segmenter import Segmenter
 from pecobook.models.weights import load_backbone
@@ -186,6 +186,47 @@ def write_parquet(file: Path, sources: list[Path]) -> None:
     pq.write_table(pa.table(table), file)
 
 
+@pytest.mark.parametrize("kind", ["segment", "classifier", "detect"])
+def test_odd_files_do_not_end_a_job(
+    kind: str, tmp_path: Path, request: pytest.FixtureRequest, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run: Path = request.getfixturevalue(f"{kind}_run")
+    odd, out = tmp_path / "odd", tmp_path / "out"
+    odd.mkdir()
+    Image.new("RGB", (65_600, 3), "red").save(odd / "wide.png")  # JPEG holds at most 65,535 pixels a side
+    Image.new("RGB", (40, 30), "red").save(odd / "whole.png")
+    (odd / "zero.png").symlink_to("/dev/zero")
+    with (odd / "large.png").open("wb") as sparse:
+        sparse.truncate(40 * 10**9)
+    predict(str(run), str(odd), out=str(out))
+    skipped = (out / "skipped.txt").read_text()
+    assert "large.png: 40,000,000,000 bytes are more than" in skipped
+    assert "images were skipped" in capsys.readouterr().err
+    assert {"pictures/wide.jpg", "pictures/whole.jpg"} <= files(out)
+    with Image.open(out / "pictures" / "wide.jpg") as picture:
+        assert picture.width == 65_500
+
+
+def test_an_image_on_which_the_network_fails_is_skipped(
+    segment_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for name, width in (("a.png", 8), ("b.png", 9)):
+        Image.new("RGB", (width, 8), "red").save(folder / name)
+    predict_one = Segmenter.predict
+
+    def fail_once(self: Segmenter, image: Tensor, *arguments: Any) -> Tensor:
+        if image.shape[2] == 8:
+            raise torch.OutOfMemoryError("out of memory")
+        return predict_one(self, image, *arguments)
+
+    monkeypatch.setattr(Segmenter, "predict", fail_once)
+    predict(str(segment_run), str(folder), out=str(tmp_path / "out"))
+    assert (tmp_path / "out" / "masks" / "b.png").is_file()
+    assert (tmp_path / "out" / "skipped.txt").read_text() == "a.png: cannot be predicted: out of memory\n"
+
+
 def test_list_images__opens_every_split_and_single_images(images: Path, tmp_path: Path) -> None:
     (tmp_path / "set").mkdir()
     for number, split in enumerate(("train", "validation", "test")):
@@ -212,8 +253,12 @@ def test_predict__refuses(segment_run: Path, vit_run: Path, pictures: Path, tmp_
     with pytest.raises(ConfigError, match="--out is missing"):
         predict(run, str(pictures), out="")
     assert not Path(out).exists()
-    with pytest.raises(RunFolderError, match="not empty"):
+    with pytest.raises(RunFolderError, match="is the folder of images"):
         predict(run, str(pictures), out=str(pictures))
+    (tmp_path / "filled").mkdir()
+    (tmp_path / "filled" / "a").touch()
+    with pytest.raises(RunFolderError, match="not empty"):
+        predict(run, str(pictures), out=str(tmp_path / "filled"))
     for file in pictures.rglob("*.*"):
         file.write_bytes(b"broken")
     with pytest.raises(DataError, match="None of the 5 images"):
@@ -234,6 +279,13 @@ def test_predict__refuses(segment_run: Path, vit_run: Path, pictures: Path, tmp_
 )
 def test_file_name__stays_in_the_folder(name: str, expected: str) -> None:
     assert file_name(name, set()) == expected
+
+
+def test_file_name__cuts_long_names_and_renames_folders_with_the_name_of_a_file() -> None:
+    long = [file_name(f"{'ä' * 120}{end}.jpg", set()) for end in "xy"]
+    assert long[0] != long[1]
+    assert all(len(name.encode()) <= 230 and name.startswith("ä" * 100) for name in long)
+    assert file_name("a.png/b.jpg", {"a"}) == "a_png/b"
 
 
 def test_file_name__is_used_once() -> None:

@@ -91,6 +91,7 @@ def test_command__prints_the_accuracy_of_every_layer_and_writes_the_results(
     out = tmp_path / "probe.json"
     cli.main(["probe", "--data", str(images), "--backbone", str(vit_run), "--out", str(out)])
     printed = capsys.readouterr().err
+    assert "classes    3 classes: blue 6, green 8, red 8; held out: blue 2, green 0, red 0\n" in printed
     assert "block 2 mean + class" in printed
     assert "knn" in printed
     results = json.loads(out.read_text())

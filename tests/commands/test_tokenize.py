@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import io
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -17,7 +19,8 @@ from typing import Any
 import pytest
 import torch
 
-from pecobook import api
+from pecobook import api, cli, recipes
+from pecobook.commands.tokenize import next_command
 from pecobook.data import tokens
 from pecobook.data.images import open_images
 from pecobook.data.stream import Stream, collate
@@ -48,6 +51,16 @@ def make_bank(data: Path | str, tokenizer: Path | str, out: Path, **more: Any) -
 @pytest.fixture(scope="module")
 def bank(images: Path, codebook_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_bank(images, codebook_run, tmp_path_factory.mktemp("banks") / "bank")
+
+
+def test_tokenize__says_what_it_writes(
+    images: Path, codebook_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = {**_VIEWS, **_COMMON, "views": 3}
+    api.tokenize("tiny", data=str(images), tokenizer=str(codebook_run), out=str(tmp_path / "bank"), **settings)
+    said = capsys.readouterr().err.splitlines()
+    assert said[1] == "images     22 images to train on, 2 held out (held-out 10% of train)"
+    assert said[4] == "views      3 of each training image, one of each held-out image, 4 x 4 tokens of 24 codewords"
 
 
 def test_tokenize__every_banked_view_is_the_online_one(bank: Path, images: Path, codebook_run: Path) -> None:
@@ -301,6 +314,32 @@ def test_command__killed_and_resumed_writes_the_same_bank(images: Path, codebook
     assert written < len(list((tmp_path / "whole" / "train").iterdir()))
     done = subprocess.run(command(out, "--resume"), capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert "pecobook pretrain ... --tokens" in done.stderr
+    assert f"\n\npecobook pretrain tiny --data {images} --out {out}-vit " in done.stderr
     assert files(out) == files(tmp_path / "whole")
     assert json.loads((out / "config.json").read_text())["views"] == 40
+
+
+def test_last_line__is_a_command_that_pretrains_on_the_bank(
+    images: Path, codebook_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Folders have spaces, the views differ from the recipe's, and the tokens make another grid than 4 x 4."""
+    pictures, tokenizer, out = (tmp_path / name for name in ("my pictures", "my tokenizer", "my bank"))
+    pictures.symlink_to(images)
+    tokenizer.symlink_to(codebook_run)
+    words = ["--data", str(pictures), "--tokenizer", str(tokenizer), "--out", str(out), "--image-size", "24"]
+    cli.main(["tokenize", "tiny", *words, "--min-crop", "0.5", "--colour.hue", "0.2", "--workers", "0", "--seed", "3"])
+    last = capsys.readouterr().err.rstrip().rpartition("\n")[2]
+    program, *command = shlex.split(last)
+    assert program == "pecobook"
+    cli.main([*command, "--max-steps", "1", "--batch-size", "4", "--workers", "0"])
+    written = json.loads((tmp_path / "my bank-vit" / "config.json").read_text())
+    expected = {"tokens": str(out), "seed": 3, "min_crop": 0.5, "data": str(pictures), "image_size": 24}
+    assert {name: written[name] for name in expected} == expected
+    assert written["colour"]["hue"] == 0.2
+    assert written["mask"] == {**written["mask"], "num_masked": 14, "min_block": 2}  # 6 of 16 are 14 of 36
+
+
+def test_next_command__names_the_recipe_of_the_views() -> None:
+    config = recipes.tokenize("paper-vit-h")
+    line = next_command(dataclasses.replace(config, tokenizer="runs/codebook", out="b"), 16)
+    assert line == ("pecobook pretrain paper-vit-h --data photos --out b-vit --tokenizer runs/codebook --tokens b")

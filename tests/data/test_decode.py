@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import io
+import os
 import pickle
+import socket
 import struct
 import warnings
 import zlib
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,57 +18,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 
 from pecobook.data import decode as decode_module
-from pecobook.data.decode import MAX_PIXELS, BadImage, decode
-
-Pixels = npt.NDArray[np.uint8]
-
-
-def picture(height: int = 24, width: int = 40, channels: int = 3) -> Pixels:
-    """Make a picture that is smooth, as JPEG needs, and without symmetry, so that a wrong orientation is detected."""
-    y, x = np.mgrid[:height, :width]
-    planes = [
-        60 + 150 * x / width + 30 * np.sin(y / 5),
-        40 + 180 * y / height,
-        200 - 120 * x * y / (width * height),
-        40 + 200 * (x + y) / (width + height),
-    ]
-    return np.stack(planes[:channels], axis=-1).clip(0, 255).astype(np.uint8)
-
-
-def encode(image: Image.Image, format_name: str, **options: Any) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, format_name, **options)
-    return buffer.getvalue()
-
-
-def to_pixels(tensor: Tensor) -> Pixels:
-    assert tensor.dtype == torch.uint8
-    return np.asarray(tensor.permute(1, 2, 0).numpy())
-
-
-def assert_close(decoded: Tensor, expected: Image.Image | npt.NDArray[Any], levels: int = 0) -> None:
-    expected_pixels = np.asarray(expected).astype(int)
-    pixels = to_pixels(decoded).astype(int)
-    assert pixels.shape == expected_pixels.shape
-    assert np.abs(pixels - expected_pixels).max() <= levels
-
-
-def png_16(samples: npt.NDArray[np.uint16], colour_type: int) -> bytes:
-    """Encode a 16-bit PNG by hand, because Pillow writes 16 bits only for grey images."""
-
-    def chunk(kind: bytes, body: bytes) -> bytes:
-        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
-
-    height, width = samples.shape[:2]
-    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in samples)
-    header = struct.pack(">IIBBBBB", width, height, 16, colour_type, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + b"".join(
-        (chunk(b"IHDR", header), chunk(b"IDAT", zlib.compress(rows)), chunk(b"IEND", b""))
-    )
+from pecobook.data.decode import MAX_PIXELS, BadImage, decode, header_size, read_file
+from pecobook.data.deep import ValueRange
+from pecobook.errors import ConfigError
+from tests.data.pictures import Pixels, assert_close, encode, picture
 
 
 @pytest.mark.parametrize("format_name", ["JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM"])
@@ -122,6 +82,17 @@ def test_grey_with_alpha() -> None:
     assert_close(decode(encode(grey, "PNG")), on_white(rgba), levels=1)
 
 
+def test_16_bits_a_pixel_in_a_bmp() -> None:
+    """Five or six bits of each colour: no deep values, so a range changes nothing."""
+    words = np.array([[0xF800, 0x07E0], [0x001F, 0xFFFF]], "<u2")[::-1]  # red, green; blue, white; from the bottom up
+    masks = struct.pack("<3I", 0xF800, 0x07E0, 0x001F)
+    header = struct.pack("<IiiHHIIiiII", 40, 2, 2, 1, 16, 3, 8, 0, 0, 0, 0)
+    data = struct.pack("<2sIHHI", b"BM", 74, 0, 0, 66) + header + masks + words.tobytes()
+    expected = np.array([[[255, 0, 0], [0, 255, 0]], [[0, 0, 255], [255, 255, 255]]])
+    assert_close(decode(data), expected)
+    assert_close(decode(data, value_range=ValueRange(0, 4095)), expected)
+
+
 def test_palette() -> None:
     image = Image.fromarray(picture()).quantize(16)
     assert_close(decode(encode(image, "PNG")), image.convert("RGB"))
@@ -143,71 +114,10 @@ def test_transparent_colour_of_a_grey_png() -> None:
     assert_close(decode(data), np.repeat(expected[..., None], 3, axis=-1))
 
 
-@pytest.mark.parametrize("format_name", ["PNG", "TIFF", "PPM"])
-def test_16_bit_grey_is_scaled_not_clipped(format_name: str) -> None:
-    samples = np.linspace(0, 65535, 24 * 40).reshape(24, 40).astype(np.uint16)
-    expected = np.repeat(np.rint(samples / 257)[..., None], 3, axis=-1)
-    assert_close(decode(encode(Image.fromarray(samples), format_name)), expected)
-
-
-def test_16_bit_big_endian_tiff() -> None:
-    samples = np.linspace(0, 65535, 6).astype(">u2").reshape(2, 3)
-    image = Image.frombytes("I;16B", (3, 2), samples.tobytes())
-    decoded = decode(encode(image, "TIFF"))[0].numpy()
-    assert (decoded == np.rint(samples.astype(float) / 257)).all()
-
-
-@pytest.mark.parametrize(("colour_type", "channels"), [(2, 3), (6, 4), (4, 2)])
-def test_16_bit_colour_png(colour_type: int, channels: int) -> None:
-    samples = np.linspace(0, 65535, 24 * 40 * channels).reshape(24, 40, channels).astype(np.uint16)
-    rgba = np.full((24, 40, 4), 255.0)
-    rgba[..., :3] = (samples[..., :1] if channels == 2 else samples[..., :3]) / 257
-    if channels != 3:
-        rgba[..., 3] = samples[..., -1] / 257
-    alpha = rgba[..., 3:] / 255
-    expected = rgba[..., :3] * alpha + 255 * (1 - alpha)
-    assert_close(decode(png_16(samples, colour_type)), np.rint(expected), levels=2)
-
-
-def test_float_tiff() -> None:
-    unit = np.linspace(0.25, 0.75, 24 * 40, dtype=np.float32).reshape(24, 40)
-    data = encode(Image.fromarray(unit), "TIFF")
-    assert_close(decode(data), np.repeat(np.rint(unit.astype(float) * 255)[..., None], 3, axis=-1))
-    wide = unit * 1000 - 500  # no agreed range: stretched
-    decoded = decode(encode(Image.fromarray(wide), "TIFF"))
-    assert (int(decoded.min()), int(decoded.max())) == (0, 255)
-    wide[0, 0], wide[0, 1] = np.nan, np.inf
-    decoded = decode(encode(Image.fromarray(wide), "TIFF"))
-    assert decoded[0, 0, 0] == 0
-    assert decoded[0, 0, 1] == 255
-
-
-@pytest.mark.parametrize("value", [np.nan, 7.0, 0.0])
-def test_constant_float(value: float) -> None:
-    data = encode(Image.fromarray(np.full((3, 4), value, np.float32)), "TIFF")
-    assert decode(data).sum() == 0
-
-
-def test_32_bit_integers_are_stretched() -> None:
-    samples = np.array([[-5, 0, 100_000]], dtype=np.int32)
-    expected = np.rint((samples + 5) / 100_005 * 255)
-    assert_close(decode(encode(Image.fromarray(samples), "TIFF")), np.repeat(expected[..., None], 3, axis=-1))
-
-
 def test_1_bit() -> None:
     bits = picture(channels=1)[..., 0] > 128
     data = encode(Image.fromarray(bits), "PNG")
     assert_close(decode(data), np.repeat((bits * 255)[..., None], 3, axis=-1))
-
-
-@pytest.mark.parametrize("orientation", range(1, 9))
-@pytest.mark.parametrize("format_name", ["JPEG", "PNG", "WEBP", "TIFF"])
-def test_exif_orientation(format_name: str, orientation: int) -> None:
-    exif = Image.Exif()
-    exif[0x0112] = orientation
-    data = encode(Image.fromarray(picture()), format_name, exif=exif)
-    expected = ImageOps.exif_transpose(Image.open(io.BytesIO(data))).convert("RGB")
-    assert_close(decode(data), expected, levels=2 * (format_name == "JPEG"))
 
 
 @pytest.mark.parametrize("format_name", ["JPEG", "PNG", "WEBP", "GIF", "BMP"])
@@ -216,8 +126,8 @@ def test_one_pixel(format_name: str) -> None:
     assert decode(data).tolist() == [[[255]]] * 3
 
 
-@pytest.mark.parametrize("format_name", ["GIF", "WEBP"])
-def test_first_frame_of_an_animation(format_name: str) -> None:
+@pytest.mark.parametrize("format_name", ["GIF", "WEBP", "PNG", "TIFF"])
+def test_first_frame_of_an_animation_and_first_page(format_name: str) -> None:
     frames = [Image.new("RGB", (8, 6), colour) for colour in ("red", "blue")]
     options = {"lossless": True} if format_name == "WEBP" else {}
     data = encode(frames[0], format_name, save_all=True, append_images=frames[1:], **options)
@@ -231,6 +141,17 @@ def test_common_photographs_take_the_fast_path(format_name: str, monkeypatch: py
 
     monkeypatch.setattr(decode_module, "from_pillow", refuse)
     assert decode(encode(Image.fromarray(picture()), format_name)).shape == (3, 24, 40)
+
+
+def png_header(width: int, height: int, colour_type: int) -> bytes:
+    body = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, colour_type, 0, 0, 0)
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + struct.pack(">I", 13)
+        + body
+        + struct.pack(">I", zlib.crc32(body))
+        + b"\0\0\0\0IDAT\0\0\0\0"
+    )
 
 
 def valid(format_name: str) -> bytes:
@@ -248,6 +169,9 @@ BROKEN = {
     "header only": (valid("JPEG")[:30], ""),
     "png signature only": (valid("PNG")[:8], ""),
     "eps": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n", "not an image"),
+    "rgba bomb": (png_header(13_370, 13_370, 6), "PECOBOOK_MAX_PIXELS raises this limit"),
+    "no width": (png_header(0, 5, 2), ""),
+    "no height": (b"P6\n5 0\n255\n", ""),
     "bomb": (b"P6\n20000 20000\n255\n", f"more than {MAX_PIXELS:,} pixels"),
 }
 
@@ -278,6 +202,51 @@ def test_pillows_limit_does_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)
     with pytest.raises(BadImage, match="20000 x 20000"):
         decode(BROKEN["bomb"][0])
+
+
+def test_the_limit_of_pixels_can_be_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    data = encode(Image.fromarray(picture()), "JPEG")
+    monkeypatch.setenv("PECOBOOK_MAX_PIXELS", "960")
+    assert decode(data).shape == (3, 24, 40)
+    monkeypatch.setenv("PECOBOOK_MAX_PIXELS", "959")
+    with pytest.raises(BadImage, match=r"a\.jpg: 40 x 24 is more than 959 pixels"):
+        decode(data, name="a.jpg")
+    monkeypatch.setenv("PECOBOOK_MAX_PIXELS", "many")
+    with pytest.raises(ConfigError, match="PECOBOOK_MAX_PIXELS is 'many'"):
+        decode(data)
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "CMYK", "RGB"])
+def test_large_images_are_converted_in_strips(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    image = Image.fromarray(picture(channels=4), "RGBA")
+    image = image.convert("RGB").convert(mode) if mode in ("CMYK", "P") else image.convert(mode)
+    data = encode(image, "TIFF" if mode == "CMYK" else "PNG", **({"transparency": 3} if mode == "P" else {}))
+    whole = decode(data)
+    monkeypatch.setattr(decode_module, "_STRIP_PIXELS", 7 * 40)
+    assert decode(data).equal(whole)
+
+
+def test_only_regular_files_are_read(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.png")
+    (tmp_path / "link.png").symlink_to("/dev/zero")
+    (tmp_path / "folder.png").mkdir()
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(tmp_path / "s.png"))
+    kinds = {"pipe": "a named pipe", "link": "a device", "folder": "a folder", "s": "a socket"}
+    for stem, kind in kinds.items():
+        with pytest.raises(BadImage, match=f"{stem}.png: {kind}, not a regular file"):
+            read_file(tmp_path / f"{stem}.png")
+        assert header_size(tmp_path / f"{stem}.png") is None
+    with pytest.raises(BadImage, match="No such file"):
+        read_file(tmp_path / "none.png")
+
+
+def test_a_file_of_40_gb_is_not_read(tmp_path: Path) -> None:
+    file = tmp_path / "large.png"
+    with file.open("wb") as sparse:
+        sparse.truncate(40 * 10**9)
+    with pytest.raises(BadImage, match="40,000,000,000 bytes are more than 1,073,741,824"):
+        read_file(file)
 
 
 @settings(max_examples=150, deadline=None)

@@ -11,7 +11,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from pecobook.data.images import open_images
+from pecobook.commands.predict import list_images
+from pecobook.data.images import check_labels, open_images
 from pecobook.errors import DataError
 from tests.data.sources import labels, names, png, values, write
 
@@ -100,9 +101,144 @@ def test_labelled_validation_is_preferred_to_unlabelled_test(tmp_path: Path) -> 
 def test_a_single_folder_train(tmp_path: Path) -> None:
     for number in range(4):
         write(tmp_path / "train" / "ab"[number % 2] / f"{number}.png")
-    assert open_images(str(tmp_path)).train.classes == ("a", "b")
+    write(tmp_path / "stray.png")
+    splits = open_images(str(tmp_path))
+    assert splits.train.classes == ("a", "b")
+    assert splits.left_out == {"not in a split folder": 1}
     write(tmp_path / "car" / "x.png")  # now "train" is the class of a vehicle
-    assert open_images(str(tmp_path)).train.classes == ("car", "train")
+    (tmp_path / "stray.png").unlink()
+    splits = open_images(str(tmp_path))
+    assert splits.train.classes == ("car", "train")
+    assert splits.notes == (
+        "'train': taken for a class, as the folders beside do not name training and held-out images.",
+    )
+
+
+@pytest.mark.parametrize(
+    "folders", ["train valid", "Training Testing", "training_set test_set", "train dev", "a/b/x_train a/b/x_test"]
+)
+def test_names_of_split_folders(tmp_path: Path, folders: str) -> None:
+    for number, folder in enumerate(folders.split()):
+        for name in ("cat", "dog"):
+            write(tmp_path / folder / name / "x.png", number)
+    write(tmp_path / "__MACOSX" / folders.split()[0] / "cat" / "x.png", 9)
+    splits = open_images(str(tmp_path))
+    assert (values(splits.train), values(splits.evaluation)) == ([0, 0], [1, 1])
+    assert labels(splits.train) == labels(splits.evaluation) == ["cat", "dog"]
+    assert splits.left_out == {"hidden": 1}
+
+
+def test_a_split_that_stays_unused_is_counted(tmp_path: Path) -> None:
+    for folder in ("train", "valid", "test", "demo"):
+        for name in ("cat", "dog"):
+            write(tmp_path / folder / name / "x.png")
+    assert open_images(str(tmp_path)).left_out == {
+        "not in a split folder": 2,
+        "in the validation split, because test is held out": 2,
+    }
+
+
+def test_what_is_left_out_is_counted(tmp_path: Path) -> None:
+    for name in ("a.png", "B.JFIF", "c.avif", "d.HEIC", "e.npy", "f.jp2", "g.jpe"):
+        write(tmp_path / name)
+    for name in ("h.dcm", "i.DCM", "j.exr", "k", "l.0001", ".m.png", "n.parquet", ".git/o.png"):
+        write(tmp_path / name)
+    (tmp_path / "p.png").symlink_to("nowhere.png")
+    os.mkfifo(tmp_path / "q.png")
+    splits = open_images(str(tmp_path))
+    assert len(splits.train) + len(splits.evaluation) == 6
+    assert splits.left_out == {
+        "extension .npy beside other images": 1,
+        "extension .dcm": 2,
+        "extension .exr": 1,
+        "no extension": 1,
+        "other extension": 1,
+        "hidden": 2,
+        "parquet file beside image files": 1,
+        "broken link": 1,
+        "not a regular file": 1,
+    }
+
+
+def test_predict_reads_links_and_says_what_it_leaves_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write(tmp_path / "pool" / "b.png", 1)
+    write(tmp_path / "data" / "a.png", 0)
+    (tmp_path / "data" / "more").symlink_to(tmp_path / "pool")
+    (tmp_path / "data" / "x.dcm").touch()
+    ((source, _),) = list_images(str(tmp_path / "data"))
+    assert values(source) == [0, 1]
+    assert capsys.readouterr().err == f"Left out of '{tmp_path / 'data'}': 1 extension .dcm.\n"
+
+
+def test_masks_beside_their_images_are_left_out(tmp_path: Path) -> None:
+    for name in ("a/1.jpg", "a/1_mask.png", "b/x (1).png", "b/x (1)_mask.png", "b/x (1)_mask_1.png", "b/2-SEG.png"):
+        write(tmp_path / name)
+    for name in ("b/mask.png", "b/my_mask.png", "b/2_mask.png"):  # of no image
+        write(tmp_path / name)
+    splits = open_images(str(tmp_path))
+    read = [Path(name).name for name in names(splits.train) + names(splits.evaluation)]
+    assert sorted(read) == ["1.jpg", "2-SEG.png", "2_mask.png", "mask.png", "my_mask.png", "x (1).png"]
+    assert splits.left_out == {"mask beside its image, such as x_mask.png": 3}
+
+
+def test_a_folder_of_arrays(tmp_path: Path) -> None:
+    for number, name in enumerate(("a/1.npy", "a/2.npy", "b/3.NPY")):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        with (tmp_path / name).open("wb") as file:
+            np.save(file, np.full((4, 6), number, np.uint8))
+    splits = open_images(str(tmp_path))
+    assert sorted(values(splits.train) + values(splits.evaluation)) == [0, 1, 2]
+    assert splits.train.classes == ("a", "b")
+    assert splits.left_out == {}
+
+
+def test_class_folders_that_are_links(tmp_path: Path) -> None:
+    for number, name in enumerate(("cat", "dog", "cow")):
+        write(tmp_path / "pool" / name / "x.png", number)
+    root = tmp_path / "data"
+    write(root / "cow" / "y.png", 9)
+    for name in ("cat", "dog"):
+        (root / name).symlink_to(tmp_path / "pool" / name)
+    (root / "cow" / "up").symlink_to(root)
+    (root / "cow" / "out").symlink_to(tmp_path)
+    (tmp_path / "pool" / "cat" / "circle").symlink_to(tmp_path / "pool" / "cat")
+    splits = open_images(str(root))
+    pairs = [
+        pair
+        for source in (splits.train, splits.evaluation)
+        for pair in zip(values(source), labels(source) or [], strict=True)
+    ]
+    assert sorted(pairs) == [(0, "cat"), (1, "dog"), (9, "cow")]
+    assert splits.left_out == {"link to a folder that is read already": 3}
+
+
+def test_an_image_outside_the_class_folders(class_folder: Path) -> None:
+    stray = write(class_folder / "stray.png", 99)
+    splits = open_images(str(class_folder))
+    assert splits.train.labels is None
+    problem = f"1 of 21 images of train lie outside the class folders, the first: {stray}"
+    assert splits.notes == (f"The labels of train are not used: {problem}.",)
+    with pytest.raises(DataError, match=f"has no labels that can be used: {problem}"):
+        check_labels(splits, str(class_folder))
+
+
+def test_one_class_is_none(tmp_path: Path) -> None:
+    for number in range(3):
+        write(tmp_path / "cat" / f"{number}.png")
+    splits = open_images(str(tmp_path))
+    with pytest.raises(DataError, match="all its images lie in the one folder 'cat'"):
+        check_labels(splits, "x")
+
+
+def test_flat_validation_images(tmp_path: Path) -> None:
+    for name in ("train/a/1", "train/b/2", "val/1"):
+        write(tmp_path / f"{name}.png")
+    with pytest.raises(DataError, match=r"held-out images \(validation\): .* lie in no class folder .*val/1.png"):
+        check_labels(open_images(str(tmp_path)), "x")
+    for number in (1, 2):
+        write(tmp_path / "flat" / f"ILSVRC2012_val_{number:08}.JPEG")
+    with pytest.raises(DataError, match=r"without class folders .*LOC_val_solution.csv\), or use 'hf:"):
+        check_labels(open_images(str(tmp_path / "flat")), "x")
 
 
 def test_names_that_are_not_unicode(tmp_path: Path) -> None:
@@ -115,7 +251,7 @@ def test_names_that_are_not_unicode(tmp_path: Path) -> None:
 
 
 _PATHS = st.lists(
-    st.lists(st.sampled_from(["a", "B", "é", "train", "x y"]), min_size=0, max_size=3).map(tuple),
+    st.lists(st.sampled_from(["a", "B", "é", "trains", "x y"]), min_size=0, max_size=3).map(tuple),
     min_size=2,
     max_size=25,
 )

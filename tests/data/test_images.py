@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 
 from pecobook.data.decode import BadImage
 from pecobook.data.images import open_images
-from pecobook.data.source import ImageSource, Splits, group_by_split, split_from_name
+from pecobook.data.source import ImageSource, Splits
 from pecobook.errors import DataError
 from tests.data.sources import make_parquet, make_tar, names, samples, write
 
@@ -108,17 +108,19 @@ def test_unknown_sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.chdir(tmp_path)
     write(tmp_path / "images" / "x.png")
     (tmp_path / "empty").mkdir()
-    (tmp_path / "a.txt").touch()
+    for name in ("a.txt", "a.tar.gz"):
+        (tmp_path / name).touch()
     cases = {
         "photo": r"'photo' does not exist\. Did you mean 'photos'\?\nA source is a folder",
         "imagse": r"'imagse' does not exist\. Did you mean 'images'\?",
         str(tmp_path / "imagse" / "deeper"): rf"imagse' does not exist\. Did you mean '{tmp_path}/images'\?",
         "s3://bucket/x": "A source is a folder of images, a parquet file or folder, tar shards",
         "nothing-*.tar": "no file matches this pattern",
-        "empty": r"neither this folder nor its subfolders hold images.*jpg, jpeg, png.*pgm; also parquet and tar",
+        "empty": r"neither this folder nor its subfolders hold images.*jpg, jpeg, jpe.*npy.*; also parquet and tar",
         "images": "holds one image; at least two are needed",
         "images/x.png": "a single '.png' file is not a source; give the folder",
         "a.txt": "a single '.txt' file is not a source",
+        "a.tar.gz": "'a.tar.gz' is compressed; unpack it",
         "": "A source is a folder",
         "~no-such-user/x": "cannot be opened",
         "x" * 5000: "cannot be opened|does not exist",
@@ -127,24 +129,6 @@ def test_unknown_sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
         with pytest.raises(DataError, match=message) as caught:
             open_images(source)
         assert str(caught.value).count("\n") < 3
-
-
-def test_split_names() -> None:
-    expected = {
-        "train-00000-of-00002.parquet": "train",
-        "validation.parquet": "validation",
-        "imagenet-val-003.tar": "validation",
-        "data/test/0000.tar": "test",
-        "train/value.parquet": "validation",
-        "contest.tar": None,
-        "retrain.tar": None,
-        "cat_0.tar": None,
-    }
-    assert {name: split_from_name(name) for name in expected} == expected
-    assert group_by_split(["a", "b"]) == {"train": [0, 1]}
-    assert group_by_split(["a", "test"]) == {"train": [0], "test": [1]}
-    assert group_by_split(["test", "val"]) == {"train": [0, 1]}
-    assert group_by_split(["train", "a", "test"]) == {"train": [0], "test": [2]}
 
 
 # ---- real data sets, if they are available ----

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
+import tarfile
 from pathlib import Path
 
 import pytest
 
 from pecobook.data import shards
 from pecobook.data.decode import BadImage
-from pecobook.data.images import open_images
+from pecobook.data.images import check_labels, open_all_splits, open_images
+from pecobook.data.source import Splits
+from pecobook.data.tar_index import index_shard
 from pecobook.errors import DataError
 from tests.data.sources import labels, make_tar, names, png, samples, values
 
@@ -96,6 +100,147 @@ def test_many_shards_do_not_exhaust_file_descriptors(tmp_path: Path, monkeypatch
     assert len(list(Path("/dev/fd").iterdir())) == before
 
 
+def contents(path: Path) -> tuple[list[tuple[int, str]], Splits]:
+    """Return (pixel value, label) of all images, sorted."""
+    splits = open_images(str(path))
+    pairs = [
+        (value, label)
+        for source in (splits.train, splits.evaluation)
+        for value, label in zip(values(source), [*(labels(source) or [""] * len(source))], strict=True)
+    ]
+    return sorted(pairs, key=lambda pair: pair[0]), splits
+
+
+def sample(key: str, value: int, label: str) -> list[tuple[str, bytes]]:
+    return [(f"{key}.png", png(value)), (f"{key}.cls", label.encode())]
+
+
+def test_joined_archives_keep_their_own_labels(tmp_path: Path) -> None:
+    make_tar(tmp_path / "a.tar", sample("0", 1, "cat") + sample("1", 2, "dog"))
+    make_tar(tmp_path / "b.tar", sample("0", 3, "dog") + sample("1", 4, "cat"))
+    joined = tmp_path / "joined"
+    joined.mkdir()
+    (joined / "x.tar").write_bytes((tmp_path / "a.tar").read_bytes() + (tmp_path / "b.tar").read_bytes())
+    assert contents(joined)[0] == [(1, "cat"), (2, "dog"), (3, "dog"), (4, "cat")]
+    # `tar -A` leaves no mark between the two archives
+    members = sample("0", 1, "cat") + sample("1", 2, "dog") + sample("0", 3, "dog") + sample("1", 4, "cat")
+    assert contents(make_tar(tmp_path / "appended.tar", members))[0] == contents(joined)[0]
+
+
+def test_a_damaged_header_costs_one_member(tmp_path: Path) -> None:
+    path = make_tar(tmp_path / "x.tar", [member for n in range(4) for member in sample(str(n), n, "ab"[n % 2])])
+    data = bytearray(path.read_bytes())
+    position = data.index(b"2.png")
+    data[position + 148] ^= 1  # the checksum
+    path.write_bytes(data)
+    pairs, splits = contents(path)
+    assert pairs == [(0, "a"), (1, "b"), (3, "b")]
+    assert splits.left_out == {"damaged header": 1}
+    assert splits.notes == (f"{path} is damaged at byte {position:,}: 1,024 bytes are skipped.",)
+    assert open_images(str(path)).notes == splits.notes  # from the cache
+
+
+def test_a_member_cut_short(tmp_path: Path) -> None:
+    path = make_tar(tmp_path / "x.tar", [member for n in range(4) for member in sample(str(n), n, "ab"[n % 2])])
+    data = path.read_bytes()
+    path.write_bytes(data[: data.index(b"3.png") + 512 + 30])
+    pairs, splits = contents(path)
+    assert pairs == [(0, "a"), (1, "b"), (2, "a")]
+    assert splits.left_out == {"cut short": 1}
+    assert splits.notes == (f"{path} ends {len(png(3)) - 30} bytes too early, inside '3.png', which is left out.",)
+    path.write_bytes(data[: data.index(b"3.png")])
+    assert contents(path)[1].notes == (f"{path} has no end mark, so it may be cut short.",)
+
+
+def test_links_to_members(tmp_path: Path) -> None:
+    path = tmp_path / "x.tar"
+    with tarfile.open(path, "w") as tar:
+        for name, data in sample("a/0", 1, "cat"):
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+        links = [("a/1.png", tarfile.LNKTYPE, "a/0.png"), ("b/2.png", tarfile.SYMTYPE, "../a/1.png")]
+        links += [("a/1.cls", tarfile.LNKTYPE, "a/0.cls"), ("b/3.png", tarfile.SYMTYPE, "/etc/passwd")]
+        links += [("b/4.png", tarfile.SYMTYPE, "4.png"), ("b/2.cls", tarfile.SYMTYPE, "../a/0.cls")]
+        for name, kind, target in links:
+            info = tarfile.TarInfo(name)
+            info.type, info.linkname = kind, target
+            tar.addfile(info)
+    index = index_shard(path)
+    assert [(image.member, image.label) for image in index.images] == [
+        ("a/0.png", "cat"),
+        ("a/1.png", "cat"),
+        ("b/2.png", "cat"),
+    ]
+    assert len({image.offset for image in index.images}) == 1
+    assert index.left_out == {"link to nothing in the shard": 2}
+
+
+@pytest.mark.parametrize(
+    ("names", "images"),
+    [
+        ("my.photo.png my.photo.cls plain.png plain.cls", {"my.photo.png", "plain.png"}),
+        ("1.png 1.seg.png 1.cls", {"1.png"}),
+        ("1.left.png 1.right.png 1.cls", {"1.left.png", "1.right.png"}),
+        ("1.image.png 1.mask.png 1.cls", {"1.image.png"}),
+        ("my.photo.png my.photo.seg.png my.photo.json", {"my.photo.png"}),
+        ("1.png 1.jpg 1.cls", {"1.png", "1.jpg"}),
+        ("1.npy 2.npy 1.cls 2.cls", {"1.npy", "2.npy"}),
+    ],
+)
+def test_names_with_dots(tmp_path: Path, names: str, images: set[str]) -> None:
+    label = {"cls": b"cat", "json": b'{"label": "cat"}'}
+    members = [(name, label.get(name.rpartition(".")[2], png(1))) for name in names.split()]
+    index = index_shard(make_tar(tmp_path / "x.tar", members))
+    assert {image.member: image.label for image in index.images} == dict.fromkeys(images, "cat")
+    assert len(index.images) + index.left_out.total() == sum(name.endswith(("g", "y")) for name in names.split())
+
+
+def test_arrays_beside_images_are_features(tmp_path: Path) -> None:
+    index = index_shard(make_tar(tmp_path / "x.tar", [("1.png", png(1)), ("1.npy", b"features"), ("1.txt", b"a cat")]))
+    assert [image.member for image in index.images] == ["1.png"]
+    assert index.left_out == {"extension .npy beside other images": 1, "extension .txt": 1}
+
+
+def test_a_dotted_name_does_not_take_the_label_of_another(tmp_path: Path) -> None:
+    index = index_shard(make_tar(tmp_path / "x.tar", [*sample("my.photo.1", 1, "cat"), ("my.photo.2.png", png(2))]))
+    assert [image.label for image in index.images] == ["cat", None]
+
+
+@pytest.mark.parametrize(
+    ("texts", "problem"),
+    [
+        (["3", "", "4"], r"1 of 3 images of train have no label, the first: .*x.tar/1.png"),
+        (["3", "-1", "4"], r"1 of 3 images of train have no label, the first: .*x.tar/1.png"),
+        (["3", "0.5", "4"], r"x.tar/1.png has the label 0.5, which is no class"),
+        (["3", "3", "3"], "all images of train have the one class '3'"),
+        (["", "", ""], r"no .cls or .json member holds a label"),
+    ],
+)
+def test_shard_labels_that_cannot_be_used(tmp_path: Path, texts: list[str], problem: str) -> None:
+    members = [member for n, text in enumerate(texts) for member in sample(str(n), n, text)]
+    make_tar(tmp_path / "train" / "x.tar", members)
+    make_tar(tmp_path / "test" / "y.tar", sample("0", 0, "3"))
+    splits = open_images(str(tmp_path))
+    with pytest.raises(DataError, match=f"has no labels that can be used: .*{problem}"):
+        check_labels(splits, "x")
+    assert bool(splits.notes) == ("images of train have" in problem)
+
+
+def test_float_labels_of_shards_are_numbers(tmp_path: Path) -> None:
+    members = [member for n in range(3) for member in sample(str(n), n, f"{n + 8}.0")]
+    assert open_images(str(make_tar(tmp_path / "x.tar", members))).train.classes == ("8", "9", "10")
+
+
+def test_an_index_is_made_anew_for_a_shard_with_the_same_time(tmp_path: Path) -> None:
+    path = make_tar(tmp_path / "x.tar", [*sample("0", 1, "cat"), *sample("1", 2, "dog")])
+    before, fingerprint = path.stat(), open_images(str(path)).train.fingerprint
+    make_tar(path, [*sample("0", 5, "dog"), *sample("1", 6, "cat")])
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert contents(path)[0] == [(5, "dog"), (6, "cat")]
+    assert open_images(str(path)).train.fingerprint != fingerprint
+
+
 def test_shard_errors(tmp_path: Path) -> None:
     (tmp_path / "x.tar").write_bytes(b"this is no tar file" * 100)
     with pytest.raises(DataError, match="cannot be read as a tar file"):
@@ -103,6 +248,17 @@ def test_shard_errors(tmp_path: Path) -> None:
     make_tar(tmp_path / "x.tar", [("a.txt", b"a")])
     with pytest.raises(DataError, match="no images in 1 tar files"):
         open_images(str(tmp_path))
+
+
+def test_a_member_of_40_gb_is_not_read(tmp_path: Path) -> None:
+    member = tarfile.TarInfo("large.png")
+    member.size = 40 * 10**9
+    with (tmp_path / "a.tar").open("wb") as sparse:
+        sparse.write(member.tobuf(tarfile.GNU_FORMAT))
+        sparse.truncate(512 + member.size + 1024)
+    (source,) = open_all_splits(str(tmp_path / "a.tar"))
+    with pytest.raises(BadImage, match=r"a\.tar/large\.png: 40,000,000,000 bytes are more than 1,073,741,824"):
+        source.read(0)
 
 
 def test_truncated_shard(tmp_path: Path) -> None:

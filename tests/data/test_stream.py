@@ -15,7 +15,7 @@ from torch import Tensor
 from torch._utils import ExceptionWrapper
 
 from pecobook.data.batch import Batch
-from pecobook.data.decode import BadImage
+from pecobook.data.decode import BadImage, Range
 from pecobook.data.images import open_images
 from pecobook.data.sampler import BatchPositions, key, permute
 from pecobook.data.source import ImageSource
@@ -28,6 +28,8 @@ CROP = partial(random_crop, size=8, min_area=0.2)
 
 class Squares:
     """A store of squares, image i of the value i, some of them unreadable."""
+
+    value_range: Range | None = None
 
     def __init__(self, number: int, bad: frozenset[int] = frozenset()) -> None:
         self.number, self.bad = number, bad

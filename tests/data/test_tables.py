@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +13,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from pecobook.data.decode import BadImage
-from pecobook.data.images import open_images
+from pecobook.data.images import check_labels, open_images
+from pecobook.data.source import ImageSource
 from pecobook.errors import DataError
-from tests.data.sources import labels, make_parquet, names, png, values
+from tests.data.sources import labels, make_parquet, names, png, values, write
 
 
 def test_parquet(tmp_path: Path) -> None:
@@ -75,23 +78,112 @@ def test_parquet_binary_column_and_classes_txt(tmp_path: Path) -> None:
     assert labels_read == {1: "cow", 2: "cat", "no image in this row": "cat"}
 
 
+@pytest.mark.parametrize(("listed", "classes"), [("cow\nant\nbee\n", ("cow", "ant", "bee")), ("cow\n", ("ant", "cow"))])
+def test_texts_are_sought_in_classes_txt(tmp_path: Path, listed: str, classes: tuple[str, ...]) -> None:
+    pq.write_table(pa.table({"image": [png(1), png(2)], "label": ["ant", "cow"]}), tmp_path / "train.parquet")
+    pq.write_table(pa.table({"image": [png(1)], "label": ["ant"]}), tmp_path / "test.parquet")
+    (tmp_path / "classes.txt").write_text(listed)
+    splits = open_images(str(tmp_path))
+    assert (splits.train.classes, labels(splits.train), labels(splits.evaluation)) == (classes, ["ant", "cow"], ["ant"])
+
+
 @pytest.mark.parametrize(
-    ("column", "classes"),
+    ("column", "classes", "problem"),
     [
-        (["b", "a", "b"], ("a", "b")),
-        ([7, 100, 7], ("7", "100")),
-        ([0, None, 1], None),
-        ([-1, -1, -1], None),
-        ([0.5, 1.0, 2.0], None),
-        (None, None),
+        (["b", "a", "b"], ("a", "b"), ""),
+        ([7, 100, 7], ("7", "100"), ""),
+        ([9.0, 10.0, 9.0], ("9", "10"), ""),
+        ([True, False, True], ("False", "True"), ""),
+        ([0, None, 1], None, r"1 of 3 images of train have no label, the first: .*train.parquet row 1$"),
+        ([0, -1, 1], None, r"1 of 3 images of train have no label, the first: .*train.parquet row 1$"),
+        ([0.0, 1.0, float("nan")], None, r"1 of 3 images of train have no label, the first: .*train.parquet row 2$"),
+        (["a", "b", " "], None, r"1 of 3 images of train have no label, the first: .*train.parquet row 2$"),
+        ([-1, -1, -1], None, "no image of train has one$"),
+        ([None, None, None], None, "no image of train has one$"),
+        ([1.0, 0.5, 2.0], None, r"the column 'label' holds 0.5 in .*train.parquet row 1, which is no class$"),
+        ([3, 3, 3], None, "all images of train have the one class '3'$"),
+        ([[1], [2], [3]], None, r"the column 'label' holds List.*, which is no class$"),
+        (None, None, "there is no column 'label', only image$"),
     ],
 )
-def test_parquet_labels(tmp_path: Path, column: list[Any] | None, classes: tuple[str, ...] | None) -> None:
+def test_parquet_labels(
+    tmp_path: Path, column: list[Any] | None, classes: tuple[str, ...] | None, problem: str
+) -> None:
     data: dict[str, Any] = {"image": [png(1), png(2), png(3)]}
-    pq.write_table(pa.table(data if column is None else data | {"label": column}), tmp_path / "d.parquet")
-    train = open_images(str(tmp_path)).train
-    assert train.classes == classes
-    assert (train.labels is None) == (classes is None)
+    pq.write_table(pa.table(data if column is None else data | {"label": column}), tmp_path / "train.parquet")
+    pq.write_table(pa.table({"image": [png(1)]}), tmp_path / "test.parquet")
+    splits = open_images(str(tmp_path))
+    assert splits.train.classes == classes
+    assert (splits.train.labels is None) == (classes is None)
+    assert re.search(problem, splits.train.unlabelled)
+    if problem:
+        with pytest.raises(DataError, match="has no labels that can be used: " + problem.removesuffix("$")):
+            check_labels(splits, "x")
+
+
+def test_a_missing_label_of_a_held_out_image_is_named(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"image": [png(1), png(2)], "label": [0, 1]}), tmp_path / "train.parquet")
+    pq.write_table(pa.table({"image": [png(3), png(4)], "label": [0, None]}), tmp_path / "test.parquet")
+    splits = open_images(str(tmp_path))
+    problem = f"1 of 2 images of test have no label, the first: {tmp_path / 'test.parquet'} row 1"
+    assert splits.train.labels is not None
+    assert splits.notes == (f"The labels of test are not used: {problem}.",)
+    with pytest.raises(DataError, match=rf"for its held-out images \(test\): {problem}"):
+        check_labels(splits, "x")
+
+
+def test_a_parquet_file_that_is_replaced_under_the_same_time(tmp_path: Path) -> None:
+    path, fingerprints = tmp_path / "d.parquet", set()
+    for first in (1, 5):
+        columns = {"image": [png(first), png(first + 1)], "label": [first, first + 1]}
+        pq.write_table(pa.table(columns), path)
+        os.utime(path, ns=(10**18, 10**18))
+        splits = open_images(str(path))
+        both = [(value, label) for s in (splits.train, splits.evaluation) for value, label in pairs(s)]
+        assert sorted(both) == [(first, str(first)), (first + 1, str(first + 1))]
+        fingerprints.add(splits.train.fingerprint)
+    assert len(fingerprints) == 2
+
+
+def pairs(source: ImageSource) -> list[tuple[int, str]]:
+    return list(zip(values(source), labels(source) or [], strict=True))
+
+
+@pytest.mark.parametrize("form", ["text", "struct"])
+def test_paths_are_looked_up_beside_the_parquet_file(tmp_path: Path, form: str) -> None:
+    write(tmp_path / "set" / "images" / "a.png", 1)
+    write(tmp_path / "set" / "images" / "b.png", 2)
+    write(tmp_path / "c.png", 3)
+    paths = ["images/a.png", "images\\b.png", str(tmp_path / "c.png"), "images/none.png"]
+    column = paths if form == "text" else [{"bytes": None, "path": path} for path in paths]
+    pq.write_table(pa.table({"image": column}), tmp_path / "set" / "train.parquet")
+    pq.write_table(pa.table({"image": column[:1]}), tmp_path / "set" / "test.parquet")
+    splits = open_images(str(tmp_path / "set"))
+    assert values(splits.train.subset(range(3))) == [1, 2, 3]
+    with pytest.raises(BadImage, match=r"row 3: .*set/images/none.png: No such file"):
+        splits.train.read(3)
+
+
+def test_tables_and_images_in_one_folder(tmp_path: Path) -> None:
+    make_parquet(tmp_path)
+    write(tmp_path / "preview.png")
+    splits = open_images(str(tmp_path))
+    assert (len(splits.train), splits.left_out) == (11, {"image file beside parquet files": 1})
+    for number in range(20):
+        write(tmp_path / "a" / f"{number}.png")
+    splits = open_images(str(tmp_path))
+    assert (len(splits.train), splits.left_out) == (19, {"parquet file beside image files": 1})
+
+
+def test_files_without_a_split_are_counted(tmp_path: Path) -> None:
+    for name in ("train.parquet", "imagenet_val.parquet", "valencia.parquet", "testaccio.parquet"):
+        pq.write_table(pa.table({"image": [png(1), png(2)]}), tmp_path / name)
+    (tmp_path / "about.md").touch()
+    splits = open_images(str(tmp_path))
+    assert splits.evaluation_name == "validation"
+    assert splits.left_out == {"in files that name no split, beside files that do": 4, "extension .md": 1}
+    (note,) = open_images(str(tmp_path / "imagenet_val.parquet")).notes
+    assert "Nothing is named train beside 'imagenet_val.parquet'" in note
 
 
 def test_parquet_errors(tmp_path: Path) -> None:
@@ -102,12 +194,31 @@ def test_parquet_errors(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="must hold encoded images"):
         open_images(str(tmp_path / "a.parquet"))
     (tmp_path / "a.parquet").write_bytes(b"PAR1 no")
-    with pytest.raises(DataError, match=r"cannot be read"):
+    with pytest.raises(DataError, match=r"a.parquet' cannot be read as parquet"):
         open_images(str(tmp_path / "a.parquet"))
     pq.write_table(pa.table({"image": [png(1), png(2)], "label": [0, 3]}), tmp_path / "a.parquet")
     (tmp_path / "classes.txt").write_text("cat\ndog\n")
-    with pytest.raises(DataError, match="label 3, but there are only 2 class names"):
+    with pytest.raises(DataError, match=r"label 3 of .*a.parquet row 1 \(1 like this\), but .* 2 class names"):
         open_images(str(tmp_path / "a.parquet"))
+
+
+def test_parquet_files_that_differ_or_are_empty(tmp_path: Path) -> None:
+    empty = pa.table({"image": pa.array([], pa.binary()), "label": pa.array([], pa.int64())})
+    pq.write_table(empty, tmp_path / "train-0.parquet")
+    with pytest.raises(DataError, match=r"train-0.parquet' has no rows"):
+        open_images(str(tmp_path))
+    pq.write_table(pa.table({"image": [png(1), png(2)], "label": [0, 1]}), tmp_path / "train-1.parquet")
+    train = open_images(str(tmp_path)).train
+    assert (train.classes, train.identify(0)) == (("0", "1"), f"{tmp_path / 'train-1.parquet'} row 0")
+    pq.write_table(pa.table({"image": [png(1)], "label": [float("nan")]}), tmp_path / "train-2.parquet")
+    with pytest.raises(DataError, match=r"'label' holds int64 in '.*-1.parquet', but double in '.*-2.parquet'"):
+        open_images(str(tmp_path))
+
+
+def test_an_address_is_no_path(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"image": ["https://example.org/a.png"] * 2}), tmp_path / "a.parquet")
+    with pytest.raises(BadImage, match=r"row 0: https://example.org/a.png is an address, not a file; download"):
+        open_images(str(tmp_path)).train.read(0)
 
 
 def hub(**splits: list[int]) -> datasets.DatasetDict:
@@ -141,6 +252,14 @@ def test_hub(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (values(splits.train), labels(splits.train)) == ([1, 2, 3], ["b", "a", "b"])
     assert (values(splits.evaluation), splits.evaluation.classes) == ([4, 5], ("a", "b"))
     assert splits.train.identify(1) == "some/images train row 1"
+
+
+def test_hub_splits_that_stay_unused(monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded = hub(training=[1, 2], training_extra=[3, 4, 5], dev=[6], unsupervised=[7])
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_: loaded)
+    splits = open_images("hf:x/y")
+    assert (values(splits.train), values(splits.evaluation), splits.evaluation_name) == ([1, 2], [6], "validation")
+    assert splits.left_out == {"in the hub's split 'training_extra'": 3, "in the hub's split 'unsupervised'": 1}
 
 
 def test_hub_with_unlabelled_test(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -114,6 +114,14 @@ def test_read__refuses_a_damaged_file(tmp_path: Path, damage: str) -> None:
         bank.read("train", 0, 0)
 
 
+def test_read__refuses_a_code_that_the_tokenizer_lacks(tmp_path: Path) -> None:
+    write_bank(tmp_path)
+    highest = code_at(1, 2, 1, 2)
+    assert TokenBank(tmp_path, highest + 1).read("train", 1, 2).max() == highest
+    with pytest.raises(DataError, match=rf"codes-00000\.npy' .* holds the code {highest}, but .* {highest} codewords"):
+        TokenBank(tmp_path, highest).read("train", 1, 2)
+
+
 def test_skipped__are_listed_and_have_no_codes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tokens, "SHARD_IMAGES", 3)
     write_bank(tmp_path)

@@ -55,7 +55,7 @@ def test_micro_batches__are_read_one_by_one_unless_the_stage_needs_all(needs: bo
         seen.append(batch)
         return StageOutput(None, {}, rows={"keys": batch["image"][:, None]})
 
-    stage = SimpleNamespace(needs_full_batch_keys=needs)
+    stage = SimpleNamespace(needs_full_batch_keys=needs, after_ahead=lambda _: False)
     for number, batch in enumerate(micro_batches(stage, model, parts(), lambda _: None)):
         assert batch["image"].tolist() == [number, number]
         assert ("keys" in batch) == (passes > 0)

@@ -48,9 +48,12 @@ def test_save_load__training_continues_bit_for_bit(tmp_path: Path) -> None:
     assert same(stage, loaded)
 
 
-def test_load__returns_zero_and_changes_nothing_without_a_checkpoint(tmp_path: Path) -> None:
+def test_load__returns_zero_and_says_so_without_a_checkpoint(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     stage, optimizer = make()
     assert checkpoint.load(tmp_path / "none", stage=stage, optimizer=optimizer) == 0
+    assert "There is no checkpoint in" in capsys.readouterr().err
     assert same(stage, make()[0])
 
 

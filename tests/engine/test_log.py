@@ -225,9 +225,34 @@ def test_progress__prints_plain_lines_without_a_terminal(capsys: pytest.CaptureF
     out, err = capsys.readouterr()
     assert out == ""
     lines = err.splitlines()
-    assert lines[0].startswith("codebook 91/100  loss 0.5000  1234 img/s  data wait 25%  left ")
+    assert lines[0] == "codebook 91/100  loss 0.5000  1234 img/s  data wait 25%"
     assert lines[1].startswith("codebook 100/100  ")  # the steps between came within five seconds
     assert lines[2:] == ["a word"]
+
+
+def test_progress__estimates_the_time_left_from_the_steps_after_the_first(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = [1000.0]
+    monkeypatch.setattr("time.monotonic", lambda: clock[0])
+    progress = Progress(total=10, start=0, name="codebook", quiet=False)
+
+    def after(seconds: float) -> Progress:
+        clock[0] += seconds
+        return progress
+
+    after(100).show(1, {"loss": 2.0}, now=True)  # the first step compiles and starts workers
+    after(3).show(2, {"loss": 1.0}, now=True)
+    after(3).tick(3)
+    after(3).show(4, {"loss": 0.5})
+    after(27).tick(5)
+    after(5).tick(6)
+    assert capsys.readouterr().err.splitlines() == [
+        "codebook 1/10  loss 2.0000",
+        "codebook 2/10  loss 1.0000  left 24s",
+        "codebook 4/10  loss 0.5000  left 18s",
+        "codebook 6/10  loss 0.5000  left 33s",  # 41 seconds for 5 steps, and more than 30 since the last line
+    ]
 
 
 def test_progress__prints_nothing_on_other_ranks(capsys: pytest.CaptureFixture[str]) -> None:

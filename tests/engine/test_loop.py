@@ -362,6 +362,43 @@ def test_fit__two_processes_equal_one(tmp_path: Path, two_processes: TwoProcesse
             assert a[name] == pytest.approx(b[name], rel=1e-4)
 
 
+class Counting(Toy):
+    """Its loss and metric are means over images whose number is no multiple of three."""
+
+    def forward(self, batch: Batch) -> StageOutput:
+        counted = batch["index"] % 3 != 0
+        error = (self.linear(batch["image"].float().mean((2, 3)) / 255)[:, 0] - batch["index"] / 10).square()
+        total = counted.sum().clamp_min(1)
+        mean_index = (batch["index"] * counted).sum() / total
+        return StageOutput((error * counted).sum() / total, {"mean_index": mean_index})
+
+    def loss_count(self, batch: Batch) -> Tensor:
+        return (batch["index"] % 3 != 0).sum()
+
+
+def train_counting(rank: int, world_size: int, out: str, more: dict[str, Any]) -> list[float]:
+    stage = Counting()
+    run(Path(out), stage, devices=str(world_size), **more)
+    weights: list[float] = stage.linear.weight.flatten().tolist()
+    return weights
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_fit__a_mean_over_counted_things_is_the_mean_over_the_whole_step(
+    tmp_path: Path, processes: int, two_processes: TwoProcesses
+) -> None:
+    weights = train_counting(0, 1, str(tmp_path / "whole"), {})
+    more = {"micro_batch_size": 1}
+    if processes == 1:
+        parts = train_counting(0, 1, str(tmp_path / "parts"), more)
+    else:
+        parts = two_processes.run(train_counting, str(tmp_path / "parts"), more)[0]
+    assert parts == pytest.approx(weights, rel=1e-5)
+    for a, b in zip(logged(tmp_path / "whole"), logged(tmp_path / "parts"), strict=True):
+        for name in a.keys() & {"loss", "mean_index", "grad_norm"}:
+            assert a[name] == pytest.approx(b[name], rel=1e-4), name
+
+
 def test_fit__lists_the_images_that_either_process_skipped(tmp_path: Path, two_processes: TwoProcesses) -> None:
     bad = (first_image_of(0, position=0), first_image_of(1, position=3))
     two_processes.run(train_half, str(tmp_path), False, bad)

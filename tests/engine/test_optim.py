@@ -142,3 +142,26 @@ def test_build_optimizer__lars_is_layer_wise_adaptive_with_momentum() -> None:
         weight, bias = weight - 0.7 * momentum[0], bias - 0.7 * momentum[1]
     torch.testing.assert_close(module.weight.detach().double(), torch.from_numpy(weight), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(module.bias.detach().double(), torch.from_numpy(bias), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("name", "args", "exempt"),
+    [
+        ("vit_tiny_patch16_224", {**SIZE, "reg_tokens": 2}, ("cls_token", "reg_token", "pos_embed")),
+        ("deit_tiny_distilled_patch16_224", SIZE, ("cls_token", "dist_token", "pos_embed")),
+        ("swinv2_tiny_window8_256", {"depths": (1, 1, 1, 1)}, ("logit_scale", "cpb_mlp.0.weight", "cpb_mlp.2.weight")),
+        ("levit_128s", {}, ("attention_biases",)),
+    ],
+)
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_groups__exempt_what_the_network_names(
+    name: str, args: dict[str, Any], exempt: tuple[str, ...], wrapped: bool
+) -> None:
+    network = timm.create_model(name, num_classes=3, **args)
+    config = OptimConfig(weight_decay=0.3, layer_decay=0.9)
+    module = nn.ModuleDict({"model": network}) if wrapped else network
+    groups = parameter_groups(module, config) if wrapped else layer_decay_groups(network, config)
+    decay = by_parameter(module, groups, "weight_decay")
+    without = {key for key, value in decay.items() if value == 0 and module.get_parameter(key).ndim > 1}
+    assert without
+    assert {key for key in decay if key.endswith(exempt)} == without

@@ -3,6 +3,9 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -182,7 +185,8 @@ def test_prepare__writes_a_config_that_can_be_run_again(tmp_path: Path) -> None:
     assert written["command"] == "codebook"
     assert load(TrainConfig(), tmp_path / "config.json") == config(tmp_path, seed=3, max_steps="7 epochs")
     environment = json.loads((tmp_path / "environment.json").read_text())
-    assert set(environment) == {"command_line", "python", "platform", "cpus", "gpus", "versions"}
+    names = {"command_line", "working_directory", "python", "platform", "cpus", "gpus", "versions"}
+    assert set(environment) == names
     assert environment["versions"]["pecobook"]
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         "checkpoints",
@@ -190,6 +194,21 @@ def test_prepare__writes_a_config_that_can_be_run_again(tmp_path: Path) -> None:
         "environment.json",
         "samples",
     ]
+
+
+def test_command_line__can_be_pasted_into_a_shell() -> None:
+    """A folder with spaces, a value in JSON, and the three ways to start pecobook."""
+    words = ["codebook", "tiny", "--data", "my pictures/it's", "--model.args", '{"depth": 2}']
+    for program, start in {
+        "/env/bin/pecobook": ["/env/bin/pecobook"],
+        "/env/lib/pecobook/__main__.py": [sys.executable, "-m", "pecobook"],
+        "my script.py": [sys.executable, "my script.py"],
+    }.items():
+        echo = "import json, sys; print(json.dumps(sys.argv[1:]))"
+        line = run_folder.command_line([program, *words])
+        shell = shlex.join([sys.executable, "-c", echo]) + " " + line
+        pasted = subprocess.run(shell, shell=True, capture_output=True, text=True, check=True)
+        assert json.loads(pasted.stdout) == [*start, *words]
 
 
 def test_prepare__overwrite_empties_and_resume_keeps(tmp_path: Path) -> None:

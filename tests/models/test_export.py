@@ -11,11 +11,13 @@ from typing import Any
 import huggingface_hub
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.testing import assert_close
 
 import pecobook
-from pecobook import Backbone, Classifier, Detector, PerceptualTokenizer, Segmenter
+from pecobook import Backbone, Classifier, Detector, PerceptualTokenizer, Segmenter, read_image
 from pecobook.errors import WeightsError
 from pecobook.models.dense.pyramid import FeaturePyramid, describe_pyramid
 from pecobook.models.export import Exported
@@ -37,7 +39,8 @@ def tokenizer() -> PerceptualTokenizer:
 
 
 def backbone() -> Backbone:
-    return Backbone(create_network(NAME, num_classes=0, **ARGS), NAME, ARGS, *INPUT, target="tokens")
+    args = {**ARGS, "global_pool": "avg"}
+    return Backbone(create_network(NAME, num_classes=0, **args), NAME, args, *INPUT, target="tokens")
 
 
 def classifier() -> Classifier:
@@ -111,7 +114,7 @@ def test_config__is_that_of_earlier_versions(kind: str, tmp_path: Path) -> None:
     heads = {"width": 16, "head_width": 32, "proposals": 60, "samples": 512, "detections": 10, "score_threshold": 0.01}
     expected: dict[str, dict[str, Any]] = {
         "tokenizer": {"model": shape, "num_codewords": 16, "image_size": 16},
-        "backbone": {**network, "target": "tokens"},
+        "backbone": {**network, "args": {**ARGS, "global_pool": "avg"}, "target": "tokens"},
         "classifier": {**network, "classes": ["cat", "dög"], "crop": 0.9},
         "segmenter": {"classes": ["sky", "sea"], "image_size": 32, "width": 8, "pyramid": PYRAMID},
         "detector": {
@@ -126,20 +129,57 @@ def test_state__is_plain_and_without_training_only_weights(tmp_path: Path) -> No
     for kind in KINDS:
         build_kind(kind).save_pretrained(tmp_path / kind)
     names = {kind: set(load_file(tmp_path / kind / "model.safetensors")) for kind in KINDS}
-    assert names["backbone"] == set(create_network(NAME, num_classes=0, **ARGS).state_dict())
-    assert names["classifier"] - names["backbone"] == {"head.weight", "head.bias"}
+    assert names["backbone"] == set(create_network(NAME, num_classes=0, global_pool="avg", **ARGS).state_dict())
+    headless = set(create_network(NAME, num_classes=0, **ARGS).state_dict())
+    assert names["classifier"] - headless == {"head.weight", "head.bias"}
     assert not any(name.startswith("auxiliary.") for name in names["segmenter"])
     assert names["detector"] == set(detector().state_dict())
     assert {name for name in names["tokenizer"] if name.startswith("quantizer.")} == {"quantizer.codebook"}
 
 
+def write_photo(folder: Path) -> Path:
+    """Write a wide image with transparency and an orientation, under the name that the lines of Python read."""
+    pixels = torch.randint(256, (61, 40, 4), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turned by 90 degrees: 61 pixels wide
+    Image.fromarray(pixels.numpy()).save(folder / "photo.png", exif=exif)
+    return (folder / "photo.png").rename(folder / "photo.jpg")
+
+
+def output_of_lines(scope: dict[str, Any]) -> Tensor:
+    """Return what the lines of Python of any kind computed."""
+    result: Any = next(
+        scope[name] for name in ("codes", "features", "probabilities", "found", "classes") if name in scope
+    )
+    return result.boxes if hasattr(result, "boxes") else result  # type: ignore[no-any-return]
+
+
+def expected_of_lines(model: Any, photo: Path) -> Tensor:
+    """Return what the library computes for the image file."""
+    if model.kind in ("segmenter", "detector"):
+        result = model.predict(read_image(photo))
+        return result.boxes if model.kind == "detector" else result  # type: ignore[no-any-return]
+    square = read_image(photo, model.image_size, crop=getattr(model, "crop", 1.0))[None] / 255
+    if model.kind == "tokenizer":
+        return model.encode(square)  # type: ignore[no-any-return]
+    with torch.no_grad():
+        return model(square).softmax(1)[0] if model.kind == "classifier" else model(square)[0]  # type: ignore[no-any-return]
+
+
 @every_kind
-def test_loading_code__loads_the_network(kind: str, tmp_path: Path) -> None:
+def test_loading_code__applies_the_network_to_an_image_file(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     model = build_kind(kind)
     model.save_pretrained(tmp_path / "export", origin="a test")
+    monkeypatch.chdir(tmp_path)
     scope: dict[str, Any] = {}
+    photo = write_photo(tmp_path)
     exec(model.loading_code(str(tmp_path / "export")), scope)
-    loaded = scope["tokenizer" if kind == "tokenizer" else "model"].eval()
+    assert_close(output_of_lines(scope), expected_of_lines(model, photo), atol=2e-3, rtol=1e-3)
+    assert capsys.readouterr().out
+    loaded = scope["tokenizer" if kind == "tokenizer" else "model"]
+    assert not loaded.training
     state = loaded.state_dict()
     assert all(
         torch.equal(state[name], value) for name, value in load_file(tmp_path / "export/model.safetensors").items()
@@ -194,9 +234,11 @@ def test_push_to_hub__and_back(kind: str, monkeypatch: pytest.MonkeyPatch, tmp_p
         "config.json",
         "model.safetensors",
     ]
-    scope: dict[str, Any] = {"images": picture()[None, :, :16, :16] / 255}
+    monkeypatch.chdir(tmp_path)
+    photo = write_photo(tmp_path)
+    scope: dict[str, Any] = {}
     exec((hub / "me/mine/README.md").read_text().split("```python\n")[1].split("```")[0], scope)
-    assert "tokenizer" in scope if kind == "tokenizer" else "model" in scope
+    assert_close(output_of_lines(scope), expected_of_lines(model, photo), atol=2e-3, rtol=1e-3)
 
 
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors"])

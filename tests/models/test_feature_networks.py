@@ -32,7 +32,7 @@ def small_vgg() -> VGG:
 
 
 def test_layers__of_a_vgg_are_its_stages_before_pooling(monkeypatch: pytest.MonkeyPatch) -> None:
-    def load(spec: str, *, weights: str | None) -> Backbone:
+    def load(spec: str, *, weights: str | None, **more: Any) -> Backbone:
         return Backbone(small_vgg(), "vgg", {}, IMAGENET_MEAN, IMAGENET_STD, 224)
 
     monkeypatch.setattr(feature_networks, "load_backbone", load)
@@ -183,6 +183,19 @@ def test_open__torchvision_without_the_hub_says_what_to_do(monkeypatch: pytest.M
     assert "--perceptual.weights" in str(caught.value)
 
 
+@pytest.mark.parametrize("num_classes", [None, 10])
+def test_open__torchvision_needs_no_head_in_the_file(tmp_path: Any, num_classes: int | None) -> None:
+    torch.manual_seed(4)
+    network = torchvision.models.resnet18(num_classes=num_classes or 5)
+    state = {name: value for name, value in network.state_dict().items() if num_classes or "fc." not in name}
+    torch.save({"state_dict": {f"module.encoder_q.{name}": value for name, value in state.items()}}, tmp_path / "m.pth")
+    opened = load_feature_network("torchvision:resnet18", (1,), str(tmp_path / "m.pth"))
+    expected = network.eval().maxpool(network.relu(network.bn1(network.conv1(pictures(0)))))
+    assert_close(opened.network(pictures(0))[0], network.layer1(expected))
+    with pytest.raises(WeightsError, match="fc"):
+        load_feature_network("torchvision:resnet18", ("fc",), str(tmp_path / "m.pth"))
+
+
 def test_open__torchvision_reads_its_own_file(tmp_path: Any) -> None:
     torch.manual_seed(4)
     network = torchvision.models.squeezenet1_1()
@@ -217,7 +230,7 @@ def test_check__refuses_images_too_small_and_features_that_are_no_maps() -> None
     with pytest.raises(WeightsError, match="cannot read images of 8 x 8 pixels"):
         distance.check_image_size(8, 8)
     PerceptualDistance(SQUEEZENET, ("features.12",), "random", input_size=64).check_image_size(8, 8)
-    with pytest.raises(WeightsError, match=r"returns \(1, 1000\), not a map"):
+    with pytest.raises(WeightsError, match=r"returns \(2, 1000\), not a map"):
         PerceptualDistance(SQUEEZENET, ("flatten",), "random").check_image_size(64, 64)
 
 

@@ -265,3 +265,14 @@ def test_init__takes_settings_by_name_or_as_one_object() -> None:
     # This setting weighs the loss outside: here it would change nothing.
     with pytest.raises(ConfigError, match="Unknown setting 'weight'"):
         PerceptualDistance(RESNET, (1, 4), "random", weight=2.0)
+
+
+def test_features__of_bytes_are_those_of_floats() -> None:
+    distance = PerceptualDistance("timm:test_resnet", (1,), "random")
+    pixels = torch.randint(256, (2, 3, 64, 64), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    expected = distance(pixels.float() / 255, pixels.flip(3).float() / 255)
+    torch.testing.assert_close(distance(pixels, pixels.flip(3)), expected)
+    with pytest.raises(ValueError, match=r"for one image give image\[None\]"):
+        distance(pixels[0], pixels[0])
+    with pytest.raises(ValueError, match=r"not torch\.int64"):
+        distance(pixels.long(), pixels.long())

@@ -27,6 +27,12 @@ CONFIG = TokenizerConfig(
 )
 
 
+@pytest.fixture(autouse=True)
+def without_checksums(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Read damaged files, as files of older versions are read; tests/models/test_export.py tests the checksums."""
+    monkeypatch.setenv("PECOBOOK_SKIP_CHECKSUMS", "1")
+
+
 def make(seed: int = 0) -> PerceptualTokenizer:
     torch.manual_seed(seed)
     return PerceptualTokenizer(CONFIG).eval()
@@ -137,7 +143,7 @@ def test_save_pretrained__writes_the_same_bytes_for_the_same_weights(run: Path, 
     )  # statistics of training are not exported ...
     trained.quantizer.codebook.copy_(make().codebook)
     trained.save_pretrained(tmp_path / "trained")
-    names = ["README.md", "config.json", "model.safetensors"]
+    names = ["README.md", "config.json", "config.json.sha256", "model.safetensors", "model.safetensors.sha256"]
     for other in ("again", "trained"):
         assert sorted(path.name for path in (tmp_path / other).iterdir()) == names
         for name in names:
@@ -279,3 +285,63 @@ def test_from_pretrained__loads_from_the_hub(monkeypatch: pytest.MonkeyPatch, ru
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     assert torch.equal(PerceptualTokenizer.from_pretrained("me/mine").codebook, make().codebook)
     assert requested_ids == ["me/mine"]
+
+
+# --------------------------------------------------------------------------------------------- what encode answers to
+
+
+def test_encode__takes_bytes_and_half_precision() -> None:
+    tokenizer = make()
+    pixels = (pictures() * 255).round().to(torch.uint8)
+    expected = tokenizer.encode(pixels.float() / 255)
+    assert torch.equal(tokenizer.encode(pixels), expected)
+    assert torch.equal(tokenizer.encode(pixels.double() / 255), expected)
+    half = (pixels.float() / 255).bfloat16()
+    assert torch.equal(tokenizer.encode(half), tokenizer.encode(half.float()))
+    assert tokenizer.bfloat16().encode(pixels).shape == expected.shape
+
+
+@pytest.mark.parametrize(
+    ("images", "message"),
+    [
+        (
+            torch.zeros(3, 24, 16),
+            r"must have the shape \(B, 3, H, W\), not \(3, 24, 16\): for one image give image\[None\]",
+        ),
+        (
+            torch.zeros(1, 24, 16, 3),
+            r"must have 3 channels, not 24: put the channels first, images\.permute\(0, 3, 1, 2\)",
+        ),
+        (torch.full((1, 3, 24, 16), float("nan")), "contain values that are not finite"),
+        (
+            torch.full((1, 3, 24, 16), 200.0),
+            r"must lie in \[0, 1\], not in \[200, 200\]: divide them by 255, or give uint8",
+        ),
+        (torch.full((1, 3, 24, 16), -1.0), r"not in \[-1, -1\]: they seem normalised"),
+        (torch.zeros(1, 3, 24, 16, dtype=torch.int64), r"uint8 in 0\.\.255 or floats in \[0, 1\], not torch\.int64"),
+    ],
+)
+def test_encode__says_what_is_wrong(images: Tensor, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make().encode(images)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int32, torch.int64])
+def test_decode__takes_integers_of_any_type(dtype: torch.dtype) -> None:
+    tokenizer = make()
+    codes = tokenizer.encode(pictures())
+    assert torch.equal(tokenizer.decode(codes.to(dtype)), tokenizer.decode(codes))
+
+
+@pytest.mark.parametrize(
+    ("codes", "message"),
+    [
+        (torch.zeros(6, 4, dtype=torch.int64), r"shape \(B, h, w\), not \(6, 4\): for one image give codes\[None\]"),
+        (torch.zeros(1, 6, 4), r"must be integers, not torch\.float32"),
+        (torch.full((1, 6, 4), 32), r"must lie in \[0, 32\), not in \[32, 32\]"),
+        (torch.full((1, 6, 4), -1), r"must lie in \[0, 32\), not in \[-1, -1\]"),
+    ],
+)
+def test_decode__says_what_is_wrong(codes: Tensor, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make().decode(codes)

@@ -22,7 +22,6 @@ from pecobook.models.weights import (
     Backbone,
     Classifier,
     create_network,
-    is_transformer,
     load_backbone,
 )
 
@@ -63,14 +62,7 @@ def test_create__says_what_is_wrong() -> None:
     with pytest.raises(WeightsError, match=r"timm cannot build .*divisible by num_heads"):
         create_network(NAME, embed_dim=25, num_heads=2)
     with pytest.raises(WeightsError, match="cannot be downloaded"):
-        create_network("test_vit", pretrained=True)
-
-
-@pytest.mark.parametrize(
-    ("name", "expected"), [("vit_base_patch16_224", True), ("beit_base_patch16_224", True), ("resnet50", False)]
-)
-def test_is_transformer(name: str, expected: bool) -> None:
-    assert is_transformer(name) is expected
+        create_network("test_vit", True)
 
 
 # ------------------------------------------------------------------------------------------------------ load_backbone
@@ -200,6 +192,7 @@ def test_load_backbone__from_timm_keeps_the_last_norm_where_it_pools_the_mean(
 def test_load_backbone__refuses_what_is_none(tmp_path: Path) -> None:
     exported(tmp_path)
     file = tmp_path / "export" / "config.json"
+    file.with_name("config.json.sha256").unlink()
     file.write_text(json.dumps(json.loads(file.read_text()) | {"kind": "tokenizer"}))
     with pytest.raises(WeightsError, match="is a tokenizer, not a backbone: give a contrast or pretrain run"):
         load_backbone(str(tmp_path))
@@ -231,4 +224,50 @@ def test_write_tensors__is_read_back_whatever_the_layout(tmp_path: Path) -> None
     write_tensors(file, tensors)
     loaded = load_file(file)
     assert all(torch.equal(loaded[name], value) for name, value in tensors.items())
-    assert [path.name for path in file.parent.iterdir()] == ["x.safetensors"]
+    assert sorted(path.name for path in file.parent.iterdir()) == ["x.safetensors", "x.safetensors.sha256"]
+
+
+def test_forward__of_bytes_is_that_of_floats(tmp_path: Path) -> None:
+    exported(tmp_path)
+    backbone = load_backbone(str(tmp_path))
+    pixels = torch.randint(256, (2, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    backbone.network.eval()
+    assert torch.equal(backbone(pixels), backbone(pixels.float() / 255))
+    with pytest.raises(ValueError, match=r"must have the shape \(B, C, H, W\)"):
+        backbone(pixels[0])
+
+
+@pytest.mark.parametrize(
+    ("argument", "value"),
+    [
+        ("checkpoint_path", "evil.pth"),
+        ("pretrained", True),
+        ("download", True),
+        ("pretrained_cfg", {"url": "http://evil.example/w.pth"}),
+        ("pretrained_cfg_overlay", {"file": "evil.pth"}),
+        ("cache_dir", "/tmp"),
+        ("pretrained_custom_load", True),
+        ("no_such_argument", 1),
+    ],
+)
+def test_create_network__refuses_arguments_that_do_not_shape_the_network(
+    tmp_path: Path, argument: str, value: object
+) -> None:
+    """A config.json of somebody else's run could otherwise run a pickle, or request an address."""
+    with pytest.raises(WeightsError, match=f"does not accept these arguments: {argument}"):
+        create_network("vit_tiny_patch16_224", num_classes=0, **{argument: value})
+    network = create_network("resnet10t", num_classes=0, channels=[8, 8, 8, 8], stem_width=8)
+    args = {"channels": [8, 8, 8, 8], "stem_width": 8}
+    Backbone(network, "resnet10t", args, IMAGENET_MEAN, IMAGENET_STD, 32).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["args"][argument] = value
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "config.json.sha256").unlink()
+    with pytest.raises(WeightsError, match=argument):
+        Backbone.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["resnet18", "convnext_tiny", "swin_tiny_patch4_window7_224", "efficientnet_b0"])
+def test_create_network__accepts_arguments_of_every_family(name: str) -> None:
+    network: Any = create_network(name, num_classes=3, in_chans=1, drop_path_rate=0.1)
+    assert network.get_classifier().out_features == 3

@@ -37,7 +37,7 @@ KEYS: dict[torch.dtype, set[str]] = {
     torch.uint8: {"image", "images", "view0", "view1", "other", "masks"},
     torch.int16: {"mask", "masks"},
     torch.int64: {"label", "codes", "labels", "size", "index"},
-    torch.float32: {"colour", "colour0", "colour1", "boxes", "keys", "keys0", "keys1"},
+    torch.float32: {"colour", "colour0", "colour1", "boxes", "keys", "keys0", "keys1", "reconstruction"},
     torch.bool: {"mask", "replaced", "repeated"},
 }
 
@@ -99,7 +99,7 @@ def test_batch__lists_exactly_the_keys_that_stages_receive(
     everywhere = {"index", "label", "replaced", "repeated"}
     assert {command: names - everywhere for command, names in received.items()} == {
         "contrast": {"view0", "view1", "colour0", "colour1", "image", "ahead", "keys0", "keys1"},
-        "codebook": {"image", "other", "ahead", "keys"},
+        "codebook": {"image", "other", "ahead", "keys", "reconstruction"},
         "pretrain": {"image", "colour", "mask", "codes"},
         "finetune": {"image"},
         "segment": {"image", "colour", "mask", "images", "masks"},

@@ -154,7 +154,7 @@ def test_stage__starts_from_the_backbones_weights_and_a_head_near_zero(vit_run: 
     exported = load_file(vit_run / "export" / "model.safetensors")
     state = stage.network.state_dict()
     assert torch.equal(state["blocks.1.mlp.fc1.weight"], exported["blocks.1.mlp.fc1.weight"])
-    assert torch.equal(state["fc_norm.weight"], exported["norm.weight"])
+    assert torch.equal(state["fc_norm.weight"], exported["fc_norm.weight"])
     with torch.no_grad():
         assert stage.eval().network(torch.randn(2, 3, 16, 16)).abs().max() < 1e-2
     untrained = ClassifyStage(settings(vit_run, weights="random"), ("a", "b"))

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor
 
 from pecobook.data.views import colour_draws
@@ -58,10 +59,21 @@ def test_forward__a_network_whose_features_widen_after_pooling() -> None:
 
 
 @pytest.mark.filterwarnings("error")
-def test_forward__one_held_out_image_has_no_spread() -> None:
+def test_forward__one_held_out_image_has_nothing_to_measure() -> None:
+    """The right key would be the only one: a loss of 0 and an accuracy of 100 would say nothing."""
     stage = make().eval()
-    assert set(stage(batch(1)).metrics) == {"accuracy"}
+    assert stage(batch(1)).loss is None
+    assert stage(batch(1)).metrics == {}
     assert set(stage(batch(2)).metrics) == {"accuracy", "spread"}
+
+
+def test_train__few_held_out_images_support_no_claim(tmp_path: Path) -> None:
+    (tmp_path / "images").mkdir()
+    for number in range(16):
+        Image.new("RGB", (9, 9), (16 * number, 0, 0)).save(tmp_path / "images" / f"{number}.png")
+    run = train("contrast", tmp_path / "images", tmp_path / "run", max_steps="1", sample_every="1")
+    said = (run / "train.log").read_text()
+    assert "step 1, 1 held-out image, too few for any claim: nothing could be measured" in said
 
 
 def test_forward__loss_is_symmetric_in_the_views() -> None:

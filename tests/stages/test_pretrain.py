@@ -10,14 +10,14 @@ import torch
 from torch import Tensor
 
 from pecobook.data.views import colour_draws
-from pecobook.errors import ConfigError
+from pecobook.errors import ConfigError, WeightsError
 from pecobook.models.masked_vit import MaskedImageModel
-from pecobook.models.weights import load_backbone
+from pecobook.models.weights import create_network, load_backbone
 from pecobook.recipes import recipe
 from pecobook.settings.pretrain import MaskConfig, PretrainConfig
 from pecobook.settings.training import BackboneConfig
 from pecobook.settings.values import replace
-from pecobook.stages.pretrain import PretrainStage, make_mask, patch_pixels
+from pecobook.stages.pretrain import PretrainStage, exported_pooling, make_mask, patch_pixels
 from tests.runs import SMALL, losses, train
 
 
@@ -290,3 +290,26 @@ def test_check__reports_both_grids_and_settings_that_fit(codebook_run: Path) -> 
     inputs = {**batch(2), "image": torch.randint(256, (2, 3, 32, 32), dtype=torch.uint8)}
     with torch.no_grad():
         assert stage(inputs).pictures["predicted"].shape == (2, 3, 32, 32)
+
+
+@pytest.mark.parametrize(
+    ("name", "pooling", "renames_norm"),
+    [
+        ("vit_tiny_patch16_224", {"global_pool": "avg"}, True),
+        ("vit_base_patch16_clip_224", {"global_pool": "avg"}, True),  # has a norm_pre too, which keeps its name
+        ("beit_base_patch16_224", {"global_pool": "avg"}, False),  # pools the mean by default
+    ],
+)
+def test_export__pools_the_mean_of_the_patches(name: str, pooling: dict[str, str], renames_norm: bool) -> None:
+    with torch.device("meta"):
+        network = create_network(name, num_classes=0)
+    config = PretrainConfig(model=BackboneConfig(name=name), target="pixels")
+    assert exported_pooling(network, config) == (pooling, renames_norm)
+
+
+def test_export__refuses_a_network_that_pools_class_tokens_only() -> None:
+    name = "deit_tiny_distilled_patch16_224"
+    with torch.device("meta"):
+        network = create_network(name, num_classes=0)
+    with pytest.raises(WeightsError, match="cannot build 'deit_tiny_distilled_patch16_224'"):
+        exported_pooling(network, PretrainConfig(model=BackboneConfig(name=name), target="pixels"))

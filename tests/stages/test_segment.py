@@ -14,6 +14,7 @@ from PIL import Image
 
 from pecobook.data.dense.segmentation_classes import IGNORE
 from pecobook.data.source import Splits
+from pecobook.engine.ahead import loss_weights
 from pecobook.errors import ConfigError, DataError, PreflightError, WeightsError
 from pecobook.models.dense.segmenter import Segmenter, best_classes
 from pecobook.recipes import recipe
@@ -60,6 +61,28 @@ def test_forward__cross_entropy_of_counted_pixels_and_of_the_auxiliary_head(vit_
         expected.append(-picked[inputs["mask"] != IGNORE].mean())
     assert float(output.loss) == pytest.approx(float(expected[0] + 0.4 * expected[1]), rel=1e-4)
     assert float(output.metrics["auxiliary"]) == pytest.approx(float(expected[1]), rel=1e-4)
+
+
+def test_loss_count__makes_two_halves_weigh_as_the_whole_batch(vit_run: Path) -> None:
+    stage, splits = make(vit_run, **{"colours.jitter": 0.0})
+    inputs = batch(stage, splits, 4)
+    inputs["mask"][:2, :22] = IGNORE  # the first half has few counted pixels
+    halves: list[Any] = [{name: value[part] for name, value in inputs.items()} for part in (slice(0, 2), slice(2, 4))]
+    stage.train()
+    for module in stage.modules():  # BatchNorm depends on the images beside, on purpose
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.eval()
+    whole = stage(inputs)
+    gradients = torch.autograd.grad(whole.loss, list(stage.model.head.parameters()))
+    parts, weights = loss_weights(stage, iter(halves), 2, 1)
+    outputs = [stage(part) for part in parts]
+    loss = sum(weight * output.loss for weight, output in zip(weights, outputs, strict=True)) / 2
+    assert float(loss) == pytest.approx(float(whole.loss), rel=1e-5)
+    plain = sum(float(output.loss) for output in outputs) / 2
+    assert plain != pytest.approx(float(whole.loss), rel=1e-3)
+    split = torch.autograd.grad(loss, list(stage.model.head.parameters()))
+    for ours, expected in zip(split, gradients, strict=True):
+        torch.testing.assert_close(ours, expected, rtol=1e-3, atol=1e-6)
 
 
 def test_forward__a_batch_without_a_counted_pixel(vit_run: Path) -> None:
@@ -204,6 +227,33 @@ def test_preflight__no_usable_pair(vit_run: Path, tmp_path: Path) -> None:
         preflight(SegmentStage, settings(vit_run, data=str(root), out=str(tmp_path / "run")))
 
 
+def test_open__refuses_masks_from_which_nothing_can_be_learned(vit_run: Path, tmp_path: Path) -> None:
+    root = write_shapes(tmp_path / "single")
+    for file in root.rglob("masks/*.png"):
+        Image.fromarray(np.where(np.asarray(Image.open(file)) == 1, 255, 0).astype(np.uint8)).save(file)
+    with pytest.raises(DataError, match="'ground' alone has pixels in the training masks"):
+        SegmentStage.open(settings(vit_run, data=str(root)))
+    root = write_shapes(tmp_path / "broken")
+    for number in range(11):
+        (root / f"train/masks/{number}.png").write_bytes(b"broken")
+    with pytest.raises(DataError, match="1 of 12 training pairs can be used"):
+        SegmentStage.open(settings(vit_run, data=str(root)))
+    assert len(SegmentStage.open(settings(vit_run, data=str(root), skip_bad=True)).train) == 1
+
+
+def test_report__names_classes_without_held_out_pixels(
+    vit_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stage, splits = make(vit_run)
+    (tmp_path / "samples").mkdir()
+    counts = torch.tensor([[[7, 0, 0], [0, 0, 0], [0, 0, 0]]])
+    stage.report(tmp_path, {"counts": counts}, splits.evaluation)
+    scores = json.loads((tmp_path / "classes.json").read_text())
+    assert scores["scores"]["miou"] == 100
+    assert scores["without_pixels"] == ["red", "green"]
+    assert "1 of 3 classes have held-out pixels, so that the mean IoU says nothing" in capsys.readouterr().err
+
+
 def test_open__no_verify_needs_the_classes(vit_run: Path, tmp_path: Path) -> None:
     root = write_shapes(tmp_path / "data")
     assert len(SegmentStage.open(settings(vit_run, data=str(root), verify=False)).train) == 12
@@ -221,7 +271,7 @@ def test_open__no_verify_needs_the_classes(vit_run: Path, tmp_path: Path) -> Non
         ({"backbone": "timm:efficientvit_m0", "weights": "random", "drop_path": 0.0}, WeightsError, "four strides"),
         ({"pyramid.window": -1}, ConfigError, "--pyramid.window"),
         ({"micro_batch_size": 1}, ConfigError, "must hold 2 images"),
-        ({"backbone": "timm:swin_tiny_patch4_window7_224", "weights": "random"}, WeightsError, "cannot form a pyramid"),
+        ({"backbone": "timm:hiera_tiny_224", "weights": "random"}, WeightsError, "cannot form a pyramid"),
         ({"scales": (2.0, 0.5)}, ConfigError, "--scales"),
     ],
 )

@@ -176,5 +176,6 @@ def test_train__an_fsdp_checkpoint_resumes_in_one_process(
         embed_dim=32,
         num_heads=2,
         init_values=0.1,
+        global_pool="avg",
     )
     network.load_state_dict(export_of(run))

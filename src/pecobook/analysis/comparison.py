@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
-from pecobook.analysis.probe import binomial_error
+from pecobook.analysis.probe import MIN_IMAGES, binomial_error
 from pecobook.utils.numbers import is_number
 
 MIN_TEST_IMAGES = 100
@@ -80,7 +80,12 @@ class Comparison:
 
     @property
     def signed(self) -> str:
-        """Difference and standard error as text: `−0.3 ± 0.5`, with a question mark for an unknown error."""
+        """Difference and standard error as text: `−0.3 ± 0.5`, with a question mark for an unknown error.
+
+        A dash stands for a difference on fewer than `MIN_IMAGES` test images.
+        """
+        if self.num_test is not None and self.num_test < MIN_IMAGES:
+            return "–"
         error = "?" if self.standard_error is None else _one_decimal(self.standard_error)
         return f"{round(self.difference, 1) + 0.0:+.1f} ± {error}".replace("-", "−")
 

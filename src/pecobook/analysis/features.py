@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from pecobook.analysis.arrays import Tokenizer
 from pecobook.analysis.codewords import bag_of_codes, mean_codewords
 from pecobook.analysis.reconstruction import encode_all
+from pecobook.models.network_traits import traits_of
 from pecobook.models.weights import Backbone
 
 
@@ -36,25 +37,28 @@ def backbone_features(backbone: Backbone, images: Tensor, *, every_layer: bool =
     mean, std = (torch.tensor(values, device=device)[:, None, None] for values in (backbone.mean, backbone.std))
     features: dict[str, list[Tensor]] = {}
     for chunk in torch.split(images, 256):
-        for name, value in _layers(network, (chunk.to(device) - mean) / std, every_layer).items():
+        for name, value in layer_features(network, (chunk.to(device) - mean) / std, every_layer).items():
             features.setdefault(name, []).append(value.float().cpu())
     return {name: torch.cat(parts) for name, parts in features.items()}
 
 
-def _layers(network: nn.Module, images: Tensor, every_layer: bool) -> dict[str, Tensor]:
-    if not (hasattr(network, "blocks") and hasattr(network, "patch_embed")):
+def layer_features(network: nn.Module, images: Tensor, every_layer: bool) -> dict[str, Tensor]:
+    """Return the features of `backbone_features` for one batch of normalised images, on their device."""
+    if not traits_of(network).is_plain:
         return {"output": network(images)}
     depth = len(network.blocks)  # type: ignore[arg-type]
     indices = sorted({round(depth * share) - 1 for share in (0.5, 0.75, 1.0)})
     if every_layer:
         indices = list(range(depth))
+    has_prefix = bool(network.num_prefix_tokens)
     layers = network.forward_intermediates(  # type: ignore[operator]
-        images, indices=indices, intermediates_only=True, output_fmt="NLC", return_prefix_tokens=True
+        images, indices=indices, intermediates_only=True, output_fmt="NLC", return_prefix_tokens=has_prefix
     )
     features: dict[str, Tensor] = {}
-    for index, (patches, prefix) in zip(indices, layers, strict=True):
+    for index, layer in zip(indices, layers, strict=True):
+        patches, prefix = layer if has_prefix else (layer, None)
         features[f"block {index + 1}" + (" mean" if every_layer else "")] = patches.mean(1)
-        if every_layer and prefix is not None and prefix.shape[1]:
+        if every_layer and prefix is not None:
             features[f"block {index + 1} class"] = prefix[:, 0]
     return features
 
@@ -66,3 +70,15 @@ def tokenizer_features(tokenizer: Tokenizer, images: Tensor) -> dict[str, Tensor
         "mean codeword": mean_codewords(codes, tokenizer.codebook),
         "bag of codes": bag_of_codes(codes, len(tokenizer.codebook)),
     }
+
+
+class EveryLayer(nn.Module):
+    """A network as a probe reads it: normalised images to the features of every layer."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        """Return the features of every layer, (N, F) each, by name."""
+        return layer_features(self.network, images, every_layer=True)

@@ -22,6 +22,8 @@ from pecobook.errors import DataError
 
 C_GRID = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 """Inverse regularisation strengths that the linear probe tries, strongest regularisation first."""
+MIN_IMAGES = 20
+"""Minimum number of test images for an accuracy in percent; with fewer images reports give only counts."""
 _MAX_ITER = 200
 
 
@@ -32,7 +34,7 @@ class ProbeResult:
     accuracy: float
     """Percentage of test images classified correctly."""
     standard_error: float
-    """Binomial sampling error of `accuracy` in percentage points; it does not include the variation between seeds."""
+    """Sampling error of `accuracy` in percentage points (`binomial_error`), without the variation between seeds."""
     setting: dict[str, float]
     """The chosen and the fixed settings, for example `{"C": 0.01, "search_images": 10000}` or `{"k": 20}`."""
     validation_accuracy: float | None
@@ -46,6 +48,7 @@ class ProbeResult:
         return {
             "accuracy": round(self.accuracy, 3),
             "standard_error": round(self.standard_error, 3),
+            "interval_95": [round(end, 3) for end in wilson_interval(self.accuracy, len(self.correct))],
             "setting": self.setting,
             "validation_accuracy": validation,
         }
@@ -127,21 +130,40 @@ def paired_difference(correct_a: Array, correct_b: Array) -> tuple[float, float]
     """Return the accuracy of a minus the accuracy of b, and the standard error of the difference, in percentage points.
 
     Both arrays are bool (number of test images,) for the same images in the same order (`ProbeResult.correct`). The
-    error is the standard error of the mean difference per image, as in McNemar's test, so images on which a and b agree
-    do not increase the error.
+    error is that of McNemar's test, so images on which a and b agree do not increase it, with half an image added to
+    each of the four combinations (Agresti and Min, 2005): a and b that agree on few images have an error above 0.
     """
     a, b = as_numpy(correct_a).astype(np.float64), as_numpy(correct_b).astype(np.float64)
     if a.shape != b.shape or a.ndim != 1 or len(a) == 0:
         raise ValueError(f"paired_difference needs two equally long, non-empty rows, got {a.shape} and {b.shape}")
-    difference = a - b
-    deviation = math.sqrt(float(np.square(difference - difference.mean()).sum()) / max(len(difference) - 1, 1))
-    return 100 * float(difference.mean()), 100 * deviation / math.sqrt(len(difference))
+    only_a, only_b = int((a > b).sum()), int((b > a).sum())
+    number = len(a) + 2
+    variance = (only_a + only_b + 1 - (only_a - only_b) ** 2 / number) / number**2
+    return 100 * (only_a - only_b) / len(a), 100 * math.sqrt(variance)
 
 
 def binomial_error(accuracy: float, number: int) -> float:
-    """Return the sampling error, in percentage points, of an `accuracy` in percent on `number` images."""
+    """Return one standard error of sampling, in percentage points, of an `accuracy` in percent on `number` images.
+
+    This is half the width of Wilson's interval, so it is above 0 also where all or none of the images are right.
+    """
+    low, high = wilson_interval(accuracy, number, errors=1)
+    return (high - low) / 2
+
+
+def wilson_interval(accuracy: float, number: int, *, errors: float = 1.96) -> tuple[float, float]:
+    """Return Wilson's interval, in percent, of an `accuracy` in percent on `number` images.
+
+    Args:
+        accuracy: share of the images that are right, in percent.
+        number: number of images.
+        errors: half the width of the interval in standard errors; 1.96 gives 95% confidence.
+    """
     share = min(max(accuracy / 100, 0.0), 1.0)
-    return 100 * math.sqrt(share * (1 - share) / number)
+    square = errors**2 / number
+    centre = share + square / 2
+    half = math.sqrt(square * (share * (1 - share) + square / 4))
+    return 100 * max(centre - half, 0.0) / (1 + square), 100 * min((centre + half) / (1 + square), 1.0)
 
 
 @dataclass(frozen=True)

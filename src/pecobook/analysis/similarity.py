@@ -110,7 +110,7 @@ def find_bapps(folder: Path, *, limit: int = 1000) -> dict[Path, float]:
 
 def read_bapps(judgements: Mapping[Path, float], size: int) -> Triplets:
     """Read the center crops of the images of judgements. Raises DataError if an image cannot be read."""
-    from pecobook.data.decode import BadImage, decode
+    from pecobook.data.decode import BadImage, decode, read_file
     from pecobook.data.views import center_crop
     from pecobook.utils.images import to_float
 
@@ -119,7 +119,7 @@ def read_bapps(judgements: Mapping[Path, float], size: int) -> Triplets:
         for part, crops in images.items():
             picture = _picture(file, part)
             try:
-                crops.append(center_crop(decode(picture.read_bytes(), name=str(picture)), size))
+                crops.append(center_crop(decode(read_file(picture), name=str(picture)), size))
             except (OSError, BadImage) as error:
                 raise DataError(f"'{picture}' of the judgements cannot be read: {error}") from None
     reference, first, second = (to_float(torch.stack(images[part])) for part in _PARTS)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from pecobook.analysis.probe import binomial_error
+from pecobook.analysis.probe import MIN_IMAGES, binomial_error
 from pecobook.utils.numbers import is_number
 
 
@@ -24,9 +24,14 @@ def fixed(value: Any, digits: int) -> str:
 
 
 def accuracy_with_error(value: Any, number: int | None) -> str:
-    """Write an accuracy in percent with the sampling error on `number` images, if the number is known."""
+    """Write an accuracy in percent with the sampling error on `number` images, if the number is known.
+
+    With fewer than `MIN_IMAGES` images the text is a count: `3 of 4`.
+    """
     if not is_number(value):
         return "–"
+    if number and number < MIN_IMAGES:
+        return f"{round(value * number / 100)} of {number}"
     return f"{value:.1f} ± {binomial_error(value, number):.1f}" if number else f"{value:.1f}"
 
 

@@ -77,7 +77,7 @@ def _settings(config: BenchConfig) -> PretrainConfig:
     from pecobook.recipes import recipe
 
     batch_size = config.batch_size or (128 if torch.cuda.is_available() else 8)
-    changes = {"data": config.data, "batch_size": batch_size}
+    changes = {"data": config.data, "value_range": config.value_range, "batch_size": batch_size}
     changes |= {"precision": config.precision, "tokenizer": config.tokenizer}
     settings: PretrainConfig = replace(recipe("pretrain", config.recipe), changes)
     return dataclasses.replace(settings, precision=resolve_precision(settings))  # type: ignore[arg-type]
@@ -207,13 +207,13 @@ class Benchmark:
 
     def _data_seconds(self) -> float:
         """Return the seconds in which all workers read, crop and mask one batch."""
-        from pecobook.data.images import open_images
         from pecobook.data.sampler import BatchPositions
         from pecobook.data.stream import Stream, default_workers, load
+        from pecobook.engine.value_range import open_readable
         from pecobook.stages.pretrain import PretrainStage
 
         settings, companion = self.settings, self.stage.companions()[0]
-        train = open_images(settings.data).train
+        train = open_readable(settings.data, settings.value_range, [settings.tokenizer]).train
         stream = Stream(train, PretrainStage.view(settings), settings.seed, companion=companion)
         count, size = self.config.data_steps + 1, settings.batch_size
         positions = BatchPositions(

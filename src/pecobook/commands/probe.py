@@ -30,13 +30,16 @@ def probe(config: ProbeConfig | None = None, **settings: Any) -> dict[str, Any]:
         PecobookError: the images have no labels, the network does not exist, or the file cannot be written.
     """
     from pecobook.commands.extract import extract
-    from pecobook.data.images import check_labels, open_images
+    from pecobook.data.images import check_labels
+    from pecobook.engine.preamble import show_source
+    from pecobook.engine.value_range import open_readable
 
     config = replace(config or ProbeConfig(), settings)
     check_new_file(config.out)
     features, image_size = _feature_function(config)
-    splits = open_images(config.data)
+    splits = open_readable(config.data, config.value_range, [config.backbone])
     check_labels(splits, config.data)
+    show_source(splits)
     size = config.image_size or image_size
     train, train_labels = extract(splits.train, size, config.max_train, features, "features of training images")
     test, test_labels = extract(splits.evaluation, size, config.max_test, features, "features of held-out images")
@@ -57,7 +60,8 @@ def _feature_function(config: ProbeConfig) -> tuple[FeatureFunction, int]:
     """Return the function that maps images to named features, and the side of its input images, pixels."""
     import torch
 
-    from pecobook.analysis.features import backbone_features, tokenizer_features
+    from pecobook.analysis.features import EveryLayer, backbone_features, tokenizer_features
+    from pecobook.models.dry_run import dry_run
     from pecobook.models.export import read_export
     from pecobook.models.tokenizers import load_tokenizer
     from pecobook.models.weights import load_backbone
@@ -70,9 +74,20 @@ def _feature_function(config: ProbeConfig) -> tuple[FeatureFunction, int]:
         tokenizer = load_tokenizer(config.backbone).to(device())
         return lambda images: tokenizer_features(tokenizer, images.to(device())), tokenizer.image_size
     torch.manual_seed(config.seed)
-    backbone = load_backbone(config.backbone, weights=config.weights or None, image_size=config.image_size or None)
+    backbone = load_backbone(
+        config.backbone,
+        weights=config.weights or None,
+        image_size=config.image_size or None,
+        mean=config.mean,
+        std=config.std,
+    )
+    print(*backbone.notes, sep="\n", file=sys.stderr)
+    size = config.image_size or backbone.image_size or 224
+    images = torch.zeros(2, 3, size, size)
+    layers = EveryLayer(backbone.network.eval())
+    dry_run(layers, (images,), network=config.backbone, purpose=f"read images of {size} pixels", backward=False)
     backbone.network.to(device())
-    return lambda images: backbone_features(backbone, images, every_layer=True), backbone.image_size or 224
+    return lambda images: backbone_features(backbone, images, every_layer=True), size
 
 
 def probe_features(
@@ -128,12 +143,20 @@ def _concatenated(features: Mapping[str, Tensor], names: list[str]) -> Tensor:
 
 
 def _table(results: dict[str, dict[str, Any]], num_classes: int) -> str:
+    from pecobook.analysis.probe import MIN_IMAGES
+    from pecobook.analysis.wording import accuracy_with_error
+
     layers, lines = results["linear"]["layers"], []
     if len(layers) > 1:
         lines.append("validation accuracy of a quick linear probe, by which the features are chosen:")
         for name, value in layers.items():
             lines.append(f"  {name:<24} {value:5.1f} %{'  <' if name == results['linear']['features'] else ''}")
+    number = len(results["linear"]["correct"])
     for name, result in results.items():
-        lines.append(f"{name:<7} {result['accuracy']:.1f} ± {result['standard_error']:.1f} %   ({result['features']})")
-    lines.append(f"{num_classes} classes, {len(results['linear']['correct']):,} held-out images")
+        low, high = result["interval_95"]
+        text = f"{accuracy_with_error(result['accuracy'], number)}{' %' if number >= MIN_IMAGES else ' right'}"
+        lines.append(f"{name:<7} {text}   (95% interval {low:.1f} to {high:.1f} %; {result['features']})")
+    lines.append(f"{num_classes} classes, {number:,} held-out image{'s' if number > 1 else ''}")
+    if number < MIN_IMAGES:
+        lines.append(f"Fewer than {MIN_IMAGES} held-out images are too few for an accuracy in percent.")
     return "\n".join(lines)

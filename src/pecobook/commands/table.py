@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 from pecobook.settings.analyze import AnalyzeConfig
 from pecobook.settings.bench import BenchConfig
+from pecobook.settings.check import CheckConfig
 from pecobook.settings.codebook import CodebookConfig
 from pecobook.settings.contrast import ContrastConfig
 from pecobook.settings.demo import DemoConfig
@@ -42,7 +43,7 @@ class Command(NamedTuple):
     """The flags whose values may stand first, without the flag. A flag that takes several values takes all words."""
 
 
-_RUN = "out resume overwrite seed devices precision"
+_RUN = "out dry-run resume overwrite seed devices precision"
 COMMANDS: dict[str, Command] = {
     "contrast": Command(
         "train a feature network on your own images (MoCo v3)",
@@ -63,7 +64,7 @@ COMMANDS: dict[str, Command] = {
             "codebook paper --data IMAGENET --perceptual.network runs/contrast --out runs/codebook",
         ),
         "data perceptual.network perceptual.layers perceptual.weights perceptual.weight quantizer.num-codewords "
-        "out resume overwrite max-steps batch-size micro-batch-size",
+        "out dry-run resume overwrite max-steps batch-size micro-batch-size",
     ),
     "pretrain": Command(
         "pre-train a ViT on the tokens of your images",
@@ -73,7 +74,7 @@ COMMANDS: dict[str, Command] = {
             "pretrain tiny --data photos --tokenizer runs/codebook --out runs/vit",
             "pretrain --data IMAGENET --tokenizer runs/codebook --tokens BANK --out runs/vit --compile",
         ),
-        "data tokenizer tokens target out resume overwrite model.name max-steps batch-size micro-batch-size",
+        "data tokenizer tokens target out dry-run resume overwrite model.name max-steps batch-size micro-batch-size",
     ),
     "finetune": Command(
         "fine-tune a backbone for classification",
@@ -83,7 +84,8 @@ COMMANDS: dict[str, Command] = {
             "finetune tiny --data photos --backbone runs/vit --out runs/classifier",
             "finetune --data IMAGENET --backbone timm:vit_base_patch16_224 --out runs/classifier",
         ),
-        "data backbone weights out resume overwrite optim.lr optim.layer-decay max-steps batch-size micro-batch-size",
+        "data backbone weights out dry-run resume overwrite optim.lr optim.layer-decay max-steps batch-size "
+        "micro-batch-size",
     ),
     "segment": Command(
         "train semantic segmentation on a backbone (UperNet)",
@@ -93,7 +95,8 @@ COMMANDS: dict[str, Command] = {
             "segment tiny --data SHAPES --backbone runs/vit --out runs/segmenter",
             "segment paper --data ADEChallengeData2016 --backbone runs/vit --out runs/segmenter",
         ),
-        "data classes mask-values ignore skip-bad backbone out resume overwrite image-size max-steps batch-size",
+        "data classes mask-values ignore skip-bad backbone out dry-run resume overwrite image-size max-steps "
+        "batch-size",
     ),
     "detect": Command(
         "train boxes and instance masks on a backbone (Mask R-CNN)",
@@ -103,7 +106,15 @@ COMMANDS: dict[str, Command] = {
             "detect tiny --data NUCLEI --backbone runs/vit --out runs/detector",
             "detect paper --data COCO --backbone runs/vit --out runs/detector",
         ),
-        "data skip-bad masks backbone out resume overwrite scales max-size image-size max-steps batch-size",
+        "data skip-bad masks backbone out dry-run resume overwrite scales max-size image-size max-steps batch-size",
+    ),
+    "check": Command(
+        "look at every image: what a command would learn from, and what is wrong with it",
+        CheckConfig,
+        "[COMMAND [RECIPE]] --data SOURCE [COMMAND'S FLAGS]",
+        ("check --data IMAGES --out sheet.png", "check segment camvid --data CAMVID --json"),
+        "data value-range classes mask-values ignore skip-bad masks out samples json workers",
+        words=("task", "recipe"),
     ),
     "tokenize": Command(
         "write the tokens of views of your images once, for pretrain --tokens",

@@ -6,6 +6,9 @@ one shard.
 
 from __future__ import annotations
 
+import dataclasses
+import json
+import re
 import sys
 import time
 from collections.abc import Iterator
@@ -44,12 +47,14 @@ def tokenize(config: TokenizeConfig) -> Path:
             lambda ready: _folder(config, ready.bank_config).begin(partial(_write_config, ready.bank_config)),
         )
         out, layout = Path(config.out), bank_layouts(begun.ready.bank_config)
+        if is_leader():
+            _show(config, begun.ready)
         try:
             missing = begun.fabric.broadcast(sorted(map(str, missing_shards(out, layout))))
             files = [Path(file) for file in missing][begun.fabric.global_rank :: begun.fabric.world_size]
             finished = gather_objects(on_all_ranks(lambda: _write(config, begun.ready, begun.fabric, layout, files)))
             if all(finished) and is_leader():
-                _finish(out, layout)
+                _finish(out, layout, next_command(config, begun.ready.bank_config["grid"][0]))
         finally:
             if begun.lock is not None:
                 begun.lock.release()
@@ -71,6 +76,7 @@ def _tokenize_part(config: TokenizeConfig) -> Path:
     with _folder(config, ready.bank_config).begin(partial(_write_config, ready.bank_config)):
         lock = FolderLock(out, part=f"{part + 1}-of-{parts}")
     with lock, Signals():
+        _show(config, ready)
         mine = set(list(shard_files(out, layout))[part::parts])
         files = [file for file in missing_shards(out, layout) if file in mine]
         fabric = launch.start(config, alone=True)  # type: ignore[arg-type]
@@ -79,11 +85,21 @@ def _tokenize_part(config: TokenizeConfig) -> Path:
     with FolderLock(out, shared=True, wait=SHARED_WAIT):  # the last process sees all files, and one process at a time
         missing = list(missing_shards(out, layout))
         if not missing:
-            _finish(out, layout)
+            _finish(out, layout, next_command(config, ready.bank_config["grid"][0]))
     if missing:
         text = f"Part {config.shard} of '{out}' is written. {len(missing)} files of other parts are missing so far."
         print(text, file=sys.stderr)
     return out
+
+
+def _show(config: TokenizeConfig, ready: _Ready) -> None:
+    """Print lines on the images, the views and the device."""
+    from pecobook.engine.preamble import device_name, show_source
+
+    bank_config = ready.bank_config
+    views = f"{config.views:,} of each training image, one of each held-out image, {bank_config['grid'][0]} x "
+    views += f"{bank_config['grid'][1]} tokens of {ready.tokenizer.num_codewords:,} codewords"
+    show_source(ready.splits, ("views", views), ("device", f"{device_name()}, {bank_config['precision']}"))
 
 
 def _exit_unfinished() -> NoReturn:
@@ -104,16 +120,17 @@ class _Ready(NamedTuple):
 
 def _preflight(config: TokenizeConfig) -> _Ready:
     """Check everything before anything is written; return the images, the tokenizer and the config of the bank."""
-    from pecobook.data.images import open_readable
     from pecobook.data.named_views import NamedViews
     from pecobook.engine import launch
+    from pecobook.engine.value_range import open_readable
     from pecobook.engine.world import is_leader
     from pecobook.models.tokenizers import fingerprint
 
     preflight = Preflight()
     if config.shard or is_leader():
         preflight.check(_folder(config).check)
-    splits = preflight.check(lambda: open_readable(config.data))
+    quiet = not is_leader()
+    splits = preflight.check(lambda: open_readable(config.data, config.value_range, [config.tokenizer], quiet=quiet))
     tokenizer = preflight.check(lambda: _open_tokenizer(config))
     precision = preflight.check(lambda: launch.resolve_precision(config))  # type: ignore[arg-type]
     preflight.finish()
@@ -124,6 +141,7 @@ def _preflight(config: TokenizeConfig) -> _Ready:
         "kind": "token bank",
         "tokenizer": fingerprint(tokenizer),
         "grid": [views.tokenizer_size // tokenizer.stride] * 2,
+        "value_range": splits.train.value_range and list(splits.train.value_range),
         "data": splits.train.fingerprint,
         "evaluation_data": splits.evaluation.fingerprint,
         **views.settings(),
@@ -331,7 +349,7 @@ def _encode(
     return [(zeros, unread[i]) if i in unread else (next(codes), None) for i in range(batch["count"])]
 
 
-def _finish(out: Path, layout: dict[str, BankLayout]) -> None:
+def _finish(out: Path, layout: dict[str, BankLayout], command: str) -> None:
     """List the images that no process could read, those before a resume included, and print the next command."""
     from pecobook.data.tokens import read_skipped
     from pecobook.utils.files import write_atomically
@@ -341,4 +359,37 @@ def _finish(out: Path, layout: dict[str, BankLayout]) -> None:
     if skipped:
         write_atomically(out / "skipped.txt", ("\n".join(skipped) + "\n").encode())
         print(f"{len(skipped)} images could not be read; {out / 'skipped.txt'} lists them.", file=sys.stderr)
-    print(f"\nDone: {out}\n\npecobook pretrain ... --tokens {out}", file=sys.stderr)
+    print(f"\nDone: {out}\n\n{command}", file=sys.stderr)
+
+
+def next_command(config: TokenizeConfig, grid: int) -> str:
+    """Return the command that pre-trains on a token bank, with `grid` tokens a side, ready for a shell.
+
+    It names the recipe of `pretrain` whose views differ least from those of the bank, and all that must differ from the
+    recipe: the views, and for another grid of tokens the patches of the ViT and the masks.
+    """
+    from pecobook.recipes import RECIPES, tokenize
+    from pecobook.settings.values import flag_words, replace
+
+    views = ("seed", "image_size", "tokenizer_size", "min_crop", "colour")
+
+    def distance(recipe: str) -> int:
+        return sum(getattr(tokenize(recipe), name) != getattr(config, name) for name in views)
+
+    recipe = min(RECIPES["pretrain"], key=distance)
+    base: Any = RECIPES["pretrain"][recipe]()
+    same = {name: getattr(config, name) for name in (*views, "data", "tokenizer")}
+    run = dataclasses.replace(base, **same, tokens=config.out, out=f"{Path(config.out)}-vit")
+    arguments = base.model.kwargs()
+    named = re.search(r"patch(\d+)", base.model.name)
+    patch = arguments.get("patch_size") or int(named[1] if named else 16)
+    if config.image_size != patch * grid:
+        share = (grid * patch / base.image_size) ** 2  # patches of the bank for each patch of the recipe
+        changes = {
+            "model.args": json.dumps({**arguments, "patch_size": config.image_size // grid}),
+            "mask.num_masked": max(round(base.mask.num_masked * share), 1),
+            "mask.min_block": min(base.mask.min_block, max(round(base.mask.min_block * share), 1)),
+        }
+        run = replace(run, changes)
+    always = ("data", "tokenizer", "tokens", "out")
+    return f"pecobook pretrain {recipe} {flag_words(run, base, always=always)}"

@@ -70,6 +70,8 @@ class Batch(TypedDict, total=False):
     """Whether the stage only computes the keys of these images (`engine.ahead`), for contrast and codebook."""
     keys: Tensor
     """float (N, D): keys of all N images of a step on this rank, those of the batch first, for codebook."""
+    reconstruction: Tensor
+    """float (N,): reconstruction loss, the mean over N images of a step on this rank, for codebook with --balance."""
     keys0: Tensor
     """float (N, D): keys of the first views of all N images of a step on this rank, for contrast."""
     keys1: Tensor

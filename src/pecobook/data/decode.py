@@ -11,25 +11,36 @@ corrupt files, which would end a run of many hours, and it prints libpng's warni
 from __future__ import annotations
 
 import io
+import os
+import stat
 import warnings
-from typing import TYPE_CHECKING
+from typing import IO, TYPE_CHECKING, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from pecobook.data.deep import UNIT, DeepImage, Survey, ValueRange, read_deep, to_8_bits
+from pecobook.errors import ConfigError
+
 if TYPE_CHECKING:
     from pathlib import Path
 
     from PIL.Image import Image
 
-# Pillow also raises at this number, which is twice its limit for a warning: 512 MiB of RGB.
-MAX_PIXELS = 178_956_970
+MAX_PIXELS = 2**27
+"""An image of more pixels is bad: it would take more than 512 MiB as RGBA. PECOBOOK_MAX_PIXELS overrides this."""
+MAX_BYTES = 2**30
+"""An image file of more bytes is bad; it is not read."""
+Range: TypeAlias = ValueRange | Survey
+_STRIP_PIXELS = 2**22
+_ORIENTATION, _WIDTH, _HEIGHT = 0x0112, 256, 257
+"""Tags of EXIF and TIFF."""
 
 # Pillow tries only these formats. It also supports formats that start other programs (EPS) or that have no signature
 # (TGA).
-_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000")
+_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "DEEPTIFF", "PPM", "JPEG2000", "AVIF", "HEIF", "NUMPY")
 
 
 class BadImage(Exception):  # noqa: N818 (it is counted, and ends no run)
@@ -49,36 +60,39 @@ class BadImage(Exception):  # noqa: N818 (it is counted, and ends no run)
         return f"{self.name}: {self.reason}"
 
 
-def decode(data: bytes, channels: int = 3, *, name: str = "image") -> Tensor:
+def decode(data: bytes, channels: int = 3, *, name: str = "image", value_range: Range | None = None) -> Tensor:
     """Decode the bytes of an image file.
 
-    The EXIF orientation is applied. An animation gives its first frame. Transparent images are composited on white.
-    16-bit values v become v / 257, so that the whole range is kept. Floats within [0, 1] are multiplied by 255. Other
-    floats, and 32-bit or signed integers, have no agreed range: they are stretched from their minimum to their maximum
-    finite value (a constant image becomes 0, NaN becomes 0). Colour profiles are ignored.
+    The orientation of the EXIF data is applied. An animation gives its first frame, a file of several pages its first
+    page. Transparent images are composited on white. Images of 8 bits keep their values. Of images with more bits,
+    `value_range` becomes 0..255; without it the range is that of the type: 0..65535 for 16 bits, 0..1 for floats within
+    [0, 1]. Colour profiles are ignored.
 
     Args:
         data: the file's bytes.
         channels: 3 for RGB, 1 for luma (ITU-R 601).
         name: the image's name in an error.
+        value_range: the values that become black and white, for images with more than 8 bits; a `Survey` sees the
+            values, and the pixels that are then returned have no meaning.
 
     Returns:
         uint8 (channels, H, W). The memory layout is mostly H, W, channels, which is the fastest one to resize, so the
         tensor is not contiguous.
 
     Raises:
-        BadImage: the bytes are empty, not an image, truncated or otherwise damaged, or the image has more than
-            `MAX_PIXELS` pixels.
+        BadImage: the bytes are empty, not an image, truncated or otherwise damaged; the image has more than
+            `max_pixels()` pixels; or its values have no stated range.
     """
     if channels not in (1, 3):
         raise ValueError(f"channels is {channels}; it must be 1 or 3")
+    max_pixels()  # an invalid limit is no fault of the image
     if not data:
         raise BadImage(name, "empty file")
     try:
         with warnings.catch_warnings():
             # Pillow warns about odd metadata and large images; neither matters here.
             warnings.simplefilter("ignore")
-            return _decode(data, channels)
+            return _decode(data, channels, value_range)
     except BadImage as error:
         raise BadImage(name, error.reason) from None
     # On arbitrary bytes a decoder may raise any exception (SyntaxError, struct.error, KeyError, MemoryError, ...).
@@ -86,28 +100,47 @@ def decode(data: bytes, channels: int = 3, *, name: str = "image") -> Tensor:
         raise BadImage(name, _reason(error)) from error
 
 
-def _decode(data: bytes, channels: int) -> Tensor:
-    from PIL import Image
-
-    with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
-        width, height = image.size
-        if width * height > MAX_PIXELS:
-            raise BadImage("", _too_large(width, height))
+def _decode(data: bytes, channels: int, value_range: Range | None) -> Tensor:
+    with open_image(io.BytesIO(data)) as image:
+        if isinstance(value_range, Survey):
+            value_range.see(image, data)
+            height, width = header_size(data) or (0, 0)
+            return torch.zeros((), dtype=torch.uint8).expand(channels, height, width)
         if _is_fast(image):
             try:
-                return _decode_fast(data, image.format, channels)
+                return turn(_decode_fast(data, image.format, channels), orientation_of(image))
             except RuntimeError:  # Pillow tolerates more damage, such as a missing end marker
                 pass
+        deep = read_deep(image, data)
+        if deep is not None:
+            return turn(_from_values(deep, channels, value_range), orientation_of(image))
         return from_pillow(image, channels)
+
+
+def open_image(file: IO[bytes] | Path, *, name: str = "image") -> Image:
+    """Open an image with Pillow, which reads the header alone. Raises BadImage for more than `max_pixels()` pixels."""
+    import PIL.Image
+
+    from pecobook.data.formats import register
+
+    register()
+    limit = max_pixels()
+    if PIL.Image.MAX_IMAGE_PIXELS is not None and limit > MAX_PIXELS:
+        PIL.Image.MAX_IMAGE_PIXELS = max(PIL.Image.MAX_IMAGE_PIXELS, limit)
+    image = PIL.Image.open(file, formats=[kind for kind in _FORMATS if kind in PIL.Image.OPEN])
+    width, height = image.size
+    if width * height > limit:
+        image.close()
+        raise BadImage(name, f"{width} x {height} is {_too_many(limit)}")
+    return image
 
 
 def _is_fast(image: Image) -> bool:
     """Return whether torchvision can decode the image to the same pixels as Pillow."""
     if image.format in ("JPEG", "MPO"):
         return image.mode in ("RGB", "L")
-    if image.format == "WEBP":
-        # torchvision ignores the orientation and the frames of a WebP.
-        return image.mode == "RGB" and "exif" not in image.info and not getattr(image, "is_animated", False)
+    if image.format == "WEBP":  # torchvision ignores the frames of a WebP
+        return image.mode == "RGB" and not getattr(image, "is_animated", False)
     return False
 
 
@@ -119,8 +152,8 @@ def _decode_fast(data: bytes, format_name: str | None, channels: int) -> Tensor:
     if format_name == "WEBP":
         pixels: Tensor = decode_webp(buffer, mode=ImageReadMode.RGB)
         return pixels if channels == 3 else _luma(pixels)
-    mode = ImageReadMode.RGB if channels == 3 else ImageReadMode.GRAY
-    pixels = decode_jpeg(buffer, mode=mode, apply_exif_orientation=True)
+    # torchvision finds the orientation in fewer files than Pillow does: `turn` applies it.
+    pixels = decode_jpeg(buffer, mode=ImageReadMode.RGB if channels == 3 else ImageReadMode.GRAY)
     return pixels  # noqa: RET504 (torchvision is untyped; the annotation above gives the type)
 
 
@@ -132,33 +165,67 @@ def _luma(pixels: Tensor) -> Tensor:
 
 
 def from_pillow(image: Image, channels: int) -> Tensor:
-    """Decode an opened image with Pillow, upright: uint8 (channels, H, W)."""
-    import PIL.Image
-    from PIL import ImageOps
-
+    """Decode an opened image of 8 bits with Pillow, upright: uint8 (channels, H, W)."""
     image.load()
-    ImageOps.exif_transpose(image, in_place=True)
-    if image.mode == "F" or image.mode.startswith("I"):
-        image = PIL.Image.fromarray(_to_8_bits(image))
+    width, height = image.size
+    rows = max(_STRIP_PIXELS // max(width, 1), 1)
+    if rows >= height:
+        pixels = _convert(image, channels)
+    else:  # a conversion of the whole image would hold several copies of it
+        pixels = np.empty((height, width, channels), np.uint8)
+        for top in range(0, height, rows):
+            strip = image.crop((0, top, width, min(top + rows, height)))
+            pixels[top : top + rows] = _convert(strip, channels)
+    return turn(torch.from_numpy(pixels).permute(2, 0, 1), orientation_of(image))
+
+
+def _convert(image: Image, channels: int) -> npt.NDArray[np.uint8]:
+    """Convert a loaded image to uint8 (H, W, channels), on white."""
+    import PIL.Image
+
     if image.has_transparency_data:
         white = PIL.Image.new("RGBA", image.size, "white")
         image = PIL.Image.alpha_composite(white, image.convert("RGBA"))
     pixels = np.array(image.convert("RGB" if channels == 3 else "L"))  # (H, W, 3) or (H, W)
-    return torch.from_numpy(pixels.reshape(*pixels.shape[:2], channels)).permute(2, 0, 1)
+    return pixels.reshape(*pixels.shape[:2], channels)
 
 
-def _to_8_bits(image: Image) -> npt.NDArray[np.uint8]:
-    """Convert an image with one channel of more than 8 bits to 8 bits, (H, W)."""
-    values = np.asarray(image).astype(np.float64)
-    # Pillow stores a 16-bit PGM as 32-bit integers scaled to 16 bits.
-    if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PPM", "PNG")):
-        return np.rint(values / 257).astype(np.uint8)
-    finite = values[np.isfinite(values)]
-    low, high = (finite.min(), finite.max()) if finite.size else (0.0, 0.0)
-    if image.mode == "F" and low >= 0 and high <= 1:
-        low, high = 0.0, 1.0
-    scaled = (np.nan_to_num(values, nan=low, posinf=high, neginf=low) - low) / max(high - low, np.finfo(float).tiny)
-    return np.rint(scaled * 255).astype(np.uint8)
+def _from_values(deep: DeepImage, channels: int, value_range: ValueRange | None) -> Tensor:
+    """Convert values to uint8 (channels, H, W), not turned. Raises BadImage if they have no range."""
+    natural_range = deep.natural_range
+    if value_range is None and natural_range is None and deep.values.dtype.kind == "f":
+        finite = deep.values[np.isfinite(deep.values)]
+        natural_range = UNIT if not finite.size or (finite.min() >= 0 and finite.max() <= 1) else None
+    chosen = value_range or natural_range
+    if chosen is None:
+        raise BadImage("", f"{deep.values.dtype} values have no agreed range: give --value-range LOW HIGH")
+    pixels = torch.from_numpy(to_8_bits(deep, chosen)).permute(2, 0, 1)
+    if len(pixels) == 3 and channels == 1:
+        return _luma(pixels)
+    return pixels.expand(channels, -1, -1)
+
+
+def orientation_of(image: Image) -> int:
+    """Return the EXIF orientation of an opened image, 1 to 8; 1 where there is none, or no valid one.
+
+    The orientation of an XMP segment counts where the image has no EXIF orientation, as in Pillow. A PNG can state its
+    orientation after its pixels: it must be loaded first, unless `_has_late_metadata` is False.
+    """
+    import PIL.Image
+
+    try:
+        value = PIL.Image.Image.getexif(image).get(_ORIENTATION, 1)  # that of a PNG would load the image
+    except Exception:  # damaged EXIF data may raise any exception; the image itself can be read
+        return 1
+    return value if isinstance(value, int) and 1 <= value <= 8 else 1
+
+
+def turn(pixels: Tensor, orientation: int) -> Tensor:
+    """Turn an image (..., H, W) upright, given its EXIF orientation; 5 to 8 exchange height and width."""
+    if orientation >= 5:
+        pixels = pixels.transpose(-1, -2)
+    sides = {2: [-1], 3: [-2, -1], 4: [-2], 6: [-1], 7: [-2, -1], 8: [-2]}.get(orientation)
+    return pixels if sides is None else pixels.flip(sides)
 
 
 def _reason(error: Exception) -> str:
@@ -167,13 +234,49 @@ def _reason(error: Exception) -> str:
     if isinstance(error, UnidentifiedImageError):
         return "not an image, or an unsupported format"
     if isinstance(error, Image.DecompressionBombError):
-        return f"more than {MAX_PIXELS:,} pixels"
+        return _too_many(max_pixels())
     text = str(error).strip().split("\n")[0]
     return text or type(error).__name__
 
 
-def _too_large(width: int, height: int) -> str:
-    return f"{width} x {height} is more than {MAX_PIXELS:,} pixels"
+def max_pixels() -> int:
+    """Return the largest number of pixels of an image: the environment variable PECOBOOK_MAX_PIXELS or `MAX_PIXELS`."""
+    text = os.environ.get("PECOBOOK_MAX_PIXELS", "")
+    if text and not (text.isdecimal() and int(text) > 0):
+        raise ConfigError(f"The environment variable PECOBOOK_MAX_PIXELS is '{text}': it must be a whole number.")
+    return int(text or MAX_PIXELS)
+
+
+def _too_many(limit: int) -> str:
+    return f"more than {limit:,} pixels (the environment variable PECOBOOK_MAX_PIXELS raises this limit)"
+
+
+def read_file(path: Path, name: str = "") -> bytes:
+    """Read an image file, which must be a regular file of at most `MAX_BYTES`. Raises BadImage, with `name` or path.
+
+    A named pipe would block for ever, and a device such as /dev/zero never ends, so neither is opened.
+    """
+    name = name or os.fsencode(path).decode(errors="replace")
+    try:
+        status = path.stat()
+        check_regular(status, name)
+        check_bytes(status.st_size, name)
+        return path.read_bytes()
+    except OSError as error:
+        raise BadImage(name, error.strerror or str(error)) from error
+
+
+def check_regular(status: os.stat_result, name: str) -> None:
+    """Raise BadImage unless `status` is that of a regular file, also at the end of a link."""
+    if not stat.S_ISREG(status.st_mode):
+        kinds = {stat.S_IFIFO: "a named pipe", stat.S_IFSOCK: "a socket", stat.S_IFDIR: "a folder"}
+        raise BadImage(name, f"{kinds.get(stat.S_IFMT(status.st_mode), 'a device')}, not a regular file")
+
+
+def check_bytes(size: int, name: str) -> None:
+    """Raise BadImage for an encoded image of more than `MAX_BYTES` bytes, before it is read."""
+    if size > MAX_BYTES:
+        raise BadImage(name, f"{size:,} bytes are more than {MAX_BYTES:,}, the limit of an image file")
 
 
 def header_size(file: Path | bytes) -> tuple[int, int] | None:
@@ -182,14 +285,34 @@ def header_size(file: Path | bytes) -> tuple[int, int] | None:
     Args:
         file: the image's path, or its bytes.
     """
-    from PIL import Image
-
     try:
-        with Image.open(io.BytesIO(file) if isinstance(file, bytes) else file) as image:
-            width, height = image.size
-            # Pillow would decode all pixels of a PNG to search for an orientation after them.
-            has_exif = image.format != "PNG" or "exif" in image.info
-            is_transposed = has_exif and image.getexif().get(0x0112, 1) in (5, 6, 7, 8)
+        if not isinstance(file, bytes):
+            check_regular(file.stat(), str(file))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            with open_image(io.BytesIO(file) if isinstance(file, bytes) else file) as image:
+                tags = getattr(image, "tag_v2", {})  # Pillow gives the size of a TIFF as it is when turned
+                width, height = tags.get(_WIDTH, image.width), tags.get(_HEIGHT, image.height)
+                if image.format == "PNG" and _has_late_metadata(image):
+                    image.load()
+                orientation = orientation_of(image)
     except Exception:  # a header of arbitrary bytes may raise any exception
         return None
-    return (width, height) if is_transposed else (height, width)
+    return (width, height) if orientation >= 5 else (height, width)
+
+
+def _has_late_metadata(image: Image) -> bool:
+    """Return whether a PNG holds text or EXIF data after its first pixels."""
+    file = getattr(image, "fp", None)
+    assert file is not None
+    start, position, has_pixels, kind = file.tell(), 8, False, b""
+    while kind != b"IEND":
+        file.seek(position)
+        header = file.read(8)
+        kind = header[4:]
+        if len(header) < 8 or (has_pixels and kind in (b"eXIf", b"iTXt", b"tEXt", b"zTXt")):
+            break
+        has_pixels |= kind == b"IDAT"
+        position += 12 + int.from_bytes(header[:4], "big")
+    file.seek(start)
+    return kind in (b"eXIf", b"iTXt", b"tEXt", b"zTXt")

@@ -9,26 +9,36 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 from array import array
-from dataclasses import dataclass, field
+from collections import Counter
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from torch import Tensor
 
-from pecobook.data.decode import BadImage, decode
-from pecobook.data.source import IMAGE_EXTENSIONS, Integers, Labels, Part
+from pecobook.data.decode import Range, decode, read_file
+from pecobook.data.layout import Folder, Layout, read_layout
+from pecobook.data.source import IMAGE_EXTENSIONS, Contents, Integers, Labels, Part
+from pecobook.data.split_names import SHADOW_FOLDER, split_of_name
 from pecobook.errors import DataError
 
 _EXTENSIONS = frozenset(extension.encode() for extension in IMAGE_EXTENSIONS)
+_SHADOW_FOLDER = SHADOW_FOLDER.encode()
 _CHUNK = 65_536
-# Only these folder names declare a split; for the names of parquet files and shards, `split_from_name` is less strict.
-_SPLIT_FOLDERS = {"train": "train", "val": "validation", "validation": "validation", "test": "test"}
+_FILE, _FOLDER, _LINKED_FOLDER = range(3)
+_MASK_WORDS = (b"masks", b"mask", b"segmentation", b"seg", b"groundtruth", b"gt")
+_MASK_ENDINGS = tuple(separator + word for word in _MASK_WORDS for separator in (b"_", b"-", b" ", b"."))
+_MASK_ENDING = re.compile(b"[_. -](%s)$" % b"|".join(_MASK_WORDS))
+_IMAGENET_NAME = re.compile(r"ILSVRC2012_(val|test)_\d{8}\.JPEG")
 
 
 class FileStore:
     """Image files under one folder, as relative paths in an Arrow column."""
+
+    value_range: Range | None = None
 
     def __init__(self, root: Path, paths: Any) -> None:
         self.root = root
@@ -46,16 +56,14 @@ class FileStore:
 
     def read(self, row: int) -> Tensor:
         """Read and decode the image of a row: uint8 (3, H, W)."""
-        path = self._path(row)
-        name = os.fsencode(path).decode(errors="replace")
-        try:
-            data = path.read_bytes()
-        except OSError as error:
-            raise BadImage(name, error.strerror or str(error)) from error
-        return decode(data, name=name)
+        return decode(self.encoded(row), name=self.identify(row), value_range=self.value_range)
+
+    def encoded(self, row: int) -> bytes:
+        """Return the bytes of the file of a row. Raises BadImage."""
+        return read_file(self._path(row), self.identify(row))
 
     def digest(self, rows: Integers) -> str:
-        """Return a hash of the relative paths."""
+        """Return a hash of the relative paths. It holds no bytes: a good file may replace a damaged one."""
         column = self._paths.data.column("path")
         digest = hashlib.sha256()
         for start in range(0, len(rows), _CHUNK):
@@ -64,108 +72,233 @@ class FileStore:
 
 
 @dataclass
-class Listing:
-    """The files below a folder.
+class ImageNames:
+    """The names of image files.
 
     Attributes:
-        chunks: relative paths of the images, as Arrow data sets of at most `_CHUNK` rows.
-        group_of: for each image, the index of its group in `groups`.
-        groups: the distinct first two folders of the relative paths (fewer for an image at a higher level).
-        tables: parquet files.
-        shards: tar files.
+        chunks: relative paths, as Arrow data sets of at most `_CHUNK` rows.
+        group_of: for each image, the index of its folder in `groups`.
+        groups: the folders that hold images, as the names on the way from the top.
     """
 
     chunks: list[Any] = field(default_factory=list)
     group_of: array[int] = field(default_factory=lambda: array("q"))
-    groups: list[tuple[str, ...]] = field(default_factory=list)
+    groups: list[Folder] = field(default_factory=list)
+    _names: list[bytes] = field(default_factory=list)
+
+    def add(self, path: bytes, group: Folder) -> None:
+        """Add a file of a folder; the files of a folder come one after the other."""
+        if not self.groups or self.groups[-1] is not group:
+            self.groups.append(group)
+        self._names.append(path)
+        self.group_of.append(len(self.groups) - 1)
+        if len(self._names) == _CHUNK:
+            self.finish()
+
+    def finish(self) -> None:
+        """Complete the last chunk."""
+        if self._names:
+            self.chunks.append(_to_arrow(self._names))
+            self._names = []
+
+
+@dataclass
+class Listing(ImageNames):
+    """The files below a folder: the names of the images, and what else there is.
+
+    Attributes:
+        tables: parquet files.
+        shards: tar files.
+        left_out: why other files and folders are not used, and how many there are.
+    """
+
     tables: list[Path] = field(default_factory=list)
     shards: list[Path] = field(default_factory=list)
+    left_out: Counter[str] = field(default_factory=Counter)
 
 
-def folder_parts(source: str, root: Path) -> dict[str, Part]:
+def folder_contents(source: str, root: Path) -> Contents:
     """Return the splits of a folder of images, parquet files or tar shards.
 
-    The most frequent of the three kinds of file is used; images win a tie.
+    The most frequent of the three kinds of file is used; images win a tie, unless parquet files have a column `image`
+    with as many rows as there are image files.
 
-    Hidden files and folders (with a leading dot) are ignored, and symbolic links to folders are not followed. Files are
-    ordered by name, the files of a folder before its subfolders. Class folders give labels if every image lies in a
-    class folder and there are at least two classes; a single folder, such as "images", is not a class.
-
-    Splits need a top level with `train/` and one of `val/`, `validation/` and `test/`; other files and folders at the
-    top level are then not used. Every class of the evaluation split must exist in training.
+    Files are ordered by name, the files of a folder before its subfolders, and links to folders come last. The names of
+    folders declare splits and classes; layout.py states the rules. A single folder, such as "images", is not a class.
 
     Raises:
-        DataError: the folder holds no readable file, or a class is missing in training.
+        DataError: the folder holds no readable file, or it cannot be told whether folders are splits or classes.
     """
     listing = walk(root)
-    num_images = len(listing.group_of)
-    if num_images < max(len(listing.shards), len(listing.tables)):
-        if len(listing.shards) >= len(listing.tables):  # a table next to each shard is the shard's metadata
-            from pecobook.data.shards import shard_parts
-
-            return shard_parts(source, listing.shards, root=root)
-        from pecobook.data.tables import parquet_parts
-
-        return parquet_parts(source, listing.tables, root=root)
-    if num_images == 0:
+    counts = {"image": len(listing.group_of), "tar": len(listing.shards), "parquet": len(listing.tables)}
+    weights = dict(counts)
+    num_rows, has_paths = _count_rows(listing.tables) if counts["image"] and listing.tables else (0, False)
+    if num_rows >= counts["image"]:
+        weights["image"] = 0
+    kind = max(weights, key=lambda name: weights[name])  # a table next to each shard is the shard's metadata
+    for other, count in counts.items():
+        if other != kind and count and not (other == "image" and has_paths):
+            listing.left_out[f"{other} file beside {kind} files"] += count
+    if counts[kind] == 0:
         raise DataError(
-            f"--data '{source}': neither this folder nor its subfolders hold images. Supported extensions: "
-            f"{', '.join(IMAGE_EXTENSIONS)}; also parquet and tar files."
+            f"--data '{source}': neither this folder nor its subfolders hold images{_seen_instead(listing.left_out)}. "
+            f"Supported extensions: {', '.join(IMAGE_EXTENSIONS)}; also parquet and tar files."
         )
+    if kind == "tar":
+        from pecobook.data.shards import shard_contents
+
+        return _with_left_out(shard_contents(source, listing.shards, root=root), listing.left_out)
+    if kind == "parquet":
+        from pecobook.data.tables import parquet_contents
+
+        return _with_left_out(parquet_contents(source, listing.tables, root=root), listing.left_out)
     from datasets import concatenate_datasets
 
     store = FileStore(root, concatenate_datasets(listing.chunks))
-    return _parts(store, listing)
+    return _contents(source, store, listing)
+
+
+def _count_rows(tables: list[Path]) -> tuple[int, bool]:
+    """Return the number of rows of the parquet files that have images, and whether these are paths of image files."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    num_rows, has_paths = 0, False
+    for table in tables:
+        try:
+            footer = pq.read_metadata(table)
+        except (OSError, pa.ArrowException):
+            continue
+        schema = footer.schema.to_arrow_schema()
+        if "image" in schema.names:
+            num_rows += footer.num_rows
+            has_paths |= pa.types.is_string(schema.field("image").type)
+    return num_rows, has_paths
+
+
+def _with_left_out(contents: Contents, left_out: Counter[str]) -> Contents:
+    return replace(contents, left_out=dict(left_out + Counter(contents.left_out)))
+
+
+def _seen_instead(left_out: Counter[str]) -> str:
+    return f" (there are: {', '.join(f'{n:,} {reason}' for reason, n in left_out.most_common(3))})" if left_out else ""
 
 
 def walk(root: Path) -> Listing:
-    """List a folder and its subfolders by file names alone, without opening a file or reading its size."""
-    listing = Listing()
-    names: list[bytes] = []
-    # (relative path of the folder with a final slash, first two folders of that path)
-    stack: list[tuple[bytes, tuple[str, ...]]] = [(b"", ())]
+    """List a folder and its subfolders by file names alone, without opening a file or reading its size.
+
+    Links to files count as files. Links to folders are followed after all other folders, unless the folder was listed
+    already, so a circle of links ends. Arrays (.npy) are images only where there are no others, because beside images
+    they mostly hold masks or features.
+    """
+    listing, arrays = Listing(), ImageNames()
     top = os.fsencode(root)
-    while stack:
+    # relative paths with a final slash, and the same as names
+    stack: list[tuple[bytes, Folder]] = [(b"", ())]
+    links: list[tuple[bytes, Folder]] = []
+    listed: list[bytes] = []
+    visited: set[tuple[int, int]] | None = None
+    while stack or links:
+        if not stack:
+            stack.append(links.pop(0))
+            # Only now, because most sources have no link to a folder.
+            visited = visited or {_identity(folder) for folder in (*_parents(root), *(top + b"/" + f for f in listed))}
         folder, group = stack.pop()
-        subfolders = []
-        group_number = -1
-        for name, is_folder in _entries(os.path.join(top, folder)):  # noqa: PTH118 (bytes, a million times)
-            if is_folder:
-                subfolders.append((folder + name + b"/", (*group, os.fsdecode(name))[:2]))
+        path = os.path.join(top, folder)  # noqa: PTH118 (bytes, a million times)
+        if visited is None:
+            listed.append(folder)
+        elif (identity := _identity(path)) in visited:
+            listing.left_out["link to a folder that is read already"] += 1
+            continue
+        else:
+            visited.add(identity)
+        subfolders: list[tuple[bytes, Folder]] = []
+        entries = _entries(path, listing.left_out)
+        masks = _masks_among([name for name, kind in entries if kind == _FILE])
+        for name, kind in entries:
+            if name in masks:
+                listing.left_out["mask beside its image, such as x_mask.png"] += 1
                 continue
-            stem, _, extension = name.lower().rpartition(b".")
-            if not stem:
+            if kind != _FILE:
+                (subfolders if kind == _FOLDER else links).append((folder + name + b"/", (*group, os.fsdecode(name))))
                 continue
-            if extension in _EXTENSIONS:
-                if group_number < 0:
-                    group_number = len(listing.groups)
-                    listing.groups.append(group)
-                names.append(folder + name)
-                listing.group_of.append(group_number)
-                if len(names) == _CHUNK:
-                    listing.chunks.append(_to_arrow(names))
-                    names = []
-            elif extension == b"parquet":
+            _, dot, extension = name.lower().rpartition(b".")
+            if dot and extension in _EXTENSIONS:
+                (arrays if extension == b"npy" else listing).add(folder + name, group)
+            elif dot and extension == b"parquet":
                 listing.tables.append(root / os.fsdecode(folder + name))
-            elif extension == b"tar":
+            elif dot and extension == b"tar":
                 listing.shards.append(root / os.fsdecode(folder + name))
+            else:
+                listing.left_out[_reason_for_extension(extension if dot else b"")] += 1
         stack += reversed(subfolders)
-    if names:
-        listing.chunks.append(_to_arrow(names))
+    if listing.group_of and arrays.group_of:
+        listing.left_out["extension .npy beside other images"] += len(arrays.group_of)
+    elif arrays.group_of:
+        arrays.finish()
+        listing.chunks, listing.group_of, listing.groups = arrays.chunks, arrays.group_of, arrays.groups
+    listing.finish()
     return listing
 
 
-def _entries(folder: bytes) -> list[tuple[bytes, bool]]:
-    """Return (name, whether it is a folder) of each entry of a folder that is not hidden, sorted by name."""
+def _parents(root: Path) -> list[bytes]:
+    return [os.fsencode(parent) for parent in root.resolve().parents]
+
+
+def _identity(folder: bytes) -> tuple[int, int]:
     try:
-        with os.scandir(folder) as entries:
-            return sorted(
-                (entry.name, entry.is_dir(follow_symlinks=False))
-                for entry in entries
-                if not entry.name.startswith(b".")
-            )
+        status = os.stat(folder)  # noqa: PTH116 (bytes)
     except OSError as error:
         raise DataError(f"The folder '{os.fsdecode(folder)}' cannot be listed: {error.strerror}.") from error
+    return status.st_dev, status.st_ino
+
+
+def _entries(folder: bytes, left_out: Counter[str]) -> list[tuple[bytes, int]]:
+    """Return (name, kind) of each file and folder of a folder, sorted by name, and count what is left out."""
+    try:
+        with os.scandir(folder) as entries:
+            found = []
+            for entry in entries:
+                name = entry.name
+                if name.startswith(b".") or name == _SHADOW_FOLDER:
+                    left_out["hidden"] += 1
+                elif entry.is_file(follow_symlinks=False):
+                    found.append((name, _FILE))
+                elif entry.is_dir(follow_symlinks=False):
+                    found.append((name, _FOLDER))
+                elif (kind := _kind_of_link(entry)) is not None:
+                    found.append((name, kind))
+                else:
+                    left_out["broken link" if entry.is_symlink() else "not a regular file"] += 1
+            return sorted(found)
+    except OSError as error:
+        raise DataError(f"The folder '{os.fsdecode(folder)}' cannot be listed: {error.strerror}.") from error
+
+
+def _kind_of_link(entry: os.DirEntry[bytes]) -> int | None:
+    """Return what a link leads to; None for nothing, and for what is neither a file nor a folder."""
+    try:
+        return _LINKED_FOLDER if entry.is_dir() else _FILE if entry.is_file() else None
+    except OSError:  # a link to itself
+        return None
+
+
+def _masks_among(names: list[bytes]) -> set[bytes]:
+    """Return the names such as "x_mask.png" or "x_mask_1.png" of files beside "x.jpg", given all files of a folder."""
+    stems = {name: name.rpartition(b".")[0].lower() for name in names}
+    masks = {name: end for name, stem in stems.items() if (end := stem.rstrip(b"_0123456789")).endswith(_MASK_ENDINGS)}
+    if not masks:
+        return set()
+    images = set(stems.values())
+    return {name for name, end in masks.items() if _MASK_ENDING.sub(b"", end) in images}
+
+
+def _reason_for_extension(extension: bytes) -> str:
+    if not extension:
+        return "no extension"
+    if len(extension) > 10 or extension.isdigit():
+        return "other extension"
+    return f"extension .{extension.decode(errors='replace')}"
 
 
 def _to_arrow(names: list[bytes]) -> Any:
@@ -175,49 +308,49 @@ def _to_arrow(names: list[bytes]) -> Any:
     return Dataset.from_dict({"path": names}, features=Features({"path": Value("large_binary")}))
 
 
-def _parts(store: FileStore, listing: Listing) -> dict[str, Part]:
+def _contents(source: str, store: FileStore, listing: Listing) -> Contents:
+    layout = read_layout(source, listing.groups)
     group_of = np.frombuffer(listing.group_of, dtype=np.int64)
-    split_of_group = _splits(listing.groups)
-    if split_of_group is None:
-        split_of_group, depth = ["train"] * len(listing.groups), 0
-    else:
-        depth = 1
-    class_of_group = [group[depth] if len(group) > depth else None for group in listing.groups]
     parts = {}
-    for split in sorted({name for name in split_of_group if name}):
-        in_split = np.array([name == split for name in split_of_group])
+    for split in sorted({name for name in layout.split_of if name}):
+        in_split = np.array([name == split for name in layout.split_of])
         rows = np.flatnonzero(in_split[group_of])
-        parts[split] = Part(store, rows, _labels(class_of_group, in_split, group_of[rows]))
-    if "train" in parts and _is_unlabelled(parts["train"].labels):
-        parts["train"] = Part(store, parts["train"].rows, None)
-    return parts
-
-
-def _splits(groups: list[tuple[str, ...]]) -> list[str] | None:
-    """Return the split of each group ("" for no split), or None if the top level declares no splits."""
-    names = [_SPLIT_FOLDERS.get(group[0].lower(), "") if group else "" for group in groups]
-    if "train" not in names or (set(names) == {"train", ""}):
-        # A single folder `train/` is the training set; among other folders it may be a class of railway pictures.
-        return names if set(names) == {"train"} else None
-    return names
-
-
-def _is_unlabelled(labels: Labels | None) -> bool:
-    return labels is None or len(labels.names) < 2
+        labels = _labels(layout.class_of, in_split, group_of[rows])
+        unlabelled = "" if labels else _reason(layout, split, store.identify(int(rows[0])))
+        parts[split] = Part(store, rows, labels, unlabelled, "lie outside the class folders")
+    counts = np.bincount(group_of, minlength=len(listing.groups))
+    for group, reason in layout.reason_of.items():
+        listing.left_out[reason] += int(counts[group])
+    return Contents(parts, dict(listing.left_out), layout.notes)
 
 
 def _labels(class_of_group: list[str | None], in_split: Any, group_of: Integers) -> Labels | None:
-    """Number the class folders of one split; return None if an image of the split lies outside all class folders.
+    """Number the class folders of one split; return None if it has none.
 
     Args:
         class_of_group: the class folder of each group, or None.
         in_split: bool (number of groups,), whether a group belongs to the split.
         group_of: the group of each image of the split.
     """
-    used = [name for name, is_used in zip(class_of_group, in_split, strict=True) if is_used]
-    if None in used:
+    names = tuple(sorted({name for name, used in zip(class_of_group, in_split, strict=True) if used and name}))
+    if not names:
         return None
-    names = tuple(sorted({name for name in used if name is not None}))
     number = {name: code for code, name in enumerate(names)}
     table = np.array([number.get(name, -1) if name else -1 for name in class_of_group], dtype=np.int64)
     return Labels(table[group_of], names)
+
+
+def _reason(layout: Layout, split: str, image: str) -> str:
+    """Return why a split has no class folders, given the name of one of its images."""
+    if _IMAGENET_NAME.fullmatch(image.rpartition("/")[2]):
+        return (
+            f"ImageNet's images of {split} come without class folders ({image}); move them into class folders by the "
+            "list that belongs to them (LOC_val_solution.csv), or use 'hf:ILSVRC/imagenet-1k'"
+        )
+    if split == "train":
+        is_class = layout.only_folder and split_of_name(layout.only_folder) is None
+        return f"all its images lie in the one folder '{layout.only_folder}'" if is_class else ""
+    return (
+        f"the images of {split} lie in no class folder ({image}); move each into the folder of its class, or give the "
+        "training folder alone, of which 10% are then held out"
+    )

@@ -6,23 +6,25 @@
     tar shards          shards.py      WebDataset
     photos              photos.py      photographs that are installed with scikit-image and scikit-learn
 
-The module of each form returns parts (see source.py), and `assemble` turns the parts of any form into `Splits`. Images
+The module of each form returns `Contents` (see source.py), which `assemble` turns into `Splits`. Images
 are decoded only when they are read.
 """
 
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from pecobook.data.source import ImageSource, Part, Splits, assemble
+from pecobook.data.source import Contents, ImageSource, Splits, assemble
 from pecobook.errors import DataError, did_you_mean
 
 SOURCE_FORMS = (
     "A source is a folder of images, a parquet file or folder, tar shards ('shards/', 'x-{000..009}.tar'), "
     "'hf:owner/name', or 'photos' (built in)."
 )
+_ARCHIVES = frozenset({".zip", ".gz", ".tgz", ".bz2", ".xz", ".zst", ".7z", ".rar"})
 
 
 def open_images(source: str) -> Splits:
@@ -40,14 +42,7 @@ def open_images(source: str) -> Splits:
         from pecobook.data.photos import open_photos
 
         return open_photos()
-    return assemble(source, _parts(source))
-
-
-def open_readable(source: str) -> Splits:
-    """Open an image source. Raises DataError also if none of the first few training images can be read."""
-    splits = open_images(source)
-    check_readable(splits.train)
-    return splits
+    return assemble(source, _open(source))
 
 
 def check_readable(source: ImageSource, count: int = 8) -> None:
@@ -67,34 +62,54 @@ def check_readable(source: ImageSource, count: int = 8) -> None:
 
 def check_labels(splits: Splits, source: str) -> None:
     """Raise DataError unless training and evaluation images have labels; `source` is the value of `--data`."""
-    if splits.train.labels is None:
-        raise DataError(f"--data '{source}' has no labels: put the images of each class in their own subfolder.")
-    if splits.evaluation.labels is None:
-        raise DataError(f"--data '{source}' has no labels for its held-out images ({splits.evaluation_name}).")
+    for images, whose in (
+        (splits.train, ""),
+        (splits.evaluation, f" for its held-out images ({splits.evaluation_name})"),
+    ):
+        if images.labels is None and images.unlabelled:
+            raise DataError(f"--data '{source}' has no labels that can be used{whose}: {images.unlabelled}.")
+        if images.labels is None:
+            raise DataError(
+                f"--data '{source}' has no labels{whose}: put the images of each class in their own subfolder, or give "
+                "a parquet file with the columns image and label."
+            )
 
 
 def open_all_splits(source: str) -> list[ImageSource]:
-    """Open all images of a source, as one `ImageSource` per declared split. Raises DataError as `open_images` does."""
+    """Open all images of a source, as one `ImageSource` per declared split, and print what is left out.
+
+    Raises:
+        DataError: as `open_images` does.
+    """
     if source == "photos":
         splits = open_images(source)
         return [splits.train, splits.evaluation]
-    parts = _parts(source).items()
+    contents = _open(source)
+    say_left_out(source, contents.left_out)
+    parts = contents.parts.items()
     return [ImageSource(part.store, name=source, split=name, rows=part.rows) for name, part in parts if len(part.rows)]
 
 
-def _parts(source: str) -> Mapping[str, Part]:
+def say_left_out(source: str, left_out: Mapping[str, int]) -> None:
+    """Print what a source holds beside images, for a command that reads all splits as one."""
+    if left_out:
+        reasons = ", ".join(f"{count:,} {reason}" for reason, count in left_out.items())
+        print(f"Left out of '{source}': {reasons}.", file=sys.stderr)
+
+
+def _open(source: str) -> Contents:
     if not source:
         raise DataError(f"--data is missing: give a source of images.\n{SOURCE_FORMS}")
     if source.startswith("hf:"):
-        from pecobook.data.tables import hub_parts
+        from pecobook.data.tables import hub_contents
 
-        return hub_parts(source)
+        return hub_contents(source)
     try:
         path = Path(source).expanduser()
         if path.is_dir():
-            from pecobook.data.folders import folder_parts
+            from pecobook.data.folders import folder_contents
 
-            return folder_parts(source, path)
+            return folder_contents(source, path)
         files = [path] if path.is_file() else expand_pattern(source)
     except (OSError, RuntimeError) as error:  # a name that is too long; the unknown user of "~nobody"
         reason = getattr(error, "strerror", None) or error
@@ -102,18 +117,20 @@ def _parts(source: str) -> Mapping[str, Part]:
     return _file_parts(source, files)
 
 
-def _file_parts(source: str, files: list[Path]) -> Mapping[str, Part]:
+def _file_parts(source: str, files: list[Path]) -> Contents:
     extensions = {file.suffix.lower() for file in files}
     if extensions == {".parquet"}:
-        from pecobook.data.tables import parquet_parts
+        from pecobook.data.tables import parquet_contents
 
-        return parquet_parts(source, files)
+        return parquet_contents(source, files)
     if extensions == {".tar"}:
-        from pecobook.data.shards import shard_parts
+        from pecobook.data.shards import shard_contents
 
-        return shard_parts(source, files)
+        return shard_contents(source, files)
     if files:
         reason = f"a single '{files[0].suffix}' file is not a source; give the folder that holds the file."
+        if files[0].suffix.lower() in _ARCHIVES:
+            reason = f"'{files[0].name}' is compressed; unpack it, and give the folder or the .tar files."
         raise DataError(f"--data '{source}': {reason}\n{SOURCE_FORMS}")
     raise DataError(f"--data '{source}': {_missing_reason(source)}\n{SOURCE_FORMS}")
 
@@ -123,6 +140,8 @@ def _missing_reason(source: str) -> str:
     if re.search(r"[*?{\[]", source):
         return "no file matches this pattern."
     missing = Path(source).expanduser()
+    if missing.exists():
+        return "it is neither a folder nor a regular file."
     while not missing.parent.exists() and missing.parent != missing:
         missing = missing.parent
     try:

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pecobook.data.decode import BadImage, decode
+from pecobook.data.decode import BadImage, Range, decode
 from pecobook.data.source import ImageSource, Integers, Splits
 from pecobook.errors import DataError
 
@@ -51,6 +51,8 @@ class PhotoStore:
     Args:
         grids: the number of tiles (down, across) of each photograph, in the order of the photographs' names.
     """
+
+    value_range: Range | None = None
 
     def __init__(self, grids: dict[str, tuple[int, int]]) -> None:
         self._grids = grids

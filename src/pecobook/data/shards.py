@@ -13,19 +13,31 @@ import json
 import os
 import socket
 import tarfile
-from collections.abc import Iterator
+from collections import Counter
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 from torch import Tensor
 
-from pecobook.data.decode import BadImage, decode
-from pecobook.data.source import IMAGE_EXTENSIONS, Integers, Part, group_by_split, relative_names
+from pecobook.data.decode import BadImage, Range, check_bytes, decode
+from pecobook.data.source import (
+    IMAGE_EXTENSIONS,
+    Contents,
+    Integers,
+    Labels,
+    Part,
+    file_version,
+    hash_some,
+    relative_names,
+)
+from pecobook.data.split_names import group_by_split, note_ignored_splits
+from pecobook.data.tar_index import index_shard
 from pecobook.errors import DataError
 from pecobook.utils.files import write_atomically
 
-_INDEX_VERSION = 1  # a new number invalidates the cached indices
+_INDEX_VERSION = 2  # a new number invalidates the cached indices
+_MAX_NOTES = 5
 _MAX_OPEN = 256  # shards that each process keeps open; further shards are opened anew for each image
 
 
@@ -36,6 +48,8 @@ class ShardStore:
         shards: the tar files.
         index: Arrow table with the columns shard (number), member (name), offset and size (both in bytes).
     """
+
+    value_range: Range | None = None
 
     def __init__(self, shards: list[Path], index: Any) -> None:
         self._shards = shards
@@ -62,14 +76,19 @@ class ShardStore:
 
     def read(self, row: int) -> Tensor:
         """Read and decode the image of a row: uint8 (3, H, W)."""
+        return decode(self.encoded(row), name=self.identify(row), value_range=self.value_range)
+
+    def encoded(self, row: int) -> bytes:
+        """Return the bytes of the member of a row. Raises BadImage."""
         name, size = self.identify(row), int(self._size[row])
+        check_bytes(size, name)
         try:
             data = self._pread(int(self._shard[row]), size, int(self._offset[row]))
         except OSError as error:
             raise BadImage(name, error.strerror or str(error)) from error
         if len(data) < size:
             raise BadImage(name, f"the shard ends {size - len(data)} bytes too early")
-        return decode(data, name=name)
+        return data
 
     def _pread(self, shard: int, size: int, offset: int) -> bytes:
         descriptor = self._open.get(shard)
@@ -84,50 +103,64 @@ class ShardStore:
             os.close(descriptor)
 
     def digest(self, rows: Integers) -> str:
-        """Return a hash of the shards' file names and of the members' names, shards, offsets and sizes."""
-        digest = hashlib.sha256(repr([shard.name for shard in self._shards]).encode())
+        """Return a hash of the shards' names, of the members' names, offsets and sizes, and of the bytes of some."""
+        digest = hash_some(self.encoded, rows)
+        digest.update(repr([shard.name for shard in self._shards]).encode())
         for column in (self._shard, self._offset, self._size):
             digest.update(column[rows].astype("<i8").tobytes())
         digest.update("\0".join(self._members.take(rows).to_pylist()).encode())
         return digest.hexdigest()
 
 
-def shard_parts(source: str, shards: list[Path], *, root: Path | None = None) -> dict[str, Part]:
-    """Return the splits of tar files.
+def shard_contents(source: str, shards: list[Path], *, root: Path | None = None) -> Contents:
+    """Return the splits of tar files; tar_index.py says which members are images and labels.
 
-    Each image member is an image. Its label is the content of the `.cls` member of the same name, or the value of
-    "label" in the `.json` member of that name. The names of the shards, and of their folders under `root`, declare
-    splits, as for parquet files.
+    The names of the shards, and of their folders under `root`, declare splits, as for parquet files.
 
     Raises:
         DataError: a shard is not an uncompressed tar file, or no shard holds an image.
     """
-    from pecobook.data.tables import encode_labels
-
     index = _load_index(source, shards)
+    left_out: dict[str, int]
+    left_out, notes = (json.loads(index.schema.metadata[name]) for name in (b"left_out", b"notes"))
     if len(index) == 0:
+        seen = ", ".join(f"{count:,} {reason}" for reason, count in left_out.items())
         raise DataError(
-            f"--data '{source}': no images in {len(shards)} tar files. "
+            f"--data '{source}': no images in {len(shards)} tar files{f' (there are: {seen})' if seen else ''}. "
             f"Supported extensions: {', '.join(IMAGE_EXTENSIONS)}."
         )
-    label_values = _to_integers(index.column("label").to_pylist())
     store = ShardStore(shards, index)
     shard_of = index.column("shard").to_numpy()
+    names = relative_names(shards, root)
+    groups, unused = group_by_split(names)
+    values = index.column("label").to_pylist()
     parts = {}
-    for split, numbers in group_by_split(relative_names(shards, root)).items():
+    for split, numbers in groups.items():
         rows = np.flatnonzero(np.isin(shard_of, numbers))
-        split_values = [label_values[row] for row in rows]
-        labels = None if all(value is None for value in split_values) else encode_labels(source, split_values)
-        parts[split] = Part(store, rows, labels)
-    return parts
+        labels, unlabelled = _labels(source, [values[row] for row in rows], store, rows)
+        parts[split] = Part(store, rows, labels, unlabelled)
+    if num_unused := int(np.isin(shard_of, unused).sum()):
+        left_out["in files that name no split, beside files that do"] = num_unused
+    return Contents(parts, left_out, (*notes, *note_ignored_splits(names, groups)))
 
 
-def _to_integers(labels: list[str | None]) -> list[Any]:
-    """Convert labels to integers if all of them are integers, so that "10" is sorted after "9"."""
+def _labels(source: str, texts: list[str | None], store: ShardStore, rows: Integers) -> tuple[Labels | None, str]:
+    """Return labels as codes; or None, and why, if they cannot be classes.
+
+    Labels are numbers if all of them are, so that "10" is sorted after "9".
+    """
+    from pecobook.data.tables import encode_labels
+
+    if all(text is None for text in texts):
+        return None, "no .cls or .json member holds a label"
     try:
-        return [None if label is None else int(label) for label in labels]
+        numbers = [None if text is None else float(text) for text in texts]
     except ValueError:
-        return labels
+        return encode_labels(source, texts), ""
+    wrong = next((place for place, number in enumerate(numbers) if number is not None and number % 1), None)
+    if wrong is not None:
+        return None, f"{store.identify(int(rows[wrong]))} has the label {texts[wrong]}, which is no class"
+    return encode_labels(source, [None if number is None else int(number) for number in numbers]), ""
 
 
 def _load_index(source: str, shards: list[Path]) -> Any:
@@ -138,10 +171,9 @@ def _load_index(source: str, shards: list[Path]) -> Any:
     key = hashlib.sha256(str(_INDEX_VERSION).encode())
     for shard in shards:
         try:
-            status = shard.stat()
+            key.update(f"{file_version(shard)}\n".encode())
         except OSError as error:
             raise DataError(f"--data '{source}': '{shard}' cannot be opened: {error.strerror}.") from error
-        key.update(f"{shard.resolve()}\0{status.st_size}\0{status.st_mtime_ns}\n".encode(errors="surrogateescape"))
     folder = Path(os.environ.get("PECOBOOK_CACHE") or Path.home() / ".cache" / "pecobook").expanduser()
     path = folder / f"shards-{key.hexdigest()[:32]}.parquet"
     with contextlib.suppress(Exception):  # an index that is absent or damaged is made anew below
@@ -158,73 +190,35 @@ def _load_index(source: str, shards: list[Path]) -> Any:
 
 
 def make_index(source: str, shards: list[Path]) -> Any:
-    """Read the headers of all shards and return the index, an Arrow table. Raises DataError."""
+    """Read the headers of all members of all shards.
+
+    Returns:
+        Arrow table with the columns shard, member, offset, size and label (text or null); its metadata holds what is
+        left out and notes for the user, as JSON.
+
+    Raises:
+        DataError: a shard is not an uncompressed tar file.
+    """
     import pyarrow as pa
 
-    columns: dict[str, list[Any]] = {"shard": [], "member": [], "offset": [], "size": [], "label": []}
+    columns: dict[str, list[Any]] = {name: [] for name in ("shard", "member", "offset", "size", "label")}
+    left_out: Counter[str] = Counter()
+    notes: list[str] = []
     for number, shard in enumerate(shards):
         try:
-            for member, offset, size, label in _index_shard(shard):
-                for column, value in zip(columns, (number, member, offset, size, label), strict=True):
-                    columns[column].append(value)
+            found = index_shard(shard)
         except (tarfile.TarError, OSError) as error:
             raise DataError(
                 f"--data '{source}': '{shard}' cannot be read as a tar file: {error}.\n"
                 "Shards must be uncompressed .tar files."
             ) from error
+        left_out += found.left_out
+        notes += found.notes
+        for image in found.images:
+            for column, value in zip(columns, (number, *image), strict=True):
+                columns[column].append(value)
     types = {"shard": pa.int32(), "member": pa.large_string(), "offset": pa.int64(), "size": pa.int64()}
-    return pa.table({name: pa.array(columns[name], kind) for name, kind in (types | {"label": pa.string()}).items()})
-
-
-def _index_shard(shard: Path) -> Iterator[tuple[str, int, int, str | None]]:
-    """Yield (member, offset, size, label) of each image of a shard, in the order of the members.
-
-    A sample consists of all members with the same name up to the first dot of the file name, so "a.seg.png" is an
-    annotation of the image "a" and not an image. If a shard holds no image by this rule, names end at the last dot.
-    """
-    first_dot: list[tuple[str, int, int]] = []
-    last_dot: list[tuple[str, int, int]] = []
-    labels: dict[str, str] = {}
-    with shard.open("rb") as file, tarfile.open(fileobj=file, mode="r:", errors="surrogateescape") as tar:
-        for name, offset, size in _members(tar):
-            key, extension = _split_name(name)
-            if extension in IMAGE_EXTENSIONS:
-                first_dot.append((name, offset, size))
-            elif name.lower().endswith(tuple(f".{extension}" for extension in IMAGE_EXTENSIONS)):
-                last_dot.append((name, offset, size))
-            elif extension in ("cls", "json") or name.endswith((".cls", ".json")):
-                label = _read_label(file, offset, size, is_json=name.endswith("json"))
-                if label is not None:
-                    labels[key] = labels[name.rpartition(".")[0]] = label
-    if first_dot:
-        yield from ((name, offset, size, labels.get(_split_name(name)[0])) for name, offset, size in first_dot)
-    else:
-        yield from ((name, offset, size, labels.get(name.rpartition(".")[0])) for name, offset, size in last_dot)
-
-
-def _members(tar: tarfile.TarFile) -> Iterator[tuple[str, int, int]]:
-    while (member := tar.next()) is not None:
-        tar.members.clear()  # type: ignore[attr-defined]  # otherwise a kilobyte stays in memory for each member
-        hidden = member.name.rpartition("/")[2].startswith(".")
-        if member.isreg() and not hidden:
-            name = member.name.encode(errors="surrogateescape").decode(errors="replace")
-            yield name, member.offset_data, member.size
-
-
-def _split_name(name: str) -> tuple[str, str]:
-    """Split "folder/key.jpg" into ("folder/key", "jpg"); the extension begins at the first dot of the file name."""
-    folder, slash, file = name.rpartition("/")
-    key, _, extension = file.partition(".")
-    return folder + slash + key, extension.lower()
-
-
-def _read_label(file: IO[bytes], offset: int, size: int, *, is_json: bool) -> str | None:
-    text = os.pread(file.fileno(), size, offset).decode(errors="replace").strip()
-    if not is_json:
-        return text or None
-    try:
-        value = json.loads(text)
-    except json.JSONDecodeError:
-        return None
-    label = value.get("label") if isinstance(value, dict) else None
-    return str(label) if isinstance(label, (int, str)) else None
+    table = pa.table({name: pa.array(columns[name], kind) for name, kind in (types | {"label": pa.string()}).items()})
+    if len(notes) > _MAX_NOTES:
+        notes[_MAX_NOTES:] = [f"There is more damage in the shards: {len(notes) - _MAX_NOTES:,} further places."]
+    return table.replace_schema_metadata({"left_out": json.dumps(left_out), "notes": json.dumps(notes)})

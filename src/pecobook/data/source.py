@@ -3,15 +3,17 @@
 A `Store` reads images by row, a `Part` is the rows of one declared split, and `Splits` holds the training and the
 evaluation source. The module of each form of source (folders.py, tables.py, shards.py) makes parts, and `assemble`
 turns parts into `Splits`.
+
+Labels are used if every image of a split has one and there are at least two classes. Otherwise the source counts as one
+without labels, and `ImageSource.unlabelled` names the images or the class that are the reason.
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
-import re
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -19,18 +21,27 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
+from pecobook.data.decode import BadImage, Range
+from pecobook.data.deep import FULL_16_BITS, ValueRange
 from pecobook.errors import DataError, did_you_mean
 
-IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "bmp", "gif", "tif", "tiff", "webp", "ppm", "pgm")
+_EXTENSIONS = "jpg jpeg jpe jfif png apng bmp dib gif tif tiff webp ppm pgm pbm pnm jp2 j2k jpx avif heic heif npy"
+IMAGE_EXTENSIONS = tuple(_EXTENSIONS.split())
 
 Integers = npt.NDArray[np.int64]
+_HASHED_IMAGES = 32
 
 
 class Store(Protocol):
     """Rows of images that can be read in any order.
 
     A store can be pickled and forked: each process opens a file when it first reads from it.
+
+    Attributes:
+        value_range: the values that become black and white in images with more than 8 bits; see `decode`.
     """
+
+    value_range: Range | None
 
     def __len__(self) -> int: ...
 
@@ -54,12 +65,14 @@ class ImageSource:
         split: "train" or "evaluation".
         classes: names of the classes, or None if there are no labels.
         labels: int64 (n,), the index in `classes` for each image, or None.
+        unlabelled: why there are no labels, if more can be said than that; the names of images count as part of it.
     """
 
     name: str
     split: str
     classes: tuple[str, ...] | None
     labels: Integers | None
+    unlabelled: str = ""
 
     def __init__(
         self,
@@ -95,7 +108,7 @@ class ImageSource:
         chosen = np.asarray(indices if isinstance(indices, np.ndarray) else list(indices), dtype=np.int64)
         if chosen.size and (chosen.min() < 0 or chosen.max() >= len(self)):
             raise IndexError(f"a subset of {len(self)} images has the indices {chosen.min()} to {chosen.max()}")
-        return ImageSource(
+        part = ImageSource(
             self._store,
             name=self.name,
             split=self.split,
@@ -103,16 +116,33 @@ class ImageSource:
             classes=self.classes,
             labels=None if self.labels is None else self.labels[chosen],
         )
+        part.unlabelled = self.unlabelled
+        return part
+
+    @property
+    def value_range(self) -> ValueRange | None:
+        """The values that become black and white in images with more than 8 bits; None if no range was set."""
+        value_range = getattr(self._store, "value_range", None)  # a store of few lines may leave it out
+        return value_range if isinstance(value_range, ValueRange) else None
+
+    def use_range(self, value_range: Range | None) -> None:
+        """Decode images with more than 8 bits with this range, in all sources that share the store too."""
+        self._store.value_range = value_range
 
     @property
     def fingerprint(self) -> str:
         """16 hexadecimal digits that change when the images change.
 
-        The fingerprint is a hash of names (and of sizes if reading them takes no time), not of pixels. It does not
-        depend on the location of the folder.
+        The fingerprint is a hash of names and, in parquet files and shards, of sizes and of the bytes of a few images,
+        so that a file that was written anew with other images has another one. The fingerprint of a folder of images
+        holds the names alone. It does not depend on the location of the folder. A range of values that was set changes
+        the fingerprint.
         """
         rows = np.arange(len(self), dtype=np.int64) if self._rows is None else self._rows
-        return hashlib.sha256(f"{len(self)} {self._store.digest(rows)}".encode()).hexdigest()[:16]
+        identity = f"{len(self)} {self._store.digest(rows)}"
+        if self.value_range not in (None, FULL_16_BITS):  # both give the same pixels
+            identity += f" {self.value_range}"
+        return hashlib.sha256(identity.encode()).hexdigest()[:16]
 
     def _row(self, index: int) -> int:
         if not 0 <= index < len(self):
@@ -131,11 +161,16 @@ class Splits:
         train: the training images.
         evaluation: held-out images; `train` contains none of them.
         evaluation_name: the kind of `evaluation`: "test", "validation", "held-out 10% of train" or "held-out regions".
+        left_out: why files (or samples) of the source are not used, in a few words such as "extension .xyz", and how
+            many there are of each kind.
+        notes: sentences that a run says once before it starts, such as why the source has no labels.
     """
 
     train: ImageSource
     evaluation: ImageSource
     evaluation_name: str
+    left_out: dict[str, int] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
 
 # ---- splits and labels of all forms of source ----
@@ -151,26 +186,71 @@ class Labels:
 
 @dataclass(frozen=True)
 class Part:
-    """One declared split: rows of a store, and the labels of these rows or None."""
+    """One declared split.
+
+    Attributes:
+        store: the images of all splits, or of this one.
+        rows: the rows of the store that belong to the split.
+        labels: the labels of these rows, or None.
+        unlabelled: why `labels` is None, if more can be said than that.
+        lacks_label: what is wrong with an image whose label is -1.
+    """
 
     store: Store
     rows: Integers
     labels: Labels | None
+    unlabelled: str = ""
+    lacks_label: str = "have no label"
+
+    def label_problem(self, split: str) -> str:
+        """Return why the labels of `split` cannot be used; an empty text if they can be, or if there are none."""
+        if self.labels is None or not len(self.rows):
+            return self.unlabelled
+        missing = np.flatnonzero(self.labels.codes < 0)
+        if len(missing) == len(self.rows):
+            return self.unlabelled or f"no image of {split} has one"
+        if len(missing):
+            first = self.store.identify(int(self.rows[missing[0]]))
+            return f"{len(missing):,} of {len(self.rows):,} images of {split} {self.lacks_label}, the first: {first}"
+        if split == "train" and len(self.labels.names) < 2:
+            return f"all images of train have the one class '{self.labels.names[0]}'"
+        return ""
 
 
-def split_from_name(name: str) -> str | None:
-    """Return the split that a relative path or the name of a split declares: "train", "validation", "test" or None.
+@dataclass(frozen=True)
+class Contents:
+    """What a source holds, before `assemble` chooses the evaluation split.
 
-    A name declares a split if it begins with train, val or test, or contains one of them as a word:
-    "train-00000-of-00002.parquet", "imagenet-val-003.tar", "test/0000.tar". The name of the file takes precedence over
-    the names of its folders.
+    Attributes:
+        parts: "train" and further declared splits.
+        left_out: see `Splits`.
+        notes: see `Splits`.
     """
-    word = re.compile(r"(?:^|[^a-z])(train|val|test)(?:ing|idation|id|set|s)?(?![a-z])")
-    for part in reversed(name.lower().replace("\\", "/").split("/")):
-        match = re.match(r"(train|val|test)", part) or word.search(part)
-        if match:
-            return {"train": "train", "val": "validation", "test": "test"}[match[1]]
-    return None
+
+    parts: Mapping[str, Part]
+    left_out: dict[str, int] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+
+def hash_some(read: Callable[[int], bytes], rows: Integers) -> hashlib._Hash:
+    """Return a hash that holds the bytes of a few of the rows, which `read` reads, for names to be added."""
+    digest = hashlib.sha256()
+    for row in rows[:: max(len(rows) // _HASHED_IMAGES, 1)][:_HASHED_IMAGES].tolist():
+        try:
+            digest.update(read(row))
+        except BadImage:
+            digest.update(b"unreadable")
+    return digest
+
+
+def file_version(file: Path) -> str:
+    """Return text that changes when a file is replaced or written, also if its time is then set back.
+
+    The time of the last change of the entry (ctime) cannot be set, and a file that replaces another has its own inode.
+    """
+    status = file.stat()
+    numbers = (status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino)
+    return f"{os.fsencode(file.resolve()).decode(errors='replace')} {numbers}"
 
 
 def relative_names(files: list[Path], root: Path | None) -> list[str]:
@@ -179,56 +259,51 @@ def relative_names(files: list[Path], root: Path | None) -> list[str]:
     return [str(file.relative_to(common)) for file in files]
 
 
-def group_by_split(names: Iterable[str]) -> dict[str, list[int]]:
-    """Group the indices of files (or of a data set's splits) into "train", "validation" and "test" by name.
-
-    If no name declares "train", the files that declare no split are the training set. If there is still no training
-    file, the declared splits are ignored and all files are "train".
-    """
-    groups: dict[str | None, list[int]] = {}
-    count = 0
-    for number, name in enumerate(names):
-        groups.setdefault(split_from_name(name), []).append(number)
-        count += 1
-    undeclared = groups.pop(None, [])
-    declared = {split: numbers for split, numbers in groups.items() if split is not None}
-    if "train" not in declared and undeclared:
-        declared["train"] = undeclared
-    return declared if "train" in declared else {"train": list(range(count))}
-
-
-def assemble(source: str, parts: Mapping[str, Part]) -> Splits:
+def assemble(source: str, contents: Contents) -> Splits:
     """Make `Splits` from the part "train" and, if declared, the parts "test" and "validation".
 
     Raises:
         DataError: there is no training image, or a class of the evaluation split is missing in training.
     """
+    parts = contents.parts
     train = parts["train"]
     if len(train.rows) == 0:
         raise DataError(f"--data '{source}': the training split holds no image.")
-    is_labelled = train.labels is not None and train.labels.codes.min() >= 0
-    classes, labels = (train.labels.names, train.labels.codes) if train.labels and is_labelled else (None, None)
-    training = ImageSource(train.store, name=source, split="train", rows=train.rows, classes=classes, labels=labels)
+    notes = list(contents.notes)
 
+    def usable_labels(name: str) -> tuple[Labels | None, str]:
+        part, problem = parts[name], parts[name].label_problem(name)
+        if problem and part.labels is not None and part.labels.codes.max(initial=-1) >= 0:
+            notes.append(f"The labels of {name} are not used: {problem}.")
+        return (None if problem else part.labels), problem
+
+    labels, problem = usable_labels("train")
+    classes = labels.names if labels else None
+    codes = labels.codes if labels else None
+    training = ImageSource(train.store, name=source, split="train", rows=train.rows, classes=classes, labels=codes)
+    training.unlabelled = problem
     candidates = [name for name in ("test", "validation") if name in parts and len(parts[name].rows)]
     if not candidates:
-        return hold_out(training)
-    labelled = [name for name in candidates if _is_labelled(parts[name])]
+        return replace(hold_out(training), left_out=contents.left_out, notes=tuple(notes))
+    labelled = [name for name in candidates if _has_labels(parts[name])]
     chosen = labelled[0] if classes is not None and labelled else candidates[0]
     part = parts[chosen]
+    labels, problem = usable_labels(chosen) if classes else (None, "")
     evaluation = ImageSource(
         part.store,
         name=source,
         split="evaluation",
         rows=part.rows,
         classes=classes,
-        labels=_renumber(source, chosen, part.labels, classes) if classes and _is_labelled(part) else None,
+        labels=_renumber(source, chosen, labels, classes) if classes else None,
     )
-    return Splits(training, evaluation, chosen)
+    evaluation.unlabelled = problem
+    unused = unused_splits({name: len(part.rows) for name, part in parts.items()}, chosen)
+    return Splits(training, evaluation, chosen, contents.left_out | unused, tuple(notes))
 
 
-def _is_labelled(part: Part) -> bool:
-    return part.labels is not None and bool(part.labels.codes.min() >= 0)
+def _has_labels(part: Part) -> bool:
+    return part.labels is not None and bool(part.labels.codes.max(initial=-1) >= 0)
 
 
 def _renumber(source: str, split: str, labels: Labels | None, classes: tuple[str, ...]) -> Integers | None:
@@ -246,6 +321,15 @@ def _renumber(source: str, split: str, labels: Labels | None, classes: tuple[str
         )
     table = np.array([code_of.get(name, -1) for name in labels.names], dtype=np.int64)
     return np.asarray(table[labels.codes])
+
+
+def unused_splits(counts: Mapping[str, int], chosen: str) -> dict[str, int]:
+    """Return what `Splits.left_out` says of the splits that are neither "train" nor the evaluation split `chosen`."""
+    return {
+        f"in the {split} split, because {chosen} is held out": count
+        for split, count in counts.items()
+        if split not in ("train", chosen) and count
+    }
 
 
 def hold_out(source: ImageSource) -> Splits:

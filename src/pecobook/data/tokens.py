@@ -106,12 +106,13 @@ class TokenBank:
 
     Args:
         folder: the folder of the bank.
+        num_codewords: K of the bank's tokenizer; a code of K or above is reported when it is read.
 
     Raises:
         DataError: the folder holds no bank, or the bank is unfinished, or a shard differs from its checksum.
     """
 
-    def __init__(self, folder: str | Path) -> None:
+    def __init__(self, folder: str | Path, num_codewords: int = MAX_CODEWORDS) -> None:
         self.folder = Path(folder)
         self.config = read_bank_config(self.folder)
         self.layouts = bank_layouts(self.config)
@@ -129,6 +130,7 @@ class TokenBank:
             )
         self._skipped = {split: read_skipped(self.folder, layout) for split, layout in self.layouts.items()}
         self.skipped = np.array(sorted(self._skipped["train"]), dtype=np.int64)
+        self._num_codewords = num_codewords
         self._open: dict[Path, Codes] = {}
 
     @property
@@ -149,7 +151,13 @@ class TokenBank:
         file = self.layouts[split].file(self.folder, shard)
         if file not in self._open:
             self._open[file] = self.shard(split, shard)
-        return torch.from_numpy(self._open[file][row, view].astype(np.int64))
+        codes = self._open[file][row, view].astype(np.int64)
+        if codes.max() >= self._num_codewords:
+            raise DataError(
+                f"'{file}' of the token bank holds the code {codes.max()}, but its tokenizer has "
+                f"{self._num_codewords} codewords: the bank is damaged, or was not made by pecobook."
+            )
+        return torch.from_numpy(codes)
 
     def shard(self, split: str, number: int) -> Codes:
         """Map the codes of one shard into memory: uint16 (n, V, h, w). Raises DataError if the shard is damaged."""

@@ -1,7 +1,8 @@
-"""Keys of all images of a step before the first micro-batch, for losses that compare images of a whole step."""
+"""What the micro-batches of a step need to know of each other, so that they teach what one batch would."""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, cast
 
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 
 from pecobook.data.batch import Batch
+from pecobook.utils.distributed import mean_over_ranks
 
 
 def micro_batches(stage: Any, model: Any, batches: Iterator[Batch], seed: Callable[[int], None]) -> Iterable[Batch]:
@@ -16,20 +18,50 @@ def micro_batches(stage: Any, model: Any, batches: Iterator[Batch], seed: Callab
     if not stage.needs_full_batch_keys:
         return batches
     step_batches = list(batches)
-    return look_ahead(model, step_batches, seed) if len(step_batches) > 1 else step_batches
+    return look_ahead(model, step_batches, seed, stage.after_ahead) if len(step_batches) > 1 else step_batches
 
 
-def look_ahead(model: Any, batches: list[Batch], seed: Callable[[int], None]) -> Iterator[Batch]:
+def loss_weights(
+    stage: Any, batches: Iterator[Batch], count: int, world_size: int
+) -> tuple[Iterator[Batch], list[Tensor | None]]:
+    """Return the micro-batches of a step and a weight () of each one's loss; the mean over all ranks is 1.
+
+    A loss that is a mean over, say, counted pixels is weighted by their share, so that `count` micro-batches on
+    `world_size` ranks give the loss and the gradient of one batch. Without such a count (`Stage.loss_count`), or with
+    one micro-batch in all, the weights are None and the batches are read one by one.
+    """
+    if count * world_size == 1:
+        return batches, [None]
+    first = next(batches)
+    number = stage.loss_count(first)
+    if number is None:
+        return itertools.chain([first], batches), [None] * count
+    step_batches = [first, *batches]
+    counts = torch.stack([number, *(stage.loss_count(batch) for batch in step_batches[1:])]).double()
+    mean = mean_over_ranks(counts.mean())
+    weights = (counts / mean.clamp_min(torch.finfo(torch.float32).tiny)).float()
+    return iter(step_batches), list(weights)
+
+
+def look_ahead(
+    model: Any,
+    batches: list[Batch],
+    seed: Callable[[int], None],
+    after: Callable[[dict[str, Tensor]], bool] = lambda _: False,
+) -> Iterator[Batch]:
     """Add the rows of all images of this rank's step, (count x B, ...), to each micro-batch, its own rows first.
 
     Args:
         model: returns rows of a batch marked as `ahead`.
         batches: count micro-batches of tensors (B, ...), on the model's device.
         seed: called with the number of each forward pass before that pass.
+        after: called with the rows, may take some away; returns whether to compute further rows with another look.
     """
     tensors = [cast("dict[str, Tensor]", batch) for batch in batches]
     size = len(next(iter(tensors[0].values())))
     rows = _rows_of_all(model, tensors, seed)
+    if after(rows):
+        rows = {**_rows_of_all(model, tensors, seed), **rows}
     for number, batch in enumerate(tensors):
         yield cast("Batch", {**batch, **{name: value.roll(-number * size, 0) for name, value in rows.items()}})
 

@@ -133,6 +133,7 @@ def _newest_whole(folder: Path) -> int:
         shutil.rmtree(aside, ignore_errors=True)
         (folder / _name(step)).rename(aside)
         print(f"{sentence}\nIt is set aside as '{aside.name}'; the run continues from before.", file=sys.stderr)
+    print(f"There is no checkpoint in '{folder}': the run starts at its first step.", file=sys.stderr)
     return 0
 
 

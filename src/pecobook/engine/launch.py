@@ -10,7 +10,7 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar
 
@@ -32,6 +32,13 @@ if TYPE_CHECKING:
 R = TypeVar("R")
 
 _PRECISIONS = {"bf16": "bf16-mixed", "fp16": "16-mixed"}
+
+
+def say(lines: Iterable[str]) -> None:
+    """Write lines to the screen, once for all processes of a run."""
+    if is_leader():
+        for line in lines:
+            print(line, file=sys.stderr, flush=True)
 
 
 def device_count(config: TrainConfig) -> int:

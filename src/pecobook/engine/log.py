@@ -214,7 +214,8 @@ class Progress:
 
     def __init__(self, *, total: int, start: int, name: str, quiet: bool) -> None:
         self.total, self.name, self.quiet = total, name, quiet
-        self._began, self._start, self._last_line = time.monotonic(), start, 0.0
+        self._start, self._last_line, self._status = start, 0.0, ""
+        self._first: tuple[int, float] | None = None  # the first step that was shown, and the time then
         self._bar: Any = None
         if not quiet and sys.stderr.isatty():
             from rich.console import Console
@@ -232,22 +233,40 @@ class Progress:
             self._bar.start()
             self._task = self._bar.add_task(name, total=total, completed=start, status="")
 
-    def show(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Show that `step` steps are done."""
+    def show(self, step: int, metrics: Mapping[str, float], *, now: bool = False) -> None:
+        """Show that `step` steps are done; without a terminal at most every five seconds, unless `now` is set.
+
+        The time left follows from the steps after the first one, which is slower than all others.
+        """
         if self.quiet:
             return
-        remaining = (time.monotonic() - self._began) / max(step - self._start, 1) * (self.total - step)
         parts = [
             f"loss {metrics['loss']:.4f}" if "loss" in metrics else "",
             f"{metrics['images_per_second']:.0f} img/s" if "images_per_second" in metrics else "",
             f"data wait {100 * metrics['data_wait']:.0f}%" if "data_wait" in metrics else "",
         ]
-        status = "  ".join([part for part in parts if part] + [f"left {compact_duration(remaining)}"])
+        self._status = "  ".join(part for part in parts if part)
+        self._draw(step, wait=0 if now else 5)
+
+    def tick(self, step: int) -> None:
+        """Show that a step is done that has no new metrics; without a terminal at most every half minute."""
+        if not self.quiet:
+            self._draw(step, wait=30)
+
+    def _draw(self, step: int, *, wait: float) -> None:
+        time_now = time.monotonic()
+        if self._first is None and step > self._start:
+            self._first = step, time_now
+        left = ""
+        if self._first is not None and step > self._first[0]:
+            seconds = (time_now - self._first[1]) / (step - self._first[0]) * (self.total - step)
+            left = f"left {compact_duration(seconds)}"
+        status = "  ".join(part for part in (self._status, left) if part)
         if self._bar is not None:
             self._bar.update(self._task, completed=step, status=status)
-        elif time.monotonic() - self._last_line > 5 or step == self.total:
-            self._last_line = time.monotonic()
-            print(f"{self.name} {step}/{self.total}  {status}", file=sys.stderr, flush=True)
+        elif time_now - self._last_line > wait or step == self.total:
+            self._last_line = time_now
+            print(f"{self.name} {step}/{self.total}  {status}".rstrip(), file=sys.stderr, flush=True)
 
     def say(self, text: str) -> None:
         """Print a line above the bar."""

@@ -7,7 +7,7 @@ state and one integer, and a run that was killed resumes bit for bit.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
@@ -20,7 +20,7 @@ from pecobook.data.batch import Batch
 from pecobook.data.sampler import BatchPositions, key
 from pecobook.data.stream import Stream, load, to_device
 from pecobook.engine import checkpoint
-from pecobook.engine.ahead import micro_batches
+from pecobook.engine.ahead import loss_weights, micro_batches
 from pecobook.engine.attention import trainable_attention
 from pecobook.engine.evaluation import Evaluation, average_metrics, evaluate
 from pecobook.engine.finite_check import FiniteCheck
@@ -38,6 +38,9 @@ from pecobook.utils.distributed import on_first_rank
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
+
+_MIN_HELD_OUT = 20
+"""With fewer held-out images the log says that their figures support no claim."""
 
 
 class Outcome(NamedTuple):
@@ -60,15 +63,20 @@ def fit(
     config: TrainConfig,
     command: str,
     reference: Stream | None = None,
+    preamble: Sequence[str] = (),
 ) -> Outcome:
     """Train `stage` on `train` until its last step or a signal.
 
-    `reference` holds training images that every evaluation reads in full and compares with.
+    `reference` holds training images that every evaluation reads in full and compares with. The lines of `preamble` are
+    shown, and written to train.log, before the first step.
 
     Raises:
         NonFiniteLossError: before the optimizer step, on all ranks.
     """
-    return Loop(fabric, stage, train, evaluation, reference, config, command).run()
+    loop = Loop(fabric, stage, train, evaluation, reference, config, command)
+    for line in preamble:
+        loop.announce(line)
+    return loop.run()
 
 
 _Batches: TypeAlias = Iterator[Batch]
@@ -129,7 +137,7 @@ class Loop:
         """Train until the last step or a signal, with evaluations and checkpoints on the way."""
         step = self.start
         if self.warmup_warning and step < self.total:
-            self._announce(self.warmup_warning)
+            self.announce(self.warmup_warning)
         try:
             with Signals() as signals, deterministic(self.fabric.device, self.config.deterministic):
                 positions = self._positions(self.start, self.total)
@@ -181,21 +189,27 @@ class Loop:
         if is_time(done, self.config.log_every, self.total):
             values = self._measure(done, {"loss": loss, **metrics}) | {"lr": lr, "grad_norm": float(norm)}
             self._report(done, values)
+        elif done <= self.start + 2:  # a first sign of life, and the time left, without waiting for a logged step
+            self.progress.show(done, average_metrics(self.fabric, {"loss": loss, **metrics}), now=True)
+        else:
+            self.progress.tick(done)
         return stop
 
     def _forward_backward(self, step: int, batches: _Batches) -> tuple[Tensor, dict[str, Tensor]]:
         accumulation = self.config.batch_size // (self.micro * self.fabric.world_size)
         total: dict[str, Tensor] = {}
-        parts = (self._next(batches) for _ in range(accumulation))
+        parts: _Batches = (self._next(batches) for _ in range(accumulation))
+        parts, weights = loss_weights(self.stage, parts, accumulation, self.fabric.world_size)
         for micro, batch in enumerate(micro_batches(self.stage, self.model, parts, partial(self._seed, step))):
             self._seed(step, micro)
             unfinished = micro < accumulation - 1
             with trainable_attention(self.fabric.device), self.fabric.no_backward_sync(self.model, enabled=unfinished):
                 output = self.model(batch)
                 assert output.loss is not None
-                self.fabric.backward(output.loss / accumulation)
+                weight = weights[micro]
+                self.fabric.backward((output.loss if weight is None else weight * output.loss) / accumulation)
             for name, value in {"loss": output.loss.detach(), **output.metrics}.items():
-                total[name] = total.get(name, 0) + value / accumulation
+                total[name] = total.get(name, 0) + (value if weight is None else weight * value) / accumulation
         return total.pop("loss"), total
 
     def _seed(self, step: int, micro: int) -> None:
@@ -221,13 +235,13 @@ class Loop:
         return values | speed
 
     def _report(self, step: int, values: dict[str, float]) -> None:
-        self.progress.show(step, values)
+        self.progress.show(step, values, now=step <= self.start + 2)
         for sink in self.sinks:
             sink.log(values, step)
         warning = self.stage.warning(values, step)
         if warning and not self._warned:
             self._warned = True
-            self._announce(warning)
+            self.announce(warning)
 
     def _evaluate(self, step: int) -> None:
         """Compute metrics over held-out images, and write pictures of the first few into samples/."""
@@ -252,7 +266,10 @@ class Loop:
 
     def _write_evaluation(self, step: int, result: Evaluation) -> None:
         metrics = ", ".join(f"{name.partition('/')[2]} {value:.4g}" for name, value in result.metrics.items())
-        self._announce(f"step {step}, held-out images: {metrics}")
+        number = min(len(self.evaluation), self.config.evaluation_images)
+        few = f"{number} held-out image{'s' if number > 1 else ''}, too few for any claim"
+        images = few if number < _MIN_HELD_OUT else "held-out images"
+        self.announce(f"step {step}, {images}: {metrics or 'nothing could be measured'}")
         for sink in self.sinks:
             sink.log(result.metrics, step)
         if result.pictures:
@@ -315,7 +332,7 @@ class Loop:
             for names in names_by_rank:
                 self._note_skipped(names)
 
-    def _announce(self, text: str) -> None:
+    def announce(self, text: str) -> None:
         """Write a line to the screen and into train.log."""
         self.progress.say(text)
         if self.sinks:
@@ -325,7 +342,7 @@ class Loop:
         self.progress.close()
         if self.skipped and self.sinks:
             number = len(self.skipped)
-            self._announce(
+            self.announce(
                 f"{number} image{'s' if number > 1 else ''} could not be read; {self.out / 'train.log'} lists them."
             )
         for sink in self.sinks:

@@ -12,15 +12,32 @@ from pecobook.engine.schedule import warmup_cosine, warmup_poly, warmup_steps
 from pecobook.settings.durations import steps
 from pecobook.settings.training import BaseOptimConfig
 
-# Weight decay skips position tables, single tokens and codewords, and every vector (biases, norms, LayerScale).
-NO_DECAY = ("*codebook", "*pos_embed", "*cls_token", "*mask_token", "*relative_position_bias_table")
+# Weight decay skips position tables, single tokens and codewords, every vector (biases, norms, LayerScale), and what a
+# network of timm names itself.
+NO_DECAY = (
+    *("*codebook", "*pos_embed", "*cls_token", "*reg_token", "*dist_token", "*mask_token"),
+    "*relative_position_bias_table",
+)
+
+
+def no_weight_decay(module: nn.Module) -> tuple[str, ...]:
+    """Return patterns of the names of weights without decay: `NO_DECAY`, and what the networks in `module` name."""
+    own = []
+    for prefix, network in module.named_modules():
+        names = getattr(network, "no_weight_decay", None)
+        if callable(names):
+            # A name may be that of a weight or of a module, whose weights then have no decay.
+            start = f"{prefix}." if prefix else ""
+            own += [pattern for name in sorted(names()) for pattern in (f"{start}{name}", f"{start}{name}.*")]
+    return (*NO_DECAY, *own)
 
 
 def parameter_groups(module: nn.Module, config: BaseOptimConfig) -> list[dict[str, Any]]:
     """Return groups of the trainable parameters of `module`, as a torch optimizer takes them."""
     from timm.optim import param_groups_weight_decay
 
-    return list(param_groups_weight_decay(module, config.weight_decay, no_weight_decay_list=NO_DECAY))
+    patterns = no_weight_decay(module)
+    return list(param_groups_weight_decay(module, config.weight_decay, no_weight_decay_list=patterns))
 
 
 def layer_decay_groups(network: nn.Module, config: BaseOptimConfig) -> list[dict[str, Any]]:
@@ -31,7 +48,7 @@ def layer_decay_groups(network: nn.Module, config: BaseOptimConfig) -> list[dict
     from timm.optim import param_groups_layer_decay
 
     groups = param_groups_layer_decay(
-        network, config.weight_decay, no_weight_decay_list=NO_DECAY, layer_decay=config.layer_decay
+        network, config.weight_decay, no_weight_decay_list=no_weight_decay(network), layer_decay=config.layer_decay
     )
     return list(groups)
 

@@ -8,21 +8,23 @@ from __future__ import annotations
 import json
 import os
 import platform
+import shlex
 import sys
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from pecobook.errors import RunFolderError
+from pecobook.settings.images import AUTO, RangeSetting
 from pecobook.settings.training import TrainConfig
-from pecobook.settings.values import changed_settings, complete, to_dict
+from pecobook.settings.values import BEFORE, changed_settings, complete, to_dict
 from pecobook.utils.files import write_json
 from pecobook.utils.folder_lock import FolderLock
 from pecobook.utils.output_folder import OutputFolder
 
 _FILES = (
     *("config.json", "environment.json", "metrics.jsonl", "train.log", "events.out.tfevents.*"),
-    *("samples/step-*.png", "checkpoints/step-*/state.pt*", "checkpoints/.step-*.tmp/*"),
+    *("samples/step-*.png", "samples/example.png", "checkpoints/step-*/state.pt*", "checkpoints/.step-*.tmp/*"),
     *(f"export/{name}" for name in ("config.json*", "*.safetensors*", "README.md", ".*.tmp")),
 )
 
@@ -35,6 +37,15 @@ def check(config: TrainConfig, command: str) -> None:
 def prepare(config: TrainConfig, command: str) -> FolderLock:
     """Create and lock the folder, write config.json and environment.json, and return the lock."""
     return _folder(config, command).begin(partial(_write_settings, config, command))
+
+
+def recorded_range(out: str) -> RangeSetting:
+    """Return the range of values that the run in the folder `out` took; `AUTO` if there is no such run."""
+    try:
+        settings = json.loads((Path(out) / "config.json").read_text())
+        return tuple(settings.get("value_range", BEFORE["value_range"]))
+    except (OSError, ValueError, AttributeError, TypeError):  # no run: `check` says so
+        return AUTO
 
 
 def _folder(config: TrainConfig, command: str) -> OutputFolder:
@@ -74,15 +85,27 @@ def _is_run(out: Path) -> bool:
 
 def _write_settings(config: TrainConfig, command: str, out: Path) -> None:
     if not (config.resume and (out / "config.json").exists()):
-        settings = {"command": command, **to_dict(config), "resume": False, "overwrite": False}
-        write_json(out / "config.json", settings)
+        write_json(out / "config.json", stored_settings(config, command))
     write_json(out / "environment.json", environment())
     (out / "checkpoints").mkdir(exist_ok=True)
     (out / "samples").mkdir(exist_ok=True)
 
 
+def stored_settings(config: TrainConfig, command: str) -> dict[str, Any]:
+    """Return the settings as config.json holds them, without the flags of a single start."""
+    return {"command": command, **to_dict(config), "resume": False, "overwrite": False, "dry_run": False}
+
+
+def command_line(arguments: list[str]) -> str:
+    """Return the command of this process, quoted, so that it can be pasted into a shell; `arguments` is sys.argv."""
+    program, *words = arguments
+    if Path(program).name == "__main__.py":  # python -m pecobook
+        return shlex.join([sys.executable, "-m", "pecobook", *words])
+    return shlex.join([sys.executable, *arguments] if program.endswith(".py") else arguments)
+
+
 def environment() -> dict[str, Any]:
-    """Return versions of the libraries, the devices and the command line."""
+    """Return versions of the libraries, the devices, the command line and the folder in which it was given."""
     from importlib.metadata import version
 
     import torch
@@ -90,7 +113,8 @@ def environment() -> dict[str, Any]:
     names = ("pecobook", "torch", "torchvision", "timm", "lightning-fabric", "datasets", "numpy")
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     return {
-        "command_line": " ".join(sys.argv),
+        "command_line": command_line(sys.argv),
+        "working_directory": str(Path.cwd()),
         "python": platform.python_version(),
         "platform": platform.platform(),
         "cpus": os.cpu_count(),

@@ -43,10 +43,6 @@ class Stage(nn.Module, Generic[C]):
     """Name of the stage's command on the command line."""
     min_batch_size = 1
     """Smallest number of images that the stage can learn from at once."""
-    needs_full_batch_keys = False
-    """Whether the stage computes keys of all images of a step, without gradient, before it learns from the first
-    micro-batch. The stage gets batches marked as `ahead` for it, and each micro-batch then holds the rows that the
-    stage returned (`engine.ahead`)."""
 
     # --------------------------------------------------------------------------------------- before the stage is built
 
@@ -102,6 +98,26 @@ class Stage(nn.Module, Generic[C]):
         """Return functions of (number of the image, epoch) that add entries to a training and to a held-out sample."""
         return None, None
 
+    @property
+    def needs_full_batch_keys(self) -> bool:
+        """Whether the next step's loss depends on all images of the step, computed without gradient, before the stage
+        learns from the first micro-batch. The stage gets batches marked as `ahead` for it, and each micro-batch then
+        holds the rows that the stage returned (`engine.ahead`).
+        """
+        return False
+
+    def after_ahead(self, rows: dict[str, Tensor]) -> bool:
+        """Use the rows of all images of a step before the first micro-batch; return whether to compute rows again."""
+        return False
+
+    def loss_count(self, batch: Batch) -> Tensor | None:
+        """Return the number (), of things over which the loss of a training batch is a mean, such as counted pixels.
+
+        With it the micro-batches of a step, on all ranks, weigh as in one batch. None, the default, gives all of them
+        the same weight, which is right for a mean over images.
+        """
+        return None
+
     def num_views(self) -> int:
         """Return the number of views of each image that training repeats; 0 makes a new view every epoch."""
         return 0
@@ -133,7 +149,7 @@ class Stage(nn.Module, Generic[C]):
     # ---------------------------------------------------------------------------------------------------- at the end
 
     def export(self, folder: Path, state: dict[str, Tensor]) -> str:
-        """Write the export folder from the full `state` of this stage; return lines of Python that load the export."""
+        """Write the export folder from the full `state` of this stage; return lines of Python that use the export."""
         raise NotImplementedError
 
 

@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
+import re
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -11,20 +18,56 @@ from pecobook.errors import WeightsError, first_line
 from pecobook.models.huggingface import beit_from_huggingface, is_huggingface_beit
 from pecobook.utils.checksums import damage
 
-# Prefixes of a backbone's weights in files of other projects. MoCo v3's files contain two encoders and the heads; its
-# authors transfer the base encoder.
-_PREFIXES = ("module.base_encoder.", "base_encoder.", "module.backbone.", "backbone.", "module.", "model.")
+# Dictionaries of weights in the files of training scripts; of several, the first one here is taken. Moving averages and
+# teachers come first, since their authors evaluate and publish those.
+_WRAPPERS = ("state_dict_ema", "model_ema", "ema", "teacher", "state_dict", "model", "module", "network", "student")
 
-# Weights that are left out: lm_head and mask_token belong to BEiT's pre-training; attn_pool is SigLIP's pooling, which
-# pecobook replaces by the mean.
-_HEADS = ("head", "fc", "classifier", "lm_head", "mask_token", "attn_pool")
+# Of several networks in one dictionary that fit equally well, the authors transfer the one with this part of a name.
+# MoCo's files contain two encoders and DINOv2's two networks.
+_PREFERRED = ("teacher", "base_encoder", "encoder_q")
+
+# Weights that are left out: heads and parts of a pre-training; attn_pool is SigLIP's pooling, which pecobook replaces
+# by the mean.
+_HEADS = re.compile(
+    r"(head|head_dist|heads|fc|classifier|last_linear|lm_head|mask_token|masked_embed|attn_pool|projector|predictor"
+    r"|projection_head|prototypes|decoder\w*)(\.|$)"
+)
+
+# Modules whose objects training scripts save beside the weights: settings and numbers. They are not built.
+_SETTINGS_MODULES = ("argparse", "numpy", "pathlib", "omegaconf", "yacs", "mmengine", "mmcv", "ml_collections")
+
+
+@dataclasses.dataclass(frozen=True)
+class Checkpoint:
+    """The content of a file of weights."""
+
+    state: dict[str, Tensor]
+    """The weights, under the names of the file."""
+    wrapper: tuple[str, ...] = ()
+    """Keys of the dictionaries that contain the weights, from the outermost one; empty if the file is the state."""
+    left_aside: tuple[str, ...] = ()
+    """Other keys beside the weights, such as `optimizer` and `epoch`."""
+
+
+class _Unread:
+    """Stands in a file for an object that is neither a tensor nor a plain value; nothing of the object is kept."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None: ...
+    def __setstate__(self, state: Any) -> None: ...
 
 
 def read_weights(path: str) -> dict[str, Tensor]:
-    """Load a state dict from a safetensors file or a PyTorch file that contains only tensors.
+    """Load a state dict from a safetensors file or a PyTorch file that contains only tensors. Raises WeightsError."""
+    return read_checkpoint(path).state
+
+
+def read_checkpoint(path: str) -> Checkpoint:
+    """Load the weights of a safetensors or PyTorch file out of the dictionaries that a training script saved.
+
+    Settings (argparse, numpy, omegaconf, ...) beside the weights are skipped; no code of the file runs.
 
     Raises:
-        WeightsError: the file is missing, is no such file, or differs from the checksum beside it.
+        WeightsError: the file is missing, damaged, differs from the checksum beside it, or contains no state dict.
     """
     file = Path(path)
     if not file.is_file():
@@ -37,27 +80,63 @@ def read_weights(path: str) -> dict[str, Tensor]:
         from safetensors.torch import load_file
 
         try:
-            return load_file(file)
+            return Checkpoint(load_file(file))
         except (OSError, SafetensorError) as error:
             raise WeightsError(f"'{path}' cannot be read as safetensors: {error}") from None
     try:
-        state = torch.load(file, map_location="cpu", weights_only=True)
+        content = _load_tensors(file)
     except Exception as error:  # a damaged file can raise any exception
         raise WeightsError(
             f"'{path}' is not a plain file of weights ({first_line(error)}); pecobook runs no code from a file.\n"
             "Convert it once to safetensors, in an environment that you trust."
         ) from None
-    for wrapper in ("state_dict", "model"):
-        if isinstance(state, dict) and isinstance(state.get(wrapper), dict):
-            state = state[wrapper]
-    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+    wrapper: list[str] = []
+    left: list[str] = []
+    while isinstance(content, dict):
+        inner = next((name for name in _WRAPPERS if _has_tensors(content.get(name))), None)
+        if inner is None:
+            break
+        wrapper.append(inner)
+        left += [str(name) for name in content if name != inner]
+        content = content[inner]
+    if not _has_tensors(content) or (not wrapper and not _all_tensors(content) and not _is_plain(content)):
         raise WeightsError(f"'{path}' contains no state dict.")
-    return state
+    left += [str(name) for name, value in content.items() if not isinstance(value, Tensor)]
+    state = {str(name): value for name, value in content.items() if isinstance(value, Tensor)}
+    return Checkpoint(state, tuple(wrapper), tuple(left))
 
 
-def is_moco(state: dict[str, Tensor]) -> bool:
-    """Return whether `state` is a checkpoint of MoCo v3's code, which normalises with ImageNet's mean and deviation."""
-    return any(name.startswith(_PREFIXES[:2]) for name in state)
+def _load_tensors(file: Path) -> Any:
+    try:
+        return torch.load(file, map_location="cpu", weights_only=True)
+    except Exception:
+        import zipfile
+
+        if not zipfile.is_zipfile(file):
+            raise
+        names = torch.serialization.get_unsafe_globals_in_checkpoint(file)
+        if not names or not all(name.split(".")[0] in _SETTINGS_MODULES for name in names):
+            raise
+        # A class of its own for each name, since torch finds the name by the class.
+        stubs: list[Any] = [(type(name, (_Unread,), {}), name) for name in names]
+        with torch.serialization.safe_globals(stubs):
+            return torch.load(file, map_location="cpu", weights_only=True)
+
+
+def _has_tensors(value: Any) -> bool:
+    """Whether `value` is a dictionary with tensors, possibly inside further dictionaries of weights."""
+    if not isinstance(value, dict):
+        return False
+    return any(isinstance(v, Tensor) for v in value.values()) or any(_has_tensors(value.get(w)) for w in _WRAPPERS)
+
+
+def _all_tensors(content: dict[Any, Any]) -> bool:
+    return all(isinstance(value, Tensor) for value in content.values())
+
+
+def _is_plain(content: dict[Any, Any]) -> bool:
+    """Whether the entries that are no tensors are plain values, such as the number of an epoch."""
+    return all(isinstance(value, (Tensor, str, int, float, bool, type(None))) for value in content.values())
 
 
 def _expand_shared_positions(state: dict[str, Tensor], expected: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -75,29 +154,116 @@ def _expand_shared_positions(state: dict[str, Tensor], expected: dict[str, Tenso
     return {name: value for name, value in state.items() if not name.endswith("relative_position_index")}
 
 
-def load_state(network: nn.Module, state: dict[str, Tensor], *, source: str) -> None:
-    """Load all weights of `network`; heads in `state` are ignored. Raises WeightsError with the keys that differ."""
+def load_state(
+    network: nn.Module, state: dict[str, Tensor], *, source: str, needs_head: bool = True
+) -> tuple[str, ...]:
+    """Load all weights of `network`; heads in `state` are ignored, and position tables are resized.
+
+    Args:
+        network: the network.
+        state: weights under the names of their file.
+        source: name of the file, for error messages.
+        needs_head: whether a head of the network must be in `state` too; otherwise it stays as it is.
+
+    Returns:
+        the names in `state` that were left aside.
+
+    Raises:
+        WeightsError: with the keys that differ.
+    """
     expected = network.state_dict()
-    state = to_timm_names(state, expected)
-    missing, unknown = sorted(expected.keys() - state.keys()), sorted(state.keys() - expected.keys())
-    reshaped = sorted(name for name in expected.keys() & state.keys() if expected[name].shape != state[name].shape)
-    if missing or unknown or reshaped:
-        groups = [("missing", missing), ("unknown", unknown), ("of another shape", reshaped)]
-        differences = "; ".join(
+    prefix = _prefix(state, expected)
+    fitted = to_timm_names(state, expected)
+    if _differences(fitted, expected):
+        # timm reads layouts of further authors and resizes tables of positions.
+        converted = _convert_by_timm(network, _without_prefix(state, prefix))
+        if converted is not None:
+            converted = to_timm_names(converted, expected)
+            if len(_differences(converted, expected)) < len(_differences(fitted, expected)):
+                fitted = converted
+    fitted = {name: _resized(name, value, expected.get(name)) for name, value in fitted.items()}
+    if not needs_head:
+        shapes = {name: value.shape for name, value in fitted.items()}
+        fitted |= {n: value for n, value in expected.items() if _HEADS.match(n) and shapes.get(n) != value.shape}
+    differences = _differences(fitted, expected)
+    if differences:
+        groups = [(problem, [name for kind, name in differences if kind == problem]) for problem in _PROBLEMS]
+        text = "; ".join(
             f"{len(names)} {problem} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
             for problem, names in groups
             if names
         )
-        raise WeightsError(f"The weights of '{source}' do not fit this network: {differences}.")
-    network.load_state_dict(state)
+        raise WeightsError(f"The weights of '{source}' do not fit this network: {text}.")
+    network.load_state_dict(fitted)
+    return tuple(name for name in state if not name.startswith(prefix) or _is_head(name.removeprefix(prefix), expected))
+
+
+_PROBLEMS = ("missing", "unknown", "of another shape")
+
+
+def _differences(state: dict[str, Tensor], expected: dict[str, Tensor]) -> list[tuple[str, str]]:
+    """Return (problem, name) of every weight that is missing, unknown or of another shape."""
+    reshaped = sorted(name for name in expected.keys() & state.keys() if expected[name].shape != state[name].shape)
+    columns = sorted(expected.keys() - state.keys()), sorted(state.keys() - expected.keys()), reshaped
+    return [(problem, name) for problem, names in zip(_PROBLEMS, columns, strict=True) for name in names]
+
+
+def _convert_by_timm(network: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor] | None:
+    """Return the weights as timm's own loading of this kind of network converts them; None if it cannot."""
+    convert = getattr(sys.modules[type(network).__module__], "checkpoint_filter_fn", None)
+    if convert is None:
+        return None
+    if any(name.startswith("decoder") for name in state):  # MAE's mask token, which timm would take for DINOv2's
+        state = {name: value for name, value in state.items() if name != "mask_token"}
+    try:
+        return dict(cast("Callable[..., dict[str, Tensor]]", convert)(dict(state), network))
+    except Exception:  # a layout that timm does not know
+        return None
+
+
+def _resized(name: str, table: Tensor, expected: Tensor | None) -> Tensor:
+    """Interpolate a table of absolute positions (1, prefix + N, D) of a square grid, where only N differs."""
+    from timm.layers import resample_abs_pos_embed
+
+    if expected is None or table.shape == expected.shape or not name.endswith("pos_embed"):
+        return table
+    if table.ndim != 3 or expected.ndim != 3 or table.shape[2] != expected.shape[2]:
+        return table
+    for prefix in range(3):  # class tokens, which come first
+        old, new = (math.isqrt(max(value.shape[1] - prefix, 0)) for value in (table, expected))
+        if (old * old + prefix, new * new + prefix) == (table.shape[1], expected.shape[1]):
+            return resample_abs_pos_embed(table, [new, new], [old, old], num_prefix_tokens=prefix)  # type: ignore[no-any-return]
+    return table
+
+
+def _prefix(state: Iterable[str], expected: dict[str, Tensor]) -> str:
+    """Return what stands before the names of most weights in `expected`, such as `module.backbone.`."""
+    votes: Counter[str] = Counter()
+    for name in state:
+        parts = name.split(".")
+        for start in range(len(parts)):
+            if ".".join(parts[start:]) in expected:
+                votes[".".join(parts[:start]) + "." if start else ""] += 1
+    if not votes:
+        return ""
+    most = max(votes.values())
+    candidates = [prefix for prefix, count in votes.items() if count == most]
+    return min(candidates, key=lambda prefix: (not any(word in prefix for word in _PREFERRED), len(prefix)))
+
+
+def _without_prefix(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
+
+
+def _is_head(name: str, expected: dict[str, Tensor]) -> bool:
+    return name not in expected and is_head(name)
 
 
 def to_timm_names(state: dict[str, Tensor], expected: dict[str, Tensor]) -> dict[str, Tensor]:
     """Rename the weights of `state` to the names in `expected`, and leave out heads for other classes."""
     if is_huggingface_beit(state):
         state = beit_from_huggingface(state)
-    prefix = max(("", *_PREFIXES), key=lambda p: sum(p + name in state for name in expected))  # ties: the first prefix
-    state = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
+    state = _without_prefix(state, _prefix(state, expected))
     # torchvision's VGG has linear layers where timm's VGG has convolutions.
     if "pre_logits.fc1.weight" in expected and "classifier.0.weight" in state:
         names = {"classifier.0": "pre_logits.fc1", "classifier.3": "pre_logits.fc2"}
@@ -107,7 +273,7 @@ def to_timm_names(state: dict[str, Tensor], expected: dict[str, Tensor]) -> dict
                 fits = value.numel() == target.numel()
                 state[f"{names[old]}.{kind}"] = value.reshape(target.shape) if fits else value
     state = _expand_shared_positions(state, expected)
-    for name in [name for name in state if name not in expected and name.split(".")[0] in _HEADS]:
+    for name in [name for name in state if _is_head(name, expected)]:
         del state[name]  # a head for other classes is not part of a backbone
     # Files from before PyTorch 0.4.1 lack num_batches_tracked, and pecobook never reads the count.
     state |= {name: expected[name] for name in expected if name.endswith("num_batches_tracked") and name not in state}
@@ -115,3 +281,14 @@ def to_timm_names(state: dict[str, Tensor], expected: dict[str, Tensor]) -> dict
         if f"{new}weight" in expected and f"{new}weight" not in state and f"{old}weight" not in expected:
             state |= {new + name.removeprefix(old): state.pop(name) for name in list(state) if name.startswith(old)}
     return state
+
+
+def is_head(name: str) -> bool:
+    """Return whether a weight or a layer of this name belongs to the head of a network."""
+    return _HEADS.match(name) is not None
+
+
+def summarised(names: Iterable[str]) -> str:
+    """Return names of weights in short: the first part of each name, with the number of weights below it."""
+    counts = Counter(re.sub(r"\.?\d+$", "", name.split(".")[0]) or name for name in names)
+    return ", ".join(f"{name} ({count})" if count > 1 else name for name, count in counts.items())

@@ -61,6 +61,18 @@ def gather_keys(keys: Tensor) -> tuple[Tensor, int]:
     return gather_rows(keys.detach()), rank * len(keys)
 
 
+def can_initialise_moco(network: nn.Module) -> bool:
+    """Return whether `initialise_moco` fits a network: one patch projection, and a position for each patch or none."""
+    projection = getattr(getattr(network, "patch_embed", None), "proj", None)
+    table = getattr(network, "pos_embed", None)
+    if not isinstance(projection, nn.Conv2d):
+        return False
+    if not isinstance(table, nn.Parameter):
+        return True
+    rows, columns = getattr(network.patch_embed, "grid_size", (0, 0))
+    return bool(rows) and table.ndim == 3 and table.shape[1] >= rows * columns and projection.out_channels % 4 == 0
+
+
 @torch.no_grad()
 def initialise_moco(network: nn.Module) -> None:
     """Apply MoCo v3's initialisation of a ViT (section 4 and public code): fixed positions, Xavier-uniform weights.

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from pecobook.errors import WeightsError
 from pecobook.models.checkpoints import load_state, read_weights
-from pecobook.models.tokenizer import apply_in_batches
+from pecobook.models.tokenizer import apply_in_batches, as_codes, as_images, check_shape
 
 _NUM_BLOCKS = 8  # four groups of two blocks; residual paths are divided by the square of this number
 
@@ -62,9 +62,7 @@ class DalleTokenizer(nn.Module):
 
     def logits(self, images: Tensor) -> Tensor:
         """Return the logits of all codewords: float (B, 3, H, W) in [0, 1] to (B, K, H / 8, W / 8)."""
-        height, width = images.shape[-2:]
-        if height % self.stride or width % self.stride:
-            raise ValueError(f"Images must be multiples of {self.stride} pixels, not {height} x {width}.")
+        check_shape(images, 3, self.stride)
         encoder = cast("_Stack", self.encoder[0])
         x = encoder.input(0.8 * images + 0.1)  # DALL-E maps pixels from [0, 1] to [0.1, 0.9]
         for number, group in enumerate(encoder.groups()):
@@ -73,17 +71,19 @@ class DalleTokenizer(nn.Module):
         return encoder.output(x)  # type: ignore[no-any-return]
 
     @torch.no_grad()
-    def encode(self, images: Tensor, *, batch_size: int = 64) -> Tensor:
+    def encode(self, images: Tensor, *, batch_size: int = 64, check: bool = True) -> Tensor:
         """Encode images: float (B, 3, H, W) in [0, 1] to codes int64 (B, H / 8, W / 8).
 
         Raises:
-            ValueError: a side is not a multiple of 8.
+            ValueError: as `PerceptualTokenizer.encode`.
         """
+        images = as_images(images, 3, self.stride, check=check)
         return apply_in_batches(lambda batch: self.logits(batch).argmax(1), images, batch_size, self.codebook.device)
 
     @torch.no_grad()
     def decode(self, codes: Tensor, *, batch_size: int = 64) -> Tensor:
         """Decode codes int64 (B, h, w) to images, float (B, 3, 8 h, 8 w) in [0, 1]."""
+        codes = as_codes(codes, self.num_codewords)
         return apply_in_batches(self._decode, codes, batch_size, self.codebook.device)
 
     def _decode(self, codes: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from typing import Any, ClassVar, Self
 from torch import Tensor, nn
 
 from pecobook.errors import PecobookError, WeightsError, first_line
+from pecobook.settings.images import AUTO, RangeSetting
 
 
 def export_folder(path: str | Path) -> Path:
@@ -96,13 +97,11 @@ def write_export(folder: Path, config: dict[str, Any], state: dict[str, Tensor],
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Card:
-    """Content of a model card, without the Python code that loads the model."""
+    """Content of a model card, without the Python code that loads the model and applies it to an image."""
 
     title: str
     text: str
     """Paragraphs before the Python code."""
-    usage: str = ""
-    """Python code that uses the model, placed after the code that loads it."""
     more: str = ""
     """Paragraphs after the Python code."""
     tags: tuple[str, ...]
@@ -112,12 +111,11 @@ class Card:
     """Name of the library that loads the model."""
 
     def render(self, loading_code: str) -> str:
-        """Return the whole card as Markdown; `loading_code` is the Python code that loads the model."""
+        """Return the whole card as Markdown; `loading_code` is the Python code that uses the model."""
         task = f"pipeline_tag: {self.pipeline}\n" if self.pipeline else ""
         header = f"---\nlibrary_name: {self.library}\n{task}tags: [{', '.join(self.tags)}]\n---\n"
         more = f"\n{self.more}\n" if self.more else ""
-        usage = f"\n{self.usage}" if self.usage else ""
-        return f"{header}# {self.title}\n\n{self.text}\n\n```python\n{loading_code}{usage}\n```\n{more}"
+        return f"{header}# {self.title}\n\n{self.text}\n\n```python\n{loading_code}\n```\n{more}"
 
 
 class Exported(nn.Module):
@@ -129,6 +127,8 @@ class Exported(nn.Module):
     """The commands whose runs export a network of this kind, for error messages."""
     origin: str = ""
     """How the network was trained, read from the export by `from_pretrained`; empty if that is unknown."""
+    value_range: RangeSetting = AUTO
+    """The values that became black and white in training images with more than 8 bits, from the export."""
 
     def settings(self) -> dict[str, Any]:
         """Return the settings from which `rebuild` builds an equal network, as JSON values."""
@@ -140,11 +140,11 @@ class Exported(nn.Module):
         raise NotImplementedError
 
     def loading_code(self, source: str) -> str:
-        """Return Python code that loads the network from the folder `source`."""
+        """Return Python code that loads the network from the folder `source` and applies it to an image file."""
         raise NotImplementedError
 
     def hub_loading_code(self, repo_id: str) -> str:
-        """Return Python code that loads the network from the repository `repo_id` on the Hugging Face hub."""
+        """Return the same code for the repository `repo_id` on the Hugging Face hub."""
         return self.loading_code(repo_id)
 
     def card(self, origin: str) -> Card:
@@ -186,6 +186,8 @@ class Exported(nn.Module):
         loading_code = self.hub_loading_code(repo_id) if repo_id else self.loading_code("path/to/this/folder")
         origin = origin or self.origin
         config = {"kind": self.kind, **self.settings(), **({"origin": origin} if origin else {})}
+        if self.value_range != AUTO:
+            config["value_range"] = list(self.value_range)
         write_export(Path(folder), config, exported, self.card(origin).render(loading_code))
 
     @classmethod
@@ -198,8 +200,9 @@ class Exported(nn.Module):
         Raises:
             WeightsError: the export is missing, damaged, or of another kind.
         """
-        config, state = read_export(_resolve_source(source))
+        config, state = read_export(resolve_source(source))
         kind, origin = config.pop("kind", None), config.pop("origin", "")
+        value_range = tuple(config.pop("value_range", AUTO))
         if kind != cls.kind:
             raise WeightsError(
                 f"'{source}' is {f'a {kind}' if kind else 'no export of pecobook'}, not a {cls.kind}: give a run of "
@@ -210,7 +213,7 @@ class Exported(nn.Module):
             network.load_exported(state)
         except (PecobookError, KeyError, IndexError, TypeError, ValueError, RuntimeError) as error:
             raise WeightsError(f"The {cls.kind} in '{source}' is damaged: {error}") from None
-        network.origin = origin
+        network.origin, network.value_range = origin, value_range
         return network.eval()
 
     def push_to_hub(self, repo_id: str, *, private: bool = False) -> str:
@@ -237,7 +240,7 @@ class Exported(nn.Module):
         return str(url)
 
 
-def _resolve_source(source: str | Path) -> Path:
+def resolve_source(source: str | Path) -> Path:
     """Return the local folder of `source`; download it if `source` is not a path and has the form `owner/name`."""
     if Path(source).exists() or str(source).count("/") != 1 or str(source).startswith((".", "/")):
         return Path(source)

@@ -13,8 +13,18 @@ import torch
 from torch import Tensor, nn
 
 from pecobook.errors import WeightsError, did_you_mean, first_line
-from pecobook.models.checkpoints import read_weights
-from pecobook.models.weights import IMAGENET_MEAN, IMAGENET_STD, load_backbone
+from pecobook.models.checkpoints import is_head, load_state, read_weights
+from pecobook.models.dry_run import refusing
+from pecobook.models.makers import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    Normalisation,
+    neighbour_normalisation,
+    overridden,
+    with_flags,
+)
+from pecobook.models.network_traits import has_patch_tokens, traits_of
+from pecobook.models.weights import load_backbone
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,9 +39,18 @@ class FeatureNetwork:
     """Standard deviation of the input's normalisation, RGB in [0, 1]."""
     input_size: int | None
     """Side of the images that the network requires, pixels; None if it takes any size."""
+    notes: tuple[str, ...] = ()
+    """Lines for the user on what was taken from where."""
 
 
-def load_feature_network(network: str | nn.Module, layers: Sequence[int | str], weights: str | None) -> FeatureNetwork:
+def load_feature_network(
+    network: str | nn.Module,
+    layers: Sequence[int | str],
+    weights: str | None,
+    *,
+    mean: tuple[float, ...] = (),
+    std: tuple[float, ...] = (),
+) -> FeatureNetwork:
     """Load a feature network; random weights are drawn from torch's global generator.
 
     Args:
@@ -39,6 +58,8 @@ def load_feature_network(network: str | nn.Module, layers: Sequence[int | str], 
         layers: numbers from 1 (blocks of a transformer, stages of a convolutional network); for torchvision networks
             also names of nodes (`features.12`); for a module names of nodes only.
         weights: None for the network's pre-trained weights, a local file, or `random`.
+        mean: mean of the input's normalisation; empty takes that of the weights, or ImageNet's for a module.
+        std: standard deviation of the input's normalisation, likewise.
 
     Raises:
         WeightsError: the network or a layer is unknown, or the weights are missing or do not fit.
@@ -47,14 +68,16 @@ def load_feature_network(network: str | nn.Module, layers: Sequence[int | str], 
         raise WeightsError("--perceptual.layers is empty: name at least one layer.")
     if isinstance(network, nn.Module):
         return FeatureNetwork(
-            NodeFeatures(network, [str(layer) for layer in layers]), IMAGENET_MEAN, IMAGENET_STD, None
+            NodeFeatures(network, [str(layer) for layer in layers]), mean or IMAGENET_MEAN, std or IMAGENET_STD, None
         )
     if network.startswith("torchvision:"):
-        return _open_torchvision(network.removeprefix("torchvision:"), layers, weights)
-    backbone = load_backbone(network, weights=weights)
-    is_vit = hasattr(backbone.network, "blocks") and hasattr(backbone.network, "patch_embed")
-    features = TimmFeatures(backbone.network, feature_indices(backbone.network, layers, network))
-    return FeatureNetwork(features, backbone.mean, backbone.std, backbone.image_size if is_vit else None)
+        return _open_torchvision(network.removeprefix("torchvision:"), layers, weights, mean, std)
+    backbone = load_backbone(network, weights=weights, mean=mean, std=std)
+    has_one_size = traits_of(backbone.network).takes_size
+    with refusing(network, "return the features of its layers"):
+        features = TimmFeatures(backbone.network, feature_indices(backbone.network, layers, network))
+    notes = tuple(with_flags(note, "--perceptual.") for note in backbone.notes)
+    return FeatureNetwork(features, backbone.mean, backbone.std, backbone.image_size if has_one_size else None, notes)
 
 
 class TimmFeatures(nn.Module):
@@ -118,17 +141,19 @@ class NodeFeatures(nn.Module):
         return [features[node] for node in self.nodes]
 
 
-def _open_torchvision(name: str, layers: Sequence[int | str], weights: str | None) -> FeatureNetwork:
+def _open_torchvision(
+    name: str, layers: Sequence[int | str], weights: str | None, mean: tuple[float, ...], std: tuple[float, ...]
+) -> FeatureNetwork:
     import torchvision
 
     if name not in torchvision.models.list_models(module=torchvision.models):
         suggestion = did_you_mean(name, torchvision.models.list_models(module=torchvision.models))
         raise WeightsError(f"torchvision has no network '{name}'.{suggestion}")
-    mean, std, pretrained = IMAGENET_MEAN, IMAGENET_STD, None
+    normalisation, pretrained = Normalisation(IMAGENET_MEAN, IMAGENET_STD, "torchvision's default"), None
     if weights is None:
         pretrained = torchvision.models.get_model_weights(name).DEFAULT
         preset = pretrained.transforms()
-        mean, std = tuple(preset.mean), tuple(preset.std)
+        normalisation = Normalisation(tuple(preset.mean), tuple(preset.std), f"torchvision's settings of {pretrained}")
     try:
         network = torchvision.models.get_model(name, weights=pretrained)
     except (OSError, RuntimeError) as error:
@@ -137,10 +162,14 @@ def _open_torchvision(name: str, layers: Sequence[int | str], weights: str | Non
             "Check the internet connection, give a local file with --perceptual.weights, or use random weights."
         ) from None
     if weights not in (None, "random"):
-        from pecobook.models.checkpoints import load_state
-
-        load_state(network, read_weights(weights), source=weights)
-    return FeatureNetwork(NodeFeatures(network, stage_nodes(network, layers, name)), mean, std, None)
+        # Files of self-supervised networks have no head, and the features come before it.
+        needs_head = any(is_head(str(layer)) for layer in layers)
+        load_state(network, read_weights(weights), source=weights, needs_head=needs_head)
+        normalisation = neighbour_normalisation(weights) or normalisation
+    normalisation = overridden(normalisation, mean, std)
+    features = NodeFeatures(network, stage_nodes(network, layers, name))
+    note = with_flags(normalisation.line(f"torchvision:{name}"), "--perceptual.")
+    return FeatureNetwork(features, normalisation.mean, normalisation.std, None, (note,))
 
 
 def stage_nodes(network: nn.Module, layers: Sequence[int | str], name: str) -> list[str]:
@@ -180,7 +209,7 @@ def feature_indices(network: nn.Module, layers: Sequence[int | str], name: str) 
     """Return timm's feature indices of layers counted from 1. Raises WeightsError if the network has no such layer."""
     if not hasattr(network, "forward_intermediates"):
         raise WeightsError(f"timm's '{name}' returns no intermediate features: choose another perceptual network.")
-    if hasattr(network, "blocks") and hasattr(network, "patch_embed"):
+    if has_patch_tokens(network):
         count, first = len(network.blocks), 0  # type: ignore[arg-type]
     else:
         modules = [str(info["module"]) for info in network.feature_info]  # type: ignore[union-attr]

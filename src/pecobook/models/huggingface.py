@@ -7,6 +7,7 @@ either library.
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -115,4 +116,34 @@ def beit_config(state: dict[str, Tensor], *, image_size: int, patch_size: int, n
         "use_relative_position_bias": "blocks.0.attn.relative_position_bias_table" in state,
         "use_shared_relative_position_bias": "rel_pos_bias.relative_position_bias_table" in state,
         "use_mean_pooling": True,
+    }
+
+
+def beit_processor(*, image_size: int, crop: float, mean: Sequence[float], std: Sequence[float]) -> dict[str, Any]:
+    """Return the content of preprocessor_config.json, which `AutoImageProcessor.from_pretrained` reads.
+
+    BEiT's own processor squashes an image to a square. Perceiver's processor is the one in transformers that crops the
+    central square first and then resizes it (bicubic, antialiased), as `data.views.center_crop` does; where both round
+    a side or a margin differently, the square is one pixel of the image smaller or shifted.
+
+    Args:
+        image_size: side of the network's input, pixels.
+        crop: side of the square, as a share of the image's shorter side.
+        mean: mean of the normalisation, RGB in [0, 1].
+        std: standard deviation of the normalisation, RGB in [0, 1].
+    """
+    side = round(image_size / crop, 6)
+    return {
+        "image_processor_type": "PerceiverImageProcessor",
+        "do_convert_rgb": True,
+        "do_center_crop": True,
+        "crop_size": {"height": side, "width": side},
+        "do_resize": True,
+        "size": {"height": image_size, "width": image_size},
+        "resample": 3,
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": list(mean),
+        "image_std": list(std),
     }

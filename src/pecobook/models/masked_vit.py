@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from pecobook.errors import WeightsError
+from pecobook.models.network_traits import has_patch_tokens
 from pecobook.settings.pretrain import DecoderConfig
 
 
@@ -259,7 +260,7 @@ def _apply_final_norm(backbone: nn.Module, tokens: Tensor) -> Tensor:
 
 
 def _check_has_patches(backbone: nn.Module) -> None:
-    if not (hasattr(backbone, "patch_embed") and hasattr(backbone, "blocks")):
+    if not has_patch_tokens(backbone):
         raise WeightsError(f"{type(backbone).__name__} has no patches to mask: choose a ViT or BEiT of timm.")
 
 

@@ -1,7 +1,11 @@
-"""Export to ONNX: a tokenizer becomes an encoder file and a decoder file, for any batch size and image size."""
+"""Export to ONNX: files that read images in [0, 1], with metadata, and a README whose Python needs no PyTorch.
+
+Everything but reading, cropping and resizing an image is inside the graph: nobody needs a mean or a deviation.
+"""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from pecobook.errors import PecobookError
+from pecobook.models import onnx_readme
+from pecobook.models.dense.segmenter import FixedSizeSegmenter, Segmenter
+from pecobook.models.weights import Backbone, Classifier
+from pecobook.settings.segment import SegmentTestConfig
+from pecobook.utils.files import write_atomically, write_json
 
 
 class _EncodeModule(nn.Module):
@@ -32,7 +41,7 @@ class _DecodeModule(_EncodeModule):
 
 
 def export_onnx(tokenizer: Any, folder: str | Path) -> tuple[Path, Path]:
-    """Write `encoder.onnx` and `decoder.onnx` of a tokenizer.
+    """Write `encoder.onnx`, `decoder.onnx` and README.md of a tokenizer.
 
     Args:
         tokenizer: a tokenizer of `load_tokenizer`, on the CPU.
@@ -56,9 +65,84 @@ def export_onnx(tokenizer: Any, folder: str | Path) -> tuple[Path, Path]:
     batch, rows, columns = (torch.export.Dim(name, min=1, max=2**16) for name in ("batch", "rows", "columns"))
     paths = folder / "encoder.onnx", folder / "decoder.onnx"
     shapes = {0: batch, 2: stride * rows, 3: stride * columns}, {0: batch, 1: rows, 2: columns}
-    write_onnx(_EncodeModule(tokenizer), images, shapes[0], paths[0], "images", "codes")
-    write_onnx(_DecodeModule(tokenizer), codes, shapes[1], paths[1], "codes", "images")
+    described = {
+        "task": "tokens",
+        "images": f"float32 (batch, {channels}, height, width) in [0, 1], sides are multiples of {stride}",
+        "codes": f"int64 (batch, height / {stride}, width / {stride}), numbers of codewords",
+        "image_size": tokenizer.image_size,
+        "stride": stride,
+        "num_codewords": tokenizer.num_codewords,
+    }
+    write_onnx(_EncodeModule(tokenizer), images, shapes[0], paths[0], "images", "codes", described)
+    write_onnx(_DecodeModule(tokenizer), codes, shapes[1], paths[1], "codes", "images", described)
+    _write_readme(folder, described, onnx_readme.tokenizer_lines(tokenizer.image_size, channels))
     return paths
+
+
+def export_backbone(network: Backbone, folder: Path) -> None:
+    """Write model.onnx, config.json and README.md of a backbone or classifier.
+
+    model.onnx maps `images`, float32 (B, 3, S, S) in [0, 1], to `output`: pooled features (B, F), or the logits of the
+    classes. Raises PecobookError if the packages that write ONNX are not installed.
+    """
+    size = network.image_size or 224
+    described: dict[str, Any] = {"name": network.name, "image_size": size, "crop": 1.0}
+    output = "float32 (batch, features), the network's pooled features"
+    lines = onnx_readme.backbone_lines(size)
+    if isinstance(network, Classifier):
+        described |= {"crop": network.crop, "classes": list(network.classes)}
+        output = f"float32 (batch, {len(network.classes)}), the logits of the classes"
+        lines = onnx_readme.classifier_lines(size, network.crop)
+    task = "classification" if isinstance(network, Classifier) else "features"
+    _export_fixed_size(network, size, described, {"task": task, "output": output}, lines, folder)
+
+
+def export_segmenter(model: Segmenter, folder: Path) -> None:
+    """Write model.onnx, config.json and README.md of a segmenter; modifies `model`.
+
+    model.onnx maps `images`, float32 (B, 3, S, S) in [0, 1], to `scores` of the classes (B, C, S, S). Raises
+    PecobookError if the packages that write ONNX are not installed.
+    """
+    size = model.image_size
+    described: dict[str, Any] = {"image_size": size, "classes": list(model.classes)}
+    scores = f"float32 (batch, {len(model.classes)}, {size}, {size}), the scores of the classes of every pixel"
+    texts = {"task": "segmentation", "scores": scores}
+    lines = onnx_readme.segmenter_lines(size, max(round(size * SegmentTestConfig().stride), 1))
+    _export_fixed_size(FixedSizeSegmenter(model), size, described, texts, lines, folder)
+
+
+def _export_fixed_size(
+    network: nn.Module, size: int, described: dict[str, Any], texts: dict[str, str], lines: str, folder: Path
+) -> None:
+    """Write model.onnx, config.json with `described`, and README.md.
+
+    Args:
+        network: a module of one input and one output, images float (B, 3, S, S) in [0, 1].
+        size: S.
+        described: content of config.json, which is also written as metadata.
+        texts: more metadata; the last name is that of the output.
+        lines: Python of the README.
+        folder: the folder to write.
+    """
+    for module in network.modules():
+        if hasattr(module, "fused_attn"):
+            module.fused_attn = False  # type: ignore[assignment]  # ONNX runtimes fuse attention themselves
+    task, output = texts
+    metadata = {
+        task: texts[task],
+        "images": f"float32 (batch, 3, {size}, {size}), RGB in [0, 1]; the graph normalises them",
+        output: texts[output],
+        **described,
+    }
+    batch = torch.export.Dim("batch", min=1, max=2**16)
+    example = torch.zeros(2, 3, size, size)
+    write_onnx(network, example, {0: batch}, folder / "model.onnx", "images", output, metadata)
+    write_json(folder / "config.json", described)
+    _write_readme(folder, metadata, lines)
+
+
+def _write_readme(folder: Path, metadata: dict[str, Any], lines: str) -> None:
+    write_atomically(folder / "README.md", onnx_readme.readme(metadata, lines).encode())
 
 
 def require_onnx() -> None:
@@ -71,7 +155,13 @@ def require_onnx() -> None:
 
 
 def write_onnx(
-    module: nn.Module, example: Tensor, shape: dict[int, Any], path: Path, input_name: str, output_name: str
+    module: nn.Module,
+    example: Tensor,
+    shape: dict[int, Any],
+    path: Path,
+    input_name: str,
+    output_name: str,
+    metadata: dict[str, Any],
 ) -> None:
     """Write a module with one input and one output to an ONNX file.
 
@@ -82,6 +172,7 @@ def write_onnx(
         path: the file to write.
         input_name: name of the input.
         output_name: name of the output.
+        metadata: properties that the file carries; those that are no text are written as JSON.
 
     Raises:
         PecobookError: the packages that write ONNX are not installed.
@@ -97,4 +188,6 @@ def write_onnx(
         verbose=False,
     )
     assert program is not None
+    for name, value in metadata.items():
+        program.model.metadata_props[name] = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
     program.save(str(path))

@@ -18,10 +18,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pecobook.errors import WeightsError, first_line
+from pecobook.errors import WeightsError
+from pecobook.models.dry_run import dry_run
 from pecobook.models.feature_networks import check_feature_maps, load_feature_network
 from pecobook.settings.perceptual import Normalisation, PerceptualConfig, PerceptualDistanceConfig
 from pecobook.settings.values import replace
+from pecobook.utils.images import checked_floats
 
 
 class PerceptualDistance(nn.Module):
@@ -64,22 +66,28 @@ class PerceptualDistance(nn.Module):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             source = network if isinstance(network, nn.Module) else config.network
-            loaded = load_feature_network(source, config.layers, config.weights or None)
+            weights = config.weights or None
+            loaded = load_feature_network(source, config.layers, weights, mean=config.mean, std=config.std)
             if config.shuffle:
                 shuffle_weights(loaded.network)
         # Convolutions are faster with channels last; for transformers the layout makes no difference.
         self.network = loaded.network.to(memory_format=torch.channels_last)
         self.network.eval().requires_grad_(False)
         self.input_size = config.input_size or loaded.input_size
-        self.register_buffer("mean", torch.tensor(config.mean or loaded.mean)[:, None, None], persistent=False)
-        self.register_buffer("std", torch.tensor(config.std or loaded.std)[:, None, None], persistent=False)
+        self.notes = loaded.notes  # lines for the user on what was taken from where
+        self.register_buffer("mean", torch.tensor(loaded.mean)[:, None, None], persistent=False)
+        self.register_buffer("std", torch.tensor(loaded.std)[:, None, None], persistent=False)
 
     def train(self, mode: bool = True) -> PerceptualDistance:  # noqa: ARG002
         """Keep evaluation mode for any `mode`: the batch statistics of the frozen network must not change."""
         return super().train(False)
 
     def features(self, images: Tensor) -> list[Tensor]:
-        """Return the normalised activations of images: float (B, 3, H, W) in [0, 1] to L tensors (B, C_l, H_l, W_l)."""
+        """Return the normalised activations of images: float (B, 3, H, W) in [0, 1] to L tensors (B, C_l, H_l, W_l).
+
+        uint8 images are divided by 255. Raises ValueError for another shape or type.
+        """
+        images = checked_floats(images)
         shape = self._input_shape(*images.shape[-2:])
         if images.shape[-2:] != shape:
             images = F.interpolate(images, shape, mode="bicubic", antialias=True, align_corners=False)
@@ -87,16 +95,16 @@ class PerceptualDistance(nn.Module):
         activations = self.network(images.flip(1) if self.config.bgr else images)
         return [normalise(feature.float(), self.config.normalisation) for feature in activations]
 
-    @torch.no_grad()
     def check_image_size(self, height: int, width: int) -> None:
         """Raise WeightsError if the network cannot read images of this size, or if a layer returns no feature map."""
+        images = torch.zeros(2, 3, *self._input_shape(height, width), requires_grad=True)
+        name = self.config.network or type(self.network).__name__
+        purpose = f"read images of {height} x {width} pixels"
         try:
-            check_feature_maps(self.network(torch.zeros(1, 3, *self._input_shape(height, width))), self.config.layers)
-        except RuntimeError as error:
-            raise WeightsError(
-                f"The perceptual network cannot read images of {height} x {width} pixels ({first_line(error)}): "
-                "give --perceptual.input-size 224, or earlier layers."
-            ) from None
+            features = dry_run(self.network, (images,), network=name, purpose=purpose)
+        except WeightsError as error:
+            raise WeightsError(f"{error} Give --perceptual.input-size 224, or earlier layers.") from None
+        check_feature_maps(features, self.config.layers)
 
     def _input_shape(self, height: int, width: int) -> tuple[int, int]:
         return (self.input_size, self.input_size) if self.input_size else (height, width)

@@ -99,6 +99,20 @@ class VectorQuantizer(nn.Module):
         self._num_start_vectors = 0  # number of vectors that k-means used, in the step that initialises the codebook
         self._pending: tuple[Tensor, Tensor] | None = None  # vectors (N, D) and codes (N,) since the last update
 
+    @property
+    def starts_now(self) -> bool:
+        """Whether the next `forward` in training mode initialises the codebook."""
+        return self.training and not self._bypass and not self._initialised
+
+    @torch.no_grad()
+    def start(self, z: Tensor) -> None:
+        """Initialise the codebook by k-means over z (N, D, h, w), the encoder's output for all images of this rank.
+
+        Without it k-means begins with the vectors of the first `forward`, so under gradient accumulation the first
+        micro-batch would decide the codewords that the losses of the first step see.
+        """
+        self._initialise_codebook(z.float().permute(0, 2, 3, 1).reshape(-1, self.dim))
+
     def forward(self, z: Tensor) -> Quantized:
         """Quantise z (B, D, h, w). In training mode, also store the vectors for the next `update`."""
         B, _, h, w = z.shape

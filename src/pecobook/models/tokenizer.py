@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Self
@@ -13,6 +14,7 @@ from pecobook.models.autoencoder import Decoder, Encoder
 from pecobook.models.export import Card, Exported
 from pecobook.models.nearest import nearest_codeword
 from pecobook.models.quantizer import VectorQuantizer
+from pecobook.models.snippets import PHOTO, TO_GREY, quoted
 from pecobook.models.vit_autoencoder import ViTDecoder, ViTEncoder
 from pecobook.settings.tokenizer import AutoencoderConfig, TokenizerConfig
 from pecobook.settings.values import complete, replace, to_dict
@@ -52,6 +54,11 @@ class PerceptualTokenizer(Exported):
         return self.config.model.in_channels
 
     @property
+    def dtype(self) -> torch.dtype:
+        """Type of the weights."""
+        return self.codebook.dtype
+
+    @property
     def stride(self) -> int:
         """Side of the image patch that one token represents, pixels."""
         return self.config.model.stride
@@ -63,28 +70,28 @@ class PerceptualTokenizer(Exported):
 
     def encode_latents(self, images: Tensor) -> Tensor:
         """Return the encoder output before quantisation: float (B, C, H, W) in [0, 1] to (B, D, h, w)."""
-        channels, height, width = images.shape[-3:]
-        if channels != self.in_channels:
-            raise ValueError(f"Images must have {self.in_channels} channels, not {channels}.")
-        if height % self.stride or width % self.stride:
-            raise ValueError(f"Images must be multiples of {self.stride} pixels, not {height} x {width}.")
-        return self.encoder(images * 2 - 1)  # type: ignore[no-any-return]
+        check_shape(images, self.in_channels, self.stride)
+        return self.encoder((images * 2 - 1).to(self.dtype))  # type: ignore[no-any-return]
 
     def decode_latents(self, quantized: Tensor) -> Tensor:
         """Return the decoder output, not clamped: (B, D, h, w) to (B, C, H, W), about [0, 1]."""
         return (self.decoder(quantized) + 1) / 2  # type: ignore[no-any-return]
 
     @torch.no_grad()
-    def encode(self, images: Tensor, *, batch_size: int = 256) -> Tensor:
+    def encode(self, images: Tensor, *, batch_size: int = 256, check: bool = True) -> Tensor:
         """Encode images: float (B, C, H, W) in [0, 1] to codes int64 (B, H / f, W / f), with stride f.
 
         Args:
-            images: on any device; the codes are returned on the same device.
+            images: on any device; the codes are returned on the same device. Also uint8 in 0..255, or floats of half
+                precision.
             batch_size: number of images that are encoded at a time on the tokenizer's device.
+            check: look at the values too, which waits for a GPU.
 
         Raises:
-            ValueError: a side is not a multiple of the stride f, or the number of channels is not C.
+            ValueError: the shape is not (B, C, H, W), a side is not a multiple of the stride f, or the values are not
+                images in [0, 1].
         """
+        images = as_images(images, self.in_channels, self.stride, check=check)
         return apply_in_batches(self._encode, images, batch_size, self.codebook.device)
 
     @torch.no_grad()
@@ -92,9 +99,13 @@ class PerceptualTokenizer(Exported):
         """Decode codes int64 (B, h, w) to images, float (B, C, h f, w f) in [0, 1].
 
         Args:
-            codes: on any device; the images are returned on the same device.
+            codes: on any device; the images are returned on the same device. Any type of integers.
             batch_size: number of images that are decoded at a time on the tokenizer's device.
+
+        Raises:
+            ValueError: the shape is not (B, h, w), or the values are not codes in [0, K).
         """
+        codes = as_codes(codes, self.num_codewords)
         return apply_in_batches(self._decode, codes, batch_size, self.codebook.device)
 
     def _encode(self, images: Tensor) -> Tensor:
@@ -136,7 +147,14 @@ class PerceptualTokenizer(Exported):
 
     def loading_code(self, source: str) -> str:
         """Return Python code that loads the tokenizer; `source` is a folder or a repository on the Hugging Face hub."""
-        return f'from pecobook import PerceptualTokenizer\ntokenizer = PerceptualTokenizer.from_pretrained("{source}")'
+        grey, sides = TO_GREY if self.in_channels == 1 else "", f"H / {self.stride}, W / {self.stride}"
+        return f"""\
+from pecobook import PerceptualTokenizer, read_image
+
+tokenizer = PerceptualTokenizer.from_pretrained({quoted(source)})
+images = read_image({quoted(PHOTO)}, {self.image_size})[None] / 255  # the central square
+{grey}codes = tokenizer.encode(images)  # float (B, C, H, W) in [0, 1] -> int64 (B, {sides})
+print(codes)"""
 
     def card(self, origin: str) -> Card:
         """Return the model card: sizes, and how the tokenizer was trained."""
@@ -147,8 +165,6 @@ class PerceptualTokenizer(Exported):
         return Card(
             title="A perceptual tokenizer",
             text=f"{size}\n\n{origin}" if origin else size,
-            usage=f"codes = tokenizer.encode(images)  # float (B, {self.in_channels}, H, W) in [0, 1] -> "
-            f"int64 (B, H / {self.stride}, W / {self.stride})",
             tags=("vector-quantization", "image-tokenizer", "peco"),
         )
 
@@ -157,6 +173,67 @@ class PerceptualTokenizer(Exported):
         from pecobook.models.onnx import export_onnx
 
         return export_onnx(self, folder)
+
+
+def check_shape(images: Tensor, channels: int, stride: int) -> None:
+    """Raise ValueError unless images have the shape (B, C, H, W), with sides that are multiples of the stride."""
+    if images.ndim != 4:
+        remedy = ": for one image give image[None]" if images.ndim == 3 else ""
+        raise ValueError(f"Images must have the shape (B, {channels}, H, W), not {tuple(images.shape)}{remedy}.")
+    height, width = images.shape[-2:]
+    if images.shape[1] != channels:
+        last = ": put the channels first, images.permute(0, 3, 1, 2)" if images.shape[3] == channels else ""
+        raise ValueError(f"Images must have {channels} channels, not {images.shape[1]}{last}.")
+    if height % stride or width % stride:
+        raise ValueError(f"Images must be multiples of {stride} pixels, not {height} x {width}.")
+
+
+def as_images(images: Tensor, channels: int, stride: int, *, check: bool = True) -> Tensor:
+    """Return images as float32 (B, C, H, W) in [0, 1]; uint8 is divided by 255.
+
+    Args:
+        images: uint8 in 0..255, or floats of any precision in [0, 1], which may overshoot a little, as after a bicubic
+            resize.
+        channels: C.
+        stride: divisor of the sides.
+        check: whether to look at the values.
+
+    Raises:
+        ValueError: the shape, the type or the values are others.
+    """
+    check_shape(images, channels, stride)
+    if images.dtype == torch.uint8:
+        return images.float() / 255
+    if not images.is_floating_point():
+        raise ValueError(f"Images must be uint8 in 0..255 or floats in [0, 1], not {images.dtype}.")
+    images = images.float()
+    if exporting() or torch.compiler.is_compiling() or not check or not images.numel():
+        return images
+    low, high = (float(value) for value in images.aminmax())
+    if not (math.isfinite(low) and math.isfinite(high)):  # aminmax passes nan on
+        raise ValueError("Images contain values that are not finite (nan or infinity).")
+    if low < -_OVERSHOOT or high > 1 + _OVERSHOOT:
+        remedy = "divide them by 255, or give uint8" if low >= 0 else "they seem normalised: undo the normalisation"
+        raise ValueError(f"Images must lie in [0, 1], not in [{low:.4g}, {high:.4g}]: {remedy}.")
+    return images
+
+
+def as_codes(codes: Tensor, num_codewords: int) -> Tensor:
+    """Return codes as int64 (B, h, w). Raises ValueError for another shape, floats, or values outside [0, K)."""
+    if codes.ndim != 3:
+        remedy = ": for one image give codes[None]" if codes.ndim == 2 else ""
+        raise ValueError(f"Codes must have the shape (B, h, w), not {tuple(codes.shape)}{remedy}.")
+    if codes.is_floating_point() or codes.is_complex() or codes.dtype == torch.bool:
+        raise ValueError(f"Codes must be integers, not {codes.dtype}.")
+    codes = codes.long()
+    if not exporting() and not torch.compiler.is_compiling() and codes.numel():
+        low, high = (int(value) for value in codes.aminmax())
+        if low < 0 or high >= num_codewords:
+            raise ValueError(f"Codes must lie in [0, {num_codewords}), not in [{low}, {high}].")
+    return codes
+
+
+_OVERSHOOT = 0.5  # of images that were resized with a bicubic filter and not clamped
 
 
 def apply_in_batches(

@@ -11,7 +11,13 @@ from torch import Tensor, nn
 
 from pecobook.errors import WeightsError, first_line
 from pecobook.models.nearest import nearest_codeword
-from pecobook.models.tokenizer import TRAINING_ONLY_BUFFERS, PerceptualTokenizer, apply_in_batches
+from pecobook.models.tokenizer import (
+    TRAINING_ONLY_BUFFERS,
+    PerceptualTokenizer,
+    apply_in_batches,
+    as_codes,
+    as_images,
+)
 
 
 def load_tokenizer(source: str | Path) -> Any:
@@ -25,7 +31,8 @@ def load_tokenizer(source: str | Path) -> Any:
         an nn.Module in evaluation mode with the methods `encode` (float (B, 3, H, W) in [0, 1] to int64
         (B, H / f, W / f)) and `decode` (the inverse), and the attributes `codebook` (K, D), `num_codewords` K,
         `stride` f and `image_size`, the side of the training images. Both methods accept tensors on any device and
-        take `batch_size`, the number of images that are processed at a time on the tokenizer's device.
+        take `batch_size`, the number of images that are processed at a time on the tokenizer's device; with
+        `check=False`, `encode` does not look at the values of the images, which would wait for a GPU.
 
     Raises:
         WeightsError: the tokenizer is missing or damaged, or `source` is not a tokenizer.
@@ -64,11 +71,12 @@ class GreyTokenizer(nn.Module):
         """Codewords, float (K, D)."""
         return self.tokenizer.codebook
 
-    def encode(self, images: Tensor, *, batch_size: int = 256) -> Tensor:
+    def encode(self, images: Tensor, *, batch_size: int = 256, check: bool = True) -> Tensor:
         """Encode images: float (B, 3, H, W) in [0, 1] to codes int64 (B, H / f, W / f)."""
         from torchvision.transforms.functional import rgb_to_grayscale  # as in training
 
-        return self.tokenizer.encode(rgb_to_grayscale(images), batch_size=batch_size)
+        images = as_images(images, 3, self.stride, check=check)
+        return self.tokenizer.encode(rgb_to_grayscale(images), batch_size=batch_size, check=False)
 
     def decode(self, codes: Tensor, *, batch_size: int = 256) -> Tensor:
         """Decode codes int64 (B, h, w) to images, float (B, 3, h f, w f) in [0, 1], with three equal channels."""
@@ -119,20 +127,19 @@ class DiffusersTokenizer(nn.Module):
         return int(self.model.config.sample_size)
 
     @torch.no_grad()
-    def encode(self, images: Tensor, *, batch_size: int = 64) -> Tensor:
+    def encode(self, images: Tensor, *, batch_size: int = 64, check: bool = True) -> Tensor:
         """Encode images: float (B, 3, H, W) in [0, 1] to codes int64 (B, H / f, W / f), with stride f.
 
         Raises:
-            ValueError: a side is not a multiple of the stride f.
+            ValueError: as `PerceptualTokenizer.encode`.
         """
-        height, width = images.shape[-2:]
-        if height % self.stride or width % self.stride:
-            raise ValueError(f"Images must be multiples of {self.stride} pixels, not {height} x {width}.")
+        images = as_images(images, 3, self.stride, check=check)
         return apply_in_batches(self._encode, images, batch_size, self.codebook.device)
 
     @torch.no_grad()
     def decode(self, codes: Tensor, *, batch_size: int = 64) -> Tensor:
         """Decode codes int64 (B, h, w) to images, float (B, 3, h f, w f) in [0, 1]."""
+        codes = as_codes(codes, self.num_codewords)
         return apply_in_batches(self._decode, codes, batch_size, self.codebook.device)
 
     def _encode(self, images: Tensor) -> Tensor:

@@ -5,16 +5,30 @@ Nothing in this module unpickles code.
 
 from __future__ import annotations
 
+import shlex
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Self
 
 from torch import Tensor, nn
 
-from pecobook.errors import ConfigError, WeightsError, did_you_mean, first_line
-from pecobook.models.checkpoints import is_moco, load_state, read_weights
-from pecobook.models.export import Card, Exported, read_export
+from pecobook.errors import ConfigError, WeightsError, first_line
+from pecobook.models.checkpoints import Checkpoint, load_state, read_checkpoint, summarised
+from pecobook.models.export import Card, Exported, read_export, read_settings
+from pecobook.models.makers import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    Normalisation,
+    file_normalisation,
+    overridden,
+    timm_normalisation,
+)
+from pecobook.models.network_traits import NetworkTraits, has_patch_tokens, network_traits
+from pecobook.models.networks import create_network
+from pecobook.models.snippets import BEST_CLASSES, normalise, open_square, quoted
+from pecobook.utils.images import checked_floats
 
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # timm's defaults
+__all__ = ["IMAGENET_MEAN", "IMAGENET_STD", "Backbone", "Classifier", "create_network", "load_backbone"]
 
 
 class Backbone(Exported):
@@ -28,6 +42,7 @@ class Backbone(Exported):
         std: standard deviation of the input's normalisation, RGB in [0, 1].
         image_size: side of the training images, pixels; None if the network takes any size.
         target: prediction target of masked pre-training (`tokens` or `pixels`); empty without such pre-training.
+        notes: lines for the user on what was taken from where.
     """
 
     kind = "backbone"
@@ -43,13 +58,15 @@ class Backbone(Exported):
         image_size: int | None,
         *,
         target: str = "",
+        notes: tuple[str, ...] = (),
     ) -> None:
         super().__init__()
-        self.network, self.name, self.args, self.target = network, name, args, target
+        self.network, self.name, self.args, self.target, self.notes = network, name, args, target, notes
         self.mean, self.std, self.image_size = mean, std, image_size
 
     def forward(self, images: Tensor) -> Tensor:
-        """Map float images (B, 3, H, W) in [0, 1] to pooled features (B, F); a classifier returns logits."""
+        """Map images (B, 3, H, W), float in [0, 1] or uint8, to pooled features (B, F); a classifier returns logits."""
+        images = checked_floats(images)
         mean, std = (images.new_tensor(values)[:, None, None] for values in (self.mean, self.std))
         return self.network((images - mean) / std)  # type: ignore[no-any-return]
 
@@ -66,6 +83,7 @@ class Backbone(Exported):
     @classmethod
     def rebuild(cls, settings: dict[str, Any]) -> Self:
         """Build the network that `settings` describes, with random weights."""
+        settings = pooling_trained_features(settings)
         network = create_network(settings["name"], num_classes=len(settings.get("classes", ())), **settings["args"])
         values: dict[str, Any] = {
             name: tuple(value) if isinstance(value, list) else value for name, value in settings.items()
@@ -80,21 +98,57 @@ class Backbone(Exported):
         return 0
 
     def loading_code(self, source: str) -> str:
-        """Return Python code that loads the plain timm network from the export folder `source`."""
-        return "import timm, safetensors.torch\n" + self._timm_loading_code(f'"{source}/model.safetensors"')
+        """Return Python code that loads the plain timm network from the export folder `source` and reads one image."""
+        return self._timm_code(
+            "import json\n" * bool(self._num_classes()),
+            quoted(f"{source}/model.safetensors"),
+            quoted(f"{source}/config.json"),
+        )
 
     def hub_loading_code(self, repo_id: str) -> str:
-        """Return Python code that loads the plain timm network from the repository `repo_id` on the hub."""
-        file = f'huggingface_hub.hf_hub_download("{repo_id}", "model.safetensors")'
-        return "import huggingface_hub, timm, safetensors.torch\n" + self._timm_loading_code(file)
+        """Return the same code for the repository `repo_id` on the hub."""
+        weights, config = (
+            f"huggingface_hub.hf_hub_download({quoted(repo_id)}, {quoted(name)})"
+            for name in ("model.safetensors", "config.json")
+        )
+        return self._timm_code(
+            "import json\n" * bool(self._num_classes()) + "import huggingface_hub\n", weights, config
+        )
 
-    def _timm_loading_code(self, file: str) -> str:
+    def _timm_code(self, imports: str, weights: str, config: str) -> str:
+        """Return the code; `weights` and `config` are expressions for the paths of the export's files."""
         create_args = {"num_classes": self._num_classes(), **self.args}
         arguments = "".join(f", {key}={value!r}" for key, value in create_args.items())
-        return (
-            f'model = timm.create_model("{self.name}"{arguments})\n'
-            f"model.load_state_dict(safetensors.torch.load_file({file}))"
+        lines = (
+            f"model = timm.create_model({quoted(self.name)}{arguments}).eval()\n"
+            f"model.load_state_dict(safetensors.torch.load_file({weights}))"
         )
+        names = f'json.load(open({config}))["classes"]'
+        return self._image_code(f"{imports}import safetensors.torch\n", lines, names)
+
+    def timm_folder_code(self, folder: str) -> str:
+        """Return Python code that applies an export in timm's format to an image file."""
+        line = f"model = timm.create_model({quoted(f'local-dir:{folder}')}, pretrained=True).eval()"
+        return self._image_code("", line, 'model.pretrained_cfg["label_names"]')
+
+    def _image_code(self, imports: str, lines: str, names: str) -> str:
+        """Return code of `imports` and `lines`, which build `model`; `names` is an expression for the classes."""
+        return f"""\
+{imports}import numpy as np
+import timm
+import torch
+from PIL import Image, ImageOps
+
+{lines}
+{open_square(self.image_size or 224, self._crop())}
+{normalise(self.mean, self.std)}
+{self._application(names)}"""
+
+    def _application(self, names: str) -> str:  # noqa: ARG002
+        return "features = model(pixels[None])[0].detach()  # (F,)\nprint(features)"
+
+    def _crop(self) -> float:
+        return 1.0
 
     def card(self, origin: str) -> Card:
         """Return the model card: name, origin and expected input."""
@@ -102,7 +156,12 @@ class Backbone(Exported):
         return Card(
             title=f"{self.name}, trained by {origin or 'pecobook'}",
             text=f"A plain timm network, trained at {self.image_size} pixels. Input: RGB in [0, 1], minus mean "
-            f"{self.mean}, divided by std {self.std}.",
+            f"{self.mean}, divided by std {self.std}."
+            + (
+                " Its feature is the mean of the patches; masked modelling trains no class token."
+                if self.target
+                else ""
+            ),
             tags=("pecobook", tag) if tag else ("pecobook",),
             pipeline="image-classification" if self._num_classes() else "image-feature-extraction",
             library="timm",
@@ -148,6 +207,12 @@ class Classifier(Backbone):
     def _num_classes(self) -> int:
         return len(self.classes)
 
+    def _crop(self) -> float:
+        return self.crop
+
+    def _application(self, names: str) -> str:
+        return f"probabilities = model(pixels[None]).softmax(1)[0].detach()\nclasses = {names}\n{BEST_CLASSES}"
+
 
 def exported_network(settings: dict[str, Any], state: dict[str, Tensor], source: str) -> nn.Module:
     """Build the timm network of an export and load the weights.
@@ -163,31 +228,30 @@ def exported_network(settings: dict[str, Any], state: dict[str, Tensor], source:
     Raises:
         WeightsError: the weights do not fit the network.
     """
+    settings = pooling_trained_features(settings)
     network = create_network(settings["name"], num_classes=len(settings.get("classes", ())), **settings["args"])
     load_state(network, state, source=source)
     return network.eval()
 
 
-def create_network(name: str, *, pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """Call `timm.create_model`. Raises WeightsError with a message for the user if it fails."""
-    import timm
+def pooling_trained_features(settings: dict[str, Any]) -> dict[str, Any]:
+    """Return the settings of an export with the pooling of a feature that was trained.
 
-    timm_name = name.removeprefix("timm:")
-    if not timm.is_model(timm_name.partition(".")[0]):
-        suggestion = did_you_mean(timm_name, timm.list_models()) or " timm.list_models() in Python lists the networks."
-        raise WeightsError(f"timm has no network '{timm_name}'.{suggestion}")
-    try:
-        network: nn.Module = timm.create_model(timm_name, pretrained=pretrained, **kwargs)
-    except TypeError as error:
-        raise WeightsError(f"timm's '{timm_name}' does not accept these arguments: {error}") from None
-    except (OSError, RuntimeError, ValueError, AssertionError) as error:
-        if not pretrained:
-            raise WeightsError(f"timm cannot build '{timm_name}' with {kwargs}: {first_line(error)}") from None
-        raise WeightsError(
-            f"The weights of timm's '{timm_name}' cannot be downloaded ({first_line(error)}).\n"
-            "Check the internet connection, give a local file of weights, or use random weights."
-        ) from None
-    return network
+    Masked modelling trains the patches and never the class token, which timm's plain ViTs pool by default. A network
+    of masked modelling therefore pools the mean of its patches, as fine-tuning does. Exports of earlier versions name
+    no pooling.
+
+    Raises:
+        WeightsError: timm's network cannot pool patches.
+    """
+    import torch
+
+    name, args = settings["name"], settings["args"]
+    if not settings.get("target") or args.get("global_pool", "token") != "token":
+        return settings
+    with torch.device("meta"):  # no memory and no time for weights
+        pools_class_token = getattr(create_network(name, **args), "global_pool", "") == "token"
+    return {**settings, "args": args | {"global_pool": "avg"}} if pools_class_token else settings
 
 
 def load_backbone(
@@ -198,6 +262,8 @@ def load_backbone(
     pool_mean: bool = False,
     drop_path: float = 0.0,
     any_size: bool = False,
+    mean: tuple[float, ...] = (),
+    std: tuple[float, ...] = (),
 ) -> Backbone:
     """Load a backbone without a head.
 
@@ -208,6 +274,8 @@ def load_backbone(
         pool_mean: let a transformer pool the mean of the patches instead of the class token.
         drop_path: rate of stochastic depth.
         any_size: let a transformer with absolute positions interpolate the positions to the size of each input image.
+        mean: mean of the input's normalisation, RGB in [0, 1]; empty takes that of the weights.
+        std: standard deviation of the input's normalisation; empty takes that of the weights.
 
     Raises:
         ConfigError: `spec` is a file of weights.
@@ -215,80 +283,145 @@ def load_backbone(
     """
     if Path(spec).is_file():
         raise ConfigError(
-            f"'{spec}' is a file of weights; also name the network: --backbone timm:NAME --weights {spec} "
+            f"'{spec}' is a file of weights; also name the network: --backbone timm:NAME --weights "
+            f"{shlex.quote(spec)} "
             "(or --perceptual.network and --perceptual.weights)."
         )
-    if spec.startswith("timm:"):
-        name = spec.removeprefix("timm:")
-        return _load_timm(name, weights, image_size, pool_mean, _runtime_args(name, drop_path, any_size))
-    if not Path(spec).exists() and "/" not in spec:
+    is_timm = spec.startswith("timm:")
+    if not is_timm and not Path(spec).exists() and "/" not in spec:
         raise WeightsError(f"'{spec}' is neither a run folder nor a network: networks of timm are written timm:NAME.")
+    file = weights if weights not in (None, "random") else None
+    checkpoint = read_checkpoint(file) if file is not None and not file.endswith(".npz") else None
+    options: dict[str, Any] = {"pool_mean": pool_mean, "drop_path": drop_path, "any_size": any_size}
+    load = _load_timm if is_timm else _load_run
+    network, args, size, normalisation, left = load(
+        spec.removeprefix("timm:"), weights, checkpoint, image_size, options
+    )
+    name = spec.removeprefix("timm:") if is_timm else read_settings(spec)["name"]
+    normalisation = overridden(normalisation, mean, std)
+    notes = [left_aside(file, checkpoint, left)] if file and checkpoint else []
+    notes = [*(note for note in notes if note), normalisation.line(spec)]
+    return Backbone(network, name, args, normalisation.mean, normalisation.std, size, notes=tuple(notes))
+
+
+_Loaded = tuple[nn.Module, dict[str, Any], int, Normalisation, tuple[str, ...]]
+
+
+def _load_run(
+    spec: str, weights: str | None, checkpoint: Checkpoint | None, image_size: int | None, options: dict[str, Any]
+) -> _Loaded:
+    """Load a run; returns the network, its arguments, the image size, the normalisation and the names left aside."""
     config, state = read_export(spec)
     if config.get("kind") not in ("backbone", "classifier"):
         raise WeightsError(f"'{spec}' is a {config.get('kind')}, not a backbone: give a contrast or pretrain run.")
-    args = config["args"] | _pooling_args(config["name"], pool_mean)
-    network = create_network(
-        config["name"], num_classes=0, **_runtime_args(config["name"], drop_path, any_size), **args
-    )
-    if weights != "random":
-        load_state(network, state if weights is None else read_weights(weights), source=weights or spec)
-    size = config["image_size"]
-    if image_size is not None and image_size != size and is_transformer(config["name"]):
-        network.set_input_size(img_size=image_size)  # type: ignore[operator]
+    name, size = config["name"], config["image_size"]
+    traits = network_traits(name, config["args"])
+    args = pooling_trained_features(config)["args"] | _pooling_args(traits, options["pool_mean"])
+    left: tuple[str, ...] = ()
+    if image_size is not None and image_size != size and traits.takes_size:
         args, size = args | {"img_size": image_size}, image_size
-    return Backbone(network, config["name"], args, tuple(config["mean"]), tuple(config["std"]), size)
+    network = create_network(name, num_classes=0, **_runtime_args(traits, options), **args)
+    normalisation = Normalisation(tuple(config["mean"]), tuple(config["std"]), "as the run was trained")
+    if checkpoint is not None:
+        left = load_state(network, checkpoint.state, source=str(weights))
+        normalisation = file_normalisation(checkpoint.state, checkpoint.wrapper, str(weights), network, f"timm:{name}")
+    elif weights is None:
+        load_state(network, state, source=spec)
+    return network, args, size, normalisation, left
 
 
 def _load_timm(
-    name: str, weights: str | None, image_size: int | None, pool_mean: bool, runtime_args: dict[str, Any]
-) -> Backbone:
-    args: dict[str, Any] = _pooling_args(name, pool_mean)
-    size_args = {"img_size": image_size} if image_size is not None and is_transformer(name) else {}
-    from_file = weights not in (None, "random")
-    create_args = args if from_file else args | size_args  # position tables in a file have the network's default size
+    name: str, weights: str | None, checkpoint: Checkpoint | None, image_size: int | None, options: dict[str, Any]
+) -> _Loaded:
+    """Load a network of timm; returns what `_load_run` returns."""
+    traits = network_traits(name)
+    pooling: dict[str, Any] = _pooling_args(traits, options["pool_mean"])
+    side = image_size
+    if side is None and checkpoint is not None:
+        side = trained_size(name, checkpoint.state)  # of the file's position tables, if it is not the default
+    size_args = {"img_size": side} if side is not None and traits.takes_size else {}
+    runtime_args = _runtime_args(traits, options)
+    npz = str(weights).endswith(".npz")
     # If the mean is pooled, timm gives the last norm another name, so timm's weights are loaded without mean pooling.
-    renamed = weights is None and bool(args)
-    network = create_network(
-        name, pretrained=weights is None and not renamed, num_classes=0, **runtime_args, **create_args
-    )
-    if renamed:
-        load_state(
-            network,
-            create_network(name, pretrained=True, num_classes=0, **size_args).state_dict(),
-            source=f"timm:{name}",
-        )
+    apart = npz or (weights is None and bool(pooling))
+    network = create_network(name, weights is None and not apart, num_classes=0, **runtime_args, **pooling, **size_args)
+    left: tuple[str, ...] = ()
+    normalisation = timm_normalisation(network, f"timm:{name}")
+    if apart:
+        plain = create_network(name, not npz, num_classes=0, **size_args)
+        if npz:
+            _load_npz(plain, str(weights))
+        load_state(network, plain.state_dict(), source=str(weights) if npz else f"timm:{name}")
+    if checkpoint is not None:
+        left = load_state(network, checkpoint.state, source=str(weights))
+    if checkpoint is not None or npz:
+        content = checkpoint or Checkpoint({})
+        normalisation = file_normalisation(content.state, content.wrapper, str(weights), network, f"timm:{name}")
     settings = getattr(network, "pretrained_cfg", None) or {}
-    if from_file:
-        state = read_weights(str(weights))
-        load_state(network, state, source=str(weights))
-        if size_args:
-            network.set_input_size(**size_args)  # type: ignore[operator]
-        if is_moco(state):  # timm's weights of the same network may use another normalisation
-            settings = {**settings, "mean": IMAGENET_MEAN, "std": IMAGENET_STD}
-    size = image_size or settings.get("input_size", (3, 224, 224))[-1]
-    mean, std = settings.get("mean", IMAGENET_MEAN), settings.get("std", IMAGENET_STD)
-    return Backbone(network, name, args | size_args, tuple(mean), tuple(std), size)
+    size = side or settings.get("input_size", (3, 224, 224))[-1]
+    return network, pooling | size_args, size, normalisation, left
 
 
-def is_transformer(name: str) -> bool:
-    """Return whether timm's `name` is a vision transformer, which is built for one image size."""
-    return name.startswith(("vit_", "beit", "deit", "eva"))
+def left_aside(path: str, checkpoint: Checkpoint, left: tuple[str, ...]) -> str:
+    """Return a line on the part of a file that was taken and the parts that were not; empty if all was taken."""
+    parts = [summarised(names) for names in (checkpoint.left_aside, left) if names]
+    if not parts:
+        return ""
+    taken = f"'{'.'.join(checkpoint.wrapper)}'" if checkpoint.wrapper else "the network"
+    return f"Of '{path}' {taken} is read; left aside: {', '.join(parts)}."
 
 
-def _runtime_args(name: str, drop_path: float, any_size: bool) -> dict[str, Any]:
+def _load_npz(network: nn.Module, path: str) -> None:
+    """Load Google's weights in NumPy's format (augreg, BiT) by timm's own reader. Raises WeightsError."""
+    if not Path(path).is_file():
+        raise WeightsError(f"There is no file of weights '{path}'.")
+    if not hasattr(network, "load_pretrained"):
+        raise WeightsError(f"{type(network).__name__} reads no .npz file ('{path}'): give safetensors or .pth.")
+    try:
+        network.load_pretrained(path)  # type: ignore[operator]
+    except Exception as error:  # names and shapes of another network, or a damaged file
+        raise WeightsError(f"The weights of '{path}' do not fit this network: {first_line(error)}.") from None
+
+
+def trained_size(name: str, state: dict[str, Tensor]) -> int | None:
+    """Return the image side that the position tables of `state` are for, pixels; None for timm's default side."""
+    import torch
+
+    with torch.random.fork_rng(devices=[]), torch.device("meta"):
+        network: Any = create_network(name, num_classes=0)
+    if not has_patch_tokens(network):
+        return None
+    rows, columns = network.patch_embed.grid_size
+    tables: tuple[tuple[str, int, Callable[[int], int]], ...] = (
+        ("pos_embed", 1, lambda side: side * side),
+        ("relative_position_bias_table", 0, lambda side: (2 * side - 1) ** 2),
+    )
+    for ending, dim, count in tables:
+        ours = next((value for key, value in network.state_dict().items() if key.endswith(ending)), None)
+        theirs = next((value for key, value in state.items() if key.endswith(ending) and value.ndim > dim), None)
+        if ours is None or theirs is None or rows != columns or ours.shape == theirs.shape:
+            continue
+        extra = ours.shape[dim] - count(rows)  # class tokens
+        side = next((side for side in range(1, 1024) if count(side) + extra == theirs.shape[dim]), None)
+        if side is not None and side != rows:
+            return int(side * network.patch_embed.patch_size[0])
+    return None
+
+
+def _runtime_args(traits: NetworkTraits, options: dict[str, Any]) -> dict[str, Any]:
     """Return arguments of timm.create_model that change the forward pass but not the weights."""
-    depth = {"drop_path_rate": drop_path} if drop_path > 0 else {}  # VGG and DenseNet do not accept the argument
-    return {**depth, **(any_size_args(name) if any_size else {})}
+    # VGG and DenseNet do not accept the argument of stochastic depth.
+    depth = {"drop_path_rate": options["drop_path"]} if options["drop_path"] > 0 else {}
+    return {**depth, **(traits.any_size if options["any_size"] else {})}
 
 
 def any_size_args(name: str) -> dict[str, Any]:
     """Return arguments with which timm's `name` takes any image size; none for BEiT (see `models.dense.pyramid`)."""
-    dynamic = is_transformer(name) and not name.startswith("beit")
-    return {"dynamic_img_size": True, "dynamic_img_pad": True} if dynamic else {}
+    return network_traits(name).any_size
 
 
-def _pooling_args(name: str, pool_mean: bool) -> dict[str, Any]:
+def _pooling_args(traits: NetworkTraits, pool_mean: bool) -> dict[str, Any]:
     """Return arguments of timm.create_model with which a transformer pools the mean of the patches."""
-    if not (pool_mean and is_transformer(name)):
+    if not (pool_mean and traits.pools_mean):
         return {}
-    return {"global_pool": "avg", **({"use_fc_norm": True} if name.startswith("beit") else {})}
+    return {"global_pool": "avg", **({"use_fc_norm": True} if traits.norm_moves else {})}

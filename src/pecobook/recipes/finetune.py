@@ -64,6 +64,21 @@ def tiny_imagenet() -> FinetuneConfig:
     )
 
 
+def imagenette() -> FinetuneConfig:
+    """Photographs at 128 pixels, 100 epochs at batch 256.
+
+    Command: pecobook finetune imagenette --data IMAGENETTE --backbone runs/vit --out runs/classifier
+    """
+    return FinetuneConfig(
+        batch_size=256,
+        max_steps="100 epochs",
+        image_size=128,
+        optim=OptimConfig(lr=1e-3, warmup="10%", layer_decay=0.75),
+        min_crop=0.2,
+        drop_path=0.1,
+    )
+
+
 def paper() -> FinetuneConfig:
     """ViT-B/16 on ImageNet-1K, 100 epochs, layer decay 0.65, lr 4e-3 at batch 1,024.
 

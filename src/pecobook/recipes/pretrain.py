@@ -66,6 +66,22 @@ def tiny_imagenet() -> PretrainConfig:
     )
 
 
+def imagenette() -> PretrainConfig:
+    """Photographs at 128 pixels, ViT-S with 16-pixel patches, 26 of 64 masked, 300 epochs.
+
+    Command: pecobook pretrain imagenette --data IMAGENETTE --tokenizer runs/codebook --out runs/vit
+    """
+    return PretrainConfig(
+        batch_size=256,
+        max_steps="300 epochs",
+        image_size=128,
+        optim=BaseOptimConfig(lr=1.5e-3, final_lr=1e-5, warmup="10%", clip_grad=3.0),
+        model=BackboneConfig(name="vit_small_patch16_224", args='{"init_values": 0.1}'),
+        drop_path=0.05,
+        mask=MaskConfig(num_masked=26, min_block=6),
+    )
+
+
 def paper() -> PretrainConfig:
     """PeCo ViT-B/16, 800 epochs of ImageNet-1K at batch 2,048: 75 of 196 patches masked in blocks.
 

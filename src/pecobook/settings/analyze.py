@@ -5,11 +5,13 @@ from __future__ import annotations
 import dataclasses
 import math
 
+from pecobook.settings.images import ImagesConfig
+from pecobook.settings.normalisation import check_normalisation
 from pecobook.settings.values import between, positive
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class AnalyzeConfig:
+class AnalyzeConfig(ImagesConfig):
     """Find out what the codewords of one or more tokenizers mean, on your images."""
 
     tokenizer: str = ""
@@ -21,8 +23,6 @@ class AnalyzeConfig:
     training images."""
     backbone: tuple[str, ...] = ()
     """Pretrain runs, to show their predictions of masked patches side by side."""
-    data: str = "photos"
-    """Images: a folder, a parquet file or folder, tar shards, hf:owner/name, or photos (built in)."""
     out: str = ""
     """Folder for analysis.json, report.html and pictures/. It must be new or empty, unless --overwrite is given."""
     overwrite: bool = False
@@ -32,6 +32,11 @@ class AnalyzeConfig:
     empty leaves this measurement out."""
     classifier_weights: str = ""
     """A local file of weights for the classifier timm:NAME; empty takes the weights of the hub."""
+    classifier_mean: tuple[float, ...] = ()
+    """Mean of the classifier's input, three numbers for RGB in [0, 1]; empty takes what its weights were trained
+    with."""
+    classifier_std: tuple[float, ...] = ()
+    """Standard deviation of the classifier's input, three numbers for RGB in [0, 1]; empty as --classifier-mean."""
     perceptual: str = ""
     """A perceptual network, named as in codebook's --perceptual.network. It measures the distance between an image and
     its reconstruction; empty leaves this measurement out."""
@@ -51,6 +56,8 @@ class AnalyzeConfig:
     """Seed of the random choices: codewords and patches of the galleries, and masks."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
+        check_normalisation(self, "classifier_mean", "classifier_std")
         positive(self, "max_train", "max_test")
         between(self, 0, 2**31 - 1, "seed")
         between(self, 0, math.inf, "codewords")

@@ -5,11 +5,12 @@ from __future__ import annotations
 import dataclasses
 import math
 
+from pecobook.settings.images import ImagesConfig
 from pecobook.settings.values import between, positive
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class BenchConfig:
+class BenchConfig(ImagesConfig):
     """Measure how fast pre-training runs on this machine."""
 
     recipe: str = "paper"
@@ -34,5 +35,6 @@ class BenchConfig:
     """JSON file to write the results to; empty only prints the results."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         positive(self, "steps")
         between(self, 0, math.inf, "batch_size", "data_steps")

@@ -69,7 +69,8 @@ class CodebookConfig(CropTrainConfig):
     balance: bool = False
     """Divide the sum of pixel and perceptual loss by its current value, so that the commitment loss is weighed against
     1 in every run. Without --balance a perceptual loss, several times larger than the pixel loss, outweighs the
-    commitment loss, so runs with and without a perceptual network differ in two ways at once."""
+    commitment loss, so runs with and without a perceptual network differ in two ways at once. With --micro-batch-size
+    this takes one more forward pass, since the value is that of the whole step."""
     optim: BaseOptimConfig = BaseOptimConfig(name="adam", lr=5e-5, betas=(0.5, 0.95), weight_decay=0.0, warmup="5000")
 
     def __post_init__(self) -> None:

@@ -5,15 +5,14 @@ from __future__ import annotations
 import dataclasses
 from typing import Literal
 
+from pecobook.settings.images import ImagesConfig
 from pecobook.settings.values import between, positive
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class DemoConfig:
+class DemoConfig(ImagesConfig):
     """Run all stages on the built-in photographs or on your images, and write a report."""
 
-    data: str = "photos"
-    """Images: a folder, a parquet file or folder, tar shards, hf:owner/name, or photos (built in)."""
     out: str = "runs/demo"
     """Folder to write. If the folder holds an interrupted demo, the demo resumes."""
     seed: int = 0
@@ -29,5 +28,6 @@ class DemoConfig:
     """Largest number of held-out images. Everything is measured on these images."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         positive(self, "length", "max_train", "max_test")
         between(self, 0, 2**31 - 1, "seed")

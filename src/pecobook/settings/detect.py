@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 from pecobook.settings.dense import PyramidConfig
+from pecobook.settings.normalisation import NormalisationConfig
 from pecobook.settings.training import OptimConfig, TrainConfig
 from pecobook.settings.values import between, positive, refuse
 
@@ -32,7 +33,7 @@ class DetectorConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class DetectConfig(TrainConfig):
+class DetectConfig(TrainConfig, NormalisationConfig):
     """Train a detector of boxes and masks on a backbone.
 
     The training step cannot be compiled, because the number of objects differs from image to image.
@@ -75,7 +76,8 @@ class DetectConfig(TrainConfig):
     """Number of images in one optimizer step. All devices and accumulation steps share these images."""
 
     def __post_init__(self) -> None:
-        super().__post_init__()
+        TrainConfig.__post_init__(self)
+        NormalisationConfig.__post_init__(self)
         between(self, 0.0, 1.0, "drop_path")
         positive(self, "max_size", "jitter")
         if not self.scales or min(self.scales) <= 0:

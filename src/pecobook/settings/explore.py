@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 
+from pecobook.settings.images import ImagesConfig
 from pecobook.settings.values import between, positive
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ExploreConfig:
+class ExploreConfig(ImagesConfig):
     """Serve a page on this machine to look at token maps, click codewords and paint masks."""
 
     runs: tuple[str, ...] = ()
     """Tokenizers (a codebook run, owner/name on the hub, dalle:FOLDER, diffusers:FOLDER) and pretrain runs, each with
     the tokenizer of the run. On the command line the runs may stand first, without the flag."""
-    data: str = "photos"
-    """Images: a folder, a parquet file or folder, tar shards, hf:owner/name, or photos (built in)."""
     images: int = 1000
     """Largest number of held-out images that are searched for patches."""
     host: str = "127.0.0.1"
@@ -31,5 +30,6 @@ class ExploreConfig:
     """Largest size of an image that the page accepts, MB."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         positive(self, "images", "upload_mb")
         between(self, 1, 65535, "port")

@@ -13,7 +13,7 @@ class ExportConfig:
     run: str = ""
     """A run of pecobook, or the run's export folder. On the command line the run may stand first, without the flag."""
     format: Literal["timm", "hf", "onnx"] = "timm"
-    """Library to write for: timm, transformers (hf, as a BEiT) or ONNX. Tokenizers and segmenters can only be written
-    as onnx."""
+    """Library to write for: timm, transformers (hf, as a BEiT) or ONNX, whose files read images in [0, 1]. Tokenizers
+    and segmenters can only be written as onnx."""
     out: str = ""
     """Folder to write; it must be new or empty."""

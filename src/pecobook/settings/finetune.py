@@ -5,12 +5,13 @@ from __future__ import annotations
 import dataclasses
 import math
 
+from pecobook.settings.normalisation import NormalisationConfig
 from pecobook.settings.training import CropTrainConfig, OptimConfig
 from pecobook.settings.values import between, positive
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class FinetuneConfig(CropTrainConfig):
+class FinetuneConfig(CropTrainConfig, NormalisationConfig):
     """Fine-tune a backbone on labelled images."""
 
     backbone: str = ""
@@ -46,7 +47,8 @@ class FinetuneConfig(CropTrainConfig):
     """Number of images in one optimizer step. All devices and accumulation steps share these images."""
 
     def __post_init__(self) -> None:
-        super().__post_init__()
+        CropTrainConfig.__post_init__(self)
+        NormalisationConfig.__post_init__(self)
         between(self, 0.0, 1.0, "drop_path", "label_smoothing", "random_erasing", "average", "eval_crop")
         positive(self, "eval_crop")
         between(self, 0, math.inf, "mixup", "cutmix")

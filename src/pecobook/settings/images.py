@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from typing import TypeAlias
 
-from pecobook.settings.values import between
+from pecobook.settings.values import between, refuse
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -43,3 +44,30 @@ class PhotometricConfig(JitterConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         between(self, 0.0, 1.0, "blur", "solarise")
+
+
+RangeSetting: TypeAlias = tuple[float | str, ...]
+AUTO: RangeSetting = ("auto",)
+"""The value of --value-range that chooses the range."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ImagesConfig:
+    """The images that a command reads."""
+
+    data: str = "photos"
+    """Images: a folder, a parquet file or folder, tar shards, hf:owner/name, or photos (built in)."""
+    value_range: tuple[float | str, ...] = AUTO
+    """Values that become black and white in images with more than 8 bits: LOW HIGH, or auto. auto takes the range with
+    which a given model was trained, else looks at 64 images and prints the range that it takes. Images of 8 bits keep
+    their values."""
+
+    def __post_init__(self) -> None:
+        check_value_range(self.value_range)
+
+
+def check_value_range(setting: RangeSetting) -> None:
+    """Refuse a --value-range that is neither auto nor two ascending finite numbers."""
+    numbers = [value for value in setting if not isinstance(value, str) and math.isfinite(value)]
+    if setting != AUTO and not (len(numbers) == len(setting) == 2 and numbers[0] < numbers[1]):
+        refuse("value_range", f"is auto or two ascending numbers LOW HIGH, not '{' '.join(map(str, setting))}'.")

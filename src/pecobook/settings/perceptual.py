@@ -6,7 +6,8 @@ import dataclasses
 import math
 from typing import Literal
 
-from pecobook.settings.values import between, positive, refuse
+from pecobook.settings.normalisation import check_normalisation
+from pecobook.settings.values import between
 
 Normalisation = Literal["unit-rms", "layernorm", "none"]
 
@@ -40,11 +41,7 @@ class PerceptualDistanceConfig:
 
     def __post_init__(self) -> None:
         between(self, 0, 4096, "input_size")
-        between(self, -math.inf, math.inf, "mean")
-        positive(self, "std")
-        for name in ("mean", "std"):
-            if len(getattr(self, name)) not in (0, 3):
-                refuse(name, f"takes three numbers, not {len(getattr(self, name))}.")
+        check_normalisation(self, "mean", "std", lowest=-math.inf, highest=math.inf)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

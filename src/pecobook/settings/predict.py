@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
+from pecobook.settings.images import AUTO, check_value_range
 from pecobook.settings.segment import SegmentTestConfig
 from pecobook.settings.values import between
 
@@ -18,6 +19,9 @@ class PredictConfig:
     images: str = ""
     """An image, a folder of images at any depth, or another source of images. On the command line the images may stand
     second, without the flag."""
+    value_range: tuple[float | str, ...] = AUTO
+    """Values that become black and white in images with more than 8 bits: LOW HIGH, or auto. auto takes the range with
+    which the run was trained, else looks at 64 images and prints the range that it takes."""
     out: str = ""
     """Folder to write; it must be new or empty."""
     pictures: bool = True
@@ -27,4 +31,5 @@ class PredictConfig:
     test: SegmentTestConfig = SegmentTestConfig()
 
     def __post_init__(self) -> None:
+        check_value_range(self.value_range)
         between(self, 0.0, 1.0, "score")

@@ -5,11 +5,13 @@ from __future__ import annotations
 import dataclasses
 import math
 
+from pecobook.settings.images import ImagesConfig
+from pecobook.settings.normalisation import NormalisationConfig
 from pecobook.settings.values import between, positive
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ProbeConfig:
+class ProbeConfig(ImagesConfig, NormalisationConfig):
     """Measure linear probe and k-NN accuracy of a frozen backbone, or of a tokenizer's codewords."""
 
     data: str = "photos"
@@ -31,6 +33,8 @@ class ProbeConfig:
     """Seed of the choice of validation images, and of random weights."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
+        NormalisationConfig.__post_init__(self)
         positive(self, "max_train", "max_test")
         between(self, 0, math.inf, "image_size")
         between(self, 0, 2**31 - 1, "seed")

@@ -6,19 +6,18 @@ import dataclasses
 import math
 from typing import Literal
 
+from pecobook.settings.images import ImagesConfig
 from pecobook.settings.training import BackboneConfig
 from pecobook.settings.values import between, positive, refuse
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ReproduceConfig:
+class ReproduceConfig(ImagesConfig):
     """Train the rows of the paper's tables, with controls, and compare with the paper's numbers."""
 
     tables: tuple[str, ...] = ()
     """Tables of the paper: any of tables1-2, table4, table5, table6, table7, table10, table12, v1-table7. On the
     command line the tables may stand first, without the flag."""
-    data: str = "photos"
-    """Images: a folder, a parquet file or folder, tar shards, hf:owner/name, or photos (built in)."""
     out: str = ""
     """Folder to write. An interrupted reproduction resumes there, and more tables may be added to the folder."""
     budget: Literal["tiny", "small", "paper"] = "tiny"
@@ -60,6 +59,7 @@ class ReproduceConfig:
     """Print the list of runs without training anything."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         positive(self, "length")
         between(self, 0, math.inf, "gpus_per_run", "micro_batch_size")
         if len(set(self.seeds)) != len(self.seeds) or not self.seeds or min(self.seeds) < 0:

@@ -6,6 +6,7 @@ import dataclasses
 
 from pecobook.settings.dense import PyramidConfig
 from pecobook.settings.images import PhotometricConfig
+from pecobook.settings.normalisation import NormalisationConfig
 from pecobook.settings.training import CompileTrainConfig, OptimConfig
 from pecobook.settings.values import between, positive, refuse
 
@@ -52,21 +53,22 @@ class SegmenterConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class SegmentConfig(CompileTrainConfig, SegmenterConfig):
+class SegmentConfig(CompileTrainConfig, SegmenterConfig, NormalisationConfig):
     """Train semantic segmentation on images with masks."""
 
     data: str = ""
     """Images and masks: a folder with images/ and masks/ (directly, under train/ and val/, or as in ADE20K), or
     hf:owner/name."""
     classes: str = ""
-    """File with a class on each line, followed by the colour R G B where masks are colour pictures; empty takes
-    classes.txt."""
+    """File with a class on each line, followed by the colour R G B where masks are colour pictures; also a table, JSON,
+    CVAT's labelmap.txt or ADE20K's objectInfo150.txt. Empty takes classes.txt, or such a file, from the folder."""
     mask_values: tuple[str, ...] = ()
     """Pixel values of the classes where they are not 0, 1, 2, ...: "0 255", or "1-150" as in ADE20K."""
     ignore: tuple[str, ...] = ("255",)
     """Pixel values or names of classes that count neither in the loss nor in the metrics."""
     verify: bool = True
-    """Read every mask before training. With --no-verify, --classes or --mask-values must define the classes."""
+    """Read every mask before training. With --no-verify, only some masks are read, and --classes or --mask-values must
+    define the classes."""
     skip_bad: bool = False
     """Leave out images with an unusable mask instead of refusing them. Such a mask has another size than the image or
     an unknown value."""
@@ -98,6 +100,7 @@ class SegmentConfig(CompileTrainConfig, SegmenterConfig):
     def __post_init__(self) -> None:
         CompileTrainConfig.__post_init__(self)
         SegmenterConfig.__post_init__(self)
+        NormalisationConfig.__post_init__(self)
         between(self, 0.0, 1.0, "drop_path", "max_share")
         positive(self, "max_share", "scales")
         if self.scales[0] > self.scales[1]:

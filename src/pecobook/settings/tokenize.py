@@ -7,17 +7,15 @@ import math
 import re
 
 from pecobook.errors import ConfigError
-from pecobook.settings.images import PhotometricConfig
+from pecobook.settings.images import ImagesConfig, PhotometricConfig
 from pecobook.settings.training import Precision
 from pecobook.settings.values import Resume, between, positive, refuse
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class TokenizeConfig:
+class TokenizeConfig(ImagesConfig):
     """Tokenize named views of your images once, for any number of pre-training runs."""
 
-    data: str = "photos"
-    """Images: a folder, a parquet file or folder, tar shards, hf:owner/name, or photos (built in)."""
     tokenizer: str = ""
     """The tokenizer: a codebook run, owner/name on the Hugging Face hub, dalle:FOLDER, or diffusers:FOLDER."""
     out: str = ""
@@ -54,6 +52,7 @@ class TokenizeConfig:
     """Delete the contents of --out first."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         positive(self, "views", "image_size", "min_crop", "batch_size", "num_nodes")
         between(self, 0.0, 1.0, "min_crop")
         between(self, 0, 2**31 - 1, "seed", "tokenizer_size")

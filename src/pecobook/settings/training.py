@@ -9,6 +9,7 @@ from typing import Any, Literal, cast
 
 from pecobook.errors import ConfigError
 from pecobook.settings.durations import check_durations
+from pecobook.settings.images import ImagesConfig
 from pecobook.settings.values import Resume, between, narrow, positive, refuse
 
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
@@ -77,11 +78,9 @@ class OptimConfig(BaseOptimConfig):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class TrainConfig:
+class TrainConfig(ImagesConfig):
     """The settings of every training command."""
 
-    data: str = "photos"
-    """Images: a folder, a parquet file or folder, tar shards, hf:owner/name, or photos (built in)."""
     out: str = ""
     """Run folder to write. It must be new or empty, unless --resume or --overwrite is given."""
     seed: int = 0
@@ -129,8 +128,12 @@ class TrainConfig:
     line serves for the first start and for every restart."""
     overwrite: bool = False
     """Delete the contents of --out first."""
+    dry_run: bool = False
+    """Say what the run would learn from, its settings, memory and time, and write nothing. A few images are computed to
+    measure this."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         narrow(self)
         positive(self, "num_nodes", "batch_size", "image_size", "log_every", "save_every", "save_minutes")
         positive(self, "keep_checkpoints", "sample_every", "evaluation_images")

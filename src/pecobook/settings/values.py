@@ -11,8 +11,11 @@ import contextvars
 import dataclasses
 import json
 import math
+import shlex
 import types
 import typing
+from collections.abc import Sequence
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args, get_origin
 
@@ -22,7 +25,18 @@ C = TypeVar("C")
 # Fields that change devices, speed or logs of a run, but not its results: a resumed run may change them.
 FREE_ON_RESUME = frozenset(
     {
-        *("out", "resume", "overwrite", "devices", "num_nodes", "strategy", "micro_batch_size", "workers", "compile"),
+        *(
+            "out",
+            "resume",
+            "overwrite",
+            "dry_run",
+            "devices",
+            "num_nodes",
+            "strategy",
+            "micro_batch_size",
+            "workers",
+            "compile",
+        ),
         *("loggers", "log_every", "save_every", "save_minutes", "keep_checkpoints", "sample_every"),
         *("evaluation_images", "knn_images", "pyramid.checkpointing"),
         *("test.mode", "test.stride", "test.scales", "test.flip"),  # test.max_side also changes the training images
@@ -34,7 +48,7 @@ FREE_ON_RESUME = frozenset(
 RETIRED = frozenset({"min_crop", "optim.layer_decay", "colour.blur", "colour.solarise", "compile"})
 
 # The value that a setting had, in effect, before there was the setting, where it differs from the default.
-BEFORE = {"group_size": 0}
+BEFORE = {"group_size": 0, "value_range": [0.0, 65535.0]}
 
 # `--resume` alone is True; "auto" resumes where there is something to resume, and else starts.
 Resume = bool | Literal["auto"]
@@ -129,6 +143,28 @@ def flags(config_type: type[Any], prefix: str = "") -> dict[str, Any]:
         else:
             types_by_flag[name] = kind
     return types_by_flag
+
+
+def flag_words(config: Any, default: Any, *, always: Sequence[str] = (), never: Sequence[str] = ()) -> str:
+    """Return the flags that turn `default` into `config`, quoted so that a shell reads the same values.
+
+    Args:
+        config: settings.
+        default: settings of the same type.
+        always: names of flags that are written even if their value is the default's.
+        never: names of flags that are left out.
+    """
+    words: list[str] = []
+    for name in flags(type(config)):
+        read = attrgetter(field_name(name))
+        value = read(config)
+        if name in never or (value == read(default) and name not in always):
+            continue
+        if isinstance(value, bool):
+            words.append(f"--{name}" if value else f"--no-{name}")
+        else:
+            words += [f"--{name}", *map(str, value if isinstance(value, tuple) else (value,))]
+    return shlex.join(words)
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -274,6 +310,15 @@ def load(default: C, path: str | Path, command: str = "") -> C:
     Raises:
         ConfigError: the file is missing or invalid, or belongs to another command.
     """
+    values = read_config(path)
+    written_by = values.pop("command", command)
+    if command and written_by != command:
+        raise ConfigError(f"--config '{path}' is a configuration of '{written_by}', not of '{command}'.")
+    return replace(default, _without_retired(values, default))
+
+
+def read_config(path: str | Path) -> dict[str, Any]:
+    """Return the content of a config.json, or of the one in a folder. Raises ConfigError."""
     file = Path(path) / "config.json" if Path(path).is_dir() else Path(path)
     try:
         values = json.loads(file.read_text())
@@ -283,10 +328,7 @@ def load(default: C, path: str | Path, command: str = "") -> C:
         raise ConfigError(f"'{file}' cannot be read as a configuration: {error}") from None
     if not isinstance(values, dict):
         raise ConfigError(f"'{file}' is not a configuration: the file must hold a JSON object.")
-    written_by = values.pop("command", command)
-    if command and written_by != command:
-        raise ConfigError(f"--config '{path}' is a configuration of '{written_by}', not of '{command}'.")
-    return replace(default, _without_retired(values, default))
+    return values
 
 
 def _without_retired(values: dict[str, Any], default: Any, prefix: str = "") -> dict[str, Any]:

@@ -17,10 +17,12 @@ from pecobook.data.sampler import key
 from pecobook.data.source import ImageSource, Splits
 from pecobook.data.stream import ViewFunction
 from pecobook.data.views import central_view, random_crop
+from pecobook.engine.launch import say
 from pecobook.engine.optim import layer_decay_groups
 from pecobook.engine.stage import Stage, StageOutput, mean_of_counted, submodule_state
 from pecobook.errors import ConfigError
 from pecobook.models.contrastive import ema_update
+from pecobook.models.dry_run import dry_run, refusing
 from pecobook.models.weights import Backbone, Classifier, load_backbone
 from pecobook.settings.finetune import FinetuneConfig
 from pecobook.settings.training import BaseOptimConfig
@@ -47,11 +49,14 @@ class ClassifyStage(Stage[FinetuneConfig]):
         backbone = backbone or load_for_classification(config)
         self._backbone_fields = backbone.name, backbone.args, backbone.mean, backbone.std, config.image_size
         self.network = backbone.network
-        self.network.reset_classifier(len(classes))  # type: ignore[operator]
-        head = self.network.get_classifier()  # type: ignore[operator]
-        if isinstance(head, nn.Linear):  # as in BEiT: while the head is near zero, the backbone hardly changes
-            nn.init.trunc_normal_(head.weight, std=0.02 * 1e-3)
-            nn.init.zeros_(head.bias)
+        with refusing(backbone.name, "be fine-tuned for classification"):
+            self.network.reset_classifier(len(classes))  # type: ignore[operator]
+            heads = self.network.get_classifier()  # type: ignore[operator]
+        for head in heads if isinstance(heads, tuple) else (heads,):  # a distilled network has two
+            if isinstance(head, nn.Linear):  # as in BEiT: while the head is near zero, the backbone hardly changes
+                nn.init.trunc_normal_(head.weight, std=0.02 * 1e-3)
+                if head.bias is not None:
+                    nn.init.zeros_(head.bias)
         self.averaged = copy.deepcopy(self.network).requires_grad_(False) if config.average else None
         self.register_buffer("mean", torch.tensor(backbone.mean)[:, None, None], persistent=False)
         self.register_buffer("std", torch.tensor(backbone.std)[:, None, None], persistent=False)
@@ -110,6 +115,7 @@ class ClassifyStage(Stage[FinetuneConfig]):
         """Write the classifier as a plain timm network, with the names of its classes."""
         weights = submodule_state(state, "network" if self.averaged is None else "averaged")
         classifier = Classifier(self.network, *self._backbone_fields, classes=self.classes, crop=self.config.eval_crop)
+        classifier.value_range = self.config.value_range
         classifier.save_pretrained(folder, state=weights, origin="classification")
         return classifier.loading_code(str(folder))
 
@@ -119,7 +125,13 @@ class ClassifyStage(Stage[FinetuneConfig]):
         check_policy(config.rand_augment)
         if not config.backbone:
             raise ConfigError("--backbone is missing: give a pretrain or contrast run, or timm:NAME.")
-        return load_for_classification(config)
+        backbone = load_for_classification(config)
+        images = torch.zeros(2, 3, config.image_size, config.image_size)
+        purpose = f"learn from images of {config.image_size} pixels"
+        dry_run(backbone.network, (images,), network=config.backbone, purpose=purpose)
+        with refusing(config.backbone, "be trained with a learning rate for each layer"):
+            layer_decay_groups(backbone.network, config.optim)
+        return backbone
 
     @classmethod
     def needs_labels(cls, config: FinetuneConfig) -> bool:
@@ -128,7 +140,8 @@ class ClassifyStage(Stage[FinetuneConfig]):
 
     @classmethod
     def build(cls, config: FinetuneConfig, splits: Splits, prebuilt: Backbone | None = None) -> ClassifyStage:
-        """Build the stage, with random weights in the head."""
+        """Build the stage, with random weights in the head, and say how the backbone was loaded."""
+        say(prebuilt.notes if prebuilt else ())
         return cls(config, splits.train.classes or (), prebuilt)
 
     @classmethod
@@ -181,6 +194,8 @@ def load_for_classification(config: FinetuneConfig) -> Backbone:
         image_size=config.image_size,
         pool_mean=True,
         drop_path=config.drop_path,
+        mean=config.mean,
+        std=config.std,
     )
 
 

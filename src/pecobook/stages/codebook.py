@@ -25,7 +25,7 @@ from pecobook.data.sampler import key
 from pecobook.data.source import Splits
 from pecobook.data.stream import ViewFunction
 from pecobook.data.views import central_view, random_crop
-from pecobook.engine.launch import check_min_batch
+from pecobook.engine.launch import check_min_batch, say
 from pecobook.engine.stage import Stage, StageOutput, submodule_state
 from pecobook.errors import ConfigError
 from pecobook.models.discriminator import PatchDiscriminator, adversarial_losses
@@ -64,13 +64,13 @@ class CodebookStage(Stage[CodebookConfig]):
         if config.explicit.kind == "classification":
             self.classifier = CodewordClassifier(config.model.latent_dim, num_classes)
         elif config.explicit.kind == "contrastive":
-            self.min_batch_size, self.needs_full_batch_keys = 2, True  # all images of a step are contrasted
+            self.min_batch_size = 2  # images are contrasted with each other
             self.contrast = CodewordContrast(self.tokenizer.encoder, config.model.latent_dim, config.explicit)
 
     def forward(self, batch: Batch) -> StageOutput:
         """Equation 5, and the terms that the settings add, on a batch of uint8 images."""
         if "ahead" in batch:
-            return StageOutput(None, {}, rows={"keys": self._keys(batch)})
+            return StageOutput(None, {}, rows=self._rows_ahead(batch))
         if self.contrast is not None and self.training and "keys" not in batch:
             batch = {**batch, "keys": self._keys(batch)}
         images = self._tokenizer_input(batch["image"])
@@ -86,8 +86,9 @@ class CodebookStage(Stage[CodebookConfig]):
         codebook_side = codebook_side + self._codeword_loss(batch, coded, metrics)
         metrics["loss"] = loss + codebook_side  # this sum is logged, since a balanced loss is always near 1
         if self.config.balance:
-            # The mean over ranks makes several devices learn what one device would.
-            loss = loss / mean_over_ranks(loss.detach()).clamp_min(1e-6)
+            # The mean over micro-batches and ranks makes them learn what one batch would.
+            whole = batch["reconstruction"].mean() if "reconstruction" in batch else loss.detach()
+            loss = loss / mean_over_ranks(whole).clamp_min(1e-6)
         metrics |= self.health()
         pictures, rows = {}, {}
         if not self.training:
@@ -158,6 +159,34 @@ class CodebookStage(Stage[CodebookConfig]):
         metrics |= {"explicit": loss, "explicit_accuracy": 100 * accuracy}
         return self.config.explicit.weight * loss
 
+    @property
+    def needs_full_batch_keys(self) -> bool:
+        """Return whether a micro-batch needs all images of the step: to contrast them, for the size of the whole loss
+        that --balance divides by, and once for the start of the codebook.
+        """
+        return self.contrast is not None or self.config.balance or self.tokenizer.quantizer.starts_now
+
+    def _rows_ahead(self, batch: Batch) -> dict[str, Tensor]:
+        """Return what other micro-batches need of these images, (B, ...) each."""
+        rows = {} if self.contrast is None else {"keys": self._keys(batch)}
+        if not (self.config.balance or self.tokenizer.quantizer.starts_now):
+            return rows
+        images = self._tokenizer_input(batch["image"])
+        latents = self.tokenizer.encode_latents(images)
+        if self.tokenizer.quantizer.starts_now:
+            return {**rows, "latents": latents.float()}
+        restored = self.tokenizer.decode_latents(self.tokenizer.quantizer.nearest(latents)).float()
+        loss = self._reconstruction_loss(images, restored)[0]
+        loss = loss + self._adversarial_weight() * self._adversarial_losses(images, restored, {})[0]
+        return {**rows, "reconstruction": loss.expand(len(images))}
+
+    def after_ahead(self, rows: dict[str, Tensor]) -> bool:
+        """Start the codebook from all vectors of the step; --balance then needs the loss under this codebook."""
+        if "latents" not in rows:
+            return False
+        self.tokenizer.quantizer.start(rows.pop("latents"))
+        return self.config.balance
+
     def _keys(self, batch: Batch) -> Tensor:
         """Return the keys (B, out) of each image's second view."""
         assert self.contrast is not None
@@ -213,6 +242,7 @@ class CodebookStage(Stage[CodebookConfig]):
 
     def export(self, folder: Path, state: dict[str, Tensor]) -> str:
         """Write the tokenizer."""
+        self.tokenizer.value_range = self.config.value_range
         self.tokenizer.save_pretrained(folder, state=submodule_state(state, "tokenizer"), origin=_origin(self.config))
         return self.tokenizer.loading_code(self.config.out)
 
@@ -239,6 +269,7 @@ class CodebookStage(Stage[CodebookConfig]):
     @classmethod
     def build(cls, config: CodebookConfig, splits: Splits, prebuilt: PerceptualDistance | None = None) -> CodebookStage:
         """Build the stage, with random weights in the tokenizer."""
+        say(prebuilt.notes if prebuilt else ())
         total = steps(config.max_steps, num_images=len(splits.train), batch_size=config.batch_size)
         # A training that ended before k-means starts the codebook would export a random codebook.
         quantizer = dataclasses.replace(config.quantizer, start_after=min(config.quantizer.start_after, total // 2))

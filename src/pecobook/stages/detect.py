@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -18,9 +17,9 @@ from pecobook.data.dense.detection import DetectionSource, open_detection
 from pecobook.data.dense.detection_views import evaluation_view, training_view
 from pecobook.data.source import ImageSource, Splits
 from pecobook.data.stream import ViewFunction
+from pecobook.engine.launch import say
 from pecobook.engine.optim import dense_groups
 from pecobook.engine.stage import Stage, StageOutput, submodule_state
-from pecobook.engine.world import is_leader
 from pecobook.models.dense.detector import Detections, Detector, rescale_boxes
 from pecobook.models.dense.pyramid import FeaturePyramid, build_pyramid, describe_pyramid
 from pecobook.models.weights import Backbone
@@ -33,6 +32,9 @@ _MIN_DRAWN_SCORE = 0.3
 
 class DetectStage(Stage[DetectConfig]):
     """A detector, its losses, and its average precision on the held-out images.
+
+    The losses are means over the regions that are drawn in a micro-batch, as in torchvision, so with accumulation an
+    image counts more beside an image with few objects than in one batch.
 
     Args:
         config: all settings.
@@ -129,17 +131,14 @@ class DetectStage(Stage[DetectConfig]):
 
     def export(self, folder: Path, state: dict[str, Tensor]) -> str:
         """Write the detector."""
+        self.detector.value_range = self.config.value_range
         self.detector.save_pretrained(folder, state=submodule_state(state, "detector"))
         return self.detector.loading_code(self.config.out)
 
     @classmethod
     def open(cls, config: DetectConfig) -> Splits:
-        """Open the images and print a note on each correction that was made to their annotations."""
-        splits = open_detection(config.data, skip_bad=config.skip_bad, masks=config.masks)
-        if is_leader():
-            for note in cast("DetectionSource", splits.train).notes:
-                print(note, file=sys.stderr)
-        return splits
+        """Open the images and their objects."""
+        return open_detection(config.data, skip_bad=config.skip_bad, masks=config.masks)
 
     @classmethod
     def check(cls, config: DetectConfig) -> tuple[FeaturePyramid, Backbone]:
@@ -150,8 +149,10 @@ class DetectStage(Stage[DetectConfig]):
     def build(
         cls, config: DetectConfig, splits: Splits, prebuilt: tuple[FeaturePyramid, Backbone] | None = None
     ) -> DetectStage:
-        """Build the stage, with random weights in the heads."""
+        """Build the stage, with random weights in the heads, and say how the backbone was loaded."""
+        say(prebuilt[1].notes if prebuilt else ())
         train, evaluation = cast("DetectionSource", splits.train), cast("DetectionSource", splits.evaluation)
+        say(prebuilt[1].notes if prebuilt else ())
         return cls(config, train, evaluation, prebuilt)
 
     @classmethod

@@ -21,8 +21,10 @@ from pecobook.data.views import central_view, colour_draws, photometric, random_
 from pecobook.engine.launch import check_min_batch
 from pecobook.engine.schedule import cosine
 from pecobook.engine.stage import Stage, StageOutput, submodule_state
-from pecobook.models.contrastive import contrastive_loss, ema_update, initialise_moco, mlp
-from pecobook.models.weights import IMAGENET_MEAN, IMAGENET_STD, Backbone, create_network, is_transformer
+from pecobook.models.contrastive import can_initialise_moco, contrastive_loss, ema_update, initialise_moco, mlp
+from pecobook.models.dry_run import dry_run, refusing
+from pecobook.models.network_traits import network_traits
+from pecobook.models.weights import IMAGENET_MEAN, IMAGENET_STD, Backbone, create_network
 from pecobook.settings.contrast import ContrastConfig
 from pecobook.utils.images import channels_last, to_float
 
@@ -37,7 +39,6 @@ class MocoStage(Stage[ContrastConfig]):
     command = "contrast"
 
     min_batch_size = 2  # images are contrasted with each other, and normalised together
-    needs_full_batch_keys = True  # all images of a step are contrasted, however few a device holds at once
     mean: Tensor
     std: Tensor
 
@@ -51,7 +52,7 @@ class MocoStage(Stage[ContrastConfig]):
         hidden, out = config.hidden_dim, config.output_dim
         self.projector = mlp([width, hidden, *([hidden] if is_vit else []), out], final_norm=True)
         self.predictor = mlp([out, hidden, out], final_norm=is_vit)
-        if is_vit and config.fixed_positions:
+        if is_vit and config.fixed_positions and can_initialise_moco(self.backbone):
             initialise_moco(self.backbone)
         if is_vit and config.freeze_patch_embed:
             self.backbone.patch_embed.requires_grad_(False)
@@ -66,6 +67,8 @@ class MocoStage(Stage[ContrastConfig]):
         if "view0" not in batch:  # labelled training images, for k-NN in evaluation
             return StageOutput(self.mean.new_zeros(()), {}, rows=rows)
         draws = batch["colour0"], batch["colour1"]
+        if not self.training and len(batch["view0"]) < 2:  # the right key would be the only one: nothing to measure
+            return StageOutput(None, {}, rows=rows)
         views = [self._prepare_view(view, draws[n], n) for n, view in enumerate((batch["view0"], batch["view1"]))]
         if "ahead" in batch:
             return StageOutput(None, {}, rows=dict(zip(("keys0", "keys1"), self._keys(views), strict=True)))
@@ -75,10 +78,15 @@ class MocoStage(Stage[ContrastConfig]):
         first, accuracy = contrastive_loss(queries[0], keys[1], temperature)
         second, _ = contrastive_loss(queries[1], keys[0], temperature)
         metrics = {"accuracy": 100 * accuracy.detach()}
-        if len(queries[0]) > 1:  # the last batch of an evaluation may be a single image
+        if len(queries[0]) > 1:
             deviation = F.normalize(queries[0].detach().float(), dim=1).std(0).mean()
             metrics["spread"] = deviation * self.config.output_dim**0.5
         return StageOutput(first + second, metrics, rows=rows)
+
+    @property
+    def needs_full_batch_keys(self) -> bool:
+        """Return True: all images of a step are contrasted, however few a device holds at once."""
+        return True
 
     @torch.no_grad()
     def _keys(self, views: list[Tensor]) -> list[Tensor]:
@@ -126,6 +134,7 @@ class MocoStage(Stage[ContrastConfig]):
         """Write the backbone as a plain timm network."""
         args, size = _backbone_args(self.config), self.config.image_size
         backbone = Backbone(self.backbone, self.config.model.name, args, IMAGENET_MEAN, IMAGENET_STD, size)
+        backbone.value_range = self.config.value_range
         backbone.save_pretrained(folder, state=submodule_state(state, "backbone"), origin="MoCo v3")
         return backbone.loading_code(str(folder))
 
@@ -133,7 +142,12 @@ class MocoStage(Stage[ContrastConfig]):
     def check(cls, config: ContrastConfig) -> MocoStage:
         """Build the stage with random weights. Raises PecobookError for settings that cannot be used."""
         check_min_batch(config)
-        return cls(config)
+        name = config.model.name
+        with refusing(name, "be trained by MoCo v3"):
+            stage = cls(config)
+        images = torch.zeros(2, 3, config.image_size, config.image_size)
+        dry_run(stage.backbone, (images,), network=name, purpose=f"learn from images of {config.image_size} pixels")
+        return stage
 
     @classmethod
     def view(cls, config: ContrastConfig) -> ViewFunction:
@@ -153,7 +167,7 @@ class MocoStage(Stage[ContrastConfig]):
 
 def _backbone_args(config: ContrastConfig) -> dict[str, Any]:
     args = config.model.kwargs()
-    if is_transformer(config.model.name):
+    if network_traits(config.model.name, args).takes_size:
         args = {"img_size": config.image_size, **args}
     return args
 

@@ -6,6 +6,8 @@ The codes come from a tokenizer that encodes every crop, or from a token bank, w
 from __future__ import annotations
 
 import dataclasses
+import functools
+import re
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,8 @@ from pecobook.data.source import Splits
 from pecobook.data.stream import Companion, ViewFunction
 from pecobook.data.tokens import TokenBank, bank_differences, read_bank_config
 from pecobook.engine.stage import Stage, StageOutput, submodule_state
-from pecobook.errors import ConfigError, DataError
+from pecobook.errors import ConfigError, DataError, WeightsError
+from pecobook.models.dry_run import dry_run, leaks, refusing
 from pecobook.models.export import write_tensors
 from pecobook.models.masked_vit import (
     MaskedImageModel,
@@ -32,6 +35,7 @@ from pecobook.models.masked_vit import (
     patch_grid,
     unshare_positions,
 )
+from pecobook.models.network_traits import traits_of
 from pecobook.models.tokenizers import fingerprint, load_tokenizer
 from pecobook.models.weights import IMAGENET_MEAN, IMAGENET_STD, Backbone, create_network
 from pecobook.settings.pretrain import MaskConfig, PretrainConfig
@@ -56,14 +60,15 @@ class PretrainStage(Stage[PretrainConfig]):
         self.tokenizer: Any = None
         if config.target == "tokens":
             self.tokenizer = tokenizer or load_tokenizer(config.tokenizer)
-        self.bank = TokenBank(config.tokens) if config.tokens else None
+        self.bank = TokenBank(config.tokens, self.tokenizer.num_codewords) if config.tokens else None
         backbone = create_network(
             config.model.name, num_classes=0, drop_path_rate=config.drop_path, **backbone_args(config)
         )
-        initialise_beit(backbone)
-        self.patch = int(config.image_size // patch_grid(backbone)[0])
-        size = 3 * self.patch**2 if self.tokenizer is None else self.tokenizer.num_codewords
-        self.model = masked_model(config, backbone, size)
+        with refusing(config.model.name, "be pre-trained by masked modelling"):
+            initialise_beit(backbone)
+            self.patch = int(config.image_size // patch_grid(backbone)[0])
+            size = 3 * self.patch**2 if self.tokenizer is None else self.tokenizer.num_codewords
+            self.model = masked_model(config, backbone, size)
         self.register_buffer("mean", torch.tensor(IMAGENET_MEAN)[:, None, None], persistent=False)
         self.register_buffer("std", torch.tensor(IMAGENET_STD)[:, None, None], persistent=False)
 
@@ -124,10 +129,20 @@ class PretrainStage(Stage[PretrainConfig]):
         model = submodule_state(state, "model")
         write_tensors(folder / "mim.safetensors", {n: v for n, v in model.items() if not n.startswith("backbone.")})
         weights, args = unshare_positions(submodule_state(model, "backbone"), backbone_args(self.config))
+        pooling, renames_norm = self.exported_pooling
+        if renames_norm:
+            weights = {re.sub(r"^norm\.", "fc_norm.", weight): value for weight, value in weights.items()}
         name, size, target = self.config.model.name, self.config.image_size, self.config.target
+        args = args | pooling
         backbone = Backbone(self.model.backbone, name, args, IMAGENET_MEAN, IMAGENET_STD, size, target=target)
+        backbone.value_range = self.config.value_range
         backbone.save_pretrained(folder, state=weights, origin="PeCo masked image modelling")
         return backbone.loading_code(str(folder))
+
+    @functools.cached_property
+    def exported_pooling(self) -> tuple[dict[str, Any], bool]:
+        """Result of `exported_pooling` for the network of this stage."""
+        return exported_pooling(self.model.backbone, self.config)
 
     @classmethod
     def check(cls, config: PretrainConfig) -> PretrainStage:
@@ -142,6 +157,8 @@ class PretrainStage(Stage[PretrainConfig]):
             )
         if stage.tokenizer is not None:
             check_grids(config, stage.model.backbone, stage.tokenizer)
+        check_network(config, stage.model)
+        _ = stage.exported_pooling  # raises now, not at the export after many hours
         if stage.bank is not None:
             _check_bank(config, stage.bank, stage.tokenizer, (rows, columns))
         return stage
@@ -152,7 +169,10 @@ class PretrainStage(Stage[PretrainConfig]):
         if not config.tokens:
             return
         bank_config = read_bank_config(Path(config.tokens))
-        expected = {"data": splits.train.fingerprint, "evaluation_data": splits.evaluation.fingerprint}
+        expected: dict[str, Any] = {}
+        if "value_range" in bank_config:  # the fingerprints differ too, but do not say why
+            expected["value_range"] = splits.train.value_range and list(splits.train.value_range)
+        expected |= {"data": splits.train.fingerprint, "evaluation_data": splits.evaluation.fingerprint}
         differences = bank_differences(bank_config, expected)
         if differences:
             raise DataError(
@@ -184,7 +204,8 @@ def masked_model(config: PretrainConfig, backbone: nn.Module, size: int) -> Mask
 
 def encode_views(tokenizer: Any, images: Tensor, size: int) -> Tensor:
     """Encode float images (B, 3, S, S) in [0, 1] at `size` pixels (0: at S) to codes int64 (B, h, w)."""
-    return tokenizer.encode(resized(images, size or images.shape[-1]))  # type: ignore[no-any-return]
+    # Without a look at the values, for which a step would wait for the device.
+    return tokenizer.encode(resized(images, size or images.shape[-1]), check=False)  # type: ignore[no-any-return]
 
 
 def resized(images: Tensor, size: int) -> Tensor:
@@ -209,7 +230,56 @@ def backbone_args(config: PretrainConfig) -> dict[str, Any]:
     return {"img_size": config.image_size, **config.model.kwargs()}
 
 
+def exported_pooling(backbone: nn.Module, config: PretrainConfig) -> tuple[dict[str, Any], bool]:
+    """Return how the exported network pools: the mean of the patches, since masked modelling trains no class token.
+
+    Returns:
+        arguments of timm.create_model, and whether the last norm is called `fc_norm` there and `norm` in `backbone`.
+
+    Raises:
+        WeightsError: timm's network cannot pool the mean of its patches.
+    """
+    pool = getattr(backbone, "global_pool", "")
+    pooling = {"global_pool": "avg"} if pool in ("avg", "token") else {}
+    if pool != "token":
+        return pooling, False
+    with torch.device("meta"):  # no memory and no time for weights
+        exported = create_network(config.model.name, num_classes=0, **(backbone_args(config) | pooling)).state_dict()
+    return pooling, "fc_norm.weight" in exported and "fc_norm.weight" not in backbone.state_dict()
+
+
 # ---------------------------------------------------------------------------------------------------------------- check
+
+
+def check_network(config: PretrainConfig, model: MaskedImageModel | VisibleOnlyModel) -> None:
+    """Raise WeightsError if the network cannot be trained by masked modelling, or would see the hidden patches."""
+    name, traits = config.model.name, traits_of(model.backbone)
+    if int(model.backbone.num_prefix_tokens) and not traits.pools_mean:  # type: ignore[arg-type]
+        raise WeightsError(
+            f"'{name}' can only be used by its class token, which masked modelling does not train: choose a plain ViT "
+            "(vit_base_patch16_224) or BEiT."
+        )
+    (rows, columns), num_masked = model.grid, config.mask.num_masked
+    embed: Any = model.backbone.patch_embed
+    # The patches of a hybrid are those of the feature map of its convolutions.
+    patch = config.image_size // rows if hasattr(embed, "backbone") else int(embed.patch_size[0])
+    if config.target == "pixels" and patch * rows != config.image_size:
+        raise ConfigError(
+            f"--image-size {config.image_size} is no multiple of {patch}, the side of a patch, so targets would be "
+            f"cut wrongly: give {patch * rows} or {patch * (rows + 1)}."
+        )
+    mask = torch.zeros(2, rows * columns, dtype=torch.bool)
+    mask[:, :num_masked] = True
+    mask = mask.view(2, rows, columns)
+    images = torch.zeros(2, 3, config.image_size, config.image_size)
+    with refusing(name, "be pre-trained by masked modelling"):
+        leak = leaks(model, images, mask, num_masked, patch=patch, whole=not traits.is_plain)
+    if leak:
+        raise WeightsError(
+            f"'{name}' lets pixels of hidden patches reach visible patches, since its patches overlap or share their "
+            "statistics: choose a network with separate patches, such as vit_base_patch16_224."
+        )
+    dry_run(model, (images, mask, num_masked), network=name, purpose="be pre-trained by masked modelling")
 
 
 def check_grids(config: PretrainConfig, backbone: nn.Module, tokenizer: Any) -> None:

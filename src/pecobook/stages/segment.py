@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
+from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -21,7 +22,7 @@ from pecobook.data.dense.segmentation_views import resize_mask, training_view
 from pecobook.data.source import ImageSource, Splits
 from pecobook.data.stream import ViewFunction
 from pecobook.data.views import photometric
-from pecobook.engine.launch import micro_batch_size, total_devices
+from pecobook.engine.launch import micro_batch_size, say, total_devices
 from pecobook.engine.optim import dense_groups
 from pecobook.engine.stage import Stage, StageOutput, mean_of_counted, submodule_state
 from pecobook.engine.world import is_leader
@@ -32,6 +33,8 @@ from pecobook.models.weights import Backbone
 from pecobook.settings.segment import SegmentConfig, SegmentTestConfig
 from pecobook.settings.training import BaseOptimConfig
 from pecobook.utils.images import resize, to_float
+
+_SAMPLED_MASKS = 64  # masks of each split that are read with --no-verify
 
 
 class SegmentStage(Stage[SegmentConfig]):
@@ -68,6 +71,10 @@ class SegmentStage(Stage[SegmentConfig]):
             metrics["auxiliary"] = auxiliary_loss.detach()
             loss = loss + self.config.auxiliary_weight * auxiliary_loss
         return StageOutput(loss, metrics)
+
+    def loss_count(self, batch: Batch) -> Tensor:
+        """Return the number of counted pixels, over which the losses and the accuracy are means."""
+        return (batch["mask"] != IGNORE).sum()
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # every picture may have another shape
     def _evaluate(self, batch: Batch) -> StageOutput:
@@ -113,7 +120,12 @@ class SegmentStage(Stage[SegmentConfig]):
         counts = rows["counts"].sum(0)
         iou = intersection_over_union(counts).tolist()
         percent = [None if math.isnan(value) else round(100 * value, 3) for value in iou]
+        absent = [name for name, count in zip(self.classes, counts.sum(1).tolist(), strict=True) if not count]
         content = {"scores": scores(counts), "iou": dict(zip(self.classes, percent, strict=True))}
+        if absent:
+            content["without_pixels"] = absent
+            held_out = f"{len(self.classes) - len(absent)} of {len(self.classes)} classes have held-out pixels"
+            _say([f"{held_out}, so that the mean IoU says nothing about the others: {', '.join(absent)}."])
         write_json(folder / "classes.json", content)
         (folder / "samples" / "confusion.png").write_bytes(matrix_picture(counts, self.classes, "pixels"))
 
@@ -125,6 +137,7 @@ class SegmentStage(Stage[SegmentConfig]):
 
     def export(self, folder: Path, state: dict[str, Tensor]) -> str:
         """Write the segmenter with its backbone."""
+        self.model.value_range = self.config.value_range
         self.model.save_pretrained(folder, state=submodule_state(state, "model"))
         return self.model.loading_code(self.config.out)
 
@@ -148,7 +161,7 @@ class SegmentStage(Stage[SegmentConfig]):
         if not config.verify:
             if not cast("SegmentationSource", splits.train).mask_classes.names:
                 raise ConfigError("--no-verify needs the classes: give --classes FILE or --mask-values.")
-            return splits
+            return verify(splits, limit=_SAMPLED_MASKS).splits
         progress = Progress(
             total=len(splits.train) + len(splits.evaluation), start=0, name="masks", quiet=not is_leader()
         )
@@ -158,7 +171,7 @@ class SegmentStage(Stage[SegmentConfig]):
             progress.close()
         if checked.problems and not config.skip_bad:
             raise DataError(
-                f"--data '{config.data}':\n{listed(checked.problems)}\n"
+                f"--data '{config.data}':\n{listed(checked.problems)}\n{checked.hint}"
                 "Correct the masks, add the value to --ignore if it means no class, or leave these pairs out with "
                 "--skip-bad."
             )
@@ -167,6 +180,14 @@ class SegmentStage(Stage[SegmentConfig]):
                 reasons = listed([*checked.unreadable, *checked.problems])
                 purpose = "train" if source.split == "train" else "evaluate"
                 raise DataError(f"--data '{config.data}' has no pair that can be used to {purpose}:\n{reasons}")
+        if checked.fault:
+            raise DataError(checked.fault)
+        num_valid, num_pairs = len(checked.splits.train), len(splits.train)
+        if 10 * num_valid < num_pairs and not config.skip_bad:
+            raise DataError(
+                f"--data '{config.data}': {num_valid} of {num_pairs} training pairs can be used, the others cannot be "
+                f"read:\n{listed(checked.unreadable)}\nMend them, or leave them out with --skip-bad."
+            )
         for lines, reason in ((checked.problems, "do not fit"), (checked.unreadable, "cannot be read")):
             if lines and is_leader():
                 print(f"{len(lines)} of the pairs {reason} and are left out:\n{listed(lines)}", file=sys.stderr)
@@ -191,7 +212,8 @@ class SegmentStage(Stage[SegmentConfig]):
     def build(
         cls, config: SegmentConfig, splits: Splits, prebuilt: tuple[FeaturePyramid, Backbone] | None = None
     ) -> SegmentStage:
-        """Build the stage, with random weights in the heads."""
+        """Build the stage, with random weights in the heads, and say how the backbone was loaded."""
+        say(prebuilt[1].notes if prebuilt else ())
         return cls(config, cast("SegmentationSource", splits.train).mask_classes.names, prebuilt)
 
     @classmethod
@@ -209,6 +231,12 @@ class SegmentStage(Stage[SegmentConfig]):
     def evaluation_view(cls, config: SegmentConfig) -> ViewFunction:
         """Return the function that resizes a held-out image to the sizes of the test."""
         return partial(_held_out_view, size=config.image_size, test=config.test)
+
+
+def _say(notes: Iterable[str]) -> None:
+    """Print sentences, one on each line, on one process."""
+    for note in notes if is_leader() else ():
+        print(note, file=sys.stderr)
 
 
 def _loss(logits: Tensor, truth: Tensor) -> tuple[Tensor, Tensor]:

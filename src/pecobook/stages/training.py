@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import sys
 from pathlib import Path
 from typing import Any, Generic, NamedTuple, TypeVar, cast
@@ -11,11 +12,17 @@ import torch
 from torch import Tensor
 
 from pecobook.data.images import check_labels, check_readable
+from pecobook.data.one_image import write_example
 from pecobook.data.sampler import fixed_permutation
 from pecobook.data.source import Splits
 from pecobook.data.stream import Stream
+from pecobook.data.summary import aligned, describe
 from pecobook.engine.stage import Stage
+from pecobook.engine.value_range import set_value_range
+from pecobook.engine.world import is_leader
 from pecobook.errors import Preflight, RunFolderError, first_line
+from pecobook.models.snippets import example_image, with_image
+from pecobook.settings.images import AUTO
 from pecobook.settings.training import TrainConfig
 from pecobook.utils.distributed import on_first_rank
 
@@ -23,7 +30,7 @@ C = TypeVar("C", bound=TrainConfig)
 
 
 def train(stage_type: type[Stage[C]], config: C) -> Path:
-    """Train a stage from its settings to its export; returns the run folder.
+    """Train a stage from its settings to its export; returns the run folder, which a dry run does not make.
 
     Raises:
         PreflightError: all problems found before the run folder was made.
@@ -31,6 +38,11 @@ def train(stage_type: type[Stage[C]], config: C) -> Path:
     """
     from pecobook.engine import launch, run_folder
 
+    if config.dry_run:
+        ready = preflight(stage_type, config)
+        if is_leader():
+            _dry_run(stage_type, *ready)
+        return Path(config.out)
     with launch.signals(config):
         begun = launch.begin(
             config,
@@ -39,9 +51,10 @@ def train(stage_type: type[Stage[C]], config: C) -> Path:
         )
         config, splits, stage = begun.ready
         try:
-            outcome = _fit(stage_type, config, begun.fabric, stage, splits)
+            preamble = _preamble(config, splits, stage) if is_leader() else []
+            outcome = _fit(stage_type, config, begun.fabric, stage, splits, preamble)
             if outcome.finished:
-                _export(config, stage)
+                _export(config, stage, splits)
         finally:  # also after an error: the Python process may go on, and train again
             if begun.lock is not None:
                 begun.lock.release()
@@ -62,15 +75,18 @@ class Ready(NamedTuple, Generic[C]):
 def preflight(stage_type: type[Stage[C]], config: C) -> Ready[C]:
     """Check and build everything before anything is written. Raises PreflightError with all problems."""
     from pecobook.engine import launch, log, run_folder
-    from pecobook.engine.world import is_leader
 
     problems = Preflight()
     precision = problems.check(lambda: launch.resolve_precision(config))
     if precision is not None:  # --resume compares resolved precisions, not `auto`
         config = dataclasses.replace(config, precision=precision)  # type: ignore[arg-type]
-    if is_leader():
-        problems.check(lambda: run_folder.check(config, stage_type.command))
+    if config.resume and config.value_range == AUTO:
+        config = dataclasses.replace(config, value_range=run_folder.recorded_range(config.out))
     splits = problems.check(lambda: _open(stage_type, config))
+    if splits is not None and splits.train.value_range is not None:
+        config = dataclasses.replace(config, value_range=tuple(splits.train.value_range))
+    if is_leader() and (config.out or not config.dry_run):
+        problems.check(lambda: run_folder.check(config, stage_type.command))
     torch.manual_seed(config.seed)  # seeds all random weights of the stage
     prebuilt = problems.check(lambda: stage_type.check(config))
     problems.check(lambda: launch.micro_batch_size(config))
@@ -82,6 +98,9 @@ def preflight(stage_type: type[Stage[C]], config: C) -> Ready[C]:
 
 def _open(stage_type: type[Stage[C]], config: C) -> Splits:
     splits = stage_type.open(config)
+    names = (getattr(config, name, "") for name in ("tokenizer", "backbone", "perceptual"))
+    models = [name if isinstance(name, str) else name.network for name in names]  # the perceptual network is a group
+    set_value_range(splits, config.value_range, models, quiet=not is_leader())
     check_readable(splits.train)
     if stage_type.needs_labels(config):
         check_labels(splits, config.data)
@@ -89,7 +108,33 @@ def _open(stage_type: type[Stage[C]], config: C) -> Splits:
     return splits
 
 
-def _fit(stage_type: type[Stage[C]], config: C, fabric: Any, stage: Stage[C], splits: Splits) -> Any:
+def _preamble(config: TrainConfig, splits: Splits, stage: Stage[Any]) -> list[str]:
+    """Return lines that say what the run learns from, with what, and for how long."""
+    from pecobook.engine.preamble import describe_run
+
+    return aligned([*describe(splits), *describe_run(stage, config, len(splits.train))])
+
+
+def _dry_run(stage_type: type[Stage[C]], config: C, splits: Splits, stage: Stage[C]) -> None:
+    """Print the settings to standard output, and what the run would learn from and cost to standard error."""
+    from pecobook.engine.dry_run import estimate
+    from pecobook.engine.run_folder import stored_settings
+
+    print(json.dumps(stored_settings(config, stage_type.command), indent=2), flush=True)
+    preamble = _preamble(config, splits, stage)
+    cost = estimate(stage, _training_stream(stage_type, config, stage, splits), config)
+    last = f"Nothing was written. Without --dry-run the same command trains and writes to {config.out or '--out'}."
+    print("\n".join([*preamble, *aligned(cost), last]), file=sys.stderr)
+
+
+def _training_stream(stage_type: type[Stage[C]], config: C, stage: Stage[C], splits: Splits) -> Stream:
+    companion, views = stage.companions()[0], stage.num_views()
+    return Stream(splits.train, stage_type.view(config), config.seed, companion=companion, num_views=views)
+
+
+def _fit(
+    stage_type: type[Stage[C]], config: C, fabric: Any, stage: Stage[C], splits: Splits, preamble: list[str]
+) -> Any:
     from pecobook.engine.loop import fit
 
     reference = None
@@ -98,33 +143,34 @@ def _fit(stage_type: type[Stage[C]], config: C, fabric: Any, stage: Stage[C], sp
     if view is not None and count and splits.train.labels is not None:
         subset = splits.train.subset(fixed_permutation(i, len(splits.train)) for i in range(count))
         reference = Stream(subset, view, 0)
-    train, held_out = stage.companions()
-    views = stage.num_views()
     return fit(
         fabric,
         stage,
-        Stream(splits.train, stage_type.view(config), config.seed, companion=train, num_views=views),
-        Stream(splits.evaluation, stage_type.evaluation_view(config), 0, companion=held_out),
+        _training_stream(stage_type, config, stage, splits),
+        Stream(splits.evaluation, stage_type.evaluation_view(config), 0, companion=stage.companions()[1]),
         config=config,
         command=stage_type.command,
         reference=reference,
+        preamble=preamble,
     )
 
 
-def _export(config: TrainConfig, stage: Stage[Any]) -> None:
+def _export(config: TrainConfig, stage: Stage[Any], splits: Splits) -> None:
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
     state = get_model_state_dict(stage, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
     folder = Path(config.out) / "export"
 
     def write() -> None:
+        example = example_image(config.out)
         try:
+            write_example(splits.evaluation, example)
             lines = stage.export(folder, cast("dict[str, Tensor]", state))
         except OSError as error:
             raise RunFolderError(
                 f"The export cannot be written to '{folder}': {first_line(error).rstrip('.')}.\n"
                 "The last checkpoint is complete. Free disk space, then continue with --resume."
             ) from None
-        print(f"\nDone: {folder}\n\n{lines}", file=sys.stderr)
+        print(f"\nDone: {folder}\n\n{with_image(lines, example)}", file=sys.stderr)
 
     on_first_rank(write)

@@ -26,17 +26,17 @@ def checksum_file(file: Path) -> Path:
 def write_with_checksum(file: Path, data: bytes) -> None:
     """Write a file atomically, and its checksum.
 
-    The checksum of a new file comes first, so that a process killed in between leaves no file without one. The checksum
-    of a file that is replaced is deleted first, so that no file has the checksum of another.
+    A process that is killed in between leaves a new file's checksum without the file, or a replaced file without a
+    checksum, never a file with the checksum of another.
     """
-    digest, replaces = hashlib.sha256(data).hexdigest(), file.exists()
-    if replaces:
+    digest = hashlib.sha256(data).hexdigest()
+    if file.exists():
         checksum_file(file).unlink(missing_ok=True)
+        write_atomically(file, data)
+        _write_checksum(file, digest)
     else:
         _write_checksum(file, digest)
-    write_atomically(file, data)
-    if replaces:
-        _write_checksum(file, digest)
+        write_atomically(file, data)
 
 
 def add_checksum(file: Path) -> None:

@@ -41,6 +41,13 @@ def peak_memory(device: torch.device) -> int:
     return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
+def total_memory(device: torch.device) -> int:
+    """Return the bytes of memory of the GPU, or on a CPU of this machine."""
+    if device.type == "cuda":
+        return int(torch.cuda.get_device_properties(device).total_memory)
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
 def exporting() -> bool:
     """Return whether torch.export traces, as for ONNX. PyTorch before 2.14 reports this in torch.compile too."""
     return torch.compiler.is_exporting() and not torch.compiler.is_dynamo_compiling()

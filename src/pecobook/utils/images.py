@@ -21,6 +21,28 @@ def to_float(images: Tensor) -> Tensor:
     return images.float().div_(255)
 
 
+def checked_floats(images: Tensor) -> Tensor:
+    """Return images (B, C, H, W) as floats in [0, 1]: uint8 is divided by 255, floats are returned unchanged.
+
+    Raises:
+        ValueError: another shape, or other integers.
+    """
+    if images.ndim != 4:
+        remedy = ": for one image give image[None]" if images.ndim == 3 else ""
+        raise ValueError(f"Images must have the shape (B, C, H, W), not {tuple(images.shape)}{remedy}.")
+    if images.dtype == torch.uint8:
+        return to_float(images)
+    if not images.is_floating_point():
+        raise ValueError(f"Images must be uint8 in 0..255 or floats in [0, 1], not {images.dtype}.")
+    return images
+
+
+def check_pixels(image: Tensor) -> None:
+    """Raise ValueError unless `image` is one image, uint8 (3, H, W)."""
+    if image.dtype != torch.uint8 or image.ndim != 3 or image.shape[0] != 3:
+        raise ValueError(f"The image must be uint8 (3, H, W) in 0..255, not {image.dtype} {tuple(image.shape)}.")
+
+
 def channels_last(images: Tensor) -> Tensor:
     """Return images (B, C, H, W) in the memory layout in which convolutions are fast; the values do not change."""
     return images.contiguous(memory_format=torch.channels_last)

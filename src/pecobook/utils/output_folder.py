@@ -159,6 +159,8 @@ class OutputFolder:
 
 
 def check_new_file(out: str) -> None:
-    """Raise RunFolderError when the file of `--out` exists already; an empty `out` names no file."""
+    """Raise RunFolderError when the file of `--out` exists already or has no folder; an empty `out` names no file."""
     if out and Path(out).exists():
         raise RunFolderError(f"--out '{out}' exists already: name another file.")
+    if out and not Path(out).parent.is_dir():
+        raise RunFolderError(f"--out '{out}' cannot be written: make the folder '{Path(out).parent}' first.")

@@ -14,17 +14,11 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from pecobook.data.decode import BadImage
+from pecobook.data.dense.class_files import ClassFile, read_classes
+from pecobook.data.dense.mask_files import InvalidMask, decode_mask
 from pecobook.data.dense.segmentation import SegmentationSource, open_segmentation
 from pecobook.data.dense.segmentation_check import verify
-from pecobook.data.dense.segmentation_classes import (
-    IGNORE,
-    InvalidMask,
-    MaskClasses,
-    decode_mask,
-    make_classes,
-    parse_values,
-    read_classes,
-)
+from pecobook.data.dense.segmentation_classes import IGNORE, MaskClasses, make_classes, parse_values
 from pecobook.data.source import Splits
 from pecobook.errors import ConfigError, DataError, listed
 from tests.shapes import COLOURS, shape, write_pairs, write_shapes
@@ -199,6 +193,23 @@ def test_decode_mask__numbers_in_every_mode() -> None:
     assert decode_mask(encoded(np.array([[300, 40_000]], np.uint16)), None, name="x").tolist() == [[300, 40_000]]
 
 
+@pytest.mark.parametrize("mode", ["1", "L", "P", "I;16"])
+@pytest.mark.parametrize("orientation", [1, 3, 6, 8])
+def test_decode_mask__turns_a_mask_by_its_own_tag(mode: str, orientation: int) -> None:
+    values = np.arange(12).reshape(3, 4) % 2
+    mask = Image.fromarray(values.astype(np.uint16) if mode == "I;16" else values.astype(np.uint8))
+    if mode == "1":
+        mask = mask.point(lambda value: 255 * value).convert("1")
+    elif mode == "P":
+        mask.putpalette([9] * 768)
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    buffer = io.BytesIO()
+    mask.save(buffer, "PNG", exif=exif)
+    upright = np.rot90(values, {1: 0, 3: 2, 6: -1, 8: 1}[orientation])
+    assert np.array_equal(decode_mask(buffer.getvalue(), None, name="x"), upright)
+
+
 @given(st.integers(1, 40), st.randoms(use_true_random=False))
 def test_decode_mask__colours_to_their_indices(count: int, random: Any) -> None:
     colours = np.array(random.sample([(r, g, b) for r in range(4) for g in range(4) for b in range(4)], count)) * 85
@@ -224,9 +235,9 @@ def test_decode_mask__refuses() -> None:
 def test_read_classes__names_and_colours(tmp_path: Path) -> None:
     file = tmp_path / "classes.txt"
     file.write_text("sky \nroad sign\n\n")
-    assert read_classes(file) == (("sky", "road sign"), None)
+    assert read_classes(file) == ClassFile(("sky", "road sign"))
     file.write_text("name,r,g,b\nsky,1,2,3\nroad sign\t255 0 9\n")
-    names, colours = read_classes(file)
+    names, colours, _, _ = read_classes(file)
     assert names == ("sky", "road sign")
     assert colours is not None
     file.write_bytes(b"\xef\xbb\xbf1 2 3\tsky\r\n255 0 9\troad sign\r\n")  # as in CamVid, and as Windows writes text
@@ -247,32 +258,32 @@ def test_read_classes__names_and_colours(tmp_path: Path) -> None:
 
 def test_make_classes__an_ignored_value_is_not_a_class() -> None:
     names = ("sky", "void", "road")
-    made = make_classes(names, None, mask_values=(), ignore=("void", "255"))
+    made = make_classes(ClassFile(names), mask_values=(), ignore=("void", "255"))
     assert made == MaskClasses(("sky", "road"), (0, 2), (1, 255))
-    assert make_classes(names, None, mask_values=(), ignore=("1",)) == MaskClasses(("sky", "road"), (0, 2), (1,))
+    assert make_classes(ClassFile(names), mask_values=(), ignore=("1",)) == MaskClasses(("sky", "road"), (0, 2), (1,))
     # A value in --mask-values is a class, even if --ignore contains it by default.
-    made = make_classes(None, None, mask_values=("0", "255"), ignore=("255",))
+    made = make_classes(None, mask_values=("0", "255"), ignore=("255",))
     assert made is not None
     assert made.table()[[0, 255, 7]].tolist() == [0, 1, IGNORE - 1]
-    assert make_classes(None, None, mask_values=(), ignore=("255",)) is None
-    many = make_classes(tuple(f"c{n}" for n in range(300)), None, mask_values=(), ignore=("255",))
+    assert make_classes(None, mask_values=(), ignore=("255",)) is None
+    many = make_classes(ClassFile(tuple(f"c{n}" for n in range(300))), mask_values=(), ignore=("255",))
     assert many is not None
     assert len(many.names) == 300  # including the 256th
     with pytest.raises(ConfigError, match="Two classes are called 'sky'"):
-        make_classes(("sky", "sky"), None, mask_values=(), ignore=())
+        make_classes(ClassFile(("sky", "sky")), mask_values=(), ignore=())
     for text in ("70000", "²"):
         with pytest.raises(ConfigError, match="--ignore"):
-            make_classes(names, None, mask_values=(), ignore=(text,))
+            make_classes(ClassFile(names), mask_values=(), ignore=(text,))
     with pytest.raises(
         ConfigError, match="--ignore 'void' is a name, but the classes have no names: give --classes FILE"
     ):
-        make_classes(None, None, mask_values=(), ignore=("255", "void"))
-    made = make_classes(None, None, mask_values=("0-2",), ignore=("class 1",))  # the names contain the values
+        make_classes(None, mask_values=(), ignore=("255", "void"))
+    made = make_classes(None, mask_values=("0-2",), ignore=("class 1",))  # the names contain the values
     assert made == MaskClasses(("class 0", "class 2"), (0, 2), (1,))
     with pytest.raises(ConfigError, match="--ignore 'nothing'"):
-        make_classes(names, None, mask_values=(), ignore=("nothing",))
+        make_classes(ClassFile(names), mask_values=(), ignore=("nothing",))
     with pytest.raises(ConfigError, match="2 pixel values for 3 classes"):
-        make_classes(names, None, mask_values=("0", "4"), ignore=())
+        make_classes(ClassFile(names), mask_values=("0", "4"), ignore=())
 
 
 def test_parse_values() -> None:
@@ -294,7 +305,7 @@ def test_colour_masks__from_a_class_file(tmp_path: Path) -> None:
     train = train_of(result.splits)
     assert np.array_equal(train.sample(index_of(train, "train/images/2.jpg"))[1].numpy()[:-1], shape(2)[1][:-1])
     (root / "classes.txt").write_text("c0 60 60 60\nc1 220 40 40\n")
-    assert "colours that --classes does not list" in verify(open_segmentation(str(root))).problems[0]
+    assert "colours that --classes does not list, such as 40 200 60" in verify(open_segmentation(str(root))).problems[0]
 
 
 # ------------------------------------------------------------------------------------------------------------ verifying
@@ -327,6 +338,29 @@ def test_verify__a_colour_picture_instead_of_numbers_is_a_problem(tmp_path: Path
     result = verify(open_segmentation(str(root)))
     assert result.unreadable == ()
     assert "val/masks/100.png is a colour picture" in result.problems[0]
+
+
+def test_verify__an_image_and_a_mask_are_turned_by_their_own_tags(tmp_path: Path) -> None:
+    root = write_shapes(tmp_path)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    picture, truth = shape(0)
+    numbers = truth.astype(np.uint8)
+    Image.fromarray(picture).save(root / "train/images/0.jpg", exif=exif)
+    Image.fromarray(numbers).save(root / "train/masks/0.png", exif=exif)  # both unturned
+    Image.fromarray(picture).save(root / "train/images/1.jpg", exif=exif)
+    Image.fromarray(np.rot90(numbers, -1)).save(root / "train/masks/1.png")  # drawn on the upright image
+    Image.fromarray(picture).save(root / "train/images/2.jpg", exif=exif)
+    Image.fromarray(numbers).save(root / "train/masks/2.png")  # drawn on the unturned image, without a tag
+    result = verify(open_segmentation(str(root)))
+    assert result.problems == (
+        "train/masks/2.png is 56 x 40, but its image is 40 x 56 after its EXIF orientation, which the mask may lack",
+    )
+    train = train_of(result.splits)
+    for name in ("train/images/0.jpg", "train/images/1.jpg"):
+        image, mask = train.sample(index_of(train, name))
+        assert np.array_equal(mask.numpy() % 256, np.rot90(truth, -1))  # 255 is ignored, which is -1
+        assert np.abs(image.permute(1, 2, 0).numpy().astype(int) - np.rot90(picture, -1)).mean() < 14
 
 
 def test_verify__a_rotated_image_fits_its_mask(tmp_path: Path) -> None:

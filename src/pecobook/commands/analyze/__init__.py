@@ -37,9 +37,12 @@ def analyze(config: AnalyzeConfig | None = None, **settings: Any) -> Path:
     Raises:
         PreflightError: lists all problems that were found before anything was written.
     """
+    from pecobook.engine.preamble import show_source
+
     config = replace(config or AnalyzeConfig(), settings)
     began = time.monotonic()
     inputs = check_and_open(config)
+    show_source(inputs.splits)
     with _folder(config).begin():
         return _write_all(config, inputs, began)
 

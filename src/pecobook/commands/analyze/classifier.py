@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -11,9 +12,11 @@ from torch import Tensor, nn
 
 from pecobook.data.source import Splits
 from pecobook.errors import ConfigError, DataError
-from pecobook.models.checkpoints import load_state, read_weights
+from pecobook.models.checkpoints import load_state, read_checkpoint
+from pecobook.models.dry_run import dry_run
 from pecobook.models.export import read_export
-from pecobook.models.weights import IMAGENET_MEAN, IMAGENET_STD, create_network, exported_network
+from pecobook.models.makers import Normalisation, file_normalisation, overridden, timm_normalisation, with_flags
+from pecobook.models.weights import create_network, exported_network, left_aside, trained_size
 from pecobook.utils.devices import device
 
 if TYPE_CHECKING:
@@ -70,21 +73,18 @@ def open_classifier(config: AnalyzeConfig, splits: Splits) -> RestrictedClassifi
     """
     classes = splits.train.classes
     if classes is None:
-        raise DataError(f"--classifier needs labels: --data '{config.data}' has no labels.")
+        reason = f" that can be used: {splits.train.unlabelled}" if splits.train.unlabelled else ""
+        raise DataError(f"--classifier needs labels: --data '{config.data}' has no labels{reason}.")
     name = config.classifier
     if name.startswith("timm:"):
-        network = create_network(name.removeprefix("timm:"), pretrained=not config.classifier_weights)
-        if config.classifier_weights:
-            load_state(network, read_weights(config.classifier_weights), source=config.classifier_weights)
-        settings = getattr(network, "pretrained_cfg", None) or {}
+        network, size, normalisation = _open_timm(name, config)
         count = int(network.num_classes)  # type: ignore[arg-type]
         if count != len(classes):
             raise ConfigError(
                 f"--classifier {name} has {count} classes and --data '{config.data}' has {len(classes)}: "
                 "the classes must be the same, in the same order. (The classes of a finetune run are matched by name.)"
             )
-        size, columns = settings.get("input_size", (3, 224, 224))[-1], torch.arange(count)
-        mean, std = settings.get("mean", IMAGENET_MEAN), settings.get("std", IMAGENET_STD)
+        columns = torch.arange(count)
     else:
         exported, state = read_export(Path(name).parent if Path(name).is_file() else name)
         if exported.get("kind") != "classifier":  # segmenters and detectors have classes, too
@@ -98,5 +98,34 @@ def open_classifier(config: AnalyzeConfig, splits: Splits) -> RestrictedClassifi
             )
         network = exported_network(exported, state, name)
         size, columns = exported["image_size"], torch.tensor([index_of[label] for label in classes])
-        mean, std = exported["mean"], exported["std"]
-    return RestrictedClassifier(network.eval(), size, tuple(mean), tuple(std), columns).eval().to(device())
+        normalisation = Normalisation(tuple(exported["mean"]), tuple(exported["std"]), "as the run was trained")
+    normalisation = overridden(normalisation, config.classifier_mean, config.classifier_std)
+    print(with_flags(normalisation.line(name), "--classifier-"), file=sys.stderr)
+    mean, std = normalisation.mean, normalisation.std
+    dry_run(
+        network.eval(),
+        (torch.zeros(2, 3, size, size),),
+        network=name,
+        purpose=f"classify images of {size} pixels",
+        backward=False,
+    )
+    return RestrictedClassifier(network.eval(), size, mean, std, columns).eval().to(device())
+
+
+def _open_timm(name: str, config: AnalyzeConfig) -> tuple[nn.Module, int, Normalisation]:
+    """Return a network of timm with its head, the side of its input in pixels, and its normalisation."""
+    file, timm_name = config.classifier_weights, name.removeprefix("timm:")
+    if not file:
+        network = create_network(timm_name, True)
+        settings = getattr(network, "pretrained_cfg", None) or {}
+        return network, settings.get("input_size", (3, 224, 224))[-1], timm_normalisation(network, name)
+    checkpoint = read_checkpoint(file)
+    side = trained_size(timm_name, checkpoint.state)
+    size_args: dict[str, Any] = {"img_size": side} if side else {}
+    network = create_network(timm_name, **size_args)
+    note = left_aside(file, checkpoint, load_state(network, checkpoint.state, source=file))
+    if note:
+        print(note, file=sys.stderr)
+    settings = getattr(network, "pretrained_cfg", None) or {}
+    normalisation = file_normalisation(checkpoint.state, checkpoint.wrapper, file, network, name)
+    return network, side or settings.get("input_size", (3, 224, 224))[-1], normalisation

@@ -25,7 +25,7 @@ from pecobook.analysis.comparison import (
     compare,
     deciding_probe,
 )
-from pecobook.analysis.probe import binomial_error
+from pecobook.analysis.probe import MIN_IMAGES, binomial_error
 from pecobook.analysis.report import Picture, Section, Table
 from pecobook.analysis.wording import accuracy_with_error, fixed
 
@@ -111,13 +111,13 @@ def probe_comparisons(results: Results) -> Section:
 
 
 def probe_chart(results: Results) -> bytes | None:
-    """Draw the accuracies of all probes with sampling errors; None if the number of test images is unknown."""
+    """Draw the accuracies of all probes with sampling errors; None if the number of test images is unknown or small."""
     number = results.get("num_test")
     panels: dict[str, list[Score]] = {}
     for metric, title in PERCENT_METRICS.items():
         for name in [*_names(results), UNTRAINED]:
             value = accuracy(results, metric, name)
-            if value is not None and number:
+            if value is not None and number and number >= MIN_IMAGES:
                 panels.setdefault(title, []).append(Score(name, value, binomial_error(value, number)))
     return score_chart(panels, chance=_chance(results)) if panels else None
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,9 +12,9 @@ from pecobook.analysis.similarity import find_bapps
 from pecobook.commands.analyze.classifier import RestrictedClassifier, open_classifier
 from pecobook.commands.analyze.masked import open_runs
 from pecobook.commands.analyze.names import unique_names
-from pecobook.data.images import open_images
 from pecobook.data.source import Splits
 from pecobook.data.tokens import TokenBank, bank_differences
+from pecobook.engine.value_range import open_readable
 from pecobook.errors import ConfigError, DataError, Preflight, WeightsError
 from pecobook.models.perceptual import PerceptualDistance
 from pecobook.models.tokenizers import fingerprint, load_tokenizer
@@ -50,8 +51,8 @@ class AnalysisInputs:
 def open_inputs(config: AnalyzeConfig) -> AnalysisInputs:
     """Open all inputs of the settings. Raises PreflightError with all problems, not only the first."""
     preflight = Preflight()
-    splits = preflight.check(lambda: open_images(config.data))
     sources = (config.tokenizer, *config.against)
+    splits = preflight.check(lambda: open_readable(config.data, config.value_range, sources))
     tokenizers = []
     for name, source in zip(unique_names(sources), sources, strict=True):
         tokenizer_input = preflight.check(partial(_open, config, name, source))
@@ -99,6 +100,7 @@ def _with_banks(config: AnalyzeConfig, inputs: list[TokenizerInput], splits: Spl
 def _distance(config: AnalyzeConfig, inputs: list[TokenizerInput]) -> PerceptualDistance:
     try:
         distance = PerceptualDistance(config.perceptual, config.perceptual_layers, config.perceptual_weights or None)
+        print(*distance.notes, sep="\n", file=sys.stderr)
     except (ConfigError, WeightsError) as error:  # the message names the flags of `codebook`, which differ here
         text = str(error).replace("--perceptual.network", "--perceptual")
         text = text.replace("--perceptual.layers", "--perceptual-layers")

@@ -19,7 +19,7 @@ from pecobook.analysis.arrays import Array
 from pecobook.analysis.codewords import bag_of_codes, code_usage, mean_codewords
 from pecobook.analysis.figures import gallery_picture
 from pecobook.analysis.position import checkerboard, information_given_position, moved_codes, position_dependence
-from pecobook.analysis.probe import linear_probe
+from pecobook.analysis.probe import MIN_IMAGES, linear_probe
 from pecobook.analysis.reconstruction import decode_all, encode_all, in_batches, psnr, ssim
 from pecobook.analysis.semantics import information, patch_colours, patch_edges, patch_labels
 from pecobook.analysis.similarity import agreement, code_distance, pixel_distance, read_bapps, shifted_preferred
@@ -206,7 +206,8 @@ def code_probes(
     have a meaning at a single position do not help them. They need at least two positions in each half.
 
     Returns:
-        the accuracies and their errors, which are None without labels, and which images were classified correctly.
+        the accuracies and their errors, which are None without labels (the errors also with fewer than `MIN_IMAGES`
+        images), and which images were classified correctly.
     """
     values: dict[str, Any] = {f"{name}{suffix}": None for name in PROBES for suffix in ("", "_error")}
     values["num_train"] = None
@@ -224,7 +225,8 @@ def code_probes(
         probes += [(mean, crossed), (bag, crossed)]
     for name, (feature, (train_part, test_part)) in zip(PROBES, probes, strict=False):
         result = linear_probe(feature(train_part), train_labels, feature(test_part), labels, seed=seed)
-        values[name], values[f"{name}_error"] = round(result.accuracy, 3), round(result.standard_error, 3)
+        values[name] = round(result.accuracy, 3)
+        values[f"{name}_error"] = round(result.standard_error, 3) if len(labels) >= MIN_IMAGES else None
         correct[name] = result.correct
     return values | {"num_train": len(train_labels)}, correct
 

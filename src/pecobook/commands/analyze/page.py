@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pecobook.analysis.comparison import lookup
+from pecobook.analysis.probe import MIN_IMAGES
 from pecobook.analysis.report import Picture, Report, Section, Table
 from pecobook.analysis.wording import duration, fixed, out_of, thousands
 from pecobook.commands.analyze.comparing import (
@@ -79,7 +80,9 @@ def compose(
 def _summary(tokenizers: Tokenizers) -> tuple[str, ...]:
     lines = []
     probed = [tokenizer for tokenizer in tokenizers if tokenizer.get("codeword_probe") is not None]
-    if probed:
+    if any(tokenizer.get("codeword_probe_error", 0) is None for tokenizer in probed):
+        lines.append(f"Fewer than {MIN_IMAGES} held-out images are too few to say how well codewords separate classes.")
+    elif probed:
         accuracies = ", ".join(f"{tokenizer['codeword_probe']:.1f}% ({tokenizer['name']})" for tokenizer in probed)
         lines.append(f"The accuracy of a linear classifier on the mean codeword of an image is {accuracies}.")
         crossed = [tokenizer for tokenizer in probed if tokenizer.get("crossed_probe") is not None]

@@ -46,11 +46,13 @@ def with_null(*keys: str, factor: float = 1) -> Callable[[Tokenizer], str]:
 
 
 def with_error(name: str) -> Callable[[Tokenizer], str]:
-    """Return a function that formats the accuracy of a probe with its sampling error."""
+    """Return a function that formats the accuracy of a probe with its sampling error, if images suffice for one."""
 
     def cell(tokenizer: Tokenizer) -> str:
         value, error = tokenizer.get(name), tokenizer.get(f"{name}_error")
-        return f"{value:.1f} ± {error:.1f}" if value is not None and error is not None else "–"
+        if value is None:
+            return "–"
+        return "too few images" if error is None else f"{value:.1f} ± {error:.1f}"
 
     return cell
 

@@ -29,13 +29,16 @@ def demo(config: DemoConfig | None = None, **settings: Any) -> Path:
         PreflightError: lists all problems that were found before anything was written.
         PecobookError: a run failed.
     """
-    from pecobook.data.images import open_readable
+    from pecobook.engine.preamble import show_source
+    from pecobook.engine.value_range import open_readable
 
     config = replace(config or DemoConfig(), settings)
     folder, preflight = _folder(config), Preflight()
     preflight.check(folder.check)
-    preflight.check(lambda: open_readable(config.data))
+    splits = preflight.check(lambda: open_readable(config.data, config.value_range))
     preflight.finish()
+    assert splits is not None
+    show_source(splits)
     with folder.begin(lambda out: dump(config, out / _MARK)):
         return _write_all(config)
 

@@ -27,9 +27,9 @@ from pecobook.commands.demo.plan import ARMS, PRETRAINED
 from pecobook.commands.jobs import Job
 from pecobook.commands.masked_run import load_masked_run
 from pecobook.commands.probe import probe_features
-from pecobook.data.images import open_images
 from pecobook.data.source import Splits
 from pecobook.data.stream import read_all
+from pecobook.engine.value_range import open_readable
 from pecobook.models.perceptual import PerceptualDistance
 from pecobook.models.tokenizer import PerceptualTokenizer
 from pecobook.models.weights import Backbone, load_backbone
@@ -52,7 +52,7 @@ class _Images(NamedTuple):
 
 def measure(config: DemoConfig, jobs: dict[str, Job]) -> tuple[dict[str, Any], dict[str, bytes]]:
     """Return the results, which contain the entries of `analysis.json` and more, and the pictures by file name."""
-    splits = open_images(config.data)
+    splits = open_readable(config.data, config.value_range, [str(jobs["codebook-pixel"].out)], quiet=True)
     codebook = jobs["codebook-pixel"].config
     images = _read(splits, config, codebook.image_size, codebook.model.stride)
     measured, galleries, probes = _evaluate_all(config, jobs, images)

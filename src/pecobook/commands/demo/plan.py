@@ -32,7 +32,8 @@ def plan(config: DemoConfig) -> dict[str, Job]:
 
     out = Path(config.out)
     sizes = _gpu() if _budget(config) == "gpu" else _cpu()
-    common = {"data": config.data, "seed": config.seed, "loggers": (), "save_minutes": 1.0, "keep_checkpoints": 1}
+    common = {"data": config.data, "value_range": config.value_range, "seed": config.seed}
+    common |= {"loggers": (), "save_minutes": 1.0, "keep_checkpoints": 1}
 
     def adapt(base: TrainConfig, name: str) -> TrainConfig:
         steps = max(round(int(base.max_steps) * config.length), 1)
@@ -62,7 +63,7 @@ def plan(config: DemoConfig) -> dict[str, Job]:
 
 
 # Relative cost of one image, measured on one core with the sizes of the CPU budget.
-_COST = {"contrast": 1.0, "codebook": 3.5, "pretrain": 1.6}
+_COST = {"contrast": 1.0, "codebook": 4.4, "pretrain": 1.6}
 
 
 def _work(job: Job) -> float:
@@ -83,7 +84,7 @@ def _cpu() -> tuple[ContrastConfig, CodebookConfig, PretrainConfig]:
 
     return (
         dataclasses.replace(contrast.tiny(), batch_size=256, max_steps="160"),
-        dataclasses.replace(codebook.tiny(), max_steps="220"),
+        dataclasses.replace(codebook.tiny(), max_steps="800"),
         dataclasses.replace(pretrain.tiny(), max_steps="140"),
     )
 

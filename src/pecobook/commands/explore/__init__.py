@@ -123,7 +123,8 @@ def _open(config: ExploreConfig) -> tuple[list[IndexedTokenizer], dict[str, Mask
     from pecobook.commands.analyze.names import unique_names
     from pecobook.commands.explore.model import index
     from pecobook.commands.masked_run import is_masked_run, load_masked_run
-    from pecobook.data.images import open_images
+    from pecobook.engine.preamble import show_source
+    from pecobook.engine.value_range import open_readable
     from pecobook.models.tokenizers import load_tokenizer
     from pecobook.utils.devices import device
 
@@ -140,10 +141,11 @@ def _open(config: ExploreConfig) -> tuple[list[IndexedTokenizer], dict[str, Mask
         else:
             tokenizers[name] = load_tokenizer(source).to(device()).eval()
 
-    splits = preflight.check(lambda: open_images(config.data))
+    splits = preflight.check(lambda: open_readable(config.data, config.value_range, config.runs))
     for name, source in zip(unique_names(config.runs), config.runs, strict=True):
         preflight.check(partial(load, name, source))
     preflight.finish()
     assert splits is not None
+    show_source(splits)
     indexed = [index(name, tokenizer, splits, config.images) for name, tokenizer in tokenizers.items()]
     return indexed, runs, splits

@@ -117,7 +117,8 @@ class Page:
         if not path.is_relative_to(Path(os.environ["GRADIO_TEMP_DIR"]).resolve()):
             raise gr.Error("Only uploaded images can be read.", print_exception=False)
         try:
-            return self._reduced(decode(path.read_bytes(), name=path.name))
+            image = decode(path.read_bytes(), name=path.name, value_range=self.source.value_range)
+            return self._reduced(image)
         except BadImage as error:
             raise gr.Error(f"This image cannot be read: {error}", print_exception=False) from None
 

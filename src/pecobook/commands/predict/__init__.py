@@ -5,13 +5,15 @@
     detector     detections.json (COCO's format of results), images.json          and pictures/, boxes, masks, names
 
 Worker processes read the images. A segmenter and a detector take one image at a time, at the size of the image; a
-classifier takes a batch of central squares. An image that cannot be read is skipped, counted and listed in skipped.txt.
+classifier takes a batch of central squares. An image that cannot be read, or on which the network fails, is skipped,
+counted and listed in skipped.txt. A picture with a side of more than 65,500 pixels, which JPEG cannot hold, is reduced.
 Predictions are written to the disk at once; those of a detector go into two .jsonl files, which become the .json files
 at the end. After an error or Ctrl-C the files hold the predictions that were made.
 """
 
 from __future__ import annotations
 
+import hashlib
 import re
 import sys
 from collections.abc import Callable, Iterator
@@ -26,7 +28,12 @@ from pecobook.utils.output_folder import OutputFolder
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from pecobook.data.decode import BadImage
     from pecobook.data.source import ImageSource
+
+
+_MAX_NAME = 230
+"""Largest number of bytes of a name in the output folder; most file systems allow 255."""
 
 
 class Writer(Protocol):
@@ -39,6 +46,9 @@ class Writer(Protocol):
             name: name of the image in the source.
             file: relative path without extension for the files of this image.
             image: uint8 (3, H, W).
+
+        Raises:
+            BadImage: the network fails on this image.
         """
 
     def finish(self) -> str:
@@ -51,6 +61,8 @@ def predict(config: PredictConfig) -> Path:
     Raises:
         PecobookError: the run or the images do not exist, or no image can be read.
     """
+    from pecobook.engine.value_range import set_value_range
+
     missing = [f"--{name}" for name in ("run", "images", "out") if not getattr(config, name)]
     if missing:
         verb = "is" if len(missing) == 1 else "are"
@@ -59,6 +71,7 @@ def predict(config: PredictConfig) -> Path:
     folder.check()
     sources = list_images(config.images)
     writer = _writer(config, folder.path)
+    set_value_range([source for source, _ in sources], config.value_range, [config.run])
     with folder.begin():
         summary = _predict_all(config, sources, writer, folder.path)
     print(f"\nDone: {folder.path}\n{summary}", file=sys.stderr)
@@ -67,6 +80,7 @@ def predict(config: PredictConfig) -> Path:
 
 def _predict_all(config: PredictConfig, sources: list[tuple[ImageSource, str]], writer: Writer, out: Path) -> str:
     """Predict all images; returns a text on what was written. Raises DataError when no image can be read."""
+    from pecobook.data.decode import BadImage
     from pecobook.engine.log import Progress
 
     total = sum(len(source) for source, _ in sources)
@@ -76,11 +90,13 @@ def _predict_all(config: PredictConfig, sources: list[tuple[ImageSource, str]], 
     num_predicted, summary = 0, ""
     try:
         for name, image in read_images(sources):
-            if isinstance(image, str):
-                skipped.append(image)
-            else:
+            try:
+                if isinstance(image, BadImage):
+                    raise image
                 writer.add(name, file_name(name, used_names), image)
                 num_predicted += 1
+            except BadImage as error:
+                skipped.append(str(error))
             progress.show(num_predicted + len(skipped), {})
     finally:  # also after an error or Ctrl-C, the predictions that were made are kept
         progress.close()
@@ -88,9 +104,9 @@ def _predict_all(config: PredictConfig, sources: list[tuple[ImageSource, str]], 
             summary = writer.finish()
             if skipped:
                 write_atomically(out / "skipped.txt", ("\n".join(skipped) + "\n").encode())
-                summary += f"\n{len(skipped)} of {total} images could not be read; {out / 'skipped.txt'} lists them."
+                summary += f"\n{len(skipped)} of {total} images were skipped; {out / 'skipped.txt'} says why."
     if not num_predicted:
-        raise DataError(f"None of the {total} images of '{config.images}' can be read; the first: {skipped[0]}.")
+        raise DataError(f"None of the {total} images of '{config.images}' can be predicted; the first: {skipped[0]}.")
     return summary
 
 
@@ -104,7 +120,7 @@ def list_images(source: str) -> list[tuple[ImageSource, str]]:
         DataError: the source does not exist or holds no image.
     """
     from pecobook.data.folders import FileStore, walk
-    from pecobook.data.images import open_all_splits
+    from pecobook.data.images import open_all_splits, say_left_out
     from pecobook.data.source import IMAGE_EXTENSIONS, ImageSource
 
     path = Path(source).expanduser()
@@ -113,6 +129,7 @@ def list_images(source: str) -> list[tuple[ImageSource, str]]:
         if tree.chunks:
             from datasets import concatenate_datasets
 
+            say_left_out(source, tree.left_out)
             store = FileStore(path, concatenate_datasets(tree.chunks))
             return [(ImageSource(store, name=source, split="train"), f"{path}/")]
     elif path.is_file() and path.suffix.lower().lstrip(".") in IMAGE_EXTENSIONS:
@@ -129,11 +146,11 @@ def list_images(source: str) -> list[tuple[ImageSource, str]]:
     return [(split, "") for split in splits]
 
 
-def read_images(sources: list[tuple[ImageSource, str]]) -> Iterator[tuple[str, Tensor | str]]:
+def read_images(sources: list[tuple[ImageSource, str]]) -> Iterator[tuple[str, Tensor | BadImage]]:
     """Decode images in worker processes.
 
     Yields:
-        name of an image, and the pixels uint8 (3, H, W), or a text with the reason why the image cannot be read.
+        name of an image, and the pixels uint8 (3, H, W), or the reason why the image cannot be read.
     """
     from torch.utils.data import DataLoader
 
@@ -147,7 +164,7 @@ def read_images(sources: list[tuple[ImageSource, str]]) -> Iterator[tuple[str, T
 
 
 class _DecodedImages:
-    """A data set of (index, pixels) at the original size; (index, reason) for an image that cannot be read."""
+    """A data set of (index, pixels) at the original size; (index, error) for an image that cannot be read."""
 
     def __init__(self, source: ImageSource) -> None:
         self.source = source
@@ -155,23 +172,25 @@ class _DecodedImages:
     def __len__(self) -> int:
         return len(self.source)
 
-    def __getitem__(self, index: int) -> tuple[int, Tensor | str]:
+    def __getitem__(self, index: int) -> tuple[int, Tensor | BadImage]:
         from pecobook.data.decode import BadImage
 
         try:
             return index, self.source.read(index)
         except BadImage as error:
-            return index, str(error)
+            return index, error
 
 
 def file_name(name: str, used_names: set[str]) -> str:
     """Return a relative path without extension for the files of an image, and add it to `used_names`.
 
     The path stays inside the output folder. Of images whose names differ only in the extension, the first loses the
-    extension and the others keep it.
+    extension and the others keep it. A folder such as "a.png" becomes "a_png", since a file may have that name. Very
+    long names are cut.
     """
     parts = [re.sub(r"[\x00-\x1f\x7f\\]+", "_", part) for part in name.split("/")]
-    with_extension = "/".join(part for part in parts if part.strip(".")) or "image"
+    *folders, last = [_shortened(part) for part in parts if part.strip(".")] or ["image"]
+    with_extension = "/".join([*(re.sub(r"\.(png|jpg)$", r"_\1", folder) for folder in folders), last])
     stem = re.sub(r"\.\w{2,4}$", "", with_extension)
     path = stem if stem not in used_names else with_extension
     number = 2
@@ -179,6 +198,14 @@ def file_name(name: str, used_names: set[str]) -> str:
         path, number = f"{with_extension}-{number}", number + 1
     used_names.add(path)
     return path
+
+
+def _shortened(part: str) -> str:
+    """Return a part of a path, cut so that an extension and a number still fit; a hash keeps cut parts distinct."""
+    data = part.encode(errors="surrogateescape")
+    if len(data) <= _MAX_NAME:
+        return part
+    return data[: _MAX_NAME - 17].decode(errors="ignore") + "-" + hashlib.sha256(data).hexdigest()[:16]
 
 
 def _writer(config: PredictConfig, out: Path) -> Writer:

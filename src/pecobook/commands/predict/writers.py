@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import io
 import json
@@ -13,6 +14,8 @@ import torch
 from torch import Tensor
 
 from pecobook.analysis.segments import overlay, palette
+from pecobook.data.decode import BadImage
+from pecobook.errors import first_line
 from pecobook.models.dense.detector import Detections
 from pecobook.utils.devices import device
 from pecobook.utils.files import write_atomically
@@ -27,6 +30,8 @@ _NUM_BEST = 5
 """Number of classes that are written for each image."""
 _BATCH = 16
 """Largest number of images in a batch of the classifier."""
+_MAX_JPEG_SIDE = 65_500
+"""Longest side of a JPEG, pixels."""
 _MAX_BYTES = 2**28
 """A batch is classified early when the images that wait for it hold more bytes than this."""
 
@@ -100,11 +105,12 @@ class SegmenterWriter:
         self.pixel_counts = torch.zeros(len(self.model.classes), dtype=torch.int64)
         self.num_images = 0
 
-    def add(self, name: str, file: str, image: Tensor) -> None:  # noqa: ARG002
+    def add(self, name: str, file: str, image: Tensor) -> None:
         """Segment an image at the size of the image."""
         from PIL import Image
 
-        classes = self.model.predict(image, self.test)  # (H, W)
+        with _skip_failure(name):
+            classes = self.model.predict(image, self.test)  # (H, W)
         self.pixel_counts += torch.bincount(classes.flatten(), minlength=len(self.pixel_counts))
         self.num_images += 1
         if len(self.pixel_counts) <= 256:
@@ -139,7 +145,8 @@ class DetectorWriter:
         """Detect the objects in an image."""
         from pecobook.analysis.detections import coco_results
 
-        detections = self.model.predict(image)
+        with _skip_failure(name):
+            detections = self.model.predict(image)
         height, width = int(image.shape[1]), int(image.shape[2])
         self.num_images += 1
         results = coco_results(self.num_images, (height, width), detections, self.model.category_ids)
@@ -207,6 +214,15 @@ def captioned(image: Tensor, text: str) -> Image.Image:
     return canvas
 
 
+@contextlib.contextmanager
+def _skip_failure(name: str) -> Iterator[None]:
+    """Raise BadImage where a network fails on one image, for example for want of memory; others may succeed."""
+    try:
+        yield
+    except (RuntimeError, ValueError, MemoryError) as error:
+        raise BadImage(name, f"cannot be predicted: {first_line(error)}") from error
+
+
 def _append(file: Path, text: str) -> None:
     with file.open("a", encoding="utf-8", newline="") as lines:
         lines.write(text)
@@ -227,6 +243,9 @@ def _picture(image: Tensor) -> Image.Image:
 
 
 def _save(picture: Image.Image, file: Path) -> None:
+    """Write a PNG, or a JPEG, reduced where a side exceeds what the format can hold."""
+    if file.suffix != ".png" and max(picture.size) > _MAX_JPEG_SIDE:
+        picture.thumbnail((_MAX_JPEG_SIDE, _MAX_JPEG_SIDE))
     file.parent.mkdir(parents=True, exist_ok=True)
     buffer = io.BytesIO()
     picture.save(buffer, "PNG" if file.suffix == ".png" else "JPEG", quality=92)

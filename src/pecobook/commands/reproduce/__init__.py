@@ -10,15 +10,13 @@ tables.py     the tables as Markdown, CSV and plots
 from __future__ import annotations
 
 import dataclasses
-import shlex
 from functools import partial
-from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pecobook.errors import ConfigError, PecobookError, Preflight
 from pecobook.settings.reproduce import ReproduceConfig
-from pecobook.settings.values import field_name, flags, replace, to_dict
+from pecobook.settings.values import flag_words, replace, to_dict
 from pecobook.utils.files import write_atomically, write_json
 
 if TYPE_CHECKING:
@@ -60,11 +58,12 @@ def reproduce(config: ReproduceConfig | None = None, **settings: Any) -> Path:
 def _preflight(config: ReproduceConfig) -> Plan:
     from pecobook.commands.reproduce.paper import chosen_tables
     from pecobook.commands.reproduce.plan import Plan
-    from pecobook.data.images import open_readable
+    from pecobook.engine.preamble import show_source
+    from pecobook.engine.value_range import open_readable
 
     preflight = Preflight()
     tables = preflight.check(lambda: chosen_tables(config.tables))
-    splits = preflight.check(lambda: open_readable(config.data))
+    splits = preflight.check(lambda: open_readable(config.data, config.value_range))
     preflight.check(_folder(config).check)
     plan = None
     if tables is not None and splits is not None:
@@ -73,6 +72,8 @@ def _preflight(config: ReproduceConfig) -> Plan:
         _check_perceptual_networks(plan, preflight)
     preflight.finish()
     assert plan is not None
+    assert splits is not None
+    show_source(splits)
     return plan
 
 
@@ -105,18 +106,9 @@ def _fixed_settings(config: ReproduceConfig) -> dict[str, Any]:
 
 def command_line(config: ReproduceConfig) -> str:
     """Return the command that gives these tables, without its --out."""
-    words = ["pecobook reproduce", *config.tables]
-    for name in flags(ReproduceConfig):
-        read = attrgetter(field_name(name))
-        value, default = read(config), read(ReproduceConfig())
-        if name in ("tables", "out", "dry-run") or (value == default and name not in ("data", "budget", "seeds")):
-            continue
-        if isinstance(value, bool):
-            words.append(f"--{name}" if value else f"--no-{name}")
-        else:
-            values = value if isinstance(value, tuple) else (value,)
-            words += [f"--{name}", *(shlex.quote(str(item)) for item in values)]
-    return " ".join(words)
+    always, never = ("data", "budget", "seeds"), ("tables", "out", "dry-run")
+    words = flag_words(config, ReproduceConfig(), always=always, never=never)
+    return " ".join(["pecobook reproduce", *config.tables, words])
 
 
 def _folder(config: ReproduceConfig) -> OutputFolder:

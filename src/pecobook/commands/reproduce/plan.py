@@ -102,7 +102,8 @@ class Plan:
         num_images = len(self.splits.train)
         length = steps(base.max_steps, num_images=num_images, batch_size=base.batch_size) * self.config.length
         length = max(round(length), 1)
-        common = {"data": self.config.data, "seed": seed, "out": self._out(name)}
+        common: dict[str, Any] = {"data": self.config.data, "value_range": self.config.value_range}
+        common |= {"seed": seed, "out": self._out(name)}
         common |= {"micro_batch_size": self.config.micro_batch_size, "compile": self.config.compile}
         saving = {"loggers": (), "save_minutes": 5.0, "keep_checkpoints": 1, "save_every": max(length // 3, 1)}
         return replace(base, {**common, **saving, "max_steps": str(length), "sample_every": length, **changes})

@@ -1,38 +1,36 @@
 """Reads a file of annotations in COCO's format, checks it, and packs it into arrays.
 
-All problems are collected as text, so that the user sees them together. Objects are stored as arrays and one buffer of
-bytes, which forked workers share instead of copying: COCO's training set has 860,000 objects.
-
-A mask keeps the form that it has in the file (polygons, or run lengths, compressed or not) until it is decoded.
+All problems are collected as text, so that the user sees them together.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
+from array import array
+from collections import Counter
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
-from torch import Tensor
 
-from pecobook.data.decode import BadImage, decode, header_size
-from pecobook.data.dense.coco_masks import (
-    check_segment,
-    encode_segment,
+from pecobook.data.decode import header_size
+from pecobook.data.dense.coco_annotations import Annotations, PackedBytes
+from pecobook.data.dense.coco_check import SHARES, UNKNOWN, are_in_corner, compare_boxes, diagnose_boxes
+from pecobook.data.dense.coco_files import ImageFiles, file_name
+from pecobook.data.dense.coco_masks import OUTSIDE, clean_segment, encode_segment, mask_box, segment_area
+from pecobook.data.dense.coco_values import (
+    UnusableError,
+    as_flag,
+    as_integer,
+    as_number,
     format_size,
-    is_integer,
     parse_box,
-    segment_area,
+    read_categories,
 )
-from pecobook.data.source import Integers
 from pecobook.errors import first_line
-from pecobook.utils.numbers import is_number
-
-Floats = npt.NDArray[np.float64]
 
 
 @dataclasses.dataclass
@@ -47,105 +45,28 @@ class Findings:
     """Corrections that were made."""
 
 
-class PackedBytes:
-    """Byte strings in one buffer."""
-
-    def __init__(self, items: Sequence[bytes]) -> None:
-        self.ends = np.cumsum([len(item) for item in items], dtype=np.int64)
-        self.buffer = np.frombuffer(b"".join(items), dtype=np.uint8)
-
-    def __len__(self) -> int:
-        return len(self.ends)
-
-    def __getitem__(self, number: int) -> bytes:
-        start = int(self.ends[number - 1]) if number else 0
-        return self.buffer[start : int(self.ends[number])].tobytes()
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Annotations:
-    """The images (rows) and objects of one file; the objects of row r have the indices starts[r] to starts[r + 1] - 1.
-
-    R images, A objects.
-    """
-
-    root: Path
-    """Folder of the images."""
-    names: npt.NDArray[np.str_]
-    """Path of each image relative to `root`, (R,)."""
-    image_ids: Integers
-    """(R,)"""
-    sizes: Integers
-    """Height and width of each image, (R, 2)."""
-    starts: Integers
-    """(R + 1,)"""
-    boxes: Floats
-    """x, y, width and height of each object's box in pixels, as in the file: (A, 4)."""
-    categories: Integers
-    """Category id of each object, (A,)."""
-    crowd: npt.NDArray[np.bool_]
-    """Whether each entry is a crowd, that is many objects under one mask, which training and scores ignore: (A,)."""
-    areas: Floats
-    """Area of each object in pixels, (A,)."""
-    segments: PackedBytes | None
-    """The mask of each object as JSON; None if no object has a mask."""
-    category_names: dict[int, str]
-    """Category id -> name, in ascending order of the ids."""
-
-    def __len__(self) -> int:
-        return len(self.image_ids)
-
-    def read(self, row: int) -> Tensor:
-        """Read and decode the image of a row: uint8 (3, H, W). Raises BadImage."""
-        path = self.root / str(self.names[row])
-        try:
-            data = path.read_bytes()
-        except OSError as error:
-            raise BadImage(str(path), error.strerror or str(error)) from error
-        image = decode(data, name=str(path))
-        if image.shape[1:] != tuple(self.sizes[row]):
-            raise BadImage(
-                str(path), f"{format_size(image.shape[1:])}, not {format_size(self.sizes[row])} as in its annotations"
-            )
-        return image
-
-    def identify(self, row: int) -> str:
-        """Return the path of the image of a row."""
-        return str(self.root / str(self.names[row]))
-
-    def digest(self, rows: Integers) -> str:
-        """Return a hash of the images' names and of all objects."""
-        digest = hashlib.sha256("\0".join(self.names[rows].tolist()).encode())
-        for array in (self.starts, self.boxes, self.categories, self.crowd):
-            digest.update(array.tobytes())
-        if self.segments is not None:
-            digest.update(self.segments.buffer.tobytes())
-        return digest.hexdigest()
-
-
-# ------------------------------------------------------------------------------------------------------------- reading
-
-
-def read_annotations(file: Path, root: Path, findings: Findings, *, masks: bool) -> Annotations | None:
+def read_annotations(file: Path, folders: Sequence[Path], findings: Findings, *, masks: bool) -> Annotations | None:
     """Read a file of annotations; return None if the file cannot be used at all.
 
     Args:
         file: JSON in COCO's format.
-        root: folder of the images.
+        folders: folders in which the images may lie; the one that holds most of them is taken.
         findings: problems are added here. An image or object with a problem is left out of the result.
         masks: whether to read masks; if False, masks are not checked.
     """
     try:
         content = json.loads(file.read_bytes())
         images, objects, categories = _tables(content)
-        names = _category_names(categories)
+        used = {as_integer(entry.get("category_id")) for entry in objects if isinstance(entry, dict)}
+        names, notes = read_categories(categories, used - {None})  # type: ignore[arg-type]
     except RecursionError:
         findings.fatal.append(f"{file}: is nested too deeply for annotations.")
     except (OSError, ValueError) as error:  # JSON and Unicode errors are ValueErrors
         prefix = "is not valid JSON, perhaps truncated: " if isinstance(error, json.JSONDecodeError) else ""
         findings.fatal.append(f"{file}: {prefix}{first_line(error)}.")
     else:
-        return _Reader(file, root, findings, names).read(images, objects, masks=masks)
+        findings.notes += [f"{file}: {note}." for note in notes]
+        return _Reader(file, ImageFiles(file, folders, images), findings, names).read(images, objects, masks=masks)
     return None
 
 
@@ -158,98 +79,115 @@ def _tables(content: Any) -> tuple[list[Any], list[Any], list[Any]]:
     return content["images"], content["annotations"], content["categories"]
 
 
-def _category_names(categories: list[Any]) -> dict[int, str]:
-    names: dict[int, str] = {}
-    for category in categories:
-        number = category.get("id") if isinstance(category, dict) else None
-        if not is_integer(number) or "name" not in category:
-            raise ValueError(f"category {json.dumps(category)[:60]} has no integer 'id' or no 'name'")
-        if number in names or str(category["name"]) in names.values():
-            raise ValueError(f"category {number} ('{category['name']}') has the id or the name of another category")
-        names[number] = str(category["name"])
-    if not names:
-        raise ValueError("has no category")
-    return dict(sorted(names.items()))
-
-
 class _Reader:
     """Checks one file; an image or object with a problem is reported in the findings and left out."""
 
-    def __init__(self, file: Path, root: Path, findings: Findings, names: dict[int, str]) -> None:
-        self.file, self.root, self.findings, self.names = file, root, findings, names
-        self.listings: dict[Path, set[str]] = {}
-        self.num_empty = self.num_clipped = 0
+    def __init__(self, file: Path, files: ImageFiles, findings: Findings, names: dict[int, str]) -> None:
+        self.file, self.files, self.findings, self.names = file, files, findings, names
+        self.left_out: Counter[str] = Counter()
+        self.num_clipped = self.num_parts = 0
+        self.boxes = array("d")  # x, y, width and height of every object, and height and width of its image
 
     def read(self, images: list[Any], objects: list[Any], *, masks: bool) -> Annotations:
         sizes: dict[int, tuple[int, int]] = {}
-        files: dict[int, str] = {}
+        paths: dict[int, str] = {}
         listed_ids: set[int] = set()
         for image in images:
-            image_id = image.get("id") if isinstance(image, dict) else None
-            if not is_integer(image_id):
-                self._add_problem(f"image {json.dumps(image)[:60]}", "has no integer 'id'")
+            image_id = as_integer(image.get("id")) if isinstance(image, dict) else None
+            if image_id is None:
+                unusable = UnusableError("has no integer 'id'", "images that cannot be used")
+                self._add_problem(f"image {json.dumps(image)[:60]}", unusable)
                 continue
             try:
-                sizes[image_id] = self._image_size(image, image_id in listed_ids)
-                files[image_id] = image["file_name"]
-            except ValueError as error:
-                self._add_problem(f"image {image_id}", str(error))
+                path, size = self._check_image(image, image_id in listed_ids)
+                sizes[image_id], paths[image_id] = size, path
+            except UnusableError as error:
+                self._add_problem(f"image {image_id}", error)
             listed_ids.add(image_id)
         masks = masks and any(isinstance(entry, dict) and entry.get("segmentation") for entry in objects)
         objects_of: dict[int, list[_Object]] = {image_id: [] for image_id in sizes}
         for entry in objects:
             try:
-                checked = self._check_object(entry, listed_ids, sizes, masks)
-            except ValueError as error:
+                image_id, checked = self._check_object(entry, listed_ids, sizes, masks)
+            except UnusableError as error:
                 entry_id = entry.get("id", "?") if isinstance(entry, dict) else json.dumps(entry)[:60]
-                self._add_problem(f"annotation {entry_id}", str(error))
+                self._add_problem(f"annotation {entry_id}", error)
             else:
                 if checked is not None:
-                    objects_of[entry["image_id"]].append(checked)
+                    objects_of[image_id].append(checked)
+        annotations = self._pack(paths, sizes, objects_of, masks)
         self._note_corrections()
-        return self._pack(files, sizes, objects_of, masks)
+        self._check_conventions(annotations)
+        return annotations
 
-    def _add_problem(self, subject: str, text: str) -> None:
-        self.findings.problems.append(f"{self.file}: {subject} {text}.")
+    def _add_problem(self, subject: str, error: UnusableError) -> None:
+        self.findings.problems.append(f"{self.file}: {subject} {error}.")
+        self.left_out[error.reason] += 1
 
     def _note_corrections(self) -> None:
         for count, text in (
-            (self.num_empty, "left out: no area"),
-            (self.num_clipped, "clipped at the edge of the image"),
+            (self.left_out["objects without area"], "object{s} left out: no area"),
+            (self.num_clipped, "object{s} clipped at the edge of the image"),
+            (self.num_parts, "polygon{s} of fewer than three points left out"),
         ):
             if count:
-                self.findings.notes.append(f"{self.file}: {count} object{'s' if count > 1 else ''} {text}.")
+                self.findings.notes.append(f"{self.file}: {count} {text.format(s='s' if count > 1 else '')}.")
 
-    def _image_size(self, image: dict[str, Any], is_repeated: bool) -> tuple[int, int]:
-        """Return height and width. Raises ValueError if the image cannot be used."""
+    def _check_conventions(self, annotations: Annotations) -> None:
+        """Report boxes and masks that follow another convention than COCO's."""
+        table = np.array(self.boxes).reshape(-1, 6)
+        comparison = compare_boxes(annotations)
+        fault = diagnose_boxes(table[:, :4], table[:, 4:])
+        count = f"{len(comparison.differing):,} of {comparison.compared:,} boxes do not fit the masks of their objects"
+        if comparison.is_systematic and (not fault or comparison.cause not in ("", UNKNOWN, SHARES)):
+            fault = f"{count}: {comparison.cause}"  # the masks say more than the boxes alone
+        if fault:
+            self.findings.fatal.append(f"{self.file}: {fault}.")
+            others = [line for line in self.findings.problems if " outside the " not in line]  # these follow from it
+            self.findings.problems = others
+        elif comparison.differing:
+            row = int(np.searchsorted(annotations.starts, comparison.differing[0], side="right")) - 1
+            self.findings.notes.append(f"{self.file}: {count}, the first in image {annotations.names[row]}.")
+        if comparison.num_blank:
+            total = comparison.num_blank + comparison.compared
+            text = f"{comparison.num_blank:,} of {total:,} masks are too thin to cover a pixel, and are not learned"
+            self.findings.notes.append(f"{self.file}: {text}.")
+        if are_in_corner(table[:, :4], table[:, 4:]) and not fault:
+            text = "all boxes lie in the upper left quarter of their images: do they belong to images of another size?"
+            self.findings.notes.append(f"{self.file}: {text}")
+        num_narrow = int(((table[:, 2:4] > 0).all(1) & (table[:, 2:4] < 1).any(1)).sum())
+        if num_narrow and not fault:
+            self.findings.notes.append(f"{self.file}: {num_narrow:,} boxes are narrower than a pixel.")
+
+    def _check_image(self, image: dict[str, Any], is_repeated: bool) -> tuple[str, tuple[int, int]]:
+        """Return the path, relative to the folder of images, and height and width. Raises UnusableError."""
+        reason = "images that cannot be used"
         if is_repeated:
-            raise ValueError("is listed twice")
-        name = image.get("file_name")
-        if not isinstance(name, str) or not name:
-            raise ValueError("has no 'file_name'")
-        path = self.root / name
-        if path.name not in self._listing(path.parent):
-            raise ValueError(f"'{name}' is not in {self.root}")
-        stated = image.get("height"), image.get("width")
-        actual = header_size(path)
+            raise UnusableError("is listed twice", reason)
+        name = file_name(image)
+        if not name:
+            raise UnusableError("has no 'file_name'", reason)
+        path = self.files.find(name)
+        stated = [as_integer(image.get(side)) for side in ("height", "width")]
+        for side, value in zip(("height", "width"), stated, strict=True):
+            if value is None and image.get(side) is not None:
+                raise UnusableError(f"states a {side} that is not an integer: {json.dumps(image[side])[:40]}", reason)
+        actual = header_size(self.files.root / path)
         if actual is None:  # training later skips the image, like every image that cannot be read
-            if not all(is_integer(side) and side > 0 for side in stated):
-                raise ValueError(f"'{name}' cannot be read, and the annotations state no size")
-            return stated  # type: ignore[return-value]
-        if stated not in (actual, (None, None)):
-            raise ValueError(
-                f"'{name}' is {format_size(actual)} pixels, but the annotations state {format_size(stated)}"
+            height, width = stated
+            if height is None or width is None or min(height, width) <= 0:
+                raise UnusableError(f"'{name}' cannot be read, and the annotations state no size", reason)
+            return path, (height, width)
+        if any(value not in (None, side) for value, side in zip(stated, actual, strict=True)):
+            raise UnusableError(
+                f"'{name}' is {format_size(actual)} pixels, but the annotations state {format_size(stated)}",
+                "images of another size than stated",
             )
-        return actual
-
-    def _listing(self, folder: Path) -> set[str]:
-        if folder not in self.listings:
-            self.listings[folder] = {entry.name for entry in folder.iterdir()} if folder.is_dir() else set()
-        return self.listings[folder]
+        return path, actual
 
     def _check_object(
         self, entry: Any, image_ids: set[int], sizes: dict[int, tuple[int, int]], masks: bool
-    ) -> _Object | None:
+    ) -> tuple[int, _Object | None]:
         """Check one entry of the annotations.
 
         Args:
@@ -259,51 +197,56 @@ class _Reader:
             masks: whether to read the mask.
 
         Returns:
-            the object; None if the object has no area, or if its image cannot be used.
+            the id of the image, and the object; None if the object has no area, or if its image cannot be used.
 
         Raises:
-            ValueError: the object cannot be used.
+            UnusableError: the object cannot be used.
         """
         if not isinstance(entry, dict):
-            raise ValueError("is not a JSON object")
-        image_id, category = entry.get("image_id"), entry.get("category_id")
-        if not is_integer(image_id) or image_id not in image_ids:
-            raise ValueError(f"refers to image {image_id}, which does not exist")
-        if not is_integer(category) or category not in self.names:
-            raise ValueError(f"refers to category {category}, which does not exist")
+            raise UnusableError("is not a JSON object")
+        image_id, category = as_integer(entry.get("image_id")), as_integer(entry.get("category_id"))
+        if image_id is None or image_id not in image_ids:
+            raise UnusableError(f"refers to image {entry.get('image_id')}, which does not exist")
+        if category is None or category not in self.names:
+            raise UnusableError(f"refers to category {entry.get('category_id')}, which does not exist")
         if image_id not in sizes:  # the image itself is already reported
-            return None
+            self.left_out["objects of images that cannot be used"] += 1
+            return image_id, None
         height, width = sizes[image_id]
-        segment = entry.get("segmentation") if masks else None
-        is_inside = check_segment(segment, height, width) if masks else True
-        box = parse_box(entry.get("bbox"), segment, height, width)
+        segment, is_inside, parts = (
+            clean_segment(entry.get("segmentation"), height, width) if masks else (None, True, 0)
+        )
+        box = parse_box(entry.get("bbox"), partial(mask_box, segment, height, width) if masks else None)
+        is_crowd = as_flag(entry.get("iscrowd"))
         x, y, w, h = box
+        self.boxes.extend((*box, height, width))
         if w <= 0 or h <= 0:
-            self.num_empty += 1
-            return None
+            self.left_out["objects without area"] += 1
+            return image_id, None
         if x >= width or y >= height or x + w <= 0 or y + h <= 0:
-            raise ValueError(f"has a box outside the {format_size((height, width))} pixels of its image")
+            raise UnusableError(f"has a box outside the {format_size((height, width))} pixels of its image", OUTSIDE)
         # Coordinates written with two decimals may exceed the edge by 0.01.
         self.num_clipped += not is_inside or x < -0.01 or y < -0.01 or x + w > width + 0.01 or y + h > height + 0.01
-        area = entry.get("area")
-        if not is_number(area):
+        self.num_parts += parts
+        area = as_number(entry.get("area"))
+        if area is None or area <= 0:
             area = segment_area(segment, height, width) if masks else w * h
-        return _Object(
-            box, category, bool(entry.get("iscrowd", 0)), float(area), encode_segment(segment) if masks else None
-        )
+        encoded = encode_segment(segment) if masks else None
+        return image_id, _Object(box, category, is_crowd, float(area), encoded)
 
     def _pack(
         self,
-        files: dict[int, str],
+        paths: dict[int, str],
         sizes: dict[int, tuple[int, int]],
         objects_of: dict[int, list[_Object]],
         masks: bool,
     ) -> Annotations:
         objects = [item for row in objects_of.values() for item in row]
         counts = [len(row) for row in objects_of.values()]
+        self.left_out["crowds (iscrowd 1)"] = sum(item.crowd for item in objects)
         return Annotations(
-            root=self.root,
-            names=np.array(list(files.values()), dtype=np.str_),
+            root=self.files.root,
+            names=np.array(list(paths.values()), dtype=np.str_),
             image_ids=np.array(list(sizes), dtype=np.int64),
             sizes=np.array(list(sizes.values()), dtype=np.int64).reshape(-1, 2),
             starts=np.cumsum([0, *counts], dtype=np.int64),
@@ -313,6 +256,7 @@ class _Reader:
             areas=np.array([item.area for item in objects], dtype=np.float64),
             segments=PackedBytes([item.segment or b"" for item in objects]) if masks else None,
             category_names=self.names,
+            left_out={reason: count for reason, count in self.left_out.items() if count},
         )
 
 

@@ -6,15 +6,19 @@ pycocotools does not validate its input and may read past the end of a text, so 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
-from typing import Any, TypeGuard
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from pecobook.data.dense.coco_values import UnusableError, as_integer, as_number, format_size
 from pecobook.data.source import Integers
-from pecobook.utils.numbers import is_number
+
+OUTSIDE = "objects outside their image"
+"""The reason under which such objects are counted."""
 
 
 def decode_masks(segments: Sequence[bytes], height: int, width: int) -> Tensor:
@@ -48,61 +52,117 @@ def encode_segment(segment: Any) -> bytes:
     return json.dumps(segment, separators=(",", ":")).encode()
 
 
-def parse_box(box: Any, segment: Any, height: int, width: int) -> tuple[float, float, float, float]:
-    """Return x, y, width and height of a box, computed from the mask if the box is missing. Raises ValueError."""
-    if box is None and segment:
-        from pycocotools import mask as coco
+def mask_box(segment: Any, height: int, width: int) -> list[float]:
+    """Return x, y, width and height of the smallest box around a mask."""
+    from pycocotools import mask as coco
 
-        box = coco.toBbox(_run_lengths(segment, height, width)).tolist()
-    if not isinstance(box, list) or len(box) != 4 or not all(is_number(value) for value in box):
-        raise ValueError(f"has a 'bbox' that is not four numbers: {json.dumps(box)[:40]}")
-    return (float(box[0]), float(box[1]), float(box[2]), float(box[3]))
+    box: list[float] = coco.toBbox(_run_lengths(segment, height, width)).tolist()
+    return box
 
 
-def check_segment(segment: Any, height: int, width: int) -> bool:
-    """Return whether a mask lies completely inside its image.
+def clean_segment(segment: Any, height: int, width: int) -> tuple[Any, bool, int]:
+    """Check a mask, and bring it into the form that pycocotools reads.
+
+    Returns:
+        the mask, as a list of polygons or as run lengths; whether it lies completely inside its image; and the number
+        of polygons that are left out because they have fewer than three points.
 
     Raises:
-        ValueError: the mask is missing or invalid, or lies completely outside its image.
+        UnusableError: the mask is missing or invalid, is empty, or lies completely outside its image.
     """
     if not segment:
-        raise ValueError("has no 'segmentation', although other objects have one")
+        raise UnusableError("has no 'segmentation', although other objects have one (--no-masks reads the boxes alone)")
     if isinstance(segment, dict):
-        _check_run_lengths(segment, height, width)
-        return True
+        return _clean_run_lengths(segment, height, width), True, 0
     if not isinstance(segment, list):
-        raise ValueError("has a 'segmentation' that is neither polygons nor run lengths")
+        raise UnusableError("has a 'segmentation' that is neither polygons nor run lengths")
+    polygons = [_numbers(polygon) for polygon in _nested(segment)]
+    kept = [polygon for polygon in polygons if len(polygon) >= 6]
+    if not kept:
+        raise UnusableError(f"has a polygon of {len(polygons[0])} numbers: a polygon needs three or more pairs")
     num_overlapping = num_inside = 0
-    for polygon in segment:
-        if not isinstance(polygon, list) or len(polygon) < 6 or len(polygon) % 2:
-            count = len(polygon) if isinstance(polygon, list) else 0
-            raise ValueError(f"has a polygon of {count} numbers: a polygon needs three or more pairs")
-        if not all(is_number(value) for value in polygon):
-            raise ValueError("has a polygon with a value that is not a number")
+    for polygon in kept:
         if max(map(abs, polygon)) > 10 * max(width, height):  # pycocotools' memory grows with the coordinates
-            raise ValueError("has a polygon far outside its image")
+            raise UnusableError("has a polygon far outside its image", OUTSIDE)
         left, top, right, bottom = min(polygon[::2]), min(polygon[1::2]), max(polygon[::2]), max(polygon[1::2])
         num_overlapping += left < width and top < height and right > 0 and bottom > 0
         num_inside += left >= -0.01 and top >= -0.01 and right <= width + 0.01 and bottom <= height + 0.01
     if not num_overlapping:
-        raise ValueError(f"has polygons outside the {format_size((height, width))} pixels of its image")
-    return num_inside == len(segment)
+        raise UnusableError(f"has polygons outside the {format_size((height, width))} pixels of its image", OUTSIDE)
+    return kept, num_inside == len(kept), len(polygons) - len(kept)
 
 
-def _check_run_lengths(segment: dict[str, Any], height: int, width: int) -> None:
-    """Raise ValueError unless the run lengths cover the image exactly; pycocotools does not check this."""
-    if segment.get("size") != [height, width]:
-        raise ValueError(f"has run lengths of size {segment.get('size')}, but its image has [{height}, {width}]")
-    counts = segment.get("counts")
+def _nested(segment: list[Any]) -> list[Any]:
+    """Return a list of polygons; a single polygon may be a list of numbers or of points, polygons lists of points."""
+    if not isinstance(segment[0], list):
+        return [segment]
+    if len(segment) >= 3 and all(_is_point(item) for item in segment):
+        segment = [segment]
+    return [
+        [value for point in polygon for value in point]
+        if isinstance(polygon, list) and polygon and all(map(_is_point, polygon))
+        else polygon
+        for polygon in segment
+    ]
+
+
+def _is_point(item: Any) -> bool:
+    return isinstance(item, list) and len(item) == 2 and not isinstance(item[0], list)
+
+
+def _numbers(polygon: Any) -> list[float]:
+    """Return the coordinates of a polygon. Raises UnusableError."""
+    if not isinstance(polygon, list) or len(polygon) % 2:
+        count = len(polygon) if isinstance(polygon, list) else 0
+        raise UnusableError(f"has a polygon of {count} numbers: a polygon needs three or more pairs")
+    # COCO has 60 million coordinates, so the usual case is checked without a call for each.
+    if {*map(type, polygon)} <= {int, float} and math.isfinite(sum(polygon)):
+        return polygon
+    numbers = [number for value in polygon if (number := as_number(value)) is not None]
+    if len(numbers) < len(polygon):
+        raise UnusableError("has a polygon with a value that is not a number")
+    return numbers
+
+
+def _clean_run_lengths(segment: dict[str, Any], height: int, width: int) -> dict[str, Any]:
+    """Raise UnusableError unless the run lengths cover the image exactly; pycocotools does not check this."""
+    size, counts = segment.get("size"), segment.get("counts")
+    if not isinstance(size, list) or [as_integer(side) for side in size] != [height, width]:
+        raise UnusableError(f"has run lengths of size {size}, but its image has [{height}, {width}]")
     try:
-        runs = decompress(counts) if isinstance(counts, str) else np.array(counts)
+        runs = run_lengths(counts)
     except ValueError:
-        runs = np.array(())
-    are_integers = runs.ndim == 1 and np.issubdtype(runs.dtype, np.integer)
-    if not are_integers or (runs < 0).any() or int(runs.sum()) != height * width:
-        raise ValueError(
+        runs = np.array([-1])
+    if (runs < 0).any() or int(runs.sum()) != height * width:
+        raise UnusableError(
             f"has run lengths that do not add up to the {format_size((height, width))} pixels of its image"
         )
+    if not runs[1::2].any():
+        raise UnusableError("has a mask without a pixel", "objects with an empty mask")
+    return {"size": [height, width], "counts": counts if isinstance(counts, str) else runs.tolist()}
+
+
+def run_lengths(counts: Any) -> Integers:
+    """Return run lengths, compressed or as a list, as an array. Raises ValueError."""
+    if isinstance(counts, str):
+        return decompress(counts)
+    numbers = [as_integer(value) for value in counts] if isinstance(counts, list) else []
+    return np.array([-1 if number is None else number for number in numbers], np.int64)
+
+
+def runs_box(runs: Integers, height: int, width: int, *, by_rows: bool = False) -> tuple[int, int, int, int]:
+    """Return x, y, width and height of the box around a mask of run lengths, read by columns (as COCO's) or by rows."""
+    side = width if by_rows else height
+    ends = np.cumsum(runs)
+    start, last = (ends - runs)[1::2], ends[1::2] - 1
+    start, last = start[last >= start], last[last >= start]
+    if not len(start):
+        return 0, 0, 0, 0
+    major, length = int(start[0]) // side, int(last[-1]) // side - int(start[0]) // side + 1
+    is_whole = bool((start // side != last // side).any())  # a run continues in the next row or column
+    minor = 0 if is_whole else int((start % side).min())
+    extent = side if is_whole else int((last % side).max()) - minor + 1
+    return (minor, major, extent, length) if by_rows else (major, minor, length, extent)
 
 
 def decompress(text: str) -> Integers:
@@ -130,13 +190,3 @@ def decompress(text: str) -> Integers:
     values[1::2] = np.cumsum(values[1::2])
     values[2::2] = np.cumsum(values[2::2])
     return values
-
-
-def is_integer(value: Any) -> TypeGuard[int]:
-    """Return whether a JSON value is an integer that fits into 64 bits."""
-    return isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**63
-
-
-def format_size(size: Sequence[Any]) -> str:
-    """Format height and width as "width x height"."""
-    return f"{size[1]} x {size[0]}"

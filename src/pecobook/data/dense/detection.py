@@ -2,9 +2,12 @@
 
 A source has one of these layouts:
 
-    train/ val/ (valid/, test/)   each with instances.json or _annotations.coco.json, next to images/ or to the images
+    train/ val/ test/             each with instances.json or _annotations.coco.json, next to images/ or to the images;
+                                  other names of splits: split_names.py
     annotations/                  instances_NAME.json, as in COCO, with the images in NAME/ or images/NAME/
     one file                      instances.json next to images/; 10% of the images are held out
+
+coco_files.py lists further names of files and folders, which other tools write.
 
 Opening a source reports all its problems together, by file (see `pecobook.data.dense.coco`).
 """
@@ -15,19 +18,19 @@ import dataclasses
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from pecobook.data.dense.coco import Annotations, Findings, PackedBytes, read_annotations
+from pecobook.data.dense.coco import Findings, read_annotations
+from pecobook.data.dense.coco_annotations import Annotations, PackedBytes
+from pecobook.data.dense.coco_files import count_unnamed, find_annotations, other_format
 from pecobook.data.dense.coco_masks import decode_masks
-from pecobook.data.source import ImageSource, Integers, Splits, hold_out, split_from_name
+from pecobook.data.source import ImageSource, Integers, Splits, hold_out
 from pecobook.errors import DataError, did_you_mean
 
-_FILES = ("instances.json", "_annotations.coco.json", "annotations.json")
-_FOLDERS = {"train": "train", "val": "validation", "valid": "validation", "validation": "validation", "test": "test"}
 _MAX_LINES = 10
 
 DETECTION_FORMS = (
@@ -61,7 +64,7 @@ class DetectionSource(ImageSource):
         annotations: the content of the split's annotation file.
         classes: names of the classes; the objects of class k have the label k + 1.
         category_ids: the id of each class in the annotations.
-        notes: corrections and omissions, as lines for the user.
+        left_out: reason -> number of images and objects that the file has but training and scores do not use.
     """
 
     classes: tuple[str, ...]
@@ -75,10 +78,11 @@ class DetectionSource(ImageSource):
         classes: tuple[str, ...],
         category_ids: tuple[int, ...],
         rows: Integers | None = None,
-        notes: tuple[str, ...] = (),
+        left_out: Mapping[str, int] | None = None,
     ) -> None:
         super().__init__(annotations, name=name, split=split, rows=rows, classes=classes)
-        self.annotations, self.category_ids, self.notes = annotations, category_ids, notes
+        self.annotations, self.category_ids = annotations, category_ids
+        self.left_out = dict(left_out or {})
         self._labels = {category: number for number, category in enumerate(category_ids, start=1)}
 
     @property
@@ -106,6 +110,25 @@ class DetectionSource(ImageSource):
             segments=None if annotations.segments is None else tuple(annotations.segments[n] for n in numbers),
             size=(height, width),
         )
+
+    def objects_per_class(self) -> dict[str, int]:
+        """Return the number of objects of each class, without crowds."""
+        categories = self.annotations.categories[self._used_objects()[0]]
+        counts = dict(zip(*(part.tolist() for part in np.unique(categories, return_counts=True)), strict=True))
+        return {name: counts.get(number, 0) for name, number in zip(self.classes, self.category_ids, strict=True)}
+
+    @property
+    def num_empty(self) -> int:
+        """Number of images without an object."""
+        return len(self) - len(np.unique(self._used_objects()[1]))
+
+    def _used_objects(self) -> tuple[Integers, Integers]:
+        """Return the indices and the rows of the objects of these images, without crowds."""
+        annotations = self.annotations
+        row_of_object = np.repeat(np.arange(len(annotations)), np.diff(annotations.starts))
+        rows = np.arange(len(annotations)) if self._rows is None else self._rows
+        numbers = np.flatnonzero(np.isin(row_of_object, rows) & ~annotations.crowd)
+        return numbers, row_of_object[numbers]
 
     def size(self, index: int) -> tuple[int, int]:
         """Return the height and width of image `index` in pixels."""
@@ -150,7 +173,7 @@ class DetectionSource(ImageSource):
             classes=self.classes,
             category_ids=self.category_ids,
             rows=super().subset(indices)._rows,
-            notes=self.notes,
+            left_out=self.left_out,
         )
 
     def _object_range(self, row: int) -> range:
@@ -174,52 +197,49 @@ def open_detection(data: str, *, skip_bad: bool = False, masks: bool = True) -> 
     """
     parts = _find_annotations(data)
     findings = Findings()
-    read = {name: read_annotations(file, root, findings, masks=masks) for name, (file, root) in parts.items()}
-    splits = {name: annotations for name, annotations in read.items() if annotations is not None}
-    if len(splits) == len(read):
+    splits: dict[str, Annotations] = {}
+    for name in ("train", "test", "validation"):
+        if name in parts and not (name == "validation" and "test" in splits and len(splits["test"].boxes)):
+            file, folders = parts[name]
+            annotations = read_annotations(file, folders, findings, masks=masks)
+            splits |= {name: annotations} if annotations is not None else {}
+    if "validation" in splits and "test" in splits:
+        findings.notes.append(f"{parts['test'][0]}: holds no object, so that the validation split is evaluated.")
+        splits.pop("test")
+    elif "validation" in parts and "test" in parts:
+        findings.notes.append(f"{parts['validation'][0]}: is not used, because the test split is held out.")
+    if not findings.fatal:
         _compare_splits(splits, {name: file for name, (file, _) in parts.items()}, findings)
     _raise_findings(data, findings, skip_bad)
-    notes = [*findings.notes]
     if findings.problems:
-        notes.append(f"--skip-bad left out: {len(findings.problems)}, the first: {findings.problems[0]}")
-    return _assemble(data, splits, tuple(notes))
+        findings.notes.append(f"--skip-bad left out: {len(findings.problems)}, the first: {findings.problems[0]}")
+    for name, split in splits.items():
+        _require_objects(data, parts[name][0], split, skip_bad)
+    if len(splits) == len(parts):
+        named = {part.root / name for part in splits.values() for name in part.names.tolist()}
+        count = count_unnamed(named)
+        splits["train"].left_out |= {"images that no annotations name": count} if count else {}
+    return _assemble(data, splits, findings.notes)
 
 
-def _find_annotations(data: str) -> dict[str, tuple[Path, Path]]:
-    """Return (annotation file, folder of images) for "train" and, if there is one, the evaluation split."""
+def _find_annotations(data: str) -> dict[str, tuple[Path, list[Path]]]:
+    """Return (annotation file, folders of images) for "train" and the declared evaluation splits."""
     root = Path(data).expanduser()
     if not data or not root.is_dir():
         reason = f"--data '{data}' is not a folder." if data else "--data is missing."
         raise DataError(f"{reason}\n{DETECTION_FORMS}")
-    parts: dict[str, list[tuple[Path, Path]]] = {}
-    for folder in sorted(path for path in root.iterdir() if path.name.lower() in _FOLDERS and path.is_dir()):
-        for file in _files_in(folder):
-            parts.setdefault(_FOLDERS[folder.name.lower()], []).append((file, _images_of(folder)))
-    if not parts:
-        for file in sorted((root / "annotations").glob("instances_*.json")):
-            name = file.stem.removeprefix("instances_")
-            images = root / name if (root / name).is_dir() else root / "images" / name
-            parts.setdefault(split_from_name(name) or "train", []).append((file, images))
-    if not parts:
-        parts = {"train": [(file, _images_of(root)) for file in _files_in(root)]}
+    parts = find_annotations(root)
     if not parts.get("train"):
-        raise DataError(f"--data '{data}' holds no training annotations in COCO's format.\n{DETECTION_FORMS}")
+        kind = other_format(root)
+        reason = f"; {kind} are not read, convert them to COCO's JSON" if kind else ""
+        raise DataError(f"--data '{data}' holds no training annotations in COCO's format{reason}.\n{DETECTION_FORMS}")
     for split, files in parts.items():
         if len(files) > 1:
             raise DataError(
                 f"--data '{data}' has more than one file of {split} annotations: {files[0][0]} and {files[1][0]}.\n"
                 "Keep only one of the two files."
             )
-    evaluation = next((name for name in ("test", "validation") if name in parts), None)
-    return {name: files[0] for name, files in parts.items() if name in ("train", evaluation)}
-
-
-def _files_in(folder: Path) -> list[Path]:
-    return [folder / name for name in _FILES if (folder / name).is_file()]
-
-
-def _images_of(folder: Path) -> Path:
-    return folder / "images" if (folder / "images").is_dir() else folder
+    return {name: files[0] for name, files in parts.items()}
 
 
 def _compare_splits(splits: Mapping[str, Annotations], files: Mapping[str, Path], findings: Findings) -> None:
@@ -250,25 +270,74 @@ def _raise_findings(data: str, findings: Findings, skip_bad: bool) -> None:
     raise DataError(f"--data '{data}' has {count}:\n" + "\n".join(lines[:_MAX_LINES]) + more + remedy)
 
 
-def _assemble(data: str, splits: Mapping[str, Annotations], notes: tuple[str, ...]) -> Splits:
-    train = splits["train"]
+def _require_objects(data: str, file: Path, annotations: Annotations, skip_bad: bool) -> None:
+    """Raise DataError if no object of a file can be used, or less than a tenth unless `skip_bad` allows it."""
+    if not len(annotations):
+        raise DataError(f"--data '{data}': no image of {file} can be used.")
+    lost = {reason: count for reason, count in annotations.left_out.items() if not reason.startswith("images")}
+    num_usable = int((~annotations.crowd).sum())
+    total = num_usable + sum(lost.values())
+    if num_usable > (0 if skip_bad else total / 10):
+        return
+    if not total:
+        raise DataError(f"--data '{data}': {file} holds no object, its list 'annotations' is empty.")
+    remedy = "Correct them, or leave them out with --skip-bad." if num_usable else "Correct them."
+    if max(lost, key=lambda reason: lost[reason]).startswith("crowds"):
+        remedy = (
+            "A crowd is many objects under one mask, which training ignores: set iscrowd to 0 where it is one object, "
+            "as for the masks that CVAT draws by brush."
+        )
+    reasons = ", ".join(f"{count:,} {reason}" for reason, count in lost.items())
+    raise DataError(
+        f"--data '{data}': {num_usable or 'none'} of {total:,} objects of {file} can be used: {reasons}.\n{remedy}"
+    )
+
+
+def _assemble(data: str, annotations: Mapping[str, Annotations], notes: Iterable[str]) -> Splits:
+    train = annotations["train"]
     classes = tuple(train.category_names.values())
-    sources = {}
-    for name, split in splits.items():
-        if not len(split):
-            raise DataError(f"--data '{data}': no image of {name} can be used.")
-        sources[name] = DetectionSource(
+    sources = {
+        name: DetectionSource(
             split if name == "train" else _only_classes(split, classes),
             name=data,
             split="train" if name == "train" else "evaluation",
             classes=classes,
             category_ids=_category_ids(split.category_names, train.category_names),
-            notes=notes if name == "train" else (),
+            left_out=split.left_out,
         )
-    if not len(train.boxes):
-        raise DataError(f"--data '{data}': no object of train can be used.")
+        for name, split in annotations.items()
+    }
     evaluation = next((name for name in sources if name != "train"), None)
-    return Splits(sources["train"], sources[evaluation], evaluation) if evaluation else hold_out(sources["train"])
+    if evaluation:
+        splits = Splits(sources["train"], sources[evaluation], evaluation)
+    else:
+        splits = hold_out(sources["train"])
+        cast("DetectionSource", splits.evaluation).left_out = {}  # `train` has the counts of the whole file
+    training, held_out = cast("DetectionSource", splits.train), cast("DetectionSource", splits.evaluation)
+    return dataclasses.replace(splits, notes=(*notes, *_notes_on_content(data, training, held_out)))
+
+
+def _notes_on_content(data: str, train: DetectionSource, held_out: DetectionSource) -> list[str]:
+    """Return a note on classes without an object, in training and in evaluation, and on images without one."""
+    notes = []
+    for source, text in (
+        (train, "in training, and are not learned"),
+        (held_out, "among the held-out images, and do not count in the average precision"),
+    ):
+        missing = [name for name, count in source.objects_per_class().items() if not count]
+        if missing:
+            listed = ", ".join(missing[:10]) + (", ..." if len(missing) > 10 else "")
+            total = f"{len(missing)} of {len(source.classes)} classes have no object {text}"
+            notes.append(f"--data '{data}': {total}: {listed}.")
+    names = {train.identify(index) for index in range(len(train))}
+    shared = [name for index in range(len(held_out)) if (name := held_out.identify(index)) in names]
+    if shared:
+        notes.append(
+            f"--data '{data}': {len(shared):,} held-out images are training images too, the first: {shared[0]}."
+        )
+    if 2 * train.num_empty > len(train):
+        notes.append(f"--data '{data}': {train.num_empty:,} of {len(train):,} training images have no object.")
+    return notes
 
 
 def _category_ids(category_names: Mapping[int, str], train: Mapping[int, str]) -> tuple[int, ...]:

@@ -2,7 +2,7 @@
 
 A source has one of these layouts:
 
-    ROOT/train/images + ROOT/train/masks, and the same under val/, validation/ or test/
+    ROOT/train/images + ROOT/train/masks, and the same under val/ or test/ (more names: split_names.py)
     ROOT/images/training + ROOT/annotations/training, and validation/      ADE20K's layout
     ROOT/images + ROOT/masks                                               10% of the images are held out
     hf:owner/name                                                          an image column and a mask column
@@ -14,10 +14,10 @@ file.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
-import os
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, cast
 
@@ -26,27 +26,27 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from pecobook.data.decode import BadImage, decode, header_size
-from pecobook.data.dense.segmentation_classes import (
-    IGNORE,
-    MaskClasses,
-    decode_mask,
-    ignored_values,
-    make_classes,
-    read_classes,
-)
-from pecobook.data.source import IMAGE_EXTENSIONS, ImageSource, Integers, Splits, Store, group_by_split, hold_out
+from pecobook.data.decode import BadImage, Range, decode, header_size, read_file
+from pecobook.data.dense.class_files import find_class_file, read_classes
+from pecobook.data.dense.mask_files import Pixels, read_pixels
+from pecobook.data.dense.segmentation_classes import IGNORE, MaskClasses, ignored_values, make_classes
+from pecobook.data.dense.segmentation_pairs import find_pairs
+from pecobook.data.source import ImageSource, Integers, Splits, Store, hold_out, unused_splits
+from pecobook.data.split_names import group_by_split
 from pecobook.data.tables import TableStore, hub_tables
 from pecobook.errors import DataError, listed
 
-_IMAGE_FOLDERS = ("images", "image", "img", "imgs", "jpegimages")
-_MASK_FOLDERS = ("masks", "mask", "annotations", "labels", "label", "segmentationclass")
-_MASK_ENDINGS = ("_mask", "_masks", "_label", "_labels", "_seg", "_gt")
 _MASK_COLUMNS = ("mask", "annotation", "label", "segmentation", "segmentation_mask", "annotations", "labels", "gt")
 
 
 class MaskStore(Store, Protocol):
-    """A store whose rows hold an image and its mask."""
+    """A store whose rows hold an image and its mask.
+
+    Attributes:
+        left_out: reason -> number of images and masks that belong to no row.
+    """
+
+    left_out: dict[str, int]
 
     def read_image(self, row: int) -> bytes:
         """Read the encoded image. Raises BadImage."""
@@ -61,8 +61,11 @@ class MaskStore(Store, Protocol):
 class PairStore:
     """Pairs of an image file and a mask file under one folder."""
 
+    value_range: Range | None = None
+
     def __init__(self, root: Path, pairs: Sequence[tuple[str, str]]) -> None:
         self.root, self.pairs = root, pairs
+        self.left_out: dict[str, int] = {}
 
     def __len__(self) -> int:
         return len(self.pairs)
@@ -76,10 +79,7 @@ class PairStore:
         return self.pairs[row][1]
 
     def _bytes(self, name: str) -> bytes:
-        try:
-            return (self.root / name).read_bytes()
-        except OSError as error:
-            raise BadImage(name, error.strerror or str(error)) from error
+        return read_file(self.root / name, name)
 
     def read_image(self, row: int) -> bytes:
         """Read the encoded image."""
@@ -87,7 +87,7 @@ class PairStore:
 
     def read(self, row: int) -> Tensor:
         """Read and decode the image: uint8 (3, H, W)."""
-        return decode(self.read_image(row), name=self.pairs[row][0])
+        return decode(self.read_image(row), name=self.pairs[row][0], value_range=self.value_range)
 
     def read_mask(self, row: int) -> bytes:
         """Read the encoded mask."""
@@ -109,6 +109,16 @@ class TablePairStore:
 
     def __init__(self, images: TableStore, masks: TableStore, column: str) -> None:
         self._images, self._masks, self._column = images, masks, column
+        self.left_out: dict[str, int] = {}
+
+    @property
+    def value_range(self) -> Range | None:
+        """The range of the values of the image column."""
+        return self._images.value_range
+
+    @value_range.setter
+    def value_range(self, value_range: Range | None) -> None:
+        self._images.value_range = value_range
 
     def __len__(self) -> int:
         return len(self._images)
@@ -143,19 +153,29 @@ class SegmentationSource(ImageSource):
 
     Attributes:
         mask_classes: the meaning of the masks' pixels.
+        left_out: reason -> number of images or masks of the split that are not used.
     """
 
-    def __init__(self, store: MaskStore, mask_classes: MaskClasses, *, name: str, split: str, rows: Integers) -> None:
+    def __init__(
+        self,
+        store: MaskStore,
+        mask_classes: MaskClasses,
+        *,
+        name: str,
+        split: str,
+        rows: Integers,
+        left_out: Mapping[str, int] | None = None,
+    ) -> None:
         super().__init__(store, name=name, split=split, rows=rows)
+        self.left_out = dict(left_out or {})
         self.mask_classes, self._masks, self._table = mask_classes, store, mask_classes.table()
 
     def read_mask(self, index: int) -> Tensor:
         """Read the class of every pixel, int16 (H, W), with `IGNORE` at ignored pixels. Raises BadImage."""
-        row = self._row(index)
-        values = decode_mask(self._masks.read_mask(row), self.mask_classes.colours, name=self._masks.identify_mask(row))
-        classes = self._table[values]
+        meaning = self.mask_classes
+        classes = self._table[self.read_pixels(index).values(meaning.colours, stretched=meaning.stretched)]
         if classes.min() < IGNORE:
-            raise BadImage(self._masks.identify_mask(row), "a pixel has no class")
+            raise BadImage(self.identify_mask(index), "a pixel has no class")
         return torch.from_numpy(classes)
 
     def sample(self, index: int) -> tuple[Any, ...]:
@@ -168,23 +188,33 @@ class SegmentationSource(ImageSource):
     def subset(self, indices: Iterable[int] | Integers) -> SegmentationSource:
         """Return a source with only the given images, in the given order."""
         chosen = super().subset(indices)
-        rows = cast("Integers", chosen._rows)
-        return SegmentationSource(self._masks, self.mask_classes, name=self.name, split=self.split, rows=rows)
+        return self._copy(self.mask_classes, cast("Integers", chosen._rows))
 
     def with_mask_classes(self, mask_classes: MaskClasses) -> SegmentationSource:
         """Return the source with another meaning of the masks' pixels."""
-        rows = cast("Integers", self._rows)
-        return SegmentationSource(self._masks, mask_classes, name=self.name, split=self.split, rows=rows)
+        return self._copy(mask_classes, cast("Integers", self._rows))
+
+    def _copy(self, mask_classes: MaskClasses, rows: Integers) -> SegmentationSource:
+        return SegmentationSource(
+            self._masks, mask_classes, name=self.name, split=self.split, rows=rows, left_out=self.left_out
+        )
+
+    def read_pixels(self, index: int) -> Pixels:
+        """Read the pixels of a mask as the file has them. Raises BadImage."""
+        row, colours = self._row(index), self.mask_classes.colours is not None
+        return read_pixels(self._masks.read_mask(row), name=self._masks.identify_mask(row), colours=colours)
 
     def read_values(self, index: int) -> tuple[npt.NDArray[np.int64], tuple[int, int]]:
         """Read the pixel values of a mask (H, W), and the image's (height, width) from its header. Raises BadImage."""
-        row = self._row(index)
-        name = self._masks.identify_mask(row)
-        values = decode_mask(self._masks.read_mask(row), self.mask_classes.colours, name=name)
-        size = header_size(self._masks.read_image(row))
+        meaning = self.mask_classes
+        return self.read_pixels(index).values(meaning.colours, stretched=meaning.stretched), self.header_size(index)
+
+    def header_size(self, index: int) -> tuple[int, int]:
+        """Read the height and width of image `index` from its header. Raises BadImage."""
+        size = header_size(self._masks.read_image(self._row(index)))
         if size is None:
             raise BadImage(self.identify(index), "not an image")
-        return values, size
+        return size
 
     def identify_mask(self, index: int) -> str:
         """Return a name by which a person can find the mask of image `index`."""
@@ -209,7 +239,8 @@ def open_segmentation(
 
     Args:
         data: a folder, or hf:owner/name.
-        classes: file of class names; an empty string stands for classes.txt in the folder, if it exists.
+        classes: file of class names; an empty string stands for classes.txt, or another file of
+            `class_files`, in the folder, if there is one.
         mask_values: the pixel value of each class, if they are not 0, 1, 2, ...
         ignore: pixel values, or names of classes, that the loss and the scores ignore.
         skip_bad: leave out images without a mask and masks without an image, and print their number.
@@ -219,20 +250,32 @@ def open_segmentation(
         ConfigError: the settings contradict each other.
     """
     root = Path(data).expanduser()
-    file = Path(classes).expanduser() if classes else root / "classes.txt"
-    names, colours = read_classes(file) if classes or file.is_file() else (None, None)
-    mask_classes = make_classes(names, colours, mask_values=mask_values, ignore=ignore)
+    file = Path(classes).expanduser() if classes else find_class_file(root)
+    mask_classes = make_classes(read_classes(file) if file else None, mask_values=mask_values, ignore=ignore)
     given_classes = mask_classes or MaskClasses((), (), ignored_values(ignore), None)
 
     def source(store: MaskStore, rows: Iterable[int], split: str) -> SegmentationSource:
-        return SegmentationSource(store, given_classes, name=data, split=split, rows=np.array(list(rows), np.int64))
+        return SegmentationSource(
+            store,
+            given_classes,
+            name=data,
+            split=split,
+            rows=np.array(list(rows), np.int64),
+            left_out=store.left_out,
+        )
 
+    is_usual = file is None or bool(classes) or file.name == "classes.txt"
+    notes = () if is_usual else (f"The classes are those of {file}.",)
     stores = _hub_stores(data) if data.startswith("hf:") else _folder_stores(data, root, skip_bad)
     train = source(stores["train"], range(len(stores["train"])), "train")
     for name in ("validation", "test"):
         if name in stores:
-            return Splits(train, source(stores[name], range(len(stores[name])), "evaluation"), name)
-    return hold_out(train)
+            evaluation = source(stores[name], range(len(stores[name])), "evaluation")
+            unused = unused_splits({split: len(stores[split]) for split in stores}, name)
+            return Splits(train, evaluation, name, unused, notes)
+    splits = hold_out(train)
+    cast("SegmentationSource", splits.evaluation).left_out = {}  # `train` has the counts of all pairs
+    return dataclasses.replace(splits, notes=notes)
 
 
 def _folder_stores(data: str, root: Path, skip_bad: bool) -> dict[str, MaskStore]:
@@ -240,69 +283,20 @@ def _folder_stores(data: str, root: Path, skip_bad: bool) -> dict[str, MaskStore
         raise DataError(
             f"--data '{data}' is not a folder. Give a folder with images/ and masks/, or give hf:owner/name."
         )
-    images, masks = _find_pictures(data, root, _IMAGE_FOLDERS), _find_pictures(data, root, _MASK_FOLDERS)
-    if not images.keys() & masks.keys():
-        masks = {_without_ending(key): file for key, file in masks.items()}
-    if not images or not masks:
-        missing = "images" if not images else "masks"
-        raise DataError(
-            f"--data '{data}' holds no {missing}: it needs images/ and masks/ (or annotations/), either at the top, or "
-            "under train/ and val/, or with the subfolders training/ and validation/."
+    found = find_pairs(data, root)
+    if found.unpaired and skip_bad and found.pairs:
+        print(
+            f"{len(found.unpaired)} images or masks are left out, because they have no mask or image.", file=sys.stderr
         )
-    unpaired = sorted(images.keys() ^ masks.keys())
-    paired = sorted(images.keys() & masks.keys())
-    if unpaired and skip_bad and paired:
-        print(f"{len(unpaired)} images or masks are left out, because they have no mask or image.", file=sys.stderr)
-    elif unpaired:
-        lines = [f"{images.get(key) or masks[key]} has no {'mask' if key in images else 'image'}" for key in unpaired]
-        raise DataError(f"--data '{data}':\n{listed(lines)}\nAdd the missing files, or leave these out (--skip-bad).")
-    pairs = [(images[key], masks[key]) for key in paired]
-    groups = group_by_split([_split_name(image) for image, _ in pairs])
-    return {split: PairStore(root, [pairs[number] for number in numbers]) for split, numbers in groups.items()}
-
-
-def _find_pictures(data: str, root: Path, folders: tuple[str, ...]) -> dict[str, str]:
-    """Find all pictures under a folder with one of the names `folders`.
-
-    Links to folders are followed, but each folder is visited once.
-
-    Returns:
-        key -> relative path; the key is the path without the name of that folder and without the extension, so an image
-        and its mask have the same key.
-
-    Raises:
-        DataError: two pictures have the same key.
-    """
-    pictures: dict[str, str] = {}
-    duplicates: list[str] = []
-    visited: set[str] = set()
-    for top, subfolders, names in os.walk(root, followlinks=True):
-        subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
-        parts = Path(top).relative_to(root).parts
-        position = next((number for number, part in enumerate(parts) if part.lower() in folders), None)
-        real_path = os.path.realpath(top)
-        if real_path in visited:
-            subfolders.clear()  # a link to a folder that was visited already
-            continue
-        visited.add(real_path)
-        if position is None:
-            continue
-        key_parts = (*parts[:position], *parts[position + 1 :])
-        for name in sorted(names):
-            stem, _, extension = name.rpartition(".")
-            if stem and not name.startswith(".") and extension.lower() in IMAGE_EXTENSIONS:
-                key, file = "/".join((*key_parts, stem)), "/".join((*parts, name))
-                if key in pictures:
-                    duplicates.append(f"{pictures[key]} and {file} have the same name")
-                pictures[key] = file
-    if duplicates:
-        raise DataError(f"--data '{data}':\n{listed(duplicates)}\nImages and masks are paired by name: keep one file.")
-    return pictures
-
-
-def _without_ending(key: str) -> str:
-    """Return the key of a mask without an ending such as "_mask", which is the key of its image."""
-    return next((key.removesuffix(ending) for ending in _MASK_ENDINGS if key.endswith(ending)), key)
+    elif found.unpaired:
+        lines = listed(found.unpaired)
+        raise DataError(f"--data '{data}':\n{lines}\nAdd the missing files, or leave these out (--skip-bad).")
+    names = [_split_name(image) for image, _ in found.pairs] if found.splits is None else found.splits
+    groups, undeclared = group_by_split(names)
+    stores = {split: PairStore(root, [found.pairs[number] for number in numbers]) for split, numbers in groups.items()}
+    outside = {"pairs outside the folders of splits": len(undeclared)} if undeclared else {}
+    stores["train"].left_out = {**found.left_out, **outside}
+    return dict(stores)
 
 
 def _split_name(image: str) -> str:

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import cast
 
 import numpy as np
 
 from pecobook.data.decode import BadImage
+from pecobook.data.dense.counts import MaskCounts, pixels_per_value, sum_masks
+from pecobook.data.dense.mask_files import UNLISTED, InvalidMask
+from pecobook.data.dense.mask_meaning import MaskReport, settle_meaning
 from pecobook.data.dense.segmentation import SegmentationSource
-from pecobook.data.dense.segmentation_classes import InvalidMask, MaskClasses
+from pecobook.data.dense.segmentation_classes import MaskClasses
 from pecobook.data.source import Splits
-from pecobook.errors import ConfigError, DataError
 from pecobook.utils.devices import cores
+
+_NO_CLASS = frozenset(("void", "ignore", "ignored", "unlabelled", "unlabeled", "unknown", "dontcare", "don't care"))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,17 +27,27 @@ class VerificationResult:
     """The result of `verify`.
 
     Attributes:
-        splits: the valid pairs, with known classes.
+        splits: the valid pairs, with known classes; its notes end with those of this check.
         problems: a line for each invalid pair.
         unreadable: a line for each pair whose image or mask cannot be read.
+        counts: the pixels of the valid training masks and of the valid held-out masks.
+        notes: what was taken for granted, and classes without a pixel, as sentences.
+        fault: why nothing can be learned from these masks; empty if something can.
+        hint: what the problems have in common; may be empty.
     """
 
     splits: Splits
     problems: tuple[str, ...]
     unreadable: tuple[str, ...]
+    counts: tuple[MaskCounts, MaskCounts]
+    notes: tuple[str, ...]
+    fault: str
+    hint: str
 
 
-def verify(splits: Splits, show: Callable[[int], None] = lambda _done: None) -> VerificationResult:
+def verify(
+    splits: Splits, show: Callable[[int], None] = lambda _done: None, *, limit: int | None = None
+) -> VerificationResult:
     """Read every mask and the header of its image once, on all cores, and remove invalid pairs.
 
     A pair is invalid if the sizes of image and mask differ, if the mask has values without a class, or if the image or
@@ -41,92 +56,171 @@ def verify(splits: Splits, show: Callable[[int], None] = lambda _done: None) -> 
     Args:
         splits: the splits that `open_segmentation` returns.
         show: called with the number of checked pairs after each pair.
+        limit: read only this number of pairs of each split, evenly spread, to learn what the pixels mean; no pair is
+            then removed or reported.
 
     Raises:
         ConfigError: without given classes, masks hold only the values 0 and 255, and 255 is ignored.
-        DataError: without given classes, the values of the masks do not define classes.
+        DataError: without given classes, the values of the masks do not define classes; or it is unclear what the
+            numbers of grey files of fewer than 8 bits mean.
     """
+    sources = [cast("SegmentationSource", part) for part in (splits.train, splits.evaluation)]
+    reports = _check_pairs(sources, show, limit)
+    meaning, notes = settle_meaning(splits.train.name, sources[0].mask_classes, reports)
+    problems: list[str] = []
+    unreadable: list[str] = []
+    valid: list[SegmentationSource] = []
+    counts: list[MaskCounts] = []
+    for source, source_reports in zip(sources, reports, strict=True):
+        invalid = {n: reason for n, report in enumerate(source_reports) if (reason := _problem(report, meaning))}
+        part = source.with_mask_classes(meaning)
+        kept = [n for n, report in enumerate(source_reports) if not (report.reason or report.unreadable)]
+        if limit is None:
+            kept = [n for n in kept if n not in invalid]
+            problems += [f"{source.identify_mask(number)} {reason}" for number, reason in invalid.items()]
+            unreadable += [report.unreadable for report in source_reports if report.unreadable]
+            part = part.subset(kept)
+            num_unreadable = len(source_reports) - len(kept) - len(invalid)
+            found = {"pairs that do not fit": len(invalid), "pairs that cannot be read": num_unreadable}
+            part.left_out |= {reason: count for reason, count in found.items() if count}
+        valid.append(part)
+        counts.append(sum_masks(meaning, [source_reports[n].counts(meaning) for n in kept]))
+    train, evaluation = counts
+    notes = [*notes, *_notes_on_content(train, evaluation, limit)]
+    return VerificationResult(
+        splits=dataclasses.replace(splits, train=valid[0], evaluation=valid[1], notes=(*splits.notes, *notes)),
+        problems=tuple(problems),
+        unreadable=tuple(unreadable),
+        counts=(train, evaluation),
+        notes=tuple(notes),
+        fault="" if limit is not None else _fault(splits.train.name, train, meaning),
+        hint=_hint(reports[0], meaning, problems) if problems else "",
+    )
+
+
+def _check_pairs(
+    sources: Iterable[SegmentationSource], show: Callable[[int], None], limit: int | None
+) -> list[list[MaskReport]]:
     from concurrent.futures import ThreadPoolExecutor
 
-    sources = [cast("SegmentationSource", part) for part in (splits.train, splits.evaluation)]
-    reports: list[list[_PairReport]] = []
+    reports = []
     done = 0
     with ThreadPoolExecutor(max_workers=len(cores())) as pool:
         for source in sources:
+            count = len(source) if limit is None else min(limit, len(source))
+            numbers = np.linspace(0, len(source) - 1, count).round().astype(np.int64).tolist()
             source_reports = []
-            for report in pool.map(partial(_check_pair, source), range(len(source))):
+            for report in pool.map(partial(_check_pair, source), numbers):
                 source_reports.append(report)
                 show(done := done + 1)
             reports.append(source_reports)
-    mask_classes = sources[0].mask_classes
-    if not mask_classes.names:
-        mask_classes = _infer_classes(splits, reports)
-    allowed = {*mask_classes.values, *mask_classes.ignored}
-    problems, unreadable = [], []
-    valid: list[SegmentationSource] = []
-    for source, source_reports in zip(sources, reports, strict=True):
-        invalid = {
-            number: reason
-            for number, report in enumerate(source_reports)
-            if (reason := report.problem(allowed, mask_classes))
-        }
-        problems += [f"{source.identify_mask(number)} {reason}" for number, reason in invalid.items()]
-        unreadable += [report.unreadable for report in source_reports if report.unreadable]
-        valid += [source.subset(n for n, r in enumerate(source_reports) if n not in invalid and not r.unreadable)]
-    train, evaluation = (source.with_mask_classes(mask_classes) for source in valid)
-    return VerificationResult(Splits(train, evaluation, splits.evaluation_name), tuple(problems), tuple(unreadable))
+    return reports
 
 
-@dataclasses.dataclass(frozen=True)
-class _PairReport:
-    """The result of checking one pair: the mask's values, the reason why it is invalid, or the error of reading it."""
-
-    values: frozenset[int] = frozenset()
-    reason: str = ""
-    unreadable: str = ""
-
-    def problem(self, allowed: set[int], mask_classes: MaskClasses) -> str:
-        unexpected = sorted(self.values - allowed)
-        if self.reason or not unexpected:
-            return self.reason
-        if mask_classes.colours is not None:
-            return "has colours that --classes does not list"
-        last = max(mask_classes.values, default=0)
-        return (
-            f"holds the value {unexpected[0]}, but the {len(mask_classes.names)} classes have the values "
-            f"{min(mask_classes.values)} to {last}"
-        )
-
-
-def _check_pair(source: SegmentationSource, number: int) -> _PairReport:
+def _check_pair(source: SegmentationSource, number: int) -> MaskReport:
+    listed = source.mask_classes.colours
     try:
-        values, size = source.read_values(number)
+        pixels = source.read_pixels(number)
+        size = source.header_size(number)
     except InvalidMask as error:
-        return _PairReport(reason=error.reason)
+        return MaskReport(reason=error.reason)
     except BadImage as error:
-        return _PairReport(unreadable=str(error))
-    if values.shape != size:
-        height, width = values.shape
-        return _PairReport(reason=f"is {width} x {height}, but its image is {size[1]} x {size[0]}")
-    return _PairReport(frozenset(np.flatnonzero(np.bincount(values.ravel(), minlength=1)).tolist()))
+        return MaskReport(unreadable=str(error))
+    if pixels.colours.shape[:2] != size:
+        height, width = pixels.colours.shape[:2]
+        turned = " after its EXIF orientation, which the mask may lack" if (height, width) == size[::-1] else ""
+        return MaskReport(reason=f"is {width} x {height}, but its image is {size[1]} x {size[0]}{turned}")
+    numbers = None if pixels.numbers is None else pixels_per_value(pixels.numbers)
+    palette = pixels.palette
+    values = None if listed is None else pixels.values(listed)
+    unlisted = [] if values is None else pixels.colours[values == UNLISTED][:1].ravel().tolist()
+    return MaskReport(
+        numbers=numbers,
+        palette=None if palette is None else {n: palette[3 * n : 3 * n + 3] for n in numbers or {}},
+        by_colour=None if values is None else pixels_per_value(values),
+        unlisted=" ".join(map(str, unlisted)),
+        top=pixels.top,
+    )
 
 
-def _infer_classes(splits: Splits, reports: list[list[_PairReport]]) -> MaskClasses:
-    """Return the classes 0 to the largest value of any training mask."""
-    ignored = cast("SegmentationSource", splits.train).mask_classes.ignored
-    values_in_masks = {value for report in reports[0] for value in report.values}
-    if values_in_masks and values_in_masks <= {0, 255} and 255 in values_in_masks and 255 in ignored:
-        raise ConfigError(
-            f"--data '{splits.train.name}': masks hold only 0 and 255, and 255 is ignored. If 255 marks the object, "
-            "give --mask-values 0 255."
+def _problem(report: MaskReport, meaning: MaskClasses) -> str:
+    """Return why a pair is invalid, or an empty text."""
+    unexpected = sorted(report.counts(meaning).keys() - {*meaning.values, *meaning.ignored})
+    if report.reason or not unexpected:
+        return report.reason
+    if meaning.colours is not None:
+        return f"has colours that --classes does not list, such as {report.unlisted}"
+    return (
+        f"holds the value {unexpected[0]}, but the {len(meaning.names)} classes have the values "
+        f"{min(meaning.values)} to {max(meaning.values)}"
+    )
+
+
+def _hint(reports: list[MaskReport], meaning: MaskClasses, problems: list[str]) -> str:
+    """Return a remedy for masks saved as JPEG, and for one value more than there are classes, as an unlabelled 0."""
+    if re.search(r"\.jpe?g\)? holds the value", problems[0], re.IGNORECASE):
+        return "JPEG changes the values of a mask: save masks as PNG, without interpolation.\n"
+    count = len(meaning.names)
+    met = {value for report in reports for value in report.counts(meaning)} - set(meaning.ignored)
+    if meaning.colours is not None or not met:
+        return ""
+    if meaning.values != tuple(range(count)) or max(met) != count:
+        if 2 * sum(bool(_problem(report, meaning)) for report in reports) <= len(reports):
+            return ""  # single masks are wrong
+        values = ", ".join(str(value) for value in sorted(met)[:20]) + (", ..." if len(met) > 20 else "")
+        return f"The training masks hold the values {values}; --mask-values states the value of each class.\n"
+    others = " ".join(str(value) for value in meaning.ignored if value != 0)
+    return (
+        f"The masks hold values up to {count} for {count} classes: if 0 means no class, give --mask-values 1-{count} "
+        f"--ignore 0; if {count} means none, give --ignore {others} {count}.\n"
+    )
+
+
+def _notes_on_content(train: MaskCounts, evaluation: MaskCounts, limit: int | None) -> list[str]:
+    """Return a note on classes without a pixel, and on pixels that do not count."""
+    notes: list[str] = []
+    if not train.masks:
+        return notes
+    masks = "training masks" if limit is None else "sampled training masks"
+    missing = [name for name, count in train.classes.items() if not count]
+    if missing:
+        total = f"{len(missing)} of {len(train.classes)} classes have no pixel in the {masks}"
+        notes.append(f"{total}, and are not learned: {_names(missing)}.")
+    missing = [name for name, count in evaluation.classes.items() if not count]
+    if missing and limit is None:
+        total = f"{len(missing)} of {len(evaluation.classes)} classes have no pixel in the held-out masks"
+        rest = len(evaluation.classes) - len(missing)
+        notes.append(f"{total}, so that the mean IoU is over the other {rest}: {_names(missing)}.")
+    void = [name for name, count in train.classes.items() if count and name.strip("_").lower() in _NO_CLASS]
+    if void:
+        notes.append(
+            f"The class '{void[0]}' is learned and counts in the mean IoU: --ignore 255 '{void[0]}' leaves it out."
         )
-    used = values_in_masks - set(ignored)
-    largest = max(used, default=0)
-    if largest < 1 or largest > 191 or len(used) < (largest + 1) / 2:
-        raise DataError(
-            f"--data '{splits.train.name}': masks hold {len(used)} values up to {largest}, which define no "
-            "classes. Give --classes FILE with a name on each line, or --mask-values. Masks that were interpolated or "
-            "saved as JPEG hold values that belong to no class: save them as PNG, without interpolation."
-        )
-    values = tuple(value for value in range(largest + 1) if value not in ignored)
-    return MaskClasses(tuple(f"class {value}" for value in values), values, ignored)
+    pixels = sum(train.values.values())
+    if 2 * train.ignored > pixels:
+        notes.append(f"{100 * train.ignored / pixels:.0f}% of the pixels of the {masks} are ignored.")
+    return notes
+
+
+def _names(names: list[str]) -> str:
+    return ", ".join(names[:10]) + (", ..." if len(names) > 10 else "")
+
+
+def _fault(name: str, train: MaskCounts, meaning: MaskClasses) -> str:
+    """Return why nothing can be learned: fewer than two classes have a pixel in training."""
+    present = [f"'{text}' alone" for text, count in train.classes.items() if count]
+    if len(present) > 1 or not train.masks:
+        return ""
+    total = sum(train.values.values())
+    ignored = set(meaning.ignored)
+    met = ", ".join(
+        f"{value} ({100 * count / total:.0f}%{', ignored' if value in ignored else ''})"
+        for value, count in list(train.values.items())[:6]
+    )
+    unit = "values" if meaning.colours is None else "lines of --classes"
+    return (
+        f"--data '{name}': {present[0] if present else 'no class'} has pixels in the training masks, so that "
+        f"there is nothing to learn; {unit} met: {met}.\n"
+        "If another value marks a class, name the value of every class in --mask-values (such as 0 255), and what "
+        "means no class in --ignore."
+    )

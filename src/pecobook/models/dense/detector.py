@@ -31,8 +31,9 @@ from torchvision.ops.poolers import LevelMapper
 
 from pecobook.models.dense.pyramid import FeaturePyramid, rebuild_pyramid
 from pecobook.models.export import Card, Exported
+from pecobook.models.snippets import PHOTO, quoted
 from pecobook.settings.detect import DetectorConfig
-from pecobook.utils.images import fitted_size, resize
+from pecobook.utils.images import check_pixels, fitted_size, resize
 
 MASK_SIDE = 28
 _ANCHOR = 8  # side of an anchor, in strides of the level
@@ -182,6 +183,7 @@ class Detector(Exported):
         Returns:
             detections in pixels of the image, on the CPU.
         """
+        check_pixels(image)
         height, width = image.shape[1:]
         resized = resize(image, *fitted_size(height, width, *self.sides))
         detections: Detections = self([resized.to(self.mean.device)])[0]
@@ -215,7 +217,13 @@ class Detector(Exported):
 
     def loading_code(self, source: str) -> str:
         """Return Python code that loads the detector; `source` is a folder or a repository on the Hugging Face hub."""
-        return f'from pecobook import Detector\nmodel = Detector.from_pretrained("{source}")'
+        return f"""\
+from pecobook import Detector, read_image
+
+model = Detector.from_pretrained({quoted(source)})
+found = model.predict(read_image({quoted(PHOTO)}))  # boxes are left, top, right, bottom in pixels
+names = [model.classes[label - 1] for label in found.labels.tolist()]
+print(list(zip(names, found.scores.tolist(), found.boxes.tolist()))[:5])"""
 
     def card(self, origin: str) -> Card:  # noqa: ARG002
         """Return the model card: backbone, classes, and what `predict` returns."""

@@ -25,7 +25,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pecobook.errors import ConfigError, WeightsError, first_line
+from pecobook.errors import ConfigError, WeightsError
+from pecobook.models.dry_run import refusing
+from pecobook.models.network_traits import has_patch_tokens
 from pecobook.models.weights import Backbone, any_size_args, create_network, load_backbone
 from pecobook.settings.dense import PyramidConfig
 
@@ -45,7 +47,7 @@ class FeaturePyramid(nn.Module):
     def __init__(self, backbone: nn.Module, image_size: int, config: PyramidConfig = PyramidConfig()) -> None:
         super().__init__()
         self.config = config
-        is_vit = hasattr(backbone, "patch_embed") and hasattr(backbone, "blocks")
+        is_vit = has_patch_tokens(backbone)
         self.body: _TransformerBody | _ConvolutionalBody = (
             _TransformerBody(backbone, image_size, config) if is_vit else _ConvolutionalBody(backbone, config)
         )
@@ -118,12 +120,17 @@ class _ConvolutionalBody(nn.Module):
         self.strides = tuple(int(level["reduction"]) for level in levels[-4:])
         if config.checkpointing:
             network.set_grad_checkpointing(True)  # type: ignore[operator]
+        patch: Any = getattr(getattr(network, "patch_embed", None), "patch_size", 1)  # of a Swin, for example
+        self.patch = int(patch[0] if isinstance(patch, tuple) else patch)
         object.__setattr__(self, "network", network)  # not as a submodule: the pyramid registers the network
 
     network: Any
 
     def forward(self, images: Tensor) -> list[Tensor]:
         """Map normalised images (B, 3, H, W) to four feature maps (B, C_l, H / s_l, W / s_l)."""
+        height, width = images.shape[2:]
+        if height % self.patch or width % self.patch:
+            images = F.pad(images, (0, -width % self.patch, 0, -height % self.patch))
         return self.network.forward_intermediates(  # type: ignore[no-any-return]
             images, indices=self.indices, intermediates_only=True
         )
@@ -318,7 +325,14 @@ def _is_beit(network: nn.Module) -> bool:
 
 
 def load_pyramid(
-    spec: str, *, weights: str, image_size: int, config: PyramidConfig, drop_path: float
+    spec: str,
+    *,
+    weights: str,
+    image_size: int,
+    config: PyramidConfig,
+    drop_path: float,
+    mean: tuple[float, ...] = (),
+    std: tuple[float, ...] = (),
 ) -> tuple[FeaturePyramid, Backbone]:
     """Load a backbone and build a pyramid on it.
 
@@ -328,6 +342,8 @@ def load_pyramid(
         image_size: typical side of the input images, pixels.
         config: attention windows, gradient checkpointing, and whether the backbone is frozen.
         drop_path: rate of stochastic depth.
+        mean: mean of the input's normalisation; empty takes that of the weights.
+        std: standard deviation of the input's normalisation; empty takes that of the weights.
 
     Returns:
         the pyramid in training mode, and the backbone with its name, arguments and expected input.
@@ -335,16 +351,15 @@ def load_pyramid(
     Raises:
         WeightsError: the name is unknown, the weights do not fit, or the network cannot form a pyramid.
     """
-    backbone = load_backbone(spec, weights=weights or None, drop_path=drop_path, any_size=True)
-    pyramid = FeaturePyramid(backbone.network, image_size, config)
-    side = 2 * pyramid.strides[-1]
-    try:  # some networks of timm take only one image size, or fail in other ways
+    options: dict[str, Any] = {"drop_path": drop_path, "any_size": True, "mean": mean, "std": std}
+    backbone = load_backbone(spec, weights=weights or None, **options)
+    with refusing(spec, "form a pyramid for images of any size"):  # some networks take one size only, or have no maps
+        pyramid = FeaturePyramid(backbone.network, image_size, config)
+        side = 2 * pyramid.strides[-1]
         with torch.no_grad():
             maps = pyramid.eval()(torch.zeros(1, 3, side, side))
         levels = zip(maps, pyramid.channels, pyramid.strides, strict=True)
         fits = [x.shape == (1, channels, side // stride, side // stride) for x, channels, stride in levels]
-    except (RuntimeError, AssertionError, AttributeError, ValueError, TypeError) as error:
-        raise WeightsError(f"'{spec}' cannot form a pyramid for images of any size: {first_line(error)}") from None
     if not all(fits):
         raise WeightsError(f"'{spec}' cannot form a pyramid: its feature maps are not (B, C, H, W) at its strides.")
     return pyramid.train(), backbone
@@ -363,6 +378,10 @@ class PyramidStageConfig(Protocol):
     def pyramid(self) -> PyramidConfig: ...  # noqa: D102
     @property
     def drop_path(self) -> float: ...  # noqa: D102
+    @property
+    def mean(self) -> tuple[float, ...]: ...  # noqa: D102
+    @property
+    def std(self) -> tuple[float, ...]: ...  # noqa: D102
 
 
 def build_pyramid(config: PyramidStageConfig) -> tuple[FeaturePyramid, Backbone]:
@@ -375,6 +394,8 @@ def build_pyramid(config: PyramidStageConfig) -> tuple[FeaturePyramid, Backbone]
         image_size=config.image_size,
         config=config.pyramid,
         drop_path=config.drop_path,
+        mean=config.mean,
+        std=config.std,
     )
 
 

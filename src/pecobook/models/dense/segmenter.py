@@ -17,8 +17,9 @@ from torch import Tensor, nn
 
 from pecobook.models.dense.pyramid import FeaturePyramid, rebuild_pyramid
 from pecobook.models.export import Card, Exported
+from pecobook.models.snippets import PHOTO, quoted
 from pecobook.settings.segment import SegmenterConfig, SegmentTestConfig
-from pecobook.utils.images import fitted_size, resize, to_float
+from pecobook.utils.images import check_pixels, fitted_size, resize, to_float
 
 POOL_SIZES = (1, 2, 3, 6)  # sides of the pooled maps, cells
 MAX_SCORES = 50_000_000  # number of interpolated scores that are stored at once
@@ -151,10 +152,12 @@ class Segmenter(Exported):
 
     def loading_code(self, source: str) -> str:
         """Return Python code that loads the segmenter; `source` is a folder or a repository on the Hugging Face hub."""
-        return (
-            f'from pecobook import Segmenter\nmodel = Segmenter.from_pretrained("{source}")'
-            "  # model.predict(image): uint8 (3, H, W) to classes (H, W)"
-        )
+        return f"""\
+from pecobook import Segmenter, read_image
+
+model = Segmenter.from_pretrained({quoted(source)})
+classes = model.predict(read_image({quoted(PHOTO)}))  # int64 (H, W): a number in model.classes for every pixel
+print({{model.classes[number]: int((classes == number).sum()) for number in classes.unique().tolist()}})"""
 
     def card(self, origin: str) -> Card:  # noqa: ARG002
         """Return the model card: backbone, number of classes and image size."""
@@ -168,6 +171,7 @@ class Segmenter(Exported):
     @torch.no_grad()
     def predict(self, image: Tensor, test_config: SegmentTestConfig = SegmentTestConfig()) -> Tensor:
         """Return the class of every pixel of an image: uint8 (3, H, W) to int64 (H, W), on the CPU."""
+        check_pixels(image)
         size = int(image.shape[1]), int(image.shape[2])
         scaled = [x.to(self.mean.device) for x in rescaled_images(image, self.image_size, test_config)]
         return best_classes(self.scores(scaled, test_config), size).cpu()

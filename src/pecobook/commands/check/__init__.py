@@ -1,0 +1,138 @@
+"""`pecobook check`: looks at every image of a source, and says what a command would learn from and what is wrong."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import io
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pecobook.errors import PecobookError
+from pecobook.recipes import recipe
+from pecobook.settings.check import CheckConfig
+from pecobook.settings.values import replace
+from pecobook.utils.files import write_atomically
+from pecobook.utils.output_folder import check_new_file
+
+if TYPE_CHECKING:
+    from pecobook.commands.check.survey import Survey
+    from pecobook.data.source import Splits
+    from pecobook.settings.training import TrainConfig
+
+
+def check(config: CheckConfig | None = None, **settings: Any) -> dict[str, Any]:
+    """Look at every image, print what was found, and return it; `problems` lists what is wrong.
+
+    Raises:
+        PecobookError: a flag is wrong, or the contact sheet exists already.
+    """
+    from pecobook.commands.check.layout import layout_of
+    from pecobook.commands.check.survey import survey
+
+    config = replace(config or CheckConfig(), settings)
+    check_new_file(config.out)
+    if config.recipe:
+        recipe(config.task, config.recipe)  # raises ConfigError for a name that does not exist
+    task = layout_of(config.data) if config.task == "auto" else config.task
+    splits, problems = _open(task, config)
+    found: Survey | None = None
+    if splits is not None:
+        found = survey(splits, labels=task not in ("contrast", "codebook", "pretrain"), workers=config.workers)
+        problems += found.problems
+    report = _report(config, task, found, problems)
+    if config.out and splits is not None:
+        from pecobook.commands.check.sheet import contact_sheet
+
+        write_atomically(Path(config.out), contact_sheet(splits, config.samples))
+        report["contact_sheet"] = config.out
+    print(json.dumps(report, indent=2) if config.json else _text(config, report), flush=True)
+    return report
+
+
+def _open(task: str, config: CheckConfig) -> tuple[Splits | None, list[str]]:
+    """Open the source as the command would; return the splits, or None where they cannot be opened, and the problems.
+
+    Where the command refuses the source, the splits are those of a lenient attempt, so that the survey can say more.
+    """
+    from pecobook.engine.value_range import set_value_range
+
+    lenient: dict[str, list[dict[str, Any]]] = {
+        "segment": [{"verify": False}, {"skip_bad": True}],
+        "detect": [{"skip_bad": True}],
+    }
+    problems: list[str] = []
+    for changes in [{}, *lenient.get(task, [])]:
+        try:
+            splits = _open_as(task, _command_settings(task, config, changes))
+        except PecobookError as error:
+            problems = problems or [str(error)]
+            continue
+        said = io.StringIO()
+        try:
+            with contextlib.redirect_stderr(said):
+                set_value_range(splits, config.value_range)
+        except PecobookError as error:
+            problems.append(str(error))
+        problems += [line for line in said.getvalue().splitlines() if line.startswith("Warning: ")]
+        return splits, problems
+    return None, problems
+
+
+def _command_settings(task: str, config: CheckConfig, changes: dict[str, Any]) -> TrainConfig:
+    """Return the settings of a command: those of the recipe, the flags that differ from their defaults, `changes`."""
+    from pecobook.commands.table import COMMANDS
+
+    command = "finetune" if task == "images" else task
+    settings: TrainConfig = recipe(command, config.recipe) if config.recipe else COMMANDS[command].settings()
+    names = {field.name for field in dataclasses.fields(settings)} - {"data", "out", "workers"}
+    given = {
+        field.name: getattr(config, field.name)
+        for field in dataclasses.fields(config)
+        if field.name in names and getattr(config, field.name) != field.default
+    }
+    return replace(settings, {"data": config.data, **given, **changes})
+
+
+def _open_as(task: str, settings: TrainConfig) -> Splits:
+    """Open the images of a command. Raises PecobookError."""
+    from pecobook.data.images import check_labels
+    from pecobook.engine.stage import Stage
+    from pecobook.stages.classify import ClassifyStage
+    from pecobook.stages.detect import DetectStage
+    from pecobook.stages.segment import SegmentStage
+
+    by_task: dict[str, type[Stage[Any]]] = {"segment": SegmentStage, "detect": DetectStage, "finetune": ClassifyStage}
+    stage = by_task.get(task, ClassifyStage)
+    splits = stage.open(settings)
+    if task == "finetune":
+        check_labels(splits, settings.data)
+    return splits
+
+
+def _report(config: CheckConfig, task: str, found: Survey | None, problems: list[str]) -> dict[str, Any]:
+    return {
+        "data": config.data,
+        "task": task,
+        "ok": not problems,
+        "problems": problems,
+        **({"summary": dict(found.lines), **found.figures} if found is not None else {}),
+    }
+
+
+def _text(config: CheckConfig, report: dict[str, Any]) -> str:
+    from pecobook.data.summary import aligned
+
+    task = report["task"]
+    how = "images, with labels where there are any" if task == "images" else f"'pecobook {task}' reads it"
+    guessed = " (guessed from the files; name the command to choose)" if config.task == "auto" else ""
+    lines = aligned([("read as", how + guessed), *report.get("summary", {}).items()])
+    lines += [f"contact sheet: {report['contact_sheet']}"] if "contact_sheet" in report else []
+    if report["problems"]:
+        number = len(report["problems"])
+        lines += ["", f"{number} thing{'s are' if number > 1 else ' is'} wrong:"]
+        lines += [f"- {problem}".replace("\n", "\n  ") for problem in report["problems"]]
+    else:
+        lines += ["", "Nothing is wrong with these images."]
+    return "\n".join(lines)

@@ -1,0 +1,277 @@
+"""Looks at every image of both splits, in several processes, and lists what would be learned wrongly.
+
+The memory that is needed beside the source itself is 8 bytes for each image, for the comparison of files.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Any, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+from torch.utils.data import DataLoader, Dataset
+
+from pecobook.data.dense.coco_check import compare_boxes
+from pecobook.data.dense.detection import DetectionSource
+from pecobook.data.dense.segmentation import SegmentationSource
+from pecobook.data.source import ImageSource, Splits
+from pecobook.data.stream import new_process_group
+from pecobook.data.summary import (
+    Census,
+    Lines,
+    Look,
+    class_counts,
+    describe,
+    left_out_of,
+    look,
+    pixels_per_class,
+)
+from pecobook.engine.log import Progress
+from pecobook.errors import DataError, first_line
+from pecobook.utils.devices import cores
+
+Hashes: TypeAlias = npt.NDArray[np.uint64]
+_LOST_LABELS, _LOST_IMAGES = "labels of", ("damaged", "too early", "cut short")  # words in the notes of a source
+NUM_NAMES = 20  # files of a kind that are named
+_COMPARED_BOXES = 50_000  # of each split at most, evenly spread
+_FEW_IMAGES = 256  # so many are read in this process
+
+
+@dataclasses.dataclass(frozen=True)
+class Survey:
+    """What was found in the images.
+
+    Attributes:
+        lines: (topic, text) lines, as of a training run but for every image.
+        problems: what would be learned wrongly, a text of one or more lines each.
+        figures: all numbers, for a program.
+    """
+
+    lines: Lines
+    problems: list[str]
+    figures: dict[str, Any]
+
+
+class _Looks(Dataset[Look]):
+    def __init__(self, source: ImageSource) -> None:
+        self.source = source
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, index: int) -> Look:
+        return look(self.source, index, whole=True)
+
+
+def survey(splits: Splits, *, labels: bool = True, workers: int = -1) -> Survey:
+    """Look at every image of a source.
+
+    Args:
+        splits: the opened source.
+        labels: whether labels, where there are any, are learned from; False ignores what is wrong with them.
+        workers: number of processes; -1 takes one for each core.
+    """
+    total = len(splits.train) + len(splits.evaluation)
+    progress = Progress(total=total, start=0, name="check", quiet=False)
+    censuses: list[Census] = []
+    digests: list[Hashes] = []
+    done = 0
+    try:
+        for source in (splits.train, splits.evaluation):
+            census, hashes = Census(), np.zeros(len(source), np.uint64)
+            for index, seen in enumerate(_looks(source, workers)):
+                census.add(seen, keep=NUM_NAMES)
+                hashes[index] = seen.digest or 0
+                progress.show(done := done + 1, {})
+            censuses.append(census)
+            digests.append(hashes)
+    except RuntimeError as error:  # a process that the system ended, for want of memory for example
+        text = f"A process that reads images ended near image {done:,} of {total:,}: {first_line(error)}"
+        raise DataError(f"{text.rstrip('.')}.\nGive --workers 1 to read in one process.") from error
+    finally:
+        progress.close()
+    repeats, boxes = _Repeats(splits, *digests), _compare_boxes(splits)
+    lines = describe(splits, censuses[0], evaluation=censuses[1])
+    if censuses[0].values:
+        lines.append(("values", _values_text(censuses[0])))
+    if boxes.compared:
+        lines.append(("boxes", f"{boxes.differing:,} of {boxes.compared:,} do not fit the masks of their objects"))
+    lines.append(("duplicates", repeats.text()))
+    problems = [*_unreadable(splits, censuses), *repeats.problems(), *_unknown_values(splits, censuses)]
+    problems += [*boxes.problems(), *(_empty_classes(splits, censuses[0]) if labels else [])]
+    lost = (*_LOST_IMAGES, *([_LOST_LABELS] if labels else []))
+    problems += [note for note in splits.notes if any(words in note for words in lost)]
+    figures = _figures(splits, censuses, repeats) | {
+        "boxes_compared": boxes.compared,
+        "boxes_differing": boxes.differing,
+    }
+    return Survey(lines, problems, figures)
+
+
+def _values_text(census: Census) -> str:
+    """Return the values of the masks' pixels, or their number and range where there are many."""
+    values = sorted(census.values)
+    if len(values) > NUM_NAMES:
+        return f"{len(values):,} values from {values[0]} to {values[-1]} in the masks of training"
+    return f"{', '.join(map(str, values))} in the masks of training"
+
+
+def _looks(source: ImageSource, workers: int) -> Iterator[Look]:
+    number = len(cores()) if workers < 0 else workers
+    looks = _Looks(source)
+    if number < 2 or len(source) < _FEW_IMAGES:
+        return (looks[index] for index in range(len(source)))
+    loader: DataLoader[Look] = DataLoader(
+        looks, batch_size=16, num_workers=number, collate_fn=list, worker_init_fn=new_process_group
+    )
+    return (seen for batch in loader for seen in batch)
+
+
+class _Repeats:
+    """Files with equal bytes: within training, and in both splits.
+
+    Args:
+        splits: the opened source.
+        train: a hash of the file of each training image, uint64 (n,); 0 stands for a file that was not read.
+        evaluation: the same of the held-out images.
+    """
+
+    def __init__(self, splits: Splits, train: Hashes, evaluation: Hashes) -> None:
+        self.splits = splits
+        known = train[train != 0]
+        self.within = len(known) - len(np.unique(known))
+        shared = np.intersect1d(known, evaluation[evaluation != 0])
+        self.leaked = np.flatnonzero(np.isin(evaluation, shared))
+        order = np.argsort(train, kind="stable")
+        places = np.searchsorted(train[order], evaluation[self.leaked[:NUM_NAMES]])
+        self.pairs = [
+            (splits.evaluation.identify(held_out), splits.train.identify(int(order[place])))
+            for held_out, place in zip(self.leaked[:NUM_NAMES].tolist(), places.tolist(), strict=True)
+        ]
+
+    def text(self) -> str:
+        """Return both numbers as text."""
+        return f"in training {self.within:,}; held-out images that are in training {len(self.leaked):,}"
+
+    def problems(self) -> list[str]:
+        """Return a text on held-out images that are in training, if there are any."""
+        if not len(self.leaked):
+            return []
+        lines = [f"{held_out} is {training}" for held_out, training in self.pairs]
+        count = f"{len(self.leaked):,} of {len(self.splits.evaluation):,}"
+        head = f"Held-out images with the bytes of a training image, so that scores would be too good: {count}"
+        return [_listed(head, lines, len(self.leaked))]
+
+
+@dataclasses.dataclass
+class _Boxes:
+    """How many objects were compared with their masks, how many of them differ, and images of the first of these."""
+
+    compared: int = 0
+    differing: int = 0
+    images: list[str] = dataclasses.field(default_factory=list)
+
+    def problems(self) -> list[str]:
+        """Return a text on boxes that do not fit their masks, if there are any."""
+        head = f"{self.differing:,} of {self.compared:,} boxes do not fit the masks of their objects, in these images:"
+        more = ["..."] if self.differing > len(self.images) == NUM_NAMES else []
+        return ["\n".join([head, *self.images, *more])] if self.differing else []
+
+
+def _compare_boxes(splits: Splits) -> _Boxes:
+    """Compare the boxes with the masks of the same objects, where there are both."""
+    found = _Boxes()
+    files = [part.annotations for part in (splits.train, splits.evaluation) if isinstance(part, DetectionSource)]
+    for file in files[:1] if len(files) == 2 and files[0] is files[1] else files:
+        comparison = compare_boxes(file, _COMPARED_BOXES)
+        found.compared += comparison.compared
+        found.differing += len(comparison.differing)
+        rows = np.searchsorted(file.starts, np.array(comparison.differing, np.int64), side="right") - 1
+        found.images += [file.identify(row) for row in dict.fromkeys(rows.tolist())]
+    found.images = found.images[:NUM_NAMES]
+    return found
+
+
+def _listed(head: str, lines: list[str], count: int) -> str:
+    """Return a text with a line for each of the first of `count` things, and the number of further ones."""
+    more = [f"... and {count - len(lines):,} more"] if count > len(lines) else []
+    return "\n".join([head, *lines, *more])
+
+
+def _unreadable(splits: Splits, censuses: list[Census]) -> list[str]:
+    problems = []
+    for source, census in zip((splits.train, splits.evaluation), censuses, strict=True):
+        if census.num_bad:
+            kind = "Training" if source.split == "train" else "Held-out"
+            problems.append(
+                _listed(f"{kind} images that cannot be read: {census.num_bad:,}", census.bad, census.num_bad)
+            )
+    return problems
+
+
+def _unknown_values(splits: Splits, censuses: list[Census]) -> list[str]:
+    """Return a line on each of the first values of masks that are neither a class nor ignored."""
+    problems = []
+    for source, census in zip((splits.train, splits.evaluation), censuses, strict=True):
+        if not isinstance(source, SegmentationSource):
+            continue
+        unknown = sorted(census.values.keys() - {*source.mask_classes.values, *source.mask_classes.ignored})
+        kind = "training" if source.split == "train" else "held-out"
+        if unknown:
+            named = ", ".join(f"{value} in {census.masks_with[value]:,}" for value in unknown[:NUM_NAMES])
+            named += ", ..." if len(unknown) > NUM_NAMES else ""
+            share = sum(census.values[value] for value in unknown) / census.values.total()
+            problems.append(
+                f"{100 * share:.2g}% of the pixels of {kind} masks have values of no class ({named} of "
+                f"{census.masks:,} masks): name them in --classes or --mask-values, or add them to --ignore."
+            )
+    return problems
+
+
+def _empty_classes(splits: Splits, census: Census) -> list[str]:
+    """Return a line on classes that training would not see; `census` is that of the training images."""
+    train = splits.train
+    kind, counts = "objects" if isinstance(train, DetectionSource) else "images", class_counts(train) or {}
+    if isinstance(train, SegmentationSource):
+        kind, counts = "pixels", pixels_per_class(train.mask_classes, census.values)
+    empty = [name for name, count in counts.items() if count == 0]
+    problems = []
+    if empty:
+        problems.append(
+            f"{len(empty):,} of {len(counts):,} classes have no {kind} in training: {', '.join(empty[:NUM_NAMES])}"
+        )
+    if len(counts) == 1 and kind == "images":
+        problems.append(f"All images are of one class, '{next(iter(counts))}', so there is nothing to tell apart.")
+    return problems
+
+
+def _figures(splits: Splits, censuses: list[Census], repeats: _Repeats) -> dict[str, Any]:
+    figures: dict[str, Any] = {}
+    for source, census in zip((splits.train, splits.evaluation), censuses, strict=True):
+        figures[source.split] = _figures_of(source, census)
+    figures["evaluation"]["name"] = splits.evaluation_name
+    figures["left_out"] = dict(left_out_of(splits))
+    figures["repeated_in_train"] = repeats.within
+    figures["held_out_in_train"] = len(repeats.leaked)
+    figures["notes"] = list(splits.notes)
+    return figures
+
+
+def _figures_of(source: ImageSource, census: Census) -> dict[str, Any]:
+    figures: dict[str, Any] = {
+        "images": len(source),
+        "unreadable": census.num_bad,
+        "modes": dict(census.modes),
+        "short_side": [sides[0] for sides in (census.smallest, census.largest) if sides],
+        "long_side": [sides[1] for sides in (census.smallest, census.largest) if sides],
+    }
+    counts = class_counts(source)
+    if counts is not None:
+        name = "objects" if isinstance(source, DetectionSource) else "classes"
+        figures[name] = counts
+    if isinstance(source, SegmentationSource):
+        figures["pixels"] = pixels_per_class(source.mask_classes, census.values)
+        figures["mask_values"] = {str(value): count for value, count in sorted(census.values.items())}
+    return figures

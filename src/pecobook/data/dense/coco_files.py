@@ -1,0 +1,183 @@
+"""Finds the files of annotations and of images of a data set in COCO's format, in the layouts that tools write."""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+from unicodedata import normalize
+from urllib.parse import unquote
+
+from pecobook.data.dense.coco_values import UnusableError
+from pecobook.data.source import IMAGE_EXTENSIONS
+from pecobook.data.split_names import inside_wrapper, split_of_name
+
+_FILES = ("instances.json", "_annotations.coco.json", "annotations.json", "labels.json", "result.json")
+_IMAGE_FOLDERS = ("images", "data", "img")
+_OTHER_TASKS = ("captions_", "person_keypoints_", "image_info_", "panoptic_", "stuff_")
+_SAMPLE = 50
+
+AnnotationFiles = dict[str, list[tuple[Path, list[Path]]]]
+"""Split -> its files of annotations, each with the folders in which its images may lie."""
+
+
+def find_annotations(root: Path) -> AnnotationFiles:
+    """Find the files of annotations of a data set; an archive may have added one more folder around it."""
+    inner = inside_wrapper(root)
+    for folder in dict.fromkeys((root, inner)):
+        for find in (_in_split_folders, _in_annotations, _at_the_top):
+            found = find(folder)
+            if found:
+                return found
+    return {}
+
+
+def other_format(root: Path) -> str:
+    """Return the format of annotations that are not read, but that lie in a folder; empty if there are none."""
+    for _, _, names in list(itertools.islice(os.walk(root), 20)):
+        for ending, kind in ((".xml", "Pascal VOC's XML"), (".txt", "YOLO's text files")):
+            if sum(name.endswith(ending) for name in names) > len(names) / 2 > 0:
+                return kind
+    return ""
+
+
+def _in_split_folders(root: Path) -> AnnotationFiles:
+    """Find train/instances.json and the like."""
+    found: AnnotationFiles = {}
+    for folder in _folders(root):
+        split = split_of_name(folder.name)
+        for file in _files_in(folder) if split else ():
+            found.setdefault(str(split), []).append((file, _image_folders(folder)))
+    return found
+
+
+def _in_annotations(root: Path) -> AnnotationFiles:
+    """Find annotations/instances_train2017.json (COCO), annotations/instances_default.json (CVAT) and the like."""
+    found: AnnotationFiles = {}
+    for folder in _folders(root):
+        if folder.name.lower() not in ("annotations", "annotation"):
+            continue
+        files = [file for file in _json_files(folder) if not file.name.startswith(_OTHER_TASKS)]
+        for file in [file for file in files if file.name.startswith("instances_")] or files:
+            name = file.stem.removeprefix("instances_")
+            split = split_of_name(name) or "train"
+            found.setdefault(split, []).append((file, _folders_of_split(root, name, split)))
+    return found
+
+
+def _at_the_top(root: Path) -> AnnotationFiles:
+    """Find one file beside the images, or train.json and val.json."""
+    if _known_files(root):
+        return {"train": [(file, _image_folders(root)) for file in _known_files(root)]}
+    found: AnnotationFiles = {}
+    for file in _json_files(root):
+        split = split_of_name(file.stem)
+        if split is not None:
+            found.setdefault(split, []).append((file, _folders_of_split(root, file.stem, split)))
+    files = [] if found else _files_in(root)
+    return found or ({"train": [(file, _image_folders(root)) for file in files]} if files else {})
+
+
+def _folders(root: Path) -> list[Path]:
+    return sorted(path for path in root.iterdir() if path.is_dir())
+
+
+def _json_files(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.iterdir() if path.suffix.lower() == ".json" and path.is_file())
+
+
+def _known_files(folder: Path) -> list[Path]:
+    return [folder / name for name in _FILES if (folder / name).is_file()]
+
+
+def _files_in(folder: Path) -> list[Path]:
+    """Return the files of annotations in a folder; a file with another name is taken if it is the only JSON file."""
+    others = _json_files(folder)
+    return _known_files(folder) or (others if len(others) == 1 else [])
+
+
+def _image_folders(folder: Path) -> list[Path]:
+    return [*(folder / name for name in _IMAGE_FOLDERS if (folder / name).is_dir()), folder]
+
+
+def _folders_of_split(root: Path, name: str, split: str) -> list[Path]:
+    """Return the folders in which the images of a split may lie: NAME/, images/NAME/, images/train/, images/, ..."""
+    folders = [root / name, root / "images" / name]
+    for parent in (root, root / "images"):
+        if parent.is_dir():
+            folders += [path for path in _folders(parent) if split_of_name(path.name) == split]
+    folders += [root / "images" / "default", *(part for path in folders[2:] for part in _image_folders(path))]
+    return [path for path in dict.fromkeys([*folders, *_image_folders(root)]) if path.is_dir()]
+
+
+def count_unnamed(named: set[Path]) -> int:
+    """Return the number of image files in the folders of the named files that are not named themselves."""
+    return sum(
+        Path(entry.name).suffix[1:].lower() in IMAGE_EXTENSIONS and folder / entry.name not in named
+        for folder in {path.parent for path in named}
+        if folder.is_dir()
+        for entry in os.scandir(folder)
+    )
+
+
+def file_name(image: Any) -> str:
+    """Return the name of an image's file in its entry; LVIS states only the address, which ends with it."""
+    if not isinstance(image, dict):
+        return ""
+    name, address = image.get("file_name"), image.get("coco_url")
+    if name is None and isinstance(address, str):
+        name = "/".join(address.split("/")[-2:])
+    return name if isinstance(name, str) else ""
+
+
+class ImageFiles:
+    """The image files that a file of annotations names.
+
+    Attributes:
+        root: folder of the images.
+    """
+
+    def __init__(self, file: Path, folders: Sequence[Path], images: Sequence[Any]) -> None:
+        self._file, self._listings = file, dict[Path, set[str]]()
+        self._found: set[str] = set()
+        names = [name for image in images[:_SAMPLE] if (name := file_name(image))]
+        self.root = max(folders, key=lambda folder: sum(bool(self._locate(folder, name, 1)) for name in names))
+
+    def find(self, name: str) -> str:
+        """Return the path of an image relative to `root`.
+
+        A name may have backslashes, and leading folders that are not there, as of the machine that wrote the file.
+
+        Raises:
+            UnusableError: there is no such file, or another image of the annotations has the same one.
+        """
+        path = self._locate(self.root, name, None)
+        if not path:
+            raise UnusableError(f"'{name}' is not in {self.root}", "images that are missing")
+        if path in self._found:
+            raise UnusableError(f"'{name}' is the file of another image too: {path}", "images that cannot be used")
+        self._found.add(path)
+        return path
+
+    def _locate(self, root: Path, name: str, tries: int | None) -> str:
+        spellings = (name, unquote(name), normalize("NFC", name), normalize("NFD", name))  # NFD is macOS's for accents
+        paths = [name]
+        for spelling in dict.fromkeys(spellings):
+            parts = [part for part in spelling.replace("\\", "/").split("/") if part not in ("", ".", "..")]
+            paths += ["/".join(parts[start:]) for start in range(len(parts))]
+        for path in paths[:tries]:
+            if Path(path).name in self._listing((root / path).parent):
+                return path
+        return ""
+
+    def _listing(self, folder: Path) -> set[str]:
+        """Return the names of the files in a folder, without pipes and devices, which have no end."""
+        if folder not in self._listings:
+            try:
+                with os.scandir(folder) as entries:
+                    self._listings[folder] = {entry.name for entry in entries if entry.is_file()}
+            except OSError:
+                self._listings[folder] = set()
+        return self._listings[folder]

@@ -1,0 +1,128 @@
+"""The names of splits, for every form of source: folders, parquet files, tar shards, the hub, masks and boxes.
+
+    train         train, training, trainval
+    validation    val, valid, validation, dev, eval, evaluation
+    test          test, testing
+
+Upper and lower case do not matter, and "set" may follow: "training_set", "testset". A whole word declares a split, so
+"imagenet_val.parquet", "TrainImages" and "train2017" declare one, "testaccio.tar" and "valencia.parquet" do not.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+_SPLIT_OF_WORD = {
+    "train": ("train", "training", "trainval"),
+    "validation": ("validation", "valid", "val", "dev", "evaluation", "eval"),
+    "test": ("test", "testing"),
+}
+_SPLITS = {word: split for split, words in _SPLIT_OF_WORD.items() for word in words}
+_CAMEL = re.compile(r"(?<=[a-z])(?=[A-Z])")
+_WORD = re.compile(rf"(?<![a-z])({'|'.join(_SPLITS)})(?:[ _-]?set)?(?![a-z])")
+# A version of a data set may be called "dev", so these words count only in a name without another one.
+_WEAK = frozenset({"dev", "evaluation", "eval"})
+# What macOS adds to a zip archive: a shadow of each file.
+SHADOW_FOLDER = "__MACOSX"
+_ABOUT = frozenset({"", ".txt", ".md", ".pdf", ".html", ".rst"})
+
+
+def split_of_name(name: str) -> str | None:
+    """Return the split that one name declares: "train", "validation", "test" or None."""
+    match = split_and_rest(name)
+    return match and match[0]
+
+
+def split_of_path(path: str) -> str | None:
+    """Return the split that a relative path declares; the file's name takes precedence over those of its folders."""
+    parts = reversed(path.replace("\\", "/").split("/"))
+    return next((split for part in parts if (split := split_of_name(part))), None)
+
+
+def split_folders(names: Iterable[str]) -> dict[str, str]:
+    """Return the split of each folder that declares one, given the names of all folders of one level.
+
+    Folders declare splits only together, because one of them may be the class "train" of a set of vehicles: a folder of
+    training images and one of validation or test images whose names are equal apart from the split's word, such as
+    "train" and "valid", "seg_train" and "seg_test", or "train2017" and "val2017". Other folders beside them declare
+    nothing. Where no two names are equal in this way ("train_1", "train_2", "test"), every folder must name a split.
+    """
+    all_names = set(names)
+    found = {name: match for name in sorted(all_names) if (match := split_and_rest(name))}
+    rests: dict[str, set[str]] = {}
+    for split, rest in found.values():
+        rests.setdefault(rest, set()).add(split)
+    complete = {rest for rest, splits in rests.items() if _is_complete(splits)}
+    if "" in complete:
+        complete = {""}
+    if not complete and len(found) == len(all_names) and _is_complete({split for split, _ in found.values()}):
+        complete = set(rests)
+    return {name: split for name, (split, rest) in found.items() if rest in complete}
+
+
+def inside_wrapper(root: Path) -> Path:
+    """Return the folder that an unpacked archive wraps: the only folder of `root`, unless that declares a split.
+
+    Hidden entries, `__MACOSX/` and files about the data, such as a README, do not count.
+    """
+    while True:
+        entries = [entry for entry in root.iterdir() if not entry.name.startswith(".") and entry.name != SHADOW_FOLDER]
+        folders = [entry for entry in entries if entry.is_dir()]
+        others = [entry for entry in entries if entry not in folders and entry.suffix.lower() not in _ABOUT]
+        if len(folders) != 1 or others or split_of_name(folders[0].name):
+            return root
+        root = folders[0]
+
+
+def is_split_folder(name: str) -> bool:
+    """Return whether a name is that of a split and nothing else, such as "Training" or "test_set"."""
+    match = split_and_rest(name)
+    return match is not None and not match[1]
+
+
+def group_by_split(names: Iterable[str]) -> tuple[dict[str, list[int]], list[int]]:
+    """Group the indices of files (or of a data set's splits) into "train", "validation" and "test" by name.
+
+    If no name declares "train", those that declare no split are the training set. If there is still no training file,
+    the declared splits are ignored and all files are "train".
+
+    Returns:
+        the indices of each split, and the indices that declare no split beside others that do: these are not used.
+    """
+    groups: dict[str | None, list[int]] = {}
+    count = 0
+    for number, name in enumerate(names):
+        groups.setdefault(split_of_path(name), []).append(number)
+        count += 1
+    undeclared = groups.pop(None, [])
+    declared = {split: numbers for split, numbers in groups.items() if split is not None}
+    if "train" in declared:
+        return declared, undeclared
+    if undeclared:
+        return {**declared, "train": undeclared}, []
+    return {"train": list(range(count))}, []
+
+
+def note_ignored_splits(names: Sequence[str], groups: Mapping[str, list[int]]) -> tuple[str, ...]:
+    """Return a note if names declare splits that `group_by_split` has ignored."""
+    declared = [name for name in names if split_of_path(name) not in (None, "train")]
+    if not declared or len(groups) > 1:
+        return ()
+    more = f" and {len(declared) - 1} more" if len(declared) > 1 else ""
+    return (f"Nothing is named train beside '{declared[0]}'{more}: all images are for training, but those held out.",)
+
+
+def _is_complete(splits: set[str]) -> bool:
+    return "train" in splits and len(splits) > 1
+
+
+def split_and_rest(name: str) -> tuple[str, str] | None:
+    """Return the split that a name declares, and the name without the split's word; None if it declares no split."""
+    lower = _CAMEL.sub("_", name).lower()
+    matches = list(_WORD.finditer(lower))
+    if not matches:
+        return None
+    match = next((match for match in matches if match[1] not in _WEAK), matches[0])
+    return _SPLITS[match[1]], (lower[: match.start()] + lower[match.end() :]).strip(" _-.")

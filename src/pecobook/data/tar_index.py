@@ -1,0 +1,233 @@
+"""Finds the images and labels in a tar shard (WebDataset), also in one that is damaged or joined from several.
+
+Members with the same name up to a dot form a sample: "1.jpg", "1.cls", "1.json", "1.seg.png". Which dot ends the name
+depends on the shard, because names may hold dots themselves ("my.photo.jpg"):
+
+- An image whose name continues that of another image is an annotation ("1.seg.png" beside "1.jpg") and is left out; so
+  is one whose name ends like that of an annotation ("1.mask.png"). Every other image is an image of its own, also where
+  a sample holds several ("1.left.png", "1.right.png"). Arrays (.npy) are images only where there are no others.
+- The label is the content of the `.cls` member, or the value of "label" in the `.json` member, with the image's name up
+  to its last dot, or else up to its first dot.
+
+A shard may be several archives one behind the other (`cat a.tar b.tar`); each has its own samples. Links to members are
+read as what they lead to. After a damaged header, reading continues at the next one that is valid.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import posixpath
+import tarfile
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, NamedTuple
+
+from pecobook.data.source import IMAGE_EXTENSIONS
+from pecobook.data.split_names import SHADOW_FOLDER
+
+_BLOCK = tarfile.BLOCKSIZE
+_MAX_LABEL = 2**24
+"""Bytes of a member that may hold a label."""
+_ANNOTATIONS = frozenset({"seg", "segmentation", "mask", "masks", "label", "labels", "annotation", "gt", "depth"})
+
+
+class IndexedImage(NamedTuple):
+    """An image member: its name, where its bytes are, and its label or None."""
+
+    member: str
+    offset: int
+    size: int
+    label: str | None
+
+
+@dataclass
+class ShardIndex:
+    """What a shard holds.
+
+    Attributes:
+        images: the images in the order of the members.
+        left_out: why other members are not used, and how many there are.
+        notes: sentences on damage, for the user.
+    """
+
+    images: list[IndexedImage] = field(default_factory=list)
+    left_out: Counter[str] = field(default_factory=Counter)
+    notes: list[str] = field(default_factory=list)
+
+
+class _Member(NamedTuple):
+    name: str
+    offset: int
+    size: int
+
+
+def index_shard(shard: Path) -> ShardIndex:
+    """Read the headers of all members of a shard, and its labels.
+
+    Raises:
+        tarfile.TarError: the file is not an uncompressed tar file.
+        OSError: the file cannot be read.
+    """
+    index = ShardIndex()
+    with shard.open("rb") as file:
+        for members in _archives(file, shard, index):
+            _add_samples(file, members, index)
+    return index
+
+
+def _archives(file: IO[bytes], shard: Path, index: ShardIndex) -> Iterator[list[_Member]]:
+    """Yield the members of each archive in a file. A name that occurs again begins a new archive as well."""
+    end = os.fstat(file.fileno()).st_size
+    archive: dict[str, _Member] = {}
+    links: list[tuple[str, str]] = []
+    targets: dict[str, _Member] = {}
+    for member in _members(file, shard, end, index):
+        if member is None or member.name in archive:
+            yield [*archive.values(), *_resolve(links, targets, index)]
+            archive, links = {}, []
+        if member is None:
+            continue
+        name = member.name.encode(errors="surrogateescape").decode(errors="replace")
+        if member.isdir():
+            continue
+        if name.rpartition("/")[2].startswith(".") or SHADOW_FOLDER in name.split("/"):
+            index.left_out["hidden"] += 1
+        elif member.islnk():
+            links.append((name, member.linkname))
+        elif member.issym():
+            links.append((name, posixpath.join(posixpath.dirname(name), member.linkname)))
+        elif not member.isreg() or member.sparse:
+            index.left_out["not a regular file"] += 1
+        elif member.offset_data + member.size > end:
+            index.left_out["cut short"] += 1
+            missing = member.offset_data + member.size - end
+            index.notes.append(f"{shard} ends {missing:,} bytes too early, inside '{name}', which is left out.")
+        else:
+            archive[member.name] = targets[posixpath.normpath(name)] = _Member(name, member.offset_data, member.size)
+    yield [*archive.values(), *_resolve(links, targets, index)]
+
+
+def _members(file: IO[bytes], shard: Path, end: int, index: ShardIndex) -> Iterator[tarfile.TarInfo | None]:
+    """Yield all members, and None between two archives; note damage."""
+    tar = tarfile.open(fileobj=file, mode="r:", errors="surrogateescape")  # noqa: SIM115 (the caller closes the file)
+    position = last_byte = 0
+    while True:
+        first_unread = position
+        try:
+            member = tar.next()
+        except (tarfile.TarError, ValueError):  # the end of the file, or damage behind a header of extended data
+            member, first_unread = None, position + _BLOCK
+        if member is not None:
+            tar.members.clear()  # type: ignore[attr-defined]  # otherwise a kilobyte stays in memory for each member
+            position, last_byte = tar.offset, member.offset_data + member.size
+            yield member
+            continue
+        if position >= end:
+            if last_byte <= end:  # otherwise the last member is noted as cut short
+                index.notes.append(f"{shard} has no end mark, so it may be cut short.")
+            return
+        start, skipped = _next_header(file, first_unread, end)
+        skipped += first_unread - position
+        if skipped:
+            lost = "no further member is found" if start is None else f"{skipped:,} bytes are skipped"
+            index.notes.append(f"{shard} is damaged at byte {position:,}: {lost}.")
+            index.left_out["damaged header"] += 1
+        if start is None:
+            return
+        if not skipped:
+            yield None
+        tar.offset = position = start
+        file.seek(start)
+
+
+def _next_header(file: IO[bytes], position: int, end: int) -> tuple[int | None, int]:
+    """Return where the next valid header begins (None if there is none), and how many bytes before it are not zero."""
+    skipped = 0
+    for start in range(position, end, _BLOCK):
+        block = os.pread(file.fileno(), _BLOCK, start)
+        if block.count(0) == len(block):
+            continue
+        try:
+            tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
+        except tarfile.TarError:
+            skipped += len(block)
+        else:
+            return start, skipped
+    return None, skipped
+
+
+def _resolve(links: list[tuple[str, str]], targets: dict[str, _Member], index: ShardIndex) -> list[_Member]:
+    """Return the members that links lead to, under the names of the links."""
+    leads_to = {posixpath.normpath(name): posixpath.normpath(target) for name, target in links}
+    found = []
+    for name, _ in links:
+        target = posixpath.normpath(name)
+        for _ in range(len(links)):  # a link may lead to a link, and a circle of links to nothing
+            if target not in leads_to:
+                break
+            target = leads_to[target]
+        if target in targets:
+            found.append(_Member(name, *targets[target][1:]))
+        else:
+            index.left_out["link to nothing in the shard"] += 1
+    return found
+
+
+def _add_samples(file: IO[bytes], members: list[_Member], index: ShardIndex) -> None:
+    """Add the images of one archive with their labels to the index."""
+    images: list[tuple[str, _Member]] = []
+    labels: dict[str, str] = {}
+    loose: dict[str, str] = {}
+    for member in members:
+        stem, dot, extension = member.name.rpartition(".")
+        extension = extension.lower() if dot and "/" not in extension else ""
+        if extension in IMAGE_EXTENSIONS:
+            images.append((stem, member))
+        elif extension in ("cls", "json") and member.size <= _MAX_LABEL:
+            label = _read_label(file, member, is_json=extension == "json")
+            if label is not None and (extension == "cls" or stem not in labels):
+                labels[stem] = loose[_sample_name(stem)] = label
+        else:
+            index.left_out[f"extension .{extension}" if extension else "no extension"] += 1
+    pictures = [(stem, member) for stem, member in images if not member.name.lower().endswith(".npy")]
+    if 0 < len(pictures) < len(images):
+        index.left_out["extension .npy beside other images"] += len(images) - len(pictures)
+        images = pictures
+    stems = {stem for stem, _ in images}
+    for stem, member in images:
+        name = _sample_name(stem)
+        if _continues(stem, stems) or (stem.rpartition(".")[2].lower() in _ANNOTATIONS and stem != name):
+            index.left_out["annotation of an image, such as x.seg.png"] += 1
+            continue
+        label = labels.get(stem, labels.get(name, loose.get(name) if stem == name else None))
+        index.images.append(IndexedImage(*member, label))
+
+
+def _sample_name(stem: str) -> str:
+    """Return a name up to the first dot of the file's name, with its folder."""
+    folder, slash, file = stem.rpartition("/")
+    return folder + slash + file.partition(".")[0]
+
+
+def _continues(stem: str, stems: set[str]) -> bool:
+    """Return whether a name continues another one after a dot."""
+    shortest = len(_sample_name(stem))
+    while len(stem := stem.rpartition(".")[0]) >= shortest:
+        if stem in stems:
+            return True
+    return False
+
+
+def _read_label(file: IO[bytes], member: _Member, *, is_json: bool) -> str | None:
+    text = os.pread(file.fileno(), member.size, member.offset).decode(errors="replace").strip()
+    if not is_json:
+        return text or None
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError:
+        return None
+    label = value.get("label") if isinstance(value, dict) else None
+    return str(label) if isinstance(label, (int, float, str)) else None

@@ -1,0 +1,58 @@
+"""Gives images the range of values with which a model was trained."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from pecobook.data.images import check_readable, open_images
+from pecobook.data.source import ImageSource, Splits
+from pecobook.data.value_range import apply_value_range
+from pecobook.errors import WeightsError
+from pecobook.models.export import read_settings, resolve_source
+from pecobook.settings.images import AUTO, RangeSetting
+
+
+def open_readable(
+    source: str, setting: RangeSetting = AUTO, models: Iterable[str] = (), *, quiet: bool = False
+) -> Splits:
+    """Open an image source with its range of values; the last three arguments are those of `set_value_range`.
+
+    Raises:
+        DataError: the source cannot be opened, none of the first few training images can be read, or no range fits.
+    """
+    splits = open_images(source)
+    set_value_range(splits, setting, models, quiet=quiet)
+    check_readable(splits.train)
+    return splits
+
+
+def set_value_range(
+    images: Splits | list[ImageSource], setting: RangeSetting, models: Iterable[str] = (), *, quiet: bool = False
+) -> None:
+    """Set the range of the values of images with more than 8 bits, and print what was taken.
+
+    Args:
+        images: the images, which then have `value_range`.
+        setting: the value of --value-range. `AUTO` takes the range of the first model that has one, else a range from
+            a sample of the images.
+        models: runs, export folders, or `owner/name` on the Hugging Face hub; all others are ignored.
+        quiet: print nothing.
+
+    Raises:
+        DataError: no range fits all images of the sample.
+    """
+    sources = [images.train, images.evaluation] if isinstance(images, Splits) else images
+    apply_value_range(setting, sources, trained=_trained_range(models) if setting == AUTO else AUTO, quiet=quiet)
+
+
+def _trained_range(models: Iterable[str]) -> RangeSetting:
+    for model in models:
+        if not model or model == "none" or ":" in model:  # timm:NAME, dalle:FOLDER
+            continue
+        try:
+            value_range = read_settings(resolve_source(model)).get("value_range")
+        except WeightsError:  # reported where the model is loaded
+            continue
+        if value_range:
+            return tuple(value_range)
+    return AUTO

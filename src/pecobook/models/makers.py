@@ -1,0 +1,141 @@
+"""Who made a file of weights, and so with which mean and deviation its images were normalised.
+
+timm's settings of a name are those of timm's own weights: `vit_base_patch16_224` was trained with mean 0.5, but DINO's,
+MAE's and DeiT's files, which fit the same network, with ImageNet's mean.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # timm's defaults
+_HALF = (0.5, 0.5, 0.5)
+
+# Beginnings of the names under which these projects publish their files. All of them use ImageNet's mean and deviation.
+_PUBLISHED = re.compile(r"(dino|dinov2|mae|deit|deit3|moco|mocov3|ibot|swav)[_.-]", re.IGNORECASE)
+_PUBLISHED_AS = {"dino": "DINO", "dinov2": "DINOv2", "mae": "MAE", "deit": "DeiT", "deit3": "DeiT", "ibot": "iBOT"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Normalisation:
+    """Mean and standard deviation that a network expects of its input, RGB in [0, 1], and why."""
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    reason: str
+
+    def line(self, network: str) -> str:
+        """Return a line for the user."""
+        mean, std = (" ".join(f"{value:g}" for value in values) for values in (self.mean, self.std))
+        return f"{network} reads images minus mean {mean}, divided by std {std}: {self.reason}."
+
+
+def imagenet_maker(state: dict[str, Tensor], wrapper: tuple[str, ...], path: str) -> str:
+    """Return the project that wrote a file, if it is one of those that use ImageNet's mean; otherwise an empty string.
+
+    Args:
+        state: all weights of the file, under the names of the file.
+        wrapper: names of the dictionaries in the file that contain `state`, from the outermost one.
+        path: path of the file.
+    """
+    names = tuple(state)
+    parts = {part for name in names for part in name.split(".")[:3]}
+    if parts & {"base_encoder", "momentum_encoder", "encoder_q"}:
+        return "MoCo"
+    if {"teacher", "student"} & (set(wrapper) | parts) or any("head.last_layer." in name for name in names):
+        return "DINO"
+    if any(name.split(".")[-1].startswith("decoder_") or ".decoder_" in f".{name}" for name in names):
+        return "MAE"
+    has_layer_scale = any(name.endswith("blocks.0.ls1.gamma") for name in names)
+    if any(name.endswith("register_tokens") for name in names) or (has_layer_scale and "mask_token" in parts):
+        return "DINOv2"
+    if parts & {"dist_token", "head_dist"}:
+        return "DeiT"
+    is_plain_vit = "cls_token" in parts and any(name.endswith("blocks.0.attn.qkv.weight") for name in names)
+    is_beit = any("relative_position" in name or name.endswith("gamma_1") for name in names)
+    if not is_plain_vit or is_beit:
+        return ""
+    if _has_fixed_positions(state):
+        return "MAE or MoCo v3 (their positions are fixed sines and cosines)"
+    if wrapper and wrapper[-1] in ("model", "model_ema"):
+        return f"DeiT or MAE (plain ViT weights under the key '{wrapper[-1]}')"
+    match = _PUBLISHED.match(Path(path).name)
+    return f"{_PUBLISHED_AS.get(match[1].lower(), match[1])} by the file's name" if match else ""
+
+
+def _has_fixed_positions(state: dict[str, Tensor]) -> bool:
+    """Whether the table of positions consists of sines and cosines of row and column: sin^2 + cos^2 = 1."""
+    table = next((value for name, value in state.items() if name.endswith("pos_embed") and value.ndim == 3), None)
+    if table is None or table.shape[1] < 3 or table.shape[2] % 4:
+        return False
+    num_patches = math.isqrt(table.shape[1]) ** 2  # class tokens, which come first, have zeros
+    a, b, c, d = table[0, -num_patches:].float().square().chunk(4, 1)
+    orders = ((a + b, c + d), (a + c, b + d))  # MAE has sine and cosine of one axis side by side, MoCo v3 both sines
+    return any(all(float((total - 1).abs().max()) < 1e-3 for total in order) for order in orders)
+
+
+def neighbour_normalisation(path: str) -> Normalisation | None:
+    """Return what a configuration beside a file of weights says: of transformers, of timm's hub or of pecobook."""
+    for name, keys in (
+        ("preprocessor_config.json", ("image_mean", "image_std")),
+        ("config.json", ("mean", "std")),
+    ):
+        try:
+            content: Any = json.loads((Path(path).parent / name).read_text())
+        except (OSError, ValueError):
+            continue
+        if not isinstance(content, dict):
+            continue
+        values: list[Any] = [content.get(key, (content.get("pretrained_cfg") or {}).get(key)) for key in keys]
+        if all(isinstance(value, list) and len(value) == 3 for value in values):
+            mean, std = (tuple(float(number) for number in value) for value in values)
+            return Normalisation(mean, std, f"so says {name} beside the file")
+    return None
+
+
+def timm_normalisation(network: nn.Module, name: str, *, of_file: bool = False) -> Normalisation:
+    """Return timm's settings of a network; with `of_file`, the reason says that the file did not tell."""
+    settings = getattr(network, "pretrained_cfg", None) or {}
+    mean, std = tuple(settings.get("mean", IMAGENET_MEAN)), tuple(settings.get("std", IMAGENET_STD))
+    reason = f"timm's settings of {name}"
+    if of_file and mean != IMAGENET_MEAN:
+        reason += ", since the file does not say who made it (if it wants others, give --mean and --std)"
+    return Normalisation(mean, std, reason)
+
+
+def file_normalisation(
+    state: dict[str, Tensor], wrapper: tuple[str, ...], path: str, network: nn.Module, name: str
+) -> Normalisation:
+    """Return the normalisation of a file of weights for `name`: what a configuration beside the file says, its maker's,
+    or timm's for the name.
+    """
+    beside = neighbour_normalisation(path)
+    if beside is not None:
+        return beside
+    if path.endswith(".npz"):
+        return Normalisation(_HALF, _HALF, "the file is one of Google's .npz files, which use these")
+    maker = imagenet_maker(state, wrapper, path)
+    if maker:
+        return Normalisation(IMAGENET_MEAN, IMAGENET_STD, f"ImageNet's, since the weights are those of {maker}")
+    return timm_normalisation(network, name, of_file=True)
+
+
+def with_flags(text: str, prefix: str) -> str:
+    """Return a line for the user of a command whose flags are `prefix` + mean and std."""
+    return text.replace("--mean", f"{prefix}mean").replace("--std", f"{prefix}std")
+
+
+def overridden(found: Normalisation, mean: tuple[float, ...] | None, std: tuple[float, ...] | None) -> Normalisation:
+    """Return `found` with the mean and the deviation that the user gave."""
+    if not mean and not std:
+        return found
+    flags = " and ".join(name for name, value in (("--mean", mean), ("--std", std)) if value)
+    other = "" if mean and std else f"; the other is from {found.reason}"
+    return Normalisation(tuple(mean or found.mean), tuple(std or found.std), f"so say {flags}{other}")

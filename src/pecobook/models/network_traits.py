@@ -1,0 +1,86 @@
+"""What a network of timm can do, found out from the network itself and not from its name."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import inspect
+import json
+from typing import Any
+
+import torch
+from torch import nn
+
+from pecobook.models.networks import create_network
+
+
+@dataclasses.dataclass(frozen=True)
+class NetworkTraits:
+    """Properties of a network of timm that decide with which arguments it is built."""
+
+    is_plain: bool
+    """Whether the network is a plain transformer: one token for each patch, the same width in all blocks."""
+    takes_size: bool
+    """Whether the network is built for one image size, its argument `img_size`."""
+    pools_mean: bool
+    """Whether it is a plain transformer that can pool the mean of its patches (`global_pool="avg"`)."""
+    norm_moves: bool
+    """Whether the place of the last norm, before or after the mean, must be given too (`use_fc_norm`)."""
+    any_size: dict[str, Any]
+    """Arguments with which the network takes images of any size; empty where there are none."""
+
+
+@functools.lru_cache(maxsize=64)
+def _traits(name: str, args: str) -> NetworkTraits:
+    with torch.random.fork_rng(devices=[]), torch.device("meta"):
+        return traits_of(create_network(name, num_classes=0, **json.loads(args)))
+
+
+def network_traits(name: str, args: dict[str, Any] | None = None) -> NetworkTraits:
+    """Return the traits of timm's `name` with `args`, from a network that is built without memory for weights.
+
+    Where the network cannot be built, no trait holds: building it with weights then tells why.
+    """
+    arguments = {key: value for key, value in (args or {}).items() if key != "img_size"}
+    try:
+        return _traits(name.removeprefix("timm:"), json.dumps(arguments, sort_keys=True))
+    except Exception:  # unknown names and arguments, which `create_network` explains
+        return NetworkTraits(False, False, False, False, {})
+
+
+def traits_of(network: nn.Module) -> NetworkTraits:
+    """Return the traits of a network."""
+    from timm.models.beit import Beit
+    from timm.models.eva import Eva
+    from timm.models.vision_transformer import VisionTransformer
+    from timm.models.vision_transformer_relpos import VisionTransformerRelPos
+
+    accepted = _arguments(network)
+    settings = getattr(network, "pretrained_cfg", None) or {}
+    is_plain = isinstance(network, (VisionTransformer, Beit, Eva, VisionTransformerRelPos)) and has_patch_tokens(
+        network
+    )
+    return NetworkTraits(
+        is_plain=is_plain,
+        takes_size="img_size" in accepted and (is_plain or bool(settings.get("fixed_input_size"))),
+        # The heads of a distilled network read its two class tokens.
+        pools_mean=is_plain and "global_pool" in accepted and not hasattr(network, "head_dist"),
+        norm_moves=isinstance(network, Beit),
+        any_size={name: True for name in ("dynamic_img_size", "dynamic_img_pad") if name in accepted},
+    )
+
+
+def _arguments(network: nn.Module) -> set[str]:
+    """Return the names of the arguments of a network's class and of the classes that it extends."""
+    constructors = [vars(cls)["__init__"] for cls in type(network).__mro__ if "__init__" in vars(cls)]
+    return {name for constructor in constructors for name in inspect.signature(constructor).parameters}
+
+
+def has_patch_tokens(network: nn.Module) -> bool:
+    """Return whether `network` is a transformer whose blocks all process one token for each patch of a grid."""
+    return (
+        hasattr(network, "blocks")
+        and hasattr(getattr(network, "patch_embed", None), "grid_size")
+        and isinstance(getattr(network, "num_prefix_tokens", None), int)
+        and isinstance(getattr(network, "embed_dim", None), int)
+    )

@@ -1,0 +1,68 @@
+"""Networks of timm, built by name with arguments that only shape the network."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+from torch import nn
+
+from pecobook.errors import WeightsError, did_you_mean, first_line
+
+
+def architecture_arguments(timm_name: str) -> set[str]:
+    """Return the names of the arguments that shape a network of timm.
+
+    These are the arguments of the network's class and of the classes beside it in timm's module, without those of
+    `timm.create_model` itself, such as `checkpoint_path` and `pretrained_cfg`, and of timm's loading of weights.
+    """
+    import inspect
+
+    import timm
+
+    module = sys.modules[timm.model_entrypoint(timm_name.partition(".")[0]).__module__]
+    classes = [value for value in vars(module).values() if isinstance(value, type) and issubclass(value, nn.Module)]
+    names = {name for kind in classes for name in inspect.signature(kind.__init__).parameters}
+    own = inspect.signature(timm.create_model).parameters
+    return {name for name in names | _BUILDER_ARGUMENTS if name not in own and not name.startswith("pretrained")}
+
+
+# Arguments that functions of timm read on the way to the class.
+_BUILDER_ARGUMENTS = {"drop_path_rate", "global_pool", "in_chans", "num_classes", "output_stride"}
+
+
+def create_network(name: str, download: bool = False, /, **kwargs: Any) -> nn.Module:
+    """Call `timm.create_model` with arguments of the architecture alone.
+
+    The arguments may come from the config.json of a run that somebody else made, and timm's function also has arguments
+    that load files and request addresses.
+
+    Args:
+        name: timm's name of the network.
+        download: whether to take timm's pre-trained weights; positional only, so that no config.json can ask for it.
+        kwargs: arguments of the network.
+
+    Raises:
+        WeightsError: there is no such network, or it does not accept the arguments.
+    """
+    import timm
+
+    timm_name = name.removeprefix("timm:")
+    if not timm.is_model(timm_name.partition(".")[0]):
+        suggestion = did_you_mean(timm_name, timm.list_models()) or " timm.list_models() in Python lists the networks."
+        raise WeightsError(f"timm has no network '{timm_name}'.{suggestion}")
+    refused = sorted(kwargs.keys() - architecture_arguments(timm_name))
+    if refused:
+        raise WeightsError(f"timm's '{timm_name}' does not accept these arguments: {', '.join(refused)}.")
+    try:
+        network: nn.Module = timm.create_model(timm_name, pretrained=download, **kwargs)
+    except TypeError as error:
+        raise WeightsError(f"timm's '{timm_name}' does not accept these arguments: {error}") from None
+    except (OSError, RuntimeError, ValueError, AssertionError) as error:
+        if not download:
+            raise WeightsError(f"timm cannot build '{timm_name}' with {kwargs}: {first_line(error)}") from None
+        raise WeightsError(
+            f"The weights of timm's '{timm_name}' cannot be downloaded ({first_line(error)}).\n"
+            "Check the internet connection, give a local file of weights, or use random weights."
+        ) from None
+    return network

@@ -1,0 +1,93 @@
+"""Lines of Python for model cards, README files and the end of a run. Pasted, they apply a network to an image file.
+
+No line starts a block (`with`, `for`) unless an empty line ends it, so the lines can also be pasted into an interactive
+Python.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+PHOTO = "photo.jpg"
+"""Stands for the user's image in all lines; `with_image` replaces it."""
+
+BEST_CLASSES = "print(sorted(zip(probabilities.tolist(), classes), reverse=True)[:5])"
+"""Prints the most probable classes; reads `probabilities` (C,) and the names `classes`."""
+
+TO_GREY = "images = 0.2989 * images[:, :1] + 0.587 * images[:, 1:2] + 0.114 * images[:, 2:]  # grey\n"
+"""Converts `images` (B, 3, H, W) for a tokenizer of one channel."""
+
+
+def quoted(text: str | Path) -> str:
+    """Return a text as a literal of Python in double quotes."""
+    return json.dumps(str(text), ensure_ascii=False)
+
+
+def with_image(lines: str, image: Path) -> str:
+    """Return the lines with the path of an image that exists in place of `PHOTO`; unchanged if `image` is missing."""
+    return lines.replace(quoted(PHOTO), quoted(image)) if image.is_file() else lines
+
+
+def example_image(run: str | Path) -> Path:
+    """Return the path of the held-out image that a finished run keeps, for `with_image`; the file may be missing."""
+    return Path(run) / "samples" / "example.png"
+
+
+# Pillow computes here what `data.decode` and `data.views.center_crop` compute, to within rounding of 8 bits.
+OPEN_IMAGE = f"""\
+image = ImageOps.exif_transpose(Image.open({quoted(PHOTO)}))
+image = Image.fromarray(np.uint8(np.rint(np.asarray(image) / 257))) if image.mode.startswith("I;16") else image
+image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA")).convert("RGB")"""
+"""Reads an 8-bit or 16-bit image of any mode; needs `np`, and `Image` and `ImageOps` of Pillow."""
+
+
+def open_square(size: int, crop: float = 1.0) -> str:
+    """Return lines that read an image with Pillow, crop the central square, and resize it.
+
+    The lines need what `OPEN_IMAGE` needs.
+
+    Args:
+        size: side of the result, pixels.
+        crop: side of the square, as a share of the image's shorter side.
+    """
+    side = "min(image.size)" if crop == 1 else f"round(min(image.size) * {crop})"
+    return f"""\
+{OPEN_IMAGE}
+side = {side}
+left, top = (image.width - side) // 2, (image.height - side) // 2
+image = image.crop((left, top, left + side, top + side)).resize(({size}, {size}), Image.Resampling.BICUBIC)"""
+
+
+def normalise(mean: Sequence[float], std: Sequence[float]) -> str:
+    """Return lines that make the network's input `pixels`, float (3, S, S), of the `image` of `open_square`.
+
+    The lines need `np` and `torch`.
+    """
+    mean_text, std_text = (f"torch.tensor({list(values)})[:, None, None]" for values in (mean, std))
+    return f"""\
+pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1) / 255
+pixels = (pixels - {mean_text}) / {std_text}"""
+
+
+def transformers_lines(folder: str, *, is_classifier: bool) -> str:
+    """Return lines that apply an export in the format of transformers."""
+    auto = "AutoModelForImageClassification" if is_classifier else "AutoModel"
+    result = (
+        """\
+probabilities = model(**inputs).logits.softmax(1)[0].detach()
+classes = [model.config.id2label[number] for number in range(len(probabilities))]
+"""
+        + BEST_CLASSES
+    )
+    return f"""\
+import numpy as np
+from PIL import Image, ImageOps
+from transformers import AutoImageProcessor, {auto}
+
+processor = AutoImageProcessor.from_pretrained({quoted(folder)})
+model = {auto}.from_pretrained({quoted(folder)}).eval()
+{OPEN_IMAGE}
+inputs = processor(image, return_tensors="pt")
+{result if is_classifier else "features = model(**inputs).pooler_output[0].detach()" + chr(10) + "print(features)"}"""

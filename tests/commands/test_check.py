@@ -1,0 +1,317 @@
+"""`pecobook check`: what it finds in a source, and its exit code."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import tarfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from pecobook import cli
+from pecobook.commands.check.layout import layout_of
+from pecobook.commands.check.sheet import chosen_images
+from pecobook.data.images import open_images
+from pecobook.recipes import recipe
+from pecobook.settings.values import replace, to_dict
+from tests.coco import make_coco, read_coco, write_coco
+from tests.runs import squares
+from tests.shapes import write_shapes
+
+
+def run(words: list[str], capsys: pytest.CaptureFixture[str]) -> tuple[int, str]:
+    """Return the exit code and the standard output of `pecobook check`."""
+    capsys.readouterr()
+    try:
+        cli.main(["check", *words])
+    except SystemExit as ended:
+        return int(ended.code or 0), capsys.readouterr().out
+    return 0, capsys.readouterr().out
+
+
+def report_of(words: list[str], capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
+    """Return the one JSON object on standard output."""
+    code, out = run([*words, "--json"], capsys)
+    report: dict[str, Any] = json.loads(out)
+    assert code == (0 if report["ok"] else 1)
+    assert report["ok"] == (report["problems"] == [])
+    return report
+
+
+def write(path: Path, value: int, size: tuple[int, int] = (6, 5), mode: str = "L") -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new(mode, size, value).save(path)
+    return path
+
+
+def test_check__finds_nothing_wrong_with_right_images_and_writes_nothing(
+    images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    code, out = run(["--data", str(images)], capsys)
+    assert code == 0
+    assert "images     22 images to train on, 2 held out (held-out 10% of train)\n" in out
+    assert "classes    3 classes: blue 6, green 8, red 8; held out: blue 2, green 0, red 0\n" in out
+    assert "sizes      48 x 40 pixels; mode RGB\n" in out
+    assert out.endswith("Nothing is wrong with these images.\n")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_check__names_unreadable_images_and_those_that_are_in_both_splits(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    value = 0
+    for split, count in (("train", 12), ("val", 4)):
+        for name in ("cat", "dog"):
+            for number in range(count):
+                value += 3
+                write(tmp_path / split / name / f"{number}.png", value)
+    train, val = tmp_path / "train", tmp_path / "val"
+    (val / "cat" / "1.png").write_bytes((train / "dog" / "7.png").read_bytes())
+    (train / "cat" / "5.png").write_bytes((train / "cat" / "4.png").read_bytes())
+    (train / "dog" / "3.png").write_bytes(b"\x89PNG but not really")
+    os.truncate(val / "dog" / "2.png", 0)
+    report = report_of(["finetune", "--data", str(tmp_path)], capsys)
+    assert report["train"]["images"] == 24
+    assert report["train"]["classes"] == {"cat": 12, "dog": 12}
+    assert (report["train"]["unreadable"], report["evaluation"]["unreadable"]) == (1, 1)
+    assert (report["repeated_in_train"], report["held_out_in_train"]) == (1, 1)
+    unreadable, held_out, leak = report["problems"]
+    assert unreadable.splitlines()[0] == "Training images that cannot be read: 1"
+    assert str(train / "dog" / "3.png") in unreadable
+    assert str(val / "dog" / "2.png") in held_out
+    assert leak.splitlines() == [
+        "Held-out images with the bytes of a training image, so that scores would be too good: 1 of 8",
+        f"{val / 'cat' / '1.png'} is {train / 'dog' / '7.png'}",
+    ]
+
+
+def test_check__names_the_first_twenty_of_many_unreadable_images(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for split, angle in (("train", 0), ("val", 90)):
+        (tmp_path / split).mkdir()
+        Image.linear_gradient("L").rotate(angle).save(tmp_path / split / "good.png")
+    for number in range(25):
+        (tmp_path / "train" / f"x{number:02d}.png").write_bytes(b"no image")
+    (problem,) = report_of(["--data", str(tmp_path)], capsys)["problems"]
+    lines = problem.splitlines()
+    assert (lines[0], lines[-1], len(lines)) == ("Training images that cannot be read: 25", "... and 5 more", 22)
+
+
+def test_check__reads_in_several_processes_what_one_process_reads(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for number in range(300):
+        write(tmp_path / "train" / f"{number}.png", number % 200)
+        write(tmp_path / "val" / f"{number}.png", 255 if number else 7)
+    (tmp_path / "train" / "150.png").write_bytes(b"no image")
+    reports = [report_of(["--data", str(tmp_path), "--workers", workers], capsys) for workers in ("1", "2")]
+    assert reports[0] == reports[1]
+    assert (reports[0]["repeated_in_train"], reports[0]["held_out_in_train"]) == (100, 1)
+
+
+def test_check__names_the_values_of_masks_without_a_class_and_the_classes_without_pixels(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = write_shapes(tmp_path)
+    assert report_of(["--data", str(root)], capsys)["ok"]
+    for number in range(12):  # values 0, 1, 2, 255 -> 0, 1, 77, 255
+        file = root / "train" / "masks" / f"{number}.png"
+        mask = np.array(Image.open(file))
+        mask[mask == 2] = 77
+        Image.fromarray(mask).save(file)
+    report = report_of(["--data", str(root)], capsys)
+    masks = [np.array(Image.open(root / "train" / "masks" / f"{number}.png")) for number in range(12)]
+    counts = {str(value): sum(int((mask == value).sum()) for mask in masks) for value in (0, 1, 77, 255)}
+    assert report["task"] == "segment"
+    assert report["train"]["mask_values"] == counts
+    assert report["train"]["pixels"] == {"ground": counts["0"], "red": counts["1"], "green": 0}
+    refused, unknown, empty = report["problems"]
+    assert "holds the value 77, but the 3 classes have the values 0 to 2" in refused
+    assert "(77 in 12 of 12 masks)" in unknown
+    assert empty == "1 of 3 classes have no pixels in training: green"
+    assert report_of(["segment", "--data", str(root), "--mask-values", "0", "1", "77"], capsys)["train"]["pixels"] == {
+        "ground": counts["0"],
+        "red": counts["1"],
+        "green": counts["77"],
+    }
+
+
+def test_check__reports_masks_of_another_size(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    root = write_shapes(tmp_path)
+    write(root / "train" / "masks" / "3.png", 1, size=(7, 9))
+    refused, unreadable = report_of(["segment", "--data", str(root)], capsys)["problems"]
+    assert "3.png is 7 x 9, but its image is 56 x 40" in refused
+    assert unreadable.endswith("masks/3.png: is 7 x 9, but its image is 56 x 40")
+
+
+def test_check__counts_objects_and_names_classes_without_any(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = make_coco(tmp_path)
+    report = report_of(["--data", str(root)], capsys)
+    content = read_coco(root / "train")
+    names = {entry["id"]: entry["name"] for entry in content["categories"]}
+    kinds = [names[entry["category_id"]] for entry in content["annotations"] if not entry["iscrowd"]]
+    assert report["task"] == "detect"
+    assert report["train"]["objects"] == {name: kinds.count(name) for name in names.values()}
+    assert "1 of 3 classes have no objects in training: never" in report["problems"]
+
+
+def test_check__reports_a_source_that_cannot_be_opened(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    report = report_of(["--data", str(tmp_path / "nothing")], capsys)
+    assert report["ok"] is False
+    assert "does not exist" in report["problems"][0]
+    for name in ("cat", "dog"):
+        write(tmp_path / "train" / name / "1.png", 1)
+        write(tmp_path / "val" / f"{name}s" / "1.png", 2)
+    assert (
+        "class 'cats' of validation is missing in train" in report_of(["--data", str(tmp_path)], capsys)["problems"][0]
+    )
+
+
+def test_check__reports_labels_that_are_lost(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for number in range(20):
+        write(tmp_path / ("cat" if number % 2 else "dog") / f"{number}.png", 12 * number)
+    assert report_of(["--data", str(tmp_path)], capsys)["ok"]
+    write(tmp_path / "stray.png", 255)
+    (problem,) = report_of(["--data", str(tmp_path)], capsys)["problems"]
+    assert problem.startswith("The labels of train are not used: ")
+    assert "stray.png" in problem
+    assert report_of(["codebook", "--data", str(tmp_path)], capsys)["ok"]  # labels are not learned from
+
+
+def test_check__compares_members_of_shards(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for split, first in (("train", 0), ("test", 19)):
+        with tarfile.open(tmp_path / f"{split}-000.tar", "w") as tar:
+            for number in range(first, first + 20):
+                file = write(tmp_path / "one.png", 12 * number % 256)
+                tar.add(file, f"{number}.png")
+                file.unlink()
+    report = report_of(["--data", str(tmp_path)], capsys)
+    assert report["train"]["modes"] == {"L": 20}
+    assert report["held_out_in_train"] == 1
+    assert report["problems"][0].splitlines()[1] == f"{tmp_path}/test-000.tar/19.png is {tmp_path}/train-000.tar/19.png"
+
+
+def test_check__warns_of_images_that_use_little_of_their_range(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for number in range(4):  # 12 bits in a container of 16 bits, and of these only dark values
+        pixels = np.random.default_rng(number).integers(0, 300, (20, 20)).astype(np.uint16)
+        Image.fromarray(pixels).save(tmp_path / f"{number}.png")
+    words = ["--data", str(tmp_path), "--value-range", "0", "65535"]
+    (problem,) = report_of(words, capsys)["problems"]
+    assert problem.startswith(f"Warning: '{tmp_path}' uses less than an eighth of the range")
+    report = report_of([*words[:-1], "300"], capsys)
+    assert report["summary"]["range"] == "0..300 becomes 0..255"
+    assert report["ok"]
+
+
+def test_check__names_images_whose_boxes_do_not_fit_their_masks(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = make_coco(tmp_path)
+    content = read_coco(root / "train")
+    entry = next(entry for entry in content["annotations"] if not entry["iscrowd"])
+    entry["bbox"] = [0, 0, 3, 3] if entry["bbox"][0] > 6 else [30, 30, 3, 3]
+    write_coco(root / "train", content)
+    report = report_of(["--data", str(root)], capsys)
+    name = next(image["file_name"] for image in content["images"] if image["id"] == entry["image_id"])
+    problem = next(problem for problem in report["problems"] if "boxes" in problem)
+    count = f"1 of {report['boxes_compared']} boxes do not fit the masks of their objects, in these images:"
+    assert problem.splitlines() == [count, str(root / "train" / "images" / name)]
+    assert report["boxes_differing"] == 1
+
+
+def test_check__labels_are_needed_where_the_command_needs_them(
+    unlabelled_images: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert report_of(["codebook", "--data", str(unlabelled_images)], capsys)["ok"]
+    assert "has no labels" in report_of(["finetune", "--data", str(unlabelled_images)], capsys)["problems"][0]
+
+
+def test_check__takes_a_recipe_and_all_flags_of_its_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    root = write_shapes(tmp_path)
+    words = ["segment", "camvid", "--data", str(root), "--backbone", "timm:none", "--optim.lr", "1", "--no-verify"]
+    assert report_of(words, capsys)["ok"]
+    assert report_of([*words, "--ignore", "2"], capsys)["train"]["pixels"].keys() == {"ground", "red"}
+
+
+def test_check__takes_the_settings_of_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    root = write_shapes(tmp_path / "data")
+    config = replace(recipe("segment", "tiny"), {"data": str(root), "ignore": ("2", "255"), "out": "runs/x"})
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps({"command": "segment", **to_dict(config)}))
+    report = report_of(["--config", str(file)], capsys)
+    assert (report["task"], report["data"]) == ("segment", str(root))
+    assert report["train"]["pixels"].keys() == {"ground", "red"}
+    assert report_of(["--config", str(file), "--ignore", "255"], capsys)["train"]["pixels"].keys() == {
+        *("ground", "red", "green")
+    }
+
+
+@pytest.mark.parametrize(
+    ("words", "text"),
+    [
+        (["--out", "runs/x"], "--out names the contact sheet, a .png file, not 'runs/x'."),
+        (["--out", "nowhere/x.png"], "--out 'nowhere/x.png' cannot be written: make the folder 'nowhere' first."),
+        (["--optim.lrr", "1"], "Unknown flag '--optim.lrr'."),
+        (["segmen"], "--task is one of auto, contrast"),
+        (["--recipe", "tiny"], "--recipe needs the command that it belongs to"),
+        (["segment", "tyny"], "'segment' has no recipe 'tyny'"),
+    ],
+)
+def test_check__refuses_wrong_flags(words: list[str], text: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["check", *words])
+    assert ended.value.code == 2
+    assert text in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", ["images", "segment", "detect"])
+def test_check__draws_a_contact_sheet(
+    kind: str, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make = {
+        "images": lambda: images,
+        "segment": lambda: write_shapes(tmp_path / "a"),
+        "detect": lambda: make_coco(tmp_path),
+    }
+    data, file = make[kind](), tmp_path / "sheet.png"
+    _, out = run(["--data", str(data), "--out", str(file), "--samples", "6"], capsys)
+    assert f"contact sheet: {file}" in out
+    sheet = np.array(Image.open(io.BytesIO(file.read_bytes())))
+    assert sheet.shape == (2 * 244, 3 * 228, 3)  # two rows of three cells with captions
+    cells = sheet.reshape(2, 244, 3, 228, 3).transpose(0, 2, 1, 3, 4)[..., 2:226, 2:226, :]
+    assert all(len(np.unique(cell.reshape(-1, 3), axis=0)) > 50 for row in cells for cell in row)
+    if kind == "images":  # two of each class, of which each has its own colour
+        means = cells.mean((2, 3))
+        assert means.argmax(-1).tolist() == [[2, 2, 1], [1, 0, 0]]
+
+
+def test_chosen_images__takes_each_class_in_turn() -> None:
+    source = squares(10)
+    assert source.labels is not None
+    source.labels = np.array([0, 0, 0, 0, 0, 0, 0, 1, 2, 2])
+    source.classes = ("a", "b", "c")
+    assert chosen_images(source, 6) == [0, 1, 2, 7, 8, 9]
+    source.labels = None
+    assert chosen_images(source, 4) == [0, 2, 5, 7]
+    assert chosen_images(source, 99) == list(range(10))
+
+
+def test_layout_of__tells_objects_masks_and_images_apart(images: Path, tmp_path: Path) -> None:
+    assert layout_of(str(images)) == layout_of("photos") == layout_of("hf:a/b") == "images"
+    assert layout_of(str(write_shapes(tmp_path / "a"))) == "segment"
+    assert layout_of(str(make_coco(tmp_path / "b"))) == "detect"
+    write(tmp_path / "c" / "images" / "1.png", 1)  # images/ beside other class folders
+    write(tmp_path / "c" / "pictures" / "1.png", 1)
+    assert layout_of(str(tmp_path / "c")) == "images"
+    assert open_images(str(tmp_path / "c")).train.classes == ("images", "pictures")
