@@ -73,6 +73,14 @@ SMALL: dict[str, dict[str, Any]] = {
 }
 
 
+def small_flags(command: str, **more: Any) -> list[str]:
+    """Return the flags of `SMALL`, with changes."""
+    words: list[str] = []
+    for name, value in {**SMALL[command], **more}.items():
+        words += [f"--{name}", *(map(str, value) if isinstance(value, tuple) else [str(value)])]
+    return words
+
+
 def train(command: str, data: Path | str, out: Path, /, **more: Any) -> Path:
     """Train a small stage in this process; return the run folder. A setting with a dot is `**{"optim.lr": 1}`."""
     settings = {**SMALL[command], "data": str(data), "out": str(out), **more}

@@ -11,7 +11,6 @@ import re
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -19,7 +18,7 @@ import torch
 from pecobook import cli
 from pecobook.errors import ConfigError, NonFiniteLossError, PecobookError
 from tests.distributed import TwoProcesses
-from tests.runs import SMALL, export_bytes, losses, train
+from tests.runs import export_bytes, losses, small_flags, train
 
 
 @pytest.fixture
@@ -249,13 +248,6 @@ def test_main__version(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------------- runs
-
-
-def small_flags(command: str, **more: Any) -> list[str]:
-    words: list[str] = []
-    for name, value in {**SMALL[command], **more}.items():
-        words += [f"--{name}", *(map(str, value) if isinstance(value, tuple) else [str(value)])]
-    return words
 
 
 def test_main__a_run_folder_holds_exactly_the_documented_files(

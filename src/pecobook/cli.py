@@ -7,21 +7,26 @@ explanations of the settings.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import importlib
 import os
 import sys
 import textwrap
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from types import MappingProxyType
-from typing import Any
+from typing import Any, TypeVar
 
 from pecobook import recipes
 from pecobook.commands import table
+from pecobook.engine.signals import from_the_start
+from pecobook.engine.world import printing_rank
 from pecobook.errors import ConfigError, PecobookError, did_you_mean, printable
 from pecobook.recipes import RECIPES
 from pecobook.settings.check import CheckConfig, of_run
-from pecobook.settings.values import field_name, flag, flags, load, replace
+from pecobook.settings.values import field_name, flag, flags, is_switch, load, replace
+
+T = TypeVar("T")
 
 COMMANDS = {name: command.summary for name, command in table.COMMANDS.items()} | {
     "recipes": "list the recipes and the claim of each",
@@ -99,13 +104,13 @@ def _stdout_is_closed() -> bool:
 
 
 def _print_error(error: PecobookError) -> None:
-    """Print an error: once where all ranks have it, with the number of the rank where one rank alone has it."""
+    """Print an error: once where all ranks have it, with the number of the rank where one rank alone may have it."""
     distributed = sys.modules.get("torch.distributed")  # not imported here: a distributed run has imported it already
     initialized = distributed is not None and distributed.is_available() and distributed.is_initialized()
-    rank = distributed.get_rank() if distributed is not None and initialized else int(os.environ.get("RANK", "0"))
+    rank = distributed.get_rank() if distributed is not None and initialized else printing_rank()
     if rank == 0:
         print(printable(f"pecobook: {error}", keep="\n"), file=sys.stderr)
-    elif initialized and not error.on_all_ranks:
+    elif not error.on_all_ranks:
         print(printable(f"pecobook: rank {rank}: {error}", keep="\n"), file=sys.stderr)
 
 
@@ -120,22 +125,37 @@ def dispatch(args: list[str]) -> None:
         print(f"pecobook {version('pecobook')}")
         return
     command, rest = args[0], args[1:]
-    if command not in COMMANDS:
-        raise ConfigError(f"Unknown command '{command}'.{did_you_mean(command, COMMANDS)} See pecobook --help.")
+    _same_on_all_ranks(lambda: _check_command(command))
     if command == "recipes":
         _recipes(rest)
     elif command == "completion":
         _completion(rest)
     elif command in RECIPES:
-        config = _settings(command, rest)
-        from pecobook.api import run
+        config = _same_on_all_ranks(lambda: _settings(command, rest))
+        with from_the_start(until_exit=True):
+            from pecobook.api import run
 
-        run(command, config)
+            run(command, config)
     else:
-        config = _settings(command, rest)
-        result = getattr(importlib.import_module(f"pecobook.commands.{command}"), command)(config)
+        config = _same_on_all_ranks(lambda: _settings(command, rest))
+        with from_the_start(until_exit=True) if command == "tokenize" else contextlib.nullcontext():
+            result = getattr(importlib.import_module(f"pecobook.commands.{command}"), command)(config)
         if command == "check" and result["problems"]:
             sys.exit(1)
+
+
+def _check_command(command: str) -> None:
+    if command not in COMMANDS:
+        raise ConfigError(f"Unknown command '{command}'.{did_you_mean(command, COMMANDS)} See pecobook --help.")
+
+
+def _same_on_all_ranks(check: Callable[[], T]) -> T:
+    """Call `check`, which has the same outcome on all ranks, so that one rank prints its error."""
+    try:
+        return check()
+    except ConfigError as error:
+        error.on_all_ranks = True
+        raise
 
 
 def _help() -> str:
@@ -284,7 +304,7 @@ def read_flags(args: list[str], types: dict[str, Any], command: str, problems: l
         name = flag(name)
         head, _, leaf = name.rpartition(".")
         positive = f"{head}.{leaf.removeprefix('no-')}".lstrip(".") if leaf.startswith("no-") else ""
-        if types.get(positive) is bool:
+        if is_switch(types.get(positive)):
             values[field_name(positive)] = False
             continue
         words = [text] if equals else []
@@ -304,7 +324,7 @@ def read_flags(args: list[str], types: dict[str, Any], command: str, problems: l
 def _value(name: str, words: list[str], kind: Any, command: str) -> Any:
     if str(kind).startswith("tuple"):
         return tuple(words[0].split(",")) if len(words) == 1 and "," in words[0] else tuple(words)
-    if kind is bool and not words:
+    if is_switch(kind) and not words:
         return True
     if not words:
         raise ConfigError(f"--{name} needs a value.")

@@ -15,11 +15,11 @@ from pecobook.commands.table import COMMANDS
 from pecobook.errors import ConfigError, did_you_mean
 from pecobook.help import explanations, first_sentence
 from pecobook.recipes import RECIPES, claim
-from pecobook.settings.values import flags
+from pecobook.settings.values import flags, is_switch
 
 SHELLS = ("bash", "zsh", "fish")
-# Values of a flag that takes several of them.
-_CHOICES = {"loggers": ("tensorboard", "wandb", "mlflow")}
+# Values of a flag that takes several of them, or that may also stand alone.
+_CHOICES = {"loggers": ("tensorboard", "wandb", "mlflow"), "resume": ("auto",)}
 
 
 class Flag(NamedTuple):
@@ -65,7 +65,7 @@ def flags_of(command: str) -> dict[str, Flag]:
         choices = typing.get_args(kind) if typing.get_origin(kind) is Literal else _CHOICES.get(name, ())
         text = first_sentence(texts[name])
         by_name[f"--{name}"] = Flag(text, tuple(map(str, choices)), takes_value=kind is not bool)
-        if kind is bool:
+        if is_switch(kind):
             group, dot, leaf = name.rpartition(".")
             by_name[f"--{group}{dot}no-{leaf}"] = Flag(f"Turn --{name} off.", takes_value=False)
     by_name["--config"] = Flag("Read settings from the config.json of a run.")

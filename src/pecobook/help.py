@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from pecobook.commands.table import COMMANDS
 from pecobook.recipes import DEFAULT_RECIPE, RECIPES, claim
-from pecobook.settings.values import field_name, flag, flags
+from pecobook.settings.values import field_name, flag, flags, is_switch
 
 _WIDTH = 100
 _CONFIG = "Read settings from the config.json of a run; flags change single ones."
@@ -50,7 +50,7 @@ def every_flag(command: str, config: Any, recipe: str = "") -> str:
         if head != group:
             group = head
             lines += ["", _wrapped(f"{group}: {inspect.getdoc(type(attrgetter(field_name(group))(config)))}", "")]
-        off = f", --{head}{'.' if head else ''}no-{leaf}" if kind is bool else ""
+        off = f", --{head}{'.' if head else ''}no-{leaf}" if is_switch(kind) else ""
         default = _default(attrgetter(field_name(name))(config), kind)
         lines += ["", f"  --{name}{off}", _wrapped(texts[name] + default, "      ")]
     return "\n".join([*lines, "", "  --config FILE", _wrapped(_CONFIG, "      ")])

@@ -7,6 +7,7 @@ import torch
 
 from pecobook.engine import launch
 from pecobook.engine.launch import deterministic
+from pecobook.engine.world import is_leader
 from pecobook.errors import ConfigError
 from pecobook.settings.training import TrainConfig
 
@@ -40,7 +41,23 @@ def test_world_size__from_flags_or_torchrun(monkeypatch: pytest.MonkeyPatch) -> 
     assert (launch.device_count(config), launch.total_devices(config)) == (3, 6)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     monkeypatch.setenv("WORLD_SIZE", "8")
-    assert (launch.device_count(config), launch.total_devices(config)) == (4, 8)
+    for agreeing in (TrainConfig(), TrainConfig(devices="4", num_nodes=2)):
+        assert (launch.device_count(agreeing), launch.total_devices(agreeing)) == (4, 8)
+    with pytest.raises(ConfigError, match=r"--devices 3: torchrun has started 4 processes on each machine\. Leave"):
+        launch.total_devices(config)
+    with pytest.raises(ConfigError, match="--num-nodes 3: torchrun has started processes on 2 machines"):
+        launch.total_devices(TrainConfig(num_nodes=3))
+
+
+def test_device_count__of_a_launcher_needs_a_gpu_for_each_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    with pytest.raises(ConfigError, match="torchrun has started 4 processes on a machine with 2 GPUs"):
+        launch.device_count(TrainConfig())
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    assert launch.device_count(TrainConfig()) == 4
 
 
 def test_device_count__auto_is_one_without_gpus_and_all_with(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -61,13 +78,13 @@ def test_resolve_precision__auto_is_bf16_where_the_hardware_supports_it(monkeypa
         launch.resolve_precision(TrainConfig(precision="fp16"))
 
 
-@pytest.mark.parametrize("name", ["RANK", "LOCAL_RANK", "NODE_RANK", "SLURM_PROCID"])
+@pytest.mark.parametrize("name", ["RANK", "LOCAL_RANK", "NODE_RANK"])
 def test_is_leader__only_the_first_process(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert launch.is_leader()
+    assert is_leader()
     monkeypatch.setenv(name, "0")
-    assert launch.is_leader()
+    assert is_leader()
     monkeypatch.setenv(name, "1")
-    assert not launch.is_leader()
+    assert not is_leader()
 
 
 @pytest.mark.parametrize(("device", "enabled"), [("cuda", True), ("cuda", False), ("cpu", True)])

@@ -18,6 +18,7 @@ from pecobook.data.views import random_crop
 from pecobook.engine import checkpoint, launch, loop, run_folder
 from pecobook.engine.loop import Outcome
 from pecobook.engine.stage import Stage, StageOutput
+from pecobook.engine.world import is_leader
 from pecobook.errors import NonFiniteLossError, PecobookError
 from pecobook.settings.training import OptimConfig, TrainConfig
 from tests.distributed import TwoProcesses
@@ -83,7 +84,7 @@ def settings(out: Path, **more: Any) -> TrainConfig:
 
 def run(out: Path, stage: Toy, *, bad: tuple[int, ...] = (), count: int = 20, **more: Any) -> Outcome:
     config = settings(out, **more)
-    lock = run_folder.prepare(config, "toy") if launch.is_leader() else None
+    lock = run_folder.prepare(config, "toy") if is_leader() else None
     try:
         return loop.fit(
             launch.start(config),
@@ -265,7 +266,7 @@ def test_fit__a_loss_that_is_not_finite_on_one_rank_stops_both(tmp_path: Path, t
     assert first[2] == second[2] == 2
 
 
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGUSR1"])
 def test_fit__saves_on_a_signal_and_resuming_equals_an_uninterrupted_run(
     tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]
 ) -> None:

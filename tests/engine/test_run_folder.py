@@ -73,6 +73,25 @@ def test_check__refuses_to_resume_without_a_run(tmp_path: Path) -> None:
         run_folder.check(config(tmp_path / "none", resume=True), "codebook")
 
 
+def test_resume_auto__starts_where_there_is_no_run_and_else_resumes(tmp_path: Path) -> None:
+    auto = config(tmp_path / "run", resume="auto")
+    run_folder.check(auto, "codebook")
+    run_folder.prepare(auto, "codebook").release()
+    written = (tmp_path / "run" / "config.json").read_bytes()
+    assert json.loads(written)["resume"] is False
+    (tmp_path / "run" / "checkpoints" / "step-00000004").mkdir()
+    run_folder.prepare(auto, "codebook").release()
+    assert (tmp_path / "run" / "config.json").read_bytes() == written
+    assert (tmp_path / "run" / "checkpoints" / "step-00000004").exists()
+    with pytest.raises(RunFolderError, match="seed: 0 -> 1"):
+        run_folder.check(replace(auto, {"seed": 1}), "codebook")
+    with pytest.raises(RunFolderError, match="is not a run of 'pecobook pretrain'"):
+        run_folder.check(auto, "pretrain")
+    (tmp_path / "thesis.tex").touch()
+    with pytest.raises(RunFolderError, match="is not empty and holds no run: delete it with --overwrite"):
+        run_folder.check(config(tmp_path, resume="auto"), "codebook")
+
+
 def test_check__refuses_to_resume_a_run_of_another_command(tmp_path: Path) -> None:
     make_run(tmp_path, "codebook")
     with pytest.raises(RunFolderError, match="not a run of 'pecobook pretrain'"):

@@ -54,3 +54,25 @@ def test_damage__reports_an_empty_checksum(tmp_path: Path, text: str) -> None:
     write_with_checksum(tmp_path / "a.bin", b"x")
     (tmp_path / "a.bin.sha256").write_text(text)
     assert "a.bin.sha256' cannot be read" in (damage([tmp_path / "a.bin"]) or "")
+
+
+@pytest.mark.parametrize("replaces", [False, True])
+def test_write_with_checksum__killed_in_between_never_leaves_a_false_checksum(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, replaces: bool
+) -> None:
+    file, written = tmp_path / "a.bin", list[Path]()
+    if replaces:
+        write_with_checksum(file, b"before")
+
+    def write_once(path: Path, data: bytes) -> None:
+        if written:
+            raise KeyboardInterrupt
+        written.append(path)
+        path.write_bytes(data)
+
+    monkeypatch.setattr("pecobook.utils.checksums.write_atomically", write_once)
+    with pytest.raises(KeyboardInterrupt):
+        write_with_checksum(file, b"weights!")
+    # A file that is missing is written again; a file that is there would stay without a checksum.
+    assert written == [file if replaces else checksum_file(file)]
+    assert damage([file]) is None

@@ -26,6 +26,7 @@ def names(folder: Path) -> list[str]:
         ({"overwrite": False}, "is not empty: delete it with --overwrite, or name another folder."),
         (BANK, "is not empty: continue with --resume, delete it with --overwrite, or name another folder."),
         (DEMO, "is not empty and holds no demo: name another folder."),
+        ({**BANK, "always_resumes": True}, "holds no token bank: delete it with --overwrite, or name another folder."),
         ({**BANK, "resume": True}, "there is no token bank in"),
         ({**BANK, "overwrite": True}, "does not look like a token bank, so it is not deleted: name another folder."),
     ],

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from pecobook.engine.log import compact_duration
+from pecobook.engine.world import environment_without_launcher
 from pecobook.errors import PecobookError, RunFolderError, printable
 from pecobook.settings.values import changed_settings, complete, dump
 from pecobook.utils.output_folder import OutputFolder
@@ -179,7 +180,7 @@ class _Running:
         elif (job.out / "config.json").exists():
             command.append("--resume")
         self.log: TextIO = (out / "logs" / f"{name}.log").open("a")
-        environment = {**os.environ, **slot.environment}
+        environment = {**environment_without_launcher(), **slot.environment}
         self.process = subprocess.Popen(command, stdout=self.log, stderr=subprocess.STDOUT, env=environment)
         if hasattr(os, "sched_setaffinity"):  # threads and data-loading processes inherit the cores
             with contextlib.suppress(ProcessLookupError):

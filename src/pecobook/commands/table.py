@@ -124,7 +124,7 @@ COMMANDS: dict[str, Command] = {
             "tokenize tiny --data photos --tokenizer runs/codebook --out runs/tokens --views 4",
             "tokenize --data IMAGENET --tokenizer runs/codebook --out runs/tokens --views 20",
         ),
-        "data tokenizer views out resume overwrite seed image-size tokenizer-size batch-size workers devices",
+        "data tokenizer views out shard resume overwrite seed image-size tokenizer-size batch-size workers",
     ),
     "analyze": Command(
         "measure what the codewords of tokenizers mean: figures, galleries, a report",

@@ -9,11 +9,12 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+import sys
 import time
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 from pecobook.errors import ConfigError, DataError, Preflight, RunFolderError
 from pecobook.settings.tokenize import TokenizeConfig
@@ -34,43 +35,101 @@ def tokenize(config: TokenizeConfig) -> Path:
     """
     from pecobook.data.tokens import bank_layouts, missing_shards
     from pecobook.engine import launch
-    from pecobook.engine.preamble import device_name, show_source
+    from pecobook.engine.world import is_leader
+    from pecobook.utils.distributed import gather_objects, on_all_ranks
 
-    splits, tokenizer, bank_config = _preflight(config)
-    out, folder = Path(config.out), None
-    if launch.is_leader():
-        folder = _folder(config).begin(partial(_write_config, bank_config))
-        views = f"{config.views:,} of each training image, one of each held-out image, {bank_config['grid'][0]} x "
-        views += f"{bank_config['grid'][1]} tokens of {tokenizer.num_codewords:,} codewords"
-        show_source(splits, ("views", views), ("device", f"{device_name()}, {bank_config['precision']}"))
-    try:
-        config = dataclasses.replace(config, precision=bank_config["precision"])
-        fabric = launch.start(config)  # type: ignore[arg-type]  # start reads devices, nodes and precision alone
-        fabric.barrier()  # the folder exists now
-        layout = bank_layouts(bank_config)
-        missing = fabric.broadcast(sorted(map(str, missing_shards(out, layout))))
-        files = [Path(file) for file in missing][fabric.global_rank :: fabric.world_size]
-        _write(config, splits, tokenizer.to(fabric.device), fabric, layout, files)
-        fabric.barrier()
-        if launch.is_leader():
-            _finish(out, layout, next_command(config, bank_config["grid"][0]))
-    finally:
-        if folder is not None:
-            folder.release()
+    if config.shard:
+        return _tokenize_part(config)
+    with launch.signals(config):  # type: ignore[arg-type]  # launch reads devices, nodes and precision alone
+        begun = launch.begin(
+            config,  # type: ignore[arg-type]
+            lambda: _preflight(config),
+            lambda ready: _folder(config, ready.bank_config).begin(partial(_write_config, ready.bank_config)),
+        )
+        out, layout = Path(config.out), bank_layouts(begun.ready.bank_config)
+        if is_leader():
+            _show(config, begun.ready)
+        try:
+            missing = begun.fabric.broadcast(sorted(map(str, missing_shards(out, layout))))
+            files = [Path(file) for file in missing][begun.fabric.global_rank :: begun.fabric.world_size]
+            finished = gather_objects(on_all_ranks(lambda: _write(config, begun.ready, begun.fabric, layout, files)))
+            if all(finished) and is_leader():
+                _finish(out, layout, next_command(config, begun.ready.bank_config["grid"][0]))
+        finally:
+            if begun.lock is not None:
+                begun.lock.release()
+    if not all(finished):
+        _exit_unfinished()
     return out
 
 
-def _preflight(config: TokenizeConfig) -> tuple[Splits, Any, dict[str, Any]]:
+def _tokenize_part(config: TokenizeConfig) -> Path:
+    """Write the files of one part beside processes with other parts; the last to finish lists what was skipped."""
+    from pecobook.data.tokens import bank_layouts, missing_shards, shard_files
+    from pecobook.engine import launch
+    from pecobook.engine.signals import Signals
+    from pecobook.utils.folder_lock import FolderLock
+    from pecobook.utils.output_folder import SHARED_WAIT
+
+    ready = _preflight(config)
+    out, layout, (part, parts) = Path(config.out), bank_layouts(ready.bank_config), config.part
+    with _folder(config, ready.bank_config).begin(partial(_write_config, ready.bank_config)):
+        lock = FolderLock(out, part=f"{part + 1}-of-{parts}")
+    with lock, Signals():
+        _show(config, ready)
+        mine = set(list(shard_files(out, layout))[part::parts])
+        files = [file for file in missing_shards(out, layout) if file in mine]
+        fabric = launch.start(config, alone=True)  # type: ignore[arg-type]
+        if not _write(config, ready, fabric, layout, files):
+            _exit_unfinished()
+    with FolderLock(out, shared=True, wait=SHARED_WAIT):  # the last process sees all files, and one process at a time
+        missing = list(missing_shards(out, layout))
+        if not missing:
+            _finish(out, layout, next_command(config, ready.bank_config["grid"][0]))
+    if missing:
+        text = f"Part {config.shard} of '{out}' is written. {len(missing)} files of other parts are missing so far."
+        print(text, file=sys.stderr)
+    return out
+
+
+def _show(config: TokenizeConfig, ready: _Ready) -> None:
+    """Print lines on the images, the views and the device."""
+    from pecobook.engine.preamble import device_name, show_source
+
+    bank_config = ready.bank_config
+    views = f"{config.views:,} of each training image, one of each held-out image, {bank_config['grid'][0]} x "
+    views += f"{bank_config['grid'][1]} tokens of {ready.tokenizer.num_codewords:,} codewords"
+    show_source(ready.splits, ("views", views), ("device", f"{device_name()}, {bank_config['precision']}"))
+
+
+def _exit_unfinished() -> NoReturn:
+    from pecobook.engine.world import is_leader
+
+    if is_leader():
+        print("Stopped; the files that are written are whole. Continue with --resume.", file=sys.stderr)
+    raise SystemExit(130)
+
+
+class _Ready(NamedTuple):
+    """What is checked and opened before anything is written."""
+
+    splits: Splits
+    tokenizer: Any
+    bank_config: dict[str, Any]
+
+
+def _preflight(config: TokenizeConfig) -> _Ready:
     """Check everything before anything is written; return the images, the tokenizer and the config of the bank."""
     from pecobook.data.named_views import NamedViews
     from pecobook.engine import launch
     from pecobook.engine.value_range import open_readable
+    from pecobook.engine.world import is_leader
     from pecobook.models.tokenizers import fingerprint
 
     preflight = Preflight()
-    if launch.is_leader():
+    if config.shard or is_leader():
         preflight.check(_folder(config).check)
-    quiet = not launch.is_leader()
+    quiet = not is_leader()
     splits = preflight.check(lambda: open_readable(config.data, config.value_range, [config.tokenizer], quiet=quiet))
     tokenizer = preflight.check(lambda: _open_tokenizer(config))
     precision = preflight.check(lambda: launch.resolve_precision(config))  # type: ignore[arg-type]
@@ -92,9 +151,9 @@ def _preflight(config: TokenizeConfig) -> tuple[Splits, Any, dict[str, Any]]:
         "source": config.data,
         "precision": precision,
     }
-    if config.resume:
-        _check_resume(Path(config.out), bank_config)
-    return splits, tokenizer, bank_config
+    if config.resume is True or ((config.resume or config.shard) and (Path(config.out) / "config.json").is_file()):
+        _check_resume(config, bank_config)
+    return _Ready(splits, tokenizer, bank_config)
 
 
 def _open_tokenizer(config: TokenizeConfig) -> Any:
@@ -113,18 +172,19 @@ def _open_tokenizer(config: TokenizeConfig) -> Any:
     return tokenizer
 
 
-def _check_resume(out: Path, bank_config: dict[str, Any]) -> None:
+def _check_resume(config: TokenizeConfig, bank_config: dict[str, Any], _content: object = None) -> None:
     from pecobook.data.tokens import bank_differences, read_bank_config
 
+    out, flag = Path(config.out), "--resume" if config.resume else "--shard"
     changed = bank_differences(read_bank_config(out), bank_config)
     if changed:
         raise RunFolderError(
-            f"--resume: the token bank '{out}' was begun with other settings: {'; '.join(changed)}.\n"
+            f"{flag}: the token bank '{out}' was begun with other settings: {'; '.join(changed)}.\n"
             "Give the same data, tokenizer and settings, or name another --out."
         )
 
 
-def _folder(config: TokenizeConfig) -> OutputFolder:
+def _folder(config: TokenizeConfig, bank_config: dict[str, Any] | None = None) -> OutputFolder:
     from pecobook.utils.output_folder import OutputFolder
 
     return OutputFolder(
@@ -135,8 +195,11 @@ def _folder(config: TokenizeConfig) -> OutputFolder:
         is_own=_is_bank,
         files=("config.json", "skipped.txt", "*/codes-*.npy*", "*/skipped-*.json", "*/.*.tmp"),
         data=config.data,
-        resume=config.resume,
-        overwrite=config.overwrite,
+        resume=config.resume is True,
+        overwrite=None if config.shard else config.overwrite,
+        always_resumes=config.resume == "auto" or bool(config.shard),
+        shared=bool(config.shard),
+        check_resume=None if bank_config is None else partial(_check_resume, config, bank_config),
     )
 
 
@@ -152,7 +215,8 @@ def _is_bank(out: Path) -> bool:
 def _write_config(bank_config: dict[str, Any], out: Path) -> None:
     from pecobook.utils.files import write_json
 
-    write_json(out / "config.json", bank_config)
+    if not (out / "config.json").is_file():  # a bank that is continued has the same
+        write_json(out / "config.json", bank_config)
 
 
 # ----------------------------------------------------------------------------------------------- reading and writing
@@ -195,39 +259,40 @@ def _collate(samples: list[list[dict[str, Any]] | BadImage]) -> dict[str, Any]:
 
 
 def _write(
-    config: TokenizeConfig,
-    splits: Splits,
-    tokenizer: Any,
-    fabric: Any,
-    layout: dict[str, BankLayout],
-    files: list[Path],
-) -> None:
-    """Encode and write the shards `files`."""
+    config: TokenizeConfig, ready: _Ready, fabric: Any, layout: dict[str, BankLayout], files: list[Path]
+) -> bool:
+    """Encode and write the shards `files`; return whether all are written, or False after a signal to stop."""
     import numpy as np
 
     from pecobook.data.tokens import write_shard
     from pecobook.engine.log import Progress
+    from pecobook.engine.signals import Signals
 
+    tokenizer = ready.tokenizer.to(fabric.device)
     shards = [(layout[file.parent.name], int(file.stem.rpartition("-")[2]), file) for file in files]
     total = sum(len(split.images_of(shard)) for split, shard, _ in shards)
     progress = Progress(total=total, start=0, name="tokenize", quiet=fabric.global_rank > 0)
     items = [(split.split, i) for split, shard, _ in shards for i in split.images_of(shard)]
-    batches = _read(config, splits, items, pin=fabric.device.type == "cuda")
+    batches = _read(config, ready.splits, items, pin=fabric.device.type == "cuda")
     done, start = 0, time.monotonic()
     pending: list[Any] = []  # (codes (V, h, w), error or None) of the images that were read and not yet written
     try:
-        for split, shard, file in shards:
-            count = len(split.images_of(shard))
-            while len(pending) < count:
-                batch = next(batches)
-                pending += _encode(config, tokenizer, fabric, batch, split)
-                done += batch["count"]
-                speed = done / max(time.monotonic() - start, 1e-9)
-                progress.show(min(done, total), {"images_per_second": speed})
-            images = zip(split.images_of(shard), pending[:count], strict=True)
-            skipped = {number: error for number, (_, error) in images if error is not None}
-            write_shard(file, np.stack([codes for codes, _ in pending[:count]]), skipped)
-            pending = pending[count:]
+        with Signals() as signals:
+            for split, shard, file in shards:
+                count = len(split.images_of(shard))
+                while len(pending) < count:
+                    if signals.received:
+                        return False
+                    batch = next(batches)
+                    pending += _encode(config, tokenizer, fabric, batch, split)
+                    done += batch["count"]
+                    speed = done / max(time.monotonic() - start, 1e-9)
+                    progress.show(min(done, total), {"images_per_second": speed})
+                images = zip(split.images_of(shard), pending[:count], strict=True)
+                skipped = {number: error for number, (_, error) in images if error is not None}
+                write_shard(file, np.stack([codes for codes, _ in pending[:count]]), skipped)
+                pending = pending[count:]
+        return True
     finally:
         progress.close()
 
@@ -236,8 +301,8 @@ def _read(config: TokenizeConfig, splits: Splits, items: list[tuple[str, int]], 
     """Returns the batches in order; no batch contains images of both splits."""
     from torch.utils.data import DataLoader
 
-    from pecobook.data.stream import default_workers, new_process_group
-    from pecobook.engine.launch import device_count
+    from pecobook.data.stream import new_process_group
+    from pecobook.engine.launch import num_workers
 
     images_per_batch = max(config.batch_size // config.views, 1)
     batches: list[list[tuple[str, int]]] = []
@@ -245,7 +310,7 @@ def _read(config: TokenizeConfig, splits: Splits, items: list[tuple[str, int]], 
         if not batches or len(batches[-1]) == images_per_batch or batches[-1][0][0] != item[0]:
             batches.append([])
         batches[-1].append(item)
-    workers = default_workers(device_count(config)) if config.workers < 0 else config.workers  # type: ignore[arg-type]
+    workers = num_workers(config)  # type: ignore[arg-type]
     if not batches:
         return iter(())
     views: Any = _AllViews(config, splits)
@@ -286,8 +351,6 @@ def _encode(
 
 def _finish(out: Path, layout: dict[str, BankLayout], command: str) -> None:
     """List the images that no process could read, those before a resume included, and print the next command."""
-    import sys
-
     from pecobook.data.tokens import read_skipped
     from pecobook.utils.files import write_atomically
 

@@ -191,12 +191,17 @@ def bank_layouts(config: dict[str, Any]) -> dict[str, BankLayout]:
     }
 
 
+def shard_files(folder: Path, splits: dict[str, BankLayout]) -> Iterator[Path]:
+    """Yield the paths of all shards of a bank."""
+    for layout in splits.values():
+        yield from (layout.file(folder, shard) for shard in range(layout.num_shards))
+
+
 def missing_shards(folder: Path, splits: dict[str, BankLayout]) -> Iterator[Path]:
     """Yield the paths of the shards that are still to be written."""
     for layout in splits.values():
         existing = {path.name for path in (folder / layout.split).glob("codes-*.npy")}
-        files = (layout.file(folder, shard) for shard in range(layout.num_shards))
-        yield from (file for file in files if file.name not in existing)
+        yield from (file for file in shard_files(folder, {layout.split: layout}) if file.name not in existing)
 
 
 def read_skipped(folder: Path, layout: BankLayout) -> dict[int, BadImage]:

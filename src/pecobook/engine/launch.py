@@ -10,25 +10,28 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar
 
 import torch
 from torch import nn
 
+from pecobook.data.stream import default_workers
+from pecobook.engine.signals import from_the_start, stop_requested
+from pecobook.engine.world import World, check_flags, is_leader, launched
 from pecobook.errors import ConfigError
 from pecobook.settings.training import TrainConfig
+from pecobook.utils.devices import cores
+from pecobook.utils.distributed import gather_objects, on_all_ranks, on_first_rank
+from pecobook.utils.folder_lock import FolderLock
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
 
+R = TypeVar("R")
+
 _PRECISIONS = {"bf16": "bf16-mixed", "fp16": "16-mixed"}
-
-
-def is_leader() -> bool:
-    """Return whether this process is the first of its run, by the environment variables of the launcher."""
-    return all(os.environ.get(name, "0") == "0" for name in ("RANK", "LOCAL_RANK", "NODE_RANK", "SLURM_PROCID"))
 
 
 def say(lines: Iterable[str]) -> None:
@@ -39,10 +42,21 @@ def say(lines: Iterable[str]) -> None:
 
 
 def device_count(config: TrainConfig) -> int:
-    """Return the number of processes on each machine. Raises ConfigError when the machine has fewer GPUs."""
-    if "LOCAL_WORLD_SIZE" in os.environ:  # torchrun has already decided
-        return int(os.environ["LOCAL_WORLD_SIZE"])
+    """Return the number of processes on each machine.
+
+    Raises:
+        ConfigError: the machine has fewer GPUs, or the flags differ from what torchrun or srun has started.
+    """
+    world = launched()
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if world is not None:
+        check_flags(world, config.devices, config.num_nodes)
+        if gpus and gpus < world.local_size and not (world.launcher == "srun" and gpus == 1):  # --gpus-per-task=1
+            raise ConfigError(
+                f"{world.launcher} has started {world.local_size} processes on a machine with "
+                f"{gpus} GPU{'s' if gpus > 1 else ''}: start one for each GPU."
+            )
+        return world.local_size
     if config.devices == "auto":
         return gpus or 1
     devices = int(config.devices)
@@ -53,9 +67,20 @@ def device_count(config: TrainConfig) -> int:
 
 def total_devices(config: TrainConfig) -> int:
     """Return the number of devices of the run on all machines; each has a process."""
-    if "WORLD_SIZE" in os.environ and "LOCAL_WORLD_SIZE" in os.environ:
-        return int(os.environ["WORLD_SIZE"])
-    return device_count(config) * config.num_nodes
+    devices, world = device_count(config), launched()
+    return devices * config.num_nodes if world is None else world.size
+
+
+def num_workers(config: TrainConfig) -> int:
+    """Return the number of data-loading processes of this process; `--workers -1` shares out the cores."""
+    if config.workers >= 0:
+        return config.workers
+    world, processes = launched(), device_count(config)
+    if world is not None and world.launcher == "srun":
+        allocated = int(os.environ.get("SLURM_CPUS_ON_NODE", "0"))
+        if len(cores()) * world.local_size <= allocated:  # each task is bound to cores of its own
+            processes = 1
+    return default_workers(processes)
 
 
 def resolve_precision(config: TrainConfig) -> str:
@@ -89,26 +114,152 @@ def check_min_batch(config: TrainConfig) -> None:
         raise ConfigError(f"{flag}: a device must hold at least 2 images at once, to contrast them.")
 
 
-def start(config: TrainConfig) -> Fabric:
-    """Start the processes of the run and return their Fabric.
+class Begun(NamedTuple, Generic[R]):
+    """A run whose processes have started and whose folder exists."""
+
+    fabric: Fabric
+    ready: R
+    """What the preflight returned."""
+    lock: FolderLock | None
+    """The lock of the folder, on the first process."""
+
+
+def begin(config: TrainConfig, preflight: Callable[[], R], prepare: Callable[[R], FolderLock]) -> Begun[R]:
+    """Check everything, make the folder on the first process, and start or join the processes of the run.
+
+    Processes that torchrun or srun has started meet first, so that all end with the refusal of one. Processes that this
+    one has to start follow when everything is checked.
+
+    Raises:
+        PecobookError: on all processes, when one of them cannot start.
+        SystemExit: with code 130 on all processes, when a signal has asked one to stop.
+    """
+    world = launched()
+    fabric = None if world is None else start(config)
+    ready = on_all_ranks(preflight)
+    locks: list[FolderLock] = []
+    try:
+        if fabric is not None or is_leader():  # a process that the first one has started joins later
+            _stop_if_asked()
+            on_first_rank(lambda: locks.append(prepare(ready)))
+        return Begun(fabric or start(config), ready, locks[0] if locks else None)
+    except BaseException:
+        for lock in locks:
+            lock.release()
+        raise
+
+
+def _stop_if_asked() -> None:
+    """Exit with code 130 on all processes when a signal has asked one of them to stop."""
+    if any(gather_objects(stop_requested())):
+        if is_leader():
+            print("Stopped before the first step.", file=sys.stderr)
+        raise SystemExit(130)
+
+
+def signals(config: TrainConfig) -> AbstractContextManager[object]:
+    """Return the context in which a run of these settings starts; see `engine.signals.from_the_start`."""
+    try:
+        return from_the_start(several=total_devices(config) > 1)
+    except ConfigError:  # the preflight reports it
+        return from_the_start()
+
+
+def start(config: TrainConfig, *, alone: bool = False) -> Fabric:
+    """Start the processes of the run, or join those that were started, and return their Fabric.
 
     Args:
-        config: settings whose precision is resolved (`resolve_precision`).
+        config: the settings of the run.
+        alone: whether this process works without others, also where torchrun or srun has started several.
     """
     from lightning_fabric import Fabric
 
     _filter_warnings()
+    if alone:
+        return _start_alone(config)
+    devices = device_count(config)
+    nodes = max(1, total_devices(config) // devices)
+    if torch.cuda.is_available() and torch.cuda.device_count() < devices:
+        # srun has given each process a GPU that it alone sees: each counts as a machine of one GPU.
+        devices, nodes = 1, devices * nodes
     fabric = Fabric(
         accelerator="cuda" if torch.cuda.is_available() else "cpu",
-        devices=device_count(config),
-        num_nodes=max(1, total_devices(config) // device_count(config)),
+        devices=devices,
+        num_nodes=nodes,
         strategy=_strategy(config),
-        plugins=[precision_plugin(config.precision)],
+        plugins=[precision_plugin(resolve_precision(config)), *_cluster_environment(devices)],
     )
     fabric.launch()
     # Fabric registers this for NCCL alone. A thread of gloo that outlives Python aborts a process that has finished.
     atexit.register(_leave_process_group)
     return fabric
+
+
+def _start_alone(config: TrainConfig) -> Fabric:
+    from lightning_fabric import Fabric
+    from lightning_fabric.plugins.environments.lightning import LightningEnvironment
+
+    world, gpus = launched(), torch.cuda.device_count() if torch.cuda.is_available() else 0
+    return Fabric(
+        accelerator="cuda" if gpus else "cpu",
+        devices=[world.local_rank % gpus if world else 0] if gpus else 1,
+        plugins=[precision_plugin(resolve_precision(config)), LightningEnvironment()],
+    )
+
+
+def _cluster_environment(devices: int) -> list[Any]:
+    """Return Fabric's plugin for the processes under Slurm, or an empty list where Fabric finds out by itself."""
+    world = launched()
+    if world is not None and world.launcher == "srun":
+        return [_srun_environment(world, own_gpus=devices != world.local_size)]
+    if world is None and "SLURM_JOB_ID" in os.environ:
+        from lightning_fabric.plugins.environments.lightning import LightningEnvironment
+
+        return [LightningEnvironment()]  # Fabric would take a batch script for one task of many
+    return []
+
+
+def _srun_environment(world: World, *, own_gpus: bool) -> Any:
+    """Return Fabric's plugin for tasks of srun; a task with a GPU that it alone sees counts as a machine."""
+    from lightning_fabric.plugins.environments.cluster_environment import ClusterEnvironment
+    from lightning_fabric.plugins.environments.slurm import SLURMEnvironment
+
+    class Srun(ClusterEnvironment):
+        creates_processes_externally = True
+        main_address = os.environ.get("MASTER_ADDR") or SLURMEnvironment.resolve_root_node_address(
+            os.environ.get("SLURM_STEP_NODELIST", "127.0.0.1")
+        )
+        main_port = int(os.environ.get("MASTER_PORT") or _port_of_step())
+
+        @staticmethod
+        def detect() -> bool:
+            return True
+
+        def world_size(self) -> int:
+            return world.size
+
+        def set_world_size(self, size: int) -> None:
+            pass  # srun has decided
+
+        def global_rank(self) -> int:
+            return world.rank
+
+        def set_global_rank(self, rank: int) -> None:
+            pass
+
+        def local_rank(self) -> int:
+            return 0 if own_gpus else world.local_rank
+
+        def node_rank(self) -> int:
+            return world.rank if own_gpus else int(os.environ.get("SLURM_NODEID", "0"))
+
+    return Srun()
+
+
+def _port_of_step() -> int:
+    """Return a port that all tasks of a step compute, and that other steps and jobs on the machine rarely share."""
+    job, step = (int(os.environ.get(name, "0")) for name in ("SLURM_JOB_ID", "SLURM_STEP_ID"))
+    return 10_000 + (31 * job + step) % 20_000
 
 
 def _leave_process_group() -> None:
@@ -139,7 +290,10 @@ def _filter_warnings() -> None:
     warnings.filterwarnings("ignore", message="Warning only once for all operators")
     # Losses, averages and distances are computed in fp32 under autocast on purpose.
     warnings.filterwarnings("ignore", message="TensorFloat32 tensor cores")
-    logging.getLogger("lightning_fabric.utilities.rank_zero").setLevel(logging.WARNING)
+    # A single process on a machine with Slurm is what the user asked for.
+    warnings.filterwarnings("ignore", message="The `srun` command is available")
+    for name in ("lightning_fabric", "lightning_fabric.utilities.rank_zero"):
+        logging.getLogger(name).setLevel(logging.WARNING)
 
 
 def precision_plugin(name: str) -> Any:

@@ -18,13 +18,13 @@ from torch import Tensor, nn
 
 from pecobook.data.batch import Batch
 from pecobook.data.sampler import BatchPositions, key
-from pecobook.data.stream import Stream, default_workers, load, to_device
+from pecobook.data.stream import Stream, load, to_device
 from pecobook.engine import checkpoint
 from pecobook.engine.ahead import loss_weights, micro_batches
 from pecobook.engine.attention import trainable_attention
 from pecobook.engine.evaluation import Evaluation, average_metrics, evaluate
 from pecobook.engine.finite_check import FiniteCheck
-from pecobook.engine.launch import deterministic, device_count, micro_batch_size
+from pecobook.engine.launch import deterministic, micro_batch_size, num_workers
 from pecobook.engine.log import JsonLines, Progress, Sink, open_sinks, open_text_log
 from pecobook.engine.memory import out_of_memory_advice
 from pecobook.engine.optim import build_optimizer, learning_rates, set_learning_rate, warmup_warning
@@ -103,7 +103,7 @@ class Loop:
         self.schedule = learning_rates(config.optim, total=self.total, num_images=count, batch_size=batch)
         self.warmup_warning = warmup_warning(config.optim, total=self.total, num_images=count, batch_size=batch)
         self.micro = micro_batch_size(config)
-        self.workers = default_workers(device_count(config)) if config.workers < 0 else config.workers
+        self.workers = num_workers(config)
         on_gpu = fabric.device.type == "cuda"
         if on_gpu and fabric.world_size > 1:
             from timm.layers import convert_sync_batchnorm

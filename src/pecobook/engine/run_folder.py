@@ -56,7 +56,8 @@ def _folder(config: TrainConfig, command: str) -> OutputFolder:
         is_own=_is_run,
         files=_FILES,
         data=config.data,
-        resume=config.resume,
+        resume=config.resume is True,
+        always_resumes=config.resume == "auto",
         overwrite=config.overwrite,
         check_resume=partial(_check_resume, config, command),
     )

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 
 from pecobook.errors import ConfigError
 from pecobook.settings.images import ImagesConfig, PhotometricConfig
 from pecobook.settings.training import Precision
-from pecobook.settings.values import between, positive
+from pecobook.settings.values import Resume, between, positive, refuse
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -42,8 +43,11 @@ class TokenizeConfig(ImagesConfig):
     precision: Precision = "auto"
     """Precision of autocast in the tokenizer: fp32, bf16 or fp16. auto is bf16 where the hardware multiplies it
     natively, else fp32. The precision of pre-training gives exactly the tokens that pre-training would compute."""
-    resume: bool = False
-    """Resume an unfinished token bank."""
+    shard: str = ""
+    """Write part I of N of the bank, given as I/N with I from 1 to N, beside other processes with the other parts, such
+    as the tasks of a job array. The first begins the bank, and the last to finish reports it."""
+    resume: Resume = False
+    """Resume an unfinished token bank. `--resume auto` begins a bank where there is none."""
     overwrite: bool = False
     """Delete the contents of --out first."""
 
@@ -53,8 +57,24 @@ class TokenizeConfig(ImagesConfig):
         between(self, 0.0, 1.0, "min_crop")
         between(self, 0, 2**31 - 1, "seed", "tokenizer_size")
         between(self, -1, math.inf, "workers")
+        if self.shard:
+            match = re.fullmatch(r"(\d+)/(\d+)", self.shard)
+            if match is None or not 1 <= int(match[1]) <= int(match[2]):
+                refuse("shard", f"is I/N with I from 1 to N, as 3/8, not '{self.shard}'.")
+            if self.overwrite:
+                raise ConfigError(
+                    "--shard and --overwrite exclude each other: processes would delete each other's files."
+                )
+            if self.devices != "auto" or self.num_nodes != 1:
+                raise ConfigError("--shard is for single processes: leave --devices and --num-nodes out.")
         if self.resume and self.overwrite:
             raise ConfigError("--resume and --overwrite exclude each other: give one of them.")
+
+    @property
+    def part(self) -> tuple[int, int]:
+        """The part of --shard that this process writes, counted from 0, and the number of parts."""
+        index, _, count = (self.shard or "1/1").partition("/")
+        return int(index) - 1, int(count)
 
     @property
     def strategy(self) -> str:

@@ -10,7 +10,7 @@ from typing import Any, Literal, cast
 from pecobook.errors import ConfigError
 from pecobook.settings.durations import check_durations
 from pecobook.settings.images import ImagesConfig
-from pecobook.settings.values import between, narrow, positive, refuse
+from pecobook.settings.values import Resume, between, narrow, positive, refuse
 
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
 Strategy = Literal["auto", "ddp", "fsdp"]
@@ -123,8 +123,9 @@ class TrainConfig(ImagesConfig):
     """Use deterministic kernels on a GPU, where PyTorch has them, so that a repeated or resumed run gives exactly the
     same weights; this is slower. A CPU always computes deterministically."""
     optim: BaseOptimConfig = BaseOptimConfig()
-    resume: bool = False
-    """Resume from the last checkpoint in --out."""
+    resume: Resume = False
+    """Resume from the last checkpoint in --out. `--resume auto` starts a run where there is none, so that one command
+    line serves for the first start and for every restart."""
     overwrite: bool = False
     """Delete the contents of --out first."""
     dry_run: bool = False

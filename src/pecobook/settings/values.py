@@ -50,6 +50,9 @@ RETIRED = frozenset({"min_crop", "optim.layer_decay", "colour.blur", "colour.sol
 # The value that a setting had, in effect, before there was the setting, where it differs from the default.
 BEFORE = {"group_size": 0, "value_range": [0.0, 65535.0]}
 
+# `--resume` alone is True; "auto" resumes where there is something to resume, and else starts.
+Resume = bool | Literal["auto"]
+
 _collected: contextvars.ContextVar[list[tuple[str, str]] | None] = contextvars.ContextVar("collected", default=None)
 
 
@@ -116,6 +119,11 @@ def narrow(config: Any) -> None:
 def flag(name: str) -> str:
     """Return the name of a field on the command line, without dashes in front."""
     return name.replace("_", "-")
+
+
+def is_switch(kind: Any) -> bool:
+    """Return whether a flag of this type of value may stand alone."""
+    return kind is bool or kind == Resume
 
 
 def field_name(flag_name: str) -> str:
@@ -249,6 +257,10 @@ def coerce(value: Any, kind: Any, name: str) -> Any:
         raise ConfigError(
             f"--{flag(name)} is one of {', '.join(options)}, not '{value}'.{did_you_mean(str(value), options)}"
         )
+    if kind == Resume:
+        if value == "auto" or isinstance(value, bool) or str(value).lower() in ("true", "false"):
+            return value if value == "auto" else _coerce_scalar(value, bool, name)
+        raise ConfigError(f"--{flag(name)} takes true or false, or auto, not '{value}'.")
     if origin is tuple:
         items = list(value) if isinstance(value, list | tuple) else [value]
         item_types = get_args(kind)

@@ -22,9 +22,10 @@ from pecobook.data.dense.segmentation_views import resize_mask, training_view
 from pecobook.data.source import ImageSource, Splits
 from pecobook.data.stream import ViewFunction
 from pecobook.data.views import photometric
-from pecobook.engine.launch import is_leader, micro_batch_size, say, total_devices
+from pecobook.engine.launch import micro_batch_size, say, total_devices
 from pecobook.engine.optim import dense_groups
 from pecobook.engine.stage import Stage, StageOutput, mean_of_counted, submodule_state
+from pecobook.engine.world import is_leader
 from pecobook.errors import ConfigError, DataError, listed
 from pecobook.models.dense.pyramid import FeaturePyramid, build_pyramid, describe_pyramid
 from pecobook.models.dense.segmenter import Segmenter, best_classes, rescaled_images, resize_maps

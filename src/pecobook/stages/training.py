@@ -19,6 +19,7 @@ from pecobook.data.stream import Stream
 from pecobook.data.summary import aligned, describe
 from pecobook.engine.stage import Stage
 from pecobook.engine.value_range import set_value_range
+from pecobook.engine.world import is_leader
 from pecobook.errors import Preflight, RunFolderError, first_line
 from pecobook.models.snippets import example_image, with_image
 from pecobook.settings.images import AUTO
@@ -37,20 +38,26 @@ def train(stage_type: type[Stage[C]], config: C) -> Path:
     """
     from pecobook.engine import launch, run_folder
 
-    config, splits, stage = preflight(stage_type, config)
     if config.dry_run:
-        if launch.is_leader():
-            _dry_run(stage_type, config, stage, splits)
+        ready = preflight(stage_type, config)
+        if is_leader():
+            _dry_run(stage_type, *ready)
         return Path(config.out)
-    lock = run_folder.prepare(config, stage_type.command) if launch.is_leader() else None
-    try:
-        preamble = _preamble(config, splits, stage) if launch.is_leader() else []
-        outcome = _fit(stage_type, config, launch.start(config), stage, splits, preamble)
-        if outcome.finished:
-            _export(config, stage, splits)
-    finally:  # also after an error: the Python process may go on, and train again
-        if lock is not None:
-            lock.release()
+    with launch.signals(config):
+        begun = launch.begin(
+            config,
+            lambda: preflight(stage_type, config),
+            lambda ready: run_folder.prepare(ready.config, stage_type.command),
+        )
+        config, splits, stage = begun.ready
+        try:
+            preamble = _preamble(config, splits, stage) if is_leader() else []
+            outcome = _fit(stage_type, config, begun.fabric, stage, splits, preamble)
+            if outcome.finished:
+                _export(config, stage, splits)
+        finally:  # also after an error: the Python process may go on, and train again
+            if begun.lock is not None:
+                begun.lock.release()
     if not outcome.finished:
         raise SystemExit(130)
     return Path(config.out)
@@ -78,7 +85,7 @@ def preflight(stage_type: type[Stage[C]], config: C) -> Ready[C]:
     splits = problems.check(lambda: _open(stage_type, config))
     if splits is not None and splits.train.value_range is not None:
         config = dataclasses.replace(config, value_range=tuple(splits.train.value_range))
-    if launch.is_leader() and (config.out or not config.dry_run):
+    if is_leader() and (config.out or not config.dry_run):
         problems.check(lambda: run_folder.check(config, stage_type.command))
     torch.manual_seed(config.seed)  # seeds all random weights of the stage
     prebuilt = problems.check(lambda: stage_type.check(config))
@@ -90,12 +97,10 @@ def preflight(stage_type: type[Stage[C]], config: C) -> Ready[C]:
 
 
 def _open(stage_type: type[Stage[C]], config: C) -> Splits:
-    from pecobook.engine import launch
-
     splits = stage_type.open(config)
     names = (getattr(config, name, "") for name in ("tokenizer", "backbone", "perceptual"))
     models = [name if isinstance(name, str) else name.network for name in names]  # the perceptual network is a group
-    set_value_range(splits, config.value_range, models, quiet=not launch.is_leader())
+    set_value_range(splits, config.value_range, models, quiet=not is_leader())
     check_readable(splits.train)
     if stage_type.needs_labels(config):
         check_labels(splits, config.data)
@@ -110,7 +115,7 @@ def _preamble(config: TrainConfig, splits: Splits, stage: Stage[Any]) -> list[st
     return aligned([*describe(splits), *describe_run(stage, config, len(splits.train))])
 
 
-def _dry_run(stage_type: type[Stage[C]], config: C, stage: Stage[C], splits: Splits) -> None:
+def _dry_run(stage_type: type[Stage[C]], config: C, splits: Splits, stage: Stage[C]) -> None:
     """Print the settings to standard output, and what the run would learn from and cost to standard error."""
     from pecobook.engine.dry_run import estimate
     from pecobook.engine.run_folder import stored_settings

@@ -30,23 +30,51 @@ def on_first_rank(work: Callable[[], T]) -> T:
     """
     if world_size() == 1:
         return work()
+    value: list[Any] = [None]
+
+    def work_or_wait() -> None:
+        if dist.get_rank() == 0:
+            value[0] = work()
+
+    on_all_ranks(work_or_wait)
+    dist.broadcast_object_list(value, src=0)
+    return value[0]  # type: ignore[no-any-return]
+
+
+def on_all_ranks(work: Callable[[], T]) -> T:
+    """Call `work` on every rank and return its value; an error on one rank ends all ranks, so that none waits forever.
+
+    Raises:
+        RunFolderError: on the ranks without an error, with the message of the first rank that has one.
+    """
+    if world_size() == 1:
+        return work()
     failure: Exception | None = None
-    answer: list[Any] = [None, None]  # the message of an error, and the value
-    if dist.get_rank() == 0:
-        try:
-            answer[1] = work()
-        except Exception as error:
-            failure = error
-    if failure is not None:
-        user_error = isinstance(failure, PecobookError)
-        answer[0] = str(failure) if user_error else f"{type(failure).__name__}: {first_line(failure)}"
-    dist.broadcast_object_list(answer, src=0)
-    if answer[0] is None:
-        return answer[1]  # type: ignore[no-any-return]
-    raised = RunFolderError(answer[0]) if failure is None else failure
-    if isinstance(raised, PecobookError):
-        raised.on_all_ranks = True
-    raise raised
+    try:
+        value = work()
+    except Exception as error:
+        failure = error
+    messages = gather_objects(None if failure is None else _message(failure))
+    first = next((rank for rank, message in enumerate(messages) if message is not None), None)
+    if first is None:
+        return value
+    if failure is None:
+        failure = RunFolderError(f"rank {first}: {messages[first]}" if first else messages[0])
+    if isinstance(failure, PecobookError):
+        failure.on_all_ranks = True
+    raise failure
+
+
+def _message(error: Exception) -> str:
+    return str(error) if isinstance(error, PecobookError) else f"{type(error).__name__}: {first_line(error)}"
+
+
+def gather_objects(value: T) -> list[T]:
+    """Return the small and picklable values of all ranks, in rank order."""
+    values = [value] * world_size()
+    if len(values) > 1:
+        dist.all_gather_object(values, value)
+    return values
 
 
 def gather_rows(rows: Tensor) -> Tensor:

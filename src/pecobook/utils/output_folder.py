@@ -14,6 +14,9 @@ from typing import Any
 from pecobook.errors import RunFolderError
 from pecobook.utils.folder_lock import FolderLock, content
 
+SHARED_WAIT = 60.0
+"""Seconds to wait for the lock of a folder that several processes write at once."""
+
 
 @dataclasses.dataclass(frozen=True)
 class OutputFolder:
@@ -39,7 +42,10 @@ class OutputFolder:
     overwrite: bool | None = None
     """Whether `--overwrite` was given; None where the command has no such flag."""
     always_resumes: bool = False
-    """Whether the command resumes a folder of this kind without a flag."""
+    """Whether the command resumes a folder of this kind without a flag, or `--resume auto` was given."""
+    shared: bool = False
+    """Whether other processes may write parts of the folder, each under a lock of its own; the lock of the folder is
+    then held for a moment only, and waited for."""
     check_resume: Callable[[dict[str, Any]], None] | None = None
     """Takes the content of the marker, and raises RunFolderError where the folder cannot be resumed."""
 
@@ -121,7 +127,7 @@ class OutputFolder:
 
     def _remedies(self, noun: str) -> str:
         content = f" and holds no {noun}" if self.always_resumes else ""
-        flags = ["continue with --resume"] if self.resume is not None else []
+        flags = ["continue with --resume"] if self.resume is not None and not self.always_resumes else []
         flags += ["delete it with --overwrite"] if self.overwrite is not None else []
         return f"{content}: {', '.join([*flags, 'or name another folder' if flags else 'name another folder'])}"
 
@@ -137,7 +143,7 @@ class OutputFolder:
         out, lock = self.path, None
         try:
             out.mkdir(parents=True, exist_ok=True)
-            lock = FolderLock(out)
+            lock = FolderLock(out, shared=self.shared, wait=SHARED_WAIT if self.shared else 0.0)
             self.check()  # again: another command may have changed the folder since
             if self.overwrite:
                 self._delete_files()
