@@ -292,3 +292,12 @@ def summarised(names: Iterable[str]) -> str:
     """Return names of weights in short: the first part of each name, with the number of weights below it."""
     counts = Counter(re.sub(r"\.?\d+$", "", name.split(".")[0]) or name for name in names)
     return ", ".join(f"{name} ({count})" if count > 1 else name for name, count in counts.items())
+
+
+def left_aside(path: str, checkpoint: Checkpoint, left: tuple[str, ...]) -> str:
+    """Return a line on the part of a file that was taken and the parts that were not; empty if all was taken."""
+    parts = [summarised(names) for names in (checkpoint.left_aside, left) if names]
+    if not parts:
+        return ""
+    taken = f"'{'.'.join(checkpoint.wrapper)}'" if checkpoint.wrapper else "the network"
+    return f"Of '{path}' {taken} is read; left aside: {', '.join(parts)}."

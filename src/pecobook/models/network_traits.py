@@ -6,10 +6,11 @@ import dataclasses
 import functools
 import inspect
 import json
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from pecobook.models.networks import create_network
 
@@ -84,3 +85,26 @@ def has_patch_tokens(network: nn.Module) -> bool:
         and isinstance(getattr(network, "num_prefix_tokens", None), int)
         and isinstance(getattr(network, "embed_dim", None), int)
     )
+
+
+def trained_size(name: str, state: dict[str, Tensor]) -> int | None:
+    """Return the image side that the position tables of `state` are for, pixels; None for timm's default side."""
+    with torch.random.fork_rng(devices=[]), torch.device("meta"):
+        network: Any = create_network(name, num_classes=0)
+    if not has_patch_tokens(network):
+        return None
+    rows, columns = network.patch_embed.grid_size
+    tables: tuple[tuple[str, int, Callable[[int], int]], ...] = (
+        ("pos_embed", 1, lambda side: side * side),
+        ("relative_position_bias_table", 0, lambda side: (2 * side - 1) ** 2),
+    )
+    for ending, dim, count in tables:
+        ours = next((value for key, value in network.state_dict().items() if key.endswith(ending)), None)
+        theirs = next((value for key, value in state.items() if key.endswith(ending) and value.ndim > dim), None)
+        if ours is None or theirs is None or rows != columns or ours.shape == theirs.shape:
+            continue
+        extra = ours.shape[dim] - count(rows)  # class tokens
+        side = next((side for side in range(1, 1024) if count(side) + extra == theirs.shape[dim]), None)
+        if side is not None and side != rows:
+            return int(side * network.patch_embed.patch_size[0])
+    return None

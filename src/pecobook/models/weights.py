@@ -6,14 +6,13 @@ Nothing in this module unpickles code.
 from __future__ import annotations
 
 import shlex
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Self
 
 from torch import Tensor, nn
 
 from pecobook.errors import ConfigError, WeightsError, first_line
-from pecobook.models.checkpoints import Checkpoint, load_state, read_checkpoint, summarised
+from pecobook.models.checkpoints import Checkpoint, left_aside, load_state, read_checkpoint
 from pecobook.models.export import Card, Exported, read_export, read_settings
 from pecobook.models.makers import (
     IMAGENET_MEAN,
@@ -23,7 +22,7 @@ from pecobook.models.makers import (
     overridden,
     timm_normalisation,
 )
-from pecobook.models.network_traits import NetworkTraits, has_patch_tokens, network_traits
+from pecobook.models.network_traits import NetworkTraits, network_traits, trained_size
 from pecobook.models.networks import create_network
 from pecobook.models.snippets import BEST_CLASSES, normalise, open_square, quoted
 from pecobook.utils.images import checked_floats
@@ -362,15 +361,6 @@ def _load_timm(
     return network, pooling | size_args, size, normalisation, left
 
 
-def left_aside(path: str, checkpoint: Checkpoint, left: tuple[str, ...]) -> str:
-    """Return a line on the part of a file that was taken and the parts that were not; empty if all was taken."""
-    parts = [summarised(names) for names in (checkpoint.left_aside, left) if names]
-    if not parts:
-        return ""
-    taken = f"'{'.'.join(checkpoint.wrapper)}'" if checkpoint.wrapper else "the network"
-    return f"Of '{path}' {taken} is read; left aside: {', '.join(parts)}."
-
-
 def _load_npz(network: nn.Module, path: str) -> None:
     """Load Google's weights in NumPy's format (augreg, BiT) by timm's own reader. Raises WeightsError."""
     if not Path(path).is_file():
@@ -381,31 +371,6 @@ def _load_npz(network: nn.Module, path: str) -> None:
         network.load_pretrained(path)  # type: ignore[operator]
     except Exception as error:  # names and shapes of another network, or a damaged file
         raise WeightsError(f"The weights of '{path}' do not fit this network: {first_line(error)}.") from None
-
-
-def trained_size(name: str, state: dict[str, Tensor]) -> int | None:
-    """Return the image side that the position tables of `state` are for, pixels; None for timm's default side."""
-    import torch
-
-    with torch.random.fork_rng(devices=[]), torch.device("meta"):
-        network: Any = create_network(name, num_classes=0)
-    if not has_patch_tokens(network):
-        return None
-    rows, columns = network.patch_embed.grid_size
-    tables: tuple[tuple[str, int, Callable[[int], int]], ...] = (
-        ("pos_embed", 1, lambda side: side * side),
-        ("relative_position_bias_table", 0, lambda side: (2 * side - 1) ** 2),
-    )
-    for ending, dim, count in tables:
-        ours = next((value for key, value in network.state_dict().items() if key.endswith(ending)), None)
-        theirs = next((value for key, value in state.items() if key.endswith(ending) and value.ndim > dim), None)
-        if ours is None or theirs is None or rows != columns or ours.shape == theirs.shape:
-            continue
-        extra = ours.shape[dim] - count(rows)  # class tokens
-        side = next((side for side in range(1, 1024) if count(side) + extra == theirs.shape[dim]), None)
-        if side is not None and side != rows:
-            return int(side * network.patch_embed.patch_size[0])
-    return None
 
 
 def _runtime_args(traits: NetworkTraits, options: dict[str, Any]) -> dict[str, Any]:

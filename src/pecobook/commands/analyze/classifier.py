@@ -12,11 +12,12 @@ from torch import Tensor, nn
 
 from pecobook.data.source import Splits
 from pecobook.errors import ConfigError, DataError
-from pecobook.models.checkpoints import load_state, read_checkpoint
+from pecobook.models.checkpoints import left_aside, load_state, read_checkpoint
 from pecobook.models.dry_run import dry_run
 from pecobook.models.export import read_export
 from pecobook.models.makers import Normalisation, file_normalisation, overridden, timm_normalisation, with_flags
-from pecobook.models.weights import create_network, exported_network, left_aside, trained_size
+from pecobook.models.network_traits import trained_size
+from pecobook.models.weights import create_network, exported_network
 from pecobook.utils.devices import device
 
 if TYPE_CHECKING:
