@@ -84,7 +84,7 @@ def _cpu() -> tuple[ContrastConfig, CodebookConfig, PretrainConfig]:
 
     return (
         dataclasses.replace(contrast.tiny(), batch_size=256, max_steps="160"),
-        dataclasses.replace(codebook.tiny(), max_steps="800"),
+        dataclasses.replace(codebook.tiny(), max_steps="700"),
         dataclasses.replace(pretrain.tiny(), max_steps="140"),
     )
 
