@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from pecobook.errors import ConfigError, DataError, PecobookError, Preflight, PreflightError
+from pecobook.errors import ConfigError, DataError, PecobookError, Preflight, PreflightError, printable
 
 
 def fails(*problems: PecobookError) -> None:
@@ -31,3 +31,19 @@ def test_preflight__reports_every_problem_once_and_in_order() -> None:
 def test_preflight__raises_other_errors_at_once() -> None:
     with pytest.raises(ZeroDivisionError):
         Preflight().check(lambda: 1 // 0)
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("cats/schön 猫.png", "cats/schön 猫.png"),
+        ("a\n2026-01-01 done", "a\\n2026-01-01 done"),
+        ("\x1b[2J\x9b31m", "\\x1b[2J\\x9b31m"),
+        ("gnp.\u202etac", "gnp.\\u202etac"),
+        ("\udcff\u2028", "\\udcff\\u2028"),
+    ],
+)
+def test_printable__escapes_what_changes_a_terminal_or_forges_a_line(text: str, shown: str) -> None:
+    assert printable(text) == shown
+    assert printable(text).encode()
+    assert printable(f"one\n{text}", keep="\n").splitlines()[0] == "one"

@@ -18,7 +18,7 @@ from typing import Any
 
 from pecobook import recipes
 from pecobook.commands import table
-from pecobook.errors import ConfigError, PecobookError, did_you_mean
+from pecobook.errors import ConfigError, PecobookError, did_you_mean, printable
 from pecobook.recipes import RECIPES
 from pecobook.settings.check import CheckConfig, of_run
 from pecobook.settings.values import field_name, flag, flags, load, replace
@@ -84,7 +84,7 @@ def _print_os_error(error: OSError, *, resumes: bool) -> None:
     """Print an error of the operating system as a sentence with the path and the remedy."""
     reason = (error.strerror or str(error)).rstrip(".")
     path = f"'{error.filename}' cannot be used: " if error.filename else ""
-    print(f"pecobook: {path}{reason[:1].lower()}{reason[1:]}.", file=sys.stderr)
+    print(printable(f"pecobook: {path}{reason[:1].lower()}{reason[1:]}."), file=sys.stderr)
     again = "continue with --resume" if resumes else "start again"
     print(_REMEDIES[error.errno or 0].format(again=again), file=sys.stderr)
 
@@ -104,9 +104,9 @@ def _print_error(error: PecobookError) -> None:
     initialized = distributed is not None and distributed.is_available() and distributed.is_initialized()
     rank = distributed.get_rank() if distributed is not None and initialized else int(os.environ.get("RANK", "0"))
     if rank == 0:
-        print(f"pecobook: {error}", file=sys.stderr)
+        print(printable(f"pecobook: {error}", keep="\n"), file=sys.stderr)
     elif initialized and not error.on_all_ranks:
-        print(f"pecobook: rank {rank}: {error}", file=sys.stderr)
+        print(printable(f"pecobook: rank {rank}: {error}", keep="\n"), file=sys.stderr)
 
 
 def dispatch(args: list[str]) -> None:

@@ -6,6 +6,7 @@ The command line prints these errors without a traceback and exits with code 2; 
 from __future__ import annotations
 
 import difflib
+import unicodedata
 from collections.abc import Callable, Iterable, Sequence
 from typing import TypeVar
 
@@ -80,6 +81,27 @@ def did_you_mean(value: str, options: Iterable[str]) -> str:
 def first_line(error: BaseException) -> str:
     """Return the first line of an error's message, or the name of its class where there is no message."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
+def loading_reason(error: BaseException) -> str:
+    """Return why torch.load refused a file; torch's own message advises to run the code in the file."""
+    text = first_line(error)
+    return "it holds more than tensors and plain values" if "weights_only" in str(error) else text.rstrip(".")
+
+
+def printable(text: str, *, keep: str = "") -> str:
+    """Return text in which control characters, which could change a terminal or forge a line of a log, are escaped.
+
+    `keep` lists control characters that stay, such as the line breaks of a message of several lines. Names of files
+    may contain any character.
+    """
+    if text.isprintable():
+        return text
+    control = ("Cc", "Cf", "Cs", "Zl", "Zp")
+    return "".join(
+        char if char in keep or unicodedata.category(char) not in control else char.encode("unicode_escape").decode()
+        for char in text
+    )
 
 
 def listed(lines: Sequence[str]) -> str:

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from pecobook.data.decode import BadImage
 from pecobook.engine.log import (
     JsonLines,
     MLflow,
@@ -191,7 +192,7 @@ def test_open_sinks__opens_the_requested_loggers(tmp_path: Path, monkeypatch: py
     monkeypatch.setitem(sys.modules, "wandb", Recorder("wandb", calls, {"init": Recorder("run", calls)}))
     monkeypatch.setitem(sys.modules, "mlflow", Recorder("mlflow", calls, {"search_runs": []}))
     sinks = open_sinks(("mlflow", "tensorboard", "wandb"), tmp_path, {}, start_step=0)
-    assert [type(sink) for sink in sinks] == [JsonLines, TensorBoard, WeightsAndBiases, MLflow]
+    assert [type(sink) for sink in sinks] == [TensorBoard, WeightsAndBiases, MLflow, JsonLines]
     for sink in sinks:
         sink.close()
     sinks = open_sinks((), tmp_path, {}, start_step=0)
@@ -285,3 +286,21 @@ def test_progress__shows_a_bar_in_a_terminal(monkeypatch: pytest.MonkeyPatch) ->
 )
 def test_compact_duration__gives_the_two_largest_units(seconds: float, text: str) -> None:
     assert compact_duration(seconds) == text
+
+
+def test_open_text_log__and_progress_escape_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    name = "a[/b]\x1b[31m.png"
+    open_text_log(tmp_path).info("skipped %s", BadImage(f"{name}\n2026 forged", "broken"))
+    lines = (tmp_path / "train.log").read_text().splitlines()
+    assert len(lines) == 1
+    assert lines[0].endswith("skipped a[/b]\\x1b[31m.png\\n2026 forged: broken")
+    terminal = Terminal()
+    monkeypatch.setattr("sys.stderr", terminal)
+    progress = Progress(total=1, start=0, name="train", quiet=False)
+    progress.say(name)
+    progress.close()
+    assert "a[/b]\\x1b[31m.png" in terminal.getvalue()

@@ -234,3 +234,20 @@ def test_prepare__reports_a_disk_error_and_releases_the_folder(tmp_path: Path, m
         with pytest.raises(RunFolderError, match=r"cannot be written: .*No space left"):
             run_folder.prepare(config(tmp_path), "codebook")
     make_run(tmp_path, overwrite=True)
+
+
+def test_prepare__a_resume_with_other_versions_says_so_and_keeps_the_earlier_ones(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make_run(tmp_path)
+    file = tmp_path / "environment.json"
+    first = json.loads(file.read_text())
+    older = {**first, "versions": {**first["versions"], "torch": "2.0.0"}}
+    file.write_text(json.dumps(older))
+    capsys.readouterr()
+    for _ in range(2):
+        make_run(tmp_path, resume=True)
+        assert json.loads(file.read_text()) == {**first, "earlier": [older]}
+    said = capsys.readouterr().err
+    assert said.count("Versions differ") == 1
+    assert f"torch 2.0.0 -> {first['versions']['torch']}." in said

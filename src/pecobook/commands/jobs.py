@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from pecobook.engine.log import compact_duration
-from pecobook.errors import PecobookError, RunFolderError
+from pecobook.errors import PecobookError, RunFolderError, printable
 from pecobook.settings.values import changed_settings, complete, dump
 from pecobook.utils.output_folder import OutputFolder
 
@@ -273,4 +273,4 @@ def _logged_seconds(run: Path) -> float:
 
 def say(text: str) -> None:
     """Print a line on standard error."""
-    print(text, file=sys.stderr, flush=True)
+    print(printable(text, keep="\n"), file=sys.stderr, flush=True)

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from pecobook.data.deep import UNIT, DeepImage, Survey, ValueRange, read_deep, to_8_bits
-from pecobook.errors import ConfigError
+from pecobook.errors import ConfigError, printable
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -47,14 +47,14 @@ class BadImage(Exception):  # noqa: N818 (it is counted, and ends no run)
     """Raised for an image that cannot be read. A run skips the image, counts it and lists it.
 
     Attributes:
-        name: the image's name, as `ImageSource.identify` returns it.
+        name: the image's name, as `ImageSource.identify` returns it, with escaped control characters.
         reason: what is wrong with the image, in a few words.
     """
 
     def __init__(self, name: str, reason: str) -> None:
         super().__init__(name, reason)  # pickling between processes needs both as arguments
-        self.name = name
-        self.reason = reason
+        self.name = printable(name)
+        self.reason = printable(reason)
 
     def __str__(self) -> str:
         return f"{self.name}: {self.reason}"

@@ -22,7 +22,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_state_dict,
 )
 
-from pecobook.errors import RunFolderError, first_line
+from pecobook.errors import RunFolderError, first_line, loading_reason
 from pecobook.utils.checksums import add_checksum, damage
 from pecobook.utils.distributed import on_first_rank
 from pecobook.utils.files import sync_folder
@@ -117,7 +117,7 @@ def load(folder: Path, *, stage: nn.Module, optimizer: torch.optim.Optimizer, pr
     except (OSError, EOFError, LookupError, RuntimeError, TypeError, ValueError, pickle.UnpicklingError) as error:
         before = [saved for saved in steps(folder) if saved < step]
         older = f" Delete that folder to continue from step {before[-1]}." if before else ""
-        raise RunFolderError(f"'{path}' cannot be loaded: {first_line(error).rstrip('.')}.{older}") from None
+        raise RunFolderError(f"'{path}' cannot be loaded: {loading_reason(error)}.{older}") from None
 
 
 def _newest_whole(folder: Path) -> int:

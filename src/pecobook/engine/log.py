@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
-from pecobook.errors import ConfigError
+from pecobook.errors import ConfigError, printable
 from pecobook.utils.files import write_atomically
 
 
@@ -37,7 +37,7 @@ class JsonLines:
     """Write metrics.jsonl: one JSON object for each logged step."""
 
     def __init__(self, path: Path, *, start_step: int) -> None:
-        self._last = _drop_after(path, start_step)
+        self.last = _drop_after(path, start_step)
         path.touch()
         self._file = path.open("r+b")
 
@@ -45,7 +45,7 @@ class JsonLines:
         """Append one line, or add new metrics of the step to its line; metrics already in the line keep their value."""
         # JSON has no infinity: values that are not finite (a gradient under fp16) become null.
         values = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
-        logged = self._last if self._last.get("step") == step else {}
+        logged = self.last if self.last.get("step") == step else {}
         added = {name: value for name, value in {"step": step, **values}.items() if name not in logged}
         if not added:
             return
@@ -53,7 +53,7 @@ class JsonLines:
         self._file.seek(-len("}\n") if logged else 0, os.SEEK_END)
         self._file.write(((", " if logged else "{") + json.dumps(added)[1:] + "\n").encode())
         self._file.flush()
-        self._last = {**logged, **added}
+        self.last = {**logged, **added}
 
     def picture(self, name: str, png: bytes, step: int) -> None:
         """Ignore the picture, which is already in samples/."""
@@ -184,15 +184,15 @@ def check_loggers(names: tuple[str, ...]) -> None:
 
 
 def open_sinks(names: tuple[str, ...], folder: Path, config: dict[str, Any], *, start_step: int) -> list[Sink]:
-    """Return the writer of metrics.jsonl and the loggers in `names`."""
-    sinks: list[Sink] = [JsonLines(folder / "metrics.jsonl", start_step=start_step)]
+    """Return the loggers in `names`, and at last the writer of metrics.jsonl."""
+    sinks: list[Sink] = []
     if "tensorboard" in names:
         sinks.append(TensorBoard(folder, start_step=start_step))
     if "wandb" in names:
         sinks.append(WeightsAndBiases(folder, config))
     if "mlflow" in names:
         sinks.append(MLflow(folder, config))
-    return sinks
+    return [*sinks, JsonLines(folder / "metrics.jsonl", start_step=start_step)]
 
 
 def open_text_log(folder: Path) -> logging.Logger:
@@ -204,9 +204,16 @@ def open_text_log(folder: Path) -> logging.Logger:
         handler.close()
         logger.removeHandler(handler)
     handler = logging.FileHandler(folder / "train.log")
-    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
+    handler.setFormatter(_Printable("%(asctime)s %(message)s"))
     logger.addHandler(handler)
     return logger
+
+
+class _Printable(logging.Formatter):
+    """Escapes control characters, so that no file name changes a terminal that shows the log."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return printable(super().format(record), keep="\n")
 
 
 class Progress:
@@ -272,8 +279,9 @@ class Progress:
         """Print a line above the bar."""
         if self.quiet:
             return
+        text = printable(text, keep="\n")
         if self._bar is not None:
-            self._bar.console.print(text, highlight=False)
+            self._bar.console.print(text, highlight=False, markup=False)  # a name may hold "[/b]"
         else:
             print(text, file=sys.stderr, flush=True)
 

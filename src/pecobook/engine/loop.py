@@ -25,7 +25,7 @@ from pecobook.engine.attention import trainable_attention
 from pecobook.engine.evaluation import Evaluation, average_metrics, evaluate
 from pecobook.engine.finite_check import FiniteCheck
 from pecobook.engine.launch import deterministic, device_count, micro_batch_size
-from pecobook.engine.log import Progress, Sink, open_sinks, open_text_log
+from pecobook.engine.log import JsonLines, Progress, Sink, open_sinks, open_text_log
 from pecobook.engine.memory import out_of_memory_advice
 from pecobook.engine.optim import build_optimizer, learning_rates, set_learning_rate, warmup_warning
 from pecobook.engine.schedule import is_time
@@ -146,6 +146,7 @@ class Loop:
                 self._saved_at, self._waited, self._measured_step = self._measured_at, 0.0, self.start
                 if self.config.compile:
                     self.progress.say("Compiling: the first step can take minutes.")
+                self._complete_evaluation()
                 while step < self.total:
                     stop = self.step_once(step, batches, signals)
                     step += 1
@@ -155,8 +156,6 @@ class Loop:
                     if stop and step < self.total:
                         self.progress.say(f"Stopped at step {step}; the checkpoint is written. Continue with --resume.")
                         return Outcome(step, False, self.last_metrics)
-            if self.start == self.total:  # resumed after the last step: the evaluation or the export was missing
-                self._evaluate(step)
             return Outcome(step, True, self.last_metrics)
         except torch.OutOfMemoryError:
             minimum = self.stage.min_batch_size
@@ -164,6 +163,20 @@ class Loop:
             raise PecobookError(advice) from None
         finally:
             self._close()
+
+    def _complete_evaluation(self) -> None:
+        """Evaluate the step of the checkpoint if the run was killed between the checkpoint and the evaluation's end."""
+        if self.start == 0 or not is_time(self.start, self.config.sample_every, self.total):
+            return
+
+        def logged() -> dict[str, float]:
+            line = next((sink.last for sink in self.sinks if isinstance(sink, JsonLines)), {})
+            of_step = line if line.get("step") == self.start else {}
+            return {name: value for name, value in of_step.items() if name.startswith("evaluation/")}
+
+        self.last_metrics = on_first_rank(logged)
+        if not self.last_metrics:
+            self._evaluate(self.start)
 
     def step_once(self, step: int, batches: _Batches, signals: Signals) -> bool:
         """Take one optimizer step; return whether to stop after it."""
@@ -270,8 +283,6 @@ class Loop:
         few = f"{number} held-out image{'s' if number > 1 else ''}, too few for any claim"
         images = few if number < _MIN_HELD_OUT else "held-out images"
         self.announce(f"step {step}, {images}: {metrics or 'nothing could be measured'}")
-        for sink in self.sinks:
-            sink.log(result.metrics, step)
         if result.pictures:
             png = _grid(result.pictures)
             (self.out / "samples" / f"step-{step:08d}.png").write_bytes(png)
@@ -279,6 +290,8 @@ class Loop:
                 sink.picture("samples", png, step)
         if step == self.total and result.rows:
             self.stage.report(self.out, result.rows, self.evaluation.source)
+        for sink in self.sinks:  # last, and metrics.jsonl last of all: a resume repeats an evaluation that is not there
+            sink.log(result.metrics, step)
 
     def _save_if_due(self, step: int, stop: bool) -> None:
         due = stop or is_time(step, self.config.save_every, self.total)

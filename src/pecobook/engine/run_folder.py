@@ -85,9 +85,26 @@ def _is_run(out: Path) -> bool:
 def _write_settings(config: TrainConfig, command: str, out: Path) -> None:
     if not (config.resume and (out / "config.json").exists()):
         write_json(out / "config.json", stored_settings(config, command))
-    write_json(out / "environment.json", environment())
+    _write_environment(out / "environment.json")
     (out / "checkpoints").mkdir(exist_ok=True)
     (out / "samples").mkdir(exist_ok=True)
+
+
+def _write_environment(file: Path) -> None:
+    """Write environment.json; where a resumed run had other versions, say which, and keep the earlier content."""
+    current = environment()
+    try:
+        earlier = dict(json.loads(file.read_text()))
+    except (OSError, TypeError, ValueError):
+        earlier = {}
+    before, now = dict(earlier.get("versions") or {}), current["versions"]
+    changes = [f"{name} {before[name]} -> {now[name]}" for name in now if before.get(name, now[name]) != now[name]]
+    if changes:
+        print(f"Versions differ from those with which the run began: {', '.join(changes)}.", file=sys.stderr)
+        current["earlier"] = [*earlier.pop("earlier", []), earlier]
+    elif earlier.get("earlier"):
+        current["earlier"] = earlier["earlier"]
+    write_json(file, current)
 
 
 def stored_settings(config: TrainConfig, command: str) -> dict[str, Any]:

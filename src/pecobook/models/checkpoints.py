@@ -14,7 +14,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from pecobook.errors import WeightsError, first_line
+from pecobook.errors import WeightsError, loading_reason
 from pecobook.models.huggingface import beit_from_huggingface, is_huggingface_beit
 from pecobook.utils.checksums import damage
 
@@ -87,7 +87,7 @@ def read_checkpoint(path: str) -> Checkpoint:
         content = _load_tensors(file)
     except Exception as error:  # a damaged file can raise any exception
         raise WeightsError(
-            f"'{path}' is not a plain file of weights ({first_line(error)}); pecobook runs no code from a file.\n"
+            f"'{path}' is not a plain file of weights ({loading_reason(error)}); pecobook runs no code from a file.\n"
             "Convert it once to safetensors, in an environment that you trust."
         ) from None
     wrapper: list[str] = []
