@@ -187,6 +187,19 @@ def test_check__reports_labels_that_are_lost(tmp_path: Path, capsys: pytest.Capt
     assert report_of(["codebook", "--data", str(tmp_path)], capsys)["ok"]  # labels are not learned from
 
 
+def test_check__shows_all_notes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("train/cat/1", "train/dog/2", "train/2", "val/cat/3"):
+        write(tmp_path / f"{name}.png", len(name))
+    (tmp_path / "train" / "owl").mkdir()
+    report = report_of(["--data", str(tmp_path)], capsys)
+    assert len(report["notes"]) == 2
+    assert report["summary"]["note"].split("\n") == report["notes"]
+    _, out = run(["--data", str(tmp_path)], capsys)
+    assert [line for line in out.splitlines() if line.startswith("note ")] == [
+        f"note       {n}" for n in report["notes"]
+    ]
+
+
 def test_check__compares_members_of_shards(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for split, first in (("train", 0), ("test", 19)):
         with tarfile.open(tmp_path / f"{split}-000.tar", "w") as tar:

@@ -230,6 +230,36 @@ def test_one_class_is_none(tmp_path: Path) -> None:
         check_labels(splits, "x")
 
 
+def test_one_class_in_folders_of_splits_is_said(tmp_path: Path) -> None:
+    for name in ("train/cat/1", "train/cat/2", "val/cat/3"):
+        write(tmp_path / "one" / f"{name}.png")
+        write(tmp_path / "none" / f"{name.replace('cat', 'images')}.png")
+    (note,) = open_images(str(tmp_path / "one")).notes
+    assert note == "The labels of train are not used: all its images lie in the one class folder 'cat'."
+    assert open_images(str(tmp_path / "none")).notes == ()
+
+
+def test_class_folders_without_an_image_are_named(tmp_path: Path) -> None:
+    for name in ("train/cat/1", "train/dog/2", "val/cat/3"):
+        write(tmp_path / f"{name}.png")
+    (tmp_path / "train" / "bird").mkdir()
+    splits = open_images(str(tmp_path))
+    assert splits.train.classes == ("cat", "dog")
+    assert splits.notes == ("1 folder beside the class folders holds no image, and is no class: train/bird.",)
+    (tmp_path / "val" / "dog").mkdir()
+    (tmp_path / "val" / "dog" / "x.dcm").touch()
+    (note,) = open_images(str(tmp_path)).notes
+    assert note == "2 folders beside the class folders hold no image, and are no classes: train/bird, val/dog."
+
+
+def test_a_link_to_a_device_is_not_called_broken(tmp_path: Path) -> None:
+    write(tmp_path / "1.png")
+    write(tmp_path / "2.png")
+    (tmp_path / "zero.png").symlink_to("/dev/zero")
+    (tmp_path / "nothing.png").symlink_to(tmp_path / "missing")
+    assert open_images(str(tmp_path)).left_out == {"not a regular file": 1, "broken link": 1}
+
+
 def test_flat_validation_images(tmp_path: Path) -> None:
     for name in ("train/a/1", "train/b/2", "val/1"):
         write(tmp_path / f"{name}.png")

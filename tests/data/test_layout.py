@@ -65,6 +65,7 @@ def test_layout(folders: str, expected: str) -> None:
         ("x/train x/test .", "Give --data 'data/x'"),
         ("cat dog test/cat test/dog", "'test' looks like a split.*'cat', 'dog'"),
         ("train/cat train/dog holdout/cat holdout/dog", "'train' looks like a split.*'holdout'"),
+        ("learn/cat learn/dog test/cat test/dog", "'test' looks like a split.*'learn'"),
         ("1/train/a 1/train/b 1/val/a 2/train/a 2/train/b 2/val/a", "'1' and '2' hold splits.*Give one.*'data/1'"),
         ("train test bus car", "'test', 'train' may be splits, or classes as 'bus', 'car' may be"),
     ],
@@ -72,3 +73,10 @@ def test_layout(folders: str, expected: str) -> None:
 def test_layouts_that_are_refused(folders: str, message: str) -> None:
     with pytest.raises(DataError, match=f"(?s){message}"):
         read(folders)
+
+
+def test_folders_with_the_same_subfolders_are_taken_for_classes_with_a_note() -> None:
+    folders = [(fold, name) for fold in ("fold0", "fold1") for name in ("cat", "dog")]
+    (note,) = read_layout("data", folders).notes
+    assert note == "'fold0', 'fold1': taken for classes, though each of them holds 'cat', 'dog'."
+    assert read_layout("data", [("n1", "images"), ("n2", "images")]).notes == ()

@@ -20,8 +20,8 @@ import numpy as np
 from torch import Tensor
 
 from pecobook.data.decode import Range, decode, read_file
-from pecobook.data.layout import Folder, Layout, read_layout
-from pecobook.data.source import IMAGE_EXTENSIONS, Contents, Integers, Labels, Part
+from pecobook.data.layout import IMAGE_FOLDERS, Folder, Layout, read_layout
+from pecobook.data.source import IMAGE_EXTENSIONS, ONE_CLASS, Contents, Integers, Labels, Part
 from pecobook.data.split_names import SHADOW_FOLDER, split_of_name
 from pecobook.errors import DataError
 
@@ -95,6 +95,10 @@ class ImageNames:
         if len(self._names) == _CHUNK:
             self.finish()
 
+    def holds(self, group: Folder) -> bool:
+        """Return whether the folder whose files were added last is `group`."""
+        return bool(self.groups) and self.groups[-1] is group
+
     def finish(self) -> None:
         """Complete the last chunk."""
         if self._names:
@@ -110,11 +114,13 @@ class Listing(ImageNames):
         tables: parquet files.
         shards: tar files.
         left_out: why other files and folders are not used, and how many there are.
+        without_images: the folders that hold neither an image nor a folder.
     """
 
     tables: list[Path] = field(default_factory=list)
     shards: list[Path] = field(default_factory=list)
     left_out: Counter[str] = field(default_factory=Counter)
+    without_images: list[Folder] = field(default_factory=list)
 
 
 def folder_contents(source: str, root: Path) -> Contents:
@@ -232,6 +238,8 @@ def walk(root: Path) -> Listing:
             else:
                 listing.left_out[_reason_for_extension(extension if dot else b"")] += 1
         stack += reversed(subfolders)
+        if not subfolders and not (listing.holds(group) or arrays.holds(group)):
+            listing.without_images.append(group)
     if listing.group_of and arrays.group_of:
         listing.left_out["extension .npy beside other images"] += len(arrays.group_of)
     elif arrays.group_of:
@@ -269,7 +277,8 @@ def _entries(folder: bytes, left_out: Counter[str]) -> list[tuple[bytes, int]]:
                 elif (kind := _kind_of_link(entry)) is not None:
                     found.append((name, kind))
                 else:
-                    left_out["broken link" if entry.is_symlink() else "not a regular file"] += 1
+                    is_broken = entry.is_symlink() and not Path(os.fsdecode(entry.path)).exists()
+                    left_out["broken link" if is_broken else "not a regular file"] += 1
             return sorted(found)
     except OSError as error:
         raise DataError(f"The folder '{os.fsdecode(folder)}' cannot be listed: {error.strerror}.") from error
@@ -321,7 +330,20 @@ def _contents(source: str, store: FileStore, listing: Listing) -> Contents:
     counts = np.bincount(group_of, minlength=len(listing.groups))
     for group, reason in layout.reason_of.items():
         listing.left_out[reason] += int(counts[group])
-    return Contents(parts, dict(listing.left_out), layout.notes)
+    return Contents(parts, dict(listing.left_out), (*layout.notes, *_note_on_empty_classes(layout, listing)))
+
+
+def _note_on_empty_classes(layout: Layout, listing: Listing) -> list[str]:
+    """Return a note that names the folders without an image beside class folders, if there are any."""
+    named = zip(listing.groups, layout.class_of, strict=True)
+    parents = {group[: group.index(name)] for group, name in named if name}
+    empty = sorted("/".join(folder) for folder in listing.without_images if folder[:-1] in parents)
+    if not empty:
+        return []
+    listed = ", ".join(empty[:5]) + (", ..." if len(empty) > 5 else "")
+    if len(empty) == 1:
+        return [f"1 folder beside the class folders holds no image, and is no class: {listed}."]
+    return [f"{len(empty):,} folders beside the class folders hold no image, and are no classes: {listed}."]
 
 
 def _labels(class_of_group: list[str | None], in_split: Any, group_of: Integers) -> Labels | None:
@@ -348,8 +370,11 @@ def _reason(layout: Layout, split: str, image: str) -> str:
             "list that belongs to them (LOC_val_solution.csv), or use 'hf:ILSVRC/imagenet-1k'"
         )
     if split == "train":
-        is_class = layout.only_folder and split_of_name(layout.only_folder) is None
-        return f"all its images lie in the one folder '{layout.only_folder}'" if is_class else ""
+        only = layout.only_folder
+        if not only or split_of_name(only) is not None:
+            return ""
+        is_class = len(set(layout.split_of) - {""}) > 1 and only.lower() not in IMAGE_FOLDERS
+        return f"all its images lie in {ONE_CLASS if is_class else 'the one folder'} '{only}'"
     return (
         f"the images of {split} lie in no class folder ({image}); move each into the folder of its class, or give the "
         "training folder alone, of which 10% are then held out"

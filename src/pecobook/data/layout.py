@@ -14,8 +14,8 @@ The rules, in this order. "Folder" always means a folder with images in it or be
    If only some of them do, or if these splits have the same class folders (`fold1/train/cat`, `fold2/train/cat`), the
    source is refused, because training and held-out images would be mixed.
 5. Otherwise the folders of the level are classes, also one that is called "test" or "training". The source is refused
-   if such a folder looks like a split: it has the classes of its neighbours as subfolders, or it is "train" beside one
-   other folder with the same subfolders.
+   if such a folder looks like a split: it has the classes of its neighbours as subfolders, or those of the one other
+   folder beside it. A note names folders that are taken for classes though all have the same subfolders.
 6. Wrappers are entered again in each split: `train/images/`, `seg_train/seg_train/`. The folders below are the classes.
 """
 
@@ -232,16 +232,18 @@ def _read_classes(layout: Layout, folders: Sequence[Folder], depth: int) -> None
 
 def _notes_on_classes(source: str, level: _Level) -> tuple[str, ...]:
     """Return notes on classes with the name of a split. Raises DataError if such a folder looks like a split."""
-    named = [name for name in sorted(level.children) if is_split_folder(name)]
-    if not named or len(level.children) < 2:
+    if len(level.children) < 2:
         return ()
+    named = [name for name in sorted(level.children) if is_split_folder(name)]
+    if not named:
+        inner = list(level.children.values())
+        if len(inner[0]) < 2 or any(names != inner[0] for names in inner):
+            return ()
+        return (f"{_listed(level.children)}: taken for classes, though each of them holds {_listed(inner[0])}.",)
     for name in named:
         others = {other: children for other, children in level.children.items() if other != name}
         is_split = level.children[name] & others.keys() or (
-            _is_train(name)
-            and len(others) == 1
-            and len(level.children[name]) > 1
-            and level.children[name] & next(iter(others.values()))
+            len(others) == 1 and len(level.children[name]) > 1 and level.children[name] & next(iter(others.values()))
         )
         if is_split:
             raise DataError(

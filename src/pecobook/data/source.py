@@ -176,6 +176,10 @@ class Splits:
 # ---- splits and labels of all forms of source ----
 
 
+# Words of the reasons why labels that a user gave cannot be used; they tell these from images without labels.
+NO_CLASS, ONE_CLASS = "which is no class", "the one class folder"
+
+
 @dataclass(frozen=True)
 class Labels:
     """A column of labels: `codes` int64 (n,) are indices in `names`; -1 marks an image without a label."""
@@ -273,7 +277,8 @@ def assemble(source: str, contents: Contents) -> Splits:
 
     def usable_labels(name: str) -> tuple[Labels | None, str]:
         part, problem = parts[name], parts[name].label_problem(name)
-        if problem and part.labels is not None and part.labels.codes.max(initial=-1) >= 0:
+        is_partial = part.labels is not None and part.labels.codes.max(initial=-1) >= 0
+        if problem and (is_partial or name != "train" or NO_CLASS in problem or ONE_CLASS in problem):
             notes.append(f"The labels of {name} are not used: {problem}.")
         return (None if problem else part.labels), problem
 

@@ -117,8 +117,16 @@ def _report(config: CheckConfig, task: str, found: Survey | None, problems: list
         "task": task,
         "ok": not problems,
         "problems": problems,
-        **({"summary": dict(found.lines), **found.figures} if found is not None else {}),
+        **({"summary": _summary(found.lines), **found.figures} if found is not None else {}),
     }
+
+
+def _summary(lines: list[tuple[str, str]]) -> dict[str, str]:
+    """Return the text of each topic; a topic that comes several times, as notes do, has one line for each."""
+    summary: dict[str, str] = {}
+    for topic, text in lines:
+        summary[topic] = f"{summary[topic]}\n{text}" if topic in summary else text
+    return summary
 
 
 def _text(config: CheckConfig, report: dict[str, Any]) -> str:
@@ -127,7 +135,10 @@ def _text(config: CheckConfig, report: dict[str, Any]) -> str:
     task = report["task"]
     how = "images, with labels where there are any" if task == "images" else f"'pecobook {task}' reads it"
     guessed = " (guessed from the files; name the command to choose)" if config.task == "auto" else ""
-    lines = aligned([("read as", how + guessed), *report.get("summary", {}).items()])
+    summary = report.get("summary", {}).items()
+    lines = aligned(
+        [("read as", how + guessed), *((topic, line) for topic, text in summary for line in text.split("\n"))]
+    )
     lines += [f"contact sheet: {report['contact_sheet']}"] if "contact_sheet" in report else []
     if report["problems"]:
         number = len(report["problems"])

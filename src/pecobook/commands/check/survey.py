@@ -33,7 +33,10 @@ from pecobook.errors import DataError, first_line
 from pecobook.utils.devices import cores
 
 Hashes: TypeAlias = npt.NDArray[np.uint64]
-_LOST_LABELS, _LOST_IMAGES = "labels of", ("damaged", "too early", "cut short")  # words in the notes of a source
+_LOST_LABELS, _LOST_IMAGES = (
+    ("labels of", "hold no image", "holds no image"),
+    ("damaged", "too early", "cut short"),
+)  # words in the notes of a source
 NUM_NAMES = 20  # files of a kind that are named
 _COMPARED_BOXES = 50_000  # of each split at most, evenly spread
 _FEW_IMAGES = 256  # so many are read in this process
@@ -101,7 +104,7 @@ def survey(splits: Splits, *, labels: bool = True, workers: int = -1) -> Survey:
     lines.append(("duplicates", repeats.text()))
     problems = [*_unreadable(splits, censuses), *repeats.problems(), *_unknown_values(splits, censuses)]
     problems += [*boxes.problems(), *(_empty_classes(splits, censuses[0]) if labels else [])]
-    lost = (*_LOST_IMAGES, *([_LOST_LABELS] if labels else []))
+    lost = (*_LOST_IMAGES, *(_LOST_LABELS if labels else ()))
     problems += [note for note in splits.notes if any(words in note for words in lost)]
     figures = _figures(splits, censuses, repeats) | {
         "boxes_compared": boxes.compared,
