@@ -110,7 +110,7 @@ def test_page__shows_the_choices_of_a_flag() -> None:
 
 
 def test_page__shows_the_values_of_the_recipe() -> None:
-    assert re.search(r"^  --batch-size .*\(64\)$", page("codebook", recipe("codebook", "tiny"), "tiny"), re.MULTILINE)
+    assert re.search(r"^  --batch-size .*\(16\)$", page("codebook", recipe("codebook", "tiny"), "tiny"), re.MULTILINE)
     assert re.search(r"^  --batch-size .*\(128\)$", page("codebook", recipe("codebook"), "paper"), re.MULTILINE)
     assert re.search(r"^  --image-size .*\(32\)$", page("tokenize", tokenize("tiny"), "tiny"), re.MULTILINE)
 

@@ -283,7 +283,8 @@ def test_command__a_run_of_one_process_resumes_on_three(images: Path, tmp_path: 
     )
     assert done.returncode == 0, done.stderr
     assert losses(run)[:12] == losses(alone)[:12]
-    assert losses(run) == pytest.approx(losses(alone), rel=1e-3)
+    # Three processes sum in another order, and the codebook amplifies the rounding step by step.
+    assert losses(run) == pytest.approx(losses(alone), rel=5e-3)
     revived = [line["revived"] for line in logged(run)]
     assert revived == [line["revived"] for line in logged(alone)]
     assert revived[-1] > revived[11]
