@@ -270,7 +270,7 @@ def test_command__a_run_of_one_process_resumes_on_three(images: Path, tmp_path: 
     words = ["--batch-size", "12", "--max-steps", "24", "--save-every", "12", "--quantizer.revive-after", "4"]
     words += ["--precision", "fp32", "--optim.eps", "0.1"]  # a smaller epsilon would amplify rounding errors
     # In this shape no rounding error makes a vector choose the other of two near codewords within 24 steps.
-    words += ["--model.group-size", "0", "--model.padding", "zeros"]
+    words += ["--model.group-size", "0", "--model.padding", "zeros", "--optim.lr", "1e-3", "--quantizer.decay", "0.95"]
     alone, run = tmp_path / "alone", tmp_path / "run"
     subprocess.run([sys.executable, *command_line(images, alone, *words)], check=True, capture_output=True)
     shutil.copytree(alone, run)
@@ -283,8 +283,7 @@ def test_command__a_run_of_one_process_resumes_on_three(images: Path, tmp_path: 
     )
     assert done.returncode == 0, done.stderr
     assert losses(run)[:12] == losses(alone)[:12]
-    # Three processes sum in another order, and the codebook amplifies the rounding step by step.
-    assert losses(run) == pytest.approx(losses(alone), rel=5e-3)
+    assert losses(run) == pytest.approx(losses(alone), rel=1e-3)
     revived = [line["revived"] for line in logged(run)]
     assert revived == [line["revived"] for line in logged(alone)]
     assert revived[-1] > revived[11]

@@ -79,7 +79,7 @@ def _tokenize_part(config: TokenizeConfig) -> Path:
         _show(config, ready)
         mine = set(list(shard_files(out, layout))[part::parts])
         files = [file for file in missing_shards(out, layout) if file in mine]
-        fabric = launch.start(config, alone=True)  # type: ignore[arg-type]
+        fabric = launch.start(ready.config, alone=True)  # type: ignore[arg-type]
         if not _write(config, ready, fabric, layout, files):
             _exit_unfinished()
     with FolderLock(out, shared=True, wait=SHARED_WAIT):  # the last process sees all files, and one process at a time
@@ -113,6 +113,8 @@ def _exit_unfinished() -> NoReturn:
 class _Ready(NamedTuple):
     """What is checked and opened before anything is written."""
 
+    config: TokenizeConfig
+    """The settings, with the resolved precision."""
     splits: Splits
     tokenizer: Any
     bank_config: dict[str, Any]
@@ -153,7 +155,8 @@ def _preflight(config: TokenizeConfig) -> _Ready:
     }
     if config.resume is True or ((config.resume or config.shard) and (Path(config.out) / "config.json").is_file()):
         _check_resume(config, bank_config)
-    return _Ready(splits, tokenizer, bank_config)
+    config = dataclasses.replace(config, precision=precision)  # type: ignore[arg-type]
+    return _Ready(config, splits, tokenizer, bank_config)
 
 
 def _open_tokenizer(config: TokenizeConfig) -> Any:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from pecobook.data.decode import BadImage, decode
+from pecobook.data.decode import BadImage, decode, read_file
 from pecobook.data.source import ImageSource
 from pecobook.data.views import center_crop
 from pecobook.errors import DataError
@@ -31,10 +31,9 @@ def read_image(path: str | Path, size: int | None = None, *, crop: float = 1.0) 
         DataError: the file is missing or no image.
     """
     try:
-        image = decode(Path(path).read_bytes(), name=str(path))
-    except (OSError, BadImage) as error:
-        reason = error.reason if isinstance(error, BadImage) else error.strerror
-        raise DataError(f"'{path}' cannot be read: {reason}.") from None
+        image = decode(read_file(Path(path)), name=str(path))
+    except BadImage as error:
+        raise DataError(f"'{path}' cannot be read: {error.reason}.") from None
     return image.contiguous() if size is None else center_crop(image, size, share=crop)
 
 

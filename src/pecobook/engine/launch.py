@@ -6,13 +6,14 @@
 from __future__ import annotations
 
 import atexit
+import dataclasses
 import logging
 import os
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import nn
@@ -29,7 +30,16 @@ from pecobook.utils.folder_lock import FolderLock
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
 
-R = TypeVar("R")
+
+class Checked(Protocol):
+    """What a preflight returns."""
+
+    @property
+    def config(self) -> Any:
+        """The settings, with the resolved precision."""
+
+
+R = TypeVar("R", bound=Checked)
 
 _PRECISIONS = {"bf16": "bf16-mixed", "fp16": "16-mixed"}
 
@@ -135,14 +145,16 @@ def begin(config: TrainConfig, preflight: Callable[[], R], prepare: Callable[[R]
         SystemExit: with code 130 on all processes, when a signal has asked one to stop.
     """
     world = launched()
-    fabric = None if world is None else start(config)
+    fabric = None
+    if world is not None:  # before the preflight, which resolves the precision too
+        fabric = start(dataclasses.replace(config, precision=resolve_precision(config)))  # type: ignore[arg-type]
     ready = on_all_ranks(preflight)
     locks: list[FolderLock] = []
     try:
         if fabric is not None or is_leader():  # a process that the first one has started joins later
             _stop_if_asked()
             on_first_rank(lambda: locks.append(prepare(ready)))
-        return Begun(fabric or start(config), ready, locks[0] if locks else None)
+        return Begun(fabric or start(ready.config), ready, locks[0] if locks else None)
     except BaseException:
         for lock in locks:
             lock.release()
@@ -169,7 +181,7 @@ def start(config: TrainConfig, *, alone: bool = False) -> Fabric:
     """Start the processes of the run, or join those that were started, and return their Fabric.
 
     Args:
-        config: the settings of the run.
+        config: settings whose precision is resolved (`resolve_precision`).
         alone: whether this process works without others, also where torchrun or srun has started several.
     """
     from lightning_fabric import Fabric
@@ -187,7 +199,7 @@ def start(config: TrainConfig, *, alone: bool = False) -> Fabric:
         devices=devices,
         num_nodes=nodes,
         strategy=_strategy(config),
-        plugins=[precision_plugin(resolve_precision(config)), *_cluster_environment(devices)],
+        plugins=[precision_plugin(config.precision), *_cluster_environment(devices)],
     )
     fabric.launch()
     # Fabric registers this for NCCL alone. A thread of gloo that outlives Python aborts a process that has finished.
@@ -203,7 +215,7 @@ def _start_alone(config: TrainConfig) -> Fabric:
     return Fabric(
         accelerator="cuda" if gpus else "cpu",
         devices=[world.local_rank % gpus if world else 0] if gpus else 1,
-        plugins=[precision_plugin(resolve_precision(config)), LightningEnvironment()],
+        plugins=[precision_plugin(config.precision), LightningEnvironment()],
     )
 
 

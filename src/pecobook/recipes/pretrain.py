@@ -71,14 +71,12 @@ def imagenette() -> PretrainConfig:
 
     Command: pecobook pretrain imagenette --data IMAGENETTE --tokenizer runs/codebook --out runs/vit
     """
-    return PretrainConfig(
+    return dataclasses.replace(
+        tiny_imagenet(),
         batch_size=256,
         max_steps="300 epochs",
         image_size=128,
-        optim=BaseOptimConfig(lr=1.5e-3, final_lr=1e-5, warmup="10%", clip_grad=3.0),
         model=BackboneConfig(name="vit_small_patch16_224", args='{"init_values": 0.1}'),
-        drop_path=0.05,
-        mask=MaskConfig(num_masked=26, min_block=6),
     )
 
 

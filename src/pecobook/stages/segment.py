@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -125,7 +124,7 @@ class SegmentStage(Stage[SegmentConfig]):
         if absent:
             content["without_pixels"] = absent
             held_out = f"{len(self.classes) - len(absent)} of {len(self.classes)} classes have held-out pixels"
-            _say([f"{held_out}, so that the mean IoU says nothing about the others: {', '.join(absent)}."])
+            say([f"{held_out}, so that the mean IoU says nothing about the others: {', '.join(absent)}."])
         write_json(folder / "classes.json", content)
         (folder / "samples" / "confusion.png").write_bytes(matrix_picture(counts, self.classes, "pixels"))
 
@@ -231,12 +230,6 @@ class SegmentStage(Stage[SegmentConfig]):
     def evaluation_view(cls, config: SegmentConfig) -> ViewFunction:
         """Return the function that resizes a held-out image to the sizes of the test."""
         return partial(_held_out_view, size=config.image_size, test=config.test)
-
-
-def _say(notes: Iterable[str]) -> None:
-    """Print sentences, one on each line, on one process."""
-    for note in notes if is_leader() else ():
-        print(note, file=sys.stderr)
 
 
 def _loss(logits: Tensor, truth: Tensor) -> tuple[Tensor, Tensor]:
