@@ -19,6 +19,7 @@ from torch import Tensor
 from torchvision.transforms.functional import rgb_to_grayscale
 
 from pecobook.analysis.codewords import code_usage, distinct_codewords
+from pecobook.analysis.position import position_dependence
 from pecobook.analysis.reconstruction import psnr, ssim
 from pecobook.data.batch import Batch
 from pecobook.data.sampler import key
@@ -99,9 +100,19 @@ class CodebookStage(Stage[CodebookConfig]):
         return StageOutput(loss + codebook_side + discriminator_loss, metrics, pictures, rows)
 
     def summarise(self, rows: dict[str, Tensor], reference_rows: dict[str, Tensor]) -> dict[str, float]:
-        """Return how many codewords all held-out images together use, and how evenly."""
+        """Return how many codewords all held-out images together use, how evenly, and how far codes tell positions.
+
+        `position` is the information of codes about positions, in percent, and `position_null` that of codes that are
+        permuted within each image (`pecobook.analysis.position`), both on at most 2,000 images.
+        """
         usage = code_usage(rows["codes"], self.config.quantizer.num_codewords)
-        return {"codes_used": usage.codes_used, "codes_perplexity": usage.perplexity}
+        position = position_dependence(rows["codes"][:2000])
+        return {
+            "codes_used": usage.codes_used,
+            "codes_perplexity": usage.perplexity,
+            "position": 100 * position.share,
+            "position_null": 100 * position.null_share,
+        }
 
     def _tokenizer_input(self, pixels: Tensor) -> Tensor:
         """Convert uint8 (B, 3, H, W) to the tokenizer's input, float (B, C, H, W) in [0, 1]."""
