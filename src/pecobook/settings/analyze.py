@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 
-from pecobook.settings.images import ImagesConfig
-from pecobook.settings.normalisation import check_normalisation
-from pecobook.settings.values import between, positive
+from pecobook.settings.images import ImagesConfig, check_normalisation
+from pecobook.settings.values import between, not_negative, positive
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -60,4 +58,4 @@ class AnalyzeConfig(ImagesConfig):
         check_normalisation(self, "classifier_mean", "classifier_std")
         positive(self, "max_train", "max_test")
         between(self, 0, 2**31 - 1, "seed")
-        between(self, 0, math.inf, "codewords")
+        not_negative(self, "codewords")

@@ -6,8 +6,8 @@ import dataclasses
 import math
 from typing import Literal
 
-from pecobook.settings.normalisation import check_normalisation
-from pecobook.settings.values import between
+from pecobook.settings.images import check_normalisation
+from pecobook.settings.values import between, not_negative
 
 Normalisation = Literal["unit-rms", "layernorm", "none"]
 
@@ -56,4 +56,4 @@ class PerceptualConfig(PerceptualDistanceConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        between(self, 0.0, float("inf"), "weight", "warmup")
+        not_negative(self, "weight", "warmup")

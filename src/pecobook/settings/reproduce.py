@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from typing import Literal
 
 from pecobook.settings.images import ImagesConfig
 from pecobook.settings.training import BackboneConfig
-from pecobook.settings.values import between, positive, refuse
+from pecobook.settings.values import not_negative, positive, refuse
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -61,6 +60,6 @@ class ReproduceConfig(ImagesConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         positive(self, "length")
-        between(self, 0, math.inf, "gpus_per_run", "micro_batch_size")
+        not_negative(self, "gpus_per_run", "micro_batch_size")
         if len(set(self.seeds)) != len(self.seeds) or not self.seeds or min(self.seeds) < 0:
             refuse("seeds", f"must be different numbers of 0 or above, not {self.seeds}.")

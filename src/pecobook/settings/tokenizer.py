@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from typing import Literal
 
 from pecobook.errors import ConfigError
-from pecobook.settings.values import between, positive
+from pecobook.settings.values import between, not_negative, positive
 
 SearchPrecision = Literal["fp32", "tf32", "bf16"]
 PaddingMode = Literal["zeros", "reflect", "replicate"]
@@ -47,7 +46,7 @@ class AutoencoderConfig:
         if not self.channels or min(self.channels) < 1 or self.latent_dim < 1 or self.num_blocks < 1:
             raise ConfigError("--model.channels, --model.latent-dim and --model.num-blocks must be above 0.")
         positive(self, "in_channels", "num_heads", "decoder_width")
-        between(self, 0, math.inf, "decoder_blocks", "group_size")
+        not_negative(self, "decoder_blocks", "group_size")
         if self.kind == "vit" and len(self.channels) != 2:
             raise ConfigError(f"--model.kind vit reads --model.channels as WIDTH PATCH, not {self.channels}.")
         for width in (self.channels[0], self.decoder_side().channels[0]) if self.kind == "vit" else ():
@@ -98,7 +97,7 @@ class VectorQuantizerConfig:
     def __post_init__(self) -> None:
         positive(self, "num_codewords", "eps")
         between(self, 0.0, 1.0, "decay")
-        between(self, 0.0, float("inf"), "revive_after", "start_after")
+        not_negative(self, "revive_after", "start_after")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -110,7 +109,7 @@ class QuantizerConfig(VectorQuantizerConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        between(self, 0.0, float("inf"), "commitment")
+        not_negative(self, "commitment")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

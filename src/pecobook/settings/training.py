@@ -10,7 +10,7 @@ from typing import Any, Literal, cast
 from pecobook.errors import ConfigError
 from pecobook.settings.durations import check_durations
 from pecobook.settings.images import ImagesConfig
-from pecobook.settings.values import Resume, between, narrow, positive, refuse
+from pecobook.settings.values import Resume, between, narrow, not_negative, positive, refuse
 
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
 Strategy = Literal["auto", "ddp", "fsdp"]
@@ -52,7 +52,7 @@ class BaseOptimConfig:
 
     def __post_init__(self) -> None:
         positive(self, "lr", "eps", "power")
-        between(self, 0, math.inf, "lr_batch_size", "final_lr", "weight_decay", "clip_grad")
+        not_negative(self, "lr_batch_size", "final_lr", "weight_decay", "clip_grad")
         for beta in self.betas:
             if not 0 <= beta < 1:
                 refuse("betas", f"must be at least 0 and below 1, not {beta}.")
@@ -137,7 +137,7 @@ class TrainConfig(ImagesConfig):
         narrow(self)
         positive(self, "num_nodes", "batch_size", "image_size", "log_every", "save_every", "save_minutes")
         positive(self, "keep_checkpoints", "sample_every", "evaluation_images")
-        between(self, 0, math.inf, "micro_batch_size")
+        not_negative(self, "micro_batch_size")
         between(self, -1, math.inf, "workers")
         between(self, 0, 2**31 - 1, "seed")
         if self.devices != "auto" and not (self.devices.isdigit() and int(self.devices) > 0):

@@ -25,18 +25,8 @@ C = TypeVar("C")
 # Fields that change devices, speed or logs of a run, but not its results: a resumed run may change them.
 FREE_ON_RESUME = frozenset(
     {
-        *(
-            "out",
-            "resume",
-            "overwrite",
-            "dry_run",
-            "devices",
-            "num_nodes",
-            "strategy",
-            "micro_batch_size",
-            "workers",
-            "compile",
-        ),
+        *("out", "resume", "overwrite", "dry_run"),
+        *("devices", "num_nodes", "strategy", "micro_batch_size", "workers", "compile"),
         *("loggers", "log_every", "save_every", "save_minutes", "keep_checkpoints", "sample_every"),
         *("evaluation_images", "knn_images", "pyramid.checkpointing"),
         *("test.mode", "test.stride", "test.scales", "test.flip"),  # test.max_side also changes the training images
@@ -73,6 +63,11 @@ def positive(config: object, *names: str) -> None:
         for value in _numbers(config, name):
             if not value > 0:
                 refuse(name, f"must be above 0, not {value}.")
+
+
+def not_negative(config: object, *names: str) -> None:
+    """Refuse every named field of `config` that is below zero, infinite or nan, or a tuple with such a number."""
+    between(config, 0, math.inf, *names)
 
 
 def between(config: object, low: float, high: float, *names: str) -> None:
