@@ -86,7 +86,8 @@ def test_find_occurrences__draws_the_images_with_the_lowest_ranks(
     occurrences = {each.codeword: each for each in find_occurrences(bank, [5, 3, 11], K, patches=6, seed=1)}
     for codeword, each in occurrences.items():
         positions = np.argwhere(codes == codeword)
-        assert each.count == len(positions)
+        assert each.positions.tolist() == (codes == codeword).sum((0, 1)).tolist()
+        assert each.positions.sum() == len(positions)
         assert each.images == len(set(positions[:, 0].tolist()))
         assert len(each.drawn) == len({image for image, *_ in each.drawn}) == min(6, each.images)
         assert all(codes[position] == codeword for position in each.drawn)
@@ -122,7 +123,8 @@ def test_analyze__reads_a_bank_and_reproduces_its_views(images: Path, codebook_r
         again = encode_views(tokenizer, view_of(opened.config, source, image, view)[None], 0)
         assert int(again[0, row, column]) == most_used
     gallery = bank_gallery(opened, source, occurrences)
-    assert [patch.image for patch in gallery.rows[0].patches] == [image for image, *_ in occurrences[0].drawn]
+    assert gallery[0].count == int(bank_usage(opened, 24).counts[most_used])
+    assert [patch.image for patch in gallery[0].patches] == [image for image, *_ in occurrences[0].drawn]
 
 
 def test_analyze__refuses_a_bank_of_another_tokenizer_or_of_other_images(

@@ -92,10 +92,10 @@ def test_codeword_info__counts_images_classes_and_neighbours(indexed: model.Inde
 
 
 def test_position_picture__is_white_at_the_most_frequent_position() -> None:
-    picture = model.position_picture(torch.tensor([[0, 1], [2, 4]]))
+    picture = model.position_picture(np.array([[0, 1], [2, 4]]))
     assert picture.shape == (448, 448, 3)
     assert [picture[100, 100, 0], picture[100, 300, 1], picture[300, 100, 2], picture[300, 300, 0]] == [0, 64, 128, 255]
-    assert not model.position_picture(torch.zeros(2, 2, dtype=torch.int64)).any()
+    assert not model.position_picture(np.zeros((2, 2), dtype=np.int64)).any()
 
 
 def test_codeword_info__finds_used_neighbours_among_all_codewords() -> None:

@@ -50,18 +50,16 @@ class GalleryRow:
     """Patches that share one codeword."""
 
     codeword: int
-    count: int
-    """Number of patches with the codeword in all images."""
     images: int
-    """Number of images with at least one of these patches."""
+    """Number of images with at least one patch of the codeword."""
+    positions: NDArray[np.int64] = field(repr=False)
+    """Number of patches of the codeword at each position of the code grid, in all images, (h, w)."""
     patches: tuple[GalleryPatch, ...]
 
-
-@dataclass(frozen=True)
-class Gallery:
-    """One row of patches for each codeword: first the requested codewords, then the most used ones."""
-
-    rows: tuple[GalleryRow, ...]
+    @property
+    def count(self) -> int:
+        """Number of patches of the codeword in all images."""
+        return int(self.positions.sum())
 
 
 def code_usage(codes: Array, num_codewords: int) -> CodeUsage:
@@ -136,7 +134,7 @@ def code_gallery(
     patches: int = 12,
     seed: int = 0,
     chosen: Sequence[int] = (),
-) -> Gallery:
+) -> list[GalleryRow]:
     """Collect patches that share a codeword, in one row per codeword.
 
     `(seed, codeword)` determines which patches are drawn, so a row does not depend on the other rows. Each image gives
@@ -158,14 +156,15 @@ def code_gallery(
     order = list(dict.fromkeys([*map(int, chosen), *(int(code) for code in by_use if counts[code] > 0)]))
     rows = []
     for code in order[: max(codewords, len(chosen))]:
-        positions = np.argwhere(grid == code)  # (count, 3): image, row, column
-        drawn = positions[_one_per_image_first(positions[:, 0], np.random.default_rng([seed, code]))[:patches]]
+        has_code = grid == code
+        occurrences = np.argwhere(has_code)  # (count, 3): image, row, column
+        drawn = occurrences[_one_per_image_first(occurrences[:, 0], np.random.default_rng([seed, code]))[:patches]]
         crops = tuple(
             GalleryPatch(image, row, column, *patch_window(images[image], grid.shape[1:], row, column))
             for image, row, column in drawn.tolist()
         )
-        rows.append(GalleryRow(code, len(positions), len(np.unique(positions[:, 0])), crops))
-    return Gallery(tuple(rows))
+        rows.append(GalleryRow(code, len(np.unique(occurrences[:, 0])), has_code.sum(0), crops))
+    return rows
 
 
 def _one_per_image_first(image: NDArray[np.int64], rng: np.random.Generator) -> NDArray[np.int64]:

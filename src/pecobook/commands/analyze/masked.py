@@ -9,9 +9,9 @@ import numpy as np
 import torch
 
 from pecobook.analysis import figures as draw
-from pecobook.analysis.masked_prediction import decode_prediction, hide, predict_masked
+from pecobook.analysis.masked_prediction import hide, predict_masked
 from pecobook.analysis.position import commonest_code_accuracy
-from pecobook.analysis.reconstruction import encode_all
+from pecobook.analysis.reconstruction import decode_all, encode_all
 from pecobook.commands.analyze.names import unique_names
 from pecobook.commands.analyze.pictures import evenly_spaced, resize_nearest
 from pecobook.commands.masked_run import load_masked_run
@@ -73,8 +73,8 @@ def predict(runs: dict[str, MaskedRun], source: ImageSource, seed: int) -> Predi
             record["by_share"].append({**part, "position_baseline": position_baseline(codes, mask)})
             inputs = [("original", images[rows]), ("masked", hide(images[rows], mask[rows]))]
             picture = columns.setdefault((share, run.grid), inputs)
-            decoded = decode_prediction(run, predict_masked(run, run, images[rows], mask[rows]))
-            picture.append((name, resize_nearest(decoded, picture[0][1].shape[-1])))
+            predicted_codes, _ = predict_masked(run, run, images[rows], mask[rows])
+            picture.append((name, resize_nearest(decode_all(run, predicted_codes), picture[0][1].shape[-1])))
         records.append(record)
         run.cpu()
     return Predictions(records, columns)

@@ -167,7 +167,10 @@ def _galleries(tokenizers: Tokenizers, pictures: Mapping[str, bytes]) -> Section
         "Each block shows patches with the same codeword, outlined in their surroundings: first the requested "
         "codewords and four codewords drawn at random from those in use, then the most used codewords. The patches are "
         "drawn at random; each image gives one patch before any image gives a second one. Look for what the patches of "
-        "a block have in common: a colour, a texture, an edge, a part of an object."
+        "a block have in common: a colour, a texture, an edge, a part of an object.\n\nThe map at the left of a block "
+        "shows how often the codeword occurs at each position of the image, compared with its most frequent position, "
+        "from dark to light. If one field alone is light, and all outlines lie in one corner, the codeword stands for "
+        "a position rather than for what is seen there."
     )
     return Section("Patches that share a codeword", text, tuple(galleries), side_by_side=True) if galleries else None
 

@@ -157,7 +157,7 @@ class Page:
         info = model.codeword_info(indexed, code, self.classes)
         line = (
             f"**Codeword {info.number}**: {info.count} patches in {info.images} of {len(indexed.images)} images, "
-            f"at {int((info.positions > 0).sum())} of {info.positions.numel()} positions."
+            f"at {int((info.positions > 0).sum())} of {info.positions.size} positions."
         )
         nearest = [(patch, f"codeword {codeword}") for codeword, patch in info.nearest]
         rows = [[name, count, round(share, 1)] for name, count, share in info.classes]
