@@ -10,6 +10,7 @@ import base64
 import io
 import re
 import struct
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -113,6 +114,13 @@ def write_report(out: Path, content: Report, *, max_bytes: int = MAX_BYTES) -> P
     target = out / "report.html"
     write_atomically(target, render(fit(content, max_bytes)).encode())
     return target
+
+
+def write_pictures(out: Path, pictures: Mapping[str, bytes]) -> None:
+    """Write PNGs by file name atomically into the folder `pictures` of `out`, which is created if needed."""
+    (out / "pictures").mkdir(exist_ok=True)
+    for name, png in pictures.items():
+        write_atomically(out / "pictures" / name, png)
 
 
 def render(content: Report) -> str:

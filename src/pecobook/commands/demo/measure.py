@@ -21,8 +21,7 @@ from pecobook.analysis.probe import paired_difference
 from pecobook.analysis.reconstruction import encode_all
 from pecobook.commands.analyze.masked import predict
 from pecobook.commands.analyze.measure import STABILITY_IMAGES, evaluate_tokenizer
-from pecobook.commands.analyze.metrics import TokenizerMetrics
-from pecobook.commands.analyze.pictures import curves_of, gallery, side_by_side
+from pecobook.commands.analyze.pictures import TokenizerMetrics, curves_of, gallery, side_by_side
 from pecobook.commands.demo.plan import ARMS, PRETRAINED
 from pecobook.commands.jobs import Job
 from pecobook.commands.masked_run import load_masked_run

@@ -8,19 +8,23 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import sys
 import tempfile
 from functools import lru_cache, partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from pecobook.analysis.wording import unique_names
+from pecobook.commands.explore.model import IndexedTokenizer, index
+from pecobook.commands.masked_run import MaskedRun, is_masked_run, load_masked_run
+from pecobook.data.source import Splits
+from pecobook.engine.preamble import show_source
+from pecobook.engine.value_range import open_readable
 from pecobook.errors import ConfigError, Preflight
+from pecobook.models.tokenizers import load_tokenizer
 from pecobook.settings.explore import ExploreConfig
 from pecobook.settings.values import replace
-
-if TYPE_CHECKING:
-    from pecobook.commands.explore.model import IndexedTokenizer
-    from pecobook.commands.masked_run import MaskedRun
-    from pecobook.data.source import Splits
+from pecobook.utils.devices import device
 
 __all__ = ["ExploreConfig", "explore"]
 
@@ -74,8 +78,6 @@ def _check_host(config: ExploreConfig) -> list[Any]:
     Otherwise a web site could point its own name at this machine, and read the page through the visitor's browser (DNS
     rebinding).
     """
-    import socket
-
     from starlette.middleware import Middleware
     from starlette.middleware.trustedhost import TrustedHostMiddleware
 
@@ -90,8 +92,6 @@ def _check_host(config: ExploreConfig) -> list[Any]:
 
 def _addresses() -> list[str]:
     """Return the addresses of this machine."""
-    import socket
-
     try:
         return sorted({str(info[4][0]) for info in socket.getaddrinfo(socket.gethostname(), None)})
     except OSError:
@@ -106,8 +106,6 @@ def _uploads() -> tempfile.TemporaryDirectory[str]:
 
 def _check_port(config: ExploreConfig) -> None:
     """Raise ConfigError if the port is in use, before anything slow is done."""
-    import socket
-
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
@@ -120,14 +118,6 @@ def _check_port(config: ExploreConfig) -> None:
 
 
 def _open(config: ExploreConfig) -> tuple[list[IndexedTokenizer], dict[str, MaskedRun], Splits]:
-    from pecobook.commands.analyze.names import unique_names
-    from pecobook.commands.explore.model import index
-    from pecobook.commands.masked_run import is_masked_run, load_masked_run
-    from pecobook.engine.preamble import show_source
-    from pecobook.engine.value_range import open_readable
-    from pecobook.models.tokenizers import load_tokenizer
-    from pecobook.utils.devices import device
-
     preflight = Preflight()
     if not config.runs:
         preflight.problems.append(ConfigError("No run is given: pecobook explore RUN [RUN ...] --data SOURCE."))
