@@ -6,19 +6,18 @@ Shapes: codebook float (K, D).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
+from matplotlib.axes import Axes
+from matplotlib.collections import PathCollection
+from matplotlib.lines import Line2D
 from numpy.typing import NDArray
 from torch import Tensor
 
 from pecobook.analysis.arrays import Array, as_numpy
 from pecobook.analysis.canvas import INK, escape_text, new_figure, png
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.collections import PathCollection
 
 _MAX_NAMED_CLASSES = 20
 """Maximum number of classes for which a map shows separate colours and names."""
@@ -91,8 +90,6 @@ def _class_colours(num_classes: int) -> dict[str, Any]:
 
 def _class_legend(axes: Axes, points: PathCollection, present: Sequence[int], classes: Sequence[str]) -> None:
     """Write the names of the classes that occur on the map below the map."""
-    from matplotlib.lines import Line2D
-
     colours = points.to_rgba(np.asarray(present))
     handles = [
         Line2D([], [], linestyle="", marker="o", markersize=5, color=colour, label=escape_text(classes[number][:24]))

@@ -5,18 +5,17 @@ from __future__ import annotations
 import contextlib
 import io
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.colors import to_rgb
+from matplotlib.patches import Rectangle
 from torch import Tensor
 
 from pecobook.analysis.canvas import escape_text, new_figure, png
+from pecobook.data.dense.detection import DetectionSource
 from pecobook.models.dense.detector import Detections, paste_masks
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-
-    from pecobook.data.dense.detection import DetectionSource
 
 _COLOURS = (
     *("#e6550d", "#2a8fd8", "#1fa37c", "#c0699f", "#a3912a"),
@@ -139,9 +138,6 @@ def detections_picture(columns: Mapping[str, Sequence[tuple[Tensor, Detections]]
 
 def _draw_detections(axes: Axes, image: Tensor, detections: Detections, classes: Sequence[str]) -> None:
     """Draw an image, uint8 (3, H, W), with boxes, masks, class names, and the scores below 1."""
-    from matplotlib.colors import to_rgb
-    from matplotlib.patches import Rectangle
-
     height, width = image.shape[1:]
     pixels = image.permute(1, 2, 0).float().numpy() / 255
     for mask, label in zip(_full_size_masks(detections, height, width), detections.labels.tolist(), strict=False):

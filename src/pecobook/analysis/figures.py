@@ -8,18 +8,17 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.patches import Rectangle
 from numpy.typing import NDArray
 from torch import Tensor
 
 from pecobook.analysis.canvas import INK, escape_text, new_figure, picture_array, png
 from pecobook.analysis.codewords import GalleryPatch, GalleryRow
 from pecobook.analysis.wording import thousands
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
 
 _WIDTH = 4.9  # inches
 _PATCHES_PER_LINE = 6
@@ -115,8 +114,6 @@ def _draw_image(axes: Axes, pixels: NDArray[Any], left: float, top: float, **col
 
 
 def _draw_patch(axes: Axes, patch: GalleryPatch, left: float, top: float) -> None:
-    from matplotlib.patches import Rectangle
-
     _draw_image(axes, picture_array(patch.window), left, top)
     height, width = patch.window.shape[-2:]
     scale = 1 / max(height, width)

@@ -14,6 +14,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from PIL import Image
+
 from pecobook.errors import PecobookError
 from pecobook.utils.files import write_atomically
 
@@ -169,8 +171,6 @@ def fit(content: Report, max_bytes: int) -> Report:
 
 
 def _halved(png: bytes) -> bytes:
-    from PIL import Image
-
     with Image.open(io.BytesIO(png)) as image:
         size = (max(image.width // 2, 1), max(image.height // 2, 1))
         small = image.convert("RGBA").resize(size, Image.Resampling.LANCZOS)

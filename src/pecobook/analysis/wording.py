@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -63,5 +64,5 @@ def file_part(number: int, name: str) -> str:
 
     The number makes the part unique.
     """
-    safe = "".join(letter if letter.isascii() and (letter.isalnum() or letter in "-._") else "-" for letter in name)
+    safe = re.sub(r"[^\w.-]", "-", name, flags=re.ASCII)
     return f"{number}-{safe[-60:]}"

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pecobook.analysis.codewords import CodeUsage, GalleryPatch, GalleryRow, patch_window, usage_from_counts
+from pecobook.analysis.codewords import CodeUsage, GalleryRow, gallery_patch, usage_from_counts
 from pecobook.data.decode import BadImage
 from pecobook.data.named_views import NamedViews
 from pecobook.data.sampler import key, splitmix64_array
@@ -143,8 +143,7 @@ def bank_gallery(bank: TokenBank, source: ImageSource, occurrences: Sequence[Occ
                 pixels = view_of(bank.config, source, image, view)
             except BadImage:
                 continue
-            window, box = patch_window(pixels, bank.layouts["train"].grid, row, column)
-            patches.append(GalleryPatch(image, row, column, window, box))
+            patches.append(gallery_patch(image, pixels, bank.layouts["train"].grid, row, column))
         rows.append(GalleryRow(occurrence.codeword, occurrence.images, occurrence.positions, tuple(patches)))
     return rows
 

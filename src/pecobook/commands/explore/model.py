@@ -67,11 +67,7 @@ class EncodedImage:
 class CodewordInfo:
     """Patches, positions and classes of a codeword, and its nearest codewords."""
 
-    number: int
-    count: int
-    images: int
-    positions: NDArray[np.int64]
-    """Number of patches at each position of the images, (h, w)."""
+    row: GalleryRow
     patches: list[Picture]
     classes: list[tuple[str, int, float]]
     """(class, number of patches, percentage), the most frequent class first; empty without labels."""
@@ -140,10 +136,7 @@ def codeword_info(
         frequent = [(name, number, 100 * number / row.count) for name, number in counted]
     nearest = nearest_used(indexed.tokenizer.codebook, code, indexed.counts)
     return CodewordInfo(
-        number=code,
-        count=row.count,
-        images=row.images,
-        positions=row.positions,
+        row=row,
         patches=[_outlined(patch) for patch in row.patches],
         classes=frequent,
         nearest=[(other, _outlined(_gallery_row(indexed, other, 1).patches[0])) for other in nearest],

@@ -155,13 +155,14 @@ class Page:
         x, y = event.index
         code = model.code_at(model.encode_image(indexed, _tensor(image)), int(x), int(y))
         info = model.codeword_info(indexed, code, self.classes)
+        positions = info.row.positions
         line = (
-            f"**Codeword {info.number}**: {info.count} patches in {info.images} of {len(indexed.images)} images, "
-            f"at {int((info.positions > 0).sum())} of {info.positions.size} positions."
+            f"**Codeword {code}**: {info.row.count} patches in {info.row.images} of {len(indexed.images)} images, "
+            f"at {int((positions > 0).sum())} of {positions.size} positions."
         )
         nearest = [(patch, f"codeword {codeword}") for codeword, patch in info.nearest]
         rows = [[name, count, round(share, 1)] for name, count, share in info.classes]
-        return line, info.patches, rows, nearest, model.position_picture(info.positions)
+        return line, info.patches, rows, nearest, model.position_picture(positions)
 
     def compare(self, image: Picture, left: str, right: str) -> tuple[Picture, Picture]:
         """Return the reconstructions of two tokenizers, with equal sizes."""
