@@ -7,8 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from pecobook.analysis.masked_prediction import hide, predict_masked
-from pecobook.analysis.reconstruction import decode_all, encode_all, psnr, ssim
+from pecobook.analysis.reconstruction import decode_all, encode_all, hide, predict_masked, psnr, ssim
 
 from .fakes import GreyTokenizer, Oracle
 

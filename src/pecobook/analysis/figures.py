@@ -68,7 +68,7 @@ def gallery_picture(rows: Sequence[GalleryRow]) -> bytes:
 
 def position_shares(positions: NDArray[np.int64]) -> NDArray[np.float64]:
     """Return how often a codeword occurs at each position, relative to its most frequent position: (h, w) in [0, 1]."""
-    return positions / max(positions.max(), 1)
+    return np.asarray(positions / max(positions.max(), 1), dtype=np.float64)
 
 
 def position_map(codes: Tensor, num_codewords: int) -> bytes:

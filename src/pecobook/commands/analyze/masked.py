@@ -11,9 +11,8 @@ import torch
 from torch import Tensor
 
 from pecobook.analysis import figures as draw
-from pecobook.analysis.masked_prediction import hide, predict_masked
 from pecobook.analysis.position import commonest_code_accuracy
-from pecobook.analysis.reconstruction import decode_all, encode_all
+from pecobook.analysis.reconstruction import decode_all, encode_all, hide, predict_masked
 from pecobook.analysis.wording import unique_names
 from pecobook.commands.analyze.pictures import evenly_spaced, resize_nearest
 from pecobook.commands.masked_run import MaskedRun, load_masked_run

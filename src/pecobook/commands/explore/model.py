@@ -18,8 +18,7 @@ from torchvision.utils import draw_bounding_boxes
 from pecobook.analysis.codebook_map import nearest_used
 from pecobook.analysis.codewords import GalleryPatch, GalleryRow, code_gallery, code_usage
 from pecobook.analysis.figures import position_shares
-from pecobook.analysis.masked_prediction import hide, predict_masked
-from pecobook.analysis.reconstruction import decode_all, encode_all, psnr
+from pecobook.analysis.reconstruction import decode_all, encode_all, hide, predict_masked, psnr
 from pecobook.commands.extract import extract
 from pecobook.commands.masked_run import MaskedRun
 from pecobook.data.decode import BadImage
