@@ -106,7 +106,24 @@ class Benchmark:
             stage.model.compile()
         groups = stage.parameter_groups(settings.optim)
         self.optimizer = build_optimizer(groups, settings.optim)
-        self.batch = _random_batch(stage, settings, device)
+        self.batch = self._random_batch()
+
+    def _random_batch(self) -> Batch:
+        batch_size, size = self.settings.batch_size, self.settings.image_size
+        masks = [make_mask(index, self.stage.model.grid, self.settings.mask) for index in range(batch_size)]
+        batch = Batch(
+            image=torch.randint(256, (batch_size, 3, size, size), dtype=torch.uint8),
+            colour=torch.stack([colour_draws(index) for index in range(batch_size)]),
+            mask=torch.stack(masks),
+        )
+        batch = to_device(batch, self.device)
+        if self.settings.target == "tokens":
+            batch["codes"] = self._random_codes()
+        return batch
+
+    def _random_codes(self) -> Tensor:
+        num_codewords = self.stage.tokenizer.num_codewords if self.stage.tokenizer is not None else 1
+        return torch.randint(num_codewords, (self.settings.batch_size, *self.stage.model.grid), device=self.device)
 
     @contextmanager
     def autocast(self) -> Iterator[None]:
@@ -174,9 +191,8 @@ class Benchmark:
 
     def flops(self) -> float:
         """Count the floating-point operations of the model in one step, forward and backward."""
-        codes = _random_codes(self.stage, self.settings, self.device)
         with FlopCounterMode(display=False) as counter, self.autocast():
-            self.stage({**self.batch, "codes": codes}).loss.backward()
+            self.stage({**self.batch, "codes": self._random_codes()}).loss.backward()
         self.optimizer.zero_grad()
         return float(counter.get_total_flops())
 
@@ -195,25 +211,6 @@ class Benchmark:
         for _ in batches:
             pass
         return (time.perf_counter() - start) / self.config.data_steps
-
-
-def _random_batch(stage: PretrainStage, settings: PretrainConfig, device: torch.device) -> Batch:
-    batch_size, size = settings.batch_size, settings.image_size
-    masks = [make_mask(index, stage.model.grid, settings.mask) for index in range(batch_size)]
-    batch = Batch(
-        image=torch.randint(256, (batch_size, 3, size, size), dtype=torch.uint8),
-        colour=torch.stack([colour_draws(index) for index in range(batch_size)]),
-        mask=torch.stack(masks),
-    )
-    batch = to_device(batch, device)
-    if settings.target == "tokens":
-        batch["codes"] = _random_codes(stage, settings, device)
-    return batch
-
-
-def _random_codes(stage: PretrainStage, settings: PretrainConfig, device: torch.device) -> Tensor:
-    num_codewords = stage.tokenizer.num_codewords if stage.tokenizer is not None else 1
-    return torch.randint(num_codewords, (settings.batch_size, *stage.model.grid), device=device)
 
 
 def matmul_peak(device: torch.device, precision: str, *, size: int = 0, seconds: float = 1.0) -> float:

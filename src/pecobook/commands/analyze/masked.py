@@ -25,6 +25,7 @@ from pecobook.utils.images import to_float
 SHARES = (45 / 196, 75 / 196, 120 / 196)
 """Shares of masked patches in the paper's Figure 5, whose grid is 14 x 14."""
 _MAX_IMAGES = 256
+_Columns = dict[tuple[float, tuple[int, int]], list[tuple[str, Tensor]]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,7 +34,7 @@ class Predictions:
 
     records: list[dict[str, Any]]
     """The metrics of each run, as in `analysis.json`."""
-    columns: dict[tuple[float, tuple[int, int]], list[tuple[str, Tensor]]]
+    columns: _Columns
     """Titles and images of the original, the masked image and each run's prediction, by (share, grid)."""
 
     def draw(self) -> dict[str, bytes]:
@@ -53,7 +54,7 @@ def open_runs(sources: Sequence[str]) -> dict[str, MaskedRun]:
 def predict(runs: dict[str, MaskedRun], source: ImageSource, seed: int) -> Predictions:
     """Predict masked patches with every run; runs with equal grids get the same masks and share a picture."""
     records: list[dict[str, Any]] = []
-    columns: dict[tuple[float, tuple[int, int]], list[tuple[str, Tensor]]] = {}
+    columns: _Columns = {}
     for name, run in runs.items():
         run = run.to(device())
         images = to_float(read_all(source, run.image_size, limit=_MAX_IMAGES)[0])
