@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import shutil
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -104,12 +105,19 @@ def test_splitmix64_array__equals_splitmix64(values: list[int]) -> None:
     assert splitmix64_array(np.array(values, dtype=np.uint64)).tolist() == [splitmix64(value) for value in values]
 
 
-def test_analyze__reads_a_bank_and_reproduces_its_views(images: Path, codebook_run: Path, tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def bank(images: Path, codebook_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A bank with two views of each image, written by the command."""
+    settings: dict[str, Any] = {"views": 2, "image_size": 16, "precision": "fp32", "workers": 0}
+    out = str(tmp_path_factory.mktemp("bank") / "b")
     with contextlib.redirect_stderr(io.StringIO()):
-        bank = pecobook.tokenize(
-            "tiny", data=str(images), tokenizer=str(codebook_run), out=str(tmp_path / "b"), views=2, image_size=16,
-            precision="fp32", workers=0,
-        )  # fmt: skip
+        return pecobook.tokenize("tiny", data=str(images), tokenizer=str(codebook_run), out=out, **settings)
+
+
+def test_analyze__reads_a_bank_and_reproduces_its_views(
+    images: Path, codebook_run: Path, bank: Path, tmp_path: Path
+) -> None:
+    with contextlib.redirect_stderr(io.StringIO()):
         pecobook.analyze(tokenizer=str(codebook_run), tokens=(str(bank),), data=str(images), out=str(tmp_path / "a"))
     (metrics,) = json.loads((tmp_path / "a" / "analysis.json").read_text())["tokenizers"]
     opened, source, tokenizer = TokenBank(bank), open_images(str(images)).train, load_tokenizer(codebook_run)
@@ -128,12 +136,9 @@ def test_analyze__reads_a_bank_and_reproduces_its_views(images: Path, codebook_r
 
 
 def test_analyze__refuses_a_bank_of_another_tokenizer_or_of_other_images(
-    images: Path, codebook_run: Path, tmp_path: Path
+    images: Path, codebook_run: Path, bank: Path, tmp_path: Path
 ) -> None:
-    with contextlib.redirect_stderr(io.StringIO()):
-        bank = pecobook.tokenize(
-            "tiny", data=str(images), tokenizer=str(codebook_run), out=str(tmp_path / "b"), image_size=16, workers=0
-        )
+    bank = Path(shutil.copytree(bank, tmp_path / "b"))
     config = json.loads((bank / "config.json").read_text())
     for change, message in (({"tokenizer": "0"}, "made by another tokenizer"), ({"data": "0"}, "from other images")):
         (bank / "config.json").write_text(json.dumps({**config, **change}))
