@@ -3,7 +3,7 @@
     argmin_k ||z - e_k||^2 = argmin_k s_k,   s_k = ||e_k||^2 / 2 - z . e_k,   since ||z||^2 is the same for all k
 
 Three methods compute the same indices: a Triton kernel on CUDA (`nearest_triton`, whose fp32 product is three products
-of TF32); on CPUs with fast bfloat16 instructions, a bfloat16 search whose few candidates are compared again in fp32; and
+of TF32); on CPUs that prefer bfloat16, a bfloat16 search whose few candidates are compared again in fp32; and
 chunks of fp32 distances on all other devices.
 
 N vectors, K codewords, D dimension.

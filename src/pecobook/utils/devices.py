@@ -25,8 +25,8 @@ def cores() -> tuple[int, ...]:
 def cpu_prefers_bf16() -> bool:
     """Return whether this CPU computes products faster in bfloat16 than in fp32.
 
-    It does with AMX, and with AVX-512's bfloat16 instructions on AMD. Intel's processors without AMX, which is hidden in
-    many virtual machines, have these instructions too, but take twice as long as in fp32.
+    It does with AMX, and with AVX-512's bfloat16 instructions on AMD. Intel's processors have these instructions too
+    where a virtual machine hides AMX, but take twice as long with them as in fp32.
     """
     if not torch.cpu._is_avx512_bf16_supported():
         return False
