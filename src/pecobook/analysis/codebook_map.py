@@ -36,18 +36,15 @@ def project_to_plane(codebook: Tensor, *, seed: int = 0) -> NDArray[np.float32]:
     from sklearn.manifold import TSNE
 
     vectors = as_numpy(codebook.detach()).astype(np.float32)
-    plane = (
-        PCA(2, random_state=seed).fit_transform(vectors)
-        if min(vectors.shape) >= 2
-        else np.pad(vectors, ((0, 0), (0, 1)))[:, :2]
-    )
-    if len(vectors) < 8:
-        return np.asarray(plane, dtype=np.float32)
-    start = plane / (plane[:, 0].std() + 1e-12) * 1e-4
-    perplexity = min(30.0, (len(vectors) - 1) / 3)
-    return np.asarray(
-        TSNE(2, init=start, perplexity=perplexity, random_state=seed).fit_transform(vectors), dtype=np.float32
-    )
+    if min(vectors.shape) >= 2:
+        plane = PCA(2, random_state=seed).fit_transform(vectors)
+    else:
+        plane = np.pad(vectors, ((0, 0), (0, 1)))[:, :2]
+    if len(vectors) >= 8:
+        start = plane / (plane[:, 0].std() + 1e-12) * 1e-4
+        perplexity = min(30.0, (len(vectors) - 1) / 3)
+        plane = TSNE(2, init=start, perplexity=perplexity, random_state=seed).fit_transform(vectors)
+    return np.asarray(plane, dtype=np.float32)
 
 
 def map_picture(plane: NDArray[np.float32], values: Array, *, title: str, classes: Sequence[str] = ()) -> bytes:
