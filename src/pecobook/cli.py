@@ -21,7 +21,7 @@ from pecobook import recipes
 from pecobook.commands import table
 from pecobook.engine.signals import from_the_start
 from pecobook.engine.world import printing_rank
-from pecobook.errors import ConfigError, PecobookError, did_you_mean, printable
+from pecobook.errors import ConfigError, PecobookError, did_you_mean, first_line, printable
 from pecobook.recipes import RECIPES
 from pecobook.settings.check import CheckConfig, of_run
 from pecobook.settings.values import field_name, flag, flags, is_switch, load, replace
@@ -58,6 +58,12 @@ def main(argv: list[str] | None = None) -> None:
         if error.errno not in _REMEDIES or os.environ.get("PECOBOOK_TRACEBACK"):
             raise
         _print_os_error(error, resumes=bool(args) and args[0] in (*RECIPES, "tokenize"))
+        sys.exit(2)
+    except (MemoryError, RuntimeError) as error:
+        if not (isinstance(error, MemoryError) or "not enough memory" in str(error) or "alloc" in str(error)):
+            raise
+        print(f"pecobook: out of memory: {printable(first_line(error))}", file=sys.stderr)
+        print("Take fewer images at once, fewer pixels, fewer codewords or a smaller network.", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("pecobook: interrupted.", file=sys.stderr)
@@ -305,7 +311,7 @@ def read_flags(args: list[str], types: dict[str, Any], command: str, problems: l
         head, _, leaf = name.rpartition(".")
         positive = f"{head}.{leaf.removeprefix('no-')}".lstrip(".") if leaf.startswith("no-") else ""
         if is_switch(types.get(positive)):
-            values[field_name(positive)] = False
+            _set(values, positive, value=False, problems=problems)
             continue
         words = [text] if equals else []
         while not equals and position < len(args) and not args[position].startswith("--"):
@@ -315,10 +321,16 @@ def read_flags(args: list[str], types: dict[str, Any], command: str, problems: l
             problems.append(f"Unknown flag '--{name}'.{_suggest(name, types)} See pecobook {command} --help.")
             continue
         try:
-            values[field_name(name)] = _value(name, words, types[name], command)
+            _set(values, name, value=_value(name, words, types[name], command), problems=problems)
         except ConfigError as error:
             problems.append(str(error))
     return values
+
+
+def _set(values: dict[str, Any], name: str, *, value: Any, problems: list[str]) -> None:
+    if field_name(name) in values:
+        problems.append(f"--{name} is given twice: give it once.")
+    values[field_name(name)] = value
 
 
 def _value(name: str, words: list[str], kind: Any, command: str) -> Any:
@@ -326,7 +338,7 @@ def _value(name: str, words: list[str], kind: Any, command: str) -> Any:
         return tuple(words[0].split(",")) if len(words) == 1 and "," in words[0] else tuple(words)
     if is_switch(kind) and not words:
         return True
-    if not words:
+    if not words or (name == "config" and words == [""]):
         raise ConfigError(f"--{name} needs a value.")
     recipe_names = RECIPES.get("pretrain" if command in ("tokenize", "bench") else command, {})
     if len(words) == 2 and words[1] in recipe_names:

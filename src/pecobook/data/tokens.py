@@ -16,6 +16,8 @@ V views, h x w latent grid, K codewords.
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import io
 import json
 from collections.abc import Iterator
@@ -30,12 +32,23 @@ from torch import Tensor
 
 from pecobook.data.decode import BadImage
 from pecobook.errors import DataError, first_line
+from pecobook.settings.images import PhotometricConfig
 from pecobook.utils.checksums import damage, write_with_checksum
 from pecobook.utils.files import write_atomically
+from pecobook.utils.json_files import ANY, COUNT, NUMBER, TEXT, WHOLE, list_of, read_json
 
 MAX_CODEWORDS = 2**16
 SHARD_IMAGES = 8192
 _SHARD_BYTES = 2**26
+
+_AGAIN = "Make the bank again with 'pecobook tokenize'."
+_REASON = list_of(TEXT, 2)
+_COLOUR = {field.name: NUMBER for field in dataclasses.fields(PhotometricConfig)}
+_VIEWS = {"seed": COUNT, "image_size": WHOLE, "tokenizer_size": WHOLE, "min_crop": NUMBER, "colour": _COLOUR}
+_BANK = {
+    **{"kind": TEXT, "tokenizer": TEXT, "grid": list_of(WHOLE, 2), "data": ANY, "evaluation_data": ANY},
+    **{"views": WHOLE, "num_images": WHOLE, "num_evaluation_images": WHOLE, **_VIEWS},
+}
 
 Codes = npt.NDArray[np.uint16]
 
@@ -184,10 +197,10 @@ def _map(file: Path, shape: tuple[int, ...]) -> Codes:
 
 def bank_layouts(config: dict[str, Any]) -> dict[str, BankLayout]:
     """Return the layout of each split from the content of a bank's config.json."""
-    grid = (int(config["grid"][0]), int(config["grid"][1]))
+    grid = (config["grid"][0], config["grid"][1])
     return {
-        "train": BankLayout("train", int(config["num_images"]), int(config["views"]), grid),
-        "evaluation": BankLayout("evaluation", int(config["num_evaluation_images"]), 1, grid),
+        "train": BankLayout("train", config["num_images"], config["views"], grid),
+        "evaluation": BankLayout("evaluation", config["num_evaluation_images"], 1, grid),
     }
 
 
@@ -208,26 +221,21 @@ def read_skipped(folder: Path, layout: BankLayout) -> dict[int, BadImage]:
     """Read the errors of a split's unreadable images, by image number. Raises DataError if a list is damaged."""
     skipped: dict[int, BadImage] = {}
     for file in sorted((folder / layout.split).glob("skipped-*.json")):
-        try:
-            reasons = json.loads(file.read_text())
-            skipped |= {int(number): BadImage(name, reason) for number, (name, reason) in reasons.items()}
-        except (OSError, ValueError, TypeError, AttributeError) as error:
-            raise DataError(f"'{file}' of the token bank cannot be read: {first_line(error)}.") from None
+        reasons = read_json(file, error=DataError, remedy=_AGAIN)
+        if not all(number.isdecimal() and _REASON.holds(reason) for number, reason in reasons.items()):
+            raise DataError(f"'{file}' does not hold the name and the reason of each skipped image. {_AGAIN}")
+        skipped |= {int(number): BadImage(name, reason) for number, (name, reason) in reasons.items()}
     return skipped
 
 
 def read_bank_config(folder: Path) -> dict[str, Any]:
     """Read a bank's config.json. Raises DataError if the folder holds no token bank."""
-    file = folder / "config.json"
-    try:
-        config = json.loads(file.read_text())
-    except FileNotFoundError:
-        raise DataError(f"'{folder}' is not a token bank: make a token bank with 'pecobook tokenize'.") from None
-    except (OSError, ValueError) as error:
-        raise DataError(f"'{file}' cannot be read: {error}") from None
-    if not isinstance(config, dict) or config.get("kind") != "token bank":
+    file, config = folder / "config.json", {}
+    with contextlib.suppress(FileNotFoundError):
+        config = read_json(file, error=DataError, remedy=_AGAIN)
+    if config.get("kind") != "token bank":
         raise DataError(f"'{folder}' is not a token bank: make a token bank with 'pecobook tokenize'.")
-    return config
+    return read_json(file, _BANK, error=DataError, remedy=_AGAIN)
 
 
 def bank_differences(bank_config: dict[str, Any], current: dict[str, Any]) -> list[str]:

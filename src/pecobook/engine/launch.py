@@ -72,6 +72,8 @@ def device_count(config: TrainConfig) -> int:
     devices = int(config.devices)
     if gpus and devices > gpus:
         raise ConfigError(f"--devices {devices}: this machine has {gpus} GPU{'s' if gpus > 1 else ''}.")
+    if not gpus and devices > 8 * (os.cpu_count() or 1):
+        raise ConfigError(f"--devices {devices}: this machine has {os.cpu_count()} cores; give at most one for each.")
     return devices
 
 

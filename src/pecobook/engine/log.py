@@ -18,6 +18,7 @@ from typing import Any, Protocol
 
 from pecobook.errors import ConfigError, printable
 from pecobook.utils.files import write_atomically
+from pecobook.utils.json_files import metric_lines
 
 
 class Sink(Protocol):
@@ -65,20 +66,11 @@ class JsonLines:
 
 def _drop_after(path: Path, step: int) -> dict[str, Any]:
     """Remove lines of steps after `step` and lines cut off by a crash; return the last line left, or an empty dict."""
-    lines: list[str] = []
-    last: dict[str, Any] = {}
     if not path.exists():
-        return last
-    for line in path.read_text(errors="replace").splitlines():
-        try:
-            metrics = json.loads(line)
-            if metrics["step"] <= step:
-                lines.append(line)
-                last = metrics
-        except (ValueError, KeyError, TypeError):
-            continue
-    write_atomically(path, "".join(line + "\n" for line in lines).encode())
-    return last
+        return {}
+    kept = [(line, metrics) for line, metrics in metric_lines(path) if metrics["step"] <= step]
+    write_atomically(path, "".join(line + "\n" for line, _ in kept).encode())
+    return kept[-1][1] if kept else {}
 
 
 class TensorBoard:

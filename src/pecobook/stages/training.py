@@ -22,6 +22,7 @@ from pecobook.engine.value_range import set_value_range
 from pecobook.engine.world import is_leader
 from pecobook.errors import Preflight, RunFolderError, first_line
 from pecobook.models.snippets import example_image, with_image
+from pecobook.settings.durations import steps
 from pecobook.settings.images import AUTO
 from pecobook.settings.training import TrainConfig
 from pecobook.utils.distributed import on_first_rank
@@ -83,6 +84,9 @@ def preflight(stage_type: type[Stage[C]], config: C) -> Ready[C]:
     if config.resume and config.value_range == AUTO:
         config = dataclasses.replace(config, value_range=run_folder.recorded_range(config.out))
     splits = problems.check(lambda: _open(stage_type, config))
+    if splits is not None:
+        sizes = {"num_images": len(splits.train), "batch_size": config.batch_size}
+        problems.check(lambda: steps(config.max_steps, **sizes))
     if splits is not None and splits.train.value_range is not None:
         config = dataclasses.replace(config, value_range=tuple(splits.train.value_range))
     if is_leader() and (config.out or not config.dry_run):
