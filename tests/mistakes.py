@@ -80,7 +80,7 @@ _TABLE: dict[str, list[tuple[str, str, str]]] = {
         ("--max-steps nan", "nan", "100 epochs"),
         ("--max-steps inf", "inf", "100 epochs"),
         ("--max-steps 1e30", "1e30", "at most"),
-        ("--max-steps '1e12 epochs'", "1e12 epochs", "at most"),
+        ("--max-steps '1e13 epochs'", "1e13 epochs", "at most"),
         ("--max-steps 1e999", "1e999", "at most"),
         ("--max-steps ''", "''", "100 epochs"),
         ("--optim.name sgd", "sgd", "adamw, adam, lars"),

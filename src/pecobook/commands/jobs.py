@@ -22,10 +22,11 @@ from typing import Any, TextIO
 
 from pecobook.engine.log import compact_duration
 from pecobook.engine.world import environment_without_launcher
-from pecobook.errors import PecobookError, RunFolderError, printable
+from pecobook.errors import PecobookError, RunFolderError
 from pecobook.settings.values import changed_settings, complete, dump
 from pecobook.utils.json_files import NUMBER, OBJECT, WHOLE, list_of, metric_lines, read_json
 from pecobook.utils.output_folder import OutputFolder
+from pecobook.utils.printer import show
 
 
 def resumed_folder(out: str, settings: dict[str, Any], defaults: dict[str, Any], **rules: Any) -> OutputFolder:
@@ -223,9 +224,11 @@ class _Progress:
         left = f", {compact_duration((self.total - done) / speed)} left" if done > self.done_at_start else ""
         line = f"{100 * done / self.total:3.0f}%{left}: " + ("; ".join(running) or "starting")
         if self.status is not None:
-            self.status.update(line)
+            from rich.text import Text
+
+            self.status.update(Text(line))
         elif (done, running) != self.last_state:  # without this, the log of a long run would repeat equal lines
-            say(line)
+            show(line)
         self.last_state = (done, running)
 
     def close(self) -> None:
@@ -274,8 +277,3 @@ def _logged_seconds(run: Path) -> float:
             seconds += (line["step"] - last_step) * batch_size / line["images_per_second"]
             last_step = line["step"]
     return seconds
-
-
-def say(text: str) -> None:
-    """Print a line on standard error."""
-    print(printable(text, keep="\n"), file=sys.stderr, flush=True)

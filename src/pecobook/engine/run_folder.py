@@ -21,6 +21,7 @@ from pecobook.utils.files import write_json
 from pecobook.utils.folder_lock import FolderLock
 from pecobook.utils.json_files import ANY, OBJECT, TEXT, list_of, read_if_valid
 from pecobook.utils.output_folder import OutputFolder
+from pecobook.utils.printer import say
 
 _FILES = (
     *("config.json", "environment.json", "metrics.jsonl", "train.log", "events.out.tfevents.*"),
@@ -92,7 +93,7 @@ def _write_environment(file: Path) -> None:
     before, now = earlier.get("versions", {}), current["versions"]
     changes = [f"{name} {before[name]} -> {now[name]}" for name in now if before.get(name, now[name]) != now[name]]
     if changes:
-        print(f"Versions differ from those with which the run began: {', '.join(changes)}.", file=sys.stderr)
+        say(f"Versions differ from those with which the run began: {', '.join(changes)}.")
         current["earlier"] = [*earlier.pop("earlier", []), earlier]
     elif earlier.get("earlier"):
         current["earlier"] = earlier["earlier"]

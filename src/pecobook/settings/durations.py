@@ -9,7 +9,7 @@ from pecobook.errors import ConfigError
 from pecobook.settings.values import refuse
 
 _LONGEST = 10**12
-"""Largest number of a duration, and of the steps of a training."""
+"""Largest number of a duration."""
 _DURATION = re.compile(r"^\s*([0-9]*\.?[0-9]+(?:e[0-9]+)?)\s*(|steps?|epochs?|ep|images?|%)\s*$", re.IGNORECASE)
 
 
@@ -69,6 +69,6 @@ def steps(text: str, *, num_images: int, batch_size: int, total: int | None = No
         "images": value / batch_size,
         "%": value / 100 * (total or 0),
     }[unit]
-    if count > _LONGEST:
-        raise ConfigError(f"--{name} {text} is {count:.3g} steps: give at most {_LONGEST:.0e} steps.")
+    if count > 2**53:
+        raise ConfigError(f"--{name} {text} is {count:.3g} steps, too many to count: give less.")
     return max(round(count), 1) if value > 0 else 0

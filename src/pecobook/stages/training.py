@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import sys
 from pathlib import Path
 from typing import Any, Generic, NamedTuple, TypeVar, cast
 
@@ -26,6 +25,7 @@ from pecobook.settings.durations import steps
 from pecobook.settings.images import AUTO
 from pecobook.settings.training import TrainConfig
 from pecobook.utils.distributed import on_first_rank
+from pecobook.utils.printer import of_run, show
 
 C = TypeVar("C", bound=TrainConfig)
 
@@ -44,7 +44,7 @@ def train(stage_type: type[Stage[C]], config: C) -> Path:
         if is_leader():
             _dry_run(stage_type, *ready)
         return Path(config.out)
-    with launch.signals(config):
+    with launch.signals(config), of_run(quiet=not is_leader()):
         begun = launch.begin(
             config,
             lambda: preflight(stage_type, config),
@@ -124,11 +124,11 @@ def _dry_run(stage_type: type[Stage[C]], config: C, splits: Splits, stage: Stage
     from pecobook.engine.dry_run import estimate
     from pecobook.engine.run_folder import stored_settings
 
-    print(json.dumps(stored_settings(config, stage_type.command), indent=2), flush=True)
+    show(json.dumps(stored_settings(config, stage_type.command), indent=2), stdout=True)
     preamble = _preamble(config, splits, stage)
     cost = estimate(stage, _training_stream(stage_type, config, stage, splits), config)
     last = f"Nothing was written. Without --dry-run the same command trains and writes to {config.out or '--out'}."
-    print("\n".join([*preamble, *aligned(cost), last]), file=sys.stderr)
+    show("\n".join([*preamble, *aligned(cost), last]))
 
 
 def _training_stream(stage_type: type[Stage[C]], config: C, stage: Stage[C], splits: Splits) -> Stream:
@@ -175,6 +175,6 @@ def _export(config: TrainConfig, stage: Stage[Any], splits: Splits) -> None:
                 f"The export cannot be written to '{folder}': {first_line(error).rstrip('.')}.\n"
                 "The last checkpoint is complete. Free disk space, then continue with --resume."
             ) from None
-        print(f"\nDone: {folder}\n\n{with_image(lines, example)}", file=sys.stderr)
+        show(f"\nDone: {folder}\n\n{with_image(lines, example)}")
 
     on_first_rank(write)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import os
 import re
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from typing import Any
 from pecobook.errors import RunFolderError
 from pecobook.utils.folder_lock import FolderLock, content
 from pecobook.utils.json_files import read_json
+from pecobook.utils.printer import say
 
 SHARED_WAIT = 60.0
 """Seconds to wait for the lock of a folder that several processes write at once."""
@@ -116,7 +116,7 @@ class OutputFolder:
         rest = [path.name for path in content(self.path) if path.is_file() or any(path.iterdir())]
         if rest:
             names = ", ".join(sorted(rest)[:5]) + (", ..." if len(rest) > 5 else "")
-            print(f"--overwrite leaves what pecobook did not write in '{self.out}': {names}", file=sys.stderr)
+            say(f"--overwrite leaves what pecobook did not write in '{self.out}': {names}")
 
     def _read_marker(self) -> dict[str, Any]:
         return read_json(self.path / self.marker, remedy="Restore it, or name another --out.")

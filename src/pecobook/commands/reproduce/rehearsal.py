@@ -6,13 +6,14 @@ from pathlib import Path
 from typing import Any
 
 from pecobook.analysis.charts import read_metrics
-from pecobook.commands.jobs import Job, gpu_slots, run_all, say
+from pecobook.commands.jobs import Job, gpu_slots, run_all
 from pecobook.commands.reproduce.plan import Plan
 from pecobook.engine.log import compact_duration
 from pecobook.settings.values import replace, to_dict
 from pecobook.utils.files import write_json
 from pecobook.utils.json_files import WHOLE, read_if_valid, read_json
 from pecobook.utils.numbers import is_number
+from pecobook.utils.printer import show
 
 _STEPS = 4
 _ANALYSIS = {"max_train": 200, "max_test": 100}
@@ -86,7 +87,7 @@ def rehearse(plan: Plan, out: Path) -> dict[str, float]:
             chosen.setdefault(kind_of(name), name)
     if not chosen:
         return seconds
-    say("rehearsing each kind of run for a few steps")
+    show("rehearsing each kind of run for a few steps")
     names = set(chosen.values())
     while more := {need for name in names for need in plan.jobs[name].needs} - names:
         names |= more
