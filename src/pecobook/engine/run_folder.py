@@ -23,6 +23,7 @@ from pecobook.utils.json_files import ANY, OBJECT, TEXT, list_of, read_if_valid
 from pecobook.utils.output_folder import OutputFolder
 from pecobook.utils.printer import say
 
+_RUN = {"command": TEXT, "data": TEXT, "out": TEXT}  # many folders hold a config.json
 _FILES = (
     *("config.json", "environment.json", "metrics.jsonl", "train.log", "events.out.tfevents.*"),
     *("samples/step-*.png", "samples/example.png", "checkpoints/step-*/state.pt*", "checkpoints/.step-*.tmp/*"),
@@ -43,7 +44,7 @@ def prepare(config: TrainConfig, command: str) -> FolderLock:
 def recorded_range(out: str) -> RangeSetting:
     """Return the range of values that the run in the folder `out` took; `AUTO` if there is no such run."""
     settings = read_if_valid(Path(out) / "config.json", {"value_range": list_of(ANY).or_none})
-    return tuple(settings.get("value_range", BEFORE["value_range"])) if settings else AUTO  # no run: `check` says so
+    return AUTO if settings is None else tuple(settings.get("value_range", BEFORE["value_range"]))
 
 
 def _folder(config: TrainConfig, command: str) -> OutputFolder:
@@ -51,7 +52,7 @@ def _folder(config: TrainConfig, command: str) -> OutputFolder:
         config.out,
         kind="a run",
         marker="config.json",
-        is_own=_is_run,
+        schema=_RUN,
         files=_FILES,
         data=config.data,
         resume=config.resume is True,
@@ -73,11 +74,6 @@ def _check_resume(config: TrainConfig, command: str, old: dict[str, Any]) -> Non
         )
 
 
-def _is_run(out: Path) -> bool:
-    # Many folders hold a config.json; pecobook's names its command.
-    return bool(read_if_valid(out / "config.json", {"command": TEXT, "data": TEXT, "out": TEXT}))
-
-
 def _write_settings(config: TrainConfig, command: str, out: Path) -> None:
     if not (config.resume and (out / "config.json").exists()):
         write_json(out / "config.json", stored_settings(config, command))
@@ -89,7 +85,7 @@ def _write_settings(config: TrainConfig, command: str, out: Path) -> None:
 def _write_environment(file: Path) -> None:
     """Write environment.json; where a resumed run had other versions, say which, and keep the earlier content."""
     current = environment()
-    earlier = read_if_valid(file, {"versions": OBJECT, "earlier": list_of(OBJECT).or_none})
+    earlier = read_if_valid(file, {"versions": OBJECT, "earlier": list_of(OBJECT).or_none}) or {}
     before, now = earlier.get("versions", {}), current["versions"]
     changes = [f"{name} {before[name]} -> {now[name]}" for name in now if before.get(name, now[name]) != now[name]]
     if changes:

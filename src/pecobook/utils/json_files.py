@@ -82,12 +82,12 @@ def read_json(
     return dict(content)
 
 
-def read_if_valid(file: Path, schema: Schema | None = None) -> dict[str, Any]:
-    """Read a JSON object as `read_json` does; return an empty one where the file is missing or unusable."""
+def read_if_valid(file: Path, schema: Schema | None = None) -> dict[str, Any] | None:
+    """Read a JSON object as `read_json` does; return None where the file is missing or unusable."""
     try:
         return read_json(file, schema)
     except (FileNotFoundError, PecobookError):
-        return {}
+        return None
 
 
 def _problem(content: dict[str, Any], schema: Schema, prefix: str = "") -> str:
