@@ -118,6 +118,7 @@ _TABLE: dict[str, list[tuple[str, str, str]]] = {
         ("--devices -1", "-1", "or auto"),
         ("--devices 100000 --batch-size 100000", "100000", "cores"),
         ("--num-nodes 0", "0", "above 0"),
+        ("--num-nodes 2", "2", "torchrun or srun"),
         ("--num-nodes 1e30", "1e30", "a whole number"),
         ("--seed -1", "-1", "or above"),
         ("--seed 1.5", "1.5", "a whole number"),

@@ -19,10 +19,11 @@ from pecobook.settings.training import TrainConfig
 from pecobook.settings.values import BEFORE, changed_settings, complete, to_dict
 from pecobook.utils.files import write_json
 from pecobook.utils.folder_lock import FolderLock
-from pecobook.utils.json_files import ANY, OBJECT, TEXT, list_of, read_if_valid
+from pecobook.utils.json_files import ANY, OBJECT, TEXT, list_of, read_if_valid, read_json
 from pecobook.utils.output_folder import OutputFolder
 from pecobook.utils.printer import say
 
+_ENVIRONMENT = {"versions": OBJECT, "earlier": list_of(OBJECT).or_none}
 _RUN = {"command": TEXT, "data": TEXT, "out": TEXT}  # many folders hold a config.json
 _FILES = (
     *("config.json", "environment.json", "metrics.jsonl", "train.log", "events.out.tfevents.*"),
@@ -85,7 +86,13 @@ def _write_settings(config: TrainConfig, command: str, out: Path) -> None:
 def _write_environment(file: Path) -> None:
     """Write environment.json; where a resumed run had other versions, say which, and keep the earlier content."""
     current = environment()
-    earlier = read_if_valid(file, {"versions": OBJECT, "earlier": list_of(OBJECT).or_none}) or {}
+    earlier: dict[str, Any] = {}
+    try:
+        earlier = read_json(file, _ENVIRONMENT, remedy="It is written anew.")
+    except FileNotFoundError:
+        pass  # a new run
+    except RunFolderError as error:
+        say(str(error))
     before, now = earlier.get("versions", {}), current["versions"]
     changes = [f"{name} {before[name]} -> {now[name]}" for name in now if before.get(name, now[name]) != now[name]]
     if changes:
