@@ -16,6 +16,8 @@ from torch import Tensor, nn
 
 from pecobook.errors import PecobookError, WeightsError, first_line
 from pecobook.settings.images import AUTO, RangeSetting
+from pecobook.utils.checksums import checksum_file, damage, write_with_checksum
+from pecobook.utils.files import write_atomically
 from pecobook.utils.json_files import COUNT, NUMBER, OBJECT, SWITCH, TEXT, WHOLE, Schema, list_of, read_json
 
 _NETWORK = {"name": TEXT, "args": OBJECT, "mean": list_of(NUMBER, 3), "std": list_of(NUMBER, 3)}
@@ -74,8 +76,6 @@ def read_export(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 
 def _check_undamaged(file: Path) -> None:
-    from pecobook.utils.checksums import checksum_file, damage
-
     sentence = damage([file])
     if sentence:
         remedy = f"If you changed it yourself, delete '{checksum_file(file).name}'; else export the run again."
@@ -85,8 +85,6 @@ def _check_undamaged(file: Path) -> None:
 def write_tensors(file: Path, tensors: dict[str, Tensor]) -> None:
     """Write a safetensors file atomically, and its checksum: the file is complete, or it is not there."""
     from safetensors.torch import save
-
-    from pecobook.utils.checksums import write_with_checksum
 
     file.parent.mkdir(parents=True, exist_ok=True)
     contiguous = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
@@ -102,9 +100,6 @@ def write_export(folder: Path, config: dict[str, Any], state: dict[str, Tensor],
         state: weights.
         card: text of the model card.
     """
-    from pecobook.utils.checksums import write_with_checksum
-    from pecobook.utils.files import write_atomically
-
     write_tensors(folder / "model.safetensors", state)
     write_atomically(folder / "README.md", card.encode())
     # config.json is written last, since a folder counts as an export only if it contains this file.

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pecobook.analysis.confusion import matrix_picture
 from pecobook.analysis.segments import count_pixels, intersection_over_union, overlay, scores
 from pecobook.data.batch import Batch
 from pecobook.data.dense.segmentation import SegmentationSource, open_segmentation
@@ -21,6 +22,7 @@ from pecobook.data.source import ImageSource, Splits
 from pecobook.data.stream import ViewFunction
 from pecobook.data.views import photometric
 from pecobook.engine.launch import micro_batch_size, total_devices
+from pecobook.engine.log import Progress
 from pecobook.engine.optim import dense_groups
 from pecobook.engine.stage import Stage, StageOutput, mean_of_counted, submodule_state
 from pecobook.engine.world import is_leader
@@ -30,6 +32,7 @@ from pecobook.models.dense.segmenter import Segmenter, best_classes, rescaled_im
 from pecobook.models.weights import Backbone
 from pecobook.settings.segment import SegmentConfig, SegmentTestConfig
 from pecobook.settings.training import BaseOptimConfig
+from pecobook.utils.files import write_json
 from pecobook.utils.images import resize, to_float
 from pecobook.utils.printer import say
 
@@ -113,9 +116,6 @@ class SegmentStage(Stage[SegmentConfig]):
 
     def report(self, folder: Path, rows: dict[str, Tensor], source: ImageSource) -> None:
         """Write classes.json, with the IoU of every class, and a picture of the confusion matrix."""
-        from pecobook.analysis.confusion import matrix_picture
-        from pecobook.utils.files import write_json
-
         counts = rows["counts"].sum(0)
         iou = intersection_over_union(counts).tolist()
         percent = [None if math.isnan(value) else round(100 * value, 3) for value in iou]
@@ -146,8 +146,6 @@ class SegmentStage(Stage[SegmentConfig]):
 
         Pairs that cannot be read are left out, and with `--skip-bad` pairs whose image and mask do not fit.
         """
-        from pecobook.engine.log import Progress
-
         if not config.data:
             raise DataError("--data is missing: give a folder of images/ and masks/, or hf:owner/name.")
         splits = open_segmentation(

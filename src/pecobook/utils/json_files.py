@@ -6,12 +6,12 @@ A schema gives a kind to each field of a file: one of the kinds below, or a sche
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias, TypeGuard
 
 from pecobook.errors import PecobookError, RunFolderError, first_line
-from pecobook.utils.numbers import is_number
 
 
 class Kind(NamedTuple):
@@ -30,6 +30,11 @@ class Kind(NamedTuple):
 
 
 Schema: TypeAlias = Mapping[str, "Kind | Schema"]
+
+
+def is_number(value: Any) -> TypeGuard[float]:
+    """Return whether a JSON value is a finite number."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _is_whole(value: Any, low: int) -> bool:

@@ -11,8 +11,7 @@ from pecobook.commands.reproduce.plan import Plan
 from pecobook.engine.log import compact_duration
 from pecobook.settings.values import replace, to_dict
 from pecobook.utils.files import write_json
-from pecobook.utils.json_files import WHOLE, read_if_valid, read_json
-from pecobook.utils.numbers import is_number
+from pecobook.utils.json_files import WHOLE, is_number, read_if_valid, read_json
 from pecobook.utils.printer import show
 
 _STEPS = 4
