@@ -447,8 +447,8 @@ def make_folder(folder: Path, images: Path, codebook: Path, vit: Path, classifie
     (folder / "latin.json").write_bytes(b'{"data": "b\xfccher"}')
     for name, run in {"codebook": codebook, "vit": vit, "classifier": classifier}.items():
         shutil.copytree(run / "export", folder / name / "export")
-    for name, run, change in _DAMAGED_EXPORTS:
-        shutil.copytree(folder / run, folder / name)
+    for name, source, change in _DAMAGED_EXPORTS:
+        shutil.copytree(folder / source, folder / name)
         _edit(folder / name / "export" / "config.json", change)
     shutil.copytree(folder / "codebook", folder / "damaged")
     weights = folder / "damaged" / "export" / "model.safetensors"

@@ -35,7 +35,7 @@ from pecobook.errors import DataError, first_line
 from pecobook.settings.images import PhotometricConfig
 from pecobook.utils.checksums import SKIP_VARIABLE, checksum_file, checksums_skipped, damage, write_with_checksum
 from pecobook.utils.files import write_atomically
-from pecobook.utils.json_files import ANY, COUNT, NUMBER, TEXT, WHOLE, Kind, list_of, read_json
+from pecobook.utils.json_files import ANY, COUNT, NUMBER, TEXT, WHOLE, Kind, Schema, list_of, read_json
 from pecobook.utils.printer import say, show
 
 MAX_CODEWORDS = 2**16
@@ -45,9 +45,15 @@ _LARGE = 256  # MiB
 
 _AGAIN = "Make a token bank with 'pecobook tokenize'."
 _REASON = list_of(TEXT, 2)
-_COLOUR = {field.name: NUMBER for field in dataclasses.fields(PhotometricConfig)}
-_VIEWS = {"seed": COUNT, "image_size": WHOLE, "tokenizer_size": WHOLE, "min_crop": NUMBER, "colour": _COLOUR}
-BANK = {
+_COLOUR: dict[str, Any] = {field.name: NUMBER.or_none for field in dataclasses.fields(PhotometricConfig)}
+_VIEWS: dict[str, Any] = {
+    "seed": COUNT,
+    "image_size": WHOLE,
+    "tokenizer_size": WHOLE,
+    "min_crop": NUMBER,
+    "colour": _COLOUR,
+}
+BANK: Schema = {
     "kind": Kind('"token bank"', lambda value: value == "token bank"),
     **{"tokenizer": TEXT, "grid": list_of(WHOLE, 2), "data": ANY, "evaluation_data": ANY},
     **{"views": WHOLE, "num_images": WHOLE, "num_evaluation_images": WHOLE, **_VIEWS},

@@ -88,8 +88,8 @@ def preflight(stage_type: type[Stage[C]], config: C) -> Ready[C]:
         config = dataclasses.replace(config, value_range=run_folder.recorded_range(config.out))
     splits = problems.check(lambda: _open(stage_type, config))
     if splits is not None:
-        sizes = {"num_images": len(splits.train), "batch_size": config.batch_size}
-        problems.check(lambda: steps(config.max_steps, **sizes))
+        count = len(splits.train)
+        problems.check(lambda: steps(config.max_steps, num_images=count, batch_size=config.batch_size))
     if splits is not None and splits.train.value_range is not None:
         config = dataclasses.replace(config, value_range=tuple(splits.train.value_range))
     if is_leader() and (config.out or not config.dry_run):
