@@ -93,7 +93,7 @@ def test_what_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert capsys.readouterr().err == ""
     apply(write(tmp_path / "f", *noise(0, 255, np.uint8, 20), extension="png"), (0.0, 9.0))
     assert "--value-range changes nothing: the images of" in capsys.readouterr().err
-    apply(write(tmp_path / "g", *noise(0, 4095, np.uint16)), (0.0, 9.0), quiet=True)
+    apply(write(tmp_path / "g", *noise(0, 4095, np.uint16)), (0.0, 9.0))
     assert capsys.readouterr().err == ""
 
 
@@ -122,7 +122,7 @@ def test_the_fingerprint_names_the_range(tmp_path: Path) -> None:
     splits = write(tmp_path, *noise(0, 4095, np.uint16))
     prints = set()
     for setting in ((0.0, 4095.0), (0.0, 1023.0), (0.0, 65535.0)):
-        apply(splits, setting, quiet=True)
+        apply(splits, setting)
         prints.add(splits.train.fingerprint)
     assert len(prints) == 3
     assert open_images(str(tmp_path)).train.fingerprint in prints  # without a range, the range is that of the type

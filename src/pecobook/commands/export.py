@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from torch import Tensor
 
 from pecobook.errors import ConfigError, WeightsError
+from pecobook.models import onnx
+from pecobook.models.checkpoints import read_weights
+from pecobook.models.dense.segmenter import Segmenter
+from pecobook.models.export import export_folder, read_settings, write_export
+from pecobook.models.huggingface import beit_config, beit_processor, beit_to_huggingface
+from pecobook.models.onnx import require_onnx
+from pecobook.models.snippets import example_image, quoted, transformers_lines, with_image
+from pecobook.models.tokenizers import load_tokenizer
+from pecobook.models.weights import Backbone, Classifier
 from pecobook.settings.export import ExportConfig
 from pecobook.utils.files import write_json
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from pecobook.models.weights import Backbone
+from pecobook.utils.output_folder import OutputFolder
+from pecobook.utils.printer import show
 
 
 def export(config: ExportConfig) -> Path:
@@ -24,11 +31,6 @@ def export(config: ExportConfig) -> Path:
     Raises:
         PecobookError: the run does not exist, or the format cannot hold its model.
     """
-    from pecobook.models.export import export_folder
-    from pecobook.models.onnx import require_onnx
-    from pecobook.models.snippets import example_image, with_image
-    from pecobook.utils.output_folder import OutputFolder
-
     missing = [f"--{name}" for name in ("run", "out") if not getattr(config, name)]
     if missing:
         verb = "is" if len(missing) == 1 else "are"
@@ -41,21 +43,16 @@ def export(config: ExportConfig) -> Path:
     with folder.begin():
         lines = write_files()
     lines = with_image(lines, example_image(export_folder(config.run).parent))
-    print(f"\nDone: {folder.path}\n\n{lines}", file=sys.stderr)
+    show(f"\nDone: {folder.path}\n\n{lines}")
     return folder.path
 
 
 def _writer(config: ExportConfig) -> Callable[[], str]:
     """Return the function that writes the files and returns Python lines that use them. Raises PecobookError."""
-    from pecobook.models import onnx
-    from pecobook.models.export import read_settings
-    from pecobook.models.weights import Backbone, Classifier
-
     kind, out = read_settings(config.run).get("kind"), Path(config.out)
     if kind == "tokenizer":
         if config.format != "onnx":
             raise ConfigError(f"'{config.run}' is a tokenizer: --format onnx is the only format for tokenizers.")
-        from pecobook.models.tokenizers import load_tokenizer
 
         return partial(_to_onnx, onnx.export_onnx, load_tokenizer(config.run), out)
     if kind in ("segmenter", "detector"):
@@ -63,7 +60,6 @@ def _writer(config: ExportConfig) -> Callable[[], str]:
             raise ConfigError(
                 f"'{config.run}' is a {kind}: segmenters can only be exported to onnx, and detectors not at all."
             )
-        from pecobook.models.dense.segmenter import Segmenter
 
         return partial(_to_onnx, onnx.export_segmenter, Segmenter.from_pretrained(config.run), out)
     network = (Classifier if kind == "classifier" else Backbone).from_pretrained(config.run)
@@ -79,8 +75,6 @@ def _writer(config: ExportConfig) -> Callable[[], str]:
 
 def _to_onnx(write: Callable[[Any, Path], object], model: Any, out: Path) -> str:
     """Write ONNX files and README.md; return the lines of the README with the paths of the files."""
-    from pecobook.models.snippets import quoted
-
     write(model, out)
     lines = (out / "README.md").read_text().split("```python\n")[1].split("\n```")[0]
     for file in out.glob("*.onnx"):
@@ -94,8 +88,6 @@ def _classes(network: Backbone) -> list[str]:
 
 def _to_timm(config: ExportConfig, network: Backbone) -> str:
     """Write timm's folder format, which `timm.create_model("local-dir:...")` and the Hugging Face hub read."""
-    from pecobook.models.export import write_export
-
     size, classes = network.image_size or 224, _classes(network)
     defaults: Any = network.network.pretrained_cfg
     # The layers that timm replaces when a user asks for another number of classes or channels.
@@ -128,10 +120,6 @@ def _to_timm(config: ExportConfig, network: Backbone) -> str:
 
 
 def _to_huggingface(config: ExportConfig, network: Any) -> str:
-    from pecobook.models.export import write_export
-    from pecobook.models.huggingface import beit_config, beit_processor, beit_to_huggingface
-    from pecobook.models.snippets import transformers_lines
-
     state = network.network.state_dict()
     patch, heads = network.network.patch_embed.patch_size[0], network.network.blocks[0].attn.num_heads
     size, crop = network.image_size or 224, getattr(network, "crop", 1.0)
@@ -161,9 +149,6 @@ def _architecture(
         state: its weights, under timm's names.
         body: the same weights without the head, under transformers' names.
     """
-    from pecobook.models.checkpoints import read_weights
-    from pecobook.models.export import export_folder
-
     norm = {name: value for name, value in body.items() if name.startswith("layernorm.")}
     encoder = {f"beit.{name}": value for name, value in body.items() if name not in norm}
     encoder |= {f"beit.pooler.{name}": value.clone() for name, value in norm.items()}

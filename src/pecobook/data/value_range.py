@@ -7,7 +7,6 @@ dark image into full contrast. Images of 8 bits keep their values.
 from __future__ import annotations
 
 import contextlib
-import sys
 from collections.abc import Sequence
 
 from pecobook.data.decode import BadImage
@@ -16,25 +15,19 @@ from pecobook.data.sampler import fixed_permutation
 from pecobook.data.source import ImageSource
 from pecobook.errors import DataError
 from pecobook.settings.images import AUTO, RangeSetting
+from pecobook.utils.printer import say
 
 _SAMPLE = 64
 """Number of images at which `auto` looks."""
 
 
-def apply_value_range(
-    setting: RangeSetting,
-    sources: Sequence[ImageSource],
-    *,
-    trained: RangeSetting = AUTO,
-    quiet: bool = False,
-) -> None:
+def apply_value_range(setting: RangeSetting, sources: Sequence[ImageSource], *, trained: RangeSetting = AUTO) -> None:
     """Set the range of the values of image sources, and print what was taken.
 
     Args:
         setting: the value of --value-range, `AUTO` or (low, high).
         sources: the sources, of which the sample takes equal parts.
         trained: the range with which the given model was trained; `auto` takes this range, if there is one.
-        quiet: print nothing.
 
     Raises:
         DataError: `auto` finds no range that fits all images of the sample.
@@ -48,9 +41,8 @@ def apply_value_range(
         raise DataError(f"--data '{name}': {error}. Give one range with --value-range LOW HIGH.") from None
     for source in sources:
         source.use_range(chosen)
-    if not quiet:
-        for line in _notes(name, setting, trained, chosen, survey):
-            print(line, file=sys.stderr)
+    for line in _notes(name, setting, trained, chosen, survey):
+        say(line)
 
 
 def _survey(sources: Sequence[ImageSource]) -> Survey:

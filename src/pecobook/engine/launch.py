@@ -9,9 +9,8 @@ import atexit
 import dataclasses
 import logging
 import os
-import sys
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING, Any, Generic, NamedTuple, Protocol, TypeVar
 
@@ -26,6 +25,7 @@ from pecobook.settings.training import TrainConfig
 from pecobook.utils.devices import cores, cpu_prefers_bf16
 from pecobook.utils.distributed import gather_objects, on_all_ranks, on_first_rank
 from pecobook.utils.folder_lock import FolderLock
+from pecobook.utils.printer import show
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
@@ -42,13 +42,6 @@ class Checked(Protocol):
 R = TypeVar("R", bound=Checked)
 
 _PRECISIONS = {"bf16": "bf16-mixed", "fp16": "16-mixed"}
-
-
-def say(lines: Iterable[str]) -> None:
-    """Write lines to the screen, once for all processes of a run."""
-    if is_leader():
-        for line in lines:
-            print(line, file=sys.stderr, flush=True)
 
 
 def device_count(config: TrainConfig) -> int:
@@ -72,13 +65,19 @@ def device_count(config: TrainConfig) -> int:
     devices = int(config.devices)
     if gpus and devices > gpus:
         raise ConfigError(f"--devices {devices}: this machine has {gpus} GPU{'s' if gpus > 1 else ''}.")
+    if not gpus and devices > 8 * (os.cpu_count() or 1):
+        raise ConfigError(f"--devices {devices}: this machine has {os.cpu_count()} cores; give at most one for each.")
     return devices
 
 
 def total_devices(config: TrainConfig) -> int:
     """Return the number of devices of the run on all machines; each has a process."""
     devices, world = device_count(config), launched()
-    return devices * config.num_nodes if world is None else world.size
+    if world is not None:
+        return world.size
+    if config.num_nodes > 1 and "MASTER_ADDR" not in os.environ:
+        raise ConfigError(f"--num-nodes {config.num_nodes}: start the processes on all machines with torchrun or srun.")
+    return devices * config.num_nodes
 
 
 def num_workers(config: TrainConfig) -> int:
@@ -162,8 +161,7 @@ def begin(config: TrainConfig, preflight: Callable[[], R], prepare: Callable[[R]
 def _stop_if_asked() -> None:
     """Exit with code 130 on all processes when a signal has asked one of them to stop."""
     if any(gather_objects(stop_requested())):
-        if is_leader():
-            print("Stopped before the first step.", file=sys.stderr)
+        show("Stopped before the first step.")
         raise SystemExit(130)
 
 

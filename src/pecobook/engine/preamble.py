@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-
 import torch
 from torch import nn
 
@@ -12,6 +10,7 @@ from pecobook.data.summary import Lines, aligned, describe
 from pecobook.engine.launch import micro_batch_size, total_devices
 from pecobook.settings.durations import steps
 from pecobook.settings.training import TrainConfig
+from pecobook.utils.printer import show
 
 
 def describe_run(stage: nn.Module, config: TrainConfig, num_images: int) -> Lines:
@@ -32,6 +31,8 @@ def describe_run(stage: nn.Module, config: TrainConfig, num_images: int) -> Line
     if devices > 1 or parts > 1:
         places = f"{devices} devices" if devices > 1 else "1 device"
         batch += f" ({places}, {micro:,} images at once" + (f", {parts} parts)" if parts > 1 else ")")
+    if config.batch_size > num_images:
+        batch += f": more than there are, so every step repeats images (--batch-size {num_images} does not)"
     epoch_text = f"{epochs:.2g}" if epochs < 10 else f"{epochs:,.0f}"
     return [
         ("model", parameters),
@@ -42,7 +43,7 @@ def describe_run(stage: nn.Module, config: TrainConfig, num_images: int) -> Line
 
 def show_source(splits: Splits, *more: tuple[str, str]) -> None:
     """Print lines on the images, and `more` lines, for a command that trains nothing."""
-    print("\n".join(aligned([*describe(splits), *more])), file=sys.stderr, flush=True)
+    show("\n".join(aligned([*describe(splits), *more])))
 
 
 def parameter_counts(stage: nn.Module) -> tuple[int, int]:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 
 from pecobook.settings.images import ImagesConfig, check_normalisation
-from pecobook.settings.values import between, not_negative, positive
+from pecobook.settings.perceptual import check_layers
+from pecobook.settings.values import LARGEST, between, not_negative, positive
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -56,6 +57,7 @@ class AnalyzeConfig(ImagesConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_normalisation(self, "classifier_mean", "classifier_std")
+        check_layers(self, "perceptual_layers")
         positive(self, "max_train", "max_test")
-        between(self, 0, 2**31 - 1, "seed")
+        between(self, 0, LARGEST, "seed")
         not_negative(self, "codewords")

@@ -6,7 +6,7 @@ import dataclasses
 
 from pecobook.settings.images import JitterConfig, PhotometricConfig
 from pecobook.settings.training import BackboneConfig, BaseOptimConfig, CropTrainConfig
-from pecobook.settings.values import between, not_negative, positive
+from pecobook.settings.values import MAX_WIDTH, between, not_negative, positive
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -45,7 +45,8 @@ class ContrastConfig(CropTrainConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        positive(self, "temperature", "hidden_dim", "output_dim")
+        positive(self, "temperature")
+        positive(self, "hidden_dim", "output_dim", most=MAX_WIDTH)
         not_negative(self, "knn_images")
         between(self, 0.0, 1.0, "momentum", "blur", "solarise")
 

@@ -46,6 +46,9 @@ class PhotometricConfig(JitterConfig):
         between(self, 0.0, 1.0, "blur", "solarise")
 
 
+# Limits: the side of a view in pixels, images in a batch, data workers of a device, the factor on the length of runs.
+MAX_IMAGE_SIZE, MAX_BATCH, MAX_WORKERS, MAX_LENGTH = 16_384, 2**20, 256, 1e6
+
 RangeSetting: TypeAlias = tuple[float | str, ...]
 AUTO: RangeSetting = ("auto",)
 """The value of --value-range that chooses the range."""

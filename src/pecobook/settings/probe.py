@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 
-from pecobook.settings.images import ImagesConfig, NormalisationConfig
-from pecobook.settings.values import between, not_negative, positive
+from pecobook.settings.images import MAX_IMAGE_SIZE, ImagesConfig, NormalisationConfig
+from pecobook.settings.values import LARGEST, between, positive
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -34,5 +34,5 @@ class ProbeConfig(ImagesConfig, NormalisationConfig):
         super().__post_init__()
         NormalisationConfig.__post_init__(self)
         positive(self, "max_train", "max_test")
-        not_negative(self, "image_size")
-        between(self, 0, 2**31 - 1, "seed")
+        between(self, 0, MAX_IMAGE_SIZE, "image_size")
+        between(self, 0, LARGEST, "seed")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import sys
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -12,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pecobook.analysis.confusion import matrix_picture
 from pecobook.analysis.segments import count_pixels, intersection_over_union, overlay, scores
 from pecobook.data.batch import Batch
 from pecobook.data.dense.segmentation import SegmentationSource, open_segmentation
@@ -21,7 +21,8 @@ from pecobook.data.dense.segmentation_views import resize_mask, training_view
 from pecobook.data.source import ImageSource, Splits
 from pecobook.data.stream import ViewFunction
 from pecobook.data.views import photometric
-from pecobook.engine.launch import micro_batch_size, say, total_devices
+from pecobook.engine.launch import micro_batch_size, total_devices
+from pecobook.engine.log import Progress
 from pecobook.engine.optim import dense_groups
 from pecobook.engine.stage import Stage, StageOutput, mean_of_counted, submodule_state
 from pecobook.engine.world import is_leader
@@ -31,7 +32,9 @@ from pecobook.models.dense.segmenter import Segmenter, best_classes, rescaled_im
 from pecobook.models.weights import Backbone
 from pecobook.settings.segment import SegmentConfig, SegmentTestConfig
 from pecobook.settings.training import BaseOptimConfig
+from pecobook.utils.files import write_json
 from pecobook.utils.images import resize, to_float
+from pecobook.utils.printer import say
 
 _SAMPLED_MASKS = 64  # masks of each split that are read with --no-verify
 
@@ -113,9 +116,6 @@ class SegmentStage(Stage[SegmentConfig]):
 
     def report(self, folder: Path, rows: dict[str, Tensor], source: ImageSource) -> None:
         """Write classes.json, with the IoU of every class, and a picture of the confusion matrix."""
-        from pecobook.analysis.confusion import matrix_picture
-        from pecobook.utils.files import write_json
-
         counts = rows["counts"].sum(0)
         iou = intersection_over_union(counts).tolist()
         percent = [None if math.isnan(value) else round(100 * value, 3) for value in iou]
@@ -124,7 +124,7 @@ class SegmentStage(Stage[SegmentConfig]):
         if absent:
             content["without_pixels"] = absent
             held_out = f"{len(self.classes) - len(absent)} of {len(self.classes)} classes have held-out pixels"
-            say([f"{held_out}, so that the mean IoU says nothing about the others: {', '.join(absent)}."])
+            say(f"{held_out}, so that the mean IoU says nothing about the others: {', '.join(absent)}.")
         write_json(folder / "classes.json", content)
         (folder / "samples" / "confusion.png").write_bytes(matrix_picture(counts, self.classes, "pixels"))
 
@@ -146,8 +146,6 @@ class SegmentStage(Stage[SegmentConfig]):
 
         Pairs that cannot be read are left out, and with `--skip-bad` pairs whose image and mask do not fit.
         """
-        from pecobook.engine.log import Progress
-
         if not config.data:
             raise DataError("--data is missing: give a folder of images/ and masks/, or hf:owner/name.")
         splits = open_segmentation(
@@ -188,8 +186,8 @@ class SegmentStage(Stage[SegmentConfig]):
                 f"read:\n{listed(checked.unreadable)}\nMend them, or leave them out with --skip-bad."
             )
         for lines, reason in ((checked.problems, "do not fit"), (checked.unreadable, "cannot be read")):
-            if lines and is_leader():
-                print(f"{len(lines)} of the pairs {reason} and are left out:\n{listed(lines)}", file=sys.stderr)
+            if lines:
+                say(f"{len(lines)} of the pairs {reason} and are left out:\n{listed(lines)}")
         return checked.splits
 
     @classmethod
@@ -212,7 +210,7 @@ class SegmentStage(Stage[SegmentConfig]):
         cls, config: SegmentConfig, splits: Splits, prebuilt: tuple[FeaturePyramid, Backbone] | None = None
     ) -> SegmentStage:
         """Build the stage, with random weights in the heads, and say how the backbone was loaded."""
-        say(prebuilt[1].notes if prebuilt else ())
+        say("\n".join(prebuilt[1].notes if prebuilt else ()))
         return cls(config, cast("SegmentationSource", splits.train).mask_classes.names, prebuilt)
 
     @classmethod

@@ -28,13 +28,13 @@ from pecobook.commands.analyze.masked import predict
 from pecobook.commands.analyze.measure import analyze_tokenizer
 from pecobook.commands.analyze.page import compose
 from pecobook.commands.analyze.pictures import curves_of, side_by_side
-from pecobook.commands.jobs import say
 from pecobook.engine.preamble import show_source
 from pecobook.errors import ConfigError, Preflight
 from pecobook.settings.analyze import AnalyzeConfig
 from pecobook.settings.values import replace
 from pecobook.utils.files import write_json
 from pecobook.utils.output_folder import OutputFolder
+from pecobook.utils.printer import show
 
 __all__ = ["AnalyzeConfig", "analyze"]
 
@@ -62,13 +62,13 @@ def _write_all(config: AnalyzeConfig, inputs: AnalysisInputs, began: float) -> P
     pictures: dict[str, bytes] = {}
     total = len(inputs.tokenizers) + bool(inputs.runs)
     for number, tokenizer_input in enumerate(inputs.tokenizers, start=1):
-        say(f"[{number}/{total}] {tokenizer_input.name}")
+        show(f"[{number}/{total}] {tokenizer_input.name}")
         step_began = time.monotonic()
         metrics, skipped, draw = analyze_tokenizer(config, tokenizer_input, inputs)
         results["tokenizers"].append(metrics.values)
         results["skipped"] = {"count": len(skipped), "names": skipped}
         _write(results, out, began)  # before drawing, so that the numbers survive an error in a picture
-        say("  pictures")
+        show("  pictures")
         drawn = draw()
         cost.append((tokenizer_input.name, time.monotonic() - step_began))
         files = {kind: f"{kind}-{file_part(number, tokenizer_input.name)}.png" for kind in drawn}
@@ -76,7 +76,7 @@ def _write_all(config: AnalyzeConfig, inputs: AnalysisInputs, began: float) -> P
         pictures |= {files[kind]: png for kind, png in drawn.items()}
         measured.append(metrics)
     if inputs.runs:
-        say(f"[{total}/{total}] masked prediction")
+        show(f"[{total}/{total}] masked prediction")
         step_began = time.monotonic()
         predictions = predict(inputs.runs, inputs.splits.evaluation, config.seed)
         cost.append(("masked prediction", time.monotonic() - step_began))
@@ -90,7 +90,7 @@ def _write_all(config: AnalyzeConfig, inputs: AnalysisInputs, began: float) -> P
         write_pictures(out, pictures)
         _write(results, out, began)
         report = write_report(out, compose(results, pictures, cost, dataclasses.asdict(config)))
-    say(f"\nDone: open {report}")
+    show(f"\nDone: open {report}")
     return report
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import sys
 from pathlib import Path
 
 import torch
@@ -20,6 +19,7 @@ from pecobook.models.network_traits import trained_size
 from pecobook.models.weights import Backbone, create_network, exported_network
 from pecobook.settings.analyze import AnalyzeConfig
 from pecobook.utils.devices import device
+from pecobook.utils.printer import say
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,7 +86,7 @@ def open_classifier(config: AnalyzeConfig, splits: Splits) -> RestrictedClassifi
         size, columns = exported["image_size"], torch.tensor([index_of[label] for label in classes])
         normalisation = Normalisation(tuple(exported["mean"]), tuple(exported["std"]), "as the run was trained")
     normalisation = overridden(normalisation, config.classifier_mean, config.classifier_std)
-    print(with_flags(normalisation.line(name), "--classifier-"), file=sys.stderr)
+    say(with_flags(normalisation.line(name), "--classifier-"))
     images, purpose = torch.zeros(2, 3, size, size), f"classify images of {size} pixels"
     dry_run(network.eval(), (images,), network=name, purpose=purpose, backward=False)
     classifier = Backbone(network, name, {}, normalisation.mean, normalisation.std, size).eval()
@@ -101,8 +101,7 @@ def _open_timm(name: str, config: AnalyzeConfig) -> tuple[nn.Module, int, Normal
         side = trained_size(timm_name, checkpoint.state)
         network = create_network(timm_name, **({"img_size": side} if side else {}))
         note = left_aside(file, checkpoint, load_state(network, checkpoint.state, source=file))
-        if note:
-            print(note, file=sys.stderr)
+        say(note or "")
         normalisation = file_normalisation(checkpoint.state, checkpoint.wrapper, file, network, name)
     else:
         network = create_network(timm_name, True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import sys
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from pecobook.models.perceptual import PerceptualDistance
 from pecobook.models.tokenizers import fingerprint, load_tokenizer
 from pecobook.settings.analyze import AnalyzeConfig
 from pecobook.utils.devices import device
+from pecobook.utils.printer import say
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,7 +98,7 @@ def _with_banks(config: AnalyzeConfig, inputs: list[TokenizerInput], splits: Spl
 def _distance(config: AnalyzeConfig, inputs: list[TokenizerInput]) -> PerceptualDistance:
     try:
         distance = PerceptualDistance(config.perceptual, config.perceptual_layers, config.perceptual_weights or None)
-        print(*distance.notes, sep="\n", file=sys.stderr)
+        say("\n".join(distance.notes))
     except (ConfigError, WeightsError) as error:  # the message names the flags of `codebook`, which differ here
         text = str(error).replace("--perceptual.network", "--perceptual")
         text = text.replace("--perceptual.layers", "--perceptual-layers")

@@ -28,13 +28,13 @@ from pecobook.commands.analyze.bank import Occurrences, bank_gallery, bank_usage
 from pecobook.commands.analyze.inputs import AnalysisInputs, TokenizerInput
 from pecobook.commands.analyze.pictures import PATCHES, TokenizerMetrics, evenly_spaced, gallery_codewords, pictures_of
 from pecobook.commands.extract import extract
-from pecobook.commands.jobs import say
 from pecobook.data.stream import read_all
 from pecobook.data.tokens import TokenBank
 from pecobook.models.perceptual import PerceptualDistance
 from pecobook.settings.analyze import AnalyzeConfig
 from pecobook.utils.devices import device
 from pecobook.utils.images import to_float
+from pecobook.utils.printer import show
 
 STABILITY_IMAGES = 500
 """Number of images that are compared with distorted and with moved copies."""
@@ -110,27 +110,27 @@ def analyze_tokenizer(
     images = to_float(pixels)
     limit = min(config.max_test, STABILITY_IMAGES)
     larger = to_float(read_all(inputs.splits.evaluation, tokenizer.image_size + tokenizer.stride, limit=limit)[0])
-    say(f"  encoding and decoding {len(images)} images" + (f"; {len(skipped)} could not be read" if skipped else ""))
+    show(f"  encoding and decoding {len(images)} images" + (f"; {len(skipped)} could not be read" if skipped else ""))
     train = partial(_train_codes, config, tokenizer_input, inputs)
     metrics, codes, restored = evaluate_tokenizer(
         tokenizer_input.name, tokenizer, images, labels, train, inputs.distance, larger=larger, seed=config.seed
     )
     K, values = tokenizer.num_codewords, metrics.values
     values["source"] = tokenizer_input.source
-    say("  mutual information with classes, colours and edges")
+    show("  mutual information with classes, colours and edges")
     values["information"] = _information(config, K, images, codes, labels)
     if inputs.classifier is not None:
         values["classifier"] = {
             "originals": inputs.classifier.accuracy(images, labels),
             "reconstructions": inputs.classifier.accuracy(restored, labels),
         }
-    say("  codes of distorted images")
+    show("  codes of distorted images")
     unchanged = stability(tokenizer, images[:STABILITY_IMAGES], codes[:STABILITY_IMAGES], tokenizer.stride)
     values["stability"] = {name: round(value, 2) for name, value in unchanged.items()}
     values["similarity"] = _similarity(inputs, tokenizer, images)
     occurrences: list[Occurrences] = []
     if bank is not None:
-        say(f"  the token bank {bank.folder}")
+        show(f"  the token bank {bank.folder}")
         values["bank"], occurrences = _bank(config, bank, K)
     tokenizer.cpu()
 

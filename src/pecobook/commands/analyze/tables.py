@@ -12,7 +12,7 @@ from pecobook.analysis.comparison import lookup
 from pecobook.analysis.position import MIN_PATCHES
 from pecobook.analysis.report import Section, Table
 from pecobook.analysis.wording import fixed, out_of, thousands
-from pecobook.utils.numbers import is_number
+from pecobook.utils.json_files import is_number
 
 Tokenizer = Mapping[str, Any]
 """The metrics of one tokenizer, as in `analysis.json`."""

@@ -16,7 +16,7 @@ from pecobook.analysis.report import write_pictures, write_report
 from pecobook.commands.analyze.page import compose
 from pecobook.commands.demo.measure import measure
 from pecobook.commands.demo.plan import plan
-from pecobook.commands.jobs import resumed_folder, run_all, say
+from pecobook.commands.jobs import resumed_folder, run_all
 from pecobook.engine.log import compact_duration
 from pecobook.engine.preamble import show_source
 from pecobook.engine.value_range import open_readable
@@ -25,6 +25,7 @@ from pecobook.settings.demo import DemoConfig
 from pecobook.settings.values import dump, replace, to_dict
 from pecobook.utils.files import write_json
 from pecobook.utils.output_folder import OutputFolder
+from pecobook.utils.printer import show
 
 __all__ = ["DemoConfig", "demo"]
 
@@ -54,7 +55,7 @@ def _write_all(config: DemoConfig) -> Path:
     began = time.monotonic()
     jobs = plan(config)
     cost = run_all(jobs, out)
-    say("measuring on held-out images")
+    show("measuring on held-out images")
     measuring_began = time.monotonic()
     # One thread: more threads do not speed up small matrices, and they are slow if another process is busy.
     with threadpool_limits(1):
@@ -74,7 +75,7 @@ def _write_all(config: DemoConfig) -> Path:
         "and if it is trained with a perceptual loss too.",
     )
     report = write_report(out, page)
-    say(f"\nDone in {compact_duration(results['seconds'])}: open {report}")
+    show(f"\nDone in {compact_duration(results['seconds'])}: open {report}")
     return report
 
 

@@ -25,6 +25,7 @@ from pecobook.models.tokenizers import load_tokenizer
 from pecobook.settings.explore import ExploreConfig
 from pecobook.settings.values import replace
 from pecobook.utils.devices import device
+from pecobook.utils.printer import show
 
 __all__ = ["ExploreConfig", "explore"]
 
@@ -40,9 +41,10 @@ def explore(config: ExploreConfig | None = None, *, block: bool = True, **settin
     os.environ.update(GRADIO_ANALYTICS_ENABLED="False", HF_HUB_DISABLE_TELEMETRY="1")  # Gradio reads them at import
     try:
         import gradio
+
+        from pecobook.commands.explore.page import Page
     except ImportError:
         raise ConfigError("The explorer needs Gradio: pip install 'pecobook[explore]'.") from None
-    from pecobook.commands.explore.page import Page
 
     _check_port(config)
     indexed, runs, splits = _open(config)
@@ -64,7 +66,7 @@ def explore(config: ExploreConfig | None = None, *, block: bool = True, **settin
         )
     except OSError as error:
         raise ConfigError(f"The page cannot be served on port {config.port} ({error}): give another --port.") from None
-    print(f"\nOpen http://{config.host}:{config.port} (Ctrl-C stops the server)", file=sys.stderr, flush=True)
+    show(f"\nOpen http://{config.host}:{config.port} (Ctrl-C stops the server)")
     if block:
         # The default ends the process at once, and leaves the visitors' images behind.
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))

@@ -5,13 +5,13 @@ from __future__ import annotations
 import csv
 import dataclasses
 import io
-import json
 import statistics
 from collections.abc import Sequence
 
 from pecobook.analysis.canvas import INK, new_figure, png, style_axes
 from pecobook.analysis.charts import read_metrics
 from pecobook.analysis.comparison import lookup
+from pecobook.commands.jobs import read_analysis
 from pecobook.commands.reproduce.paper import MORE, PaperTable, Row
 from pecobook.commands.reproduce.plan import Plan
 
@@ -60,7 +60,7 @@ def _figures(plan: Plan, arm: str, seed: int) -> dict[str, float]:
     figures: dict[str, float | None] = {}
     job = plan.jobs.get(f"judged-{arm}-{seed}") or plan.jobs.get(f"analysis-{arm}-{seed}")
     if job is not None and job.finished:
-        (metrics,) = json.loads((job.out / "analysis.json").read_text())["tokenizers"]
+        (metrics,) = read_analysis(job.out)["tokenizers"]
         names = ("codeword_probe", "crossed_probe", "codes_used", "psnr")
         figures |= {figure: metrics.get(figure) for figure in names}
         for figure, key in (("position", "share"), ("null_position", "null_share")):

@@ -8,7 +8,7 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from pecobook.utils.numbers import is_number
+from pecobook.utils.json_files import is_number
 
 _INTEGER = re.compile(r"\s*([+-]?\d{1,19})(\.0*)?\s*", re.ASCII)
 _FLAGS = {"0": False, "1": True, "false": False, "true": True, "none": False, "": False}
