@@ -21,6 +21,7 @@ import numpy as np
 from torch import Tensor
 
 from pecobook.data.decode import BadImage, Range, check_bytes, decode
+from pecobook.data.labels import encode_labels
 from pecobook.data.source import (
     IMAGE_EXTENSIONS,
     Contents,
@@ -149,8 +150,6 @@ def _labels(source: str, texts: list[str | None], store: ShardStore, rows: Integ
 
     Labels are numbers if all of them are, so that "10" is sorted after "9".
     """
-    from pecobook.data.tables import encode_labels
-
     if all(text is None for text in texts):
         return None, "no .cls or .json member holds a label"
     try:

@@ -177,7 +177,7 @@ class Splits:
 
 
 # Words of the reasons why labels that a user gave cannot be used; they tell these from images without labels.
-NO_CLASS, ONE_CLASS = "which is no class", "the one class folder"
+NO_CLASS, ONE_CLASS, AS_OTHERS = "which is no class", "the one class folder", "as other files have"
 
 
 @dataclass(frozen=True)
@@ -278,7 +278,8 @@ def assemble(source: str, contents: Contents) -> Splits:
     def usable_labels(name: str) -> tuple[Labels | None, str]:
         part, problem = parts[name], parts[name].label_problem(name)
         is_partial = part.labels is not None and part.labels.codes.max(initial=-1) >= 0
-        if problem and (is_partial or name != "train" or NO_CLASS in problem or ONE_CLASS in problem):
+        is_told = is_partial or name != "train" or any(words in problem for words in (NO_CLASS, ONE_CLASS, AS_OTHERS))
+        if problem and is_told:
             notes.append(f"The labels of {name} are not used: {problem}.")
         return (None if problem else part.labels), problem
 
