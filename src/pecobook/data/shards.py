@@ -22,6 +22,7 @@ from torch import Tensor
 
 from pecobook.data.decode import BadImage, Range, check_bytes, decode
 from pecobook.data.labels import encode_labels
+from pecobook.data.layout import Layout, count_unused, parts_of, read_layout
 from pecobook.data.source import (
     IMAGE_EXTENSIONS,
     Contents,
@@ -37,7 +38,7 @@ from pecobook.data.tar_index import index_shard
 from pecobook.errors import DataError
 from pecobook.utils.files import write_atomically
 
-_INDEX_VERSION = 2  # a new number invalidates the cached indices
+_INDEX_VERSION = 3  # a new number invalidates the cached indices
 _MAX_NOTES = 5
 _MAX_OPEN = 256  # shards that each process keeps open; further shards are opened anew for each image
 
@@ -131,18 +132,45 @@ def shard_contents(source: str, shards: list[Path], *, root: Path | None = None)
             f"Supported extensions: {', '.join(IMAGE_EXTENSIONS)}."
         )
     store = ShardStore(shards, index)
-    shard_of = index.column("shard").to_numpy()
     names = relative_names(shards, root)
     groups, unused = group_by_split(names)
+    layout, folder_of = _read_folders(source, index, groups, unused)
+    parts = parts_of(layout, store, folder_of)
     values = index.column("label").to_pylist()
-    parts = {}
-    for split, numbers in groups.items():
-        rows = np.flatnonzero(np.isin(shard_of, numbers))
-        labels, unlabelled = _labels(source, [values[row] for row in rows], store, rows)
-        parts[split] = Part(store, rows, labels, unlabelled)
-    if num_unused := int(np.isin(shard_of, unused).sum()):
-        left_out["in files that name no split, beside files that do"] = num_unused
-    return Contents(parts, left_out, (*notes, *note_ignored_splits(names, groups)))
+    if any(value is not None for value in values) or not any(layout.class_of):
+        for split, part in parts.items():
+            labels, unlabelled = _labels(source, [values[row] for row in part.rows], store, part.rows)
+            parts[split] = Part(store, part.rows, labels, unlabelled)
+    else:
+        notes.append("No .cls or .json member holds a label: the folders inside the shards are taken for classes.")
+    notes += [*layout.notes, *note_ignored_splits(names, parts)]
+    return Contents(parts, dict(Counter(left_out) + Counter(count_unused(layout, folder_of))), tuple(notes))
+
+
+def _read_folders(source: str, index: Any, groups: dict[str, list[int]], unused: list[int]) -> tuple[Layout, Integers]:
+    """Read the splits and the classes from the folders inside the shards, below the splits that shards declare.
+
+    Returns:
+        what the folders mean, and the number of the folder of each image.
+    """
+    split_of = {shard: split for split, shards in groups.items() for shard in shards if len(groups) > 1}
+    number_of: dict[tuple[str, str], int] = {}
+    pairs = zip(index.column("shard").to_pylist(), index.column("member").to_pylist(), strict=True)
+    keys = (("/" if shard in unused else split_of.get(shard, ""), member.rpartition("/")[0]) for shard, member in pairs)
+    folder_of = np.array([number_of.setdefault(key, len(number_of)) for key in keys], dtype=np.int64)
+    used = [number for (split, _), number in number_of.items() if split != "/"]
+    folders = [
+        tuple(part for part in f"{split}/{folder}".split("/") if part not in ("", ".")) for split, folder in number_of
+    ]
+    found = read_layout(source, [folders[number] for number in used])
+    layout = Layout([""] * len(folders), [None] * len(folders), {}, found.only_folder, found.notes)
+    layout.reason_of = dict.fromkeys(range(len(folders)), "in files that name no split, beside files that do")
+    for place, number in enumerate(used):
+        layout.split_of[number], layout.class_of[number] = found.split_of[place], found.class_of[place]
+        layout.reason_of.pop(number)
+        if place in found.reason_of:
+            layout.reason_of[number] = found.reason_of[place]
+    return layout, folder_of
 
 
 def _labels(source: str, texts: list[str | None], store: ShardStore, rows: Integers) -> tuple[Labels | None, str]:
