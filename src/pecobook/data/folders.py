@@ -27,6 +27,15 @@ from pecobook.errors import DataError
 _EXTENSIONS = frozenset(extension.encode() for extension in IMAGE_EXTENSIONS)
 _SHADOW_FOLDER = SHADOW_FOLDER.encode()
 _CHUNK = 65_536
+_REMEDIES = {
+    "hidden": "; names that begin with a dot are not read, so rename these files or folders",
+    "no extension": "; give the files an extension such as .png",
+    "broken link": "; the links lead to nothing on this machine",
+    **dict.fromkeys(
+        (f"extension .{name}" for name in ("zip", "gz", "tgz", "bz2", "xz", "7z", "rar", "zst")), "; unpack them"
+    ),
+}
+"""Reason why files are left out -> what to do if there is nothing else."""
 _FILE, _FOLDER, _LINKED_FOLDER = range(3)
 
 
@@ -182,7 +191,10 @@ def _with_left_out(contents: Contents, left_out: Counter[str]) -> Contents:
 
 
 def _seen_instead(left_out: Counter[str]) -> str:
-    return f" (there are: {', '.join(f'{n:,} {reason}' for reason, n in left_out.most_common(3))})" if left_out else ""
+    if not left_out:
+        return ""
+    ((first, _), *_) = seen = left_out.most_common(3)
+    return f" (there are: {', '.join(f'{n:,} {reason}' for reason, n in seen)}){_REMEDIES.get(first, '')}"
 
 
 def walk(root: Path) -> Listing:

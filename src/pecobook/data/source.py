@@ -25,8 +25,9 @@ from pecobook.data.decode import BadImage, Range
 from pecobook.data.deep import FULL_16_BITS, ValueRange
 from pecobook.errors import DataError, did_you_mean
 
-_EXTENSIONS = "jpg jpeg jpe jfif png apng bmp dib gif tif tiff webp ppm pgm pbm pnm jp2 j2k jpx avif heic heif npy"
-IMAGE_EXTENSIONS = tuple(_EXTENSIONS.split())
+_JPEG, _PNG, _JPEG_2000 = "jpg jpeg jpe jfif mpo", "png apng", "jp2 j2k jpx jpf jpc j2c"
+_OTHERS = "bmp dib gif tif tiff webp ppm pgm pbm pnm pfm avif heic heif npy"
+IMAGE_EXTENSIONS = tuple(f"{_JPEG} {_PNG} {_JPEG_2000} {_OTHERS}".split())
 
 Integers = npt.NDArray[np.int64]
 _HASHED_IMAGES = 32
