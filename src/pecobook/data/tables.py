@@ -85,10 +85,9 @@ class TableStore:
             file = folder / path
             if "\\" in path and not file.is_file():  # written on Windows
                 file = folder / path.replace("\\", "/")
-            return read_file(file, name=str(folder / shown))
-        except (BadImage, OSError, ValueError) as error:  # a text that cannot be a path, such as one with a zero byte
-            reason = error if isinstance(error, BadImage) else f"'{shown}' is no path of an image"
-            raise BadImage(self.identify(row), str(reason)) from error
+            return read_file(file, name=f"{self.identify(row)}: {folder / shown}")
+        except (OSError, ValueError):  # such as a text with a zero byte
+            raise BadImage(self.identify(row), f"'{shown}' is no path of an image") from None
 
     def digest(self, rows: Integers) -> str:
         """Return a hash of the files' names, sizes and footers, of the row numbers, and of the bytes of some images."""
