@@ -238,6 +238,15 @@ def test_names_in_classes_txt(tmp_path: Path, lines: str, expected: list[str]) -
     assert (labels(splits.train), labels(splits.evaluation)) == (expected[::-1], expected)
 
 
+@pytest.mark.parametrize("kind", [pa.string(), pa.large_string(), pa.dictionary(pa.int32(), pa.string())])
+def test_a_table_of_paths_beside_its_images(tmp_path: Path, kind: Any) -> None:
+    paths = [str(write(tmp_path / "img" / f"{n}.png", n).relative_to(tmp_path)) for n in range(4)]
+    table = pa.table({"image": pa.array(paths).cast(kind), "label": ["a", "b"] * 2})
+    pq.write_table(table, tmp_path / "train.parquet")
+    splits = open_images(str(tmp_path))
+    assert (values(splits.train), labels(splits.train), splits.left_out) == ([0, 1, 3], ["a", "b", "b"], {})
+
+
 def test_tables_and_images_in_one_folder(tmp_path: Path) -> None:
     make_parquet(tmp_path)
     write(tmp_path / "preview.png")

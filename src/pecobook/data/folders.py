@@ -7,8 +7,10 @@ copying.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
+import re
 from array import array
 from collections import Counter
 from dataclasses import dataclass, field, replace
@@ -175,14 +177,12 @@ def _count_rows(tables: list[Path]) -> tuple[int, bool]:
 
     num_rows, has_paths = 0, False
     for table in tables:
-        try:
+        with contextlib.suppress(OSError, pa.ArrowException):
             footer = pq.read_metadata(table)
-        except (OSError, pa.ArrowException):
-            continue
-        schema = footer.schema.to_arrow_schema()
-        if "image" in schema.names:
-            num_rows += footer.num_rows
-            has_paths |= pa.types.is_string(schema.field("image").type)
+            schema = footer.schema.to_arrow_schema()
+            if "image" in schema.names:
+                num_rows += footer.num_rows
+                has_paths |= re.match("(large_)?string|dictionary", str(schema.field("image").type)) is not None
     return num_rows, has_paths
 
 

@@ -153,23 +153,19 @@ def _read_folders(source: str, index: Any, groups: dict[str, list[int]], unused:
     Returns:
         what the folders mean, and the number of the folder of each image.
     """
-    split_of = {shard: split for split, shards in groups.items() for shard in shards if len(groups) > 1}
-    number_of: dict[tuple[str, str], int] = {}
+    split_of: dict[int, str | None] = dict.fromkeys(unused)
+    split_of |= {shard: split if len(groups) > 1 else "" for split, shards in groups.items() for shard in shards}
     pairs = zip(index.column("shard").to_pylist(), index.column("member").to_pylist(), strict=True)
-    keys = (("/" if shard in unused else split_of.get(shard, ""), member.rpartition("/")[0]) for shard, member in pairs)
-    folder_of = np.array([number_of.setdefault(key, len(number_of)) for key in keys], dtype=np.int64)
-    used = [number for (split, _), number in number_of.items() if split != "/"]
-    folders = [
-        tuple(part for part in f"{split}/{folder}".split("/") if part not in ("", ".")) for split, folder in number_of
-    ]
-    found = read_layout(source, [folders[number] for number in used])
-    layout = Layout([""] * len(folders), [None] * len(folders), {}, found.only_folder, found.notes)
-    layout.reason_of = dict.fromkeys(range(len(folders)), "in files that name no split, beside files that do")
-    for place, number in enumerate(used):
-        layout.split_of[number], layout.class_of[number] = found.split_of[place], found.class_of[place]
-        layout.reason_of.pop(number)
-        if place in found.reason_of:
-            layout.reason_of[number] = found.reason_of[place]
+    keys = [(split_of[shard], member.rpartition("/")[0]) for shard, member in pairs]
+    used = [key for key in dict.fromkeys(keys) if key[0] is not None]
+    number_of = {key: number for number, key in enumerate(used)}
+    folder_of = np.array([number_of.get(key, len(used)) for key in keys], dtype=np.int64)
+    paths = (f"{split}/{folder}".split("/") for split, folder in used)
+    layout = read_layout(source, [tuple(part for part in path if part not in ("", ".")) for path in paths])
+    if len(used) in folder_of:
+        layout.split_of.append("")
+        layout.class_of.append(None)
+        layout.reason_of[len(used)] = "in files that name no split, beside files that do"
     return layout, folder_of
 
 

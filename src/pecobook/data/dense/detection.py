@@ -278,7 +278,7 @@ def _raise_findings(data: str, findings: Findings, skip_bad: bool) -> None:
 
 def _grouped(lines: list[str]) -> list[str]:
     """Return the first of all lines that differ only in numbers and quoted names, with the number of the others."""
-    counts = Counter(kinds := [re.sub(r"'[^']*'|[-+.\d]+", "#", line) for line in lines])
+    counts = Counter(kinds := [re.sub(r"'[^']*'|\"[^\"]*\"|[-+.\d]+", "#", line) for line in lines])
     first = dict(zip(reversed(kinds), reversed(lines), strict=True))
     return [first[kind] + (f" ({count - 1:,} more like this)" if count > 1 else "") for kind, count in counts.items()]
 
