@@ -58,7 +58,7 @@ def test_verify__an_unlabelled_0_gives_a_hint(tmp_path: Path) -> None:
     root = write_shapes(tmp_path)
     rewrite(root, lambda values: png(np.where(values == 255, 0, values + 1), 8))
     result = verify(open_segmentation(str(root)))
-    assert len(result.problems) == 16
+    assert result.num_problems == 16
     assert (
         "if 0 means no class, give --mask-values 1-3 --ignore 0; if 3 means none, give --ignore 255 3." in result.hint
     )

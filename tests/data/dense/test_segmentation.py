@@ -263,9 +263,13 @@ def test_verify__reports_each_problem_once_and_leaves_the_pair_out(tmp_path: Pat
         "train/masks/1.png is 9 x 5, but its image is 56 x 40",
         "train/masks/4.png holds the value 7, but the 3 classes have the values 0 to 2",
     )
-    assert len(result.unreadable) == 2
-    assert "train/images/6.jpg" in result.unreadable[0]
-    assert "val/masks/101.png: not an image" in result.unreadable[1]
+    assert (result.num_problems, result.num_unreadable) == (2, 2)
+    assert result.unreadable == ("train/images/6.jpg: not an image (1 more alike)",)
+    parts = [train_of(result.splits), cast("SegmentationSource", result.splits.evaluation)]
+    assert [str(bad) for part in parts for bad in part.unreadable] == [
+        "train/images/6.jpg: not an image",
+        "val/masks/101.png: not an image",
+    ]
     names = {result.splits.train.identify(n) for n in range(len(result.splits.train))}
     assert names == {f"train/images/{n}.jpg" for n in range(12)} - {f"train/images/{n}.jpg" for n in (1, 4, 6)}
     assert len(result.splits.evaluation) == 3
