@@ -102,7 +102,7 @@ class ImageSource:
         None stands for an image that is no file. Raises BadImage.
         """
         locate = getattr(self._store, "path", None) or getattr(self._store, "encoded", None)
-        return None if locate is None else locate(self._row(index))  # type: ignore[no-any-return]
+        return None if locate is None else locate(self._row(index))
 
     def sample(self, index: int) -> tuple[Any, ...]:
         """Read the inputs of a view: (image,), or (image, mask or boxes) in dense sources. Raises BadImage."""
