@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pecobook.analysis.features import EveryLayer, backbone_features, tokenizer_features
+from pecobook.analysis.features import EveryLayer, backbone_features, pools_class_token, tokenizer_features
 from pecobook.analysis.probe import MIN_IMAGES, knn_probe, linear_probe, validation_accuracy
 from pecobook.analysis.wording import accuracy_with_error
 from pecobook.commands.extract import FeatureFunction, extract
@@ -41,9 +41,9 @@ def probe(config: ProbeConfig | None = None, **settings: Any) -> dict[str, Any]:
     """
     config = replace(config or ProbeConfig(), settings)
     check_new_file(config.out)
-    features, image_size = _feature_function(config)
     splits = open_readable(config.data, config.value_range, [config.backbone])
     check_labels(splits, config.data)
+    features, image_size = _feature_function(config)  # may download weights, so the images are checked first
     show_source(splits)
     size = config.image_size or image_size
     train, train_labels = extract(splits.train, size, config.max_train, features, "features of training images")
@@ -78,6 +78,11 @@ def _feature_function(config: ProbeConfig) -> tuple[FeatureFunction, int]:
         std=config.std,
     )
     say("\n".join(backbone.notes))
+    if getattr(backbone.network, "cls_token", None) is not None and not pools_class_token(backbone.network):
+        say(
+            f"{config.backbone} pools the mean of its patches, which is read of every block; its class token is left "
+            "out, since its output was not trained."
+        )
     size = config.image_size or backbone.image_size or 224
     images = torch.zeros(2, 3, size, size)
     layers = EveryLayer(backbone.network.eval())

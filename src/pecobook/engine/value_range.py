@@ -37,7 +37,7 @@ def set_value_range(images: Splits | list[ImageSource], setting: RangeSetting, m
         DataError: no range fits all images of the sample.
     """
     sources = [images.train, images.evaluation] if isinstance(images, Splits) else images
-    apply_value_range(setting, sources, trained=_trained_range(models) if setting == AUTO else AUTO)
+    apply_value_range(setting, sources, trained=_trained_range(models))
 
 
 def _trained_range(models: Iterable[str]) -> RangeSetting:

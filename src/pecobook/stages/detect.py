@@ -27,7 +27,6 @@ from pecobook.models.weights import Backbone
 from pecobook.settings.detect import DetectConfig
 from pecobook.settings.training import BaseOptimConfig
 from pecobook.utils.files import write_atomically, write_json
-from pecobook.utils.printer import say
 
 _NUM_PICTURES = 4  # images in samples/detections.png
 _MIN_DRAWN_SCORE = 0.3
@@ -58,6 +57,7 @@ class DetectStage(Stage[DetectConfig]):
         super().__init__()
         self.config, self.evaluation = config, evaluation
         pyramid, backbone = networks or build_pyramid(config)
+        self.notes = backbone.notes
         self.detector = Detector(
             pyramid,
             describe_pyramid(backbone, config.pyramid, config.image_size),
@@ -145,10 +145,8 @@ class DetectStage(Stage[DetectConfig]):
     def build(
         cls, config: DetectConfig, splits: Splits, prebuilt: tuple[FeaturePyramid, Backbone] | None = None
     ) -> DetectStage:
-        """Build the stage, with random weights in the heads, and say how the backbone was loaded."""
-        say("\n".join(prebuilt[1].notes if prebuilt else ()))
+        """Build the stage, with random weights in the heads."""
         train, evaluation = cast("DetectionSource", splits.train), cast("DetectionSource", splits.evaluation)
-        say("\n".join(prebuilt[1].notes if prebuilt else ()))
         return cls(config, train, evaluation, prebuilt)
 
     @classmethod
