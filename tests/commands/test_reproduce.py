@@ -20,9 +20,9 @@ import pytest
 import pecobook
 from pecobook import cli
 from pecobook.commands.jobs import Job, job_seconds
+from pecobook.commands.paper_tables import TABLES, PaperTable, Row, chosen_tables
 from pecobook.commands.reproduce import command_line
 from pecobook.commands.reproduce.budgets import Budget, make_budget
-from pecobook.commands.reproduce.paper import TABLES, PaperTable, Row, chosen_tables
 from pecobook.commands.reproduce.plan import Plan
 from pecobook.commands.reproduce.rehearsal import (
     describe,

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from pecobook.commands.jobs import Job
+from pecobook.commands.paper_tables import PaperTable
 from pecobook.commands.reproduce.budgets import Budget, make_budget, with_backbone
-from pecobook.commands.reproduce.paper import PaperTable
 from pecobook.data.source import Splits
 from pecobook.settings.analyze import AnalyzeConfig
 from pecobook.settings.codebook import AdversarialConfig, CodebookConfig, ExplicitConfig

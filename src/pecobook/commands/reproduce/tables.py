@@ -12,7 +12,7 @@ from pecobook.analysis.canvas import INK, new_figure, png, style_axes
 from pecobook.analysis.charts import read_metrics
 from pecobook.analysis.comparison import lookup
 from pecobook.commands.jobs import read_analysis
-from pecobook.commands.reproduce.paper import MORE, PaperTable, Row
+from pecobook.commands.paper_tables import MORE, PaperTable, Row
 from pecobook.commands.reproduce.plan import Plan
 
 Values = dict[str, list[float]]
