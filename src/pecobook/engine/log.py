@@ -29,6 +29,9 @@ class Sink(Protocol):
     def picture(self, name: str, png: bytes, step: int) -> None:
         """Record a picture."""
 
+    def flush(self) -> None:
+        """Bring to the disk what was recorded, before a checkpoint from which the run resumes after it."""
+
     def close(self) -> None:
         """Flush and close the logger."""
 
@@ -58,9 +61,29 @@ class JsonLines:
     def picture(self, name: str, png: bytes, step: int) -> None:
         """Ignore the picture, which is already in samples/."""
 
+    def flush(self) -> None:
+        """Flush the file to the disk."""
+        os.fsync(self._file.fileno())
+
     def close(self) -> None:
         """Close the file."""
         self._file.close()
+
+
+def _parsed(line: str) -> dict[str, Any]:
+    """Return the metrics of a line, empty for one that a crash has cut off.
+
+    A line that was cut off while an evaluation was added to it keeps the rest: a resume repeats the evaluation.
+    """
+    before = line.partition(', "evaluation/')[0].rstrip(", ") + "}"
+    for text in (line,) if line.endswith("}") else (before, before.rpartition(", ")[0] + "}"):
+        try:
+            metrics = json.loads(text)
+            if isinstance(metrics["step"], int) and len(metrics) > 1:
+                return dict(metrics)
+        except (ValueError, KeyError, TypeError):
+            continue
+    return {}
 
 
 def _drop_after(path: Path, step: int) -> dict[str, Any]:
@@ -70,24 +93,34 @@ def _drop_after(path: Path, step: int) -> dict[str, Any]:
     if not path.exists():
         return last
     for line in path.read_text(errors="replace").splitlines():
-        try:
-            metrics = json.loads(line)
-            if metrics["step"] <= step:
-                lines.append(line)
-                last = metrics
-        except (ValueError, KeyError, TypeError):
-            continue
+        metrics = _parsed(line)
+        if metrics and metrics["step"] <= step:
+            lines.append(line if line.endswith("}") else json.dumps(metrics))
+            last = metrics
     write_atomically(path, "".join(line + "\n" for line in lines).encode())
     return last
 
 
 class TensorBoard:
-    """Write TensorBoard events into the run folder."""
+    """Write TensorBoard events into the run folder.
 
-    def __init__(self, folder: Path, *, start_step: int) -> None:
+    Args:
+        folder: the run folder.
+        start_step: step of the checkpoint from which the run resumes. TensorBoard drops the events from this step on.
+        last: the last line of metrics.jsonl. If it belongs to `start_step`, it is recorded anew: a killed run may have
+            lost its events, or may repeat the evaluation of this step.
+    """
+
+    def __init__(self, folder: Path, *, start_step: int, last: Mapping[str, Any]) -> None:
         from torch.utils.tensorboard.writer import SummaryWriter
 
-        self._writer = SummaryWriter(str(folder), purge_step=start_step + 1)
+        self._folder = folder
+        self._writer = SummaryWriter(str(folder), purge_step=start_step)
+        if start_step > 0 and last.get("step") == start_step:
+            self.log({name: value for name, value in last.items() if name != "step" and value is not None}, start_step)
+            picture = folder / "samples" / f"step-{start_step:08d}.png"
+            if any(name.startswith("evaluation/") for name in last) and picture.is_file():
+                self.picture("samples", picture.read_bytes(), start_step)
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
         """Record scalars."""
@@ -99,6 +132,12 @@ class TensorBoard:
         import numpy as np
 
         self._writer.add_image(name, np.asarray(_decode(png).convert("RGB")), step, dataformats="HWC")
+
+    def flush(self) -> None:
+        """Flush the events to the disk."""
+        self._writer.flush()
+        with max(self._folder.glob("events.out.tfevents.*")).open("rb") as file:  # the newest, by its name
+            os.fsync(file.fileno())
 
     def close(self) -> None:
         """Flush and close."""
@@ -130,6 +169,9 @@ class WeightsAndBiases:
         """Record an image."""
         self._run.log({name: self._wandb.Image(_decode(png))}, step=step)
 
+    def flush(self) -> None:
+        """Do nothing: the package sends what it has."""
+
     def close(self) -> None:
         """Finish the run."""
         self._run.finish()
@@ -156,6 +198,9 @@ class MLflow:
     def picture(self, name: str, png: bytes, step: int) -> None:
         """Record an image."""
         self._mlflow.log_image(_decode(png), f"{name}/{step:08d}.png")
+
+    def flush(self) -> None:
+        """Do nothing: the package sends what it has."""
 
     def close(self) -> None:
         """End the run."""
@@ -185,14 +230,14 @@ def check_loggers(names: tuple[str, ...]) -> None:
 
 def open_sinks(names: tuple[str, ...], folder: Path, config: dict[str, Any], *, start_step: int) -> list[Sink]:
     """Return the loggers in `names`, and at last the writer of metrics.jsonl."""
-    sinks: list[Sink] = []
+    lines, sinks = JsonLines(folder / "metrics.jsonl", start_step=start_step), list[Sink]()
     if "tensorboard" in names:
-        sinks.append(TensorBoard(folder, start_step=start_step))
+        sinks.append(TensorBoard(folder, start_step=start_step, last=lines.last))
     if "wandb" in names:
         sinks.append(WeightsAndBiases(folder, config))
     if "mlflow" in names:
         sinks.append(MLflow(folder, config))
-    return [*sinks, JsonLines(folder / "metrics.jsonl", start_step=start_step)]
+    return [*sinks, lines]
 
 
 def open_text_log(folder: Path) -> logging.Logger:

@@ -35,6 +35,7 @@ from pecobook.settings.durations import steps
 from pecobook.settings.training import TrainConfig
 from pecobook.settings.values import to_dict
 from pecobook.utils.distributed import on_first_rank
+from pecobook.utils.files import write_atomically
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
@@ -285,7 +286,7 @@ class Loop:
         self.announce(f"step {step}, {images}: {metrics or 'nothing could be measured'}")
         if result.pictures:
             png = _grid(result.pictures)
-            (self.out / "samples" / f"step-{step:08d}.png").write_bytes(png)
+            write_atomically(self.out / "samples" / f"step-{step:08d}.png", png)
             for sink in self.sinks:
                 sink.picture("samples", png, step)
         if step == self.total and result.rows:
@@ -301,6 +302,7 @@ class Loop:
                 due = bool(self.fabric.broadcast(late)) if self.fabric.world_size > 1 else late
         if due:
             self._share_skipped()
+            on_first_rank(lambda: [sink.flush() for sink in self.sinks])
             checkpoint.save(
                 self.out / "checkpoints",
                 step=step,

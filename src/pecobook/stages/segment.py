@@ -31,6 +31,7 @@ from pecobook.models.dense.segmenter import Segmenter, best_classes, rescaled_im
 from pecobook.models.weights import Backbone
 from pecobook.settings.segment import SegmentConfig, SegmentTestConfig
 from pecobook.settings.training import BaseOptimConfig
+from pecobook.utils.files import write_atomically, write_json
 from pecobook.utils.images import resize, to_float
 
 _SAMPLED_MASKS = 64  # masks of each split that are read with --no-verify
@@ -114,7 +115,6 @@ class SegmentStage(Stage[SegmentConfig]):
     def report(self, folder: Path, rows: dict[str, Tensor], source: ImageSource) -> None:
         """Write classes.json, with the IoU of every class, and a picture of the confusion matrix."""
         from pecobook.analysis.confusion import matrix_picture
-        from pecobook.utils.files import write_json
 
         counts = rows["counts"].sum(0)
         iou = intersection_over_union(counts).tolist()
@@ -126,7 +126,7 @@ class SegmentStage(Stage[SegmentConfig]):
             held_out = f"{len(self.classes) - len(absent)} of {len(self.classes)} classes have held-out pixels"
             say([f"{held_out}, so that the mean IoU says nothing about the others: {', '.join(absent)}."])
         write_json(folder / "classes.json", content)
-        (folder / "samples" / "confusion.png").write_bytes(matrix_picture(counts, self.classes, "pixels"))
+        write_atomically(folder / "samples" / "confusion.png", matrix_picture(counts, self.classes, "pixels"))
 
     def parameter_groups(self, config: BaseOptimConfig) -> list[dict[str, Any]]:
         """Return parameter groups: layer-wise learning rates in the backbone, the full rate elsewhere."""

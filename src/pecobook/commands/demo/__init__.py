@@ -14,7 +14,8 @@ from pecobook.commands.demo.plan import plan
 from pecobook.commands.jobs import Job, resumed_folder, run_all, say
 from pecobook.errors import Preflight
 from pecobook.settings.demo import DemoConfig
-from pecobook.settings.values import dump, replace, to_dict
+from pecobook.settings.values import replace, to_dict
+from pecobook.utils.files import write_atomically, write_json
 from pecobook.utils.output_folder import OutputFolder
 
 __all__ = ["DemoConfig", "demo"]
@@ -39,7 +40,7 @@ def demo(config: DemoConfig | None = None, **settings: Any) -> Path:
     preflight.finish()
     assert splits is not None
     show_source(splits)
-    with folder.begin(lambda out: dump(config, out / _MARK)):
+    with folder.begin(lambda out: write_json(out / _MARK, to_dict(config))):
         return _write_all(config)
 
 
@@ -50,7 +51,6 @@ def _write_all(config: DemoConfig) -> Path:
     from pecobook.commands.analyze.page import compose
     from pecobook.commands.demo.measure import measure
     from pecobook.engine.log import compact_duration
-    from pecobook.utils.files import write_json
 
     out = Path(config.out)
     began = time.monotonic()
@@ -65,7 +65,7 @@ def _write_all(config: DemoConfig) -> Path:
     results["seconds"] = round(time.monotonic() - began, 1)
     (out / "pictures").mkdir(exist_ok=True)
     for name, png in pictures.items():
-        (out / "pictures" / name).write_bytes(png)
+        write_atomically(out / "pictures" / name, png)
     renamed = {"codebooks" if key == "tokenizers" else key: value for key, value in results.items()}
     write_json(out / "results.json", renamed)
     page = compose(
