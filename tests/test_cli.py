@@ -23,27 +23,12 @@ from tests.runs import export_bytes, losses, small_flags, train
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The working folder: an empty folder, unreadable images, a text file, a filled folder, several configurations."""
+    """The working folder: an empty folder and a filled folder."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("PECOBOOK_TRACEBACK", raising=False)
     (tmp_path / "empty").mkdir()
-    (tmp_path / "broken").mkdir()
-    for number in range(3):
-        (tmp_path / "broken" / f"{number}.jpg").write_bytes(b"no image at all")
-    (tmp_path / "notes.txt").write_text("hello")
-    (tmp_path / "photos-2024").mkdir()
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thesis.doc").touch()
-    for name, text in {
-        "broken.json": '{"seed": ',
-        "list.json": "[1]",
-        "unknown.json": '{"bach_size": 8}',
-        "typed.json": '{"optim": {"lr": "fast"}}',
-        "flat.json": '{"optim": 3}',
-        "contrast.json": '{"command": "contrast", "seed": 3, "momentum": 0.5}',
-        "null.json": '{"perceptual": {"layers": null}}',
-    }.items():
-        (tmp_path / name).write_text(text)
     return tmp_path
 
 
@@ -61,118 +46,6 @@ def fail(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
     assert "Traceback" not in err
     assert err.startswith("pecobook: ")
     return err.removeprefix("pecobook: ")
-
-
-DATA = ("--data", "photos")
-RUN = ("--data", "photos", "--out", "run")
-
-# The command line, and two parts of the error message: the wrong value and the remedy.
-MISTAKES: list[tuple[str, str, str]] = [
-    ("codebok tiny", "codebok", "Did you mean 'codebook'?"),
-    ("--data photos", "--data", "pecobook --help"),
-    ("completion fisch", "'fisch'", "Did you mean 'fish'?"),
-    ("completion bash zsh", "2 words", "one shell"),
-    ("recipes all", "all", "'pecobook recipes' lists them"),
-    ("codebook tinny --data photos --out run", "tinny", "Did you mean 'tiny'?"),
-    ("codebook nothing-like-it --data photos --out run", "nothing-like-it", "tiny, cifar10"),
-    ("codebook tiny more --data photos --out run", "'more' is no flag", "--name value"),
-    ("codebook tiny --dta photos --out run", "--dta", "Did you mean '--data'?"),
-    ("codebook tiny --data photos --out run --lr 1", "--lr", "Did you mean '--optim.lr'?"),
-    ("codebook tiny --data photos --out run --zzz 1", "--zzz", "pecobook codebook --help"),
-    ("codebook tiny --data photos --out run --batch-size many", "many", "a whole number"),
-    ("codebook tiny --data photos --out run --batch-size 7.5", "7.5", "a whole number"),
-    ("codebook tiny --data photos --out run --batch-size 0", "0", "above 0"),
-    ("codebook tiny --data photos --out run --optim.lr fast", "fast", "a number"),
-    ("codebook tiny --data photos --out run --optim.lr -1", "-1", "above 0"),
-    ("codebook tiny --data photos --out run --optim.betas 0.9", "--optim.betas", "2 values"),
-    ("codebook tiny --data photos --out run --resume perhaps", "perhaps", "true or false"),
-    ("codebook tiny --data photos --out run --precision fp64", "fp64", "Did you mean"),
-    ("codebook tiny --data photos --out run --precision fp16", "fp16", "use bf16 or fp32"),
-    ("codebook tiny --data photos --out run --max-steps soon", "soon", "100 epochs"),
-    ("codebook tiny --data photos --out run --max-steps 5%", "5%", "give steps or epochs"),
-    ("codebook tiny --data photos --out run --max-steps 100 epochs", "100 epochs", "quote"),
-    ("codebook tiny --data photos --out run --devices none", "none", "or auto"),
-    ("codebook tiny --data photos --out run --devices 3", "16", "3 devices"),
-    ("codebook tiny --data photos --out run --micro-batch-size -3", "-3", "or above"),
-    ("codebook tiny --data photos --out run --loggers tensorbord", "tensorbord", "tensorboard, wandb and mlflow"),
-    ("codebook tiny --data photos --out run --resume --overwrite", "--resume and --overwrite", "one of them"),
-    ("codebook tiny --data photos --out run --image-size 33", "33", "multiple of 8"),
-    ("codebook tiny --data photos --out", "--out", "needs a value"),
-    ("codebook tiny --data= --out run", "--data is missing", "A source is"),
-    ("codebook tiny --data photos", "--out is missing", "for example"),
-    ("codebook tiny --data nowhere --out run", "nowhere", "A source is"),
-    ("codebook tiny --data photos-2023 --out run", "photos-2023", "Did you mean 'photos-2024'?"),
-    ("codebook tiny --data empty --out run", "empty", "Supported extensions"),
-    ("codebook tiny --data broken --out run", "broken", "can be read"),
-    ("codebook tiny --data notes.txt --out run", "notes.txt", "give the folder"),
-    ("codebook tiny --data photos --out full", "full", "--overwrite"),
-    ("codebook tiny --data photos --out full --overwrite", "full", "does not look like a run"),
-    ("codebook tiny --data photos --out full --resume", "full", "Leave --resume out"),
-    ("codebook tiny --data photos --out notes.txt", "notes.txt", "name a folder"),
-    ("codebook tiny --data photos --out notes.txt/run", "notes.txt", "is a file"),
-    ("codebook cifar10 --data photos --out run", "--perceptual.network is missing", "none for pixels alone"),
-    ("codebook tiny --data photos --out run --perceptual.network resnet50", "resnet50", "timm:NAME"),
-    ("codebook tiny --data photos --out run --perceptual.network timm:resnet51", "resnet51", "Did you mean 'resnet5"),
-    ("codebook tiny --data photos --out run --perceptual.network runs/none", "runs/none", "timm:NAME"),
-    ("codebook tiny --data photos --out run --perceptual.network empty", "empty", "not a finished run"),
-    (
-        "codebook tiny --data photos --out run --perceptual.network timm:resnet10t --perceptual.weights random "
-        "--perceptual.layers 3 6",
-        "3 6",
-        "layers 1 to 4",
-    ),
-    ("contrast tiny --data photos --out run --model.args {", "{", "not JSON"),
-    ("contrast tiny --data photos --out run --model.args 3", "3", "JSON object"),
-    ('contrast tiny --data photos --out run --model.args {"dept":3}', "dept", "does not accept"),
-    ("contrast tiny --data photos --out run --batch-size 1", "--batch-size", "at least 2 images"),
-    ("pretrain tiny --data photos --out run", "--tokenizer is missing", "codebook run"),
-    ("pretrain tiny --data photos --out run --tokenizer full", "full", "not a finished run"),
-    ("finetune tiny --data photos --out run", "--backbone is missing", "timm:NAME"),
-    (
-        "finetune tiny --data photos --out run --backbone timm:vit_tiny_patch16_225",
-        "patch16_225",
-        "Did you mean 'vit_tiny_patch16_224'",
-    ),
-    ("codebook tiny --config gone.json --data photos --out run", "gone.json", "no configuration file"),
-    ("codebook tiny --config broken.json --data photos --out run", "broken.json", "cannot be read"),
-    ("codebook tiny --config list.json --data photos --out run", "list.json", "JSON object"),
-    ("codebook tiny --config unknown.json --data photos --out run", "bach_size", "Did you mean 'batch_size'?"),
-    ("codebook tiny --config typed.json --data photos --out run", "fast", "a number"),
-    ("codebook tiny --config flat.json --data photos --out run", "--optim", "not '3'"),
-    ("codebook tiny --config null.json --data photos --out run", "--perceptual.layers", "not 'None'"),
-    (
-        "finetune tiny --config contrast.json --data photos --out run",
-        "--config 'contrast.json' is a configuration of 'contrast'",
-        "not of 'finetune'",
-    ),
-    ("codebook --data photos tiny --out run", "not 2 (photos tiny)", "give the recipe 'tiny' before the flags"),
-    ("tokenize --data photos tiny --out run", "not 2 (photos tiny)", "give the recipe 'tiny' before the flags"),
-    ("codebook --data photos all --out run", "not 2 (photos all)", "quote a value with spaces"),
-    (
-        "codebook tiny --tokenizer runs/codebook --out run",
-        "Unknown flag '--tokenizer'. See",
-        "pecobook codebook --help",
-    ),
-    ("bench pretrain --workers 3", "Unknown flag '--workers'. See", "pecobook bench --help"),
-    ("analyze --masked", "Unknown flag '--masked'. See", "pecobook analyze --help"),
-    ("codebook tiny --config empty --data photos --out run", "empty", "no configuration file"),
-    ("probe --data photos", "--backbone is missing", "timm:NAME"),
-    ("export", "--run, --out are missing", "pecobook export RUN"),
-    ("export runs/vit", "--out is missing", "--out DIR"),
-    ("predict", "--run, --images, --out are missing", "pecobook predict RUN IMAGES"),
-]
-
-
-@pytest.mark.parametrize(("typed", "value", "remedy"), MISTAKES, ids=[mistake[0] for mistake in MISTAKES])
-def test_main__reports_a_user_error_in_at_most_three_lines_and_creates_nothing(
-    typed: str, value: str, remedy: str, folder: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    before = contents(folder)
-    message = fail(typed.split(" ") if "100 epochs" not in typed else typed.split(), capsys)
-    assert 1 <= len(message.splitlines()) <= 3
-    assert value in message
-    assert remedy in message
-    assert contents(folder) == before
 
 
 def test_main__finetune_refuses_data_without_labels(

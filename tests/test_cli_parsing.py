@@ -34,7 +34,6 @@ def test_parse__accepts_several_ways_to_write_a_flag(typed: list[str]) -> None:
         (["--compile=false"], False),
         (["--no-compile"], False),
         (["--no_compile"], False),
-        (["--compile", "--no-compile"], False),
     ],
 )
 def test_parse__accepts_switches(typed: list[str], compiled: bool) -> None:

@@ -88,9 +88,9 @@ def test_imports__stages_import_neither_each_other_nor_the_command_line() -> Non
     assert importers("pecobook.cli", *stages, within="pecobook.stages.training") == {}
 
 
-def test_imports__settings_import_only_errors_and_each_other() -> None:
+def test_imports__settings_import_only_errors_each_other_and_the_reader_of_json() -> None:
     assert len(SETTINGS) > 20
-    allowed = ("pecobook.errors", "pecobook.settings")
+    allowed = ("pecobook.errors", "pecobook.settings", "pecobook.utils.json_files")
     for name, wrong in importers("pecobook", within="pecobook.settings").items():
         assert {
             imported for imported in wrong if imported != "pecobook" and not imported.startswith(allowed)

@@ -37,7 +37,7 @@ def refused(text: str) -> Any:
         ({"optim.clip_grad": -1}, "--optim.clip-grad must be 0 or above, not -1.0."),
         ({"optim.warmup": "soon"}, "--optim.warmup is 'soon': give steps (5000), epochs ('10 epochs'), images"),
         ({"quantizer.num_codewords": 0}, "--quantizer.num-codewords must be above 0, not 0."),
-        ({"quantizer": {"decay": 2}}, "--quantizer.decay must lie in [0, 1], not 2.0."),
+        ({"quantizer": {"decay": 2}}, "--quantizer.decay must be at least 0 and below 1, not 2.0."),
         ({"explicit.kind": "both"}, "--explicit.kind is one of none, classification, contrastive, not 'both'."),
     ],
 )
@@ -69,7 +69,7 @@ def test_replace__reports_all_wrong_values_one_in_each_line() -> None:
         "--batch-size takes a whole number, not 'many'.",
         "--optim.lr takes a number, not 'two'.",
         "--optim.eps must be above 0, not 0.0.",
-        "--quantizer.decay must lie in [0, 1], not 2.0.",
+        "--quantizer.decay must be at least 0 and below 1, not 2.0.",
         "--quantizer.num-codewords must be above 0, not 0.",
         "--model.num-heads must be above 0, not 0.",
         "--devices must be a number above 0 or auto, not 'none'.",

@@ -21,10 +21,11 @@ from pecobook import recipes
 from pecobook.commands import table
 from pecobook.engine.signals import from_the_start
 from pecobook.engine.world import printing_rank
-from pecobook.errors import ConfigError, PecobookError, did_you_mean, printable
+from pecobook.errors import ConfigError, PecobookError, did_you_mean, first_line, printable
 from pecobook.recipes import RECIPES
 from pecobook.settings.check import CheckConfig, of_run
 from pecobook.settings.values import field_name, flag, flags, is_switch, load, replace
+from pecobook.utils.printer import show
 
 T = TypeVar("T")
 
@@ -59,8 +60,15 @@ def main(argv: list[str] | None = None) -> None:
             raise
         _print_os_error(error, resumes=bool(args) and args[0] in (*RECIPES, "tokenize"))
         sys.exit(2)
+    except (MemoryError, RuntimeError) as error:
+        of_memory = isinstance(error, MemoryError) or "alloc" in str(error)  # torch raises RuntimeError
+        if not of_memory or os.environ.get("PECOBOOK_TRACEBACK"):
+            raise
+        show(f"pecobook: out of memory: {printable(first_line(error))}")
+        show("Take fewer images at once, fewer pixels, fewer codewords or a smaller network.")
+        sys.exit(2)
     except KeyboardInterrupt:
-        print("pecobook: interrupted.", file=sys.stderr)
+        show("pecobook: interrupted.")
         sys.exit(130)
 
 
@@ -89,15 +97,15 @@ def _print_os_error(error: OSError, *, resumes: bool) -> None:
     """Print an error of the operating system as a sentence with the path and the remedy."""
     reason = (error.strerror or str(error)).rstrip(".")
     path = f"'{error.filename}' cannot be used: " if error.filename else ""
-    print(printable(f"pecobook: {path}{reason[:1].lower()}{reason[1:]}."), file=sys.stderr)
+    show(f"pecobook: {printable(path)}{reason[:1].lower()}{reason[1:]}.")
     again = "continue with --resume" if resumes else "start again"
-    print(_REMEDIES[error.errno or 0].format(again=again), file=sys.stderr)
+    show(_REMEDIES[error.errno or 0].format(again=again))
 
 
 def _stdout_is_closed() -> bool:
     """Return whether the reader of standard output has ended, as after `pecobook recipes | head -1`."""
     try:
-        print(flush=True)
+        show("", stdout=True)
     except BrokenPipeError:
         return True
     return False
@@ -109,20 +117,20 @@ def _print_error(error: PecobookError) -> None:
     initialized = distributed is not None and distributed.is_available() and distributed.is_initialized()
     rank = distributed.get_rank() if distributed is not None and initialized else printing_rank()
     if rank == 0:
-        print(printable(f"pecobook: {error}", keep="\n"), file=sys.stderr)
+        show(f"pecobook: {error}")
     elif not error.on_all_ranks:
-        print(printable(f"pecobook: rank {rank}: {error}", keep="\n"), file=sys.stderr)
+        show(f"pecobook: rank {rank}: {error}")
 
 
 def dispatch(args: list[str]) -> None:
     """Run the command that `args` names, or print help or the version. Raises PecobookError."""
     if not args or args[0] in ("-h", "--help", "help"):
-        print(_help())
+        show(_help(), stdout=True)
         return
     if args[0] == "--version":
         from importlib.metadata import version
 
-        print(f"pecobook {version('pecobook')}")
+        show(f"pecobook {version('pecobook')}", stdout=True)
         return
     command, rest = args[0], args[1:]
     _same_on_all_ranks(lambda: _check_command(command))
@@ -179,7 +187,7 @@ def _recipes(args: list[str]) -> None:
     from pecobook.recipes import claims, story
 
     if args and args[0] in ("-h", "--help", "--help-all"):
-        print(_RECIPES_HELP)
+        show(_RECIPES_HELP, stdout=True)
         return
     matches = [(command, name, claim) for command, name, claim in claims() if set(args) <= {command, name}]
     if not matches:
@@ -188,10 +196,10 @@ def _recipes(args: list[str]) -> None:
         raise ConfigError(f"There is no recipe '{' '.join(args)}'.{suggestion} 'pecobook recipes' lists them.")
     if not args or set(args) <= set(RECIPES):
         for command, name, claim in matches:
-            print(f"{command + ' ' + name:<26} {claim}")
+            show(f"{command + ' ' + name:<26} {claim}", stdout=True)
         return
     for command, name, _ in matches:
-        print(f"{command} {name}\n\n{textwrap.indent(story(command, name), '    ')}\n")
+        show(f"{command} {name}\n\n{textwrap.indent(story(command, name), '    ')}\n", stdout=True)
 
 
 _RECIPES_HELP = """usage: pecobook recipes [COMMAND] [NAME]
@@ -205,13 +213,13 @@ examples
 
 def _completion(args: list[str]) -> None:
     if not args or args[0] in ("-h", "--help", "--help-all"):
-        print(_COMPLETION_HELP)
+        show(_COMPLETION_HELP, stdout=True)
         return
     if len(args) > 1:
         raise ConfigError(f"'completion' takes one shell, not {len(args)} words. See pecobook completion --help.")
     from pecobook.completion import script
 
-    print(script(args[0], COMMANDS), end="")
+    show(script(args[0], COMMANDS), stdout=True, end="")
 
 
 _COMPLETION_HELP = """usage: pecobook completion bash|zsh|fish
@@ -264,8 +272,8 @@ def parse(config: Any, args: list[str], prog: str, unused: Mapping[str, Any] = M
     if {"-h", "--help", "--help-all"} & set(args):
         from pecobook.help import every_flag, page
 
-        show = every_flag if "--help-all" in args else page
-        print(show(command, config, recipe if command in (*RECIPES, "tokenize") else ""))
+        text = every_flag if "--help-all" in args else page
+        show(text(command, config, recipe if command in (*RECIPES, "tokenize") else ""), stdout=True)
         sys.exit(0)
     problems: list[str] = []
     own = {**flags(type(config)), "config": str}
@@ -305,7 +313,7 @@ def read_flags(args: list[str], types: dict[str, Any], command: str, problems: l
         head, _, leaf = name.rpartition(".")
         positive = f"{head}.{leaf.removeprefix('no-')}".lstrip(".") if leaf.startswith("no-") else ""
         if is_switch(types.get(positive)):
-            values[field_name(positive)] = False
+            _set(values, positive, value=False, problems=problems)
             continue
         words = [text] if equals else []
         while not equals and position < len(args) and not args[position].startswith("--"):
@@ -315,10 +323,16 @@ def read_flags(args: list[str], types: dict[str, Any], command: str, problems: l
             problems.append(f"Unknown flag '--{name}'.{_suggest(name, types)} See pecobook {command} --help.")
             continue
         try:
-            values[field_name(name)] = _value(name, words, types[name], command)
+            _set(values, name, value=_value(name, words, types[name], command), problems=problems)
         except ConfigError as error:
             problems.append(str(error))
     return values
+
+
+def _set(values: dict[str, Any], name: str, *, value: Any, problems: list[str]) -> None:
+    if field_name(name) in values:
+        problems.append(f"--{name} is given twice: give it once.")
+    values[field_name(name)] = value
 
 
 def _value(name: str, words: list[str], kind: Any, command: str) -> Any:
@@ -326,7 +340,7 @@ def _value(name: str, words: list[str], kind: Any, command: str) -> Any:
         return tuple(words[0].split(",")) if len(words) == 1 and "," in words[0] else tuple(words)
     if is_switch(kind) and not words:
         return True
-    if not words:
+    if not words or (name == "config" and words == [""]):
         raise ConfigError(f"--{name} needs a value.")
     recipe_names = RECIPES.get("pretrain" if command in ("tokenize", "bench") else command, {})
     if len(words) == 2 and words[1] in recipe_names:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import pickle
 from pathlib import Path
@@ -16,13 +17,17 @@ from hypothesis import strategies as st
 from pecobook.data import tokens
 from pecobook.data.decode import BadImage
 from pecobook.data.tokens import BankLayout, TokenBank, bank_differences, write_shard
+from pecobook.engine.world import is_first_on_machine
 from pecobook.errors import DataError
+from pecobook.settings.images import PhotometricConfig
 
 
 def write_bank(folder: Path, *, images: int = 7, views: int = 3, held_out: int = 2, **more: Any) -> dict[str, Any]:
     """Write a bank whose codes encode their position (image, view, row, column)."""
-    config = {"kind": "token bank", "grid": [2, 3], "views": views, "num_images": images}
-    config |= {"num_evaluation_images": held_out, **more}
+    config: dict[str, Any] = {"kind": "token bank", "grid": [2, 3], "views": views, "num_images": images}
+    config |= {"num_evaluation_images": held_out, "tokenizer": "t", "data": "d", "evaluation_data": "e"}
+    config |= {"seed": 0, "image_size": 8, "tokenizer_size": 8, "min_crop": 0.2, **more}
+    config["colour"] = dataclasses.asdict(PhotometricConfig())
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(config))
     for layout in tokens.bank_layouts(config).values():
@@ -82,7 +87,7 @@ def test_open__refuses_an_unfinished_bank(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def test_open__refuses_a_folder_without_a_bank(tmp_path: Path) -> None:
-    not_a_bank = "is not a token bank"
+    not_a_bank = "is not a token bank|does not hold a JSON object"
     with pytest.raises(DataError, match="is not a token bank: make a token bank with"):
         TokenBank(tmp_path)
     for text, message in (("{", "cannot be read"), ("[]", not_a_bank), ('{"kind": "run"}', not_a_bank)):
@@ -109,9 +114,9 @@ def test_read__refuses_a_damaged_file(tmp_path: Path, damage: str) -> None:
         with pytest.raises(DataError, match=r"codes-00000\.npy' is damaged.*\nDelete that file"):
             TokenBank(tmp_path)
     file.with_name("codes-00000.npy.sha256").unlink()  # as in a bank of an older version
-    bank = TokenBank(tmp_path)
-    with pytest.raises(DataError, match=r"codes-00000\.npy' of the token bank"):
-        bank.read("train", 0, 0)
+    for verify in (True, False):
+        with pytest.raises(DataError, match=r"codes-00000\.npy' of the token bank"):
+            TokenBank(tmp_path, verify=verify).read("train", 0, 0)
 
 
 def test_read__refuses_a_code_that_the_tokenizer_lacks(tmp_path: Path) -> None:
@@ -120,6 +125,34 @@ def test_read__refuses_a_code_that_the_tokenizer_lacks(tmp_path: Path) -> None:
     assert TokenBank(tmp_path, highest + 1).read("train", 1, 2).max() == highest
     with pytest.raises(DataError, match=rf"codes-00000\.npy' .* holds the code {highest}, but .* {highest} codewords"):
         TokenBank(tmp_path, highest).read("train", 1, 2)
+    (tmp_path / "train" / "codes-00000.npy.sha256").unlink()  # without a checksum the bank may be anybody's
+    with pytest.raises(DataError, match=rf"holds the code {highest}"):
+        TokenBank(tmp_path, highest)
+
+
+@pytest.mark.parametrize(("variables", "verified"), [({}, True), ({"LOCAL_RANK": "1"}, False)])
+def test_open__one_process_of_a_machine_verifies_and_says_so(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    variables: dict[str, str],
+    verified: bool,
+) -> None:
+    write_bank(tmp_path)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    (tmp_path / "train" / "codes-00000.npy.sha256").write_text("0 codes-00000.npy")
+    if verified:
+        with pytest.raises(DataError, match="is damaged"):
+            TokenBank(tmp_path, verify=is_first_on_machine())
+    else:
+        TokenBank(tmp_path, verify=is_first_on_machine())
+    (tmp_path / "train" / "codes-00000.npy.sha256").unlink()
+    TokenBank(tmp_path, verify=is_first_on_machine())
+    assert ("MiB verified in" in capsys.readouterr().err) == verified
+    monkeypatch.setenv("PECOBOOK_SKIP_CHECKSUMS", "1")
+    TokenBank(tmp_path)
+    assert capsys.readouterr().err == ""
 
 
 def test_skipped__are_listed_and_have_no_codes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -146,7 +179,7 @@ def test_skipped__are_listed_and_have_no_codes(tmp_path: Path, monkeypatch: pyte
 def test_skipped__refuses_a_damaged_list(tmp_path: Path, text: str) -> None:
     write_bank(tmp_path)
     (tmp_path / "train" / "skipped-00000.json").write_text(text)
-    with pytest.raises(DataError, match=r"skipped-00000\.json' of the token bank cannot be read"):
+    with pytest.raises(DataError, match=r"skipped-00000\.json' (cannot be read|does not hold)"):
         TokenBank(tmp_path)
 
 

@@ -24,6 +24,7 @@ from pecobook.engine.log import (
     open_text_log,
 )
 from pecobook.errors import ConfigError
+from pecobook.utils.printer import say
 
 
 def png() -> bytes:
@@ -259,7 +260,7 @@ def test_progress__prints_plain_lines_without_a_terminal(capsys: pytest.CaptureF
     progress = Progress(total=100, start=90, name="codebook", quiet=False)
     for step in range(91, 101):
         progress.show(step, {"loss": 0.5, "images_per_second": 1234.0, "data_wait": 0.25})
-    progress.say("a word")
+    say("a word")
     progress.close()
     out, err = capsys.readouterr()
     assert out == ""
@@ -297,7 +298,6 @@ def test_progress__estimates_the_time_left_from_the_steps_after_the_first(
 def test_progress__prints_nothing_on_other_ranks(capsys: pytest.CaptureFixture[str]) -> None:
     progress = Progress(total=2, start=0, name="codebook", quiet=True)
     progress.show(2, {"loss": 0.5})
-    progress.say("a word")
     progress.close()
     assert capsys.readouterr() == ("", "")
 
@@ -312,7 +312,7 @@ def test_progress__shows_a_bar_in_a_terminal(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setenv("COLUMNS", "160")
     progress = Progress(total=20, start=0, name="pretrain", quiet=False)
     progress.show(10, {"loss": 0.5, "images_per_second": 80.0})
-    progress.say("a word")
+    say("a word")
     progress.close()
     output = terminal.getvalue()
     for part in ("pretrain", "10/20", "loss 0.5000", "80 img/s", "a word"):
@@ -339,6 +339,6 @@ def test_open_text_log__and_progress_escape_names(tmp_path: Path, monkeypatch: p
     terminal = Terminal()
     monkeypatch.setattr("sys.stderr", terminal)
     progress = Progress(total=1, start=0, name="train", quiet=False)
-    progress.say(name)
+    say(name)
     progress.close()
     assert "a[/b]\\x1b[31m.png" in terminal.getvalue()

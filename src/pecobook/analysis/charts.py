@@ -5,7 +5,6 @@ Every chart is returned as PNG bytes with a transparent background (see `canvas`
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ import numpy as np
 
 from pecobook.analysis.arrays import Array, as_numpy
 from pecobook.analysis.canvas import INK, escape_text, new_figure, png, style_axes, styles
+from pecobook.utils.json_files import metric_lines
 from pecobook.utils.numbers import is_number
 
 if TYPE_CHECKING:
@@ -39,15 +39,7 @@ class Score:
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """Read the records of a `metrics.jsonl`; a last line that a crash truncated is skipped."""
-    records = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError:
-            continue
-        if isinstance(record, dict):
-            records.append(record)
-    return records
+    return [record for _, record in metric_lines(path)]
 
 
 def training_curves(runs: Mapping[str, Metrics], metrics: Sequence[str] | None = None) -> bytes:

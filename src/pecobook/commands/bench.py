@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,6 +13,7 @@ from pecobook.settings.bench import BenchConfig
 from pecobook.settings.values import replace
 from pecobook.utils.files import write_json
 from pecobook.utils.output_folder import check_new_file
+from pecobook.utils.printer import show
 
 if TYPE_CHECKING:
     import torch
@@ -64,7 +64,7 @@ def bench(config: BenchConfig | None = None, **settings: Any) -> dict[str, Any]:
         "tflops_peak": peak / 1e12,
         "share_of_peak": flops / step_seconds["bank"] / peak,
     }
-    print(_table(figures), file=sys.stderr)
+    show(_table(figures))
     if config.out:
         write_json(Path(config.out), figures)
     return figures

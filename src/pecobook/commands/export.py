@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from pecobook.errors import ConfigError, WeightsError
 from pecobook.settings.export import ExportConfig
 from pecobook.utils.files import write_json
+from pecobook.utils.printer import show
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -41,7 +41,7 @@ def export(config: ExportConfig) -> Path:
     with folder.begin():
         lines = write_files()
     lines = with_image(lines, example_image(export_folder(config.run).parent))
-    print(f"\nDone: {folder.path}\n\n{lines}", file=sys.stderr)
+    show(f"\nDone: {folder.path}\n\n{lines}")
     return folder.path
 
 

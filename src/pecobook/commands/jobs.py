@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import os
 import shutil
 import signal
@@ -23,10 +22,12 @@ from typing import Any, TextIO
 
 from pecobook.engine.log import compact_duration
 from pecobook.engine.world import environment_without_launcher
-from pecobook.errors import PecobookError, RunFolderError, printable
+from pecobook.errors import PecobookError, RunFolderError
 from pecobook.settings.values import changed_settings, complete, to_dict
 from pecobook.utils.files import write_json
+from pecobook.utils.json_files import NUMBER, OBJECT, WHOLE, list_of, metric_lines, read_json
 from pecobook.utils.output_folder import OutputFolder
+from pecobook.utils.printer import show
 
 
 def resumed_folder(out: str, settings: dict[str, Any], defaults: dict[str, Any], **rules: Any) -> OutputFolder:
@@ -224,9 +225,11 @@ class _Progress:
         left = f", {compact_duration((self.total - done) / speed)} left" if done > self.done_at_start else ""
         line = f"{100 * done / self.total:3.0f}%{left}: " + ("; ".join(running) or "starting")
         if self.status is not None:
-            self.status.update(line)
+            from rich.text import Text
+
+            self.status.update(Text(line))
         elif (done, running) != self.last_state:  # without this, the log of a long run would repeat equal lines
-            say(line)
+            show(line)
         self.last_state = (done, running)
 
     def close(self) -> None:
@@ -241,10 +244,16 @@ class _Progress:
 def _last_step(run: Path) -> int:
     """Return the last logged step of a run; 0 when nothing has been logged."""
     try:
-        lines = (run / "metrics.jsonl").read_text().splitlines()
-        return int(json.loads(lines[-1])["step"]) if lines else 0
-    except (OSError, ValueError, KeyError):
+        lines = metric_lines(run / "metrics.jsonl")
+    except OSError:
         return 0
+    return int(lines[-1][1]["step"]) if lines else 0
+
+
+def read_analysis(folder: Path) -> dict[str, Any]:
+    """Return the content of an analysis.json of one tokenizer or more. Raises RunFolderError where it is damaged."""
+    schema = {"seconds": NUMBER, "tokenizers": list_of(OBJECT)}
+    return read_json(folder / "analysis.json", schema, remedy="Delete that folder, and start again.")
 
 
 def job_seconds(job: Job) -> float:
@@ -254,7 +263,7 @@ def job_seconds(job: Job) -> float:
     count.
     """
     if job.command == "analyze":
-        return float(json.loads((job.out / "analysis.json").read_text())["seconds"])
+        return float(read_analysis(job.out)["seconds"])
     start, last_start, end = (
         (job.out / name).stat().st_mtime for name in ("config.json", "environment.json", "export/config.json")
     )
@@ -262,17 +271,10 @@ def job_seconds(job: Job) -> float:
 
 
 def _logged_seconds(run: Path) -> float:
-    from pecobook.analysis.charts import read_metrics
-
-    batch_size = json.loads((run / "config.json").read_text())["batch_size"]
+    batch_size = read_json(run / "config.json", {"batch_size": WHOLE})["batch_size"]
     seconds, last_step = 0.0, 0
-    for line in read_metrics(run / "metrics.jsonl"):
+    for _, line in metric_lines(run / "metrics.jsonl"):
         if line.get("images_per_second"):
             seconds += (line["step"] - last_step) * batch_size / line["images_per_second"]
             last_step = line["step"]
     return seconds
-
-
-def say(text: str) -> None:
-    """Print a line on standard error."""
-    print(printable(text, keep="\n"), file=sys.stderr, flush=True)

@@ -6,7 +6,6 @@ regularisation and the layer are chosen on a validation part of the training ima
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +15,7 @@ from pecobook.settings.probe import ProbeConfig
 from pecobook.settings.values import replace
 from pecobook.utils.files import write_json
 from pecobook.utils.output_folder import check_new_file
+from pecobook.utils.printer import say, show
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -46,7 +46,7 @@ def probe(config: ProbeConfig | None = None, **settings: Any) -> dict[str, Any]:
     assert train_labels is not None
     assert test_labels is not None
     results = probe_features(train, test, train_labels, test_labels, seed=config.seed)
-    print(_table(results, len(splits.train.classes or ())), file=sys.stderr, flush=True)
+    show(_table(results, len(splits.train.classes or ())))
     if config.out:
         without_images = {
             probe: {key: value for key, value in result.items() if key != "correct"}
@@ -81,7 +81,7 @@ def _feature_function(config: ProbeConfig) -> tuple[FeatureFunction, int]:
         mean=config.mean,
         std=config.std,
     )
-    print(*backbone.notes, sep="\n", file=sys.stderr)
+    say("\n".join(backbone.notes))
     size = config.image_size or backbone.image_size or 224
     images = torch.zeros(2, 3, size, size)
     layers = EveryLayer(backbone.network.eval())

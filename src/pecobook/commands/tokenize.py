@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
-import sys
 import time
 from collections.abc import Iterator
 from functools import partial
@@ -18,6 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 from pecobook.errors import ConfigError, DataError, Preflight, RunFolderError
 from pecobook.settings.tokenize import TokenizeConfig
+from pecobook.utils.printer import of_run, show
 
 if TYPE_CHECKING:
     from pecobook.data.decode import BadImage
@@ -40,7 +40,7 @@ def tokenize(config: TokenizeConfig) -> Path:
 
     if config.shard:
         return _tokenize_part(config)
-    with launch.signals(config):  # type: ignore[arg-type]  # launch reads devices, nodes and precision alone
+    with of_run(quiet=not is_leader()), launch.signals(config):  # type: ignore[arg-type]  # launch reads devices, nodes and precision alone
         begun = launch.begin(
             config,  # type: ignore[arg-type]
             lambda: _preflight(config),
@@ -88,7 +88,7 @@ def _tokenize_part(config: TokenizeConfig) -> Path:
             _finish(out, layout, next_command(config, ready.bank_config["grid"][0]))
     if missing:
         text = f"Part {config.shard} of '{out}' is written. {len(missing)} files of other parts are missing so far."
-        print(text, file=sys.stderr)
+        show(text)
     return out
 
 
@@ -106,7 +106,7 @@ def _exit_unfinished() -> NoReturn:
     from pecobook.engine.world import is_leader
 
     if is_leader():
-        print("Stopped; the files that are written are whole. Continue with --resume.", file=sys.stderr)
+        show("Stopped; the files that are written are whole. Continue with --resume.")
     raise SystemExit(130)
 
 
@@ -361,8 +361,8 @@ def _finish(out: Path, layout: dict[str, BankLayout], command: str) -> None:
     (out / "skipped.txt").unlink(missing_ok=True)  # a list from before a resume, which may have read these images
     if skipped:
         write_atomically(out / "skipped.txt", ("\n".join(skipped) + "\n").encode())
-        print(f"{len(skipped)} images could not be read; {out / 'skipped.txt'} lists them.", file=sys.stderr)
-    print(f"\nDone: {out}\n\n{command}", file=sys.stderr)
+        show(f"{len(skipped)} images could not be read; {out / 'skipped.txt'} lists them.")
+    show(f"\nDone: {out}\n\n{command}")
 
 
 def next_command(config: TokenizeConfig, grid: int) -> str:

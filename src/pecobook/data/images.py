@@ -13,12 +13,12 @@ are decoded only when they are read.
 from __future__ import annotations
 
 import re
-import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from pecobook.data.source import Contents, ImageSource, Splits, assemble
 from pecobook.errors import DataError, did_you_mean
+from pecobook.utils.printer import say
 
 SOURCE_FORMS = (
     "A source is a folder of images, a parquet file or folder, tar shards ('shards/', 'x-{000..009}.tar'), "
@@ -94,7 +94,7 @@ def say_left_out(source: str, left_out: Mapping[str, int]) -> None:
     """Print what a source holds beside images, for a command that reads all splits as one."""
     if left_out:
         reasons = ", ".join(f"{count:,} {reason}" for reason, count in left_out.items())
-        print(f"Left out of '{source}': {reasons}.", file=sys.stderr)
+        say(f"Left out of '{source}': {reasons}.")
 
 
 def _open(source: str) -> Contents:

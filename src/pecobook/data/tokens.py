@@ -16,8 +16,11 @@ V views, h x w latent grid, K codewords.
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import io
 import json
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,12 +33,25 @@ from torch import Tensor
 
 from pecobook.data.decode import BadImage
 from pecobook.errors import DataError, first_line
-from pecobook.utils.checksums import damage, write_with_checksum
+from pecobook.settings.images import PhotometricConfig
+from pecobook.utils.checksums import SKIP_VARIABLE, checksum_file, checksums_skipped, damage, write_with_checksum
 from pecobook.utils.files import write_atomically
+from pecobook.utils.json_files import ANY, COUNT, NUMBER, TEXT, WHOLE, list_of, read_json
+from pecobook.utils.printer import say, show
 
 MAX_CODEWORDS = 2**16
 SHARD_IMAGES = 8192
 _SHARD_BYTES = 2**26
+_LARGE = 256  # MiB
+
+_AGAIN = "Make the bank again with 'pecobook tokenize'."
+_REASON = list_of(TEXT, 2)
+_COLOUR = {field.name: NUMBER for field in dataclasses.fields(PhotometricConfig)}
+_VIEWS = {"seed": COUNT, "image_size": WHOLE, "tokenizer_size": WHOLE, "min_crop": NUMBER, "colour": _COLOUR}
+_BANK = {
+    **{"kind": TEXT, "tokenizer": TEXT, "grid": list_of(WHOLE, 2), "data": ANY, "evaluation_data": ANY},
+    **{"views": WHOLE, "num_images": WHOLE, "num_evaluation_images": WHOLE, **_VIEWS},
+}
 
 Codes = npt.NDArray[np.uint16]
 
@@ -106,13 +122,15 @@ class TokenBank:
 
     Args:
         folder: the folder of the bank.
-        num_codewords: K of the bank's tokenizer; a code of K or above is reported when it is read.
+        num_codewords: K of the bank's tokenizer; a code of K or above is refused.
+        verify: whether to read all shards and compare them with their checksums, which one process on each machine
+            does for all.
 
     Raises:
         DataError: the folder holds no bank, or the bank is unfinished, or a shard differs from its checksum.
     """
 
-    def __init__(self, folder: str | Path, num_codewords: int = MAX_CODEWORDS) -> None:
+    def __init__(self, folder: str | Path, num_codewords: int = MAX_CODEWORDS, *, verify: bool = True) -> None:
         self.folder = Path(folder)
         self.config = read_bank_config(self.folder)
         self.layouts = bank_layouts(self.config)
@@ -122,16 +140,36 @@ class TokenBank:
                 f"The token bank '{folder}' is unfinished: {len(missing)} of its files are missing; the first is "
                 f"'{missing[0].relative_to(self.folder)}'.\nContinue with the same command and --resume."
             )
-        shards = [layout.file(self.folder, n) for layout in self.layouts.values() for n in range(layout.num_shards)]
-        sentence = damage(shards)
-        if sentence:
-            raise DataError(
-                f"{sentence}\nDelete that file and continue with the command that made the bank and --resume."
-            )
         self._skipped = {split: read_skipped(self.folder, layout) for split, layout in self.layouts.items()}
         self.skipped = np.array(sorted(self._skipped["train"]), dtype=np.int64)
         self._num_codewords = num_codewords
         self._open: dict[Path, Codes] = {}
+        if verify and not checksums_skipped():
+            self._verify()
+
+    def _verify(self) -> None:
+        """Compare all shards with their checksums, and say how long that took."""
+        files, began = list(shard_files(self.folder, self.layouts)), time.monotonic()
+        size = sum(file.stat().st_size for file in files) / 2**20
+        if size > _LARGE:
+            show(f"verifying the token bank '{self.folder}', {size:,.0f} MiB ({SKIP_VARIABLE}=1 skips this)")
+        if sentence := damage(files):
+            raise DataError(
+                f"{sentence}\nDelete that file and continue with the command that made the bank and --resume."
+            )
+        # A checksum says that the shard is what a tokenizer wrote; others may hold any codes.
+        for layout in self.layouts.values():
+            for number in range(layout.num_shards):
+                if not checksum_file(layout.file(self.folder, number)).exists():
+                    self._check_codes(layout.file(self.folder, number), int(self.shard(layout.split, number).max()))
+        say(f"token bank '{self.folder}': {size:,.0f} MiB verified in {time.monotonic() - began:.1f} s")
+
+    def _check_codes(self, file: Path, highest: int) -> None:
+        if highest >= self._num_codewords:
+            raise DataError(
+                f"'{file}' of the token bank holds the code {highest}, but its tokenizer has {self._num_codewords} "
+                "codewords: the bank is damaged, or was not made by pecobook. Make it again with 'pecobook tokenize'."
+            )
 
     @property
     def num_views(self) -> int:
@@ -152,11 +190,7 @@ class TokenBank:
         if file not in self._open:
             self._open[file] = self.shard(split, shard)
         codes = self._open[file][row, view].astype(np.int64)
-        if codes.max() >= self._num_codewords:
-            raise DataError(
-                f"'{file}' of the token bank holds the code {codes.max()}, but its tokenizer has "
-                f"{self._num_codewords} codewords: the bank is damaged, or was not made by pecobook."
-            )
+        self._check_codes(file, int(codes.max()))
         return torch.from_numpy(codes)
 
     def shard(self, split: str, number: int) -> Codes:
@@ -184,10 +218,10 @@ def _map(file: Path, shape: tuple[int, ...]) -> Codes:
 
 def bank_layouts(config: dict[str, Any]) -> dict[str, BankLayout]:
     """Return the layout of each split from the content of a bank's config.json."""
-    grid = (int(config["grid"][0]), int(config["grid"][1]))
+    grid = (config["grid"][0], config["grid"][1])
     return {
-        "train": BankLayout("train", int(config["num_images"]), int(config["views"]), grid),
-        "evaluation": BankLayout("evaluation", int(config["num_evaluation_images"]), 1, grid),
+        "train": BankLayout("train", config["num_images"], config["views"], grid),
+        "evaluation": BankLayout("evaluation", config["num_evaluation_images"], 1, grid),
     }
 
 
@@ -208,26 +242,21 @@ def read_skipped(folder: Path, layout: BankLayout) -> dict[int, BadImage]:
     """Read the errors of a split's unreadable images, by image number. Raises DataError if a list is damaged."""
     skipped: dict[int, BadImage] = {}
     for file in sorted((folder / layout.split).glob("skipped-*.json")):
-        try:
-            reasons = json.loads(file.read_text())
-            skipped |= {int(number): BadImage(name, reason) for number, (name, reason) in reasons.items()}
-        except (OSError, ValueError, TypeError, AttributeError) as error:
-            raise DataError(f"'{file}' of the token bank cannot be read: {first_line(error)}.") from None
+        reasons = read_json(file, error=DataError, remedy=_AGAIN)
+        if not all(number.isdecimal() and _REASON.holds(reason) for number, reason in reasons.items()):
+            raise DataError(f"'{file}' does not hold the name and the reason of each skipped image. {_AGAIN}")
+        skipped |= {int(number): BadImage(name, reason) for number, (name, reason) in reasons.items()}
     return skipped
 
 
 def read_bank_config(folder: Path) -> dict[str, Any]:
     """Read a bank's config.json. Raises DataError if the folder holds no token bank."""
-    file = folder / "config.json"
-    try:
-        config = json.loads(file.read_text())
-    except FileNotFoundError:
-        raise DataError(f"'{folder}' is not a token bank: make a token bank with 'pecobook tokenize'.") from None
-    except (OSError, ValueError) as error:
-        raise DataError(f"'{file}' cannot be read: {error}") from None
-    if not isinstance(config, dict) or config.get("kind") != "token bank":
+    file, config = folder / "config.json", {}
+    with contextlib.suppress(FileNotFoundError):
+        config = read_json(file, error=DataError, remedy=_AGAIN)
+    if config.get("kind") != "token bank":
         raise DataError(f"'{folder}' is not a token bank: make a token bank with 'pecobook tokenize'.")
-    return config
+    return read_json(file, _BANK, error=DataError, remedy=_AGAIN)
 
 
 def bank_differences(bank_config: dict[str, Any], current: dict[str, Any]) -> list[str]:

@@ -7,7 +7,6 @@ dark image into full contrast. Images of 8 bits keep their values.
 from __future__ import annotations
 
 import contextlib
-import sys
 from collections.abc import Sequence
 
 from pecobook.data.decode import BadImage
@@ -16,6 +15,7 @@ from pecobook.data.sampler import fixed_permutation
 from pecobook.data.source import ImageSource
 from pecobook.errors import DataError
 from pecobook.settings.images import AUTO, RangeSetting
+from pecobook.utils.printer import say
 
 _SAMPLE = 64
 """Number of images at which `auto` looks."""
@@ -50,7 +50,7 @@ def apply_value_range(
         source.use_range(chosen)
     if not quiet:
         for line in _notes(name, setting, trained, chosen, survey):
-            print(line, file=sys.stderr)
+            say(line)
 
 
 def _survey(sources: Sequence[ImageSource]) -> Survey:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import os
 import pickle
 import shutil
-import sys
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -26,6 +25,7 @@ from pecobook.errors import RunFolderError, first_line, loading_reason
 from pecobook.utils.checksums import add_checksum, damage
 from pecobook.utils.distributed import on_first_rank
 from pecobook.utils.files import sync_folder
+from pecobook.utils.printer import say
 
 
 class Stateful(Protocol):
@@ -132,8 +132,8 @@ def _newest_whole(folder: Path) -> int:
         aside = folder / f"{_name(step)}.damaged"
         shutil.rmtree(aside, ignore_errors=True)
         (folder / _name(step)).rename(aside)
-        print(f"{sentence}\nIt is set aside as '{aside.name}'; the run continues from before.", file=sys.stderr)
-    print(f"There is no checkpoint in '{folder}': the run starts at its first step.", file=sys.stderr)
+        say(f"{sentence}\nIt is set aside as '{aside.name}'; the run continues from before.")
+    say(f"There is no checkpoint in '{folder}': the run starts at its first step.")
     return 0
 
 

@@ -9,9 +9,8 @@ import atexit
 import dataclasses
 import logging
 import os
-import sys
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING, Any, Generic, NamedTuple, Protocol, TypeVar
 
@@ -26,6 +25,7 @@ from pecobook.settings.training import TrainConfig
 from pecobook.utils.devices import cores
 from pecobook.utils.distributed import gather_objects, on_all_ranks, on_first_rank
 from pecobook.utils.folder_lock import FolderLock
+from pecobook.utils.printer import show
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
@@ -42,13 +42,6 @@ class Checked(Protocol):
 R = TypeVar("R", bound=Checked)
 
 _PRECISIONS = {"bf16": "bf16-mixed", "fp16": "16-mixed"}
-
-
-def say(lines: Iterable[str]) -> None:
-    """Write lines to the screen, once for all processes of a run."""
-    if is_leader():
-        for line in lines:
-            print(line, file=sys.stderr, flush=True)
 
 
 def device_count(config: TrainConfig) -> int:
@@ -72,6 +65,8 @@ def device_count(config: TrainConfig) -> int:
     devices = int(config.devices)
     if gpus and devices > gpus:
         raise ConfigError(f"--devices {devices}: this machine has {gpus} GPU{'s' if gpus > 1 else ''}.")
+    if not gpus and devices > 8 * (os.cpu_count() or 1):
+        raise ConfigError(f"--devices {devices}: this machine has {os.cpu_count()} cores; give at most one for each.")
     return devices
 
 
@@ -164,8 +159,7 @@ def begin(config: TrainConfig, preflight: Callable[[], R], prepare: Callable[[R]
 def _stop_if_asked() -> None:
     """Exit with code 130 on all processes when a signal has asked one of them to stop."""
     if any(gather_objects(stop_requested())):
-        if is_leader():
-            print("Stopped before the first step.", file=sys.stderr)
+        show("Stopped before the first step.")
         raise SystemExit(130)
 
 

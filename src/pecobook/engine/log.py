@@ -13,11 +13,14 @@ import os
 import sys
 import time
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
 from pecobook.errors import ConfigError, printable
 from pecobook.utils.files import write_atomically
+from pecobook.utils.json_files import metric_lines
+from pecobook.utils.printer import print_above, show, write_notes_to
 
 
 class Sink(Protocol):
@@ -70,35 +73,13 @@ class JsonLines:
         self._file.close()
 
 
-def _parsed(line: str) -> dict[str, Any]:
-    """Return the metrics of a line, empty for one that a crash has cut off.
-
-    A line that was cut off while an evaluation was added to it keeps the rest: a resume repeats the evaluation.
-    """
-    before = line.partition(', "evaluation/')[0].rstrip(", ") + "}"
-    for text in (line,) if line.endswith("}") else (before, before.rpartition(", ")[0] + "}"):
-        try:
-            metrics = json.loads(text)
-            if isinstance(metrics["step"], int) and len(metrics) > 1:
-                return dict(metrics)
-        except (ValueError, KeyError, TypeError):
-            continue
-    return {}
-
-
 def _drop_after(path: Path, step: int) -> dict[str, Any]:
     """Remove lines of steps after `step` and lines cut off by a crash; return the last line left, or an empty dict."""
-    lines: list[str] = []
-    last: dict[str, Any] = {}
     if not path.exists():
-        return last
-    for line in path.read_text(errors="replace").splitlines():
-        metrics = _parsed(line)
-        if metrics and metrics["step"] <= step:
-            lines.append(line if line.endswith("}") else json.dumps(metrics))
-            last = metrics
-    write_atomically(path, "".join(line + "\n" for line in lines).encode())
-    return last
+        return {}
+    kept = [(line, metrics) for line, metrics in metric_lines(path) if metrics["step"] <= step]
+    write_atomically(path, "".join(line + "\n" for line, _ in kept).encode())
+    return kept[-1][1] if kept else {}
 
 
 class TensorBoard:
@@ -251,6 +232,7 @@ def open_text_log(folder: Path) -> logging.Logger:
     handler = logging.FileHandler(folder / "train.log")
     handler.setFormatter(_Printable("%(asctime)s %(message)s"))
     logger.addHandler(handler)
+    write_notes_to(logger.info)
     return logger
 
 
@@ -278,11 +260,13 @@ class Progress:
                 TextColumn("[bold]{task.description}"),
                 BarColumn(),
                 MofNCompleteColumn(),
-                TextColumn("{task.fields[status]}"),
+                TextColumn("{task.fields[status]}", markup=False),
                 TimeElapsedColumn(),
                 console=Console(stderr=True),
             )
             self._bar.start()
+            # A name may hold "[/b]", which is no markup.
+            print_above(partial(self._bar.console.print, highlight=False, markup=False))
             self._task = self._bar.add_task(name, total=total, completed=start, status="")
 
     def show(self, step: int, metrics: Mapping[str, float], *, now: bool = False) -> None:
@@ -318,22 +302,13 @@ class Progress:
             self._bar.update(self._task, completed=step, status=status)
         elif time_now - self._last_line > wait or step == self.total:
             self._last_line = time_now
-            print(f"{self.name} {step}/{self.total}  {status}".rstrip(), file=sys.stderr, flush=True)
-
-    def say(self, text: str) -> None:
-        """Print a line above the bar."""
-        if self.quiet:
-            return
-        text = printable(text, keep="\n")
-        if self._bar is not None:
-            self._bar.console.print(text, highlight=False, markup=False)  # a name may hold "[/b]"
-        else:
-            print(text, file=sys.stderr, flush=True)
+            show(f"{self.name} {step}/{self.total}  {status}".rstrip())
 
     def close(self) -> None:
         """Stop the bar and leave it on the screen."""
         if self._bar is not None:
             self._bar.stop()
+            print_above(None)
 
 
 def compact_duration(seconds: float) -> str:

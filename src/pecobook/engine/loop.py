@@ -36,6 +36,7 @@ from pecobook.settings.training import TrainConfig
 from pecobook.settings.values import to_dict
 from pecobook.utils.distributed import on_first_rank
 from pecobook.utils.files import write_atomically
+from pecobook.utils.printer import say, show, write_notes_to
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
@@ -76,7 +77,7 @@ def fit(
     """
     loop = Loop(fabric, stage, train, evaluation, reference, config, command)
     for line in preamble:
-        loop.announce(line)
+        say(line)
     return loop.run()
 
 
@@ -138,7 +139,7 @@ class Loop:
         """Train until the last step or a signal, with evaluations and checkpoints on the way."""
         step = self.start
         if self.warmup_warning and step < self.total:
-            self.announce(self.warmup_warning)
+            say(self.warmup_warning)
         try:
             with Signals() as signals, deterministic(self.fabric.device, self.config.deterministic):
                 positions = self._positions(self.start, self.total)
@@ -146,7 +147,7 @@ class Loop:
                 self._measured_at = time.monotonic()
                 self._saved_at, self._waited, self._measured_step = self._measured_at, 0.0, self.start
                 if self.config.compile:
-                    self.progress.say("Compiling: the first step can take minutes.")
+                    show("Compiling: the first step can take minutes.")
                 self._complete_evaluation()
                 while step < self.total:
                     stop = self.step_once(step, batches, signals)
@@ -155,7 +156,7 @@ class Loop:
                     if is_time(step, self.config.sample_every, self.total):
                         self._evaluate(step)
                     if stop and step < self.total:
-                        self.progress.say(f"Stopped at step {step}; the checkpoint is written. Continue with --resume.")
+                        show(f"Stopped at step {step}; the checkpoint is written. Continue with --resume.")
                         return Outcome(step, False, self.last_metrics)
             return Outcome(step, True, self.last_metrics)
         except torch.OutOfMemoryError:
@@ -255,7 +256,7 @@ class Loop:
         warning = self.stage.warning(values, step)
         if warning and not self._warned:
             self._warned = True
-            self.announce(warning)
+            say(warning)
 
     def _evaluate(self, step: int) -> None:
         """Compute metrics over held-out images, and write pictures of the first few into samples/."""
@@ -283,7 +284,7 @@ class Loop:
         number = min(len(self.evaluation), self.config.evaluation_images)
         few = f"{number} held-out image{'s' if number > 1 else ''}, too few for any claim"
         images = few if number < _MIN_HELD_OUT else "held-out images"
-        self.announce(f"step {step}, {images}: {metrics or 'nothing could be measured'}")
+        say(f"step {step}, {images}: {metrics or 'nothing could be measured'}")
         if result.pictures:
             png = _grid(result.pictures)
             write_atomically(self.out / "samples" / f"step-{step:08d}.png", png)
@@ -347,22 +348,15 @@ class Loop:
             for names in names_by_rank:
                 self._note_skipped(names)
 
-    def announce(self, text: str) -> None:
-        """Write a line to the screen and into train.log."""
-        self.progress.say(text)
-        if self.sinks:
-            self.text.info(text)
-
     def _close(self) -> None:
         self.progress.close()
         if self.skipped and self.sinks:
             number = len(self.skipped)
-            self.announce(
-                f"{number} image{'s' if number > 1 else ''} could not be read; {self.out / 'train.log'} lists them."
-            )
+            say(f"{number} image{'s' if number > 1 else ''} could not be read; {self.out / 'train.log'} lists them.")
         for sink in self.sinks:
             sink.close()
         if self.sinks:
+            write_notes_to(None)
             for handler in list(self.text.handlers):
                 handler.close()
                 self.text.removeHandler(handler)

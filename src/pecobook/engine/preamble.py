@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-
 import torch
 from torch import nn
 
@@ -12,6 +10,7 @@ from pecobook.data.summary import Lines, aligned, describe
 from pecobook.engine.launch import micro_batch_size, total_devices
 from pecobook.settings.durations import steps
 from pecobook.settings.training import TrainConfig
+from pecobook.utils.printer import show
 
 
 def describe_run(stage: nn.Module, config: TrainConfig, num_images: int) -> Lines:
@@ -42,7 +41,7 @@ def describe_run(stage: nn.Module, config: TrainConfig, num_images: int) -> Line
 
 def show_source(splits: Splits, *more: tuple[str, str]) -> None:
     """Print lines on the images, and `more` lines, for a command that trains nothing."""
-    print("\n".join(aligned([*describe(splits), *more])), file=sys.stderr, flush=True)
+    show("\n".join(aligned([*describe(splits), *more])))
 
 
 def parameter_counts(stage: nn.Module) -> tuple[int, int]:

@@ -5,7 +5,6 @@ config.json  environment.json  metrics.jsonl  train.log  samples/  checkpoints/ 
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 import shlex
@@ -20,7 +19,9 @@ from pecobook.settings.training import TrainConfig
 from pecobook.settings.values import BEFORE, changed_settings, complete, to_dict
 from pecobook.utils.files import write_json
 from pecobook.utils.folder_lock import FolderLock
+from pecobook.utils.json_files import ANY, OBJECT, TEXT, list_of, read_if_valid
 from pecobook.utils.output_folder import OutputFolder
+from pecobook.utils.printer import say
 
 _FILES = (
     *("config.json", "environment.json", "metrics.jsonl", "train.log", "events.out.tfevents.*", ".*.tmp"),
@@ -43,11 +44,8 @@ def prepare(config: TrainConfig, command: str) -> FolderLock:
 
 def recorded_range(out: str) -> RangeSetting:
     """Return the range of values that the run in the folder `out` took; `AUTO` if there is no such run."""
-    try:
-        settings = json.loads((Path(out) / "config.json").read_text())
-        return tuple(settings.get("value_range", BEFORE["value_range"]))
-    except (OSError, ValueError, AttributeError, TypeError):  # no run: `check` says so
-        return AUTO
+    settings = read_if_valid(Path(out) / "config.json", {"value_range": list_of(ANY).or_none})
+    return tuple(settings.get("value_range", BEFORE["value_range"])) if settings else AUTO  # no run: `check` says so
 
 
 def _folder(config: TrainConfig, command: str) -> OutputFolder:
@@ -78,11 +76,8 @@ def _check_resume(config: TrainConfig, command: str, old: dict[str, Any]) -> Non
 
 
 def _is_run(out: Path) -> bool:
-    try:  # many folders hold a config.json; pecobook's names its command
-        settings = json.loads((out / "config.json").read_text())
-    except (OSError, ValueError):
-        return False
-    return isinstance(settings, dict) and {"command", "data", "out"} <= settings.keys()
+    # Many folders hold a config.json; pecobook's names its command.
+    return bool(read_if_valid(out / "config.json", {"command": TEXT, "data": TEXT, "out": TEXT}))
 
 
 def _write_settings(config: TrainConfig, command: str, out: Path) -> None:
@@ -96,14 +91,11 @@ def _write_settings(config: TrainConfig, command: str, out: Path) -> None:
 def _write_environment(file: Path) -> None:
     """Write environment.json; where a resumed run had other versions, say which, and keep the earlier content."""
     current = environment()
-    try:
-        earlier = dict(json.loads(file.read_text()))
-    except (OSError, TypeError, ValueError):
-        earlier = {}
-    before, now = dict(earlier.get("versions") or {}), current["versions"]
+    earlier = read_if_valid(file, {"versions": OBJECT, "earlier": list_of(OBJECT).or_none})
+    before, now = earlier.get("versions", {}), current["versions"]
     changes = [f"{name} {before[name]} -> {now[name]}" for name in now if before.get(name, now[name]) != now[name]]
     if changes:
-        print(f"Versions differ from those with which the run began: {', '.join(changes)}.", file=sys.stderr)
+        say(f"Versions differ from those with which the run began: {', '.join(changes)}.")
         current["earlier"] = [*earlier.pop("earlier", []), earlier]
     elif earlier.get("earlier"):
         current["earlier"] = earlier["earlier"]

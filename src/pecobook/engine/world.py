@@ -101,6 +101,12 @@ def is_leader() -> bool:
     return all(os.environ.get(name, "0") == "0" for name in ("RANK", "LOCAL_RANK", "NODE_RANK"))
 
 
+def is_first_on_machine() -> bool:
+    """Return whether this process is the first of its run on its machine, and does what one can do for all."""
+    world = launched()
+    return os.environ.get("LOCAL_RANK", "0") == "0" if world is None else world.local_rank == 0
+
+
 def printing_rank() -> int:
     """Return the rank by which one process prints an error that all have; known also where `launched` fails."""
     stepped = int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1

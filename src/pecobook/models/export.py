@@ -16,6 +16,22 @@ from torch import Tensor, nn
 
 from pecobook.errors import PecobookError, WeightsError, first_line
 from pecobook.settings.images import AUTO, RangeSetting
+from pecobook.utils.json_files import COUNT, NUMBER, OBJECT, SWITCH, TEXT, WHOLE, Schema, list_of, read_json
+
+_NETWORK = {"name": TEXT, "args": OBJECT, "mean": list_of(NUMBER, 3), "std": list_of(NUMBER, 3)}
+_PYRAMID = {**_NETWORK, "image_size": WHOLE, "window": COUNT}
+_COMMON = {"kind": TEXT.or_none, "origin": TEXT.or_none, "value_range": list_of(NUMBER, 2).or_none}
+_SCHEMAS: dict[str, Schema] = {
+    "tokenizer": {"model": OBJECT, "num_codewords": WHOLE, "image_size": WHOLE},
+    "backbone": {**_NETWORK, "image_size": WHOLE.or_none},
+    "classifier": {**_NETWORK, "image_size": WHOLE, "classes": list_of(TEXT), "crop": NUMBER.or_none},
+    "segmenter": {"pyramid": _PYRAMID, "classes": list_of(TEXT), "width": WHOLE, "image_size": WHOLE},
+    "detector": {
+        **{"pyramid": _PYRAMID, "classes": list_of(TEXT), "category_ids": list_of(COUNT), "masks": SWITCH},
+        **{"sides": list_of(WHOLE, 2), "heads": OBJECT},
+    },
+}
+"""What config.json holds, by the kind of the network."""
 
 
 def export_folder(path: str | Path) -> Path:
@@ -35,13 +51,9 @@ def read_settings(path: str | Path) -> dict[str, Any]:
     """Return the settings of an export folder, without the weights. Raises WeightsError if it is missing or damaged."""
     folder = export_folder(path)
     _check_undamaged(folder / "config.json")
-    try:
-        config = json.loads((folder / "config.json").read_text())
-        if not isinstance(config, dict):
-            raise ValueError("config.json contains no JSON object")
-    except (OSError, ValueError) as error:
-        raise WeightsError(f"The export in '{folder}' cannot be read: {error}") from None
-    return config
+    file, remedy = folder / "config.json", "Export the run again, with --resume."
+    kind = read_json(file, _COMMON, error=WeightsError, remedy=remedy).get("kind")
+    return read_json(file, _SCHEMAS.get(str(kind), {}), error=WeightsError, remedy=remedy)
 
 
 def read_export(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -52,9 +64,13 @@ def read_export(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     config, folder = read_settings(path), export_folder(path)
     _check_undamaged(folder / "model.safetensors")
     try:
-        return config, load_file(folder / "model.safetensors")
+        state = load_file(folder / "model.safetensors")
     except (OSError, SafetensorError) as error:
         raise WeightsError(f"The export in '{folder}' cannot be read: {error}") from None
+    broken = next((name for name, value in state.items() if value.is_floating_point() and value.isnan().any()), None)
+    if broken:
+        raise WeightsError(f"The export in '{path}' has NaN in '{broken}': train again with a lower --optim.lr.")
+    return config, state
 
 
 def _check_undamaged(file: Path) -> None:
@@ -212,7 +228,8 @@ class Exported(nn.Module):
             network = cls.rebuild(config)
             network.load_exported(state)
         except (PecobookError, KeyError, IndexError, TypeError, ValueError, RuntimeError) as error:
-            raise WeightsError(f"The {cls.kind} in '{source}' is damaged: {error}") from None
+            reason = " ".join(line.strip() for line in str(error).splitlines()[:2])  # torch lists every tensor
+            raise WeightsError(f"The {cls.kind} in '{source}' is damaged: {reason}") from None
         network.origin, network.value_range = origin, value_range
         return network.eval()
 

@@ -7,13 +7,14 @@ MAE's and DeiT's files, which fit the same network, with ImageNet's mean.
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import re
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
+
+from pecobook.utils.json_files import NUMBER, OBJECT, list_of, read_if_valid
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # timm's defaults
 _HALF = (0.5, 0.5, 0.5)
@@ -87,14 +88,9 @@ def neighbour_normalisation(path: str) -> Normalisation | None:
         ("preprocessor_config.json", ("image_mean", "image_std")),
         ("config.json", ("mean", "std")),
     ):
-        try:
-            content: Any = json.loads((Path(path).parent / name).read_text())
-        except (OSError, ValueError):
-            continue
-        if not isinstance(content, dict):
-            continue
+        content = read_if_valid(Path(path).parent / name, {"pretrained_cfg": OBJECT.or_none})
         values: list[Any] = [content.get(key, (content.get("pretrained_cfg") or {}).get(key)) for key in keys]
-        if all(isinstance(value, list) and len(value) == 3 for value in values):
+        if all(map(list_of(NUMBER, 3).holds, values)):
             mean, std = (tuple(float(number) for number in value) for value in values)
             return Normalisation(mean, std, f"so says {name} beside the file")
     return None

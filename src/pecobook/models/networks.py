@@ -58,9 +58,10 @@ def create_network(name: str, download: bool = False, /, **kwargs: Any) -> nn.Mo
         network: nn.Module = timm.create_model(timm_name, pretrained=download, **kwargs)
     except TypeError as error:
         raise WeightsError(f"timm's '{timm_name}' does not accept these arguments: {error}") from None
-    except (OSError, RuntimeError, ValueError, AssertionError) as error:
+    except (OSError, RuntimeError, ValueError, AssertionError, ArithmeticError, AttributeError, LookupError) as error:
         if not download:
-            raise WeightsError(f"timm cannot build '{timm_name}' with {kwargs}: {first_line(error)}") from None
+            reason = first_line(error).rstrip(".")
+            raise WeightsError(f"timm cannot build '{timm_name}' with {kwargs}: {reason}. Change these.") from None
         raise WeightsError(
             f"The weights of timm's '{timm_name}' cannot be downloaded ({first_line(error)}).\n"
             "Check the internet connection, give a local file of weights, or use random weights."

@@ -7,7 +7,8 @@ import math
 
 from pecobook.settings.images import ImagesConfig
 from pecobook.settings.normalisation import check_normalisation
-from pecobook.settings.values import between, positive
+from pecobook.settings.perceptual import check_layers
+from pecobook.settings.values import LARGEST, between, positive
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -58,6 +59,7 @@ class AnalyzeConfig(ImagesConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_normalisation(self, "classifier_mean", "classifier_std")
+        check_layers(self, "perceptual_layers")
         positive(self, "max_train", "max_test")
-        between(self, 0, 2**31 - 1, "seed")
+        between(self, 0, LARGEST, "seed")
         between(self, 0, math.inf, "codewords")

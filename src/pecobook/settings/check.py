@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from typing import Literal
 
-from pecobook.settings.images import ImagesConfig
+from pecobook.settings.images import MAX_WORKERS, ImagesConfig
 from pecobook.settings.values import between, read_config, refuse, replace
 
 
@@ -47,7 +46,7 @@ class CheckConfig(ImagesConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         between(self, 1, 1000, "samples")
-        between(self, -1, math.inf, "workers")
+        between(self, -1, MAX_WORKERS, "workers")
         if self.out and not self.out.lower().endswith(".png"):
             refuse("out", f"names the contact sheet, a .png file, not '{self.out}'.")
         if self.recipe and self.task == "auto":

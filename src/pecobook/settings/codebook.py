@@ -9,7 +9,7 @@ from pecobook.errors import ConfigError
 from pecobook.settings.perceptual import PerceptualConfig
 from pecobook.settings.tokenizer import AutoencoderConfig, QuantizerConfig
 from pecobook.settings.training import BaseOptimConfig, CropTrainConfig
-from pecobook.settings.values import between, positive
+from pecobook.settings.values import MAX_WIDTH, between, positive
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -28,7 +28,7 @@ class AdversarialConfig:
 
     def __post_init__(self) -> None:
         between(self, 0.0, float("inf"), "weight", "start")
-        positive(self, "width", "num_layers")
+        positive(self, "width", "num_layers", most=MAX_WIDTH)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -52,7 +52,8 @@ class ExplicitConfig:
     def __post_init__(self) -> None:
         between(self, 0.0, float("inf"), "weight")
         between(self, 0.0, 1.0, "momentum")
-        positive(self, "temperature", "hidden_dim", "output_dim")
+        positive(self, "temperature")
+        positive(self, "hidden_dim", "output_dim", most=MAX_WIDTH)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

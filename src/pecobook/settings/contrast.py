@@ -7,7 +7,7 @@ import math
 
 from pecobook.settings.images import JitterConfig, PhotometricConfig
 from pecobook.settings.training import BackboneConfig, BaseOptimConfig, CropTrainConfig
-from pecobook.settings.values import between, positive
+from pecobook.settings.values import MAX_WIDTH, between, positive
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -48,7 +48,8 @@ class ContrastConfig(CropTrainConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        positive(self, "temperature", "hidden_dim", "output_dim")
+        positive(self, "temperature")
+        positive(self, "hidden_dim", "output_dim", most=MAX_WIDTH)
         between(self, 0, math.inf, "knn_images")
         between(self, 0.0, 1.0, "momentum", "blur", "solarise")
 

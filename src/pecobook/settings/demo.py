@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 from typing import Literal
 
-from pecobook.settings.images import ImagesConfig
-from pecobook.settings.values import between, positive
+from pecobook.settings.images import MAX_LENGTH, ImagesConfig
+from pecobook.settings.values import LARGEST, between, positive
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -29,5 +29,6 @@ class DemoConfig(ImagesConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        positive(self, "length", "max_train", "max_test")
-        between(self, 0, 2**31 - 1, "seed")
+        positive(self, "max_train", "max_test")
+        positive(self, "length", most=MAX_LENGTH)
+        between(self, 0, LARGEST, "seed")

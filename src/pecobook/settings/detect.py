@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 from pecobook.settings.dense import PyramidConfig
+from pecobook.settings.images import MAX_IMAGE_SIZE
 from pecobook.settings.normalisation import NormalisationConfig
 from pecobook.settings.training import OptimConfig, TrainConfig
 from pecobook.settings.values import between, positive, refuse
@@ -79,9 +80,10 @@ class DetectConfig(TrainConfig, NormalisationConfig):
         TrainConfig.__post_init__(self)
         NormalisationConfig.__post_init__(self)
         between(self, 0.0, 1.0, "drop_path")
-        positive(self, "max_size", "jitter")
-        if not self.scales or min(self.scales) <= 0:
-            refuse("scales", f"takes one or more lengths above 0, not {self.scales}.")
+        positive(self, "scales", "max_size", most=MAX_IMAGE_SIZE)
+        positive(self, "jitter")
+        if not self.scales:
+            refuse("scales", "takes one or more lengths above 0.")
         if self.jitter and not (len(self.jitter) == 2 and self.jitter[0] <= self.jitter[1]):
             refuse("jitter", f"takes two numbers above 0, the smaller number first, not {self.jitter}.")
 

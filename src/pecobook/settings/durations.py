@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Iterable
 
 from pecobook.errors import ConfigError
 from pecobook.settings.values import refuse
 
+_LONGEST = 10**12
+"""Largest number of a duration."""
 _DURATION = re.compile(r"^\s*([0-9]*\.?[0-9]+(?:e[0-9]+)?)\s*(|steps?|epochs?|ep|images?|%)\s*$", re.IGNORECASE)
 
 
 def parse_duration(text: str, name: str) -> tuple[float, str]:
     """Split "100 epochs" into (100.0, "epochs"). Raises ConfigError that names the flag `name`."""
     match = _DURATION.match(str(text))
-    if not match or math.isinf(float(match[1])):
+    if not match:
         raise ConfigError(f"--{name} {_problem(text)}")
     unit = match[2].lower()
     units = {"": "steps", "step": "steps", "epoch": "epochs", "ep": "epochs", "image": "images"}
@@ -33,7 +34,10 @@ def check_durations(name: str, texts: Iterable[str], *, percent: bool) -> None:
         except ConfigError:
             refuse(name, _problem(text, percent=percent))
         else:
-            if unit == "%" and not percent:
+            if length > (100 if unit == "%" else _LONGEST):
+                limit = "100%, the length of the training" if unit == "%" else f"{_LONGEST:.0e} {unit}"
+                refuse(name, f"must be at most {limit}, not {text}.")
+            elif unit == "%" and not percent:
                 refuse(name, f"is the length of the training: give steps or epochs, not {text}.")
             elif length == 0 and not percent:
                 refuse(name, f"must be above 0, not {text}.")
@@ -65,4 +69,6 @@ def steps(text: str, *, num_images: int, batch_size: int, total: int | None = No
         "images": value / batch_size,
         "%": value / 100 * (total or 0),
     }[unit]
+    if count > 2**53:
+        raise ConfigError(f"--{name} {text} is {count:.3g} steps, too many to count: give less.")
     return max(round(count), 1) if value > 0 else 0

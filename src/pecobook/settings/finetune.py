@@ -7,7 +7,7 @@ import math
 
 from pecobook.settings.normalisation import NormalisationConfig
 from pecobook.settings.training import CropTrainConfig, OptimConfig
-from pecobook.settings.values import between, positive
+from pecobook.settings.values import below_one, between, positive
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -49,6 +49,7 @@ class FinetuneConfig(CropTrainConfig, NormalisationConfig):
     def __post_init__(self) -> None:
         CropTrainConfig.__post_init__(self)
         NormalisationConfig.__post_init__(self)
-        between(self, 0.0, 1.0, "drop_path", "label_smoothing", "random_erasing", "average", "eval_crop")
+        below_one(self, "average")
+        between(self, 0.0, 1.0, "drop_path", "label_smoothing", "random_erasing", "eval_crop")
         positive(self, "eval_crop")
         between(self, 0, math.inf, "mixup", "cutmix")

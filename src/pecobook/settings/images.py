@@ -46,6 +46,15 @@ class PhotometricConfig(JitterConfig):
         between(self, 0.0, 1.0, "blur", "solarise")
 
 
+MAX_IMAGE_SIZE = 16_384
+"""Largest side of the views of a model, pixels."""
+MAX_BATCH = 2**20
+"""Largest number of images in a batch."""
+MAX_LENGTH = 1e6
+"""Largest factor on the length of runs."""
+MAX_WORKERS = 256
+"""Largest number of data-loading processes of a device."""
+
 RangeSetting: TypeAlias = tuple[float | str, ...]
 AUTO: RangeSetting = ("auto",)
 """The value of --value-range that chooses the range."""

@@ -7,7 +7,7 @@ import math
 from typing import Literal
 
 from pecobook.settings.normalisation import check_normalisation
-from pecobook.settings.values import between
+from pecobook.settings.values import between, different, refuse
 
 Normalisation = Literal["unit-rms", "layernorm", "none"]
 
@@ -41,7 +41,17 @@ class PerceptualDistanceConfig:
 
     def __post_init__(self) -> None:
         between(self, 0, 4096, "input_size")
+        check_layers(self, "layers")
         check_normalisation(self, "mean", "std", lowest=-math.inf, highest=math.inf)
+
+
+def check_layers(config: object, name: str) -> None:
+    """Refuse a field of layers that is empty, names a layer twice, or a number below 1."""
+    different(config, name)
+    layers = getattr(config, name)
+    wrong = [layer for layer in layers if isinstance(layer, int) and layer < 1]
+    if wrong or not layers:
+        refuse(name, f"takes one or more layers, counted from 1, not {' '.join(map(str, wrong)) or 'none'}.")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

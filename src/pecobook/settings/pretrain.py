@@ -8,7 +8,7 @@ from typing import Literal
 from pecobook.errors import ConfigError
 from pecobook.settings.images import PhotometricConfig
 from pecobook.settings.training import BackboneConfig, BaseOptimConfig, CropTrainConfig
-from pecobook.settings.values import between, positive
+from pecobook.settings.values import MAX_WIDTH, between, positive
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -38,7 +38,7 @@ class DecoderConfig:
     """Number of attention heads of the decoder."""
 
     def __post_init__(self) -> None:
-        positive(self, "depth", "width", "num_heads")
+        positive(self, "depth", "width", "num_heads", most=MAX_WIDTH)
         if self.width % (4 * self.num_heads):
             raise ConfigError(f"--decoder.width must be a multiple of {4 * self.num_heads} (4 x --decoder.num-heads).")
 

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 
-from pecobook.settings.images import ImagesConfig
+from pecobook.settings.images import MAX_IMAGE_SIZE, ImagesConfig
 from pecobook.settings.normalisation import NormalisationConfig
-from pecobook.settings.values import between, positive
+from pecobook.settings.values import LARGEST, between, positive
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -36,5 +35,5 @@ class ProbeConfig(ImagesConfig, NormalisationConfig):
         super().__post_init__()
         NormalisationConfig.__post_init__(self)
         positive(self, "max_train", "max_test")
-        between(self, 0, math.inf, "image_size")
-        between(self, 0, 2**31 - 1, "seed")
+        between(self, 0, MAX_IMAGE_SIZE, "image_size")
+        between(self, 0, LARGEST, "seed")

@@ -6,9 +6,10 @@ import dataclasses
 import math
 from typing import Literal
 
-from pecobook.settings.images import ImagesConfig
+from pecobook.settings.images import MAX_LENGTH, ImagesConfig
+from pecobook.settings.perceptual import check_layers
 from pecobook.settings.training import BackboneConfig
-from pecobook.settings.values import between, positive, refuse
+from pecobook.settings.values import LARGEST, between, positive, refuse
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -60,7 +61,9 @@ class ReproduceConfig(ImagesConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        positive(self, "length")
+        check_layers(self, "network_layers")
+        positive(self, "length", most=MAX_LENGTH)
         between(self, 0, math.inf, "gpus_per_run", "micro_batch_size")
-        if len(set(self.seeds)) != len(self.seeds) or not self.seeds or min(self.seeds) < 0:
+        between(self, 0, LARGEST, "seeds")
+        if len(set(self.seeds)) != len(self.seeds) or not self.seeds:
             refuse("seeds", f"must be different numbers of 0 or above, not {self.seeds}.")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 from pecobook.settings.dense import PyramidConfig
-from pecobook.settings.images import PhotometricConfig
+from pecobook.settings.images import MAX_IMAGE_SIZE, PhotometricConfig
 from pecobook.settings.normalisation import NormalisationConfig
 from pecobook.settings.training import CompileTrainConfig, OptimConfig
 from pecobook.settings.values import between, positive, refuse
@@ -32,7 +32,8 @@ class SegmentTestConfig:
         if self.mode not in ("whole", "slide"):
             refuse("mode", f"is whole or slide, not '{self.mode}'.")
         between(self, 0.0, 1.0, "stride")
-        positive(self, "stride", "max_side", "scales")
+        positive(self, "stride", "scales")
+        positive(self, "max_side", most=MAX_IMAGE_SIZE)
         if not self.scales:
             refuse("scales", "takes one or more factors above 0.")
 

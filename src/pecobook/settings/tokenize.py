@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import re
 
 from pecobook.errors import ConfigError
-from pecobook.settings.images import ImagesConfig, PhotometricConfig
-from pecobook.settings.training import Precision
-from pecobook.settings.values import Resume, between, positive, refuse
+from pecobook.settings.images import MAX_BATCH, MAX_IMAGE_SIZE, MAX_WORKERS, ImagesConfig, PhotometricConfig
+from pecobook.settings.training import Precision, check_devices
+from pecobook.settings.values import LARGEST, Resume, between, positive, refuse
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -53,10 +52,14 @@ class TokenizeConfig(ImagesConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        positive(self, "views", "image_size", "min_crop", "batch_size", "num_nodes")
+        positive(self, "views", "min_crop", "num_nodes")
+        positive(self, "image_size", most=MAX_IMAGE_SIZE)
+        positive(self, "batch_size", most=MAX_BATCH)
         between(self, 0.0, 1.0, "min_crop")
-        between(self, 0, 2**31 - 1, "seed", "tokenizer_size")
-        between(self, -1, math.inf, "workers")
+        check_devices(self)
+        between(self, 0, LARGEST, "seed")
+        between(self, 0, MAX_IMAGE_SIZE, "tokenizer_size")
+        between(self, -1, MAX_WORKERS, "workers")
         if self.shard:
             match = re.fullmatch(r"(\d+)/(\d+)", self.shard)
             if match is None or not 1 <= int(match[1]) <= int(match[2]):

@@ -7,7 +7,7 @@ import math
 from typing import Literal
 
 from pecobook.errors import ConfigError
-from pecobook.settings.values import between, positive
+from pecobook.settings.values import MAX_WIDTH, below_one, between, positive, refuse
 
 SearchPrecision = Literal["fp32", "tf32", "bf16"]
 PaddingMode = Literal["zeros", "reflect", "replicate"]
@@ -44,9 +44,10 @@ class AutoencoderConfig:
     drift."""
 
     def __post_init__(self) -> None:
-        if not self.channels or min(self.channels) < 1 or self.latent_dim < 1 or self.num_blocks < 1:
-            raise ConfigError("--model.channels, --model.latent-dim and --model.num-blocks must be above 0.")
-        positive(self, "in_channels", "num_heads", "decoder_width")
+        positive(self, "channels", most=MAX_WIDTH)
+        positive(self, "latent_dim", "num_blocks", "in_channels", "num_heads", "decoder_width", most=MAX_WIDTH)
+        if not 1 <= len(self.channels) <= 12:
+            refuse("channels", f"takes 1 to 12 numbers, not {len(self.channels)}.")
         between(self, 0, math.inf, "decoder_blocks", "group_size")
         if self.kind == "vit" and len(self.channels) != 2:
             raise ConfigError(f"--model.kind vit reads --model.channels as WIDTH PATCH, not {self.channels}.")
@@ -96,8 +97,9 @@ class VectorQuantizerConfig:
     but may choose another codeword at nearly the same distance."""
 
     def __post_init__(self) -> None:
-        positive(self, "num_codewords", "eps")
-        between(self, 0.0, 1.0, "decay")
+        positive(self, "eps")
+        positive(self, "num_codewords", most=2**24)
+        below_one(self, "decay")
         between(self, 0.0, float("inf"), "revive_after", "start_after")
 
 

@@ -9,8 +9,8 @@ from typing import Any, Literal, cast
 
 from pecobook.errors import ConfigError
 from pecobook.settings.durations import check_durations
-from pecobook.settings.images import ImagesConfig
-from pecobook.settings.values import Resume, between, narrow, positive, refuse
+from pecobook.settings.images import MAX_BATCH, MAX_IMAGE_SIZE, MAX_WORKERS, ImagesConfig
+from pecobook.settings.values import LARGEST, Resume, below_one, between, different, narrow, positive, refuse
 
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
 Strategy = Literal["auto", "ddp", "fsdp"]
@@ -53,9 +53,7 @@ class BaseOptimConfig:
     def __post_init__(self) -> None:
         positive(self, "lr", "eps", "power")
         between(self, 0, math.inf, "lr_batch_size", "final_lr", "weight_decay", "clip_grad")
-        for beta in self.betas:
-            if not 0 <= beta < 1:
-                refuse("betas", f"must be at least 0 and below 1, not {beta}.")
+        below_one(self, "betas")
         check_durations("warmup", [self.warmup], percent=True)
         check_durations("milestones", self.milestones, percent=True)
 
@@ -75,6 +73,12 @@ class OptimConfig(BaseOptimConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         between(self, 0.0, 1.0, "layer_decay")
+
+
+def check_devices(config: Any) -> None:
+    """Refuse `devices` unless it is a number above 0 or auto."""
+    if config.devices != "auto" and not (config.devices.isdecimal() and 0 < int(config.devices) <= LARGEST):
+        refuse("devices", f"must be a number above 0 or auto, not '{config.devices}'.")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -135,18 +139,19 @@ class TrainConfig(ImagesConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         narrow(self)
-        positive(self, "num_nodes", "batch_size", "image_size", "log_every", "save_every", "save_minutes")
+        positive(self, "num_nodes", "log_every", "save_every", "save_minutes")
         positive(self, "keep_checkpoints", "sample_every", "evaluation_images")
-        between(self, 0, math.inf, "micro_batch_size")
-        between(self, -1, math.inf, "workers")
-        between(self, 0, 2**31 - 1, "seed")
-        if self.devices != "auto" and not (self.devices.isdigit() and int(self.devices) > 0):
-            refuse("devices", f"must be a number above 0 or auto, not '{self.devices}'.")
+        positive(self, "image_size", most=MAX_IMAGE_SIZE)
+        positive(self, "batch_size", most=MAX_BATCH)
+        between(self, 0, LARGEST, "micro_batch_size", "seed")
+        between(self, -1, MAX_WORKERS, "workers")
+        check_devices(self)
         if self.resume and self.overwrite:
             raise ConfigError("--resume and --overwrite exclude each other: give one of them.")
         for name in self.loggers:
             if name not in ("tensorboard", "wandb", "mlflow"):
                 refuse("loggers", f"takes tensorboard, wandb and mlflow, not '{name}'.")
+        different(self, "loggers")
         check_durations("max_steps", [self.max_steps], percent=False)
 
     @property

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args, get_origin
 
 from pecobook.errors import ConfigError, did_you_mean
+from pecobook.utils.json_files import read_json
 
 C = TypeVar("C")
 # Fields that change devices, speed or logs of a run, but not its results: a resumed run may change them.
@@ -50,6 +51,11 @@ RETIRED = frozenset({"min_crop", "optim.layer_decay", "colour.blur", "colour.sol
 # The value that a setting had, in effect, before there was the setting, where it differs from the default.
 BEFORE = {"group_size": 0, "value_range": [0.0, 65535.0]}
 
+# No setting takes a larger number: those for which a limit of their own is useful state it.
+LARGEST = 2**31 - 1
+MAX_WIDTH = 2**16
+"""Largest width or depth of a network."""
+
 # `--resume` alone is True; "auto" resumes where there is something to resume, and else starts.
 Resume = bool | Literal["auto"]
 
@@ -67,10 +73,10 @@ def refuse(name: str, problem: str) -> None:
     problems.append((name, problem))
 
 
-def positive(config: object, *names: str) -> None:
-    """Refuse every named field of `config` that is not a finite number above zero, or a tuple of such numbers."""
+def positive(config: object, *names: str, most: float = LARGEST) -> None:
+    """Refuse every named field of `config` that is not a number, or a tuple of numbers, above zero and up to `most`."""
     for name in names:
-        for value in _numbers(config, name):
+        for value in _numbers(config, name, most):
             if not value > 0:
                 refuse(name, f"must be above 0, not {value}.")
 
@@ -78,24 +84,44 @@ def positive(config: object, *names: str) -> None:
 def between(config: object, low: float, high: float, *names: str) -> None:
     """Refuse every named field of `config` outside [low, high]; every number of a tuple must lie in this range.
 
-    Infinity is refused too where `high` is infinity, which means that there is no upper limit.
+    Infinity and numbers above `LARGEST` are refused too where `high` is infinity.
     """
     for name in names:
-        for value in _numbers(config, name):
+        for value in _numbers(config, name, high if low <= 0 and high > 1 else math.inf):
             if value < low and high > 1:  # the upper limit, often a very large number, does not matter to the user
                 refuse(name, f"must be {low:.10g} or above, not {value}.")
             elif not low <= value <= high:
                 refuse(name, f"must lie in [{low:.10g}, {high:.10g}], not {value}.")
 
 
-def _numbers(config: object, name: str) -> list[float]:
-    """Return the finite number or numbers of a field; refuse infinity and nan."""
-    value = getattr(config, name)
-    values = list(value) if isinstance(value, tuple) else [value]
-    for number in values:
+def below_one(config: object, *names: str) -> None:
+    """Refuse every named field of `config` outside [0, 1), such as the decay of a moving average; 1 keeps the start."""
+    for name in names:
+        for value in _numbers(config, name):
+            if not 0 <= value < 1:
+                refuse(name, f"must be at least 0 and below 1, not {value}.")
+
+
+def different(config: object, *names: str) -> None:
+    """Refuse every named field of `config` with an item twice."""
+    for name in names:
+        items = getattr(config, name)
+        for item in dict.fromkeys(item for item in items if items.count(item) > 1):
+            refuse(name, f"names {item} twice: give it once.")
+
+
+def _numbers(config: object, name: str, most: float = math.inf) -> list[float]:
+    """Return the number or numbers of a field; refuse those that are not finite, or above `most` or `LARGEST`."""
+    value, most = getattr(config, name), min(most, LARGEST)
+    numbers = []
+    for number in value if isinstance(value, tuple) else (value,):
         if not math.isfinite(number):
             refuse(name, f"must be a finite number, not {number}.")
-    return [number for number in values if math.isfinite(number)]
+        elif number > most:
+            refuse(name, f"must be at most {most:.10g}, not {number}.")
+        else:
+            numbers.append(number)
+    return numbers
 
 
 def narrow(config: Any) -> None:
@@ -283,11 +309,13 @@ def _coerce_scalar(value: Any, kind: Any, name: str) -> Any:
             return value
         if kind is bool and str(value).lower() in ("true", "false"):
             return str(value).lower() == "true"
-        if kind is int and not isinstance(value, bool) and int(value) == float(value):
+        if kind is int and not isinstance(value, bool) and (isinstance(value, str) or int(value) == value):
             return int(value)
         if kind is float and not isinstance(value, bool):
             return float(value)
         if kind is str and isinstance(value, str | int | float | Path) and not isinstance(value, bool):
+            if "\0" in str(value):
+                raise ConfigError(f"--{flag(name)} takes a text without NUL characters, not '{value}'.")
             return str(value)
     except (TypeError, ValueError, OverflowError):
         pass
@@ -316,14 +344,9 @@ def read_config(path: str | Path) -> dict[str, Any]:
     """Return the content of a config.json, or of the one in a folder. Raises ConfigError."""
     file = Path(path) / "config.json" if Path(path).is_dir() else Path(path)
     try:
-        values = json.loads(file.read_text())
+        return read_json(file, error=ConfigError, remedy="Give the config.json of a run.")
     except FileNotFoundError:
         raise ConfigError(f"There is no configuration file '{file}'.") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ConfigError(f"'{file}' cannot be read as a configuration: {error}") from None
-    if not isinstance(values, dict):
-        raise ConfigError(f"'{file}' is not a configuration: the file must hold a JSON object.")
-    return values
 
 
 def _without_retired(values: dict[str, Any], default: Any, prefix: str = "") -> dict[str, Any]:

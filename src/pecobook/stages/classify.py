@@ -17,7 +17,6 @@ from pecobook.data.sampler import key
 from pecobook.data.source import ImageSource, Splits
 from pecobook.data.stream import ViewFunction
 from pecobook.data.views import central_view, random_crop
-from pecobook.engine.launch import say
 from pecobook.engine.optim import layer_decay_groups
 from pecobook.engine.stage import Stage, StageOutput, mean_of_counted, submodule_state
 from pecobook.errors import ConfigError
@@ -28,6 +27,7 @@ from pecobook.settings.finetune import FinetuneConfig
 from pecobook.settings.training import BaseOptimConfig
 from pecobook.utils.files import write_atomically
 from pecobook.utils.images import channels_last, to_float
+from pecobook.utils.printer import say
 
 
 class ClassifyStage(Stage[FinetuneConfig]):
@@ -142,7 +142,7 @@ class ClassifyStage(Stage[FinetuneConfig]):
     @classmethod
     def build(cls, config: FinetuneConfig, splits: Splits, prebuilt: Backbone | None = None) -> ClassifyStage:
         """Build the stage, with random weights in the head, and say how the backbone was loaded."""
-        say(prebuilt.notes if prebuilt else ())
+        say("\n".join(prebuilt.notes if prebuilt else ()))
         return cls(config, splits.train.classes or (), prebuilt)
 
     @classmethod

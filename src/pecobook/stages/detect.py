@@ -17,7 +17,6 @@ from pecobook.data.dense.detection import DetectionSource, open_detection
 from pecobook.data.dense.detection_views import evaluation_view, training_view
 from pecobook.data.source import ImageSource, Splits
 from pecobook.data.stream import ViewFunction
-from pecobook.engine.launch import say
 from pecobook.engine.optim import dense_groups
 from pecobook.engine.stage import Stage, StageOutput, submodule_state
 from pecobook.models.dense.detector import Detections, Detector, rescale_boxes
@@ -25,6 +24,7 @@ from pecobook.models.dense.pyramid import FeaturePyramid, build_pyramid, describ
 from pecobook.models.weights import Backbone
 from pecobook.settings.detect import DetectConfig
 from pecobook.settings.training import BaseOptimConfig
+from pecobook.utils.printer import say
 
 _NUM_PICTURES = 4  # images in samples/detections.png
 _MIN_DRAWN_SCORE = 0.3
@@ -150,9 +150,9 @@ class DetectStage(Stage[DetectConfig]):
         cls, config: DetectConfig, splits: Splits, prebuilt: tuple[FeaturePyramid, Backbone] | None = None
     ) -> DetectStage:
         """Build the stage, with random weights in the heads, and say how the backbone was loaded."""
-        say(prebuilt[1].notes if prebuilt else ())
+        say("\n".join(prebuilt[1].notes if prebuilt else ()))
         train, evaluation = cast("DetectionSource", splits.train), cast("DetectionSource", splits.evaluation)
-        say(prebuilt[1].notes if prebuilt else ())
+        say("\n".join(prebuilt[1].notes if prebuilt else ()))
         return cls(config, train, evaluation, prebuilt)
 
     @classmethod

@@ -23,6 +23,7 @@ from pecobook.data.source import Splits
 from pecobook.data.stream import Companion, ViewFunction
 from pecobook.data.tokens import TokenBank, bank_differences, read_bank_config
 from pecobook.engine.stage import Stage, StageOutput, submodule_state
+from pecobook.engine.world import is_first_on_machine
 from pecobook.errors import ConfigError, DataError, WeightsError
 from pecobook.models.dry_run import dry_run, leaks, refusing
 from pecobook.models.export import write_tensors
@@ -60,7 +61,9 @@ class PretrainStage(Stage[PretrainConfig]):
         self.tokenizer: Any = None
         if config.target == "tokens":
             self.tokenizer = tokenizer or load_tokenizer(config.tokenizer)
-        self.bank = TokenBank(config.tokens, self.tokenizer.num_codewords) if config.tokens else None
+        self.bank: TokenBank | None = None
+        if config.tokens:
+            self.bank = TokenBank(config.tokens, self.tokenizer.num_codewords, verify=is_first_on_machine())
         backbone = create_network(
             config.model.name, num_classes=0, drop_path_rate=config.drop_path, **backbone_args(config)
         )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import sys
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -21,7 +20,7 @@ from pecobook.data.dense.segmentation_views import resize_mask, training_view
 from pecobook.data.source import ImageSource, Splits
 from pecobook.data.stream import ViewFunction
 from pecobook.data.views import photometric
-from pecobook.engine.launch import micro_batch_size, say, total_devices
+from pecobook.engine.launch import micro_batch_size, total_devices
 from pecobook.engine.optim import dense_groups
 from pecobook.engine.stage import Stage, StageOutput, mean_of_counted, submodule_state
 from pecobook.engine.world import is_leader
@@ -33,6 +32,7 @@ from pecobook.settings.segment import SegmentConfig, SegmentTestConfig
 from pecobook.settings.training import BaseOptimConfig
 from pecobook.utils.files import write_atomically, write_json
 from pecobook.utils.images import resize, to_float
+from pecobook.utils.printer import say
 
 _SAMPLED_MASKS = 64  # masks of each split that are read with --no-verify
 
@@ -124,7 +124,7 @@ class SegmentStage(Stage[SegmentConfig]):
         if absent:
             content["without_pixels"] = absent
             held_out = f"{len(self.classes) - len(absent)} of {len(self.classes)} classes have held-out pixels"
-            say([f"{held_out}, so that the mean IoU says nothing about the others: {', '.join(absent)}."])
+            say(f"{held_out}, so that the mean IoU says nothing about the others: {', '.join(absent)}.")
         write_json(folder / "classes.json", content)
         write_atomically(folder / "samples" / "confusion.png", matrix_picture(counts, self.classes, "pixels"))
 
@@ -188,8 +188,8 @@ class SegmentStage(Stage[SegmentConfig]):
                 f"read:\n{listed(checked.unreadable)}\nMend them, or leave them out with --skip-bad."
             )
         for lines, reason in ((checked.problems, "do not fit"), (checked.unreadable, "cannot be read")):
-            if lines and is_leader():
-                print(f"{len(lines)} of the pairs {reason} and are left out:\n{listed(lines)}", file=sys.stderr)
+            if lines:
+                say(f"{len(lines)} of the pairs {reason} and are left out:\n{listed(lines)}")
         return checked.splits
 
     @classmethod
@@ -212,7 +212,7 @@ class SegmentStage(Stage[SegmentConfig]):
         cls, config: SegmentConfig, splits: Splits, prebuilt: tuple[FeaturePyramid, Backbone] | None = None
     ) -> SegmentStage:
         """Build the stage, with random weights in the heads, and say how the backbone was loaded."""
-        say(prebuilt[1].notes if prebuilt else ())
+        say("\n".join(prebuilt[1].notes if prebuilt else ()))
         return cls(config, cast("SegmentationSource", splits.train).mask_classes.names, prebuilt)
 
     @classmethod

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import sys
 from pathlib import Path
 from typing import Any, Generic, NamedTuple, TypeVar, cast
 
@@ -22,9 +21,11 @@ from pecobook.engine.value_range import set_value_range
 from pecobook.engine.world import is_leader
 from pecobook.errors import Preflight, RunFolderError, first_line
 from pecobook.models.snippets import example_image, with_image
+from pecobook.settings.durations import steps
 from pecobook.settings.images import AUTO
 from pecobook.settings.training import TrainConfig
 from pecobook.utils.distributed import on_first_rank
+from pecobook.utils.printer import of_run, show
 
 C = TypeVar("C", bound=TrainConfig)
 
@@ -43,7 +44,7 @@ def train(stage_type: type[Stage[C]], config: C) -> Path:
         if is_leader():
             _dry_run(stage_type, *ready)
         return Path(config.out)
-    with launch.signals(config):
+    with launch.signals(config), of_run(quiet=not is_leader()):
         begun = launch.begin(
             config,
             lambda: preflight(stage_type, config),
@@ -83,6 +84,9 @@ def preflight(stage_type: type[Stage[C]], config: C) -> Ready[C]:
     if config.resume and config.value_range == AUTO:
         config = dataclasses.replace(config, value_range=run_folder.recorded_range(config.out))
     splits = problems.check(lambda: _open(stage_type, config))
+    if splits is not None:
+        sizes = {"num_images": len(splits.train), "batch_size": config.batch_size}
+        problems.check(lambda: steps(config.max_steps, **sizes))
     if splits is not None and splits.train.value_range is not None:
         config = dataclasses.replace(config, value_range=tuple(splits.train.value_range))
     if is_leader() and (config.out or not config.dry_run):
@@ -120,11 +124,11 @@ def _dry_run(stage_type: type[Stage[C]], config: C, splits: Splits, stage: Stage
     from pecobook.engine.dry_run import estimate
     from pecobook.engine.run_folder import stored_settings
 
-    print(json.dumps(stored_settings(config, stage_type.command), indent=2), flush=True)
+    show(json.dumps(stored_settings(config, stage_type.command), indent=2), stdout=True)
     preamble = _preamble(config, splits, stage)
     cost = estimate(stage, _training_stream(stage_type, config, stage, splits), config)
     last = f"Nothing was written. Without --dry-run the same command trains and writes to {config.out or '--out'}."
-    print("\n".join([*preamble, *aligned(cost), last]), file=sys.stderr)
+    show("\n".join([*preamble, *aligned(cost), last]))
 
 
 def _training_stream(stage_type: type[Stage[C]], config: C, stage: Stage[C], splits: Splits) -> Stream:
@@ -171,6 +175,6 @@ def _export(config: TrainConfig, stage: Stage[Any], splits: Splits) -> None:
                 f"The export cannot be written to '{folder}': {first_line(error).rstrip('.')}.\n"
                 "The last checkpoint is complete. Free disk space, then continue with --resume."
             ) from None
-        print(f"\nDone: {folder}\n\n{with_image(lines, example)}", file=sys.stderr)
+        show(f"\nDone: {folder}\n\n{with_image(lines, example)}")
 
     on_first_rank(write)

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 import re
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from pecobook.errors import RunFolderError
 from pecobook.utils.folder_lock import FolderLock, content
+from pecobook.utils.json_files import read_json
+from pecobook.utils.printer import say
 
 SHARED_WAIT = 60.0
 """Seconds to wait for the lock of a folder that several processes write at once."""
@@ -59,6 +59,7 @@ class OutputFolder:
         out, noun = self.path, re.sub(r"^an? ", "", self.kind)
         if not self.out:
             raise RunFolderError(f"--out is missing: name the folder to write, for example --out {self.example}.")
+        _check_length(out)
         if out.exists() and not out.is_dir():
             raise RunFolderError(f"--out '{out}' is a file: name a folder.")
         self._check_apart_from_data()
@@ -115,15 +116,10 @@ class OutputFolder:
         rest = [path.name for path in content(self.path) if path.is_file() or any(path.iterdir())]
         if rest:
             names = ", ".join(sorted(rest)[:5]) + (", ..." if len(rest) > 5 else "")
-            print(f"--overwrite leaves what pecobook did not write in '{self.out}': {names}", file=sys.stderr)
+            say(f"--overwrite leaves what pecobook did not write in '{self.out}': {names}")
 
     def _read_marker(self) -> dict[str, Any]:
-        file = self.path / self.marker
-        try:
-            return dict(json.loads(file.read_text()))
-        except (OSError, TypeError, ValueError) as error:
-            flag = "--resume" if self.resume else "--out"
-            raise RunFolderError(f"{flag}: '{file}' cannot be read ({error}).") from None
+        return read_json(self.path / self.marker, remedy="Restore it, or name another --out.")
 
     def _remedies(self, noun: str) -> str:
         content = f" and holds no {noun}" if self.always_resumes else ""
@@ -158,8 +154,16 @@ class OutputFolder:
         return lock
 
 
+def _check_length(path: Path) -> None:
+    """Raise RunFolderError when a file system cannot hold the name."""
+    name = max(path.parts, key=len, default="")
+    if len(os.fsencode(name)) > 255:
+        raise RunFolderError(f"--out: the name '{name}' is longer than 255 bytes: give a shorter name.")
+
+
 def check_new_file(out: str) -> None:
     """Raise RunFolderError when the file of `--out` exists already or has no folder; an empty `out` names no file."""
+    _check_length(Path(out))
     if out and Path(out).exists():
         raise RunFolderError(f"--out '{out}' exists already: name another file.")
     if out and not Path(out).parent.is_dir():

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 from pecobook.errors import ConfigError, Preflight
 from pecobook.settings.analyze import AnalyzeConfig
 from pecobook.settings.values import replace
+from pecobook.utils.printer import show
 
 if TYPE_CHECKING:
     from pecobook.commands.analyze.inputs import AnalysisInputs
@@ -56,7 +57,6 @@ def _write_all(config: AnalyzeConfig, inputs: AnalysisInputs, began: float) -> P
     from pecobook.commands.analyze.names import file_part
     from pecobook.commands.analyze.page import compose
     from pecobook.commands.analyze.pictures import curves_of, side_by_side
-    from pecobook.commands.jobs import say
     from pecobook.utils.files import write_atomically
 
     out = Path(config.out)
@@ -68,13 +68,13 @@ def _write_all(config: AnalyzeConfig, inputs: AnalysisInputs, began: float) -> P
     pictures: dict[str, bytes] = {}
     total = len(inputs.tokenizers) + bool(inputs.runs)
     for number, tokenizer_input in enumerate(inputs.tokenizers, start=1):
-        say(f"[{number}/{total}] {tokenizer_input.name}")
+        show(f"[{number}/{total}] {tokenizer_input.name}")
         step_began = time.monotonic()
         metrics, skipped, draw = analyze_tokenizer(config, tokenizer_input, inputs)
         results["tokenizers"].append(metrics.values)
         results["skipped"] = {"count": len(skipped), "names": skipped}
         _write(results, out, began)  # before drawing, so that the numbers survive an error in a picture
-        say("  pictures")
+        show("  pictures")
         drawn = draw()
         cost.append((tokenizer_input.name, time.monotonic() - step_began))
         files = {kind: f"{kind}-{file_part(number, tokenizer_input.name)}.png" for kind in drawn}
@@ -82,7 +82,7 @@ def _write_all(config: AnalyzeConfig, inputs: AnalysisInputs, began: float) -> P
         pictures |= {files[kind]: png for kind, png in drawn.items()}
         measured.append(metrics)
     if inputs.runs:
-        say(f"[{total}/{total}] masked prediction")
+        show(f"[{total}/{total}] masked prediction")
         step_began = time.monotonic()
         predictions = predict(inputs.runs, inputs.splits.evaluation, config.seed)
         cost.append(("masked prediction", time.monotonic() - step_began))
@@ -97,7 +97,7 @@ def _write_all(config: AnalyzeConfig, inputs: AnalysisInputs, began: float) -> P
             write_atomically(out / "pictures" / name, png)
         _write(results, out, began)
         report = write_report(out, compose(results, pictures, cost, dataclasses.asdict(config)))
-    say(f"\nDone: open {report}")
+    show(f"\nDone: open {report}")
     return report
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +18,7 @@ from pecobook.models.makers import Normalisation, file_normalisation, overridden
 from pecobook.models.network_traits import trained_size
 from pecobook.models.weights import create_network, exported_network
 from pecobook.utils.devices import device
+from pecobook.utils.printer import say
 
 if TYPE_CHECKING:
     from pecobook.settings.analyze import AnalyzeConfig
@@ -101,7 +101,7 @@ def open_classifier(config: AnalyzeConfig, splits: Splits) -> RestrictedClassifi
         size, columns = exported["image_size"], torch.tensor([index_of[label] for label in classes])
         normalisation = Normalisation(tuple(exported["mean"]), tuple(exported["std"]), "as the run was trained")
     normalisation = overridden(normalisation, config.classifier_mean, config.classifier_std)
-    print(with_flags(normalisation.line(name), "--classifier-"), file=sys.stderr)
+    say(with_flags(normalisation.line(name), "--classifier-"))
     mean, std = normalisation.mean, normalisation.std
     dry_run(
         network.eval(),
@@ -125,8 +125,7 @@ def _open_timm(name: str, config: AnalyzeConfig) -> tuple[nn.Module, int, Normal
     size_args: dict[str, Any] = {"img_size": side} if side else {}
     network = create_network(timm_name, **size_args)
     note = left_aside(file, checkpoint, load_state(network, checkpoint.state, source=file))
-    if note:
-        print(note, file=sys.stderr)
+    say(note or "")
     settings = getattr(network, "pretrained_cfg", None) or {}
     normalisation = file_normalisation(checkpoint.state, checkpoint.wrapper, file, network, name)
     return network, side or settings.get("input_size", (3, 224, 224))[-1], normalisation

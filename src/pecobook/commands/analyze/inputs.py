@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import sys
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +18,7 @@ from pecobook.errors import ConfigError, DataError, Preflight, WeightsError
 from pecobook.models.perceptual import PerceptualDistance
 from pecobook.models.tokenizers import fingerprint, load_tokenizer
 from pecobook.utils.devices import device
+from pecobook.utils.printer import say
 
 if TYPE_CHECKING:
     from pecobook.commands.masked_run import MaskedRun
@@ -100,7 +100,7 @@ def _with_banks(config: AnalyzeConfig, inputs: list[TokenizerInput], splits: Spl
 def _distance(config: AnalyzeConfig, inputs: list[TokenizerInput]) -> PerceptualDistance:
     try:
         distance = PerceptualDistance(config.perceptual, config.perceptual_layers, config.perceptual_weights or None)
-        print(*distance.notes, sep="\n", file=sys.stderr)
+        say("\n".join(distance.notes))
     except (ConfigError, WeightsError) as error:  # the message names the flags of `codebook`, which differ here
         text = str(error).replace("--perceptual.network", "--perceptual")
         text = text.replace("--perceptual.layers", "--perceptual-layers")

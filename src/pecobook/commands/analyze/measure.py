@@ -28,10 +28,10 @@ from pecobook.commands.analyze.bank import bank_gallery, bank_usage, find_occurr
 from pecobook.commands.analyze.metrics import TokenizerMetrics
 from pecobook.commands.analyze.pictures import PATCHES, evenly_spaced, gallery_codewords, pictures_of
 from pecobook.commands.extract import extract
-from pecobook.commands.jobs import say
 from pecobook.data.stream import read_all
 from pecobook.utils.devices import device
 from pecobook.utils.images import to_float
+from pecobook.utils.printer import show
 
 if TYPE_CHECKING:
     from pecobook.commands.analyze.inputs import AnalysisInputs, TokenizerInput
@@ -118,21 +118,21 @@ def analyze_tokenizer(
     images = to_float(pixels)
     limit = min(config.max_test, STABILITY_IMAGES)
     larger = to_float(read_all(inputs.splits.evaluation, tokenizer.image_size + tokenizer.stride, limit=limit)[0])
-    say(f"  encoding and decoding {len(images)} images" + (f"; {len(skipped)} could not be read" if skipped else ""))
+    show(f"  encoding and decoding {len(images)} images" + (f"; {len(skipped)} could not be read" if skipped else ""))
     train = partial(_train_codes, config, tokenizer_input, inputs)
     metrics, codes, restored = evaluate_tokenizer(
         tokenizer_input.name, tokenizer, images, labels, train, inputs.distance, larger=larger, seed=config.seed
     )
     K, values, usage = tokenizer.num_codewords, metrics.values, metrics.usage
     values["source"] = tokenizer_input.source
-    say("  mutual information with classes, colours and edges")
+    show("  mutual information with classes, colours and edges")
     values["information"] = _information(config, K, images, codes, labels)
     if inputs.classifier is not None:
         values["classifier"] = {
             "originals": inputs.classifier.accuracy(images, labels),
             "reconstructions": inputs.classifier.accuracy(restored, labels),
         }
-    say("  codes of distorted images")
+    show("  codes of distorted images")
     unchanged = stability(tokenizer, images[:STABILITY_IMAGES], codes[:STABILITY_IMAGES], tokenizer.stride)
     values["stability"] = {name: round(value, 2) for name, value in unchanged.items()}
     values["similarity"] = _similarity(inputs, tokenizer, images)
@@ -140,7 +140,7 @@ def analyze_tokenizer(
     draw = partial(pictures_of, tokenizer, images, codes, labels, usage)
     draws: list[Draw] = [partial(draw, classes=classes, requested=requested, seed=config.seed)]
     if tokenizer_input.bank is not None:
-        say(f"  the token bank {tokenizer_input.bank.folder}")
+        show(f"  the token bank {tokenizer_input.bank.folder}")
         values["bank"], draw_bank = _bank(config, tokenizer_input.bank, K, inputs.splits.train)
         draws.append(draw_bank)
     tokenizer_input.tokenizer.cpu()

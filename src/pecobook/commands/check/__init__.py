@@ -15,6 +15,7 @@ from pecobook.settings.check import CheckConfig
 from pecobook.settings.values import replace
 from pecobook.utils.files import write_atomically
 from pecobook.utils.output_folder import check_new_file
+from pecobook.utils.printer import show
 
 if TYPE_CHECKING:
     from pecobook.commands.check.survey import Survey
@@ -47,7 +48,7 @@ def check(config: CheckConfig | None = None, **settings: Any) -> dict[str, Any]:
 
         write_atomically(Path(config.out), contact_sheet(splits, config.samples))
         report["contact_sheet"] = config.out
-    print(json.dumps(report, indent=2) if config.json else _text(config, report), flush=True)
+    show(json.dumps(report, indent=2) if config.json else _text(config, report), stdout=True)
     return report
 
 

@@ -11,12 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from pecobook.commands.demo.plan import plan
-from pecobook.commands.jobs import Job, resumed_folder, run_all, say
+from pecobook.commands.jobs import Job, resumed_folder, run_all
 from pecobook.errors import Preflight
 from pecobook.settings.demo import DemoConfig
 from pecobook.settings.values import replace, to_dict
 from pecobook.utils.files import write_atomically, write_json
 from pecobook.utils.output_folder import OutputFolder
+from pecobook.utils.printer import show
 
 __all__ = ["DemoConfig", "demo"]
 
@@ -56,7 +57,7 @@ def _write_all(config: DemoConfig) -> Path:
     began = time.monotonic()
     jobs = plan(config)
     cost = run_all(jobs, out)
-    say("measuring on held-out images")
+    show("measuring on held-out images")
     measuring_began = time.monotonic()
     # One thread: more threads do not speed up small matrices, and they are slow if another process is busy.
     with threadpool_limits(1):
@@ -78,7 +79,7 @@ def _write_all(config: DemoConfig) -> Path:
         "and if it is trained with a perceptual loss too.",
     )
     report = write_report(out, page)
-    say(f"\nDone in {compact_duration(results['seconds'])}: open {report}")
+    show(f"\nDone in {compact_duration(results['seconds'])}: open {report}")
     return report
 
 

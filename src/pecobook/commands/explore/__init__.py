@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from pecobook.errors import ConfigError, Preflight
 from pecobook.settings.explore import ExploreConfig
 from pecobook.settings.values import replace
+from pecobook.utils.printer import show
 
 if TYPE_CHECKING:
     from pecobook.commands.explore.model import IndexedTokenizer
@@ -60,7 +61,7 @@ def explore(config: ExploreConfig | None = None, *, block: bool = True, **settin
         )
     except OSError as error:
         raise ConfigError(f"The page cannot be served on port {config.port} ({error}): give another --port.") from None
-    print(f"\nOpen http://{config.host}:{config.port} (Ctrl-C stops the server)", file=sys.stderr, flush=True)
+    show(f"\nOpen http://{config.host}:{config.port} (Ctrl-C stops the server)")
     if block:
         # The default ends the process at once, and leaves the visitors' images behind.
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import hashlib
 import re
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -24,6 +23,7 @@ from pecobook.errors import ConfigError, DataError, WeightsError
 from pecobook.settings.predict import PredictConfig
 from pecobook.utils.files import write_atomically
 from pecobook.utils.output_folder import OutputFolder
+from pecobook.utils.printer import show
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -74,7 +74,7 @@ def predict(config: PredictConfig) -> Path:
     set_value_range([source for source, _ in sources], config.value_range, [config.run])
     with folder.begin():
         summary = _predict_all(config, sources, writer, folder.path)
-    print(f"\nDone: {folder.path}\n{summary}", file=sys.stderr)
+    show(f"\nDone: {folder.path}\n{summary}")
     return folder.path
 
 

@@ -18,6 +18,7 @@ from pecobook.errors import ConfigError, PecobookError, Preflight
 from pecobook.settings.reproduce import ReproduceConfig
 from pecobook.settings.values import flag_words, replace, to_dict
 from pecobook.utils.files import write_atomically, write_json
+from pecobook.utils.printer import show
 
 if TYPE_CHECKING:
     from pecobook.commands.reproduce.plan import Plan
@@ -34,15 +35,15 @@ def reproduce(config: ReproduceConfig | None = None, **settings: Any) -> Path:
         PreflightError: all problems that were found before anything was written.
         PecobookError: a run failed.
     """
-    from pecobook.commands.jobs import run_all, say
+    from pecobook.commands.jobs import run_all
     from pecobook.commands.reproduce import rehearsal
 
     config = replace(config or ReproduceConfig(), settings)
     plan = _preflight(config)
-    say(rehearsal.describe(plan))
+    show(rehearsal.describe(plan))
     out = Path(config.out)
     if config.dry_run:
-        say(rehearsal.remaining_time(plan, rehearsal.read_rehearsal(out)))
+        show(rehearsal.remaining_time(plan, rehearsal.read_rehearsal(out)))
         return out / "tables.md"
     with _folder(config).begin(partial(_write_settings, config)):
         seconds = rehearsal.rehearse(plan, out)
@@ -50,7 +51,7 @@ def reproduce(config: ReproduceConfig | None = None, **settings: Any) -> Path:
             name: dataclasses.replace(job, work=rehearsal.job_duration(job, name, seconds))
             for name, job in plan.jobs.items()
         }
-        say(rehearsal.remaining_time(plan, seconds))
+        show(rehearsal.remaining_time(plan, seconds))
         cost = run_all(jobs, out, plan.gpus_per_run)
         return _write_tables(plan, cost, out)
 
@@ -129,7 +130,6 @@ def _write_tables(plan: Plan, cost: dict[str, float], out: Path) -> Path:
     """Write all tables and the report; returns the Markdown file."""
     from pecobook.analysis.report import Picture, Report, Section, Table, write_report
     from pecobook.analysis.wording import duration
-    from pecobook.commands.jobs import say
     from pecobook.commands.reproduce import tables
 
     introduction = (
@@ -154,6 +154,6 @@ def _write_tables(plan: Plan, cost: dict[str, float], out: Path) -> Path:
     sections.append(Section("Cost", f"All runs together: {duration(total)}.", table=times))
     report = Report("The paper's tables, measured again", plan.config.data, (introduction,), (), tuple(sections))
     write_report(out, report)
-    say(text)
-    say(f"Done: {out / 'tables.md'}, tables.csv, report.html")
+    show(text)
+    show(f"Done: {out / 'tables.md'}, tables.csv, report.html")
     return out / "tables.md"

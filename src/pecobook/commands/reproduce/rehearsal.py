@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from pecobook.analysis.charts import read_metrics
-from pecobook.commands.jobs import Job, gpu_slots, run_all, say
+from pecobook.commands.jobs import Job, gpu_slots, run_all
 from pecobook.commands.reproduce.plan import Plan
 from pecobook.engine.log import compact_duration
 from pecobook.settings.values import replace, to_dict
 from pecobook.utils.files import write_json
+from pecobook.utils.json_files import WHOLE, read_if_valid, read_json
+from pecobook.utils.numbers import is_number
+from pecobook.utils.printer import show
 
 _STEPS = 4
 _ANALYSIS = {"max_train": 200, "max_test": 100}
@@ -68,9 +70,8 @@ def remaining_time(plan: Plan, seconds: dict[str, float]) -> str:
 
 def read_rehearsal(out: Path) -> dict[str, float]:
     """Return the seconds by kind that an earlier `rehearse` wrote; empty when there was no rehearsal."""
-    file = out / "rehearsal.json"
-    seconds: dict[str, float] = json.loads(file.read_text()) if file.exists() else {}
-    return seconds
+    seconds = read_if_valid(out / "rehearsal.json")  # a damaged file means a rehearsal more
+    return seconds if all(map(is_number, seconds.values())) else {}
 
 
 def rehearse(plan: Plan, out: Path) -> dict[str, float]:
@@ -86,7 +87,7 @@ def rehearse(plan: Plan, out: Path) -> dict[str, float]:
             chosen.setdefault(kind_of(name), name)
     if not chosen:
         return seconds
-    say("rehearsing each kind of run for a few steps")
+    show("rehearsing each kind of run for a few steps")
     names = set(chosen.values())
     while more := {need for name in names for need in plan.jobs[name].needs} - names:
         names |= more
@@ -122,6 +123,6 @@ def move_paths(value: Any, old: Path, new: Path) -> Any:
 
 
 def _seconds_per_step(run: Path) -> float:
-    batch_size = json.loads((run / "config.json").read_text())["batch_size"]
+    batch_size = read_json(run / "config.json", {"batch_size": WHOLE})["batch_size"]
     speeds = [line["images_per_second"] for line in read_metrics(run / "metrics.jsonl") if "images_per_second" in line]
     return float(batch_size / max(speeds))  # the first step is slower than the others

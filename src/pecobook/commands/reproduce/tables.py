@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import dataclasses
 import io
-import json
 import statistics
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING
 from pecobook.analysis.canvas import INK, new_figure, png, style_axes
 from pecobook.analysis.charts import read_metrics
 from pecobook.analysis.comparison import lookup
+from pecobook.commands.jobs import read_analysis
 from pecobook.commands.reproduce.paper import MORE, PaperTable, Row
 
 if TYPE_CHECKING:
@@ -63,7 +63,7 @@ def _figures(plan: Plan, arm: str, seed: int) -> dict[str, float]:
     figures: dict[str, float | None] = {}
     job = plan.jobs.get(f"judged-{arm}-{seed}") or plan.jobs.get(f"analysis-{arm}-{seed}")
     if job is not None and job.finished:
-        (metrics,) = json.loads((job.out / "analysis.json").read_text())["tokenizers"]
+        (metrics,) = read_analysis(job.out)["tokenizers"]
         names = ("codeword_probe", "crossed_probe", "codes_used", "psnr")
         figures |= {figure: metrics.get(figure) for figure in names}
         for figure, key in (("position", "share"), ("null_position", "null_share")):

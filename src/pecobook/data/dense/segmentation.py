@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, cast
@@ -35,6 +34,7 @@ from pecobook.data.source import ImageSource, Integers, Splits, Store, hold_out,
 from pecobook.data.split_names import group_by_split
 from pecobook.data.tables import TableStore, hub_tables
 from pecobook.errors import DataError, listed
+from pecobook.utils.printer import say
 
 _MASK_COLUMNS = ("mask", "annotation", "label", "segmentation", "segmentation_mask", "annotations", "labels", "gt")
 
@@ -285,9 +285,7 @@ def _folder_stores(data: str, root: Path, skip_bad: bool) -> dict[str, MaskStore
         )
     found = find_pairs(data, root)
     if found.unpaired and skip_bad and found.pairs:
-        print(
-            f"{len(found.unpaired)} images or masks are left out, because they have no mask or image.", file=sys.stderr
-        )
+        say(f"{len(found.unpaired)} images or masks are left out, because they have no mask or image.")
     elif found.unpaired:
         lines = listed(found.unpaired)
         raise DataError(f"--data '{data}':\n{lines}\nAdd the missing files, or leave these out (--skip-bad).")

@@ -1,0 +1,125 @@
+"""The one reader of the JSON files that pecobook writes. Users edit and disks damage them, so it checks every field.
+
+A schema gives a kind to each field of a file: one of the kinds below, or a schema for an object in the file.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple, TypeAlias
+
+from pecobook.errors import PecobookError, RunFolderError, first_line
+from pecobook.utils.numbers import is_number
+
+
+class Kind(NamedTuple):
+    """A kind of value."""
+
+    words: str
+    """What such a value is, with an article."""
+    holds: Callable[[Any], bool]
+    optional: bool = False
+    """Whether the field may be missing or null."""
+
+    @property
+    def or_none(self) -> Kind:
+        """The same kind, of a field that may be missing or null."""
+        return self._replace(optional=True)
+
+
+Schema: TypeAlias = Mapping[str, "Kind | Schema"]
+
+
+def _is_whole(value: Any, low: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and low <= value < 2**63
+
+
+ANY = Kind("a value", lambda value: value is not None)
+WHOLE = Kind("a whole number above 0", lambda value: _is_whole(value, 1))
+COUNT = Kind("a whole number of 0 or above", lambda value: _is_whole(value, 0))
+NUMBER = Kind("a finite number", is_number)
+TEXT = Kind("a text", lambda value: isinstance(value, str))
+SWITCH = Kind("true or false", lambda value: isinstance(value, bool))
+OBJECT = Kind("an object", lambda value: isinstance(value, dict))
+
+
+def list_of(kind: Kind, length: int | None = None) -> Kind:
+    """Return the kind of a list of values of one kind."""
+    number = "" if length is None else f"{length} times "
+    return Kind(
+        f"a list of {number}{kind.words}",
+        lambda value: isinstance(value, list) and length in (None, len(value)) and all(map(kind.holds, value)),
+    )
+
+
+def read_json(
+    file: Path, schema: Schema | None = None, *, error: type[PecobookError] = RunFolderError, remedy: str = ""
+) -> dict[str, Any]:
+    """Read a JSON object.
+
+    Args:
+        file: the file.
+        schema: the kinds of the fields that the file must have; it may have more.
+        error: the class of the error.
+        remedy: what the user can do, the end of the message.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        PecobookError: of the class `error`: the file cannot be read, holds no JSON object, or lacks a field.
+    """
+    try:
+        content: Any = json.loads(file.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        raise FileNotFoundError(file) from None
+    except (OSError, ValueError, RecursionError) as cause:
+        problem = f"cannot be read: {first_line(cause).rstrip('.')}"
+    else:
+        problem = _problem(content, schema or {}) if isinstance(content, dict) else "does not hold a JSON object"
+    if problem:
+        raise error(f"'{file}' {problem}. {remedy}".rstrip())
+    return dict(content)
+
+
+def read_if_valid(file: Path, schema: Schema | None = None) -> dict[str, Any]:
+    """Read a JSON object as `read_json` does; return an empty one where the file is missing or unusable."""
+    try:
+        return read_json(file, schema)
+    except (FileNotFoundError, PecobookError):
+        return {}
+
+
+def _problem(content: dict[str, Any], schema: Schema, prefix: str = "") -> str:
+    """Return what is wrong with the first wrong field, or an empty text."""
+    for name, kind in schema.items():
+        value, full = content.get(name), f"{prefix}{name}"
+        if isinstance(kind, Mapping):
+            if not isinstance(value, dict):
+                return f"has no object '{full}'"
+            if problem := _problem(value, kind, f"{full}."):
+                return problem
+        elif value is None and not kind.optional:
+            return f"has no '{full}', {kind.words}"
+        elif value is not None and not kind.holds(value):
+            return f"has '{full}' {json.dumps(value)[:80]}, which is not {kind.words}"
+    return ""
+
+
+def metric_lines(path: Path) -> list[tuple[str, dict[str, Any]]]:
+    """Return the lines of a metrics.jsonl and what they hold; lines that a crash cut off or damaged are left out.
+
+    A line that was cut off while an evaluation was added to it is given as it was before.
+    """
+    lines = []
+    for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        before = text.partition(', "evaluation/')[0].rstrip(", ") + "}"
+        for line in (text,) if text.endswith("}") else (before, before.rpartition(", ")[0] + "}"):
+            try:
+                record = json.loads(line)
+            except (ValueError, RecursionError):
+                continue
+            if isinstance(record, dict) and _is_whole(record.get("step"), 0) and len(record) > 1:
+                lines.append((line, record))
+                break
+    return lines

@@ -1,0 +1,72 @@
+"""The one printer: what is escaped, where it goes, and that nothing else prints."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+import pecobook
+from pecobook.engine.log import open_text_log
+from pecobook.utils.printer import of_run, print_above, say, show, write_notes_to
+
+HOSTILE = "a[/b]\x1b[2J\u202e.png"
+ESCAPED = "a[/b]\\x1b[2J\\u202e.png"
+
+
+def test_show__escapes_control_characters_and_keeps_line_breaks(capsys: pytest.CaptureFixture[str]) -> None:
+    show(f"{HOSTILE}\n\tsecond", stdout=True)
+    show(HOSTILE)
+    assert capsys.readouterr() == (f"{ESCAPED}\n\tsecond\n", f"{ESCAPED}\n")
+
+
+def test_say__notes_from_before_the_log_reach_the_log_once_and_in_order(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    say("before every run")
+    with of_run(quiet=False):
+        say(HOSTILE)
+        show("progress")
+        log = open_text_log(tmp_path)
+        log.info("start")
+        say("after")
+        write_notes_to(None)
+        say("when the log is closed")
+    lines = [line.split(maxsplit=2)[2] for line in (tmp_path / "train.log").read_text().splitlines()]
+    assert lines == [ESCAPED, "start", "after"]
+    printed = ["before every run", ESCAPED, "progress", "after", "when the log is closed"]
+    assert capsys.readouterr().err.splitlines() == printed
+
+
+def test_say__a_quiet_process_says_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with of_run(quiet=True):
+        say("a note")
+        show("a line")
+    show("after the run")
+    assert capsys.readouterr() == ("", "after the run\n")
+
+
+def test_show__prints_above_a_bar(capsys: pytest.CaptureFixture[str]) -> None:
+    above: list[str] = []
+    print_above(above.append)
+    try:
+        show(HOSTILE)
+        show("result", stdout=True)
+    finally:
+        print_above(None)
+    assert above == [ESCAPED]
+    assert capsys.readouterr() == ("result\n", "")
+
+
+def test_nothing_else_prints() -> None:
+    """No other module calls `print` or writes to a standard stream, past the escapes."""
+    root = Path(pecobook.__file__).parent
+    printers = ("print", "sys.stderr.write", "sys.stdout.write", "sys.stdout.writelines", "console.print")
+    found = [
+        f"{file.relative_to(root)}:{node.lineno}"
+        for file in root.rglob("*.py")
+        for node in ast.walk(ast.parse(file.read_text()))
+        if isinstance(node, ast.Call) and ast.unparse(node.func) in printers
+    ]
+    assert [place.partition(":")[0] for place in found] == ["utils/printer.py"]
