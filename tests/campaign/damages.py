@@ -14,7 +14,7 @@ from typing import Any
 from pecobook.utils.checksums import checksum_file
 from tests.campaign.process import Process, run
 from tests.campaign.subjects import TRAININGS, last_lines
-from tests.campaign.verdict import Case, Field, Verdict, judged, refusal_fault
+from tests.campaign.verdict import Case, Field, Verdict, cleaned, judged, refusal_fault
 
 _BLOCK = 512
 
@@ -54,7 +54,9 @@ def cases() -> list[Case]:
     checkpoints = [functools.partial(_checkpoint, name, damage) for damage in DAMAGES for name in TRAININGS]
     read = [functools.partial(_read, name, damage) for damage in DAMAGES for name in _READERS]
     configs = [functools.partial(_marker, name, damage) for damage in DAMAGES for name in _MARKERS]
-    edits = [functools.partial(_edited, name) for name in ("codebook export", "vit export", "classifier export", "bank")]
+    edits = [
+        functools.partial(_edited, name) for name in ("codebook export", "vit export", "classifier export", "bank")
+    ]
     return [*checkpoints, *read, *configs, *edits]
 
 
@@ -77,7 +79,7 @@ def _checkpoint(
         shutil.rmtree(out / "checkpoints" / "step-00000005.damaged", ignore_errors=True)
         differing = subject.differences(out)
         fault = f"differs: {differing}" if differing else ""
-    yield _cleaned(judged("damaged checkpoint", f"{name}, {damage.__name__}", began, fault), out.parent)
+    yield cleaned(judged("damaged checkpoint", f"{name}, {damage.__name__}", began, fault), out.parent)
 
 
 # Files of a finished folder, and the command that reads them: (folder, file, words of the command).
@@ -125,7 +127,7 @@ def _read(
     process = _reading(field, source, folder, command, place / "out")
     assert process.code is not None
     fault = refusal_fault(process.code, process.text, [str(file), str(folder)], at_start=False)
-    yield _cleaned(judged("damaged export or bank", f"{name}, {damage.__name__}", began, fault), place)
+    yield cleaned(judged("damaged export or bank", f"{name}, {damage.__name__}", began, fault), place)
 
 
 _MARKERS = {
@@ -147,7 +149,7 @@ def _marker(
     process = subject.start(out)
     code = process.wait()
     fault = "" if code == 0 and not subject.differences(out) else refusal_fault(code, process.text, [str(out)])
-    yield _cleaned(judged("damaged settings", f"{name}, {damage.__name__}", began, fault), out.parent)
+    yield cleaned(judged("damaged settings", f"{name}, {damage.__name__}", began, fault), out.parent)
 
 
 _WRONG: tuple[Any, ...] = ("huge", -1, None, [], {}, 10**15, 0.5, True)
@@ -170,11 +172,4 @@ def _edited(name: str, field: Field, chance: random.Random) -> Iterator[Verdict]
         process = _reading(field, source, folder, command, place / "out")
         assert process.code is not None
         fault = refusal_fault(process.code, process.text, at_start=False) if process.code else ""
-        yield _cleaned(judged("edited config", f"{name}, {key}: {wrong!r}"[:120], began, fault), place)
-
-
-def _cleaned(verdict: Verdict, folder: Path) -> Verdict:
-    """Delete the folder of a case without a fault; return the verdict."""
-    if not verdict.fault:
-        shutil.rmtree(folder)
-    return verdict
+        yield cleaned(judged("edited config", f"{name}, {key}: {wrong!r}"[:120], began, fault), place)

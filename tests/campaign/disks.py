@@ -15,7 +15,7 @@ from pathlib import Path
 
 from tests.campaign.faults import Counter, at_event, failing, removing
 from tests.campaign.subjects import TRAININGS, Subject
-from tests.campaign.verdict import Case, Field, Verdict, judged, refusal_fault
+from tests.campaign.verdict import Case, Field, Verdict, cleaned, judged, refusal_fault
 
 _ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EIO)
 _BLOCKS_FREE = 64 * 1024 * 1024
@@ -45,7 +45,7 @@ def _failing(name: str, field: Field, chance: random.Random) -> Iterator[Verdict
     code = process.wait()
     process.end()
     fault = refusal_fault(code, process.text, at_start=False) or subject.finish(out)
-    yield _cleaned(judged("failing disk", f"{name}, {errno.errorcode[number]} at event {at}", began, fault), out.parent)
+    yield cleaned(judged("failing disk", f"{name}, {errno.errorcode[number]} at event {at}", began, fault), out.parent)
 
 
 def _removed(name: str, field: Field, chance: random.Random) -> Iterator[Verdict]:
@@ -59,7 +59,7 @@ def _removed(name: str, field: Field, chance: random.Random) -> Iterator[Verdict
     if code:
         shutil.rmtree(out, ignore_errors=True)
         fault = fault or subject.finish(out)
-    yield _cleaned(judged("removed folder", f"{name}, at event {at}", began, fault), out.parent)
+    yield cleaned(judged("removed folder", f"{name}, at event {at}", began, fault), out.parent)
 
 
 def _small_disk(name: str, inodes: bool, field: Field, chance: random.Random) -> Iterator[Verdict]:
@@ -75,7 +75,7 @@ def _small_disk(name: str, inodes: bool, field: Field, chance: random.Random) ->
     with _mounted(disk, limit) as grow:
         fault = _filled(subject, disk / "run", grow)
     kind = "too few inodes" if inodes else "full disk"
-    yield _cleaned(judged(kind, f"{name}, {limit}", began, fault), place)
+    yield cleaned(judged(kind, f"{name}, {limit}", began, fault), place)
 
 
 def _filled(subject: Subject, out: Path, grow: Callable[[], None]) -> str:
@@ -98,9 +98,3 @@ def _mounted(folder: Path, options: str) -> Iterator[Callable[[], None]]:
         yield lambda: subprocess.run(large, check=True) and None
     finally:
         subprocess.run(["umount", "--lazy", str(folder)], check=True)
-
-
-def _cleaned(verdict: Verdict, folder: Path) -> Verdict:
-    if not verdict.fault:
-        shutil.rmtree(folder)
-    return verdict

@@ -19,7 +19,7 @@ import numpy as np
 from pecobook.utils.checksums import add_checksum
 from tests.campaign.process import run
 from tests.campaign.subjects import last_lines
-from tests.campaign.verdict import Case, Field, Verdict, judged, refusal_fault
+from tests.campaign.verdict import Case, Field, Verdict, cleaned, judged, refusal_fault
 
 
 class _Evil:
@@ -34,7 +34,9 @@ class _Evil:
 
 def cases() -> list[Case]:
     """Return every hostile file."""
-    pickles = [functools.partial(_pickle, name) for name in ("state", "weights", "init", "tensors", "array", "perceptual")]
+    pickles = [
+        functools.partial(_pickle, name) for name in ("state", "weights", "init", "tensors", "array", "perceptual")
+    ]
     keys = ("checkpoint_path", "pretrained_cfg", "pretrained", "cache_dir", "pretrained_cfg_overlay")
     return [*pickles, *(functools.partial(_config, key) for key in keys), _names, _names_of_classes]
 
@@ -77,7 +79,7 @@ def _pickle(name: str, field: Field, _chance: random.Random) -> Iterator[Verdict
     process = run(words, place / "log")
     assert process.code is not None
     fault = "the code ran" if proof.exists() else refusal_fault(process.code, process.text, [file.name], at_start=False)
-    yield _cleaned(judged("hostile file", f"pickle as {name}", began, fault), place)
+    yield cleaned(judged("hostile file", f"pickle as {name}", began, fault), place)
 
 
 def _config(key: str, field: Field, _chance: random.Random) -> Iterator[Verdict]:
@@ -100,10 +102,16 @@ def _config(key: str, field: Field, _chance: random.Random) -> Iterator[Verdict]
     process = run([*words, "--out", str(place / "out")], place / "log")
     assert process.code is not None
     fault = "the code ran" if proof.exists() else refusal_fault(process.code, process.text, [key], at_start=False)
-    yield _cleaned(judged("hostile file", f"config with {key}", began, fault), place)
+    yield cleaned(judged("hostile file", f"config with {key}", began, fault), place)
 
 
-_BAD_NAMES = ("a\x1b[31mred.png", "b\n2026-01-01 00:00:00,000 forged line.png", "c[/b].png", "d\x9b31m.png", "e\u202egnp.png")
+_BAD_NAMES = (
+    "a\x1b[31mred.png",
+    "b\n2026-01-01 00:00:00,000 forged line.png",
+    "c[/b].png",
+    "d\x9b31m.png",
+    "e\u202egnp.png",
+)
 
 
 def _names(field: Field, _chance: random.Random) -> Iterator[Verdict]:
@@ -139,9 +147,3 @@ def _hostile_names(kind: str, field: Field, names: list[str], content: bytes) ->
             fault = f"ended with {process.code}: {last_lines(process.text)}"
         yield judged("hostile file", f"names of {kind}, {command}", began, fault)
     shutil.rmtree(place)
-
-
-def _cleaned(verdict: Verdict, folder: Path) -> Verdict:
-    if not verdict.fault:
-        shutil.rmtree(folder)
-    return verdict

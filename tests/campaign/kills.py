@@ -52,7 +52,11 @@ def cases() -> list[Case]:
 
 
 def _case(
-    group: str, name: str, disturb: Callable[[Subject, Path, random.Random], Process], field: Field, chance: random.Random
+    group: str,
+    name: str,
+    disturb: Callable[[Subject, Path, random.Random], Process],
+    field: Field,
+    chance: random.Random,
 ) -> Iterator[Verdict]:
     subject = field.subject(name)
     began, out = time.monotonic(), field.place() / "run"

@@ -25,11 +25,6 @@ def warm_up() -> None:
     import torch.utils.tensorboard.writer
     from sklearn import linear_model  # noqa: F401
 
-    import pecobook.commands.analyze
-    import pecobook.commands.demo
-    import pecobook.commands.predict
-    import pecobook.commands.reproduce
-    import pecobook.commands.tokenize
     from pecobook.engine import launch, loop, run_folder  # noqa: F401
     from pecobook.stages import classify, codebook, detect, moco, pretrain, segment, training  # noqa: F401
 
@@ -160,9 +155,9 @@ def _redirect(file: int) -> None:
     null = os.open(os.devnull, os.O_RDONLY)
     for number, target in ((0, null), (1, file), (2, file)):
         os.dup2(target, number)
-    sys.stdin = open(0, closefd=False)  # noqa: PTH123, SIM115
-    sys.stdout = open(1, "w", closefd=False)  # noqa: PTH123, SIM115
-    sys.stderr = open(2, "w", buffering=1, closefd=False)  # noqa: PTH123, SIM115
+    sys.stdin = open(0, closefd=False)  # noqa: SIM115
+    sys.stdout = open(1, "w", closefd=False)  # noqa: SIM115
+    sys.stderr = open(2, "w", buffering=1, closefd=False)  # noqa: SIM115
 
 
 def _die_with(parent: int) -> None:

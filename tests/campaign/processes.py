@@ -15,7 +15,7 @@ from pathlib import Path
 
 from tests.campaign.process import Process
 from tests.campaign.subjects import TRAININGS, Subject, last_lines
-from tests.campaign.verdict import Case, Field, Verdict, judged, refusal_fault
+from tests.campaign.verdict import Case, Field, Verdict, cleaned, judged, refusal_fault
 
 _BOUND = 90.0
 """Seconds in which all ranks must end when one was killed."""
@@ -49,7 +49,7 @@ def _worker(name: str, field: Field, chance: random.Random) -> Iterator[Verdict]
     code = process.wait()
     process.end()
     fault = refusal_fault(code, process.text, ["memory", "killed"], at_start=False)
-    yield _cleaned(judged("killed data worker", name, began, fault, 1), out.parent)
+    yield cleaned(judged("killed data worker", name, began, fault, 1), out.parent)
 
 
 def _ranks(subject: Subject, out: Path) -> list[Process]:
@@ -94,7 +94,9 @@ def _rank(name: str, number: int, field: Field, chance: random.Random) -> Iterat
         fault = fault or f"the restart ended with {codes}: {last_lines(again[0].text)}"
     elif not fault and subject.outcome(out) != subject.outcome(place / "straight"):
         fault = "differs from two undisturbed ranks"
-    yield _cleaned(judged("killed rank", f"{name}, rank {number}, other left after {seconds:.0f} s", began, fault, 1), place)
+    yield cleaned(
+        judged("killed rank", f"{name}, rank {number}, other left after {seconds:.0f} s", began, fault, 1), place
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------- data
@@ -150,7 +152,7 @@ def _changed_data(change: Callable[[Path], None], field: Field, chance: random.R
         process = Process([*words, "--accept-data-change"], place / "log")
         fault = "" if process.wait() == 0 else f"with --accept-data-change: {last_lines(process.text)}"
     kind = change.__name__.strip("_").replace("_", " ")
-    yield _cleaned(judged("changed data", f"{name}, {kind}", began, fault), place)
+    yield cleaned(judged("changed data", f"{name}, {kind}", began, fault), place)
 
 
 def _two_at_once(field: Field, chance: random.Random) -> Iterator[Verdict]:
@@ -163,10 +165,4 @@ def _two_at_once(field: Field, chance: random.Random) -> Iterator[Verdict]:
     codes = [second.wait(), first.wait()]
     fault = "" if codes == [2, 0] else f"exit codes {codes}"
     fault = fault or refusal_fault(2, second.text, ["Another process"], at_start=False) or subject.differences(out)
-    yield _cleaned(judged("two commands at once", subject.name, began, fault), out.parent)
-
-
-def _cleaned(verdict: Verdict, folder: Path) -> Verdict:
-    if not verdict.fault:
-        shutil.rmtree(folder)
-    return verdict
+    yield cleaned(judged("two commands at once", subject.name, began, fault), out.parent)

@@ -132,7 +132,7 @@ def _values(file: Path) -> str:
                 add(part, f"{name}/{key}")
         else:
             content = value.contiguous().view(-1).view(torch.uint8).numpy().tobytes() if torch.is_tensor(value) else b""
-            digest.update(f"{name} {content and value.dtype or value!r} ".encode() + content)
+            digest.update(f"{name} {(content and value.dtype) or value!r} ".encode() + content)
 
     add(torch.load(file, weights_only=True), "")
     return digest.hexdigest()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import random
+import shutil
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -55,6 +56,13 @@ Case = Callable[[Field, random.Random], Iterable[Verdict]]
 def judged(group: str, name: str, began: float, fault: str, kills: int = 0) -> Verdict:
     """Return a verdict with its duration."""
     return Verdict(group, name, fault, kills, round(time.monotonic() - began, 2))
+
+
+def cleaned(verdict: Verdict, folder: Path) -> Verdict:
+    """Delete the folder of a case without a fault; return the verdict."""
+    if not verdict.fault:
+        shutil.rmtree(folder)
+    return verdict
 
 
 def refusal_fault(code: int, text: str, names: Iterable[str] = (), *, at_start: bool = True) -> str:

@@ -1,0 +1,93 @@
+"""Run the campaign for so many minutes, and print what was disturbed, how often, and whether it ended as promised.
+
+python -m tests.campaign --minutes 30 --seed 0 --out runs/campaign [--only kills disks] [--long]
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import importlib
+import json
+import os
+import random
+import shutil
+import sys
+import time
+import traceback
+from pathlib import Path
+from typing import Any
+
+_MODULES = ("mistakes", "hostile", "damages", "processes", "disks", "kills")
+
+
+def main() -> int:
+    """Run the campaign; return 0 when every case ended as promised."""
+    options = _options()
+    os.environ.update(CUDA_VISIBLE_DEVICES="", HF_HUB_OFFLINE="1", OMP_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1")
+    from tests.campaign.process import warm_up
+    from tests.campaign.verdict import Field, Verdict, table
+
+    if options.out.exists():
+        shutil.rmtree(options.out)
+    options.out.mkdir(parents=True)
+    verdicts: list[Verdict] = []
+    if options.long:
+        from tests.campaign.long import measure
+
+        return measure(options.out, options.minutes)
+    warm_up()
+    field, stop = Field(options.out.resolve(), options.seed), time.monotonic() + 60 * options.minutes
+    with (options.out / "verdicts.jsonl").open("w") as lines:
+        for case, chance in _drawn(options.only, options.seed):
+            if time.monotonic() > stop:
+                break
+            for verdict in _tried(case, field, chance):
+                verdicts.append(verdict)
+                lines.write(json.dumps(dataclasses.asdict(verdict)) + "\n")
+                lines.flush()
+                if verdict.fault:
+                    print(f"{verdict.group}: {verdict.case}: {verdict.fault}", file=sys.stderr, flush=True)
+    text = table(verdicts)
+    (options.out / "table.txt").write_text(text + "\n")
+    print(text)
+    return int(any(verdict.fault for verdict in verdicts))
+
+
+def _options() -> Any:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--minutes", type=float, default=30.0)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, default=Path("runs/campaign"))
+    parser.add_argument("--only", nargs="*", choices=_MODULES, default=_MODULES, help="kinds of faults")
+    parser.add_argument("--long", action="store_true", help="measure memory, files and requests over a long time")
+    return parser.parse_args()
+
+
+def _drawn(modules: list[str], seed: int) -> Any:
+    """Yield (case, random numbers) without end: all cases of all modules, in another order each time."""
+    chance = random.Random(seed)
+    cases = [case for name in modules for case in importlib.import_module(f"tests.campaign.{name}").cases()]
+    once = [case for case in cases if getattr(case, "__name__", "") == "_all"]
+    yield from ((case, chance) for case in once)
+    rest = [case for case in cases if case not in once]
+    while rest:
+        chance.shuffle(rest)
+        yield from ((case, random.Random(chance.random())) for case in rest)
+
+
+def _tried(case: Any, field: Any, chance: random.Random) -> Any:
+    """Yield the verdicts of a case; an error of the campaign itself is a verdict too."""
+    from tests.campaign.verdict import Verdict
+
+    try:
+        yield from case(field, chance)
+    except Exception as error:
+        traceback.print_exc()
+        yield Verdict(
+            "campaign", f"{getattr(case, 'func', case).__name__} {getattr(case, 'args', '')}"[:120], repr(error)[:400]
+        )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
