@@ -28,9 +28,12 @@ def main() -> int:
     from tests.campaign.process import warm_up
     from tests.campaign.verdict import Field, Verdict, table
 
-    if options.out.exists():
+    if options.out.exists() and any(options.out.iterdir()):
+        if not (options.out / "verdicts.jsonl").exists():
+            sys.exit(f"{options.out} holds something else than a campaign: name another --out.")
         shutil.rmtree(options.out)
-    options.out.mkdir(parents=True)
+    options.out.mkdir(parents=True, exist_ok=True)
+    (options.out / "verdicts.jsonl").touch()
     verdicts: list[Verdict] = []
     if options.long:
         from tests.campaign.long import measure
@@ -39,7 +42,7 @@ def main() -> int:
     warm_up()
     field, stop = Field(options.out.resolve(), options.seed), time.monotonic() + 60 * options.minutes
     with (options.out / "verdicts.jsonl").open("w") as lines:
-        for case, chance in _drawn(options.only, options.seed):
+        for case, chance in _handful(options.seed) if options.short else _drawn(options.only, options.seed):
             if time.monotonic() > stop:
                 break
             for verdict in _tried(case, field, chance):
@@ -60,6 +63,7 @@ def _options() -> Any:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("runs/campaign"))
     parser.add_argument("--only", nargs="*", choices=_MODULES, default=_MODULES, help="kinds of faults")
+    parser.add_argument("--short", action="store_true", help="a handful of cases")
     parser.add_argument("--long", action="store_true", help="measure memory, files and requests over a long time")
     return parser.parse_args()
 
@@ -76,6 +80,17 @@ def _drawn(modules: list[str], seed: int) -> Any:
         yield from ((case, random.Random(chance.random())) for case in rest)
 
 
+def _handful(seed: int) -> Any:
+    """Yield one case of each kind, all of `codebook`."""
+    from tests.campaign import damages, disks, hostile, kills
+
+    codebook = [kills.at_crash_points, kills.by_power_cuts, kills.by_signals]
+    cases = [kind("codebook") for kind in codebook] + [
+        case for module in (damages, disks) for case in module.cases()[:1]
+    ]
+    yield from ((case, random.Random(seed + number)) for number, case in enumerate([*cases, hostile.cases()[0]]))
+
+
 def _tried(case: Any, field: Any, chance: random.Random) -> Any:
     """Yield the verdicts of a case; an error of the campaign itself is a verdict too."""
     from tests.campaign.verdict import Verdict
@@ -84,9 +99,8 @@ def _tried(case: Any, field: Any, chance: random.Random) -> Any:
         yield from case(field, chance)
     except Exception as error:
         traceback.print_exc()
-        yield Verdict(
-            "campaign", f"{getattr(case, 'func', case).__name__} {getattr(case, 'args', '')}"[:120], repr(error)[:400]
-        )
+        name = f"{getattr(case, 'func', case).__name__} {getattr(case, 'args', '')}"
+        yield Verdict("campaign", name[:120], repr(error)[:400])
 
 
 if __name__ == "__main__":

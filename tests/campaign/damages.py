@@ -46,12 +46,13 @@ def empty(file: Path, _chance: random.Random) -> None:
     file.write_bytes(b"")
 
 
+_STAGES = ("codebook", *(name for name in TRAININGS if name != "codebook"))
 DAMAGES: tuple[Callable[[Path, random.Random], None], ...] = (flip, zero, cut, empty)
 
 
 def cases() -> list[Case]:
     """Return every damage of every file."""
-    checkpoints = [functools.partial(_checkpoint, name, damage) for damage in DAMAGES for name in TRAININGS]
+    checkpoints = [functools.partial(_checkpoint, name, damage) for damage in DAMAGES for name in _STAGES]
     read = [functools.partial(_read, name, damage) for damage in DAMAGES for name in _READERS]
     configs = [functools.partial(_marker, name, damage) for damage in DAMAGES for name in _MARKERS]
     edits = [

@@ -28,7 +28,7 @@ def can_mount() -> bool:
 
 def cases() -> list[Case]:
     """Return every fault of a disk for every short subject."""
-    names = (*TRAININGS, "tokenize")
+    names = ("codebook", *(name for name in TRAININGS if name != "codebook"), "tokenize")
     found: list[Case] = [functools.partial(_failing, name) for name in (*names, "analyze")]
     found += [functools.partial(_removed, name) for name in names]
     if can_mount():
@@ -65,7 +65,7 @@ def _removed(name: str, field: Field, chance: random.Random) -> Iterator[Verdict
 def _small_disk(name: str, inodes: bool, field: Field, chance: random.Random) -> Iterator[Verdict]:
     """The disk, a small file system in memory, is too small; when it has grown, the run continues."""
     subject, began, place = field.subject(name), time.monotonic(), field.place()
-    finished = [path for path in (field.materials.folder / "undisturbed" / name).rglob("*")]
+    finished = list((field.materials.folder / "undisturbed" / name).rglob("*"))
     size = sum(path.stat().st_size for path in finished if path.is_file())
     limit = f"nr_inodes={chance.randint(4, len(finished))},size=64m"
     if not inodes:

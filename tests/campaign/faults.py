@@ -60,7 +60,7 @@ class FileEvents:
 
         def fsync(file: Any) -> None:
             number = file if isinstance(file, int) else file.fileno()
-            path = os.readlink(f"/proc/self/fd/{number}")
+            path = str(Path(f"/proc/self/fd/{number}").readlink())
             self._event("fsync", path)
             original(file)
             if path in self.unsynced:

@@ -277,7 +277,7 @@ def test_from_pretrained__refuses_another_kind_and_a_damaged_one(kind: str, tmp_
     save_file(state, file)
     (tmp_path / "config.json").write_text(json.dumps({"kind": kind}))
     if kind != "tokenizer":  # all settings of a tokenizer have defaults
-        with pytest.raises(WeightsError, match="config.json' has no"):
+        with pytest.raises(WeightsError, match=r"config\.json' has no"):
             type(model).from_pretrained(tmp_path)
     del config["kind"]
     (tmp_path / "config.json").write_text(json.dumps(config))
