@@ -11,6 +11,7 @@ import logging
 import math
 import os
 import sys
+import threading
 import time
 from collections.abc import Mapping
 from functools import partial
@@ -96,6 +97,8 @@ class TensorBoard:
         from torch.utils.tensorboard.writer import SummaryWriter
 
         self._folder = folder
+        if threading.excepthook is threading.__excepthook__:
+            threading.excepthook = _hide_writer_errors
         self._writer = SummaryWriter(str(folder), purge_step=start_step)
         if start_step > 0 and last.get("step") == start_step:
             self.log({name: value for name, value in last.items() if name != "step" and value is not None}, start_step)
@@ -123,6 +126,12 @@ class TensorBoard:
     def close(self) -> None:
         """Flush and close."""
         self._writer.close()
+
+
+def _hide_writer_errors(arguments: threading.ExceptHookArgs) -> None:
+    """Print the traceback of a thread, but not of TensorBoard's writer: its next call raises the error again."""
+    if type(arguments.thread).__name__ != "_AsyncWriterThread":
+        threading.__excepthook__(arguments)
 
 
 class WeightsAndBiases:
