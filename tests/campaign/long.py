@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from tests.campaign.materials import Materials
+from tests.campaign.subjects import changed
 
 _STREAM_STEPS = 100_000
 _REQUESTS, _AT_ONCE = 200, 50
@@ -102,8 +103,8 @@ def _stream(materials: Materials) -> Iterator[str]:
 def _training(materials: Materials, seconds: float) -> Iterator[str]:
     """Train for the given time, with data-loading processes, checkpoints, evaluations and TensorBoard."""
     out = materials.folder / "long"
-    words = [*materials.words("codebook"), "--max-steps", "10000000", "--workers", "2", "--save-every", "50"]
-    words += ["--log-every", "10", "--sample-every", "100", "--out", str(out)]
+    flags = {"--max-steps": "10000000", "--workers": "2", "--save-every": "50", "--log-every": "10"}
+    words = [*changed(materials.words("codebook"), {**flags, "--sample-every": "100"}), "--out", str(out)]
     log = (materials.folder / "long.log").open("w")
     usages, began = [], time.monotonic()
     with subprocess.Popen([sys.executable, "-m", "pecobook", *words], stdout=log, stderr=log) as process:

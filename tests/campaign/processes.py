@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from tests.campaign.process import Process
-from tests.campaign.subjects import TRAININGS, Subject, last_lines
+from tests.campaign.subjects import TRAININGS, Subject, changed, last_lines
 from tests.campaign.verdict import Case, Field, Verdict, cleaned, judged, refusal_fault
 
 _BOUND = 90.0
@@ -41,7 +41,8 @@ def _wait_for_steps(process: Process, out: Path, number: int) -> None:
 def _worker(name: str, field: Field, chance: random.Random) -> Iterator[Verdict]:
     """A data-loading process is killed, as by a lack of memory: the run says so in a sentence, and can be resumed."""
     subject, began, out = field.subject(name), time.monotonic(), field.place() / "run"
-    process = subject.start(out, "--workers", "2", "--max-steps", "200", "--save-every", "100")
+    words = changed(subject.words, {"--workers": "2", "--max-steps": "200", "--save-every": "100"})
+    process = Process([*words, "--out", str(out)], out.parent / "log")
     _wait_for_steps(process, out, 2)
     for pid in process.left()[: chance.choice((1, 2))]:
         with contextlib.suppress(ProcessLookupError):

@@ -68,6 +68,11 @@ def last_lines(text: str, number: int = 3) -> str:
     return " | ".join(line for line in text.splitlines()[-number:] if line.strip())[:400]
 
 
+def changed(words: list[str], flags: dict[str, str]) -> list[str]:
+    """Return a command line with other values of some of its flags."""
+    return [flags.get(before, word) for before, word in zip(["", *words], words, strict=False)]
+
+
 def subjects(materials: Materials, names: tuple[str, ...]) -> dict[str, Subject]:
     """Return the subjects of these names, each after an undisturbed run."""
     return {name: _measured(materials, name) for name in names}
