@@ -17,7 +17,7 @@ from tests.campaign.process import Process
 from tests.campaign.subjects import TRAININGS, Subject, last_lines
 from tests.campaign.verdict import Case, Field, Verdict, judged
 
-_WAIT_FOR_CHILDREN = 20.0
+_WAIT_FOR_CHILDREN = 60.0
 """Seconds after a kill in which the children of the killed process must end."""
 
 
