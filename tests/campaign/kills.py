@@ -61,7 +61,7 @@ def _case(
     subject = field.subject(name)
     began, out = time.monotonic(), field.place() / "run"
     if name in ("demo", "reproduce"):
-        _nearly_finish(subject, field.materials.folder / "undisturbed" / name, out, chance)
+        _nearly_finish(field.materials.folder / "undisturbed" / name, out, chance)
     planned, kills, fault = chance.choice((1, 1, 2, 3)), 0, ""
     for _ in range(planned):
         process = disturb(subject, out, chance)
@@ -76,9 +76,8 @@ def _case(
         shutil.rmtree(out.parent)
 
 
-def _nearly_finish(subject: Subject, finished: Path, out: Path, chance: random.Random) -> None:
+def _nearly_finish(finished: Path, out: Path, chance: random.Random) -> None:
     """Copy the finished folder of demo or reproduce without one or two of its runs and without its results."""
-    del subject
     shutil.copytree(finished, out)
     runs = sorted(path.parent for path in [*out.glob("*/checkpoints"), *out.glob("runs/*/checkpoints")])
     for run in chance.sample(runs, chance.choice((1, 2))):

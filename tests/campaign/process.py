@@ -20,6 +20,7 @@ from pecobook.errors import PecobookError
 
 def warm_up() -> None:
     """Import what commands import. Raises RuntimeError when this process has threads, which no fork would have."""
+    import lightning_fabric  # noqa: F401
     import timm  # noqa: F401
     import torch
     import torch.utils.tensorboard.writer
@@ -28,8 +29,6 @@ def warm_up() -> None:
     from pecobook.engine import launch, loop, run_folder  # noqa: F401
     from pecobook.stages import classify, codebook, detect, moco, pretrain, segment, training  # noqa: F401
 
-    with contextlib.suppress(ImportError):
-        import lightning_fabric  # noqa: F401
     torch.set_num_threads(1)
     threads = [(task / "comm").read_text().strip() for task in Path("/proc/self/task").iterdir()]
     if len([name for name in threads if name != "jemalloc_bg_thd"]) > 1:  # pyarrow's, which survives a fork
