@@ -34,9 +34,7 @@ class _Evil:
 
 def cases() -> list[Case]:
     """Return every hostile file."""
-    pickles = [
-        functools.partial(_pickle, name) for name in ("state", "weights", "init", "tensors", "array", "perceptual")
-    ]
+    pickles = [functools.partial(_pickle, name) for name in ("state", "weights", "tensors", "array", "perceptual")]
     keys = ("checkpoint_path", "pretrained_cfg", "pretrained", "cache_dir", "pretrained_cfg_overlay")
     return [*pickles, *(functools.partial(_config, key) for key in keys), _names, _names_of_classes]
 
@@ -57,8 +55,6 @@ def _pickle(name: str, field: Field, _chance: random.Random) -> Iterator[Verdict
         words = [*materials.words("codebook"), "--out", str(out), "--resume", "auto"]
     elif name == "weights":
         words += ["--weights", str(file)]
-    elif name == "init":
-        words = [*materials.words("codebook"), "--init", str(file), "--out", str(out)]
     elif name == "perceptual":
         words = [*materials.words("codebook"), "--out", str(out), "--perceptual.network", "timm:resnet18"]
         words += ["--perceptual.layers", "1", "--perceptual.weights", str(file)]
@@ -78,8 +74,15 @@ def _pickle(name: str, field: Field, _chance: random.Random) -> Iterator[Verdict
         add_checksum(file)
     process = run(words, place / "log")
     assert process.code is not None
-    fault = "the code ran" if proof.exists() else refusal_fault(process.code, process.text, [file.name], at_start=False)
+    fault = (
+        "the code ran" if proof.exists() else refusal_fault(process.code, process.text, _named(file), at_start=False)
+    )
     yield cleaned(judged("hostile file", f"pickle as {name}", began, fault), place)
+
+
+def _named(file: Path) -> list[str]:
+    """Return the texts by which a message may name a file: its own name, or its folder's."""
+    return [file.name, str(file.parent)]
 
 
 def _config(key: str, field: Field, _chance: random.Random) -> Iterator[Verdict]:
@@ -129,7 +132,7 @@ def _hostile_names(kind: str, field: Field, names: list[str], content: bytes) ->
     place, materials = field.place(), field.materials
     data = materials.copy(materials.images, place / "images")
     for name in names:
-        (data / name).parent.mkdir(exist_ok=True)
+        (data / name).parent.mkdir(parents=True, exist_ok=True)
         (data / name).write_bytes(content)
     for command in ("finetune", "tokenize", "check"):
         began, out = time.monotonic(), place / command

@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import ctypes
+import importlib
 import os
 import signal
 import subprocess
@@ -17,18 +18,24 @@ from typing import Any, NoReturn
 
 from pecobook.errors import PecobookError
 
+_IMPORTED = (
+    *(f"pecobook.commands.{name}" for name in ("analyze", "check", "demo", "predict", "reproduce", "tokenize")),
+    *(
+        f"pecobook.stages.{name}"
+        for name in ("classify", "codebook", "detect", "moco", "pretrain", "segment", "training")
+    ),
+    *("pecobook.engine.loop", "pecobook.engine.run_folder", "pecobook.engine.preamble", "pecobook.cli"),
+    *("pecobook.data.folders", "pecobook.analysis.detections", "pecobook.analysis.confusion"),
+    *("lightning_fabric", "torch.utils.tensorboard.writer", "timm", "datasets", "pycocotools.coco", "PIL.Image"),
+)
+
 
 def warm_up() -> None:
     """Import what commands import. Raises RuntimeError when this process has threads, which no fork would have."""
-    import lightning_fabric  # noqa: F401
-    import timm  # noqa: F401
     import torch
-    import torch.utils.tensorboard.writer
-    from sklearn import linear_model  # noqa: F401
 
-    from pecobook.engine import launch, loop, run_folder  # noqa: F401
-    from pecobook.stages import classify, codebook, detect, moco, pretrain, segment, training  # noqa: F401
-
+    for name in _IMPORTED:
+        importlib.import_module(name)
     torch.set_num_threads(1)
     threads = [(task / "comm").read_text().strip() for task in Path("/proc/self/task").iterdir()]
     if len([name for name in threads if name != "jemalloc_bg_thd"]) > 1:  # pyarrow's, which survives a fork
