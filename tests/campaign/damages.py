@@ -58,7 +58,7 @@ def cases() -> list[Case]:
     edits = [
         functools.partial(_edited, name) for name in ("codebook export", "vit export", "classifier export", "bank")
     ]
-    return [*checkpoints, *read, *configs, *edits]
+    return [*checkpoints, *read, *configs, *edits, _controls]
 
 
 def _checkpoint(
@@ -114,6 +114,16 @@ def _reading(field: Field, source: str, folder: Path, command: str, out: Path) -
 
 
 _BANK_VIEWS = ("--min-crop", "0.2")
+
+
+def _controls(field: Field, _chance: random.Random) -> Iterator[Verdict]:
+    """Without damage each of these commands works, so that a refusal is one of the damage."""
+    for name, (source, _, command) in _READERS.items():
+        began, place = time.monotonic(), field.place()
+        folder = field.materials.copy(getattr(field.materials, source), place / source)
+        process = _reading(field, source, folder, command, place / "out")
+        fault = "" if process.code == 0 else f"ended with {process.code}: {last_lines(process.text)}"
+        yield cleaned(judged("no damage, for comparison", name, began, fault), place)
 
 
 def _read(

@@ -78,7 +78,7 @@ def _small_disk(name: str, inodes: bool, field: Field, chance: random.Random) ->
     yield cleaned(judged(kind, f"{name}, {limit}", began, fault), place)
 
 
-def _filled(subject: Subject, out: Path, grow: Callable[[], None]) -> str:
+def _filled(subject: Subject, out: Path, grow: Callable[[], int]) -> str:
     process = subject.start(out)
     code = process.wait()
     process.end()
@@ -89,12 +89,12 @@ def _filled(subject: Subject, out: Path, grow: Callable[[], None]) -> str:
 
 
 @contextlib.contextmanager
-def _mounted(folder: Path, options: str) -> Iterator[Callable[[], None]]:
+def _mounted(folder: Path, options: str) -> Iterator[Callable[[], int]]:
     """Mount a file system in memory; yields a function that makes it large."""
     mount = ["mount", "-t", "tmpfs", "-o"]
     subprocess.run([*mount, options, "pecobook-campaign", str(folder)], check=True)
     try:
         large = ["mount", "-o", f"remount,size={_BLOCKS_FREE},nr_inodes=100000", str(folder)]
-        yield lambda: subprocess.run(large, check=True) and None
+        yield lambda: subprocess.check_call(large)
     finally:
         subprocess.run(["umount", "--lazy", str(folder)], check=True)

@@ -66,7 +66,7 @@ class FileEvents:
             if path in self.unsynced:
                 self.unsynced[path] = os.fstat(number).st_size
 
-        os.fsync = fsync
+        os.fsync = fsync  # type: ignore[assignment]
         sys.addaudithook(self._hook)
 
     def _hook(self, event: str, arguments: tuple[Any, ...]) -> None:

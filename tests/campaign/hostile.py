@@ -134,6 +134,7 @@ def _hostile_names(kind: str, field: Field, names: list[str], content: bytes) ->
     for name in names:
         (data / name).parent.mkdir(parents=True, exist_ok=True)
         (data / name).write_bytes(content)
+    faults: list[str] = []
     for command in ("finetune", "tokenize", "check"):
         began, out = time.monotonic(), place / command
         words = ["check"] if command == "check" else [*materials.words(command), "--out", str(out)]
@@ -148,5 +149,7 @@ def _hostile_names(kind: str, field: Field, names: list[str], content: bytes) ->
         fault = f"control characters in {control}" if control else f"a forged line in {forged}" if forged else ""
         if process.code not in ((0, 1) if command == "check" else (0,)):
             fault = f"ended with {process.code}: {last_lines(process.text)}"
+        faults.append(fault)
         yield judged("hostile file", f"names of {kind}, {command}", began, fault)
-    shutil.rmtree(place)
+    if not any(faults):
+        shutil.rmtree(place)

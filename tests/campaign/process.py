@@ -253,4 +253,4 @@ def _fork_jobs() -> None:
         def __getattr__(self, name: str) -> Any:
             return getattr(subprocess, name)
 
-    jobs.subprocess = Module()  # type: ignore[assignment]
+    jobs.__dict__["subprocess"] = Module()

@@ -303,7 +303,7 @@ class Loop:
                 due = bool(self.fabric.broadcast(late)) if self.fabric.world_size > 1 else late
         if due:
             self._share_skipped()
-            on_first_rank(lambda: [sink.flush() for sink in self.sinks])
+            on_first_rank(self._flush_sinks)
             checkpoint.save(
                 self.out / "checkpoints",
                 step=step,
@@ -313,6 +313,10 @@ class Loop:
                 precision=self.precision,
             )
             self._saved_at = time.monotonic()
+
+    def _flush_sinks(self) -> None:
+        for sink in self.sinks:
+            sink.flush()
 
     def _positions(self, start: int, stop: int) -> BatchPositions:
         return BatchPositions(
