@@ -118,6 +118,7 @@ _TABLE: dict[str, list[tuple[str, str, str]]] = {
         ("--devices -1", "-1", "or auto"),
         ("--devices 100000 --batch-size 100000", "100000", "cores"),
         ("--num-nodes 0", "0", "above 0"),
+        ("--num-nodes 2", "2", "torchrun or srun"),
         ("--num-nodes 1e30", "1e30", "a whole number"),
         ("--seed -1", "-1", "or above"),
         ("--seed 1.5", "1.5", "a whole number"),
@@ -446,8 +447,8 @@ def make_folder(folder: Path, images: Path, codebook: Path, vit: Path, classifie
     (folder / "latin.json").write_bytes(b'{"data": "b\xfccher"}')
     for name, run in {"codebook": codebook, "vit": vit, "classifier": classifier}.items():
         shutil.copytree(run / "export", folder / name / "export")
-    for name, run, change in _DAMAGED_EXPORTS:
-        shutil.copytree(folder / run, folder / name)
+    for name, source, change in _DAMAGED_EXPORTS:
+        shutil.copytree(folder / source, folder / name)
         _edit(folder / name / "export" / "config.json", change)
     shutil.copytree(folder / "codebook", folder / "damaged")
     weights = folder / "damaged" / "export" / "model.safetensors"

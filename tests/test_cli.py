@@ -224,6 +224,27 @@ def test_main__reports_an_error_of_the_system_in_two_lines(
         cli.main([command])
 
 
+@pytest.mark.parametrize(
+    "error", [MemoryError(), RuntimeError("[enforce fail at alloc_cpu.cpp:127] err == 0. you tried to allocate 2 PiB")]
+)
+def test_main__says_when_memory_is_short(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], error: Exception
+) -> None:
+    def fail(_args: list[str]) -> None:
+        raise error
+
+    monkeypatch.setattr(cli, "dispatch", fail)
+    with pytest.raises(SystemExit) as caught:
+        cli.main(["pretrain"])
+    assert caught.value.code == 2
+    first, second = capsys.readouterr().err.splitlines()
+    assert first.startswith("pecobook: out of memory: ")
+    assert "fewer images at once" in second
+    monkeypatch.setenv("PECOBOOK_TRACEBACK", "1")
+    with pytest.raises(type(error)):
+        cli.main(["pretrain"])
+
+
 def test_main__an_error_that_is_ours_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(_args: list[str]) -> None:
         raise OSError("a mistake of the program")

@@ -30,68 +30,22 @@ if TYPE_CHECKING:
     from pecobook.models.tokenizers import load_tokenizer
     from pecobook.models.weights import Backbone, Classifier
 
-__all__ = [
-    "Backbone",
-    "Classifier",
-    "Detector",
-    "MaskedImageModel",
-    "PecobookError",
-    "PerceptualDistance",
-    "PerceptualTokenizer",
-    "Segmenter",
-    "VectorQuantizer",
-    "analyze",
-    "bench",
-    "blockwise_mask",
-    "check",
-    "codebook",
-    "contrast",
-    "demo",
-    "detect",
-    "explore",
-    "export",
-    "finetune",
-    "load_tokenizer",
-    "nearest_codeword",
-    "predict",
-    "pretrain",
-    "probe",
-    "read_image",
-    "reproduce",
-    "segment",
-    "tokenize",
-]
+__all__ = ["Backbone", "Classifier", "Detector", "MaskedImageModel", "PecobookError", "PerceptualDistance"]
+__all__ += ["PerceptualTokenizer", "Segmenter", "VectorQuantizer", "analyze", "bench", "blockwise_mask", "check"]
+__all__ += ["codebook", "contrast", "demo", "detect", "explore", "export", "finetune", "load_tokenizer"]
+__all__ += ["nearest_codeword", "predict", "pretrain", "probe", "read_image", "reproduce", "segment", "tokenize"]
 
+_API = ("codebook", "contrast", "detect", "export", "finetune", "predict", "pretrain", "segment", "tokenize")
+_COMMANDS = ("analyze", "bench", "check", "demo", "explore", "probe", "reproduce")
 _HOMES = {
-    "Backbone": "models.weights",
-    "Classifier": "models.weights",
-    "Detector": "models.dense.detector",
-    "MaskedImageModel": "models.masked_vit",
-    "PecobookError": "errors",
-    "PerceptualDistance": "models.perceptual",
-    "PerceptualTokenizer": "models.tokenizer",
-    "Segmenter": "models.dense.segmenter",
-    "VectorQuantizer": "models.quantizer",
-    "analyze": "commands.analyze",
-    "bench": "commands.bench",
-    "blockwise_mask": "data.masking",
-    "check": "commands.check",
-    "codebook": "api",
-    "contrast": "api",
-    "demo": "commands.demo",
-    "detect": "api",
-    "explore": "commands.explore",
-    "export": "api",
-    "finetune": "api",
-    "load_tokenizer": "models.tokenizers",
-    "nearest_codeword": "models.nearest",
-    "predict": "api",
-    "pretrain": "api",
-    "probe": "commands.probe",
-    "read_image": "data.one_image",
-    "reproduce": "commands.reproduce",
-    "segment": "api",
-    "tokenize": "api",
+    **dict.fromkeys(_API, "api"),
+    **{name: f"commands.{name}" for name in _COMMANDS},
+    **{"Backbone": "models.weights", "Classifier": "models.weights", "PecobookError": "errors"},
+    **{"Detector": "models.dense.detector", "Segmenter": "models.dense.segmenter"},
+    **{"MaskedImageModel": "models.masked_vit", "PerceptualDistance": "models.perceptual"},
+    **{"PerceptualTokenizer": "models.tokenizer", "VectorQuantizer": "models.quantizer"},
+    **{"blockwise_mask": "data.masking", "load_tokenizer": "models.tokenizers"},
+    **{"nearest_codeword": "models.nearest", "read_image": "data.one_image"},
 }
 
 

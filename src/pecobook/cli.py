@@ -13,9 +13,9 @@ import importlib
 import os
 import sys
 import textwrap
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from types import MappingProxyType
-from typing import Any, TypeVar
+from typing import Any
 
 from pecobook import recipes
 from pecobook.commands import table
@@ -26,8 +26,6 @@ from pecobook.recipes import RECIPES
 from pecobook.settings.check import CheckConfig, of_run
 from pecobook.settings.values import field_name, flag, flags, is_switch, load, replace
 from pecobook.utils.printer import show
-
-T = TypeVar("T")
 
 COMMANDS = {name: command.summary for name, command in table.COMMANDS.items()} | {
     "recipes": "list the recipes and the claim of each",
@@ -133,37 +131,26 @@ def dispatch(args: list[str]) -> None:
         show(f"pecobook {version('pecobook')}", stdout=True)
         return
     command, rest = args[0], args[1:]
-    _same_on_all_ranks(lambda: _check_command(command))
-    if command == "recipes":
-        _recipes(rest)
-    elif command == "completion":
-        _completion(rest)
-    elif command in RECIPES:
-        config = _same_on_all_ranks(lambda: _settings(command, rest))
+    if command in ("recipes", "completion"):
+        (_recipes if command == "recipes" else _completion)(rest)
+        return
+    try:
+        if command not in COMMANDS:
+            raise ConfigError(f"Unknown command '{command}'.{did_you_mean(command, COMMANDS)} See pecobook --help.")
+        config = _settings(command, rest)
+    except ConfigError as error:  # all ranks have it
+        error.on_all_ranks = True
+        raise
+    if command in RECIPES:
         with from_the_start(until_exit=True):
             from pecobook.api import run
 
             run(command, config)
     else:
-        config = _same_on_all_ranks(lambda: _settings(command, rest))
         with from_the_start(until_exit=True) if command == "tokenize" else contextlib.nullcontext():
             result = getattr(importlib.import_module(f"pecobook.commands.{command}"), command)(config)
         if command == "check" and result["problems"]:
             sys.exit(1)
-
-
-def _check_command(command: str) -> None:
-    if command not in COMMANDS:
-        raise ConfigError(f"Unknown command '{command}'.{did_you_mean(command, COMMANDS)} See pecobook --help.")
-
-
-def _same_on_all_ranks(check: Callable[[], T]) -> T:
-    """Call `check`, which has the same outcome on all ranks, so that one rank prints its error."""
-    try:
-        return check()
-    except ConfigError as error:
-        error.on_all_ranks = True
-        raise
 
 
 def _help() -> str:

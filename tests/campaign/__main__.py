@@ -38,7 +38,7 @@ def main() -> int:
     if options.long:
         from tests.campaign.long import measure
 
-        return measure(options.out, options.minutes)
+        return measure(options.out, options.minutes, options.steps)
     warm_up()
     field, stop = Field(options.out.resolve(), options.seed), time.monotonic() + 60 * options.minutes
     with (options.out / "verdicts.jsonl").open("w") as lines:
@@ -66,6 +66,7 @@ def _options() -> Any:
     parser.add_argument("--leave-out", nargs="*", default=(), help="commands, for example demo reproduce")
     parser.add_argument("--short", action="store_true", help="a handful of cases")
     parser.add_argument("--long", action="store_true", help="measure memory, files and requests over a long time")
+    parser.add_argument("--steps", type=int, default=100_000, help="steps of the stream of --long")
     return parser.parse_args()
 
 

@@ -20,12 +20,12 @@ _STREAM_STEPS = 100_000
 _REQUESTS, _AT_ONCE = 200, 50
 
 
-def measure(out: Path, minutes: float) -> int:
+def measure(out: Path, minutes: float, steps: int = _STREAM_STEPS) -> int:
     """Measure all three and print tables; return 0 when nothing grows."""
     materials = Materials(out.resolve() / "materials")
     materials.codebook.touch()
     lines: list[str] = []
-    for part in (_stream(materials), _training(materials, 60 * minutes), _explorer(materials)):
+    for part in (_stream(materials, steps), _training(materials, 60 * minutes), _explorer(materials)):
         for line in part:
             print(line, flush=True)
             lines.append(line)
@@ -78,8 +78,8 @@ def _verdict(first: _Usage, last: _Usage) -> str:
     return f"grows: {', '.join(grown)}" if grown else "does not grow after a third of the time"
 
 
-def _stream(materials: Materials) -> Iterator[str]:
-    """Read 100,000 batches with two data-loading processes."""
+def _stream(materials: Materials, steps: int) -> Iterator[str]:
+    """Read batches with two data-loading processes."""
     from pecobook.data.sampler import BatchPositions
     from pecobook.data.stream import Stream, load
     from pecobook.engine.value_range import open_readable
@@ -89,16 +89,14 @@ def _stream(materials: Materials) -> Iterator[str]:
 
     source = open_readable(str(materials.images), AUTO, quiet=True).train
     stream = Stream(source, CodebookStage.view(recipe("codebook", "tiny")), 0)
-    positions = BatchPositions(
-        start_step=0, stop_step=_STREAM_STEPS, batch_size=2, micro_batch_size=2, rank=0, world_size=1
-    )
+    positions = BatchPositions(start_step=0, stop_step=steps, batch_size=2, micro_batch_size=2, rank=0, world_size=1)
     usages = []
     began = time.monotonic()
     for step, _ in enumerate(load(stream, positions, workers=2, pin=False), start=1):
-        if step % (_STREAM_STEPS // 6) == 0:
+        if step % (steps // 6) == 0:
             usages.append(_Usage(os.getpid()))
             yield usages[-1].row(f"stream, {step:,} steps")
-    yield f"stream of {_STREAM_STEPS:,} steps in {time.monotonic() - began:.0f} s: {_verdict(usages[1], usages[-1])}"
+    yield f"stream of {steps:,} steps in {time.monotonic() - began:.0f} s: {_verdict(usages[1], usages[-1])}"
 
 
 def _training(materials: Materials, seconds: float) -> Iterator[str]:

@@ -38,6 +38,10 @@ def test_micro_batch_size__refuses_unequal_shares() -> None:
 
 def test_world_size__from_flags_or_torchrun(monkeypatch: pytest.MonkeyPatch) -> None:
     config = TrainConfig(devices="3", num_nodes=2)
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    with pytest.raises(ConfigError, match="--num-nodes 2: start the processes on all machines with torchrun or srun"):
+        launch.total_devices(config)
+    monkeypatch.setenv("MASTER_ADDR", "node1")
     assert (launch.device_count(config), launch.total_devices(config)) == (3, 6)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     monkeypatch.setenv("WORLD_SIZE", "8")

@@ -188,9 +188,7 @@ def test_from_pretrained__refuses_another_kind(run: Path) -> None:
 )
 def test_from_pretrained__refuses_settings_that_do_not_fit(run: Path, changes: dict[str, Any]) -> None:
     edit(run, **changes)
-    with pytest.raises(
-        WeightsError, match=r"The tokenizer in .* is damaged|has 'num_codewords' \"many\", which is not a whole"
-    ):
+    with pytest.raises(WeightsError, match=r"The tokenizer in .* is damaged|'num_codewords' .many., which is not"):
         PerceptualTokenizer.from_pretrained(run)
 
 

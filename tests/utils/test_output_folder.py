@@ -9,6 +9,7 @@ import pytest
 from pecobook.errors import RunFolderError
 from pecobook.utils.files import write_json
 from pecobook.utils.folder_lock import FolderLock
+from pecobook.utils.json_files import TEXT
 from pecobook.utils.output_folder import OutputFolder, check_new_file
 
 BANK: dict[str, Any] = {"kind": "a token bank", "marker": "config.json", "resume": False, "overwrite": False}
@@ -73,7 +74,7 @@ def test_begin__deletes_only_files_of_its_own_in_a_folder_of_its_kind(
     (tmp_path / "train" / "notes.txt").touch()
     (tmp_path / "evaluation").mkdir()
     (tmp_path / "evaluation" / "codes").touch()
-    foreign = OutputFolder(str(tmp_path), **{**BANK, "overwrite": True}, is_own=lambda _: False)
+    foreign = OutputFolder(str(tmp_path), **{**BANK, "overwrite": True}, schema={"kind": TEXT})
     with pytest.raises(RunFolderError, match="not deleted"):
         foreign.begin()
     assert (tmp_path / "train" / "codes").exists()
@@ -90,7 +91,7 @@ def test_begin__starts_in_a_folder_whose_command_was_killed_as_it_wrote_the_mark
 ) -> None:
     (tmp_path / ".config.json.tmp").write_text('{"se')
     (tmp_path / ".lock").touch()
-    folder = OutputFolder(str(tmp_path), **{**BANK, **more}, is_own=lambda _: False)
+    folder = OutputFolder(str(tmp_path), **{**BANK, **more}, schema={"kind": TEXT})
     folder.begin(lambda out: write_json(out / "config.json", {})).release()
     assert names(tmp_path) == ["config.json"]
 

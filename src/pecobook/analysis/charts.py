@@ -15,8 +15,7 @@ import numpy as np
 
 from pecobook.analysis.arrays import Array, as_numpy
 from pecobook.analysis.canvas import INK, escape_text, new_figure, png, style_axes, styles
-from pecobook.utils.json_files import metric_lines
-from pecobook.utils.numbers import is_number
+from pecobook.utils.json_files import is_number, metric_lines
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

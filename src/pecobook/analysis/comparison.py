@@ -13,7 +13,7 @@ from enum import Enum
 from typing import Any
 
 from pecobook.analysis.probe import MIN_IMAGES, binomial_error
-from pecobook.utils.numbers import is_number
+from pecobook.utils.json_files import is_number
 
 MIN_TEST_IMAGES = 100
 """Minimum number of test images for a verdict; with fewer images the standard error is too uncertain."""

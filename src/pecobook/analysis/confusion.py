@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 from torch import Tensor
@@ -12,10 +11,8 @@ from torch import Tensor
 from pecobook.analysis.arrays import Array, as_numpy
 from pecobook.analysis.canvas import escape_text, new_figure, png
 from pecobook.analysis.semantics import joint_counts
+from pecobook.data.source import ImageSource
 from pecobook.utils.files import write_atomically
-
-if TYPE_CHECKING:
-    from pecobook.data.source import ImageSource
 
 _MAX_NAMED_CLASSES = 40
 

@@ -11,12 +11,12 @@ import numpy as np
 from torch import Tensor
 
 from pecobook.analysis.canvas import escape_text, new_figure, png
+from pecobook.data.dense.detection import DetectionSource
 from pecobook.models.dense.detector import Detections, paste_masks
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-    from pecobook.data.dense.detection import DetectionSource
 
 _COLOURS = (
     "#e6550d",

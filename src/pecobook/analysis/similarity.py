@@ -19,7 +19,10 @@ from torch import Tensor
 from pecobook.analysis.arrays import Tokenizer
 from pecobook.analysis.reconstruction import encode_all
 from pecobook.analysis.stability import blur, shift
+from pecobook.data.decode import BadImage, decode, read_file
+from pecobook.data.views import center_crop
 from pecobook.errors import DataError, first_line
+from pecobook.utils.images import to_float
 
 Distance = Callable[[Tensor, Tensor], Tensor]
 """Maps two batches of images to distances (N,), which are smaller for more similar images."""
@@ -110,10 +113,6 @@ def find_bapps(folder: Path, *, limit: int = 1000) -> dict[Path, float]:
 
 def read_bapps(judgements: Mapping[Path, float], size: int) -> Triplets:
     """Read the center crops of the images of judgements. Raises DataError if an image cannot be read."""
-    from pecobook.data.decode import BadImage, decode, read_file
-    from pecobook.data.views import center_crop
-    from pecobook.utils.images import to_float
-
     images: dict[str, list[Tensor]] = {part: [] for part in _PARTS}
     for file in judgements:
         for part, crops in images.items():

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from pecobook.analysis.probe import MIN_IMAGES, binomial_error
-from pecobook.utils.numbers import is_number
+from pecobook.utils.json_files import is_number
 
 
 def duration(seconds: float) -> str:

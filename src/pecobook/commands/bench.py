@@ -7,22 +7,32 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from pecobook.data.batch import Batch
+from pecobook.data.sampler import BatchPositions
+from pecobook.data.stream import Stream, default_workers, load, to_device
+from pecobook.data.views import colour_draws
+from pecobook.engine.attention import trainable_attention
+from pecobook.engine.launch import resolve_precision
+from pecobook.engine.optim import build_optimizer
+from pecobook.engine.value_range import open_readable
+from pecobook.models.tokenizer import PerceptualTokenizer
+from pecobook.recipes import DEFAULT_RECIPE, RECIPES, recipe
 from pecobook.settings.bench import BenchConfig
+from pecobook.settings.pretrain import PretrainConfig
 from pecobook.settings.values import replace
+from pecobook.stages.codebook import build_tokenizer
+from pecobook.stages.pretrain import PretrainStage, check_grids, encode_views, make_mask
+from pecobook.utils import devices
+from pecobook.utils.devices import peak_memory, synchronize
 from pecobook.utils.files import write_json
 from pecobook.utils.output_folder import check_new_file
 from pecobook.utils.printer import show
-
-if TYPE_CHECKING:
-    import torch
-    from torch import Tensor
-
-    from pecobook.data.batch import Batch
-    from pecobook.models.tokenizer import PerceptualTokenizer
-    from pecobook.settings.pretrain import PretrainConfig
-    from pecobook.stages.pretrain import PretrainStage
 
 
 def bench(config: BenchConfig | None = None, **settings: Any) -> dict[str, Any]:
@@ -31,11 +41,6 @@ def bench(config: BenchConfig | None = None, **settings: Any) -> dict[str, Any]:
     Raises:
         PecobookError: the recipe, the tokenizer or the data does not exist, or the file exists already.
     """
-    import torch
-
-    from pecobook.engine.attention import trainable_attention
-    from pecobook.utils import devices
-
     config = replace(config or BenchConfig(), settings)
     check_new_file(config.out)
     pretraining = _settings(config)
@@ -71,11 +76,6 @@ def bench(config: BenchConfig | None = None, **settings: Any) -> dict[str, Any]:
 
 
 def _settings(config: BenchConfig) -> PretrainConfig:
-    import torch
-
-    from pecobook.engine.launch import resolve_precision
-    from pecobook.recipes import recipe
-
     batch_size = config.batch_size or (128 if torch.cuda.is_available() else 8)
     changes = {"data": config.data, "value_range": config.value_range, "batch_size": batch_size}
     changes |= {"precision": config.precision, "tokenizer": config.tokenizer}
@@ -84,10 +84,6 @@ def _settings(config: BenchConfig) -> PretrainConfig:
 
 
 def _stage(config: BenchConfig, settings: PretrainConfig) -> PretrainStage:
-    import torch
-
-    from pecobook.stages.pretrain import PretrainStage, check_grids
-
     torch.manual_seed(0)
     stage = PretrainStage(settings, None if config.tokenizer else _random_tokenizer(config.recipe))
     check_grids(settings, stage.model.backbone, stage.tokenizer)
@@ -96,9 +92,6 @@ def _stage(config: BenchConfig, settings: PretrainConfig) -> PretrainStage:
 
 def _random_tokenizer(recipe_name: str) -> PerceptualTokenizer:
     """Build the tokenizer of the codebook recipe of this name (or else of the paper's recipe) with random weights."""
-    from pecobook.recipes import DEFAULT_RECIPE, RECIPES, recipe
-    from pecobook.stages.codebook import build_tokenizer
-
     config = recipe("codebook", recipe_name if recipe_name in RECIPES["codebook"] else DEFAULT_RECIPE)
     return build_tokenizer(config).eval().requires_grad_(False)
 
@@ -109,7 +102,6 @@ class Benchmark:
     def __init__(
         self, config: BenchConfig, settings: PretrainConfig, stage: PretrainStage, device: torch.device
     ) -> None:
-        from pecobook.engine.optim import build_optimizer
 
         self.config, self.settings, self.stage, self.device = config, settings, stage, device
         if config.compile:
@@ -121,16 +113,12 @@ class Benchmark:
     @contextmanager
     def autocast(self) -> Iterator[None]:
         """Compute in the precision of the settings."""
-        import torch
-
         dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.settings.precision)
         with torch.autocast(self.device.type, dtype or torch.bfloat16, enabled=dtype is not None):
             yield
 
     def seconds(self, function: Callable[[], object]) -> float:
         """Return the mean seconds of a call, after warm-up calls."""
-        from pecobook.utils.devices import synchronize
-
         for _ in range(self.config.steps if self.device.type == "cuda" else 1):
             function()
         synchronize(self.device)
@@ -142,10 +130,6 @@ class Benchmark:
 
     def part_seconds(self) -> dict[str, float]:
         """Return the seconds of data, tokenizer, forward, backward and optimizer, each measured alone."""
-        import torch
-
-        from pecobook.stages.pretrain import encode_views
-
         settings = self.settings
         seconds: dict[str, float] = {}
         if self.config.data_steps:
@@ -175,9 +159,6 @@ class Benchmark:
 
         `bank` is a step that reads its codes from the batch; in `online` the tokenizer computes them.
         """
-        import torch
-
-        from pecobook.utils.devices import peak_memory
 
         def step() -> None:
             with self.autocast():
@@ -197,8 +178,6 @@ class Benchmark:
 
     def flops(self) -> float:
         """Count the floating-point operations of the model in one step, forward and backward."""
-        from torch.utils.flop_counter import FlopCounterMode
-
         codes = _random_codes(self.stage, self.settings, self.device)
         with FlopCounterMode(display=False) as counter, self.autocast():
             self.stage({**self.batch, "codes": codes}).loss.backward()
@@ -207,11 +186,6 @@ class Benchmark:
 
     def _data_seconds(self) -> float:
         """Return the seconds in which all workers read, crop and mask one batch."""
-        from pecobook.data.sampler import BatchPositions
-        from pecobook.data.stream import Stream, default_workers, load
-        from pecobook.engine.value_range import open_readable
-        from pecobook.stages.pretrain import PretrainStage
-
         settings, companion = self.settings, self.stage.companions()[0]
         train = open_readable(settings.data, settings.value_range, [settings.tokenizer]).train
         stream = Stream(train, PretrainStage.view(settings), settings.seed, companion=companion)
@@ -228,13 +202,6 @@ class Benchmark:
 
 
 def _random_batch(stage: PretrainStage, settings: PretrainConfig, device: torch.device) -> Batch:
-    import torch
-
-    from pecobook.data.batch import Batch
-    from pecobook.data.stream import to_device
-    from pecobook.data.views import colour_draws
-    from pecobook.stages.pretrain import make_mask
-
     batch_size, size = settings.batch_size, settings.image_size
     masks = [make_mask(index, stage.model.grid, settings.mask) for index in range(batch_size)]
     batch = Batch(
@@ -249,18 +216,12 @@ def _random_batch(stage: PretrainStage, settings: PretrainConfig, device: torch.
 
 
 def _random_codes(stage: PretrainStage, settings: PretrainConfig, device: torch.device) -> Tensor:
-    import torch
-
     num_codewords = stage.tokenizer.num_codewords if stage.tokenizer is not None else 1
     return torch.randint(num_codewords, (settings.batch_size, *stage.model.grid), device=device)
 
 
 def matmul_peak(device: torch.device, precision: str, *, size: int = 0, seconds: float = 1.0) -> float:
     """Measure the FLOP/s of a large matrix product on this device, the peak to which a model is compared."""
-    import torch
-
-    from pecobook.utils.devices import synchronize
-
     size = size or (8192 if device.type == "cuda" else 1536)
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision, torch.float32)
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))

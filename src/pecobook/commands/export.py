@@ -5,17 +5,24 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from torch import Tensor
 
 from pecobook.errors import ConfigError, WeightsError
+from pecobook.models import onnx
+from pecobook.models.checkpoints import read_weights
+from pecobook.models.dense.segmenter import Segmenter
+from pecobook.models.export import export_folder, range_entry, read_settings, write_export
+from pecobook.models.huggingface import beit_config, beit_processor, beit_to_huggingface
+from pecobook.models.onnx import require_onnx
+from pecobook.models.snippets import example_image, quoted, range_text, transformers_lines, with_image
+from pecobook.models.tokenizers import load_tokenizer
+from pecobook.models.weights import Backbone, Classifier
 from pecobook.settings.export import ExportConfig
 from pecobook.utils.files import write_json
+from pecobook.utils.output_folder import OutputFolder
 from pecobook.utils.printer import show
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from pecobook.models.weights import Backbone
 
 
 def export(config: ExportConfig) -> Path:
@@ -24,11 +31,6 @@ def export(config: ExportConfig) -> Path:
     Raises:
         PecobookError: the run does not exist, or the format cannot hold its model.
     """
-    from pecobook.models.export import export_folder
-    from pecobook.models.onnx import require_onnx
-    from pecobook.models.snippets import example_image, with_image
-    from pecobook.utils.output_folder import OutputFolder
-
     missing = [f"--{name}" for name in ("run", "out") if not getattr(config, name)]
     if missing:
         verb = "is" if len(missing) == 1 else "are"
@@ -47,15 +49,10 @@ def export(config: ExportConfig) -> Path:
 
 def _writer(config: ExportConfig) -> Callable[[], str]:
     """Return the function that writes the files and returns Python lines that use them. Raises PecobookError."""
-    from pecobook.models import onnx
-    from pecobook.models.export import read_settings
-    from pecobook.models.weights import Backbone, Classifier
-
     kind, out = read_settings(config.run).get("kind"), Path(config.out)
     if kind == "tokenizer":
         if config.format != "onnx":
             raise ConfigError(f"'{config.run}' is a tokenizer: --format onnx is the only format for tokenizers.")
-        from pecobook.models.tokenizers import load_tokenizer
 
         return partial(_to_onnx, onnx.export_onnx, load_tokenizer(config.run), out)
     if kind in ("segmenter", "detector"):
@@ -63,7 +60,6 @@ def _writer(config: ExportConfig) -> Callable[[], str]:
             raise ConfigError(
                 f"'{config.run}' is a {kind}: segmenters can only be exported to onnx, and detectors not at all."
             )
-        from pecobook.models.dense.segmenter import Segmenter
 
         return partial(_to_onnx, onnx.export_segmenter, Segmenter.from_pretrained(config.run), out)
     network = (Classifier if kind == "classifier" else Backbone).from_pretrained(config.run)
@@ -79,8 +75,6 @@ def _writer(config: ExportConfig) -> Callable[[], str]:
 
 def _to_onnx(write: Callable[[Any, Path], object], model: Any, out: Path) -> str:
     """Write ONNX files and README.md; return the lines of the README with the paths of the files."""
-    from pecobook.models.snippets import quoted
-
     write(model, out)
     lines = (out / "README.md").read_text().split("```python\n")[1].split("\n```")[0]
     for file in out.glob("*.onnx"):
@@ -94,8 +88,6 @@ def _classes(network: Backbone) -> list[str]:
 
 def _to_timm(config: ExportConfig, network: Backbone) -> str:
     """Write timm's folder format, which `timm.create_model("local-dir:...")` and the Hugging Face hub read."""
-    from pecobook.models.export import write_export
-
     size, classes = network.image_size or 224, _classes(network)
     defaults: Any = network.network.pretrained_cfg
     # The layers that timm replaces when a user asks for another number of classes or channels.
@@ -116,22 +108,20 @@ def _to_timm(config: ExportConfig, network: Backbone) -> str:
             **replaceable,
         },
         **({"label_names": classes} if classes else {}),
+        **range_entry(network),
     }
     lines = network.timm_folder_code(config.out)
     card = (
         f"---\nlibrary_name: timm\n---\n# {network.name}, trained by pecobook\n\n```python\n{lines}\n```\n\n"
         "`timm.data.create_transform(**timm.data.resolve_data_config({}, model=model))` prepares images nearly alike: "
         "it resizes before it crops, so its crop lies up to half a pixel beside the one above.\n"
+        f"{range_text(network.value_range)}\n"
     )
     write_export(Path(config.out), timm_config, network.network.state_dict(), card)
     return lines
 
 
 def _to_huggingface(config: ExportConfig, network: Any) -> str:
-    from pecobook.models.export import write_export
-    from pecobook.models.huggingface import beit_config, beit_processor, beit_to_huggingface
-    from pecobook.models.snippets import transformers_lines
-
     state = network.network.state_dict()
     patch, heads = network.network.patch_embed.patch_size[0], network.network.blocks[0].attn.num_heads
     size, crop = network.image_size or 224, getattr(network, "crop", 1.0)
@@ -143,8 +133,10 @@ def _to_huggingface(config: ExportConfig, network: Any) -> str:
         hf_config["vocab_size"] = len(weights["lm_head.weight"])
     if classes := _classes(network):
         hf_config |= {"id2label": dict(enumerate(classes)), "label2id": {c: i for i, c in enumerate(classes)}}
-    lines, out = transformers_lines(config.out, is_classifier=bool(classes)), Path(config.out)
-    write_export(out, hf_config, weights, f"---\nlibrary_name: transformers\n---\n\n```python\n{lines}\n```\n")
+    lines = transformers_lines(config.out, is_classifier=bool(classes), value_range=network.value_range)
+    card = f"---\nlibrary_name: transformers\n---\n\n```python\n{lines}\n```\n\n{range_text(network.value_range)}\n"
+    out = Path(config.out)
+    write_export(out, hf_config | range_entry(network), weights, card)
     processor = beit_processor(image_size=size, crop=crop, mean=network.mean, std=network.std)
     write_json(out / "preprocessor_config.json", processor)
     return lines
@@ -161,9 +153,6 @@ def _architecture(
         state: its weights, under timm's names.
         body: the same weights without the head, under transformers' names.
     """
-    from pecobook.models.checkpoints import read_weights
-    from pecobook.models.export import export_folder
-
     norm = {name: value for name, value in body.items() if name.startswith("layernorm.")}
     encoder = {f"beit.{name}": value for name, value in body.items() if name not in norm}
     encoder |= {f"beit.pooler.{name}": value.clone() for name, value in norm.items()}

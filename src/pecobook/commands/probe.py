@@ -8,19 +8,29 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import torch
+from torch import Tensor
+
+from pecobook.analysis.features import EveryLayer, backbone_features, pools_class_token, tokenizer_features
+from pecobook.analysis.probe import MIN_IMAGES, knn_probe, linear_probe, validation_accuracy
+from pecobook.analysis.wording import accuracy_with_error
+from pecobook.commands.extract import FeatureFunction, extract
+from pecobook.data.images import check_labels
+from pecobook.engine.preamble import show_source
+from pecobook.engine.value_range import open_readable
 from pecobook.errors import ConfigError
+from pecobook.models.dry_run import dry_run
+from pecobook.models.export import read_export
+from pecobook.models.tokenizers import load_tokenizer
+from pecobook.models.weights import load_backbone
 from pecobook.settings.probe import ProbeConfig
 from pecobook.settings.values import replace
+from pecobook.utils.devices import device
 from pecobook.utils.files import write_json
 from pecobook.utils.output_folder import check_new_file
 from pecobook.utils.printer import say, show
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from pecobook.commands.extract import FeatureFunction
 
 
 def probe(config: ProbeConfig | None = None, **settings: Any) -> dict[str, Any]:
@@ -29,16 +39,11 @@ def probe(config: ProbeConfig | None = None, **settings: Any) -> dict[str, Any]:
     Raises:
         PecobookError: the images have no labels, the network does not exist, or the file cannot be written.
     """
-    from pecobook.commands.extract import extract
-    from pecobook.data.images import check_labels
-    from pecobook.engine.preamble import show_source
-    from pecobook.engine.value_range import open_readable
-
     config = replace(config or ProbeConfig(), settings)
     check_new_file(config.out)
-    features, image_size = _feature_function(config)
     splits = open_readable(config.data, config.value_range, [config.backbone])
     check_labels(splits, config.data)
+    features, image_size = _feature_function(config)  # may download weights, so the images are checked first
     show_source(splits)
     size = config.image_size or image_size
     train, train_labels = extract(splits.train, size, config.max_train, features, "features of training images")
@@ -58,15 +63,6 @@ def probe(config: ProbeConfig | None = None, **settings: Any) -> dict[str, Any]:
 
 def _feature_function(config: ProbeConfig) -> tuple[FeatureFunction, int]:
     """Return the function that maps images to named features, and the side of its input images, pixels."""
-    import torch
-
-    from pecobook.analysis.features import EveryLayer, backbone_features, tokenizer_features
-    from pecobook.models.dry_run import dry_run
-    from pecobook.models.export import read_export
-    from pecobook.models.tokenizers import load_tokenizer
-    from pecobook.models.weights import load_backbone
-    from pecobook.utils.devices import device
-
     if not config.backbone:
         raise ConfigError("--backbone is missing: give a run of pecobook, or timm:NAME.")
     is_run = Path(config.backbone).is_dir() and read_export(config.backbone)[0].get("kind") == "tokenizer"
@@ -82,6 +78,11 @@ def _feature_function(config: ProbeConfig) -> tuple[FeatureFunction, int]:
         std=config.std,
     )
     say("\n".join(backbone.notes))
+    if getattr(backbone.network, "cls_token", None) is not None and not pools_class_token(backbone.network):
+        say(
+            f"{config.backbone} pools the mean of its patches, which is read of every block; its class token is left "
+            "out, since its output was not trained."
+        )
     size = config.image_size or backbone.image_size or 224
     images = torch.zeros(2, 3, size, size)
     layers = EveryLayer(backbone.network.eval())
@@ -108,8 +109,6 @@ def probe_features(
         {"linear", "knn"}, each with accuracy and standard_error (percent), features (the chosen set), correct
         (M booleans) and, in linear, layers (name to validation accuracy).
     """
-    from pecobook.analysis.probe import knn_probe, linear_probe, validation_accuracy
-
     sets = _feature_sets(list(train))
     layers = {
         name: validation_accuracy(_concatenated(train, parts), train_labels, seed=seed) for name, parts in sets.items()
@@ -137,15 +136,10 @@ def _feature_sets(names: list[str]) -> dict[str, list[str]]:
 
 
 def _concatenated(features: Mapping[str, Tensor], names: list[str]) -> Tensor:
-    import torch
-
     return torch.cat([features[name].float() for name in names], 1)
 
 
 def _table(results: dict[str, dict[str, Any]], num_classes: int) -> str:
-    from pecobook.analysis.probe import MIN_IMAGES
-    from pecobook.analysis.wording import accuracy_with_error
-
     layers, lines = results["linear"]["layers"], []
     if len(layers) > 1:
         lines.append("validation accuracy of a quick linear probe, by which the features are chosen:")

@@ -13,17 +13,48 @@ import time
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
-from pecobook.errors import ConfigError, DataError, Preflight, RunFolderError
+import numpy as np
+import torch
+from torch.utils.data import DataLoader
+
+from pecobook import recipes
+from pecobook.data.batch import Batch
+from pecobook.data.decode import BadImage
+from pecobook.data.named_views import NamedViews
+from pecobook.data.source import Splits
+from pecobook.data.stream import Stream, collate, new_process_group, to_device
+from pecobook.data.tokens import (
+    BANK,
+    MAX_CODEWORDS,
+    BankLayout,
+    bank_differences,
+    bank_layouts,
+    missing_shards,
+    read_bank_config,
+    read_skipped,
+    shard_files,
+    write_shard,
+)
+from pecobook.engine import launch
+from pecobook.engine.launch import num_workers
+from pecobook.engine.log import Progress
+from pecobook.engine.preamble import device_name, show_source
+from pecobook.engine.signals import Signals
+from pecobook.engine.value_range import open_readable
+from pecobook.engine.world import is_leader
+from pecobook.errors import ConfigError, Preflight, RunFolderError
+from pecobook.models.tokenizers import fingerprint, load_tokenizer
+from pecobook.recipes import RECIPES
 from pecobook.settings.tokenize import TokenizeConfig
+from pecobook.settings.values import flag_words, replace
+from pecobook.stages.pretrain import encode_views
+from pecobook.utils.distributed import gather_objects, on_all_ranks
+from pecobook.utils.files import write_atomically, write_json
+from pecobook.utils.folder_lock import FolderLock
+from pecobook.utils.output_folder import SHARED_WAIT, OutputFolder
 from pecobook.utils.printer import of_run, show
-
-if TYPE_CHECKING:
-    from pecobook.data.decode import BadImage
-    from pecobook.data.source import Splits
-    from pecobook.data.tokens import BankLayout
-    from pecobook.utils.output_folder import OutputFolder
 
 
 def tokenize(config: TokenizeConfig) -> Path:
@@ -33,11 +64,6 @@ def tokenize(config: TokenizeConfig) -> Path:
         PreflightError: all problems that were found before anything was written.
         PecobookError: a problem that occurred later.
     """
-    from pecobook.data.tokens import bank_layouts, missing_shards
-    from pecobook.engine import launch
-    from pecobook.engine.world import is_leader
-    from pecobook.utils.distributed import gather_objects, on_all_ranks
-
     if config.shard:
         return _tokenize_part(config)
     with of_run(quiet=not is_leader()), launch.signals(config):  # type: ignore[arg-type]  # launch reads devices, nodes and precision alone
@@ -65,12 +91,6 @@ def tokenize(config: TokenizeConfig) -> Path:
 
 def _tokenize_part(config: TokenizeConfig) -> Path:
     """Write the files of one part beside processes with other parts; the last to finish lists what was skipped."""
-    from pecobook.data.tokens import bank_layouts, missing_shards, shard_files
-    from pecobook.engine import launch
-    from pecobook.engine.signals import Signals
-    from pecobook.utils.folder_lock import FolderLock
-    from pecobook.utils.output_folder import SHARED_WAIT
-
     ready = _preflight(config)
     out, layout, (part, parts) = Path(config.out), bank_layouts(ready.bank_config), config.part
     with _folder(config, ready.bank_config).begin(partial(_write_config, ready.bank_config)):
@@ -94,8 +114,6 @@ def _tokenize_part(config: TokenizeConfig) -> Path:
 
 def _show(config: TokenizeConfig, ready: _Ready) -> None:
     """Print lines on the images, the views and the device."""
-    from pecobook.engine.preamble import device_name, show_source
-
     bank_config = ready.bank_config
     views = f"{config.views:,} of each training image, one of each held-out image, {bank_config['grid'][0]} x "
     views += f"{bank_config['grid'][1]} tokens of {ready.tokenizer.num_codewords:,} codewords"
@@ -103,10 +121,7 @@ def _show(config: TokenizeConfig, ready: _Ready) -> None:
 
 
 def _exit_unfinished() -> NoReturn:
-    from pecobook.engine.world import is_leader
-
-    if is_leader():
-        show("Stopped; the files that are written are whole. Continue with --resume.")
+    show("Stopped; the files that are written are whole. Continue with --resume.")
     raise SystemExit(130)
 
 
@@ -122,17 +137,10 @@ class _Ready(NamedTuple):
 
 def _preflight(config: TokenizeConfig) -> _Ready:
     """Check everything before anything is written; return the images, the tokenizer and the config of the bank."""
-    from pecobook.data.named_views import NamedViews
-    from pecobook.engine import launch
-    from pecobook.engine.value_range import open_readable
-    from pecobook.engine.world import is_leader
-    from pecobook.models.tokenizers import fingerprint
-
     preflight = Preflight()
     if config.shard or is_leader():
         preflight.check(_folder(config).check)
-    quiet = not is_leader()
-    splits = preflight.check(lambda: open_readable(config.data, config.value_range, [config.tokenizer], quiet=quiet))
+    splits = preflight.check(lambda: open_readable(config.data, config.value_range, [config.tokenizer]))
     tokenizer = preflight.check(lambda: _open_tokenizer(config))
     precision = preflight.check(lambda: launch.resolve_precision(config))  # type: ignore[arg-type]
     preflight.finish()
@@ -160,9 +168,6 @@ def _preflight(config: TokenizeConfig) -> _Ready:
 
 
 def _open_tokenizer(config: TokenizeConfig) -> Any:
-    from pecobook.data.tokens import MAX_CODEWORDS
-    from pecobook.models.tokenizers import load_tokenizer
-
     if not config.tokenizer:
         raise ConfigError("--tokenizer is missing: give the folder of a codebook run.")
     tokenizer = load_tokenizer(config.tokenizer)
@@ -176,8 +181,6 @@ def _open_tokenizer(config: TokenizeConfig) -> Any:
 
 
 def _check_resume(config: TokenizeConfig, bank_config: dict[str, Any], _content: object = None) -> None:
-    from pecobook.data.tokens import bank_differences, read_bank_config
-
     out, flag = Path(config.out), "--resume" if config.resume else "--shard"
     changed = bank_differences(read_bank_config(out), bank_config)
     if changed:
@@ -188,14 +191,12 @@ def _check_resume(config: TokenizeConfig, bank_config: dict[str, Any], _content:
 
 
 def _folder(config: TokenizeConfig, bank_config: dict[str, Any] | None = None) -> OutputFolder:
-    from pecobook.utils.output_folder import OutputFolder
-
     return OutputFolder(
         config.out,
         example="banks/first",
         kind="a token bank",
         marker="config.json",
-        is_own=_is_bank,
+        schema=BANK,
         files=("config.json", "skipped.txt", "*/codes-*.npy*", "*/skipped-*.json", "*/.*.tmp"),
         data=config.data,
         resume=config.resume is True,
@@ -206,18 +207,7 @@ def _folder(config: TokenizeConfig, bank_config: dict[str, Any] | None = None) -
     )
 
 
-def _is_bank(out: Path) -> bool:
-    from pecobook.data.tokens import read_bank_config
-
-    try:  # other folders contain a config.json too, training runs for example
-        return bool(read_bank_config(out))
-    except DataError:
-        return False
-
-
 def _write_config(bank_config: dict[str, Any], out: Path) -> None:
-    from pecobook.utils.files import write_json
-
     if not (out / "config.json").is_file():  # a bank that is continued has the same
         write_json(out / "config.json", bank_config)
 
@@ -229,9 +219,6 @@ class _AllViews:
     """All views of an image for a DataLoader: maps (split, image) to the samples of the stream, or to the error."""
 
     def __init__(self, config: TokenizeConfig, splits: Splits) -> None:
-        from pecobook.data.named_views import NamedViews
-        from pecobook.data.stream import Stream
-
         views = NamedViews.of(config)
         self.streams = {
             "train": (Stream(splits.train, views.train, views.seed), config.views),
@@ -239,8 +226,6 @@ class _AllViews:
         }
 
     def __getitem__(self, item: tuple[str, int]) -> list[dict[str, Any]] | BadImage:
-        from pecobook.data.decode import BadImage
-
         split, index = item
         stream, num_views = self.streams[split]
         try:
@@ -254,8 +239,6 @@ def _collate(samples: list[list[dict[str, Any]] | BadImage]) -> dict[str, Any]:
 
     The worker stacks the views because every tensor on its way to the main process keeps a file open.
     """
-    from pecobook.data.stream import collate
-
     views = [view for sample in samples if isinstance(sample, list) for view in sample]
     unread = {place: sample for place, sample in enumerate(samples) if not isinstance(sample, list)}
     return {"count": len(samples), "unread": unread, **(collate(views) if views else {})}
@@ -265,12 +248,6 @@ def _write(
     config: TokenizeConfig, ready: _Ready, fabric: Any, layout: dict[str, BankLayout], files: list[Path]
 ) -> bool:
     """Encode and write the shards `files`; return whether all are written, or False after a signal to stop."""
-    import numpy as np
-
-    from pecobook.data.tokens import write_shard
-    from pecobook.engine.log import Progress
-    from pecobook.engine.signals import Signals
-
     tokenizer = ready.tokenizer.to(fabric.device)
     shards = [(layout[file.parent.name], int(file.stem.rpartition("-")[2]), file) for file in files]
     total = sum(len(split.images_of(shard)) for split, shard, _ in shards)
@@ -302,11 +279,6 @@ def _write(
 
 def _read(config: TokenizeConfig, splits: Splits, items: list[tuple[str, int]], *, pin: bool) -> Iterator[Any]:
     """Returns the batches in order; no batch contains images of both splits."""
-    from torch.utils.data import DataLoader
-
-    from pecobook.data.stream import new_process_group
-    from pecobook.engine.launch import num_workers
-
     images_per_batch = max(config.batch_size // config.views, 1)
     batches: list[list[tuple[str, int]]] = []
     for item in items:
@@ -332,14 +304,6 @@ def _encode(
     config: TokenizeConfig, tokenizer: Any, fabric: Any, batch: dict[str, Any], layout: BankLayout
 ) -> list[tuple[Any, Any]]:
     """Returns (codes uint16 (V, h, w), None) of each image, and (zeros, BadImage) of an unreadable image."""
-    import numpy as np
-    import torch
-
-    from pecobook.data.batch import Batch
-    from pecobook.data.named_views import NamedViews
-    from pecobook.data.stream import to_device
-    from pecobook.stages.pretrain import encode_views
-
     unread = batch["unread"]
     codes = iter(())
     if "image" in batch:
@@ -354,9 +318,6 @@ def _encode(
 
 def _finish(out: Path, layout: dict[str, BankLayout], command: str) -> None:
     """List the images that no process could read, those before a resume included, and print the next command."""
-    from pecobook.data.tokens import read_skipped
-    from pecobook.utils.files import write_atomically
-
     skipped = [str(error) for split in layout.values() for _, error in sorted(read_skipped(out, split).items())]
     (out / "skipped.txt").unlink(missing_ok=True)  # a list from before a resume, which may have read these images
     if skipped:
@@ -371,13 +332,10 @@ def next_command(config: TokenizeConfig, grid: int) -> str:
     It names the recipe of `pretrain` whose views differ least from those of the bank, and all that must differ from the
     recipe: the views, and for another grid of tokens the patches of the ViT and the masks.
     """
-    from pecobook.recipes import RECIPES, tokenize
-    from pecobook.settings.values import flag_words, replace
-
     views = ("seed", "image_size", "tokenizer_size", "min_crop", "colour")
 
     def distance(recipe: str) -> int:
-        return sum(getattr(tokenize(recipe), name) != getattr(config, name) for name in views)
+        return sum(getattr(recipes.tokenize(recipe), name) != getattr(config, name) for name in views)
 
     recipe = min(RECIPES["pretrain"], key=distance)
     base: Any = RECIPES["pretrain"][recipe]()

@@ -16,7 +16,6 @@ V views, h x w latent grid, K codewords.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import io
 import json
@@ -36,7 +35,7 @@ from pecobook.errors import DataError, first_line
 from pecobook.settings.images import PhotometricConfig
 from pecobook.utils.checksums import SKIP_VARIABLE, checksum_file, checksums_skipped, damage, write_with_checksum
 from pecobook.utils.files import write_atomically
-from pecobook.utils.json_files import ANY, COUNT, NUMBER, TEXT, WHOLE, list_of, read_json
+from pecobook.utils.json_files import ANY, COUNT, NUMBER, TEXT, WHOLE, Kind, Schema, list_of, read_json
 from pecobook.utils.printer import say, show
 
 MAX_CODEWORDS = 2**16
@@ -44,14 +43,22 @@ SHARD_IMAGES = 8192
 _SHARD_BYTES = 2**26
 _LARGE = 256  # MiB
 
-_AGAIN = "Make the bank again with 'pecobook tokenize'."
+_AGAIN = "Make a token bank with 'pecobook tokenize'."
 _REASON = list_of(TEXT, 2)
-_COLOUR = {field.name: NUMBER for field in dataclasses.fields(PhotometricConfig)}
-_VIEWS = {"seed": COUNT, "image_size": WHOLE, "tokenizer_size": WHOLE, "min_crop": NUMBER, "colour": _COLOUR}
-_BANK = {
-    **{"kind": TEXT, "tokenizer": TEXT, "grid": list_of(WHOLE, 2), "data": ANY, "evaluation_data": ANY},
+_COLOUR: dict[str, Any] = {field.name: NUMBER.or_none for field in dataclasses.fields(PhotometricConfig)}
+_VIEWS: dict[str, Any] = {
+    "seed": COUNT,
+    "image_size": WHOLE,
+    "tokenizer_size": WHOLE,
+    "min_crop": NUMBER,
+    "colour": _COLOUR,
+}
+BANK: Schema = {
+    "kind": Kind('"token bank"', lambda value: value == "token bank"),
+    **{"tokenizer": TEXT, "grid": list_of(WHOLE, 2), "data": ANY, "evaluation_data": ANY},
     **{"views": WHOLE, "num_images": WHOLE, "num_evaluation_images": WHOLE, **_VIEWS},
 }
+"""What config.json of a bank holds."""
 
 Codes = npt.NDArray[np.uint16]
 
@@ -251,12 +258,10 @@ def read_skipped(folder: Path, layout: BankLayout) -> dict[int, BadImage]:
 
 def read_bank_config(folder: Path) -> dict[str, Any]:
     """Read a bank's config.json. Raises DataError if the folder holds no token bank."""
-    file, config = folder / "config.json", {}
-    with contextlib.suppress(FileNotFoundError):
-        config = read_json(file, error=DataError, remedy=_AGAIN)
-    if config.get("kind") != "token bank":
-        raise DataError(f"'{folder}' is not a token bank: make a token bank with 'pecobook tokenize'.")
-    return read_json(file, _BANK, error=DataError, remedy=_AGAIN)
+    try:
+        return read_json(folder / "config.json", BANK, error=DataError, remedy=_AGAIN)
+    except FileNotFoundError:
+        raise DataError(f"'{folder}' is not a token bank. {_AGAIN}") from None
 
 
 def bank_differences(bank_config: dict[str, Any], current: dict[str, Any]) -> list[str]:

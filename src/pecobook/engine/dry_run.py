@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,13 +17,11 @@ from pecobook.engine.launch import device_count, micro_batch_size, total_devices
 from pecobook.engine.log import compact_duration
 from pecobook.engine.memory import out_of_memory_advice
 from pecobook.engine.optim import build_optimizer
+from pecobook.engine.stage import Stage
 from pecobook.errors import PecobookError
 from pecobook.settings.durations import steps
 from pecobook.settings.training import TrainConfig
 from pecobook.utils.devices import device, peak_memory, synchronize, total_memory
-
-if TYPE_CHECKING:
-    from pecobook.engine.stage import Stage
 
 _ENOUGH = {"cpu": 1.0, "cuda": 10.0}  # seconds: a measurement that took longer is not repeated with more images
 

@@ -73,7 +73,11 @@ def device_count(config: TrainConfig) -> int:
 def total_devices(config: TrainConfig) -> int:
     """Return the number of devices of the run on all machines; each has a process."""
     devices, world = device_count(config), launched()
-    return devices * config.num_nodes if world is None else world.size
+    if world is not None:
+        return world.size
+    if config.num_nodes > 1 and "MASTER_ADDR" not in os.environ:
+        raise ConfigError(f"--num-nodes {config.num_nodes}: start the processes on all machines with torchrun or srun.")
+    return devices * config.num_nodes
 
 
 def num_workers(config: TrainConfig) -> int:

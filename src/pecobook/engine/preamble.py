@@ -31,6 +31,8 @@ def describe_run(stage: nn.Module, config: TrainConfig, num_images: int) -> Line
     if devices > 1 or parts > 1:
         places = f"{devices} devices" if devices > 1 else "1 device"
         batch += f" ({places}, {micro:,} images at once" + (f", {parts} parts)" if parts > 1 else ")")
+    if config.batch_size > num_images:
+        batch += f": more than there are, so every step repeats images (--batch-size {num_images} does not)"
     epoch_text = f"{epochs:.2g}" if epochs < 10 else f"{epochs:,.0f}"
     return [
         ("model", parameters),

@@ -19,10 +19,12 @@ from pecobook.settings.training import TrainConfig
 from pecobook.settings.values import BEFORE, changed_settings, complete, to_dict
 from pecobook.utils.files import write_json
 from pecobook.utils.folder_lock import FolderLock
-from pecobook.utils.json_files import ANY, OBJECT, TEXT, list_of, read_if_valid
+from pecobook.utils.json_files import ANY, OBJECT, TEXT, list_of, read_if_valid, read_json
 from pecobook.utils.output_folder import OutputFolder
 from pecobook.utils.printer import say
 
+_ENVIRONMENT = {"versions": OBJECT, "earlier": list_of(OBJECT).or_none}
+_RUN = {"command": TEXT, "data": TEXT, "out": TEXT}  # many folders hold a config.json
 _FILES = (
     *("config.json", "environment.json", "metrics.jsonl", "train.log", "events.out.tfevents.*", ".*.tmp"),
     *("predictions.parquet", "classes.json", "detections.json", "average_precision.json"),
@@ -45,7 +47,7 @@ def prepare(config: TrainConfig, command: str) -> FolderLock:
 def recorded_range(out: str) -> RangeSetting:
     """Return the range of values that the run in the folder `out` took; `AUTO` if there is no such run."""
     settings = read_if_valid(Path(out) / "config.json", {"value_range": list_of(ANY).or_none})
-    return tuple(settings.get("value_range", BEFORE["value_range"])) if settings else AUTO  # no run: `check` says so
+    return AUTO if settings is None else tuple(settings.get("value_range", BEFORE["value_range"]))
 
 
 def _folder(config: TrainConfig, command: str) -> OutputFolder:
@@ -53,7 +55,7 @@ def _folder(config: TrainConfig, command: str) -> OutputFolder:
         config.out,
         kind="a run",
         marker="config.json",
-        is_own=_is_run,
+        schema=_RUN,
         files=_FILES,
         data=config.data,
         resume=config.resume is True,
@@ -75,11 +77,6 @@ def _check_resume(config: TrainConfig, command: str, old: dict[str, Any]) -> Non
         )
 
 
-def _is_run(out: Path) -> bool:
-    # Many folders hold a config.json; pecobook's names its command.
-    return bool(read_if_valid(out / "config.json", {"command": TEXT, "data": TEXT, "out": TEXT}))
-
-
 def _write_settings(config: TrainConfig, command: str, out: Path) -> None:
     if not (config.resume and (out / "config.json").exists()):
         write_json(out / "config.json", stored_settings(config, command))
@@ -91,7 +88,13 @@ def _write_settings(config: TrainConfig, command: str, out: Path) -> None:
 def _write_environment(file: Path) -> None:
     """Write environment.json; where a resumed run had other versions, say which, and keep the earlier content."""
     current = environment()
-    earlier = read_if_valid(file, {"versions": OBJECT, "earlier": list_of(OBJECT).or_none})
+    earlier: dict[str, Any] = {}
+    try:
+        earlier = read_json(file, _ENVIRONMENT, remedy="It is written anew.")
+    except FileNotFoundError:
+        pass  # a new run
+    except RunFolderError as error:
+        say(str(error))
     before, now = earlier.get("versions", {}), current["versions"]
     changes = [f"{name} {before[name]} -> {now[name]}" for name in now if before.get(name, now[name]) != now[name]]
     if changes:

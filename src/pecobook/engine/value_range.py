@@ -12,23 +12,19 @@ from pecobook.models.export import read_settings, resolve_source
 from pecobook.settings.images import AUTO, RangeSetting
 
 
-def open_readable(
-    source: str, setting: RangeSetting = AUTO, models: Iterable[str] = (), *, quiet: bool = False
-) -> Splits:
-    """Open an image source with its range of values; the last three arguments are those of `set_value_range`.
+def open_readable(source: str, setting: RangeSetting = AUTO, models: Iterable[str] = ()) -> Splits:
+    """Open an image source with its range of values; the last two arguments are those of `set_value_range`.
 
     Raises:
         DataError: the source cannot be opened, none of the first few training images can be read, or no range fits.
     """
     splits = open_images(source)
-    set_value_range(splits, setting, models, quiet=quiet)
+    set_value_range(splits, setting, models)
     check_readable(splits.train)
     return splits
 
 
-def set_value_range(
-    images: Splits | list[ImageSource], setting: RangeSetting, models: Iterable[str] = (), *, quiet: bool = False
-) -> None:
+def set_value_range(images: Splits | list[ImageSource], setting: RangeSetting, models: Iterable[str] = ()) -> None:
     """Set the range of the values of images with more than 8 bits, and print what was taken.
 
     Args:
@@ -36,13 +32,12 @@ def set_value_range(
         setting: the value of --value-range. `AUTO` takes the range of the first model that has one, else a range from
             a sample of the images.
         models: runs, export folders, or `owner/name` on the Hugging Face hub; all others are ignored.
-        quiet: print nothing.
 
     Raises:
         DataError: no range fits all images of the sample.
     """
     sources = [images.train, images.evaluation] if isinstance(images, Splits) else images
-    apply_value_range(setting, sources, trained=_trained_range(models) if setting == AUTO else AUTO, quiet=quiet)
+    apply_value_range(setting, sources, trained=_trained_range(models))
 
 
 def _trained_range(models: Iterable[str]) -> RangeSetting:

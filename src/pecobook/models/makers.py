@@ -88,7 +88,7 @@ def neighbour_normalisation(path: str) -> Normalisation | None:
         ("preprocessor_config.json", ("image_mean", "image_std")),
         ("config.json", ("mean", "std")),
     ):
-        content = read_if_valid(Path(path).parent / name, {"pretrained_cfg": OBJECT.or_none})
+        content = read_if_valid(Path(path).parent / name, {"pretrained_cfg": OBJECT.or_none}) or {}
         values: list[Any] = [content.get(key, (content.get("pretrained_cfg") or {}).get(key)) for key in keys]
         if all(map(list_of(NUMBER, 3).holds, values)):
             mean, std = (tuple(float(number) for number in value) for value in values)

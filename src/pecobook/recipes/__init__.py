@@ -18,57 +18,27 @@ from pecobook.settings.training import TrainConfig
 
 Recipe: TypeAlias = Callable[[], TrainConfig]
 
+
+def _named(*recipes: Recipe) -> dict[str, Recipe]:
+    """Return recipes by the names of their functions, with dashes."""
+    return {recipe.__name__.replace("_", "-"): recipe for recipe in recipes}
+
+
 RECIPES: dict[str, dict[str, Recipe]] = {
-    "contrast": {
-        "tiny": contrast.tiny,
-        "cifar10": contrast.cifar10,
-        "tiny-imagenet": contrast.tiny_imagenet,
-        "imagenette": contrast.imagenette,
-        "paper": contrast.paper,
-        "paper-resnet50": contrast.paper_resnet50,
-    },
-    "codebook": {
-        "tiny": codebook.tiny,
-        "cifar10": codebook.cifar10,
-        "tiny-imagenet": codebook.tiny_imagenet,
-        "imagenette": codebook.imagenette,
-        "imagenette-224": codebook.imagenette_224,
-        "paper": codebook.paper,
-        "paper-lite": codebook.paper_lite,
-        "paper-resnet50": codebook.paper_resnet50,
-        "paper-vgg16": codebook.paper_vgg16,
-    },
-    "pretrain": {
-        "tiny": pretrain.tiny,
-        "cifar10": pretrain.cifar10,
-        "tiny-imagenet": pretrain.tiny_imagenet,
-        "imagenette": pretrain.imagenette,
-        "paper": pretrain.paper,
-        "paper-vit-b-300": pretrain.paper_vit_b_300,
-        "paper-vit-b-800": pretrain.paper,
-        "paper-vit-l": pretrain.paper_vit_l,
-        "paper-vit-h": pretrain.paper_vit_h,
-    },
-    "finetune": {
-        "tiny": finetune.tiny,
-        "cifar10": finetune.cifar10,
-        "tiny-imagenet": finetune.tiny_imagenet,
-        "imagenette": finetune.imagenette,
-        "paper": finetune.paper,
-        "paper-vit-l": finetune.paper_vit_l,
-    },
-    "segment": {
-        "tiny": segment.tiny,
-        "camvid": segment.camvid,
-        "paper": segment.paper_ade20k,
-        "paper-ade20k": segment.paper_ade20k,
-    },
-    "detect": {
-        "tiny": detect.tiny,
-        "nuclei": detect.nuclei,
-        "paper": detect.paper_coco,
-        "paper-coco": detect.paper_coco,
-    },
+    "contrast": _named(contrast.tiny, contrast.cifar10, contrast.tiny_imagenet, contrast.imagenette)
+    | _named(contrast.paper, contrast.paper_resnet50),
+    "codebook": _named(codebook.tiny, codebook.cifar10, codebook.tiny_imagenet, codebook.imagenette)
+    | _named(codebook.imagenette_224, codebook.paper, codebook.paper_lite, codebook.paper_resnet50)
+    | _named(codebook.paper_vgg16),
+    "pretrain": _named(pretrain.tiny, pretrain.cifar10, pretrain.tiny_imagenet, pretrain.imagenette, pretrain.paper)
+    | _named(pretrain.paper_vit_b_300)
+    | {"paper-vit-b-800": pretrain.paper}
+    | _named(pretrain.paper_vit_l, pretrain.paper_vit_h),
+    "finetune": _named(finetune.tiny, finetune.cifar10, finetune.tiny_imagenet, finetune.imagenette)
+    | _named(finetune.paper, finetune.paper_vit_l),
+    "segment": _named(segment.tiny, segment.camvid)
+    | {"paper": segment.paper_ade20k, "paper-ade20k": segment.paper_ade20k},
+    "detect": _named(detect.tiny, detect.nuclei) | {"paper": detect.paper_coco, "paper-coco": detect.paper_coco},
 }
 
 DEFAULT_RECIPE = "paper"

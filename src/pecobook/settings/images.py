@@ -46,14 +46,8 @@ class PhotometricConfig(JitterConfig):
         between(self, 0.0, 1.0, "blur", "solarise")
 
 
-MAX_IMAGE_SIZE = 16_384
-"""Largest side of the views of a model, pixels."""
-MAX_BATCH = 2**20
-"""Largest number of images in a batch."""
-MAX_LENGTH = 1e6
-"""Largest factor on the length of runs."""
-MAX_WORKERS = 256
-"""Largest number of data-loading processes of a device."""
+# Limits: the side of a view in pixels, images in a batch, data workers of a device, the factor on the length of runs.
+MAX_IMAGE_SIZE, MAX_BATCH, MAX_WORKERS, MAX_LENGTH = 16_384, 2**20, 256, 1e6
 
 RangeSetting: TypeAlias = tuple[float | str, ...]
 AUTO: RangeSetting = ("auto",)

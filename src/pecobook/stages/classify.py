@@ -27,7 +27,6 @@ from pecobook.settings.finetune import FinetuneConfig
 from pecobook.settings.training import BaseOptimConfig
 from pecobook.utils.files import write_atomically
 from pecobook.utils.images import channels_last, to_float
-from pecobook.utils.printer import say
 
 
 class ClassifyStage(Stage[FinetuneConfig]):
@@ -49,7 +48,7 @@ class ClassifyStage(Stage[FinetuneConfig]):
         self.config, self.classes = config, classes
         backbone = backbone or load_for_classification(config)
         self._backbone_fields = backbone.name, backbone.args, backbone.mean, backbone.std, config.image_size
-        self.network = backbone.network
+        self.network, self.notes = backbone.network, backbone.notes
         with refusing(backbone.name, "be fine-tuned for classification"):
             self.network.reset_classifier(len(classes))  # type: ignore[operator]
             heads = self.network.get_classifier()  # type: ignore[operator]
@@ -141,8 +140,7 @@ class ClassifyStage(Stage[FinetuneConfig]):
 
     @classmethod
     def build(cls, config: FinetuneConfig, splits: Splits, prebuilt: Backbone | None = None) -> ClassifyStage:
-        """Build the stage, with random weights in the head, and say how the backbone was loaded."""
-        say("\n".join(prebuilt.notes if prebuilt else ()))
+        """Build the stage, with random weights in the head."""
         return cls(config, splits.train.classes or (), prebuilt)
 
     @classmethod

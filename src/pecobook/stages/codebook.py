@@ -39,7 +39,6 @@ from pecobook.settings.durations import steps
 from pecobook.settings.tokenizer import TokenizerConfig
 from pecobook.utils.distributed import mean_over_ranks
 from pecobook.utils.images import to_float
-from pecobook.utils.printer import say
 
 
 class CodebookStage(Stage[CodebookConfig]):
@@ -60,6 +59,7 @@ class CodebookStage(Stage[CodebookConfig]):
         self.config = config
         self.tokenizer = build_tokenizer(config)
         self.perceptual = perceptual or build_perceptual_distance(config.perceptual, config.seed)
+        self.notes = self.perceptual.notes if self.perceptual is not None else ()
         self.discriminator = self.classifier = self.contrast = None
         if config.adversarial.weight > 0:
             self.discriminator = PatchDiscriminator(config.adversarial, config.model.in_channels)
@@ -281,7 +281,6 @@ class CodebookStage(Stage[CodebookConfig]):
     @classmethod
     def build(cls, config: CodebookConfig, splits: Splits, prebuilt: PerceptualDistance | None = None) -> CodebookStage:
         """Build the stage, with random weights in the tokenizer."""
-        say("\n".join(prebuilt.notes if prebuilt else ()))
         total = steps(config.max_steps, num_images=len(splits.train), batch_size=config.batch_size)
         # A training that ended before k-means starts the codebook would export a random codebook.
         quantizer = dataclasses.replace(config.quantizer, start_after=min(config.quantizer.start_after, total // 2))

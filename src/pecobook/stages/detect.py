@@ -12,7 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pecobook.analysis.detections import detections_picture, evaluate_detections
 from pecobook.data.batch import Batch
+from pecobook.data.decode import BadImage
 from pecobook.data.dense.detection import DetectionSource, open_detection
 from pecobook.data.dense.detection_views import evaluation_view, training_view
 from pecobook.data.source import ImageSource, Splits
@@ -24,7 +26,7 @@ from pecobook.models.dense.pyramid import FeaturePyramid, build_pyramid, describ
 from pecobook.models.weights import Backbone
 from pecobook.settings.detect import DetectConfig
 from pecobook.settings.training import BaseOptimConfig
-from pecobook.utils.printer import say
+from pecobook.utils.files import write_atomically, write_json
 
 _NUM_PICTURES = 4  # images in samples/detections.png
 _MIN_DRAWN_SCORE = 0.3
@@ -55,6 +57,7 @@ class DetectStage(Stage[DetectConfig]):
         super().__init__()
         self.config, self.evaluation = config, evaluation
         pyramid, backbone = networks or build_pyramid(config)
+        self.notes = backbone.notes
         self.detector = Detector(
             pyramid,
             describe_pyramid(backbone, config.pyramid, config.image_size),
@@ -91,8 +94,6 @@ class DetectStage(Stage[DetectConfig]):
 
     def summarise(self, rows: dict[str, Tensor], reference_rows: dict[str, Tensor]) -> dict[str, float]:
         """Return the average precision over all held-out images, in percent."""
-        from pecobook.analysis.detections import evaluate_detections
-
         count = self.config.detector.detections
         self._precision, self._results = evaluate_detections(
             self.evaluation, rows_to_detections(rows), max_detections=count
@@ -101,8 +102,6 @@ class DetectStage(Stage[DetectConfig]):
 
     def report(self, folder: Path, rows: dict[str, Tensor], source: ImageSource) -> None:
         """Write detections.json (COCO's results format), average_precision.json, and pictures of labels and results."""
-        from pecobook.utils.files import write_atomically, write_json
-
         write_atomically(folder / "detections.json", (json.dumps(self._results) + "\n").encode())
         write_json(folder / "average_precision.json", self._precision)
         picture = self._picture(rows)
@@ -111,9 +110,6 @@ class DetectStage(Stage[DetectConfig]):
             write_atomically(folder / "samples" / "detections.png", picture)
 
     def _picture(self, rows: dict[str, Tensor]) -> bytes:
-        from pecobook.analysis.detections import detections_picture
-        from pecobook.data.decode import BadImage
-
         labelled, detected = [], []
         for index, detections in rows_to_detections(rows):
             try:
@@ -149,10 +145,8 @@ class DetectStage(Stage[DetectConfig]):
     def build(
         cls, config: DetectConfig, splits: Splits, prebuilt: tuple[FeaturePyramid, Backbone] | None = None
     ) -> DetectStage:
-        """Build the stage, with random weights in the heads, and say how the backbone was loaded."""
-        say("\n".join(prebuilt[1].notes if prebuilt else ()))
+        """Build the stage, with random weights in the heads."""
         train, evaluation = cast("DetectionSource", splits.train), cast("DetectionSource", splits.evaluation)
-        say("\n".join(prebuilt[1].notes if prebuilt else ()))
         return cls(config, train, evaluation, prebuilt)
 
     @classmethod

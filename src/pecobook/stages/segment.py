@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pecobook.analysis.confusion import matrix_picture
 from pecobook.analysis.segments import count_pixels, intersection_over_union, overlay, scores
 from pecobook.data.batch import Batch
 from pecobook.data.dense.segmentation import SegmentationSource, open_segmentation
@@ -21,6 +22,7 @@ from pecobook.data.source import ImageSource, Splits
 from pecobook.data.stream import ViewFunction
 from pecobook.data.views import photometric
 from pecobook.engine.launch import micro_batch_size, total_devices
+from pecobook.engine.log import Progress
 from pecobook.engine.optim import dense_groups
 from pecobook.engine.stage import Stage, StageOutput, mean_of_counted, submodule_state
 from pecobook.engine.world import is_leader
@@ -54,6 +56,7 @@ class SegmentStage(Stage[SegmentConfig]):
         super().__init__()
         self.config, self.classes, self.min_batch_size = config, classes, _min_batch_size(config)
         pyramid, backbone = networks or build_pyramid(config)
+        self.notes = backbone.notes
         pyramid_settings = describe_pyramid(backbone, config.pyramid, config.image_size)
         self.model = Segmenter(pyramid, pyramid_settings, classes=classes, config=config)
 
@@ -114,8 +117,6 @@ class SegmentStage(Stage[SegmentConfig]):
 
     def report(self, folder: Path, rows: dict[str, Tensor], source: ImageSource) -> None:
         """Write classes.json, with the IoU of every class, and a picture of the confusion matrix."""
-        from pecobook.analysis.confusion import matrix_picture
-
         counts = rows["counts"].sum(0)
         iou = intersection_over_union(counts).tolist()
         percent = [None if math.isnan(value) else round(100 * value, 3) for value in iou]
@@ -146,8 +147,6 @@ class SegmentStage(Stage[SegmentConfig]):
 
         Pairs that cannot be read are left out, and with `--skip-bad` pairs whose image and mask do not fit.
         """
-        from pecobook.engine.log import Progress
-
         if not config.data:
             raise DataError("--data is missing: give a folder of images/ and masks/, or hf:owner/name.")
         splits = open_segmentation(
@@ -187,9 +186,12 @@ class SegmentStage(Stage[SegmentConfig]):
                 f"--data '{config.data}': {num_valid} of {num_pairs} training pairs can be used, the others cannot be "
                 f"read:\n{listed(checked.unreadable)}\nMend them, or leave them out with --skip-bad."
             )
-        for lines, reason in ((checked.problems, "do not fit"), (checked.unreadable, "cannot be read")):
+        for lines, number, reason in (
+            (checked.problems, checked.num_problems, "do not fit"),
+            (checked.unreadable, checked.num_unreadable, "cannot be read"),
+        ):
             if lines:
-                say(f"{len(lines)} of the pairs {reason} and are left out:\n{listed(lines)}")
+                say(f"{number:,} of the pairs {reason} and are left out:\n{listed(lines)}")
         return checked.splits
 
     @classmethod
@@ -211,8 +213,7 @@ class SegmentStage(Stage[SegmentConfig]):
     def build(
         cls, config: SegmentConfig, splits: Splits, prebuilt: tuple[FeaturePyramid, Backbone] | None = None
     ) -> SegmentStage:
-        """Build the stage, with random weights in the heads, and say how the backbone was loaded."""
-        say("\n".join(prebuilt[1].notes if prebuilt else ()))
+        """Build the stage, with random weights in the heads."""
         return cls(config, cast("SegmentationSource", splits.train).mask_classes.names, prebuilt)
 
     @classmethod

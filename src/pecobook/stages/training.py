@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any, Generic, NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
 from pecobook.data.images import check_labels, check_readable
 from pecobook.data.one_image import write_example
@@ -16,10 +18,16 @@ from pecobook.data.sampler import fixed_permutation
 from pecobook.data.source import Splits
 from pecobook.data.stream import Stream
 from pecobook.data.summary import aligned, describe
+from pecobook.engine import launch, log, run_folder
+from pecobook.engine.dry_run import estimate
+from pecobook.engine.loop import fit
+from pecobook.engine.preamble import describe_run
+from pecobook.engine.run_folder import stored_settings
 from pecobook.engine.stage import Stage
 from pecobook.engine.value_range import set_value_range
 from pecobook.engine.world import is_leader
 from pecobook.errors import Preflight, RunFolderError, first_line
+from pecobook.models.networks import without_downloads
 from pecobook.models.snippets import example_image, with_image
 from pecobook.settings.durations import steps
 from pecobook.settings.images import AUTO
@@ -37,12 +45,11 @@ def train(stage_type: type[Stage[C]], config: C) -> Path:
         PreflightError: all problems found before the run folder was made.
         PecobookError: an error during the run.
     """
-    from pecobook.engine import launch, run_folder
-
     if config.dry_run:
-        ready = preflight(stage_type, config)
-        if is_leader():
-            _dry_run(stage_type, *ready)
+        with of_run(quiet=not is_leader()):
+            ready = preflight(stage_type, config)
+            if is_leader():
+                _dry_run(stage_type, *ready)
         return Path(config.out)
     with launch.signals(config), of_run(quiet=not is_leader()):
         begun = launch.begin(
@@ -75,8 +82,6 @@ class Ready(NamedTuple, Generic[C]):
 
 def preflight(stage_type: type[Stage[C]], config: C) -> Ready[C]:
     """Check and build everything before anything is written. Raises PreflightError with all problems."""
-    from pecobook.engine import launch, log, run_folder
-
     problems = Preflight()
     precision = problems.check(lambda: launch.resolve_precision(config))
     if precision is not None:  # --resume compares resolved precisions, not `auto`
@@ -85,14 +90,15 @@ def preflight(stage_type: type[Stage[C]], config: C) -> Ready[C]:
         config = dataclasses.replace(config, value_range=run_folder.recorded_range(config.out))
     splits = problems.check(lambda: _open(stage_type, config))
     if splits is not None:
-        sizes = {"num_images": len(splits.train), "batch_size": config.batch_size}
-        problems.check(lambda: steps(config.max_steps, **sizes))
+        count = len(splits.train)
+        problems.check(lambda: steps(config.max_steps, num_images=count, batch_size=config.batch_size))
     if splits is not None and splits.train.value_range is not None:
         config = dataclasses.replace(config, value_range=tuple(splits.train.value_range))
     if is_leader() and (config.out or not config.dry_run):
         problems.check(lambda: run_folder.check(config, stage_type.command))
     torch.manual_seed(config.seed)  # seeds all random weights of the stage
-    prebuilt = problems.check(lambda: stage_type.check(config))
+    with without_downloads() if problems.problems else contextlib.nullcontext():
+        prebuilt = problems.check(lambda: stage_type.check(config))
     problems.check(lambda: launch.micro_batch_size(config))
     problems.check(lambda: log.check_loggers(config.loggers))
     problems.finish()
@@ -104,7 +110,7 @@ def _open(stage_type: type[Stage[C]], config: C) -> Splits:
     splits = stage_type.open(config)
     names = (getattr(config, name, "") for name in ("tokenizer", "backbone", "perceptual"))
     models = [name if isinstance(name, str) else name.network for name in names]  # the perceptual network is a group
-    set_value_range(splits, config.value_range, models, quiet=not is_leader())
+    set_value_range(splits, config.value_range, models)
     check_readable(splits.train)
     if stage_type.needs_labels(config):
         check_labels(splits, config.data)
@@ -114,16 +120,12 @@ def _open(stage_type: type[Stage[C]], config: C) -> Splits:
 
 def _preamble(config: TrainConfig, splits: Splits, stage: Stage[Any]) -> list[str]:
     """Return lines that say what the run learns from, with what, and for how long."""
-    from pecobook.engine.preamble import describe_run
-
-    return aligned([*describe(splits), *describe_run(stage, config, len(splits.train))])
+    weights = [("weights", note) for note in stage.notes]
+    return aligned([*describe(splits), *weights, *describe_run(stage, config, len(splits.train))])
 
 
 def _dry_run(stage_type: type[Stage[C]], config: C, splits: Splits, stage: Stage[C]) -> None:
     """Print the settings to standard output, and what the run would learn from and cost to standard error."""
-    from pecobook.engine.dry_run import estimate
-    from pecobook.engine.run_folder import stored_settings
-
     show(json.dumps(stored_settings(config, stage_type.command), indent=2), stdout=True)
     preamble = _preamble(config, splits, stage)
     cost = estimate(stage, _training_stream(stage_type, config, stage, splits), config)
@@ -139,7 +141,6 @@ def _training_stream(stage_type: type[Stage[C]], config: C, stage: Stage[C], spl
 def _fit(
     stage_type: type[Stage[C]], config: C, fabric: Any, stage: Stage[C], splits: Splits, preamble: list[str]
 ) -> Any:
-    from pecobook.engine.loop import fit
 
     reference = None
     count = min(getattr(config, "knn_images", 0), len(splits.train))
@@ -160,8 +161,6 @@ def _fit(
 
 
 def _export(config: TrainConfig, stage: Stage[Any], splits: Splits) -> None:
-    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-
     state = get_model_state_dict(stage, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
     folder = Path(config.out) / "export"
 

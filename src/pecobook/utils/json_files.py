@@ -6,12 +6,12 @@ A schema gives a kind to each field of a file: one of the kinds below, or a sche
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias, TypeGuard
 
 from pecobook.errors import PecobookError, RunFolderError, first_line
-from pecobook.utils.numbers import is_number
 
 
 class Kind(NamedTuple):
@@ -30,6 +30,11 @@ class Kind(NamedTuple):
 
 
 Schema: TypeAlias = Mapping[str, "Kind | Schema"]
+
+
+def is_number(value: Any) -> TypeGuard[float]:
+    """Return whether a JSON value is a finite number."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _is_whole(value: Any, low: int) -> bool:
@@ -82,12 +87,12 @@ def read_json(
     return dict(content)
 
 
-def read_if_valid(file: Path, schema: Schema | None = None) -> dict[str, Any]:
-    """Read a JSON object as `read_json` does; return an empty one where the file is missing or unusable."""
+def read_if_valid(file: Path, schema: Schema | None = None) -> dict[str, Any] | None:
+    """Read a JSON object as `read_json` does; return None where the file is missing or unusable."""
     try:
         return read_json(file, schema)
     except (FileNotFoundError, PecobookError):
-        return {}
+        return None
 
 
 def _problem(content: dict[str, Any], schema: Schema, prefix: str = "") -> str:

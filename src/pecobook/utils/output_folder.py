@@ -11,7 +11,7 @@ from typing import Any
 
 from pecobook.errors import RunFolderError
 from pecobook.utils.folder_lock import FolderLock, content
-from pecobook.utils.json_files import read_json
+from pecobook.utils.json_files import Schema, read_if_valid, read_json
 from pecobook.utils.printer import say
 
 SHARED_WAIT = 60.0
@@ -31,8 +31,8 @@ class OutputFolder:
     marker: str = ""
     """JSON file that identifies a folder of this kind, the first file that the command writes; a folder without the
     file can be neither resumed nor overwritten."""
-    is_own: Callable[[Path], bool] | None = None
-    """Returns whether a folder is of this kind, so that its files may be deleted; None checks for the marker."""
+    schema: Schema = dataclasses.field(default_factory=dict)
+    """What the marker holds in a folder of this kind; other folders may hold a file of its name."""
     files: tuple[str, ...] = ()
     """Patterns of the files that the command writes, relative to the folder; `--overwrite` deletes only these."""
     data: str = ""
@@ -74,8 +74,8 @@ class OutputFolder:
         if self.resume and not marked and not killed_at_start:
             raise RunFolderError(f"--resume: there is no {noun} in '{out}'. Leave --resume out to start one.")
         if resumes and marked and self.check_resume is not None:
-            self.check_resume(self._read_marker())
-        if self.overwrite and filled and not (marked if self.is_own is None else self.is_own(out)):
+            self.check_resume(read_json(out / self.marker, self.schema, remedy="Restore it, or name another --out."))
+        if self.overwrite and filled and read_if_valid(out / self.marker, self.schema) is None:
             raise RunFolderError(
                 f"--overwrite: '{out}' does not look like {self.kind}, so it is not deleted: name another folder."
             )
@@ -117,9 +117,6 @@ class OutputFolder:
         if rest:
             names = ", ".join(sorted(rest)[:5]) + (", ..." if len(rest) > 5 else "")
             say(f"--overwrite leaves what pecobook did not write in '{self.out}': {names}")
-
-    def _read_marker(self) -> dict[str, Any]:
-        return read_json(self.path / self.marker, remedy="Restore it, or name another --out.")
 
     def _remedies(self, noun: str) -> str:
         content = f" and holds no {noun}" if self.always_resumes else ""

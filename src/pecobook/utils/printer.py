@@ -63,8 +63,9 @@ def of_run(*, quiet: bool) -> Iterator[None]:
 def write_notes_to(log: Callable[[str], None] | None) -> None:
     """Write the notes of the run so far, and all later ones, by `log`; None ends that."""
     notes, _run.notes, _run.log = _run.notes or [], None, log
-    for note in notes if log is not None else ():
-        log(note)
+    if log is not None:
+        for note in notes:
+            log(note)
 
 
 def print_above(screen: Callable[[str], None] | None) -> None:

@@ -18,16 +18,22 @@ from __future__ import annotations
 import dataclasses
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from pecobook.analysis.report import write_report
+from pecobook.commands.analyze.inputs import AnalysisInputs, open_inputs
+from pecobook.commands.analyze.masked import predict
+from pecobook.commands.analyze.measure import analyze_tokenizer
+from pecobook.commands.analyze.names import file_part
+from pecobook.commands.analyze.page import compose
+from pecobook.commands.analyze.pictures import curves_of, side_by_side
+from pecobook.engine.preamble import show_source
 from pecobook.errors import ConfigError, Preflight
 from pecobook.settings.analyze import AnalyzeConfig
 from pecobook.settings.values import replace
+from pecobook.utils.files import write_atomically, write_json
+from pecobook.utils.output_folder import OutputFolder
 from pecobook.utils.printer import show
-
-if TYPE_CHECKING:
-    from pecobook.commands.analyze.inputs import AnalysisInputs
-    from pecobook.utils.output_folder import OutputFolder
 
 __all__ = ["AnalyzeConfig", "analyze"]
 
@@ -38,8 +44,6 @@ def analyze(config: AnalyzeConfig | None = None, **settings: Any) -> Path:
     Raises:
         PreflightError: lists all problems that were found before anything was written.
     """
-    from pecobook.engine.preamble import show_source
-
     config = replace(config or AnalyzeConfig(), settings)
     began = time.monotonic()
     inputs = check_and_open(config)
@@ -50,14 +54,6 @@ def analyze(config: AnalyzeConfig | None = None, **settings: Any) -> Path:
 
 def _write_all(config: AnalyzeConfig, inputs: AnalysisInputs, began: float) -> Path:
     from threadpoolctl import threadpool_limits
-
-    from pecobook.analysis.report import write_report
-    from pecobook.commands.analyze.masked import predict
-    from pecobook.commands.analyze.measure import analyze_tokenizer
-    from pecobook.commands.analyze.names import file_part
-    from pecobook.commands.analyze.page import compose
-    from pecobook.commands.analyze.pictures import curves_of, side_by_side
-    from pecobook.utils.files import write_atomically
 
     out = Path(config.out)
     results = _header(config, inputs)
@@ -118,15 +114,11 @@ def _header(config: AnalyzeConfig, inputs: AnalysisInputs) -> dict[str, Any]:
 
 
 def _write(results: dict[str, Any], out: Path, began: float) -> None:
-    from pecobook.utils.files import write_json
-
     results["seconds"] = round(time.monotonic() - began, 1)
     write_json(out / "analysis.json", results)
 
 
 def check_and_open(config: AnalyzeConfig) -> AnalysisInputs:
-    from pecobook.commands.analyze.inputs import open_inputs
-
     preflight = Preflight()
     if not config.tokenizer:
         error = ConfigError("--tokenizer is missing: give a codebook run, dalle:FOLDER or diffusers:FOLDER.")
@@ -139,8 +131,6 @@ def check_and_open(config: AnalyzeConfig) -> AnalysisInputs:
 
 
 def _folder(config: AnalyzeConfig) -> OutputFolder:
-    from pecobook.utils.output_folder import OutputFolder
-
     return OutputFolder(
         config.out,
         example="runs/analysis",

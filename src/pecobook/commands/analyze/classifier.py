@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -17,11 +17,9 @@ from pecobook.models.export import read_export
 from pecobook.models.makers import Normalisation, file_normalisation, overridden, timm_normalisation, with_flags
 from pecobook.models.network_traits import trained_size
 from pecobook.models.weights import create_network, exported_network
+from pecobook.settings.analyze import AnalyzeConfig
 from pecobook.utils.devices import device
 from pecobook.utils.printer import say
-
-if TYPE_CHECKING:
-    from pecobook.settings.analyze import AnalyzeConfig
 
 
 class RestrictedClassifier(nn.Module):

@@ -5,24 +5,22 @@ from __future__ import annotations
 import dataclasses
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from pecobook.analysis.similarity import find_bapps
 from pecobook.commands.analyze.classifier import RestrictedClassifier, open_classifier
 from pecobook.commands.analyze.masked import open_runs
 from pecobook.commands.analyze.names import unique_names
+from pecobook.commands.masked_run import MaskedRun
 from pecobook.data.source import Splits
 from pecobook.data.tokens import TokenBank, bank_differences
 from pecobook.engine.value_range import open_readable
 from pecobook.errors import ConfigError, DataError, Preflight, WeightsError
 from pecobook.models.perceptual import PerceptualDistance
 from pecobook.models.tokenizers import fingerprint, load_tokenizer
+from pecobook.settings.analyze import AnalyzeConfig
 from pecobook.utils.devices import device
 from pecobook.utils.printer import say
-
-if TYPE_CHECKING:
-    from pecobook.commands.masked_run import MaskedRun
-    from pecobook.settings.analyze import AnalyzeConfig
 
 
 @dataclasses.dataclass(frozen=True)

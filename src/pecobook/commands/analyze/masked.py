@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from pecobook.analysis import figures as draw
 from pecobook.analysis.masked_prediction import decode_prediction, hide, predict_masked
@@ -14,19 +16,12 @@ from pecobook.analysis.position import commonest_code_accuracy
 from pecobook.analysis.reconstruction import encode_all
 from pecobook.commands.analyze.names import unique_names
 from pecobook.commands.analyze.pictures import evenly_spaced, resize_nearest
-from pecobook.commands.masked_run import load_masked_run
+from pecobook.commands.masked_run import MaskedRun, load_masked_run
 from pecobook.data.masking import blockwise_mask
+from pecobook.data.source import ImageSource
 from pecobook.data.stream import read_all
 from pecobook.utils.devices import device
 from pecobook.utils.images import to_float
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from torch import Tensor
-
-    from pecobook.commands.masked_run import MaskedRun
-    from pecobook.data.source import ImageSource
 
 SHARES = (45 / 196, 75 / 196, 120 / 196)
 """Shares of masked patches in the paper's Figure 5, whose grid is 14 x 14."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,20 +25,18 @@ from pecobook.analysis.semantics import information, patch_colours, patch_edges,
 from pecobook.analysis.similarity import agreement, code_distance, pixel_distance, read_bapps, shifted_preferred
 from pecobook.analysis.stability import stability
 from pecobook.commands.analyze.bank import bank_gallery, bank_usage, find_occurrences
+from pecobook.commands.analyze.inputs import AnalysisInputs, TokenizerInput
 from pecobook.commands.analyze.metrics import TokenizerMetrics
 from pecobook.commands.analyze.pictures import PATCHES, evenly_spaced, gallery_codewords, pictures_of
 from pecobook.commands.extract import extract
+from pecobook.data.source import ImageSource
 from pecobook.data.stream import read_all
+from pecobook.data.tokens import TokenBank
+from pecobook.models.perceptual import PerceptualDistance
+from pecobook.settings.analyze import AnalyzeConfig
 from pecobook.utils.devices import device
 from pecobook.utils.images import to_float
 from pecobook.utils.printer import show
-
-if TYPE_CHECKING:
-    from pecobook.commands.analyze.inputs import AnalysisInputs, TokenizerInput
-    from pecobook.data.source import ImageSource
-    from pecobook.data.tokens import TokenBank
-    from pecobook.models.perceptual import PerceptualDistance
-    from pecobook.settings.analyze import AnalyzeConfig
 
 STABILITY_IMAGES = 500
 """Number of images that are compared with distorted and with moved copies."""

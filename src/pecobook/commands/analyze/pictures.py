@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,9 +16,7 @@ from pecobook.analysis.charts import code_usage_chart, read_metrics, training_cu
 from pecobook.analysis.codebook_map import map_picture, nearest_used, project_to_plane
 from pecobook.analysis.codewords import CodeUsage, code_gallery
 from pecobook.analysis.semantics import joint_counts
-
-if TYPE_CHECKING:
-    from pecobook.commands.analyze.metrics import TokenizerMetrics
+from pecobook.commands.analyze.metrics import TokenizerMetrics
 
 NUM_IMAGES = 6
 """Number of images in grids of reconstructions and predictions."""

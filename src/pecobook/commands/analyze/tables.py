@@ -11,7 +11,7 @@ from typing import Any
 from pecobook.analysis.comparison import lookup
 from pecobook.analysis.report import Table
 from pecobook.analysis.wording import fixed
-from pecobook.utils.numbers import is_number
+from pecobook.utils.json_files import is_number
 
 Tokenizer = Mapping[str, Any]
 """The metrics of one tokenizer, as in `analysis.json`."""

@@ -7,20 +7,28 @@ import dataclasses
 import io
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from pecobook.commands.check.layout import layout_of
+from pecobook.commands.check.sheet import contact_sheet
+from pecobook.commands.check.survey import Survey, survey
+from pecobook.commands.table import COMMANDS
+from pecobook.data.images import check_labels
+from pecobook.data.source import Splits
+from pecobook.data.summary import aligned
+from pecobook.engine.stage import Stage
+from pecobook.engine.value_range import set_value_range
 from pecobook.errors import PecobookError
 from pecobook.recipes import recipe
 from pecobook.settings.check import CheckConfig
+from pecobook.settings.training import TrainConfig
 from pecobook.settings.values import replace
+from pecobook.stages.classify import ClassifyStage
+from pecobook.stages.detect import DetectStage
+from pecobook.stages.segment import SegmentStage
 from pecobook.utils.files import write_atomically
 from pecobook.utils.output_folder import check_new_file
 from pecobook.utils.printer import show
-
-if TYPE_CHECKING:
-    from pecobook.commands.check.survey import Survey
-    from pecobook.data.source import Splits
-    from pecobook.settings.training import TrainConfig
 
 
 def check(config: CheckConfig | None = None, **settings: Any) -> dict[str, Any]:
@@ -29,9 +37,6 @@ def check(config: CheckConfig | None = None, **settings: Any) -> dict[str, Any]:
     Raises:
         PecobookError: a flag is wrong, or the contact sheet exists already.
     """
-    from pecobook.commands.check.layout import layout_of
-    from pecobook.commands.check.survey import survey
-
     config = replace(config or CheckConfig(), settings)
     check_new_file(config.out)
     if config.recipe:
@@ -44,8 +49,6 @@ def check(config: CheckConfig | None = None, **settings: Any) -> dict[str, Any]:
         problems += found.problems
     report = _report(config, task, found, problems)
     if config.out and splits is not None:
-        from pecobook.commands.check.sheet import contact_sheet
-
         write_atomically(Path(config.out), contact_sheet(splits, config.samples))
         report["contact_sheet"] = config.out
     show(json.dumps(report, indent=2) if config.json else _text(config, report), stdout=True)
@@ -57,8 +60,6 @@ def _open(task: str, config: CheckConfig) -> tuple[Splits | None, list[str]]:
 
     Where the command refuses the source, the splits are those of a lenient attempt, so that the survey can say more.
     """
-    from pecobook.engine.value_range import set_value_range
-
     lenient: dict[str, list[dict[str, Any]]] = {
         "segment": [{"verify": False}, {"skip_bad": True}],
         "detect": [{"skip_bad": True}],
@@ -83,8 +84,6 @@ def _open(task: str, config: CheckConfig) -> tuple[Splits | None, list[str]]:
 
 def _command_settings(task: str, config: CheckConfig, changes: dict[str, Any]) -> TrainConfig:
     """Return the settings of a command: those of the recipe, the flags that differ from their defaults, `changes`."""
-    from pecobook.commands.table import COMMANDS
-
     command = "finetune" if task == "images" else task
     settings: TrainConfig = recipe(command, config.recipe) if config.recipe else COMMANDS[command].settings()
     names = {field.name for field in dataclasses.fields(settings)} - {"data", "out", "workers"}
@@ -98,12 +97,6 @@ def _command_settings(task: str, config: CheckConfig, changes: dict[str, Any]) -
 
 def _open_as(task: str, settings: TrainConfig) -> Splits:
     """Open the images of a command. Raises PecobookError."""
-    from pecobook.data.images import check_labels
-    from pecobook.engine.stage import Stage
-    from pecobook.stages.classify import ClassifyStage
-    from pecobook.stages.detect import DetectStage
-    from pecobook.stages.segment import SegmentStage
-
     by_task: dict[str, type[Stage[Any]]] = {"segment": SegmentStage, "detect": DetectStage, "finetune": ClassifyStage}
     stage = by_task.get(task, ClassifyStage)
     splits = stage.open(settings)
@@ -131,8 +124,6 @@ def _summary(lines: list[tuple[str, str]]) -> dict[str, str]:
 
 
 def _text(config: CheckConfig, report: dict[str, Any]) -> str:
-    from pecobook.data.summary import aligned
-
     task = report["task"]
     how = "images, with labels where there are any" if task == "images" else f"'pecobook {task}' reads it"
     guessed = " (guessed from the files; name the command to choose)" if config.task == "auto" else ""

@@ -10,8 +10,14 @@ import time
 from pathlib import Path
 from typing import Any
 
+from pecobook.analysis.report import write_report
+from pecobook.commands.analyze.page import compose
+from pecobook.commands.demo.measure import measure
 from pecobook.commands.demo.plan import plan
 from pecobook.commands.jobs import Job, resumed_folder, run_all
+from pecobook.engine.log import compact_duration
+from pecobook.engine.preamble import show_source
+from pecobook.engine.value_range import open_readable
 from pecobook.errors import Preflight
 from pecobook.settings.demo import DemoConfig
 from pecobook.settings.values import replace, to_dict
@@ -31,9 +37,6 @@ def demo(config: DemoConfig | None = None, **settings: Any) -> Path:
         PreflightError: lists all problems that were found before anything was written.
         PecobookError: a run failed.
     """
-    from pecobook.engine.preamble import show_source
-    from pecobook.engine.value_range import open_readable
-
     config = replace(config or DemoConfig(), settings)
     folder, preflight = _folder(config), Preflight()
     preflight.check(folder.check)
@@ -47,11 +50,6 @@ def demo(config: DemoConfig | None = None, **settings: Any) -> Path:
 
 def _write_all(config: DemoConfig) -> Path:
     from threadpoolctl import threadpool_limits
-
-    from pecobook.analysis.report import write_report
-    from pecobook.commands.analyze.page import compose
-    from pecobook.commands.demo.measure import measure
-    from pecobook.engine.log import compact_duration
 
     out = Path(config.out)
     began = time.monotonic()

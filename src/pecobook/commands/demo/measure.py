@@ -36,6 +36,7 @@ from pecobook.models.weights import Backbone, load_backbone
 from pecobook.settings.demo import DemoConfig
 from pecobook.utils.devices import device
 from pecobook.utils.images import to_float
+from pecobook.utils.printer import of_run
 
 Probes = dict[str, dict[str, Any]]
 """The result of `probe_features`; empty without labels."""
@@ -52,7 +53,8 @@ class _Images(NamedTuple):
 
 def measure(config: DemoConfig, jobs: dict[str, Job]) -> tuple[dict[str, Any], dict[str, bytes]]:
     """Return the results, which contain the entries of `analysis.json` and more, and the pictures by file name."""
-    splits = open_readable(config.data, config.value_range, [str(jobs["codebook-pixel"].out)], quiet=True)
+    with of_run(quiet=True):  # what there is to say was said before the runs
+        splits = open_readable(config.data, config.value_range, [str(jobs["codebook-pixel"].out)])
     codebook = jobs["codebook-pixel"].config
     images = _read(splits, config, codebook.image_size, codebook.model.stride)
     measured, galleries, probes = _evaluate_all(config, jobs, images)

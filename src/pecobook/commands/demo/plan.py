@@ -10,17 +10,19 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import TYPE_CHECKING
+
+import torch
 
 from pecobook.commands.jobs import Job
+from pecobook.recipes import codebook, contrast, pretrain
+from pecobook.settings.codebook import CodebookConfig
+from pecobook.settings.contrast import ContrastConfig
 from pecobook.settings.demo import DemoConfig
+from pecobook.settings.perceptual import PerceptualConfig
+from pecobook.settings.pretrain import MaskConfig, PretrainConfig
+from pecobook.settings.tokenizer import AutoencoderConfig, QuantizerConfig
 from pecobook.settings.training import BackboneConfig, TrainConfig
 from pecobook.settings.values import replace
-
-if TYPE_CHECKING:
-    from pecobook.settings.codebook import CodebookConfig
-    from pecobook.settings.contrast import ContrastConfig
-    from pecobook.settings.pretrain import PretrainConfig
 
 ARMS = ("pixel", "control", "perceptual")
 PRETRAINED = ("pixel", "perceptual")
@@ -28,8 +30,6 @@ PRETRAINED = ("pixel", "perceptual")
 
 def plan(config: DemoConfig) -> dict[str, Job]:
     """Return the runs by name, in an order in which each run needs only earlier runs."""
-    from pecobook.settings.perceptual import PerceptualConfig
-
     out = Path(config.out)
     sizes = _gpu() if _budget(config) == "gpu" else _cpu()
     common = {"data": config.data, "value_range": config.value_range, "seed": config.seed}
@@ -71,8 +71,6 @@ def _work(job: Job) -> float:
 
 
 def _budget(config: DemoConfig) -> str:
-    import torch
-
     if config.budget != "auto":
         return config.budget
     return "gpu" if torch.cuda.is_available() else "cpu"
@@ -80,8 +78,6 @@ def _budget(config: DemoConfig) -> str:
 
 def _cpu() -> tuple[ContrastConfig, CodebookConfig, PretrainConfig]:
     """Use 32-pixel images with 4 x 4 tokens: with few tokens and deep layers, perceptual codes differ most."""
-    from pecobook.recipes import codebook, contrast, pretrain
-
     return (
         dataclasses.replace(contrast.tiny(), batch_size=256, max_steps="160"),
         dataclasses.replace(codebook.tiny(), max_steps="700"),
@@ -91,9 +87,6 @@ def _cpu() -> tuple[ContrastConfig, CodebookConfig, PretrainConfig]:
 
 def _gpu() -> tuple[ContrastConfig, CodebookConfig, PretrainConfig]:
     """Use 64-pixel images, 8 x 8 tokens, a ResNet-18, a ViT-Ti of full depth, and ten times as many images."""
-    from pecobook.settings.pretrain import MaskConfig
-    from pecobook.settings.tokenizer import AutoencoderConfig, QuantizerConfig
-
     contrast, codebook, pretrain = _cpu()
     contrast = replace(
         contrast,

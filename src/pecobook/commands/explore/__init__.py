@@ -11,17 +11,20 @@ import signal
 import sys
 import tempfile
 from functools import lru_cache, partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from pecobook.commands.analyze.names import unique_names
+from pecobook.commands.explore.model import IndexedTokenizer, index
+from pecobook.commands.masked_run import MaskedRun, is_masked_run, load_masked_run
+from pecobook.data.source import Splits
+from pecobook.engine.preamble import show_source
+from pecobook.engine.value_range import open_readable
 from pecobook.errors import ConfigError, Preflight
+from pecobook.models.tokenizers import load_tokenizer
 from pecobook.settings.explore import ExploreConfig
 from pecobook.settings.values import replace
+from pecobook.utils.devices import device
 from pecobook.utils.printer import show
-
-if TYPE_CHECKING:
-    from pecobook.commands.explore.model import IndexedTokenizer
-    from pecobook.commands.masked_run import MaskedRun
-    from pecobook.data.source import Splits
 
 __all__ = ["ExploreConfig", "explore"]
 
@@ -37,9 +40,10 @@ def explore(config: ExploreConfig | None = None, *, block: bool = True, **settin
     os.environ.update(GRADIO_ANALYTICS_ENABLED="False", HF_HUB_DISABLE_TELEMETRY="1")  # Gradio reads them at import
     try:
         import gradio
+
+        from pecobook.commands.explore.page import Page
     except ImportError:
         raise ConfigError("The explorer needs Gradio: pip install 'pecobook[explore]'.") from None
-    from pecobook.commands.explore.page import Page
 
     _check_port(config)
     indexed, runs, splits = _open(config)
@@ -121,14 +125,6 @@ def _check_port(config: ExploreConfig) -> None:
 
 
 def _open(config: ExploreConfig) -> tuple[list[IndexedTokenizer], dict[str, MaskedRun], Splits]:
-    from pecobook.commands.analyze.names import unique_names
-    from pecobook.commands.explore.model import index
-    from pecobook.commands.masked_run import is_masked_run, load_masked_run
-    from pecobook.engine.preamble import show_source
-    from pecobook.engine.value_range import open_readable
-    from pecobook.models.tokenizers import load_tokenizer
-    from pecobook.utils.devices import device
-
     preflight = Preflight()
     if not config.runs:
         preflight.problems.append(ConfigError("No run is given: pecobook explore RUN [RUN ...] --data SOURCE."))

@@ -17,20 +17,25 @@ import hashlib
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from pecobook.commands.predict import writers
+from pecobook.data.decode import BadImage
+from pecobook.data.folders import FileStore, walk
+from pecobook.data.images import open_all_splits, say_left_out
+from pecobook.data.source import IMAGE_EXTENSIONS, ImageSource
+from pecobook.data.stream import default_workers
+from pecobook.engine.log import Progress
+from pecobook.engine.value_range import set_value_range
 from pecobook.errors import ConfigError, DataError, WeightsError
+from pecobook.models.export import read_settings
 from pecobook.settings.predict import PredictConfig
 from pecobook.utils.files import write_atomically
 from pecobook.utils.output_folder import OutputFolder
 from pecobook.utils.printer import show
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from pecobook.data.decode import BadImage
-    from pecobook.data.source import ImageSource
-
 
 _MAX_NAME = 230
 """Largest number of bytes of a name in the output folder; most file systems allow 255."""
@@ -61,8 +66,6 @@ def predict(config: PredictConfig) -> Path:
     Raises:
         PecobookError: the run or the images do not exist, or no image can be read.
     """
-    from pecobook.engine.value_range import set_value_range
-
     missing = [f"--{name}" for name in ("run", "images", "out") if not getattr(config, name)]
     if missing:
         verb = "is" if len(missing) == 1 else "are"
@@ -80,9 +83,6 @@ def predict(config: PredictConfig) -> Path:
 
 def _predict_all(config: PredictConfig, sources: list[tuple[ImageSource, str]], writer: Writer, out: Path) -> str:
     """Predict all images; returns a text on what was written. Raises DataError when no image can be read."""
-    from pecobook.data.decode import BadImage
-    from pecobook.engine.log import Progress
-
     total = sum(len(source) for source, _ in sources)
     progress = Progress(total=total, start=0, name="predict", quiet=False)
     skipped: list[str] = []
@@ -119,10 +119,6 @@ def list_images(source: str) -> list[tuple[ImageSource, str]]:
     Raises:
         DataError: the source does not exist or holds no image.
     """
-    from pecobook.data.folders import FileStore, walk
-    from pecobook.data.images import open_all_splits, say_left_out
-    from pecobook.data.source import IMAGE_EXTENSIONS, ImageSource
-
     path = Path(source).expanduser()
     if path.is_dir():
         tree = walk(path)
@@ -152,10 +148,6 @@ def read_images(sources: list[tuple[ImageSource, str]]) -> Iterator[tuple[str, T
     Yields:
         name of an image, and the pixels uint8 (3, H, W), or the reason why the image cannot be read.
     """
-    from torch.utils.data import DataLoader
-
-    from pecobook.data.stream import default_workers
-
     for source, prefix in sources:
         workers = default_workers(1) if len(source) > 256 else 0
         loader: DataLoader[Any] = DataLoader(_DecodedImages(source), batch_size=None, num_workers=workers)  # type: ignore[arg-type]
@@ -173,8 +165,6 @@ class _DecodedImages:
         return len(self.source)
 
     def __getitem__(self, index: int) -> tuple[int, Tensor | BadImage]:
-        from pecobook.data.decode import BadImage
-
         try:
             return index, self.source.read(index)
         except BadImage as error:
@@ -209,9 +199,6 @@ def _shortened(part: str) -> str:
 
 
 def _writer(config: PredictConfig, out: Path) -> Writer:
-    from pecobook.commands.predict import writers
-    from pecobook.models.export import read_settings
-
     kind = read_settings(config.run).get("kind")
     writer_types: dict[str, Callable[[PredictConfig, Path], Writer]] = {
         "classifier": writers.ClassifierWriter,

@@ -13,10 +13,16 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from pecobook.analysis.detections import coco_results, colour_of
 from pecobook.analysis.segments import overlay, palette
 from pecobook.data.decode import BadImage
+from pecobook.data.views import center_crop
 from pecobook.errors import first_line
-from pecobook.models.dense.detector import Detections
+from pecobook.models.dense.detector import Detections, Detector
+from pecobook.models.dense.segmenter import Segmenter
+from pecobook.models.export import read_export
+from pecobook.models.weights import exported_network
+from pecobook.settings.predict import PredictConfig
 from pecobook.utils.devices import device
 from pecobook.utils.files import write_atomically
 from pecobook.utils.images import to_float
@@ -24,7 +30,6 @@ from pecobook.utils.images import to_float
 if TYPE_CHECKING:
     from PIL import Image
 
-    from pecobook.settings.predict import PredictConfig
 
 _NUM_BEST = 5
 """Number of classes that are written for each image."""
@@ -40,9 +45,6 @@ class ClassifierWriter:
     """Writes predictions.csv: a row per image with the five best classes and their probabilities."""
 
     def __init__(self, config: PredictConfig, out: Path) -> None:
-        from pecobook.models.export import read_export
-        from pecobook.models.weights import exported_network
-
         settings, state = read_export(config.run)
         self.out, self.pictures = out, config.pictures
         self.classes: list[str] = settings["classes"]
@@ -55,8 +57,6 @@ class ClassifierWriter:
 
     def add(self, name: str, file: str, image: Tensor) -> None:
         """Put the central square of an image into the batch; a full batch is classified and written."""
-        from pecobook.data.views import center_crop
-
         self.waiting.append((name, file, image, center_crop(image, self.size, share=self.crop)))
         num_bytes = sum(waiting.numel() for _, _, waiting, _ in self.waiting)
         if len(self.waiting) == _BATCH or num_bytes > _MAX_BYTES:
@@ -97,8 +97,6 @@ class SegmenterWriter:
     """Writes masks/: a palette PNG per image, whose pixel values are the class numbers of classes.txt."""
 
     def __init__(self, config: PredictConfig, out: Path) -> None:
-        from pecobook.models.dense.segmenter import Segmenter
-
         self.out, self.pictures, self.test = out, config.pictures, config.test
         self.model = Segmenter.from_pretrained(config.run).to(device())
         self.colours = palette(len(self.model.classes))
@@ -135,16 +133,12 @@ class DetectorWriter:
     """Writes detections.json in COCO's format of results, and images.json with the number of each image."""
 
     def __init__(self, config: PredictConfig, out: Path) -> None:
-        from pecobook.models.dense.detector import Detector
-
         self.out, self.pictures, self.score = out, config.pictures, config.score
         self.model = Detector.from_pretrained(config.run).to(device())
         self.num_images = self.num_detections = self.num_above_score = 0
 
     def add(self, name: str, file: str, image: Tensor) -> None:
         """Detect the objects in an image."""
-        from pecobook.analysis.detections import coco_results
-
         with _skip_failure(name):
             detections = self.model.predict(image)
         height, width = int(image.shape[1]), int(image.shape[2])
@@ -180,8 +174,6 @@ class DetectorWriter:
 def with_objects(image: Tensor, detections: Detections, classes: Sequence[str], score: float) -> Tensor:
     """Draw boxes, masks, names and scores of all detections with at least `score` on an image uint8 (3, H, W)."""
     from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
-
-    from pecobook.analysis.detections import colour_of
 
     detections = detections.above(score)
     if not len(detections.labels):

@@ -5,22 +5,19 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from pecobook.commands.jobs import Job
 from pecobook.commands.reproduce.budgets import Budget, make_budget, with_backbone
+from pecobook.commands.reproduce.paper import PaperTable
+from pecobook.data.source import Splits
 from pecobook.settings.analyze import AnalyzeConfig
-from pecobook.settings.codebook import AdversarialConfig, ExplicitConfig
+from pecobook.settings.codebook import AdversarialConfig, CodebookConfig, ExplicitConfig
 from pecobook.settings.durations import steps
 from pecobook.settings.perceptual import PerceptualConfig
+from pecobook.settings.reproduce import ReproduceConfig
 from pecobook.settings.training import TrainConfig
 from pecobook.settings.values import replace
-
-if TYPE_CHECKING:
-    from pecobook.commands.reproduce.paper import PaperTable
-    from pecobook.data.source import Splits
-    from pecobook.settings.codebook import CodebookConfig
-    from pecobook.settings.reproduce import ReproduceConfig
 
 NO_TOKENIZER = ("scratch", "vit-contrast", "pixels")
 """Arms that train a backbone without a tokenizer."""

@@ -11,8 +11,7 @@ from pecobook.commands.reproduce.plan import Plan
 from pecobook.engine.log import compact_duration
 from pecobook.settings.values import replace, to_dict
 from pecobook.utils.files import write_json
-from pecobook.utils.json_files import WHOLE, read_if_valid, read_json
-from pecobook.utils.numbers import is_number
+from pecobook.utils.json_files import WHOLE, is_number, read_if_valid, read_json
 from pecobook.utils.printer import show
 
 _STEPS = 4
@@ -70,7 +69,7 @@ def remaining_time(plan: Plan, seconds: dict[str, float]) -> str:
 
 def read_rehearsal(out: Path) -> dict[str, float]:
     """Return the seconds by kind that an earlier `rehearse` wrote; empty when there was no rehearsal."""
-    seconds = read_if_valid(out / "rehearsal.json")  # a damaged file means a rehearsal more
+    seconds = read_if_valid(out / "rehearsal.json") or {}  # a damaged file means a rehearsal more
     return seconds if all(map(is_number, seconds.values())) else {}
 
 

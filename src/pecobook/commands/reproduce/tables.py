@@ -7,16 +7,13 @@ import dataclasses
 import io
 import statistics
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 from pecobook.analysis.canvas import INK, new_figure, png, style_axes
 from pecobook.analysis.charts import read_metrics
 from pecobook.analysis.comparison import lookup
 from pecobook.commands.jobs import read_analysis
 from pecobook.commands.reproduce.paper import MORE, PaperTable, Row
-
-if TYPE_CHECKING:
-    from pecobook.commands.reproduce.plan import Plan
+from pecobook.commands.reproduce.plan import Plan
 
 Values = dict[str, list[float]]
 """Figure to one value per seed."""
