@@ -5,6 +5,9 @@ BIN    := $(VENV)/bin
 OUT    ?= runs/demo
 # Processes that share out the tests. Each holds about 3 GB.
 WORKERS ?= 2
+# How long the campaign of faults lasts, and where it writes.
+MINUTES  ?= 30
+CAMPAIGN ?= runs/campaign
 
 # Further arguments of pip, for example where to find PyTorch's wheels without CUDA.
 PIP_ARGS ?=
@@ -20,7 +23,7 @@ SMALL_CPU := ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 OPENBLAS_CORETYPE=
 SENSITIVE := tests/stages/test_golden.py tests/stages/test_classify.py tests/models/test_nearest.py \
 	tests/models/test_nearest_triton.py tests/models/test_quantizer.py
 
-.PHONY: demo test test-all test-gpu test-portable check format clean
+.PHONY: demo test campaign test-all test-gpu test-portable check format clean
 
 demo: $(VENV)/.run
 	$(BIN)/pecobook demo --out $(OUT)
@@ -30,6 +33,9 @@ test: $(VENV)/.dev
 
 test-all: $(VENV)/.dev
 	$(BIN)/pytest
+
+campaign: $(VENV)/.dev
+	$(BIN)/python -m tests.campaign --minutes $(MINUTES) --out $(CAMPAIGN)
 
 test-portable: $(VENV)/.dev
 	$(SMALL_CPU) $(BIN)/pytest -n $(WORKERS) -m "not gpu and not slow" $(SENSITIVE)

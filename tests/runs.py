@@ -76,7 +76,12 @@ SMALL: dict[str, dict[str, Any]] = {
 def small_flags(command: str, **more: Any) -> list[str]:
     """Return the flags of `SMALL`, with changes."""
     words: list[str] = []
-    for name, value in {**SMALL[command], **more}.items():
+    settings = {**SMALL[command], **more}
+    groups = {name: value for name, value in settings.items() if isinstance(value, dict)}
+    settings |= {f"{group}.{name}": value for group, values in groups.items() for name, value in values.items()}
+    for name, value in settings.items():
+        if name in groups:
+            continue
         words += [f"--{name}", *(map(str, value) if isinstance(value, tuple) else [str(value)])]
     return words
 

@@ -26,7 +26,6 @@ from pecobook.settings.values import (
     changed_settings,
     coerce,
     complete,
-    dump,
     flag,
     flags,
     load,
@@ -34,6 +33,7 @@ from pecobook.settings.values import (
     replace,
     to_dict,
 )
+from pecobook.utils.files import write_json
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -232,7 +232,7 @@ def configs(draw: st.DrawFn) -> Sample:
 @given(configs())
 def test_dump_and_load__are_a_round_trip(tmp_path_factory: pytest.TempPathFactory, config: Sample) -> None:
     folder = tmp_path_factory.getbasetemp()
-    dump(config, folder / "config.json")
+    write_json(folder / "config.json", to_dict(config))
     assert load(Sample(), folder / "config.json") == config
     assert load(Sample(seed=5), folder) == config  # load also takes a run folder
     assert to_dict(config) == json.loads((folder / "config.json").read_text())

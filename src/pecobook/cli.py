@@ -94,7 +94,7 @@ _REMEDIES = {
 def _print_os_error(error: OSError, *, resumes: bool) -> None:
     """Print an error of the operating system as a sentence with the path and the remedy."""
     reason = (error.strerror or str(error)).rstrip(".")
-    path = f"'{error.filename}' cannot be used: " if error.filename else ""
+    path = f"'{os.fsdecode(error.filename)}' cannot be used: " if error.filename else ""
     show(f"pecobook: {printable(path)}{reason[:1].lower()}{reason[1:]}.")
     again = "continue with --resume" if resumes else "start again"
     show(_REMEDIES[error.errno or 0].format(again=again))

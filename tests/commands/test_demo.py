@@ -12,7 +12,8 @@ from pecobook.commands.demo import demo
 from pecobook.commands.demo.plan import plan
 from pecobook.errors import PreflightError
 from pecobook.settings.demo import DemoConfig
-from pecobook.settings.values import dump, to_dict
+from pecobook.settings.values import to_dict
+from pecobook.utils.files import write_json
 
 
 def test_plan__codebooks_differ_only_in_the_perceptual_network(tmp_path: Path) -> None:
@@ -91,6 +92,6 @@ def test_demo__refuses_a_folder_without_a_demo(tmp_path: Path) -> None:
 
 
 def test_demo__names_the_settings_that_differ_from_those_of_the_folder(tmp_path: Path) -> None:
-    dump(DemoConfig(out=str(tmp_path), seed=1), tmp_path / "demo.json")
+    write_json(tmp_path / "demo.json", to_dict(DemoConfig(out=str(tmp_path), seed=1)))
     with pytest.raises(PreflightError, match=r"was begun with other settings: seed: 1 -> 0\. Name another folder"):
         demo(DemoConfig(out=str(tmp_path)))

@@ -75,6 +75,19 @@ def test_json_lines__adds_later_metrics_of_a_step_to_its_line_also_after_a_resum
     ]
 
 
+@pytest.mark.parametrize("cut", [1, 2, 9, 21, 26, 27, 28, 29])
+def test_json_lines__a_line_cut_off_within_its_evaluation_keeps_the_rest(tmp_path: Path, cut: int) -> None:
+    path = tmp_path / "metrics.jsonl"
+    first = JsonLines(path, start_step=0)
+    first.log({"loss": 2.0}, 2)
+    first.log({"evaluation/accuracy": 3.0}, 2)
+    first.close()
+    path.write_bytes(path.read_bytes()[:-cut])
+    whole = {"step": 2, "loss": 2.0} | ({"evaluation/accuracy": 3.0} if cut == 1 else {})
+    assert JsonLines(path, start_step=2).last == whole
+    assert read(path) == [whole]
+
+
 def test_json_lines__drops_a_line_that_a_crash_cut_off(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_bytes(b'{"step": 1, "loss": 2.0}\n[3]\n{"loss": 1}\n\xff\xfe\n\x00\x00\n{"step": 2, "lo')
@@ -99,26 +112,51 @@ def test_json_lines__writes_each_line_at_once_and_as_strict_json(tmp_path: Path)
 def test_tensor_board__writes_readable_events_and_a_resume_purges_later_steps(tmp_path: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    first = TensorBoard(tmp_path, start_step=0)
+    first = TensorBoard(tmp_path, start_step=0, last={})
     for step in (1, 2, 3):
         first.log({"loss": float(step), "psnr": 20.0}, step)
     first.picture("samples", png(), 3)
     first.close()
-    resumed = TensorBoard(tmp_path, start_step=1)
+    resumed = TensorBoard(tmp_path, start_step=1, last={"step": 1, "loss": 1.0, "psnr": 20.0, "bad": None})
     resumed.log({"loss": 20.0}, 2)
     resumed.close()
     events = EventAccumulator(str(tmp_path))
     events.Reload()
     assert set(events.Tags()["scalars"]) == {"loss", "psnr"}
     assert [(event.step, event.value) for event in events.Scalars("loss")] == [(1, 1.0), (2, 20.0)]
-    assert events.Tags()["images"] == ["samples"]
+    assert [event.step for event in events.Scalars("psnr")] == [1]
+    assert events.Images("samples") == []
+
+
+def test_tensor_board__a_killed_run_has_the_events_of_its_checkpoint_once(tmp_path: Path) -> None:
+    """The lines of metrics.jsonl decide: an evaluation that is not there is repeated, and one that is there is kept."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    (tmp_path / "samples").mkdir()
+    (tmp_path / "samples" / "step-00000002.png").write_bytes(png())
+    killed = TensorBoard(tmp_path, start_step=0, last={})
+    for step in (1, 2):
+        killed.log({"loss": float(step)}, step)
+    killed.flush()
+    killed.log({"evaluation/psnr": 20.0}, 2)  # lost with the process
+    whole = {"step": 2, "loss": 2.0, "evaluation/psnr": 20.0}
+    for last in ({"step": 2, "loss": 2.0}, whole, whole):
+        resumed = TensorBoard(tmp_path, start_step=2, last=last)
+        if last != whole:
+            resumed.log({"evaluation/psnr": 20.0}, 2)
+        resumed.close()
+    events = EventAccumulator(str(tmp_path))
+    events.Reload()
+    assert [event.step for event in events.Scalars("loss")] == [1, 2]
+    assert [event.step for event in events.Scalars("evaluation/psnr")] == [2]
+    assert [event.step for event in events.Images("samples")] == [2]
 
 
 def test_tensor_board__starts_again_for_a_run_killed_before_its_first_checkpoint(tmp_path: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     for value in (1.0, 2.0):
-        sink = TensorBoard(tmp_path, start_step=0)
+        sink = TensorBoard(tmp_path, start_step=0, last={})
         sink.log({"loss": value}, 1)
         sink.close()
     events = EventAccumulator(str(tmp_path))

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 
 from pecobook import api
-from pecobook.engine import checkpoint
+from pecobook.engine import checkpoint, run_folder
 from pecobook.engine.stage import Stage
 from pecobook.errors import NonFiniteLossError, RunFolderError
 from pecobook.models.quantizer import VectorQuantizer
@@ -104,6 +104,18 @@ def test_train__resumed_on_the_last_step_writes_the_missing_export(images: Path,
         file.unlink()
     train("codebook", images, tmp_path / "run", max_steps="2", resume=True)
     assert export_bytes(run) == before
+
+
+@pytest.mark.parametrize("command", ["finetune", "segment", "detect"])
+def test_overwrite__deletes_every_file_of_a_finished_run(
+    command: str, images: Path, codebook_run: Path, vit_run: Path, tmp_path: Path
+) -> None:
+    more: dict[str, Any] = {**inputs(command, codebook_run, vit_run), "max_steps": "1", "loggers": ("tensorboard",)}
+    run = train(command, images, tmp_path / "run", **more)
+    assert (run / "samples").is_dir()
+    run_folder.prepare(TrainConfig(out=str(run), overwrite=True), command).release()
+    left = {str(path.relative_to(run)) for path in run.rglob("*") if path.is_file()}
+    assert left == {"config.json", "environment.json"}
 
 
 def test_train__with_auto_precision_can_be_resumed(images: Path, tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ without pyplot, so there is no global state, no display is needed, and threads a
 from __future__ import annotations
 
 import io
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -84,15 +85,17 @@ def escape_text(text: str) -> str:
 def png(figure: Figure) -> bytes:
     """Encode a figure as PNG, cropped to its contents, without a time stamp, so that equal figures give equal bytes."""
     buffer = io.BytesIO()
-    figure.savefig(
-        buffer,
-        format="png",
-        dpi=DPI,
-        transparent=True,
-        bbox_inches="tight",
-        pad_inches=0.04,
-        metadata={"Software": None},
-    )
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph .* missing")  # in the name of a class; it is drawn as a box
+        figure.savefig(
+            buffer,
+            format="png",
+            dpi=DPI,
+            transparent=True,
+            bbox_inches="tight",
+            pad_inches=0.04,
+            metadata={"Software": None},
+        )
     return buffer.getvalue()
 
 

@@ -23,7 +23,8 @@ from typing import Any, TextIO
 from pecobook.engine.log import compact_duration
 from pecobook.engine.world import environment_without_launcher
 from pecobook.errors import PecobookError, RunFolderError
-from pecobook.settings.values import changed_settings, complete, dump
+from pecobook.settings.values import changed_settings, complete, to_dict
+from pecobook.utils.files import write_json
 from pecobook.utils.json_files import NUMBER, OBJECT, WHOLE, list_of, metric_lines, read_json
 from pecobook.utils.output_folder import OutputFolder
 from pecobook.utils.printer import show
@@ -174,7 +175,7 @@ class _Running:
         self.slot = slot
         (out / "settings").mkdir(exist_ok=True)
         settings_file = out / "settings" / f"{name}.json"
-        dump(job.config, settings_file)
+        write_json(settings_file, to_dict(job.config))
         command = [sys.executable, "-m", "pecobook", job.command, "--config", str(settings_file)]
         if job.command == "analyze":
             shutil.rmtree(job.out, ignore_errors=True)  # the files of an interrupted analysis

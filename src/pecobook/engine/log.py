@@ -11,6 +11,7 @@ import logging
 import math
 import os
 import sys
+import threading
 import time
 from collections.abc import Mapping
 from functools import partial
@@ -31,6 +32,9 @@ class Sink(Protocol):
 
     def picture(self, name: str, png: bytes, step: int) -> None:
         """Record a picture."""
+
+    def flush(self) -> None:
+        """Bring to the disk what was recorded, before a checkpoint from which the run resumes after it."""
 
     def close(self) -> None:
         """Flush and close the logger."""
@@ -61,6 +65,10 @@ class JsonLines:
     def picture(self, name: str, png: bytes, step: int) -> None:
         """Ignore the picture, which is already in samples/."""
 
+    def flush(self) -> None:
+        """Flush the file to the disk."""
+        os.fsync(self._file.fileno())
+
     def close(self) -> None:
         """Close the file."""
         self._file.close()
@@ -76,12 +84,27 @@ def _drop_after(path: Path, step: int) -> dict[str, Any]:
 
 
 class TensorBoard:
-    """Write TensorBoard events into the run folder."""
+    """Write TensorBoard events into the run folder.
 
-    def __init__(self, folder: Path, *, start_step: int) -> None:
+    Args:
+        folder: the run folder.
+        start_step: step of the checkpoint from which the run resumes. TensorBoard drops the events from this step on.
+        last: the last line of metrics.jsonl. If it belongs to `start_step`, it is recorded anew: a killed run may have
+            lost its events, or may repeat the evaluation of this step.
+    """
+
+    def __init__(self, folder: Path, *, start_step: int, last: Mapping[str, Any]) -> None:
         from torch.utils.tensorboard.writer import SummaryWriter
 
-        self._writer = SummaryWriter(str(folder), purge_step=start_step + 1)
+        self._folder = folder
+        if threading.excepthook is threading.__excepthook__:
+            threading.excepthook = _hide_writer_errors
+        self._writer = SummaryWriter(str(folder), purge_step=start_step)
+        if start_step > 0 and last.get("step") == start_step:
+            self.log({name: value for name, value in last.items() if name != "step" and value is not None}, start_step)
+            picture = folder / "samples" / f"step-{start_step:08d}.png"
+            if any(name.startswith("evaluation/") for name in last) and picture.is_file():
+                self.picture("samples", picture.read_bytes(), start_step)
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
         """Record scalars."""
@@ -94,9 +117,21 @@ class TensorBoard:
 
         self._writer.add_image(name, np.asarray(_decode(png).convert("RGB")), step, dataformats="HWC")
 
+    def flush(self) -> None:
+        """Flush the events to the disk."""
+        self._writer.flush()
+        with max(self._folder.glob("events.out.tfevents.*")).open("rb") as file:  # the newest, by its name
+            os.fsync(file.fileno())
+
     def close(self) -> None:
         """Flush and close."""
         self._writer.close()
+
+
+def _hide_writer_errors(arguments: threading.ExceptHookArgs) -> None:
+    """Print the traceback of a thread, but not of TensorBoard's writer: its next call raises the error again."""
+    if type(arguments.thread).__name__ != "_AsyncWriterThread":
+        threading.__excepthook__(arguments)
 
 
 class WeightsAndBiases:
@@ -124,6 +159,9 @@ class WeightsAndBiases:
         """Record an image."""
         self._run.log({name: self._wandb.Image(_decode(png))}, step=step)
 
+    def flush(self) -> None:
+        """Do nothing: the package sends what it has."""
+
     def close(self) -> None:
         """Finish the run."""
         self._run.finish()
@@ -150,6 +188,9 @@ class MLflow:
     def picture(self, name: str, png: bytes, step: int) -> None:
         """Record an image."""
         self._mlflow.log_image(_decode(png), f"{name}/{step:08d}.png")
+
+    def flush(self) -> None:
+        """Do nothing: the package sends what it has."""
 
     def close(self) -> None:
         """End the run."""
@@ -179,14 +220,14 @@ def check_loggers(names: tuple[str, ...]) -> None:
 
 def open_sinks(names: tuple[str, ...], folder: Path, config: dict[str, Any], *, start_step: int) -> list[Sink]:
     """Return the loggers in `names`, and at last the writer of metrics.jsonl."""
-    sinks: list[Sink] = []
+    lines, sinks = JsonLines(folder / "metrics.jsonl", start_step=start_step), list[Sink]()
     if "tensorboard" in names:
-        sinks.append(TensorBoard(folder, start_step=start_step))
+        sinks.append(TensorBoard(folder, start_step=start_step, last=lines.last))
     if "wandb" in names:
         sinks.append(WeightsAndBiases(folder, config))
     if "mlflow" in names:
         sinks.append(MLflow(folder, config))
-    return [*sinks, JsonLines(folder / "metrics.jsonl", start_step=start_step)]
+    return [*sinks, lines]
 
 
 def open_text_log(folder: Path) -> logging.Logger:

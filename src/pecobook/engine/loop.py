@@ -35,6 +35,7 @@ from pecobook.settings.durations import steps
 from pecobook.settings.training import TrainConfig
 from pecobook.settings.values import to_dict
 from pecobook.utils.distributed import on_first_rank
+from pecobook.utils.files import write_atomically
 from pecobook.utils.printer import say, show, write_notes_to
 
 if TYPE_CHECKING:
@@ -286,7 +287,7 @@ class Loop:
         say(f"step {step}, {images}: {metrics or 'nothing could be measured'}")
         if result.pictures:
             png = _grid(result.pictures)
-            (self.out / "samples" / f"step-{step:08d}.png").write_bytes(png)
+            write_atomically(self.out / "samples" / f"step-{step:08d}.png", png)
             for sink in self.sinks:
                 sink.picture("samples", png, step)
         if step == self.total and result.rows:
@@ -302,6 +303,7 @@ class Loop:
                 due = bool(self.fabric.broadcast(late)) if self.fabric.world_size > 1 else late
         if due:
             self._share_skipped()
+            on_first_rank(self._flush_sinks)
             checkpoint.save(
                 self.out / "checkpoints",
                 step=step,
@@ -311,6 +313,10 @@ class Loop:
                 precision=self.precision,
             )
             self._saved_at = time.monotonic()
+
+    def _flush_sinks(self) -> None:
+        for sink in self.sinks:
+            sink.flush()
 
     def _positions(self, start: int, stop: int) -> BatchPositions:
         return BatchPositions(

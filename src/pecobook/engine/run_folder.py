@@ -26,8 +26,10 @@ from pecobook.utils.printer import say
 _ENVIRONMENT = {"versions": OBJECT, "earlier": list_of(OBJECT).or_none}
 _RUN = {"command": TEXT, "data": TEXT, "out": TEXT}  # many folders hold a config.json
 _FILES = (
-    *("config.json", "environment.json", "metrics.jsonl", "train.log", "events.out.tfevents.*"),
-    *("samples/step-*.png", "samples/example.png", "checkpoints/step-*/state.pt*", "checkpoints/.step-*.tmp/*"),
+    *("config.json", "environment.json", "metrics.jsonl", "train.log", "events.out.tfevents.*", ".*.tmp"),
+    *("predictions.parquet", "classes.json", "detections.json", "average_precision.json"),
+    *(f"samples/{name}" for name in ("step-*.png", "example.png", "confusion.png", "detections.png", ".*.tmp")),
+    *("checkpoints/step-*/state.pt*", "checkpoints/.step-*.tmp/*"),
     *(f"export/{name}" for name in ("config.json*", "*.safetensors*", "README.md", ".*.tmp")),
 )
 

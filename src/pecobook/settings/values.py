@@ -1,7 +1,7 @@
 """Checks, conversions and comparisons of settings, which come from flags, Python keywords or JSON.
 
 A recipe (`pecobook.recipes`) is a settings object with all values; the command line and Python keywords replace single
-values; `dump` writes the resolved settings of a run, and `load` reads them. No code is ever built from a string.
+values; `to_dict` gives the resolved settings of a run, and `load` reads them. No code is ever built from a string.
 """
 
 from __future__ import annotations
@@ -313,11 +313,6 @@ def _coerce_scalar(value: Any, kind: Any, name: str) -> Any:
     except (TypeError, ValueError, OverflowError):
         pass
     raise ConfigError(f"--{flag(name)} takes {descriptions.get(kind, str(kind))}, not '{value}'.")
-
-
-def dump(config: Any, path: Path) -> None:
-    """Write `config` as JSON, which `load` and `--config` read."""
-    path.write_text(json.dumps(to_dict(config), indent=2) + "\n")
 
 
 def load(default: C, path: str | Path, command: str = "") -> C:

@@ -25,6 +25,7 @@ from pecobook.models.dry_run import dry_run, refusing
 from pecobook.models.weights import Backbone, Classifier, load_backbone
 from pecobook.settings.finetune import FinetuneConfig
 from pecobook.settings.training import BaseOptimConfig
+from pecobook.utils.files import write_atomically
 from pecobook.utils.images import channels_last, to_float
 
 
@@ -104,7 +105,7 @@ class ClassifyStage(Stage[FinetuneConfig]):
 
         write_predictions(folder / "predictions.parquet", rows, self.classes, source)
         picture = confusion_picture(rows["label"], rows["classes"][:, 0], self.classes)
-        (folder / "samples" / "confusion.png").write_bytes(picture)
+        write_atomically(folder / "samples" / "confusion.png", picture)
 
     def parameter_groups(self, config: BaseOptimConfig) -> list[dict[str, Any]]:
         """Return parameter groups with layer-wise learning rates."""

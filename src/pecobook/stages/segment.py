@@ -32,7 +32,7 @@ from pecobook.models.dense.segmenter import Segmenter, best_classes, rescaled_im
 from pecobook.models.weights import Backbone
 from pecobook.settings.segment import SegmentConfig, SegmentTestConfig
 from pecobook.settings.training import BaseOptimConfig
-from pecobook.utils.files import write_json
+from pecobook.utils.files import write_atomically, write_json
 from pecobook.utils.images import resize, to_float
 from pecobook.utils.printer import say
 
@@ -127,7 +127,7 @@ class SegmentStage(Stage[SegmentConfig]):
             held_out = f"{len(self.classes) - len(absent)} of {len(self.classes)} classes have held-out pixels"
             say(f"{held_out}, so that the mean IoU says nothing about the others: {', '.join(absent)}.")
         write_json(folder / "classes.json", content)
-        (folder / "samples" / "confusion.png").write_bytes(matrix_picture(counts, self.classes, "pixels"))
+        write_atomically(folder / "samples" / "confusion.png", matrix_picture(counts, self.classes, "pixels"))
 
     def parameter_groups(self, config: BaseOptimConfig) -> list[dict[str, Any]]:
         """Return parameter groups: layer-wise learning rates in the backbone, the full rate elsewhere."""

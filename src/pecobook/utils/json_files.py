@@ -112,13 +112,19 @@ def _problem(content: dict[str, Any], schema: Schema, prefix: str = "") -> str:
 
 
 def metric_lines(path: Path) -> list[tuple[str, dict[str, Any]]]:
-    """Return the lines of a metrics.jsonl and what they hold; lines that a crash cut off or damaged are left out."""
+    """Return the lines of a metrics.jsonl and what they hold; lines that a crash cut off or damaged are left out.
+
+    A line that was cut off while an evaluation was added to it is given as it was before.
+    """
     lines = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        try:
-            record = json.loads(line)
-        except (ValueError, RecursionError):
-            continue
-        if isinstance(record, dict) and _is_whole(record.get("step"), 0):
-            lines.append((line, record))
+    for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        before = text.partition(', "evaluation/')[0].rstrip(", ") + "}"
+        for line in (text,) if text.endswith("}") else (before, before.rpartition(", ")[0] + "}"):
+            try:
+                record = json.loads(line)
+            except (ValueError, RecursionError):
+                continue
+            if isinstance(record, dict) and _is_whole(record.get("step"), 0) and len(record) > 1:
+                lines.append((line, record))
+                break
     return lines

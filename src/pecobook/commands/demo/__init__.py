@@ -22,7 +22,7 @@ from pecobook.engine.preamble import show_source
 from pecobook.engine.value_range import open_readable
 from pecobook.errors import Preflight
 from pecobook.settings.demo import DemoConfig
-from pecobook.settings.values import dump, replace, to_dict
+from pecobook.settings.values import replace, to_dict
 from pecobook.utils.files import write_json
 from pecobook.utils.output_folder import OutputFolder
 from pecobook.utils.printer import show
@@ -46,7 +46,7 @@ def demo(config: DemoConfig | None = None, **settings: Any) -> Path:
     preflight.finish()
     assert splits is not None
     show_source(splits)
-    with folder.begin(lambda out: dump(config, out / _MARK)):
+    with folder.begin(lambda out: write_json(out / _MARK, to_dict(config))):
         return _write_all(config)
 
 
