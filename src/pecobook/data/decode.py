@@ -195,9 +195,11 @@ def _convert(image: Image, channels: int) -> npt.NDArray[np.uint8]:
 def _from_values(deep: DeepImage, channels: int, value_range: ValueRange | None) -> Tensor:
     """Convert values to uint8 (channels, H, W), not turned. Raises BadImage if they have no range."""
     natural_range = deep.natural_range
-    if value_range is None and natural_range is None and deep.values.dtype.kind == "f":
+    if deep.values.dtype.kind == "f":
         finite = deep.values[np.isfinite(deep.values)]
-        natural_range = UNIT if not finite.size or (finite.min() >= 0 and finite.max() <= 1) else None
+        if not finite.size:
+            raise BadImage("", "no value is a finite number")
+        natural_range = UNIT if finite.min() >= 0 and finite.max() <= 1 else None
     chosen = value_range or natural_range
     if chosen is None:
         raise BadImage("", f"{deep.values.dtype} values have no agreed range: give --value-range LOW HIGH")

@@ -55,9 +55,10 @@ class FileStore:
 
     def identify(self, row: int) -> str:
         """Return the path as text that can be printed and logged, even if the path is not valid Unicode."""
-        return os.fsencode(self._path(row)).decode(errors="replace")
+        return os.fsencode(self.path(row)).decode(errors="replace")
 
-    def _path(self, row: int) -> Path:
+    def path(self, row: int) -> Path:
+        """Return the path of the file of a row."""
         return self.root / os.fsdecode(self._paths[row]["path"])
 
     def read(self, row: int) -> Tensor:
@@ -66,7 +67,7 @@ class FileStore:
 
     def encoded(self, row: int) -> bytes:
         """Return the bytes of the file of a row. Raises BadImage."""
-        return read_file(self._path(row), self.identify(row))
+        return read_file(self.path(row), self.identify(row))
 
     def digest(self, rows: Integers) -> str:
         """Return a hash of the relative paths. It holds no bytes: a good file may replace a damaged one."""

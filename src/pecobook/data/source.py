@@ -96,6 +96,14 @@ class ImageSource:
         """Read and decode image `index`: uint8 (3, H, W), RGB. Raises BadImage if the image cannot be read."""
         return self._store.read(self._row(index))
 
+    def file(self, index: int) -> Path | bytes | None:
+        """Return the path of the file of image `index`, or its bytes where it lies within another file.
+
+        None stands for an image that is no file. Raises BadImage.
+        """
+        locate = getattr(self._store, "path", None) or getattr(self._store, "encoded", None)
+        return None if locate is None else locate(self._row(index))
+
     def sample(self, index: int) -> tuple[Any, ...]:
         """Read the inputs of a view: (image,), or (image, mask or boxes) in dense sources. Raises BadImage."""
         return (self.read(index),)
