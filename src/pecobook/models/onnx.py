@@ -90,11 +90,11 @@ def export_backbone(network: Backbone, folder: Path) -> None:
     classes. Raises PecobookError if the packages that write ONNX are not installed.
     """
     size = network.image_size or 224
-    described: dict[str, Any] = {"name": network.name, "image_size": size, "crop": 1.0, **range_entry(network)}
+    described: dict[str, Any] = {"name": network.name, "image_size": size, "crop": network.crop, **range_entry(network)}
     output = "float32 (batch, features), the network's pooled features"
     lines = onnx_readme.backbone_lines(size, network.value_range)
     if isinstance(network, Classifier):
-        described |= {"crop": network.crop, "classes": list(network.classes)}
+        described["classes"] = list(network.classes)
         output = f"float32 (batch, {len(network.classes)}), the logits of the classes"
         lines = onnx_readme.classifier_lines(size, network.crop, network.value_range)
     task = "classification" if isinstance(network, Classifier) else "features"

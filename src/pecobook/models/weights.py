@@ -25,7 +25,7 @@ from pecobook.models.makers import (
 from pecobook.models.network_traits import NetworkTraits, network_traits, trained_size
 from pecobook.models.networks import create_network
 from pecobook.models.snippets import BEST_CLASSES, normalise, open_square, quoted
-from pecobook.utils.images import checked_floats
+from pecobook.utils.images import as_images
 
 __all__ = ["IMAGENET_MEAN", "IMAGENET_STD", "Backbone", "Classifier", "create_network", "load_backbone"]
 
@@ -46,6 +46,10 @@ class Backbone(Exported):
 
     kind = "backbone"
     trained_by = "contrast or pretrain"
+    classes: tuple[str, ...] = ()
+    """Names of the classes of a classifier."""
+    crop: float = 1.0
+    """Side of the central square that the network reads, as a share of the image's shorter side."""
 
     def __init__(
         self,
@@ -64,8 +68,12 @@ class Backbone(Exported):
         self.mean, self.std, self.image_size = mean, std, image_size
 
     def forward(self, images: Tensor) -> Tensor:
-        """Map images (B, 3, H, W), float in [0, 1] or uint8, to pooled features (B, F); a classifier returns logits."""
-        images = checked_floats(images)
+        """Map images (B, 3, H, W), float in [0, 1] or uint8, to pooled features (B, F); a classifier returns logits.
+
+        Raises:
+            ValueError: the shape, the type or the values are others.
+        """
+        images = as_images(images, (1, 3)).to(next(self.network.parameters()).dtype)
         mean, std = (images.new_tensor(values)[:, None, None] for values in (self.mean, self.std))
         return self.network((images - mean) / std)  # type: ignore[no-any-return]
 
@@ -93,13 +101,10 @@ class Backbone(Exported):
         """Load the weights of an export. Raises WeightsError if they do not fit."""
         load_state(self.network, state, source="model.safetensors")
 
-    def _num_classes(self) -> int:
-        return 0
-
     def loading_code(self, source: str) -> str:
         """Return Python code that loads the plain timm network from the export folder `source` and reads one image."""
         return self._timm_code(
-            "import json\n" * bool(self._num_classes()),
+            "import json\n" * bool(self.classes),
             quoted(f"{source}/model.safetensors"),
             quoted(f"{source}/config.json"),
         )
@@ -110,13 +115,11 @@ class Backbone(Exported):
             f"huggingface_hub.hf_hub_download({quoted(repo_id)}, {quoted(name)})"
             for name in ("model.safetensors", "config.json")
         )
-        return self._timm_code(
-            "import json\n" * bool(self._num_classes()) + "import huggingface_hub\n", weights, config
-        )
+        return self._timm_code("import json\n" * bool(self.classes) + "import huggingface_hub\n", weights, config)
 
     def _timm_code(self, imports: str, weights: str, config: str) -> str:
         """Return the code; `weights` and `config` are expressions for the paths of the export's files."""
-        create_args = {"num_classes": self._num_classes(), **self.args}
+        create_args = {"num_classes": len(self.classes), **self.args}
         arguments = "".join(f", {key}={value!r}" for key, value in create_args.items())
         lines = (
             f"model = timm.create_model({quoted(self.name)}{arguments}).eval()\n"
@@ -139,15 +142,14 @@ import torch
 from PIL import Image, ImageOps
 
 {lines}
-{open_square(self.image_size or 224, self._crop(), self.value_range)}
+{open_square(self.image_size or 224, self.crop, self.value_range)}
 {normalise(self.mean, self.std)}
 {self._application(names)}"""
 
-    def _application(self, names: str) -> str:  # noqa: ARG002
-        return "features = model(pixels[None])[0].detach()  # (F,)\nprint(features)"
-
-    def _crop(self) -> float:
-        return 1.0
+    def _application(self, names: str) -> str:
+        if not self.classes:
+            return "features = model(pixels[None])[0].detach()  # (F,)\nprint(features)"
+        return f"probabilities = model(pixels[None]).softmax(1)[0].detach()\nclasses = {names}\n{BEST_CLASSES}"
 
     def card(self, origin: str) -> Card:
         """Return the model card: name, origin and expected input."""
@@ -162,7 +164,7 @@ from PIL import Image, ImageOps
                 else ""
             ),
             tags=("pecobook", tag) if tag else ("pecobook",),
-            pipeline="image-classification" if self._num_classes() else "image-feature-extraction",
+            pipeline="image-classification" if self.classes else "image-feature-extraction",
             library="timm",
         )
 
@@ -202,15 +204,6 @@ class Classifier(Backbone):
     def settings(self) -> dict[str, Any]:
         """Return name, arguments, expected input and classes of the network, as JSON values."""
         return {**super().settings(), "classes": list(self.classes), "crop": self.crop}
-
-    def _num_classes(self) -> int:
-        return len(self.classes)
-
-    def _crop(self) -> float:
-        return self.crop
-
-    def _application(self, names: str) -> str:
-        return f"probabilities = model(pixels[None]).softmax(1)[0].detach()\nclasses = {names}\n{BEST_CLASSES}"
 
 
 def exported_network(settings: dict[str, Any], state: dict[str, Tensor], source: str) -> nn.Module:
@@ -378,11 +371,6 @@ def _runtime_args(traits: NetworkTraits, options: dict[str, Any]) -> dict[str, A
     # VGG and DenseNet do not accept the argument of stochastic depth.
     depth = {"drop_path_rate": options["drop_path"]} if options["drop_path"] > 0 else {}
     return {**depth, **(traits.any_size if options["any_size"] else {})}
-
-
-def any_size_args(name: str) -> dict[str, Any]:
-    """Return arguments with which timm's `name` takes any image size; none for BEiT (see `models.dense.pyramid`)."""
-    return network_traits(name).any_size
 
 
 def _pooling_args(traits: NetworkTraits, pool_mean: bool) -> dict[str, Any]:
