@@ -286,10 +286,9 @@ def load_backbone(
     checkpoint = read_checkpoint(file) if file is not None and not file.endswith(".npz") else None
     options: dict[str, Any] = {"pool_mean": pool_mean, "drop_path": drop_path, "any_size": any_size}
     load = _load_timm if is_timm else _load_run
-    network, args, size, normalisation, left = load(
-        spec.removeprefix("timm:"), weights, checkpoint, image_size, options
-    )
-    name = spec.removeprefix("timm:") if is_timm else read_settings(spec)["name"]
+    name = spec.removeprefix("timm:")
+    network, args, size, normalisation, left = load(name, weights, checkpoint, image_size, options)
+    name = name if is_timm else read_settings(spec)["name"]
     normalisation = overridden(normalisation, mean, std)
     notes = [left_aside(file, checkpoint, left)] if file and checkpoint else []
     notes = [*(note for note in notes if note), normalisation.line(spec)]
@@ -309,16 +308,15 @@ def _load_run(
     name, size = config["name"], config["image_size"]
     traits = network_traits(name, config["args"])
     args = pooling_trained_features(config)["args"] | _pooling_args(traits, options["pool_mean"])
-    left: tuple[str, ...] = ()
     if image_size is not None and image_size != size and traits.takes_size:
         args, size = args | {"img_size": image_size}, image_size
     network = create_network(name, num_classes=0, **_runtime_args(traits, options), **args)
     normalisation = Normalisation(tuple(config["mean"]), tuple(config["std"]), "as the run was trained")
-    if checkpoint is not None:
-        left = load_state(network, checkpoint.state, source=str(weights))
-        normalisation = file_normalisation(checkpoint.state, checkpoint.wrapper, str(weights), network, f"timm:{name}")
-    elif weights is None:
+    left: tuple[str, ...] = ()
+    if weights is None:
         load_state(network, state, source=spec)
+    elif weights != "random":
+        left, normalisation = _load_file(network, name, args, weights, checkpoint)
     return network, args, size, normalisation, left
 
 
@@ -332,26 +330,36 @@ def _load_timm(
     if side is None and checkpoint is not None:
         side = trained_size(name, checkpoint.state)  # of the file's position tables, if it is not the default
     size_args = {"img_size": side} if side is not None and traits.takes_size else {}
-    runtime_args = _runtime_args(traits, options)
-    npz = str(weights).endswith(".npz")
-    # If the mean is pooled, timm gives the last norm another name, so timm's weights are loaded without mean pooling.
-    apart = npz or (weights is None and bool(pooling))
-    network = create_network(name, weights is None and not apart, num_classes=0, **runtime_args, **pooling, **size_args)
+    args, download = pooling | size_args, weights is None and not pooling
+    network = create_network(name, download, num_classes=0, **_runtime_args(traits, options), **args)
     left: tuple[str, ...] = ()
     normalisation = timm_normalisation(network, f"timm:{name}")
-    if apart:
-        plain = create_network(name, not npz, num_classes=0, **size_args)
-        if npz:
-            _load_npz(plain, str(weights))
-        load_state(network, plain.state_dict(), source=str(weights) if npz else f"timm:{name}")
-    if checkpoint is not None:
-        left = load_state(network, checkpoint.state, source=str(weights))
-    if checkpoint is not None or npz:
-        content = checkpoint or Checkpoint({})
-        normalisation = file_normalisation(content.state, content.wrapper, str(weights), network, f"timm:{name}")
+    if weights is None and pooling:
+        # If the mean is pooled, timm gives the last norm another name, so its weights are loaded without mean pooling.
+        plain = create_network(name, True, num_classes=0, **size_args)
+        load_state(network, plain.state_dict(), source=f"timm:{name}")
+    elif weights not in (None, "random"):
+        left, normalisation = _load_file(network, name, args, str(weights), checkpoint)
     settings = getattr(network, "pretrained_cfg", None) or {}
     size = side or settings.get("input_size", (3, 224, 224))[-1]
-    return network, pooling | size_args, size, normalisation, left
+    return network, args, size, normalisation, left
+
+
+def _load_file(
+    network: nn.Module, name: str, args: dict[str, Any], file: str, checkpoint: Checkpoint | None
+) -> tuple[tuple[str, ...], Normalisation]:
+    """Load a file of weights into timm's `name`, built with `args`; return the names left aside, and what it expects.
+
+    `checkpoint` is the content of the file; None for an `.npz`.
+    """
+    if checkpoint is None:  # timm reads it into a network whose last norm has its usual place
+        plain = create_network(
+            name, num_classes=0, **{k: v for k, v in args.items() if k not in ("global_pool", "use_fc_norm")}
+        )
+        _load_npz(plain, file)
+        checkpoint = Checkpoint(plain.state_dict())
+    left = load_state(network, checkpoint.state, source=file)
+    return left, file_normalisation(checkpoint.state, checkpoint.wrapper, file, network, f"timm:{name}")
 
 
 def _load_npz(network: nn.Module, path: str) -> None:
