@@ -175,7 +175,7 @@ print(codes)"""
         return export_onnx(self, folder)
 
 
-def as_codes(codes: Tensor, num_codewords: int) -> Tensor:
+def as_codes(codes: Any, num_codewords: int) -> Tensor:
     """Return codes as int64 (B, h, w). Raises ValueError for another shape, floats, or values outside [0, K)."""
     if not isinstance(codes, Tensor):
         raise ValueError(

@@ -103,11 +103,7 @@ class Backbone(Exported):
 
     def loading_code(self, source: str) -> str:
         """Return Python code that loads the plain timm network from the export folder `source` and reads one image."""
-        return self._timm_code(
-            "import json\n" * bool(self.classes),
-            quoted(f"{source}/model.safetensors"),
-            quoted(f"{source}/config.json"),
-        )
+        return self._timm_code(quoted(f"{source}/model.safetensors"), quoted(f"{source}/config.json"))
 
     def hub_loading_code(self, repo_id: str) -> str:
         """Return the same code for the repository `repo_id` on the hub."""
@@ -115,10 +111,11 @@ class Backbone(Exported):
             f"huggingface_hub.hf_hub_download({quoted(repo_id)}, {quoted(name)})"
             for name in ("model.safetensors", "config.json")
         )
-        return self._timm_code("import json\n" * bool(self.classes) + "import huggingface_hub\n", weights, config)
+        return self._timm_code(weights, config, "import huggingface_hub\n")
 
-    def _timm_code(self, imports: str, weights: str, config: str) -> str:
+    def _timm_code(self, weights: str, config: str, imports: str = "") -> str:
         """Return the code; `weights` and `config` are expressions for the paths of the export's files."""
+        imports = "import json\n" * bool(self.classes) + imports
         create_args = {"num_classes": len(self.classes), **self.args}
         arguments = "".join(f", {key}={value!r}" for key, value in create_args.items())
         lines = (

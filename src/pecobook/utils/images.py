@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -29,7 +30,7 @@ def to_float(images: Tensor) -> Tensor:
 _OVERSHOOT = 0.5  # of images that were resized with a bicubic filter and not clamped
 
 
-def check_shape(images: Tensor, channels: Sequence[int], stride: int = 1) -> None:
+def check_shape(images: Any, channels: Sequence[int], stride: int = 1) -> None:
     """Raise ValueError unless images are a tensor (B, C, H, W) whose sides are multiples of the stride, and not 0.
 
     Args:
