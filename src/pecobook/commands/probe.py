@@ -36,9 +36,9 @@ def probe(config: ProbeConfig | None = None, **settings: Any) -> dict[str, Any]:
 
     config = replace(config or ProbeConfig(), settings)
     check_new_file(config.out)
-    features, image_size = _feature_function(config)
     splits = open_readable(config.data, config.value_range, [config.backbone])
     check_labels(splits, config.data)
+    features, image_size = _feature_function(config)  # may download weights, so the images are checked first
     show_source(splits)
     size = config.image_size or image_size
     train, train_labels = extract(splits.train, size, config.max_train, features, "features of training images")

@@ -188,9 +188,12 @@ class SegmentStage(Stage[SegmentConfig]):
                 f"--data '{config.data}': {num_valid} of {num_pairs} training pairs can be used, the others cannot be "
                 f"read:\n{listed(checked.unreadable)}\nMend them, or leave them out with --skip-bad."
             )
-        for lines, reason in ((checked.problems, "do not fit"), (checked.unreadable, "cannot be read")):
+        for lines, number, reason in (
+            (checked.problems, checked.num_problems, "do not fit"),
+            (checked.unreadable, checked.num_unreadable, "cannot be read"),
+        ):
             if lines and is_leader():
-                print(f"{len(lines)} of the pairs {reason} and are left out:\n{listed(lines)}", file=sys.stderr)
+                print(f"{number:,} of the pairs {reason} and are left out:\n{listed(lines)}", file=sys.stderr)
         return checked.splits
 
     @classmethod

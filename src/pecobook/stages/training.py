@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import sys
@@ -21,6 +22,7 @@ from pecobook.engine.stage import Stage
 from pecobook.engine.value_range import set_value_range
 from pecobook.engine.world import is_leader
 from pecobook.errors import Preflight, RunFolderError, first_line
+from pecobook.models.networks import without_downloads
 from pecobook.models.snippets import example_image, with_image
 from pecobook.settings.images import AUTO
 from pecobook.settings.training import TrainConfig
@@ -88,7 +90,8 @@ def preflight(stage_type: type[Stage[C]], config: C) -> Ready[C]:
     if is_leader() and (config.out or not config.dry_run):
         problems.check(lambda: run_folder.check(config, stage_type.command))
     torch.manual_seed(config.seed)  # seeds all random weights of the stage
-    prebuilt = problems.check(lambda: stage_type.check(config))
+    with without_downloads() if problems.problems else contextlib.nullcontext():
+        prebuilt = problems.check(lambda: stage_type.check(config))
     problems.check(lambda: launch.micro_batch_size(config))
     problems.check(lambda: log.check_loggers(config.loggers))
     problems.finish()
