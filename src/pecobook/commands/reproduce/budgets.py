@@ -57,7 +57,7 @@ def _tiny(factor: int) -> Budget:
         name="vit_tiny_patch16_224", args='{"patch_size": 4, "depth": 6, "embed_dim": 128, "num_heads": 4}'
     )
     masked_vit = dataclasses.replace(pretrain.tiny(), max_steps=scaled(200))
-    tokenizer = dataclasses.replace(codebook.tiny(), max_steps=scaled(220))
+    tokenizer = dataclasses.replace(codebook.tiny(), max_steps=scaled(int(codebook.tiny().max_steps)))
     classifier = dataclasses.replace(finetune.tiny(), max_steps=scaled(200))
     supervised = dataclasses.replace(
         classifier,
