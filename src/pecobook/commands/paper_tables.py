@@ -125,7 +125,7 @@ TABLES = {
         ),
     ),
     "table10": PaperTable(
-        "Table 10: weight of the perceptual loss",
+        "Table 10: weight of the perceptual loss, in multiples of the recipe's (1 in the paper)",
         (FINETUNED, PROBE, CROSSED),
         (
             Row("lambda 0", "pixel", (82.9,)),

@@ -53,7 +53,8 @@ def _tiny(factor: int) -> Budget:
         name="vit_tiny_patch16_224", args='{"patch_size": 4, "depth": 6, "embed_dim": 128, "num_heads": 4}'
     )
     masked_vit = dataclasses.replace(pretrain.tiny(), max_steps=str(200 * factor))
-    tokenizer = dataclasses.replace(codebook.tiny(), max_steps=str(220 * factor))
+    tokenizer = codebook.tiny()
+    tokenizer = dataclasses.replace(tokenizer, max_steps=str(int(tokenizer.max_steps) * factor))
     classifier = dataclasses.replace(finetune.tiny(), max_steps=str(200 * factor))
     supervised = dataclasses.replace(
         classifier,

@@ -207,7 +207,8 @@ def _variant(base: CodebookConfig, budget: Budget, arm: str) -> CodebookConfig:
     """Return the settings with the changes of an arm other than the perceptual network."""
     model = base.model
     if arm.startswith("lambda-"):
-        weight = float(arm.removeprefix("lambda-"))
+        # The paper's default is 1. That of a smaller budget can differ, so the table is of multiples of the default.
+        weight = float(arm.removeprefix("lambda-")) * base.perceptual.weight
         return dataclasses.replace(base, perceptual=dataclasses.replace(base.perceptual, weight=weight))
     if arm == "adversarial":
         term = AdversarialConfig(weight=0.4, num_layers=budget.discriminator_layers)
