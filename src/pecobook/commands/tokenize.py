@@ -11,7 +11,6 @@ import json
 import re
 import sys
 import time
-from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
@@ -20,9 +19,9 @@ from pecobook.errors import ConfigError, DataError, Preflight, RunFolderError
 from pecobook.settings.tokenize import TokenizeConfig
 
 if TYPE_CHECKING:
-    from pecobook.data.decode import BadImage
     from pecobook.data.source import Splits
     from pecobook.data.tokens import BankLayout
+    from pecobook.utils.folder_lock import FolderLock
     from pecobook.utils.output_folder import OutputFolder
 
 
@@ -44,7 +43,7 @@ def tokenize(config: TokenizeConfig) -> Path:
         begun = launch.begin(
             config,  # type: ignore[arg-type]
             lambda: _preflight(config),
-            lambda ready: _folder(config, ready.bank_config).begin(partial(_write_config, ready.bank_config)),
+            lambda ready: _begin(config, ready),
         )
         out, layout = Path(config.out), bank_layouts(begun.ready.bank_config)
         if is_leader():
@@ -73,7 +72,7 @@ def _tokenize_part(config: TokenizeConfig) -> Path:
 
     ready = _preflight(config)
     out, layout, (part, parts) = Path(config.out), bank_layouts(ready.bank_config), config.part
-    with _folder(config, ready.bank_config).begin(partial(_write_config, ready.bank_config)):
+    with _begin(config, ready):
         lock = FolderLock(out, part=f"{part + 1}-of-{parts}")
     with lock, Signals():
         _show(config, ready)
@@ -176,9 +175,12 @@ def _open_tokenizer(config: TokenizeConfig) -> Any:
 
 
 def _check_resume(config: TokenizeConfig, bank_config: dict[str, Any], _content: object = None) -> None:
-    from pecobook.data.tokens import bank_differences, read_bank_config
+    from pecobook.data.record import FILE
+    from pecobook.data.tokens import OF_IMAGES, bank_differences, read_bank_config
 
     out, flag = Path(config.out), "--resume" if config.resume else "--shard"
+    if (out / FILE).is_file():  # the record says more of the images than their fingerprint
+        bank_config = {name: value for name, value in bank_config.items() if name not in OF_IMAGES}
     changed = bank_differences(read_bank_config(out), bank_config)
     if changed:
         raise RunFolderError(
@@ -196,7 +198,15 @@ def _folder(config: TokenizeConfig, bank_config: dict[str, Any] | None = None) -
         kind="a token bank",
         marker="config.json",
         is_own=_is_bank,
-        files=("config.json", "skipped.txt", "*/codes-*.npy*", "*/skipped-*.json", "*/.*.tmp"),
+        files=(
+            "config.json",
+            "data.parquet",
+            ".data.parquet.tmp",
+            "skipped.txt",
+            "*/codes-*.npy*",
+            "*/skipped-*.json",
+            "*/.*.tmp",
+        ),
         data=config.data,
         resume=config.resume is True,
         overwrite=None if config.shard else config.overwrite,
@@ -215,50 +225,29 @@ def _is_bank(out: Path) -> bool:
         return False
 
 
-def _write_config(bank_config: dict[str, Any], out: Path) -> None:
+def _begin(config: TokenizeConfig, ready: _Ready) -> FolderLock:
+    """Begin or continue the bank, with the record of its images. Raises RunFolderError where these have changed."""
+    from pecobook.data import record
+    from pecobook.engine.data_check import compare_data
     from pecobook.utils.files import write_json
 
-    if not (out / "config.json").is_file():  # a bank that is continued has the same
-        write_json(out / "config.json", bank_config)
+    now = record.take(ready.splits, verify=config.verify_data)  # before the folder is locked, since it may take long
+
+    def write(out: Path) -> None:
+        news: record.Record | None = now
+        if (out / "config.json").is_file():  # a bank that is continued has the same
+            accept = config.accept_data_change
+            notes, news = compare_data(out, now, data=config.data, of="the token bank", accept=accept, may_accept=False)
+            print("".join(f"{note}\n" for note in notes), end="", file=sys.stderr, flush=True)
+        else:
+            write_json(out / "config.json", ready.bank_config)
+        if news is not None:
+            news.write(out)
+
+    return _folder(config, ready.bank_config).begin(write)
 
 
 # ----------------------------------------------------------------------------------------------- reading and writing
-
-
-class _AllViews:
-    """All views of an image for a DataLoader: maps (split, image) to the samples of the stream, or to the error."""
-
-    def __init__(self, config: TokenizeConfig, splits: Splits) -> None:
-        from pecobook.data.named_views import NamedViews
-        from pecobook.data.stream import Stream
-
-        views = NamedViews.of(config)
-        self.streams = {
-            "train": (Stream(splits.train, views.train, views.seed), config.views),
-            "evaluation": (Stream(splits.evaluation, views.evaluation, 0), 1),
-        }
-
-    def __getitem__(self, item: tuple[str, int]) -> list[dict[str, Any]] | BadImage:
-        from pecobook.data.decode import BadImage
-
-        split, index = item
-        stream, num_views = self.streams[split]
-        try:
-            return stream.views(index, range(num_views))
-        except BadImage as error:  # pre-training skips the image too
-            return error
-
-
-def _collate(samples: list[list[dict[str, Any]] | BadImage]) -> dict[str, Any]:
-    """Returns the batch of all views, and under "unread" the error of each unreadable image by its place.
-
-    The worker stacks the views because every tensor on its way to the main process keeps a file open.
-    """
-    from pecobook.data.stream import collate
-
-    views = [view for sample in samples if isinstance(sample, list) for view in sample]
-    unread = {place: sample for place, sample in enumerate(samples) if not isinstance(sample, list)}
-    return {"count": len(samples), "unread": unread, **(collate(views) if views else {})}
 
 
 def _write(
@@ -267,7 +256,11 @@ def _write(
     """Encode and write the shards `files`; return whether all are written, or False after a signal to stop."""
     import numpy as np
 
+    from pecobook.data.all_views import read_all_views
+    from pecobook.data.loading import WorkerError
+    from pecobook.data.named_views import NamedViews
     from pecobook.data.tokens import write_shard
+    from pecobook.engine.launch import num_workers
     from pecobook.engine.log import Progress
     from pecobook.engine.signals import Signals
 
@@ -276,7 +269,15 @@ def _write(
     total = sum(len(split.images_of(shard)) for split, shard, _ in shards)
     progress = Progress(total=total, start=0, name="tokenize", quiet=fabric.global_rank > 0)
     items = [(split.split, i) for split, shard, _ in shards for i in split.images_of(shard)]
-    batches = _read(config, ready.splits, items, pin=fabric.device.type == "cuda")
+    batches = read_all_views(
+        NamedViews.of(config),
+        ready.splits,
+        items,
+        num_views=config.views,
+        images_per_batch=max(config.batch_size // config.views, 1),
+        workers=num_workers(config),  # type: ignore[arg-type]
+        pin=fabric.device.type == "cuda",
+    )
     done, start = 0, time.monotonic()
     pending: list[Any] = []  # (codes (V, h, w), error or None) of the images that were read and not yet written
     try:
@@ -296,36 +297,10 @@ def _write(
                 write_shard(file, np.stack([codes for codes, _ in pending[:count]]), skipped)
                 pending = pending[count:]
         return True
+    except WorkerError as error:
+        raise WorkerError(f"{error}\nThe files that are written are whole: continue with --resume.") from None
     finally:
         progress.close()
-
-
-def _read(config: TokenizeConfig, splits: Splits, items: list[tuple[str, int]], *, pin: bool) -> Iterator[Any]:
-    """Returns the batches in order; no batch contains images of both splits."""
-    from torch.utils.data import DataLoader
-
-    from pecobook.data.stream import new_process_group
-    from pecobook.engine.launch import num_workers
-
-    images_per_batch = max(config.batch_size // config.views, 1)
-    batches: list[list[tuple[str, int]]] = []
-    for item in items:
-        if not batches or len(batches[-1]) == images_per_batch or batches[-1][0][0] != item[0]:
-            batches.append([])
-        batches[-1].append(item)
-    workers = num_workers(config)  # type: ignore[arg-type]
-    if not batches:
-        return iter(())
-    views: Any = _AllViews(config, splits)
-    loader = DataLoader(
-        views,
-        batch_sampler=batches,
-        num_workers=workers,
-        pin_memory=pin,
-        collate_fn=_collate,
-        worker_init_fn=new_process_group,
-    )
-    return iter(loader)
 
 
 def _encode(

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import glob
 import hashlib
-from collections.abc import Callable, Sequence
+import os
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -72,14 +73,44 @@ class TableStore:
     def _read_file(self, row: int, path: str) -> bytes:
         if "://" in path:
             raise BadImage(self.identify(row), f"{path} is an address, not a file; download the images first")
+        try:
+            return read_file(self._file(row, path))
+        except BadImage as error:
+            raise BadImage(self.identify(row), str(error)) from error
+
+    def _file(self, row: int, path: str) -> Path:
+        """Return the file of a path that a row holds."""
         folder = Path(self._names[self._file_of(row)]).parent
         file = folder / path
         if "\\" in path and not file.is_file():  # written on Windows
             file = folder / path.replace("\\", "/")
-        try:
-            return read_file(file)
-        except BadImage as error:
-            raise BadImage(self.identify(row), str(error)) from error
+        return file
+
+    @property
+    def num_bytes(self) -> int:
+        """The bytes of all encoded images."""
+        import pyarrow.compute as pc
+
+        column = self._images.data.column(self._column)
+        return (
+            pc.sum(pc.binary_length(pc.struct_field(column, "bytes") if column.type.num_fields else column)).as_py()
+            or 0
+        )
+
+    def files(self, rows: Integers) -> Iterator[bytes]:
+        """Yield the paths of the tables, and of the image files where the tables hold paths."""
+        import pyarrow.compute as pc
+
+        numbers = np.unique(np.searchsorted(self._starts, rows, side="right") - 1)
+        yield from (os.fsencode(self._names[number]) for number in numbers)
+        column = self._images.data.column(self._column)
+        if column.type.num_fields:
+            column = pc.if_else(pc.is_null(pc.struct_field(column, "bytes")), pc.struct_field(column, "path"), None)
+        if str(column.type) not in _TEXTS or column.null_count == len(column):
+            return
+        for row, path in zip(rows.tolist(), column.take(rows).to_pylist(), strict=True):
+            if path and "://" not in path:
+                yield os.fsencode(self._file(row, path))
 
     def digest(self, rows: Integers) -> str:
         """Return a hash of the files' names, sizes and footers, of the row numbers, and of the bytes of some images."""
@@ -120,7 +151,9 @@ def parquet_contents(source: str, files: list[Path], *, root: Path | None = None
         parts[split] = _part(source, table, "image", rows, identity, class_names)
     num_unused = sum(footers[number].num_rows for number in unused)
     left_out = {"in files that name no split, beside files that do": num_unused} if num_unused else {}
-    return Contents(parts, left_out, note_ignored_splits(names, groups))
+    class_files = {files[numbers[0]].with_name("classes.txt") for numbers in groups.values() if numbers}
+    found = tuple(file for file in sorted(class_files) if file.is_file())
+    return Contents(parts, left_out, note_ignored_splits(names, groups), found)
 
 
 def _read_footer(source: str, file: Path) -> Any:

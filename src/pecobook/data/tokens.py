@@ -37,6 +37,9 @@ MAX_CODEWORDS = 2**16
 SHARD_IMAGES = 8192
 _SHARD_BYTES = 2**26
 
+OF_IMAGES = ("data", "evaluation_data", "num_images", "num_evaluation_images")
+"""Names of what a bank's config.json says of the images."""
+
 Codes = npt.NDArray[np.uint16]
 
 

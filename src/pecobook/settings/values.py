@@ -30,6 +30,8 @@ FREE_ON_RESUME = frozenset(
             "resume",
             "overwrite",
             "dry_run",
+            "verify_data",
+            "accept_data_change",
             "devices",
             "num_nodes",
             "strategy",
