@@ -26,6 +26,7 @@ from pecobook.engine.world import environment_without_launcher
 from pecobook.errors import PecobookError, RunFolderError, printable
 from pecobook.settings.values import changed_settings, complete, dump
 from pecobook.utils.output_folder import OutputFolder
+from pecobook.utils.parent import child_environment
 
 
 def resumed_folder(out: str, settings: dict[str, Any], defaults: dict[str, Any], **rules: Any) -> OutputFolder:
@@ -180,7 +181,7 @@ class _Running:
         elif (job.out / "config.json").exists():
             command.append("--resume")
         self.log: TextIO = (out / "logs" / f"{name}.log").open("a")
-        environment = {**environment_without_launcher(), **slot.environment}
+        environment = {**environment_without_launcher(), **child_environment(), **slot.environment}
         self.process = subprocess.Popen(command, stdout=self.log, stderr=subprocess.STDOUT, env=environment)
         if hasattr(os, "sched_setaffinity"):  # threads and data-loading processes inherit the cores
             with contextlib.suppress(ProcessLookupError):

@@ -12,13 +12,14 @@ import os
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Generic, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import nn
 
 from pecobook.data.stream import default_workers
+from pecobook.engine.join import join, told_of_lost_processes, watch_children
 from pecobook.engine.signals import from_the_start, stop_requested
 from pecobook.engine.world import World, check_flags, is_leader, launched
 from pecobook.errors import ConfigError
@@ -26,6 +27,7 @@ from pecobook.settings.training import TrainConfig
 from pecobook.utils.devices import cores
 from pecobook.utils.distributed import gather_objects, on_all_ranks, on_first_rank
 from pecobook.utils.folder_lock import FolderLock
+from pecobook.utils.parent import child_environment
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
@@ -169,12 +171,18 @@ def _stop_if_asked() -> None:
         raise SystemExit(130)
 
 
-def signals(config: TrainConfig) -> AbstractContextManager[object]:
-    """Return the context in which a run of these settings starts; see `engine.signals.from_the_start`."""
+@contextmanager
+def signals(config: TrainConfig) -> Iterator[None]:
+    """Start and run with these settings in this context, in which signals and lost processes are handled.
+
+    See `engine.signals.from_the_start` and `engine.join.told_of_lost_processes`.
+    """
     try:
-        return from_the_start(several=total_devices(config) > 1)
+        several = total_devices(config) > 1
     except ConfigError:  # the preflight reports it
-        return from_the_start()
+        several = False
+    with from_the_start(several=several), told_of_lost_processes():
+        yield
 
 
 def start(config: TrainConfig, *, alone: bool = False) -> Fabric:
@@ -185,6 +193,7 @@ def start(config: TrainConfig, *, alone: bool = False) -> Fabric:
         alone: whether this process works without others, also where torchrun or srun has started several.
     """
     from lightning_fabric import Fabric
+    from lightning_fabric.strategies.launchers import subprocess_script
 
     _filter_warnings()
     if alone:
@@ -201,10 +210,25 @@ def start(config: TrainConfig, *, alone: bool = False) -> Fabric:
         strategy=_strategy(config),
         plugins=[precision_plugin(config.precision), *_cluster_environment(devices)],
     )
+    world = launched()
+    if world is not None and world.size > 1 and not torch.distributed.is_initialized():
+        _join(fabric, world)
+    elif world is None and devices * nodes > 1:  # Fabric starts the other processes
+        os.environ.update(child_environment())
+        subprocess_script._launch_process_observer = watch_children  # type: ignore[assignment]
     fabric.launch()
     # Fabric registers this for NCCL alone. A thread of gloo that outlives Python aborts a process that has finished.
     atexit.register(_leave_process_group)
     return fabric
+
+
+def _join(fabric: Fabric, world: World) -> None:
+    environment: Any = fabric.strategy.cluster_environment
+    os.environ["MASTER_ADDR"] = environment.main_address
+    os.environ["MASTER_PORT"] = str(environment.main_port)
+    if fabric.device.type == "cuda":
+        torch.cuda.set_device(fabric.device)
+    join(world, fabric.device)
 
 
 def _start_alone(config: TrainConfig) -> Fabric:
