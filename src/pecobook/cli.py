@@ -83,6 +83,7 @@ _REMEDIES = {
     errno.ENFILE: "The system has no more open files: end other programs, then {again}.",
     errno.EIO: "The disk failed: check it, then {again}.",
     errno.ESTALE: "The network file system lost it: check the mount, then {again}.",
+    errno.EAGAIN: "The system allows no more processes (ulimit -u): take fewer --workers; then {again}.",
     errno.ENOMEM: "Free memory, or take fewer --workers; then {again}.",
 }
 

@@ -161,6 +161,17 @@ def test_tokens__a_bank_of_a_file_that_changed_in_place_is_stale(
         pretrained(copied, codebook_run, bank, vit_run, tmp_path / "names")
 
 
+def test_tokens__an_image_that_could_not_be_read_may_be_repaired(
+    copied: Path, codebook_run: Path, vit_run: Path, tmp_path: Path
+) -> None:
+    image = copied / "red" / "2.png"
+    whole = image.read_bytes()
+    image.write_bytes(whole[:50])
+    bank = bank_of(copied, codebook_run, tmp_path / "bank")
+    image.write_bytes(whole)
+    pretrained(copied, codebook_run, bank, vit_run, tmp_path / "run")
+
+
 def test_tokenize__a_bank_of_other_names_cannot_be_accepted(copied: Path, codebook_run: Path, tmp_path: Path) -> None:
     bank = bank_of(copied, codebook_run, tmp_path / "bank")
     (copied / "red" / "2.png").unlink()

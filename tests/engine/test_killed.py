@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
 from pathlib import Path
@@ -70,6 +71,7 @@ def test_train__a_worker_killed_in_the_last_step_ends_no_run(
 
 def killed_in_pool(rank: int, _world_size: int, images: str, out: str) -> str:
     """Train as one of two processes, of which the second loses its data-loading process; return the error."""
+    multiprocessing.set_start_method("fork", force=True)  # so that its data-loading process has the change below too
     original = Stream.__getitem__
     if rank == 1:
         once = _KilledOnce(Path(out).with_name("flag"), 8 * 5 + 6)  # rank 1 reads the second half of each batch

@@ -24,7 +24,7 @@ import numpy as np
 
 from pecobook.data.decode import BadImage
 from pecobook.data.source import ImageSource, Integers, Splits
-from pecobook.errors import RunFolderError, first_line
+from pecobook.errors import RunFolderError, first_line, printable
 from pecobook.utils.files import write_atomically
 
 FILE = "data.parquet"
@@ -216,12 +216,17 @@ class Comparison:
         return ", ".join(self.differences)
 
 
-def compare(before: Record, now: Record) -> Comparison:
+def compare(before: Record, now: Record, *, unread: Sequence[str] = ()) -> Comparison:
     """Compare an earlier record with the present one; contents are read where only times differ.
 
     Where less than half of the times differ, files were written in place: each is read whose content is known, and one
     of unknown content counts as changed. Where most differ, the folder was copied or mounted in another way: the sample
     decides.
+
+    Args:
+        before: the earlier record.
+        now: the present record.
+        unread: names of images that were left out because they could not be read; these may have changed.
     """
     place = {name: number for number, name in enumerate(before.names)}
     added = [name for name in now.names if name not in place]
@@ -249,6 +254,8 @@ def compare(before: Record, now: Record) -> Comparison:
     for k, content in compared.items():
         is_other[k] |= content != before.contents[int(old[k])]
         is_certain[k] |= not content.startswith("~")
+    for k in np.flatnonzero(is_other) if unread else ():
+        is_other[k] = not _ends_one(now.names[new[k]], unread)
     is_rewritten = ~is_other & ~is_certain & (not is_copy)
     groups = {
         "added": added,
@@ -288,6 +295,12 @@ def _same_times(a: Integers, b: Integers) -> Any:
     for unit in (10**3, 10**9):
         same |= (a // unit == b // unit) & ((a % unit == 0) | (b % unit == 0))
     return same
+
+
+def _ends_one(name: bytes, paths: Sequence[str]) -> bool:
+    """Return whether a relative name is the end of one of the paths, wherever the folder was then."""
+    text = printable(os.fsencode(name).decode(errors="replace"))
+    return any(path == text or path.endswith(f"/{text}") for path in paths)
 
 
 def _phrase(names: Sequence[bytes], kind: str) -> str:

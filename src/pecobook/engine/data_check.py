@@ -6,6 +6,7 @@ from pathlib import Path
 
 from pecobook.data import record
 from pecobook.data.record import Record
+from pecobook.data.tokens import bank_layouts, read_bank_config, read_skipped
 from pecobook.errors import DataError, RunFolderError
 
 
@@ -47,7 +48,8 @@ def compare_data(
 def check_bank(bank: str, now: Record, *, data: str) -> list[str]:
     """Return sentences on a token bank beside its images.
 
-    A bank of an earlier version has no record; its names were compared already.
+    A bank of an earlier version has no record; its names were compared already. An image that could not be read then
+    stays left out, so it may have been repaired.
 
     Raises:
         DataError: the images are not those of which the bank was made.
@@ -55,7 +57,9 @@ def check_bank(bank: str, now: Record, *, data: str) -> list[str]:
     before = record.read(Path(bank))
     if before is None:
         return []
-    comparison = record.compare(before, now)
+    layouts = bank_layouts(read_bank_config(Path(bank))).values()
+    unread = [error.name for layout in layouts for error in read_skipped(Path(bank), layout).values()]
+    comparison = record.compare(before, now, unread=unread)
     if comparison.differences:
         raise DataError(
             f"--tokens '{bank}' is of other images than --data '{data}': {comparison}.\n"

@@ -34,6 +34,8 @@ _TRY = timedelta(seconds=5)
 _CONNECT = timedelta(minutes=2)
 _COLLECTIVE = timedelta(minutes=30)
 """Longest wait in a collective operation, as of Fabric."""
+_TIME_TO_END = (20.0, 60.0)
+"""Seconds in which this process notices that another was killed, and that another left, and ends by itself."""
 _LOST = re.compile(r"gloo|nccl|connection (?:was )?(?:closed|reset|refused)|broken pipe|timed out waiting|socket", re.I)
 
 
@@ -181,7 +183,7 @@ def watch_children(children: Sequence[subprocess.Popen[bytes]], end: Callable[[i
             if all(child.returncode == 0 for child in children):
                 return
             time.sleep(0.5)
-        time.sleep(20 if min(codes) < 0 else 60)  # time to notice it, to say so, and to end
+        time.sleep(_TIME_TO_END[min(codes) >= 0])
         print(f"pecobook: {_lost('Another process of the run has ended.', 0)}", file=sys.stderr, flush=True)
         for child in children:
             child.send_signal(signal.SIGKILL)

@@ -25,7 +25,7 @@ from pecobook.engine.world import World, check_flags, is_leader, launched
 from pecobook.errors import ConfigError
 from pecobook.settings.training import TrainConfig
 from pecobook.utils.devices import cores
-from pecobook.utils.distributed import gather_objects, on_all_ranks, on_first_rank
+from pecobook.utils.distributed import gather_objects, long_on_first_rank, on_all_ranks
 from pecobook.utils.folder_lock import FolderLock
 from pecobook.utils.parent import child_environment
 
@@ -155,7 +155,7 @@ def begin(config: TrainConfig, preflight: Callable[[], R], prepare: Callable[[R]
     try:
         if fabric is not None or is_leader():  # a process that the first one has started joins later
             _stop_if_asked()
-            on_first_rank(lambda: locks.append(prepare(ready)))
+            long_on_first_rank(lambda: locks.append(prepare(ready)))
         return Begun(fabric or start(ready.config), ready, locks[0] if locks else None)
     except BaseException:
         for lock in locks:
