@@ -16,6 +16,8 @@ from PIL import Image
 from pecobook import cli
 from pecobook.commands.check.layout import layout_of
 from pecobook.commands.check.sheet import chosen_images
+from pecobook.data.dense.mask_files import Pixels
+from pecobook.data.dense.segmentation import SegmentationSource
 from pecobook.data.images import open_images
 from pecobook.recipes import recipe
 from pecobook.settings.values import replace, to_dict
@@ -101,7 +103,20 @@ def test_check__names_the_first_twenty_of_many_unreadable_images(
         (tmp_path / "train" / f"x{number:02d}.png").write_bytes(b"no image")
     (problem,) = report_of(["--data", str(tmp_path)], capsys)["problems"]
     lines = problem.splitlines()
-    assert (lines[0], lines[-1], len(lines)) == ("Training images that cannot be read: 25", "... and 5 more", 22)
+    assert (lines[0], lines[-1], len(lines)) == ("Training images that cannot be read: 25", "... and 5 more", 23)
+    assert lines[1] == "not an image, or an unsupported format:"  # once for all images
+
+
+def test_check__groups_unreadable_images_by_their_reasons(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for number in range(9):
+        write(tmp_path / f"{number}.png", 20 * number)
+    for number in range(30):
+        (tmp_path / f"x{number:02d}.png").write_bytes(b"")
+    (tmp_path / "y.png").write_bytes(b"no image")
+    problems = report_of(["--data", str(tmp_path)], capsys)["problems"]
+    lines = "\n".join(problems).splitlines()
+    assert sum("empty file" in line for line in lines) == len(problems)
+    assert f"{tmp_path / 'y.png'}: not an image, or an unsupported format" in lines
 
 
 def test_check__reads_in_several_processes_what_one_process_reads(
@@ -149,6 +164,48 @@ def test_check__reports_masks_of_another_size(tmp_path: Path, capsys: pytest.Cap
     refused, unreadable = report_of(["segment", "--data", str(root)], capsys)["problems"]
     assert "3.png is 7 x 9, but its image is 56 x 40" in refused
     assert unreadable.endswith("masks/3.png: is 7 x 9, but its image is 56 x 40")
+
+
+def test_check__names_masks_that_cannot_be_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    root = write_shapes(tmp_path)
+    for name in ("3", "5"):
+        (root / "train" / "masks" / f"{name}.png").write_bytes(b"")
+    (problem,) = report_of(["segment", "--data", str(root)], capsys)["problems"]
+    assert problem.splitlines() == [
+        "Training images or masks that cannot be read: 2",
+        "not an image:",
+        "  train/masks/3.png",
+        "  train/masks/5.png",
+    ]
+
+
+def test_check__reads_a_mask_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root, read = write_shapes(tmp_path), []
+    original = SegmentationSource.read_pixels
+
+    def note(self: SegmentationSource, index: int) -> Pixels:
+        read.append(self.identify_mask(index))
+        return original(self, index)
+
+    monkeypatch.setattr(SegmentationSource, "read_pixels", note)
+    report = report_of(["segment", "--data", str(root)], capsys)
+    assert len(read) == len(set(read)) == 16
+    masks = [np.array(Image.open(file)) for file in root.glob("val/masks/*.png")]
+    assert report["evaluation"]["pixels"]["red"] == sum(int((mask == 1).sum()) for mask in masks)
+    assert "held out" in report["summary"]
+
+
+def test_check__a_single_folder_of_images_without_labels_is_no_fault(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for number in range(8):
+        write(tmp_path / ("train" if number < 6 else "val") / "photos" / f"{number}.png", 20 * number)
+    report = report_of(["--data", str(tmp_path)], capsys)
+    assert report["ok"]
+    assert "the one class folder 'photos'" in report["summary"]["note"]
+    assert not report_of(["finetune", "--data", str(tmp_path)], capsys)["ok"]
 
 
 def test_check__counts_objects_and_names_classes_without_any(
@@ -223,7 +280,7 @@ def test_check__warns_of_images_that_use_little_of_their_range(
     (problem,) = report_of(words, capsys)["problems"]
     assert problem.startswith(f"Warning: '{tmp_path}' uses less than an eighth of the range")
     report = report_of([*words[:-1], "300"], capsys)
-    assert report["summary"]["range"] == "0..300 becomes 0..255"
+    assert report["summary"]["range"] == "0..300 becomes 0..255 in images with more than 8 bits"
     assert report["ok"]
 
 

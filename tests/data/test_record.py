@@ -9,6 +9,7 @@ import shutil
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import datasets
 import numpy as np
@@ -260,7 +261,7 @@ def test_photos__are_found_where_they_are_installed(tmp_path: Path) -> None:
 @pytest.mark.parametrize("change", ["image", "label"])
 def test_hub__sees_other_images_and_labels(change: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def loaded(changed: bool) -> datasets.DatasetDict:
-        images = [{"bytes": bitmap(n % 256), "path": None} for n in range(300)]
+        images: list[dict[str, Any]] = [{"bytes": bitmap(n % 256), "path": None} for n in range(300)]
         labels = [n % 3 for n in range(300)]
         if changed and change == "image":
             images[100]["bytes"] += b"more"  # not among those whose bytes are read

@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from pecobook.data.decode import BadImage
 from pecobook.data.dense.detection import open_detection
 from pecobook.data.dense.segmentation import open_segmentation
 from pecobook.data.dense.segmentation_classes import MaskClasses
@@ -121,7 +122,7 @@ def test_look__equal_files_have_equal_digests_and_headers_need_no_pixels(tmp_pat
         for i in range(len(part))
     }
     assert seen["a/1.png"][0].digest == seen["b/1.png"][0].digest != seen["a/2.png"][0].digest
-    assert "cut.png" in seen["b/cut.png"][0].problem
+    assert "cut.png" in str(seen["b/cut.png"][0].problem)
     assert seen["b/cut.png"][1] == Look(str(tmp_path / "b" / "cut.png"), (6, 8), "RGB")
 
 
@@ -131,14 +132,17 @@ def test_look__does_not_wait_for_a_named_pipe(tmp_path: Path, whole: bool) -> No
     os.mkfifo(tmp_path / "2.png")
     (source,) = open_all_splits(str(tmp_path))
     problems = [look(source, i, whole=whole).problem for i in range(len(source))]
-    assert problems == ["", *([f"{tmp_path / '2.png'}: not a file"] * (len(source) - 1))]
+    expected = f"{tmp_path / '2.png'}: a named pipe, not a regular file"
+    assert [str(problem or "") for problem in problems] == ["", *[expected] * (len(source) - 1)]
 
 
 def test_census__keeps_few_names_of_unreadable_images() -> None:
     census = Census()
     for number in range(100):
-        census.add(Look(str(number), problem=f"{number}: empty file"))
-    assert (census.images, census.num_bad, len(census.bad)) == (100, 100, 20)
+        census.add(Look(str(number), problem=BadImage(str(number), "empty file")))
+        census.add(Look(str(number), problem=BadImage(str(number), f"reason {number // 2}")))
+    assert (census.images, census.num_bad, len(census.bad)) == (200, 200, 20)
+    assert 20 <= len(census.names_of_bad()) <= 40
 
 
 def test_sample_census__is_bounded_and_spaced_evenly(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +53,7 @@ def noise(low: float, high: float, dtype: Any, count: int = 4) -> list[Values]:
         (30, 900, np.uint16, (0, 1023)),
         (0, 200, np.uint16, (0, 255)),
         (0, 65535, np.uint16, (0, 65535)),
-        (0, 100_000, np.int32, (0, 2**20 - 1)),
+        (0, 100_000, np.int32, (0, 2**18 - 1)),
         (-1024, 3071, np.int32, (-1024, 3071)),
         (-1024, 3071, np.float32, (-1024, 3071)),
         (0.25, 0.75, np.float32, (0, 1)),
@@ -102,6 +104,31 @@ def test_auto_of_a_model_takes_its_range(tmp_path: Path, capsys: pytest.CaptureF
     assert apply(splits, trained=(0.0, 8191.0)) == ValueRange(0, 8191)
     assert "0..8191 becomes 0..255, as in the training of the given model" in capsys.readouterr().err
     assert apply(splits, (0.0, 100.0)) == ValueRange(0, 100)
+
+
+def test_a_range_beside_that_of_the_model_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    splits = write(tmp_path, *noise(0, 4095, np.uint16))
+    assert apply(splits, (0.0, 8000.0), trained=(0.0, 4095.0)) == ValueRange(0, 8000)
+    assert "Warning: the given model was trained with --value-range 0 4095." in capsys.readouterr().err
+    assert apply(splits, trained=(0.0, 1023.0)) == ValueRange(0, 1023)
+    assert re.search(r"7[3-7]% of the values of .* lie outside of 0\.\.1023, and become black", capsys.readouterr().err)
+    apply(splits, (0.0, 1023.0))  # a window that the user chose
+    apply(splits, trained=(0.0, 4080.0))
+    apply(splits, (0.0, 4095.0), trained=(0.0, 4095.0))
+    assert "Warning" not in capsys.readouterr().err
+
+
+def test_no_impossible_range_is_advised(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    apply(write(tmp_path, *noise(3000, 3000, np.uint16)))
+    said = capsys.readouterr().err
+    assert f"all values of '{tmp_path}' that were looked at are 3000" in said
+    assert "give" not in said
+
+
+def test_the_range_of_a_sample_is_written_as_a_given_one(tmp_path: Path) -> None:
+    for name, values in (("integers", noise(0, 4095, np.uint16)), ("unit", noise(0.1, 0.9, np.float32))):
+        value_range = apply(write(tmp_path / name, *values))
+        assert json.dumps(value_range) in ("[0.0, 4095.0]", "[0.0, 1.0]")
 
 
 def test_auto_refuses_fractions_beside_integers(tmp_path: Path) -> None:

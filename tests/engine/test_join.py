@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch.distributed as dist
+from torch._C._distributed_c10d import HashStore, Store
 
 from pecobook.engine import join as joining
 from pecobook.engine.join import LostProcessError, told_of_lost_processes, watch_children
@@ -23,7 +24,7 @@ def world(rank: int, size: int = 3) -> World:
     return World("torchrun", rank, size, rank, size)
 
 
-def agree(store: dist.Store, rank: int, names: dict[int, str]) -> threading.Thread:
+def agree(store: Store, rank: int, names: dict[int, str]) -> threading.Thread:
     def run() -> None:
         names[rank] = joining._agree(store, world(rank), joining._Limit(world(rank), "here:1"))
 
@@ -33,7 +34,7 @@ def agree(store: dist.Store, rank: int, names: dict[int, str]) -> threading.Thre
 
 
 def test_agree__a_new_name_for_each_attempt_whatever_earlier_ones_left() -> None:
-    store, seen = dist.HashStore(), set()
+    store, seen = HashStore(), set()
     store.set("pecobook/hello/1", "a process that was killed")
     for _ in range(3):
         names: dict[int, str] = {}
@@ -50,7 +51,7 @@ def test_agree__a_new_name_for_each_attempt_whatever_earlier_ones_left() -> None
 def test_agree__ends_where_a_process_never_comes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(joining, "_MEET", 0.2)
     with pytest.raises(LostProcessError, match=r"Not all 3 processes came to here:1 within .* minutes") as caught:
-        joining._agree(dist.HashStore(), world(1), joining._Limit(world(1), "here:1"))
+        joining._agree(HashStore(), world(1), joining._Limit(world(1), "here:1"))
     assert caught.value.exit_code == 1
     assert not caught.value.on_all_ranks  # rank 1 prints it too, since rank 0 may be the one that is lost
 
@@ -59,7 +60,7 @@ def test_agree__a_signal_while_waiting_ends_soon(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(joining, "stop_requested", lambda: True)
     monkeypatch.setattr(joining, "_MEET_STOPPED", 0.2)
     with pytest.raises(SystemExit) as caught:
-        joining._agree(dist.HashStore(), world(0), joining._Limit(world(0), "here:1"))
+        joining._agree(HashStore(), world(0), joining._Limit(world(0), "here:1"))
     assert caught.value.code == 130
 
 

@@ -127,6 +127,25 @@ def test_preflight__reports_every_problem_and_writes_nothing(tmp_path: Path) -> 
     assert sorted(path.name for path in tmp_path.rglob("*")) == ["a", "full"]
 
 
+@pytest.mark.parametrize(("name", "layer"), [("timm:vit_tiny_patch16_224", 3), ("torchvision:resnet18", "layer2")])
+def test_preflight__nothing_is_downloaded_for_a_run_that_is_refused(
+    name: str, layer: int | str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def refuse(*_args: Any, **_options: Any) -> None:
+        raise OSError("a request")
+
+    monkeypatch.setattr("timm.models._builder.load_pretrained", refuse)
+    monkeypatch.setattr("torch.hub.download_url_to_file", refuse)
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "cache"))
+    wrong = config(data=str(tmp_path / "none"), out=str(tmp_path / "run"), precision="fp32")
+    perceptual = dataclasses.replace(wrong.perceptual, network=name, layers=(layer,), weights="")
+    for data, part in ((wrong.data, "does not exist"), ("photos", "cannot be downloaded (a request)")):
+        with pytest.raises(PreflightError) as caught:
+            preflight(CodebookStage, dataclasses.replace(wrong, data=data, perceptual=perceptual))
+        assert len(caught.value.problems) == 1
+        assert part in str(caught.value)
+
+
 def test_preflight__only_the_first_rank_checks_the_folder(
     images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -40,7 +40,7 @@ _ORIENTATION, _WIDTH, _HEIGHT = 0x0112, 256, 257
 
 # Pillow tries only these formats. It also supports formats that start other programs (EPS) or that have no signature
 # (TGA).
-_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "DEEPTIFF", "PPM", "JPEG2000", "AVIF", "HEIF", "NUMPY")
+_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "DEEPTIFF", "PPM", "JPEG2000", "AVIF", "HEIF", "NUMPY", "DIB")
 
 
 class BadImage(Exception):  # noqa: N818 (it is counted, and ends no run)
@@ -88,6 +88,8 @@ def decode(data: bytes, channels: int = 3, *, name: str = "image", value_range: 
     max_pixels()  # an invalid limit is no fault of the image
     if not data:
         raise BadImage(name, "empty file")
+    if data.startswith(b"version https://git-lfs"):
+        raise BadImage(name, "a pointer of Git LFS, not an image: 'git lfs pull' fetches the images")
     try:
         with warnings.catch_warnings():
             # Pillow warns about odd metadata and large images; neither matters here.
@@ -193,9 +195,11 @@ def _convert(image: Image, channels: int) -> npt.NDArray[np.uint8]:
 def _from_values(deep: DeepImage, channels: int, value_range: ValueRange | None) -> Tensor:
     """Convert values to uint8 (channels, H, W), not turned. Raises BadImage if they have no range."""
     natural_range = deep.natural_range
-    if value_range is None and natural_range is None and deep.values.dtype.kind == "f":
+    if deep.values.dtype.kind == "f":
         finite = deep.values[np.isfinite(deep.values)]
-        natural_range = UNIT if not finite.size or (finite.min() >= 0 and finite.max() <= 1) else None
+        if not finite.size:
+            raise BadImage("", "no value is a finite number")
+        natural_range = UNIT if finite.min() >= 0 and finite.max() <= 1 else None
     chosen = value_range or natural_range
     if chosen is None:
         raise BadImage("", f"{deep.values.dtype} values have no agreed range: give --value-range LOW HIGH")
@@ -213,6 +217,8 @@ def orientation_of(image: Image) -> int:
     """
     import PIL.Image
 
+    if "Raw profile type APP1" in image.info:  # as ImageMagick calls EXIF data in a PNG
+        image.info.setdefault("Raw profile type exif", image.info["Raw profile type APP1"])
     try:
         value = PIL.Image.Image.getexif(image).get(_ORIENTATION, 1)  # that of a PNG would load the image
     except Exception:  # damaged EXIF data may raise any exception; the image itself can be read

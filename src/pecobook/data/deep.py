@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 Values = npt.NDArray[np.generic]
 Pixels = npt.NDArray[np.uint8]
 
-_DEPTHS = (8, 10, 12, 14, 16, 20, 24, 28, 32)
-"""Bits of usual sensors and files."""
+_DEPTHS = tuple(range(8, 33, 2))
+"""Bits of usual sensors and files; at two bits between them, values up to the largest fill a quarter or more."""
 _VALUES = 4096
 """Number of values of each image that a survey keeps."""
 _OTHERS, _DRAFT = 8, 256
@@ -48,9 +48,9 @@ class ValueRange(NamedTuple):
         return f"{self.low:.10g}..{self.high:.10g}"
 
 
-UNIT = ValueRange(0, 1)
+UNIT = ValueRange(0.0, 1.0)
 """The range of floats that lie within [0, 1]."""
-FULL_16_BITS = ValueRange(0, 65_535)
+FULL_16_BITS = ValueRange(0.0, 65_535.0)
 """The range of the type of 16-bit images."""
 
 
@@ -151,7 +151,7 @@ class Survey:
     def value_range(self) -> ValueRange | None:
         """Return the range of the set; None if all images that were seen have 8 bits.
 
-        Integers from 0 up get the smallest usual depth that holds them all: 8, 10, 12, 14 or 16 bits. Floats within
+        Integers from 0 up get the smallest even number of bits from 8 to 32 that holds them all. Floats within
         [0, 1] get 0..1. All others get their smallest and their largest value.
 
         Raises:
@@ -165,8 +165,13 @@ class Survey:
         if low >= 0 and high <= 1 and "integer" not in self._kinds:
             return UNIT
         if low >= 0 and self._is_integral and high < 2 ** _DEPTHS[-1]:
-            return ValueRange(0, 2 ** next(depth for depth in _DEPTHS if high < 2**depth) - 1)
+            return ValueRange(0.0, 2.0 ** next(depth for depth in _DEPTHS if high < 2**depth) - 1)
         return ValueRange(low, high if high > low else low + 1)
+
+    def share_outside(self, value_range: ValueRange) -> float:
+        """Return the share of the values of deep images that lie outside of a range."""
+        values = np.concatenate(self._values[True]) if self._values[True] else np.zeros(1)
+        return float(((values < value_range.low) | (values > value_range.high)).mean())
 
     def usual_values(self) -> ValueRange | None:
         """Return the range of 99.8% of the values, of deep images if there are any; None if too few were seen."""

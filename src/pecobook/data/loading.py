@@ -137,7 +137,7 @@ class _Shared:
 
 def _share(value: Any) -> None:
     if isinstance(value, Tensor):
-        value.share_memory_()
+        value.share_memory_()  # type: ignore[no-untyped-call]
     elif isinstance(value, dict):
         _share(list(value.values()))
     elif isinstance(value, list | tuple):

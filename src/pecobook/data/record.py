@@ -81,7 +81,7 @@ class Record:
                     return hashlib.file_digest(file, "sha256").hexdigest()[:32]
                 ends = file.read(_END) + os.pread(file.fileno(), _END, size - _END)
                 return "~" + hashlib.sha256(ends).hexdigest()[:32]
-        except OSError:
+        except (OSError, ValueError):
             return ""
 
     def with_contents(self, numbers: Iterable[int], *, whole: bool) -> Record:
@@ -152,7 +152,7 @@ def _with_split(record: Record, source: ImageSource, *, verify: bool) -> Record:
     if verify:
         for number in range(len(source)):
             try:
-                digest.update(source.encoded(number))
+                digest.update(source.content(number))
             except BadImage:
                 digest.update(b"unreadable")
         contents[len(record.names)] = digest.hexdigest()[:32]
@@ -174,7 +174,7 @@ def _stat_all(root: bytes, names: Sequence[bytes]) -> tuple[Integers, Integers]:
             try:
                 status = os.stat(os.path.join(root, name))  # noqa: PTH116, PTH118 (bytes, a million times)
                 found.append((status.st_size, status.st_mtime_ns))
-            except OSError:
+            except (OSError, ValueError):  # a text in a table that is no path
                 found.append((_ABSENT, _ABSENT))
         return found
 
@@ -254,8 +254,8 @@ def compare(before: Record, now: Record, *, unread: Sequence[str] = ()) -> Compa
     for k, content in compared.items():
         is_other[k] |= content != before.contents[int(old[k])]
         is_certain[k] |= not content.startswith("~")
-    for k in np.flatnonzero(is_other) if unread else ():
-        is_other[k] = not _ends_one(now.names[new[k]], unread)
+    for number in np.flatnonzero(is_other).tolist() if unread else ():
+        is_other[number] = not _ends_one(now.names[int(new[number])], unread)
     is_rewritten = ~is_other & ~is_certain & (not is_copy)
     groups = {
         "added": added,

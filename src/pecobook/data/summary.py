@@ -6,11 +6,9 @@ every image. Both fill a `Census`, which takes the same memory for any number of
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import hashlib
 import io
-import stat
 import time
 import warnings
 from collections import Counter
@@ -20,7 +18,7 @@ from typing import cast
 
 import numpy as np
 
-from pecobook.data.decode import BadImage, open_image
+from pecobook.data.decode import BadImage, check_regular, open_image
 from pecobook.data.dense.counts import pixels_per_value
 from pecobook.data.dense.detection import DetectionSource
 from pecobook.data.dense.segmentation import SegmentationSource
@@ -52,7 +50,7 @@ class Look:
     mode: str = ""
     digest: int | None = None
     values: dict[int, int] | None = None
-    problem: str = ""
+    problem: BadImage | None = None
 
 
 def look(source: ImageSource, index: int, *, whole: bool, mask: bool = True) -> Look:
@@ -62,11 +60,13 @@ def look(source: ImageSource, index: int, *, whole: bool, mask: bool = True) -> 
         source: the source of the image.
         index: number of the image.
         whole: decode the image, and hash its file; False reads the header alone.
-        mask: read the mask too, where the source has masks.
+        mask: read the mask too, where the source has masks whose pixels are not counted yet.
     """
     name, size, mode, digest, values = source.identify(index), None, "", None, None
     try:
-        file = _file(source, index)
+        file = source.file(index)
+        if isinstance(file, Path):
+            check_regular(file.stat(), name)  # whoever opens a named pipe waits for ever
         image = source.read(index) if whole or file is None else None
         if image is not None:
             size = (int(image.shape[1]), int(image.shape[2]))
@@ -75,12 +75,12 @@ def look(source: ImageSource, index: int, *, whole: bool, mask: bool = True) -> 
         if file is not None:
             header_size, mode = _header(name, file)
             size = size or header_size
-        if isinstance(source, SegmentationSource) and mask:
+        if isinstance(source, SegmentationSource) and mask and source.counts is None:
             values = _pixels_per_value(source, index)
     except BadImage as error:
-        return Look(name, size, mode, digest, problem=str(error))
+        return Look(name, size, mode, digest, problem=error)
     except OSError as error:  # the file vanished or cannot be read any longer
-        return Look(name, size, mode, digest, problem=f"{name}: {error.strerror or error}")
+        return Look(name, size, mode, digest, problem=BadImage(name, error.strerror or str(error)))
     return Look(name, size, mode, digest, values)
 
 
@@ -91,20 +91,6 @@ def _pixels_per_value(source: SegmentationSource, index: int) -> dict[int, int]:
         text = f"is {values.shape[1]} x {values.shape[0]}, but its image is {width} x {height}"
         raise BadImage(source.identify_mask(index), text)
     return pixels_per_value(values)
-
-
-def _file(source: ImageSource, index: int) -> Path | bytes | None:
-    """Return the path or the bytes of an image's file; None for images that are no files. Raises BadImage."""
-    store, row = source._store, source._row(index)
-    read = getattr(store, "encoded", None) or getattr(store, "read_image", None)
-    path = Path(source.identify(index))
-    if isinstance(source, SegmentationSource) and hasattr(store, "root"):
-        path = store.root / path
-    with contextlib.suppress(OSError):
-        if stat.S_ISREG(path.stat().st_mode):
-            return path
-        raise BadImage(str(path), "not a file")  # whoever opens a named pipe waits for ever
-    return cast("bytes", read(row)) if read is not None else None
 
 
 def _header(name: str, file: Path | bytes) -> tuple[tuple[int, int], str]:
@@ -131,8 +117,8 @@ class Census:
 
     images: int = 0
     num_bad: int = 0
-    bad: list[str] = dataclasses.field(default_factory=list)
-    """The first images that cannot be read, as text."""
+    bad: dict[str, list[str]] = dataclasses.field(default_factory=dict)
+    """Reason -> names of the first images that cannot be read for this reason."""
     modes: Counter[str] = dataclasses.field(default_factory=Counter)
     smallest: tuple[int, int] | None = None
     """Shortest short side and shortest long side."""
@@ -146,12 +132,20 @@ class Census:
     masks_with: Counter[int] = dataclasses.field(default_factory=Counter)
     """Value -> number of masks that hold it."""
 
+    @classmethod
+    def of(cls, source: ImageSource) -> Census:
+        """Return a census without an image, but with the pixels of all masks where these are counted already."""
+        counts = source.counts if isinstance(source, SegmentationSource) else None
+        return cls() if counts is None else cls(masks=counts.masks, values=Counter(counts.values))
+
     def add(self, seen: Look, *, keep: int = 20) -> None:
-        """Count one image; at most `keep` unreadable ones are kept by name."""
+        """Count one image; about `keep` unreadable ones are kept by name, those of each reason together."""
         self.images += 1
         if seen.problem:
             self.num_bad += 1
-            self.bad += [seen.problem] if len(self.bad) < keep else []
+            alike = self.bad.get(seen.problem.reason, [])
+            if len(self.bad if not alike else self.names_of_bad()) < keep:
+                self.bad[seen.problem.reason] = [*alike, seen.problem.name]
             return
         if seen.mode:
             self.modes[seen.mode] += 1
@@ -166,10 +160,14 @@ class Census:
             self.values.update(seen.values)
             self.masks_with.update(seen.values.keys())
 
+    def names_of_bad(self) -> list[str]:
+        """Return the names of the unreadable images that were kept."""
+        return [name for names in self.bad.values() for name in names]
+
 
 def sample_census(source: ImageSource, *, count: int = SAMPLE_IMAGES, seconds: float = _SAMPLE_SECONDS) -> Census:
     """Look at the headers of at most `count` evenly spaced images, and at some of their masks, for a few seconds."""
-    census, began = Census(), time.monotonic()
+    census, began = Census.of(source), time.monotonic()
     spaced = np.unique(np.linspace(0, len(source) - 1, min(count, len(source))).round().astype(np.int64))
     shuffled = np.random.default_rng(0).permutation(spaced)  # so that a sample that ends early is spread evenly too
     for number, index in enumerate(shuffled.tolist()):
@@ -201,10 +199,11 @@ def describe(splits: Splits, census: Census | None = None, *, evaluation: Census
     Args:
         splits: the opened source.
         census: what was met in the training images; None looks at a sample of them.
-        evaluation: what was met in the held-out images, where every one of them was looked at.
+        evaluation: what was met in the held-out images; None looks at none of them.
     """
     train, held_out = splits.train, splits.evaluation
     census = sample_census(train) if census is None else census
+    evaluation = Census.of(held_out) if evaluation is None else evaluation
     built_in = ", built-in photographs (--data SOURCE takes your own images)" if train.name == "photos" else ""
     amounts = f"{len(train):,} images to train on, {len(held_out):,} held out ({splits.evaluation_name})"
     lines = [("data", f"{train.name}{built_in}"), ("images", amounts)]
@@ -219,9 +218,10 @@ def describe(splits: Splits, census: Census | None = None, *, evaluation: Census
         lines.append(("left out", f"{left_out.total():,}: {reasons}"))
     lines.append(("sizes", sizes_text(census, len(train))))
     if train.value_range is not None:
-        lines.append(("range", f"{train.value_range} becomes 0..255"))
+        lines.append(("range", f"{train.value_range} becomes 0..255 in images with more than 8 bits"))
     if census.num_bad:
-        lines.append(("unreadable", f"{census.num_bad:,} of {census.images:,}, the first: {census.bad[0]}"))
+        reason, names = next(iter(census.bad.items()))
+        lines.append(("unreadable", f"{census.num_bad:,} of {census.images:,}, the first: {names[0]}: {reason}"))
     return [*lines, *(("note", note) for note in splits.notes)]
 
 
@@ -256,11 +256,11 @@ def _object_lines(train: DetectionSource, held_out: DetectionSource) -> Lines:
     return lines
 
 
-def _pixel_lines(train: SegmentationSource, census: Census, evaluation: Census | None) -> Lines:
+def _pixel_lines(train: SegmentationSource, census: Census, evaluation: Census) -> Lines:
     lines = [("classes", f"{len(train.mask_classes.names):,} of masks")]
     for topic, part in (("pixels", census), ("held out", evaluation)):
-        if part is not None and part.masks:
-            sampled = f" ({part.masks:,} masks looked at)" if part.masks < len(train) and evaluation is None else ""
+        if part.masks:
+            sampled = f" ({part.masks:,} masks looked at)" if part is census and part.masks < len(train) else ""
             lines.append((topic, pixels_text(train.mask_classes, part.values) + sampled))
     return lines
 

@@ -19,6 +19,9 @@ from pecobook.settings.images import AUTO, RangeSetting
 
 _SAMPLE = 64
 """Number of images at which `auto` looks."""
+_MANY = 0.01
+"""A larger share of values outside of a model's range is warned of."""
+_NO_EFFECT = "--value-range changes nothing: the images of '{name}' have 8 bits, and keep their values."
 
 
 def apply_value_range(
@@ -41,15 +44,15 @@ def apply_value_range(
     """
     name = sources[0].name if sources else ""
     survey = _survey(sources)
-    given = trained if setting == AUTO else setting
+    given, learned = (None if value == AUTO else ValueRange(*map(float, value)) for value in (setting, trained))
     try:
-        chosen = ValueRange(*map(float, given)) if given != AUTO else survey.value_range()
+        chosen = given or learned or survey.value_range()
     except ValueError as error:
         raise DataError(f"--data '{name}': {error}. Give one range with --value-range LOW HIGH.") from None
     for source in sources:
         source.use_range(chosen)
     if not quiet:
-        for line in _notes(name, setting, trained, chosen, survey):
+        for line in _notes(name, given, learned, survey):
             print(line, file=sys.stderr)
 
 
@@ -64,24 +67,34 @@ def _survey(sources: Sequence[ImageSource]) -> Survey:
     return survey
 
 
-def _notes(
-    name: str, setting: RangeSetting, trained: RangeSetting, chosen: ValueRange | None, survey: Survey
-) -> list[str]:
+def _notes(name: str, given: ValueRange | None, learned: ValueRange | None, survey: Survey) -> list[str]:
+    """Return what is to be said of the range that --value-range gives, or a model, or else the survey."""
     usual = survey.usual_values()
-    is_deep = bool(survey.num_deep)
-    lines = []
-    if is_deep and chosen is not None:
-        origin = f"from a sample of {survey.num_deep} images"
-        origin = "as in the training of the given model" if trained != AUTO else origin
-        origin = "as --value-range says" if setting != AUTO else origin
-        lines.append(f"Values of '{name}': {chosen} becomes 0..255, {origin}.")
-    elif setting != AUTO and usual is not None:
-        lines.append(f"--value-range changes nothing: the images of '{name}' have 8 bits, and keep their values.")
-    whole = chosen if is_deep and chosen is not None else ValueRange(0, 255)
-    if usual is not None and usual.high - usual.low < (whole.high - whole.low) / 8:
-        remedy = f"give --value-range {usual.low:.6g} {usual.high:.6g}" if is_deep else "brighten the files"
-        lines.append(
-            f"Warning: '{name}' uses less than an eighth of the range {whole}: 99.8% of the values lie in "
-            f"{usual.low:.6g}..{usual.high:.6g}. If that is not meant, {remedy}."
-        )
-    return lines
+    if not survey.num_deep:
+        lines = [] if given is None or usual is None else [_NO_EFFECT.format(name=name)]
+        return lines + _narrow(name, usual, ValueRange(0, 255), "brighten the files")
+    chosen, origin = given or learned or survey.value_range(), f"from a sample of {survey.num_deep} images"
+    assert chosen is not None
+    origin = "as in the training of the given model" if learned else origin
+    origin = "as --value-range says" if given else origin
+    lines = [f"Values of '{name}': {chosen} becomes 0..255, {origin}."]
+    if given and learned and given != learned:
+        lines.append(f"Warning: the given model was trained with --value-range {learned.low:.6g} {learned.high:.6g}.")
+    outside = survey.share_outside(chosen)
+    if not given and outside > _MANY:
+        text = f"{100 * outside:.0f}% of the values of '{name}' lie outside of {chosen}, and become black or white"
+        lines.append(f"Warning: {text}. If that is not meant, give --value-range LOW HIGH.")
+    remedy = "" if usual is None else f"give --value-range {usual.low:.6g} {usual.high:.6g}"
+    return lines + _narrow(name, usual, chosen, remedy)
+
+
+def _narrow(name: str, usual: ValueRange | None, whole: ValueRange, remedy: str) -> list[str]:
+    """Return a warning of images that use a small part of their range."""
+    if usual is None or usual.high - usual.low >= (whole.high - whole.low) / 8:
+        return []
+    if usual.low == usual.high:
+        return [f"Warning: all values of '{name}' that were looked at are {usual.low:.6g}: there is nothing to see."]
+    return [
+        f"Warning: '{name}' uses less than an eighth of the range {whole}: 99.8% of the values lie in "
+        f"{usual.low:.6g}..{usual.high:.6g}. If that is not meant, {remedy}."
+    ]

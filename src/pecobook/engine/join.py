@@ -20,6 +20,7 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
 
 from pecobook.engine.signals import stop_requested
 from pecobook.engine.world import World
@@ -58,7 +59,7 @@ def join(world: World, device: torch.device) -> None:
     try:
         store = _store(world, limit)
         store.set_timeout(_CONNECT)
-        own = dist.PrefixStore(_agree(store, world, limit), store)
+        own = PrefixStore(_agree(store, world, limit), store)
         rank, size = world.rank, world.size
         backend = "nccl" if cuda else "gloo"
         dist.init_process_group(backend, store=own, rank=rank, world_size=size, timeout=_CONNECT, **cuda)  # type: ignore[arg-type]
@@ -93,12 +94,12 @@ class _Limit:
         time.sleep(0.02)
 
 
-def _store(world: World, limit: _Limit) -> dist.TCPStore:
+def _store(world: World, limit: _Limit) -> TCPStore:
     """Open the store of torchrun, or that of the first process."""
     served = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     while True:
         try:
-            return dist.TCPStore(
+            return TCPStore(
                 os.environ["MASTER_ADDR"],
                 int(os.environ["MASTER_PORT"]),
                 world.size,
@@ -113,7 +114,7 @@ def _store(world: World, limit: _Limit) -> dist.TCPStore:
             limit.wait()
 
 
-def _agree(store: dist.Store, world: World, limit: _Limit) -> str:
+def _agree(store: Store, world: World, limit: _Limit) -> str:
     """Return a name that all processes of this attempt have, and those of earlier attempts do not.
 
     Each process leaves a number of its own, to which the first one answers with the name. It may answer to one that was
@@ -123,7 +124,7 @@ def _agree(store: dist.Store, world: World, limit: _Limit) -> str:
     def await_key(key: str) -> str:
         while not store.check([key]):
             limit.wait()
-        return store.get(key).decode()
+        return str(store.get(key).decode())
 
     if world.rank:
         number = uuid.uuid4().hex

@@ -24,7 +24,7 @@ from pecobook.engine.signals import from_the_start, stop_requested
 from pecobook.engine.world import World, check_flags, is_leader, launched
 from pecobook.errors import ConfigError
 from pecobook.settings.training import TrainConfig
-from pecobook.utils.devices import cores
+from pecobook.utils.devices import cores, cpu_prefers_bf16
 from pecobook.utils.distributed import gather_objects, long_on_first_rank, on_all_ranks
 from pecobook.utils.folder_lock import FolderLock
 from pecobook.utils.parent import child_environment
@@ -99,10 +99,8 @@ def resolve_precision(config: TrainConfig) -> str:
     """Return fp32, bf16 or fp16, with auto resolved. Raises ConfigError for fp16 without a GPU."""
     cuda = torch.cuda.is_available()
     if config.precision == "auto":
-        native = (
-            torch.cuda.is_bf16_supported(including_emulation=False) if cuda else torch.cpu._is_avx512_bf16_supported()
-        )
-        return "bf16" if native else "fp32"
+        is_faster = torch.cuda.is_bf16_supported(including_emulation=False) if cuda else cpu_prefers_bf16()
+        return "bf16" if is_faster else "fp32"
     if config.precision == "fp16" and not cuda:
         raise ConfigError("--precision fp16 needs a GPU: use bf16 or fp32 here.")
     return config.precision
@@ -223,7 +221,8 @@ def start(config: TrainConfig, *, alone: bool = False) -> Fabric:
 
 
 def _join(fabric: Fabric, world: World) -> None:
-    environment: Any = fabric.strategy.cluster_environment
+    strategy: Any = fabric.strategy
+    environment = strategy.cluster_environment
     os.environ["MASTER_ADDR"] = environment.main_address
     os.environ["MASTER_PORT"] = str(environment.main_port)
     if fabric.device.type == "cuda":

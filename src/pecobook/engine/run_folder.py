@@ -54,8 +54,9 @@ def prepare(
     """
     notes = [] if notes is None else notes
     now = None if splits is None else record.take(splits, verify=config.verify_data)
-    if now is not None and getattr(config, "tokens", ""):
-        notes += check_bank(vars(config)["tokens"], now, data=config.data)
+    bank: str = getattr(config, "tokens", "")
+    if now is not None and bank:
+        notes += check_bank(bank, now, data=config.data)
     return _folder(config, command).begin(partial(_write_settings, config, command, now, notes))
 
 

@@ -42,7 +42,7 @@ def set_value_range(
         DataError: no range fits all images of the sample.
     """
     sources = [images.train, images.evaluation] if isinstance(images, Splits) else images
-    apply_value_range(setting, sources, trained=_trained_range(models) if setting == AUTO else AUTO, quiet=quiet)
+    apply_value_range(setting, sources, trained=_trained_range(models), quiet=quiet)
 
 
 def _trained_range(models: Iterable[str]) -> RangeSetting:

@@ -24,6 +24,7 @@ from pecobook.models.makers import (
     with_flags,
 )
 from pecobook.models.network_traits import has_patch_tokens, traits_of
+from pecobook.models.networks import downloads
 from pecobook.models.weights import load_backbone
 
 
@@ -155,7 +156,7 @@ def _open_torchvision(
         preset = pretrained.transforms()
         normalisation = Normalisation(tuple(preset.mean), tuple(preset.std), f"torchvision's settings of {pretrained}")
     try:
-        network = torchvision.models.get_model(name, weights=pretrained)
+        network = torchvision.models.get_model(name, weights=pretrained if downloads() else None)
     except (OSError, RuntimeError) as error:
         raise WeightsError(
             f"The weights of torchvision's '{name}' cannot be downloaded ({first_line(error)}).\n"

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 from torch import nn
@@ -31,6 +34,24 @@ def architecture_arguments(timm_name: str) -> set[str]:
 _BUILDER_ARGUMENTS = {"drop_path_rate", "global_pool", "in_chans", "num_classes", "output_stride"}
 
 
+_downloads = ContextVar("_downloads", default=True)
+
+
+@contextmanager
+def without_downloads() -> Iterator[None]:
+    """Build networks with random weights where they would be downloaded, since the run is refused anyway."""
+    token = _downloads.set(False)
+    try:
+        yield
+    finally:
+        _downloads.reset(token)
+
+
+def downloads() -> bool:
+    """Return whether weights may be downloaded here."""
+    return _downloads.get()
+
+
 def create_network(name: str, download: bool = False, /, **kwargs: Any) -> nn.Module:
     """Call `timm.create_model` with arguments of the architecture alone.
 
@@ -55,7 +76,7 @@ def create_network(name: str, download: bool = False, /, **kwargs: Any) -> nn.Mo
     if refused:
         raise WeightsError(f"timm's '{timm_name}' does not accept these arguments: {', '.join(refused)}.")
     try:
-        network: nn.Module = timm.create_model(timm_name, pretrained=download, **kwargs)
+        network: nn.Module = timm.create_model(timm_name, pretrained=download and downloads(), **kwargs)
     except TypeError as error:
         raise WeightsError(f"timm's '{timm_name}' does not accept these arguments: {error}") from None
     except (OSError, RuntimeError, ValueError, AssertionError) as error:

@@ -53,6 +53,7 @@ class SegmentStage(Stage[SegmentConfig]):
         super().__init__()
         self.config, self.classes, self.min_batch_size = config, classes, _min_batch_size(config)
         pyramid, backbone = networks or build_pyramid(config)
+        self.notes = backbone.notes
         pyramid_settings = describe_pyramid(backbone, config.pyramid, config.image_size)
         self.model = Segmenter(pyramid, pyramid_settings, classes=classes, config=config)
 
@@ -187,9 +188,12 @@ class SegmentStage(Stage[SegmentConfig]):
                 f"--data '{config.data}': {num_valid} of {num_pairs} training pairs can be used, the others cannot be "
                 f"read:\n{listed(checked.unreadable)}\nMend them, or leave them out with --skip-bad."
             )
-        for lines, reason in ((checked.problems, "do not fit"), (checked.unreadable, "cannot be read")):
+        for lines, number, reason in (
+            (checked.problems, checked.num_problems, "do not fit"),
+            (checked.unreadable, checked.num_unreadable, "cannot be read"),
+        ):
             if lines and is_leader():
-                print(f"{len(lines)} of the pairs {reason} and are left out:\n{listed(lines)}", file=sys.stderr)
+                print(f"{number:,} of the pairs {reason} and are left out:\n{listed(lines)}", file=sys.stderr)
         return checked.splits
 
     @classmethod
@@ -211,8 +215,7 @@ class SegmentStage(Stage[SegmentConfig]):
     def build(
         cls, config: SegmentConfig, splits: Splits, prebuilt: tuple[FeaturePyramid, Backbone] | None = None
     ) -> SegmentStage:
-        """Build the stage, with random weights in the heads, and say how the backbone was loaded."""
-        say(prebuilt[1].notes if prebuilt else ())
+        """Build the stage, with random weights in the heads."""
         return cls(config, cast("SegmentationSource", splits.train).mask_classes.names, prebuilt)
 
     @classmethod

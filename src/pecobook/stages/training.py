@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import sys
@@ -21,6 +22,7 @@ from pecobook.engine.stage import Stage
 from pecobook.engine.value_range import set_value_range
 from pecobook.engine.world import is_leader
 from pecobook.errors import Preflight, RunFolderError, first_line
+from pecobook.models.networks import without_downloads
 from pecobook.models.snippets import example_image, with_image
 from pecobook.settings.images import AUTO
 from pecobook.settings.training import TrainConfig
@@ -89,7 +91,8 @@ def preflight(stage_type: type[Stage[C]], config: C) -> Ready[C]:
     if is_leader() and (config.out or not config.dry_run):
         problems.check(lambda: run_folder.check(config, stage_type.command))
     torch.manual_seed(config.seed)  # seeds all random weights of the stage
-    prebuilt = problems.check(lambda: stage_type.check(config))
+    with without_downloads() if problems.problems else contextlib.nullcontext():
+        prebuilt = problems.check(lambda: stage_type.check(config))
     problems.check(lambda: launch.micro_batch_size(config))
     problems.check(lambda: log.check_loggers(config.loggers))
     problems.finish()
@@ -113,7 +116,8 @@ def _preamble(config: TrainConfig, splits: Splits, stage: Stage[Any]) -> list[st
     """Return lines that say what the run learns from, with what, and for how long."""
     from pecobook.engine.preamble import describe_run
 
-    return aligned([*describe(splits), *describe_run(stage, config, len(splits.train))])
+    weights = [("weights", note) for note in stage.notes]
+    return aligned([*describe(splits), *weights, *describe_run(stage, config, len(splits.train))])
 
 
 def _dry_run(stage_type: type[Stage[C]], config: C, splits: Splits, stage: Stage[C]) -> None:

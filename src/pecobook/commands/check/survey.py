@@ -37,6 +37,7 @@ _LOST_LABELS, _LOST_IMAGES = (
     ("labels of", "hold no image", "holds no image"),
     ("damaged", "too early", "cut short"),
 )  # words in the notes of a source
+_UNLABELLED = "the one class"  # these words say of labels that there are none
 NUM_NAMES = 20  # files of a kind that are named
 _COMPARED_BOXES = 50_000  # of each split at most, evenly spread
 _FEW_IMAGES = 256  # so many are read in this process
@@ -83,7 +84,7 @@ def survey(splits: Splits, *, labels: bool = True, workers: int = -1) -> Survey:
     done = 0
     try:
         for source in (splits.train, splits.evaluation):
-            census, hashes = Census(), np.zeros(len(source), np.uint64)
+            census, hashes = Census.of(source), np.zeros(len(source), np.uint64)
             for index, seen in enumerate(_looks(source, workers)):
                 census.add(seen, keep=NUM_NAMES)
                 hashes[index] = seen.digest or 0
@@ -105,7 +106,7 @@ def survey(splits: Splits, *, labels: bool = True, workers: int = -1) -> Survey:
     problems = [*_unreadable(splits, censuses), *repeats.problems(), *_unknown_values(splits, censuses)]
     problems += [*boxes.problems(), *(_empty_classes(splits, censuses[0]) if labels else [])]
     lost = (*_LOST_IMAGES, *(_LOST_LABELS if labels else ()))
-    problems += [note for note in splits.notes if any(words in note for words in lost)]
+    problems += [n for n in splits.notes if any(words in n for words in lost) and _UNLABELLED not in n]
     figures = _figures(splits, censuses, repeats) | {
         "boxes_compared": boxes.compared,
         "boxes_differing": boxes.differing,
@@ -163,7 +164,7 @@ class _Repeats:
         lines = [f"{held_out} is {training}" for held_out, training in self.pairs]
         count = f"{len(self.leaked):,} of {len(self.splits.evaluation):,}"
         head = f"Held-out images with the bytes of a training image, so that scores would be too good: {count}"
-        return [_listed(head, lines, len(self.leaked))]
+        return [_listed(head, lines, len(self.leaked) - len(lines))]
 
 
 @dataclasses.dataclass
@@ -195,21 +196,29 @@ def _compare_boxes(splits: Splits) -> _Boxes:
     return found
 
 
-def _listed(head: str, lines: list[str], count: int) -> str:
-    """Return a text with a line for each of the first of `count` things, and the number of further ones."""
-    more = [f"... and {count - len(lines):,} more"] if count > len(lines) else []
+def _listed(head: str, lines: list[str], rest: int) -> str:
+    """Return a text with a line for each of the first things, and the number of the others."""
+    more = [f"... and {rest:,} more"] if rest else []
     return "\n".join([head, *lines, *more])
 
 
 def _unreadable(splits: Splits, censuses: list[Census]) -> list[str]:
     problems = []
     for source, census in zip((splits.train, splits.evaluation), censuses, strict=True):
+        for bad in source.unreadable if isinstance(source, SegmentationSource) else ():
+            census.add(Look(bad.name, problem=bad), keep=NUM_NAMES)
         if census.num_bad:
             kind = "Training" if source.split == "train" else "Held-out"
-            problems.append(
-                _listed(f"{kind} images that cannot be read: {census.num_bad:,}", census.bad, census.num_bad)
-            )
+            lines = [line for reason, names in census.bad.items() for line in _alike(reason, names)]
+            head = f"{kind} images{' or masks' if isinstance(source, SegmentationSource) else ''} that cannot be read"
+            rest = census.num_bad - len(census.names_of_bad())
+            problems.append(_listed(f"{head}: {census.num_bad:,}", lines, rest))
     return problems
+
+
+def _alike(reason: str, names: list[str]) -> list[str]:
+    """Return the lines on the images that cannot be read for one reason, which is written once."""
+    return [f"{names[0]}: {reason}"] if len(names) == 1 else [f"{reason}:", *(f"  {name}" for name in names)]
 
 
 def _unknown_values(splits: Splits, censuses: list[Census]) -> list[str]:

@@ -24,7 +24,15 @@ from pecobook.errors import ConfigError, first_line
 
 _FILES = (
     *("classes.txt", "class_names.txt", "classes.csv", "class_dict.csv", "_classes.csv", "train/_classes.csv"),
-    *("labelmap.txt", "label_colors.txt", "objectInfo150.txt", "object150_info.csv", "id2label.json", "classes.json"),
+    *(
+        "labels.txt",
+        "labelmap.txt",
+        "label_colors.txt",
+        "objectInfo150.txt",
+        "object150_info.csv",
+        "id2label.json",
+        "classes.json",
+    ),
 )
 _VALUE_HEADERS = ("idx", "index", "id", "value", "pixel value", "pixel", "label id")
 _NAME_HEADERS = ("name", "class", "label", "category", "class name", "class_name")
@@ -48,8 +56,11 @@ class ClassFile(NamedTuple):
 
 
 def find_class_file(root: Path) -> Path | None:
-    """Return the file of classes in the folder of a data set, or None."""
-    return next((root / name for name in _FILES if (root / name).is_file()), None)
+    """Return the file of classes in the folder of a data set, or None; upper and lower case do not matter."""
+    folders = [folder for folder in (root, root / "train") if folder.is_dir()]
+    files = {str(file.relative_to(root)).lower(): file for folder in folders for file in sorted(folder.glob("*.*"))}
+    found = (files.get(name.lower()) for name in _FILES)
+    return next((file for file in found if file is not None and file.is_file()), None)
 
 
 def read_classes(path: Path) -> ClassFile:
@@ -61,7 +72,10 @@ def read_classes(path: Path) -> ClassFile:
     try:
         text = path.read_text(encoding="utf-8-sig").strip()
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"--classes '{path}' cannot be read: {first_line(error)}.") from None
+        reason = error.strerror if isinstance(error, OSError) else "it is not text in UTF-8: save it so"
+        raise ConfigError(f"--classes '{path}' cannot be read: {reason}.") from None
+    if not text:
+        raise ConfigError(f"--classes '{path}' is empty: give a file with a name on each line.")
     suffix = path.suffix.lower()
     if suffix in (".yaml", ".yml", ".xml", ".pbtxt", ".pkl", ".npy"):
         raise ConfigError(f"--classes '{path}': {suffix} is not read. Give a text file with a name on each line.")
@@ -99,6 +113,8 @@ def _from_json(path: Path, text: str) -> ClassFile:
 
 def _from_table(path: Path, lines: list[str]) -> ClassFile | None:
     """Read a table with a header; return None if the first line is no header."""
+    if lines and lines[0].lower().split()[:2] == ["idx", "ratio"]:  # ADE20K's own; names hold spaces and commas
+        lines = ["\t".join(line.split(None, 5)) for line in lines]
     delimiter = next((mark for mark in "\t,;" if lines and mark in lines[0]), None)
     if delimiter is None:
         return None

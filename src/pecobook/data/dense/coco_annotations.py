@@ -78,7 +78,7 @@ class Annotations:
 
     def read(self, row: int) -> Tensor:
         """Read and decode the image of a row: uint8 (3, H, W). Raises BadImage."""
-        path = self.root / str(self.names[row])
+        path = self.path(row)
         image = decode(read_file(path), name=str(path), value_range=self.value_range)
         if image.shape[1:] != tuple(self.sizes[row]):
             raise BadImage(
@@ -86,9 +86,13 @@ class Annotations:
             )
         return image
 
-    def identify(self, row: int) -> str:
+    def path(self, row: int) -> Path:
         """Return the path of the image of a row."""
-        return str(self.root / str(self.names[row]))
+        return self.root / str(self.names[row])
+
+    def identify(self, row: int) -> str:
+        """Return the path of the image of a row as text."""
+        return str(self.path(row))
 
     def files(self, rows: Integers) -> Iterator[bytes]:
         """Yield the paths of the images of the rows."""

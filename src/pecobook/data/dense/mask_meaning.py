@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable, Sequence
 
+from pecobook.data.decode import BadImage
 from pecobook.data.dense.segmentation_classes import MaskClasses
 from pecobook.errors import ConfigError, DataError
 
@@ -24,7 +25,7 @@ class MaskReport:
     unlisted: str = ""
     """R, G and B of a pixel whose colour the class file does not list."""
     reason: str = ""
-    unreadable: str = ""
+    unreadable: BadImage | None = None
 
     def counts(self, meaning: MaskClasses) -> dict[int, int]:
         """Return pixel value -> number of pixels."""

@@ -29,12 +29,13 @@ from torch import Tensor
 
 from pecobook.data.decode import BadImage, Range, decode, header_size, read_file
 from pecobook.data.dense.class_files import find_class_file, read_classes
+from pecobook.data.dense.counts import MaskCounts
 from pecobook.data.dense.mask_files import Pixels, read_pixels
 from pecobook.data.dense.segmentation_classes import IGNORE, MaskClasses, ignored_values, make_classes
 from pecobook.data.dense.segmentation_pairs import find_pairs
 from pecobook.data.source import ImageSource, Integers, Splits, Store, hold_out, unused_splits
 from pecobook.data.split_names import group_by_split
-from pecobook.data.tables import TableStore, hub_tables
+from pecobook.data.tables import TableStore, load_hub
 from pecobook.errors import DataError, listed
 
 _MASK_COLUMNS = ("mask", "annotation", "label", "segmentation", "segmentation_mask", "annotations", "labels", "gt")
@@ -49,7 +50,7 @@ class MaskStore(Store, Protocol):
 
     left_out: dict[str, int]
 
-    def read_image(self, row: int) -> bytes:
+    def encoded(self, row: int) -> bytes:
         """Read the encoded image. Raises BadImage."""
 
     def read_mask(self, row: int) -> bytes:
@@ -79,20 +80,22 @@ class PairStore:
         """Return the relative path of the mask."""
         return self.pairs[row][1]
 
-    def _bytes(self, name: str) -> bytes:
-        return read_file(self.root / name, name)
+    def path(self, row: int) -> Path:
+        """Return the path of the image."""
+        return self.root / self.pairs[row][0]
 
-    def read_image(self, row: int) -> bytes:
+    def encoded(self, row: int) -> bytes:
         """Read the encoded image."""
-        return self._bytes(self.pairs[row][0])
+        return read_file(self.path(row), self.pairs[row][0])
 
     def read(self, row: int) -> Tensor:
         """Read and decode the image: uint8 (3, H, W)."""
-        return decode(self.read_image(row), name=self.pairs[row][0], value_range=self.value_range)
+        return decode(self.encoded(row), name=self.pairs[row][0], value_range=self.value_range)
 
     def read_mask(self, row: int) -> bytes:
         """Read the encoded mask."""
-        return self._bytes(self.pairs[row][1])
+        name = self.pairs[row][1]
+        return read_file(self.root / name, name)
 
     def files(self, rows: Integers) -> Iterator[bytes]:
         """Yield the paths of the images and of the masks."""
@@ -136,7 +139,7 @@ class TablePairStore:
         """Return the name of the split, the number of the row, and the name of the mask column."""
         return f"{self.identify(row)} ({self._column})"
 
-    def read_image(self, row: int) -> bytes:
+    def encoded(self, row: int) -> bytes:
         """Read the encoded image."""
         return self._images.encoded(row)
 
@@ -153,9 +156,9 @@ class TablePairStore:
         """The bytes of all encoded images and masks."""
         return self._images.num_bytes + self._masks.num_bytes
 
-    def encoded(self, row: int) -> bytes:
+    def content(self, row: int) -> bytes:
         """Read the encoded image and the encoded mask."""
-        return self.read_image(row) + self.read_mask(row)
+        return self.encoded(row) + self._masks.encoded(row)
 
     def digest(self, rows: Integers) -> str:
         """Return a hash of the identities of both columns and of the row numbers."""
@@ -168,7 +171,12 @@ class SegmentationSource(ImageSource):
     Attributes:
         mask_classes: the meaning of the masks' pixels.
         left_out: reason -> number of images or masks of the split that are not used.
+        counts: the pixels of all masks, where `verify` has read them.
+        unreadable: the pairs that `verify` has left out since their image or mask cannot be read.
     """
+
+    counts: MaskCounts | None = None
+    unreadable: Sequence[BadImage] = ()
 
     def __init__(
         self,
@@ -225,7 +233,7 @@ class SegmentationSource(ImageSource):
 
     def header_size(self, index: int) -> tuple[int, int]:
         """Read the height and width of image `index` from its header. Raises BadImage."""
-        size = header_size(self._masks.read_image(self._row(index)))
+        size = header_size(self._masks.encoded(self._row(index)))
         if size is None:
             raise BadImage(self.identify(index), "not an image")
         return size
@@ -323,7 +331,7 @@ def _hub_stores(data: str) -> dict[str, MaskStore]:
     from datasets import Image
 
     stores: dict[str, MaskStore] = {}
-    for split, (name, config, declared, table) in hub_tables(data).items():
+    for split, (name, config, declared, table) in load_hub(data)[0].items():
         columns = [column for column, kind in table.features.items() if isinstance(kind, Image)]
         mask = next((column for column in _MASK_COLUMNS if column in columns), None)
         image = "image" if "image" in columns else next((column for column in columns if column != mask), None)

@@ -28,8 +28,10 @@ class VerificationResult:
 
     Attributes:
         splits: the valid pairs, with known classes; its notes end with those of this check.
-        problems: a line for each invalid pair.
-        unreadable: a line for each pair whose image or mask cannot be read.
+        problems: a line for each reason why pairs are invalid, with the first mask and the number of further ones.
+        unreadable: the same of pairs whose image or mask cannot be read.
+        num_problems: number of invalid pairs.
+        num_unreadable: number of pairs whose image or mask cannot be read.
         counts: the pixels of the valid training masks and of the valid held-out masks.
         notes: what was taken for granted, and classes without a pixel, as sentences.
         fault: why nothing can be learned from these masks; empty if something can.
@@ -39,6 +41,8 @@ class VerificationResult:
     splits: Splits
     problems: tuple[str, ...]
     unreadable: tuple[str, ...]
+    num_problems: int
+    num_unreadable: int
     counts: tuple[MaskCounts, MaskCounts]
     notes: tuple[str, ...]
     fault: str
@@ -67,8 +71,8 @@ def verify(
     sources = [cast("SegmentationSource", part) for part in (splits.train, splits.evaluation)]
     reports = _check_pairs(sources, show, limit)
     meaning, notes = settle_meaning(splits.train.name, sources[0].mask_classes, reports)
-    problems: list[str] = []
-    unreadable: list[str] = []
+    problems: list[BadImage] = []
+    unreadable: list[BadImage] = []
     valid: list[SegmentationSource] = []
     counts: list[MaskCounts] = []
     for source, source_reports in zip(sources, reports, strict=True):
@@ -77,25 +81,37 @@ def verify(
         kept = [n for n, report in enumerate(source_reports) if not (report.reason or report.unreadable)]
         if limit is None:
             kept = [n for n in kept if n not in invalid]
-            problems += [f"{source.identify_mask(number)} {reason}" for number, reason in invalid.items()]
-            unreadable += [report.unreadable for report in source_reports if report.unreadable]
+            problems += [BadImage(source.identify_mask(number), reason) for number, reason in invalid.items()]
             part = part.subset(kept)
-            num_unreadable = len(source_reports) - len(kept) - len(invalid)
-            found = {"pairs that do not fit": len(invalid), "pairs that cannot be read": num_unreadable}
+            part.unreadable = [report.unreadable for report in source_reports if report.unreadable]
+            unreadable += part.unreadable
+            found = {"pairs that do not fit": len(invalid), "pairs that cannot be read": len(part.unreadable)}
             part.left_out |= {reason: count for reason, count in found.items() if count}
         valid.append(part)
         counts.append(sum_masks(meaning, [source_reports[n].counts(meaning) for n in kept]))
+        part.counts = counts[-1] if limit is None else None
     train, evaluation = counts
     notes = [*notes, *_notes_on_content(train, evaluation, limit)]
     return VerificationResult(
         splits=dataclasses.replace(splits, train=valid[0], evaluation=valid[1], notes=(*splits.notes, *notes)),
-        problems=tuple(problems),
-        unreadable=tuple(unreadable),
+        problems=grouped(problems, " "),
+        unreadable=grouped(unreadable, ": "),
+        num_problems=len(problems),
+        num_unreadable=len(unreadable),
         counts=(train, evaluation),
         notes=tuple(notes),
         fault="" if limit is not None else _fault(splits.train.name, train, meaning),
-        hint=_hint(reports[0], meaning, problems) if problems else "",
+        hint=_hint(reports[0], meaning, problems[0]) if problems else "",
     )
+
+
+def grouped(problems: Iterable[BadImage], mark: str) -> tuple[str, ...]:
+    """Return a line for each reason: the first name, `mark`, the reason, and the number of further names."""
+    names: dict[str, list[str]] = {}
+    for problem in problems:
+        names.setdefault(problem.reason, []).append(problem.name)
+    more = {reason: f" ({len(alike) - 1:,} more alike)" if len(alike) > 1 else "" for reason, alike in names.items()}
+    return tuple(f"{alike[0]}{mark}{reason}{more[reason]}" for reason, alike in names.items())
 
 
 def _check_pairs(
@@ -125,7 +141,7 @@ def _check_pair(source: SegmentationSource, number: int) -> MaskReport:
     except InvalidMask as error:
         return MaskReport(reason=error.reason)
     except BadImage as error:
-        return MaskReport(unreadable=str(error))
+        return MaskReport(unreadable=error)
     if pixels.colours.shape[:2] != size:
         height, width = pixels.colours.shape[:2]
         turned = " after its EXIF orientation, which the mask may lack" if (height, width) == size[::-1] else ""
@@ -156,9 +172,9 @@ def _problem(report: MaskReport, meaning: MaskClasses) -> str:
     )
 
 
-def _hint(reports: list[MaskReport], meaning: MaskClasses, problems: list[str]) -> str:
+def _hint(reports: list[MaskReport], meaning: MaskClasses, problem: BadImage) -> str:
     """Return a remedy for masks saved as JPEG, and for one value more than there are classes, as an unlabelled 0."""
-    if re.search(r"\.jpe?g\)? holds the value", problems[0], re.IGNORECASE):
+    if re.search(r"\.jpe?g\)? holds the value", f"{problem.name} {problem.reason}", re.IGNORECASE):
         return "JPEG changes the values of a mask: save masks as PNG, without interpolation.\n"
     count = len(meaning.names)
     met = {value for report in reports for value in report.counts(meaning)} - set(meaning.ignored)

@@ -1,7 +1,8 @@
 """Finds the pairs of an image file and a mask file in a folder.
 
 Folders named images/, masks/ or alike tell images from masks ("train_masks/" is the mask folder of "train/"). Where
-there are none, the endings of the files' names do: x.jpg and x_mask.png.
+there are none, a word within a folder's name does (binary_masks/, SegmentationClassPNG/), or the endings of the files'
+names: x.jpg and x_mask.png. Pictures pair by their relative paths, or by the names of their files if no paths agree.
 """
 
 from __future__ import annotations
@@ -10,14 +11,16 @@ import dataclasses
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import TypeAlias
 from unicodedata import normalize
 
 from pecobook.data.layout import IMAGE_FOLDERS, MASK_FOLDERS
 from pecobook.data.source import IMAGE_EXTENSIONS
 from pecobook.errors import DataError, listed
 
+_KindOf: TypeAlias = Callable[[tuple[str, ...]], tuple[str, tuple[str, ...]]]
 _SPLIT_AND_KIND = re.compile(r"(train|val|valid|test)(annot|masks?|labels?|images?)")
 _MASK_ENDING = re.compile(
     r"[ _.-](masks?|labels?|seg|segmentation|segmentations|annotation|groundtruth|ground_truth|gt|l"
@@ -25,8 +28,9 @@ _MASK_ENDING = re.compile(
     re.IGNORECASE,
 )
 _MASK_BEGINNING = re.compile(r"(^|/)(masks?|labels?|seg|gt)[ _.-](?=[^/]*$)", re.IGNORECASE)
-_IMAGE_ENDING = re.compile(r"[ _.-](leftimg8bit|images?|img|sat)$", re.IGNORECASE)
+_IMAGE_ENDING = re.compile(r"[ _.-](leftimg8bit|images?|img|sat|0000)$", re.IGNORECASE)
 _OTHER_ENDING = re.compile(r"[_-](gtfine_|gtcoarse_)?(colou?rs?|instance(train)?ids)$", re.IGNORECASE)
+_MASK_WORDS = MASK_FOLDERS | {"seg", "segs", "trimap", "trimaps", "matte", "mattes"}
 _VOC_LISTS = {"train": "train", "val": "validation"}
 
 
@@ -41,6 +45,12 @@ class Pictures:
     extensions: Counter[str] = dataclasses.field(default_factory=Counter)
     """Extension -> number of files in folders of images or masks that are no pictures."""
     duplicates: list[str] = dataclasses.field(default_factory=list)
+
+    def by_file_name(self) -> Pictures | None:
+        """Return the pictures by the names of their files alone; None where two images or two masks share one."""
+        kinds = [{key.rpartition("/")[2]: file for key, file in files.items()} for files in (self.images, self.masks)]
+        is_unique = [len(kinds[0]), len(kinds[1])] == [len(self.images), len(self.masks)]
+        return dataclasses.replace(self, images=kinds[0], masks=kinds[1]) if is_unique else None
 
     def add(self, kind: str, key: str, file: str) -> None:
         """Add a picture; kind is "images", "masks" or "others"."""
@@ -69,13 +79,16 @@ def find_pairs(data: str, root: Path) -> Pairs:
     Raises:
         DataError: there are no images or no masks, or two pictures have the same name.
     """
-    found = _walk(root)
+    folders = _folders(root)
+    found = _pictures(folders, _kind_of_folder)
+    if not found.masks:
+        found = by_words if (by_words := _pictures(folders, _kind_by_words)).masks else found
     has_images = bool(found.images)
     if found.masks and not has_images:  # train/ and train_masks/
         found.images, found.others = found.others, {}
     elif not found.masks and (found.images or found.others):  # x.jpg and x_mask.png in one folder
         pictures = found.images or found.others
-        known = {key.lower() for key in pictures}
+        known = {name.lower() for key in pictures for name in (key, _IMAGE_ENDING.sub("", key))}
         masks = {key for key in pictures if any(base != key.lower() and base in known for base in _mask_bases(key))}
         found.masks = {key: pictures[key] for key in masks}
         found.images = {key: file for key, file in pictures.items() if key not in masks}
@@ -87,6 +100,8 @@ def find_pairs(data: str, root: Path) -> Pairs:
             f"--data '{data}':\n{listed(found.duplicates)}\nImages and masks are paired by name: keep one file."
         )
     result = _match(data, found)
+    if not result.pairs and (named := found.by_file_name()):
+        result = by_name if (by_name := _match(data, named)).pairs else result
     if not (result.pairs or has_images):
         found.images = {}
         _refuse(data, found)
@@ -124,9 +139,9 @@ def _refuse(data: str, found: Pictures) -> None:
     )
 
 
-def _walk(root: Path) -> Pictures:
-    """List the pictures under a folder. Links to folders are followed, but each folder is visited once."""
-    found = Pictures()
+def _folders(root: Path) -> list[tuple[tuple[str, ...], list[str]]]:
+    """List the folders below a root and their files. Links to folders are followed; each folder is visited once."""
+    folders = []
     visited: set[str] = set()
     for top, subfolders, names in os.walk(root, followlinks=True):
         subfolders[:] = sorted(name for name in subfolders if not name.startswith((".", "__MACOSX", "ImageSets")))
@@ -135,17 +150,23 @@ def _walk(root: Path) -> Pictures:
             subfolders.clear()  # a link to a folder that was visited already
             continue
         visited.add(real_path)
-        parts = Path(top).relative_to(root).parts
-        kind, key_parts = _kind_of_folder(parts)
-        for name in sorted(names):
+        files = [name for name in sorted(names) if not name.startswith(".") and (Path(top) / name).is_file()]
+        folders.append((Path(top).relative_to(root).parts, files))
+    return folders
+
+
+def _pictures(folders: Iterable[tuple[tuple[str, ...], list[str]]], kind_of: _KindOf) -> Pictures:
+    """Sort the pictures of some folders by what `kind_of` says that a folder holds."""
+    found = Pictures()
+    for parts, names in folders:
+        kind, key_parts = kind_of(parts)
+        for name in names:
             stem, _, extension = name.rpartition(".")
-            if not stem or name.startswith(".") or not (Path(top) / name).is_file():
-                continue
-            if extension.lower() not in IMAGE_EXTENSIONS:
+            if stem and extension.lower() not in IMAGE_EXTENSIONS:
                 found.extensions[extension.lower()] += kind != "others"
-                continue
-            key = normalize("NFC", "/".join((*key_parts, stem)))  # macOS writes accents in another way
-            found.add(kind, key, "/".join((*parts, name)))
+            elif stem:
+                key = normalize("NFC", "/".join((*key_parts, stem)))  # macOS writes accents in another way
+                found.add(kind, key, "/".join((*parts, name)))
     return found
 
 
@@ -156,6 +177,20 @@ def _kind_of_folder(parts: tuple[str, ...]) -> tuple[str, tuple[str, ...]]:
             rest = _without_word(part.lower(), words)
             if rest is not None:
                 return kind, (*parts[:position], *([rest] if rest else []), *parts[position + 1 :])
+    return "others", parts
+
+
+def _kind_by_words(parts: tuple[str, ...]) -> tuple[str, tuple[str, ...]]:
+    """Return what a folder holds by the words within its name, such as "binary_masks", and its path without that name.
+
+    A word ends at a space, a mark or a capital letter.
+    """
+    for position, part in enumerate(parts):
+        split = re.sub("(?<=[a-z])(?=[A-Z])", " ", part)  # "SegmentationClass"
+        words = {word for text in (part, split) for word in re.split(r"[ _.-]+", text.lower())}
+        for kind, known in (("masks", _MASK_WORDS), ("images", IMAGE_FOLDERS)):
+            if words & known:
+                return kind, (*parts[:position], *parts[position + 1 :])
     return "others", parts
 
 
