@@ -59,6 +59,9 @@ def test_batches__a_kill_without_rescue_is_an_error(tmp_path: Path) -> None:
     dataset = Numbers(tmp_path / "flag", 5, kill(signal.SIGKILL))
     with pytest.raises(WorkerError, match=r"was killed \(SIGKILL\), most likely because memory ran out\. Take fewer"):
         list(Batches(dataset, PLACES, collate=collate, workers=2))
+    dataset = Numbers(tmp_path / "other", 5, kill(signal.SIGKILL))
+    with pytest.raises(WorkerError, match=r"memory ran out\. Free memory, then start again\.$"):
+        list(Batches(dataset, PLACES, collate=collate, workers=1, flag=""))
 
 
 def test_batches__an_image_that_crashes_the_decoder_is_not_read_again(tmp_path: Path) -> None:

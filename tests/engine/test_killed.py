@@ -67,6 +67,7 @@ def test_train__a_worker_killed_in_the_last_step_ends_no_run(
     assert (tmp_path / "flag").exists()
     assert [line["step"] for line in logged(run)] == [1]
     assert (run / "export" / "model.safetensors").is_file()
+    assert "A data-loading process was killed" in (run / "train.log").read_text()
 
 
 def killed_in_pool(rank: int, _world_size: int, images: str, out: str) -> str:

@@ -39,6 +39,7 @@ class Batches(Iterator[Any]):
         workers: number of processes.
         pin: whether tensors are put into page-locked memory.
         prefetch: number of batches that each process reads ahead.
+        flag: the flag that sets the number of processes; empty where there is none.
         on_failure: called with a sentence when a process was killed; this process then reads the further batches. None
             raises WorkerError instead.
     """
@@ -52,9 +53,11 @@ class Batches(Iterator[Any]):
         workers: int,
         pin: bool = False,
         prefetch: int = 2,
+        flag: str = "--workers",
         on_failure: Callable[[str], None] | None = None,
     ) -> None:
         self._dataset, self._collate, self._on_failure, self._workers = dataset, collate, on_failure, workers
+        self._flag = flag
         self._places = iter(places)
         loader: DataLoader[Any] = DataLoader(
             dataset,
@@ -110,7 +113,9 @@ class Batches(Iterator[Any]):
         return "", False
 
     def _remedy(self) -> str:
-        return f"Take fewer --workers (now {self._workers}) or more memory."
+        if not self._flag:
+            return "Free memory, then start again."
+        return f"Take fewer {self._flag} (now {self._workers}) or more memory."
 
 
 def _no_shared_memory() -> str:

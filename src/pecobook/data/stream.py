@@ -168,6 +168,7 @@ def central_crops(
         [order[start : start + batch_size] for start in range(0, count, batch_size)],
         workers=default_workers(1) if count > 2048 else 0,
         collate=_collate_whole,
+        flag="",
     )
     read, first = 0, ""
     for number, batch in enumerate(loader, start=1):

@@ -158,6 +158,8 @@ class Loop:
                         self._raise_failure(step)
                         self.progress.say(f"Stopped at step {step}; the checkpoint is written. Continue with --resume.")
                         return Outcome(step, False, self.last_metrics)
+            if self._failure():
+                self.announce(self._failure())  # in the last step or evaluation: nothing was lost
             return Outcome(step, True, self.last_metrics)
         except torch.OutOfMemoryError:
             minimum = self.stage.min_batch_size
