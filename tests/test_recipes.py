@@ -62,7 +62,19 @@ NOT_THE_PAPERS = {
     *("data", "out", "seed", "devices", "num_nodes", "strategy", "precision", "micro_batch_size", "workers", "loggers"),
     *("log_every", "save_every", "save_minutes", "keep_checkpoints", "sample_every", "evaluation_images", "knn_images"),
     *("compile", "deterministic", "resume", "overwrite", "backbone", "weights", "tokenizer", "tokens", "network"),
-    *("classes", "value_range", "dry_run", "verify", "skip_bad", "shuffle", "mean", "std", "bgr"),
+    *(
+        "classes",
+        "value_range",
+        "dry_run",
+        "verify",
+        "verify_data",
+        "accept_data_change",
+        "skip_bad",
+        "shuffle",
+        "mean",
+        "std",
+        "bgr",
+    ),
 }
 # Settings without effect under the other settings of the recipe.
 INERT = {

@@ -25,6 +25,7 @@ from pecobook.errors import ConfigError, PecobookError, did_you_mean, first_line
 from pecobook.recipes import RECIPES
 from pecobook.settings.check import CheckConfig, of_run
 from pecobook.settings.values import field_name, flag, flags, is_switch, load, replace
+from pecobook.utils.parent import end_with_parent
 from pecobook.utils.printer import show
 
 COMMANDS = {name: command.summary for name, command in table.COMMANDS.items()} | {
@@ -36,6 +37,7 @@ COMMANDS = {name: command.summary for name, command in table.COMMANDS.items()} |
 def main(argv: list[str] | None = None) -> None:
     """Run a command. Exits with code 2 after a user error, without a traceback."""
     args = list(sys.argv[1:] if argv is None else argv)
+    end_with_parent()
     try:
         try:
             dispatch(args)
@@ -52,7 +54,7 @@ def main(argv: list[str] | None = None) -> None:
         if os.environ.get("PECOBOOK_TRACEBACK"):
             raise
         _print_error(error)
-        sys.exit(2)
+        sys.exit(error.exit_code)
     except OSError as error:
         if error.errno not in _REMEDIES or os.environ.get("PECOBOOK_TRACEBACK"):
             raise
@@ -87,6 +89,7 @@ _REMEDIES = {
     errno.ENFILE: "The system has no more open files: end other programs, then {again}.",
     errno.EIO: "The disk failed: check it, then {again}.",
     errno.ESTALE: "The network file system lost it: check the mount, then {again}.",
+    errno.EAGAIN: "The system allows no more processes (ulimit -u): take fewer --workers; then {again}.",
     errno.ENOMEM: "Free memory, or take fewer --workers; then {again}.",
 }
 

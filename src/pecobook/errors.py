@@ -18,6 +18,8 @@ class PecobookError(Exception):
 
     on_all_ranks = False
     """Whether every process of a run raises the error, so that one process prints it for all."""
+    exit_code = 2
+    """Exit code of the command line: 2 where the command must be corrected, 1 where it may be repeated."""
 
 
 class ConfigError(PecobookError):

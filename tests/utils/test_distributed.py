@@ -9,7 +9,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from pecobook.errors import DataError, PreflightError
+from pecobook.errors import DataError, PreflightError, RunFolderError
+from pecobook.utils.distributed import long_on_first_rank
 from tests.distributed import TwoProcesses
 
 
@@ -78,3 +79,26 @@ def test_run__ends_processes_that_hang_or_die_and_starts_again() -> None:
             pool.run(die)
     finally:
         pool.close()
+
+
+def long_work(rank: int, _world_size: int, fails: bool) -> tuple[list[int], str]:
+    """Return the ranks that worked, and the error."""
+    worked: list[int] = []
+
+    def work() -> str:
+        time.sleep(0.3)
+        worked.append(rank)
+        if fails:
+            raise RunFolderError("no room")
+        return "done"
+
+    try:
+        return worked, long_on_first_rank(work, period=0.05)
+    except RunFolderError as error:
+        return worked, f"{error.on_all_ranks} {error}"
+
+
+@pytest.mark.parametrize(("fails", "said"), [(False, "done"), (True, "True no room")])
+def test_long_on_first_rank(fails: bool, said: str, two_processes: TwoProcesses) -> None:
+    assert two_processes.run(long_work, fails) == [([0], said), ([], said)]
+    assert long_on_first_rank(lambda: 3) == 3

@@ -27,6 +27,7 @@ from pecobook.settings.values import changed_settings, complete, to_dict
 from pecobook.utils.files import write_json
 from pecobook.utils.json_files import NUMBER, OBJECT, WHOLE, list_of, metric_lines, read_json
 from pecobook.utils.output_folder import OutputFolder
+from pecobook.utils.parent import child_environment
 from pecobook.utils.printer import show
 
 
@@ -182,7 +183,7 @@ class _Running:
         elif (job.out / "config.json").exists():
             command.append("--resume")
         self.log: TextIO = (out / "logs" / f"{name}.log").open("a")
-        environment = {**environment_without_launcher(), **slot.environment}
+        environment = {**environment_without_launcher(), **child_environment(), **slot.environment}
         self.process = subprocess.Popen(command, stdout=self.log, stderr=subprocess.STDOUT, env=environment)
         if hasattr(os, "sched_setaffinity"):  # threads and data-loading processes inherit the cores
             with contextlib.suppress(ProcessLookupError):

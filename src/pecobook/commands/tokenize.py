@@ -10,24 +10,25 @@ import dataclasses
 import json
 import re
 import time
-from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader
 
 from pecobook import recipes
+from pecobook.data import record
+from pecobook.data.all_views import read_all_views
 from pecobook.data.batch import Batch
-from pecobook.data.decode import BadImage
+from pecobook.data.loading import WorkerError
 from pecobook.data.named_views import NamedViews
 from pecobook.data.source import Splits
-from pecobook.data.stream import Stream, collate, new_process_group, to_device
+from pecobook.data.stream import to_device
 from pecobook.data.tokens import (
     BANK,
     MAX_CODEWORDS,
+    OF_IMAGES,
     BankLayout,
     bank_differences,
     bank_layouts,
@@ -38,6 +39,7 @@ from pecobook.data.tokens import (
     write_shard,
 )
 from pecobook.engine import launch
+from pecobook.engine.data_check import compare_data
 from pecobook.engine.launch import num_workers
 from pecobook.engine.log import Progress
 from pecobook.engine.preamble import device_name, show_source
@@ -54,7 +56,7 @@ from pecobook.utils.distributed import gather_objects, on_all_ranks
 from pecobook.utils.files import write_atomically, write_json
 from pecobook.utils.folder_lock import FolderLock
 from pecobook.utils.output_folder import SHARED_WAIT, OutputFolder
-from pecobook.utils.printer import of_run, show
+from pecobook.utils.printer import of_run, say, show
 
 
 def tokenize(config: TokenizeConfig) -> Path:
@@ -70,7 +72,7 @@ def tokenize(config: TokenizeConfig) -> Path:
         begun = launch.begin(
             config,  # type: ignore[arg-type]
             lambda: _preflight(config),
-            lambda ready: _folder(config, ready.bank_config).begin(partial(_write_config, ready.bank_config)),
+            lambda ready: _begin(config, ready),
         )
         out, layout = Path(config.out), bank_layouts(begun.ready.bank_config)
         if is_leader():
@@ -93,7 +95,7 @@ def _tokenize_part(config: TokenizeConfig) -> Path:
     """Write the files of one part beside processes with other parts; the last to finish lists what was skipped."""
     ready = _preflight(config)
     out, layout, (part, parts) = Path(config.out), bank_layouts(ready.bank_config), config.part
-    with _folder(config, ready.bank_config).begin(partial(_write_config, ready.bank_config)):
+    with _begin(config, ready):
         lock = FolderLock(out, part=f"{part + 1}-of-{parts}")
     with lock, Signals():
         _show(config, ready)
@@ -182,6 +184,8 @@ def _open_tokenizer(config: TokenizeConfig) -> Any:
 
 def _check_resume(config: TokenizeConfig, bank_config: dict[str, Any], _content: object = None) -> None:
     out, flag = Path(config.out), "--resume" if config.resume else "--shard"
+    if (out / record.FILE).is_file():  # the record says more of the images than their fingerprint
+        bank_config = {name: value for name, value in bank_config.items() if name not in OF_IMAGES}
     changed = bank_differences(read_bank_config(out), bank_config)
     if changed:
         raise RunFolderError(
@@ -197,7 +201,10 @@ def _folder(config: TokenizeConfig, bank_config: dict[str, Any] | None = None) -
         kind="a token bank",
         marker="config.json",
         schema=BANK,
-        files=("config.json", "skipped.txt", "*/codes-*.npy*", "*/skipped-*.json", "*/.*.tmp"),
+        files=(
+            *("config.json", "data.parquet", "skipped.txt", "*/codes-*.npy*", "*/skipped-*.json"),
+            *(".*.tmp", "*/.*.tmp"),
+        ),
         data=config.data,
         resume=config.resume is True,
         overwrite=None if config.shard else config.overwrite,
@@ -207,41 +214,26 @@ def _folder(config: TokenizeConfig, bank_config: dict[str, Any] | None = None) -
     )
 
 
-def _write_config(bank_config: dict[str, Any], out: Path) -> None:
-    if not (out / "config.json").is_file():  # a bank that is continued has the same
-        write_json(out / "config.json", bank_config)
+def _begin(config: TokenizeConfig, ready: _Ready) -> FolderLock:
+    """Begin or continue the bank, with the record of its images. Raises RunFolderError where these have changed."""
+    now = record.take(ready.splits, verify=config.verify_data)  # before the folder is locked, since it may take long
+
+    def write(out: Path) -> None:
+        news: record.Record | None = now
+        if (out / "config.json").is_file():  # a bank that is continued has the same
+            accept = config.accept_data_change
+            notes, news = compare_data(out, now, data=config.data, of="the token bank", accept=accept, may_accept=False)
+            for note in notes:
+                say(note)
+        else:
+            write_json(out / "config.json", ready.bank_config)
+        if news is not None:
+            news.write(out)
+
+    return _folder(config, ready.bank_config).begin(write)
 
 
 # ----------------------------------------------------------------------------------------------- reading and writing
-
-
-class _AllViews:
-    """All views of an image for a DataLoader: maps (split, image) to the samples of the stream, or to the error."""
-
-    def __init__(self, config: TokenizeConfig, splits: Splits) -> None:
-        views = NamedViews.of(config)
-        self.streams = {
-            "train": (Stream(splits.train, views.train, views.seed), config.views),
-            "evaluation": (Stream(splits.evaluation, views.evaluation, 0), 1),
-        }
-
-    def __getitem__(self, item: tuple[str, int]) -> list[dict[str, Any]] | BadImage:
-        split, index = item
-        stream, num_views = self.streams[split]
-        try:
-            return stream.views(index, range(num_views))
-        except BadImage as error:  # pre-training skips the image too
-            return error
-
-
-def _collate(samples: list[list[dict[str, Any]] | BadImage]) -> dict[str, Any]:
-    """Returns the batch of all views, and under "unread" the error of each unreadable image by its place.
-
-    The worker stacks the views because every tensor on its way to the main process keeps a file open.
-    """
-    views = [view for sample in samples if isinstance(sample, list) for view in sample]
-    unread = {place: sample for place, sample in enumerate(samples) if not isinstance(sample, list)}
-    return {"count": len(samples), "unread": unread, **(collate(views) if views else {})}
 
 
 def _write(
@@ -253,7 +245,15 @@ def _write(
     total = sum(len(split.images_of(shard)) for split, shard, _ in shards)
     progress = Progress(total=total, start=0, name="tokenize", quiet=fabric.global_rank > 0)
     items = [(split.split, i) for split, shard, _ in shards for i in split.images_of(shard)]
-    batches = _read(config, ready.splits, items, pin=fabric.device.type == "cuda")
+    batches = read_all_views(
+        NamedViews.of(config),
+        ready.splits,
+        items,
+        num_views=config.views,
+        images_per_batch=max(config.batch_size // config.views, 1),
+        workers=num_workers(config),  # type: ignore[arg-type]
+        pin=fabric.device.type == "cuda",
+    )
     done, start = 0, time.monotonic()
     pending: list[Any] = []  # (codes (V, h, w), error or None) of the images that were read and not yet written
     try:
@@ -273,31 +273,10 @@ def _write(
                 write_shard(file, np.stack([codes for codes, _ in pending[:count]]), skipped)
                 pending = pending[count:]
         return True
+    except WorkerError as error:
+        raise WorkerError(f"{error}\nThe files that are written are whole: continue with --resume.") from None
     finally:
         progress.close()
-
-
-def _read(config: TokenizeConfig, splits: Splits, items: list[tuple[str, int]], *, pin: bool) -> Iterator[Any]:
-    """Returns the batches in order; no batch contains images of both splits."""
-    images_per_batch = max(config.batch_size // config.views, 1)
-    batches: list[list[tuple[str, int]]] = []
-    for item in items:
-        if not batches or len(batches[-1]) == images_per_batch or batches[-1][0][0] != item[0]:
-            batches.append([])
-        batches[-1].append(item)
-    workers = num_workers(config)  # type: ignore[arg-type]
-    if not batches:
-        return iter(())
-    views: Any = _AllViews(config, splits)
-    loader = DataLoader(
-        views,
-        batch_sampler=batches,
-        num_workers=workers,
-        pin_memory=pin,
-        collate_fn=_collate,
-        worker_init_fn=new_process_group,
-    )
-    return iter(loader)
 
 
 def _encode(

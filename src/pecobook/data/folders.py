@@ -13,6 +13,7 @@ import os
 import re
 from array import array
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -61,6 +62,12 @@ class FileStore(FileImages):
     def encoded(self, row: int) -> bytes:
         """Return the bytes of the file of a row. Raises BadImage."""
         return read_file(self.path(row), self.identify(row))
+
+    def files(self, rows: Integers) -> Iterator[bytes]:
+        """Yield the paths of the files of the rows."""
+        column, root = self._paths.data.column("path"), os.fsencode(self.root) + b"/"
+        for start in range(0, len(rows), _CHUNK):
+            yield from (root + path for path in column.take(rows[start : start + _CHUNK]).to_pylist())
 
     def digest(self, rows: Integers) -> str:
         """Return a hash of the relative paths. It holds no bytes: a good file may replace a damaged one."""

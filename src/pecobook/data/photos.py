@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import importlib.util
+import os
 from pathlib import Path
 
 import numpy as np
@@ -75,6 +76,10 @@ class PhotoStore:
         name, tile = self._locate(row)
         i, j = divmod(tile, self._grids[name][1])
         return load_photo(name)[:, i * TILE : (i + 1) * TILE, j * TILE : (j + 1) * TILE].clone()
+
+    def files(self, _rows: Integers) -> list[bytes]:
+        """Return the paths of all photographs."""
+        return [os.fsencode(_path(name)) for name in self._names]
 
     def digest(self, rows: Integers) -> str:
         """Return a hash of the photographs' names, their grids, and the rows."""

@@ -98,6 +98,10 @@ class ShardStore(FileImages):
         finally:
             os.close(descriptor)
 
+    def files(self, rows: Integers) -> list[bytes]:
+        """Return the paths of the shards that hold the rows."""
+        return [os.fsencode(self._shards[shard]) for shard in np.unique(self._shard[rows])]
+
     def digest(self, rows: Integers) -> str:
         """Return a hash of the shards' names, of the members' names, offsets and sizes, and of the bytes of some."""
         digest = hash_some(self.encoded, rows)

@@ -15,7 +15,7 @@ import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -162,14 +162,35 @@ class ImageSource:
 
         The fingerprint is a hash of names and, in parquet files and shards, of sizes and of the bytes of a few images,
         so that a file that was written anew with other images has another one. The fingerprint of a folder of images
-        holds the names alone. It does not depend on the location of the folder. A range of values that was set changes
-        the fingerprint.
+        holds the names alone; record.py sees more. It does not depend on the location of the folder. A range of values
+        that was set changes the fingerprint.
         """
-        rows = np.arange(len(self), dtype=np.int64) if self._rows is None else self._rows
-        identity = f"{len(self)} {self._store.digest(rows)}"
+        identity = f"{len(self)} {self.digest()}"
         if self.value_range not in (None, FULL_16_BITS):  # both give the same pixels
             identity += f" {self.value_range}"
         return hashlib.sha256(identity.encode()).hexdigest()[:16]
+
+    def digest(self) -> str:
+        """Return a hash that identifies the images, whatever their range of values."""
+        rows = np.arange(len(self), dtype=np.int64) if self._rows is None else self._rows
+        return self._store.digest(rows)
+
+    def files(self) -> Iterable[bytes] | None:
+        """Return the paths of the files that hold the images, some perhaps twice; None if they are in no files."""
+        rows = np.arange(len(self), dtype=np.int64) if self._rows is None else self._rows
+        find = getattr(self._store, "files", None)
+        return None if find is None or self.name.startswith("hf:") else cast("Iterable[bytes]", find(rows))
+
+    def content(self, index: int) -> bytes:
+        """Read the bytes of image `index`, and of its mask, before they are decoded. Raises BadImage."""
+        store: Any = self._store
+        read = getattr(store, "content", None) or store.encoded  # `encoded` leaves masks out
+        return cast("bytes", read(self._row(index)))
+
+    @property
+    def num_bytes(self) -> int:
+        """The bytes of all encoded images of the table that holds the images; 0 for other sources."""
+        return int(getattr(self._store, "num_bytes", 0))
 
     def _row(self, index: int) -> int:
         if not 0 <= index < len(self):
@@ -191,6 +212,7 @@ class Splits:
         left_out: why files (or samples) of the source are not used, in a few words such as "extension .xyz", and how
             many there are of each kind.
         notes: sentences that a run says once before it starts, such as why the source has no labels.
+        files: the files of annotations and of names of classes.
     """
 
     train: ImageSource
@@ -198,6 +220,7 @@ class Splits:
     evaluation_name: str
     left_out: dict[str, int] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    files: tuple[Path, ...] = ()
 
 
 # ---- splits and labels of all forms of source ----
@@ -256,11 +279,13 @@ class Contents:
         parts: "train" and further declared splits.
         left_out: see `Splits`.
         notes: see `Splits`.
+        files: see `Splits`.
     """
 
     parts: Mapping[str, Part]
     left_out: dict[str, int] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    files: tuple[Path, ...] = ()
 
 
 def hash_some(read: Callable[[int], bytes], rows: Integers) -> hashlib._Hash:
@@ -317,7 +342,7 @@ def assemble(source: str, contents: Contents) -> Splits:
     training.unlabelled = problem
     candidates = [name for name in ("test", "validation") if name in parts and len(parts[name].rows)]
     if not candidates:
-        return replace(hold_out(training), left_out=contents.left_out, notes=tuple(notes))
+        return replace(hold_out(training), left_out=contents.left_out, notes=tuple(notes), files=contents.files)
     labelled = [name for name in candidates if _has_labels(parts[name])]
     chosen = labelled[0] if classes is not None and labelled else candidates[0]
     part = parts[chosen]
@@ -332,7 +357,7 @@ def assemble(source: str, contents: Contents) -> Splits:
     )
     evaluation.unlabelled = problem
     unused = unused_splits({name: len(part.rows) for name, part in parts.items()}, chosen)
-    return Splits(training, evaluation, chosen, contents.left_out | unused, tuple(notes))
+    return Splits(training, evaluation, chosen, contents.left_out | unused, tuple(notes), contents.files)
 
 
 def _has_labels(part: Part) -> bool:

@@ -6,16 +6,16 @@ processes. An image that cannot be read is replaced by the next one in the permu
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, TypeAlias, cast
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from pecobook.data.batch import Batch
 from pecobook.data.decode import BadImage
+from pecobook.data.loading import Batches
 from pecobook.data.sampler import fixed_permutation, key, permute
 from pecobook.data.source import ImageSource
 from pecobook.data.views import center_crop
@@ -52,6 +52,8 @@ class Stream(Dataset[dict[str, Any]]):
     ) -> None:
         self.source, self.view, self.seed = source, view, seed
         self.companion, self.num_views = companion, num_views
+        self.failure = ""
+        """A sentence on a data-loading process that was killed."""
 
     def __len__(self) -> int:
         return len(self.source)
@@ -110,24 +112,15 @@ def default_workers(devices: int) -> int:
 
 
 def load(stream: Stream, positions: Sequence[list[int]], *, workers: int, pin: bool) -> Iterator[Batch]:
-    """Batches of this rank, in order, of the positions that each list names."""
-    if len(positions) == 0:
-        return iter(())
-    loader: DataLoader[dict[str, Any]] = DataLoader(
-        stream,
-        batch_sampler=positions,
-        num_workers=workers,
-        pin_memory=pin,
-        collate_fn=collate,
-        prefetch_factor=4 if workers else None,
-        worker_init_fn=new_process_group,
-    )
-    return iter(loader)
+    """Batches of this rank, in order, of the positions that each list names.
 
+    Where a data-loading process is killed, `stream.failure` says so, and this process reads the further batches.
+    """
 
-def new_process_group(_worker: int) -> None:
-    """Leave the process group: its Ctrl-C or SIGTERM is for the trainer, which saves before it ends its workers."""
-    os.setpgid(0, 0)
+    def note(sentence: str) -> None:
+        stream.failure = sentence
+
+    return Batches(stream, positions, collate=collate, workers=workers, pin=pin, prefetch=4, on_failure=note)
 
 
 class _CentralCrops(Dataset[dict[str, Any]]):
@@ -170,12 +163,12 @@ def central_crops(
     order = list(range(count))
     if count < len(source):
         order = [fixed_permutation(i, len(source)) for i in order]
-    loader: DataLoader[dict[str, Any]] = DataLoader(
+    loader = Batches(
         _CentralCrops(source, size),
-        batch_sampler=[order[start : start + batch_size] for start in range(0, count, batch_size)],
-        num_workers=default_workers(1) if count > 2048 else 0,
-        collate_fn=_collate_whole,
-        worker_init_fn=new_process_group,
+        [order[start : start + batch_size] for start in range(0, count, batch_size)],
+        workers=default_workers(1) if count > 2048 else 0,
+        collate=_collate_whole,
+        flag="",
     )
     read, first = 0, ""
     for number, batch in enumerate(loader, start=1):

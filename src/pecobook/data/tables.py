@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import glob
 import hashlib
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -31,6 +32,7 @@ from pecobook.data.source import (
     relative_names,
 )
 from pecobook.data.split_names import group_by_split, note_ignored_splits
+from pecobook.data.table_files import content_key, damage, differences, file_of_path, num_bytes, paths_in_rows
 from pecobook.errors import DataError, did_you_mean, first_line
 from pecobook.utils.printer import say
 
@@ -83,14 +85,27 @@ class TableStore(FileImages):
         shown = path if len(path) <= 200 else f"{path[:40]}... ({len(path):,} characters)"
         if "://" in path:
             raise BadImage(self.identify(row), f"{shown} is an address, not a file; download the images first")
-        folder = Path(self._names[self._file_of(row)]).parent
+        folder = self._folder_of(row)
         try:
-            file = folder / path
-            if "\\" in path and not file.is_file():  # written on Windows
-                file = folder / path.replace("\\", "/")
-            return read_file(file, name=f"{self.identify(row)}: {folder / shown}")
+            return read_file(file_of_path(folder, path), name=f"{self.identify(row)}: {folder / shown}")
         except (OSError, ValueError):  # such as a text with a zero byte
             raise BadImage(self.identify(row), f"'{shown}' is no path of an image") from None
+
+    def _folder_of(self, row: int) -> Path:
+        return Path(self._names[self._file_of(row)]).parent
+
+    @property
+    def num_bytes(self) -> int:
+        """The bytes of all encoded images."""
+        return num_bytes(self._images.data.column(self._column))
+
+    def files(self, rows: Integers) -> Iterator[bytes]:
+        """Yield the paths of the tables, and of the image files where the tables hold paths."""
+        numbers = np.unique(np.searchsorted(self._starts, rows, side="right") - 1)
+        yield from (os.fsencode(self._names[number]) for number in numbers)
+        for row, path in paths_in_rows(self._images.data.column(self._column), rows):
+            with contextlib.suppress(ValueError):  # a text that is no path
+                yield os.fsencode(file_of_path(self._folder_of(row), path))
 
     def digest(self, rows: Integers) -> str:
         """Return a hash of the files' names, sizes and footers, of the row numbers, and of the bytes of some images."""
@@ -125,7 +140,7 @@ def parquet_contents(source: str, files: list[Path], *, root: Path | None = None
         schemas = [footers[number].schema.to_arrow_schema() for number in numbers]
         columns, unlabelled = _used_columns(source, split_files, schemas)
         table = _load_parquet(source, split, split_files, schemas, columns)
-        identity = repr([(file.name, *_content_key(file)) for file in split_files])
+        identity = repr([(file.name, *content_key(file)) for file in split_files])
         rows = [(str(files[number]), footers[number].num_rows) for number in numbers]
         classes = class_names(split_files[0].with_name("classes.txt"))
         parts[split] = _part(source, table, "image", rows, identity, classes, unlabelled)
@@ -133,7 +148,9 @@ def parquet_contents(source: str, files: list[Path], *, root: Path | None = None
             parts, left_out = _parts_by_column(parts[split], table.select_columns(["split"])["split"])
     if num_unused := sum(footers[number].num_rows for number in unused):
         left_out["in files that name no split, beside files that do"] = num_unused
-    return Contents(parts, left_out, note_ignored_splits(names, parts))
+    class_files = {files[numbers[0]].with_name("classes.txt") for numbers in groups.values() if numbers}
+    found = tuple(file for file in sorted(class_files) if file.is_file())
+    return Contents(parts, left_out, note_ignored_splits(names, parts), found)
 
 
 def _used_columns(source: str, files: list[Path], schemas: list[Any]) -> tuple[list[str], str]:
@@ -205,7 +222,7 @@ def _load_parquet(source: str, split: str, files: list[Path], schemas: list[Any]
     except Exception as error:  # datasets wraps all errors of Arrow in exceptions of its own
         raise DataError(
             f"--data '{source}': the parquet files of {split} cannot be loaded: {_first_line(error)}."
-            f"{_differences(files, schemas, columns) or _damage(files, columns)}"
+            f"{differences(files, schemas, columns) or damage(files, columns)}"
         ) from error
 
 
@@ -223,40 +240,6 @@ def _quiet() -> Iterator[None]:
         datasets.logging.set_verbosity(level)
         if has_bars:
             datasets.enable_progress_bars()
-
-
-def _differences(files: list[Path], schemas: list[Any], columns: list[str]) -> str:
-    """Return a sentence on a column that does not have the same type in all files; an empty text if there is none."""
-    for name in columns:
-        for file, schema in zip(files, schemas, strict=True):
-            first, kind = schemas[0].field(name).type, schema.field(name).type
-            if first != kind:
-                return f"\nThe column '{name}' holds {first} in '{files[0]}', but {kind} in '{file}': use one type."
-    return ""
-
-
-def _damage(files: list[Path], columns: list[str]) -> str:
-    """Return a sentence that names the first file that cannot be read to its end; an empty text if there is none."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    for file in files:
-        try:
-            for _ in pq.ParquetFile(file).iter_batches(columns=columns):
-                pass
-        except (OSError, pa.ArrowException):
-            return f"\nThe file '{file}' is damaged."
-    return ""
-
-
-def _content_key(file: Path) -> tuple[int, str]:
-    """Return the size of a parquet file and a hash of its footer, which holds the sizes and extremes of its columns."""
-    with file.open("rb") as opened:
-        size = opened.seek(0, 2)
-        opened.seek(-8, 2)
-        length = min(int.from_bytes(opened.read(4), "little") + 8, size)
-        opened.seek(-length, 2)
-        return size, hashlib.sha256(opened.read()).hexdigest()
 
 
 def hub_contents(source: str) -> Contents:

@@ -60,6 +60,9 @@ BANK: Schema = {
 }
 """What config.json of a bank holds."""
 
+OF_IMAGES = ("data", "evaluation_data", "num_images", "num_evaluation_images")
+"""Names of what a bank's config.json says of the images."""
+
 Codes = npt.NDArray[np.uint16]
 
 

@@ -153,3 +153,20 @@ def average_metrics(fabric: Fabric, metrics: dict[str, Tensor]) -> dict[str, flo
         dist.all_reduce(stacked)
         stacked /= fabric.world_size
     return dict(zip(names, stacked.tolist(), strict=True))
+
+
+def picture_grid(pictures: dict[str, Tensor], *, columns: int = 8) -> bytes:
+    """Return one PNG with a row for each name and a column for each of the first images."""
+    import io
+
+    from torchvision.transforms.functional import to_pil_image
+    from torchvision.utils import make_grid
+
+    rows = [value[:columns].float().cpu().clamp(0, 1) for value in pictures.values()]
+    zoom = max(1, 128 // rows[0].shape[-1])
+    grid = (
+        make_grid(torch.cat(rows), nrow=len(rows[0]), padding=2).repeat_interleave(zoom, 1).repeat_interleave(zoom, 2)
+    )
+    buffer = io.BytesIO()
+    to_pil_image(grid).save(buffer, "PNG")
+    return buffer.getvalue()

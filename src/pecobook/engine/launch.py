@@ -11,20 +11,22 @@ import logging
 import os
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Generic, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import nn
 
 from pecobook.data.stream import default_workers
+from pecobook.engine.join import join, told_of_lost_processes, watch_children
 from pecobook.engine.signals import from_the_start, stop_requested
 from pecobook.engine.world import World, check_flags, is_leader, launched
 from pecobook.errors import ConfigError
 from pecobook.settings.training import TrainConfig
 from pecobook.utils.devices import cores, cpu_prefers_bf16
-from pecobook.utils.distributed import gather_objects, on_all_ranks, on_first_rank
+from pecobook.utils.distributed import gather_objects, long_on_first_rank, on_all_ranks
 from pecobook.utils.folder_lock import FolderLock
+from pecobook.utils.parent import child_environment
 from pecobook.utils.printer import show
 
 if TYPE_CHECKING:
@@ -150,7 +152,7 @@ def begin(config: TrainConfig, preflight: Callable[[], R], prepare: Callable[[R]
     try:
         if fabric is not None or is_leader():  # a process that the first one has started joins later
             _stop_if_asked()
-            on_first_rank(lambda: locks.append(prepare(ready)))
+            long_on_first_rank(lambda: locks.append(prepare(ready)))
         return Begun(fabric or start(ready.config), ready, locks[0] if locks else None)
     except BaseException:
         for lock in locks:
@@ -165,12 +167,18 @@ def _stop_if_asked() -> None:
         raise SystemExit(130)
 
 
-def signals(config: TrainConfig) -> AbstractContextManager[object]:
-    """Return the context in which a run of these settings starts; see `engine.signals.from_the_start`."""
+@contextmanager
+def signals(config: TrainConfig) -> Iterator[None]:
+    """Start and run with these settings in this context, in which signals and lost processes are handled.
+
+    See `engine.signals.from_the_start` and `engine.join.told_of_lost_processes`.
+    """
     try:
-        return from_the_start(several=total_devices(config) > 1)
+        several = total_devices(config) > 1
     except ConfigError:  # the preflight reports it
-        return from_the_start()
+        several = False
+    with from_the_start(several=several), told_of_lost_processes():
+        yield
 
 
 def start(config: TrainConfig, *, alone: bool = False) -> Fabric:
@@ -181,6 +189,7 @@ def start(config: TrainConfig, *, alone: bool = False) -> Fabric:
         alone: whether this process works without others, also where torchrun or srun has started several.
     """
     from lightning_fabric import Fabric
+    from lightning_fabric.strategies.launchers import subprocess_script
 
     _filter_warnings()
     if alone:
@@ -197,10 +206,26 @@ def start(config: TrainConfig, *, alone: bool = False) -> Fabric:
         strategy=_strategy(config),
         plugins=[precision_plugin(config.precision), *_cluster_environment(devices)],
     )
+    world = launched()
+    if world is not None and world.size > 1 and not torch.distributed.is_initialized():
+        _join(fabric, world)
+    elif world is None and devices * nodes > 1:  # Fabric starts the other processes
+        os.environ.update(child_environment())
+        subprocess_script._launch_process_observer = watch_children  # type: ignore[assignment]
     fabric.launch()
     # Fabric registers this for NCCL alone. A thread of gloo that outlives Python aborts a process that has finished.
     atexit.register(_leave_process_group)
     return fabric
+
+
+def _join(fabric: Fabric, world: World) -> None:
+    strategy: Any = fabric.strategy
+    environment = strategy.cluster_environment
+    os.environ["MASTER_ADDR"] = environment.main_address
+    os.environ["MASTER_PORT"] = str(environment.main_port)
+    if fabric.device.type == "cuda":
+        torch.cuda.set_device(fabric.device)
+    join(world, fabric.device)
 
 
 def _start_alone(config: TrainConfig) -> Fabric:

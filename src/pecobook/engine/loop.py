@@ -17,12 +17,13 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from pecobook.data.batch import Batch
+from pecobook.data.loading import WorkerError
 from pecobook.data.sampler import BatchPositions, key
 from pecobook.data.stream import Stream, load, to_device
 from pecobook.engine import checkpoint
 from pecobook.engine.ahead import loss_weights, micro_batches
 from pecobook.engine.attention import trainable_attention
-from pecobook.engine.evaluation import Evaluation, average_metrics, evaluate
+from pecobook.engine.evaluation import Evaluation, average_metrics, evaluate, picture_grid
 from pecobook.engine.finite_check import FiniteCheck
 from pecobook.engine.launch import deterministic, micro_batch_size, num_workers
 from pecobook.engine.log import JsonLines, Progress, Sink, open_sinks, open_text_log
@@ -34,7 +35,7 @@ from pecobook.errors import PecobookError
 from pecobook.settings.durations import steps
 from pecobook.settings.training import TrainConfig
 from pecobook.settings.values import to_dict
-from pecobook.utils.distributed import on_first_rank
+from pecobook.utils.distributed import gather_objects, on_first_rank
 from pecobook.utils.files import write_atomically
 from pecobook.utils.printer import say, show, write_notes_to
 
@@ -156,8 +157,11 @@ class Loop:
                     if is_time(step, self.config.sample_every, self.total):
                         self._evaluate(step)
                     if stop and step < self.total:
+                        self._raise_failure(step)
                         show(f"Stopped at step {step}; the checkpoint is written. Continue with --resume.")
                         return Outcome(step, False, self.last_metrics)
+            if self._failure():
+                say(self._failure())  # in the last step or evaluation: nothing was lost
             return Outcome(step, True, self.last_metrics)
         except torch.OutOfMemoryError:
             minimum = self.stage.min_batch_size
@@ -165,6 +169,21 @@ class Loop:
             raise PecobookError(advice) from None
         finally:
             self._close()
+
+    def _failure(self) -> str:
+        """Return a sentence on a data-loading process of this rank that was killed; an empty text if there is none."""
+        streams = (self.train, self.evaluation, self.reference)
+        return next((stream.failure for stream in streams if stream is not None and stream.failure), "")
+
+    def _raise_failure(self, step: int) -> None:
+        """Raise WorkerError on all ranks, when a data-loading process of one of them was killed."""
+        failure = next(filter(None, gather_objects(self._failure())), "")
+        if failure:
+            error = WorkerError(
+                f"{failure}\nStopped at step {step}; the checkpoint is written. Continue with --resume."
+            )
+            error.on_all_ranks = True
+            raise error
 
     def _complete_evaluation(self) -> None:
         """Evaluate the step of the checkpoint if the run was killed between the checkpoint and the evaluation's end."""
@@ -192,7 +211,7 @@ class Loop:
             loss,
             norm,
             may_overflow=self.config.precision == "fp16",
-            stop=signals.received,
+            stop=signals.received or bool(self._failure()),
         )
         self.stepper.step()
         self.stepper.zero_grad()
@@ -286,7 +305,7 @@ class Loop:
         images = few if number < _MIN_HELD_OUT else "held-out images"
         say(f"step {step}, {images}: {metrics or 'nothing could be measured'}")
         if result.pictures:
-            png = _grid(result.pictures)
+            png = picture_grid(result.pictures)
             write_atomically(self.out / "samples" / f"step-{step:08d}.png", png)
             for sink in self.sinks:
                 sink.picture("samples", png, step)
@@ -364,20 +383,3 @@ class Loop:
             for handler in list(self.text.handlers):
                 handler.close()
                 self.text.removeHandler(handler)
-
-
-def _grid(pictures: dict[str, Tensor], *, columns: int = 8) -> bytes:
-    """Return one PNG with a row for each name and a column for each of the first images."""
-    import io
-
-    from torchvision.transforms.functional import to_pil_image
-    from torchvision.utils import make_grid
-
-    rows = [value[:columns].float().cpu().clamp(0, 1) for value in pictures.values()]
-    zoom = max(1, 128 // rows[0].shape[-1])
-    grid = (
-        make_grid(torch.cat(rows), nrow=len(rows[0]), padding=2).repeat_interleave(zoom, 1).repeat_interleave(zoom, 2)
-    )
-    buffer = io.BytesIO()
-    to_pil_image(grid).save(buffer, "PNG")
-    return buffer.getvalue()

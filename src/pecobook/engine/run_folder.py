@@ -13,6 +13,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from pecobook.data import record
+from pecobook.data.source import Splits
+from pecobook.engine.data_check import check_bank, compare_data
 from pecobook.errors import RunFolderError
 from pecobook.settings.images import AUTO, RangeSetting
 from pecobook.settings.training import TrainConfig
@@ -23,10 +26,11 @@ from pecobook.utils.json_files import ANY, OBJECT, TEXT, list_of, read_if_valid,
 from pecobook.utils.output_folder import OutputFolder
 from pecobook.utils.printer import say
 
-_ENVIRONMENT = {"versions": OBJECT, "earlier": list_of(OBJECT).or_none}
+_ENVIRONMENT = {"versions": OBJECT, "earlier": list_of(OBJECT).or_none, "data_notes": list_of(TEXT).or_none}
 _RUN = {"command": TEXT, "data": TEXT, "out": TEXT}  # many folders hold a config.json
 _FILES = (
-    *("config.json", "environment.json", "metrics.jsonl", "train.log", "events.out.tfevents.*", ".*.tmp"),
+    *("config.json", "environment.json", "data.parquet", "metrics.jsonl", "train.log", "events.out.tfevents.*"),
+    ".*.tmp",
     *("predictions.parquet", "classes.json", "detections.json", "average_precision.json"),
     *(f"samples/{name}" for name in ("step-*.png", "example.png", "confusion.png", "detections.png", ".*.tmp")),
     *("checkpoints/step-*/state.pt*", "checkpoints/.step-*.tmp/*"),
@@ -39,9 +43,26 @@ def check(config: TrainConfig, command: str) -> None:
     _folder(config, command).check()
 
 
-def prepare(config: TrainConfig, command: str) -> FolderLock:
-    """Create and lock the folder, write config.json and environment.json, and return the lock."""
-    return _folder(config, command).begin(partial(_write_settings, config, command))
+def prepare(
+    config: TrainConfig, command: str, splits: Splits | None = None, notes: list[str] | None = None
+) -> FolderLock:
+    """Create and lock the folder, write config.json and environment.json, and return the lock.
+
+    Args:
+        config: the settings.
+        command: name of the command.
+        splits: the data, which are compared with those of the run that resumes; None leaves that out.
+        notes: sentences on the data are added here.
+
+    Raises:
+        RunFolderError: the folder cannot be used, or the data have changed.
+    """
+    notes = [] if notes is None else notes
+    now = None if splits is None else record.take(splits, verify=config.verify_data)
+    bank: str = getattr(config, "tokens", "")
+    if now is not None and bank:
+        notes += check_bank(bank, now, data=config.data)
+    return _folder(config, command).begin(partial(_write_settings, config, command, now, notes))
 
 
 def recorded_range(out: str) -> RangeSetting:
@@ -77,16 +98,28 @@ def _check_resume(config: TrainConfig, command: str, old: dict[str, Any]) -> Non
         )
 
 
-def _write_settings(config: TrainConfig, command: str, out: Path) -> None:
-    if not (config.resume and (out / "config.json").exists()):
+def _write_settings(config: TrainConfig, command: str, now: record.Record | None, notes: list[str], out: Path) -> None:
+    resumes = bool(config.resume) and (out / "config.json").exists()
+    news = None
+    if resumes and now is not None:
+        found, news = compare_data(out, now, data=config.data, of="the run", accept=config.accept_data_change)
+        notes += found
+    elif now is not None:
+        news = now
+    if not resumes:
         write_json(out / "config.json", stored_settings(config, command))
-    _write_environment(out / "environment.json")
+    _write_environment(out / "environment.json", notes)
+    if news is not None:  # after environment.json, which tells of the change
+        news.write(out)
     (out / "checkpoints").mkdir(exist_ok=True)
     (out / "samples").mkdir(exist_ok=True)
 
 
-def _write_environment(file: Path) -> None:
-    """Write environment.json; where a resumed run had other versions, say which, and keep the earlier content."""
+def _write_environment(file: Path, notes: list[str]) -> None:
+    """Write environment.json; where a resumed run had other versions, say which, and keep the earlier content.
+
+    `notes` are sentences on changed data, which are kept too.
+    """
     current = environment()
     earlier: dict[str, Any] = {}
     try:
@@ -97,6 +130,8 @@ def _write_environment(file: Path) -> None:
         say(str(error))
     before, now = earlier.get("versions", {}), current["versions"]
     changes = [f"{name} {before[name]} -> {now[name]}" for name in now if before.get(name, now[name]) != now[name]]
+    if data_notes := [*(earlier.pop("data_notes", None) or []), *notes]:
+        current["data_notes"] = data_notes
     if changes:
         say(f"Versions differ from those with which the run began: {', '.join(changes)}.")
         current["earlier"] = [*earlier.pop("earlier", []), earlier]
@@ -107,7 +142,8 @@ def _write_environment(file: Path) -> None:
 
 def stored_settings(config: TrainConfig, command: str) -> dict[str, Any]:
     """Return the settings as config.json holds them, without the flags of a single start."""
-    return {"command": command, **to_dict(config), "resume": False, "overwrite": False, "dry_run": False}
+    single = dict.fromkeys(("resume", "overwrite", "dry_run", "verify_data", "accept_data_change"), False)
+    return {"command": command, **to_dict(config), **single}
 
 
 def command_line(arguments: list[str]) -> str:

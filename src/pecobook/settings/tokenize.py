@@ -49,6 +49,11 @@ class TokenizeConfig(ImagesConfig):
     """Resume an unfinished token bank. `--resume auto` begins a bank where there is none."""
     overwrite: bool = False
     """Delete the contents of --out first."""
+    verify_data: bool = False
+    """Read the content of all files of --data at the start, record it, and compare it when the bank is continued."""
+    accept_data_change: bool = False
+    """Continue although files of --data were changed in place since the bank was begun. Tokens that are written stay as
+    they are."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -141,6 +141,11 @@ class TrainConfig(ImagesConfig):
     line serves for the first start and for every restart."""
     overwrite: bool = False
     """Delete the contents of --out first."""
+    verify_data: bool = False
+    """Read the content of all files of --data at the start, record it, and compare it when the run resumes; without
+    this flag a run compares names, sizes and times, and the content of a few files."""
+    accept_data_change: bool = False
+    """Resume although the data have changed since the run began. The change is recorded in the run folder."""
     dry_run: bool = False
     """Say what the run would learn from, its settings, memory and time, and write nothing. A few images are computed to
     measure this."""

@@ -26,8 +26,9 @@ C = TypeVar("C")
 # Fields that change devices, speed or logs of a run, but not its results: a resumed run may change them.
 FREE_ON_RESUME = frozenset(
     {
-        *("out", "resume", "overwrite", "dry_run", "devices", "num_nodes", "strategy", "micro_batch_size", "workers"),
-        *("compile", "loggers", "log_every", "save_every", "save_minutes", "keep_checkpoints", "sample_every"),
+        *("out", "resume", "overwrite", "dry_run", "verify_data", "accept_data_change"),
+        *("devices", "num_nodes", "strategy", "micro_batch_size", "workers", "compile"),
+        *("loggers", "log_every", "save_every", "save_minutes", "keep_checkpoints", "sample_every"),
         *("evaluation_images", "knn_images", "pyramid.checkpointing"),
         *("test.mode", "test.stride", "test.scales", "test.flip"),  # test.max_side also changes the training images
     }

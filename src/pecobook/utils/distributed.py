@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor, wait
 from typing import Any, TypeVar
 
 import torch
@@ -39,6 +40,23 @@ def on_first_rank(work: Callable[[], T]) -> T:
     on_all_ranks(work_or_wait)
     dist.broadcast_object_list(value, src=0)
     return value[0]  # type: ignore[no-any-return]
+
+
+def long_on_first_rank(work: Callable[[], T], period: float = 10.0) -> T:
+    """Do as `on_first_rank` for work that may take longer than a collective operation may wait.
+
+    The ranks exchange a sign of life every `period` seconds; `work` runs in a thread of its own on rank 0.
+    """
+    if world_size() == 1:
+        return work()
+    with ThreadPoolExecutor(1) as thread:
+        future = thread.submit(work) if dist.get_rank() == 0 else None
+        is_done = [False]
+        while not is_done[0]:
+            if future is not None:
+                is_done = [not wait([future], period).not_done]
+            dist.broadcast_object_list(is_done, src=0)
+        return on_first_rank(lambda: future.result())  # type: ignore[union-attr]  # on rank 0 alone
 
 
 def on_all_ranks(work: Callable[[], T]) -> T:

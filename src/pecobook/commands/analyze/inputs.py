@@ -12,8 +12,10 @@ from pecobook.analysis.wording import unique_names
 from pecobook.commands.analyze.classifier import RestrictedClassifier, open_classifier
 from pecobook.commands.analyze.masked import open_runs
 from pecobook.commands.masked_run import MaskedRun
+from pecobook.data import record
 from pecobook.data.source import Splits
 from pecobook.data.tokens import TokenBank, bank_differences
+from pecobook.engine.data_check import check_bank
 from pecobook.engine.value_range import open_readable
 from pecobook.errors import ConfigError, DataError, Preflight, WeightsError
 from pecobook.models.perceptual import PerceptualDistance
@@ -81,6 +83,7 @@ def _open(config: AnalyzeConfig, name: str, source: str) -> TokenizerInput:
 def _with_banks(config: AnalyzeConfig, inputs: list[TokenizerInput], splits: Splits) -> list[TokenizerInput]:
     """Assign each bank to its tokenizer. Raises DataError for a bank of another tokenizer or of other images."""
     fingerprints = [fingerprint(tokenizer_input.tokenizer) for tokenizer_input in inputs] if config.tokens else []
+    now: record.Record | None = None
     for folder in config.tokens:
         bank = TokenBank(folder)
         differences = bank_differences(bank.config, {"data": splits.train.fingerprint})
@@ -88,6 +91,9 @@ def _with_banks(config: AnalyzeConfig, inputs: list[TokenizerInput], splits: Spl
             raise DataError(
                 f"--tokens '{folder}' was made from other images than --data '{config.data}': {differences[0]}."
             )
+        now = now or record.take(splits)
+        for note in check_bank(folder, now, data=config.data):
+            say(note)
         if bank.config["tokenizer"] not in fingerprints:
             raise DataError(f"--tokens '{folder}' was made by another tokenizer: give that tokenizer too.")
         index = fingerprints.index(bank.config["tokenizer"])

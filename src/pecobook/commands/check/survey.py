@@ -11,13 +11,13 @@ from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from pecobook.data.dense.coco_check import compare_boxes
 from pecobook.data.dense.detection import DetectionSource
 from pecobook.data.dense.segmentation import SegmentationSource
+from pecobook.data.loading import Batches
 from pecobook.data.source import ImageSource, Splits
-from pecobook.data.stream import new_process_group
 from pecobook.data.summary import (
     Census,
     Lines,
@@ -127,10 +127,8 @@ def _looks(source: ImageSource, workers: int) -> Iterator[Look]:
     looks = _Looks(source)
     if number < 2 or len(source) < _FEW_IMAGES:
         return (looks[index] for index in range(len(source)))
-    loader: DataLoader[Look] = DataLoader(
-        looks, batch_size=16, num_workers=number, collate_fn=list, worker_init_fn=new_process_group
-    )
-    return (seen for batch in loader for seen in batch)
+    batches = [list(range(start, min(start + 16, len(source)))) for start in range(0, len(source), 16)]
+    return (seen for batch in Batches(looks, batches, collate=list, workers=number) for seen in batch)
 
 
 class _Repeats:

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Sequence
+import os
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -92,6 +93,10 @@ class Annotations:
     def identify(self, row: int) -> str:
         """Return the path of the image of a row as text."""
         return str(self.path(row))
+
+    def files(self, rows: Integers) -> Iterator[bytes]:
+        """Yield the paths of the images of the rows."""
+        return (os.fsencode(self.root / name) for name in self.names[rows].tolist())
 
     def digest(self, rows: Integers) -> str:
         """Return a hash of the images' names and of all objects."""

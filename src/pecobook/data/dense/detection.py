@@ -224,7 +224,8 @@ def open_detection(data: str, *, skip_bad: bool = False, masks: bool = True) -> 
         named = {part.root / name for part in splits.values() for name in part.names.tolist()}
         count = count_unnamed(named)
         splits["train"].left_out |= {"images that no annotations name": count} if count else {}
-    return _assemble(data, splits, findings.notes)
+    files = tuple(parts[name][0] for name in splits)
+    return dataclasses.replace(_assemble(data, splits, findings.notes), files=files)
 
 
 def _find_annotations(data: str) -> dict[str, tuple[Path, list[Path]]]:

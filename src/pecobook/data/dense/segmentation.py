@@ -16,7 +16,8 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Iterable, Mapping, Sequence
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, cast
 
@@ -96,6 +97,10 @@ class PairStore:
         name = self.pairs[row][1]
         return read_file(self.root / name, name)
 
+    def files(self, rows: Integers) -> Iterator[bytes]:
+        """Yield the paths of the images and of the masks."""
+        return (os.fsencode(self.root / name) for row in rows.tolist() for name in self.pairs[row])
+
     def digest(self, rows: Integers) -> str:
         """Return a hash of the relative paths."""
         return hashlib.sha256(repr([self.pairs[row] for row in rows.tolist()]).encode()).hexdigest()
@@ -145,6 +150,15 @@ class TablePairStore:
     def read_mask(self, row: int) -> bytes:
         """Read the encoded mask."""
         return self._masks.encoded(row)
+
+    @property
+    def num_bytes(self) -> int:
+        """The bytes of all encoded images and masks."""
+        return self._images.num_bytes + self._masks.num_bytes
+
+    def content(self, row: int) -> bytes:
+        """Read the encoded image and the encoded mask."""
+        return self.encoded(row) + self._masks.encoded(row)
 
     def digest(self, rows: Integers) -> str:
         """Return a hash of the identities of both columns and of the row numbers."""
@@ -272,6 +286,7 @@ def open_segmentation(
             left_out=store.left_out,
         )
 
+    files = (file,) if file else ()
     is_usual = file is None or bool(classes) or file.name == "classes.txt"
     notes = () if is_usual else (f"The classes are those of {file}.",)
     stores = _hub_stores(data) if data.startswith("hf:") else _folder_stores(data, root, skip_bad)
@@ -280,10 +295,10 @@ def open_segmentation(
         if name in stores:
             evaluation = source(stores[name], range(len(stores[name])), "evaluation")
             unused = unused_splits({split: len(stores[split]) for split in stores}, name)
-            return Splits(train, evaluation, name, unused, notes)
+            return Splits(train, evaluation, name, unused, notes, files)
     splits = hold_out(train)
     cast("SegmentationSource", splits.evaluation).left_out = {}  # `train` has the counts of all pairs
-    return dataclasses.replace(splits, notes=notes)
+    return dataclasses.replace(splits, notes=notes, files=files)
 
 
 def _folder_stores(data: str, root: Path, skip_bad: bool) -> dict[str, MaskStore]:

@@ -1,0 +1,316 @@
+"""The record of a source's files, by which a resumed run, and a reader of a token bank, notices that the data changed.
+
+A record holds the name, size and time of the last change of every file that the images, masks and labels come from.
+Taking it costs one request to the file system for each file, and opens few of them: it also holds a hash of the content
+of some files spread over the source, so that a copy, whose times all differ, is told from other images. With `verify`
+it holds the content of every file. A data set of the Hugging Face hub counts as one file for each split.
+
+On disk the record is a parquet file: a million images take about 10 MB.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import os
+from bisect import bisect_left
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+
+from pecobook.data.decode import BadImage
+from pecobook.data.source import ImageSource, Integers, Splits
+from pecobook.errors import RunFolderError, first_line, printable
+from pecobook.utils.files import write_atomically
+
+FILE = "data.parquet"
+_SAMPLE = 256
+_WHOLE = 2**20
+"""Bytes up to which a file of the sample is read whole; of a larger one both ends are read."""
+_END = 2**16
+_ABSENT = -1
+"""Size and time of a file that cannot be found."""
+_BLOCK = 4096
+_THREADS = 16
+"""Requests under way at once: a shared file system takes as long for one as for many."""
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+
+@dataclasses.dataclass(frozen=True)
+class Record:
+    """The files of a source, ordered by name.
+
+    Attributes:
+        names: paths relative to the folder of the source; absolute outside of it.
+        sizes: bytes, int64 (n,).
+        times: times of the last change in nanoseconds, int64 (n,).
+        contents: hashes of the contents that were read, by the number of the file; "~" stands before one of both ends.
+        root: the folder of the source, empty in a record that was read from disk.
+    """
+
+    names: list[bytes]
+    sizes: Integers
+    times: Integers
+    contents: dict[int, str]
+    root: bytes = b""
+
+    def write(self, folder: Path) -> None:
+        """Write the record into a run folder or a token bank, whole or not at all."""
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        contents = [self.contents.get(number) for number in range(len(self.names))]
+        columns = [pa.array(self.names, pa.large_binary()), self.sizes, self.times, pa.array(contents, pa.string())]
+        sink = pa.BufferOutputStream()
+        table = pa.table(dict(zip(("name", "size", "time", "content"), columns, strict=True)))
+        pq.write_table(table, sink, compression="zstd", use_dictionary=False)
+        write_atomically(folder / FILE, sink.getvalue().to_pybytes())
+
+    def content(self, number: int, *, whole: bool) -> str:
+        """Return the hash of the content of a file, or of the ends of a large one unless `whole`; "" if unreadable."""
+        try:
+            with open(os.path.join(self.root, self.names[number]), "rb") as file:  # noqa: PTH118, PTH123 (bytes)
+                size = os.fstat(file.fileno()).st_size
+                if whole or size <= _WHOLE:
+                    return hashlib.file_digest(file, "sha256").hexdigest()[:32]
+                ends = file.read(_END) + os.pread(file.fileno(), _END, size - _END)
+                return "~" + hashlib.sha256(ends).hexdigest()[:32]
+        except (OSError, ValueError):
+            return ""
+
+    def with_contents(self, numbers: Iterable[int], *, whole: bool) -> Record:
+        """Return the record with the contents of the files `numbers`, of which those that are known are not read."""
+        unknown = [n for n in numbers if n not in self.contents or (whole and self.contents[n].startswith("~"))]
+        read = _in_threads(partial(self.content, whole=whole), unknown)
+        return dataclasses.replace(self, contents={**self.contents, **dict(zip(unknown, read, strict=True))})
+
+
+def read(folder: Path) -> Record | None:
+    """Read the record in a run folder or a token bank; None where there is none, as in those of earlier versions.
+
+    Raises:
+        RunFolderError: the file is damaged.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    file = folder / FILE
+    if not file.is_file():
+        return None
+    try:
+        table = pq.read_table(file, columns=["name", "size", "time", "content"])
+    except (OSError, pa.ArrowException) as error:
+        raise RunFolderError(
+            f"'{file}', the record of the data, cannot be read: {first_line(error)}.\n"
+            "Delete it to go on without a comparison; it is then written anew."
+        ) from None
+    sizes, times = (table.column(name).to_numpy() for name in ("size", "time"))
+    contents = {n: text for n, text in enumerate(table.column("content").to_pylist()) if text is not None}
+    return Record(table.column("name").to_pylist(), sizes, times, contents)
+
+
+def take(splits: Splits, *, verify: bool = False) -> Record:
+    """Take the record of a source; `verify` reads the content of every file."""
+    sources = (splits.train, splits.evaluation)
+    here, root = os.fsencode(Path.cwd()) + b"/", os.fsencode(Path(splits.train.name).expanduser().absolute())
+    listings = [source.files() for source in sources]
+    extra = {os.path.join(here, os.fsencode(file)) for file in splits.files}  # noqa: PTH118 (bytes)
+    paths = {
+        path if path.startswith(b"/") else here + path.removeprefix(b"./") for files in listings for path in files or ()
+    } | extra
+    if not any(path.startswith(root + b"/") for path in paths) and paths:  # one file, a pattern, built-in photographs
+        root = os.path.commonpath({os.path.dirname(path) for path in paths})  # noqa: PTH120 (bytes)
+    names = sorted(path[len(root) + 1 :] if path.startswith(root + b"/") else path for path in paths)
+    sizes, times = _stat_all(root, names)
+    record = Record(names, sizes, times, {}, root)
+    of_all = [bisect_left(names, path.removeprefix(root + b"/")) for path in extra]
+    record = record.with_contents(range(len(names)) if verify else of_all, whole=True)
+    record = record.with_contents(_spread(len(names)), whole=False)
+    for source, files in zip(sources, listings, strict=True):
+        if files is None:
+            record = _with_split(record, source, verify=verify)
+    return record
+
+
+def _spread(count: int) -> list[int]:
+    """Return the numbers of the sample of `count` files, evenly spread."""
+    return np.unique(np.linspace(0, count - 1, min(count, _SAMPLE), dtype=np.int64)).tolist() if count else []
+
+
+def _with_split(record: Record, source: ImageSource, *, verify: bool) -> Record:
+    """Return the record with an entry for a split that comes from no files; its "size" is a hash of what is cheap."""
+    digest = hashlib.sha256(f"{source.digest()} {source.num_bytes} {source.classes}".encode())
+    if source.labels is not None:
+        digest.update(source.labels.tobytes())
+    size, contents = int(digest.hexdigest()[:12], 16), dict(record.contents)
+    if verify:
+        for number in range(len(source)):
+            try:
+                digest.update(source.content(number))
+            except BadImage:
+                digest.update(b"unreadable")
+        contents[len(record.names)] = digest.hexdigest()[:32]
+    return Record(
+        [*record.names, f"the split {source.split}".encode()],
+        np.append(record.sizes, size),
+        np.append(record.times, 0),
+        contents,
+        record.root,
+    )
+
+
+def _stat_all(root: bytes, names: Sequence[bytes]) -> tuple[Integers, Integers]:
+    """Return the sizes and the times of files."""
+
+    def stat_block(start: int) -> list[tuple[int, int]]:
+        found = []
+        for name in names[start : start + _BLOCK]:
+            try:
+                status = os.stat(os.path.join(root, name))  # noqa: PTH116, PTH118 (bytes, a million times)
+                found.append((status.st_size, status.st_mtime_ns))
+            except (OSError, ValueError):  # a text in a table that is no path
+                found.append((_ABSENT, _ABSENT))
+        return found
+
+    blocks = _in_threads(stat_block, range(0, len(names), _BLOCK))
+    table = np.array([entry for block in blocks for entry in block], dtype=np.int64).reshape(-1, 2)
+    return table[:, 0].copy(), table[:, 1].copy()
+
+
+def _in_threads(work: Callable[[T], R], items: Sequence[T]) -> list[R]:
+    if len(items) < 2:
+        return [work(item) for item in items]
+    with ThreadPoolExecutor(_THREADS) as threads:
+        return list(threads.map(work, items))
+
+
+# ---------------------------------------------------------------------------------------------------------- comparison
+
+
+@dataclasses.dataclass(frozen=True)
+class Comparison:
+    """What differs between two records.
+
+    Attributes:
+        differences: one phrase for each kind of difference, with the number of files and up to three names; empty
+            where the data are the same.
+        same_names: whether both hold the same names.
+        note: a sentence where all is the same but the times, as in a copy.
+        record: the present record, with the contents that the earlier one knew of unchanged files.
+        is_new: whether `record` says more than the earlier one or something else.
+    """
+
+    differences: tuple[str, ...]
+    same_names: bool
+    note: str
+    record: Record
+    is_new: bool
+
+    def __str__(self) -> str:
+        return ", ".join(self.differences)
+
+
+def compare(before: Record, now: Record, *, unread: Sequence[str] = ()) -> Comparison:
+    """Compare an earlier record with the present one; contents are read where only times differ.
+
+    Where less than half of the times differ, files were written in place: each is read whose content is known, and one
+    of unknown content counts as changed. Where most differ, the folder was copied or mounted in another way: the sample
+    decides.
+
+    Args:
+        before: the earlier record.
+        now: the present record.
+        unread: names of images that were left out because they could not be read; these may have changed.
+    """
+    place = {name: number for number, name in enumerate(before.names)}
+    added = [name for name in now.names if name not in place]
+    here = {name: number for number, name in enumerate(now.names)}
+    removed = [name for name in before.names if name not in here]
+    common = np.array([(place[name], number) for name, number in here.items() if name in place], np.int64).reshape(
+        -1, 2
+    )
+    old, new = common[:, 0], common[:, 1]
+    is_resized = before.sizes[old] != now.sizes[new]
+    is_later = ~is_resized & ~_same_times(before.times[old], now.times[new])
+    is_copy = 2 * int(is_later.sum()) > len(common)
+    known = [n in before.contents for n in old.tolist()]
+    checked = np.flatnonzero(is_later & known)
+    if is_copy and len(checked) > _SAMPLE:
+        checked = checked[_spread(len(checked))]
+    contents = _contents_like(before, now, old[checked], new[checked])
+    compared = {int(k): contents[int(old[k])] for k in checked}
+    for number, content in now.contents.items():  # the sample, or everything with --verify-data
+        k = int(np.searchsorted(new, number))
+        if k < len(new) and new[k] == number and _comparable(before.contents.get(int(old[k])), content):
+            compared[k] = content
+    is_other = is_resized.copy()
+    is_certain = ~is_later
+    for k, content in compared.items():
+        is_other[k] |= content != before.contents[int(old[k])]
+        is_certain[k] |= not content.startswith("~")
+    for number in np.flatnonzero(is_other).tolist() if unread else ():
+        is_other[number] = not _ends_one(now.names[int(new[number])], unread)
+    is_rewritten = ~is_other & ~is_certain & (not is_copy)
+    groups = {
+        "added": added,
+        "removed": removed,
+        "changed": [now.names[n] for n in new[is_other].tolist()],
+        "with another time and the same size": [now.names[n] for n in new[is_rewritten].tolist()],
+    }
+    differences = tuple(_phrase(names, kind) for kind, names in groups.items() if names)
+    kept = {n: before.contents[o] for o, n in common[~is_other & ~is_rewritten].tolist() if o in before.contents}
+    better = {n: text for n, text in now.contents.items() if n not in kept or kept[n].startswith("~")}
+    record = dataclasses.replace(now, contents=kept | better)
+    is_new = bool(differences) or bool(is_later.any()) or record.contents != kept
+    note = _note(int(is_later.sum()), len(common), len(compared)) if is_copy and not differences else ""
+    return Comparison(differences, not added and not removed, note, record, is_new)
+
+
+def _contents_like(before: Record, now: Record, old: Integers, new: Integers) -> dict[int, str]:
+    """Return the present contents of files, hashed as in the earlier record, by their numbers there."""
+    pairs = list(zip(old.tolist(), new.tolist(), strict=True))
+
+    def content(pair: tuple[int, int]) -> str:
+        earlier, present = before.contents[pair[0]], now.contents.get(pair[1])
+        if present is not None and _comparable(earlier, present):
+            return present
+        return now.content(pair[1], whole=not earlier.startswith("~"))
+
+    return dict(zip((o for o, _ in pairs), _in_threads(content, pairs), strict=True))
+
+
+def _comparable(a: str | None, b: str) -> bool:
+    return a is not None and a.startswith("~") == b.startswith("~")
+
+
+def _same_times(a: Integers, b: Integers) -> Any:
+    """Return whether times are equal, or one is the other in whole seconds or microseconds, as some copies keep it."""
+    same = a == b
+    for unit in (10**3, 10**9):
+        same |= (a // unit == b // unit) & ((a % unit == 0) | (b % unit == 0))
+    return same
+
+
+def _ends_one(name: bytes, paths: Sequence[str]) -> bool:
+    """Return whether a relative name is the end of one of the paths, wherever the folder was then."""
+    text = printable(os.fsencode(name).decode(errors="replace"))
+    return any(path == text or path.endswith(f"/{text}") for path in paths)
+
+
+def _phrase(names: Sequence[bytes], kind: str) -> str:
+    shown = ", ".join(name.decode(errors="replace") for name in names[:3])
+    return f"{len(names):,} {kind} ({shown}{', ...' if len(names) > 3 else ''})"
+
+
+def _note(num_later: int, count: int, num_compared: int) -> str:
+    whose = f"all {count:,} files" if num_later == count else f"{num_later:,} of {count:,} files"
+    return (
+        f"The times of {whose} of --data differ from those that were recorded, as after a copy. Names and sizes are "
+        f"the same, and so is the content of {num_compared:,}."
+    )
