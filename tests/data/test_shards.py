@@ -171,6 +171,19 @@ def test_an_archive_behind_one_that_was_cut(tmp_path: Path, removed: int) -> Non
         assert index_shard(joined).notes == [f"{joined}: another archive begins inside '1.png', which is left out."]
 
 
+def test_a_shard_with_long_names_cut_anywhere(tmp_path: Path) -> None:
+    keys = ["k" * 120 + str(n) for n in range(3)]  # longer names stand in a member of their own
+    path = make_tar(tmp_path / "x.tar", [member for key in keys for member in sample(key, 1, "cat")])
+    data, whole = path.read_bytes(), index_shard(path).images
+    end = whole[-1].offset + 2048  # behind the last label
+    for size in range(1700, end, 200):
+        path.write_bytes(data[:size])
+        index = index_shard(path)
+        complete = [image for image in whole if image.offset + image.size <= size]
+        assert [image.offset for image in index.images] == [image.offset for image in complete]
+        assert index.notes
+
+
 def noisy_png(value: int) -> bytes:
     """Encode a PNG of several kilobytes."""
     buffer = io.BytesIO()
