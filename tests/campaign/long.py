@@ -87,7 +87,7 @@ def _stream(materials: Materials, steps: int) -> Iterator[str]:
     from pecobook.settings.images import AUTO
     from pecobook.stages.codebook import CodebookStage
 
-    source = open_readable(str(materials.images), AUTO, quiet=True).train
+    source = open_readable(str(materials.images), AUTO).train
     stream = Stream(source, CodebookStage.view(recipe("codebook", "tiny")), 0)
     positions = BatchPositions(start_step=0, stop_step=steps, batch_size=2, micro_batch_size=2, rank=0, world_size=1)
     usages = []
