@@ -10,7 +10,7 @@ import typing
 from collections.abc import Callable, Iterable, Mapping
 from typing import Literal, NamedTuple
 
-from pecobook.commands.reproduce.paper import TABLES
+from pecobook.commands.paper_tables import TABLES
 from pecobook.commands.table import COMMANDS
 from pecobook.errors import ConfigError, did_you_mean
 from pecobook.help import explanations, first_sentence

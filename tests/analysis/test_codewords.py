@@ -78,10 +78,13 @@ def test_gallery_holds_only_patches_with_the_codeword() -> None:
     # Every pixel encodes the code of its patch, so a crop shows its code.
     images = (codes / 10).repeat_interleave(8, 1).repeat_interleave(8, 2)[:, None].expand(-1, 3, -1, -1)
     gallery = code_gallery(images, codes, codewords=4, patches=6, seed=3)
-    assert len(gallery.rows) == 4
-    for row in gallery.rows:
+    assert len(gallery) == 4
+    for row in gallery:
         assert row.count == int((codes == row.codeword).sum())
         assert row.images == int((codes == row.codeword).flatten(1).any(1).sum())
+        assert row.positions.tolist() == [
+            [sum(int(codes[n, y, x]) == row.codeword for n in range(8)) for x in range(4)] for y in range(4)
+        ]
         for patch in row.patches:
             assert int(codes[patch.image, patch.row, patch.column]) == row.codeword
             top, left, height, width = (round(value) for value in patch.box)
@@ -94,16 +97,17 @@ def test_gallery_holds_only_patches_with_the_codeword() -> None:
 def test_gallery_takes_the_most_used_codewords_after_the_chosen_ones() -> None:
     codes = torch.tensor([[[0, 0], [0, 1]], [[0, 2], [2, 1]]])
     images = torch.rand(2, 3, 8, 8)
-    assert [row.codeword for row in code_gallery(images, codes, codewords=2).rows] == [0, 1]
+    assert [row.codeword for row in code_gallery(images, codes, codewords=2)] == [0, 1]
     gallery = code_gallery(images, codes, codewords=3, chosen=[9, 2])
-    assert [row.codeword for row in gallery.rows] == [9, 2, 0]
-    assert gallery.rows[0].patches == ()
-    assert gallery.rows[0].count == 0
+    assert [row.codeword for row in gallery] == [9, 2, 0]
+    assert gallery[0].patches == ()
+    assert gallery[0].count == 0
+    assert gallery[2].positions.tolist() == [[2, 1], [1, 0]]
 
 
 def test_gallery_shows_every_image_once_before_any_image_twice() -> None:
     codes = torch.zeros(5, 4, 4, dtype=torch.long)
-    row = code_gallery(torch.rand(5, 3, 16, 16), codes, codewords=1, patches=10).rows[0]
+    row = code_gallery(torch.rand(5, 3, 16, 16), codes, codewords=1, patches=10)[0]
     assert sorted(patch.image for patch in row.patches[:5]) == [0, 1, 2, 3, 4]
     assert sorted(patch.image for patch in row.patches[5:]) == [0, 1, 2, 3, 4]
     assert len({(patch.image, patch.row, patch.column) for patch in row.patches}) == 10
@@ -114,7 +118,7 @@ def test_gallery_is_deterministic_and_rows_do_not_depend_on_each_other() -> None
 
     def places(seed: int, number: int) -> list[list[tuple[int, int, int]]]:
         gallery = code_gallery(images, codes, codewords=number, seed=seed)
-        return [[(p.image, p.row, p.column) for p in row.patches] for row in gallery.rows]
+        return [[(p.image, p.row, p.column) for p in row.patches] for row in gallery]
 
     assert places(1, 5) == places(1, 5)
     assert places(1, 5)[:2] == places(1, 2)
@@ -122,6 +126,6 @@ def test_gallery_is_deterministic_and_rows_do_not_depend_on_each_other() -> None
 
 
 def test_gallery_of_tiny_images_uses_the_whole_image() -> None:
-    row = code_gallery(torch.rand(1, 3, 4, 4), torch.zeros(1, 1, 1, dtype=torch.long), codewords=1).rows[0]
+    row = code_gallery(torch.rand(1, 3, 4, 4), torch.zeros(1, 1, 1, dtype=torch.long), codewords=1)[0]
     assert row.patches[0].window.shape == (3, 4, 4)
     assert row.patches[0].box == (0, 0, 4, 4)

@@ -12,7 +12,7 @@ from PIL import Image
 from pecobook.analysis.canvas import escape_text, styles
 from pecobook.analysis.charts import Score, code_usage_chart, read_metrics, score_chart, training_curves
 from pecobook.analysis.codewords import code_gallery
-from pecobook.analysis.figures import gallery_picture, image_columns
+from pecobook.analysis.figures import gallery_picture, image_columns, position_shares
 
 
 def opened(png: bytes) -> Image.Image:
@@ -61,6 +61,22 @@ def test_gallery_picture_grows_with_its_rows() -> None:
     short = opened(gallery_picture(code_gallery(images, codes, codewords=1)))
     tall = opened(gallery_picture(code_gallery(images, codes, codewords=3, chosen=[77])))
     assert tall.height > 2 * short.height
+
+
+def test_gallery_picture_maps_the_positions_of_each_codeword() -> None:
+    """The first codeword is bound to the upper right position; the second occurs everywhere else."""
+    codes = torch.ones(6, 2, 2, dtype=torch.long)
+    codes[:, 0, 1] = 0
+    bound, elsewhere = code_gallery(torch.zeros(6, 3, 8, 8), codes, codewords=2, chosen=[0])
+    assert position_shares(bound.positions).tolist() == [[0, 1], [0, 0]]
+    assert position_shares(elsewhere.positions).tolist() == [[1, 0], [1, 1]]
+    assert position_shares(np.array([[0, 1], [2, 4]])).tolist() == [[0, 0.25], [0.5, 1]]
+    assert position_shares(np.zeros((2, 2), dtype=np.int64)).tolist() == [[0, 0], [0, 0]]
+    pixels = np.asarray(opened(gallery_picture([bound])))
+    light, dark = (np.argwhere((pixels[..., :3] == colour).all(-1)) for colour in ((253, 231, 36), (68, 1, 84)))
+    assert 0.9 < 3 * len(light) / len(dark) < 1.1  # one field of viridis' largest value, three of its smallest
+    assert light[:, 0].mean() < dark[:, 0].mean()
+    assert dark[:, 1].mean() < light[:, 1].mean() < pixels.shape[1] / 6  # upper right, at the left of the patches
 
 
 def test_training_curves_of_runs_that_differ_in_length_and_metrics() -> None:

@@ -84,10 +84,9 @@ def _stream(materials: Materials, steps: int) -> Iterator[str]:
     from pecobook.data.stream import Stream, load
     from pecobook.engine.value_range import open_readable
     from pecobook.recipes import recipe
-    from pecobook.settings.images import AUTO
     from pecobook.stages.codebook import CodebookStage
 
-    source = open_readable(str(materials.images), AUTO).train
+    source = open_readable(str(materials.images)).train
     stream = Stream(source, CodebookStage.view(recipe("codebook", "tiny")), 0)
     positions = BatchPositions(start_step=0, stop_step=steps, batch_size=2, micro_batch_size=2, rank=0, world_size=1)
     usages = []

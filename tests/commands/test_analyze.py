@@ -23,10 +23,10 @@ from pecobook.analysis.position import information_given_position, moved_codes, 
 from pecobook.analysis.probe import linear_probe
 from pecobook.analysis.reconstruction import decode_all, encode_all, psnr
 from pecobook.analysis.semantics import patch_edges
+from pecobook.analysis.wording import file_part, unique_names
 from pecobook.commands.analyze import check_and_open
 from pecobook.commands.analyze.classifier import open_classifier
 from pecobook.commands.analyze.measure import at_most_fifty
-from pecobook.commands.analyze.names import file_part, unique_names
 from pecobook.commands.masked_run import load_masked_run
 from pecobook.data.images import open_images
 from pecobook.data.stream import read_all

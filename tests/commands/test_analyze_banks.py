@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import shutil
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -86,7 +87,8 @@ def test_find_occurrences__draws_the_images_with_the_lowest_ranks(
     occurrences = {each.codeword: each for each in find_occurrences(bank, [5, 3, 11], K, patches=6, seed=1)}
     for codeword, each in occurrences.items():
         positions = np.argwhere(codes == codeword)
-        assert each.count == len(positions)
+        assert each.positions.tolist() == (codes == codeword).sum((0, 1)).tolist()
+        assert each.positions.sum() == len(positions)
         assert each.images == len(set(positions[:, 0].tolist()))
         assert len(each.drawn) == len({image for image, *_ in each.drawn}) == min(6, each.images)
         assert all(codes[position] == codeword for position in each.drawn)
@@ -103,12 +105,19 @@ def test_splitmix64_array__equals_splitmix64(values: list[int]) -> None:
     assert splitmix64_array(np.array(values, dtype=np.uint64)).tolist() == [splitmix64(value) for value in values]
 
 
-def test_analyze__reads_a_bank_and_reproduces_its_views(images: Path, codebook_run: Path, tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def bank(images: Path, codebook_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A bank with two views of each image, written by the command."""
+    settings: dict[str, Any] = {"views": 2, "image_size": 16, "precision": "fp32", "workers": 0}
+    out = str(tmp_path_factory.mktemp("bank") / "b")
     with contextlib.redirect_stderr(io.StringIO()):
-        bank = pecobook.tokenize(
-            "tiny", data=str(images), tokenizer=str(codebook_run), out=str(tmp_path / "b"), views=2, image_size=16,
-            precision="fp32", workers=0,
-        )  # fmt: skip
+        return pecobook.tokenize("tiny", data=str(images), tokenizer=str(codebook_run), out=out, **settings)
+
+
+def test_analyze__reads_a_bank_and_reproduces_its_views(
+    images: Path, codebook_run: Path, bank: Path, tmp_path: Path
+) -> None:
+    with contextlib.redirect_stderr(io.StringIO()):
         pecobook.analyze(tokenizer=str(codebook_run), tokens=(str(bank),), data=str(images), out=str(tmp_path / "a"))
     (metrics,) = json.loads((tmp_path / "a" / "analysis.json").read_text())["tokenizers"]
     opened, source, tokenizer = TokenBank(bank), open_images(str(images)).train, load_tokenizer(codebook_run)
@@ -122,16 +131,14 @@ def test_analyze__reads_a_bank_and_reproduces_its_views(images: Path, codebook_r
         again = encode_views(tokenizer, view_of(opened.config, source, image, view)[None], 0)
         assert int(again[0, row, column]) == most_used
     gallery = bank_gallery(opened, source, occurrences)
-    assert [patch.image for patch in gallery.rows[0].patches] == [image for image, *_ in occurrences[0].drawn]
+    assert gallery[0].count == int(bank_usage(opened, 24).counts[most_used])
+    assert [patch.image for patch in gallery[0].patches] == [image for image, *_ in occurrences[0].drawn]
 
 
 def test_analyze__refuses_a_bank_of_another_tokenizer_or_of_other_images(
-    images: Path, codebook_run: Path, tmp_path: Path
+    images: Path, codebook_run: Path, bank: Path, tmp_path: Path
 ) -> None:
-    with contextlib.redirect_stderr(io.StringIO()):
-        bank = pecobook.tokenize(
-            "tiny", data=str(images), tokenizer=str(codebook_run), out=str(tmp_path / "b"), image_size=16, workers=0
-        )
+    bank = Path(shutil.copytree(bank, tmp_path / "b"))
     config = json.loads((bank / "config.json").read_text())
     for change, message in (({"tokenizer": "0"}, "made by another tokenizer"), ({"data": "0"}, "from other images")):
         (bank / "config.json").write_text(json.dumps({**config, **change}))

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from pecobook.analysis.codewords import Gallery, code_usage
+from pecobook.analysis.codewords import GalleryRow, code_usage
 from pecobook.commands.analyze import pictures as module
 from pecobook.commands.analyze.pictures import pictures_of
 from tests.commands.test_analyze import run
@@ -50,12 +50,9 @@ def pictures(labels: Tensor | None = None, classes: tuple[str, ...] = ()) -> dic
 def test_pictures_of__finds_used_neighbours_among_all_codewords(monkeypatch: pytest.MonkeyPatch) -> None:
     drawn: list[list[tuple[int, int, int, list[tuple[int, int, int]]]]] = []
 
-    def record(gallery: Gallery) -> bytes:
+    def record(rows: list[GalleryRow]) -> bytes:
         drawn.append(
-            [
-                (row.codeword, row.count, row.images, [(p.image, p.row, p.column) for p in row.patches])
-                for row in gallery.rows
-            ]
+            [(row.codeword, row.count, row.images, [(p.image, p.row, p.column) for p in row.patches]) for row in rows]
         )
         return b""
 

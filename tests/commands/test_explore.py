@@ -76,13 +76,13 @@ def test_code_at__is_the_token_under_the_pixel(
 def test_codeword_info__counts_images_classes_and_neighbours(indexed: model.IndexedTokenizer) -> None:
     code = int(indexed.counts.argmax())
     info = model.codeword_info(indexed, code, ("blue", "green", "red"), max_patches=3)
-    assert info.count == int((indexed.codes == code).sum())
-    assert info.images == int((indexed.codes == code).flatten(1).any(1).sum())
-    assert info.positions.shape == (4, 4)
-    assert info.positions[1, 2] == (indexed.codes[:, 1, 2] == code).sum()
-    assert sum(count for _, count, _ in info.classes) == info.count
+    assert info.row.count == int((indexed.codes == code).sum())
+    assert info.row.images == int((indexed.codes == code).flatten(1).any(1).sum())
+    assert info.row.positions.shape == (4, 4)
+    assert info.row.positions[1, 2] == (indexed.codes[:, 1, 2] == code).sum()
+    assert sum(count for _, count, _ in info.classes) == info.row.count
     assert sum(share for *_, share in info.classes) == pytest.approx(100)
-    assert len(info.patches) == min(3, info.count)
+    assert len(info.patches) == min(3, info.row.count)
     book = indexed.tokenizer.codebook
     used = [k for k in torch.cdist(book[code][None], book)[0].argsort().tolist() if k != code and indexed.counts[k] > 0]
     assert [codeword for codeword, _ in info.nearest] == used[: len(info.nearest)]
@@ -92,10 +92,10 @@ def test_codeword_info__counts_images_classes_and_neighbours(indexed: model.Inde
 
 
 def test_position_picture__is_white_at_the_most_frequent_position() -> None:
-    picture = model.position_picture(torch.tensor([[0, 1], [2, 4]]))
+    picture = model.position_picture(np.array([[0, 1], [2, 4]]))
     assert picture.shape == (448, 448, 3)
     assert [picture[100, 100, 0], picture[100, 300, 1], picture[300, 100, 2], picture[300, 300, 0]] == [0, 64, 128, 255]
-    assert not model.position_picture(torch.zeros(2, 2, dtype=torch.int64)).any()
+    assert not model.position_picture(np.zeros((2, 2), dtype=np.int64)).any()
 
 
 def test_codeword_info__finds_used_neighbours_among_all_codewords() -> None:

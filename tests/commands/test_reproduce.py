@@ -20,9 +20,9 @@ import pytest
 import pecobook
 from pecobook import cli
 from pecobook.commands.jobs import Job, job_seconds
+from pecobook.commands.paper_tables import TABLES, PaperTable, Row, chosen_tables
 from pecobook.commands.reproduce import command_line
 from pecobook.commands.reproduce.budgets import Budget, make_budget
-from pecobook.commands.reproduce.paper import TABLES, PaperTable, Row, chosen_tables
 from pecobook.commands.reproduce.plan import Plan
 from pecobook.commands.reproduce.rehearsal import (
     describe,
@@ -160,7 +160,7 @@ def test_plan__arms_have_the_settings_of_their_rows(images: Path) -> None:
     assert arm["classification"].explicit.kind == "classification"
     assert arm["contrastive"].explicit.kind == "contrastive"
     assert arm["adversarial"].adversarial.weight == 0.4
-    assert arm["lambda-0.3"].perceptual.weight == 0.3
+    assert arm["lambda-0.3"].perceptual.weight == pytest.approx(0.3 * arm["perceptual"].perceptual.weight)
     assert arm["transformers"].model.kind == "vit"
     assert arm["half-width"].model.decoder_width == 0.5
     assert arm["half-stride"].image_size * 2 == arm["perceptual"].image_size

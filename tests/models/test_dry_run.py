@@ -206,6 +206,11 @@ def test_pyramid__of_a_swin_takes_any_size() -> None:
     assert [tuple(x.shape[1:]) for x in maps] == [(96, 24, 16), (192, 12, 8), (384, 6, 4), (768, 3, 2)]
 
 
+def test_pyramid__refuses_a_network_that_reads_squares_alone() -> None:
+    with pytest.raises(WeightsError, match="'timm:sam2_hiera_tiny' cannot form a pyramid for images of any size"):
+        load_pyramid("timm:sam2_hiera_tiny", weights="random", image_size=64, config=PyramidConfig(), drop_path=0.0)
+
+
 @pytest.mark.parametrize(("name", "features"), [("test_vit_relpos", "block 1 mean"), ("test_resnet", "output")])
 def test_probe__reads_networks_with_and_without_class_tokens(name: str, features: str) -> None:
     network = timm.create_model(name, num_classes=0).eval()

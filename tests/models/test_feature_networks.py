@@ -199,8 +199,9 @@ def test_open__torchvision_needs_no_head_in_the_file(tmp_path: Any, num_classes:
 def test_open__torchvision_reads_its_own_file(tmp_path: Any) -> None:
     torch.manual_seed(4)
     network = torchvision.models.squeezenet1_1()
-    torch.save(network.state_dict(), tmp_path / "squeezenet.pth")
+    torch.save({"state_dict": network.state_dict(), "epoch": 3}, tmp_path / "squeezenet.pth")
     feature_network = load_feature_network(SQUEEZENET, ("features.12",), str(tmp_path / "squeezenet.pth"))
+    assert feature_network.notes[0].endswith("'state_dict' is read; left aside: epoch.")
     assert_close(feature_network.network(pictures(0))[0], network.eval().features(pictures(0)))
     assert (feature_network.mean, feature_network.std, feature_network.input_size) == (
         IMAGENET_MEAN,

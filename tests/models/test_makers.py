@@ -242,6 +242,10 @@ def test_npz__is_read_as_timm_reads_it(tmp_path: Path) -> None:
     assert backbone.network.get_parameter("fc_norm.weight")[0] == 3
     assert_close(backbone.network.get_parameter("blocks.0.attn.qkv.weight"), network.blocks[0].attn.qkv.weight)
     assert backbone.mean == HALF
+    Backbone(vit(), NAME, {}, IMAGENET_MEAN, IMAGENET_STD, 160).save_pretrained(tmp_path / "run" / "export")
+    of_run = load_backbone(str(tmp_path / "run"), weights=str(tmp_path / "augreg.npz"))
+    assert of_run.network.get_parameter("norm.weight")[0] == 3
+    assert of_run.mean == HALF
     with pytest.raises(WeightsError, match=r"do not fit this network"):
         load_backbone("timm:vit_tiny_patch16_224", weights=str(tmp_path / "augreg.npz"))
     with pytest.raises(WeightsError, match=r"reads no \.npz file"):

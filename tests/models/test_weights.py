@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -233,8 +234,23 @@ def test_forward__of_bytes_is_that_of_floats(tmp_path: Path) -> None:
     pixels = torch.randint(256, (2, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     backbone.network.eval()
     assert torch.equal(backbone(pixels), backbone(pixels.float() / 255))
-    with pytest.raises(ValueError, match=r"must have the shape \(B, C, H, W\)"):
-        backbone(pixels[0])
+    assert_close(backbone((pixels / 255).half()), backbone(pixels), atol=1e-2, rtol=1e-2)
+
+
+@pytest.mark.parametrize(
+    ("images", "message"),
+    [
+        (torch.zeros(3, 32, 32), r"must have the shape \(B, 1 or 3, H, W\)"),
+        (torch.zeros(1, 32, 32, 3), r"put the channels first"),
+        (torch.full((1, 3, 32, 32), 255.0), r"divide them by 255"),
+        (torch.full((1, 3, 32, 32), math.nan), "not finite"),
+        (torch.zeros(1, 3, 32, 32).numpy(), "must be a tensor, not ndarray"),
+    ],
+)
+def test_forward__says_what_is_wrong_with_images(images: Any, message: str, tmp_path: Path) -> None:
+    exported(tmp_path)
+    with pytest.raises(ValueError, match=message):
+        load_backbone(str(tmp_path))(images)
 
 
 @pytest.mark.parametrize(

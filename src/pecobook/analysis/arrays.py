@@ -26,11 +26,6 @@ class Tokenizer(Protocol):
         """The codewords, float (K, D)."""
         ...
 
-    @property
-    def image_size(self) -> int:
-        """Side in pixels of the images that the tokenizer was trained on."""
-        ...
-
     def encode(self, images: Tensor, /) -> Tensor:
         """Encode images, float (B, 3, H, W) in [0, 1], to codes, int64 (B, h, w)."""
         ...
@@ -57,11 +52,6 @@ def as_numpy(values: Array) -> NDArray[Any]:
         host = values.detach().cpu()
         return (host.float() if host.is_floating_point() else host).numpy()  # NumPy has no bfloat16
     return np.asarray(values)
-
-
-def as_tensor(values: Array) -> Tensor:
-    """Convert `values` to a tensor; a tensor stays on its device."""
-    return values if isinstance(values, Tensor) else torch.from_numpy(np.ascontiguousarray(values))
 
 
 @contextmanager

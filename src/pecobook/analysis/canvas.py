@@ -11,15 +11,14 @@ from __future__ import annotations
 import io
 import warnings
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
 from torch import Tensor
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
-    from numpy.typing import NDArray
 
 INK = "#7b7b80"
 """Colour of text and axes: contrast 4.2 on white, 4.5 on the report's dark background."""
@@ -57,9 +56,6 @@ def styles(names: Sequence[str]) -> dict[str, dict[str, Any]]:
 
 def new_figure(width: float, height: float) -> Figure:
     """Make an empty figure of `width` x `height` inches with an Agg canvas."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     figure = Figure(figsize=(width, height), dpi=DPI, facecolor="none")
     FigureCanvasAgg(figure)
     return figure

@@ -9,17 +9,15 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
 from pecobook.analysis.arrays import Array, as_numpy
 from pecobook.analysis.canvas import INK, escape_text, new_figure, png, style_axes, styles
 from pecobook.utils.json_files import is_number, metric_lines
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
 Metrics = Sequence[Mapping[str, Any]]
 """One mapping per logged step, as in `metrics.jsonl`."""

@@ -6,19 +6,18 @@ Shapes: codebook float (K, D).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
+from matplotlib.axes import Axes
+from matplotlib.collections import PathCollection
+from matplotlib.lines import Line2D
 from numpy.typing import NDArray
 from torch import Tensor
 
 from pecobook.analysis.arrays import Array, as_numpy
 from pecobook.analysis.canvas import INK, escape_text, new_figure, png
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.collections import PathCollection
 
 _MAX_NAMED_CLASSES = 20
 """Maximum number of classes for which a map shows separate colours and names."""
@@ -37,18 +36,15 @@ def project_to_plane(codebook: Tensor, *, seed: int = 0) -> NDArray[np.float32]:
     from sklearn.manifold import TSNE
 
     vectors = as_numpy(codebook.detach()).astype(np.float32)
-    plane = (
-        PCA(2, random_state=seed).fit_transform(vectors)
-        if min(vectors.shape) >= 2
-        else np.pad(vectors, ((0, 0), (0, 1)))[:, :2]
-    )
-    if len(vectors) < 8:
-        return np.asarray(plane, dtype=np.float32)
-    start = plane / (plane[:, 0].std() + 1e-12) * 1e-4
-    perplexity = min(30.0, (len(vectors) - 1) / 3)
-    return np.asarray(
-        TSNE(2, init=start, perplexity=perplexity, random_state=seed).fit_transform(vectors), dtype=np.float32
-    )
+    if min(vectors.shape) >= 2:
+        plane = PCA(2, random_state=seed).fit_transform(vectors)
+    else:
+        plane = np.pad(vectors, ((0, 0), (0, 1)))[:, :2]
+    if len(vectors) >= 8:
+        start = plane / (plane[:, 0].std() + 1e-12) * 1e-4
+        perplexity = min(30.0, (len(vectors) - 1) / 3)
+        plane = TSNE(2, init=start, perplexity=perplexity, random_state=seed).fit_transform(vectors)
+    return np.asarray(plane, dtype=np.float32)
 
 
 def map_picture(plane: NDArray[np.float32], values: Array, *, title: str, classes: Sequence[str] = ()) -> bytes:
@@ -91,8 +87,6 @@ def _class_colours(num_classes: int) -> dict[str, Any]:
 
 def _class_legend(axes: Axes, points: PathCollection, present: Sequence[int], classes: Sequence[str]) -> None:
     """Write the names of the classes that occur on the map below the map."""
-    from matplotlib.lines import Line2D
-
     colours = points.to_rgba(np.asarray(present))
     handles = [
         Line2D([], [], linestyle="", marker="o", markersize=5, color=colour, label=escape_text(classes[number][:24]))

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pecobook.analysis.arrays import Array, as_numpy, as_tensor
+from pecobook.analysis.arrays import Array, as_numpy
 
 
 @dataclass(frozen=True)
@@ -50,18 +50,16 @@ class GalleryRow:
     """Patches that share one codeword."""
 
     codeword: int
-    count: int
-    """Number of patches with the codeword in all images."""
     images: int
-    """Number of images with at least one of these patches."""
+    """Number of images with at least one patch of the codeword."""
+    positions: NDArray[np.int64] = field(repr=False)
+    """Number of patches of the codeword at each position of the code grid, in all images, (h, w)."""
     patches: tuple[GalleryPatch, ...]
 
-
-@dataclass(frozen=True)
-class Gallery:
-    """One row of patches for each codeword: first the requested codewords, then the most used ones."""
-
-    rows: tuple[GalleryRow, ...]
+    @property
+    def count(self) -> int:
+        """Number of patches of the codeword in all images."""
+        return int(self.positions.sum())
 
 
 def code_usage(codes: Array, num_codewords: int) -> CodeUsage:
@@ -111,7 +109,7 @@ def mean_codewords(codes: Array, codebook: Tensor) -> Tensor:
 
     `codes` is int (N, ...), `codebook` float (K, D).
     """
-    index = as_tensor(codes).flatten(1).long()
+    index = torch.as_tensor(codes).flatten(1).long()
     with torch.no_grad():
         return F.embedding_bag(index, codebook.detach().float().to(index.device), mode="mean")
 
@@ -122,7 +120,7 @@ def bag_of_codes(codes: Array, num_codewords: int) -> Tensor:
     The square root (the Hellinger map) prevents a code that fills the background from dominating all others. Unlike
     `mean_codewords`, this feature depends only on which codes occur, not on the vectors of their codewords.
     """
-    index = as_tensor(codes).flatten(1).long()
+    index = torch.as_tensor(codes).flatten(1).long()
     bag = torch.zeros(len(index), num_codewords, device=index.device)
     bag.scatter_add_(1, index, torch.ones_like(index, dtype=bag.dtype))
     return (bag / index.shape[1]).sqrt()
@@ -136,7 +134,7 @@ def code_gallery(
     patches: int = 12,
     seed: int = 0,
     chosen: Sequence[int] = (),
-) -> Gallery:
+) -> list[GalleryRow]:
     """Collect patches that share a codeword, in one row per codeword.
 
     `(seed, codeword)` determines which patches are drawn, so a row does not depend on the other rows. Each image gives
@@ -158,14 +156,14 @@ def code_gallery(
     order = list(dict.fromkeys([*map(int, chosen), *(int(code) for code in by_use if counts[code] > 0)]))
     rows = []
     for code in order[: max(codewords, len(chosen))]:
-        positions = np.argwhere(grid == code)  # (count, 3): image, row, column
-        drawn = positions[_one_per_image_first(positions[:, 0], np.random.default_rng([seed, code]))[:patches]]
+        has_code = grid == code
+        occurrences = np.argwhere(has_code)  # (count, 3): image, row, column
+        drawn = occurrences[_one_per_image_first(occurrences[:, 0], np.random.default_rng([seed, code]))[:patches]]
         crops = tuple(
-            GalleryPatch(image, row, column, *patch_window(images[image], grid.shape[1:], row, column))
-            for image, row, column in drawn.tolist()
+            gallery_patch(image, images[image], grid.shape[1:], row, column) for image, row, column in drawn.tolist()
         )
-        rows.append(GalleryRow(code, len(positions), len(np.unique(positions[:, 0])), crops))
-    return Gallery(tuple(rows))
+        rows.append(GalleryRow(code, len(np.unique(occurrences[:, 0])), has_code.sum(0), crops))
+    return rows
 
 
 def _one_per_image_first(image: NDArray[np.int64], rng: np.random.Generator) -> NDArray[np.int64]:
@@ -179,28 +177,24 @@ def _one_per_image_first(image: NDArray[np.int64], rng: np.random.Generator) -> 
     return order[np.argsort(rounds, kind="stable")]
 
 
-def patch_window(
-    image: Tensor, grid: tuple[int, ...], row: int, column: int
-) -> tuple[Tensor, tuple[float, float, float, float]]:
-    """Cut out one patch of an image with surroundings of the patch's size on each side.
+def gallery_patch(image: int, pixels: Tensor, grid: tuple[int, ...], row: int, column: int) -> GalleryPatch:
+    """Cut one patch out of an image, with surroundings of the patch's size on each side.
 
     At the border of the image the window moves inwards.
 
     Args:
-        image: (3, H, W), float in [0, 1] or uint8.
+        image: index of the image.
+        pixels: the image, (3, H, W), float in [0, 1] or uint8.
         grid: rows and columns of the code grid.
         row: row of the patch in the grid.
         column: column of the patch in the grid.
-
-    Returns:
-        the window, float (3, s, t) in [0, 1], and top, left, height and width of the patch within the window in pixels.
     """
-    height, width = image.shape[-2:]
+    height, width = pixels.shape[-2:]
     patch_h, patch_w = height / grid[0], width / grid[1]
     side_h, side_w = min(round(3 * patch_h), height), min(round(3 * patch_w), width)
     top = min(max(round((row + 0.5) * patch_h - side_h / 2), 0), height - side_h)
     left = min(max(round((column + 0.5) * patch_w - side_w / 2), 0), width - side_w)
-    window = image[:, top : top + side_h, left : left + side_w].detach().float().cpu().clone()
-    if image.dtype == torch.uint8:
+    window = pixels[:, top : top + side_h, left : left + side_w].detach().float().cpu().clone()
+    if pixels.dtype == torch.uint8:
         window /= 255
-    return window, (row * patch_h - top, column * patch_w - left, patch_h, patch_w)
+    return GalleryPatch(image, row, column, window, (row * patch_h - top, column * patch_w - left, patch_h, patch_w))

@@ -148,41 +148,32 @@ def claim(results: Mapping[str, Any]) -> str:
     position removed decides (`deciding_probe`), because the plain probe also rewards codes that are tied to a position.
     """
     metric = deciding_probe(results)
-    control = compare(results, metric, "perceptual", "control")
-    pixel = compare(results, metric, "perceptual", "pixel")
+    control, pixel = (compare(results, metric, "perceptual", name) for name in ("control", "pixel"))
     if control is None:
         return (
             "This run has no control (the same perceptual network with random weights) to compare with a "
             "perceptual codebook, so it cannot show whether perceptual codewords are more semantic."
         )
-    probe = "The linear probe on perceptual codewords" + (
-        ", with position removed," if metric == "crossed_probe" else ""
-    )
-    verdict = control.verdict
-    if verdict is Verdict.UNKNOWN:
+    probe = "The linear probe on perceptual codewords"
+    probe += ", with position removed," if metric == "crossed_probe" else ""
+    if control.verdict is Verdict.UNKNOWN:
         return f"Whether perceptual codewords are more semantic than the control's {control.words()}."
-    if verdict is Verdict.LOWER:
+    if control.verdict is Verdict.LOWER:
         return (
             f"{probe} is lower than the control's, by {control.amount}: at this size, the run contradicts "
             "the paper's claim."
         )
-    if verdict is Verdict.UNCLEAR:
+    if control.verdict is Verdict.UNCLEAR:
         return _no_claim_against_control(probe, control, pixel)
+    higher = f"{probe} is higher than the control's (same network, random weights), by {control.amount}"
     if pixel is None:
-        return (
-            f"{probe} is higher than the control's (same network, random weights), by {control.amount}; "
-            "without a pixel codebook the paper's claim itself is not tested."
-        )
+        return f"{higher}; without a pixel codebook the paper's claim itself is not tested."
     if pixel.verdict is Verdict.HIGHER:
         return (
-            f"{probe} is higher than the control's (same network, random weights), by {control.amount}, and "
-            f"higher than the pixel codebook's, by {pixel.amount}: the direction that the paper claims."
+            f"{higher}, and higher than the pixel codebook's, by {pixel.amount}: the direction that the paper claims."
         )
-    against = pixel.words() if pixel.verdict is not Verdict.LOWER else f"it is lower, by {pixel.amount}"
-    return (
-        f"{probe} is higher than the control's (same network, random weights), by {control.amount}, but "
-        f"against the pixel codebook: {against}. The paper's claim is not shown here."
-    )
+    against = f"it is lower, by {pixel.amount}" if pixel.verdict is Verdict.LOWER else pixel.words()
+    return f"{higher}, but against the pixel codebook: {against}. The paper's claim is not shown here."
 
 
 def deciding_probe(results: Mapping[str, Any]) -> str:

@@ -5,32 +5,22 @@ from __future__ import annotations
 import contextlib
 import io
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.colors import to_rgb
+from matplotlib.patches import Rectangle
 from torch import Tensor
 
 from pecobook.analysis.canvas import escape_text, new_figure, png
 from pecobook.data.dense.detection import DetectionSource
 from pecobook.models.dense.detector import Detections, paste_masks
 
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-
-
 _COLOURS = (
-    "#e6550d",
-    "#2a8fd8",
-    "#1fa37c",
-    "#c0699f",
-    "#a3912a",
-    "#7d7fd1",
-    "#c94f3d",
-    "#5f9ea8",
-    "#8c6bb1",
-    "#41ab5d",
+    *("#e6550d", "#2a8fd8", "#1fa37c", "#c0699f", "#a3912a"),
+    *("#7d7fd1", "#c94f3d", "#5f9ea8", "#8c6bb1", "#41ab5d"),
 )
-_AREAS = ("all", "small", "medium", "large")
 _MAX_LABELLED = 30  # boxes on a picture with names and scores
 _MAX_DETECTIONS = 100  # per image, as in COCO
 
@@ -94,7 +84,7 @@ def average_precision(
         job.accumulate()
     precision, recall = job.eval["precision"], job.eval["recall"]  # (10, 101, C, 4, 3), (10, C, 4, 3)
     tables = {"ap": precision[..., 0, 2], "ap50": precision[0, ..., 0, 2], "ap75": precision[5, ..., 0, 2]}
-    for number, area in enumerate(_AREAS[1:], start=1):
+    for number, area in enumerate(("small", "medium", "large"), start=1):
         tables |= {f"ap_{area}": precision[..., number, 2], f"ar_{area}": recall[..., number, 2]}
     tables |= {"ar_1": recall[..., 0, 0], "ar_10": recall[..., 0, 1], "ar": recall[..., 0, 2]}
     return {name: 100 * float(values[values > -1].mean()) for name, values in tables.items() if (values > -1).any()}
@@ -148,9 +138,6 @@ def detections_picture(columns: Mapping[str, Sequence[tuple[Tensor, Detections]]
 
 def _draw_detections(axes: Axes, image: Tensor, detections: Detections, classes: Sequence[str]) -> None:
     """Draw an image, uint8 (3, H, W), with boxes, masks, class names, and the scores below 1."""
-    from matplotlib.colors import to_rgb
-    from matplotlib.patches import Rectangle
-
     height, width = image.shape[1:]
     pixels = image.permute(1, 2, 0).float().numpy() / 255
     for mask, label in zip(_full_size_masks(detections, height, width), detections.labels.tolist(), strict=False):

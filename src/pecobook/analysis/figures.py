@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import Any
 
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.patches import Rectangle
+from numpy.typing import NDArray
 from torch import Tensor
 
 from pecobook.analysis.canvas import INK, escape_text, new_figure, picture_array, png
-from pecobook.analysis.codewords import Gallery, GalleryPatch
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
+from pecobook.analysis.codewords import GalleryPatch, GalleryRow
+from pecobook.analysis.wording import thousands
 
 _WIDTH = 4.9  # inches
 _PATCHES_PER_LINE = 6
@@ -41,27 +43,32 @@ def image_columns(columns: Sequence[tuple[str, Tensor]]) -> bytes:
         left = column * step
         axes.text(left + 0.5, head - 0.1 / unit, escape_text(title), ha="center", va="bottom", color=INK, fontsize=10.5)
         for row in range(rows):
-            _draw_image(axes, images[row], left, head + row * step)
+            _draw_image(axes, picture_array(images[row]), left, head + row * step)
     return png(axes.figure)  # type: ignore[arg-type]
 
 
-def gallery_picture(gallery: Gallery) -> bytes:
-    """Draw one block per codeword: number and usage, then the patches, outlined within their surroundings."""
+def gallery_picture(rows: Sequence[GalleryRow]) -> bytes:
+    """Draw one block per codeword: number and usage, then a map of its positions and patches in their surroundings."""
     step, label = 1 + 2 * _GAP, 0.5
-    lines = [max(1, -(-len(row.patches) // _PATCHES_PER_LINE)) for row in gallery.rows]
+    lines = [max(1, -(-len(row.patches) // _PATCHES_PER_LINE)) for row in rows]
     height = sum(label + line * step + 0.12 for line in lines)
-    width = _PATCHES_PER_LINE * step
-    axes = _empty_axes(width, max(height, 1.0), 4.1 / width)
+    axes = _empty_axes((1 + _PATCHES_PER_LINE) * step, max(height, 1.0), 4.1 / (_PATCHES_PER_LINE * step))
     top = 0.0
-    for row, line in zip(gallery.rows, lines, strict=True):
+    for row, line in zip(rows, lines, strict=True):
         usage = f"codeword {row.codeword}  ·  {_count(row.count, 'patch', 'patches')}"
         usage += f" in {_count(row.images, 'image', 'images')}"
         axes.text(0, top + label - 0.1, usage, ha="left", va="bottom", color=INK, fontsize=10.5)
-        for position, patch in enumerate(row.patches):
-            line_number, column = divmod(position, _PATCHES_PER_LINE)
-            _draw_patch(axes, patch, column * step, top + label + line_number * step)
+        _draw_image(axes, position_shares(row.positions), 0, top + label, vmin=0, vmax=1, cmap="viridis")
+        for number, patch in enumerate(row.patches):
+            line_number, column = divmod(number, _PATCHES_PER_LINE)
+            _draw_patch(axes, patch, (1 + column) * step, top + label + line_number * step)
         top += label + line * step + 0.12
     return png(axes.figure)  # type: ignore[arg-type]
+
+
+def position_shares(positions: NDArray[np.int64]) -> NDArray[np.float64]:
+    """Return how often a codeword occurs at each position, relative to its most frequent position: (h, w) in [0, 1]."""
+    return np.asarray(positions / max(positions.max(), 1), dtype=np.float64)
 
 
 def position_map(codes: Tensor, num_codewords: int) -> bytes:
@@ -93,20 +100,21 @@ def _empty_axes(width: float, height: float, unit: float) -> Axes:
     return axes
 
 
-def _draw_image(axes: Axes, image: Tensor, left: float, top: float) -> None:
-    """Draw an image in the middle of a square of side 1; restore the limits of the axes, which imshow changes."""
+def _draw_image(axes: Axes, pixels: NDArray[Any], left: float, top: float, **colours: Any) -> None:
+    """Draw pixels (H, W, 3), or (H, W) with a colour map, in the middle of a square of side 1.
+
+    The limits of the axes, which imshow changes, are restored.
+    """
     limits = axes.get_xlim(), axes.get_ylim()
-    height, width = (side / max(image.shape[-2:]) for side in image.shape[-2:])
+    height, width = (side / max(pixels.shape[:2]) for side in pixels.shape[:2])
     left, top = left + (1 - width) / 2, top + (1 - height) / 2
-    axes.imshow(picture_array(image), extent=(left, left + width, top + height, top), aspect="auto")
+    axes.imshow(pixels, extent=(left, left + width, top + height, top), aspect="auto", **colours)
     axes.set_xlim(limits[0])
     axes.set_ylim(limits[1])
 
 
 def _draw_patch(axes: Axes, patch: GalleryPatch, left: float, top: float) -> None:
-    from matplotlib.patches import Rectangle
-
-    _draw_image(axes, patch.window, left, top)
+    _draw_image(axes, picture_array(patch.window), left, top)
     height, width = patch.window.shape[-2:]
     scale = 1 / max(height, width)
     box_top, box_left, box_height, box_width = (value * scale for value in patch.box)
@@ -122,4 +130,4 @@ def _wrapped(title: str, width: int) -> str:
 
 
 def _count(number: int, singular: str, plural: str) -> str:
-    return f"{number:,} {singular if number == 1 else plural}".replace(",", "\u2009")
+    return f"{thousands(number)} {singular if number == 1 else plural}"

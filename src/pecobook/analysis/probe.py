@@ -72,14 +72,16 @@ def linear_probe(
     number of images and the iterations of the last fit are recorded in `setting`. Test images of a class that does not
     occur in the training images count as wrong.
     """
-    data = _Probe.of(train_x, train_y, test_x, test_y)
+    train_x, train_y = _checked("training", train_x, train_y)
+    test_x, test_y = _checked("test", test_x, test_y)
     rng = np.random.default_rng(seed)
-    c, validation, searched = _choose_c(data, rng, C_GRID, search_images, _MAX_ITER)
-    mean, scale = _moments(data.train_x)
-    model = _Logistic(_MAX_ITER).fit((data.train_x - mean) / scale, data.train_y, c)
-    predicted = model.predict((data.test_x - mean) / scale)
-    setting = {"C": c, "search_images": searched, "iterations": model.iterations, "max_iter": _MAX_ITER}
-    return _result(predicted == data.test_y, setting, validation)
+    c, validation, searched = _choose_c(train_x, train_y, rng, C_GRID, search_images, _MAX_ITER)
+    mean, scale = _moments(train_x)
+    model = _fit(_logistic_regression(_MAX_ITER), (train_x - mean) / scale, train_y, c)
+    predicted = model.predict((test_x - mean) / scale)
+    iterations = int(np.max(getattr(model, "n_iter_", 0)))
+    setting = {"C": c, "search_images": searched, "iterations": iterations, "max_iter": _MAX_ITER}
+    return _result(predicted == test_y, setting, validation)
 
 
 def validation_accuracy(x: Array, y: Array, *, seed: int = 0) -> float:
@@ -88,8 +90,8 @@ def validation_accuracy(x: Array, y: Array, *, seed: int = 0) -> float:
     This is a fast estimate for choosing features. The best of three regularisation strengths counts. The result is NaN
     if no class has enough images for the validation part.
     """
-    data = _Probe.of(x, y, x, y)
-    _, accuracy, _ = _choose_c(data, np.random.default_rng(seed), (1e-3, 1e-2, 1e-1), 4000, 100)
+    x, y = _checked("training", x, y)
+    _, accuracy, _ = _choose_c(x, y, np.random.default_rng(seed), (1e-3, 1e-2, 1e-1), 4000, 100)
     return float("nan") if accuracy is None else accuracy
 
 
@@ -110,12 +112,13 @@ def knn_probe(
     """
     if k < 1 or temperature <= 0:
         raise ValueError(f"knn_probe needs k >= 1 and temperature > 0, got k={k}, temperature={temperature}")
-    data = _Probe.of(train_x, train_y, test_x, test_y)
-    k = min(k, len(data.train_y))
-    classes, position = np.unique(data.train_y, return_inverse=True)
+    train_x, train_y = _checked("training", train_x, train_y)
+    test_x, test_y = _checked("test", test_x, test_y)
+    k = min(k, len(train_y))
+    classes, position = np.unique(train_y, return_inverse=True)
     labels = torch.from_numpy(position.reshape(-1).astype(np.int64))
-    bank = torch.nn.functional.normalize(torch.from_numpy(data.train_x), dim=1)
-    queries = torch.nn.functional.normalize(torch.from_numpy(data.test_x), dim=1)
+    bank = torch.nn.functional.normalize(torch.from_numpy(train_x), dim=1)
+    queries = torch.nn.functional.normalize(torch.from_numpy(test_x), dim=1)
     predicted = np.empty(len(queries), dtype=np.int64)
     for start in range(0, len(queries), chunk):
         similarity, index = (queries[start : start + chunk] @ bank.T).topk(k, dim=1)  # (b, k) each
@@ -123,7 +126,7 @@ def knn_probe(
         weight = torch.exp((similarity.double() - 1) / temperature)
         votes = torch.zeros(len(index), len(classes), dtype=torch.float64).scatter_add_(1, labels[index], weight)
         predicted[start : start + chunk] = votes.argmax(dim=1).numpy()
-    return _result(classes[predicted] == data.test_y, {"k": k, "temperature": temperature}, None)
+    return _result(classes[predicted] == test_y, {"k": k, "temperature": temperature}, None)
 
 
 def paired_difference(correct_a: Array, correct_b: Array) -> tuple[float, float]:
@@ -166,21 +169,8 @@ def wilson_interval(accuracy: float, number: int, *, errors: float = 1.96) -> tu
     return 100 * max(centre - half, 0.0) / (1 + square), 100 * min((centre + half) / (1 + square), 1.0)
 
 
-@dataclass(frozen=True)
-class _Probe:
-    """Checked inputs: features float32 (N, D), labels int64 (N,)."""
-
-    train_x: NDArray[np.float32]
-    train_y: NDArray[np.int64]
-    test_x: NDArray[np.float32]
-    test_y: NDArray[np.int64]
-
-    @classmethod
-    def of(cls, train_x: Array, train_y: Array, test_x: Array, test_y: Array) -> _Probe:
-        return cls(*_checked("training", train_x, train_y), *_checked("test", test_x, test_y))
-
-
 def _checked(part: str, x: Array, y: Array) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+    """Return features float32 (N, D) and labels int64 (N,). Raises DataError for other shapes and for NaN."""
     features, labels = as_numpy(x).astype(np.float32), as_numpy(y).astype(np.int64)
     if features.ndim != 2 or labels.shape != features.shape[:1] or len(labels) == 0:
         raise DataError(
@@ -192,57 +182,46 @@ def _checked(part: str, x: Array, y: Array) -> tuple[NDArray[np.float32], NDArra
     return features, labels
 
 
-class _Logistic:
-    """scikit-learn's logistic regression with warm starts between fits; predicts a constant if there is one class."""
+def _logistic_regression(max_iter: int) -> Any:
+    from sklearn.linear_model import LogisticRegression
 
-    def __init__(self, max_iter: int) -> None:
-        self.max_iter = max_iter
-        self.model: Any = None
-        self.single_class: int | None = None
+    return LogisticRegression(solver="lbfgs", max_iter=max_iter, warm_start=True)
 
-    def fit(self, x: NDArray[np.float32], y: NDArray[np.int64], c: float) -> _Logistic:
-        from sklearn.linear_model import LogisticRegression
 
-        if y.min() == y.max():
-            self.single_class = int(y[0])
-            return self
-        if self.model is None:
-            self.model = LogisticRegression(solver="lbfgs", max_iter=self.max_iter, warm_start=True)
-        self.model.set_params(C=c)
-        with warnings.catch_warnings():
-            # The probe stops at max_iter on purpose, so the user need not do anything.
-            warnings.filterwarnings("ignore", message="lbfgs failed to converge")
-            self.model.fit(x, y)
-        return self
+def _fit(model: Any, x: NDArray[np.float32], y: NDArray[np.int64], c: float) -> Any:
+    """Return `model`, fitted from its last weights; for labels of one class a classifier that predicts this class."""
+    from sklearn.dummy import DummyClassifier
 
-    def predict(self, x: NDArray[np.float32]) -> NDArray[np.int64]:
-        if self.single_class is not None:
-            return np.full(len(x), self.single_class, dtype=np.int64)
-        return np.asarray(self.model.predict(x), dtype=np.int64)
-
-    @property
-    def iterations(self) -> int:
-        """Number of L-BFGS steps in the last fit; equal to `max_iter` if the fit did not converge."""
-        return 0 if self.model is None else int(self.model.n_iter_.max())
+    if y.min() == y.max():
+        return DummyClassifier().fit(x, y)
+    with warnings.catch_warnings():
+        # The probe stops at max_iter on purpose, so the user need not do anything.
+        warnings.filterwarnings("ignore", message="lbfgs failed to converge")
+        return model.set_params(C=c).fit(x, y)
 
 
 def _choose_c(
-    data: _Probe, rng: np.random.Generator, grid: Sequence[float], search_images: int, max_iter: int
+    x: NDArray[np.float32],
+    y: NDArray[np.int64],
+    rng: np.random.Generator,
+    grid: Sequence[float],
+    search_images: int,
+    max_iter: int,
 ) -> tuple[float, float | None, int]:
     """Return the C of `grid` with the best validation accuracy, that accuracy in percent, and the number of images."""
-    pool = rng.permutation(len(data.train_y))[:search_images]
-    fit, validation = _stratified_split(data.train_y[pool], 0.15, rng)
+    pool = rng.permutation(len(y))[:search_images]
+    fit, validation = _stratified_split(y[pool], 0.15, rng)
     middle = sorted(grid)[len(grid) // 2]
     if len(validation) == 0:
         return middle, None, 0
     fit, validation = pool[fit], pool[validation]
-    mean, scale = _moments(data.train_x[fit])
-    fit_x, validation_x = ((data.train_x[part] - mean) / scale for part in (fit, validation))
-    model = _Logistic(max_iter)
+    mean, scale = _moments(x[fit])
+    fit_x, validation_x = ((x[part] - mean) / scale for part in (fit, validation))
+    model = _logistic_regression(max_iter)
     best, best_share = middle, -1.0
     for c in sorted(grid):
-        predicted = model.fit(fit_x, data.train_y[fit], c).predict(validation_x)
-        share = float((predicted == data.train_y[validation]).mean())
+        predicted = _fit(model, fit_x, y[fit], c).predict(validation_x)
+        share = float((predicted == y[validation]).mean())
         if share > best_share:
             best, best_share = c, share
     return best, 100 * best_share, len(pool)

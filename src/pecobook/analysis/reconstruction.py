@@ -1,6 +1,6 @@
-"""Encoding and decoding of many images, and the quality of reconstructions: PSNR and SSIM.
+"""Encoding and decoding of many images, the quality of reconstructions (PSNR, SSIM), and masked prediction.
 
-Shapes: images float (N, 3, H, W) in [0, 1], codes int64 (N, h, w).
+Shapes: images float (N, 3, H, W) in [0, 1]; codes int64 (N, h, w); mask bool (N, h, w), True = masked.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from pecobook.analysis.arrays import Tokenizer, evaluation_mode
+from pecobook.analysis.arrays import MaskedModel, Tokenizer, evaluation_mode
 
 
 def psnr(x: Tensor, y: Tensor) -> Tensor:
@@ -67,3 +67,30 @@ def decode_all(tokenizer: Tokenizer, codes: Tensor, batch_size: int = 64) -> Ten
     with evaluation_mode(tokenizer):
         parts = [tokenizer.decode(part.to(device)).float().cpu() for part in torch.split(codes, batch_size)]
     return torch.cat(parts).clamp(0, 1)
+
+
+def predict_masked(mim: MaskedModel, tokenizer: Tokenizer, images: Tensor, mask: Tensor) -> tuple[Tensor, float]:
+    """Predict the most probable codes of all masked patches in one forward pass, without sampling.
+
+    Returns:
+        the tokenizer's codes of visible patches and the predicted codes of masked patches, int64 (N, h, w) on the host;
+        and the percentage of masked codes predicted correctly, NaN if no patch is masked.
+    """
+    device = tokenizer.codebook.device
+    images, masked = images.to(device), mask.to(device=device, dtype=torch.bool)
+    with evaluation_mode(mim, tokenizer):
+        target = tokenizer.encode(images)
+        if target.shape != masked.shape:
+            raise ValueError(f"mask {tuple(masked.shape)} does not fit codes {tuple(target.shape)}")
+        codes = target.clone()
+        if masked.any():
+            codes[masked] = mim(images, masked).argmax(dim=-1).to(codes)
+    accuracy = 100 * float((codes == target)[masked].float().mean())
+    return codes.cpu().clone(), accuracy  # a copy, since a tensor of inference mode cannot be changed in place
+
+
+def hide(images: Tensor, mask: Tensor) -> Tensor:
+    """Return `images` with masked patches painted grey, float (N, 3, H, W), to show the input of the model."""
+    height, width = images.shape[-2:]
+    pixel_mask = torch.nn.functional.interpolate(mask[:, None].float(), size=(height, width), mode="nearest")
+    return torch.where(pixel_mask.to(images.device) > 0.5, torch.full_like(images, 0.5), images)

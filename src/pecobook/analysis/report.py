@@ -10,8 +10,11 @@ import base64
 import io
 import re
 import struct
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+
+from PIL import Image
 
 from pecobook.errors import PecobookError
 from pecobook.utils.files import write_atomically
@@ -115,6 +118,13 @@ def write_report(out: Path, content: Report, *, max_bytes: int = MAX_BYTES) -> P
     return target
 
 
+def write_pictures(out: Path, pictures: Mapping[str, bytes]) -> None:
+    """Write PNGs by file name atomically into the folder `pictures` of `out`, which is created if needed."""
+    (out / "pictures").mkdir(exist_ok=True)
+    for name, png in pictures.items():
+        write_atomically(out / "pictures" / name, png)
+
+
 def render(content: Report) -> str:
     """Render the page as HTML. Every value is escaped; a name that the template does not define raises an error."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -161,8 +171,6 @@ def fit(content: Report, max_bytes: int) -> Report:
 
 
 def _halved(png: bytes) -> bytes:
-    from PIL import Image
-
     with Image.open(io.BytesIO(png)) as image:
         size = (max(image.width // 2, 1), max(image.height // 2, 1))
         small = image.convert("RGBA").resize(size, Image.Resampling.LANCZOS)

@@ -48,15 +48,12 @@ def joint_counts(codes: Array, values: Array, num_codes: int, num_values: int) -
 
 
 def mutual_information(joint: NDArray[np.int64]) -> float:
-    """Compute the mutual information in bits from counts (K, V): the sum of p log2(p / (p_code p_value))."""
-    share = joint / joint.sum()
-    independent = share.sum(1, keepdims=True) * share.sum(0, keepdims=True)
-    occurs = share > 0
-    return float(max((share[occurs] * np.log2(share[occurs] / independent[occurs])).sum(), 0.0))
+    """Compute the mutual information in bits from counts (K, V)."""
+    return max(entropy(joint.sum(1)) + entropy(joint.sum(0)) - entropy(joint), 0.0)
 
 
 def entropy(counts: NDArray[np.int64]) -> float:
-    """Compute the entropy in bits from counts (V,)."""
+    """Compute the entropy in bits from counts of any shape."""
     share = counts[counts > 0] / counts.sum()
     return float(-(share * np.log2(share)).sum())
 

@@ -10,7 +10,9 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
+from torchvision.transforms import functional as T
 
 from pecobook.analysis.arrays import Tokenizer
 from pecobook.analysis.reconstruction import encode_all
@@ -27,31 +29,24 @@ def shift(images: Tensor, pixels: int) -> Tensor:
 
 def blur(images: Tensor, sigma: float) -> Tensor:
     """Blur images with a Gaussian of standard deviation `sigma` pixels."""
-    from torchvision.transforms.functional import gaussian_blur
-
     side = 2 * int(np.ceil(3 * sigma)) + 1
     side = min(side, 2 * min(images.shape[-2:]) - 1)
-    return gaussian_blur(images, [side, side], [sigma, sigma])  # type: ignore[no-any-return]
+    return T.gaussian_blur(images, [side, side], [sigma, sigma])  # type: ignore[no-any-return]
 
 
 def jitter(images: Tensor, strength: float = 0.2) -> Tensor:
     """Increase brightness and contrast, and reduce saturation, by `strength`."""
-    from torchvision.transforms import functional as T
-
     images = T.adjust_contrast(T.adjust_brightness(images, 1 + strength), 1 + strength)
     return T.adjust_saturation(images, 1 - strength)  # type: ignore[no-any-return]
 
 
 def jpeg(images: Tensor, quality: int = 50) -> Tensor:
     """Compress images as JPEG and decode them again."""
-    from PIL import Image
-    from torchvision.transforms.functional import pil_to_tensor, to_pil_image
-
     decoded = []
     for image in images:
         buffer = io.BytesIO()
-        to_pil_image(image.clamp(0, 1).cpu()).save(buffer, "JPEG", quality=quality)
-        decoded.append(pil_to_tensor(Image.open(buffer)).float() / 255)
+        T.to_pil_image(image.clamp(0, 1).cpu()).save(buffer, "JPEG", quality=quality)
+        decoded.append(T.pil_to_tensor(Image.open(buffer)).float() / 255)
     return torch.stack(decoded).to(images)
 
 

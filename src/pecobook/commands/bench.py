@@ -29,7 +29,6 @@ from pecobook.settings.values import replace
 from pecobook.stages.codebook import build_tokenizer
 from pecobook.stages.pretrain import PretrainStage, check_grids, encode_views, make_mask
 from pecobook.utils import devices
-from pecobook.utils.devices import peak_memory, synchronize
 from pecobook.utils.files import write_json
 from pecobook.utils.output_folder import check_new_file
 from pecobook.utils.printer import show
@@ -102,13 +101,29 @@ class Benchmark:
     def __init__(
         self, config: BenchConfig, settings: PretrainConfig, stage: PretrainStage, device: torch.device
     ) -> None:
-
         self.config, self.settings, self.stage, self.device = config, settings, stage, device
         if config.compile:
             stage.model.compile()
         groups = stage.parameter_groups(settings.optim)
         self.optimizer = build_optimizer(groups, settings.optim)
-        self.batch = _random_batch(stage, settings, device)
+        self.batch = self._random_batch()
+
+    def _random_batch(self) -> Batch:
+        batch_size, size = self.settings.batch_size, self.settings.image_size
+        masks = [make_mask(index, self.stage.model.grid, self.settings.mask) for index in range(batch_size)]
+        batch = Batch(
+            image=torch.randint(256, (batch_size, 3, size, size), dtype=torch.uint8),
+            colour=torch.stack([colour_draws(index) for index in range(batch_size)]),
+            mask=torch.stack(masks),
+        )
+        batch = to_device(batch, self.device)
+        if self.settings.target == "tokens":
+            batch["codes"] = self._random_codes()
+        return batch
+
+    def _random_codes(self) -> Tensor:
+        num_codewords = self.stage.tokenizer.num_codewords if self.stage.tokenizer is not None else 1
+        return torch.randint(num_codewords, (self.settings.batch_size, *self.stage.model.grid), device=self.device)
 
     @contextmanager
     def autocast(self) -> Iterator[None]:
@@ -121,19 +136,17 @@ class Benchmark:
         """Return the mean seconds of a call, after warm-up calls."""
         for _ in range(self.config.steps if self.device.type == "cuda" else 1):
             function()
-        synchronize(self.device)
+        devices.synchronize(self.device)
         start = time.perf_counter()
         for _ in range(self.config.steps):
             function()
-        synchronize(self.device)
+        devices.synchronize(self.device)
         return (time.perf_counter() - start) / self.config.steps
 
     def part_seconds(self) -> dict[str, float]:
         """Return the seconds of data, tokenizer, forward, backward and optimizer, each measured alone."""
         settings = self.settings
-        seconds: dict[str, float] = {}
-        if self.config.data_steps:
-            seconds["data"] = self._data_seconds()
+        seconds = {"data": self._data_seconds()} if self.config.data_steps else {}
         if settings.target == "tokens":
 
             def tokenize() -> None:
@@ -171,16 +184,15 @@ class Benchmark:
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
         seconds = {"bank": self.seconds(step)}
-        memory = peak_memory(self.device)
+        memory = devices.peak_memory(self.device)
         self.batch.pop("codes", None)
         seconds["online"] = self.seconds(step)
         return seconds, memory
 
     def flops(self) -> float:
         """Count the floating-point operations of the model in one step, forward and backward."""
-        codes = _random_codes(self.stage, self.settings, self.device)
         with FlopCounterMode(display=False) as counter, self.autocast():
-            self.stage({**self.batch, "codes": codes}).loss.backward()
+            self.stage({**self.batch, "codes": self._random_codes()}).loss.backward()
         self.optimizer.zero_grad()
         return float(counter.get_total_flops())
 
@@ -201,25 +213,6 @@ class Benchmark:
         return (time.perf_counter() - start) / self.config.data_steps
 
 
-def _random_batch(stage: PretrainStage, settings: PretrainConfig, device: torch.device) -> Batch:
-    batch_size, size = settings.batch_size, settings.image_size
-    masks = [make_mask(index, stage.model.grid, settings.mask) for index in range(batch_size)]
-    batch = Batch(
-        image=torch.randint(256, (batch_size, 3, size, size), dtype=torch.uint8),
-        colour=torch.stack([colour_draws(index) for index in range(batch_size)]),
-        mask=torch.stack(masks),
-    )
-    batch = to_device(batch, device)
-    if settings.target == "tokens":
-        batch["codes"] = _random_codes(stage, settings, device)
-    return batch
-
-
-def _random_codes(stage: PretrainStage, settings: PretrainConfig, device: torch.device) -> Tensor:
-    num_codewords = stage.tokenizer.num_codewords if stage.tokenizer is not None else 1
-    return torch.randint(num_codewords, (settings.batch_size, *stage.model.grid), device=device)
-
-
 def matmul_peak(device: torch.device, precision: str, *, size: int = 0, seconds: float = 1.0) -> float:
     """Measure the FLOP/s of a large matrix product on this device, the peak to which a model is compared."""
     size = size or (8192 if device.type == "cuda" else 1536)
@@ -227,11 +220,11 @@ def matmul_peak(device: torch.device, precision: str, *, size: int = 0, seconds:
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     best, end = 0.0, time.perf_counter() + seconds
     a @ b
-    synchronize(device)
+    devices.synchronize(device)
     while time.perf_counter() < end:
         start = time.perf_counter()
         a @ b
-        synchronize(device)
+        devices.synchronize(device)
         best = max(best, 2 * size**3 / (time.perf_counter() - start))
     return best
 

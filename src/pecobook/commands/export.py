@@ -82,13 +82,9 @@ def _to_onnx(write: Callable[[Any, Path], object], model: Any, out: Path) -> str
     return lines
 
 
-def _classes(network: Backbone) -> list[str]:
-    return list(getattr(network, "classes", ()))
-
-
 def _to_timm(config: ExportConfig, network: Backbone) -> str:
     """Write timm's folder format, which `timm.create_model("local-dir:...")` and the Hugging Face hub read."""
-    size, classes = network.image_size or 224, _classes(network)
+    size, classes = network.image_size or 224, list(network.classes)
     defaults: Any = network.network.pretrained_cfg
     # The layers that timm replaces when a user asks for another number of classes or channels.
     replaceable = {name: defaults[name] for name in ("classifier", "first_conv") if name in defaults}
@@ -102,7 +98,7 @@ def _to_timm(config: ExportConfig, network: Backbone) -> str:
             "mean": network.mean,
             "std": network.std,
             "interpolation": "bicubic",
-            "crop_pct": getattr(network, "crop", 1.0),
+            "crop_pct": network.crop,
             "crop_mode": "center",
             "num_classes": len(classes),
             **replaceable,
@@ -124,14 +120,14 @@ def _to_timm(config: ExportConfig, network: Backbone) -> str:
 def _to_huggingface(config: ExportConfig, network: Any) -> str:
     state = network.network.state_dict()
     patch, heads = network.network.patch_embed.patch_size[0], network.network.blocks[0].attn.num_heads
-    size, crop = network.image_size or 224, getattr(network, "crop", 1.0)
+    size, crop = network.image_size or 224, network.crop
     hf_config = beit_config(state, image_size=size, patch_size=patch, num_heads=heads)
     body = beit_to_huggingface({name: value for name, value in state.items() if not name.startswith("head.")})
     architecture, weights = _architecture(config, network, state, body)
     hf_config |= {"architectures": [architecture], "use_mask_token": "beit.embeddings.mask_token" in weights}
     if "lm_head.weight" in weights:
         hf_config["vocab_size"] = len(weights["lm_head.weight"])
-    if classes := _classes(network):
+    if classes := list(network.classes):
         hf_config |= {"id2label": dict(enumerate(classes)), "label2id": {c: i for i, c in enumerate(classes)}}
     lines = transformers_lines(config.out, is_classifier=bool(classes), value_range=network.value_range)
     card = f"---\nlibrary_name: transformers\n---\n\n```python\n{lines}\n```\n\n{range_text(network.value_range)}\n"
@@ -156,7 +152,7 @@ def _architecture(
     norm = {name: value for name, value in body.items() if name.startswith("layernorm.")}
     encoder = {f"beit.{name}": value for name, value in body.items() if name not in norm}
     encoder |= {f"beit.pooler.{name}": value.clone() for name, value in norm.items()}
-    if _classes(network):
+    if list(network.classes):
         head = {f"classifier.{part}": state[f"head.{part}"] for part in ("weight", "bias")}
         return "BeitForImageClassification", encoder | head
     file = export_folder(config.run) / "mim.safetensors"

@@ -18,11 +18,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from torch import Tensor
 
-from pecobook.data.decode import Range, decode, read_file
+from pecobook.data.decode import read_file
 from pecobook.data.layout import BESIDE_ITS_IMAGE, Folder, Layout, count_unused, masks_among, parts_of, read_layout
-from pecobook.data.source import IMAGE_EXTENSIONS, Contents, Integers
+from pecobook.data.source import IMAGE_EXTENSIONS, Contents, FileImages, Integers
 from pecobook.data.split_names import SHADOW_FOLDER
 from pecobook.errors import DataError
 
@@ -41,10 +40,8 @@ _REMEDIES = {
 _FILE, _FOLDER, _LINKED_FOLDER = range(3)
 
 
-class FileStore:
+class FileStore(FileImages):
     """Image files under one folder, as relative paths in an Arrow column."""
-
-    value_range: Range | None = None
 
     def __init__(self, root: Path, paths: Any) -> None:
         self.root = root
@@ -60,10 +57,6 @@ class FileStore:
     def path(self, row: int) -> Path:
         """Return the path of the file of a row."""
         return self.root / os.fsdecode(self._paths[row]["path"])
-
-    def read(self, row: int) -> Tensor:
-        """Read and decode the image of a row: uint8 (3, H, W)."""
-        return decode(self.encoded(row), name=self.identify(row), value_range=self.value_range)
 
     def encoded(self, row: int) -> bytes:
         """Return the bytes of the file of a row. Raises BadImage."""

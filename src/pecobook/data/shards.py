@@ -18,14 +18,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from torch import Tensor
 
-from pecobook.data.decode import BadImage, Range, check_bytes, decode
+from pecobook.data.decode import BadImage, check_bytes
 from pecobook.data.labels import encode_labels
 from pecobook.data.layout import Layout, count_unused, parts_of, read_layout
 from pecobook.data.source import (
     IMAGE_EXTENSIONS,
     Contents,
+    FileImages,
     Integers,
     Labels,
     Part,
@@ -43,15 +43,13 @@ _MAX_NOTES = 5
 _MAX_OPEN = 256  # shards that each process keeps open; further shards are opened anew for each image
 
 
-class ShardStore:
+class ShardStore(FileImages):
     """Images inside tar files.
 
     Args:
         shards: the tar files.
         index: Arrow table with the columns shard (number), member (name), offset and size (both in bytes).
     """
-
-    value_range: Range | None = None
 
     def __init__(self, shards: list[Path], index: Any) -> None:
         self._shards = shards
@@ -75,10 +73,6 @@ class ShardStore:
     def identify(self, row: int) -> str:
         """Return the shard's path, a slash, and the member's name."""
         return f"{self._shards[self._shard[row]]}/{self._members[row].as_py()}"
-
-    def read(self, row: int) -> Tensor:
-        """Read and decode the image of a row: uint8 (3, H, W)."""
-        return decode(self.encoded(row), name=self.identify(row), value_range=self.value_range)
 
     def encoded(self, row: int) -> bytes:
         """Return the bytes of the member of a row. Raises BadImage."""

@@ -21,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
-from pecobook.data.decode import BadImage, Range
+from pecobook.data.decode import BadImage, Range, decode
 from pecobook.data.deep import FULL_16_BITS, ValueRange
 from pecobook.errors import DataError, did_you_mean
 
@@ -54,6 +54,24 @@ class Store(Protocol):
 
     def digest(self, rows: Integers) -> str:
         """Return a hash that identifies the rows; it is equal on another machine with the same files."""
+
+
+class FileImages:
+    """The part of a store that decodes the bytes of image files."""
+
+    value_range: Range | None = None
+
+    def read(self, row: int) -> Tensor:
+        """Read and decode the image of a row: uint8 (3, H, W)."""
+        return decode(self.encoded(row), name=self.identify(row), value_range=self.value_range)
+
+    def identify(self, row: int) -> str:
+        """Return a name by which a person can find the image."""
+        raise NotImplementedError
+
+    def encoded(self, row: int) -> bytes:
+        """Return the bytes of the image file of a row. Raises BadImage."""
+        raise NotImplementedError
 
 
 class ImageSource:

@@ -91,22 +91,19 @@ def group_by_split(names: Iterable[str]) -> tuple[dict[str, list[int]], list[int
     Returns:
         the indices of each split, and the indices that declare no split beside others that do: these are not used.
     """
-    groups: dict[str | None, list[int]] = {}
-    count = 0
+    groups: dict[str, list[int]] = {}
     for number, name in enumerate(names):
-        groups.setdefault(split_of_path(name), []).append(number)
-        count += 1
-    undeclared = groups.pop(None, [])
-    declared = {split: numbers for split, numbers in groups.items() if split is not None}
-    if "train" in declared:
-        return declared, undeclared
+        groups.setdefault(split_of_path(name) or "", []).append(number)
+    undeclared = groups.pop("", [])
+    if "train" in groups:
+        return groups, undeclared
     if undeclared:
-        return {**declared, "train": undeclared}, []
-    return {"train": list(range(count))}, []
+        return {**groups, "train": undeclared}, []
+    return {"train": sorted(number for numbers in groups.values() for number in numbers)}, []
 
 
 def note_ignored_splits(names: Sequence[str], groups: Collection[str]) -> tuple[str, ...]:
-    """Return a note if names declare splits that `group_by_split` has ignored."""
+    """Return a note if names declare splits that are ignored, given the splits that are used."""
     declared = [name for name in names if split_of_path(name) not in (None, "train")]
     if not declared or len(groups) > 1:
         return ()

@@ -16,11 +16,20 @@ from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
-from torch import Tensor
 
-from pecobook.data.decode import BadImage, Range, decode, read_file
+from pecobook.data.decode import BadImage, read_file
 from pecobook.data.labels import class_names, encode_labels, is_missing
-from pecobook.data.source import AS_OTHERS, Contents, Integers, Labels, Part, file_version, hash_some, relative_names
+from pecobook.data.source import (
+    AS_OTHERS,
+    Contents,
+    FileImages,
+    Integers,
+    Labels,
+    Part,
+    file_version,
+    hash_some,
+    relative_names,
+)
 from pecobook.data.split_names import group_by_split, note_ignored_splits
 from pecobook.errors import DataError, did_you_mean, first_line
 from pecobook.utils.printer import say
@@ -30,7 +39,7 @@ _LARGE = 2**30
 """Bytes of files whose copy is announced."""
 
 
-class TableStore:
+class TableStore(FileImages):
     """One column of encoded images.
 
     Args:
@@ -40,8 +49,6 @@ class TableStore:
         files: (name, number of rows) of the files that hold the rows, in order.
         identity: text that identifies the table; it goes into the fingerprint.
     """
-
-    value_range: Range | None = None
 
     def __init__(self, images: Any, column: str, files: Sequence[tuple[str, int]], identity: str) -> None:
         self._images, self._column, self._identity = images, column, identity
@@ -58,10 +65,6 @@ class TableStore:
 
     def _file_of(self, row: int) -> int:
         return int(np.searchsorted(self._starts, row, side="right")) - 1
-
-    def read(self, row: int) -> Tensor:
-        """Read and decode the image of a row: uint8 (3, H, W)."""
-        return decode(self.encoded(row), name=self.identify(row), value_range=self.value_range)
 
     def encoded(self, row: int) -> bytes:
         """Return the encoded bytes of the image of a row. Raises BadImage."""

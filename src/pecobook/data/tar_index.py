@@ -124,7 +124,7 @@ def _members(file: IO[bytes], shard: Path, end: int, index: ShardIndex) -> Itera
     try:
         tar = tarfile.open(fileobj=file, mode="r:", errors="surrogateescape")  # noqa: SIM115 (the caller closes the file)
     except tarfile.ReadError:
-        start, _ = _next_header(file, _BLOCK, min(end, _MAX_SEARCH), _BLOCK)
+        start, _ = _next_header(file, _BLOCK, min(end, _MAX_SEARCH))
         if start is None:
             raise  # no tar file
         index.notes.append(f"{shard} is damaged at byte 0: {start:,} bytes are skipped.")
@@ -147,38 +147,42 @@ def _members(file: IO[bytes], shard: Path, end: int, index: ShardIndex) -> Itera
         start, skipped = None, 0
         if position < end:
             inside = position if last is None else last.offset_data
-            start, skipped = _next_header(file, first_unread, end, inside)
-            skipped += first_unread - position
+            is_damaged = any(os.pread(file.fileno(), _BLOCK, position))  # zeros mark the end of an archive
+            start = _search(file, inside, position) if is_damaged else None
+            if start is None:
+                start, skipped = _next_header(file, first_unread, end)
+                skipped += first_unread - position
         elif last_byte <= end:  # otherwise the last member is noted as cut short
             index.notes.append(f"{shard} has no end mark, so it may be cut short.")
-        if last is not None and start is not None and start < last_byte:
+        is_joined = start is not None and start < position
+        if is_joined and last is not None and start < last_byte:  # type: ignore[operator]
             index.notes.append(f"{shard}: another archive begins inside '{last.name}', which is left out.")
             index.left_out["cut short"] += 1
-        elif last is not None:
-            yield last
+        else:
+            if is_joined:
+                index.notes.append(
+                    f"{shard}: the archive before byte {start:,} has no end mark, so it may be cut short."
+                )
+            if last is not None:
+                yield last
         last = None
-        if skipped and (start is None or start >= position):
+        if skipped:
             lost = "no further member is found" if start is None else f"{skipped:,} bytes are skipped"
             index.notes.append(f"{shard} is damaged at byte {position:,}: {lost}.")
             index.left_out["damaged header"] += 1
         if start is None:
             return
-        if not skipped or (start - position) % _BLOCK or start < position:
+        if not skipped or (start - position) % _BLOCK:
             yield None
         tar.offset = position = start
         file.seek(start)
 
 
-def _next_header(file: IO[bytes], position: int, end: int, inside: int) -> tuple[int | None, int]:
+def _next_header(file: IO[bytes], position: int, end: int) -> tuple[int | None, int]:
     """Return where the next valid header begins (None if there is none), and how many bytes before it are not zero.
 
-    Headers follow in steps of 512 bytes. But an archive that was cut may have been joined with another one: this begins
-    anywhere, from `inside` on, which is where the data of the last member begin.
+    Headers follow in steps of 512 bytes, but behind an archive that was cut another one begins anywhere.
     """
-    is_damaged = any(os.pread(file.fileno(), _BLOCK, position))  # no zeros, which mark the end of an archive
-    found = _search(file, inside, position) if is_damaged else None
-    if found is not None:
-        return found, 0
     skipped = 0
     for start in range(position, end, _BLOCK):
         block = os.pread(file.fileno(), _BLOCK, start)
@@ -282,7 +286,7 @@ def _continues(stem: str, stems: set[str]) -> bool:
 
 
 def _read_label(file: IO[bytes], member: _Member, *, is_json: bool) -> str | None:
-    text = os.pread(file.fileno(), member.size, member.offset).decode(errors="replace").strip()
+    text = os.pread(file.fileno(), member.size, member.offset).decode(errors="replace").strip("\0 \r\n\t")
     if not is_json:
         return text or None
     try:

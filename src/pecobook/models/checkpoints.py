@@ -91,7 +91,7 @@ def read_checkpoint(path: str) -> Checkpoint:
     except Exception as error:  # a damaged file can raise any exception
         raise WeightsError(
             f"'{path}' is not a plain file of weights ({loading_reason(error)}); pecobook runs no code from a file.\n"
-            "Download it again if it is damaged, or convert it once to safetensors, in an environment that you trust."
+            "Convert it once to safetensors, in an environment that you trust, or download it again if it is damaged."
         ) from None
     wrapper: list[str] = []
     left: list[str] = []
@@ -102,7 +102,7 @@ def read_checkpoint(path: str) -> Checkpoint:
         wrapper.append(inner)
         left += [str(name) for name in content if name != inner]
         content = content[inner]
-    if not _has_tensors(content) or (not wrapper and not _all_tensors(content) and not _is_plain(content)):
+    if not _has_tensors(content) or not (wrapper or _is_plain(content)):
         keys = f": its keys are {', '.join(map(str, list(content)[:8]))}" if isinstance(content, dict) else ""
         raise WeightsError(f"'{path}' contains no state dict{keys}.")
     left += [str(name) for name, value in content.items() if not isinstance(value, Tensor)]
@@ -141,10 +141,6 @@ def _has_tensors(value: Any) -> bool:
     if not isinstance(value, dict):
         return False
     return any(isinstance(v, Tensor) for v in value.values()) or any(_has_tensors(value.get(w)) for w in _WRAPPERS)
-
-
-def _all_tensors(content: dict[Any, Any]) -> bool:
-    return all(isinstance(value, Tensor) for value in content.values())
 
 
 def _is_plain(content: dict[Any, Any]) -> bool:

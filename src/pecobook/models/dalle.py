@@ -20,7 +20,8 @@ from torch import Tensor, nn
 
 from pecobook.errors import WeightsError
 from pecobook.models.checkpoints import load_state, read_weights
-from pecobook.models.tokenizer import apply_in_batches, as_codes, as_images, check_shape
+from pecobook.models.tokenizer import apply_in_batches, as_codes
+from pecobook.utils.images import as_images, check_shape
 
 _NUM_BLOCKS = 8  # four groups of two blocks; residual paths are divided by the square of this number
 
@@ -62,7 +63,7 @@ class DalleTokenizer(nn.Module):
 
     def logits(self, images: Tensor) -> Tensor:
         """Return the logits of all codewords: float (B, 3, H, W) in [0, 1] to (B, K, H / 8, W / 8)."""
-        check_shape(images, 3, self.stride)
+        check_shape(images, (3,), self.stride)
         encoder = cast("_Stack", self.encoder[0])
         x = encoder.input(0.8 * images + 0.1)  # DALL-E maps pixels from [0, 1] to [0.1, 0.9]
         for number, group in enumerate(encoder.groups()):
@@ -77,7 +78,7 @@ class DalleTokenizer(nn.Module):
         Raises:
             ValueError: as `PerceptualTokenizer.encode`.
         """
-        images = as_images(images, 3, self.stride, check=check)
+        images = as_images(images, (3,), self.stride, check=check)
         return apply_in_batches(lambda batch: self.logits(batch).argmax(1), images, batch_size, self.codebook.device)
 
     @torch.no_grad()

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from pecobook.errors import WeightsError, did_you_mean, first_line
-from pecobook.models.checkpoints import is_head, load_state, read_weights
+from pecobook.models.checkpoints import is_head, left_aside, load_state, read_checkpoint
 from pecobook.models.dry_run import refusing
 from pecobook.models.makers import (
     IMAGENET_MEAN,
@@ -151,6 +151,7 @@ def _open_torchvision(
         suggestion = did_you_mean(name, torchvision.models.list_models(module=torchvision.models))
         raise WeightsError(f"torchvision has no network '{name}'.{suggestion}")
     normalisation, pretrained = Normalisation(IMAGENET_MEAN, IMAGENET_STD, "torchvision's default"), None
+    notes: list[str] = []
     if weights is None:
         pretrained = torchvision.models.get_model_weights(name).DEFAULT
         preset = pretrained.transforms()
@@ -165,12 +166,14 @@ def _open_torchvision(
     if weights not in (None, "random"):
         # Files of self-supervised networks have no head, and the features come before it.
         needs_head = any(is_head(str(layer)) for layer in layers)
-        load_state(network, read_weights(weights), source=weights, needs_head=needs_head)
+        checkpoint = read_checkpoint(weights)
+        left = load_state(network, checkpoint.state, source=weights, needs_head=needs_head)
+        notes = [note for note in (left_aside(weights, checkpoint, left),) if note]
         normalisation = neighbour_normalisation(weights) or normalisation
     normalisation = overridden(normalisation, mean, std)
     features = NodeFeatures(network, stage_nodes(network, layers, name))
-    note = with_flags(normalisation.line(f"torchvision:{name}"), "--perceptual.")
-    return FeatureNetwork(features, normalisation.mean, normalisation.std, None, (note,))
+    notes.append(with_flags(normalisation.line(f"torchvision:{name}"), "--perceptual."))
+    return FeatureNetwork(features, normalisation.mean, normalisation.std, None, tuple(notes))
 
 
 def stage_nodes(network: nn.Module, layers: Sequence[int | str], name: str) -> list[str]:

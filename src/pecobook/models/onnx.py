@@ -22,24 +22,15 @@ from pecobook.settings.segment import SegmentTestConfig
 from pecobook.utils.files import write_atomically, write_json
 
 
-class _EncodeModule(nn.Module):
-    """Wraps `encode` of a tokenizer as a module."""
+class _Method(nn.Module):
+    """Wraps `encode` or `decode` of a tokenizer as a module."""
 
-    def __init__(self, tokenizer: Any) -> None:
+    def __init__(self, tokenizer: Any, name: str) -> None:
         super().__init__()
-        self.tokenizer = tokenizer
+        self.tokenizer, self.name = tokenizer, name
 
-    def forward(self, images: Tensor) -> Tensor:
-        codes: Tensor = self.tokenizer.encode(images)
-        return codes
-
-
-class _DecodeModule(_EncodeModule):
-    """Wraps `decode` of a tokenizer as a module."""
-
-    def forward(self, codes: Tensor) -> Tensor:
-        images: Tensor = self.tokenizer.decode(codes)
-        return images
+    def forward(self, values: Tensor) -> Tensor:
+        return getattr(self.tokenizer, self.name)(values)  # type: ignore[no-any-return]
 
 
 def export_onnx(tokenizer: Any, folder: str | Path) -> tuple[Path, Path]:
@@ -76,8 +67,8 @@ def export_onnx(tokenizer: Any, folder: str | Path) -> tuple[Path, Path]:
         "num_codewords": tokenizer.num_codewords,
         **range_entry(tokenizer),
     }
-    write_onnx(_EncodeModule(tokenizer), images, shapes[0], paths[0], "images", "codes", described)
-    write_onnx(_DecodeModule(tokenizer), codes, shapes[1], paths[1], "codes", "images", described)
+    write_onnx(_Method(tokenizer, "encode"), images, shapes[0], paths[0], "images", "codes", described)
+    write_onnx(_Method(tokenizer, "decode"), codes, shapes[1], paths[1], "codes", "images", described)
     lines = onnx_readme.tokenizer_lines(tokenizer.image_size, channels, getattr(tokenizer, "value_range", AUTO))
     _write_readme(folder, described, lines)
     return paths
@@ -90,11 +81,11 @@ def export_backbone(network: Backbone, folder: Path) -> None:
     classes. Raises PecobookError if the packages that write ONNX are not installed.
     """
     size = network.image_size or 224
-    described: dict[str, Any] = {"name": network.name, "image_size": size, "crop": 1.0, **range_entry(network)}
+    described: dict[str, Any] = {"name": network.name, "image_size": size, "crop": network.crop, **range_entry(network)}
     output = "float32 (batch, features), the network's pooled features"
     lines = onnx_readme.backbone_lines(size, network.value_range)
     if isinstance(network, Classifier):
-        described |= {"crop": network.crop, "classes": list(network.classes)}
+        described["classes"] = list(network.classes)
         output = f"float32 (batch, {len(network.classes)}), the logits of the classes"
         lines = onnx_readme.classifier_lines(size, network.crop, network.value_range)
     task = "classification" if isinstance(network, Classifier) else "features"

@@ -23,7 +23,7 @@ from pecobook.models.dry_run import dry_run
 from pecobook.models.feature_networks import check_feature_maps, load_feature_network
 from pecobook.settings.perceptual import Normalisation, PerceptualConfig, PerceptualDistanceConfig
 from pecobook.settings.values import replace
-from pecobook.utils.images import checked_floats
+from pecobook.utils.images import as_images
 
 
 class PerceptualDistance(nn.Module):
@@ -87,7 +87,7 @@ class PerceptualDistance(nn.Module):
 
         uint8 images are divided by 255. Raises ValueError for another shape or type.
         """
-        images = checked_floats(images)
+        images = as_images(images, (1, 3), check=False)
         shape = self._input_shape(*images.shape[-2:])
         if images.shape[-2:] != shape:
             images = F.interpolate(images, shape, mode="bicubic", antialias=True, align_corners=False)

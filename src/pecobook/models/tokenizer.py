@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Self
@@ -19,6 +18,7 @@ from pecobook.models.vit_autoencoder import ViTDecoder, ViTEncoder
 from pecobook.settings.tokenizer import AutoencoderConfig, TokenizerConfig
 from pecobook.settings.values import complete, replace, to_dict
 from pecobook.utils.devices import exporting
+from pecobook.utils.images import as_images, check_shape
 
 
 class PerceptualTokenizer(Exported):
@@ -70,7 +70,7 @@ class PerceptualTokenizer(Exported):
 
     def encode_latents(self, images: Tensor) -> Tensor:
         """Return the encoder output before quantisation: float (B, C, H, W) in [0, 1] to (B, D, h, w)."""
-        check_shape(images, self.in_channels, self.stride)
+        check_shape(images, (self.in_channels,), self.stride)
         return self.encoder((images * 2 - 1).to(self.dtype))  # type: ignore[no-any-return]
 
     def decode_latents(self, quantized: Tensor) -> Tensor:
@@ -91,7 +91,7 @@ class PerceptualTokenizer(Exported):
             ValueError: the shape is not (B, C, H, W), a side is not a multiple of the stride f, or the values are not
                 images in [0, 1].
         """
-        images = as_images(images, self.in_channels, self.stride, check=check)
+        images = as_images(images, (self.in_channels,), self.stride, check=check)
         return apply_in_batches(self._encode, images, batch_size, self.codebook.device)
 
     @torch.no_grad()
@@ -175,65 +175,23 @@ print(codes)"""
         return export_onnx(self, folder)
 
 
-def check_shape(images: Tensor, channels: int, stride: int) -> None:
-    """Raise ValueError unless images have the shape (B, C, H, W), with sides that are multiples of the stride."""
-    if images.ndim != 4:
-        remedy = ": for one image give image[None]" if images.ndim == 3 else ""
-        raise ValueError(f"Images must have the shape (B, {channels}, H, W), not {tuple(images.shape)}{remedy}.")
-    height, width = images.shape[-2:]
-    if images.shape[1] != channels:
-        last = ": put the channels first, images.permute(0, 3, 1, 2)" if images.shape[3] == channels else ""
-        raise ValueError(f"Images must have {channels} channels, not {images.shape[1]}{last}.")
-    if height % stride or width % stride:
-        raise ValueError(f"Images must be multiples of {stride} pixels, not {height} x {width}.")
-
-
-def as_images(images: Tensor, channels: int, stride: int, *, check: bool = True) -> Tensor:
-    """Return images as float32 (B, C, H, W) in [0, 1]; uint8 is divided by 255.
-
-    Args:
-        images: uint8 in 0..255, or floats of any precision in [0, 1], which may overshoot a little, as after a bicubic
-            resize.
-        channels: C.
-        stride: divisor of the sides.
-        check: whether to look at the values.
-
-    Raises:
-        ValueError: the shape, the type or the values are others.
-    """
-    check_shape(images, channels, stride)
-    if images.dtype == torch.uint8:
-        return images.float() / 255
-    if not images.is_floating_point():
-        raise ValueError(f"Images must be uint8 in 0..255 or floats in [0, 1], not {images.dtype}.")
-    images = images.float()
-    if exporting() or torch.compiler.is_compiling() or not check or not images.numel():
-        return images
-    low, high = (float(value) for value in images.aminmax())
-    if not (math.isfinite(low) and math.isfinite(high)):  # aminmax passes nan on
-        raise ValueError("Images contain values that are not finite (nan or infinity).")
-    if low < -_OVERSHOOT or high > 1 + _OVERSHOOT:
-        remedy = "divide them by 255, or give uint8" if low >= 0 else "they seem normalised: undo the normalisation"
-        raise ValueError(f"Images must lie in [0, 1], not in [{low:.4g}, {high:.4g}]: {remedy}.")
-    return images
-
-
-def as_codes(codes: Tensor, num_codewords: int) -> Tensor:
+def as_codes(codes: Any, num_codewords: int) -> Tensor:
     """Return codes as int64 (B, h, w). Raises ValueError for another shape, floats, or values outside [0, K)."""
+    if not isinstance(codes, Tensor):
+        raise ValueError(
+            f"Codes must be a tensor (B, h, w), not {type(codes).__name__}: torch.as_tensor converts them."
+        )
     if codes.ndim != 3:
-        remedy = ": for one image give codes[None]" if codes.ndim == 2 else ""
+        remedy = ": for one image give codes[None], for rows of codes codes.view(B, h, w)" if codes.ndim == 2 else ""
         raise ValueError(f"Codes must have the shape (B, h, w), not {tuple(codes.shape)}{remedy}.")
     if codes.is_floating_point() or codes.is_complex() or codes.dtype == torch.bool:
         raise ValueError(f"Codes must be integers, not {codes.dtype}.")
-    codes = codes.long()
-    if not exporting() and not torch.compiler.is_compiling() and codes.numel():
-        low, high = (int(value) for value in codes.aminmax())
+    indices: Tensor = codes.long()
+    if not exporting() and not torch.compiler.is_compiling() and indices.numel():
+        low, high = (int(value) for value in indices.aminmax())
         if low < 0 or high >= num_codewords:
             raise ValueError(f"Codes must lie in [0, {num_codewords}), not in [{low}, {high}].")
-    return codes
-
-
-_OVERSHOOT = 0.5  # of images that were resized with a bicubic filter and not clamped
+    return indices
 
 
 def apply_in_batches(

@@ -16,8 +16,8 @@ from pecobook.models.tokenizer import (
     PerceptualTokenizer,
     apply_in_batches,
     as_codes,
-    as_images,
 )
+from pecobook.utils.images import as_images
 
 
 def load_tokenizer(source: str | Path) -> Any:
@@ -75,7 +75,7 @@ class GreyTokenizer(nn.Module):
         """Encode images: float (B, 3, H, W) in [0, 1] to codes int64 (B, H / f, W / f)."""
         from torchvision.transforms.functional import rgb_to_grayscale  # as in training
 
-        images = as_images(images, 3, self.stride, check=check)
+        images = as_images(images, (3,), self.stride, check=check)
         return self.tokenizer.encode(rgb_to_grayscale(images), batch_size=batch_size, check=False)
 
     def decode(self, codes: Tensor, *, batch_size: int = 256) -> Tensor:
@@ -133,7 +133,7 @@ class DiffusersTokenizer(nn.Module):
         Raises:
             ValueError: as `PerceptualTokenizer.encode`.
         """
-        images = as_images(images, 3, self.stride, check=check)
+        images = as_images(images, (3,), self.stride, check=check)
         return apply_in_batches(self._encode, images, batch_size, self.codebook.device)
 
     @torch.no_grad()

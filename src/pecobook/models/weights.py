@@ -25,7 +25,7 @@ from pecobook.models.makers import (
 from pecobook.models.network_traits import NetworkTraits, network_traits, trained_size
 from pecobook.models.networks import create_network
 from pecobook.models.snippets import BEST_CLASSES, normalise, open_square, quoted
-from pecobook.utils.images import checked_floats
+from pecobook.utils.images import as_images
 
 __all__ = ["IMAGENET_MEAN", "IMAGENET_STD", "Backbone", "Classifier", "create_network", "load_backbone"]
 
@@ -46,6 +46,10 @@ class Backbone(Exported):
 
     kind = "backbone"
     trained_by = "contrast or pretrain"
+    classes: tuple[str, ...] = ()
+    """Names of the classes of a classifier."""
+    crop: float = 1.0
+    """Side of the central square that the network reads, as a share of the image's shorter side."""
 
     def __init__(
         self,
@@ -64,8 +68,12 @@ class Backbone(Exported):
         self.mean, self.std, self.image_size = mean, std, image_size
 
     def forward(self, images: Tensor) -> Tensor:
-        """Map images (B, 3, H, W), float in [0, 1] or uint8, to pooled features (B, F); a classifier returns logits."""
-        images = checked_floats(images)
+        """Map images (B, 3, H, W), float in [0, 1] or uint8, to pooled features (B, F); a classifier returns logits.
+
+        Raises:
+            ValueError: the shape, the type or the values are others.
+        """
+        images = as_images(images, (1, 3)).to(next(self.network.parameters()).dtype)
         mean, std = (images.new_tensor(values)[:, None, None] for values in (self.mean, self.std))
         return self.network((images - mean) / std)  # type: ignore[no-any-return]
 
@@ -93,16 +101,9 @@ class Backbone(Exported):
         """Load the weights of an export. Raises WeightsError if they do not fit."""
         load_state(self.network, state, source="model.safetensors")
 
-    def _num_classes(self) -> int:
-        return 0
-
     def loading_code(self, source: str) -> str:
         """Return Python code that loads the plain timm network from the export folder `source` and reads one image."""
-        return self._timm_code(
-            "import json\n" * bool(self._num_classes()),
-            quoted(f"{source}/model.safetensors"),
-            quoted(f"{source}/config.json"),
-        )
+        return self._timm_code(quoted(f"{source}/model.safetensors"), quoted(f"{source}/config.json"))
 
     def hub_loading_code(self, repo_id: str) -> str:
         """Return the same code for the repository `repo_id` on the hub."""
@@ -110,13 +111,12 @@ class Backbone(Exported):
             f"huggingface_hub.hf_hub_download({quoted(repo_id)}, {quoted(name)})"
             for name in ("model.safetensors", "config.json")
         )
-        return self._timm_code(
-            "import json\n" * bool(self._num_classes()) + "import huggingface_hub\n", weights, config
-        )
+        return self._timm_code(weights, config, "import huggingface_hub\n")
 
-    def _timm_code(self, imports: str, weights: str, config: str) -> str:
+    def _timm_code(self, weights: str, config: str, imports: str = "") -> str:
         """Return the code; `weights` and `config` are expressions for the paths of the export's files."""
-        create_args = {"num_classes": self._num_classes(), **self.args}
+        imports = "import json\n" * bool(self.classes) + imports
+        create_args = {"num_classes": len(self.classes), **self.args}
         arguments = "".join(f", {key}={value!r}" for key, value in create_args.items())
         lines = (
             f"model = timm.create_model({quoted(self.name)}{arguments}).eval()\n"
@@ -139,15 +139,14 @@ import torch
 from PIL import Image, ImageOps
 
 {lines}
-{open_square(self.image_size or 224, self._crop(), self.value_range)}
+{open_square(self.image_size or 224, self.crop, self.value_range)}
 {normalise(self.mean, self.std)}
 {self._application(names)}"""
 
-    def _application(self, names: str) -> str:  # noqa: ARG002
-        return "features = model(pixels[None])[0].detach()  # (F,)\nprint(features)"
-
-    def _crop(self) -> float:
-        return 1.0
+    def _application(self, names: str) -> str:
+        if not self.classes:
+            return "features = model(pixels[None])[0].detach()  # (F,)\nprint(features)"
+        return f"probabilities = model(pixels[None]).softmax(1)[0].detach()\nclasses = {names}\n{BEST_CLASSES}"
 
     def card(self, origin: str) -> Card:
         """Return the model card: name, origin and expected input."""
@@ -162,7 +161,7 @@ from PIL import Image, ImageOps
                 else ""
             ),
             tags=("pecobook", tag) if tag else ("pecobook",),
-            pipeline="image-classification" if self._num_classes() else "image-feature-extraction",
+            pipeline="image-classification" if self.classes else "image-feature-extraction",
             library="timm",
         )
 
@@ -202,15 +201,6 @@ class Classifier(Backbone):
     def settings(self) -> dict[str, Any]:
         """Return name, arguments, expected input and classes of the network, as JSON values."""
         return {**super().settings(), "classes": list(self.classes), "crop": self.crop}
-
-    def _num_classes(self) -> int:
-        return len(self.classes)
-
-    def _crop(self) -> float:
-        return self.crop
-
-    def _application(self, names: str) -> str:
-        return f"probabilities = model(pixels[None]).softmax(1)[0].detach()\nclasses = {names}\n{BEST_CLASSES}"
 
 
 def exported_network(settings: dict[str, Any], state: dict[str, Tensor], source: str) -> nn.Module:
@@ -293,10 +283,9 @@ def load_backbone(
     checkpoint = read_checkpoint(file) if file is not None and not file.endswith(".npz") else None
     options: dict[str, Any] = {"pool_mean": pool_mean, "drop_path": drop_path, "any_size": any_size}
     load = _load_timm if is_timm else _load_run
-    network, args, size, normalisation, left = load(
-        spec.removeprefix("timm:"), weights, checkpoint, image_size, options
-    )
-    name = spec.removeprefix("timm:") if is_timm else read_settings(spec)["name"]
+    name = spec.removeprefix("timm:")
+    network, args, size, normalisation, left = load(name, weights, checkpoint, image_size, options)
+    name = name if is_timm else read_settings(spec)["name"]
     normalisation = overridden(normalisation, mean, std)
     notes = [left_aside(file, checkpoint, left)] if file and checkpoint else []
     notes = [*(note for note in notes if note), normalisation.line(spec)]
@@ -316,16 +305,15 @@ def _load_run(
     name, size = config["name"], config["image_size"]
     traits = network_traits(name, config["args"])
     args = pooling_trained_features(config)["args"] | _pooling_args(traits, options["pool_mean"])
-    left: tuple[str, ...] = ()
     if image_size is not None and image_size != size and traits.takes_size:
         args, size = args | {"img_size": image_size}, image_size
     network = create_network(name, num_classes=0, **_runtime_args(traits, options), **args)
     normalisation = Normalisation(tuple(config["mean"]), tuple(config["std"]), "as the run was trained")
-    if checkpoint is not None:
-        left = load_state(network, checkpoint.state, source=str(weights))
-        normalisation = file_normalisation(checkpoint.state, checkpoint.wrapper, str(weights), network, f"timm:{name}")
-    elif weights is None:
+    left: tuple[str, ...] = ()
+    if weights is None:
         load_state(network, state, source=spec)
+    elif weights != "random":
+        left, normalisation = _load_file(network, name, args, weights, checkpoint)
     return network, args, size, normalisation, left
 
 
@@ -339,26 +327,36 @@ def _load_timm(
     if side is None and checkpoint is not None:
         side = trained_size(name, checkpoint.state)  # of the file's position tables, if it is not the default
     size_args = {"img_size": side} if side is not None and traits.takes_size else {}
-    runtime_args = _runtime_args(traits, options)
-    npz = str(weights).endswith(".npz")
-    # If the mean is pooled, timm gives the last norm another name, so timm's weights are loaded without mean pooling.
-    apart = npz or (weights is None and bool(pooling))
-    network = create_network(name, weights is None and not apart, num_classes=0, **runtime_args, **pooling, **size_args)
+    args, download = pooling | size_args, weights is None and not pooling
+    network = create_network(name, download, num_classes=0, **_runtime_args(traits, options), **args)
     left: tuple[str, ...] = ()
     normalisation = timm_normalisation(network, f"timm:{name}")
-    if apart:
-        plain = create_network(name, not npz, num_classes=0, **size_args)
-        if npz:
-            _load_npz(plain, str(weights))
-        load_state(network, plain.state_dict(), source=str(weights) if npz else f"timm:{name}")
-    if checkpoint is not None:
-        left = load_state(network, checkpoint.state, source=str(weights))
-    if checkpoint is not None or npz:
-        content = checkpoint or Checkpoint({})
-        normalisation = file_normalisation(content.state, content.wrapper, str(weights), network, f"timm:{name}")
+    if weights is None and pooling:
+        # If the mean is pooled, timm gives the last norm another name, so its weights are loaded without mean pooling.
+        plain = create_network(name, True, num_classes=0, **size_args)
+        load_state(network, plain.state_dict(), source=f"timm:{name}")
+    elif weights not in (None, "random"):
+        left, normalisation = _load_file(network, name, args, str(weights), checkpoint)
     settings = getattr(network, "pretrained_cfg", None) or {}
     size = side or settings.get("input_size", (3, 224, 224))[-1]
-    return network, pooling | size_args, size, normalisation, left
+    return network, args, size, normalisation, left
+
+
+def _load_file(
+    network: nn.Module, name: str, args: dict[str, Any], file: str, checkpoint: Checkpoint | None
+) -> tuple[tuple[str, ...], Normalisation]:
+    """Load a file of weights into timm's `name`, built with `args`; return the names left aside, and what it expects.
+
+    `checkpoint` is the content of the file; None for an `.npz`.
+    """
+    if checkpoint is None:  # timm reads it into a network whose last norm has its usual place
+        plain = create_network(
+            name, num_classes=0, **{k: v for k, v in args.items() if k not in ("global_pool", "use_fc_norm")}
+        )
+        _load_npz(plain, file)
+        checkpoint = Checkpoint(plain.state_dict())
+    left = load_state(network, checkpoint.state, source=file)
+    return left, file_normalisation(checkpoint.state, checkpoint.wrapper, file, network, f"timm:{name}")
 
 
 def _load_npz(network: nn.Module, path: str) -> None:
@@ -378,11 +376,6 @@ def _runtime_args(traits: NetworkTraits, options: dict[str, Any]) -> dict[str, A
     # VGG and DenseNet do not accept the argument of stochastic depth.
     depth = {"drop_path_rate": options["drop_path"]} if options["drop_path"] > 0 else {}
     return {**depth, **(traits.any_size if options["any_size"] else {})}
-
-
-def any_size_args(name: str) -> dict[str, Any]:
-    """Return arguments with which timm's `name` takes any image size; none for BEiT (see `models.dense.pyramid`)."""
-    return network_traits(name).any_size
 
 
 def _pooling_args(traits: NetworkTraits, pool_mean: bool) -> dict[str, Any]:

@@ -14,8 +14,8 @@ def tiny() -> CodebookConfig:
     """512 codewords, 16 tokens for a 32-pixel image, 600 steps of 16: about a minute on 2 cores.
 
     Steps are many and small, because a short training learns by its number of steps. The moving averages and revival
-    of codewords are faster than the paper's, because there are still few steps. Batch and learning rate were chosen on
-    training images that were held out (docs/results.md).
+    of codewords are faster than the paper's, because there are still few steps. Batch, learning rate and the weight of
+    the perceptual loss were chosen on training images that were held out (docs/results.md).
 
     Command: pecobook codebook tiny --data photos --out runs/codebook
     Result: a run that was killed and resumed exports the same bytes as an uninterrupted run, in one process and in two
@@ -32,13 +32,13 @@ def tiny() -> CodebookConfig:
             channels=(16, 32, 64, 128), latent_dim=64, num_blocks=1, latent_norm=True, padding="replicate"
         ),
         quantizer=QuantizerConfig(num_codewords=512, decay=0.987, revive_after=80, start_after=120),
-        perceptual=PerceptualConfig(network="none", layers=(3, 4), warmup=0, normalisation="layernorm"),
+        perceptual=PerceptualConfig(network="none", layers=(3, 4), weight=0.1, warmup=0, normalisation="layernorm"),
         balance=True,
     )
 
 
 def cifar10() -> CodebookConfig:
-    """CIFAR-10, 16 tokens for an image, 30 epochs, perceptual weight 1.
+    """CIFAR-10, 16 tokens for an image, 30 epochs, perceptual weight 0.1 as in the other small recipes.
 
     Command: pecobook codebook cifar10 --data CIFAR10 --perceptual.network runs/contrast --out runs/codebook
     Cost: 1.2 GFLOP for an image (counted, without the perceptual network); 140 images/s on 2 CPU cores (measured), so
@@ -53,7 +53,7 @@ def cifar10() -> CodebookConfig:
             channels=(32, 64, 64, 128), latent_dim=64, num_blocks=1, latent_norm=True, padding="replicate"
         ),
         quantizer=QuantizerConfig(num_codewords=512),
-        perceptual=PerceptualConfig(layers=(3, 4), warmup=0, normalisation="layernorm"),
+        perceptual=PerceptualConfig(layers=(3, 4), weight=0.1, warmup=0, normalisation="layernorm"),
         balance=True,
     )
 
@@ -72,7 +72,7 @@ def tiny_imagenet() -> CodebookConfig:
         optim=BaseOptimConfig(name="adam", lr=5e-4, warmup="5%", weight_decay=0.0, betas=(0.9, 0.99)),
         model=AutoencoderConfig(channels=(32, 64, 128, 256), latent_dim=128, latent_norm=True, padding="replicate"),
         quantizer=QuantizerConfig(num_codewords=2048),
-        perceptual=PerceptualConfig(layers=(3, 4), warmup=0, normalisation="layernorm"),
+        perceptual=PerceptualConfig(layers=(3, 4), weight=0.1, warmup=0, normalisation="layernorm"),
         balance=True,
     )
 
@@ -93,7 +93,7 @@ def imagenette() -> CodebookConfig:
             channels=(16, 32, 64, 128, 256), latent_dim=64, num_blocks=1, latent_norm=True, padding="replicate"
         ),
         quantizer=QuantizerConfig(num_codewords=1024, start_after=200),
-        perceptual=PerceptualConfig(layers=(3, 4), warmup=0, normalisation="layernorm"),
+        perceptual=PerceptualConfig(layers=(3, 4), weight=0.1, warmup=0, normalisation="layernorm"),
         balance=True,
     )
 

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 
-from pecobook.settings.images import ImagesConfig
-from pecobook.settings.normalisation import check_normalisation
+from pecobook.settings.images import ImagesConfig, check_normalisation
 from pecobook.settings.perceptual import check_layers
-from pecobook.settings.values import LARGEST, between, positive
+from pecobook.settings.values import LARGEST, between, not_negative, positive
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -62,4 +60,4 @@ class AnalyzeConfig(ImagesConfig):
         check_layers(self, "perceptual_layers")
         positive(self, "max_train", "max_test")
         between(self, 0, LARGEST, "seed")
-        between(self, 0, math.inf, "codewords")
+        not_negative(self, "codewords")

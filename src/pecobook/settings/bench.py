@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 
 from pecobook.settings.images import ImagesConfig
-from pecobook.settings.values import between, positive
+from pecobook.settings.values import not_negative, positive
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -37,4 +36,4 @@ class BenchConfig(ImagesConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         positive(self, "steps")
-        between(self, 0, math.inf, "batch_size", "data_steps")
+        not_negative(self, "batch_size", "data_steps")

@@ -9,7 +9,7 @@ from pecobook.errors import ConfigError
 from pecobook.settings.perceptual import PerceptualConfig
 from pecobook.settings.tokenizer import AutoencoderConfig, QuantizerConfig
 from pecobook.settings.training import BaseOptimConfig, CropTrainConfig
-from pecobook.settings.values import MAX_WIDTH, between, positive
+from pecobook.settings.values import MAX_WIDTH, between, not_negative, positive
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -27,7 +27,7 @@ class AdversarialConfig:
     it; the discriminator learns from step 0."""
 
     def __post_init__(self) -> None:
-        between(self, 0.0, float("inf"), "weight", "start")
+        not_negative(self, "weight", "start")
         positive(self, "width", "num_layers", most=MAX_WIDTH)
 
 
@@ -50,7 +50,7 @@ class ExplicitConfig:
     """Width of the space in which the contrastive loss compares images."""
 
     def __post_init__(self) -> None:
-        between(self, 0.0, float("inf"), "weight")
+        not_negative(self, "weight")
         between(self, 0.0, 1.0, "momentum")
         positive(self, "temperature")
         positive(self, "hidden_dim", "output_dim", most=MAX_WIDTH)
@@ -76,7 +76,7 @@ class CodebookConfig(CropTrainConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        between(self, 0.0, float("inf"), "pixel_weight")
+        not_negative(self, "pixel_weight")
         if self.image_size % self.model.stride:
             raise ConfigError(
                 f"--image-size {self.image_size} must be a multiple of {self.model.stride}, "

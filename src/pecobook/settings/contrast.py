@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 
 from pecobook.settings.images import JitterConfig, PhotometricConfig
 from pecobook.settings.training import BackboneConfig, BaseOptimConfig, CropTrainConfig
-from pecobook.settings.values import MAX_WIDTH, between, positive
+from pecobook.settings.values import MAX_WIDTH, between, not_negative, positive
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -17,12 +16,10 @@ class ContrastConfig(CropTrainConfig):
     model: BackboneConfig = BackboneConfig(name="vit_base_patch16_224")
     optim: BaseOptimConfig = BaseOptimConfig(lr=2.4e-3, weight_decay=0.1, warmup="40 epochs")
     max_steps: str = "300 epochs"
-    """Length of the training: steps, "N epochs" or "N images"."""
+    min_crop: float = 0.08
     batch_size: int = 4096
     """Number of images in one optimizer step. All devices and accumulation steps share these images; each image, in two
     views, is contrasted with all others."""
-    min_crop: float = 0.08
-    """Smallest share of an image's area that a random crop takes."""
     momentum: float = 0.99
     """Momentum of the key encoder's moving average at the start; it rises to 1 by a half cosine."""
     temperature: float = 0.2
@@ -50,7 +47,7 @@ class ContrastConfig(CropTrainConfig):
         super().__post_init__()
         positive(self, "temperature")
         positive(self, "hidden_dim", "output_dim", most=MAX_WIDTH)
-        between(self, 0, math.inf, "knn_images")
+        not_negative(self, "knn_images")
         between(self, 0.0, 1.0, "momentum", "blur", "solarise")
 
     def view_colour(self, number: int) -> PhotometricConfig:

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 
-from pecobook.settings.values import between
+from pecobook.settings.values import not_negative
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -21,4 +20,4 @@ class PyramidConfig:
     """Freeze the backbone and train only the pyramid and the heads after it."""
 
     def __post_init__(self) -> None:
-        between(self, 0, math.inf, "window")
+        not_negative(self, "window")

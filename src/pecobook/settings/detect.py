@@ -5,8 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 from pecobook.settings.dense import PyramidConfig
-from pecobook.settings.images import MAX_IMAGE_SIZE
-from pecobook.settings.normalisation import NormalisationConfig
+from pecobook.settings.images import MAX_IMAGE_SIZE, NormalisationConfig
 from pecobook.settings.training import OptimConfig, TrainConfig
 from pecobook.settings.values import between, positive, refuse
 
@@ -66,15 +65,12 @@ class DetectConfig(TrainConfig, NormalisationConfig):
     image_size: int = 1344
     """Side of the images that the backbone's positions cover, pixels. It is the longest side of an image, or the side
     of the square of --jitter."""
-    evaluation_images: int = 5000
-    """Largest number of held-out images in each evaluation."""
     optim: OptimConfig = OptimConfig(
         lr=4e-4, layer_decay=0.75, warmup="500", schedule="steps", milestones=("8 epochs", "11 epochs")
     )
+    evaluation_images: int = 5000
     max_steps: str = "12 epochs"
-    """Length of the training: steps, "N epochs" or "N images"."""
     batch_size: int = 16
-    """Number of images in one optimizer step. All devices and accumulation steps share these images."""
 
     def __post_init__(self) -> None:
         TrainConfig.__post_init__(self)

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 
-from pecobook.settings.normalisation import NormalisationConfig
+from pecobook.settings.images import NormalisationConfig
 from pecobook.settings.training import CropTrainConfig, OptimConfig
-from pecobook.settings.values import below_one, between, positive
+from pecobook.settings.values import below_one, between, not_negative, positive
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -36,15 +35,11 @@ class FinetuneConfig(CropTrainConfig, NormalisationConfig):
     average."""
     eval_crop: float = 0.875
     """Share of an image's shorter side that the central crop of evaluation takes (224 of 256)."""
-    evaluation_images: int = 50_000
-    """Largest number of held-out images in each evaluation."""
-    min_crop: float = 0.08
-    """Smallest share of an image's area that a random crop takes."""
     optim: OptimConfig = OptimConfig(lr=4e-3, warmup="20 epochs", layer_decay=0.65)
+    evaluation_images: int = 50_000
+    min_crop: float = 0.08
     max_steps: str = "100 epochs"
-    """Length of the training: steps, "N epochs" or "N images"."""
     batch_size: int = 1024
-    """Number of images in one optimizer step. All devices and accumulation steps share these images."""
 
     def __post_init__(self) -> None:
         CropTrainConfig.__post_init__(self)
@@ -52,4 +47,4 @@ class FinetuneConfig(CropTrainConfig, NormalisationConfig):
         below_one(self, "average")
         between(self, 0.0, 1.0, "drop_path", "label_smoothing", "random_erasing", "eval_crop")
         positive(self, "eval_crop")
-        between(self, 0, math.inf, "mixup", "cutmix")
+        not_negative(self, "mixup", "cutmix")

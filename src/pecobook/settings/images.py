@@ -1,12 +1,12 @@
-"""Settings of the colour changes of a view."""
+"""Settings of the images that a command reads: source, value range, normalisation, colour changes."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
-from pecobook.settings.values import between, refuse
+from pecobook.settings.values import between, not_negative, positive, refuse
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -27,7 +27,7 @@ class JitterConfig:
     """Probability that the image is turned grey."""
 
     def __post_init__(self) -> None:
-        between(self, 0, math.inf, "brightness", "contrast", "saturation")
+        not_negative(self, "brightness", "contrast", "saturation")
         between(self, 0.0, 0.5, "hue")
         between(self, 0.0, 1.0, "jitter", "grey")
 
@@ -74,3 +74,26 @@ def check_value_range(setting: RangeSetting) -> None:
     numbers = [value for value in setting if not isinstance(value, str) and math.isfinite(value)]
     if setting != AUTO and not (len(numbers) == len(setting) == 2 and numbers[0] < numbers[1]):
         refuse("value_range", f"is auto or two ascending numbers LOW HIGH, not '{' '.join(map(str, setting))}'.")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class NormalisationConfig:
+    """The normalisation of the images that a loaded network reads."""
+
+    mean: tuple[float, ...] = ()
+    """Mean of the backbone's input, three numbers for RGB in [0, 1]. Empty takes what the weights were trained with,
+    which a line at the start of the run names."""
+    std: tuple[float, ...] = ()
+    """Standard deviation of the backbone's input, three numbers for RGB in [0, 1]; empty as for --mean."""
+
+    def __post_init__(self) -> None:
+        check_normalisation(self, "mean", "std")
+
+
+def check_normalisation(config: Any, mean: str, std: str, *, lowest: float = 0.0, highest: float = 1.0) -> None:
+    """Refuse a mean or a standard deviation that is not three numbers in range; `mean` and `std` are field names."""
+    between(config, lowest, highest, mean)
+    positive(config, std)
+    for name in (mean, std):
+        if len(getattr(config, name)) not in (0, 3):
+            refuse(name, f"takes three numbers, not {len(getattr(config, name))}.")

@@ -6,8 +6,8 @@ import dataclasses
 import math
 from typing import Literal
 
-from pecobook.settings.normalisation import check_normalisation
-from pecobook.settings.values import between, different, refuse
+from pecobook.settings.images import check_normalisation
+from pecobook.settings.values import between, different, not_negative, refuse
 
 Normalisation = Literal["unit-rms", "layernorm", "none"]
 
@@ -66,4 +66,4 @@ class PerceptualConfig(PerceptualDistanceConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        between(self, 0.0, float("inf"), "weight", "warmup")
+        not_negative(self, "weight", "warmup")

@@ -71,9 +71,7 @@ class PretrainConfig(CropTrainConfig):
     """Colour changes of the crop, before both the tokenizer and the ViT see it (BEiT)."""
     optim: BaseOptimConfig = BaseOptimConfig(lr=1.5e-3, final_lr=1e-5, warmup="10 epochs", clip_grad=3.0)
     max_steps: str = "300 epochs"
-    """Length of the training: steps, "N epochs" or "N images"."""
     batch_size: int = 2048
-    """Number of images in one optimizer step. All devices and accumulation steps share these images."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

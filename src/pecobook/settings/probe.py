@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from pecobook.settings.images import MAX_IMAGE_SIZE, ImagesConfig
-from pecobook.settings.normalisation import NormalisationConfig
+from pecobook.settings.images import MAX_IMAGE_SIZE, ImagesConfig, NormalisationConfig
 from pecobook.settings.values import LARGEST, between, positive
 
 

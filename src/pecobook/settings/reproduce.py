@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from typing import Literal
 
 from pecobook.settings.images import MAX_LENGTH, ImagesConfig
 from pecobook.settings.perceptual import check_layers
 from pecobook.settings.training import BackboneConfig
-from pecobook.settings.values import LARGEST, between, positive, refuse
+from pecobook.settings.values import LARGEST, between, not_negative, positive, refuse
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -63,7 +62,7 @@ class ReproduceConfig(ImagesConfig):
         super().__post_init__()
         check_layers(self, "network_layers")
         positive(self, "length", most=MAX_LENGTH)
-        between(self, 0, math.inf, "gpus_per_run", "micro_batch_size")
+        not_negative(self, "gpus_per_run", "micro_batch_size")
         between(self, 0, LARGEST, "seeds")
         if len(set(self.seeds)) != len(self.seeds) or not self.seeds:
             refuse("seeds", f"must be different numbers of 0 or above, not {self.seeds}.")

@@ -5,8 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 from pecobook.settings.dense import PyramidConfig
-from pecobook.settings.images import MAX_IMAGE_SIZE, PhotometricConfig
-from pecobook.settings.normalisation import NormalisationConfig
+from pecobook.settings.images import MAX_IMAGE_SIZE, NormalisationConfig, PhotometricConfig
 from pecobook.settings.training import CompileTrainConfig, OptimConfig
 from pecobook.settings.values import between, positive, refuse
 
@@ -88,15 +87,12 @@ class SegmentConfig(CompileTrainConfig, SegmenterConfig, NormalisationConfig):
         brightness=0.125, contrast=0.5, saturation=0.5, hue=0.05, jitter=0.75, grey=0.0
     )
     test: SegmentTestConfig = SegmentTestConfig()
-    evaluation_images: int = 5000
-    """Largest number of held-out images in each evaluation."""
-    optim: OptimConfig = OptimConfig(lr=3e-4, warmup="1500", layer_decay=0.65, schedule="poly")
     image_size: int = 512
     """Side of the training crops, and short side of the images in the test, pixels."""
+    optim: OptimConfig = OptimConfig(lr=3e-4, warmup="1500", layer_decay=0.65, schedule="poly")
+    evaluation_images: int = 5000
     max_steps: str = "160000"
-    """Length of the training: steps, "N epochs" or "N images"."""
     batch_size: int = 16
-    """Number of images in one optimizer step. All devices and accumulation steps share these images."""
 
     def __post_init__(self) -> None:
         CompileTrainConfig.__post_init__(self)

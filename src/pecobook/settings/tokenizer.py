@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from typing import Literal
 
 from pecobook.errors import ConfigError
-from pecobook.settings.values import MAX_WIDTH, below_one, between, positive, refuse
+from pecobook.settings.values import MAX_WIDTH, below_one, not_negative, positive, refuse
 
 SearchPrecision = Literal["fp32", "tf32", "bf16"]
 PaddingMode = Literal["zeros", "reflect", "replicate"]
@@ -48,7 +47,7 @@ class AutoencoderConfig:
         positive(self, "latent_dim", "num_blocks", "in_channels", "num_heads", "decoder_width", most=MAX_WIDTH)
         if not 1 <= len(self.channels) <= 12:
             refuse("channels", f"takes 1 to 12 numbers, not {len(self.channels)}.")
-        between(self, 0, math.inf, "decoder_blocks", "group_size")
+        not_negative(self, "decoder_blocks", "group_size")
         if self.kind == "vit" and len(self.channels) != 2:
             raise ConfigError(f"--model.kind vit reads --model.channels as WIDTH PATCH, not {self.channels}.")
         for width in (self.channels[0], self.decoder_side().channels[0]) if self.kind == "vit" else ():
@@ -100,7 +99,7 @@ class VectorQuantizerConfig:
         positive(self, "eps")
         positive(self, "num_codewords", most=2**24)
         below_one(self, "decay")
-        between(self, 0.0, float("inf"), "revive_after", "start_after")
+        not_negative(self, "revive_after", "start_after")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -112,7 +111,7 @@ class QuantizerConfig(VectorQuantizerConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        between(self, 0.0, float("inf"), "commitment")
+        not_negative(self, "commitment")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

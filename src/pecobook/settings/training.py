@@ -4,13 +4,22 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 from typing import Any, Literal, cast
 
 from pecobook.errors import ConfigError
 from pecobook.settings.durations import check_durations
 from pecobook.settings.images import MAX_BATCH, MAX_IMAGE_SIZE, MAX_WORKERS, ImagesConfig
-from pecobook.settings.values import LARGEST, Resume, below_one, between, different, narrow, positive, refuse
+from pecobook.settings.values import (
+    LARGEST,
+    Resume,
+    below_one,
+    between,
+    different,
+    narrow,
+    not_negative,
+    positive,
+    refuse,
+)
 
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
 Strategy = Literal["auto", "ddp", "fsdp"]
@@ -52,7 +61,7 @@ class BaseOptimConfig:
 
     def __post_init__(self) -> None:
         positive(self, "lr", "eps", "power")
-        between(self, 0, math.inf, "lr_batch_size", "final_lr", "weight_decay", "clip_grad")
+        not_negative(self, "lr_batch_size", "final_lr", "weight_decay", "clip_grad")
         below_one(self, "betas")
         check_durations("warmup", [self.warmup], percent=True)
         check_durations("milestones", self.milestones, percent=True)

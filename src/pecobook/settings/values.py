@@ -69,6 +69,11 @@ def positive(config: object, *names: str, most: float = LARGEST) -> None:
                 refuse(name, f"must be above 0, not {value}.")
 
 
+def not_negative(config: object, *names: str) -> None:
+    """Refuse every named field of `config` that is below zero, infinite or nan, or a tuple with such a number."""
+    between(config, 0, math.inf, *names)
+
+
 def between(config: object, low: float, high: float, *names: str) -> None:
     """Refuse every named field of `config` outside [low, high]; every number of a tuple must lie in this range.
 

@@ -6,12 +6,10 @@ import errno
 import os
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING
+
+import filelock
 
 from pecobook.errors import RunFolderError, first_line
-
-if TYPE_CHECKING:
-    import filelock
 
 LOCK_FILES = frozenset({".lock", ".soft-lock"})
 """Files in a folder while it is locked; they also remain after the process was killed."""
@@ -69,8 +67,6 @@ class FolderLock:
             )
 
     def _acquire(self, marker: Path, message: str) -> None:
-        import filelock
-
         try:
             lock: filelock.BaseFileLock = filelock.FileLock(self._file, thread_local=False, fallback_to_soft=False)
             lock.acquire(timeout=self._wait, poll_interval=0.1)

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from pecobook.utils.devices import exporting
 
 
 def resize(image: Tensor, height: int, width: int) -> Tensor:
@@ -21,25 +27,65 @@ def to_float(images: Tensor) -> Tensor:
     return images.float().div_(255)
 
 
-def checked_floats(images: Tensor) -> Tensor:
-    """Return images (B, C, H, W) as floats in [0, 1]: uint8 is divided by 255, floats are returned unchanged.
+_OVERSHOOT = 0.5  # of images that were resized with a bicubic filter and not clamped
 
-    Raises:
-        ValueError: another shape, or other integers.
+
+def check_shape(images: Any, channels: Sequence[int], stride: int = 1) -> None:
+    """Raise ValueError unless images are a tensor (B, C, H, W) whose sides are multiples of the stride, and not 0.
+
+    Args:
+        images: the images.
+        channels: the values of C that are possible.
+        stride: divisor of the sides.
     """
+    numbers = " or ".join(map(str, channels))
+    if not isinstance(images, Tensor):
+        remedy = "pecobook.read_image reads a file, and torch.as_tensor converts an array"
+        raise ValueError(f"Images must be a tensor, not {type(images).__name__}: {remedy}.")
     if images.ndim != 4:
         remedy = ": for one image give image[None]" if images.ndim == 3 else ""
-        raise ValueError(f"Images must have the shape (B, C, H, W), not {tuple(images.shape)}{remedy}.")
+        raise ValueError(f"Images must have the shape (B, {numbers}, H, W), not {tuple(images.shape)}{remedy}.")
+    height, width = images.shape[-2:]
+    if images.shape[1] not in channels:
+        last = ": put the channels first, images.permute(0, 3, 1, 2)" if images.shape[3] in channels else ""
+        raise ValueError(f"Images must have {numbers} channels, not {images.shape[1]}{last}.")
+    if height % stride or width % stride or not (height and width):
+        raise ValueError(f"Images must be multiples of {stride} pixels, not {height} x {width}: crop or resize them.")
+
+
+def as_images(images: Tensor, channels: Sequence[int], stride: int = 1, *, check: bool = True) -> Tensor:
+    """Return images as float32 (B, C, H, W) in [0, 1]; uint8 is divided by 255.
+
+    Args:
+        images: uint8 in 0..255, or floats of any precision in [0, 1], which may overshoot a little, as after a bicubic
+            resize.
+        channels: the values of C that are possible.
+        stride: divisor of the sides.
+        check: whether to look at the values, which waits for a GPU.
+
+    Raises:
+        ValueError: the shape, the type or the values are others.
+    """
+    check_shape(images, channels, stride)
     if images.dtype == torch.uint8:
         return to_float(images)
     if not images.is_floating_point():
         raise ValueError(f"Images must be uint8 in 0..255 or floats in [0, 1], not {images.dtype}.")
+    images = images.float()
+    if exporting() or torch.compiler.is_compiling() or not check or not images.numel():
+        return images
+    low, high = (float(value) for value in images.aminmax())
+    if not (math.isfinite(low) and math.isfinite(high)):  # aminmax passes nan on
+        raise ValueError("Images contain values that are not finite (nan or infinity).")
+    if low < -_OVERSHOOT or high > 1 + _OVERSHOOT:
+        remedy = "divide them by 255, or give uint8" if low >= 0 else "they seem normalised: undo the normalisation"
+        raise ValueError(f"Images must lie in [0, 1], not in [{low:.4g}, {high:.4g}]: {remedy}.")
     return images
 
 
 def check_pixels(image: Tensor) -> None:
     """Raise ValueError unless `image` is one image, uint8 (3, H, W)."""
-    if image.dtype != torch.uint8 or image.ndim != 3 or image.shape[0] != 3:
+    if image.dtype != torch.uint8 or image.ndim != 3 or image.shape[0] != 3 or not all(image.shape):
         raise ValueError(f"The image must be uint8 (3, H, W) in 0..255, not {image.dtype} {tuple(image.shape)}.")
 
 

@@ -20,7 +20,8 @@ from pecobook.models.dense.pyramid import (
     relative_position_index,
     to_windows,
 )
-from pecobook.models.weights import Backbone, any_size_args
+from pecobook.models.network_traits import network_traits
+from pecobook.models.weights import Backbone
 from pecobook.settings.dense import PyramidConfig
 from pecobook.settings.training import OptimConfig
 
@@ -38,7 +39,9 @@ def network(kind: str, **more: Any) -> nn.Module:
     """A ViT whose position tables are not the zeros they begin as."""
     name, args = KINDS[kind]
     torch.manual_seed(0)
-    backbone: nn.Module = timm.create_model(name, num_classes=0, **{**VIT, **args, **more}, **any_size_args(name))
+    backbone: nn.Module = timm.create_model(
+        name, num_classes=0, **{**VIT, **args, **more}, **network_traits(name).any_size
+    )
     for key, table in backbone.named_parameters():
         if "relative_position" in key or "pos_embed" in key:
             nn.init.normal_(table)

@@ -2,14 +2,12 @@
 
 inputs.py      opens and checks all inputs
 measure.py     measures a tokenizer, on the same images as all other tokenizers
-metrics.py     holds the measurements of a tokenizer
 pictures.py    draws the pictures of tokenizers
 bank.py        codebook usage and patch galleries of a whole token bank
 classifier.py  the classifier for originals and reconstructions
 masked.py      predictions of pre-trained ViTs for masked patches
 page.py        the report, which `pecobook demo` writes too
-meaning.py     sections of the report on position and content, and on semantics and texture
-tables.py      tables of the report with one column per tokenizer
+tables.py      sections of the report with one column per tokenizer
 comparing.py   sections of the report on paired comparisons and on pre-trained ViTs, with sampling errors
 """
 
@@ -17,21 +15,24 @@ from __future__ import annotations
 
 import dataclasses
 import time
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from pecobook.analysis.report import write_report
+from threadpoolctl import threadpool_limits
+
+from pecobook.analysis.report import write_pictures, write_report
+from pecobook.analysis.wording import file_part
 from pecobook.commands.analyze.inputs import AnalysisInputs, open_inputs
 from pecobook.commands.analyze.masked import predict
 from pecobook.commands.analyze.measure import analyze_tokenizer
-from pecobook.commands.analyze.names import file_part
 from pecobook.commands.analyze.page import compose
 from pecobook.commands.analyze.pictures import curves_of, side_by_side
 from pecobook.engine.preamble import show_source
 from pecobook.errors import ConfigError, Preflight
 from pecobook.settings.analyze import AnalyzeConfig
 from pecobook.settings.values import replace
-from pecobook.utils.files import write_atomically, write_json
+from pecobook.utils.files import write_json
 from pecobook.utils.output_folder import OutputFolder
 from pecobook.utils.printer import show
 
@@ -53,12 +54,9 @@ def analyze(config: AnalyzeConfig | None = None, **settings: Any) -> Path:
 
 
 def _write_all(config: AnalyzeConfig, inputs: AnalysisInputs, began: float) -> Path:
-    from threadpoolctl import threadpool_limits
-
     out = Path(config.out)
     results = _header(config, inputs)
     _write(results, out, began)  # this file marks the folder as an analysis
-    (out / "pictures").mkdir(exist_ok=True)
     cost: list[tuple[str, float]] = []
     measured = []
     pictures: dict[str, bytes] = {}
@@ -89,8 +87,7 @@ def _write_all(config: AnalyzeConfig, inputs: AnalysisInputs, began: float) -> P
     pictures |= curves_of("tokenizers", {tokenizer.name: tokenizer.source for tokenizer in inputs.tokenizers})
     pictures |= curves_of("vits", dict(zip(inputs.runs, config.backbone, strict=True)))
     with threadpool_limits(1):
-        for name, png in pictures.items():
-            write_atomically(out / "pictures" / name, png)
+        write_pictures(out, pictures)
         _write(results, out, began)
         report = write_report(out, compose(results, pictures, cost, dataclasses.asdict(config)))
     show(f"\nDone: open {report}")
@@ -99,8 +96,6 @@ def _write_all(config: AnalyzeConfig, inputs: AnalysisInputs, began: float) -> P
 
 def _header(config: AnalyzeConfig, inputs: AnalysisInputs) -> dict[str, Any]:
     """Return the first entries of `analysis.json`: version, seed and data."""
-    from importlib.metadata import version
-
     splits = inputs.splits
     return {
         "pecobook": version("pecobook"),

@@ -7,14 +7,15 @@ Shapes: V views of each image, latent grid (h, w), K codewords.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from pecobook.analysis.codewords import CodeUsage, Gallery, GalleryPatch, GalleryRow, patch_window, usage_from_counts
+from pecobook.analysis.codewords import CodeUsage, GalleryRow, gallery_patch, usage_from_counts
 from pecobook.data.decode import BadImage
 from pecobook.data.named_views import NamedViews
 from pecobook.data.sampler import key, splitmix64_array
@@ -28,11 +29,13 @@ CHUNK = 2**22  # codes that are processed at once
 
 @dataclass(frozen=True)
 class Occurrences:
-    """The occurrences of a codeword: their number, the number of images, and a few positions drawn at random."""
+    """The occurrences of a codeword in all views of all images, and a few of them drawn at random."""
 
     codeword: int
-    count: int
     images: int
+    """Number of images with the codeword."""
+    positions: NDArray[np.int64] = field(repr=False, compare=False)
+    """Number of occurrences at each position of the code grid, (h, w)."""
     drawn: tuple[tuple[int, int, int, int], ...]
     """(image, view, row, column), one position per image, in random order."""
 
@@ -82,7 +85,7 @@ def find_occurrences(
     shape = (layout.num_views, *layout.grid)
     number_of = np.full(num_codewords, len(codewords), dtype=np.uint16)  # of each codeword in `codewords`
     number_of[list(codewords)] = np.arange(len(codewords))
-    samples = [_Sample(key(seed, codeword), patches) for codeword in codewords]
+    samples = [_Sample(key(seed, codeword), patches, math.prod(shape)) for codeword in codewords]
     for images, codes in _chunks(bank):
         numbers = number_of[codes]
         rows, positions = np.nonzero(numbers < len(codewords))
@@ -93,8 +96,8 @@ def find_occurrences(
     return [
         Occurrences(
             codeword,
-            sample.count,
             sample.images,
+            sample.counts.reshape(shape).sum(0),
             tuple((image, *_unravel(position, shape)) for _, image, position in sample.drawn),
         )
         for codeword, sample in zip(codewords, samples, strict=True)
@@ -109,15 +112,16 @@ def _unravel(position: int, shape: tuple[int, ...]) -> tuple[int, int, int]:
 class _Sample:
     """The images with the lowest ranks that contain a codeword, with one position of the codeword in each image."""
 
-    def __init__(self, sample_key: int, size: int) -> None:
-        self.key, self.size, self.count, self.images = np.uint64(sample_key), size, 0, 0
+    def __init__(self, sample_key: int, size: int, num_positions: int) -> None:
+        self.key, self.size, self.images = np.uint64(sample_key), size, 0
+        self.counts = np.zeros(num_positions, dtype=np.int64)
         self.drawn: list[tuple[int, int, int]] = []  # (rank, image, position), sorted
 
     def add(self, images: NDArray[np.int64], positions: NDArray[np.int64]) -> None:
         """Add positions (n,) in images (n,), sorted by image; one call must contain all positions of an image."""
         if len(images) == 0:
             return
-        self.count += len(images)
+        self.counts += np.bincount(positions, minlength=len(self.counts))
         starts = np.flatnonzero(np.diff(images, prepend=-1))
         self.images += len(starts)
         lengths = np.diff(starts, append=len(images))
@@ -129,7 +133,7 @@ class _Sample:
         self.drawn = sorted([*self.drawn, *new])[: self.size]
 
 
-def bank_gallery(bank: TokenBank, source: ImageSource, occurrences: Sequence[Occurrences]) -> Gallery:
+def bank_gallery(bank: TokenBank, source: ImageSource, occurrences: Sequence[Occurrences]) -> list[GalleryRow]:
     """Cut the drawn patches out of the views that were tokenized; images that are no longer readable are left out."""
     rows = []
     for occurrence in occurrences:
@@ -139,10 +143,9 @@ def bank_gallery(bank: TokenBank, source: ImageSource, occurrences: Sequence[Occ
                 pixels = view_of(bank.config, source, image, view)
             except BadImage:
                 continue
-            window, box = patch_window(pixels, bank.layouts["train"].grid, row, column)
-            patches.append(GalleryPatch(image, row, column, window, box))
-        rows.append(GalleryRow(occurrence.codeword, occurrence.count, occurrence.images, tuple(patches)))
-    return Gallery(tuple(rows))
+            patches.append(gallery_patch(image, pixels, bank.layouts["train"].grid, row, column))
+        rows.append(GalleryRow(occurrence.codeword, occurrence.images, occurrence.positions, tuple(patches)))
+    return rows
 
 
 def view_of(config: dict[str, Any], source: ImageSource, image: int, view: int) -> Any:

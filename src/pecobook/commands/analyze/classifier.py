@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -16,35 +16,22 @@ from pecobook.models.dry_run import dry_run
 from pecobook.models.export import read_export
 from pecobook.models.makers import Normalisation, file_normalisation, overridden, timm_normalisation, with_flags
 from pecobook.models.network_traits import trained_size
-from pecobook.models.weights import create_network, exported_network
+from pecobook.models.weights import Backbone, create_network, exported_network
 from pecobook.settings.analyze import AnalyzeConfig
 from pecobook.utils.devices import device
 from pecobook.utils.printer import say
 
 
-class RestrictedClassifier(nn.Module):
-    """A timm network with a head, restricted to the classes of the data.
+@dataclasses.dataclass(frozen=True)
+class RestrictedClassifier:
+    """A timm network with a head, restricted to the classes of the data."""
 
-    Args:
-        network: the network.
-        size: side of the input in pixels.
-        mean: mean of the input's normalisation.
-        std: standard deviation of the input's normalisation.
-        columns: int64 (C,), the index of each class of the data among the network's classes.
-    """
-
-    def __init__(
-        self, network: nn.Module, size: int, mean: tuple[float, ...], std: tuple[float, ...], columns: Tensor
-    ) -> None:
-        super().__init__()
-        self.network, self.size = network, size
-        self.register_buffer("mean", torch.tensor(mean)[:, None, None])
-        self.register_buffer("std", torch.tensor(std)[:, None, None])
-        self.register_buffer("columns", columns)
-
-    mean: Tensor
-    std: Tensor
+    network: Backbone
+    """The network with its head and the normalisation of its input."""
+    size: int
+    """Side of the input in pixels."""
     columns: Tensor
+    """int64 (C,), the index of each class of the data among the network's classes."""
 
     @torch.inference_mode()
     def accuracy(self, images: Tensor, labels: Tensor | None) -> float | None:
@@ -56,10 +43,10 @@ class RestrictedClassifier(nn.Module):
             return None
         correct = 0
         for part, part_labels in zip(torch.split(images, 64), torch.split(labels, 64), strict=True):
-            x = part.to(self.mean.device)
+            x = part.to(self.columns.device)
             if x.shape[-1] != self.size:
                 x = F.interpolate(x, (self.size, self.size), mode="bicubic", antialias=True).clamp(0, 1)
-            logits = self.network((x - self.mean) / self.std)[:, self.columns]
+            logits = self.network(x)[:, self.columns]
             correct += int((logits.argmax(1).cpu() == part_labels).sum())
         return round(100 * correct / len(labels), 3)
 
@@ -100,30 +87,24 @@ def open_classifier(config: AnalyzeConfig, splits: Splits) -> RestrictedClassifi
         normalisation = Normalisation(tuple(exported["mean"]), tuple(exported["std"]), "as the run was trained")
     normalisation = overridden(normalisation, config.classifier_mean, config.classifier_std)
     say(with_flags(normalisation.line(name), "--classifier-"))
-    mean, std = normalisation.mean, normalisation.std
-    dry_run(
-        network.eval(),
-        (torch.zeros(2, 3, size, size),),
-        network=name,
-        purpose=f"classify images of {size} pixels",
-        backward=False,
-    )
-    return RestrictedClassifier(network.eval(), size, mean, std, columns).eval().to(device())
+    images, purpose = torch.zeros(2, 3, size, size), f"classify images of {size} pixels"
+    dry_run(network.eval(), (images,), network=name, purpose=purpose, backward=False)
+    classifier = Backbone(network, name, {}, normalisation.mean, normalisation.std, size).eval()
+    return RestrictedClassifier(classifier.to(device()), size, columns.to(device()))
 
 
 def _open_timm(name: str, config: AnalyzeConfig) -> tuple[nn.Module, int, Normalisation]:
     """Return a network of timm with its head, the side of its input in pixels, and its normalisation."""
-    file, timm_name = config.classifier_weights, name.removeprefix("timm:")
-    if not file:
+    file, timm_name, side = config.classifier_weights, name.removeprefix("timm:"), None
+    if file:
+        checkpoint = read_checkpoint(file)
+        side = trained_size(timm_name, checkpoint.state)
+        network = create_network(timm_name, **({"img_size": side} if side else {}))
+        note = left_aside(file, checkpoint, load_state(network, checkpoint.state, source=file))
+        say(note or "")
+        normalisation = file_normalisation(checkpoint.state, checkpoint.wrapper, file, network, name)
+    else:
         network = create_network(timm_name, True)
-        settings = getattr(network, "pretrained_cfg", None) or {}
-        return network, settings.get("input_size", (3, 224, 224))[-1], timm_normalisation(network, name)
-    checkpoint = read_checkpoint(file)
-    side = trained_size(timm_name, checkpoint.state)
-    size_args: dict[str, Any] = {"img_size": side} if side else {}
-    network = create_network(timm_name, **size_args)
-    note = left_aside(file, checkpoint, load_state(network, checkpoint.state, source=file))
-    say(note or "")
+        normalisation = timm_normalisation(network, name)
     settings = getattr(network, "pretrained_cfg", None) or {}
-    normalisation = file_normalisation(checkpoint.state, checkpoint.wrapper, file, network, name)
     return network, side or settings.get("input_size", (3, 224, 224))[-1], normalisation

@@ -112,24 +112,33 @@ def probe_comparisons(results: Results) -> Section:
 
 def probe_chart(results: Results) -> bytes | None:
     """Draw the accuracies of all probes with sampling errors; None if the number of test images is unknown or small."""
-    number = results.get("num_test")
-    panels: dict[str, list[Score]] = {}
-    for metric, title in PERCENT_METRICS.items():
-        for name in [*_names(results), UNTRAINED]:
-            value = accuracy(results, metric, name)
-            if value is not None and number and number >= MIN_IMAGES:
-                panels.setdefault(title, []).append(Score(name, value, binomial_error(value, number)))
-    return score_chart(panels, chance=_chance(results)) if panels else None
+    number, accuracies = results.get("num_test"), _accuracies(results)
+    if not accuracies or not number or number < MIN_IMAGES:
+        return None
+    panels = {
+        title: [Score(name, value, binomial_error(value, number)) for name, value in by_name.items()]
+        for title, by_name in accuracies.items()
+    }
+    return score_chart(panels, chance=_chance(results))
 
 
 def _scores_as_text(results: Results) -> str:
-    parts = []
-    for metric, title in PERCENT_METRICS.items():
-        scores = [(name, accuracy(results, metric, name)) for name in [*_names(results), UNTRAINED]]
-        words = ", ".join(f"{name} {value:.1f}%" for name, value in scores if value is not None)
-        if words:
-            parts.append(f"{title}: {words}")
+    parts = [
+        f"{title}: {', '.join(f'{name} {value:.1f}%' for name, value in by_name.items())}"
+        for title, by_name in _accuracies(results).items()
+    ]
     return "; ".join(parts) + "."
+
+
+def _accuracies(results: Results) -> dict[str, dict[str, float]]:
+    """Return the measured accuracies by name, by the title of the metric."""
+    accuracies: dict[str, dict[str, float]] = {}
+    for metric, title in PERCENT_METRICS.items():
+        for name in (*_names(results), UNTRAINED):
+            value = accuracy(results, metric, name)
+            if value is not None:
+                accuracies.setdefault(title, {})[name] = value
+    return accuracies
 
 
 def comparisons(results: Results) -> list[Comparison]:
@@ -165,18 +174,20 @@ def _comparison_table(results: Results) -> Table | None:
 
 def pretrained_vits(results: Results) -> Section | None:
     """Compare the pre-trained transformers with an untrained one; None if no transformer was probed."""
-    number = results.get("num_test")
-    rows = []
-    for tokenizer in results.get("tokenizers") or ():
-        mim = tokenizer.get("mim")
-        if mim:
-            scores = [accuracy_with_error(mim.get(key), number) for key in ("linear", "knn")]
-            rows.append((str(tokenizer["name"]), fixed(mim.get("loss"), 2), fixed(mim.get("accuracy"), 1), *scores))
-    floor = results.get("floor") or {}
-    if not rows:
+    models = {tokenizer["name"]: tokenizer.get("mim") for tokenizer in results.get("tokenizers") or ()}
+    if not any(models.values()):
         return None
-    if floor:
-        rows.append((UNTRAINED, "–", "–", *(accuracy_with_error(floor.get(key), number) for key in ("linear", "knn"))))
+    models[UNTRAINED] = results.get("floor")
+    rows = tuple(
+        (
+            str(name),
+            fixed(scores.get("loss"), 2),
+            fixed(scores.get("accuracy"), 1),
+            *(accuracy_with_error(scores.get(key), results.get("num_test")) for key in ("linear", "knn")),
+        )
+        for name, scores in models.items()
+        if scores
+    )
     text = (
         "The transformer receives an image with masked patches and predicts their codes. Its features are "
         "evaluated without fine-tuning, by a linear classifier and a nearest-neighbour vote on the frozen "
@@ -188,7 +199,7 @@ def pretrained_vits(results: Results) -> Section | None:
         "accuracies on test images."
     )
     header = ("Trained on codes of", "Loss", "Code accuracy, %", "Linear, %", "k-NN, %")
-    return Section("Pre-trained transformers", text, table=Table(header, tuple(rows), note))
+    return Section("Pre-trained transformers", text, table=Table(header, rows, note))
 
 
 def how_to_read() -> Section:

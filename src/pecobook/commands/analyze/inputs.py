@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from pecobook.analysis.similarity import find_bapps
+from pecobook.analysis.wording import unique_names
 from pecobook.commands.analyze.classifier import RestrictedClassifier, open_classifier
 from pecobook.commands.analyze.masked import open_runs
-from pecobook.commands.analyze.names import unique_names
 from pecobook.commands.masked_run import MaskedRun
 from pecobook.data.source import Splits
 from pecobook.data.tokens import TokenBank, bank_differences

@@ -11,10 +11,9 @@ import torch
 from torch import Tensor
 
 from pecobook.analysis import figures as draw
-from pecobook.analysis.masked_prediction import decode_prediction, hide, predict_masked
 from pecobook.analysis.position import commonest_code_accuracy
-from pecobook.analysis.reconstruction import encode_all
-from pecobook.commands.analyze.names import unique_names
+from pecobook.analysis.reconstruction import decode_all, encode_all, hide, predict_masked
+from pecobook.analysis.wording import unique_names
 from pecobook.commands.analyze.pictures import evenly_spaced, resize_nearest
 from pecobook.commands.masked_run import MaskedRun, load_masked_run
 from pecobook.data.masking import blockwise_mask
@@ -26,6 +25,7 @@ from pecobook.utils.images import to_float
 SHARES = (45 / 196, 75 / 196, 120 / 196)
 """Shares of masked patches in the paper's Figure 5, whose grid is 14 x 14."""
 _MAX_IMAGES = 256
+_Columns = dict[tuple[float, tuple[int, int]], list[tuple[str, Tensor]]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Predictions:
 
     records: list[dict[str, Any]]
     """The metrics of each run, as in `analysis.json`."""
-    columns: dict[tuple[float, tuple[int, int]], list[tuple[str, Tensor]]]
+    columns: _Columns
     """Titles and images of the original, the masked image and each run's prediction, by (share, grid)."""
 
     def draw(self) -> dict[str, bytes]:
@@ -54,7 +54,7 @@ def open_runs(sources: Sequence[str]) -> dict[str, MaskedRun]:
 def predict(runs: dict[str, MaskedRun], source: ImageSource, seed: int) -> Predictions:
     """Predict masked patches with every run; runs with equal grids get the same masks and share a picture."""
     records: list[dict[str, Any]] = []
-    columns: dict[tuple[float, tuple[int, int]], list[tuple[str, Tensor]]] = {}
+    columns: _Columns = {}
     for name, run in runs.items():
         run = run.to(device())
         images = to_float(read_all(source, run.image_size, limit=_MAX_IMAGES)[0])
@@ -68,8 +68,8 @@ def predict(runs: dict[str, MaskedRun], source: ImageSource, seed: int) -> Predi
             record["by_share"].append({**part, "position_baseline": position_baseline(codes, mask)})
             inputs = [("original", images[rows]), ("masked", hide(images[rows], mask[rows]))]
             picture = columns.setdefault((share, run.grid), inputs)
-            decoded = decode_prediction(run, predict_masked(run, run, images[rows], mask[rows]))
-            picture.append((name, resize_nearest(decoded, picture[0][1].shape[-1])))
+            predicted_codes, _ = predict_masked(run, run, images[rows], mask[rows])
+            picture.append((name, resize_nearest(decode_all(run, predicted_codes), picture[0][1].shape[-1])))
         records.append(record)
         run.cpu()
     return Predictions(records, columns)

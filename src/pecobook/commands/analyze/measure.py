@@ -24,12 +24,10 @@ from pecobook.analysis.reconstruction import decode_all, encode_all, in_batches,
 from pecobook.analysis.semantics import information, patch_colours, patch_edges, patch_labels
 from pecobook.analysis.similarity import agreement, code_distance, pixel_distance, read_bapps, shifted_preferred
 from pecobook.analysis.stability import stability
-from pecobook.commands.analyze.bank import bank_gallery, bank_usage, find_occurrences
+from pecobook.commands.analyze.bank import Occurrences, bank_gallery, bank_usage, find_occurrences
 from pecobook.commands.analyze.inputs import AnalysisInputs, TokenizerInput
-from pecobook.commands.analyze.metrics import TokenizerMetrics
-from pecobook.commands.analyze.pictures import PATCHES, evenly_spaced, gallery_codewords, pictures_of
+from pecobook.commands.analyze.pictures import PATCHES, TokenizerMetrics, evenly_spaced, gallery_codewords, pictures_of
 from pecobook.commands.extract import extract
-from pecobook.data.source import ImageSource
 from pecobook.data.stream import read_all
 from pecobook.data.tokens import TokenBank
 from pecobook.models.perceptual import PerceptualDistance
@@ -41,12 +39,8 @@ from pecobook.utils.printer import show
 STABILITY_IMAGES = 500
 """Number of images that are compared with distorted and with moved copies."""
 _SIMILARITY_IMAGES = 200  # images that are compared with shifted and blurred copies
-
-
 PROBES = ("codeword_probe", "bag_probe", "crossed_probe", "crossed_bag_probe")
 """Names of the linear probes of codes."""
-Draw = Callable[[], dict[str, bytes]]
-"""Draws pictures, by kind."""
 TrainCodes = Callable[[], tuple[Tensor, Tensor] | None]
 """Returns codes and labels of the training images, or None without labels."""
 
@@ -109,9 +103,9 @@ def evaluate_tokenizer(
 
 def analyze_tokenizer(
     config: AnalyzeConfig, tokenizer_input: TokenizerInput, inputs: AnalysisInputs
-) -> tuple[TokenizerMetrics, list[str], Draw]:
-    """Measure one tokenizer; return the metrics, the unreadable images, and a function that draws the pictures."""
-    tokenizer = tokenizer_input.tokenizer
+) -> tuple[TokenizerMetrics, list[str], Callable[[], dict[str, bytes]]]:
+    """Measure one tokenizer; return the metrics, the unreadable images, and a function that draws pictures by kind."""
+    tokenizer, bank = tokenizer_input.tokenizer, tokenizer_input.bank
     pixels, labels, skipped = read_all(inputs.splits.evaluation, tokenizer.image_size, limit=config.max_test)
     images = to_float(pixels)
     limit = min(config.max_test, STABILITY_IMAGES)
@@ -121,7 +115,7 @@ def analyze_tokenizer(
     metrics, codes, restored = evaluate_tokenizer(
         tokenizer_input.name, tokenizer, images, labels, train, inputs.distance, larger=larger, seed=config.seed
     )
-    K, values, usage = tokenizer.num_codewords, metrics.values, metrics.usage
+    K, values = tokenizer.num_codewords, metrics.values
     values["source"] = tokenizer_input.source
     show("  mutual information with classes, colours and edges")
     values["information"] = _information(config, K, images, codes, labels)
@@ -134,15 +128,21 @@ def analyze_tokenizer(
     unchanged = stability(tokenizer, images[:STABILITY_IMAGES], codes[:STABILITY_IMAGES], tokenizer.stride)
     values["stability"] = {name: round(value, 2) for name, value in unchanged.items()}
     values["similarity"] = _similarity(inputs, tokenizer, images)
-    classes, requested = inputs.splits.evaluation.classes or (), config.codewords
-    draw = partial(pictures_of, tokenizer, images, codes, labels, usage)
-    draws: list[Draw] = [partial(draw, classes=classes, requested=requested, seed=config.seed)]
-    if tokenizer_input.bank is not None:
-        show(f"  the token bank {tokenizer_input.bank.folder}")
-        values["bank"], draw_bank = _bank(config, tokenizer_input.bank, K, inputs.splits.train)
-        draws.append(draw_bank)
-    tokenizer_input.tokenizer.cpu()
-    return metrics, skipped, lambda: {kind: png for draw in draws for kind, png in draw().items()}
+    occurrences: list[Occurrences] = []
+    if bank is not None:
+        show(f"  the token bank {bank.folder}")
+        values["bank"], occurrences = _bank(config, bank, K)
+    tokenizer.cpu()
+
+    def draw() -> dict[str, bytes]:
+        classes, requested, seed = inputs.splits.evaluation.classes or (), config.codewords, config.seed
+        usage = metrics.usage
+        drawn = pictures_of(tokenizer, images, codes, labels, usage, classes=classes, requested=requested, seed=seed)
+        if bank is not None:
+            drawn["bank-gallery"] = gallery_picture(bank_gallery(bank, inputs.splits.train, occurrences))
+        return drawn
+
+    return metrics, skipped, draw
 
 
 def at_most_fifty(codewords: list[int]) -> list[int] | None:
@@ -150,13 +150,10 @@ def at_most_fifty(codewords: list[int]) -> list[int] | None:
     return codewords if len(codewords) <= 50 else None
 
 
-def _bank(
-    config: AnalyzeConfig, bank: TokenBank, num_codewords: int, train: ImageSource
-) -> tuple[dict[str, Any], Draw]:
-    """Measure the usage by all training images; return it with a function that draws a gallery of their patches."""
+def _bank(config: AnalyzeConfig, bank: TokenBank, num_codewords: int) -> tuple[dict[str, Any], list[Occurrences]]:
+    """Measure the usage by all training images; return it with the patches of a gallery."""
     usage = bank_usage(bank, num_codewords)
     chosen = gallery_codewords(usage, config.codewords, config.seed)
-    occurrences = find_occurrences(bank, chosen, num_codewords, patches=PATCHES, seed=config.seed)
     values = {
         "folder": str(bank.folder),
         "num_images": bank.layouts["train"].num_images - len(bank.skipped),
@@ -164,7 +161,7 @@ def _bank(
         "codes_used": usage.codes_used,
         "perplexity": round(usage.perplexity, 2),
     }
-    return values, lambda: {"bank-gallery": gallery_picture(bank_gallery(bank, train, occurrences))}
+    return values, find_occurrences(bank, chosen, num_codewords, patches=PATCHES, seed=config.seed)
 
 
 def _rounded(value: Any, digits: int = 3) -> float | None:

@@ -12,7 +12,7 @@ from typing import Any
 from pecobook.analysis.comparison import lookup
 from pecobook.analysis.probe import MIN_IMAGES
 from pecobook.analysis.report import Picture, Report, Section, Table
-from pecobook.analysis.wording import duration, fixed, out_of, thousands
+from pecobook.analysis.wording import duration, fixed, thousands
 from pecobook.commands.analyze.comparing import (
     how_to_read,
     pretrained_vits,
@@ -20,8 +20,15 @@ from pecobook.commands.analyze.comparing import (
     summary_of_comparisons,
     what_was_compared,
 )
-from pecobook.commands.analyze.meaning import INFORMATION, position_section, semantics_section
-from pecobook.commands.analyze.tables import PROBE_ROWS, Rows, Tokenizer, Tokenizers, number, tokenizer_table
+from pecobook.commands.analyze.tables import (
+    INFORMATION,
+    Tokenizers,
+    overview_section,
+    position_section,
+    semantics_section,
+    similarity_section,
+    stability_section,
+)
 
 
 def compose(
@@ -49,14 +56,14 @@ def compose(
     in_pairs = "comparisons" in results
     sections = (
         what_was_compared(results) if in_pairs else None,
-        _overview(tokenizers),
+        overview_section(tokenizers),
         probe_comparisons(results) if in_pairs else None,
         position_section(tokenizers),
         semantics_section(tokenizers),
         _galleries(tokenizers, pictures),
         _reconstructions(pictures),
-        _stability(tokenizers),
-        _similarity(tokenizers),
+        stability_section(tokenizers),
+        similarity_section(tokenizers),
         _usage(tokenizers, pictures),
         _maps(tokenizers, pictures),
         pretrained_vits(results),
@@ -124,57 +131,52 @@ def _count(value: float | None) -> str | None:
     return thousands(value) if value else None
 
 
-def _token_size(tokenizer: Tokenizer) -> str:
-    return f"{tokenizer['stride']} x {tokenizer['stride']}" if "stride" in tokenizer else "–"
-
-
-def _overview(tokenizers: Tokenizers) -> Section:
-    rows: Rows = [
-        ("pixels a token", _token_size),
-        ("image size, pixels", lambda tokenizer: str(tokenizer.get("image_size", "–"))),
-        ("codewords used", lambda tokenizer: out_of(tokenizer.get("codes_used"), tokenizer.get("num_codewords"))),
-        ("perplexity", number("perplexity", digits=0)),
-        *(_BANK_ROWS if any("bank" in tokenizer for tokenizer in tokenizers) else []),
-        ("PSNR, dB", number("psnr", digits=2)),
-        ("SSIM", number("ssim", digits=3)),
-        ("perceptual distance", number("perceptual_distance", digits=3)),
-        # The section on position shows the probes too.
-        *([] if any("position" in tokenizer for tokenizer in tokenizers) else PROBE_ROWS),
-    ]
-    note = (
-        "PSNR rewards equal pixels, and a perceptual distance rewards equal features, so each tokenizer is good at "
-        "what it was trained for. Tokenizers with different strides use different numbers of tokens for an image. A "
-        "dash means that the value was not measured."
-    )
-    return Section("Overview", "", table=tokenizer_table(tokenizers, rows, note))
-
-
-_BANK_ROWS: Rows = [
-    ("token bank: images", lambda tokenizer: out_of(lookup(tokenizer, "bank", "num_images"), None)),
-    ("token bank: codewords used", lambda tokenizer: out_of(lookup(tokenizer, "bank", "codes_used"), None)),
-    ("token bank: perplexity", number("bank", "perplexity", digits=0)),
-]
-
-
 def _galleries(tokenizers: Tokenizers, pictures: Mapping[str, bytes]) -> Section | None:
-    galleries = [
-        Picture(png, "", f"Patches that share a codeword of {tokenizer['name']}", title=f"{tokenizer['name']}{suffix}")
-        for kind, suffix in (("gallery", ""), ("bank-gallery", ", all training images"))
-        for tokenizer in tokenizers
-        if (png := _picture_of(tokenizer, kind, pictures)) is not None
-    ]
     text = (
         "Each block shows patches with the same codeword, outlined in their surroundings: first the requested "
         "codewords and four codewords drawn at random from those in use, then the most used codewords. The patches are "
         "drawn at random; each image gives one patch before any image gives a second one. Look for what the patches of "
-        "a block have in common: a colour, a texture, an edge, a part of an object."
+        "a block have in common: a colour, a texture, an edge, a part of an object.\n\nThe map at the left of a block "
+        "shows how often the codeword occurs at each position of the image, compared with its most frequent position, "
+        "from dark to light. If one field alone is light, and all outlines lie in one corner, the codeword stands for "
+        "a position rather than for what is seen there."
     )
+    galleries = [
+        *_pictures_of(tokenizers, pictures, "gallery"),
+        *_pictures_of(tokenizers, pictures, "bank-gallery"),
+    ]
     return Section("Patches that share a codeword", text, tuple(galleries), side_by_side=True) if galleries else None
 
 
-def _picture_of(tokenizer: Tokenizer, kind: str, pictures: Mapping[str, bytes]) -> bytes | None:
-    file = lookup(tokenizer, "pictures", kind)
-    return None if file is None else pictures[file.removeprefix("pictures/")]
+_PICTURE_TEXTS = {
+    "gallery": ("", "Patches that share a codeword of {}", "{}"),
+    "bank-gallery": ("", "Patches that share a codeword of {}", "{}, all training images"),
+    "positions": (
+        "{}: a position with few different codewords carries little information.",
+        "Map of positions of {}",
+        "",
+    ),
+    "map-usage": ("{}", "Map of the codewords of {}", ""),
+    "map-classes": ("{}", "Map of the codewords of {}", ""),
+    "neighbours": (
+        "{}: the most used codeword and its nearest neighbours among the used codewords.",
+        "Neighbouring codewords of {}",
+        "",
+    ),
+}
+"""Caption, description and title of each kind of picture, with {} for the name of the tokenizer."""
+
+
+def _pictures_of(tokenizers: Tokenizers, pictures: Mapping[str, bytes], *kinds: str) -> list[Picture]:
+    """Return the pictures of these kinds, tokenizer by tokenizer; a kind that was not drawn is left out."""
+    drawn = []
+    for tokenizer in tokenizers:
+        for kind in kinds:
+            file = lookup(tokenizer, "pictures", kind)
+            if file is not None:
+                caption, alt, title = (text.format(tokenizer["name"]) for text in _PICTURE_TEXTS[kind])
+                drawn.append(Picture(pictures[file.removeprefix("pictures/")], caption, alt, title=title))
+    return drawn
 
 
 def _reconstructions(pictures: Mapping[str, bytes]) -> Section | None:
@@ -193,71 +195,20 @@ def _reconstructions(pictures: Mapping[str, bytes]) -> Section | None:
     return Section("Reconstructions", text, (picture,))
 
 
-def _stability(tokenizers: Tokenizers) -> Section | None:
-    if not any("stability" in tokenizer for tokenizer in tokenizers):
-        return None
-    rows: Rows = [(name, number("stability", name, digits=1)) for name in tokenizers[0]["stability"]]
-    text = (
-        "The table gives the percentage of codes that stay the same at their position when an image changes in a way "
-        "that keeps its content. A code that represents an object should stay the same; a code that represents exact "
-        "pixels cannot. A quarter patch is a different number of pixels for a different stride."
-    )
-    return Section("Stability of the codes", text, table=tokenizer_table(tokenizers, rows))
-
-
-def _similarity(tokenizers: Tokenizers) -> Section | None:
-    if not any("similarity" in tokenizer for tokenizer in tokenizers):
-        return None
-    rows: Rows = [
-        (f"{title}: {name}", number("similarity", kind, name, digits=1))
-        for kind, title in (("shifted_over_blurred", "shifted"), ("agreement_with_people", "people"))
-        for name in tokenizers[0]["similarity"].get(kind, {})
-    ]
-    text = (
-        "A slightly shifted copy looks similar to the image and a blurred copy does not, although the pixel error may "
-        "suggest the opposite (paper, Figure 1). The table gives the percentage of images whose shifted copy is "
-        "nearer, for the distance of pixels, of the codewords at each position, and of the perceptual network if there "
-        "is one."
-    )
-    if "judgements" in tokenizers[0]["similarity"]:
-        judgements = thousands(tokenizers[0]["similarity"]["judgements"])
-        text += (
-            f" The rows below give the percentage of people who agree with a distance, over {judgements} judgements."
-        )
-    return Section("Image similarity", text, table=tokenizer_table(tokenizers, rows))
-
-
 def _usage(tokenizers: Tokenizers, pictures: Mapping[str, bytes]) -> Section | None:
     if "usage.png" not in pictures:
         return None
-    charts = [
-        Picture(
-            pictures["usage.png"],
-            "How often each codeword is used. If a line ends early, many codewords are unused.",
-            "Chart of codeword frequencies, most used first",
-        )
-    ]
-    for tokenizer in tokenizers:
-        png = _picture_of(tokenizer, "positions", pictures)
-        if png is not None:
-            name = tokenizer["name"]
-            caption = f"{name}: a position with few different codewords carries little information."
-            charts.append(Picture(png, caption, f"Map of positions of {name}"))
-    return Section("Codebook usage", "", tuple(charts), side_by_side=True)
+    chart = Picture(
+        pictures["usage.png"],
+        "How often each codeword is used. If a line ends early, many codewords are unused.",
+        "Chart of codeword frequencies, most used first",
+    )
+    charts = (chart, *_pictures_of(tokenizers, pictures, "positions"))
+    return Section("Codebook usage", "", charts, side_by_side=True)
 
 
 def _maps(tokenizers: Tokenizers, pictures: Mapping[str, bytes]) -> Section | None:
-    maps = []
-    for tokenizer in tokenizers:
-        name = tokenizer["name"]
-        for kind in ("map-usage", "map-classes"):
-            png = _picture_of(tokenizer, kind, pictures)
-            if png is not None:
-                maps.append(Picture(png, str(name), f"Map of the codewords of {name}"))
-        neighbours = _picture_of(tokenizer, "neighbours", pictures)
-        if neighbours is not None:
-            caption = f"{name}: the most used codeword and its nearest neighbours among the used codewords."
-            maps.append(Picture(neighbours, caption, f"Neighbouring codewords of {name}"))
+    maps = _pictures_of(tokenizers, pictures, "map-usage", "map-classes", "neighbours")
     text = (
         "Codewords in a plane, projected by t-SNE: similar codewords are near each other. Crosses are codewords that "
         "these images do not use."

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor
 
 from pecobook.analysis import figures as draw
@@ -16,7 +18,6 @@ from pecobook.analysis.charts import code_usage_chart, read_metrics, training_cu
 from pecobook.analysis.codebook_map import map_picture, nearest_used, project_to_plane
 from pecobook.analysis.codewords import CodeUsage, code_gallery
 from pecobook.analysis.semantics import joint_counts
-from pecobook.commands.analyze.metrics import TokenizerMetrics
 
 NUM_IMAGES = 6
 """Number of images in grids of reconstructions and predictions."""
@@ -25,6 +26,22 @@ PATCHES = 12
 _MAX_ON_MAP = 2048
 """Maximum number of codewords on a map, the most used ones: t-SNE of 8,192 codewords takes minutes, and so many points
 hide each other."""
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenizerMetrics:
+    """The measurements of one tokenizer."""
+
+    name: str
+    values: dict[str, Any]
+    """The metrics, as in `analysis.json`."""
+    images: Tensor
+    """The images of the picture of reconstructions, float (n, 3, S, S)."""
+    restored: Tensor
+    """The reconstructions of `images`."""
+    usage: CodeUsage
+    correct: dict[str, NDArray[np.bool_]]
+    """Which held-out images each probe classified correctly, by the name of the probe; empty without labels."""
 
 
 def pictures_of(
@@ -93,7 +110,7 @@ def gallery_codewords(usage: CodeUsage, requested: Sequence[int], seed: int) -> 
     return first + [code for code in by_use if code not in first][:4]
 
 
-def _dominant_class(codes: Tensor, labels: Tensor, num_codewords: int) -> np.ndarray[Any, Any]:
+def _dominant_class(codes: Tensor, labels: Tensor, num_codewords: int) -> NDArray[np.int64]:
     """Return the most frequent label among the patches of each codeword, (K,); -1 for an unused codeword."""
     patch_labels = labels[:, None, None].expand(codes.shape)
     joint = joint_counts(codes, patch_labels, num_codewords, int(labels.max()) + 1)

@@ -10,18 +10,20 @@ import time
 from pathlib import Path
 from typing import Any
 
-from pecobook.analysis.report import write_report
+from threadpoolctl import threadpool_limits
+
+from pecobook.analysis.report import write_pictures, write_report
 from pecobook.commands.analyze.page import compose
 from pecobook.commands.demo.measure import measure
 from pecobook.commands.demo.plan import plan
-from pecobook.commands.jobs import Job, resumed_folder, run_all
+from pecobook.commands.jobs import resumed_folder, run_all
 from pecobook.engine.log import compact_duration
 from pecobook.engine.preamble import show_source
 from pecobook.engine.value_range import open_readable
 from pecobook.errors import Preflight
 from pecobook.settings.demo import DemoConfig
 from pecobook.settings.values import replace, to_dict
-from pecobook.utils.files import write_atomically, write_json
+from pecobook.utils.files import write_json
 from pecobook.utils.output_folder import OutputFolder
 from pecobook.utils.printer import show
 
@@ -49,8 +51,6 @@ def demo(config: DemoConfig | None = None, **settings: Any) -> Path:
 
 
 def _write_all(config: DemoConfig) -> Path:
-    from threadpoolctl import threadpool_limits
-
     out = Path(config.out)
     began = time.monotonic()
     jobs = plan(config)
@@ -62,16 +62,14 @@ def _write_all(config: DemoConfig) -> Path:
         results, pictures = measure(config, jobs)
     cost["measuring"] = time.monotonic() - measuring_began
     results["seconds"] = round(time.monotonic() - began, 1)
-    (out / "pictures").mkdir(exist_ok=True)
-    for name, png in pictures.items():
-        write_atomically(out / "pictures" / name, png)
+    write_pictures(out, pictures)
     renamed = {"codebooks" if key == "tokenizers" else key: value for key, value in results.items()}
     write_json(out / "results.json", renamed)
     page = compose(
         results,
         pictures,
         list(cost.items()),
-        _settings(config, jobs),
+        {"demo": to_dict(config), **{name: to_dict(job.config) for name, job in jobs.items()}},
         title="Three codebooks, the same images",
         subtitle="What image tokens represent if a codebook is trained with a pixel loss, "
         "and if it is trained with a perceptual loss too.",
@@ -86,7 +84,3 @@ def _folder(config: DemoConfig) -> OutputFolder:
     return resumed_folder(
         config.out, settings, defaults, data=config.data, example="runs/demo", kind="a demo", marker=_MARK
     )
-
-
-def _settings(config: DemoConfig, jobs: dict[str, Job]) -> dict[str, Any]:
-    return {"demo": to_dict(config), **{name: to_dict(job.config) for name, job in jobs.items()}}

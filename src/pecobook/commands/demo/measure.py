@@ -8,7 +8,6 @@ from __future__ import annotations
 import itertools
 import warnings
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,8 +20,7 @@ from pecobook.analysis.probe import paired_difference
 from pecobook.analysis.reconstruction import encode_all
 from pecobook.commands.analyze.masked import predict
 from pecobook.commands.analyze.measure import STABILITY_IMAGES, evaluate_tokenizer
-from pecobook.commands.analyze.metrics import TokenizerMetrics
-from pecobook.commands.analyze.pictures import curves_of, gallery, side_by_side
+from pecobook.commands.analyze.pictures import TokenizerMetrics, curves_of, gallery, side_by_side
 from pecobook.commands.demo.plan import ARMS, PRETRAINED
 from pecobook.commands.jobs import Job
 from pecobook.commands.masked_run import load_masked_run
@@ -127,15 +125,14 @@ def _evaluate_arm(
     arm: str, job: Job, images: _Images, distance: PerceptualDistance, seed: int
 ) -> tuple[TokenizerMetrics, Tensor]:
     tokenizer = PerceptualTokenizer.from_pretrained(job.config.out)
-    train = partial(_train_codes, tokenizer, images)
+
+    def train() -> tuple[Tensor, Tensor] | None:
+        return None if images.train_labels is None else (encode_all(tokenizer, images.train), images.train_labels)
+
     metrics, codes, _ = evaluate_tokenizer(
         arm, tokenizer, images.test, images.test_labels, train, distance, larger=images.larger, seed=seed
     )
     return metrics, codes
-
-
-def _train_codes(tokenizer: PerceptualTokenizer, images: _Images) -> tuple[Tensor, Tensor] | None:
-    return None if images.train_labels is None else (encode_all(tokenizer, images.train), images.train_labels)
 
 
 def _probes(backbone: Backbone, images: _Images, seed: int) -> Probes:

@@ -31,7 +31,8 @@ PRETRAINED = ("pixel", "perceptual")
 def plan(config: DemoConfig) -> dict[str, Job]:
     """Return the runs by name, in an order in which each run needs only earlier runs."""
     out = Path(config.out)
-    sizes = _gpu() if _budget(config) == "gpu" else _cpu()
+    on_gpu = config.budget == "gpu" or (config.budget == "auto" and torch.cuda.is_available())
+    feature_network, tokenizer_base, vit = _gpu() if on_gpu else _cpu()
     common = {"data": config.data, "value_range": config.value_range, "seed": config.seed}
     common |= {"loggers": (), "save_minutes": 1.0, "keep_checkpoints": 1}
 
@@ -41,21 +42,20 @@ def plan(config: DemoConfig) -> dict[str, Job]:
         settings["save_every"] = max(steps // 3, 1)
         return replace(base, settings)
 
-    contrast, codebook, pretrain = sizes
-    perceptual = codebook.perceptual
+    perceptual = tokenizer_base.perceptual
     networks = {
         "pixel": PerceptualConfig(network="none"),
         "control": dataclasses.replace(perceptual, network=str(out / "contrast"), weights="random"),
         "perceptual": dataclasses.replace(perceptual, network=str(out / "contrast")),
     }
-    jobs = {"contrast": Job("contrast", adapt(contrast, "contrast"))}
+    jobs = {"contrast": Job("contrast", adapt(feature_network, "contrast"))}
     for arm in ARMS:
         name = f"codebook-{arm}"
-        base = dataclasses.replace(codebook, perceptual=networks[arm])
+        base = dataclasses.replace(tokenizer_base, perceptual=networks[arm])
         jobs[name] = Job("codebook", adapt(base, name), () if arm == "pixel" else ("contrast",))
     for arm in PRETRAINED:
         name, tokenizer = f"vit-{arm}", f"codebook-{arm}"
-        jobs[name] = Job("pretrain", adapt(replace(pretrain, {"tokenizer": str(out / tokenizer)}), name), (tokenizer,))
+        jobs[name] = Job("pretrain", adapt(replace(vit, {"tokenizer": str(out / tokenizer)}), name), (tokenizer,))
     # In this order, two processes are busy until the end: one trains the feature network while the other one trains the
     # pixel codebook and its ViT.
     order = ("contrast", "codebook-pixel", "vit-pixel", "codebook-perceptual", "codebook-control", "vit-perceptual")
@@ -70,12 +70,6 @@ def _work(job: Job) -> float:
     return _COST[job.command] * int(job.config.max_steps) * int(job.config.batch_size)
 
 
-def _budget(config: DemoConfig) -> str:
-    if config.budget != "auto":
-        return config.budget
-    return "gpu" if torch.cuda.is_available() else "cpu"
-
-
 def _cpu() -> tuple[ContrastConfig, CodebookConfig, PretrainConfig]:
     """Use 32-pixel images with 4 x 4 tokens: with few tokens and deep layers, perceptual codes differ most."""
     return (
@@ -87,19 +81,16 @@ def _cpu() -> tuple[ContrastConfig, CodebookConfig, PretrainConfig]:
 
 def _gpu() -> tuple[ContrastConfig, CodebookConfig, PretrainConfig]:
     """Use 64-pixel images, 8 x 8 tokens, a ResNet-18, a ViT-Ti of full depth, and ten times as many images."""
-    contrast, codebook, pretrain = _cpu()
-    contrast = replace(
-        contrast,
-        {
-            "model.name": "resnet18",
-            "model.args": '{"output_stride": 8}',
-            "image_size": 64,
-            "batch_size": 512,
-            "max_steps": "1500",
-        },
+    feature_network, tokenizer, vit = _cpu()
+    feature_network = dataclasses.replace(
+        feature_network,
+        model=BackboneConfig(name="resnet18", args='{"output_stride": 8}'),
+        image_size=64,
+        batch_size=512,
+        max_steps="1500",
     )
-    codebook = dataclasses.replace(
-        codebook,
+    tokenizer = dataclasses.replace(
+        tokenizer,
         model=AutoencoderConfig(
             channels=(64, 128, 128, 256), latent_dim=128, num_blocks=2, latent_norm=True, padding="replicate"
         ),
@@ -108,12 +99,12 @@ def _gpu() -> tuple[ContrastConfig, CodebookConfig, PretrainConfig]:
         batch_size=128,
         max_steps="2000",
     )
-    pretrain = dataclasses.replace(
-        pretrain,
+    vit = dataclasses.replace(
+        vit,
         model=BackboneConfig(name="vit_tiny_patch16_224", args='{"patch_size": 8, "init_values": 0.1}'),
         mask=MaskConfig(num_masked=26, min_block=6),
         image_size=64,
         batch_size=256,
         max_steps="2000",
     )
-    return contrast, codebook, pretrain
+    return feature_network, tokenizer, vit

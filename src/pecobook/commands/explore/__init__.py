@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import sys
 import tempfile
 from functools import lru_cache, partial
 from typing import Any
 
-from pecobook.commands.analyze.names import unique_names
+from pecobook.analysis.wording import unique_names
 from pecobook.commands.explore.model import IndexedTokenizer, index
 from pecobook.commands.masked_run import MaskedRun, is_masked_run, load_masked_run
 from pecobook.data.source import Splits
@@ -79,8 +80,6 @@ def _check_host(config: ExploreConfig) -> list[Any]:
     Otherwise a web site could point its own name at this machine, and read the page through the visitor's browser (DNS
     rebinding).
     """
-    import socket
-
     from starlette.middleware import Middleware
     from starlette.middleware.trustedhost import TrustedHostMiddleware
 
@@ -95,8 +94,6 @@ def _check_host(config: ExploreConfig) -> list[Any]:
 
 def _addresses() -> list[str]:
     """Return the addresses of this machine."""
-    import socket
-
     try:
         return sorted({str(info[4][0]) for info in socket.getaddrinfo(socket.gethostname(), None)})
     except OSError:
@@ -111,8 +108,6 @@ def _uploads() -> tempfile.TemporaryDirectory[str]:
 
 def _check_port(config: ExploreConfig) -> None:
     """Raise ConfigError if the port is in use, before anything slow is done."""
-    import socket
-
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:

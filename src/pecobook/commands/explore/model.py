@@ -13,11 +13,12 @@ import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
+from torchvision.utils import draw_bounding_boxes
 
 from pecobook.analysis.codebook_map import nearest_used
-from pecobook.analysis.codewords import code_gallery, code_usage
-from pecobook.analysis.masked_prediction import decode_prediction, hide, predict_masked
-from pecobook.analysis.reconstruction import decode_all, encode_all, psnr
+from pecobook.analysis.codewords import GalleryPatch, GalleryRow, code_gallery, code_usage
+from pecobook.analysis.figures import position_shares
+from pecobook.analysis.reconstruction import decode_all, encode_all, hide, predict_masked, psnr
 from pecobook.commands.extract import extract
 from pecobook.commands.masked_run import MaskedRun
 from pecobook.data.decode import BadImage
@@ -65,11 +66,7 @@ class EncodedImage:
 class CodewordInfo:
     """Patches, positions and classes of a codeword, and its nearest codewords."""
 
-    number: int
-    count: int
-    images: int
-    positions: Tensor
-    """Number of patches at each position of the images, int64 (h, w)."""
+    row: GalleryRow
     patches: list[Picture]
     classes: list[tuple[str, int, float]]
     """(class, number of patches, percentage), the most frequent class first; empty without labels."""
@@ -128,41 +125,38 @@ def codeword_info(
     indexed: IndexedTokenizer, code: int, classes: tuple[str, ...], *, max_patches: int = 18
 ) -> CodewordInfo:
     """Collect patches, positions, classes and nearest codewords of a codeword."""
-    has_code = indexed.codes == code  # (N, h, w)
-    counts = has_code.flatten(1).sum(1)  # patches of each image, (N,)
-    total = int(counts.sum())
+    row = _gallery_row(indexed, code, max_patches)
     frequent: list[tuple[str, int, float]] = []
-    if indexed.labels is not None and total:
-        by_class = torch.bincount(indexed.labels, weights=counts.double(), minlength=len(classes))
+    if indexed.labels is not None and row.count:
+        per_image = (indexed.codes == code).flatten(1).sum(1)
+        by_class = torch.bincount(indexed.labels, weights=per_image.double(), minlength=len(classes))
         order = by_class.argsort(descending=True, stable=True)[:8].tolist()
-        frequent = [(classes[c], int(by_class[c]), 100 * float(by_class[c]) / total) for c in order if by_class[c] > 0]
+        counted = [(classes[label], int(by_class[label])) for label in order if by_class[label] > 0]
+        frequent = [(name, number, 100 * number / row.count) for name, number in counted]
     nearest = nearest_used(indexed.tokenizer.codebook, code, indexed.counts)
     return CodewordInfo(
-        number=code,
-        count=total,
-        images=int((counts > 0).sum()),
-        positions=has_code.sum(0),
-        patches=_patches(indexed, code, max_patches),
+        row=row,
+        patches=[_outlined(patch) for patch in row.patches],
         classes=frequent,
-        nearest=[(neighbour, _patches(indexed, neighbour, 1)[0]) for neighbour in nearest],
+        nearest=[(other, _outlined(_gallery_row(indexed, other, 1).patches[0])) for other in nearest],
     )
 
 
-def _patches(indexed: IndexedTokenizer, code: int, max_patches: int) -> list[Picture]:
-    """Draw patches of a codeword, outlined in their surroundings."""
-    (row,) = code_gallery(indexed.images, indexed.codes, codewords=1, patches=max_patches, chosen=[code]).rows
-    pictures = []
-    for patch in row.patches:
-        window = to_picture(patch.window)
-        scale = len(window) / patch.window.shape[-2]
-        top, left, height, width = (round(scale * value) for value in patch.box)
-        for thickness, colour in ((3, 255), (1, 0)):
-            window[top : top + height, left : left + thickness] = colour
-            window[top : top + height, left + width - thickness : left + width] = colour
-            window[top : top + thickness, left : left + width] = colour
-            window[top + height - thickness : top + height, left : left + width] = colour
-        pictures.append(window)
-    return pictures
+def _gallery_row(indexed: IndexedTokenizer, code: int, max_patches: int) -> GalleryRow:
+    (row,) = code_gallery(indexed.images, indexed.codes, codewords=1, patches=max_patches, chosen=[code])
+    return row
+
+
+def _outlined(patch: GalleryPatch) -> Picture:
+    """Draw a patch, outlined in its surroundings."""
+    window = to_picture(patch.window)
+    scale = len(window) / patch.window.shape[-2]
+    top, left, height, width = (round(scale * value) for value in patch.box)
+    box = torch.tensor([[left, top, left + width - 1, top + height - 1]])
+    image = torch.from_numpy(window).permute(2, 0, 1)
+    for thickness, colour in ((3, "white"), (1, "black")):
+        image = draw_bounding_boxes(image, box, colors=colour, width=thickness)
+    return to_array(image)
 
 
 def painted_patches(strokes: NDArray[np.uint8], grid: tuple[int, int]) -> Tensor:
@@ -184,14 +178,13 @@ def predict(run: MaskedRun, image: Tensor, mask: Tensor) -> tuple[Picture, Pictu
         the masked image, the predicted image, and the percentage of masked codes predicted correctly.
     """
     x = to_float(center_crop(image, run.image_size))[None]
-    prediction = predict_masked(run, run, x, mask[None])
-    masked, predicted = hide(x, mask[None]), decode_prediction(run, prediction)
-    return to_picture(masked[0]), to_picture(predicted[0]), prediction.accuracy
+    codes, accuracy = predict_masked(run, run, x, mask[None])
+    return to_picture(hide(x, mask[None])[0]), to_picture(decode_all(run, codes)[0]), accuracy
 
 
-def position_picture(positions: Tensor) -> Picture:
+def position_picture(positions: NDArray[np.int64]) -> Picture:
     """Draw the number of patches at each position, (h, w): white for the most frequent position, black for none."""
-    return to_picture((positions / positions.max().clamp_min(1)).expand(3, -1, -1))
+    return to_picture(torch.from_numpy(position_shares(positions)).expand(3, -1, -1))
 
 
 def to_picture(image: Tensor) -> Picture:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from pecobook.commands.masked_run import MaskedRun
 from pecobook.data.decode import BadImage, decode
 from pecobook.data.source import Splits
 from pecobook.data.views import center_crop
-from pecobook.utils.images import resize, to_float
+from pecobook.utils.images import fitted_size, resize, to_float
 
 _HELP = (
     "Drop an image or choose one. The token map has one colour per codeword, and similar codewords have similar "
@@ -136,10 +137,8 @@ class Page:
     def _reduced(self, image: Tensor) -> Picture:
         """Reduce a large image (3, H, W) to twice the side that any model reads, since the page keeps it in memory."""
         height, width = image.shape[1:]
-        scale = self.largest_side / min(height, width)
-        if scale < 1:
-            image = resize(image, max(round(height * scale), 1), max(round(width * scale), 1))
-        return to_array(image)
+        short_side = min(self.largest_side, height, width)
+        return to_array(resize(image, *fitted_size(height, width, short_side, math.inf)))
 
     def show_image(self, image: Picture, name: str) -> tuple[Any, ...]:
         """Return the four pictures and a line of text."""
@@ -155,13 +154,14 @@ class Page:
         x, y = event.index
         code = model.code_at(model.encode_image(indexed, _tensor(image)), int(x), int(y))
         info = model.codeword_info(indexed, code, self.classes)
+        positions = info.row.positions
         line = (
-            f"**Codeword {info.number}**: {info.count} patches in {info.images} of {len(indexed.images)} images, "
-            f"at {int((info.positions > 0).sum())} of {info.positions.numel()} positions."
+            f"**Codeword {code}**: {info.row.count} patches in {info.row.images} of {len(indexed.images)} images, "
+            f"at {int((positions > 0).sum())} of {positions.size} positions."
         )
         nearest = [(patch, f"codeword {codeword}") for codeword, patch in info.nearest]
         rows = [[name, count, round(share, 1)] for name, count, share in info.classes]
-        return line, info.patches, rows, nearest, model.position_picture(info.positions)
+        return line, info.patches, rows, nearest, model.position_picture(positions)
 
     def compare(self, image: Picture, left: str, right: str) -> tuple[Picture, Picture]:
         """Return the reconstructions of two tokenizers, with equal sizes."""

@@ -1,10 +1,11 @@
 """`pecobook reproduce`: train the runs of the paper's tables on your images, at a chosen budget, over seeds.
 
-paper.py      the tables: rows and the paper's numbers
 budgets.py    the size and the length of every kind of run
 plan.py       the runs of all rows, each run once
 rehearsal.py  a few steps of each kind of run before the runs start
 tables.py     the tables as Markdown, CSV and plots
+
+The rows and the paper's numbers stand in `pecobook.commands.paper_tables`.
 """
 
 from __future__ import annotations
@@ -12,18 +13,24 @@ from __future__ import annotations
 import dataclasses
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from pecobook.analysis.report import Picture, Report, Section, Table, write_pictures, write_report
+from pecobook.analysis.wording import duration
+from pecobook.commands.jobs import resumed_folder, run_all
+from pecobook.commands.paper_tables import chosen_tables
+from pecobook.commands.reproduce import rehearsal, tables
+from pecobook.commands.reproduce.plan import Plan
+from pecobook.engine.preamble import show_source
+from pecobook.engine.value_range import open_readable
 from pecobook.errors import ConfigError, PecobookError, Preflight
+from pecobook.settings.codebook import CodebookConfig
 from pecobook.settings.reproduce import ReproduceConfig
 from pecobook.settings.values import flag_words, replace, to_dict
+from pecobook.stages.codebook import CodebookStage
 from pecobook.utils.files import write_atomically, write_json
+from pecobook.utils.output_folder import OutputFolder
 from pecobook.utils.printer import show
-
-if TYPE_CHECKING:
-    from pecobook.commands.reproduce.plan import Plan
-    from pecobook.settings.codebook import CodebookConfig
-    from pecobook.utils.output_folder import OutputFolder
 
 __all__ = ["ReproduceConfig", "reproduce"]
 
@@ -35,9 +42,6 @@ def reproduce(config: ReproduceConfig | None = None, **settings: Any) -> Path:
         PreflightError: all problems that were found before anything was written.
         PecobookError: a run failed.
     """
-    from pecobook.commands.jobs import run_all
-    from pecobook.commands.reproduce import rehearsal
-
     config = replace(config or ReproduceConfig(), settings)
     plan = _preflight(config)
     show(rehearsal.describe(plan))
@@ -57,18 +61,13 @@ def reproduce(config: ReproduceConfig | None = None, **settings: Any) -> Path:
 
 
 def _preflight(config: ReproduceConfig) -> Plan:
-    from pecobook.commands.reproduce.paper import chosen_tables
-    from pecobook.commands.reproduce.plan import Plan
-    from pecobook.engine.preamble import show_source
-    from pecobook.engine.value_range import open_readable
-
     preflight = Preflight()
-    tables = preflight.check(lambda: chosen_tables(config.tables))
+    paper_tables = preflight.check(lambda: chosen_tables(config.tables))
     splits = preflight.check(lambda: open_readable(config.data, config.value_range))
     preflight.check(_folder(config).check)
     plan = None
-    if tables is not None and splits is not None:
-        plan = preflight.check(partial(Plan, config, tables, splits))
+    if paper_tables is not None and splits is not None:
+        plan = preflight.check(partial(Plan, config, paper_tables, splits))
     if plan is not None:
         _check_perceptual_networks(plan, preflight)
     preflight.finish()
@@ -90,8 +89,6 @@ def _check_perceptual_networks(plan: Plan, preflight: Preflight) -> None:
 
 
 def _check_codebook(settings: CodebookConfig) -> None:
-    from pecobook.stages.codebook import CodebookStage
-
     try:
         CodebookStage.check(settings)
     except PecobookError as error:  # the message names the flags of `codebook`, which differ here
@@ -113,8 +110,6 @@ def command_line(config: ReproduceConfig) -> str:
 
 
 def _folder(config: ReproduceConfig) -> OutputFolder:
-    from pecobook.commands.jobs import resumed_folder
-
     settings, defaults = _fixed_settings(config), _fixed_settings(ReproduceConfig())
     return resumed_folder(
         config.out, settings, defaults, data=config.data, example="runs/tables", kind="tables", marker="reproduce.json"
@@ -128,10 +123,6 @@ def _write_settings(config: ReproduceConfig, out: Path) -> None:
 
 def _write_tables(plan: Plan, cost: dict[str, float], out: Path) -> Path:
     """Write all tables and the report; returns the Markdown file."""
-    from pecobook.analysis.report import Picture, Report, Section, Table, write_report
-    from pecobook.analysis.wording import duration
-    from pecobook.commands.reproduce import tables
-
     introduction = (
         f"`{command_line(plan.config)}`. After ± stands the standard deviation over seeds. The paper's numbers are of "
         "ImageNet-1K and its full budget: compare differences and orders, not values."
@@ -141,11 +132,10 @@ def _write_tables(plan: Plan, cost: dict[str, float], out: Path) -> Path:
     write_atomically(out / "tables.md", text.encode())
     write_atomically(out / "tables.csv", tables.comma_separated(measured_tables).encode())
     sections = []
-    (out / "pictures").mkdir(exist_ok=True)
     for measured in measured_tables:
         header, rows = tables.header_and_rows(measured)
         plot, title = tables.plot(measured), measured.table.title
-        write_atomically(out / "pictures" / f"{measured.name}.png", plot)
+        write_pictures(out, {f"{measured.name}.png": plot})
         lines = [measured.table.note, *tables.remarks(measured), *tables.gains_over_controls(measured)]
         picture = Picture(plot, "Points: mean over seeds; bars: standard deviation over seeds.", title)
         sections.append(Section(title, "\n\n".join(lines), (picture,), Table(header, tuple(rows))))

@@ -48,17 +48,14 @@ def make_budget(name: str) -> Budget:
 
 def _tiny(factor: int) -> Budget:
     """Return a budget for images of 32 pixels with 4 x 4 tokens: a run takes minutes on 2 cores, times `factor`."""
-
-    def scaled(steps: int) -> str:
-        return str(steps * factor)
-
-    resnet = dataclasses.replace(contrast.tiny(), batch_size=256, max_steps=scaled(160))
+    resnet = dataclasses.replace(contrast.tiny(), batch_size=256, max_steps=str(160 * factor))
     vit = BackboneConfig(
         name="vit_tiny_patch16_224", args='{"patch_size": 4, "depth": 6, "embed_dim": 128, "num_heads": 4}'
     )
-    masked_vit = dataclasses.replace(pretrain.tiny(), max_steps=scaled(200))
-    tokenizer = dataclasses.replace(codebook.tiny(), max_steps=scaled(220))
-    classifier = dataclasses.replace(finetune.tiny(), max_steps=scaled(200))
+    masked_vit = dataclasses.replace(pretrain.tiny(), max_steps=str(200 * factor))
+    tokenizer = codebook.tiny()
+    tokenizer = dataclasses.replace(tokenizer, max_steps=str(int(tokenizer.max_steps) * factor))
+    classifier = dataclasses.replace(finetune.tiny(), max_steps=str(200 * factor))
     supervised = dataclasses.replace(
         classifier,
         backbone=f"timm:{resnet.model.name}",

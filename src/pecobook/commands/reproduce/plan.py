@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from pecobook.commands.jobs import Job
+from pecobook.commands.paper_tables import PaperTable
 from pecobook.commands.reproduce.budgets import Budget, make_budget, with_backbone
-from pecobook.commands.reproduce.paper import PaperTable
 from pecobook.data.source import Splits
 from pecobook.settings.analyze import AnalyzeConfig
 from pecobook.settings.codebook import AdversarialConfig, CodebookConfig, ExplicitConfig
@@ -44,8 +44,11 @@ class Plan:
             for table in tables.values():
                 for row in table.all_rows:
                     if not self.missing_for_arm(row.arm):
-                        classified = "classified" in dict(table.figures)
-                        self._add_arm(self.canonical(row.arm), seed, classified=classified)
+                        arm = self.canonical(row.arm)
+                        if arm not in NO_TOKENIZER:
+                            self._add_analysis(arm, seed, classified="classified" in dict(table.figures))
+                        if config.transfer and self.has_labels:
+                            self._add_classifier(arm, seed)
 
     def missing_for_arm(self, arm: str) -> str:
         """Return what is missing to train an arm; an empty text when nothing is missing."""
@@ -78,13 +81,6 @@ class Plan:
         """Return one name for arms with equal trainings: the default network of all rows also has a row in Table 5."""
         head, dash, how = arm.partition("-")
         return f"perceptual{dash}{how}" if head == self.budget.default and arm not in NO_TOKENIZER else arm
-
-    def _add_arm(self, arm: str, seed: int, *, classified: bool) -> None:
-        """Add all jobs of an arm; `classified` says whether its reconstructions are classified."""
-        if arm not in NO_TOKENIZER:
-            self._add_analysis(arm, seed, classified=classified)
-        if self.config.transfer and self.has_labels:
-            self._add_classifier(arm, seed)
 
     def _add_job(self, name: str, command: str, config: Any, *needs: str) -> None:
         """Add a job unless the plan has it; empty names in `needs` are left out."""
@@ -162,6 +158,7 @@ class Plan:
         return _variant(dataclasses.replace(base, perceptual=perceptual), budget, arm), job
 
     def _add_analysis(self, arm: str, seed: int, *, classified: bool) -> None:
+        """Add the analysis of an arm's tokenizer; `classified` says whether its reconstructions are classified."""
         tokenizer, job, _ = self._codebook(arm, seed)
         classifier, classifier_job = "", ""
         if classified and self.has_labels:
@@ -210,7 +207,8 @@ def _variant(base: CodebookConfig, budget: Budget, arm: str) -> CodebookConfig:
     """Return the settings with the changes of an arm other than the perceptual network."""
     model = base.model
     if arm.startswith("lambda-"):
-        weight = float(arm.removeprefix("lambda-"))
+        # The paper's default is 1. That of a smaller budget can differ, so the table is of multiples of the default.
+        weight = float(arm.removeprefix("lambda-")) * base.perceptual.weight
         return dataclasses.replace(base, perceptual=dataclasses.replace(base.perceptual, weight=weight))
     if arm == "adversarial":
         term = AdversarialConfig(weight=0.4, num_layers=budget.discriminator_layers)

@@ -12,7 +12,7 @@ from pecobook.analysis.canvas import INK, new_figure, png, style_axes
 from pecobook.analysis.charts import read_metrics
 from pecobook.analysis.comparison import lookup
 from pecobook.commands.jobs import read_analysis
-from pecobook.commands.reproduce.paper import MORE, PaperTable, Row
+from pecobook.commands.paper_tables import MORE, PaperTable, Row
 from pecobook.commands.reproduce.plan import Plan
 
 Values = dict[str, list[float]]
@@ -128,14 +128,13 @@ def remarks(measured: MeasuredTable) -> list[str]:
     originals = {
         row.label: mean_and_deviation(values["originals"]) for row, values, _ in measured.rows if "originals" in values
     }
-    lines = []
-    if "classified" in dict(measured.table.figures) and originals:
-        if len(set(originals.values())) == 1:
-            accuracies = next(iter(originals.values())) + "%"
-        else:
-            accuracies = ", ".join(f"{accuracy}% ({label})" for label, accuracy in originals.items())
-        lines.append(f"Our classifier, on originals: {accuracies}.")
-    return [*lines, *measured.remarks]
+    if "classified" not in dict(measured.table.figures) or not originals:
+        return list(measured.remarks)
+    if len(set(originals.values())) == 1:
+        accuracies = next(iter(originals.values())) + "%"
+    else:
+        accuracies = ", ".join(f"{accuracy}% ({label})" for label, accuracy in originals.items())
+    return [f"Our classifier, on originals: {accuracies}.", *measured.remarks]
 
 
 def markdown(tables: Sequence[MeasuredTable], introduction: str) -> str:
@@ -173,16 +172,18 @@ def plot(measured: MeasuredTable) -> bytes:
     Each measured figure has a panel; next to it stands a panel with the paper's numbers on their own scale.
     """
     table, num_rows = measured.table, len(measured.rows)
-    shown = [(figure, heading) for figure, heading in table.figures if measured.has(figure)]
-    panels = [(figure, heading, source) for figure, heading in shown for source in ("ours", "paper")]
-    panels = [panel for panel in panels if panel[2] == "ours" or table.has_paper_numbers(panel[0])]
+    panels = []
+    for figure, heading in table.figures:
+        if measured.has(figure):
+            panels += [(figure, heading, "ours")]
+            panels += [(figure, "the paper's", "paper")] if table.has_paper_numbers(figure) else []
     canvas = new_figure(2.1 + 2.6 * max(len(panels), 1), 0.34 * num_rows + 1.0)
     for number, (figure, heading, source) in enumerate(panels):
         axes = canvas.add_subplot(1, len(panels), number + 1)
         style_axes(axes, grid="x")
         axes.set_ylim(num_rows - 0.4, -0.6)
         axes.set_yticks(range(num_rows), [row.label if number == 0 else "" for row, *_ in measured.rows])
-        axes.set_title(heading if source == "ours" else "the paper's", color=INK, fontsize=9.5, loc="left")
+        axes.set_title(heading, color=INK, fontsize=9.5, loc="left")
         for height, (row, all_values, _) in enumerate(measured.rows):
             values = all_values.get(figure, [])
             if source == "paper":

@@ -72,6 +72,11 @@ def settle_meaning(
         _check_palettes(name, used)
     values = {value for report in used for value in report.counts(meaning)}
     if not meaning.names:
+        reasons = [report.reason or str(report.unreadable or "") for report in reports[0]]
+        if reasons and all(reasons):
+            raise DataError(
+                f"--data '{name}': none of {len(reasons):,} training masks can be used; the first {reasons[0]}."
+            )
         return _infer_classes(name, meaning, reports[0]), notes
     is_default = meaning.values == (0, 1) and 255 in meaning.ignored and meaning.colours is None
     if is_default and len(meaning.names) == 2 and 255 in values and values <= {0, 255}:

@@ -85,7 +85,10 @@ def find_pairs(data: str, root: Path) -> Pairs:
         found = by_words if (by_words := _pictures(folders, _kind_by_words)).masks else found
     has_images = bool(found.images)
     if found.masks and not has_images:  # train/ and train_masks/
-        found.images, found.others = found.others, {}
+        found.images = {
+            re.sub("(^|/)data/", r"\1", key): file for key, file in found.others.items()
+        }  # FiftyOne's data/
+        found.others = {}
     elif not found.masks and (found.images or found.others):  # x.jpg and x_mask.png in one folder
         pictures = found.images or found.others
         known = {name.lower() for key in pictures for name in (key, _IMAGE_ENDING.sub("", key))}
@@ -131,7 +134,8 @@ def _listed_by_voc(root: Path, found: Pairs) -> Pairs:
 
 def _refuse(data: str, found: Pictures) -> None:
     missing = "images" if not found.images else "masks"
-    ignored = ", ".join(f"{count:,} files .{extension}" for extension, count in found.extensions.most_common(3))
+    kinds = (+found.extensions).most_common(3)
+    ignored = ", ".join(f"{count:,} files .{extension}" for extension, count in kinds)
     raise DataError(
         f"--data '{data}' holds no {missing}: it needs images/ and masks/ (or annotations/), either at the top, or "
         "under train/ and val/, or with the subfolders training/ and validation/."

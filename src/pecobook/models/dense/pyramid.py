@@ -19,7 +19,7 @@ B batch, h w rows and columns of patches, N = h w, P prefix tokens, D width.
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -27,9 +27,12 @@ from torch import Tensor, nn
 
 from pecobook.errors import ConfigError, WeightsError
 from pecobook.models.dry_run import refusing
-from pecobook.models.network_traits import has_patch_tokens
-from pecobook.models.weights import Backbone, any_size_args, create_network, load_backbone
+from pecobook.models.network_traits import has_patch_tokens, network_traits
+from pecobook.models.networks import create_network
+from pecobook.models.weights import Backbone, load_backbone
 from pecobook.settings.dense import PyramidConfig
+from pecobook.settings.detect import DetectConfig
+from pecobook.settings.segment import SegmentConfig
 
 
 class FeaturePyramid(nn.Module):
@@ -358,6 +361,7 @@ def load_pyramid(
         side = 2 * pyramid.strides[-1]
         with torch.no_grad():
             maps = pyramid.eval()(torch.zeros(1, 3, side, side))
+            pyramid(torch.zeros(1, 3, side, side + side // 2 - 4))  # whole images have any shape
         levels = zip(maps, pyramid.channels, pyramid.strides, strict=True)
         fits = [x.shape == (1, channels, side // stride, side // stride) for x, channels, stride in levels]
     if not all(fits):
@@ -365,26 +369,7 @@ def load_pyramid(
     return pyramid.train(), backbone
 
 
-class PyramidStageConfig(Protocol):
-    """Settings of a stage that uses a pyramid."""
-
-    @property
-    def backbone(self) -> str: ...  # noqa: D102
-    @property
-    def weights(self) -> str: ...  # noqa: D102
-    @property
-    def image_size(self) -> int: ...  # noqa: D102
-    @property
-    def pyramid(self) -> PyramidConfig: ...  # noqa: D102
-    @property
-    def drop_path(self) -> float: ...  # noqa: D102
-    @property
-    def mean(self) -> tuple[float, ...]: ...  # noqa: D102
-    @property
-    def std(self) -> tuple[float, ...]: ...  # noqa: D102
-
-
-def build_pyramid(config: PyramidStageConfig) -> tuple[FeaturePyramid, Backbone]:
+def build_pyramid(config: SegmentConfig | DetectConfig) -> tuple[FeaturePyramid, Backbone]:
     """Build the pyramid of a stage. Raises ConfigError if --backbone is missing, and WeightsError as `load_pyramid`."""
     if not config.backbone:
         raise ConfigError("--backbone is missing: give a pretrain, contrast or finetune run, or timm:NAME.")
@@ -407,6 +392,6 @@ def describe_pyramid(backbone: Backbone, config: PyramidConfig, image_size: int)
 
 def rebuild_pyramid(settings: dict[str, Any]) -> FeaturePyramid:
     """Build the pyramid that `settings`, a result of `describe_pyramid`, describes, with random weights."""
-    runtime_args = any_size_args(settings["name"])
-    network = create_network(settings["name"], num_classes=0, **runtime_args, **settings["args"])
+    any_size = network_traits(settings["name"]).any_size
+    network = create_network(settings["name"], num_classes=0, **any_size, **settings["args"])
     return FeaturePyramid(network, settings["image_size"], PyramidConfig(window=settings["window"]))

@@ -1,7 +1,7 @@
 """The paper's tables: the rows, the paper's numbers, and the arm that each row trains.
 
 The numbers are from arXiv 2111.12710v3: ImageNet-1K, ViT-B/16. An arm is a tokenizer, or another way to pre-train a
-backbone; plan.py plans the training of every arm.
+backbone; `pecobook reproduce` trains every arm, and the shell completion knows the names of the tables.
 """
 
 from __future__ import annotations
@@ -125,7 +125,7 @@ TABLES = {
         ),
     ),
     "table10": PaperTable(
-        "Table 10: weight of the perceptual loss",
+        "Table 10: weight of the perceptual loss, in multiples of the recipe's (1 in the paper)",
         (FINETUNED, PROBE, CROSSED),
         (
             Row("lambda 0", "pixel", (82.9,)),
