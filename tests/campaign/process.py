@@ -77,7 +77,7 @@ class Process:
 
     code: int | None
 
-    def wait(self, seconds: float = 240.0) -> int:
+    def wait(self, seconds: float = 900.0) -> int:
         """Return the exit code. Raises TimeoutError, after the process was killed."""
         stop = time.monotonic() + seconds
         while self.poll() is None:
@@ -111,7 +111,7 @@ class Process:
         return self.log.read_text(errors="replace")
 
 
-def run(words: Sequence[str], log: Path, seconds: float = 240.0, **options: Any) -> Process:
+def run(words: Sequence[str], log: Path, seconds: float = 900.0, **options: Any) -> Process:
     """Run a command to its end, and end what it left."""
     process = Process(words, log, **options)
     process.wait(seconds)

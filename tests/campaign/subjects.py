@@ -70,7 +70,7 @@ def last_lines(text: str, number: int = 3) -> str:
 
 def changed(words: list[str], flags: dict[str, str]) -> list[str]:
     """Return a command line with other values of some of its flags."""
-    return [flags.get(before, word) for before, word in zip(["", *words], words, strict=False)]
+    return [flags.get(before.replace("_", "-"), word) for before, word in zip(["", *words], words, strict=False)]
 
 
 def subjects(materials: Materials, names: tuple[str, ...]) -> dict[str, Subject]:

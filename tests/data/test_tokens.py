@@ -86,6 +86,15 @@ def test_open__refuses_an_unfinished_bank(tmp_path: Path, monkeypatch: pytest.Mo
         TokenBank(tmp_path)
 
 
+def test_open__refuses_a_bank_whose_config_names_more_images_than_there_are_files(tmp_path: Path) -> None:
+    write_bank(tmp_path)
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "num_images": 10**15}))
+    file.with_name("config.json.sha256").unlink(missing_ok=True)
+    with pytest.raises(DataError, match=r"unfinished: \d+ of its files are missing"):
+        TokenBank(tmp_path)
+
+
 def test_open__refuses_a_folder_without_a_bank(tmp_path: Path) -> None:
     not_a_bank = "which is not .token bank.|does not hold a JSON object"
     with pytest.raises(DataError, match=r"is not a token bank\. Make a token bank with"):

@@ -48,10 +48,13 @@ def test_save_load__training_continues_bit_for_bit(tmp_path: Path) -> None:
     assert same(stage, loaded)
 
 
-def test_load__returns_zero_and_says_so_without_a_checkpoint(
+def test_load__returns_zero_and_says_so_for_a_run_without_a_checkpoint(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     stage, optimizer = make()
+    assert checkpoint.load(tmp_path / "none", stage=stage, optimizer=optimizer) == 0
+    assert capsys.readouterr().err == ""
+    (tmp_path / "metrics.jsonl").touch()
     assert checkpoint.load(tmp_path / "none", stage=stage, optimizer=optimizer) == 0
     assert "There is no checkpoint in" in capsys.readouterr().err
     assert same(stage, make()[0])

@@ -144,11 +144,13 @@ class TokenBank:
         self.folder = Path(folder)
         self.config = read_bank_config(self.folder)
         self.layouts = bank_layouts(self.config)
-        missing = list(missing_shards(self.folder, self.layouts))
-        if missing:
+        missing = next(missing_shards(self.folder, self.layouts), None)
+        if missing is not None:  # counted without a list, since a damaged config.json may name any number of images
+            total = sum(layout.num_shards for layout in self.layouts.values())
+            count = max(total - len(list(self.folder.glob("*/codes-*.npy"))), 1)
             raise DataError(
-                f"The token bank '{folder}' is unfinished: {len(missing)} of its files are missing; the first is "
-                f"'{missing[0].relative_to(self.folder)}'.\nContinue with the same command and --resume."
+                f"The token bank '{folder}' is unfinished: {count} of its files are missing; the first is "
+                f"'{missing.relative_to(self.folder)}'.\nContinue with the same command and --resume."
             )
         self._skipped = {split: read_skipped(self.folder, layout) for split, layout in self.layouts.items()}
         self.skipped = np.array(sorted(self._skipped["train"]), dtype=np.int64)

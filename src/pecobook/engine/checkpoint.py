@@ -133,7 +133,8 @@ def _newest_whole(folder: Path) -> int:
         shutil.rmtree(aside, ignore_errors=True)
         (folder / _name(step)).rename(aside)
         say(f"{sentence}\nIt is set aside as '{aside.name}'; the run continues from before.")
-    say(f"There is no checkpoint in '{folder}': the run starts at its first step.")
+    if (folder.parent / "metrics.jsonl").exists():  # not where `--resume auto` starts a new run
+        say(f"There is no checkpoint in '{folder}': the run starts at its first step.")
     return 0
 
 
