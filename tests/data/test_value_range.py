@@ -20,6 +20,7 @@ from pecobook.errors import ConfigError, DataError
 from pecobook.settings.images import AUTO, RangeSetting
 from pecobook.settings.training import TrainConfig
 from pecobook.settings.values import replace
+from pecobook.utils.printer import of_run
 
 Values = npt.NDArray[Any]
 
@@ -95,7 +96,8 @@ def test_what_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert capsys.readouterr().err == ""
     apply(write(tmp_path / "f", *noise(0, 255, np.uint8, 20), extension="png"), (0.0, 9.0))
     assert "--value-range changes nothing: the images of" in capsys.readouterr().err
-    apply(write(tmp_path / "g", *noise(0, 4095, np.uint16)), (0.0, 9.0))
+    with of_run(quiet=True):
+        apply(write(tmp_path / "g", *noise(0, 4095, np.uint16)), (0.0, 9.0))
     assert capsys.readouterr().err == ""
 
 
