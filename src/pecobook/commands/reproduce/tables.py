@@ -172,7 +172,7 @@ def plot(measured: MeasuredTable) -> bytes:
     Each measured figure has a panel; next to it stands a panel with the paper's numbers on their own scale.
     """
     table, num_rows = measured.table, len(measured.rows)
-    panels = []
+    panels: list[tuple[str, str, str]] = []
     for figure, heading in table.figures:
         if measured.has(figure):
             panels += [(figure, heading, "ours")]
