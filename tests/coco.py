@@ -7,11 +7,17 @@ object, another image has a crowd.
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
+import torch
 from PIL import Image, ImageDraw
+
+from pecobook.data.dense.detection import DetectionSource, open_detection
+
+Content = dict[str, Any]
 
 CATEGORIES = [{"id": 17, "name": "square $x_"}, {"id": 3, "name": "disc"}, {"id": 90, "name": "never"}]
 
@@ -93,3 +99,56 @@ def make_coco(root: Path, *, train: int = 10, val: int = 4, masks: bool = True) 
     make_split(root / "train", train, seed=1, masks=masks)
     make_split(root / "val", val, seed=2, first_id=5, masks=masks)
     return root
+
+
+def train_of(data: Path, **options: Any) -> DetectionSource:
+    return cast("DetectionSource", open_detection(str(data), **options).train)
+
+
+def notes_of(data: Path, **options: Any) -> tuple[str, ...]:
+    return open_detection(str(data), **options).notes
+
+
+def change(root: Path, edit: Callable[[Content], None], splits: tuple[str, ...] = ("train", "val")) -> None:
+    for split in splits:
+        content = read_coco(root / split)
+        edit(content)
+        write_coco(root / split, content)
+
+
+def each(**functions: Callable[[Content], Any]) -> Callable[[Content], None]:
+    """Return an edit that sets fields of every object."""
+
+    def edit(content: Content) -> None:
+        for entry in content["annotations"]:
+            entry |= {name: function(entry) for name, function in functions.items()}
+
+    return edit
+
+
+def states(change_image: Callable[[Content], Any]) -> Callable[[Content], None]:
+    """Return an edit of every image's entry."""
+
+    def edit(content: Content) -> None:
+        for image in content["images"]:
+            change_image(image)
+
+    return edit
+
+
+def tensors(source: DetectionSource, index: int) -> list[torch.Tensor]:
+    objects = source.objects(index)
+    masks = objects.masks()
+    assert masks is not None
+    return [objects.boxes, objects.labels, masks]
+
+
+def same_objects(found: DetectionSource, expected: DetectionSource) -> bool:
+    return len(found) == len(expected) and all(
+        torch.equal(found.objects(n).boxes, expected.objects(n).boxes)
+        and torch.equal(found.objects(n).labels, expected.objects(n).labels)
+        and torch.equal(
+            cast("torch.Tensor", found.objects(n).masks()), cast("torch.Tensor", expected.objects(n).masks())
+        )
+        for n in range(len(expected))
+    )

@@ -86,7 +86,11 @@ def first_line(error: BaseException) -> str:
 def loading_reason(error: BaseException) -> str:
     """Return why torch.load refused a file; torch's own message advises to run the code in the file."""
     text = first_line(error)
-    return "it holds more than tensors and plain values" if "weights_only" in str(error) else text.rstrip(".")
+    if "weights_only" in str(error):
+        return "it holds more than tensors and plain values"
+    if isinstance(error, (EOFError, LookupError)) or "PytorchStreamReader" in text:
+        return "it is damaged, or of another kind"
+    return text.rstrip(".")
 
 
 def printable(text: str, *, keep: str = "") -> str:

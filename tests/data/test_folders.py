@@ -139,14 +139,14 @@ def test_a_split_that_stays_unused_is_counted(tmp_path: Path) -> None:
 
 
 def test_what_is_left_out_is_counted(tmp_path: Path) -> None:
-    for name in ("a.png", "B.JFIF", "c.avif", "d.HEIC", "e.npy", "f.jp2", "g.jpe"):
+    for name in ("a.png", "B.JFIF", "c.avif", "d.HEIC", "e.npy", "f.jp2", "g.jpe", "h.MPO", "i.j2c", "j.pfm"):
         write(tmp_path / name)
     for name in ("h.dcm", "i.DCM", "j.exr", "k", "l.0001", ".m.png", "n.parquet", ".git/o.png"):
         write(tmp_path / name)
     (tmp_path / "p.png").symlink_to("nowhere.png")
     os.mkfifo(tmp_path / "q.png")
     splits = open_images(str(tmp_path))
-    assert len(splits.train) + len(splits.evaluation) == 6
+    assert len(splits.train) + len(splits.evaluation) == 9
     assert splits.left_out == {
         "extension .npy beside other images": 1,
         "extension .dcm": 2,
@@ -210,6 +210,32 @@ def test_class_folders_that_are_links(tmp_path: Path) -> None:
     ]
     assert sorted(pairs) == [(0, "cat"), (1, "dog"), (9, "cow")]
     assert splits.left_out == {"link to a folder that is read already": 3}
+
+
+def test_folders_of_links_alone_hold_images(tmp_path: Path) -> None:
+    for number, name in enumerate(("cat", "dog")):
+        write(tmp_path / "pool" / name / "x.png", number)
+        (tmp_path / "data" / "train").mkdir(parents=True, exist_ok=True)
+        (tmp_path / "data" / "train" / name).symlink_to(tmp_path / "pool" / name)
+    for root in (tmp_path / "data", tmp_path / "data" / "train"):
+        splits = open_images(str(root))
+        assert (splits.train.classes, splits.notes) == (("cat", "dog"), ())
+
+
+@pytest.mark.parametrize(
+    ("name", "problem"),
+    [
+        (".a.png", r"\(there are: 1 hidden\); names that begin with a dot are not read, so rename these files"),
+        (".data/a.png", r"\(there are: 1 hidden\); names that begin with a dot are not read"),
+        ("a", r"\(there are: 1 no extension\); give the files an extension such as .png"),
+        ("a.ZIP", r"\(there are: 1 extension .zip\); unpack them"),
+        ("a.dcm", r"\(there are: 1 extension .dcm\)\. Supported"),
+    ],
+)
+def test_a_folder_without_images_says_what_it_holds(tmp_path: Path, name: str, problem: str) -> None:
+    write(tmp_path / "data" / name)
+    with pytest.raises(DataError, match=f"hold images {problem}"):
+        open_images(str(tmp_path / "data"))
 
 
 def test_an_image_outside_the_class_folders(class_folder: Path) -> None:

@@ -13,6 +13,7 @@ from PIL import Image, features
 
 from pecobook.data.decode import BadImage, decode, header_size
 from pecobook.data.deep import ValueRange
+from tests.data.pictures import assert_close, encode, picture
 
 
 def npy(array: Any) -> bytes:
@@ -66,3 +67,12 @@ def test_avif() -> None:
 def test_heic_names_what_to_install() -> None:
     with pytest.raises(BadImage, match=r"pip install 'pecobook\[heic\]'"):
         decode(b"\0\0\0\x18ftypheic" + bytes(40))
+
+
+def test_a_bitmap_without_a_file_header() -> None:
+    assert_close(decode(encode(Image.fromarray(picture()), "DIB")), picture())
+
+
+def test_a_pointer_of_git_lfs_is_named() -> None:
+    with pytest.raises(BadImage, match=r"a.png: a pointer of Git LFS, not an image: 'git lfs pull' fetches the images"):
+        decode(b"version https://git-lfs.github.com/spec/v1\noid sha256:1\nsize 9\n", name="a.png")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import struct
 import zlib
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from PIL import Image, ImageOps
 
 from pecobook.data.decode import decode, header_size
 from pecobook.data.deep import ValueRange
-from tests.data.pictures import assert_close, encode, picture, scaled
+from tests.data.pictures import assert_close, encode, picture, scaled, tiff
 
 
 def exif_bytes(orientation: int, order: str = "<", kind: str = "H") -> bytes:
@@ -65,6 +66,29 @@ def test_exif_orientation_beside_the_pixels_of_a_png(where: str) -> None:
     chunk = struct.pack(">I", len(body)) + b"eXIf" + body + struct.pack(">I", zlib.crc32(b"eXIf" + body))
     at = data.index(b"IDAT" if where == "before" else b"IEND") - 4
     assert_upright(data[:at] + chunk + data[at:], 5)
+
+
+@pytest.mark.parametrize("kind", ["exif", "APP1"])  # as old and new versions of ImageMagick call it
+def test_exif_orientation_in_a_text_of_a_png(kind: str) -> None:
+    body = exif_bytes(6)
+    text = f"\n{kind}\n{len(body):8}\n{body.hex()}\n".encode()
+    chunk_body = f"Raw profile type {kind}".encode() + b"\0\0" + zlib.compress(text)
+    chunk = (
+        struct.pack(">I", len(chunk_body)) + b"zTXt" + chunk_body + struct.pack(">I", zlib.crc32(b"zTXt" + chunk_body))
+    )
+    for mark in (b"IDAT", b"IEND"):
+        data = encode(Image.fromarray(picture()), "PNG")
+        at = data.index(mark) - 4
+        assert_close(decode(data[:at] + chunk + data[at:]), np.rot90(picture(), -1))
+        assert header_size(data[:at] + chunk + data[at:]) == (40, 24)
+
+
+@pytest.mark.parametrize("options", [{}, {"compression": "zlib"}, {"byteorder": ">"}, {"bigtiff": True}])
+def test_orientation_of_a_tiff_that_pillow_does_not_read(options: dict[str, Any]) -> None:
+    upright = picture(channels=1)[..., 0]
+    data = tiff(np.rot90(upright) / 255.0, extratags=[(0x0112, "H", 1, 6, True)], **options)
+    assert_close(decode(data), np.repeat(upright[..., None], 3, axis=-1))
+    assert header_size(data) == upright.shape
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))

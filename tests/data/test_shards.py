@@ -8,7 +8,9 @@ import os
 import tarfile
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from pecobook.data import shards
 from pecobook.data.decode import BadImage
@@ -135,7 +137,7 @@ def test_a_damaged_header_costs_one_member(tmp_path: Path) -> None:
     path.write_bytes(data)
     pairs, splits = contents(path)
     assert pairs == [(0, "a"), (1, "b"), (3, "b")]
-    assert splits.left_out == {"damaged header": 1}
+    assert splits.left_out == {"damaged header": 1, "label without an image": 1}
     assert splits.notes == (f"{path} is damaged at byte {position:,}: 1,024 bytes are skipped.",)
     assert open_images(str(path)).notes == splits.notes  # from the cache
 
@@ -150,6 +152,79 @@ def test_a_member_cut_short(tmp_path: Path) -> None:
     assert splits.notes == (f"{path} ends {len(png(3)) - 30} bytes too early, inside '3.png', which is left out.",)
     path.write_bytes(data[: data.index(b"3.png")])
     assert contents(path)[1].notes == (f"{path} has no end mark, so it may be cut short.",)
+
+
+@pytest.mark.parametrize("removed", [0, 512, 600, 1300, 2000])
+def test_an_archive_behind_one_that_was_cut(tmp_path: Path, removed: int) -> None:
+    first = make_tar(
+        tmp_path / "a.tar", [*sample("0", 1, "cat"), ("1.cls", b"dog"), ("1.png", noisy_png(2))]
+    ).read_bytes()
+    second = make_tar(tmp_path / "b.tar", sample("0", 3, "dog") + sample("1", 4, "cat")).read_bytes()
+    end = first.rindex(b"IEND") + 8
+    joined = tmp_path / "joined.tar"
+    joined.write_bytes(first[: end - removed] + second)
+    found = {image.offset: image.label for image in index_shard(joined).images}
+    whole = {first.index(b"\x89PNG"): "cat", first.rindex(b"\x89PNG"): "dog"}
+    behind = {end - removed + second.index(b"\x89PNG"): "dog", end - removed + second.rindex(b"\x89PNG"): "cat"}
+    assert found == {**dict(list(whole.items())[: 1 if removed else 2]), **behind}
+    if removed:
+        assert index_shard(joined).notes == [f"{joined}: another archive begins inside '1.png', which is left out."]
+
+
+def noisy_png(value: int) -> bytes:
+    """Encode a PNG of several kilobytes."""
+    buffer = io.BytesIO()
+    Image.fromarray(np.random.default_rng(value).integers(0, 255, (48, 48), dtype=np.uint8)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def test_a_damaged_first_header_costs_one_member(tmp_path: Path) -> None:
+    path = make_tar(tmp_path / "x.tar", [member for n in range(4) for member in sample(str(n), n, "ab"[n % 2])])
+    data = bytearray(path.read_bytes())
+    data[:100] = b"\xff" * 100
+    path.write_bytes(data)
+    pairs, splits = contents(path)
+    assert pairs == [(1, "b"), (2, "a"), (3, "b")]
+    assert splits.notes == (f"{path} is damaged at byte 0: 1,024 bytes are skipped.",)
+
+
+def test_folders_inside_shards(tmp_path: Path) -> None:
+    folders = ["train/cat", "train/dog", "test/cat", "test/dog"]
+    path = make_tar(tmp_path / "x.tar", [(f"{folder}/{n}.png", png(n)) for n, folder in enumerate(folders)])
+    splits = open_images(str(path))
+    assert (values(splits.train), labels(splits.train)) == ([0, 1], ["cat", "dog"])
+    assert (splits.evaluation_name, values(splits.evaluation), labels(splits.evaluation)) == (
+        "test",
+        [2, 3],
+        ["cat", "dog"],
+    )
+    assert splits.notes == (
+        "No .cls or .json member holds a label: the folders inside the shards are taken for classes.",
+    )
+    # labels of members count before folders, which still declare splits
+    members = [member for n, folder in enumerate(folders) for member in sample(f"{folder}/{n}", n, "ab"[n // 2 % 2])]
+    splits = open_images(str(make_tar(tmp_path / "x.tar", [*members, *sample("train/cat/9", 9, "b")])))
+    assert (values(splits.train), labels(splits.train)) == ([0, 1, 9], ["a", "a", "b"])
+    assert (values(splits.evaluation), labels(splits.evaluation)) == ([2, 3], ["b", "b"])
+    # the names of shards declare the splits, the folders inside the classes
+    for name, shift in (("train-0.tar", 0), ("val-0.tar", 10), ("other.tar", 20)):
+        make_tar(tmp_path / "s" / name, [("b/0.png", png(shift)), ("a/1.png", png(shift + 1))])
+    splits = open_images(str(tmp_path / "s"))
+    assert (values(splits.train), labels(splits.train)) == ([0, 1], ["b", "a"])
+    assert (values(splits.evaluation), labels(splits.evaluation)) == ([10, 11], ["b", "a"])
+    assert splits.left_out == {"in files that name no split, beside files that do": 2}
+
+
+def test_masks_in_shards_are_left_out(tmp_path: Path) -> None:
+    images = [(f"images/{n}.png", png(n)) for n in range(3)]
+    masks = [(f"masks/{n}.png", png(200)) for n in range(3)]
+    splits = open_images(str(make_tar(tmp_path / "x.tar", images + masks)))
+    assert sorted(values(splits.train) + values(splits.evaluation)) == [0, 1, 2]
+    assert splits.left_out == {"in a folder of masks": 3}
+    members = [("1.png", png(1)), ("1_mask.png", png(200)), ("1.cls", b"cat"), ("2.cls", b"dog"), ("1.v2.png", png(2))]
+    index = index_shard(make_tar(tmp_path / "x.tar", [*members, ("1.v2.cls", b"owl")]))
+    assert [(image.member, image.label) for image in index.images] == [("1.png", "cat"), ("1.v2.png", "owl")]
+    assert index.left_out == {"mask beside its image, such as x_mask.png": 1, "label without an image": 1}
 
 
 def test_links_to_members(tmp_path: Path) -> None:

@@ -164,6 +164,89 @@ def test_paths_are_looked_up_beside_the_parquet_file(tmp_path: Path, form: str) 
         splits.train.read(3)
 
 
+@pytest.mark.parametrize(
+    ("path", "problem"),
+    [
+        ("a\0b.png", r"row 1: 'a\\x00b.png' is no path of an image"),
+        ("x" * 5000, r"row 1: .*/x{40}\.\.\. \(5,000 characters\): File name too long"),
+        ("s3://b/a.png", "row 1: s3://b/a.png is an address, not a file"),
+    ],
+)
+def test_texts_that_are_no_paths(tmp_path: Path, path: str, problem: str) -> None:
+    write(tmp_path / "a.png", 7)
+    pq.write_table(pa.table({"image": [f"file://{tmp_path}/a.png", path]}), tmp_path / "train.parquet")
+    store = open_images(str(tmp_path / "train.parquet")).train._store
+    assert int(store.read(0)[0, 0, 0]) == 7
+    with pytest.raises(BadImage, match=problem):
+        store.read(1)
+
+
+def test_a_column_names_the_splits(tmp_path: Path) -> None:
+    columns = {"image": [png(n) for n in range(6)], "label": ["a", "b"] * 3}
+    pq.write_table(
+        pa.table(columns | {"split": ["test", "train", "train", "Train", "test", None]}), tmp_path / "a.parquet"
+    )
+    splits = open_images(str(tmp_path / "a.parquet"))
+    assert (values(splits.train), labels(splits.train)) == ([1, 2, 3], ["b", "a", "b"])
+    assert (values(splits.evaluation), labels(splits.evaluation)) == ([0, 4], ["a", "a"])
+    assert (splits.evaluation_name, splits.left_out) == ("test", {"whose column 'split' names no split": 1})
+    pq.write_table(pa.table(columns | {"split": ["1", "2"] * 3}), tmp_path / "a.parquet")
+    assert open_images(str(tmp_path / "a.parquet")).evaluation_name == "held-out 10% of train"
+
+
+def test_columns_that_are_not_read_may_differ(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"image": [png(0), png(1)], "label": [0, 1]}), tmp_path / "train-0.parquet")
+    pq.write_table(pa.table({"extra": ["x"], "label": [1], "image": [png(2)]}), tmp_path / "train-1.parquet")
+    pq.write_table(pa.table({"image": [png(3)]}), tmp_path / "test.parquet")
+    train = open_images(str(tmp_path)).train
+    assert (values(train), labels(train)) == ([0, 1, 2], ["0", "1", "1"])
+    for number in (2, 0):  # the first file that lacks the column is named, wherever it stands
+        pq.write_table(pa.table({"image": [png(4)]}), tmp_path / f"train-{number}.parquet")
+        splits = open_images(str(tmp_path))
+        assert f"train-{number}.parquet' does not have one column 'label'" in splits.train.unlabelled
+        assert splits.notes == (f"The labels of train are not used: {splits.train.unlabelled}.",)
+
+
+def test_two_columns_of_one_name_and_a_damaged_page(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    column = pa.array([png(0), png(1)])
+    pq.write_table(pa.table([column, column], names=["image", "image"]), tmp_path / "a.parquet")
+    with pytest.raises(DataError, match=r"'a.parquet'\) has more than one column 'image'"):
+        open_images(str(tmp_path))
+    pq.write_table(pa.table({"image": column}), tmp_path / "a.parquet")
+    pq.write_table(pa.table({"image": column}), tmp_path / "b.parquet")
+    data = bytearray((tmp_path / "b.parquet").read_bytes())
+    data[4:60] = bytes(56)
+    (tmp_path / "b.parquet").write_bytes(data)
+    with pytest.raises(DataError, match=r"cannot be loaded: .*\nThe file '.*b.parquet' is damaged\."):
+        open_images(str(tmp_path))
+    assert capfd.readouterr() == ("", "")  # `datasets` prints neither its error nor a progress bar
+
+
+@pytest.mark.parametrize(
+    ("lines", "expected"),
+    [
+        ("1 dog\n0 cat\n2: an owl", ["cat", "dog", "an owl"]),
+        ("crane\ndog\ncrane", ["crane (0)", "dog", "crane (2)"]),
+        ("7 of 9\nfoo\n3", ["7 of 9", "foo", "3"]),
+    ],
+)
+def test_names_in_classes_txt(tmp_path: Path, lines: str, expected: list[str]) -> None:
+    pq.write_table(pa.table({"image": [png(0), png(1), png(2)], "label": [0, 1, 2]}), tmp_path / "test.parquet")
+    pq.write_table(pa.table({"image": [png(0), png(1), png(2)], "label": [2, 1, 0]}), tmp_path / "train.parquet")
+    (tmp_path / "classes.txt").write_text(lines)
+    splits = open_images(str(tmp_path))
+    assert (labels(splits.train), labels(splits.evaluation)) == (expected[::-1], expected)
+
+
+@pytest.mark.parametrize("kind", [pa.string(), pa.large_string(), pa.dictionary(pa.int32(), pa.string())])
+def test_a_table_of_paths_beside_its_images(tmp_path: Path, kind: Any) -> None:
+    paths = [str(write(tmp_path / "img" / f"{n}.png", n).relative_to(tmp_path)) for n in range(4)]
+    table = pa.table({"image": pa.array(paths).cast(kind), "label": ["a", "b"] * 2})
+    pq.write_table(table, tmp_path / "train.parquet")
+    splits = open_images(str(tmp_path))
+    assert (values(splits.train), labels(splits.train), splits.left_out) == ([0, 1, 3], ["a", "b", "b"], {})
+
+
 def test_tables_and_images_in_one_folder(tmp_path: Path) -> None:
     make_parquet(tmp_path)
     write(tmp_path / "preview.png")

@@ -69,9 +69,9 @@ def test_device_count__auto_is_one_without_gpus_and_all_with(monkeypatch: pytest
         launch.device_count(TrainConfig(devices="3"))
 
 
-def test_resolve_precision__auto_is_bf16_where_the_hardware_supports_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    for native, expected in ((True, "bf16"), (False, "fp32")):
-        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda native=native: native)
+def test_resolve_precision__auto_is_bf16_where_the_cpu_is_faster_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    for is_faster, expected in ((True, "bf16"), (False, "fp32")):
+        monkeypatch.setattr(launch, "cpu_prefers_bf16", lambda is_faster=is_faster: is_faster)
         assert launch.resolve_precision(TrainConfig()) == expected
     assert launch.resolve_precision(TrainConfig(precision="bf16")) == "bf16"
     with pytest.raises(ConfigError, match="fp16 needs a GPU"):

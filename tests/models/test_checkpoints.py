@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from pathlib import Path
 from typing import Any
@@ -106,6 +107,20 @@ def test_read_weights__refuses_what_is_no_state_dict(tmp_path: Path, content: An
     torch.save(content, tmp_path / "weights.pth")
     with pytest.raises(WeightsError, match="contains no state dict"):
         read_weights(str(tmp_path / "weights.pth"))
+
+
+def test_read_weights__of_two_networks_that_no_name_tells_apart_names_the_keys(tmp_path: Path) -> None:
+    torch.save({"G": {"a": torch.ones(1)}, "D": {"a": torch.zeros(1)}}, tmp_path / "weights.pth")
+    with pytest.raises(WeightsError, match="contains no state dict: its keys are G, D"):
+        read_weights(str(tmp_path / "weights.pth"))
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_load_state__refuses_numbers_that_are_not_finite(value: float) -> None:
+    state = two_layers().state_dict()
+    state["1.bias"] = torch.full((3,), value)
+    with pytest.raises(WeightsError, match=r"no finite numbers \(1\.bias\)"):
+        load_state(two_layers(), state, source="x")
 
 
 # ----------------------------------------------------------------------------------------------- layouts of others

@@ -24,6 +24,7 @@ from pecobook.models.export import Exported
 from pecobook.models.weights import create_network
 from pecobook.settings.dense import PyramidConfig
 from pecobook.settings.detect import DetectorConfig
+from pecobook.settings.images import AUTO
 from pecobook.settings.segment import SegmenterConfig
 from pecobook.settings.tokenizer import AutoencoderConfig, TokenizerConfig
 
@@ -146,6 +147,13 @@ def write_photo(folder: Path) -> Path:
     return (folder / "photo.png").rename(folder / "photo.jpg")
 
 
+def write_deep_photo(folder: Path) -> Path:
+    """Write 12 bits in a container of 16, under the name that the lines of Python read."""
+    pixels = torch.randint(300, 3800, (40, 61), generator=torch.Generator().manual_seed(0))
+    Image.fromarray(pixels.numpy().astype("uint16")).save(folder / "photo.png")
+    return (folder / "photo.png").rename(folder / "photo.jpg")
+
+
 def output_of_lines(scope: dict[str, Any]) -> Tensor:
     """Return what the lines of Python of any kind computed."""
     result: Any = next(
@@ -156,25 +164,29 @@ def output_of_lines(scope: dict[str, Any]) -> Tensor:
 
 def expected_of_lines(model: Any, photo: Path) -> Tensor:
     """Return what the library computes for the image file."""
+    value_range = None if model.value_range == AUTO else model.value_range
     if model.kind in ("segmenter", "detector"):
-        result = model.predict(read_image(photo))
+        result = model.predict(read_image(photo, value_range=value_range))
         return result.boxes if model.kind == "detector" else result  # type: ignore[no-any-return]
-    square = read_image(photo, model.image_size, crop=getattr(model, "crop", 1.0))[None] / 255
+    crop = getattr(model, "crop", 1.0)
+    square = read_image(photo, model.image_size, crop=crop, value_range=value_range)[None] / 255
     if model.kind == "tokenizer":
         return model.encode(square)  # type: ignore[no-any-return]
     with torch.no_grad():
         return model(square).softmax(1)[0] if model.kind == "classifier" else model(square)[0]  # type: ignore[no-any-return]
 
 
+@pytest.mark.parametrize("value_range", [AUTO, (300.0, 3800.0)])
 @every_kind
 def test_loading_code__applies_the_network_to_an_image_file(
-    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    kind: str, value_range: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     model = build_kind(kind)
+    model.value_range = value_range
     model.save_pretrained(tmp_path / "export", origin="a test")
     monkeypatch.chdir(tmp_path)
     scope: dict[str, Any] = {}
-    photo = write_photo(tmp_path)
+    photo = write_photo(tmp_path) if value_range == AUTO else write_deep_photo(tmp_path)
     exec(model.loading_code(str(tmp_path / "export")), scope)
     assert_close(output_of_lines(scope), expected_of_lines(model, photo), atol=2e-3, rtol=1e-3)
     assert capsys.readouterr().out
@@ -190,6 +202,7 @@ def test_loading_code__applies_the_network_to_an_image_file(
     expected_text = {"tokenizer": "a test", "backbone": "trained by a test", "classifier": "trained by a test"}
     expected_text["detector"] = '1 class: "disc". Images of any size'
     assert expected_text.get(kind, "on vit_tiny_patch16_224") in card
+    assert ("300..3800 become black..white" in card) == (value_range != AUTO)
 
 
 @every_kind

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,8 +13,8 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 from pecobook.errors import WeightsError
-from pecobook.models.checkpoints import load_state
-from pecobook.models.huggingface import beit_config, beit_from_huggingface, beit_to_huggingface
+from pecobook.models.checkpoints import left_aside, load_state, read_checkpoint
+from pecobook.models.huggingface import beit_config, beit_to_huggingface, from_huggingface
 from pecobook.models.masked_vit import MaskedImageModel
 
 SIZE: dict[str, Any] = {
@@ -74,7 +75,7 @@ def test_masked_model__is_transformers_masked_model(more: dict[str, Any]) -> Non
     assert_close(loss, output.loss, atol=1e-6, rtol=1e-6)
     loss.backward()  # type: ignore[no-untyped-call]
     output.loss.backward()
-    gradients = beit_from_huggingface({n: p.grad for n, p in peer.named_parameters() if p.grad is not None})
+    gradients = from_huggingface({n: p.grad for n, p in peer.named_parameters() if p.grad is not None})
     own_gradients = {name: p.grad for name, p in ours.backbone.named_parameters()}
     compared = 0
     for name, gradient in own_gradients.items():
@@ -117,3 +118,49 @@ def test_official_checkpoints__load_into_timms_beit(tables: dict[str, bool]) -> 
     load_state(target, state, source="beit_base_patch16_224_pt22k.pth")
     images = torch.randn(2, 3, 32, 32)
     assert_close(target.eval()(images), source.backbone.eval()(images))
+
+
+VIT: dict[str, Any] = {"img_size": 32, "patch_size": 8, "depth": 2, "embed_dim": 24, "num_heads": 2}
+PEERS: dict[str, tuple[str, dict[str, Any], dict[str, Any], str]] = {
+    "ViTForImageClassification": ("vit_tiny_patch16_224", {}, {}, "head (2)"),
+    "ViTModel": ("vit_tiny_patch16_224", {}, {}, "pooler (2)"),
+    "DeiTForImageClassificationWithTeacher": (
+        "deit_tiny_distilled_patch16_224",
+        {},
+        {},
+        "head (2), head_dist (2)",
+    ),
+    "Dinov2Model": ("vit_small_patch14_dinov2", {}, {"mlp_ratio": 4}, "mask_token"),
+    "Dinov2WithRegistersModel": ("vit_small_patch14_reg4_dinov2", {}, {"mlp_ratio": 4}, "mask_token"),
+    "BeitForImageClassification": (
+        "beit_base_patch16_224",
+        {"init_values": 0.1},
+        {"use_relative_position_bias": True},
+        "head (2)",
+    ),
+}
+
+
+@pytest.mark.parametrize("peer", PEERS)
+def test_files_of_transformers__give_timm_the_same_features(peer: str, tmp_path: Path) -> None:
+    """What `save_pretrained` writes, with the names of the files on the hub, in timm's network of the same kind."""
+    import transformers
+
+    name, args, settings, left = PEERS[peer]
+    kind = getattr(transformers, peer)
+    sizes = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 96}
+    theirs = kind(kind.config_class(image_size=32, patch_size=8, **sizes, **settings)).eval()
+    torch.manual_seed(0)
+    for parameter in theirs.parameters():
+        nn.init.normal_(parameter, std=0.1)
+    theirs.save_pretrained(tmp_path)
+    checkpoint = read_checkpoint(str(tmp_path / "model.safetensors"))
+    ours = timm.create_model(name, num_classes=0, **VIT, **args).eval()
+    assert left_aside("f", checkpoint, load_state(ours, checkpoint.state, source="f")).endswith(f"left aside: {left}.")
+    body = next((getattr(theirs, part) for part in ("vit", "deit", "beit") if hasattr(theirs, part)), theirs)
+    images = torch.rand(2, 3, 32, 32)
+    with torch.no_grad():
+        expected, features = body(images).last_hidden_state, ours.forward_features(images)
+    if peer.startswith("Beit"):
+        expected, features = body.pooler.layernorm(expected), ours.fc_norm(features)
+    assert_close(features, expected, atol=1e-4, rtol=1e-4)

@@ -79,6 +79,13 @@ LAYOUTS: dict[str, tuple[Any, tuple[float, ...]]] = {
         lambda state: {"model": prefixed("student.backbone.", state, 1.0) | prefixed("teacher.backbone.", state)},
         IMAGENET_MEAN,
     ),
+    "average and network side by side": (
+        lambda state: {"state_dict": prefixed("model.", state, 1.0) | prefixed("ema_model.module.", state)},
+        HALF,
+    ),
+    "under a key of PyTorch's tutorial": (lambda state: {"model_state_dict": state, "epoch": 3}, HALF),
+    "under a key of nobody": (lambda state: {"my weights": state, "epoch": 3}, HALF),
+    "parameters": (lambda state: {name: nn.Parameter(value) for name, value in state.items()}, HALF),
     "with numbers of NumPy": (lambda state: {"state_dict": state, "best": np.float64(0.3), "epoch": 4}, HALF),
     "plain": (with_head, HALF),
 }

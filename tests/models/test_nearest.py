@@ -182,7 +182,7 @@ def test_search__never_holds_all_distances(monkeypatch: pytest.MonkeyPatch) -> N
     assert largest.elements == 512 * 2048
 
 
-def test_search__is_what_a_large_codebook_gets_on_a_cpu_with_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_search__is_what_a_large_codebook_gets_on_a_cpu_with_fast_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
     codebook_sizes: list[int] = []
 
     def search(z: Tensor, codebook: Tensor) -> Tensor:
@@ -191,7 +191,7 @@ def test_search__is_what_a_large_codebook_gets_on_a_cpu_with_bfloat16(monkeypatc
 
     monkeypatch.setattr(nearest, "nearest_by_search", search)
     for supported in (False, True):
-        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda supported=supported: supported)
+        monkeypatch.setattr(nearest, "cpu_prefers_bf16", lambda supported=supported: supported)
         for size in (64, 1024):
             nearest_codeword(vectors(3, 2, 0), vectors(size, 2, 1))
     assert codebook_sizes == [1024]

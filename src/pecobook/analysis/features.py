@@ -27,7 +27,7 @@ def backbone_features(backbone: Backbone, images: Tensor, *, every_layer: bool =
         backbone: the network and the normalisation of the input.
         images: float (N, 3, H, W) in [0, 1], with the input size of the network.
         every_layer: for a transformer, return the features of all blocks: the mean of the patch tokens (`block 6 mean`)
-            and, if there is one, the class token (`block 6 class`).
+            and, if the network pools a class token, that token (`block 6 class`).
 
     Returns:
         the features of each layer, float (N, F) on the CPU, by the name of the layer.
@@ -58,9 +58,17 @@ def layer_features(network: nn.Module, images: Tensor, every_layer: bool) -> dic
     for index, layer in zip(indices, layers, strict=True):
         patches, prefix = layer if has_prefix else (layer, None)
         features[f"block {index + 1}" + (" mean" if every_layer else "")] = patches.mean(1)
-        if every_layer and prefix is not None:
+        if every_layer and prefix is not None and pools_class_token(network):
             features[f"block {index + 1} class"] = prefix[:, 0]
     return features
+
+
+def pools_class_token(network: nn.Module) -> bool:
+    """Return whether a transformer's feature is its class token, so that training has formed the token's output.
+
+    After masked modelling, and after fine-tuning on the mean of the patches, nothing has.
+    """
+    return getattr(network, "global_pool", "") == "token"
 
 
 def tokenizer_features(tokenizer: Tokenizer, images: Tensor) -> dict[str, Tensor]:

@@ -94,7 +94,8 @@ def _classes(network: Backbone) -> list[str]:
 
 def _to_timm(config: ExportConfig, network: Backbone) -> str:
     """Write timm's folder format, which `timm.create_model("local-dir:...")` and the Hugging Face hub read."""
-    from pecobook.models.export import write_export
+    from pecobook.models.export import range_entry, write_export
+    from pecobook.models.snippets import range_text
 
     size, classes = network.image_size or 224, _classes(network)
     defaults: Any = network.network.pretrained_cfg
@@ -116,21 +117,23 @@ def _to_timm(config: ExportConfig, network: Backbone) -> str:
             **replaceable,
         },
         **({"label_names": classes} if classes else {}),
+        **range_entry(network),
     }
     lines = network.timm_folder_code(config.out)
     card = (
         f"---\nlibrary_name: timm\n---\n# {network.name}, trained by pecobook\n\n```python\n{lines}\n```\n\n"
         "`timm.data.create_transform(**timm.data.resolve_data_config({}, model=model))` prepares images nearly alike: "
         "it resizes before it crops, so its crop lies up to half a pixel beside the one above.\n"
+        f"{range_text(network.value_range)}\n"
     )
     write_export(Path(config.out), timm_config, network.network.state_dict(), card)
     return lines
 
 
 def _to_huggingface(config: ExportConfig, network: Any) -> str:
-    from pecobook.models.export import write_export
+    from pecobook.models.export import range_entry, write_export
     from pecobook.models.huggingface import beit_config, beit_processor, beit_to_huggingface
-    from pecobook.models.snippets import transformers_lines
+    from pecobook.models.snippets import range_text, transformers_lines
 
     state = network.network.state_dict()
     patch, heads = network.network.patch_embed.patch_size[0], network.network.blocks[0].attn.num_heads
@@ -143,8 +146,10 @@ def _to_huggingface(config: ExportConfig, network: Any) -> str:
         hf_config["vocab_size"] = len(weights["lm_head.weight"])
     if classes := _classes(network):
         hf_config |= {"id2label": dict(enumerate(classes)), "label2id": {c: i for i, c in enumerate(classes)}}
-    lines, out = transformers_lines(config.out, is_classifier=bool(classes)), Path(config.out)
-    write_export(out, hf_config, weights, f"---\nlibrary_name: transformers\n---\n\n```python\n{lines}\n```\n")
+    lines = transformers_lines(config.out, is_classifier=bool(classes), value_range=network.value_range)
+    card = f"---\nlibrary_name: transformers\n---\n\n```python\n{lines}\n```\n\n{range_text(network.value_range)}\n"
+    out = Path(config.out)
+    write_export(out, hf_config | range_entry(network), weights, card)
     processor = beit_processor(image_size=size, crop=crop, mean=network.mean, std=network.std)
     write_json(out / "preprocessor_config.json", processor)
     return lines

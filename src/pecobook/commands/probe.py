@@ -60,7 +60,7 @@ def _feature_function(config: ProbeConfig) -> tuple[FeatureFunction, int]:
     """Return the function that maps images to named features, and the side of its input images, pixels."""
     import torch
 
-    from pecobook.analysis.features import EveryLayer, backbone_features, tokenizer_features
+    from pecobook.analysis.features import EveryLayer, backbone_features, pools_class_token, tokenizer_features
     from pecobook.models.dry_run import dry_run
     from pecobook.models.export import read_export
     from pecobook.models.tokenizers import load_tokenizer
@@ -82,6 +82,12 @@ def _feature_function(config: ProbeConfig) -> tuple[FeatureFunction, int]:
         std=config.std,
     )
     print(*backbone.notes, sep="\n", file=sys.stderr)
+    if getattr(backbone.network, "cls_token", None) is not None and not pools_class_token(backbone.network):
+        print(
+            f"{config.backbone} pools the mean of its patches, which is read of every block; its class token is left "
+            "out, since its output was not trained.",
+            file=sys.stderr,
+        )
     size = config.image_size or backbone.image_size or 224
     images = torch.zeros(2, 3, size, size)
     layers = EveryLayer(backbone.network.eval())

@@ -42,7 +42,7 @@ _ORIENTATION, _WIDTH, _HEIGHT = 0x0112, 256, 257
 
 # Pillow tries only these formats. It also supports formats that start other programs (EPS) or that have no signature
 # (TGA).
-_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "DEEPTIFF", "PPM", "JPEG2000", "AVIF", "HEIF", "NUMPY")
+_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "DEEPTIFF", "PPM", "JPEG2000", "AVIF", "HEIF", "NUMPY", "DIB")
 
 
 class BadImage(Exception):  # noqa: N818 (it is counted, and ends no run)
@@ -94,6 +94,8 @@ def decode(
     max_pixels()  # an invalid limit is no fault of the image
     if not data:
         raise BadImage(name, "empty file")
+    if data.startswith(b"version https://git-lfs"):
+        raise BadImage(name, "a pointer of Git LFS, not an image: 'git lfs pull' fetches the images")
     try:
         with warnings.catch_warnings():
             # Pillow warns about odd metadata and large images; neither matters here.
@@ -231,6 +233,8 @@ def orientation_of(image: Image) -> int:
     """
     import PIL.Image
 
+    if "Raw profile type APP1" in image.info:  # as ImageMagick calls EXIF data in a PNG
+        image.info.setdefault("Raw profile type exif", image.info["Raw profile type APP1"])
     try:
         value = PIL.Image.Image.getexif(image).get(_ORIENTATION, 1)  # that of a PNG would load the image
     except Exception:  # damaged EXIF data may raise any exception; the image itself can be read

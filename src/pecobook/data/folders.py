@@ -7,6 +7,7 @@ copying.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import re
@@ -20,19 +21,24 @@ import numpy as np
 from torch import Tensor
 
 from pecobook.data.decode import Range, decode, read_file
-from pecobook.data.layout import IMAGE_FOLDERS, Folder, Layout, read_layout
-from pecobook.data.source import IMAGE_EXTENSIONS, ONE_CLASS, Contents, Integers, Labels, Part
-from pecobook.data.split_names import SHADOW_FOLDER, split_of_name
+from pecobook.data.layout import BESIDE_ITS_IMAGE, Folder, Layout, count_unused, masks_among, parts_of, read_layout
+from pecobook.data.source import IMAGE_EXTENSIONS, Contents, Integers
+from pecobook.data.split_names import SHADOW_FOLDER
 from pecobook.errors import DataError
 
 _EXTENSIONS = frozenset(extension.encode() for extension in IMAGE_EXTENSIONS)
 _SHADOW_FOLDER = SHADOW_FOLDER.encode()
 _CHUNK = 65_536
+_REMEDIES = {
+    "hidden": "; names that begin with a dot are not read, so rename these files or folders",
+    "no extension": "; give the files an extension such as .png",
+    "broken link": "; the links lead to nothing on this machine",
+    **dict.fromkeys(
+        (f"extension .{name}" for name in ("zip", "gz", "tgz", "bz2", "xz", "7z", "rar", "zst")), "; unpack them"
+    ),
+}
+"""Reason why files are left out -> what to do if there is nothing else."""
 _FILE, _FOLDER, _LINKED_FOLDER = range(3)
-_MASK_WORDS = (b"masks", b"mask", b"segmentation", b"seg", b"groundtruth", b"gt")
-_MASK_ENDINGS = tuple(separator + word for word in _MASK_WORDS for separator in (b"_", b"-", b" ", b"."))
-_MASK_ENDING = re.compile(b"[_. -](%s)$" % b"|".join(_MASK_WORDS))
-_IMAGENET_NAME = re.compile(r"ILSVRC2012_(val|test)_\d{8}\.JPEG")
 
 
 class FileStore:
@@ -172,14 +178,12 @@ def _count_rows(tables: list[Path]) -> tuple[int, bool]:
 
     num_rows, has_paths = 0, False
     for table in tables:
-        try:
+        with contextlib.suppress(OSError, pa.ArrowException):
             footer = pq.read_metadata(table)
-        except (OSError, pa.ArrowException):
-            continue
-        schema = footer.schema.to_arrow_schema()
-        if "image" in schema.names:
-            num_rows += footer.num_rows
-            has_paths |= pa.types.is_string(schema.field("image").type)
+            schema = footer.schema.to_arrow_schema()
+            if "image" in schema.names:
+                num_rows += footer.num_rows
+                has_paths |= re.match("(large_)?string|dictionary", str(schema.field("image").type)) is not None
     return num_rows, has_paths
 
 
@@ -188,7 +192,10 @@ def _with_left_out(contents: Contents, left_out: Counter[str]) -> Contents:
 
 
 def _seen_instead(left_out: Counter[str]) -> str:
-    return f" (there are: {', '.join(f'{n:,} {reason}' for reason, n in left_out.most_common(3))})" if left_out else ""
+    if not left_out:
+        return ""
+    ((first, _), *_) = seen = left_out.most_common(3)
+    return f" (there are: {', '.join(f'{n:,} {reason}' for reason, n in seen)}){_REMEDIES.get(first, '')}"
 
 
 def walk(root: Path) -> Listing:
@@ -220,11 +227,12 @@ def walk(root: Path) -> Listing:
         else:
             visited.add(identity)
         subfolders: list[tuple[bytes, Folder]] = []
+        num_links = len(links)
         entries = _entries(path, listing.left_out)
-        masks = _masks_among([name for name, kind in entries if kind == _FILE])
+        masks = masks_among([name for name, kind in entries if kind == _FILE])
         for name, kind in entries:
             if name in masks:
-                listing.left_out["mask beside its image, such as x_mask.png"] += 1
+                listing.left_out[BESIDE_ITS_IMAGE] += 1
                 continue
             if kind != _FILE:
                 (subfolders if kind == _FOLDER else links).append((folder + name + b"/", (*group, os.fsdecode(name))))
@@ -239,7 +247,7 @@ def walk(root: Path) -> Listing:
             else:
                 listing.left_out[_reason_for_extension(extension if dot else b"")] += 1
         stack += reversed(subfolders)
-        if not subfolders and not (listing.holds(group) or arrays.holds(group)):
+        if not subfolders and len(links) == num_links and not (listing.holds(group) or arrays.holds(group)):
             listing.without_images.append(group)
     if listing.group_of and arrays.group_of:
         listing.left_out["extension .npy beside other images"] += len(arrays.group_of)
@@ -293,16 +301,6 @@ def _kind_of_link(entry: os.DirEntry[bytes]) -> int | None:
         return None
 
 
-def _masks_among(names: list[bytes]) -> set[bytes]:
-    """Return the names such as "x_mask.png" or "x_mask_1.png" of files beside "x.jpg", given all files of a folder."""
-    stems = {name: name.rpartition(b".")[0].lower() for name in names}
-    masks = {name: end for name, stem in stems.items() if (end := stem.rstrip(b"_0123456789")).endswith(_MASK_ENDINGS)}
-    if not masks:
-        return set()
-    images = set(stems.values())
-    return {name for name, end in masks.items() if _MASK_ENDING.sub(b"", end) in images}
-
-
 def _reason_for_extension(extension: bytes) -> str:
     if not extension:
         return "no extension"
@@ -321,17 +319,9 @@ def _to_arrow(names: list[bytes]) -> Any:
 def _contents(source: str, store: FileStore, listing: Listing) -> Contents:
     layout = read_layout(source, listing.groups)
     group_of = np.frombuffer(listing.group_of, dtype=np.int64)
-    parts = {}
-    for split in sorted({name for name in layout.split_of if name}):
-        in_split = np.array([name == split for name in layout.split_of])
-        rows = np.flatnonzero(in_split[group_of])
-        labels = _labels(layout.class_of, in_split, group_of[rows])
-        unlabelled = "" if labels else _reason(layout, split, store.identify(int(rows[0])))
-        parts[split] = Part(store, rows, labels, unlabelled, "lie outside the class folders")
-    counts = np.bincount(group_of, minlength=len(listing.groups))
-    for group, reason in layout.reason_of.items():
-        listing.left_out[reason] += int(counts[group])
-    return Contents(parts, dict(listing.left_out), (*layout.notes, *_note_on_empty_classes(layout, listing)))
+    left_out = listing.left_out + Counter(count_unused(layout, group_of))
+    notes = (*layout.notes, *_note_on_empty_classes(layout, listing))
+    return Contents(parts_of(layout, store, group_of), dict(left_out), notes)
 
 
 def _note_on_empty_classes(layout: Layout, listing: Listing) -> list[str]:
@@ -345,38 +335,3 @@ def _note_on_empty_classes(layout: Layout, listing: Listing) -> list[str]:
     if len(empty) == 1:
         return [f"1 folder beside the class folders holds no image, and is no class: {listed}."]
     return [f"{len(empty):,} folders beside the class folders hold no image, and are no classes: {listed}."]
-
-
-def _labels(class_of_group: list[str | None], in_split: Any, group_of: Integers) -> Labels | None:
-    """Number the class folders of one split; return None if it has none.
-
-    Args:
-        class_of_group: the class folder of each group, or None.
-        in_split: bool (number of groups,), whether a group belongs to the split.
-        group_of: the group of each image of the split.
-    """
-    names = tuple(sorted({name for name, used in zip(class_of_group, in_split, strict=True) if used and name}))
-    if not names:
-        return None
-    number = {name: code for code, name in enumerate(names)}
-    table = np.array([number.get(name, -1) if name else -1 for name in class_of_group], dtype=np.int64)
-    return Labels(table[group_of], names)
-
-
-def _reason(layout: Layout, split: str, image: str) -> str:
-    """Return why a split has no class folders, given the name of one of its images."""
-    if _IMAGENET_NAME.fullmatch(image.rpartition("/")[2]):
-        return (
-            f"ImageNet's images of {split} come without class folders ({image}); move them into class folders by the "
-            "list that belongs to them (LOC_val_solution.csv), or use 'hf:ILSVRC/imagenet-1k'"
-        )
-    if split == "train":
-        only = layout.only_folder
-        if not only or split_of_name(only) is not None:
-            return ""
-        is_class = len(set(layout.split_of) - {""}) > 1 and only.lower() not in IMAGE_FOLDERS
-        return f"all its images lie in {ONE_CLASS if is_class else 'the one folder'} '{only}'"
-    return (
-        f"the images of {split} lie in no class folder ({image}); move each into the folder of its class, or give the "
-        "training folder alone, of which 10% are then held out"
-    )

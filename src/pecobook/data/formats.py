@@ -28,7 +28,7 @@ _ARRAYS = {
 _TIFF_SIGNATURES = frozenset({b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"})
 # kind of number -> Pillow's mode, its name for the layout of the bytes, and the type in this layout
 _TIFF_LAYOUTS = {"f": ("F", "F;32F", "<f4"), "i": ("I", "I;32S", "<i4"), "u": ("I", "I;32S", "<u4")}
-_PHOTOMETRIC, _SAMPLE_FORMAT = 262, 339  # tags
+_PHOTOMETRIC, _ORIENTATION, _SAMPLE_FORMAT = 262, 274, 339  # tags
 _HEIC_BRANDS = frozenset({b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1"})
 _AVIF_BRANDS = frozenset({b"avif", b"avis"})
 
@@ -96,6 +96,9 @@ class DeepTiff(ImageFile.ImageFile):
         self._layout = ("I;16", "I;16", "<u2") if dtype.str[1:] == "u2" else _TIFF_LAYOUTS[kind]
         self._size, self._mode = (page.imagewidth, page.imagelength), self._layout[0]
         self.tag_v2 = {_PHOTOMETRIC: int(page.photometric), _SAMPLE_FORMAT: 2 if kind == "i" else 1}
+        exif = Image.Exif()
+        exif[_ORIENTATION] = int(page.tags.valueof(_ORIENTATION, 1))
+        self.info["exif"] = exif.tobytes()
 
     def load(self) -> Any:
         """Read the first page with tifffile, and give its values to Pillow."""

@@ -21,10 +21,14 @@ The rules, in this order. "Folder" always means a folder with images in it or be
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
+import numpy as np
+
+from pecobook.data.source import ONE_CLASS, Integers, Labels, Part, Store
 from pecobook.data.split_names import is_split_folder, split_and_rest, split_folders, split_of_name
 from pecobook.errors import DataError
 
@@ -40,6 +44,11 @@ MASK_FOLDERS = frozenset(
     )
 )
 """Names of folders that tell images from masks, in lower case."""
+_MASK_WORDS = (b"masks", b"mask", b"segmentation", b"seg", b"groundtruth", b"gt")
+_MASK_ENDINGS = tuple(separator + word for word in _MASK_WORDS for separator in (b"_", b"-", b" ", b"."))
+BESIDE_ITS_IMAGE = "mask beside its image, such as x_mask.png"
+_MASK_ENDING = re.compile(b"[_. -](%s)$" % b"|".join(_MASK_WORDS))
+_IMAGENET_NAME = re.compile(r"ILSVRC2012_(val|test)_\d{8}\.JPEG")
 _IMAGES = IMAGE_FOLDERS | {""}
 _MASKS = MASK_FOLDERS | {"segmentationobject", "trimaps"}
 
@@ -266,3 +275,76 @@ def _at(folder: Folder, depth: int) -> str:
 def _listed(names: Iterable[str]) -> str:
     ordered = sorted(names)
     return ", ".join(f"'{name}'" for name in ordered[:4]) + (", ..." if len(ordered) > 4 else "")
+
+
+def parts_of(layout: Layout, store: Store, folder_of: Integers) -> dict[str, Part]:
+    """Return the splits of a store whose images lie in the folders of a layout.
+
+    Args:
+        layout: what the folders mean.
+        store: the images.
+        folder_of: the number of the folder of each image.
+    """
+    parts = {}
+    for split in sorted({name for name in layout.split_of if name}):
+        in_split = np.array([name == split for name in layout.split_of])
+        rows = np.flatnonzero(in_split[folder_of])
+        labels = _labels(layout.class_of, in_split, folder_of[rows])
+        unlabelled = "" if labels else _reason(layout, split, store.identify(int(rows[0])))
+        parts[split] = Part(store, rows, labels, unlabelled, "lie outside the class folders")
+    return parts
+
+
+def count_unused(layout: Layout, folder_of: Integers) -> dict[str, int]:
+    """Return why images in folders of a layout are not used, and how many there are."""
+    unused: dict[str, int] = {}
+    for number, count in enumerate(np.bincount(folder_of, minlength=len(layout.split_of)).tolist()):
+        if number in layout.reason_of:
+            reason = layout.reason_of[number]
+            unused[reason] = unused.get(reason, 0) + count
+    return unused
+
+
+def _labels(class_of_group: list[str | None], in_split: Any, group_of: Integers) -> Labels | None:
+    """Number the class folders of one split; return None if it has none.
+
+    Args:
+        class_of_group: the class folder of each group, or None.
+        in_split: bool (number of groups,), whether a group belongs to the split.
+        group_of: the group of each image of the split.
+    """
+    names = tuple(sorted({name for name, used in zip(class_of_group, in_split, strict=True) if used and name}))
+    if not names:
+        return None
+    number = {name: code for code, name in enumerate(names)}
+    table = np.array([number.get(name, -1) if name else -1 for name in class_of_group], dtype=np.int64)
+    return Labels(table[group_of], names)
+
+
+def _reason(layout: Layout, split: str, image: str) -> str:
+    """Return why a split has no class folders, given the name of one of its images."""
+    if _IMAGENET_NAME.fullmatch(image.rpartition("/")[2]):
+        return (
+            f"ImageNet's images of {split} come without class folders ({image}); move them into class folders by the "
+            "list that belongs to them (LOC_val_solution.csv), or use 'hf:ILSVRC/imagenet-1k'"
+        )
+    if split == "train":
+        only = layout.only_folder
+        if not only or split_of_name(only) is not None:
+            return ""
+        is_class = len(set(layout.split_of) - {""}) > 1 and only.lower() not in IMAGE_FOLDERS
+        return f"all its images lie in {ONE_CLASS if is_class else 'the one folder'} '{only}'"
+    return (
+        f"the images of {split} lie in no class folder ({image}); move each into the folder of its class, or give the "
+        "training folder alone, of which 10% are then held out"
+    )
+
+
+def masks_among(names: list[bytes]) -> set[bytes]:
+    """Return the names such as "x_mask.png" or "x_mask_1.png" of files beside "x.jpg", given all files of a folder."""
+    stems = {name: name.rpartition(b".")[0].lower() for name in names}
+    masks = {name: end for name, stem in stems.items() if (end := stem.rstrip(b"_0123456789")).endswith(_MASK_ENDINGS)}
+    if not masks:
+        return set()
+    images = set(stems.values())
+    return {name for name, end in masks.items() if _MASK_ENDING.sub(b"", end) in images}

@@ -7,6 +7,7 @@ from pathlib import Path
 from torch import Tensor
 
 from pecobook.data.decode import BadImage, decode, read_file
+from pecobook.data.deep import ValueRange
 from pecobook.data.source import ImageSource
 from pecobook.data.views import center_crop
 from pecobook.errors import DataError
@@ -16,13 +17,17 @@ from pecobook.utils.images import fitted_size, resize
 _MAX_SIDE = 512
 
 
-def read_image(path: str | Path, size: int | None = None, *, crop: float = 1.0) -> Tensor:
+def read_image(
+    path: str | Path, size: int | None = None, *, crop: float = 1.0, value_range: tuple[float, float] | None = None
+) -> Tensor:
     """Read an image file: any format, mode and orientation that the commands read.
 
     Args:
         path: the file.
         size: side to which the central square is resized, pixels; None keeps the whole image at its size.
         crop: side of the central square, as a share of the image's shorter side.
+        value_range: the values that become black and white in an image with more than 8 bits, as in a network's
+            `value_range`; None takes the range of the file's type.
 
     Returns:
         uint8 (3, H, W) in RGB, or (3, size, size).
@@ -31,7 +36,7 @@ def read_image(path: str | Path, size: int | None = None, *, crop: float = 1.0) 
         DataError: the file is missing or no image.
     """
     try:
-        image = decode(read_file(Path(path)), name=str(path))
+        image = decode(read_file(Path(path)), name=str(path), value_range=value_range and ValueRange(*value_range))
     except BadImage as error:
         raise DataError(f"'{path}' cannot be read: {error.reason}.") from None
     return image.contiguous() if size is None else center_crop(image, size, share=crop)

@@ -21,6 +21,8 @@ import numpy as np
 from torch import Tensor
 
 from pecobook.data.decode import BadImage, Range, check_bytes, decode
+from pecobook.data.labels import encode_labels
+from pecobook.data.layout import Layout, count_unused, parts_of, read_layout
 from pecobook.data.source import (
     IMAGE_EXTENSIONS,
     Contents,
@@ -36,7 +38,7 @@ from pecobook.data.tar_index import index_shard
 from pecobook.errors import DataError
 from pecobook.utils.files import write_atomically
 
-_INDEX_VERSION = 2  # a new number invalidates the cached indices
+_INDEX_VERSION = 3  # a new number invalidates the cached indices
 _MAX_NOTES = 5
 _MAX_OPEN = 256  # shards that each process keeps open; further shards are opened anew for each image
 
@@ -130,18 +132,41 @@ def shard_contents(source: str, shards: list[Path], *, root: Path | None = None)
             f"Supported extensions: {', '.join(IMAGE_EXTENSIONS)}."
         )
     store = ShardStore(shards, index)
-    shard_of = index.column("shard").to_numpy()
     names = relative_names(shards, root)
     groups, unused = group_by_split(names)
+    layout, folder_of = _read_folders(source, index, groups, unused)
+    parts = parts_of(layout, store, folder_of)
     values = index.column("label").to_pylist()
-    parts = {}
-    for split, numbers in groups.items():
-        rows = np.flatnonzero(np.isin(shard_of, numbers))
-        labels, unlabelled = _labels(source, [values[row] for row in rows], store, rows)
-        parts[split] = Part(store, rows, labels, unlabelled)
-    if num_unused := int(np.isin(shard_of, unused).sum()):
-        left_out["in files that name no split, beside files that do"] = num_unused
-    return Contents(parts, left_out, (*notes, *note_ignored_splits(names, groups)))
+    if any(value is not None for value in values) or not any(layout.class_of):
+        for split, part in parts.items():
+            labels, unlabelled = _labels(source, [values[row] for row in part.rows], store, part.rows)
+            parts[split] = Part(store, part.rows, labels, unlabelled)
+    else:
+        notes.append("No .cls or .json member holds a label: the folders inside the shards are taken for classes.")
+    notes += [*layout.notes, *note_ignored_splits(names, parts)]
+    return Contents(parts, dict(Counter(left_out) + Counter(count_unused(layout, folder_of))), tuple(notes))
+
+
+def _read_folders(source: str, index: Any, groups: dict[str, list[int]], unused: list[int]) -> tuple[Layout, Integers]:
+    """Read the splits and the classes from the folders inside the shards, below the splits that shards declare.
+
+    Returns:
+        what the folders mean, and the number of the folder of each image.
+    """
+    split_of: dict[int, str | None] = dict.fromkeys(unused)
+    split_of |= {shard: split if len(groups) > 1 else "" for split, shards in groups.items() for shard in shards}
+    pairs = zip(index.column("shard").to_pylist(), index.column("member").to_pylist(), strict=True)
+    keys = [(split_of[shard], member.rpartition("/")[0]) for shard, member in pairs]
+    used = [key for key in dict.fromkeys(keys) if key[0] is not None]
+    number_of = {key: number for number, key in enumerate(used)}
+    folder_of = np.array([number_of.get(key, len(used)) for key in keys], dtype=np.int64)
+    paths = (f"{split}/{folder}".split("/") for split, folder in used)
+    layout = read_layout(source, [tuple(part for part in path if part not in ("", ".")) for path in paths])
+    if len(used) in folder_of:
+        layout.split_of.append("")
+        layout.class_of.append(None)
+        layout.reason_of[len(used)] = "in files that name no split, beside files that do"
+    return layout, folder_of
 
 
 def _labels(source: str, texts: list[str | None], store: ShardStore, rows: Integers) -> tuple[Labels | None, str]:
@@ -149,8 +174,6 @@ def _labels(source: str, texts: list[str | None], store: ShardStore, rows: Integ
 
     Labels are numbers if all of them are, so that "10" is sorted after "9".
     """
-    from pecobook.data.tables import encode_labels
-
     if all(text is None for text in texts):
         return None, "no .cls or .json member holds a label"
     try:

@@ -25,8 +25,9 @@ from pecobook.data.decode import BadImage, Range, decode
 from pecobook.data.deep import FULL_16_BITS, ValueRange
 from pecobook.errors import DataError, did_you_mean
 
-_EXTENSIONS = "jpg jpeg jpe jfif png apng bmp dib gif tif tiff webp ppm pgm pbm pnm jp2 j2k jpx avif heic heif npy"
-IMAGE_EXTENSIONS = tuple(_EXTENSIONS.split())
+_JPEG, _PNG, _JPEG_2000 = "jpg jpeg jpe jfif mpo", "png apng", "jp2 j2k jpx jpf jpc j2c"
+_OTHERS = "bmp dib gif tif tiff webp ppm pgm pbm pnm pfm avif heic heif npy"
+IMAGE_EXTENSIONS = tuple(f"{_JPEG} {_PNG} {_JPEG_2000} {_OTHERS}".split())
 
 Integers = npt.NDArray[np.int64]
 _HASHED_IMAGES = 32
@@ -112,7 +113,7 @@ class ImageSource:
         None stands for an image that is no file. Raises BadImage.
         """
         locate = getattr(self._store, "path", None) or getattr(self._store, "encoded", None)
-        return None if locate is None else locate(self._row(index))  # type: ignore[no-any-return]
+        return None if locate is None else locate(self._row(index))
 
     def sample(self, index: int) -> tuple[Any, ...]:
         """Read the inputs of a view: (image,), or (image, mask or boxes) in dense sources. Raises BadImage."""
@@ -196,7 +197,7 @@ class Splits:
 
 
 # Words of the reasons why labels that a user gave cannot be used; they tell these from images without labels.
-NO_CLASS, ONE_CLASS = "which is no class", "the one class folder"
+NO_CLASS, ONE_CLASS, AS_OTHERS = "which is no class", "the one class folder", "as other files have"
 
 
 @dataclass(frozen=True)
@@ -297,7 +298,8 @@ def assemble(source: str, contents: Contents) -> Splits:
     def usable_labels(name: str) -> tuple[Labels | None, str]:
         part, problem = parts[name], parts[name].label_problem(name)
         is_partial = part.labels is not None and part.labels.codes.max(initial=-1) >= 0
-        if problem and (is_partial or name != "train" or NO_CLASS in problem or ONE_CLASS in problem):
+        is_told = is_partial or name != "train" or any(words in problem for words in (NO_CLASS, ONE_CLASS, AS_OTHERS))
+        if problem and is_told:
             notes.append(f"The labels of {name} are not used: {problem}.")
         return (None if problem else part.labels), problem
 

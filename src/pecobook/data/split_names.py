@@ -11,7 +11,7 @@ Upper and lower case do not matter, and "set" may follow: "training_set", "tests
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 
 _SPLIT_OF_WORD = {
@@ -105,7 +105,7 @@ def group_by_split(names: Iterable[str]) -> tuple[dict[str, list[int]], list[int
     return {"train": list(range(count))}, []
 
 
-def note_ignored_splits(names: Sequence[str], groups: Mapping[str, list[int]]) -> tuple[str, ...]:
+def note_ignored_splits(names: Sequence[str], groups: Collection[str]) -> tuple[str, ...]:
     """Return a note if names declare splits that `group_by_split` has ignored."""
     declared = [name for name in names if split_of_path(name) not in (None, "train")]
     if not declared or len(groups) > 1:

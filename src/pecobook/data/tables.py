@@ -7,9 +7,12 @@ decodes them.
 
 from __future__ import annotations
 
+import contextlib
 import glob
 import hashlib
-from collections.abc import Callable, Sequence
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -17,11 +20,14 @@ import numpy as np
 from torch import Tensor
 
 from pecobook.data.decode import BadImage, Range, decode, read_file
-from pecobook.data.source import Contents, Integers, Labels, Part, file_version, hash_some, relative_names
+from pecobook.data.labels import class_names, encode_labels, is_missing
+from pecobook.data.source import AS_OTHERS, Contents, Integers, Labels, Part, file_version, hash_some, relative_names
 from pecobook.data.split_names import group_by_split, note_ignored_splits
 from pecobook.errors import DataError, did_you_mean, first_line
 
 _TEXTS = ("string", "large_string", "string_view")
+_LARGE = 2**30
+"""Bytes of files whose copy is announced."""
 
 
 class TableStore:
@@ -70,16 +76,18 @@ class TableStore:
         return cast("bytes", data)
 
     def _read_file(self, row: int, path: str) -> bytes:
+        path = path.removeprefix("file://")
+        shown = path if len(path) <= 200 else f"{path[:40]}... ({len(path):,} characters)"
         if "://" in path:
-            raise BadImage(self.identify(row), f"{path} is an address, not a file; download the images first")
+            raise BadImage(self.identify(row), f"{shown} is an address, not a file; download the images first")
         folder = Path(self._names[self._file_of(row)]).parent
-        file = folder / path
-        if "\\" in path and not file.is_file():  # written on Windows
-            file = folder / path.replace("\\", "/")
         try:
-            return read_file(file)
-        except BadImage as error:
-            raise BadImage(self.identify(row), str(error)) from error
+            file = folder / path
+            if "\\" in path and not file.is_file():  # written on Windows
+                file = folder / path.replace("\\", "/")
+            return read_file(file, name=f"{self.identify(row)}: {folder / shown}")
+        except (OSError, ValueError):  # such as a text with a zero byte
+            raise BadImage(self.identify(row), f"'{shown}' is no path of an image") from None
 
     def digest(self, rows: Integers) -> str:
         """Return a hash of the files' names, sizes and footers, of the row numbers, and of the bytes of some images."""
@@ -103,6 +111,7 @@ def parquet_contents(source: str, files: list[Path], *, root: Path | None = None
     groups, unused = group_by_split(names)
     footers = [_read_footer(source, file) for file in files]
     parts: dict[str, Part] = {}
+    left_out: dict[str, int] = {}
     for split, all_numbers in groups.items():
         numbers = [number for number in all_numbers if footers[number].num_rows]  # `datasets` cannot read no rows
         if not numbers and split == "train":
@@ -111,16 +120,54 @@ def parquet_contents(source: str, files: list[Path], *, root: Path | None = None
             continue
         split_files = [files[number] for number in numbers]
         schemas = [footers[number].schema.to_arrow_schema() for number in numbers]
-        if "image" not in schemas[0].names:
-            raise DataError(_no_image_column(f"{source}' ('{split_files[0].name}')", schemas[0].names))
-        table = _load_parquet(source, split, split_files, schemas)
+        columns, unlabelled = _used_columns(source, split_files, schemas)
+        table = _load_parquet(source, split, split_files, schemas, columns)
         identity = repr([(file.name, *_content_key(file)) for file in split_files])
         rows = [(str(files[number]), footers[number].num_rows) for number in numbers]
-        class_names = _class_names(split_files[0].with_name("classes.txt"))
-        parts[split] = _part(source, table, "image", rows, identity, class_names)
-    num_unused = sum(footers[number].num_rows for number in unused)
-    left_out = {"in files that name no split, beside files that do": num_unused} if num_unused else {}
-    return Contents(parts, left_out, note_ignored_splits(names, groups))
+        classes = class_names(split_files[0].with_name("classes.txt"))
+        parts[split] = _part(source, table, "image", rows, identity, classes, unlabelled)
+        if "split" in columns and len(groups) == 1:
+            parts, left_out = _parts_by_column(parts[split], table.select_columns(["split"])["split"])
+    if num_unused := sum(footers[number].num_rows for number in unused):
+        left_out["in files that name no split, beside files that do"] = num_unused
+    return Contents(parts, left_out, note_ignored_splits(names, parts))
+
+
+def _used_columns(source: str, files: list[Path], schemas: list[Any]) -> tuple[list[str], str]:
+    """Return the columns that are read, and why there are no labels if there are none."""
+    from datasets import Features
+
+    def without_one(column: str) -> int | None:
+        """Return the number of the first file that has no such column, or several of them."""
+        return next((n for n, schema in enumerate(schemas) if schema.names.count(column) != 1), None)
+
+    wrong = without_one("image")
+    if wrong is not None:
+        raise DataError(_no_image_column(f"{source}' ('{files[wrong].name}')", schemas[wrong].names))
+    columns = ["image"] if without_one("split") is not None else ["image", "split"]
+    label = _label_column(Features.from_arrow_schema(schemas[0]))
+    label = "label" if any("label" in schema.names for schema in schemas) else label
+    if label is None:
+        return columns, _no_label_column(schemas[0].names)
+    wrong = without_one(label)
+    if wrong is not None:
+        return columns, f"'{files[wrong]}' does not have one column '{label}' {AS_OTHERS}"
+    return [*columns, label], ""
+
+
+def _parts_by_column(part: Part, names: Sequence[Any]) -> tuple[dict[str, Part], dict[str, int]]:
+    """Divide the rows of a table by the splits that a column names, if these are training and held-out images."""
+    distinct = sorted({str(name) for name in names})
+    groups, unused = group_by_split(distinct)
+    number_of = {name: number for number, name in enumerate(distinct)}
+    numbers = np.array([number_of[str(name)] for name in names])
+    parts = {}
+    for split, chosen in groups.items():
+        is_used = np.isin(numbers, chosen)
+        labels = part.labels and Labels(part.labels.codes[is_used], part.labels.names)
+        parts[split] = replace(part, rows=part.rows[is_used], labels=labels)
+    count = int(np.isin(numbers, unused).sum())
+    return parts, {"whose column 'split' names no split": count} if count else {}
 
 
 def _read_footer(source: str, file: Path) -> Any:
@@ -133,8 +180,8 @@ def _read_footer(source: str, file: Path) -> Any:
         raise DataError(f"--data '{source}': '{file}' cannot be read as parquet: {_first_line(error)}.") from error
 
 
-def _load_parquet(source: str, split: str, files: list[Path], schemas: list[Any]) -> Any:
-    """Load files through the cache of `datasets`.
+def _load_parquet(source: str, split: str, files: list[Path], schemas: list[Any], columns: list[str]) -> Any:
+    """Load columns of files through the cache of `datasets`.
 
     `datasets` recognises a file by path and time alone, and would return old rows for a file that was replaced without
     a new time; so the versions of the files name a folder of the cache.
@@ -145,21 +192,57 @@ def _load_parquet(source: str, split: str, files: list[Path], schemas: list[Any]
     try:
         versions = hashlib.sha256("\n".join(map(file_version, files)).encode()).hexdigest()[:16]
         cache = Path(datasets.config.HF_DATASETS_CACHE) / "pecobook" / versions
-        return datasets.load_dataset("parquet", data_files={split: paths}, split=split, cache_dir=str(cache))
+        size = sum(file.stat().st_size for file in files)
+        if size > _LARGE and not cache.exists():
+            print(f"Copying {size / 1e9:.1f} GB of parquet files to the cache {cache}, once.", file=sys.stderr)
+        with _quiet():
+            return datasets.load_dataset(
+                "parquet", data_files={split: paths}, split=split, columns=columns, cache_dir=str(cache)
+            )
     except Exception as error:  # datasets wraps all errors of Arrow in exceptions of its own
         raise DataError(
             f"--data '{source}': the parquet files of {split} cannot be loaded: {_first_line(error)}."
-            f"{_differences(files, schemas)}"
+            f"{_differences(files, schemas, columns) or _damage(files, columns)}"
         ) from error
 
 
-def _differences(files: list[Path], schemas: list[Any]) -> str:
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Turn off the progress bars and the messages of `datasets`, whose errors are told in our own words."""
+    import datasets
+
+    level, has_bars = datasets.logging.get_verbosity(), not datasets.are_progress_bars_disabled()
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        datasets.logging.set_verbosity(level)
+        if has_bars:
+            datasets.enable_progress_bars()
+
+
+def _differences(files: list[Path], schemas: list[Any], columns: list[str]) -> str:
     """Return a sentence on a column that does not have the same type in all files; an empty text if there is none."""
-    for file, schema in zip(files, schemas, strict=True):
-        for name, kind in zip(schema.names, schema.types, strict=True):
-            first = schemas[0].field(name).type if name in schemas[0].names else None
-            if first is not None and first != kind:
+    for name in columns:
+        for file, schema in zip(files, schemas, strict=True):
+            first, kind = schemas[0].field(name).type, schema.field(name).type
+            if first != kind:
                 return f"\nThe column '{name}' holds {first} in '{files[0]}', but {kind} in '{file}': use one type."
+    return ""
+
+
+def _damage(files: list[Path], columns: list[str]) -> str:
+    """Return a sentence that names the first file that cannot be read to its end; an empty text if there is none."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    for file in files:
+        try:
+            for _ in pq.ParquetFile(file).iter_batches(columns=columns):
+                pass
+        except (OSError, pa.ArrowException):
+            return f"\nThe file '{file}' is damaged."
     return ""
 
 
@@ -187,13 +270,9 @@ def hub_contents(source: str) -> Contents:
     for split, (name, config, declared, table) in tables.items():
         column = _image_column(source, table.features)
         identity = repr((name, config, declared, len(table), sorted(table.features)))
-        parts[split] = _part(source, table, column, [(f"{name} {declared}", len(table))], identity, None)
+        unlabelled = "" if _label_column(table.features) else _no_label_column(table.features)
+        parts[split] = _part(source, table, column, [(f"{name} {declared}", len(table))], identity, None, unlabelled)
     return Contents(parts, left_out, notes)
-
-
-def hub_tables(source: str) -> dict[str, tuple[str, str, str, Any]]:
-    """Load a data set of the hub; see `load_hub`, of whose values this is the first."""
-    return load_hub(source)[0]
 
 
 def load_hub(source: str) -> tuple[dict[str, tuple[str, str, str, Any]], dict[str, int], tuple[str, ...]]:
@@ -235,6 +314,7 @@ def _part(
     files: Sequence[tuple[str, int]],
     identity: str,
     names: tuple[str, ...] | None,
+    unlabelled: str,
 ) -> Part:
     from datasets import Image
 
@@ -247,7 +327,9 @@ def _part(
             "it must hold encoded images, as binary or as {bytes, path}, or the paths of image files."
         )
     store = TableStore(images, column, files, identity)
-    labels, unlabelled = _labels(source, table, names, store)
+    labels = None
+    if not unlabelled:
+        labels, unlabelled = _labels(source, table, names, store)
     return Part(store, np.arange(len(images), dtype=np.int64), labels, unlabelled)
 
 
@@ -270,22 +352,31 @@ def _image_column(source: str, features: Any) -> str:
 
 
 def _no_image_column(where: str, columns: Sequence[str]) -> str:
-    suggestion = did_you_mean("image", columns)
+    number = "no" if "image" not in columns else "more than one"
     return (
-        f"--data '{where} has no column 'image'; it has {', '.join(columns)}.{suggestion}\n"
-        "Rename the column that holds the encoded images to 'image'."
+        f"--data '{where} has {number} column 'image'; it has {', '.join(columns)}.{did_you_mean('image', columns)}\n"
+        "Name the one column that holds the encoded images 'image'."
     )
 
 
-def _labels(source: str, table: Any, names: tuple[str, ...] | None, store: TableStore) -> tuple[Labels | None, str]:
-    """Return the label column as codes; or None, and why, if there is none or its values cannot be classes."""
+def _label_column(features: Any) -> str | None:
     from datasets import ClassLabel
 
-    column = "label" if "label" in table.features else None
-    if column is None:
-        column = next((name for name, kind in table.features.items() if isinstance(kind, ClassLabel)), None)
-    if column is None:
-        return None, f"there is no column 'label', only {', '.join(table.features)}"
+    if "label" in features:
+        return "label"
+    return next((name for name, kind in features.items() if isinstance(kind, ClassLabel)), None)
+
+
+def _no_label_column(columns: Iterable[str]) -> str:
+    return f"there is no column 'label', only {', '.join(columns)}"
+
+
+def _labels(source: str, table: Any, names: tuple[str, ...] | None, store: TableStore) -> tuple[Labels | None, str]:
+    """Return the label column as codes; or None, and why, if its values cannot be classes."""
+    from datasets import ClassLabel
+
+    column = _label_column(table.features)
+    assert column is not None
     feature = table.features[column]
     dtype = str(getattr(feature, "dtype", "")) if not isinstance(feature, (dict, list)) else ""
     if not (dtype.startswith(("int", "uint", "float")) or dtype in ("bool", "null", *_TEXTS)):
@@ -299,60 +390,6 @@ def _labels(source: str, table: Any, names: tuple[str, ...] | None, store: Table
     if isinstance(feature, ClassLabel):
         names = tuple(feature.names)
     return encode_labels(source, values, names, store.identify), ""
-
-
-def is_missing(value: Any) -> bool:
-    """Return whether a label stands for "unknown": None, NaN, a negative number, or an empty text."""
-    return value is None or (not value.strip() if isinstance(value, str) else not value >= 0)
-
-
-def encode_labels(
-    source: str,
-    values: Sequence[Any],
-    names: tuple[str, ...] | None = None,
-    identify: Callable[[int], str] | None = None,
-) -> Labels:
-    """Convert label values to codes; a missing value gets the code -1.
-
-    If `names` is given, numbers are indices in it, and texts are sought in it. Otherwise, and if it lacks a text, the
-    sorted values become the names.
-
-    Args:
-        source: the value of `--data`.
-        values: the labels.
-        names: the names of the classes.
-        identify: returns the name of an image by its position in `values`, for the message of an error.
-
-    Raises:
-        DataError: a value has no name in `names`.
-    """
-    distinct = {value for value in values if not is_missing(value)}
-    if names is not None and not any(isinstance(value, str) for value in distinct):
-        wrong = [row for row, value in enumerate(values) if not is_missing(value) and value >= len(names)]
-        if wrong:
-            where = f" of {identify(wrong[0])}" if identify else ""
-            raise DataError(
-                f"--data '{source}': label {values[wrong[0]]}{where} ({len(wrong):,} like this), but there are only "
-                f"{len(names)} class names."
-            )
-        code_of = {value: int(value) for value in distinct}
-    elif names is not None and distinct <= set(names):
-        code_of = {name: code for code, name in enumerate(names)}
-    else:
-        ordered = sorted(distinct)
-        code_of = {value: code for code, value in enumerate(ordered)}
-        names = tuple(str(value) for value in ordered)
-    codes = (-1 if is_missing(value) else code_of[value] for value in values)
-    return Labels(np.fromiter(codes, dtype=np.int64, count=len(values)), names)
-
-
-def _class_names(path: Path) -> tuple[str, ...] | None:
-    """Return the lines of `classes.txt`, in label order. Lines "id<tab>name" give the name, if all names differ."""
-    if not path.is_file():
-        return None
-    lines = [line.strip() for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
-    names = [line.rpartition("\t")[2] for line in lines]
-    return tuple(names if len(set(names)) == len(names) else lines)
 
 
 def _first_line(error: Exception) -> str:

@@ -4,8 +4,9 @@ Members with the same name up to a dot form a sample: "1.jpg", "1.cls", "1.json"
 depends on the shard, because names may hold dots themselves ("my.photo.jpg"):
 
 - An image whose name continues that of another image is an annotation ("1.seg.png" beside "1.jpg") and is left out; so
-  is one whose name ends like that of an annotation ("1.mask.png"). Every other image is an image of its own, also where
-  a sample holds several ("1.left.png", "1.right.png"). Arrays (.npy) are images only where there are no others.
+  is one whose name ends like that of an annotation ("1.mask.png"), unless it has a label under its whole name. Every
+  other image is an image of its own, also where a sample holds several ("1.left.png", "1.right.png"), but a mask beside
+  its image ("1_mask.png") is left out. Arrays (.npy) are images only where there are no others.
 - The label is the content of the `.cls` member, or the value of "label" in the `.json` member, with the image's name up
   to its last dot, or else up to its first dot.
 
@@ -18,6 +19,7 @@ from __future__ import annotations
 import json
 import os
 import posixpath
+import re
 import tarfile
 from collections import Counter
 from collections.abc import Iterator
@@ -25,10 +27,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, NamedTuple
 
+from pecobook.data.layout import BESIDE_ITS_IMAGE, masks_among
 from pecobook.data.source import IMAGE_EXTENSIONS
 from pecobook.data.split_names import SHADOW_FOLDER
 
 _BLOCK = tarfile.BLOCKSIZE
+_MAGIC = 257
+"""Where a header says "ustar"."""
+_MAX_SEARCH = 2**28
+"""Bytes of a file in which a header is sought, if the first one is damaged."""
 _MAX_LABEL = 2**24
 """Bytes of a member that may hold a label."""
 _ANNOTATIONS = frozenset({"seg", "segmentation", "mask", "masks", "label", "labels", "annotation", "gt", "depth"})
@@ -112,8 +119,18 @@ def _archives(file: IO[bytes], shard: Path, index: ShardIndex) -> Iterator[list[
 
 def _members(file: IO[bytes], shard: Path, end: int, index: ShardIndex) -> Iterator[tarfile.TarInfo | None]:
     """Yield all members, and None between two archives; note damage."""
-    tar = tarfile.open(fileobj=file, mode="r:", errors="surrogateescape")  # noqa: SIM115 (the caller closes the file)
     position = last_byte = 0
+    last: tarfile.TarInfo | None = None  # a member is yielded when it is known that no other archive begins inside it
+    try:
+        tar = tarfile.open(fileobj=file, mode="r:", errors="surrogateescape")  # noqa: SIM115 (the caller closes the file)
+    except tarfile.ReadError:
+        start, _ = _next_header(file, _BLOCK, min(end, _MAX_SEARCH), _BLOCK)
+        if start is None:
+            raise  # no tar file
+        index.notes.append(f"{shard} is damaged at byte 0: {start:,} bytes are skipped.")
+        index.left_out["damaged header"] += 1
+        file.seek(position := start)
+        tar = tarfile.open(fileobj=file, mode="r:", errors="surrogateescape")  # noqa: SIM115
     while True:
         first_unread = position
         try:
@@ -123,40 +140,75 @@ def _members(file: IO[bytes], shard: Path, end: int, index: ShardIndex) -> Itera
         if member is not None:
             tar.members.clear()  # type: ignore[attr-defined]  # otherwise a kilobyte stays in memory for each member
             position, last_byte = tar.offset, member.offset_data + member.size
-            yield member
+            if last is not None:
+                yield last
+            last = member
             continue
-        if position >= end:
-            if last_byte <= end:  # otherwise the last member is noted as cut short
-                index.notes.append(f"{shard} has no end mark, so it may be cut short.")
-            return
-        start, skipped = _next_header(file, first_unread, end)
-        skipped += first_unread - position
-        if skipped:
+        start, skipped = None, 0
+        if position < end:
+            inside = position if last is None else last.offset_data
+            start, skipped = _next_header(file, first_unread, end, inside)
+            skipped += first_unread - position
+        elif last_byte <= end:  # otherwise the last member is noted as cut short
+            index.notes.append(f"{shard} has no end mark, so it may be cut short.")
+        if last is not None and start is not None and start < last_byte:
+            index.notes.append(f"{shard}: another archive begins inside '{last.name}', which is left out.")
+            index.left_out["cut short"] += 1
+        elif last is not None:
+            yield last
+        last = None
+        if skipped and (start is None or start >= position):
             lost = "no further member is found" if start is None else f"{skipped:,} bytes are skipped"
             index.notes.append(f"{shard} is damaged at byte {position:,}: {lost}.")
             index.left_out["damaged header"] += 1
         if start is None:
             return
-        if not skipped:
+        if not skipped or (start - position) % _BLOCK or start < position:
             yield None
         tar.offset = position = start
         file.seek(start)
 
 
-def _next_header(file: IO[bytes], position: int, end: int) -> tuple[int | None, int]:
-    """Return where the next valid header begins (None if there is none), and how many bytes before it are not zero."""
+def _next_header(file: IO[bytes], position: int, end: int, inside: int) -> tuple[int | None, int]:
+    """Return where the next valid header begins (None if there is none), and how many bytes before it are not zero.
+
+    Headers follow in steps of 512 bytes. But an archive that was cut may have been joined with another one: this begins
+    anywhere, from `inside` on, which is where the data of the last member begin.
+    """
+    is_damaged = any(os.pread(file.fileno(), _BLOCK, position))  # no zeros, which mark the end of an archive
+    found = _search(file, inside, position) if is_damaged else None
+    if found is not None:
+        return found, 0
     skipped = 0
     for start in range(position, end, _BLOCK):
         block = os.pread(file.fileno(), _BLOCK, start)
         if block.count(0) == len(block):
             continue
-        try:
-            tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
-        except tarfile.TarError:
-            skipped += len(block)
-        else:
+        if _is_header(block):
             return start, skipped
-    return None, skipped
+        skipped += len(block)
+    found = _search(file, position, end) if skipped else None
+    return found, skipped if found is None else found - position
+
+
+def _search(file: IO[bytes], start: int, end: int) -> int | None:
+    """Return where a header begins, at any byte; None if there is none."""
+    step = 2**20
+    for first in range(start, end, step):
+        data = os.pread(file.fileno(), step + _BLOCK, first)
+        for match in re.finditer(b"ustar", data):
+            at = match.start() - _MAGIC
+            if 0 <= at < min(step, end - first) and _is_header(data[at : at + _BLOCK]):
+                return first + at
+    return None
+
+
+def _is_header(block: bytes) -> bool:
+    try:
+        tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
+    except tarfile.TarError:
+        return False
+    return True
 
 
 def _resolve(links: list[tuple[str, str]], targets: dict[str, _Member], index: ShardIndex) -> list[_Member]:
@@ -197,9 +249,17 @@ def _add_samples(file: IO[bytes], members: list[_Member], index: ShardIndex) -> 
         index.left_out["extension .npy beside other images"] += len(images) - len(pictures)
         images = pictures
     stems = {stem for stem, _ in images}
+    known = stems | {_sample_name(stem) for stem in stems}
+    if without_image := sum(stem not in known and _sample_name(stem) not in known for stem in labels):
+        index.left_out["label without an image"] += without_image
+    masks = masks_among([os.fsencode(member.name) for _, member in images])
     for stem, member in images:
         name = _sample_name(stem)
-        if _continues(stem, stems) or (stem.rpartition(".")[2].lower() in _ANNOTATIONS and stem != name):
+        if os.fsencode(member.name) in masks:
+            index.left_out[BESIDE_ITS_IMAGE] += 1
+            continue
+        is_annotation = stem.rpartition(".")[2].lower() in _ANNOTATIONS and stem != name
+        if stem not in labels and (is_annotation or _continues(stem, stems)):
             index.left_out["annotation of an image, such as x.seg.png"] += 1
             continue
         label = labels.get(stem, labels.get(name, loose.get(name) if stem == name else None))

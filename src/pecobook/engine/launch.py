@@ -23,7 +23,7 @@ from pecobook.engine.signals import from_the_start, stop_requested
 from pecobook.engine.world import World, check_flags, is_leader, launched
 from pecobook.errors import ConfigError
 from pecobook.settings.training import TrainConfig
-from pecobook.utils.devices import cores
+from pecobook.utils.devices import cores, cpu_prefers_bf16
 from pecobook.utils.distributed import gather_objects, on_all_ranks, on_first_rank
 from pecobook.utils.folder_lock import FolderLock
 
@@ -97,10 +97,8 @@ def resolve_precision(config: TrainConfig) -> str:
     """Return fp32, bf16 or fp16, with auto resolved. Raises ConfigError for fp16 without a GPU."""
     cuda = torch.cuda.is_available()
     if config.precision == "auto":
-        native = (
-            torch.cuda.is_bf16_supported(including_emulation=False) if cuda else torch.cpu._is_avx512_bf16_supported()
-        )
-        return "bf16" if native else "fp32"
+        is_faster = torch.cuda.is_bf16_supported(including_emulation=False) if cuda else cpu_prefers_bf16()
+        return "bf16" if is_faster else "fp32"
     if config.precision == "fp16" and not cuda:
         raise ConfigError("--precision fp16 needs a GPU: use bf16 or fp32 here.")
     return config.precision

@@ -15,22 +15,25 @@ import torch
 from torch import Tensor, nn
 
 from pecobook.errors import WeightsError, loading_reason
-from pecobook.models.huggingface import beit_from_huggingface, is_huggingface_beit
+from pecobook.models.huggingface import from_huggingface, is_huggingface
 from pecobook.utils.checksums import damage
 
 # Dictionaries of weights in the files of training scripts; of several, the first one here is taken. Moving averages and
 # teachers come first, since their authors evaluate and publish those.
-_WRAPPERS = ("state_dict_ema", "model_ema", "ema", "teacher", "state_dict", "model", "module", "network", "student")
+_WRAPPERS = (
+    *("state_dict_ema", "model_ema", "ema_state_dict", "params_ema", "ema", "teacher", "target_encoder"),
+    *("state_dict", "model_state_dict", "model_state", "model", "module", "network", "net", "student", "encoder"),
+)
 
 # Of several networks in one dictionary that fit equally well, the authors transfer the one with this part of a name.
-# MoCo's files contain two encoders and DINOv2's two networks.
-_PREFERRED = ("teacher", "base_encoder", "encoder_q")
+# MoCo's files contain two encoders, DINOv2's two networks, and many a script's a network and its moving average.
+_PREFERRED = re.compile(r"teacher|base_encoder|encoder_q|(^|[._])ema[._]")
 
 # Weights that are left out: heads and parts of a pre-training; attn_pool is SigLIP's pooling, which pecobook replaces
 # by the mean.
 _HEADS = re.compile(
     r"(head|head_dist|heads|fc|classifier|last_linear|lm_head|mask_token|masked_embed|attn_pool|projector|predictor"
-    r"|projection_head|prototypes|decoder\w*)(\.|$)"
+    r"|projection_head|prototypes|pooler|decoder\w*)(\.|$)"
 )
 
 # Modules whose objects training scripts save beside the weights: settings and numbers. They are not built.
@@ -88,21 +91,22 @@ def read_checkpoint(path: str) -> Checkpoint:
     except Exception as error:  # a damaged file can raise any exception
         raise WeightsError(
             f"'{path}' is not a plain file of weights ({loading_reason(error)}); pecobook runs no code from a file.\n"
-            "Convert it once to safetensors, in an environment that you trust."
+            "Download it again if it is damaged, or convert it once to safetensors, in an environment that you trust."
         ) from None
     wrapper: list[str] = []
     left: list[str] = []
     while isinstance(content, dict):
-        inner = next((name for name in _WRAPPERS if _has_tensors(content.get(name))), None)
+        inner = _inner(content)
         if inner is None:
             break
         wrapper.append(inner)
         left += [str(name) for name in content if name != inner]
         content = content[inner]
     if not _has_tensors(content) or (not wrapper and not _all_tensors(content) and not _is_plain(content)):
-        raise WeightsError(f"'{path}' contains no state dict.")
+        keys = f": its keys are {', '.join(map(str, list(content)[:8]))}" if isinstance(content, dict) else ""
+        raise WeightsError(f"'{path}' contains no state dict{keys}.")
     left += [str(name) for name, value in content.items() if not isinstance(value, Tensor)]
-    state = {str(name): value for name, value in content.items() if isinstance(value, Tensor)}
+    state = {str(name): value.detach() for name, value in content.items() if isinstance(value, Tensor)}
     return Checkpoint(state, tuple(wrapper), tuple(left))
 
 
@@ -121,6 +125,15 @@ def _load_tensors(file: Path) -> Any:
         stubs: list[Any] = [(type(name, (_Unread,), {}), name) for name in names]
         with torch.serialization.safe_globals(stubs):
             return torch.load(file, map_location="cpu", weights_only=True)
+
+
+def _inner(content: dict[Any, Any]) -> str | None:
+    """Return the key of the dictionary of weights in `content`: one of `_WRAPPERS`, or the only one with tensors."""
+    known = next((name for name in _WRAPPERS if _has_tensors(content.get(name))), None)
+    if known is not None or any(isinstance(value, Tensor) for value in content.values()):
+        return known
+    others = [name for name, value in content.items() if isinstance(name, str) and _has_tensors(value)]
+    return others[0] if len(others) == 1 else None
 
 
 def _has_tensors(value: Any) -> bool:
@@ -166,12 +179,14 @@ def load_state(
         needs_head: whether a head of the network must be in `state` too; otherwise it stays as it is.
 
     Returns:
-        the names in `state` that were left aside.
+        the names in `state` that were left aside, without a prefix of the names that were taken.
 
     Raises:
-        WeightsError: with the keys that differ.
+        WeightsError: with the keys that differ, or with a weight that contains infinity or no number.
     """
     expected = network.state_dict()
+    if is_huggingface(state):
+        state = from_huggingface(state)
     prefix = _prefix(state, expected)
     fitted = to_timm_names(state, expected)
     if _differences(fitted, expected):
@@ -194,8 +209,12 @@ def load_state(
             if names
         )
         raise WeightsError(f"The weights of '{source}' do not fit this network: {text}.")
+    broken = [name for name, value in fitted.items() if value.is_floating_point() and not value.isfinite().all()]
+    if broken:
+        raise WeightsError(f"The weights of '{source}' contain values that are no finite numbers ({broken[0]}).")
     network.load_state_dict(fitted)
-    return tuple(name for name in state if not name.startswith(prefix) or _is_head(name.removeprefix(prefix), expected))
+    others = [name for name in state if not name.startswith(prefix)]
+    return (*others, *(name for name in _without_prefix(state, prefix) if _is_head(name, expected)))
 
 
 _PROBLEMS = ("missing", "unknown", "of another shape")
@@ -248,7 +267,7 @@ def _prefix(state: Iterable[str], expected: dict[str, Tensor]) -> str:
         return ""
     most = max(votes.values())
     candidates = [prefix for prefix, count in votes.items() if count == most]
-    return min(candidates, key=lambda prefix: (not any(word in prefix for word in _PREFERRED), len(prefix)))
+    return min(candidates, key=lambda prefix: (not _PREFERRED.search(prefix), len(prefix)))
 
 
 def _without_prefix(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
@@ -261,8 +280,6 @@ def _is_head(name: str, expected: dict[str, Tensor]) -> bool:
 
 def to_timm_names(state: dict[str, Tensor], expected: dict[str, Tensor]) -> dict[str, Tensor]:
     """Rename the weights of `state` to the names in `expected`, and leave out heads for other classes."""
-    if is_huggingface_beit(state):
-        state = beit_from_huggingface(state)
     state = _without_prefix(state, _prefix(state, expected))
     # torchvision's VGG has linear layers where timm's VGG has convolutions.
     if "pre_logits.fc1.weight" in expected and "classifier.0.weight" in state:
@@ -289,8 +306,9 @@ def is_head(name: str) -> bool:
 
 
 def summarised(names: Iterable[str]) -> str:
-    """Return names of weights in short: the first part of each name, with the number of weights below it."""
-    counts = Counter(re.sub(r"\.?\d+$", "", name.split(".")[0]) or name for name in names)
+    """Return names of weights in short: the first telling part of each, with the number of weights below it."""
+    telling = (re.sub(r"^((module|_orig_mod)\.)+", "", name) for name in names)
+    counts = Counter(re.sub(r"\.?\d+$", "", name.split(".")[0]) or name for name in telling)
     return ", ".join(f"{name} ({count})" if count > 1 else name for name, count in counts.items())
 
 

@@ -15,6 +15,7 @@ from typing import Any, ClassVar, Self
 from torch import Tensor, nn
 
 from pecobook.errors import PecobookError, WeightsError, first_line
+from pecobook.models.snippets import range_text
 from pecobook.settings.images import AUTO, RangeSetting
 
 
@@ -93,6 +94,12 @@ def write_export(folder: Path, config: dict[str, Any], state: dict[str, Tensor],
     write_atomically(folder / "README.md", card.encode())
     # config.json is written last, since a folder counts as an export only if it contains this file.
     write_with_checksum(folder / "config.json", (json.dumps(config, indent=2) + "\n").encode())
+
+
+def range_entry(network: Any) -> dict[str, Any]:
+    """Return the entry of config.json for the values that are black and white in images with more than 8 bits."""
+    value_range = getattr(network, "value_range", AUTO)
+    return {} if value_range == AUTO else {"value_range": list(value_range)}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -185,10 +192,11 @@ class Exported(nn.Module):
         exported = {name: value for name, value in state.items() if self.is_exported(name)}
         loading_code = self.hub_loading_code(repo_id) if repo_id else self.loading_code("path/to/this/folder")
         origin = origin or self.origin
-        config = {"kind": self.kind, **self.settings(), **({"origin": origin} if origin else {})}
+        config = {"kind": self.kind, **self.settings(), **({"origin": origin} if origin else {}), **range_entry(self)}
+        card = self.card(origin)
         if self.value_range != AUTO:
-            config["value_range"] = list(self.value_range)
-        write_export(Path(folder), config, exported, self.card(origin).render(loading_code))
+            card = dataclasses.replace(card, text=f"{card.text}\n\n{range_text(self.value_range)}")
+        write_export(Path(folder), config, exported, card.render(loading_code))
 
     @classmethod
     def from_pretrained(cls, source: str | Path) -> Self:

@@ -1,7 +1,7 @@
-"""Conversion of BEiT's weights between timm's names and those of transformers (version 5), for export and for loading.
+"""Weights under the names of transformers: ViT, DeiT, MAE, DINOv2, BEiT and alike are read, BEiT is written.
 
-timm stores the query, key and value matrices of a block as one matrix; transformers stores three. Keys have no bias in
-either library.
+timm stores the query, key and value matrices of a block as one matrix; transformers stores three. BEiT's keys have no
+bias in either library.
 """
 
 from __future__ import annotations
@@ -38,8 +38,33 @@ _HUGGINGFACE_NAMES = {
     "blocks.{i}.mlp.fc2.weight": "layers.{i}.mlp.fc2.weight",
     "blocks.{i}.mlp.fc2.bias": "layers.{i}.mlp.fc2.bias",
 }
-_TIMM_NAMES = {theirs: ours for ours, theirs in _HUGGINGFACE_NAMES.items()}
 _PROJECTIONS = ("q_proj", "k_proj", "v_proj")
+
+# What becomes of the names of transformers, one rule after the other: in files (`encoder.layer.0.intermediate.dense`)
+# and in version 5's memory (`layers.0.mlp.fc1`).
+_TIMM_NAMES = [
+    (re.compile(pattern), replacement)
+    for pattern, replacement in (
+        (r"^embeddings\.patch_embeddings\.(projection\.)?", "patch_embed.proj."),
+        (r"^embeddings\.position_embeddings$", "pos_embed"),
+        (r"^embeddings\.distillation_token$", "dist_token"),
+        (r"^embeddings\.", ""),
+        (r"^(encoder\.relative_position_bias|shared_position_bias)\.", "rel_pos_bias."),
+        (r"^(encoder\.)?layers?\.(?=\d)", "blocks."),
+        (r"\.(attention\.attention\.)?relative_position_bias\.", ".attn."),
+        (r"\.attention\.(attention\.)?(q|k|v)(uery|ey|alue|_proj)\.", r".attn.\2."),
+        (r"\.attention\.(output\.dense|o_proj)\.", ".attn.proj."),
+        (r"\.intermediate\.dense\.", ".mlp.fc1."),
+        (r"\.output\.dense\.", ".mlp.fc2."),
+        (r"\.layernorm_before\.", ".norm1."),
+        (r"\.layernorm_after\.", ".norm2."),
+        (r"\.lambda_(\d)$", r".gamma_\1"),
+        (r"\.layer_scale(\d)\.lambda1$", r".ls\1.gamma"),
+        (r"^(pooler\.)?layernorm\.", "norm."),
+        (r"^(cls_)?classifier\.", "head."),
+        (r"^distillation_classifier\.", "head_dist."),
+    )
+]
 
 
 def beit_to_huggingface(state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -70,25 +95,31 @@ def beit_to_huggingface(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return renamed
 
 
-def beit_from_huggingface(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Rename the weights of a transformers BEiT, with or without the prefix `beit.`, to timm's names, without heads."""
-    state = {name.removeprefix("beit."): value for name, value in state.items()}
+def from_huggingface(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Rename the weights of a transformer of `transformers` to timm's names; unknown names stay."""
+    prefix = next(name for name in state if "embeddings." in name).partition("embeddings.")[0]  # such as `vit.`
     renamed: dict[str, Tensor] = {}
     for name, value in state.items():
-        pattern, number = _split_block_number(name, "layers")
-        if pattern == "layers.{i}.attention.q_proj.weight":
-            parts = [state[f"layers.{number}.attention.{part}.weight"] for part in _PROJECTIONS]
-            renamed[f"blocks.{number}.attn.qkv.weight"] = torch.cat(parts)
-        elif pattern in _TIMM_NAMES:
-            renamed[_TIMM_NAMES[pattern].replace("{i}", number)] = value
-        elif name.startswith(("layernorm.", "pooler.layernorm.")):
-            renamed[f"norm.{name.rpartition('.')[2]}"] = value
+        short = name.removeprefix(prefix)
+        for pattern, replacement in _TIMM_NAMES:
+            short = pattern.sub(replacement, short)
+        renamed[short] = value
+    for query in [name for name in renamed if name.endswith(".attn.q.weight")]:
+        block = query.removesuffix("q.weight")
+        renamed[f"{block}qkv.weight"] = torch.cat([renamed.pop(f"{block}{part}.weight") for part in "qkv"])
+        biases = {part: renamed.pop(f"{block}{part}.bias", None) for part in "qkv"}
+        if all(bias is not None for bias in biases.values()):
+            renamed[f"{block}qkv.bias"] = torch.cat(list(biases.values()))  # type: ignore[arg-type]
+        else:
+            renamed |= {f"{block}{part}_bias": bias for part, bias in biases.items() if bias is not None}
     return renamed
 
 
-def is_huggingface_beit(state: dict[str, Tensor]) -> bool:
-    """Return whether `state` contains weights of a BEiT of transformers, version 5."""
-    return any(name.endswith("layers.0.attention.q_proj.weight") for name in state)
+def is_huggingface(state: dict[str, Tensor]) -> bool:
+    """Return whether `state` contains weights of a transformer of `transformers`."""
+    return any(re.search(r"\.attention\.(attention\.query|q_proj)\.weight$", name) for name in state) and any(
+        "embeddings." in name for name in state
+    )
 
 
 def _split_block_number(name: str, prefix: str) -> tuple[str, str]:

@@ -3,7 +3,7 @@
     argmin_k ||z - e_k||^2 = argmin_k s_k,   s_k = ||e_k||^2 / 2 - z . e_k,   since ||z||^2 is the same for all k
 
 Three methods compute the same indices: a Triton kernel on CUDA (`nearest_triton`, whose fp32 product is three products
-of TF32); on CPUs with bfloat16 instructions, a bfloat16 search whose few candidates are compared again in fp32; and
+of TF32); on CPUs that prefer bfloat16, a bfloat16 search whose few candidates are compared again in fp32; and
 chunks of fp32 distances on all other devices.
 
 N vectors, K codewords, D dimension.
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from pecobook.settings.tokenizer import SearchPrecision
-from pecobook.utils.devices import exporting
+from pecobook.utils.devices import cpu_prefers_bf16, exporting
 
 # Number of elements of the distance matrix that are stored at once. On 2 cores, 4,096 rows of 8,192 were fastest in
 # fp32, and 256 rows fragmented the heap; for the bfloat16 search, whose chunks should stay in the cache, 1,024 rows
@@ -62,7 +62,7 @@ def _nearest(z: Tensor, codebook: Tensor, precision: str) -> Tensor:
         from pecobook.models.nearest_triton import nearest_fused
 
         return nearest_fused(z, codebook, precision)
-    if z.device.type == "cpu" and len(codebook) >= _MIN_SEARCH_CODEWORDS and torch.cpu._is_avx512_bf16_supported():
+    if z.device.type == "cpu" and len(codebook) >= _MIN_SEARCH_CODEWORDS and cpu_prefers_bf16():
         return nearest_by_search(z, codebook)
     return nearest_by_chunks(z, codebook)
 

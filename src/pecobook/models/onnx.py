@@ -15,7 +15,9 @@ from torch import Tensor, nn
 from pecobook.errors import PecobookError
 from pecobook.models import onnx_readme
 from pecobook.models.dense.segmenter import FixedSizeSegmenter, Segmenter
+from pecobook.models.export import range_entry
 from pecobook.models.weights import Backbone, Classifier
+from pecobook.settings.images import AUTO
 from pecobook.settings.segment import SegmentTestConfig
 from pecobook.utils.files import write_atomically, write_json
 
@@ -72,10 +74,12 @@ def export_onnx(tokenizer: Any, folder: str | Path) -> tuple[Path, Path]:
         "image_size": tokenizer.image_size,
         "stride": stride,
         "num_codewords": tokenizer.num_codewords,
+        **range_entry(tokenizer),
     }
     write_onnx(_EncodeModule(tokenizer), images, shapes[0], paths[0], "images", "codes", described)
     write_onnx(_DecodeModule(tokenizer), codes, shapes[1], paths[1], "codes", "images", described)
-    _write_readme(folder, described, onnx_readme.tokenizer_lines(tokenizer.image_size, channels))
+    lines = onnx_readme.tokenizer_lines(tokenizer.image_size, channels, getattr(tokenizer, "value_range", AUTO))
+    _write_readme(folder, described, lines)
     return paths
 
 
@@ -86,13 +90,13 @@ def export_backbone(network: Backbone, folder: Path) -> None:
     classes. Raises PecobookError if the packages that write ONNX are not installed.
     """
     size = network.image_size or 224
-    described: dict[str, Any] = {"name": network.name, "image_size": size, "crop": 1.0}
+    described: dict[str, Any] = {"name": network.name, "image_size": size, "crop": 1.0, **range_entry(network)}
     output = "float32 (batch, features), the network's pooled features"
-    lines = onnx_readme.backbone_lines(size)
+    lines = onnx_readme.backbone_lines(size, network.value_range)
     if isinstance(network, Classifier):
         described |= {"crop": network.crop, "classes": list(network.classes)}
         output = f"float32 (batch, {len(network.classes)}), the logits of the classes"
-        lines = onnx_readme.classifier_lines(size, network.crop)
+        lines = onnx_readme.classifier_lines(size, network.crop, network.value_range)
     task = "classification" if isinstance(network, Classifier) else "features"
     _export_fixed_size(network, size, described, {"task": task, "output": output}, lines, folder)
 
@@ -104,10 +108,11 @@ def export_segmenter(model: Segmenter, folder: Path) -> None:
     PecobookError if the packages that write ONNX are not installed.
     """
     size = model.image_size
-    described: dict[str, Any] = {"image_size": size, "classes": list(model.classes)}
+    described: dict[str, Any] = {"image_size": size, "classes": list(model.classes), **range_entry(model)}
     scores = f"float32 (batch, {len(model.classes)}, {size}, {size}), the scores of the classes of every pixel"
     texts = {"task": "segmentation", "scores": scores}
-    lines = onnx_readme.segmenter_lines(size, max(round(size * SegmentTestConfig().stride), 1))
+    step = max(round(size * SegmentTestConfig().stride), 1)
+    lines = onnx_readme.segmenter_lines(size, step, model.value_range)
     _export_fixed_size(FixedSizeSegmenter(model), size, described, texts, lines, folder)
 
 

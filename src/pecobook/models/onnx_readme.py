@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from pecobook.models.snippets import BEST_CLASSES, OPEN_IMAGE, TO_GREY, open_square
+from pecobook.models.snippets import BEST_CLASSES, TO_GREY, open_image, open_square
+from pecobook.settings.images import RangeSetting
 
 _IMPORTS = """\
 import numpy as np
@@ -32,18 +33,18 @@ def readme(metadata: dict[str, Any], lines: str) -> str:
     )
 
 
-def backbone_lines(size: int) -> str:
+def backbone_lines(size: int, value_range: RangeSetting) -> str:
     """Return Python that computes the features of an image at S = `size`."""
     return f"""\
 {_IMPORTS}
 session = onnxruntime.InferenceSession("model.onnx")
-{open_square(size)}
+{open_square(size, value_range=value_range)}
 {_TO_ARRAY}
 features = session.run(None, {{"images": images}})[0][0]
 print(features)"""
 
 
-def classifier_lines(size: int, crop: float) -> str:
+def classifier_lines(size: int, crop: float, value_range: RangeSetting) -> str:
     """Return Python that classifies the central square of an image, a `crop` of the shorter side, at S = `size`."""
     return f"""\
 import json
@@ -51,7 +52,7 @@ import json
 {_IMPORTS}
 session = onnxruntime.InferenceSession("model.onnx")
 {_CLASSES}
-{open_square(size, crop)}
+{open_square(size, crop, value_range)}
 {_TO_ARRAY}
 logits = session.run(None, {{"images": images}})[0][0]
 probabilities = np.exp(logits - logits.max())
@@ -59,13 +60,13 @@ probabilities = probabilities / probabilities.sum()
 {BEST_CLASSES}"""
 
 
-def tokenizer_lines(size: int, channels: int) -> str:
+def tokenizer_lines(size: int, channels: int, value_range: RangeSetting) -> str:
     """Return Python that encodes the central square of an image at `size` pixels and decodes the codes."""
     as_rgb = "restored.repeat(3, axis=1)" if channels == 1 else "restored"
     return f"""\
 {_IMPORTS}
 encoder, decoder = onnxruntime.InferenceSession("encoder.onnx"), onnxruntime.InferenceSession("decoder.onnx")
-{open_square(size)}
+{open_square(size, value_range=value_range)}
 {_TO_ARRAY}
 {TO_GREY if channels == 1 else ""}codes = encoder.run(None, {{"images": images.astype(np.float32)}})[0]
 print(codes)
@@ -74,7 +75,7 @@ picture = {as_rgb}[0].transpose(1, 2, 0) * 255
 Image.fromarray(picture.round().astype(np.uint8)).save("restored.png")"""
 
 
-def segmenter_lines(size: int, step: int) -> str:
+def segmenter_lines(size: int, step: int, value_range: RangeSetting) -> str:
     """Return Python that segments an image of any size by windows of S = `size`, `step` pixels apart.
 
     It computes what `pecobook predict --test.mode slide` computes: the mean over square windows.
@@ -85,7 +86,7 @@ import json
 {_IMPORTS}
 session = onnxruntime.InferenceSession("model.onnx")
 {_CLASSES}
-{OPEN_IMAGE}
+{open_image(value_range)}
 # As `pecobook predict --test.mode slide`: the mean over square windows; the short side becomes {size} pixels.
 width, height = (int(side * {size} / min(image.size) + 0.5) for side in image.size)
 small = image.resize((width, height), Image.Resampling.BICUBIC)

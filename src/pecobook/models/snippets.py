@@ -10,6 +10,8 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+from pecobook.settings.images import AUTO, RangeSetting
+
 PHOTO = "photo.jpg"
 """Stands for the user's image in all lines; `with_image` replaces it."""
 
@@ -35,26 +37,54 @@ def example_image(run: str | Path) -> Path:
     return Path(run) / "samples" / "example.png"
 
 
-# Pillow computes here what `data.decode` and `data.views.center_crop` compute, to within rounding of 8 bits.
-OPEN_IMAGE = f"""\
+def open_image(value_range: RangeSetting = AUTO) -> str:
+    """Return lines that read an image of any mode; they need `np`, and `Image` and `ImageOps` of Pillow.
+
+    Pillow computes here what `data.decode` and `data.views.center_crop` compute, to within rounding of 8 bits. Of
+    16-bit colours Pillow reads the high bytes alone.
+
+    Args:
+        value_range: the values that become black and white in images with more than 8 bits, `value_range` of the
+            network; `AUTO` takes those of 16 bits.
+    """
+    deep, values = 'image.mode.startswith("I;16")', "np.asarray(image) / 257"
+    if value_range != AUTO:
+        low, high = map(float, value_range)
+        deep = 'image.mode[0] in "IF"'
+        values = f"(np.asarray(image, float).clip({low:.10g}, {high:.10g}) - {low:.10g}) / {high - low:.10g} * 255"
+    return f"""\
 image = ImageOps.exif_transpose(Image.open({quoted(PHOTO)}))
-image = Image.fromarray(np.uint8(np.rint(np.asarray(image) / 257))) if image.mode.startswith("I;16") else image
+image = Image.fromarray(np.uint8(np.rint({values}))) if {deep} else image
 image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA")).convert("RGB")"""
-"""Reads an 8-bit or 16-bit image of any mode; needs `np`, and `Image` and `ImageOps` of Pillow."""
 
 
-def open_square(size: int, crop: float = 1.0) -> str:
+def read_image_call(value_range: RangeSetting, *arguments: object) -> str:
+    """Return a call of `pecobook.read_image` for `PHOTO` with further arguments and the range of a network."""
+    ranged = [] if value_range == AUTO else [f"value_range=({', '.join(f'{float(v):.10g}' for v in value_range)})"]
+    return f"read_image({', '.join([quoted(PHOTO), *map(str, arguments), *ranged])})"
+
+
+def range_text(value_range: RangeSetting) -> str:
+    """Return a sentence on the range of values with which a network was trained; empty for `AUTO`."""
+    if value_range == AUTO:
+        return ""
+    low, high = (f"{float(value):.10g}" for value in value_range)
+    return f"In images with more than 8 bits the values {low}..{high} become black..white, as in training."
+
+
+def open_square(size: int, crop: float = 1.0, value_range: RangeSetting = AUTO) -> str:
     """Return lines that read an image with Pillow, crop the central square, and resize it.
 
-    The lines need what `OPEN_IMAGE` needs.
+    The lines need what those of `open_image` need.
 
     Args:
         size: side of the result, pixels.
         crop: side of the square, as a share of the image's shorter side.
+        value_range: as in `open_image`.
     """
     side = "min(image.size)" if crop == 1 else f"round(min(image.size) * {crop})"
     return f"""\
-{OPEN_IMAGE}
+{open_image(value_range)}
 side = {side}
 left, top = (image.width - side) // 2, (image.height - side) // 2
 image = image.crop((left, top, left + side, top + side)).resize(({size}, {size}), Image.Resampling.BICUBIC)"""
@@ -71,7 +101,7 @@ pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1) / 255
 pixels = (pixels - {mean_text}) / {std_text}"""
 
 
-def transformers_lines(folder: str, *, is_classifier: bool) -> str:
+def transformers_lines(folder: str, *, is_classifier: bool, value_range: RangeSetting) -> str:
     """Return lines that apply an export in the format of transformers."""
     auto = "AutoModelForImageClassification" if is_classifier else "AutoModel"
     result = (
@@ -88,6 +118,6 @@ from transformers import AutoImageProcessor, {auto}
 
 processor = AutoImageProcessor.from_pretrained({quoted(folder)})
 model = {auto}.from_pretrained({quoted(folder)}).eval()
-{OPEN_IMAGE}
+{open_image(value_range)}
 inputs = processor(image, return_tensors="pt")
 {result if is_classifier else "features = model(**inputs).pooler_output[0].detach()" + chr(10) + "print(features)"}"""

@@ -14,7 +14,7 @@ from pecobook.models.autoencoder import Decoder, Encoder
 from pecobook.models.export import Card, Exported
 from pecobook.models.nearest import nearest_codeword
 from pecobook.models.quantizer import VectorQuantizer
-from pecobook.models.snippets import PHOTO, TO_GREY, quoted
+from pecobook.models.snippets import TO_GREY, quoted, read_image_call
 from pecobook.models.vit_autoencoder import ViTDecoder, ViTEncoder
 from pecobook.settings.tokenizer import AutoencoderConfig, TokenizerConfig
 from pecobook.settings.values import complete, replace, to_dict
@@ -152,7 +152,7 @@ class PerceptualTokenizer(Exported):
 from pecobook import PerceptualTokenizer, read_image
 
 tokenizer = PerceptualTokenizer.from_pretrained({quoted(source)})
-images = read_image({quoted(PHOTO)}, {self.image_size})[None] / 255  # the central square
+images = {read_image_call(self.value_range, self.image_size)}[None] / 255  # the central square
 {grey}codes = tokenizer.encode(images)  # float (B, C, H, W) in [0, 1] -> int64 (B, {sides})
 print(codes)"""
 

@@ -64,7 +64,7 @@ class GreyTokenizer(nn.Module):
             raise WeightsError(f"Images are read as RGB or grey; this tokenizer has {tokenizer.in_channels} channels.")
         self.tokenizer = tokenizer
         self.num_codewords, self.stride = tokenizer.num_codewords, tokenizer.stride
-        self.image_size = tokenizer.image_size
+        self.image_size, self.value_range = tokenizer.image_size, tokenizer.value_range
 
     @property
     def codebook(self) -> Tensor:

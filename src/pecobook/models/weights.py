@@ -139,7 +139,7 @@ import torch
 from PIL import Image, ImageOps
 
 {lines}
-{open_square(self.image_size or 224, self._crop())}
+{open_square(self.image_size or 224, self._crop(), self.value_range)}
 {normalise(self.mean, self.std)}
 {self._application(names)}"""
 

@@ -24,7 +24,7 @@ class BenchConfig(ImagesConfig):
     batch_size: int = 0
     """Number of images in one step on one device. 0 takes 128 on a GPU and 8 on a CPU."""
     precision: str = "auto"
-    """Precision of autocast: fp32, bf16 or fp16. auto is bf16 where the hardware multiplies it natively, else fp32."""
+    """Precision of autocast: fp32, bf16 or fp16. auto is bf16 where the hardware is faster with it, else fp32."""
     compile: bool = False
     """Compile the model with torch.compile."""
     steps: int = 10

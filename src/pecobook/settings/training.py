@@ -93,7 +93,7 @@ class TrainConfig(ImagesConfig):
     """Distribution of the model over processes: ddp copies the model, fsdp shards it. auto is ddp for several
     processes."""
     precision: Precision = "auto"
-    """Precision of autocast: fp32, bf16 or fp16. auto is bf16 where the hardware multiplies it natively, else fp32."""
+    """Precision of autocast: fp32, bf16 or fp16. auto is bf16 where the hardware is faster with it, else fp32."""
     batch_size: int = 256
     """Number of images in one optimizer step. All devices and accumulation steps share these images."""
     micro_batch_size: int = 0

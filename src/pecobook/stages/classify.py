@@ -17,7 +17,6 @@ from pecobook.data.sampler import key
 from pecobook.data.source import ImageSource, Splits
 from pecobook.data.stream import ViewFunction
 from pecobook.data.views import central_view, random_crop
-from pecobook.engine.launch import say
 from pecobook.engine.optim import layer_decay_groups
 from pecobook.engine.stage import Stage, StageOutput, mean_of_counted, submodule_state
 from pecobook.errors import ConfigError
@@ -48,7 +47,7 @@ class ClassifyStage(Stage[FinetuneConfig]):
         self.config, self.classes = config, classes
         backbone = backbone or load_for_classification(config)
         self._backbone_fields = backbone.name, backbone.args, backbone.mean, backbone.std, config.image_size
-        self.network = backbone.network
+        self.network, self.notes = backbone.network, backbone.notes
         with refusing(backbone.name, "be fine-tuned for classification"):
             self.network.reset_classifier(len(classes))  # type: ignore[operator]
             heads = self.network.get_classifier()  # type: ignore[operator]
@@ -140,8 +139,7 @@ class ClassifyStage(Stage[FinetuneConfig]):
 
     @classmethod
     def build(cls, config: FinetuneConfig, splits: Splits, prebuilt: Backbone | None = None) -> ClassifyStage:
-        """Build the stage, with random weights in the head, and say how the backbone was loaded."""
-        say(prebuilt.notes if prebuilt else ())
+        """Build the stage, with random weights in the head."""
         return cls(config, splits.train.classes or (), prebuilt)
 
     @classmethod

@@ -26,7 +26,7 @@ from pecobook.data.sampler import key
 from pecobook.data.source import Splits
 from pecobook.data.stream import ViewFunction
 from pecobook.data.views import central_view, random_crop
-from pecobook.engine.launch import check_min_batch, say
+from pecobook.engine.launch import check_min_batch
 from pecobook.engine.stage import Stage, StageOutput, submodule_state
 from pecobook.errors import ConfigError
 from pecobook.models.discriminator import PatchDiscriminator, adversarial_losses
@@ -59,6 +59,7 @@ class CodebookStage(Stage[CodebookConfig]):
         self.config = config
         self.tokenizer = build_tokenizer(config)
         self.perceptual = perceptual or build_perceptual_distance(config.perceptual, config.seed)
+        self.notes = self.perceptual.notes if self.perceptual is not None else ()
         self.discriminator = self.classifier = self.contrast = None
         if config.adversarial.weight > 0:
             self.discriminator = PatchDiscriminator(config.adversarial, config.model.in_channels)
@@ -280,7 +281,6 @@ class CodebookStage(Stage[CodebookConfig]):
     @classmethod
     def build(cls, config: CodebookConfig, splits: Splits, prebuilt: PerceptualDistance | None = None) -> CodebookStage:
         """Build the stage, with random weights in the tokenizer."""
-        say(prebuilt.notes if prebuilt else ())
         total = steps(config.max_steps, num_images=len(splits.train), batch_size=config.batch_size)
         # A training that ended before k-means starts the codebook would export a random codebook.
         quantizer = dataclasses.replace(config.quantizer, start_after=min(config.quantizer.start_after, total // 2))

@@ -17,7 +17,6 @@ from pecobook.data.dense.detection import DetectionSource, open_detection
 from pecobook.data.dense.detection_views import evaluation_view, training_view
 from pecobook.data.source import ImageSource, Splits
 from pecobook.data.stream import ViewFunction
-from pecobook.engine.launch import say
 from pecobook.engine.optim import dense_groups
 from pecobook.engine.stage import Stage, StageOutput, submodule_state
 from pecobook.models.dense.detector import Detections, Detector, rescale_boxes
@@ -55,6 +54,7 @@ class DetectStage(Stage[DetectConfig]):
         super().__init__()
         self.config, self.evaluation = config, evaluation
         pyramid, backbone = networks or build_pyramid(config)
+        self.notes = backbone.notes
         self.detector = Detector(
             pyramid,
             describe_pyramid(backbone, config.pyramid, config.image_size),
@@ -149,10 +149,8 @@ class DetectStage(Stage[DetectConfig]):
     def build(
         cls, config: DetectConfig, splits: Splits, prebuilt: tuple[FeaturePyramid, Backbone] | None = None
     ) -> DetectStage:
-        """Build the stage, with random weights in the heads, and say how the backbone was loaded."""
-        say(prebuilt[1].notes if prebuilt else ())
+        """Build the stage, with random weights in the heads."""
         train, evaluation = cast("DetectionSource", splits.train), cast("DetectionSource", splits.evaluation)
-        say(prebuilt[1].notes if prebuilt else ())
         return cls(config, train, evaluation, prebuilt)
 
     @classmethod

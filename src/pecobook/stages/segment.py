@@ -53,6 +53,7 @@ class SegmentStage(Stage[SegmentConfig]):
         super().__init__()
         self.config, self.classes, self.min_batch_size = config, classes, _min_batch_size(config)
         pyramid, backbone = networks or build_pyramid(config)
+        self.notes = backbone.notes
         pyramid_settings = describe_pyramid(backbone, config.pyramid, config.image_size)
         self.model = Segmenter(pyramid, pyramid_settings, classes=classes, config=config)
 
@@ -214,8 +215,7 @@ class SegmentStage(Stage[SegmentConfig]):
     def build(
         cls, config: SegmentConfig, splits: Splits, prebuilt: tuple[FeaturePyramid, Backbone] | None = None
     ) -> SegmentStage:
-        """Build the stage, with random weights in the heads, and say how the backbone was loaded."""
-        say(prebuilt[1].notes if prebuilt else ())
+        """Build the stage, with random weights in the heads."""
         return cls(config, cast("SegmentationSource", splits.train).mask_classes.names, prebuilt)
 
     @classmethod

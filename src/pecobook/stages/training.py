@@ -115,7 +115,8 @@ def _preamble(config: TrainConfig, splits: Splits, stage: Stage[Any]) -> list[st
     """Return lines that say what the run learns from, with what, and for how long."""
     from pecobook.engine.preamble import describe_run
 
-    return aligned([*describe(splits), *describe_run(stage, config, len(splits.train))])
+    weights = [("weights", note) for note in stage.notes]
+    return aligned([*describe(splits), *weights, *describe_run(stage, config, len(splits.train))])
 
 
 def _dry_run(stage_type: type[Stage[C]], config: C, splits: Splits, stage: Stage[C]) -> None:

@@ -2,82 +2,37 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
 from pecobook.data.dense.coco_check import compare_boxes, diagnose_boxes
 from pecobook.data.dense.coco_masks import decompress, runs_box
 from pecobook.data.dense.coco_values import as_flag, as_integer, as_number
-from pecobook.data.dense.detection import DetectionSource, open_detection
+from pecobook.data.dense.detection import open_detection
 from pecobook.errors import DataError
-from tests.coco import compressed, make_coco, make_split, read_coco, uncompressed, write_coco
-
-Content = dict[str, Any]
+from tests.coco import (
+    Content,
+    change,
+    compressed,
+    each,
+    make_coco,
+    make_split,
+    notes_of,
+    read_coco,
+    same_objects,
+    states,
+    train_of,
+    uncompressed,
+)
 
 
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
     return make_coco(tmp_path / "data")
-
-
-def train_of(data: Path, **options: Any) -> DetectionSource:
-    return cast("DetectionSource", open_detection(str(data), **options).train)
-
-
-def notes_of(data: Path, **options: Any) -> tuple[str, ...]:
-    return open_detection(str(data), **options).notes
-
-
-def change(root: Path, edit: Callable[[Content], None], splits: tuple[str, ...] = ("train", "val")) -> None:
-    for split in splits:
-        content = read_coco(root / split)
-        edit(content)
-        write_coco(root / split, content)
-
-
-def each(**functions: Callable[[Content], Any]) -> Callable[[Content], None]:
-    """Return an edit that sets fields of every object."""
-
-    def edit(content: Content) -> None:
-        for entry in content["annotations"]:
-            entry |= {name: function(entry) for name, function in functions.items()}
-
-    return edit
-
-
-def states(change_image: Callable[[Content], Any]) -> Callable[[Content], None]:
-    """Return an edit of every image's entry."""
-
-    def edit(content: Content) -> None:
-        for image in content["images"]:
-            change_image(image)
-
-    return edit
-
-
-def tensors(source: DetectionSource, index: int) -> list[torch.Tensor]:
-    objects = source.objects(index)
-    masks = objects.masks()
-    assert masks is not None
-    return [objects.boxes, objects.labels, masks]
-
-
-def same_objects(found: DetectionSource, expected: DetectionSource) -> bool:
-    return len(found) == len(expected) and all(
-        torch.equal(found.objects(n).boxes, expected.objects(n).boxes)
-        and torch.equal(found.objects(n).labels, expected.objects(n).labels)
-        and torch.equal(
-            cast("torch.Tensor", found.objects(n).masks()), cast("torch.Tensor", expected.objects(n).masks())
-        )
-        for n in range(len(expected))
-    )
 
 
 # --------------------------------------------------------------------------------------------------------------- values
@@ -335,95 +290,6 @@ def test_open__the_root_category_of_roboflow_is_left_out(root: Path) -> None:
     assert train_of(root).classes[0] == "shapes"  # it has an object
 
 
-# -------------------------------------------------------------------------------------------------------------- layouts
-
-
-def rename_files(rename: Callable[[str], str]) -> Callable[[Content], None]:
-    def edit(content: Content) -> None:
-        for image in content["images"]:
-            image["file_name"] = rename(image["file_name"])
-
-    return edit
-
-
-@pytest.mark.parametrize("prefix", ["images\\", "images/", "C:\\work\\", "/home/me/data/images/", "../x/"])
-def test_open__finds_images_by_the_end_of_their_path(prefix: str, root: Path) -> None:
-    expected = train_of(root)
-    change(root, rename_files(lambda name: prefix + name))
-    train = train_of(root)
-    assert same_objects(train, expected)
-    assert train.identify(0) == expected.identify(0)
-
-
-def test_open__two_images_with_the_same_file(root: Path) -> None:
-    change(root, lambda content: content["images"][3].update(file_name="old/1-1.png"), ("train",))
-    with pytest.raises(DataError, match=r"image 121 'old/1-1.png' is the file of another image too: 1-1.png"):
-        open_detection(str(root))
-
-
-def test_open__a_pipe_is_not_an_image(root: Path) -> None:
-    os.mkfifo(root / "train" / "images" / "pipe.png")
-    change(root, lambda content: content["images"][3].update(file_name="pipe.png"), ("train",))
-    with pytest.raises(DataError, match=r"image 121 'pipe\.png' is not in "):
-        open_detection(str(root))
-
-
-LAYOUTS = {
-    "annotations/train.json": ("annotations/train.json", "annotations/val.json", "train", "val"),
-    "COCO": ("annotations/instances_train2017.json", "annotations/instances_val2017.json", "train2017", "val2017"),
-    "COCO in images": (
-        "annotations/instances_train2017.json",
-        "annotations/instances_val2017.json",
-        "images",
-        "images",
-    ),
-    "images/train": (
-        "annotations/instances_train.json",
-        "annotations/instances_val.json",
-        "images/train",
-        "images/val",
-    ),
-    "Roboflow": ("train/_annotations.coco.json", "valid/_annotations.coco.json", "train", "valid"),
-    "top": ("train.json", "val.json", "images", "images"),
-    "FiftyOne with splits": ("train/labels.json", "validation/labels.json", "train/data", "validation/data"),
-    "another name": ("train/objects.json", "val/objects.json", "train/images", "val/images"),
-    "one folder deeper": ("x/train/a.json", "x/val/a.json", "x/train/images", "x/val/images"),
-}
-SINGLE_LAYOUTS = {
-    "CVAT": ("annotations/instances_default.json", "images"),
-    "CVAT with its subset": ("annotations/instances_default.json", "images/default"),
-    "Label Studio": ("result.json", "images"),
-    "FiftyOne": ("labels.json", "data"),
-}
-
-
-def move(source: Path, split: str, target: Path, file: str, folder: str) -> None:
-    (target / file).parent.mkdir(parents=True, exist_ok=True)
-    shutil.copytree(source / split / "images", target / folder, dirs_exist_ok=True)
-    shutil.copy(source / split / "instances.json", target / file)
-
-
-@pytest.mark.parametrize("name", list(LAYOUTS))
-def test_open__layouts_of_other_tools(name: str, root: Path, tmp_path: Path) -> None:
-    train, evaluation, train_images, evaluation_images = LAYOUTS[name]
-    target = tmp_path / "target"
-    move(root, "train", target, train, train_images)
-    move(root, "val", target, evaluation, evaluation_images)
-    splits = open_detection(str(target))
-    assert (len(splits.train), len(splits.evaluation), splits.evaluation_name) == (10, 4, "validation")
-    assert same_objects(cast("DetectionSource", splits.train), train_of(root))
-
-
-@pytest.mark.parametrize("name", list(SINGLE_LAYOUTS))
-def test_open__layouts_of_tools_without_splits(name: str, root: Path, tmp_path: Path) -> None:
-    move(root, "train", tmp_path / "target", *SINGLE_LAYOUTS[name])
-    splits = open_detection(str(tmp_path / "target"))
-    assert (len(splits.train), len(splits.evaluation), splits.evaluation_name) == (9, 1, "held-out 10% of train")
-    held_out = cast("DetectionSource", splits.evaluation)
-    assert held_out.left_out == {}
-    assert cast("DetectionSource", splits.train).left_out == {"crowds (iscrowd 1)": 1}
-
-
 def test_open__stated_sizes_may_be_missing(root: Path) -> None:
     expected = train_of(root)
     change(root, states(lambda image: (image.pop("width"), image.pop("height"))))
@@ -453,34 +319,6 @@ def test_open__says_which_boxes_and_masks_are_too_small(root: Path) -> None:
     assert any("1 boxes are narrower than a pixel" in note for note in notes)
 
 
-@pytest.mark.parametrize(("ending", "kind"), [("xml", "Pascal VOC's XML"), ("txt", "YOLO's text files")])
-def test_open__names_a_format_that_is_not_read(tmp_path: Path, ending: str, kind: str) -> None:
-    (tmp_path / "labels").mkdir()
-    (tmp_path / "labels" / f"1.{ending}").write_text("0 0.5 0.5 0.1 0.1")
-    with pytest.raises(DataError, match=f"{kind} are not read"):
-        open_detection(str(tmp_path))
-
-
-def test_open__finds_images_in_other_spellings(root: Path) -> None:
-    folder = root / "train" / "images"
-    (folder / "1-1.png").rename(folder / "a b.png")
-    (folder / "1-2.png").rename(folder / "e\u0301.png")  # as macOS writes it
-    change(root, lambda content: content["images"][1].update(file_name="/data/upload/a%20b.png"), ("train",))
-    change(root, lambda content: content["images"][2].update(file_name="\u00e9.png"), ("train",))
-    train = train_of(root)
-    assert train.identify(1).endswith("a b.png")
-    assert train.read(2).shape == (3, 52, 40)
-
-
 def test_open__names_categories_that_differ_only_in_case(root: Path) -> None:
     change(root, lambda content: content["categories"].append({"id": 4, "name": " Disc"}))
     assert any("the categories 'disc' and ' Disc' differ only in case" in note for note in notes_of(root))
-
-
-def test_open__names_images_of_both_splits(root: Path, tmp_path: Path) -> None:
-    target = tmp_path / "target"
-    move(root, "train", target, "annotations/train.json", "images")
-    move(root, "val", target, "annotations/val.json", "images")
-    assert not any("training images too" in note for note in notes_of(target))
-    shutil.copy(target / "annotations/train.json", target / "annotations/val.json")
-    assert any("10 held-out images are training images too" in note for note in notes_of(target))

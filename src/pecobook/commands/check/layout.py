@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from pecobook.data.decode import open_image
-from pecobook.data.dense.coco_files import find_annotations
+from pecobook.data.dense.coco_files import find_annotations, looks_like_coco
 from pecobook.data.dense.segmentation_pairs import find_pairs
 from pecobook.errors import DataError
 
@@ -16,7 +16,7 @@ def layout_of(data: str) -> str:
     if not data or not root.is_dir():
         return "images"
     try:
-        if any(_has_objects(file) for files in find_annotations(root).values() for file, _ in files):
+        if any(looks_like_coco(file) for files in find_annotations(root).values() for file, _ in files):
             return "detect"
         found = find_pairs(data, root)
     except (DataError, OSError):
@@ -32,10 +32,3 @@ def _is_photograph(mask: Path) -> bool:
             return picture.format == "JPEG" and picture.mode == "RGB"
     except Exception:  # a header of arbitrary bytes may raise any exception
         return False
-
-
-def _has_objects(file: Path) -> bool:
-    """Return whether the beginning of a JSON file looks like COCO's format."""
-    with file.open("rb") as stream:
-        start = stream.read(65_536)
-    return any(word in start for word in (b'"images"', b'"annotations"', b'"categories"'))

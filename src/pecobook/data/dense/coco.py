@@ -72,7 +72,9 @@ def read_annotations(file: Path, folders: Sequence[Path], findings: Findings, *,
 
 def _tables(content: Any) -> tuple[list[Any], list[Any], list[Any]]:
     if not isinstance(content, dict):
-        raise ValueError("holds no JSON object with images, annotations and categories")
+        raise ValueError(
+            "holds no JSON object with images, annotations and categories (Label Studio also exports COCO)"
+        )
     missing = [name for name in ("images", "annotations", "categories") if not isinstance(content.get(name), list)]
     if missing:
         raise ValueError(f"has no list '{missing[0]}', which COCO's format requires")

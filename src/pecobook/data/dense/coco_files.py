@@ -16,6 +16,7 @@ from pecobook.data.split_names import inside_wrapper, split_of_name
 
 _FILES = ("instances.json", "_annotations.coco.json", "annotations.json", "labels.json", "result.json")
 _IMAGE_FOLDERS = ("images", "data", "img")
+_ANNOTATION_FOLDERS = ("annotations", "annotation", "labels", "json")
 _OTHER_TASKS = ("captions_", "person_keypoints_", "image_info_", "panoptic_", "stuff_")
 _SAMPLE = 50
 
@@ -36,11 +37,21 @@ def find_annotations(root: Path) -> AnnotationFiles:
 
 def other_format(root: Path) -> str:
     """Return the format of annotations that are not read, but that lie in a folder; empty if there are none."""
-    for _, _, names in list(itertools.islice(os.walk(root), 20)):
-        for ending, kind in ((".xml", "Pascal VOC's XML"), (".txt", "YOLO's text files")):
-            if sum(name.endswith(ending) for name in names) > len(names) / 2 > 0:
-                return kind
-    return ""
+    folders = [(Path(top), names) for top, _, names in itertools.islice(os.walk(root), _SAMPLE)]
+    if any("annotations.xml" in names for _, names in folders):
+        return "CVAT's XML (CVAT also exports COCO 1.0)"
+    if any("samples.json" in names for _, names in folders):
+        return "FiftyOne's own files (FiftyOne also exports COCODetectionDataset)"
+    per_image = ((".xml", 1, "Pascal VOC's XML"), (".json", 2, "JSON files for each image, as of labelme,"))
+    for ending, least, kind in per_image:
+        if any(sum(name.endswith(ending) for name in names) >= max(len(names) / 2 - 1, least) for _, names in folders):
+            return kind
+    is_yolo = any(top.name == "labels" or top.parent.name == "labels" for top, names in folders if _num_texts(names))
+    return "YOLO's text files" if is_yolo or any(_num_texts(names) > len(names) / 3 for _, names in folders) else ""
+
+
+def _num_texts(names: list[str]) -> int:
+    return sum(name.endswith(".txt") for name in names)
 
 
 def _in_split_folders(root: Path) -> AnnotationFiles:
@@ -57,7 +68,7 @@ def _in_annotations(root: Path) -> AnnotationFiles:
     """Find annotations/instances_train2017.json (COCO), annotations/instances_default.json (CVAT) and the like."""
     found: AnnotationFiles = {}
     for folder in _folders(root):
-        if folder.name.lower() not in ("annotations", "annotation"):
+        if folder.name.lower() not in _ANNOTATION_FOLDERS:
             continue
         files = [file for file in _json_files(folder) if not file.name.startswith(_OTHER_TASKS)]
         for file in [file for file in files if file.name.startswith("instances_")] or files:
@@ -93,23 +104,34 @@ def _known_files(folder: Path) -> list[Path]:
 
 
 def _files_in(folder: Path) -> list[Path]:
-    """Return the files of annotations in a folder; a file with another name is taken if it is the only JSON file."""
+    """Return the files of annotations in a folder; one with another name is taken if no other JSON file is COCO's."""
     others = _json_files(folder)
+    others = others if len(others) == 1 else [file for file in others[:_SAMPLE] if looks_like_coco(file)]
     return _known_files(folder) or (others if len(others) == 1 else [])
 
 
+def looks_like_coco(file: Path) -> bool:
+    """Return whether the beginning of a JSON file looks like COCO's format."""
+    with file.open("rb") as stream:
+        start = stream.read(65_536)
+    return any(word in start for word in (b'"images"', b'"annotations"', b'"categories"'))
+
+
 def _image_folders(folder: Path) -> list[Path]:
-    return [*(folder / name for name in _IMAGE_FOLDERS if (folder / name).is_dir()), folder]
+    inner = {path.name.lower(): path for path in _folders(folder)}
+    return [*(inner[name] for name in _IMAGE_FOLDERS if name in inner), folder]
 
 
 def _folders_of_split(root: Path, name: str, split: str) -> list[Path]:
     """Return the folders in which the images of a split may lie: NAME/, images/NAME/, images/train/, images/, ..."""
-    folders = [root / name, root / "images" / name]
-    for parent in (root, root / "images"):
-        if parent.is_dir():
-            folders += [path for path in _folders(parent) if split_of_name(path.name) == split]
-    folders += [root / "images" / "default", *(part for path in folders[2:] for part in _image_folders(path))]
-    return [path for path in dict.fromkeys([*folders, *_image_folders(root)]) if path.is_dir()]
+    parents = [root, *(path for path in _image_folders(root) if path != root)]
+    inner = [path for parent in parents for path in _folders(parent)]
+    folders = [path for path in inner if path.name == name] + [
+        path for path in inner if split_of_name(path.name) == split
+    ]
+    folders += [path for path in inner if path.name == "default"]
+    within = [part for path in folders for part in _image_folders(path) if part != path]
+    return list(dict.fromkeys([*folders, *within, *_image_folders(root)]))
 
 
 def count_unnamed(named: set[Path]) -> int:
@@ -155,7 +177,7 @@ class ImageFiles:
         """
         path = self._locate(self.root, name, None)
         if not path:
-            raise UnusableError(f"'{name}' is not in {self.root}", "images that are missing")
+            raise UnusableError(f"'{name}' is not in {self.root}{self._similar(name)}", "images that are missing")
         if path in self._found:
             raise UnusableError(f"'{name}' is the file of another image too: {path}", "images that cannot be used")
         self._found.add(path)
@@ -170,7 +192,18 @@ class ImageFiles:
         for path in paths[:tries]:
             if Path(path).name in self._listing((root / path).parent):
                 return path
+        for path in paths if tries is None else ():  # written on a system that does not tell cases apart
+            alike = [other for other in self._listing((root / path).parent) if other.lower() == Path(path).name.lower()]
+            if len(alike) == 1:
+                return str(Path(path).with_name(alike[0]))
         return ""
+
+    def _similar(self, name: str) -> str:
+        """Return words on a file that is called `name` apart from the extension; empty if there is none."""
+        path = Path(name.replace("\\", "/"))
+        others = self._listing((self.root / path).parent) or self._listing(self.root)
+        other = next((other for other in sorted(others) if Path(other).stem in (path.stem, path.name)), None)
+        return f", but '{other}' is" if other else ""
 
     def _listing(self, folder: Path) -> set[str]:
         """Return the names of the files in a folder, without pipes and devices, which have no end."""

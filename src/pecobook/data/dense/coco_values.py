@@ -12,7 +12,6 @@ from pecobook.utils.numbers import is_number
 
 _INTEGER = re.compile(r"\s*([+-]?\d{1,19})(\.0*)?\s*", re.ASCII)
 _FLAGS = {"0": False, "1": True, "false": False, "true": True, "none": False, "": False}
-_NO_GROUP = ("", "none", "None", None)
 
 
 class UnusableError(ValueError):
@@ -95,20 +94,19 @@ def read_categories(categories: list[Any], used: set[int]) -> tuple[dict[int, st
         if number is None or category.get("name") is None:
             raise ValueError(f"category {json.dumps(category)[:60]} has no integer 'id' or no 'name'")
         parsed.append((number, str(category["name"]), category.get("supercategory")))
-    groups = {str(group) for _, name, group in parsed if group not in (*_NO_GROUP, name)}
-    has_group = any(group not in _NO_GROUP for _, _, group in parsed)
+    groups = {str(group) for _, name, group in parsed if group != name}
     names: dict[int, str] = {}
     notes: list[str] = []
     # Categories with objects come first, so that an unused one with the same name is the one that is left out.
-    for number, name, group in sorted(parsed, key=lambda entry: (entry[0] not in used, entry[0])):
+    for number, name, _ in sorted(parsed, key=lambda entry: (entry[0] not in used, entry[0])):
         if names.get(number) == name:
             continue
-        if number not in used and has_group and group in _NO_GROUP and name in groups | set(names.values()):
-            notes.append(f"category {number} '{name}' is left out: it has no object and is the group of others")
-        elif number in names or (name in names.values() and number in used):
+        is_group, is_taken = name in groups, name in names.values()
+        if number not in used and (is_group or is_taken):
+            why = "is the group of others" if is_group else "another one has its name"
+            notes.append(f"category {number} '{name}' is left out: it has no object and {why}")
+        elif number in names or is_taken:
             raise ValueError(f"category {number} ('{name}') has the id or the name of another category")
-        elif name in names.values():
-            notes.append(f"category {number} '{name}' is left out: it has no object, and another one has its name")
         else:
             names[number] = name
     if not names:

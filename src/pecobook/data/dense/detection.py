@@ -16,6 +16,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, cast
@@ -206,6 +208,9 @@ def open_detection(data: str, *, skip_bad: bool = False, masks: bool = True) -> 
     if "validation" in splits and "test" in splits:
         findings.notes.append(f"{parts['test'][0]}: holds no object, so that the validation split is evaluated.")
         splits.pop("test")
+    elif "test" in splits and not len(splits["test"].boxes) and not splits["test"].left_out:
+        findings.notes.append(f"{parts['test'][0]}: holds no object, so that 10% of the training images are held out.")
+        splits.pop("test")
     elif "validation" in parts and "test" in parts:
         findings.notes.append(f"{parts['validation'][0]}: is not used, because the test split is held out.")
     if not findings.fatal:
@@ -261,13 +266,21 @@ def _compare_splits(splits: Mapping[str, Annotations], files: Mapping[str, Path]
 
 def _raise_findings(data: str, findings: Findings, skip_bad: bool) -> None:
     """Raise DataError with all findings, except problems if `skip_bad` leaves them out."""
-    lines = findings.fatal + ([] if skip_bad else findings.problems)
+    lines = _grouped(findings.fatal + ([] if skip_bad else findings.problems))
     if not lines:
         return
     more = f"\n... and {len(lines) - _MAX_LINES:,} more." if len(lines) > _MAX_LINES else ""
     remedy = "\nCorrect them" + ("." if findings.fatal else ", or leave out these images and objects with --skip-bad.")
-    count = f"{len(lines):,} problem{'s' if len(lines) > 1 else ''}"
+    total = len(findings.fatal) + (0 if skip_bad else len(findings.problems))
+    count = f"{total:,} problem{'s' if total > 1 else ''}"
     raise DataError(f"--data '{data}' has {count}:\n" + "\n".join(lines[:_MAX_LINES]) + more + remedy)
+
+
+def _grouped(lines: list[str]) -> list[str]:
+    """Return the first of all lines that differ only in numbers and quoted names, with the number of the others."""
+    counts = Counter(kinds := [re.sub(r"'[^']*'|\"[^\"]*\"|[-+.\d]+", "#", line) for line in lines])
+    first = dict(zip(reversed(kinds), reversed(lines), strict=True))
+    return [first[kind] + (f" ({count - 1:,} more like this)" if count > 1 else "") for kind, count in counts.items()]
 
 
 def _require_objects(data: str, file: Path, annotations: Annotations, skip_bad: bool) -> None:

@@ -34,7 +34,7 @@ from pecobook.data.dense.segmentation_classes import IGNORE, MaskClasses, ignore
 from pecobook.data.dense.segmentation_pairs import find_pairs
 from pecobook.data.source import ImageSource, Integers, Splits, Store, hold_out, unused_splits
 from pecobook.data.split_names import group_by_split
-from pecobook.data.tables import TableStore, hub_tables
+from pecobook.data.tables import TableStore, load_hub
 from pecobook.errors import DataError, listed
 
 _MASK_COLUMNS = ("mask", "annotation", "label", "segmentation", "segmentation_mask", "annotations", "labels", "gt")
@@ -316,7 +316,7 @@ def _hub_stores(data: str) -> dict[str, MaskStore]:
     from datasets import Image
 
     stores: dict[str, MaskStore] = {}
-    for split, (name, config, declared, table) in hub_tables(data).items():
+    for split, (name, config, declared, table) in load_hub(data)[0].items():
         columns = [column for column, kind in table.features.items() if isinstance(kind, Image)]
         mask = next((column for column in _MASK_COLUMNS if column in columns), None)
         image = "image" if "image" in columns else next((column for column in columns if column != mask), None)

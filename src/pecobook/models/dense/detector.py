@@ -31,7 +31,7 @@ from torchvision.ops.poolers import LevelMapper
 
 from pecobook.models.dense.pyramid import FeaturePyramid, rebuild_pyramid
 from pecobook.models.export import Card, Exported
-from pecobook.models.snippets import PHOTO, quoted
+from pecobook.models.snippets import quoted, read_image_call
 from pecobook.settings.detect import DetectorConfig
 from pecobook.utils.images import check_pixels, fitted_size, resize
 
@@ -221,7 +221,7 @@ class Detector(Exported):
 from pecobook import Detector, read_image
 
 model = Detector.from_pretrained({quoted(source)})
-found = model.predict(read_image({quoted(PHOTO)}))  # boxes are left, top, right, bottom in pixels
+found = model.predict({read_image_call(self.value_range)})  # boxes are left, top, right, bottom in pixels
 names = [model.classes[label - 1] for label in found.labels.tolist()]
 print(list(zip(names, found.scores.tolist(), found.boxes.tolist()))[:5])"""
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from pecobook.models.dense.pyramid import FeaturePyramid, rebuild_pyramid
 from pecobook.models.export import Card, Exported
-from pecobook.models.snippets import PHOTO, quoted
+from pecobook.models.snippets import quoted, read_image_call
 from pecobook.settings.segment import SegmenterConfig, SegmentTestConfig
 from pecobook.utils.images import check_pixels, fitted_size, resize, to_float
 
@@ -156,7 +156,7 @@ class Segmenter(Exported):
 from pecobook import Segmenter, read_image
 
 model = Segmenter.from_pretrained({quoted(source)})
-classes = model.predict(read_image({quoted(PHOTO)}))  # int64 (H, W): a number in model.classes for every pixel
+classes = model.predict({read_image_call(self.value_range)})  # int64 (H, W): a number in model.classes for every pixel
 print({{model.classes[number]: int((classes == number).sum()) for number in classes.unique().tolist()}})"""
 
     def card(self, origin: str) -> Card:  # noqa: ARG002
