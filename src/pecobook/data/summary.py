@@ -19,7 +19,7 @@ from typing import cast
 import numpy as np
 
 from pecobook.data.decode import BadImage, check_regular, open_image
-from pecobook.data.dense.counts import pixels_per_value
+from pecobook.data.dense.counts import pixels_per_class, pixels_per_value
 from pecobook.data.dense.detection import DetectionSource
 from pecobook.data.dense.segmentation import SegmentationSource
 from pecobook.data.dense.segmentation_classes import MaskClasses
@@ -301,11 +301,6 @@ def pixels_text(classes: MaskClasses, values: Mapping[int, int]) -> str:
         text += f", none of {first_of(absent)}" if absent else ""
     ignored = sum(values.get(value, 0) for value in classes.ignored)
     return text + (f"; {_percent(ignored / everything)} of all are ignored" if ignored else "")
-
-
-def pixels_per_class(classes: MaskClasses, values: Mapping[int, int]) -> dict[str, int]:
-    """Return the number of pixels of each class."""
-    return {name: values.get(value, 0) for name, value in zip(classes.names, classes.values, strict=True)}
 
 
 def spread(counts: Mapping[str, int]) -> str:

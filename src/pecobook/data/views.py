@@ -96,7 +96,8 @@ def shortest_side(view: Callable[..., Any]) -> int:
         view: a method of an object with `image_size` and `min_crop`, such as `NamedViews`, or a partial of a function
             with the arguments `size` and `min_area`, or of `central_view`.
     """
-    owner, arguments = getattr(view, "__self__", None), getattr(view, "keywords", {})
+    owner = getattr(view, "__self__", None)
+    arguments: dict[str, float] = getattr(view, "keywords", {})
     if owner is not None and hasattr(owner, "min_crop"):
         arguments = {"size": owner.image_size, "min_area": owner.min_crop}
     if "min_area" in arguments:

@@ -14,6 +14,7 @@ import numpy.typing as npt
 from torch.utils.data import DataLoader, Dataset
 
 from pecobook.data.dense.coco_check import compare_boxes
+from pecobook.data.dense.counts import pixels_per_class
 from pecobook.data.dense.detection import DetectionSource
 from pecobook.data.dense.segmentation import SegmentationSource
 from pecobook.data.source import ImageSource, Splits
@@ -26,7 +27,6 @@ from pecobook.data.summary import (
     describe,
     left_out_of,
     look,
-    pixels_per_class,
 )
 from pecobook.engine.log import Progress
 from pecobook.errors import DataError, first_line
