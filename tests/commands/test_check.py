@@ -385,3 +385,14 @@ def test_layout_of__tells_objects_masks_and_images_apart(images: Path, tmp_path:
     write(tmp_path / "c" / "pictures" / "1.png", 1)
     assert layout_of(str(tmp_path / "c")) == "images"
     assert open_images(str(tmp_path / "c")).train.classes == ("images", "pictures")
+
+
+def test_layout_of__photographs_of_masks(tmp_path: Path) -> None:
+    for number in range(4):
+        for name in ("mask", "no_mask"):
+            write(tmp_path / name / f"{number}.jpg", number, mode="RGB")
+    assert layout_of(str(tmp_path)) == "images"
+    for file in tmp_path.glob("mask/*.jpg"):
+        write(file.with_suffix(".png"), 1)
+        file.unlink()
+    assert layout_of(str(tmp_path)) == "segment"

@@ -19,10 +19,10 @@ from torch import Tensor
 from pecobook import cli, predict
 from pecobook.commands.predict import file_name, list_images, writers
 from pecobook.data.decode import decode
-from pecobook.data.dense.mask_files import decode_mask
 from pecobook.errors import ConfigError, DataError, RunFolderError, WeightsError
 from pecobook.models.dense.segmenter import Segmenter
 from pecobook.models.weights import load_backbone
+from tests.data.dense.masks import decode_mask
 from tests.runs import codebook_run, objects, shapes, train, vit_run
 
 __all__ = ["codebook_run", "vit_run"]  # the fixtures

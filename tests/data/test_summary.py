@@ -68,6 +68,16 @@ def test_describe__names_the_unreadable_images_of_the_sample(tmp_path: Path) -> 
     assert text == f"1 of 10, the first: {tmp_path / '3.png'}: not an image, or an unsupported format"
 
 
+def test_describe__names_masks_that_are_taken_for_a_class(tmp_path: Path) -> None:
+    for number in range(4):
+        write(tmp_path / "CXR_png" / f"x{number}.png")
+        write(tmp_path / "lung masks" / f"x{number}_mask.png", value=number)
+    text = "The class 'lung masks' has files of the names of other classes' files: if it holds masks, move it away."
+    assert dict(describe(open_images(str(tmp_path))))["note"] == text
+    (tmp_path / "lung masks").rename(tmp_path / "lungs")
+    assert "note" not in dict(describe(open_images(str(tmp_path))))
+
+
 def test_describe__counts_the_objects_of_each_class_in_each_split(tmp_path: Path) -> None:
     splits = open_detection(str(make_coco(tmp_path)))
     lines = describe(splits)

@@ -33,6 +33,8 @@ MAX_PIXELS = 2**27
 """An image of more pixels is bad: it would take more than 512 MiB as RGBA. PECOBOOK_MAX_PIXELS overrides this."""
 MAX_BYTES = 2**30
 """An image file of more bytes is bad; it is not read."""
+REDUCED_PIXELS = 2**23
+"""A JPEG of more pixels may be decoded at a smaller size."""
 Range: TypeAlias = ValueRange | Survey
 _STRIP_PIXELS = 2**22
 _ORIENTATION, _WIDTH, _HEIGHT = 0x0112, 256, 257
@@ -60,7 +62,9 @@ class BadImage(Exception):  # noqa: N818 (it is counted, and ends no run)
         return f"{self.name}: {self.reason}"
 
 
-def decode(data: bytes, channels: int = 3, *, name: str = "image", value_range: Range | None = None) -> Tensor:
+def decode(
+    data: bytes, channels: int = 3, *, name: str = "image", value_range: Range | None = None, shortest: int = 0
+) -> Tensor:
     """Decode the bytes of an image file.
 
     The orientation of the EXIF data is applied. An animation gives its first frame, a file of several pages its first
@@ -74,6 +78,8 @@ def decode(data: bytes, channels: int = 3, *, name: str = "image", value_range: 
         name: the image's name in an error.
         value_range: the values that become black and white, for images with more than 8 bits; a `Survey` sees the
             values, and the pixels that are then returned have no meaning.
+        shortest: above 0, a JPEG of more than `REDUCED_PIXELS` may be decoded at a half, a quarter or an eighth of its
+            size, as long as its shorter side keeps this many pixels; that saves memory and half of the time.
 
     Returns:
         uint8 (channels, H, W). The memory layout is mostly H, W, channels, which is the fastest one to resize, so the
@@ -94,7 +100,7 @@ def decode(data: bytes, channels: int = 3, *, name: str = "image", value_range: 
         with warnings.catch_warnings():
             # Pillow warns about odd metadata and large images; neither matters here.
             warnings.simplefilter("ignore")
-            return _decode(data, channels, value_range)
+            return _decode(data, channels, value_range, shortest)
     except BadImage as error:
         raise BadImage(name, error.reason) from None
     # On arbitrary bytes a decoder may raise any exception (SyntaxError, struct.error, KeyError, MemoryError, ...).
@@ -102,13 +108,15 @@ def decode(data: bytes, channels: int = 3, *, name: str = "image", value_range: 
         raise BadImage(name, _reason(error)) from error
 
 
-def _decode(data: bytes, channels: int, value_range: Range | None) -> Tensor:
+def _decode(data: bytes, channels: int, value_range: Range | None, shortest: int) -> Tensor:
     with open_image(io.BytesIO(data)) as image:
         if isinstance(value_range, Survey):
             value_range.see(image, data)
             height, width = header_size(data) or (0, 0)
             return torch.zeros((), dtype=torch.uint8).expand(channels, height, width)
         if _is_fast(image):
+            if shortest and _is_reduced(image, shortest):
+                return from_pillow(image, channels)
             try:
                 return turn(_decode_fast(data, image.format, channels), orientation_of(image))
             except RuntimeError:  # Pillow tolerates more damage, such as a missing end marker
@@ -144,6 +152,14 @@ def _is_fast(image: Image) -> bool:
     if image.format == "WEBP":  # torchvision ignores the frames of a WebP
         return image.mode == "RGB" and not getattr(image, "is_animated", False)
     return False
+
+
+def _is_reduced(image: Image, shortest: int) -> bool:
+    """Let the decoder of a large JPEG reduce it while its sides keep `shortest` pixels; return whether it will."""
+    size = image.size
+    if image.format != "WEBP" and size[0] * size[1] > REDUCED_PIXELS:
+        image.draft(image.mode, (shortest, shortest))
+    return image.size != size
 
 
 def _decode_fast(data: bytes, format_name: str | None, channels: int) -> Tensor:

@@ -110,9 +110,20 @@ class ImageSource:
     def __len__(self) -> int:
         return len(self._store) if self._rows is None else len(self._rows)
 
-    def read(self, index: int) -> Tensor:
-        """Read and decode image `index`: uint8 (3, H, W), RGB. Raises BadImage if the image cannot be read."""
-        return self._store.read(self._row(index))
+    def read(self, index: int, shortest: int = 0) -> Tensor:
+        """Read and decode image `index`: uint8 (3, H, W), RGB.
+
+        Args:
+            index: number of the image.
+            shortest: above 0, a large JPEG may be reduced, while its shorter side keeps this many pixels; see `decode`.
+
+        Raises:
+            BadImage: the image cannot be read.
+        """
+        row, encoded = self._row(index), getattr(self._store, "encoded", None)
+        if not shortest or encoded is None:
+            return self._store.read(row)
+        return decode(encoded(row), name=self.identify(index), value_range=self._store.value_range, shortest=shortest)
 
     def file(self, index: int) -> Path | bytes | None:
         """Return the path of the file of image `index`, or its bytes where it lies within another file.

@@ -18,7 +18,7 @@ from pecobook.data.decode import BadImage
 from pecobook.data.loading import Batches
 from pecobook.data.sampler import fixed_permutation, key, permute
 from pecobook.data.source import ImageSource
-from pecobook.data.views import center_crop
+from pecobook.data.views import center_crop, shortest_side
 from pecobook.errors import DataError
 from pecobook.utils.devices import cores
 
@@ -52,6 +52,7 @@ class Stream(Dataset[dict[str, Any]]):
     ) -> None:
         self.source, self.view, self.seed = source, view, seed
         self.companion, self.num_views = companion, num_views
+        self.shortest = shortest_side(view)
         self.failure = ""
         """A sentence on a data-loading process that was killed."""
 
@@ -81,7 +82,7 @@ class Stream(Dataset[dict[str, Any]]):
 
     def views(self, index: int, numbers: Iterable[int]) -> list[dict[str, Any]]:
         """Returns the views `numbers` of image `index`, which is read once. Raises BadImage."""
-        contents = self.source.sample(index)
+        contents = (self.source.read(index, self.shortest),) if self.shortest else self.source.sample(index)
         return [self.view(*contents, key(self.seed, index, number)) for number in numbers]
 
 
@@ -134,7 +135,10 @@ class _CentralCrops(Dataset[dict[str, Any]]):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         try:
-            sample: dict[str, Any] = {"image": center_crop(self.source.read(index), self.size), "skipped": []}
+            sample: dict[str, Any] = {
+                "image": center_crop(self.source.read(index, 4 * self.size), self.size),
+                "skipped": [],
+            }
         except BadImage as error:
             return {"skipped": [str(error)]}
         if self.source.labels is not None:

@@ -19,16 +19,18 @@ from typing import cast
 import numpy as np
 
 from pecobook.data.decode import BadImage, check_regular, open_image
-from pecobook.data.dense.counts import pixels_per_value
+from pecobook.data.dense.counts import pixels_per_class, pixels_per_value
 from pecobook.data.dense.detection import DetectionSource
 from pecobook.data.dense.segmentation import SegmentationSource
 from pecobook.data.dense.segmentation_classes import MaskClasses
+from pecobook.data.dense.segmentation_pairs import masks_among_classes, names_masks
 from pecobook.data.source import ImageSource, Splits
 
 SAMPLE_IMAGES = 256
 SAMPLE_MASKS = 64
 _SAMPLE_SECONDS = 2.0  # on a slow disk the sample ends here
 _LISTED_CLASSES = 6
+_FEW_IMAGES = 20_000  # of so many the names of files are compared
 Lines = list[tuple[str, str]]
 
 
@@ -222,7 +224,21 @@ def describe(splits: Splits, census: Census | None = None, *, evaluation: Census
     if census.num_bad:
         reason, names = next(iter(census.bad.items()))
         lines.append(("unreadable", f"{census.num_bad:,} of {census.images:,}, the first: {names[0]}: {reason}"))
-    return [*lines, *(("note", note) for note in splits.notes)]
+    notes = [*splits.notes, *_masks_that_are_learned(train)]
+    return [*lines, *(("note", note) for note in notes)]
+
+
+def _masks_that_are_learned(source: ImageSource) -> list[str]:
+    """Return a note where one of a few class folders seems to hold the masks of the others."""
+    classes = source.classes or ()
+    if source.labels is None or len(classes) > 4 or len(source) > _FEW_IMAGES or not any(map(names_masks, classes)):
+        return []
+    files: dict[str, list[str]] = {name: [] for name in classes}
+    for index, label in enumerate(source.labels.tolist()):
+        files[classes[label]].append(source.identify(index))
+    name = masks_among_classes(files)
+    text = f"The class '{name}' has files of the names of other classes' files: if it holds masks, move it away."
+    return [text] if name else []
 
 
 def left_out_of(splits: Splits) -> Counter[str]:
@@ -285,11 +301,6 @@ def pixels_text(classes: MaskClasses, values: Mapping[int, int]) -> str:
         text += f", none of {first_of(absent)}" if absent else ""
     ignored = sum(values.get(value, 0) for value in classes.ignored)
     return text + (f"; {_percent(ignored / everything)} of all are ignored" if ignored else "")
-
-
-def pixels_per_class(classes: MaskClasses, values: Mapping[int, int]) -> dict[str, int]:
-    """Return the number of pixels of each class."""
-    return {name: values.get(value, 0) for name, value in zip(classes.names, classes.values, strict=True)}
 
 
 def spread(counts: Mapping[str, int]) -> str:

@@ -11,6 +11,8 @@ B batch size, H and W height and width in pixels, u uniform numbers in [0, 1).
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -82,6 +84,27 @@ def center_crop(image: Tensor, size: int, *, share: float = 1.0) -> Tensor:
     side = max(round(min(height, width) * share), 1)
     top, left = (height - side) // 2, (width - side) // 2
     return resize(image[:, top : top + side, left : left + side], size, size)
+
+
+def shortest_side(view: Callable[..., Any]) -> int:
+    """Return the shorter side that large images must keep for a view function, pixels; 0 where it needs whole images.
+
+    A random crop is then reduced to half of its side or less, and a central crop to a quarter, so that the reduction
+    changes few values of the view by more than a level.
+
+    Args:
+        view: a method of an object with `image_size` and `min_crop`, such as `NamedViews`, or a partial of a function
+            with the arguments `size` and `min_area`, or of `central_view`.
+    """
+    owner = getattr(view, "__self__", None)
+    arguments: dict[str, float] = getattr(view, "keywords", {})
+    if owner is not None and hasattr(owner, "min_crop"):
+        arguments = {"size": owner.image_size, "min_area": owner.min_crop}
+    if "min_area" in arguments:
+        return math.ceil(2 * arguments["size"] / math.sqrt(0.75 * arguments["min_area"]))
+    if getattr(view, "func", None) is central_view:
+        return math.ceil(4 * arguments["size"] / arguments.get("share", 1.0))
+    return 0
 
 
 def central_view(image: Tensor, view_key: int, *, size: int, share: float = 1.0) -> dict[str, Tensor]:  # noqa: ARG001

@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
+import numpy.typing as npt
 from PIL import Image
 
+from pecobook.data.dense.mask_files import read_pixels
 from pecobook.data.dense.segmentation import SegmentationSource
 from pecobook.data.dense.segmentation_check import VerificationResult
 
@@ -46,3 +48,8 @@ def rewrite(root: Path, change: Any, pattern: str = "masks/*.png") -> None:
         with Image.open(file) as picture:
             values = np.asarray(picture)
         file.write_bytes(change(values))
+
+
+def decode_mask(data: bytes, colours: npt.NDArray[np.uint8] | None, *, name: str) -> npt.NDArray[np.int64]:
+    """Return the pixel values of a mask file: its numbers, or the indices of `colours` (n, 3)."""
+    return read_pixels(data, name=name, colours=colours is not None).values(colours)

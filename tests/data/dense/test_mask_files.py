@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pecobook.data.dense.mask_files import InvalidMask, decode_mask
-from tests.data.dense.masks import png, tiff
+from pecobook.data.dense.mask_files import InvalidMask
+from tests.data.dense.masks import decode_mask, png, tiff
 
 
 @pytest.mark.parametrize("depth", [1, 2, 4, 8, 16])

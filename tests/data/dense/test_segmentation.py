@@ -15,12 +15,13 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from pecobook.data.decode import BadImage
-from pecobook.data.dense.mask_files import InvalidMask, decode_mask
+from pecobook.data.dense.mask_files import InvalidMask
 from pecobook.data.dense.segmentation import SegmentationSource, open_segmentation
 from pecobook.data.dense.segmentation_check import verify
 from pecobook.data.dense.segmentation_classes import IGNORE, MaskClasses
 from pecobook.data.source import Splits
 from pecobook.errors import ConfigError, DataError, listed
+from tests.data.dense.masks import decode_mask
 from tests.shapes import COLOURS, shape, write_pairs, write_shapes
 
 

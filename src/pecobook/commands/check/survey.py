@@ -14,6 +14,7 @@ import numpy.typing as npt
 from torch.utils.data import Dataset
 
 from pecobook.data.dense.coco_check import compare_boxes
+from pecobook.data.dense.counts import pixels_per_class
 from pecobook.data.dense.detection import DetectionSource
 from pecobook.data.dense.segmentation import SegmentationSource
 from pecobook.data.loading import Batches
@@ -26,7 +27,6 @@ from pecobook.data.summary import (
     describe,
     left_out_of,
     look,
-    pixels_per_class,
 )
 from pecobook.engine.log import Progress
 from pecobook.errors import DataError, first_line
@@ -37,6 +37,7 @@ _LOST_LABELS, _LOST_IMAGES = (
     ("labels of", "hold no image", "holds no image"),
     ("damaged", "too early", "cut short"),
 )  # words in the notes of a source
+_NOT_LEARNED = "are not learned"  # these words say what `_empty_classes` says
 _UNLABELLED = "the one class"  # these words say of labels that there are none
 NUM_NAMES = 20  # files of a kind that are named
 _COMPARED_BOXES = 50_000  # of each split at most, evenly spread
@@ -98,6 +99,7 @@ def survey(splits: Splits, *, labels: bool = True, workers: int = -1) -> Survey:
         progress.close()
     repeats, boxes = _Repeats(splits, *digests), _compare_boxes(splits)
     lines = describe(splits, censuses[0], evaluation=censuses[1])
+    lines = [line for line in lines if not (labels and _NOT_LEARNED in line[1])]
     if censuses[0].values:
         lines.append(("values", _values_text(censuses[0])))
     if boxes.compared:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import numpy as np
 import numpy.typing as npt
@@ -36,6 +36,11 @@ def pixels_per_value(values: npt.NDArray[np.int64]) -> dict[int, int]:
     return {int(value): int(counts[value]) for value in np.flatnonzero(counts)}
 
 
+def pixels_per_class(meaning: MaskClasses, values: Mapping[int, int]) -> dict[str, int]:
+    """Return the number of pixels of each class, given that of each value."""
+    return {name: values.get(value, 0) for name, value in zip(meaning.names, meaning.values, strict=True)}
+
+
 def sum_masks(meaning: MaskClasses, masks: Iterable[dict[int, int]]) -> MaskCounts:
     """Add the counts of several masks, each of which has its number of pixels by value."""
     total: Counter[int] = Counter()
@@ -46,6 +51,6 @@ def sum_masks(meaning: MaskClasses, masks: Iterable[dict[int, int]]) -> MaskCoun
     return MaskCounts(
         masks=number,
         values=dict(sorted(total.items())),
-        classes={name: total[value] for name, value in zip(meaning.names, meaning.values, strict=True)},
+        classes=pixels_per_class(meaning, total),
         ignored=sum(total[value] for value in meaning.ignored),
     )

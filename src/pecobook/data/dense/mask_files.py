@@ -167,13 +167,3 @@ def _check_alpha(picture: Any, name: str) -> None:
     alpha = np.asarray(picture.getchannel("A"))
     if alpha.size and alpha.min() < alpha.max() and np.asarray(picture.convert("RGB"))[alpha < alpha.max()].any():
         raise InvalidMask(name, "has transparent pixels that are not black: save it without transparency")
-
-
-def decode_mask(data: bytes, colours: npt.NDArray[np.uint8] | None, *, name: str) -> npt.NDArray[np.int64]:
-    """Decode a mask to its pixel values, int64 (H, W) in 0..65536: the numbers, or the indices of `colours` (n, 3).
-
-    Raises:
-        InvalidMask: the mask is a colour picture, but there are no colours.
-        BadImage: the bytes are not an image.
-    """
-    return read_pixels(data, name=name, colours=colours is not None).values(colours)

@@ -11,8 +11,8 @@ import dataclasses
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable
-from pathlib import Path
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path, PurePath
 from typing import TypeAlias
 from unicodedata import normalize
 
@@ -92,7 +92,7 @@ def find_pairs(data: str, root: Path) -> Pairs:
     elif not found.masks and (found.images or found.others):  # x.jpg and x_mask.png in one folder
         pictures = found.images or found.others
         known = {name.lower() for key in pictures for name in (key, _IMAGE_ENDING.sub("", key))}
-        masks = {key for key in pictures if any(base != key.lower() and base in known for base in _mask_bases(key))}
+        masks = {key for key in pictures if any(base != key.lower() and base in known for base in mask_bases(key))}
         found.masks = {key: pictures[key] for key in masks}
         found.images = {key: file for key, file in pictures.items() if key not in masks}
         found.others = {} if pictures is found.others else found.others
@@ -190,12 +190,36 @@ def _kind_by_words(parts: tuple[str, ...]) -> tuple[str, tuple[str, ...]]:
     A word ends at a space, a mark or a capital letter.
     """
     for position, part in enumerate(parts):
-        split = re.sub("(?<=[a-z])(?=[A-Z])", " ", part)  # "SegmentationClass"
-        words = {word for text in (part, split) for word in re.split(r"[ _.-]+", text.lower())}
+        words = _words(part)
         for kind, known in (("masks", _MASK_WORDS), ("images", IMAGE_FOLDERS)):
             if words & known:
                 return kind, (*parts[:position], *parts[position + 1 :])
     return "others", parts
+
+
+def _words(name: str) -> set[str]:
+    split = re.sub("(?<=[a-z])(?=[A-Z])", " ", name)  # "SegmentationClass"
+    return {word for text in (name, split) for word in re.split(r"[ _.-]+", text.lower())}
+
+
+def names_masks(folder: str) -> bool:
+    """Return whether a word within the name of a folder is one of folders of masks."""
+    return bool(_words(folder) & _MASK_WORDS)
+
+
+def masks_among_classes(classes: Mapping[str, Sequence[str]]) -> str:
+    """Return the name of a class that seems to hold the masks of the images of other classes, or an empty text.
+
+    Args:
+        classes: name of the class -> names of its files.
+    """
+    stems = {name: {PurePath(file).stem.lower() for file in files} for name, files in classes.items()}
+    for name, own in stems.items():
+        if names_masks(name):
+            images = {stem for other, theirs in stems.items() if other != name for stem in theirs}
+            if 2 * sum(any(base in images for base in mask_bases(stem)) for stem in own) > len(own):
+                return name
+    return ""
 
 
 def _without_word(name: str, words: frozenset[str]) -> str | None:
@@ -224,7 +248,7 @@ def _match(data: str, found: Pictures) -> Pairs:
     masks_of: dict[str, list[str]] = {}
     others = []
     for key in sorted(masks):
-        base = next((base for base in _mask_bases(key) if base in image_of), None)
+        base = next((base for base in mask_bases(key) if base in image_of), None)
         if base is not None:
             masks_of.setdefault(image_of[base], []).append(key)
         elif _OTHER_ENDING.search(key) and _OTHER_ENDING.sub("", key).lower() in image_of:
@@ -251,7 +275,7 @@ def _match(data: str, found: Pictures) -> Pairs:
     return Pairs(sorted(pairs), sorted(unpaired), {reason: count for reason, count in left_out.items() if count})
 
 
-def _mask_bases(key: str) -> Iterable[str]:
+def mask_bases(key: str) -> Iterable[str]:
     """Yield the names, in lower case, that the image of a mask may have."""
     shorter = re.sub(rf"\.({'|'.join(IMAGE_EXTENSIONS)})$", "", key, flags=re.IGNORECASE)  # x.jpg.png
     for name in dict.fromkeys((key, shorter, _MASK_ENDING.sub("", shorter), _MASK_BEGINNING.sub(r"\1", shorter))):
