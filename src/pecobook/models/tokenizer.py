@@ -186,12 +186,12 @@ def as_codes(codes: Any, num_codewords: int) -> Tensor:
         raise ValueError(f"Codes must have the shape (B, h, w), not {tuple(codes.shape)}{remedy}.")
     if codes.is_floating_point() or codes.is_complex() or codes.dtype == torch.bool:
         raise ValueError(f"Codes must be integers, not {codes.dtype}.")
-    indices: Tensor = codes.long()
-    if not exporting() and not torch.compiler.is_compiling() and indices.numel():
-        low, high = (int(value) for value in indices.aminmax())
+    numbers: Tensor = codes.long()
+    if not exporting() and not torch.compiler.is_compiling() and numbers.numel():
+        low, high = (int(value) for value in numbers.aminmax())
         if low < 0 or high >= num_codewords:
             raise ValueError(f"Codes must lie in [0, {num_codewords}), not in [{low}, {high}].")
-    return indices
+    return numbers
 
 
 def apply_in_batches(
