@@ -191,6 +191,7 @@ def test_finetune__of_a_distilled_network_trains_both_heads(images: Path, tmp_pa
 
     more: dict[str, Any] = {"backbone": "timm:deit_tiny_distilled_patch16_224", "weights": "random", "max_steps": "1"}
     run = train("finetune", images, tmp_path / "run", **more, image_size=32)
+    assert (run / "train.log").read_text().count("reads images minus mean 0.485") == 1
     state = load_file(run / "export" / "model.safetensors")
     for head in ("head", "head_dist"):
         assert 0 < float(state[f"{head}.weight"].abs().max()) < 0.02, head  # both begin near zero
