@@ -69,7 +69,7 @@ def wait_until(condition: Any, said: Any) -> None:
         time.sleep(0.05)
 
 
-@pytest.mark.slow  # gloo sometimes connects to the address of the killed process, and waits for minutes
+@pytest.mark.slow
 def test_torchrun__restarts_a_killed_process_and_the_run_goes_on(images: Path, tmp_path: Path) -> None:
     """The command of the page, with two processes of which one is killed."""
     (script,) = [script for script in SCRIPTS if script.startswith("torchrun")]

@@ -86,6 +86,7 @@ def killed_in_pool(rank: int, _world_size: int, images: str, out: str) -> str:
     return ""
 
 
+@pytest.mark.slow
 def test_train__both_ranks_stop_and_save_when_one_loses_a_worker(
     images: Path, tmp_path: Path, two_processes: TwoProcesses
 ) -> None:
