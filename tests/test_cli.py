@@ -132,7 +132,10 @@ def test_main__a_run_folder_holds_exactly_the_documented_files(
     events = [path.name for path in out.glob("events.out.tfevents.*")]
     assert len(events) == 1
     assert sorted(path.name for path in out.iterdir()) == sorted(
-        [*events, "checkpoints", "config.json", "environment.json", "export", "metrics.jsonl", "samples", "train.log"]
+        [
+            *(*events, "checkpoints", "config.json", "data.parquet", "environment.json", "export", "metrics.jsonl"),
+            *("samples", "train.log"),
+        ]
     )
     assert sorted(str(path.relative_to(out / "checkpoints")) for path in (out / "checkpoints").rglob("*")) == [
         "step-00000002",

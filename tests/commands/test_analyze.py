@@ -388,7 +388,15 @@ def test_file_part__is_safe(name: str) -> None:
 
 
 def test_open_classifier__refuses_a_segmenter(images: Path, tmp_path: Path) -> None:
-    write_export(tmp_path, {"kind": "segmenter", "classes": ["blue", "green", "red"]}, {"x": torch.zeros(1)}, "")
+    pyramid = {"name": "resnet10t", "args": {}, "mean": [0.5] * 3, "std": [0.5] * 3, "image_size": 32, "window": 0}
+    segmenter = {
+        "kind": "segmenter",
+        "pyramid": pyramid,
+        "classes": ["blue", "green", "red"],
+        "width": 0,
+        "image_size": 32,
+    }
+    write_export(tmp_path, segmenter, {"x": torch.zeros(1)}, "")
     config = AnalyzeConfig(data=str(images), classifier=str(tmp_path))
     with pytest.raises(ConfigError, match="is not a finetune run: it is a segmenter"):
         open_classifier(config, open_images(str(images)))

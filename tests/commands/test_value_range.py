@@ -69,7 +69,7 @@ def test_a_resumed_run_keeps_its_range(deep: Path, tmp_path: Path) -> None:
     data, out = write(tmp_path / "data", 4095), tmp_path / "run"
     train("codebook", data, out, max_steps="2", save_every=1)
     write(data, 65535)  # auto would now take another range
-    train("codebook", data, out, max_steps="2", resume=True)
+    train("codebook", data, out, max_steps="2", resume=True, accept_data_change=True)
     assert setting(out) == [0, 4095]
     with pytest.raises(PreflightError, match="value-range: "):
         train("codebook", data, out, max_steps="2", resume=True, value_range=(0, 65535))

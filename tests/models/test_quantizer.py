@@ -327,7 +327,7 @@ def test_init__takes_settings_by_name_or_as_one_object() -> None:
     whole = VectorQuantizer(QuantizerConfig(num_codewords=16, decay=0.5, learning="gradient"), 4)
     assert named.config == VectorQuantizerConfig(num_codewords=16, decay=0.5, learning="gradient")
     assert {k: v.shape for k, v in named.state_dict().items()} == {k: v.shape for k, v in whole.state_dict().items()}
-    with pytest.raises(ConfigError, match=r"--decay must lie in \[0, 1\]"):
+    with pytest.raises(ConfigError, match=r"--decay must be at least 0 and below 1"):
         VectorQuantizer(16, 4, decay=2.0)
     with pytest.raises(ConfigError, match="--num-codewords takes a whole number, not 'a'"):
         VectorQuantizer("a", 4)  # type: ignore[arg-type]

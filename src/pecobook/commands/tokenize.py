@@ -220,8 +220,8 @@ def _begin(config: TokenizeConfig, ready: _Ready) -> FolderLock:
 
     def write(out: Path) -> None:
         news: record.Record | None = now
+        accept = config.accept_data_change
         if (out / "config.json").is_file():  # a bank that is continued has the same
-            accept = config.accept_data_change
             notes, news = compare_data(out, now, data=config.data, of="the token bank", accept=accept, may_accept=False)
             for note in notes:
                 say(note)

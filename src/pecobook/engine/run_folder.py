@@ -99,13 +99,11 @@ def _check_resume(config: TrainConfig, command: str, old: dict[str, Any]) -> Non
 
 
 def _write_settings(config: TrainConfig, command: str, now: record.Record | None, notes: list[str], out: Path) -> None:
-    resumes = bool(config.resume) and (out / "config.json").exists()
-    news = None
+    resumes, accept = bool(config.resume) and (out / "config.json").exists(), config.accept_data_change
+    news = now
     if resumes and now is not None:
-        found, news = compare_data(out, now, data=config.data, of="the run", accept=config.accept_data_change)
+        found, news = compare_data(out, now, data=config.data, of="the run", accept=accept)
         notes += found
-    elif now is not None:
-        news = now
     if not resumes:
         write_json(out / "config.json", stored_settings(config, command))
     _write_environment(out / "environment.json", notes)

@@ -28,7 +28,7 @@ _SCHEMAS: dict[str, Schema] = {
     "tokenizer": {"model": OBJECT, "num_codewords": WHOLE, "image_size": WHOLE},
     "backbone": {**_NETWORK, "image_size": WHOLE.or_none},
     "classifier": {**_NETWORK, "image_size": WHOLE, "classes": list_of(TEXT), "crop": NUMBER.or_none},
-    "segmenter": {"pyramid": _PYRAMID, "classes": list_of(TEXT), "width": WHOLE, "image_size": WHOLE},
+    "segmenter": {"pyramid": _PYRAMID, "classes": list_of(TEXT), "width": COUNT, "image_size": WHOLE},
     "detector": {
         **{"pyramid": _PYRAMID, "classes": list_of(TEXT), "category_ids": list_of(COUNT), "masks": SWITCH},
         **{"sides": list_of(WHOLE, 2), "heads": OBJECT},

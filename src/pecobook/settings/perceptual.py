@@ -41,7 +41,6 @@ class PerceptualDistanceConfig:
 
     def __post_init__(self) -> None:
         between(self, 0, 4096, "input_size")
-        check_layers(self, "layers")
         check_normalisation(self, "mean", "std", lowest=-math.inf, highest=math.inf)
 
 
@@ -66,4 +65,5 @@ class PerceptualConfig(PerceptualDistanceConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_layers(self, "layers")
         not_negative(self, "weight", "warmup")

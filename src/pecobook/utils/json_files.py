@@ -124,7 +124,8 @@ def metric_lines(path: Path) -> list[tuple[str, dict[str, Any]]]:
                 record = json.loads(line)
             except (ValueError, RecursionError):
                 continue
-            if isinstance(record, dict) and _is_whole(record.get("step"), 0) and len(record) > 1:
+            # A line that a crash has cut off may hold its step only.
+            if isinstance(record, dict) and _is_whole(record.get("step"), 0) and (line is text or len(record) > 1):
                 lines.append((line, record))
                 break
     return lines

@@ -206,6 +206,7 @@ def test_export__and_back(tmp_path: Path) -> None:
 
 
 def test_from_pretrained__refuses_other_exports(tmp_path: Path) -> None:
-    write_export(tmp_path, {"kind": "backbone"}, {"x": torch.zeros(1)}, "")
+    backbone = {"kind": "backbone", "name": "resnet10t", "args": {}, "mean": [0.5] * 3, "std": [0.5] * 3}
+    write_export(tmp_path, backbone, {"x": torch.zeros(1)}, "")
     with pytest.raises(WeightsError, match="is a backbone, not a segmenter"):
         Segmenter.from_pretrained(tmp_path)
