@@ -105,7 +105,7 @@ def test_splitmix64_array__equals_splitmix64(values: list[int]) -> None:
     assert splitmix64_array(np.array(values, dtype=np.uint64)).tolist() == [splitmix64(value) for value in values]
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def bank(images: Path, codebook_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A bank with two views of each image, written by the command."""
     settings: dict[str, Any] = {"views": 2, "image_size": 16, "precision": "fp32", "workers": 0}
