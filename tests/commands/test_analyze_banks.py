@@ -38,7 +38,7 @@ K = 12
 def simulated(tmp_path_factory: pytest.TempPathFactory) -> tuple[TokenBank, np.ndarray[Any, Any]]:
     """A bank of 50 images with 2 views of 3 x 4 codes, in shards of 7, and all codes of the bank."""
     folder = tmp_path_factory.mktemp("bank")
-    config = {"kind": "token bank", "grid": [3, 4], "views": 2, "num_images": 50, "num_evaluation_images": 0}
+    config = {"kind": "token bank", "grid": [3, 4], "views": 2, "num_images": 50, "num_evaluation_images": 1}
     config |= {"tokenizer": "", "data": "", "evaluation_data": "", **NamedViews.of(PretrainConfig()).settings()}
     (folder / "config.json").write_text(json.dumps(config))
     codes = np.random.default_rng(0).integers(0, K - 2, (50, 2, 3, 4)).astype(np.uint16)
