@@ -20,10 +20,12 @@ import pecobook
 from pecobook.commands.analyze.bank import bank_gallery, bank_usage, find_occurrences, view_of
 from pecobook.data import tokens
 from pecobook.data.images import open_images
+from pecobook.data.named_views import NamedViews
 from pecobook.data.sampler import splitmix64, splitmix64_array
 from pecobook.data.tokens import TokenBank, bank_layouts, write_shard
 from pecobook.errors import DataError, PreflightError
 from pecobook.models.tokenizers import load_tokenizer
+from pecobook.settings.pretrain import PretrainConfig
 from pecobook.stages.pretrain import encode_views
 from tests.runs import codebook_run
 
@@ -36,7 +38,8 @@ K = 12
 def simulated(tmp_path_factory: pytest.TempPathFactory) -> tuple[TokenBank, np.ndarray[Any, Any]]:
     """A bank of 50 images with 2 views of 3 x 4 codes, in shards of 7, and all codes of the bank."""
     folder = tmp_path_factory.mktemp("bank")
-    config = {"kind": "token bank", "grid": [3, 4], "views": 2, "num_images": 50, "num_evaluation_images": 0}
+    config = {"kind": "token bank", "grid": [3, 4], "views": 2, "num_images": 50, "num_evaluation_images": 1}
+    config |= {"tokenizer": "", "data": "", "evaluation_data": "", **NamedViews.of(PretrainConfig()).settings()}
     (folder / "config.json").write_text(json.dumps(config))
     codes = np.random.default_rng(0).integers(0, K - 2, (50, 2, 3, 4)).astype(np.uint16)
     codes[codes == 3] = 4
@@ -46,6 +49,7 @@ def simulated(tmp_path_factory: pytest.TempPathFactory) -> tuple[TokenBank, np.n
         layout = bank_layouts(config)["train"]
         for shard in range(layout.num_shards):
             write_shard(layout.file(folder, shard), codes[shard * 7 : shard * 7 + 7])
+        write_shard(bank_layouts(config)["evaluation"].file(folder, 0), codes[:1, :1])
     return TokenBank(folder), codes
 
 
@@ -105,7 +109,7 @@ def test_splitmix64_array__equals_splitmix64(values: list[int]) -> None:
     assert splitmix64_array(np.array(values, dtype=np.uint64)).tolist() == [splitmix64(value) for value in values]
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def bank(images: Path, codebook_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A bank with two views of each image, written by the command."""
     settings: dict[str, Any] = {"views": 2, "image_size": 16, "precision": "fp32", "workers": 0}
@@ -149,11 +153,9 @@ def test_analyze__refuses_a_bank_of_another_tokenizer_or_of_other_images(
 
 
 def test_view_of__is_the_view_that_pretraining_sees(images: Path) -> None:
-    from pecobook.data.named_views import NamedViews
     from pecobook.data.stream import Stream
     from pecobook.data.views import photometric
     from pecobook.settings.images import PhotometricConfig
-    from pecobook.settings.pretrain import PretrainConfig
     from pecobook.stages.pretrain import PretrainStage
     from pecobook.utils.images import to_float
 
