@@ -21,13 +21,16 @@ import torch
 
 from pecobook.commands.analyze.bank import bank_usage, find_occurrences
 from pecobook.commands.analyze.pictures import PATCHES, gallery_codewords
+from pecobook.data.named_views import NamedViews
 from pecobook.data.tokens import TokenBank, bank_layouts, write_shard
+from pecobook.settings.pretrain import PretrainConfig
 from pecobook.utils.devices import peak_memory
 
 
 def simulate(folder: Path, images: int, num_codewords: int) -> None:
     """Write a bank with one view of 14 x 14 codes per image."""
-    config = {"kind": "token bank", "grid": [14, 14], "views": 1, "num_images": images, "num_evaluation_images": 0}
+    config = {"kind": "token bank", "grid": [14, 14], "views": 1, "num_images": images, "num_evaluation_images": 1}
+    config |= {"tokenizer": "", "data": "", "evaluation_data": "", **NamedViews.of(PretrainConfig()).settings()}
     (folder / "config.json").write_text(json.dumps(config))
     rng = np.random.default_rng(0)
     frequencies = 1 / np.arange(1, num_codewords + 1)

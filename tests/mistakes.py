@@ -60,8 +60,6 @@ _TABLE: dict[str, list[tuple[str, str, str]]] = {
         ("--dta photos", "--dta", "Did you mean '--data'?"),
         ("--lr 1", "--lr", "Did you mean '--optim.lr'?"),
         ("--zzz 1", "--zzz", "pecobook codebook --help"),
-        ("--seed 1 --seed 2", "--seed", "twice"),
-        ("--compile --no-compile", "--compile", "twice"),
         ("--batch-size many", "many", "a whole number"),
         ("--batch-size 7.5", "7.5", "a whole number"),
         ("--batch-size nan", "nan", "a whole number"),

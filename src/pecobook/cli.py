@@ -303,7 +303,7 @@ def read_flags(args: list[str], types: dict[str, Any], command: str, problems: l
         head, _, leaf = name.rpartition(".")
         positive = f"{head}.{leaf.removeprefix('no-')}".lstrip(".") if leaf.startswith("no-") else ""
         if is_switch(types.get(positive)):
-            _set(values, positive, value=False, problems=problems)
+            values[field_name(positive)] = False
             continue
         words = [text] if equals else []
         while not equals and position < len(args) and not args[position].startswith("--"):
@@ -313,16 +313,11 @@ def read_flags(args: list[str], types: dict[str, Any], command: str, problems: l
             problems.append(f"Unknown flag '--{name}'.{_suggest(name, types)} See pecobook {command} --help.")
             continue
         try:
-            _set(values, name, value=_value(name, words, types[name], command), problems=problems)
+            # Of a flag that is given twice the last counts: scripts append flags to a command.
+            values[field_name(name)] = _value(name, words, types[name], command)
         except ConfigError as error:
             problems.append(str(error))
     return values
-
-
-def _set(values: dict[str, Any], name: str, *, value: Any, problems: list[str]) -> None:
-    if field_name(name) in values:
-        problems.append(f"--{name} is given twice: give it once.")
-    values[field_name(name)] = value
 
 
 def _value(name: str, words: list[str], kind: Any, command: str) -> Any:

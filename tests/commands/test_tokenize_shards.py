@@ -116,7 +116,7 @@ def test_a_signal_stops_after_the_batch_and_the_same_command_continues(
         os.kill(os.getpid(), signal.SIGUSR1)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tokens, "write_shard", write_and_signal)
+        patch.setattr("pecobook.commands.tokenize.write_shard", write_and_signal)
         with pytest.raises(SystemExit) as caught:
             main(words)
     assert caught.value.code == 130

@@ -104,7 +104,7 @@ def test_downsample_and_upsample__halve_and_double() -> None:
 
 @pytest.mark.parametrize("wrong", [{"channels": ()}, {"channels": (8, 0)}, {"latent_dim": 0}, {"num_blocks": 0}])
 def test_autoencoder_config__refuses_nothing(wrong: dict[str, object]) -> None:
-    with pytest.raises(ConfigError, match="must be above 0|takes 1 to 12 numbers"):
+    with pytest.raises(ConfigError, match=r"must be above 0|takes 1 to 12 numbers"):
         AutoencoderConfig(**wrong)  # type: ignore[arg-type]
 
 
