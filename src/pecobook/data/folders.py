@@ -22,7 +22,8 @@ import numpy as np
 
 from pecobook.data.decode import read_file
 from pecobook.data.layout import BESIDE_ITS_IMAGE, Folder, Layout, count_unused, masks_among, parts_of, read_layout
-from pecobook.data.source import IMAGE_EXTENSIONS, Contents, FileImages, Integers
+from pecobook.data.parts import Contents
+from pecobook.data.source import IMAGE_EXTENSIONS, FileImages, Integers
 from pecobook.data.split_names import SHADOW_FOLDER
 from pecobook.errors import DataError
 

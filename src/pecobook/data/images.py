@@ -6,7 +6,7 @@
     tar shards          shards.py      WebDataset
     photos              photos.py      photographs that are installed with scikit-image and scikit-learn
 
-The module of each form returns `Contents` (see source.py), which `assemble` turns into `Splits`. Images
+The module of each form returns `Contents` (see parts.py), which `assemble` turns into `Splits`. Images
 are decoded only when they are read.
 """
 
@@ -16,7 +16,8 @@ import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from pecobook.data.source import Contents, ImageSource, Splits, assemble
+from pecobook.data.parts import Contents, assemble
+from pecobook.data.source import ImageSource, Splits
 from pecobook.errors import DataError, did_you_mean
 from pecobook.utils.printer import say
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from pecobook.data.source import Labels
+from pecobook.data.parts import Labels
 from pecobook.errors import DataError
 
 _NUMBERED = re.compile(r"(\d{1,6})\s*[\s,;:=]\s*(\S.*)")

@@ -28,7 +28,8 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from pecobook.data.source import ONE_CLASS, Integers, Labels, Part, Store
+from pecobook.data.parts import ONE_CLASS, Labels, Part
+from pecobook.data.source import Integers, Store
 from pecobook.data.split_names import is_split_folder, split_and_rest, split_folders, split_of_name
 from pecobook.errors import DataError
 

@@ -1,11 +1,7 @@
-"""The classes that make up every image source: `Store`, `Part`, `ImageSource` and `Splits`.
+"""The classes that make up every image source: `Store`, `ImageSource` and `Splits`.
 
-A `Store` reads images by row, a `Part` is the rows of one declared split, and `Splits` holds the training and the
-evaluation source. The module of each form of source (folders.py, tables.py, shards.py) makes parts, and `assemble`
-turns parts into `Splits`.
-
-Labels are used if every image of a split has one and there are at least two classes. Otherwise the source counts as one
-without labels, and `ImageSource.unlabelled` names the images or the class that are the reason.
+A `Store` reads images by row, an `ImageSource` is the images of one split, and `Splits` holds the training and the
+evaluation source.
 """
 
 from __future__ import annotations
@@ -13,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, cast
 
@@ -23,7 +19,7 @@ from torch import Tensor
 
 from pecobook.data.decode import BadImage, Range, decode
 from pecobook.data.deep import FULL_16_BITS, ValueRange
-from pecobook.errors import DataError, did_you_mean
+from pecobook.errors import DataError
 
 _JPEG, _PNG, _JPEG_2000 = "jpg jpeg jpe jfif mpo", "png apng", "jp2 j2k jpx jpf jpc j2c"
 _OTHERS = "bmp dib gif tif tiff webp ppm pgm pbm pnm pfm avif heic heif npy"
@@ -237,68 +233,6 @@ class Splits:
 # ---- splits and labels of all forms of source ----
 
 
-# Words of the reasons why labels that a user gave cannot be used; they tell these from images without labels.
-NO_CLASS, ONE_CLASS, AS_OTHERS = "which is no class", "the one class folder", "as other files have"
-
-
-@dataclass(frozen=True)
-class Labels:
-    """A column of labels: `codes` int64 (n,) are indices in `names`; -1 marks an image without a label."""
-
-    codes: Integers
-    names: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class Part:
-    """One declared split.
-
-    Attributes:
-        store: the images of all splits, or of this one.
-        rows: the rows of the store that belong to the split.
-        labels: the labels of these rows, or None.
-        unlabelled: why `labels` is None, if more can be said than that.
-        lacks_label: what is wrong with an image whose label is -1.
-    """
-
-    store: Store
-    rows: Integers
-    labels: Labels | None
-    unlabelled: str = ""
-    lacks_label: str = "have no label"
-
-    def label_problem(self, split: str) -> str:
-        """Return why the labels of `split` cannot be used; an empty text if they can be, or if there are none."""
-        if self.labels is None or not len(self.rows):
-            return self.unlabelled
-        missing = np.flatnonzero(self.labels.codes < 0)
-        if len(missing) == len(self.rows):
-            return self.unlabelled or f"no image of {split} has one"
-        if len(missing):
-            first = self.store.identify(int(self.rows[missing[0]]))
-            return f"{len(missing):,} of {len(self.rows):,} images of {split} {self.lacks_label}, the first: {first}"
-        if split == "train" and len(self.labels.names) < 2:
-            return f"all images of train have the one class '{self.labels.names[0]}'"
-        return ""
-
-
-@dataclass(frozen=True)
-class Contents:
-    """What a source holds, before `assemble` chooses the evaluation split.
-
-    Attributes:
-        parts: "train" and further declared splits.
-        left_out: see `Splits`.
-        notes: see `Splits`.
-        files: see `Splits`.
-    """
-
-    parts: Mapping[str, Part]
-    left_out: dict[str, int] = field(default_factory=dict)
-    notes: tuple[str, ...] = ()
-    files: tuple[Path, ...] = ()
-
-
 def hash_some(read: Callable[[int], bytes], rows: Integers) -> hashlib._Hash:
     """Return a hash that holds the bytes of a few of the rows, which `read` reads, for names to be added."""
     digest = hashlib.sha256()
@@ -324,72 +258,6 @@ def relative_names(files: list[Path], root: Path | None) -> list[str]:
     """Return the paths relative to `root`, or to the deepest common folder if `root` is None."""
     common = root or Path(os.path.commonpath([file.parent for file in files]))
     return [str(file.relative_to(common)) for file in files]
-
-
-def assemble(source: str, contents: Contents) -> Splits:
-    """Make `Splits` from the part "train" and, if declared, the parts "test" and "validation".
-
-    Raises:
-        DataError: there is no training image, or a class of the evaluation split is missing in training.
-    """
-    parts = contents.parts
-    train = parts["train"]
-    if len(train.rows) == 0:
-        raise DataError(f"--data '{source}': the training split holds no image.")
-    notes = list(contents.notes)
-
-    def usable_labels(name: str) -> tuple[Labels | None, str]:
-        part, problem = parts[name], parts[name].label_problem(name)
-        is_partial = part.labels is not None and part.labels.codes.max(initial=-1) >= 0
-        is_told = is_partial or name != "train" or any(words in problem for words in (NO_CLASS, ONE_CLASS, AS_OTHERS))
-        if problem and is_told:
-            notes.append(f"The labels of {name} are not used: {problem}.")
-        return (None if problem else part.labels), problem
-
-    labels, problem = usable_labels("train")
-    classes = labels.names if labels else None
-    codes = labels.codes if labels else None
-    training = ImageSource(train.store, name=source, split="train", rows=train.rows, classes=classes, labels=codes)
-    training.unlabelled = problem
-    candidates = [name for name in ("test", "validation") if name in parts and len(parts[name].rows)]
-    if not candidates:
-        return replace(hold_out(training), left_out=contents.left_out, notes=tuple(notes), files=contents.files)
-    labelled = [name for name in candidates if _has_labels(parts[name])]
-    chosen = labelled[0] if classes is not None and labelled else candidates[0]
-    part = parts[chosen]
-    labels, problem = usable_labels(chosen) if classes else (None, "")
-    evaluation = ImageSource(
-        part.store,
-        name=source,
-        split="evaluation",
-        rows=part.rows,
-        classes=classes,
-        labels=_renumber(source, chosen, labels, classes) if classes else None,
-    )
-    evaluation.unlabelled = problem
-    unused = unused_splits({name: len(part.rows) for name, part in parts.items()}, chosen)
-    return Splits(training, evaluation, chosen, contents.left_out | unused, tuple(notes), contents.files)
-
-
-def _has_labels(part: Part) -> bool:
-    return part.labels is not None and bool(part.labels.codes.max(initial=-1) >= 0)
-
-
-def _renumber(source: str, split: str, labels: Labels | None, classes: tuple[str, ...]) -> Integers | None:
-    """Convert the labels of the evaluation split to indices in the training classes."""
-    if labels is None:
-        return None
-    code_of = {name: code for code, name in enumerate(classes)}
-    missing = [labels.names[code] for code in np.unique(labels.codes) if labels.names[code] not in code_of]
-    if missing:
-        raise DataError(
-            f"--data '{source}': class '{missing[0]}' of {split} is missing in train"
-            f"{f' (and {len(missing) - 1} more)' if len(missing) > 1 else ''}."
-            f"{did_you_mean(missing[0], classes)}\n"
-            f"Every class of {split} must exist in train: add the class to train or remove it from {split}."
-        )
-    table = np.array([code_of.get(name, -1) for name in labels.names], dtype=np.int64)
-    return np.asarray(table[labels.codes])
 
 
 def unused_splits(counts: Mapping[str, int], chosen: str) -> dict[str, int]:
