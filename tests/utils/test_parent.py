@@ -67,8 +67,8 @@ def test_child__ends_when_its_parent_is_killed(rank: str, tmp_path: Path) -> Non
 
 
 def test_child__of_another_process_or_of_none_goes_on(tmp_path: Path) -> None:
-    for parent in (child_environment(), {"PECOBOOK_PARENT": str(os.getppid())}, {}):
-        file = tmp_path / str(len(parent.get("PECOBOOK_PARENT", "")))
+    for number, parent in enumerate((child_environment(), {"PECOBOOK_PARENT": str(os.getppid())}, {})):
+        file = tmp_path / str(number)
         shell = f"{sys.executable} -c '{_CHILD}' {file} & echo"
         environment = {name: value for name, value in os.environ.items() if name != "PECOBOOK_PARENT"}
         subprocess.run(["sh", "-c", shell], env={**environment, **parent}, check=True, stdout=subprocess.DEVNULL)

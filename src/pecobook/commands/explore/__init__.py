@@ -48,6 +48,9 @@ def explore(config: ExploreConfig | None = None, *, block: bool = True, **settin
 
     _check_port(config)
     indexed, runs, splits = _open(config)
+    if block:
+        # The default ends the process at once, and leaves the visitors' images behind.
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     os.environ["GRADIO_TEMP_DIR"] = _uploads().name
     blocks = Page(indexed, runs, splits).blocks()
     try:
@@ -68,8 +71,6 @@ def explore(config: ExploreConfig | None = None, *, block: bool = True, **settin
         raise ConfigError(f"The page cannot be served on port {config.port} ({error}): give another --port.") from None
     show(f"\nOpen http://{config.host}:{config.port} (Ctrl-C stops the server)")
     if block:
-        # The default ends the process at once, and leaves the visitors' images behind.
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
         blocks.block_thread()
     return blocks
 
