@@ -76,7 +76,8 @@ def test_slurm__one_run_that_is_requeued_at_its_time_limit(
     wait_until(lambda: (out / "metrics.jsonl").exists() and len(logged(out)) > 2, log.read_text)
     cluster.call("scancel", "--signal=USR1", job)  # as Slurm does before the time limit
     wait_until(lambda: int(cluster.state(job)["Restarts"]) == 1 or cluster.ended(job), log.read_text)
-    cluster.call("scontrol", "update", f"JobId={job}", "StartTime=now")  # Slurm waits two minutes before a restart
+    # Slurm waits two minutes before a restart. A start within the second of the requeue finds its credential revoked.
+    cluster.call("scontrol", "update", f"JobId={job}", "StartTime=now+3")
     wait_until(lambda: cluster.ended(job), log.read_text)
     assert cluster.state(job)["JobState"] == "COMPLETED", log.read_text()
     said = log.read_text()
