@@ -35,9 +35,10 @@ def cpu_prefers_bf16() -> bool:
 
 @cache
 def _cpu_vendor() -> str:
-    """Return a text that contains the maker of the CPU."""
+    """Return a short text that contains the maker of the CPU."""
     try:
-        return Path("/proc/cpuinfo").read_text()
+        with Path("/proc/cpuinfo").open() as lines:
+            return next((line for line in lines if line.startswith("vendor_id")), "")
     except OSError:  # not Linux
         return platform.processor()
 
