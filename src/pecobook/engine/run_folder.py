@@ -43,21 +43,18 @@ def check(config: TrainConfig, command: str) -> None:
     _folder(config, command).check()
 
 
-def prepare(
-    config: TrainConfig, command: str, splits: Splits | None = None, notes: list[str] | None = None
-) -> FolderLock:
+def prepare(config: TrainConfig, command: str, splits: Splits | None = None) -> FolderLock:
     """Create and lock the folder, write config.json and environment.json, and return the lock.
 
     Args:
         config: the settings.
         command: name of the command.
         splits: the data, which are compared with those of the run that resumes; None leaves that out.
-        notes: sentences on the data are added here.
 
     Raises:
         RunFolderError: the folder cannot be used, or the data have changed.
     """
-    notes = [] if notes is None else notes
+    notes: list[str] = []
     now = None if splits is None else record.take(splits, verify=config.verify_data)
     bank: str = getattr(config, "tokens", "")
     if now is not None and bank:
@@ -103,7 +100,9 @@ def _write_settings(config: TrainConfig, command: str, now: record.Record | None
     news = now
     if resumes and now is not None:
         found, news = compare_data(out, now, data=config.data, of="the run", accept=accept)
-        notes += found
+        notes = [*notes, *found]
+    for note in notes:
+        say(note)
     if not resumes:
         write_json(out / "config.json", stored_settings(config, command))
     _write_environment(out / "environment.json", notes)

@@ -51,16 +51,15 @@ def train(stage_type: type[Stage[C]], config: C) -> Path:
             if is_leader():
                 _dry_run(stage_type, *ready)
         return Path(config.out)
-    notes: list[str] = []
     with launch.signals(config), of_run(quiet=not is_leader()):
         begun = launch.begin(
             config,
             lambda: preflight(stage_type, config),
-            lambda ready: run_folder.prepare(ready.config, stage_type.command, ready.splits, notes),
+            lambda ready: run_folder.prepare(ready.config, stage_type.command, ready.splits),
         )
         config, splits, stage = begun.ready
         try:
-            preamble = [*_preamble(config, splits, stage), *notes] if is_leader() else []
+            preamble = _preamble(config, splits, stage) if is_leader() else []
             outcome = _fit(stage_type, config, begun.fabric, stage, splits, preamble)
             if outcome.finished:
                 _export(config, stage, splits)
