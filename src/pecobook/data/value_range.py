@@ -44,7 +44,7 @@ def apply_value_range(setting: RangeSetting, sources: Sequence[ImageSource], *, 
         raise DataError(f"--data '{name}': {error}. Give one range with --value-range LOW HIGH.") from None
     for source in sources:
         source.use_range(chosen)
-    for line in _notes(name, given, learned, survey):
+    for line in _notes(name, given, learned, chosen, survey):
         say(line)
 
 
@@ -59,14 +59,15 @@ def _survey(sources: Sequence[ImageSource]) -> Survey:
     return survey
 
 
-def _notes(name: str, given: ValueRange | None, learned: ValueRange | None, survey: Survey) -> list[str]:
-    """Return what is to be said of the range that --value-range gives, or a model, or else the survey."""
+def _notes(
+    name: str, given: ValueRange | None, learned: ValueRange | None, chosen: ValueRange | None, survey: Survey
+) -> list[str]:
+    """Return what is to be said of the range `chosen`: --value-range gives it, or a model, or else the survey."""
     usual = survey.usual_values()
-    if not survey.num_deep:
+    if chosen is None or not survey.num_deep:
         lines = [] if given is None or usual is None else [_NO_EFFECT.format(name=name)]
         return lines + _narrow(name, usual, ValueRange(0, 255), "brighten the files")
-    chosen, origin = given or learned or survey.value_range(), f"from a sample of {survey.num_deep} images"
-    assert chosen is not None
+    origin = f"from a sample of {survey.num_deep} images"
     origin = "as in the training of the given model" if learned else origin
     origin = "as --value-range says" if given else origin
     lines = [f"Values of '{name}': {chosen} becomes 0..255, {origin}."]
