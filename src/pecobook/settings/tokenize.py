@@ -40,8 +40,8 @@ class TokenizeConfig(ImagesConfig):
     num_nodes: int = 1
     """Number of machines."""
     precision: Precision = "auto"
-    """Precision of autocast in the tokenizer: fp32, bf16 or fp16. auto is bf16 where the hardware multiplies it
-    natively, else fp32. The precision of pre-training gives exactly the tokens that pre-training would compute."""
+    """Precision of autocast in the tokenizer: fp32, bf16 or fp16. auto is bf16 where the hardware is faster with
+    it, else fp32. The precision of pre-training gives exactly the tokens that pre-training would compute."""
     shard: str = ""
     """Write part I of N of the bank, given as I/N with I from 1 to N, beside other processes with the other parts, such
     as the tasks of a job array. The first begins the bank, and the last to finish reports it."""
