@@ -40,12 +40,19 @@ _COMMANDS = ("analyze", "bench", "check", "demo", "explore", "probe", "reproduce
 _HOMES = {
     **dict.fromkeys(_API, "api"),
     **{name: f"commands.{name}" for name in _COMMANDS},
-    **{"Backbone": "models.weights", "Classifier": "models.weights", "PecobookError": "errors"},
-    **{"Detector": "models.dense.detector", "Segmenter": "models.dense.segmenter"},
-    **{"MaskedImageModel": "models.masked_vit", "PerceptualDistance": "models.perceptual"},
-    **{"PerceptualTokenizer": "models.tokenizer", "VectorQuantizer": "models.quantizer"},
-    **{"blockwise_mask": "data.masking", "load_tokenizer": "models.tokenizers"},
-    **{"nearest_codeword": "models.nearest", "read_image": "data.one_image"},
+    "Backbone": "models.weights",
+    "Classifier": "models.weights",
+    "Detector": "models.dense.detector",
+    "MaskedImageModel": "models.masked_vit",
+    "PecobookError": "errors",
+    "PerceptualDistance": "models.perceptual",
+    "PerceptualTokenizer": "models.tokenizer",
+    "Segmenter": "models.dense.segmenter",
+    "VectorQuantizer": "models.quantizer",
+    "blockwise_mask": "data.masking",
+    "load_tokenizer": "models.tokenizers",
+    "nearest_codeword": "models.nearest",
+    "read_image": "data.one_image",
 }
 
 

@@ -262,8 +262,8 @@ def parse(config: Any, args: list[str], prog: str, unused: Mapping[str, Any] = M
     if {"-h", "--help", "--help-all"} & set(args):
         from pecobook.help import every_flag, page
 
-        text = every_flag if "--help-all" in args else page
-        show(text(command, config, recipe if command in (*RECIPES, "tokenize") else ""), stdout=True)
+        describe = every_flag if "--help-all" in args else page
+        show(describe(command, config, recipe if command in (*RECIPES, "tokenize") else ""), stdout=True)
         sys.exit(0)
     problems: list[str] = []
     own = {**flags(type(config)), "config": str}

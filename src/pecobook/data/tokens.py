@@ -55,8 +55,14 @@ _VIEWS: dict[str, Any] = {
 }
 BANK: Schema = {
     "kind": Kind('"token bank"', lambda value: value == "token bank"),
-    **{"tokenizer": TEXT, "grid": list_of(WHOLE, 2), "data": ANY, "evaluation_data": ANY},
-    **{"views": WHOLE, "num_images": WHOLE, "num_evaluation_images": WHOLE, **_VIEWS},
+    "tokenizer": TEXT,
+    "grid": list_of(WHOLE, 2),
+    "data": ANY,
+    "evaluation_data": ANY,
+    "views": WHOLE,
+    "num_images": WHOLE,
+    "num_evaluation_images": WHOLE,
+    **_VIEWS,
 }
 """What config.json of a bank holds."""
 

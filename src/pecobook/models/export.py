@@ -30,8 +30,12 @@ _SCHEMAS: dict[str, Schema] = {
     "classifier": {**_NETWORK, "image_size": WHOLE, "classes": list_of(TEXT), "crop": NUMBER.or_none},
     "segmenter": {"pyramid": _PYRAMID, "classes": list_of(TEXT), "width": COUNT, "image_size": WHOLE},
     "detector": {
-        **{"pyramid": _PYRAMID, "classes": list_of(TEXT), "category_ids": list_of(COUNT), "masks": SWITCH},
-        **{"sides": list_of(WHOLE, 2), "heads": OBJECT},
+        "pyramid": _PYRAMID,
+        "classes": list_of(TEXT),
+        "category_ids": list_of(COUNT),
+        "masks": SWITCH,
+        "sides": list_of(WHOLE, 2),
+        "heads": OBJECT,
     },
 }
 """What config.json holds, by the kind of the network."""

@@ -25,17 +25,43 @@ def _named(*recipes: Recipe) -> dict[str, Recipe]:
 
 
 RECIPES: dict[str, dict[str, Recipe]] = {
-    "contrast": _named(contrast.tiny, contrast.cifar10, contrast.tiny_imagenet, contrast.imagenette)
-    | _named(contrast.paper, contrast.paper_resnet50),
-    "codebook": _named(codebook.tiny, codebook.cifar10, codebook.tiny_imagenet, codebook.imagenette)
-    | _named(codebook.imagenette_224, codebook.paper, codebook.paper_lite, codebook.paper_resnet50)
-    | _named(codebook.paper_vgg16),
-    "pretrain": _named(pretrain.tiny, pretrain.cifar10, pretrain.tiny_imagenet, pretrain.imagenette, pretrain.paper)
-    | _named(pretrain.paper_vit_b_300)
+    "contrast": _named(
+        contrast.tiny,
+        contrast.cifar10,
+        contrast.tiny_imagenet,
+        contrast.imagenette,
+        contrast.paper,
+        contrast.paper_resnet50,
+    ),
+    "codebook": _named(
+        codebook.tiny,
+        codebook.cifar10,
+        codebook.tiny_imagenet,
+        codebook.imagenette,
+        codebook.imagenette_224,
+        codebook.paper,
+        codebook.paper_lite,
+        codebook.paper_resnet50,
+        codebook.paper_vgg16,
+    ),
+    "pretrain": _named(
+        pretrain.tiny,
+        pretrain.cifar10,
+        pretrain.tiny_imagenet,
+        pretrain.imagenette,
+        pretrain.paper,
+        pretrain.paper_vit_b_300,
+    )
     | {"paper-vit-b-800": pretrain.paper}
     | _named(pretrain.paper_vit_l, pretrain.paper_vit_h),
-    "finetune": _named(finetune.tiny, finetune.cifar10, finetune.tiny_imagenet, finetune.imagenette)
-    | _named(finetune.paper, finetune.paper_vit_l),
+    "finetune": _named(
+        finetune.tiny,
+        finetune.cifar10,
+        finetune.tiny_imagenet,
+        finetune.imagenette,
+        finetune.paper,
+        finetune.paper_vit_l,
+    ),
     "segment": _named(segment.tiny, segment.camvid)
     | {"paper": segment.paper_ade20k, "paper-ade20k": segment.paper_ade20k},
     "detect": _named(detect.tiny, detect.nuclei) | {"paper": detect.paper_coco, "paper-coco": detect.paper_coco},

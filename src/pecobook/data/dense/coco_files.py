@@ -81,12 +81,13 @@ def _in_annotations(root: Path) -> AnnotationFiles:
 def _at_the_top(root: Path) -> AnnotationFiles:
     """Find one file beside the images, or train.json and val.json."""
     found: AnnotationFiles = {}
-    for file in [] if _known_files(root) else _json_files(root):
-        if split := split_of_name(file.stem):
-            found.setdefault(split, []).append((file, _folders_of_split(root, file.stem, split)))
-    if not found and (files := _files_in(root)):
-        return {"train": [(file, _image_folders(root)) for file in files]}
-    return found
+    files = _known_files(root)
+    if not files:
+        for file in _json_files(root):
+            if split := split_of_name(file.stem):
+                found.setdefault(split, []).append((file, _folders_of_split(root, file.stem, split)))
+        files = [] if found else _files_in(root)
+    return {"train": [(file, _image_folders(root)) for file in files]} if files else found
 
 
 def _folders(root: Path) -> list[Path]:
