@@ -98,9 +98,13 @@ def test_join__ends_soon_where_a_process_of_this_machine_never_comes(
     monkeypatch.setenv("MASTER_PORT", f"{os.getpid()} {number}")
     world = World("torchrun", number, 2, number, 2)
     limit, began = joining._Limit(world, "here:1"), time.monotonic()
-    with pytest.raises(LostProcessError) as caught, siblings.watched(world):
+
+    def wait() -> None:
         while True:
             limit.wait()
+
+    with siblings.watched(world), pytest.raises(LostProcessError) as caught:
+        wait()
     assert time.monotonic() - began < 5
     assert str(caught.value).startswith(f"Process {1 - number} of the run did not come within 0 seconds.\n")
 
