@@ -217,6 +217,7 @@ _TABLE: dict[str, list[tuple[str, str, str]]] = {
         ("--model.args '{\"pretrained\":true}'", "pretrained", "does not accept"),
         ("--model.name vit_tiny_patch16_224 --model.args '{\"patch_size\": 0}'", "'patch_size': 0", "Change these"),
         ("--model.name vit_tiny_patch16_224 --model.args '{\"depth\": -1}'", "'depth': -1", "Change these"),
+        ('--model.name vit_tiny_patch16_224 --model.args \'{"init_values": "huge"}\'', "'huge'", "Change these"),
         ("--model.name ''", "''", "timm.list_models()"),
         ("--model.name resnet51", "resnet51", "Did you mean"),
         ("--batch-size 1", "--batch-size", "at least 2 images"),
