@@ -36,6 +36,8 @@ _TABLE: dict[str, list[tuple[str, str, str]]] = {
         ("codebook tiny --data nowhere --out run", "nowhere", "A source is"),
         ("codebook tiny --data photos-2023 --out run", "photos-2023", "Did you mean 'photos-2024'?"),
         ("codebook tiny --data empty --out run", "empty", "Supported extensions"),
+        ("codebook tiny --data ~no-such-user/images --out run", "~no-such-user", "in full"),
+        ("codebook tiny --data photos --out ~no-such-user/run", "~no-such-user", "in full"),
         ("codebook tiny --data broken --out run", "broken", "can be read"),
         ("codebook tiny --data notes.txt --out run", "notes.txt", "give the folder"),
         (f"codebook tiny --data {LONG} --out run", LONG, "horter"),

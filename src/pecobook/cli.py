@@ -61,6 +61,10 @@ def main(argv: list[str] | None = None) -> None:
         _print_os_error(error, resumes=bool(args) and args[0] in (*RECIPES, "tokenize"))
         sys.exit(2)
     except (MemoryError, RuntimeError) as error:
+        if "home directory" in str(error):  # Python's message on a path such as ~nobody/images names no path
+            named = next((word for word in args if word.startswith("~")), "~")
+            show(f"pecobook: '{named}': the system knows no home folder of that user: write the path in full.")
+            sys.exit(2)
         of_memory = isinstance(error, MemoryError) or "alloc" in str(error)  # torch raises RuntimeError
         if not of_memory or os.environ.get("PECOBOOK_TRACEBACK"):
             raise

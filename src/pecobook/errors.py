@@ -86,8 +86,10 @@ def first_line(error: BaseException) -> str:
 
 
 def loading_reason(error: BaseException) -> str:
-    """Return why torch.load refused a file; torch's own message advises to run the code in the file."""
+    """Return why torch.load or np.load refused a file; their own messages advise to run the code in the file."""
     text = first_line(error)
+    if "allow_pickle" in str(error):
+        return "it holds no array of numbers"
     if "weights_only" in str(error):
         return "it holds more than tensors and plain values"
     if isinstance(error, (EOFError, LookupError)) or "PytorchStreamReader" in text:

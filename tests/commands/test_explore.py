@@ -176,11 +176,16 @@ def test_page__serves_no_other_file(page: tuple[str, Any], images: Path) -> None
         assert status(f"{address}/gradio_api/file={urllib.parse.quote(path)}") in (403, 404)
 
 
-@pytest.mark.parametrize(
-    ("host", "code"), [("evil.example", 400), ("127.0.0.1.evil.example:80", 400), ("localhost:7860", 200)]
-)
-def test_page__answers_only_under_its_own_names(page: tuple[str, Any], host: str, code: int) -> None:
-    assert status(page[0], Host=host, Origin="http://evil.example") == code
+def test_page__answers_only_its_own_pages_under_its_own_names(page: tuple[str, Any]) -> None:
+    for host, code in {"evil.example": 400, "127.0.0.1.evil.example:80": 400, "localhost:7860": 200}.items():
+        assert status(page[0], Host=host) == code
+    foreign = ("http://evil.example", "null", "http://localhost.evil.example", "http://[1::2]", "http://[", "")
+    for origin in foreign:
+        for path in ("/", "/config", "/gradio_api/upload"):
+            assert status(page[0] + path, Host="localhost:7860", Origin=origin) == 403, origin
+            assert status(page[0] + path, b"x", Host="localhost:7860", Origin=origin) == 403, origin
+    for origin in (page[0], "http://localhost:7860", "http://[::1]:7860"):
+        assert status(page[0], Origin=origin) == 200
 
 
 def test_page__keeps_a_large_image_reduced(page: tuple[str, Any]) -> None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from pecobook.engine import launch
-from pecobook.engine.world import World, environment_without_launcher, is_leader, launched
+from pecobook.engine.world import World, environment_without_launcher, is_leader, launched, printing_rank
 from pecobook.errors import ConfigError
 from pecobook.settings.training import TrainConfig
 
@@ -138,3 +138,25 @@ def test_num_workers__of_tasks_that_are_bound_to_cores_or_share_them(
         monkeypatch.setattr(f"{module}.cores", lambda: tuple(range(seen)))
     assert launch.num_workers(TrainConfig()) == (workers if workers > 1 else 0)
     assert launch.num_workers(TrainConfig(workers=3)) == 3
+
+
+@pytest.mark.parametrize(
+    ("variables", "message"),
+    [
+        ({"WORLD_SIZE": "two"}, r"^The environment variable WORLD_SIZE is 'two', not a number from 1: unset it\.$"),
+        ({"LOCAL_WORLD_SIZE": ""}, "LOCAL_WORLD_SIZE is ''"),
+        ({"LOCAL_WORLD_SIZE": "0"}, "LOCAL_WORLD_SIZE is '0'"),
+        ({"RANK": "x"}, "RANK is 'x'"),
+        ({"RANK": "2"}, "RANK=2 of WORLD_SIZE=2"),
+        ({"LOCAL_RANK": "2"}, "LOCAL_RANK=2 of LOCAL_WORLD_SIZE=2"),
+    ],
+)
+def test_launched__refuses_an_environment_that_cannot_be(
+    variables: dict[str, str], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1"}
+    for name, value in {**whole, **variables}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigError, match=message):
+        launched()
+    assert printing_rank() in (0, 1, 2)

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from pecobook.utils import checksums
 from pecobook.utils.checksums import SKIP_VARIABLE, add_checksum, checksum_file, damage, write_with_checksum
 
 
@@ -76,3 +77,29 @@ def test_write_with_checksum__killed_in_between_never_leaves_a_false_checksum(
     # A file that is missing is written again; a file that is there would stay without a checksum.
     assert written == [file if replaces else checksum_file(file)]
     assert damage([file]) is None
+
+
+def test_damage__of_a_file_that_may_not_be_read_is_no_damage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else a checkpoint would be set aside, and the advice be to delete the file."""
+    file = tmp_path / "a.bin"
+    write_with_checksum(file, b"x")
+
+    def refuse(*_: object) -> None:
+        raise PermissionError(13, "Permission denied", str(file))
+
+    monkeypatch.setattr(checksums, "_digest", refuse)  # root may read any file
+    with pytest.raises(PermissionError):
+        damage([file])
+
+
+def test_damage__names_what_cannot_be_read(tmp_path: Path) -> None:
+    file = tmp_path / "a.bin"
+    write_with_checksum(file, b"x")
+    file.unlink()
+    file.mkdir()
+    assert damage([file]) == f"'{file}' cannot be read: Is a directory."
+    file.rmdir()
+    write_with_checksum(file, b"x")
+    checksum_file(file).unlink()
+    checksum_file(file).mkdir()
+    assert damage([file]) == f"'{checksum_file(file)}' cannot be read: Is a directory."

@@ -21,7 +21,7 @@ from pecobook.analysis.reconstruction import encode_all
 from pecobook.analysis.stability import blur, shift
 from pecobook.data.decode import BadImage, decode, read_file
 from pecobook.data.views import center_crop
-from pecobook.errors import DataError, first_line
+from pecobook.errors import DataError, loading_reason
 from pecobook.utils.images import to_float
 
 Distance = Callable[[Tensor, Tensor], Tensor]
@@ -107,7 +107,7 @@ def find_bapps(folder: Path, *, limit: int = 1000) -> dict[Path, float]:
         try:
             shares[file] = float(np.load(file, allow_pickle=False).reshape(-1)[0])
         except (OSError, EOFError, ValueError, IndexError, TypeError) as error:
-            raise DataError(f"'{file}' of the judgements cannot be read: {first_line(error)}") from None
+            raise DataError(f"'{file}' of the judgements cannot be read: {loading_reason(error)}") from None
     return shares
 
 

@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 
 from pecobook.data.decode import BadImage
-from pecobook.errors import DataError, first_line
+from pecobook.errors import DataError, loading_reason
 from pecobook.settings.images import PhotometricConfig
 from pecobook.utils.checksums import SKIP_VARIABLE, checksum_file, checksums_skipped, damage, write_with_checksum
 from pecobook.utils.files import write_atomically
@@ -178,8 +178,9 @@ class TokenBank:
         # A checksum says that the shard is what a tokenizer wrote; others may hold any codes.
         for layout in self.layouts.values():
             for number in range(layout.num_shards):
+                codes = self.shard(layout.split, number)  # of another bank's shard the shape differs
                 if not checksum_file(layout.file(self.folder, number)).exists():
-                    self._check_codes(layout.file(self.folder, number), int(self.shard(layout.split, number).max()))
+                    self._check_codes(layout.file(self.folder, number), int(codes.max()))
         say(f"token bank '{self.folder}': {size:,.0f} MiB verified in {time.monotonic() - began:.1f} s")
 
     def _check_codes(self, file: Path, highest: int) -> None:
@@ -226,11 +227,14 @@ def _map(file: Path, shape: tuple[int, ...]) -> Codes:
         codes: Codes = np.load(file, mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
         raise DataError(
-            f"'{file}' of the token bank cannot be read: {first_line(error)}. "
+            f"'{file}' of the token bank cannot be read: {loading_reason(error)}. "
             "Delete the file and continue with --resume."
         ) from None
     if codes.shape != shape or codes.dtype != np.uint16:
-        raise DataError(f"'{file}' of the token bank holds {codes.dtype} {codes.shape}, not uint16 {shape}.")
+        raise DataError(
+            f"'{file}' of the token bank holds {codes.dtype} {codes.shape}, not uint16 {shape}. "
+            "Delete the file and continue with --resume."
+        )
     return codes
 
 

@@ -42,10 +42,15 @@ def launched() -> World | None:
     """
     env = os.environ
     if "WORLD_SIZE" in env and "LOCAL_WORLD_SIZE" in env:
-        names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
-        rank, size, local_rank, local_size = (int(env.get(name, "0")) for name in names)
+        rank, local_rank = _number("RANK", 0), _number("LOCAL_RANK", 0)
+        size, local_size = _number("WORLD_SIZE", 1, least=1), _number("LOCAL_WORLD_SIZE", 1, least=1)
+        if rank >= size or local_rank >= local_size:
+            raise ConfigError(
+                f"The environment says RANK={rank} of WORLD_SIZE={size} and LOCAL_RANK={local_rank} of "
+                f"LOCAL_WORLD_SIZE={local_size}, which cannot be: start with torchrun, or unset them."
+            )
         return World("torchrun", rank, size, local_rank, local_size)
-    size = int(env.get("SLURM_STEP_NUM_TASKS", "1"))
+    size = _number("SLURM_STEP_NUM_TASKS", 1)
     if size == 1 or not {"SLURM_PROCID", "SLURM_LOCALID", "SLURM_STEP_TASKS_PER_NODE"} <= env.keys():
         return None
     tasks = _tasks_per_node(env["SLURM_STEP_TASKS_PER_NODE"])
@@ -58,6 +63,14 @@ def launched() -> World | None:
             "--ntasks-per-node."
         )
     return World("srun", int(env["SLURM_PROCID"]), size, int(env["SLURM_LOCALID"]), tasks[node])
+
+
+def _number(name: str, default: int, *, least: int = 0) -> int:
+    """Return the number in an environment variable. Raises ConfigError where it holds something else."""
+    text = os.environ.get(name, str(default))
+    if not re.fullmatch("[0-9]{1,9}", text) or int(text) < least:
+        raise _for_all(f"The environment variable {name} is '{text}', not a number from {least}: unset it.")
+    return int(text)
 
 
 def _for_all(message: str) -> ConfigError:
@@ -109,8 +122,11 @@ def is_first_on_machine() -> bool:
 
 def printing_rank() -> int:
     """Return the rank by which one process prints an error that all have; known also where `launched` fails."""
-    stepped = int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1
-    return int(os.environ.get("RANK") or (stepped and os.environ.get("SLURM_PROCID")) or 0)
+    try:
+        stepped = int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1
+        return int(os.environ.get("RANK") or (stepped and os.environ.get("SLURM_PROCID")) or 0)
+    except ValueError:
+        return 0
 
 
 def check_flags(world: World, devices: str, num_nodes: int) -> None:

@@ -53,6 +53,9 @@ def damage(files: Iterable[Path]) -> str | None:
     """Return a sentence on the first file that differs from its checksum; None where all files are as written.
 
     The files are read in parallel threads.
+
+    Raises:
+        PermissionError: this user may not read a file, which says nothing about its bytes.
     """
     if checksums_skipped():
         return None
@@ -67,8 +70,11 @@ def _damage(file: Path) -> str | None:
             return None
     except FileNotFoundError:
         return None  # no checksum, or no file: the reader of the file says so
+    except PermissionError:
+        raise
     except (OSError, IndexError, UnicodeDecodeError) as error:
-        return f"'{checksum_file(file)}' cannot be read: {error}."
+        path = getattr(error, "filename", None) or (file if isinstance(error, OSError) else checksum_file(file))
+        return f"'{path}' cannot be read: {getattr(error, 'strerror', None) or error}."
     return f"'{file}' is damaged: its bytes are not those that were written (SHA-256 in '{checksum_file(file).name}')."
 
 

@@ -13,6 +13,7 @@ import sys
 import tempfile
 from functools import lru_cache, partial
 from typing import Any
+from urllib.parse import urlsplit
 
 from pecobook.analysis.wording import unique_names
 from pecobook.commands.explore.model import IndexedTokenizer, index
@@ -65,7 +66,7 @@ def explore(config: ExploreConfig | None = None, *, block: bool = True, **settin
             max_file_size=f"{config.upload_mb}mb",
             ssr_mode=False,
             theme=gradio.themes.Base(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]),
-            app_kwargs={"middleware": _check_host(config)},
+            app_kwargs={"middleware": _check_requests(config)},
         )
     except OSError as error:
         raise ConfigError(f"The page cannot be served on port {config.port} ({error}): give another --port.") from None
@@ -75,22 +76,48 @@ def explore(config: ExploreConfig | None = None, *, block: bool = True, **settin
     return blocks
 
 
-def _check_host(config: ExploreConfig) -> list[Any]:
-    """Return the middleware that answers only requests to a name of this server.
+def _check_requests(config: ExploreConfig) -> list[Any]:
+    """Return the middleware that answers only requests to a name of this server, from a page of this server.
 
     Otherwise a web site could point its own name at this machine, and read the page through the visitor's browser (DNS
-    rebinding).
+    rebinding), or send images and orders to it.
     """
     from starlette.middleware import Middleware
     from starlette.middleware.trustedhost import TrustedHostMiddleware
 
-    # Starlette cuts "[::1]:7860", an address of IPv6, at the first colon; no name begins with a bracket.
-    names = ["localhost", "127.0.0.1", "[", config.host, *config.allowed_hosts]
+    names = ["localhost", "127.0.0.1", "::1", config.host, *config.allowed_hosts]
     if config.host in ("0.0.0.0", "::"):
         names += [socket.gethostname(), socket.getfqdn(), *_addresses()]
     if config.share:
         names.append("*.gradio.live")
-    return [Middleware(TrustedHostMiddleware, allowed_hosts=names, www_redirect=False)]
+    # Starlette cuts "[::1]:7860", an address of IPv6, at the first colon; no name begins with a bracket.
+    hosts = Middleware(TrustedHostMiddleware, allowed_hosts=[*names, "["], www_redirect=False)
+    return [hosts, Middleware(_OwnOrigin, names=names)]
+
+
+class _OwnOrigin:
+    """Refuses requests that a page of another server sends; a browser names that server in the header Origin."""
+
+    def __init__(self, app: Any, names: list[str]) -> None:
+        self._app, self._names = app, names
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        from starlette.datastructures import Headers
+        from starlette.responses import PlainTextResponse
+
+        origin = Headers(scope=scope).get("origin") if scope["type"] in ("http", "websocket") else None
+        app = self._app
+        if origin is not None and not self._is_own(origin):
+            text = f"Requests from the page {origin!r} are refused; --allowed-hosts allows another name of this server."
+            app = PlainTextResponse(text, 403)
+        await app(scope, receive, send)
+
+    def _is_own(self, origin: str) -> bool:
+        try:
+            name = urlsplit(origin).hostname or ""
+        except ValueError:
+            return False
+        return any(name == own or (own.startswith("*.") and name.endswith(own[1:])) for own in self._names)
 
 
 def _addresses() -> list[str]:

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pecobook.data.decode import BadImage, open_image, orientation_of
-from pecobook.errors import first_line
+from pecobook.errors import first_line, loading_reason
 
 UNLISTED = 65_536
 """Value of a pixel whose colour is not listed, or whose number is larger than 65,535."""
@@ -122,7 +122,7 @@ def _from_numpy(data: bytes, name: str, colours: bool) -> Pixels:
     try:
         array = np.load(io.BytesIO(data), allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
-        raise BadImage(name, first_line(error)) from None
+        raise BadImage(name, loading_reason(error)) from None
     array = array.reshape([side for side in array.shape if side > 1]) if array.ndim == 3 else array
     if array.ndim != 2 or array.dtype.kind not in "biuf":
         raise InvalidMask(name, f"is an array of shape {array.shape}: a mask has the numbers of height x width pixels")
