@@ -86,7 +86,8 @@ def _rank(name: str, number: int, field: Field, chance: random.Random) -> Iterat
     seconds = time.monotonic() - killed
     for rank in ranks:
         rank.end()
-    fault = fault or ("a traceback" if "Traceback" in ranks[1 - number].text else "")
+    said = ranks[1 - number].text
+    fault = fault or next((f"says {word}" for word in ("Traceback", "frame #") if word in said), "")
     again = _ranks(subject, out)
     codes = [rank.wait() for rank in again]
     for rank in again:

@@ -128,6 +128,20 @@ def test_read__refuses_a_damaged_file(tmp_path: Path, damage: str) -> None:
             TokenBank(tmp_path, verify=verify).read("train", 0, 0)
 
 
+def test_open__refuses_a_shard_of_another_bank_and_one_that_is_no_array(tmp_path: Path) -> None:
+    write_bank(tmp_path)
+    first, held_out = (tmp_path / split / "codes-00000.npy" for split in ("train", "evaluation"))
+    whole = first.read_bytes()
+    for file, other in ((first, held_out), (Path(f"{first}.sha256"), Path(f"{held_out}.sha256"))):
+        file.write_bytes(other.read_bytes())
+    with pytest.raises(DataError, match=r"holds uint16 \(2, 1, 2, 3\), not uint16 \(7, 3, 2, 3\)\. Delete the file"):
+        TokenBank(tmp_path)
+    Path(f"{first}.sha256").unlink()
+    first.write_bytes(b"nonumpy" + whole[7:])  # NumPy then takes it for a pickle, and advises to allow that
+    with pytest.raises(DataError, match=r"cannot be read: it holds no array of numbers\. Delete the file"):
+        TokenBank(tmp_path)
+
+
 def test_read__refuses_a_code_that_the_tokenizer_lacks(tmp_path: Path) -> None:
     write_bank(tmp_path)
     highest = code_at(1, 2, 1, 2)

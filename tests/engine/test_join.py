@@ -5,10 +5,12 @@ from __future__ import annotations
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
 import time
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -54,6 +56,33 @@ def test_agree__ends_where_a_process_never_comes(monkeypatch: pytest.MonkeyPatch
         joining._agree(HashStore(), world(1), joining._Limit(world(1), "here:1"))
     assert caught.value.exit_code == 1
     assert not caught.value.on_all_ranks  # rank 1 prints it too, since rank 0 may be the one that is lost
+
+
+def test_store__waits_quietly_for_the_first_process(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """PyTorch's store writes a stack trace for each attempt to reach a process that is not there yet."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("MASTER_PORT", str(port))
+    monkeypatch.setattr(joining, "_TRY", timedelta(seconds=0.5))
+    monkeypatch.delenv("TORCHELASTIC_USE_AGENT_STORE", raising=False)
+    stores: dict[int, Store] = {}
+
+    def open_store(rank: int) -> None:
+        stores[rank] = joining._store(world(rank), joining._Limit(world(rank), "here:1"))
+
+    second = threading.Thread(target=open_store, args=(1,))
+    second.start()
+    time.sleep(1.5)
+    assert not stores
+    open_store(0)
+    second.join(20)
+    stores[0].set("from", "first")
+    assert stores[1].get("from") == b"first"
+    assert capfd.readouterr().err == ""
 
 
 def test_agree__a_signal_while_waiting_ends_soon(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -147,6 +147,7 @@ def test_num_workers__of_tasks_that_are_bound_to_cores_or_share_them(
         ({"LOCAL_WORLD_SIZE": ""}, "LOCAL_WORLD_SIZE is ''"),
         ({"LOCAL_WORLD_SIZE": "0"}, "LOCAL_WORLD_SIZE is '0'"),
         ({"RANK": "x"}, "RANK is 'x'"),
+        ({"MASTER_PORT": "http"}, "MASTER_PORT is 'http'"),
         ({"RANK": "2"}, "RANK=2 of WORLD_SIZE=2"),
         ({"LOCAL_RANK": "2"}, "LOCAL_RANK=2 of LOCAL_WORLD_SIZE=2"),
     ],

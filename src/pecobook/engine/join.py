@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import re
 import signal
+import socket
 import subprocess
 import threading
 import time
@@ -93,14 +94,17 @@ class _Limit:
 
 def _store(world: World, limit: _Limit) -> TCPStore:
     """Open the store of torchrun, or that of the first process."""
-    served = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    opens = world.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
     while True:
+        while not opens and not _answers(host, port):
+            limit.wait()
         try:
             return TCPStore(
-                os.environ["MASTER_ADDR"],
-                int(os.environ["MASTER_PORT"]),
+                host,
+                port,
                 world.size,
-                is_master=world.rank == 0 and not served,
+                is_master=opens,
                 timeout=_TRY,
                 wait_for_workers=False,
                 multi_tenant=True,
@@ -109,6 +113,15 @@ def _store(world: World, limit: _Limit) -> TCPStore:
             if "EADDRINUSE" in str(error):
                 raise
             limit.wait()
+
+
+def _answers(host: str, port: int) -> bool:
+    """Return whether a store can be reached; to ask the store itself writes PyTorch's stack trace to the screen."""
+    try:
+        socket.create_connection((host, port), timeout=_TRY.total_seconds()).close()
+    except OSError:
+        return False
+    return True
 
 
 def _agree(store: Store, world: World, limit: _Limit) -> str:

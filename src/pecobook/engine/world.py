@@ -42,7 +42,7 @@ def launched() -> World | None:
     """
     env = os.environ
     if "WORLD_SIZE" in env and "LOCAL_WORLD_SIZE" in env:
-        rank, local_rank = _number("RANK", 0), _number("LOCAL_RANK", 0)
+        rank, local_rank, _ = _number("RANK", 0), _number("LOCAL_RANK", 0), _number("MASTER_PORT", 29500)
         size, local_size = _number("WORLD_SIZE", 1, least=1), _number("LOCAL_WORLD_SIZE", 1, least=1)
         if rank >= size or local_rank >= local_size:
             raise ConfigError(
@@ -111,6 +111,8 @@ def is_leader() -> bool:
     world = launched()
     if world is not None:
         return world.rank == 0
+    if "WORLD_SIZE" not in os.environ:  # a rank that is left from something else
+        return True
     return all(os.environ.get(name, "0") == "0" for name in ("RANK", "LOCAL_RANK", "NODE_RANK"))
 
 

@@ -23,7 +23,8 @@ def end_with_parent() -> None:
     When it has ended, this process gets SIGTERM, after which a training saves its step. A rank that the first rank has
     started is killed, since it may wait for the first one for ever.
     """
-    parent = int(os.environ.get(_PARENT) or 0)
+    text = os.environ.get(_PARENT, "")
+    parent = int(text) if text.isdecimal() else 0
     if not parent or (os.getppid() != parent and _is_alive(parent)):  # inherited through another process
         return
     is_rank = "LOCAL_WORLD_SIZE" not in os.environ and os.environ.get("LOCAL_RANK", "0") != "0"
