@@ -266,7 +266,7 @@ def test_fit__a_loss_that_is_not_finite_on_one_rank_stops_both(tmp_path: Path, t
     assert first[2] == second[2] == 2
 
 
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGUSR1"])
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1"])
 def test_fit__saves_on_a_signal_and_resuming_equals_an_uninterrupted_run(
     tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -8,7 +8,7 @@ import pytest
 
 from pecobook.engine.signals import Signals, from_the_start, stop_requested
 
-_STOP = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+_STOP = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 
 
 def send(number: int) -> None:
@@ -33,6 +33,17 @@ def test_signals__only_a_further_sigint_stops_at_once() -> None:
             send(number)
         with pytest.raises(KeyboardInterrupt):
             send(signal.SIGINT)
+
+
+def test_signals__a_hangup_that_nohup_ignores_stays_ignored() -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with Signals() as signals:
+            send(signal.SIGHUP)
+            assert not signals.received
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_signals__an_inner_context_keeps_what_the_outer_one_recorded() -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import errno
+import io
 from pathlib import Path
 
 import pytest
@@ -57,6 +59,23 @@ def test_show__prints_above_a_bar(capsys: pytest.CaptureFixture[str]) -> None:
         print_above(None)
     assert above == [ESCAPED]
     assert capsys.readouterr() == ("result\n", "")
+
+
+def test_show__a_lost_screen_ends_no_run_and_a_closed_pipe_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Gone(io.StringIO):
+        def write(self, _: str) -> int:
+            raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr("sys.stderr", Gone())
+    show("a note")
+    print_above(Gone().write)  # type: ignore[arg-type]
+    try:
+        show("above a bar")
+    finally:
+        print_above(None)
+    monkeypatch.setattr("sys.stdout", Gone())
+    with pytest.raises(OSError, match="Input/output"):
+        show("a result", stdout=True)
 
 
 def test_nothing_else_prints() -> None:

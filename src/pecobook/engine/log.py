@@ -5,6 +5,7 @@ Only rank 0 writes. A resumed run first drops the lines logged after the checkpo
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import logging
@@ -316,7 +317,8 @@ class Progress:
     def close(self) -> None:
         """Stop the bar and leave it on the screen."""
         if self._bar is not None:
-            self._bar.stop()
+            with contextlib.suppress(OSError):  # the terminal has gone
+                self._bar.stop()
             print_above(None)
 
 

@@ -1,6 +1,7 @@
-"""SIGINT, SIGTERM and SIGUSR1 during a run: it stops once the step is done and saved.
+"""SIGINT, SIGTERM, SIGHUP and SIGUSR1 during a run: it stops once the step is done and saved.
 
-SIGUSR1 is the usual warning of Slurm before a time limit (`--signal=USR1@120`).
+SIGUSR1 is the usual warning of Slurm before a time limit (`--signal=USR1@120`). SIGHUP comes when a terminal is closed
+or its connection breaks; nohup ignores it, and then so does the run.
 """
 
 from __future__ import annotations
@@ -14,19 +15,20 @@ from typing import Any, ClassVar
 from pecobook.engine.siblings import watched
 from pecobook.engine.world import launched
 
-_STOP = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name))
+_NAMES = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1")
+_STOP = tuple(getattr(signal, name) for name in _NAMES if hasattr(signal, name))
 
 
 class Signals:
     """Record the signals that ask a run to stop in `received`, so that the loop stops after the step.
 
-    A further SIGINT stops at once. A further SIGTERM or SIGUSR1 does not: launchers repeat them, as torchrun repeats a
-    signal that Slurm has sent to every process already, and the checkpoint would be lost.
+    A further SIGINT stops at once. Another signal does not: launchers repeat them, as torchrun repeats a signal that
+    Slurm has sent to every process already, and the checkpoint would be lost.
 
     Contexts nest: an inner one returns the outer one, whose handlers stay.
 
     Args:
-        until_exit: whether the process ends after the context, and ignores SIGTERM and SIGUSR1 until it has.
+        until_exit: whether the process ends after the context, and ignores all of them but SIGINT until it has.
     """
 
     _outer: ClassVar[Signals | None] = None
@@ -42,7 +44,8 @@ class Signals:
         if threading.current_thread() is threading.main_thread():
             Signals._outer = self
             for number in _STOP:
-                self._before[number] = signal.signal(number, self._handle)
+                if number.name != "SIGHUP" or signal.getsignal(number) is not signal.SIG_IGN:
+                    self._before[number] = signal.signal(number, self._handle)
         return self
 
     def __exit__(self, *_: object) -> None:

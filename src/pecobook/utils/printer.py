@@ -29,14 +29,19 @@ _run = _Run()
 
 
 def show(text: str, *, stdout: bool = False, end: str = "\n") -> None:
-    """Print text to the screen: on standard error, or on standard output what other programs may read."""
+    """Print text to the screen: on standard error, or on standard output what other programs may read.
+
+    Where standard error has gone, as with a closed terminal or the disk of its file full, the text is lost, and not the
+    run.
+    """
     text = printable(text, keep="\n\t")
     if _run.quiet:
         return
-    if _run.screen is not None and not stdout:
-        _run.screen(text)
-    else:
-        print(text, end=end, file=sys.stdout if stdout else sys.stderr, flush=True)
+    with contextlib.nullcontext() if stdout else contextlib.suppress(OSError):
+        if _run.screen is not None and not stdout:
+            _run.screen(text)
+        else:
+            print(text, end=end, file=sys.stdout if stdout else sys.stderr, flush=True)
 
 
 def say(text: str) -> None:

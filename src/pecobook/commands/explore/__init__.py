@@ -51,7 +51,8 @@ def explore(config: ExploreConfig | None = None, *, block: bool = True, **settin
     indexed, runs, splits = _open(config)
     if block:
         # The default ends the process at once, and leaves the visitors' images behind.
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+        for number in (signal.SIGTERM, signal.SIGHUP):
+            signal.signal(number, lambda number, _: sys.exit(128 + number))
     os.environ["GRADIO_TEMP_DIR"] = _uploads().name
     blocks = Page(indexed, runs, splits).blocks()
     try:
