@@ -25,6 +25,7 @@ def main() -> int:
     """Run the campaign; return 0 when every case ended as promised."""
     options = _options()
     os.environ.update(CUDA_VISIBLE_DEVICES="", HF_HUB_OFFLINE="1", OMP_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1")
+    os.environ["TORCH_CPP_LOG_LEVEL"] = "ERROR"  # as pecobook sets it for processes that a launcher has started
     from tests.campaign.process import warm_up
     from tests.campaign.verdict import Field, Verdict, table
 
@@ -63,6 +64,7 @@ def _options() -> Any:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("runs/campaign"))
     parser.add_argument("--only", nargs="*", choices=_MODULES, default=_MODULES, help="kinds of faults")
+    parser.add_argument("--named", default="", help="a part of the name of the cases, as rank or worker of processes")
     parser.add_argument("--leave-out", nargs="*", default=(), help="commands, for example demo reproduce")
     parser.add_argument("--short", action="store_true", help="a handful of cases")
     parser.add_argument("--long", action="store_true", help="measure memory, files and requests over a long time")
@@ -75,6 +77,7 @@ def _drawn(options: Any) -> Any:
     chance, left_out = random.Random(options.seed), set(options.leave_out)
     cases = [case for name in options.only for case in importlib.import_module(f"tests.campaign.{name}").cases()]
     cases = [case for case in cases if not left_out & {str(part) for part in getattr(case, "args", ())}]
+    cases = [case for case in cases if options.named in getattr(case, "func", case).__name__]
     once = [case for case in cases if getattr(case, "__name__", "") == "_all"]
     yield from ((case, chance) for case in once)
     rest = [case for case in cases if case not in once]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -133,3 +134,44 @@ def test_watched__is_nothing_for_one_process() -> None:
         with siblings.watched(world):
             assert Siblings.current is None
             assert siblings.known_loss() == ""
+
+
+_WAITS = """
+import os, sys, time
+from pecobook.engine.signals import from_the_start
+with from_the_start(until_exit=True):
+    from datetime import timedelta
+    from torch._C._distributed_c10d import TCPStore
+    store = TCPStore("127.0.0.1", int(os.environ["MASTER_PORT"]), 2, is_master=os.environ["RANK"] == "0",
+                     wait_for_workers=False, timeout=timedelta(seconds=30))
+    print("here", flush=True)
+    try:
+        while True:
+            time.sleep(0.05)
+            store.check(["a key"])
+    except RuntimeError:
+        pass
+"""
+
+
+def test_from_the_start__a_lost_store_is_no_stack_trace() -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    world = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    processes = []
+    for rank in ("0", "1"):
+        environment = {**os.environ, **world, "RANK": rank, "LOCAL_RANK": rank}
+        environment.pop("TORCH_CPP_LOG_LEVEL", None)
+        pipe = subprocess.PIPE
+        processes.append(
+            subprocess.Popen([sys.executable, "-c", _WAITS], env=environment, stdout=pipe, stderr=pipe, text=True)
+        )
+        stream = processes[-1].stdout
+        assert stream is not None
+        assert stream.readline() == "here\n"
+    processes[0].kill()
+    processes[0].communicate()
+    _, text = processes[1].communicate(timeout=60)
+    assert text == ""
+    assert processes[1].returncode == 0

@@ -6,6 +6,7 @@ or its connection breaks; nohup ignores it, and then so does the run.
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 from collections.abc import Iterator
@@ -81,6 +82,8 @@ def from_the_start(*, several: bool = False, until_exit: bool = False) -> Iterat
     """
     world = launched()
     if several or (world is not None and world.size > 1):
+        # Read when torch is imported. Its warning of a lost connection is a stack trace of 25 lines; errors stay.
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
         with Signals(until_exit=until_exit), watched(world if until_exit else None):
             yield
     else:
