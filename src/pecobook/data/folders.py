@@ -20,10 +20,9 @@ from typing import Any
 
 import numpy as np
 
-from pecobook.data.decode import read_file
 from pecobook.data.layout import BESIDE_ITS_IMAGE, Folder, Layout, count_unused, masks_among, parts_of, read_layout
 from pecobook.data.parts import Contents
-from pecobook.data.source import IMAGE_EXTENSIONS, FileImages, Integers
+from pecobook.data.source import IMAGE_EXTENSIONS, Integers, Store
 from pecobook.data.split_names import SHADOW_FOLDER
 from pecobook.errors import DataError
 
@@ -42,7 +41,7 @@ _REMEDIES = {
 _FILE, _FOLDER, _LINKED_FOLDER = range(3)
 
 
-class FileStore(FileImages):
+class FileStore(Store):
     """Image files under one folder, as relative paths in an Arrow column."""
 
     def __init__(self, root: Path, paths: Any) -> None:
@@ -54,15 +53,11 @@ class FileStore(FileImages):
 
     def identify(self, row: int) -> str:
         """Return the path as text that can be printed and logged, even if the path is not valid Unicode."""
-        return os.fsencode(self.path(row)).decode(errors="replace")
+        return os.fsencode(self.file(row)).decode(errors="replace")
 
-    def path(self, row: int) -> Path:
+    def file(self, row: int) -> Path:
         """Return the path of the file of a row."""
         return self.root / os.fsdecode(self._paths[row]["path"])
-
-    def encoded(self, row: int) -> bytes:
-        """Return the bytes of the file of a row. Raises BadImage."""
-        return read_file(self.path(row), self.identify(row))
 
     def files(self, rows: Integers) -> Iterator[bytes]:
         """Yield the paths of the files of the rows."""

@@ -16,8 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pecobook.data.decode import BadImage, Range, decode
-from pecobook.data.source import ImageSource, Integers, Splits
+from pecobook.data.decode import BadImage, decode
+from pecobook.data.source import ImageSource, Integers, Splits, Store
 from pecobook.errors import DataError
 
 TILE = 48
@@ -46,14 +46,12 @@ PHOTOS = {
 }
 
 
-class PhotoStore:
+class PhotoStore(Store):
     """The tiles of all photographs, ordered by photograph and then by row.
 
     Args:
         grids: the number of tiles (down, across) of each photograph, in the order of the photographs' names.
     """
-
-    value_range: Range | None = None
 
     def __init__(self, grids: dict[str, tuple[int, int]]) -> None:
         self._grids = grids
@@ -71,7 +69,7 @@ class PhotoStore:
         """Return the name of the photograph and the number of the tile."""
         return "{} tile {}".format(*self._locate(row))
 
-    def read(self, row: int) -> Tensor:
+    def read(self, row: int, shortest: int = 0) -> Tensor:  # noqa: ARG002
         """Return the tile of a row: uint8 (3, 48, 48)."""
         name, tile = self._locate(row)
         i, j = divmod(tile, self._grids[name][1])

@@ -23,7 +23,7 @@ from pecobook.data.decode import BadImage, check_bytes
 from pecobook.data.labels import encode_labels
 from pecobook.data.layout import Layout, count_unused, parts_of, read_layout
 from pecobook.data.parts import Contents, Labels, Part
-from pecobook.data.source import IMAGE_EXTENSIONS, FileImages, Integers, file_version, hash_some, relative_names
+from pecobook.data.source import IMAGE_EXTENSIONS, Integers, Store, file_version, hash_some, relative_names
 from pecobook.data.split_names import group_by_split, note_ignored_splits
 from pecobook.data.tar_index import index_shard
 from pecobook.errors import DataError
@@ -34,7 +34,7 @@ _MAX_NOTES = 5
 _MAX_OPEN = 256  # shards that each process keeps open; further shards are opened anew for each image
 
 
-class ShardStore(FileImages):
+class ShardStore(Store):
     """Images inside tar files.
 
     Args:
@@ -65,7 +65,7 @@ class ShardStore(FileImages):
         """Return the shard's path, a slash, and the member's name."""
         return f"{self._shards[self._shard[row]]}/{self._members[row].as_py()}"
 
-    def encoded(self, row: int) -> bytes:
+    def file(self, row: int) -> bytes:
         """Return the bytes of the member of a row. Raises BadImage."""
         name, size = self.identify(row), int(self._size[row])
         check_bytes(size, name)

@@ -21,7 +21,7 @@ import numpy as np
 from pecobook.data.decode import BadImage, read_file
 from pecobook.data.labels import class_names, encode_labels, is_missing
 from pecobook.data.parts import AS_OTHERS, Contents, Labels, Part
-from pecobook.data.source import FileImages, Integers, file_version, hash_some, relative_names
+from pecobook.data.source import Integers, Store, file_version, hash_some, relative_names
 from pecobook.data.split_names import group_by_split, note_ignored_splits
 from pecobook.data.table_files import content_key, damage, differences, file_of_path, num_bytes, paths_in_rows
 from pecobook.errors import DataError, did_you_mean, first_line
@@ -32,7 +32,7 @@ _LARGE = 2**30
 """Bytes of files whose copy is announced."""
 
 
-class TableStore(FileImages):
+class TableStore(Store):
     """One column of encoded images.
 
     Args:
@@ -59,7 +59,7 @@ class TableStore(FileImages):
     def _file_of(self, row: int) -> int:
         return int(np.searchsorted(self._starts, row, side="right")) - 1
 
-    def encoded(self, row: int) -> bytes:
+    def file(self, row: int) -> bytes:
         """Return the encoded bytes of the image of a row. Raises BadImage."""
         value = self._images[row][self._column]
         data, path = (value.get("bytes"), value.get("path")) if isinstance(value, dict) else (value, None)
@@ -85,11 +85,6 @@ class TableStore(FileImages):
     def _folder_of(self, row: int) -> Path:
         return Path(self._names[self._file_of(row)]).parent
 
-    @property
-    def num_bytes(self) -> int:
-        """The bytes of all encoded images."""
-        return num_bytes(self._images.data.column(self._column))
-
     def files(self, rows: Integers) -> Iterator[bytes]:
         """Yield the paths of the tables, and of the image files where the tables hold paths."""
         numbers = np.unique(np.searchsorted(self._starts, rows, side="right") - 1)
@@ -97,6 +92,10 @@ class TableStore(FileImages):
         for row, path in paths_in_rows(self._images.data.column(self._column), rows):
             with contextlib.suppress(ValueError):  # a text that is no path
                 yield os.fsencode(file_of_path(self._folder_of(row), path))
+
+    def num_bytes(self) -> int:
+        """Return the bytes of all encoded images."""
+        return num_bytes(self._images.data.column(self._column))
 
     def digest(self, rows: Integers) -> str:
         """Return a hash of the files' names, sizes and footers, of the row numbers, and of the bytes of some images."""

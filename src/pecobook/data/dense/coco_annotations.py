@@ -17,9 +17,9 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
-from pecobook.data.decode import BadImage, Range, decode, read_file
+from pecobook.data.decode import BadImage
 from pecobook.data.dense.coco_values import format_size
-from pecobook.data.source import Integers
+from pecobook.data.source import Integers, Store
 
 Floats = npt.NDArray[np.float64]
 
@@ -40,7 +40,7 @@ class PackedBytes:
 
 
 @dataclasses.dataclass(eq=False)
-class Annotations:
+class Annotations(Store):
     """The images (rows) and objects of one file; the objects of row r have the indices starts[r] to starts[r + 1] - 1.
 
     R images, A objects.
@@ -70,29 +70,25 @@ class Annotations:
     """Category id -> name, in ascending order of the ids."""
     left_out: dict[str, int] = dataclasses.field(default_factory=dict)
     """Reason -> number of images and objects of the file that training and scores do not use."""
-    value_range: Range | None = None
-    """The values that become black and white in images with more than 8 bits."""
 
     def __len__(self) -> int:
         return len(self.image_ids)
 
-    def read(self, row: int) -> Tensor:
+    def read(self, row: int, shortest: int = 0) -> Tensor:  # noqa: ARG002
         """Read and decode the image of a row: uint8 (3, H, W). Raises BadImage."""
-        path = self.path(row)
-        image = decode(read_file(path), name=str(path), value_range=self.value_range)
-        if image.shape[1:] != tuple(self.sizes[row]):
-            raise BadImage(
-                str(path), f"{format_size(image.shape[1:])}, not {format_size(self.sizes[row])} as in its annotations"
-            )
+        image, size = super().read(row), self.sizes[row]
+        if image.shape[1:] != tuple(size):
+            reason = f"{format_size(image.shape[1:])}, not {format_size(size)} as in its annotations"
+            raise BadImage(self.identify(row), reason)
         return image
 
-    def path(self, row: int) -> Path:
+    def file(self, row: int) -> Path:
         """Return the path of the image of a row."""
         return self.root / str(self.names[row])
 
     def identify(self, row: int) -> str:
         """Return the path of the image of a row as text."""
-        return str(self.path(row))
+        return str(self.file(row))
 
     def files(self, rows: Integers) -> Iterator[bytes]:
         """Yield the paths of the images of the rows."""

@@ -79,10 +79,9 @@ class DetectionSource(ImageSource):
         split: str,
         classes: tuple[str, ...],
         category_ids: tuple[int, ...],
-        rows: Integers | None = None,
         left_out: Mapping[str, int] | None = None,
     ) -> None:
-        super().__init__(annotations, name=name, split=split, rows=rows, classes=classes)
+        super().__init__(annotations, name=name, split=split, classes=classes)
         self.annotations, self.category_ids = annotations, category_ids
         self.left_out = dict(left_out or {})
         self._labels = {category: number for number, category in enumerate(category_ids, start=1)}
@@ -128,8 +127,7 @@ class DetectionSource(ImageSource):
         """Return the indices and the rows of the objects of these images, without crowds."""
         annotations = self.annotations
         row_of_object = np.repeat(np.arange(len(annotations)), np.diff(annotations.starts))
-        rows = np.arange(len(annotations)) if self._rows is None else self._rows
-        numbers = np.flatnonzero(np.isin(row_of_object, rows) & ~annotations.crowd)
+        numbers = np.flatnonzero(np.isin(row_of_object, self.rows) & ~annotations.crowd)
         return numbers, row_of_object[numbers]
 
     def size(self, index: int) -> tuple[int, int]:
@@ -165,18 +163,6 @@ class DetectionSource(ImageSource):
         pairs = zip(self.category_ids, self.classes, strict=True)
         categories = [{"id": number, "name": name} for number, name in pairs]
         return {"images": images, "annotations": objects, "categories": categories}
-
-    def subset(self, indices: Iterable[int] | Integers) -> DetectionSource:
-        """Return a source with only the given images, in the given order."""
-        return DetectionSource(
-            self.annotations,
-            name=self.name,
-            split=self.split,
-            classes=self.classes,
-            category_ids=self.category_ids,
-            rows=super().subset(indices)._rows,
-            left_out=self.left_out,
-        )
 
     def _object_range(self, row: int) -> range:
         """Return the indices of the objects of a row."""

@@ -19,14 +19,14 @@ import hashlib
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Any, Self, cast
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from pecobook.data.decode import BadImage, Range, decode, header_size, read_file
+from pecobook.data.decode import BadImage, header_size, read_file
 from pecobook.data.dense.class_files import find_class_file, read_classes
 from pecobook.data.dense.counts import MaskCounts
 from pecobook.data.dense.mask_files import Pixels, read_pixels
@@ -41,33 +41,31 @@ from pecobook.utils.printer import say
 _MASK_COLUMNS = ("mask", "annotation", "label", "segmentation", "segmentation_mask", "annotations", "labels", "gt")
 
 
-class MaskStore(Store, Protocol):
+class MaskStore(Store):
     """A store whose rows hold an image and its mask.
 
     Attributes:
         left_out: reason -> number of images and masks that belong to no row.
     """
 
-    left_out: dict[str, int]
-
-    def encoded(self, row: int) -> bytes:
-        """Read the encoded image. Raises BadImage."""
+    def __init__(self) -> None:
+        self.left_out: dict[str, int] = {}
 
     def read_mask(self, row: int) -> bytes:
         """Read the encoded mask. Raises BadImage."""
+        raise NotImplementedError
 
     def identify_mask(self, row: int) -> str:
         """Return a name by which a person can find the mask."""
+        raise NotImplementedError
 
 
-class PairStore:
+class PairStore(MaskStore):
     """Pairs of an image file and a mask file under one folder."""
 
-    value_range: Range | None = None
-
     def __init__(self, root: Path, pairs: Sequence[tuple[str, str]]) -> None:
+        super().__init__()
         self.root, self.pairs = root, pairs
-        self.left_out: dict[str, int] = {}
 
     def __len__(self) -> int:
         return len(self.pairs)
@@ -80,17 +78,9 @@ class PairStore:
         """Return the relative path of the mask."""
         return self.pairs[row][1]
 
-    def path(self, row: int) -> Path:
+    def file(self, row: int) -> Path:
         """Return the path of the image."""
         return self.root / self.pairs[row][0]
-
-    def encoded(self, row: int) -> bytes:
-        """Read the encoded image."""
-        return read_file(self.path(row), self.pairs[row][0])
-
-    def read(self, row: int) -> Tensor:
-        """Read and decode the image: uint8 (3, H, W)."""
-        return decode(self.encoded(row), name=self.pairs[row][0], value_range=self.value_range)
 
     def read_mask(self, row: int) -> bytes:
         """Read the encoded mask."""
@@ -106,7 +96,7 @@ class PairStore:
         return hashlib.sha256(repr([self.pairs[row] for row in rows.tolist()]).encode()).hexdigest()
 
 
-class TablePairStore:
+class TablePairStore(MaskStore):
     """The image column and the mask column of one table.
 
     Args:
@@ -116,17 +106,8 @@ class TablePairStore:
     """
 
     def __init__(self, images: TableStore, masks: TableStore, column: str) -> None:
+        super().__init__()
         self._images, self._masks, self._column = images, masks, column
-        self.left_out: dict[str, int] = {}
-
-    @property
-    def value_range(self) -> Range | None:
-        """The range of the values of the image column."""
-        return self._images.value_range
-
-    @value_range.setter
-    def value_range(self, value_range: Range | None) -> None:
-        self._images.value_range = value_range
 
     def __len__(self) -> int:
         return len(self._images)
@@ -139,26 +120,21 @@ class TablePairStore:
         """Return the name of the split, the number of the row, and the name of the mask column."""
         return f"{self.identify(row)} ({self._column})"
 
-    def encoded(self, row: int) -> bytes:
+    def file(self, row: int) -> bytes:
         """Read the encoded image."""
-        return self._images.encoded(row)
-
-    def read(self, row: int) -> Tensor:
-        """Read and decode the image: uint8 (3, H, W)."""
-        return self._images.read(row)
+        return self._images.file(row)
 
     def read_mask(self, row: int) -> bytes:
         """Read the encoded mask."""
-        return self._masks.encoded(row)
+        return self._masks.file(row)
 
-    @property
     def num_bytes(self) -> int:
-        """The bytes of all encoded images and masks."""
-        return self._images.num_bytes + self._masks.num_bytes
+        """Return the bytes of all encoded images and masks."""
+        return self._images.num_bytes() + self._masks.num_bytes()
 
     def content(self, row: int) -> bytes:
         """Read the encoded image and the encoded mask."""
-        return self.encoded(row) + self._masks.encoded(row)
+        return self.file(row) + self.read_mask(row)
 
     def digest(self, rows: Integers) -> str:
         """Return a hash of the identities of both columns and of the row numbers."""
@@ -207,19 +183,17 @@ class SegmentationSource(ImageSource):
             raise BadImage(self._masks.identify_mask(self._row(index)), "the mask does not have the size of its image")
         return image, mask
 
-    def subset(self, indices: Iterable[int] | Integers) -> SegmentationSource:
-        """Return a source with only the given images, in the given order."""
-        chosen = super().subset(indices)
-        return self._copy(self.mask_classes, cast("Integers", chosen._rows))
+    def subset(self, indices: Iterable[int] | Integers) -> Self:
+        """Return a source with only the given images, in the given order, whose masks are not counted yet."""
+        part = super().subset(indices)
+        part.counts, part.unreadable = None, ()
+        return part
 
-    def with_mask_classes(self, mask_classes: MaskClasses) -> SegmentationSource:
+    def with_mask_classes(self, mask_classes: MaskClasses) -> Self:
         """Return the source with another meaning of the masks' pixels."""
-        return self._copy(mask_classes, cast("Integers", self._rows))
-
-    def _copy(self, mask_classes: MaskClasses, rows: Integers) -> SegmentationSource:
-        return SegmentationSource(
-            self._masks, mask_classes, name=self.name, split=self.split, rows=rows, left_out=self.left_out
-        )
+        part = self.subset(range(len(self)))
+        part.mask_classes, part._table = mask_classes, mask_classes.table()
+        return part
 
     def read_pixels(self, index: int) -> Pixels:
         """Read the pixels of a mask as the file has them. Raises BadImage."""

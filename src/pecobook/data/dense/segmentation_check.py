@@ -86,7 +86,7 @@ def verify(
             part.unreadable = [report.unreadable for report in source_reports if report.unreadable]
             unreadable += part.unreadable
             found = {"pairs that do not fit": len(invalid), "pairs that cannot be read": len(part.unreadable)}
-            part.left_out |= {reason: count for reason, count in found.items() if count}
+            part.left_out = part.left_out | {reason: count for reason, count in found.items() if count}
         valid.append(part)
         counts.append(sum_masks(meaning, [source_reports[n].counts(meaning) for n in kept]))
         part.counts = counts[-1] if limit is None else None
