@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from pecobook.commands.explore import explore
     from pecobook.commands.probe import probe
     from pecobook.commands.reproduce import reproduce
+    from pecobook.data.images import read_image
     from pecobook.data.masking import blockwise_mask
-    from pecobook.data.one_image import read_image
     from pecobook.errors import PecobookError
     from pecobook.models.dense.detector import Detector
     from pecobook.models.dense.segmenter import Segmenter
@@ -52,7 +52,7 @@ _HOMES = {
     "blockwise_mask": "data.masking",
     "load_tokenizer": "models.tokenizers",
     "nearest_codeword": "models.nearest",
-    "read_image": "data.one_image",
+    "read_image": "data.images",
 }
 
 

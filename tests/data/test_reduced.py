@@ -19,10 +19,9 @@ from torch import Tensor
 from pecobook.data.decode import decode
 from pecobook.data.dense.segmentation_views import training_view
 from pecobook.data.images import open_images
-from pecobook.data.named_views import NamedViews
 from pecobook.data.sampler import key
 from pecobook.data.stream import Stream, read_all
-from pecobook.data.views import center_crop, central_view, random_crop, shortest_side
+from pecobook.data.views import NamedViews, center_crop, central_view, random_crop, shortest_side
 from pecobook.settings.images import PhotometricConfig
 from pecobook.utils.images import resize
 from tests.data.pictures import encode

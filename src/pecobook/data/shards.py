@@ -20,9 +20,8 @@ from typing import Any
 import numpy as np
 
 from pecobook.data.decode import BadImage, check_bytes
-from pecobook.data.labels import encode_labels
 from pecobook.data.layout import Layout, count_unused, parts_of, read_layout
-from pecobook.data.parts import Contents, Labels, Part
+from pecobook.data.parts import Contents, Labels, Part, encode_labels
 from pecobook.data.source import IMAGE_EXTENSIONS, Integers, Store, file_version, hash_some, relative_names
 from pecobook.data.split_names import group_by_split, note_ignored_splits
 from pecobook.data.tar_index import index_shard

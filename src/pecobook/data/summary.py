@@ -19,10 +19,9 @@ from typing import cast
 import numpy as np
 
 from pecobook.data.decode import BadImage, check_regular, open_image
-from pecobook.data.dense.counts import pixels_per_class, pixels_per_value
 from pecobook.data.dense.detection import DetectionSource
 from pecobook.data.dense.segmentation import SegmentationSource
-from pecobook.data.dense.segmentation_classes import MaskClasses
+from pecobook.data.dense.segmentation_classes import MaskClasses, pixels_per_class, pixels_per_value
 from pecobook.data.dense.segmentation_pairs import masks_among_classes, names_masks
 from pecobook.data.source import ImageSource, Splits
 

@@ -19,8 +19,7 @@ from typing import Any, cast
 import numpy as np
 
 from pecobook.data.decode import BadImage, read_file
-from pecobook.data.labels import class_names, encode_labels, is_missing
-from pecobook.data.parts import AS_OTHERS, Contents, Labels, Part
+from pecobook.data.parts import AS_OTHERS, Contents, Labels, Part, class_names, encode_labels, is_missing
 from pecobook.data.source import Integers, Store, file_version, hash_some, relative_names
 from pecobook.data.split_names import group_by_split, note_ignored_splits
 from pecobook.data.table_files import content_key, damage, differences, file_of_path, num_bytes, paths_in_rows

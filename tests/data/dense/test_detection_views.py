@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from pecobook.data.dense.coco_masks import encode_segment
+from pecobook.data.dense.coco_values import encode_segment
 from pecobook.data.dense.detection import Objects
 from pecobook.data.dense.detection_views import (
     Geometry,

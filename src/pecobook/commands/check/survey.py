@@ -14,9 +14,9 @@ import numpy.typing as npt
 from torch.utils.data import Dataset
 
 from pecobook.data.dense.coco_check import compare_boxes
-from pecobook.data.dense.counts import pixels_per_class
 from pecobook.data.dense.detection import DetectionSource
 from pecobook.data.dense.segmentation import SegmentationSource
+from pecobook.data.dense.segmentation_classes import pixels_per_class
 from pecobook.data.loading import Batches
 from pecobook.data.source import ImageSource, Splits
 from pecobook.data.summary import (

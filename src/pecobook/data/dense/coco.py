@@ -20,15 +20,19 @@ from pecobook.data.decode import header_size
 from pecobook.data.dense.coco_annotations import Annotations, PackedBytes
 from pecobook.data.dense.coco_check import SHARES, UNKNOWN, are_in_corner, compare_boxes, diagnose_boxes
 from pecobook.data.dense.coco_files import ImageFiles, file_name
-from pecobook.data.dense.coco_masks import OUTSIDE, clean_segment, encode_segment, mask_box, segment_area
 from pecobook.data.dense.coco_values import (
+    OUTSIDE,
     UnusableError,
     as_flag,
     as_integer,
     as_number,
+    clean_segment,
+    encode_segment,
     format_size,
+    mask_box,
     parse_box,
     read_categories,
+    segment_area,
 )
 from pecobook.errors import first_line
 

@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pecobook.data.dense.coco_annotations import Annotations, Floats
-from pecobook.data.dense.coco_masks import mask_box, run_lengths, runs_box
+from pecobook.data.dense.coco_values import mask_box, run_lengths, runs_box
 from pecobook.data.source import Integers
 
 _TOLERANCE = 2.0  # pixels by which the edges of an object's box and of its mask may differ

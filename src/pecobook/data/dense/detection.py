@@ -29,7 +29,7 @@ from torch import Tensor
 from pecobook.data.dense.coco import Findings, read_annotations
 from pecobook.data.dense.coco_annotations import Annotations, PackedBytes
 from pecobook.data.dense.coco_files import count_unnamed, find_annotations, other_format
-from pecobook.data.dense.coco_masks import decode_masks
+from pecobook.data.dense.coco_values import decode_masks
 from pecobook.data.source import ImageSource, Integers, Splits, hold_out
 from pecobook.errors import DataError, did_you_mean
 

@@ -28,9 +28,8 @@ from torch import Tensor
 
 from pecobook.data.decode import BadImage, header_size, read_file
 from pecobook.data.dense.class_files import find_class_file, read_classes
-from pecobook.data.dense.counts import MaskCounts
 from pecobook.data.dense.mask_files import Pixels, read_pixels
-from pecobook.data.dense.segmentation_classes import IGNORE, MaskClasses, ignored_values, make_classes
+from pecobook.data.dense.segmentation_classes import IGNORE, MaskClasses, MaskCounts, ignored_values, make_classes
 from pecobook.data.dense.segmentation_pairs import find_pairs
 from pecobook.data.source import ImageSource, Integers, Splits, Store, hold_out, unused_splits
 from pecobook.data.split_names import group_by_split

@@ -11,11 +11,10 @@ from typing import cast
 import numpy as np
 
 from pecobook.data.decode import BadImage
-from pecobook.data.dense.counts import MaskCounts, pixels_per_value, sum_masks
 from pecobook.data.dense.mask_files import UNLISTED, InvalidMask
 from pecobook.data.dense.mask_meaning import MaskReport, settle_meaning
 from pecobook.data.dense.segmentation import SegmentationSource
-from pecobook.data.dense.segmentation_classes import MaskClasses
+from pecobook.data.dense.segmentation_classes import MaskClasses, MaskCounts, pixels_per_value, sum_masks
 from pecobook.data.source import Splits
 from pecobook.utils.devices import cores
 

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pecobook.data.dense.segmentation_classes import IGNORE
+from pecobook.data.sampler import key, uniforms
 from pecobook.data.views import colour_draws
 from pecobook.utils.images import fitted_size, resize
 
@@ -42,8 +43,6 @@ def training_view(
     Returns:
         image uint8 (3, size, size), grey where the image ends; mask int16 (size, size); colour float (9,).
     """
-    from pecobook.data.sampler import key, uniforms
-
     u = uniforms(key(view_key, 4), 2 + 2 * _TRIES)
     height, width = mask.shape
     tested = fitted_size(height, width, size, most)[0] / height
