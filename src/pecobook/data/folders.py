@@ -22,9 +22,9 @@ import numpy as np
 
 from pecobook.data.layout import BESIDE_ITS_IMAGE, Folder, Layout, count_unused, masks_among, parts_of, read_layout
 from pecobook.data.parts import Contents
-from pecobook.data.source import IMAGE_EXTENSIONS, Integers, Store
+from pecobook.data.source import IMAGE_EXTENSIONS, Integers, Note, Store
 from pecobook.data.split_names import SHADOW_FOLDER
-from pecobook.errors import DataError
+from pecobook.errors import DataError, some_of
 
 _EXTENSIONS = frozenset(extension.encode() for extension in IMAGE_EXTENSIONS)
 _SHADOW_FOLDER = SHADOW_FOLDER.encode()
@@ -327,7 +327,7 @@ def _note_on_empty_classes(layout: Layout, listing: Listing) -> list[str]:
     empty = sorted("/".join(folder) for folder in listing.without_images if folder[:-1] in parents)
     if not empty:
         return []
-    listed = ", ".join(empty[:5]) + (", ..." if len(empty) > 5 else "")
+    folders, what = f"{len(empty):,} folders beside the class folders", "hold no image, and are no classes"
     if len(empty) == 1:
-        return [f"1 folder beside the class folders holds no image, and is no class: {listed}."]
-    return [f"{len(empty):,} folders beside the class folders hold no image, and are no classes: {listed}."]
+        folders, what = "1 folder beside the class folders", "holds no image, and is no class"
+    return [Note(f"{folders} {what}: {some_of(empty, 5)}.", "lost labels")]

@@ -28,10 +28,10 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from pecobook.data.parts import ONE_CLASS, Labels, Part
-from pecobook.data.source import Integers, Store
+from pecobook.data.parts import Labels, Part
+from pecobook.data.source import Integers, Note, Store
 from pecobook.data.split_names import is_split_folder, split_and_rest, split_folders, split_of_name
-from pecobook.errors import DataError
+from pecobook.errors import DataError, some_of
 
 Folder: TypeAlias = tuple[str, ...]
 """The names on the way from the source to a folder."""
@@ -274,8 +274,7 @@ def _at(folder: Folder, depth: int) -> str:
 
 
 def _listed(names: Iterable[str]) -> str:
-    ordered = sorted(names)
-    return ", ".join(f"'{name}'" for name in ordered[:4]) + (", ..." if len(ordered) > 4 else "")
+    return some_of((f"'{name}'" for name in sorted(names)), 4)
 
 
 def parts_of(layout: Layout, store: Store, folder_of: Integers) -> dict[str, Part]:
@@ -334,7 +333,9 @@ def _reason(layout: Layout, split: str, image: str) -> str:
         if not only or split_of_name(only) is not None:
             return ""
         is_class = len(set(layout.split_of) - {""}) > 1 and only.lower() not in IMAGE_FOLDERS
-        return f"all its images lie in {ONE_CLASS if is_class else 'the one folder'} '{only}'"
+        if is_class:
+            return Note(f"all its images lie in the one class folder '{only}'", "one class")
+        return f"all its images lie in the one folder '{only}'"
     return (
         f"the images of {split} lie in no class folder ({image}); move each into the folder of its class, or give the "
         "training folder alone, of which 10% are then held out"

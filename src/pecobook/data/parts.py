@@ -17,11 +17,8 @@ from typing import Any
 
 import numpy as np
 
-from pecobook.data.source import ImageSource, Integers, Splits, Store, hold_out, unused_splits
+from pecobook.data.source import ImageSource, Integers, Note, Splits, Store, hold_out, kind_of, unused_splits
 from pecobook.errors import DataError, did_you_mean
-
-# Words of the reasons why labels that a user gave cannot be used; they tell these from images without labels.
-NO_CLASS, ONE_CLASS, AS_OTHERS = "which is no class", "the one class folder", "as other files have"
 
 
 @dataclass(frozen=True)
@@ -40,7 +37,7 @@ class Part:
         store: the images of all splits, or of this one.
         rows: the rows of the store that belong to the split.
         labels: the labels of these rows, or None.
-        unlabelled: why `labels` is None, if more can be said than that.
+        unlabelled: why `labels` is None, if more can be said than that; a `Note` if the user gave labels.
         lacks_label: what is wrong with an image whose label is -1.
     """
 
@@ -59,9 +56,10 @@ class Part:
             return self.unlabelled or f"no image of {split} has one"
         if len(missing):
             first = self.store.identify(int(self.rows[missing[0]]))
-            return f"{len(missing):,} of {len(self.rows):,} images of {split} {self.lacks_label}, the first: {first}"
+            count = f"{len(missing):,} of {len(self.rows):,} images"
+            return Note(f"{count} of {split} {self.lacks_label}, the first: {first}", "lost labels")
         if split == "train" and len(self.labels.names) < 2:
-            return f"all images of train have the one class '{self.labels.names[0]}'"
+            return Note(f"all images of train have the one class '{self.labels.names[0]}'", "one class")
         return ""
 
 
@@ -95,12 +93,10 @@ def assemble(source: str, contents: Contents) -> Splits:
     notes = list(contents.notes)
 
     def usable_labels(name: str) -> tuple[Labels | None, str]:
-        part, problem = parts[name], parts[name].label_problem(name)
-        is_partial = part.labels is not None and part.labels.codes.max(initial=-1) >= 0
-        is_told = is_partial or name != "train" or any(words in problem for words in (NO_CLASS, ONE_CLASS, AS_OTHERS))
-        if problem and is_told:
-            notes.append(f"The labels of {name} are not used: {problem}.")
-        return (None if problem else part.labels), problem
+        problem = parts[name].label_problem(name)
+        if problem and (isinstance(problem, Note) or name != "train"):
+            notes.append(Note(f"The labels of {name} are not used: {problem}.", kind_of(problem) or "lost labels"))
+        return (None if problem else parts[name].labels), problem
 
     labels, problem = usable_labels("train")
     classes = labels.names if labels else None

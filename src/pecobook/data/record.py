@@ -24,7 +24,7 @@ import numpy as np
 
 from pecobook.data.decode import BadImage
 from pecobook.data.source import ImageSource, Integers, Splits
-from pecobook.errors import RunFolderError, first_line, printable
+from pecobook.errors import RunFolderError, first_line, printable, some_of
 from pecobook.utils.files import write_atomically
 
 FILE = "data.parquet"
@@ -304,8 +304,7 @@ def _ends_one(name: bytes, paths: Sequence[str]) -> bool:
 
 
 def _phrase(names: Sequence[bytes], kind: str) -> str:
-    shown = ", ".join(name.decode(errors="replace") for name in names[:3])
-    return f"{len(names):,} {kind} ({shown}{', ...' if len(names) > 3 else ''})"
+    return f"{len(names):,} {kind} ({some_of((name.decode(errors='replace') for name in names[:4]), 3)})"
 
 
 def _note(num_later: int, count: int, num_compared: int) -> str:

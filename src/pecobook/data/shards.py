@@ -22,7 +22,7 @@ import numpy as np
 from pecobook.data.decode import BadImage, check_bytes
 from pecobook.data.layout import Layout, count_unused, parts_of, read_layout
 from pecobook.data.parts import Contents, Labels, Part, encode_labels
-from pecobook.data.source import IMAGE_EXTENSIONS, Integers, Store, file_version, hash_some, relative_names
+from pecobook.data.source import IMAGE_EXTENSIONS, Integers, Note, Store, file_version, hash_some, relative_names
 from pecobook.data.split_names import group_by_split, note_ignored_splits
 from pecobook.data.tar_index import index_shard
 from pecobook.errors import DataError
@@ -112,7 +112,8 @@ def shard_contents(source: str, shards: list[Path], *, root: Path | None = None)
     """
     index = _load_index(source, shards)
     left_out: dict[str, int]
-    left_out, notes = (json.loads(index.schema.metadata[name]) for name in (b"left_out", b"notes"))
+    left_out, damage = (json.loads(index.schema.metadata[name]) for name in (b"left_out", b"notes"))
+    notes: list[str] = [Note(text, "lost images") for text in damage]
     if len(index) == 0:
         seen = ", ".join(f"{count:,} {reason}" for reason, count in left_out.items())
         raise DataError(
@@ -170,7 +171,8 @@ def _labels(source: str, texts: list[str | None], store: ShardStore, rows: Integ
         return encode_labels(source, texts), ""
     wrong = next((place for place, number in enumerate(numbers) if number is not None and number % 1), None)
     if wrong is not None:
-        return None, f"{store.identify(int(rows[wrong]))} has the label {texts[wrong]}, which is no class"
+        reason = f"{store.identify(int(rows[wrong]))} has the label {texts[wrong]}, which is no class"
+        return None, Note(reason, "lost labels")
     return encode_labels(source, [None if number is None else int(number) for number in numbers]), ""
 
 

@@ -209,6 +209,27 @@ class ImageSource:
         return f"ImageSource({self.name!r}, {self.split}, {len(self)} images, {len(self.classes or ())} classes)"
 
 
+class Note(str):
+    """A sentence on a source, with what it is about; a plain sentence is about nothing that `pecobook check` looks for.
+
+    Attributes:
+        kind: "lost labels" or "lost images", which would be learned wrongly; "one class"; or "empty classes".
+    """
+
+    kind: str
+
+    def __new__(cls, text: str, kind: str = "") -> Self:
+        """Return a note."""
+        note = super().__new__(cls, text)
+        note.kind = kind
+        return note
+
+
+def kind_of(note: str) -> str:
+    """Return the kind of a note, and an empty text for a plain sentence."""
+    return note.kind if isinstance(note, Note) else ""
+
+
 @dataclass(frozen=True)
 class Splits:
     """The training and the evaluation split of an opened source.
@@ -219,7 +240,7 @@ class Splits:
         evaluation_name: the kind of `evaluation`: "test", "validation", "held-out 10% of train" or "held-out regions".
         left_out: why files (or samples) of the source are not used, in a few words such as "extension .xyz", and how
             many there are of each kind.
-        notes: sentences that a run says once before it starts, such as why the source has no labels.
+        notes: sentences that a run says once before it starts, such as why the source has no labels; see `Note`.
         files: the files of annotations and of names of classes.
     """
 

@@ -19,8 +19,8 @@ from typing import Any, cast
 import numpy as np
 
 from pecobook.data.decode import BadImage, read_file
-from pecobook.data.parts import AS_OTHERS, Contents, Labels, Part, class_names, encode_labels, is_missing
-from pecobook.data.source import Integers, Store, file_version, hash_some, relative_names
+from pecobook.data.parts import Contents, Labels, Part, class_names, encode_labels, is_missing
+from pecobook.data.source import Integers, Note, Store, file_version, hash_some, relative_names
 from pecobook.data.split_names import group_by_split, note_ignored_splits
 from pecobook.data.table_files import content_key, damage, differences, file_of_path, num_bytes, paths_in_rows
 from pecobook.errors import DataError, did_you_mean, first_line
@@ -160,7 +160,8 @@ def _used_columns(source: str, files: list[Path], schemas: list[Any]) -> tuple[l
         return columns, _no_label_column(schemas[0].names)
     wrong = without_one(label)
     if wrong is not None:
-        return columns, f"'{files[wrong]}' does not have one column '{label}' {AS_OTHERS}"
+        reason = f"'{files[wrong]}' does not have one column '{label}' as other files have"
+        return columns, Note(reason, "lost labels")
     return [*columns, label], ""
 
 
@@ -355,12 +356,13 @@ def _labels(source: str, table: Any, names: tuple[str, ...] | None, store: Table
     feature = table.features[column]
     dtype = str(getattr(feature, "dtype", "")) if not isinstance(feature, (dict, list)) else ""
     if not (dtype.startswith(("int", "uint", "float")) or dtype in ("bool", "null", *_TEXTS)):
-        return None, f"the column '{column}' holds {feature}, which is no class"
+        return None, Note(f"the column '{column}' holds {feature}, which is no class", "lost labels")
     values = table.select_columns([column]).with_format("arrow")[:].column(column).to_pylist()
     if dtype.startswith("float"):  # as pandas stores whole numbers beside a missing one
         wrong = next((row for row, value in enumerate(values) if not is_missing(value) and value % 1), None)
         if wrong is not None:
-            return None, f"the column '{column}' holds {values[wrong]} in {store.identify(wrong)}, which is no class"
+            reason = f"the column '{column}' holds {values[wrong]} in {store.identify(wrong)}, which is no class"
+            return None, Note(reason, "lost labels")
         values = [None if is_missing(value) else int(value) for value in values]
     if isinstance(feature, ClassLabel):
         names = tuple(feature.names)

@@ -18,27 +18,13 @@ from pecobook.data.dense.detection import DetectionSource
 from pecobook.data.dense.segmentation import SegmentationSource
 from pecobook.data.dense.segmentation_classes import pixels_per_class
 from pecobook.data.loading import Batches
-from pecobook.data.source import ImageSource, Splits
-from pecobook.data.summary import (
-    Census,
-    Lines,
-    Look,
-    class_counts,
-    describe,
-    left_out_of,
-    look,
-)
+from pecobook.data.source import ImageSource, Splits, kind_of
+from pecobook.data.summary import Census, Lines, Look, class_counts, describe, left_out_of, look
 from pecobook.engine.log import Progress
-from pecobook.errors import DataError, first_line
+from pecobook.errors import DataError, first_line, some_of
 from pecobook.utils.devices import cores
 
 Hashes: TypeAlias = npt.NDArray[np.uint64]
-_LOST_LABELS, _LOST_IMAGES = (
-    ("labels of", "hold no image", "holds no image"),
-    ("damaged", "too early", "cut short"),
-)  # words in the notes of a source
-_NOT_LEARNED = "are not learned"  # these words say what `_empty_classes` says
-_UNLABELLED = "the one class"  # these words say of labels that there are none
 NUM_NAMES = 20  # files of a kind that are named
 _COMPARED_BOXES = 50_000  # of each split at most, evenly spread
 _FEW_IMAGES = 256  # so many are read in this process
@@ -62,9 +48,6 @@ class Survey:
 class _Looks(Dataset[Look]):
     def __init__(self, source: ImageSource) -> None:
         self.source = source
-
-    def __len__(self) -> int:
-        return len(self.source)
 
     def __getitem__(self, index: int) -> Look:
         return look(self.source, index, whole=True)
@@ -99,7 +82,8 @@ def survey(splits: Splits, *, labels: bool = True, workers: int = -1) -> Survey:
         progress.close()
     repeats, boxes = _Repeats(splits, *digests), _compare_boxes(splits)
     lines = describe(splits, censuses[0], evaluation=censuses[1])
-    lines = [line for line in lines if not (labels and _NOT_LEARNED in line[1])]
+    if labels:  # `_empty_classes` says what these notes say
+        lines = [(topic, text) for topic, text in lines if kind_of(text) != "empty classes"]
     if censuses[0].values:
         lines.append(("values", _values_text(censuses[0])))
     if boxes.compared:
@@ -107,13 +91,10 @@ def survey(splits: Splits, *, labels: bool = True, workers: int = -1) -> Survey:
     lines.append(("duplicates", repeats.text()))
     problems = [*_unreadable(splits, censuses), *repeats.problems(), *_unknown_values(splits, censuses)]
     problems += [*boxes.problems(), *(_empty_classes(splits, censuses[0]) if labels else [])]
-    lost = (*_LOST_IMAGES, *(_LOST_LABELS if labels else ()))
-    problems += [n for n in splits.notes if any(words in n for words in lost) and _UNLABELLED not in n]
-    figures = _figures(splits, censuses, repeats) | {
-        "boxes_compared": boxes.compared,
-        "boxes_differing": boxes.differing,
-    }
-    return Survey(lines, problems, figures)
+    lost = ("lost images", "lost labels") if labels else ("lost images",)
+    problems += [note for note in splits.notes if kind_of(note) in lost]
+    figures = _figures(splits, censuses, repeats)
+    return Survey(lines, problems, figures | {"boxes_compared": boxes.compared, "boxes_differing": boxes.differing})
 
 
 def _values_text(census: Census) -> str:
@@ -187,8 +168,8 @@ class _Boxes:
 def _compare_boxes(splits: Splits) -> _Boxes:
     """Compare the boxes with the masks of the same objects, where there are both."""
     found = _Boxes()
-    files = [part.annotations for part in (splits.train, splits.evaluation) if isinstance(part, DetectionSource)]
-    for file in files[:1] if len(files) == 2 and files[0] is files[1] else files:
+    sources = [part for part in (splits.train, splits.evaluation) if isinstance(part, DetectionSource)]
+    for file in {id(source.annotations): source.annotations for source in sources}.values():
         comparison = compare_boxes(file, _COMPARED_BOXES)
         found.compared += comparison.compared
         found.differing += len(comparison.differing)
@@ -211,16 +192,13 @@ def _unreadable(splits: Splits, censuses: list[Census]) -> list[str]:
             census.add(Look(bad.name, problem=bad), keep=NUM_NAMES)
         if census.num_bad:
             kind = "Training" if source.split == "train" else "Held-out"
-            lines = [line for reason, names in census.bad.items() for line in _alike(reason, names)]
+            lines = []
+            for reason, names in census.bad.items():  # a reason that many images have is written once
+                lines += [f"{names[0]}: {reason}"] if len(names) == 1 else [f"{reason}:", *(f"  {n}" for n in names)]
             head = f"{kind} images{' or masks' if isinstance(source, SegmentationSource) else ''} that cannot be read"
             rest = census.num_bad - len(census.names_of_bad())
             problems.append(_listed(f"{head}: {census.num_bad:,}", lines, rest))
     return problems
-
-
-def _alike(reason: str, names: list[str]) -> list[str]:
-    """Return the lines on the images that cannot be read for one reason, which is written once."""
-    return [f"{names[0]}: {reason}"] if len(names) == 1 else [f"{reason}:", *(f"  {name}" for name in names)]
 
 
 def _unknown_values(splits: Splits, censuses: list[Census]) -> list[str]:
@@ -232,8 +210,7 @@ def _unknown_values(splits: Splits, censuses: list[Census]) -> list[str]:
         unknown = sorted(census.values.keys() - {*source.mask_classes.values, *source.mask_classes.ignored})
         kind = "training" if source.split == "train" else "held-out"
         if unknown:
-            named = ", ".join(f"{value} in {census.masks_with[value]:,}" for value in unknown[:NUM_NAMES])
-            named += ", ..." if len(unknown) > NUM_NAMES else ""
+            named = some_of((f"{value} in {census.masks_with[value]:,}" for value in unknown), NUM_NAMES)
             share = sum(census.values[value] for value in unknown) / census.values.total()
             problems.append(
                 f"{100 * share:.2g}% of the pixels of {kind} masks have values of no class ({named} of "
@@ -260,15 +237,14 @@ def _empty_classes(splits: Splits, census: Census) -> list[str]:
 
 
 def _figures(splits: Splits, censuses: list[Census], repeats: _Repeats) -> dict[str, Any]:
-    figures: dict[str, Any] = {}
-    for source, census in zip((splits.train, splits.evaluation), censuses, strict=True):
-        figures[source.split] = _figures_of(source, census)
-    figures["evaluation"]["name"] = splits.evaluation_name
-    figures["left_out"] = dict(left_out_of(splits))
-    figures["repeated_in_train"] = repeats.within
-    figures["held_out_in_train"] = len(repeats.leaked)
-    figures["notes"] = list(splits.notes)
-    return figures
+    return {
+        "train": _figures_of(splits.train, censuses[0]),
+        "evaluation": _figures_of(splits.evaluation, censuses[1]) | {"name": splits.evaluation_name},
+        "left_out": dict(left_out_of(splits)),
+        "repeated_in_train": repeats.within,
+        "held_out_in_train": len(repeats.leaked),
+        "notes": list(splits.notes),
+    }
 
 
 def _figures_of(source: ImageSource, census: Census) -> dict[str, Any]:

@@ -17,7 +17,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
-from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, cast
@@ -30,8 +29,8 @@ from pecobook.data.dense.coco import Findings, read_annotations
 from pecobook.data.dense.coco_annotations import Annotations, PackedBytes
 from pecobook.data.dense.coco_files import count_unnamed, find_annotations, other_format
 from pecobook.data.dense.coco_values import decode_masks
-from pecobook.data.source import ImageSource, Integers, Splits, hold_out
-from pecobook.errors import DataError, did_you_mean
+from pecobook.data.source import ImageSource, Integers, Note, Splits, hold_out
+from pecobook.errors import DataError, did_you_mean, grouped, some_of
 
 _MAX_LINES = 10
 
@@ -253,21 +252,16 @@ def _compare_splits(splits: Mapping[str, Annotations], files: Mapping[str, Path]
 
 def _raise_findings(data: str, findings: Findings, skip_bad: bool) -> None:
     """Raise DataError with all findings, except problems if `skip_bad` leaves them out."""
-    lines = _grouped(findings.fatal + ([] if skip_bad else findings.problems))
-    if not lines:
+    problems = findings.fatal + ([] if skip_bad else findings.problems)
+    if not problems:
         return
+    # Problems of one kind differ only in numbers and quoted names.
+    kinds = [re.sub(r"'[^']*'|\"[^\"]*\"|[-+.\d]+", "#", problem) for problem in problems]
+    lines = grouped(zip(kinds, problems, strict=True), "more like this")
     more = f"\n... and {len(lines) - _MAX_LINES:,} more." if len(lines) > _MAX_LINES else ""
     remedy = "\nCorrect them" + ("." if findings.fatal else ", or leave out these images and objects with --skip-bad.")
-    total = len(findings.fatal) + (0 if skip_bad else len(findings.problems))
-    count = f"{total:,} problem{'s' if total > 1 else ''}"
+    count = f"{len(problems):,} problem{'s' if len(problems) > 1 else ''}"
     raise DataError(f"--data '{data}' has {count}:\n" + "\n".join(lines[:_MAX_LINES]) + more + remedy)
-
-
-def _grouped(lines: list[str]) -> list[str]:
-    """Return the first of all lines that differ only in numbers and quoted names, with the number of the others."""
-    counts = Counter(kinds := [re.sub(r"'[^']*'|\"[^\"]*\"|[-+.\d]+", "#", line) for line in lines])
-    first = dict(zip(reversed(kinds), reversed(lines), strict=True))
-    return [first[kind] + (f" ({count - 1:,} more like this)" if count > 1 else "") for kind, count in counts.items()]
 
 
 def _require_objects(data: str, file: Path, annotations: Annotations, skip_bad: bool) -> None:
@@ -320,15 +314,14 @@ def _assemble(data: str, annotations: Mapping[str, Annotations], notes: Iterable
 def _notes_on_content(data: str, train: DetectionSource, held_out: DetectionSource) -> list[str]:
     """Return a note on classes without an object, in training and in evaluation, and on images without one."""
     notes = []
-    for source, text in (
-        (train, "in training, and are not learned"),
-        (held_out, "among the held-out images, and do not count in the average precision"),
+    for source, kind, text in (
+        (train, "empty classes", "in training, and are not learned"),
+        (held_out, "", "among the held-out images, and do not count in the average precision"),
     ):
         missing = [name for name, count in source.objects_per_class().items() if not count]
         if missing:
-            listed = ", ".join(missing[:10]) + (", ..." if len(missing) > 10 else "")
             total = f"{len(missing)} of {len(source.classes)} classes have no object {text}"
-            notes.append(f"--data '{data}': {total}: {listed}.")
+            notes.append(Note(f"--data '{data}': {total}: {some_of(missing)}.", kind))
     names = {train.identify(index) for index in range(len(train))}
     shared = [name for index in range(len(held_out)) if (name := held_out.identify(index)) in names]
     if shared:
