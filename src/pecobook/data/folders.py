@@ -20,10 +20,10 @@ from typing import Any
 
 import numpy as np
 
-from pecobook.data.layout import BESIDE_ITS_IMAGE, Folder, Layout, count_unused, masks_among, parts_of, read_layout
+from pecobook.data.layout import Folder, Layout, count_unused, parts_of, read_layout
+from pecobook.data.names import BESIDE_ITS_IMAGE, IMAGE_EXTENSIONS, SHADOW_FOLDER, masks_among
 from pecobook.data.parts import Contents
-from pecobook.data.source import IMAGE_EXTENSIONS, Integers, Note, Store
-from pecobook.data.split_names import SHADOW_FOLDER
+from pecobook.data.source import Integers, Note, Store
 from pecobook.errors import DataError, some_of
 
 _EXTENSIONS = frozenset(extension.encode() for extension in IMAGE_EXTENSIONS)
@@ -315,7 +315,7 @@ def _to_arrow(names: list[bytes]) -> Any:
 def _contents(source: str, store: FileStore, listing: Listing) -> Contents:
     layout = read_layout(source, listing.groups)
     group_of = np.frombuffer(listing.group_of, dtype=np.int64)
-    left_out = listing.left_out + Counter(count_unused(layout, group_of))
+    left_out = listing.left_out + count_unused(layout, group_of)
     notes = (*layout.notes, *_note_on_empty_classes(layout, listing))
     return Contents(parts_of(layout, store, group_of), dict(left_out), notes)
 

@@ -21,9 +21,9 @@ import numpy as np
 
 from pecobook.data.decode import BadImage, check_bytes
 from pecobook.data.layout import Layout, count_unused, parts_of, read_layout
+from pecobook.data.names import IMAGE_EXTENSIONS, group_by_split, note_ignored_splits
 from pecobook.data.parts import Contents, Labels, Part, encode_labels
-from pecobook.data.source import IMAGE_EXTENSIONS, Integers, Note, Store, file_version, hash_some, relative_names
-from pecobook.data.split_names import group_by_split, note_ignored_splits
+from pecobook.data.source import Integers, Note, Store, file_version, hash_some, relative_names
 from pecobook.data.tar_index import index_shard
 from pecobook.errors import DataError
 from pecobook.utils.files import write_atomically
@@ -133,7 +133,7 @@ def shard_contents(source: str, shards: list[Path], *, root: Path | None = None)
     else:
         notes.append("No .cls or .json member holds a label: the folders inside the shards are taken for classes.")
     notes += [*layout.notes, *note_ignored_splits(names, parts)]
-    return Contents(parts, dict(Counter(left_out) + Counter(count_unused(layout, folder_of))), tuple(notes))
+    return Contents(parts, dict(Counter(left_out) + count_unused(layout, folder_of)), tuple(notes))
 
 
 def _read_folders(source: str, index: Any, groups: dict[str, list[int]], unused: list[int]) -> tuple[Layout, Integers]:

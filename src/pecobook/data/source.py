@@ -23,10 +23,6 @@ from pecobook.data.deep import FULL_16_BITS, ValueRange
 from pecobook.data.sampler import splitmix64_array
 from pecobook.errors import DataError
 
-_JPEG, _PNG, _JPEG_2000 = "jpg jpeg jpe jfif mpo", "png apng", "jp2 j2k jpx jpf jpc j2c"
-_OTHERS = "bmp dib gif tif tiff webp ppm pgm pbm pnm pfm avif heic heif npy"
-IMAGE_EXTENSIONS = tuple(f"{_JPEG} {_PNG} {_JPEG_2000} {_OTHERS}".split())
-
 Integers = npt.NDArray[np.int64]
 _HASHED_IMAGES = 32
 

@@ -19,9 +19,9 @@ from typing import Any, cast
 import numpy as np
 
 from pecobook.data.decode import BadImage, read_file
+from pecobook.data.names import group_by_split, note_ignored_splits
 from pecobook.data.parts import Contents, Labels, Part, class_names, encode_labels, is_missing
 from pecobook.data.source import Integers, Note, Store, file_version, hash_some, relative_names
-from pecobook.data.split_names import group_by_split, note_ignored_splits
 from pecobook.data.table_files import content_key, damage, differences, file_of_path, num_bytes, paths_in_rows
 from pecobook.errors import DataError, did_you_mean, first_line
 from pecobook.utils.printer import say

@@ -26,7 +26,8 @@ from pecobook.commands.predict import writers
 from pecobook.data.decode import BadImage
 from pecobook.data.folders import FileStore, walk
 from pecobook.data.images import open_all_splits, say_left_out
-from pecobook.data.source import IMAGE_EXTENSIONS, ImageSource
+from pecobook.data.names import IMAGE_EXTENSIONS
+from pecobook.data.source import ImageSource
 from pecobook.data.stream import default_workers
 from pecobook.engine.log import Progress
 from pecobook.engine.value_range import set_value_range

@@ -11,8 +11,7 @@ from unicodedata import normalize
 from urllib.parse import unquote
 
 from pecobook.data.dense.coco_values import UnusableError
-from pecobook.data.source import IMAGE_EXTENSIONS
-from pecobook.data.split_names import inside_wrapper, split_of_name
+from pecobook.data.names import IMAGE_EXTENSIONS, inside_wrapper, split_of_name
 
 _FILES = ("instances.json", "_annotations.coco.json", "annotations.json", "labels.json", "result.json")
 _IMAGE_FOLDERS = ("images", "data", "img")

@@ -3,7 +3,7 @@
 A source has one of these layouts:
 
     train/ val/ test/             each with instances.json or _annotations.coco.json, next to images/ or to the images;
-                                  other names of splits: split_names.py
+                                  other names of splits: names.py
     annotations/                  instances_NAME.json, as in COCO, with the images in NAME/ or images/NAME/
     one file                      instances.json next to images/; 10% of the images are held out
 

@@ -2,7 +2,7 @@
 
 A source has one of these layouts:
 
-    ROOT/train/images + ROOT/train/masks, and the same under val/ or test/ (more names: split_names.py)
+    ROOT/train/images + ROOT/train/masks, and the same under val/ or test/ (more names: names.py)
     ROOT/images/training + ROOT/annotations/training, and validation/      ADE20K's layout
     ROOT/images + ROOT/masks                                               10% of the images are held out
     hf:owner/name                                                          an image column and a mask column
@@ -31,13 +31,11 @@ from pecobook.data.dense.class_files import find_class_file, read_classes
 from pecobook.data.dense.mask_files import Pixels, read_pixels
 from pecobook.data.dense.segmentation_classes import IGNORE, MaskClasses, MaskCounts, ignored_values, make_classes
 from pecobook.data.dense.segmentation_pairs import find_pairs
+from pecobook.data.names import MASK_COLUMNS, group_by_split
 from pecobook.data.source import ImageSource, Integers, Splits, Store, hold_out, unused_splits
-from pecobook.data.split_names import group_by_split
 from pecobook.data.tables import TableStore, load_hub
 from pecobook.errors import DataError, listed
 from pecobook.utils.printer import say
-
-_MASK_COLUMNS = ("mask", "annotation", "label", "segmentation", "segmentation_mask", "annotations", "labels", "gt")
 
 
 class MaskStore(Store):
@@ -304,12 +302,12 @@ def _hub_stores(data: str) -> dict[str, MaskStore]:
     stores: dict[str, MaskStore] = {}
     for split, (name, config, declared, table) in load_hub(data)[0].items():
         columns = [column for column, kind in table.features.items() if isinstance(kind, Image)]
-        mask = next((column for column in _MASK_COLUMNS if column in columns), None)
+        mask = next((column for column in MASK_COLUMNS if column in columns), None)
         image = "image" if "image" in columns else next((column for column in columns if column != mask), None)
         if mask is None or image is None:
             raise DataError(
                 f"--data '{data}' has the image columns {', '.join(columns) or 'none'}: one column must be 'image', "
-                f"another one {' or '.join(_MASK_COLUMNS[:4])}."
+                f"another one {' or '.join(MASK_COLUMNS[:4])}."
             )
         files = [(f"{name} {declared}", len(table))]
         images, masks = (

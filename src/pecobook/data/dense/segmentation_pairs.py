@@ -16,8 +16,7 @@ from pathlib import Path, PurePath
 from typing import TypeAlias
 from unicodedata import normalize
 
-from pecobook.data.layout import IMAGE_FOLDERS, MASK_FOLDERS
-from pecobook.data.source import IMAGE_EXTENSIONS
+from pecobook.data.names import IMAGE_EXTENSIONS, IMAGE_FOLDERS, MASK_FOLDERS
 from pecobook.errors import DataError, listed
 
 _KindOf: TypeAlias = Callable[[tuple[str, ...]], tuple[str, tuple[str, ...]]]
