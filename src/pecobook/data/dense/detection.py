@@ -17,6 +17,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, cast
@@ -102,20 +103,18 @@ class DetectionSource(ImageSource):
         corners = annotations.boxes[numbers]  # (n, 4)
         corners[:, 2:] += corners[:, :2]
         corners = corners.clip(0, [width, height, width, height])
+        labels = [self._labels[category] for category in annotations.categories[numbers].tolist()]
         return Objects(
             boxes=torch.from_numpy(corners.astype(np.float32)),
-            labels=torch.tensor(
-                [self._labels[int(annotations.categories[number])] for number in numbers], dtype=torch.int64
-            ),
+            labels=torch.tensor(labels, dtype=torch.int64),
             segments=None if annotations.segments is None else tuple(annotations.segments[n] for n in numbers),
             size=(height, width),
         )
 
     def objects_per_class(self) -> dict[str, int]:
         """Return the number of objects of each class, without crowds."""
-        categories = self.annotations.categories[self._used_objects()[0]]
-        counts = dict(zip(*(part.tolist() for part in np.unique(categories, return_counts=True)), strict=True))
-        return {name: counts.get(number, 0) for name, number in zip(self.classes, self.category_ids, strict=True)}
+        counts = Counter(self.annotations.categories[self._used_objects()[0]].tolist())
+        return {name: counts[number] for name, number in zip(self.classes, self.category_ids, strict=True)}
 
     @property
     def num_empty(self) -> int:
@@ -159,8 +158,7 @@ class DetectionSource(ImageSource):
                 objects.append(entry)
                 if annotations.segments is not None:
                     entry["segmentation"] = json.loads(annotations.segments[number])
-        pairs = zip(self.category_ids, self.classes, strict=True)
-        categories = [{"id": number, "name": name} for number, name in pairs]
+        categories = [{"id": n, "name": name} for n, name in zip(self.category_ids, self.classes, strict=True)]
         return {"images": images, "annotations": objects, "categories": categories}
 
     def _object_range(self, row: int) -> range:
@@ -268,15 +266,15 @@ def _require_objects(data: str, file: Path, annotations: Annotations, skip_bad: 
     """Raise DataError if no object of a file can be used, or less than a tenth unless `skip_bad` allows it."""
     if not len(annotations):
         raise DataError(f"--data '{data}': no image of {file} can be used.")
-    lost = {reason: count for reason, count in annotations.left_out.items() if not reason.startswith("images")}
+    lost = Counter({reason: n for reason, n in annotations.left_out.items() if not reason.startswith("images")})
     num_usable = int((~annotations.crowd).sum())
-    total = num_usable + sum(lost.values())
+    total = num_usable + lost.total()
     if num_usable > (0 if skip_bad else total / 10):
         return
     if not total:
         raise DataError(f"--data '{data}': {file} holds no object, its list 'annotations' is empty.")
     remedy = "Correct them, or leave them out with --skip-bad." if num_usable else "Correct them."
-    if max(lost, key=lambda reason: lost[reason]).startswith("crowds"):
+    if max(lost, key=lost.__getitem__).startswith("crowds"):
         remedy = (
             "A crowd is many objects under one mask, which training ignores: set iscrowd to 0 where it is one object, "
             "as for the masks that CVAT draws by brush."
@@ -336,13 +334,10 @@ def _notes_on_content(data: str, train: DetectionSource, held_out: DetectionSour
 def _category_ids(category_names: Mapping[int, str], train: Mapping[int, str]) -> tuple[int, ...]:
     """Return the id in `category_names` of each training class; a class without an id there gets an unused id."""
     id_of = {name: number for number, name in category_names.items()}
-    used, ids = set(category_names), []
     for number, name in train.items():
-        if name not in id_of:
-            id_of[name] = number if number not in used else max(used) + 1
-            used.add(id_of[name])
-        ids.append(id_of[name])
-    return tuple(ids)
+        used = set(id_of.values())
+        id_of.setdefault(name, number if number not in used else max(used) + 1)
+    return tuple(id_of[name] for name in train.values())
 
 
 def _only_classes(annotations: Annotations, classes: tuple[str, ...]) -> Annotations:
