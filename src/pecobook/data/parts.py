@@ -87,8 +87,7 @@ def assemble(source: str, contents: Contents) -> Splits:
         DataError: there is no training image, or a class of the evaluation split is missing in training.
     """
     parts = contents.parts
-    train = parts["train"]
-    if len(train.rows) == 0:
+    if len(parts["train"].rows) == 0:
         raise DataError(f"--data '{source}': the training split holds no image.")
     notes = list(contents.notes)
 
@@ -98,27 +97,23 @@ def assemble(source: str, contents: Contents) -> Splits:
             notes.append(Note(f"The labels of {name} are not used: {problem}.", kind_of(problem) or "lost labels"))
         return (None if problem else parts[name].labels), problem
 
+    def source_of(name: str, split: str, codes: Integers | None, problem: str) -> ImageSource:
+        part = parts[name]
+        images = ImageSource(part.store, name=source, split=split, rows=part.rows, classes=classes, labels=codes)
+        images.unlabelled = problem
+        return images
+
     labels, problem = usable_labels("train")
     classes = labels.names if labels else None
-    codes = labels.codes if labels else None
-    training = ImageSource(train.store, name=source, split="train", rows=train.rows, classes=classes, labels=codes)
-    training.unlabelled = problem
+    training = source_of("train", "train", labels.codes if labels else None, problem)
     candidates = [name for name in ("test", "validation") if name in parts and len(parts[name].rows)]
     if not candidates:
         return replace(hold_out(training), left_out=contents.left_out, notes=tuple(notes), files=contents.files)
     labelled = [name for name in candidates if _has_labels(parts[name])]
     chosen = labelled[0] if classes is not None and labelled else candidates[0]
-    part = parts[chosen]
     labels, problem = usable_labels(chosen) if classes else (None, "")
-    evaluation = ImageSource(
-        part.store,
-        name=source,
-        split="evaluation",
-        rows=part.rows,
-        classes=classes,
-        labels=_renumber(source, chosen, labels, classes) if classes else None,
-    )
-    evaluation.unlabelled = problem
+    codes = _renumber(source, chosen, labels, classes) if classes else None
+    evaluation = source_of(chosen, "evaluation", codes, problem)
     unused = unused_splits({name: len(part.rows) for name, part in parts.items()}, chosen)
     return Splits(training, evaluation, chosen, contents.left_out | unused, tuple(notes), contents.files)
 

@@ -88,6 +88,7 @@ class ImageSource:
         classes: names of the classes, or None if there are no labels.
         labels: int64 (n,), the index in `classes` for each image, or None.
         unlabelled: why there are no labels, if more can be said than that; the names of images count as part of it.
+        left_out: reason -> number of images, masks or objects of a dense source that training and scores do not use.
     """
 
     name: str
@@ -105,7 +106,9 @@ class ImageSource:
         rows: Integers | None = None,
         classes: tuple[str, ...] | None = None,
         labels: Integers | None = None,
+        left_out: Mapping[str, int] | None = None,
     ) -> None:
+        self.left_out = dict(left_out or {})
         self.name, self.split, self.classes, self.labels = name, split, classes, labels
         self._store = store
         self._rows = rows  # int64 (n,): image number -> row of the store; None stands for all rows in order
@@ -300,5 +303,5 @@ def hold_out(source: ImageSource) -> Splits:
     is_held_out = np.zeros(count, dtype=bool)
     is_held_out[np.argsort(hashes, kind="stable")[: max(1, count // 10)]] = True
     evaluation = source.subset(np.flatnonzero(is_held_out))
-    evaluation.split = "evaluation"
+    evaluation.split, evaluation.left_out = "evaluation", {}  # `train` has the counts of all images
     return Splits(source.subset(np.flatnonzero(~is_held_out)), evaluation, "held-out 10% of train")

@@ -243,9 +243,8 @@ def _masks_that_are_learned(source: ImageSource) -> list[str]:
 def left_out_of(splits: Splits) -> Counter[str]:
     """Return how many files, pairs and objects of a source are not used, by reason."""
     counts = Counter(splits.left_out)
-    for part in (splits.train, splits.evaluation):
-        if isinstance(part, DetectionSource | SegmentationSource):
-            counts.update(part.left_out)
+    counts.update(splits.train.left_out)
+    counts.update(splits.evaluation.left_out)
     return counts
 
 

@@ -283,6 +283,16 @@ def load_hub(source: str) -> tuple[dict[str, tuple[str, str, str, Any]], dict[st
     return tables, left_out, note_ignored_splits(names, groups)
 
 
+def store_of_column(table: Any, column: str, files: Sequence[tuple[str, int]], identity: str) -> TableStore:
+    """Return the images of a column, whose encoded bytes are left as they are."""
+    from datasets import Image
+
+    images = table.select_columns([column])
+    if isinstance(table.features[column], Image):
+        images = images.cast_column(column, Image(decode=False))
+    return TableStore(images, column, files, identity)
+
+
 def _part(
     source: str,
     table: Any,
@@ -294,19 +304,14 @@ def _part(
 ) -> Part:
     from datasets import Image
 
-    images = table.select_columns([column])
-    if isinstance(table.features[column], Image):
-        images = images.cast_column(column, Image(decode=False))
-    elif not _holds_bytes(table.features[column]):
+    if not isinstance(table.features[column], Image) and not _holds_bytes(table.features[column]):
         raise DataError(
             f"--data '{source}': the column '{column}' holds {table.features[column]}; "
             "it must hold encoded images, as binary or as {bytes, path}, or the paths of image files."
         )
-    store = TableStore(images, column, files, identity)
-    labels = None
-    if not unlabelled:
-        labels, unlabelled = _labels(source, table, names, store)
-    return Part(store, np.arange(len(images), dtype=np.int64), labels, unlabelled)
+    store = store_of_column(table, column, files, identity)
+    labels, unlabelled = (None, unlabelled) if unlabelled else _labels(source, table, names, store)
+    return Part(store, np.arange(len(table), dtype=np.int64), labels, unlabelled)
 
 
 def _holds_bytes(feature: Any) -> bool:

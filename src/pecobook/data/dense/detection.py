@@ -66,7 +66,6 @@ class DetectionSource(ImageSource):
         annotations: the content of the split's annotation file.
         classes: names of the classes; the objects of class k have the label k + 1.
         category_ids: the id of each class in the annotations.
-        left_out: reason -> number of images and objects that the file has but training and scores do not use.
     """
 
     classes: tuple[str, ...]
@@ -79,11 +78,9 @@ class DetectionSource(ImageSource):
         split: str,
         classes: tuple[str, ...],
         category_ids: tuple[int, ...],
-        left_out: Mapping[str, int] | None = None,
     ) -> None:
-        super().__init__(annotations, name=name, split=split, classes=classes)
+        super().__init__(annotations, name=name, split=split, classes=classes, left_out=annotations.left_out)
         self.annotations, self.category_ids = annotations, category_ids
-        self.left_out = dict(left_out or {})
         self._labels = {category: number for number, category in enumerate(category_ids, start=1)}
 
     @property
@@ -295,16 +292,11 @@ def _assemble(data: str, annotations: Mapping[str, Annotations], notes: Iterable
             split="train" if name == "train" else "evaluation",
             classes=classes,
             category_ids=_category_ids(split.category_names, train.category_names),
-            left_out=split.left_out,
         )
         for name, split in annotations.items()
     }
     evaluation = next((name for name in sources if name != "train"), None)
-    if evaluation:
-        splits = Splits(sources["train"], sources[evaluation], evaluation)
-    else:
-        splits = hold_out(sources["train"])
-        cast("DetectionSource", splits.evaluation).left_out = {}  # `train` has the counts of the whole file
+    splits = Splits(sources["train"], sources[evaluation], evaluation) if evaluation else hold_out(sources["train"])
     training, held_out = cast("DetectionSource", splits.train), cast("DetectionSource", splits.evaluation)
     return dataclasses.replace(splits, notes=(*notes, *_notes_on_content(data, training, held_out)))
 

@@ -17,9 +17,9 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Self, cast
+from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -33,7 +33,7 @@ from pecobook.data.dense.segmentation_classes import IGNORE, MaskClasses, MaskCo
 from pecobook.data.dense.segmentation_pairs import find_pairs
 from pecobook.data.names import MASK_COLUMNS, group_by_split
 from pecobook.data.source import ImageSource, Integers, Splits, Store, hold_out, unused_splits
-from pecobook.data.tables import TableStore, load_hub
+from pecobook.data.tables import TableStore, load_hub, store_of_column
 from pecobook.errors import DataError, listed
 from pecobook.utils.printer import say
 
@@ -143,7 +143,6 @@ class SegmentationSource(ImageSource):
 
     Attributes:
         mask_classes: the meaning of the masks' pixels.
-        left_out: reason -> number of images or masks of the split that are not used.
         counts: the pixels of all masks, where `verify` has read them.
         unreadable: the pairs that `verify` has left out since their image or mask cannot be read.
     """
@@ -151,24 +150,13 @@ class SegmentationSource(ImageSource):
     counts: MaskCounts | None = None
     unreadable: Sequence[BadImage] = ()
 
-    def __init__(
-        self,
-        store: MaskStore,
-        mask_classes: MaskClasses,
-        *,
-        name: str,
-        split: str,
-        rows: Integers,
-        left_out: Mapping[str, int] | None = None,
-    ) -> None:
-        super().__init__(store, name=name, split=split, rows=rows)
-        self.left_out = dict(left_out or {})
+    def __init__(self, store: MaskStore, mask_classes: MaskClasses, *, name: str, split: str) -> None:
+        super().__init__(store, name=name, split=split, left_out=store.left_out)
         self.mask_classes, self._masks, self._table = mask_classes, store, mask_classes.table()
 
     def read_mask(self, index: int) -> Tensor:
         """Read the class of every pixel, int16 (H, W), with `IGNORE` at ignored pixels. Raises BadImage."""
-        meaning = self.mask_classes
-        classes = self._table[self.read_pixels(index).values(meaning.colours, stretched=meaning.stretched)]
+        classes = self._table[self._values(index)]
         if classes.min() < IGNORE:
             raise BadImage(self.identify_mask(index), "a pixel has no class")
         return torch.from_numpy(classes)
@@ -177,7 +165,7 @@ class SegmentationSource(ImageSource):
         """Read the image uint8 (3, H, W) and the classes int16 (H, W). Raises BadImage."""
         image, mask = self.read(index), self.read_mask(index)
         if image.shape[1:] != mask.shape:
-            raise BadImage(self._masks.identify_mask(self._row(index)), "the mask does not have the size of its image")
+            raise BadImage(self.identify_mask(index), "the mask does not have the size of its image")
         return image, mask
 
     def subset(self, indices: Iterable[int] | Integers) -> Self:
@@ -199,8 +187,11 @@ class SegmentationSource(ImageSource):
 
     def read_values(self, index: int) -> tuple[npt.NDArray[np.int64], tuple[int, int]]:
         """Read the pixel values of a mask (H, W), and the image's (height, width) from its header. Raises BadImage."""
+        return self._values(index), self.header_size(index)
+
+    def _values(self, index: int) -> npt.NDArray[np.int64]:
         meaning = self.mask_classes
-        return self.read_pixels(index).values(meaning.colours, stretched=meaning.stretched), self.header_size(index)
+        return self.read_pixels(index).values(meaning.colours, stretched=meaning.stretched)
 
     def header_size(self, index: int) -> tuple[int, int]:
         """Read the height and width of image `index` from its header. Raises BadImage."""
@@ -247,29 +238,17 @@ def open_segmentation(
     mask_classes = make_classes(read_classes(file) if file else None, mask_values=mask_values, ignore=ignore)
     given_classes = mask_classes or MaskClasses((), (), ignored_values(ignore), None)
 
-    def source(store: MaskStore, rows: Iterable[int], split: str) -> SegmentationSource:
-        return SegmentationSource(
-            store,
-            given_classes,
-            name=data,
-            split=split,
-            rows=np.array(list(rows), np.int64),
-            left_out=store.left_out,
-        )
-
     files = (file,) if file else ()
     is_usual = file is None or bool(classes) or file.name == "classes.txt"
     notes = () if is_usual else (f"The classes are those of {file}.",)
     stores = _hub_stores(data) if data.startswith("hf:") else _folder_stores(data, root, skip_bad)
-    train = source(stores["train"], range(len(stores["train"])), "train")
-    for name in ("validation", "test"):
-        if name in stores:
-            evaluation = source(stores[name], range(len(stores[name])), "evaluation")
-            unused = unused_splits({split: len(stores[split]) for split in stores}, name)
-            return Splits(train, evaluation, name, unused, notes, files)
-    splits = hold_out(train)
-    cast("SegmentationSource", splits.evaluation).left_out = {}  # `train` has the counts of all pairs
-    return dataclasses.replace(splits, notes=notes, files=files)
+    train = SegmentationSource(stores["train"], given_classes, name=data, split="train")
+    name = next((name for name in ("validation", "test") if name in stores), None)
+    if name is None:
+        return dataclasses.replace(hold_out(train), notes=notes, files=files)
+    evaluation = SegmentationSource(stores[name], given_classes, name=data, split="evaluation")
+    unused = unused_splits({split: len(store) for split, store in stores.items()}, name)
+    return Splits(train, evaluation, name, unused, notes, files)
 
 
 def _folder_stores(data: str, root: Path, skip_bad: bool) -> dict[str, MaskStore]:
@@ -311,12 +290,7 @@ def _hub_stores(data: str) -> dict[str, MaskStore]:
             )
         files = [(f"{name} {declared}", len(table))]
         images, masks = (
-            TableStore(
-                table.select_columns([column]).cast_column(column, Image(decode=False)),
-                column,
-                files,
-                repr((name, config, declared, len(table), column)),
-            )
+            store_of_column(table, column, files, repr((name, config, declared, len(table), column)))
             for column in (image, mask)
         )
         stores[split] = TablePairStore(images, masks, mask)
