@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from pecobook.data.deep import UNIT, DeepImage, Survey, ValueRange, read_deep, to_8_bits
-from pecobook.errors import ConfigError, printable
+from pecobook.errors import ConfigError, first_line, printable
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -257,8 +257,7 @@ def _reason(error: Exception) -> str:
         return "not an image, or an unsupported format"
     if isinstance(error, Image.DecompressionBombError):
         return _too_many(max_pixels())
-    text = str(error).strip().split("\n")[0]
-    return text or type(error).__name__
+    return first_line(error)
 
 
 def max_pixels() -> int:

@@ -109,17 +109,13 @@ def assemble(source: str, contents: Contents) -> Splits:
     candidates = [name for name in ("test", "validation") if name in parts and len(parts[name].rows)]
     if not candidates:
         return replace(hold_out(training), left_out=contents.left_out, notes=tuple(notes), files=contents.files)
-    labelled = [name for name in candidates if _has_labels(parts[name])]
+    labelled = [name for name in candidates if (given := parts[name].labels) and (given.codes >= 0).any()]
     chosen = labelled[0] if classes is not None and labelled else candidates[0]
     labels, problem = usable_labels(chosen) if classes else (None, "")
     codes = _renumber(source, chosen, labels, classes) if classes else None
     evaluation = source_of(chosen, "evaluation", codes, problem)
     unused = unused_splits({name: len(part.rows) for name, part in parts.items()}, chosen)
     return Splits(training, evaluation, chosen, contents.left_out | unused, tuple(notes), contents.files)
-
-
-def _has_labels(part: Part) -> bool:
-    return part.labels is not None and bool(part.labels.codes.max(initial=-1) >= 0)
 
 
 def _renumber(source: str, split: str, labels: Labels | None, classes: tuple[str, ...]) -> Integers | None:

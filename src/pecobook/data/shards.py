@@ -102,7 +102,7 @@ class ShardStore(Store):
         return digest.hexdigest()
 
 
-def shard_contents(source: str, shards: list[Path], *, root: Path | None = None) -> Contents:
+def shard_contents(source: str, shards: list[Path], root: Path | None = None) -> Contents:
     """Return the splits of tar files; tar_index.py says which members are images and labels.
 
     The names of the shards, and of their folders under `root`, declare splits, as for parquet files.

@@ -130,17 +130,12 @@ class _CentralCrops(Dataset[dict[str, Any]]):
     def __init__(self, source: ImageSource, size: int) -> None:
         self.source, self.size = source, size
 
-    def __len__(self) -> int:
-        return len(self.source)
-
     def __getitem__(self, index: int) -> dict[str, Any]:
         try:
-            sample: dict[str, Any] = {
-                "image": center_crop(self.source.read(index, 4 * self.size), self.size),
-                "skipped": [],
-            }
+            image = center_crop(self.source.read(index, 4 * self.size), self.size)
         except BadImage as error:
             return {"skipped": [str(error)]}
+        sample: dict[str, Any] = {"image": image, "skipped": []}
         if self.source.labels is not None:
             sample["label"] = torch.tensor(int(self.source.labels[index]))
         return sample
@@ -164,9 +159,7 @@ def central_crops(
         DataError: none of the images can be read.
     """
     count = len(source) if limit is None else min(limit, len(source))
-    order = list(range(count))
-    if count < len(source):
-        order = [fixed_permutation(i, len(source)) for i in order]
+    order = [fixed_permutation(i, len(source)) if count < len(source) else i for i in range(count)]
     loader = Batches(
         _CentralCrops(source, size),
         [order[start : start + batch_size] for start in range(0, count, batch_size)],

@@ -68,11 +68,12 @@ def look(source: ImageSource, index: int, *, whole: bool, mask: bool = True) -> 
         file = source.file(index)
         if isinstance(file, Path):
             check_regular(file.stat(), name)  # whoever opens a named pipe waits for ever
-        image = source.read(index) if whole or file is None else None
-        if image is not None:
+        if whole or file is None:
+            image = source.read(index)
             size = (int(image.shape[1]), int(image.shape[2]))
         if whole:
-            digest = _digest(file if file is not None else image.numpy().tobytes())  # type: ignore[union-attr]
+            data = file.read_bytes() if isinstance(file, Path) else file or image.numpy().tobytes()  # type: ignore[union-attr]
+            digest = int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "big")
         if file is not None:
             header_size, mode = _header(name, file)
             size = size or header_size
@@ -105,11 +106,6 @@ def _header(name: str, file: Path | bytes) -> tuple[tuple[int, int], str]:
         raise
     except Exception as error:  # a header of arbitrary bytes may raise any exception
         raise BadImage(name, "not an image, or an unsupported format") from error
-
-
-def _digest(file: Path | bytes) -> int:
-    data = file if isinstance(file, bytes) else file.read_bytes()
-    return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "big")
 
 
 @dataclasses.dataclass

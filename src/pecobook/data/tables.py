@@ -103,7 +103,7 @@ class TableStore(Store):
         return digest.hexdigest()
 
 
-def parquet_contents(source: str, files: list[Path], *, root: Path | None = None) -> Contents:
+def parquet_contents(source: str, files: list[Path], root: Path | None = None) -> Contents:
     """Return the splits of parquet files with a column `image` and optionally `label`.
 
     An image is {bytes, path}, binary, or the path of an image file. The class names come from the Hugging Face metadata

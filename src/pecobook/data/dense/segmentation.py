@@ -262,17 +262,13 @@ def _folder_stores(data: str, root: Path, skip_bad: bool) -> dict[str, MaskStore
     elif found.unpaired:
         lines = listed(found.unpaired)
         raise DataError(f"--data '{data}':\n{lines}\nAdd the missing files, or leave these out (--skip-bad).")
-    names = [_split_name(image) for image, _ in found.pairs] if found.splits is None else found.splits
+    # Folders alone declare splits, since a file's name may begin with "test" by chance.
+    names = found.splits or [f"{image.rpartition('/')[0]}/x" for image, _ in found.pairs]
     groups, undeclared = group_by_split(names)
     stores = {split: PairStore(root, [found.pairs[number] for number in numbers]) for split, numbers in groups.items()}
     outside = {"pairs outside the folders of splits": len(undeclared)} if undeclared else {}
     stores["train"].left_out = {**found.left_out, **outside}
     return dict(stores)
-
-
-def _split_name(image: str) -> str:
-    """Return the folders of an image without the file's name, since a file's name may begin with "test" by chance."""
-    return image.rpartition("/")[0] + "/x"
 
 
 def _hub_stores(data: str) -> dict[str, MaskStore]:
