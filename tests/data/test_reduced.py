@@ -17,7 +17,7 @@ from skimage import data
 from torch import Tensor
 
 from pecobook.data.decode import decode
-from pecobook.data.dense.segmentation_views import training_view
+from pecobook.data.dense.views import segmentation_view
 from pecobook.data.images import open_images
 from pecobook.data.sampler import key
 from pecobook.data.stream import Stream, read_all
@@ -78,7 +78,9 @@ def test_shortest_side__of_every_view() -> None:
     assert shortest_side(named.train) == shortest_side(named.evaluation) == expected
     assert shortest_side(partial(random_crop, size=64, min_area=0.12)) == expected
     assert shortest_side(partial(central_view, size=224, share=0.875)) == 1024
-    assert shortest_side(partial(training_view, size=64)) == shortest_side(lambda image, _key: {"image": image}) == 0
+    assert (
+        shortest_side(partial(segmentation_view, size=64)) == shortest_side(lambda image, _key: {"image": image}) == 0
+    )
 
 
 @pytest.mark.usefixtures("every_jpeg_is_large")

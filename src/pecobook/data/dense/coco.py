@@ -257,7 +257,7 @@ class _Reader:
             areas=np.array([item.area for item in objects], dtype=np.float64),
             segments=PackedBytes([item.segment or b"" for item in objects]) if masks else None,
             category_names=self.names,
-            left_out={reason: count for reason, count in self.left_out.items() if count},
+            left_out=dict(+self.left_out),
         )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable
 from functools import partial
 from typing import cast
@@ -85,8 +86,8 @@ def verify(
             part = part.subset(kept)
             part.unreadable = [report.unreadable for report in source_reports if report.unreadable]
             unreadable += part.unreadable
-            found = {"pairs that do not fit": len(invalid), "pairs that cannot be read": len(part.unreadable)}
-            part.left_out = part.left_out | {reason: count for reason, count in found.items() if count}
+            found = Counter({"pairs that do not fit": len(invalid), "pairs that cannot be read": len(part.unreadable)})
+            part.left_out = part.left_out | +found
         valid.append(part)
         counts.append(sum_masks(meaning, [source_reports[n].counts(meaning) for n in kept]))
         part.counts = counts[-1] if limit is None else None
