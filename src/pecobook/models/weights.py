@@ -299,7 +299,7 @@ def _load_run(
     spec: str, weights: str | None, checkpoint: Checkpoint | None, image_size: int | None, options: dict[str, Any]
 ) -> _Loaded:
     """Load a run; returns the network, its arguments, the image size, the normalisation and the names left aside."""
-    config, state = read_export(spec)
+    config, state = read_export(spec, kinds=("backbone", "classifier"))
     if config.get("kind") not in ("backbone", "classifier"):
         raise WeightsError(f"'{spec}' is a {config.get('kind')}, not a backbone: give a contrast or pretrain run.")
     name, size = config["name"], config["image_size"]

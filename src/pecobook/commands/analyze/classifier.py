@@ -72,7 +72,7 @@ def open_classifier(config: AnalyzeConfig, splits: Splits) -> RestrictedClassifi
             )
         columns = torch.arange(count)
     else:
-        exported, state = read_export(Path(name).parent if Path(name).is_file() else name)
+        exported, state = read_export(Path(name).parent if Path(name).is_file() else name, kinds=("classifier",))
         if exported.get("kind") != "classifier":  # segmenters and detectors have classes, too
             raise ConfigError(f"--classifier '{name}' is not a finetune run: it is a {exported.get('kind')}.")
         index_of = {label: index for index, label in enumerate(exported["classes"])}

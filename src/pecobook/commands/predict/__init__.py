@@ -200,12 +200,12 @@ def _shortened(part: str) -> str:
 
 
 def _writer(config: PredictConfig, out: Path) -> Writer:
-    kind = read_settings(config.run).get("kind")
     writer_types: dict[str, Callable[[PredictConfig, Path], Writer]] = {
         "classifier": writers.ClassifierWriter,
         "segmenter": writers.SegmenterWriter,
         "detector": writers.DetectorWriter,
     }
+    kind = read_settings(config.run, kinds=writer_types).get("kind")
     if kind not in writer_types:  # a tokenizer, a backbone
         raise WeightsError(
             f"'{config.run}' is a {kind}, which predicts nothing: give a run of finetune, segment or detect."
