@@ -174,9 +174,6 @@ def sample_census(source: ImageSource, *, count: int = SAMPLE_IMAGES, seconds: f
     return census
 
 
-# ------------------------------------------------------------------------------------------------------ counts by class
-
-
 def class_counts(source: ImageSource) -> dict[str, int] | None:
     """Return the number of images of each class (of objects in a detection source), or None without labels."""
     if isinstance(source, DetectionSource):
@@ -285,14 +282,10 @@ def pixels_text(classes: MaskClasses, values: Mapping[int, int]) -> str:
     counts = pixels_per_class(classes, values)
     total, everything = max(sum(counts.values()), 1), max(sum(values.values()), 1)
     percent = {name: f"{short(name)} {_percent(count / total)}" for name, count in counts.items()}
-    absent = [short(name) for name, count in counts.items() if count == 0]
-    present = [name for name, count in counts.items() if count]
-    if len(counts) <= _LISTED_CLASSES or not present:
-        text = ", ".join(percent.values())
-    else:
-        rarest, commonest = min(present, key=counts.__getitem__), max(present, key=counts.__getitem__)
-        text = f"from {percent[rarest]} to {percent[commonest]}"
-        text += f", none of {first_of(absent)}" if absent else ""
+    text = ", ".join(percent.values())
+    if len(counts) > _LISTED_CLASSES and any(counts.values()):
+        rarest, commonest, absent = _extremes(counts)
+        text = f"from {percent[rarest]} to {percent[commonest]}{absent}"
     ignored = sum(values.get(value, 0) for value in classes.ignored)
     return text + (f"; {_percent(ignored / everything)} of all are ignored" if ignored else "")
 
@@ -305,15 +298,20 @@ def spread(counts: Mapping[str, int]) -> str:
     """
     if len(counts) <= _LISTED_CLASSES:
         return ", ".join(f"{short(name)} {count:,}" for name, count in counts.items())
-    present = {name: count for name, count in counts.items() if count}
-    absent = [short(name) for name, count in counts.items() if not count]
-    if not present:
+    if not any(counts.values()):
         return "none"
-    rarest, commonest = (choose(present, key=present.__getitem__) for choose in (min, max))
-    text = f"from {counts[rarest]:,} ({short(rarest)}) to {counts[commonest]:,} ({short(commonest)})"
+    rarest, commonest, absent = _extremes(counts)
     if counts[rarest] == counts[commonest]:
-        text = f"{counts[rarest]:,} each"
-    return text + (f", none of {first_of(absent)}" if absent else "")
+        return f"{counts[rarest]:,} each{absent}"
+    return f"from {counts[rarest]:,} ({short(rarest)}) to {counts[commonest]:,} ({short(commonest)}){absent}"
+
+
+def _extremes(counts: Mapping[str, int]) -> tuple[str, str, str]:
+    """Return the rarest class and the commonest class that occur, and words on those that do not."""
+    present = [name for name, count in counts.items() if count]
+    absent = [short(name) for name, count in counts.items() if not count]
+    words = f", none of {first_of(absent)}" if absent else ""
+    return min(present, key=counts.__getitem__), max(present, key=counts.__getitem__), words
 
 
 def _percent(share: float) -> str:

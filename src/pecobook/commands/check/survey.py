@@ -63,18 +63,16 @@ def survey(splits: Splits, *, labels: bool = True, workers: int = -1) -> Survey:
     """
     total = len(splits.train) + len(splits.evaluation)
     progress = Progress(total=total, start=0, name="check", quiet=False)
-    censuses: list[Census] = []
-    digests: list[Hashes] = []
+    sources = (splits.train, splits.evaluation)
+    censuses = [Census.of(source) for source in sources]
+    digests: list[Hashes] = [np.zeros(len(source), np.uint64) for source in sources]
     done = 0
     try:
-        for source in (splits.train, splits.evaluation):
-            census, hashes = Census.of(source), np.zeros(len(source), np.uint64)
+        for source, census, hashes in zip(sources, censuses, digests, strict=True):
             for index, seen in enumerate(_looks(source, workers)):
                 census.add(seen, keep=NUM_NAMES)
                 hashes[index] = seen.digest or 0
                 progress.show(done := done + 1, {})
-            censuses.append(census)
-            digests.append(hashes)
     except RuntimeError as error:  # a process that the system ended, for want of memory for example
         text = f"A process that reads images ended near image {done:,} of {total:,}: {first_line(error)}"
         raise DataError(f"{text.rstrip('.')}.\nGive --workers 1 to read in one process.") from error
@@ -90,7 +88,7 @@ def survey(splits: Splits, *, labels: bool = True, workers: int = -1) -> Survey:
         lines.append(("boxes", f"{boxes.differing:,} of {boxes.compared:,} do not fit the masks of their objects"))
     lines.append(("duplicates", repeats.text()))
     problems = [*_unreadable(splits, censuses), *repeats.problems(), *_unknown_values(splits, censuses)]
-    problems += [*boxes.problems(), *(_empty_classes(splits, censuses[0]) if labels else [])]
+    problems += [*boxes.problems(), *(_empty_classes(splits.train, censuses[0]) if labels else [])]
     lost = ("lost images", "lost labels") if labels else ("lost images",)
     problems += [note for note in splits.notes if kind_of(note) in lost]
     figures = _figures(splits, censuses, repeats)
@@ -100,9 +98,12 @@ def survey(splits: Splits, *, labels: bool = True, workers: int = -1) -> Survey:
 def _values_text(census: Census) -> str:
     """Return the values of the masks' pixels, or their number and range where there are many."""
     values = sorted(census.values)
-    if len(values) > NUM_NAMES:
-        return f"{len(values):,} values from {values[0]} to {values[-1]} in the masks of training"
-    return f"{', '.join(map(str, values))} in the masks of training"
+    texts = (
+        f"{len(values):,} values from {values[0]} to {values[-1]}"
+        if len(values) > NUM_NAMES
+        else some_of(values, NUM_NAMES)
+    )
+    return f"{texts} in the masks of training"
 
 
 def _looks(source: ImageSource, workers: int) -> Iterator[Look]:
@@ -219,9 +220,8 @@ def _unknown_values(splits: Splits, censuses: list[Census]) -> list[str]:
     return problems
 
 
-def _empty_classes(splits: Splits, census: Census) -> list[str]:
-    """Return a line on classes that training would not see; `census` is that of the training images."""
-    train = splits.train
+def _empty_classes(train: ImageSource, census: Census) -> list[str]:
+    """Return a line on classes that training would not see."""
     kind, counts = "objects" if isinstance(train, DetectionSource) else "images", class_counts(train) or {}
     if isinstance(train, SegmentationSource):
         kind, counts = "pixels", pixels_per_class(train.mask_classes, census.values)
@@ -255,10 +255,8 @@ def _figures_of(source: ImageSource, census: Census) -> dict[str, Any]:
         "short_side": [sides[0] for sides in (census.smallest, census.largest) if sides],
         "long_side": [sides[1] for sides in (census.smallest, census.largest) if sides],
     }
-    counts = class_counts(source)
-    if counts is not None:
-        name = "objects" if isinstance(source, DetectionSource) else "classes"
-        figures[name] = counts
+    if (counts := class_counts(source)) is not None:
+        figures["objects" if isinstance(source, DetectionSource) else "classes"] = counts
     if isinstance(source, SegmentationSource):
         figures["pixels"] = pixels_per_class(source.mask_classes, census.values)
         figures["mask_values"] = {str(value): count for value, count in sorted(census.values.items())}

@@ -303,7 +303,7 @@ def _assemble(data: str, annotations: Mapping[str, Annotations], notes: Iterable
 
 def _notes_on_content(data: str, train: DetectionSource, held_out: DetectionSource) -> list[str]:
     """Return a note on classes without an object, in training and in evaluation, and on images without one."""
-    notes = []
+    notes: list[str] = []
     for source, kind, text in (
         (train, "empty classes", "in training, and are not learned"),
         (held_out, "", "among the held-out images, and do not count in the average precision"),
