@@ -72,7 +72,7 @@ def look(source: ImageSource, index: int, *, whole: bool, mask: bool = True) -> 
             image = source.read(index)
             size = (int(image.shape[1]), int(image.shape[2]))
         if whole:
-            data = file.read_bytes() if isinstance(file, Path) else file or image.numpy().tobytes()  # type: ignore[union-attr]
+            data = file.read_bytes() if isinstance(file, Path) else file or image.numpy().tobytes()
             digest = int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "big")
         if file is not None:
             header_size, mode = _header(name, file)

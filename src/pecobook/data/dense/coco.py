@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from pecobook.data.decode import header_size
-from pecobook.data.dense.coco_annotations import Annotations, PackedBytes
+from pecobook.data.dense.coco_annotations import Annotations
 from pecobook.data.dense.coco_check import SHARES, UNKNOWN, are_in_corner, compare_boxes, diagnose_boxes
 from pecobook.data.dense.coco_files import ImageFiles, file_name
 from pecobook.data.dense.coco_values import (
@@ -242,6 +242,8 @@ class _Reader:
         objects_of: dict[int, list[_Object]],
         masks: bool,
     ) -> Annotations:
+        import pyarrow as pa
+
         objects = [item for row in objects_of.values() for item in row]
         counts = [len(row) for row in objects_of.values()]
         self.left_out["crowds (iscrowd 1)"] = sum(item.crowd for item in objects)
@@ -255,7 +257,7 @@ class _Reader:
             categories=np.array([item.category for item in objects], dtype=np.int64),
             crowd=np.array([item.crowd for item in objects], dtype=np.bool_),
             areas=np.array([item.area for item in objects], dtype=np.float64),
-            segments=PackedBytes([item.segment or b"" for item in objects]) if masks else None,
+            segments=pa.array([item.segment for item in objects], pa.large_binary()) if masks else None,
             category_names=self.names,
             left_out=dict(+self.left_out),
         )

@@ -1,6 +1,6 @@
 """The images and objects of one file in COCO's format, packed into arrays.
 
-Objects are stored as arrays and one buffer of bytes, which forked workers share instead of copying: COCO's training set
+Objects are stored as arrays, which forked workers share instead of copying: COCO's training set
 has 860,000 objects. A mask keeps the form that it has in the file (polygons, or run lengths, compressed or not) until
 it is decoded.
 """
@@ -10,8 +10,9 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -22,21 +23,6 @@ from pecobook.data.dense.coco_values import format_size
 from pecobook.data.source import Integers, Store
 
 Floats = npt.NDArray[np.float64]
-
-
-class PackedBytes:
-    """Byte strings in one buffer."""
-
-    def __init__(self, items: Sequence[bytes]) -> None:
-        self.ends = np.cumsum([len(item) for item in items], dtype=np.int64)
-        self.buffer = np.frombuffer(b"".join(items), dtype=np.uint8)
-
-    def __len__(self) -> int:
-        return len(self.ends)
-
-    def __getitem__(self, number: int) -> bytes:
-        start = int(self.ends[number - 1]) if number else 0
-        return self.buffer[start : int(self.ends[number])].tobytes()
 
 
 @dataclasses.dataclass(eq=False)
@@ -64,8 +50,8 @@ class Annotations(Store):
     """Whether each entry is a crowd, that is many objects under one mask, which training and scores ignore: (A,)."""
     areas: Floats
     """Area of each object in pixels, (A,)."""
-    segments: PackedBytes | None
-    """The mask of each object as JSON; None if no object has a mask."""
+    segments: Any
+    """The mask of each object as JSON, in an Arrow array of binary values; None if no object has a mask."""
     category_names: dict[int, str]
     """Category id -> name, in ascending order of the ids."""
     left_out: dict[str, int] = dataclasses.field(default_factory=dict)
@@ -73,6 +59,10 @@ class Annotations(Store):
 
     def __len__(self) -> int:
         return len(self.image_ids)
+
+    def segments_of(self, numbers: Iterable[int]) -> list[bytes] | None:
+        """Return the masks of objects as JSON; None if no object has a mask."""
+        return None if self.segments is None else [self.segments[number].as_py() for number in numbers]
 
     def read(self, row: int, shortest: int = 0) -> Tensor:  # noqa: ARG002
         """Read and decode the image of a row: uint8 (3, H, W). Raises BadImage."""
@@ -100,5 +90,5 @@ class Annotations(Store):
         for array in (self.starts, self.boxes, self.categories, self.crowd):
             digest.update(array.tobytes())
         if self.segments is not None:
-            digest.update(self.segments.buffer.tobytes())
+            digest.update(b"".join(self.segments.to_pylist()))
         return digest.hexdigest()

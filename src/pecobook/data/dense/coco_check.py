@@ -111,7 +111,7 @@ def compare_boxes(annotations: Annotations, limit: int | None = 2000) -> BoxComp
         return BoxComparison(0, (), "")
     rows = np.searchsorted(annotations.starts, numbers, side="right") - 1
     sizes = annotations.sizes[rows]
-    segments = [json.loads(annotations.segments[int(number)]) for number in numbers]
+    segments = [json.loads(segment) for segment in annotations.segments_of(numbers.tolist()) or ()]
     pairs = list(zip(segments, sizes.tolist(), strict=True))
     around_masks = np.array([mask_box(segment, *size) for segment, size in pairs], np.float64)
     boxes = annotations.boxes[numbers]

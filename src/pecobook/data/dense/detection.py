@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from pecobook.data.dense.coco import Findings, read_annotations
-from pecobook.data.dense.coco_annotations import Annotations, PackedBytes
+from pecobook.data.dense.coco_annotations import Annotations
 from pecobook.data.dense.coco_files import count_unnamed, find_annotations, other_format
 from pecobook.data.dense.coco_values import decode_masks
 from pecobook.data.source import ImageSource, Integers, Note, Splits, hold_out
@@ -49,7 +49,7 @@ class Objects:
     """Left, top, right, bottom in pixels, clipped at the image's edge: float32 (n, 4)."""
     labels: Tensor
     """1 to C, int64 (n,); 0 stands for the background."""
-    segments: tuple[bytes, ...] | None
+    segments: list[bytes] | None
     """Masks as JSON, see `decode_masks`; None if the source has no masks."""
     size: tuple[int, int]
     """Height and width of the image in pixels."""
@@ -104,7 +104,7 @@ class DetectionSource(ImageSource):
         return Objects(
             boxes=torch.from_numpy(corners.astype(np.float32)),
             labels=torch.tensor(labels, dtype=torch.int64),
-            segments=None if annotations.segments is None else tuple(annotations.segments[n] for n in numbers),
+            segments=annotations.segments_of(numbers),
             size=(height, width),
         )
 
@@ -143,7 +143,9 @@ class DetectionSource(ImageSource):
             row, (height, width) = self._row(index), self.size(index)
             image_id = self.image_id(index)
             images.append({"id": image_id, "file_name": str(annotations.names[row]), "height": height, "width": width})
-            for number in self._object_range(row):
+            numbers = self._object_range(row)
+            segments = annotations.segments_of(numbers)
+            for place, number in enumerate(numbers):
                 entry = {
                     "id": number + 1,  # pycocotools uses the id 0 for "no match"
                     "image_id": image_id,
@@ -153,8 +155,8 @@ class DetectionSource(ImageSource):
                     "iscrowd": int(annotations.crowd[number]),
                 }
                 objects.append(entry)
-                if annotations.segments is not None:
-                    entry["segmentation"] = json.loads(annotations.segments[number])
+                if segments is not None:
+                    entry["segmentation"] = json.loads(segments[place])
         categories = [{"id": n, "name": name} for n, name in zip(self.category_ids, self.classes, strict=True)]
         return {"images": images, "annotations": objects, "categories": categories}
 
@@ -338,13 +340,13 @@ def _only_classes(annotations: Annotations, classes: tuple[str, ...]) -> Annotat
     is_kept = np.isin(annotations.categories, categories)
     if is_kept.all():
         return annotations
-    numbers, segments = np.flatnonzero(is_kept), annotations.segments
+    segments = annotations.segments
     return dataclasses.replace(
         annotations,
         starts=np.r_[0, np.cumsum(is_kept)][annotations.starts],
-        boxes=annotations.boxes[numbers],
-        categories=annotations.categories[numbers],
-        crowd=annotations.crowd[numbers],
-        areas=annotations.areas[numbers],
-        segments=None if segments is None else PackedBytes([segments[int(number)] for number in numbers]),
+        boxes=annotations.boxes[is_kept],
+        categories=annotations.categories[is_kept],
+        crowd=annotations.crowd[is_kept],
+        areas=annotations.areas[is_kept],
+        segments=None if segments is None else segments.take(np.flatnonzero(is_kept)),
     )
