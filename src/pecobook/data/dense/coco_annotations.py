@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
-from pecobook.data.decode import BadImage, Range, decode, read_file
+from pecobook.data.decode import BadImage, Range, decode, header_size, read_file
 from pecobook.data.dense.coco_values import format_size
 from pecobook.data.source import Integers
 
@@ -76,14 +76,14 @@ class Annotations:
     def __len__(self) -> int:
         return len(self.image_ids)
 
-    def read(self, row: int) -> Tensor:
-        """Read and decode the image of a row: uint8 (3, H, W). Raises BadImage."""
+    def read(self, row: int, shortest: int = 0) -> Tensor:
+        """Read and decode the image of a row: uint8 (3, H, W), reduced as `decode` says. Raises BadImage."""
         path = self.path(row)
-        image = decode(read_file(path), name=str(path), value_range=self.value_range)
-        if image.shape[1:] != tuple(self.sizes[row]):
-            raise BadImage(
-                str(path), f"{format_size(image.shape[1:])}, not {format_size(self.sizes[row])} as in its annotations"
-            )
+        data = read_file(path)
+        image = decode(data, name=str(path), value_range=self.value_range, shortest=shortest)
+        size = header_size(data) if shortest else (image.shape[1], image.shape[2])
+        if size and size != tuple(self.sizes[row]):
+            raise BadImage(str(path), f"{format_size(size)}, not {format_size(self.sizes[row])} as in its annotations")
         return image
 
     def path(self, row: int) -> Path:
