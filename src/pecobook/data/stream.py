@@ -82,7 +82,7 @@ class Stream(Dataset[dict[str, Any]]):
 
     def views(self, index: int, numbers: Iterable[int]) -> list[dict[str, Any]]:
         """Returns the views `numbers` of image `index`, which is read once. Raises BadImage."""
-        contents = (self.source.read(index, self.shortest),) if self.shortest else self.source.sample(index)
+        contents = self.source.sample(index, self.shortest)
         return [self.view(*contents, key(self.seed, index, number)) for number in numbers]
 
 

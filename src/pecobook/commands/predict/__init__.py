@@ -45,6 +45,9 @@ _MAX_NAME = 230
 class Writer(Protocol):
     """Predicts with one kind of model and writes the predictions."""
 
+    shortest: int
+    """The shorter side that large images keep, pixels, see `decode`; 0 where the writer needs the whole image."""
+
     def add(self, name: str, file: str, image: Tensor) -> None:
         """Predict one image and write the files of this image.
 
@@ -90,7 +93,7 @@ def _predict_all(config: PredictConfig, sources: list[tuple[ImageSource, str]], 
     used_names: set[str] = set()
     num_predicted, summary = 0, ""
     try:
-        for name, image in read_images(sources):
+        for name, image in read_images(sources, writer.shortest):
             try:
                 if isinstance(image, BadImage):
                     raise image
@@ -143,31 +146,35 @@ def list_images(source: str) -> list[tuple[ImageSource, str]]:
     return [(split, "") for split in splits]
 
 
-def read_images(sources: list[tuple[ImageSource, str]]) -> Iterator[tuple[str, Tensor | BadImage]]:
-    """Decode images in worker processes.
+def read_images(sources: list[tuple[ImageSource, str]], shortest: int = 0) -> Iterator[tuple[str, Tensor | BadImage]]:
+    """Decode images in worker processes; `shortest` as in `decode`.
 
     Yields:
         name of an image, and the pixels uint8 (3, H, W), or the reason why the image cannot be read.
     """
     for source, prefix in sources:
         workers = default_workers(1) if len(source) > 256 else 0
-        loader: DataLoader[Any] = DataLoader(_DecodedImages(source), batch_size=None, num_workers=workers)  # type: ignore[arg-type]
+        loader: DataLoader[Any] = DataLoader(
+            _DecodedImages(source, shortest),  # type: ignore[arg-type]
+            batch_size=None,
+            num_workers=workers,
+        )
         for index, image in loader:
             yield source.identify(int(index)).removeprefix(prefix), image
 
 
 class _DecodedImages:
-    """A data set of (index, pixels) at the original size; (index, error) for an image that cannot be read."""
+    """A data set of (index, pixels); (index, error) for an image that cannot be read."""
 
-    def __init__(self, source: ImageSource) -> None:
-        self.source = source
+    def __init__(self, source: ImageSource, shortest: int) -> None:
+        self.source, self.shortest = source, shortest
 
     def __len__(self) -> int:
         return len(self.source)
 
     def __getitem__(self, index: int) -> tuple[int, Tensor | BadImage]:
         try:
-            return index, self.source.read(index)
+            return index, self.source.read(index, self.shortest)
         except BadImage as error:
             return index, error
 
