@@ -66,7 +66,7 @@ class TokenizeConfig(ImagesConfig):
         between(self, 0, MAX_IMAGE_SIZE, "tokenizer_size")
         between(self, -1, MAX_WORKERS, "workers")
         if self.shard:
-            match = re.fullmatch(r"(\d+)/(\d+)", self.shard)
+            match = re.fullmatch("([0-9]{1,9})/([0-9]{1,9})", self.shard)
             if match is None or not 1 <= int(match[1]) <= int(match[2]):
                 refuse("shard", f"is I/N with I from 1 to N, as 3/8, not '{self.shard}'.")
             if self.overwrite:
