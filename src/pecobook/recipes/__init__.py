@@ -61,6 +61,8 @@ RECIPES: dict[str, dict[str, Recipe]] = {
         finetune.imagenette,
         finetune.paper,
         finetune.paper_vit_l,
+        finetune.paper_vit_h,
+        finetune.paper_vit_h_448,
     ),
     "segment": _named(segment.tiny, segment.camvid)
     | {"paper": segment.paper_ade20k, "paper-ade20k": segment.paper_ade20k},
