@@ -1,4 +1,4 @@
-"""Patches of 14 pixels, as in ViT-H: levels at strides 3.5, 7, 14 and 28, and exact places in segmenter and detector."""
+"""Patches of 14 pixels, as in ViT-H: levels at strides 3.5, 7, 14 and 28, and exact places in both models."""
 
 from __future__ import annotations
 
@@ -138,9 +138,8 @@ def test_pool__reads_each_level_at_its_stride() -> None:
 def detector() -> Detector:
     heads = DetectorConfig(width=16, head_width=32, proposals=60, samples=32, detections=10, score_threshold=0.0)
     torch.manual_seed(1)
-    return Detector(
-        *parts(), classes=("disc",), category_ids=(1,), masks=True, sides=(70, 100), config=heads
-    ).eval()  # fmt: skip
+    model = Detector(*parts(), classes=("disc",), category_ids=(1,), masks=True, sides=(70, 100), config=heads)
+    return model.eval()
 
 
 def test_detector__pads_to_two_patches_and_finds_boxes_in_the_image() -> None:
@@ -150,7 +149,7 @@ def test_detector__pads_to_two_patches_and_finds_boxes_in_the_image() -> None:
     image = (255 * torch.rand(3, 77, 45, generator=torch.Generator().manual_seed(2))).byte()
     found = model.predict(image)
     assert len(found.scores)
-    assert 0 <= float(found.boxes.min())
+    assert float(found.boxes.min()) >= 0
     assert float(found.boxes[:, 2].max()) <= 45.01
     assert float(found.boxes[:, 3].max()) <= 77.01
 
@@ -171,11 +170,8 @@ def test_export__is_the_same_model(kind: str, tmp_path: Path) -> None:
     torch.testing.assert_close(scores, segmenter.scores([image], test))
 
 
-def test_load_pyramid__of_a_vit_with_patches_of_14(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also through the check of a backbone before training; other even patch sides pass it too."""
+def test_load_pyramid__takes_it() -> None:
     options: dict[str, Any] = {"weights": "random", "image_size": 56, "config": PyramidConfig(), "drop_path": 0.0}
-    pyramid, backbone = load_pyramid("timm:vit_tiny_patch16_224", **options)
-    assert (pyramid.strides, backbone.name) == ((4, 8, 16, 32), "vit_tiny_patch16_224")
     pyramid, _ = load_pyramid("timm:vit_small_patch14_dinov2", **options)
     assert (pyramid.strides, pyramid.patch) == (STRIDES, 14)
     assert pyramid(pictures(60, 40))[0].shape == (1, 384, 20, 12)

@@ -128,8 +128,8 @@ class Segmenter(Exported):
             images: float (B, 3, H, W) in [0, 1].
 
         Returns:
-            scores (B, C, H / s, W / s) with the stride s of the finest map and sides H, W padded to whole patches; scores of the auxiliary head, or None in
-            evaluation mode.
+            scores (B, C, H / s, W / s) with the stride s of the finest map, and H and W padded to whole patches; scores
+            of the auxiliary head, or None in evaluation mode.
         """
         maps = self.pyramid((images - self.mean) / self.std)
         auxiliary = self.auxiliary(maps[2]) if self.training and self.auxiliary is not None else None
