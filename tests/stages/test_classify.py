@@ -172,7 +172,7 @@ def test_run__random_weights_learn_at_one_rate_and_the_run_resumes(
     config = json.loads((run / "config.json").read_text())
     assert config["optim"]["layer_decay"] == 1
     train("finetune", images, run, **flags, resume=True)
-    with pytest.raises(PecobookError, match="optim.layer-decay: 1.0 -> 0.75"):
+    with pytest.raises(PecobookError, match=r"optim\.layer-decay: 1\.0 -> 0\.75"):
         train("finetune", images, run, **flags, resume=True, **{"optim.layer_decay": 0.75})
     slow = {**SMALL["finetune"], **flags, "optim.layer_decay": 0.75}
     api.finetune("tiny", data=str(images), dry_run=True, **slow)
