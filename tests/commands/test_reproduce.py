@@ -214,7 +214,7 @@ def example_table() -> MeasuredTable:
     table = PaperTable("Table 7", (("finetuned", "fine-tuned, %"), ("codeword_probe", "probe, %")), rows)
     pixel, perceptual, control = [20.0, 22.0, 21.0], [30.0, 31.0, 35.0], [25.0, 24.0, 23.0]
     return MeasuredTable("table7", table, tuple(
-        (row, {"finetuned": values, "codes_used": [512.0] * 3}, "") for row, values in zip(
+        (row, {"finetuned": dict(enumerate(values)), "codes_used": {0: 512.0, 1: 512.0, 2: 512.0}}, "") for row, values in zip(
             table.all_rows, (pixel, perceptual, control, []), strict=True)
     ))  # fmt: skip
 
@@ -228,7 +228,9 @@ def test_tables__have_means_deviations_and_the_papers_numbers() -> None:
     assert rows[2][0] == "perceptual | loss, random weights (control)"
     assert rows[3][1:3] == ("–", "–")
     gains = gains_over_controls(measured)
-    assert gains[0] == "fine-tuned, %: perceptual | loss minus pixel loss: 11.0 ± 2.6 (seeds: +10.0, +9.0, +14.0)"
+    interval = "+11.0 [+4.4, +17.6] (seeds: +10.0, +9.0, +14.0)"
+    shown = "shown to be higher (p 0.037 after Holm's correction)"
+    assert gains[0] == f"Primary: fine-tuned, %: perceptual | loss minus pixel loss: {interval}: {shown}"
     assert len(gains) == 2  # the shuffled control was not measured
     text = markdown([measured], "how")
     assert all(line.count(" | ") <= 5 for line in text.splitlines())
@@ -262,11 +264,11 @@ def test_tables__explain_missing_figures(images: Path, unlabelled_images: Path) 
 
 def test_tables__have_the_accuracy_of_the_classifier_on_originals() -> None:
     pixel, perceptual = TABLES["table4"].rows[1:]
-    values = {"classified": [20.0, 22.0], "originals": [70.0, 72.0]}
+    values = {"classified": {0: 20.0, 1: 22.0}, "originals": {0: 70.0, 1: 72.0}}
     equal = MeasuredTable("table4", TABLES["table4"], ((pixel, values, ""), (perceptual, values, "")))
     assert remarks(equal) == ["Our classifier, on originals: 71.0 ± 1.4%."]
     assert not any("originals" in heading for heading in header_and_rows(equal)[0])
-    other_values = {**values, "originals": [60.0]}
+    other_values = {**values, "originals": {0: 60.0}}
     different = MeasuredTable("table4", TABLES["table4"], ((pixel, values, ""), (perceptual, other_values, "")))
     (remark,) = remarks(different)
     assert remark == "Our classifier, on originals: 71.0 ± 1.4% (pixel loss alone), 60.0% (perceptual loss)."
