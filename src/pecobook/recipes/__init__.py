@@ -61,6 +61,8 @@ RECIPES: dict[str, dict[str, Recipe]] = {
         finetune.imagenette,
         finetune.paper,
         finetune.paper_vit_l,
+        finetune.paper_vit_h,
+        finetune.paper_vit_h_448,
         finetune.paper_mae,
         finetune.paper_scratch,
         finetune.paper_deit,
