@@ -244,6 +244,12 @@ def test_plan__at_budget_paper_has_the_papers_settings(images: Path) -> None:
         plan.jobs["classifier-perceptual@800@large-0"].config.max_steps
         == plan.jobs["classifier-mae@1600@large-0"].config.max_steps
     )
+    huge, codes = plan.jobs["vit-mae@1600@huge-0"].config, plan.jobs["vit-perceptual@800@huge-0"].config
+    assert (huge.model.name, huge.mask.num_masked) == ("vit_huge_patch14_224", 192)  # 75% of 256
+    assert (codes.model.name, codes.mask.num_masked, codes.tokenizer_size) == ("vit_huge_patch14_224", 98, 256)
+    at_448 = plan.jobs["classifier-perceptual@800@huge-448-0"].config
+    assert (at_448.image_size, at_448.backbone) == (448, codes.out)  # pre-trained once, fine-tuned at two sizes
+    assert "vit-perceptual@800@huge-448-0" not in plan.jobs
     assert plan.jobs["classifier-scratch@300@large-0"].config.backbone == "timm:vit_large_patch16_224"
 
 
