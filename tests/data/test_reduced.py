@@ -119,8 +119,8 @@ def test_stream__of_detection_reduces_the_image_alone(tmp_path: Path) -> None:
     (tmp_path / "instances.json").write_text(json.dumps(content))
     source = train_of(tmp_path)
     for function in (
-        partial(detection_views.training_view, scales=(64,), max_size=100, jitter=(), canvas=0),
-        partial(detection_views.evaluation_view, short=40, long=100),
+        partial(dense_views.detection_view, scales=(64,), max_size=100, jitter=(), canvas=0),
+        partial(dense_views.detection_test_view, short=40, long=100),
     ):
         stream = Stream(source, function, 0)
         (view,) = stream.views(0, [3])
