@@ -137,6 +137,7 @@ class _CentralCrops(Dataset[dict[str, Any]]):
         try:
             sample: dict[str, Any] = {
                 "image": center_crop(self.source.read(index, 4 * self.size), self.size),
+                "index": torch.tensor(index),
                 "skipped": [],
             }
         except BadImage as error:
@@ -151,14 +152,30 @@ def _collate_whole(samples: list[dict[str, Any]]) -> Batch:
     return {**whole, "skipped": [name for sample in samples for name in sample["skipped"]]}
 
 
+def read_crops(
+    source: ImageSource, size: int, order: Sequence[int], *, batch_size: int, workers: int = -1
+) -> Iterator[Batch]:
+    """Read central crops of the images `order`: in each batch image uint8 (B, C, size, size), index int64 (B,), label
+    int64 (B,) when the source has labels, and what was skipped, alone where nothing of a batch could be read.
+    """
+    if workers < 0:
+        workers = default_workers(1) if len(order) > 2048 else 0
+    return Batches(
+        _CentralCrops(source, size),
+        [order[start : start + batch_size] for start in range(0, len(order), batch_size)],
+        workers=workers,
+        collate=_collate_whole,
+        flag="",
+    )
+
+
 def central_crops(
     source: ImageSource, size: int, *, limit: int | None = None, batch_size: int = 128
 ) -> Iterator[tuple[int, Batch]]:
     """Read a source once (or the first `limit` images of a fixed permutation of it), without what cannot be read.
 
     Yields:
-        how many images were asked for so far, and the batch: image uint8 (B, C, size, size), label int64 (B,) when the
-        source has labels, and what was skipped, alone where nothing of a batch could be read.
+        how many images were asked for so far, and a batch of `read_crops`.
 
     Raises:
         DataError: none of the images can be read.
@@ -167,15 +184,8 @@ def central_crops(
     order = list(range(count))
     if count < len(source):
         order = [fixed_permutation(i, len(source)) for i in order]
-    loader = Batches(
-        _CentralCrops(source, size),
-        [order[start : start + batch_size] for start in range(0, count, batch_size)],
-        workers=default_workers(1) if count > 2048 else 0,
-        collate=_collate_whole,
-        flag="",
-    )
     read, first = 0, ""
-    for number, batch in enumerate(loader, start=1):
+    for number, batch in enumerate(read_crops(source, size, order, batch_size=batch_size), start=1):
         first = first or next(iter(batch["skipped"]), "")
         read += len(batch.get("image", ()))
         yield min(number * batch_size, count), batch
