@@ -137,7 +137,7 @@ class _CentralCrops(Dataset[dict[str, Any]]):
             image = center_crop(image, self.size, share=self.share)
         except BadImage as error:
             return {"skipped": [str(error)]}
-        sample: dict[str, Any] = {"image": image, "skipped": []}
+        sample: dict[str, Any] = {"image": image, "index": torch.tensor(index), "skipped": []}
         if self.source.labels is not None:
             sample["label"] = torch.tensor(int(self.source.labels[index]))
         return sample
@@ -148,6 +148,25 @@ def _collate_whole(samples: list[dict[str, Any]]) -> Batch:
     return {**whole, "skipped": [name for sample in samples for name in sample["skipped"]]}
 
 
+def read_crops(
+    source: ImageSource, size: int, order: Sequence[int], *, batch_size: int, workers: int = -1, share: float = 1.0
+) -> Iterator[Batch]:
+    """Read central crops of the images `order`, whose side is `share` of the shorter side.
+
+    A batch has image uint8 (B, 3, size, size), index int64 (B,), label int64 (B,) when the source has labels, and what
+    was skipped, alone where nothing of the batch could be read.
+    """
+    if workers < 0:
+        workers = default_workers(1) if len(order) > 2048 else 0
+    return Batches(
+        _CentralCrops(source, size, share),
+        [order[start : start + batch_size] for start in range(0, len(order), batch_size)],
+        workers=workers,
+        collate=_collate_whole,
+        flag="",
+    )
+
+
 def central_crops(
     source: ImageSource, size: int, *, limit: int | None = None, batch_size: int = 128, share: float = 1.0
 ) -> Iterator[tuple[int, Batch]]:
@@ -156,23 +175,15 @@ def central_crops(
     `share` is the side of the crop, as a share of the image's shorter side.
 
     Yields:
-        how many images were asked for so far, and the batch: image uint8 (B, C, size, size), label int64 (B,) when the
-        source has labels, and what was skipped, alone where nothing of a batch could be read.
+        how many images were asked for so far, and a batch of `read_crops`.
 
     Raises:
         DataError: none of the images can be read.
     """
     count = len(source) if limit is None else min(limit, len(source))
     order = [fixed_permutation(i, len(source)) if count < len(source) else i for i in range(count)]
-    loader = Batches(
-        _CentralCrops(source, size, share),
-        [order[start : start + batch_size] for start in range(0, count, batch_size)],
-        workers=default_workers(1) if count > 2048 else 0,
-        collate=_collate_whole,
-        flag="",
-    )
     read, first = 0, ""
-    for number, batch in enumerate(loader, start=1):
+    for number, batch in enumerate(read_crops(source, size, order, batch_size=batch_size, share=share), start=1):
         first = first or next(iter(batch["skipped"]), "")
         read += len(batch.get("image", ()))
         yield min(number * batch_size, count), batch
