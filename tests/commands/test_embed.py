@@ -15,8 +15,7 @@ from torchvision.io import ImageReadMode, decode_image
 
 from pecobook import cli
 from pecobook.analysis.codewords import bag_of_codes
-from pecobook.commands import embed as module
-from pecobook.commands.embed import embed
+from pecobook.commands.embed import embed, files
 from pecobook.data.views import center_crop
 from pecobook.errors import PecobookError, RunFolderError
 from pecobook.models.tokenizer import PerceptualTokenizer
@@ -42,13 +41,13 @@ def test_embed__writes_the_vector_of_the_chosen_block_for_every_image(
     out = embed(backbone=str(vit_run), data=str(images), out=str(tmp_path / "f.parquet"), batch_size=5, layer=1)
     rows = pq.read_table(out).to_pylist()
     backbone = load_backbone(str(vit_run))
-    network = backbone.network.eval()
+    network: Any = backbone.network.eval()
     tokens: list[torch.Tensor] = []
-    network.blocks[0].register_forward_hook(lambda _module, _inputs, output: tokens.append(output))  # type: ignore[index]
+    network.blocks[0].register_forward_hook(lambda _module, _inputs, output: tokens.append(output))
     mean, std = (torch.tensor(values)[:, None, None] for values in (backbone.mean, backbone.std))
     with torch.inference_mode():
         network((pixels(rows, 16) - mean) / std)
-    expected = tokens[0][:, network.num_prefix_tokens :].mean(1)  # type: ignore[misc]
+    expected = tokens[0][:, network.num_prefix_tokens :].mean(1)
     np.testing.assert_allclose(vectors(out), expected.numpy(), atol=1e-5)
     assert len(rows) == len(list(images.rglob("*.png")))
     assert all(Path(row["image"]).parent.name == row["label"] for row in rows)
@@ -96,11 +95,11 @@ def test_embed__of_a_network_without_tokens(images: Path, tmp_path: Path) -> Non
 def test_embed__continues_after_a_kill_and_parts_of_several_processes_give_the_same_file(
     images: Path, vit_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "PART_IMAGES", 4)
+    monkeypatch.setattr("pecobook.commands.embed.PART_IMAGES", 4)
     settings: dict[str, Any] = {"backbone": str(vit_run), "data": str(images), "batch_size": 3}
     whole = embed(out=str(tmp_path / "whole.parquet"), **settings)
 
-    write, written = module.write_part, 0
+    write, written = files.write_part, 0
 
     def killed(*arguments: Any) -> None:
         nonlocal written
@@ -109,7 +108,7 @@ def test_embed__continues_after_a_kill_and_parts_of_several_processes_give_the_s
             raise KeyboardInterrupt
         write(*arguments)
 
-    monkeypatch.setattr(module, "write_part", killed)
+    monkeypatch.setattr("pecobook.commands.embed.write_part", killed)
     with pytest.raises(KeyboardInterrupt):
         embed(out=str(tmp_path / "cut.parquet"), **settings)
     assert not (tmp_path / "cut.parquet").exists()

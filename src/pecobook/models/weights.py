@@ -292,7 +292,7 @@ def load_backbone(
     return Backbone(network, name, args, normalisation.mean, normalisation.std, size, notes=tuple(notes))
 
 
-_Loaded = tuple[nn.Module, dict[str, Any], int, Normalisation, tuple[str, ...]]
+_Loaded = tuple[nn.Module, dict[str, Any], int | None, Normalisation, tuple[str, ...]]
 
 
 def _load_run(

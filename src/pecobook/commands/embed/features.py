@@ -155,7 +155,8 @@ class Block(nn.Module):
         if self.pool == "none":
             return patches  # type: ignore[no-any-return]
         parts: list[Any] = [] if self.pool == "class" else [patches.mean(1)]
-        parts += [prefix[:, 0]] if self.pool in ("class", "both") else []
+        if prefix is not None and self.pool in ("class", "both"):
+            parts.append(prefix[:, 0])
         return torch.cat(parts, 1)
 
 

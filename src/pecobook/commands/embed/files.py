@@ -122,7 +122,7 @@ def _fill(file: Path, shape: tuple[int, ...], blocks: Iterator[np.ndarray[Any, A
     target, start = None, 0
     for block in blocks:
         if target is None:
-            target = np.lib.format.open_memmap(file, mode="w+", dtype=block.dtype, shape=shape)  # type: ignore[no-untyped-call]
+            target = np.lib.format.open_memmap(file, mode="w+", dtype=block.dtype, shape=shape)
         target[start : start + len(block)] = block.reshape(len(block), *shape[1:])
         start += len(block)
     assert target is not None

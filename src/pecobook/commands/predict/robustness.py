@@ -53,10 +53,13 @@ class AttackedClassifier:
         """Return which images uint8 (B, 3, S, S) are classified rightly, bool (B,), by attack; `clean` is without."""
         clean, truth = to_float(images.to(device())), labels.to(device())
         eps = settings.eps / 255
-        options = {"eps": eps, "step": settings.step / 255 or eps / settings.steps, "steps": settings.steps}
+        options: dict[str, Any] = {
+            "eps": eps,
+            "step": settings.step / 255 or eps / settings.steps,
+            "steps": settings.steps,
+        }
         attacked = {
-            name: attack(self.logits, clean, truth, **options, momentum=MOMENTUM[name])  # type: ignore[arg-type]
-            for name in settings.names
+            name: attack(self.logits, clean, truth, **options, momentum=MOMENTUM[name]) for name in settings.names
         }
         with torch.inference_mode():
             return {name: self.logits(x).argmax(1) == truth for name, x in {"clean": clean, **attacked}.items()}
@@ -79,8 +82,8 @@ def measure(config: PredictConfig, classifier: AttackedClassifier, splits: Split
     crops = central_crops(source, classifier.size, limit=total, batch_size=_BATCH, share=classifier.share)
     for done, batch in crops:
         if "image" in batch:
-            for name, hits in classifier.hits(batch["image"], batch["label"], settings).items():
-                parts[name].append(hits.cpu())
+            for name, correct in classifier.hits(batch["image"], batch["label"], settings).items():
+                parts[name].append(correct.cpu())
         progress.show(done, {})
     progress.close()
     hits = {name: torch.cat(values) for name, values in parts.items()}

@@ -147,7 +147,7 @@ class Plan:
             return f"dalle:{self.config.dalle}", "", 8
         settings, network_job = self.codebook_settings(arm, seed)
         name = f"codebook-{arm}-{seed}"
-        changes = {"data": self.config.more_data} if arm == "more-data" else {}
+        changes: dict[str, Any] = {"data": self.config.more_data} if arm == "more-data" else {}
         self._add_job(name, "codebook", self._run_settings(settings, name, seed, **changes), network_job)
         return self._out(name), name, settings.model.stride
 

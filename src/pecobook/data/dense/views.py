@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pecobook.data.dense.coco_masks import decode_masks
+from pecobook.data.dense.coco_values import decode_masks
 from pecobook.data.dense.detection import Objects
 from pecobook.data.dense.segmentation_classes import IGNORE
 from pecobook.data.sampler import key, uniforms
