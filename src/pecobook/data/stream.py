@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from typing import Any, TypeAlias, cast
 
 import torch
@@ -125,27 +126,29 @@ def load(stream: Stream, positions: Sequence[list[int]], *, workers: int, pin: b
     return Batches(stream, positions, collate=collate, workers=workers, pin=pin, prefetch=4, on_failure=note)
 
 
-class _CentralCrops(Dataset[dict[str, Any]]):
-    """Central crops of images by number; one that cannot be read has no image, only its name in `skipped`."""
+class _OrError(Dataset[Any]):
+    """Maps an item to what `read` returns, or to the error of an image that cannot be read."""
 
-    def __init__(self, source: ImageSource, size: int, share: float = 1.0) -> None:
-        self.source, self.size, self.share = source, size, share
+    def __init__(self, read: Callable[[Any], Any]) -> None:
+        self.read = read
 
-    def __getitem__(self, index: int) -> dict[str, Any]:
+    def __getitem__(self, item: Any) -> Any:
         try:
-            image = self.source.read(index, math.ceil(4 * self.size / self.share))
-            image = center_crop(image, self.size, share=self.share)
+            return self.read(item)
         except BadImage as error:
-            return {"skipped": [str(error)]}
-        sample: dict[str, Any] = {"image": image, "index": torch.tensor(index), "skipped": []}
-        if self.source.labels is not None:
-            sample["label"] = torch.tensor(int(self.source.labels[index]))
-        return sample
+            return error
 
 
-def _collate_whole(samples: list[dict[str, Any]]) -> Batch:
-    whole = collate([sample for sample in samples if "image" in sample] or [{"skipped": []}])
-    return {**whole, "skipped": [name for sample in samples for name in sample["skipped"]]}
+def _central_crop(source: ImageSource, size: int, share: float, index: int) -> dict[str, Any]:
+    crop = center_crop(source.read(index, math.ceil(4 * size / share)), size, share=share)
+    label = {} if source.labels is None else {"label": torch.tensor(int(source.labels[index]))}
+    return {"image": crop, "index": torch.tensor(index), **label}
+
+
+def _collate_crops(samples: list[dict[str, Any] | BadImage]) -> Batch:
+    whole = [sample for sample in samples if not isinstance(sample, BadImage)]
+    skipped = [str(sample) for sample in samples if isinstance(sample, BadImage)]
+    return {**collate(whole), "skipped": skipped} if whole else {"skipped": skipped}
 
 
 def read_crops(
@@ -159,10 +162,10 @@ def read_crops(
     if workers < 0:
         workers = default_workers(1) if len(order) > 2048 else 0
     return Batches(
-        _CentralCrops(source, size, share),
+        _OrError(partial(_central_crop, source, size, share)),
         [order[start : start + batch_size] for start in range(0, len(order), batch_size)],
         workers=workers,
-        collate=_collate_whole,
+        collate=_collate_crops,
         flag="",
     )
 
@@ -207,31 +210,18 @@ def read_all(source: ImageSource, size: int, *, limit: int | None = None) -> tup
 # --------------------------------------------------------------------------------------------- all views of every image
 
 
-class _AllViews:
-    """All views of an image for a DataLoader: maps (split, image) to the samples of the stream, or to the error."""
-
-    def __init__(self, views: NamedViews, splits: Splits, num_views: int) -> None:
-        self.streams = {
-            "train": (Stream(splits.train, views.train, views.seed), num_views),
-            "evaluation": (Stream(splits.evaluation, views.evaluation, 0), 1),
-        }
-
-    def __getitem__(self, item: tuple[str, int]) -> list[dict[str, Any]] | BadImage:
-        split, index = item
-        stream, num_views = self.streams[split]
-        try:
-            return stream.views(index, range(num_views))
-        except BadImage as error:  # pre-training skips the image too
-            return error
+def _all_views(streams: dict[str, tuple[Stream, int]], item: tuple[str, int]) -> list[dict[str, Any]]:
+    stream, num_views = streams[item[0]]
+    return stream.views(item[1], range(num_views))
 
 
-def _collate(samples: list[list[dict[str, Any]] | BadImage]) -> dict[str, Any]:
+def _collate_views(samples: list[list[dict[str, Any]] | BadImage]) -> dict[str, Any]:
     """Returns the batch of all views, and under "unread" the error of each unreadable image by its place.
 
     The worker stacks the views because every tensor on its way to the main process keeps a file open.
     """
     views = [view for sample in samples if isinstance(sample, list) for view in sample]
-    unread = {place: sample for place, sample in enumerate(samples) if not isinstance(sample, list)}
+    unread = {place: sample for place, sample in enumerate(samples) if isinstance(sample, BadImage)}
     return {"count": len(samples), "unread": unread, **(collate(views) if views else {})}
 
 
@@ -251,4 +241,9 @@ def read_all_views(
         if not batches or len(batches[-1]) == images_per_batch or batches[-1][0][0] != item[0]:
             batches.append([])
         batches[-1].append(item)
-    return Batches(_AllViews(views, splits, num_views), batches, collate=_collate, workers=workers, pin=pin)
+    streams = {
+        "train": (Stream(splits.train, views.train, views.seed), num_views),
+        "evaluation": (Stream(splits.evaluation, views.evaluation, 0), 1),
+    }
+    dataset = _OrError(partial(_all_views, streams))
+    return Batches(dataset, batches, collate=_collate_views, workers=workers, pin=pin)

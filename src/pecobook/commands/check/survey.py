@@ -21,7 +21,7 @@ from pecobook.data.loading import Batches
 from pecobook.data.source import ImageSource, Splits, kind_of
 from pecobook.data.summary import Census, Lines, Look, class_counts, describe, left_out_of, look
 from pecobook.engine.log import Progress
-from pecobook.errors import DataError, first_line, some_of
+from pecobook.errors import DataError, first_line, listed, some_of
 from pecobook.utils.devices import cores
 
 Hashes: TypeAlias = npt.NDArray[np.uint64]
@@ -148,7 +148,7 @@ class _Repeats:
         lines = [f"{held_out} is {training}" for held_out, training in self.pairs]
         count = f"{len(self.leaked):,} of {len(self.splits.evaluation):,}"
         head = f"Held-out images with the bytes of a training image, so that scores would be too good: {count}"
-        return [_listed(head, lines, len(self.leaked) - len(lines))]
+        return [listed([head, *lines], None, further=len(self.leaked) - len(lines))]
 
 
 @dataclasses.dataclass
@@ -180,12 +180,6 @@ def _compare_boxes(splits: Splits) -> _Boxes:
     return found
 
 
-def _listed(head: str, lines: list[str], rest: int) -> str:
-    """Return a text with a line for each of the first things, and the number of the others."""
-    more = [f"... and {rest:,} more"] if rest else []
-    return "\n".join([head, *lines, *more])
-
-
 def _unreadable(splits: Splits, censuses: list[Census]) -> list[str]:
     problems = []
     for source, census in zip((splits.train, splits.evaluation), censuses, strict=True):
@@ -198,7 +192,7 @@ def _unreadable(splits: Splits, censuses: list[Census]) -> list[str]:
                 lines += [f"{names[0]}: {reason}"] if len(names) == 1 else [f"{reason}:", *(f"  {n}" for n in names)]
             head = f"{kind} images{' or masks' if isinstance(source, SegmentationSource) else ''} that cannot be read"
             rest = census.num_bad - len(census.names_of_bad())
-            problems.append(_listed(f"{head}: {census.num_bad:,}", lines, rest))
+            problems.append(listed([f"{head}: {census.num_bad:,}", *lines], None, further=rest))
     return problems
 
 

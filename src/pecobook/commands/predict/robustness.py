@@ -53,13 +53,10 @@ class AttackedClassifier:
         """Return which images uint8 (B, 3, S, S) are classified rightly, bool (B,), by attack; `clean` is without."""
         clean, truth = to_float(images.to(device())), labels.to(device())
         eps = settings.eps / 255
-        options: dict[str, Any] = {
-            "eps": eps,
-            "step": settings.step / 255 or eps / settings.steps,
-            "steps": settings.steps,
-        }
+        step = settings.step / 255 or eps / settings.steps
         attacked = {
-            name: attack(self.logits, clean, truth, **options, momentum=MOMENTUM[name]) for name in settings.names
+            name: attack(self.logits, clean, truth, eps=eps, step=step, steps=settings.steps, momentum=MOMENTUM[name])
+            for name in settings.names
         }
         with torch.inference_mode():
             return {name: self.logits(x).argmax(1) == truth for name, x in {"clean": clean, **attacked}.items()}

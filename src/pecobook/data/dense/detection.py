@@ -18,7 +18,7 @@ import dataclasses
 import json
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -31,7 +31,7 @@ from pecobook.data.dense.coco_annotations import Annotations
 from pecobook.data.dense.coco_files import count_unnamed, find_annotations, other_format
 from pecobook.data.dense.coco_values import decode_masks
 from pecobook.data.source import ImageSource, Integers, Note, Splits, hold_out
-from pecobook.errors import DataError, did_you_mean, grouped, some_of
+from pecobook.errors import DataError, did_you_mean, grouped, listed, some_of
 
 _MAX_LINES = 10
 
@@ -49,7 +49,7 @@ class Objects:
     """Left, top, right, bottom in pixels, clipped at the image's edge: float32 (n, 4)."""
     labels: Tensor
     """1 to C, int64 (n,); 0 stands for the background."""
-    segments: list[bytes] | None
+    segments: Sequence[bytes] | None
     """Masks as JSON, see `decode_masks`; None if the source has no masks."""
     size: tuple[int, int]
     """Height and width of the image in pixels."""
@@ -255,10 +255,10 @@ def _raise_findings(data: str, findings: Findings, skip_bad: bool) -> None:
     # Problems of one kind differ only in numbers and quoted names.
     kinds = [re.sub(r"'[^']*'|\"[^\"]*\"|[-+.\d]+", "#", problem) for problem in problems]
     lines = grouped(zip(kinds, problems, strict=True), "more like this")
-    more = f"\n... and {len(lines) - _MAX_LINES:,} more." if len(lines) > _MAX_LINES else ""
-    remedy = "\nCorrect them" + ("." if findings.fatal else ", or leave out these images and objects with --skip-bad.")
+    remedy = ".\nCorrect them" if len(lines) > _MAX_LINES else "\nCorrect them"
+    remedy += "." if findings.fatal else ", or leave out these images and objects with --skip-bad."
     count = f"{len(problems):,} problem{'s' if len(problems) > 1 else ''}"
-    raise DataError(f"--data '{data}' has {count}:\n" + "\n".join(lines[:_MAX_LINES]) + more + remedy)
+    raise DataError(f"--data '{data}' has {count}:\n" + listed(lines, _MAX_LINES) + remedy)
 
 
 def _require_objects(data: str, file: Path, annotations: Annotations, skip_bad: bool) -> None:
