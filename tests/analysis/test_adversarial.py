@@ -94,7 +94,7 @@ def test_attack__of_an_image_does_not_depend_on_the_others_and_leaves_the_networ
     images, labels = torch.rand(6, *SHAPE), torch.arange(6) % 4
     options: dict[str, Any] = {"eps": 0.05, "step": 0.01, "steps": 10, "momentum": 1.0}
     together = attack(network, images, labels, **options)
-    alone = torch.cat([attack(network, images[i : i + 1], labels[i : i + 1], **options) for i in range(6)])  # type: ignore[arg-type]
+    alone = torch.cat([attack(network, images[i : i + 1], labels[i : i + 1], **options) for i in range(6)])
     torch.testing.assert_close(together, alone)
     assert all(value.grad is None for value in network.parameters())
     with torch.no_grad():

@@ -115,7 +115,7 @@ def shortest_side(view: Callable[..., Any]) -> int:
     if "short" in arguments:  # of detection, in evaluation
         return 4 * int(arguments["short"])
     if getattr(view, "func", None) is central_view:
-        return math.ceil(4 * float(arguments["size"]) / arguments.get("share", 1.0))
+        return math.ceil(4 * float(arguments["size"]) / float(arguments.get("share", 1.0)))
     return 0
 
 

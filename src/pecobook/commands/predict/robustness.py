@@ -54,12 +54,12 @@ class AttackedClassifier:
         clean, truth = to_float(images.to(device())), labels.to(device())
         eps = settings.eps / 255
         step = settings.step / 255 or eps / settings.steps
-        attacked = {
-            name: attack(self.logits, clean, truth, eps=eps, step=step, steps=settings.steps, momentum=MOMENTUM[name])
-            for name in settings.names
-        }
+        images_of = {"clean": clean}
+        for name in settings.names:
+            options = {"eps": eps, "step": step, "momentum": MOMENTUM[name]}
+            images_of[name] = attack(self.logits, clean, truth, steps=settings.steps, **options)
         with torch.inference_mode():
-            return {name: self.logits(x).argmax(1) == truth for name, x in {"clean": clean, **attacked}.items()}
+            return {name: self.logits(x).argmax(1) == truth for name, x in images_of.items()}
 
 
 def open_labelled(config: PredictConfig) -> tuple[AttackedClassifier, Splits]:
