@@ -292,14 +292,14 @@ def load_backbone(
     return Backbone(network, name, args, normalisation.mean, normalisation.std, size, notes=tuple(notes))
 
 
-_Loaded = tuple[nn.Module, dict[str, Any], int, Normalisation, tuple[str, ...]]
+_Loaded = tuple[nn.Module, dict[str, Any], int | None, Normalisation, tuple[str, ...]]
 
 
 def _load_run(
     spec: str, weights: str | None, checkpoint: Checkpoint | None, image_size: int | None, options: dict[str, Any]
 ) -> _Loaded:
     """Load a run; returns the network, its arguments, the image size, the normalisation and the names left aside."""
-    config, state = read_export(spec)
+    config, state = read_export(spec, kinds=("backbone", "classifier"))
     if config.get("kind") not in ("backbone", "classifier"):
         raise WeightsError(f"'{spec}' is a {config.get('kind')}, not a backbone: give a contrast or pretrain run.")
     name, size = config["name"], config.get("image_size")

@@ -99,8 +99,8 @@ def _check_codebook(settings: CodebookConfig) -> None:
 
 def _fixed_settings(config: ReproduceConfig) -> dict[str, Any]:
     """Return the settings that must not change when a folder is resumed."""
-    free = ("tables", "out", "seeds", "transfer", "dry_run", "gpus_per_run", "micro_batch_size", "compile")
-    free += ("verify_data", "accept_data_change")
+    run = ("tables", "out", "seeds", "transfer", "dry_run", "gpus_per_run", "micro_batch_size", "compile")
+    free = (*run, "verify_data", "accept_data_change")
     return {name: value for name, value in to_dict(config).items() if name not in free}
 
 
