@@ -20,8 +20,8 @@ class ExploreConfig(ImagesConfig):
     host: str = "127.0.0.1"
     """Address on which the page is served. The default is reachable from this machine alone."""
     allowed_hosts: tuple[str, ...] = ()
-    """Further names under which browsers reach the page, such as that of a proxy; requests to other names and from pages
-    of other names are refused, because they may come from a web site that points its name at this machine."""
+    """Further names under which browsers reach the page, such as that of a proxy; requests to other names and from
+    pages of other names are refused, because they may come from a web site that points its name at this machine."""
     port: int = 7860
     """Port on which the page is served."""
     share: bool = False
