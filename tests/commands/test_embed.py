@@ -17,7 +17,7 @@ from pecobook import cli
 from pecobook.analysis.codewords import bag_of_codes
 from pecobook.commands.embed import embed, files
 from pecobook.data.views import center_crop
-from pecobook.errors import PecobookError, RunFolderError
+from pecobook.errors import DataError, PecobookError, RunFolderError
 from pecobook.models.tokenizer import PerceptualTokenizer
 from pecobook.models.weights import load_backbone
 from tests.runs import codebook_run, vit_run
@@ -174,3 +174,34 @@ def test_embed__keeps_a_file_and_a_folder_of_others(images: Path, vit_run: Path,
     assert out.read_text() == "mine"
     embed(**settings, overwrite=True)
     assert len(pq.read_table(out))
+
+
+def test_embed__touches_no_images_and_no_table_of_others(images: Path, tmp_path: Path) -> None:
+    table = tmp_path / "images.parquet"
+    table.write_bytes(b"images")
+    (tmp_path / "features.csv").write_text("mine")
+    for data, out in ((table, table), (images, images / "features.parquet"), (images, images / "red" / "f.npz")):
+        with pytest.raises(RunFolderError, match=r"is or lies in the images .*: name a file outside of them"):
+            embed(backbone="timm:test_vit", data=str(data), out=str(out), overwrite=True)
+    with pytest.raises(RunFolderError, match=r"features\.csv' exists already"):
+        embed(backbone="timm:test_vit", data=str(images), out=str(tmp_path / "features.npy"))
+    assert table.read_bytes() == b"images"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["features.csv", "images.parquet"]
+
+
+@pytest.mark.parametrize("out", ["all.parquet", "all.npy", "all.npz"])
+def test_join_parts__notices_every_damage_of_a_part(out: str, tmp_path: Path) -> None:
+    part = files.part_file(tmp_path, 0)
+    values = np.random.default_rng(0).normal(size=(4, 8)).astype(np.float32)
+    files.write_part(part, list("abcd"), "train", [None] * 4, {"embedding": values})
+    whole = part.read_bytes()
+    assert files.join_parts([part], tmp_path / out, {}) == 4
+    (tmp_path / out).unlink()
+    start = whole.index(values[0].tobytes()[:4])  # the bytes of the first number
+    flipped = bytearray(whole)
+    flipped[start] ^= 1
+    for damaged in (b"", whole[: len(whole) // 2], bytes(flipped)):
+        part.write_bytes(damaged)
+        with pytest.raises(DataError, match=r"A file in .* is damaged \(.*\)\. Delete that folder"):
+            files.join_parts([part], tmp_path / out, {})
+        assert not (tmp_path / out).exists()

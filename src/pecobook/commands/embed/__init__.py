@@ -25,7 +25,7 @@ from pecobook.settings.values import replace
 from pecobook.utils.files import write_atomically, write_json
 from pecobook.utils.folder_lock import FolderLock
 from pecobook.utils.images import to_float
-from pecobook.utils.json_files import OBJECT, read_json
+from pecobook.utils.json_files import OBJECT, TEXT, list_of, read_json
 from pecobook.utils.output_folder import SHARED_WAIT, check_new_file
 from pecobook.utils.printer import say, show
 
@@ -51,8 +51,7 @@ def embed(config: EmbedConfig | None = None, **settings: Any) -> Path:
     if not config.out:
         raise ConfigError("--out is missing: give FILE.parquet, FILE.npy or FILE.npz.")
     out = Path(config.out)
-    if not config.overwrite:
-        check_new_file(config.out)
+    _check_out(out, config)
     sources = open_all_splits(config.data)
     set_value_range(sources, config.value_range, [config.backbone])
     check_readable(sources[0])
@@ -74,6 +73,17 @@ def embed(config: EmbedConfig | None = None, **settings: Any) -> Path:
             show(f"Part {config.shard} is written; {len(missing)} of {len(parts)} parts of '{out}' are missing so far.")
             return out
         return _join(out, folder, parts, about)
+
+
+def _check_out(out: Path, config: EmbedConfig) -> None:
+    """Raise RunFolderError where a file would be replaced, or where the vectors would lie among the images."""
+    if not config.overwrite:
+        check_new_file(config.out)
+        if out.suffix.lower() == ".npy":
+            check_new_file(str(out.with_suffix(".csv")))
+    data = Path(config.data).expanduser()
+    if config.data and data.exists() and data.resolve() in (out.resolve(), *out.resolve().parents):
+        raise RunFolderError(f"--out '{out}' is or lies in the images '{config.data}': name a file outside of them.")
 
 
 def _about(config: EmbedConfig, sources: list[ImageSource], features: Features) -> dict[str, Any]:
@@ -164,7 +174,7 @@ def _join(out: Path, folder: Path, parts: list[_Part], about: dict[str, Any]) ->
     skipped = [
         name
         for file in sorted(folder.glob("skipped-*.json"))
-        for name in read_json(file, remedy=f"Delete '{folder}'.")["skipped"]
+        for name in read_json(file, {"skipped": list_of(TEXT)}, remedy=f"Delete '{folder}'.")["skipped"]
     ]
     count = join_parts([part_file(folder, part.number) for part in parts], out, about)
     if skipped:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import os
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from pecobook.errors import DataError
+from pecobook.errors import DataError, first_line
 from pecobook.utils.files import sync_folder, write_atomically
 
 _OF_IMAGES = ("image", "split", "label")
@@ -44,7 +45,7 @@ def write_part(file: Path, names: list[str], split: str, labels: list[str | None
     shapes = {f"shape of {name}": " ".join(map(str, array.shape[1:])) for name, array in arrays.items()}
     table = pa.table(columns).replace_schema_metadata(shapes)
     buffer = io.BytesIO()
-    pq.write_table(table, buffer)
+    pq.write_table(table, buffer, write_page_checksum=True)
     write_atomically(file, buffer.getvalue())
 
 
@@ -52,21 +53,29 @@ def join_parts(parts: list[Path], out: Path, about: dict[str, Any]) -> int:
     """Join the parts to `out`, one part in memory at a time; return the number of images.
 
     Raises:
-        DataError: no image could be read.
+        DataError: no image could be read, or a part is damaged.
     """
+    import pyarrow as pa
     import pyarrow.parquet as pq
 
-    counts = [pq.read_metadata(part).num_rows for part in parts]
-    filled = [part for part, count in zip(parts, counts, strict=True) if count]
-    if not filled:
-        raise DataError("None of the images can be read.")
     temporary = out.with_name(f".{out.name}.tmp")
     try:
+        counts = [pq.read_metadata(part).num_rows for part in parts]
+        filled = [part for part, count in zip(parts, counts, strict=True) if count]
+        if not filled:
+            raise DataError("None of the images can be read.")
         if out.suffix.lower() == ".parquet":
             _join_parquet(filled, temporary, about)
         else:
             _join_arrays(filled, sum(counts), temporary, out, about)
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())  # the parts are removed next
         temporary.replace(out)
+    except (pa.ArrowException, OSError) as error:
+        if isinstance(error, OSError) and error.errno is not None:  # of the file system
+            raise
+        text = f"A file in '{parts[0].parent}' is damaged ({first_line(error).rstrip('.')})."
+        raise DataError(f"{text} Delete that folder, and start the command again.") from None
     finally:
         temporary.unlink(missing_ok=True)
     sync_folder(out.parent)
@@ -80,7 +89,8 @@ def _join_parquet(parts: list[Path], temporary: Path, about: dict[str, Any]) -> 
     metadata = {**(first.metadata or {}), b"pecobook": json.dumps(about).encode()}
     with pq.ParquetWriter(temporary, first.with_metadata(metadata)) as writer:
         for part in parts:
-            writer.write_table(pq.read_table(part).replace_schema_metadata(metadata))
+            table = pq.read_table(part, page_checksum_verification=True)
+            writer.write_table(table.replace_schema_metadata(metadata))
 
 
 def _join_arrays(parts: list[Path], count: int, temporary: Path, out: Path, about: dict[str, Any]) -> None:
@@ -117,7 +127,8 @@ def _join_arrays(parts: list[Path], count: int, temporary: Path, out: Path, abou
 def _column(part: Path, name: str) -> np.ndarray[Any, Any]:
     import pyarrow.parquet as pq
 
-    column = pq.read_table(part, columns=[name]).column(name).combine_chunks()
+    table = pq.read_table(part, columns=[name], page_checksum_verification=True)
+    column = table.column(name).combine_chunks()
     return column.flatten().to_numpy().reshape(len(column), -1)  # type: ignore[no-any-return]
 
 
