@@ -70,7 +70,7 @@ def test_compare__names_all_that_is_wrong_before_it_writes(codebook_run: Path, t
         compare(runs=(str(tmp_path), str(empty)), out=str(tmp_path / "c"))
     assert "is no run folder" in str(error.value)
     assert "has logged nothing yet" in str(error.value)
-    with pytest.raises(PecobookError, match="no run logged 'los'; these are logged: .*loss"):
+    with pytest.raises(PecobookError, match=r"no run logged 'los'; these are logged: .*loss"):
         compare(runs=(str(codebook_run),), metrics=("los",), out=str(tmp_path / "c"))
     with pytest.raises(PecobookError, match="Runs are missing"):
         compare(out=str(tmp_path / "c"))

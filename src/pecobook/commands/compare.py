@@ -1,4 +1,4 @@
-"""`pecobook compare`: the curves of training runs in one picture, their evaluations, and the settings in which they differ.
+"""`pecobook compare`: training runs side by side: curves, last evaluations, the settings in which they differ.
 
 report.html            the picture and the tables on one page
 pictures/curves.png    the picture alone
@@ -107,10 +107,10 @@ def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """Return nested settings by the names of their flags."""
     flat: dict[str, Any] = {}
     for name, value in settings.items():
-        full = prefix + name
-        flat |= (
-            _flat(value, f"{full}.") if isinstance(value, dict) and value else {flag(full).removeprefix("--"): value}
-        )
+        if isinstance(value, dict) and value:
+            flat |= _flat(value, f"{prefix}{name}.")
+        else:
+            flat[flag(prefix + name).removeprefix("--")] = value
     return flat
 
 
@@ -172,6 +172,5 @@ def _as_text(table: Table) -> str:
     """Return a table for the terminal."""
     rows = [table.header, *table.rows]
     widths = [max(len(row[column]) for row in rows) for column in range(len(table.header))]
-    return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
-    )
+    padded = [[cell.ljust(width) for cell, width in zip(row, widths, strict=True)] for row in rows]
+    return "\n".join("  ".join(cells).rstrip() for cells in padded)

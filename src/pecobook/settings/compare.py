@@ -13,8 +13,8 @@ class CompareConfig:
     """Run folders of any training commands, also of runs that still train; NAME=FOLDER names a run. On the command line
     the runs may stand first, without the flag."""
     metrics: tuple[str, ...] = ()
-    """Names in metrics.jsonl whose curves are drawn, such as loss or evaluation/psnr. Empty draws up to eight that change,
-    those of evaluations first."""
+    """Names in metrics.jsonl whose curves are drawn, such as loss or evaluation/psnr. Empty draws up to eight that
+    change: the loss, then those of evaluations."""
     out: str = ""
     """Folder to write: report.html, pictures/curves.png, compare.json."""
     overwrite: bool = False
