@@ -34,19 +34,9 @@ if TYPE_CHECKING:
 
 __all__ = ["Backbone", "Classifier", "Detector", "MaskedImageModel", "PecobookError", "PerceptualDistance"]
 __all__ += ["PerceptualTokenizer", "Segmenter", "VectorQuantizer", "analyze", "bench", "blockwise_mask", "check"]
-__all__ += [
-    "codebook",
-    "compare",
-    "contrast",
-    "demo",
-    "detect",
-    "embed",
-    "explore",
-    "export",
-    "finetune",
-    "load_tokenizer",
-]
-__all__ += ["nearest_codeword", "predict", "pretrain", "probe", "read_image", "reproduce", "segment", "tokenize"]
+__all__ += ["codebook", "compare", "contrast", "demo", "detect", "embed", "explore", "export", "finetune"]
+__all__ += ["load_tokenizer", "nearest_codeword", "predict", "pretrain", "probe", "read_image", "reproduce", "segment"]
+__all__ += ["tokenize"]
 
 _API = ("codebook", "contrast", "detect", "export", "finetune", "predict", "pretrain", "segment", "tokenize")
 _COMMANDS = ("analyze", "bench", "check", "compare", "demo", "embed", "explore", "probe", "reproduce")
