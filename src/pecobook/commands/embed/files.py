@@ -20,6 +20,8 @@ import numpy as np
 from pecobook.errors import DataError
 from pecobook.utils.files import sync_folder, write_atomically
 
+_OF_IMAGES = ("image", "split", "label")
+
 
 def part_file(folder: Path, number: int) -> Path:
     """Return the path of part `number`."""
@@ -39,8 +41,8 @@ def write_part(file: Path, names: list[str], split: str, labels: list[str | None
     for name, array in arrays.items():
         flat = np.ascontiguousarray(array).reshape(len(names), -1)
         columns[name] = pa.FixedSizeListArray.from_arrays(pa.array(flat.reshape(-1)), flat.shape[1])
-    shapes = {name: list(array.shape[1:]) for name, array in arrays.items()}
-    table = pa.table(columns).replace_schema_metadata({"shapes": json.dumps(shapes)})
+    shapes = {f"shape of {name}": " ".join(map(str, array.shape[1:])) for name, array in arrays.items()}
+    table = pa.table(columns).replace_schema_metadata(shapes)
     buffer = io.BytesIO()
     pq.write_table(table, buffer)
     write_atomically(file, buffer.getvalue())
@@ -85,15 +87,16 @@ def _join_arrays(parts: list[Path], count: int, temporary: Path, out: Path, abou
     """Write .npy with a .csv of the rows, or .npz; arrays pass through files, since they may not fit in memory."""
     import pyarrow.parquet as pq
 
-    shapes = json.loads(pq.read_schema(parts[0]).metadata[b"shapes"])
-    files = {name: out.with_name(f".{out.name}.{name}.npy.tmp") for name in shapes}
+    schema = pq.read_schema(parts[0])
+    files = {name: out.with_name(f".{out.name}.{name}.npy.tmp") for name in schema.names[len(_OF_IMAGES) :]}
     try:
         for name, file in files.items():
-            _fill(file, (count, *shapes[name]), (_column(part, name) for part in parts))
-        rows = [row for part in parts for row in pq.read_table(part, columns=["image", "split", "label"]).to_pylist()]
+            shape = tuple(map(int, schema.metadata[f"shape of {name}".encode()].split()))
+            _fill(file, (count, *shape), (_column(part, name) for part in parts))
+        rows = [row for part in parts for row in pq.read_table(part, columns=list(_OF_IMAGES)).to_pylist()]
         if out.suffix.lower() == ".npy":
             text = io.StringIO()
-            writer = csv.DictWriter(text, ["image", "split", "label"])
+            writer = csv.DictWriter(text, _OF_IMAGES)
             writer.writeheader()
             writer.writerows(rows)
             write_atomically(out.with_suffix(".csv"), text.getvalue().encode(errors="surrogateescape"))
@@ -102,7 +105,7 @@ def _join_arrays(parts: list[Path], count: int, temporary: Path, out: Path, abou
             with zipfile.ZipFile(temporary, "w") as archive:
                 for name, file in files.items():
                     archive.write(file, f"{name}.npy")
-                texts = {name: np.array([row[name] or "" for row in rows]) for name in ("image", "split", "label")}
+                texts = {name: np.array([row[name] or "" for row in rows]) for name in _OF_IMAGES}
                 for name, array in {**texts, "about": np.array(json.dumps(about))}.items():
                     with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
                         np.lib.format.write_array(member, array, allow_pickle=False)
