@@ -15,7 +15,7 @@ from tests.runs import codebook_run, logged, vit_run
 __all__ = ["codebook_run", "vit_run"]  # the fixtures
 
 
-def copy_of(run: Path, out: Path, **changed: object) -> Path:
+def copy_of(run: Path, out: Path, /, **changed: object) -> Path:
     """Write a run folder with other settings and losses twice as large."""
     out.mkdir(parents=True)
     settings = json.loads((run / "config.json").read_text())

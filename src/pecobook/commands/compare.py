@@ -8,6 +8,7 @@ compare.json           the numbers and the settings
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -63,7 +64,7 @@ def compare(config: CompareConfig | None = None, **settings: Any) -> Path:
     preflight.check(folder.check)
     if not config.runs:
         preflight.check(_no_runs)
-    runs = [preflight.check(lambda text=text: read_run(text)) for text in config.runs]
+    runs = [preflight.check(partial(read_run, text)) for text in config.runs]
     preflight.finish()
     named = _named([run for run in runs if run is not None])
     curves = {run.name: run.metrics for run in named}

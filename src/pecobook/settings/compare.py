@@ -7,7 +7,7 @@ import dataclasses
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CompareConfig:
-    """Draw the curves of training runs in one picture, with their evaluations and the settings in which they differ."""
+    """Set training runs side by side: curves, last evaluations, the settings in which they differ."""
 
     runs: tuple[str, ...] = ()
     """Run folders of any training commands, also of runs that still train; NAME=FOLDER names a run. On the command line
