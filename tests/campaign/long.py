@@ -165,7 +165,8 @@ def _request(port: int, method: str, path: str, body: str | None = None) -> byte
 def _load_event(port: int) -> int:
     """Return the number of the event that a page sends when it is loaded."""
     config = json.loads(_request(port, "GET", "/config"))
-    return next(int(event["id"]) for event in config["dependencies"] if "load" in str(event["targets"]))
+    events = ((int(event["id"]), target[1]) for event in config["dependencies"] for target in event["targets"])
+    return next(number for number, kind in events if kind == "load")
 
 
 def _visit(port: int, event: int, number: int) -> int:
