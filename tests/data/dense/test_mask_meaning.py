@@ -183,15 +183,16 @@ def test_verify__masks_of_two_programs(tmp_path: Path) -> None:
         verify(open_segmentation(str(root)))
 
 
-def test_verify__values_with_gaps_are_listed(tmp_path: Path) -> None:
+@pytest.mark.parametrize("last", [40, 255])
+def test_verify__values_with_gaps_are_listed(last: int, tmp_path: Path) -> None:
     root = write_shapes(tmp_path)
-    rewrite(root, lambda values: png(values % 255 * 20, 8))
+    rewrite(root, lambda values: png(np.choose(values % 255, [0, 20, last]), 8))
     result = verify(open_segmentation(str(root)))
-    assert (
-        result.hint == "The training masks hold the values 0, 20, 40; --mask-values states the value of each class.\n"
-    )
-    assert result.notes == ()
-    assert not verify(open_segmentation(str(root), mask_values=("0", "20", "40"))).problems
+    assert result.hint == f"If the values are the 3 classes in order, give --mask-values 0 20 {last}.\n"
+    assert result.notes == () or last == 255
+    assert not verify(open_segmentation(str(root), mask_values=("0", "20", str(last)))).problems
+    (root / "classes.txt").write_text("a\nb\nc\nd\n")
+    assert verify(open_segmentation(str(root))).hint.startswith("The training masks hold the values 0, 20")
 
 
 def test_verify__a_class_that_is_called_void(tmp_path: Path) -> None:

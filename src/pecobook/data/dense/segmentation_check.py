@@ -183,6 +183,10 @@ def _hint(reports: list[MaskReport], meaning: MaskClasses, problem: BadImage) ->
     if meaning.values != tuple(range(count)) or max(met) != count:
         if 2 * sum(bool(_problem(report, meaning)) for report in reports) <= len(reports):
             return ""  # single masks are wrong
+        seen = sorted({value for report in reports for value in report.counts(meaning)})
+        if len(seen) == count:  # 255 among them is a class too
+            listed_values = " ".join(map(str, seen))
+            return f"If the values are the {count} classes in order, give --mask-values {listed_values}.\n"
         values = ", ".join(str(value) for value in sorted(met)[:20]) + (", ..." if len(met) > 20 else "")
         return f"The training masks hold the values {values}; --mask-values states the value of each class.\n"
     others = " ".join(str(value) for value in meaning.ignored if value != 0)
