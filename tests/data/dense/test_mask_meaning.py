@@ -201,3 +201,15 @@ def test_verify__a_class_that_is_called_void(tmp_path: Path) -> None:
     text = "The class 'Void' is learned and counts in the mean IoU: --ignore 255 'Void' leaves it out."
     assert verify(open_segmentation(str(root))).notes == (text,)
     assert verify(open_segmentation(str(root), ignore=("255", "Void"))).notes == ()
+
+
+def test_verify__masks_of_another_size_get_no_hint_on_values_and_jpeg_is_named(tmp_path: Path) -> None:
+    halves = Image.fromarray(np.repeat(np.uint8([[0, 1]]), 16, axis=1).repeat(16, axis=0))
+    for name, mask in ((f"{number}", halves.resize((16, 32)) if number < 4 else halves) for number in range(6)):
+        for folder, picture in (("images", Image.new("RGB", (32, 16))), ("masks", mask)):
+            (tmp_path / folder).mkdir(exist_ok=True)
+            picture.save(tmp_path / folder / f"{name}.jpg", quality=100)
+    result = verify(open_segmentation(str(tmp_path)))
+    assert result.num_problems == 4
+    assert result.hint == ""
+    assert "masks/4.jpg' is a JPEG, which changes the values of pixels at edges: save masks as PNG." in result.notes[-1]
