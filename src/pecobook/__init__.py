@@ -14,11 +14,12 @@ if TYPE_CHECKING:
     from pecobook.commands.bench import bench
     from pecobook.commands.check import check
     from pecobook.commands.demo import demo
+    from pecobook.commands.embed import embed
     from pecobook.commands.explore import explore
     from pecobook.commands.probe import probe
     from pecobook.commands.reproduce import reproduce
+    from pecobook.data.images import read_image
     from pecobook.data.masking import blockwise_mask
-    from pecobook.data.one_image import read_image
     from pecobook.errors import PecobookError
     from pecobook.models.dense.detector import Detector
     from pecobook.models.dense.segmenter import Segmenter
@@ -32,11 +33,11 @@ if TYPE_CHECKING:
 
 __all__ = ["Backbone", "Classifier", "Detector", "MaskedImageModel", "PecobookError", "PerceptualDistance"]
 __all__ += ["PerceptualTokenizer", "Segmenter", "VectorQuantizer", "analyze", "bench", "blockwise_mask", "check"]
-__all__ += ["codebook", "contrast", "demo", "detect", "explore", "export", "finetune", "load_tokenizer"]
+__all__ += ["codebook", "contrast", "demo", "detect", "embed", "explore", "export", "finetune", "load_tokenizer"]
 __all__ += ["nearest_codeword", "predict", "pretrain", "probe", "read_image", "reproduce", "segment", "tokenize"]
 
 _API = ("codebook", "contrast", "detect", "export", "finetune", "predict", "pretrain", "segment", "tokenize")
-_COMMANDS = ("analyze", "bench", "check", "demo", "explore", "probe", "reproduce")
+_COMMANDS = ("analyze", "bench", "check", "demo", "embed", "explore", "probe", "reproduce")
 _HOMES = {
     **dict.fromkeys(_API, "api"),
     **{name: f"commands.{name}" for name in _COMMANDS},
@@ -52,7 +53,7 @@ _HOMES = {
     "blockwise_mask": "data.masking",
     "load_tokenizer": "models.tokenizers",
     "nearest_codeword": "models.nearest",
-    "read_image": "data.one_image",
+    "read_image": "data.images",
 }
 
 

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from pecobook import cli, predict
 from pecobook.commands.predict import file_name, list_images, writers
+from pecobook.data import views
 from pecobook.data.decode import decode
 from pecobook.errors import ConfigError, DataError, RunFolderError, WeightsError
 from pecobook.models.dense.segmenter import Segmenter
@@ -253,7 +254,7 @@ def test_predict__classifies_large_photographs_as_the_evaluation_does(
     (tmp_path / "in").mkdir()
     Image.fromarray(pixels).save(tmp_path / "in" / "a.jpg")
     shapes_seen: list[tuple[int, ...]] = []
-    crop = writers.center_crop
+    crop = views.center_crop
 
     def seen(image: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         shapes_seen.append(tuple(image.shape))

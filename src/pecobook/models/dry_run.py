@@ -64,8 +64,8 @@ def dry_run(module: nn.Module, inputs: Sequence[Any], *, network: str, purpose: 
 
 def _usual_size(module: nn.Module, inputs: Sequence[Any]) -> str:
     """Return words on the image size that timm's network in a module is made for; empty if the images have it."""
-    settings = next((part.pretrained_cfg for part in module.modules() if hasattr(part, "pretrained_cfg")), None)
-    side = (settings or {}).get("input_size", (0,))[-1]  # type: ignore[union-attr]
+    settings: Any = next((part.pretrained_cfg for part in module.modules() if hasattr(part, "pretrained_cfg")), None)
+    side = (settings or {}).get("input_size", (0,))[-1]
     return f" (it is made for {side})" if side and side != inputs[0].shape[-1] else ""
 
 

@@ -17,11 +17,11 @@ from torch import Tensor, nn
 
 from pecobook.data.batch import Batch
 from pecobook.data.masking import blockwise_mask, random_mask
-from pecobook.data.named_views import NamedViews
 from pecobook.data.sampler import key
 from pecobook.data.source import Splits
 from pecobook.data.stream import Companion, ViewFunction
 from pecobook.data.tokens import TokenBank, bank_differences, read_bank_config
+from pecobook.data.views import NamedViews
 from pecobook.engine.stage import Stage, StageOutput, submodule_state
 from pecobook.engine.world import is_first_on_machine
 from pecobook.errors import ConfigError, DataError, WeightsError

@@ -12,8 +12,7 @@ import torch
 from torch import Tensor
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
-from pecobook.data.images import check_labels, check_readable
-from pecobook.data.one_image import write_example
+from pecobook.data.images import check_labels, check_readable, write_example
 from pecobook.data.sampler import fixed_permutation
 from pecobook.data.source import Splits
 from pecobook.data.stream import Stream
@@ -120,8 +119,18 @@ def _open(stage_type: type[Stage[C]], config: C) -> Splits:
 
 def _preamble(config: TrainConfig, splits: Splits, stage: Stage[Any]) -> list[str]:
     """Return lines that say what the run learns from, with what, and for how long."""
-    weights = [("weights", note) for note in stage.notes]
+    weights = [("weights", note) for note in (*stage.notes, *_rates_of_random_weights(config))]
     return aligned([*describe(splits), *weights, *describe_run(stage, config, len(splits.train))])
+
+
+def _rates_of_random_weights(config: TrainConfig) -> list[str]:
+    """Return a line on the learning rates of a network with random weights, else nothing."""
+    if getattr(config, "weights", "") != "random":
+        return []
+    if config.optim.layer_decay == 1:
+        return ["random, so all layers learn at one rate (--optim.layer-decay 1, unless it is given)"]
+    lowers = f"--optim.layer-decay {config.optim.layer_decay:g} slows the lower layers, which hold nothing to keep"
+    return [f"random, and {lowers}: 1 does not"]
 
 
 def _dry_run(stage_type: type[Stage[C]], config: C, splits: Splits, stage: Stage[C]) -> None:

@@ -3,6 +3,7 @@
     classifier   predictions.csv                            and pictures/, each image with the best class
     segmenter    masks/ (PNG, pixel values are class numbers), classes.txt        and pictures/, classes as colours
     detector     detections.json (COCO's format of results), images.json          and pictures/, boxes, masks, names
+    --attack     robustness.json, the accuracy of a classifier on held-out images, also under attack
 
 Worker processes read the images. A segmenter and a detector take one image at a time, at the size of the image; a
 classifier takes a batch of central squares. An image that cannot be read, or on which the network fails, is skipped,
@@ -22,11 +23,12 @@ from typing import Any, Protocol
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from pecobook.commands.predict import writers
+from pecobook.commands.predict import robustness, writers
 from pecobook.data.decode import BadImage
 from pecobook.data.folders import FileStore, walk
 from pecobook.data.images import open_all_splits, say_left_out
-from pecobook.data.source import IMAGE_EXTENSIONS, ImageSource
+from pecobook.data.names import IMAGE_EXTENSIONS
+from pecobook.data.source import ImageSource
 from pecobook.data.stream import default_workers
 from pecobook.engine.log import Progress
 from pecobook.engine.value_range import set_value_range
@@ -75,6 +77,12 @@ def predict(config: PredictConfig) -> Path:
         raise ConfigError(f"{', '.join(missing)} {verb} missing: pecobook predict RUN IMAGES --out DIR.")
     folder = OutputFolder(config.out, data=config.images)
     folder.check()
+    if config.attack.names:
+        classifier, splits = robustness.open_labelled(config)
+        with folder.begin():
+            summary = robustness.measure(config, classifier, splits, folder.path)
+        show(f"\nDone: {folder.path / robustness.FILE}\n{summary}")
+        return folder.path
     sources = list_images(config.images)
     writer = _writer(config, folder.path)
     set_value_range([source for source, _ in sources], config.value_range, [config.run])
@@ -206,12 +214,12 @@ def _shortened(part: str) -> str:
 
 
 def _writer(config: PredictConfig, out: Path) -> Writer:
-    kind = read_settings(config.run).get("kind")
     writer_types: dict[str, Callable[[PredictConfig, Path], Writer]] = {
         "classifier": writers.ClassifierWriter,
         "segmenter": writers.SegmenterWriter,
         "detector": writers.DetectorWriter,
     }
+    kind = read_settings(config.run, kinds=writer_types).get("kind")
     if kind not in writer_types:  # a tokenizer, a backbone
         raise WeightsError(
             f"'{config.run}' is a {kind}, which predicts nothing: give a run of finetune, segment or detect."
