@@ -204,7 +204,7 @@ def test_verify__a_class_that_is_called_void(tmp_path: Path) -> None:
 
 
 def test_verify__masks_of_another_size_get_no_hint_on_values_and_jpeg_is_named(tmp_path: Path) -> None:
-    halves = Image.fromarray(np.repeat(np.uint8([[0, 1]]), 16, axis=1).repeat(16, axis=0))
+    halves = Image.fromarray(np.repeat(np.array([[0, 1]], np.uint8), 16, axis=1).repeat(16, axis=0))
     for name, mask in ((f"{number}", halves.resize((16, 32)) if number < 4 else halves) for number in range(6)):
         for folder, picture in (("images", Image.new("RGB", (32, 16))), ("masks", mask)):
             (tmp_path / folder).mkdir(exist_ok=True)
