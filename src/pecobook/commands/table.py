@@ -12,6 +12,7 @@ from pecobook.settings.analyze import AnalyzeConfig
 from pecobook.settings.bench import BenchConfig
 from pecobook.settings.check import CheckConfig
 from pecobook.settings.codebook import CodebookConfig
+from pecobook.settings.compare import CompareConfig
 from pecobook.settings.contrast import ContrastConfig
 from pecobook.settings.demo import DemoConfig
 from pecobook.settings.detect import DetectConfig
@@ -200,6 +201,17 @@ COMMANDS: dict[str, Command] = {
         ),
         "backbone data out layer pool codes weights image-size batch-size workers shard overwrite",
         words=("backbone",),
+    ),
+    "compare": Command(
+        "set training runs side by side: curves, evaluations, settings that differ",
+        CompareConfig,
+        "RUN [RUN ...] --out DIR",
+        (
+            "compare runs/codebook runs/pixel --out runs/comparison",
+            "compare low=runs/a high=runs/b --metrics loss evaluation/psnr --out runs/rates",
+        ),
+        "runs metrics out overwrite",
+        words=("runs",),
     ),
     "demo": Command(
         "run all stages on built-in photographs in minutes, with a report",
