@@ -94,6 +94,7 @@ def test_command__prints_the_accuracy_of_every_layer_and_writes_the_results(
     assert "classes    3 classes: blue 6, green 8, red 8; held out: blue 2, green 0, red 0\n" in printed
     assert f"{vit_run} pools the mean of its patches" in printed
     assert "knn" in printed
+    assert "the features are chosen (on about 3 images, too few for any claim):" in printed
     results = json.loads(out.read_text())
     assert list(results["linear"]["layers"]) == ["block 1 mean", "block 2 mean"]
     assert "correct" not in results["linear"]

@@ -80,3 +80,7 @@ def test_folders_with_the_same_subfolders_are_taken_for_classes_with_a_note() ->
     (note,) = read_layout("data", folders).notes
     assert note == "'fold0', 'fold1': taken for classes, though each of them holds 'cat', 'dog'."
     assert read_layout("data", [("n1", "images"), ("n2", "images")]).notes == ()
+    parts = [(part, "train", name) for part in ("part0", "part1") for name in ("cat", "dog")]
+    assert read_layout("data", parts).notes == (
+        "'part0', 'part1': taken for classes, though each of them holds 'train'.",
+    )

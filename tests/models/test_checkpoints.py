@@ -85,6 +85,19 @@ def test_read_weights__refuses_what_is_no_file_of_weights(tmp_path: Path, conten
         read_weights(str(file))
 
 
+@pytest.mark.parametrize(
+    ("start", "remedy"), [(b"version https://git-lfs.github.com/spec/v1", "lfs pull"), (b"<!DOCTYPE", "again")]
+)
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+def test_read_weights__names_what_was_downloaded_in_vain(
+    tmp_path: Path, start: bytes, remedy: str, suffix: str
+) -> None:
+    file = tmp_path / f"weights{suffix}"
+    file.write_bytes(start + b" ...")
+    with pytest.raises(WeightsError, match=f"not .*weights: .*{remedy}"):
+        read_weights(str(file))
+
+
 @settings(max_examples=150, deadline=None)
 @given(st.integers(0, 2**32))
 def test_read_weights__refuses_or_reads_a_damaged_file(tmp_path_factory: pytest.TempPathFactory, seed: int) -> None:

@@ -174,7 +174,7 @@ def test_check_network__of_pretraining(name: str, args: dict[str, Any], message:
         (
             "contrast",
             {"model.name": "test_convnext", "image_size": 16},
-            "'test_convnext' cannot learn from images of 16",
+            "'test_convnext' cannot learn from images of 16 pixels (it is made for 160): ",
         ),
         (
             "codebook",

@@ -22,6 +22,8 @@ from pecobook.errors import DataError
 
 C_GRID = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 """Inverse regularisation strengths that the linear probe tries, strongest regularisation first."""
+VALIDATION_SHARE = 0.15
+"""Share of the training images on which the regularisation and the features are chosen."""
 MIN_IMAGES = 20
 """Minimum number of test images for an accuracy in percent; with fewer images reports give only counts."""
 _MAX_ITER = 200
@@ -210,7 +212,7 @@ def _choose_c(
 ) -> tuple[float, float | None, int]:
     """Return the C of `grid` with the best validation accuracy, that accuracy in percent, and the number of images."""
     pool = rng.permutation(len(y))[:search_images]
-    fit, validation = _stratified_split(y[pool], 0.15, rng)
+    fit, validation = _stratified_split(y[pool], VALIDATION_SHARE, rng)
     middle = sorted(grid)[len(grid) // 2]
     if len(validation) == 0:
         return middle, None, 0

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from pecobook.analysis.features import EveryLayer, backbone_features, pools_class_token, tokenizer_features
-from pecobook.analysis.probe import MIN_IMAGES, knn_probe, linear_probe, validation_accuracy
+from pecobook.analysis.probe import MIN_IMAGES, VALIDATION_SHARE, knn_probe, linear_probe, validation_accuracy
 from pecobook.analysis.wording import accuracy_with_error
 from pecobook.commands.extract import FeatureFunction, extract
 from pecobook.data.images import check_labels
@@ -51,7 +51,7 @@ def probe(config: ProbeConfig | None = None, **settings: Any) -> dict[str, Any]:
     assert train_labels is not None
     assert test_labels is not None
     results = probe_features(train, test, train_labels, test_labels, seed=config.seed)
-    show(_table(results, len(splits.train.classes or ())))
+    show(_table(results, len(splits.train.classes or ()), len(train_labels)))
     if config.out:
         without_images = {
             probe: {key: value for key, value in result.items() if key != "correct"}
@@ -139,10 +139,12 @@ def _concatenated(features: Mapping[str, Tensor], names: list[str]) -> Tensor:
     return torch.cat([features[name].float() for name in names], 1)
 
 
-def _table(results: dict[str, dict[str, Any]], num_classes: int) -> str:
+def _table(results: dict[str, dict[str, Any]], num_classes: int, num_train: int) -> str:
     layers, lines = results["linear"]["layers"], []
     if len(layers) > 1:
-        lines.append("validation accuracy of a quick linear probe, by which the features are chosen:")
+        number = VALIDATION_SHARE * num_train
+        few = f" (on about {number:.0f} images, too few for any claim)" if number < MIN_IMAGES else ""
+        lines.append(f"validation accuracy of a quick linear probe, by which the features are chosen{few}:")
         for name, value in layers.items():
             lines.append(f"  {name:<24} {value:5.1f} %{'  <' if name == results['linear']['features'] else ''}")
     number = len(results["linear"]["correct"])

@@ -237,7 +237,8 @@ def _notes_on_classes(source: str, level: _Level) -> tuple[str, ...]:
     named = [name for name in sorted(level.children) if is_split_folder(name)]
     if not named:
         inner = list(level.children.values())
-        if len(inner[0]) < 2 or any(names != inner[0] for names in inner):
+        is_telling = len(inner[0]) > 1 or any(map(is_split_folder, inner[0]))  # class/images is usual
+        if not is_telling or any(names != inner[0] for names in inner):
             return ()
         return (f"{_listed(level.children)}: taken for classes, though each of them holds {_listed(inner[0])}.",)
     for name in named:

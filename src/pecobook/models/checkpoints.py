@@ -36,6 +36,12 @@ _HEADS = re.compile(
     r"|projection_head|prototypes|pooler|decoder\w*)(\.|$)"
 )
 
+# What stands at the beginning of a file that was downloaded in vain, and what the file is.
+_NO_WEIGHTS = {
+    b"version https://git-lfs": "a pointer of Git LFS, not the weights: 'git lfs pull' fetches them",
+    b"<": "a page of text, not a file of weights: download it again",
+}
+
 # Modules whose objects training scripts save beside the weights: settings and numbers. They are not built.
 _SETTINGS_MODULES = ("argparse", "numpy", "pathlib", "omegaconf", "yacs", "mmengine", "mmcv", "ml_collections")
 
@@ -75,6 +81,11 @@ def read_checkpoint(path: str) -> Checkpoint:
     file = Path(path)
     if not file.is_file():
         raise WeightsError(f"There is no file of weights '{path}'.")
+    with file.open("rb") as opened:
+        start = opened.read(32)
+    for beginning, what in _NO_WEIGHTS.items():
+        if start.startswith(beginning):
+            raise WeightsError(f"'{path}' is {what}.")
     sentence = damage([file])
     if sentence:
         raise WeightsError(sentence)

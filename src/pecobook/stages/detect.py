@@ -35,8 +35,10 @@ _MIN_DRAWN_SCORE = 0.3
 class DetectStage(Stage[DetectConfig]):
     """A detector, its losses, and its average precision on the held-out images.
 
-    The losses are means over the regions that are drawn in a micro-batch, as in torchvision, so with accumulation an
-    image counts more beside an image with few objects than in one batch.
+    Four of the five losses are means over equally many anchors or proposals of every image (256, `--detector.samples`),
+    so they do not depend on the parts of a step. The masks' loss is a mean over the regions with an object of a
+    micro-batch, as in torchvision, so with accumulation an image counts more for it beside an image with few objects.
+    The number of these regions in the whole step is known only after a forward pass of all its parts.
 
     Args:
         config: all settings.

@@ -183,15 +183,16 @@ def test_verify__masks_of_two_programs(tmp_path: Path) -> None:
         verify(open_segmentation(str(root)))
 
 
-def test_verify__values_with_gaps_are_listed(tmp_path: Path) -> None:
+@pytest.mark.parametrize("last", [40, 255])
+def test_verify__values_with_gaps_are_listed(last: int, tmp_path: Path) -> None:
     root = write_shapes(tmp_path)
-    rewrite(root, lambda values: png(values % 255 * 20, 8))
+    rewrite(root, lambda values: png(np.choose(values % 255, [0, 20, last]), 8))
     result = verify(open_segmentation(str(root)))
-    assert (
-        result.hint == "The training masks hold the values 0, 20, 40; --mask-values states the value of each class.\n"
-    )
-    assert result.notes == ()
-    assert not verify(open_segmentation(str(root), mask_values=("0", "20", "40"))).problems
+    assert result.hint == f"If the values are the 3 classes in order, give --mask-values 0 20 {last}.\n"
+    assert result.notes == () or last == 255
+    assert not verify(open_segmentation(str(root), mask_values=("0", "20", str(last)))).problems
+    (root / "classes.txt").write_text("a\nb\nc\nd\n")
+    assert verify(open_segmentation(str(root))).hint.startswith("The training masks hold the values 0, 20")
 
 
 def test_verify__a_class_that_is_called_void(tmp_path: Path) -> None:
@@ -200,3 +201,15 @@ def test_verify__a_class_that_is_called_void(tmp_path: Path) -> None:
     text = "The class 'Void' is learned and counts in the mean IoU: --ignore 255 'Void' leaves it out."
     assert verify(open_segmentation(str(root))).notes == (text,)
     assert verify(open_segmentation(str(root), ignore=("255", "Void"))).notes == ()
+
+
+def test_verify__masks_of_another_size_get_no_hint_on_values_and_jpeg_is_named(tmp_path: Path) -> None:
+    halves = Image.fromarray(np.repeat(np.array([[0, 1]], np.uint8), 16, axis=1).repeat(16, axis=0))
+    for name, mask in ((f"{number}", halves.resize((16, 32)) if number < 4 else halves) for number in range(6)):
+        for folder, picture in (("images", Image.new("RGB", (32, 16))), ("masks", mask)):
+            (tmp_path / folder).mkdir(exist_ok=True)
+            picture.save(tmp_path / folder / f"{name}.jpg", quality=100)
+    result = verify(open_segmentation(str(tmp_path)))
+    assert result.num_problems == 4
+    assert result.hint == ""
+    assert "masks/4.jpg' is a JPEG, which changes the values of pixels at edges: save masks as PNG." in result.notes[-1]

@@ -93,6 +93,8 @@ def verify(
         part.counts = counts[-1] if limit is None else None
     train, evaluation = counts
     notes = [*notes, *_notes_on_content(train, evaluation, limit)]
+    if len(valid[0]) and re.search(r"\.jpe?g\)?$", first := valid[0].identify_mask(0), re.IGNORECASE):
+        notes.append(f"'{first}' is a JPEG, which changes the values of pixels at edges: save masks as PNG.")
     return VerificationResult(
         splits=dataclasses.replace(splits, train=valid[0], evaluation=valid[1], notes=(*splits.notes, *notes)),
         problems=grouped(((bad.reason, f"{bad.name} {bad.reason}") for bad in problems), "more alike"),
@@ -170,11 +172,15 @@ def _hint(reports: list[MaskReport], meaning: MaskClasses, problem: BadImage) ->
         return "JPEG changes the values of a mask: save masks as PNG, without interpolation.\n"
     count = len(meaning.names)
     met = {value for report in reports for value in report.counts(meaning)} - set(meaning.ignored)
-    if meaning.colours is not None or not met:
+    if meaning.colours is not None or not met - set(meaning.values):
         return ""
     if meaning.values != tuple(range(count)) or max(met) != count:
         if 2 * sum(bool(_problem(report, meaning)) for report in reports) <= len(reports):
             return ""  # single masks are wrong
+        seen = sorted({value for report in reports for value in report.counts(meaning)})
+        if len(seen) == count:  # 255 among them is a class too
+            listed_values = " ".join(map(str, seen))
+            return f"If the values are the {count} classes in order, give --mask-values {listed_values}.\n"
         values = some_of(sorted(met), 20)
         return f"The training masks hold the values {values}; --mask-values states the value of each class.\n"
     others = " ".join(str(value) for value in meaning.ignored if value != 0)
