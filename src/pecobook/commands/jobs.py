@@ -20,11 +20,16 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
+from pecobook.data import record
+from pecobook.data.source import Splits
+from pecobook.engine.data_check import compare_data
 from pecobook.engine.log import compact_duration
 from pecobook.engine.world import environment_without_launcher
 from pecobook.errors import PecobookError, RunFolderError
+from pecobook.settings.images import ManyRunsConfig
 from pecobook.settings.values import changed_settings, complete, to_dict
 from pecobook.utils.files import write_json
+from pecobook.utils.folder_lock import FolderLock
 from pecobook.utils.json_files import NUMBER, OBJECT, WHOLE, list_of, metric_lines, read_json
 from pecobook.utils.output_folder import OutputFolder
 from pecobook.utils.parent import child_environment
@@ -49,6 +54,36 @@ def resumed_folder(out: str, settings: dict[str, Any], defaults: dict[str, Any],
             )
 
     return OutputFolder(out, **rules, always_resumes=True, check_resume=check_unchanged)
+
+
+def begin_or_resume(
+    folder: OutputFolder, config: ManyRunsConfig, splits: Splits, settings: dict[str, Any]
+) -> FolderLock:
+    """Begin the folder, or continue it if its data are those with which it was begun; return its lock.
+
+    Args:
+        folder: as of `resumed_folder`.
+        config: the settings of the command.
+        splits: the images of --data.
+        settings: the content of the marker.
+
+    Raises:
+        RunFolderError: the folder cannot be used, or the data have changed and the change is not accepted.
+    """
+    now = record.take(splits, verify=config.verify_data)  # before the folder is locked, since it may take long
+
+    def write(out: Path) -> None:
+        new: record.Record | None = now
+        if (out / folder.marker).exists():
+            accept, of = config.accept_data_change, f"the {folder.kind.removeprefix('a ')}"
+            notes, new = compare_data(out, now, data=config.data, of=of, accept=accept)
+            for note in notes:
+                show(note)
+        write_json(out / folder.marker, settings)
+        if new is not None:
+            new.write(out)
+
+    return folder.begin(write)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,8 +175,13 @@ def _exit_on_signals() -> Iterator[None]:
 
 
 @_exit_on_signals()
-def run_all(jobs: Mapping[str, Job], out: Path, gpus_per_run: int = 1) -> dict[str, float]:
-    """Run all unfinished jobs, and return the seconds of every job. Raises PecobookError when a job fails."""
+def run_all(
+    jobs: Mapping[str, Job], out: Path, gpus_per_run: int = 1, *, accept_data_change: bool = False
+) -> dict[str, float]:
+    """Run all unfinished jobs, and return the seconds of every job. Raises PecobookError when a job fails.
+
+    Interrupted jobs refuse data that have changed since they began, unless `accept_data_change` is given.
+    """
     free_slots = gpu_slots(gpus_per_run)
     logs = out / "logs"
     logs.mkdir(exist_ok=True)
@@ -157,7 +197,8 @@ def run_all(jobs: Mapping[str, Job], out: Path, gpus_per_run: int = 1) -> dict[s
             for name, job in list(waiting.items()):
                 ready = all(jobs[need].finished for need in job.needs)
                 if ready and free_slots:
-                    running[name] = _Running(name, waiting.pop(name), out, free_slots.pop(0))
+                    slot = free_slots.pop(0)
+                    running[name] = _Running(name, waiting.pop(name), out, slot, accept_data_change=accept_data_change)
             progress.show()
             time.sleep(0.2)
     finally:
@@ -172,7 +213,7 @@ def run_all(jobs: Mapping[str, Job], out: Path, gpus_per_run: int = 1) -> dict[s
 class _Running:
     """A running process of a job."""
 
-    def __init__(self, name: str, job: Job, out: Path, slot: GpuSlot) -> None:
+    def __init__(self, name: str, job: Job, out: Path, slot: GpuSlot, *, accept_data_change: bool) -> None:
         self.slot = slot
         (out / "settings").mkdir(exist_ok=True)
         settings_file = out / "settings" / f"{name}.json"
@@ -181,7 +222,7 @@ class _Running:
         if job.command == "analyze":
             shutil.rmtree(job.out, ignore_errors=True)  # the files of an interrupted analysis
         elif (job.out / "config.json").exists():
-            command.append("--resume")
+            command += ["--resume", *(["--accept-data-change"] if accept_data_change else [])]
         self.log: TextIO = (out / "logs" / f"{name}.log").open("a")
         environment = {**environment_without_launcher(), **child_environment(), **slot.environment}
         self.process = subprocess.Popen(command, stdout=self.log, stderr=subprocess.STDOUT, env=environment)

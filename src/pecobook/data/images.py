@@ -20,7 +20,7 @@ from torch import Tensor
 
 from pecobook.data.decode import BadImage, decode, read_file
 from pecobook.data.deep import ValueRange
-from pecobook.data.parts import Contents, assemble
+from pecobook.data.parts import Contents, Part, assemble
 from pecobook.data.source import ImageSource, Splits
 from pecobook.data.views import center_crop
 from pecobook.errors import DataError, did_you_mean
@@ -84,6 +84,8 @@ def check_labels(splits: Splits, source: str) -> None:
 def open_all_splits(source: str) -> list[ImageSource]:
     """Open all images of a source, as one `ImageSource` per declared split, and print what is left out.
 
+    Each has the labels of its split, by its own names of classes; the label of an image without one is -1.
+
     Raises:
         DataError: as `open_images` does.
     """
@@ -92,8 +94,12 @@ def open_all_splits(source: str) -> list[ImageSource]:
         return [splits.train, splits.evaluation]
     contents = _open(source)
     say_left_out(source, contents.left_out)
-    parts = contents.parts.items()
-    return [ImageSource(part.store, name=source, split=name, rows=part.rows) for name, part in parts if len(part.rows)]
+    return [_whole(source, name, part) for name, part in contents.parts.items() if len(part.rows)]
+
+
+def _whole(source: str, split: str, part: Part) -> ImageSource:
+    classes, labels = (part.labels.names, part.labels.codes) if part.labels else (None, None)
+    return ImageSource(part.store, name=source, split=split, rows=part.rows, classes=classes, labels=labels)
 
 
 def say_left_out(source: str, left_out: Mapping[str, int]) -> None:

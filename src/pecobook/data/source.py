@@ -135,9 +135,12 @@ class ImageSource:
         """
         return self._store.file(self._row(index))
 
-    def sample(self, index: int) -> tuple[Any, ...]:
-        """Read the inputs of a view: (image,), or (image, mask or boxes) in dense sources. Raises BadImage."""
-        return (self.read(index),)
+    def sample(self, index: int, shortest: int = 0) -> tuple[Any, ...]:
+        """Read the inputs of a view: (image,), or (image, mask or objects) in dense sources; `shortest` as in `read`.
+
+        Raises BadImage.
+        """
+        return (self.read(index, shortest),)
 
     def identify(self, index: int) -> str:
         """Return a name by which a person can find image `index`: a path, "x.parquet row 12", "x.tar/member"."""

@@ -6,6 +6,7 @@ processes. An image that cannot be read is replaced by the next one in the permu
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any, TypeAlias, cast
@@ -83,7 +84,7 @@ class Stream(Dataset[dict[str, Any]]):
 
     def views(self, index: int, numbers: Iterable[int]) -> list[dict[str, Any]]:
         """Returns the views `numbers` of image `index`, which is read once. Raises BadImage."""
-        contents = (self.source.read(index, self.shortest),) if self.shortest else self.source.sample(index)
+        contents = self.source.sample(index, self.shortest)
         return [self.view(*contents, key(self.seed, index, number)) for number in numbers]
 
 
@@ -138,9 +139,10 @@ class _OrError(Dataset[Any]):
             return error
 
 
-def _central_crop(source: ImageSource, size: int, index: int) -> dict[str, Any]:
-    image = center_crop(source.read(index, 4 * size), size)
-    return {"image": image, **({} if source.labels is None else {"label": torch.tensor(int(source.labels[index]))})}
+def _central_crop(source: ImageSource, size: int, share: float, index: int) -> dict[str, Any]:
+    crop = center_crop(source.read(index, math.ceil(4 * size / share)), size, share=share)
+    label = {} if source.labels is None else {"label": torch.tensor(int(source.labels[index]))}
+    return {"image": crop, "index": torch.tensor(index), **label}
 
 
 def _collate_crops(samples: list[dict[str, Any] | BadImage]) -> Batch:
@@ -149,29 +151,42 @@ def _collate_crops(samples: list[dict[str, Any] | BadImage]) -> Batch:
     return {**collate(whole), "skipped": skipped} if whole else {"skipped": skipped}
 
 
+def read_crops(
+    source: ImageSource, size: int, order: Sequence[int], *, batch_size: int, workers: int = -1, share: float = 1.0
+) -> Iterator[Batch]:
+    """Read central crops of the images `order`, whose side is `share` of the shorter side.
+
+    A batch has image uint8 (B, 3, size, size), index int64 (B,), label int64 (B,) when the source has labels, and what
+    was skipped, alone where nothing of the batch could be read.
+    """
+    if workers < 0:
+        workers = default_workers(1) if len(order) > 2048 else 0
+    return Batches(
+        _OrError(partial(_central_crop, source, size, share)),
+        [order[start : start + batch_size] for start in range(0, len(order), batch_size)],
+        workers=workers,
+        collate=_collate_crops,
+        flag="",
+    )
+
+
 def central_crops(
-    source: ImageSource, size: int, *, limit: int | None = None, batch_size: int = 128
+    source: ImageSource, size: int, *, limit: int | None = None, batch_size: int = 128, share: float = 1.0
 ) -> Iterator[tuple[int, Batch]]:
     """Read a source once (or the first `limit` images of a fixed permutation of it), without what cannot be read.
 
+    `share` is the side of the crop, as a share of the image's shorter side.
+
     Yields:
-        how many images were asked for so far, and the batch: image uint8 (B, C, size, size), label int64 (B,) when the
-        source has labels, and what was skipped, alone where nothing of a batch could be read.
+        how many images were asked for so far, and a batch of `read_crops`.
 
     Raises:
         DataError: none of the images can be read.
     """
     count = len(source) if limit is None else min(limit, len(source))
     order = [fixed_permutation(i, len(source)) if count < len(source) else i for i in range(count)]
-    loader = Batches(
-        _OrError(partial(_central_crop, source, size)),
-        [order[start : start + batch_size] for start in range(0, count, batch_size)],
-        workers=default_workers(1) if count > 2048 else 0,
-        collate=_collate_crops,
-        flag="",
-    )
     read, first = 0, ""
-    for number, batch in enumerate(loader, start=1):
+    for number, batch in enumerate(read_crops(source, size, order, batch_size=batch_size, share=share), start=1):
         first = first or next(iter(batch["skipped"]), "")
         read += len(batch.get("image", ()))
         yield min(number * batch_size, count), batch

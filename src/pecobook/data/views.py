@@ -101,16 +101,21 @@ def shortest_side(view: Callable[..., Any]) -> int:
 
     Args:
         view: a method of an object with `image_size` and `min_crop`, such as `NamedViews`, or a partial of a function
-            with the arguments `size` and `min_area`, or of `central_view`.
+            with the arguments `size` and `min_area`, of `central_view`, or of a view of detection.
     """
     owner = getattr(view, "__self__", None)
-    arguments: dict[str, float] = getattr(view, "keywords", {})
+    arguments: dict[str, Any] = getattr(view, "keywords", {})
     if owner is not None and hasattr(owner, "min_crop"):
         arguments = {"size": owner.image_size, "min_area": owner.min_crop}
     if "min_area" in arguments:
-        return math.ceil(2 * arguments["size"] / math.sqrt(0.75 * arguments["min_area"]))
+        return math.ceil(2 * float(arguments["size"]) / math.sqrt(0.75 * arguments["min_area"]))
+    if "max_size" in arguments:  # of detection, in training
+        jitter = arguments["jitter"]
+        return math.ceil(2 * float(arguments["canvas"] * jitter[-1] if jitter else max(arguments["scales"])))
+    if "short" in arguments:  # of detection, in evaluation
+        return 4 * int(arguments["short"])
     if getattr(view, "func", None) is central_view:
-        return math.ceil(4 * arguments["size"] / arguments.get("share", 1.0))
+        return math.ceil(4 * float(arguments["size"]) / float(arguments.get("share", 1.0)))
     return 0
 
 

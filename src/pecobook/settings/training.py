@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from typing import Any, Literal, cast
 
-from pecobook.errors import ConfigError
+from pecobook.errors import ConfigError, first_line
 from pecobook.settings.durations import check_durations
 from pecobook.settings.images import MAX_BATCH, MAX_IMAGE_SIZE, MAX_WORKERS, ImagesConfig
 from pecobook.settings.values import (
@@ -84,9 +85,35 @@ class OptimConfig(BaseOptimConfig):
         between(self, 0.0, 1.0, "layer_decay")
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StartConfig:
+    """The backbone that a training with labels starts from."""
+
+    backbone: str = ""
+    """The backbone to start from: a pretrain, contrast or finetune run, or timm:NAME."""
+    weights: str = ""
+    """A local file of weights for the backbone, or random to start untrained: all its layers then learn at one rate
+    unless --optim.layer-decay is given too. Empty takes the weights of --backbone."""
+    drop_path: float = 0.1
+    """Stochastic depth: probability of skipping the last block; earlier blocks are skipped less."""
+
+    def __post_init__(self) -> None:
+        between(self, 0.0, 1.0, "drop_path")
+
+    @staticmethod
+    def implied(changes: dict[str, Any]) -> dict[str, Any]:
+        """Return settings that follow from `changes` unless these contain them.
+
+        A layer decay keeps what the lower layers of a trained network have learned. Random weights hold nothing to
+        keep, and a decay would leave the lower layers almost untrained.
+        """
+        return {"optim.layer_decay": 1.0} if changes.get("weights") == "random" else {}
+
+
 def check_devices(config: Any) -> None:
     """Refuse `devices` unless it is a number above 0 or auto."""
-    if config.devices != "auto" and not (config.devices.isdecimal() and 0 < int(config.devices) <= LARGEST):
+    is_number = re.fullmatch("[0-9]{1,10}", config.devices) and 0 < int(config.devices) <= LARGEST
+    if config.devices != "auto" and not is_number:
         refuse("devices", f"must be a number above 0 or auto, not '{config.devices}'.")
 
 
@@ -207,8 +234,8 @@ class BackboneConfig:
     def __post_init__(self) -> None:
         try:
             value = json.loads(self.args)
-        except json.JSONDecodeError as error:
-            refuse("args", f"is not JSON ({error}): {self.args}")
+        except (ValueError, RecursionError) as error:
+            refuse("args", f"is not JSON ({first_line(error)}): {self.args[:300]}")
         else:
             if not isinstance(value, dict):
                 refuse("args", f'must be a JSON object such as {{"depth": 6}}, not {self.args}')

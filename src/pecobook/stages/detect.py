@@ -161,7 +161,7 @@ class DetectStage(Stage[DetectConfig]):
         )
 
     @classmethod
-    def detection_test_view(cls, config: DetectConfig) -> ViewFunction:
+    def evaluation_view(cls, config: DetectConfig) -> ViewFunction:
         """Return the function that resizes a held-out image."""
         short, long = config.sides
         return partial(detection_test_view, short=short, long=long)

@@ -33,7 +33,7 @@ def scene(boxes: list[list[int]], height: int, width: int, *, masks: bool = True
     for number, (left, top, right, bottom) in enumerate(boxes):
         image[number % 3, top:bottom, left:right] = 255
         inside[number, top:bottom, left:right] = 1
-    segments = tuple(encode_segment(uncompressed(mask.numpy())) for mask in inside) if masks else None
+    segments = [encode_segment(uncompressed(mask.numpy())) for mask in inside] if masks else None
     labels = torch.arange(1, len(boxes) + 1)
     return image, Objects(torch.tensor(boxes, dtype=torch.float32).view(-1, 4), labels, segments, (height, width))
 
@@ -102,7 +102,7 @@ def test_view_objects__what_vanishes_is_dropped_and_what_is_cut_fits_its_box() -
     mask = np.zeros((40, 60), dtype=bool)
     mask[0:40, 5:10] = mask[30:40, 5:50] = True
     corner = Objects(
-        torch.tensor([[5.0, 0, 50, 40]]), torch.tensor([1]), (encode_segment(uncompressed(mask)),), (40, 60)
+        torch.tensor([[5.0, 0, 50, 40]]), torch.tensor([1]), [encode_segment(uncompressed(mask))], (40, 60)
     )
     assert view_objects(corner, Geometry(40, 60, canvas=20))["boxes"].tolist() == [[5, 0, 10, 20]]
     # Too small to see.

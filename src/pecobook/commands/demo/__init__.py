@@ -6,6 +6,7 @@ measure.py  measures the runs on held-out images with the functions of `pecobook
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from pecobook.analysis.report import write_pictures, write_report
 from pecobook.commands.analyze.page import compose
 from pecobook.commands.demo.measure import measure
 from pecobook.commands.demo.plan import plan
-from pecobook.commands.jobs import resumed_folder, run_all
+from pecobook.commands.jobs import begin_or_resume, resumed_folder, run_all
 from pecobook.engine.log import compact_duration
 from pecobook.engine.preamble import show_source
 from pecobook.engine.value_range import open_readable
@@ -46,7 +47,7 @@ def demo(config: DemoConfig | None = None, **settings: Any) -> Path:
     preflight.finish()
     assert splits is not None
     show_source(splits)
-    with folder.begin(lambda out: write_json(out / _MARK, to_dict(config))):
+    with begin_or_resume(folder, config, splits, _fixed_settings(config)):
         return _write_all(config)
 
 
@@ -54,7 +55,7 @@ def _write_all(config: DemoConfig) -> Path:
     out = Path(config.out)
     began = time.monotonic()
     jobs = plan(config)
-    cost = run_all(jobs, out)
+    cost = run_all(jobs, out, accept_data_change=config.accept_data_change)
     show("measuring on held-out images")
     measuring_began = time.monotonic()
     # One thread: more threads do not speed up small matrices, and they are slow if another process is busy.
@@ -79,8 +80,13 @@ def _write_all(config: DemoConfig) -> Path:
     return report
 
 
+def _fixed_settings(config: DemoConfig) -> dict[str, Any]:
+    """Return the settings that must not change when a folder is resumed."""
+    return to_dict(dataclasses.replace(config, verify_data=False, accept_data_change=False))
+
+
 def _folder(config: DemoConfig) -> OutputFolder:
-    settings, defaults = to_dict(config), to_dict(DemoConfig())
+    settings, defaults = _fixed_settings(config), _fixed_settings(DemoConfig())
     return resumed_folder(
         config.out, settings, defaults, data=config.data, example="runs/demo", kind="a demo", marker=_MARK
     )

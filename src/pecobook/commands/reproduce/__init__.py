@@ -17,7 +17,7 @@ from typing import Any
 
 from pecobook.analysis.report import Picture, Report, Section, Table, write_pictures, write_report
 from pecobook.analysis.wording import duration
-from pecobook.commands.jobs import resumed_folder, run_all
+from pecobook.commands.jobs import begin_or_resume, resumed_folder, run_all
 from pecobook.commands.paper_tables import chosen_tables
 from pecobook.commands.reproduce import rehearsal, tables
 from pecobook.commands.reproduce.plan import Plan
@@ -28,7 +28,7 @@ from pecobook.settings.codebook import CodebookConfig
 from pecobook.settings.reproduce import ReproduceConfig
 from pecobook.settings.values import flag_words, replace, to_dict
 from pecobook.stages.codebook import CodebookStage
-from pecobook.utils.files import write_atomically, write_json
+from pecobook.utils.files import write_atomically
 from pecobook.utils.output_folder import OutputFolder
 from pecobook.utils.printer import show
 
@@ -49,14 +49,15 @@ def reproduce(config: ReproduceConfig | None = None, **settings: Any) -> Path:
     if config.dry_run:
         show(rehearsal.remaining_time(plan, rehearsal.read_rehearsal(out)))
         return out / "tables.md"
-    with _folder(config).begin(partial(_write_settings, config)):
+    with begin_or_resume(_folder(config), config, plan.splits, _fixed_settings(config)):
+        (out / "runs").mkdir(exist_ok=True)
         seconds = rehearsal.rehearse(plan, out)
         jobs = {
             name: dataclasses.replace(job, work=rehearsal.job_duration(job, name, seconds))
             for name, job in plan.jobs.items()
         }
         show(rehearsal.remaining_time(plan, seconds))
-        cost = run_all(jobs, out, plan.gpus_per_run)
+        cost = run_all(jobs, out, plan.gpus_per_run, accept_data_change=config.accept_data_change)
         return _write_tables(plan, cost, out)
 
 
@@ -98,13 +99,14 @@ def _check_codebook(settings: CodebookConfig) -> None:
 
 def _fixed_settings(config: ReproduceConfig) -> dict[str, Any]:
     """Return the settings that must not change when a folder is resumed."""
-    free = ("tables", "out", "seeds", "transfer", "dry_run", "gpus_per_run", "micro_batch_size", "compile")
+    run = ("tables", "out", "seeds", "transfer", "dry_run", "gpus_per_run", "micro_batch_size", "compile")
+    free = (*run, "verify_data", "accept_data_change")
     return {name: value for name, value in to_dict(config).items() if name not in free}
 
 
 def command_line(config: ReproduceConfig) -> str:
     """Return the command that gives these tables, without its --out."""
-    always, never = ("data", "budget", "seeds"), ("tables", "out", "dry-run")
+    always, never = ("data", "budget", "seeds"), ("tables", "out", "dry-run", "verify-data", "accept-data-change")
     words = flag_words(config, ReproduceConfig(), always=always, never=never)
     return " ".join(["pecobook reproduce", *config.tables, words])
 
@@ -114,11 +116,6 @@ def _folder(config: ReproduceConfig) -> OutputFolder:
     return resumed_folder(
         config.out, settings, defaults, data=config.data, example="runs/tables", kind="tables", marker="reproduce.json"
     )
-
-
-def _write_settings(config: ReproduceConfig, out: Path) -> None:
-    write_json(out / "reproduce.json", _fixed_settings(config))
-    (out / "runs").mkdir(exist_ok=True)
 
 
 def _write_tables(plan: Plan, cost: dict[str, float], out: Path) -> Path:

@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
-from pecobook.data.decode import BadImage
+from pecobook.data.decode import BadImage, header_size
 from pecobook.data.dense.coco_values import format_size
 from pecobook.data.source import Integers, Store
 
@@ -64,12 +64,12 @@ class Annotations(Store):
         """Return the masks of objects as JSON; None if no object has a mask."""
         return None if self.segments is None else [self.segments[number].as_py() for number in numbers]
 
-    def read(self, row: int, shortest: int = 0) -> Tensor:  # noqa: ARG002
-        """Read and decode the image of a row: uint8 (3, H, W). Raises BadImage."""
-        image, size = super().read(row), self.sizes[row]
-        if image.shape[1:] != tuple(size):
-            reason = f"{format_size(image.shape[1:])}, not {format_size(size)} as in its annotations"
-            raise BadImage(self.identify(row), reason)
+    def read(self, row: int, shortest: int = 0) -> Tensor:
+        """Read and decode the image of a row: uint8 (3, H, W), reduced as `decode` says. Raises BadImage."""
+        image, stated = super().read(row, shortest), self.sizes[row]
+        size = header_size(self.file(row)) if shortest else (image.shape[1], image.shape[2])
+        if size and size != tuple(stated):
+            raise BadImage(self.identify(row), f"{format_size(size)}, not {format_size(stated)} as in its annotations")
         return image
 
     def file(self, row: int) -> Path:

@@ -88,9 +88,9 @@ class DetectionSource(ImageSource):
         """Whether the objects have masks."""
         return self.annotations.segments is not None
 
-    def sample(self, index: int) -> tuple[Tensor, Objects]:
-        """Read image `index`, uint8 (3, H, W), and its objects. Raises BadImage."""
-        return self.read(index), self.objects(index)
+    def sample(self, index: int, shortest: int = 0) -> tuple[Tensor, Objects]:
+        """Read image `index`, uint8 (3, H, W), and its objects, in pixels of the whole image. Raises BadImage."""
+        return self.annotations.read(self._row(index), shortest), self.objects(index)
 
     def objects(self, index: int) -> Objects:
         """Return the objects of image `index`, without crowds."""

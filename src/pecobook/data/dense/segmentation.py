@@ -162,8 +162,8 @@ class SegmentationSource(ImageSource):
             raise BadImage(self.identify_mask(index), "a pixel has no class")
         return torch.from_numpy(classes)
 
-    def sample(self, index: int) -> tuple[Any, ...]:
-        """Read the image uint8 (3, H, W) and the classes int16 (H, W). Raises BadImage."""
+    def sample(self, index: int, shortest: int = 0) -> tuple[Any, ...]:  # noqa: ARG002
+        """Read the image uint8 (3, H, W) and the classes int16 (H, W), which is never reduced. Raises BadImage."""
         image, mask = self.read(index), self.read_mask(index)
         if image.shape[1:] != mask.shape:
             raise BadImage(self.identify_mask(index), "the mask does not have the size of its image")

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pecobook.data.dense.coco_values import decode_masks
 from pecobook.data.dense.detection import Objects
 from pecobook.data.dense.segmentation_classes import IGNORE
 from pecobook.data.sampler import key, uniforms
@@ -129,10 +130,12 @@ def view_objects(objects: Objects, geometry: Geometry) -> dict[str, Tensor]:
     """Boxes float32 (n, 4), labels int64 (n,) and, if there are any, masks uint8 (n, h, w), of what is left to see."""
     boxes = move_boxes(objects.boxes, objects.size, geometry)
     kept = (boxes[:, 2:] - boxes[:, :2] >= _LEAST_SIDE).all(1)
-    masks = objects.masks()
-    if masks is None:
+    if objects.segments is None:
         return {"boxes": boxes[kept], "labels": objects.labels[kept]}
-    masks = move_masks(masks[kept], geometry)
+    segments = [segment for segment, is_kept in zip(objects.segments, kept.tolist(), strict=True) if is_kept]
+    # One after the other, since each mask is as large as the image, which can be much larger than the view.
+    groups = [[segment] for segment in segments] or [[]]
+    masks = torch.cat([move_masks(decode_masks(group, *objects.size), geometry) for group in groups])
     seen = masks.amax((1, 2)) > 0  # (n,)
     boxes, labels, masks = boxes[kept][seen], objects.labels[kept][seen], masks[seen]
     if geometry.canvas and len(masks):  # what is left of a cut object may fill less than what is left of its box
@@ -158,14 +161,14 @@ def detection_view(
 
 def detection_test_view(
     image: Tensor,
-    objects: Objects,  # noqa: ARG001
+    objects: Objects,
     view_key: int,  # noqa: ARG001
     *,
     short: int,
     long: int,
 ) -> dict[str, Any]:
     """The image resized, in a list, and its own height and width, int64 (2,)."""
-    height, width = image.shape[1:]
+    height, width = objects.size
     return {"images": [resize(image, *fitted_size(height, width, short, long))], "size": torch.tensor([height, width])}
 
 
