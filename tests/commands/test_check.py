@@ -244,6 +244,16 @@ def test_check__reports_labels_that_are_lost(tmp_path: Path, capsys: pytest.Capt
     assert report_of(["codebook", "--data", str(tmp_path)], capsys)["ok"]  # labels are not learned from
 
 
+def test_check__the_words_of_a_name_are_no_fault(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for number, folder in enumerate(("damaged", "cut short")):
+        for name in ("cat", "dog"):
+            for place in range(3):
+                write(tmp_path / folder / name / f"{place}.png", 100 * number + 10 * place + ord(name[0]) % 7)
+    report = report_of(["--data", str(tmp_path)], capsys)
+    assert report["notes"] == ["'cut short', 'damaged': taken for classes, though each of them holds 'cat', 'dog'."]
+    assert report["ok"]
+
+
 def test_check__shows_all_notes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for name in ("train/cat/1", "train/dog/2", "train/2", "val/cat/3"):
         write(tmp_path / f"{name}.png", len(name))

@@ -46,7 +46,7 @@ class FileStore(Store):
 
     def __init__(self, root: Path, paths: Any) -> None:
         self.root = root
-        self._paths = paths  # datasets.Dataset with the binary column "path", because names may not be UTF-8
+        self._paths = paths  # Arrow's binary values, because names may not be UTF-8
 
     def __len__(self) -> int:
         return len(self._paths)
@@ -57,20 +57,19 @@ class FileStore(Store):
 
     def file(self, row: int) -> Path:
         """Return the path of the file of a row."""
-        return self.root / os.fsdecode(self._paths[row]["path"])
+        return self.root / os.fsdecode(self._paths[row].as_py())
 
     def files(self, rows: Integers) -> Iterator[bytes]:
         """Yield the paths of the files of the rows."""
-        column, root = self._paths.data.column("path"), os.fsencode(self.root) + b"/"
+        root = os.fsencode(self.root) + b"/"
         for start in range(0, len(rows), _CHUNK):
-            yield from (root + path for path in column.take(rows[start : start + _CHUNK]).to_pylist())
+            yield from (root + path for path in self._paths.take(rows[start : start + _CHUNK]).to_pylist())
 
     def digest(self, rows: Integers) -> str:
         """Return a hash of the relative paths. It holds no bytes: a good file may replace a damaged one."""
-        column = self._paths.data.column("path")
         digest = hashlib.sha256()
         for start in range(0, len(rows), _CHUNK):
-            digest.update(b"\0".join(column.take(rows[start : start + _CHUNK]).to_pylist()) + b"\0")
+            digest.update(b"\0".join(self._paths.take(rows[start : start + _CHUNK]).to_pylist()) + b"\0")
         return digest.hexdigest()
 
 
@@ -79,7 +78,7 @@ class ImageNames:
     """The names of image files.
 
     Attributes:
-        chunks: relative paths, as Arrow data sets of at most `_CHUNK` rows.
+        chunks: relative paths, as Arrow arrays of at most `_CHUNK` rows.
         group_of: for each image, the index of its folder in `groups`.
         groups: the folders that hold images, as the names on the way from the top.
     """
@@ -104,12 +103,11 @@ class ImageNames:
 
     def finish(self) -> None:
         """Complete the last chunk."""
-        from datasets import Dataset, Features, Value
+        import pyarrow as pa
 
         if self._names:
             # large_binary, because the paths of many millions of files exceed 2 GiB in total.
-            features = Features({"path": Value("large_binary")})
-            self.chunks.append(Dataset.from_dict({"path": self._names}, features=features))
+            self.chunks.append(pa.array(self._names, pa.large_binary()))
             self._names = []
 
 
@@ -166,9 +164,9 @@ def folder_contents(source: str, root: Path) -> Contents:
             shard_contents(source, listing.shards, root) if is_tar else parquet_contents(source, listing.tables, root)
         )
         return replace(found, left_out=dict(listing.left_out + Counter(found.left_out)))
-    from datasets import concatenate_datasets
+    import pyarrow as pa
 
-    store = FileStore(root, concatenate_datasets(listing.chunks))
+    store = FileStore(root, pa.chunked_array(listing.chunks))
     layout = read_layout(source, listing.groups)
     group_of = np.frombuffer(listing.group_of, dtype=np.int64)
     left_out = listing.left_out + count_unused(layout, group_of)

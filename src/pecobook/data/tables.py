@@ -1,4 +1,4 @@
-"""Reads images from parquet files and from data sets of the Hugging Face hub, both with the library `datasets`.
+"""Opens parquet files and data sets of the Hugging Face hub, both with the library `datasets`.
 
 `datasets` writes an Arrow copy to its cache once and maps this copy into memory. Rows can then be read in any order,
 and all processes share the memory pages. The images in the copy stay encoded (`decode=False`); `pecobook.data.decode`
@@ -10,97 +10,23 @@ from __future__ import annotations
 import contextlib
 import glob
 import hashlib
-import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 
-from pecobook.data.decode import BadImage, read_file
 from pecobook.data.names import group_by_split, note_ignored_splits
 from pecobook.data.parts import Contents, Labels, Part, class_names, encode_labels, is_missing
-from pecobook.data.source import Integers, Note, Store, file_version, hash_some, relative_names
-from pecobook.data.table_files import content_key, damage, differences, file_of_path, num_bytes, paths_in_rows
+from pecobook.data.source import Note, file_version, relative_names
+from pecobook.data.table_store import TableStore, content_key, damage, differences, store_of_column
 from pecobook.errors import DataError, did_you_mean, first_line
 from pecobook.utils.printer import say
 
 _TEXTS = ("string", "large_string", "string_view")
 _LARGE = 2**30
 """Bytes of files whose copy is announced."""
-
-
-class TableStore(Store):
-    """One column of encoded images.
-
-    Args:
-        images: a `datasets.Dataset` with a single column: binary, {bytes, path}, or paths as text. A relative path is
-            looked up beside the file that holds the row.
-        column: the name of the column.
-        files: (name, number of rows) of the files that hold the rows, in order.
-        identity: text that identifies the table; it goes into the fingerprint.
-    """
-
-    def __init__(self, images: Any, column: str, files: Sequence[tuple[str, int]], identity: str) -> None:
-        self._images, self._column, self._identity = images, column, identity
-        self._names = [name for name, _ in files]
-        self._starts = np.cumsum([0, *(rows for _, rows in files)])
-
-    def __len__(self) -> int:
-        return len(self._images)
-
-    def identify(self, row: int) -> str:
-        """Return the name of the file and the number of the row in the file."""
-        file = self._file_of(row)
-        return f"{self._names[file]} row {row - self._starts[file]}"
-
-    def _file_of(self, row: int) -> int:
-        return int(np.searchsorted(self._starts, row, side="right")) - 1
-
-    def file(self, row: int) -> bytes:
-        """Return the encoded bytes of the image of a row. Raises BadImage."""
-        value = self._images[row][self._column]
-        data, path = (value.get("bytes"), value.get("path")) if isinstance(value, dict) else (value, None)
-        if isinstance(data, str):
-            data, path = None, data
-        if data is None and path:
-            data = self._read_file(row, path)
-        if data is None:
-            raise BadImage(self.identify(row), "no image in this row")
-        return cast("bytes", data)
-
-    def _read_file(self, row: int, path: str) -> bytes:
-        path = path.removeprefix("file://")
-        shown = path if len(path) <= 200 else f"{path[:40]}... ({len(path):,} characters)"
-        if "://" in path:
-            raise BadImage(self.identify(row), f"{shown} is an address, not a file; download the images first")
-        folder = self._folder_of(row)
-        try:
-            return read_file(file_of_path(folder, path), name=f"{self.identify(row)}: {folder / shown}")
-        except (OSError, ValueError):  # such as a text with a zero byte
-            raise BadImage(self.identify(row), f"'{shown}' is no path of an image") from None
-
-    def _folder_of(self, row: int) -> Path:
-        return Path(self._names[self._file_of(row)]).parent
-
-    def files(self, rows: Integers) -> Iterator[bytes]:
-        """Yield the paths of the tables, and of the image files where the tables hold paths."""
-        numbers = np.unique(np.searchsorted(self._starts, rows, side="right") - 1)
-        yield from (os.fsencode(self._names[number]) for number in numbers)
-        for row, path in paths_in_rows(self._images.data.column(self._column), rows):
-            with contextlib.suppress(ValueError):  # a text that is no path
-                yield os.fsencode(file_of_path(self._folder_of(row), path))
-
-    def num_bytes(self) -> int:
-        """Return the bytes of all encoded images."""
-        return num_bytes(self._images.data.column(self._column))
-
-    def digest(self, rows: Integers) -> str:
-        """Return a hash of the files' names, sizes and footers, of the row numbers, and of the bytes of some images."""
-        digest = hash_some(self.encoded, rows)
-        digest.update(self._identity.encode() + rows.astype("<i8").tobytes())
-        return digest.hexdigest()
 
 
 def parquet_contents(source: str, files: list[Path], root: Path | None = None) -> Contents:
@@ -281,16 +207,6 @@ def load_hub(source: str) -> tuple[dict[str, tuple[str, str, str, Any]], dict[st
     used = {table[2] for table in tables.values()}
     left_out = {f"in the hub's split '{other}'": len(loaded[other]) for other in names if other not in used}
     return tables, left_out, note_ignored_splits(names, groups)
-
-
-def store_of_column(table: Any, column: str, files: Sequence[tuple[str, int]], identity: str) -> TableStore:
-    """Return the images of a column, whose encoded bytes are left as they are."""
-    from datasets import Image
-
-    images = table.select_columns([column])
-    if isinstance(table.features[column], Image):
-        images = images.cast_column(column, Image(decode=False))
-    return TableStore(images, column, files, identity)
 
 
 def _part(

@@ -32,6 +32,13 @@ from pecobook.utils.files import write_atomically
 from pecobook.utils.output_folder import check_new_file
 from pecobook.utils.printer import show
 
+_STAGES: dict[str, type[Stage[Any]]] = {"segment": SegmentStage, "detect": DetectStage}
+_LENIENT: dict[str, tuple[dict[str, bool], ...]] = {
+    "segment": ({"verify": False}, {"skip_bad": True}),
+    "detect": ({"skip_bad": True},),
+}
+"""Settings with which a command may open what it would refuse."""
+
 
 def check(config: CheckConfig | None = None, **settings: Any) -> dict[str, Any]:
     """Look at every image, print what was found, and return it; `problems` lists what is wrong.
@@ -62,14 +69,13 @@ def _open(task: str, config: CheckConfig) -> tuple[Splits | None, list[str]]:
 
     Where the command refuses the source, the splits are those of a lenient attempt, so that the survey can say more.
     """
-    lenient: dict[str, list[dict[str, Any]]] = {
-        "segment": [{"verify": False}, {"skip_bad": True}],
-        "detect": [{"skip_bad": True}],
-    }
     problems: list[str] = []
-    for changes in [{}, *lenient.get(task, [])]:
+    for changes in ({}, *_LENIENT.get(task, ())):
         try:
-            splits = _open_as(task, _command_settings(task, config, changes))
+            settings = _command_settings(task, config, changes)
+            splits = _STAGES.get(task, ClassifyStage).open(settings)
+            if task == "finetune":
+                check_labels(splits, settings.data)
         except PecobookError as error:
             problems = problems or [str(error)]
             continue
@@ -95,16 +101,6 @@ def _command_settings(task: str, config: CheckConfig, changes: dict[str, Any]) -
         if field.name in names and getattr(config, field.name) != field.default
     }
     return replace(settings, {"data": config.data, **given, **changes})
-
-
-def _open_as(task: str, settings: TrainConfig) -> Splits:
-    """Open the images of a command. Raises PecobookError."""
-    by_task: dict[str, type[Stage[Any]]] = {"segment": SegmentStage, "detect": DetectStage, "finetune": ClassifyStage}
-    stage = by_task.get(task, ClassifyStage)
-    splits = stage.open(settings)
-    if task == "finetune":
-        check_labels(splits, settings.data)
-    return splits
 
 
 def _report(config: CheckConfig, task: str, found: Survey | None, problems: list[str]) -> dict[str, Any]:

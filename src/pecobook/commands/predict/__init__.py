@@ -15,6 +15,7 @@ at the end. After an error or Ctrl-C the files hold the predictions that were ma
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -130,20 +131,18 @@ def list_images(source: str) -> list[tuple[ImageSource, str]]:
     Raises:
         DataError: the source does not exist or holds no image.
     """
+    import pyarrow as pa
+
     path = Path(source).expanduser()
     if path.is_dir():
         tree = walk(path)
         if tree.chunks:
-            from datasets import concatenate_datasets
-
             say_left_out(source, tree.left_out)
-            store = FileStore(path, concatenate_datasets(tree.chunks))
+            store = FileStore(path, pa.chunked_array(tree.chunks))
             return [(ImageSource(store, name=source, split="train"), f"{path}/")]
     elif path.is_file() and path.suffix.lower().lstrip(".") in IMAGE_EXTENSIONS:
-        from datasets import Dataset
-
-        paths = Dataset.from_dict({"path": [path.name.encode()]})
-        return [(ImageSource(FileStore(path.parent, paths), name=source, split="train"), f"{path.parent}/")]
+        store = FileStore(path.parent, pa.array([os.fsencode(path.name)]))
+        return [(ImageSource(store, name=source, split="train"), f"{path.parent}/")]
     try:
         splits = open_all_splits(source)
     except DataError as error:

@@ -33,7 +33,8 @@ from pecobook.data.dense.segmentation_classes import IGNORE, MaskClasses, MaskCo
 from pecobook.data.dense.segmentation_pairs import find_pairs
 from pecobook.data.names import MASK_COLUMNS, group_by_split
 from pecobook.data.source import ImageSource, Integers, Splits, Store, hold_out, unused_splits
-from pecobook.data.tables import TableStore, load_hub, store_of_column
+from pecobook.data.table_store import TableStore, store_of_column
+from pecobook.data.tables import load_hub
 from pecobook.errors import DataError, listed
 from pecobook.utils.printer import say
 
