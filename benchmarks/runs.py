@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pecobook.commands.reproduce.tables import mean_and_deviation
+from pecobook.analysis.evidence import mean_and_deviation
 from pecobook.engine.attention import trainable_attention
 from pecobook.utils.devices import synchronize
 

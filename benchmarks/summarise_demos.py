@@ -15,7 +15,7 @@ from typing import Any
 
 from pecobook.analysis.comparison import lookup
 from pecobook.analysis.probe import binomial_error
-from pecobook.commands.reproduce.tables import mean_and_deviation
+from pecobook.analysis.evidence import mean_and_deviation
 
 
 def _percent(arm: dict[str, Any], key: str) -> float | None:

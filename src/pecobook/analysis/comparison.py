@@ -9,9 +9,9 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from enum import Enum
 from typing import Any
 
+from pecobook.analysis.evidence import Verdict, verdict_of
 from pecobook.analysis.probe import MIN_IMAGES, binomial_error
 from pecobook.utils.json_files import is_number
 
@@ -32,15 +32,6 @@ The accuracy of masked prediction is not one of these metrics, because each mode
 
 UNTRAINED = "untrained"
 """Name of the baseline (`floor` in the results): the same vision transformer without any training."""
-
-
-class Verdict(Enum):
-    """The conclusion that a difference a - b supports."""
-
-    HIGHER = "higher"
-    LOWER = "lower"
-    UNCLEAR = "unclear"
-    UNKNOWN = "unknown"
 
 
 @dataclass(frozen=True)
@@ -65,9 +56,7 @@ class Comparison:
             return Verdict.UNKNOWN
         if not math.isfinite(error) or error < 0 or (error == 0 and self.difference != 0):
             return Verdict.UNKNOWN
-        if abs(self.difference) > 2 * error:
-            return Verdict.HIGHER if self.difference > 0 else Verdict.LOWER
-        return Verdict.UNCLEAR
+        return verdict_of(self.difference - 2 * error, self.difference + 2 * error)
 
     @property
     def _too_few_images(self) -> bool:

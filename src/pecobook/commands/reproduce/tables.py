@@ -11,12 +11,13 @@ from collections.abc import Sequence
 from pecobook.analysis.canvas import INK, new_figure, png, style_axes
 from pecobook.analysis.charts import read_metrics
 from pecobook.analysis.comparison import lookup
+from pecobook.analysis.evidence import Difference, difference, family, mean_and_deviation
 from pecobook.commands.jobs import read_analysis
-from pecobook.commands.paper_tables import MORE, PaperTable, Row
+from pecobook.commands.paper_tables import MORE, Arm, PaperTable, Row
 from pecobook.commands.reproduce.plan import Plan
 
-Values = dict[str, list[float]]
-"""Figure to one value per seed."""
+Values = dict[str, dict[int, float]]
+"""Figure to the value of each seed that was measured."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,7 +51,7 @@ def measured_tables(plan: Plan) -> list[MeasuredTable]:
             values: Values = {}
             for seed in () if missing else plan.config.seeds:
                 for figure, value in _figures(plan, plan.canonical(row.arm), seed).items():
-                    values.setdefault(figure, []).append(value)
+                    values.setdefault(figure, {})[seed] = value
             rows.append((row, values, missing))
         measured.append(MeasuredTable(name, table, tuple(rows), tuple(plan.unmeasured(table.figures))))
     return measured
@@ -58,7 +59,8 @@ def measured_tables(plan: Plan) -> list[MeasuredTable]:
 
 def _figures(plan: Plan, arm: str, seed: int) -> dict[str, float]:
     figures: dict[str, float | None] = {}
-    job = plan.jobs.get(f"judged-{arm}-{seed}") or plan.jobs.get(f"analysis-{arm}-{seed}")
+    tokenizer = Arm.parse(arm).target
+    job = plan.jobs.get(f"judged-{tokenizer}-{seed}") or plan.jobs.get(f"analysis-{tokenizer}-{seed}")
     if job is not None and job.finished:
         (metrics,) = read_analysis(job.out)["tokenizers"]
         names = ("codeword_probe", "crossed_probe", "codes_used", "psnr")
@@ -75,14 +77,6 @@ def _figures(plan: Plan, arm: str, seed: int) -> dict[str, float]:
     return {figure: float(value) for figure, value in figures.items() if value is not None}
 
 
-def mean_and_deviation(values: Sequence[float], digits: int = 1) -> str:
-    """Return `mean ± standard deviation` of values over seeds; the mean alone for one seed, a dash for none."""
-    if not values:
-        return "–"
-    deviation = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.{digits}f}{deviation}"
-
-
 def header_and_rows(measured: MeasuredTable) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
     """Return the header and the rows of a table as texts."""
     table = measured.table
@@ -93,7 +87,7 @@ def header_and_rows(measured: MeasuredTable) -> tuple[tuple[str, ...], list[tupl
     for row, values, missing in measured.rows:
         cells = [row.label + (" (control)" if row.control else "") + (f" (needs {missing})" if missing else "")]
         for figure, _ in measured.figures:
-            cells.append(mean_and_deviation(values.get(figure, [])))
+            cells.append(mean_and_deviation([*values.get(figure, {}).values()]))
             if table.has_paper_numbers(figure):
                 number = table.paper_number(row, figure)
                 cells.append("–" if number is None else f"{number:.1f}")
@@ -102,31 +96,42 @@ def header_and_rows(measured: MeasuredTable) -> tuple[tuple[str, ...], list[tupl
 
 
 def gains_over_controls(measured: MeasuredTable) -> list[str]:
-    """Return lines on the gain of each perceptual loss over the pixel loss and over the controls, seed by seed."""
-    by_arm = {row.arm: (row, values) for row, values, _ in measured.rows}
+    """Return lines on the gain of each perceptual loss over the pixel loss and over the controls, with intervals.
+
+    The first figure that was measured is the primary one. Its differences are read together, with one correction, and
+    those of all other figures together, with another.
+    """
+    primary = next((heading for figure, heading in measured.table.figures if measured.has(figure)), "")
+    gains = _gains(measured)
     lines = []
-    for arm in measured.table.controls:
-        if arm not in by_arm:
-            continue
-        row, values = by_arm[arm]
-        for control in ("pixel", f"{arm}-random", f"{arm}-shuffled"):
-            if control not in by_arm:
-                continue
-            control_row, control_values = by_arm[control]
-            for figure, heading in measured.table.figures:
-                a, b = values.get(figure, []), control_values.get(figure, [])
-                if a and len(a) == len(b):
-                    gains = [x - y for x, y in zip(a, b, strict=True)]
-                    by_seed = ", ".join(f"{gain:+.1f}" for gain in gains)
-                    names = f"{row.label} minus {control_row.label}"
-                    lines.append(f"{heading}: {names}: {mean_and_deviation(gains)} (seeds: {by_seed})")
+    for is_primary, kind in ((True, "Primary"), (False, "Secondary")):
+        members = [gain for heading, gain in gains if (heading == primary) == is_primary]
+        lines += [f"{kind}: {member.sentence()}" for member in family(members)]
     return lines
+
+
+def _gains(measured: MeasuredTable) -> list[tuple[str, Difference]]:
+    """Return (heading, difference) for each perceptual loss, each of its controls and each figure that both have."""
+    by_arm = {row.arm: (row, values) for row, values, _ in measured.rows}
+    gains = []
+    for arm in measured.table.controls:
+        for control in ("pixel", f"{arm}-random", f"{arm}-shuffled"):
+            if arm not in by_arm or control not in by_arm:
+                continue
+            (row, values), (control_row, control_values) = by_arm[arm], by_arm[control]
+            for figure, heading in measured.table.figures:
+                name = f"{heading}: {row.label} minus {control_row.label}"
+                gain = difference(name, values.get(figure, {}), control_values.get(figure, {}))
+                gains += [(heading, gain)] if gain.values else []
+    return gains
 
 
 def remarks(measured: MeasuredTable) -> list[str]:
     """Return the lines below a table: the classifier's accuracy on originals, and why figures are missing."""
     originals = {
-        row.label: mean_and_deviation(values["originals"]) for row, values, _ in measured.rows if "originals" in values
+        row.label: mean_and_deviation([*values["originals"].values()])
+        for row, values, _ in measured.rows
+        if "originals" in values
     }
     if "classified" not in dict(measured.table.figures) or not originals:
         return list(measured.remarks)
@@ -157,7 +162,8 @@ def comma_separated(tables: Sequence[MeasuredTable]) -> str:
     for measured in tables:
         for row, all_values, _ in measured.rows:
             for figure, _ in measured.figures:
-                values, number = all_values.get(figure, []), measured.table.paper_number(row, figure)
+                values = list(all_values.get(figure, {}).values())
+                number = measured.table.paper_number(row, figure)
                 mean = round(statistics.mean(values), 3) if values else None
                 deviation = round(statistics.stdev(values), 3) if len(values) > 1 else None
                 by_seed = " ".join(f"{value:.3f}" for value in values)
@@ -185,7 +191,7 @@ def plot(measured: MeasuredTable) -> bytes:
         axes.set_yticks(range(num_rows), [row.label if number == 0 else "" for row, *_ in measured.rows])
         axes.set_title(heading, color=INK, fontsize=9.5, loc="left")
         for height, (row, all_values, _) in enumerate(measured.rows):
-            values = all_values.get(figure, [])
+            values = list(all_values.get(figure, {}).values())
             if source == "paper":
                 paper_number = table.paper_number(row, figure)
                 values = [] if paper_number is None else [paper_number]

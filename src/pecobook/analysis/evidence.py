@@ -1,0 +1,181 @@
+"""What several trainings show: paired differences over seeds, their intervals, and one rule for claims.
+
+A training is repeated with other seeds, and two arms are compared seed by seed. The mean of the differences has a t
+interval. A claim is made only where the interval excludes 0, and where several differences are read together, only where
+Holm's correction agrees. Everything else is "not shown", which does not mean that there is no difference.
+
+Seeds can be nested, as ViTs within codebooks within networks. Trainings that share a codebook are not independent, so the
+differences are averaged within each outermost unit first, and the interval counts these units. For the same number of
+trainings in every unit this is the interval of a mixed model of random effects.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from enum import Enum
+
+LEVEL = 0.95
+"""Confidence of every interval; 1 minus it is the probability of a wrong claim in a family of comparisons."""
+
+
+class Verdict(Enum):
+    """The conclusion that a difference a - b supports."""
+
+    HIGHER = "higher"
+    LOWER = "lower"
+    UNCLEAR = "unclear"
+    UNKNOWN = "unknown"
+
+
+def verdict_of(low: float, high: float) -> Verdict:
+    """Return HIGHER or LOWER if the interval excludes 0, UNKNOWN if an end is not a number, else UNCLEAR."""
+    if math.isnan(low) or math.isnan(high):
+        return Verdict.UNKNOWN
+    return Verdict.HIGHER if low > 0 else Verdict.LOWER if high < 0 else Verdict.UNCLEAR
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Paired differences a - b over independent units (seeds), and what they show."""
+
+    name: str
+    """What is compared, as `fine-tuned, %: perceptual minus control`."""
+    values: tuple[float, ...]
+    """One difference for each unit."""
+    adjusted_p: float | None = None
+    """The p value after the correction for its family; None for a difference that stands alone."""
+
+    @property
+    def mean(self) -> float:
+        """The mean difference; NaN without values."""
+        return statistics.fmean(self.values) if self.values else math.nan
+
+    @property
+    def half_width(self) -> float:
+        """Half the length of the t interval; NaN if the units give no error: fewer than two, or all equal."""
+        error = self._error
+        if math.isnan(error):
+            return math.nan
+        from scipy import stats
+
+        return float(stats.t.ppf((1 + LEVEL) / 2, len(self.values) - 1)) * error
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """The ends of the t interval of the mean; NaN if the units give no error."""
+        return self.mean - self.half_width, self.mean + self.half_width
+
+    @property
+    def p(self) -> float:
+        """Two-sided p value of the paired t test against no difference; NaN if the units give no error."""
+        error = self._error
+        if math.isnan(error):
+            return math.nan
+        from scipy import stats
+
+        return 2 * float(stats.t.sf(abs(self.mean) / error, len(self.values) - 1))
+
+    @property
+    def verdict(self) -> Verdict:
+        """HIGHER or LOWER if the interval excludes 0 and the correction, where there is one, agrees."""
+        verdict = verdict_of(*self.interval)
+        claimed = verdict in (Verdict.HIGHER, Verdict.LOWER)
+        if claimed and self.adjusted_p is not None and not self.adjusted_p < 1 - LEVEL:
+            return Verdict.UNCLEAR
+        return verdict
+
+    @property
+    def _error(self) -> float:
+        """The standard error of the mean; NaN for fewer than two values, or equal ones, which show no spread."""
+        if len(self.values) < 2 or not all(map(math.isfinite, self.values)):
+            return math.nan
+        return statistics.stdev(self.values) / math.sqrt(len(self.values)) or math.nan
+
+    def amount(self, digits: int = 1) -> str:
+        """Return the mean and its interval as text: `+1.9 [−0.7, +4.4]`; the mean alone where there is no interval."""
+        if not self.values:
+            return "–"
+        low, high = self.interval
+        if math.isnan(low):
+            return _signed(self.mean, digits)
+        return f"{_signed(self.mean, digits)} [{_signed(low, digits)}, {_signed(high, digits)}]"
+
+    def sentence(self, digits: int = 1) -> str:
+        """Return one line: what is compared, the interval, the differences by seed, and whether it is shown."""
+        by_seed = ", ".join(_signed(value, digits) for value in self.values)
+        return f"{self.name}: {self.amount(digits)} (seeds: {by_seed}): {self.conclusion()}"
+
+    def conclusion(self) -> str:
+        """Return whether the difference is shown, in words, with the p value."""
+        if self.verdict is Verdict.UNKNOWN:
+            return (
+                "not judged, one seed has no interval" if len(self.values) < 2 else "not judged, no spread over seeds"
+            )
+        corrected = self.adjusted_p is not None
+        p = f"p {_probability(self.adjusted_p if self.adjusted_p is not None else self.p)}"
+        p += " after Holm's correction" if corrected else ""
+        if self.verdict is Verdict.UNCLEAR:
+            return f"not shown ({p})"
+        return f"shown to be {self.verdict.value} ({p})"
+
+
+def difference(name: str, a: Mapping[int, float], b: Mapping[int, float]) -> Difference:
+    """Return the paired difference of two arms, given by seed; seeds that one of them lacks are left out."""
+    return Difference(name, tuple(a[seed] - b[seed] for seed in sorted(a.keys() & b.keys())))
+
+
+def outer_means(values: Mapping[tuple[int, ...], float]) -> dict[int, float]:
+    """Average nested trainings within each outermost unit, level by level.
+
+    Args:
+        values: one value for each training, by the indices of its units from the outermost to the innermost, as
+            (network, codebook, ViT). All keys are equally long.
+
+    Returns:
+        the mean of each outermost unit. A unit with more trainings below it counts no more than others.
+    """
+    groups: dict[int, dict[tuple[int, ...], float]] = {}
+    for (outer, *inner), value in values.items():
+        groups.setdefault(outer, {})[tuple(inner)] = value
+    return {
+        outer: statistics.fmean(outer_means(below).values()) if () not in below else below[()]
+        for outer, below in groups.items()
+    }
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Return Holm's adjusted p values of a family, in the given order; a NaN is no test and stays NaN."""
+    tested = sorted((p, index) for index, p in enumerate(p_values) if not math.isnan(p))
+    adjusted, largest = [math.nan] * len(p_values), 0.0
+    for rank, (p, index) in enumerate(tested):
+        largest = max(largest, min(1.0, p * (len(tested) - rank)))
+        adjusted[index] = largest
+    return adjusted
+
+
+def family(differences: Iterable[Difference]) -> list[Difference]:
+    """Return differences that are read together, with the correction of their p values; a single one needs none."""
+    members = list(differences)
+    if len(members) < 2:
+        return members
+    adjusted = holm([member.p for member in members])
+    return [Difference(member.name, member.values, p) for member, p in zip(members, adjusted, strict=True)]
+
+
+def mean_and_deviation(values: Sequence[float], digits: int = 1) -> str:
+    """Return `mean ± standard deviation` of values over seeds; the mean alone for one seed, a dash for none."""
+    if not values:
+        return "–"
+    deviation = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.{digits}f}{deviation}"
+
+
+def _signed(value: float, digits: int) -> str:
+    return f"{round(value, digits) + 0.0:+.{digits}f}".replace("-", "−")
+
+
+def _probability(p: float) -> str:
+    return "< 0.001" if p < 0.001 else f"{p:.2g}" if p < 0.1 else f"{p:.2f}"
