@@ -51,12 +51,16 @@ def resumed_folder(out: str, settings: dict[str, Any], defaults: dict[str, Any],
     return OutputFolder(out, **rules, always_resumes=True, check_resume=check_unchanged)
 
 
+_LAST_FILE = {"analyze": "report.html", "predict": "robustness.json"}
+"""The file that a command writes last, where it is not that of a training."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Job:
     """One run of a command, and the jobs that must be finished before it starts."""
 
     command: str
-    """A training command, whose length is given in steps, or analyze."""
+    """A training command, whose length is given in steps, or one of `_LAST_FILE`."""
     config: Any
     """Settings of the command; `out` is the folder of the run."""
     needs: tuple[str, ...] = ()
@@ -72,14 +76,19 @@ class Job:
     @property
     def finished(self) -> bool:
         """Whether the file that the command writes last exists."""
-        return (self.out / ("report.html" if self.command == "analyze" else "export/config.json")).exists()
+        return (self.out / _LAST_FILE.get(self.command, "export/config.json")).exists()
+
+    @property
+    def trains(self) -> bool:
+        """Whether the job is a training, whose length is given in steps."""
+        return self.command not in _LAST_FILE
 
     @property
     def fraction_done(self) -> float:
         """The part of the job that is done, in [0, 1]."""
         if self.finished:
             return 1.0
-        return 0.0 if self.command == "analyze" else _last_step(self.out) / int(self.config.max_steps)
+        return _last_step(self.out) / int(self.config.max_steps) if self.trains else 0.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -178,7 +187,7 @@ class _Running:
         settings_file = out / "settings" / f"{name}.json"
         write_json(settings_file, to_dict(job.config))
         command = [sys.executable, "-m", "pecobook", job.command, "--config", str(settings_file)]
-        if job.command == "analyze":
+        if not job.trains:
             shutil.rmtree(job.out, ignore_errors=True)  # the files of an interrupted analysis
         elif (job.out / "config.json").exists():
             command.append("--resume")
@@ -265,6 +274,8 @@ def job_seconds(job: Job) -> float:
     """
     if job.command == "analyze":
         return float(read_analysis(job.out)["seconds"])
+    if job.command == "predict":
+        return float(read_json(job.out / _LAST_FILE["predict"], {"seconds": NUMBER})["seconds"])
     start, last_start, end = (
         (job.out / name).stat().st_mtime for name in ("config.json", "environment.json", "export/config.json")
     )
