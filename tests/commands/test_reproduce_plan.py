@@ -63,7 +63,9 @@ def test_plan__trains_each_run_once_and_in_order(images: Path) -> None:
     codebooks = [to_dict(job.config) for name, job in plan.jobs.items() if name.startswith("codebook-")]
     without_out = [json.dumps({**config, "out": ""}, sort_keys=True) for config in codebooks]
     assert len(set(without_out)) == len(without_out)  # no training is planned twice
-    assert {job.config.seed for job in plan.jobs.values()} == {0, 1}
+    assert {name.rpartition("-")[2] for name in plan.jobs} == {"0", "1"}
+    for name, job in plan.jobs.items():  # attacks draw nothing
+        assert job.command == "predict" or job.config.seed == int(name[-1])
     for table in TABLES:  # each table alone is part of all
         for name in make_plan(images, table, dalle="folder", more_data="photos").jobs:
             assert name in plan.jobs or name.replace("analysis-", "judged-") in plan.jobs

@@ -55,7 +55,7 @@ def resumed_folder(out: str, settings: dict[str, Any], defaults: dict[str, Any],
     return OutputFolder(out, **rules, always_resumes=True, check_resume=check_unchanged)
 
 
-_LAST_FILE = {"analyze": "report.html"}
+_LAST_FILE = {"analyze": "report.html", "predict": "robustness.json"}
 """The file that a command writes last, where it is not that of a training; a token bank ends with its last shard."""
 
 
@@ -64,7 +64,7 @@ class Job:
     """One run of a command, and the jobs that must be finished before it starts."""
 
     command: str
-    """A training command, whose length is given in steps, or tokenize or analyze."""
+    """A training command, whose length is given in steps, or tokenize, analyze or predict."""
     config: Any
     """Settings of the command; `out` is the folder of the run."""
     needs: tuple[str, ...] = ()
@@ -85,17 +85,24 @@ class Job:
         return (self.out / _LAST_FILE.get(self.command, "export/config.json")).exists()
 
     @property
+    def trains(self) -> bool:
+        """Whether the job is a training, whose length is given in steps."""
+        return self.command in RECIPES
+
+    @property
     def fraction_done(self) -> float:
         """The part of the job that is done, in [0, 1]."""
         if self.command == "tokenize":
             return _written_part(self.out)
         if self.finished:
             return 1.0
-        return _last_step(self.out) / int(self.config.max_steps) if self.command in RECIPES else 0.0
+        return _last_step(self.out) / int(self.config.max_steps) if self.trains else 0.0
 
     @functools.cached_property
     def words(self) -> tuple[str, ...]:
         """The words of the command line after `pecobook`; the same words begin the job, and continue or repeat it."""
+        if self.command == "predict":  # what is interrupted leaves an empty folder
+            return (self.command, *flag_words(self.config, type(self.config)(), always=("run", "images", "out")))
         if self.command not in (*RECIPES, "tokenize"):
             flags = flag_words(self.config, type(self.config)(), always=("data", "out"))
             return (self.command, *flags, "--overwrite")
@@ -366,6 +373,8 @@ def job_seconds(job: Job) -> float:
     """
     if job.command == "analyze":
         return float(read_analysis(job.out)["seconds"])
+    if job.command == "predict":
+        return float(read_json(job.out / _LAST_FILE["predict"], {"seconds": NUMBER})["seconds"])
     start, last_start, end = (
         (job.out / name).stat().st_mtime for name in ("config.json", "environment.json", "export/config.json")
     )

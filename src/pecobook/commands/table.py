@@ -179,7 +179,7 @@ COMMANDS: dict[str, Command] = {
             "predict runs/classifier IMAGES --out runs/predictions",
             "predict runs/detector photo.jpg --out found --score 0.7",
         ),
-        "run images out pictures score test.mode test.scales test.flip",
+        "run images out pictures score test.mode test.scales test.flip attack.names",
         words=("run", "images"),
     ),
     "probe": Command(

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from pecobook.data.parts import Labels
-from pecobook.errors import DataError
+from pecobook.errors import ConfigError, DataError
 
 _NUMBERED = re.compile(r"(\d{1,6})\s*[\s,;:=]\s*(\S.*)")
 
@@ -76,3 +76,16 @@ def class_names(path: Path) -> tuple[str, ...] | None:
     names = [line.rpartition("\t")[2] for line in lines]
     names = names if len(set(names)) == len(names) else lines
     return tuple(f"{name} ({label})" if names.count(name) > 1 else name for label, name in enumerate(names))
+
+
+def class_indices(trained: Sequence[str], classes: Sequence[str], classifier: str, data: str) -> list[int]:
+    """Return the index of each of the data's classes among those of a classifier, matched by name.
+
+    Raises ConfigError, which names the classifier and the data, when the classifier does not have a class.
+    """
+    index_of = {label: index for index, label in enumerate(trained)}
+    missing = [label for label in classes if label not in index_of]
+    if missing:
+        more = f" (and {len(missing) - 1} more are missing)" if len(missing) > 1 else ""
+        raise ConfigError(f"{classifier} does not have the class '{missing[0]}' of --data '{data}'{more}.")
+    return [index_of[label] for label in classes]

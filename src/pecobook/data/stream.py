@@ -6,6 +6,7 @@ processes. An image that cannot be read is replaced by the next one in the permu
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, TypeAlias, cast
 
@@ -127,18 +128,16 @@ def load(stream: Stream, positions: Sequence[list[int]], *, workers: int, pin: b
 class _CentralCrops(Dataset[dict[str, Any]]):
     """Central crops of images by number; one that cannot be read has no image, only its name in `skipped`."""
 
-    def __init__(self, source: ImageSource, size: int) -> None:
-        self.source, self.size = source, size
+    def __init__(self, source: ImageSource, size: int, share: float = 1.0) -> None:
+        self.source, self.size, self.share = source, size, share
 
     def __len__(self) -> int:
         return len(self.source)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         try:
-            sample: dict[str, Any] = {
-                "image": center_crop(self.source.read(index, 4 * self.size), self.size),
-                "skipped": [],
-            }
+            image = self.source.read(index, math.ceil(4 * self.size / self.share))
+            sample: dict[str, Any] = {"image": center_crop(image, self.size, share=self.share), "skipped": []}
         except BadImage as error:
             return {"skipped": [str(error)]}
         if self.source.labels is not None:
@@ -152,9 +151,11 @@ def _collate_whole(samples: list[dict[str, Any]]) -> Batch:
 
 
 def central_crops(
-    source: ImageSource, size: int, *, limit: int | None = None, batch_size: int = 128
+    source: ImageSource, size: int, *, limit: int | None = None, batch_size: int = 128, share: float = 1.0
 ) -> Iterator[tuple[int, Batch]]:
     """Read a source once (or the first `limit` images of a fixed permutation of it), without what cannot be read.
+
+    `share` is the side of the crop, as a share of the image's shorter side.
 
     Yields:
         how many images were asked for so far, and the batch: image uint8 (B, C, size, size), label int64 (B,) when the
@@ -168,7 +169,7 @@ def central_crops(
     if count < len(source):
         order = [fixed_permutation(i, len(source)) for i in order]
     loader = Batches(
-        _CentralCrops(source, size),
+        _CentralCrops(source, size, share),
         [order[start : start + batch_size] for start in range(0, count, batch_size)],
         workers=default_workers(1) if count > 2048 else 0,
         collate=_collate_whole,

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pecobook.data.labels import class_indices
 from pecobook.data.source import Splits
 from pecobook.errors import ConfigError, DataError
 from pecobook.models.checkpoints import left_aside, load_state, read_checkpoint
@@ -75,15 +76,9 @@ def open_classifier(config: AnalyzeConfig, splits: Splits) -> RestrictedClassifi
         exported, state = read_export(Path(name).parent if Path(name).is_file() else name)
         if exported.get("kind") != "classifier":  # segmenters and detectors have classes, too
             raise ConfigError(f"--classifier '{name}' is not a finetune run: it is a {exported.get('kind')}.")
-        index_of = {label: index for index, label in enumerate(exported["classes"])}
-        missing = [label for label in classes if label not in index_of]
-        if missing:
-            raise ConfigError(
-                f"--classifier '{Path(name)}' does not have the class '{missing[0]}' of --data '{config.data}'"
-                f"{f' (and {len(missing) - 1} more are missing)' if len(missing) > 1 else ''}."
-            )
+        columns = torch.tensor(class_indices(exported["classes"], classes, f"--classifier '{Path(name)}'", config.data))
         network = exported_network(exported, state, name)
-        size, columns = exported["image_size"], torch.tensor([index_of[label] for label in classes])
+        size = exported["image_size"]
         normalisation = Normalisation(tuple(exported["mean"]), tuple(exported["std"]), "as the run was trained")
     normalisation = overridden(normalisation, config.classifier_mean, config.classifier_std)
     say(with_flags(normalisation.line(name), "--classifier-"))

@@ -3,6 +3,7 @@
     classifier   predictions.csv                            and pictures/, each image with the best class
     segmenter    masks/ (PNG, pixel values are class numbers), classes.txt        and pictures/, classes as colours
     detector     detections.json (COCO's format of results), images.json          and pictures/, boxes, masks, names
+    --attack     robustness.json, the accuracy of a classifier on held-out images, also under attack
 
 Worker processes read the images. A segmenter and a detector take one image at a time, at the size of the image; a
 classifier takes a batch of central squares. An image that cannot be read, or on which the network fails, is skipped,
@@ -22,7 +23,7 @@ from typing import Any, Protocol
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from pecobook.commands.predict import writers
+from pecobook.commands.predict import robustness, writers
 from pecobook.data.decode import BadImage
 from pecobook.data.folders import FileStore, walk
 from pecobook.data.images import open_all_splits, say_left_out
@@ -72,6 +73,12 @@ def predict(config: PredictConfig) -> Path:
         raise ConfigError(f"{', '.join(missing)} {verb} missing: pecobook predict RUN IMAGES --out DIR.")
     folder = OutputFolder(config.out, data=config.images)
     folder.check()
+    if config.attack.names:
+        classifier, splits = robustness.open_labelled(config)
+        with folder.begin():
+            summary = robustness.measure(config, classifier, splits, folder.path)
+        show(f"\nDone: {folder.path / robustness.FILE}\n{summary}")
+        return folder.path
     sources = list_images(config.images)
     writer = _writer(config, folder.path)
     set_value_range([source for source, _ in sources], config.value_range, [config.run])

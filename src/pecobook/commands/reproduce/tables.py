@@ -9,12 +9,12 @@ import statistics
 from collections.abc import Sequence
 
 from pecobook.analysis.canvas import INK, new_figure, png, style_axes
-from pecobook.analysis.charts import read_metrics
 from pecobook.analysis.comparison import lookup
 from pecobook.analysis.evidence import Difference, difference, family, mean_and_deviation
 from pecobook.commands.jobs import read_analysis
 from pecobook.commands.paper_tables import MORE, Arm, PaperTable, Row
 from pecobook.commands.reproduce.plan import Plan
+from pecobook.commands.reproduce.transfers import TRANSFERS, transfer_figures
 
 Values = dict[str, dict[int, float]]
 """Figure to the value of each seed that was measured."""
@@ -70,10 +70,10 @@ def _figures(plan: Plan, arm: str, seed: int) -> dict[str, float]:
             figures[figure] = None if share is None else 100 * share
         classifier = metrics.get("classifier", {})
         figures |= {"classified": classifier.get("reconstructions"), "originals": classifier.get("originals")}
-    job = plan.jobs.get(f"classifier-{arm}-{seed}")
-    if job is not None and job.finished:
-        lines = read_metrics(job.out / "metrics.jsonl")
-        figures["finetuned"] = [line["evaluation/top1"] for line in lines if "evaluation/top1" in line][-1]
+    for kind, names in TRANSFERS.items():
+        job = plan.jobs.get(f"{kind}-{arm}-{seed}")
+        if job is not None and job.finished:
+            figures |= transfer_figures(job, names)
     return {figure: float(value) for figure, value in figures.items() if value is not None}
 
 
@@ -115,7 +115,9 @@ def _gains(measured: MeasuredTable) -> list[tuple[str, Difference]]:
     by_arm = {row.arm: (row, values) for row, values, _ in measured.rows}
     gains = []
     for arm in measured.table.controls:
-        for control in ("pixel", f"{arm}-random", f"{arm}-shuffled"):
+        part = Arm.parse(arm)
+        pixel = dataclasses.replace(part, target="pixel").name
+        for control in (pixel, part.control("random"), part.control("shuffled")):
             if arm not in by_arm or control not in by_arm:
                 continue
             (row, values), (control_row, control_values) = by_arm[arm], by_arm[control]
