@@ -308,7 +308,7 @@ def test_reproduce__writes_the_plan_as_files_and_runs_nothing(
     lines.write_text("years of work")
     with pytest.raises(SystemExit):
         cli.main([*words, "--commands", str(lines)])
-    assert f"'{lines}' exists already: name another file." in capsys.readouterr().err
+    assert f"--commands '{lines}' exists already: name another file." in capsys.readouterr().err
     assert lines.read_text() == "years of work"
     with pytest.raises(ConfigError, match="--json prints the plan: give --dry-run too"):
         ReproduceConfig(json=True)

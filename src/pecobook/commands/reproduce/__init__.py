@@ -90,7 +90,7 @@ def _write_plan(plan: Plan) -> None:
             show(f"Written: {name}")
 
 
-def _check_file(name: str) -> None:
+def _check_file(flag: str, name: str) -> None:
     """Refuse a file that exists already, unless it is a plan of this command."""
     file = Path(name)
     if file.is_file() and listing.HEADER in file.read_text(errors="replace")[:200]:
@@ -98,7 +98,7 @@ def _check_file(name: str) -> None:
     try:
         check_new_file(name)
     except PecobookError as error:  # the message names the flag of other commands
-        raise ConfigError(str(error).replace("--out ", "", 1)) from None
+        raise ConfigError(str(error).replace("--out", f"--{flag}", 1)) from None
 
 
 def _preflight(config: ReproduceConfig) -> Plan:
@@ -106,8 +106,8 @@ def _preflight(config: ReproduceConfig) -> Plan:
     paper_tables = preflight.check(lambda: chosen_tables(config.tables))
     splits = preflight.check(lambda: open_readable(config.data, config.value_range))
     preflight.check(_folder(config).check)
-    for name in (config.commands, config.slurm):
-        preflight.check(partial(_check_file, name))
+    for flag, name in (("commands", config.commands), ("slurm", config.slurm)):
+        preflight.check(partial(_check_file, flag, name))
     plan = None
     if paper_tables is not None and splits is not None:
         plan = preflight.check(partial(Plan, config, paper_tables, splits))
