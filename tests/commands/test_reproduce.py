@@ -258,11 +258,11 @@ def test_reproduce__names_what_failed_and_writes_the_tables_of_the_rest(
     images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def run(jobs: dict[str, Job], _out: Path, _gpus: int) -> Outcome:
-        pixel = jobs["analysis-pixel-0"].out
-        pixel.mkdir(parents=True)
-        metrics = {"name": "pixel", "codeword_probe": 12.5, "codes_used": 2, "psnr": 9.0}
-        (pixel / "analysis.json").write_text(json.dumps({"seconds": 1.0, "tokenizers": [metrics]}))
-        (pixel / "report.html").touch()
+        folder = jobs["analysis-classification-0"].out
+        folder.mkdir(parents=True)
+        metrics = {"name": "classification", "codeword_probe": 12.5, "codes_used": 2, "psnr": 9.0}
+        (folder / "analysis.json").write_text(json.dumps({"seconds": 1.0, "tokenizers": [metrics]}))
+        (folder / "report.html").touch()
         return Outcome({"network-resnet-0": "no luck"}, {"codebook-perceptual-0": "network-resnet-0"})
 
     monkeypatch.setattr("pecobook.commands.reproduce.run_all", run)
