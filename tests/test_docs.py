@@ -16,6 +16,7 @@ from pecobook import cli, recipes
 from pecobook.errors import ConfigError
 from pecobook.recipes import RECIPES, recipe
 from pecobook.settings.analyze import AnalyzeConfig
+from pecobook.settings.check import CheckConfig
 from pecobook.settings.explore import ExploreConfig
 from pecobook.settings.export import ExportConfig
 from pecobook.settings.predict import PredictConfig
@@ -27,6 +28,7 @@ from pecobook.settings.values import flags
 DOCS = Path(__file__).parent.parent / "docs"
 OTHERS: dict[str, Any] = {
     "analyze": AnalyzeConfig,
+    "check": CheckConfig,
     "explore": ExploreConfig,
     "export": ExportConfig,
     "predict": PredictConfig,
@@ -66,7 +68,10 @@ def test_guides__every_flag_exists(page: str, minimum: int) -> None:
     assert not can_be_parsed(["--perceptual.network"[:-1], "x"])
 
 
-@pytest.mark.parametrize(("page", "minimum"), [("pretraining.md", 7), ("dense.md", 5), ("analysis.md", 3)])
+@pytest.mark.parametrize(
+    ("page", "minimum"),
+    [("pretraining.md", 7), ("dense.md", 5), ("analysis.md", 3), ("from-zero.md", 15)],
+)
 def test_guides__every_command_can_be_parsed(page: str, minimum: int) -> None:
     lines = [
         line

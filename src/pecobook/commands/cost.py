@@ -18,10 +18,12 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from pecobook.models.dalle import DalleTokenizer
+from pecobook.models.masked_vit import VisibleOnlyModel
 from pecobook.models.network_traits import network_traits
 from pecobook.models.networks import create_network
 from pecobook.models.tokenizer import build_autoencoder
 from pecobook.settings.codebook import CodebookConfig
+from pecobook.settings.pretrain import DecoderConfig
 from pecobook.settings.tokenizer import AutoencoderConfig
 from pecobook.utils.json_files import read_if_valid
 
@@ -166,8 +168,23 @@ def _codebook(config: CodebookConfig, others: Mapping[str, Any]) -> float:
     return flop
 
 
+class _VisibleOnly(nn.Module):
+    """The accelerated form with its decoder, on a mask of the given size."""
+
+    def __init__(self, name: str, args: str, size: int, decoder: DecoderConfig, num_masked: int) -> None:
+        super().__init__()
+        self.model, self.num_masked = VisibleOnlyModel(_timm(name, args, size), 1, decoder), num_masked
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.model(images, torch.zeros(1, *self.model.grid, dtype=torch.bool), self.num_masked)
+
+
 def _pretrain(config: Any, others: Mapping[str, Any]) -> float:
-    network = _count(_timm, config.image_size, 3, config.model.name, config.model.args, config.image_size)
+    arguments = config.model.name, config.model.args, config.image_size
+    if config.visible_only:
+        network = _count(_VisibleOnly, config.image_size, 3, *arguments, config.decoder, config.mask.num_masked)
+    else:
+        network = _count(_timm, config.image_size, 3, *arguments)
     flop = 3 * network.flop
     if config.visible_only:  # the decoder reads all patches
         width, patches = config.decoder.width, network.patches

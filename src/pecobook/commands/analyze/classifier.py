@@ -34,14 +34,16 @@ class RestrictedClassifier:
     columns: Tensor
     """int64 (C,), the index of each class of the data among the network's classes."""
 
-    @torch.inference_mode()
     def accuracy(self, images: Tensor, labels: Tensor | None) -> float | None:
         """Return the accuracy in percent on float images (N, 3, H, W) in [0, 1]; None without labels.
 
         Only the classes of the data can be predicted.
         """
-        if labels is None:
-            return None
+        return None if labels is None else round(100 * self.num_correct(images, labels) / len(labels), 3)
+
+    @torch.inference_mode()
+    def num_correct(self, images: Tensor, labels: Tensor) -> int:
+        """Return the number of images (N, 3, H, W) that are classified as `labels`; arguments as of `accuracy`."""
         correct = 0
         for part, part_labels in zip(torch.split(images, 64), torch.split(labels, 64), strict=True):
             x = part.to(self.columns.device)
@@ -49,7 +51,7 @@ class RestrictedClassifier:
                 x = F.interpolate(x, (self.size, self.size), mode="bicubic", antialias=True).clamp(0, 1)
             logits = self.network(x)[:, self.columns]
             correct += int((logits.argmax(1).cpu() == part_labels).sum())
-        return round(100 * correct / len(labels), 3)
+        return correct
 
 
 def open_classifier(config: AnalyzeConfig, splits: Splits) -> RestrictedClassifier:
