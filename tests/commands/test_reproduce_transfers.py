@@ -118,10 +118,14 @@ def test_plan__table8_differs_from_maes_pretraining_in_the_target_alone(images: 
     accelerated, mae = (plan.jobs[f"vit-{arm}-0"].config for arm in ("perceptual@800@visible", "mae@800"))
     assert (accelerated.target, mae.target) == ("tokens", "pixels")
     tokenizer = plan.jobs["codebook-perceptual-0"].config.out
-    same = {"target": "pixels", "tokenizer": "", "tokenizer_size": 0, "out": mae.out}
+    same = {"target": "pixels", "tokenizer": "", "tokenizer_size": 0, "tokens": "", "out": mae.out}
     assert accelerated.tokenizer == tokenizer
     assert replace(accelerated, same) == mae
     assert mae.visible_only
+    banks = {job.out: job.config for job in plan.jobs.values() if job.command == "tokenize"}
+    if name == "paper":  # 800 epochs: the views of a bank are those of its pre-training
+        crops = {plan.jobs[f"vit-{arm}-0"].config.min_crop for arm in ("perceptual@800@visible", "perceptual@800")}
+        assert {config.min_crop for config in banks.values()} == crops == {0.2, 0.08}
     classifiers = [plan.jobs[f"classifier-{arm}-0"].config for arm in ("perceptual@800@visible", "mae@800")]
     assert dataclasses.replace(classifiers[0], backbone="", out="") == dataclasses.replace(
         classifiers[1], backbone="", out=""
