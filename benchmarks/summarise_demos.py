@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from pecobook.analysis.comparison import lookup
-from pecobook.analysis.probe import binomial_error
 from pecobook.analysis.evidence import mean_and_deviation
+from pecobook.analysis.probe import binomial_error
 
 
 def _percent(arm: dict[str, Any], key: str) -> float | None:

@@ -213,9 +213,10 @@ def example_table() -> MeasuredTable:
     rows = (Row("pixel loss", "pixel", (82.9,)), Row("perceptual | loss", "perceptual", (84.1,)))
     table = PaperTable("Table 7", (("finetuned", "fine-tuned, %"), ("codeword_probe", "probe, %")), rows)
     pixel, perceptual, control = [20.0, 22.0, 21.0], [30.0, 31.0, 35.0], [25.0, 24.0, 23.0]
+    used = dict.fromkeys(range(3), 512.0)
     return MeasuredTable("table7", table, tuple(
-        (row, {"finetuned": dict(enumerate(values)), "codes_used": {0: 512.0, 1: 512.0, 2: 512.0}}, "") for row, values in zip(
-            table.all_rows, (pixel, perceptual, control, []), strict=True)
+        (row, {"finetuned": dict(enumerate(values)), "codes_used": used}, "")
+        for row, values in zip(table.all_rows, (pixel, perceptual, control, []), strict=True)
     ))  # fmt: skip
 
 
