@@ -20,9 +20,10 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
+from pecobook.data.tokens import bank_layouts, missing_shards, read_bank_config
 from pecobook.engine.log import compact_duration
 from pecobook.engine.world import environment_without_launcher
-from pecobook.errors import PecobookError, RunFolderError
+from pecobook.errors import DataError, PecobookError, RunFolderError
 from pecobook.settings.values import changed_settings, complete, to_dict
 from pecobook.utils.files import write_json
 from pecobook.utils.json_files import NUMBER, OBJECT, WHOLE, list_of, metric_lines, read_json
@@ -56,7 +57,7 @@ class Job:
     """One run of a command, and the jobs that must be finished before it starts."""
 
     command: str
-    """A training command, whose length is given in steps, or analyze."""
+    """A training command, whose length is given in steps, or tokenize, probe or analyze."""
     config: Any
     """Settings of the command; `out` is the folder of the run."""
     needs: tuple[str, ...] = ()
@@ -71,7 +72,11 @@ class Job:
 
     @property
     def finished(self) -> bool:
-        """Whether the file that the command writes last exists."""
+        """Whether everything that the command writes exists."""
+        if self.command == "probe":
+            return self.out.exists()
+        if self.command == "tokenize":
+            return bank_is_complete(self.out)
         return (self.out / ("report.html" if self.command == "analyze" else "export/config.json")).exists()
 
     @property
@@ -79,7 +84,7 @@ class Job:
         """The part of the job that is done, in [0, 1]."""
         if self.finished:
             return 1.0
-        return 0.0 if self.command == "analyze" else _last_step(self.out) / int(self.config.max_steps)
+        return _last_step(self.out) / int(self.config.max_steps) if hasattr(self.config, "max_steps") else 0.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -178,7 +183,9 @@ class _Running:
         settings_file = out / "settings" / f"{name}.json"
         write_json(settings_file, to_dict(job.config))
         command = [sys.executable, "-m", "pecobook", job.command, "--config", str(settings_file)]
-        if job.command == "analyze":
+        if job.command == "tokenize":
+            command += ["--resume", "auto"]
+        elif job.command == "analyze":
             shutil.rmtree(job.out, ignore_errors=True)  # the files of an interrupted analysis
         elif (job.out / "config.json").exists():
             command.append("--resume")
@@ -251,6 +258,14 @@ def _last_step(run: Path) -> int:
     return int(lines[-1][1]["step"]) if lines else 0
 
 
+def bank_is_complete(folder: Path) -> bool:
+    """Whether every file of a token bank is written."""
+    try:
+        return not any(missing_shards(folder, bank_layouts(read_bank_config(folder))))
+    except DataError:
+        return False
+
+
 def read_analysis(folder: Path) -> dict[str, Any]:
     """Return the content of an analysis.json of one tokenizer or more. Raises RunFolderError where it is damaged."""
     schema = {"seconds": NUMBER, "tokenizers": list_of(OBJECT)}
@@ -265,6 +280,8 @@ def job_seconds(job: Job) -> float:
     """
     if job.command == "analyze":
         return float(read_analysis(job.out)["seconds"])
+    if not hasattr(job.config, "max_steps"):  # a token bank or a probe, whose time is not recorded
+        return 0.0
     start, last_start, end = (
         (job.out / name).stat().st_mtime for name in ("config.json", "environment.json", "export/config.json")
     )

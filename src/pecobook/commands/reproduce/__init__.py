@@ -1,5 +1,6 @@
 """`pecobook reproduce`: train the runs of the paper's tables on your images, at a chosen budget, over seeds.
 
+duel.py       a study of our own, beside the paper's tables
 budgets.py    the size and the length of every kind of run
 plan.py       the runs of all rows, each run once
 rehearsal.py  a few steps of each kind of run before the runs start
@@ -50,6 +51,8 @@ def reproduce(config: ReproduceConfig | None = None, **settings: Any) -> Path:
         show(rehearsal.remaining_time(plan, rehearsal.read_rehearsal(out)))
         return out / "tables.md"
     with _folder(config).begin(partial(_write_settings, config)):
+        if plan.duel is not None:
+            plan.duel.write_images()
         seconds = rehearsal.rehearse(plan, out)
         jobs = {
             name: dataclasses.replace(job, work=rehearsal.job_duration(job, name, seconds))

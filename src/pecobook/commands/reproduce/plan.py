@@ -7,9 +7,11 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from pecobook.commands.duel_arms import DUEL, TUNING, parse_run, run_name
 from pecobook.commands.jobs import Job
 from pecobook.commands.paper_tables import PaperTable
 from pecobook.commands.reproduce.budgets import Budget, make_budget, with_backbone
+from pecobook.commands.reproduce.duel import Duel
 from pecobook.data.source import Splits
 from pecobook.settings.analyze import AnalyzeConfig
 from pecobook.settings.codebook import AdversarialConfig, CodebookConfig, ExplicitConfig
@@ -38,12 +40,17 @@ class Plan:
         if config.backbone.name:
             self.budget = with_backbone(self.budget, config.backbone)
         self.has_labels = splits.train.labels is not None
-        self.gpus_per_run = config.gpus_per_run or self.budget.gpus_per_run
+        is_study = tables.keys() <= {DUEL, TUNING}  # its runs are small at every budget
+        self.gpus_per_run = config.gpus_per_run or (1 if is_study else self.budget.gpus_per_run)
         self.jobs: dict[str, Job] = {}
+        self.duel = Duel(config, splits, self.jobs) if {DUEL, TUNING} & tables.keys() else None
         for seed in config.seeds:
-            for table in tables.values():
+            for name, table in tables.items():
                 for row in table.all_rows:
-                    if not self.missing_for_arm(row.arm):
+                    if name in (DUEL, TUNING):
+                        assert self.duel is not None
+                        self.duel.add(*parse_run(self.run_of(name, row.arm)), seed, tuning=name == TUNING)
+                    elif not self.missing_for_arm(row.arm):
                         arm = self.canonical(row.arm)
                         if arm not in NO_TOKENIZER:
                             self._add_analysis(arm, seed, classified="classified" in dict(table.figures))
@@ -81,6 +88,12 @@ class Plan:
         """Return one name for arms with equal trainings: the default network of all rows also has a row in Table 5."""
         head, dash, how = arm.partition("-")
         return f"perceptual{dash}{how}" if head == self.budget.default and arm not in NO_TOKENIZER else arm
+
+    def run_of(self, table: str, arm: str) -> str:
+        """Return the name that the jobs of an arm have in a table."""
+        if self.duel is not None and table in (DUEL, TUNING):
+            return arm if table == TUNING else run_name(arm, self.duel.chosen(arm))
+        return self.canonical(arm)
 
     def _add_job(self, name: str, command: str, config: Any, *needs: str) -> None:
         """Add a job unless the plan has it; empty names in `needs` are left out."""

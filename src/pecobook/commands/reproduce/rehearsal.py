@@ -15,7 +15,9 @@ from pecobook.utils.json_files import WHOLE, is_number, read_if_valid, read_json
 from pecobook.utils.printer import show
 
 _STEPS = 4
-_ANALYSIS = {"max_train": 200, "max_test": 100}
+_FEW_IMAGES = {"max_train": 200, "max_test": 100}
+_CHANGES: dict[str, dict[str, Any]] = {"analyze": _FEW_IMAGES, "probe": _FEW_IMAGES, "tokenize": {"views": 1}}
+"""Settings that make a job short, by its command; trainings take few steps."""
 _ANALYSIS_FACTOR = 10
 """Estimated time of a whole analysis over that of a rehearsed analysis. A whole analysis reads 20 to 50 times the
 images, but part of the time does not depend on the number of images."""
@@ -95,7 +97,7 @@ def rehearse(plan: Plan, out: Path) -> dict[str, float]:
     jobs = {name: _short_job(job, out / "runs", folder / "runs") for name, job in plan.jobs.items() if name in names}
     cost = run_all(jobs, folder, plan.gpus_per_run)
     for kind, name in chosen.items():
-        seconds[kind] = cost[name] if jobs[name].command == "analyze" else _seconds_per_step(jobs[name].out)
+        seconds[kind] = _seconds_per_step(jobs[name].out) if hasattr(jobs[name].config, "max_steps") else cost[name]
     write_json(out / "rehearsal.json", seconds)
     return seconds
 
@@ -103,11 +105,11 @@ def rehearse(plan: Plan, out: Path) -> dict[str, float]:
 def job_duration(job: Job, name: str, seconds: dict[str, float]) -> float:
     """Estimate the seconds of a whole job from the rehearsal; 0 for a finished job that was not rehearsed."""
     unit = seconds.get(kind_of(name), 0.0)
-    return unit * (_ANALYSIS_FACTOR if job.command == "analyze" else int(job.config.max_steps))
+    return unit * (int(job.config.max_steps) if hasattr(job.config, "max_steps") else _ANALYSIS_FACTOR)
 
 
 def _short_job(job: Job, runs: Path, rehearsals: Path) -> Job:
-    changes = _ANALYSIS if job.command == "analyze" else {"max_steps": str(_STEPS), "log_every": 1}
+    changes = _CHANGES.get(job.command, {"max_steps": str(_STEPS), "log_every": 1})
     settings = move_paths(to_dict(job.config), runs, rehearsals)
     return Job(job.command, replace(job.config, {**settings, **changes}), job.needs)
 
