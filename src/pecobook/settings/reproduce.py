@@ -55,14 +55,30 @@ class ReproduceConfig(ImagesConfig):
     once."""
     compile: bool = False
     """Compile the model of every training with torch.compile."""
+    views: int = -1
+    """Number of views in the token banks from which ViTs learn. -1 chooses by the length of the pre-training: one view
+    for 20 epochs, at least 4, and no bank below 8 epochs. 0 runs the tokenizer in every step instead."""
+    train: bool = True
+    """Train the missing runs. With --no-train the tables are written from the runs that are finished."""
     dry_run: bool = False
-    """Print the list of runs without training anything."""
+    """Print the plan, its jobs with their GPU-hours and disk, without training anything."""
+    json: bool = False
+    """With --dry-run, print the plan as JSON: every job with its command line and the jobs that it needs."""
+    commands: str = ""
+    """A file to write the plan to, one command a line, instead of training."""
+    slurm: str = ""
+    """A file to write a script to that submits the plan to Slurm, instead of training."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_layers(self, "network_layers")
         positive(self, "length", most=MAX_LENGTH)
         not_negative(self, "gpus_per_run", "micro_batch_size")
+        between(self, -1, 1000, "views")
         between(self, 0, LARGEST, "seeds")
         if len(set(self.seeds)) != len(self.seeds) or not self.seeds:
             refuse("seeds", f"must be different numbers of 0 or above, not {self.seeds}.")
+        if self.json and not self.dry_run:
+            refuse("json", "prints the plan: give --dry-run too.")
+        if (self.commands or self.slurm) and not self.train:
+            refuse("no-train", "writes tables, and --commands and --slurm write plans: give one of them.")

@@ -9,9 +9,9 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import dataclasses
+import functools
 import json
 import math
-import shlex
 import types
 import typing
 from collections.abc import Sequence
@@ -151,6 +151,7 @@ def field_name(flag_name: str) -> str:
     return flag_name.replace("-", "_")
 
 
+@functools.cache
 def flags(config_type: type[Any], prefix: str = "") -> dict[str, Any]:
     """Return every flag of a settings class with the type of its value; nested flags have dots (`optim.lr`)."""
     types_by_flag: dict[str, Any] = {}
@@ -165,8 +166,8 @@ def flags(config_type: type[Any], prefix: str = "") -> dict[str, Any]:
     return types_by_flag
 
 
-def flag_words(config: Any, default: Any, *, always: Sequence[str] = (), never: Sequence[str] = ()) -> str:
-    """Return the flags that turn `default` into `config`, quoted so that a shell reads the same values.
+def flag_words(config: Any, default: Any, *, always: Sequence[str] = (), never: Sequence[str] = ()) -> list[str]:
+    """Return the flags that turn `default` into `config`; `shlex.join` makes a line of them that a shell reads so.
 
     Args:
         config: settings.
@@ -184,7 +185,7 @@ def flag_words(config: Any, default: Any, *, always: Sequence[str] = (), never: 
             words.append(f"--{name}" if value else f"--no-{name}")
         else:
             words += [f"--{name}", *map(str, value if isinstance(value, tuple) else (value,))]
-    return shlex.join(words)
+    return words
 
 
 def to_dict(config: Any) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from pecobook.analysis.report import write_pictures, write_report
 from pecobook.commands.analyze.page import compose
 from pecobook.commands.demo.measure import measure
 from pecobook.commands.demo.plan import plan
-from pecobook.commands.jobs import resumed_folder, run_all
+from pecobook.commands.jobs import resumed_folder, run_all, seconds_of
 from pecobook.engine.log import compact_duration
 from pecobook.engine.preamble import show_source
 from pecobook.engine.value_range import open_readable
@@ -54,7 +54,8 @@ def _write_all(config: DemoConfig) -> Path:
     out = Path(config.out)
     began = time.monotonic()
     jobs = plan(config)
-    cost = run_all(jobs, out)
+    run_all(jobs, out).check(out)
+    cost = seconds_of(jobs)
     show("measuring on held-out images")
     measuring_began = time.monotonic()
     # One thread: more threads do not speed up small matrices, and they are slow if another process is busy.

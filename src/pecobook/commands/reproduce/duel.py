@@ -37,7 +37,7 @@ from pecobook.settings.perceptual import PerceptualConfig
 from pecobook.settings.pretrain import DecoderConfig, MaskConfig, PretrainConfig
 from pecobook.settings.probe import ProbeConfig
 from pecobook.settings.reproduce import ReproduceConfig
-from pecobook.settings.tokenize import TokenizeConfig
+from pecobook.settings.tokenize import VIEW_SETTINGS, TokenizeConfig
 from pecobook.settings.training import BackboneConfig, OptimConfig, TrainConfig
 from pecobook.settings.values import replace
 
@@ -281,8 +281,7 @@ class Duel:
         tokenizer, codebook_job = self._codebook(arm, setting, seed)
         settings = self._run(self.budget.pretrain, name, seed, tokenizer=tokenizer, **rate)
         bank = f"bank-{arm}{'+rising' if setting.rising else ''}-{seed}"
-        views = ("seed", "image_size", "tokenizer_size", "min_crop", "colour", "data", "value_range", "tokenizer")
-        same = {name: getattr(settings, name) for name in views}
+        same = {field: getattr(settings, field) for field in (*VIEW_SETTINGS, "data", "value_range", "tokenizer")}
         self._add(bank, "tokenize", TokenizeConfig(**same, views=self.budget.views, out=self._out(bank)), codebook_job)
         self._add(name, "pretrain", dataclasses.replace(settings, tokens=self._out(bank)), bank, codebook_job)
         return self._out(name), name

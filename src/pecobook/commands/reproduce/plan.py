@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from pecobook.commands.cost import Cost, job_cost
 from pecobook.commands.duel_arms import DUEL, TUNING, parse_run, run_name
 from pecobook.commands.jobs import Job
 from pecobook.commands.paper_tables import PaperTable
@@ -17,7 +19,9 @@ from pecobook.settings.analyze import AnalyzeConfig
 from pecobook.settings.codebook import AdversarialConfig, CodebookConfig, ExplicitConfig
 from pecobook.settings.durations import steps
 from pecobook.settings.perceptual import PerceptualConfig
+from pecobook.settings.pretrain import PretrainConfig
 from pecobook.settings.reproduce import ReproduceConfig
+from pecobook.settings.tokenize import VIEW_SETTINGS, TokenizeConfig
 from pecobook.settings.training import TrainConfig
 from pecobook.settings.values import replace
 
@@ -95,13 +99,27 @@ class Plan:
             return arm if table == TUNING else run_name(arm, self.duel.chosen(arm))
         return self.canonical(arm)
 
-    def _add_job(self, name: str, command: str, config: Any, *needs: str) -> None:
-        """Add a job unless the plan has it; empty names in `needs` are left out."""
+    def add(self, name: str, command: str, config: Any, *needs: str) -> None:
+        """Add a job unless the plan has it.
+
+        Args:
+            name: `KIND-ARM-SEED`; jobs whose names differ in the seed alone are alike.
+            command: the pecobook command that the job runs.
+            config: settings of the command, whose `out` is `self.out(name)`.
+            needs: names of the jobs that must be finished before; empty names are left out.
+        """
         self.jobs.setdefault(name, Job(command, config, tuple(filter(None, needs))))
 
-    def _out(self, name: str) -> str:
+    def out(self, name: str) -> str:
         """Return the folder of a job."""
         return str(Path(self.config.out) / "runs" / name)
+
+    @functools.cached_property
+    def costs(self) -> dict[str, Cost]:
+        """The cost of every job, from its settings."""
+        sizes = len(self.splits.train), len(self.splits.evaluation)
+        others = {job.config.out: job.config for job in self.jobs.values()}
+        return {name: job_cost(job.command, job.config, *sizes, others) for name, job in self.jobs.items()}
 
     def _run_settings(self, base: TrainConfig, name: str, seed: int, **changes: Any) -> Any:
         """Return the settings of a run with folder, seed and length in steps."""
@@ -109,7 +127,7 @@ class Plan:
         length = steps(base.max_steps, num_images=num_images, batch_size=base.batch_size) * self.config.length
         length = max(round(length), 1)
         common: dict[str, Any] = {"data": self.config.data, "value_range": self.config.value_range}
-        common |= {"seed": seed, "out": self._out(name)}
+        common |= {"seed": seed, "out": self.out(name)}
         common |= {"micro_batch_size": self.config.micro_batch_size, "compile": self.config.compile}
         saving = {"loggers": (), "save_minutes": 5.0, "keep_checkpoints": 1, "save_every": max(length // 3, 1)}
         return replace(base, {**common, **saving, "max_steps": str(length), "sample_every": length, **changes})
@@ -130,10 +148,10 @@ class Plan:
         name = f"network-{kind}-{seed}"
         if kind == "supervised":
             assert budget.supervised is not None
-            self._add_job(name, "finetune", self._run_settings(budget.supervised, name, seed))
+            self.add(name, "finetune", self._run_settings(budget.supervised, name, seed))
         else:
-            self._add_job(name, "contrast", self._run_settings(budget.contrast[kind], name, seed))
-        return self._out(name), name
+            self.add(name, "contrast", self._run_settings(budget.contrast[kind], name, seed))
+        return self.out(name), name
 
     def _codebook(self, arm: str, seed: int) -> tuple[str, str, int]:
         """Plan the tokenizer of an arm.
@@ -146,8 +164,8 @@ class Plan:
         settings, network_job = self.codebook_settings(arm, seed)
         name = f"codebook-{arm}-{seed}"
         changes = {"data": self.config.more_data} if arm == "more-data" else {}
-        self._add_job(name, "codebook", self._run_settings(settings, name, seed, **changes), network_job)
-        return self._out(name), name, settings.model.stride
+        self.add(name, "codebook", self._run_settings(settings, name, seed, **changes), network_job)
+        return self.out(name), name, settings.model.stride
 
     def codebook_settings(self, arm: str, seed: int) -> tuple[CodebookConfig, str]:
         """Return the settings of the tokenizer of an arm, and the job that trains its perceptual network.
@@ -183,9 +201,9 @@ class Plan:
             return
         self.jobs.pop(f"analysis-{arm}-{seed}", None)  # an analysis with a classifier holds all figures of one without
         settings = AnalyzeConfig(
-            tokenizer=tokenizer, data=self.config.data, out=self._out(name), classifier=classifier, seed=seed
+            tokenizer=tokenizer, data=self.config.data, out=self.out(name), classifier=classifier, seed=seed
         )
-        self._add_job(name, "analyze", settings, job, classifier_job)
+        self.add(name, "analyze", settings, job, classifier_job)
 
     # -------------------------------------------------------------------------------------------------------- transfer
 
@@ -195,7 +213,7 @@ class Plan:
         # Random weights have no layers that were pre-trained and should change little.
         changes = {"weights": "random", "optim.layer_decay": 1.0} if arm == "scratch" else {}
         settings = self._run_settings(self.budget.finetune, name, seed, backbone=backbone, **changes)
-        self._add_job(name, "finetune", settings, job)
+        self.add(name, "finetune", settings, job)
 
     def _backbone(self, arm: str, seed: int) -> tuple[str, str]:
         """Plan the backbone of an arm; returns the backbone and the name of the job that trains it."""
@@ -205,15 +223,41 @@ class Plan:
             return self._network("backbone" if "backbone" in self.budget.contrast else "vit", seed)
         name, base = f"vit-{arm}-{seed}", self.budget.pretrain
         if arm == "pixels":
-            self._add_job(name, "pretrain", self._run_settings(base, name, seed, target="pixels"))
+            self.add(name, "pretrain", self._run_settings(base, name, seed, target="pixels"))
         else:
             tokenizer, job, stride = self._codebook(arm, seed)
             patches_per_side = base.image_size // self.budget.codebook.model.stride
             size = patches_per_side * stride
             tokenizer_size = 0 if size == base.image_size else size
             settings = self._run_settings(base, name, seed, tokenizer=tokenizer, tokenizer_size=tokenizer_size)
-            self._add_job(name, "pretrain", settings, job)
-        return self._out(name), name
+            self.add_pretraining(name, settings, f"{arm}-{seed}", job)
+        return self.out(name), name
+
+    def add_pretraining(self, name: str, settings: PretrainConfig, arm_and_seed: str, *needs: str) -> None:
+        """Add a pre-training on tokens, which come from a bank where it is long enough for one to save time.
+
+        The bank is a job of its own, which all pre-trainings with these tokens and as many views share.
+        """
+        views = self.config.views
+        if views < 0:
+            views = num_views(int(settings.max_steps) * settings.batch_size / max(len(self.splits.train), 1))
+        if not views:
+            self.add(name, "pretrain", settings, *needs)
+            return
+        arm, _, seed = arm_and_seed.rpartition("-")
+        bank = f"bank-{arm}-{views}views-{seed}"
+        same = {field: getattr(settings, field) for field in (*VIEW_SETTINGS, "data", "value_range", "tokenizer")}
+        self.add(bank, "tokenize", TokenizeConfig(**same, views=views, out=self.out(bank)), *needs)
+        self.add(name, "pretrain", dataclasses.replace(settings, tokens=self.out(bank)), bank, *needs)
+
+
+def num_views(epochs: float) -> int:
+    """Return the number of views of a token bank for a pre-training of this length; 0 where a bank saves too little.
+
+    A view for 20 epochs, but at least 4, which cost nothing that could be measured in 19 epochs (docs/results.md).
+    """
+    views = max(4, round(epochs / 20))
+    return views if epochs >= 2 * views else 0
 
 
 def _variant(base: CodebookConfig, budget: Budget, arm: str) -> CodebookConfig:
