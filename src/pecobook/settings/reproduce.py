@@ -16,8 +16,9 @@ class ReproduceConfig(ImagesConfig):
     """Train the rows of the paper's tables, with controls, and compare with the paper's numbers."""
 
     tables: tuple[str, ...] = ()
-    """Tables of the paper: any of tables1-2, table4, table5, table6, table7, table10, table12, v1-table7. On the
-    command line the tables may stand first, without the flag."""
+    """Tables of the paper: any of tables1-2, table4, table5, table6, table7, table10, table12, v1-table7;
+    or duel and duel-tuning, the study of docs/study.md. On the command line the tables may stand first, without the
+    flag."""
     out: str = ""
     """Folder to write. An interrupted reproduction resumes there, and more tables may be added to the folder."""
     budget: Literal["tiny", "small", "paper"] = "tiny"

@@ -21,8 +21,8 @@ _STEPS = 4
 _LONGEST = 24 * 3600.0
 """Seconds to wait for the rehearsal of another process."""
 _REHEARSED = (*RECIPES, "analyze")
-"""Commands that are rehearsed. A token bank is not, since the tokenizer in the steps of a ViT takes longer than the bank,
-and a probe is short."""
+"""Commands that are rehearsed. A token bank is not, since the tokenizer in the steps of a ViT takes longer; nor is a
+probe, which is short."""
 _ANALYSIS = {"max_train": 200, "max_test": 100}
 _ANALYSIS_FACTOR = 10
 """Estimated time of a whole analysis over that of a rehearsed analysis. A whole analysis reads 20 to 50 times the
