@@ -7,7 +7,8 @@
     python -m benchmarks.dense_study segment --out runs/camvid --table
 
 The arms are backbones: runs of `pretrain` with {seed} in their names. `scratch` is the network of the pixel arm with
-random weights. Everything else is equal. `benchmarks/pretraining_study.py` trains such runs.
+random weights, which learn without layer decay. Everything else is equal. `benchmarks/pretraining_study.py` trains such
+runs.
 """
 
 from __future__ import annotations

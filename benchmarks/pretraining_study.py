@@ -5,10 +5,11 @@
     python -m benchmarks.pretraining_study --views --data FEW_IMAGES --out runs/views --perceptual ...
     python -m benchmarks.pretraining_study --out runs/mim --table
 
-The arms: `scratch` is the ViT with random weights; `pixels` predicts pixels (MAE's target); `pixel codebook` is BEiT
-with a tokenizer of our own; `control codebook` and `perceptual codebook` have tokenizers whose perceptual networks have
-random and learned weights. Each ViT is probed (linear over layers and pooling, k-NN) and fine-tuned. --views compares
-banks of 1, 4 and 16 views with tokens that are computed in each step, on so few images that views repeat.
+The arms: `scratch` is the ViT with random weights, fine-tuned without layer decay; `pixels` predicts pixels (MAE's
+target); `pixel codebook` is BEiT with a tokenizer of our own; `control codebook` and `perceptual codebook` have
+tokenizers whose perceptual networks have random and learned weights. Each ViT is probed (linear over layers and
+pooling, k-NN) and fine-tuned. --views compares banks of 1, 4 and 16 views with tokens that are computed in each step,
+on so few images that views repeat.
 """
 
 from __future__ import annotations

@@ -66,7 +66,9 @@ def test_guides__every_flag_exists(page: str, minimum: int) -> None:
     assert not can_be_parsed(["--perceptual.network"[:-1], "x"])
 
 
-@pytest.mark.parametrize(("page", "minimum"), [("pretraining.md", 7), ("dense.md", 5), ("analysis.md", 3)])
+@pytest.mark.parametrize(
+    ("page", "minimum"), [("pretraining.md", 7), ("dense.md", 5), ("analysis.md", 3), ("study.md", 3)]
+)
 def test_guides__every_command_can_be_parsed(page: str, minimum: int) -> None:
     lines = [
         line

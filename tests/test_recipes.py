@@ -41,9 +41,10 @@ def test_recipe__loads_and_documents_its_own_command(command: str, name: str) ->
     assert RECIPES[command][words[2]] is RECIPES[command][name]  # by this name or another name of the recipe
     parsed = cli.parse(recipe(*words[1:3]), words[3:], f"{command} {name}")
     assert parsed.out.startswith("runs/")
-    needed = {"pretrain": "tokenizer", "finetune": "backbone"}.get(command)
-    if needed:
-        assert getattr(parsed, needed).startswith("runs/")
+    if command == "pretrain":
+        assert parsed.tokenizer.startswith("runs/") == (parsed.target == "tokens")
+    if command == "finetune":
+        assert parsed.backbone.startswith("timm:" if parsed.weights == "random" else "runs/")
     if command == "codebook":
         assert parsed.perceptual.network in ("none", "runs/contrast", "torchvision:vgg16")
 

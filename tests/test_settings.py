@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import re
@@ -10,8 +11,10 @@ from typing import Any, get_args, get_origin
 
 import pytest
 
+from pecobook import cli
 from pecobook.commands.table import COMMANDS
 from pecobook.errors import ConfigError
+from pecobook.recipes import recipe
 from pecobook.settings.codebook import CodebookConfig
 from pecobook.settings.contrast import ContrastConfig
 from pecobook.settings.detect import DetectConfig
@@ -157,6 +160,22 @@ def test_narrow__takes_a_subclass_and_refuses_settings_that_would_not_be_read() 
     with refused("--colour.blur is not a setting of this command"):
         ContrastConfig(colour=PhotometricConfig(blur=0.5))
     assert FinetuneConfig(optim=OptimConfig(layer_decay=0.5)).optim.layer_decay == 0.5
+
+
+@pytest.mark.parametrize("command", ["finetune", "segment", "detect"])
+def test_random_weights__get_no_layer_decay_unless_it_is_given(command: str, tmp_path: Path) -> None:
+    base = recipe(command, "paper")
+    assert base.optim.layer_decay < 1
+    scratch = replace(base, {"weights": "random"})
+    assert scratch.optim == dataclasses.replace(base.optim, layer_decay=1.0)
+    assert replace(base, {"weights": "file.pth"}).optim == base.optim
+    for asked in ({"optim.layer_decay": "0.5"}, {"optim": {"layer_decay": 0.5}}):
+        assert replace(base, {"weights": "random", **asked}).optim.layer_decay == 0.5
+        assert replace(scratch, asked).optim.layer_decay == 0.5
+    words = ["--weights", "random", "--optim.lr", "0.1"]
+    assert cli.parse(base, words, command).optim == dataclasses.replace(base.optim, layer_decay=1.0, lr=0.1)
+    (tmp_path / "config.json").write_text(json.dumps(to_dict(replace(scratch, {"optim.layer_decay": 0.7}))))
+    assert load(base, tmp_path).optim.layer_decay == 0.7  # of a run from before this rule, or of one that asked for it
 
 
 def test_load_and_changed_settings__ignore_retired_settings(tmp_path: Path) -> None:

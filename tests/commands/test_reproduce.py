@@ -19,7 +19,7 @@ import pytest
 import pecobook
 from pecobook import cli
 from pecobook.commands.jobs import Job, job_seconds
-from pecobook.commands.paper_tables import TABLES, PaperTable, Row, chosen_tables
+from pecobook.commands.paper_tables import TABLES, Arm, PaperTable, Row, chosen_tables
 from pecobook.commands.reproduce.budgets import Budget, make_budget
 from pecobook.commands.reproduce.listing import command_words, describe, kind_of
 from pecobook.commands.reproduce.rehearsal import job_duration, move_paths, read_rehearsal, remaining_time
@@ -39,6 +39,8 @@ from pecobook.settings.training import BackboneConfig
 from pecobook.settings.values import replace
 from tests.commands.test_reproduce_plan import make_plan
 from tests.runs import SMALL
+
+SHORT_AND_LONG = ("dalle", "lite", "perceptual")
 
 
 def test_command_line__gives_the_same_settings(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -73,7 +75,23 @@ def test_tables__have_the_papers_numbers() -> None:
     assert [paper for (paper,) in numbers["table7"].values()] == [82.9, 84.1, 83.9]
     assert [paper for (paper,) in numbers["table10"].values()] == [82.9, 84.1, 84.1, 83.6, 83.5]
     assert [paper for (paper,) in numbers["table12"].values()] == [83.6, 83.8, 84.1, 84.0, 84.1]
-    assert numbers["tables1-2"]["perceptual"] == numbers["tables1-2"]["lite"] == (84.5,)
+    pairs = {arm: (numbers["tables1-2"][arm][0], numbers["tables1-2"][f"{arm}@800"][0]) for arm in SHORT_AND_LONG}
+    assert pairs == {"dalle": (82.8, 83.2), "perceptual": (84.1, 84.5), "lite": (84.0, 84.5)}  # Table 2
+    others = {"deit": 81.8, "scratch": 82.3, "dino": 82.8, "moco": 83.2, "mae@1600": 83.6}  # Table 1
+    assert {arm: numbers["tables1-2"][arm][0] for arm in others} == others
+    assert [row.paper for row in TABLES["table1-large"].all_rows] == [(82.6,), (84.1,), (85.9,), (85.2,), (86.5,)]
+    assert [row.paper for row in TABLES["table1-huge"].all_rows] == [(83.1,), (86.9,), (87.8,), (87.5,), (88.3,)]
+
+
+def test_arms__name_epochs_and_the_vit() -> None:
+    for text, arm in {
+        "perceptual": Arm("perceptual", 300, "base"),
+        "lambda-0.3@800": Arm("lambda-0.3", 800, "base"),
+        "mae@300@huge-448": Arm("mae", 300, "huge-448"),
+    }.items():
+        assert Arm.parse(text) == arm
+        assert arm.name == text
+    assert Arm.parse("mae@300").name == "mae"
 
 
 def test_chosen_tables__has_tables_of_both_versions() -> None:
@@ -152,7 +170,7 @@ def test_tables__have_the_accuracy_of_the_classifier_on_originals() -> None:
 def test_rehearsal__estimates_by_kind_of_run_and_writes_below_its_own_folder() -> None:
     assert kind_of("network-resnet-0") == "network-resnet"
     assert kind_of("codebook-lambda-0.3-12") == "codebook-lambda-0.3"
-    assert kind_of("vit-vit-contrast-1") == "vit-vit-contrast"
+    assert kind_of("vit-mae@1600-1") == "vit-mae@1600"
     assert kind_of("judged-pixel-0") == kind_of("analysis-pixel-0") == "analysis"
     job = Job("codebook", dataclasses.replace(make_budget("tiny").codebook, max_steps="50"))
     assert job_duration(job, "codebook-pixel-0", {"codebook-pixel": 2.0}) == 100.0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -11,9 +12,10 @@ import pytest
 from pecobook.commands.paper_tables import TABLES, chosen_tables
 from pecobook.commands.reproduce.plan import Plan
 from pecobook.data.images import open_images
+from pecobook.recipes import RECIPES
 from pecobook.settings.reproduce import ReproduceConfig
 from pecobook.settings.training import BackboneConfig
-from pecobook.settings.values import to_dict
+from pecobook.settings.values import replace, to_dict
 from pecobook.stages.codebook import CodebookStage
 
 
@@ -29,16 +31,18 @@ def test_plan__takes_another_backbone(images: Path, name: str) -> None:
     plan = make_plan(images, "tables1-2", **settings)
     for arm, command in {
         "vit-pixel-0": "pretrain",
-        "vit-pixels-1": "pretrain",
-        "network-backbone-0": "contrast",
+        "vit-mae@1600-1": "pretrain",
+        "vit-moco-0": "contrast",
     }.items():
         assert plan.jobs[arm].command == command
         assert plan.jobs[arm].config.model == backbone
-    assert plan.jobs["classifier-vit-contrast-0"].config.backbone == plan.jobs["network-backbone-0"].config.out
+    assert plan.jobs["classifier-moco-0"].config.backbone == plan.jobs["vit-moco-0"].config.out
+    assert plan.jobs["classifier-scratch-0"].config.backbone == plan.jobs["vit-moco-0"].config.out
+    assert plan.jobs["classifier-scratch-0"].config.weights == "random"
     kind = "resnet" if name == "tiny" else "vit"
     assert plan.jobs[f"network-{kind}-0"].config.model != backbone, "the perceptual network stays"
     for job in plan.jobs.values():
-        if job.command != "analyze":
+        if job.command in RECIPES:
             assert (job.config.micro_batch_size, job.config.compile) == (64, True)
 
 
@@ -91,13 +95,21 @@ def test_plan__arms_have_the_settings_of_their_rows(images: Path) -> None:
     assert {config.image_size // config.model.stride for config in arm.values()} == {4}
     assert plan.jobs["vit-half-stride-0"].config.tokenizer_size == 16
     assert plan.jobs["vit-perceptual-0"].config.tokenizer_size == 0
-    assert plan.jobs["vit-pixels-0"].config.target == "pixels"
+    mae = plan.jobs["vit-mae@1600-0"].config
+    assert (mae.target, mae.visible_only, mae.mask.kind, mae.mask.num_masked) == ("pixels", True, "random", 12)  # of 16
+    short, long = (plan.jobs[f"vit-perceptual{epochs}-0"].config for epochs in ("", "@800"))
+    assert dataclasses.replace(long, out=short.out, max_steps="200", save_every=66, sample_every=200) == short
+    assert (long.max_steps, mae.max_steps) == ("533", "1067")  # 8/3 and 16/3 of 200
+    assert "codebook-perceptual@800-0" not in plan.jobs
+    assert "analysis-perceptual@800-0" not in plan.jobs
     assert plan.jobs["classifier-scratch-0"].config.weights == "random"
     assert plan.jobs["classifier-scratch-0"].config.optim.layer_decay == 1
-    assert plan.jobs["classifier-pixels-0"].config.optim.layer_decay == 0.75
-    moco = plan.jobs["network-backbone-0"].config
-    assert plan.jobs["classifier-vit-contrast-0"].config.backbone == moco.out
-    assert moco.model == plan.jobs["vit-pixels-0"].config.model  # all rows of Table 1 fine-tune one architecture
+    assert plan.jobs["classifier-perceptual-0"].config.optim.layer_decay == 0.75
+    moco = plan.jobs["vit-moco-0"].config
+    assert plan.jobs["classifier-moco-0"].config.backbone == moco.out
+    assert moco.model == mae.model == short.model  # all rows of Table 1 fine-tune one architecture
+    assert plan.missing_for_arm("dino") == "--dino timm:vit_base_patch16_224.dino"
+    assert plan.missing_for_arm("deit") == "another --budget"
 
 
 @pytest.mark.parametrize("name", ["tiny", "small"])
@@ -112,7 +124,7 @@ def test_plan__every_tokenizer_can_be_built(images: Path, name: str) -> None:
 
 
 def test_plan__at_budget_paper_has_the_papers_settings(images: Path) -> None:
-    plan = make_plan(images, *TABLES, budget="paper", dalle="folder")
+    plan = make_plan(images, *TABLES, budget="paper", dalle="folder", dino="timm:vit_base_patch16_224.dino")
     assert plan.budget.default == "vit"
     assert plan.codebook_settings("perceptual", 0)[0].perceptual.layers == (3, 6, 9, 12)
     assert plan.codebook_settings("supervised", 0)[0].perceptual.network == "torchvision:vgg16"
@@ -120,7 +132,48 @@ def test_plan__at_budget_paper_has_the_papers_settings(images: Path) -> None:
     assert plan.jobs["vit-half-stride-0"].config.tokenizer_size == 112
     assert plan.jobs["vit-dalle-0"].config.tokenizer_size == 112
     assert plan.jobs["vit-dalle-0"].config.tokenizer == "dalle:folder"
-    assert plan.jobs["classifier-vit-contrast-0"].config.backbone == plan.jobs["network-vit-0"].config.out
+    moco = plan.jobs["vit-moco-0"].config
+    lengths = (plan.budget.vits["base"].moco.max_steps, plan.budget.contrast["vit"].max_steps)
+    assert lengths == ("300 epochs", "100 epochs")  # in Table 1, and for the codebook
+    assert moco.optim.warmup == "40 epochs"
+    assert plan.jobs["classifier-moco-0"].config.backbone == moco.out
+    mae = plan.jobs["vit-mae@1600-0"].config
+    assert (mae.model.name, mae.visible_only, mae.mask.num_masked) == ("vit_base_patch16_224", True, 147)  # 75% of 196
+    scratch, deit = (plan.jobs[f"classifier-{arm}-0"].config for arm in ("scratch", "deit"))
+    assert scratch.backbone == deit.backbone == "timm:vit_base_patch16_224"
+    assert scratch.weights == deit.weights == "random"
+    assert scratch.optim.layer_decay == deit.optim.layer_decay == 1
+    assert (scratch.optim.weight_decay, deit.optim.weight_decay) == (0.3, 0.05)
+    assert plan.jobs["classifier-mae@1600-0"].config.optim.lr == 2e-3
+    assert plan.jobs["classifier-dino-0"].config.backbone == "timm:vit_base_patch16_224.dino"
+    assert plan.jobs["vit-perceptual@800@large-0"].config.model.name == "beit_large_patch16_224"
+    assert plan.jobs["vit-moco@300@large-0"].config.model.name == "vit_large_patch16_224"
+    assert (
+        plan.jobs["classifier-perceptual@800@large-0"].config.max_steps
+        == plan.jobs["classifier-mae@1600@large-0"].config.max_steps
+    )
+    huge, codes = plan.jobs["vit-mae@1600@huge-0"].config, plan.jobs["vit-perceptual@800@huge-0"].config
+    assert (huge.model.name, huge.mask.num_masked) == ("vit_huge_patch14_224", 192)  # 75% of 256
+    assert (codes.model.name, codes.mask.num_masked, codes.tokenizer_size) == ("vit_huge_patch14_224", 98, 256)
+    at_448 = plan.jobs["classifier-perceptual@800@huge-448-0"].config
+    assert (at_448.image_size, at_448.backbone) == (448, codes.out)  # pre-trained once, fine-tuned at two sizes
+    assert "vit-perceptual@800@huge-448-0" not in plan.jobs
+    assert plan.jobs["classifier-scratch@300@large-0"].config.backbone == "timm:vit_large_patch16_224"
+
+
+def test_plan__at_budget_paper_analyses_all_images(images: Path) -> None:
+    source = open_images(str(images))
+    source.train.classes = tuple(map(str, range(1000)))  # as many as ImageNet-1K
+    config = ReproduceConfig(tables=("table4",), budget="paper", out="unused", seeds=(0,))
+    plan = Plan(config, chosen_tables(("table4",)), source)
+    analysis = plan.jobs["judged-perceptual-0"].config
+    assert analysis.classifier == "timm:deit_tiny_patch16_224"
+    assert min(analysis.max_train, analysis.max_test) > 1_281_167
+    assert plan.unmeasured(TABLES["table4"].figures) == []
+    named = Plan(replace(config, {"classifier": "runs/c"}), plan.tables, source)
+    assert named.jobs["judged-perceptual-0"].config.classifier == "runs/c"
+    tiny = make_plan(images, "table4").jobs["judged-perceptual-0"].config
+    assert (tiny.max_train, tiny.max_test) == (10_000, 2000)
 
 
 def test_plan__leaves_out_arms_that_it_cannot_train(images: Path, unlabelled_images: Path) -> None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import random
 import shutil
 from pathlib import Path
@@ -14,11 +15,12 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor
 
+from pecobook import api
 from pecobook.analysis.confusion import confusion_picture
 from pecobook.analysis.semantics import joint_counts
 from pecobook.data.augment import random_erasing
 from pecobook.data.images import open_images
-from pecobook.errors import ConfigError
+from pecobook.errors import ConfigError, PecobookError
 from pecobook.recipes import recipe
 from pecobook.settings.finetune import FinetuneConfig
 from pecobook.settings.training import OptimConfig
@@ -159,6 +161,22 @@ def test_stage__starts_from_the_backbones_weights_and_a_head_near_zero(vit_run: 
         assert stage.eval().network(torch.randn(2, 3, 16, 16)).abs().max() < 1e-2
     untrained = ClassifyStage(settings(vit_run, weights="random"), ("a", "b"))
     assert not torch.equal(untrained.network.state_dict()["blocks.1.mlp.fc1.weight"], state["blocks.1.mlp.fc1.weight"])
+
+
+def test_run__random_weights_learn_at_one_rate_and_the_run_resumes(
+    images: Path, vit_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags: dict[str, Any] = {"backbone": str(vit_run), "weights": "random", "max_steps": "2"}
+    run = train("finetune", images, tmp_path / "run", **flags)
+    assert "random, so all layers learn at one rate" in (run / "train.log").read_text()
+    config = json.loads((run / "config.json").read_text())
+    assert config["optim"]["layer_decay"] == 1
+    train("finetune", images, run, **flags, resume=True)
+    with pytest.raises(PecobookError, match=r"optim\.layer-decay: 1\.0 -> 0\.75"):
+        train("finetune", images, run, **flags, resume=True, **{"optim.layer_decay": 0.75})
+    slow = {**SMALL["finetune"], **flags, "optim.layer_decay": 0.75}
+    api.finetune("tiny", data=str(images), dry_run=True, **slow)
+    assert "--optim.layer-decay 0.75 slows the lower layers" in capsys.readouterr().err
 
 
 def test_view__augmentation_depends_on_the_key_and_not_on_global_generators(vit_run: Path) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -50,6 +51,8 @@ class _Pass(NamedTuple):
 
     flop: float
     parameters: int
+    patches: int
+    """Patches of an image, in a transformer."""
 
 
 def job_cost(command: str, config: Any, num_images: int, num_held_out: int, others: Mapping[str, Any]) -> Cost:
@@ -70,7 +73,8 @@ def job_cost(command: str, config: Any, num_images: int, num_held_out: int, othe
     except (KeyError, LookupError, RuntimeError, ValueError, TypeError, NotImplementedError):
         return Cost(None, None, 0.0)
     speed = 1e12 * TERAFLOPS[command] * (1.0 if getattr(config, "compile", True) else UNCOMPILED)
-    size = getattr(config if command != "analyze" else others.get(config.tokenizer), "image_size", 0)
+    of = others.get(config.tokenizer, DalleTokenizer) if command == "analyze" else config
+    size = getattr(of, "image_size", 0)
     return Cost(flop, flop / speed / 3600 if size >= _FULL_SPEED else None, disk)
 
 
@@ -92,7 +96,9 @@ def _count(build: Callable[..., nn.Module], size: int, channels: int, *arguments
         module = build(*arguments).eval()
         with FlopCounterMode(display=False) as counter:
             module(torch.empty(1, channels, size, size))
-    return _Pass(float(counter.get_total_flops()), sum(parameter.numel() for parameter in module.parameters()))
+    patches = math.prod(getattr(getattr(module, "patch_embed", None), "grid_size", (0,)))
+    parameters = sum(parameter.numel() for parameter in module.parameters())
+    return _Pass(float(counter.get_total_flops()), parameters, patches)
 
 
 def _timm(name: str, args: str, size: int) -> nn.Module:
@@ -132,7 +138,7 @@ def _encoder(model: AutoencoderConfig, size: int) -> _Pass:
 def _autoencoder(model: AutoencoderConfig, size: int) -> _Pass:
     encoder, grid = _encoder(model, size), size // model.stride
     decoder = _count(_part, grid, model.latent_dim, model, 1)
-    return _Pass(encoder.flop + decoder.flop, encoder.parameters + decoder.parameters)
+    return _Pass(encoder.flop + decoder.flop, encoder.parameters + decoder.parameters, 0)
 
 
 def _tokenizer(source: str, size: int, others: Mapping[str, Any]) -> float:
@@ -163,6 +169,10 @@ def _codebook(config: CodebookConfig, others: Mapping[str, Any]) -> float:
 def _pretrain(config: Any, others: Mapping[str, Any]) -> float:
     network = _count(_timm, config.image_size, 3, config.model.name, config.model.args, config.image_size)
     flop = 3 * network.flop
+    if config.visible_only:  # the decoder reads all patches
+        width, patches = config.decoder.width, network.patches
+        flop *= 1 - config.mask.num_masked / patches
+        flop += 3 * config.decoder.depth * patches * width * (24 * width + 4 * patches)
     if config.target == "tokens" and not config.tokens and config.tokenizer:
         flop += _tokenizer(config.tokenizer, config.tokenizer_size or config.image_size, others)
     return flop

@@ -53,7 +53,7 @@ RECIPES: dict[str, dict[str, Recipe]] = {
         pretrain.paper_vit_b_300,
     )
     | {"paper-vit-b-800": pretrain.paper}
-    | _named(pretrain.paper_vit_l, pretrain.paper_vit_h),
+    | _named(pretrain.paper_vit_l, pretrain.paper_vit_h, pretrain.paper_mae),
     "finetune": _named(
         finetune.tiny,
         finetune.cifar10,
@@ -61,6 +61,11 @@ RECIPES: dict[str, dict[str, Recipe]] = {
         finetune.imagenette,
         finetune.paper,
         finetune.paper_vit_l,
+        finetune.paper_vit_h,
+        finetune.paper_vit_h_448,
+        finetune.paper_mae,
+        finetune.paper_scratch,
+        finetune.paper_deit,
     ),
     "segment": _named(segment.tiny, segment.camvid)
     | {"paper": segment.paper_ade20k, "paper-ade20k": segment.paper_ade20k},

@@ -6,7 +6,7 @@ import dataclasses
 
 from pecobook.settings.dense import PyramidConfig
 from pecobook.settings.images import MAX_IMAGE_SIZE, NormalisationConfig
-from pecobook.settings.training import OptimConfig, TrainConfig
+from pecobook.settings.training import OptimConfig, StartConfig, TrainConfig
 from pecobook.settings.values import between, positive, refuse
 
 
@@ -33,7 +33,7 @@ class DetectorConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class DetectConfig(TrainConfig, NormalisationConfig):
+class DetectConfig(TrainConfig, StartConfig, NormalisationConfig):
     """Train a detector of boxes and masks on a backbone.
 
     The training step cannot be compiled, because the number of objects differs from image to image.
@@ -47,12 +47,6 @@ class DetectConfig(TrainConfig, NormalisationConfig):
     """Leave out unusable images and objects instead of refusing them."""
     masks: bool = True
     """Learn instance masks too, where the objects have masks."""
-    backbone: str = ""
-    """The backbone to start from: a pretrain, contrast or finetune run, or timm:NAME."""
-    weights: str = ""
-    """A local file of weights for the backbone, or random to start untrained. Empty takes the weights of --backbone."""
-    drop_path: float = 0.1
-    """Stochastic depth: probability of skipping the last block; earlier blocks are skipped less."""
     pyramid: PyramidConfig = PyramidConfig()
     detector: DetectorConfig = DetectorConfig()
     scales: tuple[int, ...] = (800,)
@@ -74,8 +68,8 @@ class DetectConfig(TrainConfig, NormalisationConfig):
 
     def __post_init__(self) -> None:
         TrainConfig.__post_init__(self)
+        StartConfig.__post_init__(self)
         NormalisationConfig.__post_init__(self)
-        between(self, 0.0, 1.0, "drop_path")
         positive(self, "scales", "max_size", most=MAX_IMAGE_SIZE)
         positive(self, "jitter")
         if not self.scales:

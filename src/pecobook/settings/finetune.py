@@ -5,20 +5,14 @@ from __future__ import annotations
 import dataclasses
 
 from pecobook.settings.images import NormalisationConfig
-from pecobook.settings.training import CropTrainConfig, OptimConfig
+from pecobook.settings.training import CropTrainConfig, OptimConfig, StartConfig
 from pecobook.settings.values import below_one, between, not_negative, positive
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class FinetuneConfig(CropTrainConfig, NormalisationConfig):
+class FinetuneConfig(CropTrainConfig, StartConfig, NormalisationConfig):
     """Fine-tune a backbone on labelled images."""
 
-    backbone: str = ""
-    """The backbone to start from: a pretrain or contrast run, or timm:NAME."""
-    weights: str = ""
-    """A local file of weights for the backbone, or random to start untrained. Empty takes the weights of --backbone."""
-    drop_path: float = 0.1
-    """Stochastic depth: probability of skipping the last block; earlier blocks are skipped less."""
     mixup: float = 0.8
     """Alpha of mixup; 0 leaves mixup out."""
     cutmix: float = 1.0
@@ -43,8 +37,9 @@ class FinetuneConfig(CropTrainConfig, NormalisationConfig):
 
     def __post_init__(self) -> None:
         CropTrainConfig.__post_init__(self)
+        StartConfig.__post_init__(self)
         NormalisationConfig.__post_init__(self)
         below_one(self, "average")
-        between(self, 0.0, 1.0, "drop_path", "label_smoothing", "random_erasing", "eval_crop")
+        between(self, 0.0, 1.0, "label_smoothing", "random_erasing", "eval_crop")
         positive(self, "eval_crop")
         not_negative(self, "mixup", "cutmix")

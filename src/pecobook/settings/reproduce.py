@@ -16,9 +16,9 @@ class ReproduceConfig(ImagesConfig):
     """Train the rows of the paper's tables, with controls, and compare with the paper's numbers."""
 
     tables: tuple[str, ...] = ()
-    """Tables of the paper: any of tables1-2, table4, table5, table6, table7, table10, table12, v1-table7;
-    or duel and duel-tuning, the study of docs/study.md. On the command line the tables may stand first, without the
-    flag."""
+    """Tables of the paper: any of tables1-2, table1-large, table1-huge, table4, table5, table6, table7, table10,
+    table12, v1-table7; or duel and duel-tuning, the study of docs/study.md. On the command line the tables may stand
+    first, without the flag."""
     out: str = ""
     """Folder to write. An interrupted reproduction resumes there, and more tables may be added to the folder."""
     budget: Literal["tiny", "small", "paper"] = "tiny"
@@ -43,7 +43,9 @@ class ReproduceConfig(ImagesConfig):
     paper."""
     classifier: str = ""
     """The classifier for reconstructions, named as in analyze's --classifier. Empty takes the supervised network that
-    is trained on --data."""
+    is trained on --data, or timm:deit_tiny_patch16_224 at budget paper."""
+    dino: str = ""
+    """A ViT pre-trained by DINO, for its row in Table 1: timm:vit_base_patch16_224.dino has the public weights."""
     dalle: str = ""
     """Folder of DALL-E's public tokenizer, for the rows of DALL-E."""
     more_data: str = ""

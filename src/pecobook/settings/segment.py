@@ -6,7 +6,7 @@ import dataclasses
 
 from pecobook.settings.dense import PyramidConfig
 from pecobook.settings.images import MAX_IMAGE_SIZE, NormalisationConfig, PhotometricConfig
-from pecobook.settings.training import CompileTrainConfig, OptimConfig
+from pecobook.settings.training import CompileTrainConfig, OptimConfig, StartConfig
 from pecobook.settings.values import between, positive, refuse
 
 
@@ -53,7 +53,7 @@ class SegmenterConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class SegmentConfig(CompileTrainConfig, SegmenterConfig, NormalisationConfig):
+class SegmentConfig(CompileTrainConfig, SegmenterConfig, StartConfig, NormalisationConfig):
     """Train semantic segmentation on images with masks."""
 
     data: str = ""
@@ -72,13 +72,7 @@ class SegmentConfig(CompileTrainConfig, SegmenterConfig, NormalisationConfig):
     skip_bad: bool = False
     """Leave out images with an unusable mask instead of refusing them. Such a mask has another size than the image or
     an unknown value."""
-    backbone: str = ""
-    """The backbone to start from: a pretrain, contrast or finetune run, or timm:NAME."""
-    weights: str = ""
-    """A local file of weights for the backbone, or random to start untrained. Empty takes the weights of --backbone."""
     pyramid: PyramidConfig = PyramidConfig()
-    drop_path: float = 0.1
-    """Stochastic depth: probability of skipping the last block; earlier blocks are skipped less."""
     scales: tuple[float, float] = (0.5, 2.0)
     """Smallest and largest random scale of a training image, as factors on its size in the test."""
     max_share: float = 0.75
@@ -97,8 +91,9 @@ class SegmentConfig(CompileTrainConfig, SegmenterConfig, NormalisationConfig):
     def __post_init__(self) -> None:
         CompileTrainConfig.__post_init__(self)
         SegmenterConfig.__post_init__(self)
+        StartConfig.__post_init__(self)
         NormalisationConfig.__post_init__(self)
-        between(self, 0.0, 1.0, "drop_path", "max_share")
+        between(self, 0.0, 1.0, "max_share")
         positive(self, "max_share", "scales")
         if self.scales[0] > self.scales[1]:
             refuse("scales", f"takes the smallest and the largest factor, not {self.scales}.")

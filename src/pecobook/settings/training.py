@@ -84,6 +84,31 @@ class OptimConfig(BaseOptimConfig):
         between(self, 0.0, 1.0, "layer_decay")
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StartConfig:
+    """The backbone that a training with labels starts from."""
+
+    backbone: str = ""
+    """The backbone to start from: a pretrain, contrast or finetune run, or timm:NAME."""
+    weights: str = ""
+    """A local file of weights for the backbone, or random to start untrained: all its layers then learn at one rate
+    unless --optim.layer-decay is given too. Empty takes the weights of --backbone."""
+    drop_path: float = 0.1
+    """Stochastic depth: probability of skipping the last block; earlier blocks are skipped less."""
+
+    def __post_init__(self) -> None:
+        between(self, 0.0, 1.0, "drop_path")
+
+    @staticmethod
+    def implied(changes: dict[str, Any]) -> dict[str, Any]:
+        """Return settings that follow from `changes` unless these contain them.
+
+        A layer decay keeps what the lower layers of a trained network have learned. Random weights hold nothing to
+        keep, and a decay would leave the lower layers almost untrained.
+        """
+        return {"optim.layer_decay": 1.0} if changes.get("weights") == "random" else {}
+
+
 def check_devices(config: Any) -> None:
     """Refuse `devices` unless it is a number above 0 or auto."""
     if config.devices != "auto" and not (config.devices.isdecimal() and 0 < int(config.devices) <= LARGEST):

@@ -196,10 +196,13 @@ def to_dict(config: Any) -> dict[str, Any]:
 def replace(config: C, changes: dict[str, Any]) -> C:
     """Return a copy of `config` with `changes`, given as nested dictionaries or by dotted names.
 
-    Raises ConfigError for unknown names and values of the wrong type or out of range, with one line for each problem.
+    Where `config` has a method `implied`, settings that follow from `changes` change too, unless `changes` contains
+    them. Raises ConfigError for unknown names and values of the wrong type or out of range, with one line for each
+    problem.
     """
     problems: list[str] = []
-    changed = _replace(config, changes, "", problems)
+    implied = getattr(config, "implied", None)  # of StartConfig
+    changed = _replace(config, {**(implied(changes) if implied else {}), **changes}, "", problems)
     if problems:
         raise ConfigError("\n".join(dict.fromkeys(problems)))
     return changed

@@ -28,7 +28,7 @@ from pecobook.engine.stage import Stage, StageOutput, mean_of_counted, submodule
 from pecobook.engine.world import is_leader
 from pecobook.errors import ConfigError, DataError, listed
 from pecobook.models.dense.pyramid import FeaturePyramid, build_pyramid, describe_pyramid
-from pecobook.models.dense.segmenter import Segmenter, best_classes, rescaled_images, resize_maps
+from pecobook.models.dense.segmenter import Segmenter, best_classes, rescaled_images, resize_to_pixels
 from pecobook.models.weights import Backbone
 from pecobook.settings.segment import SegmentConfig, SegmentTestConfig
 from pecobook.settings.training import BaseOptimConfig
@@ -67,10 +67,10 @@ class SegmentStage(Stage[SegmentConfig]):
         images = photometric(to_float(batch["image"]), batch["colour"], self.config.colours)
         main, auxiliary = self.model(images)
         truth = batch["mask"].long()
-        loss, accuracy = _loss(main, truth)
+        loss, accuracy = _loss(main, truth, self.model.pyramid.patch)
         metrics = {"pixel_accuracy": 100 * accuracy}
         if auxiliary is not None:
-            auxiliary_loss = _loss(auxiliary, truth)[0]
+            auxiliary_loss = _loss(auxiliary, truth, self.model.pyramid.patch)[0]
             metrics["auxiliary"] = auxiliary_loss.detach()
             loss = loss + self.config.auxiliary_weight * auxiliary_loss
         return StageOutput(loss, metrics)
@@ -233,9 +233,9 @@ class SegmentStage(Stage[SegmentConfig]):
         return partial(_held_out_view, size=config.image_size, test=config.test)
 
 
-def _loss(logits: Tensor, truth: Tensor) -> tuple[Tensor, Tensor]:
+def _loss(logits: Tensor, truth: Tensor, patch: int) -> tuple[Tensor, Tensor]:
     """Return the cross-entropy of logits (B, C, h, w) and classes int64 (B, S, S), and the pixel accuracy, () each."""
-    logits = resize_maps(logits.float(), truth.shape[1:])
+    logits = resize_to_pixels(logits.float(), truth.shape[1:], patch)
     counted = truth != IGNORE
     total = counted.sum().clamp_min(1)
     # The sum is divided here, since cross_entropy's own mean over no pixels is not a number.

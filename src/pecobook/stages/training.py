@@ -120,8 +120,18 @@ def _open(stage_type: type[Stage[C]], config: C) -> Splits:
 
 def _preamble(config: TrainConfig, splits: Splits, stage: Stage[Any]) -> list[str]:
     """Return lines that say what the run learns from, with what, and for how long."""
-    weights = [("weights", note) for note in stage.notes]
+    weights = [("weights", note) for note in (*stage.notes, *_rates_of_random_weights(config))]
     return aligned([*describe(splits), *weights, *describe_run(stage, config, len(splits.train))])
+
+
+def _rates_of_random_weights(config: TrainConfig) -> list[str]:
+    """Return a line on the learning rates of a network with random weights, else nothing."""
+    if getattr(config, "weights", "") != "random":
+        return []
+    if config.optim.layer_decay == 1:
+        return ["random, so all layers learn at one rate (--optim.layer-decay 1, unless it is given)"]
+    lowers = f"--optim.layer-decay {config.optim.layer_decay:g} slows the lower layers, which hold nothing to keep"
+    return [f"random, and {lowers}: 1 does not"]
 
 
 def _dry_run(stage_type: type[Stage[C]], config: C, splits: Splits, stage: Stage[C]) -> None:

@@ -3,16 +3,34 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import sys
+from typing import Any
 
+from pecobook.commands.paper_tables import EPOCHS
 from pecobook.recipes import codebook, contrast, finetune, pretrain
 from pecobook.settings.codebook import CodebookConfig
 from pecobook.settings.contrast import ContrastConfig
 from pecobook.settings.finetune import FinetuneConfig
-from pecobook.settings.pretrain import PretrainConfig
+from pecobook.settings.pretrain import DecoderConfig, MaskConfig, PretrainConfig
 from pecobook.settings.tokenizer import AutoencoderConfig
 from pecobook.settings.training import BackboneConfig
-from pecobook.settings.values import replace
+from pecobook.settings.values import LARGEST, replace
+
+
+@dataclasses.dataclass(frozen=True)
+class VitRuns:
+    """The trainings of a ViT of one size. The lengths of all pre-trainings stand for `EPOCHS` epochs."""
+
+    pretrain: PretrainConfig
+    """On tokens."""
+    mae: PretrainConfig
+    """On pixels, with an encoder that reads the visible patches alone."""
+    moco: ContrastConfig
+    finetune: FinetuneConfig
+    """Fine-tuning of every arm that `own` does not name."""
+    own: dict[str, FinetuneConfig]
+    """Trainings of arms that have recipes of their own: `mae`, and the networks from scratch, `scratch` and `deit`."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,7 +40,7 @@ class Budget:
     gpus_per_run: int
     """GPUs of one run: small trainings run in parallel, large trainings need the memory of many GPUs."""
     contrast: dict[str, ContrastConfig]
-    """MoCo v3 by architecture: resnet, vit, and backbone where the masked ViT has another architecture than vit."""
+    """MoCo v3 of the perceptual networks: resnet and vit."""
     layers: dict[str, tuple[int, ...]]
     """Layers of each perceptual network: resnet, vit and supervised."""
     default: str
@@ -37,8 +55,22 @@ class Budget:
     lite: AutoencoderConfig
     """The tokenizer of half the width in Table 2."""
     discriminator_layers: int
-    pretrain: PretrainConfig
-    finetune: FinetuneConfig
+    vits: dict[str, VitRuns]
+    """The ViTs that are pre-trained and fine-tuned, by size: base, large, huge."""
+    max_images: int = 0
+    """Largest number of images of each split in an analysis; 0 keeps the numbers of `analyze`."""
+    classifier: str = ""
+    """The classifier of reconstructions of ImageNet-1K; empty takes the supervised network that is trained."""
+
+    @property
+    def pretrain(self) -> PretrainConfig:
+        """The pre-training of ViT-B on tokens."""
+        return self.vits["base"].pretrain
+
+    @property
+    def finetune(self) -> FinetuneConfig:
+        """The fine-tuning of ViT-B."""
+        return self.vits["base"].finetune
 
 
 def make_budget(name: str) -> Budget:
@@ -49,27 +81,15 @@ def make_budget(name: str) -> Budget:
 def _tiny(factor: int) -> Budget:
     """Return a budget for images of 32 pixels with 4 x 4 tokens: a run takes minutes on 2 cores, times `factor`."""
     resnet = dataclasses.replace(contrast.tiny(), batch_size=256, max_steps=str(160 * factor))
-    vit = BackboneConfig(
-        name="vit_tiny_patch16_224", args='{"patch_size": 4, "depth": 6, "embed_dim": 128, "num_heads": 4}'
-    )
-    masked_vit = dataclasses.replace(pretrain.tiny(), max_steps=str(200 * factor))
+    vit = _tiny_vit(patch_size=4)
     tokenizer = codebook.tiny()
     tokenizer = dataclasses.replace(tokenizer, max_steps=str(int(tokenizer.max_steps) * factor))
     classifier = dataclasses.replace(finetune.tiny(), max_steps=str(200 * factor))
-    supervised = dataclasses.replace(
-        classifier,
-        backbone=f"timm:{resnet.model.name}",
-        weights="random",
-        optim=dataclasses.replace(classifier.optim, layer_decay=1.0),
-    )
+    supervised = replace(classifier, {"backbone": f"timm:{resnet.model.name}", "weights": "random"})
     autoencoder = tokenizer.model
     return Budget(
         gpus_per_run=1,
-        contrast={
-            "resnet": resnet,
-            "vit": dataclasses.replace(resnet, model=vit),
-            "backbone": dataclasses.replace(resnet, model=masked_vit.model),
-        },
+        contrast={"resnet": resnet, "vit": dataclasses.replace(resnet, model=vit)},
         layers={"resnet": (3, 4), "vit": (2, 4, 6), "supervised": (3, 4)},
         default="resnet",
         supervised=supervised,
@@ -80,9 +100,39 @@ def _tiny(factor: int) -> Budget:
         ),
         lite=dataclasses.replace(autoencoder, channels=tuple(width // 2 for width in autoencoder.channels)),
         discriminator_layers=2,
-        pretrain=masked_vit,
-        finetune=classifier,
+        vits={
+            "base": _tiny_runs(factor, resnet, classifier),
+            "large": _tiny_runs(factor, resnet, classifier, depth=8, embed_dim=160),
+            "huge": _tiny_runs(factor, resnet, classifier, depth=10, embed_dim=192),
+            "huge-448": _tiny_runs(
+                factor, resnet, dataclasses.replace(classifier, image_size=64), depth=10, embed_dim=192
+            ),
+        },
     )
+
+
+def _tiny_vit(**args: Any) -> BackboneConfig:
+    return BackboneConfig(
+        name="vit_tiny_patch16_224",
+        args=json.dumps({"patch_size": 8, "depth": 6, "embed_dim": 128, "num_heads": 4, **args}),
+    )
+
+
+def _tiny_runs(factor: int, moco: ContrastConfig, classifier: FinetuneConfig, **args: int) -> VitRuns:
+    """Return the trainings of a small ViT; `args` change its size."""
+    model = _tiny_vit(init_values=0.1, **args)
+    masked = dataclasses.replace(pretrain.tiny(), max_steps=str(200 * factor), model=model)
+    mae = dataclasses.replace(
+        masked,
+        target="pixels",
+        visible_only=True,
+        decoder=DecoderConfig(depth=2, width=128, num_heads=4),
+        mask=MaskConfig(kind="random", num_masked=12),
+        colour=dataclasses.replace(masked.colour, jitter=0.0),
+    )
+    scratch = replace(classifier, {"weights": "random"})
+    moco = dataclasses.replace(moco, model=model)
+    return VitRuns(masked, mae, moco, classifier, {"scratch": scratch})
 
 
 def _paper() -> Budget:
@@ -98,13 +148,58 @@ def _paper() -> Budget:
         transformers=AutoencoderConfig(kind="vit", channels=(768, 16), num_blocks=12),
         lite=codebook.paper_lite().model,
         discriminator_layers=3,
-        pretrain=replace(pretrain.paper(), {"max_steps": "300 epochs"}),
-        finetune=finetune.paper(),
+        vits=_paper_vits(),
+        max_images=LARGEST,
+        classifier="timm:deit_tiny_patch16_224",
+    )
+
+
+def _paper_vits() -> dict[str, VitRuns]:
+    """Return the trainings of ViT-B, ViT-L and ViT-H; of the larger ViTs MAE gives a rate of 4e-3 at batch 1,024."""
+    own = {"mae": finetune.paper_mae(), "scratch": finetune.paper_scratch(), "deit": finetune.paper_deit()}
+    vits = {"base": _paper_runs(pretrain.paper(), finetune.paper(), own)}
+    for size, name, masked, classifier in (
+        ("large", "vit_large_patch16_224", pretrain.paper_vit_l(), finetune.paper_vit_l()),
+        ("huge", "vit_huge_patch14_224", pretrain.paper_vit_h(), finetune.paper_vit_h()),
+        ("huge-448", "vit_huge_patch14_224", pretrain.paper_vit_h(), finetune.paper_vit_h_448()),
+    ):
+        scratch = {"backbone": f"timm:{name}", "max_steps": "200 epochs", "drop_path": 0.2}
+        own = {
+            "mae": replace(classifier, {"optim.lr": 4e-3}),
+            "scratch": replace(finetune.paper_scratch(), scratch),
+        }
+        vits[size] = _paper_runs(masked, classifier, own)
+    return vits
+
+
+def _paper_runs(masked: PretrainConfig, classifier: FinetuneConfig, own: dict[str, FinetuneConfig]) -> VitRuns:
+    """Return the trainings of a ViT; MAE and MoCo v3 train the plain ViT of the size of `masked`."""
+    plain = BackboneConfig(name=masked.model.name.replace("beit_", "vit_"))
+    num_masked = 192 if "patch14" in plain.name else 147  # three quarters of 256 or 196 patches
+    mae = replace(pretrain.paper_mae(), {"mask.num_masked": num_masked})
+    length = f"{EPOCHS} epochs"
+    moco = replace(contrast.paper(), {"max_steps": length, "optim.warmup": "40 epochs"})
+    return VitRuns(
+        replace(masked, {"max_steps": length}),
+        dataclasses.replace(mae, max_steps=length, model=plain),
+        dataclasses.replace(moco, model=plain),
+        classifier,
+        own,
     )
 
 
 def with_backbone(budget: Budget, model: BackboneConfig) -> Budget:
-    """Return the budget with another ViT, which is pre-trained on tokens and, for Table 1, by MoCo v3."""
-    moco = dataclasses.replace(budget.contrast.get("backbone", budget.contrast["vit"]), model=model)
-    pretraining = dataclasses.replace(budget.pretrain, model=model)
-    return dataclasses.replace(budget, pretrain=pretraining, contrast={**budget.contrast, "backbone": moco})
+    """Return the budget with another ViT in place of ViT-B, for all ways to pre-train it."""
+    base = budget.vits["base"]
+    runs = dataclasses.replace(
+        base,
+        pretrain=dataclasses.replace(base.pretrain, model=model),
+        mae=dataclasses.replace(base.mae, model=model if model.name.startswith("vit_") else base.mae.model),
+        moco=dataclasses.replace(base.moco, model=model),
+        # From scratch a run of this ViT names the architecture, since `finetune` takes no arguments of timm.
+        own={
+            arm: dataclasses.replace(settings, backbone="") if settings.weights else settings
+            for arm, settings in base.own.items()
+        },
+    )
+    return dataclasses.replace(budget, vits={**budget.vits, "base": runs})

@@ -11,7 +11,7 @@ from typing import Any
 from pecobook.commands.cost import Cost, job_cost
 from pecobook.commands.duel_arms import DUEL, TUNING, parse_run, run_name
 from pecobook.commands.jobs import Job
-from pecobook.commands.paper_tables import PaperTable
+from pecobook.commands.paper_tables import EPOCHS, Arm, PaperTable
 from pecobook.commands.reproduce.budgets import Budget, make_budget, with_backbone
 from pecobook.commands.reproduce.duel import Duel
 from pecobook.data.source import Splits
@@ -25,8 +25,9 @@ from pecobook.settings.tokenize import VIEW_SETTINGS, TokenizeConfig
 from pecobook.settings.training import TrainConfig
 from pecobook.settings.values import replace
 
-NO_TOKENIZER = ("scratch", "vit-contrast", "pixels")
-"""Arms that train a backbone without a tokenizer."""
+FROM_SCRATCH = ("scratch", "deit")
+NO_TOKENIZER = (*FROM_SCRATCH, "dino", "moco", "mae")
+"""Targets of arms that train a backbone without a tokenizer."""
 
 
 class Plan:
@@ -44,6 +45,9 @@ class Plan:
         if config.backbone.name:
             self.budget = with_backbone(self.budget, config.backbone)
         self.has_labels = splits.train.labels is not None
+        self.classifier = config.classifier
+        if not config.classifier and len(splits.train.classes or ()) == 1000:  # the classes of ImageNet-1K
+            self.classifier = self.budget.classifier
         is_study = tables.keys() <= {DUEL, TUNING}  # its runs are small at every budget
         self.gpus_per_run = config.gpus_per_run or (1 if is_study else self.budget.gpus_per_run)
         self.jobs: dict[str, Job] = {}
@@ -56,13 +60,21 @@ class Plan:
                         self.duel.add(*parse_run(self.run_of(name, row.arm)), seed, tuning=name == TUNING)
                     elif not self.missing_for_arm(row.arm):
                         arm = self.canonical(row.arm)
-                        if arm not in NO_TOKENIZER:
-                            self._add_analysis(arm, seed, classified="classified" in dict(table.figures))
+                        if Arm.parse(arm).target not in NO_TOKENIZER:
+                            self._add_analysis(
+                                Arm.parse(arm).target, seed, classified="classified" in dict(table.figures)
+                            )
                         if config.transfer and self.has_labels:
                             self._add_classifier(arm, seed)
 
     def missing_for_arm(self, arm: str) -> str:
         """Return what is missing to train an arm; an empty text when nothing is missing."""
+        part = Arm.parse(arm)
+        arm = part.target
+        if part.vit not in self.budget.vits or (arm == "deit" and arm not in self.budget.vits[part.vit].own):
+            return "another --budget"
+        if arm == "dino" and not self.config.dino:
+            return "--dino timm:vit_base_patch16_224.dino"
         if arm == "dalle" and not self.config.dalle:
             return "--dalle FOLDER"
         if arm == "more-data" and not self.config.more_data:
@@ -79,7 +91,7 @@ class Plan:
             return "labels"
         if figure == "finetuned" and not self.config.transfer:
             return "--transfer"
-        if figure == "classified" and not self.config.classifier and self.budget.supervised is None:
+        if figure == "classified" and not self.classifier and self.budget.supervised is None:
             return "--classifier"
         return ""
 
@@ -90,8 +102,10 @@ class Plan:
 
     def canonical(self, arm: str) -> str:
         """Return one name for arms with equal trainings: the default network of all rows also has a row in Table 5."""
-        head, dash, how = arm.partition("-")
-        return f"perceptual{dash}{how}" if head == self.budget.default and arm not in NO_TOKENIZER else arm
+        part = Arm.parse(arm)
+        head, dash, how = part.target.partition("-")
+        target = f"perceptual{dash}{how}" if head == self.budget.default else part.target
+        return dataclasses.replace(part, target=target).name
 
     def run_of(self, table: str, arm: str) -> str:
         """Return the name that the jobs of an arm have in a table."""
@@ -121,11 +135,11 @@ class Plan:
         others = {job.config.out: job.config for job in self.jobs.values()}
         return {name: job_cost(job.command, job.config, *sizes, others) for name, job in self.jobs.items()}
 
-    def _run_settings(self, base: TrainConfig, name: str, seed: int, **changes: Any) -> Any:
-        """Return the settings of a run with folder, seed and length in steps."""
+    def _run_settings(self, base: TrainConfig, name: str, seed: int, *, times: float = 1.0, **changes: Any) -> Any:
+        """Return the settings of a run with folder, seed, and length in steps, `times` that of `base`."""
         num_images = len(self.splits.train)
         length = steps(base.max_steps, num_images=num_images, batch_size=base.batch_size) * self.config.length
-        length = max(round(length), 1)
+        length = max(round(length * times), 1)
         common: dict[str, Any] = {"data": self.config.data, "value_range": self.config.value_range}
         common |= {"seed": seed, "out": self.out(name)}
         common |= {"micro_batch_size": self.config.micro_batch_size, "compile": self.config.compile}
@@ -135,7 +149,7 @@ class Plan:
     # ---------------------------------------------------------------------------------------- networks and codebooks
 
     def _network(self, kind: str, seed: int) -> tuple[str, str]:
-        """Plan the network `resnet`, `vit`, `backbone` or `supervised`.
+        """Plan the perceptual network `resnet`, `vit` or `supervised`.
 
         Returns:
             the network, and the name of the job that trains it, empty when no job does.
@@ -193,7 +207,7 @@ class Plan:
         tokenizer, job, _ = self._codebook(arm, seed)
         classifier, classifier_job = "", ""
         if classified and self.has_labels:
-            classifier = self.config.classifier
+            classifier = self.classifier
             if not classifier and self.budget.supervised is not None:
                 classifier, classifier_job = self._network("supervised", seed)
         name = f"{'judged' if classifier else 'analysis'}-{arm}-{seed}"
@@ -203,49 +217,59 @@ class Plan:
         settings = AnalyzeConfig(
             tokenizer=tokenizer, data=self.config.data, out=self.out(name), classifier=classifier, seed=seed
         )
+        if self.budget.max_images:
+            most = self.budget.max_images
+            settings = dataclasses.replace(settings, max_train=most, max_test=most)
         self.add(name, "analyze", settings, job, classifier_job)
 
     # -------------------------------------------------------------------------------------------------------- transfer
 
     def _add_classifier(self, arm: str, seed: int) -> None:
-        backbone, job = self._backbone(arm, seed)
-        name = f"classifier-{arm}-{seed}"
-        # Random weights have no layers that were pre-trained and should change little.
-        changes = {"weights": "random", "optim.layer_decay": 1.0} if arm == "scratch" else {}
-        settings = self._run_settings(self.budget.finetune, name, seed, backbone=backbone, **changes)
-        self.add(name, "finetune", settings, job)
+        part, name = Arm.parse(arm), f"classifier-{arm}-{seed}"
+        backbone, job = self._backbone(part, seed)
+        runs = self.budget.vits[part.vit]
+        base = runs.own.get(part.target, runs.finetune)
+        self.add(name, "finetune", self._run_settings(base, name, seed, backbone=backbone), job)
 
-    def _backbone(self, arm: str, seed: int) -> tuple[str, str]:
+    def _backbone(self, arm: Arm, seed: int) -> tuple[str, str]:
         """Plan the backbone of an arm; returns the backbone and the name of the job that trains it."""
-        if arm == "scratch":
-            return self._backbone("pixels", seed)  # this run names the architecture; its weights are not used
-        if arm == "vit-contrast":
-            return self._network("backbone" if "backbone" in self.budget.contrast else "vit", seed)
-        name, base = f"vit-{arm}-{seed}", self.budget.pretrain
-        if arm == "pixels":
-            self.add(name, "pretrain", self._run_settings(base, name, seed, target="pixels"))
+        runs = self.budget.vits[arm.vit]
+        if arm.target in FROM_SCRATCH:
+            named = runs.own[arm.target].backbone
+            # Without a name of timm a run names the architecture; its weights are not used.
+            return (named, "") if named else self._backbone(dataclasses.replace(arm, target="moco"), seed)
+        if arm.target == "dino":
+            return self.config.dino, ""
+        # A ViT is fine-tuned at several sizes of images, but pre-trained once.
+        name = f"vit-{dataclasses.replace(arm, vit=arm.vit.partition('-')[0]).name}-{seed}"
+        times = arm.epochs / EPOCHS
+        if arm.target == "moco":
+            self.add(name, "contrast", self._run_settings(runs.moco, name, seed, times=times))
+        elif arm.target == "mae":
+            self.add(name, "pretrain", self._run_settings(runs.mae, name, seed, times=times))
         else:
-            tokenizer, job, stride = self._codebook(arm, seed)
-            patches_per_side = base.image_size // self.budget.codebook.model.stride
-            size = patches_per_side * stride
-            tokenizer_size = 0 if size == base.image_size else size
-            settings = self._run_settings(base, name, seed, tokenizer=tokenizer, tokenizer_size=tokenizer_size)
-            self.add_pretraining(name, settings, f"{arm}-{seed}", job)
+            self._add_masked_modelling(name, runs.pretrain, arm.target, seed, times)
         return self.out(name), name
 
-    def add_pretraining(self, name: str, settings: PretrainConfig, arm_and_seed: str, *needs: str) -> None:
-        """Add a pre-training on tokens, which come from a bank where it is long enough for one to save time.
+    def _add_masked_modelling(self, name: str, base: PretrainConfig, target: str, seed: int, times: float) -> None:
+        tokenizer, job, stride = self._codebook(target, seed)
+        side = base.tokenizer_size or base.image_size  # of the crops in the default tokenizer
+        size = side // self.budget.codebook.model.stride * stride
+        changes = {"tokenizer": tokenizer, "tokenizer_size": 0 if size == base.image_size else size}
+        self.add_pretraining(name, self._run_settings(base, name, seed, times=times, **changes), target, job)
 
-        The bank is a job of its own, which all pre-trainings with these tokens and as many views share.
+    def add_pretraining(self, name: str, settings: PretrainConfig, target: str, *needs: str) -> None:
+        """Add a pre-training on the tokens of `target`, which come from a bank where that saves time.
+
+        The bank is a job of its own, which all pre-trainings on equal views share.
         """
-        views = self.config.views
+        views, seed = self.config.views, settings.seed
         if views < 0:
             views = num_views(int(settings.max_steps) * settings.batch_size / max(len(self.splits.train), 1))
         if not views:
             self.add(name, "pretrain", settings, *needs)
             return
-        arm, _, seed = arm_and_seed.rpartition("-")
-        bank = f"bank-{arm}-{views}views-{seed}"
+        bank = f"bank-{target}-{settings.tokenizer_size or settings.image_size}px-{views}views-{seed}"
         same = {field: getattr(settings, field) for field in (*VIEW_SETTINGS, "data", "value_range", "tokenizer")}
         self.add(bank, "tokenize", TokenizeConfig(**same, views=views, out=self.out(bank)), *needs)
         self.add(name, "pretrain", dataclasses.replace(settings, tokens=self.out(bank)), bank, *needs)

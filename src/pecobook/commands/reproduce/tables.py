@@ -14,7 +14,7 @@ from pecobook.analysis.comparison import lookup
 from pecobook.analysis.evidence import Difference, difference, family, mean_and_deviation
 from pecobook.commands.duel_arms import DUEL
 from pecobook.commands.jobs import read_analysis
-from pecobook.commands.paper_tables import MORE, PaperTable, Row
+from pecobook.commands.paper_tables import MORE, Arm, PaperTable, Row
 from pecobook.commands.reproduce.duel import probe_figures, reading
 from pecobook.commands.reproduce.plan import Plan
 
@@ -65,7 +65,8 @@ def measured_tables(plan: Plan) -> list[MeasuredTable]:
 
 def _figures(plan: Plan, arm: str, seed: int) -> dict[str, float]:
     figures: dict[str, float | None] = {}
-    job = plan.jobs.get(f"judged-{arm}-{seed}") or plan.jobs.get(f"analysis-{arm}-{seed}")
+    tokenizer = Arm.parse(arm).target
+    job = plan.jobs.get(f"judged-{tokenizer}-{seed}") or plan.jobs.get(f"analysis-{tokenizer}-{seed}")
     if job is not None and job.finished:
         (metrics,) = read_analysis(job.out)["tokenizers"]
         names = ("codeword_probe", "crossed_probe", "codes_used", "psnr")

@@ -166,7 +166,7 @@ class Detector(Exported):
 
     def pad_to_batch(self, images: list[Tensor]) -> Any:
         """Normalise images and pad them with zeros at the right and bottom, to a multiple of the largest stride."""
-        stride = self.pyramid.strides[-1]
+        stride = int(self.pyramid.strides[-1])
         sizes = [(int(image.shape[1]), int(image.shape[2])) for image in images]
         height, width = (-(-max(side) // stride) * stride for side in zip(*sizes, strict=True))
         batch = self.mean.new_zeros(len(images), 3, height, width)
@@ -256,7 +256,7 @@ def _to_detections(result: dict[str, Tensor]) -> Detections:
 # --------------------------------------------------------------------------------------------- torchvision's components
 
 
-def _build_proposal_network(strides: tuple[int, ...], config: DetectorConfig) -> nn.Module:
+def _build_proposal_network(strides: tuple[float, ...], config: DetectorConfig) -> nn.Module:
     """Build the region proposal network."""
     network: nn.Module = RegionProposalNetwork(
         _Anchors(strides),
@@ -272,7 +272,7 @@ def _build_proposal_network(strides: tuple[int, ...], config: DetectorConfig) ->
     return network
 
 
-def _build_heads(strides: tuple[int, ...], num_classes: int, masks: bool, config: DetectorConfig) -> nn.Module:
+def _build_heads(strides: tuple[float, ...], num_classes: int, masks: bool, config: DetectorConfig) -> nn.Module:
     """Build the heads for class, box and mask of every region; `num_classes` includes the background."""
     width, mask_layers = config.width, {}
     if masks:
@@ -298,7 +298,7 @@ def _build_heads(strides: tuple[int, ...], num_classes: int, masks: bool, config
     return heads
 
 
-def _roi_align(strides: tuple[int, ...], side: int) -> Any:
+def _roi_align(strides: tuple[float, ...], side: int) -> Any:
     """Build a RoIAlign that chooses the level by the size of a box (arXiv 1612.03144, eq. 1), with fixed scales."""
     pool = MultiScaleRoIAlign([str(level) for level in range(len(strides))], side, sampling_ratio=2)
     pool.scales = [1 / stride for stride in strides]
@@ -309,7 +309,7 @@ def _roi_align(strides: tuple[int, ...], side: int) -> Any:
 class _Anchors(AnchorGenerator):  # type: ignore[misc]
     """Generates float32 anchors with a side of 8 strides, at fixed strides."""
 
-    def __init__(self, strides: tuple[int, ...]) -> None:
+    def __init__(self, strides: tuple[float, ...]) -> None:
         super().__init__(tuple((_ANCHOR * stride,) for stride in strides), (_ASPECTS,) * len(strides))
         self.strides = strides
 

@@ -55,7 +55,8 @@ class FeaturePyramid(nn.Module):
             _TransformerBody(backbone, image_size, config) if is_vit else _ConvolutionalBody(backbone, config)
         )
         self.channels: tuple[int, ...] = self.body.channels
-        self.strides: tuple[int, ...] = self.body.strides
+        self.strides: tuple[float, ...] = self.body.strides
+        self.patch: int = self.body.patch
         self.scale = nn.ModuleList(_scaling_layers(self.channels[0])) if is_vit else nn.ModuleList([nn.Identity()] * 4)
         self.network = backbone
         backbone.requires_grad_(not config.frozen)
@@ -120,7 +121,7 @@ class _ConvolutionalBody(nn.Module):
         if hasattr(network, "prune_intermediate_layers"):  # DDP would wait for gradients of unused layers
             network.prune_intermediate_layers(self.indices, prune_norm=True, prune_head=True)  # type: ignore[operator]
         self.channels = tuple(int(level["num_chs"]) for level in levels[-4:])
-        self.strides = tuple(int(level["reduction"]) for level in levels[-4:])
+        self.strides: tuple[float, ...] = tuple(int(level["reduction"]) for level in levels[-4:])
         if config.checkpointing:
             network.set_grad_checkpointing(True)  # type: ignore[operator]
         patch: Any = getattr(getattr(network, "patch_embed", None), "patch_size", 1)  # of a Swin, for example
@@ -147,15 +148,15 @@ class _TransformerBody(nn.Module):
         object.__setattr__(self, "network", network)  # not as a submodule: the pyramid registers the network
         vit: Any = network
         depth, patch = len(vit.blocks), int(vit.patch_embed.patch_size[0])
-        if depth < 2 or patch % 4:
+        if depth < 2 or patch < 4:
             raise WeightsError(
                 f"A ViT with {depth} blocks and patches of {patch} pixels cannot form a pyramid: it needs 2 blocks or "
-                "more, and a patch side that is a multiple of 4."
+                "more, and a patch side of 4 pixels or more."
             )
         self.levels = [max(round(depth * share), 1) - 1 for share in (1 / 3, 1 / 2, 2 / 3, 1)]
         self.indices = sorted(set(self.levels))  # in a shallow ViT, one block can serve two levels
         self.patch, self.window = patch, config.window
-        self.strides = (patch // 4, patch // 2, patch, patch * 2)
+        self.strides = (patch / 4, patch / 2, patch, patch * 2)
         self.channels = (int(vit.embed_dim),) * 4
         self.num_prefix = int(vit.num_prefix_tokens)
         global_blocks = {(depth * quarter) // 4 - 1 for quarter in (1, 2, 3, 4)} if config.window else set(range(depth))
@@ -358,7 +359,7 @@ def load_pyramid(
     backbone = load_backbone(spec, weights=weights or None, **options)
     with refusing(spec, "form a pyramid for images of any size"):  # some networks take one size only, or have no maps
         pyramid = FeaturePyramid(backbone.network, image_size, config)
-        side = 2 * pyramid.strides[-1]
+        side = 2 * int(pyramid.strides[-1])
         with torch.no_grad():
             maps = pyramid.eval()(torch.zeros(1, 3, side, side))
             pyramid(torch.zeros(1, 3, side, side + side // 2 - 4))  # whole images have any shape

@@ -37,6 +37,15 @@ def resize_maps(x: Tensor, size: torch.Size | tuple[int, ...]) -> Tensor:
     return F.interpolate(x, size=tuple(size), mode="bilinear", align_corners=False)
 
 
+def resize_to_pixels(scores: Tensor, size: torch.Size | tuple[int, ...], patch: int) -> Tensor:
+    """Interpolate scores (B, C, h, w) of an image to its `size`: (B, C, *size).
+
+    The scores also cover the padding to whole patches, which is cut off.
+    """
+    height, width = size
+    return resize_maps(scores, (-(-height // patch) * patch, -(-width // patch) * patch))[..., :height, :width]
+
+
 class UperNet(nn.Module):
     """Maps four feature maps to class scores.
 
@@ -119,8 +128,8 @@ class Segmenter(Exported):
             images: float (B, 3, H, W) in [0, 1].
 
         Returns:
-            scores (B, C, H / s, W / s) with the stride s of the finest map; scores of the auxiliary head, or None in
-            evaluation mode.
+            scores (B, C, H / s, W / s) with the stride s of the finest map, and H and W padded to whole patches; scores
+            of the auxiliary head, or None in evaluation mode.
         """
         maps = self.pyramid((images - self.mean) / self.std)
         auxiliary = self.auxiliary(maps[2]) if self.training and self.auxiliary is not None else None
@@ -189,7 +198,7 @@ print({{model.classes[number]: int((classes == number).sum()) for number in clas
         """
         size = images[0].shape[1:]
         if len(images) == 1 and not test_config.flip:
-            return resize_maps(self._scores(to_float(images[0])[None], test_config), size)[0]
+            return self._scores(to_float(images[0])[None], test_config)[0]
         total = torch.zeros((), device=self.mean.device)
         for image in images:
             batch = to_float(image)[None]
@@ -199,9 +208,9 @@ print({{model.classes[number]: int((classes == number).sum()) for number in clas
         return total / (len(images) * (1 + test_config.flip))
 
     def _scores(self, image: Tensor, test_config: SegmentTestConfig) -> Tensor:
-        """Compute scores (1, C, h', w') of an image (1, 3, h, w), in general at another resolution."""
+        """Compute scores (1, C, h, w) of an image (1, 3, h, w)."""
         if test_config.mode == "whole":
-            return self(image)[0].float()  # type: ignore[no-any-return]
+            return resize_to_pixels(self(image)[0].float(), image.shape[2:], self.pyramid.patch)
         side, (h, w) = self.image_size, (int(length) for length in image.shape[2:])
         step = max(round(side * test_config.stride), 1)
         total = torch.zeros(1, len(self.classes), h, w, device=image.device)
@@ -210,7 +219,7 @@ print({{model.classes[number]: int((classes == number).sum()) for number in clas
             for left in window_starts(w, side, step):
                 region = (..., slice(top, min(top + side, h)), slice(left, min(left + side, w)))
                 window = image[region]
-                total[region] += resize_maps(self(window)[0].float(), window.shape[2:])
+                total[region] += resize_to_pixels(self(window)[0].float(), window.shape[2:], self.pyramid.patch)
                 count[region] += 1
         return total / count
 
@@ -249,7 +258,7 @@ class FixedSizeSegmenter(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Map images, float (B, 3, S, S) in [0, 1], to scores (B, C, S, S)."""
-        return resize_maps(self.model(images)[0], images.shape[2:])
+        return resize_to_pixels(self.model(images)[0], images.shape[2:], self.model.pyramid.patch)
 
 
 def window_starts(length: int, side: int, step: int) -> list[int]:
