@@ -70,7 +70,7 @@ def test_guides__every_flag_exists(page: str, minimum: int) -> None:
 
 @pytest.mark.parametrize(
     ("page", "minimum"),
-    [("pretraining.md", 7), ("dense.md", 5), ("analysis.md", 3), ("from-zero.md", 15)],
+    [("pretraining.md", 7), ("dense.md", 5), ("analysis.md", 3), ("from-zero.md", 15), ("study.md", 3)],
 )
 def test_guides__every_command_can_be_parsed(page: str, minimum: int) -> None:
     lines = [

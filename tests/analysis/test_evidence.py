@@ -101,7 +101,7 @@ def test_family__needs_both_the_interval_and_the_correction() -> None:
 
 
 def test_outer_means__average_within_a_network_first() -> None:
-    nested = {(0, 0, 0): 1.0, (0, 0, 1): 3.0, (0, 1, 0): 6.0, (1, 0, 0): 5.0}
+    nested: dict[tuple[int, ...], float] = {(0, 0, 0): 1.0, (0, 0, 1): 3.0, (0, 1, 0): 6.0, (1, 0, 0): 5.0}
     assert outer_means(nested) == {0: 4.0, 1: 5.0}  # ((1 + 3) / 2 + 6) / 2
     assert outer_means({(0,): 1.0, (7,): 2.0}) == {0: 1.0, 7: 2.0}
 
@@ -112,7 +112,9 @@ def test_outer_means__keep_the_interval_honest_when_trainings_share_a_network() 
     wrong = honest = 0
     for _ in range(400):
         networks = rng.normal(0.0, 1.0, size=3)
-        nested = {(n, v): networks[n] + rng.normal(0.0, 0.3) for n in range(3) for v in range(4)}
+        nested: dict[tuple[int, ...], float] = {
+            (n, v): networks[n] + rng.normal(0.0, 0.3) for n in range(3) for v in range(4)
+        }
         claimed = (Verdict.HIGHER, Verdict.LOWER)
         wrong += Difference("x", tuple(nested.values())).verdict in claimed
         honest += Difference("x", tuple(outer_means(nested).values())).verdict in claimed

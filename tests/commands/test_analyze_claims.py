@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from pecobook.analysis.comparison import Comparison, Verdict, claim, compare
+from pecobook.analysis.comparison import Comparison, claim, compare
+from pecobook.analysis.evidence import Verdict
 from pecobook.analysis.wording import accuracy_with_error
 from pecobook.commands.analyze.comparing import ONE_SEED, probe_chart
 from pecobook.commands.analyze.page import compose

@@ -25,6 +25,7 @@ from pecobook.models.tokenizer import build_autoencoder
 from pecobook.settings.codebook import CodebookConfig
 from pecobook.settings.pretrain import DecoderConfig
 from pecobook.settings.tokenizer import AutoencoderConfig
+from pecobook.settings.values import to_dict
 from pecobook.utils.json_files import read_if_valid
 
 TERAFLOPS = {"contrast": 200, "codebook": 227, "tokenize": 227, "pretrain": 280, "finetune": 280, "analyze": 50}
@@ -111,7 +112,9 @@ def _timm(name: str, args: str, size: int) -> nn.Module:
 def _torchvision(name: str) -> nn.Module:
     import torchvision
 
-    return getattr(torchvision.models.get_model(name), "features", None) or torchvision.models.get_model(name)
+    network: nn.Module = torchvision.models.get_model(name)
+    features = getattr(network, "features", None)
+    return features if isinstance(features, nn.Module) else network
 
 
 def _network(source: str, size: int, others: Mapping[str, Any]) -> _Pass:
@@ -120,13 +123,11 @@ def _network(source: str, size: int, others: Mapping[str, Any]) -> _Pass:
         return _count(_timm, size, 3, source.removeprefix("timm:"), "{}", size)
     if source.startswith("torchvision:"):
         return _count(_torchvision, size, 3, source.removeprefix("torchvision:"))
-    settings = others[source] if source in others else read_if_valid(Path(source) / "config.json")
-    model = settings.get("model") if isinstance(settings, dict) else getattr(settings, "model", None)
+    settings = to_dict(others[source]) if source in others else read_if_valid(Path(source) / "config.json") or {}
+    model = settings.get("model")
     if model is None:  # a classifier names the network that it began with
-        name = settings["backbone"] if isinstance(settings, dict) else settings.backbone
-        return _network(name, size, others)
-    name, args = (model["name"], model["args"]) if isinstance(model, dict) else (model.name, model.args)
-    return _count(_timm, size, 3, name.removeprefix("timm:"), args, size)
+        return _network(settings["backbone"], size, others)
+    return _count(_timm, size, 3, model["name"].removeprefix("timm:"), model["args"], size)
 
 
 def _part(model: AutoencoderConfig, number: int) -> nn.Module:

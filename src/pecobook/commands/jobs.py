@@ -64,7 +64,7 @@ class Job:
     """One run of a command, and the jobs that must be finished before it starts."""
 
     command: str
-    """A training command, whose length is given in steps, or tokenize, analyze or predict."""
+    """A training command, whose length is given in steps, or tokenize, probe, analyze or predict."""
     config: Any
     """Settings of the command; `out` is the folder of the run."""
     needs: tuple[str, ...] = ()
@@ -82,6 +82,8 @@ class Job:
         """Whether everything that the command writes exists."""
         if self.command == "tokenize":
             return self.fraction_done == 1.0
+        if self.command == "probe":
+            return self.out.exists()
         return (self.out / _LAST_FILE.get(self.command, "export/config.json")).exists()
 
     @property
@@ -104,8 +106,8 @@ class Job:
         if self.command == "predict":  # what is interrupted leaves an empty folder
             return (self.command, *flag_words(self.config, type(self.config)(), always=("run", "images", "out")))
         if self.command not in (*RECIPES, "tokenize"):
-            flags = flag_words(self.config, type(self.config)(), always=("data", "out"))
-            return (self.command, *flags, "--overwrite")
+            words = flag_words(self.config, type(self.config)(), always=("data", "out"))
+            return (self.command, *words, *(("--overwrite",) if hasattr(self.config, "overwrite") else ()))
         names = RECIPES["pretrain" if self.command == "tokenize" else self.command]
         load = recipes.tokenize if self.command == "tokenize" else functools.partial(recipes.recipe, self.command)
         # The recipe from which the fewest settings differ, so that the line is short.
@@ -253,8 +255,9 @@ def run_all(jobs: Mapping[str, Job], out: Path, gpus_per_run: int = 1) -> Outcom
 
 
 def seconds_of(jobs: Mapping[str, Job]) -> dict[str, float]:
-    """Return the seconds of every finished job."""
-    return {name: job_seconds(job) for name, job in jobs.items() if job.finished}
+    """Return the seconds of every finished training and analysis."""
+    timed = (*RECIPES, "analyze")  # the times of token banks and probes are not recorded
+    return {name: job_seconds(job) for name, job in jobs.items() if job.command in timed and job.finished}
 
 
 def _try_lock(job: Job, folder: Path) -> FolderLock | None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 
+from pecobook.commands.duel_arms import ARMS, DUEL, TUNING, run_name, settings_of
 from pecobook.errors import ConfigError, did_you_mean
 
 PROBE = ("codeword_probe", "linear probe of codewords, %")
@@ -82,6 +83,8 @@ class PaperTable:
     """Arms whose perceptual network is also trained with random and with shuffled weights."""
     note: str = ""
     """A remark below the table."""
+    more_pairs: tuple[tuple[str, str], ...] = ()
+    """Further arms (a, b) whose difference a - b is printed below the table."""
 
     @property
     def all_rows(self) -> tuple[Row, ...]:
@@ -93,6 +96,16 @@ class PaperTable:
             controls = {how: Arm.parse(arm).control(how) for how in ("random", "shuffled")}
             rows += [Row(f"{label}, {how} weights", name, control=True) for how, name in controls.items()]
         return tuple(rows)
+
+    @property
+    def pairs(self) -> tuple[tuple[str, str], ...]:
+        """Arms (a, b) whose difference a - b is printed: each perceptual loss, the pixel loss and the controls."""
+        pairs = []
+        for arm in self.controls:
+            part = Arm.parse(arm)
+            pixel = dataclasses.replace(part, target="pixel").name
+            pairs += [(arm, control) for control in (pixel, part.control("random"), part.control("shuffled"))]
+        return (*pairs, *self.more_pairs)
 
     def paper_number(self, row: Row, figure: str) -> float | None:
         """Return the paper's number of a row in the column of a figure, or None when the paper has no number."""
@@ -261,6 +274,30 @@ TABLES = {
         (FINETUNED, PROBE, CROSSED),
         (Row("tokenizer trained on the same images", "perceptual"), Row("on more images", "more-data")),
         note="The paper gives these numbers only in a figure; its text says that more data does not help.",
+    ),
+    DUEL: PaperTable(
+        "A study fixed beforehand: what a ViT learns from perceptual codes, a control's and pixels",
+        (
+            ("linear", "linear probe of the ViT, %"),
+            ("few", "fine-tuned on 100 labels a class, %"),
+            ("knn", "k-NN, %"),
+            ("crossed_probe", "probe of codes with position removed, %"),
+        ),
+        tuple(Row(label, arm) for arm, label in ARMS.items()),
+        note="The rule of reading stands in docs/study.md. Steps are equal in all arms, operations are not.",
+        more_pairs=(("classification", "pixel"), ("supervised", "pixel")),
+    ),
+    TUNING: PaperTable(
+        "Tuning of the study, on validation images",
+        (("validation", "linear probe of the ViT on validation images, %"),),
+        tuple(
+            Row(f"{arm}, {setting.name.replace('-', ', ')}", run_name(arm, setting))
+            for arm in (*ARMS, "perceptual-random", "perceptual-shuffled")
+            if len(settings_of(arm)) > 1
+            for setting in settings_of(arm)
+        ),
+        controls=(),
+        note="The best setting of each arm is taken by `reproduce duel` in this folder; use another seed there.",
     ),
 }
 ALIASES = {

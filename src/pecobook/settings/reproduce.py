@@ -17,7 +17,8 @@ class ReproduceConfig(ImagesConfig):
 
     tables: tuple[str, ...] = ()
     """Tables of the paper: any of tables1-2, table1-large, table1-huge, table3, table4, table5, table6, table7, table8,
-    table10, table11, table12, v1-table7. On the command line the tables may stand first, without the flag."""
+    table10, table11, table12, v1-table7; or duel and duel-tuning, the study of docs/study.md. On the command line the
+    tables may stand first, without the flag."""
     out: str = ""
     """Folder to write. An interrupted reproduction resumes there, and more tables may be added to the folder."""
     budget: Literal["tiny", "small", "paper"] = "tiny"

@@ -19,12 +19,12 @@ from pecobook.analysis.comparison import (
     PERCENT_METRICS,
     UNTRAINED,
     Comparison,
-    Verdict,
     accuracy,
     claim,
     compare,
     deciding_probe,
 )
+from pecobook.analysis.evidence import Verdict
 from pecobook.analysis.probe import MIN_IMAGES, binomial_error
 from pecobook.analysis.report import Picture, Section, Table
 from pecobook.analysis.wording import accuracy_with_error, fixed

@@ -1,5 +1,6 @@
 """`pecobook reproduce`: train the runs of the paper's tables on your images, at a chosen budget, over seeds.
 
+duel.py       a study of our own, beside the paper's tables
 budgets.py    the size and the length of every kind of run
 plan.py       the runs of all rows, each run once
 listing.py    the plan as text, as JSON and as a file of commands
@@ -58,7 +59,7 @@ def reproduce(config: ReproduceConfig | None = None, **settings: Any) -> Path:
     elif config.dry_run:
         show(rehearsal.remaining_time(plan, rehearsal.read_rehearsal(out)))
     else:
-        _folder(config).begin(partial(_write_settings, config)).release()  # others may run jobs of the same folder
+        _folder(config).begin(partial(_write_settings, plan)).release()  # others may run jobs of the same folder
         outcome = _run(plan, out) if config.train else Outcome()
         with FolderLock(out, shared=True, wait=SHARED_WAIT):
             _write_tables(plan, outcome, out)
@@ -83,7 +84,7 @@ def _run(plan: Plan, out: Path) -> Outcome:
 def _write_plan(plan: Plan) -> None:
     """Write the files of --commands and --slurm, and begin the folder, in which their jobs will write."""
     config = plan.config
-    _folder(config).begin(partial(_write_settings, config)).release()
+    _folder(config).begin(partial(_write_settings, plan)).release()
     for name, text in ((config.commands, listing.commands), (config.slurm, slurm.script)):
         if name:
             write_atomically(Path(name), text(plan).encode())
@@ -152,9 +153,12 @@ def _folder(config: ReproduceConfig) -> OutputFolder:
     return resumed_folder(config.out, settings, defaults, data=config.data, **rules)
 
 
-def _write_settings(config: ReproduceConfig, out: Path) -> None:
+def _write_settings(plan: Plan, out: Path) -> None:
+    config = plan.config
     write_json(out / "reproduce.json", _fixed_settings(config))
     (out / "runs").mkdir(exist_ok=True)
+    if plan.duel is not None:
+        plan.duel.write_images()
 
 
 def _missing(plan: Plan, outcome: Outcome) -> str:

@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from pecobook.commands.cost import Cost, job_cost
+from pecobook.commands.duel_arms import DUEL, TUNING, parse_run, run_name
 from pecobook.commands.jobs import Job
 from pecobook.commands.paper_tables import ATTACKED, EPOCHS, Arm, PaperTable
 from pecobook.commands.reproduce.budgets import Budget, make_budget, with_backbone
+from pecobook.commands.reproduce.duel import Duel
 from pecobook.commands.reproduce.transfers import dense_data, kinds_of
 from pecobook.data.source import Splits
 from pecobook.settings.analyze import AnalyzeConfig
@@ -49,13 +51,18 @@ class Plan:
         self.classifier = config.classifier
         if not config.classifier and len(splits.train.classes or ()) == 1000:  # the classes of ImageNet-1K
             self.classifier = self.budget.classifier
-        self.gpus_per_run = config.gpus_per_run or self.budget.gpus_per_run
+        is_study = tables.keys() <= {DUEL, TUNING}  # its runs are small at every budget
+        self.gpus_per_run = config.gpus_per_run or (1 if is_study else self.budget.gpus_per_run)
         self.dense_data = dense_data(config, self.budget.dense)
         self.jobs: dict[str, Job] = {}
+        self.duel = Duel(config, splits, self.jobs) if {DUEL, TUNING} & tables.keys() else None
         for seed in config.seeds:
-            for table in tables.values():
+            for name, table in tables.items():
                 for row in table.all_rows:
-                    if not self.missing_for_arm(row.arm):
+                    if name in (DUEL, TUNING):
+                        assert self.duel is not None
+                        self.duel.add(*parse_run(self.run_of(name, row.arm)), seed, tuning=name == TUNING)
+                    elif not self.missing_for_arm(row.arm):
                         arm = self.canonical(row.arm)
                         if Arm.parse(arm).target not in NO_TOKENIZER:
                             self._add_analysis(
@@ -106,6 +113,12 @@ class Plan:
         head, dash, how = part.target.partition("-")
         target = f"perceptual{dash}{how}" if head == self.budget.default else part.target
         return dataclasses.replace(part, target=target).name
+
+    def run_of(self, table: str, arm: str) -> str:
+        """Return the name that the jobs of an arm have in a table."""
+        if self.duel is not None and table in (DUEL, TUNING):
+            return arm if table == TUNING else run_name(arm, self.duel.chosen(arm))
+        return self.canonical(arm)
 
     def add(self, name: str, command: str, config: Any, *needs: str) -> None:
         """Add a job unless the plan has it.

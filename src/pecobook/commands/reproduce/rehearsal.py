@@ -10,6 +10,7 @@ from pecobook.commands.jobs import Job, gpu_slots, run_all, seconds_of
 from pecobook.commands.reproduce.listing import kind_of
 from pecobook.commands.reproduce.plan import Plan
 from pecobook.engine.log import compact_duration
+from pecobook.recipes import RECIPES
 from pecobook.settings.values import replace, to_dict
 from pecobook.utils.files import write_json
 from pecobook.utils.folder_lock import FolderLock
@@ -23,6 +24,9 @@ _SHORT: dict[str, dict[str, Any]] = {
     "analyze": {"max_train": 200, "max_test": 100},
     "predict": {"attack.max_images": 100},
 }
+_REHEARSED = (*RECIPES, *_SHORT)
+"""Commands that are rehearsed. A token bank is not, since the tokenizer in the steps of a ViT takes longer; nor is a
+probe, which is short."""
 _SHORT_FACTOR = 10
 """Estimated time of a whole analysis over that of a rehearsed analysis. A whole analysis reads 20 to 50 times the
 images, but part of the time does not depend on the number of images."""
@@ -36,7 +40,7 @@ def remaining_time(plan: Plan, seconds: dict[str, float]) -> str:
         seconds: seconds of a step or of a small analysis by kind, as `rehearse` returns them.
     """
     unfinished = {name: job for name, job in plan.jobs.items() if not job.finished}
-    if {kind_of(name) for name, job in unfinished.items() if job.command != "tokenize"} - seconds.keys():
+    if {kind_of(name) for name, job in unfinished.items() if job.command in _REHEARSED} - seconds.keys():
         return "how long it takes will be known after a few steps of each kind of run"
     left = sum(job_duration(job, name, seconds) * (1 - job.fraction_done) for name, job in unfinished.items())
     num_slots = len(gpu_slots(plan.gpus_per_run))
@@ -53,7 +57,7 @@ def read_rehearsal(out: Path) -> dict[str, float]:
 def rehearse(plan: Plan, out: Path) -> dict[str, float]:
     """Run one job of each unfinished kind for a few steps; return the seconds of a step or a small analysis by kind.
 
-    Token banks are left out, and ViTs rehearse without them: the tokenizer in their steps takes longer than the bank.
+    ViTs rehearse without their token banks, which are not rehearsed.
 
     Raises:
         PecobookError: a run failed.
@@ -64,7 +68,7 @@ def rehearse(plan: Plan, out: Path) -> dict[str, float]:
         seconds = read_rehearsal(out)
         chosen: dict[str, str] = {}
         for name, job in plan.jobs.items():
-            if kind_of(name) not in seconds and not job.finished and job.command != "tokenize":
+            if kind_of(name) not in seconds and not job.finished and job.command in _REHEARSED:
                 chosen.setdefault(kind_of(name), name)
         if not chosen:
             return seconds
