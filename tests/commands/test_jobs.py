@@ -235,14 +235,9 @@ def test_job__of_a_token_bank_is_finished_when_all_shards_are_written(tmp_path: 
     bank = Job("tokenize", TokenizeConfig(tokenizer="run", data="photos", views=2, out=str(tmp_path)))
     assert bank.words[:2] == ("tokenize", "paper")
     assert bank.fraction_done == 0
-    settings: dict[str, Any] = {
-        "kind": "token bank",
-        "tokenizer": "1a",
-        "grid": [1, 1],
-        "data": "d",
-        "evaluation_data": "e",
-    }
-    settings |= {"views": 2, "num_images": 3, "num_evaluation_images": 2, **dict.fromkeys(VIEW_SETTINGS, 1)}
+    settings: dict[str, Any] = {"kind": "token bank", "tokenizer": "1a", "grid": [1, 1]}
+    settings |= {"data": "d", "evaluation_data": "e", "views": 2, "num_images": 3, "num_evaluation_images": 2}
+    settings |= dict.fromkeys(VIEW_SETTINGS, 1)
     settings["colour"] = dataclasses.asdict(PhotometricConfig())
     (tmp_path / "config.json").write_text(json.dumps(settings))
     write_shard(tmp_path / "train" / "codes-00000.npy", np.zeros((3, 2, 1, 1), np.uint16))

@@ -156,11 +156,11 @@ def test_tables__explain_missing_figures(images: Path, unlabelled_images: Path) 
 
 def test_tables__have_the_accuracy_of_the_classifier_on_originals() -> None:
     pixel, perceptual = TABLES["table4"].rows[1:]
-    values = {"classified": [20.0, 22.0], "originals": [70.0, 72.0]}
+    values = {"classified": {0: 20.0, 1: 22.0}, "originals": {0: 70.0, 1: 72.0}}
     equal = MeasuredTable("table4", TABLES["table4"], ((pixel, values, ""), (perceptual, values, "")))
     assert remarks(equal) == ["Our classifier, on originals: 71.0 ± 1.4%."]
     assert not any("originals" in heading for heading in header_and_rows(equal)[0])
-    other_values = {**values, "originals": [60.0]}
+    other_values = {**values, "originals": {0: 60.0}}
     different = MeasuredTable("table4", TABLES["table4"], ((pixel, values, ""), (perceptual, other_values, "")))
     (remark,) = remarks(different)
     assert remark == "Our classifier, on originals: 71.0 ± 1.4% (pixel loss alone), 60.0% (perceptual loss)."

@@ -153,7 +153,8 @@ def _tokenizer(source: str, size: int, others: Mapping[str, Any]) -> float:
 
 class _Logits(DalleTokenizer):
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        return self.logits(images)
+        logits: torch.Tensor = self.logits(images)
+        return logits
 
 
 def _contrast(config: Any, _others: Mapping[str, Any]) -> float:

@@ -143,8 +143,8 @@ def _check_codebook(settings: CodebookConfig) -> None:
 def _fixed_settings(config: ReproduceConfig) -> dict[str, Any]:
     """Return the settings that must not change when a folder is resumed."""
     free = ("tables", "out", "seeds", "transfer", "gpus_per_run", "micro_batch_size", "compile")
-    free = (*free, "train", "dry_run", "json", "commands", "slurm")
-    return {name: value for name, value in to_dict(config).items() if name not in free}
+    of_the_plan = ("train", "dry_run", "json", "commands", "slurm")
+    return {name: value for name, value in to_dict(config).items() if name not in (*free, *of_the_plan)}
 
 
 def _folder(config: ReproduceConfig) -> OutputFolder:

@@ -187,7 +187,7 @@ class Plan:
             return f"dalle:{self.config.dalle}", "", 8
         settings, network_job = self.codebook_settings(arm, seed)
         name = f"codebook-{arm}-{seed}"
-        changes = {"data": self.config.more_data} if arm == "more-data" else {}
+        changes: dict[str, Any] = {"data": self.config.more_data} if arm == "more-data" else {}
         self.add(name, "codebook", self._run_settings(settings, name, seed, **changes), network_job)
         return self.out(name), name, settings.model.stride
 
@@ -240,7 +240,7 @@ class Plan:
         if "attack" in kinds and self.has_labels:
             run, job = self._add_classifier(arm, seed)
             name, attack = f"attack-{arm}-{seed}", replace(AttackConfig(), {"names": tuple(dict(ATTACKED))})
-            source = {"images": self.config.data, "value_range": self.config.value_range}
+            source: dict[str, Any] = {"images": self.config.data, "value_range": self.config.value_range}
             self.add(name, "predict", PredictConfig(run=run, out=self.out(name), attack=attack, **source), job)
         for command in [kind for kind in kinds if kind in self.dense_data]:
             part, name, data = Arm.parse(arm), f"{command}-{arm}-{seed}", self.dense_data[command]
@@ -284,7 +284,7 @@ class Plan:
         tokenizer, job, stride = self._codebook(target, seed)
         side = base.tokenizer_size or base.image_size  # of the crops in the default tokenizer
         size = side // self.budget.codebook.model.stride * stride
-        changes = {"tokenizer": tokenizer, "tokenizer_size": 0 if size == base.image_size else size}
+        changes: dict[str, Any] = {"tokenizer": tokenizer, "tokenizer_size": 0 if size == base.image_size else size}
         views_of = f"{target}-visible" if base.visible_only else target  # MAE's views are other crops
         self.add_pretraining(name, self._run_settings(base, name, seed, times=times, **changes), views_of, job)
 

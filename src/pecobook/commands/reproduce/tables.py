@@ -76,10 +76,10 @@ def _figures(plan: Plan, arm: str, seed: int) -> dict[str, float]:
             figures[figure] = None if share is None else 100 * share
         classifier = metrics.get("classifier", {})
         figures |= {"classified": classifier.get("reconstructions"), "originals": classifier.get("originals")}
-    for kind, names in {**TRANSFERS, "few": {"few": "evaluation/top1"}}.items():
+    for kind, of_kind in {**TRANSFERS, "few": {"few": "evaluation/top1"}}.items():
         job = plan.jobs.get(f"{kind}-{arm}-{seed}")
         if job is not None and job.finished:
-            figures |= transfer_figures(job, names)
+            figures |= transfer_figures(job, of_kind)
     figures |= probe_figures(plan.jobs, f"{arm}-{seed}")
     return {figure: float(value) for figure, value in figures.items() if value is not None}
 
