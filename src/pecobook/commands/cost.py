@@ -178,7 +178,9 @@ class _VisibleOnly(nn.Module):
         self.model, self.num_masked = VisibleOnlyModel(_timm(name, args, size), 1, decoder), num_masked
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        return self.model(images, torch.zeros(1, *self.model.grid, dtype=torch.bool), self.num_masked)
+        mask = torch.zeros(1, *self.model.grid, dtype=torch.bool)
+        logits: torch.Tensor = self.model(images, mask, self.num_masked)
+        return logits
 
 
 def _pretrain(config: Any, others: Mapping[str, Any]) -> float:
