@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.judges import Judge
-from benchmarks.runs import ONE_THREAD, command, records, run_parallel, study_parser, table
+from benchmarks.runs import ONE_THREAD, command, differences, records, run_parallel, study_parser, table
 
 MOCO = ("--perceptual.network", "MOCO", "--perceptual.layers", "3", "4")
 SQUEEZENET = ("--perceptual.network", "torchvision:squeezenet1_1", "SQUEEZENET")
@@ -73,6 +73,18 @@ TITLES = {
     "codes_used": "codes used",
     "perplexity": "perplexity",
 }
+
+
+COMPARED = ("crossed_probe", "crossed_bag_probe", "codeword_probe", "judged")
+"""Metrics whose differences between arms are printed."""
+
+
+def controls_of(arm: str) -> list[str]:
+    """Return the arms that an arm is compared with: pixels alone, and the same network with random weights."""
+    network, _, settings = arm.partition(", ")
+    control = {"MoCo v3": "random ResNet", "SqueezeNet": "random SqueezeNet"}.get(network)
+    same_settings = f"{control}, {settings}"
+    return ["pixel", same_settings if same_settings in ARMS else control] if control else ["pixel"]
 
 
 def flags_of_arm(arm: str, arguments: argparse.Namespace, seed: int, length: int) -> list[str]:
@@ -246,6 +258,11 @@ def main() -> None:
     order = list(ARMS)
     rows = [{"set": "", **record} for record in records(out)]
     print(table(rows, ["length", "arm", "set"], TITLES, lambda key: (key[0], key[2], order.index(key[1]))))
+    pairs = [(arm, control) for arm in ARMS for control in controls_of(arm) if arm != control]
+    for length, settings in sorted({(row["length"], row["set"]) for row in rows}):
+        members = [row for row in rows if (row["length"], row["set"]) == (length, settings)]
+        lines = differences(members, pairs, {metric: TITLES[metric] for metric in COMPARED})
+        print(f"\n{length} steps {settings}\n{lines}")
 
 
 if __name__ == "__main__":

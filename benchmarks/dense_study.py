@@ -17,9 +17,10 @@ import argparse
 import json
 import shutil
 from functools import partial
+from itertools import combinations
 from pathlib import Path
 
-from benchmarks.runs import command, records, run_parallel, study_parser, table
+from benchmarks.runs import command, differences, records, run_parallel, study_parser, table
 
 ARMS = ("scratch", "pixel codebook", "control codebook", "perceptual codebook")
 TITLES = {
@@ -65,6 +66,7 @@ def main() -> None:
         arms = [arm for arm in ARMS if backbone_of(arm, arguments)]
         run_parallel((partial(run_arm, a, s, arguments) for s in arguments.seeds for a in arms), arguments.processes)
     print(table(records(out), ["arm"], TITLES[arguments.task], lambda key: ARMS.index(key[0])))
+    print(f"\n{differences(records(out), list(combinations(reversed(ARMS), 2)), TITLES[arguments.task])}")
 
 
 if __name__ == "__main__":

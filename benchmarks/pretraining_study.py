@@ -18,10 +18,11 @@ import argparse
 import json
 import shutil
 from functools import partial
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
-from benchmarks.runs import command, records, run_parallel, study_parser, table
+from benchmarks.runs import command, differences, records, run_parallel, study_parser, table
 
 ARMS = ("scratch", "pixels", "pixel codebook", "control codebook", "perceptual codebook")
 VIEWS = (1, 4, 16, 0)
@@ -125,6 +126,9 @@ def main() -> None:
     order = [str(view or "online") for view in VIEWS]
     keys = ["arm", "views"] if arguments.views else ["arm"]
     print(table(records(out), keys, TITLES, lambda key: (ARMS.index(key[0]), *(order.index(str(v)) for v in key[1:]))))
+    if not arguments.views:
+        accuracies = {metric: TITLES[metric] for metric in ("linear", "knn", "finetuned")}
+        print(f"\n{differences(records(out), list(combinations(reversed(ARMS), 2)), accuracies)}")
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pecobook.analysis.evidence import mean_and_deviation
+from pecobook.analysis.evidence import difference, family, mean_and_deviation
 from pecobook.engine.attention import trainable_attention
 from pecobook.utils.devices import synchronize
 
@@ -66,6 +66,26 @@ def table(
         metrics = [[row[name] for row in group if row.get(name) is not None] for name in titles]
         cells = [mean_and_deviation(metric, digits=2) for metric in metrics]
         lines.append(f"| {' | '.join(map(str, values))} | {len(group)} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def differences(rows: list[dict[str, Any]], pairs: Iterable[tuple[str, str]], titles: dict[str, str]) -> str:
+    """Return lines on the differences of arms, paired by seed, with intervals and one correction for each metric.
+
+    Args:
+        rows: results, one per run, with `arm` and `seed`.
+        pairs: arms (a, b), for a - b; arms that were not run are left out.
+        titles: metric to its title.
+    """
+    lines = []
+    for metric, title in titles.items():
+        by_arm: dict[str, dict[int, float]] = {}
+        for row in rows:
+            if row.get(metric) is not None:
+                by_arm.setdefault(row["arm"], {})[row["seed"]] = row[metric]
+        pairs_run = [(a, b) for a, b in pairs if a in by_arm and b in by_arm]
+        members = [difference(f"{title}: {a} minus {b}", by_arm[a], by_arm[b]) for a, b in pairs_run]
+        lines += [f"- {member.sentence()}" for member in family(members)]
     return "\n".join(lines)
 
 

@@ -1,8 +1,8 @@
 """Means and standard deviations of several demos: `python benchmarks/summarise_demos.py runs/a runs/b --plot out.png`.
 
 The script reads the `results.json` of each folder, groups the results by data, and prints a Markdown table: the mean
-over seeds, and after ± the standard deviation over seeds. Differences are paired: within a seed, on the same held-out
-images.
+over seeds, and after ± the standard deviation over seeds. Differences are paired by seed, with a 95% t interval and
+Holm's correction.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from pecobook.analysis.comparison import lookup
-from pecobook.analysis.evidence import mean_and_deviation
+from pecobook.analysis.evidence import Difference, family, mean_and_deviation
 from pecobook.analysis.probe import binomial_error
 
 
@@ -76,12 +76,12 @@ def table(results: list[dict[str, Any]]) -> str:
         probe = {"ViT: linear probe, %": "linear", "ViT: k-NN, %": "knn"}.get(name)
         random_vit = _mean([result["floor"][probe] for result in results]) if probe else ""
         lines.append(f"| {name} | " + " | ".join(_mean(by_arm[arm]) for arm in ARMS) + f" | {random_vit} |")
-    lines += ["", "| difference, percent points | " + " | ".join(f"seed {r['seed']}" for r in results) + " | mean |"]
-    lines.append("|---|" + "---|" * (len(results) + 1))
+    members = []
     for metric, a, b in PAIRS:
-        differences = [difference(result, metric, a, b) for result in results]
-        cells = " | ".join("–" if value is None else f"{value:+.1f}" for value in differences)
-        lines.append(f"| {metric}: {a} − {b} | {cells} | {_mean(differences)} |")
+        values = [difference(result, metric, a, b) for result in results]
+        measured = tuple(value for value in values if value is not None)
+        members += [Difference(f"{metric}: {a} minus {b}", measured)] if measured else []
+    lines += ["", *(f"- {member.sentence()}" for member in family(members))]
     return "\n".join(lines)
 
 

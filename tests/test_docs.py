@@ -17,6 +17,7 @@ from pecobook.commands.embed import embed
 from pecobook.errors import ConfigError
 from pecobook.recipes import RECIPES, recipe
 from pecobook.settings.analyze import AnalyzeConfig
+from pecobook.settings.check import CheckConfig
 from pecobook.settings.embed import EmbedConfig
 from pecobook.settings.explore import ExploreConfig
 from pecobook.settings.export import ExportConfig
@@ -29,6 +30,7 @@ from pecobook.settings.values import flags
 DOCS = Path(__file__).parent.parent / "docs"
 OTHERS: dict[str, Any] = {
     "analyze": AnalyzeConfig,
+    "check": CheckConfig,
     "embed": EmbedConfig,
     "explore": ExploreConfig,
     "export": ExportConfig,
@@ -77,7 +79,11 @@ def test_guides__every_flag_exists(page: str, minimum: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("page", "minimum"), [("pretraining.md", 7), ("dense.md", 5), ("analysis.md", 3), ("embed.md", 3)]
+    ("page", "minimum"),
+    [
+        *(("pretraining.md", 7), ("dense.md", 5), ("analysis.md", 3)),
+        *(("from-zero.md", 15), ("study.md", 3), ("embed.md", 3)),
+    ],
 )
 def test_guides__every_command_can_be_parsed(page: str, minimum: int) -> None:
     lines = [

@@ -14,15 +14,22 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
+from pecobook import cli, recipes
 from pecobook.commands.demo import demo
-from pecobook.commands.jobs import GpuSlot, Job, gpu_slots, run_all
+from pecobook.commands.jobs import GpuSlot, Job, Outcome, gpu_slots, run_all, seconds_of
 from pecobook.commands.reproduce import reproduce
+from pecobook.data.tokens import write_shard
 from pecobook.errors import PecobookError, RunFolderError
 from pecobook.recipes import codebook
+from pecobook.settings.analyze import AnalyzeConfig
+from pecobook.settings.images import PhotometricConfig
+from pecobook.settings.tokenize import VIEW_SETTINGS
 from pecobook.utils import devices
 from pecobook.utils.devices import gpus
+from pecobook.utils.folder_lock import FolderLock
 
 
 def machine(monkeypatch: pytest.MonkeyPatch, num_cores: int, *gpu_names: str) -> None:
@@ -83,9 +90,10 @@ def test_gpus__are_empty_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 _RUN = """#!{python}
 import json, os, pathlib, sys, time
-out = pathlib.Path(json.loads(pathlib.Path(sys.argv[5]).read_text())["out"])
+out = pathlib.Path(sys.argv[sys.argv.index("--out") + 1])
 time.sleep(0.5)  # until the parent has set the cores
-(out / "export").mkdir(parents=True)
+print("started", flush=True)
+(out / "export").mkdir(parents=True, exist_ok=True)
 (out / "process.json").write_text(json.dumps({{
     "process": os.getpid(), "began": time.time(),
     "gpu": os.environ.get("CUDA_VISIBLE_DEVICES"), "cores": sorted(os.sched_getaffinity(0)),
@@ -122,8 +130,8 @@ def test_run_all__gives_each_run_its_own_slot(
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)  # the tests set it to hide GPUs
     slots = gpu_slots()
     jobs = {name: job(runs, name) for name in ("a", "b", "c")} | {"d": job(runs, "d", "a", "b", "c")}
-    cost = run_all(jobs, runs)
-    assert cost.keys() == jobs.keys()
+    assert run_all(jobs, runs) == Outcome()
+    assert seconds_of(jobs).keys() == jobs.keys()
     processes = {name: json.loads((runs / name / "process.json").read_text()) for name in jobs}
     used = {(tuple(process["cores"]), process["gpu"]) for process in processes.values()}
     assert used <= {(slot.cores, slot.gpus[0] if slot.gpus else None) for slot in slots}
@@ -152,10 +160,96 @@ def test_run_all__ends_the_runs_on_a_signal(runs: Path, number: signal.Signals) 
         os.kill(process, 0)
 
 
-def test_run_all__reports_the_failed_run_and_starts_no_others(runs: Path) -> None:
-    with pytest.raises(PecobookError, match=r"(?s)The run 'fails' failed; .*fails\.log:\nno luck"):
-        run_all({"fails": job(runs, "fails"), "late": job(runs, "late", "fails")}, runs)
+def test_run_all__goes_on_after_a_failed_run_and_repeats_only_what_is_missing(runs: Path) -> None:
+    jobs = {"fails": job(runs, "fails"), "late": job(runs, "late", "fails"), "last": job(runs, "last", "late")}
+    jobs |= {"good": job(runs, "good"), "better": job(runs, "better", "good")}
+    outcome = run_all(jobs, runs)
+    assert outcome.failed == {"fails": "started\nno luck"}
+    assert outcome.not_run == {"late": "fails", "last": "fails"}
+    assert {name for name, job in jobs.items() if job.finished} == {"good", "better"}
     assert not (runs / "late").exists()
+    with pytest.raises(
+        PecobookError, match=r"(?s)The run 'fails' failed; .*fails\.log:\nstarted\nno luck.*late, last"
+    ) as error:
+        outcome.check(runs)
+    assert "The same command again runs only what is missing." in str(error.value)
+    (runs / "fails" / "export" / "config.json").write_text("{}")
+    before = (runs / "good" / "process.json").stat().st_mtime_ns
+    assert run_all(jobs, runs) == Outcome()
+    assert (runs / "good" / "process.json").stat().st_mtime_ns == before
+    assert all(job.finished for job in jobs.values())
+
+
+def test_run_all__shares_the_jobs_of_a_folder_with_other_processes(runs: Path) -> None:
+    """Two threads stand for two machines: filelock's locks are of open files, not of processes."""
+    jobs = {name: job(runs, name) for name in "abcd"} | {"e": job(runs, "e", *"abcd")}
+    outcomes: list[Outcome] = []
+    threads = [threading.Thread(target=lambda: outcomes.append(run_all(jobs, runs))) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert outcomes == [Outcome(), Outcome()]
+    starts = [(runs / "logs" / f"{name}.log").read_text().count("started") for name in jobs]
+    assert starts == [1] * len(jobs), "a job was started twice"
+
+
+def test_run_all__waits_for_a_run_that_another_process_has_begun(runs: Path) -> None:
+    (runs / "a").mkdir()
+    lock = FolderLock(runs / "a")  # as of a run that was started by hand, or of one whose starter was killed
+
+    def end() -> None:
+        time.sleep(2)
+        (runs / "a" / "export").mkdir()
+        (runs / "a" / "export" / "config.json").write_text("{}")
+        lock.release()
+
+    threading.Thread(target=end, daemon=True).start()
+    assert run_all({"a": job(runs, "a")}, runs) == Outcome()
+    assert not (runs / "logs" / "a.log").exists()
+
+
+def test_job__words_give_the_same_settings(tmp_path: Path) -> None:
+    config = dataclasses.replace(codebook.tiny(), out=str(tmp_path / "two words"), seed=3, loggers=())
+    words = Job("codebook", config).words
+    assert words == (
+        "codebook",
+        "tiny",
+        "--data",
+        "photos",
+        "--out",
+        config.out,
+        "--seed",
+        "3",
+        "--loggers",
+        "--resume",
+        "auto",
+    )
+    captured: list[Any] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("pecobook.api.run", lambda _command, settings: captured.append(settings))
+        cli.main([*words])
+    assert captured == [dataclasses.replace(config, resume="auto")]
+    analysis = AnalyzeConfig(tokenizer="run", data="photos", out="analysis", seed=1)
+    flags = ("--data", "photos", "--tokenizer", "run", "--out", "analysis", "--seed", "1", "--overwrite")
+    assert Job("analyze", analysis).words == ("analyze", *flags)
+
+
+def test_job__of_a_token_bank_is_finished_when_all_shards_are_written(tmp_path: Path) -> None:
+    config = dataclasses.replace(recipes.tokenize("tiny"), tokenizer="run", data="photos", views=2, out=str(tmp_path))
+    bank = Job("tokenize", config)
+    flags = ("--data", "photos", "--tokenizer", "run", "--out", str(tmp_path), "--views", "2", "--resume", "auto")
+    assert bank.words == ("tokenize", "tiny", *flags)
+    assert bank.fraction_done == 0
+    settings: dict[str, Any] = {"kind": "token bank", "tokenizer": "1a", "grid": [1, 1]}
+    settings |= {"data": "d", "evaluation_data": "e", "views": 2, "num_images": 3, "num_evaluation_images": 2}
+    settings |= dict.fromkeys(VIEW_SETTINGS, 1)
+    settings["colour"] = dataclasses.asdict(PhotometricConfig())
+    (tmp_path / "config.json").write_text(json.dumps(settings))
+    write_shard(tmp_path / "train" / "codes-00000.npy", np.zeros((3, 2, 1, 1), np.uint16))
+    assert (bank.fraction_done, bank.finished) == (0.5, False)
+    write_shard(tmp_path / "evaluation" / "codes-00000.npy", np.zeros((2, 1, 1, 1), np.uint16))
+    assert bank.finished
 
 
 class BegunError(Exception):
@@ -218,5 +312,5 @@ def test_run_all__passes_on_that_the_change_is_accepted(runs: Path) -> None:
     (runs / "a" / "config.json").write_text("{}")
     (runs / "b").mkdir()
     run_all(jobs, runs, accept_data_change=True)
-    assert "'--resume', '--accept-data-change']" in (runs / "a" / "words").read_text()
+    assert "'--resume', 'auto', '--accept-data-change']" in (runs / "a" / "words").read_text()
     assert "--accept-data-change" not in (runs / "b" / "words").read_text()

@@ -13,25 +13,16 @@ import statistics
 import subprocess
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 
 import pecobook
 from pecobook import cli
-from pecobook.commands.jobs import Job, job_seconds
+from pecobook.commands.jobs import Job, Outcome, job_seconds
 from pecobook.commands.paper_tables import TABLES, Arm, PaperTable, Row, chosen_tables
-from pecobook.commands.reproduce import command_line
 from pecobook.commands.reproduce.budgets import Budget, make_budget
-from pecobook.commands.reproduce.plan import Plan
-from pecobook.commands.reproduce.rehearsal import (
-    describe,
-    job_duration,
-    kind_of,
-    move_paths,
-    read_rehearsal,
-    remaining_time,
-)
+from pecobook.commands.reproduce.listing import command_words, describe, kind_of
+from pecobook.commands.reproduce.rehearsal import job_duration, move_paths, read_rehearsal, remaining_time
 from pecobook.commands.reproduce.tables import (
     MeasuredTable,
     comma_separated,
@@ -42,20 +33,14 @@ from pecobook.commands.reproduce.tables import (
     plot,
     remarks,
 )
-from pecobook.data.images import open_images
 from pecobook.errors import ConfigError, PreflightError
 from pecobook.settings.reproduce import ReproduceConfig
 from pecobook.settings.training import BackboneConfig
-from pecobook.settings.values import replace, to_dict
-from pecobook.stages.codebook import CodebookStage
+from pecobook.settings.values import replace
+from tests.commands.test_reproduce_plan import make_plan
 from tests.runs import SMALL
 
 SHORT_AND_LONG = ("dalle", "lite", "perceptual")
-
-
-def make_plan(images: Path, *tables: str, **settings: Any) -> Plan:
-    config = ReproduceConfig(tables=tables, data=str(images), out="unused", seeds=(0, 1), **settings)
-    return Plan(config, chosen_tables(tables), open_images(str(images)))
 
 
 def test_command_line__gives_the_same_settings(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -74,34 +59,12 @@ def test_command_line__gives_the_same_settings(monkeypatch: pytest.MonkeyPatch) 
     )
     configs: list[ReproduceConfig] = []
     monkeypatch.setattr("pecobook.commands.reproduce.reproduce", configs.append)
-    words = shlex.split(command_line(config))
+    words = shlex.split(shlex.join(command_words(config)))
     assert words[:2] == ["pecobook", "reproduce"]
     cli.main([*words[1:], "--out", "r"])
     assert configs == [config]
-    line = command_line(ReproduceConfig(tables=("table7",), out="r", dry_run=True))
+    line = shlex.join(command_words(ReproduceConfig(tables=("table7",), out="r", dry_run=True)))
     assert line == "pecobook reproduce table7 --data photos --budget tiny --seeds 0 1 2"
-
-
-@pytest.mark.parametrize("name", ["tiny", "paper"])
-def test_plan__takes_another_backbone(images: Path, name: str) -> None:
-    backbone = BackboneConfig(name="vit_small_patch16_224", args='{"init_values": 0.1}')
-    settings = {"budget": name, "backbone": backbone, "micro_batch_size": 64, "compile": True}
-    plan = make_plan(images, "tables1-2", **settings)
-    for arm, command in {
-        "vit-pixel-0": "pretrain",
-        "vit-mae@1600-1": "pretrain",
-        "vit-moco-0": "contrast",
-    }.items():
-        assert plan.jobs[arm].command == command
-        assert plan.jobs[arm].config.model == backbone
-    assert plan.jobs["classifier-moco-0"].config.backbone == plan.jobs["vit-moco-0"].config.out
-    assert plan.jobs["classifier-scratch-0"].config.backbone == plan.jobs["vit-moco-0"].config.out
-    assert plan.jobs["classifier-scratch-0"].config.weights == "random"
-    kind = "resnet" if name == "tiny" else "vit"
-    assert plan.jobs[f"network-{kind}-0"].config.model != backbone, "the perceptual network stays"
-    for job in plan.jobs.values():
-        if job.command != "analyze":
-            assert (job.config.micro_batch_size, job.config.compile) == (64, True)
 
 
 def test_tables__have_the_papers_numbers() -> None:
@@ -138,153 +101,15 @@ def test_chosen_tables__has_tables_of_both_versions() -> None:
         chosen_tables(("table44",))
 
 
-def test_plan__trains_each_run_once_and_in_order(images: Path) -> None:
-    plan = make_plan(images, *TABLES, dalle="folder", more_data="photos")
-    earlier: set[str] = set()
-    for name, job in plan.jobs.items():
-        assert set(job.needs) <= earlier, name
-        earlier.add(name)
-    codebooks = [to_dict(job.config) for name, job in plan.jobs.items() if name.startswith("codebook-")]
-    without_out = [json.dumps({**config, "out": ""}, sort_keys=True) for config in codebooks]
-    assert len(set(without_out)) == len(without_out)  # no training is planned twice
-    assert {job.config.seed for job in plan.jobs.values()} == {0, 1}
-    for table in TABLES:  # each table alone is part of all
-        for name in make_plan(images, table, dalle="folder", more_data="photos").jobs:
-            assert name in plan.jobs or name.replace("analysis-", "judged-") in plan.jobs
-
-
-def test_plan__controls_differ_only_in_the_weights(images: Path) -> None:
-    plan = make_plan(images, "table5")
-    for network in ("perceptual", "vit", "supervised"):
-        settings = to_dict(plan.codebook_settings(network, 1)[0])
-        for how, changed in (("random", {"weights": "random"}), ("shuffled", {"shuffle": True})):
-            control = to_dict(plan.codebook_settings(f"{network}-{how}", 1)[0])
-            assert control == {**settings, "perceptual": {**settings["perceptual"], **changed}}
-    assert plan.canonical("resnet-random") == "perceptual-random"  # the ResNet is the default network of this budget
-    assert plan.canonical("lambda-0.3") == "lambda-0.3"
-
-
-def test_plan__waits_for_no_job_when_the_supervised_network_is_given(images: Path) -> None:
-    plan = make_plan(images, "table4", supervised="runs/classifier")
-    assert plan.jobs["judged-pixel-0"].config.classifier == "runs/classifier"
-    assert plan.jobs["judged-pixel-0"].needs == ("codebook-pixel-0",)
-
-
-def test_plan__arms_have_the_settings_of_their_rows(images: Path) -> None:
-    plan = make_plan(images, "table6", "table7", "table10", "table12", "tables1-2")
-    arm = {name: plan.codebook_settings(name, 0)[0] for name in (
-        "pixel", "perceptual", "classification", "contrastive", "adversarial", "lambda-0.3", "transformers",
-        "half-stride", "half-width", "lite",
-    )}  # fmt: skip
-    assert arm["pixel"].perceptual.network == "none"
-    assert arm["classification"].explicit.kind == "classification"
-    assert arm["contrastive"].explicit.kind == "contrastive"
-    assert arm["adversarial"].adversarial.weight == 0.4
-    assert arm["lambda-0.3"].perceptual.weight == pytest.approx(0.3 * arm["perceptual"].perceptual.weight)
-    assert arm["transformers"].model.kind == "vit"
-    assert arm["half-width"].model.decoder_width == 0.5
-    assert arm["half-stride"].image_size * 2 == arm["perceptual"].image_size
-    assert {config.image_size // config.model.stride for config in arm.values()} == {4}
-    assert plan.jobs["vit-half-stride-0"].config.tokenizer_size == 16
-    assert plan.jobs["vit-perceptual-0"].config.tokenizer_size == 0
-    mae = plan.jobs["vit-mae@1600-0"].config
-    assert (mae.target, mae.visible_only, mae.mask.kind, mae.mask.num_masked) == ("pixels", True, "random", 12)  # of 16
-    short, long = (plan.jobs[f"vit-perceptual{epochs}-0"].config for epochs in ("", "@800"))
-    assert dataclasses.replace(long, out=short.out, max_steps="200", save_every=66, sample_every=200) == short
-    assert (long.max_steps, mae.max_steps) == ("533", "1067")  # 8/3 and 16/3 of 200
-    assert "codebook-perceptual@800-0" not in plan.jobs
-    assert "analysis-perceptual@800-0" not in plan.jobs
-    assert plan.jobs["classifier-scratch-0"].config.weights == "random"
-    assert plan.jobs["classifier-scratch-0"].config.optim.layer_decay == 1
-    assert plan.jobs["classifier-perceptual-0"].config.optim.layer_decay == 0.75
-    moco = plan.jobs["vit-moco-0"].config
-    assert plan.jobs["classifier-moco-0"].config.backbone == moco.out
-    assert moco.model == mae.model == short.model  # all rows of Table 1 fine-tune one architecture
-    assert plan.missing_for_arm("dino") == "--dino timm:vit_base_patch16_224.dino"
-    assert plan.missing_for_arm("deit") == "another --budget"
-
-
-@pytest.mark.parametrize("name", ["tiny", "small"])
-def test_plan__every_tokenizer_can_be_built(images: Path, name: str) -> None:
-    plan = make_plan(
-        images, *TABLES, budget=name, network="timm:resnet10t", network_layers=(1, 2), network_weights="random"
-    )
-    for arm in ("perceptual", "classification", "contrastive", "adversarial", "transformers", "half-stride", "lite"):
-        settings, network_job = plan.codebook_settings(arm, 0)
-        assert network_job == ""
-        CodebookStage(settings, num_classes=3)
-
-
-def test_plan__at_budget_paper_has_the_papers_settings(images: Path) -> None:
-    plan = make_plan(images, *TABLES, budget="paper", dalle="folder", dino="timm:vit_base_patch16_224.dino")
-    assert plan.budget.default == "vit"
-    assert plan.codebook_settings("perceptual", 0)[0].perceptual.layers == (3, 6, 9, 12)
-    assert plan.codebook_settings("supervised", 0)[0].perceptual.network == "torchvision:vgg16"
-    assert plan.codebook_settings("half-depth", 0)[0].model.decoder_blocks == 1
-    assert plan.jobs["vit-half-stride-0"].config.tokenizer_size == 112
-    assert plan.jobs["vit-dalle-0"].config.tokenizer_size == 112
-    assert plan.jobs["vit-dalle-0"].config.tokenizer == "dalle:folder"
-    moco = plan.jobs["vit-moco-0"].config
-    lengths = (plan.budget.vits["base"].moco.max_steps, plan.budget.contrast["vit"].max_steps)
-    assert lengths == ("300 epochs", "100 epochs")  # in Table 1, and for the codebook
-    assert moco.optim.warmup == "40 epochs"
-    assert plan.jobs["classifier-moco-0"].config.backbone == moco.out
-    mae = plan.jobs["vit-mae@1600-0"].config
-    assert (mae.model.name, mae.visible_only, mae.mask.num_masked) == ("vit_base_patch16_224", True, 147)  # 75% of 196
-    scratch, deit = (plan.jobs[f"classifier-{arm}-0"].config for arm in ("scratch", "deit"))
-    assert scratch.backbone == deit.backbone == "timm:vit_base_patch16_224"
-    assert scratch.weights == deit.weights == "random"
-    assert scratch.optim.layer_decay == deit.optim.layer_decay == 1
-    assert (scratch.optim.weight_decay, deit.optim.weight_decay) == (0.3, 0.05)
-    assert plan.jobs["classifier-mae@1600-0"].config.optim.lr == 2e-3
-    assert plan.jobs["classifier-dino-0"].config.backbone == "timm:vit_base_patch16_224.dino"
-    assert plan.jobs["vit-perceptual@800@large-0"].config.model.name == "beit_large_patch16_224"
-    assert plan.jobs["vit-moco@300@large-0"].config.model.name == "vit_large_patch16_224"
-    assert (
-        plan.jobs["classifier-perceptual@800@large-0"].config.max_steps
-        == plan.jobs["classifier-mae@1600@large-0"].config.max_steps
-    )
-    huge, codes = plan.jobs["vit-mae@1600@huge-0"].config, plan.jobs["vit-perceptual@800@huge-0"].config
-    assert (huge.model.name, huge.mask.num_masked) == ("vit_huge_patch14_224", 192)  # 75% of 256
-    assert (codes.model.name, codes.mask.num_masked, codes.tokenizer_size) == ("vit_huge_patch14_224", 98, 256)
-    at_448 = plan.jobs["classifier-perceptual@800@huge-448-0"].config
-    assert (at_448.image_size, at_448.backbone) == (448, codes.out)  # pre-trained once, fine-tuned at two sizes
-    assert "vit-perceptual@800@huge-448-0" not in plan.jobs
-    assert plan.jobs["classifier-scratch@300@large-0"].config.backbone == "timm:vit_large_patch16_224"
-
-
-def test_plan__at_budget_paper_analyses_all_images(images: Path) -> None:
-    source = open_images(str(images))
-    source.train.classes = tuple(map(str, range(1000)))  # as many as ImageNet-1K
-    config = ReproduceConfig(tables=("table4",), budget="paper", out="unused", seeds=(0,))
-    plan = Plan(config, chosen_tables(("table4",)), source)
-    analysis = plan.jobs["judged-perceptual-0"].config
-    assert analysis.classifier == "timm:deit_tiny_patch16_224"
-    assert min(analysis.max_train, analysis.max_test) > 1_281_167
-    assert plan.unmeasured(TABLES["table4"].figures) == []
-    named = Plan(replace(config, {"classifier": "runs/c"}), plan.tables, source)
-    assert named.jobs["judged-perceptual-0"].config.classifier == "runs/c"
-    tiny = make_plan(images, "table4").jobs["judged-perceptual-0"].config
-    assert (tiny.max_train, tiny.max_test) == (10_000, 2000)
-
-
-def test_plan__leaves_out_arms_that_it_cannot_train(images: Path, unlabelled_images: Path) -> None:
-    plan = make_plan(images, "table4", "table12", "v1-table7")
-    assert plan.missing_for_arm("dalle") == "--dalle FOLDER"
-    assert plan.missing_for_arm("more-data") == "--more-data SOURCE"
-    assert not any("dalle" in name or "more-data" in name or "half-depth" in name for name in plan.jobs)
-    unlabelled = make_plan(unlabelled_images, "table6")
-    assert unlabelled.missing_for_arm("classification") == "labels"
-    assert not any(name.startswith("classifier-") for name in unlabelled.jobs)
-
-
 def example_table() -> MeasuredTable:
     rows = (Row("pixel loss", "pixel", (82.9,)), Row("perceptual | loss", "perceptual", (84.1,)))
     table = PaperTable("Table 7", (("finetuned", "fine-tuned, %"), ("codeword_probe", "probe, %")), rows)
     pixel, perceptual, control = [20.0, 22.0, 21.0], [30.0, 31.0, 35.0], [25.0, 24.0, 23.0]
-    used = {0: 512.0, 1: 512.0, 2: 512.0}
-    pairs = zip(table.all_rows, (pixel, perceptual, control, []), strict=True)
-    measured = [(row, {"finetuned": dict(enumerate(values)), "codes_used": used}, "") for row, values in pairs]
+    codes = {0: 512.0, 1: 512.0, 2: 512.0}
+    measured = [
+        (row, {"finetuned": dict(enumerate(values)), "codes_used": codes}, "")
+        for row, values in zip(table.all_rows, (pixel, perceptual, control, []), strict=True)
+    ]
     return MeasuredTable("table7", table, tuple(measured))
 
 
@@ -427,6 +252,66 @@ def test_reproduce__resumes_and_refuses_other_settings(
     with pytest.raises(SystemExit):
         cli.main([*words, "--length", "2"])
     assert "begun with other settings: length: 1.0 -> 2.0" in capsys.readouterr().err
+
+
+def test_reproduce__names_what_failed_and_writes_the_tables_of_the_rest(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def run(jobs: dict[str, Job], _out: Path, _gpus: int) -> Outcome:
+        folder = jobs["analysis-classification-0"].out
+        folder.mkdir(parents=True)
+        metrics = {"name": "classification", "codeword_probe": 12.5, "codes_used": 2, "psnr": 9.0}
+        (folder / "analysis.json").write_text(json.dumps({"seconds": 1.0, "tokenizers": [metrics]}))
+        (folder / "report.html").touch()
+        return Outcome({"network-resnet-0": "no luck"}, {"codebook-perceptual-0": "network-resnet-0"})
+
+    monkeypatch.setattr("pecobook.commands.reproduce.run_all", run)
+    monkeypatch.setattr("pecobook.commands.reproduce.rehearsal.rehearse", lambda *_: {})
+    out = tmp_path / "two words"
+    words = ["reproduce", "table6", "--data", str(images), "--out", str(out), "--seeds", "0", "--no-transfer"]
+    with pytest.raises(SystemExit) as ended:
+        cli.main(words)
+    assert ended.value.code == 2
+    printed = capsys.readouterr().err
+    assert f"The run 'network-resnet-0' failed; the whole output is in {out}/logs/network-resnet-0.log:" in printed
+    assert "Not run, since they need it: codebook-perceptual-0." in printed
+    text = (out / "tables.md").read_text()
+    assert "runs are not finished, and the tables leave them out:**" in text
+    assert "\n- `network-resnet-0`: failed\n" in text
+    assert "\n- `codebook-perceptual-0`: needs `network-resnet-0`\n" in text
+    assert "\n- `codebook-classification-0`: not finished\n" in text
+    assert "network-resnet-0" in (out / "report.html").read_text()
+    monkeypatch.delattr("pecobook.commands.reproduce.run_all")  # so that nothing can run
+    with pytest.raises(SystemExit) as ended:
+        cli.main([*words, "--no-train"])
+    assert ended.value.code == 2
+    assert "The tables leave out " in capsys.readouterr().err
+
+
+def test_reproduce__writes_the_plan_as_files_and_runs_nothing(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delattr("pecobook.commands.reproduce.run_all")
+    out, lines, script = tmp_path / "out", tmp_path / "plan.txt", tmp_path / "plan.sh"
+    words = ["reproduce", "table7", "--data", str(images), "--out", str(out), "--seeds", "0"]
+    for _ in range(2):  # a plan is written again after a failure
+        cli.main([*words, "--commands", str(lines), "--slurm", str(script)])
+        assert json.loads((out / "reproduce.json").read_text())["budget"] == "tiny"
+    assert lines.read_text().startswith("# The plan of: pecobook reproduce table7 ")
+    subprocess.run(["bash", "-n", str(script)], check=True)
+    capsys.readouterr()
+    cli.main([*words, "--dry-run", "--json"])
+    plan = json.loads(capsys.readouterr().out)
+    assert [job["command"] for job in plan["jobs"]] == [
+        line.partition("  # ")[0] for line in lines.read_text().splitlines()[4:-1]
+    ]
+    lines.write_text("years of work")
+    with pytest.raises(SystemExit):
+        cli.main([*words, "--commands", str(lines)])
+    assert f"--commands '{lines}' exists already: name another file." in capsys.readouterr().err
+    assert lines.read_text() == "years of work"
+    with pytest.raises(ConfigError, match="--json prints the plan: give --dry-run too"):
+        ReproduceConfig(json=True)
 
 
 def test_reproduce__checks_the_layers_of_a_network_before_training(

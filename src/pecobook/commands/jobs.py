@@ -2,88 +2,39 @@
 
 Finished jobs are not run again. Jobs that do not depend on each other share the machine: one job per GPU, or, on CPUs,
 one job per few cores, since several short trainings on one core each are much faster than one after another on all
-cores.
+cores. Processes on several machines may run the jobs of one folder at once: each job is locked while it runs. A job
+that fails does not end the others.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import os
-import shutil
 import signal
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
-from pecobook.data import record
-from pecobook.data.source import Splits
-from pecobook.engine.data_check import compare_data
+from pecobook import recipes
+from pecobook.data.tokens import bank_layouts, missing_shards, read_bank_config, shard_files
 from pecobook.engine.log import compact_duration
 from pecobook.engine.world import environment_without_launcher
-from pecobook.errors import PecobookError, RunFolderError
-from pecobook.settings.images import ManyRunsConfig
-from pecobook.settings.values import changed_settings, complete, to_dict
-from pecobook.utils.files import write_json
-from pecobook.utils.folder_lock import FolderLock
+from pecobook.errors import DataError, PecobookError, listed
+from pecobook.recipes import RECIPES
+from pecobook.settings.values import flag_words
+from pecobook.utils.folder_lock import FolderBusyError, FolderLock
 from pecobook.utils.json_files import NUMBER, OBJECT, WHOLE, list_of, metric_lines, read_json
-from pecobook.utils.output_folder import OutputFolder
 from pecobook.utils.parent import child_environment
 from pecobook.utils.printer import show
 
-
-def resumed_folder(out: str, settings: dict[str, Any], defaults: dict[str, Any], **rules: Any) -> OutputFolder:
-    """Return the rules for the folder of a command that resumes its jobs where the folder has the same settings.
-
-    Args:
-        out: the folder.
-        settings: settings that must not change when the command resumes; the marker holds them.
-        defaults: default values of these settings.
-        rules: `example`, `kind`, `marker` and `data` of `OutputFolder`.
-    """
-
-    def check_unchanged(old: dict[str, Any]) -> None:
-        changed = changed_settings(complete(old, defaults), settings)
-        if changed:
-            raise RunFolderError(
-                f"--out '{out}' was begun with other settings: {'; '.join(changed)}. Name another folder."
-            )
-
-    return OutputFolder(out, **rules, always_resumes=True, check_resume=check_unchanged)
-
-
-def begin_or_resume(
-    folder: OutputFolder, config: ManyRunsConfig, splits: Splits, settings: dict[str, Any]
-) -> FolderLock:
-    """Begin the folder, or continue it if its data are those with which it was begun; return its lock.
-
-    Args:
-        folder: as of `resumed_folder`.
-        config: the settings of the command.
-        splits: the images of --data.
-        settings: the content of the marker.
-
-    Raises:
-        RunFolderError: the folder cannot be used, or the data have changed and the change is not accepted.
-    """
-    now = record.take(splits, verify=config.verify_data)  # before the folder is locked, since it may take long
-
-    def write(out: Path) -> None:
-        new: record.Record | None = now
-        if (out / folder.marker).exists():
-            accept, of = config.accept_data_change, f"the {folder.kind.removeprefix('a ')}"
-            notes, new = compare_data(out, now, data=config.data, of=of, accept=accept)
-            for note in notes:
-                show(note)
-        write_json(out / folder.marker, settings)
-        if new is not None:
-            new.write(out)
-
-    return folder.begin(write)
+_LAST_FILE = {"analyze": "report.html", "predict": "robustness.json"}
+"""The file that a command writes last, where it is not that of a training; a token bank ends with its last shard."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,7 +42,7 @@ class Job:
     """One run of a command, and the jobs that must be finished before it starts."""
 
     command: str
-    """A training command, whose length is given in steps, or analyze."""
+    """A training command, whose length is given in steps, or tokenize, probe, analyze or predict."""
     config: Any
     """Settings of the command; `out` is the folder of the run."""
     needs: tuple[str, ...] = ()
@@ -106,15 +57,50 @@ class Job:
 
     @property
     def finished(self) -> bool:
-        """Whether the file that the command writes last exists."""
-        return (self.out / ("report.html" if self.command == "analyze" else "export/config.json")).exists()
+        """Whether everything that the command writes exists."""
+        if self.command == "tokenize":
+            return self.fraction_done == 1.0
+        if self.command == "probe":
+            return self.out.exists()
+        return (self.out / _LAST_FILE.get(self.command, "export/config.json")).exists()
+
+    @property
+    def trains(self) -> bool:
+        """Whether the job is a training, whose length is given in steps."""
+        return self.command in RECIPES
 
     @property
     def fraction_done(self) -> float:
         """The part of the job that is done, in [0, 1]."""
+        if self.command == "tokenize":
+            return _written_part(self.out)
         if self.finished:
             return 1.0
-        return 0.0 if self.command == "analyze" else _last_step(self.out) / int(self.config.max_steps)
+        return _last_step(self.out) / int(self.config.max_steps) if self.trains else 0.0
+
+    @functools.cached_property
+    def words(self) -> tuple[str, ...]:
+        """The words of the command line after `pecobook`; the same words begin the job, and continue or repeat it."""
+        if self.command == "predict":  # what is interrupted leaves an empty folder
+            return (self.command, *flag_words(self.config, type(self.config)(), always=("run", "images", "out")))
+        if self.command not in (*RECIPES, "tokenize"):
+            words = flag_words(self.config, type(self.config)(), always=("data", "out"))
+            return (self.command, *words, *(("--overwrite",) if hasattr(self.config, "overwrite") else ()))
+        names = RECIPES["pretrain" if self.command == "tokenize" else self.command]
+        load = recipes.tokenize if self.command == "tokenize" else functools.partial(recipes.recipe, self.command)
+        # The recipe from which the fewest settings differ, so that the line is short.
+        flags = {name: flag_words(self.config, load(name), always=("data", "out"), never=("resume",)) for name in names}
+        recipe = min(flags, key=lambda name: len(flags[name]))
+        return (self.command, recipe, *flags[recipe], "--resume", "auto")
+
+
+def _written_part(bank: Path) -> float:
+    """Return the written part of a token bank, in [0, 1]."""
+    try:
+        layouts = bank_layouts(read_bank_config(bank))
+    except DataError:
+        return 0.0
+    return 1 - sum(1 for _ in missing_shards(bank, layouts)) / sum(1 for _ in shard_files(bank, layouts))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -174,69 +160,134 @@ def _exit_on_signals() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-@_exit_on_signals()
-def run_all(
-    jobs: Mapping[str, Job], out: Path, gpus_per_run: int = 1, *, accept_data_change: bool = False
-) -> dict[str, float]:
-    """Run all unfinished jobs, and return the seconds of every job. Raises PecobookError when a job fails.
+@dataclasses.dataclass
+class Outcome:
+    """What became of the jobs that were not finished by this process."""
 
-    Interrupted jobs refuse data that have changed since they began, unless `accept_data_change` is given.
+    failed: dict[str, str] = dataclasses.field(default_factory=dict)
+    """The last lines that a failed job printed, by its name."""
+    not_run: dict[str, str] = dataclasses.field(default_factory=dict)
+    """The failed job that a job needs, by the name of the job that was not run."""
+
+    def check(self, out: Path) -> None:
+        """Raise PecobookError when a job failed."""
+        if not self.failed:
+            return
+        lines = []
+        for name, last_lines in self.failed.items():
+            lines.append(f"The run '{name}' failed; the whole output is in {out / 'logs' / name}.log:\n{last_lines}")
+        text = listed(lines)
+        if self.not_run:
+            text += f"\nNot run, since they need it: {', '.join(self.not_run)}."
+        raise PecobookError(f"{text}\nThe same command again runs only what is missing.")
+
+
+_PERIOD = 0.5
+"""Seconds between two looks at the folders of up to 50 jobs; more jobs are looked at less often."""
+
+
+@_exit_on_signals()
+def run_all(jobs: Mapping[str, Job], out: Path, gpus_per_run: int = 1, *, accept_data_change: bool = False) -> Outcome:
+    """Run all unfinished jobs that no other process runs, and wait for those that another process runs.
+
+    A job that fails does not end the others; those that need it are not run. Interrupted jobs refuse data that have
+    changed since they began, unless `accept_data_change` is given.
     """
+    (out / "logs").mkdir(exist_ok=True)
     free_slots = gpu_slots(gpus_per_run)
-    logs = out / "logs"
-    logs.mkdir(exist_ok=True)
-    waiting = {name: job for name, job in jobs.items() if not job.finished}
-    running: dict[str, _Running] = {}
+    waiting, running, outcome = dict(jobs), dict[str, _Running](), Outcome()
     progress = _Progress(jobs)
+    finished: set[str] = set()
     try:
         while waiting or running:
             for name in [name for name, run in running.items() if run.process.poll() is not None]:
                 run = running.pop(name)
-                run.finish(name, logs)
                 free_slots.append(run.slot)
+                if error := run.finish():
+                    outcome.failed[name] = error
+                    show(f"The run '{name}' failed: {error.splitlines()[-1]}\nThe others go on; {run.log_file}")
             for name, job in list(waiting.items()):
-                ready = all(jobs[need].finished for need in job.needs)
-                if ready and free_slots:
-                    slot = free_slots.pop(0)
-                    running[name] = _Running(name, waiting.pop(name), out, slot, accept_data_change=accept_data_change)
+                if job.finished:
+                    del waiting[name]
+                    finished.add(name)
+                elif blocked := next((need for need in job.needs if need in outcome.failed | outcome.not_run), ""):
+                    del waiting[name]
+                    outcome.not_run[name] = outcome.not_run.get(blocked, blocked)
+                elif (
+                    free_slots
+                    and all(need in finished or jobs[need].finished for need in job.needs)
+                    and (lock := _try_lock(job, out / "locks" / name)) is not None
+                ):
+                    del waiting[name]
+                    slot, words = free_slots.pop(0), job.words
+                    if accept_data_change and (job.out / "config.json").exists():
+                        words = (*words, "--accept-data-change")
+                    running[name] = _Running(name, words, out, slot, lock)
             progress.show()
-            time.sleep(0.2)
+            time.sleep(_PERIOD * max(1.0, len(jobs) / 50))
     finally:
         for run in running.values():
             run.process.terminate()
         for run in running.values():
             run.process.wait()
+            run.lock.release()
         progress.close()
-    return {name: job_seconds(job) for name, job in jobs.items()}
+    return outcome
+
+
+def seconds_of(jobs: Mapping[str, Job]) -> dict[str, float]:
+    """Return the seconds of every finished training and analysis."""
+    timed = (*RECIPES, "analyze")  # the times of token banks and probes are not recorded
+    return {name: job_seconds(job) for name, job in jobs.items() if job.command in timed and job.finished}
+
+
+def _try_lock(job: Job, folder: Path) -> FolderLock | None:
+    """Return the lock of a job that no process runs; None for a job that another process runs or has finished.
+
+    A process that was started by hand, or whose starter was killed a moment ago, locks the job's own folder alone.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        lock = FolderLock(folder)
+    except FolderBusyError:
+        return None
+    try:
+        if job.out.is_dir():
+            FolderLock(job.out).release()
+    except FolderBusyError:
+        lock.release()
+        return None
+    except BaseException:
+        lock.release()
+        raise
+    if job.finished:
+        lock.release()
+        return None
+    return lock
 
 
 class _Running:
     """A running process of a job."""
 
-    def __init__(self, name: str, job: Job, out: Path, slot: GpuSlot, *, accept_data_change: bool) -> None:
-        self.slot = slot
-        (out / "settings").mkdir(exist_ok=True)
-        settings_file = out / "settings" / f"{name}.json"
-        write_json(settings_file, to_dict(job.config))
-        command = [sys.executable, "-m", "pecobook", job.command, "--config", str(settings_file)]
-        if job.command == "analyze":
-            shutil.rmtree(job.out, ignore_errors=True)  # the files of an interrupted analysis
-        elif (job.out / "config.json").exists():
-            command += ["--resume", *(["--accept-data-change"] if accept_data_change else [])]
-        self.log: TextIO = (out / "logs" / f"{name}.log").open("a")
+    def __init__(self, name: str, words: Sequence[str], out: Path, slot: GpuSlot, lock: FolderLock) -> None:
+        self.slot, self.lock = slot, lock
+        self.log_file = out / "logs" / f"{name}.log"
+        self.log: TextIO = self.log_file.open("a")
+        command = [sys.executable, "-m", "pecobook", *words]
         environment = {**environment_without_launcher(), **child_environment(), **slot.environment}
         self.process = subprocess.Popen(command, stdout=self.log, stderr=subprocess.STDOUT, env=environment)
         if hasattr(os, "sched_setaffinity"):  # threads and data-loading processes inherit the cores
             with contextlib.suppress(ProcessLookupError):
                 os.sched_setaffinity(self.process.pid, slot.cores)
 
-    def finish(self, name: str, logs: Path) -> None:
-        """Close the log. Raises PecobookError when the run failed."""
+    def finish(self) -> str:
+        """Close the log and release the job; return the last lines of a failed run, and else an empty text."""
         self.log.close()
-        if self.process.returncode:
-            log = logs / f"{name}.log"
-            last_lines = [line for line in log.read_text().splitlines() if line.strip()][-3:]
-            raise PecobookError(f"The run '{name}' failed; the whole output is in {log}:\n" + "\n".join(last_lines))
+        self.lock.release()
+        if not self.process.returncode:
+            return ""
+        lines = [line for line in self.log_file.read_text(errors="replace").splitlines() if line.strip()]
+        return "\n".join(lines[-3:]) or f"exit code {self.process.returncode}"
 
 
 class _Progress:
@@ -306,6 +357,8 @@ def job_seconds(job: Job) -> float:
     """
     if job.command == "analyze":
         return float(read_analysis(job.out)["seconds"])
+    if job.command == "predict":
+        return float(read_json(job.out / _LAST_FILE["predict"], {"seconds": NUMBER})["seconds"])
     start, last_start, end = (
         (job.out / name).stat().st_mtime for name in ("config.json", "environment.json", "export/config.json")
     )

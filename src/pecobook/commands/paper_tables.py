@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 
+from pecobook.commands.duel_arms import ARMS, DUEL, TUNING, run_name, settings_of
 from pecobook.errors import ConfigError, did_you_mean
 
 PROBE = ("codeword_probe", "linear probe of codewords, %")
@@ -16,6 +17,8 @@ CROSSED = ("crossed_probe", "probe with position removed, %")
 """The probe of codewords at other positions than those of its training; the paper gives no such figure."""
 CLASSIFIED = ("classified", "reconstructions classified, %")
 FINETUNED = ("finetuned", "fine-tuned, %")
+DENSE = (("miou", "ADE20K mIoU, %"), ("box_ap", "COCO box AP, %"), ("mask_ap", "COCO mask AP, %"))
+ATTACKED = (("bim", "under BIM, %"), ("mi-fgsm", "under MI-FGSM, %"))
 MORE = (
     ("position", "position in codes, %"),
     ("null_position", "in permuted codes, %"),
@@ -51,6 +54,10 @@ class Arm:
         words = [self.target, str(self.epochs), self.vit]
         return "@".join(words[: 3 if self.vit != "base" else 2 if self.epochs != EPOCHS else 1])
 
+    def control(self, how: str) -> str:
+        """The arm of this length and ViT whose perceptual network has `random` or `shuffled` weights."""
+        return dataclasses.replace(self, target=f"{self.target}-{how}").name
+
 
 @dataclasses.dataclass(frozen=True)
 class Row:
@@ -76,6 +83,8 @@ class PaperTable:
     """Arms whose perceptual network is also trained with random and with shuffled weights."""
     note: str = ""
     """A remark below the table."""
+    more_pairs: tuple[tuple[str, str], ...] = ()
+    """Further arms (a, b) whose difference a - b is printed below the table."""
 
     @property
     def all_rows(self) -> tuple[Row, ...]:
@@ -84,8 +93,19 @@ class PaperTable:
         rows = list(self.rows)
         for arm in self.controls:
             label = labels.get(arm, "perceptual loss")
-            rows += [Row(f"{label}, {how} weights", f"{arm}-{how}", control=True) for how in ("random", "shuffled")]
+            controls = {how: Arm.parse(arm).control(how) for how in ("random", "shuffled")}
+            rows += [Row(f"{label}, {how} weights", name, control=True) for how, name in controls.items()]
         return tuple(rows)
+
+    @property
+    def pairs(self) -> tuple[tuple[str, str], ...]:
+        """Arms (a, b) whose difference a - b is printed: each perceptual loss, the pixel loss and the controls."""
+        pairs = []
+        for arm in self.controls:
+            part = Arm.parse(arm)
+            pixel = dataclasses.replace(part, target="pixel").name
+            pairs += [(arm, control) for control in (pixel, part.control("random"), part.control("shuffled"))]
+        return (*pairs, *self.more_pairs)
 
     def paper_number(self, row: Row, figure: str) -> float | None:
         """Return the paper's number of a row in the column of a figure, or None when the paper has no number."""
@@ -101,6 +121,7 @@ _TABLE_1 = (
     "Epochs are those of the paper; smaller budgets keep their proportions. Networks from scratch and MAE are trained "
     "by their own recipes, all others are fine-tuned by PeCo's. BEiT's tokenizer is DALL-E's, trained on other images."
 )
+_DENSE = "ADE20K stands for the images of --segmentation-data, COCO for those of --detection-data."
 TABLES = {
     "tables1-2": PaperTable(
         "Tables 1 and 2: classification with ViT-B, by what it was pre-trained on",
@@ -147,6 +168,21 @@ TABLES = {
         controls=(),
         note=_TABLE_1,
     ),
+    "table3": PaperTable(
+        "Table 3: segmentation (UperNet) and detection (Mask R-CNN)",
+        DENSE,
+        (
+            Row("DeiT, from scratch", "deit", (47.4, 44.1, 39.8)),
+            Row("MoCo v3, 300 epochs", "moco", (47.3, 44.9, 40.4)),
+            Row("BEiT, 800 epochs", "dalle@800", (47.1, 46.3, 41.1)),
+            Row("MAE, 800 epochs", "mae@800", (47.6, 46.8, 41.9)),
+            Row("MAE, 1,600 epochs", "mae@1600", (48.1, 47.2, 42.0)),
+            Row("pixel codebook, 800 epochs", "pixel@800"),
+            Row("PeCo, 800 epochs", "perceptual@800", (48.5, 47.8, 42.6)),
+        ),
+        controls=("perceptual@800",),
+        note=f"{_DENSE} DeiT begins with its classifier, all others with the pre-trained ViT.",
+    ),
     "table4": PaperTable(
         "Table 4: how well codewords predict classes",
         (PROBE, CLASSIFIED, CROSSED),
@@ -187,6 +223,17 @@ TABLES = {
             Row("and adversarial loss", "adversarial", (83.9,)),
         ),
     ),
+    "table8": PaperTable(
+        "Table 8: accelerated pre-training, in which the ViT reads the visible patches alone",
+        (FINETUNED, *DENSE),
+        (
+            Row("MAE, 800 epochs", "mae@800", (83.4, 47.6, 46.8, 41.9)),
+            Row("PeCo, visible patches, 800 epochs", "perceptual@800@visible", (84.2, 48.2, 47.3, 42.2)),
+            Row("PeCo, all patches, 800 epochs", "perceptual@800", (84.5, 48.5, 47.8, 42.6)),
+        ),
+        controls=("perceptual@800@visible",),
+        note=f"{_DENSE} The last of the paper's rows stands in its Tables 1 and 3.",
+    ),
     "table10": PaperTable(
         "Table 10: weight of the perceptual loss, in multiples of the recipe's (1 in the paper)",
         (FINETUNED, PROBE, CROSSED),
@@ -197,6 +244,19 @@ TABLES = {
             Row("lambda 3", "lambda-3", (83.6,)),
             Row("lambda 10", "lambda-10", (83.5,)),
         ),
+    ),
+    "table11": PaperTable(
+        "Table 11: accuracy under attack, eps 2/255, 20 steps",
+        (FINETUNED, *ATTACKED),
+        (
+            Row("DeiT, from scratch", "deit", (81.8, 46.2, 50.2)),
+            Row("MoCo v3, 300 epochs", "moco", (83.2, 51.8, 54.9)),
+            Row("BEiT, 300 epochs", "dalle", (82.8, 50.2, 53.2)),
+            Row("MAE, 1,600 epochs", "mae@1600", (83.6, 37.2, 42.2)),
+            Row("pixel codebook, 300 epochs", "pixel"),
+            Row("PeCo, 300 epochs", "perceptual", (84.1, 52.5, 55.3)),
+        ),
+        note="The paper does not give the step of the attacks; ours is eps / 20 (docs/decisions.md).",
     ),
     "table12": PaperTable(
         "Table 12: the tokenizer's architecture",
@@ -214,6 +274,30 @@ TABLES = {
         (FINETUNED, PROBE, CROSSED),
         (Row("tokenizer trained on the same images", "perceptual"), Row("on more images", "more-data")),
         note="The paper gives these numbers only in a figure; its text says that more data does not help.",
+    ),
+    DUEL: PaperTable(
+        "A study fixed beforehand: what a ViT learns from perceptual codes, a control's and pixels",
+        (
+            ("linear", "linear probe of the ViT, %"),
+            ("few", "fine-tuned on 100 labels a class, %"),
+            ("knn", "k-NN, %"),
+            ("crossed_probe", "probe of codes with position removed, %"),
+        ),
+        tuple(Row(label, arm) for arm, label in ARMS.items()),
+        note="The rule of reading stands in docs/study.md. Steps are equal in all arms, operations are not.",
+        more_pairs=(("classification", "pixel"), ("supervised", "pixel")),
+    ),
+    TUNING: PaperTable(
+        "Tuning of the study, on validation images",
+        (("validation", "linear probe of the ViT on validation images, %"),),
+        tuple(
+            Row(f"{arm}, {setting.name.replace('-', ', ')}", run_name(arm, setting))
+            for arm in (*ARMS, "perceptual-random", "perceptual-shuffled")
+            if len(settings_of(arm)) > 1
+            for setting in settings_of(arm)
+        ),
+        controls=(),
+        note="The best setting of each arm is taken by `reproduce duel` in this folder; use another seed there.",
     ),
 }
 ALIASES = {

@@ -154,7 +154,7 @@ COMMANDS: dict[str, Command] = {
             "reproduce table4 --data photos --out runs/tables",
             "reproduce table4 table5 --budget small --seeds 0 1 2 3 --data CIFAR10 --out runs/tables",
         ),
-        "tables data out budget seeds length transfer network classifier dalle gpus-per-run dry-run",
+        "tables data out budget seeds length transfer network classifier dalle gpus-per-run dry-run commands slurm",
         words=("tables",),
     ),
     "bench": Command(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+import shlex
 import time
 from functools import partial
 from pathlib import Path
@@ -48,7 +49,7 @@ from pecobook.engine.world import is_leader
 from pecobook.errors import ConfigError, Preflight, RunFolderError
 from pecobook.models.tokenizers import fingerprint, load_tokenizer
 from pecobook.recipes import RECIPES
-from pecobook.settings.tokenize import TokenizeConfig
+from pecobook.settings.tokenize import VIEW_SETTINGS, TokenizeConfig
 from pecobook.settings.values import flag_words, replace
 from pecobook.stages.pretrain import encode_views
 from pecobook.utils.distributed import gather_objects, on_all_ranks
@@ -310,14 +311,13 @@ def next_command(config: TokenizeConfig, grid: int) -> str:
     It names the recipe of `pretrain` whose views differ least from those of the bank, and all that must differ from the
     recipe: the views, and for another grid of tokens the patches of the ViT and the masks.
     """
-    views = ("seed", "image_size", "tokenizer_size", "min_crop", "colour")
 
     def distance(recipe: str) -> int:
-        return sum(getattr(recipes.tokenize(recipe), name) != getattr(config, name) for name in views)
+        return sum(getattr(recipes.tokenize(recipe), name) != getattr(config, name) for name in VIEW_SETTINGS)
 
     recipe = min(RECIPES["pretrain"], key=distance)
     base: Any = RECIPES["pretrain"][recipe]()
-    same = {name: getattr(config, name) for name in (*views, "data", "tokenizer")}
+    same = {name: getattr(config, name) for name in (*VIEW_SETTINGS, "data", "tokenizer")}
     run = dataclasses.replace(base, **same, tokens=config.out, out=f"{Path(config.out)}-vit")
     arguments = base.model.kwargs()
     named = re.search(r"patch(\d+)", base.model.name)
@@ -331,4 +331,4 @@ def next_command(config: TokenizeConfig, grid: int) -> str:
         }
         run = replace(run, changes)
     always = ("data", "tokenizer", "tokens", "out")
-    return f"pecobook pretrain {recipe} {flag_words(run, base, always=always)}"
+    return f"pecobook pretrain {recipe} {shlex.join(flag_words(run, base, always=always))}"

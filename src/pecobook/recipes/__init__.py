@@ -13,7 +13,7 @@ from typing import Any, TypeAlias
 
 from pecobook.errors import ConfigError, did_you_mean
 from pecobook.recipes import codebook, contrast, detect, finetune, pretrain, segment
-from pecobook.settings.tokenize import TokenizeConfig
+from pecobook.settings.tokenize import VIEW_SETTINGS, TokenizeConfig
 from pecobook.settings.training import TrainConfig
 
 Recipe: TypeAlias = Callable[[], TrainConfig]
@@ -87,8 +87,7 @@ def recipe(command: str, name: str = DEFAULT_RECIPE) -> Any:
 def tokenize(name: str = DEFAULT_RECIPE) -> TokenizeConfig:
     """Return the settings of a token bank with the views of a `pretrain` recipe. Raises ConfigError as `recipe`."""
     base = recipe("pretrain", name)
-    names = ("seed", "image_size", "tokenizer_size", "min_crop", "colour")
-    return TokenizeConfig(**{name: getattr(base, name) for name in names})
+    return TokenizeConfig(**{name: getattr(base, name) for name in VIEW_SETTINGS})
 
 
 def claim(command: str, name: str) -> str:

@@ -16,8 +16,9 @@ class ReproduceConfig(ManyRunsConfig):
     """Train the rows of the paper's tables, with controls, and compare with the paper's numbers."""
 
     tables: tuple[str, ...] = ()
-    """Tables of the paper: any of tables1-2, table1-large, table1-huge, table4, table5, table6, table7, table10,
-    table12, v1-table7. On the command line the tables may stand first, without the flag."""
+    """Tables of the paper: any of tables1-2, table1-large, table1-huge, table3, table4, table5, table6, table7, table8,
+    table10, table11, table12, v1-table7; or duel and duel-tuning, the study of docs/study.md. On the command line the
+    tables may stand first, without the flag."""
     out: str = ""
     """Folder to write. An interrupted reproduction resumes there, and more tables may be added to the folder."""
     budget: Literal["tiny", "small", "paper"] = "tiny"
@@ -47,6 +48,16 @@ class ReproduceConfig(ManyRunsConfig):
     """A ViT pre-trained by DINO, for its row in Table 1: timm:vit_base_patch16_224.dino has the public weights."""
     dalle: str = ""
     """Folder of DALL-E's public tokenizer, for the rows of DALL-E."""
+    segmentation_data: str = ""
+    """Images and masks for the segmentation of Tables 3 and 8, as in segment's --data."""
+    segmentation_mask_values: tuple[str, ...] = ()
+    """Pixel values of the classes, as in segment's --mask-values; empty takes 0, 1, 2, ... or ADE20K's at budget
+    paper."""
+    segmentation_ignore: tuple[str, ...] = ()
+    """Pixel values or classes that do not count, as in segment's --ignore; empty takes 255, or ADE20K's at budget
+    paper."""
+    detection_data: str = ""
+    """Images and objects in COCO's format for the detection of Tables 3 and 8, as in detect's --data."""
     more_data: str = ""
     """More images, for Table 7 of the paper's first version."""
     gpus_per_run: int = 0
@@ -57,14 +68,30 @@ class ReproduceConfig(ManyRunsConfig):
     once."""
     compile: bool = False
     """Compile the model of every training with torch.compile."""
+    views: int = -1
+    """Number of views in the token banks from which ViTs learn. -1 chooses by the length of the pre-training: one view
+    for 20 epochs, at least 4, and no bank below 8 epochs. 0 runs the tokenizer in every step instead."""
+    train: bool = True
+    """Train the missing runs. With --no-train the tables are written from the runs that are finished."""
     dry_run: bool = False
-    """Print the list of runs without training anything."""
+    """Print the plan, its jobs with their GPU-hours and disk, without training anything."""
+    json: bool = False
+    """With --dry-run, print the plan as JSON: every job with its command line and the jobs that it needs."""
+    commands: str = ""
+    """A file to write the plan to, one command a line, instead of training."""
+    slurm: str = ""
+    """A file to write a script to that submits the plan to Slurm, instead of training."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_layers(self, "network_layers")
         positive(self, "length", most=MAX_LENGTH)
         not_negative(self, "gpus_per_run", "micro_batch_size")
+        between(self, -1, 1000, "views")
         between(self, 0, LARGEST, "seeds")
         if len(set(self.seeds)) != len(self.seeds) or not self.seeds:
             refuse("seeds", f"must be different numbers of 0 or above, not {self.seeds}.")
+        if self.json and not self.dry_run:
+            refuse("json", "prints the plan: give --dry-run too.")
+        if (self.commands or self.slurm) and not self.train:
+            refuse("no-train", "writes tables, and --commands and --slurm write plans: give one of them.")

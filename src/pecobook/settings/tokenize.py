@@ -11,6 +11,9 @@ from pecobook.settings.images import MAX_BATCH, MAX_IMAGE_SIZE, MAX_WORKERS, Ima
 from pecobook.settings.training import Precision, check_devices
 from pecobook.settings.values import LARGEST, Resume, between, positive, refuse
 
+VIEW_SETTINGS = ("seed", "image_size", "tokenizer_size", "min_crop", "colour")
+"""Settings of a bank's views, which pre-training has too."""
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TokenizeConfig(ImagesConfig):

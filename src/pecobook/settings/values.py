@@ -9,9 +9,9 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import dataclasses
+import functools
 import json
 import math
-import shlex
 import types
 import typing
 from collections.abc import Sequence
@@ -153,6 +153,11 @@ def field_name(flag_name: str) -> str:
 
 def flags(config_type: type[Any], prefix: str = "") -> dict[str, Any]:
     """Return every flag of a settings class with the type of its value; nested flags have dots (`optim.lr`)."""
+    return dict(_flags(config_type, prefix))  # type: ignore[arg-type]  # mypy takes no type as hashable
+
+
+@functools.cache
+def _flags(config_type: type[Any], prefix: str) -> dict[str, Any]:
     types_by_flag: dict[str, Any] = {}
     hints = typing.get_type_hints(config_type)
     for field in dataclasses.fields(config_type):
@@ -165,8 +170,8 @@ def flags(config_type: type[Any], prefix: str = "") -> dict[str, Any]:
     return types_by_flag
 
 
-def flag_words(config: Any, default: Any, *, always: Sequence[str] = (), never: Sequence[str] = ()) -> str:
-    """Return the flags that turn `default` into `config`, quoted so that a shell reads the same values.
+def flag_words(config: Any, default: Any, *, always: Sequence[str] = (), never: Sequence[str] = ()) -> list[str]:
+    """Return the flags that turn `default` into `config`; `shlex.join` makes a line of them that a shell reads so.
 
     Args:
         config: settings.
@@ -184,7 +189,7 @@ def flag_words(config: Any, default: Any, *, always: Sequence[str] = (), never: 
             words.append(f"--{name}" if value else f"--no-{name}")
         else:
             words += [f"--{name}", *map(str, value if isinstance(value, tuple) else (value,))]
-    return shlex.join(words)
+    return words
 
 
 def to_dict(config: Any) -> dict[str, Any]:

@@ -21,6 +21,10 @@ _PART_FILE = re.compile(r"\.(?:soft-)?lock-(\d+-of-\d+)")
 _NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP}
 
 
+class FolderBusyError(RunFolderError):
+    """Another process writes the folder."""
+
+
 def content(folder: Path) -> list[Path]:
     """Return the entries of a folder without the lock files; an empty list where there is no folder."""
     if not folder.is_dir():
@@ -42,7 +46,8 @@ class FolderLock:
         wait: seconds to wait for a process that holds the lock.
 
     Raises:
-        RunFolderError: another process holds the lock, or the file system has no locks.
+        FolderBusyError: another process holds the lock.
+        RunFolderError: the file system has no locks.
         OSError: the folder cannot be written.
     """
 
@@ -61,7 +66,7 @@ class FolderLock:
         others = [] if shared else [other for other in _held_parts(folder) if other.rpartition("-")[2] != total]
         if others:
             self.release()
-            raise RunFolderError(
+            raise FolderBusyError(
                 f"Another process is writing part {others[0].replace('-of-', '/')} of '{folder}': wait for it, or "
                 f"divide the folder into as many parts{'' if part else ', with --shard'}."
             )
@@ -71,7 +76,7 @@ class FolderLock:
             lock: filelock.BaseFileLock = filelock.FileLock(self._file, thread_local=False, fallback_to_soft=False)
             lock.acquire(timeout=self._wait, poll_interval=0.1)
         except filelock.Timeout:
-            raise RunFolderError(message) from None
+            raise FolderBusyError(message) from None
         except OSError as error:
             if error.errno not in _NO_LOCKS:
                 raise self._no_lock(error) from None
@@ -81,7 +86,7 @@ class FolderLock:
             try:
                 lock.acquire(timeout=self._wait, poll_interval=0.1)
             except filelock.Timeout:
-                raise RunFolderError(
+                raise FolderBusyError(
                     f"{message}\nOn this file system a lock remains when its process is killed: if no process is "
                     f"writing, delete '{marker}'."
                 ) from None

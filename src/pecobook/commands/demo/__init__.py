@@ -17,7 +17,8 @@ from pecobook.analysis.report import write_pictures, write_report
 from pecobook.commands.analyze.page import compose
 from pecobook.commands.demo.measure import measure
 from pecobook.commands.demo.plan import plan
-from pecobook.commands.jobs import begin_or_resume, resumed_folder, run_all
+from pecobook.commands.jobs import run_all, seconds_of
+from pecobook.commands.resumed_folder import begin_or_resume, resumed_folder
 from pecobook.engine.log import compact_duration
 from pecobook.engine.preamble import show_source
 from pecobook.engine.value_range import open_readable
@@ -55,7 +56,8 @@ def _write_all(config: DemoConfig) -> Path:
     out = Path(config.out)
     began = time.monotonic()
     jobs = plan(config)
-    cost = run_all(jobs, out, accept_data_change=config.accept_data_change)
+    run_all(jobs, out, accept_data_change=config.accept_data_change).check(out)
+    cost = seconds_of(jobs)
     show("measuring on held-out images")
     measuring_began = time.monotonic()
     # One thread: more threads do not speed up small matrices, and they are slow if another process is busy.

@@ -23,6 +23,7 @@ from pecobook.settings.predict import AttackConfig, PredictConfig
 from pecobook.utils.devices import device
 from pecobook.utils.files import write_json
 from pecobook.utils.images import to_float
+from pecobook.utils.json_files import NUMBER, OBJECT, read_json
 
 FILE = "robustness.json"
 _BATCH = 64
@@ -92,3 +93,9 @@ def measure(config: PredictConfig, classifier: AttackedClassifier, splits: Split
     title = f"{count} images ({splits.evaluation_name}){left_out}; eps {settings.eps:g}/255"
     rows = [f"  {name:8s} {accuracy_with_error(value, count)}" for name, value in accuracy.items()]
     return "\n".join([f"{title}, {settings.steps} steps; accuracy:", *rows])
+
+
+def read_accuracy(folder: Path) -> dict[str, float]:
+    """Return the accuracies of a finished measurement, in percent. Raises RunFolderError for a damaged file."""
+    accuracy: dict[str, float] = read_json(folder / FILE, {"accuracy": OBJECT, "seconds": NUMBER})["accuracy"]
+    return accuracy

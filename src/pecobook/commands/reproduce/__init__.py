@@ -1,7 +1,10 @@
 """`pecobook reproduce`: train the runs of the paper's tables on your images, at a chosen budget, over seeds.
 
+duel.py       a study of our own, beside the paper's tables
 budgets.py    the size and the length of every kind of run
 plan.py       the runs of all rows, each run once
+listing.py    the plan as text, as JSON and as a file of commands
+slurm.py      the plan as a script for Slurm
 rehearsal.py  a few steps of each kind of run before the runs start
 tables.py     the tables as Markdown, CSV and plots
 
@@ -11,25 +14,28 @@ The rows and the paper's numbers stand in `pecobook.commands.paper_tables`.
 from __future__ import annotations
 
 import dataclasses
+import shlex
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from pecobook.analysis.report import Picture, Report, Section, Table, write_pictures, write_report
 from pecobook.analysis.wording import duration
-from pecobook.commands.jobs import begin_or_resume, resumed_folder, run_all
+from pecobook.commands.jobs import Outcome, run_all, seconds_of
 from pecobook.commands.paper_tables import chosen_tables
-from pecobook.commands.reproduce import rehearsal, tables
+from pecobook.commands.reproduce import listing, rehearsal, slurm, tables
 from pecobook.commands.reproduce.plan import Plan
+from pecobook.commands.resumed_folder import begin_or_resume, resumed_folder
 from pecobook.engine.preamble import show_source
 from pecobook.engine.value_range import open_readable
 from pecobook.errors import ConfigError, PecobookError, Preflight
 from pecobook.settings.codebook import CodebookConfig
 from pecobook.settings.reproduce import ReproduceConfig
-from pecobook.settings.values import flag_words, replace, to_dict
+from pecobook.settings.values import replace, to_dict
 from pecobook.stages.codebook import CodebookStage
 from pecobook.utils.files import write_atomically
-from pecobook.utils.output_folder import OutputFolder
+from pecobook.utils.folder_lock import FolderLock
+from pecobook.utils.output_folder import SHARED_WAIT, OutputFolder, check_new_file
 from pecobook.utils.printer import show
 
 __all__ = ["ReproduceConfig", "reproduce"]
@@ -40,25 +46,61 @@ def reproduce(config: ReproduceConfig | None = None, **settings: Any) -> Path:
 
     Raises:
         PreflightError: all problems that were found before anything was written.
-        PecobookError: a run failed.
+        PecobookError: a run failed, or with `train` False is not finished; the tables of the others are written.
     """
     config = replace(config or ReproduceConfig(), settings)
     plan = _preflight(config)
-    show(rehearsal.describe(plan))
     out = Path(config.out)
-    if config.dry_run:
+    if config.json:
+        show(listing.as_json(plan), stdout=True)
+    else:
+        show(listing.describe(plan, every_arm=config.dry_run))
+    if config.commands or config.slurm:
+        _write_plan(plan)
+    elif config.dry_run:
         show(rehearsal.remaining_time(plan, rehearsal.read_rehearsal(out)))
-        return out / "tables.md"
-    with begin_or_resume(_folder(config), config, plan.splits, _fixed_settings(config)):
-        (out / "runs").mkdir(exist_ok=True)
-        seconds = rehearsal.rehearse(plan, out)
-        jobs = {
-            name: dataclasses.replace(job, work=rehearsal.job_duration(job, name, seconds))
-            for name, job in plan.jobs.items()
-        }
-        show(rehearsal.remaining_time(plan, seconds))
-        cost = run_all(jobs, out, plan.gpus_per_run, accept_data_change=config.accept_data_change)
-        return _write_tables(plan, cost, out)
+    else:
+        _begin(plan)
+        outcome = _run(plan, out) if config.train else Outcome()
+        with FolderLock(out, shared=True, wait=SHARED_WAIT):
+            _write_tables(plan, outcome, out)
+        outcome.check(out)
+        missing = [name for name, job in plan.jobs.items() if not job.finished]
+        if missing:
+            names = ", ".join(missing[:5]) + (", ..." if len(missing) > 5 else "")
+            raise PecobookError(f"The tables leave out {len(missing)} runs that are not finished: {names}.")
+    return out / "tables.md"
+
+
+def _run(plan: Plan, out: Path) -> Outcome:
+    seconds = rehearsal.rehearse(plan, out)
+    jobs = {
+        name: dataclasses.replace(job, work=rehearsal.job_duration(job, name, seconds))
+        for name, job in plan.jobs.items()
+    }
+    show(rehearsal.remaining_time(plan, seconds))
+    return run_all(jobs, out, plan.gpus_per_run, accept_data_change=plan.config.accept_data_change)
+
+
+def _write_plan(plan: Plan) -> None:
+    """Write the files of --commands and --slurm, and begin the folder, in which their jobs will write."""
+    _begin(plan)
+    config = plan.config
+    for name, text in ((config.commands, listing.commands), (config.slurm, slurm.script)):
+        if name:
+            write_atomically(Path(name), text(plan).encode())
+            show(f"Written: {name}")
+
+
+def _check_file(flag: str, name: str) -> None:
+    """Refuse a file that exists already, unless it is a plan of this command."""
+    file = Path(name)
+    if file.is_file() and listing.HEADER in file.read_text(errors="replace")[:200]:
+        return
+    try:
+        check_new_file(name)
+    except PecobookError as error:  # the message names the flag of other commands
+        raise ConfigError(str(error).replace("--out", f"--{flag}", 1)) from None
 
 
 def _preflight(config: ReproduceConfig) -> Plan:
@@ -66,6 +108,8 @@ def _preflight(config: ReproduceConfig) -> Plan:
     paper_tables = preflight.check(lambda: chosen_tables(config.tables))
     splits = preflight.check(lambda: open_readable(config.data, config.value_range))
     preflight.check(_folder(config).check)
+    for flag, name in (("commands", config.commands), ("slurm", config.slurm)):
+        preflight.check(partial(_check_file, flag, name))
     plan = None
     if paper_tables is not None and splits is not None:
         plan = preflight.check(partial(Plan, config, paper_tables, splits))
@@ -99,33 +143,49 @@ def _check_codebook(settings: CodebookConfig) -> None:
 
 def _fixed_settings(config: ReproduceConfig) -> dict[str, Any]:
     """Return the settings that must not change when a folder is resumed."""
-    run = ("tables", "out", "seeds", "transfer", "dry_run", "gpus_per_run", "micro_batch_size", "compile")
-    free = (*run, "verify_data", "accept_data_change")
-    return {name: value for name, value in to_dict(config).items() if name not in free}
-
-
-def command_line(config: ReproduceConfig) -> str:
-    """Return the command that gives these tables, without its --out."""
-    always, never = ("data", "budget", "seeds"), ("tables", "out", "dry-run", "verify-data", "accept-data-change")
-    words = flag_words(config, ReproduceConfig(), always=always, never=never)
-    return " ".join(["pecobook reproduce", *config.tables, words])
+    run = ("tables", "out", "seeds", "transfer", "gpus_per_run", "micro_batch_size", "compile")
+    start = ("train", "dry_run", "json", "commands", "slurm", "verify_data", "accept_data_change")
+    return {name: value for name, value in to_dict(config).items() if name not in (*run, *start)}
 
 
 def _folder(config: ReproduceConfig) -> OutputFolder:
     settings, defaults = _fixed_settings(config), _fixed_settings(ReproduceConfig())
-    return resumed_folder(
-        config.out, settings, defaults, data=config.data, example="runs/tables", kind="tables", marker="reproduce.json"
-    )
+    rules: dict[str, Any] = {"example": "runs/tables", "kind": "tables", "marker": "reproduce.json", "shared": True}
+    return resumed_folder(config.out, settings, defaults, data=config.data, **rules)
 
 
-def _write_tables(plan: Plan, cost: dict[str, float], out: Path) -> Path:
-    """Write all tables and the report; returns the Markdown file."""
+def _begin(plan: Plan) -> None:
+    """Begin or continue the folder; it is not locked afterwards, since others may run jobs of it too."""
+    config = plan.config
+    with begin_or_resume(_folder(config), config, plan.splits, _fixed_settings(config)):
+        (Path(config.out) / "runs").mkdir(exist_ok=True)
+        if plan.duel is not None:
+            plan.duel.write_images()
+
+
+def _missing(plan: Plan, outcome: Outcome) -> str:
+    """Return a paragraph on the runs that are not finished, which the tables leave out; empty where all are."""
+    missing = {name: job for name, job in plan.jobs.items() if not job.finished}
+    if not missing:
+        return ""
+    lines = [f"**{len(missing)} of {len(plan.jobs)} runs are not finished, and the tables leave them out:**\n"]
+    for name, job in missing.items():
+        needed = outcome.not_run.get(name) or next((need for need in job.needs if need in missing), "")
+        reason = f"needs `{needed}`" if needed else "failed" if name in outcome.failed else "not finished"
+        lines.append(f"- `{name}`: {reason}")
+    return "\n".join(lines)
+
+
+def _write_tables(plan: Plan, outcome: Outcome, out: Path) -> None:
+    """Write all tables and the report."""
+    command = shlex.join(listing.command_words(plan.config))
     introduction = (
-        f"`{command_line(plan.config)}`. After ± stands the standard deviation over seeds. The paper's numbers are of "
-        "ImageNet-1K and its full budget: compare differences and orders, not values."
+        f"`{command}`. After ± stands the standard deviation over seeds. The paper's numbers are of ImageNet-1K and "
+        "its full budget: compare differences and orders, not values."
     )
     measured_tables = tables.measured_tables(plan)
-    text = tables.markdown(measured_tables, introduction)
+    missing = _missing(plan, outcome)
+    text = tables.markdown(measured_tables, "\n\n".join(filter(None, (introduction, missing))))
     write_atomically(out / "tables.md", text.encode())
     write_atomically(out / "tables.csv", tables.comma_separated(measured_tables).encode())
     sections = []
@@ -136,11 +196,12 @@ def _write_tables(plan: Plan, cost: dict[str, float], out: Path) -> Path:
         lines = [measured.table.note, *tables.remarks(measured), *tables.gains_over_controls(measured)]
         picture = Picture(plot, "Points: mean over seeds; bars: standard deviation over seeds.", title)
         sections.append(Section(title, "\n\n".join(lines), (picture,), Table(header, tuple(rows))))
+    cost = seconds_of(plan.jobs)
     total = sum(cost.values())
     times = Table(("Run", "Time"), tuple((name, duration(seconds)) for name, seconds in cost.items()))
     sections.append(Section("Cost", f"All runs together: {duration(total)}.", table=times))
-    report = Report("The paper's tables, measured again", plan.config.data, (introduction,), (), tuple(sections))
+    notes = (introduction, *([missing] if missing else []))
+    report = Report("The paper's tables, measured again", plan.config.data, notes, (), tuple(sections))
     write_report(out, report)
     show(text)
     show(f"Done: {out / 'tables.md'}, tables.csv, report.html")
-    return out / "tables.md"

@@ -3,26 +3,34 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from pecobook.commands.cost import Cost, job_cost
+from pecobook.commands.duel_arms import DUEL, TUNING, parse_run, run_name
 from pecobook.commands.jobs import Job
-from pecobook.commands.paper_tables import EPOCHS, Arm, PaperTable
+from pecobook.commands.paper_tables import ATTACKED, EPOCHS, Arm, PaperTable
 from pecobook.commands.reproduce.budgets import Budget, make_budget, with_backbone
+from pecobook.commands.reproduce.duel import Duel
+from pecobook.commands.reproduce.transfers import dense_data, kinds_of
 from pecobook.data.source import Splits
 from pecobook.settings.analyze import AnalyzeConfig
 from pecobook.settings.codebook import AdversarialConfig, CodebookConfig, ExplicitConfig
 from pecobook.settings.durations import steps
 from pecobook.settings.perceptual import PerceptualConfig
+from pecobook.settings.predict import AttackConfig, PredictConfig
 from pecobook.settings.pretrain import PretrainConfig
 from pecobook.settings.reproduce import ReproduceConfig
-from pecobook.settings.training import TrainConfig
+from pecobook.settings.tokenize import VIEW_SETTINGS, TokenizeConfig
+from pecobook.settings.training import CompileTrainConfig, TrainConfig
 from pecobook.settings.values import replace
 
 FROM_SCRATCH = ("scratch", "deit")
 NO_TOKENIZER = (*FROM_SCRATCH, "dino", "moco", "mae")
 """Targets of arms that train a backbone without a tokenizer."""
+_OF_LABELS = ("finetuned", "classified", "codeword_probe", "crossed_probe", *(figure for figure, _ in ATTACKED))
 
 
 class Plan:
@@ -43,19 +51,25 @@ class Plan:
         self.classifier = config.classifier
         if not config.classifier and len(splits.train.classes or ()) == 1000:  # the classes of ImageNet-1K
             self.classifier = self.budget.classifier
-        self.gpus_per_run = config.gpus_per_run or self.budget.gpus_per_run
+        is_study = tables.keys() <= {DUEL, TUNING}  # its runs are small at every budget
+        self.gpus_per_run = config.gpus_per_run or (1 if is_study else self.budget.gpus_per_run)
+        self.dense_data = dense_data(config, self.budget.dense)
         self.jobs: dict[str, Job] = {}
+        self.duel = Duel(config, splits, self.jobs) if {DUEL, TUNING} & tables.keys() else None
         for seed in config.seeds:
-            for table in tables.values():
+            for name, table in tables.items():
                 for row in table.all_rows:
-                    if not self.missing_for_arm(row.arm):
+                    if name in (DUEL, TUNING):
+                        assert self.duel is not None
+                        self.duel.add(*parse_run(self.run_of(name, row.arm)), seed, tuning=name == TUNING)
+                    elif not self.missing_for_arm(row.arm):
                         arm = self.canonical(row.arm)
                         if Arm.parse(arm).target not in NO_TOKENIZER:
                             self._add_analysis(
                                 Arm.parse(arm).target, seed, classified="classified" in dict(table.figures)
                             )
-                        if config.transfer and self.has_labels:
-                            self._add_classifier(arm, seed)
+                        if config.transfer:
+                            self._add_transfers(kinds_of(dict(table.figures)), arm, seed)
 
     def missing_for_arm(self, arm: str) -> str:
         """Return what is missing to train an arm; an empty text when nothing is missing."""
@@ -77,10 +91,13 @@ class Plan:
 
     def missing_for_figure(self, figure: str) -> str:
         """Return what is missing to measure a figure; an empty text when nothing is missing."""
-        if not self.has_labels and figure in ("finetuned", "classified", "codeword_probe", "crossed_probe"):
+        if not self.has_labels and figure in _OF_LABELS:
             return "labels"
-        if figure == "finetuned" and not self.config.transfer:
+        kind = next(iter(kinds_of([figure])), "")
+        if kind and not self.config.transfer:
             return "--transfer"
+        if kind in ("segment", "detect") and kind not in self.dense_data:
+            return "--segmentation-data SOURCE" if kind == "segment" else "--detection-data SOURCE"
         if figure == "classified" and not self.classifier and self.budget.supervised is None:
             return "--classifier"
         return ""
@@ -97,22 +114,45 @@ class Plan:
         target = f"perceptual{dash}{how}" if head == self.budget.default else part.target
         return dataclasses.replace(part, target=target).name
 
-    def _add_job(self, name: str, command: str, config: Any, *needs: str) -> None:
-        """Add a job unless the plan has it; empty names in `needs` are left out."""
+    def run_of(self, table: str, arm: str) -> str:
+        """Return the name that the jobs of an arm have in a table."""
+        if self.duel is not None and table in (DUEL, TUNING):
+            return arm if table == TUNING else run_name(arm, self.duel.chosen(arm))
+        return self.canonical(arm)
+
+    def add(self, name: str, command: str, config: Any, *needs: str) -> None:
+        """Add a job unless the plan has it.
+
+        Args:
+            name: `KIND-ARM-SEED`; jobs whose names differ in the seed alone are alike.
+            command: the pecobook command that the job runs.
+            config: settings of the command, whose `out` is `self.out(name)`.
+            needs: names of the jobs that must be finished before; empty names are left out.
+        """
         self.jobs.setdefault(name, Job(command, config, tuple(filter(None, needs))))
 
-    def _out(self, name: str) -> str:
+    def out(self, name: str) -> str:
         """Return the folder of a job."""
         return str(Path(self.config.out) / "runs" / name)
 
-    def _run_settings(self, base: TrainConfig, name: str, seed: int, *, times: float = 1.0, **changes: Any) -> Any:
+    @functools.cached_property
+    def costs(self) -> dict[str, Cost]:
+        """The cost of every job, from its settings."""
+        sizes = len(self.splits.train), len(self.splits.evaluation)
+        others = {job.config.out: job.config for job in self.jobs.values()}
+        return {name: job_cost(job.command, job.config, *sizes, others) for name, job in self.jobs.items()}
+
+    def _run_settings(
+        self, base: TrainConfig, name: str, seed: int, *, times: float = 1.0, num_images: int = 0, **changes: Any
+    ) -> Any:
         """Return the settings of a run with folder, seed, and length in steps, `times` that of `base`."""
-        num_images = len(self.splits.train)
+        num_images = num_images or len(self.splits.train)
         length = steps(base.max_steps, num_images=num_images, batch_size=base.batch_size) * self.config.length
         length = max(round(length * times), 1)
         common: dict[str, Any] = {"data": self.config.data, "value_range": self.config.value_range}
-        common |= {"seed": seed, "out": self._out(name)}
-        common |= {"micro_batch_size": self.config.micro_batch_size, "compile": self.config.compile}
+        common |= {"seed": seed, "out": self.out(name)}
+        common |= {"micro_batch_size": self.config.micro_batch_size}
+        common |= {"compile": self.config.compile} if isinstance(base, CompileTrainConfig) else {}
         saving = {"loggers": (), "save_minutes": 5.0, "keep_checkpoints": 1, "save_every": max(length // 3, 1)}
         return replace(base, {**common, **saving, "max_steps": str(length), "sample_every": length, **changes})
 
@@ -132,10 +172,10 @@ class Plan:
         name = f"network-{kind}-{seed}"
         if kind == "supervised":
             assert budget.supervised is not None
-            self._add_job(name, "finetune", self._run_settings(budget.supervised, name, seed))
+            self.add(name, "finetune", self._run_settings(budget.supervised, name, seed))
         else:
-            self._add_job(name, "contrast", self._run_settings(budget.contrast[kind], name, seed))
-        return self._out(name), name
+            self.add(name, "contrast", self._run_settings(budget.contrast[kind], name, seed))
+        return self.out(name), name
 
     def _codebook(self, arm: str, seed: int) -> tuple[str, str, int]:
         """Plan the tokenizer of an arm.
@@ -148,8 +188,8 @@ class Plan:
         settings, network_job = self.codebook_settings(arm, seed)
         name = f"codebook-{arm}-{seed}"
         changes: dict[str, Any] = {"data": self.config.more_data} if arm == "more-data" else {}
-        self._add_job(name, "codebook", self._run_settings(settings, name, seed, **changes), network_job)
-        return self._out(name), name, settings.model.stride
+        self.add(name, "codebook", self._run_settings(settings, name, seed, **changes), network_job)
+        return self.out(name), name, settings.model.stride
 
     def codebook_settings(self, arm: str, seed: int) -> tuple[CodebookConfig, str]:
         """Return the settings of the tokenizer of an arm, and the job that trains its perceptual network.
@@ -185,21 +225,40 @@ class Plan:
             return
         self.jobs.pop(f"analysis-{arm}-{seed}", None)  # an analysis with a classifier holds all figures of one without
         settings = AnalyzeConfig(
-            tokenizer=tokenizer, data=self.config.data, out=self._out(name), classifier=classifier, seed=seed
+            tokenizer=tokenizer, data=self.config.data, out=self.out(name), classifier=classifier, seed=seed
         )
         if self.budget.max_images:
             most = self.budget.max_images
             settings = dataclasses.replace(settings, max_train=most, max_test=most)
-        self._add_job(name, "analyze", settings, job, classifier_job)
+        self.add(name, "analyze", settings, job, classifier_job)
 
     # -------------------------------------------------------------------------------------------------------- transfer
 
-    def _add_classifier(self, arm: str, seed: int) -> None:
+    def _add_transfers(self, kinds: list[str], arm: str, seed: int) -> None:
+        if "classifier" in kinds and self.has_labels:
+            self._add_classifier(arm, seed)
+        if "attack" in kinds and self.has_labels:
+            run, job = self._add_classifier(arm, seed)
+            name, attack = f"attack-{arm}-{seed}", replace(AttackConfig(), {"names": tuple(dict(ATTACKED))})
+            source: dict[str, Any] = {"images": self.config.data, "value_range": self.config.value_range}
+            self.add(name, "predict", PredictConfig(run=run, out=self.out(name), attack=attack, **source), job)
+        for command in [kind for kind in kinds if kind in self.dense_data]:
+            part, name, data = Arm.parse(arm), f"{command}-{arm}-{seed}", self.dense_data[command]
+            is_scratch = part.target in FROM_SCRATCH
+            if is_scratch and not self.has_labels:
+                continue
+            backbone, job = self._add_classifier(arm, seed) if is_scratch else self._backbone(part, seed)
+            changes = {"backbone": backbone, "num_images": data.num_images, **data.settings}
+            self.add(name, command, self._run_settings(self.budget.dense[command], name, seed, **changes), job)
+
+    def _add_classifier(self, arm: str, seed: int) -> tuple[str, str]:
+        """Add the classifier of an arm; returns the run and the name of its job."""
         part, name = Arm.parse(arm), f"classifier-{arm}-{seed}"
         backbone, job = self._backbone(part, seed)
         runs = self.budget.vits[part.vit]
         base = runs.own.get(part.target, runs.finetune)
-        self._add_job(name, "finetune", self._run_settings(base, name, seed, backbone=backbone), job)
+        self.add(name, "finetune", self._run_settings(base, name, seed, backbone=backbone), job)
+        return self.out(name), name
 
     def _backbone(self, arm: Arm, seed: int) -> tuple[str, str]:
         """Plan the backbone of an arm; returns the backbone and the name of the job that trains it."""
@@ -214,19 +273,45 @@ class Plan:
         name = f"vit-{dataclasses.replace(arm, vit=arm.vit.partition('-')[0]).name}-{seed}"
         times = arm.epochs / EPOCHS
         if arm.target == "moco":
-            self._add_job(name, "contrast", self._run_settings(runs.moco, name, seed, times=times))
+            self.add(name, "contrast", self._run_settings(runs.moco, name, seed, times=times))
         elif arm.target == "mae":
-            self._add_job(name, "pretrain", self._run_settings(runs.mae, name, seed, times=times))
+            self.add(name, "pretrain", self._run_settings(runs.mae, name, seed, times=times))
         else:
             self._add_masked_modelling(name, runs.pretrain, arm.target, seed, times)
-        return self._out(name), name
+        return self.out(name), name
 
     def _add_masked_modelling(self, name: str, base: PretrainConfig, target: str, seed: int, times: float) -> None:
         tokenizer, job, stride = self._codebook(target, seed)
         side = base.tokenizer_size or base.image_size  # of the crops in the default tokenizer
         size = side // self.budget.codebook.model.stride * stride
-        changes = {"tokenizer": tokenizer, "tokenizer_size": 0 if size == base.image_size else size}
-        self._add_job(name, "pretrain", self._run_settings(base, name, seed, times=times, **changes), job)
+        changes: dict[str, Any] = {"tokenizer": tokenizer, "tokenizer_size": 0 if size == base.image_size else size}
+        views_of = f"{target}-visible" if base.visible_only else target  # MAE's views are other crops
+        self.add_pretraining(name, self._run_settings(base, name, seed, times=times, **changes), views_of, job)
+
+    def add_pretraining(self, name: str, settings: PretrainConfig, target: str, *needs: str) -> None:
+        """Add a pre-training on the tokens of `target`, which come from a bank where that saves time.
+
+        The bank is a job of its own, which all pre-trainings on equal views share.
+        """
+        views, seed = self.config.views, settings.seed
+        if views < 0:
+            views = num_views(int(settings.max_steps) * settings.batch_size / max(len(self.splits.train), 1))
+        if not views:
+            self.add(name, "pretrain", settings, *needs)
+            return
+        bank = f"bank-{target}-{settings.tokenizer_size or settings.image_size}px-{views}views-{seed}"
+        same = {field: getattr(settings, field) for field in (*VIEW_SETTINGS, "data", "value_range", "tokenizer")}
+        self.add(bank, "tokenize", TokenizeConfig(**same, views=views, out=self.out(bank)), *needs)
+        self.add(name, "pretrain", dataclasses.replace(settings, tokens=self.out(bank)), bank, *needs)
+
+
+def num_views(epochs: float) -> int:
+    """Return the number of views of a token bank for a pre-training of this length; 0 where a bank saves too little.
+
+    A view for 20 epochs, but at least 4, which cost nothing that could be measured in 19 epochs (docs/results.md).
+    """
+    views = max(4, round(epochs / 20))
+    return views if epochs >= 2 * views else 0
 
 
 def _variant(base: CodebookConfig, budget: Budget, arm: str) -> CodebookConfig:

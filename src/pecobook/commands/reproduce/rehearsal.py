@@ -6,49 +6,30 @@ from pathlib import Path
 from typing import Any
 
 from pecobook.analysis.charts import read_metrics
-from pecobook.commands.jobs import Job, gpu_slots, run_all
+from pecobook.commands.jobs import Job, gpu_slots, run_all, seconds_of
+from pecobook.commands.reproduce.listing import kind_of
 from pecobook.commands.reproduce.plan import Plan
 from pecobook.engine.log import compact_duration
+from pecobook.recipes import RECIPES
 from pecobook.settings.values import replace, to_dict
 from pecobook.utils.files import write_json
+from pecobook.utils.folder_lock import FolderLock
 from pecobook.utils.json_files import WHOLE, is_number, read_if_valid, read_json
 from pecobook.utils.printer import show
 
 _STEPS = 4
-_ANALYSIS = {"max_train": 200, "max_test": 100}
-_ANALYSIS_FACTOR = 10
+_LONGEST = 24 * 3600.0
+"""Seconds to wait for the rehearsal of another process."""
+_SHORT: dict[str, dict[str, Any]] = {
+    "analyze": {"max_train": 200, "max_test": 100},
+    "predict": {"attack.max_images": 100},
+}
+_REHEARSED = (*RECIPES, *_SHORT)
+"""Commands that are rehearsed. A token bank is not, since the tokenizer in the steps of a ViT takes longer; nor is a
+probe, which is short."""
+_SHORT_FACTOR = 10
 """Estimated time of a whole analysis over that of a rehearsed analysis. A whole analysis reads 20 to 50 times the
 images, but part of the time does not depend on the number of images."""
-
-
-def kind_of(name: str) -> str:
-    """Return the kind of a job, by its name: `codebook-pixel` for `codebook-pixel-0`, `analysis` for `judged-pixel-0`.
-
-    Jobs of one kind take equally long: they differ only in the seed, or they are analyses.
-    """
-    command, arm = _command_and_arm(name)
-    return command if command == "analysis" else f"{command}-{arm}"
-
-
-def _command_and_arm(name: str) -> tuple[str, str]:
-    """Split a job's name into command and arm, without the seed."""
-    command, _, arm = name.rpartition("-")[0].partition("-")
-    return "analysis" if command == "judged" else command, arm
-
-
-def describe(plan: Plan) -> str:
-    """Return lines on the runs that will be trained, the runs that are finished, and the missing figures."""
-    groups: dict[str, list[str]] = {}
-    for name in plan.jobs:
-        groups.setdefault(_command_and_arm(name)[0], []).append(name)
-    lines = [f"{len(plan.jobs)} runs for {len(plan.config.seeds)} seeds:"]
-    for command, names in groups.items():
-        num_finished = sum(plan.jobs[name].finished for name in names)
-        arms = ", ".join(dict.fromkeys(_command_and_arm(name)[1] for name in names))
-        finished = f", {num_finished} of them done" if num_finished else ""
-        lines.append(f"  {len(names):4d} x {command}{finished}: {arms}")
-    figures = [pair for table in plan.tables.values() for pair in table.figures]
-    return "\n".join([*lines, *plan.unmeasured(figures)])
 
 
 def remaining_time(plan: Plan, seconds: dict[str, float]) -> str:
@@ -59,7 +40,7 @@ def remaining_time(plan: Plan, seconds: dict[str, float]) -> str:
         seconds: seconds of a step or of a small analysis by kind, as `rehearse` returns them.
     """
     unfinished = {name: job for name, job in plan.jobs.items() if not job.finished}
-    if {kind_of(name) for name in unfinished} - seconds.keys():
+    if {kind_of(name) for name, job in unfinished.items() if job.command in _REHEARSED} - seconds.keys():
         return "how long it takes will be known after a few steps of each kind of run"
     left = sum(job_duration(job, name, seconds) * (1 - job.fraction_done) for name, job in unfinished.items())
     num_slots = len(gpu_slots(plan.gpus_per_run))
@@ -76,40 +57,58 @@ def read_rehearsal(out: Path) -> dict[str, float]:
 def rehearse(plan: Plan, out: Path) -> dict[str, float]:
     """Run one job of each unfinished kind for a few steps; return the seconds of a step or a small analysis by kind.
 
+    ViTs rehearse without their token banks, which are not rehearsed.
+
     Raises:
         PecobookError: a run failed.
     """
-    seconds = read_rehearsal(out)
-    chosen: dict[str, str] = {}
-    for name, job in plan.jobs.items():
-        if kind_of(name) not in seconds and not job.finished:
-            chosen.setdefault(kind_of(name), name)
-    if not chosen:
-        return seconds
-    show("rehearsing each kind of run for a few steps")
-    names = set(chosen.values())
-    while more := {need for name in names for need in plan.jobs[name].needs} - names:
-        names |= more
     folder = out / "rehearsal"
     folder.mkdir(parents=True, exist_ok=True)
-    jobs = {name: _short_job(job, out / "runs", folder / "runs") for name, job in plan.jobs.items() if name in names}
-    cost = run_all(jobs, folder, plan.gpus_per_run)
-    for kind, name in chosen.items():
-        seconds[kind] = cost[name] if jobs[name].command == "analyze" else _seconds_per_step(jobs[name].out)
-    write_json(out / "rehearsal.json", seconds)
+    with FolderLock(folder, wait=_LONGEST):  # another process may rehearse the same kinds
+        seconds = read_rehearsal(out)
+        chosen: dict[str, str] = {}
+        for name, job in plan.jobs.items():
+            if kind_of(name) not in seconds and not job.finished and job.command in _REHEARSED:
+                chosen.setdefault(kind_of(name), name)
+        if not chosen:
+            return seconds
+        show("rehearsing each kind of run for a few steps")
+        names, more = set[str](), set(chosen.values())
+        while more:
+            names |= more
+            more = {need for name in more for need in _needs(plan, name)} - names
+        jobs = {
+            name: _short_job(job, _needs(plan, name), out / "runs", folder / "runs")
+            for name, job in plan.jobs.items()
+            if name in names
+        }
+        run_all(jobs, folder, plan.gpus_per_run).check(folder)
+        cost = seconds_of(jobs)
+        for kind, name in chosen.items():
+            seconds[kind] = _seconds_per_step(jobs[name].out) if jobs[name].trains else cost[name]
+        write_json(out / "rehearsal.json", seconds)
     return seconds
 
 
+def _needs(plan: Plan, name: str) -> tuple[str, ...]:
+    """Return the jobs that a job needs, with the needs of a token bank in the place of the bank."""
+    needs = plan.jobs[name].needs
+    parts = [plan.jobs[need].needs if plan.jobs[need].command == "tokenize" else (need,) for need in needs]
+    return tuple(dict.fromkeys(need for part in parts for need in part))
+
+
 def job_duration(job: Job, name: str, seconds: dict[str, float]) -> float:
-    """Estimate the seconds of a whole job from the rehearsal; 0 for a finished job that was not rehearsed."""
+    """Estimate the seconds of a whole job from the rehearsal; 0 for a job of a kind that was not rehearsed."""
     unit = seconds.get(kind_of(name), 0.0)
-    return unit * (_ANALYSIS_FACTOR if job.command == "analyze" else int(job.config.max_steps))
+    return unit * (int(job.config.max_steps) if job.trains else _SHORT_FACTOR)
 
 
-def _short_job(job: Job, runs: Path, rehearsals: Path) -> Job:
-    changes = _ANALYSIS if job.command == "analyze" else {"max_steps": str(_STEPS), "log_every": 1}
+def _short_job(job: Job, needs: tuple[str, ...], runs: Path, rehearsals: Path) -> Job:
+    changes = {"max_steps": str(_STEPS), "log_every": 1} if job.trains else _SHORT[job.command]
     settings = move_paths(to_dict(job.config), runs, rehearsals)
-    return Job(job.command, replace(job.config, {**settings, **changes}), job.needs)
+    if "tokens" in settings and job.command == "pretrain":
+        changes = {**changes, "tokens": ""}
+    return Job(job.command, replace(replace(job.config, settings), changes), needs)
 
 
 def move_paths(value: Any, old: Path, new: Path) -> Any:

@@ -9,12 +9,14 @@ import statistics
 from collections.abc import Sequence
 
 from pecobook.analysis.canvas import INK, new_figure, png, style_axes
-from pecobook.analysis.charts import read_metrics
 from pecobook.analysis.comparison import lookup
 from pecobook.analysis.evidence import Difference, difference, family, mean_and_deviation
+from pecobook.commands.duel_arms import DUEL
 from pecobook.commands.jobs import read_analysis
 from pecobook.commands.paper_tables import MORE, Arm, PaperTable, Row
+from pecobook.commands.reproduce.duel import probe_figures, reading
 from pecobook.commands.reproduce.plan import Plan
+from pecobook.commands.reproduce.transfers import TRANSFERS, transfer_figures
 
 Values = dict[str, dict[int, float]]
 """Figure to the value of each seed that was measured."""
@@ -50,10 +52,14 @@ def measured_tables(plan: Plan) -> list[MeasuredTable]:
             missing = plan.missing_for_arm(row.arm)
             values: Values = {}
             for seed in () if missing else plan.config.seeds:
-                for figure, value in _figures(plan, plan.canonical(row.arm), seed).items():
+                for figure, value in _figures(plan, plan.run_of(name, row.arm), seed).items():
                     values.setdefault(figure, {})[seed] = value
             rows.append((row, values, missing))
-        measured.append(MeasuredTable(name, table, tuple(rows), tuple(plan.unmeasured(table.figures))))
+        lines = plan.unmeasured(table.figures)
+        if plan.duel is not None and name == DUEL:
+            linear = {row.arm: values.get("linear", {}) for row, values, _ in rows}
+            lines += [*plan.duel.remarks(), *reading(linear)]
+        measured.append(MeasuredTable(name, table, tuple(rows), tuple(lines)))
     return measured
 
 
@@ -70,10 +76,11 @@ def _figures(plan: Plan, arm: str, seed: int) -> dict[str, float]:
             figures[figure] = None if share is None else 100 * share
         classifier = metrics.get("classifier", {})
         figures |= {"classified": classifier.get("reconstructions"), "originals": classifier.get("originals")}
-    job = plan.jobs.get(f"classifier-{arm}-{seed}")
-    if job is not None and job.finished:
-        lines = read_metrics(job.out / "metrics.jsonl")
-        figures["finetuned"] = [line["evaluation/top1"] for line in lines if "evaluation/top1" in line][-1]
+    for kind, of_kind in {**TRANSFERS, "few": {"few": "evaluation/top1"}}.items():
+        job = plan.jobs.get(f"{kind}-{arm}-{seed}")
+        if job is not None and job.finished:
+            figures |= transfer_figures(job, of_kind)
+    figures |= probe_figures(plan.jobs, f"{arm}-{seed}")
     return {figure: float(value) for figure, value in figures.items() if value is not None}
 
 
@@ -114,15 +121,14 @@ def _gains(measured: MeasuredTable) -> list[tuple[str, Difference]]:
     """Return (heading, difference) for each perceptual loss, each of its controls and each figure that both have."""
     by_arm = {row.arm: (row, values) for row, values, _ in measured.rows}
     gains = []
-    for arm in measured.table.controls:
-        for control in ("pixel", f"{arm}-random", f"{arm}-shuffled"):
-            if arm not in by_arm or control not in by_arm:
-                continue
-            (row, values), (control_row, control_values) = by_arm[arm], by_arm[control]
-            for figure, heading in measured.table.figures:
-                name = f"{heading}: {row.label} minus {control_row.label}"
-                gain = difference(name, values.get(figure, {}), control_values.get(figure, {}))
-                gains += [(heading, gain)] if gain.values else []
+    for arm, control in measured.table.pairs:
+        if arm not in by_arm or control not in by_arm:
+            continue
+        (row, values), (control_row, control_values) = by_arm[arm], by_arm[control]
+        for figure, heading in measured.table.figures:
+            name = f"{heading}: {row.label} minus {control_row.label}"
+            gain = difference(name, values.get(figure, {}), control_values.get(figure, {}))
+            gains += [(heading, gain)] if gain.values else []
     return gains
 
 

@@ -1,0 +1,246 @@
+"""The cost of a training, a token bank or an analysis, from its settings: operations, GPU-hours and disk.
+
+Nothing is run and no weights are loaded: one forward pass of each network is counted on the meta device. Passes are
+counted as the recipes' docstrings count them: forward 1, backward 2; losses and heads are left out.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from pecobook.errors import PecobookError
+from pecobook.models.dalle import DalleTokenizer
+from pecobook.models.masked_vit import VisibleOnlyModel
+from pecobook.models.network_traits import network_traits
+from pecobook.models.networks import create_network
+from pecobook.models.tokenizer import build_autoencoder
+from pecobook.settings.codebook import CodebookConfig
+from pecobook.settings.pretrain import DecoderConfig
+from pecobook.settings.tokenizer import AutoencoderConfig
+from pecobook.settings.values import to_dict
+from pecobook.utils.json_files import read_if_valid
+
+TERAFLOPS = {"contrast": 200, "codebook": 227, "tokenize": 227, "pretrain": 280, "finetune": 280, "analyze": 50}
+"""10^12 operations a second of one H200 in bf16 with --compile on images of 224 pixels. `codebook` and `pretrain` were
+measured, and `tokenize` and `finetune` compute as these do; `contrast` and `analyze` are estimates."""
+UNCOMPILED = 0.65
+"""Speed without --compile relative to that with it: 0.65 for `codebook`, 0.7 for `pretrain`."""
+
+_FULL_SPEED = 112
+"""Side of the smallest images for which these speeds are taken, pixels."""
+
+_UNKNOWN = (PecobookError, LookupError, RuntimeError, ValueError, TypeError, AttributeError, AssertionError)
+"""What is raised where a network does not exist, or cannot be built or run without weights."""
+
+
+class Cost(NamedTuple):
+    """What a job takes."""
+
+    flop: float | None
+    """Floating-point operations of the whole job; None where a network is not known."""
+    hours: float | None
+    """Hours of one H200; None where `flop` is None or the images are too small for a GPU to compute at full speed."""
+    disk: float
+    """Bytes that the job leaves on the disk, roughly."""
+
+
+class _Pass(NamedTuple):
+    """One forward pass of an image."""
+
+    flop: float
+    parameters: int
+
+
+def job_cost(command: str, config: Any, num_images: int, num_held_out: int, others: Mapping[str, Any]) -> Cost:
+    """Return the cost of a job.
+
+    Args:
+        command: a key of `TERAFLOPS`; other commands have an unknown cost.
+        config: settings of the command; the length of a training is given in steps.
+        num_images: number of training images.
+        num_held_out: number of held-out images.
+        others: settings of the jobs that write networks and tokenizers which this job reads, by their folders.
+    """
+    try:
+        if command in _PER_IMAGE:
+            flop, disk = _training(command, config, others)
+        else:
+            flop, disk = _OF_IMAGES[command](config, num_images, num_held_out, others)
+    except _UNKNOWN:
+        return Cost(None, None, 0.0)
+    speed = 1e12 * TERAFLOPS[command] * (1.0 if getattr(config, "compile", True) else UNCOMPILED)
+    of = others.get(config.tokenizer, DalleTokenizer) if command == "analyze" else config
+    size = getattr(of, "image_size", 0)
+    return Cost(flop, flop / speed / 3600 if size >= _FULL_SPEED else None, disk)
+
+
+def gflop_per_image(command: str, config: Any, others: Mapping[str, Any] | None = None) -> float:
+    """Return 10^9 operations for each image of a training, as `pecobook recipes` gives them.
+
+    Raises:
+        LookupError: a network is not known.
+    """
+    return _PER_IMAGE[command](config, others or {}) / 1e9
+
+
+# --------------------------------------------------------------------------------------------------- passes of an image
+
+
+@functools.cache
+def _count(build: Callable[..., nn.Module], size: int, channels: int, *arguments: Any) -> _Pass:
+    with torch.random.fork_rng(devices=[]), torch.device("meta"), torch.no_grad():
+        module = build(*arguments).eval()
+        with FlopCounterMode(display=False) as counter:
+            module(torch.empty(1, channels, size, size))
+    parameters = sum(parameter.numel() for parameter in module.parameters())
+    return _Pass(float(counter.get_total_flops()), parameters)
+
+
+def _timm(name: str, args: str, size: int) -> nn.Module:
+    fixed = {"img_size": size} if network_traits(name, json.loads(args)).takes_size else {}
+    return create_network(name, **{"num_classes": 0, **json.loads(args), **fixed})
+
+
+def _torchvision(name: str) -> nn.Module:
+    import torchvision
+
+    network: nn.Module = torchvision.models.get_model(name)
+    features = getattr(network, "features", None)
+    return features if isinstance(features, nn.Module) else network
+
+
+def _network(source: str, size: int, others: Mapping[str, Any]) -> _Pass:
+    """Count a network that is named as in --backbone or --perceptual.network. Raises LookupError for an unknown one."""
+    if source.startswith("timm:"):
+        return _count(_timm, size, 3, source.removeprefix("timm:"), "{}", size)
+    if source.startswith("torchvision:"):
+        return _count(_torchvision, size, 3, source.removeprefix("torchvision:"))
+    settings = to_dict(others[source]) if source in others else read_if_valid(Path(source) / "config.json") or {}
+    model = settings.get("model")
+    if model is None:  # a classifier names the network that it began with
+        return _network(settings["backbone"], size, others)
+    return _count(_timm, size, 3, model["name"].removeprefix("timm:"), model["args"], size)
+
+
+def _part(model: AutoencoderConfig, number: int) -> nn.Module:
+    return build_autoencoder(model)[number]
+
+
+def _encoder(model: AutoencoderConfig, size: int) -> _Pass:
+    return _count(_part, size, model.in_channels, model, 0)
+
+
+def _autoencoder(model: AutoencoderConfig, size: int) -> _Pass:
+    encoder, grid = _encoder(model, size), size // model.stride
+    decoder = _count(_part, grid, model.latent_dim, model, 1)
+    return _Pass(encoder.flop + decoder.flop, encoder.parameters + decoder.parameters)
+
+
+def _tokenizer(source: str, size: int, others: Mapping[str, Any]) -> float:
+    """Return the operations with which a tokenizer encodes an image. Raises LookupError for an unknown tokenizer."""
+    if source.startswith("dalle:"):
+        return _count(_Logits, size, 3).flop
+    return _encoder(others[source].model, size).flop
+
+
+class _Logits(DalleTokenizer):
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        logits: torch.Tensor = self.logits(images)
+        return logits
+
+
+def _contrast(config: Any, _others: Mapping[str, Any]) -> float:
+    network = _count(_timm, config.image_size, 3, config.model.name, config.model.args, config.image_size)
+    return 8 * network.flop  # two views, each forward and back, and forward through the slow encoder
+
+
+def _codebook(config: CodebookConfig, others: Mapping[str, Any]) -> float:
+    flop, perceptual = 3 * _autoencoder(config.model, config.image_size).flop, config.perceptual
+    if perceptual.network != "none" and perceptual.weight:
+        # The image forward; the reconstruction forward, and back to its pixels.
+        flop += 3 * _network(perceptual.network, perceptual.input_size or config.image_size, others).flop
+    return flop
+
+
+class _VisibleOnly(nn.Module):
+    """The accelerated form with its decoder, on a mask of the given size."""
+
+    def __init__(self, name: str, args: str, size: int, decoder: DecoderConfig, num_masked: int) -> None:
+        super().__init__()
+        self.model, self.num_masked = VisibleOnlyModel(_timm(name, args, size), 1, decoder), num_masked
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        mask = torch.zeros(1, *self.model.grid, dtype=torch.bool)
+        logits: torch.Tensor = self.model(images, mask, self.num_masked)
+        return logits
+
+
+def _pretrain(config: Any, others: Mapping[str, Any]) -> float:
+    arguments = config.model.name, config.model.args, config.image_size
+    if config.visible_only:
+        network = _count(_VisibleOnly, config.image_size, 3, *arguments, config.decoder, config.mask.num_masked)
+    else:
+        network = _count(_timm, config.image_size, 3, *arguments)
+    flop = 3 * network.flop
+    if config.target == "tokens" and not config.tokens and config.tokenizer:
+        flop += _tokenizer(config.tokenizer, config.tokenizer_size or config.image_size, others)
+    return flop
+
+
+def _finetune(config: Any, others: Mapping[str, Any]) -> float:
+    return 3 * _network(config.backbone, config.image_size, others).flop
+
+
+_PER_IMAGE: dict[str, Callable[[Any, Mapping[str, Any]], float]] = {
+    "contrast": _contrast,
+    "codebook": _codebook,
+    "pretrain": _pretrain,
+    "finetune": _finetune,
+}
+
+# ----------------------------------------------------------------------------------------------------------- whole jobs
+
+_PICTURES = 20e6
+"""Bytes of an analysis."""
+
+
+def _training(command: str, config: Any, others: Mapping[str, Any]) -> tuple[float, float]:
+    if command == "codebook":
+        parameters = _autoencoder(config.model, config.image_size).parameters
+    elif command == "finetune":
+        parameters = _network(config.backbone, config.image_size, others).parameters
+    else:
+        model = config.model
+        parameters = _count(_timm, config.image_size, 3, model.name, model.args, config.image_size).parameters
+    # Weights and two moments in each checkpoint, the slow encoder of `contrast`, and the export; 4 bytes each.
+    copies = config.keep_checkpoints * (4 if command == "contrast" else 3) + 1
+    flop = _PER_IMAGE[command](config, others) * int(config.max_steps) * config.batch_size
+    return flop, 4.0 * parameters * copies
+
+
+def _bank(config: Any, num_images: int, num_held_out: int, others: Mapping[str, Any]) -> tuple[float, float]:
+    views, size = num_images * config.views + num_held_out, config.tokenizer_size or config.image_size
+    stride = 8 if config.tokenizer.startswith("dalle:") else others[config.tokenizer].model.stride
+    return _tokenizer(config.tokenizer, size, others) * views, 2.0 * views * (size // stride) ** 2
+
+
+def _analysis(config: Any, num_images: int, num_held_out: int, others: Mapping[str, Any]) -> tuple[float, float]:
+    images = min(config.max_train, num_images) + min(config.max_test, num_held_out)
+    if config.tokenizer.startswith("dalle:"):
+        return 2 * images * _tokenizer(config.tokenizer, DalleTokenizer.image_size, others), _PICTURES
+    settings = others[config.tokenizer]
+    return images * _autoencoder(settings.model, settings.image_size).flop, _PICTURES
+
+
+_OF_IMAGES: dict[str, Callable[[Any, int, int, Mapping[str, Any]], tuple[float, float]]] = {
+    "tokenize": _bank,
+    "analyze": _analysis,
+}

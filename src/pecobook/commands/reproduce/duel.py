@@ -1,0 +1,343 @@
+"""The duel: does a ViT learn more from perceptual codes than from a control's, and than from pixels? (docs/study.md).
+
+One seed is a whole chain of a feature network, codebooks, token banks, ViTs and their probes. `duel-tuning` trains
+every setting of every arm; `duel` takes for each arm the setting with the best validation accuracy that it finds in
+the folder.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import json
+import os
+import shutil
+import statistics
+from collections.abc import Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from torchvision.io import encode_png
+
+from pecobook.analysis.evidence import LEVEL, difference
+from pecobook.commands.duel_arms import ARMS, Setting, run_name, settings_of
+from pecobook.commands.jobs import Job
+from pecobook.data.source import ImageSource, Splits
+from pecobook.errors import ConfigError
+from pecobook.recipes import codebook, contrast, finetune, pretrain
+from pecobook.settings.analyze import AnalyzeConfig
+from pecobook.settings.codebook import CodebookConfig, ExplicitConfig
+from pecobook.settings.contrast import ContrastConfig
+from pecobook.settings.durations import steps
+from pecobook.settings.finetune import FinetuneConfig
+from pecobook.settings.perceptual import PerceptualConfig
+from pecobook.settings.pretrain import DecoderConfig, MaskConfig, PretrainConfig
+from pecobook.settings.probe import ProbeConfig
+from pecobook.settings.reproduce import ReproduceConfig
+from pecobook.settings.tokenize import VIEW_SETTINGS, TokenizeConfig
+from pecobook.settings.training import BackboneConfig, OptimConfig, TrainConfig
+from pecobook.settings.values import replace
+
+CONTROLS = ("perceptual-random", "perceptual-shuffled")
+LABELS_PER_CLASS = 100
+POWER = 2.0
+"""Points by which a power control must beat the pixel codebook, or the budget can show nothing."""
+
+
+@dataclasses.dataclass(frozen=True)
+class DuelBudget:
+    """The settings of every kind of run of the duel."""
+
+    contrast: ContrastConfig
+    supervised: FinetuneConfig
+    """A network of the same architecture, trained on the labels."""
+    codebook: CodebookConfig
+    pretrain: PretrainConfig
+    pixels: PretrainConfig
+    """MAE's form: visible patches only, 75% hidden at random."""
+    few: FinetuneConfig
+    views: int
+    """Views in a token bank."""
+
+
+def duel_budget(name: str) -> DuelBudget:
+    """Return the budget `tiny` (32 pixels), `small` (128 pixels, for CPUs) or `paper` (224 pixels, for a GPU)."""
+    if name == "tiny":
+        network = dataclasses.replace(contrast.tiny(), batch_size=256, max_steps="160")
+        return _budget(network, codebook.tiny(), pretrain.tiny(), "20 epochs", views=4)
+    if name == "small":
+        network = dataclasses.replace(contrast.cifar10(), batch_size=256, image_size=64)
+        tokenizer = dataclasses.replace(codebook.imagenette(), max_steps="5 epochs")
+        vit = BackboneConfig(name="vit_tiny_patch16_224", args='{"init_values": 0.1}')
+        masked = dataclasses.replace(pretrain.imagenette(), max_steps="50 epochs", model=vit)
+        return _budget(network, tokenizer, masked, "100 epochs", views=4)
+    masked = dataclasses.replace(
+        pretrain.imagenette(), max_steps="200 epochs", image_size=224, mask=MaskConfig(num_masked=75)
+    )
+    return _budget(contrast.imagenette(), codebook.imagenette_224(), masked, "100 epochs", views=10)
+
+
+def _budget(
+    network: ContrastConfig, tokenizer: CodebookConfig, masked: PretrainConfig, length: str, *, views: int
+) -> DuelBudget:
+    plain: dict[str, Any] = {"mixup": 0.0, "cutmix": 0.0, "random_erasing": 0.0, "rand_augment": "", "drop_path": 0.0}
+    few = FinetuneConfig(
+        batch_size=100,
+        max_steps=length,
+        image_size=masked.image_size,
+        optim=OptimConfig(lr=1e-3, warmup="10%", layer_decay=0.75),
+        min_crop=0.3,
+        eval_crop=1.0,
+        label_smoothing=0.0,
+        **plain,
+    )
+    supervised = dataclasses.replace(
+        finetune.tiny(),
+        backbone=f"timm:{network.model.name}",
+        weights="random",
+        batch_size=network.batch_size,
+        max_steps=network.max_steps,
+        image_size=network.image_size,
+        optim=OptimConfig(lr=1e-3, warmup="10%"),
+    )
+    num_patches = (tokenizer.image_size // tokenizer.model.stride) ** 2
+    pixels = dataclasses.replace(
+        masked,
+        target="pixels",
+        visible_only=True,
+        mask=MaskConfig(kind="random", num_masked=3 * num_patches // 4, min_block=1),
+        decoder=DecoderConfig(depth=2, width=128, num_heads=4)
+        if num_patches < 64
+        else DecoderConfig(depth=4, width=256, num_heads=8),
+    )
+    return DuelBudget(network, supervised, tokenizer, masked, pixels, few, views)
+
+
+class Duel:
+    """The jobs of the duel, and how its figures are read.
+
+    Args:
+        config: the command's settings.
+        splits: the images, with labels.
+        jobs: the plan's jobs by name, to which those of the duel are added.
+
+    Raises:
+        ConfigError: the images have no labels.
+    """
+
+    def __init__(self, config: ReproduceConfig, splits: Splits, jobs: dict[str, Job]) -> None:
+        if splits.train.labels is None:
+            raise ConfigError(f"The duel compares accuracies, and --data '{config.data}' has no labels.")
+        self.config, self.splits, self.jobs = config, splits, jobs
+        self.budget = duel_budget(config.budget)
+        self.out = Path(config.out)
+
+    def add(self, arm: str, setting: Setting, seed: int, *, tuning: bool = False) -> None:
+        """Plan everything that an arm needs at a seed; the tuning leaves out what reads test images."""
+        vit, vit_job = self._vit(arm, setting, seed)
+        weights = "random" if arm == "scratch" else ""
+        name = f"probe-{run_name(arm, setting)}-{seed}"
+        out = f"{self._out(name)}.json"
+        common: dict[str, Any] = {"data": self.config.data, "value_range": self.config.value_range, "seed": seed}
+        self._add(name, "probe", ProbeConfig(backbone=vit, weights=weights, out=out, **common), vit_job)
+        if tuning:
+            return
+        name = f"few-{run_name(arm, setting)}-{seed}"
+        base = dataclasses.replace(self.budget.few, max_steps=str(self._few_steps()))
+        changes = {"weights": "random", "optim.layer_decay": 1.0} if arm == "scratch" else {}
+        few = self._run(base, name, seed, data=str(self.few_folder), backbone=vit, **changes)
+        self._add(name, "finetune", few, vit_job)
+        if arm not in ("scratch", "pixels"):
+            tokenizer, job = self._codebook(arm, setting, seed)
+            name = f"analysis-{run_name(arm, setting)}-{seed}"
+            self._add(name, "analyze", AnalyzeConfig(tokenizer=tokenizer, out=self._out(name), **common), job)
+
+    def chosen(self, arm: str) -> Setting:
+        """Return the setting of an arm with the best validation accuracy in the folder; the default without a tuning.
+
+        Seeds at which all settings of the arm were trained count, each equally.
+        """
+        candidates, complete = settings_of(arm), self._complete_tunings(arm)
+        if not complete:
+            return candidates[0]
+        return max(candidates, key=lambda setting: statistics.fmean(scores[setting] for scores in complete))
+
+    def _complete_tunings(self, arm: str) -> list[dict[Setting, float]]:
+        """Return the validation accuracy of every setting, for each seed at which all settings were trained."""
+        by_seed: dict[str, dict[Setting, float]] = {}
+        for setting in settings_of(arm):
+            prefix = f"probe-{run_name(arm, setting)}-"
+            for file in (self.out / "runs").glob(f"{prefix}*.json"):
+                by_seed.setdefault(file.stem.removeprefix(prefix), {})[setting] = validation_accuracy(file)
+        return [scores for scores in by_seed.values() if len(scores) == len(settings_of(arm))]
+
+    def remarks(self) -> list[str]:
+        """Return a line on the settings of all arms, and whether they were tuned."""
+        chosen = ", ".join(f"{arm} {self.chosen(arm).name}" for arm in (*ARMS, *CONTROLS))
+        tuned = [arm for arm in (*ARMS, *CONTROLS) if len(settings_of(arm)) > 1 and self._complete_tunings(arm)]
+        how = "chosen on validation images" if tuned else "not tuned: run duel-tuning with another seed first"
+        return [f"Settings ({how}): {chosen}."]
+
+    # -------------------------------------------------------------------------------------------- images of few labels
+
+    @property
+    def few_folder(self) -> Path:
+        """The folder of the few labelled images, and of the test images."""
+        return self.out / "images"
+
+    @cached_property
+    def _few(self) -> list[int]:
+        """The numbers of the training images of which fine-tuning sees the labels; always the same for `--data`."""
+        labels = self.splits.train.labels
+        assert labels is not None
+        order = np.random.default_rng(0).permutation(len(labels))
+        chosen = [order[labels[order] == label][:LABELS_PER_CLASS] for label in np.unique(labels)]
+        return sorted(np.concatenate(chosen).tolist())
+
+    def _few_steps(self) -> int:
+        few = self.budget.few
+        return steps(few.max_steps, num_images=len(self._few), batch_size=few.batch_size)
+
+    def write_images(self) -> None:
+        """Write the folder of few labelled images, unless it exists."""
+        if self.few_folder.exists():
+            return
+        partial = self.few_folder.with_name(f"{self.few_folder.name}.partial-{os.getpid()}")
+        for part, source, numbers in (
+            ("train", self.splits.train, self._few),
+            ("test", self.splits.evaluation, range(len(self.splits.evaluation))),
+        ):
+            for number in numbers:
+                _write_image(source, number, partial / part)
+        try:
+            partial.rename(self.few_folder)
+        except OSError:  # another process wrote the folder meanwhile
+            shutil.rmtree(partial)
+
+    # ------------------------------------------------------------------------------------------------------------ jobs
+
+    def _add(self, name: str, command: str, config: Any, *needs: str) -> None:
+        self.jobs.setdefault(name, Job(command, config, tuple(filter(None, needs))))
+
+    def _folder(self, name: str) -> Path:
+        return self.out / "runs" / name
+
+    def _out(self, name: str) -> str:
+        return str(self._folder(name))
+
+    def _run(self, base: TrainConfig, name: str, seed: int, **changes: Any) -> Any:
+        """Return the settings of a training with folder, seed and length in steps."""
+        config = self.config
+        length = steps(base.max_steps, num_images=len(self.splits.train), batch_size=base.batch_size) * config.length
+        length = max(round(length), 1)
+        common: dict[str, Any] = {"data": config.data, "value_range": config.value_range, "seed": seed}
+        common |= {"out": self._out(name), "micro_batch_size": config.micro_batch_size, "compile": config.compile}
+        saving = {"loggers": (), "save_minutes": 5.0, "keep_checkpoints": 1, "save_every": max(length // 3, 1)}
+        return replace(base, {**common, **saving, "max_steps": str(length), "sample_every": length, **changes})
+
+    def _network(self, arm: str, seed: int) -> tuple[str, str]:
+        """Plan the perceptual network of an arm; returns it and the name of its job, empty for a given network."""
+        if arm == "supervised":
+            if self.config.supervised:
+                return self.config.supervised, ""
+            name = f"network-supervised-{seed}"
+            self._add(name, "finetune", self._run(self.budget.supervised, name, seed))
+        else:
+            name = f"network-contrast-{seed}"
+            self._add(name, "contrast", self._run(self.budget.contrast, name, seed))
+        return self._out(name), name
+
+    def _codebook(self, arm: str, setting: Setting, seed: int) -> tuple[str, str]:
+        """Plan the tokenizer of an arm; returns its folder and the name of its job."""
+        head, _, how = arm.partition("-")
+        name = f"codebook-{arm}{'+rising' if setting.rising else ''}-{seed}"
+        base, network_job = self.budget.codebook, ""
+        if head in ("pixel", "classification"):
+            explicit = ExplicitConfig() if head == "pixel" else ExplicitConfig(kind="classification")
+            base = dataclasses.replace(base, perceptual=PerceptualConfig(network="none"), explicit=explicit)
+        else:
+            network, network_job = self._network(head, seed)
+            weights = "random" if how == "random" else ""
+            given = replace(base, {"perceptual.network": network, "perceptual.weights": weights})
+            base = replace(given, {"perceptual.shuffle": how == "shuffled"})
+        settings = self._run(base, name, seed)
+        if setting.rising:
+            settings = replace(settings, {"perceptual.warmup": int(settings.max_steps) // 2})
+        self._add(name, "codebook", settings, network_job)
+        return self._out(name), name
+
+    def _vit(self, arm: str, setting: Setting, seed: int) -> tuple[str, str]:
+        """Plan the pre-training of an arm; returns its folder and the name of its job."""
+        if arm == "scratch":  # the run names the architecture; its weights are not used
+            return self._vit("pixels", self.chosen("pixels"), seed)
+        name = f"vit-{run_name(arm, setting)}-{seed}"
+        rate = {"optim.lr": setting.lr}
+        if arm == "pixels":
+            self._add(name, "pretrain", self._run(self.budget.pixels, name, seed, **rate))
+            return self._out(name), name
+        tokenizer, codebook_job = self._codebook(arm, setting, seed)
+        settings = self._run(self.budget.pretrain, name, seed, tokenizer=tokenizer, **rate)
+        bank = f"bank-{arm}{'+rising' if setting.rising else ''}-{seed}"
+        same = {field: getattr(settings, field) for field in (*VIEW_SETTINGS, "data", "value_range", "tokenizer")}
+        self._add(bank, "tokenize", TokenizeConfig(**same, views=self.budget.views, out=self._out(bank)), codebook_job)
+        self._add(name, "pretrain", dataclasses.replace(settings, tokens=self._out(bank)), bank, codebook_job)
+        return self._out(name), name
+
+
+def validation_accuracy(file: Path) -> float:
+    """Return the best validation accuracy over the layers of a probe, percent."""
+    layers = json.loads(file.read_text())["linear"]["layers"]
+    return float(max(layers.values()))
+
+
+def probe_figures(jobs: Mapping[str, Job], run: str) -> dict[str, float]:
+    """Return linear, knn and validation of the probe of a run, where it is finished."""
+    job = jobs.get(f"probe-{run}")
+    if job is None or not job.finished:
+        return {}
+    probe = json.loads(job.out.read_text())
+    values = {kind: float(probe[kind]["accuracy"]) for kind in ("linear", "knn")}
+    return values | {"validation": validation_accuracy(job.out)}
+
+
+def reading(linear: Mapping[str, Mapping[int, float]]) -> list[str]:
+    """Return what the study's rule of reading says (docs/study.md).
+
+    Args:
+        linear: the linear probe of each arm by seed.
+    """
+    pixel = linear.get("pixel", {})
+    controls = {arm: difference(arm, linear.get(arm, {}), pixel) for arm in ("classification", "supervised")}
+    measured = {arm: gain.mean for arm, gain in controls.items() if gain.values}
+    if not measured:
+        return []
+    told = ", ".join(f"{arm} {mean:+.1f}" for arm, mean in measured.items()).replace("-", "−")
+    lines = [f"Power: the controls that know the labels, over the pixel codebook: {told} points."]
+    if max(measured.values()) < POWER:
+        return [
+            *lines,
+            f"Neither leads by {POWER:g} points: this budget has no power, and nothing else is read from it.",
+        ]
+    gain = difference("", linear.get("perceptual", {}), linear.get("perceptual-random", {}))
+    low, high = gain.interval
+    if low >= -1 and high <= 1:
+        lines.append(f"Perceptual minus control lies within 1 point ({LEVEL:.0%}): a gain of a point is denied.")
+    return lines
+
+
+def _write_image(source: ImageSource, number: int, folder: Path) -> None:
+    """Write an image into the folder of its class, as the file that it is, or else as PNG."""
+    assert source.labels is not None
+    content = source.file(number)
+    if isinstance(content, Path):
+        content = content.read_bytes()
+    if content is None:
+        content, suffix = encode_png(source.read(number)).numpy().tobytes(), "png"
+    else:
+        suffix = (Image.open(io.BytesIO(content)).format or "png").lower()
+    target = folder / f"{int(source.labels[number]):04d}" / f"{number:07d}.{suffix}"
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.write_bytes(content)

@@ -1,0 +1,130 @@
+"""The plan as text: what its jobs take, as a table or as JSON, and as a file of commands."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from pecobook.commands.cost import Cost
+from pecobook.commands.jobs import Job
+from pecobook.commands.reproduce.plan import Plan
+from pecobook.engine.dry_run import size_text
+from pecobook.settings.reproduce import ReproduceConfig
+from pecobook.settings.values import flag_words
+
+_NOT_OF_THE_TABLES = (
+    *("tables", "dry-run", "json", "commands", "slurm", "train"),
+    *("verify-data", "accept-data-change"),
+)
+HEADER = "# The plan of: "
+"""How the first line of a file of commands begins, and the second line of a script for Slurm."""
+
+
+def command_words(config: ReproduceConfig, *, out: bool = False) -> list[str]:
+    """Return the command that gives these tables, with its --out or without."""
+    always = ("data", "budget", "seeds", *(["out"] if out else []))
+    never = (*_NOT_OF_THE_TABLES, *([] if out else ["out"]))
+    words = flag_words(config, ReproduceConfig(), always=always, never=never)
+    return ["pecobook", "reproduce", *config.tables, *words]
+
+
+def command_and_arm(name: str) -> tuple[str, str]:
+    """Split a job's name into command and arm, without the seed."""
+    command, _, arm = name.rpartition("-")[0].partition("-")
+    return "analysis" if command == "judged" else command, arm
+
+
+def kind_of(name: str) -> str:
+    """Return the kind of a job, by its name: `codebook-pixel` for `codebook-pixel-0`, `analysis` for `judged-pixel-0`.
+
+    Jobs of one kind take equally long: they differ only in the seed, or they are analyses.
+    """
+    command, arm = command_and_arm(name)
+    return command if command == "analysis" else f"{command}-{arm}"
+
+
+def describe(plan: Plan, *, every_arm: bool = False) -> str:
+    """Return lines on the jobs and what they take, the jobs that are finished, and the figures without a measurement.
+
+    With `every_arm` the jobs of each arm have a line of their own.
+    """
+    groups: dict[str, list[str]] = {}
+    for name in plan.jobs:
+        command, arm = command_and_arm(name)
+        groups.setdefault(f"{command}-{arm}" if every_arm else command, []).append(name)
+    lines = [f"{len(plan.jobs)} runs for {len(plan.config.seeds)} seeds:"]
+    for group, names in groups.items():
+        num_finished = sum(plan.jobs[name].finished for name in names)
+        arms = ", ".join(dict.fromkeys(command_and_arm(name)[1] for name in names))
+        finished = f", {num_finished} of them done" if num_finished else ""
+        taken = _taken(plan.costs[name] for name in names)
+        lines.append(f"  {len(names):4d} x {group}{finished}: {taken if every_arm else f'{arms} ({taken})'}")
+    left = [name for name, job in plan.jobs.items() if not job.finished]
+    if left:
+        lines.append(f"What is left takes {_taken((plan.costs[name] for name in left), long=True)}.")
+    figures = [pair for table in plan.tables.values() for pair in table.figures]
+    return "\n".join([*lines, *plan.unmeasured(figures)])
+
+
+def _taken(costs: Iterable[Cost], *, long: bool = False) -> str:
+    """Return what jobs take together: hours where all are known, and else operations; and bytes on the disk."""
+    costs = list(costs)
+    in_hours = all(cost.hours is not None for cost in costs if cost.flop is not None)
+    unknown = sum(cost.flop is None for cost in costs)
+    flop, disk = sum(cost.flop or 0.0 for cost in costs), size_text(sum(cost.disk for cost in costs))
+    if in_hours:
+        hours = sum(cost.hours or 0.0 for cost in costs)
+        text = f"{hours:,.0f} GPU-hours" if hours >= 10 else f"{hours:.2g} GPU-hours"
+        text = f"about {text} of an H200 ({flop:.2g} operations)" if long else text
+    else:
+        text = f"{flop:.2g} operations"
+    text = f"{text} and {disk} of disk" if long else f"{text}, {disk}"
+    return text + (f", not counting {unknown} of unknown cost" if unknown else "")
+
+
+def as_json(plan: Plan) -> str:
+    """Return the plan as a JSON object: `command`, `folder`, and `jobs`, of which each needs earlier ones alone."""
+    jobs = [_entry(name, job, plan.costs[name]) for name, job in plan.jobs.items()]
+    content = {"command": shlex.join(command_words(plan.config, out=True)), "folder": str(Path.cwd()), "jobs": jobs}
+    return json.dumps(content, indent=2)
+
+
+def _entry(name: str, job: Job, cost: Cost) -> dict[str, Any]:
+    return {
+        "name": name,
+        "command": command_line(job),
+        "needs": list(job.needs),
+        "finished": job.finished,
+        "flop": cost.flop,
+        "gpu_hours": cost.hours and round(cost.hours, 3),
+        "disk_bytes": round(cost.disk),
+    }
+
+
+def command_line(job: Job) -> str:
+    """Return the command of a job, ready for a shell."""
+    return shlex.join(["pecobook", *job.words])
+
+
+def tables_line(plan: Plan) -> str:
+    """Return the command that writes the tables of the finished jobs, ready for a shell."""
+    return shlex.join([*command_words(plan.config, out=True), "--no-train"])
+
+
+def commands(plan: Plan) -> str:
+    """Return the unfinished jobs as lines of a shell, each with its name and the jobs that it needs as a comment."""
+    left = {name: job for name, job in plan.jobs.items() if not job.finished}
+    lines = [
+        f"{HEADER}{shlex.join(command_words(plan.config, out=True))}",
+        f"# Run in the folder {shlex.quote(str(Path.cwd()))}. One job a line, and each needs earlier lines alone:",
+        "# COMMAND  # NAME after NAMES. The jobs NAMES must be finished before. A line may be repeated: it continues",
+        "# what was interrupted. The last line writes the tables.",
+    ]
+    for name, job in left.items():
+        needs = " ".join(need for need in job.needs if need in left)
+        lines.append(f"{command_line(job)}  # {name}" + (f" after {needs}" if needs else ""))
+    lines.append(f"{tables_line(plan)}  # tables after all")
+    return "\n".join(lines) + "\n"

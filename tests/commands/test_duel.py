@@ -1,0 +1,148 @@
+"""The duel: its jobs, the choice of settings on validation images, and the rule by which it is read."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from pecobook.commands.duel_arms import ARMS, Setting, parse_run, run_name, settings_of
+from pecobook.commands.paper_tables import TABLES, chosen_tables
+from pecobook.commands.reproduce.duel import duel_budget, reading
+from pecobook.commands.reproduce.plan import Plan
+from pecobook.commands.reproduce.tables import gains_over_controls, measured_tables
+from pecobook.data.images import open_images
+from pecobook.errors import ConfigError
+from pecobook.settings.reproduce import ReproduceConfig
+
+
+def make_plan(images: Path, out: Path, *tables: str, seeds: tuple[int, ...] = (0,)) -> Plan:
+    config = ReproduceConfig(data=str(images), tables=tables, out=str(out), seeds=seeds)
+    return Plan(config, chosen_tables(tables), open_images(str(images)))
+
+
+def write_probe(folder: Path, run: str, validation: float, test: float) -> None:
+    (folder / "runs").mkdir(exist_ok=True)
+    figures = {"linear": {"accuracy": test, "layers": {"1": validation - 1, "2": validation}}, "knn": {"accuracy": 1.0}}
+    (folder / "runs" / f"probe-{run}.json").write_text(json.dumps(figures))
+
+
+def test_settings__are_tried_equally_by_all_arms_with_a_network() -> None:
+    for arm in ("perceptual", "perceptual-random", "perceptual-shuffled", "supervised"):
+        assert len(settings_of(arm)) == 4
+    assert [setting.name for setting in settings_of("pixel")] == ["lr0.001", "lr0.003"]
+    assert len(settings_of("scratch")) == 1
+    for arm in ARMS:
+        for setting in settings_of(arm):
+            assert parse_run(run_name(arm, setting)) == (arm, setting)
+
+
+def test_plan__has_a_chain_for_every_arm(images: Path, tmp_path: Path) -> None:
+    jobs = make_plan(images, tmp_path, "duel").jobs
+    assert jobs["codebook-perceptual-0"].needs == ("network-contrast-0",)
+    assert jobs["bank-perceptual-0"].needs == ("codebook-perceptual-0",)
+    vit = jobs["vit-perceptual+lr0.001-0"]
+    assert (vit.command, vit.needs) == ("pretrain", ("bank-perceptual-0", "codebook-perceptual-0"))
+    assert vit.config.tokens == jobs["bank-perceptual-0"].config.out
+    assert jobs["probe-perceptual+lr0.001-0"].needs == ("vit-perceptual+lr0.001-0",)
+    assert jobs["codebook-perceptual-random-0"].config.perceptual.weights == "random"
+    assert jobs["codebook-perceptual-shuffled-0"].config.perceptual.shuffle
+    assert jobs["codebook-classification-0"].config.explicit.kind == "classification"
+    assert jobs["codebook-supervised-0"].config.perceptual.network == jobs["network-supervised-0"].config.out
+    for name, job in jobs.items():
+        assert job.config.seed == 0
+        assert job.config.out.startswith(str(tmp_path / "runs" / name))
+        assert set(job.needs) <= jobs.keys()
+
+
+def test_plan__no_arm_has_a_handicap(images: Path, tmp_path: Path) -> None:
+    """All trainings of a kind have equal lengths and views; random weights have no layer decay."""
+    jobs = make_plan(images, tmp_path, "duel").jobs
+    for kind in ("codebook", "vit", "few"):
+        assert len({job.config.max_steps for name, job in jobs.items() if name.startswith(kind)}) == 1
+    scratch, pixel = (jobs[f"few-{arm}+lr0.001-0"].config for arm in ("scratch", "pixel"))
+    assert (scratch.weights, scratch.optim.layer_decay, pixel.optim.layer_decay) == ("random", 1.0, 0.75)
+    assert jobs["probe-scratch+lr0.001-0"].config.weights == "random"
+    for few in (scratch, pixel):  # plain augmentation
+        assert (few.mixup, few.cutmix, few.random_erasing, few.rand_augment) == (0.0, 0.0, 0.0, "")
+    pixels = jobs["vit-pixels+lr0.001-0"].config
+    assert (pixels.target, pixels.visible_only, pixels.mask.kind) == ("pixels", True, "random")
+    assert pixels.mask.num_masked == 12  # three quarters of 16
+
+
+def test_budgets__have_the_masks_of_their_grids() -> None:
+    for name, patches in (("tiny", 16), ("small", 64), ("paper", 196)):
+        budget = duel_budget(name)
+        assert (budget.codebook.image_size // budget.codebook.model.stride) ** 2 == patches
+        assert budget.pixels.mask.num_masked == 3 * patches // 4
+        assert budget.pretrain.image_size == budget.codebook.image_size == budget.few.image_size
+    assert duel_budget("paper").pretrain.mask.num_masked == 75
+
+
+def test_tuning__chooses_by_validation_and_never_by_test(images: Path, tmp_path: Path) -> None:
+    tuning = make_plan(images, tmp_path, "duel-tuning", seeds=(100,))
+    assert not any(name.startswith(("few", "analysis")) for name in tuning.jobs)
+    assert tuning.jobs["codebook-perceptual+rising-100"].config.perceptual.warmup == 300  # half of 600 steps
+    plan = make_plan(images, tmp_path, "duel")
+    assert plan.duel is not None
+    assert "not tuned" in plan.duel.remarks()[0]
+    for number, setting in enumerate(settings_of("perceptual")):
+        write_probe(
+            tmp_path, f"{run_name('perceptual', setting)}-100", validation=40.0 + number % 3, test=90.0 - number
+        )
+    write_probe(tmp_path, "perceptual+lr0.001-0", validation=99.0, test=99.0)  # a seed of the study, not of the tuning
+    assert plan.duel.chosen("perceptual") == Setting(1e-3, rising=True)
+    assert plan.duel.chosen("pixel") == Setting()
+    tuned = make_plan(images, tmp_path, "duel")
+    assert "vit-perceptual+rising-lr0.001-0" in tuned.jobs
+    assert "vit-perceptual+lr0.001-0" not in tuned.jobs
+    assert tuned.duel is not None
+    assert "chosen on validation images" in tuned.duel.remarks()[0]
+
+
+def test_table__has_paired_differences_and_the_reading(images: Path, tmp_path: Path) -> None:
+    scores = {"pixel": 50.0, "classification": 55.0, "supervised": 51.0, "perceptual": 53.0, "perceptual-random": 50.5}
+    for seed, noise in enumerate((0.0, 0.3, -0.2)):
+        for place, (arm, score) in enumerate(scores.items()):
+            write_probe(tmp_path, f"{arm}+lr0.001-{seed}", 1.0, score + noise * place)
+    (measured,) = measured_tables(make_plan(images, tmp_path, "duel", seeds=(0, 1, 2)))
+    gains = gains_over_controls(measured)
+    primary = [gain for gain in gains if gain.startswith("Primary")]
+    assert len(primary) == 4  # perceptual over pixel and random weights, two power controls over pixel
+    heading = "Primary: linear probe of the ViT, %: tokens, perceptual loss minus tokens, "
+    assert gains[0].startswith(f"{heading}pixel loss alone: +3.1")
+    assert "shown to be higher" in gains[0]
+    assert any("this budget" in line or "Power" in line for line in measured.remarks)
+
+
+def test_reading__needs_power_first() -> None:
+    arms = {"pixel": {0: 50.0, 1: 51.0}, "perceptual": {0: 60.0, 1: 62.0}, "perceptual-random": {0: 50.0, 1: 50.5}}
+    assert reading(arms) == []
+    weak = reading(arms | {"classification": {0: 51.0, 1: 52.0}, "supervised": {0: 49.0, 1: 51.0}})
+    assert weak[0].endswith("classification +1.0, supervised −0.5 points.")
+    assert "no power" in weak[1]
+    assert len(reading(arms | {"classification": {0: 53.0, 1: 54.0}})) == 1  # power, and nothing to deny
+    level = {"perceptual-random": {0: 59.9, 1: 62.0, 2: 61.0}, "perceptual": {0: 60.0, 1: 62.1, 2: 61.0}}
+    denied = reading(arms | level | {"classification": {0: 53.0, 1: 54.0}})
+    assert "denied" in denied[1]
+
+
+def test_images__have_few_labels_a_class_and_all_test_images(images: Path, tmp_path: Path) -> None:
+    plan = make_plan(images, tmp_path, "duel")
+    assert plan.duel is not None
+    plan.duel.write_images()
+    written = open_images(str(plan.duel.few_folder))
+    source = open_images(str(images))
+    assert len(written.evaluation) == len(source.evaluation)
+    assert len(written.train) == len(source.train)  # fewer than 100 of each class here
+    assert written.train.classes is not None
+    assert source.train.classes is not None
+    assert len(written.train.classes) == len(source.train.classes)
+    plan.duel.write_images()  # a second time nothing is written
+
+
+def test_duel__needs_labels(unlabelled_images: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="has no labels"):
+        make_plan(unlabelled_images, tmp_path, "duel")
+    assert TABLES["duel"].pairs[-1] == ("supervised", "pixel")
