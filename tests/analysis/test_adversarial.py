@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import numpy.typing as npt
 import pytest
@@ -45,8 +47,8 @@ def test_attack__is_numpys_on_a_linear_classifier(name: str) -> None:
         return x.flatten(1) @ matrix.T
 
     batch = torch.from_numpy(images).view(6, *SHAPE)
-    options = {"eps": 0.1, "step": 0.023, "steps": 9, "momentum": MOMENTUM[name]}
-    attacked = attack(classifier, batch, torch.from_numpy(labels), **options)  # type: ignore[arg-type]
+    options: dict[str, Any] = {"eps": 0.1, "step": 0.023, "steps": 9, "momentum": MOMENTUM[name]}
+    attacked = attack(classifier, batch, torch.from_numpy(labels), **options)
     expected = numpy_attack(weights, images, labels, **options)
     np.testing.assert_allclose(attacked.flatten(1).numpy(), expected, atol=1e-12)
 
@@ -90,9 +92,9 @@ def test_attack__of_an_image_does_not_depend_on_the_others_and_leaves_the_networ
     torch.manual_seed(0)
     network = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 6, 4)).eval()
     images, labels = torch.rand(6, *SHAPE), torch.arange(6) % 4
-    options = {"eps": 0.05, "step": 0.01, "steps": 10, "momentum": 1.0}
-    together = attack(network, images, labels, **options)  # type: ignore[arg-type]
-    alone = torch.cat([attack(network, images[i : i + 1], labels[i : i + 1], **options) for i in range(6)])  # type: ignore[arg-type]
+    options: dict[str, Any] = {"eps": 0.05, "step": 0.01, "steps": 10, "momentum": 1.0}
+    together = attack(network, images, labels, **options)
+    alone = torch.cat([attack(network, images[i : i + 1], labels[i : i + 1], **options) for i in range(6)])
     torch.testing.assert_close(together, alone)
     assert all(value.grad is None for value in network.parameters())
     with torch.no_grad():

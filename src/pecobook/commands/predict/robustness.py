@@ -55,7 +55,7 @@ class AttackedClassifier:
         clean, truth = to_float(images.to(device())), labels.to(device())
         eps = settings.eps / 255
         options = {"eps": eps, "step": settings.step / 255 or eps / settings.steps, "steps": settings.steps}
-        attacked = {
+        attacked: dict[str, Tensor] = {
             name: attack(self.logits, clean, truth, **options, momentum=MOMENTUM[name])  # type: ignore[arg-type]
             for name in settings.names
         }
@@ -80,13 +80,13 @@ def measure(config: PredictConfig, classifier: AttackedClassifier, splits: Split
     crops = central_crops(source, classifier.size, limit=total, batch_size=_BATCH, share=classifier.share)
     for done, batch in crops:
         if "image" in batch:
-            for name, hits in classifier.hits(batch["image"], batch["label"], settings).items():
-                parts[name].append(hits.cpu())
+            for name, values in classifier.hits(batch["image"], batch["label"], settings).items():
+                parts[name].append(values.cpu())
         progress.show(done, {})
     progress.close()
-    hits = {name: torch.cat(values) for name, values in parts.items()}
+    hits = {name: torch.cat(tensors) for name, tensors in parts.items()}
     count = len(hits["clean"])
-    accuracy = {name: round(100 * float(value.float().mean()), 3) for name, value in hits.items()}
+    accuracy = {name: round(100 * float(tensor.float().mean()), 3) for name, tensor in hits.items()}
     content = {"images": count, "skipped": total - count, "eps": settings.eps / 255, "steps": settings.steps}
     write_json(out / FILE, {**content, "accuracy": accuracy, "seconds": round(time.monotonic() - start, 3)})
     left_out = f", {total - count} more cannot be read" if count < total else ""
