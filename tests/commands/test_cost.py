@@ -62,12 +62,14 @@ def test_job_cost__of_visible_patches_alone_is_less() -> None:
     # A quarter of the ViT, and the decoder: 8 blocks of width 512 on 196 patches, each 12 w^2 + 2 N w products forward.
     decoder = whole.decoder
     products = decoder.depth * 196 * (12 * decoder.width**2 + 2 * 196 * decoder.width)
-    assert visible == pytest.approx(gflop_per_image("pretrain", whole) / 4 + 3 * 2 * products / 1e9, rel=0.01)
+    assert visible == pytest.approx(gflop_per_image("pretrain", whole) / 4 + 3 * 2 * products / 1e9, rel=0.05)
 
 
 def test_job_cost__of_unknown_networks_and_small_images_is_not_invented() -> None:
     assert job_cost("tokenize", TokenizeConfig(tokenizer="owner/name"), 10, 10, {}) == Cost(None, None, 0.0)
     assert job_cost("segment", recipe("segment", "tiny"), 10, 10, {}) == Cost(None, None, 0.0)
+    gone = replace(recipe("contrast", "tiny"), {"model.name": "gone"})
+    assert job_cost("contrast", gone, 10, 10, {}) == Cost(None, None, 0.0)
     small = job_cost("codebook", recipe("codebook", "tiny"), 10, 10, {})
     assert small.flop is not None
     assert small.hours is None  # images of 32 pixels do not keep a GPU busy

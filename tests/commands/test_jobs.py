@@ -15,14 +15,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pecobook import cli
+from pecobook import cli, recipes
 from pecobook.commands.jobs import GpuSlot, Job, Outcome, gpu_slots, run_all, seconds_of
 from pecobook.data.tokens import write_shard
 from pecobook.errors import PecobookError
 from pecobook.recipes import codebook
 from pecobook.settings.analyze import AnalyzeConfig
 from pecobook.settings.images import PhotometricConfig
-from pecobook.settings.tokenize import VIEW_SETTINGS, TokenizeConfig
+from pecobook.settings.tokenize import VIEW_SETTINGS
 from pecobook.utils import devices
 from pecobook.utils.devices import gpus
 from pecobook.utils.folder_lock import FolderLock
@@ -232,8 +232,10 @@ def test_job__words_give_the_same_settings(tmp_path: Path) -> None:
 
 
 def test_job__of_a_token_bank_is_finished_when_all_shards_are_written(tmp_path: Path) -> None:
-    bank = Job("tokenize", TokenizeConfig(tokenizer="run", data="photos", views=2, out=str(tmp_path)))
-    assert bank.words[:2] == ("tokenize", "paper")
+    config = dataclasses.replace(recipes.tokenize("tiny"), tokenizer="run", data="photos", views=2, out=str(tmp_path))
+    bank = Job("tokenize", config)
+    flags = ("--data", "photos", "--tokenizer", "run", "--out", str(tmp_path), "--views", "2", "--resume", "auto")
+    assert bank.words == ("tokenize", "tiny", *flags)
     assert bank.fraction_done == 0
     settings: dict[str, Any] = {"kind": "token bank", "tokenizer": "1a", "grid": [1, 1]}
     settings |= {"data": "d", "evaluation_data": "e", "views": 2, "num_images": 3, "num_evaluation_images": 2}

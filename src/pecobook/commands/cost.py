@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import json
-import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,6 +16,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from pecobook.errors import PecobookError
 from pecobook.models.dalle import DalleTokenizer
 from pecobook.models.masked_vit import VisibleOnlyModel
 from pecobook.models.network_traits import network_traits
@@ -37,6 +37,9 @@ UNCOMPILED = 0.65
 _FULL_SPEED = 112
 """Side of the smallest images for which these speeds are taken, pixels."""
 
+_UNKNOWN = (PecobookError, LookupError, RuntimeError, ValueError, TypeError, AttributeError, AssertionError)
+"""What is raised where a network does not exist, or cannot be built or run without weights."""
+
 
 class Cost(NamedTuple):
     """What a job takes."""
@@ -54,8 +57,6 @@ class _Pass(NamedTuple):
 
     flop: float
     parameters: int
-    patches: int
-    """Patches of an image, in a transformer."""
 
 
 def job_cost(command: str, config: Any, num_images: int, num_held_out: int, others: Mapping[str, Any]) -> Cost:
@@ -73,7 +74,7 @@ def job_cost(command: str, config: Any, num_images: int, num_held_out: int, othe
             flop, disk = _training(command, config, others)
         else:
             flop, disk = _OF_IMAGES[command](config, num_images, num_held_out, others)
-    except (KeyError, LookupError, RuntimeError, ValueError, TypeError, NotImplementedError):
+    except _UNKNOWN:
         return Cost(None, None, 0.0)
     speed = 1e12 * TERAFLOPS[command] * (1.0 if getattr(config, "compile", True) else UNCOMPILED)
     of = others.get(config.tokenizer, DalleTokenizer) if command == "analyze" else config
@@ -99,9 +100,8 @@ def _count(build: Callable[..., nn.Module], size: int, channels: int, *arguments
         module = build(*arguments).eval()
         with FlopCounterMode(display=False) as counter:
             module(torch.empty(1, channels, size, size))
-    patches = math.prod(getattr(getattr(module, "patch_embed", None), "grid_size", (0,)))
     parameters = sum(parameter.numel() for parameter in module.parameters())
-    return _Pass(float(counter.get_total_flops()), parameters, patches)
+    return _Pass(float(counter.get_total_flops()), parameters)
 
 
 def _timm(name: str, args: str, size: int) -> nn.Module:
@@ -141,7 +141,7 @@ def _encoder(model: AutoencoderConfig, size: int) -> _Pass:
 def _autoencoder(model: AutoencoderConfig, size: int) -> _Pass:
     encoder, grid = _encoder(model, size), size // model.stride
     decoder = _count(_part, grid, model.latent_dim, model, 1)
-    return _Pass(encoder.flop + decoder.flop, encoder.parameters + decoder.parameters, 0)
+    return _Pass(encoder.flop + decoder.flop, encoder.parameters + decoder.parameters)
 
 
 def _tokenizer(source: str, size: int, others: Mapping[str, Any]) -> float:
@@ -178,7 +178,9 @@ class _VisibleOnly(nn.Module):
         self.model, self.num_masked = VisibleOnlyModel(_timm(name, args, size), 1, decoder), num_masked
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        return self.model(images, torch.zeros(1, *self.model.grid, dtype=torch.bool), self.num_masked)
+        mask = torch.zeros(1, *self.model.grid, dtype=torch.bool)
+        logits: torch.Tensor = self.model(images, mask, self.num_masked)
+        return logits
 
 
 def _pretrain(config: Any, others: Mapping[str, Any]) -> float:
@@ -188,10 +190,6 @@ def _pretrain(config: Any, others: Mapping[str, Any]) -> float:
     else:
         network = _count(_timm, config.image_size, 3, *arguments)
     flop = 3 * network.flop
-    if config.visible_only:  # the decoder reads all patches
-        width, patches = config.decoder.width, network.patches
-        flop *= 1 - config.mask.num_masked / patches
-        flop += 3 * config.decoder.depth * patches * width * (24 * width + 4 * patches)
     if config.target == "tokens" and not config.tokens and config.tokenizer:
         flop += _tokenizer(config.tokenizer, config.tokenizer_size or config.image_size, others)
     return flop
