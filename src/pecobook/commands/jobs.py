@@ -307,7 +307,7 @@ class _Progress:
 
     def __init__(self, jobs: Mapping[str, Job]) -> None:
         self.jobs, self.start, self.last_time = jobs, time.monotonic(), -100.0
-        self.total = sum(job.work for job in jobs.values())
+        self.total = sum(job.work for job in jobs.values()) or 1.0  # probes and token banks alone have no estimate
         self.done_at_start = self._done()
         self.last_state: tuple[float, list[str]] | None = None
         self.status: Any = None

@@ -51,7 +51,7 @@ class Plan:
         is_study = tables.keys() <= {DUEL, TUNING}  # its runs are small at every budget
         self.gpus_per_run = config.gpus_per_run or (1 if is_study else self.budget.gpus_per_run)
         self.jobs: dict[str, Job] = {}
-        self.duel = Duel(config, splits, self.jobs) if {DUEL, TUNING} & tables.keys() else None
+        self.duel = Duel(config, splits, self.add, self.run_settings) if {DUEL, TUNING} & tables.keys() else None
         for seed in config.seeds:
             for name, table in tables.items():
                 for row in table.all_rows:
@@ -135,7 +135,7 @@ class Plan:
         others = {job.config.out: job.config for job in self.jobs.values()}
         return {name: job_cost(job.command, job.config, *sizes, others) for name, job in self.jobs.items()}
 
-    def _run_settings(self, base: TrainConfig, name: str, seed: int, *, times: float = 1.0, **changes: Any) -> Any:
+    def run_settings(self, base: TrainConfig, name: str, seed: int, *, times: float = 1.0, **changes: Any) -> Any:
         """Return the settings of a run with folder, seed, and length in steps, `times` that of `base`."""
         num_images = len(self.splits.train)
         length = steps(base.max_steps, num_images=num_images, batch_size=base.batch_size) * self.config.length
@@ -162,9 +162,9 @@ class Plan:
         name = f"network-{kind}-{seed}"
         if kind == "supervised":
             assert budget.supervised is not None
-            self.add(name, "finetune", self._run_settings(budget.supervised, name, seed))
+            self.add(name, "finetune", self.run_settings(budget.supervised, name, seed))
         else:
-            self.add(name, "contrast", self._run_settings(budget.contrast[kind], name, seed))
+            self.add(name, "contrast", self.run_settings(budget.contrast[kind], name, seed))
         return self.out(name), name
 
     def _codebook(self, arm: str, seed: int) -> tuple[str, str, int]:
@@ -178,7 +178,7 @@ class Plan:
         settings, network_job = self.codebook_settings(arm, seed)
         name = f"codebook-{arm}-{seed}"
         changes = {"data": self.config.more_data} if arm == "more-data" else {}
-        self.add(name, "codebook", self._run_settings(settings, name, seed, **changes), network_job)
+        self.add(name, "codebook", self.run_settings(settings, name, seed, **changes), network_job)
         return self.out(name), name, settings.model.stride
 
     def codebook_settings(self, arm: str, seed: int) -> tuple[CodebookConfig, str]:
@@ -229,7 +229,7 @@ class Plan:
         backbone, job = self._backbone(part, seed)
         runs = self.budget.vits[part.vit]
         base = runs.own.get(part.target, runs.finetune)
-        self.add(name, "finetune", self._run_settings(base, name, seed, backbone=backbone), job)
+        self.add(name, "finetune", self.run_settings(base, name, seed, backbone=backbone), job)
 
     def _backbone(self, arm: Arm, seed: int) -> tuple[str, str]:
         """Plan the backbone of an arm; returns the backbone and the name of the job that trains it."""
@@ -244,9 +244,9 @@ class Plan:
         name = f"vit-{dataclasses.replace(arm, vit=arm.vit.partition('-')[0]).name}-{seed}"
         times = arm.epochs / EPOCHS
         if arm.target == "moco":
-            self.add(name, "contrast", self._run_settings(runs.moco, name, seed, times=times))
+            self.add(name, "contrast", self.run_settings(runs.moco, name, seed, times=times))
         elif arm.target == "mae":
-            self.add(name, "pretrain", self._run_settings(runs.mae, name, seed, times=times))
+            self.add(name, "pretrain", self.run_settings(runs.mae, name, seed, times=times))
         else:
             self._add_masked_modelling(name, runs.pretrain, arm.target, seed, times)
         return self.out(name), name
@@ -256,7 +256,7 @@ class Plan:
         side = base.tokenizer_size or base.image_size  # of the crops in the default tokenizer
         size = side // self.budget.codebook.model.stride * stride
         changes = {"tokenizer": tokenizer, "tokenizer_size": 0 if size == base.image_size else size}
-        self.add_pretraining(name, self._run_settings(base, name, seed, times=times, **changes), target, job)
+        self.add_pretraining(name, self.run_settings(base, name, seed, times=times, **changes), target, job)
 
     def add_pretraining(self, name: str, settings: PretrainConfig, target: str, *needs: str) -> None:
         """Add a pre-training on the tokens of `target`, which come from a bank where that saves time.
