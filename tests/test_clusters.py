@@ -24,11 +24,14 @@ PAGE = (Path(__file__).parent.parent / "docs" / "clusters.md").read_text()
 SCRIPTS = re.findall(r"```bash\n(.*?)```", PAGE, flags=re.DOTALL)
 (JOB,) = re.findall(r"```yaml\n(.*?)```", PAGE, flags=re.DOTALL)
 LIMIT = 400
+COMMANDS = "contrast|pretrain|tokenize|reproduce"
 _STEPS = {"max_steps": "12", "save_every": 4}
 
 
 def parse_command(words: list[str]) -> Any:
     """Return the settings of a pecobook command line. Raises ConfigError."""
+    if words[0] == "reproduce":
+        return cli._settings("reproduce", words[1:])
     command, name, *flags = words
     config = recipes.tokenize(name) if command == "tokenize" else recipe(command, name)
     return cli.parse(config, flags, f"{command} {name}")
@@ -37,7 +40,7 @@ def parse_command(words: list[str]) -> Any:
 def commands(script: str) -> list[list[str]]:
     """Return the words after `pecobook` of every command in a script, with a number for each variable of Slurm."""
     text = re.sub(r"\$SLURM_\w+", "3", script.replace("\\\n", " "))
-    lines = [line for line in text.splitlines() if re.search(r"\bpecobook (?:contrast|pretrain|tokenize)\b", line)]
+    lines = [line for line in text.splitlines() if re.search(rf"\bpecobook (?:{COMMANDS})\b", line)]
     return [shlex.split(line.partition("pecobook ")[2]) for line in lines]
 
 
@@ -46,6 +49,9 @@ def test_scripts__are_bash_with_commands_that_can_be_parsed(script: str) -> None
     subprocess.run(["bash", "-n"], input=script, text=True, check=True)
     (words,) = commands(script)
     config = parse_command(words)
+    if words[0] == "reproduce":
+        assert config.tables == ("table4", "table5")
+        return
     assert config.resume == "auto" or config.shard == "3/3"
     assert (config.devices, config.num_nodes) == ("auto", 1)
 

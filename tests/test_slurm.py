@@ -12,7 +12,12 @@ from pathlib import Path
 
 import pytest
 
+from pecobook.commands.paper_tables import chosen_tables
+from pecobook.commands.reproduce import slurm
+from pecobook.commands.reproduce.plan import Plan
+from pecobook.data.images import open_images
 from pecobook.data.tokens import TokenBank
+from pecobook.settings.reproduce import ReproduceConfig
 from tests.runs import codebook_run, logged, small_flags
 from tests.test_clusters import LIMIT, SCRIPTS, wait_until
 
@@ -123,3 +128,35 @@ def test_slurm__a_refusal_ends_all_tasks_with_one_message(cluster: Cluster, imag
         assert done.stderr.count("pecobook: ") == 1
         assert said in done.stderr
     assert not (cluster.folder / "new").exists()
+
+
+_PECOBOOK = """#!/bin/bash
+while [ $# -gt 1 ] && [ "$1" != --out ]; do shift; done
+case $2 in
+*/codebook-pixel-1) exit 2 ;;
+*/runs/*) mkdir -p "$2/export"; date +%s.%N | tee "$2/export/config.json" > "$2/report.html"; sleep 1 ;;
+*) ls "$2/runs" > "$2/tables.md"; exit 2 ;;
+esac
+"""
+
+
+def test_slurm__plan_of_reproduce_goes_on_after_a_failure(
+    cluster: Cluster, images: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A script in the place of pecobook writes the last files of each job; one codebook fails."""
+    (cluster.folder / "bin" / "pecobook").write_text(_PECOBOOK)
+    monkeypatch.chdir(cluster.folder)
+    config = ReproduceConfig(tables=("table7",), data=str(images), out="my tables", seeds=(0, 1), transfer=False)
+    plan = Plan(config, chosen_tables(config.tables), open_images(str(images)))
+    (cluster.folder / "plan.sh").write_text(slurm.script(plan))
+    monkeypatch.setitem(cluster.environment, "GPUS", "0")
+    monkeypatch.setitem(cluster.environment, "CPUS", "1")
+    said = cluster.call("bash", "plan.sh", "--time=00:10:00")
+    (number,) = re.findall(r"Job (\d+) writes the tables", said)
+    wait_until(lambda: cluster.ended(number), lambda: cluster.call("squeue"))
+    failed = {"codebook-pixel-1", "analysis-pixel-1"}
+    assert {name for name, job in plan.jobs.items() if not job.finished} == failed
+    ended = {name: float((job.out / "report.html").read_text()) for name, job in plan.jobs.items() if job.finished}
+    for name in ended:
+        assert all(ended[need] < ended[name] for need in plan.jobs[name].needs), name
+    assert set((Path("my tables") / "tables.md").read_text().split()) == plan.jobs.keys() - failed

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from pecobook.analysis.reconstruction import decode_all, encode_all, psnr
 from pecobook.commands.analyze.masked import position_baseline
 from pecobook.commands.analyze.measure import code_probes, evaluate_tokenizer
 from tests.analysis.fakes import GreyTokenizer
@@ -71,7 +72,7 @@ def test_evaluate_tokenizer__measures_the_position() -> None:
     images = torch.rand(30, 3, 20, 20, generator=torch.Generator().manual_seed(0))
 
     def position_of(tokenizer: GreyTokenizer) -> dict[str, Any]:
-        metrics, _, _ = evaluate_tokenizer(
+        metrics, _ = evaluate_tokenizer(
             "x", tokenizer, images[..., :16, :16], None, lambda: None, None, larger=images, seed=0
         )
         return dict(metrics.values["position"])
@@ -84,6 +85,31 @@ def test_evaluate_tokenizer__measures_the_position() -> None:
     position = position_of(GreyTokenizer(levels=256))
     assert position["share"] == pytest.approx(position["null_share"], abs=0.05)
     assert position["moved"] == {"roll": 100, "crop": 100}
+
+
+def test_evaluate_tokenizer__measures_bytes_like_floats_and_bounds_the_bags(monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = torch.Generator().manual_seed(0)
+    pixels = torch.randint(256, (130, 3, 20, 20), dtype=torch.uint8, generator=generator)
+    labels = torch.arange(130) % 2
+    tokenizer = GreyTokenizer(levels=16)
+
+    def values_of(images: Tensor) -> dict[str, Any]:
+        crops, larger = images[..., :16, :16], pixels.float() / 255
+        train = encode_all(tokenizer, crops), labels
+        return dict(
+            evaluate_tokenizer("x", tokenizer, crops, labels, lambda: train, None, larger=larger, seed=0)[0].values
+        )
+
+    whole = values_of(pixels)
+    assert whole == values_of(pixels.float() / 255)
+    assert (whole["num_images"], whole["num_train"], whole["num_train_bag"]) == (130, 130, 130)
+    restored = decode_all(tokenizer, encode_all(tokenizer, pixels[..., :16, :16]))
+    expected = psnr(pixels[..., :16, :16].float() / 255, restored).mean()
+    assert whole["psnr"] == pytest.approx(float(expected), abs=1e-3)
+    monkeypatch.setattr("pecobook.commands.analyze.measure._BAG_VALUES", 16 * 40 + 1)
+    few = values_of(pixels)
+    assert (few["num_train"], few["num_train_bag"]) == (130, 40)
+    assert few["codeword_probe"] == whole["codeword_probe"]
 
 
 def test_position_baseline__predicts_each_image_from_other_images() -> None:

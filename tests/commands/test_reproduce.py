@@ -18,7 +18,7 @@ import pytest
 
 import pecobook
 from pecobook import cli
-from pecobook.commands.jobs import Job, job_seconds
+from pecobook.commands.jobs import Job, Outcome, job_seconds
 from pecobook.commands.paper_tables import TABLES, Arm, PaperTable, Row, chosen_tables
 from pecobook.commands.reproduce.budgets import Budget, make_budget
 from pecobook.commands.reproduce.listing import command_words, describe, kind_of
@@ -105,11 +105,12 @@ def example_table() -> MeasuredTable:
     rows = (Row("pixel loss", "pixel", (82.9,)), Row("perceptual | loss", "perceptual", (84.1,)))
     table = PaperTable("Table 7", (("finetuned", "fine-tuned, %"), ("codeword_probe", "probe, %")), rows)
     pixel, perceptual, control = [20.0, 22.0, 21.0], [30.0, 31.0, 35.0], [25.0, 24.0, 23.0]
-    used = dict.fromkeys(range(3), 512.0)
-    return MeasuredTable("table7", table, tuple(
-        (row, {"finetuned": dict(enumerate(values)), "codes_used": used}, "")
+    codes = {0: 512.0, 1: 512.0, 2: 512.0}
+    measured = [
+        (row, {"finetuned": dict(enumerate(values)), "codes_used": codes}, "")
         for row, values in zip(table.all_rows, (pixel, perceptual, control, []), strict=True)
-    ))  # fmt: skip
+    ]
+    return MeasuredTable("table7", table, tuple(measured))
 
 
 def test_tables__have_means_deviations_and_the_papers_numbers() -> None:
@@ -251,6 +252,66 @@ def test_reproduce__resumes_and_refuses_other_settings(
     with pytest.raises(SystemExit):
         cli.main([*words, "--length", "2"])
     assert "begun with other settings: length: 1.0 -> 2.0" in capsys.readouterr().err
+
+
+def test_reproduce__names_what_failed_and_writes_the_tables_of_the_rest(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def run(jobs: dict[str, Job], _out: Path, _gpus: int) -> Outcome:
+        folder = jobs["analysis-classification-0"].out
+        folder.mkdir(parents=True)
+        metrics = {"name": "classification", "codeword_probe": 12.5, "codes_used": 2, "psnr": 9.0}
+        (folder / "analysis.json").write_text(json.dumps({"seconds": 1.0, "tokenizers": [metrics]}))
+        (folder / "report.html").touch()
+        return Outcome({"network-resnet-0": "no luck"}, {"codebook-perceptual-0": "network-resnet-0"})
+
+    monkeypatch.setattr("pecobook.commands.reproduce.run_all", run)
+    monkeypatch.setattr("pecobook.commands.reproduce.rehearsal.rehearse", lambda *_: {})
+    out = tmp_path / "two words"
+    words = ["reproduce", "table6", "--data", str(images), "--out", str(out), "--seeds", "0", "--no-transfer"]
+    with pytest.raises(SystemExit) as ended:
+        cli.main(words)
+    assert ended.value.code == 2
+    printed = capsys.readouterr().err
+    assert f"The run 'network-resnet-0' failed; the whole output is in {out}/logs/network-resnet-0.log:" in printed
+    assert "Not run, since they need it: codebook-perceptual-0." in printed
+    text = (out / "tables.md").read_text()
+    assert "runs are not finished, and the tables leave them out:**" in text
+    assert "\n- `network-resnet-0`: failed\n" in text
+    assert "\n- `codebook-perceptual-0`: needs `network-resnet-0`\n" in text
+    assert "\n- `codebook-classification-0`: not finished\n" in text
+    assert "network-resnet-0" in (out / "report.html").read_text()
+    monkeypatch.delattr("pecobook.commands.reproduce.run_all")  # so that nothing can run
+    with pytest.raises(SystemExit) as ended:
+        cli.main([*words, "--no-train"])
+    assert ended.value.code == 2
+    assert "The tables leave out " in capsys.readouterr().err
+
+
+def test_reproduce__writes_the_plan_as_files_and_runs_nothing(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delattr("pecobook.commands.reproduce.run_all")
+    out, lines, script = tmp_path / "out", tmp_path / "plan.txt", tmp_path / "plan.sh"
+    words = ["reproduce", "table7", "--data", str(images), "--out", str(out), "--seeds", "0"]
+    for _ in range(2):  # a plan is written again after a failure
+        cli.main([*words, "--commands", str(lines), "--slurm", str(script)])
+        assert json.loads((out / "reproduce.json").read_text())["budget"] == "tiny"
+    assert lines.read_text().startswith("# The plan of: pecobook reproduce table7 ")
+    subprocess.run(["bash", "-n", str(script)], check=True)
+    capsys.readouterr()
+    cli.main([*words, "--dry-run", "--json"])
+    plan = json.loads(capsys.readouterr().out)
+    assert [job["command"] for job in plan["jobs"]] == [
+        line.partition("  # ")[0] for line in lines.read_text().splitlines()[4:-1]
+    ]
+    lines.write_text("years of work")
+    with pytest.raises(SystemExit):
+        cli.main([*words, "--commands", str(lines)])
+    assert f"--commands '{lines}' exists already: name another file." in capsys.readouterr().err
+    assert lines.read_text() == "years of work"
+    with pytest.raises(ConfigError, match="--json prints the plan: give --dry-run too"):
+        ReproduceConfig(json=True)
 
 
 def test_reproduce__checks_the_layers_of_a_network_before_training(

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
+import os
+import shlex
+import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from pecobook import cli
 from pecobook.commands.paper_tables import TABLES, chosen_tables
-from pecobook.commands.reproduce.plan import Plan
+from pecobook.commands.reproduce.listing import as_json, command_line, commands, describe
+from pecobook.commands.reproduce.plan import Plan, num_views
+from pecobook.commands.reproduce.slurm import script
 from pecobook.data.images import open_images
 from pecobook.recipes import RECIPES
 from pecobook.settings.reproduce import ReproduceConfig
@@ -20,7 +26,8 @@ from pecobook.stages.codebook import CodebookStage
 
 
 def make_plan(images: Path, *tables: str, **settings: Any) -> Plan:
-    config = ReproduceConfig(tables=tables, data=str(images), out="unused", seeds=(0, 1), **settings)
+    fixed = {"tables": tables, "data": str(images), "out": "unused", "seeds": (0, 1)}
+    config = ReproduceConfig(**{**fixed, **settings})
     return Plan(config, chosen_tables(tables), open_images(str(images)))
 
 
@@ -55,7 +62,9 @@ def test_plan__trains_each_run_once_and_in_order(images: Path) -> None:
     codebooks = [to_dict(job.config) for name, job in plan.jobs.items() if name.startswith("codebook-")]
     without_out = [json.dumps({**config, "out": ""}, sort_keys=True) for config in codebooks]
     assert len(set(without_out)) == len(without_out)  # no training is planned twice
-    assert {job.config.seed for job in plan.jobs.values()} == {0, 1}
+    assert {name.rpartition("-")[2] for name in plan.jobs} == {"0", "1"}
+    for name, job in plan.jobs.items():  # attacks draw nothing
+        assert job.command == "predict" or job.config.seed == int(name[-1])
     for table in TABLES:  # each table alone is part of all
         for name in make_plan(images, table, dalle="folder", more_data="photos").jobs:
             assert name in plan.jobs or name.replace("analysis-", "judged-") in plan.jobs
@@ -98,7 +107,8 @@ def test_plan__arms_have_the_settings_of_their_rows(images: Path) -> None:
     mae = plan.jobs["vit-mae@1600-0"].config
     assert (mae.target, mae.visible_only, mae.mask.kind, mae.mask.num_masked) == ("pixels", True, "random", 12)  # of 16
     short, long = (plan.jobs[f"vit-perceptual{epochs}-0"].config for epochs in ("", "@800"))
-    assert dataclasses.replace(long, out=short.out, max_steps="200", save_every=66, sample_every=200) == short
+    same = {"out": short.out, "tokens": short.tokens}  # as many views as the length wants
+    assert replace(long, {**same, "max_steps": "200", "save_every": 66, "sample_every": 200}) == short
     assert (long.max_steps, mae.max_steps) == ("533", "1067")  # 8/3 and 16/3 of 200
     assert "codebook-perceptual@800-0" not in plan.jobs
     assert "analysis-perceptual@800-0" not in plan.jobs
@@ -184,3 +194,125 @@ def test_plan__leaves_out_arms_that_it_cannot_train(images: Path, unlabelled_ima
     unlabelled = make_plan(unlabelled_images, "table6")
     assert unlabelled.missing_for_arm("classification") == "labels"
     assert not any(name.startswith("classifier-") for name in unlabelled.jobs)
+
+
+class ImageNet:
+    """As many images as ImageNet-1K."""
+
+    labels, classes = (0,), ("thing",)
+
+    def __len__(self) -> int:
+        return 1_281_167
+
+
+def test_plan__trains_vits_from_banks_where_they_save_time(images: Path) -> None:
+    config = ReproduceConfig(tables=("tables1-2",), budget="paper", out="unused", seeds=(0, 1))
+    source: Any = SimpleNamespace(train=ImageNet(), evaluation=ImageNet())
+    paper = Plan(config, chosen_tables(config.tables), source)
+    assert {name.rpartition("-")[0] for name in paper.jobs if name.startswith("bank-perceptual-")} == {
+        "bank-perceptual-224px-15views",  # for 300 epochs
+        "bank-perceptual-224px-40views",  # for 800 epochs
+        *(f"bank-perceptual-{how}-224px-15views" for how in ("random", "shuffled")),
+    }
+    job, bank = paper.jobs["vit-perceptual-1"], paper.jobs["bank-perceptual-224px-15views-1"]
+    assert job.config.tokens == bank.config.out
+    assert job.needs == ("bank-perceptual-224px-15views-1", "codebook-perceptual-1")
+    assert bank.needs == ("codebook-perceptual-1",)
+    assert (bank.config.views, bank.config.seed, bank.config.tokenizer) == (15, 1, job.config.tokenizer)
+    assert paper.jobs["vit-mae@1600-0"].config.tokens == ""
+    online = Plan(replace(config, {"views": 0}), paper.tables, source)
+    assert not any(name.startswith("bank-") for name in online.jobs)
+    assert make_plan(images, "table7", views=3).jobs["vit-pixel-0"].needs[0] == "bank-pixel-32px-3views-0"
+
+
+@pytest.mark.parametrize(("epochs", "views"), [(1, 0), (7.9, 0), (8, 4), (19, 4), (100, 5), (300, 15), (800, 40)])
+def test_num_views__grows_with_the_length(epochs: float, views: int) -> None:
+    assert num_views(epochs) == views
+
+
+def test_plan__every_command_line_gives_the_settings_of_its_job(images: Path) -> None:
+    plan = make_plan(images, *TABLES, budget="paper", data="IMAGE NET", dalle="D", dino="timm:d", out="my runs")
+    for name, job in plan.jobs.items():
+        if name.endswith("-1"):
+            _, command, *words = shlex.split(command_line(job))
+            settings = cli._settings(command, words)
+            same = {"resume": False, "overwrite": False}
+            assert to_dict(settings) | same == to_dict(job.config) | same, name
+
+
+def test_listing__has_every_job_with_its_command_needs_hours_and_disk(images: Path) -> None:
+    plan = make_plan(images, "table7", budget="paper", compile=True)
+    entries = {entry["name"]: entry for entry in json.loads(as_json(plan))["jobs"]}
+    assert entries.keys() == plan.jobs.keys()
+    codebook = entries["codebook-pixel-0"]
+    num_images = int(plan.jobs["codebook-pixel-0"].config.max_steps) * 128
+    assert codebook["flop"] == pytest.approx(588e9 * num_images, rel=0.01)
+    assert codebook["gpu_hours"] == pytest.approx(588e9 * num_images / 227e12 / 3600, abs=1e-3)
+    assert codebook["needs"] == []
+    assert not codebook["finished"]
+    assert codebook["command"].startswith("pecobook codebook paper --data ")
+    total = sum(cost.hours or 0.0 for cost in plan.costs.values())
+    assert f"What is left takes about {total:.2g} GPU-hours of an H200" in describe(plan)
+    assert "  2 x codebook-pixel: " in describe(plan, every_arm=True).replace("     2 x", "  2 x")
+
+
+def test_commands__are_lines_with_their_needs(images: Path) -> None:
+    plan = make_plan(images, "table7", out="two words/t")
+    lines = commands(plan).splitlines()
+    assert lines[0].startswith("# The plan of: pecobook reproduce table7 --data ")
+    before: set[str] = set()
+    for line in lines[4:-1]:
+        command, _, comment = line.rpartition("  # ")
+        name, _, needs = comment.partition(" after ")
+        assert shlex.split(command)[1:] == list(plan.jobs[name].words)
+        assert set(needs.split()) == set(plan.jobs[name].needs) <= before
+        before.add(name)
+    assert before == plan.jobs.keys()
+    assert lines[-1].endswith("--no-train  # tables after all")
+    assert "--out 'two words/t'" in lines[-1]
+
+
+_SBATCH = """#!/bin/bash
+number=$(($(cat "$FAKE/count" 2> /dev/null || echo 100) + 1))
+echo $number > "$FAKE/count"
+printf '%s\\n' "$@" > "$FAKE/$number.options"
+cat > "$FAKE/$number.script"
+echo $number
+"""
+
+
+def test_slurm__submits_arrays_that_wait_seed_by_seed(images: Path, tmp_path: Path) -> None:
+    plan = make_plan(images, "table5", out=str(tmp_path / "it's 100%"), views=2)
+    finished = plan.jobs["codebook-pixel-1"].out
+    (finished / "export").mkdir(parents=True)
+    (finished / "export" / "config.json").touch()
+    (tmp_path / "sbatch").write_text(_SBATCH)
+    (tmp_path / "sbatch").chmod(0o755)
+    environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "FAKE": str(tmp_path), "GPUS": "2"}
+    words = ["bash", "-s", "--", "--partition=a b"]
+    done = subprocess.run(words, input=script(plan), env=environment, text=True, capture_output=True, check=True)
+    submitted: dict[str, tuple[dict[str, str], str, str]] = {}
+    for file in sorted(tmp_path.glob("*.options")):
+        options = dict(option.removeprefix("--").partition("=")[::2] for option in file.read_text().splitlines())
+        text = file.with_suffix(".script").read_text()
+        subprocess.run(["bash", "-n"], input=text, text=True, check=True)
+        submitted[options["job-name"]] = options, text, file.stem
+    options, text, number = submitted["vit-pixel"]
+    assert (options["array"], options["gpus-per-node"], options["partition"]) == ("0,1", "2", "a b")
+    assert set(options["dependency"].removeprefix("aftercorr:").split(":")) == {
+        submitted["bank-pixel-32px-2views"][2],
+        submitted["codebook-pixel"][2],
+    }
+    assert options["output"] == f"{tmp_path}/it's 100%%/logs/vit-pixel-%a.out"
+    assert submitted["judged-pixel" if "judged-pixel" in submitted else "analysis-pixel"][0]["gpus-per-node"] == "1"
+    codebook = submitted["codebook-pixel"][1]
+    assert "\n1) : ;;\n" in codebook, "a finished task keeps its place"
+    (line,) = [line for line in codebook.splitlines() if line.startswith("0) ")]
+    assert shlex.split(line.removesuffix(" ;;"))[2:] == [
+        "--kill-on-bad-exit=1", "pecobook", *plan.jobs["codebook-pixel-0"].words
+    ]  # fmt: skip
+    waits = submitted["tables"][0]["dependency"].split(":")
+    assert waits[0] == "afterany"
+    assert set(waits[1:]) == {entry[2] for name, entry in submitted.items() if name != "tables"}
+    assert f"Job {submitted['tables'][2]} writes the tables" in done.stdout
+    assert number in waits

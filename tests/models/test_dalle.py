@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from pecobook.errors import WeightsError
+from pecobook.models.checkpoints import read_weights
 from pecobook.models.dalle import DalleTokenizer
 
 
@@ -151,14 +152,28 @@ def test_from_pretrained__never_unpickles_the_public_files(tmp_path: Path) -> No
     proof = tmp_path / "code ran"
     for part in ("encoder", "decoder"):
         (tmp_path / f"{part}.pkl").write_bytes(pickle.dumps(Evil(proof)))
-    with pytest.raises(WeightsError, match=r"contains no encoder\.safetensors") as caught:
-        DalleTokenizer.from_pretrained(tmp_path)
-    assert "state_dict()" in str(caught.value)
-    for part in ("encoder", "decoder"):
-        (tmp_path / f"{part}.pkl").rename(tmp_path / f"{part}.pt")
-    with pytest.raises(WeightsError, match="pecobook runs no code from a file"):
-        DalleTokenizer.from_pretrained(tmp_path)
+    for suffix in ("pkl", "pt"):
+        for file in list(tmp_path.iterdir()):
+            file.rename(file.with_suffix(f".{suffix}"))
+        with pytest.raises(WeightsError, match="pecobook runs no code from a file"):
+            DalleTokenizer.from_pretrained(tmp_path)
     assert not proof.exists()
+    with pytest.raises(WeightsError, match=r"contains no encoder\.pkl .*\n.*cdn.openai.com/dall-e/encoder.pkl"):
+        DalleTokenizer.from_pretrained(tmp_path / "nothing")
+
+
+def test_from_pretrained__takes_the_weights_of_pickled_modules(tmp_path: Path) -> None:
+    tokenizer = DalleTokenizer(width=8, num_codewords=32, embedding_dim=8).eval()
+    tokenizer.encoder.device = torch.device("cpu")  # the public modules hold such values too
+    for part in ("encoder", "decoder"):
+        torch.save(getattr(tokenizer, part), tmp_path / f"{part}.pkl")
+    read = DalleTokenizer.from_pretrained(tmp_path)
+    images = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(read.encode(images), tokenizer.encode(images))
+    for name, value in tokenizer.state_dict().items():
+        assert torch.equal(read.state_dict()[name], value)
+    torch.save({"model": tokenizer.encoder, "epoch": 3}, tmp_path / "checkpoint.pth")
+    assert read_weights(str(tmp_path / "checkpoint.pth")).keys() == tokenizer.encoder.state_dict().keys()
 
 
 def test_from_pretrained__refuses_other_weights(tmp_path: Path) -> None:

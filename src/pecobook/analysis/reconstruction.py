@@ -5,12 +5,19 @@ Shapes: images float (N, 3, H, W) in [0, 1]; codes int64 (N, h, w); mask bool (N
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
 
 from pecobook.analysis.arrays import MaskedModel, Tokenizer, evaluation_mode
+from pecobook.utils.images import to_float
+
+
+def float_parts(images: Tensor, batch_size: int = 64) -> Iterator[Tensor]:
+    """Yield `batch_size` images at a time as floats in [0, 1]; as uint8, many images take a quarter of the memory."""
+    for part in torch.split(images, batch_size):
+        yield to_float(part) if part.dtype == torch.uint8 else part
 
 
 def psnr(x: Tensor, y: Tensor) -> Tensor:
@@ -54,10 +61,10 @@ def in_batches(measure: Callable[[Tensor, Tensor], Tensor], x: Tensor, y: Tensor
 
 
 def encode_all(tokenizer: Tokenizer, images: Tensor, batch_size: int = 64) -> Tensor:
-    """Encode all `images`, `batch_size` at a time, to codes, int64 (N, h, w) on the host."""
+    """Encode all `images`, floats or uint8, `batch_size` at a time, to codes, int64 (N, h, w) on the host."""
     device = tokenizer.codebook.device
     with evaluation_mode(tokenizer):
-        parts = [tokenizer.encode(part.to(device)).cpu() for part in torch.split(images, batch_size)]
+        parts = [tokenizer.encode(part.to(device)).cpu() for part in float_parts(images, batch_size)]
     return torch.cat(parts)  # outside inference mode, so that the result is an ordinary tensor
 
 

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pecobook.analysis.arrays import Array, as_numpy
+from pecobook.analysis.reconstruction import float_parts
 
 COLOUR_LEVELS = 3
 """Number of levels of red, green and blue, which give 27 colours."""
@@ -103,7 +104,7 @@ def patch_labels(labels: Array, grid: tuple[int, int]) -> NDArray[np.int64]:
 
 def patch_colours(images: Tensor, grid: tuple[int, int]) -> Tensor:
     """Return the mean colour of each patch with three levels of red, green and blue: int64 (N, h, w) in [0, 27)."""
-    mean = F.adaptive_avg_pool2d(images, grid)  # (N, 3, h, w)
+    mean = torch.cat([F.adaptive_avg_pool2d(part, grid) for part in float_parts(images)])  # (N, 3, h, w)
     level = (mean * COLOUR_LEVELS).long().clamp(0, COLOUR_LEVELS - 1)
     red, green, blue = level.unbind(1)
     return (red * COLOUR_LEVELS + green) * COLOUR_LEVELS + blue
@@ -115,7 +116,7 @@ def patch_edges(images: Tensor, grid: tuple[int, int]) -> Tensor:
     The strength is the mean magnitude of the brightness gradient (Sobel filter) within the patch. The levels are
     equally frequent, except that equal patches, such as all flat patches, share their lowest level.
     """
-    energy = torch.cat([_edge_energy(part, grid) for part in torch.split(images, 64)])  # (N, h, w)
+    energy = torch.cat([_edge_energy(part, grid) for part in float_parts(images)])  # (N, h, w)
     energy = (energy * 1e6).round()  # rounding errors make the energy of a flat patch slightly larger than 0
     ranks = torch.searchsorted(energy.flatten().sort().values, energy)
     return ranks * EDGE_LEVELS // ranks.numel()

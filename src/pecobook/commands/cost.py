@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import json
-import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,12 +16,16 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from pecobook.errors import PecobookError
 from pecobook.models.dalle import DalleTokenizer
+from pecobook.models.masked_vit import VisibleOnlyModel
 from pecobook.models.network_traits import network_traits
 from pecobook.models.networks import create_network
 from pecobook.models.tokenizer import build_autoencoder
 from pecobook.settings.codebook import CodebookConfig
+from pecobook.settings.pretrain import DecoderConfig
 from pecobook.settings.tokenizer import AutoencoderConfig
+from pecobook.settings.values import to_dict
 from pecobook.utils.json_files import read_if_valid
 
 TERAFLOPS = {"contrast": 200, "codebook": 227, "tokenize": 227, "pretrain": 280, "finetune": 280, "analyze": 50}
@@ -33,6 +36,9 @@ UNCOMPILED = 0.65
 
 _FULL_SPEED = 112
 """Side of the smallest images for which these speeds are taken, pixels."""
+
+_UNKNOWN = (PecobookError, LookupError, RuntimeError, ValueError, TypeError, AttributeError, AssertionError)
+"""What is raised where a network does not exist, or cannot be built or run without weights."""
 
 
 class Cost(NamedTuple):
@@ -51,8 +57,6 @@ class _Pass(NamedTuple):
 
     flop: float
     parameters: int
-    patches: int
-    """Patches of an image, in a transformer."""
 
 
 def job_cost(command: str, config: Any, num_images: int, num_held_out: int, others: Mapping[str, Any]) -> Cost:
@@ -70,7 +74,7 @@ def job_cost(command: str, config: Any, num_images: int, num_held_out: int, othe
             flop, disk = _training(command, config, others)
         else:
             flop, disk = _OF_IMAGES[command](config, num_images, num_held_out, others)
-    except (KeyError, LookupError, RuntimeError, ValueError, TypeError, NotImplementedError):
+    except _UNKNOWN:
         return Cost(None, None, 0.0)
     speed = 1e12 * TERAFLOPS[command] * (1.0 if getattr(config, "compile", True) else UNCOMPILED)
     of = others.get(config.tokenizer, DalleTokenizer) if command == "analyze" else config
@@ -96,9 +100,8 @@ def _count(build: Callable[..., nn.Module], size: int, channels: int, *arguments
         module = build(*arguments).eval()
         with FlopCounterMode(display=False) as counter:
             module(torch.empty(1, channels, size, size))
-    patches = math.prod(getattr(getattr(module, "patch_embed", None), "grid_size", (0,)))
     parameters = sum(parameter.numel() for parameter in module.parameters())
-    return _Pass(float(counter.get_total_flops()), parameters, patches)
+    return _Pass(float(counter.get_total_flops()), parameters)
 
 
 def _timm(name: str, args: str, size: int) -> nn.Module:
@@ -109,7 +112,9 @@ def _timm(name: str, args: str, size: int) -> nn.Module:
 def _torchvision(name: str) -> nn.Module:
     import torchvision
 
-    return getattr(torchvision.models.get_model(name), "features", None) or torchvision.models.get_model(name)
+    network: nn.Module = torchvision.models.get_model(name)
+    features = getattr(network, "features", None)
+    return features if isinstance(features, nn.Module) else network
 
 
 def _network(source: str, size: int, others: Mapping[str, Any]) -> _Pass:
@@ -118,13 +123,11 @@ def _network(source: str, size: int, others: Mapping[str, Any]) -> _Pass:
         return _count(_timm, size, 3, source.removeprefix("timm:"), "{}", size)
     if source.startswith("torchvision:"):
         return _count(_torchvision, size, 3, source.removeprefix("torchvision:"))
-    settings = others[source] if source in others else read_if_valid(Path(source) / "config.json")
-    model = settings.get("model") if isinstance(settings, dict) else getattr(settings, "model", None)
+    settings = to_dict(others[source]) if source in others else read_if_valid(Path(source) / "config.json") or {}
+    model = settings.get("model")
     if model is None:  # a classifier names the network that it began with
-        name = settings["backbone"] if isinstance(settings, dict) else settings.backbone
-        return _network(name, size, others)
-    name, args = (model["name"], model["args"]) if isinstance(model, dict) else (model.name, model.args)
-    return _count(_timm, size, 3, name.removeprefix("timm:"), args, size)
+        return _network(settings["backbone"], size, others)
+    return _count(_timm, size, 3, model["name"].removeprefix("timm:"), model["args"], size)
 
 
 def _part(model: AutoencoderConfig, number: int) -> nn.Module:
@@ -138,7 +141,7 @@ def _encoder(model: AutoencoderConfig, size: int) -> _Pass:
 def _autoencoder(model: AutoencoderConfig, size: int) -> _Pass:
     encoder, grid = _encoder(model, size), size // model.stride
     decoder = _count(_part, grid, model.latent_dim, model, 1)
-    return _Pass(encoder.flop + decoder.flop, encoder.parameters + decoder.parameters, 0)
+    return _Pass(encoder.flop + decoder.flop, encoder.parameters + decoder.parameters)
 
 
 def _tokenizer(source: str, size: int, others: Mapping[str, Any]) -> float:
@@ -150,7 +153,8 @@ def _tokenizer(source: str, size: int, others: Mapping[str, Any]) -> float:
 
 class _Logits(DalleTokenizer):
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        return self.logits(images)
+        logits: torch.Tensor = self.logits(images)
+        return logits
 
 
 def _contrast(config: Any, _others: Mapping[str, Any]) -> float:
@@ -166,13 +170,26 @@ def _codebook(config: CodebookConfig, others: Mapping[str, Any]) -> float:
     return flop
 
 
+class _VisibleOnly(nn.Module):
+    """The accelerated form with its decoder, on a mask of the given size."""
+
+    def __init__(self, name: str, args: str, size: int, decoder: DecoderConfig, num_masked: int) -> None:
+        super().__init__()
+        self.model, self.num_masked = VisibleOnlyModel(_timm(name, args, size), 1, decoder), num_masked
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        mask = torch.zeros(1, *self.model.grid, dtype=torch.bool)
+        logits: torch.Tensor = self.model(images, mask, self.num_masked)
+        return logits
+
+
 def _pretrain(config: Any, others: Mapping[str, Any]) -> float:
-    network = _count(_timm, config.image_size, 3, config.model.name, config.model.args, config.image_size)
+    arguments = config.model.name, config.model.args, config.image_size
+    if config.visible_only:
+        network = _count(_VisibleOnly, config.image_size, 3, *arguments, config.decoder, config.mask.num_masked)
+    else:
+        network = _count(_timm, config.image_size, 3, *arguments)
     flop = 3 * network.flop
-    if config.visible_only:  # the decoder reads all patches
-        width, patches = config.decoder.width, network.patches
-        flop *= 1 - config.mask.num_masked / patches
-        flop += 3 * config.decoder.depth * patches * width * (24 * width + 4 * patches)
     if config.target == "tokens" and not config.tokens and config.tokenizer:
         flop += _tokenizer(config.tokenizer, config.tokenizer_size or config.image_size, others)
     return flop

@@ -17,7 +17,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -25,37 +25,15 @@ from pecobook import recipes
 from pecobook.data.tokens import bank_layouts, missing_shards, read_bank_config, shard_files
 from pecobook.engine.log import compact_duration
 from pecobook.engine.world import environment_without_launcher
-from pecobook.errors import DataError, PecobookError, RunFolderError, listed
+from pecobook.errors import DataError, PecobookError, listed
 from pecobook.recipes import RECIPES
-from pecobook.settings.values import changed_settings, complete, flag_words
+from pecobook.settings.values import flag_words
 from pecobook.utils.folder_lock import FolderBusyError, FolderLock
 from pecobook.utils.json_files import NUMBER, OBJECT, WHOLE, list_of, metric_lines, read_json
-from pecobook.utils.output_folder import OutputFolder
 from pecobook.utils.parent import child_environment
 from pecobook.utils.printer import show
 
-
-def resumed_folder(out: str, settings: dict[str, Any], defaults: dict[str, Any], **rules: Any) -> OutputFolder:
-    """Return the rules for the folder of a command that resumes its jobs where the folder has the same settings.
-
-    Args:
-        out: the folder.
-        settings: settings that must not change when the command resumes; the marker holds them.
-        defaults: default values of these settings.
-        rules: `example`, `kind`, `marker` and `data` of `OutputFolder`.
-    """
-
-    def check_unchanged(old: dict[str, Any]) -> None:
-        changed = changed_settings(complete(old, defaults), settings)
-        if changed:
-            raise RunFolderError(
-                f"--out '{out}' was begun with other settings: {'; '.join(changed)}. Name another folder."
-            )
-
-    return OutputFolder(out, **rules, always_resumes=True, check_resume=check_unchanged)
-
-
-_LAST_FILE = {"analyze": "report.html"}
+_LAST_FILE = {"analyze": "report.html", "predict": "robustness.json"}
 """The file that a command writes last, where it is not that of a training; a token bank ends with its last shard."""
 
 
@@ -64,7 +42,7 @@ class Job:
     """One run of a command, and the jobs that must be finished before it starts."""
 
     command: str
-    """A training command, whose length is given in steps, or tokenize, probe or analyze."""
+    """A training command, whose length is given in steps, or tokenize, probe, analyze or predict."""
     config: Any
     """Settings of the command; `out` is the folder of the run."""
     needs: tuple[str, ...] = ()
@@ -87,20 +65,27 @@ class Job:
         return (self.out / _LAST_FILE.get(self.command, "export/config.json")).exists()
 
     @property
+    def trains(self) -> bool:
+        """Whether the job is a training, whose length is given in steps."""
+        return self.command in RECIPES
+
+    @property
     def fraction_done(self) -> float:
         """The part of the job that is done, in [0, 1]."""
         if self.command == "tokenize":
             return _written_part(self.out)
         if self.finished:
             return 1.0
-        return _last_step(self.out) / int(self.config.max_steps) if self.command in RECIPES else 0.0
+        return _last_step(self.out) / int(self.config.max_steps) if self.trains else 0.0
 
     @functools.cached_property
     def words(self) -> tuple[str, ...]:
         """The words of the command line after `pecobook`; the same words begin the job, and continue or repeat it."""
+        if self.command == "predict":  # what is interrupted leaves an empty folder
+            return (self.command, *flag_words(self.config, type(self.config)(), always=("run", "images", "out")))
         if self.command not in (*RECIPES, "tokenize"):
-            flags = flag_words(self.config, type(self.config)(), always=("data", "out"))
-            return (self.command, *flags, *(("--overwrite",) if hasattr(self.config, "overwrite") else ()))
+            words = flag_words(self.config, type(self.config)(), always=("data", "out"))
+            return (self.command, *words, *(("--overwrite",) if hasattr(self.config, "overwrite") else ()))
         names = RECIPES["pretrain" if self.command == "tokenize" else self.command]
         load = recipes.tokenize if self.command == "tokenize" else functools.partial(recipes.recipe, self.command)
         # The recipe from which the fewest settings differ, so that the line is short.
@@ -202,10 +187,11 @@ _PERIOD = 0.5
 
 
 @_exit_on_signals()
-def run_all(jobs: Mapping[str, Job], out: Path, gpus_per_run: int = 1) -> Outcome:
+def run_all(jobs: Mapping[str, Job], out: Path, gpus_per_run: int = 1, *, accept_data_change: bool = False) -> Outcome:
     """Run all unfinished jobs that no other process runs, and wait for those that another process runs.
 
-    A job that fails does not end the others; those that need it are not run.
+    A job that fails does not end the others; those that need it are not run. Interrupted jobs refuse data that have
+    changed since they began, unless `accept_data_change` is given.
     """
     (out / "logs").mkdir(exist_ok=True)
     free_slots = gpu_slots(gpus_per_run)
@@ -234,7 +220,10 @@ def run_all(jobs: Mapping[str, Job], out: Path, gpus_per_run: int = 1) -> Outcom
                     and (lock := _try_lock(job, out / "locks" / name)) is not None
                 ):
                     del waiting[name]
-                    running[name] = _Running(name, job, out, free_slots.pop(0), lock)
+                    slot, words = free_slots.pop(0), job.words
+                    if accept_data_change and (job.out / "config.json").exists():
+                        words = (*words, "--accept-data-change")
+                    running[name] = _Running(name, words, out, slot, lock)
             progress.show()
             time.sleep(max(_PERIOD, 5 * (time.monotonic() - began)))
     finally:
@@ -248,9 +237,9 @@ def run_all(jobs: Mapping[str, Job], out: Path, gpus_per_run: int = 1) -> Outcom
 
 
 def seconds_of(jobs: Mapping[str, Job]) -> dict[str, float]:
-    """Return the seconds of every finished training and analysis."""
-    timed = (*RECIPES, "analyze")  # the times of token banks and probes are not recorded
-    return {name: job_seconds(job) for name, job in jobs.items() if job.command in timed and job.finished}
+    """Return the seconds of every finished job but token banks and probes, which do not record theirs."""
+    untimed = ("tokenize", "probe")
+    return {name: job_seconds(job) for name, job in jobs.items() if job.command not in untimed and job.finished}
 
 
 def _try_lock(job: Job, folder: Path) -> FolderLock | None:
@@ -281,11 +270,11 @@ def _try_lock(job: Job, folder: Path) -> FolderLock | None:
 class _Running:
     """A running process of a job."""
 
-    def __init__(self, name: str, job: Job, out: Path, slot: GpuSlot, lock: FolderLock) -> None:
+    def __init__(self, name: str, words: Sequence[str], out: Path, slot: GpuSlot, lock: FolderLock) -> None:
         self.slot, self.lock = slot, lock
         self.log_file = out / "logs" / f"{name}.log"
         self.log: TextIO = self.log_file.open("a")
-        command = [sys.executable, "-m", "pecobook", *job.words]
+        command = [sys.executable, "-m", "pecobook", *words]
         environment = {**environment_without_launcher(), **child_environment(), **slot.environment}
         self.process = subprocess.Popen(command, stdout=self.log, stderr=subprocess.STDOUT, env=environment)
         if hasattr(os, "sched_setaffinity"):  # threads and data-loading processes inherit the cores
@@ -369,6 +358,8 @@ def job_seconds(job: Job) -> float:
     """
     if job.command == "analyze":
         return float(read_analysis(job.out)["seconds"])
+    if job.command == "predict":
+        return float(read_json(job.out / _LAST_FILE["predict"], {"seconds": NUMBER})["seconds"])
     start, last_start, end = (
         (job.out / name).stat().st_mtime for name in ("config.json", "environment.json", "export/config.json")
     )

@@ -7,8 +7,9 @@ import math
 import re
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, cast
 
 import torch
@@ -36,8 +37,12 @@ _HEADS = re.compile(
     r"|projection_head|prototypes|pooler|decoder\w*)(\.|$)"
 )
 
-# Modules whose objects training scripts save beside the weights: settings and numbers. They are not built.
-_SETTINGS_MODULES = ("argparse", "numpy", "pathlib", "omegaconf", "yacs", "mmengine", "mmcv", "ml_collections")
+# Python modules whose objects training scripts save beside the weights, or in a network: settings, numbers, devices.
+# They are not built.
+_SETTINGS_MODULES = (
+    *("argparse", "numpy", "pathlib", "omegaconf", "yacs", "mmengine", "mmcv", "ml_collections"),
+    *("torch", "functools", "collections"),
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,10 +58,50 @@ class Checkpoint:
 
 
 class _Unread:
-    """Stands in a file for an object that is neither a tensor nor a plain value; nothing of the object is kept."""
+    """Stands in a file for an object of any class, which is not built; of a network the weights are kept.
+
+    A pickled network is a tree of objects that hold `_parameters`, `_buffers` and `_modules`.
+    """
+
+    own: Mapping[str, Any] = MappingProxyType({})
+    parts: Mapping[str, Any] = MappingProxyType({})
+
+    def __setstate__(self, state: Any) -> None:
+        if isinstance(state, dict):
+            self.own = {**state.get("_parameters", {}), **state.get("_buffers", {})}
+            self.parts = state.get("_modules", {})
+
+    def weights(self) -> dict[str, Tensor]:
+        """Return the weights under the names of a state dict."""
+        found = {name: value for name, value in self.own.items() if isinstance(value, Tensor)}
+        for name, part in self.parts.items():
+            if isinstance(part, _Unread):
+                found |= {f"{name}.{key}": value for key, value in part.weights().items()}
+        return found
+
+
+class _UnreadSettings(_Unread):
+    """Stands for an object of `_SETTINGS_MODULES`, which files build by a call; other calls refuse the file."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None: ...
-    def __setstate__(self, state: Any) -> None: ...
+
+
+class _UnreadCall(_Unread):
+    def __init__(self, *_: Any, **__: Any) -> None:
+        raise WeightsError(f"it calls {type(self).__name__}")
+
+
+def _stub(name: str) -> Any:
+    """Return a class of its own for a name in a file, since torch finds the name by the class."""
+    harmless = name.split(".")[0] in _SETTINGS_MODULES or name == "builtins.set"
+    return type(name, (_UnreadSettings if harmless else _UnreadCall,), {}), name
+
+
+def _with_weights(content: Any) -> Any:
+    """Return the content of a file with the weights of each network instead of the network."""
+    if isinstance(content, _Unread):
+        return content.weights()
+    return {name: _with_weights(value) for name, value in content.items()} if isinstance(content, dict) else content
 
 
 def read_weights(path: str) -> dict[str, Tensor]:
@@ -67,7 +112,8 @@ def read_weights(path: str) -> dict[str, Tensor]:
 def read_checkpoint(path: str) -> Checkpoint:
     """Load the weights of a safetensors or PyTorch file out of the dictionaries that a training script saved.
 
-    Settings (argparse, numpy, omegaconf, ...) beside the weights are skipped; no code of the file runs.
+    Settings (argparse, numpy, omegaconf, ...) beside the weights are skipped, and of a pickled network the weights are
+    taken; no code of the file runs.
 
     Raises:
         WeightsError: the file is missing, damaged, differs from the checksum beside it, or contains no state dict.
@@ -119,12 +165,8 @@ def _load_tensors(file: Path) -> Any:
         if not zipfile.is_zipfile(file):
             raise
         names = torch.serialization.get_unsafe_globals_in_checkpoint(file)
-        if not names or not all(name.split(".")[0] in _SETTINGS_MODULES for name in names):
-            raise
-        # A class of its own for each name, since torch finds the name by the class.
-        stubs: list[Any] = [(type(name, (_Unread,), {}), name) for name in names]
-        with torch.serialization.safe_globals(stubs):
-            return torch.load(file, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals([_stub(name) for name in names]):
+            return _with_weights(torch.load(file, map_location="cpu", weights_only=True))
 
 
 def _inner(content: dict[Any, Any]) -> str | None:
@@ -246,7 +288,7 @@ def _resized(name: str, table: Tensor, expected: Tensor | None) -> Tensor:
         return table
     for prefix in range(3):  # class tokens, which come first
         old, new = (math.isqrt(max(value.shape[1] - prefix, 0)) for value in (table, expected))
-        if (old * old + prefix, new * new + prefix) == (table.shape[1], expected.shape[1]):
+        if old and new and (old * old + prefix, new * new + prefix) == (table.shape[1], expected.shape[1]):
             return resample_abs_pos_embed(table, [new, new], [old, old], num_prefix_tokens=prefix)  # type: ignore[no-any-return]
     return table
 

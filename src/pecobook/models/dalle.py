@@ -100,23 +100,20 @@ class DalleTokenizer(nn.Module):
     def from_pretrained(cls, folder: str | Path) -> DalleTokenizer:
         """Load `encoder` and `decoder` from a folder: plain state dicts as .safetensors, .pt or .pth files.
 
-        The public `encoder.pkl` and `decoder.pkl` are complete pickled modules, which can run code when they are
-        loaded; pecobook does not load them. Convert each file once, in an environment that you trust, where the package
-        `dall_e` is installed:
-        `torch.save(torch.load("encoder.pkl", weights_only=False).state_dict(), "encoder.pt")`.
+        The public `encoder.pkl` and `decoder.pkl` are complete pickled modules; their weights are read without running
+        the code that such files can hold.
 
         Raises:
             WeightsError: a file is missing, is not a plain state dict, or does not fit the network.
         """
         states = {}
         for part in ("encoder", "decoder"):
-            candidates = [Path(folder) / f"{part}{suffix}" for suffix in (".safetensors", ".pt", ".pth")]
+            candidates = [Path(folder) / f"{part}{suffix}" for suffix in (".safetensors", ".pt", ".pth", ".pkl")]
             files = [file for file in candidates if file.is_file()]
             if not files:
                 raise WeightsError(
-                    f"'{folder}' contains no {part}.safetensors, {part}.pt or {part}.pth of DALL-E's tokenizer.\n"
-                    f"Convert the public {part}.pkl once, where you trust the file and have installed dall_e:\n"
-                    f'torch.save(torch.load("{part}.pkl", weights_only=False).state_dict(), "{part}.pt")'
+                    f"'{folder}' contains no {part}.pkl of DALL-E's tokenizer, nor .safetensors, .pt or .pth.\n"
+                    f"Download it from https://cdn.openai.com/dall-e/{part}.pkl."
                 )
             states[part] = read_weights(str(files[0]))
         try:

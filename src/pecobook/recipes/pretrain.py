@@ -178,7 +178,7 @@ def paper_mae() -> PretrainConfig:
         colour changes, drop path or clipping, a decoder of 8 blocks of width 512. MAE's positions are fixed; those of
         timm's network are learned. The rows "MAE" of the paper's Tables 1, 3 and 8.
     Command: pecobook pretrain paper-mae --data IMAGENET --compile --out runs/mae
-    Cost: 56 GFLOP for an image (counted: 50 of 197 tokens in the encoder, all in the decoder), so 1.2e20 FLOP; about
+    Cost: 58 GFLOP for an image (counted: 50 of 197 tokens in the encoder, all in the decoder), so 1.2e20 FLOP; about
         160 hours of one H100 at 200 TFLOP/s (estimated).
     Result of MAE: 83.6% after fine-tuning.
     """

@@ -3,10 +3,37 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Literal
 
 from pecobook.settings.images import AUTO, check_value_range
 from pecobook.settings.segment import SegmentTestConfig
-from pecobook.settings.values import between
+from pecobook.settings.values import LARGEST, between, positive, refuse
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AttackConfig:
+    """Attacks on a classifier (paper, Table 11).
+
+    With an attack no predictions are written: the accuracy on labelled held-out images is measured, also under attack.
+    """
+
+    names: tuple[Literal["bim", "mi-fgsm"], ...] = ()
+    """Attacks that know the classifier's gradient: bim, the basic iterative method, and mi-fgsm, the same with momentum
+    (MIM in the paper). With an attack, only the accuracy on labelled held-out images is measured."""
+    eps: float = 2.0
+    """Largest change of a value, in 1/255 of the range from black to white."""
+    steps: int = 20
+    """Number of steps of an attack."""
+    step: float = 0.0
+    """Change of a value in one step, in 1/255; 0 takes eps / steps."""
+    max_images: int = 50_000
+    """Largest number of held-out images; a fixed permutation chooses them."""
+
+    def __post_init__(self) -> None:
+        between(self, 0.0, 255.0, "eps", "step")
+        positive(self, "steps", "max_images", most=LARGEST)
+        if len(set(self.names)) != len(self.names):
+            refuse("names", f"takes each attack once, not {self.names}.")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -29,6 +56,7 @@ class PredictConfig:
     score: float = 0.5
     """Smallest score of a detection that is drawn. detections.json holds all detections."""
     test: SegmentTestConfig = SegmentTestConfig()
+    attack: AttackConfig = AttackConfig()
 
     def __post_init__(self) -> None:
         check_value_range(self.value_range)

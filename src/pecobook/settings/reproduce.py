@@ -5,20 +5,20 @@ from __future__ import annotations
 import dataclasses
 from typing import Literal
 
-from pecobook.settings.images import MAX_LENGTH, ImagesConfig
+from pecobook.settings.images import MAX_LENGTH, ManyRunsConfig
 from pecobook.settings.perceptual import check_layers
 from pecobook.settings.training import BackboneConfig
 from pecobook.settings.values import LARGEST, between, not_negative, positive, refuse
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ReproduceConfig(ImagesConfig):
+class ReproduceConfig(ManyRunsConfig):
     """Train the rows of the paper's tables, with controls, and compare with the paper's numbers."""
 
     tables: tuple[str, ...] = ()
-    """Tables of the paper: any of tables1-2, table1-large, table1-huge, table4, table5, table6, table7, table10,
-    table12, v1-table7; or duel and duel-tuning, the study of docs/study.md. On the command line the tables may stand
-    first, without the flag."""
+    """Tables of the paper: any of tables1-2, table1-large, table1-huge, table3, table4, table5, table6, table7, table8,
+    table10, table11, table12, v1-table7; or duel and duel-tuning, the study of docs/study.md. On the command line the
+    tables may stand first, without the flag."""
     out: str = ""
     """Folder to write. An interrupted reproduction resumes there, and more tables may be added to the folder."""
     budget: Literal["tiny", "small", "paper"] = "tiny"
@@ -48,6 +48,16 @@ class ReproduceConfig(ImagesConfig):
     """A ViT pre-trained by DINO, for its row in Table 1: timm:vit_base_patch16_224.dino has the public weights."""
     dalle: str = ""
     """Folder of DALL-E's public tokenizer, for the rows of DALL-E."""
+    segmentation_data: str = ""
+    """Images and masks for the segmentation of Tables 3 and 8, as in segment's --data."""
+    segmentation_mask_values: tuple[str, ...] = ()
+    """Pixel values of the classes, as in segment's --mask-values; empty takes 0, 1, 2, ... or ADE20K's at budget
+    paper."""
+    segmentation_ignore: tuple[str, ...] = ()
+    """Pixel values or classes that do not count, as in segment's --ignore; empty takes 255, or ADE20K's at budget
+    paper."""
+    detection_data: str = ""
+    """Images and objects in COCO's format for the detection of Tables 3 and 8, as in detect's --data."""
     more_data: str = ""
     """More images, for Table 7 of the paper's first version."""
     gpus_per_run: int = 0

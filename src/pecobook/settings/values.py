@@ -151,9 +151,13 @@ def field_name(flag_name: str) -> str:
     return flag_name.replace("-", "_")
 
 
-@functools.cache
 def flags(config_type: type[Any], prefix: str = "") -> dict[str, Any]:
     """Return every flag of a settings class with the type of its value; nested flags have dots (`optim.lr`)."""
+    return dict(_flags(config_type, prefix))  # type: ignore[arg-type]  # mypy takes no type as hashable
+
+
+@functools.cache
+def _flags(config_type: type[Any], prefix: str) -> dict[str, Any]:
     types_by_flag: dict[str, Any] = {}
     hints = typing.get_type_hints(config_type)
     for field in dataclasses.fields(config_type):

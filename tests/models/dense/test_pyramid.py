@@ -60,7 +60,7 @@ def pictures(height: int = 32, width: int = 32, count: int = 2) -> Tensor:
 def test_forward__four_maps_of_the_blocks_at_four_strides(kind: str) -> None:
     model, x = pyramid(kind), pictures()
     maps = model(x)
-    assert model.strides == (1, 2, 4, 8)
+    assert list(model.strides) == [1, 2, 4, 8]
     assert [tuple(features.shape) for features in maps] == [(2, 24, 32 // s, 32 // s) for s in model.strides]
     # Blocks 2, 3, 4 and 6 of 6, by timm's own forward, at the network's own size: nothing is interpolated.
     expected = network(kind).forward_intermediates(x, indices=[1, 2, 3, 5], intermediates_only=True)  # type: ignore[operator]

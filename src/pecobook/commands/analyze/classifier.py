@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pecobook.data.parts import class_indices
 from pecobook.data.source import Splits
 from pecobook.errors import ConfigError, DataError
 from pecobook.models.checkpoints import left_aside, load_state, read_checkpoint
@@ -33,14 +34,16 @@ class RestrictedClassifier:
     columns: Tensor
     """int64 (C,), the index of each class of the data among the network's classes."""
 
-    @torch.inference_mode()
     def accuracy(self, images: Tensor, labels: Tensor | None) -> float | None:
         """Return the accuracy in percent on float images (N, 3, H, W) in [0, 1]; None without labels.
 
         Only the classes of the data can be predicted.
         """
-        if labels is None:
-            return None
+        return None if labels is None else round(100 * self.num_correct(images, labels) / len(labels), 3)
+
+    @torch.inference_mode()
+    def num_correct(self, images: Tensor, labels: Tensor) -> int:
+        """Return the number of images (N, 3, H, W) that are classified as `labels`; arguments as of `accuracy`."""
         correct = 0
         for part, part_labels in zip(torch.split(images, 64), torch.split(labels, 64), strict=True):
             x = part.to(self.columns.device)
@@ -48,7 +51,7 @@ class RestrictedClassifier:
                 x = F.interpolate(x, (self.size, self.size), mode="bicubic", antialias=True).clamp(0, 1)
             logits = self.network(x)[:, self.columns]
             correct += int((logits.argmax(1).cpu() == part_labels).sum())
-        return round(100 * correct / len(labels), 3)
+        return correct
 
 
 def open_classifier(config: AnalyzeConfig, splits: Splits) -> RestrictedClassifier:
@@ -72,18 +75,12 @@ def open_classifier(config: AnalyzeConfig, splits: Splits) -> RestrictedClassifi
             )
         columns = torch.arange(count)
     else:
-        exported, state = read_export(Path(name).parent if Path(name).is_file() else name)
+        exported, state = read_export(Path(name).parent if Path(name).is_file() else name, kinds=("classifier",))
         if exported.get("kind") != "classifier":  # segmenters and detectors have classes, too
             raise ConfigError(f"--classifier '{name}' is not a finetune run: it is a {exported.get('kind')}.")
-        index_of = {label: index for index, label in enumerate(exported["classes"])}
-        missing = [label for label in classes if label not in index_of]
-        if missing:
-            raise ConfigError(
-                f"--classifier '{Path(name)}' does not have the class '{missing[0]}' of --data '{config.data}'"
-                f"{f' (and {len(missing) - 1} more are missing)' if len(missing) > 1 else ''}."
-            )
+        columns = torch.tensor(class_indices(exported["classes"], classes, f"--classifier '{Path(name)}'", config.data))
         network = exported_network(exported, state, name)
-        size, columns = exported["image_size"], torch.tensor([index_of[label] for label in classes])
+        size = exported["image_size"]
         normalisation = Normalisation(tuple(exported["mean"]), tuple(exported["std"]), "as the run was trained")
     normalisation = overridden(normalisation, config.classifier_mean, config.classifier_std)
     say(with_flags(normalisation.line(name), "--classifier-"))

@@ -20,11 +20,12 @@ from pecobook.analysis.codewords import bag_of_codes, code_usage, mean_codewords
 from pecobook.analysis.figures import gallery_picture
 from pecobook.analysis.position import checkerboard, information_given_position, moved_codes, position_dependence
 from pecobook.analysis.probe import MIN_IMAGES, linear_probe
-from pecobook.analysis.reconstruction import decode_all, encode_all, in_batches, psnr, ssim
+from pecobook.analysis.reconstruction import decode_all, encode_all, float_parts, in_batches, psnr, ssim
 from pecobook.analysis.semantics import information, patch_colours, patch_edges, patch_labels
 from pecobook.analysis.similarity import agreement, code_distance, pixel_distance, read_bapps, shifted_preferred
 from pecobook.analysis.stability import stability
 from pecobook.commands.analyze.bank import Occurrences, bank_gallery, bank_usage, find_occurrences
+from pecobook.commands.analyze.classifier import RestrictedClassifier
 from pecobook.commands.analyze.inputs import AnalysisInputs, TokenizerInput
 from pecobook.commands.analyze.pictures import PATCHES, TokenizerMetrics, evenly_spaced, gallery_codewords, pictures_of
 from pecobook.commands.extract import extract
@@ -41,6 +42,8 @@ STABILITY_IMAGES = 500
 _SIMILARITY_IMAGES = 200  # images that are compared with shifted and blurred copies
 PROBES = ("codeword_probe", "bag_probe", "crossed_probe", "crossed_bag_probe")
 """Names of the linear probes of codes."""
+_BAG_VALUES = 2**29
+"""Largest number of values in the training features of a probe on bags of codes, 2 GB of memory."""
 TrainCodes = Callable[[], tuple[Tensor, Tensor] | None]
 """Returns codes and labels of the training images, or None without labels."""
 
@@ -55,26 +58,27 @@ def evaluate_tokenizer(
     *,
     larger: Tensor,
     seed: int,
-) -> tuple[TokenizerMetrics, Tensor, Tensor]:
+    classifier: RestrictedClassifier | None = None,
+) -> tuple[TokenizerMetrics, Tensor]:
     """Measure codebook usage, reconstruction quality, position dependence, and probe accuracy on held-out images.
 
     Args:
         name: name of the tokenizer.
         tokenizer: the tokenizer, which is moved to the device.
-        images: held-out images, float (N, 3, S, S) in [0, 1], with the tokenizer's image size.
+        images: held-out images, float (N, 3, S, S) in [0, 1] or uint8, with the tokenizer's image size.
         labels: labels of the images, int64 (N,), or None; without labels `train` is not called.
         train: returns codes and labels of training images.
         distance: perceptual distance between images and reconstructions; None leaves this metric out.
         larger: held-out images that are one token larger, float (M, 3, S + stride, S + stride).
         seed: seed of the probes' validation part, and of the codes that are permuted between positions.
+        classifier: classifier of images and reconstructions; None leaves this metric out.
 
     Returns:
-        the metrics, the codes int64 (N, h, w), and the reconstructions (N, 3, S, S), all on the host.
+        the metrics, and the codes int64 (N, h, w) on the host.
     """
     tokenizer = tokenizer.to(device()).eval()
     K = tokenizer.num_codewords
     codes = encode_all(tokenizer, images)
-    restored = decode_all(tokenizer, codes)
     usage = code_usage(codes, K)
     values: dict[str, Any] = {
         "name": name,
@@ -85,20 +89,50 @@ def evaluate_tokenizer(
         "codes_used": usage.codes_used,
         "perplexity": round(usage.perplexity, 2),
         "unused": at_most_fifty(np.flatnonzero(usage.counts == 0).tolist()),
-        "psnr": _rounded(psnr(images, restored).mean()),
-        "ssim": _rounded(ssim(images, restored).mean(), 4),
-        "perceptual_distance": None,
+        **_quality(tokenizer, images, codes, labels, distance, classifier),
     }
-    if distance is not None:
-        values["perceptual_distance"] = _rounded(_distances(distance, images, restored).mean(), 4)
     dependence = dataclasses.asdict(position_dependence(codes, seed=seed))
     values["position"] = {key: _rounded(value, 4) for key, value in dependence.items()}
     moved = moved_codes(tokenizer, larger, tokenizer.stride)
     values["position"]["moved"] = {key: _rounded(value) for key, value in moved.items()}
     probe_values, correct = code_probes(tokenizer, codes, labels, train, seed)
     shown = evenly_spaced(len(images))
-    metrics = TokenizerMetrics(name, values | probe_values, images[shown], restored[shown], usage, correct)
-    return metrics, codes, restored
+    pictures = next(float_parts(images[shown])), decode_all(tokenizer, codes[shown])
+    return TokenizerMetrics(name, values | probe_values, *pictures, usage, correct), codes
+
+
+def _quality(
+    tokenizer: Any,
+    images: Tensor,
+    codes: Tensor,
+    labels: Tensor | None,
+    distance: PerceptualDistance | None,
+    classifier: RestrictedClassifier | None,
+) -> dict[str, Any]:
+    """Measure the reconstructions of some images at a time, since those of a whole data set would fill the memory."""
+    rows: dict[str, list[Tensor]] = {"psnr": [], "ssim": [], "distance": []}
+    correct = {"originals": 0, "reconstructions": 0}
+    done = 0
+    for part, part_codes in zip(float_parts(images), torch.split(codes, 64), strict=True):
+        restored = decode_all(tokenizer, part_codes)
+        rows["psnr"].append(psnr(part, restored))
+        rows["ssim"].append(ssim(part, restored))
+        if distance is not None:
+            rows["distance"].append(_distances(distance, part, restored))
+        if classifier is not None and labels is not None:
+            part_labels = labels[done : done + len(part)]
+            correct["originals"] += classifier.num_correct(part, part_labels)
+            correct["reconstructions"] += classifier.num_correct(restored, part_labels)
+        done += len(part)
+    values: dict[str, Any] = {
+        "psnr": _rounded(torch.cat(rows["psnr"]).mean()),
+        "ssim": _rounded(torch.cat(rows["ssim"]).mean(), 4),
+        "perceptual_distance": None if distance is None else _rounded(torch.cat(rows["distance"]).mean(), 4),
+    }
+    if classifier is not None:
+        shares = {name: round(100 * count / done, 3) for name, count in correct.items()}
+        values["classifier"] = shares if labels is not None else dict.fromkeys(correct)
+    return values
 
 
 def analyze_tokenizer(
@@ -106,28 +140,31 @@ def analyze_tokenizer(
 ) -> tuple[TokenizerMetrics, list[str], Callable[[], dict[str, bytes]]]:
     """Measure one tokenizer; return the metrics, the unreadable images, and a function that draws pictures by kind."""
     tokenizer, bank = tokenizer_input.tokenizer, tokenizer_input.bank
-    pixels, labels, skipped = read_all(inputs.splits.evaluation, tokenizer.image_size, limit=config.max_test)
-    images = to_float(pixels)
+    images, labels, skipped = read_all(inputs.splits.evaluation, tokenizer.image_size, limit=config.max_test)
     limit = min(config.max_test, STABILITY_IMAGES)
     larger = to_float(read_all(inputs.splits.evaluation, tokenizer.image_size + tokenizer.stride, limit=limit)[0])
     show(f"  encoding and decoding {len(images)} images" + (f"; {len(skipped)} could not be read" if skipped else ""))
     train = partial(_train_codes, config, tokenizer_input, inputs)
-    metrics, codes, restored = evaluate_tokenizer(
-        tokenizer_input.name, tokenizer, images, labels, train, inputs.distance, larger=larger, seed=config.seed
+    metrics, codes = evaluate_tokenizer(
+        tokenizer_input.name,
+        tokenizer,
+        images,
+        labels,
+        train,
+        inputs.distance,
+        larger=larger,
+        seed=config.seed,
+        classifier=inputs.classifier,
     )
     K, values = tokenizer.num_codewords, metrics.values
     values["source"] = tokenizer_input.source
     show("  mutual information with classes, colours and edges")
     values["information"] = _information(config, K, images, codes, labels)
-    if inputs.classifier is not None:
-        values["classifier"] = {
-            "originals": inputs.classifier.accuracy(images, labels),
-            "reconstructions": inputs.classifier.accuracy(restored, labels),
-        }
     show("  codes of distorted images")
-    unchanged = stability(tokenizer, images[:STABILITY_IMAGES], codes[:STABILITY_IMAGES], tokenizer.stride)
+    few = to_float(images[:STABILITY_IMAGES])
+    unchanged = stability(tokenizer, few, codes[:STABILITY_IMAGES], tokenizer.stride)
     values["stability"] = {name: round(value, 2) for name, value in unchanged.items()}
-    values["similarity"] = _similarity(inputs, tokenizer, images)
+    values["similarity"] = _similarity(inputs, tokenizer, few)
     occurrences: list[Occurrences] = []
     if bank is not None:
         show(f"  the token bank {bank.folder}")
@@ -185,7 +222,7 @@ def _train_codes(
         train,
         tokenizer.image_size,
         config.max_train,
-        lambda images: {"codes": encode_all(tokenizer, images)},
+        lambda images: {"codes": encode_all(tokenizer, images).int()},
         f"codes of {tokenizer_input.name}",
     )
     assert labels is not None
@@ -198,19 +235,21 @@ def code_probes(
     """Train linear probes on mean codewords and on bags of codes (paper, Table 4, left).
 
     The crossed probes are trained on the codes of one half of the positions and tested on the other half, so codes that
-    have a meaning at a single position do not help them. They need at least two positions in each half.
+    have a meaning at a single position do not help them. They need at least two positions in each half. Probes on bags
+    learn from as many images as `_BAG_VALUES` allows, 65,536 for 8,192 codewords.
 
     Returns:
         the accuracies and their errors, which are None without labels (the errors also with fewer than `MIN_IMAGES`
         images), and which images were classified correctly.
     """
     values: dict[str, Any] = {f"{name}{suffix}": None for name in PROBES for suffix in ("", "_error")}
-    values["num_train"] = None
+    values |= {"num_train": None, "num_train_bag": None}
     correct: dict[str, NDArray[np.bool_]] = {}
     training_set = train() if labels is not None else None
     if labels is None or training_set is None:
         return values, correct
     train_codes, train_labels = training_set
+    num_bags = max(_BAG_VALUES // tokenizer.num_codewords, 1)
     mean = partial(mean_codewords, codebook=tokenizer.codebook.detach().float().cpu())
     bag = partial(bag_of_codes, num_codewords=tokenizer.num_codewords)
     half = checkerboard((codes.shape[1], codes.shape[2]))
@@ -219,11 +258,12 @@ def code_probes(
     if min(int(half.sum()), int((~half).sum())) >= 2:
         probes += [(mean, crossed), (bag, crossed)]
     for name, (feature, (train_part, test_part)) in zip(PROBES, probes, strict=False):
-        result = linear_probe(feature(train_part), train_labels, feature(test_part), labels, seed=seed)
+        count = num_bags if feature is bag else len(train_labels)
+        result = linear_probe(feature(train_part[:count]), train_labels[:count], feature(test_part), labels, seed=seed)
         values[name] = round(result.accuracy, 3)
         values[f"{name}_error"] = round(result.standard_error, 3) if len(labels) >= MIN_IMAGES else None
         correct[name] = result.correct
-    return values | {"num_train": len(train_labels)}, correct
+    return values | {"num_train": len(train_labels), "num_train_bag": min(num_bags, len(train_labels))}, correct
 
 
 def _information(

@@ -129,10 +129,9 @@ def _evaluate_arm(
     def train() -> tuple[Tensor, Tensor] | None:
         return None if images.train_labels is None else (encode_all(tokenizer, images.train), images.train_labels)
 
-    metrics, codes, _ = evaluate_tokenizer(
+    return evaluate_tokenizer(
         arm, tokenizer, images.test, images.test_labels, train, distance, larger=images.larger, seed=seed
     )
-    return metrics, codes
 
 
 def _probes(backbone: Backbone, images: _Images, seed: int) -> Probes:

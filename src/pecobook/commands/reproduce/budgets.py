@@ -8,11 +8,13 @@ import sys
 from typing import Any
 
 from pecobook.commands.paper_tables import EPOCHS
-from pecobook.recipes import codebook, contrast, finetune, pretrain
+from pecobook.recipes import codebook, contrast, detect, finetune, pretrain, segment
 from pecobook.settings.codebook import CodebookConfig
 from pecobook.settings.contrast import ContrastConfig
+from pecobook.settings.detect import DetectConfig
 from pecobook.settings.finetune import FinetuneConfig
 from pecobook.settings.pretrain import DecoderConfig, MaskConfig, PretrainConfig
+from pecobook.settings.segment import SegmentConfig
 from pecobook.settings.tokenizer import AutoencoderConfig
 from pecobook.settings.training import BackboneConfig
 from pecobook.settings.values import LARGEST, replace
@@ -56,7 +58,10 @@ class Budget:
     """The tokenizer of half the width in Table 2."""
     discriminator_layers: int
     vits: dict[str, VitRuns]
-    """The ViTs that are pre-trained and fine-tuned, by size: base, large, huge."""
+    """The ViTs that are pre-trained and fine-tuned, by size: base, large, huge; and visible, of the size of base, whose
+    pre-training on tokens reads the visible patches alone."""
+    dense: dict[str, SegmentConfig | DetectConfig]
+    """Segmentation and detection on each of these ViTs: segment and detect."""
     max_images: int = 0
     """Largest number of images of each split in an analysis; 0 keeps the numbers of `analyze`."""
     classifier: str = ""
@@ -75,7 +80,15 @@ class Budget:
 
 def make_budget(name: str) -> Budget:
     """Return the budget `tiny`, `small` or `paper`."""
-    return _paper() if name == "paper" else _tiny(5 if name == "small" else 1)
+    return _with_visible(_paper() if name == "paper" else _tiny(5 if name == "small" else 1))
+
+
+def _with_visible(budget: Budget) -> Budget:
+    """Return the budget with the accelerated form of Table 8: MAE's trainings of ViT-B, with tokens as targets."""
+    base = budget.vits["base"]
+    masked, classifier = dataclasses.replace(base.mae, target="tokens"), base.own.get("mae", base.finetune)
+    visible = dataclasses.replace(base, pretrain=masked, finetune=classifier)
+    return dataclasses.replace(budget, vits={**budget.vits, "visible": visible})
 
 
 def _tiny(factor: int) -> Budget:
@@ -107,6 +120,10 @@ def _tiny(factor: int) -> Budget:
             "huge-448": _tiny_runs(
                 factor, resnet, dataclasses.replace(classifier, image_size=64), depth=10, embed_dim=192
             ),
+        },
+        dense={
+            "segment": dataclasses.replace(segment.tiny(), max_steps=str(100 * factor)),
+            "detect": dataclasses.replace(detect.tiny(), max_steps=str(100 * factor)),
         },
     )
 
@@ -149,6 +166,7 @@ def _paper() -> Budget:
         lite=codebook.paper_lite().model,
         discriminator_layers=3,
         vits=_paper_vits(),
+        dense={"segment": segment.paper_ade20k(), "detect": detect.paper_coco()},
         max_images=LARGEST,
         classifier="timm:deit_tiny_patch16_224",
     )
@@ -202,4 +220,4 @@ def with_backbone(budget: Budget, model: BackboneConfig) -> Budget:
             for arm, settings in base.own.items()
         },
     )
-    return dataclasses.replace(budget, vits={**budget.vits, "base": runs})
+    return _with_visible(dataclasses.replace(budget, vits={**budget.vits, "base": runs}))

@@ -31,7 +31,6 @@ from pecobook.recipes import codebook, contrast, finetune, pretrain
 from pecobook.settings.analyze import AnalyzeConfig
 from pecobook.settings.codebook import CodebookConfig, ExplicitConfig
 from pecobook.settings.contrast import ContrastConfig
-from pecobook.settings.durations import steps
 from pecobook.settings.finetune import FinetuneConfig
 from pecobook.settings.perceptual import PerceptualConfig
 from pecobook.settings.pretrain import DecoderConfig, MaskConfig, PretrainConfig
@@ -122,7 +121,7 @@ class Duel:
         config: the command's settings.
         splits: the images, with labels.
         add: adds a job to the plan, as `Plan.add` does.
-        run: returns the settings of a training, given base, name, seed and changes, as `Plan.run_settings` does.
+        run: returns the settings of a training, given base, name, seed and changes, as the plan makes them.
 
     Raises:
         ConfigError: the images have no labels.
@@ -148,9 +147,9 @@ class Duel:
         if tuning:
             return
         name = f"few-{run_name(arm, setting)}-{seed}"
-        base = dataclasses.replace(self.budget.few, max_steps=str(self._few_steps()))
-        changes = {"weights": "random", "optim.layer_decay": 1.0} if arm == "scratch" else {}
-        few = self._run(base, name, seed, data=str(self.few_folder), backbone=vit, **changes)
+        changes: dict[str, Any] = {"weights": "random", "optim.layer_decay": 1.0} if arm == "scratch" else {}
+        changes |= {"data": str(self.few_folder), "backbone": vit}
+        few = self._run(self.budget.few, name, seed, num_images=len(self._few), **changes)
         self._add(name, "finetune", few, vit_job)
         if arm not in ("scratch", "pixels"):
             tokenizer, job = self._codebook(arm, setting, seed)
@@ -198,10 +197,6 @@ class Duel:
         order = np.random.default_rng(0).permutation(len(labels))
         chosen = [order[labels[order] == label][:LABELS_PER_CLASS] for label in np.unique(labels)]
         return sorted(np.concatenate(chosen).tolist())
-
-    def _few_steps(self) -> int:
-        few = self.budget.few
-        return steps(few.max_steps, num_images=len(self._few), batch_size=few.batch_size)
 
     def write_images(self) -> None:
         """Write the folder of few labelled images, unless it exists."""

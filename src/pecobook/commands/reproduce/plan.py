@@ -11,23 +11,26 @@ from typing import Any
 from pecobook.commands.cost import Cost, job_cost
 from pecobook.commands.duel_arms import DUEL, TUNING, parse_run, run_name
 from pecobook.commands.jobs import Job
-from pecobook.commands.paper_tables import EPOCHS, Arm, PaperTable
+from pecobook.commands.paper_tables import ATTACKED, EPOCHS, Arm, PaperTable
 from pecobook.commands.reproduce.budgets import Budget, make_budget, with_backbone
 from pecobook.commands.reproduce.duel import Duel
+from pecobook.commands.reproduce.transfers import dense_data, kinds_of
 from pecobook.data.source import Splits
 from pecobook.settings.analyze import AnalyzeConfig
 from pecobook.settings.codebook import AdversarialConfig, CodebookConfig, ExplicitConfig
 from pecobook.settings.durations import steps
 from pecobook.settings.perceptual import PerceptualConfig
+from pecobook.settings.predict import AttackConfig, PredictConfig
 from pecobook.settings.pretrain import PretrainConfig
 from pecobook.settings.reproduce import ReproduceConfig
 from pecobook.settings.tokenize import VIEW_SETTINGS, TokenizeConfig
-from pecobook.settings.training import TrainConfig
+from pecobook.settings.training import CompileTrainConfig, TrainConfig
 from pecobook.settings.values import replace
 
 FROM_SCRATCH = ("scratch", "deit")
 NO_TOKENIZER = (*FROM_SCRATCH, "dino", "moco", "mae")
 """Targets of arms that train a backbone without a tokenizer."""
+_OF_LABELS = ("finetuned", "classified", "codeword_probe", "crossed_probe", *(figure for figure, _ in ATTACKED))
 
 
 class Plan:
@@ -50,8 +53,9 @@ class Plan:
             self.classifier = self.budget.classifier
         is_study = tables.keys() <= {DUEL, TUNING}  # its runs are small at every budget
         self.gpus_per_run = config.gpus_per_run or (1 if is_study else self.budget.gpus_per_run)
+        self.dense_data = dense_data(config, self.budget.dense)
         self.jobs: dict[str, Job] = {}
-        self.duel = Duel(config, splits, self.add, self.run_settings) if {DUEL, TUNING} & tables.keys() else None
+        self.duel = Duel(config, splits, self.add, self._run_settings) if {DUEL, TUNING} & tables.keys() else None
         for seed in config.seeds:
             for name, table in tables.items():
                 for row in table.all_rows:
@@ -64,8 +68,8 @@ class Plan:
                             self._add_analysis(
                                 Arm.parse(arm).target, seed, classified="classified" in dict(table.figures)
                             )
-                        if config.transfer and self.has_labels:
-                            self._add_classifier(arm, seed)
+                        if config.transfer:
+                            self._add_transfers(kinds_of(dict(table.figures)), arm, seed)
 
     def missing_for_arm(self, arm: str) -> str:
         """Return what is missing to train an arm; an empty text when nothing is missing."""
@@ -87,10 +91,13 @@ class Plan:
 
     def missing_for_figure(self, figure: str) -> str:
         """Return what is missing to measure a figure; an empty text when nothing is missing."""
-        if not self.has_labels and figure in ("finetuned", "classified", "codeword_probe", "crossed_probe"):
+        if not self.has_labels and figure in _OF_LABELS:
             return "labels"
-        if figure == "finetuned" and not self.config.transfer:
+        kind = next(iter(kinds_of([figure])), "")
+        if kind and not self.config.transfer:
             return "--transfer"
+        if kind in ("segment", "detect") and kind not in self.dense_data:
+            return "--segmentation-data SOURCE" if kind == "segment" else "--detection-data SOURCE"
         if figure == "classified" and not self.classifier and self.budget.supervised is None:
             return "--classifier"
         return ""
@@ -135,14 +142,17 @@ class Plan:
         others = {job.config.out: job.config for job in self.jobs.values()}
         return {name: job_cost(job.command, job.config, *sizes, others) for name, job in self.jobs.items()}
 
-    def run_settings(self, base: TrainConfig, name: str, seed: int, *, times: float = 1.0, **changes: Any) -> Any:
+    def _run_settings(
+        self, base: TrainConfig, name: str, seed: int, *, times: float = 1.0, num_images: int = 0, **changes: Any
+    ) -> Any:
         """Return the settings of a run with folder, seed, and length in steps, `times` that of `base`."""
-        num_images = len(self.splits.train)
+        num_images = num_images or len(self.splits.train)
         length = steps(base.max_steps, num_images=num_images, batch_size=base.batch_size) * self.config.length
         length = max(round(length * times), 1)
         common: dict[str, Any] = {"data": self.config.data, "value_range": self.config.value_range}
         common |= {"seed": seed, "out": self.out(name)}
-        common |= {"micro_batch_size": self.config.micro_batch_size, "compile": self.config.compile}
+        common |= {"micro_batch_size": self.config.micro_batch_size}
+        common |= {"compile": self.config.compile} if isinstance(base, CompileTrainConfig) else {}
         saving = {"loggers": (), "save_minutes": 5.0, "keep_checkpoints": 1, "save_every": max(length // 3, 1)}
         return replace(base, {**common, **saving, "max_steps": str(length), "sample_every": length, **changes})
 
@@ -162,9 +172,9 @@ class Plan:
         name = f"network-{kind}-{seed}"
         if kind == "supervised":
             assert budget.supervised is not None
-            self.add(name, "finetune", self.run_settings(budget.supervised, name, seed))
+            self.add(name, "finetune", self._run_settings(budget.supervised, name, seed))
         else:
-            self.add(name, "contrast", self.run_settings(budget.contrast[kind], name, seed))
+            self.add(name, "contrast", self._run_settings(budget.contrast[kind], name, seed))
         return self.out(name), name
 
     def _codebook(self, arm: str, seed: int) -> tuple[str, str, int]:
@@ -177,8 +187,8 @@ class Plan:
             return f"dalle:{self.config.dalle}", "", 8
         settings, network_job = self.codebook_settings(arm, seed)
         name = f"codebook-{arm}-{seed}"
-        changes = {"data": self.config.more_data} if arm == "more-data" else {}
-        self.add(name, "codebook", self.run_settings(settings, name, seed, **changes), network_job)
+        changes: dict[str, Any] = {"data": self.config.more_data} if arm == "more-data" else {}
+        self.add(name, "codebook", self._run_settings(settings, name, seed, **changes), network_job)
         return self.out(name), name, settings.model.stride
 
     def codebook_settings(self, arm: str, seed: int) -> tuple[CodebookConfig, str]:
@@ -224,12 +234,31 @@ class Plan:
 
     # -------------------------------------------------------------------------------------------------------- transfer
 
-    def _add_classifier(self, arm: str, seed: int) -> None:
+    def _add_transfers(self, kinds: list[str], arm: str, seed: int) -> None:
+        if "classifier" in kinds and self.has_labels:
+            self._add_classifier(arm, seed)
+        if "attack" in kinds and self.has_labels:
+            run, job = self._add_classifier(arm, seed)
+            name, attack = f"attack-{arm}-{seed}", replace(AttackConfig(), {"names": tuple(dict(ATTACKED))})
+            source: dict[str, Any] = {"images": self.config.data, "value_range": self.config.value_range}
+            self.add(name, "predict", PredictConfig(run=run, out=self.out(name), attack=attack, **source), job)
+        for command in [kind for kind in kinds if kind in self.dense_data]:
+            part, name, data = Arm.parse(arm), f"{command}-{arm}-{seed}", self.dense_data[command]
+            is_scratch = part.target in FROM_SCRATCH
+            if is_scratch and not self.has_labels:
+                continue
+            backbone, job = self._add_classifier(arm, seed) if is_scratch else self._backbone(part, seed)
+            changes = {"backbone": backbone, "num_images": data.num_images, **data.settings}
+            self.add(name, command, self._run_settings(self.budget.dense[command], name, seed, **changes), job)
+
+    def _add_classifier(self, arm: str, seed: int) -> tuple[str, str]:
+        """Add the classifier of an arm; returns the run and the name of its job."""
         part, name = Arm.parse(arm), f"classifier-{arm}-{seed}"
         backbone, job = self._backbone(part, seed)
         runs = self.budget.vits[part.vit]
         base = runs.own.get(part.target, runs.finetune)
-        self.add(name, "finetune", self.run_settings(base, name, seed, backbone=backbone), job)
+        self.add(name, "finetune", self._run_settings(base, name, seed, backbone=backbone), job)
+        return self.out(name), name
 
     def _backbone(self, arm: Arm, seed: int) -> tuple[str, str]:
         """Plan the backbone of an arm; returns the backbone and the name of the job that trains it."""
@@ -244,9 +273,9 @@ class Plan:
         name = f"vit-{dataclasses.replace(arm, vit=arm.vit.partition('-')[0]).name}-{seed}"
         times = arm.epochs / EPOCHS
         if arm.target == "moco":
-            self.add(name, "contrast", self.run_settings(runs.moco, name, seed, times=times))
+            self.add(name, "contrast", self._run_settings(runs.moco, name, seed, times=times))
         elif arm.target == "mae":
-            self.add(name, "pretrain", self.run_settings(runs.mae, name, seed, times=times))
+            self.add(name, "pretrain", self._run_settings(runs.mae, name, seed, times=times))
         else:
             self._add_masked_modelling(name, runs.pretrain, arm.target, seed, times)
         return self.out(name), name
@@ -255,8 +284,9 @@ class Plan:
         tokenizer, job, stride = self._codebook(target, seed)
         side = base.tokenizer_size or base.image_size  # of the crops in the default tokenizer
         size = side // self.budget.codebook.model.stride * stride
-        changes = {"tokenizer": tokenizer, "tokenizer_size": 0 if size == base.image_size else size}
-        self.add_pretraining(name, self.run_settings(base, name, seed, times=times, **changes), target, job)
+        changes: dict[str, Any] = {"tokenizer": tokenizer, "tokenizer_size": 0 if size == base.image_size else size}
+        views_of = f"{target}-visible" if base.visible_only else target  # MAE's views are other crops
+        self.add_pretraining(name, self._run_settings(base, name, seed, times=times, **changes), views_of, job)
 
     def add_pretraining(self, name: str, settings: PretrainConfig, target: str, *needs: str) -> None:
         """Add a pre-training on the tokens of `target`, which come from a bank where that saves time.

@@ -20,11 +20,14 @@ from pecobook.utils.printer import show
 _STEPS = 4
 _LONGEST = 24 * 3600.0
 """Seconds to wait for the rehearsal of another process."""
-_REHEARSED = (*RECIPES, "analyze")
+_SHORT: dict[str, dict[str, Any]] = {
+    "analyze": {"max_train": 200, "max_test": 100},
+    "predict": {"attack.max_images": 100},
+}
+_REHEARSED = (*RECIPES, *_SHORT)
 """Commands that are rehearsed. A token bank is not, since the tokenizer in the steps of a ViT takes longer; nor is a
 probe, which is short."""
-_ANALYSIS = {"max_train": 200, "max_test": 100}
-_ANALYSIS_FACTOR = 10
+_SHORT_FACTOR = 10
 """Estimated time of a whole analysis over that of a rehearsed analysis. A whole analysis reads 20 to 50 times the
 images, but part of the time does not depend on the number of images."""
 
@@ -82,7 +85,7 @@ def rehearse(plan: Plan, out: Path) -> dict[str, float]:
         run_all(jobs, folder, plan.gpus_per_run).check(folder)
         cost = seconds_of(jobs)
         for kind, name in chosen.items():
-            seconds[kind] = cost[name] if jobs[name].command == "analyze" else _seconds_per_step(jobs[name].out)
+            seconds[kind] = _seconds_per_step(jobs[name].out) if jobs[name].trains else cost[name]
         write_json(out / "rehearsal.json", seconds)
     return seconds
 
@@ -97,15 +100,15 @@ def _needs(plan: Plan, name: str) -> tuple[str, ...]:
 def job_duration(job: Job, name: str, seconds: dict[str, float]) -> float:
     """Estimate the seconds of a whole job from the rehearsal; 0 for a job of a kind that was not rehearsed."""
     unit = seconds.get(kind_of(name), 0.0)
-    return unit * (_ANALYSIS_FACTOR if job.command == "analyze" else int(getattr(job.config, "max_steps", 1)))
+    return unit * (int(job.config.max_steps) if job.trains else _SHORT_FACTOR)
 
 
 def _short_job(job: Job, needs: tuple[str, ...], runs: Path, rehearsals: Path) -> Job:
-    changes: dict[str, Any] = _ANALYSIS if job.command == "analyze" else {"max_steps": str(_STEPS), "log_every": 1}
+    changes = {"max_steps": str(_STEPS), "log_every": 1} if job.trains else _SHORT[job.command]
     settings = move_paths(to_dict(job.config), runs, rehearsals)
     if "tokens" in settings and job.command == "pretrain":
         changes = {**changes, "tokens": ""}
-    return Job(job.command, replace(job.config, {**settings, **changes}), needs)
+    return Job(job.command, replace(replace(job.config, settings), changes), needs)
 
 
 def move_paths(value: Any, old: Path, new: Path) -> Any:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from pecobook.commands.reproduce.listing import HEADER, command_line, command_words, tables_line
 from pecobook.commands.reproduce.plan import Plan
+from pecobook.recipes import RECIPES
 
 _MOST_GPUS = 8
 """GPUs of a training at budget paper, unless GPUS or --gpus-per-run says another number."""
@@ -68,7 +69,7 @@ def script(plan: Plan) -> str:
     variables = {kind: f"job{number}" for number, kind in enumerate(arrays)}
     for kind, names in arrays.items():
         jobs = {index: plan.jobs[name] for index, name in names.items()}
-        gpus = "$one" if any(job.command == "analyze" for job in jobs.values()) else "$gpus"
+        gpus = "$one" if any(job.command not in (*RECIPES, "tokenize") for job in jobs.values()) else "$gpus"
         indices, waits = ",".join(map(str, jobs)), _dependency(plan, names, arrays, variables)
         lines.append(f"{variables[kind]}=$(submit {shlex.quote(kind)} {indices} {gpus} \"{waits}\" << 'TASKS'")
         for index, job in jobs.items():  # a finished job keeps its place, since arrays wait for each other by index

@@ -9,7 +9,6 @@ import statistics
 from collections.abc import Sequence
 
 from pecobook.analysis.canvas import INK, new_figure, png, style_axes
-from pecobook.analysis.charts import read_metrics
 from pecobook.analysis.comparison import lookup
 from pecobook.analysis.evidence import Difference, difference, family, mean_and_deviation
 from pecobook.commands.duel_arms import DUEL
@@ -17,6 +16,7 @@ from pecobook.commands.jobs import read_analysis
 from pecobook.commands.paper_tables import MORE, Arm, PaperTable, Row
 from pecobook.commands.reproduce.duel import probe_figures, reading
 from pecobook.commands.reproduce.plan import Plan
+from pecobook.commands.reproduce.transfers import TRANSFERS, transfer_figures
 
 Values = dict[str, dict[int, float]]
 """Figure to the value of each seed that was measured."""
@@ -76,11 +76,10 @@ def _figures(plan: Plan, arm: str, seed: int) -> dict[str, float]:
             figures[figure] = None if share is None else 100 * share
         classifier = metrics.get("classifier", {})
         figures |= {"classified": classifier.get("reconstructions"), "originals": classifier.get("originals")}
-    for kind, figure in (("classifier", "finetuned"), ("few", "few")):
+    for kind, of_kind in {**TRANSFERS, "few": {"few": "evaluation/top1"}}.items():
         job = plan.jobs.get(f"{kind}-{arm}-{seed}")
         if job is not None and job.finished:
-            lines = read_metrics(job.out / "metrics.jsonl")
-            figures[figure] = [line["evaluation/top1"] for line in lines if "evaluation/top1" in line][-1]
+            figures |= transfer_figures(job, of_kind)
     figures |= probe_figures(plan.jobs, f"{arm}-{seed}")
     return {figure: float(value) for figure, value in figures.items() if value is not None}
 

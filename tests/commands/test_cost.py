@@ -1,0 +1,77 @@
+"""The cost of jobs: operations of an image are those of the docstrings of recipes, which were counted in training."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import pytest
+
+from pecobook.commands.cost import TERAFLOPS, Cost, gflop_per_image, job_cost
+from pecobook.recipes import recipe, story
+from pecobook.settings.analyze import AnalyzeConfig
+from pecobook.settings.tokenize import TokenizeConfig
+from pecobook.settings.values import replace
+
+VIT = {"perceptual.network": "timm:vit_base_patch16_224"}
+
+
+@pytest.mark.parametrize(
+    ("command", "name", "changes"),
+    [
+        ("contrast", "paper", {}),
+        ("contrast", "paper-resnet50", {}),
+        ("contrast", "imagenette", {}),
+        ("codebook", "paper", VIT),
+        ("codebook", "paper-lite", VIT),
+        ("codebook", "paper-resnet50", {"perceptual.network": "timm:resnet50"}),
+        ("codebook", "paper-vgg16", {}),
+        ("codebook", "imagenette-224", {"perceptual.network": "none"}),
+        ("pretrain", "paper", {"tokens": "bank"}),
+        ("pretrain", "paper-vit-l", {"tokens": "bank"}),
+        ("finetune", "paper", {"backbone": "timm:vit_base_patch16_224"}),
+    ],
+)
+def test_gflop_per_image__is_that_of_the_recipe(command: str, name: str, changes: dict[str, Any]) -> None:
+    match = re.search(r"Cost: ([\d.]+) GFLOP for an image", story(command, name))
+    assert match is not None
+    assert gflop_per_image(command, replace(recipe(command, name), changes)) == pytest.approx(float(match[1]), rel=0.03)
+
+
+def test_job_cost__of_a_bank_and_of_pre_training_from_it() -> None:
+    codebook = replace(recipe("codebook", "paper"), {"out": "runs/codebook", "max_steps": "10"})
+    others = {"runs/codebook": codebook}
+    bank = TokenizeConfig(tokenizer="runs/codebook", views=15)
+    cost = job_cost("tokenize", bank, 1000, 100, others)
+    views = 15 * 1000 + 100
+    assert cost.flop is not None
+    assert cost.flop == pytest.approx(66e9 * views, rel=0.02)  # docs/pretraining.md
+    assert cost.disk == views * 392
+    assert cost.hours == pytest.approx(cost.flop / (1e12 * TERAFLOPS["tokenize"]) / 3600)
+    online = replace(recipe("pretrain", "paper"), {"tokenizer": "runs/codebook", "max_steps": "10", "compile": True})
+    costs = [job_cost("pretrain", replace(online, {"tokens": tokens}), 1000, 100, others) for tokens in ("", "bank")]
+    (with_tokenizer, from_bank) = [cost.flop for cost in costs]
+    assert with_tokenizer == pytest.approx(175e9 * 10 * 2048, rel=0.03)
+    assert from_bank == pytest.approx(108e9 * 10 * 2048, rel=0.03)
+
+
+def test_job_cost__of_visible_patches_alone_is_less() -> None:
+    whole = replace(recipe("pretrain", "paper"), {"model.name": "vit_base_patch16_224", "model.args": "{}"})
+    whole = replace(whole, {"target": "pixels", "mask.num_masked": 147})
+    visible = gflop_per_image("pretrain", replace(whole, {"visible_only": True}))
+    # A quarter of the ViT, and the decoder: 8 blocks of width 512 on 196 patches, each 12 w^2 + 2 N w products forward.
+    decoder = whole.decoder
+    products = decoder.depth * 196 * (12 * decoder.width**2 + 2 * 196 * decoder.width)
+    assert visible == pytest.approx(gflop_per_image("pretrain", whole) / 4 + 3 * 2 * products / 1e9, rel=0.05)
+
+
+def test_job_cost__of_unknown_networks_and_small_images_is_not_invented() -> None:
+    assert job_cost("tokenize", TokenizeConfig(tokenizer="owner/name"), 10, 10, {}) == Cost(None, None, 0.0)
+    assert job_cost("segment", recipe("segment", "tiny"), 10, 10, {}) == Cost(None, None, 0.0)
+    gone = replace(recipe("contrast", "tiny"), {"model.name": "gone"})
+    assert job_cost("contrast", gone, 10, 10, {}) == Cost(None, None, 0.0)
+    small = job_cost("codebook", recipe("codebook", "tiny"), 10, 10, {})
+    assert small.flop is not None
+    assert small.hours is None  # images of 32 pixels do not keep a GPU busy
+    analysis = AnalyzeConfig(tokenizer="runs/codebook")
+    assert job_cost("analyze", analysis, 10, 10, {"runs/codebook": recipe("codebook", "tiny")}).hours is None
