@@ -54,13 +54,13 @@ class AttackedClassifier:
         """Return which images uint8 (B, 3, S, S) are classified rightly, bool (B,), by attack; `clean` is without."""
         clean, truth = to_float(images.to(device())), labels.to(device())
         eps = settings.eps / 255
-        options = {"eps": eps, "step": settings.step / 255 or eps / settings.steps, "steps": settings.steps}
-        attacked: dict[str, Tensor] = {
-            name: attack(self.logits, clean, truth, **options, momentum=MOMENTUM[name])  # type: ignore[arg-type]
-            for name in settings.names
-        }
+        step = settings.step / 255 or eps / settings.steps
+        images_of = {"clean": clean}
+        for name in settings.names:
+            options = {"eps": eps, "step": step, "momentum": MOMENTUM[name]}
+            images_of[name] = attack(self.logits, clean, truth, steps=settings.steps, **options)
         with torch.inference_mode():
-            return {name: self.logits(x).argmax(1) == truth for name, x in {"clean": clean, **attacked}.items()}
+            return {name: self.logits(x).argmax(1) == truth for name, x in images_of.items()}
 
 
 def open_labelled(config: PredictConfig) -> tuple[AttackedClassifier, Splits]:
@@ -80,13 +80,13 @@ def measure(config: PredictConfig, classifier: AttackedClassifier, splits: Split
     crops = central_crops(source, classifier.size, limit=total, batch_size=_BATCH, share=classifier.share)
     for done, batch in crops:
         if "image" in batch:
-            for name, values in classifier.hits(batch["image"], batch["label"], settings).items():
-                parts[name].append(values.cpu())
+            for name, correct in classifier.hits(batch["image"], batch["label"], settings).items():
+                parts[name].append(correct.cpu())
         progress.show(done, {})
     progress.close()
-    hits = {name: torch.cat(tensors) for name, tensors in parts.items()}
+    hits = {name: torch.cat(values) for name, values in parts.items()}
     count = len(hits["clean"])
-    accuracy = {name: round(100 * float(tensor.float().mean()), 3) for name, tensor in hits.items()}
+    accuracy = {name: round(100 * float(value.float().mean()), 3) for name, value in hits.items()}
     content = {"images": count, "skipped": total - count, "eps": settings.eps / 255, "steps": settings.steps}
     write_json(out / FILE, {**content, "accuracy": accuracy, "seconds": round(time.monotonic() - start, 3)})
     left_out = f", {total - count} more cannot be read" if count < total else ""
