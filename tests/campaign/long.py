@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from tests.campaign.materials import Materials
 from tests.campaign.subjects import changed
@@ -162,14 +163,15 @@ def _request(port: int, method: str, path: str, body: str | None = None) -> byte
         connection.close()
 
 
-def _load_event(port: int) -> int:
-    """Return the number of the event that a page sends when it is loaded."""
+def _load_event(port: int) -> tuple[int, list[Any]]:
+    """Return the number of the event that a page sends when it is loaded, and its inputs."""
     config = json.loads(_request(port, "GET", "/config"))
-    events = ((int(event["id"]), target[1]) for event in config["dependencies"] for target in event["targets"])
-    return next(number for number, kind in events if kind == "load")
+    values = {component["id"]: component["props"].get("value") for component in config["components"]}
+    loads = [event for event in config["dependencies"] if any(kind == "load" for _, kind in event["targets"])]
+    return loads[0]["id"], [values[number] for number in loads[0]["inputs"]]
 
 
-def _visit(port: int, event: int, number: int) -> int:
+def _visit(port: int, event: tuple[int, list[Any]], number: int) -> int:
     """Let visitors load the page at the same time; return how many did not get the pictures."""
     failed: list[int] = []
 
@@ -177,7 +179,7 @@ def _visit(port: int, event: int, number: int) -> int:
         session = f"visitor{number}-{index}"
         try:
             _request(port, "GET", "/")
-            body = {"data": [None, None], "fn_index": event, "session_hash": session}
+            body = {"data": event[1], "fn_index": event[0], "session_hash": session}
             _request(port, "POST", "/gradio_api/queue/join", json.dumps(body))
             answer = _request(port, "GET", f"/gradio_api/queue/data?session_hash={session}")
             if b'"success":true' not in answer.replace(b" ", b""):
