@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from pecobook import api, cli
-from tests.mistakes import MISTAKES, make_folder
+from tests.mistaken_inputs import make_folder
+from tests.mistakes import MISTAKES
 from tests.runs import codebook_run, train, vit_run
 
 __all__ = ["codebook_run", "vit_run"]  # the fixtures

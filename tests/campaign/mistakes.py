@@ -11,7 +11,8 @@ from pathlib import Path
 
 from tests.campaign.process import Process
 from tests.campaign.verdict import Case, Field, Verdict, judged, refusal_fault
-from tests.mistakes import MISTAKES, make_folder
+from tests.mistaken_inputs import make_folder
+from tests.mistakes import MISTAKES
 
 
 def cases() -> list[Case]:
