@@ -21,8 +21,8 @@ import torch
 
 from pecobook.commands.analyze.bank import bank_usage, find_occurrences
 from pecobook.commands.analyze.pictures import PATCHES, gallery_codewords
-from pecobook.data.named_views import NamedViews
 from pecobook.data.tokens import TokenBank, bank_layouts, write_shard
+from pecobook.data.views import NamedViews
 from pecobook.settings.pretrain import PretrainConfig
 from pecobook.utils.devices import peak_memory
 

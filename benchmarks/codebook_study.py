@@ -110,7 +110,7 @@ CAFFE += ["--perceptual.std", "0.003922", "0.003922", "0.003922", "--perceptual.
 
 def measure(run: Path, arguments: argparse.Namespace, seed: int) -> dict[str, Any]:
     """Return the figures of a codebook on held-out images."""
-    from pecobook.analysis.reconstruction import encode_all
+    from pecobook.analysis.reconstruction import decode_all, encode_all
     from pecobook.commands.analyze.measure import PROBES, evaluate_tokenizer
     from pecobook.data.images import open_images
     from pecobook.data.stream import read_all
@@ -125,11 +125,11 @@ def measure(run: Path, arguments: argparse.Namespace, seed: int) -> dict[str, An
         raise SystemExit(f"--data {arguments.data} has no labels.")
     images = to_float(test)
     larger = to_float(read_all(splits.evaluation, size + tokenizer.stride, limit=min(limit, 500))[0])
-    measured, _, reconstructions = evaluate_tokenizer(
+    measured, codes = evaluate_tokenizer(
         run.name, tokenizer, images, test_labels, lambda: (encode_all(tokenizer, to_float(train)), train_labels), None,
         larger=larger, seed=seed,
     )  # fmt: skip
-    values = measured.values
+    values, reconstructions = measured.values, decode_all(tokenizer, codes)
     figures: dict[str, Any] = {name: values[name] for name in (*PROBES, "psnr", "ssim", "codes_used", "perplexity")}
     position = values["position"]
     figures |= {"position": 100 * position["share"], "null_position": 100 * position["null_share"]}

@@ -13,6 +13,9 @@ from typing import Any
 
 LONG = "n" * 300
 HUGE = str(10**12)
+MANY_DIGITS = "9" * 5000
+"""More digits than Python converts."""
+NESTED = "[" * 100_000
 
 # For each beginning of a command line: its end, the wrong value, a part of the remedy.
 _SMALL = '{"patch_size": 4, "depth": 1, "embed_dim": 32, "num_heads": 2}'
@@ -113,6 +116,7 @@ _TABLE: dict[str, list[tuple[str, str, str]]] = {
         ("--devices none", "none", "or auto"),
         ("--devices 3", "16", "3 devices"),
         ("--devices 0", "0", "or auto"),
+        (f"--devices {MANY_DIGITS}", "99999", "or auto"),
         ("--devices -1", "-1", "or auto"),
         ("--devices 100000 --batch-size 100000", "100000", "cores"),
         ("--num-nodes 0", "0", "above 0"),
@@ -206,11 +210,14 @@ _TABLE: dict[str, list[tuple[str, str, str]]] = {
     "contrast tiny --data photos --out run": [
         ("--model.args {", "{", "not JSON"),
         ("--model.args 3", "3", "JSON object"),
+        (f"--model.args {MANY_DIGITS}", "99999", "not JSON"),
+        (f"--model.args {NESTED}", "[[[[", "not JSON"),
         ("--model.args '{\"dept\":3}'", "dept", "does not accept"),
         ('--model.args \'{"checkpoint_path":"a.pt"}\'', "checkpoint_path", "does not accept"),
         ("--model.args '{\"pretrained\":true}'", "pretrained", "does not accept"),
         ("--model.name vit_tiny_patch16_224 --model.args '{\"patch_size\": 0}'", "'patch_size': 0", "Change these"),
         ("--model.name vit_tiny_patch16_224 --model.args '{\"depth\": -1}'", "'depth': -1", "Change these"),
+        ('--model.name vit_tiny_patch16_224 --model.args \'{"init_values": "huge"}\'', "'huge'", "Change these"),
         ("--model.name ''", "''", "timm.list_models()"),
         ("--model.name resnet51", "resnet51", "Did you mean"),
         ("--batch-size 1", "--batch-size", "at least 2 images"),
@@ -301,6 +308,7 @@ _TABLE: dict[str, list[tuple[str, str, str]]] = {
         ("--batch-size -1", "-1", "above 0"),
         ("--devices many", "many", "or auto"),
         ("--shard 3", "3", "I/N"),
+        (f"--shard 1/{MANY_DIGITS}", "99999", "I/N"),
         ("--shard 0/4", "0/4", "I/N"),
         ("--shard 5/4", "5/4", "I/N"),
         ("--shard 1/2 --overwrite", "--shard and --overwrite", "exclude"),

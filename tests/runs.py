@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from pecobook import api
-from pecobook.data.decode import BadImage, Range
-from pecobook.data.source import ImageSource
+from pecobook.data.decode import BadImage
+from pecobook.data.source import ImageSource, Store
 from tests.coco import make_coco
 from tests.shapes import write_shapes
 
@@ -149,10 +149,8 @@ def objects() -> Path:
     return make_coco(Path(os.environ["PECOBOOK_CACHE"]).parent / "objects")
 
 
-class Squares:
+class Squares(Store):
     """A store of 8 x 8 images of one colour each; some images cannot be read."""
-
-    value_range: Range | None = None
 
     def __init__(self, count: int, bad: tuple[int, ...] = ()) -> None:
         self.count, self.bad = count, bad
@@ -160,7 +158,7 @@ class Squares:
     def __len__(self) -> int:
         return self.count
 
-    def read(self, row: int) -> Tensor:
+    def read(self, row: int, shortest: int = 0) -> Tensor:  # noqa: ARG002
         if row in self.bad:
             raise BadImage(self.identify(row), "truncated")
         generator = torch.Generator().manual_seed(row)

@@ -61,7 +61,7 @@ def completions(bash_script: Path, words: list[str]) -> list[str]:
         (["export", "runs/vit", "--format", "t"], ["timm"]),
         (["bench", ""], ["pretrain"]),
         (["bench", "pretrain", "tin"], ["tiny", "tiny-imagenet"]),
-        (["reproduce", "table4", "table1"], [f"table1{end}" for end in ("-large", "-huge", "0", "1", "2")]),
+        (["reproduce", "table4", "table12"], ["table12"]),
         (["reproduce", "--out", "table1"], []),
         (["recipes", "segm"], ["segment"]),
         (["recipes", "segment", "cam"], ["camvid"]),

@@ -216,7 +216,7 @@ INTEGERS = st.integers(-(2**53), 2**53)
 def configs(draw: st.DrawFn) -> Sample:
     positive_floats, below_one = st.floats(1e-12, 1e6), st.floats(0, 1, exclude_max=True)
     return Sample(
-        data=draw(st.text()),
+        data=draw(st.text(st.characters(exclude_characters="\0"))),
         seed=draw(st.integers(0, 2**31 - 1)),
         batch_size=draw(st.integers(1, 10**6)),
         layers=tuple(draw(st.lists(INTEGERS))),

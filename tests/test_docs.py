@@ -13,10 +13,12 @@ from typing import Any
 import pytest
 
 from pecobook import cli, recipes
+from pecobook.commands.embed import embed
 from pecobook.errors import ConfigError
 from pecobook.recipes import RECIPES, recipe
 from pecobook.settings.analyze import AnalyzeConfig
 from pecobook.settings.check import CheckConfig
+from pecobook.settings.embed import EmbedConfig
 from pecobook.settings.explore import ExploreConfig
 from pecobook.settings.export import ExportConfig
 from pecobook.settings.predict import PredictConfig
@@ -29,6 +31,7 @@ DOCS = Path(__file__).parent.parent / "docs"
 OTHERS: dict[str, Any] = {
     "analyze": AnalyzeConfig,
     "check": CheckConfig,
+    "embed": EmbedConfig,
     "explore": ExploreConfig,
     "export": ExportConfig,
     "predict": PredictConfig,
@@ -59,7 +62,14 @@ def can_be_parsed(words: list[str]) -> bool:
 
 @pytest.mark.parametrize(
     ("page", "minimum"),
-    [("codebook.md", 25), ("pretraining.md", 15), ("dense.md", 15), ("analysis.md", 10), ("data.md", 15)],
+    [
+        ("codebook.md", 25),
+        ("pretraining.md", 15),
+        ("dense.md", 15),
+        ("analysis.md", 10),
+        ("data.md", 15),
+        ("embed.md", 10),
+    ],
 )
 def test_guides__every_flag_exists(page: str, minimum: int) -> None:
     pieces = flags_in(page)
@@ -70,7 +80,10 @@ def test_guides__every_flag_exists(page: str, minimum: int) -> None:
 
 @pytest.mark.parametrize(
     ("page", "minimum"),
-    [("pretraining.md", 7), ("dense.md", 5), ("analysis.md", 3), ("from-zero.md", 15), ("study.md", 3)],
+    [
+        *(("pretraining.md", 7), ("dense.md", 5), ("analysis.md", 3)),
+        *(("from-zero.md", 15), ("study.md", 3), ("embed.md", 3)),
+    ],
 )
 def test_guides__every_command_can_be_parsed(page: str, minimum: int) -> None:
     lines = [
@@ -91,7 +104,7 @@ def test_guides__every_command_can_be_parsed(page: str, minimum: int) -> None:
         elif command == "tokenize":
             cli.parse(recipes.tokenize(*positional), flagged, "tokenize")
         else:
-            assert bool(positional) == (command in ("export", "predict", "reproduce", "explore")), line
+            assert bool(positional) == (command in ("embed", "export", "predict", "reproduce", "explore")), line
             cli.parse(OTHERS[command](), flagged, command)
 
 
@@ -111,3 +124,19 @@ def test_python_blocks__import_existing_names(page: Path) -> None:
             assert node.module is not None
             module = importlib.import_module(node.module)
             assert all(hasattr(module, alias.name) for alias in node.names), ast.unparse(node)
+
+
+def test_embed_guide__python_runs(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    embed(
+        backbone="timm:test_vit",
+        weights="random",
+        image_size=32,
+        data=str(images),
+        out=str(tmp_path / "features.parquet"),
+    )
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {}
+    for block in re.findall(r"```python\n(.*?)```", (DOCS / "embed.md").read_text(), flags=re.DOTALL):
+        exec(block, names)
+    assert names["neighbours"].shape == (len(names["vectors"]), 6)
+    assert len(names["scores"]) == len(names["names"]) > 6

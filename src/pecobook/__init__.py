@@ -13,12 +13,14 @@ if TYPE_CHECKING:
     from pecobook.commands.analyze import analyze
     from pecobook.commands.bench import bench
     from pecobook.commands.check import check
+    from pecobook.commands.compare import compare
     from pecobook.commands.demo import demo
+    from pecobook.commands.embed import embed
     from pecobook.commands.explore import explore
     from pecobook.commands.probe import probe
     from pecobook.commands.reproduce import reproduce
+    from pecobook.data.images import read_image
     from pecobook.data.masking import blockwise_mask
-    from pecobook.data.one_image import read_image
     from pecobook.errors import PecobookError
     from pecobook.models.dense.detector import Detector
     from pecobook.models.dense.segmenter import Segmenter
@@ -32,11 +34,12 @@ if TYPE_CHECKING:
 
 __all__ = ["Backbone", "Classifier", "Detector", "MaskedImageModel", "PecobookError", "PerceptualDistance"]
 __all__ += ["PerceptualTokenizer", "Segmenter", "VectorQuantizer", "analyze", "bench", "blockwise_mask", "check"]
-__all__ += ["codebook", "contrast", "demo", "detect", "explore", "export", "finetune", "load_tokenizer"]
-__all__ += ["nearest_codeword", "predict", "pretrain", "probe", "read_image", "reproduce", "segment", "tokenize"]
+__all__ += ["codebook", "compare", "contrast", "demo", "detect", "embed", "explore", "export", "finetune"]
+__all__ += ["load_tokenizer", "nearest_codeword", "predict", "pretrain", "probe", "read_image", "reproduce", "segment"]
+__all__ += ["tokenize"]
 
 _API = ("codebook", "contrast", "detect", "export", "finetune", "predict", "pretrain", "segment", "tokenize")
-_COMMANDS = ("analyze", "bench", "check", "demo", "explore", "probe", "reproduce")
+_COMMANDS = ("analyze", "bench", "check", "compare", "demo", "embed", "explore", "probe", "reproduce")
 _HOMES = {
     **dict.fromkeys(_API, "api"),
     **{name: f"commands.{name}" for name in _COMMANDS},
@@ -52,7 +55,7 @@ _HOMES = {
     "blockwise_mask": "data.masking",
     "load_tokenizer": "models.tokenizers",
     "nearest_codeword": "models.nearest",
-    "read_image": "data.one_image",
+    "read_image": "data.images",
 }
 
 

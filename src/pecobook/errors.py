@@ -110,7 +110,32 @@ def printable(text: str, *, keep: str = "") -> str:
     )
 
 
-def listed(lines: Sequence[str]) -> str:
-    """Return the first ten lines as one text, with the number of further lines at the end."""
-    more = [f"... and {len(lines) - 10:,} more"] if len(lines) > 10 else []
-    return "\n".join([*lines[:10], *more])
+def some_of(names: Iterable[object], most: int = 10) -> str:
+    """Return the first names, with commas between them, and "..." where there are more."""
+    texts = [str(name) for name in names]
+    return ", ".join(texts[:most]) + (", ..." if len(texts) > most else "")
+
+
+def grouped(problems: Iterable[tuple[str, str]], more: str) -> tuple[str, ...]:
+    """Return the first text of each kind of problem, with the number of further ones.
+
+    Args:
+        problems: kind and text of each problem.
+        more: words behind that number, such as "more alike".
+    """
+    texts: dict[str, list[str]] = {}
+    for kind, text in problems:
+        texts.setdefault(kind, []).append(text)
+    return tuple(f"{alike[0]} ({len(alike) - 1:,} {more})" if len(alike) > 1 else alike[0] for alike in texts.values())
+
+
+def listed(lines: Sequence[str], most: int | None = 10, *, further: int = 0) -> str:
+    """Return the first lines as one text, with the number of the rest at the end.
+
+    Args:
+        lines: the lines.
+        most: number of lines that are returned; None returns all.
+        further: number of lines that were left out already.
+    """
+    further += len(lines) - len(lines[:most])
+    return "\n".join([*lines[:most], *([f"... and {further:,} more"] if further else [])])

@@ -20,9 +20,9 @@ import pecobook
 from pecobook.commands.analyze.bank import bank_gallery, bank_usage, find_occurrences, view_of
 from pecobook.data import tokens
 from pecobook.data.images import open_images
-from pecobook.data.named_views import NamedViews
 from pecobook.data.sampler import splitmix64, splitmix64_array
 from pecobook.data.tokens import TokenBank, bank_layouts, write_shard
+from pecobook.data.views import NamedViews
 from pecobook.errors import DataError, PreflightError
 from pecobook.models.tokenizers import load_tokenizer
 from pecobook.settings.pretrain import PretrainConfig

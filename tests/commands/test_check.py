@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from pecobook import cli
-from pecobook.commands.check.layout import layout_of
+from pecobook.commands.check import layout_of
 from pecobook.commands.check.sheet import chosen_images
 from pecobook.data.dense.mask_files import Pixels
 from pecobook.data.dense.segmentation import SegmentationSource

@@ -5,10 +5,12 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import shutil
 import signal
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +18,11 @@ import numpy as np
 import pytest
 
 from pecobook import cli, recipes
+from pecobook.commands.demo import demo
 from pecobook.commands.jobs import GpuSlot, Job, Outcome, gpu_slots, run_all, seconds_of
+from pecobook.commands.reproduce import reproduce
 from pecobook.data.tokens import write_shard
-from pecobook.errors import PecobookError
+from pecobook.errors import PecobookError, RunFolderError
 from pecobook.recipes import codebook
 from pecobook.settings.analyze import AnalyzeConfig
 from pecobook.settings.images import PhotometricConfig
@@ -246,3 +250,67 @@ def test_job__of_a_token_bank_is_finished_when_all_shards_are_written(tmp_path: 
     assert (bank.fraction_done, bank.finished) == (0.5, False)
     write_shard(tmp_path / "evaluation" / "codes-00000.npy", np.zeros((2, 1, 1, 1), np.uint16))
     assert bank.finished
+
+
+class BegunError(Exception):
+    """Raised where the first run would start."""
+
+
+@pytest.mark.parametrize("command", [demo, reproduce])
+def test_begin_or_resume__refuses_changed_data_until_they_are_accepted(
+    command: Callable[..., Path], images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    accepted: list[bool] = []
+
+    def run(*_: object, accept_data_change: bool = False) -> None:
+        accepted.append(accept_data_change)
+        raise BegunError
+
+    for module in ("demo", "reproduce"):
+        monkeypatch.setattr(f"pecobook.commands.{module}.run_all", run)
+    monkeypatch.setattr("pecobook.commands.reproduce.rehearsal.rehearse", lambda *_: {})
+    monkeypatch.setattr("pecobook.commands.reproduce.rehearsal.remaining_time", lambda *_: "")
+    monkeypatch.setattr("pecobook.commands.reproduce.rehearsal.job_duration", lambda *_: 1.0)
+    data, out = Path(shutil.copytree(images, tmp_path / "data")), tmp_path / "out"
+    settings: dict[str, Any] = {"data": str(data), "out": str(out)}
+    settings |= {"tables": ("v1-table7",)} if command is reproduce else {}
+    for _ in range(2):
+        with pytest.raises(BegunError):
+            command(**settings)
+    file = sorted(data.rglob("*.png"))[0]
+    file.write_bytes(file.read_bytes() + b" ")
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    with pytest.raises(RunFolderError) as caught:
+        command(**settings)
+    first, second = str(caught.value).splitlines()
+    name, kind = file.relative_to(data), {"demo": "demo", "reproduce": "tables"}[command.__name__]
+    assert first == f"--data '{data}' has changed since the {kind} in '{out}' began: 1 changed ({name})."
+    assert second.endswith("continue with the data as they are with --accept-data-change.")
+    assert before == {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    with pytest.raises(BegunError):
+        command(**settings, accept_data_change=True)
+    with pytest.raises(BegunError):  # the change is recorded
+        command(**settings)
+    assert accepted == [False, False, True, False]
+    times = file.stat()
+    content = file.read_bytes()
+    with pytest.raises(BegunError):
+        command(**settings, verify_data=True)
+    file.write_bytes(content[:-2] + b"x ")
+    os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))
+    with pytest.raises(RunFolderError, match=r"1 changed"):
+        command(**settings, verify_data=True)
+
+
+def test_run_all__passes_on_that_the_change_is_accepted(runs: Path) -> None:
+    script = runs / "python"
+    script.write_text(
+        script.read_text().replace("time.sleep(0.5)  #", "(out / 'words').write_text(str(sys.argv)) #", 1)
+    )
+    jobs = {"a": job(runs, "a"), "b": job(runs, "b")}
+    (runs / "a").mkdir()
+    (runs / "a" / "config.json").write_text("{}")
+    (runs / "b").mkdir()
+    run_all(jobs, runs, accept_data_change=True)
+    assert "'--resume', 'auto', '--accept-data-change']" in (runs / "a" / "words").read_text()
+    assert "--accept-data-change" not in (runs / "b" / "words").read_text()

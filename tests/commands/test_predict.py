@@ -18,6 +18,7 @@ from torch import Tensor
 
 from pecobook import cli, predict
 from pecobook.commands.predict import file_name, list_images, writers
+from pecobook.data import views
 from pecobook.data.decode import decode
 from pecobook.errors import ConfigError, DataError, RunFolderError, WeightsError
 from pecobook.models.dense.segmenter import Segmenter
@@ -242,6 +243,29 @@ def test_list_images__opens_every_split_and_single_images(images: Path, tmp_path
     write_parquet(tmp_path / "none.parquet", [])
     with pytest.raises(DataError, match=r"none\.parquet'"):
         list_images(str(tmp_path / "none.parquet"))
+
+
+def test_predict__classifies_large_photographs_as_the_evaluation_does(
+    classifier_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pecobook.data.decode.REDUCED_PIXELS", 1000)
+    rng = np.random.default_rng(0)
+    pixels = rng.integers(0, 256, (640, 700, 3), np.uint8)  # noise, of which a reduction leaves other values
+    (tmp_path / "in").mkdir()
+    Image.fromarray(pixels).save(tmp_path / "in" / "a.jpg")
+    shapes_seen: list[tuple[int, ...]] = []
+    crop = views.center_crop
+
+    def seen(image: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        shapes_seen.append(tuple(image.shape))
+        return crop(image, *args, **kwargs)
+
+    monkeypatch.setattr(writers, "center_crop", seen)
+    predict(str(classifier_run), str(tmp_path / "in"), out=str(tmp_path / "small"), pictures=False)
+    predict(str(classifier_run), str(tmp_path / "in"), out=str(tmp_path / "whole"))
+    assert shapes_seen == [(3, 80, 88), (3, 640, 700)]  # at least four times the network's 16 pixels
+    with Image.open(tmp_path / "whole" / "pictures" / "a.jpg") as picture:
+        assert picture.width == 700
 
 
 def test_predict__refuses(segment_run: Path, vit_run: Path, pictures: Path, tmp_path: Path) -> None:

@@ -8,10 +8,9 @@ import torch
 from torch import Tensor
 
 from pecobook.data.decode import BadImage
-from pecobook.data.named_views import NamedViews
 from pecobook.data.sampler import key
 from pecobook.data.stream import Stream, collate
-from pecobook.data.views import center_crop, colour_draws, photometric, random_crop
+from pecobook.data.views import NamedViews, center_crop, colour_draws, photometric, random_crop
 from pecobook.settings.images import PhotometricConfig
 from pecobook.settings.pretrain import PretrainConfig
 from pecobook.settings.tokenize import TokenizeConfig
@@ -63,7 +62,7 @@ def test_stream__gives_named_views_of_an_image_that_is_read_once(monkeypatch: py
     read: list[int] = []
     ordinary = Squares.read
 
-    def counted(self: Squares, row: int) -> Tensor:
+    def counted(self: Squares, row: int, shortest: int = 0) -> Tensor:
         read.append(row)
         return ordinary(self, row)
 

@@ -15,10 +15,10 @@ from torch import Tensor
 from torch._utils import ExceptionWrapper
 
 from pecobook.data.batch import Batch
-from pecobook.data.decode import BadImage, Range
+from pecobook.data.decode import BadImage
 from pecobook.data.images import open_images
 from pecobook.data.sampler import BatchPositions, key, permute
-from pecobook.data.source import ImageSource
+from pecobook.data.source import ImageSource, Store
 from pecobook.data.stream import Stream, collate, default_workers, load, read_all
 from pecobook.data.views import random_crop
 from pecobook.errors import DataError
@@ -26,10 +26,8 @@ from pecobook.errors import DataError
 CROP = partial(random_crop, size=8, min_area=0.2)
 
 
-class Squares:
+class Squares(Store):
     """A store of squares, image i of the value i, some of them unreadable."""
-
-    value_range: Range | None = None
 
     def __init__(self, number: int, bad: frozenset[int] = frozenset()) -> None:
         self.number, self.bad = number, bad
@@ -37,7 +35,7 @@ class Squares:
     def __len__(self) -> int:
         return self.number
 
-    def read(self, row: int) -> Tensor:
+    def read(self, row: int, shortest: int = 0) -> Tensor:  # noqa: ARG002
         if row in self.bad:
             raise BadImage(str(row), "bad")
         return torch.full((3, 5, 6), row, dtype=torch.uint8)

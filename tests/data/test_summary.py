@@ -159,7 +159,7 @@ def test_sample_census__is_bounded_and_spaced_evenly(monkeypatch: pytest.MonkeyP
     read: list[int] = []
     source = squares(100_000)
 
-    def note(row: int) -> Tensor:
+    def note(row: int, _shortest: int) -> Tensor:
         read.append(row)
         return torch.zeros(3, 8, 8, dtype=torch.uint8)
 

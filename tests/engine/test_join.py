@@ -16,7 +16,8 @@ import torch.distributed as dist
 from torch._C._distributed_c10d import HashStore, Store
 
 from pecobook.engine import join as joining
-from pecobook.engine.join import LostProcessError, told_of_lost_processes, watch_children
+from pecobook.engine.join import told_of_lost_processes, watch_children
+from pecobook.engine.siblings import LostProcessError
 from pecobook.engine.world import World
 
 

@@ -12,8 +12,8 @@ from torch.testing import assert_close
 
 from pecobook.errors import ConfigError
 from pecobook.models.autoencoder import (
+    Convolution,
     Decoder,
-    Downsample,
     Encoder,
     LatentNorm,
     ResidualBlock,
@@ -90,7 +90,7 @@ def test_self_attention__is_single_head_attention_over_positions() -> None:
 
 def test_downsample_and_upsample__halve_and_double() -> None:
     x = torch.arange(16.0).view(1, 1, 4, 4)
-    down, up = Downsample(1, "zeros"), Upsample(1, "zeros")
+    down, up = Convolution(1, 1, "zeros", stride=2), Upsample(1, 1, "zeros")
     for layer in (down, up):
         nn.init.zeros_(layer.weight)
         assert layer.bias is not None
@@ -100,6 +100,18 @@ def test_downsample_and_upsample__halve_and_double() -> None:
     # Padded at the right and bottom only: the kernel's centre falls on the odd pixels.
     assert down(x)[0, 0].tolist() == [[5.0, 7.0], [13.0, 15.0]]
     assert torch.equal(up(x), x.repeat_interleave(2, 2).repeat_interleave(2, 3))
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+def test_convolution__compiled_is_the_same(stride: int) -> None:
+    torch.manual_seed(0)
+    layer = Convolution(4, 6, "replicate", stride=stride)
+    x = torch.randn(2, 4, 6, 8).contiguous(memory_format=torch.channels_last).requires_grad_()
+    results = []
+    for forward in (layer, torch.compile(layer)):
+        y = forward(x)
+        results.append([y, *torch.autograd.grad(y.square().sum(), [x, *layer.parameters()])])
+    assert_close(results[1], results[0], atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("wrong", [{"channels": ()}, {"channels": (8, 0)}, {"latent_dim": 0}, {"num_blocks": 0}])

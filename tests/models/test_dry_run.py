@@ -160,6 +160,17 @@ def test_check_network__of_pretraining(name: str, args: dict[str, Any], message:
             "'timm:test_convnext' cannot",
         ),
         ("pretrain", {"model.name": "swin_tiny_patch4_window7_224"}, "'swin_tiny_patch4_window7_224' cannot be pre-"),
+        # ResNets take neither an image size nor, of VGGs, a rate of stochastic depth; the user wrote neither.
+        (
+            "pretrain",
+            {"model.name": "resnet18", "model.args": "{}"},
+            "'resnet18' cannot be pre-trained by masked modelling: ResNet has no patches to mask",
+        ),
+        (
+            "pretrain",
+            {"model.name": "vgg11", "model.args": "{}"},
+            "'vgg11' cannot be pre-trained by masked modelling: VGG has no patches to mask",
+        ),
         (
             "contrast",
             {"model.name": "test_convnext", "image_size": 16},

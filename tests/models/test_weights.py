@@ -62,6 +62,9 @@ def test_create__says_what_is_wrong() -> None:
         create_network("test_resnet", output_stride=3)
     with pytest.raises(WeightsError, match=r"timm cannot build .*divisible by num_heads"):
         create_network(NAME, embed_dim=25, num_heads=2)
+    with pytest.raises(WeightsError, match=r"timm cannot build .*'huge'.* Change these\.$") as caught:
+        create_network(NAME, init_values="huge")  # PyTorch's own message has eight lines
+    assert "\n" not in str(caught.value)
     with pytest.raises(WeightsError, match="cannot be downloaded"):
         create_network("test_vit", True)
 
@@ -194,9 +197,16 @@ def test_load_backbone__refuses_what_is_none(tmp_path: Path) -> None:
     exported(tmp_path)
     file = tmp_path / "export" / "config.json"
     file.with_name("config.json.sha256").unlink()
-    file.write_text(json.dumps(json.loads(file.read_text()) | {"kind": "tokenizer", "model": {}, "num_codewords": 4}))
+    original = json.loads(file.read_text())
+    file.write_text(json.dumps({"kind": "tokenizer"}))  # of another kind only the kind is told, not what it lacks
     with pytest.raises(WeightsError, match="is a tokenizer, not a backbone: give a contrast or pretrain run"):
         load_backbone(str(tmp_path))
+    for size in (True, 0):  # a table of positions for no patch at all
+        file.write_text(json.dumps(original | {"args": original["args"] | {"img_size": size}}))
+        with pytest.raises(WeightsError):
+            load_backbone(str(tmp_path))
+    file.write_text(json.dumps({name: value for name, value in original.items() if name != "image_size"}))
+    assert load_backbone(str(tmp_path)).network is not None  # a ResNet's export may leave it out
     file.write_text("[]")
     with pytest.raises(WeightsError, match="does not hold a JSON object"):
         load_backbone(str(tmp_path))

@@ -18,8 +18,8 @@ from torch import Tensor
 from pecobook import api
 from pecobook.analysis.confusion import confusion_picture
 from pecobook.analysis.semantics import joint_counts
-from pecobook.data.augment import random_erasing
 from pecobook.data.images import open_images
+from pecobook.data.views import random_erasing
 from pecobook.errors import ConfigError, PecobookError
 from pecobook.recipes import recipe
 from pecobook.settings.finetune import FinetuneConfig

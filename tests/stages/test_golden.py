@@ -63,6 +63,7 @@ def test_train__golden_losses(name: str, tmp_path: Path) -> None:
     ):  # random weights, so that a change of one stage moves no other stage's file
         side = 48 if command == "detect" else 32
         settings |= {"backbone": "timm:vit_tiny_patch16_224", "weights": "random", "image_size": side}
+        settings["optim.layer_decay"] = 0.75  # which only pre-trained weights have unless it is given
     if command == "segment":
         settings["data"] = str(shapes())
     if command == "detect":

@@ -116,6 +116,53 @@ def test_check__refuses_results_among_the_images(tmp_path: Path, data: str, out:
     OutputFolder(str(tmp_path / "images-runs"), data=str(tmp_path / data)).check()
 
 
+@pytest.mark.parametrize("data", ["out/data.parquet", "out/shards-*.tar", "link/data.parquet"])
+def test_check__refuses_a_folder_that_holds_the_file_of_images(tmp_path: Path, data: str) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    write_json(out / "config.json", {})
+    for name in ("data.parquet", "shards-0.tar"):
+        (out / name).write_text("images")
+    (tmp_path / "link").symlink_to(out)
+    for more in ({"overwrite": True}, {"resume": True}):
+        folder = OutputFolder(str(out), **{**BANK, **more}, data=str(tmp_path / data), files=("*",))
+        with pytest.raises(RunFolderError, match="holds the images"):
+            folder.begin()
+    assert names(out) == ["config.json", "data.parquet", "shards-0.tar"]
+    OutputFolder(str(tmp_path / "other"), data=str(out / "data.parquet")).check()
+    OutputFolder(str(out / "inner"), data=str(out / "data.parquet")).check()  # beside the file, as in any folder
+
+
+def test_check__overwrite_refuses_to_delete_what_is_read_or_lies_behind_a_link(tmp_path: Path) -> None:
+    out, mine = tmp_path / "out", tmp_path / "mine"
+    (out / "export").mkdir(parents=True)
+    mine.mkdir()
+    write_json(out / "config.json", {})
+    write_json(out / "export" / "config.json", {})
+    write_json(mine / "step-1.png", {})
+    settings = {**BANK, "overwrite": True, "files": ("config.json", "export/*", "samples/*")}
+    for read in (out, out / "export", out / "export" / "config.json"):
+        with pytest.raises(RunFolderError, match=r"which is read, lies in .*: name another --out"):
+            OutputFolder(str(out), **settings, reads=("resnet18", str(read))).begin()
+    (out / "samples").symlink_to(mine)
+    with pytest.raises(RunFolderError, match=r"samples' is a link to .*mine', in which nothing is deleted"):
+        OutputFolder(str(out), **settings).begin()
+    assert names(out) == ["config.json", "export", "samples"]
+    assert names(mine) == ["step-1.png"]
+    (out / "samples").unlink()
+    (out / "photos").symlink_to(mine)  # no folder of ours
+    OutputFolder(str(out), **settings, reads=(str(mine),)).begin().release()
+    assert names(out) == ["photos"]
+    assert names(mine) == ["step-1.png"]
+
+
+def test_check__refuses_a_link_that_leads_nowhere(tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(tmp_path / "gone")
+    with pytest.raises(RunFolderError, match=r"is a link to .*gone', which is not there: make that folder"):
+        OutputFolder(str(tmp_path / "link")).check()
+    assert names(tmp_path) == ["link"]
+
+
 def test_begin__holds_the_lock_within_the_context(tmp_path: Path) -> None:
     out = tmp_path / "out"
     with OutputFolder(str(out)).begin(), pytest.raises(RunFolderError, match="Another process is writing"):

@@ -45,7 +45,7 @@ def training_curves(runs: Mapping[str, Metrics], metrics: Sequence[str] | None =
     Without `metrics`, at most eight metrics that vary are drawn, `loss` first. A noisy curve is drawn faintly, and its
     running mean above it.
     """
-    metrics = metrics or _varying(runs)
+    metrics = metrics or varying_metrics(runs)[:8]
     if not metrics:
         raise ValueError("training_curves found no metric with numbers at two steps")
     columns = min(2, len(metrics))
@@ -173,8 +173,8 @@ def _series(records: Metrics, metric: str) -> tuple[list[float], list[float]]:
     return [float(record["step"]) for record in complete], [float(record[metric]) for record in complete]
 
 
-def _varying(runs: Mapping[str, Metrics]) -> list[str]:
-    """Return at most eight metrics that have numbers at two or more steps and are not constant."""
+def varying_metrics(runs: Mapping[str, Metrics]) -> list[str]:
+    """Return the metrics that have numbers at two or more steps and are not constant, `loss` first."""
     excluded = {"step", "epoch", "seconds", "time", "images", "lr", "learning_rate", "images_per_second"}
     names = dict.fromkeys(key for records in runs.values() for record in records for key in record)
     varying = []
@@ -182,7 +182,7 @@ def _varying(runs: Mapping[str, Metrics]) -> list[str]:
         values = [value for records in runs.values() for value in _series(records, name)[1]]
         if name not in excluded and len(values) > len(runs) and len(set(values)) > 1:
             varying.append(name)
-    return sorted(varying, key=lambda name: name != "loss")[:8]
+    return sorted(varying, key=lambda name: name != "loss")
 
 
 def _legend(figure: Figure, axes: Axes, number: int, bottom: float) -> None:

@@ -5,8 +5,8 @@ interval. A claim is made only where the interval excludes 0, and where several 
 where Holm's correction agrees. Everything else is "not shown", which does not mean that there is no difference.
 
 Seeds can be nested, as ViTs within codebooks within networks. Trainings that share a codebook are not independent, so
-the differences are averaged within each outermost unit first, and the interval counts these units. For the same
-number of trainings in every unit this is the interval of a mixed model of random effects.
+the differences are averaged within each outermost unit first, and the interval counts these units. For the same number
+of trainings in every unit this is the interval of a mixed model of random effects.
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -25,35 +25,13 @@ from pecobook import recipes
 from pecobook.data.tokens import bank_layouts, missing_shards, read_bank_config, shard_files
 from pecobook.engine.log import compact_duration
 from pecobook.engine.world import environment_without_launcher
-from pecobook.errors import DataError, PecobookError, RunFolderError, listed
+from pecobook.errors import DataError, PecobookError, listed
 from pecobook.recipes import RECIPES
-from pecobook.settings.values import changed_settings, complete, flag_words
+from pecobook.settings.values import flag_words
 from pecobook.utils.folder_lock import FolderBusyError, FolderLock
 from pecobook.utils.json_files import NUMBER, OBJECT, WHOLE, list_of, metric_lines, read_json
-from pecobook.utils.output_folder import OutputFolder
 from pecobook.utils.parent import child_environment
 from pecobook.utils.printer import show
-
-
-def resumed_folder(out: str, settings: dict[str, Any], defaults: dict[str, Any], **rules: Any) -> OutputFolder:
-    """Return the rules for the folder of a command that resumes its jobs where the folder has the same settings.
-
-    Args:
-        out: the folder.
-        settings: settings that must not change when the command resumes; the marker holds them.
-        defaults: default values of these settings.
-        rules: `example`, `kind`, `marker` and `data` of `OutputFolder`.
-    """
-
-    def check_unchanged(old: dict[str, Any]) -> None:
-        changed = changed_settings(complete(old, defaults), settings)
-        if changed:
-            raise RunFolderError(
-                f"--out '{out}' was begun with other settings: {'; '.join(changed)}. Name another folder."
-            )
-
-    return OutputFolder(out, **rules, always_resumes=True, check_resume=check_unchanged)
-
 
 _LAST_FILE = {"analyze": "report.html", "predict": "robustness.json"}
 """The file that a command writes last, where it is not that of a training; a token bank ends with its last shard."""
@@ -209,10 +187,11 @@ _PERIOD = 0.5
 
 
 @_exit_on_signals()
-def run_all(jobs: Mapping[str, Job], out: Path, gpus_per_run: int = 1) -> Outcome:
+def run_all(jobs: Mapping[str, Job], out: Path, gpus_per_run: int = 1, *, accept_data_change: bool = False) -> Outcome:
     """Run all unfinished jobs that no other process runs, and wait for those that another process runs.
 
-    A job that fails does not end the others; those that need it are not run.
+    A job that fails does not end the others; those that need it are not run. Interrupted jobs refuse data that have
+    changed since they began, unless `accept_data_change` is given.
     """
     (out / "logs").mkdir(exist_ok=True)
     free_slots = gpu_slots(gpus_per_run)
@@ -241,7 +220,10 @@ def run_all(jobs: Mapping[str, Job], out: Path, gpus_per_run: int = 1) -> Outcom
                     and (lock := _try_lock(job, out / "locks" / name)) is not None
                 ):
                     del waiting[name]
-                    running[name] = _Running(name, job, out, free_slots.pop(0), lock)
+                    slot, words = free_slots.pop(0), job.words
+                    if accept_data_change and (job.out / "config.json").exists():
+                        words = (*words, "--accept-data-change")
+                    running[name] = _Running(name, words, out, slot, lock)
             progress.show()
             time.sleep(max(_PERIOD, 5 * (time.monotonic() - began)))
     finally:
@@ -288,11 +270,11 @@ def _try_lock(job: Job, folder: Path) -> FolderLock | None:
 class _Running:
     """A running process of a job."""
 
-    def __init__(self, name: str, job: Job, out: Path, slot: GpuSlot, lock: FolderLock) -> None:
+    def __init__(self, name: str, words: Sequence[str], out: Path, slot: GpuSlot, lock: FolderLock) -> None:
         self.slot, self.lock = slot, lock
         self.log_file = out / "logs" / f"{name}.log"
         self.log: TextIO = self.log_file.open("a")
-        command = [sys.executable, "-m", "pecobook", *job.words]
+        command = [sys.executable, "-m", "pecobook", *words]
         environment = {**environment_without_launcher(), **child_environment(), **slot.environment}
         self.process = subprocess.Popen(command, stdout=self.log, stderr=subprocess.STDOUT, env=environment)
         if hasattr(os, "sched_setaffinity"):  # threads and data-loading processes inherit the cores

@@ -98,11 +98,14 @@ def load_masked_run(run: str | Path) -> MaskedRun:
         raise WeightsError(f"'{run}' predicts pixels, not codes: give a run with --target tokens.")
     backbone = load_backbone(str(run)).network
     head = read_weights(str(folder / "mim.safetensors"))
-    model = masked_model(config, backbone, len(head["head.weight"]))
-    missing = [name for name in model.load_state_dict(head, strict=False).missing_keys if "backbone." not in name]
+    model = masked_model(config, backbone, len(head.get("head.weight", ())))
+    misfit = f"'{folder / 'mim.safetensors'}' does not fit the run's model, as config.json describes it:"
+    try:
+        missing = [name for name in model.load_state_dict(head, strict=False).missing_keys if "backbone." not in name]
+    except RuntimeError as error:  # its first line names the class alone
+        raise WeightsError(f"{misfit} {' '.join(str(error).split())[:200]}") from None
     if missing:
-        names = ", ".join(missing[:5])
-        raise WeightsError(f"'{folder / 'mim.safetensors'}' does not fit the run's model: it lacks {names}.")
+        raise WeightsError(f"{misfit} it lacks {', '.join(missing[:5])}.")
     tokenizer = load_tokenizer(_tokenizer_source(config, Path(run)))
     return MaskedRun(model, tokenizer, config).eval().requires_grad_(False)
 

@@ -12,9 +12,11 @@ from pecobook.settings.analyze import AnalyzeConfig
 from pecobook.settings.bench import BenchConfig
 from pecobook.settings.check import CheckConfig
 from pecobook.settings.codebook import CodebookConfig
+from pecobook.settings.compare import CompareConfig
 from pecobook.settings.contrast import ContrastConfig
 from pecobook.settings.demo import DemoConfig
 from pecobook.settings.detect import DetectConfig
+from pecobook.settings.embed import EmbedConfig
 from pecobook.settings.explore import ExploreConfig
 from pecobook.settings.export import ExportConfig
 from pecobook.settings.finetune import FinetuneConfig
@@ -188,6 +190,28 @@ COMMANDS: dict[str, Command] = {
         "--data SOURCE --backbone RUN|timm:NAME",
         ("probe --data photos --backbone runs/vit", "probe --data IMAGES --backbone timm:resnet50 --out probe.json"),
         "data backbone weights out image-size max-train max-test seed",
+    ),
+    "embed": Command(
+        "write a feature vector of every image to a file, without labels",
+        EmbedConfig,
+        "RUN|timm:NAME --data SOURCE --out FILE.parquet|.npy|.npz",
+        (
+            "embed runs/vit --data IMAGES --out features.parquet",
+            "embed runs/codebook --data IMAGES --codes --out codes.npz",
+        ),
+        "backbone data out layer pool codes weights image-size batch-size workers shard overwrite",
+        words=("backbone",),
+    ),
+    "compare": Command(
+        "set training runs side by side: curves, evaluations, settings that differ",
+        CompareConfig,
+        "RUN [RUN ...] --out DIR",
+        (
+            "compare runs/codebook runs/pixel --out runs/comparison",
+            "compare low=runs/a high=runs/b --metrics loss evaluation/psnr --out runs/rates",
+        ),
+        "runs metrics out overwrite",
+        words=("runs",),
     ),
     "demo": Command(
         "run all stages on built-in photographs in minutes, with a report",

@@ -20,12 +20,10 @@ import torch
 
 from pecobook import recipes
 from pecobook.data import record
-from pecobook.data.all_views import read_all_views
 from pecobook.data.batch import Batch
 from pecobook.data.loading import WorkerError
-from pecobook.data.named_views import NamedViews
 from pecobook.data.source import Splits
-from pecobook.data.stream import to_device
+from pecobook.data.stream import read_all_views, to_device
 from pecobook.data.tokens import (
     BANK,
     MAX_CODEWORDS,
@@ -39,6 +37,7 @@ from pecobook.data.tokens import (
     shard_files,
     write_shard,
 )
+from pecobook.data.views import NamedViews
 from pecobook.engine import launch
 from pecobook.engine.data_check import compare_data
 from pecobook.engine.launch import num_workers

@@ -10,6 +10,7 @@ corrupt files, which would end a run of many hours, and it prints libpng's warni
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 import stat
@@ -22,7 +23,7 @@ import torch
 from torch import Tensor
 
 from pecobook.data.deep import UNIT, DeepImage, Survey, ValueRange, read_deep, to_8_bits
-from pecobook.errors import ConfigError, printable
+from pecobook.errors import ConfigError, first_line, printable
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -62,9 +63,7 @@ class BadImage(Exception):  # noqa: N818 (it is counted, and ends no run)
         return f"{self.name}: {self.reason}"
 
 
-def decode(
-    data: bytes, channels: int = 3, *, name: str = "image", value_range: Range | None = None, shortest: int = 0
-) -> Tensor:
+def decode(data: bytes, *, name: str = "image", value_range: Range | None = None, shortest: int = 0) -> Tensor:
     """Decode the bytes of an image file.
 
     The orientation of the EXIF data is applied. An animation gives its first frame, a file of several pages its first
@@ -74,7 +73,6 @@ def decode(
 
     Args:
         data: the file's bytes.
-        channels: 3 for RGB, 1 for luma (ITU-R 601).
         name: the image's name in an error.
         value_range: the values that become black and white, for images with more than 8 bits; a `Survey` sees the
             values, and the pixels that are then returned have no meaning.
@@ -82,15 +80,13 @@ def decode(
             size, as long as its shorter side keeps this many pixels; that saves memory and half of the time.
 
     Returns:
-        uint8 (channels, H, W). The memory layout is mostly H, W, channels, which is the fastest one to resize, so the
+        uint8 (3, H, W), RGB. The memory layout is mostly H, W, channels, which is the fastest one to resize, so the
         tensor is not contiguous.
 
     Raises:
         BadImage: the bytes are empty, not an image, truncated or otherwise damaged; the image has more than
             `max_pixels()` pixels; or its values have no stated range.
     """
-    if channels not in (1, 3):
-        raise ValueError(f"channels is {channels}; it must be 1 or 3")
     max_pixels()  # an invalid limit is no fault of the image
     if not data:
         raise BadImage(name, "empty file")
@@ -100,7 +96,7 @@ def decode(
         with warnings.catch_warnings():
             # Pillow warns about odd metadata and large images; neither matters here.
             warnings.simplefilter("ignore")
-            return _decode(data, channels, value_range, shortest)
+            return _decode(data, value_range, shortest)
     except BadImage as error:
         raise BadImage(name, error.reason) from None
     # On arbitrary bytes a decoder may raise any exception (SyntaxError, struct.error, KeyError, MemoryError, ...).
@@ -108,23 +104,21 @@ def decode(
         raise BadImage(name, _reason(error)) from error
 
 
-def _decode(data: bytes, channels: int, value_range: Range | None, shortest: int) -> Tensor:
+def _decode(data: bytes, value_range: Range | None, shortest: int) -> Tensor:
     with open_image(io.BytesIO(data)) as image:
         if isinstance(value_range, Survey):
             value_range.see(image, data)
             height, width = header_size(data) or (0, 0)
-            return torch.zeros((), dtype=torch.uint8).expand(channels, height, width)
+            return torch.zeros((), dtype=torch.uint8).expand(3, height, width)
         if _is_fast(image):
             if shortest and _is_reduced(image, shortest):
-                return from_pillow(image, channels)
-            try:
-                return turn(_decode_fast(data, image.format, channels), orientation_of(image))
-            except RuntimeError:  # Pillow tolerates more damage, such as a missing end marker
-                pass
+                return from_pillow(image)
+            with contextlib.suppress(RuntimeError):  # Pillow tolerates more damage, such as a missing end marker
+                return turn(_decode_fast(data, image.format), orientation_of(image))
         deep = read_deep(image, data)
         if deep is not None:
-            return turn(_from_values(deep, channels, value_range), orientation_of(image))
-        return from_pillow(image, channels)
+            return turn(_from_values(deep, value_range), orientation_of(image))
+        return from_pillow(image)
 
 
 def open_image(file: IO[bytes] | Path, *, name: str = "image") -> Image:
@@ -162,54 +156,43 @@ def _is_reduced(image: Image, shortest: int) -> bool:
     return image.size != size
 
 
-def _decode_fast(data: bytes, format_name: str | None, channels: int) -> Tensor:
+def _decode_fast(data: bytes, format_name: str | None) -> Tensor:
     from torchvision.io import ImageReadMode, decode_jpeg, decode_webp
 
-    # a copy, because torch needs writable memory
+    # A copy, because torch needs writable memory. torchvision finds the orientation in fewer files than Pillow does:
+    # `turn` applies it.
     buffer = torch.frombuffer(bytearray(data), dtype=torch.uint8)
-    if format_name == "WEBP":
-        pixels: Tensor = decode_webp(buffer, mode=ImageReadMode.RGB)
-        return pixels if channels == 3 else _luma(pixels)
-    # torchvision finds the orientation in fewer files than Pillow does: `turn` applies it.
-    pixels = decode_jpeg(buffer, mode=ImageReadMode.RGB if channels == 3 else ImageReadMode.GRAY)
-    return pixels  # noqa: RET504 (torchvision is untyped; the annotation above gives the type)
+    pixels: Tensor = (decode_webp if format_name == "WEBP" else decode_jpeg)(buffer, mode=ImageReadMode.RGB)
+    return pixels
 
 
-def _luma(pixels: Tensor) -> Tensor:
-    """Convert RGB uint8 (3, H, W) to luma uint8 (1, H, W), rounded as Pillow does."""
-    # 0.299, 0.587 and 0.114 times 2^16
-    weights = torch.tensor([19595, 38470, 7471], dtype=torch.int32)[:, None, None]
-    return ((pixels.int() * weights).sum(0, keepdim=True) + 0x8000 >> 16).to(torch.uint8)
-
-
-def from_pillow(image: Image, channels: int) -> Tensor:
-    """Decode an opened image of 8 bits with Pillow, upright: uint8 (channels, H, W)."""
+def from_pillow(image: Image) -> Tensor:
+    """Decode an opened image of 8 bits with Pillow, upright: uint8 (3, H, W)."""
     image.load()
     width, height = image.size
     rows = max(_STRIP_PIXELS // max(width, 1), 1)
     if rows >= height:
-        pixels = _convert(image, channels)
+        pixels = _convert(image)
     else:  # a conversion of the whole image would hold several copies of it
-        pixels = np.empty((height, width, channels), np.uint8)
+        pixels = np.empty((height, width, 3), np.uint8)
         for top in range(0, height, rows):
             strip = image.crop((0, top, width, min(top + rows, height)))
-            pixels[top : top + rows] = _convert(strip, channels)
+            pixels[top : top + rows] = _convert(strip)
     return turn(torch.from_numpy(pixels).permute(2, 0, 1), orientation_of(image))
 
 
-def _convert(image: Image, channels: int) -> npt.NDArray[np.uint8]:
-    """Convert a loaded image to uint8 (H, W, channels), on white."""
+def _convert(image: Image) -> npt.NDArray[np.uint8]:
+    """Convert a loaded image to uint8 (H, W, 3), on white."""
     import PIL.Image
 
     if image.has_transparency_data:
         white = PIL.Image.new("RGBA", image.size, "white")
         image = PIL.Image.alpha_composite(white, image.convert("RGBA"))
-    pixels = np.array(image.convert("RGB" if channels == 3 else "L"))  # (H, W, 3) or (H, W)
-    return pixels.reshape(*pixels.shape[:2], channels)
+    return np.array(image.convert("RGB"))
 
 
-def _from_values(deep: DeepImage, channels: int, value_range: ValueRange | None) -> Tensor:
-    """Convert values to uint8 (channels, H, W), not turned. Raises BadImage if they have no range."""
+def _from_values(deep: DeepImage, value_range: ValueRange | None) -> Tensor:
+    """Convert values to uint8 (3, H, W), not turned. Raises BadImage if they have no range."""
     natural_range = deep.natural_range
     if deep.values.dtype.kind == "f":
         finite = deep.values[np.isfinite(deep.values)]
@@ -219,10 +202,7 @@ def _from_values(deep: DeepImage, channels: int, value_range: ValueRange | None)
     chosen = value_range or natural_range
     if chosen is None:
         raise BadImage("", f"{deep.values.dtype} values have no agreed range: give --value-range LOW HIGH")
-    pixels = torch.from_numpy(to_8_bits(deep, chosen)).permute(2, 0, 1)
-    if len(pixels) == 3 and channels == 1:
-        return _luma(pixels)
-    return pixels.expand(channels, -1, -1)
+    return torch.from_numpy(to_8_bits(deep, chosen)).permute(2, 0, 1).expand(3, -1, -1)
 
 
 def orientation_of(image: Image) -> int:
@@ -257,8 +237,7 @@ def _reason(error: Exception) -> str:
         return "not an image, or an unsupported format"
     if isinstance(error, Image.DecompressionBombError):
         return _too_many(max_pixels())
-    text = str(error).strip().split("\n")[0]
-    return text or type(error).__name__
+    return first_line(error)
 
 
 def max_pixels() -> int:

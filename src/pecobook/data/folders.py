@@ -20,12 +20,11 @@ from typing import Any
 
 import numpy as np
 
-from pecobook.data.decode import read_file
-from pecobook.data.layout import BESIDE_ITS_IMAGE, Folder, Layout, count_unused, masks_among, parts_of, read_layout
+from pecobook.data.layout import Folder, Layout, count_unused, parts_of, read_layout
+from pecobook.data.names import BESIDE_ITS_IMAGE, IMAGE_EXTENSIONS, SHADOW_FOLDER, masks_among
 from pecobook.data.parts import Contents
-from pecobook.data.source import IMAGE_EXTENSIONS, FileImages, Integers
-from pecobook.data.split_names import SHADOW_FOLDER
-from pecobook.errors import DataError
+from pecobook.data.source import Integers, Note, Store
+from pecobook.errors import DataError, some_of
 
 _EXTENSIONS = frozenset(extension.encode() for extension in IMAGE_EXTENSIONS)
 _SHADOW_FOLDER = SHADOW_FOLDER.encode()
@@ -42,7 +41,7 @@ _REMEDIES = {
 _FILE, _FOLDER, _LINKED_FOLDER = range(3)
 
 
-class FileStore(FileImages):
+class FileStore(Store):
     """Image files under one folder, as relative paths in an Arrow column."""
 
     def __init__(self, root: Path, paths: Any) -> None:
@@ -54,15 +53,11 @@ class FileStore(FileImages):
 
     def identify(self, row: int) -> str:
         """Return the path as text that can be printed and logged, even if the path is not valid Unicode."""
-        return os.fsencode(self.path(row)).decode(errors="replace")
+        return os.fsencode(self.file(row)).decode(errors="replace")
 
-    def path(self, row: int) -> Path:
+    def file(self, row: int) -> Path:
         """Return the path of the file of a row."""
         return self.root / os.fsdecode(self._paths[row]["path"])
-
-    def encoded(self, row: int) -> bytes:
-        """Return the bytes of the file of a row. Raises BadImage."""
-        return read_file(self.path(row), self.identify(row))
 
     def files(self, rows: Integers) -> Iterator[bytes]:
         """Yield the paths of the files of the rows."""
@@ -109,8 +104,12 @@ class ImageNames:
 
     def finish(self) -> None:
         """Complete the last chunk."""
+        from datasets import Dataset, Features, Value
+
         if self._names:
-            self.chunks.append(_to_arrow(self._names))
+            # large_binary, because the paths of many millions of files exceed 2 GiB in total.
+            features = Features({"path": Value("large_binary")})
+            self.chunks.append(Dataset.from_dict({"path": self._names}, features=features))
             self._names = []
 
 
@@ -158,18 +157,23 @@ def folder_contents(source: str, root: Path) -> Contents:
             f"--data '{source}': neither this folder nor its subfolders hold images{_seen_instead(listing.left_out)}. "
             f"Supported extensions: {', '.join(IMAGE_EXTENSIONS)}; also parquet and tar files."
         )
-    if kind == "tar":
+    if kind != "image":
         from pecobook.data.shards import shard_contents
-
-        return _with_left_out(shard_contents(source, listing.shards, root=root), listing.left_out)
-    if kind == "parquet":
         from pecobook.data.tables import parquet_contents
 
-        return _with_left_out(parquet_contents(source, listing.tables, root=root), listing.left_out)
+        is_tar = kind == "tar"
+        found = (
+            shard_contents(source, listing.shards, root) if is_tar else parquet_contents(source, listing.tables, root)
+        )
+        return replace(found, left_out=dict(listing.left_out + Counter(found.left_out)))
     from datasets import concatenate_datasets
 
     store = FileStore(root, concatenate_datasets(listing.chunks))
-    return _contents(source, store, listing)
+    layout = read_layout(source, listing.groups)
+    group_of = np.frombuffer(listing.group_of, dtype=np.int64)
+    left_out = listing.left_out + count_unused(layout, group_of)
+    notes = (*layout.notes, *_note_on_empty_classes(layout, listing))
+    return Contents(parts_of(layout, store, group_of), dict(left_out), notes)
 
 
 def _count_rows(tables: list[Path]) -> tuple[int, bool]:
@@ -186,10 +190,6 @@ def _count_rows(tables: list[Path]) -> tuple[int, bool]:
                 num_rows += footer.num_rows
                 has_paths |= re.match("(large_)?string|dictionary", str(schema.field("image").type)) is not None
     return num_rows, has_paths
-
-
-def _with_left_out(contents: Contents, left_out: Counter[str]) -> Contents:
-    return replace(contents, left_out=dict(left_out + Counter(contents.left_out)))
 
 
 def _seen_instead(left_out: Counter[str]) -> str:
@@ -217,7 +217,8 @@ def walk(root: Path) -> Listing:
         if not stack:
             stack.append(links.pop(0))
             # Only now, because most sources have no link to a folder.
-            visited = visited or {_identity(folder) for folder in (*_parents(root), *(top + b"/" + f for f in listed))}
+            parents = map(os.fsencode, root.resolve().parents)
+            visited = visited or {_identity(folder) for folder in (*parents, *(top + b"/" + f for f in listed))}
         folder, group = stack.pop()
         path = os.path.join(top, folder)  # noqa: PTH118 (bytes, a million times)
         if visited is None:
@@ -257,10 +258,6 @@ def walk(root: Path) -> Listing:
         listing.chunks, listing.group_of, listing.groups = arrays.chunks, arrays.group_of, arrays.groups
     listing.finish()
     return listing
-
-
-def _parents(root: Path) -> list[bytes]:
-    return [os.fsencode(parent) for parent in root.resolve().parents]
 
 
 def _identity(folder: bytes) -> tuple[int, int]:
@@ -310,21 +307,6 @@ def _reason_for_extension(extension: bytes) -> str:
     return f"extension .{extension.decode(errors='replace')}"
 
 
-def _to_arrow(names: list[bytes]) -> Any:
-    from datasets import Dataset, Features, Value
-
-    # large_binary, because the paths of many millions of files exceed 2 GiB in total.
-    return Dataset.from_dict({"path": names}, features=Features({"path": Value("large_binary")}))
-
-
-def _contents(source: str, store: FileStore, listing: Listing) -> Contents:
-    layout = read_layout(source, listing.groups)
-    group_of = np.frombuffer(listing.group_of, dtype=np.int64)
-    left_out = listing.left_out + Counter(count_unused(layout, group_of))
-    notes = (*layout.notes, *_note_on_empty_classes(layout, listing))
-    return Contents(parts_of(layout, store, group_of), dict(left_out), notes)
-
-
 def _note_on_empty_classes(layout: Layout, listing: Listing) -> list[str]:
     """Return a note that names the folders without an image beside class folders, if there are any."""
     named = zip(listing.groups, layout.class_of, strict=True)
@@ -332,7 +314,7 @@ def _note_on_empty_classes(layout: Layout, listing: Listing) -> list[str]:
     empty = sorted("/".join(folder) for folder in listing.without_images if folder[:-1] in parents)
     if not empty:
         return []
-    listed = ", ".join(empty[:5]) + (", ..." if len(empty) > 5 else "")
+    folders, what = f"{len(empty):,} folders beside the class folders", "hold no image, and are no classes"
     if len(empty) == 1:
-        return [f"1 folder beside the class folders holds no image, and is no class: {listed}."]
-    return [f"{len(empty):,} folders beside the class folders hold no image, and are no classes: {listed}."]
+        folders, what = "1 folder beside the class folders", "holds no image, and is no class"
+    return [Note(f"{folders} {what}: {some_of(empty, 5)}.", "lost labels")]

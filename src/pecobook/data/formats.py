@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import io
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageFile
@@ -61,24 +61,17 @@ class NumpyFile(ImageFile.ImageFile):
 
     def _open(self) -> None:
         assert self.fp is not None
-        shape, is_fortran, dtype = _read_header(self.fp)
+        is_first_version = np.lib.format.read_magic(self.fp) == (1, 0)
+        read = np.lib.format.read_array_header_1_0 if is_first_version else np.lib.format.read_array_header_2_0
+        shape, is_fortran, dtype = read(self.fp)
         channels = shape[2] if len(shape) == 3 else 1
         modes = _ARRAYS.get((dtype.str, channels)) if len(shape) in (2, 3) else None
         if modes is None or is_fortran or 0 in shape:
             order = " in the order of Fortran" if is_fortran else ""
-            raise ValueError(
-                f"an array of {dtype} {shape}{order} is no image; it must be uint8 or uint16 (H, W) or "
-                "(H, W, 3), or float32 (H, W)"
-            )
+            needed = "uint8 or uint16 (H, W) or (H, W, 3), or float32 (H, W)"
+            raise ValueError(f"an array of {dtype} {shape}{order} is no image; it must be {needed}")
         self._size, (self._mode, raw_mode) = (shape[1], shape[0]), modes
         self.tile = [ImageFile._Tile("raw", (0, 0, *self._size), self.fp.tell(), (raw_mode, 0, 1))]
-
-
-def _read_header(file: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype[np.generic]]:
-    is_first_version = np.lib.format.read_magic(file) == (1, 0)
-    read = np.lib.format.read_array_header_1_0 if is_first_version else np.lib.format.read_array_header_2_0
-    shape, is_fortran, dtype = read(file)
-    return shape, is_fortran, dtype
 
 
 class DeepTiff(ImageFile.ImageFile):

@@ -16,9 +16,16 @@ import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from pecobook.data.parts import Contents, assemble
+from torch import Tensor
+
+from pecobook.data.decode import BadImage, decode, read_file
+from pecobook.data.deep import ValueRange
+from pecobook.data.parts import Contents, Part, assemble
 from pecobook.data.source import ImageSource, Splits
+from pecobook.data.views import center_crop
 from pecobook.errors import DataError, did_you_mean
+from pecobook.utils.files import write_atomically
+from pecobook.utils.images import fitted_size, resize
 from pecobook.utils.printer import say
 
 SOURCE_FORMS = (
@@ -48,8 +55,6 @@ def open_images(source: str) -> Splits:
 
 def check_readable(source: ImageSource, count: int = 8) -> None:
     """Raise DataError if none of the first `count` images can be read."""
-    from pecobook.data.decode import BadImage
-
     reasons = []
     for index in range(min(count, len(source))):
         try:
@@ -79,6 +84,8 @@ def check_labels(splits: Splits, source: str) -> None:
 def open_all_splits(source: str) -> list[ImageSource]:
     """Open all images of a source, as one `ImageSource` per declared split, and print what is left out.
 
+    Each has the labels of its split, by its own names of classes; the label of an image without one is -1.
+
     Raises:
         DataError: as `open_images` does.
     """
@@ -87,8 +94,12 @@ def open_all_splits(source: str) -> list[ImageSource]:
         return [splits.train, splits.evaluation]
     contents = _open(source)
     say_left_out(source, contents.left_out)
-    parts = contents.parts.items()
-    return [ImageSource(part.store, name=source, split=name, rows=part.rows) for name, part in parts if len(part.rows)]
+    return [_whole(source, name, part) for name, part in contents.parts.items() if len(part.rows)]
+
+
+def _whole(source: str, split: str, part: Part) -> ImageSource:
+    classes, labels = (part.labels.names, part.labels.codes) if part.labels else (None, None)
+    return ImageSource(part.store, name=source, split=split, rows=part.rows, classes=classes, labels=labels)
 
 
 def say_left_out(source: str, left_out: Mapping[str, int]) -> None:
@@ -194,3 +205,53 @@ def _expand_braces(pattern: str) -> Iterable[str]:
         choices = group[1].split(",")
     prefix, suffix = pattern[: group.start()], pattern[group.end() :]
     return (prefix + choice + rest for choice in choices for rest in _expand_braces(suffix))
+
+
+# ------------------------------------------------------------------------------------------------------------ one image
+
+_MAX_SIDE = 512
+
+
+def read_image(
+    path: str | Path, size: int | None = None, *, crop: float = 1.0, value_range: tuple[float, float] | None = None
+) -> Tensor:
+    """Read an image file: any format, mode and orientation that the commands read.
+
+    Args:
+        path: the file.
+        size: side to which the central square is resized, pixels; None keeps the whole image at its size.
+        crop: side of the central square, as a share of the image's shorter side.
+        value_range: the values that become black and white in an image with more than 8 bits, as in a network's
+            `value_range`; None takes the range of the file's type.
+
+    Returns:
+        uint8 (3, H, W) in RGB, or (3, size, size).
+
+    Raises:
+        DataError: the file is missing or no image.
+    """
+    try:
+        image = decode(read_file(Path(path)), name=str(path), value_range=value_range and ValueRange(*value_range))
+    except BadImage as error:
+        raise DataError(f"'{path}' cannot be read: {error.reason}.") from None
+    return image.contiguous() if size is None else center_crop(image, size, share=crop)
+
+
+def write_example(source: ImageSource, file: Path, attempts: int = 8) -> None:
+    """Write the first readable image of a source as a PNG of at most 512 pixels a side.
+
+    Nothing is written if none of the first `attempts` images can be read.
+    """
+    from torchvision.io import encode_png
+
+    for index in range(min(attempts, len(source))):
+        try:
+            image = source.read(index)
+        except BadImage:
+            continue
+        height, width = int(image.shape[1]), int(image.shape[2])
+        if max(height, width) > _MAX_SIDE:
+            image = resize(image, *fitted_size(height, width, min(height, width), _MAX_SIDE))
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(file, bytes(encode_png(image.contiguous()).numpy()))
+        return

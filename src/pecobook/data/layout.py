@@ -6,7 +6,7 @@ The rules, in this order. "Folder" always means a folder with images in it or be
    or `train_images/`.
 2. Wrappers are entered: a level with one folder and no image, such as the folder of an archive or `images/`. The
    folders in a wrapper named `train` are classes, unless all of them declare splits.
-3. The level then reached declares splits if `split_names.split_folders` says so: training images and validation or test
+3. The level then reached declares splits if `names.split_folders` says so: training images and validation or test
    images, such as `Training/` and `Testing/`. Other folders and images of this level are not used. `train/` as the only
    folder, beside loose images, is the training split. The source is refused if neither the splits nor two or more
    folders beside them have subfolders: all of them may be classes.
@@ -22,33 +22,28 @@ The rules, in this order. "Folder" always means a folder with images in it or be
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import numpy as np
 
-from pecobook.data.parts import ONE_CLASS, Labels, Part
-from pecobook.data.source import Integers, Store
-from pecobook.data.split_names import is_split_folder, split_and_rest, split_folders, split_of_name
-from pecobook.errors import DataError
+from pecobook.data.names import (
+    IMAGE_FOLDERS,
+    MASK_FOLDERS,
+    is_split_folder,
+    split_and_rest,
+    split_folders,
+    split_of_name,
+)
+from pecobook.data.parts import Labels, Part
+from pecobook.data.source import Integers, Note, Store
+from pecobook.errors import DataError, some_of
 
 Folder: TypeAlias = tuple[str, ...]
 """The names on the way from the source to a folder."""
 
-IMAGE_FOLDERS = frozenset({"images", "image", "img", "imgs", "jpegimages", "leftimg8bit"})
-MASK_FOLDERS = frozenset(
-    (
-        *("masks", "mask", "annotations", "annotation", "annot", "labels", "label", "segmentationclass", "gt"),
-        *("segmentationclassraw", "segmentations", "segmentation", "groundtruth"),
-        *("gtfine", "gtcoarse"),
-    )
-)
-"""Names of folders that tell images from masks, in lower case."""
-_MASK_WORDS = (b"masks", b"mask", b"segmentation", b"seg", b"groundtruth", b"gt")
-_MASK_ENDINGS = tuple(separator + word for word in _MASK_WORDS for separator in (b"_", b"-", b" ", b"."))
-BESIDE_ITS_IMAGE = "mask beside its image, such as x_mask.png"
-_MASK_ENDING = re.compile(b"[_. -](%s)$" % b"|".join(_MASK_WORDS))
 _IMAGENET_NAME = re.compile(r"ILSVRC2012_(val|test)_\d{8}\.JPEG")
 _IMAGES = IMAGE_FOLDERS | {""}
 _MASKS = MASK_FOLDERS | {"segmentationobject", "trimaps"}
@@ -86,26 +81,22 @@ def read_layout(source: str, folders: Sequence[Folder]) -> Layout:
     depth = len(_wrappers(folders[number] for number in numbers))
     level = _Level([folders[number] for number in numbers], depth)
     splits = level.splits()
-    if not splits and not level.is_training_set:
-        inner = {name: split_folders(names) for name, names in level.children.items()}
-        nested = [name for name, names in inner.items() if names]
-        if nested and (len(nested) < len(inner) or level.has_loose_images):
-            raise DataError(
-                f"--data '{source}': {_listed(inner[nested[0]])} inside '{nested[0]}' look like splits, but there are "
-                f"images beside that folder.\nGive --data '{source}/{'/'.join((*level.path, nested[0]))}'."
-            )
-        if nested:
-            _check_folds(source, [folders[number] for number in numbers], depth, inner)
-            return _classes_of_splits(layout, folders, numbers, depth, inner)
-        layout.notes = _notes_on_classes(source, level)
-    level.check(source, splits)
-    for number in numbers:
-        layout.split_of[number] = splits.get(_at(folders[number], depth), "") if splits else "train"
-        if not layout.split_of[number]:
-            layout.reason_of[number] = "not in a split folder"
-    _read_classes(layout, folders, depth + 1 if splits else depth)
-    if depth and not splits and not any(layout.class_of):
-        layout.only_folder = level.path[-1]
+    inner = {} if splits or level.is_training_set else _splits_of_classes(source, level)
+    if inner:
+        _check_folds(source, [folders[number] for number in numbers], depth, inner)
+        for number in numbers:
+            layout.class_of[number] = name = folders[number][depth]
+            layout.split_of[number] = inner[name].get(_at(folders[number], depth + 1), "")
+    else:
+        if not splits and not level.is_training_set:
+            layout.notes = _notes_on_classes(source, level)
+        level.check(source, splits)
+        for number in numbers:
+            layout.split_of[number] = splits.get(_at(folders[number], depth), "") if splits else "train"
+        _read_classes(layout, folders, depth + 1 if splits else depth)
+        if depth and not splits and not any(layout.class_of):
+            layout.only_folder = level.path[-1]
+    layout.reason_of |= {number: "not in a split folder" for number in numbers if not layout.split_of[number]}
     return layout
 
 
@@ -191,6 +182,18 @@ def _wrappers(folders: Iterable[Folder], start: int = 0) -> list[str]:
     return names
 
 
+def _splits_of_classes(source: str, level: _Level) -> dict[str, dict[str, str]]:
+    """Return the splits that each folder declares itself; {} if none does. Raises DataError if only some of them do."""
+    inner = {name: split_folders(names) for name, names in level.children.items()}
+    nested = [name for name, names in inner.items() if names]
+    if nested and (len(nested) < len(inner) or level.has_loose_images):
+        raise DataError(
+            f"--data '{source}': {_listed(inner[nested[0]])} inside '{nested[0]}' look like splits, but there are "
+            f"images beside that folder.\nGive --data '{source}/{'/'.join((*level.path, nested[0]))}'."
+        )
+    return inner if nested else {}
+
+
 def _check_folds(source: str, folders: Sequence[Folder], depth: int, inner: dict[str, dict[str, str]]) -> None:
     """Raise DataError if folders with splits of their own also have the same classes, as the folds of a set have."""
     classes: dict[str, set[str]] = {}
@@ -204,19 +207,6 @@ def _check_folds(source: str, folders: Sequence[Folder], depth: int, inner: dict
                 f"--data '{source}': '{first}' and '{name}' hold splits of the same classes.\n"
                 f"Give one of them: --data '{source}/{'/'.join((*folders[0][:depth], first))}'."
             )
-
-
-def _classes_of_splits(
-    layout: Layout, folders: Sequence[Folder], numbers: list[int], depth: int, inner: dict[str, dict[str, str]]
-) -> Layout:
-    """Fill a layout in which each class has folders of splits."""
-    for number in numbers:
-        name = folders[number][depth]
-        layout.split_of[number] = inner[name].get(_at(folders[number], depth + 1), "")
-        layout.class_of[number] = name
-        if not layout.split_of[number]:
-            layout.reason_of[number] = "not in a split folder"
-    return layout
 
 
 def _read_classes(layout: Layout, folders: Sequence[Folder], depth: int) -> None:
@@ -274,8 +264,7 @@ def _at(folder: Folder, depth: int) -> str:
 
 
 def _listed(names: Iterable[str]) -> str:
-    ordered = sorted(names)
-    return ", ".join(f"'{name}'" for name in ordered[:4]) + (", ..." if len(ordered) > 4 else "")
+    return some_of((f"'{name}'" for name in sorted(names)), 4)
 
 
 def parts_of(layout: Layout, store: Store, folder_of: Integers) -> dict[str, Part]:
@@ -287,39 +276,26 @@ def parts_of(layout: Layout, store: Store, folder_of: Integers) -> dict[str, Par
         folder_of: the number of the folder of each image.
     """
     parts = {}
-    for split in sorted({name for name in layout.split_of if name}):
-        in_split = np.array([name == split for name in layout.split_of])
-        rows = np.flatnonzero(in_split[folder_of])
-        labels = _labels(layout.class_of, in_split, folder_of[rows])
+    for split in sorted(set(layout.split_of) - {""}):
+        in_split = [name == split for name in layout.split_of]
+        rows = np.flatnonzero(np.array(in_split)[folder_of])
+        names = tuple(
+            sorted({name for name, is_used in zip(layout.class_of, in_split, strict=True) if is_used and name})
+        )
+        code_of: dict[str | None, int] = {name: code for code, name in enumerate(names)}
+        codes = np.array([code_of.get(name, -1) for name in layout.class_of], dtype=np.int64)
+        labels = Labels(codes[folder_of[rows]], names) if names else None
         unlabelled = "" if labels else _reason(layout, split, store.identify(int(rows[0])))
         parts[split] = Part(store, rows, labels, unlabelled, "lie outside the class folders")
     return parts
 
 
-def count_unused(layout: Layout, folder_of: Integers) -> dict[str, int]:
+def count_unused(layout: Layout, folder_of: Integers) -> Counter[str]:
     """Return why images in folders of a layout are not used, and how many there are."""
-    unused: dict[str, int] = {}
-    for number, count in enumerate(np.bincount(folder_of, minlength=len(layout.split_of)).tolist()):
-        if number in layout.reason_of:
-            reason = layout.reason_of[number]
-            unused[reason] = unused.get(reason, 0) + count
+    counts, unused = np.bincount(folder_of, minlength=len(layout.split_of)).tolist(), Counter[str]()
+    for number in sorted(layout.reason_of):
+        unused[layout.reason_of[number]] += counts[number]
     return unused
-
-
-def _labels(class_of_group: list[str | None], in_split: Any, group_of: Integers) -> Labels | None:
-    """Number the class folders of one split; return None if it has none.
-
-    Args:
-        class_of_group: the class folder of each group, or None.
-        in_split: bool (number of groups,), whether a group belongs to the split.
-        group_of: the group of each image of the split.
-    """
-    names = tuple(sorted({name for name, used in zip(class_of_group, in_split, strict=True) if used and name}))
-    if not names:
-        return None
-    number = {name: code for code, name in enumerate(names)}
-    table = np.array([number.get(name, -1) if name else -1 for name in class_of_group], dtype=np.int64)
-    return Labels(table[group_of], names)
 
 
 def _reason(layout: Layout, split: str, image: str) -> str:
@@ -334,18 +310,10 @@ def _reason(layout: Layout, split: str, image: str) -> str:
         if not only or split_of_name(only) is not None:
             return ""
         is_class = len(set(layout.split_of) - {""}) > 1 and only.lower() not in IMAGE_FOLDERS
-        return f"all its images lie in {ONE_CLASS if is_class else 'the one folder'} '{only}'"
+        if is_class:
+            return Note(f"all its images lie in the one class folder '{only}'", "one class")
+        return f"all its images lie in the one folder '{only}'"
     return (
         f"the images of {split} lie in no class folder ({image}); move each into the folder of its class, or give the "
         "training folder alone, of which 10% are then held out"
     )
-
-
-def masks_among(names: list[bytes]) -> set[bytes]:
-    """Return the names such as "x_mask.png" or "x_mask_1.png" of files beside "x.jpg", given all files of a folder."""
-    stems = {name: name.rpartition(b".")[0].lower() for name in names}
-    masks = {name: end for name, stem in stems.items() if (end := stem.rstrip(b"_0123456789")).endswith(_MASK_ENDINGS)}
-    if not masks:
-        return set()
-    images = set(stems.values())
-    return {name for name, end in masks.items() if _MASK_ENDING.sub(b"", end) in images}

@@ -70,8 +70,10 @@ class Batches(Iterator[Any]):
         )
         handler = signal.getsignal(signal.SIGCHLD)
         self._loader: Any = iter(loader) if len(places) else iter(())
-        if threading.current_thread() is threading.main_thread():  # without PyTorch's own, which raises at any place
-            signal.signal(signal.SIGCHLD, handler or signal.SIG_DFL)
+        if threading.current_thread() is threading.main_thread():
+            # PyTorch's own handler raises at any place; another loader of this process may have set it before.
+            is_ours = handler is not None and not getattr(handler, "__module__", "").startswith("torch.")
+            signal.signal(signal.SIGCHLD, handler if is_ours else signal.SIG_DFL)
 
     def __next__(self) -> Any:
         places = next(self._places)

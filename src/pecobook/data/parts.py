@@ -9,17 +9,16 @@ without labels, and `ImageSource.unlabelled` names the images or the class that 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from pecobook.data.source import ImageSource, Integers, Splits, Store, hold_out, unused_splits
-from pecobook.errors import DataError, did_you_mean
-
-# Words of the reasons why labels that a user gave cannot be used; they tell these from images without labels.
-NO_CLASS, ONE_CLASS, AS_OTHERS = "which is no class", "the one class folder", "as other files have"
+from pecobook.data.source import ImageSource, Integers, Note, Splits, Store, hold_out, kind_of, unused_splits
+from pecobook.errors import ConfigError, DataError, did_you_mean
 
 
 @dataclass(frozen=True)
@@ -38,7 +37,7 @@ class Part:
         store: the images of all splits, or of this one.
         rows: the rows of the store that belong to the split.
         labels: the labels of these rows, or None.
-        unlabelled: why `labels` is None, if more can be said than that.
+        unlabelled: why `labels` is None, if more can be said than that; a `Note` if the user gave labels.
         lacks_label: what is wrong with an image whose label is -1.
     """
 
@@ -57,9 +56,10 @@ class Part:
             return self.unlabelled or f"no image of {split} has one"
         if len(missing):
             first = self.store.identify(int(self.rows[missing[0]]))
-            return f"{len(missing):,} of {len(self.rows):,} images of {split} {self.lacks_label}, the first: {first}"
+            count = f"{len(missing):,} of {len(self.rows):,} images"
+            return Note(f"{count} of {split} {self.lacks_label}, the first: {first}", "lost labels")
         if split == "train" and len(self.labels.names) < 2:
-            return f"all images of train have the one class '{self.labels.names[0]}'"
+            return Note(f"all images of train have the one class '{self.labels.names[0]}'", "one class")
         return ""
 
 
@@ -87,46 +87,35 @@ def assemble(source: str, contents: Contents) -> Splits:
         DataError: there is no training image, or a class of the evaluation split is missing in training.
     """
     parts = contents.parts
-    train = parts["train"]
-    if len(train.rows) == 0:
+    if len(parts["train"].rows) == 0:
         raise DataError(f"--data '{source}': the training split holds no image.")
     notes = list(contents.notes)
 
     def usable_labels(name: str) -> tuple[Labels | None, str]:
-        part, problem = parts[name], parts[name].label_problem(name)
-        is_partial = part.labels is not None and part.labels.codes.max(initial=-1) >= 0
-        is_told = is_partial or name != "train" or any(words in problem for words in (NO_CLASS, ONE_CLASS, AS_OTHERS))
-        if problem and is_told:
-            notes.append(f"The labels of {name} are not used: {problem}.")
-        return (None if problem else part.labels), problem
+        problem = parts[name].label_problem(name)
+        if problem and (isinstance(problem, Note) or name != "train"):
+            notes.append(Note(f"The labels of {name} are not used: {problem}.", kind_of(problem) or "lost labels"))
+        return (None if problem else parts[name].labels), problem
+
+    def source_of(name: str, split: str, codes: Integers | None, problem: str) -> ImageSource:
+        part = parts[name]
+        images = ImageSource(part.store, name=source, split=split, rows=part.rows, classes=classes, labels=codes)
+        images.unlabelled = problem
+        return images
 
     labels, problem = usable_labels("train")
     classes = labels.names if labels else None
-    codes = labels.codes if labels else None
-    training = ImageSource(train.store, name=source, split="train", rows=train.rows, classes=classes, labels=codes)
-    training.unlabelled = problem
+    training = source_of("train", "train", labels.codes if labels else None, problem)
     candidates = [name for name in ("test", "validation") if name in parts and len(parts[name].rows)]
     if not candidates:
         return replace(hold_out(training), left_out=contents.left_out, notes=tuple(notes), files=contents.files)
-    labelled = [name for name in candidates if _has_labels(parts[name])]
+    labelled = [name for name in candidates if (given := parts[name].labels) and (given.codes >= 0).any()]
     chosen = labelled[0] if classes is not None and labelled else candidates[0]
-    part = parts[chosen]
     labels, problem = usable_labels(chosen) if classes else (None, "")
-    evaluation = ImageSource(
-        part.store,
-        name=source,
-        split="evaluation",
-        rows=part.rows,
-        classes=classes,
-        labels=_renumber(source, chosen, labels, classes) if classes else None,
-    )
-    evaluation.unlabelled = problem
+    codes = _renumber(source, chosen, labels, classes) if classes else None
+    evaluation = source_of(chosen, "evaluation", codes, problem)
     unused = unused_splits({name: len(part.rows) for name, part in parts.items()}, chosen)
     return Splits(training, evaluation, chosen, contents.left_out | unused, tuple(notes), contents.files)
-
-
-def _has_labels(part: Part) -> bool:
-    return part.labels is not None and bool(part.labels.codes.max(initial=-1) >= 0)
 
 
 def _renumber(source: str, split: str, labels: Labels | None, classes: tuple[str, ...]) -> Integers | None:
@@ -144,3 +133,84 @@ def _renumber(source: str, split: str, labels: Labels | None, classes: tuple[str
         )
     table = np.array([code_of.get(name, -1) for name in labels.names], dtype=np.int64)
     return np.asarray(table[labels.codes])
+
+
+# ------------------------------------------------------------------------------------------------- from labels to codes
+
+_NUMBERED = re.compile(r"(\d{1,6})\s*[\s,;:=]\s*(\S.*)")
+
+
+def is_missing(value: Any) -> bool:
+    """Return whether a label stands for "unknown": None, NaN, a negative number, or an empty text."""
+    return value is None or (not value.strip() if isinstance(value, str) else not value >= 0)
+
+
+def encode_labels(
+    source: str,
+    values: Sequence[Any],
+    names: tuple[str, ...] | None = None,
+    identify: Callable[[int], str] | None = None,
+) -> Labels:
+    """Convert label values to codes; a missing value gets the code -1.
+
+    If `names` is given, numbers are indices in it, and texts are sought in it. Otherwise, and if it lacks a text, the
+    sorted values become the names.
+
+    Args:
+        source: the value of `--data`.
+        values: the labels.
+        names: the names of the classes.
+        identify: returns the name of an image by its position in `values`, for the message of an error.
+
+    Raises:
+        DataError: a value has no name in `names`.
+    """
+    distinct = {value for value in values if not is_missing(value)}
+    if names is not None and not any(isinstance(value, str) for value in distinct):
+        wrong = [row for row, value in enumerate(values) if not is_missing(value) and value >= len(names)]
+        if wrong:
+            where = f" of {identify(wrong[0])}" if identify else ""
+            raise DataError(
+                f"--data '{source}': label {values[wrong[0]]}{where} ({len(wrong):,} like this), but there are only "
+                f"{len(names)} class names, of the labels 0 to {len(names) - 1}."
+            )
+        code_of = {value: int(value) for value in distinct}
+    elif names is not None and distinct <= set(names):
+        code_of = {name: code for code, name in enumerate(names)}
+    else:
+        ordered = sorted(distinct)
+        code_of = {value: code for code, value in enumerate(ordered)}
+        names = tuple(str(value) for value in ordered)
+    codes = (-1 if is_missing(value) else code_of[value] for value in values)
+    return Labels(np.fromiter(codes, dtype=np.int64, count=len(values)), names)
+
+
+def class_names(path: Path) -> tuple[str, ...] | None:
+    """Return the names in `classes.txt`, in label order: a name on each line, "id<tab>name" or "label name".
+
+    The id of "id<tab>name" is left out if all names differ. A name that stands there twice gets its label behind it.
+    """
+    if not path.is_file():
+        return None
+    lines = [
+        line.strip() for line in path.read_text(encoding="utf-8-sig", errors="replace").splitlines() if line.strip()
+    ]
+    numbered = sorted((int(match[1]), match[2]) for line in lines if (match := _NUMBERED.fullmatch(line)))
+    if [number for number, _ in numbered] == list(range(len(lines))):
+        lines = [name for _, name in numbered]
+    names = [line.rpartition("\t")[2] for line in lines]
+    names = names if len(set(names)) == len(names) else lines
+    return tuple(f"{name} ({label})" if names.count(name) > 1 else name for label, name in enumerate(names))
+
+
+def class_indices(trained: Sequence[str], classes: Sequence[str], classifier: str, data: str) -> list[int]:
+    """Return the index of each of the data's classes among those of a classifier, matched by name.
+
+    Raises ConfigError, which names the classifier and the data, when the classifier does not have a class.
+    """
+    index_of = {label: index for index, label in enumerate(trained)}
+    missing = [label for label in classes if label not in index_of]
+    if missing:
+        more = f" (and {len(missing) - 1} more are missing)" if len(missing) > 1 else ""
+        raise ConfigError(f"{classifier} does not have the class '{missing[0]}' of --data '{data}'{more}.")
+    return [index_of[label] for label in classes]

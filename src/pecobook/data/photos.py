@@ -16,8 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pecobook.data.decode import BadImage, Range, decode
-from pecobook.data.source import ImageSource, Integers, Splits
+from pecobook.data.decode import BadImage, decode
+from pecobook.data.source import ImageSource, Integers, Splits, Store
 from pecobook.errors import DataError
 
 TILE = 48
@@ -46,14 +46,12 @@ PHOTOS = {
 }
 
 
-class PhotoStore:
+class PhotoStore(Store):
     """The tiles of all photographs, ordered by photograph and then by row.
 
     Args:
         grids: the number of tiles (down, across) of each photograph, in the order of the photographs' names.
     """
-
-    value_range: Range | None = None
 
     def __init__(self, grids: dict[str, tuple[int, int]]) -> None:
         self._grids = grids
@@ -71,7 +69,7 @@ class PhotoStore:
         """Return the name of the photograph and the number of the tile."""
         return "{} tile {}".format(*self._locate(row))
 
-    def read(self, row: int) -> Tensor:
+    def read(self, row: int, shortest: int = 0) -> Tensor:  # noqa: ARG002
         """Return the tile of a row: uint8 (3, 48, 48)."""
         name, tile = self._locate(row)
         i, j = divmod(tile, self._grids[name][1])
@@ -96,23 +94,24 @@ def open_photos() -> Splits:
     Raises:
         DataError: an installed photograph is missing.
     """
+    from PIL import Image
+
     grids = {}
     labels_by_photo, held_out_by_photo = [], []
     for number, name in enumerate(PHOTOS):
-        width, height = _reduced_size(*_size(name))
+        with Image.open(_path(name)) as image:  # reads the header alone
+            width, height = _reduced_size(*image.size)
         down, across = height // TILE, width // TILE
         grids[name] = (down, across)
         block_row, block_column = np.indices((down, across)) // 2
         held_out_by_photo.append(((block_row + block_column) % 4 == 2).ravel())
         labels_by_photo.append(np.full(down * across, number, dtype=np.int64))
     store, labels, is_held_out = PhotoStore(grids), np.concatenate(labels_by_photo), np.concatenate(held_out_by_photo)
-    classes = tuple(PHOTOS)
-    rows_of_split = {"train": np.flatnonzero(~is_held_out), "evaluation": np.flatnonzero(is_held_out)}
-    sources = {
-        split: ImageSource(store, name="photos", split=split, rows=rows, classes=classes, labels=labels[rows])
-        for split, rows in rows_of_split.items()
-    }
-    return Splits(sources["train"], sources["evaluation"], "held-out regions")
+    train, evaluation = (
+        ImageSource(store, name="photos", split=split, rows=rows, classes=tuple(PHOTOS), labels=labels[rows])
+        for split, rows in (("train", np.flatnonzero(~is_held_out)), ("evaluation", np.flatnonzero(is_held_out)))
+    )
+    return Splits(train, evaluation, "held-out regions")
 
 
 def _path(name: str) -> Path:
@@ -127,14 +126,6 @@ def _path(name: str) -> Path:
         f"--data photos: the installed {distribution} lacks the photograph '{name}' ({package}/{relative}).\n"
         f"Reinstall it (pip install --force-reinstall {distribution}) or give a folder of images."
     )
-
-
-def _size(name: str) -> tuple[int, int]:
-    """Read (width, height) from the header."""
-    from PIL import Image
-
-    with Image.open(_path(name)) as image:
-        return image.size
 
 
 def _reduced_size(width: int, height: int) -> tuple[int, int]:

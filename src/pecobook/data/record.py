@@ -24,7 +24,7 @@ import numpy as np
 
 from pecobook.data.decode import BadImage
 from pecobook.data.source import ImageSource, Integers, Splits
-from pecobook.errors import RunFolderError, first_line, printable
+from pecobook.errors import RunFolderError, first_line, printable, some_of
 from pecobook.utils.files import write_atomically
 
 FILE = "data.parquet"
@@ -263,7 +263,11 @@ def compare(before: Record, now: Record, *, unread: Sequence[str] = ()) -> Compa
         "changed": [now.names[n] for n in new[is_other].tolist()],
         "with another time and the same size": [now.names[n] for n in new[is_rewritten].tolist()],
     }
-    differences = tuple(_phrase(names, kind) for kind, names in groups.items() if names)
+    differences = tuple(
+        f"{len(names):,} {kind} ({some_of((name.decode(errors='replace') for name in names[:4]), 3)})"
+        for kind, names in groups.items()
+        if names
+    )
     kept = {n: before.contents[o] for o, n in common[~is_other & ~is_rewritten].tolist() if o in before.contents}
     better = {n: text for n, text in now.contents.items() if n not in kept or kept[n].startswith("~")}
     record = dataclasses.replace(now, contents=kept | better)
@@ -301,11 +305,6 @@ def _ends_one(name: bytes, paths: Sequence[str]) -> bool:
     """Return whether a relative name is the end of one of the paths, wherever the folder was then."""
     text = printable(os.fsencode(name).decode(errors="replace"))
     return any(path == text or path.endswith(f"/{text}") for path in paths)
-
-
-def _phrase(names: Sequence[bytes], kind: str) -> str:
-    shown = ", ".join(name.decode(errors="replace") for name in names[:3])
-    return f"{len(names):,} {kind} ({shown}{', ...' if len(names) > 3 else ''})"
 
 
 def _note(num_later: int, count: int, num_compared: int) -> str:

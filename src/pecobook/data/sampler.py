@@ -77,14 +77,7 @@ class BatchPositions(Sequence[list[int]]):
     """
 
     def __init__(
-        self,
-        *,
-        start_step: int,
-        stop_step: int,
-        batch_size: int,
-        micro_batch_size: int,
-        rank: int,
-        world_size: int,
+        self, *, start_step: int, stop_step: int, batch_size: int, micro_batch_size: int, rank: int, world_size: int
     ) -> None:
         if batch_size % (micro_batch_size * world_size):
             raise ValueError(f"{batch_size} is not a multiple of {micro_batch_size} x {world_size}")

@@ -20,11 +20,10 @@ from typing import Any
 import numpy as np
 
 from pecobook.data.decode import BadImage, check_bytes
-from pecobook.data.labels import encode_labels
 from pecobook.data.layout import Layout, count_unused, parts_of, read_layout
-from pecobook.data.parts import Contents, Labels, Part
-from pecobook.data.source import IMAGE_EXTENSIONS, FileImages, Integers, file_version, hash_some, relative_names
-from pecobook.data.split_names import group_by_split, note_ignored_splits
+from pecobook.data.names import IMAGE_EXTENSIONS, group_by_split, note_ignored_splits
+from pecobook.data.parts import Contents, Labels, Part, encode_labels
+from pecobook.data.source import Integers, Note, Store, file_version, hash_some, relative_names
 from pecobook.data.tar_index import index_shard
 from pecobook.errors import DataError
 from pecobook.utils.files import write_atomically
@@ -34,7 +33,7 @@ _MAX_NOTES = 5
 _MAX_OPEN = 256  # shards that each process keeps open; further shards are opened anew for each image
 
 
-class ShardStore(FileImages):
+class ShardStore(Store):
     """Images inside tar files.
 
     Args:
@@ -65,7 +64,7 @@ class ShardStore(FileImages):
         """Return the shard's path, a slash, and the member's name."""
         return f"{self._shards[self._shard[row]]}/{self._members[row].as_py()}"
 
-    def encoded(self, row: int) -> bytes:
+    def file(self, row: int) -> bytes:
         """Return the bytes of the member of a row. Raises BadImage."""
         name, size = self.identify(row), int(self._size[row])
         check_bytes(size, name)
@@ -103,7 +102,7 @@ class ShardStore(FileImages):
         return digest.hexdigest()
 
 
-def shard_contents(source: str, shards: list[Path], *, root: Path | None = None) -> Contents:
+def shard_contents(source: str, shards: list[Path], root: Path | None = None) -> Contents:
     """Return the splits of tar files; tar_index.py says which members are images and labels.
 
     The names of the shards, and of their folders under `root`, declare splits, as for parquet files.
@@ -113,7 +112,8 @@ def shard_contents(source: str, shards: list[Path], *, root: Path | None = None)
     """
     index = _load_index(source, shards)
     left_out: dict[str, int]
-    left_out, notes = (json.loads(index.schema.metadata[name]) for name in (b"left_out", b"notes"))
+    left_out, damage = (json.loads(index.schema.metadata[name]) for name in (b"left_out", b"notes"))
+    notes: list[str] = [Note(text, "lost images") for text in damage]
     if len(index) == 0:
         seen = ", ".join(f"{count:,} {reason}" for reason, count in left_out.items())
         raise DataError(
@@ -133,7 +133,7 @@ def shard_contents(source: str, shards: list[Path], *, root: Path | None = None)
     else:
         notes.append("No .cls or .json member holds a label: the folders inside the shards are taken for classes.")
     notes += [*layout.notes, *note_ignored_splits(names, parts)]
-    return Contents(parts, dict(Counter(left_out) + Counter(count_unused(layout, folder_of))), tuple(notes))
+    return Contents(parts, dict(Counter(left_out) + count_unused(layout, folder_of)), tuple(notes))
 
 
 def _read_folders(source: str, index: Any, groups: dict[str, list[int]], unused: list[int]) -> tuple[Layout, Integers]:
@@ -171,7 +171,8 @@ def _labels(source: str, texts: list[str | None], store: ShardStore, rows: Integ
         return encode_labels(source, texts), ""
     wrong = next((place for place, number in enumerate(numbers) if number is not None and number % 1), None)
     if wrong is not None:
-        return None, f"{store.identify(int(rows[wrong]))} has the label {texts[wrong]}, which is no class"
+        reason = f"{store.identify(int(rows[wrong]))} has the label {texts[wrong]}, which is no class"
+        return None, Note(reason, "lost labels")
     return encode_labels(source, [None if number is None else int(number) for number in numbers]), ""
 
 

@@ -6,67 +6,74 @@ evaluation source.
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Any, Self, cast
 
 import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
-from pecobook.data.decode import BadImage, Range, decode
+from pecobook.data.decode import BadImage, Range, decode, read_file
 from pecobook.data.deep import FULL_16_BITS, ValueRange
+from pecobook.data.sampler import splitmix64_array
 from pecobook.errors import DataError
-
-_JPEG, _PNG, _JPEG_2000 = "jpg jpeg jpe jfif mpo", "png apng", "jp2 j2k jpx jpf jpc j2c"
-_OTHERS = "bmp dib gif tif tiff webp ppm pgm pbm pnm pfm avif heic heif npy"
-IMAGE_EXTENSIONS = tuple(f"{_JPEG} {_PNG} {_JPEG_2000} {_OTHERS}".split())
 
 Integers = npt.NDArray[np.int64]
 _HASHED_IMAGES = 32
 
 
-class Store(Protocol):
+class Store:
     """Rows of images that can be read in any order.
 
-    A store can be pickled and forked: each process opens a file when it first reads from it.
+    A store can be pickled and forked: each process opens a file when it first reads from it. Each store overrides
+    `__len__`, `identify`, `file` and `digest`, and what else differs for it.
 
     Attributes:
         value_range: the values that become black and white in images with more than 8 bits; see `decode`.
     """
 
-    value_range: Range | None
-
-    def __len__(self) -> int: ...
-
-    def read(self, row: int) -> Tensor:
-        """Read and decode the image of a row: uint8 (3, H, W). Raises BadImage."""
-
-    def identify(self, row: int) -> str:
-        """Return a name by which a person can find the image."""
-
-    def digest(self, rows: Integers) -> str:
-        """Return a hash that identifies the rows; it is equal on another machine with the same files."""
-
-
-class FileImages:
-    """The part of a store that decodes the bytes of image files."""
-
     value_range: Range | None = None
 
-    def read(self, row: int) -> Tensor:
-        """Read and decode the image of a row: uint8 (3, H, W)."""
-        return decode(self.encoded(row), name=self.identify(row), value_range=self.value_range)
+    def __len__(self) -> int:
+        raise NotImplementedError
 
     def identify(self, row: int) -> str:
         """Return a name by which a person can find the image."""
         raise NotImplementedError
 
+    def file(self, row: int) -> Path | bytes | None:  # noqa: ARG002
+        """Return the path of the file of a row, its bytes if it lies within another file, or None if it is no file."""
+        return None
+
     def encoded(self, row: int) -> bytes:
         """Return the bytes of the image file of a row. Raises BadImage."""
+        file = self.file(row)
+        return file if isinstance(file, bytes) else read_file(cast("Path", file), self.identify(row))
+
+    def content(self, row: int) -> bytes:
+        """Return the bytes of the image file of a row, and of its mask. Raises BadImage."""
+        return self.encoded(row)
+
+    def read(self, row: int, shortest: int = 0) -> Tensor:
+        """Read and decode the image of a row: uint8 (3, H, W); `shortest` is that of `decode`. Raises BadImage."""
+        data, name = self.encoded(row), self.identify(row)
+        return decode(data, name=name, value_range=self.value_range, shortest=shortest)
+
+    def files(self, rows: Integers) -> Iterable[bytes] | None:  # noqa: ARG002
+        """Return the paths of the files that hold the rows, some perhaps twice; None if they are in no files."""
+        return None
+
+    def num_bytes(self) -> int:
+        """Return the bytes of all encoded images of a table; 0 for other stores."""
+        return 0
+
+    def digest(self, rows: Integers) -> str:
+        """Return a hash that identifies the rows; it is equal on another machine with the same files."""
         raise NotImplementedError
 
 
@@ -81,6 +88,7 @@ class ImageSource:
         classes: names of the classes, or None if there are no labels.
         labels: int64 (n,), the index in `classes` for each image, or None.
         unlabelled: why there are no labels, if more can be said than that; the names of images count as part of it.
+        left_out: reason -> number of images, masks or objects of a dense source that training and scores do not use.
     """
 
     name: str
@@ -98,7 +106,9 @@ class ImageSource:
         rows: Integers | None = None,
         classes: tuple[str, ...] | None = None,
         labels: Integers | None = None,
+        left_out: Mapping[str, int] | None = None,
     ) -> None:
+        self.left_out = dict(left_out or {})
         self.name, self.split, self.classes, self.labels = name, split, classes, labels
         self._store = store
         self._rows = rows  # int64 (n,): image number -> row of the store; None stands for all rows in order
@@ -116,47 +126,40 @@ class ImageSource:
         Raises:
             BadImage: the image cannot be read.
         """
-        row, encoded = self._row(index), getattr(self._store, "encoded", None)
-        if not shortest or encoded is None:
-            return self._store.read(row)
-        return decode(encoded(row), name=self.identify(index), value_range=self._store.value_range, shortest=shortest)
+        return self._store.read(self._row(index), shortest)
 
     def file(self, index: int) -> Path | bytes | None:
         """Return the path of the file of image `index`, or its bytes where it lies within another file.
 
         None stands for an image that is no file. Raises BadImage.
         """
-        locate = getattr(self._store, "path", None) or getattr(self._store, "encoded", None)
-        return None if locate is None else locate(self._row(index))
+        return self._store.file(self._row(index))
 
-    def sample(self, index: int) -> tuple[Any, ...]:
-        """Read the inputs of a view: (image,), or (image, mask or boxes) in dense sources. Raises BadImage."""
-        return (self.read(index),)
+    def sample(self, index: int, shortest: int = 0) -> tuple[Any, ...]:
+        """Read the inputs of a view: (image,), or (image, mask or objects) in dense sources; `shortest` as in `read`.
+
+        Raises BadImage.
+        """
+        return (self.read(index, shortest),)
 
     def identify(self, index: int) -> str:
         """Return a name by which a person can find image `index`: a path, "x.parquet row 12", "x.tar/member"."""
         return self._store.identify(self._row(index))
 
-    def subset(self, indices: Iterable[int] | Integers) -> ImageSource:
+    def subset(self, indices: Iterable[int] | Integers) -> Self:
         """Return a source with only the given images, in the given order."""
         chosen = np.asarray(indices if isinstance(indices, np.ndarray) else list(indices), dtype=np.int64)
         if chosen.size and (chosen.min() < 0 or chosen.max() >= len(self)):
             raise IndexError(f"a subset of {len(self)} images has the indices {chosen.min()} to {chosen.max()}")
-        part = ImageSource(
-            self._store,
-            name=self.name,
-            split=self.split,
-            rows=chosen if self._rows is None else self._rows[chosen],
-            classes=self.classes,
-            labels=None if self.labels is None else self.labels[chosen],
-        )
-        part.unlabelled = self.unlabelled
+        part = copy.copy(self)
+        part._rows = chosen if self._rows is None else self._rows[chosen]
+        part.labels = None if self.labels is None else self.labels[chosen]
         return part
 
     @property
     def value_range(self) -> ValueRange | None:
         """The values that become black and white in images with more than 8 bits; None if no range was set."""
-        value_range = getattr(self._store, "value_range", None)  # a store of few lines may leave it out
+        value_range = self._store.value_range
         return value_range if isinstance(value_range, ValueRange) else None
 
     def use_range(self, value_range: Range | None) -> None:
@@ -179,25 +182,25 @@ class ImageSource:
 
     def digest(self) -> str:
         """Return a hash that identifies the images, whatever their range of values."""
-        rows = np.arange(len(self), dtype=np.int64) if self._rows is None else self._rows
-        return self._store.digest(rows)
+        return self._store.digest(self.rows)
 
     def files(self) -> Iterable[bytes] | None:
         """Return the paths of the files that hold the images, some perhaps twice; None if they are in no files."""
-        rows = np.arange(len(self), dtype=np.int64) if self._rows is None else self._rows
-        find = getattr(self._store, "files", None)
-        return None if find is None or self.name.startswith("hf:") else cast("Iterable[bytes]", find(rows))
+        return None if self.name.startswith("hf:") else self._store.files(self.rows)
 
     def content(self, index: int) -> bytes:
         """Read the bytes of image `index`, and of its mask, before they are decoded. Raises BadImage."""
-        store: Any = self._store
-        read = getattr(store, "content", None) or store.encoded  # `encoded` leaves masks out
-        return cast("bytes", read(self._row(index)))
+        return self._store.content(self._row(index))
 
     @property
     def num_bytes(self) -> int:
         """The bytes of all encoded images of the table that holds the images; 0 for other sources."""
-        return int(getattr(self._store, "num_bytes", 0))
+        return self._store.num_bytes()
+
+    @property
+    def rows(self) -> Integers:
+        """The row of the store of each image, int64 (n,)."""
+        return np.arange(len(self._store), dtype=np.int64) if self._rows is None else self._rows
 
     def _row(self, index: int) -> int:
         if not 0 <= index < len(self):
@@ -206,6 +209,27 @@ class ImageSource:
 
     def __repr__(self) -> str:
         return f"ImageSource({self.name!r}, {self.split}, {len(self)} images, {len(self.classes or ())} classes)"
+
+
+class Note(str):
+    """A sentence on a source, with what it is about; a plain sentence is about nothing that `pecobook check` looks for.
+
+    Attributes:
+        kind: "lost labels" or "lost images", which would be learned wrongly; "one class"; or "empty classes".
+    """
+
+    kind: str
+
+    def __new__(cls, text: str, kind: str = "") -> Self:
+        """Return a note."""
+        note = super().__new__(cls, text)
+        note.kind = kind
+        return note
+
+
+def kind_of(note: str) -> str:
+    """Return the kind of a note, and an empty text for a plain sentence."""
+    return note.kind if isinstance(note, Note) else ""
 
 
 @dataclass(frozen=True)
@@ -218,7 +242,7 @@ class Splits:
         evaluation_name: the kind of `evaluation`: "test", "validation", "held-out 10% of train" or "held-out regions".
         left_out: why files (or samples) of the source are not used, in a few words such as "extension .xyz", and how
             many there are of each kind.
-        notes: sentences that a run says once before it starts, such as why the source has no labels.
+        notes: sentences that a run says once before it starts, such as why the source has no labels; see `Note`.
         files: the files of annotations and of names of classes.
     """
 
@@ -278,12 +302,9 @@ def hold_out(source: ImageSource) -> Splits:
     count = len(source)
     if count < 2:
         raise DataError(f"--data '{source.name}' holds one image; at least two are needed, one for evaluation.")
-    hashes = np.arange(1, count + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
-    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
-        hashes = (hashes ^ (hashes >> np.uint64(shift))) * np.uint64(factor)
-    hashes ^= hashes >> np.uint64(31)
+    hashes = splitmix64_array(np.arange(count, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15))
     is_held_out = np.zeros(count, dtype=bool)
     is_held_out[np.argsort(hashes, kind="stable")[: max(1, count // 10)]] = True
     evaluation = source.subset(np.flatnonzero(is_held_out))
-    evaluation.split = "evaluation"
+    evaluation.split, evaluation.left_out = "evaluation", {}  # `train` has the counts of all images
     return Splits(source.subset(np.flatnonzero(~is_held_out)), evaluation, "held-out 10% of train")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from typing import Any, TypeAlias, cast
 
 import torch
@@ -18,8 +19,8 @@ from pecobook.data.batch import Batch
 from pecobook.data.decode import BadImage
 from pecobook.data.loading import Batches
 from pecobook.data.sampler import fixed_permutation, key, permute
-from pecobook.data.source import ImageSource
-from pecobook.data.views import center_crop, shortest_side
+from pecobook.data.source import ImageSource, Splits
+from pecobook.data.views import NamedViews, center_crop, shortest_side
 from pecobook.errors import DataError
 from pecobook.utils.devices import cores
 
@@ -83,7 +84,7 @@ class Stream(Dataset[dict[str, Any]]):
 
     def views(self, index: int, numbers: Iterable[int]) -> list[dict[str, Any]]:
         """Returns the views `numbers` of image `index`, which is read once. Raises BadImage."""
-        contents = (self.source.read(index, self.shortest),) if self.shortest else self.source.sample(index)
+        contents = self.source.sample(index, self.shortest)
         return [self.view(*contents, key(self.seed, index, number)) for number in numbers]
 
 
@@ -125,29 +126,48 @@ def load(stream: Stream, positions: Sequence[list[int]], *, workers: int, pin: b
     return Batches(stream, positions, collate=collate, workers=workers, pin=pin, prefetch=4, on_failure=note)
 
 
-class _CentralCrops(Dataset[dict[str, Any]]):
-    """Central crops of images by number; one that cannot be read has no image, only its name in `skipped`."""
+class _OrError(Dataset[Any]):
+    """Maps an item to what `read` returns, or to the error of an image that cannot be read."""
 
-    def __init__(self, source: ImageSource, size: int, share: float = 1.0) -> None:
-        self.source, self.size, self.share = source, size, share
+    def __init__(self, read: Callable[[Any], Any]) -> None:
+        self.read = read
 
-    def __len__(self) -> int:
-        return len(self.source)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
+    def __getitem__(self, item: Any) -> Any:
         try:
-            image = self.source.read(index, math.ceil(4 * self.size / self.share))
-            sample: dict[str, Any] = {"image": center_crop(image, self.size, share=self.share), "skipped": []}
+            return self.read(item)
         except BadImage as error:
-            return {"skipped": [str(error)]}
-        if self.source.labels is not None:
-            sample["label"] = torch.tensor(int(self.source.labels[index]))
-        return sample
+            return error
 
 
-def _collate_whole(samples: list[dict[str, Any]]) -> Batch:
-    whole = collate([sample for sample in samples if "image" in sample] or [{"skipped": []}])
-    return {**whole, "skipped": [name for sample in samples for name in sample["skipped"]]}
+def _central_crop(source: ImageSource, size: int, share: float, index: int) -> dict[str, Any]:
+    crop = center_crop(source.read(index, math.ceil(4 * size / share)), size, share=share)
+    label = {} if source.labels is None else {"label": torch.tensor(int(source.labels[index]))}
+    return {"image": crop, "index": torch.tensor(index), **label}
+
+
+def _collate_crops(samples: list[dict[str, Any] | BadImage]) -> Batch:
+    whole = [sample for sample in samples if not isinstance(sample, BadImage)]
+    skipped = [str(sample) for sample in samples if isinstance(sample, BadImage)]
+    return {**collate(whole), "skipped": skipped} if whole else {"skipped": skipped}
+
+
+def read_crops(
+    source: ImageSource, size: int, order: Sequence[int], *, batch_size: int, workers: int = -1, share: float = 1.0
+) -> Iterator[Batch]:
+    """Read central crops of the images `order`, whose side is `share` of the shorter side.
+
+    A batch has image uint8 (B, 3, size, size), index int64 (B,), label int64 (B,) when the source has labels, and what
+    was skipped, alone where nothing of the batch could be read.
+    """
+    if workers < 0:
+        workers = default_workers(1) if len(order) > 2048 else 0
+    return Batches(
+        _OrError(partial(_central_crop, source, size, share)),
+        [order[start : start + batch_size] for start in range(0, len(order), batch_size)],
+        workers=workers,
+        collate=_collate_crops,
+        flag="",
+    )
 
 
 def central_crops(
@@ -158,25 +178,15 @@ def central_crops(
     `share` is the side of the crop, as a share of the image's shorter side.
 
     Yields:
-        how many images were asked for so far, and the batch: image uint8 (B, C, size, size), label int64 (B,) when the
-        source has labels, and what was skipped, alone where nothing of a batch could be read.
+        how many images were asked for so far, and a batch of `read_crops`.
 
     Raises:
         DataError: none of the images can be read.
     """
     count = len(source) if limit is None else min(limit, len(source))
-    order = list(range(count))
-    if count < len(source):
-        order = [fixed_permutation(i, len(source)) for i in order]
-    loader = Batches(
-        _CentralCrops(source, size, share),
-        [order[start : start + batch_size] for start in range(0, count, batch_size)],
-        workers=default_workers(1) if count > 2048 else 0,
-        collate=_collate_whole,
-        flag="",
-    )
+    order = [fixed_permutation(i, len(source)) if count < len(source) else i for i in range(count)]
     read, first = 0, ""
-    for number, batch in enumerate(loader, start=1):
+    for number, batch in enumerate(read_crops(source, size, order, batch_size=batch_size, share=share), start=1):
         first = first or next(iter(batch["skipped"]), "")
         read += len(batch.get("image", ()))
         yield min(number * batch_size, count), batch
@@ -195,3 +205,45 @@ def read_all(source: ImageSource, size: int, *, limit: int | None = None) -> tup
     whole = [batch for batch in batches if "image" in batch]
     labels = torch.cat([batch["label"] for batch in whole]) if source.labels is not None else None
     return torch.cat([batch["image"] for batch in whole]), labels, skipped
+
+
+# --------------------------------------------------------------------------------------------- all views of every image
+
+
+def _all_views(streams: dict[str, tuple[Stream, int]], item: tuple[str, int]) -> list[dict[str, Any]]:
+    stream, num_views = streams[item[0]]
+    return stream.views(item[1], range(num_views))
+
+
+def _collate_views(samples: list[list[dict[str, Any]] | BadImage]) -> dict[str, Any]:
+    """Returns the batch of all views, and under "unread" the error of each unreadable image by its place.
+
+    The worker stacks the views because every tensor on its way to the main process keeps a file open.
+    """
+    views = [view for sample in samples if isinstance(sample, list) for view in sample]
+    unread = {place: sample for place, sample in enumerate(samples) if isinstance(sample, BadImage)}
+    return {"count": len(samples), "unread": unread, **(collate(views) if views else {})}
+
+
+def read_all_views(
+    views: NamedViews,
+    splits: Splits,
+    items: list[tuple[str, int]],
+    *,
+    num_views: int,
+    images_per_batch: int,
+    workers: int,
+    pin: bool,
+) -> Iterator[dict[str, Any]]:
+    """Return the batches of `items`, pairs of split and image, in order; no batch contains images of both splits."""
+    batches: list[list[tuple[str, int]]] = []
+    for item in items:
+        if not batches or len(batches[-1]) == images_per_batch or batches[-1][0][0] != item[0]:
+            batches.append([])
+        batches[-1].append(item)
+    streams = {
+        "train": (Stream(splits.train, views.train, views.seed), num_views),
+        "evaluation": (Stream(splits.evaluation, views.evaluation, 0), 1),
+    }
+    dataset = _OrError(partial(_all_views, streams))
+    return Batches(dataset, batches, collate=_collate_views, workers=workers, pin=pin)

@@ -19,10 +19,9 @@ from typing import cast
 import numpy as np
 
 from pecobook.data.decode import BadImage, check_regular, open_image
-from pecobook.data.dense.counts import pixels_per_class, pixels_per_value
 from pecobook.data.dense.detection import DetectionSource
 from pecobook.data.dense.segmentation import SegmentationSource
-from pecobook.data.dense.segmentation_classes import MaskClasses
+from pecobook.data.dense.segmentation_classes import MaskClasses, pixels_per_class, pixels_per_value
 from pecobook.data.dense.segmentation_pairs import masks_among_classes, names_masks
 from pecobook.data.source import ImageSource, Splits
 
@@ -69,11 +68,12 @@ def look(source: ImageSource, index: int, *, whole: bool, mask: bool = True) -> 
         file = source.file(index)
         if isinstance(file, Path):
             check_regular(file.stat(), name)  # whoever opens a named pipe waits for ever
-        image = source.read(index) if whole or file is None else None
-        if image is not None:
+        if whole or file is None:
+            image = source.read(index)
             size = (int(image.shape[1]), int(image.shape[2]))
         if whole:
-            digest = _digest(file if file is not None else image.numpy().tobytes())  # type: ignore[union-attr]
+            data = file.read_bytes() if isinstance(file, Path) else file or image.numpy().tobytes()
+            digest = int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "big")
         if file is not None:
             header_size, mode = _header(name, file)
             size = size or header_size
@@ -106,11 +106,6 @@ def _header(name: str, file: Path | bytes) -> tuple[tuple[int, int], str]:
         raise
     except Exception as error:  # a header of arbitrary bytes may raise any exception
         raise BadImage(name, "not an image, or an unsupported format") from error
-
-
-def _digest(file: Path | bytes) -> int:
-    data = file if isinstance(file, bytes) else file.read_bytes()
-    return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "big")
 
 
 @dataclasses.dataclass
@@ -179,9 +174,6 @@ def sample_census(source: ImageSource, *, count: int = SAMPLE_IMAGES, seconds: f
     return census
 
 
-# ------------------------------------------------------------------------------------------------------ counts by class
-
-
 def class_counts(source: ImageSource) -> dict[str, int] | None:
     """Return the number of images of each class (of objects in a detection source), or None without labels."""
     if isinstance(source, DetectionSource):
@@ -244,9 +236,8 @@ def _masks_that_are_learned(source: ImageSource) -> list[str]:
 def left_out_of(splits: Splits) -> Counter[str]:
     """Return how many files, pairs and objects of a source are not used, by reason."""
     counts = Counter(splits.left_out)
-    for part in (splits.train, splits.evaluation):
-        if isinstance(part, DetectionSource | SegmentationSource):
-            counts.update(part.left_out)
+    counts.update(splits.train.left_out)
+    counts.update(splits.evaluation.left_out)
     return counts
 
 
@@ -291,14 +282,10 @@ def pixels_text(classes: MaskClasses, values: Mapping[int, int]) -> str:
     counts = pixels_per_class(classes, values)
     total, everything = max(sum(counts.values()), 1), max(sum(values.values()), 1)
     percent = {name: f"{short(name)} {_percent(count / total)}" for name, count in counts.items()}
-    absent = [short(name) for name, count in counts.items() if count == 0]
-    present = [name for name, count in counts.items() if count]
-    if len(counts) <= _LISTED_CLASSES or not present:
-        text = ", ".join(percent.values())
-    else:
-        rarest, commonest = min(present, key=counts.__getitem__), max(present, key=counts.__getitem__)
-        text = f"from {percent[rarest]} to {percent[commonest]}"
-        text += f", none of {first_of(absent)}" if absent else ""
+    text = ", ".join(percent.values())
+    if len(counts) > _LISTED_CLASSES and any(counts.values()):
+        rarest, commonest, absent = _extremes(counts)
+        text = f"from {percent[rarest]} to {percent[commonest]}{absent}"
     ignored = sum(values.get(value, 0) for value in classes.ignored)
     return text + (f"; {_percent(ignored / everything)} of all are ignored" if ignored else "")
 
@@ -311,15 +298,20 @@ def spread(counts: Mapping[str, int]) -> str:
     """
     if len(counts) <= _LISTED_CLASSES:
         return ", ".join(f"{short(name)} {count:,}" for name, count in counts.items())
-    present = {name: count for name, count in counts.items() if count}
-    absent = [short(name) for name, count in counts.items() if not count]
-    if not present:
+    if not any(counts.values()):
         return "none"
-    rarest, commonest = (choose(present, key=present.__getitem__) for choose in (min, max))
-    text = f"from {counts[rarest]:,} ({short(rarest)}) to {counts[commonest]:,} ({short(commonest)})"
+    rarest, commonest, absent = _extremes(counts)
     if counts[rarest] == counts[commonest]:
-        text = f"{counts[rarest]:,} each"
-    return text + (f", none of {first_of(absent)}" if absent else "")
+        return f"{counts[rarest]:,} each{absent}"
+    return f"from {counts[rarest]:,} ({short(rarest)}) to {counts[commonest]:,} ({short(commonest)}){absent}"
+
+
+def _extremes(counts: Mapping[str, int]) -> tuple[str, str, str]:
+    """Return the rarest class and the commonest class that occur, and words on those that do not."""
+    present = [name for name, count in counts.items() if count]
+    absent = [short(name) for name, count in counts.items() if not count]
+    words = f", none of {first_of(absent)}" if absent else ""
+    return min(present, key=counts.__getitem__), max(present, key=counts.__getitem__), words
 
 
 def _percent(share: float) -> str:

@@ -19,10 +19,9 @@ from typing import Any, cast
 import numpy as np
 
 from pecobook.data.decode import BadImage, read_file
-from pecobook.data.labels import class_names, encode_labels, is_missing
-from pecobook.data.parts import AS_OTHERS, Contents, Labels, Part
-from pecobook.data.source import FileImages, Integers, file_version, hash_some, relative_names
-from pecobook.data.split_names import group_by_split, note_ignored_splits
+from pecobook.data.names import group_by_split, note_ignored_splits
+from pecobook.data.parts import Contents, Labels, Part, class_names, encode_labels, is_missing
+from pecobook.data.source import Integers, Note, Store, file_version, hash_some, relative_names
 from pecobook.data.table_files import content_key, damage, differences, file_of_path, num_bytes, paths_in_rows
 from pecobook.errors import DataError, did_you_mean, first_line
 from pecobook.utils.printer import say
@@ -32,7 +31,7 @@ _LARGE = 2**30
 """Bytes of files whose copy is announced."""
 
 
-class TableStore(FileImages):
+class TableStore(Store):
     """One column of encoded images.
 
     Args:
@@ -59,7 +58,7 @@ class TableStore(FileImages):
     def _file_of(self, row: int) -> int:
         return int(np.searchsorted(self._starts, row, side="right")) - 1
 
-    def encoded(self, row: int) -> bytes:
+    def file(self, row: int) -> bytes:
         """Return the encoded bytes of the image of a row. Raises BadImage."""
         value = self._images[row][self._column]
         data, path = (value.get("bytes"), value.get("path")) if isinstance(value, dict) else (value, None)
@@ -85,11 +84,6 @@ class TableStore(FileImages):
     def _folder_of(self, row: int) -> Path:
         return Path(self._names[self._file_of(row)]).parent
 
-    @property
-    def num_bytes(self) -> int:
-        """The bytes of all encoded images."""
-        return num_bytes(self._images.data.column(self._column))
-
     def files(self, rows: Integers) -> Iterator[bytes]:
         """Yield the paths of the tables, and of the image files where the tables hold paths."""
         numbers = np.unique(np.searchsorted(self._starts, rows, side="right") - 1)
@@ -98,6 +92,10 @@ class TableStore(FileImages):
             with contextlib.suppress(ValueError):  # a text that is no path
                 yield os.fsencode(file_of_path(self._folder_of(row), path))
 
+    def num_bytes(self) -> int:
+        """Return the bytes of all encoded images."""
+        return num_bytes(self._images.data.column(self._column))
+
     def digest(self, rows: Integers) -> str:
         """Return a hash of the files' names, sizes and footers, of the row numbers, and of the bytes of some images."""
         digest = hash_some(self.encoded, rows)
@@ -105,7 +103,7 @@ class TableStore(FileImages):
         return digest.hexdigest()
 
 
-def parquet_contents(source: str, files: list[Path], *, root: Path | None = None) -> Contents:
+def parquet_contents(source: str, files: list[Path], root: Path | None = None) -> Contents:
     """Return the splits of parquet files with a column `image` and optionally `label`.
 
     An image is {bytes, path}, binary, or the path of an image file. The class names come from the Hugging Face metadata
@@ -162,7 +160,8 @@ def _used_columns(source: str, files: list[Path], schemas: list[Any]) -> tuple[l
         return columns, _no_label_column(schemas[0].names)
     wrong = without_one(label)
     if wrong is not None:
-        return columns, f"'{files[wrong]}' does not have one column '{label}' {AS_OTHERS}"
+        reason = f"'{files[wrong]}' does not have one column '{label}' as other files have"
+        return columns, Note(reason, "lost labels")
     return [*columns, label], ""
 
 
@@ -284,6 +283,16 @@ def load_hub(source: str) -> tuple[dict[str, tuple[str, str, str, Any]], dict[st
     return tables, left_out, note_ignored_splits(names, groups)
 
 
+def store_of_column(table: Any, column: str, files: Sequence[tuple[str, int]], identity: str) -> TableStore:
+    """Return the images of a column, whose encoded bytes are left as they are."""
+    from datasets import Image
+
+    images = table.select_columns([column])
+    if isinstance(table.features[column], Image):
+        images = images.cast_column(column, Image(decode=False))
+    return TableStore(images, column, files, identity)
+
+
 def _part(
     source: str,
     table: Any,
@@ -295,19 +304,14 @@ def _part(
 ) -> Part:
     from datasets import Image
 
-    images = table.select_columns([column])
-    if isinstance(table.features[column], Image):
-        images = images.cast_column(column, Image(decode=False))
-    elif not _holds_bytes(table.features[column]):
+    if not isinstance(table.features[column], Image) and not _holds_bytes(table.features[column]):
         raise DataError(
             f"--data '{source}': the column '{column}' holds {table.features[column]}; "
             "it must hold encoded images, as binary or as {bytes, path}, or the paths of image files."
         )
-    store = TableStore(images, column, files, identity)
-    labels = None
-    if not unlabelled:
-        labels, unlabelled = _labels(source, table, names, store)
-    return Part(store, np.arange(len(images), dtype=np.int64), labels, unlabelled)
+    store = store_of_column(table, column, files, identity)
+    labels, unlabelled = (None, unlabelled) if unlabelled else _labels(source, table, names, store)
+    return Part(store, np.arange(len(table), dtype=np.int64), labels, unlabelled)
 
 
 def _holds_bytes(feature: Any) -> bool:
@@ -357,12 +361,13 @@ def _labels(source: str, table: Any, names: tuple[str, ...] | None, store: Table
     feature = table.features[column]
     dtype = str(getattr(feature, "dtype", "")) if not isinstance(feature, (dict, list)) else ""
     if not (dtype.startswith(("int", "uint", "float")) or dtype in ("bool", "null", *_TEXTS)):
-        return None, f"the column '{column}' holds {feature}, which is no class"
+        return None, Note(f"the column '{column}' holds {feature}, which is no class", "lost labels")
     values = table.select_columns([column]).with_format("arrow")[:].column(column).to_pylist()
     if dtype.startswith("float"):  # as pandas stores whole numbers beside a missing one
         wrong = next((row for row, value in enumerate(values) if not is_missing(value) and value % 1), None)
         if wrong is not None:
-            return None, f"the column '{column}' holds {values[wrong]} in {store.identify(wrong)}, which is no class"
+            reason = f"the column '{column}' holds {values[wrong]} in {store.identify(wrong)}, which is no class"
+            return None, Note(reason, "lost labels")
         values = [None if is_missing(value) else int(value) for value in values]
     if isinstance(feature, ClassLabel):
         names = tuple(feature.names)

@@ -27,9 +27,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, NamedTuple
 
-from pecobook.data.layout import BESIDE_ITS_IMAGE, masks_among
-from pecobook.data.source import IMAGE_EXTENSIONS
-from pecobook.data.split_names import SHADOW_FOLDER
+from pecobook.data.names import BESIDE_ITS_IMAGE, IMAGE_EXTENSIONS, MASK_ENDINGS, SHADOW_FOLDER, masks_among
 
 _BLOCK = tarfile.BLOCKSIZE
 _MAGIC = 257
@@ -38,7 +36,6 @@ _MAX_SEARCH = 2**28
 """Bytes of a file in which a header is sought, if the first one is damaged."""
 _MAX_LABEL = 2**24
 """Bytes of a member that may hold a label."""
-_ANNOTATIONS = frozenset({"seg", "segmentation", "mask", "masks", "label", "labels", "annotation", "gt", "depth"})
 
 
 class IndexedImage(NamedTuple):
@@ -262,7 +259,7 @@ def _add_samples(file: IO[bytes], members: list[_Member], index: ShardIndex) -> 
         if os.fsencode(member.name) in masks:
             index.left_out[BESIDE_ITS_IMAGE] += 1
             continue
-        is_annotation = stem.rpartition(".")[2].lower() in _ANNOTATIONS and stem != name
+        is_annotation = stem.rpartition(".")[2].lower() in MASK_ENDINGS and stem != name
         if stem not in labels and (is_annotation or _continues(stem, stems)):
             index.left_out["annotation of an image, such as x.seg.png"] += 1
             continue

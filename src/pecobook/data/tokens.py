@@ -45,14 +45,6 @@ _LARGE = 256  # MiB
 
 _AGAIN = "Make a token bank with 'pecobook tokenize'."
 _REASON = list_of(TEXT, 2)
-_COLOUR: dict[str, Any] = {field.name: NUMBER.or_none for field in dataclasses.fields(PhotometricConfig)}
-_VIEWS: dict[str, Any] = {
-    "seed": COUNT,
-    "image_size": WHOLE,
-    "tokenizer_size": WHOLE,
-    "min_crop": NUMBER,
-    "colour": _COLOUR,
-}
 BANK: Schema = {
     "kind": Kind('"token bank"', lambda value: value == "token bank"),
     "tokenizer": TEXT,
@@ -62,7 +54,12 @@ BANK: Schema = {
     "views": WHOLE,
     "num_images": WHOLE,
     "num_evaluation_images": WHOLE,
-    **_VIEWS,
+    # the fields of `NamedViews`
+    "seed": COUNT,
+    "image_size": WHOLE,
+    "tokenizer_size": WHOLE,
+    "min_crop": NUMBER,
+    "colour": {field.name: NUMBER.or_none for field in dataclasses.fields(PhotometricConfig)},
 }
 """What config.json of a bank holds."""
 

@@ -5,13 +5,19 @@ colours (`photometric`) for whole batches, where this is cheap; the random numbe
 the same key and are part of the batch. (seed, image, view number) therefore identifies a view, which can be made again
 at any time.
 
+`NamedViews` are the views of pre-training. timm's augmentations, at the end of the file, are functions of a key too.
+
 B batch size, H and W height and width in pixels, u uniform numbers in [0, 1).
 """
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from collections.abc import Callable
+import random
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -20,8 +26,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pecobook.data.batch import Batch
+from pecobook.data.sampler import key, uniforms
+from pecobook.errors import ConfigError
 from pecobook.settings.images import PhotometricConfig
-from pecobook.utils.images import resize
+from pecobook.utils.images import resize, to_float
 
 # Strengths of brightness, contrast, saturation, hue; whether to apply jitter, grey, blur, solarisation; blur width.
 NUM_COLOUR_DRAWS = 9
@@ -67,8 +76,6 @@ def random_crop(image: Tensor, size: int, view_key: int, *, min_area: float) -> 
     Returns:
         uint8 (C, size, size).
     """
-    from pecobook.data.sampler import uniforms
-
     u = uniforms(view_key, 41)
     top, left, height, width = crop_box(image.shape[1], image.shape[2], u, min_area=min_area)
     crop = image[:, top : top + height, left : left + width]
@@ -94,16 +101,21 @@ def shortest_side(view: Callable[..., Any]) -> int:
 
     Args:
         view: a method of an object with `image_size` and `min_crop`, such as `NamedViews`, or a partial of a function
-            with the arguments `size` and `min_area`, or of `central_view`.
+            with the arguments `size` and `min_area`, of `central_view`, or of a view of detection.
     """
     owner = getattr(view, "__self__", None)
-    arguments: dict[str, float] = getattr(view, "keywords", {})
+    arguments: dict[str, Any] = getattr(view, "keywords", {})
     if owner is not None and hasattr(owner, "min_crop"):
         arguments = {"size": owner.image_size, "min_area": owner.min_crop}
     if "min_area" in arguments:
-        return math.ceil(2 * arguments["size"] / math.sqrt(0.75 * arguments["min_area"]))
+        return math.ceil(2 * float(arguments["size"]) / math.sqrt(0.75 * arguments["min_area"]))
+    if "max_size" in arguments:  # of detection, in training
+        jitter = arguments["jitter"]
+        return math.ceil(2 * float(arguments["canvas"] * jitter[-1] if jitter else max(arguments["scales"])))
+    if "short" in arguments:  # of detection, in evaluation
+        return 4 * int(arguments["short"])
     if getattr(view, "func", None) is central_view:
-        return math.ceil(4 * arguments["size"] / arguments.get("share", 1.0))
+        return math.ceil(4 * float(arguments["size"]) / float(arguments.get("share", 1.0)))
     return 0
 
 
@@ -114,8 +126,6 @@ def central_view(image: Tensor, view_key: int, *, size: int, share: float = 1.0)
 
 def colour_draws(view_key: int) -> Tensor:
     """Draw the random numbers for the colours of one view: float32 (9,) in [0, 1)."""
-    from pecobook.data.sampler import key, uniforms
-
     return torch.from_numpy(uniforms(key(view_key, 1), NUM_COLOUR_DRAWS).astype(np.float32))
 
 
@@ -207,3 +217,109 @@ def gaussian_blur(images: Tensor, sigma: Tensor) -> Tensor:
     flat = F.conv2d(F.pad(flat, (radius, radius, 0, 0), "reflect"), kernel[:, None, None, :], groups=B * C)
     flat = F.conv2d(F.pad(flat, (0, 0, radius, radius), "reflect"), kernel[:, None, :, None], groups=B * C)
     return flat.view(B, C, H, W)
+
+
+# ------------------------------------------------------------------------------------------------ views of pre-training
+
+
+@dataclasses.dataclass(frozen=True)
+class NamedViews:
+    """The settings that define every view, and the functions that make one."""
+
+    seed: int
+    """Seed of the crops and colour changes."""
+    image_size: int
+    """Side of the crops, pixels."""
+    tokenizer_size: int
+    """Side to which crops are resized for the tokenizer, pixels."""
+    min_crop: float
+    """Smallest share of the image's area in a random crop, in (0, 1]."""
+    colour: PhotometricConfig
+    """Strengths of the colour changes."""
+
+    @classmethod
+    def of(cls, config: Any) -> NamedViews:
+        """Returns the views of a pretrain or tokenize configuration."""
+        side = config.image_size
+        return cls(config.seed, side, config.tokenizer_size or side, config.min_crop, config.colour)
+
+    @classmethod
+    def of_bank(cls, config: dict[str, Any]) -> NamedViews:
+        """Returns the views of a token bank from its config.json, which contains `settings()`."""
+        fields = {field.name: config[field.name] for field in dataclasses.fields(cls)}
+        return cls(**{**fields, "colour": PhotometricConfig(**config["colour"])})
+
+    def settings(self) -> dict[str, Any]:
+        """Returns the settings as plain values, for a JSON file."""
+        return dataclasses.asdict(self)
+
+    def train(self, image: Tensor, view_key: int) -> dict[str, Tensor]:
+        """Returns a random crop uint8 (3, S, S) of a training image and the random numbers (9,) of the colours."""
+        crop = random_crop(image, self.image_size, view_key, min_area=self.min_crop)
+        return {"image": crop, "colour": colour_draws(view_key)}
+
+    def evaluation(self, image: Tensor, view_key: int) -> dict[str, Tensor]:
+        """Returns the central crop of a held-out image, which is equal for every key, in the form of `train`."""
+        return {"image": center_crop(image, self.image_size), "colour": colour_draws(view_key)}
+
+    def pixels(self, batch: Batch, *, training: bool) -> Tensor:
+        """Returns the input of ViT and tokenizer, float (B, 3, S, S) in [0, 1]; colours change in training only."""
+        images = to_float(batch["image"])
+        return photometric(images, batch["colour"], self.colour) if training else images
+
+
+# ------------------------------------------------------------------------------------------------- timm's augmentations
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Seed the global generators of Python and NumPy with `seed` (64 bits), and restore their states on exit."""
+    python_state, numpy_state = random.getstate(), np.random.get_state()
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    try:
+        yield
+    finally:
+        random.setstate(python_state)
+        np.random.set_state(numpy_state)
+
+
+@lru_cache(maxsize=4)
+def _rand_augment(policy: str) -> Any:
+    from timm.data.auto_augment import rand_augment_transform
+
+    try:
+        # Rotations and shears fill the uncovered area with ImageNet's mean colour.
+        return rand_augment_transform(policy, {"translate_const": 100, "img_mean": (124, 116, 104)})
+    except (AssertionError, KeyError, ValueError) as error:
+        raise ConfigError(
+            f"--rand-augment '{policy}' is not a valid timm policy, such as rand-m9-mstd0.5-inc1: {error}"
+        ) from None
+
+
+def check_policy(policy: str) -> None:
+    """Raise ConfigError if timm cannot parse the RandAugment policy; an empty policy is valid."""
+    if policy and not policy.startswith("rand"):
+        raise ConfigError(f"--rand-augment '{policy}' is not a valid timm policy, such as rand-m9-mstd0.5-inc1.")
+    if policy:
+        _rand_augment(policy)
+
+
+def rand_augment(image: Tensor, policy: str, view_key: int) -> Tensor:
+    """Apply RandAugment (arXiv 1909.13719) with a timm policy: uint8 (3, H, W) to uint8 (3, H, W)."""
+    from torchvision.transforms.functional import pil_to_tensor, to_pil_image
+
+    with seeded(view_key):
+        return pil_to_tensor(_rand_augment(policy)(to_pil_image(image)))  # type: ignore[no-any-return]
+
+
+def random_erasing(images: Tensor, probability: float) -> Tensor:
+    """Fill one rectangle with noise in some of the normalised images (B, C, H, W), in place.
+
+    Random erasing is by Zhong et al., arXiv 1708.04896; as in timm's pixel mode, each pixel gets a noise value of its
+    own. torch's global generator gives the seed.
+    """
+    from timm.data.random_erasing import RandomErasing
+
+    with seeded(int(torch.randint(2**62, ()))):
+        return RandomErasing(probability, mode="pixel", device=images.device)(images)  # type: ignore[no-any-return]

@@ -21,9 +21,10 @@ import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
 
+from pecobook.engine.siblings import LostProcessError, known_loss, lost
 from pecobook.engine.signals import stop_requested
 from pecobook.engine.world import World
-from pecobook.errors import PecobookError, first_line
+from pecobook.errors import first_line
 from pecobook.utils.distributed import world_size
 from pecobook.utils.printer import show
 
@@ -38,12 +39,6 @@ _COLLECTIVE = timedelta(minutes=30)
 _TIME_TO_END = (20.0, 60.0)
 """Seconds in which this process notices that another was killed, and that another left, and ends by itself."""
 _LOST = re.compile(r"gloo|nccl|connection (?:was )?(?:closed|reset|refused)|broken pipe|timed out waiting|socket", re.I)
-
-
-class LostProcessError(PecobookError):
-    """Another process of the run has ended or cannot be reached."""
-
-    exit_code = 1
 
 
 def join(world: World, device: torch.device) -> None:
@@ -69,7 +64,7 @@ def join(world: World, device: torch.device) -> None:
         if "EADDRINUSE" in str(error):
             text = f"{place} is in use by another program: set MASTER_PORT to a free port."
             raise LostProcessError(text) from None
-        raise _lost(f"The processes of the run could not connect at {place}: {first_line(error)}", world.rank) from None
+        raise lost(f"The processes of the run could not connect at {place}: {first_line(error)}", world.rank) from None
 
 
 class _Limit:
@@ -82,11 +77,13 @@ class _Limit:
         """Wait for a moment. Raises LostProcessError or SystemExit when the time is over."""
         if stop_requested() and not self.stopped:
             self.stopped, self.end = True, min(self.end, time.monotonic() + _MEET_STOPPED)
+        if known_loss() and not self.stopped:
+            raise lost(known_loss(), self.world.rank)
         if time.monotonic() > self.end:
             if self.stopped:
                 show("Stopped before the first step.")
                 raise SystemExit(130)
-            raise _lost(
+            raise lost(
                 f"Not all {self.world.size} processes came to {self.place} within {_MEET / 60:.0f} minutes: one has "
                 "ended, or cannot reach that address.",
                 self.world.rank,
@@ -160,17 +157,7 @@ def told_of_lost_processes() -> Iterator[None]:
         is_lost = isinstance(error, dist.DistError) or _LOST.search(str(error))
         if world_size() == 1 or not is_lost or isinstance(error, torch.OutOfMemoryError):
             raise
-        raise _lost("Another process of the run has ended or cannot be reached.", dist.get_rank()) from None
-
-
-def _lost(reason: str, rank: int) -> LostProcessError:
-    """Return the error, which the first two ranks print, since one of them may be lost."""
-    error = LostProcessError(
-        f"{reason.rstrip('.')}.\nIts own message or the log of the system says why (a process may have been killed for "
-        "lack of memory). Continue from the last checkpoint with --resume."
-    )
-    error.on_all_ranks = rank > 1
-    return error
+        raise lost("Another process of the run has ended or cannot be reached.", dist.get_rank()) from None
 
 
 def watch_children(children: Sequence[subprocess.Popen[bytes]], end: Callable[[int], None] = os._exit) -> None:
@@ -185,7 +172,7 @@ def watch_children(children: Sequence[subprocess.Popen[bytes]], end: Callable[[i
                 return
             time.sleep(0.5)
         time.sleep(_TIME_TO_END[min(codes) >= 0])
-        show(f"pecobook: {_lost('Another process of the run has ended.', 0)}")
+        show(f"pecobook: {lost('Another process of the run has ended.', 0)}")
         for child in children:
             child.send_signal(signal.SIGKILL)
         end(LostProcessError.exit_code)

@@ -9,6 +9,7 @@ import os
 import platform
 import shlex
 import sys
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -76,11 +77,21 @@ def _folder(config: TrainConfig, command: str) -> OutputFolder:
         schema=_RUN,
         files=_FILES,
         data=config.data,
+        reads=tuple(_texts(to_dict(config), leave_out=("out", "data"))),
         resume=config.resume is True,
         always_resumes=config.resume == "auto",
         overwrite=config.overwrite,
         check_resume=partial(_check_resume, config, command),
     )
+
+
+def _texts(settings: dict[str, Any], leave_out: tuple[str, ...] = ()) -> Iterator[str]:
+    """Yield the settings that may name a file."""
+    for name, value in settings.items():
+        if isinstance(value, dict):
+            yield from _texts(value)
+        elif isinstance(value, str) and name not in leave_out and "\0" not in value:
+            yield value
 
 
 def _check_resume(config: TrainConfig, command: str, old: dict[str, Any]) -> None:

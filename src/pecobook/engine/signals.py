@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import signal
 import threading
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, ClassVar
 
+from pecobook.engine.siblings import watched
 from pecobook.engine.world import launched
 
 _STOP = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name))
@@ -62,8 +64,9 @@ def stop_requested() -> bool:
     return Signals._outer is not None and Signals._outer.received
 
 
-def from_the_start(*, several: bool = False, until_exit: bool = False) -> AbstractContextManager[object]:
-    """Return a context that records signals in a process that torchrun or srun has started, or that is to start others.
+@contextmanager
+def from_the_start(*, several: bool = False, until_exit: bool = False) -> Iterator[None]:
+    """In this context signals are recorded in a process that torchrun or srun has started, or that is to start others.
 
     It is entered before anything large is imported, because a process that ended while it starts would leave the others
     waiting for it. A process that is alone has nothing to save yet and ends at once.
@@ -71,7 +74,11 @@ def from_the_start(*, several: bool = False, until_exit: bool = False) -> Abstra
     Args:
         several: whether the run has several processes although no launcher has started them.
         until_exit: as of `Signals`: srun sends SIGTERM to a process that is about to end when another has ended with a
-            code other than 0.
+            code other than 0. The process then also watches the others of its machine (`engine.siblings`).
     """
     world = launched()
-    return Signals(until_exit=until_exit) if several or (world is not None and world.size > 1) else nullcontext()
+    if several or (world is not None and world.size > 1):
+        with Signals(until_exit=until_exit), watched(world if until_exit else None):
+            yield
+    else:
+        yield

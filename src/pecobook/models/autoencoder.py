@@ -10,6 +10,7 @@ B batch, H W image side, h w latent grid, C channels, D latent channels.
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -22,8 +23,14 @@ class ResidualBlock(nn.Module):
 
     def __init__(self, in_channels: int, out_channels: int, config: AutoencoderConfig) -> None:
         super().__init__()
-        self.norm1, self.conv1 = GroupNorm(in_channels, config.group_size), _conv(in_channels, out_channels, config)
-        self.norm2, self.conv2 = GroupNorm(out_channels, config.group_size), _conv(out_channels, out_channels, config)
+        self.norm1, self.conv1 = (
+            GroupNorm(in_channels, config.group_size),
+            Convolution(in_channels, out_channels, config.padding),
+        )
+        self.norm2, self.conv2 = (
+            GroupNorm(out_channels, config.group_size),
+            Convolution(out_channels, out_channels, config.padding),
+        )
         self.shortcut = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -51,32 +58,39 @@ class SelfAttention(nn.Module):
         return x + self.project(mixed.squeeze(1).transpose(1, 2).reshape(x.shape))  # type: ignore[no-any-return]
 
 
-class Downsample(nn.Conv2d):
-    """Halves the side with a strided 3x3 convolution, padded at the right and bottom only."""
+class Convolution(nn.Conv2d):
+    """3x3 convolution that keeps the side, or halves it with stride 2, where it pads at the right and bottom only."""
 
-    def __init__(self, channels: int, padding: PaddingMode) -> None:
-        super().__init__(channels, channels, 3, stride=2)
+    def __init__(self, in_channels: int, out_channels: int, padding: PaddingMode, *, stride: int = 1) -> None:
+        inside = padding == "zeros" and stride == 1  # the convolution itself reads zeros faster than it pads
+        super().__init__(in_channels, out_channels, 3, stride=stride, padding=int(inside))
         self.border = "constant" if padding == "zeros" else padding
+        self.sides = () if inside else (int(stride == 1), 1, int(stride == 1), 1)  # left, right, top, bottom
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map (B, C, H, W) to (B, C, H / 2, W / 2)."""
-        return super().forward(F.pad(x, (0, 1, 0, 1), mode=self.border))
+        """Map (B, C_in, H, W) to (B, C_out, H / stride, W / stride)."""
+        return super().forward(_pad(x, self.sides, self.border) if self.sides else x)
 
 
-class Upsample(nn.Conv2d):
+def _pad(x: Tensor, sides: tuple[int, ...], mode: str) -> Tensor:
+    """Pad by one pixel at the sides that are 1: left, right, top, bottom.
+
+    PyTorch's compiler takes the gradient of a repeated border for contiguous, and stops where it is channels last
+    (PyTorch 2.14). So a compiled border is joined from slices, which is equal, and slower where it is not compiled.
+    """
+    if mode != "replicate" or not torch.compiler.is_compiling():
+        return F.pad(x, sides, mode=mode)
+    left, right, top, bottom = sides
+    x = torch.cat([x[..., :left], x, x[..., x.shape[-1] - right :]], -1)
+    return torch.cat([x[..., :top, :], x, x[..., x.shape[-2] - bottom :, :]], -2)
+
+
+class Upsample(Convolution):
     """Doubles the side by nearest-neighbour interpolation, followed by a 3x3 convolution."""
 
-    def __init__(self, channels: int, padding: PaddingMode) -> None:
-        super().__init__(channels, channels, 3, padding=1, padding_mode=padding)
-
     def forward(self, x: Tensor) -> Tensor:
-        """Map (B, C, H, W) to (B, C, 2 H, 2 W)."""
+        """Map (B, C_in, H, W) to (B, C_out, 2 H, 2 W)."""
         return super().forward(F.interpolate(x, scale_factor=2.0, mode="nearest"))
-
-
-def _conv(in_channels: int, out_channels: int, config: AutoencoderConfig) -> nn.Conv2d:
-    """Return a 3x3 convolution that keeps height and width."""
-    return nn.Conv2d(in_channels, out_channels, 3, padding=1, padding_mode=config.padding)
 
 
 def _middle(channels: int, config: AutoencoderConfig) -> list[nn.Module]:
@@ -90,16 +104,16 @@ class Encoder(nn.Sequential):
 
     def __init__(self, config: AutoencoderConfig) -> None:
         channels = config.channels
-        layers: list[nn.Module] = [_conv(config.in_channels, channels[0], config)]
+        layers: list[nn.Module] = [Convolution(config.in_channels, channels[0], config.padding)]
         width = channels[0]
         for level, out in enumerate(channels):
             if level > 0:
-                layers.append(Downsample(width, config.padding))
+                layers.append(Convolution(width, width, config.padding, stride=2))
             for _ in range(config.num_blocks):
                 layers.append(ResidualBlock(width, out, config))
                 width = out
         layers += [*_middle(width, config), GroupNorm(width, config.group_size), nn.SiLU()]
-        layers.append(_conv(width, config.latent_dim, config))
+        layers.append(Convolution(width, config.latent_dim, config.padding))
         if config.latent_norm:
             layers.append(LatentNorm(config.latent_dim))
         super().__init__(*layers)
@@ -128,14 +142,18 @@ class Decoder(nn.Sequential):
         config = config.decoder_side()
         channels = config.channels[::-1]
         width = channels[0]
-        layers: list[nn.Module] = [_conv(config.latent_dim, width, config), *_middle(width, config)]
+        layers: list[nn.Module] = [Convolution(config.latent_dim, width, config.padding), *_middle(width, config)]
         for level, out in enumerate(channels):
             if level > 0:
-                layers.append(Upsample(width, config.padding))
+                layers.append(Upsample(width, width, config.padding))
             for _ in range(config.num_blocks):
                 layers.append(ResidualBlock(width, out, config))
                 width = out
-        layers += [GroupNorm(width, config.group_size), nn.SiLU(), _conv(width, config.in_channels, config)]
+        layers += [
+            GroupNorm(width, config.group_size),
+            nn.SiLU(),
+            Convolution(width, config.in_channels, config.padding),
+        ]
         super().__init__(*layers)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -288,7 +288,7 @@ def _resized(name: str, table: Tensor, expected: Tensor | None) -> Tensor:
         return table
     for prefix in range(3):  # class tokens, which come first
         old, new = (math.isqrt(max(value.shape[1] - prefix, 0)) for value in (table, expected))
-        if (old * old + prefix, new * new + prefix) == (table.shape[1], expected.shape[1]):
+        if old and new and (old * old + prefix, new * new + prefix) == (table.shape[1], expected.shape[1]):
             return resample_abs_pos_embed(table, [new, new], [old, old], num_prefix_tokens=prefix)  # type: ignore[no-any-return]
     return table
 

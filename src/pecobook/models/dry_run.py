@@ -53,13 +53,20 @@ def dry_run(module: nn.Module, inputs: Sequence[Any], *, network: str, purpose: 
                 raise NotImplementedError  # recurrent layers take a minute on the meta device
             outputs, unused = _on_meta(module, inputs, backward=backward)
         except _FAILURES:
-            with refusing(network, purpose), torch.no_grad():
+            with refusing(network, purpose + _usual_size(module, inputs)), torch.no_grad():
                 buffers = {name: value.clone() for name, value in module.named_buffers()}
                 return functional_call(module, buffers, tuple(inputs))
     if unused:
         more = f" and {len(unused) - 1} more" if len(unused) > 1 else ""
         raise WeightsError(f"'{network}' cannot {purpose}: its weight '{unused[0]}'{more} would get no gradient.")
     return outputs
+
+
+def _usual_size(module: nn.Module, inputs: Sequence[Any]) -> str:
+    """Return words on the image size that timm's network in a module is made for; empty if the images have it."""
+    settings: Any = next((part.pretrained_cfg for part in module.modules() if hasattr(part, "pretrained_cfg")), None)
+    side = (settings or {}).get("input_size", (0,))[-1]
+    return f" (it is made for {side})" if side and side != inputs[0].shape[-1] else ""
 
 
 def _on_meta(module: nn.Module, inputs: Sequence[Any], *, backward: bool) -> tuple[Any, list[str]]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import tempfile
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -54,21 +55,32 @@ def export_folder(path: str | Path) -> Path:
     )
 
 
-def read_settings(path: str | Path) -> dict[str, Any]:
-    """Return the settings of an export folder, without the weights. Raises WeightsError if it is missing or damaged."""
-    folder = export_folder(path)
-    _check_undamaged(folder / "config.json")
-    file, remedy = folder / "config.json", "Export the run again, with --resume."
-    kind = read_json(file, _COMMON, error=WeightsError, remedy=remedy).get("kind")
-    return read_json(file, _SCHEMAS.get(str(kind), {}), error=WeightsError, remedy=remedy)
+def read_settings(path: str | Path, *, kinds: Collection[str] = tuple(_SCHEMAS)) -> dict[str, Any]:
+    """Return the settings of an export folder, without the weights. Raises WeightsError if it is missing or damaged.
+
+    Args:
+        path: the export folder, or the folder of its run.
+        kinds: the kinds that the caller takes. The fields of another kind are not checked, so that the caller tells of
+            the kind and not of a field.
+    """
+    file = export_folder(path) / "config.json"
+    _check_undamaged(file)
+
+    def schema(content: dict[str, Any]) -> Schema:
+        kind = str(content.get("kind"))
+        return {**_COMMON, **(_SCHEMAS.get(kind, {}) if kind in kinds else {})}
+
+    return read_json(file, schema, error=WeightsError, remedy="Export the run again, with --resume.")
 
 
-def read_export(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Return settings and weights of an export folder. Raises WeightsError if it is missing or damaged."""
+def read_export(
+    path: str | Path, *, kinds: Collection[str] = tuple(_SCHEMAS)
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Return settings and weights of an export folder, as `read_settings` reads them. Raises WeightsError."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    config, folder = read_settings(path), export_folder(path)
+    config, folder = read_settings(path, kinds=kinds), export_folder(path)
     _check_undamaged(folder / "model.safetensors")
     try:
         state = load_file(folder / "model.safetensors")
@@ -223,7 +235,7 @@ class Exported(nn.Module):
         Raises:
             WeightsError: the export is missing, damaged, or of another kind.
         """
-        config, state = read_export(resolve_source(source))
+        config, state = read_export(resolve_source(source), kinds=(cls.kind,))
         kind, origin = config.pop("kind", None), config.pop("origin", "")
         value_range = tuple(config.pop("value_range", AUTO))
         if kind != cls.kind:

@@ -51,7 +51,7 @@ class MaskedImageModel(nn.Module):
 
     def __init__(self, backbone: nn.Module, vocab_size: int) -> None:
         super().__init__()
-        _check_has_patches(backbone)
+        check_has_patches(backbone)
         _check_no_attention_pool(backbone)
         width = int(backbone.embed_dim)  # type: ignore[arg-type]
         self.backbone = backbone
@@ -259,7 +259,8 @@ def _apply_final_norm(backbone: nn.Module, tokens: Tensor) -> Tensor:
     return tokens
 
 
-def _check_has_patches(backbone: nn.Module) -> None:
+def check_has_patches(backbone: nn.Module) -> None:
+    """Raise WeightsError unless the backbone is a transformer of patches."""
     if not has_patch_tokens(backbone):
         raise WeightsError(f"{type(backbone).__name__} has no patches to mask: choose a ViT or BEiT of timm.")
 
@@ -289,7 +290,7 @@ def initialise_beit(backbone: nn.Module) -> None:
     Raises:
         WeightsError: the backbone is no transformer of patches.
     """
-    _check_has_patches(backbone)
+    check_has_patches(backbone)
     for module in backbone.modules():
         if isinstance(module, (nn.Linear, nn.Conv2d)):
             _init_beit_normal(module.weight)

@@ -12,6 +12,8 @@ from torch import nn
 
 from pecobook.errors import WeightsError, did_you_mean, first_line
 
+_WRONG_VALUE = (TypeError, ValueError, AssertionError, ArithmeticError, AttributeError, LookupError)
+
 
 def architecture_arguments(timm_name: str) -> set[str]:
     """Return the names of the arguments that shape a network of timm.
@@ -77,10 +79,8 @@ def create_network(name: str, download: bool = False, /, **kwargs: Any) -> nn.Mo
         raise WeightsError(f"timm's '{timm_name}' does not accept these arguments: {', '.join(refused)}.")
     try:
         network: nn.Module = timm.create_model(timm_name, pretrained=download and downloads(), **kwargs)
-    except TypeError as error:
-        raise WeightsError(f"timm's '{timm_name}' does not accept these arguments: {error}") from None
-    except (OSError, RuntimeError, ValueError, AssertionError, ArithmeticError, AttributeError, LookupError) as error:
-        if not download:
+    except (OSError, RuntimeError, *_WRONG_VALUE) as error:
+        if not download or isinstance(error, TypeError):
             reason = first_line(error).rstrip(".")
             raise WeightsError(f"timm cannot build '{timm_name}' with {kwargs}: {reason}. Change these.") from None
         raise WeightsError(

@@ -103,7 +103,9 @@ class PerceptualDistance(nn.Module):
         try:
             features = dry_run(self.network, (images,), network=name, purpose=purpose)
         except WeightsError as error:
-            raise WeightsError(f"{error} Give --perceptual.input-size 224, or earlier layers.") from None
+            raise WeightsError(
+                f"{error} Give another --perceptual.input-size, such as 224, or earlier layers."
+            ) from None
         check_feature_maps(features, self.config.layers)
 
     def _input_shape(self, height: int, width: int) -> tuple[int, int]:

@@ -292,17 +292,17 @@ def load_backbone(
     return Backbone(network, name, args, normalisation.mean, normalisation.std, size, notes=tuple(notes))
 
 
-_Loaded = tuple[nn.Module, dict[str, Any], int, Normalisation, tuple[str, ...]]
+_Loaded = tuple[nn.Module, dict[str, Any], int | None, Normalisation, tuple[str, ...]]
 
 
 def _load_run(
     spec: str, weights: str | None, checkpoint: Checkpoint | None, image_size: int | None, options: dict[str, Any]
 ) -> _Loaded:
     """Load a run; returns the network, its arguments, the image size, the normalisation and the names left aside."""
-    config, state = read_export(spec)
+    config, state = read_export(spec, kinds=("backbone", "classifier"))
     if config.get("kind") not in ("backbone", "classifier"):
         raise WeightsError(f"'{spec}' is a {config.get('kind')}, not a backbone: give a contrast or pretrain run.")
-    name, size = config["name"], config["image_size"]
+    name, size = config["name"], config.get("image_size")
     traits = network_traits(name, config["args"])
     args = pooling_trained_features(config)["args"] | _pooling_args(traits, options["pool_mean"])
     if image_size is not None and image_size != size and traits.takes_size:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import dataclasses
 from typing import Literal
 
-from pecobook.settings.images import MAX_LENGTH, ImagesConfig
+from pecobook.settings.images import MAX_LENGTH, ManyRunsConfig
 from pecobook.settings.values import LARGEST, between, positive
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class DemoConfig(ImagesConfig):
+class DemoConfig(ManyRunsConfig):
     """Run all stages on the built-in photographs or on your images, and write a report."""
 
     out: str = "runs/demo"

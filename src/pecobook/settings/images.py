@@ -97,3 +97,14 @@ def check_normalisation(config: Any, mean: str, std: str, *, lowest: float = 0.0
     for name in (mean, std):
         if len(getattr(config, name)) not in (0, 3):
             refuse(name, f"takes three numbers, not {len(getattr(config, name))}.")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ManyRunsConfig(ImagesConfig):
+    """The images of a command that trains many runs and resumes in its folder."""
+
+    verify_data: bool = False
+    """Read the content of all files of --data at the start, record it, and compare it when the folder is continued;
+    without this flag names, sizes and times are compared, and the content of a few files."""
+    accept_data_change: bool = False
+    """Continue although the data have changed since the folder was begun. Finished runs stay as they are."""

@@ -5,14 +5,14 @@ from __future__ import annotations
 import dataclasses
 from typing import Literal
 
-from pecobook.settings.images import MAX_LENGTH, ImagesConfig
+from pecobook.settings.images import MAX_LENGTH, ManyRunsConfig
 from pecobook.settings.perceptual import check_layers
 from pecobook.settings.training import BackboneConfig
 from pecobook.settings.values import LARGEST, between, not_negative, positive, refuse
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ReproduceConfig(ImagesConfig):
+class ReproduceConfig(ManyRunsConfig):
     """Train the rows of the paper's tables, with controls, and compare with the paper's numbers."""
 
     tables: tuple[str, ...] = ()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from typing import Any
 
 from pecobook.errors import ConfigError
 from pecobook.settings.images import MAX_BATCH, MAX_IMAGE_SIZE, MAX_WORKERS, ImagesConfig, PhotometricConfig
@@ -68,26 +69,35 @@ class TokenizeConfig(ImagesConfig):
         between(self, 0, LARGEST, "seed")
         between(self, 0, MAX_IMAGE_SIZE, "tokenizer_size")
         between(self, -1, MAX_WORKERS, "workers")
-        if self.shard:
-            match = re.fullmatch(r"(\d+)/(\d+)", self.shard)
-            if match is None or not 1 <= int(match[1]) <= int(match[2]):
-                refuse("shard", f"is I/N with I from 1 to N, as 3/8, not '{self.shard}'.")
-            if self.overwrite:
-                raise ConfigError(
-                    "--shard and --overwrite exclude each other: processes would delete each other's files."
-                )
-            if self.devices != "auto" or self.num_nodes != 1:
-                raise ConfigError("--shard is for single processes: leave --devices and --num-nodes out.")
+        check_shard(self)
+        if self.shard and (self.devices != "auto" or self.num_nodes != 1):
+            raise ConfigError("--shard is for single processes: leave --devices and --num-nodes out.")
         if self.resume and self.overwrite:
             raise ConfigError("--resume and --overwrite exclude each other: give one of them.")
 
     @property
     def part(self) -> tuple[int, int]:
         """The part of --shard that this process writes, counted from 0, and the number of parts."""
-        index, _, count = (self.shard or "1/1").partition("/")
-        return int(index) - 1, int(count)
+        return part_of(self.shard)
 
     @property
     def strategy(self) -> str:
         """Strategy that `engine.launch` reads; nothing is trained here, so every process holds the whole tokenizer."""
         return "auto"
+
+
+def check_shard(config: Any) -> None:
+    """Refuse a `shard` that is not I/N, and one beside `overwrite`."""
+    if not config.shard:
+        return
+    match = re.fullmatch("([0-9]{1,9})/([0-9]{1,9})", config.shard)
+    if match is None or not 1 <= int(match[1]) <= int(match[2]):
+        refuse("shard", f"is I/N with I from 1 to N, as 3/8, not '{config.shard}'.")
+    if config.overwrite:
+        raise ConfigError("--shard and --overwrite exclude each other: processes would delete each other's files.")
+
+
+def part_of(shard: str) -> tuple[int, int]:
+    """Return the part that `shard` (I/N, or empty for all) names, counted from 0, and the number of parts."""
+    index, _, count = (shard or "1/1").partition("/")
+    return int(index) - 1, int(count)

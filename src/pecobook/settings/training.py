@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from typing import Any, Literal, cast
 
-from pecobook.errors import ConfigError
+from pecobook.errors import ConfigError, first_line
 from pecobook.settings.durations import check_durations
 from pecobook.settings.images import MAX_BATCH, MAX_IMAGE_SIZE, MAX_WORKERS, ImagesConfig
 from pecobook.settings.values import (
@@ -111,7 +112,8 @@ class StartConfig:
 
 def check_devices(config: Any) -> None:
     """Refuse `devices` unless it is a number above 0 or auto."""
-    if config.devices != "auto" and not (config.devices.isdecimal() and 0 < int(config.devices) <= LARGEST):
+    is_number = re.fullmatch("[0-9]{1,10}", config.devices) and 0 < int(config.devices) <= LARGEST
+    if config.devices != "auto" and not is_number:
         refuse("devices", f"must be a number above 0 or auto, not '{config.devices}'.")
 
 
@@ -232,8 +234,8 @@ class BackboneConfig:
     def __post_init__(self) -> None:
         try:
             value = json.loads(self.args)
-        except json.JSONDecodeError as error:
-            refuse("args", f"is not JSON ({error}): {self.args}")
+        except (ValueError, RecursionError) as error:
+            refuse("args", f"is not JSON ({first_line(error)}): {self.args[:300]}")
         else:
             if not isinstance(value, dict):
                 refuse("args", f'must be a JSON object such as {{"depth": 6}}, not {self.args}')

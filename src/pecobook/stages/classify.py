@@ -11,12 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pecobook.data.augment import check_policy, rand_augment, random_erasing
 from pecobook.data.batch import Batch
 from pecobook.data.sampler import key
 from pecobook.data.source import ImageSource, Splits
 from pecobook.data.stream import ViewFunction
-from pecobook.data.views import central_view, random_crop
+from pecobook.data.views import central_view, check_policy, rand_augment, random_crop, random_erasing
 from pecobook.engine.optim import layer_decay_groups
 from pecobook.engine.stage import Stage, StageOutput, mean_of_counted, submodule_state
 from pecobook.errors import ConfigError

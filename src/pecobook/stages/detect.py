@@ -16,7 +16,7 @@ from pecobook.analysis.detections import detections_picture, evaluate_detections
 from pecobook.data.batch import Batch
 from pecobook.data.decode import BadImage
 from pecobook.data.dense.detection import DetectionSource, open_detection
-from pecobook.data.dense.detection_views import evaluation_view, training_view
+from pecobook.data.dense.views import detection_test_view, detection_view
 from pecobook.data.source import ImageSource, Splits
 from pecobook.data.stream import ViewFunction
 from pecobook.engine.optim import dense_groups
@@ -153,7 +153,7 @@ class DetectStage(Stage[DetectConfig]):
     def view(cls, config: DetectConfig) -> ViewFunction:
         """Return the function that resizes, crops and flips an image with its objects."""
         return partial(
-            training_view,
+            detection_view,
             scales=config.scales,
             max_size=config.max_size,
             jitter=config.jitter,
@@ -164,7 +164,7 @@ class DetectStage(Stage[DetectConfig]):
     def evaluation_view(cls, config: DetectConfig) -> ViewFunction:
         """Return the function that resizes a held-out image."""
         short, long = config.sides
-        return partial(evaluation_view, short=short, long=long)
+        return partial(detection_test_view, short=short, long=long)
 
 
 def _targets(batch: Batch) -> list[dict[str, Tensor]]:

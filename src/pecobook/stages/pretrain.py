@@ -17,11 +17,11 @@ from torch import Tensor, nn
 
 from pecobook.data.batch import Batch
 from pecobook.data.masking import blockwise_mask, random_mask
-from pecobook.data.named_views import NamedViews
 from pecobook.data.sampler import key
 from pecobook.data.source import Splits
 from pecobook.data.stream import Companion, ViewFunction
 from pecobook.data.tokens import TokenBank, bank_differences, read_bank_config
+from pecobook.data.views import NamedViews
 from pecobook.engine.stage import Stage, StageOutput, submodule_state
 from pecobook.engine.world import is_first_on_machine
 from pecobook.errors import ConfigError, DataError, WeightsError
@@ -31,6 +31,7 @@ from pecobook.models.masked_vit import (
     MaskedImageModel,
     VisibleOnlyModel,
     at_positions,
+    check_has_patches,
     initialise_beit,
     masked_positions,
     patch_grid,
@@ -64,10 +65,8 @@ class PretrainStage(Stage[PretrainConfig]):
         self.bank: TokenBank | None = None
         if config.tokens:
             self.bank = TokenBank(config.tokens, self.tokenizer.num_codewords, verify=is_first_on_machine())
-        backbone = create_network(
-            config.model.name, num_classes=0, drop_path_rate=config.drop_path, **backbone_args(config)
-        )
-        with refusing(config.model.name, "be pre-trained by masked modelling"):
+        with refusing(config.model.name, _PURPOSE):
+            backbone = build_backbone(config)
             initialise_beit(backbone)
             self.patch = int(config.image_size // patch_grid(backbone)[0])
             size = 3 * self.patch**2 if self.tokenizer is None else self.tokenizer.num_codewords
@@ -228,6 +227,20 @@ def patch_pixels(images: Tensor, patch: int) -> Tensor:
 # ------------------------------------------------------------------------------------------------------------- backbone
 
 
+_PURPOSE = "be pre-trained by masked modelling"
+
+
+def build_backbone(config: PretrainConfig) -> nn.Module:
+    """Build the network of the settings with random weights. Raises WeightsError, also for one without patches."""
+    name = config.model.name
+    try:
+        return create_network(name, num_classes=0, drop_path_rate=config.drop_path, **backbone_args(config))
+    except WeightsError:
+        with torch.device("meta"):  # without patches it takes no image size, which the user did not write
+            check_has_patches(create_network(name, num_classes=0, **config.model.kwargs()))
+        raise
+
+
 def backbone_args(config: PretrainConfig) -> dict[str, Any]:
     """Return the arguments of timm.create_model: the image size, and `--model.args`."""
     return {"img_size": config.image_size, **config.model.kwargs()}
@@ -275,14 +288,14 @@ def check_network(config: PretrainConfig, model: MaskedImageModel | VisibleOnlyM
     mask[:, :num_masked] = True
     mask = mask.view(2, rows, columns)
     images = torch.zeros(2, 3, config.image_size, config.image_size)
-    with refusing(name, "be pre-trained by masked modelling"):
+    with refusing(name, _PURPOSE):
         leak = leaks(model, images, mask, num_masked, patch=patch, whole=not traits.is_plain)
     if leak:
         raise WeightsError(
             f"'{name}' lets pixels of hidden patches reach visible patches, since its patches overlap or share their "
             "statistics: choose a network with separate patches, such as vit_base_patch16_224."
         )
-    dry_run(model, (images, mask, num_masked), network=name, purpose="be pre-trained by masked modelling")
+    dry_run(model, (images, mask, num_masked), network=name, purpose=_PURPOSE)
 
 
 def check_grids(config: PretrainConfig, backbone: nn.Module, tokenizer: Any) -> None:

@@ -17,7 +17,7 @@ from pecobook.data.batch import Batch
 from pecobook.data.dense.segmentation import SegmentationSource, open_segmentation
 from pecobook.data.dense.segmentation_check import verify
 from pecobook.data.dense.segmentation_classes import IGNORE
-from pecobook.data.dense.segmentation_views import resize_mask, training_view
+from pecobook.data.dense.views import resize_mask, segmentation_view
 from pecobook.data.source import ImageSource, Splits
 from pecobook.data.stream import ViewFunction
 from pecobook.data.views import photometric
@@ -220,7 +220,7 @@ class SegmentStage(Stage[SegmentConfig]):
     def view(cls, config: SegmentConfig) -> ViewFunction:
         """Return the function that takes a random crop of an image and its mask."""
         return partial(
-            training_view,
+            segmentation_view,
             size=config.image_size,
             most=config.test.max_side,
             scales=config.scales,

@@ -12,8 +12,7 @@ import torch
 from torch import Tensor
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
-from pecobook.data.images import check_labels, check_readable
-from pecobook.data.one_image import write_example
+from pecobook.data.images import check_labels, check_readable, write_example
 from pecobook.data.sampler import fixed_permutation
 from pecobook.data.source import Splits
 from pecobook.data.stream import Stream

@@ -60,13 +60,18 @@ def list_of(kind: Kind, length: int | None = None) -> Kind:
 
 
 def read_json(
-    file: Path, schema: Schema | None = None, *, error: type[PecobookError] = RunFolderError, remedy: str = ""
+    file: Path,
+    schema: Schema | Callable[[dict[str, Any]], Schema] | None = None,
+    *,
+    error: type[PecobookError] = RunFolderError,
+    remedy: str = "",
 ) -> dict[str, Any]:
     """Read a JSON object.
 
     Args:
         file: the file.
-        schema: the kinds of the fields that the file must have; it may have more.
+        schema: the kinds of the fields that the file must have, or a function that chooses them by the content; the
+            file may have more.
         error: the class of the error.
         remedy: what the user can do, the end of the message.
 
@@ -81,7 +86,9 @@ def read_json(
     except (OSError, ValueError, RecursionError) as cause:
         problem = f"cannot be read: {first_line(cause).rstrip('.')}"
     else:
-        problem = _problem(content, schema or {}) if isinstance(content, dict) else "does not hold a JSON object"
+        problem = "does not hold a JSON object"
+        if isinstance(content, dict):
+            problem = _problem(content, schema(content) if callable(schema) else schema or {})
     if problem:
         raise error(f"'{file}' {problem}. {remedy}".rstrip())
     return dict(content)

@@ -37,6 +37,8 @@ class OutputFolder:
     """Patterns of the files that the command writes, relative to the folder; `--overwrite` deletes only these."""
     data: str = ""
     """The image source that the command reads; the folder must lie apart from it."""
+    reads: tuple[str, ...] = ()
+    """Other files and folders that the command reads; `--overwrite` refuses a folder that holds one."""
     resume: bool | None = None
     """Whether `--resume` was given; None where the command has no such flag."""
     overwrite: bool | None = None
@@ -62,6 +64,10 @@ class OutputFolder:
         _check_length(out)
         if out.exists() and not out.is_dir():
             raise RunFolderError(f"--out '{out}' is a file: name a folder.")
+        if out.is_symlink() and not out.exists():
+            raise RunFolderError(
+                f"--out '{out}' is a link to '{out.readlink()}', which is not there: make that folder."
+            )
         self._check_apart_from_data()
         marked = bool(self.marker) and (out / self.marker).is_file()
         # A command that was killed while it wrote the marker leaves the marker's temporary file alone.
@@ -79,6 +85,8 @@ class OutputFolder:
             raise RunFolderError(
                 f"--overwrite: '{out}' does not look like {self.kind}, so it is not deleted: name another folder."
             )
+        if self.overwrite:
+            self._refuse_to_delete_inputs()
         parent = next(parent for parent in [out, *out.absolute().parents] if parent.exists())
         if not parent.is_dir():
             raise RunFolderError(f"--out '{out}' cannot be created: '{parent}' is a file.")
@@ -88,9 +96,16 @@ class OutputFolder:
     def _check_apart_from_data(self) -> None:
         """Raise RunFolderError when the folder is, contains or lies inside the folder of images."""
         data = Path(self.data).expanduser()
-        if not self.data or not data.is_dir():
+        if not self.data or self.data.startswith("hf:") or not ("/" in self.data or data.exists()):
             return
         out, data = self.path.expanduser().resolve(), data.resolve()
+        if not data.is_dir():  # a file, or a pattern of several
+            if out in data.parents and out.is_dir():
+                raise RunFolderError(
+                    f"--out '{self.out}' holds the images '{self.data}': name another folder, so that images and "
+                    "results never mix."
+                )
+            return
         for inner, outer, relation in ((out, data, "lies inside"), (data, out, "contains")):
             if inner == outer or inner.is_relative_to(outer):
                 relation = "is" if out == data else relation
@@ -99,14 +114,27 @@ class OutputFolder:
                     "so that images and results never mix."
                 )
 
+    def _written_files(self) -> set[Path]:
+        patterns = (*self.files, f".{self.marker}.tmp")
+        return {path for pattern in patterns for path in self.path.glob(pattern) if not path.is_dir()}
+
+    def _refuse_to_delete_inputs(self) -> None:
+        """Raise RunFolderError where `overwrite` would delete what the command reads, or files behind a link."""
+        out = self.path.resolve()
+        for text in self.reads:
+            path = Path(text).expanduser()
+            if text and path.exists() and out in (path.resolve(), *path.resolve().parents):
+                raise RunFolderError(f"--overwrite: '{text}', which is read, lies in '{self.out}': name another --out.")
+        folders = {parent for file in self._written_files() for parent in file.parents if self.path in parent.parents}
+        for link in sorted(folder for folder in folders if folder.is_symlink()):
+            raise RunFolderError(
+                f"--overwrite: '{link}' is a link to '{link.resolve()}', in which nothing is deleted: empty that "
+                "folder, or remove the link."
+            )
+
     def _delete_files(self) -> None:
         """Delete the files that the command writes, and the folders that this leaves empty; name what remains."""
-        files = {
-            path
-            for pattern in (*self.files, f".{self.marker}.tmp")
-            for path in self.path.glob(pattern)
-            if not path.is_dir()
-        }
+        files = self._written_files()
         for file in sorted(files, key=lambda path: path.name == self.marker):  # last: until then the folder is ours
             file.unlink()
         folders = {parent for file in files for parent in file.parents if self.path in parent.parents}

@@ -10,8 +10,7 @@ import numpy as np
 import pytest
 
 from pecobook.data.dense.coco_check import compare_boxes, diagnose_boxes
-from pecobook.data.dense.coco_masks import decompress, runs_box
-from pecobook.data.dense.coco_values import as_flag, as_integer, as_number
+from pecobook.data.dense.coco_values import as_flag, as_integer, as_number, decompress, runs_box
 from pecobook.data.dense.detection import open_detection
 from pecobook.errors import DataError
 from tests.coco import (

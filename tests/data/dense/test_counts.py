@@ -6,9 +6,8 @@ from typing import cast
 import numpy as np
 from pycocotools.coco import COCO
 
-from pecobook.data.dense.counts import pixels_per_value, sum_masks
 from pecobook.data.dense.detection import DetectionSource, open_detection
-from pecobook.data.dense.segmentation_classes import MaskClasses
+from pecobook.data.dense.segmentation_classes import MaskClasses, pixels_per_value, sum_masks
 from tests.coco import make_coco
 from tests.shapes import shape
 

@@ -14,7 +14,7 @@ from pycocotools import mask as coco
 from pycocotools.coco import COCO
 
 from pecobook.data.decode import BadImage
-from pecobook.data.dense.coco_masks import decode_masks, decompress
+from pecobook.data.dense.coco_values import decode_masks, decompress
 from pecobook.data.dense.detection import DetectionSource, open_detection
 from pecobook.errors import DataError
 from tests.coco import compressed, make_coco, make_split, read_coco, uncompressed, write_coco

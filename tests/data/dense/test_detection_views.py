@@ -9,17 +9,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from pecobook.data.dense.coco_masks import encode_segment
+from pecobook.data.dense.coco_values import encode_segment
 from pecobook.data.dense.detection import Objects
-from pecobook.data.dense.detection_views import (
+from pecobook.data.dense.views import (
     Geometry,
-    evaluation_view,
+    detection_test_view,
+    detection_view,
     mask_boxes,
     move_boxes,
     move_image,
     move_masks,
     random_geometry,
-    training_view,
     view_objects,
 )
 from pecobook.utils.images import fitted_size
@@ -33,7 +33,7 @@ def scene(boxes: list[list[int]], height: int, width: int, *, masks: bool = True
     for number, (left, top, right, bottom) in enumerate(boxes):
         image[number % 3, top:bottom, left:right] = 255
         inside[number, top:bottom, left:right] = 1
-    segments = tuple(encode_segment(uncompressed(mask.numpy())) for mask in inside) if masks else None
+    segments = [encode_segment(uncompressed(mask.numpy())) for mask in inside] if masks else None
     labels = torch.arange(1, len(boxes) + 1)
     return image, Objects(torch.tensor(boxes, dtype=torch.float32).view(-1, 4), labels, segments, (height, width))
 
@@ -52,7 +52,7 @@ def test_training_view__boxes_are_those_of_the_moved_masks(name: str) -> None:
     image, objects = scene(BOXES, 40, 60)
     sizes, kinds = set(), set()
     for key in range(60):
-        view = training_view(image, objects, key, **ANY[name])
+        view = detection_view(image, objects, key, **ANY[name])
         pixels, boxes, labels, masks = (view[part][0] for part in ("images", "boxes", "labels", "masks"))
         assert pixels.dtype == masks.dtype == torch.uint8
         assert len(boxes) == len(labels) == len(masks)
@@ -62,7 +62,7 @@ def test_training_view__boxes_are_those_of_the_moved_masks(name: str) -> None:
         assert (mask_boxes(masks) - boxes).abs().max() <= 1.0  # a mask's edge is on a pixel
         for mask, label in zip(masks, labels.tolist(), strict=True):  # the object's colour lies under its mask
             assert float(pixels[label - 1][mask > 0].float().mean()) > 128
-        again = training_view(image, objects, key, **ANY[name])
+        again = detection_view(image, objects, key, **ANY[name])
         assert all(torch.equal(again[part][0], view[part][0]) for part in view)
     assert len(sizes) == {"one scale": 1, "scales": 3, "jitter": 1}[name]
     assert (len(kinds) > 1) == (name == "jitter")
@@ -70,7 +70,7 @@ def test_training_view__boxes_are_those_of_the_moved_masks(name: str) -> None:
 
 def test_training_view__flips_half_of_the_views() -> None:
     image, objects = scene([[0, 0, 10, 10]], 40, 60)
-    lefts = [float(training_view(image, objects, k, scales=(40,), max_size=60)["boxes"][0][0, 0]) for k in range(200)]
+    lefts = [float(detection_view(image, objects, k, scales=(40,), max_size=60)["boxes"][0][0, 0]) for k in range(200)]
     assert set(lefts) == {0.0, 50.0}
     assert 70 < lefts.count(0.0) < 130
 
@@ -102,7 +102,7 @@ def test_view_objects__what_vanishes_is_dropped_and_what_is_cut_fits_its_box() -
     mask = np.zeros((40, 60), dtype=bool)
     mask[0:40, 5:10] = mask[30:40, 5:50] = True
     corner = Objects(
-        torch.tensor([[5.0, 0, 50, 40]]), torch.tensor([1]), (encode_segment(uncompressed(mask)),), (40, 60)
+        torch.tensor([[5.0, 0, 50, 40]]), torch.tensor([1]), [encode_segment(uncompressed(mask))], (40, 60)
     )
     assert view_objects(corner, Geometry(40, 60, canvas=20))["boxes"].tolist() == [[5, 0, 10, 20]]
     # Too small to see.
@@ -117,11 +117,11 @@ def test_view_objects__what_vanishes_is_dropped_and_what_is_cut_fits_its_box() -
 def test_view__of_an_image_without_objects_and_of_boxes_alone() -> None:
     image, objects = scene([], 40, 60)
     for how in ANY.values():
-        view = training_view(image, objects, 3, **how)
+        view = detection_view(image, objects, 3, **how)
         assert view["boxes"][0].shape == (0, 4)
         assert view["masks"][0].shape == (0, *view["images"][0].shape[1:])
     image, objects = scene(BOXES, 40, 60, masks=False)
-    view = training_view(image, objects, 3, **ANY["one scale"])
+    view = detection_view(image, objects, 3, **ANY["one scale"])
     assert "masks" not in view
     assert view["boxes"][0].shape == (3, 4)
 
@@ -150,10 +150,10 @@ def test_jitter__pads_with_grey_at_the_right_and_the_bottom() -> None:
 
 def test_evaluation_view__resizes_alone() -> None:
     image, objects = scene(BOXES, 40, 60)
-    view = evaluation_view(image, objects, 5, short=80, long=100)
+    view = detection_test_view(image, objects, 5, short=80, long=100)
     assert view["images"][0].shape == (3, 67, 100)
     assert view["size"].tolist() == [40, 60]
-    assert torch.equal(view["images"][0], evaluation_view(image, objects, 6, short=80, long=100)["images"][0])
+    assert torch.equal(view["images"][0], detection_test_view(image, objects, 6, short=80, long=100)["images"][0])
 
 
 def test_fitted_size__as_mmdetection() -> None:

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pecobook.data.dense.segmentation_classes import IGNORE
-from pecobook.data.dense.segmentation_views import resize_mask, training_view
+from pecobook.data.dense.views import resize_mask, segmentation_view
 
 HOW: dict[str, Any] = {"size": 32, "most": 128, "scales": (0.5, 2.0), "max_share": 0.75}
 
@@ -24,7 +24,7 @@ def marked(height: int = 40, width: int = 56) -> tuple[torch.Tensor, torch.Tenso
 @given(st.integers(0, 2**63))
 def test_training_view__image_and_mask_move_together(key: int) -> None:
     image, mask = marked()
-    view = training_view(image, mask, key, **HOW)
+    view = segmentation_view(image, mask, key, **HOW)
     assert view["image"].shape == (3, 32, 32)
     assert view["mask"].shape == (32, 32)
     assert view["colour"].shape == (9,)
@@ -40,7 +40,7 @@ def test_training_view__image_and_mask_move_together(key: int) -> None:
 
 def test_training_view__is_a_function_of_its_key() -> None:
     image, mask = marked()
-    first, again, other = (training_view(image, mask, key, **HOW) for key in (5, 5, 6))
+    first, again, other = (segmentation_view(image, mask, key, **HOW) for key in (5, 5, 6))
     assert all(torch.equal(first[name], again[name]) for name in first)
     assert not torch.equal(first["image"], other["image"])
 
@@ -51,7 +51,7 @@ def test_training_view__flips_half_of_them_and_scales_by_half_to_twice() -> None
     image = (mask * 200).to(torch.uint8).expand(3, -1, -1).contiguous()
     flips, sizes = [], []
     for key in range(200):
-        view = training_view(image, mask, key, size=32, most=128, scales=(0.5, 0.5), max_share=1.0)
+        view = segmentation_view(image, mask, key, size=32, most=128, scales=(0.5, 0.5), max_share=1.0)
         flips.append(bool(view["mask"][0, 0] == 1))
         sizes.append(int((view["mask"] != IGNORE).sum()))
     assert set(sizes) == {16 * 16}  # half of the test's size, the rest is grey
@@ -66,7 +66,7 @@ def test_training_view__avoids_crops_of_one_class() -> None:
     varied = {
         share: np.mean(
             [
-                len(set(training_view(image, mask, key, **how, max_share=share)["mask"].flatten().tolist()))
+                len(set(segmentation_view(image, mask, key, **how, max_share=share)["mask"].flatten().tolist()))
                 for key in range(60)
             ]
         )
@@ -79,7 +79,7 @@ def test_training_view__avoids_crops_of_one_class() -> None:
 def test_views__of_strange_sizes(height: int, width: int) -> None:
     image, mask = torch.zeros(3, height, width, dtype=torch.uint8), torch.zeros(height, width, dtype=torch.int16)
     for key in range(5):
-        assert training_view(image, mask, key, **HOW)["mask"].shape == (32, 32)
+        assert segmentation_view(image, mask, key, **HOW)["mask"].shape == (32, 32)
 
 
 def test_resize_mask__nearest() -> None:

@@ -12,7 +12,7 @@ from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.roi_heads import project_masks_on_boxes
 from torchvision.ops import MultiScaleRoIAlign
 
-from pecobook.data.dense.detection_views import mask_boxes
+from pecobook.data.dense.views import mask_boxes
 from pecobook.errors import ConfigError, WeightsError
 from pecobook.models.dense.detector import (
     Detections,

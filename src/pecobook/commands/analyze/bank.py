@@ -17,11 +17,11 @@ from numpy.typing import NDArray
 
 from pecobook.analysis.codewords import CodeUsage, GalleryRow, gallery_patch, usage_from_counts
 from pecobook.data.decode import BadImage
-from pecobook.data.named_views import NamedViews
 from pecobook.data.sampler import key, splitmix64_array
 from pecobook.data.source import ImageSource
 from pecobook.data.stream import Stream, collate
 from pecobook.data.tokens import TokenBank
+from pecobook.data.views import NamedViews
 from pecobook.errors import DataError
 
 CHUNK = 2**22  # codes that are processed at once

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pecobook.data.labels import class_indices
+from pecobook.data.parts import class_indices
 from pecobook.data.source import Splits
 from pecobook.errors import ConfigError, DataError
 from pecobook.models.checkpoints import left_aside, load_state, read_checkpoint
@@ -75,7 +75,7 @@ def open_classifier(config: AnalyzeConfig, splits: Splits) -> RestrictedClassifi
             )
         columns = torch.arange(count)
     else:
-        exported, state = read_export(Path(name).parent if Path(name).is_file() else name)
+        exported, state = read_export(Path(name).parent if Path(name).is_file() else name, kinds=("classifier",))
         if exported.get("kind") != "classifier":  # segmenters and detectors have classes, too
             raise ConfigError(f"--classifier '{name}' is not a finetune run: it is a {exported.get('kind')}.")
         columns = torch.tensor(class_indices(exported["classes"], classes, f"--classifier '{Path(name)}'", config.data))

@@ -14,31 +14,17 @@ import numpy.typing as npt
 from torch.utils.data import Dataset
 
 from pecobook.data.dense.coco_check import compare_boxes
-from pecobook.data.dense.counts import pixels_per_class
 from pecobook.data.dense.detection import DetectionSource
 from pecobook.data.dense.segmentation import SegmentationSource
+from pecobook.data.dense.segmentation_classes import pixels_per_class
 from pecobook.data.loading import Batches
-from pecobook.data.source import ImageSource, Splits
-from pecobook.data.summary import (
-    Census,
-    Lines,
-    Look,
-    class_counts,
-    describe,
-    left_out_of,
-    look,
-)
+from pecobook.data.source import ImageSource, Splits, kind_of
+from pecobook.data.summary import Census, Lines, Look, class_counts, describe, left_out_of, look
 from pecobook.engine.log import Progress
-from pecobook.errors import DataError, first_line
+from pecobook.errors import DataError, first_line, listed, some_of
 from pecobook.utils.devices import cores
 
 Hashes: TypeAlias = npt.NDArray[np.uint64]
-_LOST_LABELS, _LOST_IMAGES = (
-    ("labels of", "hold no image", "holds no image"),
-    ("damaged", "too early", "cut short"),
-)  # words in the notes of a source
-_NOT_LEARNED = "are not learned"  # these words say what `_empty_classes` says
-_UNLABELLED = "the one class"  # these words say of labels that there are none
 NUM_NAMES = 20  # files of a kind that are named
 _COMPARED_BOXES = 50_000  # of each split at most, evenly spread
 _FEW_IMAGES = 256  # so many are read in this process
@@ -63,9 +49,6 @@ class _Looks(Dataset[Look]):
     def __init__(self, source: ImageSource) -> None:
         self.source = source
 
-    def __len__(self) -> int:
-        return len(self.source)
-
     def __getitem__(self, index: int) -> Look:
         return look(self.source, index, whole=True)
 
@@ -80,18 +63,16 @@ def survey(splits: Splits, *, labels: bool = True, workers: int = -1) -> Survey:
     """
     total = len(splits.train) + len(splits.evaluation)
     progress = Progress(total=total, start=0, name="check", quiet=False)
-    censuses: list[Census] = []
-    digests: list[Hashes] = []
+    sources = (splits.train, splits.evaluation)
+    censuses = [Census.of(source) for source in sources]
+    digests: list[Hashes] = [np.zeros(len(source), np.uint64) for source in sources]
     done = 0
     try:
-        for source in (splits.train, splits.evaluation):
-            census, hashes = Census.of(source), np.zeros(len(source), np.uint64)
+        for source, census, hashes in zip(sources, censuses, digests, strict=True):
             for index, seen in enumerate(_looks(source, workers)):
                 census.add(seen, keep=NUM_NAMES)
                 hashes[index] = seen.digest or 0
                 progress.show(done := done + 1, {})
-            censuses.append(census)
-            digests.append(hashes)
     except RuntimeError as error:  # a process that the system ended, for want of memory for example
         text = f"A process that reads images ended near image {done:,} of {total:,}: {first_line(error)}"
         raise DataError(f"{text.rstrip('.')}.\nGive --workers 1 to read in one process.") from error
@@ -99,29 +80,30 @@ def survey(splits: Splits, *, labels: bool = True, workers: int = -1) -> Survey:
         progress.close()
     repeats, boxes = _Repeats(splits, *digests), _compare_boxes(splits)
     lines = describe(splits, censuses[0], evaluation=censuses[1])
-    lines = [line for line in lines if not (labels and _NOT_LEARNED in line[1])]
+    if labels:  # `_empty_classes` says what these notes say
+        lines = [(topic, text) for topic, text in lines if kind_of(text) != "empty classes"]
     if censuses[0].values:
         lines.append(("values", _values_text(censuses[0])))
     if boxes.compared:
         lines.append(("boxes", f"{boxes.differing:,} of {boxes.compared:,} do not fit the masks of their objects"))
     lines.append(("duplicates", repeats.text()))
     problems = [*_unreadable(splits, censuses), *repeats.problems(), *_unknown_values(splits, censuses)]
-    problems += [*boxes.problems(), *(_empty_classes(splits, censuses[0]) if labels else [])]
-    lost = (*_LOST_IMAGES, *(_LOST_LABELS if labels else ()))
-    problems += [n for n in splits.notes if any(words in n for words in lost) and _UNLABELLED not in n]
-    figures = _figures(splits, censuses, repeats) | {
-        "boxes_compared": boxes.compared,
-        "boxes_differing": boxes.differing,
-    }
-    return Survey(lines, problems, figures)
+    problems += [*boxes.problems(), *(_empty_classes(splits.train, censuses[0]) if labels else [])]
+    lost = ("lost images", "lost labels") if labels else ("lost images",)
+    problems += [note for note in splits.notes if kind_of(note) in lost]
+    figures = _figures(splits, censuses, repeats)
+    return Survey(lines, problems, figures | {"boxes_compared": boxes.compared, "boxes_differing": boxes.differing})
 
 
 def _values_text(census: Census) -> str:
     """Return the values of the masks' pixels, or their number and range where there are many."""
     values = sorted(census.values)
-    if len(values) > NUM_NAMES:
-        return f"{len(values):,} values from {values[0]} to {values[-1]} in the masks of training"
-    return f"{', '.join(map(str, values))} in the masks of training"
+    texts = (
+        f"{len(values):,} values from {values[0]} to {values[-1]}"
+        if len(values) > NUM_NAMES
+        else some_of(values, NUM_NAMES)
+    )
+    return f"{texts} in the masks of training"
 
 
 def _looks(source: ImageSource, workers: int) -> Iterator[Look]:
@@ -166,7 +148,7 @@ class _Repeats:
         lines = [f"{held_out} is {training}" for held_out, training in self.pairs]
         count = f"{len(self.leaked):,} of {len(self.splits.evaluation):,}"
         head = f"Held-out images with the bytes of a training image, so that scores would be too good: {count}"
-        return [_listed(head, lines, len(self.leaked) - len(lines))]
+        return [listed([head, *lines], None, further=len(self.leaked) - len(lines))]
 
 
 @dataclasses.dataclass
@@ -187,8 +169,8 @@ class _Boxes:
 def _compare_boxes(splits: Splits) -> _Boxes:
     """Compare the boxes with the masks of the same objects, where there are both."""
     found = _Boxes()
-    files = [part.annotations for part in (splits.train, splits.evaluation) if isinstance(part, DetectionSource)]
-    for file in files[:1] if len(files) == 2 and files[0] is files[1] else files:
+    sources = [part for part in (splits.train, splits.evaluation) if isinstance(part, DetectionSource)]
+    for file in {id(source.annotations): source.annotations for source in sources}.values():
         comparison = compare_boxes(file, _COMPARED_BOXES)
         found.compared += comparison.compared
         found.differing += len(comparison.differing)
@@ -198,12 +180,6 @@ def _compare_boxes(splits: Splits) -> _Boxes:
     return found
 
 
-def _listed(head: str, lines: list[str], rest: int) -> str:
-    """Return a text with a line for each of the first things, and the number of the others."""
-    more = [f"... and {rest:,} more"] if rest else []
-    return "\n".join([head, *lines, *more])
-
-
 def _unreadable(splits: Splits, censuses: list[Census]) -> list[str]:
     problems = []
     for source, census in zip((splits.train, splits.evaluation), censuses, strict=True):
@@ -211,16 +187,13 @@ def _unreadable(splits: Splits, censuses: list[Census]) -> list[str]:
             census.add(Look(bad.name, problem=bad), keep=NUM_NAMES)
         if census.num_bad:
             kind = "Training" if source.split == "train" else "Held-out"
-            lines = [line for reason, names in census.bad.items() for line in _alike(reason, names)]
+            lines = []
+            for reason, names in census.bad.items():  # a reason that many images have is written once
+                lines += [f"{names[0]}: {reason}"] if len(names) == 1 else [f"{reason}:", *(f"  {n}" for n in names)]
             head = f"{kind} images{' or masks' if isinstance(source, SegmentationSource) else ''} that cannot be read"
             rest = census.num_bad - len(census.names_of_bad())
-            problems.append(_listed(f"{head}: {census.num_bad:,}", lines, rest))
+            problems.append(listed([f"{head}: {census.num_bad:,}", *lines], None, further=rest))
     return problems
-
-
-def _alike(reason: str, names: list[str]) -> list[str]:
-    """Return the lines on the images that cannot be read for one reason, which is written once."""
-    return [f"{names[0]}: {reason}"] if len(names) == 1 else [f"{reason}:", *(f"  {name}" for name in names)]
 
 
 def _unknown_values(splits: Splits, censuses: list[Census]) -> list[str]:
@@ -232,8 +205,7 @@ def _unknown_values(splits: Splits, censuses: list[Census]) -> list[str]:
         unknown = sorted(census.values.keys() - {*source.mask_classes.values, *source.mask_classes.ignored})
         kind = "training" if source.split == "train" else "held-out"
         if unknown:
-            named = ", ".join(f"{value} in {census.masks_with[value]:,}" for value in unknown[:NUM_NAMES])
-            named += ", ..." if len(unknown) > NUM_NAMES else ""
+            named = some_of((f"{value} in {census.masks_with[value]:,}" for value in unknown), NUM_NAMES)
             share = sum(census.values[value] for value in unknown) / census.values.total()
             problems.append(
                 f"{100 * share:.2g}% of the pixels of {kind} masks have values of no class ({named} of "
@@ -242,9 +214,8 @@ def _unknown_values(splits: Splits, censuses: list[Census]) -> list[str]:
     return problems
 
 
-def _empty_classes(splits: Splits, census: Census) -> list[str]:
-    """Return a line on classes that training would not see; `census` is that of the training images."""
-    train = splits.train
+def _empty_classes(train: ImageSource, census: Census) -> list[str]:
+    """Return a line on classes that training would not see."""
     kind, counts = "objects" if isinstance(train, DetectionSource) else "images", class_counts(train) or {}
     if isinstance(train, SegmentationSource):
         kind, counts = "pixels", pixels_per_class(train.mask_classes, census.values)
@@ -260,15 +231,14 @@ def _empty_classes(splits: Splits, census: Census) -> list[str]:
 
 
 def _figures(splits: Splits, censuses: list[Census], repeats: _Repeats) -> dict[str, Any]:
-    figures: dict[str, Any] = {}
-    for source, census in zip((splits.train, splits.evaluation), censuses, strict=True):
-        figures[source.split] = _figures_of(source, census)
-    figures["evaluation"]["name"] = splits.evaluation_name
-    figures["left_out"] = dict(left_out_of(splits))
-    figures["repeated_in_train"] = repeats.within
-    figures["held_out_in_train"] = len(repeats.leaked)
-    figures["notes"] = list(splits.notes)
-    return figures
+    return {
+        "train": _figures_of(splits.train, censuses[0]),
+        "evaluation": _figures_of(splits.evaluation, censuses[1]) | {"name": splits.evaluation_name},
+        "left_out": dict(left_out_of(splits)),
+        "repeated_in_train": repeats.within,
+        "held_out_in_train": len(repeats.leaked),
+        "notes": list(splits.notes),
+    }
 
 
 def _figures_of(source: ImageSource, census: Census) -> dict[str, Any]:
@@ -279,10 +249,8 @@ def _figures_of(source: ImageSource, census: Census) -> dict[str, Any]:
         "short_side": [sides[0] for sides in (census.smallest, census.largest) if sides],
         "long_side": [sides[1] for sides in (census.smallest, census.largest) if sides],
     }
-    counts = class_counts(source)
-    if counts is not None:
-        name = "objects" if isinstance(source, DetectionSource) else "classes"
-        figures[name] = counts
+    if (counts := class_counts(source)) is not None:
+        figures["objects" if isinstance(source, DetectionSource) else "classes"] = counts
     if isinstance(source, SegmentationSource):
         figures["pixels"] = pixels_per_class(source.mask_classes, census.values)
         figures["mask_values"] = {str(value): count for value, count in sorted(census.values.items())}

@@ -6,6 +6,7 @@ measure.py  measures the runs on held-out images with the functions of `pecobook
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,8 @@ from pecobook.analysis.report import write_pictures, write_report
 from pecobook.commands.analyze.page import compose
 from pecobook.commands.demo.measure import measure
 from pecobook.commands.demo.plan import plan
-from pecobook.commands.jobs import resumed_folder, run_all, seconds_of
+from pecobook.commands.jobs import run_all, seconds_of
+from pecobook.commands.resumed_folder import begin_or_resume, resumed_folder
 from pecobook.engine.log import compact_duration
 from pecobook.engine.preamble import show_source
 from pecobook.engine.value_range import open_readable
@@ -46,7 +48,7 @@ def demo(config: DemoConfig | None = None, **settings: Any) -> Path:
     preflight.finish()
     assert splits is not None
     show_source(splits)
-    with folder.begin(lambda out: write_json(out / _MARK, to_dict(config))):
+    with begin_or_resume(folder, config, splits, _fixed_settings(config)):
         return _write_all(config)
 
 
@@ -54,7 +56,7 @@ def _write_all(config: DemoConfig) -> Path:
     out = Path(config.out)
     began = time.monotonic()
     jobs = plan(config)
-    run_all(jobs, out).check(out)
+    run_all(jobs, out, accept_data_change=config.accept_data_change).check(out)
     cost = seconds_of(jobs)
     show("measuring on held-out images")
     measuring_began = time.monotonic()
@@ -80,8 +82,13 @@ def _write_all(config: DemoConfig) -> Path:
     return report
 
 
+def _fixed_settings(config: DemoConfig) -> dict[str, Any]:
+    """Return the settings that must not change when a folder is resumed."""
+    return to_dict(dataclasses.replace(config, verify_data=False, accept_data_change=False))
+
+
 def _folder(config: DemoConfig) -> OutputFolder:
-    settings, defaults = to_dict(config), to_dict(DemoConfig())
+    settings, defaults = _fixed_settings(config), _fixed_settings(DemoConfig())
     return resumed_folder(
         config.out, settings, defaults, data=config.data, example="runs/demo", kind="a demo", marker=_MARK
     )

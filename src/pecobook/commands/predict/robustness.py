@@ -11,7 +11,7 @@ from torch import Tensor
 from pecobook.analysis.adversarial import MOMENTUM, attack
 from pecobook.analysis.wording import accuracy_with_error
 from pecobook.data.images import check_labels
-from pecobook.data.labels import class_indices
+from pecobook.data.parts import class_indices
 from pecobook.data.source import Splits
 from pecobook.data.stream import central_crops
 from pecobook.engine.log import Progress

@@ -7,6 +7,7 @@ import csv
 import io
 import json
 from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,7 +17,7 @@ from torch import Tensor
 from pecobook.analysis.detections import coco_results, colour_of
 from pecobook.analysis.segments import overlay, palette
 from pecobook.data.decode import BadImage
-from pecobook.data.views import center_crop
+from pecobook.data.views import center_crop, central_view, shortest_side
 from pecobook.errors import first_line
 from pecobook.models.dense.detector import Detections, Detector
 from pecobook.models.dense.segmenter import Segmenter
@@ -51,6 +52,8 @@ class ClassifierWriter:
         self.network = exported_network(settings, state, config.run).to(device())
         self.size, self.crop = settings["image_size"], settings.get("crop", 1.0)
         self.mean, self.std = (torch.tensor(settings[name], device=device())[:, None, None] for name in ("mean", "std"))
+        view = partial(central_view, size=self.size, share=self.crop)
+        self.shortest = 0 if self.pictures else shortest_side(view)  # as the evaluation of the training reads it
         self.num_images = 0
         self.num_best = min(_NUM_BEST, len(self.classes))
         self.waiting: list[tuple[str, str, Tensor, Tensor]] = []  # name, file, image, central square of the image
@@ -96,6 +99,8 @@ class ClassifierWriter:
 class SegmenterWriter:
     """Writes masks/: a palette PNG per image, whose pixel values are the class numbers of classes.txt."""
 
+    shortest = 0
+
     def __init__(self, config: PredictConfig, out: Path) -> None:
         self.out, self.pictures, self.test = out, config.pictures, config.test
         self.model = Segmenter.from_pretrained(config.run).to(device())
@@ -131,6 +136,8 @@ class SegmenterWriter:
 
 class DetectorWriter:
     """Writes detections.json in COCO's format of results, and images.json with the number of each image."""
+
+    shortest = 0
 
     def __init__(self, config: PredictConfig, out: Path) -> None:
         self.out, self.pictures, self.score = out, config.pictures, config.score

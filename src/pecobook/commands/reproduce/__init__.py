@@ -21,10 +21,11 @@ from typing import Any
 
 from pecobook.analysis.report import Picture, Report, Section, Table, write_pictures, write_report
 from pecobook.analysis.wording import duration
-from pecobook.commands.jobs import Outcome, resumed_folder, run_all, seconds_of
+from pecobook.commands.jobs import Outcome, run_all, seconds_of
 from pecobook.commands.paper_tables import chosen_tables
 from pecobook.commands.reproduce import listing, rehearsal, slurm, tables
 from pecobook.commands.reproduce.plan import Plan
+from pecobook.commands.resumed_folder import begin_or_resume, resumed_folder
 from pecobook.engine.preamble import show_source
 from pecobook.engine.value_range import open_readable
 from pecobook.errors import ConfigError, PecobookError, Preflight
@@ -32,7 +33,7 @@ from pecobook.settings.codebook import CodebookConfig
 from pecobook.settings.reproduce import ReproduceConfig
 from pecobook.settings.values import replace, to_dict
 from pecobook.stages.codebook import CodebookStage
-from pecobook.utils.files import write_atomically, write_json
+from pecobook.utils.files import write_atomically
 from pecobook.utils.folder_lock import FolderLock
 from pecobook.utils.output_folder import SHARED_WAIT, OutputFolder, check_new_file
 from pecobook.utils.printer import show
@@ -59,7 +60,7 @@ def reproduce(config: ReproduceConfig | None = None, **settings: Any) -> Path:
     elif config.dry_run:
         show(rehearsal.remaining_time(plan, rehearsal.read_rehearsal(out)))
     else:
-        _folder(config).begin(partial(_write_settings, plan)).release()  # others may run jobs of the same folder
+        _begin(plan)
         outcome = _run(plan, out) if config.train else Outcome()
         with FolderLock(out, shared=True, wait=SHARED_WAIT):
             _write_tables(plan, outcome, out)
@@ -78,13 +79,13 @@ def _run(plan: Plan, out: Path) -> Outcome:
         for name, job in plan.jobs.items()
     }
     show(rehearsal.remaining_time(plan, seconds))
-    return run_all(jobs, out, plan.gpus_per_run)
+    return run_all(jobs, out, plan.gpus_per_run, accept_data_change=plan.config.accept_data_change)
 
 
 def _write_plan(plan: Plan) -> None:
     """Write the files of --commands and --slurm, and begin the folder, in which their jobs will write."""
+    _begin(plan)
     config = plan.config
-    _folder(config).begin(partial(_write_settings, plan)).release()
     for name, text in ((config.commands, listing.commands), (config.slurm, slurm.script)):
         if name:
             write_atomically(Path(name), text(plan).encode())
@@ -142,9 +143,9 @@ def _check_codebook(settings: CodebookConfig) -> None:
 
 def _fixed_settings(config: ReproduceConfig) -> dict[str, Any]:
     """Return the settings that must not change when a folder is resumed."""
-    free = ("tables", "out", "seeds", "transfer", "gpus_per_run", "micro_batch_size", "compile")
-    of_the_plan = ("train", "dry_run", "json", "commands", "slurm")
-    return {name: value for name, value in to_dict(config).items() if name not in (*free, *of_the_plan)}
+    run = ("tables", "out", "seeds", "transfer", "gpus_per_run", "micro_batch_size", "compile")
+    start = ("train", "dry_run", "json", "commands", "slurm", "verify_data", "accept_data_change")
+    return {name: value for name, value in to_dict(config).items() if name not in (*run, *start)}
 
 
 def _folder(config: ReproduceConfig) -> OutputFolder:
@@ -153,12 +154,13 @@ def _folder(config: ReproduceConfig) -> OutputFolder:
     return resumed_folder(config.out, settings, defaults, data=config.data, **rules)
 
 
-def _write_settings(plan: Plan, out: Path) -> None:
+def _begin(plan: Plan) -> None:
+    """Begin or continue the folder; it is not locked afterwards, since others may run jobs of it too."""
     config = plan.config
-    write_json(out / "reproduce.json", _fixed_settings(config))
-    (out / "runs").mkdir(exist_ok=True)
-    if plan.duel is not None:
-        plan.duel.write_images()
+    with begin_or_resume(_folder(config), config, plan.splits, _fixed_settings(config)):
+        (Path(config.out) / "runs").mkdir(exist_ok=True)
+        if plan.duel is not None:
+            plan.duel.write_images()
 
 
 def _missing(plan: Plan, outcome: Outcome) -> str:

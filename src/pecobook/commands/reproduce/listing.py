@@ -15,7 +15,10 @@ from pecobook.engine.dry_run import size_text
 from pecobook.settings.reproduce import ReproduceConfig
 from pecobook.settings.values import flag_words
 
-_NOT_OF_THE_TABLES = ("tables", "dry-run", "json", "commands", "slurm", "train")
+_NOT_OF_THE_TABLES = (
+    *("tables", "dry-run", "json", "commands", "slurm", "train"),
+    *("verify-data", "accept-data-change"),
+)
 HEADER = "# The plan of: "
 """How the first line of a file of commands begins, and the second line of a script for Slurm."""
 

@@ -24,15 +24,8 @@ from pecobook.errors import ConfigError, first_line
 
 _FILES = (
     *("classes.txt", "class_names.txt", "classes.csv", "class_dict.csv", "_classes.csv", "train/_classes.csv"),
-    *(
-        "labels.txt",
-        "labelmap.txt",
-        "label_colors.txt",
-        "objectInfo150.txt",
-        "object150_info.csv",
-        "id2label.json",
-        "classes.json",
-    ),
+    *("labels.txt", "labelmap.txt", "label_colors.txt", "objectInfo150.txt", "object150_info.csv", "id2label.json"),
+    "classes.json",
 )
 _VALUE_HEADERS = ("idx", "index", "id", "value", "pixel value", "pixel", "label id")
 _NAME_HEADERS = ("name", "class", "label", "category", "class name", "class_name")
@@ -142,13 +135,17 @@ def _from_table(path: Path, lines: list[str]) -> ClassFile | None:
 
 def _from_lines(path: Path, lines: list[str]) -> ClassFile:
     """Read a class on each line."""
-    lines = [re.sub(r"#([0-9a-fA-F]{6})\b", lambda match: _hex_colour(match[1]), line) for line in lines]
+    lines = [
+        re.sub(r"#([0-9a-fA-F]{6})\b", lambda match: " ".join(map(str, bytes.fromhex(match[1]))), line)
+        for line in lines
+    ]
     lines = [line for line in lines if not re.fullmatch(r"name\W+r\W+g\W+b", line, re.IGNORECASE)]
     four = re.compile(rf"\d{{1,5}}{_SEPARATOR}{_COLOUR}{_SEPARATOR}(\S.*)")
+    has_colours = any(re.fullmatch(rf"(.*?\D){_SEPARATOR}{_COLOUR}|{_COLOUR}{_SEPARATOR}.*", line) for line in lines)
     indexed = [_INDEXED.fullmatch(line) for line in lines]
     values = [int(match[1]) for match in indexed if match]
     has_values = len(values) == len(lines) and len(set(values)) == len(values) > 0
-    if has_values and (all(four.fullmatch(line) for line in lines) or not _have_colours(lines)):
+    if has_values and (all(four.fullmatch(line) for line in lines) or not has_colours):
         rest = [match[2] for match in indexed if match]
         names, colours = _names_and_colours(path, rest)
         return ClassFile(names, colours, None if colours is not None else tuple(values))
@@ -156,16 +153,6 @@ def _from_lines(path: Path, lines: list[str]) -> ClassFile:
     if has_values and all(_INDEXED.fullmatch(name) for name in names):  # 0 road 128 64 128
         names = tuple(match[2] for name in names if (match := _INDEXED.fullmatch(name)))
     return ClassFile(names, colours)
-
-
-def _have_colours(lines: list[str]) -> bool:
-    """Return whether a line begins or ends with a colour."""
-    ends = re.compile(rf"(.*?\D){_SEPARATOR}{_COLOUR}|{_COLOUR}{_SEPARATOR}.*")
-    return any(ends.fullmatch(line) for line in lines)
-
-
-def _hex_colour(digits: str) -> str:
-    return " ".join(str(channel) for channel in bytes.fromhex(digits))
 
 
 def _names_and_colours(path: Path, lines: list[str]) -> tuple[tuple[str, ...], npt.NDArray[np.uint8] | None]:

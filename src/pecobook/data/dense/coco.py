@@ -12,23 +12,27 @@ from collections import Counter
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from pecobook.data.decode import header_size
-from pecobook.data.dense.coco_annotations import Annotations, PackedBytes
+from pecobook.data.dense.coco_annotations import Annotations
 from pecobook.data.dense.coco_check import SHARES, UNKNOWN, are_in_corner, compare_boxes, diagnose_boxes
 from pecobook.data.dense.coco_files import ImageFiles, file_name
-from pecobook.data.dense.coco_masks import OUTSIDE, clean_segment, encode_segment, mask_box, segment_area
 from pecobook.data.dense.coco_values import (
+    OUTSIDE,
     UnusableError,
     as_flag,
     as_integer,
     as_number,
+    clean_segment,
+    encode_segment,
     format_size,
+    mask_box,
     parse_box,
     read_categories,
+    segment_area,
 )
 from pecobook.errors import first_line
 
@@ -126,6 +130,9 @@ class _Reader:
         self.findings.problems.append(f"{self.file}: {subject} {error}.")
         self.left_out[error.reason] += 1
 
+    def _note(self, text: str) -> None:
+        self.findings.notes.append(f"{self.file}: {text}")
+
     def _note_corrections(self) -> None:
         for count, text in (
             (self.left_out["objects without area"], "object{s} left out: no area"),
@@ -133,15 +140,15 @@ class _Reader:
             (self.num_parts, "polygon{s} of fewer than three points left out"),
         ):
             if count:
-                self.findings.notes.append(f"{self.file}: {count} {text.format(s='s' if count > 1 else '')}.")
+                self._note(f"{count} {text.format(s='s' if count > 1 else '')}.")
 
     def _check_conventions(self, annotations: Annotations) -> None:
         """Report boxes and masks that follow another convention than COCO's."""
         table = np.array(self.boxes).reshape(-1, 6)
-        comparison = compare_boxes(annotations)
-        fault = diagnose_boxes(table[:, :4], table[:, 4:])
+        boxes, sizes = table[:, :4], table[:, 4:]
+        comparison, fault = compare_boxes(annotations), diagnose_boxes(boxes, sizes)
         count = f"{len(comparison.differing):,} of {comparison.compared:,} boxes do not fit the masks of their objects"
-        if comparison.is_systematic and (not fault or comparison.cause not in ("", UNKNOWN, SHARES)):
+        if comparison.cause and (not fault or comparison.cause not in (UNKNOWN, SHARES)):
             fault = f"{count}: {comparison.cause}"  # the masks say more than the boxes alone
         if fault:
             self.findings.fatal.append(f"{self.file}: {fault}.")
@@ -149,17 +156,19 @@ class _Reader:
             self.findings.problems = others
         elif comparison.differing:
             row = int(np.searchsorted(annotations.starts, comparison.differing[0], side="right")) - 1
-            self.findings.notes.append(f"{self.file}: {count}, the first in image {annotations.names[row]}.")
+            self._note(f"{count}, the first in image {annotations.names[row]}.")
         if comparison.num_blank:
             total = comparison.num_blank + comparison.compared
-            text = f"{comparison.num_blank:,} of {total:,} masks are too thin to cover a pixel, and are not learned"
-            self.findings.notes.append(f"{self.file}: {text}.")
-        if are_in_corner(table[:, :4], table[:, 4:]) and not fault:
+            self._note(
+                f"{comparison.num_blank:,} of {total:,} masks are too thin to cover a pixel, and are not learned."
+            )
+        if fault:
+            return
+        if are_in_corner(boxes, sizes):
             text = "all boxes lie in the upper left quarter of their images: do they belong to images of another size?"
-            self.findings.notes.append(f"{self.file}: {text}")
-        num_narrow = int(((table[:, 2:4] > 0).all(1) & (table[:, 2:4] < 1).any(1)).sum())
-        if num_narrow and not fault:
-            self.findings.notes.append(f"{self.file}: {num_narrow:,} boxes are narrower than a pixel.")
+            self._note(text)
+        if num_narrow := int(((boxes[:, 2:] > 0).all(1) & (boxes[:, 2:] < 1).any(1)).sum()):
+            self._note(f"{num_narrow:,} boxes are narrower than a pixel.")
 
     def _check_image(self, image: dict[str, Any], is_repeated: bool) -> tuple[str, tuple[int, int]]:
         """Return the path, relative to the folder of images, and height and width. Raises UnusableError."""
@@ -190,19 +199,9 @@ class _Reader:
     def _check_object(
         self, entry: Any, image_ids: set[int], sizes: dict[int, tuple[int, int]], masks: bool
     ) -> tuple[int, _Object | None]:
-        """Check one entry of the annotations.
+        """Return the id of the image and the object; None if it has no area, or if its image cannot be used.
 
-        Args:
-            entry: the entry of the file.
-            image_ids: ids of all images of the file.
-            sizes: height and width of the usable images, by id.
-            masks: whether to read the mask.
-
-        Returns:
-            the id of the image, and the object; None if the object has no area, or if its image cannot be used.
-
-        Raises:
-            UnusableError: the object cannot be used.
+        `sizes` has the height and width of the usable images. Raises UnusableError.
         """
         if not isinstance(entry, dict):
             raise UnusableError("is not a JSON object")
@@ -243,6 +242,8 @@ class _Reader:
         objects_of: dict[int, list[_Object]],
         masks: bool,
     ) -> Annotations:
+        import pyarrow as pa
+
         objects = [item for row in objects_of.values() for item in row]
         counts = [len(row) for row in objects_of.values()]
         self.left_out["crowds (iscrowd 1)"] = sum(item.crowd for item in objects)
@@ -256,14 +257,13 @@ class _Reader:
             categories=np.array([item.category for item in objects], dtype=np.int64),
             crowd=np.array([item.crowd for item in objects], dtype=np.bool_),
             areas=np.array([item.area for item in objects], dtype=np.float64),
-            segments=PackedBytes([item.segment or b"" for item in objects]) if masks else None,
+            segments=pa.array([item.segment for item in objects], pa.large_binary()) if masks else None,
             category_names=self.names,
-            left_out={reason: count for reason, count in self.left_out.items() if count},
+            left_out=dict(+self.left_out),
         )
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class _Object:
+class _Object(NamedTuple):
     box: tuple[float, float, float, float]
     category: int
     crowd: bool

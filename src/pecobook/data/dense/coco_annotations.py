@@ -1,6 +1,6 @@
 """The images and objects of one file in COCO's format, packed into arrays.
 
-Objects are stored as arrays and one buffer of bytes, which forked workers share instead of copying: COCO's training set
+Objects are stored as arrays, which forked workers share instead of copying: COCO's training set
 has 860,000 objects. A mask keeps the form that it has in the file (polygons, or run lengths, compressed or not) until
 it is decoded.
 """
@@ -10,37 +10,23 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
-from pecobook.data.decode import BadImage, Range, decode, read_file
+from pecobook.data.decode import BadImage, header_size
 from pecobook.data.dense.coco_values import format_size
-from pecobook.data.source import Integers
+from pecobook.data.source import Integers, Store
 
 Floats = npt.NDArray[np.float64]
 
 
-class PackedBytes:
-    """Byte strings in one buffer."""
-
-    def __init__(self, items: Sequence[bytes]) -> None:
-        self.ends = np.cumsum([len(item) for item in items], dtype=np.int64)
-        self.buffer = np.frombuffer(b"".join(items), dtype=np.uint8)
-
-    def __len__(self) -> int:
-        return len(self.ends)
-
-    def __getitem__(self, number: int) -> bytes:
-        start = int(self.ends[number - 1]) if number else 0
-        return self.buffer[start : int(self.ends[number])].tobytes()
-
-
 @dataclasses.dataclass(eq=False)
-class Annotations:
+class Annotations(Store):
     """The images (rows) and objects of one file; the objects of row r have the indices starts[r] to starts[r + 1] - 1.
 
     R images, A objects.
@@ -64,35 +50,35 @@ class Annotations:
     """Whether each entry is a crowd, that is many objects under one mask, which training and scores ignore: (A,)."""
     areas: Floats
     """Area of each object in pixels, (A,)."""
-    segments: PackedBytes | None
-    """The mask of each object as JSON; None if no object has a mask."""
+    segments: Any
+    """The mask of each object as JSON, in an Arrow array of binary values; None if no object has a mask."""
     category_names: dict[int, str]
     """Category id -> name, in ascending order of the ids."""
     left_out: dict[str, int] = dataclasses.field(default_factory=dict)
     """Reason -> number of images and objects of the file that training and scores do not use."""
-    value_range: Range | None = None
-    """The values that become black and white in images with more than 8 bits."""
 
     def __len__(self) -> int:
         return len(self.image_ids)
 
-    def read(self, row: int) -> Tensor:
-        """Read and decode the image of a row: uint8 (3, H, W). Raises BadImage."""
-        path = self.path(row)
-        image = decode(read_file(path), name=str(path), value_range=self.value_range)
-        if image.shape[1:] != tuple(self.sizes[row]):
-            raise BadImage(
-                str(path), f"{format_size(image.shape[1:])}, not {format_size(self.sizes[row])} as in its annotations"
-            )
+    def segments_of(self, numbers: Iterable[int]) -> list[bytes] | None:
+        """Return the masks of objects as JSON; None if no object has a mask."""
+        return None if self.segments is None else [self.segments[number].as_py() for number in numbers]
+
+    def read(self, row: int, shortest: int = 0) -> Tensor:
+        """Read and decode the image of a row: uint8 (3, H, W), reduced as `decode` says. Raises BadImage."""
+        image, stated = super().read(row, shortest), self.sizes[row]
+        size = header_size(self.file(row)) if shortest else (image.shape[1], image.shape[2])
+        if size and size != tuple(stated):
+            raise BadImage(self.identify(row), f"{format_size(size)}, not {format_size(stated)} as in its annotations")
         return image
 
-    def path(self, row: int) -> Path:
+    def file(self, row: int) -> Path:
         """Return the path of the image of a row."""
         return self.root / str(self.names[row])
 
     def identify(self, row: int) -> str:
         """Return the path of the image of a row as text."""
-        return str(self.path(row))
+        return str(self.file(row))
 
     def files(self, rows: Integers) -> Iterator[bytes]:
         """Yield the paths of the images of the rows."""
@@ -104,5 +90,5 @@ class Annotations:
         for array in (self.starts, self.boxes, self.categories, self.crowd):
             digest.update(array.tobytes())
         if self.segments is not None:
-            digest.update(self.segments.buffer.tobytes())
+            digest.update(b"".join(self.segments.to_pylist()))
         return digest.hexdigest()

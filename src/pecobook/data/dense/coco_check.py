@@ -14,20 +14,17 @@ import numpy as np
 import numpy.typing as npt
 
 from pecobook.data.dense.coco_annotations import Annotations, Floats
-from pecobook.data.dense.coco_masks import mask_box, run_lengths, runs_box
+from pecobook.data.dense.coco_values import mask_box, run_lengths, runs_box
 from pecobook.data.source import Integers
 
 _TOLERANCE = 2.0  # pixels by which the edges of an object's box and of its mask may differ
 _CONVENTION = "but COCO's boxes are x, y, width and height in pixels"
-_BY_CORNERS = "they seem to be left, top, right and bottom"
-_BY_CENTRE = "they seem to be the centre, width and height"
-_BY_ROWS = "rows and columns seem to be swapped"
 SHARES = "they seem to be shares of the image's width and height"
 UNKNOWN = "the cause is unknown"
 _CAUSES = {
-    "corners": _BY_CORNERS,
-    "centre": _BY_CENTRE,
-    "swapped": _BY_ROWS,
+    "corners": "they seem to be left, top, right and bottom",
+    "centre": "they seem to be the centre, width and height",
+    "swapped": "rows and columns seem to be swapped",
     "shares": SHARES,
     "percent": "they seem to be percentages of the image's width and height",
     "scaled": "they seem to belong to images of another size",
@@ -97,11 +94,6 @@ class BoxComparison:
     num_blank: int = 0
     """Number of objects, not compared, whose mask is too thin to cover a pixel."""
 
-    @property
-    def is_systematic(self) -> bool:
-        """Whether most objects differ."""
-        return bool(self.cause)
-
 
 def compare_boxes(annotations: Annotations, limit: int | None = 2000) -> BoxComparison:
     """Compare the boxes with the boxes around the masks of the same objects.
@@ -119,7 +111,7 @@ def compare_boxes(annotations: Annotations, limit: int | None = 2000) -> BoxComp
         return BoxComparison(0, (), "")
     rows = np.searchsorted(annotations.starts, numbers, side="right") - 1
     sizes = annotations.sizes[rows]
-    segments = [json.loads(annotations.segments[int(number)]) for number in numbers]
+    segments = [json.loads(segment) for segment in annotations.segments_of(numbers.tolist()) or ()]
     pairs = list(zip(segments, sizes.tolist(), strict=True))
     around_masks = np.array([mask_box(segment, *size) for segment, size in pairs], np.float64)
     boxes = annotations.boxes[numbers]
@@ -169,8 +161,7 @@ def _fits(boxes: Floats, others: Floats) -> npt.NDArray[np.bool_]:
 def _are_by_rows(pairs: Sequence[tuple[Any, Sequence[int]]]) -> bool:
     """Return whether most masks of run lengths are far more compact if their runs go along the rows.
 
-    Runs of an object that are read in the wrong direction spread over the whole height or width. In square images both
-    directions give boxes of the same area.
+    Read in the wrong direction, they spread over the whole side; in square images both boxes have the same area.
     """
     areas = []
     for segment, (height, width) in pairs:

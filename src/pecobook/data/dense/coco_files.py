@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 from unicodedata import normalize
 from urllib.parse import unquote
 
 from pecobook.data.dense.coco_values import UnusableError
-from pecobook.data.source import IMAGE_EXTENSIONS
-from pecobook.data.split_names import inside_wrapper, split_of_name
+from pecobook.data.names import IMAGE_EXTENSIONS, inside_wrapper, split_of_name
 
 _FILES = ("instances.json", "_annotations.coco.json", "annotations.json", "labels.json", "result.json")
 _IMAGE_FOLDERS = ("images", "data", "img")
@@ -22,14 +21,16 @@ _SAMPLE = 50
 
 AnnotationFiles = dict[str, list[tuple[Path, list[Path]]]]
 """Split -> its files of annotations, each with the folders in which its images may lie."""
+_Found = Iterator[tuple[str, Path, list[Path]]]
 
 
 def find_annotations(root: Path) -> AnnotationFiles:
     """Find the files of annotations of a data set; an archive may have added one more folder around it."""
-    inner = inside_wrapper(root)
-    for folder in dict.fromkeys((root, inner)):
+    for folder in dict.fromkeys((root, inside_wrapper(root))):
         for find in (_in_split_folders, _in_annotations, _at_the_top):
-            found = find(folder)
+            found: AnnotationFiles = {}
+            for split, file, image_folders in find(folder):
+                found.setdefault(split, []).append((file, image_folders))
             if found:
                 return found
     return {}
@@ -54,19 +55,15 @@ def _num_texts(names: list[str]) -> int:
     return sum(name.endswith(".txt") for name in names)
 
 
-def _in_split_folders(root: Path) -> AnnotationFiles:
+def _in_split_folders(root: Path) -> _Found:
     """Find train/instances.json and the like."""
-    found: AnnotationFiles = {}
     for folder in _folders(root):
-        split = split_of_name(folder.name)
-        for file in _files_in(folder) if split else ():
-            found.setdefault(str(split), []).append((file, _image_folders(folder)))
-    return found
+        if split := split_of_name(folder.name):
+            yield from ((split, file, _image_folders(folder)) for file in _files_in(folder))
 
 
-def _in_annotations(root: Path) -> AnnotationFiles:
+def _in_annotations(root: Path) -> _Found:
     """Find annotations/instances_train2017.json (COCO), annotations/instances_default.json (CVAT) and the like."""
-    found: AnnotationFiles = {}
     for folder in _folders(root):
         if folder.name.lower() not in _ANNOTATION_FOLDERS:
             continue
@@ -74,20 +71,15 @@ def _in_annotations(root: Path) -> AnnotationFiles:
         for file in [file for file in files if file.name.startswith("instances_")] or files:
             name = file.stem.removeprefix("instances_")
             split = split_of_name(name) or "train"
-            found.setdefault(split, []).append((file, _folders_of_split(root, name, split)))
-    return found
+            yield split, file, _folders_of_split(root, name, split)
 
 
-def _at_the_top(root: Path) -> AnnotationFiles:
+def _at_the_top(root: Path) -> _Found:
     """Find one file beside the images, or train.json and val.json."""
-    found: AnnotationFiles = {}
     files = _known_files(root)
-    if not files:
-        for file in _json_files(root):
-            if split := split_of_name(file.stem):
-                found.setdefault(split, []).append((file, _folders_of_split(root, file.stem, split)))
-        files = [] if found else _files_in(root)
-    return {"train": [(file, _image_folders(root)) for file in files]} if files else found
+    named = [] if files else [(split, file) for file in _json_files(root) if (split := split_of_name(file.stem))]
+    yield from ((split, file, _folders_of_split(root, file.stem, split)) for split, file in named)
+    yield from (("train", file, _image_folders(root)) for file in files or ([] if named else _files_in(root)))
 
 
 def _folders(root: Path) -> list[Path]:
@@ -125,9 +117,8 @@ def _folders_of_split(root: Path, name: str, split: str) -> list[Path]:
     """Return the folders in which the images of a split may lie: NAME/, images/NAME/, images/train/, images/, ..."""
     parents = [root, *(path for path in _image_folders(root) if path != root)]
     inner = [path for parent in parents for path in _folders(parent)]
-    folders = [path for path in inner if path.name == name] + [
-        path for path in inner if split_of_name(path.name) == split
-    ]
+    folders = [path for path in inner if path.name == name]
+    folders += [path for path in inner if split_of_name(path.name) == split]
     folders += [path for path in inner if path.name == "default"]
     within = [part for path in folders for part in _image_folders(path) if part != path]
     return list(dict.fromkeys([*folders, *within, *_image_folders(root)]))

@@ -3,7 +3,7 @@
 A source has one of these layouts:
 
     train/ val/ test/             each with instances.json or _annotations.coco.json, next to images/ or to the images;
-                                  other names of splits: split_names.py
+                                  other names of splits: names.py
     annotations/                  instances_NAME.json, as in COCO, with the images in NAME/ or images/NAME/
     one file                      instances.json next to images/; 10% of the images are held out
 
@@ -18,7 +18,7 @@ import dataclasses
 import json
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -27,11 +27,11 @@ import torch
 from torch import Tensor
 
 from pecobook.data.dense.coco import Findings, read_annotations
-from pecobook.data.dense.coco_annotations import Annotations, PackedBytes
+from pecobook.data.dense.coco_annotations import Annotations
 from pecobook.data.dense.coco_files import count_unnamed, find_annotations, other_format
-from pecobook.data.dense.coco_masks import decode_masks
-from pecobook.data.source import ImageSource, Integers, Splits, hold_out
-from pecobook.errors import DataError, did_you_mean
+from pecobook.data.dense.coco_values import decode_masks
+from pecobook.data.source import ImageSource, Integers, Note, Splits, hold_out
+from pecobook.errors import DataError, did_you_mean, grouped, listed, some_of
 
 _MAX_LINES = 10
 
@@ -49,7 +49,7 @@ class Objects:
     """Left, top, right, bottom in pixels, clipped at the image's edge: float32 (n, 4)."""
     labels: Tensor
     """1 to C, int64 (n,); 0 stands for the background."""
-    segments: tuple[bytes, ...] | None
+    segments: Sequence[bytes] | None
     """Masks as JSON, see `decode_masks`; None if the source has no masks."""
     size: tuple[int, int]
     """Height and width of the image in pixels."""
@@ -66,7 +66,6 @@ class DetectionSource(ImageSource):
         annotations: the content of the split's annotation file.
         classes: names of the classes; the objects of class k have the label k + 1.
         category_ids: the id of each class in the annotations.
-        left_out: reason -> number of images and objects that the file has but training and scores do not use.
     """
 
     classes: tuple[str, ...]
@@ -79,12 +78,9 @@ class DetectionSource(ImageSource):
         split: str,
         classes: tuple[str, ...],
         category_ids: tuple[int, ...],
-        rows: Integers | None = None,
-        left_out: Mapping[str, int] | None = None,
     ) -> None:
-        super().__init__(annotations, name=name, split=split, rows=rows, classes=classes)
+        super().__init__(annotations, name=name, split=split, classes=classes, left_out=annotations.left_out)
         self.annotations, self.category_ids = annotations, category_ids
-        self.left_out = dict(left_out or {})
         self._labels = {category: number for number, category in enumerate(category_ids, start=1)}
 
     @property
@@ -92,9 +88,9 @@ class DetectionSource(ImageSource):
         """Whether the objects have masks."""
         return self.annotations.segments is not None
 
-    def sample(self, index: int) -> tuple[Tensor, Objects]:
-        """Read image `index`, uint8 (3, H, W), and its objects. Raises BadImage."""
-        return self.read(index), self.objects(index)
+    def sample(self, index: int, shortest: int = 0) -> tuple[Tensor, Objects]:
+        """Read image `index`, uint8 (3, H, W), and its objects, in pixels of the whole image. Raises BadImage."""
+        return self.annotations.read(self._row(index), shortest), self.objects(index)
 
     def objects(self, index: int) -> Objects:
         """Return the objects of image `index`, without crowds."""
@@ -104,20 +100,18 @@ class DetectionSource(ImageSource):
         corners = annotations.boxes[numbers]  # (n, 4)
         corners[:, 2:] += corners[:, :2]
         corners = corners.clip(0, [width, height, width, height])
+        labels = [self._labels[category] for category in annotations.categories[numbers].tolist()]
         return Objects(
             boxes=torch.from_numpy(corners.astype(np.float32)),
-            labels=torch.tensor(
-                [self._labels[int(annotations.categories[number])] for number in numbers], dtype=torch.int64
-            ),
-            segments=None if annotations.segments is None else tuple(annotations.segments[n] for n in numbers),
+            labels=torch.tensor(labels, dtype=torch.int64),
+            segments=annotations.segments_of(numbers),
             size=(height, width),
         )
 
     def objects_per_class(self) -> dict[str, int]:
         """Return the number of objects of each class, without crowds."""
-        categories = self.annotations.categories[self._used_objects()[0]]
-        counts = dict(zip(*(part.tolist() for part in np.unique(categories, return_counts=True)), strict=True))
-        return {name: counts.get(number, 0) for name, number in zip(self.classes, self.category_ids, strict=True)}
+        counts = Counter(self.annotations.categories[self._used_objects()[0]].tolist())
+        return {name: counts[number] for name, number in zip(self.classes, self.category_ids, strict=True)}
 
     @property
     def num_empty(self) -> int:
@@ -128,8 +122,7 @@ class DetectionSource(ImageSource):
         """Return the indices and the rows of the objects of these images, without crowds."""
         annotations = self.annotations
         row_of_object = np.repeat(np.arange(len(annotations)), np.diff(annotations.starts))
-        rows = np.arange(len(annotations)) if self._rows is None else self._rows
-        numbers = np.flatnonzero(np.isin(row_of_object, rows) & ~annotations.crowd)
+        numbers = np.flatnonzero(np.isin(row_of_object, self.rows) & ~annotations.crowd)
         return numbers, row_of_object[numbers]
 
     def size(self, index: int) -> tuple[int, int]:
@@ -150,7 +143,9 @@ class DetectionSource(ImageSource):
             row, (height, width) = self._row(index), self.size(index)
             image_id = self.image_id(index)
             images.append({"id": image_id, "file_name": str(annotations.names[row]), "height": height, "width": width})
-            for number in self._object_range(row):
+            numbers = self._object_range(row)
+            segments = annotations.segments_of(numbers)
+            for place, number in enumerate(numbers):
                 entry = {
                     "id": number + 1,  # pycocotools uses the id 0 for "no match"
                     "image_id": image_id,
@@ -160,23 +155,10 @@ class DetectionSource(ImageSource):
                     "iscrowd": int(annotations.crowd[number]),
                 }
                 objects.append(entry)
-                if annotations.segments is not None:
-                    entry["segmentation"] = json.loads(annotations.segments[number])
-        pairs = zip(self.category_ids, self.classes, strict=True)
-        categories = [{"id": number, "name": name} for number, name in pairs]
+                if segments is not None:
+                    entry["segmentation"] = json.loads(segments[place])
+        categories = [{"id": n, "name": name} for n, name in zip(self.category_ids, self.classes, strict=True)]
         return {"images": images, "annotations": objects, "categories": categories}
-
-    def subset(self, indices: Iterable[int] | Integers) -> DetectionSource:
-        """Return a source with only the given images, in the given order."""
-        return DetectionSource(
-            self.annotations,
-            name=self.name,
-            split=self.split,
-            classes=self.classes,
-            category_ids=self.category_ids,
-            rows=super().subset(indices)._rows,
-            left_out=self.left_out,
-        )
 
     def _object_range(self, row: int) -> range:
         """Return the indices of the objects of a row."""
@@ -267,36 +249,31 @@ def _compare_splits(splits: Mapping[str, Annotations], files: Mapping[str, Path]
 
 def _raise_findings(data: str, findings: Findings, skip_bad: bool) -> None:
     """Raise DataError with all findings, except problems if `skip_bad` leaves them out."""
-    lines = _grouped(findings.fatal + ([] if skip_bad else findings.problems))
-    if not lines:
+    problems = findings.fatal + ([] if skip_bad else findings.problems)
+    if not problems:
         return
-    more = f"\n... and {len(lines) - _MAX_LINES:,} more." if len(lines) > _MAX_LINES else ""
-    remedy = "\nCorrect them" + ("." if findings.fatal else ", or leave out these images and objects with --skip-bad.")
-    total = len(findings.fatal) + (0 if skip_bad else len(findings.problems))
-    count = f"{total:,} problem{'s' if total > 1 else ''}"
-    raise DataError(f"--data '{data}' has {count}:\n" + "\n".join(lines[:_MAX_LINES]) + more + remedy)
-
-
-def _grouped(lines: list[str]) -> list[str]:
-    """Return the first of all lines that differ only in numbers and quoted names, with the number of the others."""
-    counts = Counter(kinds := [re.sub(r"'[^']*'|\"[^\"]*\"|[-+.\d]+", "#", line) for line in lines])
-    first = dict(zip(reversed(kinds), reversed(lines), strict=True))
-    return [first[kind] + (f" ({count - 1:,} more like this)" if count > 1 else "") for kind, count in counts.items()]
+    # Problems of one kind differ only in numbers and quoted names.
+    kinds = [re.sub(r"'[^']*'|\"[^\"]*\"|[-+.\d]+", "#", problem) for problem in problems]
+    lines = grouped(zip(kinds, problems, strict=True), "more like this")
+    remedy = ".\nCorrect them" if len(lines) > _MAX_LINES else "\nCorrect them"
+    remedy += "." if findings.fatal else ", or leave out these images and objects with --skip-bad."
+    count = f"{len(problems):,} problem{'s' if len(problems) > 1 else ''}"
+    raise DataError(f"--data '{data}' has {count}:\n" + listed(lines, _MAX_LINES) + remedy)
 
 
 def _require_objects(data: str, file: Path, annotations: Annotations, skip_bad: bool) -> None:
     """Raise DataError if no object of a file can be used, or less than a tenth unless `skip_bad` allows it."""
     if not len(annotations):
         raise DataError(f"--data '{data}': no image of {file} can be used.")
-    lost = {reason: count for reason, count in annotations.left_out.items() if not reason.startswith("images")}
+    lost = Counter({reason: n for reason, n in annotations.left_out.items() if not reason.startswith("images")})
     num_usable = int((~annotations.crowd).sum())
-    total = num_usable + sum(lost.values())
+    total = num_usable + lost.total()
     if num_usable > (0 if skip_bad else total / 10):
         return
     if not total:
         raise DataError(f"--data '{data}': {file} holds no object, its list 'annotations' is empty.")
     remedy = "Correct them, or leave them out with --skip-bad." if num_usable else "Correct them."
-    if max(lost, key=lambda reason: lost[reason]).startswith("crowds"):
+    if max(lost, key=lost.__getitem__).startswith("crowds"):
         remedy = (
             "A crowd is many objects under one mask, which training ignores: set iscrowd to 0 where it is one object, "
             "as for the masks that CVAT draws by brush."
@@ -317,32 +294,26 @@ def _assemble(data: str, annotations: Mapping[str, Annotations], notes: Iterable
             split="train" if name == "train" else "evaluation",
             classes=classes,
             category_ids=_category_ids(split.category_names, train.category_names),
-            left_out=split.left_out,
         )
         for name, split in annotations.items()
     }
     evaluation = next((name for name in sources if name != "train"), None)
-    if evaluation:
-        splits = Splits(sources["train"], sources[evaluation], evaluation)
-    else:
-        splits = hold_out(sources["train"])
-        cast("DetectionSource", splits.evaluation).left_out = {}  # `train` has the counts of the whole file
+    splits = Splits(sources["train"], sources[evaluation], evaluation) if evaluation else hold_out(sources["train"])
     training, held_out = cast("DetectionSource", splits.train), cast("DetectionSource", splits.evaluation)
     return dataclasses.replace(splits, notes=(*notes, *_notes_on_content(data, training, held_out)))
 
 
 def _notes_on_content(data: str, train: DetectionSource, held_out: DetectionSource) -> list[str]:
     """Return a note on classes without an object, in training and in evaluation, and on images without one."""
-    notes = []
-    for source, text in (
-        (train, "in training, and are not learned"),
-        (held_out, "among the held-out images, and do not count in the average precision"),
+    notes: list[str] = []
+    for source, kind, text in (
+        (train, "empty classes", "in training, and are not learned"),
+        (held_out, "", "among the held-out images, and do not count in the average precision"),
     ):
         missing = [name for name, count in source.objects_per_class().items() if not count]
         if missing:
-            listed = ", ".join(missing[:10]) + (", ..." if len(missing) > 10 else "")
             total = f"{len(missing)} of {len(source.classes)} classes have no object {text}"
-            notes.append(f"--data '{data}': {total}: {listed}.")
+            notes.append(Note(f"--data '{data}': {total}: {some_of(missing)}.", kind))
     names = {train.identify(index) for index in range(len(train))}
     shared = [name for index in range(len(held_out)) if (name := held_out.identify(index)) in names]
     if shared:
@@ -357,13 +328,10 @@ def _notes_on_content(data: str, train: DetectionSource, held_out: DetectionSour
 def _category_ids(category_names: Mapping[int, str], train: Mapping[int, str]) -> tuple[int, ...]:
     """Return the id in `category_names` of each training class; a class without an id there gets an unused id."""
     id_of = {name: number for number, name in category_names.items()}
-    used, ids = set(category_names), []
     for number, name in train.items():
-        if name not in id_of:
-            id_of[name] = number if number not in used else max(used) + 1
-            used.add(id_of[name])
-        ids.append(id_of[name])
-    return tuple(ids)
+        used = set(id_of.values())
+        id_of.setdefault(name, number if number not in used else max(used) + 1)
+    return tuple(id_of[name] for name in train.values())
 
 
 def _only_classes(annotations: Annotations, classes: tuple[str, ...]) -> Annotations:
@@ -372,13 +340,13 @@ def _only_classes(annotations: Annotations, classes: tuple[str, ...]) -> Annotat
     is_kept = np.isin(annotations.categories, categories)
     if is_kept.all():
         return annotations
-    numbers, segments = np.flatnonzero(is_kept), annotations.segments
+    segments = annotations.segments
     return dataclasses.replace(
         annotations,
         starts=np.r_[0, np.cumsum(is_kept)][annotations.starts],
-        boxes=annotations.boxes[numbers],
-        categories=annotations.categories[numbers],
-        crowd=annotations.crowd[numbers],
-        areas=annotations.areas[numbers],
-        segments=None if segments is None else PackedBytes([segments[int(number)] for number in numbers]),
+        boxes=annotations.boxes[is_kept],
+        categories=annotations.categories[is_kept],
+        crowd=annotations.crowd[is_kept],
+        areas=annotations.areas[is_kept],
+        segments=None if segments is None else segments.take(np.flatnonzero(is_kept)),
     )

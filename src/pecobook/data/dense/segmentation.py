@@ -2,7 +2,7 @@
 
 A source has one of these layouts:
 
-    ROOT/train/images + ROOT/train/masks, and the same under val/ or test/ (more names: split_names.py)
+    ROOT/train/images + ROOT/train/masks, and the same under val/ or test/ (more names: names.py)
     ROOT/images/training + ROOT/annotations/training, and validation/      ADE20K's layout
     ROOT/images + ROOT/masks                                               10% of the images are held out
     hf:owner/name                                                          an image column and a mask column
@@ -17,57 +17,52 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from pecobook.data.decode import BadImage, Range, decode, header_size, read_file
+from pecobook.data.decode import BadImage, header_size, read_file
 from pecobook.data.dense.class_files import find_class_file, read_classes
-from pecobook.data.dense.counts import MaskCounts
 from pecobook.data.dense.mask_files import Pixels, read_pixels
-from pecobook.data.dense.segmentation_classes import IGNORE, MaskClasses, ignored_values, make_classes
+from pecobook.data.dense.segmentation_classes import IGNORE, MaskClasses, MaskCounts, ignored_values, make_classes
 from pecobook.data.dense.segmentation_pairs import find_pairs
+from pecobook.data.names import MASK_COLUMNS, group_by_split
 from pecobook.data.source import ImageSource, Integers, Splits, Store, hold_out, unused_splits
-from pecobook.data.split_names import group_by_split
-from pecobook.data.tables import TableStore, load_hub
+from pecobook.data.tables import TableStore, load_hub, store_of_column
 from pecobook.errors import DataError, listed
 from pecobook.utils.printer import say
 
-_MASK_COLUMNS = ("mask", "annotation", "label", "segmentation", "segmentation_mask", "annotations", "labels", "gt")
 
-
-class MaskStore(Store, Protocol):
+class MaskStore(Store):
     """A store whose rows hold an image and its mask.
 
     Attributes:
         left_out: reason -> number of images and masks that belong to no row.
     """
 
-    left_out: dict[str, int]
-
-    def encoded(self, row: int) -> bytes:
-        """Read the encoded image. Raises BadImage."""
+    def __init__(self) -> None:
+        self.left_out: dict[str, int] = {}
 
     def read_mask(self, row: int) -> bytes:
         """Read the encoded mask. Raises BadImage."""
+        raise NotImplementedError
 
     def identify_mask(self, row: int) -> str:
         """Return a name by which a person can find the mask."""
+        raise NotImplementedError
 
 
-class PairStore:
+class PairStore(MaskStore):
     """Pairs of an image file and a mask file under one folder."""
 
-    value_range: Range | None = None
-
     def __init__(self, root: Path, pairs: Sequence[tuple[str, str]]) -> None:
+        super().__init__()
         self.root, self.pairs = root, pairs
-        self.left_out: dict[str, int] = {}
 
     def __len__(self) -> int:
         return len(self.pairs)
@@ -80,17 +75,9 @@ class PairStore:
         """Return the relative path of the mask."""
         return self.pairs[row][1]
 
-    def path(self, row: int) -> Path:
+    def file(self, row: int) -> Path:
         """Return the path of the image."""
         return self.root / self.pairs[row][0]
-
-    def encoded(self, row: int) -> bytes:
-        """Read the encoded image."""
-        return read_file(self.path(row), self.pairs[row][0])
-
-    def read(self, row: int) -> Tensor:
-        """Read and decode the image: uint8 (3, H, W)."""
-        return decode(self.encoded(row), name=self.pairs[row][0], value_range=self.value_range)
 
     def read_mask(self, row: int) -> bytes:
         """Read the encoded mask."""
@@ -106,7 +93,7 @@ class PairStore:
         return hashlib.sha256(repr([self.pairs[row] for row in rows.tolist()]).encode()).hexdigest()
 
 
-class TablePairStore:
+class TablePairStore(MaskStore):
     """The image column and the mask column of one table.
 
     Args:
@@ -116,17 +103,8 @@ class TablePairStore:
     """
 
     def __init__(self, images: TableStore, masks: TableStore, column: str) -> None:
+        super().__init__()
         self._images, self._masks, self._column = images, masks, column
-        self.left_out: dict[str, int] = {}
-
-    @property
-    def value_range(self) -> Range | None:
-        """The range of the values of the image column."""
-        return self._images.value_range
-
-    @value_range.setter
-    def value_range(self, value_range: Range | None) -> None:
-        self._images.value_range = value_range
 
     def __len__(self) -> int:
         return len(self._images)
@@ -139,26 +117,21 @@ class TablePairStore:
         """Return the name of the split, the number of the row, and the name of the mask column."""
         return f"{self.identify(row)} ({self._column})"
 
-    def encoded(self, row: int) -> bytes:
+    def file(self, row: int) -> bytes:
         """Read the encoded image."""
-        return self._images.encoded(row)
-
-    def read(self, row: int) -> Tensor:
-        """Read and decode the image: uint8 (3, H, W)."""
-        return self._images.read(row)
+        return self._images.file(row)
 
     def read_mask(self, row: int) -> bytes:
         """Read the encoded mask."""
-        return self._masks.encoded(row)
+        return self._masks.file(row)
 
-    @property
     def num_bytes(self) -> int:
-        """The bytes of all encoded images and masks."""
-        return self._images.num_bytes + self._masks.num_bytes
+        """Return the bytes of all encoded images and masks."""
+        return self._images.num_bytes() + self._masks.num_bytes()
 
     def content(self, row: int) -> bytes:
         """Read the encoded image and the encoded mask."""
-        return self.encoded(row) + self._masks.encoded(row)
+        return self.file(row) + self.read_mask(row)
 
     def digest(self, rows: Integers) -> str:
         """Return a hash of the identities of both columns and of the row numbers."""
@@ -170,7 +143,6 @@ class SegmentationSource(ImageSource):
 
     Attributes:
         mask_classes: the meaning of the masks' pixels.
-        left_out: reason -> number of images or masks of the split that are not used.
         counts: the pixels of all masks, where `verify` has read them.
         unreadable: the pairs that `verify` has left out since their image or mask cannot be read.
     """
@@ -178,48 +150,35 @@ class SegmentationSource(ImageSource):
     counts: MaskCounts | None = None
     unreadable: Sequence[BadImage] = ()
 
-    def __init__(
-        self,
-        store: MaskStore,
-        mask_classes: MaskClasses,
-        *,
-        name: str,
-        split: str,
-        rows: Integers,
-        left_out: Mapping[str, int] | None = None,
-    ) -> None:
-        super().__init__(store, name=name, split=split, rows=rows)
-        self.left_out = dict(left_out or {})
+    def __init__(self, store: MaskStore, mask_classes: MaskClasses, *, name: str, split: str) -> None:
+        super().__init__(store, name=name, split=split, left_out=store.left_out)
         self.mask_classes, self._masks, self._table = mask_classes, store, mask_classes.table()
 
     def read_mask(self, index: int) -> Tensor:
         """Read the class of every pixel, int16 (H, W), with `IGNORE` at ignored pixels. Raises BadImage."""
-        meaning = self.mask_classes
-        classes = self._table[self.read_pixels(index).values(meaning.colours, stretched=meaning.stretched)]
+        classes = self._table[self._values(index)]
         if classes.min() < IGNORE:
             raise BadImage(self.identify_mask(index), "a pixel has no class")
         return torch.from_numpy(classes)
 
-    def sample(self, index: int) -> tuple[Any, ...]:
-        """Read the image uint8 (3, H, W) and the classes int16 (H, W). Raises BadImage."""
+    def sample(self, index: int, shortest: int = 0) -> tuple[Any, ...]:  # noqa: ARG002
+        """Read the image uint8 (3, H, W) and the classes int16 (H, W), which is never reduced. Raises BadImage."""
         image, mask = self.read(index), self.read_mask(index)
         if image.shape[1:] != mask.shape:
-            raise BadImage(self._masks.identify_mask(self._row(index)), "the mask does not have the size of its image")
+            raise BadImage(self.identify_mask(index), "the mask does not have the size of its image")
         return image, mask
 
-    def subset(self, indices: Iterable[int] | Integers) -> SegmentationSource:
-        """Return a source with only the given images, in the given order."""
-        chosen = super().subset(indices)
-        return self._copy(self.mask_classes, cast("Integers", chosen._rows))
+    def subset(self, indices: Iterable[int] | Integers) -> Self:
+        """Return a source with only the given images, in the given order, whose masks are not counted yet."""
+        part = super().subset(indices)
+        part.counts, part.unreadable = None, ()
+        return part
 
-    def with_mask_classes(self, mask_classes: MaskClasses) -> SegmentationSource:
+    def with_mask_classes(self, mask_classes: MaskClasses) -> Self:
         """Return the source with another meaning of the masks' pixels."""
-        return self._copy(mask_classes, cast("Integers", self._rows))
-
-    def _copy(self, mask_classes: MaskClasses, rows: Integers) -> SegmentationSource:
-        return SegmentationSource(
-            self._masks, mask_classes, name=self.name, split=self.split, rows=rows, left_out=self.left_out
-        )
+        part = self.subset(range(len(self)))
+        part.mask_classes, part._table = mask_classes, mask_classes.table()
+        return part
 
     def read_pixels(self, index: int) -> Pixels:
         """Read the pixels of a mask as the file has them. Raises BadImage."""
@@ -228,8 +187,11 @@ class SegmentationSource(ImageSource):
 
     def read_values(self, index: int) -> tuple[npt.NDArray[np.int64], tuple[int, int]]:
         """Read the pixel values of a mask (H, W), and the image's (height, width) from its header. Raises BadImage."""
+        return self._values(index), self.header_size(index)
+
+    def _values(self, index: int) -> npt.NDArray[np.int64]:
         meaning = self.mask_classes
-        return self.read_pixels(index).values(meaning.colours, stretched=meaning.stretched), self.header_size(index)
+        return self.read_pixels(index).values(meaning.colours, stretched=meaning.stretched)
 
     def header_size(self, index: int) -> tuple[int, int]:
         """Read the height and width of image `index` from its header. Raises BadImage."""
@@ -276,29 +238,17 @@ def open_segmentation(
     mask_classes = make_classes(read_classes(file) if file else None, mask_values=mask_values, ignore=ignore)
     given_classes = mask_classes or MaskClasses((), (), ignored_values(ignore), None)
 
-    def source(store: MaskStore, rows: Iterable[int], split: str) -> SegmentationSource:
-        return SegmentationSource(
-            store,
-            given_classes,
-            name=data,
-            split=split,
-            rows=np.array(list(rows), np.int64),
-            left_out=store.left_out,
-        )
-
     files = (file,) if file else ()
     is_usual = file is None or bool(classes) or file.name == "classes.txt"
     notes = () if is_usual else (f"The classes are those of {file}.",)
     stores = _hub_stores(data) if data.startswith("hf:") else _folder_stores(data, root, skip_bad)
-    train = source(stores["train"], range(len(stores["train"])), "train")
-    for name in ("validation", "test"):
-        if name in stores:
-            evaluation = source(stores[name], range(len(stores[name])), "evaluation")
-            unused = unused_splits({split: len(stores[split]) for split in stores}, name)
-            return Splits(train, evaluation, name, unused, notes, files)
-    splits = hold_out(train)
-    cast("SegmentationSource", splits.evaluation).left_out = {}  # `train` has the counts of all pairs
-    return dataclasses.replace(splits, notes=notes, files=files)
+    train = SegmentationSource(stores["train"], given_classes, name=data, split="train")
+    name = next((name for name in ("validation", "test") if name in stores), None)
+    if name is None:
+        return dataclasses.replace(hold_out(train), notes=notes, files=files)
+    evaluation = SegmentationSource(stores[name], given_classes, name=data, split="evaluation")
+    unused = unused_splits({split: len(store) for split, store in stores.items()}, name)
+    return Splits(train, evaluation, name, unused, notes, files)
 
 
 def _folder_stores(data: str, root: Path, skip_bad: bool) -> dict[str, MaskStore]:
@@ -312,17 +262,13 @@ def _folder_stores(data: str, root: Path, skip_bad: bool) -> dict[str, MaskStore
     elif found.unpaired:
         lines = listed(found.unpaired)
         raise DataError(f"--data '{data}':\n{lines}\nAdd the missing files, or leave these out (--skip-bad).")
-    names = [_split_name(image) for image, _ in found.pairs] if found.splits is None else found.splits
+    # Folders alone declare splits, since a file's name may begin with "test" by chance.
+    names = found.splits or [f"{image.rpartition('/')[0]}/x" for image, _ in found.pairs]
     groups, undeclared = group_by_split(names)
     stores = {split: PairStore(root, [found.pairs[number] for number in numbers]) for split, numbers in groups.items()}
     outside = {"pairs outside the folders of splits": len(undeclared)} if undeclared else {}
     stores["train"].left_out = {**found.left_out, **outside}
     return dict(stores)
-
-
-def _split_name(image: str) -> str:
-    """Return the folders of an image without the file's name, since a file's name may begin with "test" by chance."""
-    return image.rpartition("/")[0] + "/x"
 
 
 def _hub_stores(data: str) -> dict[str, MaskStore]:
@@ -331,21 +277,16 @@ def _hub_stores(data: str) -> dict[str, MaskStore]:
     stores: dict[str, MaskStore] = {}
     for split, (name, config, declared, table) in load_hub(data)[0].items():
         columns = [column for column, kind in table.features.items() if isinstance(kind, Image)]
-        mask = next((column for column in _MASK_COLUMNS if column in columns), None)
+        mask = next((column for column in MASK_COLUMNS if column in columns), None)
         image = "image" if "image" in columns else next((column for column in columns if column != mask), None)
         if mask is None or image is None:
             raise DataError(
                 f"--data '{data}' has the image columns {', '.join(columns) or 'none'}: one column must be 'image', "
-                f"another one {' or '.join(_MASK_COLUMNS[:4])}."
+                f"another one {' or '.join(MASK_COLUMNS[:4])}."
             )
         files = [(f"{name} {declared}", len(table))]
         images, masks = (
-            TableStore(
-                table.select_columns([column]).cast_column(column, Image(decode=False)),
-                column,
-                files,
-                repr((name, config, declared, len(table), column)),
-            )
+            store_of_column(table, column, files, repr((name, config, declared, len(table), column)))
             for column in (image, mask)
         )
         stores[split] = TablePairStore(images, masks, mask)

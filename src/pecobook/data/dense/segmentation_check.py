@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable
 from functools import partial
 from typing import cast
@@ -11,12 +12,12 @@ from typing import cast
 import numpy as np
 
 from pecobook.data.decode import BadImage
-from pecobook.data.dense.counts import MaskCounts, pixels_per_value, sum_masks
 from pecobook.data.dense.mask_files import UNLISTED, InvalidMask
 from pecobook.data.dense.mask_meaning import MaskReport, settle_meaning
 from pecobook.data.dense.segmentation import SegmentationSource
-from pecobook.data.dense.segmentation_classes import MaskClasses
-from pecobook.data.source import Splits
+from pecobook.data.dense.segmentation_classes import MaskClasses, MaskCounts, pixels_per_value, sum_masks
+from pecobook.data.source import Note, Splits
+from pecobook.errors import grouped, some_of
 from pecobook.utils.devices import cores
 
 _NO_CLASS = frozenset(("void", "ignore", "ignored", "unlabelled", "unlabeled", "unknown", "dontcare", "don't care"))
@@ -85,8 +86,8 @@ def verify(
             part = part.subset(kept)
             part.unreadable = [report.unreadable for report in source_reports if report.unreadable]
             unreadable += part.unreadable
-            found = {"pairs that do not fit": len(invalid), "pairs that cannot be read": len(part.unreadable)}
-            part.left_out |= {reason: count for reason, count in found.items() if count}
+            found = Counter({"pairs that do not fit": len(invalid), "pairs that cannot be read": len(part.unreadable)})
+            part.left_out = part.left_out | +found
         valid.append(part)
         counts.append(sum_masks(meaning, [source_reports[n].counts(meaning) for n in kept]))
         part.counts = counts[-1] if limit is None else None
@@ -94,8 +95,8 @@ def verify(
     notes = [*notes, *_notes_on_content(train, evaluation, limit)]
     return VerificationResult(
         splits=dataclasses.replace(splits, train=valid[0], evaluation=valid[1], notes=(*splits.notes, *notes)),
-        problems=grouped(problems, " "),
-        unreadable=grouped(unreadable, ": "),
+        problems=grouped(((bad.reason, f"{bad.name} {bad.reason}") for bad in problems), "more alike"),
+        unreadable=grouped(((bad.reason, f"{bad.name}: {bad.reason}") for bad in unreadable), "more alike"),
         num_problems=len(problems),
         num_unreadable=len(unreadable),
         counts=(train, evaluation),
@@ -103,15 +104,6 @@ def verify(
         fault="" if limit is not None else _fault(splits.train.name, train, meaning),
         hint=_hint(reports[0], meaning, problems[0]) if problems else "",
     )
-
-
-def grouped(problems: Iterable[BadImage], mark: str) -> tuple[str, ...]:
-    """Return a line for each reason: the first name, `mark`, the reason, and the number of further names."""
-    names: dict[str, list[str]] = {}
-    for problem in problems:
-        names.setdefault(problem.reason, []).append(problem.name)
-    more = {reason: f" ({len(alike) - 1:,} more alike)" if len(alike) > 1 else "" for reason, alike in names.items()}
-    return tuple(f"{alike[0]}{mark}{reason}{more[reason]}" for reason, alike in names.items())
 
 
 def _check_pairs(
@@ -183,7 +175,7 @@ def _hint(reports: list[MaskReport], meaning: MaskClasses, problem: BadImage) ->
     if meaning.values != tuple(range(count)) or max(met) != count:
         if 2 * sum(bool(_problem(report, meaning)) for report in reports) <= len(reports):
             return ""  # single masks are wrong
-        values = ", ".join(str(value) for value in sorted(met)[:20]) + (", ..." if len(met) > 20 else "")
+        values = some_of(sorted(met), 20)
         return f"The training masks hold the values {values}; --mask-values states the value of each class.\n"
     others = " ".join(str(value) for value in meaning.ignored if value != 0)
     return (
@@ -201,12 +193,12 @@ def _notes_on_content(train: MaskCounts, evaluation: MaskCounts, limit: int | No
     missing = [name for name, count in train.classes.items() if not count]
     if missing:
         total = f"{len(missing)} of {len(train.classes)} classes have no pixel in the {masks}"
-        notes.append(f"{total}, and are not learned: {_names(missing)}.")
+        notes.append(Note(f"{total}, and are not learned: {some_of(missing)}.", "empty classes"))
     missing = [name for name, count in evaluation.classes.items() if not count]
     if missing and limit is None:
         total = f"{len(missing)} of {len(evaluation.classes)} classes have no pixel in the held-out masks"
         rest = len(evaluation.classes) - len(missing)
-        notes.append(f"{total}, so that the mean IoU is over the other {rest}: {_names(missing)}.")
+        notes.append(f"{total}, so that the mean IoU is over the other {rest}: {some_of(missing)}.")
     void = [name for name, count in train.classes.items() if count and name.strip("_").lower() in _NO_CLASS]
     if void:
         notes.append(
@@ -216,10 +208,6 @@ def _notes_on_content(train: MaskCounts, evaluation: MaskCounts, limit: int | No
     if 2 * train.ignored > pixels:
         notes.append(f"{100 * train.ignored / pixels:.0f}% of the pixels of the {masks} are ignored.")
     return notes
-
-
-def _names(names: list[str]) -> str:
-    return ", ".join(names[:10]) + (", ..." if len(names) > 10 else "")
 
 
 def _fault(name: str, train: MaskCounts, meaning: MaskClasses) -> str:

@@ -16,8 +16,7 @@ from pathlib import Path, PurePath
 from typing import TypeAlias
 from unicodedata import normalize
 
-from pecobook.data.layout import IMAGE_FOLDERS, MASK_FOLDERS
-from pecobook.data.source import IMAGE_EXTENSIONS
+from pecobook.data.names import IMAGE_EXTENSIONS, IMAGE_FOLDERS, MASK_FOLDERS
 from pecobook.errors import DataError, listed
 
 _KindOf: TypeAlias = Callable[[tuple[str, ...]], tuple[str, tuple[str, ...]]]
@@ -85,9 +84,8 @@ def find_pairs(data: str, root: Path) -> Pairs:
         found = by_words if (by_words := _pictures(folders, _kind_by_words)).masks else found
     has_images = bool(found.images)
     if found.masks and not has_images:  # train/ and train_masks/
-        found.images = {
-            re.sub("(^|/)data/", r"\1", key): file for key, file in found.others.items()
-        }  # FiftyOne's data/
+        # FiftyOne's images lie in data/.
+        found.images = {re.sub("(^|/)data/", r"\1", key): file for key, file in found.others.items()}
         found.others = {}
     elif not found.masks and (found.images or found.others):  # x.jpg and x_mask.png in one folder
         pictures = found.images or found.others
@@ -124,12 +122,7 @@ def _listed_by_voc(root: Path, found: Pairs) -> Pairs:
     before = found.left_out.get("images without a mask", 0)
     unlisted = before - num_images + len(found.pairs) - len(pairs)
     left_out = {**found.left_out, "images without a mask": num_images, "images that ImageSets does not list": unlisted}
-    return Pairs(
-        pairs,
-        unpaired,
-        {reason: count for reason, count in left_out.items() if count},
-        tuple(split_of[Path(image).stem] for image, _ in pairs),
-    )
+    return Pairs(pairs, unpaired, dict(+Counter(left_out)), tuple(split_of[Path(image).stem] for image, _ in pairs))
 
 
 def _refuse(data: str, found: Pictures) -> None:
@@ -272,7 +265,7 @@ def _match(data: str, found: Pictures) -> Pairs:
         "pictures in no folder of images or masks": len(found.others),
         **{f"extension .{extension}": count for extension, count in found.extensions.items()},
     }
-    return Pairs(sorted(pairs), sorted(unpaired), {reason: count for reason, count in left_out.items() if count})
+    return Pairs(sorted(pairs), sorted(unpaired), dict(+Counter(left_out)))
 
 
 def mask_bases(key: str) -> Iterable[str]:

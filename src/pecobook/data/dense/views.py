@@ -1,6 +1,9 @@
-"""Views for detection: an image and its objects, resized, flipped, cropped and padded together.
+"""Views for detection and segmentation: an image and its objects, or its mask, moved together.
 
-A view is one map from the pixels of the result to those of the image, so boxes and masks always fit the image.
+A view of detection is one map from the pixels of the result to those of the image, so boxes and masks always fit the
+image: resized, flipped, cropped and padded. The training view of segmentation is that of the paper's supplement (as
+mmsegmentation's): scaled by 0.5 to 2 against the size of the test, cropped so that no class fills more than three
+quarters, flipped; colours are changed on the device.
 
 n objects, H W of the image, h w of the view; boxes are left, top, right, bottom in pixels.
 """
@@ -14,11 +17,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pecobook.data.dense.coco_values import decode_masks
 from pecobook.data.dense.detection import Objects
-from pecobook.data.sampler import uniforms
+from pecobook.data.dense.segmentation_classes import IGNORE
+from pecobook.data.sampler import key, uniforms
+from pecobook.data.views import colour_draws
 from pecobook.utils.images import fitted_size, resize
 
-_GREY = (124, 116, 104)  # ImageNet's mean colour, around images smaller than their canvas
+_GREY = (124, 116, 104)  # ImageNet's mean colour, which becomes about zero, around images smaller than their canvas
 _LEAST_SIDE = 1.0  # of an object that is left in a view, pixels
 
 
@@ -80,11 +86,14 @@ def move_image(image: Tensor, geometry: Geometry) -> Tensor:
     moved = moved.flip(2) if geometry.flip else moved
     (height, width), canvas = geometry.shown, geometry.canvas
     moved = moved[:, geometry.top : geometry.top + height, geometry.left : geometry.left + width]
-    if not canvas:
-        return moved.contiguous()
-    whole = torch.tensor(_GREY, dtype=torch.uint8)[:, None, None].repeat(1, canvas, canvas)
-    whole[:, :height, :width] = moved
-    return whole
+    return _on_canvas(moved, canvas) if canvas else moved.contiguous()
+
+
+def _on_canvas(image: Tensor, side: int) -> Tensor:
+    """Put an image, uint8 (3, h, w), into the upper left corner of a grey square: uint8 (3, side, side)."""
+    canvas = torch.tensor(_GREY, dtype=torch.uint8)[:, None, None].repeat(1, side, side)
+    canvas[:, : image.shape[1], : image.shape[2]] = image
+    return canvas
 
 
 def move_masks(masks: Tensor, geometry: Geometry) -> Tensor:
@@ -121,10 +130,12 @@ def view_objects(objects: Objects, geometry: Geometry) -> dict[str, Tensor]:
     """Boxes float32 (n, 4), labels int64 (n,) and, if there are any, masks uint8 (n, h, w), of what is left to see."""
     boxes = move_boxes(objects.boxes, objects.size, geometry)
     kept = (boxes[:, 2:] - boxes[:, :2] >= _LEAST_SIDE).all(1)
-    masks = objects.masks()
-    if masks is None:
+    if objects.segments is None:
         return {"boxes": boxes[kept], "labels": objects.labels[kept]}
-    masks = move_masks(masks[kept], geometry)
+    segments = [segment for segment, is_kept in zip(objects.segments, kept.tolist(), strict=True) if is_kept]
+    # One after the other, since each mask is as large as the image, which can be much larger than the view.
+    groups = [[segment] for segment in segments] or [[]]
+    masks = torch.cat([move_masks(decode_masks(group, *objects.size), geometry) for group in groups])
     seen = masks.amax((1, 2)) > 0  # (n,)
     boxes, labels, masks = boxes[kept][seen], objects.labels[kept][seen], masks[seen]
     if geometry.canvas and len(masks):  # what is left of a cut object may fill less than what is left of its box
@@ -132,7 +143,7 @@ def view_objects(objects: Objects, geometry: Geometry) -> dict[str, Tensor]:
     return {"boxes": boxes, "labels": labels, "masks": masks}
 
 
-def training_view(
+def detection_view(
     image: Tensor,
     objects: Objects,
     view_key: int,
@@ -148,14 +159,77 @@ def training_view(
     return {"images": [move_image(image, geometry)], **{name: [value] for name, value in found.items()}}
 
 
-def evaluation_view(
+def detection_test_view(
     image: Tensor,
-    objects: Objects,  # noqa: ARG001
+    objects: Objects,
     view_key: int,  # noqa: ARG001
     *,
     short: int,
     long: int,
 ) -> dict[str, Any]:
     """The image resized, in a list, and its own height and width, int64 (2,)."""
-    height, width = image.shape[1:]
+    height, width = objects.size
     return {"images": [resize(image, *fitted_size(height, width, short, long))], "size": torch.tensor([height, width])}
+
+
+# --------------------------------------------------------------------------------------------------------- segmentation
+
+_TRIES = 10
+
+
+def segmentation_view(
+    image: Tensor,
+    mask: Tensor,
+    view_key: int,
+    *,
+    size: int,
+    most: int,
+    scales: tuple[float, float],
+    max_share: float,
+) -> dict[str, Tensor]:
+    """A square of an image and of its mask.
+
+    Args:
+        image: uint8 (3, H, W).
+        mask: int16 (H, W), `IGNORE` where no class counts.
+        view_key: names the view.
+        size: side of the square, pixels.
+        most: long side of the test's image, pixels.
+        scales: least and largest factor beside the test's.
+        max_share: most of a crop that one class may fill; ten places are tried.
+
+    Returns:
+        image uint8 (3, size, size), grey where the image ends; mask int16 (size, size); colour float (9,).
+    """
+    u = uniforms(key(view_key, 4), 2 + 2 * _TRIES)
+    height, width = mask.shape
+    tested = fitted_size(height, width, size, most)[0] / height
+    scale = tested * (scales[0] + float(u[0]) * (scales[1] - scales[0]))
+    # The crop is cut out first and scaled then, which costs less and differs by less than a pixel.
+    crop_height, crop_width = (max(min(round(size / scale), side), 1) for side in (height, width))
+    for row_draw, column_draw in u[2:].reshape(_TRIES, 2).tolist():
+        top, left = int(row_draw * (height - crop_height + 1)), int(column_draw * (width - crop_width + 1))
+        region = mask[top : top + crop_height, left : left + crop_width]
+        if max_share >= 1 or _is_varied(region, max_share):
+            break
+    crop = image[:, top : top + crop_height, left : left + crop_width]
+    if u[1] < 0.5:
+        crop, region = crop.flip(2), region.flip(1)
+    new_height, new_width = (max(min(round(side * scale), size), 1) for side in (height, width))
+    square = _on_canvas(resize(crop, new_height, new_width), size)
+    padding = (0, size - new_width, 0, size - new_height)
+    classes = F.pad(resize_mask(region, new_height, new_width), padding, value=IGNORE)
+    return {"image": square, "mask": classes, "colour": colour_draws(view_key)}
+
+
+def _is_varied(region: Tensor, max_share: float) -> bool:
+    """Whether no class fills more than `max_share` of what counts."""
+    counts = torch.bincount(region.flatten().to(torch.int64) - IGNORE)[1:]  # without IGNORE
+    return int((counts > 0).sum()) > 1 and float(counts.max() / counts.sum()) < max_share
+
+
+def resize_mask(mask: Tensor, height: int, width: int) -> Tensor:
+    """Nearest pixel: any type (..., H, W) to (..., height, width)."""
+    rows = ((torch.arange(height) + 0.5) * mask.shape[-2] / height).long()
+    columns = ((torch.arange(width) + 0.5) * mask.shape[-1] / width).long()
+    return mask[..., rows[:, None], columns]

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from pecobook.data.split_names import (
+from pecobook.data.names import (
     group_by_split,
     inside_wrapper,
     is_split_folder,

@@ -1,10 +1,11 @@
-"""The names of splits, for every form of source: folders, parquet files, tar shards, the hub, masks and boxes.
+"""What the names of files and folders say: the splits, images, masks, and what is no part of the data.
 
     train         train, training, trainval
     validation    val, valid, validation, dev, eval, evaluation
     test          test, testing
 
-Upper and lower case do not matter, and "set" may follow: "training_set", "testset". A whole word declares a split, so
+These names of splits hold for every form of source: folders, parquet files, tar shards, the hub, masks and boxes. Upper
+and lower case do not matter, and "set" may follow: "training_set", "testset". A whole word declares a split, so
 "imagenet_val.parquet", "TrainImages" and "train2017" declare one, "testaccio.tar" and "valencia.parquet" do not.
 """
 
@@ -14,6 +15,24 @@ import re
 from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 
+_JPEG, _PNG, _JPEG_2000 = "jpg jpeg jpe jfif mpo", "png apng", "jp2 j2k jpx jpf jpc j2c"
+_OTHERS = "bmp dib gif tif tiff webp ppm pgm pbm pnm pfm avif heic heif npy"
+IMAGE_EXTENSIONS = tuple(f"{_JPEG} {_PNG} {_JPEG_2000} {_OTHERS}".split())
+IMAGE_FOLDERS = frozenset({"images", "image", "img", "imgs", "jpegimages", "leftimg8bit"})
+MASK_FOLDERS = frozenset(
+    (
+        *("masks", "mask", "annotations", "annotation", "annot", "labels", "label", "gt", "gtfine", "gtcoarse"),
+        *("segmentationclass", "segmentationclassraw", "segmentations", "segmentation", "groundtruth"),
+    )
+)
+"""Names of folders that tell images from masks, in lower case."""
+MASK_ENDINGS = frozenset(["seg", "segmentation", "mask", "masks", "label", "labels", "annotation", "gt", "depth"])
+"""Endings of the names of masks in a tar shard, as in x.seg.png."""
+MASK_COLUMNS = ("mask", "annotation", "label", "segmentation", "segmentation_mask", "annotations", "labels", "gt")
+BESIDE_ITS_IMAGE = "mask beside its image, such as x_mask.png"
+"""The reason under which the masks of `masks_among` are counted."""
+_MASK_WORDS = (b"masks", b"mask", b"segmentation", b"seg", b"groundtruth", b"gt")
+_MASK_ENDING = re.compile(b"[_. -](%s)$" % b"|".join(_MASK_WORDS))
 _SPLIT_OF_WORD = {
     "train": ("train", "training", "trainval"),
     "validation": ("validation", "valid", "val", "dev", "evaluation", "eval"),
@@ -123,3 +142,13 @@ def split_and_rest(name: str) -> tuple[str, str] | None:
         return None
     match = next((match for match in matches if match[1] not in _WEAK), matches[0])
     return _SPLITS[match[1]], (lower[: match.start()] + lower[match.end() :]).strip(" _-.")
+
+
+def masks_among(names: list[bytes]) -> set[bytes]:
+    """Return the names such as "x_mask.png" or "x_mask_1.png" of files beside "x.jpg", given all files of a folder."""
+    stems = {name: name.rpartition(b".")[0].lower() for name in names}
+    masks = {name: end for name, stem in stems.items() if _MASK_ENDING.search(end := stem.rstrip(b"_0123456789"))}
+    if not masks:
+        return set()
+    images = set(stems.values())
+    return {name for name, end in masks.items() if _MASK_ENDING.sub(b"", end) in images}

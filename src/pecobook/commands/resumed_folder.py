@@ -1,0 +1,67 @@
+"""The folder of a command that trains many runs and continues in the same folder: `demo` and `reproduce`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from pecobook.data import record
+from pecobook.data.source import Splits
+from pecobook.engine.data_check import compare_data
+from pecobook.errors import RunFolderError
+from pecobook.settings.images import ManyRunsConfig
+from pecobook.settings.values import changed_settings, complete
+from pecobook.utils.files import write_json
+from pecobook.utils.folder_lock import FolderLock
+from pecobook.utils.output_folder import OutputFolder
+from pecobook.utils.printer import show
+
+
+def resumed_folder(out: str, settings: dict[str, Any], defaults: dict[str, Any], **rules: Any) -> OutputFolder:
+    """Return the rules for the folder of a command that resumes its jobs where the folder has the same settings.
+
+    Args:
+        out: the folder.
+        settings: settings that must not change when the command resumes; the marker holds them.
+        defaults: default values of these settings.
+        rules: `example`, `kind`, `marker` and `data` of `OutputFolder`.
+    """
+
+    def check_unchanged(old: dict[str, Any]) -> None:
+        changed = changed_settings(complete(old, defaults), settings)
+        if changed:
+            raise RunFolderError(
+                f"--out '{out}' was begun with other settings: {'; '.join(changed)}. Name another folder."
+            )
+
+    return OutputFolder(out, **rules, always_resumes=True, check_resume=check_unchanged)
+
+
+def begin_or_resume(
+    folder: OutputFolder, config: ManyRunsConfig, splits: Splits, settings: dict[str, Any]
+) -> FolderLock:
+    """Begin the folder, or continue it if its data are those with which it was begun; return its lock.
+
+    Args:
+        folder: as of `resumed_folder`.
+        config: the settings of the command.
+        splits: the images of --data.
+        settings: the content of the marker.
+
+    Raises:
+        RunFolderError: the folder cannot be used, or the data have changed and the change is not accepted.
+    """
+    now = record.take(splits, verify=config.verify_data)  # before the folder is locked, since it may take long
+
+    def write(out: Path) -> None:
+        new: record.Record | None = now
+        if (out / folder.marker).exists():
+            accept, of = config.accept_data_change, f"the {folder.kind.removeprefix('a ')}"
+            notes, new = compare_data(out, now, data=config.data, of=of, accept=accept)
+            for note in notes:
+                show(note)
+        write_json(out / folder.marker, settings)
+        if new is not None:
+            new.write(out)
+
+    return folder.begin(write)
