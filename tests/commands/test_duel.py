@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from pecobook import cli
 from pecobook.commands.duel_arms import ARMS, Setting, parse_run, run_name, settings_of
 from pecobook.commands.paper_tables import TABLES, chosen_tables
-from pecobook.commands.reproduce.duel import duel_budget, reading
+from pecobook.commands.reproduce.duel import DuelBudget, duel_budget, reading
 from pecobook.commands.reproduce.plan import Plan
 from pecobook.commands.reproduce.tables import gains_over_controls, measured_tables
 from pecobook.data.images import open_images
 from pecobook.errors import ConfigError
 from pecobook.settings.reproduce import ReproduceConfig
+from pecobook.settings.values import replace
+from tests.commands.test_reproduce import InThisProcess
+from tests.runs import SMALL
 
 
 def make_plan(images: Path, out: Path, *tables: str, seeds: tuple[int, ...] = (0,)) -> Plan:
@@ -146,3 +153,46 @@ def test_duel__needs_labels(unlabelled_images: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="has no labels"):
         make_plan(unlabelled_images, tmp_path, "duel")
     assert TABLES["duel"].pairs[-1] == ("supervised", "pixel")
+
+
+def small_duel() -> DuelBudget:
+    """The tiny budget with networks of a few thousand weights and two steps of every training."""
+    tiny, two = duel_budget("tiny"), {"max_steps": "2"}
+    vit = {**SMALL["pretrain"], **two}
+    return dataclasses.replace(
+        tiny,
+        contrast=replace(tiny.contrast, {**SMALL["contrast"], **two}),
+        supervised=replace(tiny.supervised, {"batch_size": 8, "image_size": 16, **two}),
+        codebook=replace(tiny.codebook, {**SMALL["codebook"], "perceptual.layers": (1, 2), **two}),
+        pretrain=replace(tiny.pretrain, vit),
+        pixels=replace(tiny.pixels, {**vit, "decoder.depth": 1, "decoder.width": 16, "decoder.num_heads": 2}),
+        few=replace(tiny.few, {"batch_size": 8, "image_size": 16, "max_steps": "1 epochs"}),
+        views=2,
+    )
+
+
+def test_duel__runs_from_images_to_the_table(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("pecobook.commands.reproduce.duel.duel_budget", lambda _: small_duel())
+    monkeypatch.setattr("pecobook.commands.reproduce.rehearsal.rehearse", lambda *_: {"network-contrast": 1.0})
+    in_this_process = SimpleNamespace(Popen=InThisProcess, STDOUT=subprocess.STDOUT)
+    monkeypatch.setattr("pecobook.commands.jobs.subprocess", in_this_process)
+    rows = tuple(row for row in TABLES["duel"].rows if row.arm in ("scratch", "pixel", "supervised"))
+    monkeypatch.setitem(TABLES, "duel", dataclasses.replace(TABLES["duel"], rows=rows, controls=()))
+    cli.main(["reproduce", "duel", "--data", str(images), "--out", str(tmp_path / "r"), "--seeds", "0"])
+    text = (tmp_path / "r" / "tables.md").read_text()
+    lines = [line.split(" | ") for line in text.splitlines() if line.startswith("| ")]
+    assert len(lines) == 2 + 3  # a header, a line, and every arm
+    for line in lines[2:]:
+        assert "–" not in line[1:4], line  # linear probe, few labels and k-NN of every arm
+    assert "not tuned" in text
+    assert "Power: the controls that know the labels" in text
+    assert "not judged, one seed has no interval" in text
+    probe = json.loads((tmp_path / "r" / "runs" / "probe-supervised+lr0.001-0.json").read_text())
+    assert lines[4][1] == f"{probe['linear']['accuracy']:.1f}"
+    bank = json.loads((tmp_path / "r" / "runs" / "vit-supervised+lr0.001-0" / "config.json").read_text())["tokens"]
+    assert bank == str(tmp_path / "r" / "runs" / "bank-supervised-0")
+    capsys.readouterr()
+    cli.main(["reproduce", "duel", "--data", str(images), "--out", str(tmp_path / "r"), "--seeds", "0", "--dry-run"])
+    assert "3 of them done" in capsys.readouterr().err

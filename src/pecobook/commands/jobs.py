@@ -236,9 +236,9 @@ def run_all(jobs: Mapping[str, Job], out: Path, gpus_per_run: int = 1, *, accept
 
 
 def seconds_of(jobs: Mapping[str, Job]) -> dict[str, float]:
-    """Return the seconds of every finished training and analysis."""
-    timed = (*RECIPES, "analyze")  # the times of token banks and probes are not recorded
-    return {name: job_seconds(job) for name, job in jobs.items() if job.command in timed and job.finished}
+    """Return the seconds of every finished job but token banks and probes, which do not record theirs."""
+    untimed = ("tokenize", "probe")
+    return {name: job_seconds(job) for name, job in jobs.items() if job.command not in untimed and job.finished}
 
 
 def _try_lock(job: Job, folder: Path) -> FolderLock | None:
@@ -295,7 +295,7 @@ class _Progress:
 
     def __init__(self, jobs: Mapping[str, Job]) -> None:
         self.jobs, self.start, self.last_time = jobs, time.monotonic(), -100.0
-        self.total = sum(job.work for job in jobs.values())
+        self.total = sum(job.work for job in jobs.values()) or 1.0  # probes and token banks alone have no estimate
         self.done_at_start = self._done()
         self.last_state: tuple[float, list[str]] | None = None
         self.status: Any = None

@@ -13,7 +13,7 @@ import json
 import os
 import shutil
 import statistics
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -31,14 +31,13 @@ from pecobook.recipes import codebook, contrast, finetune, pretrain
 from pecobook.settings.analyze import AnalyzeConfig
 from pecobook.settings.codebook import CodebookConfig, ExplicitConfig
 from pecobook.settings.contrast import ContrastConfig
-from pecobook.settings.durations import steps
 from pecobook.settings.finetune import FinetuneConfig
 from pecobook.settings.perceptual import PerceptualConfig
 from pecobook.settings.pretrain import DecoderConfig, MaskConfig, PretrainConfig
 from pecobook.settings.probe import ProbeConfig
 from pecobook.settings.reproduce import ReproduceConfig
 from pecobook.settings.tokenize import VIEW_SETTINGS, TokenizeConfig
-from pecobook.settings.training import BackboneConfig, OptimConfig, TrainConfig
+from pecobook.settings.training import BackboneConfig, OptimConfig
 from pecobook.settings.values import replace
 
 CONTROLS = ("perceptual-random", "perceptual-shuffled")
@@ -53,7 +52,7 @@ class DuelBudget:
 
     contrast: ContrastConfig
     supervised: FinetuneConfig
-    """A network of the same architecture, trained on the labels."""
+    """The same network, trained from random weights on the labels."""
     codebook: CodebookConfig
     pretrain: PretrainConfig
     pixels: PretrainConfig
@@ -96,7 +95,6 @@ def _budget(
     )
     supervised = dataclasses.replace(
         finetune.tiny(),
-        backbone=f"timm:{network.model.name}",
         weights="random",
         batch_size=network.batch_size,
         max_steps=network.max_steps,
@@ -122,16 +120,19 @@ class Duel:
     Args:
         config: the command's settings.
         splits: the images, with labels.
-        jobs: the plan's jobs by name, to which those of the duel are added.
+        add: adds a job to the plan, as `Plan.add` does.
+        run: returns the settings of a training, given base, name, seed and changes, as the plan makes them.
 
     Raises:
         ConfigError: the images have no labels.
     """
 
-    def __init__(self, config: ReproduceConfig, splits: Splits, jobs: dict[str, Job]) -> None:
+    def __init__(
+        self, config: ReproduceConfig, splits: Splits, add: Callable[..., None], run: Callable[..., Any]
+    ) -> None:
         if splits.train.labels is None:
             raise ConfigError(f"The duel compares accuracies, and --data '{config.data}' has no labels.")
-        self.config, self.splits, self.jobs = config, splits, jobs
+        self.config, self.splits, self._add, self._run = config, splits, add, run
         self.budget = duel_budget(config.budget)
         self.out = Path(config.out)
 
@@ -146,9 +147,9 @@ class Duel:
         if tuning:
             return
         name = f"few-{run_name(arm, setting)}-{seed}"
-        base = dataclasses.replace(self.budget.few, max_steps=str(self._few_steps()))
-        changes = {"weights": "random", "optim.layer_decay": 1.0} if arm == "scratch" else {}
-        few = self._run(base, name, seed, data=str(self.few_folder), backbone=vit, **changes)
+        changes: dict[str, Any] = {"weights": "random", "optim.layer_decay": 1.0} if arm == "scratch" else {}
+        changes |= {"data": str(self.few_folder), "backbone": vit}
+        few = self._run(self.budget.few, name, seed, num_images=len(self._few), **changes)
         self._add(name, "finetune", few, vit_job)
         if arm not in ("scratch", "pixels"):
             tokenizer, job = self._codebook(arm, setting, seed)
@@ -197,10 +198,6 @@ class Duel:
         chosen = [order[labels[order] == label][:LABELS_PER_CLASS] for label in np.unique(labels)]
         return sorted(np.concatenate(chosen).tolist())
 
-    def _few_steps(self) -> int:
-        few = self.budget.few
-        return steps(few.max_steps, num_images=len(self._few), batch_size=few.batch_size)
-
     def write_images(self) -> None:
         """Write the folder of few labelled images, unless it exists."""
         if self.few_folder.exists():
@@ -219,32 +216,18 @@ class Duel:
 
     # ------------------------------------------------------------------------------------------------------------ jobs
 
-    def _add(self, name: str, command: str, config: Any, *needs: str) -> None:
-        self.jobs.setdefault(name, Job(command, config, tuple(filter(None, needs))))
-
-    def _folder(self, name: str) -> Path:
-        return self.out / "runs" / name
-
     def _out(self, name: str) -> str:
-        return str(self._folder(name))
-
-    def _run(self, base: TrainConfig, name: str, seed: int, **changes: Any) -> Any:
-        """Return the settings of a training with folder, seed and length in steps."""
-        config = self.config
-        length = steps(base.max_steps, num_images=len(self.splits.train), batch_size=base.batch_size) * config.length
-        length = max(round(length), 1)
-        common: dict[str, Any] = {"data": config.data, "value_range": config.value_range, "seed": seed}
-        common |= {"out": self._out(name), "micro_batch_size": config.micro_batch_size, "compile": config.compile}
-        saving = {"loggers": (), "save_minutes": 5.0, "keep_checkpoints": 1, "save_every": max(length // 3, 1)}
-        return replace(base, {**common, **saving, "max_steps": str(length), "sample_every": length, **changes})
+        return str(self.out / "runs" / name)
 
     def _network(self, arm: str, seed: int) -> tuple[str, str]:
         """Plan the perceptual network of an arm; returns it and the name of its job, empty for a given network."""
         if arm == "supervised":
             if self.config.supervised:
                 return self.config.supervised, ""
+            contrast_folder, contrast_job = self._network("perceptual", seed)  # names the architecture
             name = f"network-supervised-{seed}"
-            self._add(name, "finetune", self._run(self.budget.supervised, name, seed))
+            settings = self._run(self.budget.supervised, name, seed, backbone=contrast_folder)
+            self._add(name, "finetune", settings, contrast_job)
         else:
             name = f"network-contrast-{seed}"
             self._add(name, "contrast", self._run(self.budget.contrast, name, seed))

@@ -55,7 +55,7 @@ class Plan:
         self.gpus_per_run = config.gpus_per_run or (1 if is_study else self.budget.gpus_per_run)
         self.dense_data = dense_data(config, self.budget.dense)
         self.jobs: dict[str, Job] = {}
-        self.duel = Duel(config, splits, self.jobs) if {DUEL, TUNING} & tables.keys() else None
+        self.duel = Duel(config, splits, self.add, self._run_settings) if {DUEL, TUNING} & tables.keys() else None
         for seed in config.seeds:
             for name, table in tables.items():
                 for row in table.all_rows:
