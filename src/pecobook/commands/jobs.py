@@ -183,7 +183,7 @@ class Outcome:
 
 
 _PERIOD = 0.5
-"""Seconds between two looks at the folders of all jobs, at least; a look at hundreds of them may take longer."""
+"""Seconds between two looks at the folders of up to 50 jobs; more jobs are looked at less often."""
 
 
 @_exit_on_signals()
@@ -206,7 +206,6 @@ def run_all(jobs: Mapping[str, Job], out: Path, gpus_per_run: int = 1, *, accept
                 if error := run.finish():
                     outcome.failed[name] = error
                     show(f"The run '{name}' failed: {error.splitlines()[-1]}\nThe others go on; {run.log_file}")
-            began = time.monotonic()
             for name, job in list(waiting.items()):
                 if job.finished:
                     del waiting[name]
@@ -225,7 +224,7 @@ def run_all(jobs: Mapping[str, Job], out: Path, gpus_per_run: int = 1, *, accept
                         words = (*words, "--accept-data-change")
                     running[name] = _Running(name, words, out, slot, lock)
             progress.show()
-            time.sleep(max(_PERIOD, 5 * (time.monotonic() - began)))
+            time.sleep(_PERIOD * max(1.0, len(jobs) / 50))
     finally:
         for run in running.values():
             run.process.terminate()
