@@ -7,7 +7,6 @@ counted as the recipes' docstrings count them: forward 1, backward 2; losses and
 from __future__ import annotations
 
 import functools
-import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,6 +24,7 @@ from pecobook.models.tokenizer import build_autoencoder
 from pecobook.settings.codebook import CodebookConfig
 from pecobook.settings.pretrain import DecoderConfig
 from pecobook.settings.tokenizer import AutoencoderConfig
+from pecobook.settings.training import BackboneConfig
 from pecobook.settings.values import to_dict
 from pecobook.utils.json_files import read_if_valid
 
@@ -105,8 +105,9 @@ def _count(build: Callable[..., nn.Module], size: int, channels: int, *arguments
 
 
 def _timm(name: str, args: str, size: int) -> nn.Module:
-    fixed = {"img_size": size} if network_traits(name, json.loads(args)).takes_size else {}
-    return create_network(name, **{"num_classes": 0, **json.loads(args), **fixed})
+    arguments = BackboneConfig(name=name, args=args).kwargs()
+    fixed = {"img_size": size} if network_traits(name, arguments).takes_size else {}
+    return create_network(name, **{"num_classes": 0, **arguments, **fixed})
 
 
 def _torchvision(name: str) -> nn.Module:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import io
-import json
 import os
 import shutil
 import statistics
@@ -39,6 +38,7 @@ from pecobook.settings.reproduce import ReproduceConfig
 from pecobook.settings.tokenize import VIEW_SETTINGS, TokenizeConfig
 from pecobook.settings.training import BackboneConfig, OptimConfig
 from pecobook.settings.values import replace
+from pecobook.utils.json_files import NUMBER, OBJECT, read_json
 
 CONTROLS = ("perceptual-random", "perceptual-shuffled")
 LABELS_PER_CLASS = 100
@@ -272,7 +272,7 @@ class Duel:
 
 def validation_accuracy(file: Path) -> float:
     """Return the best validation accuracy over the layers of a probe, percent."""
-    layers = json.loads(file.read_text())["linear"]["layers"]
+    layers = read_json(file, {"linear": {"layers": OBJECT}})["linear"]["layers"]
     return float(max(layers.values()))
 
 
@@ -281,7 +281,7 @@ def probe_figures(jobs: Mapping[str, Job], run: str) -> dict[str, float]:
     job = jobs.get(f"probe-{run}")
     if job is None or not job.finished:
         return {}
-    probe = json.loads(job.out.read_text())
+    probe = read_json(job.out, {kind: {"accuracy": NUMBER} for kind in ("linear", "knn")})
     values = {kind: float(probe[kind]["accuracy"]) for kind in ("linear", "knn")}
     return values | {"validation": validation_accuracy(job.out)}
 
