@@ -257,7 +257,7 @@ def test_reproduce__resumes_and_refuses_other_settings(
 def test_reproduce__names_what_failed_and_writes_the_tables_of_the_rest(
     images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def run(jobs: dict[str, Job], _out: Path, _gpus: int) -> Outcome:
+    def run(jobs: dict[str, Job], _out: Path, _gpus: int, **_: object) -> Outcome:
         folder = jobs["analysis-classification-0"].out
         folder.mkdir(parents=True)
         metrics = {"name": "classification", "codeword_probe": 12.5, "codes_used": 2, "psnr": 9.0}

@@ -22,7 +22,8 @@ from pecobook.recipes import recipe
 from pecobook.settings.predict import PredictConfig
 from pecobook.settings.training import BackboneConfig
 from pecobook.settings.values import replace
-from tests.commands.test_reproduce import InThisProcess, make_plan, small_budget
+from tests.commands.test_reproduce import InThisProcess, small_budget
+from tests.commands.test_reproduce_plan import make_plan
 from tests.runs import SMALL, objects, shapes
 
 
@@ -155,10 +156,10 @@ def test_transfer_figures__of_finished_jobs(tmp_path: Path) -> None:
     job = Job("segment", replace(config, {"out": str(tmp_path)}))
     assert transfer_figures(job, TRANSFERS["segment"]) == {"miou": 41.5}
     assert transfer_figures(job, TRANSFERS["detect"]) == {"box_ap": 7.0, "mask_ap": None}  # data without masks
-    attack = Job("predict", PredictConfig(out=str(tmp_path)))
-    assert not attack.finished
+    assert not Job("predict", PredictConfig(out=str(tmp_path))).finished
     content = {"accuracy": {"clean": 80.0, "bim": 10.0, "mi-fgsm": 20.0}, "seconds": 12.5}
     (tmp_path / "robustness.json").write_text(json.dumps(content))
+    attack = Job("predict", PredictConfig(out=str(tmp_path)))
     assert attack.finished
     assert transfer_figures(attack, TRANSFERS["attack"]) == {"bim": 10.0, "mi-fgsm": 20.0}
     assert job_seconds(attack) == 12.5

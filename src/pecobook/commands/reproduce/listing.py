@@ -74,6 +74,8 @@ def _taken(costs: Iterable[Cost], *, long: bool = False) -> str:
     costs = list(costs)
     in_hours = all(cost.hours is not None for cost in costs if cost.flop is not None)
     unknown = sum(cost.flop is None for cost in costs)
+    if unknown == len(costs):
+        return "an unknown cost" if long else "cost unknown"
     flop, disk = sum(cost.flop or 0.0 for cost in costs), size_text(sum(cost.disk for cost in costs))
     if in_hours:
         hours = sum(cost.hours or 0.0 for cost in costs)
