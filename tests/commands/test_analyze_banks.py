@@ -50,7 +50,7 @@ def simulated(tmp_path_factory: pytest.TempPathFactory) -> tuple[TokenBank, np.n
         for shard in range(layout.num_shards):
             write_shard(layout.file(folder, shard), codes[shard * 7 : shard * 7 + 7])
         write_shard(bank_layouts(config)["evaluation"].file(folder, 0), codes[:1, :1])
-    return TokenBank(folder), codes
+        return TokenBank(folder), codes
 
 
 @pytest.fixture(autouse=True)

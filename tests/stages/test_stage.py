@@ -154,6 +154,7 @@ def test_preflight__only_the_first_rank_checks_the_folder(
     with pytest.raises(PreflightError, match="is not empty"):
         preflight(CodebookStage, settings)
     monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
     assert len(preflight(CodebookStage, settings).splits.train) == 22
 
 

@@ -62,6 +62,8 @@ class OutputFolder:
         if not self.out:
             raise RunFolderError(f"--out is missing: name the folder to write, for example --out {self.example}.")
         _check_length(out)
+        if self.out.startswith("~") and not out.exists():
+            raise RunFolderError(f"--out '{out}': the shell did not replace '{out.parts[0]}': give the path in full.")
         if out.exists() and not out.is_dir():
             raise RunFolderError(f"--out '{out}' is a file: name a folder.")
         if out.is_symlink() and not out.exists():
