@@ -128,10 +128,15 @@ def test_tensor_board__writes_readable_events_and_a_resume_purges_later_steps(tm
     assert events.Images("samples") == []
 
 
-def test_tensor_board__a_killed_run_has_the_events_of_its_checkpoint_once(tmp_path: Path) -> None:
+def test_tensor_board__a_killed_run_has_the_events_of_its_checkpoint_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The lines of metrics.jsonl decide: an evaluation that is not there is repeated, and one that is there is kept."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    from tensorboard.summary.writer import event_file_writer
 
+    # Readers sort files by name, which ends with a number of this process: one of two digits would come too early.
+    monkeypatch.setattr(event_file_writer, "_global_uid", event_file_writer.AtomicCounter(0))
     (tmp_path / "samples").mkdir()
     (tmp_path / "samples" / "step-00000002.png").write_bytes(png())
     killed = TensorBoard(tmp_path, start_step=0, last={})
