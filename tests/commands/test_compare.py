@@ -29,12 +29,14 @@ def test_compare__has_the_last_evaluations_and_the_settings_that_differ(
     codebook_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     settings = json.loads((codebook_run / "config.json").read_text())
-    other = copy_of(codebook_run, tmp_path / "b", seed=7, optim=settings["optim"] | {"lr": 0.5}, out="elsewhere")
+    other = copy_of(
+        codebook_run, tmp_path / "lr=0.5" / "b", seed=7, optim=settings["optim"] | {"lr": 0.5}, out="elsewhere"
+    )
     out = tmp_path / "comparison"
-    cli.main(["compare", f"first={codebook_run}", str(other), "--out", str(out)])
+    cli.main(["compare", f"first={codebook_run}", f"second={other}", "--out", str(out)])
     content = json.loads((out / "compare.json").read_text())
     assert sorted(content["different"]) == ["optim.lr", "seed"]
-    assert [run["name"] for run in content["runs"]] == ["first", "b"]
+    assert [run["name"] for run in content["runs"]] == ["first", "second"]
     last = [line for line in logged(codebook_run) if "evaluation/psnr" in line][-1]
     assert content["runs"][0]["last"]["psnr"] == last["evaluation/psnr"]
     assert content["runs"][0]["last"]["step"] == last["step"]

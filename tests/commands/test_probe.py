@@ -101,7 +101,7 @@ def test_command__prints_the_accuracy_of_every_layer_and_writes_the_results(
 
 
 def test_probe__needs_labels(unlabelled_images: Path, vit_run: Path) -> None:
-    with pytest.raises(DataError, match="has no labels"):
+    with pytest.raises(DataError, match=r"has no labels[^\n]*\nWithout labels, pecobook embed"):
         probe(data=str(unlabelled_images), backbone=str(vit_run))
 
 

@@ -88,7 +88,7 @@ def compare(config: CompareConfig | None = None, **settings: Any) -> Path:
 
 def read_run(text: str) -> Run:
     """Read a run folder; NAME=FOLDER names the run. Raises PecobookError."""
-    name, _, path = text.rpartition("=") if not Path(text).is_dir() else ("", "", text)
+    name, _, path = ("", "", text) if Path(text).is_dir() or "=" not in text else text.partition("=")
     folder = Path(path).expanduser()
     try:
         settings = read_json(folder / "config.json")

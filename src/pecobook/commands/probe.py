@@ -20,7 +20,7 @@ from pecobook.commands.extract import FeatureFunction, extract
 from pecobook.data.images import check_labels
 from pecobook.engine.preamble import show_source
 from pecobook.engine.value_range import open_readable
-from pecobook.errors import ConfigError
+from pecobook.errors import ConfigError, DataError
 from pecobook.models.dry_run import dry_run
 from pecobook.models.export import read_export
 from pecobook.models.tokenizers import load_tokenizer
@@ -42,7 +42,10 @@ def probe(config: ProbeConfig | None = None, **settings: Any) -> dict[str, Any]:
     config = replace(config or ProbeConfig(), settings)
     check_new_file(config.out)
     splits = open_readable(config.data, config.value_range, [config.backbone])
-    check_labels(splits, config.data)
+    try:
+        check_labels(splits, config.data)
+    except DataError as error:
+        raise DataError(f"{error}\nWithout labels, pecobook embed writes the features to a file.") from None
     features, image_size = _feature_function(config)  # may download weights, so the images are checked first
     show_source(splits)
     size = config.image_size or image_size

@@ -221,6 +221,7 @@ def _writer(config: PredictConfig, out: Path) -> Writer:
     kind = read_settings(config.run, kinds=writer_types).get("kind")
     if kind not in writer_types:  # a tokenizer, a backbone
         raise WeightsError(
-            f"'{config.run}' is a {kind}, which predicts nothing: give a run of finetune, segment or detect."
+            f"'{config.run}' is a {kind}, which predicts nothing: give a run of finetune, segment or detect, or write "
+            "the features of the images with pecobook embed."
         )
     return writer_types[kind](config, out)
