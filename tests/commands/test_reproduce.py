@@ -210,6 +210,7 @@ def test_reproduce__resumes_and_refuses_other_settings(
     images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("pecobook.commands.reproduce.plan.make_budget", lambda _: small_budget())
+    monkeypatch.setattr("pecobook.commands.reproduce.rehearsal._WORTH", 0)  # short runs are not rehearsed
     in_this_process = SimpleNamespace(Popen=InThisProcess, STDOUT=subprocess.STDOUT)
     monkeypatch.setattr("pecobook.commands.jobs.subprocess", in_this_process)
     out = ["--out", str(tmp_path / "r"), "--seeds", "0", "--no-transfer"]

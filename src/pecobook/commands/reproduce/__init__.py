@@ -78,7 +78,8 @@ def _run(plan: Plan, out: Path) -> Outcome:
         name: dataclasses.replace(job, work=rehearsal.job_duration(job, name, seconds))
         for name, job in plan.jobs.items()
     }
-    show(rehearsal.remaining_time(plan, seconds))
+    if seconds:
+        show(rehearsal.remaining_time(plan, seconds))
     return run_all(jobs, out, plan.gpus_per_run, accept_data_change=plan.config.accept_data_change)
 
 

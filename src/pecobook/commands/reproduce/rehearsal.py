@@ -18,6 +18,8 @@ from pecobook.utils.json_files import WHOLE, is_number, read_if_valid, read_json
 from pecobook.utils.printer import show
 
 _STEPS = 4
+_WORTH = 50 * _STEPS
+"""Steps of the longest run from which a plan is rehearsed; shorter runs show as soon what fails."""
 _LONGEST = 24 * 3600.0
 """Seconds to wait for the rehearsal of another process."""
 _SHORT: dict[str, dict[str, Any]] = {
@@ -57,7 +59,7 @@ def read_rehearsal(out: Path) -> dict[str, float]:
 def rehearse(plan: Plan, out: Path) -> dict[str, float]:
     """Run one job of each unfinished kind for a few steps; return the seconds of a step or a small analysis by kind.
 
-    ViTs rehearse without their token banks, which are not rehearsed.
+    Plans of short runs are not rehearsed. ViTs rehearse without their token banks, which are not rehearsed.
 
     Raises:
         PecobookError: a run failed.
@@ -70,7 +72,8 @@ def rehearse(plan: Plan, out: Path) -> dict[str, float]:
         for name, job in plan.jobs.items():
             if kind_of(name) not in seconds and not job.finished and job.command in _REHEARSED:
                 chosen.setdefault(kind_of(name), name)
-        if not chosen:
+        steps = [int(plan.jobs[name].config.max_steps) for name in chosen.values() if plan.jobs[name].trains]
+        if not chosen or max(steps, default=_WORTH) < _WORTH:
             return seconds
         show("rehearsing each kind of run for a few steps")
         names, more = set[str](), set(chosen.values())
