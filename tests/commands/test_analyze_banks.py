@@ -144,12 +144,20 @@ def test_analyze__refuses_a_bank_of_another_tokenizer_or_of_other_images(
 ) -> None:
     bank = Path(shutil.copytree(bank, tmp_path / "b"))
     config = json.loads((bank / "config.json").read_text())
+    (bank / "config.json.sha256").unlink()  # as a user deletes it who edits the file
     for change, message in (({"tokenizer": "0"}, "made by another tokenizer"), ({"data": "0"}, "from other images")):
         (bank / "config.json").write_text(json.dumps({**config, **change}))
         with pytest.raises(PreflightError, match=message):
             pecobook.analyze(
                 tokenizer=str(codebook_run), tokens=(str(bank),), data=str(images), out=str(tmp_path / "a")
             )
+
+
+def test_bank__a_flipped_bit_of_its_settings_is_noticed(bank: Path, tmp_path: Path) -> None:
+    file = Path(shutil.copytree(bank, tmp_path / "b")) / "config.json"
+    file.write_bytes(file.read_bytes().replace(b'"source"', b'"sourcf"'))
+    with pytest.raises(DataError, match=r"config\.json' is damaged: its bytes are not those that were written"):
+        TokenBank(file.parent)
 
 
 def test_view_of__is_the_view_that_pretraining_sees(images: Path) -> None:

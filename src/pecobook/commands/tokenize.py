@@ -52,6 +52,7 @@ from pecobook.recipes import RECIPES
 from pecobook.settings.tokenize import VIEW_SETTINGS, TokenizeConfig
 from pecobook.settings.values import flag_words, replace
 from pecobook.stages.pretrain import encode_views
+from pecobook.utils.checksums import add_checksum, checksum_file
 from pecobook.utils.distributed import gather_objects, on_all_ranks
 from pecobook.utils.files import write_atomically, write_json
 from pecobook.utils.folder_lock import FolderLock
@@ -202,7 +203,7 @@ def _folder(config: TokenizeConfig, bank_config: dict[str, Any] | None = None) -
         marker="config.json",
         schema=BANK,
         files=(
-            *("config.json", "data.parquet", "skipped.txt", "*/codes-*.npy*", "*/skipped-*.json"),
+            *("config.json", "config.json.sha256", "data.parquet", "skipped.txt", "*/codes-*.npy*", "*/skipped-*.json"),
             *(".*.tmp", "*/.*.tmp"),
         ),
         data=config.data,
@@ -297,6 +298,8 @@ def _encode(
 
 def _finish(out: Path, layout: dict[str, BankLayout], command: str) -> None:
     """List the images that no process could read, those before a resume included, and print the next command."""
+    if not checksum_file(out / "config.json").exists():
+        add_checksum(out / "config.json")
     skipped = [str(error) for split in layout.values() for _, error in sorted(read_skipped(out, split).items())]
     (out / "skipped.txt").unlink(missing_ok=True)  # a list from before a resume, which may have read these images
     if skipped:

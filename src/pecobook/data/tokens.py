@@ -269,7 +269,9 @@ def read_skipped(folder: Path, layout: BankLayout) -> dict[int, BadImage]:
 
 
 def read_bank_config(folder: Path) -> dict[str, Any]:
-    """Read a bank's config.json. Raises DataError if the folder holds no token bank."""
+    """Read a bank's config.json. Raises DataError if the folder holds no token bank, or the file is damaged."""
+    if sentence := damage([folder / "config.json"]):
+        raise DataError(f"{sentence}\n{_AGAIN}")
     try:
         return read_json(folder / "config.json", BANK, error=DataError, remedy=_AGAIN)
     except FileNotFoundError:
