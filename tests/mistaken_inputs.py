@@ -82,6 +82,9 @@ _DAMAGED_EXPORTS: list[tuple[str, str, Callable[[dict[str, Any]], Any]]] = [
     ("vit-size", "vit", _with(image_size="huge")),
     ("nan-classifier", "classifier", _with()),
     ("classifier-classes", "classifier", _with(classes=3)),
+    ("classifier-no-classes", "classifier", _with(classes=[])),
+    ("classifier-size", "classifier", _with(image_size=10**15)),
+    ("classifier-crop", "classifier", _with(crop=0)),
 ]
 _DAMAGED_BANKS: list[tuple[str, Callable[[dict[str, Any]], Any]]] = [
     ("bank-keys", _without("grid")),

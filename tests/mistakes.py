@@ -386,6 +386,9 @@ _TABLE: dict[str, list[tuple[str, str, str]]] = {
         ("classifier images --out run --score 2", "2", "[0, 1]"),
         ("nan-classifier images --out run", "nan-classifier", "NaN"),
         ("classifier-classes images --out run", "classifier-classes", "classes"),
+        ("classifier-no-classes images --out run", "classifier-no-classes", "at least one text"),
+        ("classifier-size images --out run", "classifier-size", "from 1 to 16384"),
+        ("classifier-crop images --out run", "classifier-crop", "above 0 and up to 1"),
     ],
     "probe --data images": [
         ("--backbone gone", "gone", "timm:NAME"),

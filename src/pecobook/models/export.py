@@ -17,25 +17,28 @@ from torch import Tensor, nn
 
 from pecobook.errors import PecobookError, WeightsError, first_line
 from pecobook.models.snippets import range_text
-from pecobook.settings.images import AUTO, RangeSetting
+from pecobook.settings.images import AUTO, MAX_IMAGE_SIZE, RangeSetting
 from pecobook.utils.checksums import checksum_file, damage, write_with_checksum
 from pecobook.utils.files import write_atomically
-from pecobook.utils.json_files import COUNT, NUMBER, OBJECT, SWITCH, TEXT, WHOLE, Schema, list_of, read_json
+from pecobook.utils.json_files import COUNT, NUMBER, OBJECT, SWITCH, TEXT, WHOLE, Kind, Schema, list_of, read_json
 
+_SIZE = Kind(f"a whole number from 1 to {MAX_IMAGE_SIZE}", lambda value: WHOLE.holds(value) and value <= MAX_IMAGE_SIZE)
+_SHARE = Kind("a number above 0 and up to 1", lambda value: NUMBER.holds(value) and 0 < value <= 1)
+_NAMES = Kind("a list of at least one text", lambda value: list_of(TEXT).holds(value) and bool(value))
 _NETWORK = {"name": TEXT, "args": OBJECT, "mean": list_of(NUMBER, 3), "std": list_of(NUMBER, 3)}
-_PYRAMID = {**_NETWORK, "image_size": WHOLE, "window": COUNT}
+_PYRAMID = {**_NETWORK, "image_size": _SIZE, "window": COUNT}
 _COMMON = {"kind": TEXT.or_none, "origin": TEXT.or_none, "value_range": list_of(NUMBER, 2).or_none}
 _SCHEMAS: dict[str, Schema] = {
-    "tokenizer": {"model": OBJECT, "num_codewords": WHOLE, "image_size": WHOLE},
-    "backbone": {**_NETWORK, "image_size": WHOLE.or_none},
-    "classifier": {**_NETWORK, "image_size": WHOLE, "classes": list_of(TEXT), "crop": NUMBER.or_none},
-    "segmenter": {"pyramid": _PYRAMID, "classes": list_of(TEXT), "width": COUNT, "image_size": WHOLE},
+    "tokenizer": {"model": OBJECT, "num_codewords": WHOLE, "image_size": _SIZE},
+    "backbone": {**_NETWORK, "image_size": _SIZE.or_none},
+    "classifier": {**_NETWORK, "image_size": _SIZE, "classes": _NAMES, "crop": _SHARE.or_none},
+    "segmenter": {"pyramid": _PYRAMID, "classes": _NAMES, "width": COUNT, "image_size": _SIZE},
     "detector": {
         "pyramid": _PYRAMID,
-        "classes": list_of(TEXT),
+        "classes": _NAMES,
         "category_ids": list_of(COUNT),
         "masks": SWITCH,
-        "sides": list_of(WHOLE, 2),
+        "sides": list_of(_SIZE, 2),
         "heads": OBJECT,
     },
 }

@@ -196,7 +196,7 @@ class Classifier(Backbone):
         crop: float = 1.0,
     ) -> None:
         super().__init__(network, name, args, mean, std, image_size)
-        self.classes, self.crop = classes, crop
+        self.classes, self.crop = classes, crop or 1.0
 
     def settings(self) -> dict[str, Any]:
         """Return name, arguments, expected input and classes of the network, as JSON values."""

@@ -44,7 +44,7 @@ class AttackedClassifier:
         self.columns = torch.tensor(columns, device=device())
         self.network = exported_network(settings, state, config.run).to(device()).requires_grad_(False)
         self.mean, self.std = (torch.tensor(settings[name], device=device())[:, None, None] for name in ("mean", "std"))
-        self.size, self.share = int(settings["image_size"]), float(settings.get("crop", 1.0))
+        self.size, self.share = int(settings["image_size"]), float(settings.get("crop") or 1.0)
 
     def logits(self, images: Tensor) -> Tensor:
         """Map float images (B, 3, S, S) in [0, 1] to logits (B, C) of the classes of the data."""

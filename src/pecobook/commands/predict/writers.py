@@ -50,7 +50,7 @@ class ClassifierWriter:
         self.out, self.pictures = out, config.pictures
         self.classes: list[str] = settings["classes"]
         self.network = exported_network(settings, state, config.run).to(device())
-        self.size, self.crop = settings["image_size"], settings.get("crop", 1.0)
+        self.size, self.crop = settings["image_size"], settings.get("crop") or 1.0
         self.mean, self.std = (torch.tensor(settings[name], device=device())[:, None, None] for name in ("mean", "std"))
         view = partial(central_view, size=self.size, share=self.crop)
         self.shortest = 0 if self.pictures else shortest_side(view)  # as the evaluation of the training reads it
