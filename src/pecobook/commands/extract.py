@@ -3,14 +3,54 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from pecobook.data.source import ImageSource
 from pecobook.data.stream import central_crops
 from pecobook.engine.log import Progress
+from pecobook.errors import ConfigError
+from pecobook.models.dry_run import dry_run
+from pecobook.models.export import read_settings
+from pecobook.models.weights import Backbone, load_backbone
+from pecobook.settings.embed import EmbedConfig
+from pecobook.settings.probe import ProbeConfig
+from pecobook.utils.devices import device
 from pecobook.utils.images import to_float
+from pecobook.utils.printer import say
+
+
+def names_tokenizer(source: str) -> bool:
+    """Return whether the value of --backbone names a tokenizer. Raises ConfigError for an empty one, WeightsError."""
+    if not source:
+        raise ConfigError("--backbone is missing: give a run of pecobook, or timm:NAME.")
+    is_run = Path(source).is_dir() and read_settings(source).get("kind") == "tokenizer"
+    return is_run or source.startswith(("dalle:", "diffusers:"))
+
+
+def open_backbone(config: ProbeConfig | EmbedConfig, seed: int) -> tuple[Backbone, int]:
+    """Load the frozen network of --backbone, say what was taken, and return it with the side of its images, pixels."""
+    torch.manual_seed(seed)
+    backbone = load_backbone(
+        config.backbone,
+        weights=config.weights or None,
+        image_size=config.image_size or None,
+        mean=config.mean,
+        std=config.std,
+    )
+    say("\n".join(backbone.notes))
+    return backbone, config.image_size or backbone.image_size or 224
+
+
+def check_reads(reader: nn.Module, size: int, source: str) -> None:
+    """Move `reader`, made of the network `source`, to the device. Raises WeightsError if images do not fit."""
+    images = torch.zeros(2, 3, size, size)
+    purpose = f"read images of {size} pixels"
+    dry_run(reader.eval(), (images,), network=source, purpose=purpose, backward=False)
+    reader.to(device())
+
 
 FeatureFunction = Callable[[Tensor], dict[str, Tensor]]
 """Maps float images (B, 3, S, S) in [0, 1] to named features (B, ...) on the host."""

@@ -16,15 +16,12 @@ from torch import Tensor
 from pecobook.analysis.features import EveryLayer, backbone_features, pools_class_token, tokenizer_features
 from pecobook.analysis.probe import MIN_IMAGES, VALIDATION_SHARE, knn_probe, linear_probe, validation_accuracy
 from pecobook.analysis.wording import accuracy_with_error
-from pecobook.commands.extract import FeatureFunction, extract
+from pecobook.commands.extract import FeatureFunction, check_reads, extract, names_tokenizer, open_backbone
 from pecobook.data.images import check_labels
 from pecobook.engine.preamble import show_source
 from pecobook.engine.value_range import open_readable
-from pecobook.errors import ConfigError, DataError
-from pecobook.models.dry_run import dry_run
-from pecobook.models.export import read_export
+from pecobook.errors import DataError
 from pecobook.models.tokenizers import load_tokenizer
-from pecobook.models.weights import load_backbone
 from pecobook.settings.probe import ProbeConfig
 from pecobook.settings.values import replace
 from pecobook.utils.devices import device
@@ -66,31 +63,16 @@ def probe(config: ProbeConfig | None = None, **settings: Any) -> dict[str, Any]:
 
 def _feature_function(config: ProbeConfig) -> tuple[FeatureFunction, int]:
     """Return the function that maps images to named features, and the side of its input images, pixels."""
-    if not config.backbone:
-        raise ConfigError("--backbone is missing: give a run of pecobook, or timm:NAME.")
-    is_run = Path(config.backbone).is_dir() and read_export(config.backbone)[0].get("kind") == "tokenizer"
-    if is_run or config.backbone.startswith(("dalle:", "diffusers:")):
+    if names_tokenizer(config.backbone):
         tokenizer = load_tokenizer(config.backbone).to(device())
         return lambda images: tokenizer_features(tokenizer, images.to(device())), tokenizer.image_size
-    torch.manual_seed(config.seed)
-    backbone = load_backbone(
-        config.backbone,
-        weights=config.weights or None,
-        image_size=config.image_size or None,
-        mean=config.mean,
-        std=config.std,
-    )
-    say("\n".join(backbone.notes))
+    backbone, size = open_backbone(config, config.seed)
     if getattr(backbone.network, "cls_token", None) is not None and not pools_class_token(backbone.network):
         say(
             f"{config.backbone} pools the mean of its patches, which is read of every block; its class token is left "
             "out, since its output was not trained."
         )
-    size = config.image_size or backbone.image_size or 224
-    images = torch.zeros(2, 3, size, size)
-    layers = EveryLayer(backbone.network.eval())
-    dry_run(layers, (images,), network=config.backbone, purpose=f"read images of {size} pixels", backward=False)
-    backbone.network.to(device())
+    check_reads(EveryLayer(backbone.network), size, config.backbone)
     return lambda images: backbone_features(backbone, images, every_layer=True), size
 
 

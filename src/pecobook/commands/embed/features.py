@@ -14,12 +14,12 @@ from torch import Tensor, nn
 
 from pecobook.analysis.codewords import bag_of_codes, mean_codewords
 from pecobook.analysis.features import pools_class_token
+from pecobook.commands.extract import check_reads, names_tokenizer, open_backbone
 from pecobook.errors import ConfigError
-from pecobook.models.dry_run import dry_run
 from pecobook.models.export import read_settings
 from pecobook.models.network_traits import traits_of
 from pecobook.models.tokenizers import fingerprint, load_tokenizer
-from pecobook.models.weights import Backbone, load_backbone
+from pecobook.models.weights import Backbone
 from pecobook.settings.embed import EmbedConfig, Pool
 from pecobook.utils.devices import device
 from pecobook.utils.printer import say
@@ -45,10 +45,7 @@ def load_features(config: EmbedConfig) -> Features:
     Raises:
         PecobookError: the network does not exist, cannot read such images, or has no such block or token.
     """
-    if not config.backbone:
-        raise ConfigError("--backbone is missing: give a run of pecobook, or timm:NAME.")
-    kind = read_settings(config.backbone).get("kind") if Path(config.backbone).is_dir() else ""
-    if kind == "tokenizer" or config.backbone.startswith(("dalle:", "diffusers:")):
+    if names_tokenizer(config.backbone):
         return _of_tokenizer(config)
     if config.codes:
         raise ConfigError(f"--codes is for tokenizers; '{config.backbone}' is none.")
@@ -78,26 +75,10 @@ def _of_tokenizer(config: EmbedConfig) -> Features:
 
 
 def _of_backbone(config: EmbedConfig) -> Features:
-    torch.manual_seed(0)
-    backbone = load_backbone(
-        config.backbone,
-        weights=config.weights or None,
-        image_size=config.image_size or None,
-        mean=config.mean,
-        std=config.std,
-    )
-    say("\n".join(backbone.notes))
+    backbone, size = open_backbone(config, seed=0)
     weights = fingerprint(backbone.network)
-    size = config.image_size or backbone.image_size or 224
     reader, words = _reader(config, backbone)
-    dry_run(
-        reader.eval(),
-        (torch.zeros(2, 3, size, size),),
-        network=config.backbone,
-        purpose=f"read images of {size} pixels",
-        backward=False,
-    )
-    reader.to(device())
+    check_reads(reader, size, config.backbone)
     mean, std = (torch.tensor(values, device=device())[:, None, None] for values in (backbone.mean, backbone.std))
 
     @torch.inference_mode()

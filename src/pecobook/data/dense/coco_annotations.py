@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
-from pecobook.data.decode import BadImage, header_size
+from pecobook.data.decode import BadImage, decode, header_size
 from pecobook.data.dense.coco_values import format_size
 from pecobook.data.source import Integers, Store
 
@@ -66,8 +66,9 @@ class Annotations(Store):
 
     def read(self, row: int, shortest: int = 0) -> Tensor:
         """Read and decode the image of a row: uint8 (3, H, W), reduced as `decode` says. Raises BadImage."""
-        image, stated = super().read(row, shortest), self.sizes[row]
-        size = header_size(self.file(row)) if shortest else (image.shape[1], image.shape[2])
+        data, stated = self.encoded(row), self.sizes[row]
+        image = decode(data, name=self.identify(row), value_range=self.value_range, shortest=shortest)
+        size = header_size(data) if shortest else (image.shape[1], image.shape[2])
         if size and size != tuple(stated):
             raise BadImage(self.identify(row), f"{format_size(size)}, not {format_size(stated)} as in its annotations")
         return image
