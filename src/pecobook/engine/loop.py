@@ -237,7 +237,10 @@ class Loop:
         for micro, batch in enumerate(micro_batches(self.stage, self.model, parts, partial(self._seed, step))):
             self._seed(step, micro)
             unfinished = micro < accumulation - 1
-            with trainable_attention(self.fabric.device), self.fabric.no_backward_sync(self.model, enabled=unfinished):
+            with (
+                trainable_attention(self.fabric.device, self.config.attention),
+                self.fabric.no_backward_sync(self.model, enabled=unfinished),
+            ):
                 output = self.model(batch)
                 assert output.loss is not None
                 weight = weights[micro]
