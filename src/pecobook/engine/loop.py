@@ -124,6 +124,8 @@ class Loop:
         if config.resume:
             folder = self.out / "checkpoints"
             self.start = checkpoint.load(folder, stage=stage, optimizer=self.optimizer, precision=self.precision)
+            # A kill may have come between a checkpoint and this.
+            on_first_rank(lambda: checkpoint.delete_old(folder, config.keep_checkpoints))
         self.finite_check = FiniteCheck(fabric.world_size, late=on_gpu)
         quiet = fabric.global_rank > 0
         self.progress = Progress(total=self.total, start=self.start, name=command, quiet=quiet)
