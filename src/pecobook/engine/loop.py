@@ -25,7 +25,7 @@ from pecobook.engine.ahead import loss_weights, micro_batches
 from pecobook.engine.attention import trainable_attention
 from pecobook.engine.evaluation import Evaluation, average_metrics, evaluate, picture_grid
 from pecobook.engine.finite_check import FiniteCheck
-from pecobook.engine.launch import deterministic, micro_batch_size, num_workers
+from pecobook.engine.launch import compress_gradients, deterministic, micro_batch_size, num_workers
 from pecobook.engine.log import JsonLines, Progress, Sink, open_sinks, open_text_log
 from pecobook.engine.memory import out_of_memory_advice
 from pecobook.engine.optim import build_optimizer, learning_rates, set_learning_rate, warmup_warning
@@ -116,6 +116,8 @@ class Loop:
         if config.compile:
             stage.compile()
         self.model = fabric.setup_module(stage)
+        if config.communication == "bf16":
+            compress_gradients(self.model)
         fused = config.precision != "fp16"
         self.optimizer = build_optimizer(stage.parameter_groups(config.optim), config.optim, fused=fused)
         self.stepper: Any = fabric.setup_optimizers(self.optimizer)

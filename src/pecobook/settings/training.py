@@ -133,6 +133,9 @@ class TrainConfig(ImagesConfig):
     strategy: Strategy = "auto"
     """Distribution of the model over processes: ddp copies the model, fsdp shards it. auto is ddp for several
     processes."""
+    communication: Literal["fp32", "bf16"] = "fp32"
+    """Precision in which several processes exchange what they compute: bf16 halves the traffic, and rounds the
+    gradients before they are summed under ddp, the weights of each pass under fsdp."""
     precision: Precision = "auto"
     """Precision of autocast: fp32, bf16 or fp16. auto is bf16 where the hardware is faster with it, else fp32."""
     attention: AttentionKernel = "sdpa"
