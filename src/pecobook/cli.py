@@ -14,6 +14,7 @@ import os
 import sys
 import textwrap
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any, get_args
 
@@ -258,7 +259,7 @@ def _check_task(config_type: Any, word: str) -> None:
     """Raise ConfigError if the first word after `check` is no command that it knows."""
     tasks = [name for name in get_args(flags(config_type)["task"]) if name != "auto"]
     if word not in tasks:
-        hint = f" For a path give --data '{word}'." if os.path.exists(word) else did_you_mean(word, tasks)
+        hint = f" For a path give --data '{word}'." if Path(word).exists() else did_you_mean(word, tasks)
         raise ConfigError(
             f"'check' takes the command that will read the images ({', '.join(tasks)}), not '{word}'.{hint}"
         )

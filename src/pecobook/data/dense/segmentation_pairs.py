@@ -2,8 +2,8 @@
 
 Folders named images/, masks/ or alike tell images from masks ("train_masks/" is the mask folder of "train/"). Where
 there are none, a word within a folder's name does (binary_masks/, SegmentationClassPNG/), or the endings of the files'
-names: x.jpg and x_mask.png. Pictures pair by their relative paths; if no paths agree, by the names of their files, or by
-these without the words that all images, or all masks, of a folder share: img_1.jpg and lbl_1.png.
+names: x.jpg and x_mask.png. Pictures pair by their relative paths; if no paths agree, by the names of their files, or
+by these without the words that all images, or all masks, of a folder share: img_1.jpg and lbl_1.png.
 """
 
 from __future__ import annotations
@@ -243,12 +243,18 @@ def _without_shared_words(files: Mapping[str, str]) -> dict[str, str]:
         folders.setdefault(key.rpartition("/")[0], []).append(key.rpartition("/")[2])
     result = {}
     for folder, names in folders.items():
-        ways = (names, [name[::-1] for name in names]) if len(names) > 1 else ()
-        start, end = (len(re.sub(r"[^ _.-]*$", "", os.path.commonprefix(way))) for way in ways) if ways else (0, 0)
+        start, end = _length_of_shared_words(names), _length_of_shared_words([name[::-1] for name in names])
         for name in names:
-            key = f"{folder}/{name}".lstrip("/")
-            result[f"{folder}/{name[start : len(name) - end].lower()}".lstrip("/")] = files[key]
+            own = name[start : max(len(name) - end, start)].lower()
+            result[f"{folder}/{own}".lstrip("/")] = files[f"{folder}/{name}".lstrip("/")]
     return result
+
+
+def _length_of_shared_words(names: Sequence[str]) -> int:
+    """Return how many characters the words take with which two or more names all begin."""
+    first, last = min(names), max(names)
+    length = next((number for number, pair in enumerate(zip(first, last, strict=False)) if len({*pair}) > 1), 0)
+    return len(re.sub(r"[^ _.-]*$", "", first[:length]))
 
 
 def _match(data: str, found: Pictures) -> Pairs:
