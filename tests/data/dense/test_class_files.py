@@ -88,7 +88,9 @@ def test_read_classes__refuses_other_encodings(tmp_path: Path) -> None:
             read_classes(tmp_path / "classes.txt")
 
 
-@pytest.mark.parametrize("name", ["Classes.TXT", "labels.txt", "train/_Classes.csv", "ObjectInfo150.txt"])
+@pytest.mark.parametrize(
+    "name", ["Classes.TXT", "labels.txt", "train/_Classes.csv", "ObjectInfo150.txt", "ADE/objectInfo150.txt"]
+)
 def test_find_class_file__in_any_case(tmp_path: Path, name: str) -> None:
     assert find_class_file(tmp_path) is None
     (tmp_path / name).parent.mkdir(exist_ok=True)

@@ -124,8 +124,8 @@ class _ConvolutionalBody(nn.Module):
         self.strides: tuple[float, ...] = tuple(int(level["reduction"]) for level in levels[-4:])
         if config.checkpointing:
             network.set_grad_checkpointing(True)  # type: ignore[operator]
-        patch: Any = getattr(getattr(network, "patch_embed", None), "patch_size", 1)  # of a Swin, for example
-        self.patch = int(patch[0] if isinstance(patch, tuple) else patch)
+        has_patches = hasattr(getattr(network, "patch_embed", None), "patch_size")  # of a Swin, for example
+        self.patch = int(self.strides[0]) if has_patches else 1  # patches that overlap, as in PVTv2, are larger
         object.__setattr__(self, "network", network)  # not as a submodule: the pyramid registers the network
 
     network: Any
@@ -328,6 +328,9 @@ def _is_beit(network: nn.Module) -> bool:
 # ------------------------------------------------------------------------------------------------ loading and exporting
 
 
+_REMEDY = "Choose another network, such as a ViT, BEiT, ResNet, ConvNeXt or Swin."
+
+
 def load_pyramid(
     spec: str,
     *,
@@ -357,7 +360,7 @@ def load_pyramid(
     """
     options: dict[str, Any] = {"drop_path": drop_path, "any_size": True, "mean": mean, "std": std}
     backbone = load_backbone(spec, weights=weights or None, **options)
-    with refusing(spec, "form a pyramid for images of any size"):  # some networks take one size only, or have no maps
+    with refusing(spec, "form a pyramid for images of any size", _REMEDY):  # some networks take one size only
         pyramid = FeaturePyramid(backbone.network, image_size, config)
         side = 2 * int(pyramid.strides[-1])
         with torch.no_grad():
@@ -366,7 +369,9 @@ def load_pyramid(
         levels = zip(maps, pyramid.channels, pyramid.strides, strict=True)
         fits = [x.shape == (1, channels, side // stride, side // stride) for x, channels, stride in levels]
     if not all(fits):
-        raise WeightsError(f"'{spec}' cannot form a pyramid: its feature maps are not (B, C, H, W) at its strides.")
+        raise WeightsError(
+            f"'{spec}' cannot form a pyramid: its feature maps are not (B, C, H, W) at its strides. {_REMEDY}"
+        )
     return pyramid.train(), backbone
 
 
