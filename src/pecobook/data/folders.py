@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 
+from pecobook.data.decode import read_file
 from pecobook.data.layout import Folder, Layout, count_unused, parts_of, read_layout
 from pecobook.data.names import BESIDE_ITS_IMAGE, IMAGE_EXTENSIONS, SHADOW_FOLDER, masks_among
 from pecobook.data.parts import Contents
@@ -46,6 +47,7 @@ class FileStore(Store):
 
     def __init__(self, root: Path, paths: Any) -> None:
         self.root = root
+        self._prefix = os.fsencode(root / "x")[:-1]
         self._paths = paths  # Arrow's binary values, because names may not be UTF-8
 
     def __len__(self) -> int:
@@ -59,11 +61,14 @@ class FileStore(Store):
         """Return the path of the file of a row."""
         return self.root / os.fsdecode(self._paths[row].as_py())
 
+    def encoded(self, row: int) -> bytes:
+        """Return the bytes of the image file of a row. Raises BadImage."""
+        return read_file(self._prefix + self._paths[row].as_py())
+
     def files(self, rows: Integers) -> Iterator[bytes]:
         """Yield the paths of the files of the rows."""
-        root = os.fsencode(self.root) + b"/"
         for start in range(0, len(rows), _CHUNK):
-            yield from (root + path for path in self._paths.take(rows[start : start + _CHUNK]).to_pylist())
+            yield from (self._prefix + path for path in self._paths.take(rows[start : start + _CHUNK]).to_pylist())
 
     def digest(self, rows: Integers) -> str:
         """Return a hash of the relative paths. It holds no bytes: a good file may replace a damaged one."""

@@ -61,8 +61,11 @@ class Store:
 
     def read(self, row: int, shortest: int = 0) -> Tensor:
         """Read and decode the image of a row: uint8 (3, H, W); `shortest` is that of `decode`. Raises BadImage."""
-        data, name = self.encoded(row), self.identify(row)
-        return decode(data, name=name, value_range=self.value_range, shortest=shortest)
+        data = self.encoded(row)
+        try:
+            return decode(data, value_range=self.value_range, shortest=shortest)
+        except BadImage as error:  # a name takes time, and is needed here alone
+            raise BadImage(self.identify(row), error.reason) from error.__cause__
 
     def files(self, rows: Integers) -> Iterable[bytes] | None:  # noqa: ARG002
         """Return the paths of the files that hold the rows, some perhaps twice; None if they are in no files."""
