@@ -26,6 +26,7 @@ from pecobook.data.names import BESIDE_ITS_IMAGE, IMAGE_EXTENSIONS, SHADOW_FOLDE
 from pecobook.data.parts import Contents
 from pecobook.data.source import Integers, Note, Store
 from pecobook.errors import DataError, some_of
+from pecobook.utils.distributed import made_by_first_rank
 
 _EXTENSIONS = frozenset(extension.encode() for extension in IMAGE_EXTENSIONS)
 _SHADOW_FOLDER = SHADOW_FOLDER.encode()
@@ -145,7 +146,7 @@ def folder_contents(source: str, root: Path) -> Contents:
     Raises:
         DataError: the folder holds no readable file, or it cannot be told whether folders are splits or classes.
     """
-    listing = walk(root)
+    listing = made_by_first_rank(f"listing of {root}", lambda: walk(root))
     counts = {"image": len(listing.group_of), "tar": len(listing.shards), "parquet": len(listing.tables)}
     weights = dict(counts)
     num_rows, has_paths = _count_rows(listing.tables) if counts["image"] and listing.tables else (0, False)
