@@ -126,6 +126,15 @@ def test_stream__an_epoch_is_every_image_once_in_a_new_order_with_new_views() ->
     assert orders[0] != [int(Stream(squares(20), view, seed=1)[i]["index"]) for i in range(20)]
 
 
+def test_stream__windows_change_the_order_alone() -> None:
+    whole, windows = (Stream(squares(40), view, seed=2, window=window) for window in (0, 10))
+    one, other = (
+        {int(s["index"]): int(s["key"]) for s in map(stream.__getitem__, range(40))} for stream in (whole, windows)
+    )
+    assert one == other  # every image once, with the same view
+    assert list(one) != list(other)
+
+
 @pytest.mark.parametrize("bad", [frozenset[int](), frozenset({2, 3, 11})], ids=["good", "some bad"])
 def test_load__is_the_same_for_any_workers(bad: frozenset[int]) -> None:
     stream = Stream(squares(13, bad), view, seed=0)

@@ -20,7 +20,7 @@ from torch.utils.data import BatchSampler, Dataset
 from pecobook.data.batch import Batch
 from pecobook.data.decode import BadImage
 from pecobook.data.loading import Batches
-from pecobook.data.sampler import fixed_permutation, key, permute
+from pecobook.data.sampler import fixed_permutation, key, permute_windows
 from pecobook.data.source import ImageSource, Splits
 from pecobook.data.views import NamedViews, center_crop, shortest_side
 from pecobook.errors import DataError
@@ -42,7 +42,7 @@ class Stream(Dataset[dict[str, Any]]):
     A sample holds what `view` and `companion` return, `index` (the image's number), `label` when the source has labels,
     `replaced` (bool, whether it replaces an image that cannot be read) and `skipped` (what could not be read on the
     way, as text). Keys of views: (seed, image index, view number), so a view has a name; the view number is the epoch,
-    or, with `num_views`, the epoch modulo that.
+    or, with `num_views`, the epoch modulo that. `window` is that of `permute_windows`.
     """
 
     def __init__(
@@ -53,8 +53,9 @@ class Stream(Dataset[dict[str, Any]]):
         *,
         companion: Companion | None = None,
         num_views: int = 0,
+        window: int = 0,
     ) -> None:
-        self.source, self.view, self.seed = source, view, seed
+        self.source, self.view, self.seed, self.window = source, view, seed, window
         self.companion, self.num_views = companion, num_views
         self.shortest = shortest_side(view)
         self.failure = ""
@@ -68,7 +69,7 @@ class Stream(Dataset[dict[str, Any]]):
         epoch, place = divmod(position, size)
         skipped: list[str] = []
         for _ in range(min(size, _GIVE_UP_AFTER)):
-            index = permute(place, size, key(self.seed, epoch))
+            index = permute_windows(place, size, self.window, key(self.seed, epoch))
             number = epoch % self.num_views if self.num_views else epoch
             try:
                 beside = {} if self.companion is None else self.companion(index, epoch)
