@@ -245,11 +245,10 @@ def _write(
     shards = [(layout[file.parent.name], int(file.stem.rpartition("-")[2]), file) for file in files]
     total = sum(len(split.images_of(shard)) for split, shard, _ in shards)
     progress = Progress(total=total, start=0, name="tokenize", quiet=fabric.global_rank > 0)
-    items = [(split.split, i) for split, shard, _ in shards for i in split.images_of(shard)]
     batches = read_all_views(
         NamedViews.of(config),
         ready.splits,
-        items,
+        [(split.split, split.images_of(shard)) for split, shard, _ in shards],
         num_views=config.views,
         images_per_batch=max(config.batch_size // config.views, 1),
         workers=num_workers(config),  # type: ignore[arg-type]
@@ -266,7 +265,7 @@ def _write(
                         return False
                     batch = next(batches)
                     pending += _encode(config, tokenizer, fabric, batch, split)
-                    done += batch["count"]
+                    done += len(batch["unread"])
                     speed = done / max(time.monotonic() - start, 1e-9)
                     progress.show(min(done, total), {"images_per_second": speed})
                 images = zip(split.images_of(shard), pending[:count], strict=True)
@@ -293,7 +292,7 @@ def _encode(
             indices = encode_views(tokenizer, pixels, config.tokenizer_size)
         codes = iter(indices.cpu().numpy().astype(np.uint16).reshape(-1, layout.num_views, *layout.grid))
     zeros = np.zeros((layout.num_views, *layout.grid), dtype=np.uint16)
-    return [(zeros, unread[i]) if i in unread else (next(codes), None) for i in range(batch["count"])]
+    return [(next(codes), None) if error is None else (zeros, error) for error in unread]
 
 
 def _finish(out: Path, layout: dict[str, BankLayout], command: str) -> None:

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from pecobook.data.batch import Batch
-from pecobook.data.loading import WorkerError
+from pecobook.data.loading import WorkerError, reading_advice
 from pecobook.data.sampler import BatchPositions, key
 from pecobook.data.stream import Stream, load, to_device
 from pecobook.engine import checkpoint
@@ -25,7 +25,7 @@ from pecobook.engine.ahead import loss_weights, micro_batches
 from pecobook.engine.attention import trainable_attention
 from pecobook.engine.evaluation import Evaluation, average_metrics, evaluate, picture_grid
 from pecobook.engine.finite_check import FiniteCheck
-from pecobook.engine.launch import compress_gradients, deterministic, micro_batch_size, num_workers
+from pecobook.engine.launch import compress_gradients, deterministic, device_count, micro_batch_size, num_workers
 from pecobook.engine.log import JsonLines, Progress, Sink, open_sinks, open_text_log
 from pecobook.engine.memory import out_of_memory_advice
 from pecobook.engine.optim import build_optimizer, learning_rates, set_learning_rate, warmup_warning
@@ -35,6 +35,7 @@ from pecobook.errors import PecobookError
 from pecobook.settings.durations import steps
 from pecobook.settings.training import TrainConfig
 from pecobook.settings.values import to_dict
+from pecobook.utils.devices import cores
 from pecobook.utils.distributed import gather_objects, on_first_rank
 from pecobook.utils.files import write_atomically
 from pecobook.utils.printer import say, show, write_notes_to
@@ -134,7 +135,7 @@ class Loop:
         self.sinks: list[Sink] = []
         self.skipped: dict[str, None] = {}
         self.last_metrics: dict[str, float] = {}
-        self._warned = self._evaluating = False
+        self._warned = self._advised = self._evaluating = False
         if not quiet:
             self.sinks = open_sinks(config.loggers, self.out, to_dict(config), start_step=self.start)
             self.text = open_text_log(self.out)
@@ -148,7 +149,8 @@ class Loop:
         try:
             with Signals() as signals, deterministic(self.fabric.device, self.config.deterministic):
                 positions = self._positions(self.start, self.total)
-                batches = load(self.train, positions, workers=self.workers, pin=self.fabric.device.type == "cuda")
+                device = self.fabric.device
+                batches = load(self.train, positions, workers=self.workers, pin=device.type == "cuda", device=device)
                 self._measured_at = time.monotonic()
                 self._saved_at, self._waited, self._measured_step = self._measured_at, 0.0, self.start
                 if self.config.compile:
@@ -279,6 +281,14 @@ class Loop:
         self.progress.show(step, values, now=step <= self.start + 2)
         for sink in self.sinks:
             sink.log(values, step)
+        if self.fabric.device.type == "cuda" and step > self.start + self.config.log_every and not self._advised:
+            num_cores = len(cores()) // device_count(self.config)
+            text = reading_advice(
+                values["data_wait"], self.workers, num_cores
+            )  # not of the first steps, which start processes
+            if text:
+                self._advised = True
+                say(text)
         warning = self.stage.warning(values, step)
         if warning and not self._warned:
             self._warned = True

@@ -152,6 +152,9 @@ class TrainConfig(ImagesConfig):
     """Side of the square views that the model sees, in pixels."""
     workers: int = -1
     """Number of data-loading processes of each device. -1 chooses from the number of cores."""
+    shuffle_window: int = 0
+    """Number of images that are shuffled together, as 32 runs of neighbouring images. 0 shuffles all images of an
+    epoch; some thousand are for storage that is slow at single images: object storage, NFS, spinning disks."""
     loggers: tuple[str, ...] = ("tensorboard",)
     """Loggers in addition to metrics.jsonl: any of tensorboard, wandb, mlflow."""
     log_every: int = 10
@@ -191,7 +194,7 @@ class TrainConfig(ImagesConfig):
         positive(self, "keep_checkpoints", "sample_every", "evaluation_images")
         positive(self, "image_size", most=MAX_IMAGE_SIZE)
         positive(self, "batch_size", most=MAX_BATCH)
-        between(self, 0, LARGEST, "micro_batch_size", "seed")
+        between(self, 0, LARGEST, "micro_batch_size", "seed", "shuffle_window")
         between(self, -1, MAX_WORKERS, "workers")
         check_devices(self)
         if self.resume and self.overwrite:

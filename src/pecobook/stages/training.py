@@ -144,7 +144,14 @@ def _dry_run(stage_type: type[Stage[C]], config: C, splits: Splits, stage: Stage
 
 def _training_stream(stage_type: type[Stage[C]], config: C, stage: Stage[C], splits: Splits) -> Stream:
     companion, views = stage.companions()[0], stage.num_views()
-    return Stream(splits.train, stage_type.view(config), config.seed, companion=companion, num_views=views)
+    return Stream(
+        splits.train,
+        stage_type.view(config),
+        config.seed,
+        companion=companion,
+        num_views=views,
+        window=config.shuffle_window,
+    )
 
 
 def _fit(
