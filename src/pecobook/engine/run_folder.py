@@ -1,6 +1,6 @@
 """The run folder: checks before a run writes into it, and the files written before the first step.
 
-config.json  environment.json  metrics.jsonl  train.log  samples/  checkpoints/  export/
+config.json  environment.json  metrics.jsonl  curves.png  train.log  samples/  checkpoints/  export/
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _ENVIRONMENT = {"versions": OBJECT, "earlier": list_of(OBJECT).or_none, "data_no
 _RUN = {"command": TEXT, "data": TEXT, "out": TEXT}  # many folders hold a config.json
 _FILES = (
     *("config.json", "environment.json", "data.parquet", "metrics.jsonl", "train.log", "events.out.tfevents.*"),
-    ".*.tmp",
+    *("curves.png", ".*.tmp"),
     *("predictions.parquet", "classes.json", "detections.json", "average_precision.json"),
     *(f"samples/{name}" for name in ("step-*.png", "example.png", "confusion.png", "detections.png", ".*.tmp")),
     *("checkpoints/step-*/state.pt*", "checkpoints/.step-*.tmp/*"),
