@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from pecobook.commands.embed import embed
     from pecobook.commands.explore import explore
     from pecobook.commands.probe import probe
+    from pecobook.commands.push import push
     from pecobook.commands.reproduce import reproduce
     from pecobook.data.images import read_image
     from pecobook.data.masking import blockwise_mask
@@ -35,11 +36,11 @@ if TYPE_CHECKING:
 __all__ = ["Backbone", "Classifier", "Detector", "MaskedImageModel", "PecobookError", "PerceptualDistance"]
 __all__ += ["PerceptualTokenizer", "Segmenter", "VectorQuantizer", "analyze", "bench", "blockwise_mask", "check"]
 __all__ += ["codebook", "compare", "contrast", "demo", "detect", "embed", "explore", "export", "finetune"]
-__all__ += ["load_tokenizer", "nearest_codeword", "predict", "pretrain", "probe", "read_image", "reproduce", "segment"]
-__all__ += ["tokenize"]
+__all__ += ["load_tokenizer", "nearest_codeword", "predict", "pretrain", "probe", "push", "read_image", "reproduce"]
+__all__ += ["segment", "tokenize"]
 
 _API = ("codebook", "contrast", "detect", "export", "finetune", "predict", "pretrain", "segment", "tokenize")
-_COMMANDS = ("analyze", "bench", "check", "compare", "demo", "embed", "explore", "probe", "reproduce")
+_COMMANDS = ("analyze", "bench", "check", "compare", "demo", "embed", "explore", "probe", "push", "reproduce")
 _HOMES = {
     **dict.fromkeys(_API, "api"),
     **{name: f"commands.{name}" for name in _COMMANDS},

@@ -23,6 +23,7 @@ from pecobook.settings.finetune import FinetuneConfig
 from pecobook.settings.predict import PredictConfig
 from pecobook.settings.pretrain import PretrainConfig
 from pecobook.settings.probe import ProbeConfig
+from pecobook.settings.push import PushConfig
 from pecobook.settings.reproduce import ReproduceConfig
 from pecobook.settings.segment import SegmentConfig
 from pecobook.settings.tokenize import TokenizeConfig
@@ -212,6 +213,14 @@ COMMANDS: dict[str, Command] = {
         ),
         "runs metrics out overwrite",
         words=("runs",),
+    ),
+    "push": Command(
+        "upload the export of a run to the Hugging Face hub, with a complete model card",
+        PushConfig,
+        "RUN OWNER/NAME",
+        ("push runs/codebook me/codebook --license mit --dry-run", "push runs/vit me/vit --private --revision v2"),
+        "run repo license private revision message dry-run",
+        words=("run", "repo"),
     ),
     "demo": Command(
         "run all stages on built-in photographs in minutes, with a report",

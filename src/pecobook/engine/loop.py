@@ -23,6 +23,7 @@ from pecobook.data.stream import Stream, load, to_device
 from pecobook.engine import checkpoint
 from pecobook.engine.ahead import loss_weights, micro_batches
 from pecobook.engine.attention import trainable_attention
+from pecobook.engine.curves import Curves, Draw
 from pecobook.engine.evaluation import Evaluation, average_metrics, evaluate, picture_grid
 from pecobook.engine.finite_check import FiniteCheck
 from pecobook.engine.launch import compress_gradients, deterministic, device_count, micro_batch_size, num_workers
@@ -68,16 +69,19 @@ def fit(
     command: str,
     reference: Stream | None = None,
     preamble: Sequence[str] = (),
+    draw: Draw | None = None,
 ) -> Outcome:
     """Train `stage` on `train` until its last step or a signal.
 
     `reference` holds training images that every evaluation reads in full and compares with. The lines of `preamble` are
-    shown, and written to train.log, before the first step.
+    shown, and written to train.log, before the first step. `draw` draws curves.png.
 
     Raises:
         NonFiniteLossError: before the optimizer step, on all ranks.
     """
     loop = Loop(fabric, stage, train, evaluation, reference, config, command)
+    if draw is not None and loop.sinks:
+        loop.sinks.append(Curves(loop.out, draw))
     for line in preamble:
         say(line)
     return loop.run()
@@ -328,7 +332,7 @@ class Loop:
                 sink.picture("samples", png, step)
         if step == self.total and result.rows:
             self.stage.report(self.out, result.rows, self.evaluation.source)
-        for sink in self.sinks:  # last, and metrics.jsonl last of all: a resume repeats an evaluation that is not there
+        for sink in self.sinks:  # metrics.jsonl after the others: a resume repeats an evaluation not in it
             sink.log(result.metrics, step)
 
     def _save_if_due(self, step: int, stop: bool) -> None:

@@ -1,6 +1,6 @@
 """The run folder: checks before a run writes into it, and the files written before the first step.
 
-config.json  environment.json  metrics.jsonl  train.log  samples/  checkpoints/  export/
+config.json  environment.json  metrics.jsonl  curves.png  train.log  samples/  checkpoints/  export/
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _ENVIRONMENT = {"versions": OBJECT, "earlier": list_of(OBJECT).or_none, "data_no
 _RUN = {"command": TEXT, "data": TEXT, "out": TEXT}  # many folders hold a config.json
 _FILES = (
     *("config.json", "environment.json", "data.parquet", "metrics.jsonl", "train.log", "events.out.tfevents.*"),
-    ".*.tmp",
+    *("curves.png", ".*.tmp"),
     *("predictions.parquet", "classes.json", "detections.json", "average_precision.json"),
     *(f"samples/{name}" for name in ("step-*.png", "example.png", "confusion.png", "detections.png", ".*.tmp")),
     *("checkpoints/step-*/state.pt*", "checkpoints/.step-*.tmp/*"),
@@ -60,7 +60,8 @@ def prepare(config: TrainConfig, command: str, splits: Splits | None = None) -> 
     bank: str = getattr(config, "tokens", "")
     if now is not None and bank:
         notes += check_bank(bank, now, data=config.data)
-    return _folder(config, command).begin(partial(_write_settings, config, command, now, notes))
+    images = {} if splits is None else _image_counts(splits)
+    return _folder(config, command).begin(partial(_write_settings, config, command, now, notes, images))
 
 
 def recorded_range(out: str) -> RangeSetting:
@@ -106,7 +107,19 @@ def _check_resume(config: TrainConfig, command: str, old: dict[str, Any]) -> Non
         )
 
 
-def _write_settings(config: TrainConfig, command: str, now: record.Record | None, notes: list[str], out: Path) -> None:
+def _image_counts(splits: Splits) -> dict[str, int]:
+    counts = {"training": len(splits.train), "held_out": len(splits.evaluation)}
+    return counts | ({"classes": len(splits.train.classes)} if splits.train.classes else {})
+
+
+def _write_settings(
+    config: TrainConfig,
+    command: str,
+    now: record.Record | None,
+    notes: list[str],
+    images: dict[str, int],
+    out: Path,
+) -> None:
     resumes, accept = bool(config.resume) and (out / "config.json").exists(), config.accept_data_change
     news = now
     if resumes and now is not None:
@@ -116,19 +129,19 @@ def _write_settings(config: TrainConfig, command: str, now: record.Record | None
         say(note)
     if not resumes:
         write_json(out / "config.json", stored_settings(config, command))
-    _write_environment(out / "environment.json", notes)
+    _write_environment(out / "environment.json", notes, images)
     if news is not None:  # after environment.json, which tells of the change
         news.write(out)
     (out / "checkpoints").mkdir(exist_ok=True)
     (out / "samples").mkdir(exist_ok=True)
 
 
-def _write_environment(file: Path, notes: list[str]) -> None:
+def _write_environment(file: Path, notes: list[str], images: dict[str, int]) -> None:
     """Write environment.json; where a resumed run had other versions, say which, and keep the earlier content.
 
-    `notes` are sentences on changed data, which are kept too.
+    `notes` are sentences on changed data, which are kept too; `images` are the numbers of images and classes.
     """
-    current = environment()
+    current = environment() | ({"images": images} if images else {})
     earlier: dict[str, Any] = {}
     try:
         earlier = read_json(file, _ENVIRONMENT, remedy="It is written anew.")

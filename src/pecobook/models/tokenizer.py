@@ -134,16 +134,9 @@ class PerceptualTokenizer(Exported):
         return name not in TRAINING_ONLY_BUFFERS
 
     @classmethod
-    def from_pretrained(cls, source: str | Path) -> Self:
-        """Load from a run folder, an export folder, or `owner/name` on the Hugging Face hub.
-
-        Returns:
-            the tokenizer in evaluation mode; its parameters take no gradient.
-
-        Raises:
-            WeightsError: the export is missing or damaged, or it is not a tokenizer.
-        """
-        return super().from_pretrained(source).requires_grad_(False)
+    def from_pretrained(cls, source: str | Path, *, revision: str = "") -> Self:
+        """Load as `Exported.from_pretrained` does; the parameters of the tokenizer take no gradient."""
+        return super().from_pretrained(source, revision=revision).requires_grad_(False)
 
     def loading_code(self, source: str) -> str:
         """Return Python code that loads the tokenizer; `source` is a folder or a repository on the Hugging Face hub."""

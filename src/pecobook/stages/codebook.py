@@ -38,6 +38,7 @@ from pecobook.settings.codebook import CodebookConfig
 from pecobook.settings.durations import steps
 from pecobook.settings.tokenizer import TokenizerConfig
 from pecobook.utils.distributed import mean_over_ranks
+from pecobook.utils.files import without_folders
 from pecobook.utils.images import to_float
 
 
@@ -299,15 +300,16 @@ class CodebookStage(Stage[CodebookConfig]):
 
 
 def _origin(config: CodebookConfig) -> str:
-    """Describe in a sentence, for the model card, how the tokenizer was trained."""
-    perceptual = config.perceptual
+    """Describe in a sentence, for the model card, how the tokenizer was trained; folders stay on this machine."""
+    data, perceptual = without_folders(config.data), config.perceptual
     features = "pixels alone"
     if perceptual.network != "none" and perceptual.weight > 0:
         layers = ", ".join(map(str, perceptual.layers))
-        weights = f" ({perceptual.weights})" if perceptual.weights else ""
-        features = f"pixels and layers {layers} of {perceptual.network}{weights}, lambda {perceptual.weight:g}"
+        weights = f" ({without_folders(perceptual.weights)})" if perceptual.weights else ""
+        network = without_folders(perceptual.network)
+        features = f"pixels and layers {layers} of {network}{weights}, lambda {perceptual.weight:g}"
     length = f"{config.max_steps} steps" if config.max_steps.isdigit() else config.max_steps
-    return f"`pecobook codebook`, on `{config.data}` for {length} at batch {config.batch_size}, under {features}."
+    return f"`pecobook codebook`, on `{data}` for {length} at batch {config.batch_size}, under {features}."
 
 
 def build_tokenizer(config: CodebookConfig) -> PerceptualTokenizer:

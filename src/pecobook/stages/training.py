@@ -173,7 +173,14 @@ def _fit(
         command=stage_type.command,
         reference=reference,
         preamble=preamble,
+        draw=_draw_curves,
     )
+
+
+def _draw_curves(metrics: Path) -> bytes:
+    from pecobook.analysis.charts import run_curves
+
+    return run_curves(metrics)
 
 
 def _export(config: TrainConfig, stage: Stage[Any], splits: Splits) -> None:
