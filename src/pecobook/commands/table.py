@@ -56,7 +56,7 @@ COMMANDS: dict[str, Command] = {
             "contrast tiny --data photos --out runs/contrast",
             "contrast paper --data IMAGENET --out runs/contrast --compile",
         ),
-        f"data {_RUN} batch-size micro-batch-size max-steps optim.lr model.name",
+        f"data init {_RUN} batch-size micro-batch-size max-steps optim.lr model.name",
     ),
     "codebook": Command(
         "train a perceptual codebook (the PeCo tokenizer)",
@@ -67,7 +67,7 @@ COMMANDS: dict[str, Command] = {
             "codebook paper --data IMAGENET --perceptual.network runs/contrast --out runs/codebook",
         ),
         "data perceptual.network perceptual.layers perceptual.weights perceptual.weight quantizer.num-codewords "
-        "out dry-run resume overwrite max-steps batch-size micro-batch-size",
+        "init out dry-run resume overwrite max-steps batch-size micro-batch-size",
     ),
     "pretrain": Command(
         "pre-train a ViT on the tokens of your images",
@@ -77,7 +77,8 @@ COMMANDS: dict[str, Command] = {
             "pretrain tiny --data photos --tokenizer runs/codebook --out runs/vit",
             "pretrain --data IMAGENET --tokenizer runs/codebook --tokens BANK --out runs/vit --compile",
         ),
-        "data tokenizer tokens target out dry-run resume overwrite model.name max-steps batch-size micro-batch-size",
+        "data tokenizer tokens target init out dry-run resume overwrite model.name max-steps batch-size "
+        "micro-batch-size",
     ),
     "finetune": Command(
         "fine-tune a backbone for classification",
@@ -87,7 +88,7 @@ COMMANDS: dict[str, Command] = {
             "finetune tiny --data photos --backbone runs/vit --out runs/classifier",
             "finetune --data IMAGENET --backbone timm:vit_base_patch16_224 --out runs/classifier",
         ),
-        "data backbone weights out dry-run resume overwrite optim.lr optim.layer-decay max-steps batch-size "
+        "data backbone weights init out dry-run resume overwrite optim.lr optim.layer-decay max-steps batch-size "
         "micro-batch-size",
     ),
     "segment": Command(
@@ -98,7 +99,7 @@ COMMANDS: dict[str, Command] = {
             "segment tiny --data SHAPES --backbone runs/vit --out runs/segmenter",
             "segment paper --data ADEChallengeData2016 --backbone runs/vit --out runs/segmenter",
         ),
-        "data classes mask-values ignore skip-bad backbone out dry-run resume overwrite image-size max-steps "
+        "data classes mask-values ignore skip-bad backbone init out dry-run resume overwrite image-size max-steps "
         "batch-size",
     ),
     "detect": Command(
@@ -109,7 +110,8 @@ COMMANDS: dict[str, Command] = {
             "detect tiny --data NUCLEI --backbone runs/vit --out runs/detector",
             "detect paper --data COCO --backbone runs/vit --out runs/detector",
         ),
-        "data skip-bad masks backbone out dry-run resume overwrite scales max-size image-size max-steps batch-size",
+        "data skip-bad masks backbone init out dry-run resume overwrite scales max-size image-size max-steps "
+        "batch-size",
     ),
     "check": Command(
         "look at every image: what a command would learn from, and what is wrong with it",

@@ -246,8 +246,8 @@ class VectorQuantizer(nn.Module):
     def _load_from_state_dict(self, *args: Any) -> None:
         super()._load_from_state_dict(*args)
         self._steps = int(self.num_updates)
-        self._bypass = self._steps < self.config.start_after
         self._initialised, self._num_start_vectors = bool(self.ema_count.sum() > 0), 0
+        self._bypass = not self._initialised and self._steps < self.config.start_after
         self._pending = None
 
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal
+from typing import Any, Literal
 
 from pecobook.errors import ConfigError
+from pecobook.settings.initial import tokenizer_of
 from pecobook.settings.perceptual import PerceptualConfig
 from pecobook.settings.tokenizer import AutoencoderConfig, QuantizerConfig
 from pecobook.settings.training import BaseOptimConfig, CropTrainConfig
@@ -95,3 +96,8 @@ class CodebookConfig(CropTrainConfig):
             )
         if self.pixel_weight == 0 and (self.perceptual.network == "none" or self.perceptual.weight == 0):
             raise ConfigError("There is no loss: --pixel-weight is 0 and there is no perceptual network.")
+
+    @staticmethod
+    def implied(changes: dict[str, Any]) -> dict[str, Any]:
+        """Return the settings of the network that `--init` names, unless `changes` contains them."""
+        return tokenizer_of(changes)

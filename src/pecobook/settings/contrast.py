@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 from pecobook.settings.images import JitterConfig, PhotometricConfig
+from pecobook.settings.initial import network_of
 from pecobook.settings.training import BackboneConfig, BaseOptimConfig, CropTrainConfig
 from pecobook.settings.values import MAX_WIDTH, between, not_negative, positive
 
@@ -53,3 +55,8 @@ class ContrastConfig(CropTrainConfig):
     def view_colour(self, number: int) -> PhotometricConfig:
         """Return all colour changes of view 0 or 1."""
         return PhotometricConfig(**vars(self.colour), blur=self.blur[number], solarise=self.solarise[number])
+
+    @staticmethod
+    def implied(changes: dict[str, Any]) -> dict[str, Any]:
+        """Return the settings of the network that `--init` names, unless `changes` contains them."""
+        return network_of(changes, "contrast")

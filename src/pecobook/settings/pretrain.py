@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal
+from typing import Any, Literal
 
 from pecobook.errors import ConfigError
 from pecobook.settings.images import PhotometricConfig
+from pecobook.settings.initial import network_of
 from pecobook.settings.training import BackboneConfig, BaseOptimConfig, CropTrainConfig
 from pecobook.settings.values import MAX_WIDTH, between, positive
 
@@ -79,3 +80,8 @@ class PretrainConfig(CropTrainConfig):
         between(self, 0, 4096, "tokenizer_size")
         if self.tokens and self.target == "pixels":
             raise ConfigError("--tokens has no effect with --target pixels: leave one of them out.")
+
+    @staticmethod
+    def implied(changes: dict[str, Any]) -> dict[str, Any]:
+        """Return the settings of the network that `--init` names, unless `changes` contains them."""
+        return network_of(changes, "pretrain")

@@ -100,6 +100,11 @@ class StartConfig:
 
     def __post_init__(self) -> None:
         between(self, 0.0, 1.0, "drop_path")
+        if getattr(self, "init", "") and (self.backbone or self.weights):
+            raise ConfigError(
+                "--init takes the backbone and the head of a run of this command: leave --backbone and --weights out, "
+                "or give --backbone alone to start with a new head."
+            )
 
     @staticmethod
     def implied(changes: dict[str, Any]) -> dict[str, Any]:
@@ -172,6 +177,10 @@ class TrainConfig(ImagesConfig):
     deterministic: bool = False
     """Use deterministic kernels on a GPU, where PyTorch has them, so that a repeated or resumed run gives exactly the
     same weights; this is slower. A CPU always computes deterministically."""
+    init: str = ""
+    """Weights to start from in place of random ones: a run of this command. `contrast` and `pretrain` also take any
+    other backbone: a run, timm:NAME, or a file of its weights; `codebook` a file of a tokenizer's weights. The network,
+    and the number of codewords, are then those of --init unless they are given too."""
     optim: BaseOptimConfig = BaseOptimConfig()
     resume: Resume = False
     """Resume from the last checkpoint in --out. `--resume auto` starts a run where there is none, so that one command

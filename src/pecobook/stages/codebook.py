@@ -31,6 +31,7 @@ from pecobook.engine.stage import Stage, StageOutput, submodule_state
 from pecobook.errors import ConfigError
 from pecobook.models.discriminator import PatchDiscriminator, adversarial_losses
 from pecobook.models.explicit import CodewordClassifier, CodewordContrast
+from pecobook.models.initial import Start, start_tokenizer, take_parts, training_weights, write_training_weights
 from pecobook.models.perceptual import PerceptualDistance, build_perceptual_distance
 from pecobook.models.quantizer import Quantized, VectorQuantizer
 from pecobook.models.tokenizer import PerceptualTokenizer
@@ -59,8 +60,8 @@ class CodebookStage(Stage[CodebookConfig]):
         super().__init__()
         self.config = config
         self.tokenizer = build_tokenizer(config)
+        self.start = start_codebook(config, self.tokenizer)
         self.perceptual = perceptual or build_perceptual_distance(config.perceptual, config.seed)
-        self.notes = self.perceptual.notes if self.perceptual is not None else ()
         self.discriminator = self.classifier = self.contrast = None
         if config.adversarial.weight > 0:
             self.discriminator = PatchDiscriminator(config.adversarial, config.model.in_channels)
@@ -69,6 +70,11 @@ class CodebookStage(Stage[CodebookConfig]):
         elif config.explicit.kind == "contrastive":
             self.min_batch_size = 2  # images are contrasted with each other
             self.contrast = CodewordContrast(self.tokenizer.encoder, config.model.latent_dim, config.explicit)
+        if config.init:
+            skip = ("tokenizer", "perceptual")
+            state = training_weights(config.init)
+            take_parts(self, {n: v for n, v in state.items() if not n.startswith("tokenizer.")}, self.start, skip=skip)
+        self.notes = (*(self.perceptual.notes if self.perceptual is not None else ()), *self.start.notes)
 
     def forward(self, batch: Batch) -> StageOutput:
         """Equation 5, and the terms that the settings add, on a batch of uint8 images."""
@@ -255,7 +261,9 @@ class CodebookStage(Stage[CodebookConfig]):
 
     def export(self, folder: Path, state: dict[str, Tensor]) -> str:
         """Write the tokenizer."""
-        self.tokenizer.value_range = self.config.value_range
+        self.tokenizer.value_range, self.tokenizer.init = self.config.value_range, self.start.summary
+        trained = (f"tokenizer.{name}" for name in ("encoder.", "decoder.", "quantizer.codebook"))
+        write_training_weights(folder, state, leave_out=("perceptual.", *trained))
         self.tokenizer.save_pretrained(folder, state=submodule_state(state, "tokenizer"), origin=_origin(self.config))
         return self.tokenizer.loading_code(self.config.out)
 
@@ -272,6 +280,8 @@ class CodebookStage(Stage[CodebookConfig]):
         distance = build_perceptual_distance(config.perceptual, config.seed)
         if distance is not None:
             distance.check_image_size(config.image_size, config.image_size)
+        if config.init:
+            start_codebook(config, build_tokenizer(config))
         return distance
 
     @classmethod
@@ -310,6 +320,12 @@ def _origin(config: CodebookConfig) -> str:
         features = f"pixels and layers {layers} of {network}{weights}, lambda {perceptual.weight:g}"
     length = f"{config.max_steps} steps" if config.max_steps.isdigit() else config.max_steps
     return f"`pecobook codebook`, on `{data}` for {length} at batch {config.batch_size}, under {features}."
+
+
+def start_codebook(config: CodebookConfig, tokenizer: PerceptualTokenizer) -> Start:
+    """Load the weights of `--init` into the tokenizer; without `--init` nothing is taken."""
+    vectors = config.batch_size * (config.image_size / config.model.stride) ** 2
+    return start_tokenizer(tokenizer, config.init, vectors=vectors) if config.init else Start("")
 
 
 def build_tokenizer(config: CodebookConfig) -> PerceptualTokenizer:

@@ -21,10 +21,12 @@ from pecobook.data.views import central_view, colour_draws, photometric, random_
 from pecobook.engine.launch import check_min_batch
 from pecobook.engine.schedule import cosine
 from pecobook.engine.stage import Stage, StageOutput, submodule_state
+from pecobook.models.checkpoints import load_state
 from pecobook.models.contrastive import can_initialise_moco, contrastive_loss, ema_update, initialise_moco, mlp
 from pecobook.models.dry_run import dry_run, refusing
+from pecobook.models.initial import start_backbone, take_parts, training_weights, write_training_weights
 from pecobook.models.network_traits import network_traits
-from pecobook.models.weights import IMAGENET_MEAN, IMAGENET_STD, Backbone, create_network
+from pecobook.models.weights import Backbone, create_network
 from pecobook.settings.contrast import ContrastConfig
 from pecobook.utils.images import channels_last, to_float
 
@@ -56,10 +58,27 @@ class MocoStage(Stage[ContrastConfig]):
             initialise_moco(self.backbone)
         if is_vit and config.freeze_patch_embed:
             self.backbone.patch_embed.requires_grad_(False)
+        self.start = start_backbone(
+            self.backbone, config.init, name=config.model.name, args=args, image_size=config.image_size
+        )
         self.momentum_backbone = copy.deepcopy(self.backbone).requires_grad_(False)
         self.momentum_projector = copy.deepcopy(self.projector).requires_grad_(False)
-        self.register_buffer("mean", torch.tensor(IMAGENET_MEAN)[:, None, None], persistent=False)
-        self.register_buffer("std", torch.tensor(IMAGENET_STD)[:, None, None], persistent=False)
+        if config.init:
+            self._take_heads()
+        self.notes = self.start.notes
+        self.register_buffer("mean", torch.tensor(self.start.mean)[:, None, None], persistent=False)
+        self.register_buffer("std", torch.tensor(self.start.std)[:, None, None], persistent=False)
+
+    def _take_heads(self) -> None:
+        """Take the heads and the momentum encoder of the run of `--init`."""
+        state = training_weights(self.start.source)
+        if "predictor.0.weight" not in state:
+            self.start.left.append("projector and predictor (not in it)")
+            return
+        load_state(self.momentum_backbone, submodule_state(state, "momentum_backbone"), source=self.start.source)
+        self.start.taken.append("momentum_backbone")
+        heads = {name: value for name, value in state.items() if not name.startswith("momentum_backbone.")}
+        take_parts(self, heads, self.start, skip=("backbone", "momentum_backbone"))
 
     def forward(self, batch: Batch) -> StageOutput:
         """Return the symmetric contrastive loss of two views, uint8 (B, 3, H, W) each; in evaluation also features."""
@@ -133,8 +152,9 @@ class MocoStage(Stage[ContrastConfig]):
     def export(self, folder: Path, state: dict[str, Tensor]) -> str:
         """Write the backbone as a plain timm network."""
         args, size = _backbone_args(self.config), self.config.image_size
-        backbone = Backbone(self.backbone, self.config.model.name, args, IMAGENET_MEAN, IMAGENET_STD, size)
-        backbone.value_range = self.config.value_range
+        backbone = Backbone(self.backbone, self.config.model.name, args, self.start.mean, self.start.std, size)
+        backbone.value_range, backbone.init = self.config.value_range, self.start.summary
+        write_training_weights(folder, state, leave_out=("backbone.",))
         backbone.save_pretrained(folder, state=submodule_state(state, "backbone"), origin="MoCo v3")
         return backbone.loading_code(str(folder))
 

@@ -27,6 +27,7 @@ from pecobook.engine.world import is_first_on_machine
 from pecobook.errors import ConfigError, DataError, WeightsError
 from pecobook.models.dry_run import dry_run, leaks, refusing
 from pecobook.models.export import write_tensors
+from pecobook.models.initial import start_backbone, take_masked_model
 from pecobook.models.masked_vit import (
     MaskedImageModel,
     VisibleOnlyModel,
@@ -39,7 +40,7 @@ from pecobook.models.masked_vit import (
 )
 from pecobook.models.network_traits import traits_of
 from pecobook.models.tokenizers import fingerprint, load_tokenizer
-from pecobook.models.weights import IMAGENET_MEAN, IMAGENET_STD, Backbone, create_network
+from pecobook.models.weights import Backbone, create_network
 from pecobook.settings.pretrain import MaskConfig, PretrainConfig
 
 
@@ -68,11 +69,16 @@ class PretrainStage(Stage[PretrainConfig]):
         with refusing(config.model.name, _PURPOSE):
             backbone = build_backbone(config)
             initialise_beit(backbone)
+        args, image_size = backbone_args(config), config.image_size
+        self.start = start_backbone(backbone, config.init, name=config.model.name, args=args, image_size=image_size)
+        with refusing(config.model.name, _PURPOSE):
             self.patch = int(config.image_size // patch_grid(backbone)[0])
             size = 3 * self.patch**2 if self.tokenizer is None else self.tokenizer.num_codewords
             self.model = masked_model(config, backbone, size)
-        self.register_buffer("mean", torch.tensor(IMAGENET_MEAN)[:, None, None], persistent=False)
-        self.register_buffer("std", torch.tensor(IMAGENET_STD)[:, None, None], persistent=False)
+        take_masked_model(self.model, self.start, config.target, self.tokenizer)
+        self.notes = self.start.notes
+        self.register_buffer("mean", torch.tensor(self.start.mean)[:, None, None], persistent=False)
+        self.register_buffer("std", torch.tensor(self.start.std)[:, None, None], persistent=False)
 
     def train(self, mode: bool = True) -> PretrainStage:
         """Set the mode of the model; the tokenizer stays in evaluation mode."""
@@ -136,8 +142,9 @@ class PretrainStage(Stage[PretrainConfig]):
             weights = {re.sub(r"^norm\.", "fc_norm.", weight): value for weight, value in weights.items()}
         name, size, target = self.config.model.name, self.config.image_size, self.config.target
         args = args | pooling
-        backbone = Backbone(self.model.backbone, name, args, IMAGENET_MEAN, IMAGENET_STD, size, target=target)
-        backbone.value_range = self.config.value_range
+        mean, std = self.start.mean, self.start.std
+        backbone = Backbone(self.model.backbone, name, args, mean, std, size, target=target)
+        backbone.value_range, backbone.init = self.config.value_range, self.start.summary
         backbone.save_pretrained(folder, state=weights, origin="PeCo masked image modelling")
         return backbone.loading_code(str(folder))
 

@@ -27,6 +27,8 @@ from torch import Tensor, nn
 
 from pecobook.errors import ConfigError, WeightsError
 from pecobook.models.dry_run import refusing
+from pecobook.models.export import check_kind, read_settings
+from pecobook.models.makers import Normalisation, overridden
 from pecobook.models.network_traits import has_patch_tokens, network_traits
 from pecobook.models.networks import create_network
 from pecobook.models.weights import Backbone, load_backbone
@@ -360,6 +362,11 @@ def load_pyramid(
     """
     options: dict[str, Any] = {"drop_path": drop_path, "any_size": True, "mean": mean, "std": std}
     backbone = load_backbone(spec, weights=weights or None, **options)
+    return _pyramid_on(backbone, spec, image_size, config), backbone
+
+
+def _pyramid_on(backbone: Backbone, spec: str, image_size: int, config: PyramidConfig) -> FeaturePyramid:
+    """Build a pyramid on a backbone, in training mode, and try it. Raises WeightsError that names `spec`."""
     with refusing(spec, "form a pyramid for images of any size", _REMEDY):  # some networks take one size only
         pyramid = FeaturePyramid(backbone.network, image_size, config)
         side = 2 * int(pyramid.strides[-1])
@@ -372,11 +379,25 @@ def load_pyramid(
         raise WeightsError(
             f"'{spec}' cannot form a pyramid: its feature maps are not (B, C, H, W) at its strides. {_REMEDY}"
         )
-    return pyramid.train(), backbone
+    return pyramid.train()
 
 
 def build_pyramid(config: SegmentConfig | DetectConfig) -> tuple[FeaturePyramid, Backbone]:
-    """Build the pyramid of a stage. Raises ConfigError if --backbone is missing, and WeightsError as `load_pyramid`."""
+    """Build the pyramid of a stage; that of `--init` has random weights here (`initial.start_dense` loads them).
+
+    Raises ConfigError if --backbone is missing, and WeightsError as `load_pyramid`.
+    """
+    if config.init:
+        kind, command = ("segmenter", "segment") if isinstance(config, SegmentConfig) else ("detector", "detect")
+        check_kind(config.init, kind, command)
+        settings = read_settings(config.init, kinds=(kind,))["pyramid"]
+        name, args = settings["name"], settings["args"]
+        drop_path = {"drop_path_rate": config.drop_path} if config.drop_path > 0 else {}
+        network = create_network(name, num_classes=0, **network_traits(name, args).any_size, **drop_path, **args)
+        found = Normalisation(tuple(settings["mean"]), tuple(settings["std"]), "as the run was trained")
+        found = overridden(found, config.mean, config.std)
+        backbone = Backbone(network, name, args, found.mean, found.std, None, notes=(found.line(config.init),))
+        return _pyramid_on(backbone, config.init, config.image_size, config.pyramid), backbone
     if not config.backbone:
         raise ConfigError("--backbone is missing: give a pretrain, contrast or finetune run, or timm:NAME.")
     return load_pyramid(
