@@ -23,7 +23,7 @@ MULTIPLES = {"taming": (1, 1, 2, 2, 4), "llamagen": (1, 1, 2, 2, 4), "llamagen-8
 class Checkpoint:
     """Weights under public names; `decoder_levels` are (name, level from the image) in the order of computation."""
 
-    def __init__(self, layout: str, K: int, D: int, width: int = 128) -> None:
+    def __init__(self, layout: str, num_codewords: int, dim: int, width: int = 128) -> None:
         self.state: State = {}
         self.generator = torch.Generator().manual_seed(0)
         self.taming = layout == "taming"
@@ -41,9 +41,9 @@ class Checkpoint:
         self.middle("encoder", here)
         self.norm("encoder.norm_out", here)
         self.conv("encoder.conv_out", here, 256, 3)
-        self.conv("quant_conv", 256, D, 1)
-        self.state["quantize.embedding.weight"] = torch.randn(K, D, generator=self.generator)
-        self.conv("post_quant_conv", D, 256, 1)
+        self.conv("quant_conv", 256, dim, 1)
+        self.state["quantize.embedding.weight"] = torch.randn(num_codewords, dim, generator=self.generator)
+        self.conv("post_quant_conv", dim, 256, 1)
         self.conv("decoder.conv_in", 256, here, 3)
         self.middle("decoder", here)
         for place, level in enumerate(reversed(range(last + 1))):
@@ -155,14 +155,18 @@ class Checkpoint:
 
 
 @pytest.mark.parametrize(
-    ("layout", "K", "D", "stride", "millions"),
-    [("taming", 1024, 256, 16, 72), ("taming", 16384, 256, 16, 76), ("llamagen", 16384, 8, 16, 72)]
-    + [("llamagen-8", 16384, 8, 8, 70)],  # LlamaGen's table names 72M and 70M parameters
+    ("layout", "num_codewords", "dim", "stride", "millions"),
+    [
+        ("taming", 1024, 256, 16, 72),
+        ("taming", 16384, 256, 16, 76),
+        ("llamagen", 16384, 8, 16, 72),  # LlamaGen's table names 72M and 70M parameters
+        ("llamagen-8", 16384, 8, 8, 70),
+    ],
 )
 def test_public_checkpoint__computes_what_its_authors_compute(
-    layout: str, K: int, D: int, stride: int, millions: int, tmp_path: Path
+    layout: str, num_codewords: int, dim: int, stride: int, millions: int, tmp_path: Path
 ) -> None:
-    public = Checkpoint(layout, K, D)
+    public = Checkpoint(layout, num_codewords, dim)
     assert round(sum(value.numel() for value in public.state.values()) / 1e6) == millions
     others = {"loss.discriminator.main.0.weight": torch.zeros(2), "quantize.codebook_used": torch.zeros(65536)}
     wrapped = {"state_dict": public.state | others, "epoch": 3, "callbacks": {}}
@@ -179,7 +183,7 @@ def test_public_checkpoint__computes_what_its_authors_compute(
     assert torch.equal(codes, expected)
     assert_close(tokenizer.decode(codes), restored, atol=2e-4, rtol=1e-3)
     assert float(restored.std()) > 0.05
-    assert (tokenizer.num_codewords, tokenizer.stride, tokenizer.image_size) == (K, stride, 256)
+    assert (tokenizer.num_codewords, tokenizer.stride, tokenizer.image_size) == (num_codewords, stride, 256)
     assert_close(tokenizer.codebook, public.codebook())
     assert not any(parameter.requires_grad for parameter in tokenizer.parameters())
 

@@ -187,7 +187,7 @@ def as_codes(codes: Any, num_codewords: int) -> Tensor:
     if codes.is_floating_point() or codes.is_complex() or codes.dtype == torch.bool:
         raise ValueError(f"Codes must be integers, not {codes.dtype}.")
     numbers: Tensor = codes.long()
-    if not exporting() and not torch.compiler.is_compiling() and numbers.numel():
+    if not exporting() and not torch.compiler.is_compiling() and numbers.numel() and not numbers.is_meta:
         low, high = (int(value) for value in numbers.aminmax())
         if low < 0 or high >= num_codewords:
             raise ValueError(f"Codes must lie in [0, {num_codewords}), not in [{low}, {high}].")

@@ -1,4 +1,4 @@
-"""Loads any tokenizer by name and gives it a common interface: pecobook's, DALL-E's, diffusers', taming's, LlamaGen's."""
+"""Loads any tokenizer by name and gives it a common interface: pecobook's, DALL-E's, diffusers', and public VQGANs."""
 
 from __future__ import annotations
 

@@ -91,6 +91,9 @@ class VectorQuantizerConfig:
     learning: Literal["ema", "gradient"] = "ema"
     """Learning rule of the codewords: ema, by moving averages, or gradient, by the middle term of equation 3 as
     printed."""
+    normalise: bool = False
+    """Scale latent vectors and codewords to unit length, usual with few dimensions (--model.latent-dim 8): the distance
+    then depends on directions alone, and more of a large codebook is used."""
     precision: SearchPrecision = "fp32"
     """Precision of the search for the nearest codeword in training. fp32 is exact; tf32 and bf16 are faster on a GPU
     but may choose another codeword at nearly the same distance."""
