@@ -1,13 +1,13 @@
 """A training step of a quantizer with a very large codebook: time and memory of ours and of vector-quantize-pytorch.
 
-    python -m benchmarks.large_codebook                                   # 16 images of 14 x 14 tokens, K 262,144, D 256
+    python -m benchmarks.large_codebook                      # 16 images of 14 x 14 tokens, K 262,144, D 256
     python -m benchmarks.large_codebook --codewords 65536 --dim 8 --normalise
 
 Each row is a process of its own. A step is the forward pass in training and the update of the codebook, which starts as
 random vectors, as k-means is not part of a step. Memory is the peak of the process beyond libraries and vectors: the
 codebook with its statistics, and what a step adds to it. IBQ's row is arithmetic, in fp32: its softmax over all
-codewords keeps N x K numbers for the backward pass, in the published code four times over (logits, probabilities, and the
-one-hot matrices), beside codebook, gradient and Adam's two moments.
+codewords keeps N x K numbers for the backward pass, in the published code four times over (logits, probabilities and
+the one-hot matrices), beside codebook, gradient and Adam's two moments.
 """
 
 from __future__ import annotations

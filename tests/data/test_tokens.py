@@ -228,5 +228,5 @@ def test_large_codebook__has_codes_of_four_bytes(tmp_path: Path) -> None:
     large = BankLayout("train", 10**6, 4, (14, 14), "uint32")
     assert large.shard_images == min(small.shard_images, tokens._SHARD_BYTES // (4 * 4 * 196))
     write_shard(layouts["train"].file(tmp_path, 0), bank.shard("train", 0).astype(np.uint16))
-    with pytest.raises(DataError, match="holds uint16 .* not uint32"):
+    with pytest.raises(DataError, match=r"holds uint16 .* not uint32"):
         TokenBank(tmp_path, 2**18)

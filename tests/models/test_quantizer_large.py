@@ -51,7 +51,7 @@ def test_update__needs_no_further_copy_of_the_codebook() -> None:
                 self.size = max(self.size, out.numel())
             return out
 
-    module = VectorQuantizer(num_codewords=2**16, dim=128)
+    module = VectorQuantizer(num_codewords=2**17, dim=128)
     module._initialised = True
     module(latents(1, 128, 4, 0))
     with Largest() as largest:
@@ -120,7 +120,7 @@ def test_two_processes__keep_equal_codebooks_in_tiles(two_processes: TwoProcesse
         quantizer._TILE, quantizer._START_VECTORS = tile, start
     left, right = two_processes.run(run_rank)
     assert_same(left, right)
-    assert int(state["num_revived"]) == int(left["num_revived"]) > 50
+    assert int(state["num_revived"]) == int(left["num_revived"]) > 30
     assert_close(left["codebook"], state["codebook"], atol=1e-5, rtol=1e-5)
 
 

@@ -315,7 +315,9 @@ def test_export__refuses_a_network_that_pools_class_tokens_only() -> None:
         exported_pooling(network, PretrainConfig(model=BackboneConfig(name=name), target="pixels"))
 
 
-def test_forward__of_many_codewords_in_tiles_is_that_of_few(codebook_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_forward__of_many_codewords_in_tiles_is_that_of_few(
+    codebook_run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     stage, inputs = make(codebook_run).eval(), batch()
     whole = stage(inputs)
     monkeypatch.setattr("pecobook.stages.pretrain._MANY_CODEWORDS", 1)

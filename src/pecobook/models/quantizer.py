@@ -8,7 +8,7 @@ statistics of the stored vectors over all ranks and updates the codebook. So the
 change only rounding (and, through the order of the vectors, the initial centres of k-means), and the codebook is the
 same on every rank. Statistics, distances and losses are computed in fp32 under any autocast.
 
-With `learning="gradient"` the codebook is a parameter instead, trained by the middle term of equation 3.
+With `kind="gradient"` the codebook is a parameter instead, trained by the middle term of equation 3.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class VectorQuantizer(nn.Module):
         num_codewords: K; or one object with all settings.
         dim: D.
         seed: seed of k-means and of the choice of replacements; must be the same on all ranks.
-        settings: further fields of `VectorQuantizerConfig`, by name. With `learning="gradient"`, add `codebook_loss` to
+        settings: further fields of `VectorQuantizerConfig`, by name. With `kind="gradient"`, add `codebook_loss` to
             the loss and give the module's parameter to the optimizer; the counts then serve only to find used and dead
             codewords.
 
@@ -80,7 +80,7 @@ class VectorQuantizer(nn.Module):
         self.config = replace(num_codewords, settings)
         self.num_codewords, self.dim, self.seed = self.config.num_codewords, dim, seed
         codebook = torch.randn(self.num_codewords, dim) / dim**0.5
-        if self.config.learning == "gradient":
+        if self.config.by_gradient:
             self.register_parameter("codebook", nn.Parameter(codebook))
         else:
             self.register_buffer("codebook", codebook)
@@ -135,8 +135,9 @@ class VectorQuantizer(nn.Module):
                 self._collect(vectors.detach(), codes)
             quantized = self.lookup(codes.view(B, h, w))  # (B, D, h, w)
             commitment_loss = F.mse_loss(z, quantized.detach())
-            by_gradient = self.config.learning == "gradient"
-            codebook_loss = F.mse_loss(quantized, z.detach()) if by_gradient else commitment_loss.detach()
+            codebook_loss = commitment_loss.detach()
+            if self.config.by_gradient:
+                codebook_loss = F.mse_loss(quantized, z.detach())
             # Straight-through: the forward value is the codeword, the backward pass is the identity.
             quantized = z + (quantized - z).detach()
         return Quantized(quantized, codes.view(B, h, w), commitment_loss, codebook_loss)
@@ -152,6 +153,12 @@ class VectorQuantizer(nn.Module):
         B, D, h, w = z.shape
         codes = nearest_codeword(z.permute(0, 2, 3, 1).reshape(-1, D), self.codebook, precision=self.config.precision)
         return self.lookup(codes.view(B, h, w))
+
+    @torch.no_grad()
+    def encode(self, z: Tensor) -> Tensor:
+        """Return the codes of z (B, D, h, w), the nearest codewords exactly: int64 (B, h, w)."""
+        B, D, h, w = z.shape
+        return nearest_codeword(z.permute(0, 2, 3, 1).reshape(-1, D), self.codebook).view(B, h, w)
 
     def lookup(self, codes: Tensor) -> Tensor:
         """Return the codewords of codes: int64 (B, h, w) to (B, D, h, w)."""
@@ -211,7 +218,7 @@ class VectorQuantizer(nn.Module):
             if world_size() > 1:
                 dist.all_reduce(sums)
             self.ema_sum[tile].lerp_(sums, 1 - config.decay)
-            if config.learning == "ema":
+            if not config.by_gradient:
                 # An unused codeword does not move: its sum and count decay alike, but smoothing would pull it towards
                 # 0.
                 used, codewords = (counts[tile] > 0)[:, None], self.codebook[tile]

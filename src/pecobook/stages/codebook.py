@@ -29,10 +29,11 @@ from pecobook.data.views import central_view, random_crop
 from pecobook.engine.launch import check_min_batch
 from pecobook.engine.stage import Stage, StageOutput, submodule_state
 from pecobook.errors import ConfigError
+from pecobook.models.control_quantizers import build_quantizer
 from pecobook.models.discriminator import PatchDiscriminator, adversarial_losses
 from pecobook.models.explicit import CodewordClassifier, CodewordContrast
 from pecobook.models.perceptual import PerceptualDistance, build_perceptual_distance
-from pecobook.models.quantizer import Quantized, VectorQuantizer
+from pecobook.models.quantizer import Quantized
 from pecobook.models.tokenizer import PerceptualTokenizer
 from pecobook.settings.codebook import CodebookConfig
 from pecobook.settings.durations import steps
@@ -80,7 +81,7 @@ class CodebookStage(Stage[CodebookConfig]):
         restored = self.tokenizer.decode_latents(coded.quantized).float()
         loss, metrics = self._reconstruction_loss(images, restored)
         codebook_side = self.config.quantizer.commitment * coded.commitment_loss
-        if self.config.quantizer.learning == "gradient":
+        if self.config.quantizer.has_loss:
             codebook_side = codebook_side + coded.codebook_loss
         metrics["commitment"] = coded.commitment_loss
         autoencoder_loss, discriminator_loss = self._adversarial_losses(images, restored, metrics)
@@ -312,9 +313,14 @@ def _origin(config: CodebookConfig) -> str:
 
 def build_tokenizer(config: CodebookConfig) -> PerceptualTokenizer:
     """Build the tokenizer that the settings describe, with random weights."""
-    num_codewords = config.quantizer.num_codewords
-    quantizer = VectorQuantizer(config.quantizer, config.model.latent_dim, seed=config.seed)
-    shape = TokenizerConfig(model=config.model, num_codewords=num_codewords, image_size=config.image_size)
+    quantizer = build_quantizer(config.quantizer, config.model.latent_dim, seed=config.seed)
+    shape = TokenizerConfig(
+        model=config.model,
+        num_codewords=config.quantizer.num_codewords,
+        quantizer=config.quantizer.kind,
+        levels=config.quantizer.levels,
+        image_size=config.image_size,
+    )
     return PerceptualTokenizer(shape, quantizer)
 
 
