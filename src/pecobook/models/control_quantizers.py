@@ -98,7 +98,9 @@ class ControlQuantizer(nn.Module):
 
     @torch.no_grad()
     def nearest(self, z: Tensor) -> Tensor:
-        """Return the codewords of z (B, D, h, w), without gradient."""
+        """Return the codewords of z (B, D, h, w), without gradient; z itself in the steps without quantisation."""
+        if self.training and self._bypass:
+            return z.float()
         return self.lookup(self.encode(z))
 
     def lookup(self, codes: Tensor) -> Tensor:

@@ -125,13 +125,18 @@ class VectorQuantizerConfig:
             refuse("levels", "is for --quantizer.kind fsq alone.")
         if self.kind == "lfq" and self.num_codewords.bit_count() != 1:
             refuse("num_codewords", f"must be a power of 2 for lfq, not {self.num_codewords}.")
-        if self.kind not in ("ema", "gradient") and (self.normalise or self.learning == "gradient"):
+        if not self.revives and (self.normalise or self.learning == "gradient"):
             refuse("kind", f"{self.kind} has no --quantizer.normalise and no --quantizer.learning.")
 
     @property
     def by_gradient(self) -> bool:
         """Whether the codebook of `VectorQuantizer` learns by gradient rather than by moving averages."""
         return "gradient" in (self.kind, self.learning)
+
+    @property
+    def revives(self) -> bool:
+        """Whether codewords that are not used are replaced."""
+        return self.kind in ("ema", "gradient")
 
     @property
     def has_loss(self) -> bool:

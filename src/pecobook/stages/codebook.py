@@ -249,7 +249,9 @@ class CodebookStage(Stage[CodebookConfig]):
         finding = f"Of {K} codewords {metrics['codes_alive']:.0f} are in use (perplexity {metrics['perplexity']:.0f})"
         finding += f", but only about {distinct:.0f} of them differ" if in_use else ""
         remedy = "a lower --optim.lr, or --model.latent-norm true"
-        if config.revive_after == 0 or config.revive_after > 100:
+        if not config.revives:
+            remedy += ", or --quantizer.kind ema"
+        elif config.revive_after == 0 or config.revive_after > 100:
             remedy = f"--quantizer.revive-after 100, {remedy}"
         return f"{finding}.\nTry {remedy}; or fewer codewords: --quantizer.num-codewords {max(K // 4, 1)}."
 
