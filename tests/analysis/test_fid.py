@@ -19,7 +19,7 @@ def features(count: int, dim: int, seed: int) -> Tensor:
 
 def collected(values: Tensor, batch_size: int) -> Gaussian:
     sums = FeatureSums()
-    for batch in values.split(batch_size):
+    for batch in torch.split(values, batch_size):
         sums.add(batch)
     return sums.gaussian()
 
@@ -30,7 +30,7 @@ def test_feature_sums__are_numpys_mean_and_covariance_whatever_the_batches() -> 
         gaussian = collected(values, batch_size)
         np.testing.assert_allclose(gaussian.mean, values.double().numpy().mean(0), rtol=1e-12)
         np.testing.assert_allclose(gaussian.covariance, np.cov(values.double().numpy(), rowvar=False), rtol=1e-9)
-        assert gaussian.count == 101
+        assert gaussian.num_images == 101
     with pytest.raises(ValueError, match="at least two images, not 1"):
         collected(values[:1], 1).covariance.sum()
 
@@ -57,7 +57,7 @@ def test_inception_score__is_torch_fidelitys_and_numpys(count: int) -> None:
     metric = pytest.importorskip("torch_fidelity.metric_isc")
     logits = 3 * torch.randn(count, 11, generator=torch.Generator().manual_seed(4))
     score = InceptionScore(count)
-    for places in torch.arange(count).split(8):
+    for places in torch.split(torch.arange(count), 8):
         score.add(logits[places], places)
     theirs = metric.isc_features_to_metric(logits)
     assert score.result() == pytest.approx((theirs["inception_score_mean"], theirs["inception_score_std"]), rel=1e-9)

@@ -215,7 +215,7 @@ def test_differences__names_both_sides() -> None:
 
 def test_large_codebook__has_codes_of_four_bytes(tmp_path: Path) -> None:
     assert tokens.code_type(2**16) == {}
-    config = write_bank(tmp_path, **tokens.code_type(2**18))
+    config = write_bank(tmp_path, code_type=tokens.code_type(2**18)["code_type"])
     layouts = tokens.bank_layouts(config)
     for layout in layouts.values():
         for number in range(layout.num_shards):

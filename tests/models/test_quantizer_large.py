@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -18,9 +19,9 @@ from tests.distributed import TwoProcesses
 from tests.models.quantizing import State, assert_same, latents, rows, state_of
 
 
-def trained(steps: int = 25, **settings: object) -> VectorQuantizer:
-    module = VectorQuantizer(num_codewords=50, dim=6, revive_after=6, **settings)  # type: ignore[arg-type]
-    for seed in range(steps):
+def trained(**settings: Any) -> VectorQuantizer:
+    module = VectorQuantizer(num_codewords=50, dim=6, revive_after=6, **settings)
+    for seed in range(25):
         for micro in (0, 1):
             module(latents(2, 6, 3, 2 * seed + micro))
         module.update()
@@ -30,7 +31,7 @@ def trained(steps: int = 25, **settings: object) -> VectorQuantizer:
 @pytest.mark.parametrize("settings", [{}, {"normalise": True}, {"learning": "gradient"}])
 @pytest.mark.parametrize("tile", [1, 42, 6 * 49])
 def test_update__does_not_depend_on_the_tiles(
-    tile: int, settings: dict[str, object], monkeypatch: pytest.MonkeyPatch
+    tile: int, settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = state_of(trained(**settings))
     monkeypatch.setattr(quantizer, "_TILE", tile)
@@ -41,7 +42,7 @@ def test_update__needs_no_further_copy_of_the_codebook() -> None:
     """The largest tensor that an update makes has the size of a tile."""
     from torch.utils._python_dispatch import TorchDispatchMode
 
-    class Largest(TorchDispatchMode):
+    class Largest(TorchDispatchMode):  # type: ignore[no-untyped-call]
         size = 0
 
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
@@ -54,7 +55,7 @@ def test_update__needs_no_further_copy_of_the_codebook() -> None:
     module = VectorQuantizer(num_codewords=2**17, dim=128)
     module._initialised = True
     module(latents(1, 128, 4, 0))
-    with Largest() as largest:
+    with Largest() as largest:  # type: ignore[no-untyped-call]
         module.update()
     assert largest.size <= quantizer._TILE < module.codebook.numel() / 2
 
@@ -64,7 +65,7 @@ def test_revival__gives_each_vector_to_one_codeword() -> None:
     for seed in range(40):
         module(latents(1, 4, 4, seed))  # 16 vectors for 64 codewords
         module.update()
-    assert len(module.codebook.unique(dim=0)) == 64
+    assert len(torch.unique(module.codebook, dim=0)) == 64
     assert float(torch.cdist(module.codebook, module.codebook).fill_diagonal_(1).min()) > 1e-3
     assert int(module.num_revived) > 32
 

@@ -23,8 +23,8 @@ class Gaussian(NamedTuple):
     """(F,)."""
     covariance: NDArray[np.float64]
     """(F, F), with the divisor N - 1."""
-    count: int
-    """N, the number of images; 0 where it is not known."""
+    num_images: int
+    """N; 0 where it is not known."""
 
 
 class FeatureSums:

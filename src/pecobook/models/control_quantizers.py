@@ -280,7 +280,7 @@ class IndexBackpropagationQuantizer(ControlQuantizer):
 
     def _codes(self, vectors: Tensor) -> Tensor:
         rows = max(_TILE_ELEMENTS // self.num_codewords, 1)
-        return torch.cat([(part @ self.codebook.T).argmax(1) for part in vectors.split(rows)])
+        return torch.cat([(part @ self.codebook.T).argmax(1) for part in torch.split(vectors, rows)])
 
     def _quantise(self, vectors: Tensor) -> _Vectors:
         config, rows = self.config, max(_TILE_ELEMENTS // self.num_codewords, 1)
@@ -307,7 +307,7 @@ class _IndexBackpropagation(torch.autograd.Function):
     def forward(ctx: Any, vectors: Tensor, codebook: Tensor, temperature: float, rows: int) -> tuple[Tensor, ...]:
         codes, mean = [], codebook.new_zeros(len(codebook))
         entropy = codebook.new_zeros(())
-        for part in vectors.split(rows):
+        for part in torch.split(vectors, rows):
             products = part @ codebook.T  # (n, K)
             codes.append(products.argmax(1))
             if temperature:

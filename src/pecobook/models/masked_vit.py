@@ -257,7 +257,7 @@ def tiled_cross_entropy(head: nn.Linear, hidden: Tensor, targets: Tensor, rows: 
         the mean cross entropy, (), and the most probable outputs, int64 (N,).
     """
     total, predicted = hidden.new_zeros((), dtype=torch.float32), []
-    for part, target in zip(hidden.split(rows), targets.split(rows), strict=True):
+    for part, target in zip(torch.split(hidden, rows), torch.split(targets, rows), strict=True):
         loss, best = checkpoint(_tile_loss, head, part, target, use_reentrant=False)
         total = total + loss
         predicted.append(best)

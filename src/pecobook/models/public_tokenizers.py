@@ -94,8 +94,8 @@ def _in_diffusers(name: str, state: dict[str, Tensor]) -> str:
     if part.endswith("sample"):
         return f"{side}.{blocks}.{level}.{part}rs.0.{rest}"
     kind = "attentions" if part == "attn" else "resnets"
-    number, _, leaf = rest.partition(".")
-    return f"{side}.{blocks}.{level}.{kind}.{number}.{_rest(kind, leaf)}"
+    place, _, leaf = rest.partition(".")
+    return f"{side}.{blocks}.{level}.{kind}.{place}.{_rest(kind, leaf)}"
 
 
 def _rest(kind: str, rest: str) -> str:

@@ -101,7 +101,7 @@ def open_inputs(config: EvaluateConfig) -> Inputs:
         found = [preflight.check(partial(_size, config, *pair)) for pair in zip(names, tokenizers, strict=True)]
         sizes = [size for size in found if size is not None]
     sources, split = opened or ([], "")
-    wanted = set(config.metrics or METRICS)
+    wanted: set[str] = {*(config.metrics or METRICS)}
     inputs = Inputs(config, names, tokenizers, sizes, sources, split, wanted, {})
     _open_judges(inputs, preflight)
     preflight.finish()

@@ -22,7 +22,7 @@ _FEATURES = 2048
 def write_statistics(file: Path, statistics: Gaussian, provenance: Provenance) -> None:
     """Write the statistics under the names that FID's programs read, `mu` and `sigma`, with their provenance."""
     buffer = io.BytesIO()
-    arrays: dict[str, Any] = {"mu": statistics.mean, "sigma": statistics.covariance, "count": statistics.count}
+    arrays: dict[str, Any] = {"mu": statistics.mean, "sigma": statistics.covariance, "count": statistics.num_images}
     np.savez(buffer, **arrays, provenance=np.array(json.dumps(provenance)))
     write_atomically(file.expanduser(), buffer.getvalue())
 
