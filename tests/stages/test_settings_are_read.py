@@ -43,6 +43,7 @@ RUNS: dict[str, tuple[dict[str, Any], ...]] = {
     "codebook": (
         {**_POLY, "perceptual": _NETWORK, "adversarial": _ADVERSARIAL, "explicit.kind": "contrastive"},
         {**_STEPS, "model": _TRANSFORMER, "quantizer.start_after": 0},
+        {"quantizer.kind": "lfq", "quantizer.num_codewords": 16, "model.latent_dim": 4, "quantizer.start_after": 0},
     ),
     "pretrain": (_POLY, {**_STEPS, "visible_only": True, "decoder": _DECODER, "target": "pixels"}),
     "finetune": (_POLY, _STEPS),

@@ -17,6 +17,7 @@ from pecobook.settings.contrast import ContrastConfig
 from pecobook.settings.demo import DemoConfig
 from pecobook.settings.detect import DetectConfig
 from pecobook.settings.embed import EmbedConfig
+from pecobook.settings.evaluate import EvaluateConfig
 from pecobook.settings.explore import ExploreConfig
 from pecobook.settings.export import ExportConfig
 from pecobook.settings.finetune import FinetuneConfig
@@ -140,6 +141,18 @@ COMMANDS: dict[str, Command] = {
             "analyze --tokenizer runs/codebook --against runs/pixel --data IMAGES --out runs/analysis",
         ),
         "tokenizer against tokens backbone data out overwrite classifier perceptual codewords max-train max-test",
+    ),
+    "evaluate": Command(
+        "measure tokenizers as others publish them: rFID, PSNR, SSIM, LPIPS, usage, speed",
+        EvaluateConfig,
+        "TOKENIZER [TOKENIZER ...] --data SOURCE --out DIR",
+        (
+            "evaluate runs/codebook runs/pixel --data photos --out runs/evaluation",
+            "evaluate taming:vqgan.ckpt --data IMAGENET --image-size 256 --metrics rfid psnr --out runs/vqgan",
+        ),
+        "tokenizers data out overwrite metrics split num-images image-size inception-weights statistics "
+        "lpips-weights perceptual batch-size precision",
+        words=("tokenizers",),
     ),
     "explore": Command(
         "serve a page on this machine to explore codewords and masks",
