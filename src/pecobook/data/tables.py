@@ -265,7 +265,7 @@ def _label_column(features: Any) -> str | None:
 
 
 def _no_label_column(columns: Iterable[str]) -> str:
-    return f"there is no column 'label', only {', '.join(columns)}"
+    return f"there is no column 'label', only {', '.join(columns)}: rename the column of labels"
 
 
 def _labels(source: str, table: Any, names: tuple[str, ...] | None, store: TableStore) -> tuple[Labels | None, str]:
