@@ -103,7 +103,7 @@ def test_texts_are_sought_in_classes_txt(tmp_path: Path, listed: str, classes: t
         ([1.0, 0.5, 2.0], None, r"the column 'label' holds 0.5 in .*train.parquet row 1, which is no class$"),
         ([3, 3, 3], None, "all images of train have the one class '3'$"),
         ([[1], [2], [3]], None, r"the column 'label' holds List.*, which is no class$"),
-        (None, None, "there is no column 'label', only image: rename the column of labels$"),
+        (None, None, "there is no column 'label', only image$"),
     ],
 )
 def test_parquet_labels(
@@ -119,6 +119,17 @@ def test_parquet_labels(
     if problem:
         with pytest.raises(DataError, match="has no labels that can be used: " + problem.removesuffix("$")):
             check_labels(splits, "x")
+
+
+def test_a_column_of_labels_under_another_name_is_named(tmp_path: Path) -> None:
+    columns = {"id": [0, 1], "image": [png(1), png(2)], "fine_label": [0, 1]}
+    pq.write_table(pa.table(columns), tmp_path / "train.parquet")
+    splits = open_images(str(tmp_path))
+    assert splits.train.classes is None
+    assert splits.notes == (
+        "The labels of train are not used: there is no column 'label', only id, image, fine_label: rename 'fine_label' "
+        "to 'label' if it holds the classes.",
+    )
 
 
 def test_a_missing_label_of_a_held_out_image_is_named(tmp_path: Path) -> None:

@@ -130,7 +130,7 @@ def paths_in_rows(column: Any, rows: Integers) -> Iterator[tuple[int, str]]:
 
 
 def file_of_path(folder: Path, path: str) -> Path:
-    """Return the file of a path in a table that lies in `folder`; the path may be that of another machine, or Windows's."""
+    """Return the file of a path in a table that lies in `folder`; the path may be another machine's, or Windows's."""
     parts = [part for part in path.replace("\\", "/").split("/") if part not in ("", ".", "..")][-20:]
     candidates = (folder / path, *(folder.joinpath(*parts[start:]) for start in range(len(parts))))
     with contextlib.suppress(OSError):  # a name that is too long
