@@ -130,11 +130,12 @@ def paths_in_rows(column: Any, rows: Integers) -> Iterator[tuple[int, str]]:
 
 
 def file_of_path(folder: Path, path: str) -> Path:
-    """Return the file of a path in a table that lies in `folder`."""
-    file = folder / path
-    if "\\" in path and not file.is_file():  # written on Windows
-        file = folder / path.replace("\\", "/")
-    return file
+    """Return the file of a path in a table that lies in `folder`; the path may be another machine's, or Windows's."""
+    parts = [part for part in path.replace("\\", "/").split("/") if part not in ("", ".", "..")][-20:]
+    candidates = (folder / path, *(folder.joinpath(*parts[start:]) for start in range(len(parts))))
+    with contextlib.suppress(OSError):  # a name that is too long
+        return next((file for file in candidates if file.is_file()), candidates[0])
+    return candidates[0]
 
 
 def differences(files: list[Path], schemas: list[Any], columns: list[str]) -> str:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import glob
 import hashlib
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -265,7 +266,10 @@ def _label_column(features: Any) -> str | None:
 
 
 def _no_label_column(columns: Iterable[str]) -> str:
-    return f"there is no column 'label', only {', '.join(columns)}"
+    """Return that there is no column of labels; as a note to show if another column seems to hold them."""
+    reason = f"there is no column 'label', only {', '.join(columns)}"
+    alike = next((name for name in columns if re.search("label|class|categor|target|species", name.lower())), None)
+    return Note(f"{reason}: rename '{alike}' to 'label' if it holds the classes", "lost labels") if alike else reason
 
 
 def _labels(source: str, table: Any, names: tuple[str, ...] | None, store: TableStore) -> tuple[Labels | None, str]:

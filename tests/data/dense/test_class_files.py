@@ -161,7 +161,7 @@ def test_make_classes__an_ignored_value_is_not_a_class() -> None:
     assert made == MaskClasses(("class 0", "class 2"), (0, 2), (1,))
     with pytest.raises(ConfigError, match="--ignore 'nothing'"):
         make_classes(ClassFile(names), mask_values=(), ignore=("nothing",))
-    with pytest.raises(ConfigError, match="2 pixel values for 3 classes"):
+    with pytest.raises(ConfigError, match="names 2 pixel values, and the file of classes 3: give"):
         make_classes(ClassFile(names), mask_values=("0", "4"), ignore=())
 
 

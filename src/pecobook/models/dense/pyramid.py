@@ -154,7 +154,7 @@ class _TransformerBody(nn.Module):
         if depth < 2 or patch < 4:
             raise WeightsError(
                 f"A ViT with {depth} blocks and patches of {patch} pixels cannot form a pyramid: it needs 2 blocks or "
-                "more, and a patch side of 4 pixels or more."
+                "more, and a patch side of 4 pixels or more; choose another network."
             )
         self.levels = [max(round(depth * share), 1) - 1 for share in (1 / 3, 1 / 2, 2 / 3, 1)]
         self.indices = sorted(set(self.levels))  # in a shallow ViT, one block can serve two levels
