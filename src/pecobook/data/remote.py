@@ -23,7 +23,6 @@ from typing import Any, TypeVar
 from filelock import FileLock
 
 from pecobook.errors import ConfigError, DataError, first_line
-from pecobook.utils.files import write_atomically
 from pecobook.utils.printer import say
 
 T = TypeVar("T")
@@ -261,7 +260,9 @@ def _read_block(path: RemotePath, number: int, start: int, stop: int) -> bytes:
             data = _read_cached(file, start, stop)
             if data is None:
                 block = _fetch(str(path), first, min(first + BLOCK, path.size))
-                write_atomically(file, block)
+                unfinished = folder / f".{number}-{os.getpid()}.tmp"
+                unfinished.write_bytes(block)
+                unfinished.replace(file)
                 data = block[start:stop]
                 _count_written()
         return data
@@ -278,7 +279,8 @@ def _read_cached(file: Path, start: int, stop: int) -> bytes | None:
         if time.time() - os.fstat(descriptor).st_mtime > _USED_AGAIN:
             with contextlib.suppress(OSError):
                 os.utime(file)
-        return os.pread(descriptor, stop - start, start)
+        data = os.pread(descriptor, stop - start, start)
+        return data if len(data) == stop - start else None  # cut short when the power failed
     finally:
         os.close(descriptor)
 
