@@ -7,6 +7,7 @@ import os
 import pickle
 import socketserver
 import threading
+import time
 from collections.abc import Iterator
 from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -50,6 +51,8 @@ class Files(BaseHTTPRequestHandler):
         if trouble == "closed":
             self.close_connection = True
             return
+        if trouble == "slow":
+            time.sleep(2)
         if trouble.isdecimal():
             self.send_error(int(trouble))
             return
@@ -186,6 +189,19 @@ def test_shards__dropped_connections_and_errors_of_the_server_change_nothing(ser
     assert server.trouble["next"] == []
     local = str(tmp_path / "served" / "train-{000..002}.tar")
     assert_same(troubled, batches(local))
+
+
+def test_shards__a_slow_answer_is_asked_for_again(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_shards(tmp_path / "served")
+    monkeypatch.setattr(remote, "_TIMEOUT", 0.5)
+    monkeypatch.setattr(remote, "_systems", {})
+    server.trouble["next"] = ["slow"]
+    train = open_images(f"{server.url}/train-000.tar").train
+    assert values(train) == values(open_images(str(tmp_path / "served" / "train-000.tar")).train)
+    spans = [request for request in server.requests if request[1]]
+    assert len(spans) == len(set(spans)) + 1
 
 
 def test_shards__a_network_that_stays_away_is_an_error_and_no_bad_image(

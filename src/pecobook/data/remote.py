@@ -36,6 +36,8 @@ _SCAN_EVERY = 16
 _USED_AGAIN = 60.0
 """Seconds after which a use of a block is noted anew."""
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.5, 20.0
+_TIMEOUT = 60.0
+"""Seconds after which a request to a web server that is not answered is given up."""
 PATIENCE = 300.0
 """Seconds in which a request is repeated: a network that is away for longer ends the run, which can be resumed."""
 _URL = re.compile(r"(s3|s3a|gs|gcs|az|abfs|https?|hf|memory)://")
@@ -150,8 +152,13 @@ def _system(url: str) -> Any:
     protocol = url.partition("://")[0]
     key = os.getpid(), protocol
     if key not in _systems:
+        options: dict[str, Any] = {}
         try:
-            _systems[key] = fsspec.filesystem(protocol, skip_instance_cache=True)
+            if protocol.startswith("http"):  # aiohttp would wait five minutes for a server that does not answer
+                from aiohttp import ClientTimeout
+
+                options["client_kwargs"] = {"timeout": ClientTimeout(total=_TIMEOUT)}
+            _systems[key] = fsspec.filesystem(protocol, skip_instance_cache=True, **options)
         except (ImportError, ValueError) as error:
             package = _PACKAGES.get(protocol, "")
             remedy = f"pip install {package}" if package else first_line(error)
