@@ -16,7 +16,8 @@ import random
 import re
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path, PosixPath
 from typing import Any, TypeVar
 
@@ -40,6 +41,7 @@ _TIMEOUT = 60.0
 """Seconds after which a request to a web server that is not answered is given up."""
 PATIENCE = 300.0
 """Seconds in which a request is repeated: a network that is away for longer ends the run, which can be resumed."""
+_SUFFIXES = (".tar", ".parquet")
 _URL = re.compile(r"(s3|s3a|gs|gcs|az|abfs|https?|hf|memory)://")
 _PACKAGES = {"s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "az": "adlfs", "abfs": "adlfs"}
 _FINAL = ("NoCredentials", "PartialCredentials", "EntryNotFound", "RepositoryNotFound", "GatedRepo", "NoSuchBucket")
@@ -60,7 +62,7 @@ class RemotePath(PosixPath):
     def __fspath__(self) -> str:
         return str(self)
 
-    def open(self, mode: str = "rb", *_: Any, **__: Any) -> Any:  # type: ignore[override]
+    def open(self, mode: str = "rb", *_: Any, **__: Any) -> Any:
         """Open the file for reading. Raises OSError."""
         assert mode == "rb"
         return RemoteReader(self)
@@ -206,7 +208,7 @@ def _fetch(url: str, start: int, stop: int) -> bytes:
     return _try(url, request)
 
 
-def list_remote(source: str, names: Callable[[str], Iterator[str]]) -> list[RemotePath]:
+def list_remote(source: str, names: Callable[[str], Iterable[str]]) -> list[RemotePath]:
     """Return the tar or parquet files of an address: one file, a pattern, or all files below a folder.
 
     Args:
@@ -216,16 +218,13 @@ def list_remote(source: str, names: Callable[[str], Iterator[str]]) -> list[Remo
     found: list[str] = []
     for url in names(source):
         protocol = url.partition("://")[0]
-        if re.search(r"[*?\[]", url):
-            found += [
-                f"{protocol}://{_plain(path, protocol)}"
-                for path in _try(url, lambda fs, url=url: sorted(fs.glob(url)), 60)
-            ]  # type: ignore[misc]
-        elif url.endswith((".tar", ".parquet")):
+        is_pattern = re.search(r"[*?\[]", url)
+        if not is_pattern and url.endswith(_SUFFIXES):
             found.append(url)
-        else:
-            below = [_plain(path, protocol) for path in _try(url, lambda fs, url=url: sorted(fs.find(url)), 60)]  # type: ignore[misc]
-            found += [f"{protocol}://{path}" for path in below if path.endswith((".tar", ".parquet"))]
+            continue
+        paths = _try(url, partial(_list, url, is_pattern=is_pattern is not None), _TIMEOUT)
+        paths = [path.removeprefix(f"{protocol}://").lstrip("/") for path in paths]
+        found += [f"{protocol}://{path}" for path in paths if is_pattern or path.endswith(_SUFFIXES)]
     kinds = {url.rpartition(".")[2] for url in found}
     if not kinds <= {"tar", "parquet"} or len(kinds) != 1:
         what = (
@@ -237,8 +236,8 @@ def list_remote(source: str, names: Callable[[str], Iterator[str]]) -> list[Remo
     return [RemotePath(url) for url in found]
 
 
-def _plain(path: str, protocol: str) -> str:
-    return path.removeprefix(f"{protocol}://").lstrip("/")
+def _list(url: str, system: Any, *, is_pattern: bool) -> list[str]:
+    return sorted(system.glob(url) if is_pattern else system.find(url))
 
 
 # --------------------------------------------------------------------------------------------------------------- cache
