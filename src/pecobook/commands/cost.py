@@ -11,7 +11,7 @@ import math
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import nn
@@ -261,9 +261,9 @@ class _Detection(nn.Module):
         )
 
     def forward(self, images: torch.Tensor) -> None:
-        model, heads, config = self.model, self.model.heads, self.model.config
+        model, heads, config = self.model, cast("Any", self.model.heads), self.model.config
         levels = model.fpn(OrderedDict((str(level), x) for level, x in enumerate(model.pyramid(images))))
-        model.proposals.head(list(levels.values()))
+        cast("Any", model.proposals).head(list(levels.values()))
         heads.box_predictor(heads.box_head(torch.empty(config.samples, config.width, 7, 7)))
         if model.has_masks:
             regions = torch.empty(config.samples // 4, config.width, MASK_SIDE // 2, MASK_SIDE // 2)
