@@ -78,7 +78,7 @@ def read_epoch(source: str, window: int, workers: int) -> tuple[float, int]:
     steps = len(train) // 64
     positions = BatchPositions(start_step=0, stop_step=steps, batch_size=64, micro_batch_size=64, rank=0, world_size=1)
     began = time.perf_counter()
-    count = sum(len(batch["image"]) for batch in load(stream, positions, workers=workers, pin=False))
+    count = sum(len(batch["image"]) for batch in load(stream, positions, workers=workers))
     return count / (time.perf_counter() - began), count
 
 

@@ -123,7 +123,7 @@ def batches(source: str, *, workers: int = 0, start: int = 0, window: int = 0) -
     view = partial(_view, size=4)
     stream = Stream(open_images(source).train, view, 0, window=window)
     positions = BatchPositions(start_step=start, stop_step=8, batch_size=16, micro_batch_size=16, rank=0, world_size=1)
-    return [{**batch} for batch in load(stream, positions, workers=workers, pin=False)]
+    return [{**batch} for batch in load(stream, positions, workers=workers)]
 
 
 def _view(image: torch.Tensor, view_key: int, *, size: int) -> dict[str, torch.Tensor]:
