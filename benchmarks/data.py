@@ -3,7 +3,7 @@
     python -m benchmarks.data --data imagenet.parquet                    # one process, time of the processor
     python -m benchmarks.data --data imagenet.parquet --workers 2        # whole loaders as well, images a second
 
-The images of --data are written as JPEGs of two kinds: short side 256 (about 30 KB each) and 512 (about 140 KB). Every
+The images of --data are written as JPEGs of two kinds: short side 256 (about 30 KB each) and 512 (about 120 KB). Every
 row reads the same files in the same order, and takes a random crop of 20 to 100% of the area to 224 pixels (bicubic,
 antialiased) and a flip. The rows take turns, a few images at a time, so that other work on the machine slows all of
 them alike; a ratio is the median over these turns.
@@ -152,7 +152,7 @@ def loaders(folder: Path, workers: int, batch_size: int) -> Iterator[tuple[str, 
             steps = len(dataset) // batch_size
             sizes = {"batch_size": batch_size, "micro_batch_size": batch_size}
             positions = BatchPositions(start_step=0, stop_step=steps, rank=0, world_size=1, **sizes)
-            yield name, load(dataset, positions, workers=workers, pin=False)
+            yield name, load(dataset, positions, workers=workers)
         else:
             yield name, iter(torch.utils.data.DataLoader(dataset, batch_size, num_workers=workers, drop_last=True))
 

@@ -77,7 +77,7 @@ def read(
     positions = BatchPositions(
         start_step=steps[0], stop_step=steps[1], batch_size=batch, micro_batch_size=micro, rank=rank, world_size=ranks
     )
-    return list(load(stream, positions, workers=workers, pin=False))
+    return list(load(stream, positions, workers=workers))
 
 
 def assert_equal(one: Sequence[Mapping[str, Any]], other: Sequence[Mapping[str, Any]]) -> None:

@@ -119,7 +119,7 @@ def share_listing(rank: int, world_size: int, folder: str) -> tuple[int, list[by
         calls += 1
         return entries(*arguments)
 
-    folders._entries = counted
+    folders._entries = counted  # type: ignore[assignment]
     try:
         with sharing():
             found = folders.folder_contents(folder, Path(folder))
@@ -129,7 +129,7 @@ def share_listing(rank: int, world_size: int, folder: str) -> tuple[int, list[by
     part = found.parts["train"]
     assert part.labels is not None
     assert len(again.parts["train"].rows) == len(part.rows)
-    return calls, list(part.store.files(part.rows)), part.labels.codes.tolist(), len(part.rows)
+    return calls, [*(part.store.files(part.rows) or ())], part.labels.codes.tolist(), len(part.rows)
 
 
 def test_sharing__one_rank_lists_a_folder_for_all(two_processes: TwoProcesses, tmp_path: Path) -> None:

@@ -218,7 +218,7 @@ def _expand_braces(pattern: str) -> Iterable[str]:
     else:
         choices = group[1].split(",")
     prefix, suffix = pattern[: group.start()], pattern[group.end() :]
-    return (name for choice in choices for name in _expand_braces(prefix + choice + suffix))
+    return (prefix + choice + rest for choice in choices for rest in _expand_braces(suffix))
 
 
 # ------------------------------------------------------------------------------------------------------------ one image

@@ -16,14 +16,14 @@ import random
 import re
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path, PosixPath
 from typing import Any, TypeVar
 
 from filelock import FileLock
 
 from pecobook.errors import ConfigError, DataError, first_line
-from pecobook.utils.files import write_atomically
 from pecobook.utils.printer import say
 
 T = TypeVar("T")
@@ -37,8 +37,11 @@ _SCAN_EVERY = 16
 _USED_AGAIN = 60.0
 """Seconds after which a use of a block is noted anew."""
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.5, 20.0
+_TIMEOUT = 60.0
+"""Seconds after which a request to a web server that is not answered is given up."""
 PATIENCE = 300.0
 """Seconds in which a request is repeated: a network that is away for longer ends the run, which can be resumed."""
+_SUFFIXES = (".tar", ".parquet")
 _URL = re.compile(r"(s3|s3a|gs|gcs|az|abfs|https?|hf|memory)://")
 _PACKAGES = {"s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "az": "adlfs", "abfs": "adlfs"}
 _FINAL = ("NoCredentials", "PartialCredentials", "EntryNotFound", "RepositoryNotFound", "GatedRepo", "NoSuchBucket")
@@ -59,7 +62,7 @@ class RemotePath(PosixPath):
     def __fspath__(self) -> str:
         return str(self)
 
-    def open(self, mode: str = "rb", *_: Any, **__: Any) -> Any:  # type: ignore[override]
+    def open(self, mode: str = "rb", *_: Any, **__: Any) -> Any:
         """Open the file for reading. Raises OSError."""
         assert mode == "rb"
         return RemoteReader(self)
@@ -151,8 +154,13 @@ def _system(url: str) -> Any:
     protocol = url.partition("://")[0]
     key = os.getpid(), protocol
     if key not in _systems:
+        options: dict[str, Any] = {}
         try:
-            _systems[key] = fsspec.filesystem(protocol, skip_instance_cache=True)
+            if protocol.startswith("http"):  # aiohttp would wait five minutes for a server that does not answer
+                from aiohttp import ClientTimeout
+
+                options["client_kwargs"] = {"timeout": ClientTimeout(total=_TIMEOUT)}
+            _systems[key] = fsspec.filesystem(protocol, skip_instance_cache=True, **options)
         except (ImportError, ValueError) as error:
             package = _PACKAGES.get(protocol, "")
             remedy = f"pip install {package}" if package else first_line(error)
@@ -200,7 +208,7 @@ def _fetch(url: str, start: int, stop: int) -> bytes:
     return _try(url, request)
 
 
-def list_remote(source: str, names: Callable[[str], Iterator[str]]) -> list[RemotePath]:
+def list_remote(source: str, names: Callable[[str], Iterable[str]]) -> list[RemotePath]:
     """Return the tar or parquet files of an address: one file, a pattern, or all files below a folder.
 
     Args:
@@ -210,16 +218,13 @@ def list_remote(source: str, names: Callable[[str], Iterator[str]]) -> list[Remo
     found: list[str] = []
     for url in names(source):
         protocol = url.partition("://")[0]
-        if re.search(r"[*?\[]", url):
-            found += [
-                f"{protocol}://{_plain(path, protocol)}"
-                for path in _try(url, lambda fs, url=url: sorted(fs.glob(url)), 60)
-            ]  # type: ignore[misc]
-        elif url.endswith((".tar", ".parquet")):
+        is_pattern = re.search(r"[*?\[]", url)
+        if not is_pattern and url.endswith(_SUFFIXES):
             found.append(url)
-        else:
-            below = [_plain(path, protocol) for path in _try(url, lambda fs, url=url: sorted(fs.find(url)), 60)]  # type: ignore[misc]
-            found += [f"{protocol}://{path}" for path in below if path.endswith((".tar", ".parquet"))]
+            continue
+        paths = _try(url, partial(_list, url, is_pattern=is_pattern is not None), _TIMEOUT)
+        paths = [path.removeprefix(f"{protocol}://").lstrip("/") for path in paths]
+        found += [f"{protocol}://{path}" for path in paths if is_pattern or path.endswith(_SUFFIXES)]
     kinds = {url.rpartition(".")[2] for url in found}
     if not kinds <= {"tar", "parquet"} or len(kinds) != 1:
         what = (
@@ -231,8 +236,8 @@ def list_remote(source: str, names: Callable[[str], Iterator[str]]) -> list[Remo
     return [RemotePath(url) for url in found]
 
 
-def _plain(path: str, protocol: str) -> str:
-    return path.removeprefix(f"{protocol}://").lstrip("/")
+def _list(url: str, system: Any, *, is_pattern: bool) -> list[str]:
+    return sorted(system.glob(url) if is_pattern else system.find(url))
 
 
 # --------------------------------------------------------------------------------------------------------------- cache
@@ -261,7 +266,9 @@ def _read_block(path: RemotePath, number: int, start: int, stop: int) -> bytes:
             data = _read_cached(file, start, stop)
             if data is None:
                 block = _fetch(str(path), first, min(first + BLOCK, path.size))
-                write_atomically(file, block)
+                unfinished = folder / f".{number}-{os.getpid()}.tmp"
+                unfinished.write_bytes(block)
+                unfinished.replace(file)
                 data = block[start:stop]
                 _count_written()
         return data
@@ -278,7 +285,8 @@ def _read_cached(file: Path, start: int, stop: int) -> bytes | None:
         if time.time() - os.fstat(descriptor).st_mtime > _USED_AGAIN:
             with contextlib.suppress(OSError):
                 os.utime(file)
-        return os.pread(descriptor, stop - start, start)
+        data = os.pread(descriptor, stop - start, start)
+        return data if len(data) == stop - start else None  # cut short when the power failed
     finally:
         os.close(descriptor)
 

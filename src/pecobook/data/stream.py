@@ -130,9 +130,9 @@ def default_workers(devices: int) -> int:
 
 
 def load(
-    stream: Stream, positions: Sequence[list[int]], *, workers: int, pin: bool, device: torch.device | None = None
+    stream: Stream, positions: Sequence[list[int]], *, workers: int, device: torch.device | None = None
 ) -> Iterator[Batch]:
-    """Batches of this rank, in order, of the positions that each list names; large ones are joined on `device`.
+    """Batches of this rank, in order, of the positions that each list names; those of several parts are on `device`.
 
     Where a data-loading process is killed, `stream.failure` says so, and this process reads the further batches.
     """
@@ -140,7 +140,7 @@ def load(
     def note(sentence: str) -> None:
         stream.failure = sentence
 
-    joined = partial(join, device=device)
+    joined, pin = partial(join, device=device), device is not None and device.type == "cuda"
     return Batches(stream, positions, collate=collate, join=joined, workers=workers, pin=pin, on_failure=note)
 
 

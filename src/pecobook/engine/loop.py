@@ -153,8 +153,7 @@ class Loop:
         try:
             with Signals() as signals, deterministic(self.fabric.device, self.config.deterministic):
                 positions = self._positions(self.start, self.total)
-                device = self.fabric.device
-                batches = load(self.train, positions, workers=self.workers, pin=device.type == "cuda", device=device)
+                batches = load(self.train, positions, workers=self.workers, device=self.fabric.device)
                 self._measured_at = time.monotonic()
                 self._saved_at, self._waited, self._measured_step = self._measured_at, 0.0, self.start
                 if self.config.compile:
@@ -286,12 +285,10 @@ class Loop:
         for sink in self.sinks:
             sink.log(values, step)
         if self.fabric.device.type == "cuda" and step > self.start + self.config.log_every and not self._advised:
-            num_cores = len(cores()) // device_count(self.config)
-            text = reading_advice(
-                values["data_wait"], self.workers, num_cores
-            )  # not of the first steps, which start processes
+            # Not of the first steps, which start processes.
+            text = reading_advice(values["data_wait"], self.workers, len(cores()) // device_count(self.config))
+            self._advised = bool(text)
             if text:
-                self._advised = True
                 say(text)
         warning = self.stage.warning(values, step)
         if warning and not self._warned:

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._C._distributed_c10d import PrefixStore
 
 from pecobook.errors import PecobookError, RunFolderError, first_line
 
@@ -74,7 +75,7 @@ class Sharing:
 
     def __init__(self) -> None:
         Sharing._rounds += 1  # every rank enters equally often
-        self._store = dist.PrefixStore(f"pecobook/{Sharing._rounds}", dist.distributed_c10d._get_default_store())
+        self._store: Any = PrefixStore(f"pecobook/{Sharing._rounds}", dist.distributed_c10d._get_default_store())
         self._made: dict[str, Any] = {}
         self._is_first = dist.get_rank() == 0
 
@@ -105,7 +106,7 @@ class Sharing:
                 return make()
             time.sleep(0.05)
         parts = [self._store.get(f"{name}/{number}") for number in range(int(self._store.get(name)))]
-        return pickle.loads(zlib.decompress(b"".join(parts))) if parts else make()  # type: ignore[no-any-return]
+        return pickle.loads(zlib.decompress(b"".join(parts))) if parts else make()
 
     def close(self) -> None:
         """Let the other ranks make themselves what rank 0 has not made."""
