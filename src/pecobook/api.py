@@ -15,8 +15,11 @@ from pecobook.settings.training import TrainConfig
 from pecobook.settings.values import replace
 
 
-def run(command: str, config: TrainConfig) -> Path:
-    """Train the stage of a command with complete settings; return the run folder."""
+def run(command: str, config: TrainConfig, recipe: str = "") -> Path:
+    """Train the stage of a command with complete settings; return the run folder.
+
+    `recipe` is the name of the recipe from which the settings come, with which config.diff compares them.
+    """
     from pecobook.engine.stage import Stage
     from pecobook.stages.classify import ClassifyStage
     from pecobook.stages.codebook import CodebookStage
@@ -29,7 +32,7 @@ def run(command: str, config: TrainConfig) -> Path:
     stages: tuple[type[Stage[Any]], ...]
     stages = (MocoStage, CodebookStage, PretrainStage, ClassifyStage, SegmentStage, DetectStage)
     by_command: dict[str, type[Stage[Any]]] = {stage.command: stage for stage in stages}
-    return train(by_command[command], config)
+    return train(by_command[command], config, recipe)
 
 
 def contrast(recipe: str = DEFAULT_RECIPE, **settings: Any) -> Path:
@@ -86,4 +89,4 @@ def predict(run: str, images: str, *, out: str, **settings: Any) -> Path:
 
 
 def _run(command: str, name: str, settings: dict[str, Any]) -> Path:
-    return run(command, replace(recipes.recipe(command, name), settings))
+    return run(command, replace(recipes.recipe(command, name), settings), name)
