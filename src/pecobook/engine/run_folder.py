@@ -24,6 +24,7 @@ from pecobook.settings.training import TrainConfig
 from pecobook.settings.values import BEFORE, changed_settings, complete, to_dict
 from pecobook.utils.files import write_atomically, write_json
 from pecobook.utils.folder_lock import FolderLock
+from pecobook.utils.given import hooks
 from pecobook.utils.json_files import ANY, OBJECT, TEXT, list_of, read_if_valid, read_json
 from pecobook.utils.output_folder import OutputFolder
 from pecobook.utils.printer import say
@@ -110,6 +111,12 @@ def _texts(settings: dict[str, Any], leave_out: tuple[str, ...] = ()) -> Iterato
 def _check_resume(config: TrainConfig, command: str, old: dict[str, Any]) -> None:
     out = Path(config.out)
     old.pop("recipe", "")
+    before, now = (python.get("transform", "none") for python in (old.pop("python", {}), hooks()))
+    if before != now:
+        raise RunFolderError(
+            f"--resume: the run in '{out}' took the transform {before} from Python, and now it is {now}: "
+            f"call pecobook.{command}(..., transform=..., resume=True) with that of the run."
+        )
     if old.pop("command", command) != command:
         raise RunFolderError(f"--resume: '{out}' is not a run of 'pecobook {command}'.")
     changed = changed_settings(complete(old, to_dict(type(config)())), to_dict(config))
@@ -177,7 +184,8 @@ def _write_environment(file: Path, notes: list[str], images: dict[str, int]) -> 
 def stored_settings(config: TrainConfig, command: str, recipe: str = "") -> dict[str, Any]:
     """Return the settings as config.json holds them, without the flags of a single start."""
     single = dict.fromkeys(("resume", "overwrite", "dry_run", "verify_data", "accept_data_change"), False)
-    return {"command": command, **({"recipe": recipe} if recipe else {}), **to_dict(config), **single}
+    more = {name: value for name, value in (("recipe", recipe), ("python", hooks())) if value}
+    return {"command": command, **more, **to_dict(config), **single}
 
 
 def command_line(arguments: list[str]) -> str:

@@ -337,6 +337,11 @@ def load(default: C, path: str | Path, command: str = "") -> C:
     """
     values = read_config(path)
     values.pop("recipe", "")  # of which `default` has the values
+    if transform := values.pop("python", {}).get("transform"):
+        raise ConfigError(
+            f"'{path}': the run took the transform {transform} from Python, which no file holds: call the function of "
+            "pecobook with transform=... again."
+        )
     written_by = values.pop("command", command)
     if command and written_by != command:
         raise ConfigError(f"--config '{path}' is a configuration of '{written_by}', not of '{command}'.")

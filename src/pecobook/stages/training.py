@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
 from pecobook import recipes
+from pecobook.data.given import GivenView
 from pecobook.data.images import check_labels, check_readable, write_example
 from pecobook.data.sampler import fixed_permutation
 from pecobook.data.source import Splits
@@ -36,6 +37,7 @@ from pecobook.settings.images import AUTO
 from pecobook.settings.training import TrainConfig
 from pecobook.settings.values import changed_settings, to_dict
 from pecobook.utils.distributed import on_first_rank
+from pecobook.utils.given import hook
 from pecobook.utils.printer import of_run, show
 
 C = TypeVar("C", bound=TrainConfig)
@@ -173,7 +175,9 @@ def _dry_run(stage_type: type[Stage[C]], ready: Ready[C], recipe: str) -> None:
 
 def _training_stream(stage_type: type[Stage[C]], config: C, stage: Stage[C], splits: Splits) -> Stream:
     companion, views = stage.companions()[0], stage.num_views()
-    return Stream(splits.train, stage_type.view(config), config.seed, companion=companion, num_views=views)
+    view, transform = stage_type.view(config), hook("transform")
+    view = view if transform is None else GivenView(transform, view)
+    return Stream(splits.train, view, config.seed, companion=companion, num_views=views)
 
 
 def _fit(
@@ -196,6 +200,7 @@ def _fit(
         reference=reference,
         preamble=preamble,
         draw=_draw_curves,
+        on_step=hook("on_step"),
     )
 
 
