@@ -134,7 +134,7 @@ def test_main__a_run_folder_holds_exactly_the_documented_files(
     assert sorted(path.name for path in out.iterdir()) == sorted(
         [
             *(*events, "checkpoints", "config.json", "data.parquet", "environment.json", "export", "metrics.jsonl"),
-            *("curves.png", "samples", "train.log"),
+            *("config.diff", "curves.png", "samples", "train.log"),
         ]
     )
     assert sorted(str(path.relative_to(out / "checkpoints")) for path in (out / "checkpoints").rglob("*")) == [

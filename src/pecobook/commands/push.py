@@ -154,9 +154,10 @@ class _About:
     def _settings(self) -> str:
         versions = self.environment.get("versions") or {}
         named = ", ".join(f"{name} {versions[name]}" for name in ("pecobook", "torch", "timm") if name in versions)
-        hidden = {name for name in FREE_ON_RESUME if name not in ("evaluation_images",)} | {"command"}
+        hidden = {name for name in FREE_ON_RESUME if name not in ("evaluation_images",)} | {"command", "recipe"}
         kept = _without_folders({name: value for name, value in self.settings.items() if name not in hidden})
-        command = f"`pecobook {self.settings['command']}`{f' ({named})' if named else ''}"
+        words = ("pecobook", self.settings["command"], self.settings.get("recipe", ""))
+        command = f"`{' '.join(filter(None, words))}`{f' ({named})' if named else ''}"
         return (
             f"## Training\n\n{command} with these settings:\n\n"
             f"<details><summary>settings</summary>\n\n```json\n{json.dumps(kept, indent=2)}\n```\n\n</details>"

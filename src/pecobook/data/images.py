@@ -27,6 +27,7 @@ from pecobook.data.source import ImageSource, Splits, relative_names
 from pecobook.data.views import center_crop
 from pecobook.errors import DataError, did_you_mean
 from pecobook.utils.files import write_atomically
+from pecobook.utils.given import given
 from pecobook.utils.images import fitted_size, resize
 from pecobook.utils.printer import say
 
@@ -114,6 +115,11 @@ def say_left_out(source: str, left_out: Mapping[str, int]) -> None:
 def _open(source: str) -> Contents:
     if not source:
         raise DataError(f"--data is missing: give a source of images.\n{SOURCE_FORMS}")
+    value = given("data", source)
+    if value is not None:
+        from pecobook.data.given import given_contents
+
+        return given_contents(value, source)
     if source.startswith("hf:") and not is_remote(source):
         from pecobook.data.tables import hub_contents
 

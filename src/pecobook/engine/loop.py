@@ -26,6 +26,7 @@ from pecobook.engine.attention import trainable_attention
 from pecobook.engine.curves import Curves, Draw
 from pecobook.engine.evaluation import Evaluation, average_metrics, evaluate, picture_grid
 from pecobook.engine.finite_check import FiniteCheck
+from pecobook.engine.hooks import Hook, OnStep
 from pecobook.engine.launch import compress_gradients, deterministic, device_count, micro_batch_size, num_workers
 from pecobook.engine.log import JsonLines, Progress, Sink, open_sinks, open_text_log
 from pecobook.engine.memory import out_of_memory_advice
@@ -70,18 +71,20 @@ def fit(
     reference: Stream | None = None,
     preamble: Sequence[str] = (),
     draw: Draw | None = None,
+    on_step: OnStep | None = None,
 ) -> Outcome:
     """Train `stage` on `train` until its last step or a signal.
 
     `reference` holds training images that every evaluation reads in full and compares with. The lines of `preamble` are
-    shown, and written to train.log, before the first step. `draw` draws curves.png.
+    shown, and written to train.log, before the first step. `draw` draws curves.png; `on_step` is called after each
+    step, on all ranks.
 
     Raises:
         NonFiniteLossError: before the optimizer step, on all ranks.
     """
     loop = Loop(fabric, stage, train, evaluation, reference, config, command)
-    if draw is not None and loop.sinks:
-        loop.sinks.append(Curves(loop.out, draw))
+    loop.sinks += [Curves(loop.out, draw)] if draw is not None and loop.sinks else []
+    loop.hook = Hook(on_step)
     for line in preamble:
         say(line)
     return loop.run()
@@ -136,10 +139,8 @@ class Loop:
         self.finite_check = FiniteCheck(fabric.world_size, late=on_gpu)
         quiet = fabric.global_rank > 0
         self.progress = Progress(total=self.total, start=self.start, name=command, quiet=quiet)
-        self.sinks: list[Sink] = []
-        self.skipped: dict[str, None] = {}
-        self.last_metrics: dict[str, float] = {}
-        self._warned = self._advised = self._evaluating = False
+        self.sinks, self.skipped, self.last_metrics = list[Sink](), dict[str, None](), dict[str, float]()
+        self.hook, self._warned, self._advised, self._evaluating = Hook(None), False, False, False
         if not quiet:
             self.sinks = open_sinks(config.loggers, self.out, to_dict(config), start_step=self.start)
             self.text = open_text_log(self.out)
@@ -162,6 +163,7 @@ class Loop:
                 while step < self.total:
                     stop = self.step_once(step, batches, signals)
                     step += 1
+                    self.hook.after(step, self.total, self.stage)
                     self._save_if_due(step, stop)  # before an evaluation, which may fail
                     if is_time(step, self.config.sample_every, self.total):
                         self._evaluate(step)
@@ -281,6 +283,7 @@ class Loop:
         return values | speed
 
     def _report(self, step: int, values: dict[str, float]) -> None:
+        self.hook.logged = step, values
         self.progress.show(step, values, now=step <= self.start + 2)
         for sink in self.sinks:
             sink.log(values, step)

@@ -1,15 +1,16 @@
 """The run folder: checks before a run writes into it, and the files written before the first step.
 
-config.json  environment.json  metrics.jsonl  curves.png  train.log  samples/  checkpoints/  export/
+config.json  config.diff  environment.json  metrics.jsonl  curves.png  train.log  samples/  checkpoints/  export/
 """
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 import shlex
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,8 +22,9 @@ from pecobook.errors import RunFolderError
 from pecobook.settings.images import AUTO, RangeSetting
 from pecobook.settings.training import TrainConfig
 from pecobook.settings.values import BEFORE, changed_settings, complete, to_dict
-from pecobook.utils.files import write_json
+from pecobook.utils.files import write_atomically, write_json
 from pecobook.utils.folder_lock import FolderLock
+from pecobook.utils.given import hooks
 from pecobook.utils.json_files import ANY, OBJECT, TEXT, list_of, read_if_valid, read_json
 from pecobook.utils.output_folder import OutputFolder
 from pecobook.utils.printer import say
@@ -31,7 +33,7 @@ _ENVIRONMENT = {"versions": OBJECT, "earlier": list_of(OBJECT).or_none, "data_no
 _RUN = {"command": TEXT, "data": TEXT, "out": TEXT}  # many folders hold a config.json
 _FILES = (
     *("config.json", "environment.json", "data.parquet", "metrics.jsonl", "train.log", "events.out.tfevents.*"),
-    *("curves.png", ".*.tmp"),
+    *("config.diff", "curves.png", ".*.tmp"),
     *("predictions.parquet", "classes.json", "detections.json", "average_precision.json"),
     *(f"samples/{name}" for name in ("step-*.png", "example.png", "confusion.png", "detections.png", ".*.tmp")),
     *("checkpoints/step-*/state.pt*", "checkpoints/.step-*.tmp/*"),
@@ -44,13 +46,17 @@ def check(config: TrainConfig, command: str) -> None:
     _folder(config, command).check()
 
 
-def prepare(config: TrainConfig, command: str, splits: Splits | None = None) -> FolderLock:
+def prepare(
+    config: TrainConfig, command: str, splits: Splits | None = None, recipe: str = "", changes: Sequence[str] = ()
+) -> FolderLock:
     """Create and lock the folder, write config.json and environment.json, and return the lock.
 
     Args:
         config: the settings.
         command: name of the command.
         splits: the data, which are compared with those of the run that resumes; None leaves that out.
+        recipe: name of the recipe from which the settings come; empty if it is unknown.
+        changes: lines of config.diff, on settings that differ from those of the recipe.
 
     Raises:
         RunFolderError: the folder cannot be used, or the data have changed.
@@ -61,7 +67,14 @@ def prepare(config: TrainConfig, command: str, splits: Splits | None = None) -> 
     if now is not None and bank:
         notes += check_bank(bank, now, data=config.data)
     images = {} if splits is None else _image_counts(splits)
-    return _folder(config, command).begin(partial(_write_settings, config, command, now, notes, images))
+    files = {"config.json": (json.dumps(stored_settings(config, command, recipe), indent=2) + "\n").encode()}
+    if recipe:
+        lines = [
+            f"pecobook {command} {recipe}: {'settings that differ' if changes else 'no setting differs'}",
+            *changes,
+        ]
+        files["config.diff"] = "".join(f"{line}\n" for line in lines).encode()
+    return _folder(config, command).begin(partial(_write_settings, config, files, now, notes, images))
 
 
 def recorded_range(out: str) -> RangeSetting:
@@ -97,6 +110,13 @@ def _texts(settings: dict[str, Any], leave_out: tuple[str, ...] = ()) -> Iterato
 
 def _check_resume(config: TrainConfig, command: str, old: dict[str, Any]) -> None:
     out = Path(config.out)
+    old.pop("recipe", "")
+    before, now = (python.get("transform", "none") for python in (old.pop("python", {}), hooks()))
+    if before != now:
+        raise RunFolderError(
+            f"--resume: the run in '{out}' took the transform {before} from Python, and now it is {now}: "
+            f"call pecobook.{command}(..., transform=..., resume=True) with that of the run."
+        )
     if old.pop("command", command) != command:
         raise RunFolderError(f"--resume: '{out}' is not a run of 'pecobook {command}'.")
     changed = changed_settings(complete(old, to_dict(type(config)())), to_dict(config))
@@ -114,7 +134,7 @@ def _image_counts(splits: Splits) -> dict[str, int]:
 
 def _write_settings(
     config: TrainConfig,
-    command: str,
+    files: dict[str, bytes],
     now: record.Record | None,
     notes: list[str],
     images: dict[str, int],
@@ -127,8 +147,8 @@ def _write_settings(
         notes = [*notes, *found]
     for note in notes:
         say(note)
-    if not resumes:
-        write_json(out / "config.json", stored_settings(config, command))
+    for name, data in () if resumes else files.items():
+        write_atomically(out / name, data)
     _write_environment(out / "environment.json", notes, images)
     if news is not None:  # after environment.json, which tells of the change
         news.write(out)
@@ -161,10 +181,11 @@ def _write_environment(file: Path, notes: list[str], images: dict[str, int]) -> 
     write_json(file, current)
 
 
-def stored_settings(config: TrainConfig, command: str) -> dict[str, Any]:
+def stored_settings(config: TrainConfig, command: str, recipe: str = "") -> dict[str, Any]:
     """Return the settings as config.json holds them, without the flags of a single start."""
     single = dict.fromkeys(("resume", "overwrite", "dry_run", "verify_data", "accept_data_change"), False)
-    return {"command": command, **to_dict(config), **single}
+    more = {name: value for name, value in (("recipe", recipe), ("python", hooks())) if value}
+    return {"command": command, **more, **to_dict(config), **single}
 
 
 def command_line(arguments: list[str]) -> str:

@@ -21,6 +21,7 @@ from pecobook.models.snippets import range_text
 from pecobook.settings.images import AUTO, MAX_IMAGE_SIZE, RangeSetting
 from pecobook.utils.checksums import checksum_file, damage, write_with_checksum
 from pecobook.utils.files import write_atomically
+from pecobook.utils.given import given
 from pecobook.utils.json_files import COUNT, NUMBER, OBJECT, SWITCH, TEXT, WHOLE, Kind, Schema, list_of, read_json
 
 _SIZE = Kind(f"a whole number from 1 to {MAX_IMAGE_SIZE}", lambda value: WHOLE.holds(value) and value <= MAX_IMAGE_SIZE)
@@ -72,6 +73,8 @@ def read_settings(path: str | Path, *, kinds: Collection[str] = tuple(_SCHEMAS))
         kinds: the kinds that the caller takes. The fields of another kind are not checked, so that the caller tells of
             the kind and not of a field.
     """
+    if (network := given("backbone", str(path))) is not None:
+        return {"kind": network.kind, **network.settings(), **range_entry(network)}
     file = export_folder(path) / "config.json"
     _check_undamaged(file)
 
@@ -102,7 +105,10 @@ def read_export(
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    config, folder = read_settings(path, kinds=kinds), export_folder(path)
+    config = read_settings(path, kinds=kinds)
+    if (network := given("backbone", str(path))) is not None:
+        return config, {name: value.detach().cpu().clone() for name, value in network.body.state_dict().items()}
+    folder = export_folder(path)
     _check_undamaged(folder / "model.safetensors")
     try:
         state = load_file(folder / "model.safetensors")

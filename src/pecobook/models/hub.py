@@ -10,7 +10,8 @@ from typing import TypeVar
 from pecobook.errors import PecobookError, WeightsError, first_line
 
 T = TypeVar("T")
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9][A-Za-z0-9._-]*")
+_PART = r"[A-Za-z0-9_]([A-Za-z0-9._-]*[A-Za-z0-9_])?"
+_NAME = re.compile(rf"(?!.*(--|\.\.))(?=.{{3,96}}$){_PART}/{_PART}")
 
 
 class HubError(PecobookError):
@@ -18,19 +19,9 @@ class HubError(PecobookError):
 
 
 def check_repo_id(repo_id: str) -> None:
-    """Raise WeightsError unless `repo_id` has the form owner/name and the hub takes it."""
-    from huggingface_hub.errors import HFValidationError
-    from huggingface_hub.utils import validate_repo_id
-
-    reason = ""
-    if _NAME.fullmatch(repo_id):
-        try:
-            validate_repo_id(repo_id)
-        except HFValidationError as error:
-            reason = f" {first_line(error)}"
-        else:
-            return
-    raise WeightsError(f"'{repo_id}' is no name of the Hugging Face hub: give owner/name, such as me/codebook.{reason}")
+    """Raise WeightsError unless `repo_id` has the form owner/name, as the hub takes it."""
+    if not _NAME.fullmatch(repo_id):
+        raise WeightsError(f"'{repo_id}' is no name of the Hugging Face hub: give owner/name, such as me/codebook.")
 
 
 def publish(
@@ -75,7 +66,8 @@ def _asked(request: Callable[[], T], repo_id: str) -> T:
     from huggingface_hub import constants
     from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
-    network_errors = (OSError, HfHubHTTPError.__bases__[0])  # of the HTTP library, which differs between versions
+    # The HTTP library differs between versions of the hub's package; its error of a connection need be no OSError.
+    network_errors: tuple[type[BaseException], ...] = (OSError, HfHubHTTPError.__bases__[0])
     try:
         return request()
     except OfflineModeIsEnabled:

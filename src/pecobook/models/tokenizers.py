@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pecobook.errors import WeightsError, first_line
+from pecobook.models.given_networks import GivenTokenizer
 from pecobook.models.nearest import nearest_codeword
 from pecobook.models.public_tokenizers import LAYOUTS, load_public_model
 from pecobook.models.tokenizer import (
@@ -18,6 +19,7 @@ from pecobook.models.tokenizer import (
     apply_in_batches,
     as_codes,
 )
+from pecobook.utils.given import given
 from pecobook.utils.images import as_images
 
 FOREIGN = ("dalle", "diffusers", *LAYOUTS)
@@ -43,6 +45,8 @@ def load_tokenizer(source: str | Path) -> Any:
         WeightsError: the tokenizer is missing or damaged, or `source` is not a tokenizer.
     """
     kind, _, location = str(source).partition(":")
+    if (module := given("tokenizer", str(source))) is not None:
+        return GivenTokenizer(module)
     if kind == "dalle":
         from pecobook.models.dalle import DalleTokenizer
 
