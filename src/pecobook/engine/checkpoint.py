@@ -45,9 +45,12 @@ def save(
     stage: nn.Module,
     optimizer: torch.optim.Optimizer,
     keep: int,
+    always: int = 0,
     precision: Stateful | None = None,
 ) -> None:
-    """Write the checkpoint of `step` and delete all but the last `keep`. All ranks call this; rank 0 writes.
+    """Write the checkpoint of `step` and delete all but the last `keep` and that of step `always`.
+
+    All ranks call this; rank 0 writes.
 
     Raises:
         RunFolderError: on all ranks, when the checkpoint cannot be written.
@@ -60,7 +63,8 @@ def save(
     def write() -> None:
         _write(folder, step, state)
         for old in steps(folder)[:-keep]:
-            shutil.rmtree(folder / _name(old))
+            if old != always:
+                shutil.rmtree(folder / _name(old))
 
     on_first_rank(write)
 
@@ -142,6 +146,12 @@ def steps(folder: Path) -> list[int]:
     """Return the steps of the complete checkpoints in a folder, ascending."""
     numbers = (path.name.removeprefix("step-") for path in folder.glob("step-*") if (path / "state.pt").is_file())
     return sorted(int(number) for number in numbers if number.isdigit())
+
+
+def delete_after(folder: Path, step: int) -> None:
+    """Delete the checkpoints of all steps after `step`, the newest first."""
+    for later in reversed([saved for saved in steps(folder) if saved > step]):
+        shutil.rmtree(folder / _name(later))
 
 
 def _name(step: int) -> str:

@@ -329,6 +329,18 @@ def _filter_warnings() -> None:
         logging.getLogger(name).setLevel(logging.WARNING)
 
 
+def prepare_module(fabric: Fabric, stage: nn.Module, *, compiled: bool) -> Any:
+    """Return `stage` wrapped for the devices of `fabric`, after its compilation where it is `compiled`."""
+    if fabric.device.type == "cuda" and fabric.world_size > 1:
+        from timm.layers import convert_sync_batchnorm
+
+        # timm's function, since torch's drops the activation inside some of timm's norms.
+        stage = convert_sync_batchnorm(stage)
+    if compiled:
+        stage.compile()
+    return fabric.setup_module(stage)
+
+
 def precision_plugin(name: str) -> Any:
     """Return Fabric's precision plugin, changed so that the numbers of a batch are not rounded.
 

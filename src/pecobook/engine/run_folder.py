@@ -16,6 +16,7 @@ from typing import Any
 
 from pecobook.data import record
 from pecobook.data.source import Splits
+from pecobook.engine import longer
 from pecobook.engine.data_check import check_bank, compare_data
 from pecobook.errors import RunFolderError
 from pecobook.settings.images import AUTO, RangeSetting
@@ -39,9 +40,12 @@ _FILES = (
 )
 
 
-def check(config: TrainConfig, command: str) -> None:
-    """Raise RunFolderError when `config.out` cannot be used as the settings require. Changes nothing."""
-    _folder(config, command).check()
+def check(config: TrainConfig, command: str, num_images: int = 0) -> None:
+    """Raise RunFolderError when `config.out` cannot be used as the settings require. Changes nothing.
+
+    `num_images` is the number of training images, 0 where it is unknown; a new length of a run is then not checked.
+    """
+    _folder(config, command, num_images).check()
 
 
 def prepare(config: TrainConfig, command: str, splits: Splits | None = None) -> FolderLock:
@@ -60,7 +64,8 @@ def prepare(config: TrainConfig, command: str, splits: Splits | None = None) -> 
     bank: str = getattr(config, "tokens", "")
     if now is not None and bank:
         notes += check_bank(bank, now, data=config.data)
-    return _folder(config, command).begin(partial(_write_settings, config, command, now, notes))
+    num_images = 0 if splits is None else len(splits.train)
+    return _folder(config, command, num_images).begin(partial(_write_settings, config, command, now, notes, num_images))
 
 
 def recorded_range(out: str) -> RangeSetting:
@@ -69,7 +74,7 @@ def recorded_range(out: str) -> RangeSetting:
     return AUTO if settings is None else tuple(settings.get("value_range", BEFORE["value_range"]))
 
 
-def _folder(config: TrainConfig, command: str) -> OutputFolder:
+def _folder(config: TrainConfig, command: str, num_images: int) -> OutputFolder:
     return OutputFolder(
         config.out,
         kind="a run",
@@ -81,7 +86,7 @@ def _folder(config: TrainConfig, command: str) -> OutputFolder:
         resume=config.resume is True,
         always_resumes=config.resume == "auto",
         overwrite=config.overwrite,
-        check_resume=partial(_check_resume, config, command),
+        check_resume=partial(_check_resume, config, command, num_images),
     )
 
 
@@ -94,24 +99,34 @@ def _texts(settings: dict[str, Any], leave_out: tuple[str, ...] = ()) -> Iterato
             yield value
 
 
-def _check_resume(config: TrainConfig, command: str, old: dict[str, Any]) -> None:
+def _check_resume(config: TrainConfig, command: str, num_images: int, old: dict[str, Any]) -> None:
     out = Path(config.out)
     if old.pop("command", command) != command:
         raise RunFolderError(f"--resume: '{out}' is not a run of 'pecobook {command}'.")
-    changed = changed_settings(complete(old, to_dict(type(config)())), to_dict(config))
+    old = complete(old, to_dict(type(config)()))
+    all_changed = changed_settings(old, to_dict(config))
+    changed = longer.other_settings(all_changed, old, config)
+    if all_changed and not changed and num_images:
+        longer.check(old, config, num_images)
     if changed:
         raise RunFolderError(
             f"--resume: settings differ from those of the run in '{out}': {'; '.join(changed)}.\n"
-            "Give the settings of that run, or name another --out."
+            f"Give the settings of that run, or name another --out.{longer.remedy(changed, config)}"
         )
 
 
-def _write_settings(config: TrainConfig, command: str, now: record.Record | None, notes: list[str], out: Path) -> None:
+def _write_settings(
+    config: TrainConfig, command: str, now: record.Record | None, notes: list[str], num_images: int, out: Path
+) -> None:
     resumes, accept = bool(config.resume) and (out / "config.json").exists(), config.accept_data_change
     news = now
     if resumes and now is not None:
         found, news = compare_data(out, now, data=config.data, of="the run", accept=accept)
         notes = [*notes, *found]
+    if resumes and num_images:
+        old = complete(read_json(out / "config.json", _RUN), to_dict(type(config)()))
+        if changed_settings(old, to_dict(config)):  # its length, as `_check_resume` has found
+            notes = [*notes, longer.begin(out, old, config, num_images)]
     for note in notes:
         say(note)
     if not resumes:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any, Generic, NamedTuple, TypeVar, cast
 
@@ -21,6 +22,7 @@ from pecobook.engine import launch, log, run_folder
 from pecobook.engine.dry_run import estimate
 from pecobook.engine.loop import fit
 from pecobook.engine.preamble import describe_run
+from pecobook.engine.probing import Probe, describe_probe, open_probe
 from pecobook.engine.run_folder import stored_settings
 from pecobook.engine.stage import Stage
 from pecobook.engine.value_range import set_value_range
@@ -30,7 +32,7 @@ from pecobook.models.networks import without_downloads
 from pecobook.models.snippets import example_image, with_image
 from pecobook.settings.durations import steps
 from pecobook.settings.images import AUTO
-from pecobook.settings.training import TrainConfig
+from pecobook.settings.training import ProbedTrainConfig, TrainConfig
 from pecobook.utils.distributed import on_first_rank
 from pecobook.utils.printer import of_run, show
 
@@ -56,10 +58,10 @@ def train(stage_type: type[Stage[C]], config: C) -> Path:
             lambda: preflight(stage_type, config),
             lambda ready: run_folder.prepare(ready.config, stage_type.command, ready.splits),
         )
-        config, splits, stage = begun.ready
+        config, splits, stage, _ = begun.ready
         try:
-            preamble = _preamble(config, splits, stage) if is_leader() else []
-            outcome = _fit(stage_type, config, begun.fabric, stage, splits, preamble)
+            preamble = _preamble(*begun.ready) if is_leader() else []
+            outcome = _fit(stage_type, begun.fabric, begun.ready, preamble)
             if outcome.finished:
                 _export(config, stage, splits)
         finally:  # also after an error: the Python process may go on, and train again
@@ -77,6 +79,8 @@ class Ready(NamedTuple, Generic[C]):
     """The settings, with the resolved precision."""
     splits: Splits
     stage: Stage[C]
+    probe: Splits | None = None
+    """The images of --probe-data."""
 
 
 def preflight(stage_type: type[Stage[C]], config: C) -> Ready[C]:
@@ -94,7 +98,9 @@ def preflight(stage_type: type[Stage[C]], config: C) -> Ready[C]:
     if splits is not None and splits.train.value_range is not None:
         config = dataclasses.replace(config, value_range=tuple(splits.train.value_range))
     if is_leader() and (config.out or not config.dry_run):
-        problems.check(lambda: run_folder.check(config, stage_type.command))
+        num_images = 0 if splits is None else len(splits.train)
+        problems.check(lambda: run_folder.check(config, stage_type.command, num_images))
+    probe = problems.check(lambda: open_probe(config))
     torch.manual_seed(config.seed)  # seeds all random weights of the stage
     with without_downloads() if problems.problems else contextlib.nullcontext():
         prebuilt = problems.check(lambda: stage_type.check(config))
@@ -102,7 +108,7 @@ def preflight(stage_type: type[Stage[C]], config: C) -> Ready[C]:
     problems.check(lambda: log.check_loggers(config.loggers))
     problems.finish()
     assert splits is not None
-    return Ready(config, splits, stage_type.build(config, splits, prebuilt))
+    return Ready(config, splits, stage_type.build(config, splits, prebuilt), probe)
 
 
 def _open(stage_type: type[Stage[C]], config: C) -> Splits:
@@ -117,10 +123,13 @@ def _open(stage_type: type[Stage[C]], config: C) -> Splits:
     return splits
 
 
-def _preamble(config: TrainConfig, splits: Splits, stage: Stage[Any]) -> list[str]:
+def _preamble(config: TrainConfig, splits: Splits, stage: Stage[Any], probe: Splits | None) -> list[str]:
     """Return lines that say what the run learns from, with what, and for how long."""
     weights = [("weights", note) for note in (*stage.notes, *_rates_of_random_weights(config))]
-    return aligned([*describe(splits), *weights, *describe_run(stage, config, len(splits.train))])
+    probes = []
+    if probe is not None and isinstance(config, ProbedTrainConfig):
+        probes = [("probe", describe_probe(config, probe))]
+    return aligned([*describe(splits), *weights, *describe_run(stage, config, len(splits.train)), *probes])
 
 
 def _rates_of_random_weights(config: TrainConfig) -> list[str]:
@@ -133,10 +142,10 @@ def _rates_of_random_weights(config: TrainConfig) -> list[str]:
     return [f"random, and {lowers}: 1 does not"]
 
 
-def _dry_run(stage_type: type[Stage[C]], config: C, splits: Splits, stage: Stage[C]) -> None:
+def _dry_run(stage_type: type[Stage[C]], config: C, splits: Splits, stage: Stage[C], probe: Splits | None) -> None:
     """Print the settings to standard output, and what the run would learn from and cost to standard error."""
     show(json.dumps(stored_settings(config, stage_type.command), indent=2), stdout=True)
-    preamble = _preamble(config, splits, stage)
+    preamble = _preamble(config, splits, stage, probe)
     cost = estimate(stage, _training_stream(stage_type, config, stage, splits), config)
     last = f"Nothing was written. Without --dry-run the same command trains and writes to {config.out or '--out'}."
     show("\n".join([*preamble, *aligned(cost), last]))
@@ -147,10 +156,11 @@ def _training_stream(stage_type: type[Stage[C]], config: C, stage: Stage[C], spl
     return Stream(splits.train, stage_type.view(config), config.seed, companion=companion, num_views=views)
 
 
-def _fit(
-    stage_type: type[Stage[C]], config: C, fabric: Any, stage: Stage[C], splits: Splits, preamble: list[str]
-) -> Any:
-
+def _fit(stage_type: type[Stage[C]], fabric: Any, ready: Ready[C], preamble: list[str]) -> Any:
+    config, splits, stage, probed = ready
+    probe, probe_view = None, stage_type.probe_view(config)
+    if probed is not None and probe_view is not None and isinstance(config, ProbedTrainConfig):
+        probe = partial(Probe, config, probed, probe_view)
     reference = None
     count = min(getattr(config, "knn_images", 0), len(splits.train))
     view = stage_type.reference_view(config)
@@ -165,6 +175,7 @@ def _fit(
         config=config,
         command=stage_type.command,
         reference=reference,
+        probe=probe,
         preamble=preamble,
     )
 
