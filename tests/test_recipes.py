@@ -73,6 +73,9 @@ NOT_THE_PAPERS = {
         "tokens",
         "network",
         "init",
+        "probe_data",
+        "probe_every",
+        "probe_images",
     ),
     *(
         "classes",
@@ -96,7 +99,11 @@ INERT = {
     *((PretrainConfig, "decoder"), (AutoencoderConfig, "num_heads")),
 }
 # Settings of the optimizer that a schedule does not read.
-INERT_UNDER = {"cosine": {"power", "milestones"}, "poly": {"milestones"}, "steps": {"power", "final_lr"}}
+INERT_UNDER = {
+    "cosine": {"power", "milestones", "cooldown"},
+    "poly": {"milestones", "cooldown"},
+    "steps": {"power", "final_lr", "cooldown"},
+}
 
 
 class Edited:

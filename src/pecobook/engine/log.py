@@ -291,6 +291,8 @@ class Progress:
             f"{metrics['images_per_second']:.0f} img/s" if "images_per_second" in metrics else "",
             f"data wait {100 * metrics['data_wait']:.0f}%" if "data_wait" in metrics else "",
         ]
+        shown = (("knn", "k-NN {:.1f}%"), ("linear", "linear {:.1f}%"), ("rank", "rank {:.1f}"))
+        parts += [text.format(metrics[f"probe/{name}"]) for name, text in shown if f"probe/{name}" in metrics]
         self._status = "  ".join(part for part in parts if part)
         self._draw(step, wait=0 if now else 5)
 

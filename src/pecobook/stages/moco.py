@@ -82,6 +82,8 @@ class MocoStage(Stage[ContrastConfig]):
 
     def forward(self, batch: Batch) -> StageOutput:
         """Return the symmetric contrastive loss of two views, uint8 (B, 3, H, W) each; in evaluation also features."""
+        if "probe" in batch:
+            return StageOutput(None, {}, rows={"features": self._features(batch["image"])})
         rows = {} if self.training else self._knn_rows(batch)
         if "view0" not in batch:  # labelled training images, for k-NN in evaluation
             return StageOutput(self.mean.new_zeros(()), {}, rows=rows)
@@ -116,8 +118,11 @@ class MocoStage(Stage[ContrastConfig]):
         """Return features (B, F) and labels (B,) of central crops."""
         if "label" not in batch or self.config.knn_images == 0:
             return {}
-        features = self.backbone(self._normalise(to_float(batch["image"])))
-        return {"features": features.float(), "labels": batch["label"]}
+        return {"features": self._features(batch["image"]), "labels": batch["label"]}
+
+    def _features(self, images: Tensor) -> Tensor:
+        """Return the features (B, F) of uint8 images (B, 3, S, S)."""
+        return self.backbone(self._normalise(to_float(images))).float()  # type: ignore[no-any-return]
 
     def summarise(self, rows: dict[str, Tensor], reference_rows: dict[str, Tensor]) -> dict[str, float]:
         """Return the k-NN accuracy of held-out images among training images, in percent."""
@@ -138,8 +143,10 @@ class MocoStage(Stage[ContrastConfig]):
 
     @torch.no_grad()
     def after_step(self, step: int, total: int) -> None:
-        """Move the momentum encoder towards the encoder; the momentum rises to 1 over the training."""
-        momentum = cosine(step - 1, total=total, start=self.config.momentum, end=1.0)
+        """Move the momentum encoder towards the encoder; the momentum rises to 1 over a training of known length."""
+        momentum = self.config.momentum
+        if self.config.optim.schedule != "constant":
+            momentum = cosine(step - 1, total=total, start=momentum, end=1.0)
         ema_update(self.momentum_backbone, self.backbone, momentum)
         ema_update(self.momentum_projector, self.projector, momentum)
 
@@ -183,6 +190,8 @@ class MocoStage(Stage[ContrastConfig]):
     def reference_view(cls, config: ContrastConfig) -> ViewFunction:
         """Return the function that takes the central crop of a labelled training image."""
         return partial(central_view, size=config.image_size)
+
+    probe_view = reference_view
 
 
 def _backbone_args(config: ContrastConfig) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import re
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +16,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pecobook.analysis.features import layer_features
 from pecobook.data.batch import Batch
 from pecobook.data.masking import blockwise_mask, random_mask
 from pecobook.data.sampler import key
 from pecobook.data.source import Splits
 from pecobook.data.stream import Companion, ViewFunction
 from pecobook.data.tokens import TokenBank, bank_differences, read_bank_config
-from pecobook.data.views import NamedViews
+from pecobook.data.views import NamedViews, central_view
 from pecobook.engine.stage import Stage, StageOutput, submodule_state
 from pecobook.engine.world import is_first_on_machine
 from pecobook.errors import ConfigError, DataError, WeightsError
@@ -43,6 +45,7 @@ from pecobook.models.network_traits import traits_of
 from pecobook.models.tokenizers import fingerprint, load_tokenizer
 from pecobook.models.weights import Backbone, create_network
 from pecobook.settings.pretrain import MaskConfig, PretrainConfig
+from pecobook.utils.images import to_float
 
 _MANY_CODEWORDS = 2**16
 """Number of codewords above which logits are computed in tiles: 64 images have 5 GB of logits for 262,144 codewords."""
@@ -95,6 +98,8 @@ class PretrainStage(Stage[PretrainConfig]):
 
     def forward(self, batch: Batch) -> StageOutput:
         """Return equation 7 on uint8 images (B, 3, H, W), bool masks (B, h, w) and, from a bank, codes (B, h, w)."""
+        if "probe" in batch:
+            return StageOutput(None, {}, rows={"features": self._probed(batch["image"])})
         mask, M = batch["mask"], self.config.mask.num_masked
         images = self.views.pixels(batch, training=self.training)
         many = self.tokenizer is not None and self.tokenizer.num_codewords > _MANY_CODEWORDS
@@ -117,6 +122,15 @@ class PretrainStage(Stage[PretrainConfig]):
         accuracy = 100 * (best == targets).float().mean()
         pictures = {} if self.training else self._pictures(images, mask, codes, best)
         return StageOutput(loss, {"accuracy": accuracy.detach()}, pictures)
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # it would compile the whole network once more
+    def _probed(self, images: Tensor) -> Tensor:
+        """Return the features (B, F) of uint8 images (B, 3, S, S): the mean of the patches at 3/4 of the depth.
+
+        The best layer of a masked image model lies in its middle, since the last ones serve the prediction.
+        """
+        layers = list(layer_features(self.model.backbone, (to_float(images) - self.mean) / self.std, False).values())
+        return layers[max(len(layers) - 2, 0)].float()
 
     def _pictures(self, images: Tensor, mask: Tensor, codes: Tensor, best: Tensor, count: int = 8) -> dict[str, Tensor]:
         """Return the first `count` images, their visible parts, and their decoded predictions (paper, figure 5)."""
@@ -205,6 +219,11 @@ class PretrainStage(Stage[PretrainConfig]):
     def view(cls, config: PretrainConfig) -> ViewFunction:
         """Return the function that takes a random crop of an image, and the draws of its colour changes."""
         return NamedViews.of(config).train
+
+    @classmethod
+    def probe_view(cls, config: PretrainConfig) -> ViewFunction:
+        """Return the function that takes the central crop of an image, without colour changes."""
+        return partial(central_view, size=config.image_size)
 
     @classmethod
     def evaluation_view(cls, config: PretrainConfig) -> ViewFunction:
