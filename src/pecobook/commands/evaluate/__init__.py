@@ -59,7 +59,7 @@ def evaluate(config: EvaluateConfig | None = None, **settings: Any) -> Path:
         rows: dict[int, dict[str, Any]] = {}
         skipped: list[str] = []
         # A GPU's convolutions would otherwise round their inputs to TF32, also in Inception.
-        exact = torch.backends.cudnn.flags(enabled=True, allow_tf32=False)  # type: ignore[no-untyped-call]
+        exact = torch.backends.cudnn.flags(enabled=True, allow_tf32=False)
         try:
             with exact:
                 for number, size in enumerate(dict.fromkeys(inputs.sizes)):
