@@ -148,7 +148,7 @@ COMMANDS: dict[str, Command] = {
         "TOKENIZER [TOKENIZER ...] --data SOURCE --out DIR",
         (
             "evaluate runs/codebook runs/pixel --data photos --out runs/evaluation",
-            "evaluate taming:vqgan.ckpt --data IMAGENET --image-size 256 --metrics rfid psnr --out runs/vqgan",
+            "evaluate taming:vqgan.ckpt --data IMAGENET --metrics rfid psnr --out runs/vqgan",
         ),
         "tokenizers data out overwrite metrics split num-images image-size inception-weights statistics "
         "lpips-weights perceptual batch-size precision",

@@ -15,7 +15,7 @@ METRICS: tuple[Metric, ...] = ("rfid", "is", "psnr", "ssim", "lpips", "perceptua
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EvaluateConfig(ImagesConfig):
-    """Measure tokenizers side by side on the same images: rFID, IS, PSNR, SSIM, LPIPS, usage of codes, speed."""
+    """Measure tokenizers side by side on the same images: rFID, IS, PSNR, SSIM, LPIPS, usage, speed."""
 
     tokenizers: tuple[str, ...] = ()
     """Codebook runs, export folders, owner/name on the hub, dalle:FOLDER, diffusers:FOLDER, taming:FILE,

@@ -58,9 +58,12 @@ def evaluate(config: EvaluateConfig | None = None, **settings: Any) -> Path:
         progress = Progress(total=len(set(inputs.sizes)) * inputs.num_images, start=0, name="evaluate", quiet=False)
         rows: dict[int, dict[str, Any]] = {}
         skipped: list[str] = []
+        # A GPU's convolutions would otherwise round their inputs to TF32, also in Inception.
+        exact = torch.backends.cudnn.flags(enabled=True, allow_tf32=False)
         try:
-            for number, size in enumerate(dict.fromkeys(inputs.sizes)):
-                skipped = _measure(config, inputs, size, rows, progress, number * inputs.num_images)
+            with exact:
+                for number, size in enumerate(dict.fromkeys(inputs.sizes)):
+                    skipped = _measure(config, inputs, size, rows, progress, number * inputs.num_images)
         finally:
             progress.close()
         results["tokenizers"] = [rows[number] for number in sorted(rows)]
