@@ -95,7 +95,7 @@ def predict(run: str, images: str, *, out: str, **settings: Any) -> Path:
 def _run(command: str, name: str, settings: dict[str, Any]) -> Path:
     settings, objects = _objects(command, settings)
     with giving(objects):
-        config = replace(recipes.recipe(command, name), settings)
+        config: Any = replace(recipes.recipe(command, name), settings)
         if "transform" in objects and getattr(config, "tokens", ""):
             raise ConfigError("transform= and tokens= exclude each other: a bank holds tokens of untransformed images.")
         return run(command, config, name)

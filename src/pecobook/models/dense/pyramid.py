@@ -174,7 +174,7 @@ class _TransformerBody(nn.Module):
                 block.attn.register_forward_hook(self._merge_windows)
         self.relative = None
         if _is_beit(network):
-            options = {"windowed": self.windowed, "window": config.window, "native_grid": self.native_grid}
+            options: Any = {"windowed": self.windowed, "window": config.window, "native_grid": self.native_grid}
             self.relative = RelativePositions(vit, **options, side=image_size // patch)
         if config.window and getattr(vit, "rope", None) is not None:
             raise WeightsError("A ViT with rotary positions cannot attend in windows: omit --pyramid.window.")
