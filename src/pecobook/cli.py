@@ -172,8 +172,8 @@ def _help() -> str:
         "  pecobook COMMAND --help                                  usage, recipes, examples, the flags people use\n"
         "  pecobook COMMAND --help-all                              all flags, explained\n\n"
         + "\n".join(lines)
-        + "\n\nSOURCE: a folder of images, a parquet file or folder, tar shards (also at s3://, gs://, https://), "
-        "hf:owner/name, or photos (built in)."
+        + "\n\nSOURCE: a folder of images, a parquet file or folder, tar shards, hf:owner/name, or photos (built in);\n"
+        "parquet and shards also at s3://, gs://, https:// and hf://."
     )
 
 

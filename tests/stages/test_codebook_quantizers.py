@@ -12,7 +12,7 @@ from pecobook.data.tokens import TokenBank
 from tests.runs import losses, train
 
 KINDS: dict[str, dict[str, Any]] = {
-    "fsq": {"quantizer.levels": ("3", "4"), "quantizer.num_codewords": 12, "model.latent_dim": 2},
+    "fsq": {"quantizer.levels": ("31", "32"), "quantizer.num_codewords": 992, "model.latent_dim": 2},
     "lfq": {"quantizer.num_codewords": 16, "model.latent_dim": 4},
     "simvq": {"quantizer.num_codewords": 20},
     "ibq": {"quantizer.num_codewords": 20, "quantizer.entropy_weight": 0.05},

@@ -108,7 +108,7 @@ def distinct_codewords(codebook: Tensor, usage: Tensor, *, tolerance: float = 0.
         chosen = torch.multinomial(share.cpu(), _SAMPLE, replacement=True, generator=generator).to(share.device)
         of, weight = vectors[chosen], torch.full_like(share[chosen], 1 / _SAMPLE)
     # In parts, because K x K distances may need too much memory.
-    rows = min(1024, max(2**23 // len(vectors), 1))
+    rows = min(1024, max(2**23 // max(len(vectors), 1), 1))
     similar_share = [(torch.cdist(part, vectors) <= limit).float() @ share for part in torch.split(of, rows)]
     return float((-weight @ torch.cat(similar_share).clamp_min(1e-12).log()).exp())
 

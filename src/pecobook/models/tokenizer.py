@@ -124,8 +124,11 @@ class PerceptualTokenizer(Exported):
     # ------------------------------------------------------------------------------------------------ saving, loading
 
     def settings(self) -> dict[str, Any]:
-        """Return `config` as JSON values."""
-        return to_dict(self.config)
+        """Return `config` as JSON values; as in earlier exports, a codebook by moving averages is not named."""
+        settings = to_dict(self.config)
+        if settings["quantizer"] == "ema":
+            del settings["quantizer"], settings["levels"]
+        return settings
 
     @classmethod
     def rebuild(cls, settings: dict[str, Any]) -> Self:

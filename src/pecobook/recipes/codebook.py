@@ -158,6 +158,7 @@ def paper() -> CodebookConfig:
             latent_norm=False,
         ),
         quantizer=QuantizerConfig(
+            kind="ema",
             num_codewords=8192,
             decay=0.99,
             eps=1e-5,

@@ -14,6 +14,7 @@ import numpy as np
 from pecobook.analysis.fid import Gaussian
 from pecobook.errors import DataError, first_line
 from pecobook.utils.files import write_atomically
+from pecobook.utils.json_files import parse_object
 
 Provenance: TypeAlias = dict[str, Any]
 _FEATURES = 2048
@@ -40,7 +41,7 @@ def read_statistics(file: Path, provenance: Provenance) -> tuple[Gaussian, str]:
         with np.load(file, allow_pickle=False) as content:
             mean, covariance = (content[name].astype(np.float64) for name in ("mu", "sigma"))
             count = int(content["count"]) if "count" in content else 0
-            own = json.loads(str(content["provenance"])) if "provenance" in content else None
+            own = parse_object(str(content["provenance"])) if "provenance" in content else None
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
         reason = first_line(error).strip("\"'").rstrip(".")
         raise DataError(f"--statistics '{file}' cannot be read ({reason}): delete it, or name another file.") from None
