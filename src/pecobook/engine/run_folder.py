@@ -156,8 +156,9 @@ def _write_settings(
         notes = [*notes, *found]
     num_images = images.get("training", 0)
     if resumes and num_images:
+        new = to_dict(config)
         old = complete(read_json(out / "config.json", _RUN), to_dict(type(config)()))
-        if changed_settings(old, to_dict(config)):  # its length, as `_check_resume` has found
+        if changed_settings({name: old[name] for name in new}, new):  # its length, as `_check_resume` has found
             notes = [*notes, longer.begin(out, old, config, num_images)]
     for note in notes:
         say(note)
