@@ -7,6 +7,7 @@ strategy, so a run may resume on another number of devices. In fp16 the file als
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pickle
 import shutil
@@ -59,10 +60,20 @@ def save(
 
     def write() -> None:
         _write(folder, step, state)
-        for old in steps(folder)[:-keep]:
-            shutil.rmtree(folder / _name(old))
+        delete_old(folder, keep)
 
     on_first_rank(write)
+
+
+def delete_old(folder: Path, keep: int) -> None:
+    """Delete all but the last `keep` checkpoints, also what a kill has left of an older one, but no file of a user."""
+    kept = [_name(step) for step in steps(folder)[-keep:]]
+    for path in folder.glob("step-*"):
+        if path.name.removeprefix("step-").isdigit() and kept and path.name < kept[0]:
+            for name in ("state.pt", "state.pt.sha256"):
+                (path / name).unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                path.rmdir()
 
 
 def _write(folder: Path, step: int, state: dict[str, Any]) -> None:

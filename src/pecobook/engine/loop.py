@@ -25,7 +25,7 @@ from pecobook.engine.ahead import loss_weights, micro_batches
 from pecobook.engine.attention import trainable_attention
 from pecobook.engine.evaluation import Evaluation, average_metrics, evaluate, picture_grid
 from pecobook.engine.finite_check import FiniteCheck
-from pecobook.engine.launch import deterministic, micro_batch_size, num_workers
+from pecobook.engine.launch import compress_gradients, deterministic, micro_batch_size, num_workers
 from pecobook.engine.log import JsonLines, Progress, Sink, open_sinks, open_text_log
 from pecobook.engine.memory import out_of_memory_advice
 from pecobook.engine.optim import build_optimizer, learning_rates, set_learning_rate, warmup_warning
@@ -116,6 +116,8 @@ class Loop:
         if config.compile:
             stage.compile()
         self.model = fabric.setup_module(stage)
+        if config.communication == "bf16":
+            compress_gradients(self.model)
         fused = config.precision != "fp16"
         self.optimizer = build_optimizer(stage.parameter_groups(config.optim), config.optim, fused=fused)
         self.stepper: Any = fabric.setup_optimizers(self.optimizer)
@@ -124,6 +126,8 @@ class Loop:
         if config.resume:
             folder = self.out / "checkpoints"
             self.start = checkpoint.load(folder, stage=stage, optimizer=self.optimizer, precision=self.precision)
+            # A kill may have come between a checkpoint and this.
+            on_first_rank(lambda: checkpoint.delete_old(folder, config.keep_checkpoints))
         self.finite_check = FiniteCheck(fabric.world_size, late=on_gpu)
         quiet = fabric.global_rank > 0
         self.progress = Progress(total=self.total, start=self.start, name=command, quiet=quiet)
@@ -237,7 +241,10 @@ class Loop:
         for micro, batch in enumerate(micro_batches(self.stage, self.model, parts, partial(self._seed, step))):
             self._seed(step, micro)
             unfinished = micro < accumulation - 1
-            with trainable_attention(self.fabric.device), self.fabric.no_backward_sync(self.model, enabled=unfinished):
+            with (
+                trainable_attention(self.fabric.device, self.config.attention),
+                self.fabric.no_backward_sync(self.model, enabled=unfinished),
+            ):
                 output = self.model(batch)
                 assert output.loss is not None
                 weight = weights[micro]
