@@ -179,6 +179,7 @@ def read_whole(source: ImageSource, shortest: int = 0) -> Iterator[Tensor | BadI
         BatchSampler(range(len(source)), batch_size=1, drop_last=False),
         workers=default_workers(1) if len(source) > 256 else 0,
         collate=_single,
+        join=_single,
         flag="",
     )
 
