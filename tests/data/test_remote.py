@@ -346,6 +346,15 @@ def test_s3__shards_of_a_folder_and_of_a_pattern(bucket: Any, tmp_path: Path) ->
         open_images("s3://images/other")
 
 
+def test_s3__a_refusal_names_the_guide(bucket: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "none"))
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    with pytest.raises(DataError, match=r"'s3://images/x\.tar' cannot be read: .*how to give credentials"):
+        open_images("s3://images/x.tar")
+
+
 def test_s3__parquet(bucket: Any, tmp_path: Path) -> None:
     make_parquet(tmp_path / "set")
     bucket.upload_file(str(tmp_path / "set" / "data.parquet"), "images", "table/data.parquet")

@@ -181,11 +181,14 @@ def _try(url: str, request: Callable[[Any], T], patience: float | None = None) -
             return request(system)
         except (FileNotFoundError, IsADirectoryError):
             raise DataError(f"'{url}' does not exist.") from None
+        except DataError:
+            raise
         except Exception as error:  # each library has exceptions of its own for lost connections
             is_final = isinstance(error, PermissionError) or any(name in type(error).__name__ for name in _FINAL)
             if is_final or time.monotonic() + pause > end:
                 reason = first_line(error) or type(error).__name__
-                raise DataError(f"'{url}' cannot be read: {reason.rstrip('.')}.") from error
+                remedy = " 'Files on other machines' in docs/data.md says how to give credentials." if is_final else ""
+                raise DataError(f"'{url}' cannot be read: {reason.rstrip('.')}.{remedy}") from error
             time.sleep(pause * random.uniform(0.5, 1))  # so that processes do not all come back at once
             pause = min(2 * pause, _LONGEST_PAUSE)
 
@@ -202,7 +205,7 @@ def _fetch(url: str, start: int, stop: int) -> bytes:
     def request(system: Any) -> bytes:
         data: bytes = system.cat_file(url, start=start, end=stop)
         if len(data) > stop - start:
-            raise PermissionError("the server does not answer requests for ranges of bytes; copy the files instead")
+            raise DataError(f"The server of '{url}' does not answer requests for ranges of bytes: copy the files.")
         if len(data) < stop - start:
             raise ConnectionError(f"the answer ended {stop - start - len(data):,} bytes too early")
         return data
