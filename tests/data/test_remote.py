@@ -14,10 +14,13 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 
 from pecobook.data import remote, sampler
+from pecobook.data.decode import BadImage
 from pecobook.data.images import open_images
 from pecobook.data.remote import RemotePath, RemoteReader, is_remote
 from pecobook.data.sampler import BatchPositions
@@ -257,26 +260,40 @@ def test_windows__request_less_where_the_cache_is_small(
     assert counts[1] < 0.5 * counts[0], counts
 
 
-def test_parquet__is_copied_once_and_a_broken_copy_is_continued(
-    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(remote, "BLOCK", 500)
-    monkeypatch.setattr(remote, "PATIENCE", 0.2)
-    make_parquet(tmp_path / "served")
-    local = open_images(str(tmp_path / "served" / "data.parquet"))
-    source = f"{server.url}/data.parquet"
-    server.trouble["next"] = ["", "", *["closed"] * 1000]
-    with pytest.raises(DataError, match="cannot be read"):
-        open_images(source)
-    server.trouble["next"] = []
+def test_parquet__is_read_by_row_groups(server: Server, tmp_path: Path) -> None:
+    make_parquet(tmp_path / "served" / "set", count=40)  # of five rows each
+    (tmp_path / "served" / "set" / "data.parquet").rename(tmp_path / "served" / "set" / "train-0.parquet")
+    make_parquet(tmp_path / "served" / "set", count=7)
+    (tmp_path / "served" / "set" / "data.parquet").rename(tmp_path / "served" / "set" / "test-0.parquet")
+    here = open_images(str(tmp_path / "served" / "set"))
+    there = open_images(f"{server.url}/set/{{train,test}}-0.parquet")
     before = server.count()
-    train = open_images(source).train
-    assert values(train) == values(local.train)
-    assert labels(train) == labels(local.train)
-    size = (tmp_path / "served" / "data.parquet").stat().st_size
-    assert server.count() - before == -(-size // 500) - 2
-    assert values(open_images(source).train) == values(train)
-    assert server.count() - before == -(-size // 500) - 2
+    for one, other in ((here.train, there.train), (here.evaluation, there.evaluation)):
+        assert values(one) == values(other)
+        assert labels(one) == labels(other)
+    assert server.count() > before
+    assert there.train.files() is None
+    assert there.train.num_bytes == 0
+    assert there.train.identify(7) == f"{server.url}/set/train-0.parquet row 7"
+    assert there.train.fingerprint == open_images(f"{server.url}/set/{{train,test}}-0.parquet").train.fingerprint
+    before = server.count()
+    assert values(pickle.loads(pickle.dumps(there.train))) == values(here.train)
+    assert server.count() == before  # all row groups are in the cache
+    server.trouble["next"] = ["cut", "closed", "503"]
+    for file in (tmp_path / "cache" / "remote").glob("*/*.arrow"):
+        file.write_bytes(b"")
+    stream = Stream(
+        open_images(f"{server.url}/set/{{train,test}}-0.parquet").train, partial(_view, size=4), 0, window=20
+    )
+    assert sorted(int(stream[place]["index"]) for place in range(40)) == list(range(40))
+
+
+def test_parquet__paths_of_images_are_not_followed(server: Server, tmp_path: Path) -> None:
+    rows = {"image": ["a.png", "b.png"]}
+    (tmp_path / "served").mkdir(exist_ok=True)
+    pq.write_table(pa.table(rows), tmp_path / "served" / "data.parquet")
+    with pytest.raises(BadImage, match=r"row 0: a\.png is an address, not a file"):
+        open_images(f"{server.url}/data.parquet").train.read(0)
 
 
 def test_reader__is_a_file(server: Server, tmp_path: Path) -> None:
@@ -327,6 +344,15 @@ def test_s3__shards_of_a_folder_and_of_a_pattern(bucket: Any, tmp_path: Path) ->
     assert_same(batches(str(tmp_path / "set" / "train-*.tar")), batches("s3://images/set/train-*.tar"))
     with pytest.raises(DataError, match=r"has no \.tar and no \.parquet files|does not exist"):
         open_images("s3://images/other")
+
+
+def test_s3__a_refusal_names_the_guide(bucket: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "none"))
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    with pytest.raises(DataError, match=r"'s3://images/x\.tar' cannot be read: .*how to give credentials"):
+        open_images("s3://images/x.tar")
 
 
 def test_s3__parquet(bucket: Any, tmp_path: Path) -> None:

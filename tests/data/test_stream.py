@@ -221,13 +221,16 @@ def test_collate__stacks_tensors_and_joins_what_was_skipped() -> None:
 
 
 @pytest.mark.parametrize(
-    ("cores", "devices", "workers"), [(1, 1, 0), (2, 1, 0), (3, 1, 2), (16, 8, 0), (64, 8, 7), (200, 1, 64), (4, 0, 3)]
+    ("cores", "devices", "workers"), [(1, 1, 0), (2, 1, 0), (3, 1, 2), (16, 8, 0), (64, 8, 7), (200, 1, 16), (4, 0, 3)]
 )
 def test_default_workers__shares_the_cores_out(
     monkeypatch: pytest.MonkeyPatch, cores: int, devices: int, workers: int
 ) -> None:
     monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(cores)), raising=False)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     assert default_workers(devices) == workers
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    assert default_workers(devices) == (workers if workers < 16 else 64)
 
 
 def test_batches_of_ten_million_images_take_no_memory_of_their_own() -> None:

@@ -22,8 +22,8 @@ from torch import Tensor
 from pecobook.data.decode import BadImage, decode, read_file
 from pecobook.data.deep import ValueRange
 from pecobook.data.parts import Contents, Part, assemble
-from pecobook.data.remote import download, is_remote, list_remote
-from pecobook.data.source import ImageSource, Splits, relative_names
+from pecobook.data.remote import is_remote, list_remote
+from pecobook.data.source import ImageSource, Splits
 from pecobook.data.views import center_crop
 from pecobook.errors import DataError, did_you_mean
 from pecobook.utils.files import write_atomically
@@ -145,8 +145,7 @@ def _remote_parts(source: str) -> Contents:
         return _file_parts(source, [*files])
     from pecobook.data.tables import parquet_contents
 
-    folder, copies = download(files, relative_names([*files], None))
-    return parquet_contents(source, copies, folder)
+    return parquet_contents(source, [*files])
 
 
 def _file_parts(source: str, files: list[Path]) -> Contents:

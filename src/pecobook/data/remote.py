@@ -24,7 +24,6 @@ from typing import Any, TypeVar
 from filelock import FileLock
 
 from pecobook.errors import ConfigError, DataError, first_line
-from pecobook.utils.printer import say
 
 T = TypeVar("T")
 
@@ -33,7 +32,7 @@ BLOCK = 2**22
 LIMIT_VARIABLE = "PECOBOOK_REMOTE_CACHE_GB"
 _LIMIT_GB = 50.0
 _SCAN_EVERY = 16
-"""Number of blocks that a process writes until it looks at the size of the cache."""
+"""Blocks, or as many bytes, that a process writes until it looks at the size of the cache."""
 _USED_AGAIN = 60.0
 """Seconds after which a use of a block is noted anew."""
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.5, 20.0
@@ -89,13 +88,16 @@ class RemotePath(PosixPath):
             )
         return int(size)
 
-    def read_range(self, offset: int, length: int) -> bytes:
-        """Return up to `length` bytes from `offset`, fewer at the end of the file.
+    def read_range(self, offset: int, length: int, *, keep: bool = True) -> bytes:
+        """Return up to `length` bytes from `offset`, fewer at the end of the file; `keep` keeps them in the cache.
 
         Raises:
             DataError: the server refuses, or did not answer for `PATIENCE` seconds.
         """
         end = min(offset + length, self.size)
+        if not keep:
+            starts = range(offset, end, BLOCK)
+            return b"".join(_fetch(str(self), start, min(start + BLOCK, end)) for start in starts)
         numbers = range(offset // BLOCK, -(-end // BLOCK)) if end > offset else range(0)
         return b"".join(
             _read_block(self, number, max(offset - number * BLOCK, 0), min(end - number * BLOCK, BLOCK))
@@ -104,10 +106,10 @@ class RemotePath(PosixPath):
 
 
 class RemoteReader(io.RawIOBase):
-    """A remote file, open for reading."""
+    """A remote file, open for reading; `keep` keeps what is read in the cache."""
 
-    def __init__(self, path: RemotePath) -> None:
-        self.path, self._position, self._size = path, 0, path.size
+    def __init__(self, path: RemotePath, *, keep: bool = True) -> None:
+        self.path, self._position, self._size, self._keep = path, 0, path.size, keep
 
     def seekable(self) -> bool:
         """Return True."""
@@ -129,7 +131,7 @@ class RemoteReader(io.RawIOBase):
     def read(self, size: int | None = -1) -> bytes:
         """Read `size` bytes, or all."""
         length = self._size - self._position if size is None or size < 0 else size
-        data = self.path.read_range(self._position, length)
+        data = self.path.read_range(self._position, length, keep=self._keep)
         self._position += len(data)
         return data
 
@@ -179,11 +181,14 @@ def _try(url: str, request: Callable[[Any], T], patience: float | None = None) -
             return request(system)
         except (FileNotFoundError, IsADirectoryError):
             raise DataError(f"'{url}' does not exist.") from None
+        except DataError:
+            raise
         except Exception as error:  # each library has exceptions of its own for lost connections
             is_final = isinstance(error, PermissionError) or any(name in type(error).__name__ for name in _FINAL)
             if is_final or time.monotonic() + pause > end:
                 reason = first_line(error) or type(error).__name__
-                raise DataError(f"'{url}' cannot be read: {reason.rstrip('.')}.") from error
+                remedy = " 'Files on other machines' in docs/data.md says how to give credentials." if is_final else ""
+                raise DataError(f"'{url}' cannot be read: {reason.rstrip('.')}.{remedy}") from error
             time.sleep(pause * random.uniform(0.5, 1))  # so that processes do not all come back at once
             pause = min(2 * pause, _LONGEST_PAUSE)
 
@@ -200,7 +205,7 @@ def _fetch(url: str, start: int, stop: int) -> bytes:
     def request(system: Any) -> bytes:
         data: bytes = system.cat_file(url, start=start, end=stop)
         if len(data) > stop - start:
-            raise PermissionError("the server does not answer requests for ranges of bytes; copy the files instead")
+            raise DataError(f"The server of '{url}' does not answer requests for ranges of bytes: copy the files.")
         if len(data) < stop - start:
             raise ConnectionError(f"the answer ended {stop - start - len(data):,} bytes too early")
         return data
@@ -270,7 +275,7 @@ def _read_block(path: RemotePath, number: int, start: int, stop: int) -> bytes:
                 unfinished.write_bytes(block)
                 unfinished.replace(file)
                 data = block[start:stop]
-                _count_written()
+                count_written(len(block))
         return data
     except OSError:  # no room, or no writable cache: the bytes themselves will do
         return _fetch(str(path), first + start, first + stop)
@@ -291,10 +296,12 @@ def _read_cached(file: Path, start: int, stop: int) -> bytes | None:
         os.close(descriptor)
 
 
-def _count_written() -> None:
+def count_written(size: int) -> None:
+    """Remember that this process has added `size` bytes, and look at the size of the cache now and then."""
     global _written
-    _written += 1
-    if _written % _SCAN_EVERY == 0:
+    _written += size
+    if _written >= _SCAN_EVERY * BLOCK:
+        _written = 0
         remove_unused()
 
 
@@ -330,38 +337,3 @@ def remove_unused() -> None:
         with contextlib.suppress(OSError):
             os.unlink(block_path)  # noqa: PTH108 (a text of scandir)
             total -= size
-
-
-def download(paths: list[RemotePath], names: list[str]) -> tuple[Path, list[Path]]:
-    """Copy whole files into the cache, once; a copy that was broken off continues where it ended.
-
-    Args:
-        paths: the files.
-        names: their names below the folder of the copies.
-
-    Returns:
-        the folder, and the copies.
-    """
-    versions = "\n".join(path.version() for path in paths)
-    folder = cache_folder().with_name("copies") / hashlib.sha256(versions.encode()).hexdigest()[:24]
-    files = [folder / name for name in names]
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{folder}.lock"):  # one process of each machine copies
-        _copy([(path, file) for path, file in zip(paths, files, strict=True) if not file.is_file()], folder)
-    return folder, files
-
-
-def _copy(missing: list[tuple[RemotePath, Path]], folder: Path) -> None:
-    size = sum(path.size for path, _ in missing)
-    if missing:
-        say(f"Copying {len(missing):,} files, {size / 1e9:.2g} GB, to the cache {folder}, once.")
-        folder.mkdir(parents=True, exist_ok=True)
-        if size > shutil.disk_usage(folder).free:
-            raise DataError(f"'{folder}' has no room for {size / 1e9:.2g} GB: set PECOBOOK_CACHE to a larger disk.")
-    for path, file in missing:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = file.with_name(f"{file.name}.part")
-        with unfinished.open("ab") as copy:
-            for start in range(copy.tell(), path.size, BLOCK):
-                copy.write(_fetch(str(path), start, min(start + BLOCK, path.size)))
-        unfinished.replace(file)

@@ -124,9 +124,12 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
 
 
 def default_workers(devices: int) -> int:
-    """Data-loading processes for each device: the cores shared out, at most 64, none where only one is to spare."""
+    """Data-loading processes for each device: the cores shared out, none where only one is to spare.
+
+    A GPU gets at most 64. Without one at most 16 read, since the cores compute too.
+    """
     share = len(cores()) // max(devices, 1) - 1
-    return min(share, 64) if share > 1 else 0
+    return min(share, 64 if torch.cuda.is_available() else 16) if share > 1 else 0
 
 
 def load(
@@ -176,6 +179,7 @@ def read_whole(source: ImageSource, shortest: int = 0) -> Iterator[Tensor | BadI
         BatchSampler(range(len(source)), batch_size=1, drop_last=False),
         workers=default_workers(1) if len(source) > 256 else 0,
         collate=_single,
+        join=_single,
         flag="",
     )
 
