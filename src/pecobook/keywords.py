@@ -17,6 +17,16 @@ class ImagesKeywords(TypedDict, total=False):
     value_range: Sequence[float | Text]
 
 
+class TrackingKeywords(TypedDict, total=False):
+    """As TrackingConfig."""
+
+    project: Text
+    entity: Text
+    group: Text
+    tags: Sequence[Text]
+    offline: bool
+
+
 class BaseOptimKeywords(TypedDict, total=False):
     """As BaseOptimConfig."""
 
@@ -51,6 +61,7 @@ class TrainKeywords(ImagesKeywords, total=False):
     image_size: int
     workers: int
     loggers: Sequence[Text]
+    tracking: TrackingKeywords
     log_every: int
     save_every: int
     save_minutes: float

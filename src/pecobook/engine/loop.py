@@ -29,7 +29,7 @@ from pecobook.engine.finite_check import FiniteCheck
 from pecobook.engine.hooks import Hook, OnStep
 from pecobook.engine.launch import compress_gradients, deterministic, micro_batch_size, num_workers
 from pecobook.engine.log import JsonLines, Progress, Sink, open_sinks, open_text_log
-from pecobook.engine.memory import out_of_memory_advice
+from pecobook.engine.memory import gpu_memory, out_of_memory_advice
 from pecobook.engine.optim import build_optimizer, learning_rates, set_learning_rate, warmup_warning
 from pecobook.engine.schedule import is_time
 from pecobook.engine.signals import Signals
@@ -44,6 +44,7 @@ from pecobook.utils.printer import say, show, write_notes_to
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
 
+_Batches: TypeAlias = Iterator[Batch]
 _MIN_HELD_OUT = 20
 """With fewer held-out images the log says that their figures support no claim."""
 
@@ -87,9 +88,6 @@ def fit(
     for line in preamble:
         say(line)
     return loop.run()
-
-
-_Batches: TypeAlias = Iterator[Batch]
 
 
 class Loop:
@@ -141,7 +139,8 @@ class Loop:
         self.sinks, self.skipped, self.last_metrics = list[Sink](), dict[str, None](), dict[str, float]()
         self.hook, self._warned, self._evaluating = Hook(None), False, False
         if not quiet:
-            self.sinks = open_sinks(config.loggers, self.out, to_dict(config), start_step=self.start)
+            settings, sent = to_dict(config), config.tracking
+            self.sinks = open_sinks(config.loggers, self.out, settings, start_step=self.start, tracking=sent)
             self.text = open_text_log(self.out)
             self.text.info("%s from step %d to %d on %s", command, self.start, self.total, fabric.device)
 
@@ -279,7 +278,7 @@ class Loop:
             "data_wait": min(self._waited / elapsed, 1.0),
         }
         self._measured_at, self._measured_step, self._waited = now, step, 0.0
-        return values | speed
+        return values | speed | gpu_memory(self.fabric.device)
 
     def _report(self, step: int, values: dict[str, float]) -> None:
         self.hook.logged = step, values
