@@ -19,6 +19,7 @@ from pecobook.errors import ConfigError
 from pecobook.settings.contrast import ContrastConfig
 from pecobook.settings.durations import parse_duration, steps
 from pecobook.settings.segment import SegmentConfig
+from pecobook.settings.tracking import TrackingConfig
 from pecobook.settings.training import BackboneConfig, BaseOptimConfig, CropTrainConfig, OptimConfig
 from pecobook.settings.values import (
     FREE_ON_RESUME,
@@ -169,7 +170,8 @@ def test_flags__name_every_field_once() -> None:
     assert types["model.args"] is str
     assert types["limit"] == int | None
     assert "optim" not in types
-    assert len(types) == len(dataclasses.fields(Sample)) - 2 + len(flags(BaseOptimConfig)) + len(flags(BackboneConfig))
+    groups = (BaseOptimConfig, BackboneConfig, TrackingConfig)
+    assert len(types) == len(dataclasses.fields(Sample)) - len(groups) + sum(len(flags(group)) for group in groups)
     assert flag("max_steps") == "max-steps"
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import OrderedDict
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,6 +24,7 @@ from pecobook.engine.hooks import Step
 from pecobook.errors import ConfigError, DataError, PecobookError, WeightsError
 from pecobook.models.given_networks import GivenTokenizer, as_backbone
 from pecobook.utils.given import giving, name_of
+from tests import keywords
 from tests.runs import codebook_run, export_bytes, logged, losses, train
 
 __all__ = ["codebook_run"]  # the fixture
@@ -46,6 +48,11 @@ class Pictures(Dataset[tuple[Image.Image, int]]):
 def settings_of(run: Path) -> dict[str, Any]:
     content: dict[str, Any] = json.loads((run / "config.json").read_text())
     return content
+
+
+def test_keywords__are_those_of_the_settings() -> None:
+    """Editors complete them: `python -m tests.keywords` writes the file."""
+    assert keywords.FILE.read_text() == keywords.render()
 
 
 # --------------------------------------------------------------------------------------------------------------- data
@@ -238,6 +245,8 @@ def test_transform__is_applied_before_the_view_and_named_in_config_json(images: 
 def test_transform__is_refused_where_it_would_move_images_alone(images: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="would move images and not their masks or boxes: segment takes none"):
         train("segment", images, tmp_path / "a", transform=darker)
+    with pytest.raises(ConfigError, match="data= takes the name of a source: detect reads masks or boxes"):
+        train("detect", "", tmp_path / "a", data=Pictures(images))
     with pytest.raises(ConfigError, match="transform= and tokens= exclude each other"):
         train("pretrain", images, tmp_path / "a", transform=darker, tokens="bank")
     with pytest.raises(ConfigError, match="on_step= takes a function, not 3"):
@@ -253,3 +262,17 @@ def test_on_step__is_called_after_each_step_with_what_was_logged(images: Path, t
     assert [bool(step.metrics) for step in steps] == [False, True] * 4
     assert hasattr(steps[0].model, "tokenizer")
     assert losses(run) == losses(train("codebook", images, tmp_path / "plain", log_every=2))
+
+
+def test_docs__python_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    scope: dict[str, Any] = {}
+    blocks = re.findall(
+        r"```python\n(.*?)```", (Path(__file__).parent.parent / "docs/python.md").read_text(), re.DOTALL
+    )
+    for block in blocks:
+        assert "max_steps=20" in block
+        exec(re.sub("max_steps=20+", "max_steps=2", block), scope)
+    assert scope["seen"] == [1, 2]
+    assert scope["tokenizer"].num_codewords > 1
+    assert settings_of(tmp_path / "runs/fakes")["perceptual"]["network"] == "python:ResNet"

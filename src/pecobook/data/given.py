@@ -118,8 +118,8 @@ def as_bytes(image: Any) -> Tensor:
         image = (image * 255).round().to(torch.uint8)
     if image.dtype != torch.uint8:
         raise ValueError(f"a tensor must be of uint8 or floats, not {image.dtype}")
-    pixels: Tensor = image.expand(3, -1, -1).contiguous()
-    return pixels
+    rgb: Tensor = image.expand(3, -1, -1)
+    return rgb.contiguous()
 
 
 class GivenView:

@@ -29,7 +29,7 @@ from pecobook.engine.finite_check import FiniteCheck
 from pecobook.engine.hooks import Hook, OnStep
 from pecobook.engine.launch import deterministic, device_count, micro_batch_size, num_workers, prepare_module
 from pecobook.engine.log import JsonLines, Progress, Sink, open_sinks, open_text_log
-from pecobook.engine.memory import out_of_memory_advice
+from pecobook.engine.memory import gpu_memory, out_of_memory_advice
 from pecobook.engine.optim import build_optimizer, cooldown_start, learning_rates, set_learning_rate, warmup_warning
 from pecobook.engine.probing import Probe
 from pecobook.engine.schedule import is_time
@@ -46,6 +46,7 @@ from pecobook.utils.printer import say, show, write_notes_to
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
 
+_Batches: TypeAlias = Iterator[Batch]
 _MIN_HELD_OUT = 20
 """With fewer held-out images the log says that their figures support no claim."""
 
@@ -94,9 +95,6 @@ def fit(
     return loop.run()
 
 
-_Batches: TypeAlias = Iterator[Batch]
-
-
 class Loop:
     """The training loop of one run on one rank."""
 
@@ -138,7 +136,8 @@ class Loop:
         self.sinks, self.skipped, self.last_metrics = list[Sink](), dict[str, None](), dict[str, float]()
         self.hook, self._warned, self._advised, self._evaluating = Hook(None), False, False, False
         if not quiet:
-            self.sinks = open_sinks(config.loggers, self.out, to_dict(config), start_step=self.start)
+            settings, sent = to_dict(config), config.tracking
+            self.sinks = open_sinks(config.loggers, self.out, settings, start_step=self.start, tracking=sent)
             self.text = open_text_log(self.out)
             self.text.info("%s from step %d to %d on %s", command, self.start, self.total, fabric.device)
 
@@ -290,7 +289,7 @@ class Loop:
             "data_wait": min(self._waited / elapsed, 1.0),
         }
         self._measured_at, self._measured_step, self._waited = now, step, 0.0
-        return values | speed
+        return values | speed | gpu_memory(self.fabric.device)
 
     def _report(self, step: int, values: dict[str, float]) -> None:
         self.hook.logged = step, values

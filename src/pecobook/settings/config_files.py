@@ -31,8 +31,8 @@ def read_config(path: str | Path) -> dict[str, Any]:
         raise ConfigError(f"There is no configuration file '{file}'.") from None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"'{file}' cannot be read: {first_line(error).rstrip('.')}.") from None
-    settings: dict[str, Any] = _with_underscores(content)
-    return settings
+    named: dict[str, Any] = _with_underscores(content)
+    return named
 
 
 def config_file(path: str | Path) -> Path:

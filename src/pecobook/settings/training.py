@@ -10,6 +10,7 @@ from typing import Any, Literal, cast
 from pecobook.errors import ConfigError, first_line
 from pecobook.settings.durations import check_durations
 from pecobook.settings.images import MAX_BATCH, MAX_IMAGE_SIZE, MAX_WORKERS, ImagesConfig
+from pecobook.settings.tracking import TrackingConfig
 from pecobook.settings.values import (
     LARGEST,
     Resume,
@@ -173,6 +174,7 @@ class TrainConfig(ImagesConfig):
     epoch; some thousand are for storage that is slow at single images: object storage, NFS, spinning disks."""
     loggers: tuple[str, ...] = ("tensorboard",)
     """Loggers in addition to metrics.jsonl: any of tensorboard, wandb, mlflow."""
+    tracking: TrackingConfig = TrackingConfig()
     log_every: int = 10
     """Number of steps between logged metrics."""
     save_every: int = 1000
