@@ -3,7 +3,8 @@
     python -m benchmarks.pretrain_step --batch-size 8          # on a CPU
     python -m benchmarks.pretrain_step --batch-size 128        # on a GPU
 
-Each row is a process: forward, backward, AdamW. The last row is BEiT's whole training step: DALL-E's tokenizer encodes
+Each row is a process: forward, backward, the gradient clipped, AdamW. pecobook's is the stage that a run trains, with
+its colour changes; the peers read float images. The last row is BEiT's whole training step: DALL-E's tokenizer encodes
 112-pixel crops in every step, everything in fp32. pecobook's rows have their codes from a token bank. Images are random
 and on the device; weights are random, which takes the same time.
 """
@@ -26,18 +27,24 @@ NUM_MASKED, VOCABULARY = 75, 8192
 
 
 def ours(images: Tensor, mask: Tensor, codes: Tensor) -> tuple[nn.Module, Callable[[], Tensor]]:
-    import timm
+    """Return the stage that `pecobook pretrain` trains; uint8 images, colours, loss and accuracy are part of it."""
+    from pecobook.data.batch import Batch
+    from pecobook.recipes import recipe
+    from pecobook.settings.values import replace
+    from pecobook.stages.pretrain import PretrainStage
 
-    from pecobook.models.masked_vit import MaskedImageModel, at_positions, masked_positions
-
-    backbone = timm.create_model("beit_base_patch16_224", num_classes=0, drop_path_rate=0.1, **SHARED)
-    model = MaskedImageModel(backbone, VOCABULARY)
+    tokenizer = nn.Identity()
+    tokenizer.num_codewords = VOCABULARY  # type: ignore[assignment]
+    stage = PretrainStage(replace(recipe("pretrain", "paper"), {"data": "photos"}), tokenizer)
+    pixels = (images.clamp(0, 1) * 255).to(torch.uint8)
+    colour = torch.rand(len(images), 9, device=images.device)
+    batch = Batch(image=pixels, colour=colour, mask=mask, codes=codes)
 
     def loss() -> Tensor:
-        targets = at_positions(codes.flatten(1), masked_positions(mask, NUM_MASKED))
-        return nn.functional.cross_entropy(model(images, mask, NUM_MASKED).float(), targets)
+        value: Tensor = stage(batch).loss
+        return value
 
-    return model, loss
+    return stage, loss
 
 
 def transformers(images: Tensor, mask: Tensor, codes: Tensor) -> tuple[nn.Module, Callable[[], Tensor]]:
@@ -74,21 +81,23 @@ def beit(images: Tensor, mask: Tensor, codes: Tensor) -> tuple[nn.Module, Callab
     return model, loss
 
 
-ROWS: dict[str, tuple[Callable[..., Any], str, bool]] = {
-    "pecobook, fp32": (ours, "fp32", False),
-    "transformers, fp32": (transformers, "fp32", False),
-    "pecobook, bf16": (ours, "bf16", False),
-    "transformers, bf16": (transformers, "bf16", False),
-    "pecobook, bf16, compiled": (ours, "bf16", True),
-    "transformers, bf16, compiled": (transformers, "bf16", True),
-    "BEiT's arrangement: DALL-E's tokenizer in each step, transformers, fp32": (beit, "fp32", False),
+COMPILED, TRITON = ", compiled", ", --attention triton"
+ROWS: dict[str, tuple[Callable[..., Any], str]] = {
+    "pecobook, fp32": (ours, "fp32"),
+    "transformers, fp32": (transformers, "fp32"),
+    "pecobook, bf16": (ours, "bf16"),
+    "transformers, bf16": (transformers, "bf16"),
+    "pecobook, bf16, compiled": (ours, "bf16"),
+    "pecobook, bf16, compiled, --attention triton": (ours, "bf16"),
+    "transformers, bf16, compiled": (transformers, "bf16"),
+    "BEiT's arrangement: DALL-E's tokenizer in each step, transformers, fp32": (beit, "fp32"),
 }
 
 
 def measure(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
     from pecobook.data.masking import blockwise_mask
 
-    make_model, precision, compiled = ROWS[name]
+    make_model, precision = ROWS[name]
     device = devices.device()
     torch.manual_seed(0)
     B = arguments.batch_size
@@ -98,10 +107,16 @@ def measure(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
     codes = torch.randint(VOCABULARY, (B, 14, 14), device=device)
     model, loss = make_model(images, torch.stack(masks).to(device), codes)
     model.to(device).train()
-    if compiled:
+    if COMPILED in name:
         model.compile()
     seconds = median_step(
-        model, loss, precision=precision, warmup=3 if device.type == "cuda" else 1, repeats=arguments.repeats
+        model,
+        loss,
+        precision=precision,
+        warmup=3 if device.type == "cuda" else 1,
+        repeats=arguments.repeats,
+        attention="triton" if TRITON in name else "sdpa",
+        clip=3.0,
     )
     return {"seconds": seconds, "mib": devices.peak_memory(device) / 2**20 if device.type == "cuda" else 0.0}
 

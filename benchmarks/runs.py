@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from pecobook.analysis.evidence import difference, family, mean_and_deviation
 from pecobook.engine.attention import trainable_attention
+from pecobook.settings.training import AttentionKernel
 from pecobook.utils.devices import synchronize
 
 ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
@@ -138,7 +139,16 @@ def least_seconds(function: Callable[[], object], device: torch.device, *, repea
     return min(seconds[1:])
 
 
-def median_step(model: nn.Module, loss: Callable[[], Tensor], *, precision: str, warmup: int, repeats: int) -> float:
+def median_step(
+    model: nn.Module,
+    loss: Callable[[], Tensor],
+    *,
+    precision: str,
+    warmup: int,
+    repeats: int,
+    attention: AttentionKernel = "sdpa",
+    clip: float = 0.0,
+) -> float:
     """Return the seconds of a forward, a backward and an AdamW step: the median of `repeats` steps.
 
     pecobook's models are trained as in pecobook's loop, with the same attention kernels; other models as PyTorch does.
@@ -149,6 +159,8 @@ def median_step(model: nn.Module, loss: Callable[[], Tensor], *, precision: str,
         precision: fp32 or bf16.
         warmup: number of steps before, which are not counted.
         repeats: number of measured steps.
+        attention: kernel of attention, as `--attention`.
+        clip: largest norm of the gradient; 0 does not clip.
     """
     is_ours = type(model).__module__.partition(".")[0] == "pecobook"
     device = next(model.parameters()).device
@@ -156,10 +168,12 @@ def median_step(model: nn.Module, loss: Callable[[], Tensor], *, precision: str,
 
     def step() -> float:
         start = time.perf_counter()
-        with trainable_attention(device) if is_ours else nullcontext():
+        with trainable_attention(device, attention) if is_ours else nullcontext():
             with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
                 value = loss()
             value.backward()  # type: ignore[no-untyped-call]
+        if clip:
+            nn.utils.clip_grad_norm_(model.parameters(), clip)
         optimizer.step()
         optimizer.zero_grad()
         synchronize(device)

@@ -10,6 +10,8 @@ import pytest
 from pecobook.commands.cost import TERAFLOPS, Cost, gflop_per_image, job_cost
 from pecobook.recipes import recipe, story
 from pecobook.settings.analyze import AnalyzeConfig
+from pecobook.settings.predict import PredictConfig
+from pecobook.settings.probe import ProbeConfig
 from pecobook.settings.tokenize import TokenizeConfig
 from pecobook.settings.values import replace
 
@@ -30,6 +32,8 @@ VIT = {"perceptual.network": "timm:vit_base_patch16_224"}
         ("pretrain", "paper", {"tokens": "bank"}),
         ("pretrain", "paper-vit-l", {"tokens": "bank"}),
         ("finetune", "paper", {"backbone": "timm:vit_base_patch16_224"}),
+        ("segment", "paper-ade20k", {"backbone": "timm:beit_base_patch16_224"}),
+        ("detect", "paper-coco", {"backbone": "timm:beit_base_patch16_224"}),
     ],
 )
 def test_gflop_per_image__is_that_of_the_recipe(command: str, name: str, changes: dict[str, Any]) -> None:
@@ -65,9 +69,31 @@ def test_job_cost__of_visible_patches_alone_is_less() -> None:
     assert visible == pytest.approx(gflop_per_image("pretrain", whole) / 4 + 3 * 2 * products / 1e9, rel=0.05)
 
 
+def test_job_cost__of_segmentation_is_that_which_is_published_for_beit() -> None:
+    """605 GMAC and 163 million parameters of BEiT-B with UperNet at 512 pixels (arXiv 2201.03545, table 5)."""
+    config = replace(recipe("segment", "paper-ade20k"), {"backbone": "timm:beit_base_patch16_224", "max_steps": "10"})
+    auxiliary = 2 * 9 * 768 * 256 * 32**2  # a convolution on the third map, of which the publication does not speak
+    forward = gflop_per_image("segment", config) / 3 - auxiliary / 1e9
+    assert forward == pytest.approx(2 * 605, rel=0.01)
+    cost = job_cost("segment", config, 0, 0, {})
+    copies = 3 * config.keep_checkpoints + 1
+    assert cost.disk == pytest.approx(4 * 163e6 * copies, rel=0.01)
+
+
+def test_job_cost__of_a_probe_and_of_attacks_counts_their_passes() -> None:
+    forward = 35.1e9  # of ViT-B/16 at 224 pixels
+    probe = ProbeConfig(backbone="timm:vit_base_patch16_224", max_train=800, max_test=500)
+    assert job_cost("probe", probe, 1000, 200, {}).flop == pytest.approx(1000 * forward, rel=0.02)
+    classifier = replace(recipe("finetune", "paper"), {"backbone": "timm:vit_base_patch16_224"})
+    attacked = replace(PredictConfig(run="runs/a"), {"attack.names": ("bim", "mi-fgsm"), "attack.steps": 20})
+    passes = 1 + 2 * (20 * 3 + 1)  # each step goes forward and back to the pixels
+    cost = job_cost("predict", attacked, 1000, 200, {"runs/a": classifier})
+    assert cost.flop == pytest.approx(200 * passes * forward, rel=0.02)
+
+
 def test_job_cost__of_unknown_networks_and_small_images_is_not_invented() -> None:
     assert job_cost("tokenize", TokenizeConfig(tokenizer="owner/name"), 10, 10, {}) == Cost(None, None, 0.0)
-    assert job_cost("segment", recipe("segment", "tiny"), 10, 10, {}) == Cost(None, None, 0.0)
+    assert job_cost("segment", recipe("segment", "tiny"), 10, 10, {}) == Cost(None, None, 0.0)  # without a backbone
     gone = replace(recipe("contrast", "tiny"), {"model.name": "gone"})
     assert job_cost("contrast", gone, 10, 10, {}) == Cost(None, None, 0.0)
     small = job_cost("codebook", recipe("codebook", "tiny"), 10, 10, {})

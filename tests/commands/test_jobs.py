@@ -19,7 +19,7 @@ import pytest
 
 from pecobook import cli, recipes
 from pecobook.commands.demo import demo
-from pecobook.commands.jobs import GpuSlot, Job, Outcome, gpu_slots, run_all, seconds_of
+from pecobook.commands.jobs import GpuSlot, Job, Outcome, Progress, gpu_slots, run_all, seconds_of
 from pecobook.commands.reproduce import reproduce
 from pecobook.data.tokens import write_shard
 from pecobook.errors import PecobookError, RunFolderError
@@ -314,3 +314,18 @@ def test_run_all__passes_on_that_the_change_is_accepted(runs: Path) -> None:
     run_all(jobs, runs, accept_data_change=True)
     assert "'--resume', 'auto', '--accept-data-change']" in (runs / "a" / "words").read_text()
     assert "--accept-data-change" not in (runs / "b" / "words").read_text()
+
+
+def test_progress__counts_finished_runs_where_no_duration_is_known(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "a" / "export").mkdir(parents=True)
+    (tmp_path / "a" / "export" / "config.json").write_text("{}")
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "metrics.jsonl").write_text('{"step": 44}\n')
+    jobs = {name: job(tmp_path, name) for name in ("a", "b")}
+    jobs = {
+        name: dataclasses.replace(j, config=dataclasses.replace(j.config, max_steps="88")) for name, j in jobs.items()
+    }
+    Progress(jobs).show()
+    assert capfd.readouterr().err == " 75%, 1 of 2 runs finished: b 50%\n"

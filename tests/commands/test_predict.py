@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import csv
 import json
+import os
+import signal
 import tarfile
 from pathlib import Path
 from typing import Any
@@ -18,8 +20,9 @@ from torch import Tensor
 
 from pecobook import cli, predict
 from pecobook.commands.predict import file_name, list_images, writers
-from pecobook.data import views
+from pecobook.data import stream, views
 from pecobook.data.decode import decode
+from pecobook.data.source import ImageSource
 from pecobook.errors import ConfigError, DataError, RunFolderError, WeightsError
 from pecobook.models.dense.segmenter import Segmenter
 from pecobook.models.weights import load_backbone
@@ -150,6 +153,33 @@ def test_classifier__writes_each_row_at_once(
     with pytest.raises(pytest.fail.Exception):
         predict(str(classifier_run), str(pictures), out=str(tmp_path / "out"), pictures=False)
     assert (tmp_path / "out" / "predictions.csv").read_bytes() == b"".join(lines[:3])
+
+
+def test_a_killed_reading_process_is_told_and_the_predictions_before_it_are_kept(
+    classifier_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    for number in range(260):  # so many images are read by processes, where there are cores
+        Image.new("RGB", (9, 9), (number % 256, 0, 0)).save(folder / f"{number:03}.png")
+    original, here = ImageSource.read, os.getpid()
+
+    def killed_at_200(source: ImageSource, index: int, shortest: int = 0) -> Tensor:
+        if index == 200 and os.getpid() != here:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return original(source, index, shortest)
+
+    monkeypatch.setattr(ImageSource, "read", killed_at_200)
+    monkeypatch.setattr(stream, "default_workers", lambda _devices: 2)
+    with pytest.raises(SystemExit) as caught:
+        cli.main(["predict", str(classifier_run), str(folder), "--out", str(tmp_path / "out"), "--no-pictures"])
+    assert caught.value.code == 2
+    error = capfd.readouterr().err.splitlines()[-1]
+    assert error.endswith("was killed (SIGKILL), most likely because memory ran out. Free memory, then start again.")
+    with (tmp_path / "out" / "predictions.csv").open() as file:
+        names = [row["image"] for row in csv.DictReader(file)]
+    assert names == [f"{number:03}.png" for number in range(len(names))]
+    assert 150 < len(names) <= 200
 
 
 def test_detector__keeps_detections_after_a_kill_and_after_an_interruption(

@@ -68,6 +68,21 @@ def test_save__keeps_the_last_k(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000015", "step-00000020"]
 
 
+def test_delete_old__finishes_what_a_kill_began_and_keeps_files_of_a_user(tmp_path: Path) -> None:
+    for number in (5, 10, 15, 20):
+        (tmp_path / f"step-{number:08d}").mkdir()
+        (tmp_path / f"step-{number:08d}" / "state.pt").touch()
+    (tmp_path / "step-00000005" / "notes.txt").write_text("mine")
+    (tmp_path / "step-00000010" / "state.pt.sha256").touch()
+    (tmp_path / "step-00000003").mkdir()
+    (tmp_path / "step-00000003" / "state.pt.sha256").touch()  # a kill in the midst of deleting
+    (tmp_path / "step-00000004.damaged").mkdir()
+    checkpoint.delete_old(tmp_path, 2)
+    names = ["step-00000004.damaged", "step-00000005", "step-00000015", "step-00000020"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == names
+    assert [path.name for path in (tmp_path / "step-00000005").iterdir()] == ["notes.txt"]
+
+
 def test_save__ignores_and_clears_half_written_checkpoints_of_a_killed_run(tmp_path: Path) -> None:
     stage, optimizer = make()
     checkpoint.save(tmp_path, step=5, stage=stage, optimizer=optimizer, keep=2)

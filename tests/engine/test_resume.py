@@ -97,13 +97,17 @@ def flatten(value: Any, name: str = "") -> dict[str, Any]:
     return {name: value.cpu().flatten().tolist() if isinstance(value, torch.Tensor) else value}
 
 
-def test_train__resumed_on_the_last_step_writes_the_missing_export(images: Path, tmp_path: Path) -> None:
+def test_train__resumed_on_the_last_step_finishes_what_a_kill_left(images: Path, tmp_path: Path) -> None:
     run = train("codebook", images, tmp_path / "run", max_steps="2")
     before = export_bytes(run)
     for file in (run / "export").iterdir():
         file.unlink()
+    old = run / "checkpoints" / "step-00000000"  # of a kill before the oldest checkpoint was deleted
+    shutil.copytree(run / "checkpoints" / "step-00000002", old)
+    shutil.copytree(old, run / "checkpoints" / "step-00000001", dirs_exist_ok=True)
     train("codebook", images, tmp_path / "run", max_steps="2", resume=True)
     assert export_bytes(run) == before
+    assert checkpoint.steps(run / "checkpoints") == [1, 2]
 
 
 @pytest.mark.parametrize("command", ["finetune", "segment", "detect"])

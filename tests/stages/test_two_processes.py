@@ -10,6 +10,7 @@ import pytest
 import timm
 import torch
 from safetensors.torch import load_file
+from torch._dynamo.utils import counters
 
 from pecobook.engine import checkpoint
 from pecobook.errors import RunFolderError
@@ -131,6 +132,42 @@ def test_train__fsdp_equals_ddp_and_resumes(
     two_processes.run(train_on_each, command, str(images), str(sharded), {**more, "strategy": "fsdp", "resume": True})
     after = export_of(sharded)
     assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_train__communication_in_bf16_rounds_what_is_exchanged(
+    strategy: str, images: Path, codebook_run: Path, tmp_path: Path, two_processes: TwoProcesses
+) -> None:
+    common: dict[str, Any] = {"tokenizer": str(codebook_run), "devices": "2", "max_steps": "4", "strategy": strategy}
+    common["precision"] = "bf16"
+    for name in ("fp32", "bf16"):
+        more = {**common, "communication": name}
+        two_processes.run(train_on_each, "pretrain", str(images), str(tmp_path / name), more)
+    low, high = losses(tmp_path / "bf16"), losses(tmp_path / "fp32")
+    assert low == pytest.approx(high, rel=1e-2)
+    assert low != high
+    (exported, expected) = (export_of(tmp_path / name) for name in ("bf16", "fp32"))
+    assert {name: value.dtype for name, value in exported.items()} == {n: v.dtype for n, v in expected.items()}
+
+
+def test_train__compiled_under_fsdp_equals_uncompiled(
+    images: Path, codebook_run: Path, tmp_path: Path, two_processes: TwoProcesses
+) -> None:
+    more: dict[str, Any] = {"tokenizer": str(codebook_run), "devices": "2", "max_steps": "3", "strategy": "fsdp"}
+    for compiled in (False, True):
+        settings = {**more, "compile": compiled}
+        graphs = two_processes.run(compiled_on_each, str(images), str(tmp_path / str(compiled)), settings)
+        assert all(number > 0 for number in graphs) == compiled
+    assert losses(tmp_path / "True") == pytest.approx(losses(tmp_path / "False"), rel=1e-4)
+
+
+def compiled_on_each(rank: int, world_size: int, data: str, out: str, more: dict[str, Any]) -> int:
+    """Train with graphs that the backend runs uncompiled, which takes seconds; return the number of graphs."""
+    with pytest.MonkeyPatch.context() as patch:
+        compile_module = torch.nn.Module.compile
+        patch.setattr(torch.nn.Module, "compile", lambda self: compile_module(self, backend="aot_eager"))
+        train("pretrain", data, Path(out), **more)
+    return int(counters["stats"]["unique_graphs"])
 
 
 def test_train__lars_under_fsdp_equals_ddp(images: Path, tmp_path: Path, two_processes: TwoProcesses) -> None:

@@ -46,7 +46,7 @@ def bench(config: BenchConfig | None = None, **settings: Any) -> dict[str, Any]:
     device = devices.device()
     stage = _stage(config, pretraining).to(device).train()
     benchmark = Benchmark(config, pretraining, stage, device)
-    with trainable_attention(device):
+    with trainable_attention(device, pretraining.attention):
         parts = benchmark.part_seconds()
         step_seconds, memory = benchmark.step_seconds()
     flops = benchmark.flops()

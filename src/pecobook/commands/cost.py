@@ -7,9 +7,11 @@ counted as the recipes' docstrings count them: forward 1, backward 2; losses and
 from __future__ import annotations
 
 import functools
+import math
+from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import nn
@@ -17,25 +19,44 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from pecobook.errors import PecobookError
 from pecobook.models.dalle import DalleTokenizer
+from pecobook.models.dense.detector import MASK_SIDE, Detector
+from pecobook.models.dense.pyramid import FeaturePyramid, rebuild_pyramid
+from pecobook.models.dense.segmenter import Segmenter
 from pecobook.models.masked_vit import VisibleOnlyModel
 from pecobook.models.network_traits import network_traits
 from pecobook.models.networks import create_network
 from pecobook.models.tokenizer import build_autoencoder
 from pecobook.settings.codebook import CodebookConfig
+from pecobook.settings.detect import DetectConfig
 from pecobook.settings.pretrain import DecoderConfig
+from pecobook.settings.segment import SegmentConfig
 from pecobook.settings.tokenizer import AutoencoderConfig
 from pecobook.settings.training import BackboneConfig
 from pecobook.settings.values import to_dict
 from pecobook.utils.json_files import read_if_valid
 
-TERAFLOPS = {"contrast": 200, "codebook": 227, "tokenize": 227, "pretrain": 280, "finetune": 280, "analyze": 50}
+TERAFLOPS = {
+    "contrast": 200,
+    "codebook": 227,
+    "tokenize": 227,
+    "pretrain": 280,
+    "finetune": 280,
+    "segment": 200,
+    "detect": 100,
+    "probe": 100,
+    "predict": 100,
+    "analyze": 50,
+}
 """10^12 operations a second of one H200 in bf16 with --compile on images of 224 pixels. `codebook` and `pretrain` were
-measured, and `tokenize` and `finetune` compute as these do; `contrast` and `analyze` are estimates."""
+measured, and `tokenize` and `finetune` compute as these do; the others are estimates."""
 UNCOMPILED = 0.65
 """Speed without --compile relative to that with it: 0.65 for `codebook`, 0.7 for `pretrain`."""
 
 _FULL_SPEED = 112
 """Side of the smallest images for which these speeds are taken, pixels."""
+
+_CLASSES = 100
+"""Classes of a segmenter or a detector, which the settings do not hold; their layers are small."""
 
 _UNKNOWN = (PecobookError, LookupError, RuntimeError, ValueError, TypeError, AttributeError, AssertionError)
 """What is raised where a network does not exist, or cannot be built or run without weights."""
@@ -77,8 +98,10 @@ def job_cost(command: str, config: Any, num_images: int, num_held_out: int, othe
     except _UNKNOWN:
         return Cost(None, None, 0.0)
     speed = 1e12 * TERAFLOPS[command] * (1.0 if getattr(config, "compile", True) else UNCOMPILED)
-    of = others.get(config.tokenizer, DalleTokenizer) if command == "analyze" else config
-    size = getattr(of, "image_size", 0)
+    of = config
+    if command in ("analyze", "predict"):
+        of = others.get(config.tokenizer, DalleTokenizer) if command == "analyze" else others[config.run]
+    size = getattr(of, "image_size", 0) or _USUAL_SIZE
     return Cost(flop, flop / speed / 3600 if size >= _FULL_SPEED else None, disk)
 
 
@@ -120,15 +143,20 @@ def _torchvision(name: str) -> nn.Module:
 
 def _network(source: str, size: int, others: Mapping[str, Any]) -> _Pass:
     """Count a network that is named as in --backbone or --perceptual.network. Raises LookupError for an unknown one."""
-    if source.startswith("timm:"):
-        return _count(_timm, size, 3, source.removeprefix("timm:"), "{}", size)
     if source.startswith("torchvision:"):
         return _count(_torchvision, size, 3, source.removeprefix("torchvision:"))
+    return _count(_timm, size, 3, *_backbone(source, others), size)
+
+
+def _backbone(source: str, others: Mapping[str, Any]) -> tuple[str, str]:
+    """Return timm's name and the arguments of the network of a run. Raises LookupError for an unknown one."""
+    if source.startswith("timm:"):
+        return source.removeprefix("timm:"), "{}"
     settings = to_dict(others[source]) if source in others else read_if_valid(Path(source) / "config.json") or {}
     model = settings.get("model")
     if model is None:  # a classifier names the network that it began with
-        return _network(settings["backbone"], size, others)
-    return _count(_timm, size, 3, model["name"].removeprefix("timm:"), model["args"], size)
+        return _backbone(settings["backbone"], others)
+    return model["name"].removeprefix("timm:"), model["args"]
 
 
 def _part(model: AutoencoderConfig, number: int) -> nn.Module:
@@ -200,17 +228,86 @@ def _finetune(config: Any, others: Mapping[str, Any]) -> float:
     return 3 * _network(config.backbone, config.image_size, others).flop
 
 
+class _Segmentation(nn.Module):
+    """A segmenter with its auxiliary head."""
+
+    def __init__(self, name: str, args: str, config: SegmentConfig) -> None:
+        super().__init__()
+        pyramid, settings = _pyramid(name, args, config)
+        self.model = Segmenter(pyramid, settings, classes=("",) * _CLASSES, config=config)
+
+    def forward(self, images: torch.Tensor) -> None:
+        maps = self.model.pyramid(images)
+        self.model.head(maps)
+        if self.model.auxiliary is not None:
+            self.model.auxiliary(maps[2])
+
+
+class _Detection(nn.Module):
+    """A detector, and its heads on as many regions as are sampled of an image; a quarter of them hold an object."""
+
+    def __init__(self, name: str, args: str, config: DetectConfig) -> None:
+        super().__init__()
+        pyramid, settings = _pyramid(name, args, config)
+        classes = ("",) * _CLASSES
+        self.model = Detector(
+            pyramid,
+            settings,
+            classes=classes,
+            category_ids=range(_CLASSES),
+            masks=config.masks,
+            sides=config.sides,
+            config=config.detector,
+        )
+
+    def forward(self, images: torch.Tensor) -> None:
+        model, heads, config = self.model, cast("Any", self.model.heads), self.model.config
+        levels = model.fpn(OrderedDict((str(level), x) for level, x in enumerate(model.pyramid(images))))
+        cast("Any", model.proposals).head(list(levels.values()))
+        heads.box_predictor(heads.box_head(torch.empty(config.samples, config.width, 7, 7)))
+        if model.has_masks:
+            regions = torch.empty(config.samples // 4, config.width, MASK_SIDE // 2, MASK_SIDE // 2)
+            heads.mask_predictor(heads.mask_head(regions))
+
+
+def _pyramid(name: str, args: str, config: SegmentConfig | DetectConfig) -> tuple[FeaturePyramid, dict[str, Any]]:
+    network = {
+        "name": name,
+        "args": BackboneConfig(name=name, args=args).kwargs(),
+        "mean": (0.0,) * 3,
+        "std": (1.0,) * 3,
+    }
+    settings = {**network, "image_size": config.image_size, "window": config.pyramid.window}
+    return rebuild_pyramid(settings), settings
+
+
+def _dense(config: SegmentConfig | DetectConfig, others: Mapping[str, Any]) -> _Pass:
+    module, size = (_Segmentation, config.image_size) if isinstance(config, SegmentConfig) else (_Detection, 0)
+    if isinstance(config, DetectConfig):  # the side of a square with the area of an image of 4 to 3, in whole patches
+        short, long = config.sides
+        size = 32 * round(math.sqrt(short * min(long, 4 / 3 * short)) / 32)
+    return _count(module, size, 3, *_backbone(config.backbone, others), config)
+
+
+def _dense_flop(config: SegmentConfig | DetectConfig, others: Mapping[str, Any]) -> float:
+    return 3 * _dense(config, others).flop
+
+
 _PER_IMAGE: dict[str, Callable[[Any, Mapping[str, Any]], float]] = {
     "contrast": _contrast,
     "codebook": _codebook,
     "pretrain": _pretrain,
     "finetune": _finetune,
+    "segment": _dense_flop,
+    "detect": _dense_flop,
 }
 
 # ----------------------------------------------------------------------------------------------------------- whole jobs
 
 _PICTURES = 20e6
 """Bytes of an analysis."""
+_USUAL_SIZE = 224
+"""Side of the images of a probe that takes the size of its backbone, pixels."""
 
 
 def _training(command: str, config: Any, others: Mapping[str, Any]) -> tuple[float, float]:
@@ -218,6 +315,8 @@ def _training(command: str, config: Any, others: Mapping[str, Any]) -> tuple[flo
         parameters = _autoencoder(config.model, config.image_size).parameters
     elif command == "finetune":
         parameters = _network(config.backbone, config.image_size, others).parameters
+    elif command in ("segment", "detect"):
+        parameters = _dense(config, others).parameters
     else:
         model = config.model
         parameters = _count(_timm, config.image_size, 3, model.name, model.args, config.image_size).parameters
@@ -241,7 +340,22 @@ def _analysis(config: Any, num_images: int, num_held_out: int, others: Mapping[s
     return images * _autoencoder(settings.model, settings.image_size).flop, _PICTURES
 
 
+def _probe(config: Any, num_images: int, num_held_out: int, others: Mapping[str, Any]) -> tuple[float, float]:
+    images = min(config.max_train, num_images) + min(config.max_test, num_held_out)
+    return images * _network(config.backbone, config.image_size or _USUAL_SIZE, others).flop, 0.0
+
+
+def _attack(config: Any, _num_images: int, num_held_out: int, others: Mapping[str, Any]) -> tuple[float, float]:
+    """Count the passes of an attack: each step goes forward and back to the pixels, and the result forward."""
+    attack, classifier = config.attack, others[config.run]
+    passes = 1 + len(attack.names) * (3 * attack.steps + 1)
+    images = min(attack.max_images, num_held_out)
+    return images * passes * _network(classifier.backbone, classifier.image_size, others).flop, 0.0
+
+
 _OF_IMAGES: dict[str, Callable[[Any, int, int, Mapping[str, Any]], tuple[float, float]]] = {
     "tokenize": _bank,
     "analyze": _analysis,
+    "probe": _probe,
+    "predict": _attack,
 }

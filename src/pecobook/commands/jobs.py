@@ -196,7 +196,7 @@ def run_all(jobs: Mapping[str, Job], out: Path, gpus_per_run: int = 1, *, accept
     (out / "logs").mkdir(exist_ok=True)
     free_slots = gpu_slots(gpus_per_run)
     waiting, running, outcome = dict(jobs), dict[str, _Running](), Outcome()
-    progress = _Progress(jobs)
+    progress = Progress(jobs)
     finished: set[str] = set()
     try:
         while waiting or running:
@@ -290,14 +290,14 @@ class _Running:
         return "\n".join(lines[-3:]) or f"exit code {self.process.returncode}"
 
 
-class _Progress:
+class Progress:
     """One line on all jobs: which jobs run, how much of each is done, how much time is left."""
 
     def __init__(self, jobs: Mapping[str, Job]) -> None:
         self.jobs, self.start, self.last_time = jobs, time.monotonic(), -100.0
         self.total = sum(job.work for job in jobs.values()) or 1.0  # probes and token banks alone have no estimate
-        self.done_at_start = self._done()
-        self.last_state: tuple[float, list[str]] | None = None
+        self.done_at_start = self._done(self._fractions())
+        self.last_state: tuple[int, list[str]] | None = None
         self.status: Any = None
         if sys.stderr.isatty():
             from rich.console import Console
@@ -311,27 +311,31 @@ class _Progress:
         if now - self.last_time < (0.5 if self.status is not None else 10):
             return
         self.last_time = now
-        done = self._done()
-        fractions = {name: job.fraction_done for name, job in self.jobs.items()}
+        fractions = self._fractions()
+        done, num_finished = self._done(fractions), sum(fraction == 1 for fraction in fractions.values())
         running = [f"{name} {100 * fraction:.0f}%" for name, fraction in fractions.items() if 0 < fraction < 1]
         speed = (done - self.done_at_start) / max(now - self.start, 1e-9)
         left = f", {compact_duration((self.total - done) / speed)} left" if done > self.done_at_start else ""
-        line = f"{100 * done / self.total:3.0f}%{left}: " + ("; ".join(running) or "starting")
+        share = f"{100 * done / self.total:3.0f}%, {num_finished} of {len(self.jobs)} runs finished{left}"
+        line = f"{share}: " + ("; ".join(running) or "starting")
         if self.status is not None:
             from rich.text import Text
 
             self.status.update(Text(line))
-        elif (done, running) != self.last_state:  # without this, the log of a long run would repeat equal lines
+        elif (num_finished, running) != self.last_state:  # the log of a long run does not repeat equal lines
             show(line)
-        self.last_state = (done, running)
+        self.last_state = (num_finished, running)
 
     def close(self) -> None:
         """Stop the display."""
         if self.status is not None:
             self.status.stop()
 
-    def _done(self) -> float:
-        return sum(job.work * job.fraction_done for job in self.jobs.values())
+    def _fractions(self) -> dict[str, float]:
+        return {name: job.fraction_done for name, job in self.jobs.items()}
+
+    def _done(self, fractions: Mapping[str, float]) -> float:
+        return sum(self.jobs[name].work * fraction for name, fraction in fractions.items())
 
 
 def _last_step(run: Path) -> int:

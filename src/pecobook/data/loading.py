@@ -11,8 +11,8 @@ from __future__ import annotations
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, Protocol
 
 from torch import Tensor
 from torch.utils.data import DataLoader, get_worker_info
@@ -25,6 +25,14 @@ _LATE = 2.0
 _RESCUED = {-signal.SIGKILL, -signal.SIGBUS, -signal.SIGTERM}
 
 
+class Places(Protocol):
+    """The places of each batch, such as a list of lists or a `BatchSampler`, which holds no list of all."""
+
+    def __iter__(self) -> Iterator[list[Any]]: ...
+
+    def __len__(self) -> int: ...
+
+
 class WorkerError(PecobookError):
     """A data-loading process was killed or had no memory."""
 
@@ -34,7 +42,7 @@ class Batches(Iterator[Any]):
 
     Args:
         dataset: maps a place to a sample.
-        places: the places of each batch.
+        places: the places of each batch, a list for each; iterable more than once.
         collate: makes a batch of a list of samples.
         workers: number of processes.
         pin: whether tensors are put into page-locked memory.
@@ -47,7 +55,7 @@ class Batches(Iterator[Any]):
     def __init__(
         self,
         dataset: Any,
-        places: Sequence[Any],
+        places: Places,
         *,
         collate: Callable[[list[Any]], Any],
         workers: int,

@@ -13,7 +13,7 @@ from typing import Any, TypeAlias, cast
 
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import BatchSampler, Dataset
 
 from pecobook.data.batch import Batch
 from pecobook.data.decode import BadImage
@@ -126,7 +126,7 @@ def load(stream: Stream, positions: Sequence[list[int]], *, workers: int, pin: b
     return Batches(stream, positions, collate=collate, workers=workers, pin=pin, prefetch=4, on_failure=note)
 
 
-class _OrError(Dataset[Any]):
+class OrError(Dataset[Any]):
     """Maps an item to what `read` returns, or to the error of an image that cannot be read."""
 
     def __init__(self, read: Callable[[Any], Any]) -> None:
@@ -137,6 +137,29 @@ class _OrError(Dataset[Any]):
             return self.read(item)
         except BadImage as error:
             return error
+
+
+def _single(samples: list[Any]) -> Any:
+    (sample,) = samples
+    return sample
+
+
+def read_whole(source: ImageSource, shortest: int = 0) -> Iterator[Tensor | BadImage]:
+    """Read the images of a source one by one, in order, at their own sizes; `shortest` as in `decode`.
+
+    Yields:
+        uint8 (3, H, W), or the reason why the image cannot be read.
+
+    Raises:
+        WorkerError: a data-loading process was killed.
+    """
+    return Batches(
+        OrError(partial(source.read, shortest=shortest)),
+        BatchSampler(range(len(source)), batch_size=1, drop_last=False),
+        workers=default_workers(1) if len(source) > 256 else 0,
+        collate=_single,
+        flag="",
+    )
 
 
 def _central_crop(source: ImageSource, size: int, share: float, index: int) -> dict[str, Any]:
@@ -162,8 +185,8 @@ def read_crops(
     if workers < 0:
         workers = default_workers(1) if len(order) > 2048 else 0
     return Batches(
-        _OrError(partial(_central_crop, source, size, share)),
-        [order[start : start + batch_size] for start in range(0, len(order), batch_size)],
+        OrError(partial(_central_crop, source, size, share)),
+        BatchSampler(order, batch_size, drop_last=False),
         workers=workers,
         collate=_collate_crops,
         flag="",
@@ -245,5 +268,5 @@ def read_all_views(
         "train": (Stream(splits.train, views.train, views.seed), num_views),
         "evaluation": (Stream(splits.evaluation, views.evaluation, 0), 1),
     }
-    dataset = _OrError(partial(_all_views, streams))
+    dataset = OrError(partial(_all_views, streams))
     return Batches(dataset, batches, collate=_collate_views, workers=workers, pin=pin)

@@ -1,40 +1,77 @@
-"""Attention that trains fast on a CPU."""
+"""Attention that trains fast, in place of PyTorch's: under autocast, on a CPU and on a GPU."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pecobook.settings.training import AttentionKernel
+
 
 @contextmanager
-def trainable_attention(device: torch.device) -> Iterator[None]:
-    """Compute attention under autocast in fp32 on a CPU; on other devices nothing changes.
+def trainable_attention(device: torch.device, kernel: AttentionKernel = "sdpa") -> Iterator[None]:
+    """Compute attention under autocast in fp32 on a CPU, and by `kernel` on a GPU.
 
     The backward pass of PyTorch's fused attention for CPUs takes two to 25 times as long in bfloat16 as in fp32 (the
-    fewer tokens, the more), so a small ViT would train at half its speed or less. The context must enclose the backward
-    pass too, because checkpointed blocks run again there.
+    fewer tokens, the more), so a small ViT would train at half its speed or less. On a GPU `kernel` "triton" computes
+    attention under a bias that learns by `pecobook.models.attention_triton`; other attention stays PyTorch's. The
+    context must enclose the backward pass too, because checkpointed blocks run again there.
     """
-    if device.type != "cpu":
+    rules = {"cpu": _in_fp32} if kernel == "sdpa" else {"cpu": _in_fp32, "cuda": _in_triton}
+    if os.environ.get("TRITON_INTERPRET") == "1" and kernel == "triton":  # Triton's interpreter, which needs no GPU
+        rules["cpu"] = _in_triton
+    if device.type not in rules or (rules[device.type] is _in_triton and find_spec("triton") is None):
         yield
         return
-    with torch.library._scoped_library("aten", "IMPL") as rules:
-        rules.impl("scaled_dot_product_attention", _attention, "AutocastCPU", allow_override=True)
+    key = {"cpu": "AutocastCPU", "cuda": "AutocastCUDA"}[device.type]
+    with torch.library._scoped_library("aten", "IMPL") as library:
+        library.impl("scaled_dot_product_attention", rules[device.type], key, allow_override=True)
         yield
 
 
-def _attention(*args: Any, **kwargs: Any) -> Tensor:
+def _in_fp32(*args: Any, **kwargs: Any) -> Tensor:
     """Replace PyTorch's autocast rule for attention on CPUs, which computes everything in the lower precision."""
-    autocast_dtype = torch.get_autocast_dtype("cpu")
-    dtype = torch.float32 if torch.is_grad_enabled() else autocast_dtype
+    return _attend("cpu", torch.float32 if torch.is_grad_enabled() else torch.get_autocast_dtype("cpu"), args, kwargs)
+
+
+def _in_triton(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    **kwargs: Any,
+) -> Tensor:
+    """Replace PyTorch's autocast rule for attention on GPUs where our kernel computes it."""
+    from pecobook.models.attention_triton import biased_attention, takes
+
+    place = query.device.type
+    dtype = torch.get_autocast_dtype(place)
+    if takes(query, key, value, attn_mask) and not (dropout_p or is_causal or kwargs.get("enable_gqa")):
+        assert attn_mask is not None
+        scale = kwargs.get("scale") or query.shape[-1] ** -0.5
+        with torch.autocast(place, enabled=False):
+            return biased_attention(
+                query.to(dtype), key.to(dtype), value.to(dtype), attn_mask.reshape(attn_mask.shape[-3:]), scale
+            )
+    return _attend(place, dtype, (query, key, value, attn_mask, dropout_p, is_causal), kwargs)
+
+
+def _attend(place: str, dtype: torch.dtype, args: Any, kwargs: dict[str, Any]) -> Tensor:
+    """Compute attention by PyTorch in `dtype`; the result has the type of autocast."""
 
     def cast(value: Any) -> Any:
         return value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
 
-    with torch.autocast("cpu", enabled=False):
+    autocast_dtype = torch.get_autocast_dtype(place)
+    with torch.autocast(place, enabled=False):
         output = F.scaled_dot_product_attention(*map(cast, args), **{name: cast(kwargs[name]) for name in kwargs})
     return output.to(autocast_dtype)

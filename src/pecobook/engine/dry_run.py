@@ -72,7 +72,7 @@ def measure(stage: Stage[Any], train: Stream, config: TrainConfig) -> Measured:
     stage.to(place).train()
     optimizer = build_optimizer(stage.parameter_groups(config.optim), config.optim, fused=config.precision != "fp16")
     count = min(micro, max(stage.min_batch_size, 2))
-    with trainable_attention(place), _autocast(config, place.type):
+    with trainable_attention(place, config.attention), _autocast(config, place.type):
         read, compute, kept = _pass(stage, train, count, keep=True)
         activations = kept * micro // count
         if compute < 10 * _ENOUGH[place.type]:

@@ -12,6 +12,7 @@ import os
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any, Generic, NamedTuple, Protocol, TypeVar
 
 import torch
@@ -95,14 +96,19 @@ def num_workers(config: TrainConfig) -> int:
 
 
 def resolve_precision(config: TrainConfig) -> str:
-    """Return fp32, bf16 or fp16, with auto resolved. Raises ConfigError for fp16 without a GPU."""
-    cuda = torch.cuda.is_available()
-    if config.precision == "auto":
+    """Return fp32, bf16 or fp16, with auto resolved. Raises ConfigError for a precision that cannot be had."""
+    cuda, precision = torch.cuda.is_available(), str(config.precision)
+    if precision == "auto":
         is_faster = torch.cuda.is_bf16_supported(including_emulation=False) if cuda else cpu_prefers_bf16()
-        return "bf16" if is_faster else "fp32"
-    if config.precision == "fp16" and not cuda:
+        precision = "bf16" if is_faster else "fp32"
+    if precision == "fp16" and not cuda:
         raise ConfigError("--precision fp16 needs a GPU: use bf16 or fp32 here.")
-    return config.precision
+    if config.communication == "bf16" and config.strategy == "fsdp" and precision != "bf16":
+        raise ConfigError(
+            "--communication bf16 gives each device weights in bf16 under --strategy fsdp, and the precision is "
+            f"{precision}: give --precision bf16 too."
+        )
+    return precision
 
 
 def micro_batch_size(config: TrainConfig) -> int:
@@ -329,18 +335,6 @@ def _filter_warnings() -> None:
         logging.getLogger(name).setLevel(logging.WARNING)
 
 
-def prepare_module(fabric: Fabric, stage: nn.Module, *, compiled: bool) -> Any:
-    """Return `stage` wrapped for the devices of `fabric`, after its compilation where it is `compiled`."""
-    if fabric.device.type == "cuda" and fabric.world_size > 1:
-        from timm.layers import convert_sync_batchnorm
-
-        # timm's function, since torch's drops the activation inside some of timm's norms.
-        stage = convert_sync_batchnorm(stage)
-    if compiled:
-        stage.compile()
-    return fabric.setup_module(stage)
-
-
 def precision_plugin(name: str) -> Any:
     """Return Fabric's precision plugin, changed so that the numbers of a batch are not rounded.
 
@@ -362,7 +356,8 @@ def _strategy(config: TrainConfig) -> Any:
     if config.strategy == "fsdp":
         from lightning_fabric.strategies.model_parallel import ModelParallelStrategy
 
-        return ModelParallelStrategy(_shard, data_parallel_size=total_devices(config), tensor_parallel_size=1)
+        shard = partial(_shard, low=config.communication == "bf16")
+        return ModelParallelStrategy(shard, data_parallel_size=total_devices(config), tensor_parallel_size=1)
     if total_devices(config) == 1:
         return "auto"
     from lightning_fabric.strategies.ddp import DDPStrategy
@@ -371,13 +366,19 @@ def _strategy(config: TrainConfig) -> Any:
     return DDPStrategy(broadcast_buffers=False, gradient_as_bucket_view=True)
 
 
-def _shard(module: nn.Module, mesh: Any) -> nn.Module:
-    """Shard a module by FSDP2: every trainable transformer block of timm is one unit, all other modules another."""
-    from torch.distributed.fsdp import fully_shard
+def _shard(module: nn.Module, mesh: Any, *, low: bool) -> nn.Module:
+    """Shard a module by FSDP2: every trainable transformer block of timm is one unit, all other modules another.
 
-    mesh = mesh["data_parallel"]
+    With `low` the processes gather bf16 copies of the weights. Gradients are summed in fp32, and inputs are not cast,
+    since some of them are draws and corners of boxes.
+    """
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    dtype = torch.bfloat16 if low else None
+    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    options = {"mesh": mesh["data_parallel"], "mp_policy": policy}
     for child in module.modules():
         if type(child).__name__ == "Block" and any(parameter.requires_grad for parameter in child.parameters()):
-            fully_shard(child, mesh=mesh)
-    fully_shard(module, mesh=mesh)  # in place
+            fully_shard(child, **options)
+    fully_shard(module, **options)  # in place
     return module

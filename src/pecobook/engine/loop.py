@@ -25,13 +25,14 @@ from pecobook.engine.ahead import loss_weights, micro_batches
 from pecobook.engine.attention import trainable_attention
 from pecobook.engine.evaluation import Evaluation, average_metrics, evaluate, picture_grid
 from pecobook.engine.finite_check import FiniteCheck
-from pecobook.engine.launch import deterministic, micro_batch_size, num_workers, prepare_module
+from pecobook.engine.launch import deterministic, micro_batch_size, num_workers
 from pecobook.engine.log import JsonLines, Progress, Sink, open_sinks, open_text_log
 from pecobook.engine.memory import out_of_memory_advice
 from pecobook.engine.optim import build_optimizer, cooldown_start, learning_rates, set_learning_rate, warmup_warning
 from pecobook.engine.probing import Probe
 from pecobook.engine.schedule import is_time
 from pecobook.engine.signals import Signals
+from pecobook.engine.wrapping import prepare_module
 from pecobook.errors import PecobookError
 from pecobook.settings.durations import steps
 from pecobook.settings.training import TrainConfig
@@ -104,8 +105,7 @@ class Loop:
         command: str,
     ) -> None:
         self.fabric, self.stage, self.config, self.optim = fabric, stage, config, config.optim
-        self.train, self.evaluation, self.reference = train, evaluation, reference
-        self.out = Path(config.out)
+        self.train, self.evaluation, self.reference, self.out = train, evaluation, reference, Path(config.out)
         count, batch = len(train), config.batch_size
         self.total = steps(config.max_steps, num_images=count, batch_size=batch)
         self.schedule = learning_rates(config.optim, total=self.total, num_images=count, batch_size=batch)
@@ -113,7 +113,7 @@ class Loop:
         self.cooldown = cooldown_start(config.optim, total=self.total, num_images=count, batch_size=batch)
         self.micro = micro_batch_size(config)
         self.workers = num_workers(config)
-        self.model = prepare_module(fabric, stage, compiled=config.compile)
+        self.model = prepare_module(fabric, stage, config)
         fused = config.precision != "fp16"
         self.optimizer = build_optimizer(stage.parameter_groups(config.optim), config.optim, fused=fused)
         self.stepper: Any = fabric.setup_optimizers(self.optimizer)
@@ -122,6 +122,8 @@ class Loop:
         if config.resume:
             folder = self.out / "checkpoints"
             self.start = checkpoint.load(folder, stage=stage, optimizer=self.optimizer, precision=self.precision)
+            # A kill may have come between a checkpoint and this.
+            on_first_rank(lambda: checkpoint.delete_old(folder, config.keep_checkpoints, self.cooldown))
         self.probe: Probe | None = None
         self.finite_check = FiniteCheck(fabric.world_size, late=fabric.device.type == "cuda")
         quiet = fabric.global_rank > 0
@@ -171,7 +173,7 @@ class Loop:
 
     def _failure(self) -> str:
         """Return a sentence on a data-loading process of this rank that was killed; an empty text if there is none."""
-        streams = (self.train, self.evaluation, self.reference)
+        streams = (self.train, self.evaluation, self.reference, *(self.probe.streams if self.probe else ()))
         return next((stream.failure for stream in streams if stream is not None and stream.failure), "")
 
     def _raise_failure(self, step: int) -> None:
@@ -235,10 +237,10 @@ class Loop:
         return stop
 
     def _probe(self, step: int) -> dict[str, float]:
-        """Measure the features on the images of --probe-data."""
         assert self.probe is not None
         began = time.monotonic()
         values = self.probe.measure(self.fabric, self.model, step, batch_size=self.micro, workers=self.workers)
+        self._note_skipped(self.probe.skipped)
         self._measured_at += time.monotonic() - began  # so that the reported speed is the speed of training alone
         return values
 
@@ -250,7 +252,10 @@ class Loop:
         for micro, batch in enumerate(micro_batches(self.stage, self.model, parts, partial(self._seed, step))):
             self._seed(step, micro)
             unfinished = micro < accumulation - 1
-            with trainable_attention(self.fabric.device), self.fabric.no_backward_sync(self.model, enabled=unfinished):
+            with (
+                trainable_attention(self.fabric.device, self.config.attention),
+                self.fabric.no_backward_sync(self.model, enabled=unfinished),
+            ):
                 output = self.model(batch)
                 assert output.loss is not None
                 weight = weights[micro]
@@ -335,7 +340,7 @@ class Loop:
                 due = bool(self.fabric.broadcast(late)) if self.fabric.world_size > 1 else late
         if due:
             self._share_skipped()
-            on_first_rank(self._flush_sinks)
+            on_first_rank(lambda: [sink.flush() for sink in self.sinks])
             checkpoint.save(
                 self.out / "checkpoints",
                 step=step,
@@ -346,10 +351,6 @@ class Loop:
                 precision=self.precision,
             )
             self._saved_at = time.monotonic()
-
-    def _flush_sinks(self) -> None:
-        for sink in self.sinks:
-            sink.flush()
 
     def _positions(self, start: int, stop: int) -> BatchPositions:
         return BatchPositions(

@@ -58,7 +58,8 @@ def paper_coco() -> DetectConfig:
     Source: section 4 and supplement; lr 4e-4, divided by ten after epoch 8 and again after epoch 11, layer decay 0.75,
         stochastic depth 0.1. The paper names no warm-up: 500 steps are our choice, as in mmdetection's schedules.
     Command: pecobook detect paper-coco --data COCO --backbone runs/vit --out runs/detector
-    Cost: not yet measured.
+    Cost: 4312 GFLOP for an image of 800 x 1,067 pixels, so 6.1e18 FLOP; about 17 hours of one H200 at 100 TFLOP/s
+        (estimated).
     Result of the paper: 47.8 box AP, 42.6 mask AP, from 800 epochs of pre-training.
     """
     return DetectConfig(

@@ -52,7 +52,7 @@ def paper_ade20k() -> SegmentConfig:
     Source: supplement; single scale, linear warm-up of 1,500 steps and linear decay, drop path 0.2. The widths of the
         heads, the weight of the auxiliary head and the share of a crop that one class may fill are BEiT's.
     Command: pecobook segment paper-ade20k --data ADEChallengeData2016 --backbone runs/vit --out runs/segmenter
-    Cost: about 1.8 TFLOP for an image, so 4.6e18 FLOP; about 7 hours of one H100 at 200 TFLOP/s (estimated).
+    Cost: 3637 GFLOP for an image, so 9.3e18 FLOP; about 13 hours of one H200 at 200 TFLOP/s (estimated).
     Result of the paper: 48.5 mIoU from 800 epochs of pre-training.
     """
     return SegmentConfig(

@@ -24,6 +24,7 @@ from pecobook.settings.values import (
 
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
 Strategy = Literal["auto", "ddp", "fsdp"]
+AttentionKernel = Literal["sdpa", "triton"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -148,8 +149,14 @@ class TrainConfig(ImagesConfig):
     strategy: Strategy = "auto"
     """Distribution of the model over processes: ddp copies the model, fsdp shards it. auto is ddp for several
     processes."""
+    communication: Literal["fp32", "bf16"] = "fp32"
+    """Precision in which several processes exchange what they compute: bf16 halves the traffic, and rounds the
+    gradients before they are summed under ddp, the weights of each pass under fsdp."""
     precision: Precision = "auto"
     """Precision of autocast: fp32, bf16 or fp16. auto is bf16 where the hardware is faster with it, else fp32."""
+    attention: AttentionKernel = "sdpa"
+    """Kernel of attention on a GPU under bf16 or fp16: sdpa, PyTorch's; triton, ours for learned relative positions
+    (BEiT's) of up to 256 tokens, which sums the gradient of the positions over images before it is written."""
     batch_size: int = 256
     """Number of images in one optimizer step. All devices and accumulation steps share these images."""
     micro_batch_size: int = 0

@@ -19,10 +19,9 @@ import os
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 from torch import Tensor
-from torch.utils.data import DataLoader
 
 from pecobook.commands.predict import robustness, writers
 from pecobook.data.decode import BadImage
@@ -30,7 +29,7 @@ from pecobook.data.folders import FileStore, walk
 from pecobook.data.images import open_all_splits, say_left_out
 from pecobook.data.names import IMAGE_EXTENSIONS
 from pecobook.data.source import ImageSource
-from pecobook.data.stream import default_workers
+from pecobook.data.stream import read_whole
 from pecobook.engine.log import Progress
 from pecobook.engine.value_range import set_value_range
 from pecobook.errors import ConfigError, DataError, WeightsError
@@ -159,30 +158,8 @@ def read_images(sources: list[tuple[ImageSource, str]], shortest: int = 0) -> It
         name of an image, and the pixels uint8 (3, H, W), or the reason why the image cannot be read.
     """
     for source, prefix in sources:
-        workers = default_workers(1) if len(source) > 256 else 0
-        loader: DataLoader[Any] = DataLoader(
-            _DecodedImages(source, shortest),  # type: ignore[arg-type]
-            batch_size=None,
-            num_workers=workers,
-        )
-        for index, image in loader:
-            yield source.identify(int(index)).removeprefix(prefix), image
-
-
-class _DecodedImages:
-    """A data set of (index, pixels); (index, error) for an image that cannot be read."""
-
-    def __init__(self, source: ImageSource, shortest: int) -> None:
-        self.source, self.shortest = source, shortest
-
-    def __len__(self) -> int:
-        return len(self.source)
-
-    def __getitem__(self, index: int) -> tuple[int, Tensor | BadImage]:
-        try:
-            return index, self.source.read(index, self.shortest)
-        except BadImage as error:
-            return index, error
+        for index, image in enumerate(read_whole(source, shortest)):
+            yield source.identify(index).removeprefix(prefix), image
 
 
 def file_name(name: str, used_names: set[str]) -> str:

@@ -74,11 +74,12 @@ def reproduce(config: ReproduceConfig | None = None, **settings: Any) -> Path:
 
 def _run(plan: Plan, out: Path) -> Outcome:
     seconds = rehearsal.rehearse(plan, out)
-    jobs = {
-        name: dataclasses.replace(job, work=rehearsal.job_duration(job, name, seconds))
-        for name, job in plan.jobs.items()
-    }
+    jobs = plan.jobs  # without a rehearsal each run counts alike
     if seconds:
+        jobs = {
+            name: dataclasses.replace(job, work=rehearsal.job_duration(job, name, seconds))
+            for name, job in plan.jobs.items()
+        }
         show(rehearsal.remaining_time(plan, seconds))
     return run_all(jobs, out, plan.gpus_per_run, accept_data_change=plan.config.accept_data_change)
 

@@ -55,7 +55,8 @@ def describe(plan: Plan, *, every_arm: bool = False) -> str:
     for name in plan.jobs:
         command, arm = command_and_arm(name)
         groups.setdefault(f"{command}-{arm}" if every_arm else command, []).append(name)
-    lines = [f"{len(plan.jobs)} runs for {len(plan.config.seeds)} seeds:"]
+    seeds = len(plan.config.seeds)
+    lines = [f"{len(plan.jobs)} runs for {seeds} seed{'s' if seeds != 1 else ''}:"]
     for group, names in groups.items():
         num_finished = sum(plan.jobs[name].finished for name in names)
         arms = ", ".join(dict.fromkeys(command_and_arm(name)[1] for name in names))
