@@ -26,7 +26,7 @@ from pecobook.engine.attention import trainable_attention
 from pecobook.engine.evaluation import Evaluation, average_metrics, evaluate, picture_grid
 from pecobook.engine.finite_check import FiniteCheck
 from pecobook.engine.launch import deterministic, micro_batch_size, num_workers
-from pecobook.engine.log import JsonLines, Progress, Sink, open_sinks, open_text_log
+from pecobook.engine.log import JsonLines, Progress, Sink, flush, open_sinks, open_text_log
 from pecobook.engine.memory import out_of_memory_advice
 from pecobook.engine.optim import build_optimizer, cooldown_start, learning_rates, set_learning_rate, warmup_warning
 from pecobook.engine.probing import Probe
@@ -340,7 +340,7 @@ class Loop:
                 due = bool(self.fabric.broadcast(late)) if self.fabric.world_size > 1 else late
         if due:
             self._share_skipped()
-            on_first_rank(lambda: [sink.flush() for sink in self.sinks])
+            on_first_rank(partial(flush, self.sinks))
             checkpoint.save(
                 self.out / "checkpoints",
                 step=step,
