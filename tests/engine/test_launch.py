@@ -81,10 +81,14 @@ def test_resolve_precision__auto_is_bf16_where_the_cpu_is_faster_with_it(monkeyp
     assert launch.resolve_precision(TrainConfig(precision="bf16")) == "bf16"
     with pytest.raises(ConfigError, match="fp16 needs a GPU"):
         launch.resolve_precision(TrainConfig(precision="fp16"))
+
+
+def test_check_communication__fsdp_needs_bf16() -> None:
     low = TrainConfig(precision="fp32", communication="bf16", strategy="fsdp")
     with pytest.raises(ConfigError, match="the precision is fp32: give --precision bf16 too"):
-        launch.resolve_precision(low)
-    assert launch.resolve_precision(dataclasses.replace(low, strategy="ddp")) == "fp32"
+        launch.check_communication(low)
+    for more in ({"strategy": "ddp"}, {"precision": "bf16"}, {"communication": "fp32"}):
+        launch.check_communication(dataclasses.replace(low, **more))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("name", ["RANK", "LOCAL_RANK", "NODE_RANK"])

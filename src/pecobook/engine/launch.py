@@ -103,12 +103,16 @@ def resolve_precision(config: TrainConfig) -> str:
         precision = "bf16" if is_faster else "fp32"
     if precision == "fp16" and not cuda:
         raise ConfigError("--precision fp16 needs a GPU: use bf16 or fp32 here.")
-    if config.communication == "bf16" and config.strategy == "fsdp" and precision != "bf16":
+    return precision
+
+
+def check_communication(config: TrainConfig) -> None:
+    """Raise ConfigError where fsdp would gather weights in bf16 for a training in another (resolved) precision."""
+    if config.communication == "bf16" and config.strategy == "fsdp" and config.precision != "bf16":
         raise ConfigError(
             "--communication bf16 gives each device weights in bf16 under --strategy fsdp, and the precision is "
-            f"{precision}: give --precision bf16 too."
+            f"{config.precision}: give --precision bf16 too."
         )
-    return precision
 
 
 def micro_batch_size(config: TrainConfig) -> int:

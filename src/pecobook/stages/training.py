@@ -90,6 +90,7 @@ def preflight(stage_type: type[Stage[C]], config: C) -> Ready[C]:
     precision = problems.check(lambda: launch.resolve_precision(config))
     if precision is not None:  # --resume compares resolved precisions, not `auto`
         config = dataclasses.replace(config, precision=precision)  # type: ignore[arg-type]
+        problems.check(lambda: launch.check_communication(config))
     if config.resume and config.value_range == AUTO:
         config = dataclasses.replace(config, value_range=run_folder.recorded_range(config.out))
     splits = problems.check(lambda: _open(stage_type, config))
