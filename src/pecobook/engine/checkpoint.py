@@ -69,18 +69,25 @@ def save(
 
 
 def delete_old(folder: Path, keep: int, always: int = 0) -> None:
-    """Delete all checkpoints but the last `keep` and that of step `always`.
-
-    This includes what a kill has left of an older one; a file of a user stays.
-    """
+    """Delete all checkpoints but the last `keep` and that of step `always`, also what a kill has left of an older."""
     kept = [_name(step) for step in steps(folder)[-keep:]]
     for path in folder.glob("step-*"):
-        number = path.name.removeprefix("step-")
-        if number.isdigit() and int(number) != always and kept and path.name < kept[0]:
-            for name in ("state.pt", "state.pt.sha256"):
-                (path / name).unlink(missing_ok=True)
-            with contextlib.suppress(OSError):
-                path.rmdir()
+        if path.name.removeprefix("step-").isdigit() and kept and path.name < kept[0] and path.name != _name(always):
+            _delete(path)
+
+
+def delete_after(folder: Path, step: int) -> None:
+    """Delete the checkpoints of all steps after `step`, the newest first."""
+    for later in reversed([saved for saved in steps(folder) if saved > step]):
+        _delete(folder / _name(later))
+
+
+def _delete(path: Path) -> None:
+    """Delete one checkpoint, but no file of a user in its folder."""
+    for name in ("state.pt", "state.pt.sha256"):
+        (path / name).unlink(missing_ok=True)
+    with contextlib.suppress(OSError):
+        path.rmdir()
 
 
 def _write(folder: Path, step: int, state: dict[str, Any]) -> None:
@@ -160,12 +167,6 @@ def steps(folder: Path) -> list[int]:
     """Return the steps of the complete checkpoints in a folder, ascending."""
     numbers = (path.name.removeprefix("step-") for path in folder.glob("step-*") if (path / "state.pt").is_file())
     return sorted(int(number) for number in numbers if number.isdigit())
-
-
-def delete_after(folder: Path, step: int) -> None:
-    """Delete the checkpoints of all steps after `step`, the newest first."""
-    for later in reversed([saved for saved in steps(folder) if saved > step]):
-        shutil.rmtree(folder / _name(later))
 
 
 def _name(step: int) -> str:

@@ -340,21 +340,6 @@ def _filter_warnings() -> None:
         logging.getLogger(name).setLevel(logging.WARNING)
 
 
-def prepare_module(fabric: Fabric, stage: nn.Module, config: TrainConfig) -> Any:
-    """Return `stage` wrapped for the devices of `fabric`, after its compilation where the settings ask for it."""
-    if fabric.device.type == "cuda" and fabric.world_size > 1:
-        from timm.layers import convert_sync_batchnorm
-
-        # timm's function, since torch's drops the activation inside some of timm's norms.
-        stage = convert_sync_batchnorm(stage)
-    if config.compile:
-        stage.compile()
-    model = fabric.setup_module(stage)
-    if config.communication == "bf16":
-        _compress_gradients(model)
-    return model
-
-
 def precision_plugin(name: str) -> Any:
     """Return Fabric's precision plugin, changed so that the numbers of a batch are not rounded.
 
@@ -402,13 +387,3 @@ def _shard(module: nn.Module, mesh: Any, *, low: bool) -> nn.Module:
             fully_shard(child, **options)
     fully_shard(module, **options)  # in place
     return module
-
-
-def _compress_gradients(model: Any) -> None:
-    """Let DDP exchange the gradients of a model that Fabric has set up in bf16."""
-    from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
-    from torch.nn.parallel import DistributedDataParallel
-
-    copied = model._forward_module
-    if isinstance(copied, DistributedDataParallel):
-        copied.register_comm_hook(None, bf16_compress_hook)

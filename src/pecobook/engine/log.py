@@ -14,7 +14,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -246,6 +246,12 @@ def open_sinks(
     if "mlflow" in names:
         sinks.append(MLflow(folder, config, tracking))
     return [*sinks, lines]
+
+
+def flush(sinks: Sequence[Sink]) -> None:
+    """Flush all loggers."""
+    for sink in sinks:
+        sink.flush()
 
 
 def open_text_log(folder: Path) -> logging.Logger:

@@ -39,10 +39,13 @@ def remedy(changed: list[str], config: TrainConfig) -> str:
 
 def common_steps(old: dict[str, Any], config: TrainConfig, num_images: int) -> int:
     """Return the number of steps with the same learning rates under the settings `old` and `config`."""
-    sizes: Any = {"num_images": num_images, "batch_size": config.batch_size}
     before: BaseOptimConfig = replace(config.optim, {"cooldown": old["optim"]["cooldown"]})
-    lengths = ((before, old["max_steps"]), (config.optim, config.max_steps))
-    return min(cooldown_start(optim, total=steps(text, **sizes), **sizes) for optim, text in lengths)
+    lengths = ((before, str(old["max_steps"])), (config.optim, config.max_steps))
+    batch, starts = config.batch_size, []
+    for optim, text in lengths:
+        total = steps(text, num_images=num_images, batch_size=batch)
+        starts.append(cooldown_start(optim, total=total, num_images=num_images, batch_size=batch))
+    return min(starts)
 
 
 def check(old: dict[str, Any], config: TrainConfig, num_images: int) -> None:

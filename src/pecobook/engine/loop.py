@@ -27,13 +27,14 @@ from pecobook.engine.curves import Curves, Draw
 from pecobook.engine.evaluation import Evaluation, average_metrics, evaluate, picture_grid
 from pecobook.engine.finite_check import FiniteCheck
 from pecobook.engine.hooks import Hook, OnStep
-from pecobook.engine.launch import deterministic, device_count, micro_batch_size, num_workers, prepare_module
-from pecobook.engine.log import JsonLines, Progress, Sink, open_sinks, open_text_log
+from pecobook.engine.launch import deterministic, device_count, micro_batch_size, num_workers
+from pecobook.engine.log import JsonLines, Progress, Sink, flush, open_sinks, open_text_log
 from pecobook.engine.memory import gpu_memory, out_of_memory_advice
 from pecobook.engine.optim import build_optimizer, cooldown_start, learning_rates, set_learning_rate, warmup_warning
 from pecobook.engine.probing import Probe
 from pecobook.engine.schedule import is_time
 from pecobook.engine.signals import Signals
+from pecobook.engine.wrapping import prepare_module
 from pecobook.errors import PecobookError
 from pecobook.settings.durations import steps
 from pecobook.settings.training import TrainConfig
@@ -109,8 +110,7 @@ class Loop:
         command: str,
     ) -> None:
         self.fabric, self.stage, self.config, self.optim = fabric, stage, config, config.optim
-        self.train, self.evaluation, self.reference = train, evaluation, reference
-        self.out = Path(config.out)
+        self.train, self.evaluation, self.reference, self.out = train, evaluation, reference, Path(config.out)
         count, batch = len(train), config.batch_size
         self.total = steps(config.max_steps, num_images=count, batch_size=batch)
         self.schedule = learning_rates(config.optim, total=self.total, num_images=count, batch_size=batch)
@@ -178,7 +178,7 @@ class Loop:
 
     def _failure(self) -> str:
         """Return a sentence on a data-loading process of this rank that was killed; an empty text if there is none."""
-        streams = (self.train, self.evaluation, self.reference)
+        streams = (self.train, self.evaluation, self.reference, *(self.probe.streams if self.probe else ()))
         return next((stream.failure for stream in streams if stream is not None and stream.failure), "")
 
     def _raise_failure(self, step: int) -> None:
@@ -242,10 +242,10 @@ class Loop:
         return stop
 
     def _probe(self, step: int) -> dict[str, float]:
-        """Measure the features on the images of --probe-data."""
         assert self.probe is not None
         began = time.monotonic()
         values = self.probe.measure(self.fabric, self.model, step, batch_size=self.micro, workers=self.workers)
+        self._note_skipped(self.probe.skipped)
         self._measured_at += time.monotonic() - began  # so that the reported speed is the speed of training alone
         return values
 
@@ -352,7 +352,7 @@ class Loop:
                 due = bool(self.fabric.broadcast(late)) if self.fabric.world_size > 1 else late
         if due:
             self._share_skipped()
-            on_first_rank(self._flush_sinks)
+            on_first_rank(partial(flush, self.sinks))
             checkpoint.save(
                 self.out / "checkpoints",
                 step=step,
@@ -363,10 +363,6 @@ class Loop:
                 precision=self.precision,
             )
             self._saved_at = time.monotonic()
-
-    def _flush_sinks(self) -> None:
-        for sink in self.sinks:
-            sink.flush()
 
     def _positions(self, start: int, stop: int) -> BatchPositions:
         return BatchPositions(

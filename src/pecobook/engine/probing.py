@@ -9,15 +9,13 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from torch import Tensor
 
-from pecobook.analysis.probe import knn_probe, linear_probe
-from pecobook.analysis.rank import effective_rank
 from pecobook.data.batch import Batch
 from pecobook.data.images import check_readable, open_images
 from pecobook.data.source import Splits
@@ -38,6 +36,10 @@ _FIRST = 20
 """Step of the first probe where the interval is chosen: late enough to have measured the time of a step."""
 _EVERY = "probe/every"
 _FEW = 256  # images of a rank that are read without starting processes
+
+
+Features: TypeAlias = tuple[Tensor, Tensor | None]
+Score: TypeAlias = Callable[[Features, Features], dict[str, float]]
 
 
 def open_probe(config: TrainConfig) -> Splits | None:
@@ -77,19 +79,23 @@ class Probe:
         config: settings of the run, with the folder and the interval.
         splits: the images.
         view: makes a sample with `image`, uint8 (3, S, S), of an image.
+        score: names and values that the features (N, F) and labels (N,) of training and of held-out images have.
         start: step from which the run starts or resumes.
         total: number of steps of the run.
     """
 
-    def __init__(self, config: ProbedTrainConfig, splits: Splits, view: ViewFunction, start: int, total: int) -> None:
-        self.config, self.total = config, total
-        self.has_labels = _has_labels(splits)
+    def __init__(
+        self, config: ProbedTrainConfig, splits: Splits, view: ViewFunction, score: Score, start: int, total: int
+    ) -> None:
+        self.config, self.score, self.total = config, score, total
         self.streams = [Stream(part, view, 0) for part in (splits.train, splits.evaluation)]
         self.every = config.probe_every or on_first_rank(lambda: _recorded_interval(Path(config.out)))
         step = config.log_every
         self.first = start + -(-max(_FIRST, 2 * step) // step) * step - start % step
         self.last: dict[str, float] = {}
         """Results of the last probe."""
+        self.skipped: list[str] = []
+        """Names of the images that this rank could not read."""
         self._kept: list[list[Batch]] = []
         self._clock, self._half = (start, time.monotonic()), (start + self.first) // 2
 
@@ -100,25 +106,29 @@ class Probe:
         return step == self.total or (step % self.every == 0 if self.every else step == self.first)
 
     def measure(self, fabric: Fabric, model: Any, step: int, *, batch_size: int, workers: int) -> dict[str, float]:
-        """Return k-NN and linear accuracy of the held-out images in percent, and the effective rank.
+        """Return the scores of the features; names begin with `probe/`, and all ranks get the same.
 
-        Names begin with `probe/`; all ranks get the same. The first probe of a run that chooses its interval records
-        it as `probe/every`.
+        The first probe of a run that chooses its interval records it as `probe/every`.
         """
         begun = time.monotonic()
         step_time = (begun - self._clock[1]) / max(step - self._clock[0], 1)
         self._kept = self._kept or [self._read(fabric, stream, batch_size, workers) for stream in self.streams]
-        read = time.monotonic()
-        model.eval()
-        with torch.no_grad():
-            train, test = (self._features(fabric, model, batches) for batches in self._kept)
-        values = long_on_first_rank(lambda: self._scores(train, test))
+        values = self._scores(fabric, model)
         if not self.every and step == self.first:
-            cost = time.monotonic() - read
+            again = time.monotonic()
+            self._scores(fabric, model)  # the first time imports libraries too
+            cost = time.monotonic() - again
             self.every = on_first_rank(lambda: interval(cost, step_time, self.config.log_every))
             values[_EVERY] = self.every
         self.last = values
         return values
+
+    def _scores(self, fabric: Fabric, model: Any) -> dict[str, float]:
+        model.eval()
+        with torch.no_grad():
+            train, test = (self._features(fabric, model, batches) for batches in self._kept)
+        scores = long_on_first_rank(lambda: self.score(train, test))
+        return {f"probe/{name}": value for name, value in scores.items()}
 
     def _read(self, fabric: Fabric, stream: Stream, batch_size: int, workers: int) -> list[Batch]:
         """Read this rank's share of the images once; those that others have, too, are marked as repeated."""
@@ -128,6 +138,7 @@ class Probe:
         wrapped = [[position % number for position in batch] for batch in positions]
         batches = []
         for places, batch in zip(positions, self._load(stream, wrapped, workers if count > _FEW else 0), strict=True):
+            self.skipped += batch["skipped"]
             second_time = torch.tensor([position >= number for position in places])
             kept: Batch = {"image": batch["image"], "repeated": second_time | batch["replaced"]}
             batches.append({**kept, "label": batch["label"]} if "label" in batch else kept)
@@ -138,7 +149,7 @@ class Probe:
         return load(stream, positions, workers=workers)
 
     @staticmethod
-    def _features(fabric: Fabric, model: Any, batches: list[Batch]) -> tuple[Tensor, Tensor | None]:
+    def _features(fabric: Fabric, model: Any, batches: list[Batch]) -> Features:
         """Return the features (N, F) of all ranks' images, each once, and their labels (N,), on the host."""
         features, labels = [], []
         for kept in batches:
@@ -149,16 +160,6 @@ class Probe:
             if label is not None:
                 labels.append(gather_rows(label)[counts].cpu())
         return torch.cat(features), torch.cat(labels) if labels else None
-
-    def _scores(self, train: tuple[Tensor, Tensor | None], test: tuple[Tensor, Tensor | None]) -> dict[str, float]:
-        """Measure features (N, F) with labels (N,); features that are no finite numbers have no scores."""
-        if not (train[0].isfinite().all() and test[0].isfinite().all()) or not (len(train[0]) and len(test[0])):
-            return {}
-        scores = {"probe/rank": effective_rank(train[0])}
-        if self.has_labels and train[1] is not None and test[1] is not None:
-            data = train[0].numpy(), train[1].numpy(), test[0].numpy(), test[1].numpy()
-            scores |= {"probe/knn": knn_probe(*data).accuracy, "probe/linear": linear_probe(*data).accuracy}
-        return scores
 
 
 def interval(cost: float, step_time: float, log_every: int) -> int:

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
 from pecobook import recipes
+from pecobook.analysis.rank import feature_scores
 from pecobook.data.given import GivenView
 from pecobook.data.images import check_labels, check_readable, write_example
 from pecobook.data.sampler import fixed_permutation
@@ -195,7 +196,7 @@ def _fit(stage_type: type[Stage[C]], fabric: Any, ready: Ready[C], preamble: lis
     config, splits, stage, probed = ready
     probe, probe_view = None, stage_type.probe_view(config)
     if probed is not None and probe_view is not None and isinstance(config, ProbedTrainConfig):
-        probe = partial(Probe, config, probed, probe_view)
+        probe = partial(Probe, config, probed, probe_view, feature_scores)
     reference = None
     count = min(getattr(config, "knn_images", 0), len(splits.train))
     view = stage_type.reference_view(config)
