@@ -126,6 +126,15 @@ def test_two_processes__keep_equal_codebooks_in_tiles(two_processes: TwoProcesse
     assert_close(left["codebook"], state["codebook"], atol=1e-5, rtol=1e-5)
 
 
+def test_normalised__a_codebook_that_learns_by_gradient_returns_to_unit_length() -> None:
+    module = trained(normalise=True, kind="gradient")
+    with torch.no_grad():
+        module.codebook.mul_(3)  # as an optimizer's step
+    module(latents(2, 6, 3, 0))
+    module.update()
+    assert_close(module.codebook.norm(dim=1), torch.ones(50))
+
+
 def test_normalised__codewords_and_vectors_have_unit_length_and_the_loss_is_one_of_angles() -> None:
     module = trained(normalise=True)
     assert_close(module.codebook.norm(dim=1), torch.ones(50))

@@ -218,10 +218,14 @@ class VectorQuantizer(nn.Module):
             if world_size() > 1:
                 dist.all_reduce(sums)
             self.ema_sum[tile].lerp_(sums, 1 - config.decay)
-            if not config.by_gradient:
+            codewords = self.codebook[tile]
+            if config.by_gradient:
+                if config.normalise:
+                    codewords.copy_(self._on_sphere(codewords))
+            else:
                 # An unused codeword does not move: its sum and count decay alike, but smoothing would pull it towards
                 # 0.
-                used, codewords = (counts[tile] > 0)[:, None], self.codebook[tile]
+                used = (counts[tile] > 0)[:, None]
                 means = self._on_sphere(self.ema_sum[tile] / smoothed[tile].clamp_min(1e-12)[:, None])
                 codewords.copy_(torch.where(used, means, codewords))
 
