@@ -2,6 +2,9 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -81,6 +84,19 @@ def test_resolve_precision__auto_is_bf16_where_the_cpu_is_faster_with_it(monkeyp
     assert launch.resolve_precision(TrainConfig(precision="bf16")) == "bf16"
     with pytest.raises(ConfigError, match="fp16 needs a GPU"):
         launch.resolve_precision(TrainConfig(precision="fp16"))
+
+
+def test_a_training_imports_neither_torchmetrics_nor_transformers(images: Path, tmp_path: Path) -> None:
+    """Lightning would import both, which takes seconds at every start."""
+    program = (
+        "import sys; from tests.runs import train\n"
+        f"train('codebook', {str(images)!r}, {str(tmp_path / 'run')!r}, max_steps='1')\n"
+        "assert 'lightning_fabric' in sys.modules\n"
+        "assert not {'torchmetrics', 'transformers', 'scipy.signal'} & sys.modules.keys()\n"
+        "import torchmetrics; assert torchmetrics.__version__"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 def test_check_communication__fsdp_needs_bf16() -> None:

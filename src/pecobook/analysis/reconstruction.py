@@ -8,10 +8,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from pecobook.analysis.arrays import MaskedModel, Tokenizer, evaluation_mode
 from pecobook.utils.images import to_float
+
+_WINDOW = 11
+"""Side of SSIM's windows, pixels."""
 
 
 def float_parts(images: Tensor, batch_size: int = 64) -> Iterator[Tensor]:
@@ -23,12 +27,12 @@ def float_parts(images: Tensor, batch_size: int = 64) -> Iterator[Tensor]:
 def psnr(x: Tensor, y: Tensor) -> Tensor:
     """Compute the peak signal-to-noise ratio of each image (B, C, H, W) in [0, 1], float (B,) in dB.
 
-    The result is inf for equal images.
+    The result is inf for equal images. This and SSIM are not torchmetrics', whose import takes two seconds at the start
+    of every training; the tests compare them with it.
     """
-    from torchmetrics.functional.image import peak_signal_noise_ratio
 
     def measure(a: Tensor, b: Tensor) -> Tensor:
-        return peak_signal_noise_ratio(a.double(), b.double(), data_range=1.0, reduction="none", dim=(1, 2, 3)).float()
+        return -10 * (a.double() - b.double()).square().mean((1, 2, 3)).log10().float()
 
     return in_batches(measure, x, y)
 
@@ -37,14 +41,19 @@ def ssim(x: Tensor, y: Tensor) -> Tensor:
     """Compute the structural similarity of each image (B, C, H, W) in [0, 1], float (B,) in [-1, 1].
 
     The result is 1 for equal images. As in Wang et al., 2004, the windows are Gaussians of 11 pixels with standard
-    deviation 1.5.
+    deviation 1.5; beyond the border the image is reflected, so a side must have 6 pixels or more.
     """
-    from torchmetrics.functional.image import structural_similarity_index_measure
+    line = torch.exp(-((torch.arange(_WINDOW, device=x.device) - _WINDOW // 2) ** 2) / (2 * 1.5**2))
+    window = (line[:, None] * line / line.sum() ** 2).expand(x.shape[1], 1, _WINDOW, _WINDOW)
 
     def measure(a: Tensor, b: Tensor) -> Tensor:
-        value = structural_similarity_index_measure(a.float(), b.float(), data_range=1.0, reduction="none")
-        assert isinstance(value, Tensor)
-        return value.reshape(len(a))  # torchmetrics drops the dimension of a single image
+        a, b = (F.pad(image.float(), (_WINDOW // 2,) * 4, mode="reflect") for image in (a, b))
+        means = F.conv2d(torch.cat([a, b, a * a, b * b, a * b]), window, groups=a.shape[1])
+        mean_a, mean_b, square_a, square_b, product = means.chunk(5)
+        spread = (square_a - mean_a**2).clamp_min(0) + (square_b - mean_b**2).clamp_min(0)
+        structure = (2 * (product - mean_a * mean_b) + 0.03**2) / (spread + 0.03**2)
+        luminance = (2 * mean_a * mean_b + 0.01**2) / (mean_a**2 + mean_b**2 + 0.01**2)
+        return (structure * luminance).mean((1, 2, 3))
 
     return in_batches(measure, x, y)
 

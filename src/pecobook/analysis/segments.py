@@ -22,12 +22,9 @@ def count_pixels(predicted: Tensor, truth: Tensor, num_classes: int) -> Tensor:
         truth: int (H, W); pixels with `IGNORE` are not counted.
         num_classes: C.
     """
-    from torchmetrics.functional.classification import multiclass_confusion_matrix
-
-    counts: Tensor = multiclass_confusion_matrix(
-        predicted, truth.long(), num_classes=num_classes, ignore_index=IGNORE, validate_args=False
-    )
-    return counts.long()
+    counted = truth != IGNORE
+    pairs = truth[counted].long() * num_classes + predicted[counted].long()
+    return torch.bincount(pairs, minlength=num_classes**2).view(num_classes, num_classes)
 
 
 def intersection_over_union(counts: Tensor) -> Tensor:

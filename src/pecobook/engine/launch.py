@@ -9,6 +9,7 @@ import atexit
 import dataclasses
 import logging
 import os
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -199,8 +200,9 @@ def start(config: TrainConfig, *, alone: bool = False) -> Fabric:
         config: settings whose precision is resolved (`resolve_precision`).
         alone: whether this process works without others, also where torchrun or srun has started several.
     """
-    from lightning_fabric import Fabric
-    from lightning_fabric.strategies.launchers import subprocess_script
+    with _without_torchmetrics():
+        from lightning_fabric import Fabric
+        from lightning_fabric.strategies.launchers import subprocess_script
 
     _filter_warnings()
     if alone:
@@ -237,6 +239,23 @@ def _join(fabric: Fabric, world: World) -> None:
     if fabric.device.type == "cuda":
         torch.cuda.set_device(fabric.device)
     join(world, fabric.device)
+
+
+@contextmanager
+def _without_torchmetrics() -> Iterator[None]:
+    """Hide torchmetrics in this context, in which Lightning is imported.
+
+    Lightning imports it to learn its version, for a part that is not used here; with transformers and scipy.signal,
+    which torchmetrics imports, that takes two seconds of a processor.
+    """
+    if "torchmetrics" in sys.modules:
+        yield
+        return
+    sys.modules["torchmetrics"] = None  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        del sys.modules["torchmetrics"]
 
 
 def _start_alone(config: TrainConfig) -> Fabric:
