@@ -1,6 +1,7 @@
 """Reconstruction and masked prediction with models whose correct output is known."""
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
