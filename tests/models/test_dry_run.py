@@ -181,8 +181,13 @@ def test_check_network__of_pretraining(name: str, args: dict[str, Any], message:
         ),
         (
             "finetune",
-            {"backbone": "timm:inception_v3", "weights": "random", "image_size": 64},
+            {"backbone": "timm:inception_v3", "weights": "random", "image_size": 64, "drop_path": 0.0},
             "Kernel size can't be greater than actual input size. Give --image-size 299, or another network.",
+        ),
+        (
+            "finetune",
+            {"backbone": "timm:vgg11", "weights": "random", "drop_path": 0.1},
+            "timm's 'vgg11' has no stochastic depth: give --drop-path 0.",
         ),
         (
             "codebook",
