@@ -12,6 +12,7 @@ from typing import Any, cast
 import numpy as np
 
 from pecobook.data.decode import BadImage, read_file
+from pecobook.data.remote import is_remote
 from pecobook.data.source import Integers, Store, hash_some
 
 
@@ -57,7 +58,7 @@ class TableStore(Store):
     def _read_file(self, row: int, path: str) -> bytes:
         path = path.removeprefix("file://")
         shown = path if len(path) <= 200 else f"{path[:40]}... ({len(path):,} characters)"
-        if "://" in path:
+        if "://" in path or is_remote(self._names[self._file_of(row)]):
             raise BadImage(self.identify(row), f"{shown} is an address, not a file; download the images first")
         folder = self._folder_of(row)
         try:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import dataclasses
 from typing import Literal
 
+from pecobook.settings.config_files import errors_with_lines, read_config
 from pecobook.settings.images import MAX_WORKERS, ImagesConfig
-from pecobook.settings.values import between, read_config, refuse, replace
+from pecobook.settings.values import between, refuse, replace
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -62,5 +63,6 @@ def of_run(config: CheckConfig, path: str) -> CheckConfig:
     Raises ConfigError.
     """
     values = read_config(path)
-    names = {field.name for field in dataclasses.fields(config)} - {"out", "workers"}
-    return replace(config, {"task": values.get("command", "auto"), **{n: values[n] for n in names & values.keys()}})
+    names = {field.name for field in dataclasses.fields(config)} - {"out", "workers", "recipe"}
+    with errors_with_lines(path):
+        return replace(config, {"task": values.get("command", "auto"), **{n: values[n] for n in names & values.keys()}})
