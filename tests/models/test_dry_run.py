@@ -185,6 +185,11 @@ def test_check_network__of_pretraining(name: str, args: dict[str, Any], message:
             "Kernel size can't be greater than actual input size. Give --image-size 299, or another network.",
         ),
         (
+            "finetune",
+            {"backbone": "timm:vgg11", "weights": "random", "drop_path": 0.1},
+            "timm's 'vgg11' has no stochastic depth: give --drop-path 0.",
+        ),
+        (
             "codebook",
             {"perceptual.network": "timm:cait_xxs24_224", "perceptual.weights": "random", "perceptual.input_size": 64},
             "'timm:cait_xxs24_224' cannot read images of",

@@ -82,6 +82,8 @@ def create_network(name: str, download: bool = False, /, **kwargs: Any) -> nn.Mo
     except (OSError, RuntimeError, *_WRONG_VALUE) as error:
         if not download or isinstance(error, TypeError):
             reason = first_line(error).rstrip(".")
+            if "argument 'drop_path_rate'" in reason:  # which may be the recipe's
+                raise WeightsError(f"timm's '{timm_name}' has no stochastic depth: give --drop-path 0.") from None
             raise WeightsError(f"timm cannot build '{timm_name}' with {kwargs}: {reason}. Change these.") from None
         raise WeightsError(
             f"The weights of timm's '{timm_name}' cannot be downloaded ({first_line(error)}).\n"
