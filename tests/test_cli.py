@@ -123,6 +123,9 @@ def test_main__version(capsys: pytest.CaptureFixture[str]) -> None:
 # ---------------------------------------------------------------------------------------------------------------- runs
 
 
+_FORMS = ("", ".sha256")
+
+
 def test_main__a_run_folder_holds_exactly_the_documented_files(
     images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -147,8 +150,9 @@ def test_main__a_run_folder_holds_exactly_the_documented_files(
     ]
     pictures = ["example.png", "step-00000002.png", "step-00000004.png"]
     assert sorted(path.name for path in (out / "samples").iterdir()) == pictures
-    files = ["README.md", "config.json", "config.json.sha256", "model.safetensors", "model.safetensors.sha256"]
-    assert sorted(export_bytes(out)) == files
+    files = ["README.md"]
+    files += [f"{name}{end}" for name in ("config.json", "model.safetensors", "training.safetensors") for end in _FORMS]
+    assert sorted(export_bytes(out)) == sorted(files)
     assert "codebook 4/4" in capsys.readouterr().err
 
 

@@ -14,8 +14,9 @@ import os
 import sys
 import textwrap
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, get_args
 
 from pecobook import recipes
 from pecobook.commands import table
@@ -171,7 +172,8 @@ def _help() -> str:
         "  pecobook COMMAND --help                                  usage, recipes, examples, the flags people use\n"
         "  pecobook COMMAND --help-all                              all flags, explained\n\n"
         + "\n".join(lines)
-        + "\n\nSOURCE: a folder of images, a parquet file or folder, tar shards, hf:owner/name, or photos (built in)."
+        + "\n\nSOURCE: a folder of images, a parquet file or folder, tar shards, hf:owner/name, or photos (built in);\n"
+        "parquet and shards also at s3://, gs://, https:// and hf://."
     )
 
 
@@ -249,8 +251,21 @@ def _settings(command: str, args: list[str]) -> Any:
         count = len(words) if str(flags(config_type)[name]).startswith("tuple") else 1
         named += [f"--{name}", *words[:count]] if words else []
         words = words[count:]
-    unused = {name: kind for other in RECIPES for name, kind in flags(table.COMMANDS[other].settings).items()}
+    if command == "check" and named:
+        _check_task(config_type, named[1])
+    readers = (*RECIPES, "tokenize", "probe", "embed")
+    unused = {name: kind for other in readers for name, kind in flags(table.COMMANDS[other].settings).items()}
     return parse(config_type(), [*named, *words, *args], command, unused if command == "check" else {})
+
+
+def _check_task(config_type: Any, word: str) -> None:
+    """Raise ConfigError if the first word after `check` is no command that it knows."""
+    tasks = [name for name in get_args(flags(config_type)["task"]) if name != "auto"]
+    if word not in tasks:
+        hint = f" For a path give --data '{word}'." if Path(word).exists() else did_you_mean(word, tasks)
+        raise ConfigError(
+            f"'check' takes the command that will read the images ({', '.join(tasks)}), not '{word}'.{hint}"
+        )
 
 
 def _recipe_name(args: list[str]) -> str:

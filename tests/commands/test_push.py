@@ -163,8 +163,8 @@ def test_push__branches_privacy_messages_and_refusals(asked: Asked) -> None:
 def test_publish__without_network_says_so_in_one_line(monkeypatch: pytest.MonkeyPatch, offline: bool) -> None:
     """A port at which nothing listens; and the tests' own environment is offline."""
     monkeypatch.setenv("HF_TOKEN", "hf_test")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", offline)
     if not offline:
-        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
         monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
     words = "HF_HUB_OFFLINE is set" if offline else "The hub http://127.0.0.1:9 cannot be reached: "
     with pytest.raises(HubError, match=words) as caught:

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pecobook.engine.optim import learning_rates, warmup_warning
-from pecobook.engine.schedule import cosine, is_time, warmup_cosine, warmup_poly, warmup_steps
+from pecobook.engine.schedule import cosine, is_time, warmup_constant, warmup_cosine, warmup_poly, warmup_steps
 from pecobook.settings.training import OptimConfig
 
 
@@ -98,3 +98,13 @@ def test_warmup_warning__warns_only_of_a_warmup_longer_than_the_training() -> No
     sizes = {"total": 10, "num_images": 20, "batch_size": 4}
     assert warmup_warning(OptimConfig(warmup="2 epochs"), **sizes) is None
     assert "takes 11 steps but the training 10" in str(warmup_warning(OptimConfig(warmup="11"), **sizes))
+
+
+def test_warmup_constant__rates_before_the_cooldown_do_not_depend_on_the_length() -> None:
+    def rates(total: int, cooldown: int) -> list[float]:
+        options = {"total": total, "warmup": 4, "cooldown": cooldown}
+        return [warmup_constant(step, peak=2.0, final=1.0, **options) for step in range(total + 1)]
+
+    assert rates(12, 4) == [0.5, 1.0, 1.5, 2.0, *[2.0] * 5, 1.75, 1.5, 1.25, 1.0]
+    assert rates(12, 0) == [0.5, 1.0, 1.5, *[2.0] * 10]
+    assert rates(30, 10)[:9] == rates(12, 4)[:9]

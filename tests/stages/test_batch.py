@@ -87,9 +87,9 @@ def test_batch__lists_exactly_the_keys_that_stages_receive(
     view = {name: getattr(config, name) for name in ("seed", "image_size", "min_crop")}
     parts = {"micro_batch_size": 4, "batch_size": 8}
     more: dict[str, dict[str, Any]] = {
-        "contrast": parts,
+        "contrast": {**parts, "probe_data": str(images)},
         "codebook": {**parts, "explicit.kind": "contrastive", "quantizer.start_after": 0},
-        "pretrain": {**view, "tokens": str(bank)},
+        "pretrain": {**view, "tokens": str(bank), "probe_data": str(images)},
     }
     for stage in STAGES:
         command = stage.command
@@ -98,9 +98,9 @@ def test_batch__lists_exactly_the_keys_that_stages_receive(
     assert loaded <= HINTS.keys()
     everywhere = {"index", "label", "replaced", "repeated"}
     assert {command: names - everywhere for command, names in received.items()} == {
-        "contrast": {"view0", "view1", "colour0", "colour1", "image", "ahead", "keys0", "keys1"},
+        "contrast": {"view0", "view1", "colour0", "colour1", "image", "ahead", "keys0", "keys1", "probe"},
         "codebook": {"image", "other", "ahead", "keys", "reconstruction"},
-        "pretrain": {"image", "colour", "mask", "codes"},
+        "pretrain": {"image", "colour", "mask", "codes", "probe"},
         "finetune": {"image"},
         "segment": {"image", "colour", "mask", "images", "masks"},
         "detect": {"images", "boxes", "labels", "masks", "size"},

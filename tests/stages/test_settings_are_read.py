@@ -27,6 +27,7 @@ from tests.runs import SMALL, inputs
 Reads = set[tuple[type, str]]
 
 _POLY: dict[str, Any] = {"optim.schedule": "poly"}
+_PROBE: dict[str, Any] = {"probe_data": "photos", "probe_images": 8}
 _STEPS: dict[str, Any] = {"optim.schedule": "steps", "optim.milestones": ("1",)}
 _VIT = {
     "model.name": "vit_tiny_patch16_224",
@@ -39,12 +40,13 @@ _DECODER = {"depth": 1, "width": 16, "num_heads": 2}
 
 # Settings of each run of a command, added to the command's small settings.
 RUNS: dict[str, tuple[dict[str, Any], ...]] = {
-    "contrast": (_POLY, {**_STEPS, **_VIT, "solarise": (0.5, 0.5)}),
+    "contrast": ({**_POLY, **_PROBE}, {**_STEPS, **_VIT, "solarise": (0.5, 0.5)}),
     "codebook": (
         {**_POLY, "perceptual": _NETWORK, "adversarial": _ADVERSARIAL, "explicit.kind": "contrastive"},
         {**_STEPS, "model": _TRANSFORMER, "quantizer.start_after": 0},
+        {"quantizer.kind": "lfq", "quantizer.num_codewords": 16, "model.latent_dim": 4, "quantizer.start_after": 0},
     ),
-    "pretrain": (_POLY, {**_STEPS, "visible_only": True, "decoder": _DECODER, "target": "pixels"}),
+    "pretrain": ({**_POLY, **_PROBE}, {**_STEPS, "visible_only": True, "decoder": _DECODER, "target": "pixels"}),
     "finetune": (_POLY, _STEPS),
     "segment": (_POLY, {**_STEPS, "test.mode": "slide"}),
     "detect": (_POLY, {**_STEPS, "jitter": (0.5, 1.0)}),

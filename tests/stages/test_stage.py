@@ -28,8 +28,8 @@ from tests.runs import SMALL, Squares, export_bytes, inputs, squares, train
 _EXPORT = {"model.safetensors", "model.safetensors.sha256", "config.json", "config.json.sha256", "README.md"}
 
 FILES = {
-    "contrast": _EXPORT,
-    "codebook": _EXPORT,
+    "contrast": _EXPORT | {"training.safetensors", "training.safetensors.sha256"},
+    "codebook": _EXPORT | {"training.safetensors", "training.safetensors.sha256"},
     "pretrain": _EXPORT | {"mim.safetensors", "mim.safetensors.sha256"},
     "finetune": _EXPORT,
     "segment": _EXPORT,

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from pecobook.errors import WeightsError
 from pecobook.models.checkpoints import read_weights
 from pecobook.models.export import export_folder
+from pecobook.models.initial import tokenizer_of_run
 from pecobook.models.masked_vit import MaskedImageModel, VisibleOnlyModel
 from pecobook.models.tokenizers import load_tokenizer
 from pecobook.models.weights import IMAGENET_MEAN, IMAGENET_STD, load_backbone
@@ -27,11 +28,18 @@ class MaskedRun(nn.Module):
     [0, 1]: the images are normalised for the model and resized for the tokenizer here.
     """
 
-    def __init__(self, model: MaskedImageModel | VisibleOnlyModel, tokenizer: Any, config: PretrainConfig) -> None:
+    def __init__(
+        self,
+        model: MaskedImageModel | VisibleOnlyModel,
+        tokenizer: Any,
+        config: PretrainConfig,
+        mean: tuple[float, ...] = IMAGENET_MEAN,
+        std: tuple[float, ...] = IMAGENET_STD,
+    ) -> None:
         super().__init__()
         self.model, self.tokenizer, self.config = model, tokenizer, config
-        self.register_buffer("mean", torch.tensor(IMAGENET_MEAN)[:, None, None], persistent=False)
-        self.register_buffer("std", torch.tensor(IMAGENET_STD)[:, None, None], persistent=False)
+        self.register_buffer("mean", torch.tensor(mean)[:, None, None], persistent=False)
+        self.register_buffer("std", torch.tensor(std)[:, None, None], persistent=False)
 
     mean: Tensor
     std: Tensor
@@ -96,9 +104,9 @@ def load_masked_run(run: str | Path) -> MaskedRun:
     config: PretrainConfig = load(PretrainConfig(), folder.parent / "config.json")
     if config.target != "tokens":
         raise WeightsError(f"'{run}' predicts pixels, not codes: give a run with --target tokens.")
-    backbone = load_backbone(str(run)).network
+    backbone = load_backbone(str(run))
     head = read_weights(str(folder / "mim.safetensors"))
-    model = masked_model(config, backbone, len(head.get("head.weight", ())))
+    model = masked_model(config, backbone.network, len(head.get("head.weight", ())))
     misfit = f"'{folder / 'mim.safetensors'}' does not fit the run's model, as config.json describes it:"
     try:
         missing = [name for name in model.load_state_dict(head, strict=False).missing_keys if "backbone." not in name]
@@ -106,28 +114,5 @@ def load_masked_run(run: str | Path) -> MaskedRun:
         raise WeightsError(f"{misfit} {' '.join(str(error).split())[:200]}") from None
     if missing:
         raise WeightsError(f"{misfit} it lacks {', '.join(missing[:5])}.")
-    tokenizer = load_tokenizer(_tokenizer_source(config, Path(run)))
-    return MaskedRun(model, tokenizer, config).eval().requires_grad_(False)
-
-
-def _tokenizer_source(config: PretrainConfig, run: Path) -> str:
-    """Return where the tokenizer of a run lies now.
-
-    A relative path was written from the folder in which the run was trained. If the run is still where its `--out`
-    says, as seen from that folder, then so is the tokenizer, wherever this process runs.
-
-    Raises:
-        WeightsError: the tokenizer is in neither place.
-    """
-    relative, out, folder = Path(config.tokenizer), Path(config.out), export_folder(run).parent.resolve()
-    is_path = not relative.is_absolute() and ":" not in config.tokenizer
-    if is_path and not out.is_absolute() and folder.parts[-len(out.parts) :] == out.parts:
-        beside = folder.parents[len(out.parts) - 1] / relative
-        if beside.exists():
-            return str(beside)
-    if is_path and not relative.exists() and config.tokenizer.count("/") != 1:  # owner/name may be on the hub
-        raise WeightsError(
-            f"The run '{run}' was trained with the tokenizer '{config.tokenizer}', a path that does not exist here.\n"
-            "Start the command in the folder in which the run was trained, or move the tokenizer to that path."
-        )
-    return config.tokenizer
+    tokenizer = load_tokenizer(tokenizer_of_run(config.tokenizer, config.out, Path(run)))
+    return MaskedRun(model, tokenizer, config, backbone.mean, backbone.std).eval().requires_grad_(False)

@@ -14,12 +14,13 @@ from pecobook.models.dense.detector import Detector
 from pecobook.models.dense.segmenter import Segmenter
 from pecobook.models.export import Exported, export_folder, read_settings
 from pecobook.models.hub import check_repo_id, publish
+from pecobook.models.initial import TRAINING_FILE
 from pecobook.models.tokenizer import PerceptualTokenizer
 from pecobook.models.weights import Backbone, Classifier
 from pecobook.settings.push import PushConfig
 from pecobook.settings.values import FREE_ON_RESUME, replace
 from pecobook.utils.files import without_folders
-from pecobook.utils.json_files import is_number, metric_lines, read_if_valid
+from pecobook.utils.json_files import is_number, metric_lines, read_if_valid, read_json
 from pecobook.utils.printer import show
 
 _KINDS: dict[str, type[Exported]] = {
@@ -63,9 +64,11 @@ def push(config: PushConfig | None = None, **settings: Any) -> str:
 def _files(folder: Path, card: str, about: _About) -> dict[str, bytes | Path]:
     """Return what is sent: the card, the settings without folders of this machine, and the weights."""
     files: dict[str, bytes | Path] = {
-        file.name: file for file in sorted(folder.iterdir()) if file.is_file() and file.name.endswith(_SENT)
+        file.name: file
+        for file in sorted(folder.iterdir())
+        if file.is_file() and file.name.endswith(_SENT) and file.name != TRAINING_FILE
     }
-    content = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    content = read_json(folder / "config.json")
     if "origin" in content:
         content["origin"] = about.without_folders(content["origin"])
     files["config.json"] = (json.dumps(content, indent=2) + "\n").encode()

@@ -17,6 +17,7 @@ from pecobook.settings.contrast import ContrastConfig
 from pecobook.settings.demo import DemoConfig
 from pecobook.settings.detect import DetectConfig
 from pecobook.settings.embed import EmbedConfig
+from pecobook.settings.evaluate import EvaluateConfig
 from pecobook.settings.explore import ExploreConfig
 from pecobook.settings.export import ExportConfig
 from pecobook.settings.finetune import FinetuneConfig
@@ -56,7 +57,7 @@ COMMANDS: dict[str, Command] = {
             "contrast tiny --data photos --out runs/contrast",
             "contrast paper --data IMAGENET --out runs/contrast --compile",
         ),
-        f"data {_RUN} batch-size micro-batch-size max-steps optim.lr model.name",
+        f"data init {_RUN} batch-size micro-batch-size max-steps optim.lr model.name",
     ),
     "codebook": Command(
         "train a perceptual codebook (the PeCo tokenizer)",
@@ -67,7 +68,7 @@ COMMANDS: dict[str, Command] = {
             "codebook paper --data IMAGENET --perceptual.network runs/contrast --out runs/codebook",
         ),
         "data perceptual.network perceptual.layers perceptual.weights perceptual.weight quantizer.num-codewords "
-        "out dry-run resume overwrite max-steps batch-size micro-batch-size",
+        "init out dry-run resume overwrite max-steps batch-size micro-batch-size",
     ),
     "pretrain": Command(
         "pre-train a ViT on the tokens of your images",
@@ -77,7 +78,8 @@ COMMANDS: dict[str, Command] = {
             "pretrain tiny --data photos --tokenizer runs/codebook --out runs/vit",
             "pretrain --data IMAGENET --tokenizer runs/codebook --tokens BANK --out runs/vit --compile",
         ),
-        "data tokenizer tokens target out dry-run resume overwrite model.name max-steps batch-size micro-batch-size",
+        "data tokenizer tokens target init out dry-run resume overwrite model.name max-steps batch-size "
+        "micro-batch-size",
     ),
     "finetune": Command(
         "fine-tune a backbone for classification",
@@ -87,7 +89,7 @@ COMMANDS: dict[str, Command] = {
             "finetune tiny --data photos --backbone runs/vit --out runs/classifier",
             "finetune --data IMAGENET --backbone timm:vit_base_patch16_224 --out runs/classifier",
         ),
-        "data backbone weights out dry-run resume overwrite optim.lr optim.layer-decay max-steps batch-size "
+        "data backbone weights init out dry-run resume overwrite optim.lr optim.layer-decay max-steps batch-size "
         "micro-batch-size",
     ),
     "segment": Command(
@@ -98,7 +100,7 @@ COMMANDS: dict[str, Command] = {
             "segment tiny --data SHAPES --backbone runs/vit --out runs/segmenter",
             "segment paper --data ADEChallengeData2016 --backbone runs/vit --out runs/segmenter",
         ),
-        "data classes mask-values ignore skip-bad backbone out dry-run resume overwrite image-size max-steps "
+        "data classes mask-values ignore skip-bad backbone init out dry-run resume overwrite image-size max-steps "
         "batch-size",
     ),
     "detect": Command(
@@ -109,7 +111,8 @@ COMMANDS: dict[str, Command] = {
             "detect tiny --data NUCLEI --backbone runs/vit --out runs/detector",
             "detect paper --data COCO --backbone runs/vit --out runs/detector",
         ),
-        "data skip-bad masks backbone out dry-run resume overwrite scales max-size image-size max-steps batch-size",
+        "data skip-bad masks backbone init out dry-run resume overwrite scales max-size image-size max-steps "
+        "batch-size",
     ),
     "check": Command(
         "look at every image: what a command would learn from, and what is wrong with it",
@@ -138,6 +141,18 @@ COMMANDS: dict[str, Command] = {
             "analyze --tokenizer runs/codebook --against runs/pixel --data IMAGES --out runs/analysis",
         ),
         "tokenizer against tokens backbone data out overwrite classifier perceptual codewords max-train max-test",
+    ),
+    "evaluate": Command(
+        "measure tokenizers as others publish them: rFID, PSNR, SSIM, LPIPS, usage, speed",
+        EvaluateConfig,
+        "TOKENIZER [TOKENIZER ...] --data SOURCE --out DIR",
+        (
+            "evaluate runs/codebook runs/pixel --data photos --out runs/evaluation",
+            "evaluate taming:vqgan.ckpt --data IMAGENET --metrics rfid psnr --out runs/vqgan",
+        ),
+        "tokenizers data out overwrite metrics split num-images image-size inception-weights statistics "
+        "lpips-weights perceptual batch-size precision",
+        words=("tokenizers",),
     ),
     "explore": Command(
         "serve a page on this machine to explore codewords and masks",

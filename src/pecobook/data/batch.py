@@ -66,6 +66,8 @@ class Batch(TypedDict, total=False):
 
     repeated: Tensor
     """bool (B,): whether an image was already counted in the evaluation, so that finetune and segment skip it."""
+    probe: bool
+    """Whether the stage only returns the features of these images (`engine.probing`), for contrast and pretrain."""
     ahead: bool
     """Whether the stage only computes the keys of these images (`engine.ahead`), for contrast and codebook."""
     keys: Tensor

@@ -46,9 +46,12 @@ def save(
     stage: nn.Module,
     optimizer: torch.optim.Optimizer,
     keep: int,
+    always: int = 0,
     precision: Stateful | None = None,
 ) -> None:
-    """Write the checkpoint of `step` and delete all but the last `keep`. All ranks call this; rank 0 writes.
+    """Write the checkpoint of `step` and delete all but the last `keep` and that of step `always`.
+
+    All ranks call this; rank 0 writes.
 
     Raises:
         RunFolderError: on all ranks, when the checkpoint cannot be written.
@@ -60,20 +63,31 @@ def save(
 
     def write() -> None:
         _write(folder, step, state)
-        delete_old(folder, keep)
+        delete_old(folder, keep, always)
 
     on_first_rank(write)
 
 
-def delete_old(folder: Path, keep: int) -> None:
-    """Delete all but the last `keep` checkpoints, also what a kill has left of an older one, but no file of a user."""
+def delete_old(folder: Path, keep: int, always: int = 0) -> None:
+    """Delete all checkpoints but the last `keep` and that of step `always`, also what a kill has left of an older."""
     kept = [_name(step) for step in steps(folder)[-keep:]]
     for path in folder.glob("step-*"):
-        if path.name.removeprefix("step-").isdigit() and kept and path.name < kept[0]:
-            for name in ("state.pt", "state.pt.sha256"):
-                (path / name).unlink(missing_ok=True)
-            with contextlib.suppress(OSError):
-                path.rmdir()
+        if path.name.removeprefix("step-").isdigit() and kept and path.name < kept[0] and path.name != _name(always):
+            _delete(path)
+
+
+def delete_after(folder: Path, step: int) -> None:
+    """Delete the checkpoints of all steps after `step`, the newest first."""
+    for later in reversed([saved for saved in steps(folder) if saved > step]):
+        _delete(folder / _name(later))
+
+
+def _delete(path: Path) -> None:
+    """Delete one checkpoint, but no file of a user in its folder."""
+    for name in ("state.pt", "state.pt.sha256"):
+        (path / name).unlink(missing_ok=True)
+    with contextlib.suppress(OSError):
+        path.rmdir()
 
 
 def _write(folder: Path, step: int, state: dict[str, Any]) -> None:

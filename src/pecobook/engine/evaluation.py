@@ -98,7 +98,7 @@ def _evaluate_stream(
     """
     num_images = min(num_images, len(stream))
     count = -(-num_images // fabric.world_size)  # images of each rank
-    positions = list(_batches(count, batch_size, fabric.global_rank, fabric.world_size))
+    positions = list(rank_batches(count, batch_size, fabric.global_rank, fabric.world_size))
     batches = [[position % num_images for position in batch] for batch in positions]
     metrics: dict[str, Tensor] = {}
     rows: dict[str, list[Tensor]] = {}
@@ -107,7 +107,7 @@ def _evaluate_stream(
     counted: dict[str, int] = {}  # images of all ranks with a metric
     total = 0  # images of all ranks
     workers = workers if count > _MAX_WITHOUT_WORKERS else 0
-    for number, batch in enumerate(load(stream, batches, workers=workers, pin=False)):
+    for number, batch in enumerate(load(stream, batches, workers=workers)):
         torch.manual_seed(key(seed, 2**32 + number) >> 1)
         skipped += batch["skipped"]
         second_time = torch.tensor([position >= num_images for position in positions[number]])
@@ -135,7 +135,7 @@ def _evaluate_stream(
     return _StreamResult(means, {name: torch.cat(parts) for name, parts in rows.items()}, pictures, skipped)
 
 
-def _batches(count: int, batch_size: int, rank: int, world_size: int) -> Iterator[list[int]]:
+def rank_batches(count: int, batch_size: int, rank: int, world_size: int) -> Iterator[list[int]]:
     """Yield batches of the positions of this rank's `count` images; all ranks together read 0, 1, 2, ... in order."""
     for begin in range(0, count, batch_size):
         size = min(batch_size, count - begin)

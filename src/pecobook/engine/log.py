@@ -14,7 +14,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -248,6 +248,12 @@ def open_sinks(
     return [*sinks, lines]
 
 
+def flush(sinks: Sequence[Sink]) -> None:
+    """Flush all loggers."""
+    for sink in sinks:
+        sink.flush()
+
+
 def open_text_log(folder: Path) -> logging.Logger:
     """Return the logger that writes train.log; `Progress` writes to the screen."""
     logger = logging.getLogger(f"pecobook.{folder.resolve()}")
@@ -309,6 +315,8 @@ class Progress:
             f"data wait {100 * metrics['data_wait']:.0f}%" if "data_wait" in metrics else "",
             f"{metrics['gpu_memory']:.1f} GB" if "gpu_memory" in metrics else "",
         ]
+        shown = (("knn", "k-NN {:.1f}%"), ("linear", "linear {:.1f}%"), ("rank", "rank {:.1f}"))
+        parts += [text.format(metrics[f"probe/{name}"]) for name, text in shown if f"probe/{name}" in metrics]
         self._status = "  ".join(part for part in parts if part)
         self._draw(step, wait=0 if now else 5)
 

@@ -7,7 +7,7 @@ state and one integer, and a run that was killed resumes bit for bit.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from pecobook.data.batch import Batch
-from pecobook.data.loading import WorkerError
+from pecobook.data.loading import WorkerError, reading_advice
 from pecobook.data.sampler import BatchPositions, key
 from pecobook.data.stream import Stream, load, to_device
 from pecobook.engine import checkpoint
@@ -27,16 +27,19 @@ from pecobook.engine.curves import Curves, Draw
 from pecobook.engine.evaluation import Evaluation, average_metrics, evaluate, picture_grid
 from pecobook.engine.finite_check import FiniteCheck
 from pecobook.engine.hooks import Hook, OnStep
-from pecobook.engine.launch import compress_gradients, deterministic, micro_batch_size, num_workers
-from pecobook.engine.log import JsonLines, Progress, Sink, open_sinks, open_text_log
+from pecobook.engine.launch import deterministic, device_count, micro_batch_size, num_workers
+from pecobook.engine.log import JsonLines, Progress, Sink, flush, open_sinks, open_text_log
 from pecobook.engine.memory import gpu_memory, out_of_memory_advice
-from pecobook.engine.optim import build_optimizer, learning_rates, set_learning_rate, warmup_warning
+from pecobook.engine.optim import build_optimizer, cooldown_start, learning_rates, set_learning_rate, warmup_warning
+from pecobook.engine.probing import Probe
 from pecobook.engine.schedule import is_time
 from pecobook.engine.signals import Signals
+from pecobook.engine.wrapping import prepare_module
 from pecobook.errors import PecobookError
 from pecobook.settings.durations import steps
 from pecobook.settings.training import TrainConfig
 from pecobook.settings.values import to_dict
+from pecobook.utils.devices import cores
 from pecobook.utils.distributed import gather_objects, on_first_rank
 from pecobook.utils.files import write_atomically
 from pecobook.utils.printer import say, show, write_notes_to
@@ -69,15 +72,16 @@ def fit(
     config: TrainConfig,
     command: str,
     reference: Stream | None = None,
+    probe: Callable[[int, int], Probe] | None = None,
     preamble: Sequence[str] = (),
     draw: Draw | None = None,
     on_step: OnStep | None = None,
 ) -> Outcome:
     """Train `stage` on `train` until its last step or a signal.
 
-    `reference` holds training images that every evaluation reads in full and compares with. The lines of `preamble` are
-    shown, and written to train.log, before the first step. `draw` draws curves.png; `on_step` is called after each
-    step, on all ranks.
+    `reference` holds training images that every evaluation reads in full and compares with; `probe` makes the probe of
+    the run from its first and its last step. The lines of `preamble` are shown, and written to train.log, before the
+    first step. `draw` draws curves.png; `on_step` is called after each step, on all ranks.
 
     Raises:
         NonFiniteLossError: before the optimizer step, on all ranks.
@@ -85,6 +89,8 @@ def fit(
     loop = Loop(fabric, stage, train, evaluation, reference, config, command)
     loop.sinks += [Curves(loop.out, draw)] if draw is not None and loop.sinks else []
     loop.hook = Hook(on_step)
+    if probe is not None:
+        loop.probe = probe(loop.start, loop.total)
     for line in preamble:
         say(line)
     return loop.run()
@@ -104,25 +110,15 @@ class Loop:
         command: str,
     ) -> None:
         self.fabric, self.stage, self.config, self.optim = fabric, stage, config, config.optim
-        self.train, self.evaluation, self.reference = train, evaluation, reference
-        self.out = Path(config.out)
+        self.train, self.evaluation, self.reference, self.out = train, evaluation, reference, Path(config.out)
         count, batch = len(train), config.batch_size
         self.total = steps(config.max_steps, num_images=count, batch_size=batch)
         self.schedule = learning_rates(config.optim, total=self.total, num_images=count, batch_size=batch)
         self.warmup_warning = warmup_warning(config.optim, total=self.total, num_images=count, batch_size=batch)
+        self.cooldown = cooldown_start(config.optim, total=self.total, num_images=count, batch_size=batch)
         self.micro = micro_batch_size(config)
         self.workers = num_workers(config)
-        on_gpu = fabric.device.type == "cuda"
-        if on_gpu and fabric.world_size > 1:
-            from timm.layers import convert_sync_batchnorm
-
-            # timm's function, since torch's drops the activation inside some of timm's norms.
-            stage = convert_sync_batchnorm(stage)
-        if config.compile:
-            stage.compile()
-        self.model = fabric.setup_module(stage)
-        if config.communication == "bf16":
-            compress_gradients(self.model)
+        self.model = prepare_module(fabric, stage, config)
         fused = config.precision != "fp16"
         self.optimizer = build_optimizer(stage.parameter_groups(config.optim), config.optim, fused=fused)
         self.stepper: Any = fabric.setup_optimizers(self.optimizer)
@@ -132,12 +128,13 @@ class Loop:
             folder = self.out / "checkpoints"
             self.start = checkpoint.load(folder, stage=stage, optimizer=self.optimizer, precision=self.precision)
             # A kill may have come between a checkpoint and this.
-            on_first_rank(lambda: checkpoint.delete_old(folder, config.keep_checkpoints))
-        self.finite_check = FiniteCheck(fabric.world_size, late=on_gpu)
+            on_first_rank(lambda: checkpoint.delete_old(folder, config.keep_checkpoints, self.cooldown))
+        self.probe: Probe | None = None
+        self.finite_check = FiniteCheck(fabric.world_size, late=fabric.device.type == "cuda")
         quiet = fabric.global_rank > 0
         self.progress = Progress(total=self.total, start=self.start, name=command, quiet=quiet)
         self.sinks, self.skipped, self.last_metrics = list[Sink](), dict[str, None](), dict[str, float]()
-        self.hook, self._warned, self._evaluating = Hook(None), False, False
+        self.hook, self._warned, self._advised, self._evaluating = Hook(None), False, False, False
         if not quiet:
             settings, sent = to_dict(config), config.tracking
             self.sinks = open_sinks(config.loggers, self.out, settings, start_step=self.start, tracking=sent)
@@ -152,7 +149,7 @@ class Loop:
         try:
             with Signals() as signals, deterministic(self.fabric.device, self.config.deterministic):
                 positions = self._positions(self.start, self.total)
-                batches = load(self.train, positions, workers=self.workers, pin=self.fabric.device.type == "cuda")
+                batches = load(self.train, positions, workers=self.workers, device=self.fabric.device)
                 self._measured_at = time.monotonic()
                 self._saved_at, self._waited, self._measured_step = self._measured_at, 0.0, self.start
                 if self.config.compile:
@@ -181,7 +178,7 @@ class Loop:
 
     def _failure(self) -> str:
         """Return a sentence on a data-loading process of this rank that was killed; an empty text if there is none."""
-        streams = (self.train, self.evaluation, self.reference)
+        streams = (self.train, self.evaluation, self.reference, *(self.probe.streams if self.probe else ()))
         return next((stream.failure for stream in streams if stream is not None and stream.failure), "")
 
     def _raise_failure(self, step: int) -> None:
@@ -227,16 +224,30 @@ class Loop:
         done = step + 1
         self.stage.after_step(done, self.total)
         intervals = (self.config.log_every, self.config.sample_every, self.config.save_every)
-        if stop or any(is_time(done, interval, self.total) for interval in intervals):
+        probes = self.probe is not None and self.probe.is_due(done)
+        if (
+            stop
+            or probes
+            or done == self.cooldown
+            or any(is_time(done, interval, self.total) for interval in intervals)
+        ):
             stop |= self.finite_check.wait()  # before this step is measured or saved
-        if is_time(done, self.config.log_every, self.total):
+        if probes or is_time(done, self.config.log_every, self.total):
             values = self._measure(done, {"loss": loss, **metrics}) | {"lr": lr, "grad_norm": float(norm)}
-            self._report(done, values)
+            self._report(done, values | (self._probe(done) if probes else {}))
         elif done <= self.start + 2:  # a first sign of life, and the time left, without waiting for a logged step
             self.progress.show(done, average_metrics(self.fabric, {"loss": loss, **metrics}), now=True)
         else:
             self.progress.tick(done)
         return stop
+
+    def _probe(self, step: int) -> dict[str, float]:
+        assert self.probe is not None
+        began = time.monotonic()
+        values = self.probe.measure(self.fabric, self.model, step, batch_size=self.micro, workers=self.workers)
+        self._note_skipped(self.probe.skipped)
+        self._measured_at += time.monotonic() - began  # so that the reported speed is the speed of training alone
+        return values
 
     def _forward_backward(self, step: int, batches: _Batches) -> tuple[Tensor, dict[str, Tensor]]:
         accumulation = self.config.batch_size // (self.micro * self.fabric.world_size)
@@ -282,9 +293,15 @@ class Loop:
 
     def _report(self, step: int, values: dict[str, float]) -> None:
         self.hook.logged = step, values
-        self.progress.show(step, values, now=step <= self.start + 2)
+        self.progress.show(step, {**(self.probe.last if self.probe else {}), **values}, now=step <= self.start + 2)
         for sink in self.sinks:
             sink.log(values, step)
+        if self.fabric.device.type == "cuda" and step > self.start + self.config.log_every and not self._advised:
+            # Not of the first steps, which start processes.
+            text = reading_advice(values["data_wait"], self.workers, len(cores()) // device_count(self.config))
+            self._advised = bool(text)
+            if text:
+                say(text)
         warning = self.stage.warning(values, step)
         if warning and not self._warned:
             self._warned = True
@@ -328,27 +345,24 @@ class Loop:
             sink.log(result.metrics, step)
 
     def _save_if_due(self, step: int, stop: bool) -> None:
-        due = stop or is_time(step, self.config.save_every, self.total)
+        due = stop or step == self.cooldown or is_time(step, self.config.save_every, self.total)
         if not due:
             late = time.monotonic() - self._saved_at > 60 * self.config.save_minutes
             if step % self.config.log_every == 0:  # clocks differ between ranks, so rank 0's decides
                 due = bool(self.fabric.broadcast(late)) if self.fabric.world_size > 1 else late
         if due:
             self._share_skipped()
-            on_first_rank(self._flush_sinks)
+            on_first_rank(partial(flush, self.sinks))
             checkpoint.save(
                 self.out / "checkpoints",
                 step=step,
                 stage=self.stage,
                 optimizer=self.optimizer,
                 keep=self.config.keep_checkpoints,
+                always=self.cooldown,
                 precision=self.precision,
             )
             self._saved_at = time.monotonic()
-
-    def _flush_sinks(self) -> None:
-        for sink in self.sinks:
-            sink.flush()
 
     def _positions(self, start: int, stop: int) -> BatchPositions:
         return BatchPositions(

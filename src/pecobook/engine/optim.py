@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from pecobook.engine.schedule import warmup_cosine, warmup_poly, warmup_steps
+from pecobook.engine.schedule import warmup_constant, warmup_cosine, warmup_poly, warmup_steps
 from pecobook.settings.durations import steps
 from pecobook.settings.training import BaseOptimConfig
 
@@ -109,14 +109,30 @@ def learning_rates(config: BaseOptimConfig, *, total: int, num_images: int, batc
     if config.schedule == "poly":
         power = config.power
         return lambda step: warmup_poly(step, total=total, warmup=warmup, peak=peak, final=final, power=power)
+    if config.schedule == "constant":
+        cooldown = total - cooldown_start(config, **sizes)
+        return lambda step: warmup_constant(step, total=total, warmup=warmup, peak=peak, cooldown=cooldown, final=final)
     return lambda step: warmup_cosine(step, total=total, warmup=warmup, peak=peak, final=final)
+
+
+def cooldown_start(config: BaseOptimConfig, *, total: int, num_images: int, batch_size: int) -> int:
+    """Return the number of steps before the cooldown, `total` without one. The arguments are those of `learning_rates`.
+
+    Until then a constant schedule has the same rates whatever the length of the training.
+    """
+    sizes = {"num_images": num_images, "batch_size": batch_size, "total": total}
+    return max(total - steps(config.cooldown, **sizes, name="optim.cooldown"), 0)
 
 
 def warmup_warning(config: BaseOptimConfig, *, total: int, num_images: int, batch_size: int) -> str | None:
     """Return a warning when the training ends before the warm-up does. The arguments are those of `learning_rates`."""
-    warmup = steps(config.warmup, num_images=num_images, batch_size=batch_size, total=total, name="optim.warmup")
+    sizes = {"num_images": num_images, "batch_size": batch_size, "total": total}
+    warmup, cooldown = steps(config.warmup, **sizes, name="optim.warmup"), cooldown_start(config, **sizes)
     if warmup <= total:
-        return None
+        cut = (
+            f"--optim.cooldown {config.cooldown} begins at step {cooldown:,}, before --optim.warmup ends at {warmup:,}"
+        )
+        return None if warmup <= cooldown else f"The learning rate never reaches its peak: {cut}. Give shorter ones."
     return (
         f"The learning rate never reaches its peak: --optim.warmup {config.warmup} takes {warmup:,} steps but the "
         f"training {total:,}, so it ends at {total / warmup:.0%} of the peak. Give a shorter warm-up "

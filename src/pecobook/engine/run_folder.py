@@ -17,6 +17,7 @@ from typing import Any
 
 from pecobook.data import record
 from pecobook.data.source import Splits
+from pecobook.engine import longer
 from pecobook.engine.data_check import check_bank, compare_data
 from pecobook.errors import RunFolderError
 from pecobook.settings.images import AUTO, RangeSetting
@@ -41,9 +42,12 @@ _FILES = (
 )
 
 
-def check(config: TrainConfig, command: str) -> None:
-    """Raise RunFolderError when `config.out` cannot be used as the settings require. Changes nothing."""
-    _folder(config, command).check()
+def check(config: TrainConfig, command: str, num_images: int = 0) -> None:
+    """Raise RunFolderError when `config.out` cannot be used as the settings require. Changes nothing.
+
+    `num_images` is the number of training images, 0 where it is unknown; a new length of a run is then not checked.
+    """
+    _folder(config, command, num_images).check()
 
 
 def prepare(
@@ -74,7 +78,8 @@ def prepare(
             *changes,
         ]
         files["config.diff"] = "".join(f"{line}\n" for line in lines).encode()
-    return _folder(config, command).begin(partial(_write_settings, config, files, now, notes, images))
+    folder = _folder(config, command, images.get("training", 0))
+    return folder.begin(partial(_write_settings, config, files, now, notes, images))
 
 
 def recorded_range(out: str) -> RangeSetting:
@@ -83,7 +88,7 @@ def recorded_range(out: str) -> RangeSetting:
     return AUTO if settings is None else tuple(settings.get("value_range", BEFORE["value_range"]))
 
 
-def _folder(config: TrainConfig, command: str) -> OutputFolder:
+def _folder(config: TrainConfig, command: str, num_images: int) -> OutputFolder:
     return OutputFolder(
         config.out,
         kind="a run",
@@ -95,7 +100,7 @@ def _folder(config: TrainConfig, command: str) -> OutputFolder:
         resume=config.resume is True,
         always_resumes=config.resume == "auto",
         overwrite=config.overwrite,
-        check_resume=partial(_check_resume, config, command),
+        check_resume=partial(_check_resume, config, command, num_images),
     )
 
 
@@ -108,7 +113,7 @@ def _texts(settings: dict[str, Any], leave_out: tuple[str, ...] = ()) -> Iterato
             yield value
 
 
-def _check_resume(config: TrainConfig, command: str, old: dict[str, Any]) -> None:
+def _check_resume(config: TrainConfig, command: str, num_images: int, old: dict[str, Any]) -> None:
     out = Path(config.out)
     old.pop("recipe", "")
     before, now = (python.get("transform", "none") for python in (old.pop("python", {}), hooks()))
@@ -119,11 +124,15 @@ def _check_resume(config: TrainConfig, command: str, old: dict[str, Any]) -> Non
         )
     if old.pop("command", command) != command:
         raise RunFolderError(f"--resume: '{out}' is not a run of 'pecobook {command}'.")
-    changed = changed_settings(complete(old, to_dict(type(config)())), to_dict(config))
+    old = complete(old, to_dict(type(config)()))
+    all_changed = changed_settings(old, to_dict(config))
+    changed = longer.other_settings(all_changed, old, config)
+    if all_changed and not changed and num_images:
+        longer.check(old, config, num_images)
     if changed:
         raise RunFolderError(
             f"--resume: settings differ from those of the run in '{out}': {'; '.join(changed)}.\n"
-            "Give the settings of that run, or name another --out."
+            f"Give the settings of that run, or name another --out.{longer.remedy(changed, config)}"
         )
 
 
@@ -145,6 +154,12 @@ def _write_settings(
     if resumes and now is not None:
         found, news = compare_data(out, now, data=config.data, of="the run", accept=accept)
         notes = [*notes, *found]
+    num_images = images.get("training", 0)
+    if resumes and num_images:
+        new = to_dict(config)
+        old = complete(read_json(out / "config.json", _RUN), to_dict(type(config)()))
+        if changed_settings({name: old[name] for name in new}, new):  # its length, as `_check_resume` has found
+            notes = [*notes, longer.begin(out, old, config, num_images)]
     for note in notes:
         say(note)
     for name, data in () if resumes else files.items():

@@ -34,6 +34,17 @@ def warmup_steps(step: int, *, warmup: int, peak: float, milestones: tuple[int, 
     return peak * float(0.1 ** sum(step >= milestone for milestone in milestones))
 
 
+def warmup_constant(step: int, *, total: int, warmup: int, peak: float, cooldown: int, final: float = 0.0) -> float:
+    """Rise as `warmup_cosine`, stay at `peak`, and fall linearly over the last `cooldown` steps to `final`.
+
+    The rate before step `total - cooldown` does not depend on `total`, so that a run can be made longer.
+    """
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    cooled = max(step - (total - cooldown), 0) / max(cooldown, 1)
+    return peak + (final - peak) * min(cooled, 1.0)
+
+
 def cosine(step: int, *, total: int, start: float, end: float) -> float:
     """Follow a half cosine from `start` at step 0 to `end` at step `total`."""
     progress = min(step / max(total, 1), 1.0)

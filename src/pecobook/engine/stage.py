@@ -94,6 +94,14 @@ class Stage(nn.Module, Generic[C]):
         """Return the function for the `--knn-images` labelled training images of the k-NN accuracy, or None."""
         return None
 
+    @classmethod
+    def probe_view(cls, config: C) -> ViewFunction | None:
+        """Return the function that takes `image`, uint8 (3, S, S), of an image of `--probe-data`, or None.
+
+        A batch of these is marked as `probe`, and `forward` returns their features (B, F) as rows.
+        """
+        return None
+
     # ----------------------------------------------------------------------------------------------------- in training
 
     def companions(self) -> tuple[Companion | None, Companion | None]:

@@ -47,7 +47,7 @@ _NO_WEIGHTS = {
 # They are not built.
 _SETTINGS_MODULES = (
     *("argparse", "numpy", "pathlib", "omegaconf", "yacs", "mmengine", "mmcv", "ml_collections"),
-    *("torch", "functools", "collections"),
+    *("torch", "functools", "collections", "timm", "torchvision", "transformers", "lightning", "pytorch_lightning"),
 )
 
 
@@ -74,7 +74,9 @@ class _Unread:
 
     def __setstate__(self, state: Any) -> None:
         if isinstance(state, dict):
-            self.own = {**state.get("_parameters", {}), **state.get("_buffers", {})}
+            own = {**state.get("_parameters", {}), **state.get("_buffers", {})}
+            computed = state.get("_non_persistent_buffers_set", ())  # such as tables of indices
+            self.own = {name: value for name, value in own.items() if name not in computed}
             self.parts = state.get("_modules", {})
 
     def weights(self) -> dict[str, Tensor]:
@@ -99,7 +101,9 @@ class _UnreadCall(_Unread):
 
 def _stub(name: str) -> Any:
     """Return a class of its own for a name in a file, since torch finds the name by the class."""
-    harmless = name.split(".")[0] in _SETTINGS_MODULES or name == "builtins.set"
+    if name == "builtins.set":
+        return set, name
+    harmless = name.split(".")[0] in _SETTINGS_MODULES
     return type(name, (_UnreadSettings if harmless else _UnreadCall,), {}), name
 
 
@@ -201,19 +205,36 @@ def _is_plain(content: dict[Any, Any]) -> bool:
     return all(isinstance(value, (Tensor, str, int, float, bool, type(None))) for value in content.values())
 
 
+_SHARED = "rel_pos_bias.relative_position_bias_table"
+
+
 def _expand_shared_positions(state: dict[str, Tensor], expected: dict[str, Tensor]) -> dict[str, Tensor]:
     """Copy the shared table of relative positions of a BEiT checkpoint into every block that expects a table.
 
     BEiT's authors pre-train with one shared table. A block that also has its own table gets the sum of both, since
     attention adds them up.
     """
-    shared = "rel_pos_bias.relative_position_bias_table"
+    shared = _SHARED
     tables = [name for name in expected if name.endswith(".attn.relative_position_bias_table")]
     if shared in state and shared not in expected and tables:
         table = state[shared]
         state = {**state, **{name: table + state[name] if name in state else table for name in tables}}
         del state[shared]
     return {name: value for name, value in state.items() if not name.endswith("relative_position_index")}
+
+
+def _share_equal_positions(state: dict[str, Tensor], expected: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Undo the copies of `_expand_shared_positions` where the network expects one table and all blocks have the same.
+
+    pecobook exports a BEiT with a shared table in this form.
+    """
+    tables = [name for name in state if name.endswith(".attn.relative_position_bias_table")]
+    if _SHARED not in expected or _SHARED in state or not tables or any(name in expected for name in tables):
+        return state
+    first = state[tables[0]]
+    if any(not torch.equal(first, state[name]) for name in tables):
+        return state
+    return {_SHARED: first, **{name: value for name, value in state.items() if name not in tables}}
 
 
 def load_state(
@@ -249,15 +270,9 @@ def load_state(
     if not needs_head:
         shapes = {name: value.shape for name, value in fitted.items()}
         fitted |= {n: value for n, value in expected.items() if _HEADS.match(n) and shapes.get(n) != value.shape}
-    differences = _differences(fitted, expected)
-    if differences:
-        groups = [(problem, [name for kind, name in differences if kind == problem]) for problem in _PROBLEMS]
-        text = "; ".join(
-            f"{len(names)} {problem} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
-            for problem, names in groups
-            if names
-        )
-        raise WeightsError(f"The weights of '{source}' do not fit this network: {text}.")
+    problem = misfits(fitted, expected)
+    if problem:
+        raise WeightsError(f"The weights of '{source}' do not fit this network: {problem}.")
     broken = [name for name, value in fitted.items() if value.is_floating_point() and not value.isfinite().all()]
     if broken:
         raise WeightsError(f"The weights of '{source}' contain values that are no finite numbers ({broken[0]}).")
@@ -274,6 +289,17 @@ def _differences(state: dict[str, Tensor], expected: dict[str, Tensor]) -> list[
     reshaped = sorted(name for name in expected.keys() & state.keys() if expected[name].shape != state[name].shape)
     columns = sorted(expected.keys() - state.keys()), sorted(state.keys() - expected.keys()), reshaped
     return [(problem, name) for problem, names in zip(_PROBLEMS, columns, strict=True) for name in names]
+
+
+def misfits(state: dict[str, Tensor], expected: dict[str, Tensor]) -> str:
+    """Return which weights are missing, unknown or of another shape, in words; empty where all fit."""
+    differences = _differences(state, expected)
+    groups = [(problem, [name for kind, name in differences if kind == problem]) for problem in _PROBLEMS]
+    return "; ".join(
+        f"{len(names)} {problem} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
+        for problem, names in groups
+        if names
+    )
 
 
 def _convert_by_timm(network: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor] | None:
@@ -338,7 +364,7 @@ def to_timm_names(state: dict[str, Tensor], expected: dict[str, Tensor]) -> dict
             if value is not None:
                 fits = value.numel() == target.numel()
                 state[f"{names[old]}.{kind}"] = value.reshape(target.shape) if fits else value
-    state = _expand_shared_positions(state, expected)
+    state = _share_equal_positions(_expand_shared_positions(state, expected), expected)
     for name in [name for name in state if _is_head(name, expected)]:
         del state[name]  # a head for other classes is not part of a backbone
     # Files from before PyTorch 0.4.1 lack num_batches_tracked, and pecobook never reads the count.

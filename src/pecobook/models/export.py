@@ -29,7 +29,12 @@ _SHARE = Kind("a number above 0 and up to 1", lambda value: NUMBER.holds(value) 
 _NAMES = Kind("a list of at least one text", lambda value: list_of(TEXT).holds(value) and bool(value))
 _NETWORK = {"name": TEXT, "args": OBJECT, "mean": list_of(NUMBER, 3), "std": list_of(NUMBER, 3)}
 _PYRAMID = {**_NETWORK, "image_size": _SIZE, "window": COUNT}
-_COMMON = {"kind": TEXT.or_none, "origin": TEXT.or_none, "value_range": list_of(NUMBER, 2).or_none}
+_COMMON = {
+    "kind": TEXT.or_none,
+    "origin": TEXT.or_none,
+    "init": TEXT.or_none,
+    "value_range": list_of(NUMBER, 2).or_none,
+}
 _SCHEMAS: dict[str, Schema] = {
     "tokenizer": {"model": OBJECT, "num_codewords": WHOLE, "image_size": _SIZE},
     "backbone": {**_NETWORK, "image_size": _SIZE.or_none},
@@ -78,6 +83,19 @@ def read_settings(path: str | Path, *, kinds: Collection[str] = tuple(_SCHEMAS))
         return {**_COMMON, **(_SCHEMAS.get(kind, {}) if kind in kinds else {})}
 
     return read_json(file, schema, error=WeightsError, remedy="Export the run again, with --resume.")
+
+
+def check_kind(source: str, kind: str, command: str) -> None:
+    """Raise WeightsError unless `--init` of `command` is a finished run that exports a network of this kind."""
+    if source.startswith("timm:") or Path(source).is_file():
+        found = "not a run"
+    else:
+        found = f"a {read_settings(source, kinds=(kind,)).get('kind')}"
+    if found != f"a {kind}":
+        raise WeightsError(
+            f"--init '{source}' is {found}: '{command}' starts from another {command} run, with its head. Any other "
+            "backbone is given with --backbone, and a file of its weights with --weights."
+        )
 
 
 def read_export(
@@ -177,6 +195,8 @@ class Exported(nn.Module):
     """The commands whose runs export a network of this kind, for error messages."""
     origin: str = ""
     """How the network was trained, read from the export by `from_pretrained`; empty if that is unknown."""
+    init: str = ""
+    """The weights that the training started from, and what was taken of them; empty for random weights."""
     value_range: RangeSetting = AUTO
     """The values that became black and white in training images with more than 8 bits, from the export."""
 
@@ -235,7 +255,8 @@ class Exported(nn.Module):
         exported = {name: value for name, value in state.items() if self.is_exported(name)}
         loading_code = self.hub_loading_code(repo_id) if repo_id else self.loading_code("path/to/this/folder")
         origin = origin or self.origin
-        config = {"kind": self.kind, **self.settings(), **({"origin": origin} if origin else {}), **range_entry(self)}
+        texts = {name: text for name, text in (("origin", origin), ("init", self.init)) if text}
+        config = {"kind": self.kind, **self.settings(), **texts, **range_entry(self)}
         write_export(Path(folder), config, exported, self._full_card(origin).render(loading_code))
 
     @classmethod
@@ -253,7 +274,7 @@ class Exported(nn.Module):
             WeightsError: the export is missing, damaged, or of another kind.
         """
         config, state = read_export(resolve_source(source, revision), kinds=(cls.kind,))
-        kind, origin = config.pop("kind", None), config.pop("origin", "")
+        kind, origin, init = config.pop("kind", None), config.pop("origin", ""), config.pop("init", "")
         value_range = tuple(config.pop("value_range", AUTO))
         if kind != cls.kind:
             raise WeightsError(
@@ -266,7 +287,7 @@ class Exported(nn.Module):
         except (PecobookError, KeyError, IndexError, TypeError, ValueError, RuntimeError) as error:
             reason = " ".join(line.strip() for line in str(error).splitlines()[:2])  # torch lists every tensor
             raise WeightsError(f"The {cls.kind} in '{source}' is damaged: {reason}") from None
-        network.origin, network.value_range = origin, value_range
+        network.origin, network.init, network.value_range = origin, init, value_range
         return network.eval()
 
     def push_to_hub(
@@ -312,6 +333,9 @@ class Exported(nn.Module):
 
     def _full_card(self, origin: str) -> Card:
         card = self.card(origin)
-        if self.value_range == AUTO:
-            return card
-        return dataclasses.replace(card, text=f"{card.text}\n\n{range_text(self.value_range)}")
+        texts = [card.text]
+        if self.init:
+            texts.append(f"Start of the training: {self.init}.")
+        if self.value_range != AUTO:
+            texts.append(range_text(self.value_range))
+        return dataclasses.replace(card, text="\n\n".join(texts))

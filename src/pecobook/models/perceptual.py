@@ -19,7 +19,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pecobook.errors import WeightsError
 from pecobook.models.dry_run import dry_run
 from pecobook.models.feature_networks import check_feature_maps, load_feature_network
 from pecobook.settings.perceptual import Normalisation, PerceptualConfig, PerceptualDistanceConfig
@@ -102,12 +101,8 @@ class PerceptualDistance(nn.Module):
         images = torch.zeros(2, 3, *self._input_shape(height, width), requires_grad=True)
         name = self.config.network or type(self.network).__name__
         purpose = f"read images of {height} x {width} pixels"
-        try:
-            features = dry_run(self.network, (images,), network=name, purpose=purpose)
-        except WeightsError as error:
-            raise WeightsError(
-                f"{error} Give another --perceptual.input-size, such as 224, or earlier layers."
-            ) from None
+        remedy = "Give another --perceptual.input-size, such as 224, or earlier layers."
+        features = dry_run(self.network, (images,), network=name, purpose=purpose, remedy=remedy)
         check_feature_maps(features, self.config.layers)
 
     def _input_shape(self, height: int, width: int) -> tuple[int, int]:

@@ -314,7 +314,7 @@ def _load_run(
     if weights is None:
         load_state(network, state, source=spec)
     elif weights != "random":
-        left, normalisation = _load_file(network, name, args, weights, checkpoint)
+        left, normalisation = load_file(network, name, args, weights, checkpoint)
     return network, args, size, normalisation, left
 
 
@@ -337,18 +337,29 @@ def _load_timm(
         plain = create_network(name, True, num_classes=0, **size_args)
         load_state(network, plain.state_dict(), source=f"timm:{name}")
     elif weights not in (None, "random"):
-        left, normalisation = _load_file(network, name, args, str(weights), checkpoint)
+        left, normalisation = load_file(network, name, args, str(weights), checkpoint)
     settings = getattr(network, "pretrained_cfg", None) or {}
     size = side or settings.get("input_size", (3, 224, 224))[-1]
     return network, args, size, normalisation, left
 
 
-def _load_file(
+def load_file(
     network: nn.Module, name: str, args: dict[str, Any], file: str, checkpoint: Checkpoint | None
 ) -> tuple[tuple[str, ...], Normalisation]:
-    """Load a file of weights into timm's `name`, built with `args`; return the names left aside, and what it expects.
+    """Load a file of weights into timm's `name`, built with `args`.
 
-    `checkpoint` is the content of the file; None for an `.npz`.
+    Args:
+        network: the network.
+        name: timm's name of the network.
+        args: arguments with which timm built it.
+        file: path of the file.
+        checkpoint: the content of the file; None for an `.npz`, which is read here.
+
+    Returns:
+        the names of the file that were left aside, and the normalisation that its network expects.
+
+    Raises:
+        WeightsError: the weights do not fit.
     """
     if checkpoint is None:  # timm reads it into a network whose last norm has its usual place
         plain = create_network(

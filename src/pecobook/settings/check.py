@@ -18,9 +18,11 @@ class CheckConfig(ImagesConfig):
     accepted and change nothing here.
     """
 
-    task: Literal["auto", "contrast", "codebook", "pretrain", "finetune", "segment", "detect"] = "auto"
-    """Command that will learn from the images. auto takes detect or segment for files in their layouts, and otherwise
-    images with or without labels."""
+    task: Literal[
+        "auto", "contrast", "codebook", "pretrain", "finetune", "segment", "detect", "tokenize", "probe", "embed"
+    ] = "auto"
+    """Command that will read the images. auto takes detect or segment for files in their layouts, and otherwise images
+    with or without labels."""
     recipe: str = ""
     """Recipe of that command, whose settings of the data apply."""
     data: str = "photos"
@@ -50,8 +52,9 @@ class CheckConfig(ImagesConfig):
         between(self, -1, MAX_WORKERS, "workers")
         if self.out and not self.out.lower().endswith(".png"):
             refuse("out", f"names the contact sheet, a .png file, not '{self.out}'.")
-        if self.recipe and self.task == "auto":
-            refuse("recipe", f"needs the command that it belongs to: pecobook check COMMAND {self.recipe} ...")
+        if self.recipe and self.task in ("auto", "probe", "embed"):
+            other = "" if self.task == "auto" else f"; '{self.task}' has no recipes"
+            refuse("recipe", f"needs the command that it belongs to: pecobook check COMMAND {self.recipe} ...{other}")
 
 
 def of_run(config: CheckConfig, path: str) -> CheckConfig:

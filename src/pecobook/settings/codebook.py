@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal
+from typing import Any, Literal
 
 from pecobook.errors import ConfigError
+from pecobook.settings.initial import tokenizer_of
 from pecobook.settings.perceptual import PerceptualConfig
 from pecobook.settings.tokenizer import AutoencoderConfig, QuantizerConfig
 from pecobook.settings.training import BaseOptimConfig, CropTrainConfig
@@ -86,8 +87,14 @@ class CodebookConfig(CropTrainConfig):
             raise ConfigError(
                 f"--model.in-channels {self.model.in_channels}: images are read as 3 channels or 1 (grey)."
             )
-        if self.quantizer.learning == "gradient" and self.strategy == "fsdp":
-            raise ConfigError("--quantizer.learning gradient needs unsharded codewords: use --strategy ddp.")
+        kind = "gradient" if self.quantizer.by_gradient else self.quantizer.kind
+        if kind in ("gradient", "simvq", "ibq") and self.strategy == "fsdp":
+            raise ConfigError(f"--quantizer.kind {kind} needs unsharded codewords: use --strategy ddp.")
+        if self.quantizer.factors not in (0, self.model.latent_dim):
+            raise ConfigError(
+                f"--quantizer.kind {kind} with these codewords needs --model.latent-dim {self.quantizer.factors}, "
+                f"not {self.model.latent_dim}."
+            )
         if self.adversarial.weight > 0 and self.image_size < 3 * 2**self.adversarial.num_layers:
             raise ConfigError(
                 f"--adversarial.num-layers {self.adversarial.num_layers}: too many layers for {self.image_size}-pixel "
@@ -95,3 +102,8 @@ class CodebookConfig(CropTrainConfig):
             )
         if self.pixel_weight == 0 and (self.perceptual.network == "none" or self.perceptual.weight == 0):
             raise ConfigError("There is no loss: --pixel-weight is 0 and there is no perceptual network.")
+
+    @staticmethod
+    def implied(changes: dict[str, Any]) -> dict[str, Any]:
+        """Return the settings of the network that `--init` names, unless `changes` contains them."""
+        return tokenizer_of(changes)

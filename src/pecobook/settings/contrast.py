@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 from pecobook.settings.images import JitterConfig, PhotometricConfig
-from pecobook.settings.training import BackboneConfig, BaseOptimConfig, CropTrainConfig
+from pecobook.settings.initial import network_of
+from pecobook.settings.training import BackboneConfig, BaseOptimConfig, ProbedTrainConfig
 from pecobook.settings.values import MAX_WIDTH, between, not_negative, positive
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ContrastConfig(CropTrainConfig):
+class ContrastConfig(ProbedTrainConfig):
     """Train a feature network on your images by MoCo v3."""
 
     model: BackboneConfig = BackboneConfig(name="vit_base_patch16_224")
@@ -21,7 +23,8 @@ class ContrastConfig(CropTrainConfig):
     """Number of images in one optimizer step. All devices and accumulation steps share these images; each image, in two
     views, is contrasted with all others."""
     momentum: float = 0.99
-    """Momentum of the key encoder's moving average at the start; it rises to 1 by a half cosine."""
+    """Momentum of the key encoder's moving average at the start; it rises to 1 by a half cosine, and stays the same
+    under --optim.schedule constant."""
     temperature: float = 0.2
     """Temperature of the contrastive softmax (MoCo v3: 0.2 for ViT, 1.0 for ResNet-50)."""
     hidden_dim: int = 4096
@@ -53,3 +56,8 @@ class ContrastConfig(CropTrainConfig):
     def view_colour(self, number: int) -> PhotometricConfig:
         """Return all colour changes of view 0 or 1."""
         return PhotometricConfig(**vars(self.colour), blur=self.blur[number], solarise=self.solarise[number])
+
+    @staticmethod
+    def implied(changes: dict[str, Any]) -> dict[str, Any]:
+        """Return the settings of the network that `--init` names, unless `changes` contains them."""
+        return network_of(changes, "contrast")

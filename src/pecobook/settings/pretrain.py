@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal
+from typing import Any, Literal
 
 from pecobook.errors import ConfigError
 from pecobook.settings.images import PhotometricConfig
-from pecobook.settings.training import BackboneConfig, BaseOptimConfig, CropTrainConfig
+from pecobook.settings.initial import network_of
+from pecobook.settings.training import BackboneConfig, BaseOptimConfig, ProbedTrainConfig
 from pecobook.settings.values import MAX_WIDTH, between, positive
 
 
@@ -44,11 +45,12 @@ class DecoderConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class PretrainConfig(CropTrainConfig):
+class PretrainConfig(ProbedTrainConfig):
     """Pre-train a ViT on the tokens of your images."""
 
     tokenizer: str = ""
-    """The tokenizer: a codebook run, owner/name on the Hugging Face hub, dalle:FOLDER, or diffusers:FOLDER."""
+    """The tokenizer: a codebook run, owner/name on the Hugging Face hub, dalle:FOLDER, diffusers:FOLDER,
+    taming:FILE or llamagen:FILE."""
     tokens: str = ""
     """A token bank of `pecobook tokenize`, whose views are replayed. The tokenizer then does not run in training."""
     target: Literal["tokens", "pixels"] = "tokens"
@@ -79,3 +81,8 @@ class PretrainConfig(CropTrainConfig):
         between(self, 0, 4096, "tokenizer_size")
         if self.tokens and self.target == "pixels":
             raise ConfigError("--tokens has no effect with --target pixels: leave one of them out.")
+
+    @staticmethod
+    def implied(changes: dict[str, Any]) -> dict[str, Any]:
+        """Return the settings of the network that `--init` names, unless `changes` contains them."""
+        return network_of(changes, "pretrain")

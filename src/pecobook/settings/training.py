@@ -41,11 +41,15 @@ class BaseOptimConfig:
     """Global batch size for which --optim.lr is given: the learning rate is scaled in proportion to --batch-size. 0
     does not scale the learning rate."""
     final_lr: float = 0.0
-    """Learning rate at the end of a cosine or poly schedule. It would be reached one step after the last step, so the
-    last step has a slightly larger learning rate."""
-    schedule: Literal["cosine", "poly", "steps"] = "cosine"
+    """Learning rate at the end of a cosine or poly schedule, or of a cooldown. It would be reached one step after the
+    last step, so the last step has a slightly larger learning rate."""
+    schedule: Literal["cosine", "poly", "steps", "constant"] = "cosine"
     """Schedule of the learning rate after the warm-up: cosine, half a cosine; poly, the share of remaining steps to the
-    power of --optim.power; steps, a tenth at each of --optim.milestones."""
+    power of --optim.power; steps, a tenth at each of --optim.milestones; constant, the same rate until the
+    --optim.cooldown. A constant run can go on after its end: --resume --max-steps MORE."""
+    cooldown: str = "0"
+    """Length of the linear fall to --optim.final-lr at the end of a constant schedule: steps, "N epochs", "N images" or
+    "N%" of the training. The checkpoint at its start is kept, so that the run can go on from there."""
     power: float = 1.0
     """Exponent of the poly schedule; with 1 the learning rate falls linearly."""
     milestones: tuple[str, ...] = ()
@@ -66,7 +70,14 @@ class BaseOptimConfig:
         positive(self, "lr", "eps", "power")
         not_negative(self, "lr_batch_size", "final_lr", "weight_decay", "clip_grad")
         below_one(self, "betas")
-        check_durations("warmup", [self.warmup], percent=True)
+        for name in ("warmup", "cooldown"):
+            check_durations(name, [getattr(self, name)], percent=True)
+        if self.schedule == "constant" and "%" in self.warmup:
+            refuse(
+                "warmup", f"is {self.warmup} of a length that may change later: for a constant schedule, give steps."
+            )
+        if self.schedule != "constant" and self.cooldown != "0":
+            refuse("cooldown", f"belongs to --optim.schedule constant, not to {self.schedule}: leave it out.")
         check_durations("milestones", self.milestones, percent=True)
 
     @property
@@ -101,6 +112,11 @@ class StartConfig:
 
     def __post_init__(self) -> None:
         between(self, 0.0, 1.0, "drop_path")
+        if getattr(self, "init", "") and (self.backbone or self.weights):
+            raise ConfigError(
+                "--init takes the backbone and the head of a run of this command: leave --backbone and --weights out, "
+                "or give --backbone alone to start with a new head."
+            )
 
     @staticmethod
     def implied(changes: dict[str, Any]) -> dict[str, Any]:
@@ -153,6 +169,9 @@ class TrainConfig(ImagesConfig):
     """Side of the square views that the model sees, in pixels."""
     workers: int = -1
     """Number of data-loading processes of each device. -1 chooses from the number of cores."""
+    shuffle_window: int = 0
+    """Number of images that are shuffled together, as 32 runs of neighbouring images. 0 shuffles all images of an
+    epoch; some thousand are for storage that is slow at single images: object storage, NFS, spinning disks."""
     loggers: tuple[str, ...] = ("tensorboard",)
     """Loggers in addition to metrics.jsonl: any of tensorboard, wandb, mlflow."""
     tracking: TrackingConfig = TrackingConfig()
@@ -171,6 +190,10 @@ class TrainConfig(ImagesConfig):
     deterministic: bool = False
     """Use deterministic kernels on a GPU, where PyTorch has them, so that a repeated or resumed run gives exactly the
     same weights; this is slower. A CPU always computes deterministically."""
+    init: str = ""
+    """Weights to start from in place of random ones: a run of this command. `contrast` and `pretrain` also take any
+    other backbone: a run, timm:NAME, or a file of its weights; `codebook` a file of a tokenizer's weights. The network,
+    and the number of codewords, are then those of --init unless they are given too."""
     optim: BaseOptimConfig = BaseOptimConfig()
     resume: Resume = False
     """Resume from the last checkpoint in --out. `--resume auto` starts a run where there is none, so that one command
@@ -193,7 +216,7 @@ class TrainConfig(ImagesConfig):
         positive(self, "keep_checkpoints", "sample_every", "evaluation_images")
         positive(self, "image_size", most=MAX_IMAGE_SIZE)
         positive(self, "batch_size", most=MAX_BATCH)
-        between(self, 0, LARGEST, "micro_batch_size", "seed")
+        between(self, 0, LARGEST, "micro_batch_size", "seed", "shuffle_window")
         between(self, -1, MAX_WORKERS, "workers")
         check_devices(self)
         if self.resume and self.overwrite:
@@ -229,6 +252,25 @@ class CropTrainConfig(CompileTrainConfig):
         super().__post_init__()
         positive(self, "min_crop")
         between(self, 0.0, 1.0, "min_crop")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ProbedTrainConfig(CropTrainConfig):
+    """The settings of every training command that learns features without labels."""
+
+    probe_data: str = ""
+    """Images on which the features are measured as training goes, apart from --data: k-NN and linear accuracy if they
+    have labels, and in any case the effective rank (RankMe). The weights stay those of a run without it."""
+    probe_every: int = 0
+    """Number of steps between these measurements. 0 measures the time of the first and chooses the number, so that they
+    take less than 2% of the time."""
+    probe_images: int = 1024
+    """Largest number of training images, and of held-out images, of --probe-data."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        between(self, 0, LARGEST, "probe_every")
+        positive(self, "probe_images")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

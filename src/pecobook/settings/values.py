@@ -30,7 +30,7 @@ FREE_ON_RESUME = frozenset(
         *("devices", "num_nodes", "strategy", "micro_batch_size", "workers", "compile"),
         *(f"tracking.{name}" for name in ("project", "entity", "group", "tags", "offline")),
         *("loggers", "log_every", "save_every", "save_minutes", "keep_checkpoints", "sample_every"),
-        *("evaluation_images", "knn_images", "pyramid.checkpointing"),
+        *("evaluation_images", "knn_images", "pyramid.checkpointing", "probe_data", "probe_every", "probe_images"),
         *("test.mode", "test.stride", "test.scales", "test.flip"),  # test.max_side also changes the training images
     }
 )

@@ -21,6 +21,8 @@ from pecobook.engine.stage import Stage, StageOutput, mean_of_counted, submodule
 from pecobook.errors import ConfigError
 from pecobook.models.contrastive import ema_update
 from pecobook.models.dry_run import dry_run, refusing
+from pecobook.models.export import check_kind
+from pecobook.models.initial import start_head
 from pecobook.models.weights import Backbone, Classifier, load_backbone
 from pecobook.settings.finetune import FinetuneConfig
 from pecobook.settings.training import BaseOptimConfig
@@ -56,6 +58,8 @@ class ClassifyStage(Stage[FinetuneConfig]):
                 nn.init.trunc_normal_(head.weight, std=0.02 * 1e-3)
                 if head.bias is not None:
                     nn.init.zeros_(head.bias)
+        start = start_head(self.network, config.init, self.classes)
+        self.notes, self.init = (*start.notes, *self.notes), start.summary
         self.averaged = copy.deepcopy(self.network).requires_grad_(False) if config.average else None
         self.register_buffer("mean", torch.tensor(backbone.mean)[:, None, None], persistent=False)
         self.register_buffer("std", torch.tensor(backbone.std)[:, None, None], persistent=False)
@@ -114,7 +118,7 @@ class ClassifyStage(Stage[FinetuneConfig]):
         """Write the classifier as a plain timm network, with the names of its classes."""
         weights = submodule_state(state, "network" if self.averaged is None else "averaged")
         classifier = Classifier(self.network, *self._backbone_fields, classes=self.classes, crop=self.config.eval_crop)
-        classifier.value_range = self.config.value_range
+        classifier.value_range, classifier.init = self.config.value_range, self.init
         classifier.save_pretrained(folder, state=weights, origin="classification")
         return classifier.loading_code(str(folder))
 
@@ -122,13 +126,14 @@ class ClassifyStage(Stage[FinetuneConfig]):
     def check(cls, config: FinetuneConfig) -> Backbone:
         """Load the backbone. Raises PecobookError for settings, or weights, that cannot be used."""
         check_policy(config.rand_augment)
-        if not config.backbone:
+        if not (config.backbone or config.init):
             raise ConfigError("--backbone is missing: give a pretrain or contrast run, or timm:NAME.")
         backbone = load_for_classification(config)
         images = torch.zeros(2, 3, config.image_size, config.image_size)
         purpose = f"learn from images of {config.image_size} pixels"
-        dry_run(backbone.network, (images,), network=config.backbone, purpose=purpose)
-        with refusing(config.backbone, "be trained with a learning rate for each layer"):
+        name = config.backbone or config.init
+        dry_run(backbone.network, (images,), network=name, purpose=purpose)
+        with refusing(name, "be trained with a learning rate for each layer"):
             layer_decay_groups(backbone.network, config.optim)
         return backbone
 
@@ -185,9 +190,11 @@ def mix(images: Tensor, targets: Tensor, *, mixup: float, cutmix: float) -> tupl
 
 
 def load_for_classification(config: FinetuneConfig) -> Backbone:
-    """Load the backbone; a transformer pools by the mean of its patches."""
+    """Load the backbone, that of `--init` too; a transformer pools by the mean of its patches."""
+    if config.init:
+        check_kind(config.init, "classifier", "finetune")
     return load_backbone(
-        config.backbone,
+        config.backbone or config.init,
         weights=config.weights or None,
         image_size=config.image_size,
         pool_mean=True,

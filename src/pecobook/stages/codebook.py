@@ -29,10 +29,12 @@ from pecobook.data.views import central_view, random_crop
 from pecobook.engine.launch import check_min_batch
 from pecobook.engine.stage import Stage, StageOutput, submodule_state
 from pecobook.errors import ConfigError
+from pecobook.models.control_quantizers import build_quantizer
 from pecobook.models.discriminator import PatchDiscriminator, adversarial_losses
 from pecobook.models.explicit import CodewordClassifier, CodewordContrast
+from pecobook.models.initial import Start, start_tokenizer, take_parts, training_weights, write_training_weights
 from pecobook.models.perceptual import PerceptualDistance, build_perceptual_distance
-from pecobook.models.quantizer import Quantized, VectorQuantizer
+from pecobook.models.quantizer import Quantized
 from pecobook.models.tokenizer import PerceptualTokenizer
 from pecobook.settings.codebook import CodebookConfig
 from pecobook.settings.durations import steps
@@ -59,8 +61,8 @@ class CodebookStage(Stage[CodebookConfig]):
         super().__init__()
         self.config = config
         self.tokenizer = build_tokenizer(config)
+        self.start = start_codebook(config, self.tokenizer)
         self.perceptual = perceptual or build_perceptual_distance(config.perceptual, config.seed)
-        self.notes = self.perceptual.notes if self.perceptual is not None else ()
         self.discriminator = self.classifier = self.contrast = None
         if config.adversarial.weight > 0:
             self.discriminator = PatchDiscriminator(config.adversarial, config.model.in_channels)
@@ -69,6 +71,11 @@ class CodebookStage(Stage[CodebookConfig]):
         elif config.explicit.kind == "contrastive":
             self.min_batch_size = 2  # images are contrasted with each other
             self.contrast = CodewordContrast(self.tokenizer.encoder, config.model.latent_dim, config.explicit)
+        if config.init:
+            skip = ("tokenizer", "perceptual")
+            state = training_weights(config.init)
+            take_parts(self, {n: v for n, v in state.items() if not n.startswith("tokenizer.")}, self.start, skip=skip)
+        self.notes = (*(self.perceptual.notes if self.perceptual is not None else ()), *self.start.notes)
 
     def forward(self, batch: Batch) -> StageOutput:
         """Equation 5, and the terms that the settings add, on a batch of uint8 images."""
@@ -81,7 +88,7 @@ class CodebookStage(Stage[CodebookConfig]):
         restored = self.tokenizer.decode_latents(coded.quantized).float()
         loss, metrics = self._reconstruction_loss(images, restored)
         codebook_side = self.config.quantizer.commitment * coded.commitment_loss
-        if self.config.quantizer.learning == "gradient":
+        if self.config.quantizer.has_loss:
             codebook_side = codebook_side + coded.codebook_loss
         metrics["commitment"] = coded.commitment_loss
         autoencoder_loss, discriminator_loss = self._adversarial_losses(images, restored, metrics)
@@ -249,13 +256,17 @@ class CodebookStage(Stage[CodebookConfig]):
         finding = f"Of {K} codewords {metrics['codes_alive']:.0f} are in use (perplexity {metrics['perplexity']:.0f})"
         finding += f", but only about {distinct:.0f} of them differ" if in_use else ""
         remedy = "a lower --optim.lr, or --model.latent-norm true"
-        if config.revive_after == 0 or config.revive_after > 100:
+        if not config.revives:
+            remedy += ", or --quantizer.kind ema"
+        elif config.revive_after == 0 or config.revive_after > 100:
             remedy = f"--quantizer.revive-after 100, {remedy}"
         return f"{finding}.\nTry {remedy}; or fewer codewords: --quantizer.num-codewords {max(K // 4, 1)}."
 
     def export(self, folder: Path, state: dict[str, Tensor]) -> str:
         """Write the tokenizer."""
-        self.tokenizer.value_range = self.config.value_range
+        self.tokenizer.value_range, self.tokenizer.init = self.config.value_range, self.start.summary
+        trained = (f"tokenizer.{name}" for name in ("encoder.", "decoder.", "quantizer.codebook"))
+        write_training_weights(folder, state, leave_out=("perceptual.", *trained))
         self.tokenizer.save_pretrained(folder, state=submodule_state(state, "tokenizer"), origin=_origin(self.config))
         return self.tokenizer.loading_code(self.config.out)
 
@@ -272,6 +283,8 @@ class CodebookStage(Stage[CodebookConfig]):
         distance = build_perceptual_distance(config.perceptual, config.seed)
         if distance is not None:
             distance.check_image_size(config.image_size, config.image_size)
+        if config.init:
+            start_codebook(config, build_tokenizer(config))
         return distance
 
     @classmethod
@@ -312,11 +325,22 @@ def _origin(config: CodebookConfig) -> str:
     return f"`pecobook codebook`, on `{data}` for {length} at batch {config.batch_size}, under {features}."
 
 
+def start_codebook(config: CodebookConfig, tokenizer: PerceptualTokenizer) -> Start:
+    """Load the weights of `--init` into the tokenizer; without `--init` nothing is taken."""
+    vectors = config.batch_size * (config.image_size / config.model.stride) ** 2
+    return start_tokenizer(tokenizer, config.init, vectors=vectors) if config.init else Start("")
+
+
 def build_tokenizer(config: CodebookConfig) -> PerceptualTokenizer:
     """Build the tokenizer that the settings describe, with random weights."""
-    num_codewords = config.quantizer.num_codewords
-    quantizer = VectorQuantizer(config.quantizer, config.model.latent_dim, seed=config.seed)
-    shape = TokenizerConfig(model=config.model, num_codewords=num_codewords, image_size=config.image_size)
+    quantizer = build_quantizer(config.quantizer, config.model.latent_dim, seed=config.seed)
+    shape = TokenizerConfig(
+        model=config.model,
+        num_codewords=config.quantizer.num_codewords,
+        quantizer=config.quantizer.kind,
+        levels=config.quantizer.levels,
+        image_size=config.image_size,
+    )
     return PerceptualTokenizer(shape, quantizer)
 
 

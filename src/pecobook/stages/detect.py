@@ -23,6 +23,7 @@ from pecobook.engine.optim import dense_groups
 from pecobook.engine.stage import Stage, StageOutput, submodule_state
 from pecobook.models.dense.detector import Detections, Detector, rescale_boxes
 from pecobook.models.dense.pyramid import FeaturePyramid, build_pyramid, describe_pyramid
+from pecobook.models.initial import start_dense
 from pecobook.models.weights import Backbone
 from pecobook.settings.detect import DetectConfig
 from pecobook.settings.training import BaseOptimConfig
@@ -59,7 +60,6 @@ class DetectStage(Stage[DetectConfig]):
         super().__init__()
         self.config, self.evaluation = config, evaluation
         pyramid, backbone = networks or build_pyramid(config)
-        self.notes = backbone.notes
         self.detector = Detector(
             pyramid,
             describe_pyramid(backbone, config.pyramid, config.image_size),
@@ -69,6 +69,8 @@ class DetectStage(Stage[DetectConfig]):
             sides=config.sides,
             config=config.detector,
         )
+        start = start_dense(self.detector, config.init, "detector", train.classes)
+        self.notes, self.detector.init = (*start.notes, *backbone.notes), start.summary
         self._results: list[dict[str, Any]] = []  # results of the last evaluation, for `report`
         self._precision: dict[str, float] = {}
 

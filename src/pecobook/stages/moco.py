@@ -21,10 +21,12 @@ from pecobook.data.views import central_view, colour_draws, photometric, random_
 from pecobook.engine.launch import check_min_batch
 from pecobook.engine.schedule import cosine
 from pecobook.engine.stage import Stage, StageOutput, submodule_state
+from pecobook.models.checkpoints import load_state
 from pecobook.models.contrastive import can_initialise_moco, contrastive_loss, ema_update, initialise_moco, mlp
 from pecobook.models.dry_run import dry_run, refusing
+from pecobook.models.initial import start_backbone, take_parts, training_weights, write_training_weights
 from pecobook.models.network_traits import network_traits
-from pecobook.models.weights import IMAGENET_MEAN, IMAGENET_STD, Backbone, create_network
+from pecobook.models.weights import Backbone, create_network
 from pecobook.settings.contrast import ContrastConfig
 from pecobook.utils.images import channels_last, to_float
 
@@ -56,13 +58,32 @@ class MocoStage(Stage[ContrastConfig]):
             initialise_moco(self.backbone)
         if is_vit and config.freeze_patch_embed:
             self.backbone.patch_embed.requires_grad_(False)
+        self.start = start_backbone(
+            self.backbone, config.init, name=config.model.name, args=args, image_size=config.image_size
+        )
         self.momentum_backbone = copy.deepcopy(self.backbone).requires_grad_(False)
         self.momentum_projector = copy.deepcopy(self.projector).requires_grad_(False)
-        self.register_buffer("mean", torch.tensor(IMAGENET_MEAN)[:, None, None], persistent=False)
-        self.register_buffer("std", torch.tensor(IMAGENET_STD)[:, None, None], persistent=False)
+        if config.init:
+            self._take_heads()
+        self.notes = self.start.notes
+        self.register_buffer("mean", torch.tensor(self.start.mean)[:, None, None], persistent=False)
+        self.register_buffer("std", torch.tensor(self.start.std)[:, None, None], persistent=False)
+
+    def _take_heads(self) -> None:
+        """Take the heads and the momentum encoder of the run of `--init`."""
+        state = training_weights(self.start.source)
+        if "predictor.0.weight" not in state:
+            self.start.left.append("projector and predictor (not in it)")
+            return
+        load_state(self.momentum_backbone, submodule_state(state, "momentum_backbone"), source=self.start.source)
+        self.start.taken.append("momentum_backbone")
+        heads = {name: value for name, value in state.items() if not name.startswith("momentum_backbone.")}
+        take_parts(self, heads, self.start, skip=("backbone", "momentum_backbone"))
 
     def forward(self, batch: Batch) -> StageOutput:
         """Return the symmetric contrastive loss of two views, uint8 (B, 3, H, W) each; in evaluation also features."""
+        if "probe" in batch:
+            return StageOutput(None, {}, rows={"features": self._features(batch["image"])})
         rows = {} if self.training else self._knn_rows(batch)
         if "view0" not in batch:  # labelled training images, for k-NN in evaluation
             return StageOutput(self.mean.new_zeros(()), {}, rows=rows)
@@ -97,8 +118,11 @@ class MocoStage(Stage[ContrastConfig]):
         """Return features (B, F) and labels (B,) of central crops."""
         if "label" not in batch or self.config.knn_images == 0:
             return {}
-        features = self.backbone(self._normalise(to_float(batch["image"])))
-        return {"features": features.float(), "labels": batch["label"]}
+        return {"features": self._features(batch["image"]), "labels": batch["label"]}
+
+    def _features(self, images: Tensor) -> Tensor:
+        """Return the features (B, F) of uint8 images (B, 3, S, S)."""
+        return self.backbone(self._normalise(to_float(images))).float()  # type: ignore[no-any-return]
 
     def summarise(self, rows: dict[str, Tensor], reference_rows: dict[str, Tensor]) -> dict[str, float]:
         """Return the k-NN accuracy of held-out images among training images, in percent."""
@@ -119,8 +143,10 @@ class MocoStage(Stage[ContrastConfig]):
 
     @torch.no_grad()
     def after_step(self, step: int, total: int) -> None:
-        """Move the momentum encoder towards the encoder; the momentum rises to 1 over the training."""
-        momentum = cosine(step - 1, total=total, start=self.config.momentum, end=1.0)
+        """Move the momentum encoder towards the encoder; the momentum rises to 1 over a training of known length."""
+        momentum = self.config.momentum
+        if self.config.optim.schedule != "constant":
+            momentum = cosine(step - 1, total=total, start=momentum, end=1.0)
         ema_update(self.momentum_backbone, self.backbone, momentum)
         ema_update(self.momentum_projector, self.projector, momentum)
 
@@ -133,8 +159,9 @@ class MocoStage(Stage[ContrastConfig]):
     def export(self, folder: Path, state: dict[str, Tensor]) -> str:
         """Write the backbone as a plain timm network."""
         args, size = _backbone_args(self.config), self.config.image_size
-        backbone = Backbone(self.backbone, self.config.model.name, args, IMAGENET_MEAN, IMAGENET_STD, size)
-        backbone.value_range = self.config.value_range
+        backbone = Backbone(self.backbone, self.config.model.name, args, self.start.mean, self.start.std, size)
+        backbone.value_range, backbone.init = self.config.value_range, self.start.summary
+        write_training_weights(folder, state, leave_out=("backbone.",))
         backbone.save_pretrained(folder, state=submodule_state(state, "backbone"), origin="MoCo v3")
         return backbone.loading_code(str(folder))
 
@@ -163,6 +190,8 @@ class MocoStage(Stage[ContrastConfig]):
     def reference_view(cls, config: ContrastConfig) -> ViewFunction:
         """Return the function that takes the central crop of a labelled training image."""
         return partial(central_view, size=config.image_size)
+
+    probe_view = reference_view
 
 
 def _backbone_args(config: ContrastConfig) -> dict[str, Any]:

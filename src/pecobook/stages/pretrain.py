@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import re
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,18 +16,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pecobook.analysis.features import layer_features
 from pecobook.data.batch import Batch
 from pecobook.data.masking import blockwise_mask, random_mask
 from pecobook.data.sampler import key
 from pecobook.data.source import Splits
 from pecobook.data.stream import Companion, ViewFunction
 from pecobook.data.tokens import TokenBank, bank_differences, read_bank_config
-from pecobook.data.views import NamedViews
+from pecobook.data.views import NamedViews, central_view
 from pecobook.engine.stage import Stage, StageOutput, submodule_state
 from pecobook.engine.world import is_first_on_machine
 from pecobook.errors import ConfigError, DataError, WeightsError
 from pecobook.models.dry_run import dry_run, leaks, refusing
 from pecobook.models.export import write_tensors
+from pecobook.models.initial import start_backbone, take_masked_model
 from pecobook.models.masked_vit import (
     MaskedImageModel,
     VisibleOnlyModel,
@@ -35,12 +38,19 @@ from pecobook.models.masked_vit import (
     initialise_beit,
     masked_positions,
     patch_grid,
+    tiled_cross_entropy,
     unshare_positions,
 )
 from pecobook.models.network_traits import traits_of
 from pecobook.models.tokenizers import fingerprint, load_tokenizer
-from pecobook.models.weights import IMAGENET_MEAN, IMAGENET_STD, Backbone, create_network
+from pecobook.models.weights import Backbone, create_network
 from pecobook.settings.pretrain import MaskConfig, PretrainConfig
+from pecobook.utils.images import to_float
+
+_MANY_CODEWORDS = 2**16
+"""Number of codewords above which logits are computed in tiles: 64 images have 5 GB of logits for 262,144 codewords."""
+_MANY_LOGITS = 2**28
+"""Number of logits of a tile, 1 GB in fp32."""
 
 
 class PretrainStage(Stage[PretrainConfig]):
@@ -68,11 +78,16 @@ class PretrainStage(Stage[PretrainConfig]):
         with refusing(config.model.name, _PURPOSE):
             backbone = build_backbone(config)
             initialise_beit(backbone)
+        args, image_size = backbone_args(config), config.image_size
+        self.start = start_backbone(backbone, config.init, name=config.model.name, args=args, image_size=image_size)
+        with refusing(config.model.name, _PURPOSE):
             self.patch = int(config.image_size // patch_grid(backbone)[0])
             size = 3 * self.patch**2 if self.tokenizer is None else self.tokenizer.num_codewords
             self.model = masked_model(config, backbone, size)
-        self.register_buffer("mean", torch.tensor(IMAGENET_MEAN)[:, None, None], persistent=False)
-        self.register_buffer("std", torch.tensor(IMAGENET_STD)[:, None, None], persistent=False)
+        take_masked_model(self.model, self.start, config.target, self.tokenizer)
+        self.notes = self.start.notes
+        self.register_buffer("mean", torch.tensor(self.start.mean)[:, None, None], persistent=False)
+        self.register_buffer("std", torch.tensor(self.start.std)[:, None, None], persistent=False)
 
     def train(self, mode: bool = True) -> PretrainStage:
         """Set the mode of the model; the tokenizer stays in evaluation mode."""
@@ -83,28 +98,44 @@ class PretrainStage(Stage[PretrainConfig]):
 
     def forward(self, batch: Batch) -> StageOutput:
         """Return equation 7 on uint8 images (B, 3, H, W), bool masks (B, h, w) and, from a bank, codes (B, h, w)."""
+        if "probe" in batch:
+            return StageOutput(None, {}, rows={"features": self._probed(batch["image"])})
         mask, M = batch["mask"], self.config.mask.num_masked
         images = self.views.pixels(batch, training=self.training)
-        predicted = self.model((images - self.mean) / self.std, mask, M).float()  # (B M, K)
+        many = self.tokenizer is not None and self.tokenizer.num_codewords > _MANY_CODEWORDS
+        outputs = self.model((images - self.mean) / self.std, mask, M, apply_head=not many)  # (B M, K or D)
         positions = masked_positions(mask, M)  # (B, M)
         if self.tokenizer is None:
+            predicted = outputs.float()
             targets = at_positions(patch_pixels(images, self.patch), positions)  # (B M, 3 P^2)
             return StageOutput(F.mse_loss(predicted, targets), {})
         codes = batch.get("codes")
         if codes is None:
             codes = encode_views(self.tokenizer, images, self.config.tokenizer_size)  # (B, h, w)
         targets = at_positions(codes.flatten(1), positions)  # (B M,), in the order of `predicted`: images, then rows
-        loss = F.cross_entropy(predicted, targets)
-        accuracy = 100 * (predicted.argmax(1) == targets).float().mean()
-        pictures = {} if self.training else self._pictures(images, mask, codes, predicted)
+        if many:
+            rows = max(_MANY_LOGITS // self.tokenizer.num_codewords, 1)
+            loss, best = tiled_cross_entropy(self.model.head, outputs, targets, rows)
+        else:
+            logits = outputs.float()  # (B M, K)
+            loss, best = F.cross_entropy(logits, targets), logits.argmax(1)
+        accuracy = 100 * (best == targets).float().mean()
+        pictures = {} if self.training else self._pictures(images, mask, codes, best)
         return StageOutput(loss, {"accuracy": accuracy.detach()}, pictures)
 
-    def _pictures(
-        self, images: Tensor, mask: Tensor, codes: Tensor, logits: Tensor, count: int = 8
-    ) -> dict[str, Tensor]:
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # it would compile the whole network once more
+    def _probed(self, images: Tensor) -> Tensor:
+        """Return the features (B, F) of uint8 images (B, 3, S, S): the mean of the patches at 3/4 of the depth.
+
+        The best layer of a masked image model lies in its middle, since the last ones serve the prediction.
+        """
+        layers = list(layer_features(self.model.backbone, (to_float(images) - self.mean) / self.std, False).values())
+        return layers[max(len(layers) - 2, 0)].float()
+
+    def _pictures(self, images: Tensor, mask: Tensor, codes: Tensor, best: Tensor, count: int = 8) -> dict[str, Tensor]:
         """Return the first `count` images, their visible parts, and their decoded predictions (paper, figure 5)."""
         predicted = codes.clone()
-        predicted[mask] = logits.argmax(1)
+        predicted[mask] = best
         scale = images.shape[-1] // mask.shape[-1]
         hidden = mask[:count, None].repeat_interleave(scale, 2).repeat_interleave(scale, 3)
         restored = self.tokenizer.decode(predicted[:count])
@@ -136,8 +167,9 @@ class PretrainStage(Stage[PretrainConfig]):
             weights = {re.sub(r"^norm\.", "fc_norm.", weight): value for weight, value in weights.items()}
         name, size, target = self.config.model.name, self.config.image_size, self.config.target
         args = args | pooling
-        backbone = Backbone(self.model.backbone, name, args, IMAGENET_MEAN, IMAGENET_STD, size, target=target)
-        backbone.value_range = self.config.value_range
+        mean, std = self.start.mean, self.start.std
+        backbone = Backbone(self.model.backbone, name, args, mean, std, size, target=target)
+        backbone.value_range, backbone.init = self.config.value_range, self.start.summary
         backbone.save_pretrained(folder, state=weights, origin="PeCo masked image modelling")
         return backbone.loading_code(str(folder))
 
@@ -187,6 +219,11 @@ class PretrainStage(Stage[PretrainConfig]):
     def view(cls, config: PretrainConfig) -> ViewFunction:
         """Return the function that takes a random crop of an image, and the draws of its colour changes."""
         return NamedViews.of(config).train
+
+    @classmethod
+    def probe_view(cls, config: PretrainConfig) -> ViewFunction:
+        """Return the function that takes the central crop of an image, without colour changes."""
+        return partial(central_view, size=config.image_size)
 
     @classmethod
     def evaluation_view(cls, config: PretrainConfig) -> ViewFunction:

@@ -29,6 +29,7 @@ from pecobook.engine.world import is_leader
 from pecobook.errors import ConfigError, DataError, listed
 from pecobook.models.dense.pyramid import FeaturePyramid, build_pyramid, describe_pyramid
 from pecobook.models.dense.segmenter import Segmenter, best_classes, rescaled_images, resize_to_pixels
+from pecobook.models.initial import start_dense
 from pecobook.models.weights import Backbone
 from pecobook.settings.segment import SegmentConfig, SegmentTestConfig
 from pecobook.settings.training import BaseOptimConfig
@@ -56,9 +57,10 @@ class SegmentStage(Stage[SegmentConfig]):
         super().__init__()
         self.config, self.classes, self.min_batch_size = config, classes, _min_batch_size(config)
         pyramid, backbone = networks or build_pyramid(config)
-        self.notes = backbone.notes
         pyramid_settings = describe_pyramid(backbone, config.pyramid, config.image_size)
         self.model = Segmenter(pyramid, pyramid_settings, classes=classes, config=config)
+        start = start_dense(self.model, config.init, "segmenter", classes)
+        self.notes, self.model.init = (*start.notes, *backbone.notes), start.summary
 
     def forward(self, batch: Batch) -> StageOutput:
         """Return the cross-entropy of uint8 images (B, 3, S, S), masks int16 (B, S, S); in evaluation, count pixels."""

@@ -7,6 +7,7 @@ import dataclasses
 import json
 import re
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Generic, NamedTuple, TypeVar, cast
 
@@ -15,6 +16,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
 from pecobook import recipes
+from pecobook.analysis.rank import feature_scores
 from pecobook.data.given import GivenView
 from pecobook.data.images import check_labels, check_readable, write_example
 from pecobook.data.sampler import fixed_permutation
@@ -25,6 +27,7 @@ from pecobook.engine import launch, log, run_folder
 from pecobook.engine.dry_run import estimate
 from pecobook.engine.loop import fit
 from pecobook.engine.preamble import describe_run
+from pecobook.engine.probing import Probe, describe_probe, open_probe
 from pecobook.engine.run_folder import stored_settings
 from pecobook.engine.stage import Stage
 from pecobook.engine.value_range import set_value_range
@@ -34,7 +37,7 @@ from pecobook.models.networks import without_downloads
 from pecobook.models.snippets import example_image, with_image
 from pecobook.settings.durations import steps
 from pecobook.settings.images import AUTO
-from pecobook.settings.training import TrainConfig
+from pecobook.settings.training import ProbedTrainConfig, TrainConfig
 from pecobook.settings.values import changed_settings, to_dict
 from pecobook.utils.distributed import on_first_rank
 from pecobook.utils.given import hook
@@ -72,11 +75,11 @@ def train(stage_type: type[Stage[C]], config: C, recipe: str = "") -> Path:
                 _changes(ready.config, stage_type.command, recipe),
             ),
         )
-        config, splits, stage = begun.ready
+        config, splits, stage, _ = begun.ready
         try:
             changes = _changes(config, stage_type.command, recipe)
-            preamble = _preamble(config, splits, stage, recipe, changes) if is_leader() else []
-            outcome = _fit(stage_type, config, begun.fabric, stage, splits, preamble)
+            preamble = _preamble(begun.ready, recipe, changes) if is_leader() else []
+            outcome = _fit(stage_type, begun.fabric, begun.ready, preamble)
             if outcome.finished:
                 _export(config, stage, splits)
         finally:  # also after an error: the Python process may go on, and train again
@@ -94,6 +97,8 @@ class Ready(NamedTuple, Generic[C]):
     """The settings, with the resolved precision."""
     splits: Splits
     stage: Stage[C]
+    probe: Splits | None = None
+    """The images of --probe-data."""
 
 
 def preflight(stage_type: type[Stage[C]], config: C) -> Ready[C]:
@@ -112,7 +117,9 @@ def preflight(stage_type: type[Stage[C]], config: C) -> Ready[C]:
     if splits is not None and splits.train.value_range is not None:
         config = dataclasses.replace(config, value_range=tuple(splits.train.value_range))
     if is_leader() and (config.out or not config.dry_run):
-        problems.check(lambda: run_folder.check(config, stage_type.command))
+        num_images = 0 if splits is None else len(splits.train)
+        problems.check(lambda: run_folder.check(config, stage_type.command, num_images))
+    probe = problems.check(lambda: open_probe(config))
     torch.manual_seed(config.seed)  # seeds all random weights of the stage
     with without_downloads() if problems.problems else contextlib.nullcontext():
         prebuilt = problems.check(lambda: stage_type.check(config))
@@ -120,12 +127,12 @@ def preflight(stage_type: type[Stage[C]], config: C) -> Ready[C]:
     problems.check(lambda: log.check_loggers(config.loggers))
     problems.finish()
     assert splits is not None
-    return Ready(config, splits, stage_type.build(config, splits, prebuilt))
+    return Ready(config, splits, stage_type.build(config, splits, prebuilt), probe)
 
 
 def _open(stage_type: type[Stage[C]], config: C) -> Splits:
     splits = stage_type.open(config)
-    names = (getattr(config, name, "") for name in ("tokenizer", "backbone", "perceptual"))
+    names = (getattr(config, name, "") for name in ("tokenizer", "backbone", "perceptual", "init"))
     models = [name if isinstance(name, str) else name.network for name in names]  # the perceptual network is a group
     set_value_range(splits, config.value_range, models)
     check_readable(splits.train)
@@ -142,8 +149,9 @@ def _changes(config: TrainConfig, command: str, recipe: str) -> list[str]:
     return changed_settings(to_dict(recipes.recipe(command, recipe)), to_dict(config))
 
 
-def _preamble(config: TrainConfig, splits: Splits, stage: Stage[Any], recipe: str, changes: Sequence[str]) -> list[str]:
+def _preamble(ready: Ready[Any], recipe: str, changes: Sequence[str]) -> list[str]:
     """Return lines that say what the run learns from, with what, and for how long."""
+    config, splits, stage, _ = ready
     # The data stand above; a setting without a value in the recipe, such as a tokenizer, is no change of it.
     changed = [
         re.sub(": .* -> ", " ", line) for line in changes if not re.search(r"^data: |: (auto|\['auto'\]|) -> ", line)
@@ -151,7 +159,10 @@ def _preamble(config: TrainConfig, splits: Splits, stage: Stage[Any], recipe: st
     listed = ", ".join(changed[:_LISTED]) + (f" and {len(changed) - _LISTED} more" if len(changed) > _LISTED else "")
     settings = [("settings", f"of the recipe {recipe}{f', but {listed}' if changed else ''}")] if recipe else []
     weights = [("weights", note) for note in (*stage.notes, *_rates_of_random_weights(config))]
-    return aligned([*describe(splits), *weights, *describe_run(stage, config, len(splits.train)), *settings])
+    probes = []
+    if ready.probe is not None and isinstance(config, ProbedTrainConfig):
+        probes = [("probe", describe_probe(config, ready.probe))]
+    return aligned([*describe(splits), *weights, *describe_run(stage, config, len(splits.train)), *probes, *settings])
 
 
 def _rates_of_random_weights(config: TrainConfig) -> list[str]:
@@ -166,9 +177,9 @@ def _rates_of_random_weights(config: TrainConfig) -> list[str]:
 
 def _dry_run(stage_type: type[Stage[C]], ready: Ready[C], recipe: str) -> None:
     """Print the settings to standard output, and what the run would learn from and cost to standard error."""
-    config, splits, stage = ready
+    config, splits, stage, _ = ready
     show(json.dumps(stored_settings(config, stage_type.command, recipe), indent=2), stdout=True)
-    preamble = _preamble(config, splits, stage, recipe, _changes(config, stage_type.command, recipe))
+    preamble = _preamble(ready, recipe, _changes(config, stage_type.command, recipe))
     cost = estimate(stage, _training_stream(stage_type, config, stage, splits), config)
     last = f"Nothing was written. Without --dry-run the same command trains and writes to {config.out or '--out'}."
     show("\n".join([*preamble, *aligned(cost), last]))
@@ -178,13 +189,14 @@ def _training_stream(stage_type: type[Stage[C]], config: C, stage: Stage[C], spl
     companion, views = stage.companions()[0], stage.num_views()
     view, transform = stage_type.view(config), hook("transform")
     view = view if transform is None else GivenView(transform, view)
-    return Stream(splits.train, view, config.seed, companion=companion, num_views=views)
+    return Stream(splits.train, view, config.seed, companion=companion, num_views=views, window=config.shuffle_window)
 
 
-def _fit(
-    stage_type: type[Stage[C]], config: C, fabric: Any, stage: Stage[C], splits: Splits, preamble: list[str]
-) -> Any:
-
+def _fit(stage_type: type[Stage[C]], fabric: Any, ready: Ready[C], preamble: list[str]) -> Any:
+    config, splits, stage, probed = ready
+    probe, probe_view = None, stage_type.probe_view(config)
+    if probed is not None and probe_view is not None and isinstance(config, ProbedTrainConfig):
+        probe = partial(Probe, config, probed, probe_view, feature_scores)
     reference = None
     count = min(getattr(config, "knn_images", 0), len(splits.train))
     view = stage_type.reference_view(config)
@@ -199,6 +211,7 @@ def _fit(
         config=config,
         command=stage_type.command,
         reference=reference,
+        probe=probe,
         preamble=preamble,
         draw=_draw_curves,
         on_step=hook("on_step"),
