@@ -62,6 +62,7 @@ def test_recipe__documents_its_source_and_its_cost(command: str, name: str) -> N
 NOT_THE_PAPERS = {
     *("data", "out", "seed", "devices", "num_nodes", "strategy", "precision", "micro_batch_size", "workers", "loggers"),
     *("log_every", "save_every", "save_minutes", "keep_checkpoints", "sample_every", "evaluation_images", "knn_images"),
+    *("tracking", "project", "entity", "group", "tags", "offline", "communication", "attention"),
     *("compile", "deterministic", "resume", "overwrite", "backbone", "weights", "tokenizer", "tokens", "network"),
     *("init", "probe_data", "probe_every", "probe_images", "attention", "communication", "shuffle_window", "tracking"),
     *(

@@ -34,7 +34,8 @@ class BaseOptimKeywords(TypedDict, total=False):
     lr: float
     lr_batch_size: int
     final_lr: float
-    schedule: Literal["cosine", "poly", "steps"]
+    schedule: Literal["cosine", "poly", "steps", "constant"]
+    cooldown: Text
     power: float
     milestones: Sequence[Text]
     warmup: Text
@@ -60,6 +61,7 @@ class TrainKeywords(ImagesKeywords, total=False):
     max_steps: Text
     image_size: int
     workers: int
+    shuffle_window: int
     loggers: Sequence[Text]
     tracking: TrackingKeywords
     log_every: int
@@ -69,6 +71,7 @@ class TrainKeywords(ImagesKeywords, total=False):
     sample_every: int
     evaluation_images: int
     deterministic: bool
+    init: Text
     optim: BaseOptimKeywords
     resume: bool | Literal["auto"]
     overwrite: bool
@@ -89,6 +92,14 @@ class CropTrainKeywords(CompileTrainKeywords, total=False):
     min_crop: float
 
 
+class ProbedTrainKeywords(CropTrainKeywords, total=False):
+    """As ProbedTrainConfig."""
+
+    probe_data: Text
+    probe_every: int
+    probe_images: int
+
+
 class BackboneKeywords(TypedDict, total=False):
     """As BackboneConfig."""
 
@@ -107,7 +118,7 @@ class JitterKeywords(TypedDict, total=False):
     grey: float
 
 
-class ContrastKeywords(CropTrainKeywords, total=False):
+class ContrastKeywords(ProbedTrainKeywords, total=False):
     """The keywords of `contrast`."""
 
     model: BackboneKeywords
@@ -144,12 +155,17 @@ class AutoencoderKeywords(TypedDict, total=False):
 class VectorQuantizerKeywords(TypedDict, total=False):
     """As VectorQuantizerConfig."""
 
+    kind: Literal["ema", "gradient", "fsq", "simvq", "lfq", "ibq"]
+    levels: Sequence[int]
+    entropy_weight: float
+    entropy_temperature: float
     num_codewords: int
     decay: float
     eps: float
     revive_after: int
     start_after: int
     learning: Literal["ema", "gradient"]
+    normalise: bool
     precision: Literal["fp32", "tf32", "bf16"]
 
 
@@ -237,7 +253,7 @@ class PhotometricKeywords(JitterKeywords, total=False):
     solarise: float
 
 
-class PretrainKeywords(CropTrainKeywords, total=False):
+class PretrainKeywords(ProbedTrainKeywords, total=False):
     """The keywords of `pretrain`."""
 
     tokenizer: Any
