@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import shutil
 import tempfile
@@ -56,6 +57,16 @@ def _threads() -> None:
     import torch
 
     torch.set_num_threads(int(_THREADS))
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _quick_curves() -> Iterator[None]:
+    """Write one dot as curves.png: a drawing takes longer than the small runs here; test_curves.py draws."""
+    dot = io.BytesIO()
+    Image.new("L", (1, 1)).save(dot, "PNG")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("pecobook.stages.training._draw_curves", lambda _: dot.getvalue())
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -123,6 +123,9 @@ def test_main__version(capsys: pytest.CaptureFixture[str]) -> None:
 # ---------------------------------------------------------------------------------------------------------------- runs
 
 
+_FORMS = ("", ".sha256")
+
+
 def test_main__a_run_folder_holds_exactly_the_documented_files(
     images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -134,7 +137,7 @@ def test_main__a_run_folder_holds_exactly_the_documented_files(
     assert sorted(path.name for path in out.iterdir()) == sorted(
         [
             *(*events, "checkpoints", "config.json", "data.parquet", "environment.json", "export", "metrics.jsonl"),
-            *("samples", "train.log"),
+            *("config.diff", "curves.png", "samples", "train.log"),
         ]
     )
     assert sorted(str(path.relative_to(out / "checkpoints")) for path in (out / "checkpoints").rglob("*")) == [
@@ -147,8 +150,9 @@ def test_main__a_run_folder_holds_exactly_the_documented_files(
     ]
     pictures = ["example.png", "step-00000002.png", "step-00000004.png"]
     assert sorted(path.name for path in (out / "samples").iterdir()) == pictures
-    files = ["README.md", "config.json", "config.json.sha256", "model.safetensors", "model.safetensors.sha256"]
-    assert sorted(export_bytes(out)) == files
+    files = ["README.md"]
+    files += [f"{name}{end}" for name in ("config.json", "model.safetensors", "training.safetensors") for end in _FORMS]
+    assert sorted(export_bytes(out)) == sorted(files)
     assert "codebook 4/4" in capsys.readouterr().err
 
 

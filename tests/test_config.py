@@ -19,6 +19,7 @@ from pecobook.errors import ConfigError
 from pecobook.settings.contrast import ContrastConfig
 from pecobook.settings.durations import parse_duration, steps
 from pecobook.settings.segment import SegmentConfig
+from pecobook.settings.tracking import TrackingConfig
 from pecobook.settings.training import BackboneConfig, BaseOptimConfig, CropTrainConfig, OptimConfig
 from pecobook.settings.values import (
     FREE_ON_RESUME,
@@ -169,7 +170,8 @@ def test_flags__name_every_field_once() -> None:
     assert types["model.args"] is str
     assert types["limit"] == int | None
     assert "optim" not in types
-    assert len(types) == len(dataclasses.fields(Sample)) - 2 + len(flags(BaseOptimConfig)) + len(flags(BackboneConfig))
+    groups = (BaseOptimConfig, BackboneConfig, TrackingConfig)
+    assert len(types) == len(dataclasses.fields(Sample)) - len(groups) + sum(len(flags(group)) for group in groups)
     assert flag("max_steps") == "max-steps"
 
 
@@ -256,6 +258,70 @@ def test_load__refuses_a_broken_file(tmp_path: Path, content: bytes, message: st
     (tmp_path / "config.json").write_bytes(content)
     with refused(message):
         load(Sample(), tmp_path / "config.json")
+
+
+_YAML = """# my run
+seed: 3
+batch-size: 64   # a flag's name
+optim:
+  lr: 2e-3
+  betas: [0.9, 0.95]
+"""
+_TOML = """# my run
+seed = 3
+batch-size = 64   # a flag's name
+[optim]
+lr = 2e-3
+betas = [0.9, 0.95]
+"""
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("a.yaml", _YAML),
+        ("a.YML", _YAML),
+        ("a.toml", _TOML),
+        ("b.yaml", "recipe: tiny\nseed: 3\nbatch_size: 64\noptim.lr: 0.002\noptim.betas: [0.9, 0.95]\n"),
+        ("b.toml", "seed = 3\nbatch_size = 64\noptim.lr = 0.002\noptim.betas = [0.9, 0.95]\n"),
+    ],
+)
+def test_load__takes_yaml_and_toml(tmp_path: Path, name: str, text: str) -> None:
+    (tmp_path / name).write_text(text)
+    expected = Sample(seed=3, batch_size=64, optim=OptimConfig(lr=0.002, betas=(0.9, 0.95)))
+    assert load(Sample(), tmp_path / name) == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("a.yaml", "seed: 1\noptim:\n  # rate\n  lr: fast\n", "a.yaml', line 4: --optim.lr takes a number, not 'fast'"),
+        ("a.yaml", "seed: 1\noptim.lr: fast\n", "a.yaml', line 2: --optim.lr takes a number"),
+        ("a.toml", "seed = 1\n[optim]\n\nlr = 'fast'\n", "a.toml', line 4: --optim.lr takes a number, not 'fast'"),
+        ("a.json", '{"seed": 1,\n "optim": {\n  "lr": "fast"}}', "a.json', line 3: --optim.lr takes a number"),
+        ("a.yaml", "seed: 1\nbatch-sise: 4\n", "a.yaml', line 2: Unknown setting 'batch_sise'. Did you mean"),
+        ("a.yaml", "lr: 3\nbatch-size: -1\n", "a.yaml', line 2: --batch-size must be above 0"),
+        ("a.yaml", "seed: 1\n  x: [\n", r"a.yaml', line 2: this is no YAML: mapping values are not allowed"),
+        ("a.yaml", "seed: 1\nseed: 2\n", "a.yaml', line 2: 'seed' stands there twice"),
+        ("a.yaml", "seed: 1\noptim:\n  3: 2\n", "a.yaml', line 3: a setting has a name of letters, not '3'"),
+        ("a.yaml", "seed: !!python/object:os.system x\n", "a.yaml', line 1: this is no YAML: could not determine"),
+        ("a.yaml", "# nothing\n", "a.yaml' holds no settings, which are lines such as"),
+        ("a.yaml", "- 1\n", "a.yaml' holds no settings"),
+        ("a.toml", "seed = 1\nseed = 2\n", r"a.toml' is no TOML: Cannot overwrite a value (at line 2"),
+        ("a.toml", "seed = \n", r"a.toml' is no TOML: Invalid value (at line 1"),
+    ],
+)
+def test_load__names_the_line_of_what_is_wrong(tmp_path: Path, name: str, text: str, message: str) -> None:
+    (tmp_path / name).write_text(text)
+    with refused(message):
+        load(Sample(), tmp_path / name)
+
+
+@pytest.mark.parametrize("name", ["a.yaml", "a.toml"])
+def test_load__refuses_bytes_that_are_no_text(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_bytes(b"\xff\xfe")
+    with refused("cannot be read"):
+        load(Sample(), tmp_path / name)
 
 
 def test_load__refuses_a_missing_file(tmp_path: Path) -> None:

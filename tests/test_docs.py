@@ -11,20 +11,24 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from pecobook import cli, recipes
 from pecobook.commands.embed import embed
 from pecobook.errors import ConfigError
+from pecobook.models.tokenizer import PerceptualTokenizer
 from pecobook.recipes import RECIPES, recipe
 from pecobook.settings.analyze import AnalyzeConfig
 from pecobook.settings.check import CheckConfig
 from pecobook.settings.embed import EmbedConfig
+from pecobook.settings.evaluate import EvaluateConfig
 from pecobook.settings.explore import ExploreConfig
 from pecobook.settings.export import ExportConfig
 from pecobook.settings.predict import PredictConfig
 from pecobook.settings.probe import ProbeConfig
 from pecobook.settings.reproduce import ReproduceConfig
 from pecobook.settings.tokenize import TokenizeConfig
+from pecobook.settings.tokenizer import AutoencoderConfig, TokenizerConfig
 from pecobook.settings.values import flags
 
 DOCS = Path(__file__).parent.parent / "docs"
@@ -32,6 +36,7 @@ OTHERS: dict[str, Any] = {
     "analyze": AnalyzeConfig,
     "check": CheckConfig,
     "embed": EmbedConfig,
+    "evaluate": EvaluateConfig,
     "explore": ExploreConfig,
     "export": ExportConfig,
     "predict": PredictConfig,
@@ -69,6 +74,7 @@ def can_be_parsed(words: list[str]) -> bool:
         ("analysis.md", 10),
         ("data.md", 15),
         ("embed.md", 10),
+        ("evaluate.md", 12),
     ],
 )
 def test_guides__every_flag_exists(page: str, minimum: int) -> None:
@@ -82,7 +88,7 @@ def test_guides__every_flag_exists(page: str, minimum: int) -> None:
     ("page", "minimum"),
     [
         *(("pretraining.md", 7), ("dense.md", 5), ("analysis.md", 3)),
-        *(("from-zero.md", 15), ("study.md", 3), ("embed.md", 3)),
+        *(("from-zero.md", 15), ("study.md", 3), ("embed.md", 3), ("evaluate.md", 4)),
     ],
 )
 def test_guides__every_command_can_be_parsed(page: str, minimum: int) -> None:
@@ -104,7 +110,9 @@ def test_guides__every_command_can_be_parsed(page: str, minimum: int) -> None:
         elif command == "tokenize":
             cli.parse(recipes.tokenize(*positional), flagged, "tokenize")
         else:
-            assert bool(positional) == (command in ("embed", "export", "predict", "reproduce", "explore")), line
+            assert bool(positional) == (
+                command in ("embed", "evaluate", "export", "predict", "reproduce", "explore")
+            ), line
             cli.parse(OTHERS[command](), flagged, command)
 
 
@@ -118,8 +126,9 @@ def test_links_exist(page: Path) -> None:
 @pytest.mark.parametrize("page", sorted([*DOCS.glob("*.md"), DOCS.parent / "README.md"]), ids=lambda page: page.name)
 def test_python_blocks__import_existing_names(page: Path) -> None:
     for block in re.findall(r"```python\n(.*?)```", page.read_text(), flags=re.DOTALL):
-        imported = [node for node in ast.parse(block).body if isinstance(node, ast.ImportFrom)]
-        assert imported
+        body = ast.parse(block).body
+        imported = [node for node in body if isinstance(node, ast.ImportFrom)]
+        assert imported or any(ast.unparse(node).startswith(("import pecobook", "pecobook.")) for node in body)
         for node in imported:
             assert node.module is not None
             module = importlib.import_module(node.module)
@@ -140,3 +149,16 @@ def test_embed_guide__python_runs(images: Path, tmp_path: Path, monkeypatch: pyt
         exec(block, names)
     assert names["neighbours"].shape == (len(names["vectors"]), 6)
     assert len(names["scores"]) == len(names["names"]) > 6
+
+
+def test_evaluate_guide__python_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    model = AutoencoderConfig(channels=(8, 16), latent_dim=8, num_blocks=1)
+    config = TokenizerConfig(model=model, num_codewords=16, image_size=16)
+    PerceptualTokenizer(config).save_pretrained(tmp_path / "runs" / "codebook")
+    (block,) = re.findall(r"```python\n(.*?)```", (DOCS / "evaluate.md").read_text(), flags=re.DOTALL)
+    exec(block, {})
+    assert capsys.readouterr().out.startswith("codebook ")

@@ -17,7 +17,7 @@ from pecobook.recipes import DEFAULT_RECIPE, RECIPES, claims, recipe
 from pecobook.settings.codebook import AdversarialConfig, ExplicitConfig
 from pecobook.settings.durations import steps
 from pecobook.settings.pretrain import DecoderConfig, PretrainConfig
-from pecobook.settings.tokenizer import AutoencoderConfig
+from pecobook.settings.tokenizer import AutoencoderConfig, QuantizerConfig
 from pecobook.settings.training import BaseOptimConfig, TrainConfig
 from pecobook.settings.values import to_dict
 from tests.runs import export_bytes, logged
@@ -63,7 +63,7 @@ NOT_THE_PAPERS = {
     *("data", "out", "seed", "devices", "num_nodes", "strategy", "precision", "micro_batch_size", "workers", "loggers"),
     *("log_every", "save_every", "save_minutes", "keep_checkpoints", "sample_every", "evaluation_images", "knn_images"),
     *("compile", "deterministic", "resume", "overwrite", "backbone", "weights", "tokenizer", "tokens", "network"),
-    *("init", "probe_data", "probe_every", "probe_images", "attention", "communication"),
+    *("init", "probe_data", "probe_every", "probe_images", "attention", "communication", "shuffle_window", "tracking"),
     *(
         "classes",
         "value_range",
@@ -83,6 +83,7 @@ INERT = {
     *((AdversarialConfig, name) for name in ("width", "num_layers", "start")),  # weight 0
     *((ExplicitConfig, name) for name in ("weight", "temperature", "momentum", "hidden_dim", "output_dim")),  # none
     *((DecoderConfig, name) for name in ("depth", "width", "num_heads")),  # not visible_only
+    *((QuantizerConfig, name) for name in ("levels", "entropy_weight", "entropy_temperature")),  # kind ema
     *((PretrainConfig, "decoder"), (AutoencoderConfig, "num_heads")),
 }
 # Settings of the optimizer that a schedule does not read.

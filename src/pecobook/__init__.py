@@ -16,8 +16,10 @@ if TYPE_CHECKING:
     from pecobook.commands.compare import compare
     from pecobook.commands.demo import demo
     from pecobook.commands.embed import embed
+    from pecobook.commands.evaluate import evaluate
     from pecobook.commands.explore import explore
     from pecobook.commands.probe import probe
+    from pecobook.commands.push import push
     from pecobook.commands.reproduce import reproduce
     from pecobook.data.images import read_image
     from pecobook.data.masking import blockwise_mask
@@ -34,12 +36,24 @@ if TYPE_CHECKING:
 
 __all__ = ["Backbone", "Classifier", "Detector", "MaskedImageModel", "PecobookError", "PerceptualDistance"]
 __all__ += ["PerceptualTokenizer", "Segmenter", "VectorQuantizer", "analyze", "bench", "blockwise_mask", "check"]
-__all__ += ["codebook", "compare", "contrast", "demo", "detect", "embed", "explore", "export", "finetune"]
-__all__ += ["load_tokenizer", "nearest_codeword", "predict", "pretrain", "probe", "read_image", "reproduce", "segment"]
-__all__ += ["tokenize"]
+__all__ += ["codebook", "compare", "contrast", "demo", "detect", "embed", "evaluate", "explore", "export"]
+__all__ += ["finetune", "load_tokenizer", "nearest_codeword", "predict", "pretrain", "probe", "push", "read_image"]
+__all__ += ["reproduce", "segment", "tokenize"]
 
 _API = ("codebook", "contrast", "detect", "export", "finetune", "predict", "pretrain", "segment", "tokenize")
-_COMMANDS = ("analyze", "bench", "check", "compare", "demo", "embed", "explore", "probe", "reproduce")
+_COMMANDS = (
+    "analyze",
+    "bench",
+    "check",
+    "compare",
+    "demo",
+    "embed",
+    "evaluate",
+    "explore",
+    "probe",
+    "push",
+    "reproduce",
+)
 _HOMES = {
     **dict.fromkeys(_API, "api"),
     **{name: f"commands.{name}" for name in _COMMANDS},

@@ -1,22 +1,37 @@
 """The commands as functions: `pecobook.codebook(recipe="cifar10", data=..., out=...)`.
 
 Keywords have the names of the flags: `perceptual={"network": "timm:resnet50"}` or
-`**{"perceptual.network": "timm:resnet50"}`.
+`**{"perceptual.network": "timm:resnet50"}`. A training command also takes objects in place of names: a data set or a
+list of files as `data`, an nn.Module as `tokenizer`, `backbone` or perceptual network, a `transform`, a hook `on_step`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 from pecobook import recipes
+from pecobook.errors import ConfigError
+from pecobook.keywords import (
+    CodebookKeywords,
+    ContrastKeywords,
+    DetectKeywords,
+    FinetuneKeywords,
+    PretrainKeywords,
+    SegmentKeywords,
+)
 from pecobook.recipes import DEFAULT_RECIPE
 from pecobook.settings.training import TrainConfig
 from pecobook.settings.values import replace
+from pecobook.utils.given import giving, name_of
 
 
-def run(command: str, config: TrainConfig) -> Path:
-    """Train the stage of a command with complete settings; return the run folder."""
+def run(command: str, config: TrainConfig, recipe: str = "") -> Path:
+    """Train the stage of a command with complete settings; return the run folder.
+
+    `recipe` is the name of the recipe from which the settings come, with which config.diff compares them.
+    """
     from pecobook.engine.stage import Stage
     from pecobook.stages.classify import ClassifyStage
     from pecobook.stages.codebook import CodebookStage
@@ -29,35 +44,35 @@ def run(command: str, config: TrainConfig) -> Path:
     stages: tuple[type[Stage[Any]], ...]
     stages = (MocoStage, CodebookStage, PretrainStage, ClassifyStage, SegmentStage, DetectStage)
     by_command: dict[str, type[Stage[Any]]] = {stage.command: stage for stage in stages}
-    return train(by_command[command], config)
+    return train(by_command[command], config, recipe)
 
 
-def contrast(recipe: str = DEFAULT_RECIPE, **settings: Any) -> Path:
+def contrast(recipe: str = DEFAULT_RECIPE, **settings: Unpack[ContrastKeywords]) -> Path:
     """Train a feature network by MoCo v3; return the run folder. Raises PecobookError."""
     return _run("contrast", recipe, settings)
 
 
-def codebook(recipe: str = DEFAULT_RECIPE, **settings: Any) -> Path:
+def codebook(recipe: str = DEFAULT_RECIPE, **settings: Unpack[CodebookKeywords]) -> Path:
     """Train a perceptual codebook; return the run folder. Raises PecobookError."""
     return _run("codebook", recipe, settings)
 
 
-def pretrain(recipe: str = DEFAULT_RECIPE, **settings: Any) -> Path:
+def pretrain(recipe: str = DEFAULT_RECIPE, **settings: Unpack[PretrainKeywords]) -> Path:
     """Pre-train a ViT on tokens; return the run folder. Raises PecobookError."""
     return _run("pretrain", recipe, settings)
 
 
-def finetune(recipe: str = DEFAULT_RECIPE, **settings: Any) -> Path:
+def finetune(recipe: str = DEFAULT_RECIPE, **settings: Unpack[FinetuneKeywords]) -> Path:
     """Fine-tune a backbone for classification; return the run folder. Raises PecobookError."""
     return _run("finetune", recipe, settings)
 
 
-def segment(recipe: str = DEFAULT_RECIPE, **settings: Any) -> Path:
+def segment(recipe: str = DEFAULT_RECIPE, **settings: Unpack[SegmentKeywords]) -> Path:
     """Train semantic segmentation; return the run folder. Raises PecobookError."""
     return _run("segment", recipe, settings)
 
 
-def detect(recipe: str = DEFAULT_RECIPE, **settings: Any) -> Path:
+def detect(recipe: str = DEFAULT_RECIPE, **settings: Unpack[DetectKeywords]) -> Path:
     """Train a detector of boxes and masks; return the run folder. Raises PecobookError."""
     return _run("detect", recipe, settings)
 
@@ -85,5 +100,42 @@ def predict(run: str, images: str, *, out: str, **settings: Any) -> Path:
     return write(replace(PredictConfig(), {"run": run, "images": images, "out": out, **settings}))
 
 
-def _run(command: str, name: str, settings: dict[str, Any]) -> Path:
-    return run(command, replace(recipes.recipe(command, name), settings))
+def _run(command: str, name: str, keywords: Mapping[str, object]) -> Path:
+    settings, objects = _objects(command, keywords)
+    with giving(objects):
+        config = replace(recipes.recipe(command, name), settings)
+        bank: str = getattr(config, "tokens", "")
+        if bank and "transform" in objects:
+            raise ConfigError("transform= and tokens= exclude each other: a bank holds tokens of untransformed images.")
+        return run(command, config, name)
+
+
+def _objects(command: str, keywords: Mapping[str, object]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the settings with names in place of objects, and the objects by setting, `transform` and `on_step`."""
+    settings: dict[str, Any] = dict(keywords)
+    is_dense = command in ("segment", "detect")
+    objects = {kind: settings.pop(kind) for kind in ("transform", "on_step") if settings.get(kind) is not None}
+    for kind, value in objects.items():
+        if not callable(value):
+            raise ConfigError(f"{kind}= takes a function, not {value!r}.")
+    if is_dense and not isinstance(settings.get("data", ""), str | Path):
+        raise ConfigError(f"data= takes the name of a source: {command} reads masks or boxes beside the images.")
+    if "transform" in objects and is_dense:
+        raise ConfigError(f"transform= would move images and not their masks or boxes: {command} takes none.")
+    group = settings.get("perceptual")
+    if isinstance(group, Mapping):
+        settings["perceptual"] = {name: value for name, value in group.items() if name != "network"}
+        settings.update({"perceptual.network": group["network"]} if "network" in group else {})
+    elif group is not None and not isinstance(group, str):
+        settings["perceptual.network"] = settings.pop("perceptual")
+    for name in ("data", "tokenizer", "backbone", "perceptual.network"):
+        value = settings.get(name)
+        if value is not None and not isinstance(value, str | Path):
+            if name == "backbone":
+                from pecobook.models.given_networks import as_backbone
+
+                objects[name] = as_backbone(value)
+            else:
+                objects[name] = value
+            settings[name] = name_of(objects[name])
+    return settings, objects

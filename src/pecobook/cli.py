@@ -14,8 +14,9 @@ import os
 import sys
 import textwrap
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, get_args
 
 from pecobook import recipes
 from pecobook.commands import table
@@ -24,6 +25,7 @@ from pecobook.engine.world import printing_rank
 from pecobook.errors import ConfigError, PecobookError, did_you_mean, first_line, printable
 from pecobook.recipes import RECIPES
 from pecobook.settings.check import CheckConfig, of_run
+from pecobook.settings.config_files import read_config
 from pecobook.settings.values import field_name, flag, flags, is_switch, load, replace
 from pecobook.utils.parent import end_with_parent
 from pecobook.utils.printer import show
@@ -152,7 +154,7 @@ def dispatch(args: list[str]) -> None:
         with from_the_start(until_exit=True):
             from pecobook.api import run
 
-            run(command, config)
+            run(command, config, _recipe_name(rest))
     else:
         with from_the_start(until_exit=True) if command == "tokenize" else contextlib.nullcontext():
             result = getattr(importlib.import_module(f"pecobook.commands.{command}"), command)(config)
@@ -170,7 +172,8 @@ def _help() -> str:
         "  pecobook COMMAND --help                                  usage, recipes, examples, the flags people use\n"
         "  pecobook COMMAND --help-all                              all flags, explained\n\n"
         + "\n".join(lines)
-        + "\n\nSOURCE: a folder of images, a parquet file or folder, tar shards, hf:owner/name, or photos (built in)."
+        + "\n\nSOURCE: a folder of images, a parquet file or folder, tar shards, hf:owner/name, or photos (built in);\n"
+        "parquet and shards also at s3://, gs://, https:// and hf://."
     )
 
 
@@ -234,7 +237,8 @@ def _settings(command: str, args: list[str]) -> Any:
     count = next((position for position, word in enumerate(args) if word.startswith("-")), len(args))
     words, args = args[:count], args[count:]
     if command in (*RECIPES, "tokenize"):
-        recipe = words.pop(0) if words else recipes.DEFAULT_RECIPE
+        recipe = _recipe_name([*words, *args]) or recipes.DEFAULT_RECIPE
+        words = words[1:]
         config = recipes.tokenize(recipe) if command == "tokenize" else recipes.recipe(command, recipe)
         return parse(config, [*words, *args], f"{command} {recipe}")
     if command == "bench":
@@ -247,8 +251,34 @@ def _settings(command: str, args: list[str]) -> Any:
         count = len(words) if str(flags(config_type)[name]).startswith("tuple") else 1
         named += [f"--{name}", *words[:count]] if words else []
         words = words[count:]
-    unused = {name: kind for other in RECIPES for name, kind in flags(table.COMMANDS[other].settings).items()}
+    if command == "check" and named:
+        _check_task(config_type, named[1])
+    readers = (*RECIPES, "tokenize", "probe", "embed")
+    unused = {name: kind for other in readers for name, kind in flags(table.COMMANDS[other].settings).items()}
     return parse(config_type(), [*named, *words, *args], command, unused if command == "check" else {})
+
+
+def _check_task(config_type: Any, word: str) -> None:
+    """Raise ConfigError if the first word after `check` is no command that it knows."""
+    tasks = [name for name in get_args(flags(config_type)["task"]) if name != "auto"]
+    if word not in tasks:
+        hint = f" For a path give --data '{word}'." if Path(word).exists() else did_you_mean(word, tasks)
+        raise ConfigError(
+            f"'check' takes the command that will read the images ({', '.join(tasks)}), not '{word}'.{hint}"
+        )
+
+
+def _recipe_name(args: list[str]) -> str:
+    """Return the recipe that the first word or the file of --config names; else the default, or "" for a file."""
+    if args and not args[0].startswith("-"):
+        return args[0]
+    files = read_flags(args, {"config": str}, "", [])
+    if "config" not in files:
+        return recipes.DEFAULT_RECIPE
+    try:
+        return str(read_config(files["config"]).get("recipe") or "")
+    except ConfigError:
+        return ""  # `parse` tells of the file
 
 
 def parse(config: Any, args: list[str], prog: str, unused: Mapping[str, Any] = MappingProxyType({})) -> Any:

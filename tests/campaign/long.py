@@ -92,7 +92,7 @@ def _stream(materials: Materials, steps: int) -> Iterator[str]:
     positions = BatchPositions(start_step=0, stop_step=steps, batch_size=2, micro_batch_size=2, rank=0, world_size=1)
     usages = []
     began = time.monotonic()
-    for step, _ in enumerate(load(stream, positions, workers=2, pin=False), start=1):
+    for step, _ in enumerate(load(stream, positions, workers=2), start=1):
         if step % (steps // 6) == 0:
             usages.append(_Usage(os.getpid()))
             yield usages[-1].row(f"stream, {step:,} steps")

@@ -317,6 +317,36 @@ def test_check__labels_are_needed_where_the_command_needs_them(
     assert "has no labels" in report_of(["finetune", "--data", str(unlabelled_images)], capsys)["problems"][0]
 
 
+def test_check__reads_as_commands_that_do_not_train(
+    images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    report = report_of(["probe", "--data", str(images), "--max-train", "9", "--backbone", "timm:resnet18"], capsys)
+    assert (report["task"], report["ok"]) == ("probe", True)
+    write(tmp_path / "a" / "1.png", 1)
+    write(tmp_path / "a" / "2.png", 2)
+    assert "has no labels" in report_of(["probe", "--data", str(tmp_path / "a")], capsys)["problems"][0]
+    for words in (["embed"], ["tokenize", "tiny", "--views", "2"]):
+        assert report_of([*words, "--data", str(tmp_path / "a")], capsys)["ok"]
+
+
+def test_check__says_that_masks_and_annotations_beside_images_are_not_read(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for number in range(4):
+        write(tmp_path / "images" / f"{number}.png", number, mode="RGB")
+        write(tmp_path / "masks" / f"task-{number}-annotation-7{number}-tag-car.png", number % 2)
+    note = report_of(["--data", str(tmp_path)], capsys)["summary"]["note"]
+    assert note == f"4 files look like masks, and are not read: 'pecobook check segment --data {tmp_path}' says why."
+    for number in range(4):
+        (tmp_path / "masks" / f"task-{number}-annotation-7{number}-tag-car.png").unlink()
+        (tmp_path / "images" / f"{number}.txt").write_text("0 .5 .5 .1 .1")
+    assert "are not read (YOLO's text files)" in report_of(["--data", str(tmp_path)], capsys)["summary"]["note"]
+    (tmp_path / "x" / "y").mkdir(parents=True)
+    (tmp_path / "x" / "y" / "z.json").write_text('{"images": []}')
+    assert "x/y/z.json): 'pecobook check detect" in report_of(["--data", str(tmp_path)], capsys)["summary"]["note"]
+    assert "note" not in report_of(["pretrain", "--data", str(tmp_path)], capsys)["summary"]
+
+
 def test_check__takes_a_recipe_and_all_flags_of_its_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     root = write_shapes(tmp_path)
     words = ["segment", "camvid", "--data", str(root), "--backbone", "timm:none", "--optim.lr", "1", "--no-verify"]
@@ -343,7 +373,10 @@ def test_check__takes_the_settings_of_a_run(tmp_path: Path, capsys: pytest.Captu
         (["--out", "runs/x"], "--out names the contact sheet, a .png file, not 'runs/x'."),
         (["--out", "nowhere/x.png"], "--out 'nowhere/x.png' cannot be written: make the folder 'nowhere' first."),
         (["--optim.lrr", "1"], "Unknown flag '--optim.lrr'."),
-        (["segmen"], "--task is one of auto, contrast"),
+        (["segmen"], "segment, detect, tokenize, probe, embed), not 'segmen'. Did you mean 'segment'?"),
+        (["analyze", "--data", "photos"], "'check' takes the command that will read the images (contrast, codebook,"),
+        (["."], "not '.'. For a path give --data '.'."),
+        (["probe", "tiny"], "pecobook check COMMAND tiny ...; 'probe' has no recipes"),
         (["--recipe", "tiny"], "--recipe needs the command that it belongs to"),
         (["segment", "tyny"], "'segment' has no recipe 'tyny'"),
     ],

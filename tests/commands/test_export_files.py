@@ -137,6 +137,15 @@ def test_classifier__predicts_the_same_for_files_in_every_form(
     for form in ("onnx", "timm", "hf"):
         if crop in TOLERANCE[form] and (form != "hf" or name.startswith("beit")):
             forms[form] = run_export(run, tmp_path / form, form, capsys)
+    if "hf" in forms:  # below, the processor of transformers crops to nothing
+        from transformers import AutoImageProcessor
+
+        card = (tmp_path / "hf" / "README.md").read_text()
+        assert ("The image processor needs images of 2 x 2 pixels or more." in card) == (crop < 1)
+        processor = AutoImageProcessor.from_pretrained(tmp_path / "hf")
+        side = 2 if crop < 1 else 1
+        pixels = processor(Image.new("RGB", (side, 40), (90, 80, 70)), return_tensors="pt")["pixel_values"]
+        assert float(pixels.std((2, 3)).max()) < 1e-5
     forms["timm's transform"] = f"""\
 import timm
 from PIL import Image

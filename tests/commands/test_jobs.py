@@ -227,7 +227,7 @@ def test_job__words_give_the_same_settings(tmp_path: Path) -> None:
     )
     captured: list[Any] = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("pecobook.api.run", lambda _command, settings: captured.append(settings))
+        patch.setattr("pecobook.api.run", lambda _command, settings, _recipe: captured.append(settings))
         cli.main([*words])
     assert captured == [dataclasses.replace(config, resume="auto")]
     analysis = AnalyzeConfig(tokenizer="run", data="photos", out="analysis", seed=1)

@@ -216,7 +216,7 @@ def test_reproduce__resumes_and_refuses_other_settings(
     out = ["--out", str(tmp_path / "r"), "--seeds", "0", "--no-transfer"]
     words = ["reproduce", "v1-table7", "--data", str(images), *out]
     cli.main([*words, "--dry-run"])
-    assert "7 runs for 1 seeds" in capsys.readouterr().err
+    assert "7 runs for 1 seed" in capsys.readouterr().err
     assert not (tmp_path / "r").exists()
     cli.main(words)
     printed = capsys.readouterr().err

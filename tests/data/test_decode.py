@@ -143,6 +143,55 @@ def test_common_photographs_take_the_fast_path(format_name: str, monkeypatch: py
     assert decode(encode(Image.fromarray(picture()), format_name)).shape == (3, 24, 40)
 
 
+def segment(marker: int, content: bytes) -> bytes:
+    return b"\xff" + bytes([marker]) + struct.pack(">H", len(content) + 2) + content
+
+
+PLAIN = {
+    "usual": (b"", True),
+    "comment": (segment(0xFE, b"x" * 100), True),
+    "colour profile": (segment(0xE2, b"ICC_PROFILE\0\1\1" + b"x" * 200), True),
+    "further images": (segment(0xE2, b"MPF\0" + b"x" * 40), False),
+    "EXIF": (segment(0xE1, b"Exif\0\0" + b"x" * 40), False),
+    "XMP": (segment(0xE1, b"http://ns.adobe.com/xap/1.0/\0<x/>"), False),
+    "unknown": (segment(0xEC, b"Ducky"), False),
+    "a length beyond the file": (b"\xff\xfe\xff\xff", False),
+}
+
+
+@pytest.mark.parametrize("kind", PLAIN)
+def test_pillow_reads_no_header_of_a_usual_jpeg(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    more, is_plain = PLAIN[kind]
+    usual = valid("JPEG")
+    data = usual[:2] + more + usual[2:]
+    opened: list[object] = []
+    open_image = decode_module.open_image
+
+    def counted(*arguments: Any) -> Image.Image:
+        opened.append(arguments)
+        return open_image(*arguments)
+
+    monkeypatch.setattr(decode_module, "open_image", counted)
+    if kind == "a length beyond the file":
+        with pytest.raises(BadImage):
+            decode(data)
+    else:
+        assert decode(data).equal(decode(usual))
+    assert (not opened) == is_plain
+
+
+def test_a_large_jpeg_is_left_to_pillow_where_it_may_be_reduced(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decode_module, "REDUCED_PIXELS", 200)
+    assert decode(encode(Image.fromarray(picture()), "JPEG"), shortest=6).shape == (3, 6, 10)
+
+
+def test_without_torchvisions_decoders_pillow_decodes(monkeypatch: pytest.MonkeyPatch) -> None:
+    data = valid("JPEG")
+    expected = decode(data)
+    monkeypatch.setattr(decode_module, "_decoders", dict)
+    assert_close(decode(data), expected.permute(1, 2, 0).numpy(), levels=2)
+
+
 def png_header(width: int, height: int, colour_type: int) -> bytes:
     body = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, colour_type, 0, 0, 0)
     return (

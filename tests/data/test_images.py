@@ -114,7 +114,7 @@ def test_unknown_sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
         "photo": r"'photo' does not exist\. Did you mean 'photos'\?\nA source is a folder",
         "imagse": r"'imagse' does not exist\. Did you mean 'images'\?",
         str(tmp_path / "imagse" / "deeper"): rf"imagse' does not exist\. Did you mean '{tmp_path}/images'\?",
-        "s3://bucket/x": "A source is a folder of images, a parquet file or folder, tar shards",
+        "ftp://bucket/x": "A source is a folder of images, a parquet file or folder, tar shards",
         "nothing-*.tar": "no file matches this pattern",
         "empty": r"neither this folder nor its subfolders hold images.*jpg, jpeg, jpe.*npy.*; also parquet and tar",
         "images": "holds one image; at least two are needed",

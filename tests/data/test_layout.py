@@ -45,6 +45,8 @@ def read(paths: str) -> dict[str, tuple[str, str | None]]:
         ("images/training annotations/training images/validation", "train: : validation:"),
         ("images/001.crow segmentations/001.crow images/002.wren", "train:001.crow : train:002.wren"),
         ("train train_masks", "train: :"),
+        ("data labels", "train: :"),
+        ("data labels other", "train:data train:labels train:other"),
         ("train trainannot val valannot", "train: : validation: :"),
         ("masks_train images_train masks_val images_val", ": train: : validation:"),
         ("face face_mask", "train:face train:face_mask"),

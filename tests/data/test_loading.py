@@ -11,11 +11,13 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch.utils.data._utils import signal_handling
 
 from pecobook.data import loading
-from pecobook.data.loading import Batches, WorkerError
-from pecobook.data.stream import collate
+from pecobook.data.loading import Batches, Parts, WorkerError, plan, reading_advice
+from pecobook.data.stream import collate, join
 from pecobook.errors import DataError
 
 
@@ -118,3 +120,63 @@ def test_batches__another_error_stays_as_it_is(tmp_path: Path) -> None:
     dataset = Numbers(tmp_path / "flag", 3, fail)
     with pytest.raises(RuntimeError, match="a fault of the program"):
         list(Batches(dataset, PLACES, collate=collate, workers=2, on_failure=print))
+
+
+# ----------------------------------------------------------------------------------------------------- memory and speed
+
+
+@given(st.integers(1, 3000), st.integers(0, 300))
+def test_parts__are_nearly_equal_and_hold_each_place_once(batch: int, size: int) -> None:
+    places = [list(range(batch)), list(range(batch, 2 * batch))]
+    parts = Parts(places, size)
+    found = list(parts)
+    assert [place for part in found for place in part] == list(range(2 * batch))
+    assert len(found) == sum(map(parts.count, places))
+    assert max(map(len, found)) <= (size or batch)
+    assert max(map(len, found[: parts.count(places[0])])) <= -(-batch // parts.count(places[0]))
+
+
+@given(st.integers(1, 5_000_000), st.integers(1, 256), st.integers(2**20, 2**36))
+def test_plan__bounds_what_is_read_ahead(sample: int, workers: int, room: int) -> None:
+    size, prefetch = plan(sample, workers, room)
+    assert size >= 1
+    assert 1 <= prefetch <= 4
+    least = workers * sample  # an image for each process
+    assert workers * prefetch * size * sample <= max(min(2**29, room // 4), least)
+
+
+def test_plan__keeps_processes_busy_at_any_size_of_batch() -> None:
+    assert plan(150_589, 16, 2**35) == (55, 4)  # 224 pixels: 0.5 GB where whole batches of 1,024 took 9.9
+    assert plan(3 * 1024**2, 16, 2**35) == (2, 4)
+    assert plan(150_589, 4, 2**26) == (13, 2)  # Docker's /dev/shm of 64 MB
+    assert plan(0, 4, 2**35) == (16, 2)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_batches__are_joined_from_their_parts(workers: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loading, "_PART_BYTES", 3 * 64 * 8)
+    places = [list(range(start, start + 10)) for start in range(0, 60, 10)]
+    dataset = Numbers(tmp_path / "flag", 25, kill(signal.SIGKILL))
+    said: list[str] = []
+    batches = list(Batches(dataset, places, collate=collate, join=join, workers=workers, on_failure=said.append))
+    assert [batch["value"][:, 0].tolist() for batch in batches] == places
+    assert len(said) == (workers > 0)  # killed in the middle of a batch, of which this process reads the other parts
+
+
+def test_join__of_parts_where_nothing_could_be_read() -> None:
+    one, other = {"image": torch.ones(2, 3), "skipped": ["a"]}, {"skipped": ["b"]}
+    joined = join([one, other, one], torch.device("cpu"))
+    assert joined["image"].shape == (4, 3)
+    assert joined["skipped"] == ["a", "b", "a"]
+    assert join([other]) == {"skipped": ["b"]}
+
+
+def test_reading_advice__names_what_to_raise() -> None:
+    assert reading_advice(0.1, 4, 16) == ""
+    assert (
+        reading_advice(0.5, 4, 16)
+        == "50% of the time is data wait, with --workers 4: give --workers 8 (16 cores for each device here)."
+    )
+    assert "give --workers 15 (16" in reading_advice(0.9, 4, 16)
+    assert "on 16 cores for each device: more cores, or smaller image files" in reading_advice(0.5, 15, 16)
+    assert "more cores" in reading_advice(0.5, 0, 2)

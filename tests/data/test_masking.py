@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from pecobook.data import masking
-from pecobook.data.masking import blockwise_mask, random_mask
+from pecobook.data.masking import blockwise_mask, random_mask, to_mask
 from pecobook.errors import ConfigError
 
 
@@ -39,6 +40,40 @@ def test_blockwise_mask__masks_exactly_num_masked_patches(request: tuple[tuple[i
     assert mask.sum() == num_masked
     again = blockwise_mask(grid, num_masked=num_masked, min_block=min_block, generator=seeded(seed))
     assert torch.equal(mask, again)
+
+
+def plain_mask(grid: tuple[int, int], num_masked: int, min_block: int, generator: torch.Generator) -> Tensor:
+    """Return the mask of the same random numbers with a tensor in place of bits, as simple as it can be written."""
+    mask = torch.zeros(grid, dtype=torch.bool)
+    added = -1
+    while added and mask.sum() < num_masked:
+        left, added = num_masked - int(mask.sum()), 0
+        for area, aspect, row, column in torch.rand(10, 4, generator=generator, dtype=torch.float64).tolist():
+            pixels, ratio = min_block + area * (left - min_block), math.exp((2 * aspect - 1) * math.log(1 / 0.3))
+            height, width = round(math.sqrt(pixels * ratio)), round(math.sqrt(pixels / ratio))
+            if 0 < height < grid[0] and 0 < width < grid[1]:
+                top, start = int(row * (grid[0] - height + 1)), int(column * (grid[1] - width + 1))
+                block = mask[top : top + height, start : start + width]
+                added = int((~block).sum())
+                if 0 < added <= left:
+                    block.fill_(True)
+                    break
+                added = 0
+    while mask.sum() < num_masked:
+        padded = torch.nn.functional.pad(mask, (1, 1, 1, 1))
+        near = padded[2:, 1:-1] | padded[:-2, 1:-1] | padded[1:-1, 2:] | padded[1:-1, :-2]
+        places = (near & ~mask if (near & ~mask).any() else ~mask).nonzero().tolist()
+        row, column = places[int(torch.randint(len(places), (1,), generator=generator))]
+        mask[row, column] = True
+    return mask
+
+
+@settings(max_examples=200, deadline=None)
+@given(requests())
+def test_blockwise_mask__is_that_of_a_plain_implementation(request: tuple[tuple[int, int], int, int, int]) -> None:
+    grid, num_masked, min_block, seed = request
+    mask = blockwise_mask(grid, num_masked=num_masked, min_block=min_block, generator=seeded(seed))
+    assert torch.equal(mask, plain_mask(grid, num_masked, min_block, seeded(seed)))
 
 
 @settings(max_examples=50, deadline=None)
@@ -109,15 +144,14 @@ def our_blocks(monkeypatch: pytest.MonkeyPatch, seed: int, number: int) -> list[
     masks: list[list[tuple[int, int, int]]] = []
     add = masking.add_block
 
-    def recorded(mask: Tensor, remaining: int, min_block: int, generator: torch.Generator | None) -> int:
-        before = mask.clone()
-        added = add(mask, remaining, min_block, generator)
+    def recorded(bits: int, grid: tuple[int, int], *arguments: Any) -> tuple[int, int]:
+        after, added = add(bits, grid, *arguments)
         if added:
-            new = (mask & ~before).nonzero()
+            new = to_mask(after & ~bits, grid).nonzero()
             assert len(new) == added
             height, width = (new.max(0).values - new.min(0).values + 1).tolist()
             masks[-1].append((added, height, width))
-        return added
+        return after, added
 
     monkeypatch.setattr(masking, "add_block", recorded)
     generator = seeded(seed)
@@ -168,25 +202,23 @@ def test_blockwise_mask__has_beits_blocks(monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_blockwise_mask__no_block_spans_the_grid() -> None:
     for seed in range(300):
-        mask = torch.zeros(3, 30, dtype=torch.bool)
-        masking.add_block(mask, 40, 4, seeded(seed))
-        assert mask.any(1).sum() < 3  # as in BEiT's code, which requires height < rows
-        masking.add_block(mask.zero_().t(), 40, 4, seeded(seed))
-        assert mask.any(1).sum() < 3
+        for dimension, grid in ((1, (3, 30)), (0, (30, 3))):
+            bits, _ = masking.add_block(0, grid, 40, 4, seeded(seed))
+            assert to_mask(bits, grid).any(dimension).sum() < 3  # as in BEiT's code, which requires height < rows
 
 
 def test_blockwise_mask__adds_missing_patches_next_to_masked_ones(monkeypatch: pytest.MonkeyPatch) -> None:
     add_border_patch = masking.add_border_patch
     num_added = 0
 
-    def checked(mask: Tensor, generator: torch.Generator | None) -> None:
+    def checked(bits: int, grid: tuple[int, int], generator: torch.Generator | None) -> int:
         nonlocal num_added
-        before = mask.clone()
-        add_border_patch(mask, generator)
-        ((row, column),) = (mask & ~before).nonzero().tolist()
+        after, before = add_border_patch(bits, grid, generator), to_mask(bits, grid)
+        ((row, column),) = to_mask(after & ~bits, grid).nonzero().tolist()
         neighbours = [(row - 1, column), (row + 1, column), (row, column - 1), (row, column + 1)]
         assert any(before[r, c] for r, c in neighbours if 0 <= r < 14 and 0 <= c < 14)
         num_added += 1
+        return after
 
     monkeypatch.setattr(masking, "add_border_patch", checked)
     generator = seeded(0)

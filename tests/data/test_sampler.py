@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pecobook.data.sampler import BatchPositions, key, permute, splitmix64, uniforms
+from pecobook.data.sampler import BatchPositions, key, permute, permute_windows, splitmix64, uniform, uniforms
 
 KEYS = st.integers(0, 2**64 - 1)
 GOLDEN = 0x9E3779B97F4A7C15  # splitmix64's increment
@@ -53,6 +53,40 @@ def test_uniforms__are_uniform() -> None:
     assert abs(u.std() - sigma) < 0.002
     correlation = np.corrcoef(u[:, :8].T) - np.eye(8)  # of the draws of one key
     assert np.abs(correlation).max() < 5 / 5000**0.5
+
+
+@given(KEYS, st.integers(0, 50))
+def test_uniform__is_one_of_uniforms(seed_key: int, number: int) -> None:
+    assert uniform(seed_key, number) == uniforms(seed_key, number + 1)[number]
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 3000), st.integers(0, 4000), KEYS)
+def test_permute_windows__is_a_bijection(size: int, window: int, permutation_key: int) -> None:
+    assert sorted(permute_windows(i, size, window, permutation_key) for i in range(size)) == list(range(size))
+
+
+def test_permute_windows__a_window_holds_few_runs_of_neighbours_and_shuffles_them() -> None:
+    size, window = 10_000, 640
+    order = [permute_windows(i, size, window, key(1, 2)) for i in range(size)]
+    for first in range(0, size - window, window):
+        chosen = sorted(order[first : first + window])
+        runs = 1 + sum(b - a > 1 for a, b in itertools.pairwise(chosen))
+        assert runs <= 33  # 32 runs of 20, one of which may lie across the end of the range
+        assert np.ptp(chosen) > size / 2  # from all over the range
+        assert abs(np.corrcoef(order[first : first + window], range(window))[0, 1]) < 0.2
+    assert order[:window] != [permute_windows(i, size, window, key(1, 3)) for i in range(window)]
+    assert [permute_windows(i, size, 0, 5) for i in range(50)] == [permute(i, size, 5) for i in range(50)]
+
+
+def test_permute_windows__neighbours_part_in_another_epoch() -> None:
+    """Runs begin elsewhere in each epoch, so no two images are always in the same window."""
+    size, window = 5000, 320
+    together = 0
+    for epoch in range(40):
+        place = {permute_windows(i, size, window, key(0, epoch)): i // window for i in range(size)}
+        together += place[1234] == place[1235]
+    assert 20 < together < 40
 
 
 @settings(max_examples=40, deadline=None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import pickle
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -13,13 +14,15 @@ import pytest
 import torch
 from torch import Tensor
 from torch._utils import ExceptionWrapper
+from torch.utils.data import BatchSampler
 
 from pecobook.data.batch import Batch
 from pecobook.data.decode import BadImage
 from pecobook.data.images import open_images
+from pecobook.data.loading import Parts
 from pecobook.data.sampler import BatchPositions, key, permute
 from pecobook.data.source import ImageSource, Store
-from pecobook.data.stream import Stream, collate, default_workers, load, read_all
+from pecobook.data.stream import Numbers, Stream, _Items, collate, default_workers, load, read_all
 from pecobook.data.views import random_crop
 from pecobook.errors import DataError
 
@@ -57,6 +60,10 @@ def view(image: Tensor, view_key: int) -> dict[str, Tensor]:
     return {"image": CROP(image, view_key=view_key), "key": torch.tensor(view_key >> 1)}
 
 
+def resident_bytes() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
 def read(
     stream: Stream,
     *,
@@ -70,7 +77,7 @@ def read(
     positions = BatchPositions(
         start_step=steps[0], stop_step=steps[1], batch_size=batch, micro_batch_size=micro, rank=rank, world_size=ranks
     )
-    return list(load(stream, positions, workers=workers, pin=False))
+    return list(load(stream, positions, workers=workers))
 
 
 def assert_equal(one: Sequence[Mapping[str, Any]], other: Sequence[Mapping[str, Any]]) -> None:
@@ -117,6 +124,15 @@ def test_stream__an_epoch_is_every_image_once_in_a_new_order_with_new_views() ->
     assert len({tuple(order) for order in orders}) == 3
     assert len({int(sample["key"]) for epoch in epochs for sample in epoch}) == 60
     assert orders[0] != [int(Stream(squares(20), view, seed=1)[i]["index"]) for i in range(20)]
+
+
+def test_stream__windows_change_the_order_alone() -> None:
+    whole, windows = (Stream(squares(40), view, seed=2, window=window) for window in (0, 10))
+    one, other = (
+        {int(s["index"]): int(s["key"]) for s in map(stream.__getitem__, range(40))} for stream in (whole, windows)
+    )
+    assert one == other  # every image once, with the same view
+    assert list(one) != list(other)
 
 
 @pytest.mark.parametrize("bad", [frozenset[int](), frozenset({2, 3, 11})], ids=["good", "some bad"])
@@ -211,7 +227,35 @@ def test_default_workers__shares_the_cores_out(
     monkeypatch: pytest.MonkeyPatch, cores: int, devices: int, workers: int
 ) -> None:
     monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(cores)), raising=False)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     assert default_workers(devices) == workers
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    assert default_workers(devices) == (workers if workers < 16 else 64)
+
+
+def test_batches_of_ten_million_images_take_no_memory_of_their_own() -> None:
+    size = 10**7
+    starts = range(0, size // 2, 8192)
+    ranges = [(split, range(start, start + 8192)) for split in ("train", "evaluation") for start in starts]
+    numbers = Numbers([numbers for _, numbers in ranges])
+    positions = BatchPositions(
+        start_step=0, stop_step=size // 4096, batch_size=4096, micro_batch_size=4096, rank=0, world_size=1
+    )
+    batches = (_Items(ranges, 250), BatchSampler(numbers, 4096, drop_last=False), Parts(positions, 50))
+    before = resident_bytes()
+    counts = [sum(map(len, places)) for places in batches]
+    assert resident_bytes() - before < 2**24  # a list of them would take 360 MB, and one of pairs a GB
+    assert counts == [len(numbers), len(numbers), len(positions) * 4096]
+
+
+def test_items__hold_one_split_each_and_every_image_once() -> None:
+    ranges = [("train", range(5)), ("train", range(5, 9)), ("evaluation", range(3))]
+    batches = list(_Items(ranges, 4))
+    assert [len(batch) for batch in batches] == [4, 4, 1, 3]
+    assert [item for batch in batches for item in batch] == [(split, n) for split, part in ranges for n in part]
+    assert all(len({split for split, _ in batch}) == 1 for batch in batches)
+    assert list(Numbers([part for _, part in ranges])) == [*range(9), *range(3)]
+    assert Numbers([range(5), range(5, 9)])[6] == 6
 
 
 def test_read_all__reads_everything_in_order_and_lists_the_bad() -> None:

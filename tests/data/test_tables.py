@@ -121,6 +121,17 @@ def test_parquet_labels(
             check_labels(splits, "x")
 
 
+def test_a_column_of_labels_under_another_name_is_named(tmp_path: Path) -> None:
+    columns = {"id": [0, 1], "image": [png(1), png(2)], "fine_label": [0, 1]}
+    pq.write_table(pa.table(columns), tmp_path / "train.parquet")
+    splits = open_images(str(tmp_path))
+    assert splits.train.classes is None
+    assert splits.notes == (
+        "The labels of train are not used: there is no column 'label', only id, image, fine_label: rename 'fine_label' "
+        "to 'label' if it holds the classes.",
+    )
+
+
 def test_a_missing_label_of_a_held_out_image_is_named(tmp_path: Path) -> None:
     pq.write_table(pa.table({"image": [png(1), png(2)], "label": [0, 1]}), tmp_path / "train.parquet")
     pq.write_table(pa.table({"image": [png(3), png(4)], "label": [0, None]}), tmp_path / "test.parquet")
@@ -154,14 +165,14 @@ def test_paths_are_looked_up_beside_the_parquet_file(tmp_path: Path, form: str) 
     write(tmp_path / "set" / "images" / "a.png", 1)
     write(tmp_path / "set" / "images" / "b.png", 2)
     write(tmp_path / "c.png", 3)
-    paths = ["images/a.png", "images\\b.png", str(tmp_path / "c.png"), "images/none.png"]
+    paths = ["images/a.png", "images\\b.png", str(tmp_path / "c.png"), "/home/me/images/b.png", "images/none.png"]
     column = paths if form == "text" else [{"bytes": None, "path": path} for path in paths]
     pq.write_table(pa.table({"image": column}), tmp_path / "set" / "train.parquet")
     pq.write_table(pa.table({"image": column[:1]}), tmp_path / "set" / "test.parquet")
     splits = open_images(str(tmp_path / "set"))
-    assert values(splits.train.subset(range(3))) == [1, 2, 3]
-    with pytest.raises(BadImage, match=r"row 3: .*set/images/none.png: No such file"):
-        splits.train.read(3)
+    assert values(splits.train.subset(range(4))) == [1, 2, 3, 2]
+    with pytest.raises(BadImage, match=r"row 4: .*set/images/none.png: No such file"):
+        splits.train.read(4)
 
 
 @pytest.mark.parametrize(

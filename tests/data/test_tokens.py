@@ -211,3 +211,22 @@ def test_differences__names_both_sides() -> None:
         "seed: 0 of the bank, 4 now",
         "size: None of the bank, 2 now",
     ]
+
+
+def test_large_codebook__has_codes_of_four_bytes(tmp_path: Path) -> None:
+    assert tokens.code_type(2**16) == {}
+    config = write_bank(tmp_path, code_type=tokens.code_type(2**18)["code_type"])
+    layouts = tokens.bank_layouts(config)
+    for layout in layouts.values():
+        for number in range(layout.num_shards):
+            file = layout.file(tmp_path, number)
+            write_shard(file, np.load(file).astype(np.uint32) + 200_000)
+    bank = TokenBank(tmp_path, 2**18)
+    assert bank.shard("train", 0).dtype == np.uint32
+    assert int(bank.read("train", 6, 2)[1, 2]) == 200_000 + code_at(6, 2, 1, 2)
+    small = BankLayout("train", 10**6, 4, (14, 14))
+    large = BankLayout("train", 10**6, 4, (14, 14), "uint32")
+    assert large.shard_images == min(small.shard_images, tokens._SHARD_BYTES // (4 * 4 * 196))
+    write_shard(layouts["train"].file(tmp_path, 0), bank.shard("train", 0).astype(np.uint16))
+    with pytest.raises(DataError, match=r"holds uint16 .* not uint32"):
+        TokenBank(tmp_path, 2**18)

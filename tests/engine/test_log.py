@@ -24,6 +24,7 @@ from pecobook.engine.log import (
     open_text_log,
 )
 from pecobook.errors import ConfigError
+from pecobook.settings.tracking import TrackingConfig
 from pecobook.utils.printer import say
 
 
@@ -231,6 +232,37 @@ def test_mlflow__continues_the_run_of_the_folder(tmp_path: Path, monkeypatch: py
     assert calls[-1][0] == "end_run"
 
 
+TRACKING = TrackingConfig(project="eyes", entity="lab", group="rates", tags=("a", "b"), offline=True)
+
+
+@pytest.mark.parametrize("tracking", [TrackingConfig(), TRACKING])
+def test_tracking__goes_to_weights_and_biases_and_to_mlflow(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tracking: TrackingConfig
+) -> None:
+    calls: list[tuple[str, tuple[Any, ...], dict[str, Any]]] = []
+    monkeypatch.setitem(sys.modules, "wandb", Recorder("wandb", calls, {"init": Recorder("run", calls)}))
+    monkeypatch.setitem(sys.modules, "mlflow", Recorder("mlflow", calls, {"search_runs": []}))
+    for sink in open_sinks(("wandb", "mlflow"), tmp_path, {}, start_step=0, tracking=tracking):
+        sink.close()
+    init = next(keywords for name, _, keywords in calls if name == "init")
+    given = {name: init[name] for name in ("project", "entity", "group", "tags", "mode")}
+    others = [(name, *args) for name, args, _ in calls if name.startswith("set_") and "pecobook_run" not in args]
+    if tracking is TRACKING:
+        assert given == {
+            "project": "eyes", "entity": "lab", "group": "rates", "tags": ("a", "b"), "mode": "offline",
+        }  # fmt: skip
+        assert others == [
+            ("set_tracking_uri", (tmp_path / "mlruns").as_uri()),
+            ("set_experiment", "eyes"),
+            ("set_tag", "a", ""),
+            ("set_tag", "b", ""),
+            ("set_tag", "group", "rates"),
+        ]
+    else:
+        assert given == {"project": "pecobook", "entity": None, "group": None, "tags": None, "mode": None}
+        assert others == [("set_experiment", "pecobook")]
+
+
 def test_open_sinks__opens_the_requested_loggers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[tuple[str, tuple[Any, ...], dict[str, Any]]] = []
     monkeypatch.setitem(sys.modules, "wandb", Recorder("wandb", calls, {"init": Recorder("run", calls)}))
@@ -264,13 +296,13 @@ def test_open_text_log__appends_and_writes_each_line_once(tmp_path: Path) -> Non
 def test_progress__prints_plain_lines_without_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:
     progress = Progress(total=100, start=90, name="codebook", quiet=False)
     for step in range(91, 101):
-        progress.show(step, {"loss": 0.5, "images_per_second": 1234.0, "data_wait": 0.25})
+        progress.show(step, {"loss": 0.5, "images_per_second": 1234.0, "data_wait": 0.25, "gpu_memory": 9.87})
     say("a word")
     progress.close()
     out, err = capsys.readouterr()
     assert out == ""
     lines = err.splitlines()
-    assert lines[0] == "codebook 91/100  loss 0.5000  1234 img/s  data wait 25%"
+    assert lines[0] == "codebook 91/100  loss 0.5000  1234 img/s  data wait 25%  9.9 GB"
     assert lines[1].startswith("codebook 100/100  ")  # the steps between came within five seconds
     assert lines[2:] == ["a word"]
 

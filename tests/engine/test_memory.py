@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import torch
 
-from pecobook.engine.memory import out_of_memory_advice
+from pecobook.engine.memory import gpu_memory, out_of_memory_advice
 from pecobook.settings.codebook import CodebookConfig
 from pecobook.settings.dense import PyramidConfig
 from pecobook.settings.detect import DetectConfig
@@ -53,3 +54,9 @@ def test_advice__in_the_evaluation_of_single_images() -> None:
     sharded = SegmentConfig(strategy="fsdp", devices="2")
     assert "slide" not in remedy(sharded, evaluating=True)
     assert "--max-size" in remedy(DetectConfig(), evaluating=True)
+
+
+def test_gpu_memory__is_in_gigabytes_and_only_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.max_memory_allocated", lambda _: 2_500_000_000)
+    assert gpu_memory(torch.device("cpu")) == {}
+    assert gpu_memory(torch.device("cuda", 0)) == {"gpu_memory": 2.5}

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 
-from pecobook import api
+from pecobook import api, cli
 from pecobook.engine.preamble import compact, describe_run, device_name, parameter_counts
 from pecobook.recipes import recipe
 from pecobook.settings.values import replace
@@ -24,12 +25,47 @@ def test_run__says_what_it_learns_from_and_shows_its_first_steps(
     assert shown[2].split(maxsplit=1)[1] == "3 classes: blue 6, green 8, red 8; held out: blue 2, green 0, red 0"
     assert shown[3].split(maxsplit=1)[1] == "48 x 40 pixels; mode RGB"
     assert shown[6].split(maxsplit=1)[1] == "4 (1.5 epochs), 8 images a step (1 device, 4 images at once, 2 parts)"
-    assert shown[7].startswith("contrast 1/4  loss ")
-    assert "left" not in shown[7]
-    assert shown[8].startswith("contrast 2/4  loss ")
-    assert "  left " in shown[8]
+    assert shown[7].split(maxsplit=1) == [
+        "settings",
+        "of the recipe tiny, but batch-size 8, blur [1.0, 0.1], hidden-dim 32, max-steps 4, "
+        'model.args {"channels": [8, 16, 32, 64], "stem_width": 8}, output-dim 16',
+    ]
+    assert shown[8].startswith("contrast 1/4  loss ")
+    assert "left" not in shown[8]
+    assert shown[9].startswith("contrast 2/4  loss ")
+    assert "  left " in shown[9]
     logged = (tmp_path / "run" / "train.log").read_text()
-    assert all(line in logged for line in shown[:7])
+    assert all(line in logged for line in shown[:8])
+
+
+def test_run__a_file_names_the_recipe_and_config_diff_the_changes(
+    images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A file of a few settings, with comments, is enough for a run; config.json of that run is enough for another."""
+    file, run, again = tmp_path / "mine.yaml", tmp_path / "run", tmp_path / "again"
+    small = {name: value for name, value in SMALL["contrast"].items() if name not in ("blur", "loggers")}
+    lines = [f"{name}: {value}" if value != "fp32" else "precision: fp32  # a CPU" for name, value in small.items()]
+    text = "\n".join(["recipe: tiny", *lines, "blur: [1.0, 0.1]", "max_steps: 1", f"data: {images}"])
+    file.write_text(text.replace("model.args: ", "model.args: '").replace("8}", "8}'").replace("max_steps: 8\n", ""))
+    cli.main(["contrast", "--config", str(file), "--out", str(run), "--optim.lr", "0.25"])
+    shown = capsys.readouterr().err
+    assert "settings" in shown
+    changes = (run / "config.diff").read_text().splitlines()
+    before = recipe("contrast", "tiny")
+    assert changes[0] == "pecobook contrast tiny: settings that differ"
+    assert f"optim.lr: {before.optim.lr} -> 0.25" in changes
+    assert f"hidden-dim: {before.hidden_dim} -> 32" in changes
+    assert not any(line.startswith(("log-every:", "workers:", "out:", "seed:")) for line in changes)
+    settings = json.loads((run / "config.json").read_text())
+    assert settings["recipe"] == "tiny"
+    cli.main(["contrast", "--config", str(run), "--out", str(again)])
+    assert (again / "config.diff").read_bytes() == (run / "config.diff").read_bytes()
+    cli.main(["contrast", "--config", str(again), "--out", str(again), "--resume"])
+    settings.pop("recipe")
+    (run / "config.json").write_text(json.dumps(settings))  # as of an earlier version
+    cli.main(["contrast", "--config", str(run), "--out", str(again), "--overwrite"])
+    assert not (again / "config.diff").exists()
+    assert "recipe" not in json.loads((again / "config.json").read_text())
 
 
 def test_describe_run__counts_parameters_and_steps() -> None:

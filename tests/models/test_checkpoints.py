@@ -243,6 +243,16 @@ def test_load_backbone__a_files_positions_are_interpolated_to_the_size(tmp_path:
     assert_close(backbone.network.eval()(images), expected.eval()(images))
 
 
+@pytest.mark.parametrize("name", ["test_vit", "test_resnet", "swin_tiny_patch4_window7_224"])
+@pytest.mark.parametrize("wrap", [lambda network: network, lambda network: {"model": network, "epoch": 3}])
+def test_read_weights__of_a_network_that_was_saved_whole(name: str, wrap: Any, tmp_path: Path) -> None:
+    network = create_network(name, num_classes=0)
+    torch.save(wrap(network), tmp_path / "weights.pth")
+    state = read_weights(str(tmp_path / "weights.pth"))
+    assert state.keys() == network.state_dict().keys()
+    assert all(torch.equal(value, network.state_dict()[key]) for key, value in state.items())
+
+
 def test_load_state__old_files_do_not_count_batches() -> None:
     state = create_network("test_resnet", num_classes=0).state_dict()
     old = {name: value for name, value in state.items() if not name.endswith("num_batches_tracked")}

@@ -91,8 +91,11 @@ def test_dry_run__changes_nothing() -> None:
 
 
 def test_dry_run__names_the_network_and_the_reason() -> None:
-    with pytest.raises(WeightsError, match=r"'part' cannot learn: mat1 and mat2 shapes cannot be multiplied"):
+    message = r"'part' cannot learn: mat1 and mat2 shapes cannot be multiplied .*\. Choose another network\.$"
+    with pytest.raises(WeightsError, match=message):
         dry_run(Part(), (torch.ones(2, 5),), network="part", purpose="learn")
+    with pytest.raises(WeightsError, match=r"multiplied .*\. Give less\.$"):
+        dry_run(Part(), (torch.ones(2, 5),), network="part", purpose="learn", remedy="Give less.")
     message = r"'part' cannot learn: its weight 'spare.weight' and 1 more would get no gradient"
     with pytest.raises(WeightsError, match=message):
         dry_run(Part("unused"), (torch.ones(2, 4),), network="part", purpose="learn")
@@ -177,6 +180,11 @@ def test_check_network__of_pretraining(name: str, args: dict[str, Any], message:
             "'test_convnext' cannot learn from images of 16 pixels (it is made for 160): ",
         ),
         (
+            "finetune",
+            {"backbone": "timm:inception_v3", "weights": "random", "image_size": 64, "drop_path": 0.0},
+            "Kernel size can't be greater than actual input size. Give --image-size 299, or another network.",
+        ),
+        (
             "codebook",
             {"perceptual.network": "timm:cait_xxs24_224", "perceptual.weights": "random", "perceptual.input_size": 64},
             "'timm:cait_xxs24_224' cannot read images of",
@@ -218,8 +226,17 @@ def test_pyramid__of_a_swin_takes_any_size() -> None:
     assert [tuple(x.shape[1:]) for x in maps] == [(96, 24, 16), (192, 12, 8), (384, 6, 4), (768, 3, 2)]
 
 
+def test_pyramid__of_overlapping_patches_has_the_strides_of_the_network() -> None:
+    pyramid, _ = load_pyramid("timm:pvt_v2_b0", weights="random", image_size=96, config=PyramidConfig(), drop_path=0.0)
+    maps = pyramid.eval()(torch.zeros(1, 3, 96, 64))
+    assert [tuple(x.shape[1:]) for x in maps] == [(32, 24, 16), (64, 12, 8), (160, 6, 4), (256, 3, 2)]
+
+
 def test_pyramid__refuses_a_network_that_reads_squares_alone() -> None:
-    with pytest.raises(WeightsError, match="'timm:sam2_hiera_tiny' cannot form a pyramid for images of any size"):
+    message = (
+        r"'timm:sam2_hiera_tiny' cannot form a pyramid for images of any size: .*\. Choose another network, such as"
+    )
+    with pytest.raises(WeightsError, match=message):
         load_pyramid("timm:sam2_hiera_tiny", weights="random", image_size=64, config=PyramidConfig(), drop_path=0.0)
 
 

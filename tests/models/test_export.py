@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import shutil
+import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -229,14 +229,23 @@ def test_push_to_hub__and_back(kind: str, monkeypatch: pytest.MonkeyPatch, tmp_p
             assert options == {"private": True, "exist_ok": True}
             return f"https://hub/{repo_id}"
 
-        def upload_folder(self, *, repo_id: str, folder_path: str) -> None:
-            shutil.copytree(folder_path, hub / repo_id)
+        def model_info(self, _: str) -> types.SimpleNamespace:
+            return types.SimpleNamespace(private=True)
+
+        def create_commit(self, repo_id: str, operations: list[Any], **options: Any) -> None:
+            assert options == {"commit_message": "Upload by pecobook", "revision": None}
+            (hub / repo_id).mkdir(parents=True)
+            for operation in operations:
+                with operation.as_file() as file:
+                    (hub / repo_id / operation.path_in_repo).write_bytes(file.read())
 
     def download(repo_id: str, **options: Any) -> str:
-        assert options == {"allow_patterns": ["model.safetensors", "config.json"]}  # no pickles, no code
+        # no pickles, no code
+        assert options == {"revision": None, "allow_patterns": ["model.safetensors", "config.json"]}
         return str(hub / repo_id)
 
     monkeypatch.setattr(huggingface_hub, "HfApi", Api)
+    monkeypatch.setenv("HF_TOKEN", "hf_test")
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda repo_id, file: str(hub / repo_id / file))
     model = build_kind(kind)

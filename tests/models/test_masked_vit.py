@@ -361,3 +361,19 @@ def test_visible_only__refuses_relative_positions(name: str) -> None:
     backbone = timm.create_model(name, num_classes=0, **SIZE)
     with pytest.raises(WeightsError, match="positions are relative: choose a plain ViT"):
         VisibleOnlyModel(backbone, 4)
+
+
+def test_tiled_cross_entropy__has_the_loss_the_gradients_and_the_predictions_of_one_tile() -> None:
+    from pecobook.models.masked_vit import tiled_cross_entropy
+
+    torch.manual_seed(0)
+    head, targets = nn.Linear(6, 50), torch.randint(50, (17,))
+    hidden = torch.randn(17, 6, requires_grad=True)
+    whole = nn.functional.cross_entropy(head(hidden), targets)
+    expected = torch.autograd.grad(whole, [hidden, *head.parameters()])
+    for rows in (1, 5, 17, 100):
+        loss, best = tiled_cross_entropy(head, hidden, targets, rows)
+        assert_close(loss, whole)
+        assert torch.equal(best, head(hidden).argmax(1))
+        for gradient, value in zip(torch.autograd.grad(loss, [hidden, *head.parameters()]), expected, strict=True):
+            assert_close(gradient, value)

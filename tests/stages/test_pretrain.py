@@ -313,3 +313,16 @@ def test_export__refuses_a_network_that_pools_class_tokens_only() -> None:
         network = create_network(name, num_classes=0)
     with pytest.raises(WeightsError, match="cannot build 'deit_tiny_distilled_patch16_224'"):
         exported_pooling(network, PretrainConfig(model=BackboneConfig(name=name), target="pixels"))
+
+
+def test_forward__of_many_codewords_in_tiles_is_that_of_few(
+    codebook_run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stage, inputs = make(codebook_run).eval(), batch()
+    whole = stage(inputs)
+    monkeypatch.setattr("pecobook.stages.pretrain._MANY_CODEWORDS", 1)
+    monkeypatch.setattr("pecobook.stages.pretrain._MANY_LOGITS", 100)  # four positions of 24 codewords
+    tiled = stage(inputs)
+    torch.testing.assert_close(tiled.loss, whole.loss)
+    assert torch.equal(tiled.metrics["accuracy"], whole.metrics["accuracy"])
+    assert torch.equal(tiled.pictures["predicted"], whole.pictures["predicted"])

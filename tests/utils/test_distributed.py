@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import os
 import time
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 
 from pecobook.errors import DataError, PreflightError, RunFolderError
-from pecobook.utils.distributed import long_on_first_rank
+from pecobook.utils import distributed
+from pecobook.utils.distributed import long_on_first_rank, made_by_first_rank, sharing
+from tests.data.sources import write
 from tests.distributed import TwoProcesses
 
 
@@ -102,3 +106,61 @@ def long_work(rank: int, _world_size: int, fails: bool) -> tuple[list[int], str]
 def test_long_on_first_rank(fails: bool, said: str, two_processes: TwoProcesses) -> None:
     assert two_processes.run(long_work, fails) == [([0], said), ([], said)]
     assert long_on_first_rank(lambda: 3) == 3
+
+
+def share_listing(rank: int, world_size: int, folder: str) -> tuple[int, list[bytes], list[int], int]:
+    from pecobook.data import folders
+
+    distributed._PART_BYTES = 100  # so that the listing goes in many parts
+    entries, calls = folders._entries, 0
+
+    def counted(*arguments: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        return entries(*arguments)
+
+    folders._entries = counted  # type: ignore[assignment]
+    try:
+        with sharing():
+            found = folders.folder_contents(folder, Path(folder))
+            again = folders.folder_contents(folder, Path(folder))
+    finally:
+        folders._entries = entries
+    part = found.parts["train"]
+    assert part.labels is not None
+    assert len(again.parts["train"].rows) == len(part.rows)
+    return calls, [*(part.store.files(part.rows) or ())], part.labels.codes.tolist(), len(part.rows)
+
+
+def test_sharing__one_rank_lists_a_folder_for_all(two_processes: TwoProcesses, tmp_path: Path) -> None:
+    for number in range(60):
+        write(tmp_path / "abc"[number % 3] / f"a long name of image {number:03}.png", number)
+    (calls, *first), (other_calls, *second) = two_processes.run(share_listing, str(tmp_path))
+    assert first == second
+    assert (calls, other_calls) == (4, 0)  # the folder and its three subfolders, once, on the first rank alone
+    assert first[2] == 60
+
+
+def share_late(rank: int, world_size: int) -> list[Any]:
+    """Rank 0 fails at one thing, and never asks for another."""
+
+    def make() -> int:
+        if rank == 0:
+            raise DataError("gone")
+        return 10 + rank
+
+    values: list[Any] = []
+    with sharing():
+        try:
+            values.append(made_by_first_rank("a", make))
+        except DataError:
+            values.append("failed")
+        if rank:
+            values.append(made_by_first_rank("b", lambda: 20 + rank))
+    values.append(made_by_first_rank("a", lambda: 30 + rank))
+    return values
+
+
+def test_sharing__no_rank_waits_for_what_the_first_does_not_make(two_processes: TwoProcesses) -> None:
+    assert two_processes.run(share_late) == [["failed", 30], [11, 21, 31]]
+    assert two_processes.run(share_late) == [["failed", 30], [11, 21, 31]]

@@ -43,29 +43,54 @@ def training_curves(runs: Mapping[str, Metrics], metrics: Sequence[str] | None =
     """Draw one small panel per metric, with the curves of all runs, by the run's name.
 
     Without `metrics`, at most eight metrics that vary are drawn, `loss` first. A noisy curve is drawn faintly, and its
-    running mean above it.
+    running mean above it. More than eight panels stand in three columns.
     """
     metrics = metrics or varying_metrics(runs)[:8]
     if not metrics:
         raise ValueError("training_curves found no metric with numbers at two steps")
-    columns = min(2, len(metrics))
+    columns = min(2 if len(metrics) <= 8 else 3, len(metrics))
     rows = -(-len(metrics) // columns)
-    figure = new_figure(_WIDTH, 1.75 * rows + 0.35)
+    figure = new_figure(_WIDTH * max(columns, 2) / 2, 1.75 * rows + 0.35)
     style_of = styles(list(runs))
     for position, metric in enumerate(metrics):
-        axes = figure.add_subplot(rows, columns, position + 1)
+        axes = figure.add_subplot(rows, columns, position + 1, sharex=figure.axes[0] if position else None)
         style_axes(axes, grid="y")
         axes.set_title(metric.replace("_", " "), color=INK, fontsize=10, loc="left")
         for name, records in runs.items():
             _curve(axes, *_series(records, metric), name, style_of[name])
         axes.locator_params(nbins=4)
         axes.margins(x=0.02)
-        if position // columns == rows - 1:
+        if position + columns >= len(metrics):
             axes.set_xlabel("step", color=INK, fontsize=9.5)
     height = figure.get_figheight()
     figure.subplots_adjust(left=0.08, right=0.99, top=1 - 0.5 / height, bottom=0.3 / height, wspace=0.28, hspace=0.42)
     _legend(figure, figure.axes[0], len(runs), 1 - 0.22 / height)
     return png(figure)
+
+
+def run_curves(log: Path) -> bytes:
+    """Draw all that a run logged in its metrics.jsonl: the loss and its parts, evaluations, learning rate, speed.
+
+    An evaluation shares the panel of the training metric of its name. The result is empty while there is no number.
+    """
+    training: list[dict[str, Any]] = []
+    held_out: list[dict[str, Any]] = []
+    for record in read_metrics(log):
+        evaluated = {name: value for name, value in record.items() if name.startswith("evaluation/")}
+        training.append({name: value for name, value in record.items() if name not in evaluated})
+        held_out.append(
+            {"step": record["step"]} | {name.removeprefix("evaluation/"): evaluated[name] for name in evaluated}
+        )
+    runs: dict[str, Metrics] = {"training": training, "held-out images": held_out}
+    names = dict.fromkeys(name for logged in runs.values() for record in logged for name in record if name != "step")
+    metrics = [name for name in names if any(_series(logged, name)[0] for logged in runs.values())]
+    return training_curves(runs, sorted(metrics, key=_rank)) if metrics else b""
+
+
+def _rank(metric: str) -> int:
+    """Return the place of a metric's panel: the loss, what the stage measures, then what every run logs."""
+    last = ("grad_norm", "lr", "images_per_second", "data_wait", "gpu_memory")
+    return -1 if metric == "loss" else last.index(metric) + 1 if metric in last else 0
 
 
 def code_usage_chart(counts: Mapping[str, Array]) -> bytes:
@@ -163,8 +188,9 @@ def _curve(axes: Axes, x: Sequence[float], y: Sequence[float], name: str, style:
     summed = np.cumsum(np.concatenate([[0.0], np.asarray(y, dtype=np.float64)]))
     first = np.maximum(np.arange(1, len(y) + 1) - width, 0)
     mean = (summed[1:] - summed[first]) / (np.arange(1, len(y) + 1) - first)
-    axes.plot(x, y, linewidth=0.8, alpha=0.28, color=style["color"])
-    axes.plot(x, mean, label=escape_text(name), linewidth=1.8, **line)
+    every = slice(None, None, -(-len(y) // 1500))  # more points than pixels take time and show nothing
+    axes.plot(x[every], y[every], linewidth=0.8, alpha=0.28, color=style["color"])
+    axes.plot(x[every], mean[every], label=escape_text(name), linewidth=1.8, **line)
 
 
 def _series(records: Metrics, metric: str) -> tuple[list[float], list[float]]:

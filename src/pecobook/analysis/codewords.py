@@ -16,6 +16,9 @@ from torch import Tensor
 
 from pecobook.analysis.arrays import Array, as_numpy
 
+_EXACT, _SAMPLE = 2**14, 2**10
+"""Number of used codewords up to which all are compared with each other, and that of the sample above it."""
+
 
 @dataclass(frozen=True)
 class CodeUsage:
@@ -99,9 +102,15 @@ def distinct_codewords(codebook: Tensor, usage: Tensor, *, tolerance: float = 0.
     share, vectors = share[used], codebook.detach().float()[used]
     limit = tolerance * (share @ vectors.square().sum(1)).sqrt()
     vectors = vectors - share @ vectors  # centred, so that small distances are accurate
+    of, weight = vectors, share
+    if len(share) > _EXACT:  # the entropy is a mean over codewords: of a large codebook it is estimated from a sample
+        generator = torch.Generator().manual_seed(0)
+        chosen = torch.multinomial(share.cpu(), _SAMPLE, replacement=True, generator=generator).to(share.device)
+        of, weight = vectors[chosen], torch.full_like(share[chosen], 1 / _SAMPLE)
     # In parts, because K x K distances may need too much memory.
-    similar_share = [(torch.cdist(part, vectors) <= limit).float() @ share for part in torch.split(vectors, 1024)]
-    return float((-share @ torch.cat(similar_share).clamp_min(1e-12).log()).exp())
+    rows = min(1024, max(2**23 // max(len(vectors), 1), 1))
+    similar_share = [(torch.cdist(part, vectors) <= limit).float() @ share for part in torch.split(of, rows)]
+    return float((-weight @ torch.cat(similar_share).clamp_min(1e-12).log()).exp())
 
 
 def mean_codewords(codes: Array, codebook: Tensor) -> Tensor:

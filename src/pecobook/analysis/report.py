@@ -73,6 +73,22 @@ class Table:
                 raise ValueError(f"a row has {len(row)} cells and the header {len(self.header)}: {row}")
 
 
+def as_text(table: Table) -> str:
+    """Return a table for the terminal."""
+    rows = [table.header, *table.rows]
+    widths = [max(len(row[column]) for row in rows) for column in range(len(table.header))]
+    padded = [[cell.ljust(width) for cell, width in zip(row, widths, strict=True)] for row in rows]
+    return "\n".join("  ".join(cells).rstrip() for cells in padded)
+
+
+def as_markdown(table: Table) -> str:
+    """Return a table in Markdown."""
+    columns = range(len(table.header))
+    rule = ["---" if column in table.text_columns else "---:" for column in columns]
+    rows = [[cell.replace("|", r"\|") for cell in row] for row in (table.header, *table.rows)]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in (rows[0], rule, *rows[1:]))
+
+
 @dataclass(frozen=True)
 class Section:
     """A section of the page: text, then pictures, then a table, then collapsed details."""

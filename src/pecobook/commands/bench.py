@@ -205,7 +205,7 @@ class Benchmark:
         positions = BatchPositions(
             start_step=0, stop_step=count, batch_size=size, micro_batch_size=size, rank=0, world_size=1
         )
-        batches = load(stream, positions, workers=default_workers(1), pin=self.device.type == "cuda")
+        batches = load(stream, positions, workers=default_workers(1), device=self.device)
         next(batches)  # the first batch includes the start of the workers
         start = time.perf_counter()
         for _ in batches:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from pecobook.analysis.charts import read_metrics, training_curves, varying_metrics
-from pecobook.analysis.report import Picture, Report, Section, Table, write_pictures, write_report
+from pecobook.analysis.report import Picture, Report, Section, Table, as_text, write_pictures, write_report
 from pecobook.errors import ConfigError, Preflight
 from pecobook.settings.compare import CompareConfig
 from pecobook.settings.values import flag, replace
@@ -81,7 +81,7 @@ def compare(config: CompareConfig | None = None, **settings: Any) -> Path:
         content = [{"name": run.name, "last": run.last_evaluation, "settings": run.settings} for run in named]
         write_json(folder.path / _MARKER, {"runs": content, "different": [row[0] for row in differences.rows]})
     for table in (evaluations, differences):
-        show(_as_text(table) + "\n")
+        show(as_text(table) + "\n")
     show(f"Done: {report}")
     return folder.path
 
@@ -167,11 +167,3 @@ def _report(runs: list[Run], pictures: dict[str, bytes], evaluations: Table, dif
             Section("Settings", text=equal, table=differences if differences.rows else None),
         ),
     )
-
-
-def _as_text(table: Table) -> str:
-    """Return a table for the terminal."""
-    rows = [table.header, *table.rows]
-    widths = [max(len(row[column]) for row in rows) for column in range(len(table.header))]
-    padded = [[cell.ljust(width) for cell, width in zip(row, widths, strict=True)] for row in rows]
-    return "\n".join("  ".join(cells).rstrip() for cells in padded)

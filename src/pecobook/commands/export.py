@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -130,7 +131,10 @@ def _to_huggingface(config: ExportConfig, network: Any) -> str:
     if classes := list(network.classes):
         hf_config |= {"id2label": dict(enumerate(classes)), "label2id": {c: i for i, c in enumerate(classes)}}
     lines = transformers_lines(config.out, is_classifier=bool(classes), value_range=network.value_range)
-    card = f"---\nlibrary_name: transformers\n---\n\n```python\n{lines}\n```\n\n{range_text(network.value_range)}\n"
+    # Of a shorter side its central square would have no pixel, where `center_crop` takes one.
+    least = f"The image processor needs images of {math.ceil(1 / crop)} x {math.ceil(1 / crop)} pixels or more.\n"
+    text = f"{least if crop < 1 else ''}{range_text(network.value_range)}"
+    card = f"---\nlibrary_name: transformers\n---\n\n```python\n{lines}\n```\n\n{text}\n"
     out = Path(config.out)
     write_export(out, hf_config | range_entry(network), weights, card)
     processor = beit_processor(image_size=size, crop=crop, mean=network.mean, std=network.std)

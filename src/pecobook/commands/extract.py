@@ -14,6 +14,7 @@ from pecobook.engine.log import Progress
 from pecobook.errors import ConfigError
 from pecobook.models.dry_run import dry_run
 from pecobook.models.export import read_settings
+from pecobook.models.tokenizers import FOREIGN
 from pecobook.models.weights import Backbone, load_backbone
 from pecobook.settings.embed import EmbedConfig
 from pecobook.settings.probe import ProbeConfig
@@ -27,7 +28,7 @@ def names_tokenizer(source: str) -> bool:
     if not source:
         raise ConfigError("--backbone is missing: give a run of pecobook, or timm:NAME.")
     is_run = Path(source).is_dir() and read_settings(source).get("kind") == "tokenizer"
-    return is_run or source.startswith(("dalle:", "diffusers:"))
+    return is_run or source.partition(":")[0] in FOREIGN
 
 
 def open_backbone(config: ProbeConfig | EmbedConfig, seed: int) -> tuple[Backbone, int]:

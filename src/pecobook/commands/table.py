@@ -17,12 +17,14 @@ from pecobook.settings.contrast import ContrastConfig
 from pecobook.settings.demo import DemoConfig
 from pecobook.settings.detect import DetectConfig
 from pecobook.settings.embed import EmbedConfig
+from pecobook.settings.evaluate import EvaluateConfig
 from pecobook.settings.explore import ExploreConfig
 from pecobook.settings.export import ExportConfig
 from pecobook.settings.finetune import FinetuneConfig
 from pecobook.settings.predict import PredictConfig
 from pecobook.settings.pretrain import PretrainConfig
 from pecobook.settings.probe import ProbeConfig
+from pecobook.settings.push import PushConfig
 from pecobook.settings.reproduce import ReproduceConfig
 from pecobook.settings.segment import SegmentConfig
 from pecobook.settings.tokenize import TokenizeConfig
@@ -140,6 +142,18 @@ COMMANDS: dict[str, Command] = {
         ),
         "tokenizer against tokens backbone data out overwrite classifier perceptual codewords max-train max-test",
     ),
+    "evaluate": Command(
+        "measure tokenizers as others publish them: rFID, PSNR, SSIM, LPIPS, usage, speed",
+        EvaluateConfig,
+        "TOKENIZER [TOKENIZER ...] --data SOURCE --out DIR",
+        (
+            "evaluate runs/codebook runs/pixel --data photos --out runs/evaluation",
+            "evaluate taming:vqgan.ckpt --data IMAGENET --metrics rfid psnr --out runs/vqgan",
+        ),
+        "tokenizers data out overwrite metrics split num-images image-size inception-weights statistics "
+        "lpips-weights perceptual batch-size precision",
+        words=("tokenizers",),
+    ),
     "explore": Command(
         "serve a page on this machine to explore codewords and masks",
         ExploreConfig,
@@ -214,6 +228,14 @@ COMMANDS: dict[str, Command] = {
         ),
         "runs metrics out overwrite",
         words=("runs",),
+    ),
+    "push": Command(
+        "upload the export of a run to the Hugging Face hub, with a complete model card",
+        PushConfig,
+        "RUN OWNER/NAME",
+        ("push runs/codebook me/codebook --license mit --dry-run", "push runs/vit me/vit --private --revision v2"),
+        "run repo license private revision message dry-run",
+        words=("run", "repo"),
     ),
     "demo": Command(
         "run all stages on built-in photographs in minutes, with a report",

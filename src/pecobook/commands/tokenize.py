@@ -26,11 +26,11 @@ from pecobook.data.source import Splits
 from pecobook.data.stream import read_all_views, to_device
 from pecobook.data.tokens import (
     BANK,
-    MAX_CODEWORDS,
     OF_IMAGES,
     BankLayout,
     bank_differences,
     bank_layouts,
+    code_type,
     missing_shards,
     read_bank_config,
     read_skipped,
@@ -153,6 +153,7 @@ def _preflight(config: TokenizeConfig) -> _Ready:
     bank_config = {
         "kind": "token bank",
         "tokenizer": fingerprint(tokenizer),
+        **code_type(tokenizer.num_codewords),
         "grid": [views.tokenizer_size // tokenizer.stride] * 2,
         "value_range": splits.train.value_range and list(splits.train.value_range),
         "data": splits.train.fingerprint,
@@ -174,8 +175,6 @@ def _open_tokenizer(config: TokenizeConfig) -> Any:
     if not config.tokenizer:
         raise ConfigError("--tokenizer is missing: give the folder of a codebook run.")
     tokenizer = load_tokenizer(config.tokenizer)
-    if tokenizer.num_codewords > MAX_CODEWORDS:
-        raise ConfigError(f"A bank holds tokens of at most {MAX_CODEWORDS} codewords, not {tokenizer.num_codewords}.")
     size, stride = config.tokenizer_size or config.image_size, tokenizer.stride
     if size % stride:
         nearest = max(round(size / stride), 1) * stride
@@ -245,11 +244,10 @@ def _write(
     shards = [(layout[file.parent.name], int(file.stem.rpartition("-")[2]), file) for file in files]
     total = sum(len(split.images_of(shard)) for split, shard, _ in shards)
     progress = Progress(total=total, start=0, name="tokenize", quiet=fabric.global_rank > 0)
-    items = [(split.split, i) for split, shard, _ in shards for i in split.images_of(shard)]
     batches = read_all_views(
         NamedViews.of(config),
         ready.splits,
-        items,
+        [(split.split, split.images_of(shard)) for split, shard, _ in shards],
         num_views=config.views,
         images_per_batch=max(config.batch_size // config.views, 1),
         workers=num_workers(config),  # type: ignore[arg-type]
@@ -266,7 +264,7 @@ def _write(
                         return False
                     batch = next(batches)
                     pending += _encode(config, tokenizer, fabric, batch, split)
-                    done += batch["count"]
+                    done += len(batch["unread"])
                     speed = done / max(time.monotonic() - start, 1e-9)
                     progress.show(min(done, total), {"images_per_second": speed})
                 images = zip(split.images_of(shard), pending[:count], strict=True)
@@ -283,7 +281,7 @@ def _write(
 def _encode(
     config: TokenizeConfig, tokenizer: Any, fabric: Any, batch: dict[str, Any], layout: BankLayout
 ) -> list[tuple[Any, Any]]:
-    """Returns (codes uint16 (V, h, w), None) of each image, and (zeros, BadImage) of an unreadable image."""
+    """Returns (codes (V, h, w) of the bank's type, None) of each image; (zeros, BadImage) of an unreadable image."""
     unread = batch["unread"]
     codes = iter(())
     if "image" in batch:
@@ -291,9 +289,9 @@ def _encode(
         with torch.inference_mode(), fabric.autocast():
             pixels = NamedViews.of(config).pixels(views, training=layout.split == "train")
             indices = encode_views(tokenizer, pixels, config.tokenizer_size)
-        codes = iter(indices.cpu().numpy().astype(np.uint16).reshape(-1, layout.num_views, *layout.grid))
-    zeros = np.zeros((layout.num_views, *layout.grid), dtype=np.uint16)
-    return [(zeros, unread[i]) if i in unread else (next(codes), None) for i in range(batch["count"])]
+        codes = iter(indices.cpu().numpy().astype(layout.code_type).reshape(-1, layout.num_views, *layout.grid))
+    zeros = np.zeros((layout.num_views, *layout.grid), dtype=layout.code_type)
+    return [(next(codes), None) if error is None else (zeros, error) for error in unread]
 
 
 def _finish(out: Path, layout: dict[str, BankLayout], command: str) -> None:

@@ -20,11 +20,13 @@ from typing import Any
 
 import numpy as np
 
+from pecobook.data.decode import read_file
 from pecobook.data.layout import Folder, Layout, count_unused, parts_of, read_layout
 from pecobook.data.names import BESIDE_ITS_IMAGE, IMAGE_EXTENSIONS, SHADOW_FOLDER, masks_among
 from pecobook.data.parts import Contents
 from pecobook.data.source import Integers, Note, Store
 from pecobook.errors import DataError, some_of
+from pecobook.utils.distributed import made_by_first_rank
 
 _EXTENSIONS = frozenset(extension.encode() for extension in IMAGE_EXTENSIONS)
 _SHADOW_FOLDER = SHADOW_FOLDER.encode()
@@ -46,6 +48,7 @@ class FileStore(Store):
 
     def __init__(self, root: Path, paths: Any) -> None:
         self.root = root
+        self._prefix = os.fsencode(root / "x")[:-1]
         self._paths = paths  # Arrow's binary values, because names may not be UTF-8
 
     def __len__(self) -> int:
@@ -59,11 +62,14 @@ class FileStore(Store):
         """Return the path of the file of a row."""
         return self.root / os.fsdecode(self._paths[row].as_py())
 
+    def encoded(self, row: int) -> bytes:
+        """Return the bytes of the image file of a row. Raises BadImage."""
+        return read_file(self._prefix + self._paths[row].as_py())
+
     def files(self, rows: Integers) -> Iterator[bytes]:
         """Yield the paths of the files of the rows."""
-        root = os.fsencode(self.root) + b"/"
         for start in range(0, len(rows), _CHUNK):
-            yield from (root + path for path in self._paths.take(rows[start : start + _CHUNK]).to_pylist())
+            yield from (self._prefix + path for path in self._paths.take(rows[start : start + _CHUNK]).to_pylist())
 
     def digest(self, rows: Integers) -> str:
         """Return a hash of the relative paths. It holds no bytes: a good file may replace a damaged one."""
@@ -140,7 +146,7 @@ def folder_contents(source: str, root: Path) -> Contents:
     Raises:
         DataError: the folder holds no readable file, or it cannot be told whether folders are splits or classes.
     """
-    listing = walk(root)
+    listing = made_by_first_rank(f"listing of {root}", lambda: walk(root))
     counts = {"image": len(listing.group_of), "tar": len(listing.shards), "parquet": len(listing.tables)}
     weights = dict(counts)
     num_rows, has_paths = _count_rows(listing.tables) if counts["image"] and listing.tables else (0, False)

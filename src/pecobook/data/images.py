@@ -4,6 +4,7 @@
     parquet             tables.py      a file or a folder; column `image`, optional `label`
     hf:owner/name       tables.py      a data set of the Hugging Face hub
     tar shards          shards.py      WebDataset
+    s3://, https://     remote.py      tar shards or parquet on other machines, also gs:// and hf://
     photos              photos.py      photographs that are installed with scikit-image and scikit-learn
 
 The module of each form returns `Contents` (see parts.py), which `assemble` turns into `Splits`. Images
@@ -21,16 +22,18 @@ from torch import Tensor
 from pecobook.data.decode import BadImage, decode, read_file
 from pecobook.data.deep import ValueRange
 from pecobook.data.parts import Contents, Part, assemble
+from pecobook.data.remote import is_remote, list_remote
 from pecobook.data.source import ImageSource, Splits
 from pecobook.data.views import center_crop
 from pecobook.errors import DataError, did_you_mean
 from pecobook.utils.files import write_atomically
+from pecobook.utils.given import given
 from pecobook.utils.images import fitted_size, resize
 from pecobook.utils.printer import say
 
 SOURCE_FORMS = (
     "A source is a folder of images, a parquet file or folder, tar shards ('shards/', 'x-{000..009}.tar'), "
-    "'hf:owner/name', or 'photos' (built in)."
+    "'hf:owner/name', tar shards or parquet at s3://, gs://, https:// or hf://, or 'photos' (built in)."
 )
 _ARCHIVES = frozenset({".zip", ".gz", ".tgz", ".bz2", ".xz", ".zst", ".7z", ".rar"})
 
@@ -112,10 +115,17 @@ def say_left_out(source: str, left_out: Mapping[str, int]) -> None:
 def _open(source: str) -> Contents:
     if not source:
         raise DataError(f"--data is missing: give a source of images.\n{SOURCE_FORMS}")
-    if source.startswith("hf:"):
+    value = given("data", source)
+    if value is not None:
+        from pecobook.data.given import given_contents
+
+        return given_contents(value, source)
+    if source.startswith("hf:") and not is_remote(source):
         from pecobook.data.tables import hub_contents
 
         return hub_contents(source)
+    if is_remote(source):
+        return _remote_parts(source)
     try:
         path = Path(source).expanduser()
         if path.is_dir():
@@ -127,6 +137,15 @@ def _open(source: str) -> Contents:
         reason = getattr(error, "strerror", None) or error
         raise DataError(f"--data '{source}' cannot be opened: {reason}.") from error
     return _file_parts(source, files)
+
+
+def _remote_parts(source: str) -> Contents:
+    files = list_remote(source, _expand_braces)
+    if files[0].suffix == ".tar":
+        return _file_parts(source, [*files])
+    from pecobook.data.tables import parquet_contents
+
+    return parquet_contents(source, [*files])
 
 
 def _file_parts(source: str, files: list[Path]) -> Contents:

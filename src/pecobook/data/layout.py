@@ -31,6 +31,7 @@ import numpy as np
 
 from pecobook.data.names import (
     IMAGE_FOLDERS,
+    IN_FOLDER_OF_MASKS,
     MASK_FOLDERS,
     is_split_folder,
     split_and_rest,
@@ -76,7 +77,7 @@ def read_layout(source: str, folders: Sequence[Folder]) -> Layout:
     """
     layout = Layout([""] * len(folders), [None] * len(folders))
     masks = _mask_folders(folders)
-    layout.reason_of |= dict.fromkeys(masks, "in a folder of masks")
+    layout.reason_of |= dict.fromkeys(masks, IN_FOLDER_OF_MASKS)
     numbers = [number for number in range(len(folders)) if number not in masks]
     depth = len(_wrappers(folders[number] for number in numbers))
     level = _Level([folders[number] for number in numbers], depth)
@@ -158,7 +159,8 @@ def _mask_folders(folders: Sequence[Folder]) -> set[int]:
 def _is_mask_of(name: str, names: set[str]) -> bool:
     """Return whether a folder holds the masks of a folder beside it, given the names of all of them."""
     if name in _MASKS:
-        return names <= IMAGE_FOLDERS | _MASKS and bool(names & IMAGE_FOLDERS)
+        images = IMAGE_FOLDERS | {"data"}  # "data" beside masks alone: FiftyOne
+        return names <= images | _MASKS and bool(names & images)
     split, kind = _split_and_kind(name)
     return kind in _MASKS and any(_split_and_kind(other) in {(split, image) for image in _IMAGES} for other in names)
 

@@ -8,11 +8,14 @@ step is saved.
 
 from __future__ import annotations
 
+import contextlib
+import math
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator
-from typing import Any, Protocol
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 from torch.utils.data import DataLoader, get_worker_info
@@ -20,21 +23,72 @@ from torch.utils.data import DataLoader, get_worker_info
 from pecobook.errors import PecobookError
 
 _SHARED = "/dev/shm"
+_AHEAD_BYTES, _PART_BYTES = 2**29, 2**23
+"""Bytes that all processes of a loader read ahead, and largest size of what one of them hands over."""
+_MAX_PREFETCH = 4
+"""Number of parts that a process reads ahead."""
+_UNKNOWN = 16
+"""Number of samples in a part where the size of a sample is not known."""
+_MUCH_WAIT = 0.2
+"""Share of the time above which waiting for data is worth a sentence."""
 _LATE = 2.0
 """Seconds after which a killed process is surely seen as ended."""
 _RESCUED = {-signal.SIGKILL, -signal.SIGBUS, -signal.SIGTERM}
 
 
-class Places(Protocol):
-    """The places of each batch, such as a list of lists or a `BatchSampler`, which holds no list of all."""
-
-    def __iter__(self) -> Iterator[list[Any]]: ...
-
-    def __len__(self) -> int: ...
-
-
 class WorkerError(PecobookError):
     """A data-loading process was killed or had no memory."""
+
+
+@dataclass(frozen=True)
+class Parts:
+    """The parts in which data-loading processes read batches, so that batches on their way take a bounded memory."""
+
+    places: Iterable[list[Any]]
+    size: int
+    """Largest number of samples in a part; 0 leaves batches whole."""
+
+    def __iter__(self) -> Iterator[list[Any]]:
+        for batch in self.places:
+            step = -(-len(batch) // self.count(batch))
+            yield from (batch[start : start + step] for start in range(0, len(batch), step))
+
+    def count(self, batch: list[Any]) -> int:
+        """Return the number of parts of a batch, which have nearly equal sizes."""
+        return -(-len(batch) // self.size) if self.size else 1
+
+
+def plan(sample_bytes: int, workers: int, room: int) -> tuple[int, int]:
+    """Return the largest number of samples in a part, and how many parts each process reads ahead.
+
+    Args:
+        sample_bytes: bytes of a sample; 0 where they are not known.
+        workers: number of processes.
+        room: free bytes of shared memory, of which other runs want their part as well.
+    """
+    budget = min(_AHEAD_BYTES, room // 4)
+    if not sample_bytes:
+        return _UNKNOWN, 2
+    part_bytes = min(_PART_BYTES, budget // (2 * workers))
+    size = max(part_bytes // sample_bytes, 1)
+    return size, min(max(budget // (workers * size * sample_bytes), 1), _MAX_PREFETCH)
+
+
+def reading_advice(data_wait: float, workers: int, num_cores: int) -> str:
+    """Return a sentence on what to raise where a device waits much for data; an empty text where it does not.
+
+    Args:
+        data_wait: share of the time in which the device waits for data.
+        workers: number of data-loading processes of a device.
+        num_cores: number of cores for each device.
+    """
+    if data_wait < _MUCH_WAIT:
+        return ""
+    text = f"{100 * data_wait:.0f}% of the time is data wait, with --workers {workers}"
+    more = min(num_cores - 1, math.ceil(max(workers, 1) / (1 - min(data_wait, 0.9))))
+    if more > max(workers, 1):
+        return f"{text}: give --workers {more} ({num_cores} cores for each device here)."
+    return f"{text} on {num_cores} cores for each device: more cores, or smaller image files, would be faster."
 
 
 class Batches(Iterator[Any]):
@@ -42,11 +96,13 @@ class Batches(Iterator[Any]):
 
     Args:
         dataset: maps a place to a sample.
-        places: the places of each batch, a list for each; iterable more than once.
+        places: the places of each batch, a list for each, such as a list of lists or a `BatchSampler`, which holds no
+            list of all; iterable more than once.
         collate: makes a batch of a list of samples.
         workers: number of processes.
         pin: whether tensors are put into page-locked memory.
-        prefetch: number of batches that each process reads ahead.
+        join: makes a batch of its parts. The processes then read parts of some MB, of which they hold `_AHEAD_BYTES` in
+            all; without it each of them reads two whole batches ahead.
         flag: the flag that sets the number of processes; empty where there is none.
         on_failure: called with a sentence when a process was killed; this process then reads the further batches. None
             raises WorkerError instead.
@@ -55,21 +111,25 @@ class Batches(Iterator[Any]):
     def __init__(
         self,
         dataset: Any,
-        places: Places,
+        places: Iterable[list[Any]],
         *,
         collate: Callable[[list[Any]], Any],
         workers: int,
         pin: bool = False,
-        prefetch: int = 2,
+        join: Callable[[list[Any]], Any] | None = None,
         flag: str = "--workers",
         on_failure: Callable[[str], None] | None = None,
     ) -> None:
         self._dataset, self._collate, self._on_failure, self._workers = dataset, collate, on_failure, workers
-        self._flag = flag
-        self._places = iter(places)
+        self._flag, self._join, self._left = flag, join, iter(places)
+        size, prefetch = 0, 2
+        if join is not None and workers:
+            size, prefetch = plan(_sample_bytes(dataset, places, collate), workers, _free_shared_memory())
+        self._parts = Parts(places, size)
+        self._places = iter(self._parts)
         loader: DataLoader[Any] = DataLoader(
             dataset,
-            batch_sampler=places,
+            batch_sampler=self._parts,
             num_workers=workers,
             pin_memory=pin,
             collate_fn=_Shared(collate) if workers else collate,
@@ -77,13 +137,17 @@ class Batches(Iterator[Any]):
             worker_init_fn=_new_process_group,
         )
         handler = signal.getsignal(signal.SIGCHLD)
-        self._loader: Any = iter(loader) if len(places) else iter(())
+        self._loader: Any = iter(()) if next(iter(places), None) is None else iter(loader)
         if threading.current_thread() is threading.main_thread():
             # PyTorch's own handler raises at any place; another loader of this process may have set it before.
             is_ours = handler is not None and not getattr(handler, "__module__", "").startswith("torch.")
             signal.signal(signal.SIGCHLD, handler if is_ours else signal.SIG_DFL)
 
     def __next__(self) -> Any:
+        parts = [self._next_part() for _ in range(self._parts.count(next(self._left)))]
+        return parts[0] if len(parts) == 1 or self._join is None else self._join(parts)
+
+    def _next_part(self) -> Any:
         places = next(self._places)
         if self._loader is not None:
             try:
@@ -126,6 +190,28 @@ class Batches(Iterator[Any]):
         if not self._flag:
             return "Free memory, then start again."
         return f"Take fewer {self._flag} (now {self._workers}) or more memory."
+
+
+def _sample_bytes(dataset: Any, places: Iterable[list[Any]], collate: Callable[[list[Any]], Any]) -> int:
+    """Return the bytes of the tensors of the first sample; 0 where it cannot be read, or there is none."""
+    with contextlib.suppress(Exception):  # raised again where its batch is asked for
+        return _num_bytes(collate([dataset[next(iter(places))[0]]]))
+    return 0
+
+
+def _num_bytes(value: Any) -> int:
+    if isinstance(value, Tensor):
+        return value.numel() * value.element_size()
+    items = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
+    return sum(map(_num_bytes, items))
+
+
+def _free_shared_memory() -> int:
+    try:
+        room = os.statvfs(_SHARED)
+    except OSError:  # not Linux
+        return 4 * _AHEAD_BYTES
+    return room.f_bavail * room.f_frsize
 
 
 def _no_shared_memory() -> str:

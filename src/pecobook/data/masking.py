@@ -1,19 +1,24 @@
 """Masks for masked image modelling: the patches that are hidden from the model.
 
 True means masked. A mask hides exactly `num_masked` patches, at least one and not all, so shapes are static.
+
+A mask under construction is an integer, `bits`: patch (row, column) is bit row x columns + column. Adding a block to an
+integer takes a quarter of the time that it takes with tensors, of which a mask would need dozens.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from pecobook.errors import ConfigError
 
 _NUM_ATTEMPTS = 10
-_MIN_ASPECT = 0.3
+_LOG_ASPECT = math.log(1 / 0.3)
 
 
 def blockwise_mask(
@@ -35,19 +40,16 @@ def blockwise_mask(
     Returns:
         bool (rows, columns), True where masked.
     """
-    rows, columns = grid
     _check_num_masked(grid, num_masked)
-    mask = torch.zeros(rows, columns, dtype=torch.bool)
-    count = 0
+    bits = count = 0
     while count < num_masked:
-        added = add_block(mask, num_masked - count, min_block, generator)
+        bits, added = add_block(bits, grid, num_masked - count, min_block, generator)
         if added == 0:
             break
         count += added
-    while count < num_masked:
-        add_border_patch(mask, generator)
-        count += 1
-    return mask
+    for _ in range(num_masked - count):
+        bits = add_border_patch(bits, grid, generator)
+    return to_mask(bits, grid)
 
 
 def random_mask(grid: tuple[int, int], *, num_masked: int, generator: torch.Generator | None = None) -> Tensor:
@@ -63,35 +65,48 @@ def _check_num_masked(grid: tuple[int, int], num_masked: int) -> None:
         raise ConfigError(f"--num-masked must lie between 1 and {grid[0] * grid[1] - 1}, not {num_masked}.")
 
 
-def add_block(mask: Tensor, remaining: int, min_block: int, generator: torch.Generator | None) -> int:
-    """Mask one block in place; return the number of patches that it newly masked, 0 if no attempt fitted."""
-    rows, columns = mask.shape
+def to_mask(bits: int, grid: tuple[int, int]) -> Tensor:
+    """Convert bits to a mask, bool (rows, columns)."""
+    size = grid[0] * grid[1]
+    packed = np.frombuffer(bits.to_bytes(-(-size // 8), "little"), dtype=np.uint8)
+    return torch.from_numpy(np.unpackbits(packed, count=size, bitorder="little").view(np.bool_)).view(grid)
+
+
+def add_block(
+    bits: int, grid: tuple[int, int], remaining: int, min_block: int, generator: torch.Generator | None
+) -> tuple[int, int]:
+    """Add one block; return the bits and the number of patches that it newly masked, 0 if no attempt fitted."""
+    rows, columns = grid
     draws = torch.rand(_NUM_ATTEMPTS, 4, generator=generator, dtype=torch.float64).tolist()
     for area_draw, aspect_draw, row_draw, column_draw in draws:
         area = min_block + area_draw * (remaining - min_block)
-        aspect = math.exp((2 * aspect_draw - 1) * math.log(1 / _MIN_ASPECT))
+        aspect = math.exp((2 * aspect_draw - 1) * _LOG_ASPECT)
         height, width = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
         if not (0 < height < rows and 0 < width < columns):
             continue
         top = int(row_draw * (rows - height + 1))
         left = int(column_draw * (columns - width + 1))
-        block = mask[top : top + height, left : left + width]
-        added = height * width - int(block.sum())
+        block = _block(height, width, columns) << (top * columns + left)
+        added = (block & ~bits).bit_count()
         if 0 < added <= remaining:
-            block.fill_(True)
-            return added
-    return 0
+            return bits | block, added
+    return bits, 0
 
 
-def add_border_patch(mask: Tensor, generator: torch.Generator | None) -> None:
+@functools.lru_cache(maxsize=4096)
+def _block(height: int, width: int, columns: int) -> int:
+    """Return the bits of a block in the first corner."""
+    return sum(((1 << width) - 1) << (row * columns) for row in range(height))
+
+
+def add_border_patch(bits: int, grid: tuple[int, int], generator: torch.Generator | None) -> int:
     """Mask one visible patch next to a masked patch (any visible patch if nothing is masked yet)."""
-    has_masked_neighbour = torch.zeros_like(mask)
-    has_masked_neighbour[1:] |= mask[:-1]
-    has_masked_neighbour[:-1] |= mask[1:]
-    has_masked_neighbour[:, 1:] |= mask[:, :-1]
-    has_masked_neighbour[:, :-1] |= mask[:, 1:]
-    candidates = (has_masked_neighbour & ~mask).flatten().nonzero()[:, 0]
-    if len(candidates) == 0:
-        candidates = (~mask).flatten().nonzero()[:, 0]
-    choice = torch.randint(len(candidates), (1,), generator=generator)
-    mask.view(-1)[candidates[choice]] = True
+    rows, columns = grid
+    every, first_column = _block(rows, columns, columns), _block(rows, 1, columns)
+    neighbours = bits << columns | bits >> columns
+    neighbours |= (bits & ~(first_column << (columns - 1))) << 1 | (bits & ~first_column) >> 1
+    candidates = (neighbours & ~bits & every) or (~bits & every)
+    choice = int(torch.randint(candidates.bit_count(), (1,), generator=generator))
+    for _ in range(choice):
+        candidates &= candidates - 1  # without its lowest bit
+    return bits | (candidates & -candidates)

@@ -29,8 +29,9 @@ MASK_FOLDERS = frozenset(
 MASK_ENDINGS = frozenset(["seg", "segmentation", "mask", "masks", "label", "labels", "annotation", "gt", "depth"])
 """Endings of the names of masks in a tar shard, as in x.seg.png."""
 MASK_COLUMNS = ("mask", "annotation", "label", "segmentation", "segmentation_mask", "annotations", "labels", "gt")
+IN_FOLDER_OF_MASKS = "in a folder of masks"
 BESIDE_ITS_IMAGE = "mask beside its image, such as x_mask.png"
-"""The reason under which the masks of `masks_among` are counted."""
+"""The reasons under which masks are counted that a command without masks leaves out."""
 _MASK_WORDS = (b"masks", b"mask", b"segmentation", b"seg", b"groundtruth", b"gt")
 _MASK_ENDING = re.compile(b"[_. -](%s)$" % b"|".join(_MASK_WORDS))
 _SPLIT_OF_WORD = {
@@ -39,6 +40,7 @@ _SPLIT_OF_WORD = {
     "test": ("test", "testing"),
 }
 _SPLITS = {word: split for split, words in _SPLIT_OF_WORD.items() for word in words}
+SPLIT_WORDS = tuple(_SPLITS)
 _CAMEL = re.compile(r"(?<=[a-z])(?=[A-Z])")
 _WORD = re.compile(rf"(?<![a-z])({'|'.join(_SPLITS)})(?:[ _-]?set)?(?![a-z])")
 # A version of a data set may be called "dev", so these words count only in a name without another one.

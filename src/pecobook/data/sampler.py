@@ -6,7 +6,7 @@ for epoch `p // n` and image `permute(p % n, n, key(seed, epoch))`; the epoch is
 
 The permutation is computed, not stored, so it also serves a billion images: a four-round Feistel network over the next
 power of four is iterated until the result is below `n` (Black and Rogaway, "Ciphers with arbitrary finite domains",
-2002).
+2002). `permute_windows` keeps neighbours together, for storage that reads single images slowly.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ import numpy as np
 import numpy.typing as npt
 
 _MASK = (1 << 64) - 1
+_RUNS = 32
+"""Number of runs of neighbouring images that are shuffled together."""
 
 
 def splitmix64(value: int) -> int:
@@ -49,6 +51,11 @@ def uniforms(seed_key: int, count: int) -> npt.NDArray[np.float64]:
     return (value >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
+def uniform(seed_key: int, number: int) -> float:
+    """Return `uniforms(seed_key, number + 1)[number]`, faster where few numbers are needed."""
+    return (splitmix64((seed_key + number * 0x9E3779B97F4A7C15) & _MASK) >> 11) * 2.0**-53
+
+
 def permute(index: int, size: int, permutation_key: int) -> int:
     """Map `index` by a keyed permutation of range(size)."""
     if not 0 <= index < size:
@@ -62,6 +69,26 @@ def permute(index: int, size: int, permutation_key: int) -> int:
         index = (left << half_bits) | right
         if index < size:
             return index
+
+
+def permute_windows(index: int, size: int, window: int, permutation_key: int) -> int:
+    """Map `index` by a keyed permutation of range(size) that is nearly sequential, for slow storage.
+
+    Each `window` consecutive indices stand for at most 32 runs of neighbouring numbers, from places all over the range,
+    whose numbers are shuffled together: a reader that holds a window reads each run once and from end to end. The runs
+    begin elsewhere for each key. A window of 0 shuffles all numbers together, as `permute` does.
+    """
+    if not window:
+        return permute(index, size, permutation_key)
+    runs = min(_RUNS, window)
+    length = window // runs
+    number, inside = divmod(index, runs * length)
+    first = number * runs * length
+    inside = permute(inside, min(runs * length, size - first), key(permutation_key, number))
+    run, offset = divmod(first + inside, length)
+    if run < size // length:  # the numbers that are left over form the last run
+        run = permute(run, size // length, permutation_key)
+    return (run * length + offset + permutation_key) % size
 
 
 def fixed_permutation(position: int, size: int) -> int:

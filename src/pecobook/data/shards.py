@@ -14,6 +14,7 @@ import os
 import socket
 import tarfile
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +24,16 @@ from pecobook.data.decode import BadImage, check_bytes
 from pecobook.data.layout import Layout, count_unused, parts_of, read_layout
 from pecobook.data.names import IMAGE_EXTENSIONS, group_by_split, note_ignored_splits
 from pecobook.data.parts import Contents, Labels, Part, encode_labels
+from pecobook.data.remote import RemotePath
 from pecobook.data.source import Integers, Note, Store, file_version, hash_some, relative_names
 from pecobook.data.tar_index import index_shard
 from pecobook.errors import DataError
+from pecobook.utils.distributed import made_by_first_rank
 from pecobook.utils.files import write_atomically
 
 _INDEX_VERSION = 3  # a new number invalidates the cached indices
 _MAX_NOTES = 5
+_THREADS = 8  # remote shards whose headers are read at once
 _MAX_OPEN = 256  # shards that each process keeps open; further shards are opened anew for each image
 
 
@@ -77,10 +81,13 @@ class ShardStore(Store):
         return data
 
     def _pread(self, shard: int, size: int, offset: int) -> bytes:
+        path = self._shards[shard]
+        if isinstance(path, RemotePath):
+            return path.read_range(offset, size)
         descriptor = self._open.get(shard)
         if descriptor is not None:
             return os.pread(descriptor, size, offset)
-        descriptor = os.open(self._shards[shard], os.O_RDONLY)
+        descriptor = os.open(path, os.O_RDONLY)
         if len(self._open) < _MAX_OPEN and self._open.setdefault(shard, descriptor) == descriptor:
             return os.pread(descriptor, size, offset)
         try:
@@ -110,7 +117,7 @@ def shard_contents(source: str, shards: list[Path], root: Path | None = None) ->
     Raises:
         DataError: a shard is not an uncompressed tar file, or no shard holds an image.
     """
-    index = _load_index(source, shards)
+    index = made_by_first_rank(f"index of {source}", lambda: _load_index(source, shards))
     left_out: dict[str, int]
     left_out, damage = (json.loads(index.schema.metadata[name]) for name in (b"left_out", b"notes"))
     notes: list[str] = [Note(text, "lost images") for text in damage]
@@ -217,9 +224,12 @@ def make_index(source: str, shards: list[Path]) -> Any:
     columns: dict[str, list[Any]] = {name: [] for name in ("shard", "member", "offset", "size", "label")}
     left_out: Counter[str] = Counter()
     notes: list[str] = []
-    for number, shard in enumerate(shards):
+    is_remote = any(isinstance(shard, RemotePath) for shard in shards)
+    with ThreadPoolExecutor(_THREADS if is_remote else 1) as threads:
+        waiting = [threads.submit(index_shard, shard) for shard in shards]
+    for number, (shard, future) in enumerate(zip(shards, waiting, strict=True)):
         try:
-            found = index_shard(shard)
+            found = future.result()
         except (tarfile.TarError, OSError) as error:
             raise DataError(
                 f"--data '{source}': '{shard}' cannot be read as a tar file: {error}.\n"

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from pecobook.data.decode import BadImage, Range, decode, read_file
 from pecobook.data.deep import FULL_16_BITS, ValueRange
+from pecobook.data.remote import RemotePath, is_remote
 from pecobook.data.sampler import splitmix64_array
 from pecobook.errors import DataError
 
@@ -61,8 +62,11 @@ class Store:
 
     def read(self, row: int, shortest: int = 0) -> Tensor:
         """Read and decode the image of a row: uint8 (3, H, W); `shortest` is that of `decode`. Raises BadImage."""
-        data, name = self.encoded(row), self.identify(row)
-        return decode(data, name=name, value_range=self.value_range, shortest=shortest)
+        data = self.encoded(row)
+        try:
+            return decode(data, value_range=self.value_range, shortest=shortest)
+        except BadImage as error:  # a name takes time, and is needed here alone
+            raise BadImage(self.identify(row), error.reason) from error.__cause__
 
     def files(self, rows: Integers) -> Iterable[bytes] | None:  # noqa: ARG002
         """Return the paths of the files that hold the rows, some perhaps twice; None if they are in no files."""
@@ -186,7 +190,7 @@ class ImageSource:
 
     def files(self) -> Iterable[bytes] | None:
         """Return the paths of the files that hold the images, some perhaps twice; None if they are in no files."""
-        return None if self.name.startswith("hf:") else self._store.files(self.rows)
+        return None if self.name.startswith("hf:") or is_remote(self.name) else self._store.files(self.rows)
 
     def content(self, index: int) -> bytes:
         """Read the bytes of image `index`, and of its mask, before they are decoded. Raises BadImage."""
@@ -273,6 +277,8 @@ def file_version(file: Path) -> str:
 
     The time of the last change of the entry (ctime) cannot be set, and a file that replaces another has its own inode.
     """
+    if isinstance(file, RemotePath):
+        return file.version()
     status = file.stat()
     numbers = (status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino)
     return f"{os.fsencode(file.resolve()).decode(errors='replace')} {numbers}"

@@ -6,6 +6,8 @@ processes. An image that cannot be read is replaced by the next one in the permu
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
@@ -18,7 +20,7 @@ from torch.utils.data import BatchSampler, Dataset
 from pecobook.data.batch import Batch
 from pecobook.data.decode import BadImage
 from pecobook.data.loading import Batches
-from pecobook.data.sampler import fixed_permutation, key, permute
+from pecobook.data.sampler import fixed_permutation, key, permute_windows
 from pecobook.data.source import ImageSource, Splits
 from pecobook.data.views import NamedViews, center_crop, shortest_side
 from pecobook.errors import DataError
@@ -40,7 +42,7 @@ class Stream(Dataset[dict[str, Any]]):
     A sample holds what `view` and `companion` return, `index` (the image's number), `label` when the source has labels,
     `replaced` (bool, whether it replaces an image that cannot be read) and `skipped` (what could not be read on the
     way, as text). Keys of views: (seed, image index, view number), so a view has a name; the view number is the epoch,
-    or, with `num_views`, the epoch modulo that.
+    or, with `num_views`, the epoch modulo that. `window` is that of `permute_windows`.
     """
 
     def __init__(
@@ -51,8 +53,9 @@ class Stream(Dataset[dict[str, Any]]):
         *,
         companion: Companion | None = None,
         num_views: int = 0,
+        window: int = 0,
     ) -> None:
-        self.source, self.view, self.seed = source, view, seed
+        self.source, self.view, self.seed, self.window = source, view, seed, window
         self.companion, self.num_views = companion, num_views
         self.shortest = shortest_side(view)
         self.failure = ""
@@ -66,7 +69,7 @@ class Stream(Dataset[dict[str, Any]]):
         epoch, place = divmod(position, size)
         skipped: list[str] = []
         for _ in range(min(size, _GIVE_UP_AFTER)):
-            index = permute(place, size, key(self.seed, epoch))
+            index = permute_windows(place, size, self.window, key(self.seed, epoch))
             number = epoch % self.num_views if self.num_views else epoch
             try:
                 beside = {} if self.companion is None else self.companion(index, epoch)
@@ -97,6 +100,18 @@ def collate(samples: list[dict[str, Any]]) -> Batch:
     return cast("Batch", batch)
 
 
+def join(parts: list[dict[str, Any]], device: torch.device | None = None) -> Any:
+    """Join the parts of a batch, on a device if one is given; a name that is missing in a part adds nothing."""
+    if device is not None:
+        parts = [{**part, **to_device(cast("Batch", part), device)} for part in parts]
+    batch: dict[str, Any] = {}
+    for name in dict.fromkeys(name for part in parts for name in part):
+        values = [part[name] for part in parts if name in part]
+        is_list = isinstance(values[0], list)
+        batch[name] = [item for value in values for item in value] if is_list else torch.cat(values)
+    return batch
+
+
 def to_device(batch: Batch, device: torch.device) -> Batch:
     """All tensors of a batch on a device, without what was skipped."""
 
@@ -109,13 +124,18 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
 
 
 def default_workers(devices: int) -> int:
-    """Data-loading processes for each device: the cores shared out, at most 16, none where only one is to spare."""
+    """Data-loading processes for each device: the cores shared out, none where only one is to spare.
+
+    A GPU gets at most 64. Without one at most 16 read, since the cores compute too.
+    """
     share = len(cores()) // max(devices, 1) - 1
-    return min(share, 16) if share > 1 else 0
+    return min(share, 64 if torch.cuda.is_available() else 16) if share > 1 else 0
 
 
-def load(stream: Stream, positions: Sequence[list[int]], *, workers: int, pin: bool) -> Iterator[Batch]:
-    """Batches of this rank, in order, of the positions that each list names.
+def load(
+    stream: Stream, positions: Sequence[list[int]], *, workers: int, device: torch.device | None = None
+) -> Iterator[Batch]:
+    """Batches of this rank, in order, of the positions that each list names; those of several parts are on `device`.
 
     Where a data-loading process is killed, `stream.failure` says so, and this process reads the further batches.
     """
@@ -123,7 +143,8 @@ def load(stream: Stream, positions: Sequence[list[int]], *, workers: int, pin: b
     def note(sentence: str) -> None:
         stream.failure = sentence
 
-    return Batches(stream, positions, collate=collate, workers=workers, pin=pin, prefetch=4, on_failure=note)
+    joined, pin = partial(join, device=device), device is not None and device.type == "cuda"
+    return Batches(stream, positions, collate=collate, join=joined, workers=workers, pin=pin, on_failure=note)
 
 
 class OrError(Dataset[Any]):
@@ -158,6 +179,7 @@ def read_whole(source: ImageSource, shortest: int = 0) -> Iterator[Tensor | BadI
         BatchSampler(range(len(source)), batch_size=1, drop_last=False),
         workers=default_workers(1) if len(source) > 256 else 0,
         collate=_single,
+        join=_single,
         flag="",
     )
 
@@ -189,6 +211,7 @@ def read_crops(
         BatchSampler(order, batch_size, drop_last=False),
         workers=workers,
         collate=_collate_crops,
+        join=join,
         flag="",
     )
 
@@ -207,7 +230,9 @@ def central_crops(
         DataError: none of the images can be read.
     """
     count = len(source) if limit is None else min(limit, len(source))
-    order = [fixed_permutation(i, len(source)) if count < len(source) else i for i in range(count)]
+    order: Sequence[int] = range(count)
+    if count < len(source):
+        order = [fixed_permutation(place, len(source)) for place in order]
     read, first = 0, ""
     for number, batch in enumerate(read_crops(source, size, order, batch_size=batch_size, share=share), start=1):
         first = first or next(iter(batch["skipped"]), "")
@@ -239,34 +264,59 @@ def _all_views(streams: dict[str, tuple[Stream, int]], item: tuple[str, int]) ->
 
 
 def _collate_views(samples: list[list[dict[str, Any]] | BadImage]) -> dict[str, Any]:
-    """Returns the batch of all views, and under "unread" the error of each unreadable image by its place.
+    """Returns the batch of all views, and under "unread" the error of each image, or None.
 
     The worker stacks the views because every tensor on its way to the main process keeps a file open.
     """
     views = [view for sample in samples if isinstance(sample, list) for view in sample]
-    unread = {place: sample for place, sample in enumerate(samples) if isinstance(sample, BadImage)}
-    return {"count": len(samples), "unread": unread, **(collate(views) if views else {})}
+    unread = [sample if isinstance(sample, BadImage) else None for sample in samples]
+    return {"unread": unread, **(collate(views) if views else {})}
+
+
+@dataclasses.dataclass(frozen=True)
+class _Items:
+    """Batches of (split, image), none of which holds images of both splits; no list of all is made."""
+
+    ranges: Sequence[tuple[str, range]]
+    batch_size: int
+
+    def __iter__(self) -> Iterator[list[tuple[str, int]]]:
+        for split, ranges in itertools.groupby(self.ranges, key=lambda pair: pair[0]):
+            images = itertools.chain.from_iterable(numbers for _, numbers in ranges)
+            while batch := [(split, image) for image in itertools.islice(images, self.batch_size)]:
+                yield batch
 
 
 def read_all_views(
     views: NamedViews,
     splits: Splits,
-    items: list[tuple[str, int]],
+    ranges: Sequence[tuple[str, range]],
     *,
     num_views: int,
     images_per_batch: int,
     workers: int,
     pin: bool,
 ) -> Iterator[dict[str, Any]]:
-    """Return the batches of `items`, pairs of split and image, in order; no batch contains images of both splits."""
-    batches: list[list[tuple[str, int]]] = []
-    for item in items:
-        if not batches or len(batches[-1]) == images_per_batch or batches[-1][0][0] != item[0]:
-            batches.append([])
-        batches[-1].append(item)
+    """Return the batches of `ranges` of images of a split, in order; no batch contains images of both splits."""
     streams = {
         "train": (Stream(splits.train, views.train, views.seed), num_views),
         "evaluation": (Stream(splits.evaluation, views.evaluation, 0), 1),
     }
-    dataset = OrError(partial(_all_views, streams))
-    return Batches(dataset, batches, collate=_collate_views, workers=workers, pin=pin)
+    dataset, places = OrError(partial(_all_views, streams)), _Items(ranges, images_per_batch)
+    return Batches(dataset, places, collate=_collate_views, join=join, workers=workers, pin=pin)
+
+
+@dataclasses.dataclass(frozen=True)
+class Numbers(Sequence[int]):
+    """The numbers of ranges, one range behind the other, without a list of all."""
+
+    ranges: Sequence[range]
+
+    def __len__(self) -> int:
+        return sum(map(len, self.ranges))
+
+    def __iter__(self) -> Iterator[int]:
+        return itertools.chain.from_iterable(self.ranges)
+
+    def __getitem__(self, place: int) -> int:  # type: ignore[override]
+        return next(itertools.islice(self, place, None))

@@ -12,6 +12,7 @@ from typing import Any, cast
 import numpy as np
 
 from pecobook.data.decode import BadImage, read_file
+from pecobook.data.remote import is_remote
 from pecobook.data.source import Integers, Store, hash_some
 
 
@@ -57,7 +58,7 @@ class TableStore(Store):
     def _read_file(self, row: int, path: str) -> bytes:
         path = path.removeprefix("file://")
         shown = path if len(path) <= 200 else f"{path[:40]}... ({len(path):,} characters)"
-        if "://" in path:
+        if "://" in path or is_remote(self._names[self._file_of(row)]):
             raise BadImage(self.identify(row), f"{shown} is an address, not a file; download the images first")
         folder = self._folder_of(row)
         try:
@@ -130,11 +131,12 @@ def paths_in_rows(column: Any, rows: Integers) -> Iterator[tuple[int, str]]:
 
 
 def file_of_path(folder: Path, path: str) -> Path:
-    """Return the file of a path in a table that lies in `folder`."""
-    file = folder / path
-    if "\\" in path and not file.is_file():  # written on Windows
-        file = folder / path.replace("\\", "/")
-    return file
+    """Return the file of a path in a table that lies in `folder`; the path may be another machine's, or Windows's."""
+    parts = [part for part in path.replace("\\", "/").split("/") if part not in ("", ".", "..")][-20:]
+    candidates = (folder / path, *(folder.joinpath(*parts[start:]) for start in range(len(parts))))
+    with contextlib.suppress(OSError):  # a name that is too long
+        return next((file for file in candidates if file.is_file()), candidates[0])
+    return candidates[0]
 
 
 def differences(files: list[Path], schemas: list[Any], columns: list[str]) -> str:

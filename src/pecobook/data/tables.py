@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import glob
 import hashlib
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +20,8 @@ import numpy as np
 
 from pecobook.data.names import group_by_split, note_ignored_splits
 from pecobook.data.parts import Contents, Labels, Part, class_names, encode_labels, is_missing
+from pecobook.data.remote import RemotePath
+from pecobook.data.remote_tables import RowGroupStore, read_columns
 from pecobook.data.source import Note, file_version, relative_names
 from pecobook.data.table_store import TableStore, content_key, damage, differences, store_of_column
 from pecobook.errors import DataError, did_you_mean, first_line
@@ -40,6 +43,8 @@ def parquet_contents(source: str, files: list[Path], root: Path | None = None) -
     Raises:
         DataError: a file cannot be read or has no image column.
     """
+    from datasets import Features
+
     names = relative_names(files, root)
     groups, unused = group_by_split(names)
     footers = [_read_footer(source, file) for file in files]
@@ -54,11 +59,18 @@ def parquet_contents(source: str, files: list[Path], root: Path | None = None) -
         split_files = [files[number] for number in numbers]
         schemas = [footers[number].schema.to_arrow_schema() for number in numbers]
         columns, unlabelled = _used_columns(source, split_files, schemas)
-        table = _load_parquet(source, split, split_files, schemas, columns)
         identity = repr([(file.name, *content_key(file)) for file in split_files])
         rows = [(str(files[number]), footers[number].num_rows) for number in numbers]
-        classes = class_names(split_files[0].with_name("classes.txt"))
-        parts[split] = _part(source, table, "image", rows, identity, classes, unlabelled)
+        remote = [file for file in split_files if isinstance(file, RemotePath)]
+        if remote:
+            _check_images(source, "image", Features.from_arrow_schema(schemas[0])["image"])
+            store: TableStore = RowGroupStore(remote, [footers[number] for number in numbers], "image", identity)
+            table: Any = read_columns(remote, columns[1:]) if len(columns) > 1 else None
+            parts[split] = _labelled(source, table, store, None, unlabelled)
+        else:
+            table = _load_parquet(source, split, split_files, schemas, columns)
+            classes = class_names(split_files[0].with_name("classes.txt"))
+            parts[split] = _part(source, table, "image", rows, identity, classes, unlabelled)
         if "split" in columns and len(groups) == 1:
             parts, left_out = _parts_by_column(parts[split], table.select_columns(["split"])["split"])
     if num_unused := sum(footers[number].num_rows for number in unused):
@@ -111,7 +123,7 @@ def _read_footer(source: str, file: Path) -> Any:
     import pyarrow.parquet as pq
 
     try:
-        return pq.read_metadata(file)
+        return pq.read_metadata(file.open("rb") if isinstance(file, RemotePath) else file)
     except (OSError, pa.ArrowException) as error:
         raise DataError(f"--data '{source}': '{file}' cannot be read as parquet: {_first_line(error)}.") from error
 
@@ -218,16 +230,24 @@ def _part(
     names: tuple[str, ...] | None,
     unlabelled: str,
 ) -> Part:
+    _check_images(source, column, table.features[column])
+    return _labelled(source, table, store_of_column(table, column, files, identity), names, unlabelled)
+
+
+def _labelled(source: str, table: Any, store: TableStore, names: tuple[str, ...] | None, unlabelled: str) -> Part:
+    labels, unlabelled = (None, unlabelled) if unlabelled else _labels(source, table, names, store)
+    return Part(store, np.arange(len(store), dtype=np.int64), labels, unlabelled)
+
+
+def _check_images(source: str, column: str, feature: Any) -> None:
+    """Raise DataError unless a column holds encoded images, or paths of images."""
     from datasets import Image
 
-    if not isinstance(table.features[column], Image) and not _holds_bytes(table.features[column]):
+    if not isinstance(feature, Image) and not _holds_bytes(feature):
         raise DataError(
-            f"--data '{source}': the column '{column}' holds {table.features[column]}; "
+            f"--data '{source}': the column '{column}' holds {feature}; "
             "it must hold encoded images, as binary or as {bytes, path}, or the paths of image files."
         )
-    store = store_of_column(table, column, files, identity)
-    labels, unlabelled = (None, unlabelled) if unlabelled else _labels(source, table, names, store)
-    return Part(store, np.arange(len(table), dtype=np.int64), labels, unlabelled)
 
 
 def _holds_bytes(feature: Any) -> bool:
@@ -265,7 +285,10 @@ def _label_column(features: Any) -> str | None:
 
 
 def _no_label_column(columns: Iterable[str]) -> str:
-    return f"there is no column 'label', only {', '.join(columns)}"
+    """Return that there is no column of labels; as a note to show if another column seems to hold them."""
+    reason = f"there is no column 'label', only {', '.join(columns)}"
+    alike = next((name for name in columns if re.search("label|class|categor|target|species", name.lower())), None)
+    return Note(f"{reason}: rename '{alike}' to 'label' if it holds the classes", "lost labels") if alike else reason
 
 
 def _labels(source: str, table: Any, names: tuple[str, ...] | None, store: TableStore) -> tuple[Labels | None, str]:

@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import IO, NamedTuple
 
 from pecobook.data.names import BESIDE_ITS_IMAGE, IMAGE_EXTENSIONS, MASK_ENDINGS, SHADOW_FOLDER, masks_among
+from pecobook.data.remote import RemoteReader
 
 _BLOCK = tarfile.BLOCKSIZE
 _MAGIC = 257
@@ -84,7 +85,7 @@ def index_shard(shard: Path) -> ShardIndex:
 
 def _archives(file: IO[bytes], shard: Path, index: ShardIndex) -> Iterator[list[_Member]]:
     """Yield the members of each archive in a file. A name that occurs again begins a new archive as well."""
-    end = os.fstat(file.fileno()).st_size
+    end = file.path.size if isinstance(file, RemoteReader) else os.fstat(file.fileno()).st_size
     archive: dict[str, _Member] = {}
     links: list[tuple[str, str]] = []
     targets: dict[str, _Member] = {}
@@ -112,6 +113,12 @@ def _archives(file: IO[bytes], shard: Path, index: ShardIndex) -> Iterator[list[
         else:
             archive[member.name] = targets[posixpath.normpath(name)] = _Member(name, member.offset_data, member.size)
     yield [*archive.values(), *_resolve(links, targets, index)]
+
+
+def _pread(file: IO[bytes], size: int, offset: int) -> bytes:
+    if isinstance(file, RemoteReader):
+        return file.path.read_range(offset, size)
+    return os.pread(file.fileno(), size, offset)
 
 
 def _members(file: IO[bytes], shard: Path, end: int, index: ShardIndex) -> Iterator[tarfile.TarInfo | None]:
@@ -144,7 +151,7 @@ def _members(file: IO[bytes], shard: Path, end: int, index: ShardIndex) -> Itera
         start, skipped = None, 0
         if position < end:
             inside = position if last is None else last.offset_data
-            is_damaged = any(os.pread(file.fileno(), _BLOCK, position))  # zeros mark the end of an archive
+            is_damaged = any(_pread(file, _BLOCK, position))  # zeros mark the end of an archive
             start = _search(file, inside, position) if is_damaged else None
             if start is None:
                 start, skipped = _next_header(file, first_unread, end)
@@ -182,7 +189,7 @@ def _next_header(file: IO[bytes], position: int, end: int) -> tuple[int | None, 
     """
     skipped = 0
     for start in range(position, end, _BLOCK):
-        block = os.pread(file.fileno(), _BLOCK, start)
+        block = _pread(file, _BLOCK, start)
         if block.count(0) == len(block):
             continue
         if _is_header(block):
@@ -196,7 +203,7 @@ def _search(file: IO[bytes], start: int, end: int) -> int | None:
     """Return where a header begins, at any byte; None if there is none."""
     step = 2**20
     for first in range(start, end, step):
-        data = os.pread(file.fileno(), step + _BLOCK, first)
+        data = _pread(file, step + _BLOCK, first)
         for match in re.finditer(b"ustar", data):
             at = match.start() - _MAGIC
             if 0 <= at < min(step, end - first) and _is_header(data[at : at + _BLOCK]):
@@ -283,7 +290,7 @@ def _continues(stem: str, stems: set[str]) -> bool:
 
 
 def _read_label(file: IO[bytes], member: _Member, *, is_json: bool) -> str | None:
-    text = os.pread(file.fileno(), member.size, member.offset).decode(errors="replace").strip("\0 \r\n\t")
+    text = _pread(file, member.size, member.offset).decode(errors="replace").strip("\0 \r\n\t")
     if not is_json:
         return text or None
     try:

@@ -1,7 +1,8 @@
 """The token bank: precomputed tokens of views of every image, read instead of running the tokenizer.
 
     bank/config.json              the source, the tokenizer, and the settings of the views
-    bank/train/codes-00000.npy    uint16 (n, V, h, w): V views of n images, in the order of the source
+    bank/train/codes-00000.npy    uint16 (n, V, h, w): V views of n images, in the order of the source; uint32 where the
+                                  tokenizer has more than 65,536 codewords
     bank/train/skipped-00000.json if some images could not be read: number -> name and reason; the codes of these are 0
     bank/evaluation/...           the central view of each held-out image
 
@@ -23,7 +24,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -38,7 +39,8 @@ from pecobook.utils.files import write_atomically
 from pecobook.utils.json_files import ANY, COUNT, NUMBER, TEXT, WHOLE, Kind, Schema, list_of, read_json
 from pecobook.utils.printer import say, show
 
-MAX_CODEWORDS = 2**16
+MAX_CODEWORDS = 2**32
+_LARGE_CODEBOOK = 2**16  # number of codewords above which codes are uint32
 SHARD_IMAGES = 8192
 _SHARD_BYTES = 2**26
 _LARGE = 256  # MiB
@@ -60,13 +62,19 @@ BANK: Schema = {
     "tokenizer_size": WHOLE,
     "min_crop": NUMBER,
     "colour": {field.name: NUMBER.or_none for field in dataclasses.fields(PhotometricConfig)},
+    "code_type": Kind("uint16 or uint32", lambda value: value in ("uint16", "uint32"), optional=True),
 }
 """What config.json of a bank holds."""
 
 OF_IMAGES = ("data", "evaluation_data", "num_images", "num_evaluation_images")
 """Names of what a bank's config.json says of the images."""
 
-Codes = npt.NDArray[np.uint16]
+Codes: TypeAlias = npt.NDArray[np.uint16] | npt.NDArray[np.uint32]
+
+
+def code_type(num_codewords: int) -> dict[str, str]:
+    """Return the entry of a bank's config.json that states the type of its codes; none for uint16, which is usual."""
+    return {"code_type": "uint32"} if num_codewords > _LARGE_CODEBOOK else {}
 
 
 @dataclass(frozen=True)
@@ -78,11 +86,12 @@ class BankLayout:
     num_images: int
     num_views: int
     grid: tuple[int, int]
+    code_type: str = "uint16"
 
     @property
     def shard_images(self) -> int:
         """Number of images in each shard except the last."""
-        bytes_per_image = 2 * self.num_views * self.grid[0] * self.grid[1]
+        bytes_per_image = np.dtype(self.code_type).itemsize * self.num_views * self.grid[0] * self.grid[1]
         return max(1, min(SHARD_IMAGES, _SHARD_BYTES // bytes_per_image))
 
     @property
@@ -109,7 +118,7 @@ def write_shard(file: Path, codes: Codes, skipped: dict[int, BadImage] | None = 
 
     Args:
         file: the path of the shard.
-        codes: uint16 (n, V, h, w).
+        codes: (n, V, h, w), of the type of the bank.
         skipped: the error of each unreadable image, by the image's number.
     """
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -210,16 +219,16 @@ class TokenBank:
         return torch.from_numpy(codes)
 
     def shard(self, split: str, number: int) -> Codes:
-        """Map the codes of one shard into memory: uint16 (n, V, h, w). Raises DataError if the shard is damaged."""
+        """Map the codes of one shard into memory: (n, V, h, w), in the bank's type. Raises DataError."""
         layout = self.layouts[split]
         shape = (len(layout.images_of(number)), layout.num_views, *layout.grid)
-        return _map(layout.file(self.folder, number), shape)
+        return _map(layout.file(self.folder, number), shape, layout.code_type)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_open": {}}
 
 
-def _map(file: Path, shape: tuple[int, ...]) -> Codes:
+def _map(file: Path, shape: tuple[int, ...], code_type: str) -> Codes:
     try:
         codes: Codes = np.load(file, mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
@@ -227,9 +236,9 @@ def _map(file: Path, shape: tuple[int, ...]) -> Codes:
             f"'{file}' of the token bank cannot be read: {loading_reason(error)}. "
             "Delete the file and continue with --resume."
         ) from None
-    if codes.shape != shape or codes.dtype != np.uint16:
+    if codes.shape != shape or codes.dtype != code_type:
         raise DataError(
-            f"'{file}' of the token bank holds {codes.dtype} {codes.shape}, not uint16 {shape}. "
+            f"'{file}' of the token bank holds {codes.dtype} {codes.shape}, not {code_type} {shape}. "
             "Delete the file and continue with --resume."
         )
     return codes
@@ -237,10 +246,10 @@ def _map(file: Path, shape: tuple[int, ...]) -> Codes:
 
 def bank_layouts(config: dict[str, Any]) -> dict[str, BankLayout]:
     """Return the layout of each split from the content of a bank's config.json."""
-    grid = (config["grid"][0], config["grid"][1])
+    grid, kind = (config["grid"][0], config["grid"][1]), config.get("code_type") or "uint16"
     return {
-        "train": BankLayout("train", config["num_images"], config["views"], grid),
-        "evaluation": BankLayout("evaluation", config["num_evaluation_images"], 1, grid),
+        "train": BankLayout("train", config["num_images"], config["views"], grid, kind),
+        "evaluation": BankLayout("evaluation", config["num_evaluation_images"], 1, grid, kind),
     }
 
 

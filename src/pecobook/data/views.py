@@ -17,44 +17,46 @@ import math
 import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from pecobook.data.batch import Batch
-from pecobook.data.sampler import key, uniforms
+from pecobook.data.sampler import key, uniform
 from pecobook.errors import ConfigError
 from pecobook.settings.images import PhotometricConfig
 from pecobook.utils.images import resize, to_float
 
 # Strengths of brightness, contrast, saturation, hue; whether to apply jitter, grey, blur, solarisation; blur width.
 NUM_COLOUR_DRAWS = 9
+_FLIP_DRAW = 40
+"""Number of the draw that decides on the flip, after those of ten attempts to place a crop."""
 
 
 def crop_box(
-    height: int, width: int, u: npt.NDArray[np.float64], *, min_area: float, max_aspect: float = 4 / 3
+    height: int, width: int, view_key: int, *, min_area: float, max_aspect: float = 4 / 3
 ) -> tuple[int, int, int, int]:
     """Return top, left, height and width of a random crop, by the rule of torchvision's RandomResizedCrop.
 
     Args:
         height: height of the image in pixels.
         width: width of the image in pixels.
-        u: 40 uniform numbers: ten attempts of (area, aspect, top, left).
+        view_key: the key of the view, which gives ten attempts of (area, aspect, top, left); most crops need one.
         min_area: minimum area of the crop, as a fraction of the image's area.
         max_aspect: maximum aspect ratio; the minimum is its inverse.
     """
-    for area_draw, aspect_draw, top_draw, left_draw in u[:40].reshape(10, 4).tolist():
-        area = height * width * (min_area + area_draw * (1 - min_area))
-        aspect = math.exp((2 * aspect_draw - 1) * math.log(max_aspect))
+    draw = partial(uniform, view_key)
+    for first in range(0, _FLIP_DRAW, 4):
+        area = height * width * (min_area + draw(first) * (1 - min_area))
+        aspect = math.exp((2 * draw(first + 1) - 1) * math.log(max_aspect))
         crop_width, crop_height = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
         if 0 < crop_width <= width and 0 < crop_height <= height:
-            top = int(top_draw * (height - crop_height + 1))
-            left = int(left_draw * (width - crop_width + 1))
+            top = int(draw(first + 2) * (height - crop_height + 1))
+            left = int(draw(first + 3) * (width - crop_width + 1))
             return top, left, crop_height, crop_width
     crop_height, crop_width = height, width  # no attempt fitted: the largest central crop of a valid aspect ratio
     if width / height > max_aspect:
@@ -76,10 +78,11 @@ def random_crop(image: Tensor, size: int, view_key: int, *, min_area: float) -> 
     Returns:
         uint8 (C, size, size).
     """
-    u = uniforms(view_key, 41)
-    top, left, height, width = crop_box(image.shape[1], image.shape[2], u, min_area=min_area)
-    crop = image[:, top : top + height, left : left + width]
-    return resize(crop.flip(2) if u[40] < 0.5 else crop, size, size)
+    top, left, height, width = crop_box(image.shape[1], image.shape[2], view_key, min_area=min_area)
+    view = resize(image[:, top : top + height, left : left + width], size, size)
+    return (
+        view.flip(2) if uniform(view_key, _FLIP_DRAW) < 0.5 else view
+    )  # last, since the view is mostly smaller than the crop
 
 
 def center_crop(image: Tensor, size: int, *, share: float = 1.0) -> Tensor:
@@ -126,7 +129,8 @@ def central_view(image: Tensor, view_key: int, *, size: int, share: float = 1.0)
 
 def colour_draws(view_key: int) -> Tensor:
     """Draw the random numbers for the colours of one view: float32 (9,) in [0, 1)."""
-    return torch.from_numpy(uniforms(key(view_key, 1), NUM_COLOUR_DRAWS).astype(np.float32))
+    colour_key = key(view_key, 1)
+    return torch.tensor([uniform(colour_key, number) for number in range(NUM_COLOUR_DRAWS)], dtype=torch.float32)
 
 
 # --------------------------------------------------------------------------------------- colour, on the device

@@ -107,7 +107,7 @@ def _evaluate_stream(
     counted: dict[str, int] = {}  # images of all ranks with a metric
     total = 0  # images of all ranks
     workers = workers if count > _MAX_WITHOUT_WORKERS else 0
-    for number, batch in enumerate(load(stream, batches, workers=workers, pin=False)):
+    for number, batch in enumerate(load(stream, batches, workers=workers)):
         torch.manual_seed(key(seed, 2**32 + number) >> 1)
         skipped += batch["skipped"]
         second_time = torch.tensor([position >= num_images for position in positions[number]])

@@ -25,7 +25,7 @@ from pecobook.engine.world import World, check_flags, is_leader, launched
 from pecobook.errors import ConfigError
 from pecobook.settings.training import TrainConfig
 from pecobook.utils.devices import cores, cpu_prefers_bf16
-from pecobook.utils.distributed import gather_objects, long_on_first_rank, on_all_ranks
+from pecobook.utils.distributed import gather_objects, long_on_first_rank, on_all_ranks, sharing
 from pecobook.utils.folder_lock import FolderLock
 from pecobook.utils.parent import child_environment
 from pecobook.utils.printer import show
@@ -157,7 +157,8 @@ def begin(config: TrainConfig, preflight: Callable[[], R], prepare: Callable[[R]
     fabric = None
     if world is not None:  # before the preflight, which resolves the precision too
         fabric = start(dataclasses.replace(config, precision=resolve_precision(config)))  # type: ignore[arg-type]
-    ready = on_all_ranks(preflight)
+    with sharing():  # rank 0 lists folders of images for all
+        ready = on_all_ranks(preflight)
     locks: list[FolderLock] = []
     try:
         if fabric is not None or is_leader():  # a process that the first one has started joins later

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from pecobook.errors import ConfigError, printable
+from pecobook.settings.tracking import TrackingConfig
 from pecobook.utils.files import write_atomically
 from pecobook.utils.json_files import metric_lines
 from pecobook.utils.printer import print_above, show, write_notes_to
@@ -138,13 +139,17 @@ def _hide_writer_errors(arguments: threading.ExceptHookArgs) -> None:
 class WeightsAndBiases:
     """Log to a run in Weights & Biases."""
 
-    def __init__(self, folder: Path, config: dict[str, Any]) -> None:
+    def __init__(self, folder: Path, config: dict[str, Any], tracking: TrackingConfig = TrackingConfig()) -> None:
         import wandb
 
         # The id follows from the folder, so that a resumed run continues its chart.
         self._wandb = wandb
         self._run = wandb.init(
-            project="pecobook",
+            project=tracking.project,
+            entity=tracking.entity or None,
+            group=tracking.group or None,
+            tags=tracking.tags or None,
+            mode="offline" if tracking.offline else None,
             dir=folder,
             name=folder.name,
             id=_run_id(folder),
@@ -169,17 +174,22 @@ class WeightsAndBiases:
 
 
 class MLflow:
-    """Log to a run in MLflow, at the server of MLFLOW_TRACKING_URI."""
+    """Log to a run in MLflow, at the server of MLFLOW_TRACKING_URI, or offline into the folder `mlruns` of the run."""
 
-    def __init__(self, folder: Path, config: dict[str, Any]) -> None:
+    def __init__(self, folder: Path, config: dict[str, Any], tracking: TrackingConfig = TrackingConfig()) -> None:
         import mlflow
 
         self._mlflow = mlflow
-        mlflow.set_experiment("pecobook")
+        if tracking.offline:
+            mlflow.set_tracking_uri((folder.resolve() / "mlruns").as_uri())
+        mlflow.set_experiment(tracking.project)
         earlier = mlflow.search_runs(filter_string=f"tags.pecobook_run = '{_run_id(folder)}'", output_format="list")
         mlflow.start_run(run_id=earlier[0].info.run_id if earlier else None, run_name=folder.name)
         if not earlier:
             mlflow.set_tag("pecobook_run", _run_id(folder))
+            tags = dict.fromkeys(tracking.tags, "") | ({"group": tracking.group} if tracking.group else {})
+            for name, value in tags.items():
+                mlflow.set_tag(name, value)
             mlflow.log_dict(config, "config.json")
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
@@ -219,15 +229,22 @@ def check_loggers(names: tuple[str, ...]) -> None:
             raise ConfigError(f"--loggers {name}: the package is not installed: pip install 'pecobook[{name}]'.")
 
 
-def open_sinks(names: tuple[str, ...], folder: Path, config: dict[str, Any], *, start_step: int) -> list[Sink]:
+def open_sinks(
+    names: tuple[str, ...],
+    folder: Path,
+    config: dict[str, Any],
+    *,
+    start_step: int,
+    tracking: TrackingConfig = TrackingConfig(),
+) -> list[Sink]:
     """Return the loggers in `names`, and at last the writer of metrics.jsonl."""
     lines, sinks = JsonLines(folder / "metrics.jsonl", start_step=start_step), list[Sink]()
     if "tensorboard" in names:
         sinks.append(TensorBoard(folder, start_step=start_step, last=lines.last))
     if "wandb" in names:
-        sinks.append(WeightsAndBiases(folder, config))
+        sinks.append(WeightsAndBiases(folder, config, tracking))
     if "mlflow" in names:
-        sinks.append(MLflow(folder, config))
+        sinks.append(MLflow(folder, config, tracking))
     return [*sinks, lines]
 
 
@@ -296,6 +313,7 @@ class Progress:
             f"loss {metrics['loss']:.4f}" if "loss" in metrics else "",
             f"{metrics['images_per_second']:.0f} img/s" if "images_per_second" in metrics else "",
             f"data wait {100 * metrics['data_wait']:.0f}%" if "data_wait" in metrics else "",
+            f"{metrics['gpu_memory']:.1f} GB" if "gpu_memory" in metrics else "",
         ]
         shown = (("knn", "k-NN {:.1f}%"), ("linear", "linear {:.1f}%"), ("rank", "rank {:.1f}"))
         parts += [text.format(metrics[f"probe/{name}"]) for name, text in shown if f"probe/{name}" in metrics]

@@ -17,17 +17,19 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from pecobook.data.batch import Batch
-from pecobook.data.loading import WorkerError
+from pecobook.data.loading import WorkerError, reading_advice
 from pecobook.data.sampler import BatchPositions, key
 from pecobook.data.stream import Stream, load, to_device
 from pecobook.engine import checkpoint
 from pecobook.engine.ahead import loss_weights, micro_batches
 from pecobook.engine.attention import trainable_attention
+from pecobook.engine.curves import Curves, Draw
 from pecobook.engine.evaluation import Evaluation, average_metrics, evaluate, picture_grid
 from pecobook.engine.finite_check import FiniteCheck
-from pecobook.engine.launch import deterministic, micro_batch_size, num_workers
+from pecobook.engine.hooks import Hook, OnStep
+from pecobook.engine.launch import deterministic, device_count, micro_batch_size, num_workers
 from pecobook.engine.log import JsonLines, Progress, Sink, flush, open_sinks, open_text_log
-from pecobook.engine.memory import out_of_memory_advice
+from pecobook.engine.memory import gpu_memory, out_of_memory_advice
 from pecobook.engine.optim import build_optimizer, cooldown_start, learning_rates, set_learning_rate, warmup_warning
 from pecobook.engine.probing import Probe
 from pecobook.engine.schedule import is_time
@@ -37,6 +39,7 @@ from pecobook.errors import PecobookError
 from pecobook.settings.durations import steps
 from pecobook.settings.training import TrainConfig
 from pecobook.settings.values import to_dict
+from pecobook.utils.devices import cores
 from pecobook.utils.distributed import gather_objects, on_first_rank
 from pecobook.utils.files import write_atomically
 from pecobook.utils.printer import say, show, write_notes_to
@@ -44,6 +47,7 @@ from pecobook.utils.printer import say, show, write_notes_to
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
 
+_Batches: TypeAlias = Iterator[Batch]
 _MIN_HELD_OUT = 20
 """With fewer held-out images the log says that their figures support no claim."""
 
@@ -70,25 +74,26 @@ def fit(
     reference: Stream | None = None,
     probe: Callable[[int, int], Probe] | None = None,
     preamble: Sequence[str] = (),
+    draw: Draw | None = None,
+    on_step: OnStep | None = None,
 ) -> Outcome:
     """Train `stage` on `train` until its last step or a signal.
 
     `reference` holds training images that every evaluation reads in full and compares with; `probe` makes the probe of
     the run from its first and its last step. The lines of `preamble` are shown, and written to train.log, before the
-    first step.
+    first step. `draw` draws curves.png; `on_step` is called after each step, on all ranks.
 
     Raises:
         NonFiniteLossError: before the optimizer step, on all ranks.
     """
     loop = Loop(fabric, stage, train, evaluation, reference, config, command)
+    loop.sinks += [Curves(loop.out, draw)] if draw is not None and loop.sinks else []
+    loop.hook = Hook(on_step)
     if probe is not None:
         loop.probe = probe(loop.start, loop.total)
     for line in preamble:
         say(line)
     return loop.run()
-
-
-_Batches: TypeAlias = Iterator[Batch]
 
 
 class Loop:
@@ -128,12 +133,11 @@ class Loop:
         self.finite_check = FiniteCheck(fabric.world_size, late=fabric.device.type == "cuda")
         quiet = fabric.global_rank > 0
         self.progress = Progress(total=self.total, start=self.start, name=command, quiet=quiet)
-        self.sinks: list[Sink] = []
-        self.skipped: dict[str, None] = {}
-        self.last_metrics: dict[str, float] = {}
-        self._warned = self._evaluating = False
+        self.sinks, self.skipped, self.last_metrics = list[Sink](), dict[str, None](), dict[str, float]()
+        self.hook, self._warned, self._advised, self._evaluating = Hook(None), False, False, False
         if not quiet:
-            self.sinks = open_sinks(config.loggers, self.out, to_dict(config), start_step=self.start)
+            settings, sent = to_dict(config), config.tracking
+            self.sinks = open_sinks(config.loggers, self.out, settings, start_step=self.start, tracking=sent)
             self.text = open_text_log(self.out)
             self.text.info("%s from step %d to %d on %s", command, self.start, self.total, fabric.device)
 
@@ -145,7 +149,7 @@ class Loop:
         try:
             with Signals() as signals, deterministic(self.fabric.device, self.config.deterministic):
                 positions = self._positions(self.start, self.total)
-                batches = load(self.train, positions, workers=self.workers, pin=self.fabric.device.type == "cuda")
+                batches = load(self.train, positions, workers=self.workers, device=self.fabric.device)
                 self._measured_at = time.monotonic()
                 self._saved_at, self._waited, self._measured_step = self._measured_at, 0.0, self.start
                 if self.config.compile:
@@ -154,6 +158,7 @@ class Loop:
                 while step < self.total:
                     stop = self.step_once(step, batches, signals)
                     step += 1
+                    self.hook.after(step, self.total, self.stage)
                     self._save_if_due(step, stop)  # before an evaluation, which may fail
                     if is_time(step, self.config.sample_every, self.total):
                         self._evaluate(step)
@@ -284,12 +289,19 @@ class Loop:
             "data_wait": min(self._waited / elapsed, 1.0),
         }
         self._measured_at, self._measured_step, self._waited = now, step, 0.0
-        return values | speed
+        return values | speed | gpu_memory(self.fabric.device)
 
     def _report(self, step: int, values: dict[str, float]) -> None:
+        self.hook.logged = step, values
         self.progress.show(step, {**(self.probe.last if self.probe else {}), **values}, now=step <= self.start + 2)
         for sink in self.sinks:
             sink.log(values, step)
+        if self.fabric.device.type == "cuda" and step > self.start + self.config.log_every and not self._advised:
+            # Not of the first steps, which start processes.
+            text = reading_advice(values["data_wait"], self.workers, len(cores()) // device_count(self.config))
+            self._advised = bool(text)
+            if text:
+                say(text)
         warning = self.stage.warning(values, step)
         if warning and not self._warned:
             self._warned = True
@@ -329,7 +341,7 @@ class Loop:
                 sink.picture("samples", png, step)
         if step == self.total and result.rows:
             self.stage.report(self.out, result.rows, self.evaluation.source)
-        for sink in self.sinks:  # last, and metrics.jsonl last of all: a resume repeats an evaluation that is not there
+        for sink in self.sinks:  # metrics.jsonl after the others: a resume repeats an evaluation not in it
             sink.log(result.metrics, step)
 
     def _save_if_due(self, step: int, stop: bool) -> None:

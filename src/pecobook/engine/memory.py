@@ -1,10 +1,17 @@
-"""Advice for the user when a GPU runs out of memory."""
+"""The memory of a GPU: what a run takes, and advice for the user when it runs out."""
 
 from __future__ import annotations
+
+import torch
 
 from pecobook.engine.launch import micro_batch_size, total_devices
 from pecobook.settings.training import TrainConfig
 from pecobook.settings.values import flags
+
+
+def gpu_memory(device: torch.device) -> dict[str, float]:
+    """Return the largest memory that the tensors of this process took so far, `gpu_memory` in GB; nothing on a CPU."""
+    return {"gpu_memory": torch.cuda.max_memory_allocated(device) / 1e9} if device.type == "cuda" else {}
 
 
 def out_of_memory_advice(config: TrainConfig, *, min_batch_size: int, evaluating: bool) -> str:

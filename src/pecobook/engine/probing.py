@@ -146,7 +146,7 @@ class Probe:
 
     @staticmethod
     def _load(stream: Stream, positions: list[list[int]], workers: int) -> Iterator[Batch]:
-        return load(stream, positions, workers=workers, pin=False)
+        return load(stream, positions, workers=workers)
 
     @staticmethod
     def _features(fabric: Fabric, model: Any, batches: list[Batch]) -> Features:

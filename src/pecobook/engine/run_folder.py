@@ -1,15 +1,16 @@
 """The run folder: checks before a run writes into it, and the files written before the first step.
 
-config.json  environment.json  metrics.jsonl  train.log  samples/  checkpoints/  export/
+config.json  config.diff  environment.json  metrics.jsonl  curves.png  train.log  samples/  checkpoints/  export/
 """
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 import shlex
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,8 +23,9 @@ from pecobook.errors import RunFolderError
 from pecobook.settings.images import AUTO, RangeSetting
 from pecobook.settings.training import TrainConfig
 from pecobook.settings.values import BEFORE, changed_settings, complete, to_dict
-from pecobook.utils.files import write_json
+from pecobook.utils.files import write_atomically, write_json
 from pecobook.utils.folder_lock import FolderLock
+from pecobook.utils.given import hooks
 from pecobook.utils.json_files import ANY, OBJECT, TEXT, list_of, read_if_valid, read_json
 from pecobook.utils.output_folder import OutputFolder
 from pecobook.utils.printer import say
@@ -32,7 +34,7 @@ _ENVIRONMENT = {"versions": OBJECT, "earlier": list_of(OBJECT).or_none, "data_no
 _RUN = {"command": TEXT, "data": TEXT, "out": TEXT}  # many folders hold a config.json
 _FILES = (
     *("config.json", "environment.json", "data.parquet", "metrics.jsonl", "train.log", "events.out.tfevents.*"),
-    ".*.tmp",
+    *("config.diff", "curves.png", ".*.tmp"),
     *("predictions.parquet", "classes.json", "detections.json", "average_precision.json"),
     *(f"samples/{name}" for name in ("step-*.png", "example.png", "confusion.png", "detections.png", ".*.tmp")),
     *("checkpoints/step-*/state.pt*", "checkpoints/.step-*.tmp/*"),
@@ -48,13 +50,17 @@ def check(config: TrainConfig, command: str, num_images: int = 0) -> None:
     _folder(config, command, num_images).check()
 
 
-def prepare(config: TrainConfig, command: str, splits: Splits | None = None) -> FolderLock:
+def prepare(
+    config: TrainConfig, command: str, splits: Splits | None = None, recipe: str = "", changes: Sequence[str] = ()
+) -> FolderLock:
     """Create and lock the folder, write config.json and environment.json, and return the lock.
 
     Args:
         config: the settings.
         command: name of the command.
         splits: the data, which are compared with those of the run that resumes; None leaves that out.
+        recipe: name of the recipe from which the settings come; empty if it is unknown.
+        changes: lines of config.diff, on settings that differ from those of the recipe.
 
     Raises:
         RunFolderError: the folder cannot be used, or the data have changed.
@@ -64,8 +70,16 @@ def prepare(config: TrainConfig, command: str, splits: Splits | None = None) -> 
     bank: str = getattr(config, "tokens", "")
     if now is not None and bank:
         notes += check_bank(bank, now, data=config.data)
-    num_images = 0 if splits is None else len(splits.train)
-    return _folder(config, command, num_images).begin(partial(_write_settings, config, command, now, notes, num_images))
+    images = {} if splits is None else _image_counts(splits)
+    files = {"config.json": (json.dumps(stored_settings(config, command, recipe), indent=2) + "\n").encode()}
+    if recipe:
+        lines = [
+            f"pecobook {command} {recipe}: {'settings that differ' if changes else 'no setting differs'}",
+            *changes,
+        ]
+        files["config.diff"] = "".join(f"{line}\n" for line in lines).encode()
+    folder = _folder(config, command, images.get("training", 0))
+    return folder.begin(partial(_write_settings, config, files, now, notes, images))
 
 
 def recorded_range(out: str) -> RangeSetting:
@@ -101,6 +115,13 @@ def _texts(settings: dict[str, Any], leave_out: tuple[str, ...] = ()) -> Iterato
 
 def _check_resume(config: TrainConfig, command: str, num_images: int, old: dict[str, Any]) -> None:
     out = Path(config.out)
+    old.pop("recipe", "")
+    before, now = (python.get("transform", "none") for python in (old.pop("python", {}), hooks()))
+    if before != now:
+        raise RunFolderError(
+            f"--resume: the run in '{out}' took the transform {before} from Python, and now it is {now}: "
+            f"call pecobook.{command}(..., transform=..., resume=True) with that of the run."
+        )
     if old.pop("command", command) != command:
         raise RunFolderError(f"--resume: '{out}' is not a run of 'pecobook {command}'.")
     old = complete(old, to_dict(type(config)()))
@@ -115,35 +136,47 @@ def _check_resume(config: TrainConfig, command: str, num_images: int, old: dict[
         )
 
 
+def _image_counts(splits: Splits) -> dict[str, int]:
+    counts = {"training": len(splits.train), "held_out": len(splits.evaluation)}
+    return counts | ({"classes": len(splits.train.classes)} if splits.train.classes else {})
+
+
 def _write_settings(
-    config: TrainConfig, command: str, now: record.Record | None, notes: list[str], num_images: int, out: Path
+    config: TrainConfig,
+    files: dict[str, bytes],
+    now: record.Record | None,
+    notes: list[str],
+    images: dict[str, int],
+    out: Path,
 ) -> None:
     resumes, accept = bool(config.resume) and (out / "config.json").exists(), config.accept_data_change
     news = now
     if resumes and now is not None:
         found, news = compare_data(out, now, data=config.data, of="the run", accept=accept)
         notes = [*notes, *found]
+    num_images = images.get("training", 0)
     if resumes and num_images:
+        new = to_dict(config)
         old = complete(read_json(out / "config.json", _RUN), to_dict(type(config)()))
-        if changed_settings(old, to_dict(config)):  # its length, as `_check_resume` has found
+        if changed_settings({name: old[name] for name in new}, new):  # its length, as `_check_resume` has found
             notes = [*notes, longer.begin(out, old, config, num_images)]
     for note in notes:
         say(note)
-    if not resumes:
-        write_json(out / "config.json", stored_settings(config, command))
-    _write_environment(out / "environment.json", notes)
+    for name, data in () if resumes else files.items():
+        write_atomically(out / name, data)
+    _write_environment(out / "environment.json", notes, images)
     if news is not None:  # after environment.json, which tells of the change
         news.write(out)
     (out / "checkpoints").mkdir(exist_ok=True)
     (out / "samples").mkdir(exist_ok=True)
 
 
-def _write_environment(file: Path, notes: list[str]) -> None:
+def _write_environment(file: Path, notes: list[str], images: dict[str, int]) -> None:
     """Write environment.json; where a resumed run had other versions, say which, and keep the earlier content.
 
-    `notes` are sentences on changed data, which are kept too.
+    `notes` are sentences on changed data, which are kept too; `images` are the numbers of images and classes.
     """
-    current = environment()
+    current = environment() | ({"images": images} if images else {})
     earlier: dict[str, Any] = {}
     try:
         earlier = read_json(file, _ENVIRONMENT, remedy="It is written anew.")
@@ -163,10 +196,11 @@ def _write_environment(file: Path, notes: list[str]) -> None:
     write_json(file, current)
 
 
-def stored_settings(config: TrainConfig, command: str) -> dict[str, Any]:
+def stored_settings(config: TrainConfig, command: str, recipe: str = "") -> dict[str, Any]:
     """Return the settings as config.json holds them, without the flags of a single start."""
     single = dict.fromkeys(("resume", "overwrite", "dry_run", "verify_data", "accept_data_change"), False)
-    return {"command": command, **to_dict(config), **single}
+    more = {name: value for name, value in (("recipe", recipe), ("python", hooks())) if value}
+    return {"command": command, **more, **to_dict(config), **single}
 
 
 def command_line(arguments: list[str]) -> str:

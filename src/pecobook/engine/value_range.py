@@ -8,7 +8,8 @@ from pecobook.data.images import check_readable, open_images
 from pecobook.data.source import ImageSource, Splits
 from pecobook.data.value_range import apply_value_range
 from pecobook.errors import WeightsError
-from pecobook.models.export import read_settings, resolve_source
+from pecobook.models.export import read_settings
+from pecobook.models.hub import resolve_source
 from pecobook.settings.images import AUTO, RangeSetting
 
 

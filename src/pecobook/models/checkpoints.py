@@ -47,7 +47,7 @@ _NO_WEIGHTS = {
 # They are not built.
 _SETTINGS_MODULES = (
     *("argparse", "numpy", "pathlib", "omegaconf", "yacs", "mmengine", "mmcv", "ml_collections"),
-    *("torch", "functools", "collections"),
+    *("torch", "functools", "collections", "timm", "torchvision", "transformers", "lightning", "pytorch_lightning"),
 )
 
 
@@ -74,7 +74,9 @@ class _Unread:
 
     def __setstate__(self, state: Any) -> None:
         if isinstance(state, dict):
-            self.own = {**state.get("_parameters", {}), **state.get("_buffers", {})}
+            own = {**state.get("_parameters", {}), **state.get("_buffers", {})}
+            computed = state.get("_non_persistent_buffers_set", ())  # such as tables of indices
+            self.own = {name: value for name, value in own.items() if name not in computed}
             self.parts = state.get("_modules", {})
 
     def weights(self) -> dict[str, Tensor]:
@@ -99,7 +101,9 @@ class _UnreadCall(_Unread):
 
 def _stub(name: str) -> Any:
     """Return a class of its own for a name in a file, since torch finds the name by the class."""
-    harmless = name.split(".")[0] in _SETTINGS_MODULES or name == "builtins.set"
+    if name == "builtins.set":
+        return set, name
+    harmless = name.split(".")[0] in _SETTINGS_MODULES
     return type(name, (_UnreadSettings if harmless else _UnreadCall,), {}), name
 
 

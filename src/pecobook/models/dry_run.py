@@ -17,18 +17,23 @@ from pecobook.errors import WeightsError, first_line
 _FAILURES = (RuntimeError, AssertionError, AttributeError, TypeError, ValueError, LookupError, NameError)
 
 
+_OTHER_NETWORK = "Choose another network."
+
+
 @contextmanager
-def refusing(network: str, purpose: str) -> Iterator[None]:
-    """Turn an error of a network into a WeightsError: "'NETWORK' cannot PURPOSE: reason"."""
+def refusing(network: str, purpose: str, remedy: str = _OTHER_NETWORK) -> Iterator[None]:
+    """Turn an error of a network into a WeightsError: "'NETWORK' cannot PURPOSE: reason. REMEDY"."""
     try:
         yield
     except WeightsError as error:
         raise error if network in str(error) else WeightsError(f"'{network}' cannot {purpose}: {error}") from None
     except _FAILURES as error:
-        raise WeightsError(f"'{network}' cannot {purpose}: {first_line(error).rstrip('.')}.") from None
+        raise WeightsError(f"'{network}' cannot {purpose}: {first_line(error).rstrip('.')}. {remedy}") from None
 
 
-def dry_run(module: nn.Module, inputs: Sequence[Any], *, network: str, purpose: str, backward: bool = True) -> Any:
+def dry_run(
+    module: nn.Module, inputs: Sequence[Any], *, network: str, purpose: str, remedy: str = "", backward: bool = True
+) -> Any:
     """Run forward and backward of a module without computing anything, on the meta device.
 
     Weights, buffers and torch's random numbers stay as they are. Where a module cannot run on the meta device, a real
@@ -39,6 +44,7 @@ def dry_run(module: nn.Module, inputs: Sequence[Any], *, network: str, purpose: 
         inputs: its arguments: images of a batch of two and what belongs to them.
         network: name of the network for the user.
         purpose: what the network is to do, as in "read images of 64 pixels".
+        remedy: what the user can do; empty names the image size that the network is made for, or another network.
         backward: whether the module is to be trained, so that all its trainable weights need a gradient.
 
     Returns:
@@ -53,20 +59,24 @@ def dry_run(module: nn.Module, inputs: Sequence[Any], *, network: str, purpose: 
                 raise NotImplementedError  # recurrent layers take a minute on the meta device
             outputs, unused = _on_meta(module, inputs, backward=backward)
         except _FAILURES:
-            with refusing(network, purpose + _usual_size(module, inputs)), torch.no_grad():
+            side = _usual_size(module, inputs)
+            remedy = remedy or (f"Give --image-size {side}, or another network." if side else _OTHER_NETWORK)
+            with refusing(network, purpose + (f" (it is made for {side})" if side else ""), remedy), torch.no_grad():
                 buffers = {name: value.clone() for name, value in module.named_buffers()}
                 return functional_call(module, buffers, tuple(inputs))
     if unused:
         more = f" and {len(unused) - 1} more" if len(unused) > 1 else ""
-        raise WeightsError(f"'{network}' cannot {purpose}: its weight '{unused[0]}'{more} would get no gradient.")
+        raise WeightsError(
+            f"'{network}' cannot {purpose}: its weight '{unused[0]}'{more} would get no gradient. {_OTHER_NETWORK}"
+        )
     return outputs
 
 
-def _usual_size(module: nn.Module, inputs: Sequence[Any]) -> str:
-    """Return words on the image size that timm's network in a module is made for; empty if the images have it."""
+def _usual_size(module: nn.Module, inputs: Sequence[Any]) -> int:
+    """Return the image size that timm's network in a module is made for; 0 if unknown, or if the images have it."""
     settings: Any = next((part.pretrained_cfg for part in module.modules() if hasattr(part, "pretrained_cfg")), None)
-    side = (settings or {}).get("input_size", (0,))[-1]
-    return f" (it is made for {side})" if side and side != inputs[0].shape[-1] else ""
+    side = int((settings or {}).get("input_size", (0,))[-1])
+    return side if side != inputs[0].shape[-1] else 0
 
 
 def _on_meta(module: nn.Module, inputs: Sequence[Any], *, backward: bool) -> tuple[Any, list[str]]:

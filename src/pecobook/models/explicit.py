@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pecobook.models.contrastive import contrastive_loss, ema_update, mlp
+from pecobook.models.control_quantizers import ControlQuantizer
 from pecobook.models.quantizer import VectorQuantizer
 from pecobook.settings.codebook import ExplicitConfig
 
@@ -54,7 +55,7 @@ class CodewordContrast(nn.Module):
         self.momentum_projector = copy.deepcopy(self.projector).requires_grad_(False)
 
     @torch.no_grad()
-    def keys(self, second_view: Tensor, quantizer: VectorQuantizer) -> Tensor:
+    def keys(self, second_view: Tensor, quantizer: VectorQuantizer | ControlQuantizer) -> Tensor:
         """Compute the keys (B, out) of the second view of the images, (B, C, H, W) in [-1, 1]."""
         codewords = quantizer.nearest(self.momentum_encoder(second_view))  # (B, D, h, w)
         keys: Tensor = self.momentum_projector(codewords.mean((2, 3)))

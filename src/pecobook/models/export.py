@@ -15,11 +15,13 @@ from typing import Any, ClassVar, Self
 
 from torch import Tensor, nn
 
-from pecobook.errors import PecobookError, WeightsError, first_line
+from pecobook.errors import PecobookError, WeightsError
+from pecobook.models.hub import publish, resolve_source
 from pecobook.models.snippets import range_text
 from pecobook.settings.images import AUTO, MAX_IMAGE_SIZE, RangeSetting
 from pecobook.utils.checksums import checksum_file, damage, write_with_checksum
 from pecobook.utils.files import write_atomically
+from pecobook.utils.given import given
 from pecobook.utils.json_files import COUNT, NUMBER, OBJECT, SWITCH, TEXT, WHOLE, Kind, Schema, list_of, read_json
 
 _SIZE = Kind(f"a whole number from 1 to {MAX_IMAGE_SIZE}", lambda value: WHOLE.holds(value) and value <= MAX_IMAGE_SIZE)
@@ -71,6 +73,8 @@ def read_settings(path: str | Path, *, kinds: Collection[str] = tuple(_SCHEMAS))
         kinds: the kinds that the caller takes. The fields of another kind are not checked, so that the caller tells of
             the kind and not of a field.
     """
+    if (network := given("backbone", str(path))) is not None:
+        return {"kind": network.kind, **network.settings(), **range_entry(network)}
     file = export_folder(path) / "config.json"
     _check_undamaged(file)
 
@@ -101,7 +105,10 @@ def read_export(
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    config, folder = read_settings(path, kinds=kinds), export_folder(path)
+    config = read_settings(path, kinds=kinds)
+    if (network := given("backbone", str(path))) is not None:
+        return config, {name: value.detach().cpu().clone() for name, value in network.body.state_dict().items()}
+    folder = export_folder(path)
     _check_undamaged(folder / "model.safetensors")
     try:
         state = load_file(folder / "model.safetensors")
@@ -164,10 +171,16 @@ class Card:
     """Name of the task on the Hugging Face hub, if the hub has one."""
     library: str = "pecobook"
     """Name of the library that loads the model."""
+    license: str = ""
+    """Identifier of the licence, such as mit; empty names none."""
+    dataset: str = ""
+    """Data set of the hub that the model was trained on, `owner/name`; empty names none."""
 
     def render(self, loading_code: str) -> str:
         """Return the whole card as Markdown; `loading_code` is the Python code that uses the model."""
         task = f"pipeline_tag: {self.pipeline}\n" if self.pipeline else ""
+        task += f"license: {self.license}\n" if self.license else ""
+        task += f"datasets: [{self.dataset}]\n" if self.dataset else ""
         header = f"---\nlibrary_name: {self.library}\n{task}tags: [{', '.join(self.tags)}]\n---\n"
         more = f"\n{self.more}\n" if self.more else ""
         return f"{header}# {self.title}\n\n{self.text}\n\n```python\n{loading_code}\n```\n{more}"
@@ -244,16 +257,15 @@ class Exported(nn.Module):
         origin = origin or self.origin
         texts = {name: text for name, text in (("origin", origin), ("init", self.init)) if text}
         config = {"kind": self.kind, **self.settings(), **texts, **range_entry(self)}
-        card = self.card(origin)
-        if self.init:
-            card = dataclasses.replace(card, text=f"{card.text}\n\nStart of the training: {self.init}.")
-        if self.value_range != AUTO:
-            card = dataclasses.replace(card, text=f"{card.text}\n\n{range_text(self.value_range)}")
-        write_export(Path(folder), config, exported, card.render(loading_code))
+        write_export(Path(folder), config, exported, self._full_card(origin).render(loading_code))
 
     @classmethod
-    def from_pretrained(cls, source: str | Path) -> Self:
+    def from_pretrained(cls, source: str | Path, *, revision: str = "") -> Self:
         """Load from a run folder, an export folder, or `owner/name` on the Hugging Face hub.
+
+        Args:
+            source: the folder, or `owner/name`.
+            revision: branch, tag or commit on the hub; empty for `main`.
 
         Returns:
             the network in evaluation mode.
@@ -261,7 +273,7 @@ class Exported(nn.Module):
         Raises:
             WeightsError: the export is missing, damaged, or of another kind.
         """
-        config, state = read_export(resolve_source(source), kinds=(cls.kind,))
+        config, state = read_export(resolve_source(source, revision), kinds=(cls.kind,))
         kind, origin, init = config.pop("kind", None), config.pop("origin", ""), config.pop("init", "")
         value_range = tuple(config.pop("value_range", AUTO))
         if kind != cls.kind:
@@ -278,40 +290,52 @@ class Exported(nn.Module):
         network.origin, network.init, network.value_range = origin, init, value_range
         return network.eval()
 
-    def push_to_hub(self, repo_id: str, *, private: bool = False) -> str:
-        """Upload to the Hugging Face hub as `owner/name`. Returns the URL of the repository.
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        private: bool = False,
+        revision: str = "",
+        message: str = "",
+        license: str = "",  # noqa: A002
+    ) -> str:
+        """Upload to the Hugging Face hub as `owner/name`; `pecobook.push` also tells of the run's data and figures.
+
+        Args:
+            repo_id: `owner/name`; the repository is created if it is missing.
+            private: create a private repository.
+            revision: branch that receives the files, created if it is missing; empty for `main`.
+            message: message of the commit.
+            license: identifier of the licence on the card, such as mit.
+
+        Returns:
+            the URL of the repository.
 
         Raises:
             WeightsError: the hub takes no repository of this name.
+            HubError: there is no token, or the hub cannot be reached or refuses the upload.
         """
-        from huggingface_hub import HfApi
-        from huggingface_hub.errors import HFValidationError
-
-        api = HfApi()
-        try:
-            url = api.create_repo(repo_id, private=private, exist_ok=True)
-        except HFValidationError as error:
-            raise WeightsError(
-                f"'{repo_id}' is no name of the Hugging Face hub: give owner/name. {first_line(error)}"
-            ) from None
         with tempfile.TemporaryDirectory() as folder:
-            self.save_pretrained(folder, repo_id=repo_id)
-            for file in Path(folder).glob("*.sha256"):  # the hub verifies files itself, and lets people edit them
-                file.unlink()
-            api.upload_folder(repo_id=repo_id, folder_path=folder)
-        return str(url)
+            self.save_pretrained(folder)
+            # Without checksums: the hub verifies files itself, and lets people edit them.
+            files: dict[str, bytes | Path] = {
+                file.name: file for file in Path(folder).iterdir() if not file.name.endswith(".sha256")
+            }
+            files["README.md"] = self.hub_card(repo_id, license=license).encode()
+            return publish(repo_id, files, private=private, revision=revision, message=message)
 
+    def hub_card(self, repo_id: str, *, license: str = "", more: str = "", dataset: str = "") -> str:  # noqa: A002
+        """Return the model card for the repository `repo_id`; `more` are paragraphs at its end."""
+        card = self._full_card(self.origin)
+        more = "\n\n".join(filter(None, (card.more, more)))
+        card = dataclasses.replace(card, license=license, more=more, dataset=dataset)
+        return card.render(self.hub_loading_code(repo_id))
 
-def resolve_source(source: str | Path) -> Path:
-    """Return the local folder of `source`; download it if `source` is not a path and has the form `owner/name`."""
-    if Path(source).exists() or str(source).count("/") != 1 or str(source).startswith((".", "/")):
-        return Path(source)
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    try:
-        return Path(snapshot_download(str(source), allow_patterns=["model.safetensors", "config.json"]))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        raise WeightsError(
-            f"There is no run '{source}' here, and the Hugging Face hub returned none ({first_line(error)})."
-        ) from None
+    def _full_card(self, origin: str) -> Card:
+        card = self.card(origin)
+        texts = [card.text]
+        if self.init:
+            texts.append(f"Start of the training: {self.init}.")
+        if self.value_range != AUTO:
+            texts.append(range_text(self.value_range))
+        return dataclasses.replace(card, text="\n\n".join(texts))

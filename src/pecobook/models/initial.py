@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from pecobook.errors import WeightsError
 from pecobook.models.checkpoints import left_aside, load_state, misfits, read_checkpoint, read_weights
-from pecobook.models.export import export_folder, read_export, read_settings, resolve_source, write_tensors
+from pecobook.models.export import export_folder, read_export, read_settings, write_tensors
+from pecobook.models.hub import resolve_source
 from pecobook.models.makers import IMAGENET_MEAN, IMAGENET_STD
 from pecobook.models.tokenizer import PerceptualTokenizer
 from pecobook.models.tokenizers import fingerprint, load_tokenizer

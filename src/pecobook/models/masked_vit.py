@@ -15,7 +15,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from pecobook.errors import WeightsError
 from pecobook.models.network_traits import has_patch_tokens
@@ -97,28 +99,35 @@ class MaskedImageModel(nn.Module):
             self._mask = None
         return _apply_final_norm(self.backbone, tokens)
 
-    def forward(self, images: Tensor, mask: Tensor, num_masked: int | None = None) -> Tensor:
+    def forward(
+        self, images: Tensor, mask: Tensor, num_masked: int | None = None, *, apply_head: bool = True
+    ) -> Tensor:
         """Compute the logits at the masked positions.
 
         Args:
             images: (B, 3, H, W), normalised as the backbone expects.
             mask: bool (B, h, w), True where masked.
             num_masked: M, if it is the same for all images, which avoids a wait for the device; None counts the mask.
+            apply_head: False returns what the head reads, (number masked, D), for `tiled_cross_entropy`.
 
         Returns:
             (number masked, K), ordered by image, then by position in row-major order.
         """
+        hidden = self._masked_hidden(images, mask, num_masked)
+        return self.head(hidden) if apply_head else hidden
+
+    def _masked_hidden(self, images: Tensor, mask: Tensor, num_masked: int | None) -> Tensor:
+        """Return the last hidden vectors at the masked positions, (number masked, D)."""
         if num_masked is None:
-            return self.head(self.hidden(images, mask)[mask.flatten(1)])  # type: ignore[no-any-return]
+            return self.hidden(images, mask)[mask.flatten(1)]
         if not self._last_block.is_supported:
-            hidden = at_positions(self.hidden(images, mask), masked_positions(mask, num_masked))  # (B M, D)
-            return self.head(hidden)  # type: ignore[no-any-return]
+            return at_positions(self.hidden(images, mask), masked_positions(mask, num_masked))  # (B M, D)
         self._last_block.positions = masked_positions(mask, num_masked) + self._num_prefix  # (B, M)
         try:
             hidden = self._run(images, mask)  # (B, M, D)
         finally:
             self._last_block.positions = None
-        return self.head(hidden.flatten(0, 1))  # type: ignore[no-any-return]
+        return hidden.flatten(0, 1)
 
 
 class _LastBlock:
@@ -209,7 +218,9 @@ class VisibleOnlyModel(nn.Module):
         """Rows and columns of patches."""
         return patch_grid(self.backbone)
 
-    def forward(self, images: Tensor, mask: Tensor, num_masked: int | None = None) -> Tensor:
+    def forward(
+        self, images: Tensor, mask: Tensor, num_masked: int | None = None, *, apply_head: bool = True
+    ) -> Tensor:
         """Compute the logits at the masked positions.
 
         Arguments and result as in `MaskedImageModel.forward`, except that every image must have M masked patches.
@@ -227,7 +238,35 @@ class VisibleOnlyModel(nn.Module):
         mask_tokens = self.mask_token + self.positions[masked]  # (B, M, width)
         # Attention does not depend on the order of tokens, so the tokens need not return to their places in the grid.
         decoded = self.decoder(torch.cat([tokens[:, :num_prefix], visible_tokens, mask_tokens.to(tokens.dtype)], 1))
-        return self.head(self.norm(decoded[:, -M:]).flatten(0, 1))  # type: ignore[no-any-return]
+        hidden: Tensor = self.norm(decoded[:, -M:]).flatten(0, 1)
+        return self.head(hidden) if apply_head else hidden
+
+
+def tiled_cross_entropy(head: nn.Linear, hidden: Tensor, targets: Tensor, rows: int) -> tuple[Tensor, Tensor]:
+    """Compute the cross entropy of a head with very many outputs, with the logits of `rows` vectors in memory at once.
+
+    The backward pass computes them again.
+
+    Args:
+        head: the head, D to K.
+        hidden: (N, D), what the head reads.
+        targets: int64 (N,).
+        rows: number of vectors of a tile.
+
+    Returns:
+        the mean cross entropy, (), and the most probable outputs, int64 (N,).
+    """
+    total, predicted = hidden.new_zeros((), dtype=torch.float32), []
+    for part, target in zip(torch.split(hidden, rows), torch.split(targets, rows), strict=True):
+        loss, best = checkpoint(_tile_loss, head, part, target, use_reentrant=False)
+        total = total + loss
+        predicted.append(best)
+    return total / len(targets), torch.cat(predicted)
+
+
+def _tile_loss(head: nn.Linear, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    logits = head(hidden).float()
+    return F.cross_entropy(logits, targets, reduction="sum"), logits.detach().argmax(1)
 
 
 class _VisibleFilter(nn.Module):

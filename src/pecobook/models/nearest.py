@@ -47,7 +47,7 @@ def nearest_codeword(z: Tensor, codebook: Tensor, *, precision: SearchPrecision 
     """
     if z.ndim != 2 or codebook.ndim != 2 or z.shape[1] != codebook.shape[1]:
         raise ValueError(f"z must be (N, D) and codebook (K, D), not {tuple(z.shape)} and {tuple(codebook.shape)}.")
-    with torch.no_grad(), torch.autocast(z.device.type, enabled=False):
+    with torch.no_grad(), torch.autocast("cpu" if z.is_meta else z.device.type, enabled=False):
         z, codebook = z.detach().float(), codebook.detach().float()
         if exporting():  # one expression for any N, of operators that other runtimes support
             return _scores(z, codebook, _half_norms(codebook)).argmin(1)
@@ -89,7 +89,7 @@ def nearest_by_chunks(z: Tensor, codebook: Tensor) -> Tensor:
     """Search exhaustively, with the scores of some vectors in memory at a time: (N, D) and (K, D) to int64 (N,)."""
     half_norms = _half_norms(codebook)
     codes = torch.empty(len(z), dtype=torch.int64, device=z.device)
-    rows = max(1024, CHUNK_ELEMENTS // max(len(codebook), 1))
+    rows = max(128, CHUNK_ELEMENTS // max(len(codebook), 1))
     for start in range(0, len(z), rows):
         torch.argmin(_scores(z[start : start + rows], codebook, half_norms), 1, out=codes[start : start + rows])
     return codes

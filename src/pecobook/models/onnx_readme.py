@@ -8,7 +8,8 @@ from __future__ import annotations
 from typing import Any
 
 from pecobook.models.snippets import BEST_CLASSES, TO_GREY, open_image, open_square
-from pecobook.settings.images import RangeSetting
+from pecobook.settings.images import MAX_IMAGE_SIZE, RangeSetting
+from pecobook.settings.segment import SegmentTestConfig
 
 _IMPORTS = """\
 import numpy as np
@@ -78,8 +79,10 @@ Image.fromarray(picture.round().astype(np.uint8)).save("restored.png")"""
 def segmenter_lines(size: int, step: int, value_range: RangeSetting) -> str:
     """Return Python that segments an image of any size by windows of S = `size`, `step` pixels apart.
 
-    It computes what `pecobook predict --test.mode slide` computes: the mean over square windows.
+    It computes what `pecobook predict --test.mode slide` computes: the mean over square windows. The graph reads only
+    windows of S x S, so the short side becomes S also where `--test.max-side` would make the image smaller.
     """
+    ratio = SegmentTestConfig().max_side / size
     return f"""\
 import json
 
@@ -88,7 +91,10 @@ session = onnxruntime.InferenceSession("model.onnx")
 {_CLASSES}
 {open_image(value_range)}
 # As `pecobook predict --test.mode slide`: the mean over square windows; the short side becomes {size} pixels.
-width, height = (int(side * {size} / min(image.size) + 0.5) for side in image.size)
+# Only images more than {ratio:.2g} times as long as wide differ: predict makes them smaller, unless it is given
+# `--test.max-side {MAX_IMAGE_SIZE}`.
+scale = {size} / min(image.size)
+width, height = (max(int(side * scale + 0.5), {size}) for side in image.size)
 small = image.resize((width, height), Image.Resampling.BICUBIC)
 images = np.asarray(small, dtype=np.float32).transpose(2, 0, 1)[None] / 255
 tops, lefts = ([*range(0, side - {size}, {step}), side - {size}] for side in (height, width))

@@ -11,6 +11,7 @@ B batch, H W image side, L layers, C_l H_l W_l shape of layer l's features.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,11 +19,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pecobook.errors import WeightsError
 from pecobook.models.dry_run import dry_run
 from pecobook.models.feature_networks import check_feature_maps, load_feature_network
 from pecobook.settings.perceptual import Normalisation, PerceptualConfig, PerceptualDistanceConfig
 from pecobook.settings.values import replace
+from pecobook.utils.given import given
 from pecobook.utils.images import as_images
 
 
@@ -65,7 +66,7 @@ class PerceptualDistance(nn.Module):
         self.config = config = replace(config, {k: v for k, v in changes.items() if v is not None})
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            source = network if isinstance(network, nn.Module) else config.network
+            source = network if isinstance(network, nn.Module) else _network_of(config.network)
             weights = config.weights or None
             loaded = load_feature_network(source, config.layers, weights, mean=config.mean, std=config.std)
             if config.shuffle:
@@ -100,12 +101,8 @@ class PerceptualDistance(nn.Module):
         images = torch.zeros(2, 3, *self._input_shape(height, width), requires_grad=True)
         name = self.config.network or type(self.network).__name__
         purpose = f"read images of {height} x {width} pixels"
-        try:
-            features = dry_run(self.network, (images,), network=name, purpose=purpose)
-        except WeightsError as error:
-            raise WeightsError(
-                f"{error} Give another --perceptual.input-size, such as 224, or earlier layers."
-            ) from None
+        remedy = "Give another --perceptual.input-size, such as 224, or earlier layers."
+        features = dry_run(self.network, (images,), network=name, purpose=purpose, remedy=remedy)
         check_feature_maps(features, self.config.layers)
 
     def _input_shape(self, height: int, width: int) -> tuple[int, int]:
@@ -132,6 +129,12 @@ class PerceptualDistance(nn.Module):
         """
         terms = [(a - b).square().mean((1, 2, 3)) for a, b in zip(target, self.features(y), strict=True)]
         return torch.stack(terms).sum(0)
+
+
+def _network_of(name: str) -> str | nn.Module:
+    """Return the name, or a copy of the module that Python code gave by this name."""
+    module: nn.Module | None = given("perceptual.network", name)
+    return name if module is None else copy.deepcopy(module)
 
 
 @torch.no_grad()

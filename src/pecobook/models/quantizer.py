@@ -8,7 +8,7 @@ statistics of the stored vectors over all ranks and updates the codebook. So the
 change only rounding (and, through the order of the vectors, the initial centres of k-means), and the codebook is the
 same on every rank. Statistics, distances and losses are computed in fp32 under any autocast.
 
-With `learning="gradient"` the codebook is a parameter instead, trained by the middle term of equation 3.
+With `kind="gradient"` the codebook is a parameter instead, trained by the middle term of equation 3.
 """
 
 from __future__ import annotations
@@ -26,6 +26,8 @@ from pecobook.settings.values import replace
 from pecobook.utils.distributed import gather_rows, world_size
 
 _KMEANS_ITERATIONS = 10
+_START_VECTORS = 2**18  # number of vectors from which k-means starts a codebook of up to 65,536 codewords, at most
+_TILE = 2**22  # number of elements of the sums that are computed at once; a codebook of 8,192 x 256 has half of it
 _REVIVE_EVERY = 10  # updates between checks for dead codewords: each check costs one synchronisation with the device
 
 
@@ -54,7 +56,7 @@ class VectorQuantizer(nn.Module):
         num_codewords: K; or one object with all settings.
         dim: D.
         seed: seed of k-means and of the choice of replacements; must be the same on all ranks.
-        settings: further fields of `VectorQuantizerConfig`, by name. With `learning="gradient"`, add `codebook_loss` to
+        settings: further fields of `VectorQuantizerConfig`, by name. With `kind="gradient"`, add `codebook_loss` to
             the loss and give the module's parameter to the optimizer; the counts then serve only to find used and dead
             codewords.
 
@@ -78,7 +80,7 @@ class VectorQuantizer(nn.Module):
         self.config = replace(num_codewords, settings)
         self.num_codewords, self.dim, self.seed = self.config.num_codewords, dim, seed
         codebook = torch.randn(self.num_codewords, dim) / dim**0.5
-        if self.config.learning == "gradient":
+        if self.config.by_gradient:
             self.register_parameter("codebook", nn.Parameter(codebook))
         else:
             self.register_buffer("codebook", codebook)
@@ -111,13 +113,13 @@ class VectorQuantizer(nn.Module):
         Without it k-means begins with the vectors of the first `forward`, so under gradient accumulation the first
         micro-batch would decide the codewords that the losses of the first step see.
         """
-        self._initialise_codebook(z.float().permute(0, 2, 3, 1).reshape(-1, self.dim))
+        self._initialise_codebook(self._on_sphere(z.float().permute(0, 2, 3, 1).reshape(-1, self.dim)))
 
     def forward(self, z: Tensor) -> Quantized:
         """Quantise z (B, D, h, w). In training mode, also store the vectors for the next `update`."""
         B, _, h, w = z.shape
         with torch.autocast(z.device.type, enabled=False):
-            z = z.float()
+            z = F.normalize(z.float(), dim=1) if self.config.normalise else z.float()
             if self.training and self._bypass:
                 self._bypassed = True
                 # 0 x sum: every parameter must take part in every step, since DDP requires that.
@@ -133,8 +135,9 @@ class VectorQuantizer(nn.Module):
                 self._collect(vectors.detach(), codes)
             quantized = self.lookup(codes.view(B, h, w))  # (B, D, h, w)
             commitment_loss = F.mse_loss(z, quantized.detach())
-            by_gradient = self.config.learning == "gradient"
-            codebook_loss = F.mse_loss(quantized, z.detach()) if by_gradient else commitment_loss.detach()
+            codebook_loss = commitment_loss.detach()
+            if self.config.by_gradient:
+                codebook_loss = F.mse_loss(quantized, z.detach())
             # Straight-through: the forward value is the codeword, the backward pass is the identity.
             quantized = z + (quantized - z).detach()
         return Quantized(quantized, codes.view(B, h, w), commitment_loss, codebook_loss)
@@ -150,6 +153,12 @@ class VectorQuantizer(nn.Module):
         B, D, h, w = z.shape
         codes = nearest_codeword(z.permute(0, 2, 3, 1).reshape(-1, D), self.codebook, precision=self.config.precision)
         return self.lookup(codes.view(B, h, w))
+
+    @torch.no_grad()
+    def encode(self, z: Tensor) -> Tensor:
+        """Return the codes of z (B, D, h, w), the nearest codewords exactly: int64 (B, h, w)."""
+        B, D, h, w = z.shape
+        return nearest_codeword(z.permute(0, 2, 3, 1).reshape(-1, D), self.codebook).view(B, h, w)
 
     def lookup(self, codes: Tensor) -> Tensor:
         """Return the codewords of codes: int64 (B, h, w) to (B, D, h, w)."""
@@ -175,20 +184,12 @@ class VectorQuantizer(nn.Module):
             self._initialise_codebook(vectors)
             codes = nearest_codeword(vectors, self.codebook, precision=config.precision)
         self._num_start_vectors = 0
-        # Sums by index_add, without a one-hot matrix (N, K).
+        # Counts by index_add, without a one-hot matrix (N, K).
         counts = torch.zeros_like(self.ema_count).index_add_(0, codes, vectors.new_ones(len(codes)))
-        sums = torch.zeros_like(self.ema_sum).index_add_(0, codes, vectors)
         if world_size() > 1:
             dist.all_reduce(counts)
-            dist.all_reduce(sums)
         self.ema_count.lerp_(counts, 1 - config.decay)
-        self.ema_sum.lerp_(sums, 1 - config.decay)
-        if config.learning == "ema":
-            total = self.ema_count.sum()
-            smoothed = (self.ema_count + config.eps) / (total + self.num_codewords * config.eps) * total  # (K,)
-            # An unused codeword does not move: its sum and count decay alike, but smoothing would pull it towards 0.
-            used = (counts > 0)[:, None]
-            self.codebook.copy_(torch.where(used, self.ema_sum / smoothed.clamp_min(1e-12)[:, None], self.codebook))
+        self._update_codewords(vectors, codes, counts)
         self.usage.lerp_(counts, 1 - config.decay)
         for updates in (self.idle, self.unused):
             updates.add_(1).masked_fill_(counts > 0, 0)
@@ -196,6 +197,41 @@ class VectorQuantizer(nn.Module):
         self._steps += 1
         if config.revive_after and self._steps % _REVIVE_EVERY == 0:
             self._revive(vectors)
+
+    def _update_codewords(self, vectors: Tensor, codes: Tensor, counts: Tensor) -> None:
+        """Update the sums, and with moving averages the codewords, of some thousand codewords at a time.
+
+        So a large codebook needs no temporary copies of all of its (K, D) numbers. The result does not depend on the
+        tiles: the vectors of a codeword are added in their order.
+        """
+        config, K = self.config, self.num_codewords
+        total = self.ema_count.sum()
+        smoothed = (self.ema_count + config.eps) / (total + K * config.eps) * total  # (K,)
+        rows = max(_TILE // self.dim, 1)
+        for start in range(0, K, rows):
+            tile = slice(start, start + rows)
+            inside, place = vectors, codes
+            if rows < K:
+                mine = (codes >= start) & (codes < start + rows)
+                inside, place = vectors[mine], codes[mine] - start
+            sums = torch.zeros_like(self.ema_sum[tile]).index_add_(0, place, inside)
+            if world_size() > 1:
+                dist.all_reduce(sums)
+            self.ema_sum[tile].lerp_(sums, 1 - config.decay)
+            codewords = self.codebook[tile]
+            if config.by_gradient:
+                if config.normalise:
+                    codewords.copy_(self._on_sphere(codewords))
+            else:
+                # An unused codeword does not move: its sum and count decay alike, but smoothing would pull it towards
+                # 0.
+                used = (counts[tile] > 0)[:, None]
+                means = self._on_sphere(self.ema_sum[tile] / smoothed[tile].clamp_min(1e-12)[:, None])
+                codewords.copy_(torch.where(used, means, codewords))
+
+    def _on_sphere(self, rows: Tensor) -> Tensor:
+        """Return vectors (N, D) at unit length if the settings normalise, else as they are."""
+        return F.normalize(rows, dim=1) if self.config.normalise else rows
 
     def _collect(self, vectors: Tensor, codes: Tensor) -> None:
         if self._pending is not None:
@@ -206,15 +242,17 @@ class VectorQuantizer(nn.Module):
     @torch.no_grad()
     def _initialise_codebook(self, vectors: Tensor) -> None:
         """Initialise the codebook by k-means over the vectors of all ranks."""
-        all_vectors = gather_rows(vectors)
-        # 32 vectors for each codeword determine the centres well enough; more vectors only cost time.
-        stride = max(1, len(all_vectors) // (32 * self.num_codewords))
-        codebook, counts = kmeans(all_vectors[::stride], self.num_codewords, seed=self.seed)
+        count, K = len(vectors) * world_size(), self.num_codewords
+        # 32 vectors for each codeword, or 4 of a large codebook, determine the centres well enough; more vectors only
+        # cost time and memory.
+        stride = max(1, count // min(32 * K, max(_START_VECTORS, 4 * K)))
+        codebook, counts = kmeans(gather_rows(vectors[::stride]), K, seed=self.seed)
+        codebook = self._on_sphere(codebook)
         if world_size() > 1:  # equal input should give equal output, but the codebooks must not depend on that
             dist.broadcast(codebook, 0)
             dist.broadcast(counts, 0)
         # The averages start as if the previous batches had been like this batch.
-        counts = counts * (len(all_vectors) / counts.sum().clamp_min(1))
+        counts = counts * (count / counts.sum().clamp_min(1))
         self.codebook.copy_(codebook)
         self.ema_count.copy_(counts)
         self.ema_sum.copy_(codebook * counts[:, None])
@@ -230,9 +268,14 @@ class VectorQuantizer(nn.Module):
         stride = max(1, len(vectors) * world_size() // self.num_codewords)
         pool = gather_rows(vectors[::stride])
         generator = torch.Generator().manual_seed(self.seed + 7919 * self._steps)
-        choice = torch.randint(len(pool), (num_dead,), generator=generator)
-        if num_dead <= len(pool):  # sample without replacement if there are enough vectors
-            choice = torch.randperm(len(pool), generator=generator)[:num_dead]
+        if num_dead > len(pool):
+            # No vector revives two codewords, which would be copies: one of them would never be chosen. The codewords
+            # that were idle longest come first, and the others wait for the vectors of a later step.
+            num_dead = len(pool)
+            longest = self.idle.argsort(descending=True, stable=True)[:num_dead]  # equal on all ranks
+            dead = torch.zeros_like(dead).index_fill_(0, longest, True)
+        torch.randint(len(pool), (num_dead,), generator=generator)  # so that seeds choose as they did before
+        choice = torch.randperm(len(pool), generator=generator)[:num_dead]
         replacements = pool[choice.to(pool.device)]
         mean_count = self.ema_count.sum() / self.num_codewords
         self.codebook[dead] = replacements
@@ -275,8 +318,12 @@ def kmeans(
         noise = torch.randn(centres.shape, generator=generator).to(vectors)
         centres += 0.01 * vectors.std().nan_to_num(1.0) * noise
     counts = torch.zeros(num_clusters, device=vectors.device)
+    before: Tensor | None = None
     for _ in range(iterations):
         codes = nearest_codeword(vectors, centres)
+        if before is not None and torch.equal(codes, before):
+            break  # further iterations would compute the same
+        before = codes
         counts = torch.bincount(codes, minlength=num_clusters).float()
         sums = torch.zeros_like(centres).index_add_(0, codes, vectors)
         empty = counts == 0
@@ -284,4 +331,5 @@ def kmeans(
         if len(vectors) >= num_clusters and bool(empty.any()):
             replacement = torch.randint(len(vectors), (int(empty.sum()),), generator=generator)
             centres[empty] = vectors[replacement.to(vectors.device)]
+            before = None
     return centres, counts

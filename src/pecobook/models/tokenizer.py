@@ -10,12 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from pecobook.models.autoencoder import Decoder, Encoder
+from pecobook.models.control_quantizers import ControlQuantizer, build_quantizer
 from pecobook.models.export import Card, Exported
-from pecobook.models.nearest import nearest_codeword
 from pecobook.models.quantizer import VectorQuantizer
 from pecobook.models.snippets import TO_GREY, quoted, read_image_call
 from pecobook.models.vit_autoencoder import ViTDecoder, ViTEncoder
-from pecobook.settings.tokenizer import AutoencoderConfig, TokenizerConfig
+from pecobook.settings.tokenizer import AutoencoderConfig, TokenizerConfig, VectorQuantizerConfig
 from pecobook.settings.values import complete, replace, to_dict
 from pecobook.utils.devices import exporting
 from pecobook.utils.images import as_images, check_shape
@@ -32,11 +32,14 @@ class PerceptualTokenizer(Exported):
     kind = "tokenizer"
     trained_by = "codebook"
 
-    def __init__(self, config: TokenizerConfig, quantizer: VectorQuantizer | None = None) -> None:
+    def __init__(self, config: TokenizerConfig, quantizer: VectorQuantizer | ControlQuantizer | None = None) -> None:
         super().__init__()
         self.config = config
         self.encoder, self.decoder = build_autoencoder(config.model)
-        self.quantizer = quantizer or VectorQuantizer(config.num_codewords, config.model.latent_dim)
+        if quantizer is None:
+            codes = {"num_codewords": config.num_codewords, "kind": config.quantizer, "levels": config.levels}
+            quantizer = build_quantizer(replace(VectorQuantizerConfig(), codes), config.model.latent_dim)
+        self.quantizer = quantizer
 
     @property
     def codebook(self) -> Tensor:
@@ -56,7 +59,11 @@ class PerceptualTokenizer(Exported):
     @property
     def dtype(self) -> torch.dtype:
         """Type of the weights."""
-        return self.codebook.dtype
+        return self._weight.dtype
+
+    @property
+    def _weight(self) -> Tensor:
+        return next(self.encoder.parameters())
 
     @property
     def stride(self) -> int:
@@ -92,7 +99,7 @@ class PerceptualTokenizer(Exported):
                 images in [0, 1].
         """
         images = as_images(images, (self.in_channels,), self.stride, check=check)
-        return apply_in_batches(self._encode, images, batch_size, self.codebook.device)
+        return apply_in_batches(self._encode, images, batch_size, self._weight.device)
 
     @torch.no_grad()
     def decode(self, codes: Tensor, *, batch_size: int = 256) -> Tensor:
@@ -106,13 +113,10 @@ class PerceptualTokenizer(Exported):
             ValueError: the shape is not (B, h, w), or the values are not codes in [0, K).
         """
         codes = as_codes(codes, self.num_codewords)
-        return apply_in_batches(self._decode, codes, batch_size, self.codebook.device)
+        return apply_in_batches(self._decode, codes, batch_size, self._weight.device)
 
     def _encode(self, images: Tensor) -> Tensor:
-        z = self.encode_latents(images)
-        B, D, h, w = z.shape
-        vectors = z.permute(0, 2, 3, 1).reshape(-1, D)
-        return nearest_codeword(vectors, self.codebook).view(B, h, w)
+        return self.quantizer.encode(self.encode_latents(images))
 
     def _decode(self, codes: Tensor) -> Tensor:
         return self.decode_latents(self.quantizer.lookup(codes)).float().clamp(0, 1)
@@ -120,8 +124,11 @@ class PerceptualTokenizer(Exported):
     # ------------------------------------------------------------------------------------------------ saving, loading
 
     def settings(self) -> dict[str, Any]:
-        """Return `config` as JSON values."""
-        return to_dict(self.config)
+        """Return `config` as JSON values; as in earlier exports, a codebook by moving averages is not named."""
+        settings = to_dict(self.config)
+        if settings["quantizer"] == "ema":
+            del settings["quantizer"], settings["levels"]
+        return settings
 
     @classmethod
     def rebuild(cls, settings: dict[str, Any]) -> Self:
@@ -134,16 +141,9 @@ class PerceptualTokenizer(Exported):
         return name not in TRAINING_ONLY_BUFFERS
 
     @classmethod
-    def from_pretrained(cls, source: str | Path) -> Self:
-        """Load from a run folder, an export folder, or `owner/name` on the Hugging Face hub.
-
-        Returns:
-            the tokenizer in evaluation mode; its parameters take no gradient.
-
-        Raises:
-            WeightsError: the export is missing or damaged, or it is not a tokenizer.
-        """
-        return super().from_pretrained(source).requires_grad_(False)
+    def from_pretrained(cls, source: str | Path, *, revision: str = "") -> Self:
+        """Load as `Exported.from_pretrained` does; the parameters of the tokenizer take no gradient."""
+        return super().from_pretrained(source, revision=revision).requires_grad_(False)
 
     def loading_code(self, source: str) -> str:
         """Return Python code that loads the tokenizer; `source` is a folder or a repository on the Hugging Face hub."""
@@ -187,7 +187,7 @@ def as_codes(codes: Any, num_codewords: int) -> Tensor:
     if codes.is_floating_point() or codes.is_complex() or codes.dtype == torch.bool:
         raise ValueError(f"Codes must be integers, not {codes.dtype}.")
     numbers: Tensor = codes.long()
-    if not exporting() and not torch.compiler.is_compiling() and numbers.numel():
+    if not exporting() and not torch.compiler.is_compiling() and numbers.numel() and not numbers.is_meta:
         low, high = (int(value) for value in numbers.aminmax())
         if low < 0 or high >= num_codewords:
             raise ValueError(f"Codes must lie in [0, {num_codewords}), not in [{low}, {high}].")

@@ -1,4 +1,4 @@
-"""Loads any tokenizer by name and gives it a common interface: pecobook's, DALL-E's, and those of diffusers."""
+"""Loads any tokenizer by name and gives it a common interface: pecobook's, DALL-E's, diffusers', and public VQGANs."""
 
 from __future__ import annotations
 
@@ -10,14 +10,20 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pecobook.errors import WeightsError, first_line
+from pecobook.models.given_networks import GivenTokenizer
 from pecobook.models.nearest import nearest_codeword
+from pecobook.models.public_tokenizers import LAYOUTS, load_public_model
 from pecobook.models.tokenizer import (
     TRAINING_ONLY_BUFFERS,
     PerceptualTokenizer,
     apply_in_batches,
     as_codes,
 )
+from pecobook.utils.given import given
 from pecobook.utils.images import as_images
+
+FOREIGN = ("dalle", "diffusers", *LAYOUTS)
+"""What stands before the colon of the name of a tokenizer of others."""
 
 
 def load_tokenizer(source: str | Path) -> Any:
@@ -25,7 +31,8 @@ def load_tokenizer(source: str | Path) -> Any:
 
     Args:
         source: a codebook run, an export folder or `owner/name` on the hub; `dalle:FOLDER` for DALL-E's discrete VAE;
-            `diffusers:FOLDER` or `diffusers:owner/name` for a VQModel of diffusers.
+            `diffusers:FOLDER` or `diffusers:owner/name` for a VQModel of diffusers; `taming:FILE` or `llamagen:FILE`
+            for a public checkpoint of taming-transformers' VQGAN or of LlamaGen's VQ.
 
     Returns:
         an nn.Module in evaluation mode with the methods `encode` (float (B, 3, H, W) in [0, 1] to int64
@@ -38,12 +45,16 @@ def load_tokenizer(source: str | Path) -> Any:
         WeightsError: the tokenizer is missing or damaged, or `source` is not a tokenizer.
     """
     kind, _, location = str(source).partition(":")
+    if (module := given("tokenizer", str(source))) is not None:
+        return GivenTokenizer(module)
     if kind == "dalle":
         from pecobook.models.dalle import DalleTokenizer
 
         return DalleTokenizer.from_pretrained(location)
     if kind == "diffusers":
         return DiffusersTokenizer.from_pretrained(location)
+    if kind in LAYOUTS:
+        return DiffusersTokenizer(load_public_model(kind, location)).eval().requires_grad_(False)
     tokenizer = PerceptualTokenizer.from_pretrained(source)
     return tokenizer if tokenizer.in_channels == 3 else GreyTokenizer(tokenizer).eval().requires_grad_(False)
 
@@ -96,7 +107,7 @@ def fingerprint(tokenizer: nn.Module) -> str:
 
 
 class DiffusersTokenizer(nn.Module):
-    """A VQModel of diffusers, such as the VQGANs of latent diffusion.
+    """A VQModel of diffusers, such as the VQGANs of latent diffusion, of taming-transformers and of LlamaGen.
 
     Args:
         model: the diffusers model; its images are RGB in [-1, 1].

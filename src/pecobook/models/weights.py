@@ -25,6 +25,7 @@ from pecobook.models.makers import (
 from pecobook.models.network_traits import NetworkTraits, network_traits, trained_size
 from pecobook.models.networks import create_network
 from pecobook.models.snippets import BEST_CLASSES, normalise, open_square, quoted
+from pecobook.utils.given import given
 from pecobook.utils.images import as_images
 
 __all__ = ["IMAGENET_MEAN", "IMAGENET_STD", "Backbone", "Classifier", "create_network", "load_backbone"]
@@ -277,7 +278,7 @@ def load_backbone(
             "(or --perceptual.network and --perceptual.weights)."
         )
     is_timm = spec.startswith("timm:")
-    if not is_timm and not Path(spec).exists() and "/" not in spec:
+    if not is_timm and not Path(spec).exists() and "/" not in spec and given("backbone", spec) is None:
         raise WeightsError(f"'{spec}' is neither a run folder nor a network: networks of timm are written timm:NAME.")
     file = weights if weights not in (None, "random") else None
     checkpoint = read_checkpoint(file) if file is not None and not file.endswith(".npz") else None

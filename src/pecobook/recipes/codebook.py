@@ -158,6 +158,7 @@ def paper() -> CodebookConfig:
             latent_norm=False,
         ),
         quantizer=QuantizerConfig(
+            kind="ema",
             num_codewords=8192,
             decay=0.99,
             eps=1e-5,
@@ -165,6 +166,7 @@ def paper() -> CodebookConfig:
             start_after=0,
             commitment=0.25,
             learning="ema",
+            normalise=False,
             precision="fp32",
         ),
         perceptual=PerceptualConfig(layers=(3, 6, 9, 12), weight=1.0, warmup=0, normalisation="unit-rms", input_size=0),

@@ -5,8 +5,9 @@ from __future__ import annotations
 import dataclasses
 from typing import Literal
 
+from pecobook.settings.config_files import errors_with_lines, read_config
 from pecobook.settings.images import MAX_WORKERS, ImagesConfig
-from pecobook.settings.values import between, read_config, refuse, replace
+from pecobook.settings.values import between, refuse, replace
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -17,9 +18,11 @@ class CheckConfig(ImagesConfig):
     accepted and change nothing here.
     """
 
-    task: Literal["auto", "contrast", "codebook", "pretrain", "finetune", "segment", "detect"] = "auto"
-    """Command that will learn from the images. auto takes detect or segment for files in their layouts, and otherwise
-    images with or without labels."""
+    task: Literal[
+        "auto", "contrast", "codebook", "pretrain", "finetune", "segment", "detect", "tokenize", "probe", "embed"
+    ] = "auto"
+    """Command that will read the images. auto takes detect or segment for files in their layouts, and otherwise images
+    with or without labels."""
     recipe: str = ""
     """Recipe of that command, whose settings of the data apply."""
     data: str = "photos"
@@ -49,8 +52,9 @@ class CheckConfig(ImagesConfig):
         between(self, -1, MAX_WORKERS, "workers")
         if self.out and not self.out.lower().endswith(".png"):
             refuse("out", f"names the contact sheet, a .png file, not '{self.out}'.")
-        if self.recipe and self.task == "auto":
-            refuse("recipe", f"needs the command that it belongs to: pecobook check COMMAND {self.recipe} ...")
+        if self.recipe and self.task in ("auto", "probe", "embed"):
+            other = "" if self.task == "auto" else f"; '{self.task}' has no recipes"
+            refuse("recipe", f"needs the command that it belongs to: pecobook check COMMAND {self.recipe} ...{other}")
 
 
 def of_run(config: CheckConfig, path: str) -> CheckConfig:
@@ -59,5 +63,6 @@ def of_run(config: CheckConfig, path: str) -> CheckConfig:
     Raises ConfigError.
     """
     values = read_config(path)
-    names = {field.name for field in dataclasses.fields(config)} - {"out", "workers"}
-    return replace(config, {"task": values.get("command", "auto"), **{n: values[n] for n in names & values.keys()}})
+    names = {field.name for field in dataclasses.fields(config)} - {"out", "workers", "recipe"}
+    with errors_with_lines(path):
+        return replace(config, {"task": values.get("command", "auto"), **{n: values[n] for n in names & values.keys()}})

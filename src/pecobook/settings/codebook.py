@@ -87,8 +87,14 @@ class CodebookConfig(CropTrainConfig):
             raise ConfigError(
                 f"--model.in-channels {self.model.in_channels}: images are read as 3 channels or 1 (grey)."
             )
-        if self.quantizer.learning == "gradient" and self.strategy == "fsdp":
-            raise ConfigError("--quantizer.learning gradient needs unsharded codewords: use --strategy ddp.")
+        kind = "gradient" if self.quantizer.by_gradient else self.quantizer.kind
+        if kind in ("gradient", "simvq", "ibq") and self.strategy == "fsdp":
+            raise ConfigError(f"--quantizer.kind {kind} needs unsharded codewords: use --strategy ddp.")
+        if self.quantizer.factors not in (0, self.model.latent_dim):
+            raise ConfigError(
+                f"--quantizer.kind {kind} with these codewords needs --model.latent-dim {self.quantizer.factors}, "
+                f"not {self.model.latent_dim}."
+            )
         if self.adversarial.weight > 0 and self.image_size < 3 * 2**self.adversarial.num_layers:
             raise ConfigError(
                 f"--adversarial.num-layers {self.adversarial.num_layers}: too many layers for {self.image_size}-pixel "

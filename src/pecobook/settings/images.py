@@ -59,7 +59,8 @@ class ImagesConfig:
     """The images that a command reads."""
 
     data: str = "photos"
-    """Images: a folder, a parquet file or folder, tar shards, hf:owner/name, or photos (built in)."""
+    """Images: a folder, a parquet file or folder, tar shards, hf:owner/name, tar shards or parquet at an address (s3://,
+    gs://, https://, hf://), or photos (built in)."""
     value_range: tuple[float | str, ...] = AUTO
     """Values that become black and white in images with more than 8 bits: LOW HIGH, or auto. auto takes the range with
     which a given model was trained, else looks at 64 images and prints the range that it takes. Images of 8 bits keep

@@ -49,7 +49,8 @@ class PretrainConfig(ProbedTrainConfig):
     """Pre-train a ViT on the tokens of your images."""
 
     tokenizer: str = ""
-    """The tokenizer: a codebook run, owner/name on the Hugging Face hub, dalle:FOLDER, or diffusers:FOLDER."""
+    """The tokenizer: a codebook run, owner/name on the Hugging Face hub, dalle:FOLDER, diffusers:FOLDER,
+    taming:FILE or llamagen:FILE."""
     tokens: str = ""
     """A token bank of `pecobook tokenize`, whose views are replayed. The tokenizer then does not run in training."""
     target: Literal["tokens", "pixels"] = "tokens"

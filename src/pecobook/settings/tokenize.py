@@ -20,7 +20,8 @@ class TokenizeConfig(ImagesConfig):
     """Tokenize named views of your images once, for any number of pre-training runs."""
 
     tokenizer: str = ""
-    """The tokenizer: a codebook run, owner/name on the Hugging Face hub, dalle:FOLDER, or diffusers:FOLDER."""
+    """The tokenizer: a codebook run, owner/name on the Hugging Face hub, dalle:FOLDER, diffusers:FOLDER,
+    taming:FILE or llamagen:FILE."""
     out: str = ""
     """Folder of the token bank to write. It must be new or empty, unless --resume or --overwrite is given."""
     views: int = 1

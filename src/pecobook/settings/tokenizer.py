@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Literal
 
 from pecobook.errors import ConfigError
 from pecobook.settings.values import MAX_WIDTH, below_one, not_negative, positive, refuse
 
 SearchPrecision = Literal["fp32", "tf32", "bf16"]
+QuantizerKind = Literal["ema", "gradient", "fsq", "simvq", "lfq", "ibq"]
 PaddingMode = Literal["zeros", "reflect", "replicate"]
 
 
@@ -75,8 +77,18 @@ class AutoencoderConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class VectorQuantizerConfig:
-    """The codewords and their learning rule: the settings of `VectorQuantizer`."""
+    """The codewords and their learning rule: the settings of `VectorQuantizer`, and of the quantizers beside it."""
 
+    kind: QuantizerKind = "ema"
+    """Kind of quantizer: ema, a codebook by moving averages; gradient, by the middle term of equation 3 as printed; the
+    controls fsq (finite scalar), simvq (a fixed codebook under a learned matrix), lfq (signs), ibq (index
+    backpropagation)."""
+    levels: tuple[int, ...] = ()
+    """Number of levels of each channel for fsq; their product is the number of codewords."""
+    entropy_weight: float = 0.1
+    """Weight of the entropy loss of lfq and ibq."""
+    entropy_temperature: float = 0.01
+    """Temperature of the softmax of that loss."""
     num_codewords: int = 8192
     """Number of codewords K in the codebook."""
     decay: float = 0.99
@@ -89,8 +101,10 @@ class VectorQuantizerConfig:
     """Number of steps during which latent vectors are not quantised, at most half of the training. k-means then
     initialises the codebook on trained features, from which a short training gains much."""
     learning: Literal["ema", "gradient"] = "ema"
-    """Learning rule of the codewords: ema, by moving averages, or gradient, by the middle term of equation 3 as
-    printed."""
+    """The earlier form of --quantizer.kind: gradient is kind gradient."""
+    normalise: bool = False
+    """Scale latent vectors and codewords to unit length, usual with few dimensions (--model.latent-dim 8): the distance
+    then depends on directions alone, and more of a large codebook is used."""
     precision: SearchPrecision = "fp32"
     """Precision of the search for the nearest codeword in training. fp32 is exact; tf32 and bf16 are faster on a GPU
     but may choose another codeword at nearly the same distance."""
@@ -99,7 +113,40 @@ class VectorQuantizerConfig:
         positive(self, "eps")
         positive(self, "num_codewords", most=2**24)
         below_one(self, "decay")
-        not_negative(self, "revive_after", "start_after")
+        not_negative(self, "revive_after", "start_after", "entropy_weight")
+        positive(self, "entropy_temperature")
+        if self.kind == "fsq" and (min(self.levels, default=0) < 3 or math.prod(self.levels) != self.num_codewords):
+            refuse(
+                "levels",
+                f"needs numbers of 3 or more whose product is --quantizer.num-codewords {self.num_codewords}, "
+                f"not {' '.join(map(str, self.levels)) or 'none'}: for example 8 8 8 6 5 for 15360.",
+            )
+        if self.kind != "fsq" and self.levels:
+            refuse("levels", "is for --quantizer.kind fsq alone.")
+        if self.kind == "lfq" and self.num_codewords.bit_count() != 1:
+            refuse("num_codewords", f"must be a power of 2 for lfq, not {self.num_codewords}.")
+        if not self.revives and (self.normalise or self.learning == "gradient"):
+            refuse("kind", f"{self.kind} has no --quantizer.normalise and no --quantizer.learning.")
+
+    @property
+    def by_gradient(self) -> bool:
+        """Whether the codebook of `VectorQuantizer` learns by gradient rather than by moving averages."""
+        return "gradient" in (self.kind, self.learning)
+
+    @property
+    def revives(self) -> bool:
+        """Whether codewords that are not used are replaced."""
+        return self.kind in ("ema", "gradient")
+
+    @property
+    def has_loss(self) -> bool:
+        """Whether the quantizer has a loss of its own, beside the commitment loss."""
+        return self.by_gradient or self.kind != "ema"
+
+    @property
+    def factors(self) -> int:
+        """Number of channels of a latent vector that the kind requires; 0 for any number."""
+        return {"fsq": len(self.levels), "lfq": self.num_codewords.bit_length() - 1}.get(self.kind, 0)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -121,5 +168,9 @@ class TokenizerConfig:
     model: AutoencoderConfig = AutoencoderConfig()
     num_codewords: int = 8192
     """Number of codewords K in the codebook."""
+    quantizer: QuantizerKind = "ema"
+    """Kind of quantizer."""
+    levels: tuple[int, ...] = ()
+    """Number of levels of each channel, of fsq."""
     image_size: int = 224
     """Side of the images that the tokenizer was trained at, pixels."""

@@ -10,6 +10,7 @@ from typing import Any, Literal, cast
 from pecobook.errors import ConfigError, first_line
 from pecobook.settings.durations import check_durations
 from pecobook.settings.images import MAX_BATCH, MAX_IMAGE_SIZE, MAX_WORKERS, ImagesConfig
+from pecobook.settings.tracking import TrackingConfig
 from pecobook.settings.values import (
     LARGEST,
     Resume,
@@ -168,8 +169,12 @@ class TrainConfig(ImagesConfig):
     """Side of the square views that the model sees, in pixels."""
     workers: int = -1
     """Number of data-loading processes of each device. -1 chooses from the number of cores."""
+    shuffle_window: int = 0
+    """Number of images that are shuffled together, as 32 runs of neighbouring images. 0 shuffles all images of an
+    epoch; some thousand are for storage that is slow at single images: object storage, NFS, spinning disks."""
     loggers: tuple[str, ...] = ("tensorboard",)
     """Loggers in addition to metrics.jsonl: any of tensorboard, wandb, mlflow."""
+    tracking: TrackingConfig = TrackingConfig()
     log_every: int = 10
     """Number of steps between logged metrics."""
     save_every: int = 1000
@@ -211,7 +216,7 @@ class TrainConfig(ImagesConfig):
         positive(self, "keep_checkpoints", "sample_every", "evaluation_images")
         positive(self, "image_size", most=MAX_IMAGE_SIZE)
         positive(self, "batch_size", most=MAX_BATCH)
-        between(self, 0, LARGEST, "micro_batch_size", "seed")
+        between(self, 0, LARGEST, "micro_batch_size", "seed", "shuffle_window")
         between(self, -1, MAX_WORKERS, "workers")
         check_devices(self)
         if self.resume and self.overwrite:

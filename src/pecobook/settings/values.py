@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args, get_origin
 
 from pecobook.errors import ConfigError, did_you_mean
-from pecobook.utils.json_files import read_json
+from pecobook.settings.config_files import errors_with_lines, read_config
 
 C = TypeVar("C")
 # Fields that change devices, speed or logs of a run, but not its results: a resumed run may change them.
@@ -28,6 +28,7 @@ FREE_ON_RESUME = frozenset(
     {
         *("out", "resume", "overwrite", "dry_run", "verify_data", "accept_data_change"),
         *("devices", "num_nodes", "strategy", "micro_batch_size", "workers", "compile"),
+        *(f"tracking.{name}" for name in ("project", "entity", "group", "tags", "offline")),
         *("loggers", "log_every", "save_every", "save_minutes", "keep_checkpoints", "sample_every"),
         *("evaluation_images", "knn_images", "pyramid.checkpointing", "probe_data", "probe_every", "probe_images"),
         *("test.mode", "test.stride", "test.scales", "test.flip"),  # test.max_side also changes the training images
@@ -325,7 +326,7 @@ def _coerce_scalar(value: Any, kind: Any, name: str) -> Any:
 
 
 def load(default: C, path: str | Path, command: str = "") -> C:
-    """Return `default` with the values of a config.json.
+    """Return `default` with the values of a configuration file: config.json of a run, YAML or TOML.
 
     Args:
         default: settings with the values that the file does not contain.
@@ -336,19 +337,17 @@ def load(default: C, path: str | Path, command: str = "") -> C:
         ConfigError: the file is missing or invalid, or belongs to another command.
     """
     values = read_config(path)
+    values.pop("recipe", "")  # of which `default` has the values
+    if transform := values.pop("python", {}).get("transform"):
+        raise ConfigError(
+            f"'{path}': the run took the transform {transform} from Python, which no file holds: call the function of "
+            "pecobook with transform=... again."
+        )
     written_by = values.pop("command", command)
     if command and written_by != command:
         raise ConfigError(f"--config '{path}' is a configuration of '{written_by}', not of '{command}'.")
-    return replace(default, _without_retired(values, default))
-
-
-def read_config(path: str | Path) -> dict[str, Any]:
-    """Return the content of a config.json, or of the one in a folder. Raises ConfigError."""
-    file = Path(path) / "config.json" if Path(path).is_dir() else Path(path)
-    try:
-        return read_json(file, error=ConfigError, remedy="Give the config.json of a run.")
-    except FileNotFoundError:
-        raise ConfigError(f"There is no configuration file '{file}'.") from None
+    with errors_with_lines(path):
+        return replace(default, _without_retired(values, default))
 
 
 def _without_retired(values: dict[str, Any], default: Any, prefix: str = "") -> dict[str, Any]:

@@ -29,16 +29,18 @@ from pecobook.data.views import central_view, random_crop
 from pecobook.engine.launch import check_min_batch
 from pecobook.engine.stage import Stage, StageOutput, submodule_state
 from pecobook.errors import ConfigError
+from pecobook.models.control_quantizers import build_quantizer
 from pecobook.models.discriminator import PatchDiscriminator, adversarial_losses
 from pecobook.models.explicit import CodewordClassifier, CodewordContrast
 from pecobook.models.initial import Start, start_tokenizer, take_parts, training_weights, write_training_weights
 from pecobook.models.perceptual import PerceptualDistance, build_perceptual_distance
-from pecobook.models.quantizer import Quantized, VectorQuantizer
+from pecobook.models.quantizer import Quantized
 from pecobook.models.tokenizer import PerceptualTokenizer
 from pecobook.settings.codebook import CodebookConfig
 from pecobook.settings.durations import steps
 from pecobook.settings.tokenizer import TokenizerConfig
 from pecobook.utils.distributed import mean_over_ranks
+from pecobook.utils.files import without_folders
 from pecobook.utils.images import to_float
 
 
@@ -86,7 +88,7 @@ class CodebookStage(Stage[CodebookConfig]):
         restored = self.tokenizer.decode_latents(coded.quantized).float()
         loss, metrics = self._reconstruction_loss(images, restored)
         codebook_side = self.config.quantizer.commitment * coded.commitment_loss
-        if self.config.quantizer.learning == "gradient":
+        if self.config.quantizer.has_loss:
             codebook_side = codebook_side + coded.codebook_loss
         metrics["commitment"] = coded.commitment_loss
         autoencoder_loss, discriminator_loss = self._adversarial_losses(images, restored, metrics)
@@ -254,7 +256,9 @@ class CodebookStage(Stage[CodebookConfig]):
         finding = f"Of {K} codewords {metrics['codes_alive']:.0f} are in use (perplexity {metrics['perplexity']:.0f})"
         finding += f", but only about {distinct:.0f} of them differ" if in_use else ""
         remedy = "a lower --optim.lr, or --model.latent-norm true"
-        if config.revive_after == 0 or config.revive_after > 100:
+        if not config.revives:
+            remedy += ", or --quantizer.kind ema"
+        elif config.revive_after == 0 or config.revive_after > 100:
             remedy = f"--quantizer.revive-after 100, {remedy}"
         return f"{finding}.\nTry {remedy}; or fewer codewords: --quantizer.num-codewords {max(K // 4, 1)}."
 
@@ -309,15 +313,16 @@ class CodebookStage(Stage[CodebookConfig]):
 
 
 def _origin(config: CodebookConfig) -> str:
-    """Describe in a sentence, for the model card, how the tokenizer was trained."""
-    perceptual = config.perceptual
+    """Describe in a sentence, for the model card, how the tokenizer was trained; folders stay on this machine."""
+    data, perceptual = without_folders(config.data), config.perceptual
     features = "pixels alone"
     if perceptual.network != "none" and perceptual.weight > 0:
         layers = ", ".join(map(str, perceptual.layers))
-        weights = f" ({perceptual.weights})" if perceptual.weights else ""
-        features = f"pixels and layers {layers} of {perceptual.network}{weights}, lambda {perceptual.weight:g}"
+        weights = f" ({without_folders(perceptual.weights)})" if perceptual.weights else ""
+        network = without_folders(perceptual.network)
+        features = f"pixels and layers {layers} of {network}{weights}, lambda {perceptual.weight:g}"
     length = f"{config.max_steps} steps" if config.max_steps.isdigit() else config.max_steps
-    return f"`pecobook codebook`, on `{config.data}` for {length} at batch {config.batch_size}, under {features}."
+    return f"`pecobook codebook`, on `{data}` for {length} at batch {config.batch_size}, under {features}."
 
 
 def start_codebook(config: CodebookConfig, tokenizer: PerceptualTokenizer) -> Start:
@@ -328,9 +333,14 @@ def start_codebook(config: CodebookConfig, tokenizer: PerceptualTokenizer) -> St
 
 def build_tokenizer(config: CodebookConfig) -> PerceptualTokenizer:
     """Build the tokenizer that the settings describe, with random weights."""
-    num_codewords = config.quantizer.num_codewords
-    quantizer = VectorQuantizer(config.quantizer, config.model.latent_dim, seed=config.seed)
-    shape = TokenizerConfig(model=config.model, num_codewords=num_codewords, image_size=config.image_size)
+    quantizer = build_quantizer(config.quantizer, config.model.latent_dim, seed=config.seed)
+    shape = TokenizerConfig(
+        model=config.model,
+        num_codewords=config.quantizer.num_codewords,
+        quantizer=config.quantizer.kind,
+        levels=config.quantizer.levels,
+        image_size=config.image_size,
+    )
     return PerceptualTokenizer(shape, quantizer)
 
 

@@ -38,6 +38,7 @@ from pecobook.models.masked_vit import (
     initialise_beit,
     masked_positions,
     patch_grid,
+    tiled_cross_entropy,
     unshare_positions,
 )
 from pecobook.models.network_traits import traits_of
@@ -45,6 +46,11 @@ from pecobook.models.tokenizers import fingerprint, load_tokenizer
 from pecobook.models.weights import Backbone, create_network
 from pecobook.settings.pretrain import MaskConfig, PretrainConfig
 from pecobook.utils.images import to_float
+
+_MANY_CODEWORDS = 2**16
+"""Number of codewords above which logits are computed in tiles: 64 images have 5 GB of logits for 262,144 codewords."""
+_MANY_LOGITS = 2**28
+"""Number of logits of a tile, 1 GB in fp32."""
 
 
 class PretrainStage(Stage[PretrainConfig]):
@@ -96,18 +102,25 @@ class PretrainStage(Stage[PretrainConfig]):
             return StageOutput(None, {}, rows={"features": self._probed(batch["image"])})
         mask, M = batch["mask"], self.config.mask.num_masked
         images = self.views.pixels(batch, training=self.training)
-        predicted = self.model((images - self.mean) / self.std, mask, M).float()  # (B M, K)
+        many = self.tokenizer is not None and self.tokenizer.num_codewords > _MANY_CODEWORDS
+        outputs = self.model((images - self.mean) / self.std, mask, M, apply_head=not many)  # (B M, K or D)
         positions = masked_positions(mask, M)  # (B, M)
         if self.tokenizer is None:
+            predicted = outputs.float()
             targets = at_positions(patch_pixels(images, self.patch), positions)  # (B M, 3 P^2)
             return StageOutput(F.mse_loss(predicted, targets), {})
         codes = batch.get("codes")
         if codes is None:
             codes = encode_views(self.tokenizer, images, self.config.tokenizer_size)  # (B, h, w)
         targets = at_positions(codes.flatten(1), positions)  # (B M,), in the order of `predicted`: images, then rows
-        loss = F.cross_entropy(predicted, targets)
-        accuracy = 100 * (predicted.argmax(1) == targets).float().mean()
-        pictures = {} if self.training else self._pictures(images, mask, codes, predicted)
+        if many:
+            rows = max(_MANY_LOGITS // self.tokenizer.num_codewords, 1)
+            loss, best = tiled_cross_entropy(self.model.head, outputs, targets, rows)
+        else:
+            logits = outputs.float()  # (B M, K)
+            loss, best = F.cross_entropy(logits, targets), logits.argmax(1)
+        accuracy = 100 * (best == targets).float().mean()
+        pictures = {} if self.training else self._pictures(images, mask, codes, best)
         return StageOutput(loss, {"accuracy": accuracy.detach()}, pictures)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # it would compile the whole network once more
@@ -119,12 +132,10 @@ class PretrainStage(Stage[PretrainConfig]):
         layers = list(layer_features(self.model.backbone, (to_float(images) - self.mean) / self.std, False).values())
         return layers[max(len(layers) - 2, 0)].float()
 
-    def _pictures(
-        self, images: Tensor, mask: Tensor, codes: Tensor, logits: Tensor, count: int = 8
-    ) -> dict[str, Tensor]:
+    def _pictures(self, images: Tensor, mask: Tensor, codes: Tensor, best: Tensor, count: int = 8) -> dict[str, Tensor]:
         """Return the first `count` images, their visible parts, and their decoded predictions (paper, figure 5)."""
         predicted = codes.clone()
-        predicted[mask] = logits.argmax(1)
+        predicted[mask] = best
         scale = images.shape[-1] // mask.shape[-1]
         hidden = mask[:count, None].repeat_interleave(scale, 2).repeat_interleave(scale, 3)
         restored = self.tokenizer.decode(predicted[:count])

@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import re
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Generic, NamedTuple, TypeVar, cast
@@ -13,7 +15,9 @@ import torch
 from torch import Tensor
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
+from pecobook import recipes
 from pecobook.analysis.rank import feature_scores
+from pecobook.data.given import GivenView
 from pecobook.data.images import check_labels, check_readable, write_example
 from pecobook.data.sampler import fixed_permutation
 from pecobook.data.source import Splits
@@ -34,14 +38,20 @@ from pecobook.models.snippets import example_image, with_image
 from pecobook.settings.durations import steps
 from pecobook.settings.images import AUTO
 from pecobook.settings.training import ProbedTrainConfig, TrainConfig
+from pecobook.settings.values import changed_settings, to_dict
 from pecobook.utils.distributed import on_first_rank
+from pecobook.utils.given import hook
 from pecobook.utils.printer import of_run, show
 
 C = TypeVar("C", bound=TrainConfig)
+_LISTED = 6
+"""Settings that the line on the recipe names; config.diff has all."""
 
 
-def train(stage_type: type[Stage[C]], config: C) -> Path:
+def train(stage_type: type[Stage[C]], config: C, recipe: str = "") -> Path:
     """Train a stage from its settings to its export; returns the run folder, which a dry run does not make.
+
+    `recipe` names the recipe with which the settings are compared; empty compares nothing.
 
     Raises:
         PreflightError: all problems found before the run folder was made.
@@ -51,17 +61,24 @@ def train(stage_type: type[Stage[C]], config: C) -> Path:
         with of_run(quiet=not is_leader()):
             ready = preflight(stage_type, config)
             if is_leader():
-                _dry_run(stage_type, *ready)
+                _dry_run(stage_type, ready, recipe)
         return Path(config.out)
     with launch.signals(config), of_run(quiet=not is_leader()):
         begun = launch.begin(
             config,
             lambda: preflight(stage_type, config),
-            lambda ready: run_folder.prepare(ready.config, stage_type.command, ready.splits),
+            lambda ready: run_folder.prepare(
+                ready.config,
+                stage_type.command,
+                ready.splits,
+                recipe,
+                _changes(ready.config, stage_type.command, recipe),
+            ),
         )
         config, splits, stage, _ = begun.ready
         try:
-            preamble = _preamble(*begun.ready) if is_leader() else []
+            changes = _changes(config, stage_type.command, recipe)
+            preamble = _preamble(begun.ready, recipe, changes) if is_leader() else []
             outcome = _fit(stage_type, begun.fabric, begun.ready, preamble)
             if outcome.finished:
                 _export(config, stage, splits)
@@ -125,13 +142,27 @@ def _open(stage_type: type[Stage[C]], config: C) -> Splits:
     return splits
 
 
-def _preamble(config: TrainConfig, splits: Splits, stage: Stage[Any], probe: Splits | None) -> list[str]:
+def _changes(config: TrainConfig, command: str, recipe: str) -> list[str]:
+    """Return a line for each setting that differs from the recipe and changes what is learned."""
+    if not recipe:
+        return []
+    return changed_settings(to_dict(recipes.recipe(command, recipe)), to_dict(config))
+
+
+def _preamble(ready: Ready[Any], recipe: str, changes: Sequence[str]) -> list[str]:
     """Return lines that say what the run learns from, with what, and for how long."""
+    config, splits, stage, _ = ready
+    # The data stand above; a setting without a value in the recipe, such as a tokenizer, is no change of it.
+    changed = [
+        re.sub(": .* -> ", " ", line) for line in changes if not re.search(r"^data: |: (auto|\['auto'\]|) -> ", line)
+    ]
+    listed = ", ".join(changed[:_LISTED]) + (f" and {len(changed) - _LISTED} more" if len(changed) > _LISTED else "")
+    settings = [("settings", f"of the recipe {recipe}{f', but {listed}' if changed else ''}")] if recipe else []
     weights = [("weights", note) for note in (*stage.notes, *_rates_of_random_weights(config))]
     probes = []
-    if probe is not None and isinstance(config, ProbedTrainConfig):
-        probes = [("probe", describe_probe(config, probe))]
-    return aligned([*describe(splits), *weights, *describe_run(stage, config, len(splits.train)), *probes])
+    if ready.probe is not None and isinstance(config, ProbedTrainConfig):
+        probes = [("probe", describe_probe(config, ready.probe))]
+    return aligned([*describe(splits), *weights, *describe_run(stage, config, len(splits.train)), *probes, *settings])
 
 
 def _rates_of_random_weights(config: TrainConfig) -> list[str]:
@@ -144,10 +175,11 @@ def _rates_of_random_weights(config: TrainConfig) -> list[str]:
     return [f"random, and {lowers}: 1 does not"]
 
 
-def _dry_run(stage_type: type[Stage[C]], config: C, splits: Splits, stage: Stage[C], probe: Splits | None) -> None:
+def _dry_run(stage_type: type[Stage[C]], ready: Ready[C], recipe: str) -> None:
     """Print the settings to standard output, and what the run would learn from and cost to standard error."""
-    show(json.dumps(stored_settings(config, stage_type.command), indent=2), stdout=True)
-    preamble = _preamble(config, splits, stage, probe)
+    config, splits, stage, _ = ready
+    show(json.dumps(stored_settings(config, stage_type.command, recipe), indent=2), stdout=True)
+    preamble = _preamble(ready, recipe, _changes(config, stage_type.command, recipe))
     cost = estimate(stage, _training_stream(stage_type, config, stage, splits), config)
     last = f"Nothing was written. Without --dry-run the same command trains and writes to {config.out or '--out'}."
     show("\n".join([*preamble, *aligned(cost), last]))
@@ -155,7 +187,9 @@ def _dry_run(stage_type: type[Stage[C]], config: C, splits: Splits, stage: Stage
 
 def _training_stream(stage_type: type[Stage[C]], config: C, stage: Stage[C], splits: Splits) -> Stream:
     companion, views = stage.companions()[0], stage.num_views()
-    return Stream(splits.train, stage_type.view(config), config.seed, companion=companion, num_views=views)
+    view, transform = stage_type.view(config), hook("transform")
+    view = view if transform is None else GivenView(transform, view)
+    return Stream(splits.train, view, config.seed, companion=companion, num_views=views, window=config.shuffle_window)
 
 
 def _fit(stage_type: type[Stage[C]], fabric: Any, ready: Ready[C], preamble: list[str]) -> Any:
@@ -179,7 +213,15 @@ def _fit(stage_type: type[Stage[C]], fabric: Any, ready: Ready[C], preamble: lis
         reference=reference,
         probe=probe,
         preamble=preamble,
+        draw=_draw_curves,
+        on_step=hook("on_step"),
     )
+
+
+def _draw_curves(metrics: Path) -> bytes:
+    from pecobook.analysis.charts import run_curves
+
+    return run_curves(metrics)
 
 
 def _export(config: TrainConfig, stage: Stage[Any], splits: Splits) -> None:

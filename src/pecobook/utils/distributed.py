@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import pickle
+import time
+import zlib
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._C._distributed_c10d import PrefixStore
 
 from pecobook.errors import PecobookError, RunFolderError, first_line
 
@@ -57,6 +62,82 @@ def long_on_first_rank(work: Callable[[], T], period: float = 10.0) -> T:
                 is_done = [not wait([future], period).not_done]
             dist.broadcast_object_list(is_done, src=0)
         return on_first_rank(lambda: future.result())  # type: ignore[union-attr]  # on rank 0 alone
+
+
+_PART_BYTES = 2**22
+_sharing: Sharing | None = None
+
+
+class Sharing:
+    """What rank 0 makes for all ranks, within `sharing`."""
+
+    _rounds = 0
+
+    def __init__(self) -> None:
+        Sharing._rounds += 1  # every rank enters equally often
+        self._store: Any = PrefixStore(f"pecobook/{Sharing._rounds}", dist.distributed_c10d._get_default_store())
+        self._made: dict[str, Any] = {}
+        self._is_first = dist.get_rank() == 0
+
+    def get(self, name: str, make: Callable[[], T]) -> T:
+        """Return what `make` returns on rank 0; see `made_by_first_rank`."""
+        if name not in self._made:
+            self._made[name] = self._make(name, make) if self._is_first else self._receive(name, make)
+        return self._made[name]  # type: ignore[no-any-return]
+
+    def _make(self, name: str, make: Callable[[], T]) -> T:
+        number = 0
+        try:
+            value = make()
+            data = zlib.compress(pickle.dumps(value), 1)
+            for start in range(0, len(data), _PART_BYTES):
+                self._store.set(f"{name}/{number}", data[start : start + _PART_BYTES])
+                number += 1
+            return value
+        except BaseException:
+            number = 0
+            raise
+        finally:
+            self._store.set(name, str(number))
+
+    def _receive(self, name: str, make: Callable[[], T]) -> T:
+        while not self._store.check([name]):
+            if self._store.check(["closed"]) and not self._store.check([name]):
+                return make()
+            time.sleep(0.05)
+        parts = [self._store.get(f"{name}/{number}") for number in range(int(self._store.get(name)))]
+        return pickle.loads(zlib.decompress(b"".join(parts))) if parts else make()
+
+    def close(self) -> None:
+        """Let the other ranks make themselves what rank 0 has not made."""
+        if self._is_first:
+            self._store.set("closed", "")
+
+
+@contextmanager
+def sharing() -> Iterator[None]:
+    """Let rank 0 make what `made_by_first_rank` asks for, within this context, which all ranks enter."""
+    global _sharing
+    _sharing = Sharing() if world_size() > 1 else None
+    try:
+        yield
+    finally:
+        if _sharing is not None:
+            _sharing.close()
+        _sharing = None
+
+
+def made_by_first_rank(name: str, make: Callable[[], T]) -> T:
+    """Return what `make` returns on rank 0, on every rank, within `sharing`; elsewhere each rank makes it itself.
+
+    The value goes through the processes' store of addresses, not through a collective operation: a rank that fails
+    before, or asks for something else, lets none wait. Where rank 0 raises an error, the others call `make` too.
+
+    Args:
+        name: what is made; a second call of the same name gives the same value.
+        make: returns a value that can be pickled.
+    """
+    return make() if _sharing is None else _sharing.get(name, make)
 
 
 def on_all_ranks(work: Callable[[], T]) -> T:

@@ -29,6 +29,19 @@ def write_json(path: Path, value: Any) -> None:
     write_atomically(path, (json.dumps(value, indent=2) + "\n").encode())
 
 
+def without_folders(text: str) -> str:
+    """Return the last part of a path, or of several separated by commas, for what leaves this machine.
+
+    Names of the hub, timm and torchvision, and JSON, stay as they are.
+    """
+    prefix, colon, location = text.partition(":")
+    if prefix in ("dalle", "diffusers"):
+        return f"{prefix}{colon}{without_folders(location)}"
+    if text.startswith(("hf:", "timm:", "torchvision:", "{", "[")):
+        return text
+    return ",".join(part.rstrip("/\\").replace("\\", "/").rpartition("/")[2] for part in text.split(","))
+
+
 def sync_folder(folder: Path) -> None:
     """Flush a folder's entries to the disk, so that a rename in the folder survives a power cut."""
     descriptor = os.open(folder, os.O_RDONLY)

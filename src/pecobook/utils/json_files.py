@@ -94,6 +94,14 @@ def read_json(
     return dict(content)
 
 
+def parse_object(text: str) -> dict[str, Any]:
+    """Return the JSON object in a text. Raises ValueError where there is none."""
+    content: Any = json.loads(text)
+    if not isinstance(content, dict):
+        raise ValueError("no JSON object")
+    return content
+
+
 def read_if_valid(file: Path, schema: Schema | None = None) -> dict[str, Any] | None:
     """Read a JSON object as `read_json` does; return None where the file is missing or unusable."""
     try:

@@ -88,7 +88,9 @@ def test_read_classes__refuses_other_encodings(tmp_path: Path) -> None:
             read_classes(tmp_path / "classes.txt")
 
 
-@pytest.mark.parametrize("name", ["Classes.TXT", "labels.txt", "train/_Classes.csv", "ObjectInfo150.txt"])
+@pytest.mark.parametrize(
+    "name", ["Classes.TXT", "labels.txt", "train/_Classes.csv", "ObjectInfo150.txt", "ADE/objectInfo150.txt"]
+)
 def test_find_class_file__in_any_case(tmp_path: Path, name: str) -> None:
     assert find_class_file(tmp_path) is None
     (tmp_path / name).parent.mkdir(exist_ok=True)
@@ -159,7 +161,7 @@ def test_make_classes__an_ignored_value_is_not_a_class() -> None:
     assert made == MaskClasses(("class 0", "class 2"), (0, 2), (1,))
     with pytest.raises(ConfigError, match="--ignore 'nothing'"):
         make_classes(ClassFile(names), mask_values=(), ignore=("nothing",))
-    with pytest.raises(ConfigError, match="2 pixel values for 3 classes"):
+    with pytest.raises(ConfigError, match="names 2 pixel values, and the file of classes 3: give"):
         make_classes(ClassFile(names), mask_values=("0", "4"), ignore=())
 
 

@@ -12,6 +12,7 @@ import pytest
 from pecobook.data.dense.coco_check import compare_boxes, diagnose_boxes
 from pecobook.data.dense.coco_values import as_flag, as_integer, as_number, decompress, runs_box
 from pecobook.data.dense.detection import open_detection
+from pecobook.data.source import kind_of
 from pecobook.errors import DataError
 from tests.coco import (
     Content,
@@ -99,6 +100,19 @@ def test_open__refuses_annotations_that_are_all_crowds(root: Path) -> None:
     change(root, each(iscrowd=lambda _: 1), ("val",))
     with pytest.raises(DataError, match=r"val/instances.json can be used"):
         open_detection(str(root))
+
+
+def test_open__says_that_many_objects_are_crowds(root: Path) -> None:
+    def edit(content: Content) -> None:
+        for entry in content["annotations"][::2]:
+            entry["iscrowd"] = 1
+
+    change(root, edit, ("train",))
+    note = next(note for note in open_detection(str(root)).notes if "crowds" in note)
+    num_objects = len(read_coco(root / "train")["annotations"])
+    num_crowds = sum(entry["iscrowd"] for entry in read_coco(root / "train")["annotations"])
+    assert f"train/instances.json: {num_crowds} of {num_objects} objects are crowds (iscrowd 1)." in note
+    assert kind_of(note) == "lost labels"
 
 
 def test_open__refuses_annotations_of_which_less_than_a_tenth_is_left(root: Path) -> None:

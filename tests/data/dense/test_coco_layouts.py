@@ -72,6 +72,20 @@ LAYOUTS = {
     "another name": ("train/objects.json", "val/objects.json", "train/images", "val/images"),
     "labels/": ("labels/train.json", "labels/val.json", "images/train", "images/val"),
     "capitals": ("Annotations/Train.json", "Annotations/Val.json", "Images", "Images"),
+    "annotations/train/": ("annotations/train/a.json", "annotations/val/b.json", "images/train", "images/val"),
+    "train/annotations/": ("train/annotations/a.json", "val/labels/b.json", "train/images", "val/images"),
+    "keypoints": (
+        "annotations/person_keypoints_train2017.json",
+        "annotations/person_keypoints_val2017.json",
+        "train2017",
+        "val2017",
+    ),
+    "other folders of images": (
+        "annotations/train.json",
+        "annotations/val.json",
+        "photos/100k/train",
+        "photos/100k/val",
+    ),
     "data/train": ("annotations/train.json", "annotations/val.json", "data/train", "data/val"),
     "one folder deeper": ("x/train/a.json", "x/val/a.json", "x/train/images", "x/val/images"),
 }
@@ -127,7 +141,7 @@ def test_open__names_a_format_that_is_not_read(tmp_path: Path, names: str, kind:
     for name in names.split():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text("0 0.5 0.5 0.1 0.1")
-    with pytest.raises(DataError, match=f"{kind} are not read"):
+    with pytest.raises(DataError, match=f"{kind} cannot be read"):
         open_detection(str(tmp_path))
 
 
@@ -140,6 +154,41 @@ def test_open__finds_images_in_other_spellings(root: Path) -> None:
     train = train_of(root)
     assert train.identify(1).endswith("a b.png")
     assert train.read(2).shape == (3, 52, 40)
+
+
+@pytest.mark.parametrize(
+    "written",
+    [
+        "https://host/x/a%20b.png?X-Signature=1",
+        "/data/local-files/?d=a b.png",
+        "\\data\\local-files\\?d=my%20set%2Fa%20b.png",
+        "s3://bucket/folder/a b.png",
+        "images/0a1b2c3d-a b.png",
+        "images\\0a1b2c3d-a_b.png",
+    ],
+)
+def test_open__finds_the_images_of_label_studio(written: str, root: Path) -> None:
+    (root / "train" / "images" / "1-1.png").rename(root / "train" / "images" / "a b.png")
+    change(root, lambda content: content["images"][1].update(file_name=written), ("train",))
+    assert train_of(root).identify(1).endswith("images/a b.png")
+
+
+def test_open__does_not_take_the_images_of_another_split(root: Path) -> None:
+    shutil.rmtree(root / "val" / "images")
+    for file in list((root / "train" / "images").iterdir()):
+        file.rename(file.with_name(file.name.replace("1-", "2-")))
+    change(root, rename_files(lambda name: name.replace("1-", "2-")), ("train",))
+    (root / "annotations").mkdir()
+    for split in ("train", "val"):
+        (root / split / "instances.json").rename(root / "annotations" / f"{split}.json")
+    with pytest.raises(DataError, match=r"annotations/val\.json: image \d+ '2-0\.png' is not in "):
+        open_detection(str(root))
+
+
+def test_open__names_annotations_that_lie_where_none_are_looked_for(root: Path, tmp_path: Path) -> None:
+    move(root, "train", tmp_path / "target", "meta/export/final.json", "pictures")
+    with pytest.raises(DataError, match=r"meta/export/final\.json has that format, but lies where none are looked for"):
+        open_detection(str(tmp_path / "target"))
 
 
 def test_open__other_json_files_do_not_matter(root: Path, tmp_path: Path) -> None:

@@ -40,6 +40,11 @@ def test_verify__one_class_alone_has_pixels(tmp_path: Path) -> None:
     assert "--mask-values (such as 0 255)" in result.fault
     assert "255 (" in result.fault
     assert result.notes[0] == "2 of 3 classes have no pixel in the training masks, and are not learned: red, green."
+    (root / "classes.txt").write_text("tree\n")
+    fault = verify(open_segmentation(str(root))).fault
+    assert fault.endswith(
+        "Give the file of classes a line for each class, in the order of their values: 'background' is one, too."
+    )
 
 
 def test_verify__names_classes_without_a_pixel(tmp_path: Path) -> None:

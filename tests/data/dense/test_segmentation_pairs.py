@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import cast
 
@@ -25,6 +26,9 @@ ENDINGS = [
     "_labels",
     "_gt",
     ".jpg",
+    "_lbl",
+    "_1stHO",
+    "_label_ground-truth",
 ]
 
 
@@ -77,12 +81,18 @@ def test_open__images_and_masks_in_one_folder(tmp_path: Path) -> None:
     assert len(train) + len(splits.evaluation) == 6
 
 
-def test_open__train_and_train_masks(tmp_path: Path) -> None:
-    write_pairs(tmp_path, range(5))
-    (tmp_path / "images").rename(tmp_path / "train")
-    (tmp_path / "masks").rename(tmp_path / "train_masks")
-    train = cast("SegmentationSource", open_segmentation(str(tmp_path), mask_values=("0-2",)).train)
-    assert (train.identify(0), train.identify_mask(0)) == ("train/0.jpg", "train_masks/0.png")
+@pytest.mark.parametrize("masks", ["train_masks Validation_masks", "trainannot Validationannot"])  # Carvana, CVAT
+def test_open__masks_beside_folders_of_splits(masks: str, tmp_path: Path) -> None:
+    for folder, masks_folder, numbers in zip(
+        ("train", "Validation"), masks.split(), (range(5), range(5, 8)), strict=True
+    ):
+        write_pairs(tmp_path, numbers)
+        (tmp_path / "images").rename(tmp_path / folder)
+        (tmp_path / "masks").rename(tmp_path / masks_folder)
+    splits = open_segmentation(str(tmp_path), mask_values=("0-2",))
+    train = cast("SegmentationSource", splits.train)
+    assert (train.identify(0), train.identify_mask(0)) == ("train/0.jpg", f"{masks.split()[0]}/0.png")
+    assert (len(train), len(splits.evaluation), splits.evaluation_name) == (5, 3, "validation")
 
 
 def test_open__two_masks_of_one_image_are_refused(tmp_path: Path) -> None:
@@ -150,6 +160,8 @@ LAYOUTS = {
     "nnU-Net": ("imagesTr/{n}_0000.png", "labelsTr/{n}.png"),
     "pets": ("images/{n}.jpg", "annotations/trimaps/{n}.png"),
     "labelme": ("JPEGImages/{n}.jpg", "SegmentationClassPNG/{n}.png"),
+    "DRIVE": ("images/{n}_training.tif", "masks/{n}_manual1.png"),
+    "words before": ("{split}/images/img_{n}.png", "{split}/masks/lbl_{n}.png"),
     "spaces": ("my images/{n}.jpg", "My Masks/{n} mask.png"),
 }
 
@@ -169,7 +181,7 @@ def test_open__layouts_of_data_sets(name: str, tmp_path: Path) -> None:
     for source in (train, cast("SegmentationSource", splits.evaluation)):
         for number in range(len(source)):
             image, mask = (Path(text(number)).stem for text in (source.identify, source.identify_mask))
-            assert image[0] == mask[0]
+            assert re.findall(r"\d", image)[0] == re.findall(r"\d", mask)[0]
             assert source.identify(number) != source.identify_mask(number)
 
 

@@ -17,9 +17,9 @@ from pecobook.models.dense.pyramid import (
     from_windows,
     load_pyramid,
     rebuild_pyramid,
-    relative_position_index,
     to_windows,
 )
+from pecobook.models.dense.relative_positions import relative_position_index
 from pecobook.models.network_traits import network_traits
 from pecobook.models.weights import Backbone
 from pecobook.settings.dense import PyramidConfig

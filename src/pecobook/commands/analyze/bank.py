@@ -20,7 +20,7 @@ from pecobook.data.decode import BadImage
 from pecobook.data.sampler import key, splitmix64_array
 from pecobook.data.source import ImageSource
 from pecobook.data.stream import Stream, collate
-from pecobook.data.tokens import TokenBank
+from pecobook.data.tokens import Codes, TokenBank
 from pecobook.data.views import NamedViews
 from pecobook.errors import DataError
 
@@ -40,7 +40,7 @@ class Occurrences:
     """(image, view, row, column), one position per image, in random order."""
 
 
-def _chunks(bank: TokenBank) -> Iterator[tuple[NDArray[np.int64], NDArray[np.uint16]]]:
+def _chunks(bank: TokenBank) -> Iterator[tuple[NDArray[np.int64], Codes]]:
     """Yield indices (n,) and codes (n, V h w) of images, without unreadable images, whose codes have no meaning."""
     layout = bank.layouts["train"]
     codes_per_image = layout.num_views * layout.grid[0] * layout.grid[1]

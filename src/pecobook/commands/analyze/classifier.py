@@ -85,7 +85,8 @@ def open_classifier(config: AnalyzeConfig, splits: Splits) -> RestrictedClassifi
     normalisation = overridden(normalisation, config.classifier_mean, config.classifier_std)
     say(with_flags(normalisation.line(name), "--classifier-"))
     images, purpose = torch.zeros(2, 3, size, size), f"classify images of {size} pixels"
-    dry_run(network.eval(), (images,), network=name, purpose=purpose, backward=False)
+    remedy = "Give another --classifier."
+    dry_run(network.eval(), (images,), network=name, purpose=purpose, remedy=remedy, backward=False)
     classifier = Backbone(network, name, {}, normalisation.mean, normalisation.std, size).eval()
     return RestrictedClassifier(classifier.to(device()), size, columns.to(device()))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from pecobook.errors import ConfigError, DataError, Preflight, WeightsError
 from pecobook.models.perceptual import PerceptualDistance
 from pecobook.models.tokenizers import fingerprint, load_tokenizer
 from pecobook.settings.analyze import AnalyzeConfig
+from pecobook.settings.evaluate import EvaluateConfig
 from pecobook.utils.devices import device
 from pecobook.utils.printer import say
 
@@ -63,7 +65,7 @@ def open_inputs(config: AnalyzeConfig) -> AnalysisInputs:
     classifier = None
     if config.classifier and splits is not None:
         classifier = preflight.check(partial(open_classifier, config, splits))
-    distance = preflight.check(lambda: _distance(config, tokenizers)) if config.perceptual else None
+    distance = preflight.check(lambda: open_distance(config, _sizes(tokenizers))) if config.perceptual else None
     judgements = preflight.check(lambda: find_bapps(Path(config.judgements))) if config.judgements else None
     preflight.finish()
     assert splits is not None
@@ -101,7 +103,12 @@ def _with_banks(config: AnalyzeConfig, inputs: list[TokenizerInput], splits: Spl
     return inputs
 
 
-def _distance(config: AnalyzeConfig, inputs: list[TokenizerInput]) -> PerceptualDistance:
+def _sizes(inputs: list[TokenizerInput]) -> dict[str, int]:
+    return {tokenizer_input.name: tokenizer_input.tokenizer.image_size for tokenizer_input in inputs}
+
+
+def open_distance(config: AnalyzeConfig | EvaluateConfig, sizes: Mapping[str, int]) -> PerceptualDistance:
+    """Build the distance of --perceptual for tokenizers, given the sides of their images. Raises PecobookError."""
     try:
         distance = PerceptualDistance(config.perceptual, config.perceptual_layers, config.perceptual_weights or None)
         say("\n".join(distance.notes))
@@ -110,13 +117,12 @@ def _distance(config: AnalyzeConfig, inputs: list[TokenizerInput]) -> Perceptual
         text = text.replace("--perceptual.layers", "--perceptual-layers")
         text = text.replace("--perceptual.weights", "--perceptual-weights")
         raise type(error)(text) from None
-    for tokenizer_input in inputs:
-        size = tokenizer_input.tokenizer.image_size
+    for name, size in sizes.items():
         try:
             distance.check_image_size(size, size)
         except WeightsError:
             raise WeightsError(
                 f"--perceptual '{config.perceptual}' gives no features of the {size} x {size} pixel images of "
-                f"'{tokenizer_input.name}': give earlier layers with --perceptual-layers, or another network."
+                f"'{name}': give earlier layers with --perceptual-layers, or another network."
             ) from None
     return distance.to(device())

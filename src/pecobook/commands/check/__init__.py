@@ -6,6 +6,8 @@ import contextlib
 import dataclasses
 import io
 import json
+import shlex
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +15,12 @@ from pecobook.commands.check.sheet import contact_sheet
 from pecobook.commands.check.survey import Survey, survey
 from pecobook.commands.table import COMMANDS
 from pecobook.data.decode import open_image
-from pecobook.data.dense.coco_files import find_annotations, looks_like_coco
+from pecobook.data.dense.coco_files import find_annotations, looks_like_coco, other_format, stray_annotations
 from pecobook.data.dense.segmentation_pairs import find_pairs
 from pecobook.data.images import check_labels
+from pecobook.data.names import BESIDE_ITS_IMAGE, IN_FOLDER_OF_MASKS
 from pecobook.data.source import Splits
-from pecobook.data.summary import aligned
+from pecobook.data.summary import aligned, left_out_of
 from pecobook.engine.stage import Stage
 from pecobook.engine.value_range import set_value_range
 from pecobook.errors import DataError, PecobookError
@@ -33,6 +36,9 @@ from pecobook.utils.output_folder import check_new_file
 from pecobook.utils.printer import show
 
 _STAGES: dict[str, type[Stage[Any]]] = {"segment": SegmentStage, "detect": DetectStage}
+_READS_AS = {"images": "finetune", "probe": "finetune", "embed": "pretrain", "tokenize": "pretrain"}
+"""A training command that reads images as another command does."""
+_TEXT_FILES = ("extension .json", "extension .xml", "extension .txt")
 _LENIENT: dict[str, tuple[dict[str, bool], ...]] = {
     "segment": ({"verify": False}, {"skip_bad": True}),
     "detect": ({"skip_bad": True},),
@@ -49,13 +55,17 @@ def check(config: CheckConfig | None = None, **settings: Any) -> dict[str, Any]:
     config = replace(config or CheckConfig(), settings)
     check_new_file(config.out)
     if config.recipe:
-        recipe(config.task, config.recipe)  # raises ConfigError for a name that does not exist
+        recipe(
+            _READS_AS.get(config.task, config.task), config.recipe
+        )  # raises ConfigError for a name that does not exist
     task = layout_of(config.data) if config.task == "auto" else config.task
     splits, problems = _open(task, config)
     found: Survey | None = None
     if splits is not None:
-        found = survey(splits, labels=task not in ("contrast", "codebook", "pretrain"), workers=config.workers)
+        found = survey(splits, labels=task in (*_STAGES, "finetune", "probe", "images"), workers=config.workers)
         problems += found.problems
+        if config.task == "auto" and task == "images":
+            found.lines.extend(("note", note) for note in _unread_annotations(config.data, left_out_of(splits)))
     report = _report(config, task, found, problems)
     if config.out and splits is not None:
         write_atomically(Path(config.out), contact_sheet(splits, config.samples))
@@ -74,7 +84,7 @@ def _open(task: str, config: CheckConfig) -> tuple[Splits | None, list[str]]:
         try:
             settings = _command_settings(task, config, changes)
             splits = _STAGES.get(task, ClassifyStage).open(settings)
-            if task == "finetune":
+            if task in ("finetune", "probe"):
                 check_labels(splits, settings.data)
         except PecobookError as error:
             problems = problems or [str(error)]
@@ -92,7 +102,7 @@ def _open(task: str, config: CheckConfig) -> tuple[Splits | None, list[str]]:
 
 def _command_settings(task: str, config: CheckConfig, changes: dict[str, Any]) -> TrainConfig:
     """Return the settings of a command: those of the recipe, the flags that differ from their defaults, `changes`."""
-    command = "finetune" if task == "images" else task
+    command = _READS_AS.get(task, task)
     settings: TrainConfig = recipe(command, config.recipe) if config.recipe else COMMANDS[command].settings()
     names = {field.name for field in dataclasses.fields(settings)} - {"data", "out", "workers"}
     given = {
@@ -155,6 +165,21 @@ def layout_of(data: str) -> str:
         return "images"
     is_usual = len(found.pairs) > len(found.unpaired) and not _is_photograph(root / found.pairs[0][1])
     return "segment" if is_usual else "images"
+
+
+def _unread_annotations(data: str, left_out: Mapping[str, int]) -> Iterator[str]:
+    """Yield a note on masks and one on objects that lie beside images, in no layout that is read."""
+    root = Path(data).expanduser()
+    if not data or not root.is_dir():
+        return
+    if masks := sum(left_out.get(reason, 0) for reason in (IN_FOLDER_OF_MASKS, BESIDE_ITS_IMAGE)):
+        why = f"pecobook check segment --data {shlex.quote(data)}"
+        yield f"{masks:,} files look like masks, and are not read: '{why}' says why."
+    kind = stray_annotations(root) or other_format(root)
+    is_of_each_image = sum(count for reason, count in left_out.items() if reason in _TEXT_FILES) > 2
+    if kind and (is_of_each_image or isinstance(kind, Path) or kind.startswith(("CVAT", "FiftyOne"))):
+        why = f"pecobook check detect --data {shlex.quote(data)}"
+        yield f"Annotations of objects lie beside the images, and are not read ({kind}): '{why}' says more."
 
 
 def _is_photograph(mask: Path) -> bool:

@@ -16,7 +16,7 @@ from pecobook.commands.embed.features import Features, load_features
 from pecobook.commands.embed.files import join_parts, part_file, write_part
 from pecobook.data.images import check_readable, open_all_splits
 from pecobook.data.source import ImageSource
-from pecobook.data.stream import read_crops
+from pecobook.data.stream import Numbers, read_crops
 from pecobook.engine.log import Progress
 from pecobook.engine.value_range import set_value_range
 from pecobook.errors import ConfigError, RunFolderError
@@ -138,7 +138,7 @@ def _write_parts(config: EmbedConfig, features: Features, folder: Path, parts: l
     try:
         for source in {id(part.source): part.source for part in missing}.values():
             of_source = [part for part in missing if part.source is source]
-            order = [index for part in of_source for index in part.images]
+            order = Numbers([part.images for part in of_source])
             batches = iter(read_crops(source, size, order, batch_size=batch_size, workers=config.workers))
             for part in of_source:
                 read = []

@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from pecobook.data.names import inside_wrapper
 from pecobook.errors import ConfigError, first_line
 
 _FILES = (
@@ -49,11 +50,19 @@ class ClassFile(NamedTuple):
 
 
 def find_class_file(root: Path) -> Path | None:
-    """Return the file of classes in the folder of a data set, or None; upper and lower case do not matter."""
-    folders = [folder for folder in (root, root / "train") if folder.is_dir()]
-    files = {str(file.relative_to(root)).lower(): file for folder in folders for file in sorted(folder.glob("*.*"))}
-    found = (files.get(name.lower()) for name in _FILES)
-    return next((file for file in found if file is not None and file.is_file()), None)
+    """Return the file of classes in the folder of a data set, or None; upper and lower case do not matter.
+
+    An archive may have added one more folder around the data set.
+    """
+    tops = dict.fromkeys((root, inside_wrapper(root))) if root.is_dir() else ()
+    for top in tops:
+        files = {
+            str(file.relative_to(top)).lower(): file for at in ("", "train/") for file in sorted(top.glob(at + "*.*"))
+        }
+        found = (files.get(name.lower()) for name in _FILES)
+        if file := next((file for file in found if file is not None and file.is_file()), None):
+            return file
+    return None
 
 
 def read_classes(path: Path) -> ClassFile:

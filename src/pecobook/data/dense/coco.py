@@ -34,7 +34,13 @@ from pecobook.data.dense.coco_values import (
     read_categories,
     segment_area,
 )
+from pecobook.data.source import Note
 from pecobook.errors import first_line
+
+ON_CROWDS = (
+    "A crowd is many objects under one mask, which training ignores: set iscrowd to 0 where it is one object, "
+    "as for the masks that CVAT draws by brush."
+)
 
 
 @dataclasses.dataclass
@@ -141,6 +147,10 @@ class _Reader:
         ):
             if count:
                 self._note(f"{count} {text.format(s='s' if count > 1 else '')}.")
+        num_crowds, num_objects = self.left_out["crowds (iscrowd 1)"], len(self.boxes) // 6
+        if num_objects / 10 < num_crowds < num_objects:
+            text = f"{self.file}: {num_crowds:,} of {num_objects:,} objects are crowds (iscrowd 1). {ON_CROWDS}"
+            self.findings.notes.append(Note(text, "lost labels"))
 
     def _check_conventions(self, annotations: Annotations) -> None:
         """Report boxes and masks that follow another convention than COCO's."""

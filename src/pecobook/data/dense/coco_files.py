@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 from unicodedata import normalize
 from urllib.parse import unquote
 
 from pecobook.data.dense.coco_values import UnusableError
-from pecobook.data.names import IMAGE_EXTENSIONS, inside_wrapper, split_of_name
+from pecobook.data.names import IMAGE_EXTENSIONS, inside_wrapper, split_of_name, split_of_path
 
 _FILES = ("instances.json", "_annotations.coco.json", "annotations.json", "labels.json", "result.json")
 _IMAGE_FOLDERS = ("images", "data", "img")
@@ -36,6 +37,12 @@ def find_annotations(root: Path) -> AnnotationFiles:
     return {}
 
 
+def stray_annotations(root: Path) -> Path | None:
+    """Return a file that looks like COCO's format, anywhere below a folder; None if there is none."""
+    files = (file for folder in _below(root, None) for file in _json_files(folder)[:_SAMPLE])
+    return next((file for file in files if looks_like_coco(file)), None)
+
+
 def other_format(root: Path) -> str:
     """Return the format of annotations that are not read, but that lie in a folder; empty if there are none."""
     folders = [(Path(top), names) for top, _, names in itertools.islice(os.walk(root), _SAMPLE)]
@@ -56,22 +63,26 @@ def _num_texts(names: list[str]) -> int:
 
 
 def _in_split_folders(root: Path) -> _Found:
-    """Find train/instances.json and the like."""
+    """Find train/instances.json, train/annotations/instances.json and the like."""
     for folder in _folders(root):
         if split := split_of_name(folder.name):
-            yield from ((split, file, _image_folders(folder)) for file in _files_in(folder))
+            files = _files_in(folder) or [file for inner in _annotation_folders(folder) for file in _files_in(inner)]
+            yield from ((split, file, _image_folders(folder)) for file in files)
 
 
 def _in_annotations(root: Path) -> _Found:
-    """Find annotations/instances_train2017.json (COCO), annotations/instances_default.json (CVAT) and the like."""
-    for folder in _folders(root):
-        if folder.name.lower() not in _ANNOTATION_FOLDERS:
-            continue
+    """Find annotations/instances_train2017.json (COCO), instances_default.json (CVAT), annotations/train/*.json."""
+    for folder in _annotation_folders(root):
         files = [file for file in _json_files(folder) if not file.name.startswith(_OTHER_TASKS)]
-        for file in [file for file in files if file.name.startswith("instances_")] or files:
-            name = file.stem.removeprefix("instances_")
+        files = [file for file in files if file.name.startswith("instances_")] or files
+        for file in files or [file for file in _json_files(folder) if file.name.startswith("person_keypoints_")]:
+            name = file.stem.removeprefix("instances_").removeprefix("person_keypoints_")
             split = split_of_name(name) or "train"
             yield split, file, _folders_of_split(root, name, split)
+        for inner in _folders(folder):
+            if split_of_inner := split_of_name(inner.name):
+                folders = _folders_of_split(root, inner.name, split_of_inner)
+                yield from ((split_of_inner, file, folders) for file in _files_in(inner))
 
 
 def _at_the_top(root: Path) -> _Found:
@@ -83,7 +94,12 @@ def _at_the_top(root: Path) -> _Found:
 
 
 def _folders(root: Path) -> list[Path]:
-    return sorted(path for path in root.iterdir() if path.is_dir())
+    with os.scandir(root) as entries:
+        return sorted(Path(entry) for entry in entries if entry.is_dir())
+
+
+def _annotation_folders(root: Path) -> list[Path]:
+    return [folder for folder in _folders(root) if folder.name.lower() in _ANNOTATION_FOLDERS]
 
 
 def _json_files(folder: Path) -> list[Path]:
@@ -144,6 +160,27 @@ def file_name(image: Any) -> str:
     return name if isinstance(name, str) else ""
 
 
+def _below(root: Path, split: str | None) -> Iterator[Path]:
+    """Yield the folders below a root, some thousand at most, without those that declare another split."""
+    for top, _, _ in itertools.islice(os.walk(root), 1000):
+        if split is None or split_of_path(os.path.relpath(top, root)) in (None, split):
+            yield Path(top)
+
+
+def _spellings(name: str) -> Iterable[str]:
+    """Return a name as it stands and as other systems write it: web addresses, accents, Label Studio's uploads."""
+    address = name.partition("?d=")[2] or (name.partition("?")[0] if "://" in name else name)
+    plain = unquote(address)
+    uploaded = re.sub(r"(^|[/\\])[0-9a-f]{8}-(?=[^/\\]+$)", r"\1", plain)  # Label Studio's mark of an upload
+    forms = (normalize("NFC", plain), normalize("NFD", plain))  # NFD is macOS's for accents
+    return dict.fromkeys((name, address, plain, *forms, uploaded))
+
+
+def _folded(path: str) -> str:
+    """Return the name of a file without what other systems change: upper case and spaces."""
+    return Path(path).name.lower().replace(" ", "_")
+
+
 class ImageFiles:
     """The image files that a file of annotations names.
 
@@ -155,7 +192,15 @@ class ImageFiles:
         self._file, self._listings = file, dict[Path, set[str]]()
         self._found: set[str] = set()
         names = [name for image in images[:_SAMPLE] if (name := file_name(image))]
-        self.root = max(folders, key=lambda folder: sum(bool(self._locate(folder, name, 1)) for name in names))
+        self.root = max(folders, key=lambda folder: self._count(folder, names, 1))
+        if not self._count(self.root, names, None):  # images/ has another name, or lies deeper
+            split = split_of_path(f"{file.parent.name}/{file.name}")
+            others = list(_below(folders[-1], split)) or [self.root]
+            best = max(others, key=lambda folder: self._count(folder, names, None))
+            self.root = best if self._count(best, names, None) else self.root
+
+    def _count(self, folder: Path, names: list[str], tries: int | None) -> int:
+        return sum(bool(self._locate(folder, name, tries)) for name in names)
 
     def find(self, name: str) -> str:
         """Return the path of an image relative to `root`.
@@ -174,16 +219,15 @@ class ImageFiles:
         return path
 
     def _locate(self, root: Path, name: str, tries: int | None) -> str:
-        spellings = (name, unquote(name), normalize("NFC", name), normalize("NFD", name))  # NFD is macOS's for accents
         paths = [name]
-        for spelling in dict.fromkeys(spellings):
+        for spelling in _spellings(name):
             parts = [part for part in spelling.replace("\\", "/").split("/") if part not in ("", ".", "..")]
             paths += ["/".join(parts[start:]) for start in range(len(parts))]
         for path in paths[:tries]:
             if Path(path).name in self._listing((root / path).parent):
                 return path
         for path in paths if tries is None else ():  # written on a system that does not tell cases apart
-            alike = [other for other in self._listing((root / path).parent) if other.lower() == Path(path).name.lower()]
+            alike = [other for other in self._listing((root / path).parent) if _folded(other) == _folded(path)]
             if len(alike) == 1:
                 return str(Path(path).with_name(alike[0]))
         return ""

@@ -26,9 +26,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pecobook.data.dense.coco import Findings, read_annotations
+from pecobook.data.dense.coco import ON_CROWDS, Findings, read_annotations
 from pecobook.data.dense.coco_annotations import Annotations
-from pecobook.data.dense.coco_files import count_unnamed, find_annotations, other_format
+from pecobook.data.dense.coco_files import count_unnamed, find_annotations, other_format, stray_annotations
 from pecobook.data.dense.coco_values import decode_masks
 from pecobook.data.source import ImageSource, Integers, Note, Splits, hold_out
 from pecobook.errors import DataError, did_you_mean, grouped, listed, some_of
@@ -218,8 +218,11 @@ def _find_annotations(data: str) -> dict[str, tuple[Path, list[Path]]]:
         raise DataError(f"{reason}\n{DETECTION_FORMS}")
     parts = find_annotations(root)
     if not parts.get("train"):
-        kind = other_format(root)
-        reason = f"; {kind} are not read, convert them to COCO's JSON" if kind else ""
+        if stray := stray_annotations(root):
+            reason = f"; {stray} has that format, but lies where none are looked for"
+        else:
+            kind = other_format(root)
+            reason = f"; {kind} cannot be read, convert them to COCO's JSON" if kind else ""
         raise DataError(f"--data '{data}' holds no training annotations in COCO's format{reason}.\n{DETECTION_FORMS}")
     for split, files in parts.items():
         if len(files) > 1:
@@ -274,10 +277,7 @@ def _require_objects(data: str, file: Path, annotations: Annotations, skip_bad: 
         raise DataError(f"--data '{data}': {file} holds no object, its list 'annotations' is empty.")
     remedy = "Correct them, or leave them out with --skip-bad." if num_usable else "Correct them."
     if max(lost, key=lost.__getitem__).startswith("crowds"):
-        remedy = (
-            "A crowd is many objects under one mask, which training ignores: set iscrowd to 0 where it is one object, "
-            "as for the masks that CVAT draws by brush."
-        )
+        remedy = ON_CROWDS
     reasons = ", ".join(f"{count:,} {reason}" for reason, count in lost.items())
     raise DataError(
         f"--data '{data}': {num_usable or 'none'} of {total:,} objects of {file} can be used: {reasons}.\n{remedy}"

@@ -228,9 +228,13 @@ def _fault(name: str, train: MaskCounts, meaning: MaskClasses) -> str:
         for value, count in list(train.values.items())[:6]
     )
     unit = "values" if meaning.colours is None else "lines of --classes"
-    return (
-        f"--data '{name}': {present[0] if present else 'no class'} has pixels in the training masks, so that "
-        f"there is nothing to learn; {unit} met: {met}.\n"
+    remedy = (
         "If another value marks a class, name the value of every class in --mask-values (such as 0 255), and what "
         "means no class in --ignore."
+        if len(train.classes) > 1
+        else "Give the file of classes a line for each class, in the order of their values: 'background' is one, too."
+    )
+    return (
+        f"--data '{name}': {present[0] if present else 'no class'} has pixels in the training masks, so that "
+        f"there is nothing to learn; {unit} met: {met}.\n{remedy}"
     )

@@ -44,8 +44,8 @@ class MaskClasses:
             raise ConfigError("Two classes of --classes have the same colour.")
         if len(self.names) != len(self.values) or len(set(self.values)) != len(self.values):
             raise ConfigError(
-                f"--mask-values names {len(self.values)} pixel values for {len(self.names)} classes: "
-                "give one distinct value for each class."
+                f"--mask-values names {len(self.values)} pixel values, and the file of classes {len(self.names)}: "
+                "give one distinct value for each class, and a name, such as background, for each value."
             )
 
     def table(self) -> npt.NDArray[np.int16]:

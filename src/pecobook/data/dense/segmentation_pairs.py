@@ -2,7 +2,8 @@
 
 Folders named images/, masks/ or alike tell images from masks ("train_masks/" is the mask folder of "train/"). Where
 there are none, a word within a folder's name does (binary_masks/, SegmentationClassPNG/), or the endings of the files'
-names: x.jpg and x_mask.png. Pictures pair by their relative paths, or by the names of their files if no paths agree.
+names: x.jpg and x_mask.png. Pictures pair by their relative paths; if no paths agree, by the names of their files, or
+by these without the words that all images, or all masks, of a folder share: img_1.jpg and lbl_1.png.
 """
 
 from __future__ import annotations
@@ -16,11 +17,11 @@ from pathlib import Path, PurePath
 from typing import TypeAlias
 from unicodedata import normalize
 
-from pecobook.data.names import IMAGE_EXTENSIONS, IMAGE_FOLDERS, MASK_FOLDERS
+from pecobook.data.names import IMAGE_EXTENSIONS, IMAGE_FOLDERS, MASK_FOLDERS, SPLIT_WORDS, split_of_name
 from pecobook.errors import DataError, listed
 
 _KindOf: TypeAlias = Callable[[tuple[str, ...]], tuple[str, tuple[str, ...]]]
-_SPLIT_AND_KIND = re.compile(r"(train|val|valid|test)(annot|masks?|labels?|images?)")
+_SPLIT_AND_KIND = re.compile(rf"({'|'.join(SPLIT_WORDS)})(annot|masks?|labels?|images?)")
 _MASK_ENDING = re.compile(
     r"[ _.-](masks?|labels?|seg|segmentation|segmentations|annotation|groundtruth|ground_truth|gt|l"
     r"|(gtfine_|gtcoarse_)?label(train)?ids)$",
@@ -50,6 +51,11 @@ class Pictures:
         kinds = [{key.rpartition("/")[2]: file for key, file in files.items()} for files in (self.images, self.masks)]
         is_unique = [len(kinds[0]), len(kinds[1])] == [len(self.images), len(self.masks)]
         return dataclasses.replace(self, images=kinds[0], masks=kinds[1]) if is_unique else None
+
+    def by_own_words(self) -> Pictures:
+        """Return the pictures by their names without the words that the files of a folder share, such as "_lbl"."""
+        images, masks = _without_shared_words(self.images), _without_shared_words(self.masks)
+        return dataclasses.replace(self, images=images, masks=masks)
 
     def add(self, kind: str, key: str, file: str) -> None:
         """Add a picture; kind is "images", "masks" or "others"."""
@@ -101,8 +107,9 @@ def find_pairs(data: str, root: Path) -> Pairs:
             f"--data '{data}':\n{listed(found.duplicates)}\nImages and masks are paired by name: keep one file."
         )
     result = _match(data, found)
-    if not result.pairs and (named := found.by_file_name()):
-        result = by_name if (by_name := _match(data, named)).pairs else result
+    for named in (found.by_file_name(), found.by_own_words() if has_images else None):
+        if not result.pairs and named:
+            result = by_name if (by_name := _match(data, named)).pairs else result
     if not (result.pairs or has_images):
         found.images = {}
         _refuse(data, found)
@@ -225,8 +232,29 @@ def _without_word(name: str, words: frozenset[str]) -> str | None:
     tokens = re.split(r"[ _-]+", name)
     if len(tokens) == 2 and (tokens[0] in words) != (tokens[1] in words):
         rest = tokens[1] if tokens[0] in words else tokens[0]
-        return rest if re.fullmatch(r"train\w*|val\w*|test\w*|\d+", rest) else None
+        return rest if split_of_name(rest) or rest.isdigit() else None
     return None
+
+
+def _without_shared_words(files: Mapping[str, str]) -> dict[str, str]:
+    """Return files by their keys without the words with which all names of a folder begin or end."""
+    folders: dict[str, list[str]] = {}
+    for key in files:
+        folders.setdefault(key.rpartition("/")[0], []).append(key.rpartition("/")[2])
+    result = {}
+    for folder, names in folders.items():
+        start, end = _length_of_shared_words(names), _length_of_shared_words([name[::-1] for name in names])
+        for name in names:
+            own = name[start : max(len(name) - end, start)].lower()
+            result[f"{folder}/{own}".lstrip("/")] = files[f"{folder}/{name}".lstrip("/")]
+    return result
+
+
+def _length_of_shared_words(names: Sequence[str]) -> int:
+    """Return how many characters the words take with which two or more names all begin."""
+    first, last = min(names), max(names)
+    length = next((number for number, pair in enumerate(zip(first, last, strict=False)) if len({*pair}) > 1), 0)
+    return len(re.sub(r"[^ _.-]*$", "", first[:length]))
 
 
 def _match(data: str, found: Pictures) -> Pairs:

@@ -26,6 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pecobook.errors import ConfigError, WeightsError
+from pecobook.models.dense.relative_positions import RelativePositions
 from pecobook.models.dry_run import refusing
 from pecobook.models.export import check_kind, read_settings
 from pecobook.models.makers import Normalisation, overridden
@@ -126,8 +127,8 @@ class _ConvolutionalBody(nn.Module):
         self.strides: tuple[float, ...] = tuple(int(level["reduction"]) for level in levels[-4:])
         if config.checkpointing:
             network.set_grad_checkpointing(True)  # type: ignore[operator]
-        patch: Any = getattr(getattr(network, "patch_embed", None), "patch_size", 1)  # of a Swin, for example
-        self.patch = int(patch[0] if isinstance(patch, tuple) else patch)
+        has_patches = hasattr(getattr(network, "patch_embed", None), "patch_size")  # of a Swin, for example
+        self.patch = int(self.strides[0]) if has_patches else 1  # patches that overlap, as in PVTv2, are larger
         object.__setattr__(self, "network", network)  # not as a submodule: the pyramid registers the network
 
     network: Any
@@ -153,7 +154,7 @@ class _TransformerBody(nn.Module):
         if depth < 2 or patch < 4:
             raise WeightsError(
                 f"A ViT with {depth} blocks and patches of {patch} pixels cannot form a pyramid: it needs 2 blocks or "
-                "more, and a patch side of 4 pixels or more."
+                "more, and a patch side of 4 pixels or more; choose another network."
             )
         self.levels = [max(round(depth * share), 1) - 1 for share in (1 / 3, 1 / 2, 2 / 3, 1)]
         self.indices = sorted(set(self.levels))  # in a shallow ViT, one block can serve two levels
@@ -171,7 +172,10 @@ class _TransformerBody(nn.Module):
             if windowed:
                 block.attn.register_forward_pre_hook(self._split_into_windows)
                 block.attn.register_forward_hook(self._merge_windows)
-        self.relative = _RelativePositions(vit, self, image_size // patch) if _is_beit(network) else None
+        self.relative = None
+        if _is_beit(network):
+            options: Any = {"windowed": self.windowed, "window": config.window, "native_grid": self.native_grid}
+            self.relative = RelativePositions(vit, **options, side=image_size // patch)
         if config.window and getattr(vit, "rope", None) is not None:
             raise WeightsError("A ViT with rotary positions cannot attend in windows: omit --pyramid.window.")
 
@@ -248,79 +252,6 @@ def from_windows(x: Tensor, grid: tuple[int, int], window: int, num_prefix: int)
     return torch.cat([prefix, patches.reshape(B, h * w, D)], 1)
 
 
-# --------------------------------------------------------------------------------------------------- relative positions
-
-
-class _RelativePositions:
-    """Adapts BEiT's tables of relative positions to the grid of the current images."""
-
-    def __init__(self, network: Any, body: _TransformerBody, side: int) -> None:
-        self.network, self.body = network, body
-        self.shared = network.rel_pos_bias
-        tables = [(self.shared, False)] if self.shared is not None else []
-        pairs = zip(network.blocks, body.windowed, strict=True)
-        tables += [(block.attn, windowed) for block, windowed in pairs if block.attn.window_size]
-        for table, windowed in tables:
-            # A window of the same size as the grid of pre-training uses the table unchanged.
-            target = body.window if windowed else side
-            if target > max(body.native_grid):
-                table.set_window_size((target, target))
-        self.tables = [(table, windowed, tuple(table.window_size)) for table, windowed in tables]
-        self.indices: dict[Any, Tensor] = {}
-        self.current: tuple[int, int] | None = None  # grid for which the tables are set
-
-    def prepare(self, grid: tuple[int, int]) -> dict[bool, Tensor | None]:
-        """Set every table to the offsets of `grid`; return the shared bias (or None) by whether a block has windows."""
-        window = (self.body.window,) * 2
-        for table, windowed, size in self.tables if grid != self.current else ():
-            table_grid = window if windowed else grid
-            device = table.relative_position_bias_table.device
-            table.relative_position_index = self._index(table_grid, size, device)
-            table.window_size, table.window_area = table_grid, table_grid[0] * table_grid[1]
-        self.current = grid
-        if self.shared is None:
-            return {False: None, True: None}
-        global_bias = self.shared().unsqueeze(0)  # (1, heads, 1 + N, 1 + N)
-        if not self.body.window:
-            return {False: global_bias, True: None}
-        size = next(size for table, _, size in self.tables if table is self.shared)
-        index = self._index(window, size, global_bias.device)
-        window_bias = self.shared.relative_position_bias_table[index].permute(2, 0, 1).unsqueeze(0)
-        return {False: global_bias, True: window_bias}
-
-    def _index(self, grid: tuple[int, int], table: tuple[int, ...], device: torch.device) -> Tensor:
-        """Return the cached `relative_position_index`."""
-        key = (grid, table, device)
-        if key not in self.indices:
-            if len(self.indices) > 8:  # images of many shapes: the oldest index is the least likely to be needed again
-                self.indices.pop(next(iter(self.indices)))
-            with torch.inference_mode(False):  # cached tensors must be usable in training too
-                self.indices[key] = relative_position_index(grid, table, device)
-        return self.indices[key]
-
-
-def relative_position_index(
-    grid: tuple[int, int], table: tuple[int, ...], device: torch.device | None = None
-) -> Tensor:
-    """Return the index of each token pair's bias in the table of a grid of size `table`: int64 (1 + h w, 1 + h w).
-
-    Token 0 is the class token; its three entries (to it, from it, to itself) are at the end of the table. Offsets
-    outside the table read the entry of the farthest offset.
-    """
-    (h, w), (rows, columns) = grid, table
-    coordinates = torch.stack(
-        torch.meshgrid(torch.arange(h, device=device), torch.arange(w, device=device), indexing="ij")
-    ).flatten(1)  # (2, N)
-    offsets = coordinates[:, :, None] - coordinates[:, None, :]  # (2, N, N)
-    dy = offsets[0].clamp(1 - rows, rows - 1) + rows - 1
-    dx = offsets[1].clamp(1 - columns, columns - 1) + columns - 1
-    count = (2 * rows - 1) * (2 * columns - 1)
-    index = torch.empty(1 + h * w, 1 + h * w, dtype=torch.int64, device=device)
-    index[1:, 1:] = dy * (2 * columns - 1) + dx
-    index[0], index[:, 0], index[0, 0] = count, count + 1, count + 2
-    return index
-
-
 def _is_beit(network: nn.Module) -> bool:
     from timm.models.beit import Beit
 
@@ -328,6 +259,9 @@ def _is_beit(network: nn.Module) -> bool:
 
 
 # ------------------------------------------------------------------------------------------------ loading and exporting
+
+
+_REMEDY = "Choose another network, such as a ViT, BEiT, ResNet, ConvNeXt or Swin."
 
 
 def load_pyramid(
@@ -364,7 +298,7 @@ def load_pyramid(
 
 def _pyramid_on(backbone: Backbone, spec: str, image_size: int, config: PyramidConfig) -> FeaturePyramid:
     """Build a pyramid on a backbone, in training mode, and try it. Raises WeightsError that names `spec`."""
-    with refusing(spec, "form a pyramid for images of any size"):  # some networks take one size only, or have no maps
+    with refusing(spec, "form a pyramid for images of any size", _REMEDY):  # some networks take one size only
         pyramid = FeaturePyramid(backbone.network, image_size, config)
         side = 2 * int(pyramid.strides[-1])
         with torch.no_grad():
@@ -373,7 +307,9 @@ def _pyramid_on(backbone: Backbone, spec: str, image_size: int, config: PyramidC
         levels = zip(maps, pyramid.channels, pyramid.strides, strict=True)
         fits = [x.shape == (1, channels, side // stride, side // stride) for x, channels, stride in levels]
     if not all(fits):
-        raise WeightsError(f"'{spec}' cannot form a pyramid: its feature maps are not (B, C, H, W) at its strides.")
+        raise WeightsError(
+            f"'{spec}' cannot form a pyramid: its feature maps are not (B, C, H, W) at its strides. {_REMEDY}"
+        )
     return pyramid.train()
 
 

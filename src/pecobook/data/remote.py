@@ -1,0 +1,339 @@
+"""Files on other machines: s3://, gs://, https://, hf:// and all else that fsspec knows.
+
+A `RemotePath` is a path with the few methods that this package calls on the paths of tar and parquet files. Bytes come
+by range requests of 4 MiB. A request that fails is sent again, with growing pauses. Blocks are kept in a folder of the
+cache which the processes of a machine share: the first that needs a block requests it, while others wait, and the
+blocks that were not used for the longest time are removed where the folder grows beyond its limit.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+import os
+import random
+import re
+import shutil
+import time
+from collections.abc import Callable, Iterable
+from functools import partial
+from pathlib import Path, PosixPath
+from typing import Any, TypeVar
+
+from filelock import FileLock
+
+from pecobook.errors import ConfigError, DataError, first_line
+
+T = TypeVar("T")
+
+BLOCK = 2**22
+"""Bytes of a range request."""
+LIMIT_VARIABLE = "PECOBOOK_REMOTE_CACHE_GB"
+_LIMIT_GB = 50.0
+_SCAN_EVERY = 16
+"""Blocks, or as many bytes, that a process writes until it looks at the size of the cache."""
+_USED_AGAIN = 60.0
+"""Seconds after which a use of a block is noted anew."""
+_FIRST_PAUSE, _LONGEST_PAUSE = 0.5, 20.0
+_TIMEOUT = 60.0
+"""Seconds after which a request to a web server that is not answered is given up."""
+PATIENCE = 300.0
+"""Seconds in which a request is repeated: a network that is away for longer ends the run, which can be resumed."""
+_SUFFIXES = (".tar", ".parquet")
+_URL = re.compile(r"(s3|s3a|gs|gcs|az|abfs|https?|hf|memory)://")
+_PACKAGES = {"s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "az": "adlfs", "abfs": "adlfs"}
+_FINAL = ("NoCredentials", "PartialCredentials", "EntryNotFound", "RepositoryNotFound", "GatedRepo", "NoSuchBucket")
+"""Parts of the names of errors for which another request is of no use."""
+
+
+def is_remote(source: str | Path) -> bool:
+    """Return whether a source is the address of files on another machine."""
+    return _URL.match(str(source)) is not None
+
+
+class RemotePath(PosixPath):
+    """A path of a file on another machine: `str` gives its address."""
+
+    def __str__(self) -> str:
+        return super().__str__().replace(":/", "://", 1)
+
+    def __fspath__(self) -> str:
+        return str(self)
+
+    def open(self, mode: str = "rb", *_: Any, **__: Any) -> Any:
+        """Open the file for reading. Raises OSError."""
+        assert mode == "rb"
+        return RemoteReader(self)
+
+    def is_file(self) -> bool:
+        """Return whether the file exists."""
+        with contextlib.suppress(DataError):
+            return bool(_info(str(self))["type"] == "file")
+        return False
+
+    def version(self) -> str:
+        """Return text that changes when the file is replaced."""
+        info = _info(str(self))
+        names = ("ETag", "etag", "LastModified", "last_modified", "mtime", "md5Hash", "generation", "blob_id")
+        return f"{self} {info['size']} {[str(info[name]) for name in names if info.get(name)]}"
+
+    @property
+    def size(self) -> int:
+        """Bytes of the file. Raises DataError where its server does not say."""
+        size = _info(str(self)).get("size")
+        if size is None:
+            raise DataError(
+                f"The server of '{self}' does not state the size of the file: copy the file to this machine."
+            )
+        return int(size)
+
+    def read_range(self, offset: int, length: int, *, keep: bool = True) -> bytes:
+        """Return up to `length` bytes from `offset`, fewer at the end of the file; `keep` keeps them in the cache.
+
+        Raises:
+            DataError: the server refuses, or did not answer for `PATIENCE` seconds.
+        """
+        end = min(offset + length, self.size)
+        if not keep:
+            starts = range(offset, end, BLOCK)
+            return b"".join(_fetch(str(self), start, min(start + BLOCK, end)) for start in starts)
+        numbers = range(offset // BLOCK, -(-end // BLOCK)) if end > offset else range(0)
+        return b"".join(
+            _read_block(self, number, max(offset - number * BLOCK, 0), min(end - number * BLOCK, BLOCK))
+            for number in numbers
+        )
+
+
+class RemoteReader(io.RawIOBase):
+    """A remote file, open for reading; `keep` keeps what is read in the cache."""
+
+    def __init__(self, path: RemotePath, *, keep: bool = True) -> None:
+        self.path, self._position, self._size, self._keep = path, 0, path.size, keep
+
+    def seekable(self) -> bool:
+        """Return True."""
+        return True
+
+    def readable(self) -> bool:
+        """Return True."""
+        return True
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        """Move to a place, as in every file."""
+        self._position = offset + (0, self._position, self._size)[whence]
+        return self._position
+
+    def tell(self) -> int:
+        """Return the place."""
+        return self._position
+
+    def read(self, size: int | None = -1) -> bytes:
+        """Read `size` bytes, or all."""
+        length = self._size - self._position if size is None or size < 0 else size
+        data = self.path.read_range(self._position, length, keep=self._keep)
+        self._position += len(data)
+        return data
+
+    def readinto(self, buffer: Any) -> int:
+        """Read into a buffer."""
+        data = self.read(len(buffer))
+        buffer[: len(data)] = data
+        return len(data)
+
+
+# ------------------------------------------------------------------------------------------------------------- requests
+
+
+_systems: dict[tuple[int, str], Any] = {}
+_infos: dict[str, dict[str, Any]] = {}
+
+
+def _system(url: str) -> Any:
+    """Return fsspec's file system of an address, of this process: a forked one needs connections of its own."""
+    import fsspec
+
+    protocol = url.partition("://")[0]
+    key = os.getpid(), protocol
+    if key not in _systems:
+        options: dict[str, Any] = {}
+        try:
+            if protocol.startswith("http"):  # aiohttp would wait five minutes for a server that does not answer
+                from aiohttp import ClientTimeout
+
+                options["client_kwargs"] = {"timeout": ClientTimeout(total=_TIMEOUT)}
+            _systems[key] = fsspec.filesystem(protocol, skip_instance_cache=True, **options)
+        except (ImportError, ValueError) as error:
+            package = _PACKAGES.get(protocol, "")
+            remedy = f"pip install {package}" if package else first_line(error)
+            raise ConfigError(
+                f"--data '{url}': addresses with {protocol}:// need one more package: {remedy}."
+            ) from None
+    return _systems[key]
+
+
+def _try(url: str, request: Callable[[Any], T], patience: float | None = None) -> T:
+    """Return the answer to a request, which is repeated after failures."""
+    end, pause = time.monotonic() + (PATIENCE if patience is None else patience), _FIRST_PAUSE
+    system = _system(url)
+    while True:
+        try:
+            return request(system)
+        except (FileNotFoundError, IsADirectoryError):
+            raise DataError(f"'{url}' does not exist.") from None
+        except DataError:
+            raise
+        except Exception as error:  # each library has exceptions of its own for lost connections
+            is_final = isinstance(error, PermissionError) or any(name in type(error).__name__ for name in _FINAL)
+            if is_final or time.monotonic() + pause > end:
+                reason = first_line(error) or type(error).__name__
+                remedy = " 'Files on other machines' in docs/data.md says how to give credentials." if is_final else ""
+                raise DataError(f"'{url}' cannot be read: {reason.rstrip('.')}.{remedy}") from error
+            time.sleep(pause * random.uniform(0.5, 1))  # so that processes do not all come back at once
+            pause = min(2 * pause, _LONGEST_PAUSE)
+
+
+def _info(url: str) -> dict[str, Any]:
+    if url not in _infos:
+        _infos[url] = dict(_try(url, lambda system: system.info(url), min(PATIENCE, 60)))
+    return _infos[url]
+
+
+def _fetch(url: str, start: int, stop: int) -> bytes:
+    """Request a range of bytes; an answer that is too short counts as a lost connection."""
+
+    def request(system: Any) -> bytes:
+        data: bytes = system.cat_file(url, start=start, end=stop)
+        if len(data) > stop - start:
+            raise DataError(f"The server of '{url}' does not answer requests for ranges of bytes: copy the files.")
+        if len(data) < stop - start:
+            raise ConnectionError(f"the answer ended {stop - start - len(data):,} bytes too early")
+        return data
+
+    return _try(url, request)
+
+
+def list_remote(source: str, names: Callable[[str], Iterable[str]]) -> list[RemotePath]:
+    """Return the tar or parquet files of an address: one file, a pattern, or all files below a folder.
+
+    Args:
+        source: the address, perhaps with `*`, `?`, `[...]`.
+        names: expands the braces of a pattern.
+    """
+    found: list[str] = []
+    for url in names(source):
+        protocol = url.partition("://")[0]
+        is_pattern = re.search(r"[*?\[]", url)
+        if not is_pattern and url.endswith(_SUFFIXES):
+            found.append(url)
+            continue
+        paths = _try(url, partial(_list, url, is_pattern=is_pattern is not None), _TIMEOUT)
+        paths = [path.removeprefix(f"{protocol}://").lstrip("/") for path in paths]
+        found += [f"{protocol}://{path}" for path in paths if is_pattern or path.endswith(_SUFFIXES)]
+    kinds = {url.rpartition(".")[2] for url in found}
+    if not kinds <= {"tar", "parquet"} or len(kinds) != 1:
+        what = (
+            "holds both .tar and .parquet files: name one kind with a pattern"
+            if kinds
+            else "has no .tar and no .parquet files"
+        )
+        raise DataError(f"--data '{source}' {what}. Single images are not read from other machines: pack them.")
+    return [RemotePath(url) for url in found]
+
+
+def _list(url: str, system: Any, *, is_pattern: bool) -> list[str]:
+    return sorted(system.glob(url) if is_pattern else system.find(url))
+
+
+# --------------------------------------------------------------------------------------------------------------- cache
+
+
+_written = 0
+
+
+def cache_folder() -> Path:
+    """Return the folder of the blocks."""
+    folder = Path(os.environ.get("PECOBOOK_CACHE") or Path.home() / ".cache" / "pecobook").expanduser()
+    return folder / "remote"
+
+
+def _read_block(path: RemotePath, number: int, start: int, stop: int) -> bytes:
+    """Return bytes of a block from the cache, and request the block where it is not there."""
+    folder = cache_folder() / hashlib.sha256(path.version().encode()).hexdigest()[:24]
+    file = folder / f"{number:08d}"
+    data = _read_cached(file, start, stop)
+    if data is not None:
+        return data
+    first = number * BLOCK
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with FileLock(folder / f".{number % 64}.lock"):  # another process may be at it
+            data = _read_cached(file, start, stop)
+            if data is None:
+                block = _fetch(str(path), first, min(first + BLOCK, path.size))
+                unfinished = folder / f".{number}-{os.getpid()}.tmp"
+                unfinished.write_bytes(block)
+                unfinished.replace(file)
+                data = block[start:stop]
+                count_written(len(block))
+        return data
+    except OSError:  # no room, or no writable cache: the bytes themselves will do
+        return _fetch(str(path), first + start, first + stop)
+
+
+def _read_cached(file: Path, start: int, stop: int) -> bytes | None:
+    try:
+        descriptor = os.open(file, os.O_RDONLY)
+    except FileNotFoundError:
+        return None
+    try:
+        if time.time() - os.fstat(descriptor).st_mtime > _USED_AGAIN:
+            with contextlib.suppress(OSError):
+                os.utime(file)
+        data = os.pread(descriptor, stop - start, start)
+        return data if len(data) == stop - start else None  # cut short when the power failed
+    finally:
+        os.close(descriptor)
+
+
+def count_written(size: int) -> None:
+    """Remember that this process has added `size` bytes, and look at the size of the cache now and then."""
+    global _written
+    _written += size
+    if _written >= _SCAN_EVERY * BLOCK:
+        _written = 0
+        remove_unused()
+
+
+def limit_bytes() -> int:
+    """Return the largest size of the cache: the environment variable, or 50 GB, but half of the free disk at most."""
+    text = os.environ.get(LIMIT_VARIABLE, "")
+    try:
+        limit = float(text or _LIMIT_GB)
+    except ValueError:
+        limit = -1.0
+    if not limit > 0:
+        raise ConfigError(f"The environment variable {LIMIT_VARIABLE} is '{text}': it must be a number of GB above 0.")
+    return int(limit * 1e9)
+
+
+def remove_unused() -> None:
+    """Remove the blocks that were not used for the longest time, until nine tenths of the limit are left."""
+    root = cache_folder()
+    entries = []
+    for folder in root.iterdir() if root.is_dir() else ():
+        with contextlib.suppress(OSError), os.scandir(folder) as blocks:
+            for block in blocks:
+                if not block.name.startswith("."):
+                    status = block.stat()
+                    entries.append((status.st_mtime, status.st_size, block.path))
+    total = sum(size for _, size, _ in entries)
+    limit = min(limit_bytes(), total + shutil.disk_usage(root).free // 2) if entries else 0
+    if total <= limit:
+        return
+    for _, size, block_path in sorted(entries):
+        if total <= 0.9 * limit:
+            return
+        with contextlib.suppress(OSError):
+            os.unlink(block_path)  # noqa: PTH108 (a text of scandir)
+            total -= size

@@ -1,0 +1,360 @@
+"""Typed keywords of the training functions, for editors; `python -m tests.keywords` writes this file."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Literal, TypeAlias, TypedDict
+
+Text: TypeAlias = str | Path | float
+"""A text, a path, or a number that stands for itself."""
+
+
+class ImagesKeywords(TypedDict, total=False):
+    """As ImagesConfig."""
+
+    data: Any
+    value_range: Sequence[float | Text]
+
+
+class TrackingKeywords(TypedDict, total=False):
+    """As TrackingConfig."""
+
+    project: Text
+    entity: Text
+    group: Text
+    tags: Sequence[Text]
+    offline: bool
+
+
+class BaseOptimKeywords(TypedDict, total=False):
+    """As BaseOptimConfig."""
+
+    name: Literal["adamw", "adam", "lars"]
+    lr: float
+    lr_batch_size: int
+    final_lr: float
+    schedule: Literal["cosine", "poly", "steps"]
+    power: float
+    milestones: Sequence[Text]
+    warmup: Text
+    weight_decay: float
+    betas: Sequence[float]
+    eps: float
+    clip_grad: float
+
+
+class TrainKeywords(ImagesKeywords, total=False):
+    """As TrainConfig."""
+
+    out: Text
+    seed: int
+    devices: Text
+    num_nodes: int
+    strategy: Literal["auto", "ddp", "fsdp"]
+    communication: Literal["fp32", "bf16"]
+    precision: Literal["auto", "fp32", "bf16", "fp16"]
+    attention: Literal["sdpa", "triton"]
+    batch_size: int
+    micro_batch_size: int
+    max_steps: Text
+    image_size: int
+    workers: int
+    loggers: Sequence[Text]
+    tracking: TrackingKeywords
+    log_every: int
+    save_every: int
+    save_minutes: float
+    keep_checkpoints: int
+    sample_every: int
+    evaluation_images: int
+    deterministic: bool
+    optim: BaseOptimKeywords
+    resume: bool | Literal["auto"]
+    overwrite: bool
+    verify_data: bool
+    accept_data_change: bool
+    dry_run: bool
+
+
+class CompileTrainKeywords(TrainKeywords, total=False):
+    """As CompileTrainConfig."""
+
+    compile: bool
+
+
+class CropTrainKeywords(CompileTrainKeywords, total=False):
+    """As CropTrainConfig."""
+
+    min_crop: float
+
+
+class BackboneKeywords(TypedDict, total=False):
+    """As BackboneConfig."""
+
+    name: Text
+    args: Text
+
+
+class JitterKeywords(TypedDict, total=False):
+    """As JitterConfig."""
+
+    brightness: float
+    contrast: float
+    saturation: float
+    hue: float
+    jitter: float
+    grey: float
+
+
+class ContrastKeywords(CropTrainKeywords, total=False):
+    """The keywords of `contrast`."""
+
+    model: BackboneKeywords
+    momentum: float
+    temperature: float
+    hidden_dim: int
+    output_dim: int
+    freeze_patch_embed: bool
+    fixed_positions: bool
+    colour: JitterKeywords
+    blur: Sequence[float]
+    solarise: Sequence[float]
+    knn_images: int
+    transform: Callable[[Any], Any] | None
+    on_step: Callable[[Any], object] | None
+
+
+class AutoencoderKeywords(TypedDict, total=False):
+    """As AutoencoderConfig."""
+
+    channels: Sequence[int]
+    latent_dim: int
+    num_blocks: int
+    in_channels: int
+    kind: Literal["cnn", "vit"]
+    num_heads: int
+    decoder_width: float
+    decoder_blocks: int
+    group_size: int
+    padding: Literal["zeros", "reflect", "replicate"]
+    latent_norm: bool
+
+
+class VectorQuantizerKeywords(TypedDict, total=False):
+    """As VectorQuantizerConfig."""
+
+    num_codewords: int
+    decay: float
+    eps: float
+    revive_after: int
+    start_after: int
+    learning: Literal["ema", "gradient"]
+    precision: Literal["fp32", "tf32", "bf16"]
+
+
+class QuantizerKeywords(VectorQuantizerKeywords, total=False):
+    """As QuantizerConfig."""
+
+    commitment: float
+
+
+class PerceptualDistanceKeywords(TypedDict, total=False):
+    """As PerceptualDistanceConfig."""
+
+    network: Any
+    weights: Text
+    shuffle: bool
+    layers: Sequence[int | Text]
+    normalisation: Literal["unit-rms", "layernorm", "none"]
+    input_size: int
+    mean: Sequence[float]
+    std: Sequence[float]
+    bgr: bool
+
+
+class PerceptualKeywords(PerceptualDistanceKeywords, total=False):
+    """As PerceptualConfig."""
+
+    weight: float
+    warmup: int
+
+
+class AdversarialKeywords(TypedDict, total=False):
+    """As AdversarialConfig."""
+
+    weight: float
+    width: int
+    num_layers: int
+    start: int
+
+
+class ExplicitKeywords(TypedDict, total=False):
+    """As ExplicitConfig."""
+
+    kind: Literal["none", "classification", "contrastive"]
+    weight: float
+    temperature: float
+    momentum: float
+    hidden_dim: int
+    output_dim: int
+
+
+class CodebookKeywords(CropTrainKeywords, total=False):
+    """The keywords of `codebook`."""
+
+    model: AutoencoderKeywords
+    quantizer: QuantizerKeywords
+    perceptual: Any
+    adversarial: AdversarialKeywords
+    explicit: ExplicitKeywords
+    pixel_weight: float
+    balance: bool
+    transform: Callable[[Any], Any] | None
+    on_step: Callable[[Any], object] | None
+
+
+class DecoderKeywords(TypedDict, total=False):
+    """As DecoderConfig."""
+
+    depth: int
+    width: int
+    num_heads: int
+
+
+class MaskKeywords(TypedDict, total=False):
+    """As MaskConfig."""
+
+    kind: Literal["block", "random"]
+    num_masked: int
+    min_block: int
+
+
+class PhotometricKeywords(JitterKeywords, total=False):
+    """As PhotometricConfig."""
+
+    blur: float
+    solarise: float
+
+
+class PretrainKeywords(CropTrainKeywords, total=False):
+    """The keywords of `pretrain`."""
+
+    tokenizer: Any
+    tokens: Text
+    target: Literal["tokens", "pixels"]
+    tokenizer_size: int
+    visible_only: bool
+    decoder: DecoderKeywords
+    model: BackboneKeywords
+    drop_path: float
+    mask: MaskKeywords
+    colour: PhotometricKeywords
+    transform: Callable[[Any], Any] | None
+    on_step: Callable[[Any], object] | None
+
+
+class StartKeywords(TypedDict, total=False):
+    """As StartConfig."""
+
+    backbone: Any
+    weights: Text
+    drop_path: float
+
+
+class NormalisationKeywords(TypedDict, total=False):
+    """As NormalisationConfig."""
+
+    mean: Sequence[float]
+    std: Sequence[float]
+
+
+class OptimKeywords(BaseOptimKeywords, total=False):
+    """As OptimConfig."""
+
+    layer_decay: float
+
+
+class FinetuneKeywords(CropTrainKeywords, StartKeywords, NormalisationKeywords, total=False):
+    """The keywords of `finetune`."""
+
+    mixup: float
+    cutmix: float
+    label_smoothing: float
+    rand_augment: Text
+    random_erasing: float
+    average: float
+    eval_crop: float
+    optim: OptimKeywords  # type: ignore[misc]
+    transform: Callable[[Any], Any] | None
+    on_step: Callable[[Any], object] | None
+
+
+class SegmenterKeywords(TypedDict, total=False):
+    """As SegmenterConfig."""
+
+    head_width: int
+    auxiliary_width: int
+    auxiliary_weight: float
+
+
+class PyramidKeywords(TypedDict, total=False):
+    """As PyramidConfig."""
+
+    window: int
+    checkpointing: bool
+    frozen: bool
+
+
+class SegmentTestKeywords(TypedDict, total=False):
+    """As SegmentTestConfig."""
+
+    mode: Text
+    stride: float
+    max_side: int
+    scales: Sequence[float]
+    flip: bool
+
+
+class SegmentKeywords(CompileTrainKeywords, SegmenterKeywords, StartKeywords, NormalisationKeywords, total=False):
+    """The keywords of `segment`."""
+
+    classes: Text
+    mask_values: Sequence[Text]
+    ignore: Sequence[Text]
+    verify: bool
+    skip_bad: bool
+    pyramid: PyramidKeywords
+    scales: Sequence[float]
+    max_share: float
+    colours: PhotometricKeywords
+    test: SegmentTestKeywords
+    optim: OptimKeywords  # type: ignore[misc]
+    transform: Callable[[Any], Any] | None
+    on_step: Callable[[Any], object] | None
+
+
+class DetectorKeywords(TypedDict, total=False):
+    """As DetectorConfig."""
+
+    width: int
+    head_width: int
+    proposals: int
+    samples: int
+    detections: int
+    score_threshold: float
+
+
+class DetectKeywords(TrainKeywords, StartKeywords, NormalisationKeywords, total=False):
+    """The keywords of `detect`."""
+
+    skip_bad: bool
+    masks: bool
+    pyramid: PyramidKeywords
+    detector: DetectorKeywords
+    scales: Sequence[int]
+    max_size: int
+    jitter: Sequence[float]
+    optim: OptimKeywords  # type: ignore[misc]
+    transform: Callable[[Any], Any] | None
+    on_step: Callable[[Any], object] | None

@@ -1,0 +1,64 @@
+"""Objects that Python code gives a run in place of names: data sets, networks, a transform, a hook.
+
+The settings hold the name `python:CLASS` in the place of such an object, and config.json therefore tells what it was.
+No file holds the object itself: a run resumes with it where the same Python code gives it again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from pecobook.errors import ConfigError
+
+PREFIX = "python:"
+_objects: dict[str, Any] = {}
+
+
+def name_of(value: Any) -> str:
+    """Return what config.json says of an object: `python:` and its class, a function's name, or the number of files."""
+    if isinstance(value, list | tuple):
+        return f"{PREFIX}list of {len(value)} files"
+    if isinstance(value, Mapping):
+        return f"{PREFIX}{', '.join(f'{split} {name_of(part).removeprefix(PREFIX)}' for split, part in value.items())}"
+    return PREFIX + str(getattr(value, "__qualname__", type(value).__qualname__))
+
+
+@contextlib.contextmanager
+def giving(objects: Mapping[str, Any]) -> Iterator[None]:
+    """Within the context the objects stand for their names; keys are settings, `transform` and `on_step`."""
+    before = dict(_objects)
+    _objects.update(objects)
+    try:
+        yield
+    finally:
+        _objects.clear()
+        _objects.update(before)
+
+
+def given(setting: str, name: str) -> Any:
+    """Return the object that stands for the value `name` of a setting; None for the name of anything else.
+
+    Raises:
+        ConfigError: the name is that of an object, and no code gave the object.
+    """
+    if not name.startswith(PREFIX):
+        return None
+    if name_of(_objects.get(setting)) != name:
+        keyword = setting.partition(".")[0]
+        raise ConfigError(
+            f"--{setting} '{name}' is an object of Python, which no file holds: call the function of pecobook with "
+            f"{keyword}=... (to go on with a run, also with resume=True)."
+        )
+    return _objects[setting]
+
+
+def hook(kind: str) -> Any:
+    """Return the `transform` or `on_step` that code gave; None without one."""
+    return _objects.get(kind)
+
+
+def hooks() -> dict[str, str]:
+    """Return the names of transform and hook, for config.json, which has no setting for them."""
+    return {kind: name_of(_objects[kind]) for kind in ("transform", "on_step") if kind in _objects}
