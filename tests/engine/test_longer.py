@@ -43,6 +43,7 @@ def test_resume__with_more_steps_equals_a_run_of_that_length(
     # The settings, the checksums of settings and cards name other folders; the weights are equal bytes.
     assert export_bytes(parts)["model.safetensors"] == export_bytes(straight)["model.safetensors"]
     assert json.loads((parts / "config.json").read_text())["max_steps"] == "8"
+    assert (parts / "config.diff").read_text() == (straight / "config.diff").read_text().replace("straight", "parts")
 
 
 def test_resume__goes_on_from_before_a_cooldown(images: Path, tmp_path: Path) -> None:

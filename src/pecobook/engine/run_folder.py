@@ -160,6 +160,8 @@ def _write_settings(
         old = complete(read_json(out / "config.json", _RUN), to_dict(type(config)()))
         if changed_settings({name: old[name] for name in new}, new):  # its length, as `_check_resume` has found
             notes = [*notes, longer.begin(out, old, config, num_images)]
+            if "config.diff" in files:
+                write_atomically(out / "config.diff", files["config.diff"])
     for note in notes:
         say(note)
     for name, data in () if resumes else files.items():
