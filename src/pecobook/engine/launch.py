@@ -1,6 +1,6 @@
 """Devices, precision and strategy: start a Fabric from the settings.
 
-`lightning-fabric` is imported in this module alone, and only when a run starts.
+`lightning-fabric` is imported in this module and in `wrapping` alone, and only when a run starts.
 """
 
 from __future__ import annotations
@@ -13,16 +13,15 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
 from typing import TYPE_CHECKING, Any, Generic, NamedTuple, Protocol, TypeVar
 
 import torch
-from torch import nn
 
 from pecobook.data.stream import default_workers
 from pecobook.engine.join import join, told_of_lost_processes, watch_children
 from pecobook.engine.signals import from_the_start, stop_requested
 from pecobook.engine.world import World, check_flags, is_leader, launched
+from pecobook.engine.wrapping import strategy
 from pecobook.errors import ConfigError
 from pecobook.settings.training import TrainConfig
 from pecobook.utils.devices import cores, cpu_prefers_bf16
@@ -216,7 +215,7 @@ def start(config: TrainConfig, *, alone: bool = False) -> Fabric:
         accelerator="cuda" if torch.cuda.is_available() else "cpu",
         devices=devices,
         num_nodes=nodes,
-        strategy=_strategy(config),
+        strategy=strategy(config, total_devices(config)),
         plugins=[precision_plugin(config.precision), *_cluster_environment(devices)],
     )
     world = launched()
@@ -374,35 +373,3 @@ def precision_plugin(name: str) -> Any:
     if name == "fp32":
         return Precision()
     return Autocast(_PRECISIONS[name], "cuda" if torch.cuda.is_available() else "cpu")  # type: ignore[arg-type]
-
-
-def _strategy(config: TrainConfig) -> Any:
-    if config.strategy == "fsdp":
-        from lightning_fabric.strategies.model_parallel import ModelParallelStrategy
-
-        shard = partial(_shard, low=config.communication == "bf16")
-        return ModelParallelStrategy(shard, data_parallel_size=total_devices(config), tensor_parallel_size=1)
-    if total_devices(config) == 1:
-        return "auto"
-    from lightning_fabric.strategies.ddp import DDPStrategy
-
-    # Stages keep their buffers equal on all ranks; DDP's broadcast would overwrite statistics of other ranks.
-    return DDPStrategy(broadcast_buffers=False, gradient_as_bucket_view=True)
-
-
-def _shard(module: nn.Module, mesh: Any, *, low: bool) -> nn.Module:
-    """Shard a module by FSDP2: every trainable transformer block of timm is one unit, all other modules another.
-
-    With `low` the processes gather bf16 copies of the weights. Gradients are summed in fp32, and inputs are not cast,
-    since some of them are draws and corners of boxes.
-    """
-    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-
-    dtype = torch.bfloat16 if low else None
-    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
-    options = {"mesh": mesh["data_parallel"], "mp_policy": policy}
-    for child in module.modules():
-        if type(child).__name__ == "Block" and any(parameter.requires_grad for parameter in child.parameters()):
-            fully_shard(child, **options)
-    fully_shard(module, **options)  # in place
-    return module

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from pecobook.data.batch import Batch
@@ -34,6 +33,7 @@ from pecobook.engine.optim import build_optimizer, cooldown_start, learning_rate
 from pecobook.engine.probing import Probe
 from pecobook.engine.schedule import is_time
 from pecobook.engine.signals import Signals
+from pecobook.engine.skipped import Skipped
 from pecobook.engine.wrapping import prepare_module
 from pecobook.errors import PecobookError
 from pecobook.settings.durations import steps
@@ -133,12 +133,13 @@ class Loop:
         self.finite_check = FiniteCheck(fabric.world_size, late=fabric.device.type == "cuda")
         quiet = fabric.global_rank > 0
         self.progress = Progress(total=self.total, start=self.start, name=command, quiet=quiet)
-        self.sinks, self.skipped, self.last_metrics = list[Sink](), dict[str, None](), dict[str, float]()
+        self.sinks, self.skipped, self.last_metrics = list[Sink](), Skipped(None), dict[str, float]()
         self.hook, self._warned, self._advised, self._evaluating = Hook(None), False, False, False
         if not quiet:
             settings, sent = to_dict(config), config.tracking
             self.sinks = open_sinks(config.loggers, self.out, settings, start_step=self.start, tracking=sent)
             self.text = open_text_log(self.out)
+            self.skipped = Skipped(self.text.info)
             self.text.info("%s from step %d to %d on %s", command, self.start, self.total, fabric.device)
 
     def run(self) -> Outcome:
@@ -245,7 +246,7 @@ class Loop:
         assert self.probe is not None
         began = time.monotonic()
         values = self.probe.measure(self.fabric, self.model, step, batch_size=self.micro, workers=self.workers)
-        self._note_skipped(self.probe.skipped)
+        self.skipped.note(self.probe.skipped)
         self._measured_at += time.monotonic() - began  # so that the reported speed is the speed of training alone
         return values
 
@@ -322,8 +323,8 @@ class Loop:
             workers=self.workers,
         )
         self.last_metrics = result.metrics
-        self._note_skipped(result.skipped)
-        self._share_skipped()
+        self.skipped.note(result.skipped)
+        self.skipped.share()
         on_first_rank(lambda: self._write_evaluation(step, result))
         self._evaluating = False
         self._measured_at += time.monotonic() - began  # so that the reported speed is the speed of training alone
@@ -351,7 +352,7 @@ class Loop:
             if step % self.config.log_every == 0:  # clocks differ between ranks, so rank 0's decides
                 due = bool(self.fabric.broadcast(late)) if self.fabric.world_size > 1 else late
         if due:
-            self._share_skipped()
+            self.skipped.share()
             on_first_rank(partial(flush, self.sinks))
             checkpoint.save(
                 self.out / "checkpoints",
@@ -378,30 +379,15 @@ class Loop:
         """Return the next micro-batch, on the device."""
         began = time.monotonic()
         batch = next(batches)
-        self._note_skipped(batch["skipped"])
+        self.skipped.note(batch["skipped"])
         batch = to_device(batch, self.fabric.device)
         self._waited += time.monotonic() - began
         return batch
 
-    def _note_skipped(self, names: list[str]) -> None:
-        for name in names:
-            if name not in self.skipped:
-                self.skipped[name] = None
-                if self.sinks:
-                    self.text.info("skipped: %s", name)
-
-    def _share_skipped(self) -> None:
-        """Send the names of the images that other ranks could not read to rank 0, which lists them."""
-        if self.fabric.world_size > 1:
-            names_by_rank: list[list[str]] = [[] for _ in range(self.fabric.world_size)]
-            dist.all_gather_object(names_by_rank, list(self.skipped))
-            for names in names_by_rank:
-                self._note_skipped(names)
-
     def _close(self) -> None:
         self.progress.close()
-        if self.skipped and self.sinks:
-            number = len(self.skipped)
+        number = len(self.skipped)
+        if number and self.sinks:
             say(f"{number} image{'s' if number > 1 else ''} could not be read; {self.out / 'train.log'} lists them.")
         for sink in self.sinks:
             sink.close()

@@ -1,15 +1,50 @@
-"""A stage on its devices: synchronised norms, compilation, Fabric's wrapper, and the precision of its communication."""
+"""A stage on its devices: copies or shards, synchronised norms, compilation, and the precision of its communication."""
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import nn
 
 from pecobook.settings.training import TrainConfig
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
+
+
+def strategy(config: TrainConfig, num_devices: int) -> Any:
+    """Return Fabric's strategy for so many devices in all."""
+    if config.strategy == "fsdp":
+        from lightning_fabric.strategies.model_parallel import ModelParallelStrategy
+
+        shard = partial(_shard, low=config.communication == "bf16")
+        return ModelParallelStrategy(shard, data_parallel_size=num_devices, tensor_parallel_size=1)
+    if num_devices == 1:
+        return "auto"
+    from lightning_fabric.strategies.ddp import DDPStrategy
+
+    # Stages keep their buffers equal on all ranks; DDP's broadcast would overwrite statistics of other ranks.
+    return DDPStrategy(broadcast_buffers=False, gradient_as_bucket_view=True)
+
+
+def _shard(module: nn.Module, mesh: Any, *, low: bool) -> nn.Module:
+    """Shard a module by FSDP2: every trainable transformer block of timm is one unit, all other modules another.
+
+    With `low` the processes gather bf16 copies of the weights. Gradients are summed in fp32, and inputs are not cast,
+    since some of them are draws and corners of boxes.
+    """
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    dtype = torch.bfloat16 if low else None
+    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    options = {"mesh": mesh["data_parallel"], "mp_policy": policy}
+    for child in module.modules():
+        if type(child).__name__ == "Block" and any(parameter.requires_grad for parameter in child.parameters()):
+            fully_shard(child, **options)
+    fully_shard(module, **options)  # in place
+    return module
 
 
 def prepare_module(fabric: Fabric, stage: nn.Module, config: TrainConfig) -> Any:

@@ -1,0 +1,34 @@
+"""The images of a run that cannot be read: train.log names each once, and the last line says how many there were."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+from pecobook.utils.distributed import gather_objects
+
+
+class Skipped:
+    """Which images this rank could not read.
+
+    Args:
+        log: writes a line into train.log; None on all ranks but the first.
+    """
+
+    def __init__(self, log: Callable[[str], None] | None) -> None:
+        self._log, self._names = log, dict[str, None]()
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def note(self, names: Iterable[str]) -> None:
+        """Add images, and write those that are new into the log."""
+        for name in names:
+            if name not in self._names:
+                self._names[name] = None
+                if self._log is not None:
+                    self._log(f"skipped: {name}")
+
+    def share(self) -> None:
+        """Tell all ranks, of which the first has the log, what the others could not read. All ranks call this."""
+        for names in gather_objects(list(self._names)):
+            self.note(names)
