@@ -90,7 +90,7 @@ def _handful(seed: int) -> Any:
     """Yield one case of each kind, all of `codebook`."""
     from tests.campaign import damages, disks, hostile, kills
 
-    codebook = [kills.at_crash_points, kills.by_power_cuts, kills.by_signals]
+    codebook = [kills.at_crash_points, kills.by_power_cuts]
     cases = [kind("codebook") for kind in codebook] + [
         case for module in (damages, disks) for case in module.cases()[:1]
     ]

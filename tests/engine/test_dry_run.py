@@ -49,7 +49,7 @@ def test_dry_run__writes_nothing_and_prints_settings_that_can_be_run(
 
     printed = json.loads(out)
     resolved = replace(recipe(command, "tiny"), settings)
-    assert printed == {"command": command, **to_dict(resolved)}
+    assert printed == {"command": command, "recipe": "tiny", **to_dict(resolved)}
     (tmp_path / "config.json").write_text(out)
     assert load(recipe(command, "paper"), tmp_path / "config.json", command) == resolved
     topics = [line.split()[0] for line in err.splitlines()]

@@ -95,7 +95,6 @@ def test_train__writes_results_that_pycocotools_reads_and_a_detector(root: Path,
     assert sorted(path.name for path in out.iterdir()) == [
         "average_precision.json",
         "checkpoints",
-        "config.diff",
         "config.json",
         "curves.png",
         "data.parquet",

@@ -154,7 +154,7 @@ def test_train__communication_in_bf16_rounds_what_is_exchanged(
 def test_train__compiled_under_fsdp_equals_uncompiled(
     images: Path, codebook_run: Path, tmp_path: Path, two_processes: TwoProcesses
 ) -> None:
-    more: dict[str, Any] = {"tokenizer": str(codebook_run), "devices": "2", "max_steps": "3", "strategy": "fsdp"}
+    more: dict[str, Any] = {"tokenizer": str(codebook_run), "devices": "2", "max_steps": "2", "strategy": "fsdp"}
     for compiled in (False, True):
         settings = {**more, "compile": compiled}
         graphs = two_processes.run(compiled_on_each, str(images), str(tmp_path / str(compiled)), settings)
