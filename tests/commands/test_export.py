@@ -18,7 +18,6 @@ from pecobook.commands.export import export
 from pecobook.errors import ConfigError, RunFolderError, WeightsError
 from pecobook.models.dense.segmenter import Segmenter, resize_maps
 from pecobook.models.export import read_export
-from pecobook.models.tokenizers import load_tokenizer
 from pecobook.models.weights import load_backbone
 from pecobook.settings.export import ExportConfig
 from tests.runs import codebook_run, shapes, train, vit_run
@@ -160,15 +159,6 @@ def test_onnx__normalises_inside_the_graph(which: str, request: pytest.FixtureRe
     assert "mean" not in config  # whoever applied it would normalise twice
     if isinstance(network, Classifier):
         assert json.loads(metadata["classes"]) == config["classes"] == list(network.classes)
-
-
-def test_onnx__of_a_tokenizer(codebook_run: Path, tmp_path: Path) -> None:
-    import onnxruntime
-
-    out = run_export(codebook_run, tmp_path / "onnx", "onnx")
-    images = torch.rand(2, 3, 16, 16)
-    (codes,) = onnxruntime.InferenceSession(str(out / "encoder.onnx")).run(None, {"images": images.numpy()})
-    assert codes.tolist() == load_tokenizer(codebook_run).encode(images).tolist()
 
 
 def test_export__refuses(vit_run: Path, codebook_run: Path, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ import io
 import json
 import math
 import sys
+import time
 import types
 from pathlib import Path
 from typing import Any
@@ -165,6 +166,7 @@ def test_tensor_board__starts_again_for_a_run_killed_before_its_first_checkpoint
         sink = TensorBoard(tmp_path, start_step=0, last={})
         sink.log({"loss": value}, 1)
         sink.close()
+        time.sleep(1)  # TensorBoard orders files by the second of their names
     events = EventAccumulator(str(tmp_path))
     events.Reload()
     assert [(event.step, event.value) for event in events.Scalars("loss")] == [(1, 2.0)]

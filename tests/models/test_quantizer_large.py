@@ -103,23 +103,20 @@ def test_start__reads_a_bounded_sample(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def run_rank(rank: int, world_size: int) -> State:
-    quantizer._TILE = 40
-    quantizer._START_VECTORS = 128
-    module = VectorQuantizer(num_codewords=100, dim=4, revive_after=4)
-    for seed in range(41):
-        z = latents(4, 4, 4, seed)
-        share = len(z) // world_size
-        module(z[rank * share : (rank + 1) * share])
-        module.update()
-    return state_of(module)
+    with pytest.MonkeyPatch.context() as patch:  # the processes go on with other tests
+        patch.setattr(quantizer, "_TILE", 40)
+        patch.setattr(quantizer, "_START_VECTORS", 128)
+        module = VectorQuantizer(num_codewords=100, dim=4, revive_after=4)
+        for seed in range(41):
+            z = latents(4, 4, 4, seed)
+            share = len(z) // world_size
+            module(z[rank * share : (rank + 1) * share])
+            module.update()
+        return state_of(module)
 
 
 def test_two_processes__keep_equal_codebooks_in_tiles(two_processes: TwoProcesses) -> None:
-    tile, start = quantizer._TILE, quantizer._START_VECTORS
-    try:
-        state = run_rank(0, 1)
-    finally:
-        quantizer._TILE, quantizer._START_VECTORS = tile, start
+    state = run_rank(0, 1)
     left, right = two_processes.run(run_rank)
     assert_same(left, right)
     assert int(state["num_revived"]) == int(left["num_revived"]) > 30

@@ -151,6 +151,7 @@ def test_train__communication_in_bf16_rounds_what_is_exchanged(
     assert {name: value.dtype for name, value in exported.items()} == {n: v.dtype for n, v in expected.items()}
 
 
+@pytest.mark.slow
 def test_train__compiled_under_fsdp_equals_uncompiled(
     images: Path, codebook_run: Path, tmp_path: Path, two_processes: TwoProcesses
 ) -> None:
