@@ -108,7 +108,7 @@ class Process:
     @property
     def text(self) -> str:
         """What the process has written to the screen."""
-        return self.log.read_text(errors="replace")
+        return self.log.read_text(errors="replace") if self.log.exists() else ""  # killed before it was opened
 
 
 def run(words: Sequence[str], log: Path, seconds: float = 900.0, **options: Any) -> Process:

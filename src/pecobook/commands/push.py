@@ -84,9 +84,10 @@ def _list(config: PushConfig, folder: Path, files: dict[str, bytes | Path]) -> N
     show(f"To {where}, from '{folder}':")
     for name, size in sizes.items():
         show(f"  {name:<24} {_bytes(size):>10}")
-    left = sorted(
-        file.name for file in folder.iterdir() if file.name not in files and not file.name.endswith(".sha256")
-    )
+    here = {file.name for file in folder.iterdir() if not file.name.endswith(".sha256")} - files.keys()
+    if TRAINING_FILE in here:
+        show(f"Not sent: {TRAINING_FILE}, which only another training reads (--init).")
+    left = sorted(here - {TRAINING_FILE})
     if left:
         show(f"Not sent: {', '.join(left[:5])}{' ...' if len(left) > 5 else ''}, which no run writes there.")
     if not config.license:
