@@ -130,7 +130,7 @@ def test_push__every_kind_of_run_comes_back_equal(runs: dict[str, Path], asked: 
         # No folder of this machine leaves it.
         assert not any(str(run.parent).encode() in data for data in files.values())
     assert "Not sent: notes.txt, which no run writes there." in asked.said[1][1]
-    assert "Not sent: training.safetensors, which only another training reads (--init)." in asked.said[1][1]
+    assert "Not sent: training.safetensors, which only another training reads (--init)." in asked.said[0][1]
     card = asked.hub.files["me/Detector", "main"]["README.md"].decode()
     assert "`detector`: 5,000 training images, 1,200 held-out images." in card
     assert "After step 3, on 1,000 held-out images:\n\n| metric | value |\n| --- | ---: |\n| loss | 0.25 |\n" in card

@@ -105,8 +105,12 @@ def test_train__resumed_on_the_last_step_finishes_what_a_kill_left(images: Path,
     old = run / "checkpoints" / "step-00000000"  # of a kill before the oldest checkpoint was deleted
     shutil.copytree(run / "checkpoints" / "step-00000002", old)
     shutil.copytree(old, run / "checkpoints" / "step-00000001", dirs_exist_ok=True)
+    changes = (run / "config.diff").read_bytes()
+    (run / "config.diff").rename(run / ".config.diff.tmp")  # of a kill as it was written
     train("codebook", images, tmp_path / "run", max_steps="2", resume=True)
     assert export_bytes(run) == before
+    assert (run / "config.diff").read_bytes() == changes
+    assert not (run / ".config.diff.tmp").exists()
     assert checkpoint.steps(run / "checkpoints") == [1, 2]
 
 

@@ -164,8 +164,9 @@ def _write_settings(
                 write_atomically(out / "config.diff", files["config.diff"])
     for note in notes:
         say(note)
-    for name, data in () if resumes else files.items():
-        write_atomically(out / name, data)
+    for name, data in files.items():
+        if not (resumes and (out / name).exists()):  # a kill may have come between the two
+            write_atomically(out / name, data)
     _write_environment(out / "environment.json", notes, images)
     if news is not None:  # after environment.json, which tells of the change
         news.write(out)
