@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from pecobook.data.batch import Batch
 from pecobook.data.sampler import key
 from pecobook.data.stream import Stream, load, to_device
 from pecobook.utils.distributed import gather_rows
@@ -96,23 +97,19 @@ def _evaluate_stream(
     second time; an image that cannot be read is replaced by the next image. Both are marked as `repeated`: a stage
     leaves them out of its means, the weight of a batch is the number of its other images, and their rows are dropped.
     """
-    num_images = min(num_images, len(stream))
-    count = -(-num_images // fabric.world_size)  # images of each rank
-    positions = list(rank_batches(count, batch_size, fabric.global_rank, fabric.world_size))
-    batches = [[position % num_images for position in batch] for batch in positions]
     metrics: dict[str, Tensor] = {}
     rows: dict[str, list[Tensor]] = {}
     pictures: dict[str, Tensor] = {}
     skipped: list[str] = []
     counted: dict[str, int] = {}  # images of all ranks with a metric
     total = 0  # images of all ranks
-    workers = workers if count > _MAX_WITHOUT_WORKERS else 0
-    for number, batch in enumerate(load(stream, batches, workers=workers)):
+    share = rank_share(fabric, stream, num_images, batch_size, workers=workers, few=_MAX_WITHOUT_WORKERS)
+    for number, batch in enumerate(share):
         torch.manual_seed(key(seed, 2**32 + number) >> 1)
         skipped += batch["skipped"]
-        second_time = torch.tensor([position >= num_images for position in positions[number]])
-        repeated = (second_time | batch["replaced"]).to(fabric.device)
-        output = model({**to_device(batch, fabric.device), "repeated": repeated})
+        moved = to_device(batch, fabric.device)
+        repeated = moved["repeated"]
+        output = model(moved)
         counts = ~gather_rows(repeated)
         num_counted = int(counts.sum())
         total += num_counted
@@ -135,7 +132,25 @@ def _evaluate_stream(
     return _StreamResult(means, {name: torch.cat(parts) for name, parts in rows.items()}, pictures, skipped)
 
 
-def rank_batches(count: int, batch_size: int, rank: int, world_size: int) -> Iterator[list[int]]:
+def rank_share(
+    fabric: Fabric, stream: Stream, num_images: int, batch_size: int, *, workers: int, few: int
+) -> Iterator[Batch]:
+    """Yield this rank's batches of the first `num_images` images, on the host; all ranks get equally many.
+
+    `repeated`, bool (B,), marks images that another rank has too, and those that replace one that cannot be read. Up to
+    `few` images of a rank are read without processes.
+    """
+    num_images = min(num_images, len(stream))
+    count = -(-num_images // fabric.world_size)
+    positions = list(_rank_batches(count, batch_size, fabric.global_rank, fabric.world_size))
+    wrapped = [[position % num_images for position in batch] for batch in positions]
+    batches = load(stream, wrapped, workers=workers if count > few else 0)
+    for places, batch in zip(positions, batches, strict=True):
+        second_time = torch.tensor([position >= num_images for position in places])
+        yield {**batch, "repeated": second_time | batch["replaced"]}
+
+
+def _rank_batches(count: int, batch_size: int, rank: int, world_size: int) -> Iterator[list[int]]:
     """Yield batches of the positions of this rank's `count` images; all ranks together read 0, 1, 2, ... in order."""
     for begin in range(0, count, batch_size):
         size = min(batch_size, count - begin)

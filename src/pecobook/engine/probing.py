@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -19,8 +19,8 @@ from torch import Tensor
 from pecobook.data.batch import Batch
 from pecobook.data.images import check_readable, open_images
 from pecobook.data.source import Splits
-from pecobook.data.stream import Stream, ViewFunction, load, to_device
-from pecobook.engine.evaluation import rank_batches
+from pecobook.data.stream import Stream, ViewFunction, to_device
+from pecobook.engine.evaluation import rank_share
 from pecobook.engine.value_range import set_value_range
 from pecobook.errors import DataError
 from pecobook.settings.training import ProbedTrainConfig, TrainConfig
@@ -132,21 +132,12 @@ class Probe:
 
     def _read(self, fabric: Fabric, stream: Stream, batch_size: int, workers: int) -> list[Batch]:
         """Read this rank's share of the images once; those that others have, too, are marked as repeated."""
-        number = min(self.config.probe_images, len(stream))
-        count = -(-number // fabric.world_size)
-        positions = list(rank_batches(count, batch_size, fabric.global_rank, fabric.world_size))
-        wrapped = [[position % number for position in batch] for batch in positions]
         batches = []
-        for places, batch in zip(positions, self._load(stream, wrapped, workers if count > _FEW else 0), strict=True):
+        for batch in rank_share(fabric, stream, self.config.probe_images, batch_size, workers=workers, few=_FEW):
             self.skipped += batch["skipped"]
-            second_time = torch.tensor([position >= number for position in places])
-            kept: Batch = {"image": batch["image"], "repeated": second_time | batch["replaced"]}
+            kept: Batch = {"image": batch["image"], "repeated": batch["repeated"]}
             batches.append({**kept, "label": batch["label"]} if "label" in batch else kept)
         return batches
-
-    @staticmethod
-    def _load(stream: Stream, positions: list[list[int]], workers: int) -> Iterator[Batch]:
-        return load(stream, positions, workers=workers)
 
     @staticmethod
     def _features(fabric: Fabric, model: Any, batches: list[Batch]) -> Features:

@@ -58,11 +58,11 @@ def prepare_module(fabric: Fabric, stage: nn.Module, config: TrainConfig) -> Any
         stage.compile()
     model = fabric.setup_module(stage)
     if config.communication == "bf16":
-        compress_gradients(model)
+        _compress_gradients(model)
     return model
 
 
-def compress_gradients(model: Any) -> None:
+def _compress_gradients(model: Any) -> None:
     """Let DDP exchange the gradients of a model that Fabric has set up in bf16."""
     from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
     from torch.nn.parallel import DistributedDataParallel

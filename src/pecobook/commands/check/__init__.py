@@ -55,9 +55,7 @@ def check(config: CheckConfig | None = None, **settings: Any) -> dict[str, Any]:
     config = replace(config or CheckConfig(), settings)
     check_new_file(config.out)
     if config.recipe:
-        recipe(
-            _READS_AS.get(config.task, config.task), config.recipe
-        )  # raises ConfigError for a name that does not exist
+        recipe(_READS_AS.get(config.task, config.task), config.recipe)  # raises ConfigError for one that is not there
     task = layout_of(config.data) if config.task == "auto" else config.task
     splits, problems = _open(task, config)
     found: Survey | None = None
