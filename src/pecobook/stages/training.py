@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import json
 import re
-from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Generic, NamedTuple, TypeVar, cast
@@ -77,8 +76,7 @@ def train(stage_type: type[Stage[C]], config: C, recipe: str = "") -> Path:
         )
         config, splits, stage, _ = begun.ready
         try:
-            changes = _changes(config, stage_type.command, recipe)
-            preamble = _preamble(begun.ready, recipe, changes) if is_leader() else []
+            preamble = _preamble(begun.ready, recipe) if is_leader() else []
             outcome = _fit(stage_type, begun.fabric, begun.ready, preamble)
             if outcome.finished:
                 _export(config, stage, splits)
@@ -149,9 +147,10 @@ def _changes(config: TrainConfig, command: str, recipe: str) -> list[str]:
     return changed_settings(to_dict(recipes.recipe(command, recipe)), to_dict(config))
 
 
-def _preamble(ready: Ready[Any], recipe: str, changes: Sequence[str]) -> list[str]:
+def _preamble(ready: Ready[Any], recipe: str) -> list[str]:
     """Return lines that say what the run learns from, with what, and for how long."""
     config, splits, stage, _ = ready
+    changes = _changes(config, stage.command, recipe)
     # The data stand above; a setting without a value in the recipe, such as a tokenizer, is no change of it.
     changed = [
         re.sub(": .* -> ", " ", line) for line in changes if not re.search(r"^data: |: (auto|\['auto'\]|) -> ", line)
@@ -179,7 +178,7 @@ def _dry_run(stage_type: type[Stage[C]], ready: Ready[C], recipe: str) -> None:
     """Print the settings to standard output, and what the run would learn from and cost to standard error."""
     config, splits, stage, _ = ready
     show(json.dumps(stored_settings(config, stage_type.command, recipe), indent=2), stdout=True)
-    preamble = _preamble(ready, recipe, _changes(config, stage_type.command, recipe))
+    preamble = _preamble(ready, recipe)
     cost = estimate(stage, _training_stream(stage_type, config, stage, splits), config)
     last = f"Nothing was written. Without --dry-run the same command trains and writes to {config.out or '--out'}."
     show("\n".join([*preamble, *aligned(cost), last]))
