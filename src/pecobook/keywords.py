@@ -299,6 +299,7 @@ class FinetuneKeywords(CropTrainKeywords, StartKeywords, NormalisationKeywords, 
     label_smoothing: float
     rand_augment: Text
     random_erasing: float
+    repeats: int
     average: float
     eval_crop: float
     optim: OptimKeywords  # type: ignore[misc]

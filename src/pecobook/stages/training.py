@@ -185,10 +185,17 @@ def _dry_run(stage_type: type[Stage[C]], ready: Ready[C], recipe: str) -> None:
 
 
 def _training_stream(stage_type: type[Stage[C]], config: C, stage: Stage[C], splits: Splits) -> Stream:
-    companion, views = stage.companions()[0], stage.num_views()
     view, transform = stage_type.view(config), hook("transform")
     view = view if transform is None else GivenView(transform, view)
-    return Stream(splits.train, view, config.seed, companion=companion, num_views=views, window=config.shuffle_window)
+    return Stream(
+        splits.train,
+        view,
+        config.seed,
+        companion=stage.companions()[0],
+        num_views=stage.num_views(),
+        repeats=stage.repeats(),
+        window=config.shuffle_window,
+    )
 
 
 def _fit(stage_type: type[Stage[C]], fabric: Any, ready: Ready[C], preamble: list[str]) -> Any:
