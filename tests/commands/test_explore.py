@@ -10,8 +10,8 @@ import re
 import shutil
 import signal
 import socket
-import subprocess
-import sys
+import tempfile
+import time
 import urllib.error
 import urllib.parse
 import urllib.request
@@ -34,6 +34,7 @@ from pecobook.data.images import open_images
 from pecobook.errors import ConfigError, PreflightError, WeightsError
 from pecobook.models.tokenizer import PerceptualTokenizer
 from pecobook.utils.images import to_float
+from tests import forked
 from tests.analysis.fakes import GreyTokenizer
 from tests.runs import codebook_run, vit_run
 
@@ -197,20 +198,24 @@ def test_page__keeps_a_large_image_reduced(page: tuple[str, Any]) -> None:
     assert instance._reduced(torch.zeros(3, 60, 1000, dtype=torch.uint8)).shape == (60, 1000, 3)
 
 
+def forget_temporary_folder() -> None:
+    """Let the module tempfile read TMPDIR again."""
+    tempfile.tempdir = None
+
+
 def test_explore__deletes_uploads_at_sigterm(codebook_run: Path, images: Path, tmp_path: Path) -> None:
     pytest.importorskip("gradio")
-    words = [sys.executable, "-m", "pecobook", "explore", str(codebook_run), "--data", str(images)]
-    environment = {**os.environ, "TMPDIR": str(tmp_path)}
-    with subprocess.Popen([*words, "--port", str(free_port())], env=environment, stderr=subprocess.PIPE) as server:
-        assert server.stderr is not None
-        while b"Ctrl-C stops" not in server.stderr.readline():
-            assert server.poll() is None
-        folders = list(tmp_path.glob("pecobook-uploads-*"))
-        assert len(folders) == 1
-        (folders[0] / "a.png").touch()
-        server.terminate()
-        server.communicate(timeout=60)
-    assert server.returncode == 128 + signal.SIGTERM
+    words, log = ["explore", str(codebook_run), "--data", str(images), "--port", str(free_port())], tmp_path / "log"
+    server = forked.start(words, log, {**os.environ, "TMPDIR": str(tmp_path)}, prepare=forget_temporary_folder)
+    while not log.exists() or "Ctrl-C stops" not in log.read_text():
+        assert server.exitcode is None
+        time.sleep(0.05)
+    folders = list(tmp_path.glob("pecobook-uploads-*"))
+    assert len(folders) == 1
+    (folders[0] / "a.png").touch()
+    server.terminate()
+    server.join(60)
+    assert server.exitcode == 128 + signal.SIGTERM
     assert not folders[0].exists()
 
 

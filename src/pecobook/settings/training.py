@@ -22,6 +22,7 @@ from pecobook.settings.values import (
     positive,
     refuse,
 )
+from pecobook.utils.json_files import parse_json
 
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
 Strategy = Literal["auto", "ddp", "fsdp"]
@@ -284,7 +285,7 @@ class BackboneConfig:
 
     def __post_init__(self) -> None:
         try:
-            value = json.loads(self.args)
+            value = parse_json(self.args)
         except (ValueError, RecursionError) as error:
             refuse("args", f"is not JSON ({first_line(error)}): {self.args[:300]}")
         else:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from pecobook.analysis.features import layer_features
 from pecobook.data.batch import Batch
-from pecobook.data.masking import blockwise_mask, random_mask
+from pecobook.data.masking import make_mask
 from pecobook.data.sampler import key
 from pecobook.data.source import Splits
 from pecobook.data.stream import Companion, ViewFunction
@@ -375,14 +375,6 @@ def _check_bank(config: PretrainConfig, bank: TokenBank, tokenizer: Any, grid: t
 
 
 # ---------------------------------------------------------------------------------------------------- views and masks
-
-
-def make_mask(view_key: int, grid: tuple[int, int], config: MaskConfig) -> Tensor:
-    """Draw the mask of a view: bool (h, w)."""
-    generator = torch.Generator().manual_seed(key(view_key, 2) >> 1)
-    if config.kind == "random":
-        return random_mask(grid, num_masked=config.num_masked, generator=generator)
-    return blockwise_mask(grid, num_masked=config.num_masked, min_block=config.min_block, generator=generator)
 
 
 @dataclasses.dataclass(frozen=True)
