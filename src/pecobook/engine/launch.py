@@ -106,8 +106,10 @@ def resolve_precision(config: TrainConfig) -> str:
     return precision
 
 
-def check_communication(config: TrainConfig) -> None:
-    """Raise ConfigError where fsdp would gather weights in bf16 for a training in another (resolved) precision."""
+def check_low_precision(config: TrainConfig) -> None:
+    """Raise ConfigError where a part of a training is to be in bf16, but its (resolved) precision is another one."""
+    if getattr(config, "residual", "fp32") == "bf16" and config.precision != "bf16":
+        raise ConfigError(f"--residual bf16: the precision is {config.precision} here: give --precision bf16 too.")
     if config.communication == "bf16" and config.strategy == "fsdp" and config.precision != "bf16":
         raise ConfigError(
             "--communication bf16 gives each device weights in bf16 under --strategy fsdp, and the precision is "
@@ -330,15 +332,22 @@ def _leave_process_group() -> None:
 
 
 @contextmanager
-def deterministic(device: torch.device, enabled: bool) -> Iterator[None]:
-    """Use deterministic GPU kernels within the context. PyTorch warns of operations that have no such kernel."""
+def deterministic(device: torch.device, enabled: bool, *, one_size: bool = False) -> Iterator[None]:
+    """Use deterministic GPU kernels within the context. PyTorch warns of operations that have no such kernel.
+
+    Where that is not wanted, and all images have `one_size`, cuDNN tries its kernels of each convolution at the first
+    step and takes the fastest, which may be another one when the run resumes.
+    """
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    tried = torch.backends.cudnn.benchmark
     if enabled and device.type == "cuda":
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it at the first matrix product
         torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.backends.cudnn.benchmark = tried or (one_size and not enabled and device.type == "cuda")
     try:
         yield
     finally:
+        torch.backends.cudnn.benchmark = tried
         torch.use_deterministic_algorithms(before[0], warn_only=before[1])
 
 
