@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Generic, NamedTuple, Protocol, TypeVar
 import torch
 
 from pecobook.data.stream import default_workers
-from pecobook.engine.join import join, told_of_lost_processes, watch_children
+from pecobook.engine.join import join, lists_for_children, told_of_lost_processes, watch_children
 from pecobook.engine.signals import from_the_start, stop_requested
 from pecobook.engine.world import World, check_flags, is_leader, launched
 from pecobook.engine.wrapping import strategy
@@ -159,18 +159,19 @@ def begin(config: TrainConfig, preflight: Callable[[], R], prepare: Callable[[R]
     fabric = None
     if world is not None:  # before the preflight, which resolves the precision too
         fabric = start(dataclasses.replace(config, precision=resolve_precision(config)))  # type: ignore[arg-type]
-    with sharing():  # rank 0 lists folders of images for all
-        ready = on_all_ranks(preflight)
     locks: list[FolderLock] = []
-    try:
-        if fabric is not None or is_leader():  # a process that the first one has started joins later
-            _stop_if_asked()
-            long_on_first_rank(lambda: locks.append(prepare(ready)))
-        return Begun(fabric or start(ready.config), ready, locks[0] if locks else None)
-    except BaseException:
-        for lock in locks:
-            lock.release()
-        raise
+    with lists_for_children(starts_others=_are_several(config)) as lists:  # until the others have joined
+        with sharing(lists, is_first=is_leader()):  # rank 0 lists folders of images for all
+            ready = on_all_ranks(preflight)
+        try:
+            if fabric is not None or is_leader():  # a process that the first one has started joins later
+                _stop_if_asked()
+                long_on_first_rank(lambda: locks.append(prepare(ready)))
+            return Begun(fabric or start(ready.config), ready, locks[0] if locks else None)
+        except BaseException:
+            for lock in locks:
+                lock.release()
+            raise
 
 
 def _stop_if_asked() -> None:
@@ -180,17 +181,20 @@ def _stop_if_asked() -> None:
         raise SystemExit(130)
 
 
+def _are_several(config: TrainConfig) -> bool:
+    try:
+        return total_devices(config) > 1
+    except ConfigError:  # the preflight reports it
+        return False
+
+
 @contextmanager
 def signals(config: TrainConfig) -> Iterator[None]:
     """Start and run with these settings in this context, in which signals and lost processes are handled.
 
     See `engine.signals.from_the_start` and `engine.join.told_of_lost_processes`.
     """
-    try:
-        several = total_devices(config) > 1
-    except ConfigError:  # the preflight reports it
-        several = False
-    with from_the_start(several=several), told_of_lost_processes():
+    with from_the_start(several=_are_several(config)), told_of_lost_processes():
         yield
 
 
