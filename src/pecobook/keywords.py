@@ -84,6 +84,7 @@ class CompileTrainKeywords(TrainKeywords, total=False):
     """As CompileTrainConfig."""
 
     compile: bool
+    compile_mode: Literal["default", "max-autotune"]
 
 
 class CropTrainKeywords(CompileTrainKeywords, total=False):
@@ -230,6 +231,12 @@ class CodebookKeywords(CropTrainKeywords, total=False):
     on_step: Callable[[Any], object] | None
 
 
+class ResidualKeywords(TypedDict, total=False):
+    """As ResidualConfig."""
+
+    residual: Literal["fp32", "bf16"]
+
+
 class DecoderKeywords(TypedDict, total=False):
     """As DecoderConfig."""
 
@@ -253,7 +260,7 @@ class PhotometricKeywords(JitterKeywords, total=False):
     solarise: float
 
 
-class PretrainKeywords(ProbedTrainKeywords, total=False):
+class PretrainKeywords(ProbedTrainKeywords, ResidualKeywords, total=False):
     """The keywords of `pretrain`."""
 
     tokenizer: Any
@@ -291,7 +298,7 @@ class OptimKeywords(BaseOptimKeywords, total=False):
     layer_decay: float
 
 
-class FinetuneKeywords(CropTrainKeywords, StartKeywords, NormalisationKeywords, total=False):
+class FinetuneKeywords(CropTrainKeywords, StartKeywords, NormalisationKeywords, ResidualKeywords, total=False):
     """The keywords of `finetune`."""
 
     mixup: float

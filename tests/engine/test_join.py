@@ -18,13 +18,28 @@ import torch.distributed as dist
 from torch._C._distributed_c10d import HashStore, Store
 
 from pecobook.engine import join as joining
-from pecobook.engine.join import told_of_lost_processes, watch_children
+from pecobook.engine.join import lists_for_children, told_of_lost_processes, watch_children
 from pecobook.engine.siblings import LostProcessError
 from pecobook.engine.world import World
 
 
 def world(rank: int, size: int = 3) -> World:
     return World("torchrun", rank, size, rank, size)
+
+
+def test_lists_for_children__are_found_by_processes_that_the_first_starts() -> None:
+    with lists_for_children(starts_others=False) as none:
+        assert none == ""
+    with lists_for_children(starts_others=True) as folder:
+        assert Path(folder).is_dir()
+        with pytest.MonkeyPatch.context() as child:
+            child.setenv("LOCAL_RANK", "1")
+            child.setenv("WORLD_SIZE", "2")
+            with lists_for_children(starts_others=True) as found:
+                assert found == folder
+        assert Path(folder).is_dir()
+    assert not Path(folder).exists()
+    assert "PECOBOOK_LISTS" not in os.environ
 
 
 def agree(store: Store, rank: int, names: dict[int, str]) -> threading.Thread:

@@ -313,6 +313,8 @@ class Progress:
             f"loss {metrics['loss']:.4f}" if "loss" in metrics else "",
             f"{metrics['images_per_second']:.0f} img/s" if "images_per_second" in metrics else "",
             f"data wait {100 * metrics['data_wait']:.0f}%" if "data_wait" in metrics else "",
+            f"{metrics['tflops']:.3g} TFLOP/s" if "tflops" in metrics else "",
+            f"MFU {100 * metrics['mfu']:.0f}%" if "mfu" in metrics else "",
             f"{metrics['gpu_memory']:.1f} GB" if "gpu_memory" in metrics else "",
         ]
         shown = (("knn", "k-NN {:.1f}%"), ("linear", "linear {:.1f}%"), ("rank", "rank {:.1f}"))

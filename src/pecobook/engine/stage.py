@@ -43,6 +43,8 @@ class Stage(nn.Module, Generic[C]):
     """Name of the stage's command on the command line."""
     min_batch_size = 1
     """Smallest number of images that the stage can learn from at once."""
+    has_one_size = True
+    """Whether all images of the stage, of training and of evaluation, have one size."""
     notes: tuple[str, ...] = ()
     """Lines on the weights that the stage starts from, for the preamble of a run and its train.log."""
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 import dataclasses
 
 from pecobook.settings.images import NormalisationConfig
-from pecobook.settings.training import CropTrainConfig, OptimConfig, StartConfig
+from pecobook.settings.training import CropTrainConfig, OptimConfig, ResidualConfig, StartConfig
 from pecobook.settings.values import below_one, between, not_negative, positive
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class FinetuneConfig(CropTrainConfig, StartConfig, NormalisationConfig):
+class FinetuneConfig(CropTrainConfig, StartConfig, NormalisationConfig, ResidualConfig):
     """Fine-tune a backbone on labelled images."""
 
     mixup: float = 0.8

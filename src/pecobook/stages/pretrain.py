@@ -38,10 +38,12 @@ from pecobook.models.masked_vit import (
     initialise_beit,
     masked_positions,
     patch_grid,
+    patch_pixels,
     tiled_cross_entropy,
     unshare_positions,
 )
 from pecobook.models.network_traits import traits_of
+from pecobook.models.residual import keep_residuals_low
 from pecobook.models.tokenizers import fingerprint, load_tokenizer
 from pecobook.models.weights import Backbone, create_network
 from pecobook.settings.pretrain import MaskConfig, PretrainConfig
@@ -84,6 +86,8 @@ class PretrainStage(Stage[PretrainConfig]):
             self.patch = int(config.image_size // patch_grid(backbone)[0])
             size = 3 * self.patch**2 if self.tokenizer is None else self.tokenizer.num_codewords
             self.model = masked_model(config, backbone, size)
+        if config.residual == "bf16":
+            keep_residuals_low([*backbone.blocks, *getattr(self.model, "decoder", ())], config.model.name)  # type: ignore[misc]
         take_masked_model(self.model, self.start, config.target, self.tokenizer)
         self.notes = self.start.notes
         self.register_buffer("mean", torch.tensor(self.start.mean)[:, None, None], persistent=False)
@@ -252,13 +256,6 @@ def resized(images: Tensor, size: int) -> Tensor:
     if images.shape[-1] == size:
         return images
     return F.interpolate(images, (size, size), mode="bicubic", antialias=True, align_corners=False).clamp(0, 1)
-
-
-def patch_pixels(images: Tensor, patch: int) -> Tensor:
-    """Split images (B, C, H, W) into patches (B, N, C P^2), each normalised to mean 0, variance 1 (MAE, section 3)."""
-    pixels = F.unfold(images, patch, stride=patch).transpose(1, 2)  # (B, N, C P^2)
-    variance, mean = torch.var_mean(pixels, 2, keepdim=True)
-    return (pixels - mean) * torch.rsqrt(variance + 1e-6)
 
 
 # ------------------------------------------------------------------------------------------------------------- backbone

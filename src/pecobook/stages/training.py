@@ -32,6 +32,7 @@ from pecobook.engine.stage import Stage
 from pecobook.engine.value_range import set_value_range
 from pecobook.engine.world import is_leader
 from pecobook.errors import Preflight, RunFolderError, first_line
+from pecobook.models.cost import known_flop
 from pecobook.models.networks import without_downloads
 from pecobook.models.snippets import example_image, with_image
 from pecobook.settings.durations import steps
@@ -105,7 +106,7 @@ def preflight(stage_type: type[Stage[C]], config: C) -> Ready[C]:
     precision = problems.check(lambda: launch.resolve_precision(config))
     if precision is not None:  # --resume compares resolved precisions, not `auto`
         config = dataclasses.replace(config, precision=precision)  # type: ignore[arg-type]
-        problems.check(lambda: launch.check_communication(config))
+        problems.check(lambda: launch.check_low_precision(config))
     if config.resume and config.value_range == AUTO:
         config = dataclasses.replace(config, value_range=run_folder.recorded_range(config.out))
     splits = problems.check(lambda: _open(stage_type, config))
@@ -218,6 +219,7 @@ def _fit(stage_type: type[Stage[C]], fabric: Any, ready: Ready[C], preamble: lis
         command=stage_type.command,
         reference=reference,
         probe=probe,
+        flop=lambda: known_flop(stage_type.command, config),
         preamble=preamble,
         draw=_draw_curves,
         on_step=hook("on_step"),

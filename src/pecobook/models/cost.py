@@ -32,7 +32,7 @@ from pecobook.settings.pretrain import DecoderConfig
 from pecobook.settings.segment import SegmentConfig
 from pecobook.settings.tokenizer import AutoencoderConfig
 from pecobook.settings.training import BackboneConfig
-from pecobook.settings.values import to_dict
+from pecobook.settings.values import replace, to_dict
 from pecobook.utils.json_files import read_if_valid
 
 TERAFLOPS = {
@@ -114,6 +114,14 @@ def gflop_per_image(command: str, config: Any, others: Mapping[str, Any] | None 
     return _PER_IMAGE[command](config, others or {}) / 1e9
 
 
+def known_flop(command: str, config: Any) -> float | None:
+    """Return the operations for each image of a training; None where a network is not known."""
+    try:
+        return _PER_IMAGE[command](config, {})
+    except _UNKNOWN:
+        return None
+
+
 # --------------------------------------------------------------------------------------------------- passes of an image
 
 
@@ -177,7 +185,15 @@ def _tokenizer(source: str, size: int, others: Mapping[str, Any]) -> float:
     """Return the operations with which a tokenizer encodes an image. Raises LookupError for an unknown tokenizer."""
     if source.startswith("dalle:"):
         return _count(_Logits, size, 3).flop
-    return _encoder(others[source].model, size).flop
+    return _encoder(_autoencoder_of(source, others), size).flop
+
+
+def _autoencoder_of(source: str, others: Mapping[str, Any]) -> AutoencoderConfig:
+    """Return the settings of the autoencoder of a codebook run. Raises LookupError for another tokenizer."""
+    if source in others:
+        model: AutoencoderConfig = others[source].model
+        return model
+    return replace(AutoencoderConfig(), (read_if_valid(Path(source) / "config.json") or {})["model"])
 
 
 class _Logits(DalleTokenizer):
