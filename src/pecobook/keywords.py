@@ -216,6 +216,14 @@ class ExplicitKeywords(TypedDict, total=False):
     output_dim: int
 
 
+class TargetKeywords(TypedDict, total=False):
+    """As TargetConfig."""
+
+    layer: Text
+    weights: Text
+    input_size: int
+
+
 class CodebookKeywords(CropTrainKeywords, total=False):
     """The keywords of `codebook`."""
 
@@ -224,6 +232,8 @@ class CodebookKeywords(CropTrainKeywords, total=False):
     perceptual: Any
     adversarial: AdversarialKeywords
     explicit: ExplicitKeywords
+    target_features: Text
+    target: TargetKeywords
     pixel_weight: float
     balance: bool
     transform: Callable[[Any], Any] | None

@@ -57,6 +57,8 @@ _FULL_SPEED = 112
 
 _CLASSES = 100
 """Classes of a segmenter or a detector, which the settings do not hold; their layers are small."""
+_FEATURES = 768
+"""Channels of a target of features, which only the last layer of the decoder depends on."""
 
 _UNKNOWN = (PecobookError, LookupError, RuntimeError, ValueError, TypeError, AttributeError, AssertionError)
 """What is raised where a network does not exist, or cannot be built or run without weights."""
@@ -159,17 +161,17 @@ def _backbone(source: str, others: Mapping[str, Any]) -> tuple[str, str]:
     return model["name"].removeprefix("timm:"), model["args"]
 
 
-def _part(model: AutoencoderConfig, number: int) -> nn.Module:
-    return build_autoencoder(model)[number]
+def _part(model: AutoencoderConfig, number: int, features: int) -> nn.Module:
+    return build_autoencoder(model, features)[number]
 
 
 def _encoder(model: AutoencoderConfig, size: int) -> _Pass:
-    return _count(_part, size, model.in_channels, model, 0)
+    return _count(_part, size, model.in_channels, model, 0, 0)
 
 
-def _autoencoder(model: AutoencoderConfig, size: int) -> _Pass:
+def _autoencoder(model: AutoencoderConfig, size: int, features: int = 0) -> _Pass:
     encoder, grid = _encoder(model, size), size // model.stride
-    decoder = _count(_part, grid, model.latent_dim, model, 1)
+    decoder = _count(_part, grid, model.latent_dim, model, 1, features)
     return _Pass(encoder.flop + decoder.flop, encoder.parameters + decoder.parameters)
 
 
@@ -192,7 +194,11 @@ def _contrast(config: Any, _others: Mapping[str, Any]) -> float:
 
 
 def _codebook(config: CodebookConfig, others: Mapping[str, Any]) -> float:
-    flop, perceptual = 3 * _autoencoder(config.model, config.image_size).flop, config.perceptual
+    perceptual = config.perceptual
+    if config.target_features:  # the target forward; its number of channels hardly counts
+        teacher = _network(config.target_features, config.target.input_size or config.image_size, others).flop
+        return 3 * _autoencoder(config.model, config.image_size, features=_FEATURES).flop + teacher
+    flop = 3 * _autoencoder(config.model, config.image_size).flop
     if perceptual.network != "none" and perceptual.weight:
         # The image forward; the reconstruction forward, and back to its pixels.
         flop += 3 * _network(perceptual.network, perceptual.input_size or config.image_size, others).flop

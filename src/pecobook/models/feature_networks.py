@@ -27,6 +27,9 @@ from pecobook.models.network_traits import has_patch_tokens, traits_of
 from pecobook.models.networks import downloads
 from pecobook.models.weights import load_backbone
 
+LAST = "last"
+"""In place of layers: the output of the last layer, after the network's last norm."""
+
 
 @dataclasses.dataclass(frozen=True)
 class FeatureNetwork:
@@ -57,7 +60,8 @@ def load_feature_network(
     Args:
         network: `timm:NAME`, `torchvision:NAME`, a pecobook run (contrast, pretrain or finetune), or a module.
         layers: numbers from 1 (blocks of a transformer, stages of a convolutional network); for torchvision networks
-            also names of nodes (`features.12`); for a module names of nodes only.
+            also names of nodes (`features.12`); for a module names of nodes only. `last` alone is the output of the
+            last layer of timm's networks and of runs, after the last norm.
         weights: None for the network's pre-trained weights, a local file, or `random`.
         mean: mean of the input's normalisation; empty takes that of the weights, or ImageNet's for a module.
         std: standard deviation of the input's normalisation, likewise.
@@ -76,7 +80,8 @@ def load_feature_network(
     backbone = load_backbone(network, weights=weights, mean=mean, std=std)
     has_one_size = traits_of(backbone.network).takes_size
     with refusing(network, "return the features of its layers"):
-        features = TimmFeatures(backbone.network, feature_indices(backbone.network, layers, network))
+        indices = feature_indices(backbone.network, layers, network)
+        features = TimmFeatures(backbone.network, indices, norm=tuple(layers) == (LAST,))
     notes = tuple(with_flags(note, "--perceptual.") for note in backbone.notes)
     return FeatureNetwork(features, backbone.mean, backbone.std, backbone.image_size if has_one_size else None, notes)
 
@@ -87,18 +92,19 @@ class TimmFeatures(nn.Module):
     Args:
         network: a timm network.
         indices: timm's indices of the features.
+        norm: whether features pass the network's last norm.
     """
 
-    def __init__(self, network: nn.Module, indices: Sequence[int]) -> None:
+    def __init__(self, network: nn.Module, indices: Sequence[int], *, norm: bool = False) -> None:
         super().__init__()
-        self.network, self.indices = network, tuple(indices)
-        self.network.prune_intermediate_layers(sorted(indices), prune_norm=True, prune_head=True)  # type: ignore[operator]
+        self.network, self.indices, self.norm = network, tuple(indices), norm
+        self.network.prune_intermediate_layers(sorted(indices), prune_norm=not norm, prune_head=True)  # type: ignore[operator]
 
     def forward(self, images: Tensor) -> list[Tensor]:
         """Compute features: normalised images (B, 3, H, W) to L tensors (B, C_l, H_l, W_l)."""
         order = sorted(set(self.indices))
         features = self.network.forward_intermediates(  # type: ignore[operator]
-            images, indices=order, intermediates_only=True, output_fmt="NCHW", stop_early=True
+            images, indices=order, norm=self.norm, intermediates_only=True, output_fmt="NCHW", stop_early=True
         )
         by_index = dict(zip(order, features, strict=True))
         return [by_index[index] for index in self.indices]
@@ -210,7 +216,10 @@ def stage_nodes(network: nn.Module, layers: Sequence[int | str], name: str) -> l
 
 
 def feature_indices(network: nn.Module, layers: Sequence[int | str], name: str) -> list[int]:
-    """Return timm's feature indices of layers counted from 1. Raises WeightsError if the network has no such layer."""
+    """Return timm's feature indices of layers counted from 1, or of `last`.
+
+    Raises WeightsError if the network has no such layer.
+    """
     if not hasattr(network, "forward_intermediates"):
         raise WeightsError(f"timm's '{name}' returns no intermediate features: choose another perceptual network.")
     if has_patch_tokens(network):
@@ -221,6 +230,8 @@ def feature_indices(network: nn.Module, layers: Sequence[int | str], name: str) 
         # counts the last pooling layer.
         first = 0 if modules[0].startswith(("stages", "layer", "features", "blocks")) else 1
         count = len(modules) - first
+    if tuple(layers) == (LAST,):
+        return [count - 1 + first]
     invalid = [layer for layer in layers if not (str(layer).isdigit() and 1 <= int(layer) <= count)]
     if invalid or not layers:
         raise WeightsError(f"--perceptual.layers {' '.join(map(str, layers))}: '{name}' has layers 1 to {count}.")

@@ -96,14 +96,18 @@ class PerceptualDistance(nn.Module):
         activations = self.network(images.flip(1) if self.config.bgr else images)
         return [normalise(feature.float(), self.config.normalisation) for feature in activations]
 
-    def check_image_size(self, height: int, width: int) -> None:
-        """Raise WeightsError if the network cannot read images of this size, or if a layer returns no feature map."""
+    def check_image_size(self, height: int, width: int) -> list[tuple[int, ...]]:
+        """Return the shapes (C_l, H_l, W_l) of the features of images of this size.
+
+        Raises WeightsError if the network cannot read images of this size, or if a layer returns no feature map.
+        """
         images = torch.zeros(2, 3, *self._input_shape(height, width), requires_grad=True)
         name = self.config.network or type(self.network).__name__
         purpose = f"read images of {height} x {width} pixels"
         remedy = "Give another --perceptual.input-size, such as 224, or earlier layers."
         features = dry_run(self.network, (images,), network=name, purpose=purpose, remedy=remedy)
         check_feature_maps(features, self.config.layers)
+        return [tuple(feature.shape[1:]) for feature in features]
 
     def _input_shape(self, height: int, width: int) -> tuple[int, int]:
         return (self.input_size, self.input_size) if self.input_size else (height, width)
