@@ -16,6 +16,9 @@ steps without quantisation; the others start at step 0 with raw latent vectors, 
 as the number of codewords asks for. `ema, raw start` is ema without these two helps. Every arm has K codewords
 exactly.
 
+--layers compares sets of layers of one network (--network, --squeezenet or --contrast) instead, each set in quotes,
+with --arms ema; with --validation all figures are those of training images that are held out, as for every choice.
+
 --usage measures codewords in use as training goes and at its end, for large K, without probes and pre-training.
 """
 
@@ -33,7 +36,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.codebook_study import CAFFE, held_out_figures
+from benchmarks.codebook_study import CAFFE, held_out_figures, validation_folder
 from benchmarks.pretraining_study import last
 from benchmarks.runs import command, differences, table
 
@@ -98,9 +101,10 @@ def flags_of_arm(arm: str, num_codewords: int) -> list[str]:
 
 
 def perceptual_flags(arguments: argparse.Namespace) -> list[str]:
-    """Return the flags of the perceptual network: a contrast run's, SqueezeNet's, or none."""
-    if arguments.contrast:
-        return ["--perceptual.network", arguments.contrast]
+    """Return the flags of the perceptual network: a network of timm's, a contrast run's, SqueezeNet's, or none."""
+    if arguments.network or arguments.contrast:
+        flags = ["--perceptual.network", arguments.network or arguments.contrast]
+        return flags + (["--perceptual.weights", arguments.weights] if arguments.weights else [])
     if not arguments.squeezenet:
         return ["--perceptual.network", "none"]
     flags = ["--perceptual.network", "torchvision:squeezenet1_1", "--perceptual.weights", arguments.squeezenet]
@@ -118,7 +122,9 @@ def run_row(arm: str, num_codewords: int, seed: int, arguments: argparse.Namespa
     words = ["--data", arguments.data, "--seed", str(seed), "--out", str(run), "--overwrite", "--devices", "1"]
     words += ["--workers", "0", "--max-steps", steps, "--save-every", "1000000", "--save-minutes", "100000"]
     words += ["--sample-every", str(arguments.curve or steps), *perceptual_flags(arguments), *arguments.set]
-    command("codebook", "tiny", *words, *flags_of_arm(arm, num_codewords))
+    kind, _, layers = arm.partition(", layers ")
+    words += ["--perceptual.layers", *layers.split()] if layers else []
+    command("codebook", "tiny", *words, *flags_of_arm(kind, num_codewords))
     row: dict[str, Any] = {"arm": arm, "num_codewords": num_codewords, "seed": seed, "protocol": protocol(arguments)}
     row["codebook_cpu_seconds"] = round(_cpu_seconds() - began)
     figures, _, _, _, codes = held_out_figures(run, arguments.data, arguments.images, seed, probes=not arguments.usage)
@@ -201,19 +207,25 @@ def _cpu_seconds() -> float:
     return sum(usage.ru_utime + usage.ru_stime for usage in usages)
 
 
+def _place(arm: str) -> tuple[int, str]:
+    """Return the place of an arm in tables; a set of layers stands behind the name of its quantizer."""
+    return list(ARMS).index(arm.partition(", layers ")[0]), arm
+
+
 def print_tables(rows: list[dict[str, Any]]) -> None:
     """Print, for each protocol, the table over seeds and the differences from ema."""
     for words in sorted({row["protocol"] for row in rows}):
         members = [row for row in rows if row["protocol"] == words]
+        arms = sorted({row["arm"] for row in members}, key=_place)
         titles = {key: title for key, title in TITLES.items() if any(row.get(key) is not None for row in members)}
-        print(
-            f"\n{words}\n\n{table(members, ['num_codewords', 'arm'], titles, lambda k: (k[0], list(ARMS).index(k[1])))}"
-        )
+        shown = table(members, ["num_codewords", "arm"], titles, lambda key: (key[0], *_place(key[1])))
+        print(f"\n{words}\n\n{shown}")
         if "rfid" not in titles and any("masked_bits" in row for row in members):
             print("\nrFID was not measured: it needs --inception FILE.")
         for K in sorted({row["num_codewords"] for row in members}):
             same = [row for row in members if row["num_codewords"] == K]
-            lines = differences(same, [(arm, "ema") for arm in ARMS if arm != "ema"], {m: TITLES[m] for m in COMPARED})
+            first = "ema" if "ema" in arms else arms[0]
+            lines = differences(same, [(arm, first) for arm in arms if arm != first], {m: TITLES[m] for m in COMPARED})
             lines += differences(
                 same,
                 [(f"{arm}, no revival", arm) for arm in ("gradient", "ema, normalised")],
@@ -239,6 +251,10 @@ def main() -> None:
     parser.add_argument("--squeezenet-size", type=int, default=64, help="side of its input images; 0: that of images")
     parser.add_argument("--rgb", action="store_true", help="the weights take torchvision's input, not Caffe's")
     parser.add_argument("--contrast", default="", help="a contrast run as perceptual network, instead of SqueezeNet")
+    parser.add_argument("--network", default="", help="timm:NAME as perceptual network, instead of SqueezeNet")
+    parser.add_argument("--weights", default="", help="a file of its weights")
+    parser.add_argument("--layers", nargs="+", default=[], help='sets of layers to compare, each as "3 6 9 12"')
+    parser.add_argument("--validation", action="store_true", help="hold out training images, to choose settings")
     parser.add_argument("--inception", default="", help="weights of Inception for rFID")
     parser.add_argument("--images", type=int, default=3000, help="largest number of images measured of each split")
     parser.add_argument("--pretrain-steps", type=int, default=200)
@@ -250,7 +266,10 @@ def main() -> None:
     torch.set_num_threads(1)
     out = Path(arguments.out)
     arguments.runs = arguments.runs or str(out.with_suffix(""))
-    jobs = [(a, K, s) for K in arguments.num_codewords for s in arguments.seeds for a in arguments.arms]
+    if arguments.validation and not arguments.table:
+        arguments.data = validation_folder(arguments.data, Path(arguments.runs) / "images")
+    arms = [f"{arm}, layers {layers}" for arm in arguments.arms for layers in arguments.layers] or arguments.arms
+    jobs = [(a, K, s) for K in arguments.num_codewords for s in arguments.seeds for a in arms]
     for arm, num_codewords, seed in [] if arguments.table else jobs:
         done = [(row["arm"], row["num_codewords"], row["seed"], row["protocol"]) for row in read_rows(out)]
         if (arm, num_codewords, seed, protocol(arguments)) not in done:

@@ -193,6 +193,7 @@ class PerceptualKeywords(PerceptualDistanceKeywords, total=False):
     """As PerceptualConfig."""
 
     weight: float
+    also: Sequence[Text]
     warmup: int
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pecobook.errors import WeightsError, did_you_mean, first_line
+from pecobook.errors import ConfigError, WeightsError, did_you_mean, first_line
 from pecobook.models.checkpoints import is_head, left_aside, load_state, read_checkpoint
 from pecobook.models.dry_run import refusing
 from pecobook.models.makers import (
@@ -23,7 +23,7 @@ from pecobook.models.makers import (
     overridden,
     with_flags,
 )
-from pecobook.models.network_traits import has_patch_tokens, traits_of
+from pecobook.models.network_traits import has_patch_tokens, network_traits, traits_of
 from pecobook.models.networks import downloads
 from pecobook.models.weights import load_backbone
 
@@ -45,6 +45,8 @@ class FeatureNetwork:
     """Side of the images that the network requires, pixels; None if it takes any size."""
     notes: tuple[str, ...] = ()
     """Lines for the user on what was taken from where."""
+    patch: int = 0
+    """Side of the patches of a plain transformer, pixels; 0 for any other network."""
 
 
 def load_feature_network(
@@ -54,6 +56,7 @@ def load_feature_network(
     *,
     mean: tuple[float, ...] = (),
     std: tuple[float, ...] = (),
+    input_size: int = 0,
 ) -> FeatureNetwork:
     """Load a feature network; random weights are drawn from torch's global generator.
 
@@ -65,6 +68,8 @@ def load_feature_network(
         weights: None for the network's pre-trained weights, a local file, or `random`.
         mean: mean of the input's normalisation; empty takes that of the weights, or ImageNet's for a module.
         std: standard deviation of the input's normalisation, likewise.
+        input_size: side of the images that a plain transformer is to read, pixels: its positions are interpolated to
+            this size. 0 keeps its own.
 
     Raises:
         WeightsError: the network or a layer is unknown, or the weights are missing or do not fit.
@@ -77,13 +82,22 @@ def load_feature_network(
         )
     if network.startswith("torchvision:"):
         return _open_torchvision(network.removeprefix("torchvision:"), layers, weights, mean, std)
-    backbone = load_backbone(network, weights=weights, mean=mean, std=std)
-    has_one_size = traits_of(backbone.network).takes_size
+    # The encoder of SAM keeps its own size: it resamples its positions for each image.
+    resampled = input_size and (not network.startswith("timm:") or network_traits(network).is_plain)
+    backbone = load_backbone(network, weights=weights, image_size=input_size if resampled else None, mean=mean, std=std)
+    traits = traits_of(backbone.network)
+    patch = backbone.network.patch_embed.patch_size[0] if traits.is_plain else 0  # type: ignore[index, union-attr]
+    if patch and input_size % patch:
+        fitting = max(round(input_size / patch), 1) * patch
+        raise ConfigError(
+            f"--perceptual.input-size {input_size}: '{network}' has patches of {patch} pixels: give {fitting}."
+        )
     with refusing(network, "return the features of its layers"):
         indices = feature_indices(backbone.network, layers, network)
         features = TimmFeatures(backbone.network, indices, norm=tuple(layers) == (LAST,))
     notes = tuple(with_flags(note, "--perceptual.") for note in backbone.notes)
-    return FeatureNetwork(features, backbone.mean, backbone.std, backbone.image_size if has_one_size else None, notes)
+    size = backbone.image_size if traits.takes_size else None
+    return FeatureNetwork(features, backbone.mean, backbone.std, size, notes, patch)
 
 
 class TimmFeatures(nn.Module):

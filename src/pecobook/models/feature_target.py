@@ -51,6 +51,10 @@ class FeatureTarget(nn.Module):
             raise type(error)(_with_flags(str(error))) from None
         self.notes = tuple(map(_with_flags, self.network.notes))
 
+    def input_notes(self, side: int) -> tuple[str, ...]:
+        """Return a line for the user if images of `side` pixels are resized for the network."""
+        return tuple(map(_with_flags, self.network.input_notes(side)))
+
     @torch.no_grad()
     def features(self, images: Tensor, grid: tuple[int, int]) -> Tensor:
         """Return the features of images float (B, C, H, W) in [0, 1] on the latent grid: (B, F, h, w).

@@ -217,6 +217,24 @@ def paper_vgg16() -> CodebookConfig:
     )
 
 
+def modern_dinov3() -> CodebookConfig:
+    """PeCo's tokenizer under a network of today: DINOv3's ViT-B, blocks 3, 6, 9, 12, images at 224 pixels.
+
+    The blocks are the paper's, and no run has chosen them yet; this command compares others on training images that are
+    held out: python -m benchmarks.quantizer_study --arms ema --validation --network timm:vit_base_patch16_dinov3
+    --layers "3 6 9 12" "6 9 12" "9 12" "12" --data IMAGES --out runs/layers.jsonl. The weights have a licence of their
+    own.
+
+    Source: DINOv3, arXiv 2508.10104.
+    Command: pecobook codebook modern-dinov3 --data IMAGENET --compile --out runs/codebook
+    Cost: 695 GFLOP for an image (counted: tokenizer 588, perceptual network 107), so 8.9e19 FLOP for ImageNet-1K.
+    """
+    network = "timm:vit_base_patch16_dinov3.lvd1689m"
+    return dataclasses.replace(
+        paper(), perceptual=dataclasses.replace(paper().perceptual, network=network, input_size=224)
+    )
+
+
 def vqkd() -> CodebookConfig:
     """BEiT v2's tokenizer, for comparison: its decoder predicts the features of CLIP's ViT-B, not pixels.
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 from functools import partial
 from pathlib import Path
+from typing import TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -34,7 +35,7 @@ from pecobook.models.discriminator import PatchDiscriminator, adversarial_losses
 from pecobook.models.explicit import CodewordClassifier, CodewordContrast
 from pecobook.models.feature_target import FeatureTarget
 from pecobook.models.initial import Start, start_tokenizer, take_parts, training_weights, write_training_weights
-from pecobook.models.perceptual import PerceptualDistance, build_perceptual_distance
+from pecobook.models.perceptual import PerceptualDistance, PerceptualSum, build_perceptual_distance
 from pecobook.models.quantizer import Quantized
 from pecobook.models.tokenizer import PerceptualTokenizer
 from pecobook.settings.codebook import CodebookConfig
@@ -43,6 +44,9 @@ from pecobook.settings.tokenizer import TokenizerConfig
 from pecobook.utils.distributed import mean_over_ranks
 from pecobook.utils.files import without_folders
 from pecobook.utils.images import to_float
+
+Frozen: TypeAlias = PerceptualDistance | PerceptualSum | FeatureTarget
+"""The frozen network of the loss."""
 
 
 class CodebookStage(Stage[CodebookConfig]):
@@ -56,15 +60,13 @@ class CodebookStage(Stage[CodebookConfig]):
 
     command = "codebook"
 
-    def __init__(
-        self, config: CodebookConfig, num_classes: int = 0, frozen: PerceptualDistance | FeatureTarget | None = None
-    ) -> None:
+    def __init__(self, config: CodebookConfig, num_classes: int = 0, frozen: Frozen | None = None) -> None:
         super().__init__()
         self.config = config
         # A frozen network leaves torch's generator as it is, so the tokenizer's random weights are the same without it.
         frozen = frozen or _frozen_network(config)
         self.target = frozen if isinstance(frozen, FeatureTarget) else None
-        self.perceptual = frozen if isinstance(frozen, PerceptualDistance) else None
+        self.perceptual = None if isinstance(frozen, FeatureTarget) else frozen
         self.tokenizer = build_tokenizer(config, self.target)
         self.start = start_codebook(config, self.tokenizer)
         self.discriminator = self.classifier = self.contrast = None
@@ -79,7 +81,8 @@ class CodebookStage(Stage[CodebookConfig]):
             skip = ("tokenizer", "perceptual", "target")
             state = training_weights(config.init)
             take_parts(self, {n: v for n, v in state.items() if not n.startswith("tokenizer.")}, self.start, skip=skip)
-        self.notes = (*(frozen.notes if frozen is not None else ()), *self.start.notes)
+        frozen_notes = (*frozen.notes, *frozen.input_notes(config.image_size)) if frozen is not None else ()
+        self.notes = (*frozen_notes, *self.start.notes)
 
     def forward(self, batch: Batch) -> StageOutput:
         """Equation 5, and the terms that the settings add, on a batch of uint8 images."""
@@ -281,7 +284,7 @@ class CodebookStage(Stage[CodebookConfig]):
         return self.tokenizer.loading_code(self.config.out)
 
     @classmethod
-    def check(cls, config: CodebookConfig) -> PerceptualDistance | FeatureTarget | None:
+    def check(cls, config: CodebookConfig) -> Frozen | None:
         """Build the frozen network. Raises PecobookError for settings, or weights, that cannot be used."""
         if not (config.perceptual.network or config.target_features):
             raise ConfigError(
@@ -291,7 +294,7 @@ class CodebookStage(Stage[CodebookConfig]):
         if config.explicit.kind == "contrastive":
             check_min_batch(config)
         frozen = _frozen_network(config)
-        if isinstance(frozen, PerceptualDistance):
+        if frozen is not None and not isinstance(frozen, FeatureTarget):
             frozen.check_image_size(config.image_size, config.image_size)
         if config.init:
             target = frozen if isinstance(frozen, FeatureTarget) else None
@@ -304,9 +307,7 @@ class CodebookStage(Stage[CodebookConfig]):
         return config.explicit.kind == "classification"
 
     @classmethod
-    def build(
-        cls, config: CodebookConfig, splits: Splits, prebuilt: PerceptualDistance | FeatureTarget | None = None
-    ) -> CodebookStage:
+    def build(cls, config: CodebookConfig, splits: Splits, prebuilt: Frozen | None = None) -> CodebookStage:
         """Build the stage, with random weights in the tokenizer."""
         total = steps(config.max_steps, num_images=len(splits.train), batch_size=config.batch_size)
         # A training that ended before k-means starts the codebook would export a random codebook.
@@ -335,7 +336,8 @@ def _origin(config: CodebookConfig) -> str:
         layers = ", ".join(map(str, perceptual.layers))
         weights = f" ({without_folders(perceptual.weights)})" if perceptual.weights else ""
         network = without_folders(perceptual.network)
-        features = f"pixels and layers {layers} of {network}{weights}, lambda {perceptual.weight:g}"
+        more = "".join(f", and {without_folders(text)}" for text in perceptual.also)
+        features = f"pixels and layers {layers} of {network}{weights}{more}, lambda {perceptual.weight:g}"
     length = f"{config.max_steps} steps" if config.max_steps.isdigit() else config.max_steps
     return f"`pecobook codebook`, on `{data}` for {length} at batch {config.batch_size}, under {features}."
 
@@ -346,7 +348,7 @@ def start_codebook(config: CodebookConfig, tokenizer: PerceptualTokenizer) -> St
     return start_tokenizer(tokenizer, config.init, vectors=vectors) if config.init else Start("")
 
 
-def _frozen_network(config: CodebookConfig) -> PerceptualDistance | FeatureTarget | None:
+def _frozen_network(config: CodebookConfig) -> Frozen | None:
     """Build the network that the settings compare features with, or whose features they predict; None without one."""
     if config.target_features:
         return FeatureTarget(config.target_features, config.target, config.image_size, seed=config.seed)
