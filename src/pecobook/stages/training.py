@@ -131,7 +131,8 @@ def preflight(stage_type: type[Stage[C]], config: C) -> Ready[C]:
 
 def _open(stage_type: type[Stage[C]], config: C) -> Splits:
     splits = stage_type.open(config)
-    names = (getattr(config, name, "") for name in ("tokenizer", "backbone", "perceptual", "init"))
+    given = ("tokenizer", "backbone", "perceptual", "target_features", "init")
+    names = (getattr(config, name, "") for name in given)
     models = [name if isinstance(name, str) else name.network for name in names]  # the perceptual network is a group
     set_value_range(splits, config.value_range, models)
     check_readable(splits.train)

@@ -37,8 +37,8 @@ class TokenizerMetrics:
     """The metrics, as in `analysis.json`."""
     images: Tensor
     """The images of the picture of reconstructions, float (n, 3, S, S)."""
-    restored: Tensor
-    """The reconstructions of `images`."""
+    restored: Tensor | None
+    """The reconstructions of `images`; None for a tokenizer that predicts features."""
     usage: CodeUsage
     correct: dict[str, NDArray[np.bool_]]
     """Which held-out images each probe classified correctly, by the name of the probe; empty without labels."""
@@ -120,11 +120,10 @@ def _dominant_class(codes: Tensor, labels: Tensor, num_codewords: int) -> NDArra
 def side_by_side(measured: Sequence[TokenizerMetrics]) -> dict[str, bytes]:
     """Draw the reconstructions and the codeword frequencies of all tokenizers in one picture each."""
     originals = max((metrics.images for metrics in measured), key=lambda images: images.shape[-1])
-    columns = [(metrics.name, resize_nearest(metrics.restored, originals.shape[-1])) for metrics in measured]
-    return {
-        "reconstructions.png": draw.image_columns([("original", originals), *columns]),
-        "usage.png": code_usage_chart({metrics.name: metrics.usage.counts for metrics in measured}),
-    }
+    restored = {metrics.name: metrics.restored for metrics in measured if metrics.restored is not None}
+    columns = [(name, resize_nearest(images, originals.shape[-1])) for name, images in restored.items()]
+    pictures = {"reconstructions.png": draw.image_columns([("original", originals), *columns])} if columns else {}
+    return {**pictures, "usage.png": code_usage_chart({metrics.name: metrics.usage.counts for metrics in measured})}
 
 
 def curves_of(kind: str, sources: Mapping[str, str]) -> dict[str, bytes]:

@@ -98,6 +98,9 @@ def overview_section(tokenizers: Tokenizers) -> Section:
         "what it was trained for. Tokenizers with different strides use different numbers of tokens for an image. A "
         "dash means that the value was not measured."
     )
+    for tokenizer in tokenizers:
+        if "predicts" in tokenizer:
+            note += f" {tokenizer['name']} predicts {tokenizer['predicts']}, not pixels, and has no reconstructions."
     return Section("Overview", "", table=tokenizer_table(tokenizers, rows, note))
 
 

@@ -22,6 +22,7 @@ from pecobook.data.source import Splits
 from pecobook.engine.preamble import show_source
 from pecobook.engine.value_range import open_readable
 from pecobook.errors import ConfigError, Preflight
+from pecobook.models.tokenizer import require_pixels
 from pecobook.models.tokenizers import load_tokenizer
 from pecobook.settings.explore import ExploreConfig
 from pecobook.settings.values import replace
@@ -161,6 +162,10 @@ def _open(config: ExploreConfig) -> tuple[list[IndexedTokenizer], dict[str, Mask
             tokenizers[f"tokenizer of {name}"] = runs[name].tokenizer
         else:
             tokenizers[name] = load_tokenizer(source).to(device()).eval()
+        for tokenizer in tokenizers.values():
+            require_pixels(
+                tokenizer, f"'{source}'", "be explored, which draws images; 'pecobook analyze' shows its codes"
+            )
 
     splits = preflight.check(lambda: open_readable(config.data, config.value_range, config.runs))
     for name, source in zip(unique_names(config.runs), config.runs, strict=True):
