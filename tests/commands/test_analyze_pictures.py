@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
 from PIL import Image
 from torch import Tensor
 
+from pecobook.analysis.atlas import Atlas
 from pecobook.analysis.codewords import GalleryRow, code_usage
-from pecobook.commands.analyze import pictures as module
 from pecobook.commands.analyze.pictures import pictures_of
 from tests.commands.test_analyze import run
 from tests.runs import codebook_run, vit_run
@@ -38,7 +37,7 @@ def test_analyze__a_run_called_original_has_a_separate_column(
         assert rows < 3 * height / width < 1.25 * rows  # three columns of square pictures with titles
 
 
-def pictures(labels: Tensor | None = None, classes: tuple[str, ...] = ()) -> dict[str, bytes]:
+def pictures(labels: Tensor | None = None, classes: tuple[str, ...] = ()) -> tuple[dict[str, bytes], Atlas]:
     """Draw the pictures of 100 codewords on a line, of which the first and the last are in use."""
     codes = torch.zeros(8, 2, 2, dtype=torch.long)
     codes[0, 0, 0] = 99
@@ -57,7 +56,7 @@ def test_pictures_of__finds_used_neighbours_among_all_codewords(monkeypatch: pyt
         return b""
 
     monkeypatch.setattr("pecobook.analysis.figures.gallery_picture", record)
-    assert set(pictures()) == {"gallery", "positions", "neighbours", "map-usage"}
+    assert set(pictures()[0]) == {"gallery", "positions", "neighbours", "atlas"}
     first, neighbours = drawn
     assert {row[:3] for row in first} == {(0, 31, 8), (99, 1, 1)}
     assert [row[:3] for row in neighbours] == [
@@ -70,19 +69,9 @@ def test_pictures_of__finds_used_neighbours_among_all_codewords(monkeypatch: pyt
     assert (0, 0, 0) not in neighbours[0][3]
 
 
-def test_pictures_of__maps_name_classes_and_omitted_codewords(monkeypatch: pytest.MonkeyPatch) -> None:
-    drawn: list[tuple[list[int], str, tuple[str, ...]]] = []
-
-    def record(_: Any, values: Any, *, title: str, classes: tuple[str, ...] = ()) -> bytes:
-        drawn.append((sorted(set(values.tolist())), title, classes))
-        return b""
-
-    monkeypatch.setattr(module, "map_picture", record)
-    pictures(torch.full((8,), 2), ("blue", "green", "red"))
-    monkeypatch.setattr(module, "_MAX_ON_MAP", 40)
-    pictures()
-    complete, by_class, part = drawn
-    assert complete[1] == "coloured by usage"
-    assert by_class[0] == [-1, 2]  # all patches have the third class, although no patch has another class
-    assert by_class[2] == ("blue", "green", "red")
-    assert part[1] == "coloured by usage\nthe 40 most used of 100 codewords"
+def test_pictures_of__the_atlas_knows_classes_and_unused_codewords() -> None:
+    _, atlas = pictures(torch.full((8,), 2), ("blue", "green", "red"))
+    assert (sorted(atlas.codewords.tolist()), atlas.num_codewords) == ([0, 99], 100)
+    # All patches have the third class, although no patch has another class.
+    assert [share and share.name for share in atlas.classes] == ["red", "red"]
+    assert pictures()[1].classes == (None, None)

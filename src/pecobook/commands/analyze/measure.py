@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pecobook.analysis.arrays import Array
+from pecobook.analysis.atlas import Atlas
 from pecobook.analysis.codewords import bag_of_codes, code_usage, mean_codewords
 from pecobook.analysis.figures import gallery_picture
 from pecobook.analysis.position import checkerboard, information_given_position, moved_codes, position_dependence
@@ -143,7 +144,7 @@ def _quality(
 
 def analyze_tokenizer(
     config: AnalyzeConfig, tokenizer_input: TokenizerInput, inputs: AnalysisInputs
-) -> tuple[TokenizerMetrics, list[str], Callable[[], dict[str, bytes]]]:
+) -> tuple[TokenizerMetrics, list[str], Callable[[], tuple[dict[str, bytes], Atlas]]]:
     """Measure one tokenizer; return the metrics, the unreadable images, and a function that draws pictures by kind."""
     tokenizer, bank = tokenizer_input.tokenizer, tokenizer_input.bank
     images, labels, skipped = read_all(inputs.splits.evaluation, tokenizer.image_size, limit=config.max_test)
@@ -177,13 +178,15 @@ def analyze_tokenizer(
         values["bank"], occurrences = _bank(config, bank, K)
     tokenizer.cpu()
 
-    def draw() -> dict[str, bytes]:
+    def draw() -> tuple[dict[str, bytes], Atlas]:
         classes, requested, seed = inputs.splits.evaluation.classes or (), config.codewords, config.seed
         usage = metrics.usage
-        drawn = pictures_of(tokenizer, images, codes, labels, usage, classes=classes, requested=requested, seed=seed)
+        drawn, atlas = pictures_of(
+            tokenizer, images, codes, labels, usage, classes=classes, requested=requested, seed=seed
+        )
         if bank is not None:
             drawn["bank-gallery"] = gallery_picture(bank_gallery(bank, inputs.splits.train, occurrences))
-        return drawn
+        return drawn, atlas
 
     return metrics, skipped, draw
 

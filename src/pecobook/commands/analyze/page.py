@@ -65,7 +65,7 @@ def compose(
         stability_section(tokenizers),
         similarity_section(tokenizers),
         _usage(tokenizers, pictures),
-        _maps(tokenizers, pictures),
+        _atlas(tokenizers, pictures),
         pretrained_vits(results),
         _masked(results, pictures),
         _training(pictures),
@@ -156,8 +156,7 @@ _PICTURE_TEXTS = {
         "Map of positions of {}",
         "",
     ),
-    "map-usage": ("{}", "Map of the codewords of {}", ""),
-    "map-classes": ("{}", "Map of the codewords of {}", ""),
+    "atlas": ("", "Atlas of the codewords of {}: one patch of each, similar codewords side by side", "{}"),
     "neighbours": (
         "{}: the most used codeword and its nearest neighbours among the used codewords.",
         "Neighbouring codewords of {}",
@@ -207,13 +206,14 @@ def _usage(tokenizers: Tokenizers, pictures: Mapping[str, bytes]) -> Section | N
     return Section("Codebook usage", "", charts, side_by_side=True)
 
 
-def _maps(tokenizers: Tokenizers, pictures: Mapping[str, bytes]) -> Section | None:
-    maps = _pictures_of(tokenizers, pictures, "map-usage", "map-classes", "neighbours")
+def _atlas(tokenizers: Tokenizers, pictures: Mapping[str, bytes]) -> Section | None:
+    maps = _pictures_of(tokenizers, pictures, "atlas", "neighbours")
     text = (
-        "Codewords in a plane, projected by t-SNE: similar codewords are near each other. Crosses are codewords that "
-        "these images do not use."
+        "Every codeword that these images use, as one of its patches; codewords with similar vectors are near each "
+        "other (t-SNE, then the nearest free cell of a grid). The patch shown is the one nearest to the mean of the "
+        "codeword's patches, so it is typical; the galleries above show how much the patches differ."
     )
-    return Section("Maps of the codebook", text, tuple(maps), side_by_side=True) if maps else None
+    return Section("Atlas of the codebook", text, tuple(maps)) if maps else None
 
 
 def _masked(results: Mapping[str, Any], pictures: Mapping[str, bytes]) -> Section | None:

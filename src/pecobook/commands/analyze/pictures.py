@@ -14,18 +14,15 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pecobook.analysis import figures as draw
+from pecobook.analysis.atlas import Atlas, atlas_picture, make_atlas
 from pecobook.analysis.charts import code_usage_chart, read_metrics, training_curves
-from pecobook.analysis.codebook_map import map_picture, nearest_used, project_to_plane
+from pecobook.analysis.codebook_map import nearest_used
 from pecobook.analysis.codewords import CodeUsage, code_gallery
-from pecobook.analysis.semantics import joint_counts
 
 NUM_IMAGES = 6
 """Number of images in grids of reconstructions and predictions."""
 PATCHES = 12
 """Number of patches of each codeword in a gallery."""
-_MAX_ON_MAP = 2048
-"""Maximum number of codewords on a map, the most used ones: t-SNE of 8,192 codewords takes minutes, and so many points
-hide each other."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,8 +51,8 @@ def pictures_of(
     classes: Sequence[str],
     requested: Sequence[int],
     seed: int,
-) -> dict[str, bytes]:
-    """Draw galleries of patches, the map of positions, and maps of the codebook, by kind.
+) -> tuple[dict[str, bytes], Atlas]:
+    """Draw galleries of patches, the map of positions, and the atlas, by kind; return the atlas too.
 
     Args:
         tokenizer: the tokenizer.
@@ -77,16 +74,8 @@ def pictures_of(
     if len(chosen) > 1:
         patches = code_gallery(images, codes, codewords=len(chosen), patches=6, seed=seed, chosen=chosen)
         pictures["neighbours"] = draw.gallery_picture(patches)
-    mapped = np.sort(np.argsort(-usage.counts, kind="stable")[:_MAX_ON_MAP])
-    plane = project_to_plane(codebook[torch.from_numpy(mapped)], seed=seed)
-    counts = np.where(usage.counts > 0, usage.counts, -1)[mapped]
-    note = f"\nthe {len(mapped)} most used of {len(codebook)} codewords" if len(mapped) < len(codebook) else ""
-    pictures["map-usage"] = map_picture(plane, counts, title=f"coloured by usage{note}")
-    if labels is not None:
-        dominant = _dominant_class(codes, labels, tokenizer.num_codewords)[mapped]
-        title = f"coloured by most frequent class{note}"
-        pictures["map-classes"] = map_picture(plane, dominant, title=title, classes=classes)
-    return pictures
+    atlas = make_atlas(images, codes, codebook, labels=labels, classes=classes, seed=seed)
+    return pictures | {"atlas": atlas_picture(atlas)}, atlas
 
 
 def gallery(images: Tensor, codes: Tensor, usage: CodeUsage, *, requested: Sequence[int] = (), seed: int) -> bytes:
@@ -108,13 +97,6 @@ def gallery_codewords(usage: CodeUsage, requested: Sequence[int], seed: int) -> 
     first = list(dict.fromkeys([*requested, *random]))
     by_use = np.argsort(-usage.counts, kind="stable")[: len(used)].tolist()
     return first + [code for code in by_use if code not in first][:4]
-
-
-def _dominant_class(codes: Tensor, labels: Tensor, num_codewords: int) -> NDArray[np.int64]:
-    """Return the most frequent label among the patches of each codeword, (K,); -1 for an unused codeword."""
-    patch_labels = labels[:, None, None].expand(codes.shape)
-    joint = joint_counts(codes, patch_labels, num_codewords, int(labels.max()) + 1)
-    return np.where(joint.sum(1) > 0, joint.argmax(1), -1)
 
 
 def side_by_side(measured: Sequence[TokenizerMetrics]) -> dict[str, bytes]:
