@@ -219,7 +219,7 @@ def code_gallery(
     for code in order[: max(codewords, len(chosen))]:
         has_code = grid == code
         occurrences = np.argwhere(has_code)  # (count, 3): image, row, column
-        drawn = occurrences[_one_per_image_first(occurrences[:, 0], np.random.default_rng([seed, code]))[:patches]]
+        drawn = occurrences[one_per_image_first(occurrences[:, 0], np.random.default_rng([seed, code]))[:patches]]
         crops = tuple(
             gallery_patch(image, images[image], grid.shape[1:], row, column) for image, row, column in drawn.tolist()
         )
@@ -227,7 +227,7 @@ def code_gallery(
     return rows
 
 
-def _one_per_image_first(image: NDArray[np.int64], rng: np.random.Generator) -> NDArray[np.int64]:
+def one_per_image_first(image: NDArray[np.int64], rng: np.random.Generator) -> NDArray[np.int64]:
     """Return a random order of patches (count,) in which every image comes once before any image comes again."""
     order = rng.permutation(len(image))
     num_earlier: dict[int, int] = {}
