@@ -26,6 +26,7 @@ from pecobook.models.tokenizers import load_tokenizer
 from pecobook.settings.explore import ExploreConfig
 from pecobook.settings.values import replace
 from pecobook.utils.devices import device
+from pecobook.utils.extras import require
 from pecobook.utils.printer import show
 
 __all__ = ["ExploreConfig", "explore"]
@@ -40,12 +41,10 @@ def explore(config: ExploreConfig | None = None, *, block: bool = True, **settin
     """
     config = replace(config or ExploreConfig(), settings)
     os.environ.update(GRADIO_ANALYTICS_ENABLED="False", HF_HUB_DISABLE_TELEMETRY="1")  # Gradio reads them at import
-    try:
-        import gradio
+    require("explore", "pecobook explore")
+    import gradio
 
-        from pecobook.commands.explore.page import Page
-    except ImportError:
-        raise ConfigError("The explorer needs Gradio: pip install 'pecobook[explore]'.") from None
+    from pecobook.commands.explore.page import Page
 
     _check_port(config)
     indexed, runs, splits = _open(config)
