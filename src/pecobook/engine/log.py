@@ -229,6 +229,7 @@ def resolve_loggers(names: tuple[str, ...]) -> tuple[str, ...]:
     for name in names:
         if find_spec(name) is None:
             raise ConfigError(f"--loggers {name}: the package is not installed: pip install 'pecobook[{name}]'.")
+    return names
 
 
 def open_sinks(
