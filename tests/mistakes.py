@@ -130,7 +130,7 @@ _TABLE: dict[str, list[tuple[str, str, str]]] = {
         ("--keep-checkpoints 0", "0", "above 0"),
         ("--sample-every -1", "-1", "above 0"),
         ("--evaluation-images 0", "0", "above 0"),
-        ("--loggers tensorbord", "tensorbord", "tensorboard, wandb and mlflow"),
+        ("--loggers tensorbord", "tensorbord", "auto, tensorboard, wandb and mlflow"),
         ("--loggers tensorboard tensorboard", "tensorboard", "twice"),
         ("--image-size 33", "33", "multiple of 8"),
         ("--image-size 0", "0", "above 0"),

@@ -318,7 +318,7 @@ def test_complete__adds_settings_that_an_earlier_version_did_not_have() -> None:
         ({"devices": "0"}, "--devices must be a number above 0 or auto, not '0'"),
         ({"devices": "two"}, "--devices must be a number above 0 or auto, not 'two'"),
         ({"resume": True, "overwrite": True}, "--resume and --overwrite exclude each other"),
-        ({"loggers": ("tensorbord",)}, "--loggers takes tensorboard, wandb and mlflow, not 'tensorbord'"),
+        ({"loggers": ("tensorbord",)}, "--loggers takes auto, tensorboard, wandb and mlflow, not 'tensorbord'"),
         ({"max_steps": "ten"}, "--max-steps is 'ten'"),
         ({"max_steps": "0 epochs"}, "--max-steps must be above 0, not 0 epochs"),
         ({"max_steps": "1e999"}, "--max-steps must be at most 1e+12 steps, not 1e999"),

@@ -16,6 +16,7 @@ import threading
 import time
 from collections.abc import Mapping, Sequence
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -220,13 +221,15 @@ def _run_id(folder: Path) -> str:
     return hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:12]
 
 
-def check_loggers(names: tuple[str, ...]) -> None:
-    """Raise ConfigError for a logger that is not installed."""
-    from importlib.util import find_spec
-
+def resolve_loggers(names: tuple[str, ...]) -> tuple[str, ...]:
+    """Return loggers with `auto` resolved. Raises ConfigError for a logger that is named and not installed."""
+    if "auto" in names:
+        found = ("tensorboard",) if find_spec("tensorboard") else ()
+        names = tuple(dict.fromkeys([*found, *(name for name in names if name != "auto")]))
     for name in names:
         if find_spec(name) is None:
             raise ConfigError(f"--loggers {name}: the package is not installed: pip install 'pecobook[{name}]'.")
+    return names
 
 
 def open_sinks(

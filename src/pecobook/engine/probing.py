@@ -25,6 +25,7 @@ from pecobook.engine.value_range import set_value_range
 from pecobook.errors import DataError
 from pecobook.settings.training import ProbedTrainConfig, TrainConfig
 from pecobook.utils.distributed import gather_rows, long_on_first_rank, on_first_rank
+from pecobook.utils.extras import require
 from pecobook.utils.json_files import metric_lines
 
 if TYPE_CHECKING:
@@ -50,6 +51,7 @@ def open_probe(config: TrainConfig) -> Splits | None:
     """
     if not isinstance(config, ProbedTrainConfig) or not config.probe_data:
         return None
+    require("analysis", "--probe-data")
     try:
         splits = open_images(config.probe_data)
         set_value_range(splits, config.value_range)

@@ -12,13 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pecobook.errors import PecobookError
 from pecobook.models import onnx_readme
 from pecobook.models.dense.segmenter import FixedSizeSegmenter, Segmenter
 from pecobook.models.export import range_entry
 from pecobook.models.weights import Backbone, Classifier
 from pecobook.settings.images import AUTO
 from pecobook.settings.segment import SegmentTestConfig
+from pecobook.utils.extras import require
 from pecobook.utils.files import write_atomically, write_json
 
 
@@ -150,11 +150,7 @@ def _write_readme(folder: Path, metadata: dict[str, Any], lines: str) -> None:
 
 def require_onnx() -> None:
     """Raise PecobookError if the packages that write ONNX are not installed."""
-    try:
-        import onnx  # noqa: F401
-        import onnxscript  # noqa: F401
-    except ImportError:
-        raise PecobookError("ONNX files need two more packages: pip install 'pecobook[onnx]'.") from None
+    require("onnx", "--format onnx")
 
 
 def write_onnx(
@@ -181,11 +177,11 @@ def write_onnx(
         PecobookError: the packages that write ONNX are not installed.
     """
     require_onnx()
+    # Exported here, since some versions of torch.onnx.export trace bytecode first, and crash on a codebook's search.
+    exported = torch.export.export(module.eval(), (example,), dynamic_shapes=(shape,), strict=False)
     program = torch.onnx.export(
-        module.eval(),
-        (example,),
+        exported,
         dynamo=True,
-        dynamic_shapes=(shape,),
         input_names=[input_name],
         output_names=[output_name],
         verbose=False,

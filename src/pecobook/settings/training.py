@@ -173,8 +173,9 @@ class TrainConfig(ImagesConfig):
     shuffle_window: int = 0
     """Number of images that are shuffled together, as 32 runs of neighbouring images. 0 shuffles all images of an
     epoch; some thousand are for storage that is slow at single images: object storage, NFS, spinning disks."""
-    loggers: tuple[str, ...] = ("tensorboard",)
-    """Loggers in addition to metrics.jsonl: any of tensorboard, wandb, mlflow."""
+    loggers: tuple[str, ...] = ("auto",)
+    """Loggers in addition to metrics.jsonl: any of tensorboard, wandb, mlflow. auto is tensorboard where it is
+    installed."""
     tracking: TrackingConfig = TrackingConfig()
     log_every: int = 10
     """Number of steps between logged metrics."""
@@ -223,8 +224,8 @@ class TrainConfig(ImagesConfig):
         if self.resume and self.overwrite:
             raise ConfigError("--resume and --overwrite exclude each other: give one of them.")
         for name in self.loggers:
-            if name not in ("tensorboard", "wandb", "mlflow"):
-                refuse("loggers", f"takes tensorboard, wandb and mlflow, not '{name}'.")
+            if name not in ("auto", "tensorboard", "wandb", "mlflow"):
+                refuse("loggers", f"takes auto, tensorboard, wandb and mlflow, not '{name}'.")
         different(self, "loggers")
         check_durations("max_steps", [self.max_steps], percent=False)
 

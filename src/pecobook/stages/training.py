@@ -7,6 +7,7 @@ import dataclasses
 import json
 import re
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Generic, NamedTuple, TypeVar, cast
 
@@ -46,6 +47,7 @@ from pecobook.utils.printer import of_run, show
 C = TypeVar("C", bound=TrainConfig)
 _LISTED = 6
 """Settings that the line on the recipe names; config.diff has all."""
+_NO_TENSORBOARD = "metrics.jsonl and curves.png; TensorBoard's event files need pip install 'pecobook[tensorboard]'"
 
 
 def train(stage_type: type[Stage[C]], config: C, recipe: str = "") -> Path:
@@ -123,7 +125,9 @@ def preflight(stage_type: type[Stage[C]], config: C) -> Ready[C]:
     with without_downloads() if problems.problems else contextlib.nullcontext():
         prebuilt = problems.check(lambda: stage_type.check(config))
     problems.check(lambda: launch.micro_batch_size(config))
-    problems.check(lambda: log.check_loggers(config.loggers))
+    loggers = problems.check(lambda: log.resolve_loggers(config.loggers))
+    if loggers is not None:
+        config = dataclasses.replace(config, loggers=loggers)
     problems.finish()
     assert splits is not None
     return Ready(config, splits, stage_type.build(config, splits, prebuilt), probe)
@@ -163,7 +167,9 @@ def _preamble(ready: Ready[Any], recipe: str) -> list[str]:
     probes = []
     if ready.probe is not None and isinstance(config, ProbedTrainConfig):
         probes = [("probe", describe_probe(config, ready.probe))]
-    return aligned([*describe(splits), *weights, *describe_run(stage, config, len(splits.train)), *probes, *settings])
+    logs = [] if find_spec("tensorboard") else [("logs", _NO_TENSORBOARD)]
+    run = describe_run(stage, config, len(splits.train))
+    return aligned([*describe(splits), *weights, *run, *probes, *logs, *settings])
 
 
 def _rates_of_random_weights(config: TrainConfig) -> list[str]:

@@ -33,6 +33,7 @@ from pecobook.settings.codebook import CodebookConfig
 from pecobook.settings.reproduce import ReproduceConfig
 from pecobook.settings.values import replace, to_dict
 from pecobook.stages.codebook import CodebookStage
+from pecobook.utils.extras import require
 from pecobook.utils.files import write_atomically
 from pecobook.utils.folder_lock import FolderLock
 from pecobook.utils.output_folder import SHARED_WAIT, OutputFolder, check_new_file
@@ -107,6 +108,7 @@ def _check_file(flag: str, name: str) -> None:
 
 def _preflight(config: ReproduceConfig) -> Plan:
     preflight = Preflight()
+    preflight.check(lambda: require("analysis", "pecobook reproduce"))
     paper_tables = preflight.check(lambda: chosen_tables(config.tables))
     splits = preflight.check(lambda: open_readable(config.data, config.value_range))
     preflight.check(_folder(config).check)
