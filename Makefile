@@ -18,12 +18,15 @@ On a machine without a GPU PyTorch's CPU wheels are a tenth of that: see "Withou
 endef
 export INSTALLING
 
+# Builds the site into build/site; a link or an anchor that leads nowhere is an error.
+MKDOCS := NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
 # What a small processor computes: AVX2 alone, without AVX-512 and bfloat16.
 SMALL_CPU := ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 OPENBLAS_CORETYPE=Haswell
 SENSITIVE := tests/stages/test_golden.py tests/stages/test_classify.py tests/models/test_nearest.py \
 	tests/models/test_nearest_triton.py tests/models/test_quantizer.py
 
-.PHONY: demo test campaign test-all test-gpu test-portable check format clean
+.PHONY: demo docs test campaign test-all test-gpu test-portable check format clean
 
 demo: $(VENV)/.run
 	$(BIN)/pecobook demo --out $(OUT)
@@ -48,6 +51,10 @@ check: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(MKDOCS) --quiet
+
+docs: $(VENV)/.dev
+	$(MKDOCS)
 
 format: $(VENV)/.dev
 	$(BIN)/ruff check --fix .

@@ -27,6 +27,7 @@ from pecobook.models.tokenizers import fingerprint, load_tokenizer
 from pecobook.settings.explore import ExploreConfig
 from pecobook.settings.values import replace
 from pecobook.utils.devices import device
+from pecobook.utils.extras import require
 from pecobook.utils.printer import say, show
 
 __all__ = ["ExploreConfig", "explore"]
@@ -40,6 +41,7 @@ def explore(config: ExploreConfig | None = None, *, block: bool = True, **settin
         ConfigError: the port is in use.
     """
     config = replace(config or ExploreConfig(), settings)
+    require("analysis", "pecobook explore")
     server = Server(config)  # before anything slow is done
     try:
         server.serve(_open(config))
