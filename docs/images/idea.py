@@ -60,7 +60,8 @@ def colours(codebook: Tensor) -> Tensor:
     centred = codebook - codebook.mean(0)
     axes = torch.linalg.svd(centred, full_matrices=False).Vh[:3]
     ranks = (centred @ axes.T).argsort(0).argsort(0) / (len(codebook) - 1)
-    return 0.12 + 0.8 * ranks
+    scaled: Tensor = 0.12 + 0.8 * ranks
+    return scaled
 
 
 def embedded(picture: Picture, x: float, y: float, *, smooth: bool) -> str:

@@ -13,7 +13,7 @@ LABELS = np.random.default_rng(1).integers(0, C, 40)
 
 def test_occurrences__are_the_patches_of_each_codeword() -> None:
     found = occurrences(CODES, K)
-    assert found.counts.tolist() == [(code == CODES).sum() for code in range(K)]
+    assert found.counts.tolist() == [np.asarray(code == CODES).sum() for code in range(K)]
     for code in range(K):
         assert found.of(code).tolist() == np.argwhere(code == CODES).tolist()
     assert found.codewords().tolist() == np.sort(CODES.reshape(-1)).tolist()
@@ -24,7 +24,7 @@ def test_exemplars__are_of_different_images_first() -> None:
     drawn = found.exemplars(2, 30)
     assert all(CODES[image, row, column] == 2 for image, row, column in drawn)
     assert len({tuple(patch) for patch in drawn.tolist()}) == 30
-    with_code = int((CODES == 2).any((1, 2)).sum())
+    with_code = int(np.asarray(CODES == 2).any((1, 2)).sum())
     assert len(np.unique(drawn[:with_code, 0])) == min(with_code, 30)
     assert np.array_equal(drawn, found.exemplars(2, 30))
     assert len(found.exemplars(1, 30)) == 0
@@ -33,7 +33,7 @@ def test_exemplars__are_of_different_images_first() -> None:
 def test_main_places__are_the_most_frequent() -> None:
     place, most = main_places(occurrences(CODES, K))
     for code in range(K):
-        counts = (code == CODES).sum(0).reshape(-1)
+        counts = np.asarray(code == CODES).sum(0).reshape(-1)
         assert most[code] == counts.max()
         assert place[code] == counts.argmax()
 
@@ -42,9 +42,9 @@ def test_class_counts__equal_a_loop_over_images() -> None:
     found = occurrences(CODES, K)
     table = class_counts(found, LABELS, C)
     expected = [
-        (code, label, int(has[label == LABELS].sum()), int((code == CODES[label == LABELS]).sum()))
+        (code, label, int(has[label == LABELS].sum()), int(np.asarray(code == CODES[label == LABELS]).sum()))
         for code in range(K)
-        for has in [(code == CODES).any((1, 2))]
+        for has in [np.asarray(code == CODES).any((1, 2))]
         for label in range(C)
         if has[label == LABELS].any()
     ]
@@ -52,8 +52,8 @@ def test_class_counts__equal_a_loop_over_images() -> None:
     assert list(zip(*(column.tolist() for column in columns), strict=True)) == expected
     assert table.rows(4) == slice(*np.searchsorted([row[0] for row in expected], [4, 5]).tolist())
     for row, (code, label, images, _) in enumerate(expected):
-        with_code = (code == CODES).any((1, 2)).sum()
-        assert table.lift[row] == pytest.approx((images / with_code) / ((label == LABELS).sum() / 40))
+        with_code = np.asarray(code == CODES).any((1, 2)).sum()
+        assert table.lift[row] == pytest.approx((images / with_code) / (np.asarray(label == LABELS).sum() / 40))
     label_of, purity = table.purity(found.counts)
     of_four = {label: patches for code, label, _, patches in expected if code == 4}
     assert of_four[int(label_of[4])] == max(of_four.values())

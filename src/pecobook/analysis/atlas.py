@@ -130,7 +130,7 @@ def _typical_patches(images: Tensor, codes: Tensor, num_codewords: int) -> tuple
 
     def parts() -> Any:
         for part, part_codes in zip(float_parts(images), torch.split(codes, 64), strict=True):
-            blocks = F.interpolate(part.float().cpu(), size, mode="area").unflatten(3, (w, _DETAIL))
+            blocks = F.interpolate(part.float().cpu(), size, mode="area").unflatten(3, (w, _DETAIL))  # type: ignore[no-untyped-call]
             patches = blocks.unflatten(2, (h, _DETAIL)).permute(0, 2, 4, 1, 3, 5)  # (n, h, w, 3, detail, detail)
             yield patches.reshape(part_codes.numel(), -1), part_codes.flatten()
 
@@ -140,7 +140,7 @@ def _typical_patches(images: Tensor, codes: Tensor, num_codewords: int) -> tuple
     distance = torch.cat([(patches - mean[part_codes]).square().sum(1) for patches, part_codes in parts()])
     order = np.lexsort((distance.numpy(), flat.numpy()))  # by codeword, the nearest patch first
     first = torch.searchsorted(flat[order], torch.arange(K)).clamp_max(len(flat) - 1)
-    return torch.from_numpy(order)[first], mean.unflatten(1, (3, -1)).mean(2)
+    return torch.from_numpy(order)[first], mean.reshape(len(mean), 3, -1).mean(2)
 
 
 def _tiles(images: Tensor, patches: Tensor, grid: tuple[int, int], side: int) -> NDArray[np.uint8]:

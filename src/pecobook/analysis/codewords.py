@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -227,7 +228,7 @@ def code_gallery(
     return rows
 
 
-def one_per_image_first(image: NDArray[np.int64], rng: np.random.Generator) -> NDArray[np.int64]:
+def one_per_image_first(image: NDArray[np.signedinteger[Any]], rng: np.random.Generator) -> NDArray[np.int64]:
     """Return a random order of patches (count,) in which every image comes once before any image comes again."""
     order = rng.permutation(len(image))
     num_earlier: dict[int, int] = {}
