@@ -18,7 +18,7 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from pecobook.errors import ConfigError, printable
 from pecobook.settings.tracking import TrackingConfig
@@ -27,14 +27,14 @@ from pecobook.utils.json_files import metric_lines
 from pecobook.utils.printer import print_above, show, write_notes_to
 
 
-class Sink(Protocol):
-    """A logger that records metrics and pictures."""
+class Sink:
+    """A logger that records metrics and pictures; by default it does nothing."""
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
         """Record `metrics` of `step`."""
 
     def picture(self, name: str, png: bytes, step: int) -> None:
-        """Record a picture."""
+        """Record a picture, which is also in samples/."""
 
     def flush(self) -> None:
         """Bring to the disk what was recorded, before a checkpoint from which the run resumes after it."""
@@ -43,7 +43,7 @@ class Sink(Protocol):
         """Flush and close the logger."""
 
 
-class JsonLines:
+class JsonLines(Sink):
     """Write metrics.jsonl: one JSON object for each logged step."""
 
     def __init__(self, path: Path, *, start_step: int) -> None:
@@ -65,9 +65,6 @@ class JsonLines:
         self._file.flush()
         self.last = {**logged, **added}
 
-    def picture(self, name: str, png: bytes, step: int) -> None:
-        """Ignore the picture, which is already in samples/."""
-
     def flush(self) -> None:
         """Flush the file to the disk."""
         os.fsync(self._file.fileno())
@@ -86,7 +83,7 @@ def _drop_after(path: Path, step: int) -> dict[str, Any]:
     return kept[-1][1] if kept else {}
 
 
-class TensorBoard:
+class TensorBoard(Sink):
     """Write TensorBoard events into the run folder.
 
     Args:
@@ -137,7 +134,7 @@ def _hide_writer_errors(arguments: threading.ExceptHookArgs) -> None:
         threading.__excepthook__(arguments)
 
 
-class WeightsAndBiases:
+class WeightsAndBiases(Sink):
     """Log to a run in Weights & Biases."""
 
     def __init__(self, folder: Path, config: dict[str, Any], tracking: TrackingConfig = TrackingConfig()) -> None:
@@ -166,15 +163,12 @@ class WeightsAndBiases:
         """Record an image."""
         self._run.log({name: self._wandb.Image(_decode(png))}, step=step)
 
-    def flush(self) -> None:
-        """Do nothing: the package sends what it has."""
-
     def close(self) -> None:
         """Finish the run."""
         self._run.finish()
 
 
-class MLflow:
+class MLflow(Sink):
     """Log to a run in MLflow, at the server of MLFLOW_TRACKING_URI, or offline into the folder `mlruns` of the run."""
 
     def __init__(self, folder: Path, config: dict[str, Any], tracking: TrackingConfig = TrackingConfig()) -> None:
@@ -200,9 +194,6 @@ class MLflow:
     def picture(self, name: str, png: bytes, step: int) -> None:
         """Record an image."""
         self._mlflow.log_image(_decode(png), f"{name}/{step:08d}.png")
-
-    def flush(self) -> None:
-        """Do nothing: the package sends what it has."""
 
     def close(self) -> None:
         """End the run."""

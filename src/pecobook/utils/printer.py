@@ -28,14 +28,14 @@ class _Run:
 _run = _Run()
 
 
-def show(text: str, *, stdout: bool = False, end: str = "\n") -> None:
+def show(text: str, *, stdout: bool = False, end: str = "\n", always: bool = False) -> None:
     """Print text to the screen: on standard error, or on standard output what other programs may read.
 
     Where standard error has gone, as with a closed terminal or the disk of its file full, the text is lost, and not the
-    run.
+    run. With `always` a process speaks that otherwise leaves it to another one.
     """
     text = printable(text, keep="\n\t")
-    if _run.quiet:
+    if _run.quiet and not always:
         return
     with contextlib.nullcontext() if stdout else contextlib.suppress(OSError):
         if _run.screen is not None and not stdout:
