@@ -64,7 +64,7 @@ def test_last_layer__is_what_the_network_puts_out_of_its_patches() -> None:
     target = FeatureTarget("timm:test_vit", TargetConfig(weights="random"), 160, seed=3)
     images = torch.rand(2, 3, 160, 160, generator=torch.Generator().manual_seed(0))
     network = timm.create_model("test_vit", num_classes=0)
-    state = target.network.network.network.state_dict()  # type: ignore[union-attr, operator]
+    state = target.network.network.network.state_dict()  # type: ignore[union-attr]
     assert not network.load_state_dict(state, strict=False).unexpected_keys
     with torch.no_grad():
         tokens = network.eval().forward_features((images - 0.5) / 0.5)[:, network.num_prefix_tokens :]

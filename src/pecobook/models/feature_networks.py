@@ -86,7 +86,8 @@ def load_feature_network(
     resampled = input_size and (not network.startswith("timm:") or network_traits(network).is_plain)
     backbone = load_backbone(network, weights=weights, image_size=input_size if resampled else None, mean=mean, std=std)
     traits = traits_of(backbone.network)
-    patch = backbone.network.patch_embed.patch_size[0] if traits.is_plain else 0  # type: ignore[index, union-attr]
+    patch_embed: Any = getattr(backbone.network, "patch_embed", None)
+    patch = int(patch_embed.patch_size[0]) if traits.is_plain else 0
     if patch and input_size % patch:
         fitting = max(round(input_size / patch), 1) * patch
         raise ConfigError(

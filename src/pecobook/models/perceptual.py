@@ -133,7 +133,7 @@ class PerceptualDistance(nn.Module):
         """Return the distance of equation 4: two float (B, 3, H, W) in [0, 1] to (B,)."""
         return self.per_layer(x, y).sum(0)
 
-    def distance_to_features(self, target: Sequence[Tensor], y: Tensor) -> Tensor:
+    def distance_to_features(self, target: Sequence[Any], y: Tensor) -> Tensor:
         """Return the distance of equation 4 between precomputed features and images.
 
         Args:
@@ -205,7 +205,7 @@ class PerceptualSum(nn.Module):
         """Return the sum of the distances: two float (B, 3, H, W) in [0, 1] to (B,)."""
         return self.per_layer(x, y).sum(0)
 
-    def distance_to_features(self, target: Sequence[Sequence[Tensor]], y: Tensor) -> Tensor:
+    def distance_to_features(self, target: Sequence[Any], y: Tensor) -> Tensor:
         """Return the sum of the distances between precomputed features and images, (B,)."""
         parts = zip(self._each, self.weights, target, strict=True)
         terms = [weight * distance.distance_to_features(features, y) for distance, weight, features in parts]

@@ -124,8 +124,8 @@ class PretrainStage(Stage[PretrainConfig]):
             logits = outputs.float()  # (B M, K)
             loss, best = F.cross_entropy(logits, targets), logits.argmax(1)
         accuracy = 100 * (best == targets).float().mean()
-        has_pictures = not (self.training or getattr(self.tokenizer, "predicts", ""))
-        pictures = self._pictures(images, mask, codes, best) if has_pictures else {}
+        predicts = getattr(self.tokenizer, "predicts", "")  # features, so that there is nothing to draw
+        pictures = {} if self.training or predicts else self._pictures(images, mask, codes, best)
         return StageOutput(loss, {"accuracy": accuracy.detach()}, pictures)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # it would compile the whole network once more
