@@ -44,7 +44,7 @@ def test_class_counts__equal_a_loop_over_images() -> None:
     expected = [
         (code, label, int(has[label == LABELS].sum()), int(np.asarray(code == CODES[label == LABELS]).sum()))
         for code in range(K)
-        for has in [np.asarray(code == CODES).any((1, 2))]
+        for has in [np.asarray(np.asarray(code == CODES).any((1, 2)))]
         for label in range(C)
         if has[label == LABELS].any()
     ]
