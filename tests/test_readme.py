@@ -37,7 +37,10 @@ def test_readme__commands_and_python_run(tmp_path: Path, monkeypatch: pytest.Mon
 
 # Flags that make the README's commands quick enough for a test.
 _SMALL = {
-    **{command: ["--batch-size", "16"] for command in ("contrast", "codebook", "pretrain", "finetune")},
+    **{
+        command: ["--batch-size", "16", "--evaluation-images", "16"]
+        for command in ("contrast", "codebook", "pretrain", "finetune")
+    },
     "probe": ["--max-train", "200", "--max-test", "60"],
 }
 
