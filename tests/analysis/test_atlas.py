@@ -33,7 +33,7 @@ def test_an_atlas_has_each_used_codeword_once_from_dark_to_bright() -> None:
     cells = [[atlas.codeword_at(row, column) for column in range(3)] for row in range(3)]
     assert cells[2][2] is None  # 8 codewords in 9 cells
     assert atlas.codeword_at(0, 3) is None
-    assert np.mean([row[0] for row in cells]) < np.mean([row[2] for row in cells[:2]])  # type: ignore[arg-type]
+    assert np.mean([row[0] for row in cells]) < np.mean([row[2] for row in cells[:2]])
     again = make_atlas((255 * images).round().to(torch.uint8), codes, tokenizer.codebook)
     assert np.array_equal(atlas.codewords, again.codewords)
     assert np.abs(atlas.tiles.astype(int) - again.tiles).max() <= 1
