@@ -130,8 +130,8 @@ def _typical_patches(images: Tensor, codes: Tensor, num_codewords: int) -> tuple
 
     def parts() -> Any:
         for part, part_codes in zip(float_parts(images), torch.split(codes, 64), strict=True):
-            blocks = F.interpolate(part.float().cpu(), size, mode="area").unflatten(3, (w, _DETAIL))  # type: ignore[no-untyped-call]
-            patches = blocks.unflatten(2, (h, _DETAIL)).permute(0, 2, 4, 1, 3, 5)  # (n, h, w, 3, detail, detail)
+            blocks = F.interpolate(part.float().cpu(), size, mode="area").reshape(-1, 3, h, _DETAIL, w, _DETAIL)
+            patches = blocks.permute(0, 2, 4, 1, 3, 5)  # (n, h, w, 3, detail, detail)
             yield patches.reshape(part_codes.numel(), -1), part_codes.flatten()
 
     for patches, part_codes in parts():
@@ -140,7 +140,7 @@ def _typical_patches(images: Tensor, codes: Tensor, num_codewords: int) -> tuple
     distance = torch.cat([(patches - mean[part_codes]).square().sum(1) for patches, part_codes in parts()])
     order = np.lexsort((distance.numpy(), flat.numpy()))  # by codeword, the nearest patch first
     first = torch.searchsorted(flat[order], torch.arange(K)).clamp_max(len(flat) - 1)
-    return torch.from_numpy(order)[first], mean.reshape(len(mean), 3, -1).mean(2)
+    return torch.from_numpy(order)[first], mean.reshape(K, 3, -1).mean(2)
 
 
 def _tiles(images: Tensor, patches: Tensor, grid: tuple[int, int], side: int) -> NDArray[np.uint8]:
@@ -160,7 +160,7 @@ def _tiles(images: Tensor, patches: Tensor, grid: tuple[int, int], side: int) ->
 
 
 def sprite(atlas: Atlas) -> Image.Image:
-    """Return one picture with all tiles at their cells, without gaps, in RGB; empty cells are transparent in `png`."""
+    """Return one picture with all tiles at their cells, without gaps, in RGB; empty cells are white."""
     side = atlas.tiles.shape[1]
     empty = atlas.rows * atlas.columns - len(atlas.tiles)
     tiles = np.concatenate([atlas.tiles, np.full((empty, side, side, 3), 255, np.uint8)])

@@ -5,6 +5,7 @@ Shapes: N images, codes int64 (N, h, w) with values in [0, K), codebook float (K
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -226,6 +227,32 @@ def code_gallery(
         )
         rows.append(GalleryRow(code, len(np.unique(occurrences[:, 0])), has_code.sum(0), crops))
     return rows
+
+
+def query_points(num_images: int, number: int, *, seed: int = 0) -> list[tuple[int, float, float]]:
+    """Draw places (image, y, x) in distinct images, with y and x in the middle half of an image of side 1."""
+    rng = np.random.default_rng(seed)
+    images = rng.permutation(num_images)[:number].tolist()
+    return [(image, *rng.uniform(0.25, 0.75, 2).tolist()) for image in images]  # type: ignore[misc]
+
+
+def matches(
+    images: Tensor, codes: Array, points: Sequence[tuple[int, float, float]], *, patches: int = 6, seed: int = 0
+) -> list[tuple[GalleryPatch, GalleryRow]]:
+    """Return the patch at each place, and patches of other images that share its codeword, drawn at random.
+
+    `images` and `codes` are those of `code_gallery`, and `points` those of `query_points`.
+    """
+    grid = as_numpy(codes)
+    found = []
+    for image, y, x in points:
+        row, column = int(y * grid.shape[1]), int(x * grid.shape[2])
+        code = int(grid[image, row, column])
+        (gallery,) = code_gallery(images, grid, codewords=1, patches=patches + 1, seed=seed, chosen=[code])
+        others = tuple(patch for patch in gallery.patches if patch.image != image)[:patches]
+        query = gallery_patch(image, images[image], grid.shape[1:], row, column)
+        found.append((query, dataclasses.replace(gallery, patches=others)))
+    return found
 
 
 def one_per_image_first(image: NDArray[np.signedinteger[Any]], rng: np.random.Generator) -> NDArray[np.int64]:

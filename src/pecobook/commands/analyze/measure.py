@@ -17,7 +17,7 @@ from torch import Tensor
 
 from pecobook.analysis.arrays import Array
 from pecobook.analysis.atlas import Atlas
-from pecobook.analysis.codewords import bag_of_codes, code_usage, mean_codewords
+from pecobook.analysis.codewords import bag_of_codes, code_usage, matches, mean_codewords, query_points
 from pecobook.analysis.figures import gallery_picture
 from pecobook.analysis.position import checkerboard, information_given_position, moved_codes, position_dependence
 from pecobook.analysis.probe import MIN_IMAGES, linear_probe
@@ -28,7 +28,14 @@ from pecobook.analysis.stability import stability
 from pecobook.commands.analyze.bank import Occurrences, bank_gallery, bank_usage, find_occurrences
 from pecobook.commands.analyze.classifier import RestrictedClassifier
 from pecobook.commands.analyze.inputs import AnalysisInputs, TokenizerInput
-from pecobook.commands.analyze.pictures import PATCHES, TokenizerMetrics, evenly_spaced, gallery_codewords, pictures_of
+from pecobook.commands.analyze.pictures import (
+    PATCHES,
+    QUERIES,
+    TokenizerMetrics,
+    evenly_spaced,
+    gallery_codewords,
+    pictures_of,
+)
 from pecobook.commands.extract import extract
 from pecobook.data.stream import read_all
 from pecobook.data.tokens import TokenBank
@@ -100,7 +107,8 @@ def evaluate_tokenizer(
     shown = evenly_spaced(len(images))
     originals = next(float_parts(images[shown]))
     restored = None if "predicts" in values else decode_all(tokenizer, codes[shown])
-    return TokenizerMetrics(name, values | probe_values, originals, restored, usage, correct), codes
+    same = matches(images, codes, query_points(len(images), QUERIES, seed=seed), seed=seed)
+    return TokenizerMetrics(name, values | probe_values, originals, restored, usage, correct, same), codes
 
 
 def _quality(

@@ -17,12 +17,14 @@ from pecobook.analysis import figures as draw
 from pecobook.analysis.atlas import Atlas, atlas_picture, make_atlas
 from pecobook.analysis.charts import code_usage_chart, read_metrics, training_curves
 from pecobook.analysis.codebook_map import nearest_used
-from pecobook.analysis.codewords import CodeUsage, code_gallery
+from pecobook.analysis.codewords import ClassShare, CodeUsage, GalleryPatch, GalleryRow, class_shares, code_gallery
 
 NUM_IMAGES = 6
 """Number of images in grids of reconstructions and predictions."""
 PATCHES = 12
 """Number of patches of each codeword in a gallery."""
+QUERIES = 4
+"""Number of patches that are looked up in every codebook."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,6 +41,8 @@ class TokenizerMetrics:
     usage: CodeUsage
     correct: dict[str, NDArray[np.bool_]]
     """Which held-out images each probe classified correctly, by the name of the probe; empty without labels."""
+    matches: list[tuple[GalleryPatch, GalleryRow]]
+    """The patches that the codebook holds to be the same as some patches, which are the same for all codebooks."""
 
 
 def pictures_of(
@@ -65,10 +69,9 @@ def pictures_of(
         seed: seed for codewords and patches that are drawn at random.
     """
     codebook = tokenizer.codebook.detach().float().cpu()
-    pictures = {
-        "gallery": gallery(images, codes, usage, requested=requested, seed=seed),
-        "positions": draw.position_map(codes, tokenizer.num_codewords),
-    }
+    shares = None if labels is None else class_shares(codes, labels, tokenizer.num_codewords, classes)
+    pictures = galleries(images, codes, usage, shares, requested=requested, seed=seed)
+    pictures["positions"] = draw.position_map(codes, tokenizer.num_codewords)
     most_used = int(usage.counts.argmax())
     chosen = [most_used, *nearest_used(codebook, most_used, usage.counts)]
     if len(chosen) > 1:
@@ -78,11 +81,29 @@ def pictures_of(
     return pictures | {"atlas": atlas_picture(atlas)}, atlas
 
 
-def gallery(images: Tensor, codes: Tensor, usage: CodeUsage, *, requested: Sequence[int] = (), seed: int) -> bytes:
-    """Draw patches of the codewords that `gallery_codewords` chooses."""
-    chosen = gallery_codewords(usage, requested, seed)
-    patches = code_gallery(images, codes, codewords=len(chosen), patches=PATCHES, seed=seed, chosen=chosen)
-    return draw.gallery_picture(patches)
+def galleries(
+    images: Tensor,
+    codes: Tensor,
+    usage: CodeUsage,
+    shares: Mapping[int, ClassShare] | None,
+    *,
+    requested: Sequence[int] = (),
+    seed: int,
+) -> dict[str, bytes]:
+    """Draw patches of codewords drawn at random, and of those with the largest class lift, or the most used ones.
+
+    `shares` are the classes of the codewords; None without labels. The requested codewords come before the random ones.
+    """
+    random = gallery_codewords(usage, requested, seed)[: len(set(requested)) + 4]
+    if shares:
+        ranked = sorted(shares, key=lambda code: (-shares[code].lift, code))[:4]
+    else:
+        ranked = np.argsort(-usage.counts, kind="stable")[: min(4, usage.codes_used)].tolist()
+    drawn = {}
+    for kind, chosen in (("gallery", random), ("gallery-ranked", ranked)):
+        rows = code_gallery(images, codes, codewords=len(chosen), patches=PATCHES, seed=seed, chosen=chosen)
+        drawn[kind] = draw.gallery_picture(rows, shares)
+    return drawn
 
 
 def evenly_spaced(count: int) -> Tensor:
@@ -100,12 +121,17 @@ def gallery_codewords(usage: CodeUsage, requested: Sequence[int], seed: int) -> 
 
 
 def side_by_side(measured: Sequence[TokenizerMetrics]) -> dict[str, bytes]:
-    """Draw the reconstructions and the codeword frequencies of all tokenizers in one picture each."""
+    """Draw the reconstructions, codeword frequencies and matches of all tokenizers in one picture each."""
     originals = max((metrics.images for metrics in measured), key=lambda images: images.shape[-1])
     restored = {metrics.name: metrics.restored for metrics in measured if metrics.restored is not None}
     columns = [(name, resize_nearest(images, originals.shape[-1])) for name, images in restored.items()]
     pictures = {"reconstructions.png": draw.image_columns([("original", originals), *columns])} if columns else {}
-    return {**pictures, "usage.png": code_usage_chart({metrics.name: metrics.usage.counts for metrics in measured})}
+    pictures["usage.png"] = code_usage_chart({metrics.name: metrics.usage.counts for metrics in measured})
+    if len(measured) > 1:
+        queries = [query for query, _ in measured[0].matches]
+        rows = [(metrics.name, [row for _, row in metrics.matches]) for metrics in measured]
+        pictures["matches.png"] = draw.matches_picture(queries, rows)
+    return pictures
 
 
 def curves_of(kind: str, sources: Mapping[str, str]) -> dict[str, bytes]:
