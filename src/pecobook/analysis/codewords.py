@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -175,8 +176,8 @@ def code_gallery(
     return rows
 
 
-def one_per_image_first(image: NDArray[np.int64], rng: np.random.Generator) -> NDArray[np.int64]:
-    """Return a random order of patches (count,) in which every image comes once before any image comes again."""
+def one_per_image_first(image: NDArray[Any], rng: np.random.Generator) -> NDArray[np.int64]:
+    """Return a random order of patches, of the given images (count,), in which no image comes again before all came."""
     order = rng.permutation(len(image))
     num_earlier: dict[int, int] = {}
     rounds = np.empty(len(order), dtype=np.int64)
