@@ -7,57 +7,57 @@ from scipy.stats import binom
 from pecobook.analysis.occurrences import class_counts, main_places, occurrences
 
 K, C = 12, 3
-CODES = np.random.default_rng(0).integers(0, K - 1, (40, 3, 5)) // 2 * 2  # odd codewords and the last are unused
-LABELS = np.random.default_rng(1).integers(0, C, 40)
+image_codes = np.random.default_rng(0).integers(0, K - 1, (40, 3, 5)) // 2 * 2  # odd codewords and the last are unused
+image_labels = np.random.default_rng(1).integers(0, C, 40)
 
 
 def test_occurrences__are_the_patches_of_each_codeword() -> None:
-    found = occurrences(CODES, K)
-    assert found.counts.tolist() == [np.asarray(code == CODES).sum() for code in range(K)]
+    found = occurrences(image_codes, K)
+    assert found.counts.tolist() == [(image_codes == code).sum() for code in range(K)]
     for code in range(K):
-        assert found.of(code).tolist() == np.argwhere(code == CODES).tolist()
-    assert found.codewords().tolist() == np.sort(CODES.reshape(-1)).tolist()
+        assert found.of(code).tolist() == np.argwhere(image_codes == code).tolist()
+    assert found.codewords().tolist() == np.sort(image_codes.reshape(-1)).tolist()
 
 
 def test_exemplars__are_of_different_images_first() -> None:
-    found = occurrences(CODES, K)
+    found = occurrences(image_codes, K)
     drawn = found.exemplars(2, 30)
-    assert all(CODES[image, row, column] == 2 for image, row, column in drawn)
+    assert all(image_codes[image, row, column] == 2 for image, row, column in drawn)
     assert len({tuple(patch) for patch in drawn.tolist()}) == 30
-    with_code = int(np.asarray(CODES == 2).any((1, 2)).sum())
+    with_code = int((image_codes == 2).any((1, 2)).sum())
     assert len(np.unique(drawn[:with_code, 0])) == min(with_code, 30)
     assert np.array_equal(drawn, found.exemplars(2, 30))
     assert len(found.exemplars(1, 30)) == 0
 
 
 def test_main_places__are_the_most_frequent() -> None:
-    place, most = main_places(occurrences(CODES, K))
+    place, most = main_places(occurrences(image_codes, K))
     for code in range(K):
-        counts = np.asarray(code == CODES).sum(0).reshape(-1)
+        counts = (image_codes == code).sum(0).reshape(-1)
         assert most[code] == counts.max()
         assert place[code] == counts.argmax()
 
 
 def test_class_counts__equal_a_loop_over_images() -> None:
-    found = occurrences(CODES, K)
-    table = class_counts(found, LABELS, C)
+    found = occurrences(image_codes, K)
+    table = class_counts(found, image_labels, C)
     expected = [
-        (code, label, int(has[label == LABELS].sum()), int(np.asarray(code == CODES[label == LABELS]).sum()))
+        (code, label, int(has[image_labels == label].sum()), int((image_codes[image_labels == label] == code).sum()))
         for code in range(K)
-        for has in [np.asarray(np.asarray(code == CODES).any((1, 2)))]
+        for has in [(image_codes == code).any((1, 2))]
         for label in range(C)
-        if has[label == LABELS].any()
+        if has[image_labels == label].any()
     ]
     columns = (table.codeword, table.label, table.images, table.patches)
     assert list(zip(*(column.tolist() for column in columns), strict=True)) == expected
     assert table.rows(4) == slice(*np.searchsorted([row[0] for row in expected], [4, 5]).tolist())
     for row, (code, label, images, _) in enumerate(expected):
-        with_code = np.asarray(code == CODES).any((1, 2)).sum()
-        assert table.lift[row] == pytest.approx((images / with_code) / (np.asarray(label == LABELS).sum() / 40))
+        with_code = (image_codes == code).any((1, 2)).sum()
+        assert table.lift[row] == pytest.approx((images / with_code) / ((image_labels == label).sum() / 40))
     label_of, purity = table.purity(found.counts)
     of_four = {label: patches for code, label, _, patches in expected if code == 4}
     assert of_four[int(label_of[4])] == max(of_four.values())
-    assert purity[4] == pytest.approx(100 * max(of_four.values()) / (CODES == 4).sum())
+    assert purity[4] == pytest.approx(100 * max(of_four.values()) / (image_codes == 4).sum())
     assert purity[1] == 0  # of an unused codeword
 
 

@@ -255,8 +255,8 @@ def matches(
     return found
 
 
-def one_per_image_first(image: NDArray[np.signedinteger[Any]], rng: np.random.Generator) -> NDArray[np.int64]:
-    """Return a random order of patches (count,) in which every image comes once before any image comes again."""
+def one_per_image_first(image: NDArray[Any], rng: np.random.Generator) -> NDArray[np.int64]:
+    """Return a random order of patches, of the given images (count,), in which no image comes again before all came."""
     order = rng.permutation(len(image))
     num_earlier: dict[int, int] = {}
     rounds = np.empty(len(order), dtype=np.int64)

@@ -6,6 +6,7 @@ Shapes: N images, code grid (h, w), P = h w places, K codewords, C classes.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -76,12 +77,17 @@ def main_places(found: Occurrences) -> tuple[NDArray[np.int64], NDArray[np.int64
 
 
 def _largest(
-    codeword: NDArray[np.int64], value: NDArray[np.int64], number: NDArray[np.int64], num_codewords: int
+    codeword: NDArray[Any], value: NDArray[Any], number: NDArray[Any], num_codewords: int
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Return the value with the largest number and that number for each codeword, (K,) each; the rows are sorted."""
+    """Return the first value with the largest number, and that number, of each codeword: (K,) each.
+
+    The rows are sorted by codeword; a codeword without rows has zeros.
+    """
     best, most = np.zeros(num_codewords, dtype=np.int64), np.zeros(num_codewords, dtype=np.int64)
-    last = np.lexsort((-value, number, codeword))  # the last row of each codeword is its largest, the first of equals
-    best[codeword[last]], most[codeword[last]] = value[last], number[last]
+    starts = np.flatnonzero(np.diff(codeword, prepend=-1))
+    most[codeword[starts]] = np.maximum.reduceat(number, starts)
+    rows = np.flatnonzero(number == most[codeword])[::-1]  # the last assignment counts: the first of equal values
+    best[codeword[rows]] = value[rows]
     return best, most
 
 
@@ -89,13 +95,13 @@ def _largest(
 class ClassCounts:
     """How often codewords and classes occur together; a row for each pair that does, sorted by codeword."""
 
-    codeword: NDArray[np.int64] = field(repr=False)
-    label: NDArray[np.int64] = field(repr=False)
-    images: NDArray[np.int64] = field(repr=False)
+    codeword: Integers = field(repr=False)
+    label: Integers = field(repr=False)
+    images: Integers = field(repr=False)
     """Number of images of the class with the codeword."""
-    patches: NDArray[np.int64] = field(repr=False)
+    patches: Integers = field(repr=False)
     """Number of patches of the codeword in images of the class."""
-    lift: NDArray[np.float64] = field(repr=False)
+    lift: NDArray[np.float32] = field(repr=False)
     """Share of the class among the images with the codeword, divided by its share among all images."""
     is_evidence: NDArray[np.bool_] = field(repr=False)
     """Whether the class is more frequent than by chance; see `class_counts`."""
@@ -148,7 +154,7 @@ def class_counts(found: Occurrences, labels: Array, num_classes: int) -> ClassCo
     pairs, row, images = np.unique(
         codeword.astype(np.int64) * num_classes + label_of[image], return_inverse=True, return_counts=True
     )
-    patches = np.bincount(row, weights=together).astype(np.int64)
+    patches = np.bincount(row, weights=together)
     sizes = np.bincount(label_of, minlength=num_classes)
     codeword, label = pairs // num_classes, pairs % num_classes
     base = sizes[label] / len(label_of)
@@ -156,4 +162,5 @@ def class_counts(found: Occurrences, labels: Array, num_classes: int) -> ClassCo
     tests = max(int((images_with > 0).sum()), 1) * max(int((sizes > 0).sum()), 1)
     lift = images / images_with[codeword] / base
     is_evidence = (images >= MIN_IMAGES) & (chance * tests < _LEVEL) & (lift > 1)
-    return ClassCounts(codeword, label, images, patches, lift, is_evidence, sizes, images_with)
+    codeword, label, images, patches = (column.astype(np.int32) for column in (codeword, label, images, patches))
+    return ClassCounts(codeword, label, images, patches, lift.astype(np.float32), is_evidence, sizes, images_with)
