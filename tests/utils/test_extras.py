@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-import tomllib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,8 +12,6 @@ from pecobook.data.images import open_images
 from pecobook.engine.probing import open_probe
 from pecobook.errors import PecobookError
 from pecobook.settings.contrast import ContrastConfig
-
-ROOT = Path(__file__).parents[2]
 
 
 def command(name: str, **settings: object) -> Callable[[], object]:
@@ -46,12 +43,3 @@ def test_extras__what_is_missing_is_named_before_any_work(
     with pytest.raises(PecobookError, match=rf"{name} needs [\w\- ]+: pip install 'pecobook\[{extra}\]'\."):
         call()
     assert not list(tmp_path.iterdir())
-
-
-def test_extras__have_one_lowest_version_of_each_package() -> None:
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    extras = {name: needs for name, needs in project["optional-dependencies"].items() if name != "dev"}
-    needs = {*project["dependencies"], *(need for needs in extras.values() for need in needs)}
-    lowest = sorted(need.partition("[")[0].partition(">=")[0] for need in needs if not need.startswith("pecobook["))
-    assert lowest == sorted(set(lowest))
-    assert all(need.count(">=") == 1 for need in needs if not need.startswith("pecobook["))
