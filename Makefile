@@ -37,7 +37,7 @@ SMALL_CPU := ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 OPENBLAS_CORETYPE=
 SENSITIVE := tests/stages/test_golden.py tests/stages/test_classify.py tests/models/test_nearest.py \
 	tests/models/test_nearest_triton.py tests/models/test_quantizer.py
 
-.PHONY: demo docs test campaign test-all test-gpu test-portable test-floors check package format clean
+.PHONY: demo docs test test-docs campaign test-all test-gpu test-portable test-floors check package format clean
 
 demo: $(VENV)/.run
 	$(BIN)/pecobook demo --out $(OUT)
@@ -75,6 +75,9 @@ check: $(VENV)/.dev
 
 docs: $(VENV)/.dev
 	$(MKDOCS)
+
+test-docs: $(VENV)/.dev
+	$(BIN)/pytest -m slow tests/test_tutorials.py
 
 format: $(VENV)/.dev
 	$(BIN)/ruff check --fix .

@@ -8,6 +8,7 @@ torch.
 from __future__ import annotations
 
 import ast
+import functools
 import inspect
 import json
 import re
@@ -80,11 +81,12 @@ def recipes_page() -> str:
         "This page is made from the recipes themselves. Costs are counted, measured or estimated, as each one says.",
     ]
     for command in RECIPES:
-        text += [f"## {command}", "| recipe | pixels | images a step | length |\n|---|---|---|---|"]
+        text += [f"## {command}", "| recipe | pixels | images a step | length | cost |\n|---|---|---|---|---|"]
         for name in RECIPES[command]:
             config = recipe(command, name)
-            length = re.sub(r"^(\d+)$", r"\1 steps", str(config.max_steps))
-            text[-1] += f"\n| [{name}](#{command}-{name}) | {config.image_size} | {config.batch_size:,} | {length} |"
+            length = f"{int(config.max_steps):,} steps" if config.max_steps.isdigit() else config.max_steps
+            numbers = f"{config.image_size} | {config.batch_size:,} | {length}"
+            text[-1] += f"\n| [{name}](#{command}-{name}) | {numbers} | {_cost(story(command, name))} |"
         for name in RECIPES[command]:
             first = claim(command, name)
             text.append(f"### {command} {name} {{ #{command}-{name} }}")
@@ -92,28 +94,44 @@ def recipes_page() -> str:
     return "\n\n".join(text) + "\n"
 
 
+# The first words of a part of a recipe's docstring: "Cost: ", "Result of MAE: ".
+_HEAD = re.compile(r"(?:Source|Command|Cost|Result)(?: of [^:]{1,60})?: ")
+
+
+def _cost(text: str) -> str:
+    """Return operations and time of a recipe in a few words, from its docstring; empty where it tells none."""
+    cost = " ".join(text.partition("Cost: ")[2].partition("Result")[0].split())
+    operations = re.search(r"[\d.,]+ [GT]FLOP(?= for an image)", cost)
+    time = re.search(r"(?:[Aa]bout|so) ([\d.]+ hours|[\d.]+ minutes) (?:of one (\w+)|there)", cost)
+    words = [f"{operations[0]} an image"] if operations else []
+    return "; ".join([*words, *([f"{time[1]} on {f'one {time[2]}' if time[2] else '2 CPU cores'}"] if time else [])])
+
+
 def _story(text: str) -> str:
     """Return the docstring of a recipe as Markdown: its commands as code, its other parts under their names."""
     parts: list[str] = []
     for line in text.splitlines():
-        if re.match(r"[A-Z][a-z]+: ", line) or not parts or (parts[-1] and not line.strip()):
+        if _HEAD.match(line) or not parts or (parts[-1] and not line.strip()):
             parts.append(line.strip())
         else:
             parts[-1] = f"{parts[-1]} {line.strip()}".strip()
     formatted = []
     for part in filter(None, parts):
-        head, colon, rest = part.partition(": ")
+        head, _, rest = part.partition(": ")
         if head == "Command":
             formatted.append(f"```text\n{rest}\n```")
         else:
-            formatted.append(f"**{head}:** {_escaped(rest)}" if colon and head.isalpha() else _escaped(part))
+            part, rest = (text.replace("docs/results.md", "[results](../results.md)") for text in (part, rest))
+            formatted.append(f"**{head}:** {_escaped(rest)}" if _HEAD.match(part) else _escaped(part))
     return "\n\n".join(formatted)
 
 
 def _escaped(text: str) -> str:
     """Return plain text in which no character outside of code has a meaning in Markdown or HTML."""
-    pieces = re.split(r"(`[^`]*`)", text)
-    return "".join(piece if piece.startswith("`") else re.sub(r"([*_<>\[\]|])", r"\\\1", piece) for piece in pieces)
+    pieces = re.split(r"(`[^`]*`|\[results\]\([^)]*\))", text)
+    plain = (re.sub(r"([*_<>\[\]|])", r"\\\1", piece) for piece in pieces[::2])
+    kept = [*pieces[1::2], ""]
+    return "".join(piece + code for piece, code in zip(plain, kept, strict=True))
 
 
 # ------------------------------------------------------------------------------------------------------------ settings
@@ -134,14 +152,14 @@ def settings_page(command: str) -> str:
     """Return usage, examples and every flag of a command."""
     content = COMMANDS[command]
     config = _settings(command)
-    recipe_name = DEFAULT_RECIPE if command in RECIPES or command == "tokenize" else ""
+    defaults = f" in recipe `{DEFAULT_RECIPE}`" if command in RECIPES or command == "tokenize" else ""
     examples = "\n".join(f"pecobook {example}" for example in content.examples)
     text = [
         f"# pecobook {command}",
         _escaped(inspect.getdoc(content.settings) or ""),
         f"```text\npecobook {command} {content.usage} [--flag value ...]\n```",
         f"Examples:\n\n```text\n{examples}\n```",
-        "Every flag, with its default in brackets" + (f" (of recipe `{recipe_name}`)." if recipe_name else "."),
+        f"Every flag; its default{defaults} stands in parentheses at the end.",
     ]
     types, texts, group = flags(content.settings), explanations(content.settings), ""
     for name, kind in sorted(types.items(), key=lambda pair: pair[0].count(".")):
@@ -166,6 +184,11 @@ def _settings(command: str) -> Any:
 # ----------------------------------------------------------------------------------------------------------------- API
 
 
+# What users call of the classes; their other methods serve pecobook's own commands.
+_MEMBERS: tuple[str, ...] = ("from_pretrained", "save_pretrained", "push_to_hub", "export_onnx", "encode", "decode", "codebook")
+_MEMBERS += ("forward", "predict", "per_layer", "update")
+
+
 def api_page() -> str:
     """Return the public names: classes and functions of tensors first, then the commands as functions."""
     names = [name for name in pecobook.__all__ if name not in COMMANDS]
@@ -174,7 +197,8 @@ def api_page() -> str:
         "All public names, by their docstrings: `from pecobook import NAME`. The guide [Python](../python.md) has "
         "examples.",
     ]
-    text += [f"::: pecobook.{pecobook._HOMES[name]}.{name}" for name in sorted(names, key=str.lower)]
+    members = f"\n    options:\n      inherited_members: true\n      members: [{', '.join(_MEMBERS)}]"
+    text += [f"::: pecobook.{pecobook._HOMES[name]}.{name}{members}" for name in sorted(names, key=str.lower)]
     text += [
         "## The commands as functions",
         "Each command is a function of the same name whose keywords are the flags of the [command](settings.md).",
@@ -205,17 +229,22 @@ _AREAS = {
 def messages() -> dict[str, list[str]]:
     """Return every text of an error or note in the source, by area, with "…" for the parts that vary."""
     found: dict[str, dict[str, None]] = defaultdict(dict)
-    for file in sorted(SOURCE.rglob("*.py")):
+    for file, tree in _trees().items():
         area = _AREAS.get(file.relative_to(SOURCE).parts[0], "Commands beside training")
-        for text in _texts(ast.parse(file.read_text())):
+        for text in _texts(tree):
             found[area][text] = None
     return {area: sorted(texts, key=str.lower) for area, texts in found.items()}
 
 
 def all_texts() -> list[str]:
     """Return every text in the source, whether or not it is a message of its own, with "…" for the parts that vary."""
-    trees = [ast.parse(file.read_text()) for file in SOURCE.rglob("*.py")]
-    return [_shown(node) for tree in trees for node in ast.walk(tree) if _is_text(node)]
+    return [_shown(node) for tree in _trees().values() for node in ast.walk(tree) if _is_text(node)]
+
+
+@functools.cache
+def _trees() -> dict[Path, ast.AST]:
+    """Return the syntax tree of every file of the source."""
+    return {file: ast.parse(file.read_text()) for file in sorted(SOURCE.rglob("*.py"))}
 
 
 def _texts(tree: ast.AST) -> Iterator[str]:

@@ -51,13 +51,13 @@ class Walk:
         self.ran: dict[str, int] = {}
         """Exit code of each command."""
 
-    def page(self, page: Path) -> dict[str, Any]:
-        """Run the `sh` and `python` blocks of a page; return the names that its Python has defined."""
+    def page(self, page: Path, languages: tuple[str, ...] = ("sh", "python")) -> dict[str, Any]:
+        """Run the blocks of a page in these languages; return the names that its Python has defined."""
         names: dict[str, Any] = {}
         for language, text in blocks(page):
-            if language == "python":
+            if language == "python" and language in languages:
                 exec(compile(text, str(page), "exec"), names)
-            elif language == "sh":
+            elif language == "sh" and language in languages:
                 for line in text.splitlines():
                     self._run(line)
         return names

@@ -131,7 +131,7 @@ def probe_comparisons(results: Results) -> Section:
 
 def probe_chart(results: Results, metrics: Collection[str] = tuple(PERCENT_METRICS)) -> bytes | None:
     """Draw the accuracies of probes with sampling errors; None if the number of test images is unknown or small."""
-    tokenizers = results.get("tokenizers") or ({},)
+    tokenizers: Sequence[dict[str, Any]] = results.get("tokenizers") or ({},)
     number, accuracies = results.get("num_test") or tokenizers[0].get("num_images"), _accuracies(results, metrics)
     if not accuracies or not number or number < MIN_IMAGES:
         return None
