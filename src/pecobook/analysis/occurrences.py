@@ -162,5 +162,5 @@ def class_counts(found: Occurrences, labels: Array, num_classes: int) -> ClassCo
     tests = max(int((images_with > 0).sum()), 1) * max(int((sizes > 0).sum()), 1)
     lift = images / images_with[codeword] / base
     is_evidence = (images >= MIN_IMAGES) & (chance * tests < _LEVEL) & (lift > 1)
-    columns = [column.astype(np.int32) for column in (codeword, label, images, patches)]
-    return ClassCounts(*columns, lift.astype(np.float32), is_evidence, sizes, images_with)
+    codeword, label, images, counts = (column.astype(np.int32) for column in (codeword, label, images, patches))
+    return ClassCounts(codeword, label, images, counts, lift.astype(np.float32), is_evidence, sizes, images_with)
