@@ -61,6 +61,8 @@ EXCEPTIONS: dict[str, dict[str, str]] = {
     )
     for command in ("contrast", "codebook", "pretrain", "finetune", "segment", "detect")
 }
+for _command in ("contrast", "codebook", "pretrain", "finetune", "segment"):
+    EXCEPTIONS[_command]["compile-mode"] = "read with --compile, which these short trainings leave out"
 
 
 @contextlib.contextmanager
