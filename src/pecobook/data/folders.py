@@ -24,7 +24,7 @@ from pecobook.data.decode import read_file
 from pecobook.data.layout import Folder, Layout, count_unused, parts_of, read_layout
 from pecobook.data.names import BESIDE_ITS_IMAGE, IMAGE_EXTENSIONS, SHADOW_FOLDER, masks_among
 from pecobook.data.parts import Contents
-from pecobook.data.source import Integers, Note, Store
+from pecobook.data.source import Integers, Note, Store, arrow_binary
 from pecobook.errors import DataError, some_of
 from pecobook.utils.distributed import made_by_first_rank
 
@@ -109,11 +109,8 @@ class ImageNames:
 
     def finish(self) -> None:
         """Complete the last chunk."""
-        import pyarrow as pa
-
         if self._names:
-            # large_binary, because the paths of many millions of files exceed 2 GiB in total.
-            self.chunks.append(pa.array(self._names, pa.large_binary()))
+            self.chunks.append(arrow_binary(self._names))
             self._names = []
 
 

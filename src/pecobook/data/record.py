@@ -23,7 +23,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from pecobook.data.decode import BadImage
-from pecobook.data.source import ImageSource, Integers, Splits
+from pecobook.data.source import ImageSource, Integers, Splits, arrow_binary
 from pecobook.errors import RunFolderError, first_line, printable, some_of
 from pecobook.utils.files import write_atomically
 
@@ -65,17 +65,13 @@ class Record:
         import pyarrow as pa
         import pyarrow.parquet as pq
 
-        # pyarrow's conversion of lists and NumPy's arrays would import pandas, which takes half a second.
         count, contents = len(self.names), pa.lib.StringBuilder()
         contents.append_values(self.contents.get(number) for number in range(count))
-        ends = np.zeros(count + 1, np.int64)
-        np.cumsum(np.fromiter(map(len, self.names), np.int64, count), out=ends[1:])
-        names = [None, pa.py_buffer(ends), pa.py_buffer(b"".join(self.names))]
         numbers = [
             pa.Array.from_buffers(pa.int64(), count, [None, pa.py_buffer(np.ascontiguousarray(values, np.int64))])
             for values in (self.sizes, self.times)
         ]
-        columns = [pa.Array.from_buffers(pa.large_binary(), count, names), *numbers, contents.finish()]
+        columns = [arrow_binary(self.names), *numbers, contents.finish()]
         sink = pa.BufferOutputStream()
         table = pa.Table.from_arrays(columns, names=["name", "size", "time", "content"])
         pq.write_table(table, sink, compression="zstd", use_dictionary=False)

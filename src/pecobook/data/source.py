@@ -275,6 +275,20 @@ def hash_some(read: Callable[[int], bytes], rows: Integers) -> hashlib._Hash:
     return digest
 
 
+def arrow_binary(values: list[bytes]) -> Any:
+    """Return an Arrow array of texts, which may have more than 2 GiB in all.
+
+    pyarrow's own conversion of a list would import pandas, which takes half a second of a processor at every start.
+    """
+    import pyarrow as pa
+
+    ends = np.zeros(len(values) + 1, np.int64)
+    np.cumsum(np.fromiter(map(len, values), np.int64, len(values)), out=ends[1:])
+    return pa.Array.from_buffers(
+        pa.large_binary(), len(values), [None, pa.py_buffer(ends), pa.py_buffer(b"".join(values))]
+    )
+
+
 def file_version(file: Path) -> str:
     """Return text that changes when a file is replaced or written, also if its time is then set back.
 
