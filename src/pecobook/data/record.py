@@ -23,7 +23,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from pecobook.data.decode import BadImage
-from pecobook.data.source import ImageSource, Integers, Splits, arrow_binary
+from pecobook.data.source import ImageSource, Integers, Splits, arrow_binary, arrow_integers
 from pecobook.errors import RunFolderError, first_line, printable, some_of
 from pecobook.utils.files import write_atomically
 
@@ -65,13 +65,9 @@ class Record:
         import pyarrow as pa
         import pyarrow.parquet as pq
 
-        count, contents = len(self.names), pa.lib.StringBuilder()
-        contents.append_values(self.contents.get(number) for number in range(count))
-        numbers = [
-            pa.Array.from_buffers(pa.int64(), count, [None, pa.py_buffer(np.ascontiguousarray(values, np.int64))])
-            for values in (self.sizes, self.times)
-        ]
-        columns = [arrow_binary(self.names), *numbers, contents.finish()]
+        contents = pa.lib.StringBuilder()
+        contents.append_values(self.contents.get(number) for number in range(len(self.names)))
+        columns = [arrow_binary(self.names), arrow_integers(self.sizes), arrow_integers(self.times), contents.finish()]
         sink = pa.BufferOutputStream()
         table = pa.Table.from_arrays(columns, names=["name", "size", "time", "content"])
         pq.write_table(table, sink, compression="zstd", use_dictionary=False)

@@ -276,16 +276,25 @@ def hash_some(read: Callable[[int], bytes], rows: Integers) -> hashlib._Hash:
 
 
 def arrow_binary(values: list[bytes]) -> Any:
-    """Return an Arrow array of texts, which may have more than 2 GiB in all.
-
-    pyarrow's own conversion of a list would import pandas, which takes half a second of a processor at every start.
-    """
+    """Return an Arrow array of texts, which may have more than 2 GiB in all; see `arrow_integers`."""
     import pyarrow as pa
 
     ends = np.zeros(len(values) + 1, np.int64)
     np.cumsum(np.fromiter(map(len, values), np.int64, len(values)), out=ends[1:])
     return pa.Array.from_buffers(
         pa.large_binary(), len(values), [None, pa.py_buffer(ends), pa.py_buffer(b"".join(values))]
+    )
+
+
+def arrow_integers(values: Integers) -> Any:
+    """Return an Arrow array of the integers.
+
+    pyarrow's own conversion would import pandas, which takes half a second of a processor at every start.
+    """
+    import pyarrow as pa
+
+    return pa.Array.from_buffers(
+        pa.int64(), len(values), [None, pa.py_buffer(np.ascontiguousarray(values, dtype=np.int64))]
     )
 
 

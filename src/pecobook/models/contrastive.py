@@ -107,5 +107,4 @@ def initialise_moco(network: nn.Module) -> None:
 @torch.no_grad()
 def ema_update(slow: nn.Module, fast: nn.Module, momentum: float) -> None:
     """Set every parameter of `slow` to momentum x slow + (1 - momentum) x fast, on a GPU in a few kernels for all."""
-    pairs = zip(slow.parameters(), fast.parameters(), strict=True)
-    torch._foreach_lerp_(*map(list, zip(*pairs, strict=True)), 1 - momentum)
+    torch._foreach_lerp_(list(slow.parameters()), list(fast.parameters()), 1 - momentum)
