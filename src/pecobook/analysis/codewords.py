@@ -231,7 +231,7 @@ def query_points(num_images: int, number: int, *, seed: int = 0) -> list[tuple[i
     """Draw places (image, y, x) in distinct images, with y and x in the middle half of an image of side 1."""
     rng = np.random.default_rng(seed)
     images = rng.permutation(num_images)[:number].tolist()
-    return [(image, *rng.uniform(0.25, 0.75, 2).tolist()) for image in images]  # type: ignore[misc]
+    return [(image, *rng.uniform(0.25, 0.75, 2).tolist()) for image in images]
 
 
 def matches(
