@@ -176,9 +176,9 @@ def sprite_jpeg(atlas: Atlas) -> bytes:
 
 
 def atlas_picture(atlas: Atlas) -> bytes:
-    """Draw the atlas as a PNG of about 2,000 pixels, with gaps between the tiles and a transparent background."""
+    """Draw the atlas as a PNG of at most 2,000 pixels, with gaps between the tiles and a transparent background."""
     side = atlas.tiles.shape[1]
-    scale = max(round(2000 / (atlas.columns * side)), 1)
+    scale = 2 if 2 * atlas.columns * side <= 1800 else 1
     pitch = side * scale + max(side * scale // 16, 1)
     pixels = np.zeros((atlas.rows * pitch, atlas.columns * pitch, 4), np.uint8)
     for cell, tile in enumerate(atlas.tiles):
@@ -186,7 +186,7 @@ def atlas_picture(atlas: Atlas) -> bytes:
         pixels[top : top + side * scale, left : left + side * scale, :3] = tile.repeat(scale, 0).repeat(scale, 1)
         pixels[top : top + side * scale, left : left + side * scale, 3] = 255
     buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, format="PNG", compress_level=9)
+    Image.fromarray(pixels).save(buffer, format="PNG")
     return buffer.getvalue()
 
 
@@ -194,8 +194,8 @@ def as_json(atlas: Atlas) -> dict[str, Any]:
     """Return what a page shows beside the sprite, as lists with one entry a codeword; the names of the keys are short.
 
     `place` is the mean row and column of the patches in percent of the image, and `bound` the percentage of patches at
-    the most frequent position. `class` is an index of `classes`, -1 without labels, with its share and the share of all
-    images in percent, and its lift.
+    the most frequent position. `class` is an index of `classes`, the shares of the class among the codeword's images and
+    among all images in percent, and its lift; empty without labels.
     """
     h, w = atlas.positions.shape[1:]
     counts = np.maximum(atlas.counts, 1)
@@ -206,8 +206,6 @@ def as_json(atlas: Atlas) -> dict[str, Any]:
     shares = [(number[s.name], round(s.share), round(s.base, 1), round(s.lift, 1)) if s else () for s in atlas.classes]
     return {
         "columns": atlas.columns,
-        "tile": atlas.tiles.shape[1],
-        "total": atlas.num_codewords,
         "codeword": atlas.codewords.tolist(),
         "count": atlas.counts.tolist(),
         "images": atlas.images.tolist(),
