@@ -194,8 +194,8 @@ def as_json(atlas: Atlas) -> dict[str, Any]:
     """Return what a page shows beside the sprite, as lists with one entry a codeword; the names of the keys are short.
 
     `place` is the mean row and column of the patches in percent of the image, and `bound` the percentage of patches at
-    the most frequent position. `class` is an index of `classes`, the shares of the class among the codeword's images and
-    among all images in percent, and its lift; empty without labels.
+    the most frequent position. `class` is an index of `classes`, the shares of the class in the codeword's images and
+    in all images in percent, and its lift; empty without labels.
     """
     h, w = atlas.positions.shape[1:]
     counts = np.maximum(atlas.counts, 1)
