@@ -174,7 +174,6 @@ def test_analyze__without_labels_says_so(unlabelled_images: Path, codebook_run: 
     assert metrics["codeword_probe"] is None
     assert metrics["bag_probe"] is None
     assert set(metrics["information"]) == {"colour", "edges"}
-    assert "map-classes" not in metrics["pictures"]
     assert "have no labels" in page
     assert set(metrics) >= CONTRACT
 

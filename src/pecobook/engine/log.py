@@ -23,7 +23,7 @@ from pecobook.errors import ConfigError, printable
 from pecobook.settings.tracking import TrackingConfig
 from pecobook.utils.files import write_atomically
 from pecobook.utils.json_files import metric_lines
-from pecobook.utils.printer import print_above, show, write_notes_to
+from pecobook.utils.printer import doing, print_above, show, write_notes_to
 
 
 class Sink(Protocol):
@@ -284,17 +284,20 @@ class Progress:
         self._start, self._last_line, self._status = start, 0.0, ""
         self._first: tuple[int, float] | None = None  # the first step that was shown, and the time then
         self._bar: Any = None
+        doing("")
         if not quiet and sys.stderr.isatty():
             from rich.console import Console
             from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
             from rich.progress import Progress as Bar
+            from rich.table import Column
 
             self._bar = Bar(
                 TextColumn("[bold]{task.description}"),
-                BarColumn(),
+                BarColumn(bar_width=16),
                 MofNCompleteColumn(),
                 TextColumn("{task.fields[status]}", markup=False),
-                TimeElapsedColumn(),
+                TextColumn("elapsed"),
+                TimeElapsedColumn(table_column=Column(no_wrap=True, min_width=7)),
                 console=Console(stderr=True),
             )
             self._bar.start()

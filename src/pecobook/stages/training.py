@@ -40,7 +40,7 @@ from pecobook.settings.training import ProbedTrainConfig, TrainConfig
 from pecobook.settings.values import changed_settings, to_dict
 from pecobook.utils.distributed import on_first_rank
 from pecobook.utils.given import hook
-from pecobook.utils.printer import of_run, show
+from pecobook.utils.printer import doing, of_run, show
 
 C = TypeVar("C", bound=TrainConfig)
 _LISTED = 6
@@ -118,6 +118,7 @@ def preflight(stage_type: type[Stage[C]], config: C) -> Ready[C]:
         num_images = 0 if splits is None else len(splits.train)
         problems.check(lambda: run_folder.check(config, stage_type.command, num_images))
     probe = problems.check(lambda: open_probe(config))
+    doing("building the networks")
     torch.manual_seed(config.seed)  # seeds all random weights of the stage
     with without_downloads() if problems.problems else contextlib.nullcontext():
         prebuilt = problems.check(lambda: stage_type.check(config))
@@ -129,6 +130,7 @@ def preflight(stage_type: type[Stage[C]], config: C) -> Ready[C]:
 
 
 def _open(stage_type: type[Stage[C]], config: C) -> Splits:
+    doing(f"listing the images of {config.data}")
     splits = stage_type.open(config)
     names = (getattr(config, name, "") for name in ("tokenizer", "backbone", "perceptual", "init"))
     models = [name if isinstance(name, str) else name.network for name in names]  # the perceptual network is a group
