@@ -194,6 +194,7 @@ class PerceptualKeywords(PerceptualDistanceKeywords, total=False):
     """As PerceptualConfig."""
 
     weight: float
+    also: Sequence[Text]
     warmup: int
 
 
@@ -217,6 +218,14 @@ class ExplicitKeywords(TypedDict, total=False):
     output_dim: int
 
 
+class TargetKeywords(TypedDict, total=False):
+    """As TargetConfig."""
+
+    layer: Text
+    weights: Text
+    input_size: int
+
+
 class CodebookKeywords(CropTrainKeywords, total=False):
     """The keywords of `codebook`."""
 
@@ -225,6 +234,8 @@ class CodebookKeywords(CropTrainKeywords, total=False):
     perceptual: Any
     adversarial: AdversarialKeywords
     explicit: ExplicitKeywords
+    target_features: Text
+    target: TargetKeywords
     pixel_weight: float
     balance: bool
     transform: Callable[[Any], Any] | None
@@ -306,6 +317,7 @@ class FinetuneKeywords(CropTrainKeywords, StartKeywords, NormalisationKeywords, 
     label_smoothing: float
     rand_augment: Text
     random_erasing: float
+    repeats: int
     average: float
     eval_crop: float
     optim: OptimKeywords  # type: ignore[misc]

@@ -87,18 +87,22 @@ def test_resolve_precision__auto_is_bf16_where_the_cpu_is_faster_with_it(monkeyp
         launch.resolve_precision(TrainConfig(precision="fp16"))
 
 
-def test_a_training_imports_neither_torchmetrics_nor_transformers(images: Path, tmp_path: Path) -> None:
-    """Lightning would import both, which takes seconds at every start."""
+def test_a_training_imports_neither_torchmetrics_nor_transformers_nor_an_extra(images: Path, tmp_path: Path) -> None:
+    """Lightning would import both, which takes seconds at every start. `pip install pecobook` brings no extra."""
+    run = tmp_path / "run"
     program = (
         "import sys; from tests.runs import train\n"
-        f"train('codebook', {str(images)!r}, {str(tmp_path / 'run')!r}, max_steps='1')\n"
+        "sys.modules |= dict.fromkeys(('scipy', 'skimage', 'sklearn', 'tensorboard', 'threadpoolctl'))\n"
+        f"train('codebook', {str(images)!r}, {str(run)!r}, max_steps='1', loggers=('auto',))\n"
         "assert 'lightning_fabric' in sys.modules\n"
-        "assert not {'torchmetrics', 'transformers', 'scipy.signal', 'pandas', 'pecobook.stages.detect'} "
-        "& sys.modules.keys()\n"
-        "import torchmetrics; assert torchmetrics.__version__"
+        "assert not {'torchmetrics', 'transformers', 'pandas', 'pecobook.stages.detect'} & sys.modules.keys()\n"
+        "del sys.modules['scipy']; import torchmetrics; assert torchmetrics.__version__"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+    assert "TensorBoard's event files need pip install 'pecobook[tensorboard]'" in (run / "train.log").read_text()
+    assert (run / "curves.png").is_file()
+    assert not list(run.glob("events*"))
 
 
 def test_check_low_precision__a_residual_stream_in_bf16_needs_bf16() -> None:

@@ -19,10 +19,10 @@ from pecobook.engine.log import (
     Progress,
     TensorBoard,
     WeightsAndBiases,
-    check_loggers,
     compact_duration,
     open_sinks,
     open_text_log,
+    resolve_loggers,
 )
 from pecobook.errors import ConfigError
 from pecobook.settings.tracking import TrackingConfig
@@ -278,11 +278,13 @@ def test_open_sinks__opens_the_requested_loggers(tmp_path: Path, monkeypatch: py
     sinks[0].close()
 
 
-def test_check_loggers__names_a_logger_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
-    check_loggers(("tensorboard",))
-    monkeypatch.setitem(sys.modules, "wandb", None)  # as if wandb were missing, wherever the tests run
-    with pytest.raises(ConfigError, match=r"--loggers wandb: .*pip install 'pecobook\[wandb\]'"):
-        check_loggers(("tensorboard", "wandb"))
+def test_resolve_loggers__names_a_logger_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert resolve_loggers(("auto",)) == resolve_loggers(("tensorboard", "auto")) == ("tensorboard",)
+    for name in ("wandb", "tensorboard"):
+        monkeypatch.setitem(sys.modules, name, None)  # as if it were missing, wherever the tests run
+        with pytest.raises(ConfigError, match=rf"--loggers {name}: .*pip install 'pecobook\[{name}\]'"):
+            resolve_loggers(("auto", name))
+    assert resolve_loggers(("auto",)) == ()
 
 
 # --------------------------------------------------------------------------------------------------- text and progress

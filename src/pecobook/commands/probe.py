@@ -26,6 +26,7 @@ from pecobook.models.tokenizers import load_tokenizer
 from pecobook.settings.probe import ProbeConfig
 from pecobook.settings.values import replace
 from pecobook.utils.devices import device
+from pecobook.utils.extras import require
 from pecobook.utils.files import write_json
 from pecobook.utils.output_folder import check_new_file
 from pecobook.utils.printer import say, show
@@ -42,6 +43,7 @@ def probe(config: ProbeConfig | None = None, **settings: Any) -> dict[str, Any]:
         PecobookError: the images have no labels, the network does not exist, or the file cannot be written.
     """
     config = replace(config or ProbeConfig(), settings)
+    require("analysis", "pecobook probe")
     check_new_file(config.out)
     splits = open_readable(config.data, config.value_range, [config.backbone])
     try:

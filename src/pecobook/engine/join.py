@@ -100,6 +100,8 @@ class _Limit:
 
     def __init__(self, world: World, place: str) -> None:
         self.world, self.place, self.end, self.stopped = world, place, time.monotonic() + _MEET, False
+        self.is_alone = False
+        """Whether the first process, which speaks for all, is not there."""
 
     def wait(self) -> None:
         """Wait for a moment. Raises LostProcessError or SystemExit when the time is over."""
@@ -109,7 +111,7 @@ class _Limit:
             raise lost(known_loss(), self.world.rank)
         if time.monotonic() > self.end:
             if self.stopped:
-                show("Stopped before the first step.")
+                show("Stopped before the first step.", always=self.is_alone)
                 raise SystemExit(130)
             raise lost(
                 f"Not all {self.world.size} processes came to {self.place} within {_MEET / 60:.0f} minutes: one has "
@@ -125,7 +127,9 @@ def _store(world: World, limit: _Limit) -> TCPStore:
     opens = world.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
     while True:
         while not opens and not _answers(host, port):
+            limit.is_alone = True
             limit.wait()
+        limit.is_alone = False
         try:
             return TCPStore(
                 host,

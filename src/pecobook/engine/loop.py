@@ -345,7 +345,8 @@ class Loop:
         metrics = ", ".join(f"{name.partition('/')[2]} {value:.4g}" for name, value in result.metrics.items())
         number = min(len(self.evaluation), self.config.evaluation_images)
         few = f"{number} held-out image{'s' if number > 1 else ''}, too few for any claim"
-        say(f"step {step}, {few if number < _MIN_HELD_OUT else 'held-out images'}: {metrics or 'nothing measured'}")
+        images = few if number < _MIN_HELD_OUT else "held-out images"
+        say(f"step {step}, {images}: {metrics or 'nothing could be measured'}")
         if result.pictures:
             png = picture_grid(result.pictures)
             write_atomically(self.out / "samples" / f"step-{step:08d}.png", png)

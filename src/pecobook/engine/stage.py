@@ -134,6 +134,10 @@ class Stage(nn.Module, Generic[C]):
         """Return the number of views of each image that training repeats; 0 makes a new view every epoch."""
         return 0
 
+    def repeats(self) -> int:
+        """Return how many views of each image a batch holds beside each other."""
+        return 1
+
     def forward(self, batch: Batch) -> StageOutput:
         """Return loss and detached metrics of a batch; in evaluation mode also pictures and rows."""
         raise NotImplementedError

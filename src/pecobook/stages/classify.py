@@ -90,6 +90,10 @@ class ClassifyStage(Stage[FinetuneConfig]):
         images = random_erasing(images, self.config.random_erasing) if self.config.random_erasing else images
         return mix(images, targets, mixup=self.config.mixup, cutmix=self.config.cutmix)
 
+    def repeats(self) -> int:
+        """Return the settings' number of views of an image in a batch."""
+        return self.config.repeats
+
     def summarise(self, rows: dict[str, Tensor], reference_rows: dict[str, Tensor]) -> dict[str, float]:
         """Return the accuracy over all held-out images, in percent."""
         hits = rows["classes"] == rows["label"][:, None]  # (N, 5)

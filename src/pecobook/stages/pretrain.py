@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from pecobook.analysis.features import layer_features
 from pecobook.data.batch import Batch
-from pecobook.data.masking import blockwise_mask, random_mask
+from pecobook.data.masking import make_mask
 from pecobook.data.sampler import key
 from pecobook.data.source import Splits
 from pecobook.data.stream import Companion, ViewFunction
@@ -124,7 +124,8 @@ class PretrainStage(Stage[PretrainConfig]):
             logits = outputs.float()  # (B M, K)
             loss, best = F.cross_entropy(logits, targets), logits.argmax(1)
         accuracy = 100 * (best == targets).float().mean()
-        pictures = {} if self.training else self._pictures(images, mask, codes, best)
+        predicts = getattr(self.tokenizer, "predicts", "")  # features, so that there is nothing to draw
+        pictures = {} if self.training or predicts else self._pictures(images, mask, codes, best)
         return StageOutput(loss, {"accuracy": accuracy.detach()}, pictures)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # it would compile the whole network once more
@@ -372,14 +373,6 @@ def _check_bank(config: PretrainConfig, bank: TokenBank, tokenizer: Any, grid: t
 
 
 # ---------------------------------------------------------------------------------------------------- views and masks
-
-
-def make_mask(view_key: int, grid: tuple[int, int], config: MaskConfig) -> Tensor:
-    """Draw the mask of a view: bool (h, w)."""
-    generator = torch.Generator().manual_seed(key(view_key, 2) >> 1)
-    if config.kind == "random":
-        return random_mask(grid, num_masked=config.num_masked, generator=generator)
-    return blockwise_mask(grid, num_masked=config.num_masked, min_block=config.min_block, generator=generator)
 
 
 @dataclasses.dataclass(frozen=True)

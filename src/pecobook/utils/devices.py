@@ -34,6 +34,10 @@ def cpu_prefers_bf16() -> bool:
     return torch.cpu._is_amx_tile_supported() or "GenuineIntel" not in _cpu_vendor()
 
 
+# PyTorch before 2.7 has only the second, which is true in torch.compile too.
+_tracing = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)
+
+
 @cache
 def _cpu_vendor() -> str:
     """Return a short text that contains the maker of the CPU."""
@@ -112,4 +116,4 @@ def _peak_of(name: str) -> float | None:
 
 def exporting() -> bool:
     """Return whether torch.export traces, as for ONNX. PyTorch before 2.14 reports this in torch.compile too."""
-    return torch.compiler.is_exporting() and not torch.compiler.is_dynamo_compiling()
+    return _tracing() and not torch.compiler.is_dynamo_compiling()
