@@ -64,6 +64,7 @@ def parts(out: Path) -> list[Part]:
             150,
             bench("codebook_peer", "--batch-size", "64", "--rows", *(f"{peer}, bf16, compiled" for peer in _PEERS)),
         ),
+        Part("pretrain-1024", 60, 120, compiled_rows(1024)),
         Part(
             "nearest",
             20,
@@ -85,11 +86,18 @@ def parts(out: Path) -> list[Part]:
             ("pecobook", "pretrain", "tiny", *_BLIND, "--tokenizer", codebook, "--out", vit, "--max-steps", "1500"),
             ("pecobook", "pretrain", "tiny", "--overwrite", "--tokenizer", codebook, "--out", vit, *_SHORT),
         ),
+        Part(
+            "pretrain-autotune",
+            90,
+            240,
+            bench("pretrain_step", "--batch-size", "128", "--repeats", "10", "--rows", _TUNED),
+        ),
         Part("gpu-tests", 60, 300, ("pytest", "-q", "-x", "-m", "gpu")),
     ]
 
 
-_SETTINGS = "--attention triton", "--attention triton, --residual bf16", "--compile-mode max-autotune"
+_SETTINGS = "--attention triton", "--attention triton, --residual bf16"
+_TUNED = "pecobook, bf16, compiled, --compile-mode max-autotune"
 _PEERS = ("pecobook", "diffusers and lpips")
 
 

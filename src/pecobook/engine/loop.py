@@ -6,7 +6,6 @@ state and one integer, and a run that was killed resumes bit for bit.
 
 from __future__ import annotations
 
-import itertools
 import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -270,7 +269,7 @@ class Loop:
     def _forward_backward(self, step: int, batches: _Batches) -> tuple[Tensor, dict[str, Tensor]]:
         accumulation = self.config.batch_size // (self.micro * self.fabric.world_size)
         total: dict[str, Tensor] = {}
-        parts: _Batches = itertools.islice(batches, accumulation)
+        parts: _Batches = (next(batches) for _ in range(accumulation))
         parts, weights = loss_weights(self.stage, parts, accumulation, self.fabric.world_size)
         for micro, batch in enumerate(micro_batches(self.stage, self.model, parts, partial(self._seed, step))):
             self._seed(step, micro)
@@ -389,8 +388,7 @@ class Loop:
 
     def _close(self) -> None:
         self.progress.close()
-        number = len(self.skipped)
-        if number and self.sinks:
+        if (number := len(self.skipped)) and self.sinks:
             say(f"{number} image{'s' if number > 1 else ''} could not be read; {self.out / 'train.log'} lists them.")
         for sink in self.sinks:
             sink.close()
