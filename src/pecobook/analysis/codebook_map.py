@@ -20,11 +20,11 @@ _MATCHED = 512
 """Maximum number of codewords that are assigned to cells exactly, since this takes cubic time."""
 
 
-def nearest_used(codebook: Tensor, codeword: int, counts: NDArray[np.int64]) -> list[int]:
-    """Return the four nearest codewords to `codeword` that are in use, nearest first; `counts` (K,) is the usage."""
+def nearest_used(codebook: Tensor, codeword: int, counts: NDArray[np.int64], number: int = 4) -> list[int]:
+    """Return the `number` nearest codewords to `codeword` in use, nearest first; `counts` (K,) is the usage."""
     vectors = codebook.detach().float().cpu()
     nearest = torch.cdist(vectors[[codeword]], vectors)[0].argsort(stable=True).tolist()
-    return [other for other in nearest if other != codeword and counts[other] > 0][:4]
+    return [other for other in nearest if other != codeword and counts[other] > 0][:number]
 
 
 def project_to_plane(codebook: Tensor, *, seed: int = 0) -> NDArray[np.float32]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -170,9 +171,10 @@ def mean_codewords(codes: Array, codebook: Tensor) -> Tensor:
 
     `codes` is int (N, ...), `codebook` float (K, D).
     """
-    index = torch.as_tensor(codes).flatten(1).long()
-    with torch.no_grad():
-        return F.embedding_bag(index, codebook.detach().float().to(index.device), mode="mean")
+    codes = torch.as_tensor(codes).flatten(1)
+    codebook = codebook.detach().float().to(codes.device)
+    with torch.no_grad():  # some images at a time, since their indices take four times the memory of codes of two bytes
+        return torch.cat([F.embedding_bag(part.long(), codebook, mode="mean") for part in torch.split(codes, 2**16)])
 
 
 def bag_of_codes(codes: Array, num_codewords: int) -> Tensor:
@@ -219,7 +221,7 @@ def code_gallery(
     for code in order[: max(codewords, len(chosen))]:
         has_code = grid == code
         occurrences = np.argwhere(has_code)  # (count, 3): image, row, column
-        drawn = occurrences[_one_per_image_first(occurrences[:, 0], np.random.default_rng([seed, code]))[:patches]]
+        drawn = occurrences[one_per_image_first(occurrences[:, 0], np.random.default_rng([seed, code]))[:patches]]
         crops = tuple(
             gallery_patch(image, images[image], grid.shape[1:], row, column) for image, row, column in drawn.tolist()
         )
@@ -253,8 +255,8 @@ def matches(
     return found
 
 
-def _one_per_image_first(image: NDArray[np.int64], rng: np.random.Generator) -> NDArray[np.int64]:
-    """Return a random order of patches (count,) in which every image comes once before any image comes again."""
+def one_per_image_first(image: NDArray[Any], rng: np.random.Generator) -> NDArray[np.int64]:
+    """Return a random order of patches, of the given images (count,), in which no image comes again before all came."""
     order = rng.permutation(len(image))
     num_earlier: dict[int, int] = {}
     rounds = np.empty(len(order), dtype=np.int64)
