@@ -145,12 +145,11 @@ def _galleries(tokenizers: Tokenizers, pictures: Mapping[str, bytes]) -> Section
         "Each block shows patches with the same codeword, outlined in their surroundings. On the left are codewords "
         "drawn at random from those in use, after the requested ones; they show what is usual. On the right are those "
         "of the largest class lift, or the most used ones if no class is more frequent than by chance; they show the "
-        "best case. The patches are drawn at random; each image gives one patch before any image gives a second one. Look "
-        "for what the patches of a block have in common: a colour, a texture, an edge, a part of an object.\n\nThe "
-        "map at the left of a block "
-        "shows how often the codeword occurs at each position of the image, compared with its most frequent position, "
-        "from dark to light. If one field alone is light, and all outlines lie in one corner, the codeword stands for "
-        "a position rather than for what is seen there."
+        "best case. The patches are drawn at random; each image gives one patch before any image gives a second one. "
+        "Look for what the patches of a block have in common: a colour, a texture, an edge, a part of an object.\n\n"
+        "The map at the left of a block shows how often the codeword occurs at each position of the image, compared "
+        "with its most frequent position, from dark to light. If one field alone is light, and all outlines lie in one "
+        "corner, the codeword stands for a position rather than for what is seen there."
     )
     galleries = _pictures_of(tokenizers, pictures, "gallery", "gallery-ranked")
     galleries += _pictures_of(tokenizers, pictures, "bank-gallery")
