@@ -250,9 +250,9 @@ def _atlas(tokenizers: Tokenizers, pictures: Mapping[str, bytes], atlases: Mappi
 def _zoomable(name: str, atlas: Atlas) -> Picture:
     """Return the atlas as a picture that a script of the page can zoom."""
     jpeg, tiles = sprite_jpeg(atlas), as_json(atlas)
-    size = (len(jpeg) * 4 / 3 + len(json.dumps(tiles))) / 1e6
+    size = round((len(jpeg) * 4 / 3 + len(json.dumps(tiles))) / 1000)
     used, total = thousands(len(atlas.codewords)), thousands(atlas.num_codewords)
-    caption = f"{used} of {total} codewords are in use. This atlas takes {size:.1f} MB of the page."
+    caption = f"{used} of {total} codewords are in use. This atlas takes {thousands(size)} kB of the page."
     return Picture(jpeg, caption, f"Atlas of the codewords of {name}", title=name, tiles=tiles)
 
 
