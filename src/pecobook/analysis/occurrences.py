@@ -5,6 +5,7 @@ Shapes: N images, code grid (h, w), P = h w places, K codewords, C classes.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -37,6 +38,14 @@ class Occurrences:
     def counts(self) -> NDArray[np.int64]:
         """Number of patches of each codeword, (K,)."""
         return np.diff(self.starts)
+
+    @property
+    def images_with(self) -> NDArray[np.int64]:
+        """Number of images with each codeword, (K,)."""
+        image, codeword = self.patches // (self.grid[0] * self.grid[1]), self.codewords()
+        # The patches are sorted, so those of one codeword in one image stand together.
+        is_first = np.diff(image, prepend=-1).astype(bool) | np.diff(codeword, prepend=-1).astype(bool)
+        return np.bincount(codeword[is_first], minlength=len(self.starts) - 1)
 
     def of(self, codeword: int) -> Integers:
         """Return the patches of a codeword, (count, 3): image, row, column."""
@@ -164,3 +173,32 @@ def class_counts(found: Occurrences, labels: Array, num_classes: int) -> ClassCo
     is_evidence = (images >= MIN_IMAGES) & (chance * tests < _LEVEL) & (lift > 1)
     codeword, label, images, counts = (column.astype(np.int32) for column in (codeword, label, images, patches))
     return ClassCounts(codeword, label, images, counts, lift.astype(np.float32), is_evidence, sizes, images_with)
+
+
+@dataclass(frozen=True)
+class ClassShare:
+    """How much more often a codeword occurs in images of one class than in others."""
+
+    name: str
+    share: float
+    """Percentage of the images with the codeword that have the class."""
+    base: float
+    """Percentage of all images that have the class."""
+    lift: float
+    """`share` divided by `base`."""
+
+
+def class_shares(codes: Array, labels: Array, num_codewords: int, classes: Sequence[str]) -> dict[int, ClassShare]:
+    """Return the class of the highest lift that is evidence (see `class_counts`), by codeword; `labels` is int (N,).
+
+    A codeword without such a class is left out.
+    """
+    found = class_counts(occurrences(codes, num_codewords), labels, len(classes))
+    label, lift = found.best_lift()
+    base = 100 * found.class_sizes / found.class_sizes.sum()
+    return {
+        code: ClassShare(
+            classes[label[code]], float(lift[code] * base[label[code]]), float(base[label[code]]), float(lift[code])
+        )
+        for code in np.flatnonzero(lift).tolist()
+    }
