@@ -28,6 +28,7 @@ from torch import Tensor
 
 import pecobook
 from pecobook import cli
+from pecobook.analysis.atlas import as_json
 from pecobook.analysis.reconstruction import decode_all, encode_all
 from pecobook.commands.explore import model
 from pecobook.commands.explore.answers import STRIP, THUMBNAIL, UPLOADS, Answers, Images, Refused
@@ -148,13 +149,13 @@ def test_codeword_values__rank_classes_by_lift_where_it_is_evidence() -> None:
     codes[250:300, 0, 0] = 7  # all 50 of red
     codes[:10, 0, 0] = 7  # 10 of the 200 of blue
     info = model.codeword_values(grey(codes, labels), 7)
-    assert [(one["class"], one["images"], one["size"]) for one in info["classes"]] == [
+    assert [(one["name"], one["images"], one["size"]) for one in info["classes"]] == [
         ("red", 50, 50),
         ("green", 40, 50),
     ]
     first = info["classes"][0]
     assert (first["share"], first["base"]) == (pytest.approx(50), pytest.approx(100 / 6))
-    assert first["lift"] == pytest.approx(3)
+    assert first["lift"] == pytest.approx((50 * 6 + 5) / (100 + 5))  # 3, drawn towards 1
     assert info["classes_seen"] == 3
     assert model.codeword_values(grey(codes, labels), 0)["classes"] == []  # in all images
 
@@ -172,7 +173,7 @@ def test_codeword_list__sorts_all_codewords() -> None:
         return [(one["codeword"], one["count"], one["value"], one["class"]) for one in listed["codewords"]]
 
     assert [row[:2] for row in first("use")[:5]] == [(0, 95), (5, 40), (9, 20), (11, 5), (1, 0)]
-    assert first("lift")[:2] == [(9, 20, 2.0, "blue"), (0, 95, None, "")]  # 11 has five images of blue: p = 0.03
+    assert first("lift")[:2] == [(9, 20, 1.8, "blue"), (0, 95, None, "")]  # 11 has five images of blue: p = 0.03
     assert first("purity")[:3] == [(9, 20, 100.0, "blue"), (0, 95, 63.2, "green"), (5, 40, 50.0, "blue")]
     assert [row[::2] for row in first("place")[:3]] == [
         (
@@ -198,6 +199,20 @@ def test_tiles__are_a_decoded_patch_beside_an_example(indexed: model.IndexedToke
     assert tiles.shape == (2, 3, 4, 8)
     assert torch.equal(tiles[1, :, :, :4], field[:, 4:8, 4:8])
     assert torch.equal(tiles[0, :, :, 4:], indexed.examples[3])
+
+
+def test_atlas__has_the_codewords_in_use(indexed: model.IndexedTokenizer) -> None:
+    atlas = model.atlas(indexed)
+    assert sorted(atlas.codewords.tolist()) == np.flatnonzero(indexed.counts).tolist()
+    for place, code in enumerate(atlas.codewords.tolist()):
+        has = indexed.codes == code
+        assert atlas.counts[place] == has.sum()
+        assert atlas.images[place] == has.any((1, 2)).sum()
+        assert np.array_equal(atlas.positions[place], has.sum(0))
+        example = indexed.examples[code].permute(1, 2, 0).numpy()
+        assert np.array_equal(atlas.tiles[place][:: atlas.tiles.shape[1] // 4, :: atlas.tiles.shape[1] // 4], example)
+        assert atlas.classes[place].name == "blue"  # type: ignore[union-attr] # that of both images
+    assert as_json(atlas)["codeword"] == atlas.codewords.tolist()
 
 
 def test_code_colours__are_similar_for_similar_codewords() -> None:
@@ -327,6 +342,8 @@ def test_answers__to_each_address(answers: Answers, indexed: model.IndexedTokeni
     tiles = model.tiles(indexed, [7, 3])
     for _ in range(2):  # computed, then remembered
         assert torch.equal(picture("/tiles", tokenizer="small", codewords="7,3,7"), torch.cat([*tiles, tiles[0]], 2))
+    assert values("/api/atlas", tokenizer="small")["codeword"] == model.atlas(indexed).codewords.tolist()
+    assert answers.get("/atlas", {"tokenizer": "small"}).body.startswith(b"\xff\xd8")
     mask = values("/api/mask", run="vit", seed="1")["mask"]
     assert (len(mask), mask.count("1")) == (16, answers.runs["vit"][0].config.mask.num_masked)
     predicted = values("/api/predict", run="vit", image=str(image), mask=mask)
@@ -387,7 +404,9 @@ def status(address: str, data: bytes | None = None, **headers: str) -> int:
 
 
 def test_page__serves_no_other_file(page: str, images: Path) -> None:
-    assert [status(f"{page}/{name}") for name in ("", "page.js", "base.js", "page.css", "page.html")] == [200] * 5
+    assert [status(f"{page}/{name}") for name in ("", "page.js", "base.js", "page.css", "page.html", "atlas.js")] == [
+        200
+    ] * 6
     files = ("/etc/passwd", str(next(images.rglob("*.png"))), str(Path("pyproject.toml").resolve()), "../answers.py")
     for path in files:
         for text in (path, urllib.parse.quote(path, safe=""), f"static/{path}", f"picture?image={path}&size=16"):

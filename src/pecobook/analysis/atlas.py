@@ -91,11 +91,8 @@ def make_atlas(
     positions = positions.reshape(h * w, K).T.reshape(K, h, w)
     used = positions.sum((1, 2)).nonzero()[:, 0]
     typical, colours = _typical_patches(images, codes, K)
-    plane = project_to_plane(codebook.detach().float().cpu()[used], seed=seed)
-    cells = grid_cells(_turned(plane, colours[used].mean(1).numpy()))
-    used = used[np.lexsort((cells[:, 1], cells[:, 0]))]
-    columns = int(cells[:, 1].max()) + 1
-    tile = int(np.clip(_SIDE // columns, *_TILES))
+    order, columns, tile = arrange(codebook.detach().float().cpu()[used], colours[used].mean(1).numpy(), seed=seed)
+    used = used[order]
     telling = class_shares(codes, labels, K, classes) if labels is not None else {}
     num_images = np.bincount(codes_of_images(codes, K)[1], minlength=K)
     return Atlas(
@@ -109,6 +106,17 @@ def make_atlas(
         positions=positions[used].numpy(),
         classes=tuple(telling.get(codeword) for codeword in used.tolist()),
     )
+
+
+def arrange(vectors: Tensor, brightness: NDArray[np.float32], *, seed: int = 0) -> tuple[NDArray[np.int64], int, int]:
+    """Arrange codewords (M, D), whose patches have a brightness (M,), by similarity.
+
+    Returns:
+        their order, row by row, (M,); the width of the grid in cells; and the side of a tile in pixels.
+    """
+    cells = grid_cells(_turned(project_to_plane(vectors, seed=seed), brightness))
+    columns = int(cells[:, 1].max()) + 1
+    return np.lexsort((cells[:, 1], cells[:, 0])), columns, int(np.clip(_SIDE // columns, *_TILES))
 
 
 def _turned(plane: NDArray[np.float32], brightness: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -144,7 +152,7 @@ def _typical_patches(images: Tensor, codes: Tensor, num_codewords: int) -> tuple
 
 
 def _tiles(images: Tensor, patches: Tensor, grid: tuple[int, int], side: int) -> NDArray[np.uint8]:
-    """Cut patches (M,) out of images, and resize them: without smoothing where they become larger, (M, t, t, 3)."""
+    """Cut patches (M,) out of images, and resize them, (M, t, t, 3)."""
     (h, w), (height, width) = grid, images.shape[-2:]
     tiles = []
     for patch in patches.tolist():
@@ -152,11 +160,15 @@ def _tiles(images: Tensor, patches: Tensor, grid: tuple[int, int], side: int) ->
         row, column = divmod(position, w)
         top, left = row * height // h, column * width // w
         pixels = images[image, :, top : (row + 1) * height // h, left : (column + 1) * width // w]
-        pixels = pixels if pixels.dtype == torch.uint8 else (255 * pixels.clamp(0, 1)).round().to(torch.uint8)
-        resampling = Image.Resampling.NEAREST if pixels.shape[-1] < side else Image.Resampling.LANCZOS
-        picture = Image.fromarray(pixels.permute(1, 2, 0).contiguous().cpu().numpy())
-        tiles.append(np.asarray(picture.resize((side, side), resampling)))
+        tiles.append(tile_of(pixels if pixels.dtype == torch.uint8 else (255 * pixels.clamp(0, 1)).round(), side))
     return np.stack(tiles)
+
+
+def tile_of(pixels: Tensor, side: int) -> NDArray[np.uint8]:
+    """Resize a patch (3, H, W) with values in 0..255, without smoothing where it becomes larger: (side, side, 3)."""
+    resampling = Image.Resampling.NEAREST if pixels.shape[-1] < side else Image.Resampling.LANCZOS
+    picture = Image.fromarray(pixels.to(torch.uint8).permute(1, 2, 0).contiguous().cpu().numpy())
+    return np.asarray(picture.resize((side, side), resampling))
 
 
 def sprite(atlas: Atlas) -> Image.Image:

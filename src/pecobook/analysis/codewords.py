@@ -139,6 +139,17 @@ def codes_of_images(codes: Array, num_codewords: int) -> tuple[NDArray[np.int64]
     return pairs // num_codewords, pairs % num_codewords
 
 
+def drawn_lift(together: Array, images: Array, base: Array) -> NDArray[np.float64]:
+    """Return the lift of a class with a codeword, drawn towards 1 if the codeword occurs in few images.
+
+    Args:
+        together: number of images of the class with the codeword.
+        images: number of images with the codeword.
+        base: share of the class among all images, above 0.
+    """
+    return np.asarray((together / base + _PRIOR) / (images + _PRIOR))
+
+
 def class_shares(codes: Array, labels: Array, num_codewords: int, classes: Sequence[str]) -> dict[int, ClassShare]:
     """Return the class of the largest lift of each codeword that occurs; `labels` is int (N,).
 
@@ -151,7 +162,7 @@ def class_shares(codes: Array, labels: Array, num_codewords: int, classes: Seque
     joint = np.bincount(pairs, minlength=num_codewords * len(classes)).reshape(num_codewords, len(classes))
     base = np.bincount(of_image, minlength=len(classes)) / len(of_image)
     total = joint.sum(1)
-    lift = (joint / np.maximum(base, 1e-12) + _PRIOR) / (total[:, None] + _PRIOR)
+    lift = drawn_lift(joint, total[:, None], np.maximum(base, 1e-12))
     lift[:, base == 0] = 0
     best = lift.argmax(1)
     return {

@@ -5,6 +5,7 @@ Shapes: N images, code grid (h, w), P = h w places, K codewords, C classes.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pecobook.analysis.arrays import Array, as_numpy
-from pecobook.analysis.codewords import one_per_image_first
+from pecobook.analysis.codewords import ClassShare, drawn_lift, one_per_image_first
 
 MIN_IMAGES = 5
 """Number of images of a class with a codeword from which the class can count as evidence."""
@@ -57,6 +58,14 @@ class Occurrences:
         """Return the codeword of each of `patches`, (N P,)."""
         return np.repeat(np.arange(len(self.starts) - 1, dtype=np.int32), self.counts)
 
+    def in_images(self) -> tuple[Integers, Integers, NDArray[np.int64]]:
+        """Return every pair of a codeword and an image that has it, once, and the number of its patches there."""
+        image, codeword = self.patches // (self.grid[0] * self.grid[1]), self.codewords()
+        # The patches are sorted, so those of one codeword in one image stand together.
+        is_first = np.diff(image, prepend=-1).astype(bool) | np.diff(codeword, prepend=-1).astype(bool)
+        starts = np.flatnonzero(is_first)
+        return codeword[starts], image[starts], np.diff(starts, append=len(image))
+
 
 def occurrences(codes: Array, num_codewords: int) -> Occurrences:
     """Sort the patches of images with codes int (N, h, w) by their codeword."""
@@ -78,12 +87,12 @@ def main_places(found: Occurrences) -> tuple[NDArray[np.int64], NDArray[np.int64
 
 def _largest(
     codeword: NDArray[Any], value: NDArray[Any], number: NDArray[Any], num_codewords: int
-) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+) -> tuple[NDArray[np.int64], NDArray[Any]]:
     """Return the first value with the largest number, and that number, of each codeword: (K,) each.
 
     The rows are sorted by codeword; a codeword without rows has zeros.
     """
-    best, most = np.zeros(num_codewords, dtype=np.int64), np.zeros(num_codewords, dtype=np.int64)
+    best, most = np.zeros(num_codewords, dtype=np.int64), np.zeros(num_codewords, dtype=number.dtype)
     starts = np.flatnonzero(np.diff(codeword, prepend=-1))
     most[codeword[starts]] = np.maximum.reduceat(number, starts)
     rows = np.flatnonzero(number == most[codeword])[::-1]  # the last assignment counts: the first of equal values
@@ -102,7 +111,7 @@ class ClassCounts:
     patches: Integers = field(repr=False)
     """Number of patches of the codeword in images of the class."""
     lift: NDArray[np.float32] = field(repr=False)
-    """Share of the class among the images with the codeword, divided by its share among all images."""
+    """Share of the class among the images with the codeword over its share among all, as `codewords.drawn_lift`."""
     is_evidence: NDArray[np.bool_] = field(repr=False)
     """Whether the class is more frequent than by chance; see `class_counts`."""
     class_sizes: NDArray[np.int64]
@@ -119,6 +128,17 @@ class ClassCounts:
         """Return each codeword's most frequent class and the percentage of its patches in it; `counts` are (K,)."""
         label, most = _largest(self.codeword, self.label, self.patches, len(counts))
         return label, 100 * most / np.maximum(counts, 1)
+
+    def share(self, row: int, classes: Sequence[str]) -> ClassShare:
+        """Return a row as a record, given the names of the classes."""
+        label, images = int(self.label[row]), int(self.images[row])
+        share = 100 * images / int(self.images_with[self.codeword[row]])
+        base = 100 * float(self.class_sizes[label] / self.class_sizes.sum())
+        return ClassShare(classes[label], images, share, base, float(self.lift[row]))
+
+    def most_telling(self) -> NDArray[np.int64]:
+        """Return the row of the highest lift of each codeword, evidence or not, (K,); 0 for an unused one."""
+        return _largest(self.codeword, np.arange(len(self.lift)), self.lift, len(self.images_with))[0]
 
     def best_lift(self) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
         """Return the class of the highest lift that is evidence, and the lift; 0 where no class is, (K,) each."""
@@ -145,11 +165,7 @@ def class_counts(found: Occurrences, labels: Array, num_classes: int) -> ClassCo
     from scipy.special import bdtrc
 
     label_of, K = as_numpy(labels).astype(np.int64), len(found.starts) - 1
-    image, codeword = found.patches // (found.grid[0] * found.grid[1]), found.codewords()
-    # The patches are sorted, so those of one codeword in one image stand together.
-    is_first = np.diff(image, prepend=-1).astype(bool) | np.diff(codeword, prepend=-1).astype(bool)
-    starts = np.flatnonzero(is_first)
-    together, image, codeword = np.diff(starts, append=len(image)), image[starts], codeword[starts]
+    codeword, image, together = found.in_images()
     images_with = np.bincount(codeword, minlength=K)
     pairs, row, images = np.unique(
         codeword.astype(np.int64) * num_classes + label_of[image], return_inverse=True, return_counts=True
@@ -160,7 +176,7 @@ def class_counts(found: Occurrences, labels: Array, num_classes: int) -> ClassCo
     base = sizes[label] / len(label_of)
     chance = bdtrc(images - 1, images_with[codeword], base)
     tests = max(int((images_with > 0).sum()), 1) * max(int((sizes > 0).sum()), 1)
-    lift = images / images_with[codeword] / base
+    lift = drawn_lift(images, images_with[codeword], base)
     is_evidence = (images >= MIN_IMAGES) & (chance * tests < _LEVEL) & (lift > 1)
     codeword, label, images, patches = (column.astype(np.int32) for column in (codeword, label, images, patches))
     return ClassCounts(codeword, label, images, patches, lift.astype(np.float32), is_evidence, sizes, images_with)
