@@ -89,7 +89,7 @@ def run_curves(log: Path) -> bytes:
 
 def _rank(metric: str) -> int:
     """Return the place of a metric's panel: the loss, what the stage measures, then what every run logs."""
-    last = ("grad_norm", "lr", "images_per_second", "data_wait", "gpu_memory")
+    last = ("grad_norm", "lr", "images_per_second", "data_wait", "tflops", "mfu", "gpu_memory")
     return -1 if metric == "loss" else last.index(metric) + 1 if metric in last else 0
 
 

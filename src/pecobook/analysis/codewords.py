@@ -182,9 +182,10 @@ def mean_codewords(codes: Array, codebook: Tensor) -> Tensor:
 
     `codes` is int (N, ...), `codebook` float (K, D).
     """
-    index = torch.as_tensor(codes).flatten(1).long()
-    with torch.no_grad():
-        return F.embedding_bag(index, codebook.detach().float().to(index.device), mode="mean")
+    codes = torch.as_tensor(codes).flatten(1)
+    codebook = codebook.detach().float().to(codes.device)
+    with torch.no_grad():  # some images at a time, since their indices take four times the memory of codes of two bytes
+        return torch.cat([F.embedding_bag(part.long(), codebook, mode="mean") for part in torch.split(codes, 2**16)])
 
 
 def bag_of_codes(codes: Array, num_codewords: int) -> Tensor:

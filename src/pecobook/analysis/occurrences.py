@@ -178,5 +178,5 @@ def class_counts(found: Occurrences, labels: Array, num_classes: int) -> ClassCo
     tests = max(int((images_with > 0).sum()), 1) * max(int((sizes > 0).sum()), 1)
     lift = drawn_lift(images, images_with[codeword], base)
     is_evidence = (images >= MIN_IMAGES) & (chance * tests < _LEVEL) & (lift > 1)
-    codeword, label, images, patches = (column.astype(np.int32) for column in (codeword, label, images, patches))
-    return ClassCounts(codeword, label, images, patches, lift.astype(np.float32), is_evidence, sizes, images_with)
+    codeword, label, images, counts = (column.astype(np.int32) for column in (codeword, label, images, patches))
+    return ClassCounts(codeword, label, images, counts, lift.astype(np.float32), is_evidence, sizes, images_with)

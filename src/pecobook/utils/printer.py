@@ -34,14 +34,14 @@ _lock = threading.RLock()
 """Held while the live line of `doing` is drawn or erased."""
 
 
-def show(text: str, *, stdout: bool = False, end: str = "\n") -> None:
+def show(text: str, *, stdout: bool = False, end: str = "\n", always: bool = False) -> None:
     """Print text to the screen: on standard error, or on standard output what other programs may read.
 
     Where standard error has gone, as with a closed terminal or the disk of its file full, the text is lost, and not the
-    run.
+    run. With `always` a process speaks that otherwise leaves it to another one.
     """
     text = printable(text, keep="\n\t")
-    if _run.quiet:
+    if _run.quiet and not always:
         return
     doing("")
     with contextlib.nullcontext() if stdout else contextlib.suppress(OSError):

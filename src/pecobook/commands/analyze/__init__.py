@@ -19,8 +19,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from threadpoolctl import threadpool_limits
-
 from pecobook.analysis.atlas import Atlas
 from pecobook.analysis.report import write_pictures, write_report
 from pecobook.analysis.wording import file_part
@@ -33,6 +31,7 @@ from pecobook.engine.preamble import show_source
 from pecobook.errors import ConfigError, Preflight
 from pecobook.settings.analyze import AnalyzeConfig
 from pecobook.settings.values import replace
+from pecobook.utils.extras import require
 from pecobook.utils.files import write_json
 from pecobook.utils.output_folder import OutputFolder
 from pecobook.utils.printer import show
@@ -47,6 +46,7 @@ def analyze(config: AnalyzeConfig | None = None, **settings: Any) -> Path:
         PreflightError: lists all problems that were found before anything was written.
     """
     config = replace(config or AnalyzeConfig(), settings)
+    require("analysis", "pecobook analyze")
     began = time.monotonic()
     inputs = check_and_open(config)
     show_source(inputs.splits)
@@ -88,6 +88,8 @@ def _write_all(config: AnalyzeConfig, inputs: AnalysisInputs, began: float) -> P
     pictures |= side_by_side(measured)
     pictures |= curves_of("tokenizers", {tokenizer.name: tokenizer.source for tokenizer in inputs.tokenizers})
     pictures |= curves_of("vits", dict(zip(inputs.runs, config.backbone, strict=True)))
+    from threadpoolctl import threadpool_limits  # scikit-learn installs it
+
     with threadpool_limits(1):
         write_pictures(out, pictures)
         _write(results, out, began)

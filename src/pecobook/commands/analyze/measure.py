@@ -105,9 +105,10 @@ def evaluate_tokenizer(
     values["position"]["moved"] = {key: _rounded(value) for key, value in moved.items()}
     probe_values, correct = code_probes(tokenizer, codes, labels, train, seed)
     shown = evenly_spaced(len(images))
-    pictures = next(float_parts(images[shown])), decode_all(tokenizer, codes[shown])
+    originals = next(float_parts(images[shown]))
+    restored = None if "predicts" in values else decode_all(tokenizer, codes[shown])
     same = matches(images, codes, query_points(len(images), QUERIES, seed=seed), seed=seed)
-    return TokenizerMetrics(name, values | probe_values, *pictures, usage, correct, same), codes
+    return TokenizerMetrics(name, values | probe_values, originals, restored, usage, correct, same), codes
 
 
 def _quality(
@@ -118,7 +119,12 @@ def _quality(
     distance: PerceptualDistance | None,
     classifier: RestrictedClassifier | None,
 ) -> dict[str, Any]:
-    """Measure the reconstructions of some images at a time, since those of a whole data set would fill the memory."""
+    """Measure the reconstructions of some images at a time, since those of a whole data set would fill the memory.
+
+    A tokenizer that predicts features has none, and `predicts` then says so.
+    """
+    if predicts := getattr(tokenizer, "predicts", ""):
+        return {"predicts": predicts, "psnr": None, "ssim": None, "perceptual_distance": None}
     rows: dict[str, list[Tensor]] = {"psnr": [], "ssim": [], "distance": []}
     correct = {"originals": 0, "reconstructions": 0}
     done = 0

@@ -36,8 +36,8 @@ class TokenizerMetrics:
     """The metrics, as in `analysis.json`."""
     images: Tensor
     """The images of the picture of reconstructions, float (n, 3, S, S)."""
-    restored: Tensor
-    """The reconstructions of `images`."""
+    restored: Tensor | None
+    """The reconstructions of `images`; None for a tokenizer that predicts features."""
     usage: CodeUsage
     correct: dict[str, NDArray[np.bool_]]
     """Which held-out images each probe classified correctly, by the name of the probe; empty without labels."""
@@ -123,11 +123,10 @@ def gallery_codewords(usage: CodeUsage, requested: Sequence[int], seed: int) -> 
 def side_by_side(measured: Sequence[TokenizerMetrics]) -> dict[str, bytes]:
     """Draw the reconstructions, codeword frequencies and matches of all tokenizers in one picture each."""
     originals = max((metrics.images for metrics in measured), key=lambda images: images.shape[-1])
-    columns = [(metrics.name, resize_nearest(metrics.restored, originals.shape[-1])) for metrics in measured]
-    pictures = {
-        "reconstructions.png": draw.image_columns([("original", originals), *columns]),
-        "usage.png": code_usage_chart({metrics.name: metrics.usage.counts for metrics in measured}),
-    }
+    restored = {metrics.name: metrics.restored for metrics in measured if metrics.restored is not None}
+    columns = [(name, resize_nearest(images, originals.shape[-1])) for name, images in restored.items()]
+    pictures = {"reconstructions.png": draw.image_columns([("original", originals), *columns])} if columns else {}
+    pictures["usage.png"] = code_usage_chart({metrics.name: metrics.usage.counts for metrics in measured})
     if len(measured) > 1:
         queries = [query for query, _ in measured[0].matches]
         rows = [(metrics.name, [row for _, row in metrics.matches]) for metrics in measured]

@@ -101,6 +101,9 @@ def overview_section(tokenizers: Tokenizers) -> Section:
         "PSNR rewards equal pixels, and a perceptual distance rewards equal features, so each tokenizer is good at "
         "what it was trained for. Tokenizers with different strides use different numbers of tokens for an image."
     )
+    for tokenizer in tokenizers:
+        if "predicts" in tokenizer:
+            note += f" {tokenizer['name']} predicts {tokenizer['predicts']}, not pixels, and has no reconstructions."
     return Section("Overview", "", table=tokenizer_table(tokenizers, rows, note))
 
 

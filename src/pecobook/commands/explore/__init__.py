@@ -22,10 +22,12 @@ from pecobook.commands.masked_run import MaskedRun, is_masked_run, load_masked_r
 from pecobook.engine.preamble import show_source
 from pecobook.engine.value_range import open_readable
 from pecobook.errors import ConfigError, Preflight
+from pecobook.models.tokenizer import require_pixels
 from pecobook.models.tokenizers import fingerprint, load_tokenizer
 from pecobook.settings.explore import ExploreConfig
 from pecobook.settings.values import replace
 from pecobook.utils.devices import device
+from pecobook.utils.extras import require
 from pecobook.utils.printer import say, show
 
 __all__ = ["ExploreConfig", "explore"]
@@ -39,6 +41,7 @@ def explore(config: ExploreConfig | None = None, *, block: bool = True, **settin
         ConfigError: the port is in use.
     """
     config = replace(config or ExploreConfig(), settings)
+    require("analysis", "pecobook explore")
     server = Server(config)  # before anything slow is done
     try:
         server.serve(_open(config))
@@ -65,6 +68,8 @@ def _open(config: ExploreConfig) -> Answers:
 
     def load(name: str, source: str) -> None:
         loaded[name] = load_masked_run(source) if is_masked_run(source) else load_tokenizer(source).eval()
+        tokenizer = getattr(loaded[name], "tokenizer", loaded[name])
+        require_pixels(tokenizer, f"'{source}'", "be explored, which draws images; 'pecobook analyze' shows its codes")
 
     splits = preflight.check(lambda: open_readable(config.data, config.value_range, config.runs))
     for name, source in zip(unique_names(config.runs), config.runs, strict=True):
