@@ -10,8 +10,7 @@ import os
 import shutil
 import signal
 import socket
-import subprocess
-import sys
+import time
 import urllib.error
 import urllib.parse
 import urllib.request
@@ -40,6 +39,7 @@ from pecobook.errors import ConfigError, PreflightError, WeightsError
 from pecobook.models.tokenizer import PerceptualTokenizer
 from pecobook.settings.explore import ExploreConfig
 from pecobook.utils.images import to_float
+from tests import forked
 from tests.analysis.fakes import GreyTokenizer
 from tests.runs import codebook_run, vit_run
 
@@ -463,18 +463,18 @@ def test_page__takes_an_image_and_refuses_others(page: str, images: Path) -> Non
 
 
 def test_explore__keeps_uploads_in_memory_and_ends_at_sigterm(codebook_run: Path, images: Path, tmp_path: Path) -> None:
-    port = free_port()
-    words = [sys.executable, "-m", "pecobook", "explore", str(codebook_run), "--data", str(images), "--port", str(port)]
-    environment = {**os.environ, "TMPDIR": str(tmp_path)}
-    with subprocess.Popen(words, env=environment, stderr=subprocess.PIPE, cwd=tmp_path) as server:
-        assert server.stderr is not None
-        while b"Ctrl-C stops" not in server.stderr.readline():
-            assert server.poll() is None
-        assert status(f"http://127.0.0.1:{port}/api/upload", next(images.rglob("*.png")).read_bytes()) == 200
-        assert list(tmp_path.iterdir()) == []
-        server.terminate()
-        server.communicate(timeout=60)
-    assert server.returncode == 128 + signal.SIGTERM
+    port, log, folder = free_port(), tmp_path / "log", tmp_path / "temporary"
+    folder.mkdir()
+    words = ["explore", str(codebook_run), "--data", str(images), "--port", str(port)]
+    process = forked.start(words, log, {**os.environ, "TMPDIR": str(folder)})
+    while not (log.exists() and "Ctrl-C stops" in log.read_text()):
+        assert process.is_alive(), log.read_text()
+        time.sleep(0.02)
+    assert status(f"http://127.0.0.1:{port}/api/upload", next(images.rglob("*.png")).read_bytes()) == 200
+    assert list(folder.iterdir()) == []
+    process.terminate()
+    process.join(60)
+    assert process.exitcode == 128 + signal.SIGTERM
 
 
 def test_explore__lists_the_tokenizer_of_a_codebook_and_its_vit_once(

@@ -143,9 +143,10 @@ def test_page__keys_do_what_the_mouse_does(tab: Tab, answers: Answers) -> None:
     )
     assert page.locator("#map [role=grid]").get_attribute("aria-label") == "Token map"
     assert page.locator("#map button[tabindex='0']").count() == 1
-    for view in ("image", "codewords", "atlas", "mask"):  # everything has a name
+    shown = {"image": "#map button", "codewords": "#list a", "atlas": ".atlas canvas", "mask": "#predicted button"}
+    for view, ready in shown.items():  # everything has a name
         tab.open(f"?view={view}&codeword=3")
-        page.wait_for_load_state("networkidle")
+        page.wait_for_selector(ready)
         unnamed = page.evaluate("""() => [...document.querySelectorAll('button, a, input, select, img, canvas')].filter(
             (one) => !(one.alt || one.ariaLabel || one.textContent.trim() || one.labels?.length
                        || one.querySelector('[alt], [aria-label]'))).map((one) => one.outerHTML)""")

@@ -11,7 +11,7 @@ The page leaves out missing values.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from pecobook.analysis.charts import Score, score_chart
