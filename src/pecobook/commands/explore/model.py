@@ -17,6 +17,7 @@ from torch import Tensor
 from pecobook.analysis.arrays import evaluation_mode
 from pecobook.analysis.atlas import Atlas, arrange, tile_of
 from pecobook.analysis.codebook_map import nearest_used
+from pecobook.analysis.codewords import ClassShare
 from pecobook.analysis.occurrences import MIN_IMAGES, ClassCounts, Occurrences, class_counts, main_places, occurrences
 from pecobook.analysis.position import MIN_PATCHES, commonest_code_accuracy
 from pecobook.analysis.reconstruction import decode_all, encode_all, psnr
@@ -298,7 +299,9 @@ def atlas(tokenizer: IndexedTokenizer) -> Atlas:
     pairs = np.searchsorted(used, tokenizer.found.codewords()) * num_places + tokenizer.found.patches % num_places
     positions = np.bincount(pairs, minlength=len(used) * num_places).reshape(-1, *grid)[order]
     used, colours = used[order], colours[order]
-    rows = by_class.most_telling()[used] if by_class is not None else None
+    shares: tuple[ClassShare | None, ...] = (None,) * len(used)
+    if by_class is not None:
+        shares = tuple(by_class.share(row, tokenizer.classes) for row in by_class.most_telling()[used])
     return Atlas(
         num_codewords=len(counts),
         columns=columns,
@@ -308,7 +311,7 @@ def atlas(tokenizer: IndexedTokenizer) -> Atlas:
         images=np.bincount(tokenizer.found.in_images()[0], minlength=len(counts))[used],
         colours=colours.round().astype(np.uint8),
         positions=positions,
-        classes=(None,) * len(used) if rows is None else tuple(by_class.share(row, tokenizer.classes) for row in rows),
+        classes=shares,
     )
 
 
