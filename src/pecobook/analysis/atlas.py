@@ -25,7 +25,8 @@ from pecobook.analysis.codewords import ClassShare, class_shares, codes_of_image
 from pecobook.analysis.reconstruction import float_parts
 
 _SIDE, _TILES = 1536, (16, 48)
-"""Width of a sprite in pixels, and smallest and largest side of a tile: 8,192 codewords have tiles of 16 pixels."""
+"""Width of a sprite in pixels, and smallest and largest side to which large patches are reduced: the patches of 8,192
+codewords are reduced to 16 pixels."""
 _DETAIL = 4
 """A patch is compared with the mean patch of its codeword at 4 x 4 colours."""
 
@@ -91,7 +92,8 @@ def make_atlas(
     positions = positions.reshape(h * w, K).T.reshape(K, h, w)
     used = positions.sum((1, 2)).nonzero()[:, 0]
     typical, colours = _typical_patches(images, codes, K)
-    order, columns, tile = arrange(codebook.detach().float().cpu()[used], colours[used].mean(1).numpy(), seed=seed)
+    patch, brightness = -(-images.shape[-1] // w), colours[used].mean(1).numpy()
+    order, columns, tile = arrange(codebook.detach().float().cpu()[used], brightness, patch, seed=seed)
     used = used[order]
     telling = class_shares(codes, labels, K, classes) if labels is not None else {}
     num_images = np.bincount(codes_of_images(codes, K)[1], minlength=K)
@@ -108,15 +110,17 @@ def make_atlas(
     )
 
 
-def arrange(vectors: Tensor, brightness: NDArray[np.float32], *, seed: int = 0) -> tuple[NDArray[np.int64], int, int]:
-    """Arrange codewords (M, D), whose patches have a brightness (M,), by similarity.
+def arrange(
+    vectors: Tensor, brightness: NDArray[np.float32], patch: int, *, seed: int = 0
+) -> tuple[NDArray[np.int64], int, int]:
+    """Arrange codewords (M, D), whose patches of `patch` pixels have a brightness (M,), by similarity.
 
     Returns:
         their order, row by row, (M,); the width of the grid in cells; and the side of a tile in pixels.
     """
     cells = grid_cells(_turned(project_to_plane(vectors, seed=seed), brightness))
     columns = int(cells[:, 1].max()) + 1
-    return np.lexsort((cells[:, 1], cells[:, 0])), columns, int(np.clip(_SIDE // columns, *_TILES))
+    return np.lexsort((cells[:, 1], cells[:, 0])), columns, min(int(np.clip(_SIDE // columns, *_TILES)), patch)
 
 
 def _turned(plane: NDArray[np.float32], brightness: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -152,7 +156,7 @@ def _typical_patches(images: Tensor, codes: Tensor, num_codewords: int) -> tuple
 
 
 def _tiles(images: Tensor, patches: Tensor, grid: tuple[int, int], side: int) -> NDArray[np.uint8]:
-    """Cut patches (M,) out of images, and resize them, (M, t, t, 3)."""
+    """Cut patches (M,) out of images, and reduce them to tiles, (M, t, t, 3)."""
     (h, w), (height, width) = grid, images.shape[-2:]
     tiles = []
     for patch in patches.tolist():
@@ -165,10 +169,9 @@ def _tiles(images: Tensor, patches: Tensor, grid: tuple[int, int], side: int) ->
 
 
 def tile_of(pixels: Tensor, side: int) -> NDArray[np.uint8]:
-    """Resize a patch (3, H, W) with values in 0..255, without smoothing where it becomes larger: (side, side, 3)."""
-    resampling = Image.Resampling.NEAREST if pixels.shape[-1] < side else Image.Resampling.LANCZOS
+    """Reduce a patch (3, H, W) with values in 0..255 to a tile (side, side, 3)."""
     picture = Image.fromarray(pixels.to(torch.uint8).permute(1, 2, 0).contiguous().cpu().numpy())
-    return np.asarray(picture.resize((side, side), resampling))
+    return np.asarray(picture.resize((side, side), Image.Resampling.LANCZOS))
 
 
 def sprite(atlas: Atlas) -> Image.Image:
@@ -190,7 +193,7 @@ def sprite_jpeg(atlas: Atlas) -> bytes:
 def atlas_picture(atlas: Atlas) -> bytes:
     """Draw the atlas as a PNG of at most 2,000 pixels, with gaps between the tiles and a transparent background."""
     side = atlas.tiles.shape[1]
-    scale = 2 if 2 * atlas.columns * side <= 1800 else 1
+    scale = int(np.clip(1800 // (atlas.columns * side), 1, max(96 // side, 1)))
     pitch = side * scale + max(side * scale // 16, 1)
     pixels = np.zeros((atlas.rows * pitch, atlas.columns * pitch, 4), np.uint8)
     for cell, tile in enumerate(atlas.tiles):

@@ -294,7 +294,7 @@ def atlas(tokenizer: IndexedTokenizer) -> Atlas:
     used = np.flatnonzero(counts)
     vectors = tokenizer.tokenizer.codebook.detach().float().cpu()[torch.from_numpy(used)]
     colours = tokenizer.examples[torch.from_numpy(used)].float().mean((2, 3)).numpy()
-    order, columns, side = arrange(vectors, colours.mean(1))
+    order, columns, side = arrange(vectors, colours.mean(1), tokenizer.examples.shape[-1])
     num_places = grid[0] * grid[1]
     pairs = np.searchsorted(used, tokenizer.found.codewords()) * num_places + tokenizer.found.patches % num_places
     positions = np.bincount(pairs, minlength=len(used) * num_places).reshape(-1, *grid)[order]
