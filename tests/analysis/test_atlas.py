@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 
 from pecobook.analysis.atlas import as_json, atlas_picture, make_atlas, sprite, sprite_jpeg
-from pecobook.analysis.codewords import class_shares
+from pecobook.analysis.occurrences import ClassShare, class_shares
 from tests.analysis.fakes import GreyTokenizer
 
 
@@ -64,20 +64,15 @@ def test_pictures_show_the_tiles_in_their_cells() -> None:
     assert picture.getpixel((picture.width - 40, picture.height - 40))[3] == 0  # type: ignore[index]
 
 
-def test_class_shares_count_images_and_distrust_rare_codewords() -> None:
-    """Codeword 0 is in all eight images of "cat" and in none of 24 others; codeword 1 is in one image of "dog"."""
+def test_class_shares_name_a_class_that_is_more_frequent_than_by_chance() -> None:
+    """Codeword 0 is in all eight images of "cat" and in no other; codeword 1 is in one image of "dog"."""
     codes = torch.full((32, 2, 2), 2)
     codes[:8, 0] = 0
     codes[8, 0, 0] = 1
     labels = torch.tensor([0] * 8 + [1] * 16 + [2] * 8)
     shares = class_shares(codes, labels, 5, ["cat", "dog", "cow", "unseen"])
-    assert set(shares) == {0, 1, 2}
-    cat, dog = shares[0], shares[1]
-    assert (cat.name, cat.images, cat.share, cat.base) == ("cat", 8, 100, 25)
-    assert cat.lift == (8 / 0.25 + 5) / (8 + 5)
-    assert (dog.name, dog.images, dog.share, dog.base) == ("dog", 1, 100, 50)
-    assert dog.lift == (1 / 0.5 + 5) / (1 + 5) < cat.lift
-    listed = as_json(
-        make_atlas(torch.rand(32, 3, 4, 4), codes, torch.rand(5, 3), labels=labels, classes=["a", "b", "c"])
-    )
-    assert sorted(zip(listed["codeword"], listed["class"], strict=True))[0] == (0, (0, 100, 25.0, 2.8))
+    assert shares == {0: ClassShare("cat", 100, 25, 4)}
+    atlas = make_atlas(torch.rand(32, 3, 4, 4), codes, torch.rand(5, 3), labels=labels, classes=["cat", "dog", "cow"])
+    listed = as_json(atlas)
+    classes = dict(zip(listed["codeword"], listed["class"], strict=True))
+    assert (classes, listed["classes"]) == ({0: (0, 100, 25.0, 4.0), 1: (), 2: ()}, ["cat"])

@@ -13,8 +13,9 @@ from PIL import Image
 
 from pecobook.analysis.canvas import INK, OTHERS, PAPER, ROLES, escape_text, styles
 from pecobook.analysis.charts import Score, code_usage_chart, read_metrics, score_chart, training_curves
-from pecobook.analysis.codewords import ClassShare, code_gallery, matches, query_points
+from pecobook.analysis.codewords import code_gallery, matches, query_points
 from pecobook.analysis.figures import class_words, gallery_picture, image_columns, matches_picture, position_shares
+from pecobook.analysis.occurrences import ClassShare
 
 
 def opened(png: bytes) -> Image.Image:
@@ -185,7 +186,8 @@ def test_matches_are_patches_of_other_images_with_the_codeword_of_the_query() ->
 
 def test_a_gallery_names_the_class_of_each_codeword() -> None:
     rows = code_gallery(torch.rand(6, 3, 16, 16), torch.randint(0, 3, (6, 4, 4)), codewords=2)
-    share = ClassShare("a$class", 5, 62.5, 10.0, 3.1)
+    share = ClassShare("a$class", 62.5, 10.0, 6.25)
     assert class_words(share) == "a$class: 62% of these images, 10% of all"
+    assert class_words(None) == "no class more often than by chance"
     plain, named = (opened(gallery_picture(rows, shares)) for shares in (None, {rows[0].codeword: share}))
     assert named.height > plain.height

@@ -63,7 +63,7 @@ class Cells(HTMLParser):
 
     def handle_data(self, data: str) -> None:
         if self.inside:
-            self.tables[-1][-1][-1] += data
+            self.tables[-1][-1][-1] += data.replace("\u00a0", " ")
 
 
 def cells(report: Report, corner: str, column: str) -> dict[tuple[str, str], str]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-import shutil
 import urllib.parse
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,18 +19,13 @@ from pecobook.data.images import open_images
 from pecobook.models.tokenizer import PerceptualTokenizer
 from pecobook.settings.explore import ExploreConfig
 from tests.analysis.fakes import GreyTokenizer
+from tests.browser import browser, needs_browser
 from tests.commands.test_explore import free_port
 from tests.runs import codebook_run, vit_run
 
-__all__ = ["codebook_run", "vit_run"]  # the fixtures
+__all__ = ["browser", "codebook_run", "vit_run"]  # the fixtures
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-_FLAGS = [
-    "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
-    "--disable-component-update", "--disable-sync",
-]  # fmt: skip
-
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium")
+pytestmark = needs_browser
 
 
 @pytest.fixture(scope="module")
@@ -45,15 +39,6 @@ def answers(codebook_run: Path, vit_run: Path, images: Path) -> Answers:
     with contextlib.redirect_stderr(io.StringIO()):
         indexed = [model.index(name, tokenizer, source, 100) for name, tokenizer in tokenizers.items()]
     return Answers(indexed, {"vit": (load_masked_run(vit_run), "codebook")}, source, upload_mb=1)
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    playwright = pytest.importorskip("playwright.sync_api")
-    with playwright.sync_playwright() as library:
-        browser = library.chromium.launch(executable_path=CHROMIUM, args=_FLAGS)
-        yield browser
-        browser.close()
 
 
 class Tab:

@@ -3,6 +3,7 @@ from __future__ import annotations
 import io
 import json
 import math
+import re
 import sys
 import time
 import types
@@ -368,6 +369,26 @@ def test_progress__shows_a_bar_in_a_terminal(monkeypatch: pytest.MonkeyPatch) ->
     output = terminal.getvalue()
     for part in ("pretrain", "10/20", "loss 0.5000", "80 img/s", "a word"):
         assert part in output
+
+
+def test_progress__moves_with_each_step_and_names_its_times_in_a_narrow_terminal(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    monkeypatch.setattr(sys, "stderr", terminal := Terminal())
+    monkeypatch.setenv("COLUMNS", "80")
+    progress = Progress(total=20, start=0, name="pretrain", quiet=False)
+    metrics = {"loss": 0.5, "images_per_second": 80.0, "data_wait": 0.5, "tflops": 12.5, "mfu": 0.25, "gpu_memory": 9.5}
+    progress.show(1, metrics)
+    progress.tick(2)
+    progress.tick(3)
+    progress.close()
+    shown = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", terminal.getvalue()).split("\r")[-1].strip().splitlines()[-1]
+    assert re.fullmatch(r"pretrain \S+ +3/20 elapsed 0:00:00 left 0s loss 0.5000 .*…", shown.strip()), shown
+    assert len(shown) <= 80
 
 
 @pytest.mark.parametrize(

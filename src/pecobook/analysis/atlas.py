@@ -21,7 +21,7 @@ from PIL import Image
 from torch import Tensor
 
 from pecobook.analysis.codebook_map import grid_cells, project_to_plane
-from pecobook.analysis.codewords import ClassShare, class_shares, codes_of_images
+from pecobook.analysis.occurrences import ClassShare, class_shares, occurrences
 from pecobook.analysis.reconstruction import float_parts
 
 _SIDE, _TILES = 1536, (16, 48)
@@ -52,7 +52,7 @@ class Atlas:
     positions: NDArray[np.int64] = field(repr=False)
     """Number of patches of each codeword at each position of the code grid, (M, h, w)."""
     classes: tuple[ClassShare | None, ...] = field(repr=False)
-    """The most telling class of each codeword; None without labels."""
+    """The class of the highest lift of each codeword; None if no class is more frequent than by chance."""
 
     @property
     def rows(self) -> int:
@@ -96,14 +96,13 @@ def make_atlas(
     order, columns, tile = arrange(codebook.detach().float().cpu()[used], brightness, patch, seed=seed)
     used = used[order]
     telling = class_shares(codes, labels, K, classes) if labels is not None else {}
-    num_images = np.bincount(codes_of_images(codes, K)[1], minlength=K)
     return Atlas(
         num_codewords=K,
         columns=columns,
         codewords=used.numpy(),
         tiles=_tiles(images, typical[used], (h, w), tile),
         counts=positions.sum((1, 2))[used].numpy(),
-        images=num_images[used.numpy()],
+        images=occurrences(codes, K).images_with[used.numpy()],
         colours=(255 * colours[used]).round().to(torch.uint8).numpy(),
         positions=positions[used].numpy(),
         classes=tuple(telling.get(codeword) for codeword in used.tolist()),
@@ -210,7 +209,7 @@ def as_json(atlas: Atlas) -> dict[str, Any]:
 
     `place` is the mean row and column of the patches in percent of the image, and `bound` the percentage of patches at
     the most frequent position. `class` is an index of `classes`, the shares of the class in the codeword's images and
-    in all images in percent, and its lift; empty without labels.
+    in all images in percent, and its lift; empty where there is none.
     """
     h, w = atlas.positions.shape[1:]
     counts = np.maximum(atlas.counts, 1)

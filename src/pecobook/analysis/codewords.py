@@ -20,8 +20,6 @@ from pecobook.analysis.arrays import Array, as_numpy
 
 _EXACT, _SAMPLE = 2**14, 2**10
 """Number of used codewords up to which all are compared with each other, and that of the sample above it."""
-_PRIOR = 5
-"""Number of images with which a codeword's lift is drawn towards 1."""
 
 
 @dataclass(frozen=True)
@@ -34,21 +32,6 @@ class CodeUsage:
     """exp of the entropy of the code distribution, in [1, K]; K if all codewords are equally frequent."""
     counts: NDArray[np.int64] = field(repr=False)
     """Number of occurrences of each codeword, (K,)."""
-
-
-@dataclass(frozen=True)
-class ClassShare:
-    """How much more often a codeword occurs in images of one class than in others."""
-
-    name: str
-    images: int
-    """Number of images of the class with the codeword."""
-    share: float
-    """Percentage of the images with the codeword that have the class."""
-    base: float
-    """Percentage of all images that have the class."""
-    lift: float
-    """`share` divided by `base`, drawn towards 1 if the codeword occurs in few images."""
 
 
 @dataclass(frozen=True)
@@ -130,51 +113,6 @@ def distinct_codewords(codebook: Tensor, usage: Tensor, *, tolerance: float = 0.
     rows = min(1024, max(2**23 // max(len(vectors), 1), 1))
     similar_share = [(torch.cdist(part, vectors) <= limit).float() @ share for part in torch.split(of, rows)]
     return float((-weight @ torch.cat(similar_share).clamp_min(1e-12).log()).exp())
-
-
-def codes_of_images(codes: Array, num_codewords: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Return every pair of an image and a codeword that occurs in it, once: indices of images, and codewords."""
-    grid = as_numpy(codes).reshape(len(codes), -1).astype(np.int64)
-    pairs = np.unique(np.arange(len(grid))[:, None] * num_codewords + grid)
-    return pairs // num_codewords, pairs % num_codewords
-
-
-def drawn_lift(together: Array, images: Array, base: Array) -> NDArray[np.float64]:
-    """Return the lift of a class with a codeword, drawn towards 1 if the codeword occurs in few images.
-
-    Args:
-        together: number of images of the class with the codeword.
-        images: number of images with the codeword.
-        base: share of the class among all images, above 0.
-    """
-    return np.asarray((together / base + _PRIOR) / (images + _PRIOR))
-
-
-def class_shares(codes: Array, labels: Array, num_codewords: int, classes: Sequence[str]) -> dict[int, ClassShare]:
-    """Return the class of the largest lift of each codeword that occurs; `labels` is int (N,).
-
-    Images are counted rather than patches, since one image may hold a codeword many times. A rare codeword would have
-    the largest lifts by chance, so the lift is that with `_PRIOR` more images, which have the classes of all images.
-    """
-    images, occurring = codes_of_images(codes, num_codewords)
-    of_image = as_numpy(labels)
-    pairs = occurring * len(classes) + of_image[images]
-    joint = np.bincount(pairs, minlength=num_codewords * len(classes)).reshape(num_codewords, len(classes))
-    base = np.bincount(of_image, minlength=len(classes)) / len(of_image)
-    total = joint.sum(1)
-    lift = drawn_lift(joint, total[:, None], np.maximum(base, 1e-12))
-    lift[:, base == 0] = 0
-    best = lift.argmax(1)
-    return {
-        code: ClassShare(
-            classes[best[code]],
-            int(joint[code, best[code]]),
-            100 * float(joint[code, best[code]] / total[code]),
-            100 * float(base[best[code]]),
-            float(lift[code, best[code]]),
-        )
-        for code in np.flatnonzero(total).tolist()
-    }
 
 
 def mean_codewords(codes: Array, codebook: Tensor) -> Tensor:

@@ -17,7 +17,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pecobook.analysis.canvas import INK, escape_text, new_figure, picture_array, png, styles
-from pecobook.analysis.codewords import ClassShare, GalleryPatch, GalleryRow
+from pecobook.analysis.codewords import GalleryPatch, GalleryRow
+from pecobook.analysis.occurrences import ClassShare
 from pecobook.analysis.wording import thousands
 
 _WIDTH = 4.9  # inches
@@ -50,9 +51,9 @@ def image_columns(columns: Sequence[tuple[str, Tensor]]) -> bytes:
 def gallery_picture(rows: Sequence[GalleryRow], shares: Mapping[int, ClassShare] | None = None) -> bytes:
     """Draw one block per codeword: number and usage, then a map of its positions and patches in their surroundings.
 
-    With `shares` (see `class_shares`) a second line names the class that the codeword tells most about.
+    With `shares` (see `class_shares`) a second line names the class that the codeword tells most about, if any.
     """
-    step, label = 1 + 2 * _GAP, 0.95 if shares else 0.5
+    step, label = 1 + 2 * _GAP, 0.5 if shares is None else 0.95
     lines = [max(1, -(-len(row.patches) // _PATCHES_PER_LINE)) for row in rows]
     height = sum(label + line * step + 0.12 for line in lines)
     axes = _empty_axes((1 + _PATCHES_PER_LINE) * step, max(height, 1.0), 4.1 / (_PATCHES_PER_LINE * step))
@@ -60,8 +61,8 @@ def gallery_picture(rows: Sequence[GalleryRow], shares: Mapping[int, ClassShare]
     for row, line in zip(rows, lines, strict=True):
         text = f"codeword {row.codeword}  ·  {_count(row.count, 'patch', 'patches')}"
         text += f" in {_count(row.images, 'image', 'images')}"
-        if shares and row.codeword in shares:
-            text += f"\n{class_words(shares[row.codeword])}"
+        if shares is not None:
+            text += f"\n{class_words(shares.get(row.codeword))}"
         axes.text(0, top + label - 0.1, escape_text(text), ha="left", va="bottom", color=INK, fontsize=10.5)
         _draw_image(axes, position_shares(row.positions), 0, top + label, vmin=0, vmax=1, cmap="viridis")
         for number, patch in enumerate(row.patches):
@@ -71,8 +72,10 @@ def gallery_picture(rows: Sequence[GalleryRow], shares: Mapping[int, ClassShare]
     return png(axes.figure)  # type: ignore[arg-type]
 
 
-def class_words(share: ClassShare) -> str:
+def class_words(share: ClassShare | None) -> str:
     """Return the class of a codeword as text: `church: 62% of these images, 10% of all`."""
+    if share is None:
+        return "no class more often than by chance"
     return f"{share.name[:32]}: {share.share:.0f}% of these images, {share.base:.0f}% of all"
 
 

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pecobook.analysis.arrays import Array, as_numpy
-from pecobook.analysis.codewords import ClassShare, drawn_lift, one_per_image_first
+from pecobook.analysis.codewords import one_per_image_first
 
 MIN_IMAGES = 5
 """Number of images of a class with a codeword from which the class can count as evidence."""
@@ -38,6 +38,11 @@ class Occurrences:
     def counts(self) -> NDArray[np.int64]:
         """Number of patches of each codeword, (K,)."""
         return np.diff(self.starts)
+
+    @property
+    def images_with(self) -> NDArray[np.int64]:
+        """Number of images with each codeword, (K,)."""
+        return np.bincount(self.in_images()[0], minlength=len(self.starts) - 1)
 
     def of(self, codeword: int) -> Integers:
         """Return the patches of a codeword, (count, 3): image, row, column."""
@@ -101,6 +106,19 @@ def _largest(
 
 
 @dataclass(frozen=True)
+class ClassShare:
+    """How much more often a codeword occurs in images of one class than in others."""
+
+    name: str
+    share: float
+    """Percentage of the images with the codeword that have the class."""
+    base: float
+    """Percentage of all images that have the class."""
+    lift: float
+    """`share` divided by `base`."""
+
+
+@dataclass(frozen=True)
 class ClassCounts:
     """How often codewords and classes occur together; a row for each pair that does, sorted by codeword."""
 
@@ -111,7 +129,7 @@ class ClassCounts:
     patches: Integers = field(repr=False)
     """Number of patches of the codeword in images of the class."""
     lift: NDArray[np.float32] = field(repr=False)
-    """Share of the class among the images with the codeword over its share among all, as `codewords.drawn_lift`."""
+    """Share of the class among the images with the codeword divided by its share among all images."""
     is_evidence: NDArray[np.bool_] = field(repr=False)
     """Whether the class is more frequent than by chance; see `class_counts`."""
     class_sizes: NDArray[np.int64]
@@ -131,23 +149,19 @@ class ClassCounts:
 
     def share(self, row: int, classes: Sequence[str]) -> ClassShare:
         """Return a row as a record, given the names of the classes."""
-        label, images = int(self.label[row]), int(self.images[row])
-        share = 100 * images / int(self.images_with[self.codeword[row]])
+        label, images_with = int(self.label[row]), int(self.images_with[self.codeword[row]])
         base = 100 * float(self.class_sizes[label] / self.class_sizes.sum())
-        return ClassShare(classes[label], images, share, base, float(self.lift[row]))
+        return ClassShare(classes[label], 100 * int(self.images[row]) / images_with, base, float(self.lift[row]))
 
-    def most_telling(self) -> NDArray[np.int64]:
-        """Return the row of the highest lift of each codeword, evidence or not, (K,); 0 for an unused one."""
-        return _largest(self.codeword, np.arange(len(self.lift)), self.lift, len(self.images_with))[0]
-
-    def best_lift(self) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
-        """Return the class of the highest lift that is evidence, and the lift; 0 where no class is, (K,) each."""
-        label = np.zeros(len(self.images_with), dtype=np.int64)
-        lift = np.zeros(len(label))
+    def best(self) -> NDArray[np.int64]:
+        """Return, for each codeword with evidence, the row of the highest lift that is evidence."""
         rows = np.flatnonzero(self.is_evidence)
-        rows = rows[np.lexsort((self.lift[rows], self.codeword[rows]))]
-        label[self.codeword[rows]], lift[self.codeword[rows]] = self.label[rows], self.lift[rows]
-        return label, lift
+        rows = rows[np.lexsort((-self.lift[rows], self.codeword[rows]))]
+        return rows[np.diff(self.codeword[rows], prepend=-1) > 0]
+
+    def shares(self, classes: Sequence[str]) -> dict[int, ClassShare]:
+        """Return the rows of `best` as records, by codeword."""
+        return {int(self.codeword[row]): self.share(row, classes) for row in self.best().tolist()}
 
 
 def class_counts(found: Occurrences, labels: Array, num_classes: int) -> ClassCounts:
@@ -176,7 +190,15 @@ def class_counts(found: Occurrences, labels: Array, num_classes: int) -> ClassCo
     base = sizes[label] / len(label_of)
     chance = bdtrc(images - 1, images_with[codeword], base)
     tests = max(int((images_with > 0).sum()), 1) * max(int((sizes > 0).sum()), 1)
-    lift = drawn_lift(images, images_with[codeword], base)
+    lift = images / images_with[codeword] / base
     is_evidence = (images >= MIN_IMAGES) & (chance * tests < _LEVEL) & (lift > 1)
     codeword, label, images, counts = (column.astype(np.int32) for column in (codeword, label, images, patches))
     return ClassCounts(codeword, label, images, counts, lift.astype(np.float32), is_evidence, sizes, images_with)
+
+
+def class_shares(codes: Array, labels: Array, num_codewords: int, classes: Sequence[str]) -> dict[int, ClassShare]:
+    """Return the class of the highest lift that is evidence (see `class_counts`), by codeword; `labels` is int (N,).
+
+    A codeword without such a class is left out.
+    """
+    return class_counts(occurrences(codes, num_codewords), labels, len(classes)).shares(classes)

@@ -281,23 +281,31 @@ class Progress:
         doing("")
         if not quiet and sys.stderr.isatty():
             from rich.console import Console
-            from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
+            from rich.progress import BarColumn, MofNCompleteColumn, ProgressColumn, TextColumn, TimeElapsedColumn
             from rich.progress import Progress as Bar
             from rich.table import Column
+            from rich.text import Text
+
+            class Status(ProgressColumn):
+                """The figures of the last step, of which a narrow terminal shows the first."""
+
+                def render(self, task: Any) -> Text:
+                    return Text(task.fields["status"], no_wrap=True, overflow="ellipsis")
 
             self._bar = Bar(
                 TextColumn("[bold]{task.description}"),
                 BarColumn(bar_width=16),
                 MofNCompleteColumn(),
-                TextColumn("{task.fields[status]}", markup=False),
                 TextColumn("elapsed"),
-                TimeElapsedColumn(table_column=Column(no_wrap=True, min_width=7)),
+                TimeElapsedColumn(table_column=Column(no_wrap=True)),
+                TextColumn("{task.fields[left]}", markup=False),
+                Status(table_column=Column()),
                 console=Console(stderr=True),
             )
             self._bar.start()
             # A name may hold "[/b]", which is no markup.
             print_above(partial(self._bar.console.print, highlight=False, markup=False))
-            self._task = self._bar.add_task(name, total=total, completed=start, status="")
+            self._task = self._bar.add_task(name, total=total, completed=start, left="", status="")
 
     def show(self, step: int, metrics: Mapping[str, float], *, now: bool = False) -> None:
         """Show that `step` steps are done; without a terminal at most every five seconds, unless `now` is set.
@@ -332,12 +340,11 @@ class Progress:
         if self._first is not None and step > self._first[0]:
             seconds = (time_now - self._first[1]) / (step - self._first[0]) * (self.total - step)
             left = f"left {compact_duration(seconds)}"
-        status = "  ".join(part for part in (self._status, left) if part)
         if self._bar is not None:
-            self._bar.update(self._task, completed=step, status=status)
+            self._bar.update(self._task, completed=step, left=left, status=self._status)
         elif time_now - self._last_line > wait or step == self.total:
             self._last_line = time_now
-            show(f"{self.name} {step}/{self.total}  {status}".rstrip())
+            show("  ".join(part for part in (f"{self.name} {step}/{self.total}", self._status, left) if part))
 
     def close(self) -> None:
         """Stop the bar and leave it on the screen."""

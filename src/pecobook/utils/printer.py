@@ -114,7 +114,7 @@ def say(text: str) -> None:
 @contextlib.contextmanager
 def of_run(*, quiet: bool) -> Iterator[None]:
     """Within the context notes are kept for train.log; with `quiet` this process says nothing."""
-    _run.quiet, _run.notes = quiet, []
+    _run.quiet, _run.notes, _run.log = quiet, [], None
     try:
         yield
     finally:

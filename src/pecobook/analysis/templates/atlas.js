@@ -118,7 +118,7 @@ function show(figure) {
   }
 
   function zoom(factor, event) {
-    const box = canvas.getBoundingClientRect(), next = Math.min(Math.max(scale * factor, 1), Math.max(columns / 3, 1));
+    const box = canvas.getBoundingClientRect(), next = Math.min(Math.max(scale * factor, 1), Math.max(columns / 3, 4));
     const x = event ? event.clientX - box.left : box.width / 2, y = event ? event.clientY - box.top : box.height / 2;
     left = x - (x - left) * next / scale;
     top = y - (y - top) * next / scale;

@@ -144,13 +144,12 @@ def _galleries(tokenizers: Tokenizers, pictures: Mapping[str, bytes]) -> Section
     text = (
         "Each block shows patches with the same codeword, outlined in their surroundings. On the left are codewords "
         "drawn at random from those in use, after the requested ones; they show what is usual. On the right are those "
-        "that tell most about a class (the largest lift), or without labels the most used ones; they show the best "
-        "case. The patches are drawn at random; each image gives one patch before any image gives a second one. Look "
-        "for what the patches of a block have in common: a colour, a texture, an edge, a part of an object.\n\nThe "
-        "map at the left of a block "
-        "shows how often the codeword occurs at each position of the image, compared with its most frequent position, "
-        "from dark to light. If one field alone is light, and all outlines lie in one corner, the codeword stands for "
-        "a position rather than for what is seen there."
+        "of the largest class lift, or the most used ones if no class is more frequent than by chance; they show the "
+        "best case. The patches are drawn at random; each image gives one patch before any image gives a second one. "
+        "Look for what the patches of a block have in common: a colour, a texture, an edge, a part of an object.\n\n"
+        "The map at the left of a block shows how often the codeword occurs at each position of the image, compared "
+        "with its most frequent position, from dark to light. If one field alone is light, and all outlines lie in one "
+        "corner, the codeword stands for a position rather than for what is seen there."
     )
     galleries = _pictures_of(tokenizers, pictures, "gallery", "gallery-ranked")
     galleries += _pictures_of(tokenizers, pictures, "bank-gallery")
@@ -242,8 +241,8 @@ def _atlas(tokenizers: Tokenizers, pictures: Mapping[str, bytes], atlases: Mappi
         "patches, so it is typical; the galleries show how much the patches differ.\n\nDrag, pinch, or click and turn "
         "the wheel to zoom; point at a patch to read what is known about its codeword. Frames show how often a "
         "codeword is used, where in the image it occurs, its colour, or how much it tells about a class. Lift is the "
-        "share of a class among the images with the codeword, divided by its share of all images, and drawn towards 1 "
-        "for rare codewords."
+        "share of a class among the images with the codeword, divided by its share of all images; a frame is grey if "
+        "no class is more frequent than by chance (at least 5 images, and below 5% after Bonferroni's correction)."
     )
     return Section("Atlas of the codebook", text, tuple(shown)) if shown else None
 

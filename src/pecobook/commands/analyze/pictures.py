@@ -17,7 +17,8 @@ from pecobook.analysis import figures as draw
 from pecobook.analysis.atlas import Atlas, atlas_picture, make_atlas
 from pecobook.analysis.charts import code_usage_chart, read_metrics, training_curves
 from pecobook.analysis.codebook_map import nearest_used
-from pecobook.analysis.codewords import ClassShare, CodeUsage, GalleryPatch, GalleryRow, class_shares, code_gallery
+from pecobook.analysis.codewords import CodeUsage, GalleryPatch, GalleryRow, code_gallery
+from pecobook.analysis.occurrences import ClassShare, class_shares
 
 NUM_IMAGES = 6
 """Number of images in grids of reconstructions and predictions."""
@@ -92,7 +93,8 @@ def galleries(
 ) -> dict[str, bytes]:
     """Draw patches of codewords drawn at random, and of those with the largest class lift, or the most used ones.
 
-    `shares` are the classes of the codewords; None without labels. The requested codewords come before the random ones.
+    `shares` are the classes of the codewords (see `class_shares`); None without labels. The requested codewords come
+    before the random ones.
     """
     random = gallery_codewords(usage, requested, seed)[: len(set(requested)) + 4]
     if shares:

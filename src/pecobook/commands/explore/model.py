@@ -17,7 +17,6 @@ from torch import Tensor
 from pecobook.analysis.arrays import evaluation_mode
 from pecobook.analysis.atlas import Atlas, arrange, tile_of
 from pecobook.analysis.codebook_map import nearest_used
-from pecobook.analysis.codewords import ClassShare
 from pecobook.analysis.occurrences import MIN_IMAGES, ClassCounts, Occurrences, class_counts, main_places, occurrences
 from pecobook.analysis.position import MIN_PATCHES, commonest_code_accuracy
 from pecobook.analysis.reconstruction import decode_all, encode_all, psnr
@@ -228,6 +227,7 @@ def _class_values(tokenizer: IndexedTokenizer, codeword: int) -> Json:
         "classes": [
             {
                 **dataclasses.asdict(by_class.share(row, tokenizer.classes)),
+                "images": int(by_class.images[row]),
                 "size": int(by_class.class_sizes[by_class.label[row]]),
             }
             for row in order.tolist()
@@ -251,7 +251,9 @@ def codeword_list(tokenizer: IndexedTokenizer, sort: str, page: int) -> Json:
         label, purity = tokenizer.by_class.purity(counts)
         value = np.where(is_frequent, purity, 0.0)
     elif sort == "lift" and tokenizer.by_class is not None:
-        label, value = tokenizer.by_class.best_lift()
+        rows = tokenizer.by_class.best()
+        codewords = tokenizer.by_class.codeword[rows]
+        label[codewords], value[codewords] = tokenizer.by_class.label[rows], tokenizer.by_class.lift[rows]
     numbers = np.arange(len(counts))
     order = numbers if sort == "number" else np.lexsort((numbers, -counts, -value))
     pages = -(-len(order) // PAGE)
@@ -299,19 +301,17 @@ def atlas(tokenizer: IndexedTokenizer) -> Atlas:
     pairs = np.searchsorted(used, tokenizer.found.codewords()) * num_places + tokenizer.found.patches % num_places
     positions = np.bincount(pairs, minlength=len(used) * num_places).reshape(-1, *grid)[order]
     used, colours = used[order], colours[order]
-    shares: tuple[ClassShare | None, ...] = (None,) * len(used)
-    if by_class is not None:
-        shares = tuple(by_class.share(row, tokenizer.classes) for row in by_class.most_telling()[used])
+    shares = by_class.shares(tokenizer.classes) if by_class is not None else {}
     return Atlas(
         num_codewords=len(counts),
         columns=columns,
         codewords=used,
         tiles=np.stack([tile_of(tokenizer.examples[code], side) for code in used.tolist()]),
         counts=counts[used],
-        images=np.bincount(tokenizer.found.in_images()[0], minlength=len(counts))[used],
+        images=tokenizer.found.images_with[used],
         colours=colours.round().astype(np.uint8),
         positions=positions,
-        classes=shares,
+        classes=tuple(shares.get(code) for code in used.tolist()),
     )
 
 

@@ -115,7 +115,7 @@ function classes(value) {
     const counts = `${one.images} of ${plural(one.size, "image")}; ${percent(one.share)} in place of ${percent(one.base)}`;
     return make("tr", {}, make("td", {}, one.name, make("div", { className: "quiet" }, counts)), make("td", {}, one.lift.toFixed(1)));
   });
-  const text = `Images of the class that have the codeword; the class's share of the ${plural(value.images, "image")} with it, in place of its share of all; the lift is drawn towards 1 where few images have the codeword.`;
+  const text = `Images of the class that have the codeword; the class's share of the ${plural(value.images, "image")} with it, in place of its share of all.`;
   return [make("div", {}, title, make("table", {}, make("thead", {}, head), make("tbody", {}, ...rows)), make("p", { className: "quiet" }, text))];
 }
 
