@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy.stats import binom
 
-from pecobook.analysis.occurrences import class_counts, main_places, occurrences
+from pecobook.analysis.occurrences import ClassShare, class_counts, main_places, occurrences
 
 K, C = 12, 3
 image_codes = np.random.default_rng(0).integers(0, K - 1, (40, 3, 5)) // 2 * 2  # odd codewords and the last are unused
@@ -71,9 +71,8 @@ def test_class_counts__call_evidence_only_what_chance_does_not_make() -> None:
     table = class_counts(occurrences(codes, 6), labels, 4)
     evident = list(zip(table.codeword[table.is_evidence], table.label[table.is_evidence], strict=True))
     assert evident == [(4, 3)]
-    label, lift = table.best_lift()
-    assert (label[4], lift[4]) == (3, pytest.approx((100 / 160) / 0.25))
-    assert not lift[[0, 1, 2, 3, 5]].any()
+    (share,) = table.shares("abcd").items()
+    assert share == (4, ClassShare("d", 62.5, 25.0, 2.5))
 
 
 def test_class_counts__correct_the_level_for_codewords_and_classes() -> None:

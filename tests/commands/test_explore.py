@@ -10,8 +10,7 @@ import os
 import shutil
 import signal
 import socket
-import subprocess
-import sys
+import time
 import urllib.error
 import urllib.parse
 import urllib.request
@@ -28,6 +27,7 @@ from torch import Tensor
 
 import pecobook
 from pecobook import cli
+from pecobook.analysis.atlas import as_json
 from pecobook.analysis.reconstruction import decode_all, encode_all
 from pecobook.commands.explore import model
 from pecobook.commands.explore.answers import STRIP, THUMBNAIL, UPLOADS, Answers, Images, Refused
@@ -39,6 +39,7 @@ from pecobook.errors import ConfigError, PreflightError, WeightsError
 from pecobook.models.tokenizer import PerceptualTokenizer
 from pecobook.settings.explore import ExploreConfig
 from pecobook.utils.images import to_float
+from tests import forked
 from tests.analysis.fakes import GreyTokenizer
 from tests.runs import codebook_run, vit_run
 
@@ -148,7 +149,7 @@ def test_codeword_values__rank_classes_by_lift_where_it_is_evidence() -> None:
     codes[250:300, 0, 0] = 7  # all 50 of red
     codes[:10, 0, 0] = 7  # 10 of the 200 of blue
     info = model.codeword_values(grey(codes, labels), 7)
-    assert [(one["class"], one["images"], one["size"]) for one in info["classes"]] == [
+    assert [(one["name"], one["images"], one["size"]) for one in info["classes"]] == [
         ("red", 50, 50),
         ("green", 40, 50),
     ]
@@ -198,6 +199,20 @@ def test_tiles__are_a_decoded_patch_beside_an_example(indexed: model.IndexedToke
     assert tiles.shape == (2, 3, 4, 8)
     assert torch.equal(tiles[1, :, :, :4], field[:, 4:8, 4:8])
     assert torch.equal(tiles[0, :, :, 4:], indexed.examples[3])
+
+
+def test_atlas__has_the_codewords_in_use(indexed: model.IndexedTokenizer) -> None:
+    atlas = model.atlas(indexed)
+    assert sorted(atlas.codewords.tolist()) == np.flatnonzero(indexed.counts).tolist()
+    for place, code in enumerate(atlas.codewords.tolist()):
+        has = indexed.codes == code
+        assert atlas.counts[place] == has.sum()
+        assert atlas.images[place] == has.any((1, 2)).sum()
+        assert np.array_equal(atlas.positions[place], has.sum(0))
+        example = indexed.examples[code].permute(1, 2, 0).numpy()
+        assert np.array_equal(atlas.tiles[place], example)
+        assert atlas.classes[place] is None  # of two images
+    assert as_json(atlas)["codeword"] == atlas.codewords.tolist()
 
 
 def test_code_colours__are_similar_for_similar_codewords() -> None:
@@ -327,6 +342,8 @@ def test_answers__to_each_address(answers: Answers, indexed: model.IndexedTokeni
     tiles = model.tiles(indexed, [7, 3])
     for _ in range(2):  # computed, then remembered
         assert torch.equal(picture("/tiles", tokenizer="small", codewords="7,3,7"), torch.cat([*tiles, tiles[0]], 2))
+    assert values("/api/atlas", tokenizer="small")["codeword"] == model.atlas(indexed).codewords.tolist()
+    assert answers.get("/atlas", {"tokenizer": "small"}).body.startswith(b"\xff\xd8")
     mask = values("/api/mask", run="vit", seed="1")["mask"]
     assert (len(mask), mask.count("1")) == (16, answers.runs["vit"][0].config.mask.num_masked)
     predicted = values("/api/predict", run="vit", image=str(image), mask=mask)
@@ -387,7 +404,9 @@ def status(address: str, data: bytes | None = None, **headers: str) -> int:
 
 
 def test_page__serves_no_other_file(page: str, images: Path) -> None:
-    assert [status(f"{page}/{name}") for name in ("", "page.js", "base.js", "page.css", "page.html")] == [200] * 5
+    assert [status(f"{page}/{name}") for name in ("", "page.js", "base.js", "page.css", "page.html", "atlas.js")] == [
+        200
+    ] * 6
     files = ("/etc/passwd", str(next(images.rglob("*.png"))), str(Path("pyproject.toml").resolve()), "../answers.py")
     for path in files:
         for text in (path, urllib.parse.quote(path, safe=""), f"static/{path}", f"picture?image={path}&size=16"):
@@ -444,18 +463,18 @@ def test_page__takes_an_image_and_refuses_others(page: str, images: Path) -> Non
 
 
 def test_explore__keeps_uploads_in_memory_and_ends_at_sigterm(codebook_run: Path, images: Path, tmp_path: Path) -> None:
-    port = free_port()
-    words = [sys.executable, "-m", "pecobook", "explore", str(codebook_run), "--data", str(images), "--port", str(port)]
-    environment = {**os.environ, "TMPDIR": str(tmp_path)}
-    with subprocess.Popen(words, env=environment, stderr=subprocess.PIPE, cwd=tmp_path) as server:
-        assert server.stderr is not None
-        while b"Ctrl-C stops" not in server.stderr.readline():
-            assert server.poll() is None
-        assert status(f"http://127.0.0.1:{port}/api/upload", next(images.rglob("*.png")).read_bytes()) == 200
-        assert list(tmp_path.iterdir()) == []
-        server.terminate()
-        server.communicate(timeout=60)
-    assert server.returncode == 128 + signal.SIGTERM
+    port, log, folder = free_port(), tmp_path / "log", tmp_path / "temporary"
+    folder.mkdir()
+    words = ["explore", str(codebook_run), "--data", str(images), "--port", str(port)]
+    process = forked.start(words, log, {**os.environ, "TMPDIR": str(folder)})
+    while not (log.exists() and "Ctrl-C stops" in log.read_text()):
+        assert process.is_alive(), log.read_text()
+        time.sleep(0.02)
+    assert status(f"http://127.0.0.1:{port}/api/upload", next(images.rglob("*.png")).read_bytes()) == 200
+    assert list(folder.iterdir()) == []
+    process.terminate()
+    process.join(60)
+    assert process.exitcode == 128 + signal.SIGTERM
 
 
 def test_explore__lists_the_tokenizer_of_a_codebook_and_its_vit_once(

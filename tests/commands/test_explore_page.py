@@ -128,9 +128,10 @@ def test_page__keys_do_what_the_mouse_does(tab: Tab, answers: Answers) -> None:
     )
     assert page.locator("#map [role=grid]").get_attribute("aria-label") == "Token map"
     assert page.locator("#map button[tabindex='0']").count() == 1
-    for view in ("image", "codewords", "mask"):  # everything has a name
+    shown = {"image": "#map button", "codewords": "#list a", "atlas": ".atlas canvas", "mask": "#predicted button"}
+    for view, ready in shown.items():  # everything has a name
         tab.open(f"?view={view}&codeword=3")
-        page.wait_for_load_state("networkidle")
+        page.wait_for_selector(ready)
         unnamed = page.evaluate("""() => [...document.querySelectorAll('button, a, input, select, img, canvas')].filter(
             (one) => !(one.alt || one.ariaLabel || one.textContent.trim() || one.labels?.length
                        || one.querySelector('[alt], [aria-label]'))).map((one) => one.outerHTML)""")
@@ -197,6 +198,25 @@ def test_page__lists_all_codewords(tab: Tab, answers: Answers) -> None:
     tab.heading("Codeword 9")
     assert page.locator("#list [aria-current]").get_attribute("data-codeword") == "9"
     assert tab.state["view"] == "codewords"
+
+
+def test_page__opens_codewords_of_the_atlas(tab: Tab, answers: Answers) -> None:
+    page = tab.open("?view=atlas")
+    canvas = page.locator(".atlas canvas")
+    page.wait_for_function("() => document.querySelector('.atlas canvas')?.clientHeight > 100")
+    atlas = model.atlas(answers.tokenizers["codebook"])
+    width = canvas.bounding_box()["width"]
+    cell = width / atlas.columns
+    canvas.click(position={"x": 1.5 * cell, "y": 0.5 * cell})
+    tab.heading(f"Codeword {atlas.codeword_at(0, 1)}")
+    assert tab.state["view"] == "atlas"
+    page.keyboard.press("ArrowDown")
+    page.keyboard.press("Enter")
+    tab.heading(f"Codeword {atlas.codeword_at(1, 1)}")
+    near = page.locator(".near a").first
+    codeword = near.inner_text().strip()
+    near.click()  # marks the neighbour in the atlas
+    page.wait_for_selector(f".atlas output:has-text('codeword {codeword}:')")
 
 
 def test_page__predicts_what_is_painted(tab: Tab, answers: Answers) -> None:

@@ -92,11 +92,9 @@ def make_atlas(
     positions = positions.reshape(h * w, K).T.reshape(K, h, w)
     used = positions.sum((1, 2)).nonzero()[:, 0]
     typical, colours = _typical_patches(images, codes, K)
-    plane = project_to_plane(codebook.detach().float().cpu()[used], seed=seed)
-    cells = grid_cells(_turned(plane, colours[used].mean(1).numpy()))
-    used = used[np.lexsort((cells[:, 1], cells[:, 0]))]
-    columns = int(cells[:, 1].max()) + 1
-    tile = min(int(np.clip(_SIDE // columns, *_TILES)), -(-images.shape[-1] // w))
+    patch, brightness = -(-images.shape[-1] // w), colours[used].mean(1).numpy()
+    order, columns, tile = arrange(codebook.detach().float().cpu()[used], brightness, patch, seed=seed)
+    used = used[order]
     telling = class_shares(codes, labels, K, classes) if labels is not None else {}
     return Atlas(
         num_codewords=K,
@@ -109,6 +107,19 @@ def make_atlas(
         positions=positions[used].numpy(),
         classes=tuple(telling.get(codeword) for codeword in used.tolist()),
     )
+
+
+def arrange(
+    vectors: Tensor, brightness: NDArray[np.float32], patch: int, *, seed: int = 0
+) -> tuple[NDArray[np.int64], int, int]:
+    """Arrange codewords (M, D), whose patches of `patch` pixels have a brightness (M,), by similarity.
+
+    Returns:
+        their order, row by row, (M,); the width of the grid in cells; and the side of a tile in pixels.
+    """
+    cells = grid_cells(_turned(project_to_plane(vectors, seed=seed), brightness))
+    columns = int(cells[:, 1].max()) + 1
+    return np.lexsort((cells[:, 1], cells[:, 0])), columns, min(int(np.clip(_SIDE // columns, *_TILES)), patch)
 
 
 def _turned(plane: NDArray[np.float32], brightness: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -152,10 +163,14 @@ def _tiles(images: Tensor, patches: Tensor, grid: tuple[int, int], side: int) ->
         row, column = divmod(position, w)
         top, left = row * height // h, column * width // w
         pixels = images[image, :, top : (row + 1) * height // h, left : (column + 1) * width // w]
-        pixels = pixels if pixels.dtype == torch.uint8 else (255 * pixels.clamp(0, 1)).round().to(torch.uint8)
-        picture = Image.fromarray(pixels.permute(1, 2, 0).contiguous().cpu().numpy())
-        tiles.append(np.asarray(picture.resize((side, side), Image.Resampling.LANCZOS)))
+        tiles.append(tile_of(pixels if pixels.dtype == torch.uint8 else (255 * pixels.clamp(0, 1)).round(), side))
     return np.stack(tiles)
+
+
+def tile_of(pixels: Tensor, side: int) -> NDArray[np.uint8]:
+    """Reduce a patch (3, H, W) with values in 0..255 to a tile (side, side, 3)."""
+    picture = Image.fromarray(pixels.to(torch.uint8).permute(1, 2, 0).contiguous().cpu().numpy())
+    return np.asarray(picture.resize((side, side), Image.Resampling.LANCZOS))
 
 
 def sprite(atlas: Atlas) -> Image.Image:

@@ -42,10 +42,7 @@ class Occurrences:
     @property
     def images_with(self) -> NDArray[np.int64]:
         """Number of images with each codeword, (K,)."""
-        image, codeword = self.patches // (self.grid[0] * self.grid[1]), self.codewords()
-        # The patches are sorted, so those of one codeword in one image stand together.
-        is_first = np.diff(image, prepend=-1).astype(bool) | np.diff(codeword, prepend=-1).astype(bool)
-        return np.bincount(codeword[is_first], minlength=len(self.starts) - 1)
+        return np.bincount(self.in_images()[0], minlength=len(self.starts) - 1)
 
     def of(self, codeword: int) -> Integers:
         """Return the patches of a codeword, (count, 3): image, row, column."""
@@ -65,6 +62,14 @@ class Occurrences:
     def codewords(self) -> Integers:
         """Return the codeword of each of `patches`, (N P,)."""
         return np.repeat(np.arange(len(self.starts) - 1, dtype=np.int32), self.counts)
+
+    def in_images(self) -> tuple[Integers, Integers, NDArray[np.int64]]:
+        """Return every pair of a codeword and an image that has it, once, and the number of its patches there."""
+        image, codeword = self.patches // (self.grid[0] * self.grid[1]), self.codewords()
+        # The patches are sorted, so those of one codeword in one image stand together.
+        is_first = np.diff(image, prepend=-1).astype(bool) | np.diff(codeword, prepend=-1).astype(bool)
+        starts = np.flatnonzero(is_first)
+        return codeword[starts], image[starts], np.diff(starts, append=len(image))
 
 
 def occurrences(codes: Array, num_codewords: int) -> Occurrences:
@@ -87,17 +92,30 @@ def main_places(found: Occurrences) -> tuple[NDArray[np.int64], NDArray[np.int64
 
 def _largest(
     codeword: NDArray[Any], value: NDArray[Any], number: NDArray[Any], num_codewords: int
-) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+) -> tuple[NDArray[np.int64], NDArray[Any]]:
     """Return the first value with the largest number, and that number, of each codeword: (K,) each.
 
     The rows are sorted by codeword; a codeword without rows has zeros.
     """
-    best, most = np.zeros(num_codewords, dtype=np.int64), np.zeros(num_codewords, dtype=np.int64)
+    best, most = np.zeros(num_codewords, dtype=np.int64), np.zeros(num_codewords, dtype=number.dtype)
     starts = np.flatnonzero(np.diff(codeword, prepend=-1))
     most[codeword[starts]] = np.maximum.reduceat(number, starts)
     rows = np.flatnonzero(number == most[codeword])[::-1]  # the last assignment counts: the first of equal values
     best[codeword[rows]] = value[rows]
     return best, most
+
+
+@dataclass(frozen=True)
+class ClassShare:
+    """How much more often a codeword occurs in images of one class than in others."""
+
+    name: str
+    share: float
+    """Percentage of the images with the codeword that have the class."""
+    base: float
+    """Percentage of all images that have the class."""
+    lift: float
+    """`share` divided by `base`."""
 
 
 @dataclass(frozen=True)
@@ -111,7 +129,7 @@ class ClassCounts:
     patches: Integers = field(repr=False)
     """Number of patches of the codeword in images of the class."""
     lift: NDArray[np.float32] = field(repr=False)
-    """Share of the class among the images with the codeword, divided by its share among all images."""
+    """Share of the class among the images with the codeword divided by its share among all images."""
     is_evidence: NDArray[np.bool_] = field(repr=False)
     """Whether the class is more frequent than by chance; see `class_counts`."""
     class_sizes: NDArray[np.int64]
@@ -129,14 +147,21 @@ class ClassCounts:
         label, most = _largest(self.codeword, self.label, self.patches, len(counts))
         return label, 100 * most / np.maximum(counts, 1)
 
-    def best_lift(self) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
-        """Return the class of the highest lift that is evidence, and the lift; 0 where no class is, (K,) each."""
-        label = np.zeros(len(self.images_with), dtype=np.int64)
-        lift = np.zeros(len(label))
+    def share(self, row: int, classes: Sequence[str]) -> ClassShare:
+        """Return a row as a record, given the names of the classes."""
+        label, images_with = int(self.label[row]), int(self.images_with[self.codeword[row]])
+        base = 100 * float(self.class_sizes[label] / self.class_sizes.sum())
+        return ClassShare(classes[label], 100 * int(self.images[row]) / images_with, base, float(self.lift[row]))
+
+    def best(self) -> NDArray[np.int64]:
+        """Return, for each codeword with evidence, the row of the highest lift that is evidence."""
         rows = np.flatnonzero(self.is_evidence)
-        rows = rows[np.lexsort((self.lift[rows], self.codeword[rows]))]
-        label[self.codeword[rows]], lift[self.codeword[rows]] = self.label[rows], self.lift[rows]
-        return label, lift
+        rows = rows[np.lexsort((-self.lift[rows], self.codeword[rows]))]
+        return rows[np.diff(self.codeword[rows], prepend=-1) > 0]
+
+    def shares(self, classes: Sequence[str]) -> dict[int, ClassShare]:
+        """Return the rows of `best` as records, by codeword."""
+        return {int(self.codeword[row]): self.share(row, classes) for row in self.best().tolist()}
 
 
 def class_counts(found: Occurrences, labels: Array, num_classes: int) -> ClassCounts:
@@ -154,11 +179,7 @@ def class_counts(found: Occurrences, labels: Array, num_classes: int) -> ClassCo
     from scipy.special import bdtrc
 
     label_of, K = as_numpy(labels).astype(np.int64), len(found.starts) - 1
-    image, codeword = found.patches // (found.grid[0] * found.grid[1]), found.codewords()
-    # The patches are sorted, so those of one codeword in one image stand together.
-    is_first = np.diff(image, prepend=-1).astype(bool) | np.diff(codeword, prepend=-1).astype(bool)
-    starts = np.flatnonzero(is_first)
-    together, image, codeword = np.diff(starts, append=len(image)), image[starts], codeword[starts]
+    codeword, image, together = found.in_images()
     images_with = np.bincount(codeword, minlength=K)
     pairs, row, images = np.unique(
         codeword.astype(np.int64) * num_classes + label_of[image], return_inverse=True, return_counts=True
@@ -175,30 +196,9 @@ def class_counts(found: Occurrences, labels: Array, num_classes: int) -> ClassCo
     return ClassCounts(codeword, label, images, counts, lift.astype(np.float32), is_evidence, sizes, images_with)
 
 
-@dataclass(frozen=True)
-class ClassShare:
-    """How much more often a codeword occurs in images of one class than in others."""
-
-    name: str
-    share: float
-    """Percentage of the images with the codeword that have the class."""
-    base: float
-    """Percentage of all images that have the class."""
-    lift: float
-    """`share` divided by `base`."""
-
-
 def class_shares(codes: Array, labels: Array, num_codewords: int, classes: Sequence[str]) -> dict[int, ClassShare]:
     """Return the class of the highest lift that is evidence (see `class_counts`), by codeword; `labels` is int (N,).
 
     A codeword without such a class is left out.
     """
-    found = class_counts(occurrences(codes, num_codewords), labels, len(classes))
-    label, lift = found.best_lift()
-    base = 100 * found.class_sizes / found.class_sizes.sum()
-    return {
-        code: ClassShare(
-            classes[label[code]], float(lift[code] * base[label[code]]), float(base[label[code]]), float(lift[code])
-        )
-        for code in np.flatnonzero(lift).tolist()
-    }
+    return class_counts(occurrences(codes, num_codewords), labels, len(classes)).shares(classes)

@@ -149,6 +149,11 @@ function show(figure) {
     draw();
   };
   canvas.onpointerup = canvas.onpointercancel = (event) => touched.delete(event.pointerId);
+  let pressed = [0, 0]; // where; what is dragged is not chosen
+  const tell = () => chosen >= 0 && figure.dispatchEvent(new CustomEvent("codeword", { detail: data.codeword[chosen] }));
+  canvas.addEventListener("pointerdown", (event) => { pressed = [event.clientX, event.clientY]; });
+  canvas.onclick = (event) => { if (Math.hypot(event.clientX - pressed[0], event.clientY - pressed[1]) < 5) tell(); };
+  figure.addEventListener("mark", (event) => choose(data.codeword.indexOf(event.detail)));
   canvas.ondblclick = (event) => zoom(2, event);
   canvas.onwheel = (event) => { // the page scrolls until the atlas has been clicked
     if (!event.ctrlKey && document.activeElement !== canvas) return;
@@ -158,6 +163,7 @@ function show(figure) {
   canvas.onkeydown = (event) => {
     const step = { ArrowLeft: -1, ArrowRight: 1, ArrowUp: -columns, ArrowDown: columns }[event.key];
     if (step) choose(Math.max(chosen, 0) + step);
+    else if (event.key === "Enter") tell();
     else if (event.key === "+") zoom(1.6);
     else if (event.key === "-") zoom(1 / 1.6);
     else if (event.key === "0") reset();
@@ -168,4 +174,5 @@ function show(figure) {
   image.decode().then(draw);
 }
 
+globalThis.showAtlas = show;
 document.querySelectorAll("figure.atlas").forEach(show);

@@ -8,6 +8,7 @@ static/     the page
 
 from __future__ import annotations
 
+import contextlib
 import signal
 import sys
 import threading
@@ -53,10 +54,8 @@ def explore(config: ExploreConfig | None = None, *, block: bool = True, **settin
     if block:
         for number in (signal.SIGTERM, signal.SIGHUP):
             signal.signal(number, lambda number, _: sys.exit(128 + number))
-        try:
+        with contextlib.suppress(KeyboardInterrupt), contextlib.closing(server):
             threading.Event().wait()
-        except KeyboardInterrupt:
-            server.close()
     return server
 
 

@@ -12,12 +12,14 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from functools import lru_cache
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from pecobook.analysis.atlas import Atlas, as_json, sprite_jpeg
 from pecobook.commands.explore import model
 from pecobook.commands.explore.model import EncodedImage, IndexedTokenizer, Json
 from pecobook.commands.masked_run import MaskedRun
@@ -35,6 +37,7 @@ UPLOADS = 64
 _ENCODED = 32  # images whose pictures are kept, of all tokenizers together
 _TYPES = {".html": "text/html; charset=utf-8", ".css": "text/css; charset=utf-8", ".js": "text/javascript"}
 _STATIC = Path(__file__).parent / "static"
+_ATLAS = Path(str(files("pecobook.analysis"))) / "templates" / "atlas.js"
 
 
 class Refused(Exception):  # noqa: N818 (an answer of HTTP, with a sentence for the visitor)
@@ -132,8 +135,10 @@ class Answers:
         self._session = secrets.token_urlsafe(6)
         self._lock = threading.Lock()
         self._encoded = lru_cache(_ENCODED)(self._encode)
+        self._made_atlas = lru_cache(lambda name: model.atlas(self.tokenizers[name]))
         self._known_tiles: dict[tuple[str, int], Tensor] = {}
-        self._files = {f"/{file.name}": file for file in _STATIC.iterdir()} | {"/": _STATIC / "page.html"}
+        self._files = {f"/{file.name}": file for file in [*_STATIC.iterdir(), _ATLAS]}
+        self._files["/"] = _STATIC / "page.html"
         self._routes: dict[str, Callable[[dict[str, str]], Json | Answer]] = {
             "/api/setup": self._setup,
             "/api/images": self._strip,
@@ -144,6 +149,10 @@ class Answers:
             "/api/predict": self._predict,
             "/picture": self._picture,
             "/tiles": self._tiles,
+            "/api/atlas": lambda query: as_json(self._atlas(self._tokenizer(query).name)),
+            "/atlas": lambda query: Answer(
+                sprite_jpeg(self._atlas(self._tokenizer(query).name)), "image/jpeg", lasting=True
+            ),
         }
 
     def get(self, path: str, query: dict[str, str]) -> Answer:
@@ -262,6 +271,10 @@ class Answers:
         return Answer(png(torch.cat(patches, dim=2)), "image/png", lasting=True)
 
     # -------------------------------------------------------------------------------------------------------- reading
+
+    def _atlas(self, tokenizer: str) -> Atlas:
+        with self._lock:
+            return self._made_atlas(tokenizer)
 
     def _encode(self, tokenizer: str, image: str) -> EncodedImage:
         network = self.tokenizers[tokenizer].tokenizer

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pecobook.analysis.arrays import evaluation_mode
+from pecobook.analysis.atlas import Atlas, arrange, tile_of
 from pecobook.analysis.codebook_map import nearest_used
 from pecobook.analysis.occurrences import MIN_IMAGES, ClassCounts, Occurrences, class_counts, main_places, occurrences
 from pecobook.analysis.position import MIN_PATCHES, commonest_code_accuracy
@@ -54,7 +55,7 @@ class IndexedTokenizer:
     colours: NDArray[np.uint8]
     """(K, 3): similar codewords have similar colours."""
     examples: Tensor
-    """A patch of each codeword, uint8 (K, 3, f, f); grey where there is none."""
+    """A typical patch of each codeword, uint8 (K, 3, f, f); grey where there is none."""
 
     @property
     def counts(self) -> NDArray[np.int64]:
@@ -225,12 +226,9 @@ def _class_values(tokenizer: IndexedTokenizer, codeword: int) -> Json:
         "classes_seen": rows.stop - rows.start,
         "classes": [
             {
-                "class": tokenizer.classes[by_class.label[row]],
+                **dataclasses.asdict(by_class.share(row, tokenizer.classes)),
                 "images": int(by_class.images[row]),
                 "size": int(by_class.class_sizes[by_class.label[row]]),
-                "share": 100 * float(by_class.images[row] / by_class.images_with[codeword]),
-                "base": 100 * float(by_class.class_sizes[by_class.label[row]] / tokenizer.found.num_images),
-                "lift": float(by_class.lift[row]),
             }
             for row in order.tolist()
         ],
@@ -253,7 +251,9 @@ def codeword_list(tokenizer: IndexedTokenizer, sort: str, page: int) -> Json:
         label, purity = tokenizer.by_class.purity(counts)
         value = np.where(is_frequent, purity, 0.0)
     elif sort == "lift" and tokenizer.by_class is not None:
-        label, value = tokenizer.by_class.best_lift()
+        rows = tokenizer.by_class.best()
+        codewords = tokenizer.by_class.codeword[rows]
+        label[codewords], value[codewords] = tokenizer.by_class.label[rows], tokenizer.by_class.lift[rows]
     numbers = np.arange(len(counts))
     order = numbers if sort == "number" else np.lexsort((numbers, -counts, -value))
     pages = -(-len(order) // PAGE)
@@ -288,6 +288,31 @@ def tiles(tokenizer: IndexedTokenizer, codewords: list[int]) -> Tensor:
     decoded = to_picture(decode_all(tokenizer.tokenizer, torch.tensor(codewords)[:, None, None].expand(-1, 3, 3)))
     f = decoded.shape[-1] // 3
     return torch.cat([decoded[..., f : 2 * f, f : 2 * f], tokenizer.examples[codewords]], dim=3)
+
+
+def atlas(tokenizer: IndexedTokenizer) -> Atlas:
+    """Arrange the typical patches of the codewords in use by the similarity of their vectors."""
+    counts, grid, by_class = tokenizer.counts, tokenizer.found.grid, tokenizer.by_class
+    used = np.flatnonzero(counts)
+    vectors = tokenizer.tokenizer.codebook.detach().float().cpu()[torch.from_numpy(used)]
+    colours = tokenizer.examples[torch.from_numpy(used)].float().mean((2, 3)).numpy()
+    order, columns, side = arrange(vectors, colours.mean(1), tokenizer.examples.shape[-1])
+    num_places = grid[0] * grid[1]
+    pairs = np.searchsorted(used, tokenizer.found.codewords()) * num_places + tokenizer.found.patches % num_places
+    positions = np.bincount(pairs, minlength=len(used) * num_places).reshape(-1, *grid)[order]
+    used, colours = used[order], colours[order]
+    shares = by_class.shares(tokenizer.classes) if by_class is not None else {}
+    return Atlas(
+        num_codewords=len(counts),
+        columns=columns,
+        codewords=used,
+        tiles=np.stack([tile_of(tokenizer.examples[code], side) for code in used.tolist()]),
+        counts=counts[used],
+        images=tokenizer.found.images_with[used],
+        colours=colours.round().astype(np.uint8),
+        positions=positions,
+        classes=tuple(shares.get(code) for code in used.tolist()),
+    )
 
 
 # -------------------------------------------------------------------------------------------------- masked prediction

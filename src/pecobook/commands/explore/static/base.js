@@ -4,7 +4,7 @@
 // changes the address, and the page then brings each of its parts up to date with `state`.
 
 export const $ = (id) => document.getElementById(id);
-export const VIEWS = { image: "Image", codewords: "All codewords", mask: "Masked prediction" };
+export const VIEWS = { image: "Image", codewords: "All codewords", atlas: "Atlas", mask: "Masked prediction" };
 export const setup = {}; // what does not change while the server runs
 export const state = {}; // the address
 

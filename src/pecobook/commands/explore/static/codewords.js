@@ -113,7 +113,7 @@ function classes(value) {
   const head = make("tr", {}, ...["class", "lift"].map((text) => make("th", { scope: "col" }, text)));
   const rows = value.classes.slice(0, 8).map((one) => {
     const counts = `${one.images} of ${plural(one.size, "image")}; ${percent(one.share)} in place of ${percent(one.base)}`;
-    return make("tr", {}, make("td", {}, one.class, make("div", { className: "quiet" }, counts)), make("td", {}, one.lift.toFixed(1)));
+    return make("tr", {}, make("td", {}, one.name, make("div", { className: "quiet" }, counts)), make("td", {}, one.lift.toFixed(1)));
   });
   const text = `Images of the class that have the codeword; the class's share of the ${plural(value.images, "image")} with it, in place of its share of all.`;
   return [make("div", {}, title, make("table", {}, make("thead", {}, head), make("tbody", {}, ...rows)), make("p", { className: "quiet" }, text))];

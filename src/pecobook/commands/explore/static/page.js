@@ -1,6 +1,7 @@
 // The page of `pecobook explore`: brings everything up to date with the address, and hears the visitor.
 
 import { $, VIEWS, ask, go, link, make, parts, read, setup, state, tell, tokenizerOf, update, url } from "./base.js";
+import { clearAtlas, markAtlas, showAtlas } from "./atlasview.js";
 import { showCodeword, showCurrent, showList } from "./codewords.js";
 import { chooseAt, clearImage, showChoice, showImage, showOther, slide } from "./image.js";
 import { clearPrediction, drawMask, showHole, showMask, showPrediction, showRun } from "./masked.js";
@@ -17,7 +18,7 @@ function render(follow = false) {
     return tab;
   }));
   for (const name of Object.keys(VIEWS)) $(`view-${name}`).hidden = name !== view;
-  $("images").hidden = view === "codewords";
+  $("images").hidden = view === "codewords" || view === "atlas";
   $("about").hidden = view === "mask";
   $("choose-tokenizer").hidden = view === "mask" || setup.tokenizers.length < 2;
   $("tokenizer").value = tokenizer;
@@ -33,6 +34,10 @@ function render(follow = false) {
   if (view === "codewords") {
     update("list", json([tokenizer, sort, page]), showList);
     showCurrent();
+  }
+  if (view === "atlas") {
+    update("atlas", tokenizer, showAtlas, clearAtlas);
+    markAtlas();
   }
   if (view === "mask") {
     update("run", json([run, state.image]), showRun, clearPrediction);
