@@ -51,7 +51,7 @@ check: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(MKDOCS) --quiet
+	$(MKDOCS)
 
 docs: $(VENV)/.dev
 	$(MKDOCS)
