@@ -1,6 +1,6 @@
 # Every target makes .venv and installs what it needs; a second run starts at once.
 PYTHON ?= python3
-VENV   := .venv
+VENV   ?= .venv
 BIN    := $(VENV)/bin
 OUT    ?= runs/demo
 # Processes that share out the tests. Each holds about 3 GB.
@@ -9,24 +9,35 @@ WORKERS ?= 2
 MINUTES  ?= 30
 CAMPAIGN ?= runs/campaign
 
-# Further arguments of pip, for example where to find PyTorch's wheels without CUDA.
+# TORCH=cpu installs PyTorch's wheels without CUDA, a tenth of the size, from the index that pytorch.org names.
+TORCH ?=
+CPU_INDEX := https://download.pytorch.org/whl/cpu
+# Further arguments of pip.
 PIP_ARGS ?=
 
 define INSTALLING
 Installing pecobook and what it needs into $(VENV): about 6 GB the first time, since PyTorch's wheels carry CUDA.
-On a machine without a GPU PyTorch's CPU wheels are a tenth of that: see "Without a GPU" in README.md.
+Without a GPU, TORCH=cpu takes PyTorch's wheels without CUDA, a tenth of that: make demo TORCH=cpu
 endef
 export INSTALLING
 
 # Builds the site into build/site; a link or an anchor that leads nowhere is an error.
 MKDOCS := NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+PIP := $(BIN)/pip install --disable-pip-version-check
+ifeq ($(TORCH),cpu)
+INSTALL_TORCH := $(PIP) $(PIP_ARGS) --index-url $(CPU_INDEX) torch torchvision
+else ifneq ($(TORCH),)
+$(error TORCH=$(TORCH): leave it out, or give TORCH=cpu)
+else
+INSTALL_TORCH := @echo "$$INSTALLING"
+endif
 
 # What a small processor computes: AVX2 alone, without AVX-512 and bfloat16.
 SMALL_CPU := ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 OPENBLAS_CORETYPE=Haswell
 SENSITIVE := tests/stages/test_golden.py tests/stages/test_classify.py tests/models/test_nearest.py \
 	tests/models/test_nearest_triton.py tests/models/test_quantizer.py
 
-.PHONY: demo docs test test-docs campaign test-all test-gpu test-portable check format clean
+.PHONY: demo docs test test-docs campaign test-all test-gpu test-portable test-floors check package format clean
 
 demo: $(VENV)/.run
 	$(BIN)/pecobook demo --out $(OUT)
@@ -43,6 +54,15 @@ campaign: $(VENV)/.dev
 test-portable: $(VENV)/.dev
 	$(SMALL_CPU) $(BIN)/pytest -n $(WORKERS) -m "not gpu and not slow" $(SENSITIVE)
 	$(SMALL_CPU) ATEN_CPU_CAPABILITY=default $(BIN)/pytest -n $(WORKERS) -m "not gpu and not slow" $(SENSITIVE)
+
+# The tests with the lowest version of each dependency, in an environment of its own.
+test-floors:
+	$(MAKE) VENV=.venv-floors .venv-floors/.floors
+	.venv-floors/bin/pytest -n $(WORKERS) --dist worksteal -m "not gpu and not slow"
+
+# The sdist and the wheel in dist/, tried outside the checkout.
+package: $(VENV)/.run
+	.ci/package $(BIN)/python
 
 test-gpu: $(VENV)/.dev
 	$(BIN)/pytest -m gpu
@@ -64,18 +84,23 @@ format: $(VENV)/.dev
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache
+	rm -rf $(VENV) .venv-floors build dist .mypy_cache .ruff_cache .pytest_cache
 
 $(VENV)/bin/python:
-	$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 11) <= v < (3, 14) else "pecobook needs Python 3.11 to 3.13, this is %d.%d: make PYTHON=python3.12 ..." % v)'
+	$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 11) <= v < (3, 15) else "pecobook needs Python 3.11 to 3.14, this is %d.%d: make PYTHON=python3.12 ..." % v)'
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/.run: pyproject.toml | $(VENV)/bin/python
-	@echo "$$INSTALLING"
-	$(BIN)/pip install --disable-pip-version-check $(PIP_ARGS) --editable .
+	$(INSTALL_TORCH)
+	$(PIP) $(PIP_ARGS) --editable ".[full]"
 	touch $@
 
 $(VENV)/.dev: pyproject.toml | $(VENV)/bin/python
-	@echo "$$INSTALLING"
-	$(BIN)/pip install --disable-pip-version-check $(PIP_ARGS) --editable ".[dev]"
+	$(INSTALL_TORCH)
+	$(PIP) $(PIP_ARGS) --editable ".[dev]"
 	touch $@ $(VENV)/.run
+
+$(VENV)/.floors: pyproject.toml .ci/floors | $(VENV)/bin/python
+	$(BIN)/python .ci/floors > $(VENV)/floors.txt
+	$(PIP) $(PIP_ARGS) --constraint $(VENV)/floors.txt --editable ".[test]"
+	touch $@

@@ -185,8 +185,10 @@ def _settings(command: str) -> Any:
 
 
 # What users call of the classes; their other methods serve pecobook's own commands.
-_MEMBERS = ("from_pretrained", "save_pretrained", "push_to_hub", "export_onnx", "encode", "decode", "codebook")
-_MEMBERS += ("forward", "predict", "per_layer", "update")
+_MEMBERS = (
+    *("from_pretrained", "save_pretrained", "push_to_hub", "export_onnx", "encode", "decode", "codebook"),
+    *("forward", "predict", "per_layer", "update"),
+)
 
 
 def api_page() -> str:

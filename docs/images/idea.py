@@ -59,8 +59,9 @@ def colours(codebook: Tensor) -> Tensor:
     """Return a colour (K, 3) in [0, 1] for each codeword, so that near codewords have similar colours."""
     centred = codebook - codebook.mean(0)
     axes = torch.linalg.svd(centred, full_matrices=False).Vh[:3]
-    ranks: Tensor = (centred @ axes.T).argsort(0).argsort(0) / (len(codebook) - 1)
-    return ranks.mul(0.8).add(0.12)
+    ranks = (centred @ axes.T).argsort(0).argsort(0) / (len(codebook) - 1)
+    scaled: Tensor = 0.12 + 0.8 * ranks
+    return scaled
 
 
 def embedded(picture: Picture, x: float, y: float, *, smooth: bool) -> str:

@@ -19,7 +19,7 @@ from pecobook.settings.values import flags, is_switch
 
 SHELLS = ("bash", "zsh", "fish")
 # Values of a flag that takes several of them, or that may also stand alone.
-_CHOICES = {"loggers": ("tensorboard", "wandb", "mlflow"), "resume": ("auto",)}
+_CHOICES = {"loggers": ("auto", "tensorboard", "wandb", "mlflow"), "resume": ("auto",)}
 
 
 class Flag(NamedTuple):

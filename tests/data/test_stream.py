@@ -213,6 +213,17 @@ def test_stream__an_image_whose_companion_is_missing_is_replaced_as_one_that_can
         assert lacking[position]["beside"].tolist() == [int(lacking[position]["index"]), position // 7]
 
 
+def test_stream__repeats_show_an_image_in_as_many_views_side_by_side() -> None:
+    source = squares(7)
+    plain, stream = Stream(source, view, seed=3), Stream(source, view, seed=3, repeats=3)
+    samples = [stream[position] for position in range(42)]
+    assert [int(sample["index"]) for sample in samples] == [int(plain[place // 3]["index"]) for place in range(42)]
+    for place, sample in enumerate(samples):
+        number = place // 21 * 3 + place % 3
+        assert sample["key"] == key(3, int(sample["index"]), number) >> 1
+    assert len({int(sample["key"]) for sample in samples}) == 42
+
+
 def test_collate__stacks_tensors_and_joins_what_was_skipped() -> None:
     one, other = torch.tensor([1, 2]), torch.tensor([3, 4])
     batch = collate([{"size": one, "skipped": ["x"]}, {"size": other, "skipped": ["y", "z"]}])

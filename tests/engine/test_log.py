@@ -19,10 +19,10 @@ from pecobook.engine.log import (
     Progress,
     TensorBoard,
     WeightsAndBiases,
-    check_loggers,
     compact_duration,
     open_sinks,
     open_text_log,
+    resolve_loggers,
 )
 from pecobook.errors import ConfigError
 from pecobook.settings.tracking import TrackingConfig
@@ -278,11 +278,13 @@ def test_open_sinks__opens_the_requested_loggers(tmp_path: Path, monkeypatch: py
     sinks[0].close()
 
 
-def test_check_loggers__names_a_logger_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
-    check_loggers(("tensorboard",))
-    monkeypatch.setitem(sys.modules, "wandb", None)  # as if wandb were missing, wherever the tests run
-    with pytest.raises(ConfigError, match=r"--loggers wandb: .*pip install 'pecobook\[wandb\]'"):
-        check_loggers(("tensorboard", "wandb"))
+def test_resolve_loggers__names_a_logger_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert resolve_loggers(("auto",)) == resolve_loggers(("tensorboard", "auto")) == ("tensorboard",)
+    for name in ("wandb", "tensorboard"):
+        monkeypatch.setitem(sys.modules, name, None)  # as if it were missing, wherever the tests run
+        with pytest.raises(ConfigError, match=rf"--loggers {name}: .*pip install 'pecobook\[{name}\]'"):
+            resolve_loggers(("auto", name))
+    assert resolve_loggers(("auto",)) == ()
 
 
 # --------------------------------------------------------------------------------------------------- text and progress
@@ -298,13 +300,23 @@ def test_open_text_log__appends_and_writes_each_line_once(tmp_path: Path) -> Non
 def test_progress__prints_plain_lines_without_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:
     progress = Progress(total=100, start=90, name="codebook", quiet=False)
     for step in range(91, 101):
-        progress.show(step, {"loss": 0.5, "images_per_second": 1234.0, "data_wait": 0.25, "gpu_memory": 9.87})
+        progress.show(
+            step,
+            {
+                "loss": 0.5,
+                "images_per_second": 1234.0,
+                "data_wait": 0.25,
+                "tflops": 123.4,
+                "mfu": 0.345,
+                "gpu_memory": 9.87,
+            },
+        )
     say("a word")
     progress.close()
     out, err = capsys.readouterr()
     assert out == ""
     lines = err.splitlines()
-    assert lines[0] == "codebook 91/100  loss 0.5000  1234 img/s  data wait 25%  9.9 GB"
+    assert lines[0] == "codebook 91/100  loss 0.5000  1234 img/s  data wait 25%  123 TFLOP/s  MFU 34%  9.9 GB"
     assert lines[1].startswith("codebook 100/100  ")  # the steps between came within five seconds
     assert lines[2:] == ["a word"]
 

@@ -19,6 +19,7 @@ from torch import Tensor
 from pecobook.data.decode import BadImage, decode
 from pecobook.data.source import ImageSource, Integers, Splits, Store
 from pecobook.errors import DataError
+from pecobook.utils.extras import require
 
 TILE = 48
 MAX_SHORT_SIDE = 512
@@ -92,10 +93,12 @@ def open_photos() -> Splits:
     them.
 
     Raises:
+        ConfigError: scikit-image or scikit-learn is not installed.
         DataError: an installed photograph is missing.
     """
     from PIL import Image
 
+    require("photos", "--data photos")
     grids = {}
     labels_by_photo, held_out_by_photo = [], []
     for number, name in enumerate(PHOTOS):

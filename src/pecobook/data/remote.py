@@ -251,10 +251,9 @@ def _list(url: str, system: Any, *, is_pattern: bool) -> list[str]:
 _written = 0
 
 
-def cache_folder() -> Path:
-    """Return the folder of the blocks."""
-    folder = Path(os.environ.get("PECOBOOK_CACHE") or Path.home() / ".cache" / "pecobook").expanduser()
-    return folder / "remote"
+def cache_folder(name: str = "remote") -> Path:
+    """Return the path of an entry of pecobook's cache; `remote` is the folder of the blocks."""
+    return Path(os.environ.get("PECOBOOK_CACHE") or Path.home() / ".cache" / "pecobook").expanduser() / name
 
 
 def _read_block(path: RemotePath, number: int, start: int, stop: int) -> bytes:

@@ -24,7 +24,7 @@ from pecobook.data.decode import BadImage, check_bytes
 from pecobook.data.layout import Layout, count_unused, parts_of, read_layout
 from pecobook.data.names import IMAGE_EXTENSIONS, group_by_split, note_ignored_splits
 from pecobook.data.parts import Contents, Labels, Part, encode_labels
-from pecobook.data.remote import RemotePath
+from pecobook.data.remote import RemotePath, cache_folder
 from pecobook.data.source import Integers, Note, Store, file_version, hash_some, relative_names
 from pecobook.data.tar_index import index_shard
 from pecobook.errors import DataError
@@ -194,13 +194,12 @@ def _load_index(source: str, shards: list[Path]) -> Any:
             key.update(f"{file_version(shard)}\n".encode())
         except OSError as error:
             raise DataError(f"--data '{source}': '{shard}' cannot be opened: {error.strerror}.") from error
-    folder = Path(os.environ.get("PECOBOOK_CACHE") or Path.home() / ".cache" / "pecobook").expanduser()
-    path = folder / f"shards-{key.hexdigest()[:32]}.parquet"
+    path = cache_folder(f"shards-{key.hexdigest()[:32]}.parquet")
     with contextlib.suppress(Exception):  # an index that is absent or damaged is made anew below
         return pq.read_table(path)
     index = make_index(source, shards)
     with contextlib.suppress(OSError):  # without a writable cache, only the next start takes longer
-        folder.mkdir(parents=True, exist_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
         sink = pa.BufferOutputStream()
         pq.write_table(index, sink)
         own = path.with_name(f"{path.stem}-{socket.gethostname()}-{os.getpid()}.parquet")

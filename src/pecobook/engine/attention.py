@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -32,7 +33,9 @@ def trainable_attention(device: torch.device, kernel: AttentionKernel = "sdpa") 
         return
     key = {"cpu": "AutocastCPU", "cuda": "AutocastCUDA"}[device.type]
     with torch.library._scoped_library("aten", "IMPL") as library:
-        library.impl("scaled_dot_product_attention", rules[device.type], key, allow_override=True)
+        # PyTorch before 2.8 lets a rule be replaced without being asked.
+        allowed = {"allow_override": True} if "allow_override" in inspect.signature(library.impl).parameters else {}
+        library.impl("scaled_dot_product_attention", rules[device.type], key, **allowed)
         yield
 
 

@@ -25,6 +25,7 @@ from pecobook.engine.value_range import set_value_range
 from pecobook.errors import DataError
 from pecobook.settings.training import ProbedTrainConfig, TrainConfig
 from pecobook.utils.distributed import gather_rows, long_on_first_rank, on_first_rank
+from pecobook.utils.extras import require
 from pecobook.utils.json_files import metric_lines
 
 if TYPE_CHECKING:
@@ -50,6 +51,7 @@ def open_probe(config: TrainConfig) -> Splits | None:
     """
     if not isinstance(config, ProbedTrainConfig) or not config.probe_data:
         return None
+    require("analysis", "--probe-data")
     try:
         splits = open_images(config.probe_data)
         set_value_range(splits, config.value_range)
@@ -63,13 +65,10 @@ def describe_probe(config: ProbedTrainConfig, splits: Splits) -> str:
     """Return a line for the user on the images of `--probe-data` and what they measure."""
     counts = [min(config.probe_images, len(part)) for part in (splits.train, splits.evaluation)]
     every = f"every {config.probe_every} steps" if config.probe_every else "in less than 2% of the time"
-    classes = splits.train.classes if _has_labels(splits) else None
+    has_labels = splits.train.labels is not None and splits.evaluation.labels is not None
+    classes = splits.train.classes if has_labels else None
     what = f"k-NN, linear probe and rank, {len(classes)} classes" if classes else "rank alone, without labels"
     return f"{counts[0]:,} and {counts[1]:,} held-out images of '{config.probe_data}', {every}: {what}"
-
-
-def _has_labels(splits: Splits) -> bool:
-    return splits.train.labels is not None and splits.evaluation.labels is not None
 
 
 class Probe:

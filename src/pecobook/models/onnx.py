@@ -12,13 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pecobook.errors import PecobookError
 from pecobook.models import onnx_readme
 from pecobook.models.dense.segmenter import FixedSizeSegmenter, Segmenter
 from pecobook.models.export import range_entry
 from pecobook.models.weights import Backbone, Classifier
 from pecobook.settings.images import AUTO
 from pecobook.settings.segment import SegmentTestConfig
+from pecobook.utils.extras import require
 from pecobook.utils.files import write_atomically, write_json
 
 
@@ -42,7 +42,8 @@ def export_onnx(tokenizer: Any, folder: str | Path) -> tuple[Path, Path]:
 
     Returns:
         paths of the two files. encoder.onnx maps `images`, float32 (B, C, H, W) in [0, 1] with sides that are multiples
-        of the stride, to `codes`, int64 (B, h, w); decoder.onnx maps codes to images. Codes may differ from those of
+        of the stride, to `codes`, int64 (B, h, w); decoder.onnx maps codes to images, or to the `features` that the
+        decoder predicts. Codes may differ from those of
         `tokenizer.encode` where two codewords are about equally near.
 
     Raises:
@@ -68,8 +69,14 @@ def export_onnx(tokenizer: Any, folder: str | Path) -> tuple[Path, Path]:
         **range_entry(tokenizer),
     }
     write_onnx(_Method(tokenizer, "encode"), images, shapes[0], paths[0], "images", "codes", described)
-    write_onnx(_Method(tokenizer, "decode"), codes, shapes[1], paths[1], "codes", "images", described)
-    lines = onnx_readme.tokenizer_lines(tokenizer.image_size, channels, getattr(tokenizer, "value_range", AUTO))
+    predicts = getattr(tokenizer, "predicts", "")
+    decoded = "features" if predicts else "images"
+    if predicts:
+        described["features"] = f"float32 (batch, channels, height, width) on the grid of the codes: {predicts}"
+    decode = _Method(tokenizer, "features_of" if predicts else "decode")
+    write_onnx(decode, codes, shapes[1], paths[1], "codes", decoded, described)
+    value_range = getattr(tokenizer, "value_range", AUTO)
+    lines = onnx_readme.tokenizer_lines(tokenizer.image_size, channels, value_range, draws=not predicts)
     _write_readme(folder, described, lines)
     return paths
 
@@ -143,11 +150,7 @@ def _write_readme(folder: Path, metadata: dict[str, Any], lines: str) -> None:
 
 def require_onnx() -> None:
     """Raise PecobookError if the packages that write ONNX are not installed."""
-    try:
-        import onnx  # noqa: F401
-        import onnxscript  # noqa: F401
-    except ImportError:
-        raise PecobookError("ONNX files need two more packages: pip install 'pecobook[onnx]'.") from None
+    require("onnx", "--format onnx")
 
 
 def write_onnx(
@@ -174,11 +177,11 @@ def write_onnx(
         PecobookError: the packages that write ONNX are not installed.
     """
     require_onnx()
+    # Exported here, since some versions of torch.onnx.export trace bytecode first, and crash on a codebook's search.
+    exported = torch.export.export(module.eval(), (example,), dynamic_shapes=(shape,), strict=False)
     program = torch.onnx.export(
-        module.eval(),
-        (example,),
+        exported,
         dynamo=True,
-        dynamic_shapes=(shape,),
         input_names=[input_name],
         output_names=[output_name],
         verbose=False,

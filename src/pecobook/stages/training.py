@@ -7,6 +7,7 @@ import dataclasses
 import json
 import re
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Generic, NamedTuple, TypeVar, cast
 
@@ -32,6 +33,7 @@ from pecobook.engine.stage import Stage
 from pecobook.engine.value_range import set_value_range
 from pecobook.engine.world import is_leader
 from pecobook.errors import Preflight, RunFolderError, first_line
+from pecobook.models.cost import known_flop
 from pecobook.models.networks import without_downloads
 from pecobook.models.snippets import example_image, with_image
 from pecobook.settings.durations import steps
@@ -40,11 +42,12 @@ from pecobook.settings.training import ProbedTrainConfig, TrainConfig
 from pecobook.settings.values import changed_settings, to_dict
 from pecobook.utils.distributed import on_first_rank
 from pecobook.utils.given import hook
-from pecobook.utils.printer import of_run, show
+from pecobook.utils.printer import doing, of_run, show
 
 C = TypeVar("C", bound=TrainConfig)
 _LISTED = 6
 """Settings that the line on the recipe names; config.diff has all."""
+_NO_TENSORBOARD = "metrics.jsonl and curves.png; TensorBoard's event files need pip install 'pecobook[tensorboard]'"
 
 
 def train(stage_type: type[Stage[C]], config: C, recipe: str = "") -> Path:
@@ -105,7 +108,7 @@ def preflight(stage_type: type[Stage[C]], config: C) -> Ready[C]:
     precision = problems.check(lambda: launch.resolve_precision(config))
     if precision is not None:  # --resume compares resolved precisions, not `auto`
         config = dataclasses.replace(config, precision=precision)  # type: ignore[arg-type]
-        problems.check(lambda: launch.check_communication(config))
+        problems.check(lambda: launch.check_low_precision(config))
     if config.resume and config.value_range == AUTO:
         config = dataclasses.replace(config, value_range=run_folder.recorded_range(config.out))
     splits = problems.check(lambda: _open(stage_type, config))
@@ -118,19 +121,24 @@ def preflight(stage_type: type[Stage[C]], config: C) -> Ready[C]:
         num_images = 0 if splits is None else len(splits.train)
         problems.check(lambda: run_folder.check(config, stage_type.command, num_images))
     probe = problems.check(lambda: open_probe(config))
+    doing("building the networks")
     torch.manual_seed(config.seed)  # seeds all random weights of the stage
     with without_downloads() if problems.problems else contextlib.nullcontext():
         prebuilt = problems.check(lambda: stage_type.check(config))
     problems.check(lambda: launch.micro_batch_size(config))
-    problems.check(lambda: log.check_loggers(config.loggers))
+    loggers = problems.check(lambda: log.resolve_loggers(config.loggers))
+    if loggers is not None:
+        config = dataclasses.replace(config, loggers=loggers)
     problems.finish()
     assert splits is not None
     return Ready(config, splits, stage_type.build(config, splits, prebuilt), probe)
 
 
 def _open(stage_type: type[Stage[C]], config: C) -> Splits:
+    doing(f"listing the images of {config.data}")
     splits = stage_type.open(config)
-    names = (getattr(config, name, "") for name in ("tokenizer", "backbone", "perceptual", "init"))
+    given = ("tokenizer", "backbone", "perceptual", "target_features", "init")
+    names = (getattr(config, name, "") for name in given)
     models = [name if isinstance(name, str) else name.network for name in names]  # the perceptual network is a group
     set_value_range(splits, config.value_range, models)
     check_readable(splits.train)
@@ -161,7 +169,9 @@ def _preamble(ready: Ready[Any], recipe: str) -> list[str]:
     probes = []
     if ready.probe is not None and isinstance(config, ProbedTrainConfig):
         probes = [("probe", describe_probe(config, ready.probe))]
-    return aligned([*describe(splits), *weights, *describe_run(stage, config, len(splits.train)), *probes, *settings])
+    logs = [] if find_spec("tensorboard") else [("logs", _NO_TENSORBOARD)]
+    run = describe_run(stage, config, len(splits.train))
+    return aligned([*describe(splits), *weights, *run, *probes, *logs, *settings])
 
 
 def _rates_of_random_weights(config: TrainConfig) -> list[str]:
@@ -185,10 +195,17 @@ def _dry_run(stage_type: type[Stage[C]], ready: Ready[C], recipe: str) -> None:
 
 
 def _training_stream(stage_type: type[Stage[C]], config: C, stage: Stage[C], splits: Splits) -> Stream:
-    companion, views = stage.companions()[0], stage.num_views()
     view, transform = stage_type.view(config), hook("transform")
     view = view if transform is None else GivenView(transform, view)
-    return Stream(splits.train, view, config.seed, companion=companion, num_views=views, window=config.shuffle_window)
+    return Stream(
+        splits.train,
+        view,
+        config.seed,
+        companion=stage.companions()[0],
+        num_views=stage.num_views(),
+        repeats=stage.repeats(),
+        window=config.shuffle_window,
+    )
 
 
 def _fit(stage_type: type[Stage[C]], fabric: Any, ready: Ready[C], preamble: list[str]) -> Any:
@@ -211,6 +228,7 @@ def _fit(stage_type: type[Stage[C]], fabric: Any, ready: Ready[C], preamble: lis
         command=stage_type.command,
         reference=reference,
         probe=probe,
+        flop=lambda: known_flop(stage_type.command, config),
         preamble=preamble,
         draw=_draw_curves,
         on_step=hook("on_step"),

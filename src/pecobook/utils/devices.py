@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 from functools import cache
 from pathlib import Path
 
@@ -31,6 +32,10 @@ def cpu_prefers_bf16() -> bool:
     if not torch.cpu._is_avx512_bf16_supported():
         return False
     return torch.cpu._is_amx_tile_supported() or "GenuineIntel" not in _cpu_vendor()
+
+
+# PyTorch before 2.7 has only the second, which is true in torch.compile too.
+_tracing = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)
 
 
 @cache
@@ -72,6 +77,43 @@ def total_memory(device: torch.device) -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
+_PEAKS = {
+    "GB200": 2500,
+    "B200": 2250,
+    "H20": 148,
+    "H200": 989,
+    "H100 PCIe": 756,
+    "H100 NVL": 835,
+    "H100": 989,
+    "H800": 989,
+    "A100": 312,
+    "A800": 312,
+    "A40": 150,
+    "A30": 165,
+    "A10G": 70,
+    "A10": 125,
+    "RTX A6000": 155,
+    "L40S": 362,
+    "L40": 181,
+    "L4": 121,
+    "RTX 4090": 165,
+    "RTX 3090": 71,
+}
+"""10^12 operations a second in bf16 on tensor cores that sum in fp32, without sparsity, from NVIDIA's data sheets, by a
+part of the name that PyTorch gives."""
+
+
+def peak_flops(device: torch.device) -> float | None:
+    """Return the operations a second that the maker states for a GPU in bf16; None for another device."""
+    return _peak_of(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+
+
+def _peak_of(name: str) -> float | None:
+    words = f" {re.sub('[-_]', ' ', name)} "
+    part = next((part for part in sorted(_PEAKS, key=len, reverse=True) if f" {part} " in words), None)
+    return None if part is None else 1e12 * _PEAKS[part]
+
+
 def exporting() -> bool:
     """Return whether torch.export traces, as for ONNX. PyTorch before 2.14 reports this in torch.compile too."""
-    return torch.compiler.is_exporting() and not torch.compiler.is_dynamo_compiling()
+    return _tracing() and not torch.compiler.is_dynamo_compiling()

@@ -19,8 +19,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from threadpoolctl import threadpool_limits
-
+from pecobook.analysis.atlas import Atlas
 from pecobook.analysis.report import write_pictures, write_report
 from pecobook.analysis.wording import file_part
 from pecobook.commands.analyze.inputs import AnalysisInputs, open_inputs
@@ -32,6 +31,7 @@ from pecobook.engine.preamble import show_source
 from pecobook.errors import ConfigError, Preflight
 from pecobook.settings.analyze import AnalyzeConfig
 from pecobook.settings.values import replace
+from pecobook.utils.extras import require
 from pecobook.utils.files import write_json
 from pecobook.utils.output_folder import OutputFolder
 from pecobook.utils.printer import show
@@ -46,6 +46,7 @@ def analyze(config: AnalyzeConfig | None = None, **settings: Any) -> Path:
         PreflightError: lists all problems that were found before anything was written.
     """
     config = replace(config or AnalyzeConfig(), settings)
+    require("analysis", "pecobook analyze")
     began = time.monotonic()
     inputs = check_and_open(config)
     show_source(inputs.splits)
@@ -60,6 +61,7 @@ def _write_all(config: AnalyzeConfig, inputs: AnalysisInputs, began: float) -> P
     cost: list[tuple[str, float]] = []
     measured = []
     pictures: dict[str, bytes] = {}
+    atlases: dict[str, Atlas] = {}
     total = len(inputs.tokenizers) + bool(inputs.runs)
     for number, tokenizer_input in enumerate(inputs.tokenizers, start=1):
         show(f"[{number}/{total}] {tokenizer_input.name}")
@@ -69,7 +71,7 @@ def _write_all(config: AnalyzeConfig, inputs: AnalysisInputs, began: float) -> P
         results["skipped"] = {"count": len(skipped), "names": skipped}
         _write(results, out, began)  # before drawing, so that the numbers survive an error in a picture
         show("  pictures")
-        drawn = draw()
+        drawn, atlases[tokenizer_input.name] = draw()
         cost.append((tokenizer_input.name, time.monotonic() - step_began))
         files = {kind: f"{kind}-{file_part(number, tokenizer_input.name)}.png" for kind in drawn}
         metrics.values["pictures"] = {kind: f"pictures/{file}" for kind, file in files.items()}
@@ -86,10 +88,12 @@ def _write_all(config: AnalyzeConfig, inputs: AnalysisInputs, began: float) -> P
     pictures |= side_by_side(measured)
     pictures |= curves_of("tokenizers", {tokenizer.name: tokenizer.source for tokenizer in inputs.tokenizers})
     pictures |= curves_of("vits", dict(zip(inputs.runs, config.backbone, strict=True)))
+    from threadpoolctl import threadpool_limits  # scikit-learn installs it
+
     with threadpool_limits(1):
         write_pictures(out, pictures)
         _write(results, out, began)
-        report = write_report(out, compose(results, pictures, cost, dataclasses.asdict(config)))
+        report = write_report(out, compose(results, pictures, cost, dataclasses.asdict(config), atlases=atlases))
     show(f"\nDone: open {report}")
     return report
 

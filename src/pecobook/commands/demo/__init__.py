@@ -11,8 +11,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-from threadpoolctl import threadpool_limits
-
 from pecobook.analysis.report import write_pictures, write_report
 from pecobook.commands.analyze.page import compose
 from pecobook.commands.demo.measure import measure
@@ -25,6 +23,7 @@ from pecobook.engine.value_range import open_readable
 from pecobook.errors import Preflight
 from pecobook.settings.demo import DemoConfig
 from pecobook.settings.values import replace, to_dict
+from pecobook.utils.extras import require
 from pecobook.utils.files import write_json
 from pecobook.utils.output_folder import OutputFolder
 from pecobook.utils.printer import show
@@ -43,6 +42,7 @@ def demo(config: DemoConfig | None = None, **settings: Any) -> Path:
     """
     config = replace(config or DemoConfig(), settings)
     folder, preflight = _folder(config), Preflight()
+    preflight.check(lambda: require("analysis", "pecobook demo"))
     preflight.check(folder.check)
     splits = preflight.check(lambda: open_readable(config.data, config.value_range))
     preflight.finish()
@@ -61,8 +61,10 @@ def _write_all(config: DemoConfig) -> Path:
     show("measuring on held-out images")
     measuring_began = time.monotonic()
     # One thread: more threads do not speed up small matrices, and they are slow if another process is busy.
+    from threadpoolctl import threadpool_limits  # scikit-learn installs it
+
     with threadpool_limits(1):
-        results, pictures = measure(config, jobs)
+        results, pictures, atlases = measure(config, jobs)
     cost["measuring"] = time.monotonic() - measuring_began
     results["seconds"] = round(time.monotonic() - began, 1)
     write_pictures(out, pictures)
@@ -76,6 +78,7 @@ def _write_all(config: DemoConfig) -> Path:
         title="Three codebooks, the same images",
         subtitle="What image tokens represent if a codebook is trained with a pixel loss, "
         "and if it is trained with a perceptual loss too.",
+        atlases=atlases,
     )
     report = write_report(out, page)
     show(f"\nDone in {compact_duration(results['seconds'])}: open {report}")

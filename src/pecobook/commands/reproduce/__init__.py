@@ -28,11 +28,12 @@ from pecobook.commands.reproduce.plan import Plan
 from pecobook.commands.resumed_folder import begin_or_resume, resumed_folder
 from pecobook.engine.preamble import show_source
 from pecobook.engine.value_range import open_readable
-from pecobook.errors import ConfigError, PecobookError, Preflight
+from pecobook.errors import ConfigError, PecobookError, Preflight, some_of
 from pecobook.settings.codebook import CodebookConfig
 from pecobook.settings.reproduce import ReproduceConfig
 from pecobook.settings.values import replace, to_dict
 from pecobook.stages.codebook import CodebookStage
+from pecobook.utils.extras import require
 from pecobook.utils.files import write_atomically
 from pecobook.utils.folder_lock import FolderLock
 from pecobook.utils.output_folder import SHARED_WAIT, OutputFolder, check_new_file
@@ -67,7 +68,7 @@ def reproduce(config: ReproduceConfig | None = None, **settings: Any) -> Path:
         outcome.check(out)
         missing = [name for name, job in plan.jobs.items() if not job.finished]
         if missing:
-            names = ", ".join(missing[:5]) + (", ..." if len(missing) > 5 else "")
+            names = some_of(missing, 5)
             raise PecobookError(f"The tables leave out {len(missing)} runs that are not finished: {names}.")
     return out / "tables.md"
 
@@ -107,6 +108,7 @@ def _check_file(flag: str, name: str) -> None:
 
 def _preflight(config: ReproduceConfig) -> Plan:
     preflight = Preflight()
+    preflight.check(lambda: require("analysis", "pecobook reproduce"))
     paper_tables = preflight.check(lambda: chosen_tables(config.tables))
     splits = preflight.check(lambda: open_readable(config.data, config.value_range))
     preflight.check(_folder(config).check)
