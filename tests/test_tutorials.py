@@ -79,8 +79,8 @@ def test_dense_tutorial__runs_on_tiffs_with_16_bits(quick: bool, capsys: pytest.
     assert len(names["scores"]) == 24
     assert json.loads(Path("runs/segmenter/config.json").read_text())["value_range"] == [0, 4095]
     assert len([*Path("found/masks/masks").iterdir()]) == 24
-    assert Path("found/boxes/detections.json").is_file()
     if not quick:
+        assert Path("found/boxes/detections.json").is_file()
         scratched = np.array([int(Path(name).stem) >= 148 for name in names["names"][~names["good"]]])
         assert names["scores"][scratched].mean() > names["scores"][~scratched].mean()
 
