@@ -16,7 +16,8 @@ CPU_INDEX := https://download.pytorch.org/whl/cpu
 PIP_ARGS ?=
 
 define INSTALLING
-Installing pecobook and what it needs into $(VENV): about 6 GB the first time, since PyTorch's wheels carry CUDA.
+Installing pecobook and what it needs into $(VENV): 3 to 4 GB of downloads
+and 6 GB of disk the first time, since PyTorch's wheels carry CUDA.
 Without a GPU, TORCH=cpu takes PyTorch's wheels without CUDA, a tenth of that: make demo TORCH=cpu
 endef
 export INSTALLING

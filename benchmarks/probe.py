@@ -53,7 +53,7 @@ def main() -> None:
     parser.add_argument("--iterations", type=int, default=200)
     arguments = parser.parse_args()
     probing._MAX_ITER = arguments.iterations
-    probing.C_GRID = (1e-3,)  # type: ignore[assignment]
+    probing.C_GRID = (1e-3,) * 5
     torch.manual_seed(0)
     shape = arguments.images, arguments.features
     train, test = torch.empty(shape, dtype=torch.float16), torch.randn(arguments.test, shape[1]).half()

@@ -225,7 +225,10 @@ def print_tables(rows: list[dict[str, Any]]) -> None:
         for K in sorted({row["num_codewords"] for row in members}):
             same = [row for row in members if row["num_codewords"] == K]
             first = "ema" if "ema" in arms else arms[0]
-            lines = differences(same, [(arm, first) for arm in arms if arm != first], {m: TITLES[m] for m in COMPARED})
+            # Distances of several sets of layers are not in one unit.
+            one_distance = not any(", layers " in arm for arm in arms)
+            compared = {m: TITLES[m] for m in COMPARED if one_distance or m != "perceptual"}
+            lines = differences(same, [(arm, first) for arm in arms if arm != first], compared)
             lines += differences(
                 same,
                 [(f"{arm}, no revival", arm) for arm in ("gradient", "ema, normalised")],

@@ -22,7 +22,7 @@ def test_wheel__holds_the_package_and_all_it_reads_and_nothing_else() -> None:
     package = ROOT / "src" / "pecobook"
     expected = {path.relative_to(package.parent).as_posix() for path in package.rglob("*") if path.is_file()}
     assert files == {name for name in expected if "__pycache__" not in name}
-    assert {"pecobook/py.typed", "pecobook/analysis/templates/report.html"} <= files
+    assert {"pecobook/py.typed", "pecobook/analysis/templates/report.html.j2"} <= files
 
 
 def test_version__is_one_and_has_a_changelog() -> None:

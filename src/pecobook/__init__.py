@@ -5,6 +5,8 @@ The public names are those in `__all__`; each is imported when it is first used,
 
 from __future__ import annotations
 
+import os
+import sys
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -33,6 +35,9 @@ if TYPE_CHECKING:
     from pecobook.models.tokenizer import PerceptualTokenizer
     from pecobook.models.tokenizers import load_tokenizer
     from pecobook.models.weights import Backbone, Classifier
+
+if sys.platform == "darwin":  # before torch is imported: what Apple's GPUs lack is computed on the CPU
+    os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")
 
 __all__ = ["Backbone", "Classifier", "Detector", "MaskedImageModel", "PecobookError", "PerceptualDistance"]
 __all__ += ["PerceptualTokenizer", "Segmenter", "VectorQuantizer", "analyze", "bench", "blockwise_mask", "check"]

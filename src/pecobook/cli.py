@@ -40,6 +40,8 @@ COMMANDS = {name: command.summary for name, command in table.COMMANDS.items()} |
 def main(argv: list[str] | None = None) -> None:
     """Run a command. Exits with code 2 after a user error, without a traceback."""
     args = list(sys.argv[1:] if argv is None else argv)
+    if sys.platform == "win32":
+        sys.exit("pecobook: Windows is not supported: use Linux within Windows (WSL), where GPUs work too.")
     end_with_parent()
     _hide_warnings()
     try:

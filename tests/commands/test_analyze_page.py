@@ -216,7 +216,7 @@ def test_an_analysis_begins_with_its_finding() -> None:
     assert report.summary[0].startswith("The codes of perceptual tell most about the class of an image:")
     assert report.summary[0].endswith("90.0% (perceptual) and 71.5% (control), higher by 18.5 ± 2.7 points.")
     html = render(report)
-    assert html.index("The codes of perceptual") < html.index("<figure>") < html.index("<dl")
+    assert html.index("The codes of perceptual") < html.index("<figure>") < html.index("The accuracy of a linear")
     data["tokenizers"] = data["tokenizers"][:1]
     assert "20.5% (pixel)" in compose(data, {}, [], {}).summary[0]  # one tokenizer is compared with nothing
 

@@ -84,6 +84,19 @@ def test_index__holds_codes_of_all_held_out_images(
             assert (example == 128).all()
 
 
+def test_examples__are_typical_patches() -> None:
+    images = torch.full((3, 3, 8, 8), 200, dtype=torch.uint8)
+    images[0, :, :4, :4] = 0  # of codeword 1, most of whose patches are bright
+    images[1, :, :4, :4] = 190
+    codes = torch.ones(3, 2, 2, dtype=torch.long)
+    codes[2, 1, 1] = 0
+    images[2, :, 4:, 4:] = 7
+    examples = model._Examples(3, 4)
+    examples.add(images[:2], codes[:2])
+    examples.add(images[2:], codes[2:])
+    assert [int(patch.unique()) for patch in examples.patches] == [7, 190, 128]  # the mean before the last image is 174
+
+
 def test_encode_image__equals_the_tokenizer(indexed: model.IndexedTokenizer, crops: Tensor) -> None:
     encoded = model.encode_image(indexed.tokenizer, crops[1])
     assert np.array_equal(encoded.codes, indexed.codes[1])

@@ -138,6 +138,7 @@ def test_classifier__predicts_the_same_for_files_in_every_form(
         if crop in TOLERANCE[form] and (form != "hf" or name.startswith("beit")):
             forms[form] = run_export(run, tmp_path / form, form, capsys)
     if "hf" in forms:  # below, the processor of transformers crops to nothing
+        pytest.importorskip("transformers")  # its versions for the lowest huggingface-hub are too old
         from transformers import AutoImageProcessor
 
         card = (tmp_path / "hf" / "README.md").read_text()

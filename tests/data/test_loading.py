@@ -180,3 +180,14 @@ def test_reading_advice__names_what_to_raise() -> None:
     assert "give --workers 15 (16" in reading_advice(0.9, 4, 16)
     assert "on 16 cores for each device: more cores, or smaller image files" in reading_advice(0.5, 15, 16)
     assert "more cores" in reading_advice(0.5, 0, 2)
+
+
+def test_batches__are_read_by_forks_on_linux_unless_the_program_chose_otherwise(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for chosen, expected in ((None, "fork"), ("spawn", None)):  # also where Python's own choice is another
+        monkeypatch.setattr("multiprocessing.get_start_method", lambda *, chosen=chosen, **_: chosen)
+        monkeypatch.setattr("sys.platform", "linux")
+        assert loading._start_method() == expected
+        monkeypatch.setattr("sys.platform", "darwin")
+        assert loading._start_method() is None

@@ -32,6 +32,7 @@ VIT = {"perceptual.network": "timm:vit_base_patch16_224"}
         ("codebook", "paper-vgg16", {}),
         ("codebook", "imagenette-224", {"perceptual.network": "none"}),
         ("codebook", "vqkd", {}),
+        ("codebook", "modern-dinov3", {}),
         ("pretrain", "paper", {"tokens": "bank"}),
         ("pretrain", "paper-vit-l", {"tokens": "bank"}),
         ("finetune", "paper", {"backbone": "timm:vit_base_patch16_224"}),

@@ -6,6 +6,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from torch.testing import assert_close
 
 from pecobook.errors import PecobookError, WeightsError
 from pecobook.models.dalle import DalleTokenizer
-from pecobook.models.onnx import export_onnx
+from pecobook.models.onnx import _batch_norm, export_onnx
 from pecobook.models.tokenizer import PerceptualTokenizer
 from pecobook.models.tokenizers import DiffusersTokenizer, GreyTokenizer, load_tokenizer
 from pecobook.settings.tokenizer import AutoencoderConfig, TokenizerConfig
@@ -201,3 +202,13 @@ def test_encode__compiles_in_one_graph() -> None:
     again = torch.compile(tokenizer.decode, backend="eager", fullgraph=True)
     codes = tokenizer.encode(pictures())
     assert_close(again(codes), tokenizer.decode(codes))
+
+
+def test_batch_norm__for_the_exporter_of_pytorch_2_6_equals_pytorchs() -> None:
+    norm = torch.nn.BatchNorm2d(5).eval()
+    for tensor in (*norm.parameters(), norm.running_mean, norm.running_var):
+        torch.nn.init.uniform_(tensor, 0.5, 2.0)  # type: ignore[arg-type]
+    x = torch.randn(2, 5, 3, 4)
+    expected = norm(x)
+    with mock.patch("torch.nn.functional.batch_norm", _batch_norm):
+        assert_close(norm(x), expected)

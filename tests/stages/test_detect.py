@@ -158,7 +158,7 @@ def test_forward__boxes_stay_float32_in_mixed_precision(root: Path, vit: Path) -
     config = settings(root, vit)
     stage, splits = make(config)
     inputs = batch(config, splits, 4, training=True)
-    converted = launch.precision_plugin("bf16").convert_input(inputs)
+    converted = launch.precision_plugin("bf16", "cpu").convert_input(inputs)
     calls: list[Any] = []
     stage.detector.register_forward_pre_hook(lambda _module, arguments: calls.append(arguments))
     stage.train()(converted)

@@ -116,7 +116,6 @@ def test_doing__is_a_live_line_that_the_next_output_replaces(monkeypatch: pytest
         "loading PyTorch, 1 s",
         "",
         "listing images\\x1b[2J",
-        "",
         "done\r\n",
     ]
 

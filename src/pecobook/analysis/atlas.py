@@ -25,7 +25,8 @@ from pecobook.analysis.codewords import ClassShare, class_shares, codes_of_image
 from pecobook.analysis.reconstruction import float_parts
 
 _SIDE, _TILES = 1536, (16, 48)
-"""Width of a sprite in pixels, and smallest and largest side of a tile: 8,192 codewords have tiles of 16 pixels."""
+"""Width of a sprite in pixels, and smallest and largest side to which large patches are reduced: the patches of 8,192
+codewords are reduced to 16 pixels."""
 _DETAIL = 4
 """A patch is compared with the mean patch of its codeword at 4 x 4 colours."""
 
@@ -95,7 +96,7 @@ def make_atlas(
     cells = grid_cells(_turned(plane, colours[used].mean(1).numpy()))
     used = used[np.lexsort((cells[:, 1], cells[:, 0]))]
     columns = int(cells[:, 1].max()) + 1
-    tile = int(np.clip(_SIDE // columns, *_TILES))
+    tile = min(int(np.clip(_SIDE // columns, *_TILES)), -(-images.shape[-1] // w))
     telling = class_shares(codes, labels, K, classes) if labels is not None else {}
     num_images = np.bincount(codes_of_images(codes, K)[1], minlength=K)
     return Atlas(
@@ -144,7 +145,7 @@ def _typical_patches(images: Tensor, codes: Tensor, num_codewords: int) -> tuple
 
 
 def _tiles(images: Tensor, patches: Tensor, grid: tuple[int, int], side: int) -> NDArray[np.uint8]:
-    """Cut patches (M,) out of images, and resize them: without smoothing where they become larger, (M, t, t, 3)."""
+    """Cut patches (M,) out of images, and reduce them to tiles, (M, t, t, 3)."""
     (h, w), (height, width) = grid, images.shape[-2:]
     tiles = []
     for patch in patches.tolist():
@@ -153,9 +154,8 @@ def _tiles(images: Tensor, patches: Tensor, grid: tuple[int, int], side: int) ->
         top, left = row * height // h, column * width // w
         pixels = images[image, :, top : (row + 1) * height // h, left : (column + 1) * width // w]
         pixels = pixels if pixels.dtype == torch.uint8 else (255 * pixels.clamp(0, 1)).round().to(torch.uint8)
-        resampling = Image.Resampling.NEAREST if pixels.shape[-1] < side else Image.Resampling.LANCZOS
         picture = Image.fromarray(pixels.permute(1, 2, 0).contiguous().cpu().numpy())
-        tiles.append(np.asarray(picture.resize((side, side), resampling)))
+        tiles.append(np.asarray(picture.resize((side, side), Image.Resampling.LANCZOS)))
     return np.stack(tiles)
 
 
@@ -176,9 +176,9 @@ def sprite_jpeg(atlas: Atlas) -> bytes:
 
 
 def atlas_picture(atlas: Atlas) -> bytes:
-    """Draw the atlas as a PNG of about 2,000 pixels, with gaps between the tiles and a transparent background."""
+    """Draw the atlas as a PNG of at most 2,000 pixels, with gaps between the tiles and a transparent background."""
     side = atlas.tiles.shape[1]
-    scale = max(round(2000 / (atlas.columns * side)), 1)
+    scale = int(np.clip(1800 // (atlas.columns * side), 1, max(96 // side, 1)))
     pitch = side * scale + max(side * scale // 16, 1)
     pixels = np.zeros((atlas.rows * pitch, atlas.columns * pitch, 4), np.uint8)
     for cell, tile in enumerate(atlas.tiles):
@@ -186,7 +186,7 @@ def atlas_picture(atlas: Atlas) -> bytes:
         pixels[top : top + side * scale, left : left + side * scale, :3] = tile.repeat(scale, 0).repeat(scale, 1)
         pixels[top : top + side * scale, left : left + side * scale, 3] = 255
     buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, format="PNG", compress_level=9)
+    Image.fromarray(pixels).save(buffer, format="PNG")
     return buffer.getvalue()
 
 
@@ -194,8 +194,8 @@ def as_json(atlas: Atlas) -> dict[str, Any]:
     """Return what a page shows beside the sprite, as lists with one entry a codeword; the names of the keys are short.
 
     `place` is the mean row and column of the patches in percent of the image, and `bound` the percentage of patches at
-    the most frequent position. `class` is an index of `classes`, -1 without labels, with its share and the share of all
-    images in percent, and its lift.
+    the most frequent position. `class` is an index of `classes`, the shares of the class in the codeword's images and
+    in all images in percent, and its lift; empty without labels.
     """
     h, w = atlas.positions.shape[1:]
     counts = np.maximum(atlas.counts, 1)
@@ -206,8 +206,6 @@ def as_json(atlas: Atlas) -> dict[str, Any]:
     shares = [(number[s.name], round(s.share), round(s.base, 1), round(s.lift, 1)) if s else () for s in atlas.classes]
     return {
         "columns": atlas.columns,
-        "tile": atlas.tiles.shape[1],
-        "total": atlas.num_codewords,
         "codeword": atlas.codewords.tolist(),
         "count": atlas.counts.tolist(),
         "images": atlas.images.tolist(),

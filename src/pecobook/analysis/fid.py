@@ -15,6 +15,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from pecobook.utils.devices import widest
+
 
 class Gaussian(NamedTuple):
     """Mean and covariance of the features of images."""
@@ -36,7 +38,7 @@ class FeatureSums:
 
     def add(self, features: Tensor) -> None:
         """Add the features of a batch, (B, F)."""
-        features = features.double()
+        features = widest(features)
         if not self.count:
             self._shift = features.mean(0)  # near the mean, so that the products lose no digits
             self._sum = torch.zeros_like(self._shift)
@@ -87,7 +89,7 @@ class InceptionScore:
 
     def add(self, logits: Tensor, places: Tensor) -> None:
         """Add logits (B, C) of the images at `places` (B,) of the order of reading."""
-        logits, split = logits.double().cpu(), self._split[places]
+        logits, split = logits.cpu().double(), self._split[places]
         logs = logits.log_softmax(1)
         probabilities = logs.exp()
         if self._sums is None:

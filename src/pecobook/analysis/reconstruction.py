@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pecobook.analysis.arrays import MaskedModel, Tokenizer, evaluation_mode
+from pecobook.utils.devices import widest
 from pecobook.utils.images import to_float
 
 _WINDOW = 11
@@ -32,7 +33,7 @@ def psnr(x: Tensor, y: Tensor) -> Tensor:
     """
 
     def measure(a: Tensor, b: Tensor) -> Tensor:
-        return -10 * (a.double() - b.double()).square().mean((1, 2, 3)).log10().float()
+        return -10 * (widest(a) - widest(b)).square().mean((1, 2, 3)).log10().float()
 
     return in_batches(measure, x, y)
 

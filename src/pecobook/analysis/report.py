@@ -132,7 +132,7 @@ class Report:
     sections: tuple[Section, ...] = ()
     footer: str = ""
     lead: tuple[Picture, ...] = ()
-    """The pictures that show the main result, below the summary."""
+    """The pictures that show the main result, below the first sentence of the summary."""
 
 
 def write_report(out: Path, content: Report, *, max_bytes: int = MAX_BYTES) -> Path:

@@ -53,7 +53,7 @@ def bench(config: BenchConfig | None = None, **settings: Any) -> dict[str, Any]:
     flops = benchmark.flops()
     peak = matmul_peak(device, pretraining.precision)
     figures = {
-        "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
+        "device": torch.cuda.get_device_name() if device.type == "cuda" else device.type,
         "recipe": config.recipe,
         "precision": pretraining.precision,
         "batch_size": pretraining.batch_size,

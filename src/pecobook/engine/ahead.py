@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from pecobook.data.batch import Batch
+from pecobook.utils.devices import widest
 from pecobook.utils.distributed import mean_over_ranks
 
 
@@ -37,7 +38,7 @@ def loss_weights(
     if number is None:
         return itertools.chain([first], batches), [None] * count
     step_batches = [first, *batches]
-    counts = torch.stack([number, *(stage.loss_count(batch) for batch in step_batches[1:])]).double()
+    counts = widest(torch.stack([number, *(stage.loss_count(batch) for batch in step_batches[1:])]))
     mean = mean_over_ranks(counts.mean())
     weights = (counts / mean.clamp_min(torch.finfo(torch.float32).tiny)).float()
     return iter(step_batches), list(weights)

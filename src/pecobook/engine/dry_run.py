@@ -23,7 +23,11 @@ from pecobook.settings.durations import steps
 from pecobook.settings.training import TrainConfig
 from pecobook.utils.devices import device, peak_memory, synchronize, total_memory
 
-_ENOUGH = {"cpu": 1.0, "cuda": 10.0}  # seconds: a measurement that took longer is not repeated with more images
+_ENOUGH = {
+    "cpu": 1.0,
+    "mps": 1.0,
+    "cuda": 10.0,
+}  # seconds: a measurement that took longer is not repeated with more images
 
 
 class Measured(NamedTuple):

@@ -17,6 +17,7 @@ from torch import Tensor
 from pecobook.data.batch import Batch
 from pecobook.data.sampler import key
 from pecobook.data.stream import Stream, load, to_device
+from pecobook.utils.devices import widest
 from pecobook.utils.distributed import gather_rows
 
 if TYPE_CHECKING:
@@ -115,7 +116,7 @@ def _evaluate_stream(
         total += num_counted
         losses = {} if output.loss is None else {"loss": output.loss}
         for name, value in {**losses, **output.metrics}.items():
-            weighted = value.double() * (~repeated).sum()
+            weighted = widest(value) * (~repeated).sum()
             metrics[name] = metrics.get(name, 0) + weighted
             counted[name] = counted.get(name, 0) + num_counted
         for name, value in output.rows.items():

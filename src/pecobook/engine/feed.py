@@ -24,7 +24,8 @@ class Feed(Iterator[Batch]):
 
     def __init__(self, batches: Iterator[Batch], device: torch.device, speed: Speed, skipped: Skipped) -> None:
         self._batches, self._device, self._speed, self._skipped = batches, device, speed, skipped
-        self._copies: Any = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
+        is_gpu = device.type == "cuda"
+        self._copies: Any = torch.cuda.Stream(device) if is_gpu else None  # type: ignore[no-untyped-call]
 
     def __next__(self) -> Batch:
         """Return the next micro-batch."""

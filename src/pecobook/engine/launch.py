@@ -24,7 +24,7 @@ from pecobook.engine.world import World, check_flags, is_leader, launched
 from pecobook.engine.wrapping import strategy
 from pecobook.errors import ConfigError
 from pecobook.settings.training import TrainConfig
-from pecobook.utils.devices import cores, cpu_prefers_bf16
+from pecobook.utils.devices import apple_computes_bf16, cores, cpu_prefers_bf16, device
 from pecobook.utils.distributed import gather_objects, long_on_first_rank, on_all_ranks, sharing
 from pecobook.utils.folder_lock import FolderLock
 from pecobook.utils.parent import child_environment
@@ -97,13 +97,21 @@ def num_workers(config: TrainConfig) -> int:
 
 def resolve_precision(config: TrainConfig) -> str:
     """Return fp32, bf16 or fp16, with auto resolved. Raises ConfigError for a precision that cannot be had."""
-    cuda, precision = torch.cuda.is_available(), str(config.precision)
+    kind, precision = _kind(config), str(config.precision)
     if precision == "auto":
-        is_faster = torch.cuda.is_bf16_supported(including_emulation=False) if cuda else cpu_prefers_bf16()
-        precision = "bf16" if is_faster else "fp32"
-    if precision == "fp16" and not cuda:
-        raise ConfigError("--precision fp16 needs a GPU: use bf16 or fp32 here.")
+        faster = {"cuda": torch.cuda.is_bf16_supported, "mps": apple_computes_bf16}.get(kind, cpu_prefers_bf16)
+        precision = "bf16" if faster(**{"including_emulation": False} if kind == "cuda" else {}) else "fp32"
+    if precision == "fp16" and kind != "cuda":
+        raise ConfigError("--precision fp16 needs a GPU of NVIDIA: use bf16 or fp32 here.")
+    if precision == "bf16" and kind == "mps" and not apple_computes_bf16():
+        raise ConfigError("--precision bf16 needs macOS 14 or newer on Apple's GPUs: use fp32 here.")
     return precision
+
+
+def _kind(config: TrainConfig) -> str:
+    """Return the kind of device of a run: cuda, mps or cpu."""
+    alone = launched() is None and config.devices in ("auto", "1") and config.num_nodes == 1
+    return device(1 if alone else 2).type
 
 
 def check_low_precision(config: TrainConfig) -> None:
@@ -217,12 +225,13 @@ def start(config: TrainConfig, *, alone: bool = False) -> Fabric:
     if torch.cuda.is_available() and torch.cuda.device_count() < devices:
         # srun has given each process a GPU that it alone sees: each counts as a machine of one GPU.
         devices, nodes = 1, devices * nodes
+    kind = _kind(config)
     fabric = Fabric(
-        accelerator="cuda" if torch.cuda.is_available() else "cpu",
+        accelerator=kind,
         devices=devices,
         num_nodes=nodes,
         strategy=strategy(config, total_devices(config)),
-        plugins=[precision_plugin(config.precision), *_cluster_environment(devices)],
+        plugins=[precision_plugin(config.precision, kind), *_cluster_environment(devices)],
     )
     world = launched()
     if world is not None and world.size > 1 and not torch.distributed.is_initialized():
@@ -269,9 +278,9 @@ def _start_alone(config: TrainConfig) -> Fabric:
 
     world, gpus = launched(), torch.cuda.device_count() if torch.cuda.is_available() else 0
     return Fabric(
-        accelerator="cuda" if gpus else "cpu",
+        accelerator=device().type,
         devices=[world.local_rank % gpus if world else 0] if gpus else 1,
-        plugins=[precision_plugin(config.precision), LightningEnvironment()],
+        plugins=[precision_plugin(config.precision, device().type), LightningEnvironment()],
     )
 
 
@@ -371,8 +380,8 @@ def _filter_warnings() -> None:
         logging.getLogger(name).setLevel(logging.WARNING)
 
 
-def precision_plugin(name: str) -> Any:
-    """Return Fabric's precision plugin, changed so that the numbers of a batch are not rounded.
+def precision_plugin(name: str, kind: str) -> Any:
+    """Return Fabric's precision plugin for a kind of device, changed so that the numbers of a batch are not rounded.
 
     Fabric converts every float of a batch to half precision. Images come as integers and networks convert them, so the
     conversion would only round values that must stay exact: the draws that define a view, and the corners of boxes.
@@ -385,4 +394,4 @@ def precision_plugin(name: str) -> Any:
 
     if name == "fp32":
         return Precision()
-    return Autocast(_PRECISIONS[name], "cuda" if torch.cuda.is_available() else "cpu")  # type: ignore[arg-type]
+    return Autocast(_PRECISIONS[name], kind)  # type: ignore[arg-type]

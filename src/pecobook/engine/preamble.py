@@ -10,6 +10,7 @@ from pecobook.data.summary import Lines, aligned, describe
 from pecobook.engine.launch import micro_batch_size, total_devices
 from pecobook.settings.durations import steps
 from pecobook.settings.training import TrainConfig
+from pecobook.utils.devices import apple_computes_bf16, device
 from pecobook.utils.printer import show
 
 
@@ -64,6 +65,8 @@ def device_name(count: int = 1) -> str:
     """Return the name of the GPU, or of the CPU with its threads, and how many of them train."""
     if torch.cuda.is_available():
         return f"{count} x {torch.cuda.get_device_name()}" if count > 1 else torch.cuda.get_device_name()
+    if device(count).type == "mps":
+        return "GPU of Apple" if apple_computes_bf16() else "GPU of Apple (bf16 needs macOS 14)"
     threads = torch.get_num_threads()
     threads_text = f"{threads} thread{'s' if threads > 1 else ''}"
     return f"{count} processes on the CPU, {threads_text} each" if count > 1 else f"CPU, {threads_text}"

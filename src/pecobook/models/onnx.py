@@ -6,10 +6,15 @@ Everything but reading, cropping and resizing an image is inside the graph: nobo
 from __future__ import annotations
 
 import json
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pecobook.models import onnx_readme
@@ -178,15 +183,36 @@ def write_onnx(
     """
     require_onnx()
     # Exported here, since some versions of torch.onnx.export trace bytecode first, and crash on a codebook's search.
-    exported = torch.export.export(module.eval(), (example,), dynamic_shapes=(shape,), strict=False)
-    program = torch.onnx.export(
-        exported,
-        dynamo=True,
-        input_names=[input_name],
-        output_names=[output_name],
-        verbose=False,
-    )
+    with _helped_exporter():
+        exported = torch.export.export(module.eval(), (example,), dynamic_shapes=(shape,), strict=False)
+        names: dict[str, Any] = {"input_names": [input_name], "output_names": [output_name]}
+        program = torch.onnx.export(exported, dynamo=True, verbose=False, **names)
     assert program is not None
     for name, value in metadata.items():
         program.model.metadata_props[name] = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
     program.save(str(path))
+
+
+@contextmanager
+def _helped_exporter() -> Iterator[None]:
+    """In this context the exporter of PyTorch 2.6 translates BatchNorm, and prints no guard that it leaves out."""
+    if hasattr(torch.compiler, "is_exporting"):
+        yield
+        return
+    guards = logging.getLogger("torch.fx.experimental.symbolic_shapes")
+    level = guards.level
+    guards.setLevel(logging.ERROR)
+    try:
+        with mock.patch.object(F, "batch_norm", _batch_norm):
+            yield
+    finally:
+        guards.setLevel(level)
+
+
+def _batch_norm(
+    x: Tensor, mean: Tensor, var: Tensor, weight: Tensor, bias: Tensor, _training: bool, _momentum: float, eps: float
+) -> Tensor:
+    """Compute BatchNorm in evaluation, x (B, C, ...), by operators that every exporter translates."""
+    scale = weight * torch.rsqrt(var + eps)
+    shape = (-1, *(1 for _ in x.shape[2:]))
+    return x * scale.view(shape) + (bias - mean * scale).view(shape)

@@ -170,7 +170,7 @@ def paper() -> CodebookConfig:
             precision="fp32",
         ),
         perceptual=PerceptualConfig(
-            layers=(3, 6, 9, 12), weight=1.0, also=(), warmup=0, normalisation="unit-rms", input_size=0
+            layers=(3, 6, 9, 12), weight=1.0, warmup=0, normalisation="unit-rms", input_size=0, also=()
         ),
         adversarial=AdversarialConfig(weight=0.0),
         explicit=ExplicitConfig(kind="none"),

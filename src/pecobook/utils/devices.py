@@ -9,11 +9,28 @@ from functools import cache
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 
-def device() -> torch.device:
-    """Return the GPU where there is one, and the CPU elsewhere."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+def device(processes: int = 1) -> torch.device:
+    """Return the GPU where there is one, and the CPU elsewhere.
+
+    Several processes share no GPU of Apple's, and PECOBOOK_MPS=0 leaves it alone.
+    """
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    has_apple = processes == 1 and os.environ.get("PECOBOOK_MPS") != "0" and torch.backends.mps.is_available()
+    return torch.device("mps" if has_apple else "cpu")
+
+
+def apple_computes_bf16() -> bool:
+    """Return whether this version of macOS computes in bfloat16 on Apple's GPUs."""
+    return int(platform.mac_ver()[0].partition(".")[0] or 0) >= 14
+
+
+def widest(values: Tensor) -> Tensor:
+    """Return values in fp64, and in fp32 on Apple's GPUs, which have no fp64."""
+    return values.float() if values.device.type == "mps" else values.double()
 
 
 def cores() -> tuple[int, ...]:
@@ -59,19 +76,22 @@ def synchronize(device: torch.device) -> None:
     """Wait until a GPU has finished all of its work; a CPU needs no waiting."""
     if device.type == "cuda":
         torch.cuda.synchronize()
+    elif device.type == "mps":
+        torch.mps.synchronize()
 
 
 def peak_memory(device: torch.device) -> int:
-    """Return the largest number of bytes that the GPU's allocator, or on a CPU this process, has held."""
+    """Return the largest number of bytes that the GPU's allocator, or else this process, has held."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated()
     import resource  # Windows lacks it
 
-    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    unit = 1 if platform.system() == "Darwin" else 1024
+    return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def total_memory(device: torch.device) -> int:
-    """Return the bytes of memory of the GPU, or on a CPU of this machine."""
+    """Return the bytes of memory of the GPU, or of this machine, whose memory Apple's GPUs share."""
     if device.type == "cuda":
         return int(torch.cuda.get_device_properties(device).total_memory)
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -49,6 +49,7 @@ def images(count: int = 2, height: int = 32, width: int = 32) -> Tensor:
 
 
 def test_forward__is_that_of_transformers_given_the_same_weights() -> None:
+    pytest.importorskip("transformers")  # its versions for the lowest huggingface-hub are too old
     from transformers import BeitConfig, BeitForSemanticSegmentation
 
     model = segmenter().train()

@@ -11,7 +11,7 @@ The page leaves out missing values.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from pecobook.analysis.charts import Score, score_chart
@@ -78,8 +78,7 @@ def finding(results: Results) -> str | None:
     if len(ranked) < 2:
         return None
     first, second = ranked[:2]
-    number = min(int(tokenizer["num_images"]) for tokenizer in results["tokenizers"])
-    pair = compare({**results, "num_test": number}, metric, first, second)
+    pair = compare({**results, "num_test": _num_test(results)}, metric, first, second)
     probe = "a linear classifier" + (", with position removed," if crossed else "")
     figures = f"{probe} is right in {scores[first]:.1f}% ({first}) and {scores[second]:.1f}% ({second})"
     if pair is not None and pair.verdict is Verdict.HIGHER:
@@ -131,8 +130,7 @@ def probe_comparisons(results: Results) -> Section:
 
 def probe_chart(results: Results, metrics: Collection[str] = tuple(PERCENT_METRICS)) -> bytes | None:
     """Draw the accuracies of probes with sampling errors; None if the number of test images is unknown or small."""
-    tokenizers: Sequence[dict[str, Any]] = results.get("tokenizers") or ({},)
-    number, accuracies = results.get("num_test") or tokenizers[0].get("num_images"), _accuracies(results, metrics)
+    number, accuracies = _num_test(results), _accuracies(results, metrics)
     if not accuracies or not number or number < MIN_IMAGES:
         return None
     panels = {
@@ -248,6 +246,12 @@ def how_to_read() -> Section:
 
 def _names(results: Results) -> list[str]:
     return [str(tokenizer.get("name", "?")) for tokenizer in results.get("tokenizers") or ()]
+
+
+def _num_test(results: Results) -> int | None:
+    """Return the number of held-out images, which `analyze` stores for each tokenizer."""
+    counts = [int(tokenizer.get("num_images", 0)) for tokenizer in results.get("tokenizers") or ()]
+    return results.get("num_test") or min(counts, default=None)
 
 
 def _chance(results: Results) -> float | None:

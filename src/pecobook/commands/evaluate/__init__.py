@@ -125,7 +125,7 @@ def _orders(sources: list[ImageSource], count: int) -> Iterator[tuple[ImageSourc
 
 def _header(config: EvaluateConfig, inputs: Inputs) -> dict[str, Any]:
     """Return the first entries of evaluation.json: all that a reader needs to measure the same."""
-    where = torch.cuda.get_device_name() if device().type == "cuda" else "CPU"
+    where = torch.cuda.get_device_name() if device().type == "cuda" else device().type.upper()
     reference = "the same images, cropped alike"
     if inputs.statistics is not None:
         reference = f"the statistics in {Path(config.statistics).name}: {inputs.statistics_words}"

@@ -29,7 +29,7 @@ class Mean:
 
     def add(self, values: Tensor) -> None:
         """Add values (B,)."""
-        values = values.double().cpu().flatten()
+        values = values.cpu().double().flatten()
         self.count += len(values)
         self._sum += float(values.sum())
         self._squares += float(values.square().sum())

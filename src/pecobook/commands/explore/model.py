@@ -65,29 +65,46 @@ class IndexedTokenizer:
 def index(name: str, tokenizer: Any, source: ImageSource, limit: int) -> IndexedTokenizer:
     """Encode at most `limit` images of the source, batch by batch, and show the progress."""
     rows, codes, skipped = [], [], []
-    examples = torch.full((tokenizer.num_codewords, 3, tokenizer.stride, tokenizer.stride), 128, dtype=torch.uint8)
+    examples = _Examples(tokenizer.num_codewords, tokenizer.stride)
     progress = Progress(total=min(limit, len(source)), start=0, name=f"codes of {name}", quiet=False)
     for done, batch in central_crops(source, tokenizer.image_size, limit=limit):
         if "image" in batch:
             batch_codes = encode_all(tokenizer, batch["image"])
             rows.append(batch["index"].numpy())
             codes.append(batch_codes.numpy().astype(np.int32))
-            _keep_examples(examples, batch["image"], batch_codes)
+            examples.add(batch["image"], batch_codes)
         skipped += batch["skipped"]
         progress.show(done, {})
     progress.close()
     if skipped:
         say(f"{len(skipped)} images cannot be read and are left out: {some_of(skipped, 3)}")
-    return indexed(name, tokenizer, source, np.concatenate(rows), np.concatenate(codes), examples)
+    return indexed(name, tokenizer, source, np.concatenate(rows), np.concatenate(codes), examples.patches)
 
 
-def _keep_examples(examples: Tensor, images: Tensor, codes: Tensor) -> None:
-    """Put one patch of each codeword of a batch, uint8 (B, 3, S, S) with codes (B, h, w), into the examples."""
-    values, first = np.unique(codes.numpy(), return_index=True)
-    image, row, column = np.unravel_index(first, codes.shape)
-    f = examples.shape[-1]
-    patches = images.unfold(2, f, f).unfold(3, f, f)  # (B, 3, h, w, f, f), a view
-    examples[torch.from_numpy(values)] = patches[image, :, row, column]
+class _Examples:
+    """A typical patch of each codeword: one near to the mean of those before it, in 4 x 4 colours."""
+
+    def __init__(self, num_codewords: int, f: int) -> None:
+        self.patches = torch.full((num_codewords, 3, f, f), 128, dtype=torch.uint8)
+        self._distance = torch.full((num_codewords,), float("inf"))
+        self._sums, self._counts = torch.zeros(num_codewords, 48), torch.zeros(num_codewords)
+
+    def add(self, images: Tensor, codes: Tensor) -> None:
+        """Take what is nearer from a batch, uint8 (B, 3, S, S) with codes (B, h, w)."""
+        B, h, w = codes.shape
+        small = F.adaptive_avg_pool2d(images.float(), (4 * h, 4 * w)).view(B, 3, h, 4, w, 4)
+        small, flat = small.permute(0, 2, 4, 1, 3, 5).reshape(-1, 48), codes.flatten()
+        self._sums.index_add_(0, flat, small)
+        self._counts += torch.bincount(flat, minlength=len(self._counts))
+        distance = (small - self._sums[flat] / self._counts[flat, None]).square().sum(1)
+        nearest = distance.argsort(descending=True)  # of equal codewords the last one counts
+        chosen = dict(zip(flat[nearest].tolist(), nearest.tolist(), strict=True))
+        f = self.patches.shape[-1]
+        for code, patch in chosen.items():
+            if distance[patch] < self._distance[code]:
+                self._distance[code] = distance[patch]
+                image, row, column = np.unravel_index(patch, (B, h, w))
+                self.patches[code] = images[image, :, row * f : (row + 1) * f, column * f : (column + 1) * f]
 
 
 def indexed(

@@ -106,8 +106,8 @@ function classes(value) {
   if (!value.labelled || !value.count) return [];
   const title = make("h3", {}, "Classes");
   if (!value.classes.length) {
-    const text = `None of the ${plural(value.classes_seen, "class", "classes")} with this codeword is evidently more frequent ` +
-      `than in all images (${value.min_images} images or more, p < 0.05 corrected for all classes and codewords).`;
+    const text = `None of its ${plural(value.classes_seen, "class", "classes")} is evidently more frequent in the images with it than ` +
+      `in all (${value.min_images} images or more, p < 0.05 corrected for all classes and codewords).`;
     return [make("div", {}, title, make("p", { className: "quiet" }, text))];
   }
   const head = make("tr", {}, ...["class", "lift"].map((text) => make("th", { scope: "col" }, text)));

@@ -23,7 +23,7 @@ export async function showImage(get) {
   image = value;
   const size = tokenizerOf(tokenizer).size;
   $("about").textContent = [
-    value.name, value.class, `${value.codes.length} x ${value.codes[0].length} tokens`,
+    value.name.split("/").pop(), value.class, `${value.codes.length} x ${value.codes[0].length} tokens`,
     plural(value.distinct, "different codeword"), `PSNR ${value.psnr} dB`,
   ].filter(Boolean).join(" · ");
   picture($("original"), url("/picture", { image: name, size }), `the image ${value.name}`);
