@@ -72,7 +72,7 @@ check: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(MKDOCS) --quiet
+	$(MKDOCS)
 
 docs: $(VENV)/.dev
 	$(MKDOCS)

@@ -27,6 +27,8 @@ def test_readme__names_the_test_command_that_ci_runs() -> None:
 
 
 def test_readme__links_exist() -> None:
-    for link in re.findall(r"\]\(([^)#]+)\)", README.read_text()):
+    pictures = re.findall(r'src(?:set)?="([^"]+)"', README.read_text())
+    assert len(pictures) == 2
+    for link in [*re.findall(r"\]\(([^)#]+)\)", README.read_text()), *pictures]:
         if "://" not in link:
             assert (README.parent / link).exists(), link

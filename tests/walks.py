@@ -24,8 +24,8 @@ _QUICK = {
     "check": "--workers 1",
     "embed": "--workers 0",
 }
-# Commands that take seconds at any size, with tests of their own: a quick walk only reads their flags.
-_ONLY_READ = ("analyze",)
+# Beginnings of commands that take a second or more at any size, with tests of their own: a quick walk only reads them.
+_ONLY_READ = ("analyze ", "detect ", "predict runs/detector ")
 
 
 def blocks(page: Path) -> list[tuple[str, str]]:
@@ -66,7 +66,7 @@ class Walk:
         program, *words = shlex.split(line, comments=True) or [""]
         if program != "pecobook" or line in self.ran:
             return
-        if self.quick and words[0] in _ONLY_READ:
+        if self.quick and " ".join(words).startswith(_ONLY_READ):
             cli._settings(words[0], words[1:])
             self.ran[line] = 0
             return
