@@ -102,6 +102,6 @@ def test_apple__is_asked_for_nothing_of_cuda(mac: pytest.MonkeyPatch) -> None:
     assert devices.peak_memory(place) > 2**16
     assert devices.total_memory(place) > 2**26
     for kernel in ("sdpa", "triton"):
-        with trainable_attention(place, kernel):  # type: ignore[arg-type]  # PyTorch's own attention
+        with trainable_attention(place, kernel):  # PyTorch's own attention
             pass
     assert devices.widest(torch.zeros(2)).dtype == torch.float64  # on a CPU
